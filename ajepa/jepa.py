@@ -1,0 +1,157 @@
+"""Context encoder, teacher, predictor, loss."""
+
+import copy
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ajepa.patches import valid_tokens
+from ajepa.vit import Encoder, EncoderSpec, Predictor, PredictorSpec, pick
+
+LossName = Literal["l2", "squared_l2", "smooth_l1", "cosine"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JepaSpec:
+    """Everything that shapes the model and its loss; `token_loss` says what each loss is."""
+
+    encoder: EncoderSpec
+    predictor: PredictorSpec
+    loss: LossName = "l2"
+
+    def __post_init__(self) -> None:
+        if self.loss not in get_args(LossName):
+            raise ValueError(f"loss must be one of {', '.join(get_args(LossName))}, got {self.loss!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class JepaOutput:
+    """Loss and signs of health of one batch: scalar tensors on the model's device, all but `loss` detached.
+
+    loss            mean over the scored targets
+    scored          targets that lie on sound; at 0 the loss is 0 and says nothing: the caller must refuse the batch
+    target_std      spread of the target encoder's features over all scored tokens, before they are normalised;
+                    mean over the dimensions. 0: the teacher has collapsed
+    prediction_std  the same of the predictions (the targets they aim at are normalised, so about 1 at best)
+    cosine          mean cosine between a prediction and its target
+    explained       share of the targets' variance that the predictions explain: 1 perfect, 0 as good as the
+                    mean of the batch
+    """
+
+    loss: Tensor
+    scored: Tensor
+    target_std: Tensor
+    prediction_std: Tensor
+    cosine: Tensor
+    explained: Tensor
+
+
+class Jepa(nn.Module):
+    """Predict, from the patches one can see, how a slow copy of the encoder describes those one cannot.
+
+    A-JEPA (arXiv 2311.15830) and Audio-JEPA (arXiv 2507.02915). `target` is the moving average of `encoder`: it
+    sees the whole clip, has no gradient and stays in eval mode. Weights are a function of `spec` and `seed`.
+    """
+
+    def __init__(self, spec: JepaSpec, *, seed: int = 0) -> None:
+        super().__init__()
+        self.spec = spec
+        self.encoder = Encoder(spec.encoder, seed=seed)
+        self.predictor = Predictor(spec.predictor, spec.encoder.width, spec.encoder.grid, seed=seed + 1)
+        self.target = copy.deepcopy(self.encoder).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "Jepa":
+        super().train(mode)
+        self.target.eval()
+        return self
+
+    def forward(
+        self, mel_BTF: Tensor, context_BK: Tensor, targets_BGQ: Tensor, n_frames_B: Tensor
+    ) -> JepaOutput:
+        """Loss of one batch: normalised `mel_BTF`, int64 masks, and how many frames of each clip are sound.
+
+        Tokens past a clip's valid frames are neither attended to nor scored. Leave `n_frames_B` on the CPU:
+        where every token is valid the masks are skipped, and asking a GPU would make it wait.
+        """
+        valid_BP = self.validity(n_frames_B, mel_BTF.device)
+        context_BKD = self.encoder(mel_BTF, context_BK, valid_BP)
+        prediction_BGQD = self.predictor(context_BKD, context_BK, targets_BGQ, valid_BP)
+        feature_BGQD = self.describe(mel_BTF, targets_BGQ, valid_BP)
+        scored_BGQ = torch.ones(targets_BGQ.shape, device=mel_BTF.device)
+        if valid_BP is not None:
+            scored_BGQ = valid_BP.gather(1, targets_BGQ.flatten(1)).view_as(targets_BGQ).float()
+        return _score(prediction_BGQD.float(), feature_BGQD.float(), scored_BGQ, self.spec.loss)
+
+    def validity(self, n_frames_B: Tensor, device: torch.device) -> Tensor | None:
+        """Which tokens hold sound, as bool `BP` on `device`, or None where all do."""
+        valid_BP = valid_tokens(n_frames_B, self.spec.encoder.grid)
+        return None if valid_BP.all() else valid_BP.to(device)
+
+    @torch.no_grad()
+    def describe(self, mel_BTF: Tensor, targets_BGQ: Tensor, valid_BP: Tensor | None = None) -> Tensor:
+        """What the target encoder, given the whole clip, says at the targets: `BGQD`, not yet normalised."""
+        clips, groups, _ = targets_BGQ.shape
+        feature_BPD = self.target(mel_BTF, valid_BP=valid_BP)
+        return pick(feature_BPD, targets_BGQ.flatten(1)).unflatten(1, (groups, -1))
+
+    @torch.no_grad()
+    def update_target(self, momentum: float) -> None:
+        """`target = momentum * target + (1 - momentum) * encoder`; buffers, should there be any, likewise."""
+        torch._foreach_lerp_(_state(self.target), _state(self.encoder), 1.0 - momentum)
+
+
+def normalise(feature_BGQD: Tensor) -> Tensor:
+    """Each token's vector with mean 0 and variance 1 over its width: the target of the prediction."""
+    return F.layer_norm(feature_BGQD, feature_BGQD.shape[-1:])
+
+
+def token_loss(prediction_BGQD: Tensor, target_BGQD: Tensor, loss: LossName) -> Tensor:
+    """The distance of each token as `BGQ`, with p the prediction and t the target of width D.
+
+    l2          |p - t| / sqrt(D)                    A-JEPA's "L2 loss"; a gradient of the same size near and far
+    squared_l2  |p - t|^2 / D                        Audio-JEPA's paper; I-JEPA's formula
+    smooth_l1   mean over D of e^2 / 2 where |e| < 1, |e| - 1/2 elsewhere, e = p - t
+    cosine      1 - p t / (|p| |t|)                  Audio-JEPA's code
+
+    Dividing by the width makes 1 the score of predicting nothing (p = 0, t normalised) for all but smooth_l1.
+    """
+    match loss:
+        case "l2":
+            return (
+                torch.linalg.vector_norm(prediction_BGQD - target_BGQD, dim=-1) / target_BGQD.shape[-1] ** 0.5
+            )
+        case "squared_l2":
+            return (prediction_BGQD - target_BGQD).square().mean(dim=-1)
+        case "smooth_l1":
+            return F.smooth_l1_loss(prediction_BGQD, target_BGQD, reduction="none").mean(dim=-1)
+        case "cosine":
+            return 1 - F.cosine_similarity(prediction_BGQD, target_BGQD, dim=-1)
+
+
+def _score(prediction: Tensor, feature: Tensor, scored_BGQ: Tensor, loss: LossName) -> JepaOutput:
+    target, count = normalise(feature), scored_BGQ.sum()
+    share_BGQ = scored_BGQ / count.clamp(min=1)
+    loss_value = (token_loss(prediction, target, loss) * share_BGQ).sum()
+    with torch.no_grad():
+        missed = (share_BGQ * (prediction - target).square().mean(dim=-1)).sum()
+        return JepaOutput(
+            loss=loss_value,
+            scored=count,
+            target_std=_variance_D(feature, share_BGQ).sqrt().mean(),
+            prediction_std=_variance_D(prediction, share_BGQ).sqrt().mean(),
+            cosine=(share_BGQ * F.cosine_similarity(prediction, target, dim=-1)).sum(),
+            explained=1 - missed / _variance_D(target, share_BGQ).mean(),
+        )
+
+
+def _variance_D(x_BGQD: Tensor, share_BGQ: Tensor) -> Tensor:
+    """Variance of each dimension over the tokens, weighted by `share_BGQ`, which sums to 1."""
+    x_ND, share_N = x_BGQD.flatten(0, -2), share_BGQ.flatten()
+    return share_N @ (x_ND - share_N @ x_ND).square()
+
+
+def _state(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]

@@ -1,0 +1,243 @@
+"""Masks, MaskMaker, and every way of hiding tokens.
+
+All randomness comes from the generator handed in and all arrays are NumPy, so masks are the same on every
+device and on resume. Sizes are drawn once per call, for the whole batch; places are drawn for each clip.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from ajepa.patches import PatchGrid
+from pipeline.errors import RunError
+
+STRATA = (
+    8  # candidates per clip in `_alike`; twice as many would win one more point of context for twice the work
+)
+ROUNDS = 100  # of candidates, before a floor counts as out of reach
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Masks:
+    """Which tokens the context encoder sees, and which the predictor must tell.
+
+    context_BK   int64, ascending, no repeats
+    targets_BGQ  int64, ascending within a group; groups may overlap each other, never the context
+    """
+
+    context_BK: np.ndarray
+    targets_BGQ: np.ndarray
+
+
+class MaskMaker(Protocol):
+    """A way of hiding tokens; what it draws depends on the generator, the grid and the batch alone."""
+
+    def sample(self, rng: np.random.Generator, grid: PatchGrid, *, batch: int) -> Masks: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockSize:
+    """The share of the grid a block covers, and its height by its width: at 1 it has the grid's proportions."""
+
+    area_low: float
+    area_high: float
+    aspect_low: float = 0.75
+    aspect_high: float = 1.5
+
+    def __post_init__(self) -> None:
+        if not (0 < self.area_low <= self.area_high <= 1 and 0 < self.aspect_low <= self.aspect_high):
+            raise ValueError(
+                f"a block needs 0 < area low <= high <= 1 and 0 < aspect low <= high, got {self}"
+            )
+
+    def draw(self, rng: np.random.Generator, grid: PatchGrid) -> tuple[int, int]:
+        """Rows and columns of a block: area and aspect uniform, then fitted to whole patches.
+
+        Rows follow the aspect and columns then make up the area, so that on a coarse grid it is the shape
+        that gives way. The last line refits the rows where the columns met the edge.
+        """
+        tokens = rng.uniform(self.area_low, self.area_high) * grid.tokens
+        aspect = rng.uniform(self.aspect_low, self.aspect_high)
+        rows = _clamp(grid.rows * math.sqrt(tokens / grid.tokens * aspect), grid.rows)
+        cols = _clamp(tokens / rows, grid.cols)
+        return _clamp(tokens / cols, grid.rows), cols
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RandomPatches:
+    """Single patches, each equally likely, a share of the grid uniform in [ratio_low, ratio_high].
+
+    Audio-JEPA (arXiv 2507.02915). The targets are one group, the context is all the rest.
+    """
+
+    ratio_low: float = 0.4
+    ratio_high: float = 0.6
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio_low <= self.ratio_high < 1:
+            raise ValueError(f"the hidden share needs 0 < ratio_low <= ratio_high < 1, got {self}")
+
+    def sample(self, rng: np.random.Generator, grid: PatchGrid, *, batch: int) -> Masks:
+        hidden = _clamp(rng.uniform(self.ratio_low, self.ratio_high) * grid.tokens, grid.tokens - 1)
+        hidden_BP = np.broadcast_to(np.arange(grid.tokens) < hidden, (batch, grid.tokens))
+        hidden_BP = rng.permuted(hidden_BP, axis=1)
+        context_BK = (~hidden_BP).nonzero()[1].reshape(batch, -1)
+        return Masks(context_BK=context_BK, targets_BGQ=hidden_BP.nonzero()[1].reshape(batch, 1, -1))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RandomBlocks:
+    """`count` target blocks anywhere, and one large context block less what they cover.
+
+    The multi-block masks of I-JEPA (arXiv 2301.08243, section 3), where A-JEPA's curriculum begins. Every
+    place of a block inside the grid is equally likely. The context is never less than `floor`, a share of the
+    grid: places that leave less are drawn again (with these sizes fewer than one clip in 10,000).
+    """
+
+    count: int = 4
+    target: BlockSize = BlockSize(area_low=0.15, area_high=0.20)
+    context: BlockSize = BlockSize(area_low=0.85, area_high=1.0, aspect_low=1.0, aspect_high=1.0)
+    floor: float = 1 / 8
+
+    def __post_init__(self) -> None:
+        _check_layout(self.count, self.floor)
+
+    def sample(self, rng: np.random.Generator, grid: PatchGrid, *, batch: int) -> Masks:
+        size, context_size = self.target.draw(rng, grid), self.context.draw(rng, grid)
+
+        def draw(clips: int) -> _Layouts:
+            corner_NG = _corners(rng, grid, size, (clips, self.count))
+            context_N1 = _corners(rng, grid, context_size, (clips, 1))
+            open_NRC = _covered(context_N1, grid, context_size) & ~_covered(corner_NG, grid, size)
+            return _Layouts(corner_NG=corner_NG, open_NRC=open_NRC)
+
+        layouts = _alike(rng, draw, batch=batch, floor_tokens=_least(self.floor, grid))
+        return _masks(rng, grid, layouts, size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TimeFrequencyAware:
+    """`count` small target blocks; the context loses every time column and frequency row that one of them touches.
+
+    Where A-JEPA's curriculum ends (arXiv 2311.15830). The paper does not print what its masks remove; this is
+    our reading: neither the same moment nor the same band may help. The context is never less than `floor`, by
+    default what is left, (1 - 3/4)^2 of the grid, when three average targets share no row and no column: places
+    that leave less are drawn again (1 clip in 80), and every layout that is left is equally likely.
+    """
+
+    count: int = 3
+    target: BlockSize = BlockSize(area_low=0.05, area_high=0.075)
+    floor: float = 1 / 16
+
+    def __post_init__(self) -> None:
+        _check_layout(self.count, self.floor)
+
+    def sample(self, rng: np.random.Generator, grid: PatchGrid, *, batch: int) -> Masks:
+        size = self.target.draw(rng, grid)
+
+        def draw(clips: int) -> _Layouts:
+            corner_NG = _corners(rng, grid, size, (clips, self.count))
+            rows_NGR, cols_NGC = _lines(corner_NG, grid, size)
+            open_NRC = ~rows_NGR.any(axis=1)[:, :, None] & ~cols_NGC.any(axis=1)[:, None, :]
+            return _Layouts(corner_NG=corner_NG, open_NRC=open_NRC)
+
+        layouts = _alike(rng, draw, batch=batch, floor_tokens=_least(self.floor, grid))
+        return _masks(rng, grid, layouts, size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Layouts:
+    """Where the targets of N clips begin (the token of the first row and column), and what the context may use."""
+
+    corner_NG: np.ndarray
+    open_NRC: np.ndarray
+
+    def room_N(self) -> np.ndarray:
+        return np.count_nonzero(self.open_NRC, axis=(1, 2))
+
+    def take(self, chosen_N: np.ndarray) -> "_Layouts":
+        return _Layouts(corner_NG=self.corner_NG[chosen_N], open_NRC=self.open_NRC[chosen_N])
+
+    def and_then(self, more: "_Layouts") -> "_Layouts":
+        corner_NG = np.concatenate((self.corner_NG, more.corner_NG))
+        return _Layouts(corner_NG=corner_NG, open_NRC=np.concatenate((self.open_NRC, more.open_NRC)))
+
+
+Draw = Callable[[int], _Layouts]
+
+
+def _alike(rng: np.random.Generator, draw: Draw, *, batch: int, floor_tokens: int) -> _Layouts:
+    """Independent legal layouts for a batch, of which every one leaves about as much context as the others.
+
+    The clips of a batch need equally many context tokens. What is free in the worst case (context block less
+    four targets side by side) is 22 % of the grid, what is free on average 45 %, and the least of a batch lies
+    between. So we draw STRATA times as many layouts as clips, sort them by what they leave, and keep one run
+    of neighbours: 43 %. As each run is equally likely, each layout is kept with the same probability whatever
+    it leaves: for any one clip the law of the layout is exactly what `draw` says.
+    """
+    layouts = _legal(draw, wanted=STRATA * batch, floor_tokens=floor_tokens)
+    by_room_N = layouts.room_N().argsort(kind="stable")
+    stratum_B = by_room_N.reshape(STRATA, batch)[rng.integers(STRATA)]
+    return layouts.take(rng.permutation(stratum_B))
+
+
+def _legal(draw: Draw, *, wanted: int, floor_tokens: int) -> _Layouts:
+    """The first `wanted` layouts that leave the floor free; RunError where such layouts are too rare."""
+    legal = draw(0)
+    for _ in range(ROUNDS):
+        more = draw(wanted)
+        legal = legal.and_then(more.take(more.room_N() >= floor_tokens))
+        if len(legal.corner_NG) >= wanted:
+            return legal.take(np.arange(wanted))
+    raise RunError(
+        f"masks: {len(legal.corner_NG)} of {ROUNDS * wanted} layouts leave {floor_tokens} context tokens or more, "
+        f"expected at least 1 in {ROUNDS}; lower the floor, the number of targets or their area"
+    )
+
+
+def _masks(rng: np.random.Generator, grid: PatchGrid, layouts: _Layouts, size: tuple[int, int]) -> Masks:
+    """Targets as tokens, and as context the count that every clip can fill, the surplus dropped at random."""
+    count = int(layouts.room_N().min())
+    open_BP = layouts.open_NRC.transpose(0, 2, 1).reshape(-1, grid.tokens)
+    lottery_BP = np.where(open_BP, rng.random(open_BP.shape), np.inf)
+    context_BK = np.sort(lottery_BP.argpartition(count - 1, axis=1)[:, :count])
+    within_CR = np.arange(size[1])[:, None] * grid.rows + np.arange(size[0])
+    return Masks(context_BK=context_BK, targets_BGQ=layouts.corner_NG[:, :, None] + within_CR.ravel())
+
+
+def _corners(
+    rng: np.random.Generator, grid: PatchGrid, size: tuple[int, int], shape: tuple[int, int]
+) -> np.ndarray:
+    """First tokens of blocks, every place inside the grid equally likely, the last row and column included."""
+    row = rng.integers(grid.rows - size[0] + 1, size=shape)
+    col = rng.integers(grid.cols - size[1] + 1, size=shape)
+    return col * grid.rows + row
+
+
+def _lines(corner_NG: np.ndarray, grid: PatchGrid, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """The frequency rows (bool NGR) and the time columns (bool NGC) that each block touches."""
+    col, row = (first[:, :, None] for first in np.divmod(corner_NG, grid.rows))
+    rows, cols = np.arange(grid.rows), np.arange(grid.cols)
+    return (rows >= row) & (rows < row + size[0]), (cols >= col) & (cols < col + size[1])
+
+
+def _covered(corner_NG: np.ndarray, grid: PatchGrid, size: tuple[int, int]) -> np.ndarray:
+    """The patches that lie in at least one of a clip's blocks, as bool [clip, row, column]."""
+    rows_NGR, cols_NGC = _lines(corner_NG, grid, size)
+    return (rows_NGR[:, :, :, None] & cols_NGC[:, :, None, :]).any(axis=1)  # time innermost: 3 times as fast
+
+
+def _clamp(patches: float, most: int) -> int:
+    return min(most, max(1, round(patches)))
+
+
+def _least(floor: float, grid: PatchGrid) -> int:
+    return max(1, math.ceil(floor * grid.tokens))
+
+
+def _check_layout(count: int, floor: float) -> None:
+    if count < 1 or not 0 <= floor < 1:
+        raise ValueError(f"masks need at least one target and a floor in [0, 1), got {count} and {floor}")

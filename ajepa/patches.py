@@ -1,0 +1,87 @@
+"""PatchGrid; spectrogram to tokens; positions."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PatchGrid:
+    """How a spectrogram is cut: `rows` frequency patches by `cols` time patches.
+
+    Token `p` is patch `(row, col)` with `p = col * rows + row`: time-major, so that a prefix of the tokens is
+    a prefix of the sound. Row 0 holds the lowest bands.
+    """
+
+    rows: int
+    cols: int
+    patch_frames: int = 16
+    patch_bands: int = 16
+
+    def __post_init__(self) -> None:
+        if min(self.rows, self.cols, self.patch_frames, self.patch_bands) < 1:
+            raise ValueError(f"every side of a patch grid must be at least 1, got {self}")
+
+    @classmethod
+    def of(cls, frames: int, bands: int, patch: int = 16) -> "PatchGrid":
+        """The grid of square patches over `frames` x `bands`; ValueError where they do not fit exactly."""
+        if frames % patch or bands % patch:
+            raise ValueError(f"{frames} frames x {bands} bands cannot be cut into {patch} x {patch} patches")
+        return cls(rows=bands // patch, cols=frames // patch, patch_frames=patch, patch_bands=patch)
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.cols
+
+    @property
+    def frames(self) -> int:
+        return self.cols * self.patch_frames
+
+    @property
+    def bands(self) -> int:
+        return self.rows * self.patch_bands
+
+    @property
+    def patch_values(self) -> int:
+        """Values in one patch."""
+        return self.patch_frames * self.patch_bands
+
+
+def patchify(mel_BTF: Tensor, grid: PatchGrid) -> Tensor:
+    """Spectrograms as `patches_BPN`, the values of a patch frame by frame (N = patch_frames * patch_bands).
+
+    ValueError where the spectrogram is not exactly as large as the grid.
+    """
+    if mel_BTF.shape[1:] != (grid.frames, grid.bands):
+        got_frames, got_bands = mel_BTF.shape[1:]
+        raise ValueError(
+            f"a {grid.cols} x {grid.rows} grid takes {grid.frames} frames x {grid.bands} bands, "
+            f"got {got_frames} x {got_bands}"
+        )
+    cut = mel_BTF.unflatten(2, (grid.rows, grid.patch_bands)).unflatten(1, (grid.cols, grid.patch_frames))
+    return cut.transpose(2, 3).reshape(len(mel_BTF), grid.tokens, grid.patch_values)
+
+
+def sincos_positions(grid: PatchGrid, width: int) -> Tensor:
+    """Fixed positions `PD`: the first half of the width tells the frequency row, the second the time column.
+
+    Each half is the sinusoidal code of Vaswani et al. (2017), sines then cosines, wavelengths 2 pi to 20,000 pi.
+    """
+    if width % 4:
+        raise ValueError(f"2-D sin-cos positions need a width divisible by 4, got {width}")
+    token_P = torch.arange(grid.tokens)
+    halves = (_sincos(token_P % grid.rows, width // 2), _sincos(token_P // grid.rows, width // 2))
+    return torch.cat(halves, dim=-1).float()
+
+
+def _sincos(place_P: Tensor, width: int) -> Tensor:
+    rate_N = 10_000.0 ** -torch.linspace(0, 1, width // 2 + 1, dtype=torch.float64)[:-1]
+    angle_PN = place_P[:, None] * rate_N
+    return torch.cat((angle_PN.sin(), angle_PN.cos()), dim=-1)
+
+
+def valid_tokens(n_frames_B: Tensor, grid: PatchGrid) -> Tensor:
+    """Which tokens hold sound, as bool `BP`: those whose time column starts inside the valid frames."""
+    start_P = torch.arange(grid.tokens, device=n_frames_B.device) // grid.rows * grid.patch_frames
+    return start_P < n_frames_B[:, None]

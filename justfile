@@ -1,0 +1,50 @@
+# Every recipe makes .venv first, if it is not there or pyproject.toml or constraints.txt have changed.
+
+export PATH := justfile_directory() / ".venv/bin" + ":" + env("PATH")
+python := env("PYTHON", "python3")
+
+# List the recipes.
+default:
+    @just --list
+
+# The virtual environment with the tested versions; quick when it is there.
+[private]
+setup:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    wanted=$(cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
+    if [ "$(cat .venv/installed 2>/dev/null)" = "$wanted" ]; then exit 0; fi
+    {{ python }} -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
+    echo "installing into .venv (about 6 GB, a few minutes)"
+    {{ python }} -m venv .venv
+    pip install --quiet --constraint constraints.txt --editable '.[dev]'
+    echo "$wanted" > .venv/installed
+
+# Sound files to a pre-trained, measured encoder in a few minutes; see demo/report/.
+demo: setup
+    rm -rf demo
+    ajepa-data demo-corpus demo/corpus --clips 600
+    ajepa-data build-audioset --audio demo/corpus/audio --segments demo/corpus/balanced_train_segments.csv --segments demo/corpus/eval_segments.csv --out demo/demo.zarr
+    ajepa-data propagate-labels demo/demo.zarr
+    ajepa-data verify demo/demo.zarr
+    ajepa-train pretrain --store demo/demo.zarr --recipe small --run demo/run
+    ajepa-train evaluate --store demo/demo.zarr --run demo/run
+    ajepa-data report demo/demo.zarr --out demo/report/mels.png
+    ajepa-train report --store demo/demo.zarr --run demo/run --out demo/report
+
+# The test suite; arguments go to pytest.
+test *arguments: setup
+    python -m pytest {{ arguments }}
+
+# Format, lint and types.
+lint: setup
+    ruff format --check .
+    ruff check .
+    mypy
+
+# What must be green before a change lands.
+check: lint test
+
+# Benchmarks, each with its baselines in one run: mel, build, loader.
+bench name *arguments: setup
+    python -m bench.{{ name }} {{ arguments }}

@@ -1,0 +1,1 @@
+"""Clips in, batches out; knows nothing of models."""

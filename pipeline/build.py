@@ -1,0 +1,247 @@
+"""Lists and files -> plan -> store; run again it carries on; statistics at the end."""
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from pipeline.audio import AudioPolicy
+from pipeline.datasets.audioset import Sources, find_sources, plan_clips
+from pipeline.engines import run_here
+from pipeline.errors import StoreError
+from pipeline.files import PARTIAL, fsync, replacing
+from pipeline.manifest import PLAN_SCHEMA, pending, plan_id
+from pipeline.mel import MelSpec
+from pipeline.ontology import ClassList, load_class_list
+from pipeline.shardmaker import Clip, ShardMaker, ShardTask
+from pipeline.shards import Layout, create_array, shard_clips_for, shard_path
+from pipeline.store import Commit, Header, ledger_path, read_commit, store_id, write_table
+
+UINT8_TOP = 14.0  # nats: a full-scale sine reaches 12 in the a-jepa front end; what is louder is clipped
+VERSIONS = ("ajepa", "av", "numpy", "soundfile", "soxr", "torch", "zarr")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Build:
+    """What to build: everything that decides the store's bytes, beside the files themselves."""
+
+    spec: MelSpec
+    dtype: str = "float16"
+    policy: AudioPolicy = AudioPolicy()
+    workers: int = 2
+    clip_seconds: float = 60.0  # wall time a clip may take before its worker is killed
+
+
+def build_audioset(
+    audio: Sequence[Path],
+    segments: Sequence[Path],
+    out: Path,
+    build: Build,
+    *,
+    progress: Callable[[int, Iterator[int]], Iterator[int]] | None = None,
+) -> pl.DataFrame:
+    """Build or continue the store `out` from loose files and segments lists; returns its manifest.
+
+    What is good already is kept; what is missing or failed is tried again where there is a file for it.
+    `progress` wraps the stream of tried rows (their number comes first). Raises InputError with nothing half-made.
+    """
+    plan = plan_clips(segments)
+    sources = find_sources(plan, audio)
+    header = plan_store(plan, build, load_class_list())
+    began = time.monotonic()
+    if not out.exists():
+        _check_space(out.absolute().parent, header.layout, sum(path is not None for path in sources.path_N))
+        create_store(out, header, plan)
+    with locked(out):
+        check_same(out, header)
+        sweep(out)
+        if tasks := open_tasks(out, header.layout, plan, sources):
+            write_table(out / "manifest.parquet", pending(plan), {})  # no reader takes the store for finished
+        maker = ShardMaker(store=out, header=header, policy=build.policy)
+        rows = run_here(maker, tasks, workers=build.workers, clip_seconds=build.clip_seconds)
+        tried = list(progress(sum(len(task.clips) for task in tasks), rows) if progress else rows)
+        manifest = finalise(out, header, plan)
+        _write_told(out, audio, segments, build, sources, tried=len(tried), seconds=time.monotonic() - began)
+    return manifest
+
+
+def plan_store(plan: pl.DataFrame, build: Build, classes: ClassList) -> Header:
+    """The header of the store that `build` makes of `plan`."""
+    spec = build.spec
+    clip_bytes = spec.frames * spec.mel_bands * np.dtype(build.dtype).itemsize
+    shard_clips = shard_clips_for(plan.height, clip_bytes)
+    scale, offset = 1.0, 0.0
+    if build.dtype == "uint8":  # 1..255 span the floor to UINT8_TOP; 0 means: not there
+        scale = (UINT8_TOP - spec.floor_log) / 254
+        offset = spec.floor_log - scale
+    return Header(
+        spec=spec,
+        layout=Layout(
+            clips=plan.height,
+            frames=spec.frames,
+            bands=spec.mel_bands,
+            dtype=build.dtype,
+            shard_clips=shard_clips,
+        ),
+        plan_id=plan_id(plan, shard_clips=shard_clips),
+        scale=scale,
+        offset=offset,
+        classes=classes,
+    )
+
+
+def create_store(out: Path, header: Header, plan: pl.DataFrame) -> None:
+    """A store in which nothing is built yet, whole or not at all."""
+    scratch = out.with_name(f"{out.name}.{os.getpid()}{PARTIAL}")
+    try:
+        create_array(scratch, header.layout, {"ajepa": header.to_json()})
+        (scratch / "ledger").mkdir()
+        write_table(scratch / "manifest.parquet", pending(plan), {})
+        write_table(scratch / "labels.parquet", label_lists(plan, header.classes), {"raw": "as listed"})
+        scratch.rename(out)
+        fsync(out.absolute().parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def label_lists(plan: pl.DataFrame, classes: ClassList) -> pl.DataFrame:
+    """Columns `raw` (ascending class indices) and `outside` (ids that are no classes) for each row of a plan."""
+    known = pl.DataFrame({"mids": classes.mids, "raw": range(len(classes))}, schema_overrides={"raw": pl.UInt16})
+    entries = plan.with_row_index("row").select("row", "mids").explode("mids").join(known, on="mids", how="left")
+    outside = pl.col("mids").filter(pl.col("raw").is_null() & pl.col("mids").is_not_null()).unique().sort()
+    lists = entries.group_by("row").agg(pl.col("raw").drop_nulls().unique().sort(), outside=outside)
+    return lists.sort("row").drop("row")
+
+
+def _check_space(folder: Path, layout: Layout, clips: int) -> None:
+    folder = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    needed, free = clips * layout.clip_bytes, shutil.disk_usage(folder).free
+    if needed > free:
+        raise StoreError(
+            f"{folder}: {free / 2**30:.1f} GiB free, {clips} clips need {needed / 2**30:.1f} GiB; "
+            "free some, or choose another --out or --dtype uint8"
+        )
+
+
+def check_same(out: Path, header: Header) -> None:
+    """Refuse to continue a store that is not the one now asked for."""
+    there = Header.read(out)
+    if there.spec.spec_id != header.spec.spec_id:
+        raise StoreError(f"{out} holds mel spec {there.spec.name}, not {header.spec.name}; choose another --out")
+    if there.layout.dtype != header.layout.dtype:
+        raise StoreError(f"{out} holds {there.layout.dtype}, not {header.layout.dtype}; choose another --out")
+    if there != header:
+        raise StoreError(f"{out} was planned from other segments or class lists; give the same, or another --out")
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold the store for writing; raises StoreError that names the build which holds it. The kernel frees it."""
+    with (out / "build.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise StoreError(f"{out} is being built by {lock.read() or 'another process'}; wait for it") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        yield
+        lock.truncate(0)
+
+
+def sweep(out: Path) -> None:
+    """Remove what a crash left: unfinished files, and shards that the ledger does not know."""
+    for path in out.rglob(f"*{PARTIAL}"):
+        path.unlink()
+    for path in (out / "mel").glob("c/*/0/0"):
+        if not ledger_path(out, int(path.parts[-3])).exists():
+            path.unlink()
+
+
+def open_tasks(out: Path, layout: Layout, plan: pl.DataFrame, sources: Sources) -> list[ShardTask]:
+    """The shards that are not committed, or have failed clips for which there is a file now."""
+    tasks = []
+    facts = plan.select("split", "start_seconds", "end_seconds", "duplicate").rows(named=True)
+    for shard in range(layout.shards):
+        rows, commit = layout.rows(shard), read_commit(out, shard)
+        bad = rows if commit is None else [r for r, s in zip(rows, commit[1]["status"], strict=True) if s != "good"]
+        if commit is None or any(facts[row]["duplicate"] is None and sources.path_N[row] for row in bad):
+            clips = (Clip(row=r, path=sources.path_N[r], source=sources.source_N[r], **facts[r]) for r in rows)
+            tasks.append(ShardTask(shard=shard, clips=tuple(clips)))
+    return tasks
+
+
+def finalise(out: Path, header: Header, plan: pl.DataFrame) -> pl.DataFrame:
+    """Write the manifest and the statistics that the ledger gives; returns the manifest."""
+    records = [read_commit(out, shard) for shard in range(header.layout.shards)]
+    if open_shards := records.count(None):
+        raise StoreError(f"{out}: {open_shards} of {len(records)} shards are not built; run the same command again")
+    done = [record for record in records if record is not None]
+    manifest = pl.concat([plan.select(*PLAN_SCHEMA), pl.concat([results for _, results in done])], how="horizontal")
+    commits = [commit for commit, _ in done]
+    with replacing(out / "stats.json") as scratch:
+        scratch.write_text(json.dumps(statistics(commits), indent=1) + "\n")
+    write_table(out / "manifest.parquet", manifest, {"store_id": store_id(header, commits)})
+    return manifest
+
+
+def statistics(commits: Sequence[Commit]) -> dict[str, dict[str, Any]]:
+    """`all` and each split: frames, mean, std, mean_F, std_F from the moments of all shards."""
+    splits = sorted({split for commit in commits for split in commit.moments})
+    parts = {split: [c.moments[split] for c in commits if split in c.moments] for split in splits}
+    return {"all": _merged([m for part in parts.values() for m in part])} | {s: _merged(p) for s, p in parts.items()}
+
+
+def _merged(moments: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    frames = sum(m["frames"] for m in moments)
+    if not frames:
+        return {"frames": 0}
+    mean_F = np.sum([m["sum_F"] for m in moments], axis=0) / frames
+    square_F = np.sum([m["square_F"] for m in moments], axis=0) / frames
+    mean = mean_F.mean()
+    return {
+        "frames": frames,
+        "mean": mean,
+        "std": float(np.sqrt(square_F.mean() - mean**2)),
+        "mean_F": mean_F.tolist(),
+        "std_F": np.sqrt(np.maximum(square_F - mean_F**2, 0)).tolist(),
+    }
+
+
+def _write_told(
+    out: Path,
+    audio: Sequence[Path],
+    segments: Sequence[Path],
+    build: Build,
+    sources: Sources,
+    *,
+    tried: int,
+    seconds: float,
+) -> None:
+    told = {
+        "audio": [str(path) for path in audio],
+        "segments": [str(path) for path in segments],
+        "policy": asdict(build.policy),
+        "workers": build.workers,
+        "audio_files": sources.files,
+        "unmatched_files": len(sources.unmatched),
+        "unmatched_examples": sources.unmatched[:20],
+        "clips_tried": tried,
+        "seconds": round(seconds, 1),
+        "versions": {name: version(name) for name in VERSIONS} | {"python": platform.python_version()},
+    }
+    with replacing(out / "build.json") as scratch:
+        scratch.write_text(json.dumps(told, indent=1) + "\n")

@@ -1,0 +1,243 @@
+"""FeatureStore: the on-disk schema, in full, and how to read it.
+
+NAME.zarr/              a Zarr v3 group: any Zarr v3 library opens it
+  zarr.json             attributes["ajepa"]: the `Header`
+  mel/                  (clip, frame, band), float16 or uint8; one inner chunk per clip, sharded (`shards.py`);
+                        frames past a clip's own are the spec's floor; clips that are not there read as NaN (uint8: 0)
+  manifest.parquet      row i describes mel[i] (`manifest.py`)
+  labels.parquet        row i: `raw` and one column per propagated label set, lists of class indices; `outside`:
+                        class ids that are not in the class list. Provenance in the schema metadata
+  ledger/N.parquet      shard N is committed: the manifest columns of its rows and, in the schema metadata, the
+                        `Commit`. THE commit point: what is not in the ledger does not exist
+  stats.json            mean and std over valid frames of good clips, global and per band: all, and per split
+  build.json            what was asked, versions, time taken; tells of the run, so it alone may differ between equal builds
+"""
+
+import hashlib
+import json
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import StoreError
+from pipeline.files import replacing
+from pipeline.manifest import RESULT_SCHEMA, check_schema
+from pipeline.mel import MelSpec
+from pipeline.ontology import ClassList
+from pipeline.shards import Layout, ShardReader
+
+FORMAT = 1
+METADATA_KEY = b"ajepa"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Header:
+    """What a store is: everything that is known before the first clip is decoded."""
+
+    spec: MelSpec
+    layout: Layout
+    plan_id: str
+    scale: float  # log-mel = offset + scale * stored
+    offset: float
+    classes: ClassList
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "format": FORMAT,
+            "spec": self.spec.to_json(),
+            "spec_id": self.spec.spec_id,
+            "plan_id": self.plan_id,
+            "layout": asdict(self.layout),
+            "scale": self.scale,
+            "offset": self.offset,
+            "classes": list(self.classes.mids),
+            "class_names": list(self.classes.names),
+        }
+
+    @classmethod
+    def read(cls, store: Path) -> Self:
+        """The header of the store at `store`; raises StoreError where there is none of this format."""
+        try:
+            header = json.loads((store / "zarr.json").read_text())["attributes"]["ajepa"]
+        except (OSError, KeyError, ValueError):
+            raise StoreError(f"{store}: not a feature store; make one with: ajepa-data build-audioset") from None
+        if header["format"] != FORMAT:
+            raise StoreError(f"{store}: has store format {header['format']}, this version reads format {FORMAT}")
+        return cls(
+            spec=MelSpec.from_json(header["spec"]),
+            layout=Layout(**header["layout"]),
+            plan_id=header["plan_id"],
+            scale=header["scale"],
+            offset=header["offset"],
+            classes=ClassList(mids=tuple(header["classes"]), names=tuple(header["class_names"])),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Commit:
+    """What the ledger says of one shard beside the results of its rows."""
+
+    shard: int
+    spec_id: str
+    plan_id: str
+    size_bytes: int  # 0: no clip of the shard is good, and Zarr keeps no object
+    sha256: str
+    moments: dict[str, dict[str, Any]]  # per split: frames, sum_F, square_F over valid frames of good clips
+
+
+def ledger_path(store: Path, shard: int) -> Path:
+    return store / "ledger" / f"{shard:06d}.parquet"
+
+
+def write_commit(store: Path, commit: Commit, results: pl.DataFrame) -> None:
+    """Commit a shard whose object is already safe on disk."""
+    write_table(ledger_path(store, commit.shard), results.select(*RESULT_SCHEMA), asdict(commit))
+
+
+def read_commit(store: Path, shard: int) -> tuple[Commit, pl.DataFrame] | None:
+    """A shard's commit and the results of its rows, or None where it is not committed."""
+    path = ledger_path(store, shard)
+    if not path.exists():
+        return None
+    frame, metadata = read_table(path)
+    return Commit(**metadata), frame
+
+
+def write_table(path: Path, frame: pl.DataFrame, metadata: dict[str, Any]) -> None:
+    """A Parquet file with `metadata` as JSON in its schema, whole or not at all; equal input gives equal bytes."""
+    table = frame.to_arrow(compat_level=pl.CompatLevel.oldest())
+    with replacing(path) as scratch:
+        text = json.dumps(metadata, separators=(",", ":"))
+        pq.write_table(table.replace_schema_metadata({METADATA_KEY: text}), scratch, compression="zstd")
+
+
+def read_table(path: Path) -> tuple[pl.DataFrame, dict[str, Any]]:
+    """A frame and the metadata that `write_table` put beside it; raises StoreError."""
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise StoreError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+    frame = pl.from_arrow(table)
+    assert isinstance(frame, pl.DataFrame)
+    return frame, json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
+
+
+def store_id(header: Header, commits: Sequence[Commit]) -> str:
+    """12 hex digits of plan, spec, and every shard's digest."""
+    text = " ".join([header.plan_id, header.spec.spec_id, *(commit.sha256 for commit in commits)])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+class FeatureStore:
+    """Spectrograms and labels, row for row with their manifest; open one with `FeatureStore.open`.
+
+    Reads are thread-safe; a pickled store opens itself again by its path.
+    """
+
+    def __init__(self, path: Path, header: Header, manifest: pl.DataFrame, store_id: str) -> None:
+        self.path, self.header, self.manifest, self.store_id = path, header, manifest, store_id
+        self.spec, self.classes = header.spec, header.classes
+        self.scale, self.offset = header.scale, header.offset
+        self.frames, self.bands = header.layout.frames, header.layout.bands
+        self.dtype = np.dtype(header.layout.dtype)
+        self.n_frames_N = manifest["n_frames"].to_numpy()
+        self._local = threading.local()
+
+    @classmethod
+    def open(cls, path: Path | str, expect: MelSpec | None = None) -> Self:
+        """Open a finished store; raises StoreError where it is none, unfinished, or of another spec than `expect`."""
+        path = Path(path)
+        header = Header.read(path)
+        if expect is not None and expect.spec_id != header.spec.spec_id:
+            raise StoreError(f"{path} holds {header.spec}, expected {expect}; build a store with --spec {expect.name}")
+        manifest, metadata = read_table(path / "manifest.parquet")
+        if "store_id" not in metadata:
+            raise StoreError(f"{path}: its build has not finished; run the same ajepa-data build command again")
+        return cls(path, header, check_schema(manifest, path / "manifest.parquet"), metadata["store_id"])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FeatureStore.open, (self.path,)
+
+    @property
+    def spec_id(self) -> str:
+        return self.spec.spec_id
+
+    @cached_property
+    def stats(self) -> dict[str, dict[str, Any]]:
+        """`all` and each split: frames, mean, std, mean_F, std_F of log-mel over valid frames of good clips."""
+        return json.loads((self.path / "stats.json").read_text())
+
+    def good_rows(self, splits: Sequence[str] | None = None) -> np.ndarray:
+        """Ascending rows (int64) whose clips are there, of the given splits or all; raises StoreError on unknown ones."""
+        known = set(self.manifest["split"].unique())
+        if splits is not None and set(splits) - known:
+            raise StoreError(f"{self.path}: no split {sorted(set(splits) - known)}; it has {sorted(known)}")
+        wanted = pl.col("status") == "good"
+        if splits is not None:
+            wanted &= pl.col("split").is_in(list(splits))
+        return self.manifest.select(wanted).to_series().arg_true().to_numpy().astype(np.int64)
+
+    @cached_property
+    def _labels(self) -> pl.DataFrame:
+        return read_table(self.path / "labels.parquet")[0]
+
+    @property
+    def label_sets(self) -> tuple[str, ...]:
+        """`raw` and the rules by which labels have been propagated."""
+        return tuple(name for name in self._labels.columns if name != "outside")
+
+    def labels_BC(self, rows_B: np.ndarray, label_set: str = "raw") -> np.ndarray:
+        """1 where a row has a class, else 0, float32; raises StoreError where the label set is not there."""
+        if label_set not in self.label_sets:
+            have = ", ".join(self.label_sets)
+            hint = f"ajepa-data propagate-labels {self.path} --rule {label_set}"
+            raise StoreError(f"{self.path}: no label set {label_set!r}, it has {have}; add it with: {hint}")
+        indices_N, offsets_N = self._flat_labels(label_set)
+        labels_BC = np.zeros((len(rows_B), len(self.classes.mids)), np.float32)
+        for clip, row in enumerate(rows_B):
+            labels_BC[clip, indices_N[offsets_N[row] : offsets_N[row + 1]]] = 1
+        return labels_BC
+
+    def _flat_labels(self, label_set: str) -> tuple[np.ndarray, np.ndarray]:
+        flat = self.__dict__.setdefault("_flat", {})
+        if label_set not in flat:
+            lists = self._labels[label_set]
+            offsets_N = np.concatenate([[0], np.cumsum(lists.list.len().to_numpy())])
+            flat[label_set] = lists.explode(empty_as_null=False).to_numpy(), offsets_N
+        return flat[label_set]
+
+    def read(
+        self,
+        rows_B: np.ndarray,
+        *,
+        out: np.ndarray | None = None,
+        starts_B: np.ndarray | None = None,
+        frames: int | None = None,
+    ) -> np.ndarray:
+        """The stored values of rows as `[B, T, F]`, with `frames` only those in [start, start + frames) of each.
+
+        Reads just these bytes, into `out` (C-contiguous, stored dtype) if given. Raises StoreError for a row that
+        is not good and a shard that is damaged; a crop beyond the stored frames is a ValueError.
+        """
+        frames = self.frames if frames is None else frames
+        starts_B = np.zeros(len(rows_B), np.int64) if starts_B is None else starts_B
+        if len(rows_B) and (starts_B.min() < 0 or starts_B.max() + frames > self.frames):
+            raise ValueError(f"crops of {frames} frames from {starts_B} leave the stored 0..{self.frames}")
+        mel_BTF = np.empty((len(rows_B), frames, self.bands), self.dtype) if out is None else out
+        reader = self._reader()
+        for clip_TF, row, start in zip(mel_BTF, rows_B, starts_B, strict=True):
+            reader.read_into(int(row), clip_TF, start_frame=int(start))
+        return mel_BTF
+
+    def _reader(self) -> ShardReader:
+        if not hasattr(self._local, "reader"):
+            self._local.reader = ShardReader(self.path, self.header.layout)
+        return self._local.reader

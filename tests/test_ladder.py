@@ -1,0 +1,79 @@
+"""The list of files is also the order of dependence."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LADDER = [
+    "pipeline.errors",
+    "pipeline.files",
+    "pipeline.mel",
+    "pipeline.ontology",
+    "pipeline.manifest",
+    "pipeline.labels",
+    "pipeline.audio",
+    "pipeline.datasets.audioset",
+    "pipeline.datasets.demo_sounds",
+    "pipeline.datasets.demo_files",
+    "pipeline.datasets.demo_recordings",
+    "pipeline.datasets.demo",
+    "pipeline.shards",
+    "pipeline.store",
+    "pipeline.shardmaker",
+    "pipeline.engines",
+    "pipeline.build",
+    "pipeline.verify",
+    "pipeline.order",
+    "pipeline.loader",
+    "pipeline.dali",
+    "pipeline.report",
+    "pipeline.cli",
+    "ajepa.patches",
+    "ajepa.masking",
+    "ajepa.schedules",
+    "ajepa.curriculum",
+    "ajepa.vit",
+    "ajepa.jepa",
+    "ajepa.metrics",
+    "ajepa.recipes",
+    "ajepa.run",
+    "ajepa.pretrain",
+    "ajepa.evaluate",
+    "ajepa.report",
+    "ajepa.cli",
+]
+
+
+def file_of(module: str) -> Path:
+    return ROOT / (module.replace(".", "/") + ".py")
+
+
+def imports_of(module: str) -> set[str]:
+    """Every module of the project that a file imports, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(file_of(module).read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("module", LADDER)
+def test_a_module_imports_only_from_the_rungs_above_it(module):
+    """Who reads a file needs to know only the files before it."""
+    assert imports_of(module) & set(LADDER) <= set(LADDER[: LADDER.index(module)])
+
+
+def test_every_file_has_its_rung():
+    """A file that is not listed would be held to nothing."""
+    there = {p for package in ("pipeline", "ajepa") for p in (ROOT / package).rglob("*.py")}
+    assert {file_of(module) for module in LADDER} == {path for path in there if path.name != "__init__.py"}
+
+
+@pytest.mark.parametrize("module", LADDER)
+def test_a_file_can_be_held_in_the_head(module):
+    """Three hundred lines at most (the style's limit)."""
+    assert len(file_of(module).read_text().splitlines()) <= 300
