@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,14 @@ import polars as pl
 from pipeline.audio import AudioPolicy
 from pipeline.datasets.audioset import Sources, find_sources, plan_clips
 from pipeline.engines import run_here
-from pipeline.errors import StoreError
+from pipeline.errors import InputError, StoreError
 from pipeline.files import PARTIAL, fsync, replacing
+from pipeline.labels import split_mids
 from pipeline.manifest import PLAN_SCHEMA, pending, plan_id
 from pipeline.mel import MelSpec
 from pipeline.ontology import ClassList, load_class_list
 from pipeline.shardmaker import Clip, ShardMaker, ShardTask
-from pipeline.shards import Layout, create_array, shard_clips_for, shard_path
+from pipeline.shards import DTYPES, Layout, create_array, shard_clips_for
 from pipeline.store import Commit, Header, ledger_path, read_commit, store_id, write_table
 
 UINT8_TOP = 14.0  # nats: a full-scale sine reaches 12 in the a-jepa front end; what is louder is clipped
@@ -39,9 +40,13 @@ class Build:
 
     spec: MelSpec
     dtype: str = "float16"
-    policy: AudioPolicy = AudioPolicy()
+    policy: AudioPolicy = field(default_factory=AudioPolicy)
     workers: int = 2
     clip_seconds: float = 60.0  # wall time a clip may take before its worker is killed
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise InputError(f"dtype {self.dtype!r}: expected {' or '.join(DTYPES)}")
 
 
 def build_audioset(
@@ -108,21 +113,13 @@ def create_store(out: Path, header: Header, plan: pl.DataFrame) -> None:
     try:
         create_array(scratch, header.layout, {"ajepa": header.to_json()})
         (scratch / "ledger").mkdir()
+        labels = pl.DataFrame(split_mids(plan["mids"], header.classes))
         write_table(scratch / "manifest.parquet", pending(plan), {})
-        write_table(scratch / "labels.parquet", label_lists(plan, header.classes), {"raw": "as listed"})
+        write_table(scratch / "labels.parquet", labels, {"raw": "as listed"})
         scratch.rename(out)
         fsync(out.absolute().parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def label_lists(plan: pl.DataFrame, classes: ClassList) -> pl.DataFrame:
-    """Columns `raw` (ascending class indices) and `outside` (ids that are no classes) for each row of a plan."""
-    known = pl.DataFrame({"mids": classes.mids, "raw": range(len(classes))}, schema_overrides={"raw": pl.UInt16})
-    entries = plan.with_row_index("row").select("row", "mids").explode("mids").join(known, on="mids", how="left")
-    outside = pl.col("mids").filter(pl.col("raw").is_null() & pl.col("mids").is_not_null()).unique().sort()
-    lists = entries.group_by("row").agg(pl.col("raw").drop_nulls().unique().sort(), outside=outside)
-    return lists.sort("row").drop("row")
 
 
 def _check_space(folder: Path, layout: Layout, clips: int) -> None:
@@ -139,11 +136,15 @@ def check_same(out: Path, header: Header) -> None:
     """Refuse to continue a store that is not the one now asked for."""
     there = Header.read(out)
     if there.spec.spec_id != header.spec.spec_id:
-        raise StoreError(f"{out} holds mel spec {there.spec.name}, not {header.spec.name}; choose another --out")
+        raise StoreError(
+            f"{out} holds mel spec {there.spec.name}, not {header.spec.name}; choose another --out"
+        )
     if there.layout.dtype != header.layout.dtype:
         raise StoreError(f"{out} holds {there.layout.dtype}, not {header.layout.dtype}; choose another --out")
     if there != header:
-        raise StoreError(f"{out} was planned from other segments or class lists; give the same, or another --out")
+        raise StoreError(
+            f"{out} was planned from other segments or class lists; give the same, or another --out"
+        )
 
 
 @contextmanager
@@ -154,7 +155,9 @@ def locked(out: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            raise StoreError(f"{out} is being built by {lock.read() or 'another process'}; wait for it") from None
+            raise StoreError(
+                f"{out} is being built by {lock.read() or 'another process'}; wait for it"
+            ) from None
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
@@ -177,9 +180,15 @@ def open_tasks(out: Path, layout: Layout, plan: pl.DataFrame, sources: Sources) 
     facts = plan.select("split", "start_seconds", "end_seconds", "duplicate").rows(named=True)
     for shard in range(layout.shards):
         rows, commit = layout.rows(shard), read_commit(out, shard)
-        bad = rows if commit is None else [r for r, s in zip(rows, commit[1]["status"], strict=True) if s != "good"]
+        bad = (
+            rows
+            if commit is None
+            else [r for r, s in zip(rows, commit[1]["status"], strict=True) if s != "good"]
+        )
         if commit is None or any(facts[row]["duplicate"] is None and sources.path_N[row] for row in bad):
-            clips = (Clip(row=r, path=sources.path_N[r], source=sources.source_N[r], **facts[r]) for r in rows)
+            clips = (
+                Clip(row=r, path=sources.path_N[r], source=sources.source_N[r], **facts[r]) for r in rows
+            )
             tasks.append(ShardTask(shard=shard, clips=tuple(clips)))
     return tasks
 
@@ -188,9 +197,13 @@ def finalise(out: Path, header: Header, plan: pl.DataFrame) -> pl.DataFrame:
     """Write the manifest and the statistics that the ledger gives; returns the manifest."""
     records = [read_commit(out, shard) for shard in range(header.layout.shards)]
     if open_shards := records.count(None):
-        raise StoreError(f"{out}: {open_shards} of {len(records)} shards are not built; run the same command again")
+        raise StoreError(
+            f"{out}: {open_shards} of {len(records)} shards are not built; run the same command again"
+        )
     done = [record for record in records if record is not None]
-    manifest = pl.concat([plan.select(*PLAN_SCHEMA), pl.concat([results for _, results in done])], how="horizontal")
+    manifest = pl.concat(
+        [plan.select(*PLAN_SCHEMA), pl.concat([results for _, results in done])], how="horizontal"
+    )
     commits = [commit for commit, _ in done]
     with replacing(out / "stats.json") as scratch:
         scratch.write_text(json.dumps(statistics(commits), indent=1) + "\n")
@@ -202,7 +215,9 @@ def statistics(commits: Sequence[Commit]) -> dict[str, dict[str, Any]]:
     """`all` and each split: frames, mean, std, mean_F, std_F from the moments of all shards."""
     splits = sorted({split for commit in commits for split in commit.moments})
     parts = {split: [c.moments[split] for c in commits if split in c.moments] for split in splits}
-    return {"all": _merged([m for part in parts.values() for m in part])} | {s: _merged(p) for s, p in parts.items()}
+    return {"all": _merged([m for part in parts.values() for m in part])} | {
+        s: _merged(p) for s, p in parts.items()
+    }
 
 
 def _merged(moments: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -25,7 +25,9 @@ StorePath = Annotated[Path, typer.Argument(help="Feature store, NAME.zarr.", sho
 def demo_corpus(
     out: Annotated[Path, typer.Argument(help="Folder to create.", show_default=False)],
     clips: Annotated[int, typer.Option(min=20, help="Clips to make, about 10 s each.")] = 400,
-    source: Annotated[str, typer.Option(help="formula (made here) or debian (49 MB of recordings).")] = "formula",
+    source: Annotated[
+        str, typer.Option(help="formula (made here) or debian (49 MB of recordings).")
+    ] = "formula",
     seed: Annotated[int, typer.Option(help="Another seed, other clips.")] = 0,
 ) -> None:
     """Make a small corpus in AudioSet's shape, a few broken files included.
@@ -39,7 +41,9 @@ def demo_corpus(
 
 @app.command()
 def build_audioset(
-    audio: Annotated[list[Path], typer.Option(help="Folder of sound files, searched below. Repeats.", show_default=False)],
+    audio: Annotated[
+        list[Path], typer.Option(help="Folder of sound files, searched below. Repeats.", show_default=False)
+    ],
     segments: Annotated[
         list[Path], typer.Option(help="Segments list; its name is the split. Repeats.", show_default=False)
     ],
@@ -47,8 +51,12 @@ def build_audioset(
     spec: Annotated[str, typer.Option(help="Mel spec: a-jepa, a-jepa-16k, audio-jepa.")] = "a-jepa",
     dtype: Annotated[str, typer.Option(help="float16, or uint8: half the size, 0.12 nat steps.")] = "float16",
     workers: Annotated[int, typer.Option(min=0, help="Decoding processes; 0: this one, unguarded.")] = 2,
-    accept_truncated: Annotated[bool, typer.Option(help="Keep what is there of clips cut short.")] = False,
-    keep_silent: Annotated[bool, typer.Option(help="Keep clips that peak under -90 dBFS.")] = False,
+    accept_truncated: Annotated[
+        bool, typer.Option("--accept-truncated", help="Keep what is there of clips cut short.")
+    ] = False,
+    keep_silent: Annotated[
+        bool, typer.Option("--keep-silent", help="Keep clips that peak under -90 dBFS.")
+    ] = False,
     clip_seconds: Annotated[float, typer.Option(min=1, help="Seconds of wall time a clip may take.")] = 60.0,
 ) -> None:
     """Decode AudioSet's clips into a feature store; run again, it carries on.
@@ -105,7 +113,9 @@ def verify(store: StorePath) -> None:
     for fault in faults:
         print(fault)
     if faults:
-        raise InputError(f"{store}: {len(faults)} faults; delete what is named and build again: only that is redone")
+        raise InputError(
+            f"{store}: {len(faults)} faults; delete what is named and build again: only that is redone"
+        )
     print(f"{store}: every shard, row and checksum is as it should be")
 
 

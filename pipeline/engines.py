@@ -13,7 +13,6 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import torch
 
 from pipeline.errors import InputError, StoreError
-from pipeline.manifest import Reason
 
 POLL_SECONDS = 0.5
 MOST_DEATHS = 3  # of workers with no clip in hand: not a clip's fault
@@ -22,7 +21,7 @@ MOST_DEATHS = 3  # of workers with no clip in hand: not a clip's fault
 class Task(Protocol):
     """Some clips to work through, of which one may turn out to be deadly."""
 
-    def without(self, row: int, reason: Reason, detail: str) -> Self:
+    def without(self, row: int, reason: str, detail: str) -> Self:
         """The same task, with one row failed instead of tried."""
         ...
 
@@ -57,7 +56,9 @@ def run_here(work: Work[T], tasks: Sequence[T], *, workers: int, clip_seconds: f
                     deaths += worker.row is None
                     waiting.appendleft(worker.bury(clip_seconds))
             if deaths >= MOST_DEATHS:
-                raise StoreError(f"worker processes died {deaths} times; out of memory? Try again with fewer --workers")
+                raise StoreError(
+                    f"worker processes died {deaths} times; out of memory? Try again with fewer --workers"
+                )
     finally:
         for worker in pool:
             worker.kill()
@@ -114,7 +115,9 @@ class _Worker(Generic[T]):
             return self.task
         if timed_out:
             return self.task.without(self.row, "timed_out", f"took over {clip_seconds:g} s to decode")
-        return self.task.without(self.row, "crashed", f"took the decoder down ({_death(self._process.exitcode)})")
+        return self.task.without(
+            self.row, "crashed", f"took the decoder down ({_death(self._process.exitcode)})"
+        )
 
     def kill(self) -> None:
         self._process.kill()
@@ -131,7 +134,9 @@ def _death(exitcode: int | None) -> str:
 def _serve(pipe: Connection, work: Callable[[Any], Iterator[int | None]]) -> None:
     """A worker's life: tasks come in; rows, None, and at the end "done" or an exception go out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # decoders complain there; what matters comes back as a reason
+    os.dup2(
+        os.open(os.devnull, os.O_WRONLY), 2
+    )  # decoders complain there; what matters comes back as a reason
     torch.set_num_threads(1)  # one process a core: more threads would only fight
     while True:
         try:

@@ -1,24 +1,11 @@
 """The manifest: one row per clip, what was planned for it and what became of it."""
 
 import hashlib
-from typing import Literal
 
 import polars as pl
 
 from pipeline.errors import ManifestError
 
-Reason = Literal[
-    "missing",
-    "unreadable",
-    "truncated",
-    "too_short",
-    "silent",
-    "non_finite",
-    "too_long",
-    "timed_out",
-    "crashed",
-    "duplicate",
-]
 REASONS: dict[str, str] = {
     "missing": "no file was found for the clip",
     "unreadable": "no decoder makes sense of the file",
@@ -56,8 +43,9 @@ RESULT_SCHEMA: dict[str, pl.DataType] = {
 MANIFEST_SCHEMA = PLAN_SCHEMA | RESULT_SCHEMA
 
 
-def failure(reason: Reason, detail: str, source: str | None = None) -> dict[str, object]:
-    """The result columns of a clip that could not be used."""
+def failure(reason: str, detail: str, source: str | None = None) -> dict[str, object]:
+    """The result columns of a clip that could not be used; `reason` is a key of REASONS."""
+    assert reason in REASONS, reason
     empty: dict[str, object] = dict.fromkeys(RESULT_SCHEMA)
     return empty | {
         "source": source,
@@ -73,7 +61,9 @@ def pending(plan: pl.DataFrame) -> pl.DataFrame:
     """The manifest of a store in which nothing is built yet."""
     empty = [pl.lit(None, dtype=dtype).alias(name) for name, dtype in RESULT_SCHEMA.items()]
     return plan.select(*PLAN_SCHEMA, *empty).with_columns(
-        status=pl.lit("pending"), n_frames=pl.lit(0, dtype=pl.Int32), flags=pl.lit([], dtype=pl.List(pl.String))
+        status=pl.lit("pending"),
+        n_frames=pl.lit(0, dtype=pl.Int32),
+        flags=pl.lit([], dtype=pl.List(pl.String)),
     )
 
 

@@ -43,7 +43,13 @@ def contact_sheet(store: FeatureStore, path: Path, *, clips: int = 12, seed: int
         axes = figure.add_subplot(down, across, place + 1)
         seconds = store.frames * store.spec.hop_samples / store.spec.sample_rate_hz
         image = axes.imshow(
-            mel_TF.T, origin="lower", aspect="auto", extent=(0, seconds, 0, store.bands), vmin=low, vmax=high, cmap="magma"
+            mel_TF.T,
+            origin="lower",
+            aspect="auto",
+            extent=(0, seconds, 0, store.bands),
+            vmin=low,
+            vmax=high,
+            cmap="magma",
         )
         axes.set_title(_title(store, int(row)), fontsize=8)
         axes.tick_params(labelsize=7)

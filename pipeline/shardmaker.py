@@ -14,10 +14,11 @@ import torch
 from pipeline.audio import AudioPolicy, load
 from pipeline.errors import AudioError, StoreError
 from pipeline.files import fsync, replacing
-from pipeline.manifest import RESULT_SCHEMA, Reason, failure
+from pipeline.manifest import RESULT_SCHEMA, failure
 from pipeline.mel import log_mel
 from pipeline.shards import ShardReader, encode_shard, shard_path
 from pipeline.store import Commit, Header, ledger_path, read_commit, write_commit
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Clip:
@@ -38,9 +39,9 @@ class ShardTask:
 
     shard: int
     clips: tuple[Clip, ...]
-    condemned: dict[int, tuple[Reason, str]] = field(default_factory=dict)
+    condemned: dict[int, tuple[str, str]] = field(default_factory=dict)
 
-    def without(self, row: int, reason: Reason, detail: str) -> "ShardTask":
+    def without(self, row: int, reason: str, detail: str) -> "ShardTask":
         return replace(self, condemned=self.condemned | {row: (reason, detail)})
 
 
@@ -94,7 +95,7 @@ class ShardMaker:
         except AudioError as error:
             return failure(error.reason, str(error), source=clip.source)
         clip_TF = log_mel(torch.from_numpy(audio.wave_S)[None], spec)[0].numpy()
-        mel_TF[:] = quantise(np.float32(spec.floor_log), self.header)
+        mel_TF[:] = quantise(np.array(spec.floor_log, np.float32), self.header)
         mel_TF[: len(clip_TF)] = quantise(clip_TF, self.header)
         return {
             "source": clip.source,
@@ -153,7 +154,9 @@ def quantise(mel: np.ndarray, header: Header) -> np.ndarray:
     return np.clip(np.rint((mel - header.offset) / header.scale), 1, 255).astype(np.uint8)
 
 
-def _moments(task: ShardTask, mel_NTF: np.ndarray, results: pl.DataFrame, header: Header) -> dict[str, dict[str, Any]]:
+def _moments(
+    task: ShardTask, mel_NTF: np.ndarray, results: pl.DataFrame, header: Header
+) -> dict[str, dict[str, Any]]:
     """Per split: how many valid frames, and the sums and sums of squares of their stored log-mel per band."""
     moments: dict[str, dict[str, Any]] = {}
     for clip, mel_TF, n_frames in zip(task.clips, mel_NTF, results["n_frames"], strict=True):

@@ -23,6 +23,7 @@ from pipeline.errors import StoreError
 
 ABSENT = 2**64 - 1
 CRC_BYTES = 4
+DTYPES = ("float16", "uint8")
 OPEN_SHARDS = 256  # file descriptors a reader keeps
 
 
@@ -37,8 +38,8 @@ class Layout:
     shard_clips: int
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("float16", "uint8"):
-            raise ValueError(f"dtype must be float16 or uint8, got {self.dtype}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype}")
 
     @property
     def fill(self) -> float | int:
@@ -121,9 +122,11 @@ class ShardReader:
         descriptor, index_N2 = self._shard(shard)
         offset = int(index_N2[chunk, 0])
         if offset == ABSENT:
-            raise StoreError(f"{self._store}: row {row} is not in shard {shard}; run: ajepa-data verify {self._store}")
+            raise StoreError(
+                f"{self._store}: row {row} is not in shard {shard}; run: ajepa-data verify {self._store}"
+            )
         skip = start_frame * layout.bands * out_TF.itemsize
-        if os.preadv(descriptor, [memoryview(out_TF).cast("B")], offset + skip) != out_TF.nbytes:
+        if os.preadv(descriptor, [out_TF.data.cast("B")], offset + skip) != out_TF.nbytes:
             raise StoreError(f"{self._store}: shard {shard} ends early; run: ajepa-data verify {self._store}")
 
     def _shard(self, shard: int) -> tuple[int, np.ndarray]:

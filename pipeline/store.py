@@ -10,7 +10,7 @@ NAME.zarr/              a Zarr v3 group: any Zarr v3 library opens it
   ledger/N.parquet      shard N is committed: the manifest columns of its rows and, in the schema metadata, the
                         `Commit`. THE commit point: what is not in the ledger does not exist
   stats.json            mean and std over valid frames of good clips, global and per band: all, and per split
-  build.json            what was asked, versions, time taken; tells of the run, so it alone may differ between equal builds
+  build.json            what was asked, versions, time taken: of the run, so the one file in which equal builds differ
 """
 
 import hashlib
@@ -68,9 +68,13 @@ class Header:
         try:
             header = json.loads((store / "zarr.json").read_text())["attributes"]["ajepa"]
         except (OSError, KeyError, ValueError):
-            raise StoreError(f"{store}: not a feature store; make one with: ajepa-data build-audioset") from None
+            raise StoreError(
+                f"{store}: not a feature store; make one with: ajepa-data build-audioset"
+            ) from None
         if header["format"] != FORMAT:
-            raise StoreError(f"{store}: has store format {header['format']}, this version reads format {FORMAT}")
+            raise StoreError(
+                f"{store}: has store format {header['format']}, this version reads format {FORMAT}"
+            )
         return cls(
             spec=MelSpec.from_json(header["spec"]),
             layout=Layout(**header["layout"]),
@@ -157,10 +161,14 @@ class FeatureStore:
         path = Path(path)
         header = Header.read(path)
         if expect is not None and expect.spec_id != header.spec.spec_id:
-            raise StoreError(f"{path} holds {header.spec}, expected {expect}; build a store with --spec {expect.name}")
+            raise StoreError(
+                f"{path} holds {header.spec}, expected {expect}; build a store with --spec {expect.name}"
+            )
         manifest, metadata = read_table(path / "manifest.parquet")
         if "store_id" not in metadata:
-            raise StoreError(f"{path}: its build has not finished; run the same ajepa-data build command again")
+            raise StoreError(
+                f"{path}: its build has not finished; run the same ajepa-data build command again"
+            )
         return cls(path, header, check_schema(manifest, path / "manifest.parquet"), metadata["store_id"])
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -176,7 +184,7 @@ class FeatureStore:
         return json.loads((self.path / "stats.json").read_text())
 
     def good_rows(self, splits: Sequence[str] | None = None) -> np.ndarray:
-        """Ascending rows (int64) whose clips are there, of the given splits or all; raises StoreError on unknown ones."""
+        """Ascending rows (int64) whose clips are there, of the given splits or all; StoreError on unknown ones."""
         known = set(self.manifest["split"].unique())
         if splits is not None and set(splits) - known:
             raise StoreError(f"{self.path}: no split {sorted(set(splits) - known)}; it has {sorted(known)}")
@@ -210,7 +218,7 @@ class FeatureStore:
         flat = self.__dict__.setdefault("_flat", {})
         if label_set not in flat:
             lists = self._labels[label_set]
-            offsets_N = np.concatenate([[0], np.cumsum(lists.list.len().to_numpy())])
+            offsets_N = np.concatenate([[0], np.cumsum(lists.list.len().to_numpy(), dtype=np.int64)])
             flat[label_set] = lists.explode(empty_as_null=False).to_numpy(), offsets_N
         return flat[label_set]
 

@@ -40,7 +40,9 @@ def faults_of(store: Path) -> Iterator[str]:
             yield f"shard {shard}: the manifest and the ledger differ; build again"
     if len(commits) == header.layout.shards:
         yield from _fault_of_whole(store, header, commits, metadata)
-    yield from (f"{path}: left by a build that was cut off; build again" for path in store.rglob(f"*{PARTIAL}"))
+    yield from (
+        f"{path}: left by a build that was cut off; build again" for path in store.rglob(f"*{PARTIAL}")
+    )
 
 
 def _fault(store: Path, header: Header, commit: Commit, results: pl.DataFrame) -> str | None:
@@ -83,7 +85,9 @@ def _damaged_rows(content: bytes, header: Header, shard: int) -> str:
     return f" (clips {bad[:5]} of it are damaged)" if bad else ""
 
 
-def _fault_of_whole(store: Path, header: Header, commits: list[Commit], metadata: dict[str, str]) -> Iterator[str]:
+def _fault_of_whole(
+    store: Path, header: Header, commits: list[Commit], metadata: dict[str, str]
+) -> Iterator[str]:
     if metadata.get("store_id") != store_id(header, commits):
         yield "manifest.parquet: the store's id does not follow from its shards; build again"
     try:

@@ -14,7 +14,22 @@ import polars as pl
 from pipeline.errors import InputError, ManifestError
 
 # Containers by how much they lose: among several files of one clip the first of this list is taken.
-EXTENSIONS = ("flac", "wav", "aiff", "aif", "w64", "caf", "mka", "m4a", "mp4", "aac", "opus", "webm", "ogg", "mp3")
+EXTENSIONS = (
+    "flac",
+    "wav",
+    "aiff",
+    "aif",
+    "w64",
+    "caf",
+    "mka",
+    "m4a",
+    "mp4",
+    "aac",
+    "opus",
+    "webm",
+    "ogg",
+    "mp3",
+)
 ROW = r'^\s*([^,]*?)\s*,\s*([^,]*?)\s*,\s*([^,]*?)\s*(?:,\s*"?([^"]*?)"?\s*)?$'
 YOUTUBE_ID = r"^[A-Za-z0-9_-]{11}$"
 NAME = (  # [Y]<id>[_<start>[_<end>]]; never split on "_": 14 % of the ids contain one
@@ -35,7 +50,9 @@ def read_segments(path: Path) -> pl.DataFrame:
     lines = pl.DataFrame({"text": text.splitlines()}).with_row_index("line", offset=1)
     lines = lines.filter(pl.col("text").str.strip_chars() != "")
     lines = lines.filter(~pl.col("text").str.starts_with("# ") | (pl.int_range(pl.len()) >= 3))
-    rows = lines.with_columns(pl.col("text").str.extract_groups(ROW).struct.rename_fields(list("abcd"))).unnest("text")
+    rows = lines.with_columns(
+        pl.col("text").str.extract_groups(ROW).struct.rename_fields(list("abcd"))
+    ).unnest("text")
     rows = rows.select(
         "line",
         clip_id="a",
@@ -50,13 +67,19 @@ def read_segments(path: Path) -> pl.DataFrame:
 
 def _refuse_damage(rows: pl.DataFrame, lines: pl.DataFrame, path: Path) -> None:
     if rows.is_empty():
-        raise ManifestError(f'{path}: no rows; expected lines like: 09L1eY6gYl5, 30.000, 40.000, "/m/04rlf,/m/09x0r"')
+        raise ManifestError(
+            f'{path}: no rows; expected lines like: 09L1eY6gYl5, 30.000, 40.000, "/m/04rlf,/m/09x0r"'
+        )
     good_id = pl.col("clip_id").str.contains(YOUTUBE_ID).fill_null(False)
-    good_times = (pl.col("end_seconds") > pl.col("start_seconds")).fill_null(False) & (pl.col("start_seconds") >= 0)
-    bad = rows.with_columns(good_id=good_id, good_times=good_times).filter(~pl.col("good_id") | ~pl.col("good_times"))
+    good_times = (pl.col("end_seconds") > pl.col("start_seconds")).fill_null(False) & (
+        pl.col("start_seconds") >= 0
+    )
+    bad = rows.with_columns(good_id=good_id, good_times=good_times).filter(
+        ~pl.col("good_id") | ~pl.col("good_times")
+    )
     if bad.is_empty():
         return
-    line, clip_id, fine_id = bad.select("line", "clip_id", "good_id").row(0)
+    line, fine_id = bad.select("line", "good_id").row(0)
     text = lines.filter(pl.col("line") == line).item(0, "text")
     what = "times" if fine_id else "a YouTube id of 11 characters"
     hint = "; a spreadsheet has damaged it: download the list again" if "#NAME" in text else ""
@@ -72,7 +95,9 @@ def plan_clips(segments: Sequence[Path]) -> pl.DataFrame:
     """
     names = [path.stem for path in segments]
     if len(set(names)) < len(names):
-        raise ManifestError(f"two segments lists share a name, which names the split: {sorted(names)}; rename one")
+        raise ManifestError(
+            f"two segments lists share a name, which names the split: {sorted(names)}; rename one"
+        )
     plan = pl.concat([read_segments(path) for path in segments])
     evaluation = pl.col("split").str.contains("eval")
     first = pl.int_range(pl.len()).over("clip_id", "split") == 0
@@ -84,7 +109,11 @@ def plan_clips(segments: Sequence[Path]) -> pl.DataFrame:
         .when(~first)
         .then(pl.lit("the id stands earlier in the same list, where it counts"))
         .when(earlier != pl.col("split"))
-        .then(pl.when(evaluation).then(pl.lit(None)).otherwise("the id stands in list " + earlier + ", where it counts"))
+        .then(
+            pl.when(evaluation)
+            .then(pl.lit(None))
+            .otherwise("the id stands in list " + earlier + ", where it counts")
+        )
     )
 
 
@@ -139,10 +168,14 @@ def find_sources(plan: pl.DataFrame, folders: Sequence[Path]) -> Sources:
 def _best_files(rows: pl.DataFrame, named: pl.DataFrame) -> pl.DataFrame:
     start = pl.col("start").cast(pl.Float64)
     agrees = start.is_null() | (start == pl.col("start_seconds")) | (start == pl.col("start_seconds") * 1000)
-    rank = pl.col("extension").replace_strict({e: i for i, e in enumerate(EXTENSIONS)}, default=len(EXTENSIONS))
+    rank = pl.col("extension").replace_strict(
+        {e: i for i, e in enumerate(EXTENSIONS)}, default=len(EXTENSIONS)
+    )
     in_split = ("/" + pl.col("folder") + "/" + pl.col("name")).str.contains("/" + pl.col("split") + "/")
     matched = rows.join(named, left_on="clip_id", right_on="id", how="inner").filter(agrees)
-    matched = matched.with_columns(other_split=~in_split, rank=rank).sort("row", "other_split", "rank", "name", "file")
+    matched = matched.with_columns(other_split=~in_split, rank=rank).sort(
+        "row", "other_split", "rank", "name", "file"
+    )
     return matched.unique("row", keep="first", maintain_order=True).select("row", "folder", "name")
 
 

@@ -11,6 +11,7 @@ import soxr
 
 from pipeline.datasets.demo_sounds import RATE_HZ
 
+CEILING = 0.89  # -1 dBFS: leaves room for what a lossy codec adds
 ALL_RATES_HZ = (48_000, 44_100, 32_000, 22_050, 16_000, 11_025, 8_000)
 
 
@@ -32,7 +33,7 @@ class Container:
 
 # libsndfile stamps the time of day into float wav; FFmpeg, told to be bit-exact, does not, and neither numbers
 # the streams of ogg and webm at random. Only libsndfile encodes Vorbis in stereo and mono: see `renumber`.
-CONTAINERS = (
+CONTAINER_TABLE = (
     Container(name="wav-16", extension="wav", codec="PCM_16", share=5),
     Container(name="wav-24", extension="wav", codec="PCM_24"),
     Container(name="wav-float", extension="wav", codec="pcm_f32le", muxer="wav", share=2),
@@ -51,13 +52,15 @@ CONTAINERS = (
     ),
     Container(name="webm", extension="webm", codec="libopus", muxer="webm", rates_hz=ALL_RATES_HZ[:1]),
 )
+CONTAINERS = {each.name: each for each in CONTAINER_TABLE}
 SOUNDFILE_FORMATS = {"wav": "WAV", "flac": "FLAC", "mp3": "MP3", "ogg": "OGG"}
 REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))  # each byte with its bits reversed
 
 
 def write(path: Path, wave_SN: np.ndarray, container: Container, *, rate_hz: int) -> None:
-    """Write float32 `wave_SN` (sample, channel), given at 48 kHz, band-limited and resampled to `rate_hz`."""
+    """Write float32 `wave_SN` (sample, channel), given at 48 kHz, resampled to `rate_hz` and at most -1 dBFS."""
     wave_SN = soxr.resample(wave_SN, RATE_HZ, rate_hz, quality="HQ")
+    wave_SN *= CEILING / max(np.abs(wave_SN).max(), CEILING)
     if container.muxer:
         mux(path, wave_SN, container, rate_hz=rate_hz)
     else:
@@ -84,7 +87,13 @@ def renumber(path: Path, *, serial: int) -> None:
     while at < len(old):
         segments = old[at + 26]
         end = at + 27 + segments + sum(old[at + 27 : at + 27 + segments])
-        page = old[at : at + 14] + serial.to_bytes(4, "little") + old[at + 18 : at + 22] + bytes(4) + old[at + 26 : end]
+        page = (
+            old[at : at + 14]
+            + serial.to_bytes(4, "little")
+            + old[at + 18 : at + 22]
+            + bytes(4)
+            + old[at + 26 : end]
+        )
         new += page[:22] + ogg_checksum(page).to_bytes(4, "little") + page[26:]
         at = end
     path.write_bytes(new)

@@ -111,7 +111,11 @@ def beep(rng: np.random.Generator, samples: int) -> np.ndarray:
 def siren(rng: np.random.Generator, samples: int) -> np.ndarray:
     """A rich tone that wails (3-6 s), yelps (a third of a second) or alternates a fourth apart."""
     kind = rng.choice(["wail", "yelp", "two-tone"])
-    period_seconds = {"wail": rng.uniform(3, 6), "yelp": rng.uniform(0.25, 0.4), "two-tone": rng.uniform(1, 2)}[kind]
+    period_seconds = {
+        "wail": rng.uniform(3, 6),
+        "yelp": rng.uniform(0.25, 0.4),
+        "two-tone": rng.uniform(1, 2),
+    }[kind]
     turn_S = fraction(seconds(samples) / period_seconds + rng.random())
     triangle_S = 1.0 - np.abs(2.0 * turn_S - 1.0)
     rise_S = (turn_S < 0.5).astype(float) if kind == "two-tone" else triangle_S
@@ -136,12 +140,14 @@ def pulse(rng: np.random.Generator, samples: int) -> np.ndarray:
 
 def static(rng: np.random.Generator, samples: int) -> np.ndarray:
     """Crackle: sparks at random moments, their heights spread over 30 dB, on a little hiss."""
-    sparks = rng.poisson(samples / RATE_HZ * rng.uniform(30, 250))
-    wave_S = 0.01 * rng.standard_normal(samples, dtype=np.float32)
-    spark_N = np.exp(-np.arange(96) / rng.uniform(4, 24)) * rng.standard_normal(96)
-    heights = np.exp(rng.normal(-1.5, 0.8, sparks)).clip(max=1.0) * rng.choice([-1.0, 1.0], sparks)
-    for at, height in zip(rng.integers(samples, size=sparks), heights, strict=True):
-        add(wave_S, height * spark_N, at)
+    sparks = rng.poisson(samples / RATE_HZ * rng.uniform(15, 120))
+    heights = np.exp(rng.normal(-1.5, 1.0, sparks)).clip(max=1.5)
+    shapes_NS = rng.standard_normal((16, 96)) * np.exp(-np.arange(96) / rng.uniform(3, 24))
+    wave_S = np.float32(0.01) * rng.standard_normal(samples, dtype=np.float32)
+    for at, shape, height in zip(
+        rng.integers(samples, size=sparks), rng.integers(16, size=sparks), heights, strict=True
+    ):
+        add(wave_S, height * shapes_NS[shape], at)
     return wave_S
 
 
@@ -179,9 +185,7 @@ def seconds(samples: int) -> np.ndarray:
     return np.arange(samples, dtype=np.float64) * (1 / RATE_HZ)
 
 
-def pitch_hz(
-    rng: np.random.Generator, *, low_hz: float = PITCH_HZ[0], high_hz: float = PITCH_HZ[1]
-) -> float:
+def pitch_hz(rng: np.random.Generator, *, low_hz: float = PITCH_HZ[0], high_hz: float = PITCH_HZ[1]) -> float:
     """A frequency, equally likely in every octave of the range."""
     return float(np.exp(rng.uniform(np.log(low_hz), np.log(high_hz))))
 
@@ -196,7 +200,7 @@ def phase(hz: float | np.ndarray, samples: int) -> np.ndarray:
 
     It is wrapped before it is rounded to float32, so that the last second is as exact as the first.
     """
-    turns_S = np.cumsum(np.broadcast_to(hz, samples)) / RATE_HZ
+    turns_S = np.cumsum(np.broadcast_to(hz, samples), dtype=np.float64) / RATE_HZ
     return (2 * np.pi) * fraction(turns_S)
 
 

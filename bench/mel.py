@@ -1,0 +1,79 @@
+"""Log-mel against torchaudio's reference: one thread, one clip, side by side.
+
+`python bench/mel.py` prints one line for each preset.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torchaudio
+
+from pipeline.mel import PRESETS, MelSpec, log_mel
+
+ROUNDS = 20
+CALLS = 10  # in a row, each side: both find the memory they gave back a moment ago
+
+
+class Comparison(NamedTuple):
+    """Medians over the rounds; `ratio` is the median of each round's own ratio, so that drift cancels."""
+
+    ours_ms: float
+    theirs_ms: float
+    ratio: float
+
+
+def reference(wave_BS: torch.Tensor, spec: MelSpec) -> torch.Tensor:
+    """One clip through `torchaudio.compliance.kaldi.fbank`, with the settings of `spec`."""
+    return torchaudio.compliance.kaldi.fbank(
+        wave_BS,
+        sample_frequency=spec.sample_rate_hz,
+        frame_length=1000 * spec.window_samples / spec.sample_rate_hz,
+        frame_shift=1000 * spec.hop_samples / spec.sample_rate_hz,
+        num_mel_bins=spec.mel_bands,
+        low_freq=spec.low_hz,
+        high_freq=spec.high_hz,
+        window_type="hanning",
+        dither=0.0,
+        use_energy=False,
+    )
+
+
+def compare(spec: MelSpec, *, rounds: int = ROUNDS) -> Comparison:
+    """Time both on one clip of noise, in turns, on the threads torch has."""
+    wave_BS = 0.1 * torch.randn(1, spec.clip_samples, generator=torch.Generator().manual_seed(0))
+    log_mel(wave_BS, spec), reference(wave_BS, spec)
+    ours, theirs = [], []
+    for _ in range(rounds):
+        ours.append(seconds(lambda: log_mel(wave_BS, spec)))
+        theirs.append(seconds(lambda: reference(wave_BS, spec)))
+    ratios = [slow / fast for slow, fast in zip(theirs, ours, strict=True)]
+    return Comparison(
+        1000 * statistics.median(ours), 1000 * statistics.median(theirs), statistics.median(ratios)
+    )
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Wall time of one call, the mean of `CALLS`."""
+    started = time.perf_counter()
+    for _ in range(CALLS):
+        call()
+    return (time.perf_counter() - started) / CALLS
+
+
+def main() -> None:
+    """Print the table."""
+    torch.set_num_threads(1)
+    print(f"log-mel of one clip, one thread, {ROUNDS} rounds of {CALLS} calls each, in turns, medians")
+    for spec in PRESETS.values():
+        result = compare(spec)
+        print(
+            f"{spec.name:12} {result.ours_ms:6.2f} ms   torchaudio {result.theirs_ms:6.2f} ms"
+            f"   {result.ratio:4.2f}x faster (at least 2.5x wanted)"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""One file -> one mono waveform at the asked rate, at most as long as its segment."""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soxr
+
+from pipeline.containers import recognise
+from pipeline.decoders import COMPLETE, Segment, Take, decode
+from pipeline.errors import AudioError
+
+PACKET_SECONDS = 0.02  # what a declared length may round up: one opus packet
+LENGTH_SLACK = 0.02  # of the segment: a source that differs by less is neither shorter nor longer
+TOO_SHORT_SECONDS = 0.1
+SILENT_DBFS = -90.0
+NOTHING_DBFS = -200.0  # reported for digital silence, whose level is minus infinity
+ABSURD_PEAK = 1e6  # +120 dBFS is no sound, and far above it the power leaves float32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AudioPolicy:
+    """What counts as usable. A source longer than `max_seconds` is refused; YouTube's own limit is 12 h."""
+
+    accept_truncated: bool = False
+    keep_silent: bool = False
+    max_seconds: float = 43_200.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Audio:
+    """One clip, decoded.
+
+    wave_S      float32, mono (plain mean of the channels), never clipped
+    seconds     length of the whole source: as declared, or as found where that is less or nothing is declared
+    peak_dbfs, rms_dbfs   of the mono wave before resampling; digital silence is -200
+    digest      32 hex digits of SHA-256 over that wave as little-endian float32
+    flags       cut (a whole video, cut at the segment), longer (the first seconds count), shorter, truncated,
+                silent, mixed_down, beyond_full_scale, wrong_extension
+    """
+
+    wave_S: np.ndarray
+    codec: str
+    rate_hz: int
+    channels: int
+    seconds: float
+    peak_dbfs: float
+    rms_dbfs: float
+    digest: str
+    flags: tuple[str, ...]
+
+
+def load(
+    source: Path,
+    *,
+    start_seconds: float,
+    end_seconds: float,
+    sample_rate_hz: int,
+    policy: AudioPolicy = AudioPolicy(),
+) -> Audio:
+    """Decode the segment of `source`; AudioError(reason, sentence) where the policy cannot use it.
+
+    A file longer than the segment that reaches its end (less 5 %) is a whole video: it is cut at [start, end).
+    Of any other file the first `end - start` seconds count. A full segment gives exactly
+    `round((end - start) * sample_rate_hz)` samples; a shorter one, what there is at that rate.
+    """
+    segment = Segment(start_seconds, end_seconds)
+    container = recognise(source)
+    take = decode(source, container, segment, max_seconds=policy.max_seconds)
+    try:
+        judge(take, policy)
+    except AudioError as error:
+        raise AudioError(error.reason, f"{source.name}: {error}") from None
+    return Audio(
+        wave_S=resampled(take, segment, sample_rate_hz),
+        codec=take.codec,
+        rate_hz=take.rate_hz,
+        channels=take.channels,
+        seconds=take.source_seconds,
+        peak_dbfs=dbfs(peak(take.wave_S)),
+        rms_dbfs=dbfs(rms(take.wave_S)),
+        digest=hashlib.sha256(take.wave_S.astype("<f4", copy=False)).hexdigest()[:32],
+        flags=flags_of(take, segment, misnamed=container.misnamed(source)),
+    )
+
+
+def judge(take: Take, policy: AudioPolicy) -> None:
+    """Raise AudioError where a take is not usable: truncated, empty, broken, too short or silent, in this order."""
+    found_seconds = len(take.wave_S) / take.rate_hz
+    if truncated(take) and not policy.accept_truncated and (len(take.wave_S) or take.cut):
+        raise AudioError("truncated", f"{lack(take)}; fetch it again, or accept truncated clips")
+    if not len(take.wave_S):
+        raise AudioError("unreadable", f"{lack(take)}; its writer was interrupted, fetch it again")
+    level = peak(take.wave_S)
+    if not level <= ABSURD_PEAK:
+        raise AudioError(
+            "non_finite", f"{strange(take.wave_S)}; damaged or no sound, fetch or convert it again"
+        )
+    if found_seconds < TOO_SHORT_SECONDS:
+        raise AudioError(
+            "too_short", f"{found_seconds:.4f} s of sound, at least {TOO_SHORT_SECONDS} s wanted"
+        )
+    if dbfs(level) < SILENT_DBFS and not policy.keep_silent:
+        channels = f" (the mean of {take.channels} channels)" if take.channels > 1 else ""
+        detail = f"peak {dbfs(level):.0f} dBFS{channels}, under {SILENT_DBFS:.0f}; fetch it again, or keep silent clips"
+        raise AudioError("silent", detail)
+
+
+def truncated(take: Take) -> bool:
+    """Whether the source promised more than decodes."""
+    if take.expected_samples is None:
+        return False
+    missing = take.expected_samples - len(take.wave_S)
+    return missing > max((1 - COMPLETE) * take.expected_samples, PACKET_SECONDS * take.rate_hz)
+
+
+def lack(take: Take) -> str:
+    """How much of what was promised is there, in words."""
+    found_seconds = len(take.wave_S) / take.rate_hz
+    if not take.expected_samples:
+        return f"a {take.codec} header, but not one sample of sound"
+    whole = "the segment's" if take.cut else "the declared"
+    return f"{found_seconds:.2f} s of {whole} {take.expected_samples / take.rate_hz:.2f} s can be decoded"
+
+
+def strange(wave_S: np.ndarray) -> str:
+    """What is wrong with samples that no microphone gives, in words."""
+    odd_S = ~np.isfinite(wave_S)
+    if not odd_S.any():
+        return f"samples up to {peak(wave_S):.3g} times full scale"
+    return f"{odd_S.sum()} of {len(wave_S)} samples are NaN or infinite, the first at {odd_S.argmax()}"
+
+
+def flags_of(take: Take, segment: Segment, *, misnamed: bool) -> tuple[str, ...]:
+    """What is odd about a take that is used."""
+    wanted = round(segment.seconds * take.rate_hz)
+    odd = {
+        "cut": take.cut,
+        "longer": not take.cut and take.source_seconds > (1 + LENGTH_SLACK) * segment.seconds,
+        "shorter": len(take.wave_S) < (1 - LENGTH_SLACK) * wanted,
+        "truncated": truncated(take),
+        "silent": dbfs(peak(take.wave_S)) < SILENT_DBFS,
+        "mixed_down": take.channels > 1,
+        "beyond_full_scale": take.beyond_full_scale,
+        "wrong_extension": misnamed,
+    }
+    return tuple(flag for flag, holds in odd.items() if holds)
+
+
+def resampled(take: Take, segment: Segment, rate_hz: int) -> np.ndarray:
+    """The wave at `rate_hz` by soxr HQ, exactly as long as the samples it came from.
+
+    soxr may return one sample more or less than the ratio says: that one is trimmed, or a zero added.
+    """
+    samples = len(take.wave_S)
+    full = samples == round(segment.seconds * take.rate_hz)
+    wanted = round(segment.seconds * rate_hz) if full else round(samples * rate_hz / take.rate_hz)
+    wave_S = soxr.resample(take.wave_S, take.rate_hz, rate_hz, quality="HQ")
+    return np.pad(wave_S[:wanted], (0, max(0, wanted - len(wave_S))))
+
+
+def peak(wave_S: np.ndarray) -> float:
+    """The largest magnitude; NaN where there is a NaN."""
+    return float(max(wave_S.max(), -wave_S.min()))
+
+
+def rms(wave_S: np.ndarray) -> float:
+    """Root mean square."""
+    return math.sqrt(np.dot(wave_S, wave_S) / len(wave_S))
+
+
+def dbfs(magnitude: float) -> float:
+    """Decibels relative to full scale, -200 for zero."""
+    return max(NOTHING_DBFS, 20 * math.log10(magnitude)) if magnitude > 0 else NOTHING_DBFS

@@ -1,0 +1,68 @@
+"""Order: which rows in which order, a pure function of seed, step, rank and world."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from pipeline.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Order:
+    """A full shuffle of `rows_N` for every epoch, dealt to `world` ranks, `clips` rows to each a step.
+
+    One step of all ranks takes `clips * world` places of the epoch's shuffle, whoever they are dealt to:
+    worlds with equal products see the same rows at the same step. What does not fill a last step is dropped,
+    other rows each epoch. Raises InputError where the rows do not fill a single step.
+    """
+
+    rows_N: np.ndarray
+    clips: int
+    seed: int
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        if self.clips < 1 or not 0 <= self.rank < self.world:
+            raise ValueError(
+                f"clips must be 1 or more and rank in [0, {self.world}), got {self.clips}, {self.rank}"
+            )
+        if not self.steps_per_epoch:
+            raise InputError(
+                f"{len(self.rows_N)} clips do not fill one step of {self.clips} clips on each of "
+                f"{self.world} ranks; choose fewer clips per step, or more splits"
+            )
+
+    @property
+    def clips_of_all_ranks(self) -> int:
+        return self.clips * self.world
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.rows_N) // self.clips_of_all_ranks
+
+    def rows(self, step: int) -> np.ndarray:
+        """The rows of this rank at a step counted from the start of training, int64 `rows_B`."""
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        first = step_of_epoch * self.clips_of_all_ranks + self.rank * self.clips
+        places_N = shuffled(len(self.rows_N), self.seed, epoch)
+        return np.asarray(self.rows_N, np.int64)[places_N[first : first + self.clips]]
+
+
+@lru_cache(
+    maxsize=4
+)  # training and validation, each with the epoch that the prefetch has begun; 16 MB at 2 M rows
+def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of 0..count-1: 0.1 s for the 2,084,320 clips of AudioSet.
+
+    Sorts (random bits, index) pairs packed into one word. Unlike the methods of `Generator`, the raw stream
+    of a NumPy bit generator never changes (NEP 19 guarantees it): a run can be resumed under another NumPy.
+    """
+    index_bits = np.uint64(max(1, (count - 1).bit_length()))
+    keys_N = np.random.PCG64([seed, epoch]).random_raw(count) >> index_bits << index_bits
+    keys_N |= np.arange(count, dtype=np.uint64)
+    keys_N.sort()
+    places_N = (keys_N & ((np.uint64(1) << index_bits) - np.uint64(1))).astype(np.int64)
+    places_N.flags.writeable = False  # the cache hands out the same array again
+    return places_N

@@ -1,0 +1,267 @@
+"""From files to a store: what comes out, and that nothing that happens on the way changes it."""
+
+import filecmp
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import soundfile
+import torch
+import zarr
+from conftest import build
+from corpus import BROKEN, MISSING, SHORT, SILENT, clip_id, tone_in_noise, write_corpus
+from pipeline.audio import load
+
+from pipeline.build import Build, build_audioset, locked
+from pipeline.errors import InputError, StoreError
+from pipeline.mel import log_mel, mel_spec
+from pipeline.shards import shard_path
+from pipeline.store import FeatureStore, ledger_path
+from pipeline.verify import faults_of
+
+BUILD = """
+from pathlib import Path
+from conftest import build
+if __name__ == "__main__":
+    build(Path({corpus!r}), Path({out!r}), workers=1)
+"""
+TOLD_OF_THE_RUN = {"build.json"}  # times and paths: the one file that may differ between equal stores
+
+
+def files_of(store: Path) -> set[str]:
+    return {str(p.relative_to(store)) for p in store.rglob("*") if p.is_file()} - TOLD_OF_THE_RUN
+
+
+def assert_same_bytes(one: Path, other: Path) -> None:
+    assert files_of(one) == files_of(other)
+    differing = filecmp.cmpfiles(one, other, sorted(files_of(one)), shallow=False)[1:]
+    assert differing == ([], [])
+
+
+@pytest.fixture(scope="module")
+def fresh(corpus, tmp_path_factory):
+    """A store straight from the build, nothing propagated."""
+    out = tmp_path_factory.mktemp("fresh") / "fresh.zarr"
+    build(corpus, out)
+    return out
+
+
+def test_a_row_holds_the_log_mel_of_its_clip(corpus, store):
+    """The numbers a trainer sees are those of the sound, in the row the list gives it."""
+    spec = mel_spec("a-jepa")
+    for row in (0, SHORT[0], 47):
+        path = corpus / "audio" / f"{clip_id(row)}.wav"
+        audio = load(path, start_seconds=30, end_seconds=40, sample_rate_hz=32_000)
+        expected_TF = log_mel(torch.from_numpy(audio.wave_S)[None], spec)[0].numpy().astype(np.float16)
+        stored_TF = store.read(np.array([row]))[0]
+        np.testing.assert_array_equal(stored_TF[: len(expected_TF)], expected_TF)
+        np.testing.assert_array_equal(stored_TF[len(expected_TF) :], np.float16(spec.floor_log))
+        assert store.n_frames_N[row] == len(expected_TF)
+
+
+def test_zarr_python_reads_the_same_numbers(store):
+    """The store needs nothing of this package; what is not there reads as NaN."""
+    mel = zarr.open_group(store.path, mode="r")["mel"]
+    good_N = store.good_rows()
+    np.testing.assert_array_equal(mel.oindex[good_N], store.read(good_N))
+    assert np.isnan(mel[MISSING]).all()
+
+
+def test_bad_clips_keep_their_rows_and_say_why(store):
+    """A missing clip is a row with a reason, never a row of zeros and never a shift of the others."""
+    failed = (
+        store.manifest.with_row_index("row")
+        .filter(pl.col("status") == "failed")
+        .select("row", "reason")
+        .rows()
+    )
+    assert failed == [(MISSING, "missing"), (SILENT, "silent"), (BROKEN, "unreadable")]
+    with pytest.raises(StoreError, match=f"row {SILENT} is not"):
+        store.read(np.array([SILENT]))
+
+
+def test_statistics_are_those_of_the_valid_frames(store):
+    """Padding and failed clips must not pull the mean."""
+    for split, rows_N in {"a_train": store.good_rows(["a_train"]), "all": store.good_rows()}.items():
+        frames = [store.read(rows_N[i : i + 1])[0, : store.n_frames_N[row]] for i, row in enumerate(rows_N)]
+        values_NF = np.concatenate(frames).astype(np.float64)
+        assert store.stats[split]["frames"] == len(values_NF)
+        np.testing.assert_allclose(store.stats[split]["mean"], values_NF.mean(), rtol=1e-12)
+        np.testing.assert_allclose(store.stats[split]["std"], values_NF.std(), rtol=1e-9)
+        np.testing.assert_allclose(store.stats[split]["std_F"], values_NF.std(0), rtol=1e-9)
+
+
+def test_uint8_is_float16_but_for_its_steps(store, uint8_store_path):
+    """Half the size, at a twelfth of a nat."""
+    small = FeatureStore.open(uint8_store_path)
+    rows_N = small.good_rows()
+    restored_BTF = small.offset + small.scale * small.read(rows_N).astype(np.float32)
+    assert np.abs(restored_BTF - store.read(rows_N).astype(np.float32)).max() <= small.scale / 2 + 0.005
+    assert small.store_id != store.store_id
+
+
+def test_labels_are_those_of_the_list_and_what_they_imply(store):
+    """Raw labels stay as listed; Bell adds Musical instrument and Music beside them."""
+
+    def names_of(row, label_set):
+        return {
+            store.classes.names[c] for c in np.flatnonzero(store.labels_BC(np.array([row]), label_set)[0])
+        }
+
+    assert store.label_sets == ("raw", "unambiguous")
+    assert names_of(2, "raw") == {"Bell"}
+    assert names_of(2, "unambiguous") == {"Bell", "Music", "Musical instrument"}
+    assert names_of(4, "unambiguous") == set()
+
+
+def test_workers_and_reruns_change_no_byte(corpus, fresh, tmp_path):
+    """The plan, not the machine, decides the store."""
+    build(corpus, tmp_path / "two.zarr", workers=2)
+    assert_same_bytes(fresh, tmp_path / "two.zarr")
+    build(corpus, tmp_path / "two.zarr", workers=0)
+    assert_same_bytes(fresh, tmp_path / "two.zarr")
+    assert not list(faults_of(tmp_path / "two.zarr"))
+
+
+@pytest.mark.parametrize("after_seconds", [0.3, 1.2])
+def test_a_killed_build_carries_on_to_the_same_bytes(corpus, fresh, tmp_path, after_seconds):
+    """Weeks are lost where a crash means starting again."""
+    out = tmp_path / "killed.zarr"
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUILD.format(corpus=str(corpus), out=str(out))],
+        cwd=Path(__file__).parent,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (out / "ledger").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    while not list((out / "ledger").glob("*.parquet")) and after_seconds > 1 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    with pytest.raises(StoreError, match="not finished"):
+        FeatureStore.open(out)
+    (out / "mel" / "c" / "0").mkdir(parents=True, exist_ok=True)
+    (out / "mel" / "c" / "0" / "0.1.partial").write_bytes(b"debris of a crash")
+    build(corpus, out)
+    assert_same_bytes(fresh, out)
+
+
+def test_a_shard_written_but_not_in_the_ledger_is_built_again(corpus, fresh, tmp_path):
+    """The window between rename and commit: what is not in the ledger does not exist."""
+    out = tmp_path / "window.zarr"
+    build(corpus, out)
+    ledger_path(out, 1).unlink()
+    shard_path(out, 1).write_bytes(b"half of another shard")
+    build(corpus, out)
+    assert_same_bytes(fresh, out)
+
+
+def test_a_clip_that_arrives_later_fills_its_row_and_only_that(tmp_path):
+    """Downloads trickle in; the good rows of a shard are not decoded again."""
+    folder = write_corpus(tmp_path / "corpus", clips=20)
+    build(folder, tmp_path / "x.zarr")
+    for path in (folder / "audio").glob("*.wav"):
+        if path.stem != clip_id(7):
+            path.unlink()  # so that decoding any of them again would lose it
+    soundfile.write(
+        folder / "audio" / f"{clip_id(MISSING)}.wav",
+        tone_in_noise(MISSING, seconds=10, rate_hz=32_000),
+        32_000,
+    )
+    manifest = build(folder, tmp_path / "x.zarr")
+    assert manifest.filter(pl.col("status") != "good")["clip_id"].to_list() == [clip_id(SILENT)]
+    whole = write_corpus(tmp_path / "whole", clips=20)
+    soundfile.write(
+        whole / "audio" / f"{clip_id(MISSING)}.wav",
+        tone_in_noise(MISSING, seconds=10, rate_hz=32_000),
+        32_000,
+    )
+    build(whole, tmp_path / "whole.zarr")
+    for shard in range(2):
+        assert (
+            shard_path(tmp_path / "x.zarr", shard).read_bytes()
+            == shard_path(tmp_path / "whole.zarr", shard).read_bytes()
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"spec": mel_spec("audio-jepa")}, "holds mel spec a-jepa, not audio-jepa"),
+        ({"dtype": "uint8"}, "holds float16, not uint8"),
+    ],
+)
+def test_a_store_of_another_kind_is_not_continued(corpus, fresh, change, said):
+    """Two specs in one store would train on nonsense."""
+    segments = [corpus / "a_train_segments.csv", corpus / "eval_segments.csv"]
+    before = (fresh / "manifest.parquet").read_bytes()
+    with pytest.raises(StoreError, match=said):
+        build_audioset([corpus / "audio"], segments, fresh, Build(**{"spec": mel_spec("a-jepa"), **change}))
+    with pytest.raises(StoreError, match="other segments"):
+        build_audioset([corpus / "audio"], segments[:1], fresh, Build(spec=mel_spec("a-jepa")))
+    assert (fresh / "manifest.parquet").read_bytes() == before
+
+
+def test_wrong_input_leaves_nothing_half_made(corpus, tmp_path):
+    """A mistake in the first line must not cost a clean-up."""
+    with pytest.raises(InputError, match="no such folder"):
+        build_audioset(
+            [tmp_path / "no"],
+            [corpus / "eval_segments.csv"],
+            tmp_path / "x.zarr",
+            Build(spec=mel_spec("a-jepa")),
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_builds_of_one_store_do_not_meet(fresh):
+    """Two writers in one shard lose data."""
+    with (
+        locked(fresh),
+        pytest.raises(StoreError, match=f"being built by process {os.getpid()} on"),
+        locked(fresh),
+    ):
+        pass
+
+
+def test_too_little_space_is_said_before_the_first_clip(corpus, tmp_path, monkeypatch):
+    """Not after a night of decoding."""
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 2**20})())
+    with pytest.raises(StoreError, match="47 clips need"):
+        build(corpus, tmp_path / "x.zarr")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_store_opens_again_in_another_process_by_its_path(store):
+    """Spawned workers get a pickled store."""
+    import pickle
+
+    again = pickle.loads(pickle.dumps(store))
+    assert (again.store_id, again.spec, again.label_sets) == (store.store_id, store.spec, store.label_sets)
+
+
+def test_the_identity_follows_the_content(fresh, store):
+    """Labels may be added later: they are no part of what the numbers are."""
+    assert FeatureStore.open(fresh).store_id == store.store_id
+    assert json.loads((fresh / "zarr.json").read_text())["attributes"]["ajepa"]["spec_id"] == store.spec_id
+
+
+def test_a_store_of_another_spec_than_expected_is_refused(store_path):
+    """A checkpoint names the spec it was trained on."""
+    with pytest.raises(StoreError, match=r"expected MelSpec.*audio-jepa"):
+        FeatureStore.open(store_path, expect=mel_spec("audio-jepa"))
+
+
+@pytest.mark.parametrize("path", ["nowhere.zarr", "."])
+def test_what_is_no_store_is_refused(tmp_path, path):
+    """With the command that makes one."""
+    with pytest.raises(StoreError, match="not a feature store; make one with"):
+        FeatureStore.open(tmp_path / path)

@@ -1,0 +1,213 @@
+"""The fast loader gives the plain loader's batches, whatever happens on the way."""
+
+import gc
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.dali import DaliLoader, open_loader
+from pipeline.errors import RunError, StoreError
+from pipeline.loader import Batch, PlainLoader, View
+from pipeline.order import Order
+from pipeline.store import FeatureStore
+
+pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not there: only Linux has it")
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA device")
+
+
+@pytest.fixture(scope="session", params=["float16", "uint8"])
+def any_store(request) -> FeatureStore:
+    fixture = {"float16": "store_path", "uint8": "uint8_store_path"}[request.param]
+    return FeatureStore.open(request.getfixturevalue(fixture))
+
+
+def view_of(store: FeatureStore, **kind) -> View:
+    """Normalised by the store's own statistics."""
+    return View(**{"frames": 96, "mean": store.stats["all"]["mean"], "std": store.stats["all"]["std"]} | kind)
+
+
+def order_of(store: FeatureStore, **kind) -> Order:
+    return Order(**{"rows_N": store.good_rows(), "clips": 6, "seed": 1} | kind)
+
+
+def assert_equal(fast: Batch, plain: Batch) -> None:
+    """Bit for bit in every field."""
+    assert fast.mel_BTF.dtype == plain.mel_BTF.dtype == torch.float32
+    assert torch.equal(fast.mel_BTF.view(torch.int32), plain.mel_BTF.view(torch.int32))
+    assert torch.equal(fast.n_frames_B, plain.n_frames_B)
+    assert np.array_equal(fast.rows_B, plain.rows_B)
+    assert torch.equal(fast.weights_B, plain.weights_B)
+    assert (fast.labels_BC is None) == (plain.labels_BC is None)
+    assert fast.labels_BC is None or torch.equal(fast.labels_BC, plain.labels_BC)
+
+
+@pytest.mark.parametrize(
+    ("frames", "crop"), [(96, "random"), (250, "start"), (998, "random"), (1_100, "random")]
+)
+def test_two_epochs_are_the_plain_loaders_bit_for_bit(any_store, frames, crop):
+    """Crops, short clips, padding beyond the stored frames, labels and weights, kept until the end: none is reused."""
+    store = any_store
+    view = view_of(store, frames=frames, crop=crop, label_set="raw")
+    weights_N = np.random.default_rng(0).random(len(store.n_frames_N))
+    order = order_of(store)
+    steps = 2 * order.steps_per_epoch
+    with DaliLoader(store, order, view, weights_N=weights_N) as loader:
+        batches = list(loader.batches(0, steps))
+    plain = PlainLoader(store, order, view, weights_N=weights_N)
+    assert len(batches) == steps
+    for step, batch in enumerate(batches):
+        assert_equal(batch, plain.batch(step))
+
+
+@pytest.mark.parametrize("first", [1, 3, 6, 9])
+def test_a_run_resumes_at_any_step(store, first):
+    """A resumed run sees what the uninterrupted one saw; 7 steps are an epoch here."""
+    loader = DaliLoader(store, order_of(store), view_of(store))
+    whole = list(loader.batches(0, 10))
+    for resumed, walked in zip(loader.batches(first, 10), whole[first:], strict=True):
+        assert_equal(resumed, walked)
+
+
+@pytest.mark.parametrize(("prefetch", "threads"), [(1, 1), (1, 3), (5, 2), (50, 1)])
+def test_settings_change_the_speed_only(store, prefetch, threads):
+    """More made ahead, or by more threads, is the same."""
+    loader = DaliLoader(store, order_of(store), view_of(store), prefetch=prefetch, threads=threads)
+    plain = PlainLoader(store, order_of(store), view_of(store))
+    for fast, slow in zip(loader.batches(0, 9), plain.batches(0, 9), strict=True):
+        assert_equal(fast, slow)
+
+
+def test_no_steps_are_no_batches(store):
+    """Resuming a finished run."""
+    assert list(DaliLoader(store, order_of(store), view_of(store)).batches(5, 5)) == []
+
+
+def rows_until_the_error(batches: Iterator[Batch]) -> tuple[list[int], str]:
+    """The rows that came, and what the StoreError said."""
+    rows: list[int] = []
+    try:
+        for batch in batches:
+            rows.extend(batch.rows_B)
+    except StoreError as error:
+        return rows, str(error)
+    pytest.fail("no StoreError came")
+
+
+def test_a_missing_shard_is_told_in_its_turn(store_path, tmp_path):
+    """The batches before it come, then the plain loader's error at the plain loader's step: no hang, no zeros."""
+    shutil.copytree(store_path, tmp_path / "damaged.zarr")
+    store = FeatureStore.open(tmp_path / "damaged.zarr")
+    shard_clips = store.header.layout.shard_clips
+    orders = (order_of(store, clips=1, seed=seed) for seed in range(1_000))
+    order = next(o for o in orders if [int(o.rows(s)[0]) // shard_clips for s in range(4)] == [0, 2, 0, 1])
+    shutil.rmtree(tmp_path / "damaged.zarr" / "mel" / "c" / "1")
+    ends = [
+        rows_until_the_error(kind(store, order, view_of(store)).batches(0, 20))
+        for kind in (PlainLoader, DaliLoader)
+    ]
+    assert ends[0] == ends[1]
+    assert len(ends[0][0]) == 3
+    assert "mel/c/1/0/0" in ends[0][1]
+
+
+def resources() -> tuple[int, int]:
+    """Threads of this process, Python's and others, and its open files."""
+    gc.collect()
+    return len(list(Path("/proc/self/task").iterdir())), len(os.listdir("/proc/self/fd"))
+
+
+def test_a_hundred_loaders_broken_off_leave_nothing_behind(store):
+    """A sweep over settings opens many loaders in one process; each is left after a batch, by every way there is."""
+    rows: list[np.ndarray] = []
+
+    def one_batch(way: int) -> None:
+        loader = DaliLoader(store, order_of(store), view_of(store, frames=16))
+        batches = loader.batches(0, 1_000_000)
+        rows.append(next(batches).rows_B)
+        if way == 0:
+            loader.close()
+        elif way == 1:
+            batches.close()
+
+    for cycle in range(3):
+        one_batch(cycle)
+    before = resources()
+    for cycle in range(100):
+        one_batch(cycle % 3)
+    assert resources() == before
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+
+
+def test_a_closed_loader_has_no_more_batches(store):
+    """Closing ends the iterators that are still about."""
+    with DaliLoader(store, order_of(store), view_of(store)) as loader:
+        batches = loader.batches(0, 100)
+        next(batches)
+    assert list(batches) == []
+
+
+def test_where_dali_is_absent_the_plain_loader_says_so(store, monkeypatch, capsys):
+    """macOS has no DALI wheels: training works there, and nobody wonders why it is slower."""
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    loader = open_loader(store, order_of(store), view_of(store))
+    assert isinstance(loader, PlainLoader)
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "plain loader" in told
+
+
+@pytest.mark.parametrize(("kind", "wanted"), [("dali", DaliLoader), ("plain", PlainLoader)])
+def test_a_loader_is_opened_by_name(store, kind, wanted, capsys):
+    assert isinstance(open_loader(store, order_of(store), view_of(store), kind=kind), wanted)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_loader_of_another_name_is_refused(store):
+    with pytest.raises(RunError, match="dali or plain"):
+        open_loader(store, order_of(store), view_of(store), kind="torch")
+
+
+def test_cuda_where_there_is_none_is_refused_in_one_line(store, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(RunError, match="device cuda: PyTorch finds 0 CUDA devices; use cpu"):
+        open_loader(store, order_of(store), view_of(store), device="cuda")
+
+
+@pytest.mark.gpu
+@CUDA
+@pytest.mark.parametrize("frames", [96, 1_100])
+def test_batches_made_on_a_gpu_are_the_plain_ones(any_store, frames):
+    """Float32 on both sides; a GPU may round the last bit of the normalisation another way."""
+    view = view_of(any_store, frames=frames, label_set="raw")
+    with DaliLoader(any_store, order_of(any_store), view, device="cuda") as loader:
+        batches = list(loader.batches(0, 14))
+    plain = PlainLoader(any_store, order_of(any_store), view)
+    for step, batch in enumerate(batches):
+        wanted = plain.batch(step)
+        assert batch.mel_BTF.is_cuda
+        torch.testing.assert_close(batch.mel_BTF.cpu(), wanted.mel_BTF, rtol=1e-6, atol=1e-6)
+        assert torch.equal(batch.labels_BC.cpu(), wanted.labels_BC)
+        assert torch.equal(batch.n_frames_B.cpu(), wanted.n_frames_B)
+
+
+@pytest.mark.gpu
+@CUDA
+def test_a_gpu_batch_is_not_overwritten_while_it_is_used(store):
+    """Its memory is DALI's: work queued on it must be done before DALI takes it back."""
+    view = view_of(store, frames=998)
+    plain = PlainLoader(store, order_of(store), view)
+    sums = []
+    with DaliLoader(store, order_of(store), view, device="cuda") as loader:
+        for batch in loader.batches(0, 50):
+            torch.cuda._sleep(2_000_000)  # the copy below waits on the device while the host runs ahead
+            sums.append(batch.mel_BTF.clone())
+            del batch
+    for step, mel_BTF in enumerate(sums):
+        torch.testing.assert_close(mel_BTF.cpu(), plain.batch(step).mel_BTF, rtol=1e-6, atol=1e-6)

@@ -1,0 +1,101 @@
+"""ajepa-data as a newcomer meets it: what it prints, and what it says of mistakes."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import typer
+from corpus import write_corpus
+
+from pipeline import cli
+
+PROGRAM = [sys.executable, "-c", "if __name__ == '__main__':\n    from pipeline.cli import main; main()"]
+
+
+def run(*arguments, monkeypatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["ajepa-data", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return stop.value.code or 0
+
+
+def wish(corpus, out, *more):
+    lists = [f"--segments={corpus / name}" for name in ("a_train_segments.csv", "eval_segments.csv")]
+    return ["build-audioset", "--audio", corpus / "audio", *lists, "--out", out, "--workers", 0, *more]
+
+
+def test_a_store_is_built_propagated_verified_and_shown(tmp_path, monkeypatch, capsys):
+    """The whole of stage one, by its own commands."""
+    corpus, out = write_corpus(tmp_path / "corpus", clips=20), tmp_path / "x.zarr"
+    assert run(*wish(corpus, out), monkeypatch=monkeypatch) == 0
+    assert "missing" in (said := capsys.readouterr().out)
+    assert f"Next: ajepa-data propagate-labels {out}" in said
+    assert run("propagate-labels", out, monkeypatch=monkeypatch) == 0
+    assert run("verify", out, monkeypatch=monkeypatch) == 0
+    assert run("report", out, "--out", tmp_path / "mels.png", monkeypatch=monkeypatch) == 0
+    assert (tmp_path / "mels.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--spec", "ajepa"], "a-jepa"),
+        (["--dtype", "float32"], "float16 or uint8"),
+        (["--audio", "nowhere"], "nowhere: no such folder"),
+        (["--segments", "nowhere.csv"], "nowhere.csv"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(corpus, tmp_path, monkeypatch, capsys, more, said):
+    """What, where, what was expected; status 1; nothing half-made."""
+    assert run(*wish(corpus, tmp_path / "x.zarr", *more), monkeypatch=monkeypatch) == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["propagate-labels", "verify"])
+def test_what_is_no_store_is_said_in_one_line(tmp_path, monkeypatch, capsys, command):
+    """With the command that makes one."""
+    assert run(command, tmp_path, monkeypatch=monkeypatch) == 1
+    assert "ajepa-data build-audioset" in capsys.readouterr().err
+
+
+def test_faults_end_in_status_1(store_path, tmp_path, monkeypatch, capsys):
+    """A script must be able to stop on them."""
+    import shutil
+
+    copy = shutil.copytree(store_path, tmp_path / "copy.zarr")
+    (copy / "stats.json").unlink()
+    assert run("verify", copy, monkeypatch=monkeypatch) == 1
+    assert "stats.json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_build_says_that_it_carries_on(corpus, tmp_path, number):
+    """Ctrl-C and a batch system's SIGTERM: one line, status 75, and no worker left behind."""
+    arguments = [str(a) for a in wish(corpus, tmp_path / "x.zarr", "--workers", 1)]
+    process = subprocess.Popen(
+        [*PROGRAM, *arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    while not (tmp_path / "x.zarr" / "build.lock").exists():
+        time.sleep(0.02)
+    time.sleep(0.3)
+    process.send_signal(number)
+    error = process.communicate(timeout=30)[1]
+    assert process.returncode == cli.RUN_AGAIN
+    assert "the same command carries on" in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("name", sorted(typer.main.get_command(cli.app).commands))
+def test_help_fits_a_screen_and_has_an_example(name, monkeypatch, capsys):
+    """80 columns, 24 lines and a bit; every option states its unit and default."""
+    assert run(name, "--help", monkeypatch=monkeypatch) == 0
+    text = capsys.readouterr().out
+    assert f"Example: ajepa-data {name}" in " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= 80
+    assert len(text.splitlines()) <= 45

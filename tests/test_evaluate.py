@@ -1,0 +1,190 @@
+"""Frozen features and their probes: right means, right penalties, honest comparisons."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from tiny import tiny
+
+from ajepa.evaluate import RANDOM, STATISTICS, TRAINED, Evaluation, Views, evaluate, features, probe_rows
+from ajepa.jepa import Jepa
+from ajepa.pretrain import pretrain
+from ajepa.probes import chosen_l2, knn_NC, linear_NC, standardised
+from ajepa.run import Run
+from pipeline.errors import RunError
+
+
+@pytest.fixture(scope="module")
+def run(store_path, tmp_path_factory) -> Run:
+    path = tmp_path_factory.mktemp("runs") / "run"
+    return pretrain(store_path, tiny(), path, steps=6, device="cpu", say=lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def evaluation(store_path, run) -> Evaluation:
+    return evaluate(store_path, run.path, device="cpu")
+
+
+class SomeClips:
+    """What `Views` needs of a store: twelve clips of 100 stored frames, of which `valid` are sound."""
+
+    frames, scale, offset = 100, 1.0, 0.0
+
+    def __init__(self, valid: list[int], *, past_the_end: float = 0.0) -> None:
+        rng = np.random.default_rng(3)
+        self.mel_BTF = rng.standard_normal((len(valid), 100, 128)).astype(np.float32)
+        self.n_frames_N = np.array(valid, np.int32)
+        self.mel_BTF[np.arange(100) >= self.n_frames_N[:, None]] = past_the_end
+
+    def read(self, rows_B):
+        return self.mel_BTF[rows_B].copy()
+
+
+def encoded(clips: SomeClips, *, encoder=None) -> np.ndarray:
+    views = Views(store=clips, frames=64, mean=0.0, std=1.0)
+    return features(views, np.arange(len(clips.n_frames_N)), encoder)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return Jepa(tiny().model, seed=1).target.eval()
+
+
+@pytest.mark.parametrize("kind", ["encoder", "statistics"])
+def test_what_lies_past_a_clips_end_never_reaches_its_features(encoder, kind):
+    """Padding in a mean would tell short clips from long ones, and nothing else."""
+    chosen = encoder if kind == "encoder" else None
+    valid = [100, 64, 63, 30, 1]
+    quiet, loud = (encoded(SomeClips(valid, past_the_end=value), encoder=chosen) for value in (0.0, 9e3))
+    assert np.array_equal(quiet, loud)
+
+
+def test_a_clips_features_are_the_mean_over_the_valid_tokens_of_all_its_views(encoder):
+    """100 frames in views of 64: 4 columns of 8 tokens, then 3 columns that begin before frame 100."""
+    clips = SomeClips([100])
+    mel_TF = torch.from_numpy(clips.mel_BTF[0])
+    last_TF = torch.cat([mel_TF[64:], torch.zeros(28, 128)])
+    with torch.inference_mode():
+        valid_BP = torch.arange(32)[None] < 24
+        first_PD, last_PD = encoder(mel_TF[None, :64])[0], encoder(last_TF[None], valid_BP=valid_BP)[0][:24]
+    expected_D = torch.cat([first_PD, last_PD]).mean(0)
+    np.testing.assert_allclose(encoded(clips, encoder=encoder)[0], expected_D, rtol=1e-5, atol=1e-6)
+
+
+def test_statistics_are_mean_and_deviation_of_every_band_over_valid_frames():
+    """The baseline to beat must not be weaker than it says."""
+    clips = SomeClips([100, 37])
+    expected = [np.concatenate([m.mean(0), m.std(0)]) for m in (clips.mel_BTF[0], clips.mel_BTF[1][:37])]
+    np.testing.assert_allclose(encoded(clips), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_constant_feature_becomes_zero_instead_of_nan():
+    """A dead dimension is no reason to lose a probe."""
+    train_ND = np.array([[1.0, 5.0], [3.0, 5.0]], np.float32)
+    train, evaluated = standardised(train_ND, train_ND + 1)
+    assert train.tolist() == [[-1.0, 0.0], [1.0, 0.0]]
+    assert evaluated.tolist() == [[0.0, 0.0], [2.0, 0.0]]
+
+
+@pytest.mark.parametrize("l2", [1.0, 1e-2, 1e-4])
+def test_the_linear_probe_is_scikit_learns_logistic_regression_class_by_class(l2):
+    """One L-BFGS over all classes at once, for speed, must find what one-versus-rest finds."""
+    rng = np.random.default_rng(0)
+    train_ND, eval_ND = (rng.standard_normal((count, 6)).astype(np.float32) for count in (80, 20))
+    labels_NC = (train_ND[:, :3] + rng.standard_normal((80, 3)) > 0.3).astype(np.float32)
+    scores_NC = linear_NC(torch.from_numpy(train_ND), labels_NC, torch.from_numpy(eval_ND), l2=l2)
+    for index in range(3):
+        reference = LogisticRegression(C=1 / (l2 * 80), max_iter=1000, tol=1e-8).fit(train_ND, labels_NC[:, index])
+        np.testing.assert_allclose(scores_NC[:, index], reference.decision_function(eval_ND), atol=2e-2)
+
+
+def test_a_class_without_a_train_clip_scores_nothing():
+    """It must neither break the probe nor be ranked by accident."""
+    rng = np.random.default_rng(0)
+    train_ND = torch.from_numpy(rng.standard_normal((20, 3)).astype(np.float32))
+    labels_NC = np.stack([np.arange(20) % 2, np.zeros(20)], axis=1).astype(np.float32)
+    assert linear_NC(train_ND, labels_NC, train_ND, l2=0.1)[:, 1].tolist() == [0.0] * 20
+
+
+def test_noise_features_are_penalised_more_than_telling_ones():
+    """The penalty is chosen on held-out train clips, so it follows the features and never sees eval."""
+    rng = np.random.default_rng(0)
+    labels_NC = (rng.random((200, 3)) < 0.5).astype(np.float32)
+    noise_ND = rng.standard_normal((200, 60)).astype(np.float32)
+    telling_ND = np.concatenate([3 * labels_NC, noise_ND[:, :5]], axis=1)
+    noise, telling = (chosen_l2(torch.from_numpy(f), labels_NC, seed=0) for f in (noise_ND, telling_ND))
+    assert telling in (1.0, 0.1, 0.01, 1e-3, 1e-4)
+    assert chosen_l2(torch.from_numpy(noise_ND), labels_NC, seed=0) == noise
+
+
+def test_neighbours_vote_by_direction_not_by_length():
+    """Cosine along the features: normalised along the clips, near and far would mix."""
+    train_ND = torch.tensor([[1.0, 0.0], [9.0, 1.0], [0.0, 1.0], [0.1, 5.0]])
+    labels_NC = np.array([[1, 0], [1, 1], [0, 1], [0, 0]], np.float32)
+    scores_NC = knn_NC(train_ND, labels_NC, torch.tensor([[0.01, 0.0], [0.0, 70.0]]), neighbours=2)
+    assert scores_NC.tolist() == [[1.0, 0.5], [0.0, 0.5]]
+
+
+def test_every_features_probe_and_label_set_is_scored_and_kept(evaluation, run, store):
+    """The table, the value and the file say the same; labels are measured on themselves."""
+    names = {(s.features, s.probe, s.label_set) for s in evaluation.scores}
+    expected = {(f, p, s) for f in (TRAINED, RANDOM, STATISTICS) for p in ("linear", "knn") for s in store.label_sets}
+    assert names == expected
+    assert store.label_sets == ("raw", "unambiguous")
+    told = json.loads((run.path / "evaluation.json").read_text())
+    assert Evaluation.from_json(told).scores == evaluation.scores
+    for score in evaluation.scores:
+        assert f"{score.map:8.3f}" in evaluation.table()
+        assert score.classes + score.skipped == len(store.classes.mids)
+    assert max(len(line) for line in evaluation.table().splitlines()) <= 80
+
+
+def test_propagated_labels_have_more_classes_to_rank_than_raw_ones(evaluation):
+    """Each label set brings its own eval positives, and so its own chance level."""
+    raw, propagated = (evaluation.of(STATISTICS, "knn", name) for name in ("raw", "unambiguous"))
+    assert propagated.classes > raw.classes
+    assert 0 < raw.chance < 1
+
+
+def test_evaluating_twice_gives_the_same_numbers(store_path, run, evaluation):
+    """A figure that moves by itself cannot be compared."""
+    assert evaluate(store_path, run.path, device="cpu").scores == evaluation.scores
+
+
+def test_probes_learn_from_train_clips_only_and_from_no_more_than_asked(store):
+    """The eval split is measured whole; a cap draws the same rows every time."""
+    train_N, eval_N = probe_rows(store, 0, 10)
+    assert len(train_N) == 10
+    assert np.array_equal(eval_N, store.good_rows(["eval"]))
+    assert not set(train_N) & set(eval_N)
+    assert np.array_equal(train_N, probe_rows(store, 0, 10)[0])
+    assert not np.array_equal(train_N, probe_rows(store, 1, 10)[0])
+
+
+def test_a_run_is_not_evaluated_on_another_kind_of_features(store_path, tmp_path, run):
+    """A network fed with other mels answers, and answers wrongly."""
+    told = json.loads((run.path / "recipe.json").read_text())
+    told["recipe"]["mel"] = "audio-jepa"
+    (tmp_path / "recipe.json").write_text(json.dumps(told))
+    with pytest.raises(RunError, match="recipe tiny needs audio-jepa"):
+        evaluate(store_path, tmp_path)
+
+
+def test_a_run_without_a_checkpoint_cannot_be_evaluated(store_path, tmp_path, run):
+    """Said before the store is read through, in one line."""
+    (tmp_path / "recipe.json").write_text((run.path / "recipe.json").read_text())
+    with pytest.raises(RunError, match="holds no checkpoint yet"):
+        evaluate(store_path, tmp_path)
+
+
+def test_the_random_encoder_is_the_run_before_its_first_step(store_path, run, evaluation, tmp_path):
+    """The comparison is with what training started from: same seed, same architecture."""
+    other = replace(tiny().resized(steps=6), schedule=replace(tiny().schedule, peak_lr=1e-9, start_lr=0.0))
+    still = pretrain(store_path, other, tmp_path / "run", device="cpu", say=lambda line: None)
+    unmoved = evaluate(store_path, still.path, device="cpu")
+    for probe in ("linear", "knn"):
+        moved = unmoved.of(TRAINED, probe, "raw").map
+        assert moved == pytest.approx(evaluation.of(RANDOM, probe, "raw").map, abs=0.02)

@@ -1,0 +1,55 @@
+"""The README cannot drift: what it names exists, and what exists it names."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import typer
+
+import ajepa.cli
+import pipeline.cli
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    f"{program} {name} "
+    for program, app in (("ajepa-data", pipeline.cli.app), ("ajepa-train", ajepa.cli.app))
+    for name in sorted(typer.main.get_command(app).commands)
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_in_the_readme(command):
+    """A command that nobody reads of is a command that nobody uses."""
+    assert command in README
+
+
+def test_every_command_of_the_readme_exists():
+    """Nor may it promise what is not there."""
+    named = set(re.findall(r"^(?:\| `)?(ajepa-(?:data|train) [a-z-]+)", README, flags=re.MULTILINE))
+    assert {f"{name} " for name in named} <= set(COMMANDS)
+
+
+def test_every_option_of_the_readme_exists():
+    """A renamed option would break the reader's first try."""
+    options = set()
+    for app in (pipeline.cli.app, ajepa.cli.app):
+        for command in typer.main.get_command(app).commands.values():
+            options |= {opt for parameter in command.params for opt in parameter.opts}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= options
+
+
+def test_ci_runs_the_readmes_test_command():
+    """One way to run the tests, for people and machines."""
+    command = "pip install rust-just && just test"
+    assert command in README
+    assert command.replace("install", "install --quiet") in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_tested_versions_satisfy_the_declared_ones():
+    """`constraints.txt` pins what pyproject.toml asks for."""
+    pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().split()}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    assert {re.split(r"[><=;\s]", name)[0].lower() for name in asked} <= pinned

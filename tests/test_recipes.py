@@ -1,0 +1,93 @@
+"""Recipes: values that survive JSON, stretch to any length, and say what they cost."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ajepa.curriculum import Curriculum
+from ajepa.recipes import RECIPES, a_jepa, audio_jepa, from_json, recipe, smoke, to_json
+from pipeline.errors import RunError
+from pipeline.mel import mel_spec
+
+NAMES = sorted(RECIPES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_comes_back_from_json_as_it_was(name):
+    """A run folder must rebuild the very model and masks that it was trained with, years later."""
+    made = recipe(name)
+    assert made.name == name
+    assert from_json(json.loads(json.dumps(to_json(made)))) == made
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_says_what_it_costs_and_what_to_expect(name):
+    """Who starts a run wants to know first whether it takes a minute or a month."""
+    told = RECIPES[name].__doc__
+    assert "Cost" in told
+    assert "Expected" in told
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_view_of_a_recipe_holds_the_bands_of_its_mel_preset(name):
+    """A grid that does not fit its features would fail only at the first batch."""
+    made = recipe(name)
+    assert made.model.encoder.grid.bands == mel_spec(made.mel).mel_bands
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("steps", [1, 30, 1_000_000])
+def test_every_schedule_ends_with_the_run_whatever_its_length(name, steps):
+    """--steps must move every horizon with it; tied to another length, the teacher never settles."""
+    made = recipe(name).resized(steps=steps)
+    schedule = made.schedule
+    assert schedule.lr(steps, steps) == pytest.approx(schedule.end_lr)
+    assert schedule.momentum(steps, steps) == schedule.ema_end
+    assert max(schedule.lr(step, steps) for step in (0, steps // 50, steps // 10)) <= schedule.peak_lr
+    if isinstance(made.masks, Curriculum):
+        assert made.masks.steps == steps
+
+
+def test_a_curriculum_of_another_length_than_its_run_is_refused():
+    """Two lengths in one recipe: one of them would be wrong without a word."""
+    with pytest.raises(ValueError, match="a curriculum over 20 steps in a run of 40"):
+        replace(smoke(), steps=40)
+
+
+def test_audio_jepa_warms_up_for_a_thousand_steps_to_its_peak():
+    """DESIGN section 7: 1e-6 to 3e-4 in 1 k steps, then a cosine to 0 at 100 k."""
+    schedule, steps = audio_jepa().schedule, audio_jepa().steps
+    rates = [schedule.lr(step, steps) for step in (0, 1_000, 50_500, 100_000)]
+    assert rates == pytest.approx([1e-6, 3e-4, 1.5e-4, 0.0], abs=1e-12)
+
+
+def test_a_jepa_sees_audioset_24_times():
+    """24 epochs of 2,084,320 clips, 512 at a time."""
+    made = a_jepa()
+    assert made.steps * made.clips_per_step == pytest.approx(24 * 2_084_320, rel=1e-4)
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("smal", "small"), ("ajepa", "a-jepa"), ("audiojepa", "audio-jepa")])
+def test_a_misspelt_recipe_is_answered_with_the_nearest(typed, meant):
+    """One line: what was typed, what was probably meant, what there is."""
+    with pytest.raises(RunError, match=f"did you mean '{meant}'.*There are: smoke, small"):
+        recipe(typed)
+
+
+def test_a_piece_that_this_version_does_not_know_is_refused():
+    """A run of a later version names its missing piece instead of failing somewhere inside."""
+    told = to_json(smoke())
+    with pytest.raises(RunError, match="recipe's WholeSpectra cannot be read"):
+        from_json({**told, "masks": {"type": "WholeSpectra"}})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_masks_of_a_recipe_fit_its_grid_from_the_first_step_to_the_last(name):
+    """Every stage of a recipe's masking has to be drawable on its own grid."""
+    made = recipe(name)
+    for step in (0, made.steps // 2, made.steps - 1):
+        rng = np.random.default_rng(step)
+        masks = made.masks.maker(step, rng).sample(rng, made.model.encoder.grid, batch=4)
+        assert not set(masks.context_BK[0]) & set(masks.targets_BGQ[0].ravel())
