@@ -1,6 +1,7 @@
 """ajepa-data: sound files in, a checked feature store out."""
 
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -82,7 +83,10 @@ def build_audioset(
 def _progress(clips: int, rows: Iterator[int]) -> Iterator[int]:
     from tqdm import tqdm
 
-    yield from tqdm(rows, total=clips, unit="clip", desc="decode", smoothing=0.05, dynamic_ncols=True)
+    seldom = 0.1 if sys.stderr.isatty() else 30  # a log wants a line now and then
+    yield from tqdm(
+        rows, total=clips, unit="clip", desc="decode", smoothing=0.05, dynamic_ncols=True, mininterval=seldom
+    )
 
 
 @app.command()

@@ -47,7 +47,9 @@ KINDS = {
     "flac": Container(suffixes=(".flac",), demuxer="flac", libsndfile=True),
     "mp3": Container(suffixes=(".mp3", ".mp2"), demuxer="mp3"),
     "aac": Container(suffixes=(".aac",), demuxer="aac", length="guessed"),
-    "ogg": Container(suffixes=(".ogg", ".oga", ".opus", ".spx", ".ogv"), demuxer="ogg", length="found"),
+    "ogg": Container(
+        suffixes=(".ogg", ".oga", ".opus", ".spx", ".ogv"), demuxer="ogg", length="found", seekable=True
+    ),
     "mp4": Container(
         suffixes=(".m4a", ".mp4", ".m4v", ".m4b", ".mov", ".3gp", ".3g2"), demuxer="mov", seekable=True
     ),

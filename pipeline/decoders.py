@@ -1,37 +1,26 @@
-"""Take: the wanted seconds of one file, decoded and mixed to mono; the only door to libsndfile and FFmpeg.
+"""Take: the wanted seconds of one file, decoded and mixed to mono; the only door to libsndfile.
 
 Measured on 10 s stereo clips, libsndfile against PyAV: wav 4 : 40 ms, flac 16 : 21, mp3 13 : 16, vorbis 22 : 15,
 opus 92 : 30. So wav and flac are libsndfile's, all else PyAV's. mp3 too: libsndfile's mpg123 writes to stderr
 about every damaged frame, and PyAV steps over it.
-
-Where sound begins: what a container states of its encoder's delay is honoured (LAME header in mp3, pre-skip in
-opus, codec delay in matroska, edit list in mp4), and then the start is exact to the sample. AAC without such a
-statement (ADTS, MPEG-TS, many mp4) begins with that delay, 1024 samples for FFmpeg's encoder: it cannot be
-known from the file and is left in. Likewise mp3 without a LAME header, 1105 samples.
 """
 
-import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol, Self
 
-import av
 import numpy as np
 import soundfile
-from av.audio import AudioStream
-from av.audio.frame import AudioFrame
-from av.container import InputContainer
 
 from pipeline.containers import Container
 from pipeline.errors import AudioError
+from pipeline.ffmpeg import Ffmpeg, FFmpegError
 
 COMPLETE = 0.95  # a clip that lacks less than 5 % of what it should hold is whole
 RATES_HZ = range(1_000, 1_000_000)
 BLOCK_FRAMES = 2**14
-PRE_ROLL_SECONDS = 1.0  # decoded before a cut and thrown away: opus needs 0.08, AAC one frame
-NOWHERE = 2**62  # a sample number behind every sound: where a seek led that failed
 
 
 class Segment(NamedTuple):
@@ -69,11 +58,19 @@ class Take:
 class Source(Protocol):
     """A file that a decoder has opened."""
 
-    rate_hz: int
-    channels: int
-    codec: str
-    seconds: float  # as declared, else as there
-    declared: bool  # whether `seconds` is a promise to be held against what decodes
+    @property
+    def rate_hz(self) -> int: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def codec(self) -> str: ...
+    @property
+    def seconds(self) -> float:
+        """As declared, else as there."""
+
+    @property
+    def declared(self) -> bool:
+        """Whether `seconds` is a promise to be held against what decodes."""
 
     def blocks(self, first: int, wanted: int) -> Iterator[np.ndarray]:
         """Float32 [channel, sample] pieces of samples [first, first + wanted), as far as they decode."""
@@ -85,8 +82,8 @@ def decode(path: Path, container: Container, segment: Segment, *, max_seconds: f
     try:
         with opened(path, container) as source:
             return take(source, segment, max_seconds, path.name)
-    except (soundfile.LibsndfileError, av.FFmpegError, OSError) as error:
-        what = error.strerror if isinstance(error, OSError | av.FFmpegError) else str(error)
+    except (soundfile.LibsndfileError, FFmpegError, OSError) as error:
+        what = error.strerror if isinstance(error, OSError | FFmpegError) else str(error)
         detail = f"no {container.demuxer} file that can be decoded ({what}); incomplete? Fetch it again"
         raise AudioError("unreadable", f"{path.name}: {detail}") from None
 
@@ -167,169 +164,3 @@ class Sndfile:
                 wanted -= len(block_SC)
         except soundfile.LibsndfileError:
             return
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ffmpeg:
-    """The best audio stream of a file opened by FFmpeg, its first frame decoded."""
-
-    path: Path
-    container: Container
-    demuxer: InputContainer
-    stream: AudioStream
-    first: AudioFrame
-    frames: Iterator[AudioFrame]  # those after the first
-    rate_hz: int
-    channels: int
-    codec: str
-    seconds: float
-    declared: bool
-
-    @classmethod
-    @contextmanager
-    def opened(cls, path: Path, container: Container) -> Iterator[Self]:
-        with demuxed(path, container) as (demuxer, stream):
-            length = None if container.length == "guessed" else length_seconds(demuxer, stream)
-            frames = decoded(demuxer, stream)
-            first = next(frames, None)
-            if first is None:
-                raise AudioError(
-                    "unreadable", f"{path.name}: not one frame of its sound decodes; fetch it again"
-                )
-            yield cls(
-                path=path,
-                container=container,
-                demuxer=demuxer,
-                stream=stream,
-                first=first,
-                frames=frames,
-                rate_hz=first.sample_rate,  # HE-AAC headers tell half of it
-                channels=first.layout.nb_channels,
-                codec=stream.codec_context.codec.canonical_name,
-                seconds=contained_seconds(path, container) if length is None else length,
-                declared=length is not None and container.length == "declared",
-            )
-
-    def blocks(self, first: int, wanted: int) -> Iterator[np.ndarray]:
-        """As `Source` says; damaged packets are left out."""
-        begin, frames = self.entered(first)
-        if begin <= first:
-            yield from joined(overlapping(frames, begin, first, first + wanted), first, first + wanted)
-            return
-        with self.opened(self.path, replace(self.container, seekable=False)) as again:  # the index misled
-            yield from again.blocks(first, wanted)
-
-    def entered(self, sample: int) -> tuple[int, Iterator[AudioFrame]]:
-        """Frames from somewhere before `sample` on, with the number of the first one's first sample."""
-        whole = itertools.chain([self.first], self.frames)
-        seconds = sample / self.rate_hz - PRE_ROLL_SECONDS
-        if not self.container.seekable or self.first.time is None or seconds < PRE_ROLL_SECONDS:
-            return 0, whole
-        try:
-            self.demuxer.seek(int((self.first.time + seconds) / self.stream.time_base), stream=self.stream)
-        except av.FFmpegError:
-            return NOWHERE, iter(())
-        frames = decoded(self.demuxer, self.stream)
-        landed = next(frames, None)
-        if landed is None or landed.time is None:
-            return NOWHERE, iter(())
-        begin = round((landed.time - self.first.time) * self.rate_hz)
-        return begin, itertools.chain([landed], frames)
-
-
-@contextmanager
-def demuxed(path: Path, container: Container) -> Iterator[tuple[InputContainer, AudioStream]]:
-    """The file and its best audio stream; from a Python file, so that no path is taken for a protocol."""
-    with (
-        path.open("rb") as file,
-        av.open(file, format=container.demuxer, metadata_errors="replace") as demuxer,
-    ):
-        stream = demuxer.streams.best("audio")
-        if stream is None or stream.codec_context is None:
-            what = "no stream of sound" if stream is None else "sound in a codec that FFmpeg cannot decode"
-            raise AudioError("unreadable", f"{path.name}: holds {what}; fetch its audio")
-        yield demuxer, stream
-
-
-def length_seconds(demuxer: InputContainer, stream: AudioStream) -> float | None:
-    """The track's length, or the movie's where an edit list makes that shorter; None where neither is known."""
-    track_seconds = float((stream.duration or 0) * (stream.time_base or 0))
-    movie_seconds = (demuxer.duration or 0) / av.time_base
-    return min((seconds for seconds in (track_seconds, movie_seconds) if seconds > 0), default=None)
-
-
-def contained_seconds(path: Path, container: Container) -> float:
-    """The length of what is there by the time stamps of all packets; nothing is decoded."""
-    begins, ends, unit_seconds = [], [0], 0.0
-    with demuxed(path, container) as (demuxer, stream):
-        for packet in packets(demuxer, stream):
-            if packet.pts is not None:
-                begins.append(packet.pts)
-                ends.append(packet.pts + (packet.duration or 0))
-                unit_seconds = float(packet.time_base)
-    return (max(ends) - min(begins, default=0)) * unit_seconds
-
-
-def packets(demuxer: InputContainer, stream: AudioStream) -> Iterator[av.Packet]:
-    """Every packet up to the end, or to where the container is damaged."""
-    try:
-        yield from demuxer.demux(stream)
-    except av.FFmpegError:
-        return  # the declared length will tell
-
-
-def decoded(demuxer: InputContainer, stream: AudioStream) -> Iterator[AudioFrame]:
-    """Every frame that decodes: a damaged packet costs itself, not the rest."""
-    for packet in packets(demuxer, stream):
-        try:
-            frames = packet.decode()
-        except av.FFmpegError:
-            continue
-        yield from frames
-
-
-def overlapping(
-    frames: Iterable[AudioFrame], begin: int, first: int, stop: int
-) -> Iterator[tuple[int, AudioFrame]]:
-    """The frames that reach into [first, stop), each with the number of its first sample; `begin` numbers one."""
-    for frame in frames:
-        end = begin + frame.samples
-        if end > first and frame.samples:
-            yield begin, frame
-        if end >= stop:
-            return
-        begin = end
-
-
-def joined(numbered: Iterable[tuple[int, AudioFrame]], first: int, stop: int) -> Iterator[np.ndarray]:
-    """Samples [first, stop) as float32 [channel, sample], one array for each run of frames of one kind.
-
-    FFmpeg's own queue joins them: 4 ms for 10 s of sound, against 20 with an array for every frame.
-    """
-    for _, run in itertools.groupby(numbered, key=kind):
-        begins, fifo = [], av.AudioFifo()
-        for begin, frame in run:
-            begins.append(begin)
-            frame.pts = None  # the queue would refuse the least gap between time stamps
-            fifo.write(frame)
-        yield planes(fifo.read())[:, max(0, first - begins[0]) : stop - begins[0]]
-
-
-def kind(numbered: tuple[int, AudioFrame]) -> tuple[str, int]:
-    """What frames must share to be joined."""
-    frame = numbered[1]
-    return frame.format.name, frame.layout.nb_channels
-
-
-def planes(frame: AudioFrame) -> np.ndarray:
-    """A frame of any sample format as float32 [channel, sample], full scale 1."""
-    samples = frame.to_ndarray()
-    if not frame.format.is_planar:
-        samples = samples.reshape(-1, frame.layout.nb_channels).T
-    if samples.dtype.kind == "f":
-        return samples.astype(np.float32, copy=False)
-    limits = np.iinfo(samples.dtype)
-    middle = 0 if limits.min else 128  # only 8 bits are unsigned
-    return (samples.astype(np.float32) - np.float32(middle)) / np.float32(
-        limits.max // 2 + 1 if middle else -limits.min
-    )

@@ -127,6 +127,7 @@ def test_the_packages_are_gone_from_a_finished_corpus(tmp_path, monkeypatch):
     few = list(recordings())[::8]
     monkeypatch.setattr(demo, "recordings", lambda: few)
     monkeypatch.setattr(demo, "fetch", fetched)
+    monkeypatch.setattr(demo, "make_files", lambda folder, *_args, **_options: (folder / "audio").mkdir())
     made = make_demo_corpus(tmp_path / "corpus", clips=20, source="debian", progress=False)
     assert sorted(path.name for path in made.path.iterdir() if path.is_dir()) == ["audio", "licences"]
     assert (made.train_clips, made.eval_clips) == (15, 5)

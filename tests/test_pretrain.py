@@ -162,7 +162,9 @@ def test_a_batch_with_nan_stops_the_run_before_the_update_and_names_the_rows(sto
     batch.mel_BTF[3, 5, 7] = torch.nan
     with pytest.raises(RunError) as refused:
         trainer.step(4, batch)
-    message = f"step 5: loss is nan, gradient_norm is nan; stopped before the update; rows [{batch.rows_B[3]}] of"
+    message = (
+        f"step 5: loss is nan, gradient_norm is nan; stopped before the update; rows [{batch.rows_B[3]}] of"
+    )
     assert str(refused.value).startswith(message)
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
 

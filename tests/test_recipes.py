@@ -69,7 +69,9 @@ def test_a_jepa_sees_audioset_24_times():
     assert made.steps * made.clips_per_step == pytest.approx(24 * 2_084_320, rel=1e-4)
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("smal", "small"), ("ajepa", "a-jepa"), ("audiojepa", "audio-jepa")])
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("smal", "small"), ("ajepa", "a-jepa"), ("audiojepa", "audio-jepa")]
+)
 def test_a_misspelt_recipe_is_answered_with_the_nearest(typed, meant):
     """One line: what was typed, what was probably meant, what there is."""
     with pytest.raises(RunError, match=f"did you mean '{meant}'.*There are: smoke, small"):

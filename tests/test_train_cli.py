@@ -1,0 +1,152 @@
+"""ajepa-train as a newcomer meets it: what it prints, and what it says of mistakes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import typer
+from matplotlib.image import imread
+from tiny import tiny
+
+from ajepa import cli, recipes
+from ajepa.masking import Masks
+from ajepa.patches import PatchGrid
+from ajepa.report import overlay, running_mean
+from ajepa.run import Run
+
+PROGRAM = [sys.executable, "-c", "from ajepa.cli import main; main()"]
+COMMANDS = sorted(typer.main.get_command(cli.app).commands)
+NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """main() takes SIGINT and SIGTERM; pytest wants them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def run(*arguments, monkeypatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["ajepa-train", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return stop.value.code or 0
+
+
+def wish(store_path, run_path, *more):
+    return ["pretrain", "--store", store_path, "--run", run_path, "--device", "cpu", *more]
+
+
+def test_a_run_is_trained_evaluated_and_drawn(store_path, tmp_path, monkeypatch, capsys):
+    """The whole of stage two, by its own commands; each says what to do next or what it made."""
+    where = tmp_path / "run"
+    assert run(*wish(store_path, where, "--recipe", "smoke", "--steps", 3), monkeypatch=monkeypatch) == 0
+    said = capsys.readouterr().out
+    assert (
+        said.strip()
+        == f"{where}: done, 3 steps. Next: ajepa-train evaluate --store {store_path} --run {where}"
+    )
+    assert run("evaluate", "--store", store_path, "--run", where, monkeypatch=monkeypatch) == 0
+    assert "log-mel statistics" in capsys.readouterr().out
+    out = tmp_path / "report"
+    assert run("report", "--store", store_path, "--run", where, "--out", out, monkeypatch=monkeypatch) == 0
+    drawn = capsys.readouterr().out.split()
+    assert drawn == [str(out / name) for name in ("curves.png", "masks.png", "probes.png")]
+    assert all(imread(picture).std() > 0.05 for picture in drawn)
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--recipe", "smol"], "recipe 'smol' is unknown; did you mean 'small'?"),
+        (["--recipe", "audio-jepa"], "recipe audio-jepa needs audio-jepa"),
+        (["--recipe", "smoke", "--batch", "4000"], "do not fill one step of 4000 clips"),
+        pytest.param(["--recipe", "smoke", "--device", "cuda"], "no CUDA device here", marks=NO_CUDA),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(store_path, tmp_path, monkeypatch, capsys, more, told):
+    """What, where, what was expected; status 1; nothing half-made."""
+    assert run(*wish(store_path, tmp_path / "run", *more), monkeypatch=monkeypatch) == 1
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["pretrain", "evaluate", "report"])
+def test_a_store_that_is_none_is_named_in_one_line(tmp_path, monkeypatch, capsys, command):
+    """A mistyped path is the commonest mistake of all."""
+    Run.start(tmp_path / "run", recipe=recipes.to_json(tiny()), identity={})
+    where = ["--store", tmp_path / "nowhere.zarr", "--run", tmp_path / "run"]
+    more = ["--out", tmp_path / "out"] if command == "report" else []
+    assert run(command, *where, *more, monkeypatch=monkeypatch) == 1
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'nowhere.zarr'}: not a feature store" in error
+    assert error.count("\n") == 1
+
+
+def test_a_terminated_run_exits_with_status_75_and_carries_on(store_path, tmp_path, monkeypatch, capsys):
+    """EX_TEMPFAIL tells a scheduler to queue the very same command again."""
+    asked = wish(store_path, tmp_path / "run", "--recipe", "smoke", "--steps", 4000)
+    threads = os.environ | {"OMP_NUM_THREADS": "1"}
+    started = subprocess.Popen([*PROGRAM, *map(str, asked)], stderr=subprocess.PIPE, env=threads)
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or not Run.open(tmp_path / "run").metrics():
+        assert started.poll() is None, started.stderr.read().decode()
+        time.sleep(0.1)
+    started.send_signal(signal.SIGTERM)
+    said = started.communicate(timeout=60)[1].decode()
+    assert started.returncode == 75
+    assert "run me again to carry on" in said
+    assert "Traceback" not in said
+    stopped = Run.open(tmp_path / "run")
+    assert stopped.step == stopped.metrics()[-1]["step"] > 0
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+def test_help_fits_80_columns_and_shows_an_example(command, monkeypatch, capsys):
+    """Who asks for help wants something to copy."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(*command, "--help", monkeypatch=monkeypatch) == 0
+    text = capsys.readouterr().out
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert not command or f"Example: ajepa-train {command[0]}" in text
+
+
+def test_help_does_not_wait_for_heavy_libraries():
+    """Half a second at most: torch alone takes several."""
+    heavy = "{'torch', 'numpy', 'polars', 'matplotlib', 'sklearn', 'nvidia'}"
+    program = f"import sys, ajepa.cli; sys.exit(bool({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_every_recipe_is_listed_with_cost_and_expectation(monkeypatch, capsys):
+    """Choosing one must not need the source."""
+    assert run("recipes", monkeypatch=monkeypatch) == 0
+    text = capsys.readouterr().out
+    for name in recipes.RECIPES:
+        assert f"\n{name}: " in f"\n{text}"
+    assert text.count("Cost:") == text.count("Expected") == len(recipes.RECIPES)
+    assert max(len(line) for line in text.splitlines()) <= 80
+
+
+def test_the_picture_of_masks_shows_each_token_where_it_lies_in_the_spectrogram():
+    """Tokens count frequency rows first; transposed, the picture would show other masks than were used."""
+    grid = PatchGrid(rows=2, cols=3)
+    masks = Masks(context_BK=np.array([[1]]), targets_BGQ=np.array([[[4]]]))
+    colour_RC4 = overlay(masks, grid)
+    assert colour_RC4.shape == (2, 3, 4)
+    assert colour_RC4[1, 0, 3] == 0  # token 1: second row of the first column, visible
+    assert 0 < colour_RC4[0, 2, 3] < colour_RC4[0, 0, 3]  # token 4: a target, lighter than what is hidden
+
+
+def test_a_running_mean_looks_back_only():
+    """A curve that knew the future would show learning before it happened."""
+    assert running_mean(np.array([4.0, 2.0, 0.0, 6.0]), 1).tolist() == [4.0, 3.0, 1.0, 3.0]
