@@ -27,10 +27,10 @@ class Fixed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Curriculum:
-    """From one masking to another: at step `s` the later one with probability `f(s)` (A-JEPA, arXiv 2311.15830).
+    """From one masking to another: at step `s` the later one with probability `f(s)`.
 
-    The paper goes from `RandomBlocks` to `TimeFrequencyAware`; its inverse, for the ablation, is the same with
-    the two exchanged. `f` is `schedules.curriculum_share`, `steps` the length of the whole run.
+    A-JEPA (arXiv 2311.15830) goes from `RandomBlocks` to `TimeFrequencyAware`; the inverse of its ablation is
+    the same with the two exchanged. `f` is `schedules.curriculum_share`, `steps` the length of the whole run.
     """
 
     earlier: MaskMaker

@@ -12,6 +12,7 @@ from ajepa.patches import valid_tokens
 from ajepa.vit import Encoder, EncoderSpec, Predictor, PredictorSpec, pick
 
 LossName = Literal["l2", "squared_l2", "smooth_l1", "cosine"]
+TINY = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,13 +33,14 @@ class JepaOutput:
     """Loss and signs of health of one batch: scalar tensors on the model's device, all but `loss` detached.
 
     loss            mean over the scored targets
-    scored          targets that lie on sound; at 0 the loss is 0 and says nothing: the caller must refuse the batch
-    target_std      spread of the target encoder's features over all scored tokens, before they are normalised;
-                    mean over the dimensions. 0: the teacher has collapsed
-    prediction_std  the same of the predictions (the targets they aim at are normalised, so about 1 at best)
-    cosine          mean cosine between a prediction and its target
-    explained       share of the targets' variance that the predictions explain: 1 perfect, 0 as good as the
-                    mean of the batch
+    scored          how many targets lie on sound; with 0 the loss is 0 and means nothing: refuse such a batch
+    target_std      standard deviation of the target encoder's features over the scored tokens, before they
+                    are normalised, mean over the dimensions; 0: the teacher says the same of everything
+    prediction_std  the same of the predictions, which aim at normalised targets
+    cosine          between a prediction and its target, mean
+    explained       share of the targets' variance about their mean that the predictions account for, up to
+                    one factor for all (the cosine loss leaves their scale open); 1: all of it, 0: no more
+                    than a constant would
     """
 
     loss: Tensor
@@ -52,7 +54,7 @@ class JepaOutput:
 class Jepa(nn.Module):
     """Predict, from the patches one can see, how a slow copy of the encoder describes those one cannot.
 
-    A-JEPA (arXiv 2311.15830) and Audio-JEPA (arXiv 2507.02915). `target` is the moving average of `encoder`: it
+    A-JEPA (arXiv 2311.15830) and Audio-JEPA (arXiv 2507.02915). `target` is a moving average of `encoder`: it
     sees the whole clip, has no gradient and stays in eval mode. Weights are a function of `spec` and `seed`.
     """
 
@@ -93,9 +95,8 @@ class Jepa(nn.Module):
     @torch.no_grad()
     def describe(self, mel_BTF: Tensor, targets_BGQ: Tensor, valid_BP: Tensor | None = None) -> Tensor:
         """What the target encoder, given the whole clip, says at the targets: `BGQD`, not yet normalised."""
-        clips, groups, _ = targets_BGQ.shape
         feature_BPD = self.target(mel_BTF, valid_BP=valid_BP)
-        return pick(feature_BPD, targets_BGQ.flatten(1)).unflatten(1, (groups, -1))
+        return pick(feature_BPD, targets_BGQ.flatten(1)).unflatten(1, targets_BGQ.shape[1:])
 
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:
@@ -111,7 +112,7 @@ def normalise(feature_BGQD: Tensor) -> Tensor:
 def token_loss(prediction_BGQD: Tensor, target_BGQD: Tensor, loss: LossName) -> Tensor:
     """The distance of each token as `BGQ`, with p the prediction and t the target of width D.
 
-    l2          |p - t| / sqrt(D)                    A-JEPA's "L2 loss"; a gradient of the same size near and far
+    l2          |p - t| / sqrt(D)                    A-JEPA's L2; its gradient is as large near as far
     squared_l2  |p - t|^2 / D                        Audio-JEPA's paper; I-JEPA's formula
     smooth_l1   mean over D of e^2 / 2 where |e| < 1, |e| - 1/2 elsewhere, e = p - t
     cosine      1 - p t / (|p| |t|)                  Audio-JEPA's code
@@ -136,15 +137,23 @@ def _score(prediction: Tensor, feature: Tensor, scored_BGQ: Tensor, loss: LossNa
     share_BGQ = scored_BGQ / count.clamp(min=1)
     loss_value = (token_loss(prediction, target, loss) * share_BGQ).sum()
     with torch.no_grad():
-        missed = (share_BGQ * (prediction - target).square().mean(dim=-1)).sum()
         return JepaOutput(
             loss=loss_value,
             scored=count,
             target_std=_variance_D(feature, share_BGQ).sqrt().mean(),
             prediction_std=_variance_D(prediction, share_BGQ).sqrt().mean(),
             cosine=(share_BGQ * F.cosine_similarity(prediction, target, dim=-1)).sum(),
-            explained=1 - missed / _variance_D(target, share_BGQ).mean(),
+            explained=_explained(prediction, target, share_BGQ),
         )
+
+
+def _explained(prediction: Tensor, target: Tensor, share_BGQ: Tensor) -> Tensor:
+    pt, pp, tt = (
+        (share_BGQ * (x * y).mean(dim=-1)).sum()
+        for x, y in ((prediction, target), (prediction, prediction), (target, target))
+    )
+    missed = tt - pt.square() / pp.clamp(min=TINY)  # the least of |a p - t|^2 over a
+    return 1 - missed / _variance_D(target, share_BGQ).mean().clamp(min=TINY)
 
 
 def _variance_D(x_BGQD: Tensor, share_BGQ: Tensor) -> Tensor:

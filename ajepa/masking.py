@@ -40,7 +40,7 @@ class MaskMaker(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockSize:
-    """The share of the grid a block covers, and its height by its width: at 1 it has the grid's proportions."""
+    """The share of the grid a block covers, and its height by its width: 1 for the grid's proportions."""
 
     area_low: float
     area_high: float
@@ -120,12 +120,13 @@ class RandomBlocks:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimeFrequencyAware:
-    """`count` small target blocks; the context loses every time column and frequency row that one of them touches.
+    """`count` small target blocks; the context loses every time column and frequency row that they touch.
 
     Where A-JEPA's curriculum ends (arXiv 2311.15830). The paper does not print what its masks remove; this is
-    our reading: neither the same moment nor the same band may help. The context is never less than `floor`, by
-    default what is left, (1 - 3/4)^2 of the grid, when three average targets share no row and no column: places
-    that leave less are drawn again (1 clip in 80), and every layout that is left is equally likely.
+    our reading: neither the same moment nor the same band may help. The context is never less than `floor`,
+    by default the (1 - 3/4)^2 of the grid that three average targets leave when they share no row and no
+    column: places that leave less are drawn again (1 clip in 80), so every layout that is left is equally
+    likely.
     """
 
     count: int = 3
@@ -141,7 +142,8 @@ class TimeFrequencyAware:
         def draw(clips: int) -> _Layouts:
             corner_NG = _corners(rng, grid, size, (clips, self.count))
             rows_NGR, cols_NGC = _lines(corner_NG, grid, size)
-            open_NRC = ~rows_NGR.any(axis=1)[:, :, None] & ~cols_NGC.any(axis=1)[:, None, :]
+            touched_NR, touched_NC = (np.logical_or.reduce(lines, axis=1) for lines in (rows_NGR, cols_NGC))
+            open_NRC = ~touched_NR[:, :, None] & ~touched_NC[:, None, :]
             return _Layouts(corner_NG=corner_NG, open_NRC=open_NRC)
 
         layouts = _alike(rng, draw, batch=batch, floor_tokens=_least(self.floor, grid))
@@ -150,7 +152,7 @@ class TimeFrequencyAware:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Layouts:
-    """Where the targets of N clips begin (the token of the first row and column), and what the context may use."""
+    """Where the targets of N clips begin (the token of their first corner), and what the context may use."""
 
     corner_NG: np.ndarray
     open_NRC: np.ndarray
@@ -173,10 +175,10 @@ def _alike(rng: np.random.Generator, draw: Draw, *, batch: int, floor_tokens: in
     """Independent legal layouts for a batch, of which every one leaves about as much context as the others.
 
     The clips of a batch need equally many context tokens. What is free in the worst case (context block less
-    four targets side by side) is 22 % of the grid, what is free on average 45 %, and the least of a batch lies
-    between. So we draw STRATA times as many layouts as clips, sort them by what they leave, and keep one run
-    of neighbours: 43 %. As each run is equally likely, each layout is kept with the same probability whatever
-    it leaves: for any one clip the law of the layout is exactly what `draw` says.
+    four targets side by side) is 22 % of the grid, the least of 64 clips 30 %, the average 45 %. So we draw
+    STRATA times as many layouts as clips, sort them by what they leave, and keep one run of neighbours: 43 %.
+    As each run is equally likely, so is each layout, whatever it leaves: the law of any one clip's layout is
+    exactly that of `draw`.
     """
     layouts = _legal(draw, wanted=STRATA * batch, floor_tokens=floor_tokens)
     by_room_N = layouts.room_N().argsort(kind="stable")
@@ -193,8 +195,8 @@ def _legal(draw: Draw, *, wanted: int, floor_tokens: int) -> _Layouts:
         if len(legal.corner_NG) >= wanted:
             return legal.take(np.arange(wanted))
     raise RunError(
-        f"masks: {len(legal.corner_NG)} of {ROUNDS * wanted} layouts leave {floor_tokens} context tokens or more, "
-        f"expected at least 1 in {ROUNDS}; lower the floor, the number of targets or their area"
+        f"masks: {len(legal.corner_NG)} of {ROUNDS * wanted} layouts leave {floor_tokens} context tokens or "
+        f"more, expected 1 in {ROUNDS}; lower the floor, the number of targets or their area"
     )
 
 
@@ -211,7 +213,7 @@ def _masks(rng: np.random.Generator, grid: PatchGrid, layouts: _Layouts, size: t
 def _corners(
     rng: np.random.Generator, grid: PatchGrid, size: tuple[int, int], shape: tuple[int, int]
 ) -> np.ndarray:
-    """First tokens of blocks, every place inside the grid equally likely, the last row and column included."""
+    """First tokens of blocks: every place in the grid is equally likely, last row and column included."""
     row = rng.integers(grid.rows - size[0] + 1, size=shape)
     col = rng.integers(grid.cols - size[1] + 1, size=shape)
     return col * grid.rows + row
@@ -235,7 +237,7 @@ def _clamp(patches: float, most: int) -> int:
 
 
 def _least(floor: float, grid: PatchGrid) -> int:
-    return max(1, math.ceil(floor * grid.tokens))
+    return max(1, math.ceil(round(floor * grid.tokens, 6)))  # 7 % of 100 is 7, not 8
 
 
 def _check_layout(count: int, floor: float) -> None:

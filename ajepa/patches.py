@@ -66,7 +66,7 @@ def patchify(mel_BTF: Tensor, grid: PatchGrid) -> Tensor:
 def sincos_positions(grid: PatchGrid, width: int) -> Tensor:
     """Fixed positions `PD`: the first half of the width tells the frequency row, the second the time column.
 
-    Each half is the sinusoidal code of Vaswani et al. (2017), sines then cosines, wavelengths 2 pi to 20,000 pi.
+    Each half is the code of Vaswani et al. (arXiv 1706.03762): sines, then cosines, wavelengths from 2 pi.
     """
     if width % 4:
         raise ValueError(f"2-D sin-cos positions need a width divisible by 4, got {width}")

@@ -149,7 +149,7 @@ def test_every_place_of_a_block_is_equally_likely(grid, count):
     maker = RandomBlocks(count=count, target=fixed(0.175), floor=0.01)
     rows, cols = maker.target.draw(np.random.default_rng(0), grid)
     counts_CR = np.zeros((grid.cols - cols + 1, grid.rows - rows + 1))
-    for masks in many(maker, grid, steps=1_000, batch=8):
+    for masks in many(maker, grid, steps=500, batch=8):
         np.add.at(counts_CR, np.divmod(masks.targets_BGQ[:, :, 0].ravel(), grid.rows), 1)
     assert abs(surprise(counts_CR)) < 4
 

@@ -13,6 +13,7 @@ from ajepa.vit import (
     EncoderSpec,
     Predictor,
     PredictorSpec,
+    attention_for,
     encoder_spec,
     fused_attention,
     written_out_attention,
@@ -113,6 +114,20 @@ def test_written_out_attention_agrees_with_the_fused_kernel(padded):
     torch.testing.assert_close(*outcomes)
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype", "way"),
+    [
+        ("cpu", torch.bfloat16, written_out_attention),
+        ("cpu", torch.float32, fused_attention),
+        ("cuda", torch.bfloat16, fused_attention),
+        ("cuda", torch.float32, fused_attention),
+    ],
+)
+def test_each_device_gets_the_attention_that_is_faster_there(device, dtype, way):
+    """The choice is a table of measurements, so it is pinned as one."""
+    assert attention_for(device, dtype) is way
+
+
 @pytest.mark.parametrize("attend", [written_out_attention, fused_attention])
 def test_a_clip_without_one_valid_key_gives_numbers(attend):
     """The softmax of nothing is NaN, and one NaN in a batch is a lost run."""
@@ -171,13 +186,15 @@ def test_the_order_of_the_clips_only_orders_the_output():
     torch.testing.assert_close(guess([2, 0, 1]), guess([0, 1, 2])[[2, 0, 1]])
 
 
-def test_padding_reaches_no_valid_token():
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_padding_reaches_no_valid_token(bf16):
     """What lies past the end of a clip may be anything: valid tokens do not change by a bit."""
     encoder = rough(Encoder(SPEC))
     valid_BP = torch.arange(GRID.tokens).expand(3, -1) < torch.tensor([[24], [16], [4]])
     padding_BTF = ~valid_BP.view(3, GRID.cols, GRID.rows).repeat_interleave(4, 1).repeat_interleave(4, 2)
     changed_BTF = torch.where(padding_BTF, 100 * mel(seed=1), mel())
-    before, after = (encoder(m, valid_BP=valid_BP)[valid_BP] for m in (mel(), changed_BTF))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        before, after = (encoder(m, valid_BP=valid_BP)[valid_BP] for m in (mel(), changed_BTF))
     assert torch.equal(before, after)
 
 
