@@ -15,8 +15,8 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from pipeline.audio import Audio, load
 
+from pipeline.audio import Audio, load
 from pipeline.build import Build, build_audioset, plan_store
 from pipeline.datasets.audioset import find_sources, plan_clips
 from pipeline.datasets.demo import make_demo_corpus

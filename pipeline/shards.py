@@ -72,8 +72,9 @@ def shard_path(store: Path, shard: int) -> Path:
 
 def create_array(store: Path, layout: Layout, attributes: dict[str, object]) -> None:
     """Write the group's and the array's `zarr.json` below the folder `store`."""
-    group = zarr.create_group(LocalStore(store), attributes=attributes)
-    _array(group.store, layout)
+    folder = LocalStore(store)
+    zarr.create_group(folder, attributes=attributes)
+    _array(folder, layout)
 
 
 def _array(store: LocalStore | MemoryStore, layout: Layout) -> zarr.Array:

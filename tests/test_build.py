@@ -17,8 +17,8 @@ import torch
 import zarr
 from conftest import build
 from corpus import BROKEN, MISSING, SHORT, SILENT, clip_id, tone_in_noise, write_corpus
-from pipeline.audio import load
 
+from pipeline.audio import load
 from pipeline.build import Build, build_audioset, locked
 from pipeline.errors import InputError, StoreError
 from pipeline.mel import log_mel, mel_spec

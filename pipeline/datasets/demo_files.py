@@ -77,6 +77,7 @@ def mux(path: Path, wave_SN: np.ndarray, container: Container, *, rate_hz: int) 
     frame.sample_rate = rate_hz
     with av.open(path, "w", format=container.muxer, options={"fflags": "+bitexact"}) as file:
         stream = file.add_stream(container.codec, rate=rate_hz, layout=layout, options=container.options)
+        assert isinstance(stream, av.AudioStream)
         file.mux(stream.encode(frame))
         file.mux(stream.encode(None))
 
