@@ -1,7 +1,6 @@
-"""What a frozen encoder is worth: linear probe and kNN beside a random encoder and plain log-mel statistics."""
+"""What a frozen encoder is worth: probes on it, on a random encoder and on plain log-mel statistics."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,21 +9,30 @@ import numpy as np
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
+from tqdm import tqdm
 
+from ajepa.devices import pick_device
+from ajepa.jepa import Jepa
 from ajepa.metrics import MeanAveragePrecision, mean_average_precision
 from ajepa.patches import valid_tokens
-from ajepa.pretrain import new_model, open_store, pick_device
+from ajepa.pretrain import EVAL_SPLIT, open_store, train_splits
+from ajepa.probes import L2_GRID, NEIGHBOURS, chosen_l2, knn_NC, linear_NC, standardised
 from ajepa.recipes import Pretrain, from_json
-from ajepa.run import Run
+from ajepa.run import Checkpoint, Run
 from ajepa.vit import Encoder
-from pipeline.errors import InputError, RunError
+from pipeline.errors import RunError
 from pipeline.files import replacing
 from pipeline.store import FeatureStore
 
-EVAL_SPLIT = "eval"
+EVALUATION = "evaluation.json"
 CLIPS_PER_READ = 32
-NEIGHBOURS = 15
-L2_GRID = (1.0, 0.1, 0.01, 1e-3, 1e-4)  # on the mean loss of a clip; chosen on a fifth of the train clips
+PROTOCOL = {
+    "encoder": "target (EMA), frozen; the whole clip in views of the recipe's length, one after the other",
+    "pooling": "mean over valid tokens, then standardised with the train clips' mean and deviation",
+    "linear": f"one logistic regression per class, L2 of {L2_GRID} chosen on a fifth of the train clips",
+    "knn": f"share of the {NEIGHBOURS} most similar (cosine) train clips that carry a class",
+    "map": "macro, classes without an eval clip skipped; each label set trained and measured on itself",
+}
 TRAINED, RANDOM, STATISTICS = "encoder", "random init", "log-mel statistics"
 
 
@@ -62,56 +70,65 @@ class Evaluation:
         return cls(protocol=told["protocol"], scores=tuple(Score(**score) for score in told["scores"]))
 
     def table(self) -> str:
-        """mAP of every features by probe and label set, as lines of at most 80 columns."""
-        sets = list(dict.fromkeys(score.label_set for score in self.scores))
-        columns = [(probe, label_set) for probe in ("linear", "knn") for label_set in sets]
-        head = [" " * 20 + "".join(f"{probe + ' ' + name[:11]:>15}"[-15:] for probe, name in columns)]
-        rows = [
-            f"{features:20}" + "".join(f"{self.of(features, *column).map:15.3f}" for column in columns)
-            for features in dict.fromkeys(score.features for score in self.scores)
-        ]
-        chance = f"{'chance':20}" + "".join(f"{self.of(STATISTICS, *column).chance:15.3f}" for column in columns)
-        return "\n".join([self.headline(), *head, *rows, chance, *self.notes(sets)])
-
-    def headline(self) -> str:
+        """mAP by features and probe, a block for each label set, in lines of at most 80 columns."""
         told = self.protocol
-        return f"mAP on {told['eval_clips']} eval clips, probes trained on {told['train_clips']}, step {told['step']}"
+        clips = f"{told['eval_clips']} eval clips, probes trained on {told['train_clips']}"
+        sets = list(dict.fromkeys(score.label_set for score in self.scores))
+        blocks = [line for label_set in sets for line in self.block(label_set)]
+        return "\n".join([f"mAP on {clips}; run at step {told['step']}", *blocks])
 
-    def notes(self, sets: list[str]) -> list[str]:
-        """What the table leaves out: classes nobody carries, and a label set that is not there."""
-        lines = []
-        for name in sets:
-            score = self.of(STATISTICS, "knn", name)
-            lines.append(f"{name}: {score.classes} classes; {score.skipped} without an eval clip are skipped")
-        if sets == ["raw"]:
-            lines.append("no propagated labels here: add them with `ajepa-data propagate-labels STORE`")
-        return lines
+    def block(self, label_set: str) -> list[str]:
+        """The table of one label set, chance and skipped classes included."""
+        one = self.of(STATISTICS, "knn", label_set)
+        names = list(dict.fromkeys(score.features for score in self.scores))
+        return [
+            f"{label_set} labels: {one.classes} classes ({one.skipped} without an eval clip are skipped)",
+            f"  {'':20}{'linear':>8}{'kNN':>8}",
+            *(
+                f"  {name:20}{self.cell(name, 'linear', label_set)}{self.cell(name, 'knn', label_set)}"
+                for name in names
+            ),
+            f"  {'chance':20}{one.chance:8.3f}{one.chance:8.3f}",
+        ]
+
+    def cell(self, features: str, probe: str, label_set: str) -> str:
+        return f"{self.of(features, probe, label_set).map:8.3f}"
 
 
 def evaluate(
-    store_path: Path, run_path: Path, *, device: str = "cpu", train_clips: int = 20_000, progress: bool = False
+    store_path: Path,
+    run_path: Path,
+    *,
+    device: str = "auto",
+    train_clips: int = 20_000,
+    progress: bool = False,
 ) -> Evaluation:
-    """Probe the newest checkpoint of a run on the store's eval split, and keep the result as RUN/evaluation.json.
+    """Probe a run's newest checkpoint on the store's eval split; the result is kept as RUN/evaluation.json.
 
-    The target (EMA) encoder is what is probed. At most `train_clips` rows of the other splits train the probes,
-    drawn with the recipe's seed. RunError or StoreError where run, store or labels do not fit each other.
+    The target (EMA) encoder is what is probed. At most `train_clips` rows of the other splits train the
+    probes, drawn with the recipe's seed. RunError or StoreError where run, store and labels do not fit.
     """
     run = Run.open(run_path)
     recipe = from_json(run.recipe)
     store = open_store(store_path, recipe)
     train_N, eval_N = probe_rows(store, recipe.seed, train_clips)
-    checkpoint = run.load("target")
+    checkpoint, on = run.load("target"), pick_device(device)
     views = Views(store=store, frames=recipe.view_frames, mean=run.identity["mean"], std=run.identity["std"])
     scores = []
-    for name, encoder in encoders(recipe, checkpoint, pick_device(device)).items():
-        train_ND, eval_ND = (features(views, rows_N, encoder, progress) for rows_N in (train_N, eval_N))
-        train_ND, eval_ND = standardised(train_ND, eval_ND)
+    compared = encoders(recipe, checkpoint, on)
+    for name, encoder in tqdm(compared.items(), unit="features", disable=None if progress else True):
+        train_ND, eval_ND = standardised(features(views, train_N, encoder), features(views, eval_N, encoder))
         for label_set in store.label_sets:
             labels = store.labels_BC(train_N, label_set), store.labels_BC(eval_N, label_set)
             scores += probe_scores(name, label_set, train_ND, eval_ND, *labels, seed=recipe.seed)
-    protocol = {"run": str(run.path), "step": checkpoint.step, "store_id": store.store_id, "encoder": "target (EMA)"}
-    protocol |= {"view_frames": recipe.view_frames, "pooling": "mean over valid tokens", "seed": recipe.seed}
-    protocol |= {"train_clips": len(train_N), "eval_clips": len(eval_N), "neighbours": NEIGHBOURS, "l2_grid": L2_GRID}
+    protocol = {
+        "run": str(run.path),
+        "step": checkpoint.step,
+        "store_id": store.store_id,
+        "train_clips": len(train_N),
+        "eval_clips": len(eval_N),
+        **PROTOCOL,
+    }
     evaluation = Evaluation(protocol=protocol, scores=tuple(scores))
     with replacing(run.path / EVALUATION) as scratch:
         scratch.write_text(json.dumps(evaluation.to_json(), indent=1) + "\n")
@@ -129,15 +146,15 @@ def probe_rows(store: FeatureStore, seed: int, train_clips: int) -> tuple[np.nda
 
 
 def encoders(recipe: Pretrain, checkpoint: Checkpoint, device: torch.device) -> dict[str, Encoder | None]:
-    """What is compared: the run's target encoder, the same one before its first step, and no encoder at all."""
-    trained, random = new_model(recipe).target, new_model(recipe).target
+    """What is compared: the run's target encoder, the same before its first step, and none at all."""
+    trained, random = (Jepa(recipe.model, seed=recipe.seed).target for _ in range(2))
     trained.load_state_dict(checkpoint.parts["target"])
     return {TRAINED: trained.to(device).eval(), RANDOM: random.to(device).eval(), STATISTICS: None}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Views:
-    """A store's clips whole, cut one after the other into views of `frames`, normalised by `mean` and `std`."""
+    """A store's clips whole, cut one after the other into normalised views of `frames`."""
 
     store: FeatureStore
     frames: int
@@ -157,15 +174,15 @@ class Views:
         return padded_BTF.reshape(len(rows_B), count, self.frames, -1), n_frames_BV
 
 
-def features(views: Views, rows_N: np.ndarray, encoder: Encoder | None, progress: bool = False) -> np.ndarray:
+def features(views: Views, rows_N: np.ndarray, encoder: Encoder | None) -> np.ndarray:
     """One vector per clip, float32 `[N, D]`: the mean over its valid tokens, or its log-mel statistics."""
     pieces = []
-    with tqdm(total=len(rows_N), unit="clip", disable=not progress, leave=False) as bar:
-        for start in range(0, len(rows_N), CLIPS_PER_READ):
-            mel_BVTF, n_frames_BV = views.of(rows_N[start : start + CLIPS_PER_READ])
-            pooled_BD = statistics(mel_BVTF, n_frames_BV) if encoder is None else pooled(encoder, mel_BVTF, n_frames_BV)
-            pieces.append(pooled_BD.cpu().numpy())
-            bar.update(len(mel_BVTF))
+    for start in range(0, len(rows_N), CLIPS_PER_READ):
+        mel_BVTF, n_frames_BV = views.of(rows_N[start : start + CLIPS_PER_READ])
+        if encoder is None:
+            pieces.append(statistics(mel_BVTF, n_frames_BV).numpy())
+        else:
+            pieces.append(pooled(encoder, mel_BVTF, n_frames_BV).numpy())
     return np.concatenate(pieces)
 
 
@@ -188,14 +205,6 @@ def statistics(mel_BVTF: Tensor, n_frames_BV: Tensor) -> Tensor:
     mean_BF = mel_BTF.sum(1) / n_frames_B1  # frames past the end are 0
     square_BF = mel_BTF.square().sum(1) / n_frames_B1
     return torch.cat([mean_BF, (square_BF - mean_BF.square()).clamp(min=0).sqrt()], dim=1)
-
-
-def standardised(train_ND: np.ndarray, eval_ND: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Both with the train rows' mean and deviation taken out; a constant feature becomes 0, not nan."""
-    mean_D, std_D = train_ND.mean(0), train_ND.std(0)
-    scale_D = np.where(std_D > 1e-6, 1 / np.maximum(std_D, 1e-6), 0).astype(np.float32)
-    train, evaluated = ((split_ND - mean_D) * scale_D for split_ND in (train_ND, eval_ND))
-    return torch.from_numpy(train), torch.from_numpy(evaluated)
 
 
 def probe_scores(
@@ -231,51 +240,3 @@ def score_of(
         skipped=result.skipped,
         l2=l2,
     )
-
-
-def chosen_l2(train_ND: Tensor, train_NC: np.ndarray, seed: int) -> float:
-    """The penalty of `L2_GRID` whose probe, trained on 80 % of the train clips, ranks the other 20 % best."""
-    order_N = np.random.default_rng([seed, 1]).permutation(len(train_ND))
-    held_N, kept_N = np.split(order_N, [len(order_N) // 5])
-    maps = [
-        mean_average_precision(
-            train_NC[held_N], linear_NC(train_ND[kept_N], train_NC[kept_N], train_ND[held_N], l2=l2)
-        ).value
-        for l2 in L2_GRID
-    ]
-    return L2_GRID[int(np.argmax(maps))]
-
-
-def linear_NC(train_ND: Tensor, train_NC: np.ndarray, eval_ND: Tensor, *, l2: float) -> np.ndarray:
-    """Scores of one logistic regression per class, fitted to all clips at once by L-BFGS; deterministic.
-
-    Minimises the mean over clips of the summed binary cross-entropies plus `l2`/2 times the squared weights (in
-    scikit-learn's terms C = 1/(l2 N)). A class without a train clip scores 0 everywhere: it cannot rank.
-    """
-    seen_C = np.flatnonzero(train_NC.any(axis=0))
-    labels_NC = torch.from_numpy(train_NC[:, seen_C])
-    weight_DC = torch.zeros(train_ND.shape[1], len(seen_C), requires_grad=True)
-    bias_C = torch.zeros(len(seen_C), requires_grad=True)
-    solver = torch.optim.LBFGS([weight_DC, bias_C], max_iter=200, tolerance_change=1e-7, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        solver.zero_grad()
-        entropy = nnf.binary_cross_entropy_with_logits(train_ND @ weight_DC + bias_C, labels_NC, reduction="sum")
-        value = entropy / len(train_ND) + l2 / 2 * weight_DC.square().sum()
-        value.backward()
-        return value
-
-    solver.step(loss)
-    scores_NC = np.zeros((len(eval_ND), train_NC.shape[1]), np.float32)
-    scores_NC[:, seen_C] = (eval_ND @ weight_DC + bias_C).detach().numpy()
-    return scores_NC
-
-
-def knn_NC(train_ND: Tensor, train_NC: np.ndarray, eval_ND: Tensor, *, neighbours: int = NEIGHBOURS) -> np.ndarray:
-    """Share of the most similar train clips (cosine of standardised features) that carry each class."""
-    known_ND, count = nnf.normalize(train_ND, dim=1), min(neighbours, len(train_ND))
-    scores = []
-    for asked_ND in nnf.normalize(eval_ND, dim=1).split(1024):  # 20 k train clips: 80 MB of similarities at a time
-        nearest_NK = (asked_ND @ known_ND.T).topk(count, dim=1).indices
-        scores.append(train_NC[nearest_NK.numpy()].mean(axis=1))
-    return np.concatenate(scores)

@@ -117,7 +117,7 @@ class Run:
         return sorted((self.path / CHECKPOINTS).glob("step-" + "[0-9]" * 8))
 
     def load(self, *parts: str) -> Checkpoint:
-        """The newest checkpoint (all its parts or those named), on the CPU. RunError: none there, or damaged."""
+        """The newest checkpoint (all its parts or those named), on the CPU. RunError: none, or damaged."""
         if not self.checkpoints():
             raise RunError(f"{self.path}: holds no checkpoint yet; run `ajepa-train pretrain` on it first")
         folder = self.checkpoints()[-1]

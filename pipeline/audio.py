@@ -67,12 +67,13 @@ def load(
     `round((end - start) * sample_rate_hz)` samples; a shorter one, what there is at that rate.
     """
     segment = Segment(start_seconds, end_seconds)
-    container = recognise(source)
-    take = decode(source, container, segment, max_seconds=policy.max_seconds)
     try:
+        container = recognise(source)
+        take = decode(source, container, segment, max_seconds=policy.max_seconds)
         judge(take, policy)
     except AudioError as error:
-        raise AudioError(error.reason, f"{source.name}: {error}") from None
+        name = ascii(source.name)[1:-1]  # a file name may hold line breaks and bytes that are no text
+        raise AudioError(error.reason, f"{name}: {error}") from None
     return Audio(
         wave_S=resampled(take, segment, sample_rate_hz),
         codec=take.codec,
@@ -81,7 +82,7 @@ def load(
         seconds=take.source_seconds,
         peak_dbfs=dbfs(peak(take.wave_S)),
         rms_dbfs=dbfs(rms(take.wave_S)),
-        digest=hashlib.sha256(take.wave_S.astype("<f4", copy=False)).hexdigest()[:32],
+        digest=hashlib.sha256(take.wave_S.astype("<f4", copy=False).data).hexdigest()[:32],
         flags=flags_of(take, segment, misnamed=container.misnamed(source)),
     )
 
@@ -95,17 +96,13 @@ def judge(take: Take, policy: AudioPolicy) -> None:
         raise AudioError("unreadable", f"{lack(take)}; its writer was interrupted, fetch it again")
     level = peak(take.wave_S)
     if not level <= ABSURD_PEAK:
-        raise AudioError(
-            "non_finite", f"{strange(take.wave_S)}; damaged or no sound, fetch or convert it again"
-        )
+        raise AudioError("non_finite", f"{strange(take.wave_S)}; damaged or no sound, fetch it again")
     if found_seconds < TOO_SHORT_SECONDS:
-        raise AudioError(
-            "too_short", f"{found_seconds:.4f} s of sound, at least {TOO_SHORT_SECONDS} s wanted"
-        )
+        raise AudioError("too_short", f"{found_seconds:.4f} s of sound, under {TOO_SHORT_SECONDS} s")
     if dbfs(level) < SILENT_DBFS and not policy.keep_silent:
-        channels = f" (the mean of {take.channels} channels)" if take.channels > 1 else ""
-        detail = f"peak {dbfs(level):.0f} dBFS{channels}, under {SILENT_DBFS:.0f}; fetch it again, or keep silent clips"
-        raise AudioError("silent", detail)
+        mean = f" (the mean of {take.channels} channels)" if take.channels > 1 else ""
+        detail = f"peak {dbfs(level):.0f} dBFS{mean}, under {SILENT_DBFS:.0f}"
+        raise AudioError("silent", f"{detail}; fetch it again, or keep silent clips")
 
 
 def truncated(take: Take) -> bool:
@@ -158,7 +155,7 @@ def resampled(take: Take, segment: Segment, rate_hz: int) -> np.ndarray:
     full = samples == round(segment.seconds * take.rate_hz)
     wanted = round(segment.seconds * rate_hz) if full else round(samples * rate_hz / take.rate_hz)
     wave_S = soxr.resample(take.wave_S, take.rate_hz, rate_hz, quality="HQ")
-    return np.pad(wave_S[:wanted], (0, max(0, wanted - len(wave_S))))
+    return wave_S[:wanted] if len(wave_S) >= wanted else np.pad(wave_S, (0, wanted - len(wave_S)))
 
 
 def peak(wave_S: np.ndarray) -> float:

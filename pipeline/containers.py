@@ -11,27 +11,20 @@ from pipeline.errors import AudioError
 HEAD_BYTES = 4096
 UNKNOWN_BYTES = 0x7FFF_F000  # a wav size from here up was never filled in: sox writes this, ffmpeg 2^32 - 1
 RIFF_CHUNKS = 1000  # a file of zeros would go on for ever
-LIBSNDFILE_TAGS = (
-    1,
-    3,
-    6,
-    7,
-    0xFFFE,
-)  # PCM, float, A-law, mu-law, extensible; ADPCM and mp3 inside wav: PyAV
+LIBSNDFILE_TAGS = (1, 3, 6, 7, 0xFFFE)  # PCM, float, A-law, mu-law, extensible; ADPCM and mp3 in wav: PyAV
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Container:
     """One kind of file, and what its header states.
 
+    demuxer FFmpeg's name of it, given outright: probing could take a text for a playlist and follow its links
     length  what FFmpeg's duration is: declared by the header, found at the end of what is there (so it cannot
             show that anything is missing), or guessed from the bit rate (so it means nothing)
     """
 
     suffixes: tuple[str, ...]
-    demuxer: (
-        str  # FFmpeg's name, given outright: probing could take a text for a playlist and follow its links
-    )
+    demuxer: str
     libsndfile: bool = False  # decode with libsndfile instead
     seekable: bool = False  # has time stamps to find a second by, without decoding what lies before
     length: Literal["declared", "found", "guessed"] = "declared"
@@ -61,7 +54,7 @@ KINDS = {
     "avi": Container(suffixes=(".avi",), demuxer="avi"),
     "asf": Container(suffixes=(".wma", ".wmv", ".asf"), demuxer="asf"),
     "flv": Container(suffixes=(".flv",), demuxer="flv"),
-    "mpegts": Container(suffixes=(".ts", ".m2ts"), demuxer="mpegts", length="found"),
+    "mpegts": Container(suffixes=(".ts",), demuxer="mpegts", length="found"),
     "mpeg": Container(suffixes=(".mpg", ".mpeg"), demuxer="mpeg", length="found"),
     "amr": Container(suffixes=(".amr",), demuxer="amr", length="guessed"),
     "ac3": Container(suffixes=(".ac3",), demuxer="ac3", length="guessed"),
@@ -77,6 +70,7 @@ SIGNATURES = (  # offset, bytes, kind
     (4, b"moov", "mp4"),
     (4, b"mdat", "mp4"),
     (4, b"wide", "mp4"),
+    (4, b"free", "mp4"),
     (8, b"AIFF", "aiff"),
     (8, b"AIFC", "aiff"),
     (8, b"AVI ", "avi"),
@@ -96,22 +90,22 @@ def recognise(source: Path) -> Container:
     """The container of a file; AudioError missing where there is none, unreadable where it is no known one."""
     try:
         if not source.is_file():
-            raise AudioError("missing", f"{source.name}: {absence(source)}; fetch it, or correct its path")
+            raise AudioError("missing", f"{absence(source)}; fetch it, or correct its path")
         with source.open("rb") as file:
             head, tagged = head_after_tags(file)
             container = container_of(head, file) or (mp3(head) if tagged and head else None)
     except OSError as error:
         reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
-        raise AudioError(reason, f"{source.name}: cannot be read ({error.strerror})") from None
+        raise AudioError(reason, f"cannot be read ({error.strerror})") from None
     if container is None:
-        raise AudioError("unreadable", f"{source.name}: {description(head)}, no known audio; fetch it again")
+        raise AudioError("unreadable", f"{description(head)}, no known audio; fetch it again")
     return container
 
 
 def absence(source: Path) -> str:
     """Why there is no file at a path."""
     if source.is_symlink():
-        return f"a link to {source.readlink()}, where there is no file"
+        return f"a link to {str(source.readlink())!a}, where there is no file"
     return "a folder, not a file" if source.is_dir() else "no such file"
 
 

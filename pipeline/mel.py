@@ -14,14 +14,10 @@ from torch import Tensor
 
 from pipeline.errors import InputError
 
-DECODING = (
-    "1: mean of the channels, soxr HQ"  # how pipeline.audio makes the wave; raise it when its samples change
-)
+DECODING = "1: mean of the channels, soxr HQ"  # how pipeline.audio makes a wave; new when its samples change
 FLOAT32_EPSILON = 2.0**-23  # Kaldi's floor under the log
 
-CPU_PIECE_SAMPLES = (
-    2**18
-)  # 256 frames of 1024: they and their spectra stay in cache (2^17 and 2^19 measured slower)
+PIECE_SAMPLES = 2**18  # 256 frames of 1024 at a time: twice as many leave the cache, half cost more calls
 BLOCK_BANDS = 16  # mel bands per dense product on a CPU: 8 to 128 measured, 16 fastest
 
 
@@ -170,10 +166,8 @@ def log_mel(wave_BS: Tensor, spec: MelSpec) -> Tensor:
     do not matter.
     """
     clips, frames = len(wave_BS), spec.frames_of(wave_BS.shape[-1])
-    mel_BTF = wave_BS.new_empty(
-        clips, frames, spec.mel_bands
-    )  # outside inference mode: usable under autograd
-    if mel_BTF.numel():
+    mel_BTF = wave_BS.new_empty(clips, frames, spec.mel_bands)
+    if mel_BTF.numel():  # what inference mode only fills is still usable under autograd
         with torch.inference_mode(), torch.autocast(wave_BS.device.type, enabled=False):
             frames_BTN = wave_BS.unfold(-1, spec.window_samples, spec.hop_samples)
             write_mel_power(mel_BTF, frames_BTN, spec)
@@ -184,8 +178,7 @@ def log_mel(wave_BS: Tensor, spec: MelSpec) -> Tensor:
 def write_mel_power(mel_BTF: Tensor, frames_BTN: Tensor, spec: MelSpec) -> None:
     """Fill `mel_BTF` from raw frames, piece by piece: on a CPU what fits its cache."""
     clips, frames, _ = mel_BTF.shape
-    some = max(1, CPU_PIECE_SAMPLES // spec.fft_samples) if mel_BTF.is_cpu else frames
-    some = min(some, frames)
+    some = min(frames, max(1, PIECE_SAMPLES // spec.fft_samples)) if mel_BTF.is_cpu else frames
     scratch = Scratch.of(some, spec, mel_BTF.device)
     for clip in range(clips):
         for frame in range(0, frames, some):
@@ -205,9 +198,9 @@ class Scratch(NamedTuple):
     def of(cls, frames: int, spec: MelSpec, device: torch.device) -> Self:
         """Room for that many frames."""
         return cls(
-            centred_TN=torch.empty(frames, spec.window_samples, device=device),
-            ready_TN=torch.zeros(frames, spec.fft_samples, device=device),
-            power_TN=torch.empty(frames, spec.fft_samples // 2 + 1, device=device),
+            centred_TN=torch.empty(frames, spec.window_samples, dtype=torch.float32, device=device),
+            ready_TN=torch.zeros(frames, spec.fft_samples, dtype=torch.float32, device=device),
+            power_TN=torch.empty(frames, spec.fft_samples // 2 + 1, dtype=torch.float32, device=device),
         )
 
 
@@ -273,12 +266,17 @@ def mel_filters_NF(spec: MelSpec) -> Tensor:
 
     In float32 as the reference has them: in float64 the faint ends of the triangles would differ by 1 %.
     """
-    bin_hz_N = torch.arange(spec.fft_samples // 2) * (spec.sample_rate_hz / spec.fft_samples)
+    bin_hz_N = counted(spec.fft_samples // 2) * (spec.sample_rate_hz / spec.fft_samples)
     bin_mel_N1 = 1127.0 * (1.0 + bin_hz_N / 700.0).log()[:, None]
     low_mel, high_mel = (1127.0 * math.log(1.0 + hz / 700.0) for hz in (spec.low_hz, spec.high_hz))
-    edges_mel = low_mel + torch.arange(spec.mel_bands + 2) * ((high_mel - low_mel) / (spec.mel_bands + 1))
+    edges_mel = low_mel + counted(spec.mel_bands + 2) * ((high_mel - low_mel) / (spec.mel_bands + 1))
     left_F, centre_F, right_F = edges_mel[:-2], edges_mel[1:-1], edges_mel[2:]
     rising_NF = (bin_mel_N1 - left_F) / (centre_F - left_F)
     falling_NF = (right_F - bin_mel_N1) / (right_F - centre_F)
     triangles_NF = torch.minimum(rising_NF, falling_NF).clamp(min=0.0)
     return torch.nn.functional.pad(triangles_NF, (0, 0, 0, spec.fft_samples // 2 + 1 - len(triangles_NF)))
+
+
+def counted(length: int) -> Tensor:
+    """0, 1, 2, ... in float32 on the CPU, whatever torch's defaults are set to."""
+    return torch.arange(length, dtype=torch.float32, device="cpu")

@@ -14,6 +14,7 @@ LADDER = [
     "pipeline.manifest",
     "pipeline.labels",
     "pipeline.containers",
+    "pipeline.ffmpeg",
     "pipeline.decoders",
     "pipeline.audio",
     "pipeline.datasets.audioset",

@@ -65,7 +65,7 @@ def test_a_run_is_trained_evaluated_and_drawn(store_path, tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (["--recipe", "smol"], "recipe 'smol' is unknown; did you mean 'small'?"),
+        (["--recipe", "smal"], "recipe 'smal' is unknown; did you mean 'small'?"),
         (["--recipe", "audio-jepa"], "recipe audio-jepa needs audio-jepa"),
         (["--recipe", "smoke", "--batch", "4000"], "do not fill one step of 4000 clips"),
         pytest.param(["--recipe", "smoke", "--device", "cuda"], "no CUDA device here", marks=NO_CUDA),

@@ -1,0 +1,263 @@
+"""Every named recipe: what decides a pre-training run, as one frozen value.
+
+Costs are estimates unless they say measured: 6 FLOP per weight and token that is trained, 2 where it is only
+run forward, attention left out; GPU hours at 200 TFLOP/s, a fifth of an H100's bf16 peak.
+"""
+
+import difflib
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Literal
+
+from ajepa.curriculum import Curriculum, Fixed, MaskPlan
+from ajepa.jepa import JepaSpec
+from ajepa.masking import BlockSize, RandomBlocks, RandomPatches, TimeFrequencyAware
+from ajepa.patches import PatchGrid
+from ajepa.schedules import ema_momentum, warmup_cosine
+from ajepa.vit import A_JEPA_PREDICTOR, EncoderSpec, PredictorSpec, encoder_spec
+from pipeline.errors import RunError
+
+CLIPS_AS2M = 2_084_320  # rows of AudioSet's segment lists; what can still be downloaded is fewer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdamW:
+    """Decoupled weight decay; biases, norms and mask tokens are never decayed."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.05
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Schedule:
+    """Learning rate and teacher momentum over a run of any length: in shares, not counts, of its steps."""
+
+    peak_lr: float
+    start_lr: float = 1e-6
+    end_lr: float = 0.0
+    warmup_share: float = 0.01
+    ema_start: float = 0.996
+    ema_end: float = 1.0
+
+    def lr(self, step: int, steps: int) -> float:
+        """Learning rate of the update after `step` steps of `steps`: linear warm-up, then half a cosine."""
+        warmup_steps = int(self.warmup_share * steps)
+        return warmup_cosine(
+            step,
+            steps=steps,
+            warmup_steps=warmup_steps,
+            peak=self.peak_lr,
+            start=self.start_lr,
+            end=self.end_lr,
+        )
+
+    def momentum(self, step: int, steps: int) -> float:
+        """Share of itself that the target encoder keeps at that update."""
+        return ema_momentum(step, steps=steps, start=self.ema_start, end=self.ema_end)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pretrain:
+    """What decides a pre-training run; where store and run lie, and what computes them, are arguments."""
+
+    name: str
+    mel: str  # preset that the store must hold
+    model: JepaSpec
+    masks: MaskPlan
+    schedule: Schedule
+    steps: int
+    clips_per_step: int
+    optimiser: AdamW = AdamW()
+    crop: Literal["random", "start"] = "random"
+    seed: int = 0
+    log_every: int = 10  # steps
+    checkpoint_every: int = 1_000  # steps
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        counts = (
+            self.steps,
+            self.clips_per_step,
+            self.log_every,
+            self.checkpoint_every,
+            self.keep_checkpoints,
+        )
+        if min(counts) < 1:
+            raise ValueError(f"steps, clips and intervals must be at least 1, got {counts}")
+        if isinstance(self.masks, Curriculum) and self.masks.steps != self.steps:
+            raise ValueError(f"a curriculum over {self.masks.steps} steps in a run of {self.steps}")
+
+    @property
+    def view_frames(self) -> int:
+        """Frames of a clip that the model sees at once."""
+        return self.model.encoder.grid.frames
+
+    def resized(
+        self, *, steps: int | None = None, clips_per_step: int | None = None, seed: int | None = None
+    ) -> "Pretrain":
+        """The same recipe with other counts: every schedule is stretched to the new length."""
+        steps, clips = steps or self.steps, clips_per_step or self.clips_per_step
+        masks = replace(self.masks, steps=steps) if isinstance(self.masks, Curriculum) else self.masks
+        seed = self.seed if seed is None else seed
+        return replace(self, steps=steps, clips_per_step=clips, masks=masks, seed=seed)
+
+
+def a_jepa_curriculum(steps: int) -> Curriculum:
+    """Random blocks that give way to time-frequency aware masks (arXiv 2311.15830)."""
+    return Curriculum(earlier=RandomBlocks(), later=TimeFrequencyAware(), steps=steps)
+
+
+def smoke() -> Pretrain:
+    """The whole path with any `a-jepa` store, to see that it runs.
+
+    Cost: seconds on two CPU cores. Expected: nothing learnt.
+    """
+    grid = PatchGrid.of(256, 128)
+    model = JepaSpec(
+        encoder=EncoderSpec(grid=grid, width=64, depth=2, heads=2),
+        predictor=PredictorSpec(width=32, depth=1, heads=2),
+    )
+    return Pretrain(
+        name="smoke",
+        mel="a-jepa",
+        model=model,
+        masks=a_jepa_curriculum(20),
+        schedule=Schedule(peak_lr=1e-3, warmup_share=0.1),
+        steps=20,
+        clips_per_step=8,
+        log_every=1,
+        checkpoint_every=10,
+    )
+
+
+def small() -> Pretrain:
+    """TODO"""
+    grid = PatchGrid.of(256, 128)
+    steps = 1_000
+    model = JepaSpec(
+        encoder=EncoderSpec(grid=grid, width=192, depth=6, heads=3),
+        predictor=PredictorSpec(width=96, depth=2, heads=3),
+    )
+    return Pretrain(
+        name="small",
+        mel="a-jepa",
+        model=model,
+        masks=a_jepa_curriculum(steps),
+        schedule=Schedule(peak_lr=1e-3, warmup_share=0.05, ema_start=0.99),
+        steps=steps,
+        clips_per_step=32,
+        checkpoint_every=250,
+    )
+
+
+def audio_jepa() -> Pretrain:
+    """Audio-JEPA as its paper has it (arXiv 2507.02915), ViT-B on 256 x 128 at 39 ms hop.
+
+    Cost: about 1.6e18 FLOP for 100,000 steps of 256 clips, 2-3 H100 hours.
+    Expected: the X-ARES probe scores of the paper; not reproduced here yet.
+    """
+    return Pretrain(
+        name="audio-jepa",
+        mel="audio-jepa",
+        model=JepaSpec(
+            encoder=encoder_spec("b", PatchGrid.of(256, 128)), predictor=PredictorSpec(), loss="squared_l2"
+        ),
+        masks=Fixed(masking=RandomPatches()),
+        schedule=Schedule(peak_lr=3e-4),
+        steps=100_000,
+        clips_per_step=256,
+        crop="start",
+    )
+
+
+def a_jepa(size: Literal["s", "b", "l"] = "b") -> Pretrain:
+    """A-JEPA (arXiv 2311.15830), ViT-B on 1024 x 128: 24 epochs of AudioSet-2M in steps of 512 clips.
+
+    Cost: about 2e19 FLOP, 28 H100 hours. Expected after fine-tuning (paper): mAP 48.6 on AS-2M, 38.4 on
+    AS-20K; not reproduced here yet. Warm-up, momentum and decay are Audio-JEPA's: the paper gives none.
+    """
+    steps = 24 * CLIPS_AS2M // 512
+    return Pretrain(
+        name="a-jepa" if size == "b" else f"a-jepa-{size}",
+        mel="a-jepa",
+        model=JepaSpec(
+            encoder=encoder_spec(size, PatchGrid.of(1024, 128)), predictor=A_JEPA_PREDICTOR, loss="l2"
+        ),
+        masks=a_jepa_curriculum(steps),
+        schedule=Schedule(peak_lr=2e-4),
+        steps=steps,
+        clips_per_step=512,
+        crop="start",
+    )
+
+
+def a_jepa_s() -> Pretrain:
+    """A-JEPA with ViT-S, see a-jepa. Cost: about a third. Expected: 46.1 on AS-2M, 33.7 on AS-20K."""
+    return a_jepa("s")
+
+
+def a_jepa_l() -> Pretrain:
+    """A-JEPA with ViT-L, see a-jepa. Cost: about three times. Expected: 48.8 on AS-2M, 38.8 on AS-20K."""
+    return a_jepa("l")
+
+
+RECIPES: dict[str, Callable[[], Pretrain]] = {
+    "smoke": smoke,
+    "small": small,
+    "audio-jepa": audio_jepa,
+    "a-jepa": a_jepa,
+    "a-jepa-s": a_jepa_s,
+    "a-jepa-l": a_jepa_l,
+}
+
+
+def recipe(name: str) -> Pretrain:
+    """The recipe of that name; RunError names the nearest and all there are."""
+    if name in RECIPES:
+        return RECIPES[name]()
+    nearest = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.0)[0]
+    raise RunError(f"recipe {name!r} is unknown; did you mean {nearest!r}? There are: {', '.join(RECIPES)}")
+
+
+def listing() -> str:
+    """Every recipe's name, steps and clips per step, and its docstring, for the command line."""
+    blocks = []
+    for name, made in ((name, make()) for name, make in RECIPES.items()):
+        lines = (line.strip() for line in (RECIPES[name].__doc__ or "").strip().splitlines())
+        head = f"{name}: {made.steps:,} steps of {made.clips_per_step} clips, mel spec {made.mel}"
+        text = textwrap.fill(
+            " ".join(line for line in lines if line), width=78, initial_indent="  ", subsequent_indent="  "
+        )
+        blocks.append(f"{head}\n{text}")
+    return "\n\n".join(blocks)
+
+
+PIECES: dict[str, type] = {
+    piece.__name__: piece
+    for piece in (
+        *(Pretrain, AdamW, Schedule, JepaSpec, EncoderSpec, PredictorSpec, PatchGrid),
+        *(Curriculum, Fixed, RandomPatches, RandomBlocks, TimeFrequencyAware, BlockSize),
+    )
+}
+
+
+def to_json(piece: Any) -> Any:
+    """A recipe, or any piece of one, as plain JSON values; each object says under `type` what it is."""
+    if not is_dataclass(piece):
+        return piece
+    return {"type": type(piece).__name__} | {f.name: to_json(getattr(piece, f.name)) for f in fields(piece)}
+
+
+def from_json(told: Any) -> Any:
+    """What `to_json` was given; RunError where a piece is none this version knows."""
+    if not isinstance(told, Mapping):
+        return told
+    values = {key: from_json(value) for key, value in told.items() if key != "type"}
+    try:
+        return PIECES[told["type"]](**values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(
+            f"a recipe's {told.get('type', 'piece')} cannot be read ({error}); update ajepa"
+        ) from None
