@@ -222,3 +222,28 @@ def test_it_learns_with_a_moving_teacher_and_without_collapse():
         jepa.update_target(0.996 + 0.004 * step / 60)
     assert outputs[-1].loss < 0.85 * outputs[0].loss
     assert outputs[-1].target_std > 0.5 * outputs[0].target_std
+
+
+def test_projected_targets_tell_the_texture_of_a_patch_and_not_its_level():
+    """Predicting how loud a patch is is easy and teaches little; the level cannot be in the target at all."""
+    model, (mel_BTF, _, targets_BGQ, _) = Jepa(replace(SPEC, targets="projection")), batch()
+    before, louder = (model.describe(mel, targets_BGQ) for mel in (mel_BTF, mel_BTF + 3))
+    torch.testing.assert_close(before, louder, atol=1e-4, rtol=0)
+    other = model.describe(mel_BTF.flip(1), targets_BGQ)
+    assert (before - other).abs().mean() > 0.1
+
+
+def test_projected_targets_do_not_depend_on_what_was_learnt():
+    """They stand still, so that nothing can collapse onto them."""
+    model, (mel_BTF, _, targets_BGQ, _) = Jepa(replace(SPEC, targets="projection")), batch()
+    before = model.describe(mel_BTF, targets_BGQ)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    assert torch.equal(model.describe(mel_BTF, targets_BGQ), before)
+
+
+def test_unknown_targets_are_refused_with_the_known_ones():
+    """A misspelt recipe stops at once."""
+    with pytest.raises(ValueError, match="teacher or projection, got 'student'"):
+        replace(SPEC, targets="student")
