@@ -34,7 +34,7 @@ demo: setup
 
 # The test suite; arguments go to pytest.
 test *arguments: setup
-    python -m pytest {{ arguments }}
+    OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 {{ arguments }}
 
 # Format, lint and types.
 lint: setup

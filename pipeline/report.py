@@ -58,6 +58,7 @@ def contact_sheet(store: FeatureStore, path: Path, *, clips: int = 12, seed: int
         if place + across >= len(rows_B):
             axes.set_xlabel("seconds", fontsize=8)
     figure.colorbar(image, ax=figure.axes, shrink=0.6, label="log mel power, nat")
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
 
