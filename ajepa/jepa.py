@@ -8,22 +8,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ajepa.patches import valid_tokens
+from ajepa.patches import patchify, valid_tokens
 from ajepa.vit import Encoder, EncoderSpec, Predictor, PredictorSpec, pick
 
 LossName = Literal["l2", "squared_l2", "smooth_l1", "cosine"]
+TargetName = Literal["teacher", "projection"]
 TINY = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JepaSpec:
-    """Everything that shapes the model and its loss; `token_loss` says what each loss is."""
+    """Everything that shapes the model and its loss; `token_loss` says what each loss is.
+
+    `targets` is what is predicted of a hidden patch: `teacher`, what the target encoder says of it (both papers);
+    `projection`, a fixed random projection of its values less their mean, its texture without its level. The
+    latter costs no second pass and is there from the first step: for runs too short to raise a teacher.
+    """
 
     encoder: EncoderSpec
     predictor: PredictorSpec
     loss: LossName = "l2"
+    targets: TargetName = "teacher"
 
     def __post_init__(self) -> None:
+        if self.targets not in get_args(TargetName):
+            raise ValueError(f"targets must be {' or '.join(get_args(TargetName))}, got {self.targets!r}")
         if self.loss not in get_args(LossName):
             raise ValueError(f"loss must be one of {', '.join(get_args(LossName))}, got {self.loss!r}")
 
@@ -58,12 +67,16 @@ class Jepa(nn.Module):
     sees the whole clip, has no gradient and stays in eval mode. Weights are a function of `spec` and `seed`.
     """
 
+    projection_ND: Tensor
+
     def __init__(self, spec: JepaSpec, *, seed: int = 0) -> None:
         super().__init__()
         self.spec = spec
         self.encoder = Encoder(spec.encoder, seed=seed)
         self.predictor = Predictor(spec.predictor, spec.encoder.width, spec.encoder.grid, seed=seed + 1)
         self.target = copy.deepcopy(self.encoder).requires_grad_(False).eval()
+        projection_ND = random_projection(spec.encoder, seed=seed + 2)
+        self.register_buffer("projection_ND", projection_ND, persistent=False)
 
     def train(self, mode: bool = True) -> "Jepa":
         super().train(mode)
@@ -94,14 +107,24 @@ class Jepa(nn.Module):
 
     @torch.no_grad()
     def describe(self, mel_BTF: Tensor, targets_BGQ: Tensor, valid_BP: Tensor | None = None) -> Tensor:
-        """What the target encoder, given the whole clip, says at the targets: `BGQD`, not yet normalised."""
-        feature_BPD = self.target(mel_BTF, valid_BP=valid_BP)
+        """What is to be predicted at the targets, from the whole clip: `BGQD`, not yet normalised."""
+        if self.spec.targets == "projection":
+            patch_BPN = patchify(mel_BTF, self.spec.encoder.grid)
+            feature_BPD = (patch_BPN - patch_BPN.mean(-1, keepdim=True)) @ self.projection_ND
+        else:
+            feature_BPD = self.target(mel_BTF, valid_BP=valid_BP)
         return pick(feature_BPD, targets_BGQ.flatten(1)).unflatten(1, targets_BGQ.shape[1:])
 
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:
         """`target = momentum * target + (1 - momentum) * encoder`; buffers, should there be any, likewise."""
         torch._foreach_lerp_(_state(self.target), _state(self.encoder), 1.0 - momentum)
+
+
+def random_projection(spec: EncoderSpec, *, seed: int) -> Tensor:
+    """A fixed Gaussian matrix from a patch's values to the encoder's width; lengths are kept on average."""
+    values, generator = spec.grid.patch_values, torch.Generator().manual_seed(seed)
+    return torch.randn(values, spec.width, generator=generator) / spec.width**0.5
 
 
 def normalise(feature_BGQD: Tensor) -> Tensor:

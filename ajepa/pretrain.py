@@ -176,10 +176,8 @@ class Trainer:
 
 def view_of(store: FeatureStore, recipe: Pretrain) -> View:
     """How the recipe looks at the store's clips; `identity_of` keeps the mean and deviation with the run."""
-    stats = store.stats["all"]
-    return View(
-        frames=recipe.view_frames, crop=recipe.crop, mean=stats["mean"], std=stats["std"], seed=recipe.seed
-    )
+    mean, std = store.mean_and_std(train_splits(store))
+    return View(frames=recipe.view_frames, crop=recipe.crop, mean=mean, std=std, seed=recipe.seed)
 
 
 def adamw(model: Jepa, recipe: Pretrain) -> torch.optim.AdamW:
@@ -235,9 +233,9 @@ def train_splits(store: FeatureStore) -> list[str]:
 
 def identity_of(store: FeatureStore) -> Json:
     """What a run was trained on: it is compared on resume, and says how to normalise ever after."""
-    spec, stats = store.spec, store.stats["all"]
-    normalisation = {"mean": stats["mean"], "std": stats["std"]}
-    return {"store_id": store.store_id, "spec_id": store.spec_id, "mel": spec.to_json(), **normalisation}
+    mean, std = store.mean_and_std(train_splits(store))
+    told = {"store_id": store.store_id, "spec_id": store.spec_id, "mel": store.spec.to_json()}
+    return {**told, "mean": mean, "std": std}
 
 
 @contextmanager

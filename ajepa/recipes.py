@@ -133,20 +133,24 @@ def smoke() -> Pretrain:
 
 
 def small() -> Pretrain:
-    """TODO"""
+    """A tiny encoder that learns from any `a-jepa` store on a laptop: the texture of hidden patches, 30 % visible.
+
+    Cost: minutes on two CPU cores. Expected: probes above a random encoder's, below log-mel statistics (README).
+    """
     grid = PatchGrid.of(256, 128)
-    steps = 1_000
     model = JepaSpec(
-        encoder=EncoderSpec(grid=grid, width=192, depth=6, heads=3),
+        encoder=EncoderSpec(grid=grid, width=128, depth=4, heads=2),
         predictor=PredictorSpec(width=96, depth=2, heads=3),
+        loss="squared_l2",
+        targets="projection",
     )
     return Pretrain(
         name="small",
         mel="a-jepa",
         model=model,
-        masks=a_jepa_curriculum(steps),
-        schedule=Schedule(peak_lr=1e-3, warmup_share=0.05, ema_start=0.99),
-        steps=steps,
+        masks=Fixed(masking=RandomPatches(ratio_low=0.7, ratio_high=0.7)),
+        schedule=Schedule(peak_lr=1e-3, warmup_share=0.1, ema_start=0.9, ema_end=0.99),
+        steps=1_000,
         clips_per_step=32,
         checkpoint_every=250,
     )

@@ -15,6 +15,7 @@ NAME.zarr/              a Zarr v3 group: any Zarr v3 library opens it
 
 import hashlib
 import json
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -182,6 +183,16 @@ class FeatureStore:
     def stats(self) -> dict[str, dict[str, Any]]:
         """`all` and each split: frames, mean, std, mean_F, std_F of log-mel over valid frames of good clips."""
         return json.loads((self.path / "stats.json").read_text())
+
+    def mean_and_std(self, splits: Sequence[str]) -> tuple[float, float]:
+        """Of log-mel over the valid frames of good clips of some splits; StoreError where they have none."""
+        parts = [self.stats[split] for split in splits if split in self.stats]
+        frames = sum(part["frames"] for part in parts)
+        if not frames:
+            raise StoreError(f"{self.path}: no good clip in {', '.join(splits)}; see: ajepa-data report")
+        mean = sum(part["frames"] * part["mean"] for part in parts) / frames
+        square = sum(part["frames"] * (part["std"] ** 2 + part["mean"] ** 2) for part in parts) / frames
+        return mean, math.sqrt(square - mean**2)
 
     def good_rows(self, splits: Sequence[str] | None = None) -> np.ndarray:
         """Ascending rows (int64) whose clips are there, of the given splits or all; StoreError on unknown ones."""

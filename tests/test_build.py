@@ -98,6 +98,16 @@ def test_statistics_are_those_of_the_valid_frames(store):
         np.testing.assert_allclose(store.stats[split]["std_F"], values_NF.std(0), rtol=1e-9)
 
 
+def test_normalisation_knows_only_the_splits_it_is_asked_for(store):
+    """Evaluation clips must not shift what the model sees in training, however little."""
+    assert store.mean_and_std(["a_train"]) == pytest.approx(
+        (store.stats["a_train"]["mean"], store.stats["a_train"]["std"])
+    )
+    assert store.mean_and_std(["a_train", "eval"]) == pytest.approx(
+        (store.stats["all"]["mean"], store.stats["all"]["std"])
+    )
+
+
 def test_uint8_is_float16_but_for_its_steps(store, uint8_store_path):
     """Half the size, at a twelfth of a nat."""
     small = FeatureStore.open(uint8_store_path)
