@@ -1,14 +1,11 @@
 """Lists and files -> plan -> store; run again it carries on; statistics at the end."""
 
-import fcntl
 import json
 import os
 import platform
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -21,14 +18,23 @@ from pipeline.audio import AudioPolicy
 from pipeline.datasets.audioset import Sources, find_sources, plan_clips
 from pipeline.engines import run_here
 from pipeline.errors import InputError, StoreError
-from pipeline.files import PARTIAL, fsync, replacing
+from pipeline.files import PARTIAL, fsync, locked, replacing
 from pipeline.labels import split_mids
 from pipeline.manifest import PLAN_SCHEMA, pending, plan_id
 from pipeline.mel import MelSpec
 from pipeline.ontology import ClassList, load_class_list
-from pipeline.shardmaker import Clip, ShardMaker, ShardTask
-from pipeline.shards import DTYPES, Layout, create_array, shard_clips_for
-from pipeline.store import Commit, Header, ledger_path, read_commit, store_id, write_table
+from pipeline.shardmaker import NEXT, Clip, ShardMaker, ShardTask, settle
+from pipeline.shards import DTYPES, Layout, array_json, create_array, shard_clips_for
+from pipeline.store import (
+    Commit,
+    Header,
+    ledger_path,
+    read_commit,
+    read_table,
+    store_id,
+    stray_shards,
+    write_table,
+)
 
 UINT8_TOP = 14.0  # nats: a full-scale sine reaches 12 in the a-jepa front end; what is louder is clipped
 VERSIONS = ("ajepa", "av", "numpy", "soundfile", "soxr", "torch", "zarr")
@@ -69,14 +75,17 @@ def build_audioset(
     if not out.exists():
         _check_space(out.absolute().parent, header.layout, sum(path is not None for path in sources.path_N))
         create_store(out, header, plan)
+    check_same(out, header)
     with locked(out):
         check_same(out, header)
         sweep(out)
-        if tasks := open_tasks(out, header.layout, plan, sources):
+        mend(out, header, plan)
+        tasks = open_tasks(out, header.layout, plan, sources)
+        if any(not ledger_path(out, task.shard).exists() for task in tasks):
             write_table(out / "manifest.parquet", pending(plan), {})  # no reader takes the store for finished
         maker = ShardMaker(store=out, header=header, policy=build.policy)
         rows = run_here(maker, tasks, workers=build.workers, clip_seconds=build.clip_seconds)
-        tried = list(progress(sum(len(task.clips) for task in tasks), rows) if progress else rows)
+        tried = list(progress(sum(task.open_rows for task in tasks), rows) if progress else rows)
         manifest = finalise(out, header, plan)
         _write_told(out, audio, segments, build, sources, tried=len(tried), seconds=time.monotonic() - began)
     return manifest
@@ -112,14 +121,29 @@ def create_store(out: Path, header: Header, plan: pl.DataFrame) -> None:
     scratch = out.with_name(f"{out.name}.{os.getpid()}{PARTIAL}")
     try:
         create_array(scratch, header.layout, {"ajepa": header.to_json()})
-        (scratch / "ledger").mkdir()
-        labels = pl.DataFrame(split_mids(plan["mids"], header.classes))
         write_table(scratch / "manifest.parquet", pending(plan), {})
-        write_table(scratch / "labels.parquet", labels, {"raw": "as listed"})
+        mend(scratch, header, plan)
         scratch.rename(out)
         fsync(out.absolute().parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def mend(out: Path, header: Header, plan: pl.DataFrame) -> None:
+    """Write what follows from the plan alone where it is not there, or not readable."""
+    (out / "ledger").mkdir(exist_ok=True)
+    array, told = out / "mel" / "zarr.json", array_json(header.layout)
+    if not array.is_file() or array.read_bytes() != told:
+        array.parent.mkdir(exist_ok=True)
+        with replacing(array) as scratch:
+            scratch.write_bytes(told)
+    labels = out / "labels.parquet"
+    try:
+        if labels.exists() and read_table(labels)[0].height == plan.height:
+            return
+    except StoreError:
+        pass  # damaged: written anew, which loses the propagated sets and no more
+    write_table(labels, pl.DataFrame(split_mids(plan["mids"], header.classes)), {"raw": "as listed"})
 
 
 def _check_space(folder: Path, layout: Layout, clips: int) -> None:
@@ -127,7 +151,7 @@ def _check_space(folder: Path, layout: Layout, clips: int) -> None:
     needed, free = clips * layout.clip_bytes, shutil.disk_usage(folder).free
     if needed > free:
         raise StoreError(
-            f"{folder}: {free / 2**30:.1f} GiB free, {clips} clips need {needed / 2**30:.1f} GiB; "
+            f"{folder}: {free / 2**20:,.0f} MiB free, {clips:,} clips need {needed / 2**20:,.0f} MiB; "
             "free some, or choose another --out or --dtype uint8"
         )
 
@@ -147,31 +171,14 @@ def check_same(out: Path, header: Header) -> None:
         )
 
 
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold the store for writing; raises StoreError that names the build which holds it. The kernel frees it."""
-    with (out / "build.lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise StoreError(
-                f"{out} is being built by {lock.read() or 'another process'}; wait for it"
-            ) from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
-        yield
-        lock.truncate(0)
-
-
 def sweep(out: Path) -> None:
-    """Remove what a crash left: unfinished files, and shards that the ledger does not know."""
-    for path in out.rglob(f"*{PARTIAL}"):
+    """Settle what a crash left: records that wait for their shard, unfinished files, shards without a record."""
+    for path in out.glob(f"ledger/*{NEXT}"):
+        settle(out, path)
+    for path in list(out.rglob(f"*{PARTIAL}")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for path in stray_shards(out):
         path.unlink()
-    for path in (out / "mel").glob("c/*/0/0"):
-        if not ledger_path(out, int(path.parts[-3])).exists():
-            path.unlink()
 
 
 def open_tasks(out: Path, layout: Layout, plan: pl.DataFrame, sources: Sources) -> list[ShardTask]:
@@ -180,16 +187,14 @@ def open_tasks(out: Path, layout: Layout, plan: pl.DataFrame, sources: Sources) 
     facts = plan.select("split", "start_seconds", "end_seconds", "duplicate").rows(named=True)
     for shard in range(layout.shards):
         rows, commit = layout.rows(shard), read_commit(out, shard)
-        bad = (
-            rows
-            if commit is None
-            else [r for r, s in zip(rows, commit[1]["status"], strict=True) if s != "good"]
-        )
+        bad: Sequence[int] = rows
+        if commit is not None:
+            bad = [row for row, status in zip(rows, commit[1]["status"], strict=True) if status != "good"]
         if commit is None or any(facts[row]["duplicate"] is None and sources.path_N[row] for row in bad):
             clips = (
                 Clip(row=r, path=sources.path_N[r], source=sources.source_N[r], **facts[r]) for r in rows
             )
-            tasks.append(ShardTask(shard=shard, clips=tuple(clips)))
+            tasks.append(ShardTask(shard=shard, clips=tuple(clips), open_rows=len(bad)))
     return tasks
 
 
@@ -230,7 +235,7 @@ def _merged(moments: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "frames": frames,
         "mean": mean,
-        "std": float(np.sqrt(square_F.mean() - mean**2)),
+        "std": float(np.sqrt(max(square_F.mean() - mean**2, 0))),
         "mean_F": mean_F.tolist(),
         "std_F": np.sqrt(np.maximum(square_F - mean_F**2, 0)).tolist(),
     }

@@ -155,6 +155,10 @@ def run_app(app: typer.Typer) -> NoReturn:
         app()
     except InputError as error:
         _fail(f"error: {error}", 1)
+    except OSError as error:  # a read-only folder, a full disk, a file where a folder should be
+        if error.filename is None:
+            raise
+        _fail(f"error: {error.filename}: {error.strerror}; check the path and its permissions", 1)
     except Interrupted:
         _fail("interrupted; nothing is lost: the same command carries on", RUN_AGAIN)
     raise SystemExit(0)

@@ -1,8 +1,10 @@
 """Who runs the shards: worker processes of this machine, which may hang or die without taking the build along."""
 
+import ctypes
 import multiprocessing as mp
 import os
 import signal
+import sys
 import time
 import traceback
 from collections import deque
@@ -15,6 +17,7 @@ import torch
 from pipeline.errors import InputError, StoreError
 
 POLL_SECONDS = 0.5
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 MOST_DEATHS = 3  # of workers with no clip in hand: not a clip's fault
 
 
@@ -47,7 +50,13 @@ def run_here(work: Work[T], tasks: Sequence[T], *, workers: int, clip_seconds: f
             while waiting and (worker := _idle(pool, work, workers)):
                 worker.give(waiting.popleft())
             busy = [worker for worker in pool if worker.task]
+            began = time.monotonic()
             ready = wait([worker.pipe for worker in busy], timeout=POLL_SECONDS)
+            if (
+                slept := time.monotonic() - began
+            ) > 4 * POLL_SECONDS:  # stopped by Ctrl-Z, or the machine slept
+                for worker in busy:
+                    worker.pardon(slept)
             for worker in busy:
                 if worker.pipe in ready and (row := worker.listen()) is not None:
                     yield row
@@ -77,8 +86,12 @@ class _Worker(Generic[T]):
     def __init__(self, work: Work[T]) -> None:
         context = mp.get_context("spawn")  # a fork after torch or polars are up may hang
         self.pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, work), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, work, os.getpid()), daemon=True)
+        signal.pthread_sigmask(
+            signal.SIG_BLOCK, [signal.SIGINT]
+        )  # inherited: Ctrl-C is for the parent to handle
         self._process.start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         theirs.close()  # so that the worker's death reads as the end of the pipe
         self.task: T | None = None
         self.row: int | None = None
@@ -87,7 +100,10 @@ class _Worker(Generic[T]):
 
     def give(self, task: T) -> None:
         self.task, self.row = task, None
-        self.pipe.send(task)
+        try:
+            self.pipe.send(task)
+        except OSError:
+            self.dead = True
 
     def listen(self) -> int | None:
         """The row now tried, if that is the news; raises what the worker raised."""
@@ -102,6 +118,10 @@ class _Worker(Generic[T]):
         if news == "done":
             self.task = None
         return self.row
+
+    def pardon(self, seconds: float) -> None:
+        """Do not count this time, in which nobody worked, against the clip."""
+        self._since += seconds
 
     def overdue(self, clip_seconds: float) -> bool:
         return self.row is not None and time.monotonic() - self._since > clip_seconds
@@ -131,9 +151,12 @@ def _death(exitcode: int | None) -> str:
     return f"exit status {exitcode}"
 
 
-def _serve(pipe: Connection, work: Callable[[Any], Iterator[int | None]]) -> None:
+def _serve(pipe: Connection, work: Callable[[Any], Iterator[int | None]], parent: int) -> None:
     """A worker's life: tasks come in; rows, None, and at the end "done" or an exception go out."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    if sys.platform == "linux":  # a worker that outlives a killed build would write beside the next one
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if os.getppid() != parent:
+        return
     os.dup2(
         os.open(os.devnull, os.O_WRONLY), 2
     )  # decoders complain there; what matters comes back as a reason

@@ -1,9 +1,13 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all, by one process at a time."""
 
+import fcntl
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from pipeline.errors import StoreError
 
 PARTIAL = ".partial"  # suffix of what a crash may leave behind; swept at the next start
 
@@ -31,3 +35,21 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def locked(store: Path) -> Iterator[None]:
+    """Hold a store for writing; raises StoreError that names who holds it. The kernel frees it with the process."""
+    with (store / "build.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise StoreError(
+                f"{store} is being written by {lock.read() or 'another process'}; wait for it"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        yield
+        lock.truncate(0)

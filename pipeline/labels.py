@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import OntologyError, StoreError
-from pipeline.files import replacing
+from pipeline.files import locked, replacing
 from pipeline.ontology import (
     ClassList,
     Ontology,
@@ -149,7 +149,8 @@ def propagate_labels(
         version=f"ajepa {version('ajepa')}",
     )
     tally = Tally(known, classes)
-    _add_label_set(store / "labels.parquet", provenance, adds_CC, split_N, tally)
+    with locked(store):
+        _add_label_set(store / "labels.parquet", provenance, adds_CC, split_N, tally)
     changes = [tally.change(split, [split]) for split in known] + [tally.change("all", known)]
     done = Propagation(provenance=provenance, changes=tuple(changes), gainers=tally.gainers())
     with replacing(store / f"propagation-{rule}.json") as scratch:

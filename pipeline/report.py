@@ -7,6 +7,8 @@ import numpy as np
 import polars as pl
 from matplotlib.figure import Figure
 
+from pipeline.errors import StoreError
+from pipeline.files import replacing
 from pipeline.manifest import REASONS
 from pipeline.store import FeatureStore
 
@@ -33,6 +35,8 @@ def coverage(manifest: pl.DataFrame) -> str:
 def contact_sheet(store: FeatureStore, path: Path, *, clips: int = 12, seed: int = 0) -> None:
     """A PNG of some good clips' spectrograms with their ids and labels, axes in seconds and mel bands."""
     good_N = store.good_rows()
+    if not len(good_N):
+        raise StoreError(f"{store.path}: no good clip to show")
     rows_B = np.sort(np.random.default_rng(seed).choice(good_N, min(clips, len(good_N)), replace=False))
     mel_BTF = store.offset + store.scale * store.read(rows_B).astype(np.float32)
     across = min(3, len(rows_B))
@@ -59,7 +63,8 @@ def contact_sheet(store: FeatureStore, path: Path, *, clips: int = 12, seed: int
             axes.set_xlabel("seconds", fontsize=8)
     figure.colorbar(image, ax=figure.axes, shrink=0.6, label="log mel power, nat")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as scratch:
+        figure.savefig(scratch, dpi=110, format="png")
 
 
 def _title(store: FeatureStore, row: int) -> str:

@@ -17,7 +17,9 @@ from pipeline.files import fsync, replacing
 from pipeline.manifest import RESULT_SCHEMA, failure
 from pipeline.mel import log_mel
 from pipeline.shards import ShardReader, encode_shard, shard_path
-from pipeline.store import Commit, Header, ledger_path, read_commit, write_commit
+from pipeline.store import Commit, Header, commit_at, ledger_path, read_commit, write_commit
+
+NEXT = ".next"  # suffix of a record whose shard is about to be placed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +41,7 @@ class ShardTask:
 
     shard: int
     clips: tuple[Clip, ...]
+    open_rows: int  # those not good yet
     condemned: dict[int, tuple[str, str]] = field(default_factory=dict)
 
     def without(self, row: int, reason: str, detail: str) -> "ShardTask":
@@ -56,30 +59,41 @@ class ShardMaker:
     def __call__(self, task: ShardTask) -> Iterator[int | None]:
         """Fill, write and commit a shard; yields each row before it is decoded, None before writing.
 
-        Rows that are good already are kept; if no other changes, the shard is left alone.
+        Rows that are good already are kept; if no other changes, the shard is left alone. StoreError if it is
+        damaged: keeping its rows would give them fresh checksums.
         """
         layout, before = self.header.layout, read_commit(self.store, task.shard)
         shape = (len(task.clips), layout.frames, layout.bands)
         mel_NTF = np.full(shape, layout.fill, layout.dtype)
         old = before[1].to_dicts() if before else [failure("missing", "")] * len(task.clips)
-        results, reader = [], ShardReader(self.store, layout)
+        results = []
         for clip, result, mel_TF in zip(task.clips, old, mel_NTF, strict=True):
-            if result["status"] == "good":
-                reader.read_into(clip.row, mel_TF)
-            else:
+            if result["status"] != "good":
                 yield clip.row
                 result = self._fill(clip, task, mel_TF)
             results.append(result)
         yield None
         if before is None or results != old:
+            if before is not None:
+                self._keep(task, before[0], old, mel_NTF)
             self._commit(task, mel_NTF, pl.DataFrame(results, schema=RESULT_SCHEMA, orient="row"))
+
+    def _keep(self, task: ShardTask, before: Commit, old: list[dict[str, Any]], mel_NTF: np.ndarray) -> None:
+        """Copy the rows that are good already out of the shard that is there."""
+        if not matches(self.store, before):
+            record = ledger_path(self.store, task.shard)
+            raise StoreError(f"{self.store}: shard {task.shard} is damaged; delete {record} and build again")
+        reader = ShardReader(self.store, self.header.layout)
+        for clip, result, mel_TF in zip(task.clips, old, mel_NTF, strict=True):
+            if result["status"] == "good":
+                reader.read_into(clip.row, mel_TF)
 
     def _fill(self, clip: Clip, task: ShardTask, mel_TF: np.ndarray) -> dict[str, Any]:
         """Write a clip's spectrogram into its place; the result columns of its row."""
         if clip.duplicate is not None:
             return failure("duplicate", clip.duplicate)
         if clip.path is None:
-            return failure("missing", "no file for this id below the audio folders")
+            return failure("missing", "no file for this id and start below the audio folders")
         if clip.row in task.condemned:
             return failure(*task.condemned[clip.row], source=clip.source)
         spec = self.header.spec
@@ -115,20 +129,16 @@ class ShardMaker:
 
     def _commit(self, task: ShardTask, mel_NTF: np.ndarray, results: pl.DataFrame) -> None:
         content = encode_shard(self.header.layout, task.shard, mel_NTF)
-        path = shard_path(self.store, task.shard)
-        ledger_path(self.store, task.shard).unlink(missing_ok=True)  # a shard about to change does not exist
-        fsync(self.store / "ledger")
+        commit = Commit(
+            shard=task.shard,
+            spec_id=self.header.spec.spec_id,
+            plan_id=self.header.plan_id,
+            size_bytes=len(content),
+            sha256=hashlib.sha256(content).hexdigest(),
+            moments=_moments(task, mel_NTF, results, self.header),
+        )
         try:
-            _place(path, content)
-            commit = Commit(
-                shard=task.shard,
-                spec_id=self.header.spec.spec_id,
-                plan_id=self.header.plan_id,
-                size_bytes=len(content),
-                sha256=hashlib.sha256(content).hexdigest(),
-                moments=_moments(task, mel_NTF, results, self.header),
-            )
-            write_commit(self.store, commit, results)
+            place(self.store, commit, results, content)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -138,13 +148,43 @@ class ShardMaker:
             ) from None
 
 
-def _place(path: Path, content: bytes) -> None:
-    if not content:
-        path.unlink(missing_ok=True)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as scratch:
-        scratch.write_bytes(content)
+def place(store: Path, commit: Commit, results: pl.DataFrame, content: memoryview) -> None:
+    """Put a shard and its record in place so that at every instant the old pair or the new one can be had.
+
+    The new record waits as `.next` while the shard is renamed; `settle` decides by the shard's digest.
+    """
+    record = ledger_path(store, commit.shard)
+    waiting = record.with_name(record.name + NEXT)
+    if content:
+        path = shard_path(store, commit.shard)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as scratch:
+            scratch.write_bytes(content)
+            fsync(scratch)
+            write_commit(waiting, commit, results)
+    else:
+        write_commit(waiting, commit, results)
+    settle(store, waiting)
+
+
+def settle(store: Path, waiting: Path) -> None:
+    """Adopt a waiting record if the shard it tells of is in place, else drop it: the old record holds."""
+    if matches(store, commit_at(waiting)[0]):
+        waiting.replace(waiting.with_suffix(""))
+    else:
+        waiting.unlink()
+    fsync(waiting.parent)
+
+
+def matches(store: Path, commit: Commit) -> bool:
+    """Whether the shard on disk is the one that was committed, byte for byte."""
+    path = shard_path(store, commit.shard)
+    if not commit.size_bytes:
+        return not path.exists()
+    if not path.is_file() or path.stat().st_size != commit.size_bytes:
+        return False
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == commit.sha256
 
 
 def quantise(mel: np.ndarray, header: Header) -> np.ndarray:

@@ -77,6 +77,13 @@ def create_array(store: Path, layout: Layout, attributes: dict[str, object]) -> 
     _array(folder, layout)
 
 
+def array_json(layout: Layout) -> bytes:
+    """What `mel/zarr.json` holds."""
+    objects: dict[str, Buffer] = {}
+    _array(MemoryStore(objects), layout)
+    return objects["mel/zarr.json"].to_bytes()
+
+
 def _array(store: LocalStore | MemoryStore, layout: Layout) -> zarr.Array:
     one_clip = (1, layout.frames, layout.bands)
     return zarr.create_array(
@@ -94,7 +101,7 @@ def _array(store: LocalStore | MemoryStore, layout: Layout) -> zarr.Array:
     )
 
 
-def encode_shard(layout: Layout, shard: int, mel_NTF: np.ndarray) -> bytes:
+def encode_shard(layout: Layout, shard: int, mel_NTF: np.ndarray) -> memoryview:
     """The shard's bytes as zarr-python writes them; clips equal to the fill value throughout are absent.
 
     Empty where no clip is there: Zarr keeps no object then.
@@ -103,7 +110,7 @@ def encode_shard(layout: Layout, shard: int, mel_NTF: np.ndarray) -> bytes:
     rows = layout.rows(shard)
     _array(MemoryStore(objects), layout)[rows.start : rows.stop] = mel_NTF
     content = objects.get(f"mel/c/{shard}/0/0")
-    return b"" if content is None else content.to_bytes()
+    return memoryview(b"") if content is None else content.as_numpy_array().data
 
 
 class ShardReader:

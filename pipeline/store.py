@@ -8,8 +8,10 @@ NAME.zarr/              a Zarr v3 group: any Zarr v3 library opens it
   labels.parquet        row i: `raw` and one column per propagated label set, lists of class indices; `outside`:
                         class ids that are not in the class list. Provenance in the schema metadata
   ledger/N.parquet      shard N is committed: the manifest columns of its rows and, in the schema metadata, the
-                        `Commit`. THE commit point: what is not in the ledger does not exist
+                        `Commit`. THE commit point: what is not in the ledger does not exist. N.parquet.next: its
+                        shard is about to be placed; the next build adopts it if the shard matches, or drops it
   stats.json            mean and std over valid frames of good clips, global and per band: all, and per split
+  build.lock            empty, or who is writing
   build.json            what was asked, versions, time taken: of the run, so the one file in which equal builds differ
 """
 
@@ -33,7 +35,7 @@ from pipeline.files import replacing
 from pipeline.manifest import RESULT_SCHEMA, check_schema
 from pipeline.mel import MelSpec
 from pipeline.ontology import ClassList
-from pipeline.shards import Layout, ShardReader
+from pipeline.shards import Layout, ShardReader, shard_path
 
 FORMAT = 1
 METADATA_KEY = b"ajepa"
@@ -68,14 +70,16 @@ class Header:
         """The header of the store at `store`; raises StoreError where there is none of this format."""
         try:
             header = json.loads((store / "zarr.json").read_text())["attributes"]["ajepa"]
-        except (OSError, KeyError, ValueError):
+            if header["format"] == FORMAT:
+                return cls._of(header)
+        except (OSError, KeyError, ValueError, TypeError):
             raise StoreError(
                 f"{store}: not a feature store; make one with: ajepa-data build-audioset"
             ) from None
-        if header["format"] != FORMAT:
-            raise StoreError(
-                f"{store}: has store format {header['format']}, this version reads format {FORMAT}"
-            )
+        raise StoreError(f"{store}: has store format {header['format']}, this version reads format {FORMAT}")
+
+    @classmethod
+    def _of(cls, header: dict[str, Any]) -> Self:
         return cls(
             spec=MelSpec.from_json(header["spec"]),
             layout=Layout(**header["layout"]),
@@ -102,9 +106,15 @@ def ledger_path(store: Path, shard: int) -> Path:
     return store / "ledger" / f"{shard:06d}.parquet"
 
 
-def write_commit(store: Path, commit: Commit, results: pl.DataFrame) -> None:
-    """Commit a shard whose object is already safe on disk."""
-    write_table(ledger_path(store, commit.shard), results.select(*RESULT_SCHEMA), asdict(commit))
+def stray_shards(store: Path) -> list[Path]:
+    """Objects below `mel/c` that no record of the ledger tells of."""
+    known = {shard_path(store, int(path.stem)) for path in store.glob("ledger/[0-9]*.parquet")}
+    return sorted(set(store.glob("mel/c/*/0/0")) - known)
+
+
+def write_commit(path: Path, commit: Commit, results: pl.DataFrame) -> None:
+    """Write what the ledger says of a shard."""
+    write_table(path, results.select(*RESULT_SCHEMA), asdict(commit))
 
 
 def read_commit(store: Path, shard: int) -> tuple[Commit, pl.DataFrame] | None:
@@ -112,8 +122,19 @@ def read_commit(store: Path, shard: int) -> tuple[Commit, pl.DataFrame] | None:
     path = ledger_path(store, shard)
     if not path.exists():
         return None
+    commit, results = commit_at(path)
+    if commit.shard != shard:
+        raise StoreError(f"{path}: is the record of shard {commit.shard}; delete it and build again")
+    return commit, results
+
+
+def commit_at(path: Path) -> tuple[Commit, pl.DataFrame]:
+    """The record in one file of the ledger; raises StoreError."""
     frame, metadata = read_table(path)
-    return Commit(**metadata), frame
+    try:
+        return Commit(**metadata), frame.select(*RESULT_SCHEMA)
+    except (TypeError, pl.exceptions.ColumnNotFoundError):
+        raise StoreError(f"{path}: is no record of a shard; delete it and build again") from None
 
 
 def write_table(path: Path, frame: pl.DataFrame, metadata: dict[str, Any]) -> None:
@@ -129,7 +150,10 @@ def read_table(path: Path) -> tuple[pl.DataFrame, dict[str, Any]]:
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
-        raise StoreError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+        why = "missing" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
+        raise StoreError(
+            f"{path}: cannot be read ({why}); delete it, if it is there, and build again"
+        ) from None
     frame = pl.from_arrow(table)
     assert isinstance(frame, pl.DataFrame)
     return frame, json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))

@@ -19,8 +19,9 @@ from conftest import build
 from corpus import BROKEN, MISSING, SHORT, SILENT, clip_id, tone_in_noise, write_corpus
 
 from pipeline.audio import load
-from pipeline.build import Build, build_audioset, locked
+from pipeline.build import Build, build_audioset
 from pipeline.errors import InputError, StoreError
+from pipeline.files import locked
 from pipeline.mel import log_mel, mel_spec
 from pipeline.shards import shard_path
 from pipeline.store import FeatureStore, ledger_path
@@ -174,6 +175,63 @@ def test_a_shard_written_but_not_in_the_ledger_is_built_again(corpus, fresh, tmp
     assert_same_bytes(fresh, out)
 
 
+@pytest.fixture
+def grown(tmp_path):
+    """A corpus whose one missing clip has arrived, and the store built before that."""
+    folder = write_corpus(tmp_path / "corpus", clips=20)
+    build(folder, tmp_path / "x.zarr")
+    late_S = tone_in_noise(MISSING, seconds=10, rate_hz=32_000)
+    soundfile.write(folder / "audio" / f"{clip_id(MISSING)}.wav", late_S, 32_000)
+    return folder, tmp_path / "x.zarr"
+
+
+@pytest.mark.parametrize("moment", ["shard written", "record waits", "shard placed"])
+def test_a_crash_while_a_shard_is_replaced_loses_no_good_row(grown, tmp_path, monkeypatch, moment):
+    """The old pair of shard and record holds until the new one is whole, even if the sounds are gone by then."""
+    folder, out = grown
+    before = shard_path(out, 0).read_bytes()
+
+    def crash(*arguments):
+        raise KeyboardInterrupt
+
+    target = {
+        "shard written": "pipeline.shardmaker.write_commit",
+        "record waits": "pipeline.files.Path.replace",
+        "shard placed": "pipeline.shardmaker.settle",
+    }
+    with monkeypatch.context() as patch:
+        replace = Path.replace
+        if moment == "record waits":  # every rename but that of the shard
+            patch.setattr(Path, "replace", lambda a, b: crash() if b.name == "0" else replace(a, b))
+        else:
+            patch.setattr(target[moment], crash)
+        with pytest.raises(KeyboardInterrupt):
+            build(folder, out)
+    arrived = moment == "shard placed"
+    assert (shard_path(out, 0).read_bytes() != before) == arrived
+    for path in (folder / "audio").glob("*.wav"):
+        path.write_bytes(b"gone")
+    manifest = build(folder, out)
+    assert manifest.filter(pl.col("status") == "good").height == 18 + arrived
+    assert not list(faults_of(out))
+
+
+def test_a_damaged_shard_is_not_given_fresh_checksums(grown):
+    """Filling a gap must not launder a flipped bit in the clip beside it."""
+    folder, out = grown
+    content = bytearray(shard_path(out, 0).read_bytes())
+    content[300_000] ^= 1
+    shard_path(out, 0).write_bytes(content)
+    with pytest.raises(StoreError, match=r"shard 0 is damaged; delete .*000000.parquet and build again"):
+        build(folder, out)
+
+
+def test_a_rerun_that_changes_nothing_leaves_the_store_usable_throughout(corpus, fresh, monkeypatch):
+    """Failed clips are tried again, and meanwhile others train from the store."""
+    monkeypatch.setattr("pipeline.build.finalise", lambda *_: FeatureStore.open(fresh).manifest)
+    assert build(corpus, fresh).height == 48
+
+
 def test_a_clip_that_arrives_later_fills_its_row_and_only_that(tmp_path):
     """Downloads trickle in; the good rows of a shard are not decoded again."""
     folder = write_corpus(tmp_path / "corpus", clips=20)
@@ -236,7 +294,7 @@ def test_two_builds_of_one_store_do_not_meet(fresh):
     """Two writers in one shard lose data."""
     with (
         locked(fresh),
-        pytest.raises(StoreError, match=f"being built by process {os.getpid()} on"),
+        pytest.raises(StoreError, match=f"being written by process {os.getpid()} on"),
         locked(fresh),
     ):
         pass

@@ -31,6 +31,7 @@ EXTENSIONS = (
     "mp3",
 )
 ROW = r'^\s*([^,]*?)\s*,\s*([^,]*?)\s*,\s*([^,]*?)\s*(?:,\s*"?([^"]*?)"?\s*)?$'
+LONGEST_SECONDS = 1e6  # a list with later ends is damaged, or in other units
 YOUTUBE_ID = r"^[A-Za-z0-9_-]{11}$"
 NAME = (  # [Y]<id>[_<start>[_<end>]]; never split on "_": 14 % of the ids contain one
     r"^(?P<y>Y?)(?P<id>[A-Za-z0-9_-]{11})(?:_(?P<start>\d+(?:\.\d+)?)(?:_\d+(?:\.\d+)?)?)?$"
@@ -47,9 +48,11 @@ def read_segments(path: Path) -> pl.DataFrame:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"{path}: not a readable segments list ({error})") from None
-    lines = pl.DataFrame({"text": text.splitlines()}).with_row_index("line", offset=1)
+    lines = pl.DataFrame({"text": text.splitlines()}, schema={"text": pl.String}).with_row_index(
+        "line", offset=1
+    )
     lines = lines.filter(pl.col("text").str.strip_chars() != "")
-    lines = lines.filter(~pl.col("text").str.starts_with("# ") | (pl.int_range(pl.len()) >= 3))
+    lines = lines.filter((~pl.col("text").str.starts_with("# ")).cum_sum() > 0)
     rows = lines.with_columns(
         pl.col("text").str.extract_groups(ROW).struct.rename_fields(list("abcd"))
     ).unnest("text")
@@ -71,9 +74,8 @@ def _refuse_damage(rows: pl.DataFrame, lines: pl.DataFrame, path: Path) -> None:
             f'{path}: no rows; expected lines like: 09L1eY6gYl5, 30.000, 40.000, "/m/04rlf,/m/09x0r"'
         )
     good_id = pl.col("clip_id").str.contains(YOUTUBE_ID).fill_null(False)
-    good_times = (pl.col("end_seconds") > pl.col("start_seconds")).fill_null(False) & (
-        pl.col("start_seconds") >= 0
-    )
+    start, end = pl.col("start_seconds"), pl.col("end_seconds")
+    good_times = ((start >= 0) & (end > start) & (end < LONGEST_SECONDS)).fill_null(False)
     bad = rows.with_columns(good_id=good_id, good_times=good_times).filter(
         ~pl.col("good_id") | ~pl.col("good_times")
     )
@@ -99,7 +101,7 @@ def plan_clips(segments: Sequence[Path]) -> pl.DataFrame:
             f"two segments lists share a name, which names the split: {sorted(names)}; rename one"
         )
     plan = pl.concat([read_segments(path) for path in segments])
-    evaluation = pl.col("split").str.contains("eval")
+    evaluation = pl.col("split").str.contains("(^|_)eval")
     first = pl.int_range(pl.len()).over("clip_id", "split") == 0
     elsewhere = evaluation.any().over("clip_id") & ~evaluation
     earlier = pl.col("split").first().over("clip_id")
@@ -180,11 +182,35 @@ def _best_files(rows: pl.DataFrame, named: pl.DataFrame) -> pl.DataFrame:
 
 
 def walk(folder: Path) -> Iterator[str]:
-    """Every audio file below `folder` as a path relative to it, links to nowhere included, in a fixed order."""
+    """Every audio file below `folder` as a path relative to it, links to nowhere included, in a fixed order.
+
+    Folders are followed through links, each once. InputError for a folder that cannot be listed: its clips
+    would be taken for missing.
+    """
     if not folder.is_dir():
         raise InputError(f"--audio {folder}: no such folder")
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    seen = set()
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=_refuse_unlisted):
+        here = os.stat(parent)
+        if (here.st_dev, here.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
         folders.sort()
         for name in sorted(names):
             if name.rpartition(".")[2].lower() in EXTENSIONS:
-                yield os.path.relpath(Path(parent, name), folder)
+                yield _utf8(os.path.relpath(Path(parent, name), folder))
+
+
+def _refuse_unlisted(error: OSError) -> None:
+    raise InputError(
+        f"{error.filename}: cannot be listed ({error.strerror}); make it readable, or move it away"
+    )
+
+
+def _utf8(name: str) -> str:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{name!a}: the name is not UTF-8; rename the file") from None
+    return name
