@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import typer
@@ -99,3 +100,29 @@ def test_help_fits_a_screen_and_has_an_example(name, monkeypatch, capsys):
     assert f"Example: ajepa-data {name}" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 80
     assert len(text.splitlines()) <= 45
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are tied to their parent by Linux' prctl")
+def test_workers_do_not_outlive_a_killed_build(corpus, tmp_path):
+    """An orphan would write into the store beside the next build, outside its lock."""
+    arguments = [str(a) for a in wish(corpus, tmp_path / "x.zarr", "--workers", 2)]
+    process = subprocess.Popen([*PROGRAM, *arguments], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    ledger, children = (
+        tmp_path / "x.zarr" / "ledger",
+        Path(f"/proc/{process.pid}/task/{process.pid}/children"),
+    )
+    while not list(ledger.glob("*.parquet")):
+        time.sleep(0.02)
+    workers = children.read_text().split()
+    process.kill()
+    process.wait()
+    time.sleep(1)
+    assert len(workers) >= 2
+    assert not [pid for pid in workers if "spawn_main" in command_of(pid)]
+
+
+def command_of(pid: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
