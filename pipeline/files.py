@@ -40,16 +40,20 @@ def fsync(path: Path) -> None:
 @contextmanager
 def locked(store: Path) -> Iterator[None]:
     """Hold a store for writing; raises StoreError that names who holds it. The kernel frees it with the process."""
-    with (store / "build.lock").open("a+") as lock:
+    path = store / "build.lock"
+    with path.open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = path.exists() and path.stat().st_ino == os.fstat(lock.fileno()).st_ino
         except BlockingIOError:
+            ours = False
+        if not ours:
             lock.seek(0)
-            raise StoreError(
-                f"{store} is being written by {lock.read() or 'another process'}; wait for it"
-            ) from None
+            raise StoreError(f"{store} is being written by {lock.read() or 'another process'}; wait for it")
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
-        yield
-        lock.truncate(0)
+        try:
+            yield
+        finally:
+            path.unlink()  # who opened it before now finds it gone, above

@@ -11,7 +11,7 @@ NAME.zarr/              a Zarr v3 group: any Zarr v3 library opens it
                         `Commit`. THE commit point: what is not in the ledger does not exist. N.parquet.next: its
                         shard is about to be placed; the next build adopts it if the shard matches, or drops it
   stats.json            mean and std over valid frames of good clips, global and per band: all, and per split
-  build.lock            empty, or who is writing
+  build.lock            who is writing, while somebody is
   build.json            what was asked, versions, time taken: of the run, so the one file in which equal builds differ
 """
 
