@@ -16,12 +16,13 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from pipeline.audio import Audio, load
-from pipeline.build import Build, build_audioset, plan_store
-from pipeline.datasets.audioset import find_sources, plan_clips
+from pipeline.audio import load
+from pipeline.build import Build, build_store, plan_store
+from pipeline.datasets.audioset import audioset, find_sources, plan_clips
 from pipeline.datasets.demo import make_demo_corpus
 from pipeline.errors import AudioError
 from pipeline.files import replacing
+from pipeline.locators import Locator
 from pipeline.mel import log_mel, mel_spec
 from pipeline.ontology import load_class_list
 from pipeline.shardmaker import quantise
@@ -40,11 +41,9 @@ def main(corpus: Path | None, scratch: Path) -> None:
         make_demo_corpus(corpus, clips=600)
     segments = sorted(corpus.glob("*_segments.csv"))
     plan = plan_clips(segments)
-    paths = [Path(path) for path in find_sources(plan, [corpus / "audio"]).path_N if path]
+    paths = [Path(path) for path in find_sources(plan, [corpus / "audio"]).frame["path"].drop_nulls()]
     waves, decode_seconds = timed(lambda: [audio for path in paths if (audio := load_or_none(path))])
-    mels, mel_seconds = timed(
-        lambda: [log_mel(torch.from_numpy(a.wave_S)[None], SPEC)[0].numpy() for a in waves]
-    )
+    mels, mel_seconds = timed(lambda: [log_mel(torch.from_numpy(a)[None], SPEC)[0].numpy() for a in waves])
     _, write_seconds = timed(
         lambda: write_all(mels, plan_store(plan, Build(spec=SPEC), load_class_list()), scratch)
     )
@@ -70,9 +69,9 @@ def timed(work: Callable[[], T]) -> tuple[T, float]:
     return result, time.perf_counter() - began
 
 
-def load_or_none(path: Path) -> Audio | None:
+def load_or_none(path: Path) -> np.ndarray | None:
     try:
-        return load(path, start_seconds=0, end_seconds=10, sample_rate_hz=SPEC.sample_rate_hz)
+        return load(Locator.of(path), start_seconds=0, end_seconds=10).resampled(SPEC.sample_rate_hz)
     except AudioError:
         return None
 
@@ -89,7 +88,7 @@ def write_all(mels: list[np.ndarray], header, scratch: Path) -> None:
 
 def build_seconds(corpus: Path, segments: list[Path], out: Path) -> float:
     began = time.perf_counter()
-    build_audioset([corpus / "audio"], segments, out, Build(spec=SPEC, workers=2))
+    build_store(audioset([corpus / "audio"], segments), out, Build(spec=SPEC, workers=2))
     return time.perf_counter() - began
 
 

@@ -1,9 +1,8 @@
-"""One file -> one mono waveform at the asked rate, at most as long as its segment."""
+"""The sound of one clip -> one mono waveform, at most as long as its segment, at any rate."""
 
 import hashlib
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import soxr
@@ -11,6 +10,7 @@ import soxr
 from pipeline.containers import recognise
 from pipeline.decoders import COMPLETE, Segment, Take, decode
 from pipeline.errors import AudioError
+from pipeline.locators import Locator
 
 PACKET_SECONDS = 0.02  # what a declared length may round up: one opus packet
 LENGTH_SLACK = 0.02  # of the segment: a source that differs by less is neither shorter nor longer
@@ -33,7 +33,7 @@ class AudioPolicy:
 class Audio:
     """One clip, decoded.
 
-    wave_S      float32, mono (plain mean of the channels), never clipped
+    wave_S      float32, mono (plain mean of the channels), never clipped, at the source's own `rate_hz`
     seconds     length of the whole source: as declared, or as found where that is less or nothing is declared
     peak_dbfs, rms_dbfs   of the mono wave before resampling; digital silence is -200
     digest      32 hex digits of SHA-256 over that wave as little-endian float32
@@ -42,6 +42,7 @@ class Audio:
     """
 
     wave_S: np.ndarray
+    segment_seconds: float
     codec: str
     rate_hz: int
     channels: int
@@ -51,31 +52,42 @@ class Audio:
     digest: str
     flags: tuple[str, ...]
 
+    def resampled(self, rate_hz: int) -> np.ndarray:
+        """The wave at `rate_hz` by soxr HQ: `round(segment_seconds * rate_hz)` samples of a full segment.
+
+        soxr may return one sample more or less than the ratio says: that one is trimmed, or a zero added.
+        """
+        samples = len(self.wave_S)
+        full = samples == round(self.segment_seconds * self.rate_hz)
+        wanted = round(self.segment_seconds * rate_hz) if full else round(samples * rate_hz / self.rate_hz)
+        wave_S = soxr.resample(self.wave_S, self.rate_hz, rate_hz, quality="HQ")
+        return wave_S[:wanted] if len(wave_S) >= wanted else np.pad(wave_S, (0, wanted - len(wave_S)))
+
 
 def load(
-    source: Path,
+    locator: Locator,
     *,
     start_seconds: float,
     end_seconds: float,
-    sample_rate_hz: int,
     policy: AudioPolicy = AudioPolicy(),
 ) -> Audio:
-    """Decode the segment of `source`; AudioError(reason, sentence) where the policy cannot use it.
+    """Decode the segment of a sound; AudioError(reason, sentence) where the policy cannot use it.
 
     A file longer than the segment that reaches its end (less 5 %) is a whole video: it is cut at [start, end).
-    Of any other file the first `end - start` seconds count. A full segment gives exactly
-    `round((end - start) * sample_rate_hz)` samples; a shorter one, what there is at that rate.
+    Of any other file the first `end - start` seconds count.
     """
     segment = Segment(start_seconds, end_seconds)
     try:
-        container = recognise(source)
-        take = decode(source, container, segment, max_seconds=policy.max_seconds)
+        with locator.opened() as source:
+            container = recognise(source)
+            take = decode(source, container, segment, max_seconds=policy.max_seconds)
         judge(take, policy)
     except AudioError as error:
-        name = ascii(source.name)[1:-1]  # a file name may hold line breaks and bytes that are no text
+        name = ascii(locator.name)[1:-1]  # a file name may hold line breaks and bytes that are no text
         raise AudioError(error.reason, f"{name}: {error}") from None
     return Audio(
-        wave_S=resampled(take, segment, sample_rate_hz),
+        wave_S=take.wave_S,
+        segment_seconds=segment.seconds,
         codec=take.codec,
         rate_hz=take.rate_hz,
         channels=take.channels,
@@ -83,7 +95,7 @@ def load(
         peak_dbfs=dbfs(peak(take.wave_S)),
         rms_dbfs=dbfs(rms(take.wave_S)),
         digest=hashlib.sha256(take.wave_S.astype("<f4", copy=False).data).hexdigest()[:32],
-        flags=flags_of(take, segment, misnamed=container.misnamed(source)),
+        flags=flags_of(take, segment, misnamed=container.misnamed(locator.name)),
     )
 
 
@@ -144,18 +156,6 @@ def flags_of(take: Take, segment: Segment, *, misnamed: bool) -> tuple[str, ...]
         "wrong_extension": misnamed,
     }
     return tuple(flag for flag, holds in odd.items() if holds)
-
-
-def resampled(take: Take, segment: Segment, rate_hz: int) -> np.ndarray:
-    """The wave at `rate_hz` by soxr HQ, exactly as long as the samples it came from.
-
-    soxr may return one sample more or less than the ratio says: that one is trimmed, or a zero added.
-    """
-    samples = len(take.wave_S)
-    full = samples == round(segment.seconds * take.rate_hz)
-    wanted = round(segment.seconds * rate_hz) if full else round(samples * rate_hz / take.rate_hz)
-    wave_S = soxr.resample(take.wave_S, take.rate_hz, rate_hz, quality="HQ")
-    return wave_S[:wanted] if len(wave_S) >= wanted else np.pad(wave_S, (0, wanted - len(wave_S)))
 
 
 def peak(wave_S: np.ndarray) -> float:

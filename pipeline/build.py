@@ -15,14 +15,15 @@ import numpy as np
 import polars as pl
 
 from pipeline.audio import AudioPolicy
-from pipeline.datasets.audioset import Sources, find_sources, plan_clips
+from pipeline.corpus import Corpus
 from pipeline.engines import run_here
 from pipeline.errors import InputError, StoreError
 from pipeline.files import PARTIAL, fsync, locked, replacing
 from pipeline.labels import split_mids
+from pipeline.locators import Sources
 from pipeline.manifest import PLAN_SCHEMA, pending, plan_id
 from pipeline.mel import MelSpec
-from pipeline.ontology import ClassList, load_class_list
+from pipeline.ontology import ClassList
 from pipeline.shardmaker import NEXT, Clip, ShardMaker, ShardTask, settle
 from pipeline.shards import DTYPES, Layout, array_json, create_array, shard_clips_for
 from pipeline.store import (
@@ -55,25 +56,25 @@ class Build:
             raise InputError(f"dtype {self.dtype!r}: expected {' or '.join(DTYPES)}")
 
 
-def build_audioset(
-    audio: Sequence[Path],
-    segments: Sequence[Path],
+def build_store(
+    corpus: Corpus,
     out: Path,
     build: Build,
     *,
     progress: Callable[[int, Iterator[int]], Iterator[int]] | None = None,
 ) -> pl.DataFrame:
-    """Build or continue the store `out` from loose files and segments lists; returns its manifest.
+    """Build or continue the store `out`; returns its manifest.
 
     What is good already is kept; what is missing or failed is tried again where there is a file for it.
     `progress` wraps the stream of tried rows (their number comes first). Raises InputError with nothing half-made.
     """
-    plan = plan_clips(segments)
-    sources = find_sources(plan, audio)
-    header = plan_store(plan, build, load_class_list())
+    plan, sources = corpus.plan, corpus.sources
+    header = plan_store(plan, build, corpus.classes)
     began = time.monotonic()
     if not out.exists():
-        _check_space(out.absolute().parent, header.layout, sum(path is not None for path in sources.path_N))
+        _check_space(
+            out.absolute().parent, header.layout, sources.frame.height - sources.frame["kind"].null_count()
+        )
         create_store(out, header, plan)
     check_same(out, header)
     with locked(out):
@@ -87,7 +88,7 @@ def build_audioset(
         rows = run_here(maker, tasks, workers=build.workers, clip_seconds=build.clip_seconds)
         tried = list(progress(sum(task.open_rows for task in tasks), rows) if progress else rows)
         manifest = finalise(out, header, plan)
-        _write_told(out, audio, segments, build, sources, tried=len(tried), seconds=time.monotonic() - began)
+        _write_told(out, corpus, build, tried=len(tried), seconds=time.monotonic() - began)
     return manifest
 
 
@@ -187,13 +188,14 @@ def open_tasks(out: Path, layout: Layout, plan: pl.DataFrame, sources: Sources) 
     facts = plan.select("split", "start_seconds", "end_seconds", "duplicate").rows(named=True)
     for shard in range(layout.shards):
         rows, commit = layout.rows(shard), read_commit(out, shard)
+        locators = sources.locators(rows)
         bad: Sequence[int] = rows
         if commit is not None:
             bad = [row for row, status in zip(rows, commit[1]["status"], strict=True) if status != "good"]
-        if commit is None or any(facts[row]["duplicate"] is None and sources.path_N[row] for row in bad):
-            clips = (
-                Clip(row=r, path=sources.path_N[r], source=sources.source_N[r], **facts[r]) for r in rows
-            )
+        if commit is None or any(
+            facts[row]["duplicate"] is None and locators[row - rows.start] for row in bad
+        ):
+            clips = (Clip(row=r, locator=found, **facts[r]) for r, found in zip(rows, locators, strict=True))
             tasks.append(ShardTask(shard=shard, clips=tuple(clips), open_rows=len(bad)))
     return tasks
 
@@ -243,22 +245,19 @@ def _merged(moments: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _write_told(
     out: Path,
-    audio: Sequence[Path],
-    segments: Sequence[Path],
+    corpus: Corpus,
     build: Build,
-    sources: Sources,
     *,
     tried: int,
     seconds: float,
 ) -> None:
     told = {
-        "audio": [str(path) for path in audio],
-        "segments": [str(path) for path in segments],
+        "asked": corpus.asked,
         "policy": asdict(build.policy),
         "workers": build.workers,
-        "audio_files": sources.files,
-        "unmatched_files": len(sources.unmatched),
-        "unmatched_examples": sources.unmatched[:20],
+        "audio_files": corpus.sources.files,
+        "unmatched_files": len(corpus.sources.unmatched),
+        "unmatched_examples": corpus.sources.unmatched[:20],
         "clips_tried": tried,
         "seconds": round(seconds, 1),
         "versions": {name: version(name) for name in VERSIONS} | {"python": platform.python_version()},

@@ -66,6 +66,7 @@ def build_audioset(
     """
     from pipeline import build as stage
     from pipeline.audio import AudioPolicy
+    from pipeline.datasets.audioset import audioset
     from pipeline.mel import mel_spec
     from pipeline.report import coverage
 
@@ -76,7 +77,7 @@ def build_audioset(
         workers=workers,
         clip_seconds=clip_seconds,
     )
-    print(coverage(stage.build_audioset(audio, segments, out, wish, progress=_progress)))
+    print(coverage(stage.build_store(audioset(audio, segments), out, wish, progress=_progress)))
     print(f"{out}: done. Next: ajepa-data propagate-labels {out}")
 
 

@@ -1,12 +1,15 @@
 """Container: what a file is by its first bytes, whatever it is called, and what its header says of its length."""
 
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os import SEEK_END
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
 from pipeline.errors import AudioError
+from pipeline.locators import Sound
 
 HEAD_BYTES = 4096
 UNKNOWN_BYTES = 0x7FFF_F000  # a wav size from here up was never filled in: sox writes this, ffmpeg 2^32 - 1
@@ -30,9 +33,9 @@ class Container:
     length: Literal["declared", "found", "guessed"] = "declared"
     declared_frames: int | None = None  # where the decoder would hide it
 
-    def misnamed(self, source: Path) -> bool:
+    def misnamed(self, name: str) -> bool:
         """True where the extension names another kind of file; an unknown one or none names nothing."""
-        return source.suffix.lower() in SUFFIXES - set(self.suffixes)
+        return Path(name).suffix.lower() in SUFFIXES - set(self.suffixes)
 
 
 KINDS = {
@@ -86,12 +89,10 @@ SIGNATURES = (  # offset, bytes, kind
 )
 
 
-def recognise(source: Path) -> Container:
-    """The container of a file; AudioError missing where there is none, unreadable where it is no known one."""
+def recognise(source: Sound) -> Container:
+    """The container of a sound; AudioError missing where there is none, unreadable where it is no known one."""
     try:
-        if not source.is_file():
-            raise AudioError("missing", f"{absence(source)}; fetch it, or correct its path")
-        with source.open("rb") as file:
+        with opened(source) as file:
             head, tagged = head_after_tags(file)
             container = container_of(head, file) or (mp3(head) if tagged and head else None)
     except OSError as error:
@@ -100,6 +101,19 @@ def recognise(source: Path) -> Container:
     if container is None:
         raise AudioError("unreadable", f"{description(head)}, no known audio; fetch it again")
     return container
+
+
+@contextmanager
+def opened(source: Sound) -> Iterator[BinaryIO]:
+    """The sound from its first byte on."""
+    if isinstance(source, Path):
+        if not source.is_file():
+            raise AudioError("missing", f"{absence(source)}; fetch it, or correct its path")
+        with source.open("rb") as file:
+            yield file
+    else:
+        source.seek(0)
+        yield source
 
 
 def absence(source: Path) -> str:

@@ -18,6 +18,7 @@ import soundfile
 from pipeline.containers import Container
 from pipeline.errors import AudioError
 from pipeline.ffmpeg import Ffmpeg, FFmpegError
+from pipeline.locators import Sound
 
 COMPLETE = 0.95  # a clip that lacks less than 5 % of what it should hold is whole
 RATES_HZ = range(1_000, 1_000_000)
@@ -82,11 +83,11 @@ class Source(Protocol):
         """Float32 [channel, sample] pieces of samples [first, first + wanted), as far as they decode."""
 
 
-def decode(path: Path, container: Container, segment: Segment, *, max_seconds: float) -> Take:
+def decode(sound: Sound, container: Container, segment: Segment, *, max_seconds: float) -> Take:
     """Decode the segment. AudioError unreadable where nothing can be opened, too_long over `max_seconds`."""
     opened = Sndfile.opened if container.libsndfile else Ffmpeg.opened
     try:
-        with opened(path, container) as source:
+        with opened(sound, container) as source:
             return take(source, segment, max_seconds)
     except (soundfile.LibsndfileError, FFmpegError, OSError) as error:
         what = error.strerror if isinstance(error, OSError | FFmpegError) else str(error)
@@ -152,9 +153,11 @@ class Sndfile:
 
     @classmethod
     @contextmanager
-    def opened(cls, path: Path, container: Container) -> Iterator[Self]:
+    def opened(cls, sound: Sound, container: Container) -> Iterator[Self]:
         """The file; LibsndfileError where it is none."""
-        with soundfile.SoundFile(os.fsencode(path)) as file:
+        if not isinstance(sound, Path):
+            sound.seek(0)
+        with soundfile.SoundFile(os.fsencode(sound) if isinstance(sound, Path) else sound) as file:
             frames = file.frames if container.declared_frames is None else container.declared_frames
             yield cls(
                 file=file,

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Self
 
@@ -22,6 +23,7 @@ from av.container import InputContainer
 
 from pipeline.containers import Container
 from pipeline.errors import AudioError
+from pipeline.locators import Sound
 
 __all__ = ["FFmpegError", "Ffmpeg"]
 
@@ -35,7 +37,7 @@ NOWHERE = 2**62  # a sample number behind every sound: where a seek led that fai
 class Ffmpeg:
     """The best audio stream of a file opened by FFmpeg, its first frame decoded."""
 
-    path: Path
+    sound: Sound
     container: Container
     demuxer: InputContainer
     stream: AudioStream
@@ -49,16 +51,16 @@ class Ffmpeg:
 
     @classmethod
     @contextmanager
-    def opened(cls, path: Path, container: Container) -> Iterator[Self]:
+    def opened(cls, sound: Sound, container: Container) -> Iterator[Self]:
         """The file; FFmpegError where it is none, AudioError unreadable where it holds no sound."""
-        with demuxed(path, container) as (demuxer, stream):
+        with demuxed(sound, container) as (demuxer, stream):
             length = None if container.length == "guessed" else length_seconds(demuxer, stream)
             frames = decoded(demuxer, stream)
             first = next(frames, None)
             if first is None:
                 raise AudioError("unreadable", "not one frame of its sound decodes; fetch it again")
             yield cls(
-                path=path,
+                sound=sound,
                 container=container,
                 demuxer=demuxer,
                 stream=stream,
@@ -67,7 +69,7 @@ class Ffmpeg:
                 rate_hz=first.sample_rate,  # HE-AAC headers tell half of it
                 channels=first.layout.nb_channels,
                 codec=stream.codec_context.codec.canonical_name,
-                seconds=contained_seconds(path, container) if length is None else length,
+                seconds=contained_seconds(sound, container) if length is None else length,
                 declared=length is not None and container.length == "declared",
             )
 
@@ -78,7 +80,7 @@ class Ffmpeg:
             steady = itertools.takewhile(lambda frame: frame.sample_rate == self.rate_hz, frames)
             yield from joined(overlapping(steady, begin, first, first + wanted), first, first + wanted)
             return
-        with self.opened(self.path, replace(self.container, seekable=False)) as again:  # the index misled
+        with self.opened(self.sound, replace(self.container, seekable=False)) as again:  # the index misled
             yield from again.blocks(first, wanted)
 
     def entered(self, sample: int) -> tuple[int, Iterator[AudioFrame]]:
@@ -100,9 +102,12 @@ class Ffmpeg:
 
 
 @contextmanager
-def demuxed(path: Path, container: Container) -> Iterator[tuple[InputContainer, AudioStream]]:
+def demuxed(sound: Sound, container: Container) -> Iterator[tuple[InputContainer, AudioStream]]:
     """The file and its best audio stream."""
-    file = str(path.absolute())  # beginning with a slash, no name is taken for a protocol
+    if isinstance(sound, Path):
+        file: str | BytesIO = str(sound.absolute())  # beginning with a slash, no name is taken for a protocol
+    else:
+        file = BytesIO(sound.getbuffer())  # its own position: a file may be opened twice at a time
     with av.open(file, mode="r", format=container.demuxer, metadata_errors="replace") as demuxer:
         stream = demuxer.streams.best("audio")
         if not isinstance(stream, AudioStream):
@@ -119,10 +124,10 @@ def length_seconds(demuxer: InputContainer, stream: AudioStream) -> float | None
     return min((seconds for seconds in (track_seconds, movie_seconds) if seconds > 0), default=None)
 
 
-def contained_seconds(path: Path, container: Container) -> float:
+def contained_seconds(sound: Sound, container: Container) -> float:
     """The length of what is there by the time stamps of all packets; nothing is decoded."""
     begins, ends, unit_seconds = [], [0], 0.0
-    with demuxed(path, container) as (demuxer, stream):
+    with demuxed(sound, container) as (demuxer, stream):
         for packet in packets(demuxer, stream):
             if packet.pts is not None:
                 begins.append(packet.pts)

@@ -14,6 +14,7 @@ import torch
 from pipeline.audio import AudioPolicy, load
 from pipeline.errors import AudioError, StoreError
 from pipeline.files import fsync, replacing
+from pipeline.locators import Locator
 from pipeline.manifest import RESULT_SCHEMA, failure
 from pipeline.mel import log_mel
 from pipeline.shards import ShardReader, encode_shard, shard_path
@@ -30,8 +31,7 @@ class Clip:
     split: str
     start_seconds: float
     end_seconds: float
-    path: str | None
-    source: str | None
+    locator: Locator | None
     duplicate: str | None
 
 
@@ -92,27 +92,26 @@ class ShardMaker:
         """Write a clip's spectrogram into its place; the result columns of its row."""
         if clip.duplicate is not None:
             return failure("duplicate", clip.duplicate)
-        if clip.path is None:
+        if clip.locator is None:
             return failure("missing", "no file for this id and start below the audio folders")
         if clip.row in task.condemned:
-            return failure(*task.condemned[clip.row], source=clip.source)
+            return failure(*task.condemned[clip.row], source=clip.locator.source)
         spec = self.header.spec
         seconds = min(clip.end_seconds - clip.start_seconds, spec.clip_seconds)
         try:
             audio = load(
-                Path(clip.path),
+                clip.locator,
                 start_seconds=clip.start_seconds,
                 end_seconds=clip.start_seconds + seconds,
-                sample_rate_hz=spec.sample_rate_hz,
                 policy=self.policy,
             )
         except AudioError as error:
-            return failure(error.reason, str(error), source=clip.source)
-        clip_TF = log_mel(torch.from_numpy(audio.wave_S)[None], spec)[0].numpy()
+            return failure(error.reason, str(error), source=clip.locator.source)
+        clip_TF = log_mel(torch.from_numpy(audio.resampled(spec.sample_rate_hz))[None], spec)[0].numpy()
         mel_TF[:] = quantise(np.array(spec.floor_log, np.float32), self.header)
         mel_TF[: len(clip_TF)] = quantise(clip_TF, self.header)
         return {
-            "source": clip.source,
+            "source": clip.locator.source,
             "status": "good",
             "reason": None,
             "detail": None,

@@ -6,7 +6,8 @@ import polars as pl
 import pytest
 from corpus import write_corpus
 
-from pipeline.build import Build, build_audioset
+from pipeline.build import Build, build_store
+from pipeline.datasets.audioset import audioset
 from pipeline.labels import propagate_labels
 from pipeline.mel import mel_spec
 from pipeline.store import FeatureStore
@@ -21,7 +22,7 @@ def build(corpus: Path, out: Path, *, workers: int = 0, dtype: str = "float16", 
     """Build `out` from a corpus of this folder's shape; returns the manifest."""
     wish = Build(spec=mel_spec("a-jepa"), dtype=dtype, workers=workers, **policy)
     segments = [corpus / "a_train_segments.csv", corpus / "eval_segments.csv"]
-    return build_audioset([corpus / "audio"], segments, out, wish)
+    return build_store(audioset([corpus / "audio"], segments), out, wish)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import os
 import shutil
 import struct
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from sounds import babble, write
 
 from pipeline.audio import AudioPolicy, load
 from pipeline.errors import AudioError
+from pipeline.locators import Locator
 from pipeline.mel import log_mel, mel_spec
 
 SPEC = mel_spec("a-jepa")
@@ -24,13 +26,10 @@ LOSSY = (".mp3", ".ogg", ".opus", ".webm", ".m4a", ".mka")
 
 
 def loaded(path, *, start_seconds=30.0, end_seconds=40.0, rate_hz=32_000, **policy):
-    return load(
-        path,
-        start_seconds=start_seconds,
-        end_seconds=end_seconds,
-        sample_rate_hz=rate_hz,
-        policy=AudioPolicy(**policy),
+    clip = load(
+        Locator.of(path), start_seconds=start_seconds, end_seconds=end_seconds, policy=AudioPolicy(**policy)
     )
+    return replace(clip, wave_S=clip.resampled(rate_hz))
 
 
 def refusal(path, **policy):

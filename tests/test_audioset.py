@@ -93,7 +93,7 @@ def test_every_common_naming_is_found(tmp_path, name, clip_id):
     file = tmp_path / "audio" / name.format(clip_id)
     file.parent.mkdir(parents=True)
     file.touch()
-    assert find_sources(plan, [tmp_path / "audio"]).path_N == [str(file)]
+    assert find_sources(plan, [tmp_path / "audio"]).frame["path"].to_list() == [str(file)]
 
 
 def test_a_file_of_another_segment_of_the_video_is_not_the_clip(tmp_path):
@@ -103,7 +103,7 @@ def test_a_file_of_another_segment_of_the_video_is_not_the_clip(tmp_path):
     )
     for name in ("abcdefghijk_50000.wav", "bbbbbbbbbbb.wav"):
         (tmp_path / name).touch()
-    assert find_sources(plan, [tmp_path]).path_N == [None, str(tmp_path / "bbbbbbbbbbb.wav")]
+    assert find_sources(plan, [tmp_path]).frame["path"].to_list() == [None, str(tmp_path / "bbbbbbbbbbb.wav")]
 
 
 def test_among_several_files_the_split_then_the_container_decides(tmp_path):
@@ -112,7 +112,7 @@ def test_among_several_files_the_split_then_the_container_decides(tmp_path):
     for name in ("a/abcdefghijk.flac", "eval/abcdefghijk.mp3", "eval/abcdefghijk.wav"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert find_sources(plan, [tmp_path]).source_N == ["eval/abcdefghijk.wav"]
+    assert find_sources(plan, [tmp_path]).frame["source"].to_list() == ["eval/abcdefghijk.wav"]
 
 
 def test_ids_differ_by_case(tmp_path):
@@ -121,7 +121,7 @@ def test_ids_differ_by_case(tmp_path):
         [write(tmp_path / "x.csv", 'abcdefghijk, 0.000, 1.000, ""', 'ABCDEFGHIJK, 0.000, 1.000, ""')]
     )
     (tmp_path / "ABCDEFGHIJK.wav").touch()
-    assert find_sources(plan, [tmp_path]).source_N == [None, "ABCDEFGHIJK.wav"]
+    assert find_sources(plan, [tmp_path]).frame["source"].to_list() == [None, "ABCDEFGHIJK.wav"]
 
 
 def test_what_matches_nothing_is_told(tmp_path):

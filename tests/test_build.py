@@ -19,9 +19,11 @@ from conftest import build
 from corpus import BROKEN, MISSING, SHORT, SILENT, clip_id, tone_in_noise, write_corpus
 
 from pipeline.audio import load
-from pipeline.build import Build, build_audioset
+from pipeline.build import Build, build_store
+from pipeline.datasets.audioset import audioset
 from pipeline.errors import InputError, StoreError
 from pipeline.files import locked
+from pipeline.locators import Locator
 from pipeline.mel import log_mel, mel_spec
 from pipeline.shards import shard_path
 from pipeline.store import FeatureStore, ledger_path
@@ -59,8 +61,10 @@ def test_a_row_holds_the_log_mel_of_its_clip(corpus, store):
     spec = mel_spec("a-jepa")
     for row in (0, SHORT[0], 47):
         path = corpus / "audio" / f"{clip_id(row)}.wav"
-        audio = load(path, start_seconds=30, end_seconds=40, sample_rate_hz=32_000)
-        expected_TF = log_mel(torch.from_numpy(audio.wave_S)[None], spec)[0].numpy().astype(np.float16)
+        audio = load(Locator.of(path), start_seconds=30, end_seconds=40)
+        expected_TF = (
+            log_mel(torch.from_numpy(audio.resampled(32_000))[None], spec)[0].numpy().astype(np.float16)
+        )
         stored_TF = store.read(np.array([row]))[0]
         np.testing.assert_array_equal(stored_TF[: len(expected_TF)], expected_TF)
         np.testing.assert_array_equal(stored_TF[len(expected_TF) :], np.float16(spec.floor_log))
@@ -272,21 +276,18 @@ def test_a_store_of_another_kind_is_not_continued(corpus, fresh, change, said):
     segments = [corpus / "a_train_segments.csv", corpus / "eval_segments.csv"]
     before = (fresh / "manifest.parquet").read_bytes()
     with pytest.raises(StoreError, match=said):
-        build_audioset([corpus / "audio"], segments, fresh, Build(**{"spec": mel_spec("a-jepa"), **change}))
+        build_store(
+            audioset([corpus / "audio"], segments), fresh, Build(**{"spec": mel_spec("a-jepa"), **change})
+        )
     with pytest.raises(StoreError, match="other segments"):
-        build_audioset([corpus / "audio"], segments[:1], fresh, Build(spec=mel_spec("a-jepa")))
+        build_store(audioset([corpus / "audio"], segments[:1]), fresh, Build(spec=mel_spec("a-jepa")))
     assert (fresh / "manifest.parquet").read_bytes() == before
 
 
 def test_wrong_input_leaves_nothing_half_made(corpus, tmp_path):
     """A mistake in the first line must not cost a clean-up."""
     with pytest.raises(InputError, match="no such folder"):
-        build_audioset(
-            [tmp_path / "no"],
-            [corpus / "eval_segments.csv"],
-            tmp_path / "x.zarr",
-            Build(spec=mel_spec("a-jepa")),
-        )
+        audioset([tmp_path / "no"], [corpus / "eval_segments.csv"])
     assert not list(tmp_path.iterdir())
 
 

@@ -17,6 +17,7 @@ from pipeline.datasets.demo import make_demo_corpus
 from pipeline.datasets.demo_clips import render
 from pipeline.datasets.demo_sounds import FORMULAS, RATE_HZ
 from pipeline.errors import AudioError, InputError
+from pipeline.locators import Locator
 from pipeline.manifest import REASONS
 
 CLIPS = 40
@@ -192,7 +193,7 @@ def test_every_row_decodes_or_fails_as_truth_says(demo_corpus):
     """`expected` is what the one door to audio files really answers; the unlisted file itself is good."""
     for row in truth(demo_corpus):
         try:
-            load(demo_corpus / row["file"], start_seconds=30.0, end_seconds=40.0, sample_rate_hz=32_000)
+            load(Locator.of(demo_corpus / row["file"]), start_seconds=30.0, end_seconds=40.0)
             outcome = "good"
         except AudioError as error:
             outcome = error.reason

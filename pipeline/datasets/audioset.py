@@ -6,12 +6,14 @@ A plan is a frame with the columns of `pipeline.manifest.PLAN_SCHEMA` plus `mids
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
 
+from pipeline.corpus import Corpus
 from pipeline.errors import InputError, ManifestError
+from pipeline.locators import Sources
+from pipeline.ontology import load_class_list
 
 # Containers by how much they lose: among several files of one clip the first of this list is taken.
 EXTENSIONS = (
@@ -119,14 +121,19 @@ def plan_clips(segments: Sequence[Path]) -> pl.DataFrame:
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sources:
-    """Where the clips of a plan lie."""
-
-    path_N: list[str | None]  # per row of the plan, absolute or as given
-    source_N: list[str | None]  # the same, relative to the audio folder
-    files: int  # audio files seen
-    unmatched: list[str]  # those that no row names, relative
+def audioset(audio: Sequence[Path | str], segments: Sequence[Path | str]) -> Corpus:
+    """AudioSet, or any set in its shape: folders of sounds and official segments lists; raises InputError."""
+    plan = plan_clips([Path(path) for path in segments])
+    return Corpus(
+        plan=plan,
+        sources=find_sources(plan, [Path(path) for path in audio]),
+        classes=load_class_list(),
+        asked={
+            "dataset": "audioset",
+            "audio": [str(path) for path in audio],
+            "segments": [str(path) for path in segments],
+        },
+    )
 
 
 def find_sources(plan: pl.DataFrame, folders: Sequence[Path]) -> Sources:
@@ -160,8 +167,11 @@ def find_sources(plan: pl.DataFrame, folders: Sequence[Path]) -> Sources:
     rows = rows.join(best, on="row", how="left", maintain_order="left")
     listed = named.join(plan.select(id="clip_id"), on="id", how="semi")
     return Sources(
-        path_N=(rows["folder"] + "/" + rows["name"]).to_list(),
-        source_N=rows["name"].to_list(),
+        frame=rows.select(
+            kind=pl.when(pl.col("name").is_not_null()).then(pl.lit("file")),
+            path=pl.col("folder") + "/" + pl.col("name"),
+            source="name",
+        ),
         files=files.height,
         unmatched=files.join(listed, on="file", how="anti")["name"].to_list(),
     )
