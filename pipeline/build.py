@@ -18,7 +18,7 @@ from pipeline.blocks import Blocks, open_rows, tasks_of
 from pipeline.corpus import Corpus
 from pipeline.engines import run_here
 from pipeline.errors import InputError, StoreError
-from pipeline.files import PARTIAL, WHOLE, Part, fsync, gate, locked, replacing, scratch_of
+from pipeline.files import PARTIAL, WHOLE, Part, abandoned, fsync, gate, locked, replacing, scratch_of
 from pipeline.finalise import finalise
 from pipeline.labels import split_mids
 from pipeline.manifest import PLAN_SCHEMA, pending, plan_id
@@ -153,6 +153,8 @@ def _check_outputs(corpus: Corpus, stores: Sequence[tuple[Path, Header]]) -> Non
 def create_store(out: Path, header: Header, plan: pl.DataFrame) -> None:
     """A store in which nothing is built yet, whole or not at all. Of several that create it, the first wins."""
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    for debris in abandoned(out):
+        shutil.rmtree(debris, ignore_errors=True)
     scratch = scratch_of(out)
     try:
         create_array(scratch, header.layout, {"ajepa": header.to_json()})

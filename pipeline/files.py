@@ -1,6 +1,7 @@
 """Files written whole or not at all, and who may write in a store."""
 
 import fcntl
+import glob
 import os
 import socket
 import time
@@ -19,6 +20,16 @@ GATE_POLL_SECONDS = 0.05
 def scratch_of(path: Path) -> Path:
     """Where to write what will be `path`; another on every machine and in every process."""
     return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{PARTIAL}")
+
+
+def abandoned(path: Path) -> Iterator[Path]:
+    """Scratch paths of `path` whose process, on this machine, is no more."""
+    for scratch in path.parent.glob(
+        f"{glob.escape(path.name)}.{glob.escape(socket.gethostname())}-*{PARTIAL}"
+    ):
+        pid = scratch.name.removesuffix(PARTIAL).rpartition("-")[2]
+        if pid.isdecimal() and not Path("/proc", pid).exists():
+            yield scratch
 
 
 @contextmanager
