@@ -15,6 +15,7 @@ import polars as pl
 
 from pipeline.audio import AudioPolicy
 from pipeline.blocks import Blocks, open_rows, tasks_of
+from pipeline.cluster import run_on_ray
 from pipeline.corpus import Corpus
 from pipeline.engines import run_here
 from pipeline.errors import InputError, StoreError
@@ -23,10 +24,11 @@ from pipeline.finalise import finalise
 from pipeline.labels import split_mids
 from pipeline.manifest import PLAN_SCHEMA, pending, plan_id
 from pipeline.mel import MelSpec
-from pipeline.shardmaker import NEXT, ShardMaker, settle
+from pipeline.shardmaker import NEXT, BlockTask, ShardMaker, settle
 from pipeline.shards import DTYPES, Layout, array_json, create_array, shard_clips_for
 from pipeline.store import Header, ledger_path, read_table, stray_shards, write_table
 
+ENGINES = ("local", "ray")
 UINT8_TOP = 14.0  # nats: a full-scale sine reaches 12 in the a-jepa front end; what is louder is clipped
 VERSIONS = ("ajepa", "av", "numpy", "soundfile", "soxr", "torch", "zarr")
 
@@ -56,6 +58,12 @@ class Build:
     workers: int = 2
     clip_seconds: float = 60.0  # wall time a clip may take before its worker is killed
     part: Part = WHOLE
+    engine: str = "local"  # or ray, whose cluster answers at `address`; None: one on this machine
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise InputError(f"engine {self.engine!r}: expected {' or '.join(ENGINES)}")
 
 
 def build_stores(
@@ -91,12 +99,19 @@ def build_stores(
         for out, header in stores:
             mark_open(out, header, corpus.plan, work, blocks)
         maker = ShardMaker(stores=tuple(stores), policy=build.policy)
-        rows = run_here(
-            maker, tasks_of(corpus, work, blocks), workers=build.workers, clip_seconds=build.clip_seconds
-        )
+        rows = run(maker, tasks_of(corpus, work, blocks), build)
         tried = sum(1 for _ in (progress(sum(work.values()), rows) if progress else rows))
         told = _told(corpus, build, tried=tried, seconds=time.monotonic() - began)
         return [finalise(out, header, told) for out, header in stores]
+
+
+def run(maker: ShardMaker, tasks: Iterator[BlockTask], build: Build) -> Iterator[int]:
+    """The rows of all tasks, as they are tried by the engine that is asked for."""
+    if build.engine == "ray":
+        return run_on_ray(
+            maker, tasks, workers=build.workers, clip_seconds=build.clip_seconds, address=build.address
+        )
+    return run_here(maker, tasks, workers=build.workers, clip_seconds=build.clip_seconds)
 
 
 def build_store(

@@ -27,6 +27,12 @@ def options(
     part: Annotated[
         str, typer.Option(help="i/n: every n-th block of shards from i on; for job arrays.")
     ] = "0/1",
+    engine: Annotated[
+        str, typer.Option(help="local, or ray: a cluster, --workers tasks at a time.")
+    ] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster, such as auto; none: Ray on this machine.")
+    ] = None,
     accept_truncated: Annotated[
         bool, typer.Option("--accept-truncated", help="Keep what is there of clips cut short.")
     ] = False,
@@ -70,6 +76,8 @@ def run(
     dtype: str,
     workers: int,
     part: str,
+    engine: str,
+    address: str | None,
     accept_truncated: bool,
     keep_silent: bool,
     max_seconds: float,
@@ -97,6 +105,8 @@ def run(
         workers=workers,
         clip_seconds=limit_seconds,
         part=Part.parse(part),
+        engine=engine,
+        address=address,
     )
     if dry_run:
         print(forecast(corpus, outputs, build))

@@ -33,54 +33,72 @@ Work = Callable[[T], Iterator[int | None]]  # yields each row before it is tried
 
 
 def run_here(work: Work[T], tasks: Iterable[T], *, workers: int, clip_seconds: float) -> Iterator[int]:
-    """Do all tasks in `workers` spawned processes; yields each row when it is tried. Tasks are drawn when needed.
-
-    A row on which a process dies, or which takes over `clip_seconds` of wall time, is failed by `task.without` and
-    the task done again. With 0 workers everything runs in this process, without that protection.
-    Errors in a worker end the run: an InputError as it is, anything else as a RuntimeError with its traceback.
-    """
+    """Do all tasks in `workers` spawned processes, see `Pool`; with 0 in this one, without that protection."""
     if workers == 0:
         for task in tasks:
             yield from (row for row in work(task) if row is not None)
         return
-    waiting, again, pool, deaths = iter(tasks), list[T](), list[_Worker[T]](), 0
+    pool = Pool(work, workers)
     try:
+        yield from pool.run(tasks, clip_seconds=clip_seconds)
+    finally:
+        pool.close()
+
+
+class Pool(Generic[T]):
+    """Up to `workers` spawned processes that do one kind of work, and stay for more of it."""
+
+    def __init__(self, work: Work[T], workers: int) -> None:
+        self._work, self._most = work, workers
+        self._workers: list[_Worker[T]] = []
+
+    def run(self, tasks: Iterable[T], *, clip_seconds: float) -> Iterator[int]:
+        """Do tasks, drawn when there is somebody to do them; yields each row when it is tried.
+
+        A row on which a process dies, or which takes over `clip_seconds` of wall time, is failed by `task.without`
+        and the task done again. Errors in a worker end the run: an InputError as it is, anything else as a
+        RuntimeError with its traceback.
+        """
+        waiting, again, deaths = iter(tasks), list[T](), 0
         while True:
-            while sum(worker.task is not None for worker in pool) < workers:
-                if (next_task := again.pop() if again else next(waiting, None)) is None:
+            while len(self._busy()) < self._most:
+                if (task := again.pop() if again else next(waiting, None)) is None:
                     break
-                _idle(pool, work).give(next_task)
-            if not (busy := [worker for worker in pool if worker.task]):
+                self._idle().give(task)
+            if not (busy := self._busy()):
                 return
             began = time.monotonic()
             ready = wait([worker.pipe for worker in busy], timeout=POLL_SECONDS)
-            if (
-                slept := time.monotonic() - began
-            ) > 4 * POLL_SECONDS:  # stopped by Ctrl-Z, or the machine slept
+            slept = time.monotonic() - began
+            if slept > 4 * POLL_SECONDS:  # stopped by Ctrl-Z, or the machine slept
                 for worker in busy:
                     worker.pardon(slept)
             for worker in busy:
                 if worker.pipe in ready and (row := worker.listen()) is not None:
                     yield row
                 if worker.dead or worker.overdue(clip_seconds):
-                    pool.remove(worker)
+                    self._workers.remove(worker)
                     deaths += worker.row is None
                     again.append(worker.bury(clip_seconds))
             if deaths >= MOST_DEATHS:
                 raise StoreError(
                     f"worker processes died {deaths} times; out of memory? Try again with fewer --workers"
                 )
-    finally:
-        for worker in pool:
-            worker.kill()
 
+    def _busy(self) -> "list[_Worker[T]]":
+        return [worker for worker in self._workers if worker.task is not None]
 
-def _idle(pool: "list[_Worker[T]]", work: Work[T]) -> "_Worker[T]":
-    """A worker without a task, a new one if there is none."""
-    free = next((worker for worker in pool if worker.task is None), None)
-    if free is None:
-        pool.append(free := _Worker(work))
-    return free
+    def _idle(self) -> "_Worker[T]":
+        """A worker without a task, a new one if there is none."""
+        free = next((worker for worker in self._workers if worker.task is None), None)
+        if free is None:
+            self._workers.append(free := _Worker(self._work))
+        return free
+
+    def close(self) -> None:
+        """End the processes, whatever they are at."""
+        while self._workers:
+            self._workers.pop().kill()
 
 
 class _Worker(Generic[T]):

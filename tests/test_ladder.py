@@ -33,6 +33,7 @@ LADDER = [
     "pipeline.store",
     "pipeline.shardmaker",
     "pipeline.engines",
+    "pipeline.cluster",
     "pipeline.blocks",
     "pipeline.finalise",
     "pipeline.build",
