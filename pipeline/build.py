@@ -22,7 +22,7 @@ from pipeline.files import PARTIAL, fsync, locked, replacing
 from pipeline.labels import split_mids
 from pipeline.locators import Sources
 from pipeline.manifest import PLAN_SCHEMA, pending, plan_id
-from pipeline.mel import MelSpec
+from pipeline.melspec import MelSpec
 from pipeline.ontology import ClassList
 from pipeline.shardmaker import NEXT, Clip, ShardMaker, ShardTask, settle
 from pipeline.shards import DTYPES, Layout, array_json, create_array, shard_clips_for

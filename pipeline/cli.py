@@ -67,7 +67,7 @@ def build_audioset(
     from pipeline import build as stage
     from pipeline.audio import AudioPolicy
     from pipeline.datasets.audioset import audioset
-    from pipeline.mel import mel_spec
+    from pipeline.melspec import mel_spec
     from pipeline.report import coverage
 
     wish = stage.Build(

@@ -9,7 +9,7 @@ from corpus import write_corpus
 from pipeline.build import Build, build_store
 from pipeline.datasets.audioset import audioset
 from pipeline.labels import propagate_labels
-from pipeline.mel import mel_spec
+from pipeline.melspec import mel_spec
 from pipeline.store import FeatureStore
 
 
