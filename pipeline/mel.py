@@ -89,7 +89,9 @@ def prepared(frames_TN: Tensor, spec: MelSpec, scratch: Scratch) -> Tensor:
     centred_TN, ready_TN, _ = (buffer[: len(frames_TN)] for buffer in scratch)
     window_N = hann_N(spec.window_samples, spec.window == "hann_periodic", frames_TN.device)
     if spec.framing == "centred":
-        first = (spec.fft_samples - spec.window_samples) // 2  # as the references: it moves rounding errors only
+        first = (
+            spec.fft_samples - spec.window_samples
+        ) // 2  # as the references: it moves rounding errors only
         torch.mul(frames_TN, window_N, out=ready_TN[:, first : first + spec.window_samples])
         return ready_TN
     inner_TN = ready_TN[:, 1 : spec.window_samples]  # the window is 0 at a frame's first sample

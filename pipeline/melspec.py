@@ -62,7 +62,7 @@ class MelSpec:
                 raise ValueError(f"{field.name} must be one of {', '.join(known)}, got {value!r}")
         for name in POSITIVE:
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
         if self.window_samples < 2 or self.fft_samples < self.window_samples or self.fft_samples % 2:
             told = f"window_samples {self.window_samples}, fft_samples {self.fft_samples}"
             raise ValueError(f"a window has 2 samples or more, its FFT as many or more, and even: got {told}")
@@ -190,7 +190,7 @@ PANNS = MelSpec(  # PANNs' own values are decibels, 10 log10(max(power, 1e-10)):
     filters="slaney",
     floor=1e-10,
 )
-CONVNEXT = replace(PANNS, name="convnext", mel_bands=224)  # its lowest bands are narrower than a bin
+CONVNEXT = replace(PANNS, name="convnext", mel_bands=224)  # below 1 kHz a band holds a single bin
 PASST = replace(  # without PaSST's `(x + 4.5) / 5`: that is a model's business, after the store
     A_JEPA,
     name="passt",
