@@ -44,23 +44,31 @@ def write_log_mel(mel_TF: Tensor, frames_TN: Tensor, spec: MelSpec, scratch: "Sc
 
 
 def framed(wave_S: Tensor, spec: MelSpec) -> Tensor:
-    """Raw frames as a view `frames_TN` of the wave, or of the emphasised and prolonged wave."""
+    """Raw frames as a view `frames_TN` of the wave; `centred` ones of the emphasised and prolonged wave."""
     if spec.framing == "centred":
-        if spec.preemphasis:
-            wave_S = torch.sub(wave_S[1:], wave_S[:-1] * spec.preemphasis)
-        wave_S = mirrored(wave_S, before=(spec.window_samples + 1) // 2, after=spec.window_samples // 2)
+        wave_S = prolonged(wave_S, spec)
     return wave_S.unfold(-1, spec.window_samples, spec.hop_samples)
 
 
-def mirrored(wave_N: Tensor, *, before: int, after: int) -> Tensor:
-    """The wave with so many samples of its mirror image at each end; the end samples are not doubled.
+def prolonged(wave_S: Tensor, spec: MelSpec) -> Tensor:
+    """The wave, emphasised, with half a window of its mirror image at each end; end samples are not doubled.
 
     A wave that is shorter than that goes back and forth, as NumPy's `pad` has it (torch's refuses).
     """
-    samples, period = len(wave_N), max(1, 2 * (len(wave_N) - 1))
-    ends = torch.cat([torch.arange(-before, 0), torch.arange(samples, samples + after)]) % period
-    ends_N = wave_N[torch.minimum(ends, period - ends).to(wave_N.device)]
-    return torch.cat([ends_N[:before], wave_N, ends_N[before:]])
+    before, after = (spec.window_samples + 1) // 2, spec.window_samples // 2
+    samples = len(wave_S) - (spec.preemphasis > 0)
+    whole_S = wave_S.new_empty(before + samples + after)
+    inner_S = whole_S[before : before + samples]
+    if spec.preemphasis:
+        torch.mul(wave_S[:-1], spec.preemphasis, out=inner_S)
+        torch.sub(wave_S[1:], inner_S, out=inner_S)
+    else:
+        inner_S.copy_(wave_S)
+    period = max(1, 2 * (samples - 1))
+    for end_S, first in ((whole_S[:before], -before), (whole_S[before + samples :], samples)):
+        place_S = torch.arange(first, first + len(end_S), device=wave_S.device) % period
+        torch.index_select(inner_S, 0, torch.minimum(place_S, period - place_S), out=end_S)
+    return whole_S
 
 
 class Scratch(NamedTuple):
@@ -84,7 +92,8 @@ def prepared(frames_TN: Tensor, spec: MelSpec, scratch: Scratch) -> Tensor:
     """Frames windowed and padded to `fft_samples`; Kaldi's first without DC and pre-emphasised.
 
     Rounded step by step as the reference does: beside a full-scale tone, values near the floor hang on the
-    last bit of these samples. Filtering the whole wave once is 0.5 ms cheaper and up to 0.06 nat off there.
+    last bit of these samples. Filtering the whole wave once is 0.5 ms cheaper and up to 0.06 nat off there;
+    a fused multiply-add (`torch.sub` with `alpha`) up to 0.05 nat.
     """
     centred_TN, ready_TN, _ = (buffer[: len(frames_TN)] for buffer in scratch)
     window_N = hann_N(spec.window_samples, spec.window == "hann_periodic", frames_TN.device)
