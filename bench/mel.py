@@ -119,7 +119,9 @@ def seconds(call: Callable[[], object]) -> float:
 def main() -> None:
     """Print the table."""
     torch.set_num_threads(1)
-    print(f"log-mel of one clip, one thread, {ROUNDS} rounds of {CALLS} calls each, in turns, medians")
+    print(
+        f"log-mel of one clip, one thread, {ROUNDS} rounds of {CALLS} calls each, in turns, medians of processor time"
+    )
     for spec in PRESETS.values():
         result = compare(spec)
         print(
