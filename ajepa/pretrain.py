@@ -24,7 +24,7 @@ from ajepa.run import Checkpoint, Json, Run
 from pipeline.dali import open_loader
 from pipeline.errors import Interrupted, RunError
 from pipeline.loader import Batch, View
-from pipeline.mel import mel_spec
+from pipeline.melspec import mel_spec
 from pipeline.order import Order
 from pipeline.store import FeatureStore
 

@@ -23,7 +23,8 @@ from pipeline.datasets.demo import make_demo_corpus
 from pipeline.errors import AudioError
 from pipeline.files import replacing
 from pipeline.locators import Locator
-from pipeline.mel import log_mel, mel_spec
+from pipeline.mel import log_mel
+from pipeline.melspec import mel_spec
 from pipeline.ontology import load_class_list
 from pipeline.shardmaker import quantise
 from pipeline.shards import encode_shard

@@ -23,7 +23,7 @@ from pipeline.files import PARTIAL, WHOLE, Part, abandoned, fsync, gate, locked,
 from pipeline.finalise import finalise
 from pipeline.labels import split_mids
 from pipeline.manifest import PLAN_SCHEMA, pending, plan_id
-from pipeline.mel import MelSpec
+from pipeline.melspec import MelSpec
 from pipeline.shardmaker import NEXT, BlockTask, ShardMaker, settle
 from pipeline.shards import DTYPES, Layout, array_json, create_array, shard_clips_for
 from pipeline.store import Header, ledger_path, read_table, stray_shards, write_table

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any
@@ -89,14 +88,14 @@ def run(
     from pipeline.build import Build, Output, build_stores
     from pipeline.files import Part
     from pipeline.forecast import forecast
-    from pipeline.mel import mel_spec
+    from pipeline.melspec import spec_named, with_clip_seconds
     from pipeline.report import coverage
 
     if len(out) != len(spec):
         raise InputError(f"{len(spec)} --spec and {len(out)} --out: every store needs one of each")
-    specs = [mel_spec(name) for name in spec]
+    specs = [spec_named(name) for name in spec]
     if corpus.clip_seconds is not None:
-        specs = [replace(each, clip_seconds=corpus.clip_seconds) for each in specs]
+        specs = [with_clip_seconds(each, corpus.clip_seconds) for each in specs]
     outputs = [Output(path=path, spec=each, dtype=dtype) for path, each in zip(out, specs, strict=True)]
     build = Build(
         policy=AudioPolicy(

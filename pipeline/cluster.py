@@ -1,6 +1,7 @@
 """Ray: the same tasks on the machines of a Ray cluster; the only door to it."""
 
 import logging
+import socket
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
@@ -21,6 +22,7 @@ def run_on_ray(
         import ray
     except ImportError:
         raise InputError("--engine ray: Ray is not installed; run: pip install 'ajepa[ray]'") from None
+    _refuse_silence(address)
     try:
         ray.init(
             address=address,
@@ -29,9 +31,7 @@ def run_on_ray(
             logging_level=logging.ERROR,
         )
     except ConnectionError as error:
-        raise InputError(
-            f"--address {address}: no Ray cluster answers ({error}); start one with: ray start --head"
-        ) from None
+        raise _silent(address, error) from None
     try:
         do: Any = ray.remote(num_cpus=1)(rows_of)
         there, waiting, running = ray.put(work), iter(tasks), list[Any]()
@@ -47,6 +47,22 @@ def run_on_ray(
                 yield from rows
     finally:
         ray.shutdown()
+
+
+def _refuse_silence(address: str | None) -> None:
+    """Ray itself tries for minutes to reach a host that refuses."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise _silent(address, error) from None
+
+
+def _silent(address: str | None, error: Exception) -> InputError:
+    return InputError(
+        f"--address {address}: no Ray cluster answers ({error}); start one with: ray start --head"
+    )
 
 
 def rows_of(work: Work[T], task: T, clip_seconds: float) -> list[int] | InputError:

@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import StoreError
 from pipeline.files import replacing
 from pipeline.manifest import RESULT_SCHEMA, check_schema
-from pipeline.mel import MelSpec
+from pipeline.melspec import MelSpec
 from pipeline.ontology import ClassList
 from pipeline.shards import Layout, ShardReader, shard_path
 

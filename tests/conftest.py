@@ -11,7 +11,7 @@ from pipeline.build import Build, Output, build_store
 from pipeline.corpus import Corpus
 from pipeline.datasets.audioset import audioset
 from pipeline.labels import propagate_labels
-from pipeline.mel import mel_spec
+from pipeline.melspec import mel_spec
 from pipeline.store import FeatureStore
 
 

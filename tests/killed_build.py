@@ -11,7 +11,7 @@ from typing import Any
 from conftest import corpus_in
 
 from pipeline.build import Build, Output, build_stores
-from pipeline.mel import mel_spec
+from pipeline.melspec import mel_spec
 from pipeline.shards import ShardWriter
 
 STEPS = ((os, "fsync"), (Path, "replace"), (Path, "rename"), (Path, "unlink"), (ShardWriter, "add"))

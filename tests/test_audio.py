@@ -17,7 +17,8 @@ from sounds import babble, write
 from pipeline.audio import AudioPolicy, load
 from pipeline.errors import AudioError
 from pipeline.locators import Locator
-from pipeline.mel import log_mel, mel_spec
+from pipeline.mel import log_mel
+from pipeline.melspec import mel_spec
 
 SPEC = mel_spec("a-jepa")
 CORPUS = Path(__file__).parents[2] / "shared" / "corpus"

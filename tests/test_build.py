@@ -23,7 +23,8 @@ from pipeline.datasets.audioset import audioset
 from pipeline.errors import InputError, StoreError
 from pipeline.files import locked
 from pipeline.locators import Locator
-from pipeline.mel import log_mel, mel_spec
+from pipeline.mel import log_mel
+from pipeline.melspec import mel_spec
 from pipeline.shards import shard_path
 from pipeline.store import FeatureStore, ledger_path
 from pipeline.verify import faults_of

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[1]
 LADDER = [
     "pipeline.errors",
     "pipeline.files",
+    "pipeline.melspec",
     "pipeline.mel",
     "pipeline.ontology",
     "pipeline.manifest",

@@ -13,7 +13,7 @@ from pipeline.engines import run_here
 from pipeline.errors import InputError, StoreError
 from pipeline.files import WHOLE, Part, gate, locked
 from pipeline.finalise import finalise
-from pipeline.mel import mel_spec
+from pipeline.melspec import mel_spec
 from pipeline.store import FeatureStore, Header
 from pipeline.verify import faults_of
 

@@ -8,7 +8,7 @@ import pytest
 from pipeline.build import Output, build_store
 from pipeline.datasets.audioset import audioset
 from pipeline.labels import propagate_labels
-from pipeline.mel import mel_spec
+from pipeline.melspec import mel_spec
 from pipeline.store import FeatureStore, read_table
 from pipeline.verify import faults_of
 

@@ -9,7 +9,7 @@ import pytest
 from ajepa.curriculum import Curriculum
 from ajepa.recipes import RECIPES, a_jepa, audio_jepa, from_json, recipe, smoke, to_json
 from pipeline.errors import RunError
-from pipeline.mel import mel_spec
+from pipeline.melspec import mel_spec
 
 NAMES = sorted(RECIPES)
 
