@@ -124,6 +124,7 @@ def test_a_path_that_is_there_as_written_is_taken_before_any_other_reading(clips
         (clips / name).touch()
     corpus = folder(clips, table(clips, "path\nA.wav\na.wav\nx.wma\n"))
     assert corpus.plan["clip_id"].to_list() == ["A.wav", "a.wav", "x.wma"]
+    assert not [note for note in corpus.notes if "not there" in note or "matched" in note]
     with pytest.raises(ManifestError, match=r"line 2: 'A.WAV' may be 'A.wav' or 'a.wav'"):
         folder(clips, table(clips, "path\nA.WAV\n"))
 

@@ -79,9 +79,12 @@ def fitted(
         if length_seconds is not None and clip.start_seconds >= round(length_seconds, 3):
             behind.append(clip)
             clip = replace(clip, path=None)
-        pieces = list(_pieces(clip, cut, length_seconds))
-        shortened += [clip for piece in pieces if piece.end_seconds != _findable(piece, length_seconds)]
-        done += [replace(piece, end_seconds=_findable(piece, length_seconds)) for piece in pieces]
+        for piece in _pieces(clip, cut, length_seconds):
+            end_seconds = _findable(piece, length_seconds)
+            if end_seconds != piece.end_seconds:
+                shortened.append(piece)
+                piece = replace(piece, end_seconds=end_seconds)
+            done.append(piece)
     return done, [*_told(behind, "start behind the end of their sound"), *_told(shortened, SHORTENED)]
 
 

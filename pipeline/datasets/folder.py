@@ -190,11 +190,11 @@ def _folded(name: str) -> str:
 WAYS: dict[str, Callable[[str], str]] = {  # how a path of a table may differ from a file's, least first
     "": _as_written,
     "without regard to capitals": _folded,
-    "without regard to extensions": lambda name: _bare(_folded(name)),
+    "without regard to capitals and extensions": lambda name: _bare(_folded(name)),
 }
 BARE_WAYS: dict[str, Callable[[str], str]] = {  # for paths that are a name only
     "by the name of the file alone": lambda name: os.path.basename(_as_written(name)),
-    "by the name of the file alone, without its extension": lambda name: _bare(
+    "by the name of the file alone, without regard to capitals and extensions": lambda name: _bare(
         os.path.basename(_folded(name))
     ),
 }
@@ -206,7 +206,7 @@ class Below:
 
     root: Path
     names: list[str]  # relative to the folder
-    index: dict[str, dict[str, list[str]]] = field(repr=False)  # way, key by that way -> names
+    _keyed: dict[str, dict[str, list[str]]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(cls, root: Path) -> tuple["Below", list[str]]:
@@ -225,11 +225,7 @@ class Below:
         notes = []
         if len(every) > len(names):
             notes.append(f"{len(every) - len(names)} files named ._* left out: macOS's own notes, no sounds")
-        index: dict[str, dict[str, list[str]]] = {}
-        for way, key in (WAYS | BARE_WAYS).items():
-            for name in names:
-                index.setdefault(way, {}).setdefault(key(name), []).append(name)
-        return cls(root=root, names=names, index=index), notes
+        return cls(root=root, names=names), notes
 
     def path(self, name: str) -> str:
         """The file, given its name below the folder; an absolute one is itself."""
@@ -239,7 +235,7 @@ class Below:
         """The name of the file that a table's path means, and in which way it does; ManifestError if many do."""
         for form in self._forms(given):
             for way, key in (WAYS if os.path.basename(form) != form else WAYS | BARE_WAYS).items():
-                names = self.index[way].get(key(form), [])
+                names = self._names_by(way, key).get(key(form), [])
                 if len(names) > 1:
                     raise ManifestError(
                         f"{where}: {given!r} may be {names[0]!r} or {names[1]!r}; "
@@ -250,6 +246,14 @@ class Below:
                 if way == "" and os.path.isfile(self.path(form)):
                     return form, ""  # of another extension, or elsewhere
         return None, ""
+
+    def _names_by(self, way: str, key: Callable[[str], str]) -> dict[str, list[str]]:
+        """The files by their keys in one way of looking; made when first looked for."""
+        if way not in self._keyed:
+            keyed = self._keyed[way] = {}
+            for name in self.names:
+                keyed.setdefault(key(name), []).append(name)
+        return self._keyed[way]
 
     def _forms(self, given: str) -> list[str]:
         """The path as it is, from the folder on if it lies in it, and after the folder's own name."""
