@@ -8,21 +8,16 @@ import numpy as np
 import polars as pl
 import pytest
 from sounds import write
-from tones import RATE_HZ, heard, tones, write_seconds
+from tones import RATE_HZ, built, halves, tones, write_seconds
 
-from pipeline.build import Build, build_store
-from pipeline.corpus import Corpus
 from pipeline.datasets.catalogue import DATASETS, corpus_of
 from pipeline.datasets.esc50 import esc50
 from pipeline.datasets.fsd50k import fsd50k
 from pipeline.datasets.speech_commands import WORDS, speech_commands
 from pipeline.errors import InputError, ManifestError, OntologyError
 from pipeline.labels import propagate_labels
-from pipeline.mel import mel_spec
 from pipeline.ontology import load_ontology
 from pipeline.store import FeatureStore
-
-SPEC = replace(mel_spec("a-jepa"), clip_seconds=5.0)
 
 
 def touch(path: Path) -> Path:
@@ -74,17 +69,6 @@ def write_fsd50k(root: Path) -> Path:
 
 
 WRITERS = {"esc50": write_esc50, "speech_commands": write_speech_commands, "fsd50k": write_fsd50k}
-
-
-def built(corpus: Corpus, out: Path) -> tuple[FeatureStore, dict[str, list[int]]]:
-    """The store, and what each good clip sounds like."""
-    build_store(corpus, out, Build(spec=SPEC, workers=0))
-    store = FeatureStore.open(out)
-    ids = store.manifest["clip_id"]
-    return store, {
-        ids[int(row)]: heard(store.read(np.array([row]))[0], int(store.n_frames_N[row]), SPEC)
-        for row in store.good_rows()
-    }
 
 
 def test_esc50_becomes_five_folds_of_labelled_clips(tmp_path):
@@ -300,10 +284,10 @@ def test_long_sounds_of_fsd50k_are_cut_if_asked_to(tmp_path):
     store, found = built(corpus, tmp_path / "x.zarr")
     assert found == {
         "11@0": [0, 0, 1],
-        "12@0": [second for second in range(0, 5) for _ in range(2)],
-        "12@5000": [second for second in range(5, 10) for _ in range(2)],
+        "12@0": halves(*range(5)),
+        "12@5000": halves(*range(5, 10)),
         "12@10000": [10, 10, 11, 11, 12, 12],
-        "21@0": [second for second in range(0, 5) for _ in range(2)],
+        "21@0": halves(*range(5)),
     }
     labels = dict(zip(store.manifest["clip_id"], store.labels_BC(np.arange(6)).tolist(), strict=True))
     assert labels["11@0"] == labels["21@0"] == [1, 0, 1]

@@ -1,4 +1,4 @@
-"""A user's own folder and table, as people have them; every clip holds its own seconds."""
+"""A user's own folder and table, as people have them."""
 
 import json
 import unicodedata
@@ -9,19 +9,14 @@ import numpy as np
 import polars as pl
 import pytest
 from sounds import write
-from tones import band_of, heard, tones, write_seconds
+from tones import built, halves, tones, write_seconds
 
-from pipeline.build import Build, build_store
 from pipeline.corpus import Corpus
 from pipeline.datasets.catalogue import corpus_of
-from pipeline.datasets.cutting import Cut
 from pipeline.datasets.folder import folder
 from pipeline.errors import InputError, ManifestError, OntologyError
 from pipeline.labels import propagate_labels
-from pipeline.mel import mel_spec
 from pipeline.store import FeatureStore
-
-SPEC = replace(mel_spec("a-jepa"), clip_seconds=5.0)
 
 
 @pytest.fixture
@@ -41,21 +36,6 @@ def table(clips: Path, text: str, *, encoding: str = "utf-8", name: str = "table
 
 def plan(corpus: Corpus, *columns: str) -> list[tuple]:
     return corpus.plan.select(columns).rows()
-
-
-def built(corpus: Corpus, out: Path) -> tuple[FeatureStore, dict[str, list[int]]]:
-    """The store, and what each good clip sounds like."""
-    build_store(corpus, out, Build(spec=SPEC, workers=0))
-    store = FeatureStore.open(out)
-    ids = store.manifest["clip_id"]
-    return store, {
-        ids[int(row)]: heard(store.read(np.array([row]))[0], int(store.n_frames_N[row]), SPEC)
-        for row in store.good_rows()
-    }
-
-
-def halves(*seconds: int) -> list[int]:
-    return [second for second in seconds for _ in range(2)]
 
 
 def test_every_sound_below_the_folder_is_a_clip_named_by_its_path(clips):
@@ -280,102 +260,6 @@ def test_a_wrong_folder_says_what_is_there(clips):
         folder(clips.parent / "lists")
 
 
-@pytest.mark.parametrize(
-    ("length_seconds", "clip", "hop", "spans"),
-    [
-        (3.0, 10, 10, [(0, 3)]),
-        (10.0, 10, 10, [(0, 10)]),
-        (10.3, 10, 10, [(0, 10)]),
-        (14.9, 10, 10, [(0, 10)]),
-        (15.0, 10, 10, [(0, 10), (10, 15)]),
-        (10.3, 10, 5, [(0, 10), (5, 10.3)]),
-        (10.0004, 10, 5, [(0, 10)]),
-        (20.0, 10, 5, [(0, 10), (5, 15), (10, 20)]),
-        (12.0, 2, 5, [(0, 2), (5, 7), (10, 12)]),
-        (11.0, 2, 5, [(0, 2), (5, 7), (10, 11)]),
-        (10.5, 2, 5, [(0, 2), (5, 7)]),
-        (8.0, 2, 5, [(0, 2), (5, 7)]),
-    ],
-)
-def test_pieces_end_with_the_sound(length_seconds, clip, hop, spans):
-    """No second is cut twice beyond the overlap asked for, and no scrap becomes a clip."""
-    assert list(Cut(clip_seconds=clip, hop_seconds=hop).spans(0.0, length_seconds)) == spans
-
-
-def test_every_piece_holds_its_own_seconds(tmp_path):
-    """A file in which second k is tone k: the spectrogram of a piece must hold the tones of its seconds."""
-    for name, seconds in {
-        "a.wav": 12,
-        "b.mp3": 12,
-        "c.m4a": 17,
-        "d.flac": 5.2,
-        "e.opus": 3,
-        "f.wav": 7.4,
-    }.items():
-        write_seconds(tmp_path / "clips" / name, seconds)
-    (tmp_path / "clips" / "g.wav").write_text("no sound")
-    store, found = built(folder(tmp_path / "clips", clip_seconds=5, hop_seconds=3), tmp_path / "x.zarr")
-    expected = {}
-    for name, last in {"a.wav": 9, "b.mp3": 9, "c.m4a": 12, "d.flac": 3, "e.opus": 0, "f.wav": 3}.items():
-        expected |= {f"{name}@{start * 1000}": start for start in range(0, last + 1, 3)}
-    expected.pop("d.flac@3000")  # 2.2 of 5 s: under half a clip
-    assert set(found) == set(expected)
-    for clip_id, tones_heard in found.items():
-        start = expected[clip_id]
-        assert tones_heard == halves(*range(start, start + 5))[: len(tones_heard)], clip_id
-    lengths = {clip_id: len(tones_heard) / 2 for clip_id, tones_heard in found.items()}
-    assert lengths["a.wav@6000"] == lengths["d.flac@0"] == 5
-    assert (lengths["a.wav@9000"], lengths["e.opus@0"], lengths["f.wav@3000"]) == (3, 3, 4.5)
-    failed = store.manifest.filter(pl.col("status") == "failed")
-    assert failed.select("clip_id", "reason").rows() == [("g.wav@0", "unreadable")]
-
-
-def test_the_seconds_of_a_table_are_those_of_the_file(tmp_path):
-    """Also where they reach past its end, or are nearly the whole file, which may pass for the clip itself."""
-    write_seconds(tmp_path / "clips" / "a.wav", 12)
-    write_seconds(tmp_path / "clips" / "b.wav", 5)
-    text = (
-        "path,start,end,label\na.wav,7,9,x\na.wav,10,15,x\na.wav,20,25,x\nb.wav,0,9,x\nb.wav,0.2,5,x\n"
-        "b.wav,3,,x\nnone.wav,3,5,x\n"
-    )
-    corpus = folder(tmp_path / "clips", table(tmp_path / "clips", text))
-    store, found = built(corpus, tmp_path / "x.zarr")
-    assert found.pop("b.wav@200") == halves(0, 1, 2, 3, 4)[:9]
-    row = store.manifest["clip_id"].to_list().index("b.wav@200")
-    loudest_T = store.read(np.array([row]))[0].argmax(axis=1)
-    assert (loudest_T == band_of(0, SPEC)).sum() == pytest.approx(80, abs=3)  # 0.8 s of tone 0 are left
-    assert found == {
-        "a.wav@7000": halves(7, 8),
-        "a.wav@10000": halves(10, 11),
-        "b.wav": halves(0, 1, 2, 3, 4),
-        "b.wav@3000": halves(3, 4),
-    }
-    failed = store.manifest.filter(pl.col("status") == "failed")
-    assert failed.select("clip_id", "reason").rows() == [
-        ("a.wav@20000", "missing"),
-        ("none.wav@3000", "missing"),
-    ]
-    notes = " ".join(corpus.notes)
-    assert "1 clips start behind the end of their sound, such as a.wav from 20 s on" in notes
-    assert "1 of 7 files are not there, such as line 8: 'none.wav'" in notes
-    assert "such as b.wav from 0.2 s on" in notes
-
-
-def test_stretches_of_a_table_are_cut_too(tmp_path):
-    """Pieces stay inside the seconds that the table names; an id of one's own gets the piece's start."""
-    write_seconds(tmp_path / "clips" / "a.wav", 20)
-    path = table(tmp_path / "clips", "path,start,end,id\na.wav,2,13,mine\na.wav,16,,\n")
-    corpus = folder(tmp_path / "clips", path, clip_seconds=5, hop_seconds=5)
-    assert plan(corpus, "clip_id", "start_seconds", "end_seconds") == [
-        ("mine@2000", 2, 7),
-        ("mine@7000", 7, 12),
-        ("a.wav@16000", 16, 20),
-    ]
-    path = table(tmp_path / "clips", "path,start,end\na.wav,2,13\na.wav,7,12\n")
-    with pytest.raises(ManifestError, match="2 clips share their id with another, such as 'a"):
-        folder(tmp_path / "clips", path, clip_seconds=5, hop_seconds=5)
-
-
 def test_labels_and_splits_arrive_in_the_store(tmp_path):
     """From the table's cells to what training and evaluation read."""
     for number in range(4):
@@ -409,16 +293,11 @@ def test_the_same_corpus_can_be_made_again(clips):
         assert again.sources.frame.equals(corpus.sources.frame)
 
 
-def test_the_stream_of_opened_files_can_be_watched(tmp_path):
-    """Opening a hundred thousand files takes minutes, in which something should move."""
-    for name in ("a.wav", "b.wav"):
-        write_seconds(tmp_path / name, 1)
-    seen = []
-
-    def progress(number, stream):
-        for item in stream:
-            seen.append((number, item))
-            yield item
-
-    folder(tmp_path, clip_seconds=1, hop_seconds=1, progress=progress)
-    assert seen == [(2, 1.0), (2, 1.0)]
+def test_a_file_that_arrives_later_fills_its_row(tmp_path):
+    """The other rows stay as they are, and nothing has to be asked for anew."""
+    write_seconds(tmp_path / "clips" / "a.wav", 3)
+    path = table(tmp_path / "clips", "path,label\nlate.wav,x\na.wav,y\n")
+    assert built(folder(tmp_path / "clips", path), tmp_path / "x.zarr")[1] == {"a.wav": halves(0, 1, 2)}
+    write_seconds(tmp_path / "clips" / "late.wav", 1)
+    found = built(folder(tmp_path / "clips", path), tmp_path / "x.zarr")[1]
+    assert found == {"late.wav": halves(0), "a.wav": halves(0, 1, 2)}

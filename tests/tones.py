@@ -1,5 +1,6 @@
-"""Sounds whose every second tells which second it is, and how to read that from a spectrogram."""
+"""Sounds whose every second tells which second it is, and how to read that from a store."""
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -7,9 +8,13 @@ import numpy as np
 import torch
 from sounds import write
 
-from pipeline.mel import MelSpec, log_mel
+from pipeline.build import Build, build_store
+from pipeline.corpus import Corpus
+from pipeline.mel import MelSpec, log_mel, mel_spec
+from pipeline.store import FeatureStore
 
 RATE_HZ = 16_000
+SPEC = replace(mel_spec("a-jepa"), clip_seconds=5.0)
 
 
 def hz_of(number: int) -> float:
@@ -49,3 +54,19 @@ def heard(mel_TF: np.ndarray, n_frames: int, spec: MelSpec) -> list[int]:
     hop_seconds = spec.hop_samples / spec.sample_rate_hz
     middles = np.arange(0.25, n_frames * hop_seconds, 0.5)
     return [number_of[int(mel_TF[int(middle / hop_seconds)].argmax())] for middle in middles]
+
+
+def built(corpus: Corpus, out: Path) -> tuple[FeatureStore, dict[str, list[int]]]:
+    """The store, and what each good clip sounds like."""
+    build_store(corpus, out, Build(spec=SPEC, workers=0))
+    store = FeatureStore.open(out)
+    ids = store.manifest["clip_id"]
+    return store, {
+        ids[int(row)]: heard(store.read(np.array([row]))[0], int(store.n_frames_N[row]), SPEC)
+        for row in store.good_rows()
+    }
+
+
+def halves(*seconds: int) -> list[int]:
+    """What is heard of whole seconds."""
+    return [second for second in seconds for _ in range(2)]

@@ -17,9 +17,7 @@ from pipeline.errors import InputError, ManifestError
 from pipeline.ontology import ClassList
 
 LABELS_FROM = ("none", "parent")
-UNLABELLED = ClassList(
-    mids=("unlabelled",), names=("unlabelled",)
-)  # a store has at least one class; no clip has it
+UNLABELLED = ClassList(mids=("unlabelled",), names=("unlabelled",))  # a store has a class; no clip is of this
 
 
 def folder(
@@ -121,25 +119,16 @@ def _tabled(
     clips: list[Listed] = []
     absent: list[Row] = []
     ways: Counter[str] = Counter()
-    seen: dict[tuple[str, float], str] = {}
-    ids: dict[str, str] = {}
     for row in table.rows:
-        name, way = below.find(row.path, f"{path}: {row.where}")
-        if name is None:
-            name = os.path.normpath(row.path)
-            absent.append(row)
-        elif way:
-            ways[way] += 1
+        found, way = below.find(row.path, f"{path}: {row.where}")
+        ways.update([way] if way else [])
+        absent += [row] if found is None else []
+        name = os.path.normpath(row.path) if found is None else found
         start_seconds = row.start_seconds or 0.0
-        clip_id = row.clip_id or (
-            f"{name}@{round(start_seconds * 1000)}" if start_seconds and not cutting else name
-        )
-        _once(seen, (name, start_seconds), row, f"{path}: {row.where}: {name!r} from {start_seconds:g} s on")
-        if row.clip_id:
-            _once(ids, row.clip_id, row, f"{path}: {row.where}: id {row.clip_id!r}")
+        named = f"{name}@{round(start_seconds * 1000)}" if start_seconds and not cutting else name
         clips.append(
             Listed(
-                clip_id=clip_id,
+                clip_id=row.clip_id or named,
                 path=below.path(name),
                 source=name,
                 split=row.split or split,
@@ -148,29 +137,37 @@ def _tabled(
                 end_seconds=row.end_seconds,
             )
         )
+    _refuse_repeats(path, table, clips)
     notes = [f"{path}: {count} paths were matched {way}" for way, count in ways.items()]
-    if absent:
-        told = _absence(path, table, absent, below)
-        if len(absent) == len(clips):
-            raise ManifestError(f"{told}; paths are taken from {below.root} on")
-        notes.append(told)
-    return clips, notes
+    return clips, notes + _absence(path, table, absent, below)
 
 
-def _once(seen: dict, key: object, row: Row, what: str) -> None:
-    if key in seen:
-        raise ManifestError(f"{what} stands already in {seen[key]}; list every clip once")
-    seen[key] = row.where
+def _refuse_repeats(path: Path, table: Table, clips: Sequence[Listed]) -> None:
+    seen: dict[str, str] = {}
+    for row, clip in zip(table.rows, clips, strict=True):
+        own_id = [] if row.clip_id is None else [f"id {row.clip_id!r}"]
+        for what in (f"{clip.source!r} from {clip.start_seconds:g} s on", *own_id):
+            if what in seen:
+                raise ManifestError(
+                    f"{path}: {row.where}: {what} stands already in {seen[what]}; list every clip once"
+                )
+            seen[what] = row.where
 
 
-def _absence(path: Path, table: Table, absent: Sequence[Row], below: "Below") -> str:
+def _absence(path: Path, table: Table, absent: Sequence[Row], below: "Below") -> list[str]:
+    """A note on files that are not there, if any; ManifestError where not one is."""
+    if not absent:
+        return []
     first = absent[0]
     near = difflib.get_close_matches(os.path.normpath(first.path), below.names, n=1)
     nearest = f", the nearest is {near[0]!r}" if near else ""
-    return (
+    told = (
         f"{path}: {len(absent)} of {len(table.rows)} files are not there, "
         f"such as {first.where}: {first.path!r}{nearest}"
     )
+    if len(absent) == len(table.rows):
+        raise ManifestError(f"{told}; paths are taken from {below.root} on")
+    return [told]
 
 
 def _bare(name: str) -> str:
