@@ -5,9 +5,19 @@ from typing import Any
 
 from pipeline.corpus import Corpus
 from pipeline.datasets.audioset import audioset
+from pipeline.datasets.esc50 import esc50
+from pipeline.datasets.folder import folder
+from pipeline.datasets.fsd50k import fsd50k
+from pipeline.datasets.speech_commands import speech_commands
 from pipeline.errors import InputError
 
-DATASETS: dict[str, Callable[..., Corpus]] = {"audioset": audioset}
+DATASETS: dict[str, Callable[..., Corpus]] = {
+    "audioset": audioset,
+    "folder": folder,
+    "esc50": esc50,
+    "speech_commands": speech_commands,
+    "fsd50k": fsd50k,
+}
 
 
 def corpus_of(asked: dict[str, Any]) -> Corpus:
