@@ -148,3 +148,85 @@ def build_audioset(
     from pipeline.datasets.audioset import audioset
 
     return audioset(audio, segments)
+
+
+@command
+def build_folder(
+    folder: Annotated[Path, typer.Option(help="Folder of sounds, searched below.", show_default=False)],
+    table: Annotated[
+        Path | None,
+        typer.Option(help="CSV or Parquet: path, and maybe label, split, start, end, id."),
+    ] = None,
+    clip_seconds: Annotated[
+        float | None, typer.Option(min=0.1, help="Seconds of a clip; none: as the mel spec says.")
+    ] = None,
+    hop_seconds: Annotated[
+        float | None, typer.Option(help="Cut longer sounds into a clip every so many seconds.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of clips of which the table says none.")] = "train",
+    label_from: Annotated[str, typer.Option(help="none, or parent: label by the folder a sound is in.")] = "none",
+) -> Any:
+    """Decode your own clips into feature stores; run again, it carries on.
+
+    Example: ajepa-data build-folder --folder sounds/ --table labels.csv --out mine.zarr
+    """
+    from pipeline.datasets.folder import folder as own
+
+    return own(
+        folder,
+        table,
+        clip_seconds=clip_seconds,
+        hop_seconds=hop_seconds,
+        split=split,
+        label_from=label_from,
+        progress=opening,
+    )
+
+
+@command
+def build_esc50(
+    folder: Annotated[Path, typer.Option(help="ESC-50 as unpacked: audio/, meta/.", show_default=False)],
+) -> Any:
+    """Decode ESC-50 into feature stores of 5-s clips, a split for each fold.
+
+    Example: ajepa-data build-esc50 --folder ESC-50-master --out esc50.zarr
+    """
+    from pipeline.datasets.esc50 import esc50
+
+    return esc50(folder)
+
+
+@command
+def build_speech_commands(
+    folder: Annotated[Path, typer.Option(help="Speech Commands as unpacked.", show_default=False)],
+    version: Annotated[str, typer.Option(help="v1 (30 words) or v2 (35 words).")] = "v2",
+) -> Any:
+    """Decode Speech Commands into feature stores of 1-s clips, with the standard splits.
+
+    Example: ajepa-data build-speech-commands --folder speech_commands_v0.02 --out spc2.zarr
+    """
+    from pipeline.datasets.speech_commands import speech_commands
+
+    return speech_commands(folder, version)
+
+
+@command
+def build_fsd50k(
+    folder: Annotated[Path, typer.Option(help="FSD50K as unpacked: FSD50K.*/.", show_default=False)],
+    clip_seconds: Annotated[float, typer.Option(min=0.1, help="Seconds of a clip.")] = 10.0,
+    cut: Annotated[bool, typer.Option("--cut", help="Cut longer sounds into several clips.")] = False,
+) -> Any:
+    """Decode FSD50K into feature stores, splits train, val and eval.
+
+    Example: ajepa-data build-fsd50k --folder FSD50K --cut --out fsd50k.zarr
+    """
+    from pipeline.datasets.fsd50k import fsd50k
+
+    return fsd50k(folder, clip_seconds=clip_seconds, cut=cut, progress=opening)
+
+
+def opening(files: int, stream: Iterator[Any]) -> Iterator[Any]:
+    """The bar while sounds are opened to see how long they are."""
+    from tqdm import tqdm
+
+    yield from tqdm(stream, total=files, unit="file", desc="open", disable=None)

@@ -39,6 +39,7 @@ def esc50(root: Path | str) -> Corpus:
         sources=sources_of(clips, files=len(clips)),
         classes=classes,
         asked={"dataset": "esc50", "root": str(root)},
+        clip_seconds=CLIP_SECONDS,
         notes=(
             *present(clips, folder / "audio"),
             *counted([("clips", len(clips), 2000), ("classes", len(classes), 50), ("folds", len(folds), 5)]),

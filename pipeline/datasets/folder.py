@@ -77,6 +77,7 @@ def folder(
             "split": split,
             "label_from": label_from,
         },
+        clip_seconds=clip_seconds,
         notes=(*notes, *more),
     )
 

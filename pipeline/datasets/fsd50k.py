@@ -52,6 +52,7 @@ def fsd50k(
         sources=sources_of(clips, files=len(sounds)),
         classes=classes,
         asked={"dataset": "fsd50k", "root": str(root), "clip_seconds": clip_seconds, "cut": cut},
+        clip_seconds=clip_seconds,
         notes=(
             *missing,
             *notes,

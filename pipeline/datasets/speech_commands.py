@@ -61,6 +61,7 @@ def speech_commands(root: Path | str, version: str = "v2") -> Corpus:
         sources=sources_of(clips, files=len(there), unmatched=[*noise, *other]),
         classes=ClassList(mids=tuple(words), names=tuple(words)),
         asked={"dataset": "speech_commands", "root": str(root), "version": version},
+        clip_seconds=CLIP_SECONDS,
         notes=(
             *missing,
             *_left_out(noise, "recordings of background noise"),
