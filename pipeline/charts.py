@@ -75,7 +75,11 @@ def histogram_chart(
         if count
     ]
     across = list(
-        zip(scaled(np.array(ticks), edges_N[0], edges_N[-1], LEFT, RIGHT), map(str, ticks), strict=True)
+        zip(
+            scaled(np.array(ticks), edges_N[0], edges_N[-1], LEFT, RIGHT),
+            map(signed, ticks),
+            strict=True,
+        )
     )
     up = [(float(scaled(grow(n), 0, float(grow(most)), BOTTOM, TOP)), short(n)) for n in up_N]
     return chart(*axes(across, up, unit), *bars, label=f"clips by {unit}")
@@ -136,25 +140,24 @@ def mel_chart(
     ticks: Sequence[Tick],
     *,
     seconds: float,
-    valid_seconds: float,
+    frame_seconds: float,
+    valid_frames: int,
 ) -> Markup:
-    """A spectrogram with axes; a line marks where the clip's own frames end, the rest is dimmed."""
+    """A spectrogram on an axis of `seconds`; a line marks where the clip's own frames end, the rest is dimmed."""
     frames, bands = mel_TF.shape
     wide = -(-frames // 500)  # a page is at most so many pixels wide
     thin_TF = mel_TF[: frames - frames % wide].reshape(-1, wide, bands).mean(1)
     source = f"data:image/png;base64,{base64.b64encode(coloured_png(thin_TF, span)).decode()}"
-    place = {"x": LEFT, "y": TOP, "width": RIGHT - LEFT, "height": BOTTOM - TOP}
-    picture = tag("image", href=source, preserveAspectRatio="none", **place)
+    second = (RIGHT - LEFT) / seconds
+    width, x = frames * frame_seconds * second, LEFT + valid_frames * frame_seconds * second
+    place = {"x": LEFT, "y": TOP, "width": width, "height": BOTTOM - TOP}
     up = [(float(scaled(at, 0, bands, BOTTOM, TOP)), name) for at, name in ticks]
-    whole = np.arange(0, seconds + 0.2, 2 if seconds < 20 else round(seconds / 5))
-    across = [(float(LEFT + (RIGHT - LEFT) * min(second / seconds, 1)), f"{second:g}") for second in whole]
-    parts = [*axes(across, up, "seconds"), picture]
-    if valid_seconds < seconds:
-        x = LEFT + (RIGHT - LEFT) * valid_seconds / seconds
-        parts += [
-            tag("rect", x=x, y=TOP, width=RIGHT - x, height=BOTTOM - TOP, class_="dimmed"),
-            line(x, TOP, x, BOTTOM, "end"),
-        ]
+    across = [(LEFT + n * second, f"{n:g}") for n in np.arange(0, seconds + 1e-6, max(1, round(seconds / 5)))]
+    parts = [*axes(across, up, "seconds"), text(LEFT - 5, TOP + 7, "Hz", "end")]
+    parts += [tag("image", href=source, preserveAspectRatio="none", **place)]
+    if valid_frames < frames:
+        rest = {"x": x, "y": TOP, "width": LEFT + width - x, "height": BOTTOM - TOP}
+        parts += [tag("rect", **rest, class_="dimmed"), line(x, TOP, x, BOTTOM, "end")]
     return chart(*parts, label="log mel power over seconds and Hz")
 
 

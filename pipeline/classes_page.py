@@ -45,7 +45,7 @@ def outside(labels: pl.DataFrame) -> Iterator[Markup]:
     if len(odd):
         some = ", ".join(odd.unique().sort().head(5))
         clips = (labels["outside"].list.len() > 0).sum()
-        yield tag("p", f"{clips:,} clips have labels outside the class list, such as {some}.", class_="warn")
+        yield tag("p", f"Clips with labels outside the class list: {clips:,}; such as {some}.", class_="warn")
 
 
 def without_positives(store: FeatureStore, counts: ClassCounts, seen: Coverage, split: int) -> Markup:

@@ -36,8 +36,8 @@ def summary(store: FeatureStore) -> str:
     facts += [(f"  {split}", f"{good:,} of {listed:,}") for split, good, listed in per_split]
     facts += [("classes", f"{len(store.classes)}")]
     for name, source in sources.items():
-        mean = labels[name].list.len().mean()
-        facts += [(f"labels {name}", f"{mean or 0:.3f} a clip; {source}")]
+        mean = labels[name].list.len().sum() / max(labels.height, 1)
+        facts += [(f"labels {name}", f"{mean:.3f} a row; {source}")]
     return _lined(facts)
 
 

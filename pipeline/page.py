@@ -2,7 +2,7 @@
 
 import importlib.resources
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -83,7 +83,7 @@ def head(store: FeatureStore, seen: Coverage) -> Markup:
     return tag("header", tag("h1", store.path.name), tag("p", lead, class_="lead"), told, links)
 
 
-def definitions(pairs: Any) -> Markup:
+def definitions(pairs: Iterable[tuple[str, object]]) -> Markup:
     return tag("dl", *(joined(tag("dt", name), tag("dd", str_or_markup(value))) for name, value in pairs))
 
 
@@ -103,8 +103,8 @@ def coverage_section(seen: Coverage) -> Markup:
         bars.append(tag("div", tag("p", tag("b", split), tag("span", told)), bar, class_="split"))
     if not seen.flags:
         return joined(*bars, tag("p", "No good clip has anything odd about it.", class_="soft"))
-    rows = [(flag, report.FLAGS.get(flag, ""), *counts) for flag, counts in seen.flags.items()]
-    odd = joined(tag("h3", "Odd, but used"), table(["", "meaning", *seen.splits], rows, words=2))
+    rows = [(flag, report.FLAGS.get(flag, ""), counts) for flag, counts in seen.flags.items()]
+    odd = joined(tag("h3", "Odd, but used"), table("flag", seen.splits, rows))
     return joined(*bars, odd)
 
 
@@ -112,8 +112,8 @@ def failed_section(store: FeatureStore, seen: Coverage) -> Markup:
     """Reasons with what they mean, by split, and the first few clips of each."""
     if not seen.reasons:
         return tag("p", "Nothing: every clip that was listed is good.")
-    rows = [(reason, REASONS[reason], *counts) for reason, counts in seen.reasons.items()]
-    parts = [table(["reason", "meaning", *seen.splits], rows, words=2)]
+    rows = [(reason, REASONS[reason], counts) for reason, counts in seen.reasons.items()]
+    parts = [table("reason", seen.splits, rows)]
     some = report.examples(store.manifest)
     for reason, counts in seen.reasons.items():
         count = sum(counts)
@@ -134,24 +134,19 @@ def failed_section(store: FeatureStore, seen: Coverage) -> Markup:
     return joined(*parts)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]], *, words: int) -> Markup:
-    """The first `words` columns are text, the others counts."""
-    kinds: list[str | None] = [None, "reason"][:words]
-    kinds += ["n"] * (len(head) - words)
-    heads = (tag("th", name, scope="col", class_=kind) for name, kind in zip(head, kinds, strict=True))
+def table(head: str, splits: Sequence[str], rows: Sequence[tuple[str, str, Sequence[int]]]) -> Markup:
+    """Rows of a name, what it means, and a count a split."""
+    names = (tag("th", split, scope="col", class_="n") for split in splits)
     lines = (
         tag(
             "tr",
-            tag("th", row[0], scope="row"),
-            *(_cell(value, k) for value, k in zip(row[1:], kinds[1:], strict=True)),
+            tag("th", tag("span", name, class_="name"), tag("span", meaning, class_="soft"), scope="row"),
+            *(tag("td", count, class_="n" if count else "n zero") for count in counts),
         )
-        for row in rows
+        for name, meaning, counts in rows
     )
-    return tag("div", tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *lines)), class_="scroll")
-
-
-def _cell(value: object, kind: str | None) -> Markup:
-    return tag("td", value, class_="n zero" if kind == "n" and not value else kind)
+    top = tag("thead", tag("tr", tag("th", head, scope="col"), *names))
+    return tag("div", tag("table", top, tag("tbody", *lines)), class_="scroll")
 
 
 def sound_section(store: FeatureStore, seen: Coverage) -> Markup:
@@ -159,7 +154,7 @@ def sound_section(store: FeatureStore, seen: Coverage) -> Markup:
     if not sum(seen.good):
         return tag("p", "No clip is good, so there is nothing to tell of.", class_="warn")
     manifest, whole = store.manifest, store.spec.clip_seconds
-    longest_N = np.linspace(0, 1.5 * whole, 31)
+    longest_N = whole * (np.arange(32) - 0.5) / 20  # a full clip lies in the middle of its bar
     ticks = [round(whole * part, 3) for part in (0, 0.5, 1, 1.5)]
     lengths = charts.histogram_chart(
         report.histogram(manifest, "seconds", longest_N), longest_N, ticks, "seconds", log=True
@@ -196,7 +191,9 @@ def band_section(store: FeatureStore) -> Markup:
     parts = {"all": every} | (there if 1 < len(there) < LINES else {})
     mean_F, std_F = np.array(every["mean_F"]), np.array(every["std_F"])
     lines = [(name, np.array(part["mean_F"])) for name, part in parts.items()]
-    drawn = charts.curve_chart(lines, (mean_F - std_F, mean_F + std_F), pictures.band_ticks(store.spec))
+    drawn = charts.curve_chart(
+        lines, (mean_F - std_F, mean_F + std_F), pictures.band_ticks(store.spec, gap=0.09)
+    )
     keys = (tag("span", tag("i", class_=f"key key{n}"), name) for n, (name, _) in enumerate(lines))
     told = f"{every['frames']:,} valid frames of good clips: mean {every['mean']:.3f}, deviation {every['std']:.3f} nat"
     body = joined(tag("p", *keys, class_="legend"), drawn)
@@ -210,11 +207,16 @@ def clip_section(store: FeatureStore, seen: Coverage, clips: int) -> Markup:
     rows_B = pictures.varied_rows(store, clips)
     mel_BTF = pictures.read_mel(store, rows_B)
     span, ticks = pictures.colour_range(mel_BTF), pictures.band_ticks(store.spec)
-    whole = pictures.frames_seconds(store.spec, store.frames)
     tiles = []
     for row, mel_TF in zip(rows_B.tolist(), mel_BTF, strict=True):
-        valid = pictures.frames_seconds(store.spec, int(store.n_frames_N[row]))
-        drawn = charts.mel_chart(mel_TF, span, ticks, seconds=whole, valid_seconds=valid)
+        drawn = charts.mel_chart(
+            mel_TF,
+            span,
+            ticks,
+            seconds=pictures.axis_seconds(store.spec),
+            frame_seconds=pictures.frame_seconds(store.spec),
+            valid_frames=int(store.n_frames_N[row]),
+        )
         told = f"{store.manifest['clip_id'][row]} · {store.manifest['split'][row]} · row {row:,}"
         tiles.append(figure(drawn, pictures.title(store, row, letters=90), told))
     note = tag(
@@ -254,5 +256,7 @@ def _flat(told: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
             yield name, "\n".join(map(str, value)) or "none"
         elif isinstance(value, bool):
             yield name, "yes" if value else "no"
+        elif isinstance(value, int | float):
+            yield name, f"{value:,}".removesuffix(".0")
         else:
             yield name, "none" if value is None else str(value)

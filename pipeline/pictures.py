@@ -54,9 +54,14 @@ def colour_range(mel_BTF: np.ndarray) -> tuple[float, float]:
     return float(low), float(max(high, low + 1))  # a constant has colours too
 
 
-def frames_seconds(spec: MelSpec, frames: int) -> float:
-    """How long that many frames last."""
-    return frames * spec.hop_samples / spec.sample_rate_hz
+def frame_seconds(spec: MelSpec) -> float:
+    """From one frame to the next."""
+    return spec.hop_samples / spec.sample_rate_hz
+
+
+def axis_seconds(spec: MelSpec) -> float:
+    """A full clip: its last window ends a little before."""
+    return max(spec.clip_seconds, spec.frames * frame_seconds(spec))
 
 
 def varied_rows(store: FeatureStore, clips: int, *, seed: int = 0) -> np.ndarray:
@@ -68,12 +73,14 @@ def varied_rows(store: FeatureStore, clips: int, *, seed: int = 0) -> np.ndarray
         )
     rows_N, classes = entries(label_table(store)[0]["raw"])
     class_N = classes.to_numpy(zero_copy_only=False)[there_N := np.isin(rows_N, good_N)]
-    rows_N, chosen = rows_N[there_N], list[int]()
-    for number in rng.permutation(np.unique(class_N)):
+    rows_N, chosen, shown = rows_N[there_N], list[int](), set[int]()
+    for number in rng.permutation(np.unique(class_N)).tolist():
+        if number in shown:
+            continue
         if len(chosen) == clips:
             break
-        if len(free_N := np.setdiff1d(rows_N[class_N == number], chosen)):
-            chosen.append(int(rng.choice(free_N)))
+        chosen.append(int(rng.choice(rows_N[class_N == number])))
+        shown |= set(class_N[rows_N == chosen[-1]].tolist())
     left_N = np.setdiff1d(good_N, chosen)
     more_N = rng.choice(left_N, min(clips - len(chosen), len(left_N)), replace=False)
     return np.sort(np.concatenate([np.array(chosen, np.int64), more_N]))
@@ -122,7 +129,7 @@ def show(
     axes: Axes, store: FeatureStore, row: int, mel_TF: np.ndarray, span: tuple[float, float]
 ) -> AxesImage:
     """One row: what is not its own is dimmed."""
-    whole, valid = (frames_seconds(store.spec, int(n)) for n in (store.frames, store.n_frames_N[row]))
+    whole, valid = (int(n) * frame_seconds(store.spec) for n in (store.frames, store.n_frames_N[row]))
     low, high = span
     image = axes.imshow(
         mel_TF.T,
@@ -136,6 +143,7 @@ def show(
     if valid < whole:
         axes.axvspan(valid, whole, color="white", alpha=0.35, linewidth=0)
         axes.axvline(valid, color="white", linewidth=1.5)
+    axes.set_xlim(0, axis_seconds(store.spec))
     places, names = zip(*band_ticks(store.spec), strict=True)
     axes.set_yticks(places, names)
     axes.tick_params(labelsize=7)
