@@ -113,7 +113,7 @@ def _sound(clip: dict[str, Any]) -> str:
 def _label_facts(store: FeatureStore, labels: pl.DataFrame, row: int) -> Iterator[tuple[str, str]]:
     """The names in every label set; `+` marks what is added to the raw ones."""
     raw = labels["raw"][row].to_list()
-    for name in store.label_sets:
+    for name in report.label_sets(labels):
         listed = labels[name][row].to_list()
         words = [("" if index in raw else "+ ") + store.classes.names[index] for index in listed]
         yield f"labels {name}", "; ".join(words) or "none"

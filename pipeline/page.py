@@ -8,6 +8,7 @@ from string import Template
 from typing import Any
 
 import numpy as np
+import polars as pl
 
 from pipeline import charts, pictures, report
 from pipeline.classes_page import class_section
@@ -49,16 +50,16 @@ def page(store: FeatureStore, *, clips: int = 12) -> str:
         "classes": class_section(store, labels, sources, seen),
         "sounds": sound_section(store, seen),
         "bands": band_section(store),
-        "clips": clip_section(store, seen, clips),
+        "clips": clip_section(store, labels, seen, clips),
         "build": build_section(told_by_build(store)),
     }
     parts = [tag("section", tag("h2", SECTIONS[key]), body, id=key) for key, body in bodies.items()]
     frame = importlib.resources.files("pipeline").joinpath("page.html").read_text(encoding="utf-8")
-    body = joined(head(store, seen), tag("main", *parts))
+    body = joined(head(store, seen, sources), tag("main", *parts))
     return Template(frame).substitute(title=tag("title", store.path.name)[7:-8], body=body)
 
 
-def head(store: FeatureStore, seen: Coverage) -> Markup:
+def head(store: FeatureStore, seen: Coverage, sources: dict[str, str]) -> Markup:
     """What the store is: how much of it is good, its identity, its numbers."""
     good, listed, spec = sum(seen.good), sum(seen.listed), store.spec
     share = tag("b", f"{100 * good / max(listed, 1):.2f} %")
@@ -71,7 +72,7 @@ def head(store: FeatureStore, seen: Coverage) -> Markup:
     facts = {
         "mel": f"{listed:,} clips of {store.frames} frames of {store.bands} bands, {store.dtype}",
         "on disk": f"{report.size(report.mel_bytes(store))} in {store.header.layout.shards:,} shards",
-        "label sets": ", ".join(store.label_sets),
+        "label sets": ", ".join(sources),
         "versions": ", ".join(f"{k} {v}" for k, v in told_by_build(store).get("versions", {}).items())
         or "not recorded",
     }
@@ -84,12 +85,9 @@ def head(store: FeatureStore, seen: Coverage) -> Markup:
 
 
 def definitions(pairs: Iterable[tuple[str, object]]) -> Markup:
-    return tag("dl", *(joined(tag("dt", name), tag("dd", str_or_markup(value))) for name, value in pairs))
-
-
-def str_or_markup(value: object) -> object:
     """Numbers as they are: a rate needs no thousands told apart."""
-    return value if isinstance(value, Markup) else f"{value}"
+    told = ((name, value if isinstance(value, Markup) else str(value)) for name, value in pairs)
+    return tag("dl", *(joined(tag("dt", name), tag("dd", value)) for name, value in told))
 
 
 def coverage_section(seen: Coverage) -> Markup:
@@ -200,11 +198,11 @@ def band_section(store: FeatureStore) -> Markup:
     return figure(body, "Mean of each band, ± its standard deviation, nat", told, wide=True)
 
 
-def clip_section(store: FeatureStore, seen: Coverage, clips: int) -> Markup:
+def clip_section(store: FeatureStore, labels: pl.DataFrame, seen: Coverage, clips: int) -> Markup:
     """Spectrograms of clips of different classes, on one scale of colours."""
     if not sum(seen.good):
         return tag("p", "No clip is good, so there is nothing to show.", class_="warn")
-    rows_B = pictures.varied_rows(store, clips)
+    rows_B = pictures.varied_rows(store, labels, clips)
     mel_BTF = pictures.read_mel(store, rows_B)
     span, ticks = pictures.colour_range(mel_BTF), pictures.band_ticks(store.spec)
     tiles = []
@@ -218,7 +216,7 @@ def clip_section(store: FeatureStore, seen: Coverage, clips: int) -> Markup:
             valid_frames=int(store.n_frames_N[row]),
         )
         told = f"{store.manifest['clip_id'][row]} · {store.manifest['split'][row]} · row {row:,}"
-        tiles.append(figure(drawn, pictures.title(store, row, letters=90), told))
+        tiles.append(figure(drawn, pictures.title(store, labels, row, letters=90), told))
     note = tag(
         "p",
         "Hz upwards, seconds across. Where a line ends a clip, the dimmed rest is not its own.",

@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
@@ -64,16 +65,18 @@ def axis_seconds(spec: MelSpec) -> float:
     return max(spec.clip_seconds, spec.frames * frame_seconds(spec))
 
 
-def varied_rows(store: FeatureStore, clips: int, *, seed: int = 0) -> np.ndarray:
+def varied_rows(store: FeatureStore, labels: pl.DataFrame, clips: int, *, seed: int = 0) -> np.ndarray:
     """Good rows from classes as different as there are, ascending; raises StoreError where none is good."""
     good_N, rng = store.good_rows(), np.random.default_rng(seed)
     if not len(good_N):
         raise StoreError(
             f"{store.path}: no good clip to show; see why: ajepa-data report {store.path} --html report.html"
         )
-    rows_N, classes = entries(label_table(store)[0]["raw"])
-    class_N = classes.to_numpy(zero_copy_only=False)[there_N := np.isin(rows_N, good_N)]
-    rows_N, chosen, shown = rows_N[there_N], list[int](), set[int]()
+    good_M = np.zeros(store.manifest.height, bool)
+    good_M[good_N] = True
+    rows_N, classes = entries(labels["raw"])
+    class_N = classes.to_numpy(zero_copy_only=False)[good_M[rows_N]]
+    rows_N, chosen, shown = rows_N[good_M[rows_N]], list[int](), set[int]()
     for number in rng.permutation(np.unique(class_N)).tolist():
         if number in shown:
             continue
@@ -86,35 +89,43 @@ def varied_rows(store: FeatureStore, clips: int, *, seed: int = 0) -> np.ndarray
     return np.sort(np.concatenate([np.array(chosen, np.int64), more_N]))
 
 
-def title(store: FeatureStore, row: int, *, letters: int = 48) -> str:
+def title(store: FeatureStore, labels: pl.DataFrame, row: int, *, letters: int = 48) -> str:
     """The names of a row's raw labels."""
-    labels_C = store.labels_BC(np.array([row]))[0]
-    names = ", ".join(store.classes.names[index] for index in np.flatnonzero(labels_C)) or "no label"
+    names = ", ".join(store.classes.names[index] for index in labels["raw"][row]) or "no label"
     return names if len(names) <= letters else names[: letters - 1] + "…"
 
 
 def contact_sheet(store: FeatureStore, path: Path, *, clips: int = 12) -> None:
     """A PNG of some good clips' spectrograms with their ids and labels."""
-    rows_B = varied_rows(store, clips)
+    labels = label_table(store)[0]
+    rows_B = varied_rows(store, labels, clips)
     across = min(3, len(rows_B))
-    draw(store, rows_B, path, across=across, clip_inches=(4.6, 2.3))
+    draw(store, labels, rows_B, path, across=across, clip_inches=(4.6, 2.3))
 
 
 def clip_picture(store: FeatureStore, rows: Sequence[int], path: Path) -> None:
     """A PNG of some good rows, one below the other."""
-    draw(store, np.array(rows), path, across=1, clip_inches=(10.0, 3.6))
+    draw(store, label_table(store)[0], np.array(rows), path, across=1, clip_inches=(10.0, 3.6))
 
 
 def draw(
-    store: FeatureStore, rows_B: np.ndarray, path: Path, *, across: int, clip_inches: tuple[float, float]
+    store: FeatureStore,
+    labels: pl.DataFrame,
+    rows_B: np.ndarray,
+    path: Path,
+    *,
+    across: int,
+    clip_inches: tuple[float, float],
 ) -> None:
     """One colour scale for all; a line marks where a clip's own frames end."""
     mel_BTF = read_mel(store, rows_B)
     down, span = -(-len(rows_B) // across), colour_range(mel_BTF)
     figure = Figure(figsize=(clip_inches[0] * across, clip_inches[1] * down), layout="constrained")
-    for place, (row, mel_TF) in enumerate(zip(rows_B, mel_BTF, strict=True)):
+    for place, (row, mel_TF) in enumerate(zip(rows_B.tolist(), mel_BTF, strict=True)):
         axes = figure.add_subplot(down, across, place + 1)
-        image = show(axes, store, int(row), mel_TF, span)
+        image = show(axes, store, row, mel_TF, span)
+        named = f"{store.manifest['clip_id'][row]}: {title(store, labels, row)}"
+        axes.set_title(named.replace("$", r"\$"), fontsize=8)  # no formula
         if place % across == 0:
             axes.set_ylabel("Hz", fontsize=8)
         if place + across >= len(rows_B):
@@ -147,7 +158,4 @@ def show(
     places, names = zip(*band_ticks(store.spec), strict=True)
     axes.set_yticks(places, names)
     axes.tick_params(labelsize=7)
-    named = title(store, row).replace("$", r"\$")  # no formula
-    clip_id = store.manifest["clip_id"][row].replace("$", r"\$")
-    axes.set_title(f"{clip_id}: {named}", fontsize=8)
     return image

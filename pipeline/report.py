@@ -52,11 +52,12 @@ class Coverage:
 
     @classmethod
     def of(cls, manifest: pl.DataFrame) -> Self:
-        """Counted in one pass over the rows and one over the flags."""
+        """Counted in two passes."""
         splits = tuple(manifest["split"].unique(maintain_order=True))
-        became = manifest.group_by("split", "status", "reason").len()
-        odd = manifest.filter(GOOD).select("split", "flags").explode("flags").drop_nulls("flags")
-        odd = odd.group_by("split", "flags").len()
+        rows = manifest.lazy()  # lazy: only the columns asked for are filtered
+        became = rows.group_by("split", "status", "reason").len().collect()
+        odd = rows.filter(GOOD).group_by("split", "flags").len().collect()
+        odd = odd.explode("flags").drop_nulls("flags")
         flags = sorted(odd["flags"].unique())
         return cls(
             splits=splits,
@@ -92,7 +93,7 @@ class ClassCounts:
         )
         good_N = store.manifest.select(GOOD).to_series().to_numpy()
         shape = len(splits), len(store.classes)
-        cells = {name: cells_of(labels[name], split_N, shape[1]) for name in store.label_sets}
+        cells = {name: cells_of(labels[name], split_N, shape[1]) for name in label_sets(labels)}
         return cls(
             listed_NC=np.bincount(cells["raw"][1], minlength=shape[0] * shape[1]).reshape(shape),
             positives_NC={
@@ -118,13 +119,13 @@ def examples(manifest: pl.DataFrame) -> dict[str, list[dict[str, Any]]]:
 
 def value_counts(manifest: pl.DataFrame, column: str) -> list[tuple[Any, int]]:
     """The values of a column among good clips and how often each is there, the most frequent first."""
-    counted = manifest.filter(GOOD).group_by(column).len().sort("len", column, descending=[True, False])
-    return list(counted.iter_rows())
+    counted = manifest.lazy().filter(GOOD).group_by(column).len().collect()
+    return list(counted.sort("len", column, descending=[True, False]).iter_rows())
 
 
 def histogram(manifest: pl.DataFrame, column: str, edges_N: np.ndarray) -> np.ndarray:
     """Good clips between each two edges; what lies beyond the outermost counts in the outermost bins."""
-    values_N = manifest.filter(GOOD)[column].drop_nulls().to_numpy()
+    values_N = manifest.lazy().filter(GOOD).select(pl.col(column).drop_nulls()).collect()[column].to_numpy()
     inside_N = np.clip(values_N, edges_N[0], np.nextafter(edges_N[-1], edges_N[0]))
     return np.histogram(inside_N, edges_N)[0]
 
@@ -132,7 +133,12 @@ def histogram(manifest: pl.DataFrame, column: str, edges_N: np.ndarray) -> np.nd
 def label_table(store: FeatureStore) -> tuple[pl.DataFrame, dict[str, str]]:
     """labels.parquet, and a sentence for each label set on where it comes from."""
     labels, sources = read_table(store.path / "labels.parquet")
-    return labels, {name: _provenance(sources.get(name)) for name in store.label_sets}
+    return labels, {name: _provenance(sources.get(name)) for name in label_sets(labels)}
+
+
+def label_sets(labels: pl.DataFrame) -> list[str]:
+    """The names of the label sets of a labels.parquet, `raw` first."""
+    return [name for name in labels.columns if name != "outside"]
 
 
 def _provenance(by: Any) -> str:
