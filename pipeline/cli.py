@@ -1,13 +1,12 @@
 """ajepa-data: sound files in, a checked feature store out."""
 
 import signal
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
+from pipeline import build_commands
 from pipeline.errors import InputError, Interrupted
 
 RUN_AGAIN = 75  # EX_TEMPFAIL: interrupted with nothing lost; the same command carries on
@@ -18,6 +17,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Sound files in, a checked store of log-mel spectrograms with repaired labels out.",
 )
+
+app.add_typer(build_commands.app)
 
 StorePath = Annotated[Path, typer.Argument(help="Feature store, NAME.zarr.", show_default=False)]
 
@@ -41,56 +42,6 @@ def demo_corpus(
 
 
 @app.command()
-def build_audioset(
-    audio: Annotated[
-        list[Path], typer.Option(help="Folder of sound files, searched below. Repeats.", show_default=False)
-    ],
-    segments: Annotated[
-        list[Path], typer.Option(help="Segments list; its name is the split. Repeats.", show_default=False)
-    ],
-    out: Annotated[Path, typer.Option(help="Store to create or continue, NAME.zarr.", show_default=False)],
-    spec: Annotated[str, typer.Option(help="Mel spec: a-jepa, a-jepa-16k, audio-jepa.")] = "a-jepa",
-    dtype: Annotated[str, typer.Option(help="float16, or uint8: half the size, 0.12 nat steps.")] = "float16",
-    workers: Annotated[int, typer.Option(min=0, help="Decoding processes; 0: this one, unguarded.")] = 2,
-    accept_truncated: Annotated[
-        bool, typer.Option("--accept-truncated", help="Keep what is there of clips cut short.")
-    ] = False,
-    keep_silent: Annotated[
-        bool, typer.Option("--keep-silent", help="Keep clips that peak under -90 dBFS.")
-    ] = False,
-    clip_seconds: Annotated[float, typer.Option(min=1, help="Seconds of wall time a clip may take.")] = 60.0,
-) -> None:
-    """Decode AudioSet's clips into a feature store; run again, it carries on.
-
-    Example: ajepa-data build-audioset --audio clips/ --segments balanced_train_segments.csv --out as20k.zarr
-    """
-    from pipeline import build as stage
-    from pipeline.audio import AudioPolicy
-    from pipeline.datasets.audioset import audioset
-    from pipeline.mel import mel_spec
-    from pipeline.report import coverage
-
-    wish = stage.Build(
-        spec=mel_spec(spec),
-        dtype=dtype,
-        policy=AudioPolicy(accept_truncated=accept_truncated, keep_silent=keep_silent),
-        workers=workers,
-        clip_seconds=clip_seconds,
-    )
-    print(coverage(stage.build_store(audioset(audio, segments), out, wish, progress=_progress)))
-    print(f"{out}: done. Next: ajepa-data propagate-labels {out}")
-
-
-def _progress(clips: int, rows: Iterator[int]) -> Iterator[int]:
-    from tqdm import tqdm
-
-    seldom = 0.1 if sys.stderr.isatty() else 30  # a log wants a line now and then
-    yield from tqdm(
-        rows, total=clips, unit="clip", desc="decode", smoothing=0.05, dynamic_ncols=True, mininterval=seldom
-    )
-
-
-@app.command()
 def propagate_labels(
     store: StorePath,
     rule: Annotated[
@@ -107,21 +58,58 @@ def propagate_labels(
 
 
 @app.command()
-def verify(store: StorePath) -> None:
+def verify(
+    store: StorePath,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="Read only so many shards, drawn at random; all else in full.")
+    ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Make broken shards again from the sounds they came from.")
+    ] = False,
+    workers: Annotated[int, typer.Option(min=0, help="Decoding processes of a repair.")] = 2,
+) -> None:
     """Check every shard against the ledger, its checksums, the manifest and the statistics.
 
-    Example: ajepa-data verify as20k.zarr
+    Example: ajepa-data verify as20k.zarr --repair
     """
+    from pipeline.repair import repair as mend
     from pipeline.verify import faults_of
 
-    faults = list(faults_of(store))
+    faults = list(faults_of(store, sample))
     for fault in faults:
-        print(fault)
-    if faults:
+        print(fault.text)
+    if faults and repair:
+        mend(store, faults, workers=workers, progress=build_commands.progress)
+        left = list(faults_of(store))
+        for fault in left:
+            print(f"still: {fault.text}")
+        if left:
+            raise InputError(f"{store}: {len(left)} faults are left after the repair")
+        print(f"{store}: {len(faults)} faults mended")
+    elif faults:
+        raise InputError(f"{store}: {len(faults)} faults; mend them with: ajepa-data verify {store} --repair")
+    else:
+        print(f"{store}: every shard, row and checksum is as it should be")
+
+
+@app.command()
+def finalize(store: StorePath) -> None:
+    """Finish a store whose parts are all built; the last part to end does so by itself.
+
+    Example: ajepa-data finalize as2m.zarr
+    """
+    from pipeline.finalise import finalise, open_shards
+    from pipeline.report import coverage
+    from pipeline.store import Header
+
+    manifest = finalise(store, header := Header.read(store))
+    if manifest is None:
+        some = open_shards(store, header)
         raise InputError(
-            f"{store}: {len(faults)} faults; delete what is named and build again: only that is redone"
+            f"{store}: {len(some)} of {header.layout.shards} shards are not built, the first is {some[0]}; "
+            "run the parts that are missing"
         )
-    print(f"{store}: every shard, row and checksum is as it should be")
+    print(coverage(manifest))
 
 
 @app.command()
@@ -188,7 +176,7 @@ def main() -> NoReturn:
 
 def run_app(app: typer.Typer) -> NoReturn:
     """Run a command line: our own errors become one line and exit status 1, an interruption one and status 75."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # USR1: a batch system's warning
         signal.signal(number, _interrupt)
     try:
         app()

@@ -16,6 +16,7 @@ class Corpus:
     plan     columns of `pipeline.manifest.PLAN_SCHEMA`, `mids` (lists of class ids) and `duplicate` (why the row does
              not count, or null), in an order that depends on the lists alone
     asked    JSON values from which `pipeline.datasets.catalogue.corpus_of` makes the same corpus again; key `dataset`
+    clip_seconds  length of a row; None where the mel spec decides
     notes    sentences that whoever builds should read, such as lines of a list that were left out
     """
 
@@ -23,4 +24,5 @@ class Corpus:
     sources: Sources
     classes: ClassList
     asked: dict[str, Any]
+    clip_seconds: float | None = None
     notes: tuple[str, ...] = ()

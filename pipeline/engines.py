@@ -7,8 +7,7 @@ import signal
 import sys
 import time
 import traceback
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, Protocol, Self, TypeVar
 
@@ -33,8 +32,8 @@ T = TypeVar("T", bound=Task)
 Work = Callable[[T], Iterator[int | None]]  # yields each row before it is tried, None before what is no clip
 
 
-def run_here(work: Work[T], tasks: Sequence[T], *, workers: int, clip_seconds: float) -> Iterator[int]:
-    """Do all tasks in `workers` spawned processes; yields each row when it is tried.
+def run_here(work: Work[T], tasks: Iterable[T], *, workers: int, clip_seconds: float) -> Iterator[int]:
+    """Do all tasks in `workers` spawned processes; yields each row when it is tried. Tasks are drawn when needed.
 
     A row on which a process dies, or which takes over `clip_seconds` of wall time, is failed by `task.without` and
     the task done again. With 0 workers everything runs in this process, without that protection.
@@ -44,12 +43,15 @@ def run_here(work: Work[T], tasks: Sequence[T], *, workers: int, clip_seconds: f
         for task in tasks:
             yield from (row for row in work(task) if row is not None)
         return
-    waiting, pool, deaths = deque(tasks), list[_Worker[T]](), 0
+    waiting, again, pool, deaths = iter(tasks), list[T](), list[_Worker[T]](), 0
     try:
-        while waiting or any(worker.task for worker in pool):
-            while waiting and (worker := _idle(pool, work, workers)):
-                worker.give(waiting.popleft())
-            busy = [worker for worker in pool if worker.task]
+        while True:
+            while sum(worker.task is not None for worker in pool) < workers:
+                if (next_task := again.pop() if again else next(waiting, None)) is None:
+                    break
+                _idle(pool, work).give(next_task)
+            if not (busy := [worker for worker in pool if worker.task]):
+                return
             began = time.monotonic()
             ready = wait([worker.pipe for worker in busy], timeout=POLL_SECONDS)
             if (
@@ -63,7 +65,7 @@ def run_here(work: Work[T], tasks: Sequence[T], *, workers: int, clip_seconds: f
                 if worker.dead or worker.overdue(clip_seconds):
                     pool.remove(worker)
                     deaths += worker.row is None
-                    waiting.appendleft(worker.bury(clip_seconds))
+                    again.append(worker.bury(clip_seconds))
             if deaths >= MOST_DEATHS:
                 raise StoreError(
                     f"worker processes died {deaths} times; out of memory? Try again with fewer --workers"
@@ -73,9 +75,10 @@ def run_here(work: Work[T], tasks: Sequence[T], *, workers: int, clip_seconds: f
             worker.kill()
 
 
-def _idle(pool: "list[_Worker[T]]", work: Work[T], most: int) -> "_Worker[T] | None":
+def _idle(pool: "list[_Worker[T]]", work: Work[T]) -> "_Worker[T]":
+    """A worker without a task, a new one if there is none."""
     free = next((worker for worker in pool if worker.task is None), None)
-    if free is None and len(pool) < most:
+    if free is None:
         pool.append(free := _Worker(work))
     return free
 

@@ -1,15 +1,35 @@
-"""Files written whole or not at all, by one process at a time."""
+"""Files written whole or not at all, and who may write in a store."""
 
 import fcntl
+import glob
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, Self
 
-from pipeline.errors import StoreError
+from pipeline.errors import InputError, StoreError
 
 PARTIAL = ".partial"  # suffix of what a crash may leave behind; swept at the next start
+GATE_POLL_SECONDS = 0.05
+
+
+def scratch_of(path: Path) -> Path:
+    """Where to write what will be `path`; another on every machine and in every process."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{PARTIAL}")
+
+
+def abandoned(path: Path) -> Iterator[Path]:
+    """Scratch paths of `path` whose process, on this machine, is no more."""
+    for scratch in path.parent.glob(
+        f"{glob.escape(path.name)}.{glob.escape(socket.gethostname())}-*{PARTIAL}"
+    ):
+        pid = scratch.name.removesuffix(PARTIAL).rpartition("-")[2]
+        if pid.isdecimal() and not Path("/proc", pid).exists():
+            yield scratch
 
 
 @contextmanager
@@ -18,7 +38,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     After the block either the old file or the whole new one is there, also after a power cut.
     """
-    scratch = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+    scratch = scratch_of(path)
     try:
         yield scratch
         fsync(scratch)
@@ -37,23 +57,97 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Every `of`-th block of a plan's shards, beginning with number `index`; 0 of 1 is all of them."""
+
+    index: int = 0
+    of: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """`0/3`, `1/3` and `2/3` are the three parts of a plan; raises InputError."""
+        index, _, of = text.partition("/")
+        if not (index.isdecimal() and of.isdecimal() and int(index) < int(of)):
+            raise InputError(f"--part {text}: expected i/n with 0 <= i < n, such as 0/3, 1/3 and 2/3")
+        return cls(int(index), int(of))
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.of}"
+
+    @property
+    def lock_name(self) -> str:
+        return "build.lock" if self.of == 1 else f"build.{self.index}-of-{self.of}.lock"
+
+    def meets(self, lock_name: str) -> bool:
+        """Whether whoever holds that lock may write where this part does."""
+        return self.of == 1 or lock_name == self.lock_name or not lock_name.endswith(f"-of-{self.of}.lock")
+
+
+WHOLE = Part()
+
+
 @contextmanager
-def locked(store: Path) -> Iterator[None]:
-    """Hold a store for writing; raises StoreError that names who holds it. The kernel frees it with the process."""
-    path = store / "build.lock"
-    with path.open("a+") as lock:
+def locked(store: Path, part: Part = WHOLE) -> Iterator[None]:
+    """Hold a store, or a part of it, for writing; raises StoreError that names who holds it.
+
+    Parts of one division may be held together, all else excludes each other. The kernel frees a lock with its
+    process. Of two that start in the same instant both may be refused.
+    """
+    with _held(store / part.lock_name) as lock:
+        if lock is None:
+            raise _taken(store, store / part.lock_name)
+        for other in sorted(store.glob("build.*lock")):
+            if other.name != part.lock_name and part.meets(other.name) and not _is_free(other):
+                raise _taken(store, other)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        lock.flush()
+        yield
+
+
+@contextmanager
+def gate(store: Path) -> Iterator[None]:
+    """Wait for, then hold, what parts share: the files beside the shards. For moments only."""
+    while True:
+        with _held(store / "gate.lock") as lock:
+            if lock is not None:
+                yield
+                return
+        time.sleep(GATE_POLL_SECONDS)
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[BinaryIO | None]:
+    """An exclusive lock on a file that is gone afterwards; None where somebody else has it."""
+    with path.open("a+b") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             ours = path.exists() and path.stat().st_ino == os.fstat(lock.fileno()).st_ino
         except BlockingIOError:
             ours = False
-        if not ours:
-            lock.seek(0)
-            raise StoreError(f"{store} is being written by {lock.read() or 'another process'}; wait for it")
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
         try:
-            yield
+            yield lock if ours else None
         finally:
-            path.unlink()  # who opened it before now finds it gone, above
+            if ours:
+                path.unlink()  # who opened it before now finds it gone, above
+
+
+def _is_free(path: Path) -> bool:
+    """Whether nobody holds that lock: its holder was killed, or has just finished."""
+    try:
+        with path.open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return True
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _taken(store: Path, path: Path) -> StoreError:
+    try:
+        who = path.read_text() or "another process"
+    except FileNotFoundError:
+        who = "another process"
+    return StoreError(f"{store} is being written by {who}; wait for it")

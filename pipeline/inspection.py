@@ -97,6 +97,7 @@ def _facts(store: FeatureStore, labels: pl.DataFrame, row: int) -> Iterator[tupl
         yield "sound", _sound(clip)
         yield "level", f"peak {clip['peak_dbfs']:.1f} dBFS, rms {clip['rms_dbfs']:.1f} dBFS"
         yield "frames", f"{clip['n_frames']} valid of {store.frames}"
+        yield "stored error", f"{clip['error_rms_nat']:.2g} nat rms, {clip['error_max_nat']:.2g} at most"
         yield "digest", clip["digest"]
     else:
         yield "reason", f"{clip['reason']}: {REASONS.get(clip['reason'], 'not known to this version')}"

@@ -39,6 +39,8 @@ RESULT_SCHEMA: dict[str, pl.DataType] = {
     "peak_dbfs": pl.Float64(),
     "rms_dbfs": pl.Float64(),
     "digest": pl.String(),  # of the mono waveform before resampling
+    "error_rms_nat": pl.Float64(),  # of the stored log-mel against the computed one: rounding, clipping
+    "error_max_nat": pl.Float64(),
 }
 MANIFEST_SCHEMA = PLAN_SCHEMA | RESULT_SCHEMA
 

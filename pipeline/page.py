@@ -194,6 +194,9 @@ def band_section(store: FeatureStore) -> Markup:
     )
     keys = (tag("span", tag("i", class_=f"key key{n}"), name) for n, (name, _) in enumerate(lines))
     told = f"{every['frames']:,} valid frames of good clips: mean {every['mean']:.3f}, deviation {every['std']:.3f} nat"
+    if "quantisation_rms_nat" in every:
+        rms, most = every["quantisation_rms_nat"], every["quantisation_max_nat"]
+        told += f"; stored as {store.dtype} with an error of {rms:.2g} nat rms, {most:.2g} at most"
     body = joined(tag("p", *keys, class_="legend"), drawn)
     return figure(body, "Mean of each band, ± its standard deviation, nat", told, wide=True)
 

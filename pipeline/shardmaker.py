@@ -1,8 +1,9 @@
-"""ShardMaker: the clips of one shard -> decoded, transformed, written, committed."""
+"""ShardMaker: a block of clips -> decoded once, transformed for every store, written, committed."""
 
 import errno
 import hashlib
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,17 @@ import numpy as np
 import polars as pl
 import torch
 
-from pipeline.audio import AudioPolicy, load
+from pipeline.audio import Audio, AudioPolicy, load
 from pipeline.errors import AudioError, StoreError
-from pipeline.files import fsync, replacing
+from pipeline.files import PARTIAL, fsync
 from pipeline.locators import Locator
 from pipeline.manifest import RESULT_SCHEMA, failure
 from pipeline.mel import log_mel
-from pipeline.shards import ShardReader, encode_shard, shard_path
+from pipeline.shards import ShardReader, ShardWriter, shard_path
 from pipeline.store import Commit, Header, commit_at, ledger_path, read_commit, write_commit
 
 NEXT = ".next"  # suffix of a record whose shard is about to be placed
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,70 +38,58 @@ class Clip:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ShardTask:
-    """The clips of one shard, and those already known to fail."""
+class BlockTask:
+    """The clips of one block: whole shards of every store. Some may be known to fail."""
 
-    shard: int
     clips: tuple[Clip, ...]
-    open_rows: int  # those not good yet
     condemned: dict[int, tuple[str, str]] = field(default_factory=dict)
 
-    def without(self, row: int, reason: str, detail: str) -> "ShardTask":
+    def without(self, row: int, reason: str, detail: str) -> "BlockTask":
         return replace(self, condemned=self.condemned | {row: (reason, detail)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardMaker:
-    """Turns tasks into committed shards: one shard, one task, one writer."""
+    """Turns blocks into committed shards of one or more stores of the same plan: one shard, one writer."""
 
-    store: Path
-    header: Header
+    stores: tuple[tuple[Path, Header], ...]
     policy: AudioPolicy
 
-    def __call__(self, task: ShardTask) -> Iterator[int | None]:
-        """Fill, write and commit a shard; yields each row before it is decoded, None before writing.
+    def __call__(self, task: BlockTask) -> Iterator[int | None]:
+        """Fill, write and commit the block's shards; yields each row before it is decoded, None before a commit.
 
-        Rows that are good already are kept; if no other changes, the shard is left alone. StoreError if it is
+        Rows that are good already are kept; where no other changes, a shard is left alone. StoreError if it is
         damaged: keeping its rows would give them fresh checksums.
         """
-        layout, before = self.header.layout, read_commit(self.store, task.shard)
-        shape = (len(task.clips), layout.frames, layout.bands)
-        mel_NTF = np.full(shape, layout.fill, layout.dtype)
-        old = before[1].to_dicts() if before else [failure("missing", "")] * len(task.clips)
-        results = []
-        for clip, result, mel_TF in zip(task.clips, old, mel_NTF, strict=True):
-            if result["status"] != "good":
-                yield clip.row
-                result = self._fill(clip, task, mel_TF)
-            results.append(result)
-        yield None
-        if before is None or results != old:
-            if before is not None:
-                self._keep(task, before[0], old, mel_NTF)
-            self._commit(task, mel_NTF, pl.DataFrame(results, schema=RESULT_SCHEMA, orient="row"))
+        with ExitStack() as stack:
+            hands: list[_Hand] = []
+            for clip in task.clips:
+                for store, header in self.stores:
+                    if clip.row % header.layout.shard_clips == 0:
+                        hands.append(stack.enter_context(_Hand.taken(store, header, clip.row, task)))
+                if wanting := [hand for hand in hands if hand.wants(clip.row)]:
+                    yield clip.row
+                    heard = self._heard(clip, task)
+                    for hand in wanting:
+                        hand.fill(clip, heard)
+                if done := [hand for hand in hands if hand.last_row == clip.row]:
+                    yield None
+                    for hand in done:
+                        hand.commit()
+                    hands = [hand for hand in hands if hand not in done]
 
-    def _keep(self, task: ShardTask, before: Commit, old: list[dict[str, Any]], mel_NTF: np.ndarray) -> None:
-        """Copy the rows that are good already out of the shard that is there."""
-        if not matches(self.store, before):
-            record = ledger_path(self.store, task.shard)
-            raise StoreError(f"{self.store}: shard {task.shard} is damaged; delete {record} and build again")
-        reader = ShardReader(self.store, self.header.layout)
-        for clip, result, mel_TF in zip(task.clips, old, mel_NTF, strict=True):
-            if result["status"] == "good":
-                reader.read_into(clip.row, mel_TF)
-
-    def _fill(self, clip: Clip, task: ShardTask, mel_TF: np.ndarray) -> dict[str, Any]:
-        """Write a clip's spectrogram into its place; the result columns of its row."""
+    def _heard(self, clip: Clip, task: BlockTask) -> "Audio | dict[str, Any]":
+        """The clip's sound, or the result columns that say why there is none."""
         if clip.duplicate is not None:
             return failure("duplicate", clip.duplicate)
         if clip.locator is None:
-            return failure("missing", "no file for this id and start below the audio folders")
+            return failure("missing", "no sound for this id and start in what was given")
         if clip.row in task.condemned:
             return failure(*task.condemned[clip.row], source=clip.locator.source)
-        spec = self.header.spec
-        seconds = min(clip.end_seconds - clip.start_seconds, spec.clip_seconds)
+        longest = max(header.spec.clip_seconds for _, header in self.stores)
+        seconds = min(clip.end_seconds - clip.start_seconds, longest)
         try:
-            audio = load(
+            return load(
                 clip.locator,
                 start_seconds=clip.start_seconds,
                 end_seconds=clip.start_seconds + seconds,
@@ -107,62 +97,123 @@ class ShardMaker:
             )
         except AudioError as error:
             return failure(error.reason, str(error), source=clip.locator.source)
-        clip_TF = log_mel(torch.from_numpy(audio.resampled(spec.sample_rate_hz))[None], spec)[0].numpy()
-        mel_TF[:] = quantise(np.array(spec.floor_log, np.float32), self.header)
-        mel_TF[: len(clip_TF)] = quantise(clip_TF, self.header)
-        return {
-            "source": clip.locator.source,
-            "status": "good",
-            "reason": None,
-            "detail": None,
-            "flags": list(audio.flags),
-            "n_frames": len(clip_TF),
-            "codec": audio.codec,
-            "rate_hz": audio.rate_hz,
-            "channels": audio.channels,
-            "seconds": audio.seconds,
-            "peak_dbfs": audio.peak_dbfs,
-            "rms_dbfs": audio.rms_dbfs,
-            "digest": audio.digest,
-        }
 
-    def _commit(self, task: ShardTask, mel_NTF: np.ndarray, results: pl.DataFrame) -> None:
-        content = encode_shard(self.header.layout, task.shard, mel_NTF)
-        commit = Commit(
-            shard=task.shard,
-            spec_id=self.header.spec.spec_id,
-            plan_id=self.header.plan_id,
-            size_bytes=len(content),
-            sha256=hashlib.sha256(content).hexdigest(),
-            moments=_moments(task, mel_NTF, results, self.header),
-        )
+
+class _Hand:
+    """One shard in the making. It is written from the first row on that is not as it was: before, there is no file."""
+
+    def __init__(self, store: Path, header: Header, shard: int, task: BlockTask) -> None:
+        self.store, self.header, self.shard = store, header, shard
+        rows = header.layout.rows(shard)
+        self.first_row, self.last_row = rows[0], rows[-1]
+        self._splits = {clip.row: clip.split for clip in task.clips if clip.row in rows}
+        record = read_commit(store, shard)
+        self._before = None if record is None else record[0]
+        self._old = [failure("missing", "")] * len(rows) if record is None else record[1].to_dicts()
+        self._results = list(self._old)
+        self._writer: ShardWriter | None = None
+        self._reader: ShardReader | None = None
+        self._written = self.first_row  # rows before this one are in the writer
+        self._moments = Moments()
+        for debris in shard_path(store, shard).parent.glob(f"*{PARTIAL}"):  # of a process that died
+            debris.unlink()
+
+    @classmethod
+    @contextmanager
+    def taken(cls, store: Path, header: Header, row: int, task: BlockTask) -> Iterator["_Hand"]:
+        """The shard that holds a row; what is unfinished in the end is dropped."""
+        hand = cls(store, header, row // header.layout.shard_clips, task)
         try:
-            place(self.store, commit, results, content)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise StoreError(
-                f"{self.store}: no space left for shard {task.shard} ({len(content) / 2**20:.0f} MiB); "
-                "free some and run the same command again: it carries on"
-            ) from None
+            yield hand
+        finally:
+            if hand._writer is not None:
+                hand._writer.drop()
+
+    def wants(self, row: int) -> bool:
+        return self._old[row - self.first_row]["status"] != "good"
+
+    def fill(self, clip: Clip, heard: "Audio | dict[str, Any]") -> None:
+        """Take in what became of a clip."""
+        if isinstance(heard, Audio):
+            assert clip.locator is not None
+            mel_TF, result = spectrogram(heard, self.header)
+            self._results[clip.row - self.first_row] = {"source": clip.locator.source} | result
+            self._catch_up(clip.row)
+            self._append(clip.row, mel_TF)
+        else:
+            self._results[clip.row - self.first_row] = heard
+
+    def _catch_up(self, row: int) -> None:
+        """Append the rows before `row` that were good already, out of the shard that is there."""
+        kept = [r for r in range(self._written, row) if not self.wants(r)]
+        if kept and self._reader is None:
+            if self._before is None or not matches(self.store, self._before):
+                record = ledger_path(self.store, self.shard)
+                raise StoreError(
+                    f"{self.store}: shard {self.shard} is damaged; run: ajepa-data verify {self.store} --repair "
+                    f"(or delete {record} and build again)"
+                )
+            self._reader = ShardReader(self.store, self.header.layout)
+        layout = self.header.layout
+        for old_row in kept:
+            assert self._reader is not None
+            mel_TF = np.empty((layout.frames, layout.bands), layout.dtype)
+            self._reader.read_into(old_row, mel_TF)
+            self._append(old_row, mel_TF)
+        self._written = row
+
+    def _append(self, row: int, mel_TF: np.ndarray) -> None:
+        with _disk(self.store, self.shard):
+            if self._writer is None:
+                self._writer = ShardWriter(self.store, self.header.layout, self.shard)
+            self._writer.add(row, mel_TF)
+        n_frames = self._results[row - self.first_row]["n_frames"]
+        values_TF = self.header.offset + self.header.scale * mel_TF[:n_frames].astype(np.float64)
+        self._moments.add(self._splits[row], values_TF)
+        self._written = row + 1
+
+    def commit(self) -> None:
+        """Write the rest and the record, if anything has changed."""
+        if self._before is not None and self._results == self._old:
+            return
+        self._catch_up(self.last_row + 1)
+        with _disk(self.store, self.shard):
+            commit = Commit(
+                shard=self.shard,
+                spec_id=self.header.spec.spec_id,
+                plan_id=self.header.plan_id,
+                sha256=hashlib.sha256().hexdigest() if self._writer is None else self._writer.finish(),
+                size_bytes=0 if self._writer is None else self._writer.size_bytes,
+                moments=self._moments.to_json(),
+            )
+            results = pl.DataFrame(self._results, schema=RESULT_SCHEMA, orient="row")
+            place(self.store, commit, results, self._writer)
+        self._writer = None
 
 
-def place(store: Path, commit: Commit, results: pl.DataFrame, content: memoryview) -> None:
+@contextmanager
+def _disk(store: Path, shard: int) -> Iterator[None]:
+    """Say which shard found the disk full, and that nothing is lost."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise StoreError(
+            f"{store}: no space left for shard {shard}; free some and run the same command again: it carries on"
+        ) from None
+
+
+def place(store: Path, commit: Commit, results: pl.DataFrame, writer: ShardWriter | None) -> None:
     """Put a shard and its record in place so that at every instant the old pair or the new one can be had.
 
     The new record waits as `.next` while the shard is renamed; `settle` decides by the shard's digest.
     """
     record = ledger_path(store, commit.shard)
     waiting = record.with_name(record.name + NEXT)
-    if content:
-        path = shard_path(store, commit.shard)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as scratch:
-            scratch.write_bytes(content)
-            fsync(scratch)
-            write_commit(waiting, commit, results)
-    else:
-        write_commit(waiting, commit, results)
+    write_commit(waiting, commit, results)
+    if writer is not None:
+        writer.place()
     settle(store, waiting)
 
 
@@ -186,6 +237,33 @@ def matches(store: Path, commit: Commit) -> bool:
         return hashlib.file_digest(file, "sha256").hexdigest() == commit.sha256
 
 
+def spectrogram(audio: Audio, header: Header) -> tuple[np.ndarray, dict[str, Any]]:
+    """A clip as stored, `[T, F]`, and its result columns but for `source`."""
+    spec = header.spec
+    wave_S = audio.resampled(spec.sample_rate_hz)[: spec.clip_samples]
+    clip_TF = log_mel(torch.from_numpy(wave_S)[None], spec)[0].numpy()
+    mel_TF = np.empty((header.layout.frames, header.layout.bands), header.layout.dtype)
+    mel_TF[: len(clip_TF)] = quantise(clip_TF, header)
+    mel_TF[len(clip_TF) :] = quantise(np.array(spec.floor_log, np.float32), header)
+    error_TF = header.offset + header.scale * mel_TF[: len(clip_TF)].astype(np.float32) - clip_TF
+    return mel_TF, {
+        "status": "good",
+        "reason": None,
+        "detail": None,
+        "flags": list(audio.flags),
+        "n_frames": len(clip_TF),
+        "codec": audio.codec,
+        "rate_hz": audio.rate_hz,
+        "channels": audio.channels,
+        "seconds": audio.seconds,
+        "peak_dbfs": audio.peak_dbfs,
+        "rms_dbfs": audio.rms_dbfs,
+        "digest": audio.digest,
+        "error_rms_nat": float(np.sqrt(np.mean(np.square(error_TF), dtype=np.float64))),
+        "error_max_nat": float(np.abs(error_TF).max()),
+    }
+
+
 def quantise(mel: np.ndarray, header: Header) -> np.ndarray:
     """Log-mel as stored; uint8 keeps 0 for what is not there."""
     if header.layout.dtype == "float16":
@@ -193,20 +271,23 @@ def quantise(mel: np.ndarray, header: Header) -> np.ndarray:
     return np.clip(np.rint((mel - header.offset) / header.scale), 1, 255).astype(np.uint8)
 
 
-def _moments(
-    task: ShardTask, mel_NTF: np.ndarray, results: pl.DataFrame, header: Header
-) -> dict[str, dict[str, Any]]:
+class Moments:
     """Per split: how many valid frames, and the sums and sums of squares of their stored log-mel per band."""
-    moments: dict[str, dict[str, Any]] = {}
-    for clip, mel_TF, n_frames in zip(task.clips, mel_NTF, results["n_frames"], strict=True):
-        if n_frames:
-            values_TF = header.offset + header.scale * mel_TF[:n_frames].astype(np.float64)
-            zeros_F = np.zeros(values_TF.shape[1])
-            sums = moments.setdefault(clip.split, {"frames": 0, "sum_F": zeros_F, "square_F": zeros_F})
-            sums["frames"] += n_frames
-            sums["sum_F"] = sums["sum_F"] + values_TF.sum(axis=0)
-            sums["square_F"] = sums["square_F"] + np.square(values_TF).sum(axis=0)
-    return {
-        split: {name: value if name == "frames" else value.tolist() for name, value in sums.items()}
-        for split, sums in moments.items()
-    }
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[Any]] = {}
+
+    def add(self, split: str, values_TF: np.ndarray) -> None:
+        zeros_F = np.zeros(values_TF.shape[1])
+        frames, sum_F, square_F = self._sums.get(split, (0, zeros_F, zeros_F))
+        self._sums[split] = [
+            frames + len(values_TF),
+            sum_F + values_TF.sum(axis=0),
+            square_F + np.square(values_TF).sum(axis=0),
+        ]
+
+    def to_json(self) -> dict[str, dict[str, Any]]:
+        return {
+            split: {"frames": frames, "sum_F": sum_F.tolist(), "square_F": square_F.tolist()}
+            for split, (frames, sum_F, square_F) in self._sums.items()
+        }

@@ -1,11 +1,13 @@
 """Shards: the standard Zarr v3 objects that hold the spectrograms, written whole and read by offset.
 
-zarr-python writes them; reading for training goes through `ShardReader`, because zarr-python's random access
-is an order of magnitude slower. Layout of `mel/c/<shard>/0/0`: one chunk per clip that is there (little-endian
+zarr-python creates the array and reads it; shards are written by `ShardWriter`, which needs no second copy of them in
+memory, and read for training by `ShardReader`, because zarr-python's random access is an order of magnitude
+slower. Layout of `mel/c/<shard>/0/0`: one chunk per clip that is there (little-endian
 values, then their crc32c), then one (offset, bytes) pair of u64 per clip of the shard, then the crc32c of these.
 A clip that is not there has the pair (2^64-1, 2^64-1) and reads as the fill value through zarr-python.
 """
 
+import hashlib
 import math
 import os
 from collections import OrderedDict
@@ -20,6 +22,7 @@ from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore, MemoryStore
 
 from pipeline.errors import StoreError
+from pipeline.files import fsync, scratch_of
 
 ABSENT = 2**64 - 1
 CRC_BYTES = 4
@@ -101,16 +104,59 @@ def _array(store: LocalStore | MemoryStore, layout: Layout) -> zarr.Array:
     )
 
 
-def encode_shard(layout: Layout, shard: int, mel_NTF: np.ndarray) -> memoryview:
-    """The shard's bytes as zarr-python writes them; clips equal to the fill value throughout are absent.
+class ShardWriter:
+    """One shard, written clip by clip beside its place: the bytes that zarr-python would write, without a copy of them.
 
-    Empty where no clip is there: Zarr keeps no object then.
+    A shard of 512 clips is 128 MiB; zarr-python holds it three times to write it once.
     """
-    objects: dict[str, Buffer] = {}
-    rows = layout.rows(shard)
-    _array(MemoryStore(objects), layout)[rows.start : rows.stop] = mel_NTF
-    content = objects.get(f"mel/c/{shard}/0/0")
-    return memoryview(b"") if content is None else content.as_numpy_array().data
+
+    def __init__(self, store: Path, layout: Layout, shard: int) -> None:
+        self.path, self._layout, self._shard = shard_path(store, shard), layout, shard
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._scratch = scratch_of(self.path)
+        self._file = self._scratch.open("wb", buffering=0)
+        self._digest = hashlib.sha256()
+        self._index_N2 = np.full((layout.shard_clips, 2), ABSENT, "<u8")
+        self.size_bytes = 0
+
+    def add(self, row: int, mel_TF: np.ndarray) -> None:
+        """Append a clip of the layout's shape and dtype; rows come in ascending order."""
+        chunk = mel_TF.tobytes()
+        place = row - self._layout.rows(self._shard).start
+        self._index_N2[place] = self.size_bytes, len(chunk) + CRC_BYTES
+        self._append(chunk)
+        self._append(crc32c(chunk))
+
+    def _append(self, content: bytes) -> None:
+        self._digest.update(content)
+        self.size_bytes += len(content)
+        rest = memoryview(content)
+        while rest:  # a disk that is almost full takes a part
+            rest = rest[self._file.write(rest) :]
+
+    def finish(self) -> str:
+        """Write the index and force all to the disk; returns the hex SHA-256 of the whole."""
+        index = self._index_N2.tobytes()
+        self._append(index)
+        self._append(crc32c(index))
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._digest.hexdigest()
+
+    def place(self) -> None:
+        """Move the finished shard to its place."""
+        self._scratch.replace(self.path)
+        fsync(self.path.parent)
+
+    def drop(self) -> None:
+        """Leave nothing of an unfinished shard; does nothing after `place`."""
+        self._file.close()
+        self._scratch.unlink(missing_ok=True)
+
+
+def crc32c(content: bytes) -> bytes:
+    """As Zarr's codec of that name writes it."""
+    return google_crc32c.value(content).to_bytes(CRC_BYTES, "little")
 
 
 class ShardReader:

@@ -11,7 +11,7 @@ NAME.zarr/              a Zarr v3 group: any Zarr v3 library opens it
                         `Commit`. THE commit point: what is not in the ledger does not exist. N.parquet.next: its
                         shard is about to be placed; the next build adopts it if the shard matches, or drops it
   stats.json            mean and std over valid frames of good clips, global and per band: all, and per split
-  build.lock            who is writing, while somebody is
+  build*.lock, gate.lock    who is writing, while somebody is
   build.json            what was asked, versions, time taken: of the run, so the one file in which equal builds differ
 """
 
@@ -142,13 +142,14 @@ def write_table(path: Path, frame: pl.DataFrame, metadata: dict[str, Any]) -> No
     table = frame.to_arrow(compat_level=pl.CompatLevel.oldest())
     with replacing(path) as scratch:
         text = json.dumps(metadata, separators=(",", ":"))
-        pq.write_table(table.replace_schema_metadata({METADATA_KEY: text}), scratch, compression="zstd")
+        table = table.replace_schema_metadata({METADATA_KEY: text})
+        pq.write_table(table, scratch, compression="zstd", write_page_checksum=True)
 
 
 def read_table(path: Path) -> tuple[pl.DataFrame, dict[str, Any]]:
     """A frame and the metadata that `write_table` put beside it; raises StoreError."""
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(path, page_checksum_verification=True)
     except (OSError, pa.ArrowInvalid) as error:
         why = "missing" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
         raise StoreError(

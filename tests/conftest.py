@@ -1,12 +1,14 @@
 """A small store, built once for all tests, and the lists and files that it came from."""
 
+import filecmp
 from pathlib import Path
 
 import polars as pl
 import pytest
 from corpus import write_corpus
 
-from pipeline.build import Build, build_store
+from pipeline.build import Build, Output, build_store
+from pipeline.corpus import Corpus
 from pipeline.datasets.audioset import audioset
 from pipeline.labels import propagate_labels
 from pipeline.mel import mel_spec
@@ -18,11 +20,16 @@ def corpus(tmp_path_factory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus")
 
 
-def build(corpus: Path, out: Path, *, workers: int = 0, dtype: str = "float16", **policy) -> pl.DataFrame:
-    """Build `out` from a corpus of this folder's shape; returns the manifest."""
-    wish = Build(spec=mel_spec("a-jepa"), dtype=dtype, workers=workers, **policy)
-    segments = [corpus / "a_train_segments.csv", corpus / "eval_segments.csv"]
-    return build_store(audioset([corpus / "audio"], segments), out, wish)
+def corpus_in(folder: Path) -> Corpus:
+    """What a folder of this shape holds."""
+    segments = [folder / "a_train_segments.csv", folder / "eval_segments.csv"]
+    return audioset([folder / "audio"], segments)
+
+
+def build(folder: Path, out: Path, *, dtype: str = "float16", spec: str = "a-jepa", **how) -> pl.DataFrame:
+    """Build `out` from a corpus of this folder's shape in this process; returns the manifest."""
+    output = Output(path=out, spec=mel_spec(spec), dtype=dtype)
+    return build_store(corpus_in(folder), output, Build(**{"workers": 0} | how))
 
 
 @pytest.fixture(scope="session")
@@ -43,3 +50,16 @@ def uint8_store_path(corpus, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def store(store_path) -> FeatureStore:
     return FeatureStore.open(store_path)
+
+
+TOLD_OF_THE_RUN = {"build.json"}  # times and paths: the one file that may differ between equal stores
+
+
+def files_of(store: Path) -> set[str]:
+    return {str(p.relative_to(store)) for p in store.rglob("*") if p.is_file()} - TOLD_OF_THE_RUN
+
+
+def assert_same_bytes(one: Path, other: Path) -> None:
+    assert files_of(one) == files_of(other)
+    differing = filecmp.cmpfiles(one, other, sorted(files_of(one)), shallow=False)[1:]
+    assert differing == ([], [])

@@ -44,6 +44,7 @@ def test_a_good_clip_is_told_in_full(store):
     assert "16,000 Hz, 1 channel, 10.000 s" in text
     assert store.manifest["digest"][row] in text
     assert "30.000 to 40.000 s" in text
+    assert f"{store.manifest['error_rms_nat'][row]:.2g} nat rms" in text
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert "labels raw Bell" in lines
     assert "labels unambiguous + Music; + Musical instrument; Bell" in lines

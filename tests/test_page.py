@@ -156,7 +156,7 @@ def test_a_store_without_a_good_clip_has_a_page(copy):
 def test_uint8_stores_have_pages(uint8_store_path):
     """No propagated label set here, either."""
     text = page(FeatureStore.open(uint8_store_path), clips=2)
-    assert "uint8" in text
+    assert "stored as uint8 with an error of 0.0" in text
     assert "unambiguous" not in text
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from pipeline.build import Build, build_store
+from pipeline.build import Output, build_store
 from pipeline.datasets.audioset import audioset
 from pipeline.labels import propagate_labels
 from pipeline.mel import mel_spec
@@ -50,7 +50,7 @@ FLAG_OF = {
 def real(tmp_path_factory) -> FeatureStore:
     out = tmp_path_factory.mktemp("real") / "real.zarr"
     segments = [CORPUS / "balanced_train_segments.csv", CORPUS / "eval_segments.csv"]
-    build_store(audioset([CORPUS / "audio"], segments), out, Build(spec=mel_spec("a-jepa"), workers=2))
+    build_store(audioset([CORPUS / "audio"], segments), Output(path=out, spec=mel_spec("a-jepa")))
     return FeatureStore.open(out)
 
 

@@ -1,5 +1,6 @@
 """Shards on disk: standard Zarr, checksummed, read by offset."""
 
+import hashlib
 import os
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import zarr
 
 from pipeline.errors import StoreError
-from pipeline.shards import Layout, ShardReader, create_array, encode_shard, shard_clips_for, shard_path
+from pipeline.shards import Layout, ShardReader, ShardWriter, create_array, shard_clips_for, shard_path
 
 LAYOUT = Layout(clips=20, frames=6, bands=4, dtype="float16", shard_clips=16)
 
@@ -19,10 +20,19 @@ def written(tmp_path):
     mel_NTF[[2, 19]] = np.nan
     create_array(tmp_path, LAYOUT, {"ajepa": {}})
     for shard in range(LAYOUT.shards):
-        rows = LAYOUT.rows(shard)
-        shard_path(tmp_path, shard).parent.mkdir(parents=True)
-        shard_path(tmp_path, shard).write_bytes(encode_shard(LAYOUT, shard, mel_NTF[rows.start : rows.stop]))
+        write(tmp_path, LAYOUT, shard, mel_NTF)
     return tmp_path, mel_NTF
+
+
+def write(folder, layout, shard, mel_NTF):
+    """One shard out of all values; rows of the fill value are not there. Its digest, and the writer."""
+    writer = ShardWriter(folder, layout, shard)
+    for row in layout.rows(shard):
+        if not np.isnan(mel_NTF[row]).all() and mel_NTF[row].any():
+            writer.add(row, mel_NTF[row])
+    digest = writer.finish()
+    writer.place()
+    return digest, writer
 
 
 def test_any_zarr_library_reads_the_same_numbers(written):
@@ -65,16 +75,28 @@ def test_a_missing_or_damaged_shard_is_refused_with_what_mends_it(written):
         ShardReader(folder, LAYOUT).read_into(0, out_TF)
 
 
-def test_a_shard_without_clips_has_no_object():
-    """Zarr keeps none either."""
-    assert encode_shard(LAYOUT, 0, np.full((16, 6, 4), np.nan, np.float16)) == b""
+@pytest.mark.parametrize("dtype", ["float16", "uint8"])
+def test_a_shard_has_the_bytes_that_zarr_python_would_write(tmp_path, dtype):
+    """The standard, byte for byte: written without the copies that zarr-python makes, gaps and a short end included."""
+    layout = Layout(clips=20, frames=6, bands=4, dtype=dtype, shard_clips=16)
+    mel_NTF = np.random.default_rng(1).integers(1, 200, (20, 6, 4)).astype(dtype)
+    mel_NTF[[2, 15, 19]] = layout.fill
+    for folder in (tmp_path / "ours", tmp_path / "zarr"):
+        create_array(folder, layout, {})
+    zarr.open_group(tmp_path / "zarr", mode="r+")["mel"][:] = mel_NTF
+    for shard in range(2):
+        digest, writer = write(tmp_path / "ours", layout, shard, mel_NTF)
+        content = shard_path(tmp_path / "ours", shard).read_bytes()
+        assert content == shard_path(tmp_path / "zarr", shard).read_bytes()
+        assert (digest, writer.size_bytes) == (hashlib.sha256(content).hexdigest(), len(content))
 
 
-def test_digital_silence_is_not_taken_for_a_missing_clip():
-    """A clip whose every value is alike must survive; in uint8 only 0 means not there."""
-    layout = Layout(clips=1, frames=6, bands=4, dtype="uint8", shard_clips=16)
-    assert encode_shard(layout, 0, np.ones((1, 6, 4), np.uint8)) != b""
-    assert encode_shard(LAYOUT, 0, np.zeros((16, 6, 4), np.float16)) != b""
+def test_a_shard_that_is_dropped_leaves_nothing(tmp_path):
+    """An interrupted build must not litter."""
+    writer = ShardWriter(tmp_path, LAYOUT, 0)
+    writer.add(0, np.ones((6, 4), np.float16))
+    writer.drop()
+    assert not list(shard_path(tmp_path, 0).parent.iterdir())
 
 
 def test_a_reader_keeps_few_files_open(tmp_path, monkeypatch):
@@ -83,10 +105,7 @@ def test_a_reader_keeps_few_files_open(tmp_path, monkeypatch):
     layout = Layout(clips=160, frames=2, bands=2, dtype="uint8", shard_clips=16)
     mel_NTF = np.random.default_rng(0).integers(1, 255, (160, 2, 2)).astype(np.uint8)
     for shard in range(10):
-        shard_path(tmp_path, shard).parent.mkdir(parents=True)
-        shard_path(tmp_path, shard).write_bytes(
-            encode_shard(layout, shard, mel_NTF[shard * 16 : shard * 16 + 16])
-        )
+        write(tmp_path, layout, shard, mel_NTF)
     before, reader, out_TF = (
         len(os.listdir("/proc/self/fd")),
         ShardReader(tmp_path, layout),

@@ -1,0 +1,141 @@
+"""The commands of ajepa-data that build stores: one a dataset, all with the same further options."""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from inspect import signature
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.errors import InputError
+
+app = typer.Typer(rich_markup_mode=None)
+
+
+def options(
+    out: Annotated[
+        list[Path], typer.Option(help="Store to create or continue, NAME.zarr.", show_default=False)
+    ],
+    spec: Annotated[
+        list[str],
+        typer.Option(help="Mel spec: a name, or a TOML file. Repeats with --out: one decoding pass for all."),
+    ] = ["a-jepa"],  # noqa: B006  (typer wants a list, and nobody writes to it)
+    dtype: Annotated[str, typer.Option(help="float16, or uint8: half the size, 0.12 nat steps.")] = "float16",
+    workers: Annotated[int, typer.Option(min=0, help="Decoding processes; 0: this one, unguarded.")] = 2,
+    part: Annotated[
+        str, typer.Option(help="i/n: every n-th block of shards from i on; for job arrays.")
+    ] = "0/1",
+    accept_truncated: Annotated[
+        bool, typer.Option("--accept-truncated", help="Keep what is there of clips cut short.")
+    ] = False,
+    keep_silent: Annotated[
+        bool, typer.Option("--keep-silent", help="Keep clips that peak under -90 dBFS.")
+    ] = False,
+    max_seconds: Annotated[
+        float, typer.Option(min=1, help="Refuse sounds longer than this; 43,200 is 12 h.")
+    ] = 43_200.0,
+    limit_seconds: Annotated[float, typer.Option(min=1, help="Seconds of wall time a clip may take.")] = 60.0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be built, how large, how long.")
+    ] = False,
+) -> None:
+    """What every build command is asked beside its dataset; see `run`."""
+
+
+def command(corpus_of: Callable[..., Any]) -> Callable[..., None]:
+    """A build command: the parameters and the docstring of `corpus_of`, and those of `options`."""
+    own, shared = signature(corpus_of), signature(options)
+
+    def build(**values: Any) -> None:
+        asked = {name: values.pop(name) for name in own.parameters}
+        run(corpus_of(**asked), **values)
+
+    ordered = sorted(
+        [*own.parameters.values(), *shared.parameters.values()],
+        key=lambda parameter: parameter.default is not parameter.empty,
+    )
+    build.__signature__ = own.replace(parameters=ordered, return_annotation=None)  # type: ignore[attr-defined]
+    build.__annotations__ = {parameter.name: parameter.annotation for parameter in ordered}
+    build.__name__, build.__doc__ = corpus_of.__name__, corpus_of.__doc__
+    return app.command()(build)
+
+
+def run(
+    corpus: Any,
+    *,
+    out: list[Path],
+    spec: list[str],
+    dtype: str,
+    workers: int,
+    part: str,
+    accept_truncated: bool,
+    keep_silent: bool,
+    max_seconds: float,
+    limit_seconds: float,
+    dry_run: bool,
+) -> None:
+    """Build, or foretell, what the options ask for, and print what came of it."""
+    from pipeline.audio import AudioPolicy
+    from pipeline.build import Build, Output, build_stores
+    from pipeline.files import Part
+    from pipeline.forecast import forecast
+    from pipeline.mel import mel_spec
+    from pipeline.report import coverage
+
+    if len(out) != len(spec):
+        raise InputError(f"{len(spec)} --spec and {len(out)} --out: every store needs one of each")
+    specs = [mel_spec(name) for name in spec]
+    if corpus.clip_seconds is not None:
+        specs = [replace(each, clip_seconds=corpus.clip_seconds) for each in specs]
+    outputs = [Output(path=path, spec=each, dtype=dtype) for path, each in zip(out, specs, strict=True)]
+    build = Build(
+        policy=AudioPolicy(
+            accept_truncated=accept_truncated, keep_silent=keep_silent, max_seconds=max_seconds
+        ),
+        workers=workers,
+        clip_seconds=limit_seconds,
+        part=Part.parse(part),
+    )
+    if dry_run:
+        print(forecast(corpus, outputs, build))
+        return
+    for note in corpus.notes:
+        print(note, file=sys.stderr)
+    manifests = build_stores(corpus, outputs, build, progress=progress)
+    for path, manifest in zip(out, manifests, strict=True):
+        if manifest is None:
+            print(f"{path}: part {part} is done; the store is finished when the other parts are")
+        else:
+            print(coverage(manifest))
+            print(f"{path}: done. Next: ajepa-data propagate-labels {path}")
+
+
+def progress(clips: int, rows: Iterator[int]) -> Iterator[int]:
+    """A bar on a terminal, a line now and then in a log."""
+    from tqdm import tqdm
+
+    seldom = 0.1 if sys.stderr.isatty() else 30
+    yield from tqdm(
+        rows, total=clips, unit="clip", desc="decode", smoothing=0.05, dynamic_ncols=True, mininterval=seldom
+    )
+
+
+@command
+def build_audioset(
+    audio: Annotated[
+        list[Path],
+        typer.Option(help="Folder of sounds, searched below, or one archive. Repeats.", show_default=False),
+    ],
+    segments: Annotated[
+        list[Path], typer.Option(help="Segments list; its name is the split. Repeats.", show_default=False)
+    ],
+) -> Any:
+    """Decode AudioSet's clips into feature stores; run again, it carries on.
+
+    Example: ajepa-data build-audioset --audio clips/ --segments balanced_train_segments.csv --out as20k.zarr
+    """
+    from pipeline.datasets.audioset import audioset
+
+    return audioset(audio, segments)
