@@ -115,20 +115,58 @@ def finalize(store: StorePath) -> None:
 @app.command()
 def report(
     store: StorePath,
-    out: Annotated[Path, typer.Option(help="PNG file to write.", show_default=False)],
+    html: Annotated[Path | None, typer.Option(help="Page to write: all of the store.")] = None,
+    out: Annotated[Path | None, typer.Option(help="PNG file to write: spectrograms.")] = None,
     clips: Annotated[int, typer.Option(min=1, max=60, help="Spectrograms to show.")] = 12,
 ) -> None:
-    """Show coverage and reasons as a table, and some spectrograms as a picture.
+    """Show coverage and reasons as a table, and the store as a page, a picture, or both.
 
-    Example: ajepa-data report as20k.zarr --out mels.png
+    Example: ajepa-data report as20k.zarr --html report.html
     """
-    from pipeline import report as seen
+    from pipeline.page import write_page
+    from pipeline.pictures import contact_sheet
+    from pipeline.report import coverage
+    from pipeline.store import FeatureStore
+
+    if html is None and out is None:
+        raise InputError(
+            "report: nothing to write; give --html FILE for a page, --out FILE for a PNG, or both"
+        )
+    opened = FeatureStore.open(store)
+    print(coverage(opened.manifest))
+    if html is not None:
+        write_page(opened, html, clips=clips)
+        print(html)
+    if out is not None:
+        contact_sheet(opened, out, clips=clips)
+        print(out)
+
+
+@app.command()
+def inspect(
+    store: StorePath,
+    clip: Annotated[str | None, typer.Option(help="Id of a clip: all its rows are told.")] = None,
+    row: Annotated[int | None, typer.Option(help="A row's number instead, or one of the clip's.")] = None,
+    png: Annotated[Path | None, typer.Option(help="PNG file for the spectrogram.")] = None,
+) -> None:
+    """Tell what a store is, or everything about one clip of it.
+
+    Example: ajepa-data inspect as20k.zarr --clip=-0RWZT-miFs --png clip.png
+    """
+    from pipeline import inspection
     from pipeline.store import FeatureStore
 
     opened = FeatureStore.open(store)
-    print(seen.coverage(opened.manifest))
-    seen.contact_sheet(opened, out, clips=clips)
-    print(out)
+    if clip is None and row is None:
+        if png is not None:
+            raise InputError(f"{store}: --png needs a clip; add --clip ID or --row N")
+        print(inspection.summary(opened))
+        return
+    rows = inspection.rows_asked(opened, clip, row)
+    print(inspection.told(opened, rows))
+    if png is not None:
+        inspection.picture(opened, rows, png)
+        print(png)
 
 
 def main() -> NoReturn:
