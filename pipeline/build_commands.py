@@ -164,7 +164,9 @@ def build_folder(
         float | None, typer.Option(help="Cut longer sounds into a clip every so many seconds.")
     ] = None,
     split: Annotated[str, typer.Option(help="Split of clips of which the table says none.")] = "train",
-    label_from: Annotated[str, typer.Option(help="none, or parent: label by the folder a sound is in.")] = "none",
+    label_from: Annotated[
+        str, typer.Option(help="none, or parent: label by the folder a sound is in.")
+    ] = "none",
 ) -> Any:
     """Decode your own clips into feature stores; run again, it carries on.
 

@@ -9,7 +9,8 @@ import torch
 from matplotlib.image import imread
 
 from pipeline.charts import LEVELS, coloured_png, mel_chart
-from pipeline.mel import PRESETS, log_mel
+from pipeline.mel import log_mel
+from pipeline.melspec import PRESETS
 from pipeline.pictures import band_centres_hz, band_ticks, contact_sheet, varied_rows
 from pipeline.report import label_table
 
