@@ -10,6 +10,9 @@ from typing import BinaryIO, Literal, NamedTuple
 
 from pipeline.errors import AudioError
 from pipeline.locators import Sound
+from pipeline.window import Window
+
+Readable = BinaryIO | Window
 
 HEAD_BYTES = 4096
 UNKNOWN_BYTES = 0x7FFF_F000  # a wav size from here up was never filled in: sox writes this, ffmpeg 2^32 - 1
@@ -104,16 +107,19 @@ def recognise(source: Sound) -> Container:
 
 
 @contextmanager
-def opened(source: Sound) -> Iterator[BinaryIO]:
-    """The sound from its first byte on."""
+def opened(source: Sound) -> Iterator[Readable]:
+    """The sound from its first byte on, with a place of its own: a sound may be open twice at a time."""
     if isinstance(source, Path):
         if not source.is_file():
             raise AudioError("missing", f"{absence(source)}; fetch it, or correct its path")
         with source.open("rb") as file:
             yield file
     else:
-        source.seek(0)
-        yield source
+        yield (
+            source.again()
+            if isinstance(source, Window)
+            else Window(source.getbuffer(), 0, source.getbuffer().nbytes)
+        )
 
 
 def absence(source: Path) -> str:
@@ -123,7 +129,7 @@ def absence(source: Path) -> str:
     return "a folder, not a file" if source.is_dir() else "no such file"
 
 
-def head_after_tags(file: BinaryIO) -> tuple[bytes, bool]:
+def head_after_tags(file: Readable) -> tuple[bytes, bool]:
     """The first bytes after ID3 tags (pictures may make them megabytes long), and whether there was one."""
     position, head = 0, file.read(HEAD_BYTES)
     while head[:3] == b"ID3" and len(head) >= 10:
@@ -134,7 +140,7 @@ def head_after_tags(file: BinaryIO) -> tuple[bytes, bool]:
     return head, position > 0
 
 
-def container_of(head: bytes, file: BinaryIO) -> Container | None:
+def container_of(head: bytes, file: Readable) -> Container | None:
     """The kind by signature, completed from its header."""
     if head[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64") and head[8:12] == b"WAVE":
         return wav(file, ">" if head[:4] == b"RIFX" else "<")
@@ -170,7 +176,7 @@ def mp3(head: bytes) -> Container:
     return KINDS["mp3"] if stated else replace(KINDS["mp3"], length="guessed")
 
 
-def wav(file: BinaryIO, order: str) -> Container:
+def wav(file: Readable, order: str) -> Container:
     """A wav with the frames its header declares: libsndfile only tells how many there are."""
     header = riff_header(file, order)
     if header.tag not in LIBSNDFILE_TAGS:
@@ -191,7 +197,7 @@ class RiffHeader(NamedTuple):
     rest_bytes: int = 0
 
 
-def riff_header(file: BinaryIO, order: str) -> RiffHeader:
+def riff_header(file: Readable, order: str) -> RiffHeader:
     """Walk the chunks of a wav up to the sound."""
     found = RiffHeader()
     position = 12

@@ -10,7 +10,6 @@ import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from io import BytesIO
 from pathlib import Path
 from typing import Self
 
@@ -21,7 +20,7 @@ from av.audio import AudioStream
 from av.audio.frame import AudioFrame
 from av.container import InputContainer
 
-from pipeline.containers import Container
+from pipeline.containers import Container, Readable, opened
 from pipeline.errors import AudioError
 from pipeline.locators import Sound
 
@@ -102,13 +101,22 @@ class Ffmpeg:
 
 
 @contextmanager
+def readable(sound: Sound) -> Iterator[str | Readable]:
+    """What FFmpeg can open: a path it opens itself; beginning with a slash, no name is taken for a protocol."""
+    if isinstance(sound, Path):
+        yield str(sound.absolute())
+    else:
+        with opened(sound) as file:
+            yield file
+
+
+@contextmanager
 def demuxed(sound: Sound, container: Container) -> Iterator[tuple[InputContainer, AudioStream]]:
     """The file and its best audio stream."""
-    if isinstance(sound, Path):
-        file: str | BytesIO = str(sound.absolute())  # beginning with a slash, no name is taken for a protocol
-    else:
-        file = BytesIO(sound.getbuffer())  # its own position: a file may be opened twice at a time
-    with av.open(file, mode="r", format=container.demuxer, metadata_errors="replace") as demuxer:
+    with (
+        readable(sound) as file,
+        av.open(file, mode="r", format=container.demuxer, metadata_errors="replace") as demuxer,
+    ):
         stream = demuxer.streams.best("audio")
         if not isinstance(stream, AudioStream):
             raise AudioError("unreadable", "holds no stream of sound; fetch its audio")
