@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from pipeline.errors import AudioError, InputError
+from pipeline.errors import AudioError, InputError, archive_error, first_line
 
 RATE_HZ = 32_000  # PANNs' own, where the file states none
 FAULTS = (
@@ -44,7 +44,7 @@ def rows_of(path: Path) -> tuple[pl.DataFrame, str | None]:
             rows = min(len(file["audio_name"]), len(file[kind]))
             names = [as_text(name) for name in file["audio_name"][:rows]]
     except FAULTS as error:
-        fault = f"is no HDF5 file that can be read ({first_line(error)}); fetch it again"
+        fault = f"is no HDF5 file that can be read ({first_line(error, path)}); fetch it again"
         return pl.DataFrame(schema=schema), fault
     return pl.DataFrame({"member": names, "row": range(rows)}, schema=schema), None
 
@@ -78,9 +78,7 @@ def sound_of(path: Path, row: int) -> bytes:
             sound_S = np.asarray(file[kind][row])
             rate_hz = int(file.attrs.get("sample_rate", RATE_HZ))
     except FAULTS as error:
-        reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
-        detail = f"{path.name} cannot be read ({first_line(error)}); fetch it again"
-        raise AudioError(reason, detail) from None
+        raise archive_error(path, error) from None
     if not sound_S.any():
         raise AudioError(
             "missing", f"row {row} of {path.name} holds zeros only: the clip was missing when packed"
@@ -94,8 +92,3 @@ def wav(wave_S: np.ndarray, rate_hz: int) -> bytes:
     fmt = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, rate_hz % 2**32, 2 * rate_hz % 2**32, 2, 16)
     head = struct.pack("<4sI4s", b"RIFF", 36 + len(sound), b"WAVE")
     return head + fmt + struct.pack("<4sI", b"data", len(sound)) + sound
-
-
-def first_line(error: BaseException) -> str:
-    """What the library says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

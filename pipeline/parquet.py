@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.errors import AudioError
+from pipeline.errors import AudioError, archive_error, first_line
 
 ID_COLUMNS = ("video_id", "youtube_id", "ytid", "clip_id", "id", "audio_name", "file_name", "filename")
 HELD_BYTES = 2**28  # of one row group's sounds; of a larger one a part at a time is read
@@ -32,7 +32,7 @@ def rows_of(path: Path) -> tuple[pl.DataFrame, str | None]:
                 return empty(), f"has no column of sounds (there are: {columns}); its rows are not used"
             return named_rows(file, sound.partition(".")[0]), None
     except FAULTS as error:
-        return empty(), f"is no Parquet file that can be read ({first_line(error)}); fetch it again"
+        return empty(), f"is no Parquet file that can be read ({first_line(error, path)}); fetch it again"
 
 
 def empty() -> pl.DataFrame:
@@ -103,9 +103,7 @@ def sound_of(path: Path, group: int, row: int) -> bytes:
         content = held(path, group, (found.st_mtime_ns, found.st_size)).sound(row)
     except FAULTS as error:
         held.cache_clear()
-        reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
-        detail = f"{path.name} cannot be read ({first_line(error)}); fetch it again"
-        raise AudioError(reason, detail) from None
+        raise archive_error(path, error) from None
     if content is None:
         raise AudioError("missing", f"row {row} of row group {group} of {path.name} holds no sound")
     return content
@@ -150,8 +148,3 @@ class RowGroup:
 def held(path: Path, group: int, version: tuple[int, int]) -> RowGroup:
     """The row group that was asked for last."""
     return RowGroup(path, group)
-
-
-def first_line(error: BaseException) -> str:
-    """What a library says, without its second thoughts."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

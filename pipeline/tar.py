@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.errors import AudioError
+from pipeline.errors import archive_error
 from pipeline.window import Window
 
 BLOCK_BYTES = 512
@@ -90,10 +90,7 @@ def sound_of(path: Path, offset: int, size: int) -> Iterator[Window]:
         try:
             window = stack.enter_context(Window.opened(path, offset, size))
         except OSError as error:
-            reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
-            raise AudioError(
-                reason, f"{path.name} cannot be read ({error.strerror}); fetch it again"
-            ) from None
+            raise archive_error(path, error) from None
         yield window
 
 

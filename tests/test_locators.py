@@ -1,9 +1,14 @@
 """One sound is the same sound wherever it lies."""
 
+import pickle
+import struct
+import tarfile
+import tracemalloc
 
 import numpy as np
+import polars as pl
 import pytest
-from archives import write_parquet, write_tar
+from archives import write_panns, write_parquet, write_passt, write_tar
 from sounds import ENCODERS, SUBTYPES, babble, write
 
 from pipeline import layouts
@@ -79,3 +84,94 @@ def outcome(locator):
         return heard(locator, 0.0, 4.0).digest
     except AudioError as error:
         return error.reason, str(error)
+
+
+def test_a_row_of_panns_is_the_wave_that_was_packed(tmp_path):
+    """int16 samples go through the one decoding path as a wav in memory."""
+    pytest.importorskip("h5py")
+    wave_S = np.round(babble(10, 32_000) * 32767).astype(np.int16)
+    path = write_panns(tmp_path / "eval.h5", {"Yabcdefghijk.wav": wave_S, "Ybcdefghijkl.wav": 0 * wave_S})
+    there, absent = locators_of(path).values()
+    clip = heard(there, 30.0, 40.0)
+    assert np.array_equal(clip.wave_S, wave_S / np.float32(2**15))
+    assert (clip.rate_hz, clip.codec, clip.flags) == (32_000, "pcm_16", ())
+    assert refusal(absent) == (
+        "missing",
+        "Ybcdefghijkl.wav: row 1 of eval.h5 holds zeros only: the clip was missing when packed",
+    )
+
+
+def test_a_row_of_passt_is_the_mp3_that_was_packed(files, tmp_path):
+    """A row that was never filled is a clip that is missing."""
+    pytest.importorskip("h5py")
+    path = write_passt(tmp_path / "x.hdf5", {"sound.mp3": files["sound.mp3"].read_bytes(), "no.mp3": b""})
+    there, absent = locators_of(path).values()
+    assert heard(there).digest == heard(Locator.of(files["sound.mp3"])).digest
+    assert refusal(absent)[0] == "missing"
+
+
+def test_a_row_of_parquet_without_bytes_is_missing(tmp_path):
+    """Hugging Face writes null where a file could not be had."""
+    (locator,) = locators_of(write_parquet(tmp_path / "x.parquet", {"a.wav": None})).values()
+    assert refusal(locator) == ("missing", "a.wav: row 0 of row group 0 of x.parquet holds no sound")
+
+
+@pytest.mark.parametrize("suffix", ["tar", "parquet", "h5"])
+def test_an_archive_that_changes_under_a_build_costs_its_clips(files, tmp_path, suffix):
+    """Removed it is missing, overwritten unreadable; neither is an exception that ends the build."""
+    if suffix == "h5":
+        pytest.importorskip("h5py")
+    make = {"tar": write_tar, "parquet": write_parquet, "h5": write_passt}[suffix]
+    path = make(tmp_path / f"x.{suffix}", {"sound.mp3": files["sound.mp3"].read_bytes()})
+    (locator,) = locators_of(path).values()
+    path.write_bytes(b"<html>" * 20_000)
+    assert refusal(locator)[0] == "unreadable"
+    path.unlink()
+    reason, text = refusal(locator)
+    assert reason == "missing"
+    assert str(tmp_path) not in text
+    assert "\n" not in text
+
+
+def test_a_member_of_gigabytes_is_not_loaded(tmp_path):
+    """Ten seconds are cut from a day of sound in a tar with no more memory than they need."""
+    wave_S = babble(2, RATE_HZ)
+    day_bytes = 2 * RATE_HZ * 40_000
+    head = bytearray(write(tmp_path / "a.wav", wave_S, RATE_HZ).read_bytes())
+    struct.pack_into("<I", head, head.index(b"data") + 4, day_bytes)
+    member = tarfile.TarInfo("a.wav")
+    member.size = 44 + day_bytes
+    with (tmp_path / "x.tar").open("wb") as file:  # sparse: 3.8 GB of nothing behind the sound
+        file.write(member.tobuf() + head)
+        file.truncate(512 + -(-member.size // 512) * 512 + 1024)
+    (locator,) = locators_of(tmp_path / "x.tar").values()
+    tracemalloc.start()
+    clip = heard(locator, 1.0, 2.0)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (clip.seconds, clip.flags) == (40_000.0, ("cut",))
+    np.testing.assert_allclose(clip.wave_S, wave_S[RATE_HZ:], atol=2**-15)
+    assert peak_bytes < 2**23
+
+
+def test_locators_are_small_and_travel(packed, files):
+    """A task of a thousand clips goes to a worker through a pipe."""
+    for locator in (*packed["tar"].values(), *packed["parquet"].values(), Locator.of(files["sound.wav"])):
+        assert pickle.loads(pickle.dumps(locator)) == locator
+        assert len(pickle.dumps(locator)) < 600
+
+
+def test_sources_give_the_locators_of_some_rows_and_none_for_nowhere():
+    """Two million rows are columns; objects are made for a shard at a time."""
+    rows = {
+        "kind": ["file", None, "tar"],
+        "path": ["a", None, "x.tar"],
+        "source": ["a", None, "x.tar::m/b.wav"],
+    }
+    frame = pl.DataFrame(rows | {"offset": [None, None, 512], "size": [None, None, 9]}).with_columns(
+        group=None, row=None
+    )
+    _, nowhere, member = Sources(frame=frame.cast(SOURCES_SCHEMA)).locators(range(0, 3))
+    assert nowhere is None
+    assert (member.kind, member.offset, member.size, member.name) == ("tar", 512, 9, "b.wav")
+    assert len(Sources(frame=frame.cast(SOURCES_SCHEMA)).locators(range(1, 2))) == 1
