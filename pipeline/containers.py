@@ -16,6 +16,7 @@ Readable = BinaryIO | Window
 
 HEAD_BYTES = 4096
 UNKNOWN_BYTES = 0x7FFF_F000  # a wav size from here up was never filled in: sox writes this, ffmpeg 2^32 - 1
+UNFILLED_BYTES = 2**62  # the same of a w64: FFmpeg writes 2^63 - 1
 RIFF_CHUNKS = 1000  # a file of zeros would go on for ever
 LIBSNDFILE_TAGS = (1, 3, 6, 7, 0xFFFE)  # PCM, float, A-law, mu-law, extensible; ADPCM and mp3 in wav: PyAV
 
@@ -146,6 +147,10 @@ def container_of(head: bytes, file: Readable) -> Container | None:
         return wav(file, ">" if head[:4] == b"RIFX" else "<")
     for offset, signature, name in SIGNATURES:
         if head.startswith(signature, offset):
+            if name in ("w64", "caf"):
+                return replace(
+                    KINDS[name], declared_frames=w64_frames(file) if name == "w64" else caf_frames(file)
+                )
             return flac(head) if name == "flac" else KINDS[name]
     if head[:1] == b"G" and head[188:189] == b"G":
         return KINDS["mpegts"]
@@ -218,6 +223,40 @@ def riff_header(file: Readable, order: str) -> RiffHeader:
             found = found._replace(sound_bytes=struct.unpack_from(f"{order}8xQ", chunk, 8)[0])
         position += 8 + size + size % 2
     return found._replace(sound_bytes=None)
+
+
+def w64_frames(file: Readable) -> int | None:
+    """The frames that a w64 declares; FFmpeg tells only how many are there. Chunks are named by 16 bytes."""
+    position, frame_bytes = 40, 0
+    for _ in range(RIFF_CHUNKS):
+        file.seek(position)
+        chunk = file.read(40)
+        if len(chunk) < 40:
+            break
+        size = int.from_bytes(chunk[16:24], "little")
+        if chunk[:4] == b"data":
+            return (size - 24) // frame_bytes if frame_bytes and 24 <= size < UNFILLED_BYTES else None
+        if chunk[:4] == b"fmt ":
+            frame_bytes = int.from_bytes(chunk[36:38], "little")
+        position += max(24, size + -size % 8)
+    return None
+
+
+def caf_frames(file: Readable) -> int | None:
+    """The frames that a caf of constant packets declares; FFmpeg tells only how many are there."""
+    position, packet_bytes, packet_frames = 8, 0, 0
+    for _ in range(RIFF_CHUNKS):
+        file.seek(position)
+        chunk = file.read(36)
+        if len(chunk) < 12:
+            break
+        size = int.from_bytes(chunk[4:12], signed=True)
+        if chunk[:4] == b"data":  # begins with 4 bytes that are no sound; -1: up to the end of the file
+            return (size - 4) // packet_bytes * packet_frames if packet_bytes and size >= 4 else None
+        if chunk[:4] == b"desc" and len(chunk) == 36:
+            packet_bytes, packet_frames = struct.unpack(">II", chunk[28:36])
+        position += 12 + max(0, size)
+    return None
 
 
 def description(head: bytes) -> str:

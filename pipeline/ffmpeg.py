@@ -53,11 +53,13 @@ class Ffmpeg:
     def opened(cls, sound: Sound, container: Container) -> Iterator[Self]:
         """The file; FFmpegError where it is none, AudioError unreadable where it holds no sound."""
         with demuxed(sound, container) as (demuxer, stream):
-            length = None if container.length == "guessed" else length_seconds(demuxer, stream)
+            told = None if container.length == "guessed" else length_seconds(demuxer, stream)
             frames = decoded(demuxer, stream)
             first = next(frames, None)
             if first is None:
                 raise AudioError("unreadable", "not one frame of its sound decodes; fetch it again")
+            stated = container.declared_frames
+            length = told if stated is None or not first.sample_rate else stated / first.sample_rate
             yield cls(
                 sound=sound,
                 container=container,
