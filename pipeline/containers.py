@@ -238,7 +238,7 @@ def w64_frames(file: Readable) -> int | None:
             return (size - 24) // frame_bytes if frame_bytes and 24 <= size < UNFILLED_BYTES else None
         if chunk[:4] == b"fmt ":
             frame_bytes = int.from_bytes(chunk[36:38], "little")
-        position += max(24, size + -size % 8)
+        position = min(position + max(24, size + -size % 8), UNFILLED_BYTES)
     return None
 
 
@@ -255,7 +255,7 @@ def caf_frames(file: Readable) -> int | None:
             return (size - 4) // packet_bytes * packet_frames if packet_bytes and size >= 4 else None
         if chunk[:4] == b"desc" and len(chunk) == 36:
             packet_bytes, packet_frames = struct.unpack(">II", chunk[28:36])
-        position += 12 + max(0, size)
+        position = min(position + 12 + max(0, size), UNFILLED_BYTES)
     return None
 
 

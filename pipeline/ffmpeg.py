@@ -147,11 +147,14 @@ def contained_seconds(sound: Sound, container: Container) -> float:
 
 
 def packets(demuxer: InputContainer, stream: AudioStream) -> Iterator[av.Packet]:
-    """Every packet up to the end, or to where the container is damaged."""
+    """Every packet up to the end, or to where the container is damaged; the declared length will tell.
+
+    PyAV ends with an IndexError where damage has looked like a further stream in the middle of a file.
+    """
     try:
         yield from demuxer.demux(stream)
-    except FFmpegError:
-        return  # the declared length will tell
+    except (FFmpegError, IndexError):
+        return
 
 
 def decoded(demuxer: InputContainer, stream: AudioStream) -> Iterator[AudioFrame]:

@@ -37,6 +37,8 @@ class Window(RawIOBase):
         target = memoryview(buffer).cast("B")
         begin = self._offset + self._place
         count = max(0, min(len(target), self._size - self._place))
+        if not count:
+            return 0
         if isinstance(self._source, int):
             piece: bytes | memoryview = os.pread(self._source, count, begin)
         else:

@@ -12,10 +12,10 @@ from pipeline.layouts import EXTENSIONS, Found, find
 from pipeline.locators import MEMBER, SOURCES_SCHEMA, Sources
 from pipeline.ontology import load_class_list
 
-NAME = (  # [Y]<id>[_<start>[_<end>]]; never split on "_": 14 % of the ids contain one
-    r"^(?P<y>Y?)(?P<id>[A-Za-z0-9_-]{11})(?:_(?P<start>\d+(?:\.\d+)?)(?:_\d+(?:\.\d+)?)?)?$"
+NAME = (  # [Y]<id>[_<start>[_<end>]][.<extension>]; never split on "_": 14 % of the ids contain one
+    r"^(?P<y>Y?)(?P<id>[A-Za-z0-9_-]{11})(?:_(?P<start>\d+(?:\.\d+)?)(?:_\d+(?:\.\d+)?)?)?"
+    rf"(?:\.(?i:{'|'.join(EXTENSIONS)}))?$"
 )
-STEM = rf"^(.*?)(?:\.(?i:{'|'.join(EXTENSIONS)}))?$"
 SHARD = rf"(?:[-_.](?:part)?[0-9][^/]*)?\.(?i:tar|parquet|h5|hdf5){MEMBER}"  # eval-00003.tar:: is of eval
 LAYOUTS = ("file", "tar", "parquet", "hdf5")  # kinds of locator, the one preferred first
 EXAMPLES = 5
@@ -96,7 +96,7 @@ def about(other_start: list[str]) -> tuple[str, ...]:
 
 def named(sounds: pl.DataFrame) -> pl.DataFrame:
     """The sounds numbered, with `id`, `start` and `extension` as their names tell; `id` null where they tell none."""
-    parts = pl.col("name").str.extract(STEM).str.extract_groups(NAME)
+    parts = pl.col("name").str.extract_groups(NAME)
     beside = pl.col("id").str.extract_groups(NAME)
     return sounds.with_row_index("sound").with_columns(
         extension=pl.col("name").str.extract(r"\.([^./]+)$").str.to_lowercase(),
@@ -116,25 +116,34 @@ def best_sounds(rows: pl.DataFrame, sounds: pl.DataFrame) -> pl.DataFrame:
     """`row_of_plan` and the `sound` that `find_sources` prefers for it, of those rows that have one."""
     order = {end: place for place, end in enumerate(EXTENSIONS)}
     below = pl.lit("/") + pl.col("folder") + pl.lit("/") + pl.col("source").str.replace(SHARD, "/")
-    matched = rows.select("clip_id", "split", "start_seconds", row_of_plan="row").join(
-        sounds.drop("row", "path", "name"), left_on="clip_id", right_on="id", how="inner"
+    matched = (
+        rows.select("clip_id", "split", "start_seconds", row_of_plan="row")
+        .join(sounds.drop("row", "path", "name"), left_on="clip_id", right_on="id", how="inner")
+        .filter(agrees())
     )
-    preferred = matched.filter(agrees()).select(
-        "row_of_plan",
-        "sound",
-        other_split=~below.str.contains(pl.lit("/") + pl.col("split") + pl.lit("/"), literal=True),
-        no_start=pl.col("start").is_null(),
-        loses=pl.col("extension").replace_strict(order, default=len(EXTENSIONS)),
-        layout=pl.col("kind").replace_strict({kind: place for place, kind in enumerate(LAYOUTS)}),
-        source="source",
+    several = pl.col("row_of_plan").is_duplicated()
+    preferred = (
+        matched.filter(several)
+        .select(
+            "row_of_plan",
+            "sound",
+            other_split=~below.str.contains(pl.lit("/") + pl.col("split") + pl.lit("/"), literal=True),
+            no_start=pl.col("start").is_null(),
+            loses=pl.col("extension").replace_strict(order, default=len(EXTENSIONS)),
+            layout=pl.col("kind").replace_strict({kind: place for place, kind in enumerate(LAYOUTS)}),
+            source="source",
+        )
+        .sort("row_of_plan", "other_split", "no_start", "loses", "layout", "source", "sound")
+        .unique("row_of_plan", keep="first", maintain_order=True)
     )
-    preferred = preferred.sort("row_of_plan", "other_split", "no_start", "loses", "layout", "source", "sound")
-    return preferred.unique("row_of_plan", keep="first", maintain_order=True).select("row_of_plan", "sound")
+    pairs = ("row_of_plan", "sound")
+    return pl.concat([matched.filter(~several).select(pairs), preferred.select(pairs)])
 
 
 def elsewhere(plan: pl.DataFrame, sounds: pl.DataFrame) -> list[str]:
     """The sounds of listed videos whose start is that of no row."""
     rows = plan.select("clip_id", "start_seconds")
-    matched = sounds.select("sound", "id", "start").join(rows, left_on="id", right_on="clip_id", how="inner")
+    stated = sounds.select("sound", "id", "start").drop_nulls("start")
+    matched = stated.join(rows, left_on="id", right_on="clip_id", how="inner")
     other = matched.group_by("sound").agg(agrees().any().alias("wanted")).filter(~pl.col("wanted"))
     return sounds.join(other, on="sound", how="semi", maintain_order="left")["source"].to_list()

@@ -111,11 +111,19 @@ def plan_clips(segments: Sequence[Path], *, lenient: bool = False) -> tuple[pl.D
         )
     read = [read_segments(path, lenient=lenient) for path in segments]
     plan = pl.concat([rows for rows, _ in read])
+    again = marked(plan.with_row_index("row").filter(pl.col("clip_id").is_duplicated()))
+    plan = plan.with_row_index("row").join(again, on="row", how="left", maintain_order="left").drop("row")
+    return plan, tuple(note for _, notes in read for note in notes)
+
+
+def marked(rows: pl.DataFrame) -> pl.DataFrame:
+    """`row` and `duplicate` of the rows whose id stands more than once."""
     evaluation = pl.col("split").str.contains("(^|_)eval")
     first = pl.int_range(pl.len()).over("clip_id", "split") == 0
     elsewhere = evaluation.any().over("clip_id") & ~evaluation
     earlier = pl.col("split").first().over("clip_id")
-    plan = plan.with_columns(
+    return rows.select(
+        "row",
         duplicate=pl.when(elsewhere)
         .then(pl.lit("the id is also in the evaluation list, where it counts"))
         .when(~first)
@@ -125,6 +133,5 @@ def plan_clips(segments: Sequence[Path], *, lenient: bool = False) -> tuple[pl.D
             pl.when(evaluation)
             .then(pl.lit(None))
             .otherwise("the id stands in list " + earlier + ", where it counts")
-        )
+        ),
     )
-    return plan, tuple(note for _, notes in read for note in notes)
