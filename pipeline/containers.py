@@ -16,7 +16,7 @@ Readable = BinaryIO | Window
 
 HEAD_BYTES = 4096
 UNKNOWN_BYTES = 0x7FFF_F000  # a wav size from here up was never filled in: sox writes this, ffmpeg 2^32 - 1
-UNFILLED_BYTES = 2**62  # the same of a w64: FFmpeg writes 2^63 - 1
+UNFILLED_BYTES = 2**42  # the same of a w64 (FFmpeg writes 2^63 - 1); ext4 cannot even seek beyond 2^44
 RIFF_CHUNKS = 1000  # a file of zeros would go on for ever
 LIBSNDFILE_TAGS = (1, 3, 6, 7, 0xFFFE)  # PCM, float, A-law, mu-law, extensible; ADPCM and mp3 in wav: PyAV
 

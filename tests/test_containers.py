@@ -217,3 +217,16 @@ def test_a_caf_declares_its_frames_or_says_that_it_does_not_know(tmp_path, size,
     struct.pack_into(">q", content, content.index(b"data") + 4, size)
     path.write_bytes(content)
     assert recognise(path).declared_frames == frames
+
+
+@pytest.mark.parametrize("suffix", [".w64", ".caf"])
+def test_a_chunk_larger_than_any_file_is_the_last(tmp_path, suffix):
+    """No file can be sought beyond 2^63 bytes, and some damage asks for it."""
+    path = write(tmp_path / f"sound{suffix}", babble(0.1, 8_000), 8_000)
+    content = bytearray(path.read_bytes())
+    place = content.index(b"fmt " if suffix == ".w64" else b"desc")
+    size = struct.pack("<Q", 2**64 - 9) if suffix == ".w64" else struct.pack(">q", 2**63 - 1)
+    start = place + (16 if suffix == ".w64" else 4)
+    content[start : start + 8] = size
+    path.write_bytes(content)
+    assert recognise(path).declared_frames is None

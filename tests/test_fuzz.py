@@ -13,12 +13,13 @@ def whole(tmp_path_factory):
     return whole_files(tmp_path_factory.mktemp("whole"))
 
 
-@pytest.mark.parametrize("round_", range(3))
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_damage_costs_a_clip_and_no_more(whole, tmp_path, suffix, round_, capfd):
+ONCE_FATAL = (65,)  # an MPEG-TS in which a further stream appears: PyAV raises an IndexError at its end
+
+
+@pytest.mark.parametrize("seed", [*range(3 * len(SUFFIXES)), *ONCE_FATAL])
+def test_damage_costs_a_clip_and_no_more(whole, tmp_path, seed, capfd):
     """A finite clip or a reason, without a warning and without a word on the terminal."""
-    seed = round_ * len(SUFFIXES) + SUFFIXES.index(suffix)
-    _, how, content = spoilt(seed, whole)
+    suffix, how, content = spoilt(seed, whole)
     (path := tmp_path / f"{how}{suffix}").write_bytes(content)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
