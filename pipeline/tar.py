@@ -116,8 +116,8 @@ def digits(text: bytes, base: int) -> int:
 
 def short_name(head: bytes) -> bytes:
     """The name in a header itself, in the two parts of POSIX where it says so."""
-    name = head[:100].split(b"\0")[0]
-    prefix = head[345:500].split(b"\0")[0] if head[257:263] == b"ustar\0" else b""
+    name = head[:100].partition(b"\0")[0]
+    prefix = head[345:500].partition(b"\0")[0] if head[257:263] == b"ustar\0" else b""
     return prefix + b"/" + name if prefix else name
 
 
