@@ -15,7 +15,7 @@ from typing import Protocol, Self
 import numpy as np
 import soundfile
 
-from pipeline.containers import Container
+from pipeline.containers import Container, Readable, opened
 from pipeline.errors import AudioError
 from pipeline.ffmpeg import Ffmpeg, FFmpegError
 from pipeline.locators import Sound
@@ -85,9 +85,9 @@ class Source(Protocol):
 
 def decode(sound: Sound, container: Container, segment: Segment, *, max_seconds: float) -> Take:
     """Decode the segment. AudioError unreadable where nothing can be opened, too_long over `max_seconds`."""
-    opened = Sndfile.opened if container.libsndfile else Ffmpeg.opened
+    decoder = Sndfile.opened if container.libsndfile else Ffmpeg.opened
     try:
-        with opened(sound, container) as source:
+        with decoder(sound, container) as source:
             return take(source, segment, max_seconds)
     except (soundfile.LibsndfileError, FFmpegError, OSError) as error:
         what = error.strerror if isinstance(error, OSError | FFmpegError) else str(error)
@@ -140,6 +140,16 @@ def mean(block_CS: np.ndarray) -> np.ndarray:
     return mono_S
 
 
+@contextmanager
+def readable(sound: Sound) -> Iterator[bytes | Readable]:
+    """What libsndfile can open: a path it opens itself."""
+    if isinstance(sound, Path):
+        yield os.fsencode(sound)
+    else:
+        with opened(sound) as file:
+            yield file
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sndfile:
     """A file opened by libsndfile."""
@@ -155,9 +165,7 @@ class Sndfile:
     @contextmanager
     def opened(cls, sound: Sound, container: Container) -> Iterator[Self]:
         """The file; LibsndfileError where it is none."""
-        if not isinstance(sound, Path):
-            sound.seek(0)
-        with soundfile.SoundFile(os.fsencode(sound) if isinstance(sound, Path) else sound) as file:
+        with readable(sound) as what, soundfile.SoundFile(what) as file:
             frames = file.frames if container.declared_frames is None else container.declared_frames
             yield cls(
                 file=file,
