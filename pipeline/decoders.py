@@ -20,6 +20,7 @@ from pipeline.errors import AudioError
 from pipeline.ffmpeg import Ffmpeg, FFmpegError
 from pipeline.locators import Sound
 
+LENGTH_SLACK = 0.02  # of the segment: a source that differs by less is neither shorter nor longer
 COMPLETE = 0.95  # a clip that lacks less than 5 % of what it should hold is whole
 RATES_HZ = range(1_000, 1_000_000)
 BLOCK_FRAMES = 2**14
@@ -31,6 +32,7 @@ class Segment:
 
     start_seconds: float
     end_seconds: float
+    exact: bool = False  # of the sound that is decoded, which else may be the clip alone
 
     def __post_init__(self) -> None:
         if not 0 <= self.start_seconds < self.end_seconds:
@@ -42,6 +44,8 @@ class Segment:
 
     def lies_in(self, source_seconds: float) -> bool:
         """Whether a file of that length is the whole video: longer than the clip, and reaching its end; +- 5 %."""
+        if self.exact:
+            return True
         tolerance = (1 - COMPLETE) * self.seconds
         return source_seconds > self.seconds + tolerance and source_seconds >= self.end_seconds - tolerance
 
@@ -106,6 +110,12 @@ def take(source: Source, segment: Segment, max_seconds: float) -> Take:
     cut = segment.lies_in(source.seconds)
     first = round(segment.start_seconds * source.rate_hz) if cut else 0
     wanted = round(segment.seconds * source.rate_hz)
+    if cut and first >= round(source.seconds * source.rate_hz) > 0:
+        start_seconds = segment.start_seconds
+        detail = (
+            f"the clip starts at {start_seconds:g} s of a sound of {source.seconds:.2f} s; correct its list"
+        )
+        raise AudioError("too_short", detail)
     wave_S, beyond_full_scale = mixed(source.blocks(first, wanted))
     found_seconds = (first + len(wave_S)) / source.rate_hz
     promised = min(wanted, round(source.seconds * source.rate_hz) - first)
@@ -116,7 +126,7 @@ def take(source: Source, segment: Segment, max_seconds: float) -> Take:
         codec=source.codec,
         source_seconds=found_seconds if len(wave_S) < wanted else max(found_seconds, source.seconds),
         expected_samples=promised if source.declared else None,
-        cut=cut,
+        cut=cut and source.seconds > segment.seconds + LENGTH_SLACK * segment.seconds,
         beyond_full_scale=beyond_full_scale,
     )
 

@@ -10,8 +10,9 @@ import numpy as np
 import polars as pl
 
 from pipeline.files import gate, replacing
+from pipeline.ledger import Commit, read_commit, store_id
 from pipeline.manifest import PLAN_SCHEMA
-from pipeline.store import Commit, Header, read_commit, read_table, store_id, write_table
+from pipeline.store import Header, read_table, write_table
 
 
 def finalise(out: Path, header: Header, told: dict[str, Any] | None = None) -> pl.DataFrame | None:

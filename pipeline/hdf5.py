@@ -23,7 +23,7 @@ KINDS = {"waveform": "int16 [clip, sample]", "mp3": "bytes [clip]"}  # dataset o
 def opened(path: Path) -> Any:
     """The file; InputError where h5py is not installed. Unlocked: copies often lie on disks that cannot lock."""
     try:
-        import h5py  # type: ignore[import-untyped]
+        import h5py
     except ModuleNotFoundError:
         raise InputError(f"{path}: reading HDF5 needs h5py; pip install 'ajepa[hdf5]'") from None
     return h5py.File(path, "r", locking=False)

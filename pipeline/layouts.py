@@ -147,6 +147,11 @@ def walk(place: Path) -> Iterator[str]:
                 yield _utf8(prefix + name)
 
 
+def sounds(folder: Path) -> Iterator[str]:
+    """`walk` without the archives."""
+    return (name for name in walk(folder) if extension(name) in EXTENSIONS)
+
+
 def _refuse_unlisted(error: OSError) -> None:
     raise InputError(
         f"{error.filename}: cannot be listed ({error.strerror}); make it readable, or move it away"

@@ -19,6 +19,7 @@ SOURCES_SCHEMA: dict[str, pl.DataType] = {
     "kind": pl.String(),  # file, tar, parquet or hdf5; null where a clip's sound lies nowhere
     "path": pl.String(),  # of the file that holds it
     "source": pl.String(),  # what the manifest tells of it: relative to its --audio folder
+    "exact": pl.Boolean(),  # a clip's seconds are those of the sound; else it may be the clip alone, or a whole video
     "offset": pl.Int64(),  # of a member of a tar: its first byte
     "size": pl.Int64(),  # and how many bytes it has
     "group": pl.Int32(),  # of a row of a Parquet file: its row group
@@ -33,6 +34,7 @@ class Locator:
     kind: str = "file"
     path: str
     source: str
+    exact: bool | None = None
     offset: int | None = None
     size: int | None = None
     group: int | None = None

@@ -22,11 +22,12 @@ from pipeline.build import Output, build_store
 from pipeline.datasets.audioset import audioset
 from pipeline.errors import InputError, StoreError
 from pipeline.files import locked
+from pipeline.ledger import ledger_path
 from pipeline.locators import Locator
 from pipeline.mel import log_mel
 from pipeline.melspec import mel_spec
 from pipeline.shards import shard_path
-from pipeline.store import FeatureStore, ledger_path
+from pipeline.store import FeatureStore
 from pipeline.verify import faults_of
 
 BUILD = """
@@ -188,9 +189,9 @@ def test_a_crash_while_a_shard_is_replaced_loses_no_good_row(grown, tmp_path, mo
         raise KeyboardInterrupt
 
     target = {
-        "shard written": "pipeline.shardmaker.write_commit",
+        "shard written": "pipeline.ledger.write_commit",
         "record waits": "pipeline.files.Path.replace",
-        "shard placed": "pipeline.shardmaker.settle",
+        "shard placed": "pipeline.ledger.settle",
     }
     with monkeypatch.context() as patch:
         replace = Path.replace
@@ -266,7 +267,7 @@ def test_a_store_of_another_kind_is_not_continued(corpus, fresh, change, said):
     with pytest.raises(StoreError, match=said):
         build(corpus, fresh, **change)
     fewer = audioset([corpus / "audio"], [corpus / "a_train_segments.csv"])
-    with pytest.raises(StoreError, match="other segments"):
+    with pytest.raises(StoreError, match="other clips, lists or classes"):
         build_store(fewer, Output(path=fresh, spec=mel_spec("a-jepa")))
     assert (fresh / "manifest.parquet").read_bytes() == before
 

@@ -45,6 +45,7 @@ LADDER = [
     "pipeline.datasets.catalogue",
     "pipeline.shards",
     "pipeline.store",
+    "pipeline.ledger",
     "pipeline.shardmaker",
     "pipeline.engines",
     "pipeline.cluster",
