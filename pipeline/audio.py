@@ -75,7 +75,7 @@ def load(
     A file longer than the segment that reaches its end (less 5 %) is a whole video: it is cut at [start, end).
     Of any other file the first `end - start` seconds count. Where the locator is exact, the segment is always cut.
     """
-    segment = Segment(start_seconds, end_seconds, exact=locator.exact)
+    segment = Segment(start_seconds, end_seconds, exact=bool(locator.exact))
     try:
         with locator.opened() as source:
             container = recognise(source)
