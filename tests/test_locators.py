@@ -171,7 +171,9 @@ def test_sources_give_the_locators_of_some_rows_and_none_for_nowhere():
     frame = pl.DataFrame(rows | {"offset": [None, None, 512], "size": [None, None, 9]}).with_columns(
         group=None, row=None, exact=False
     )
-    _, nowhere, member = Sources(frame=frame.select(*SOURCES_SCHEMA).cast(SOURCES_SCHEMA)).locators(range(0, 3))
+    _, nowhere, member = Sources(frame=frame.select(*SOURCES_SCHEMA).cast(SOURCES_SCHEMA)).locators(
+        range(0, 3)
+    )
     assert nowhere is None
     assert (member.kind, member.offset, member.size, member.name) == ("tar", 512, 9, "b.wav")
     assert len(Sources(frame=frame.select(*SOURCES_SCHEMA).cast(SOURCES_SCHEMA)).locators(range(1, 2))) == 1
