@@ -46,6 +46,7 @@ DISTINCT = 32  # clips; the others are further names of the same files
 WRITERS = {"wav": "wav-16", "flac": "flac", "mp3": "mp3", "ogg": "vorbis", "opus": "opus", "m4a": "m4a"}
 LIST = "balanced_train_segments.csv"
 WARM_CLIPS = 8
+SMALLEST_BLOCK = 16  # clips that one worker takes at a time
 PARTS = ("decode", "resample", "log-mel", "write")
 
 
@@ -200,6 +201,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--containers", default=",".join(WRITERS))
     asked = parser.parse_args()
+    if asked.clips < WORKERS * SMALLEST_BLOCK:
+        parser.error(
+            f"--clips {asked.clips}: expected {WORKERS * SMALLEST_BLOCK} at least, a block for each worker"
+        )
     torch.set_num_threads(1)
     containers = asked.containers.split(",")
     print(machine("ajepa", "torch", "torchaudio", "soundfile", "av", "soxr", "numpy", "lhotse", "librosa"))
