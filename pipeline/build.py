@@ -27,7 +27,7 @@ from pipeline.manifest import PLAN_SCHEMA, pending, plan_id
 from pipeline.melspec import MelSpec
 from pipeline.shardmaker import BlockTask, ShardMaker
 from pipeline.shards import DTYPES, Layout, array_json, create_array, shard_clips_for
-from pipeline.store import Header, read_table, write_table
+from pipeline.store import Header, read_metadata, read_table, write_table
 
 ENGINES = ("local", "ray")
 UINT8_TOP = 14.0  # nats: a full-scale sine reaches 12 in the a-jepa front end; what is louder is clipped
@@ -84,18 +84,17 @@ def build_stores(
     headers = [plan_store(corpus, output) for output in outputs]
     stores = [(output.path, header) for output, header in zip(outputs, headers, strict=True)]
     _check_outputs(corpus, stores)
-    for out, header in stores:
-        if not out.exists():
-            create_store(out, header, corpus.plan)
+    created = [out for out, header in stores if not out.exists() and create_store(out, header, corpus.plan)]
     with ExitStack() as stack:
         for out, header in stores:
             check_same(out, header)
             stack.enter_context(locked(out, build.part))
         blocks = Blocks.of(headers, build.part)
         for out, header in stores:
-            with gate(out):
-                sweep(out, header.layout, blocks)
-                mend(out, header, corpus.plan)
+            if out not in created:
+                with gate(out):
+                    sweep(out, header.layout, blocks)
+                    mend(out, header, corpus.plan)
         work = open_rows(stores, corpus, blocks, shards)
         for out, header in stores:
             mark_open(out, header, corpus.plan, work, blocks)
@@ -166,8 +165,8 @@ def _check_outputs(corpus: Corpus, stores: Sequence[tuple[Path, Header]]) -> Non
             )
 
 
-def create_store(out: Path, header: Header, plan: pl.DataFrame) -> None:
-    """A store in which nothing is built yet, whole or not at all. Of several that create it, the first wins."""
+def create_store(out: Path, header: Header, plan: pl.DataFrame) -> bool:
+    """A store in which nothing is built yet, whole or not at all; False where another process was first."""
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     for debris in abandoned(out):
         shutil.rmtree(debris, ignore_errors=True)
@@ -180,7 +179,9 @@ def create_store(out: Path, header: Header, plan: pl.DataFrame) -> None:
         except OSError:
             if not out.is_dir():
                 raise
+            return False
         fsync(out.absolute().parent)
+        return True
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -193,10 +194,10 @@ def mend(out: Path, header: Header, plan: pl.DataFrame) -> None:
         array.parent.mkdir(exist_ok=True)
         with replacing(array) as scratch:
             scratch.write_bytes(told)
-    manifest = _table_of(out / "manifest.parquet")
-    if manifest is None or not manifest.select(*PLAN_SCHEMA).equals(plan.select(*PLAN_SCHEMA)):
+    manifest = _table_of(out / "manifest.parquet", tuple(PLAN_SCHEMA))
+    if manifest is None or not manifest.equals(plan.select(*PLAN_SCHEMA)):
         write_table(out / "manifest.parquet", pending(plan), {})
-    labels = _table_of(out / "labels.parquet")
+    labels = _table_of(out / "labels.parquet", ("raw",))
     if labels is None or labels.height != plan.height:  # written anew: loses the propagated sets and no more
         write_table(
             out / "labels.parquet",
@@ -205,11 +206,13 @@ def mend(out: Path, header: Header, plan: pl.DataFrame) -> None:
         )
 
 
-def _table_of(path: Path) -> pl.DataFrame | None:
+def _table_of(path: Path, columns: Sequence[str]) -> pl.DataFrame | None:
+    """Some columns of a table; None where it is not there, or not as it should be."""
     try:
-        return read_table(path)[0] if path.exists() else None
+        table = read_table(path, columns)[0] if path.exists() else pl.DataFrame()
     except StoreError:
         return None
+    return table if table.columns == list(columns) else None
 
 
 def check_same(out: Path, header: Header) -> None:
@@ -253,7 +256,8 @@ def mark_open(out: Path, header: Header, plan: pl.DataFrame, work: dict[int, int
     shards = (shard for block in work for shard in blocks.shards(block, header.layout))
     if any(not ledger_path(out, shard).exists() for shard in shards):
         with gate(out):
-            write_table(out / "manifest.parquet", pending(plan), {})
+            if "store_id" in read_metadata(out / "manifest.parquet"):
+                write_table(out / "manifest.parquet", pending(plan), {})
 
 
 def _told(corpus: Corpus, build: Build, *, tried: int, seconds: float) -> dict[str, Any]:

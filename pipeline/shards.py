@@ -13,13 +13,10 @@ import os
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
-import zarr
-from zarr.codecs import BytesCodec, Crc32cCodec
-from zarr.core.buffer import Buffer
-from zarr.storage import LocalStore, MemoryStore
 
 from pipeline.errors import StoreError
 from pipeline.files import fsync, scratch_of
@@ -75,21 +72,28 @@ def shard_path(store: Path, shard: int) -> Path:
 
 def create_array(store: Path, layout: Layout, attributes: dict[str, object]) -> None:
     """Write the group's and the array's `zarr.json` below the folder `store`."""
-    folder = LocalStore(store)
+    import zarr  # takes a second, and those who only read or write shards need none of it
+
+    folder = zarr.storage.LocalStore(store)
     zarr.create_group(folder, attributes=attributes)
     _array(folder, layout)
 
 
 def array_json(layout: Layout) -> bytes:
     """What `mel/zarr.json` holds."""
-    objects: dict[str, Buffer] = {}
+    from zarr.storage import MemoryStore
+
+    objects: dict[str, Any] = {}
     _array(MemoryStore(objects), layout)
     return objects["mel/zarr.json"].to_bytes()
 
 
-def _array(store: LocalStore | MemoryStore, layout: Layout) -> zarr.Array:
+def _array(store: Any, layout: Layout) -> None:
+    import zarr
+    from zarr.codecs import BytesCodec, Crc32cCodec
+
     one_clip = (1, layout.frames, layout.bands)
-    return zarr.create_array(
+    zarr.create_array(
         store,
         name="mel",
         shape=(layout.clips, layout.frames, layout.bands),

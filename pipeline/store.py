@@ -98,10 +98,10 @@ def write_table(path: Path, frame: pl.DataFrame, metadata: dict[str, Any]) -> No
         pq.write_table(table, scratch, compression="zstd", write_page_checksum=True)
 
 
-def read_table(path: Path) -> tuple[pl.DataFrame, dict[str, Any]]:
-    """A frame and the metadata that `write_table` put beside it; raises StoreError."""
+def read_table(path: Path, columns: Sequence[str] | None = None) -> tuple[pl.DataFrame, dict[str, Any]]:
+    """A frame, or some columns of it, and the metadata that `write_table` put beside it; raises StoreError."""
     try:
-        table = pq.read_table(path, page_checksum_verification=True)
+        table = pq.read_table(path, columns=columns and list(columns), page_checksum_verification=True)
     except (OSError, pa.ArrowInvalid) as error:
         why = "missing" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
         raise StoreError(
@@ -109,7 +109,16 @@ def read_table(path: Path) -> tuple[pl.DataFrame, dict[str, Any]]:
         ) from None
     frame = pl.from_arrow(table)
     assert isinstance(frame, pl.DataFrame)
-    return frame, json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
+    return frame, _metadata(table.schema)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What `write_table` put beside a frame, without the frame."""
+    return _metadata(pq.read_schema(path))
+
+
+def _metadata(schema: pa.Schema) -> dict[str, Any]:
+    return json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}"))
 
 
 class FeatureStore:

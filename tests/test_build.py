@@ -193,7 +193,7 @@ def test_a_crash_while_a_shard_is_replaced_loses_no_good_row(grown, tmp_path, mo
     target = {
         "shard written": "pipeline.ledger.write_commit",
         "record waits": "pipeline.files.Path.replace",
-        "shard placed": "pipeline.ledger.settle",
+        "shard placed": "pipeline.ledger.adopt",
     }
     with monkeypatch.context() as patch:
         replace = Path.replace
