@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ from pipeline.finalise import finalise
 from pipeline.labels import split_mids
 from pipeline.manifest import PLAN_SCHEMA, pending, plan_id
 from pipeline.melspec import MelSpec
-from pipeline.shardmaker import NEXT, BlockTask, ShardMaker, settle
+from pipeline.mirror import Mirror
+from pipeline.shardmaker import BlockTask, ShardMaker, settle
 from pipeline.shards import DTYPES, Layout, array_json, create_array, shard_clips_for
-from pipeline.store import Header, ledger_path, read_table, stray_shards, write_table
+from pipeline.store import NEXT, Header, ledger_path, read_table, stray_shards, write_table
 
 ENGINES = ("local", "ray")
 UINT8_TOP = 14.0  # nats: a full-scale sine reaches 12 in the a-jepa front end; what is louder is clipped
@@ -44,6 +46,12 @@ class Output:
     path: Path
     spec: MelSpec
     dtype: str = "float16"
+    remote: str | None = None  # URL where the store is to lie; `path` is then what is kept here to build it
+
+    @property
+    def place(self) -> str:
+        """Where the store lies, for people."""
+        return self.remote or str(self.path)
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -82,27 +90,35 @@ def build_stores(
     began = time.monotonic()
     headers = [plan_store(corpus, output) for output in outputs]
     stores = [(output.path, header) for output, header in zip(outputs, headers, strict=True)]
-    _check_outputs(corpus, stores)
+    mirrors = {
+        output.path: Mirror(url=output.remote, staging=output.path) for output in outputs if output.remote
+    }
+    _check_outputs(corpus, stores, mirrors)
     for out, header in stores:
+        if out in mirrors and (there := mirrors[out].header()) is not None:
+            check_same(mirrors[out].url, there, header)
         if not out.exists():
             create_store(out, header, corpus.plan)
     with ExitStack() as stack:
         for out, header in stores:
-            check_same(out, header)
-            stack.enter_context(locked(out, build.part))
+            check_same(out, Header.read(out), header)
+            stack.enter_context(locked(out, WHOLE if out in mirrors else build.part))
         blocks = Blocks.of(headers, build.part)
         for out, header in stores:
             with gate(out):
                 sweep(out, header.layout, blocks)
+                if out in mirrors:
+                    mirrors[out].pull(partial(blocks.holds, layout=header.layout))
                 mend(out, header, corpus.plan)
         work = open_rows(stores, corpus, blocks, shards)
         for out, header in stores:
-            mark_open(out, header, corpus.plan, work, blocks)
-        maker = ShardMaker(stores=tuple(stores), policy=build.policy)
+            if mark_open(out, header, corpus.plan, work, blocks) and out in mirrors:
+                mirrors[out].push_tables()
+        maker = ShardMaker(stores=tuple(stores), policy=build.policy, mirrors=mirrors)
         rows = run(maker, tasks_of(corpus, work, blocks), build)
         tried = sum(1 for _ in (progress(sum(work.values()), rows) if progress else rows))
         told = _told(corpus, build, tried=tried, seconds=time.monotonic() - began)
-        return [finalise(out, header, told) for out, header in stores]
+        return [finalise(out, header, told, mirrors.get(out)) for out, header in stores]
 
 
 def run(maker: ShardMaker, tasks: Iterator[BlockTask], build: Build) -> Iterator[int]:
@@ -148,14 +164,20 @@ def plan_store(corpus: Corpus, output: Output) -> Header:
     )
 
 
-def _check_outputs(corpus: Corpus, stores: Sequence[tuple[Path, Header]]) -> None:
+def _check_outputs(
+    corpus: Corpus, stores: Sequence[tuple[Path, Header]], elsewhere: Collection[Path]
+) -> None:
     """Refuse two stores in one place, and one for which there is no room."""
     paths = [out.absolute() for out, _ in stores]
     if len(set(paths)) < len(paths):
         raise InputError("two stores with one path; give every --spec an --out of its own")
     clips = corpus.sources.frame.height - corpus.sources.frame["kind"].null_count()
-    needed = sum(clips * header.layout.clip_bytes for out, header in stores if not out.exists())
-    for out in (out for out in paths if not out.exists()):
+    needed = sum(
+        clips * header.layout.clip_bytes
+        for out, header in stores
+        if out not in elsewhere and not out.exists()
+    )
+    for out in (out.absolute() for out, _ in stores if out not in elsewhere and not out.exists()):
         folder = next(parent for parent in out.parents if parent.exists())
         free = shutil.disk_usage(folder).free
         if needed > free:
@@ -211,9 +233,8 @@ def _table_of(path: Path) -> pl.DataFrame | None:
         return None
 
 
-def check_same(out: Path, header: Header) -> None:
+def check_same(out: Path | str, there: Header, header: Header) -> None:
     """Refuse to continue a store that is not the one now asked for."""
-    there = Header.read(out)
     if there.spec.spec_id != header.spec.spec_id:
         raise StoreError(
             f"{out} holds mel spec {there.spec.name}, not {header.spec.name}; choose another --out"
@@ -247,12 +268,14 @@ def sweep(out: Path, layout: Layout, blocks: Blocks) -> None:
             path.unlink()
 
 
-def mark_open(out: Path, header: Header, plan: pl.DataFrame, work: dict[int, int], blocks: Blocks) -> None:
-    """Make the manifest say that the build has not finished, where a shard has no record."""
+def mark_open(out: Path, header: Header, plan: pl.DataFrame, work: dict[int, int], blocks: Blocks) -> bool:
+    """Make the manifest say that the build has not finished, where a shard has no record; whether there is one."""
     shards = (shard for block in work for shard in blocks.shards(block, header.layout))
-    if any(not ledger_path(out, shard).exists() for shard in shards):
-        with gate(out):
-            write_table(out / "manifest.parquet", pending(plan), {})
+    if all(ledger_path(out, shard).exists() for shard in shards):
+        return False
+    with gate(out):
+        write_table(out / "manifest.parquet", pending(plan), {})
+    return True
 
 
 def _told(corpus: Corpus, build: Build, *, tried: int, seconds: float) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import polars as pl
@@ -18,10 +18,10 @@ from pipeline.files import PARTIAL, fsync
 from pipeline.locators import Locator
 from pipeline.manifest import RESULT_SCHEMA, failure
 from pipeline.mel import log_mel
-from pipeline.shards import ShardReader, ShardWriter, shard_path
-from pipeline.store import Commit, Header, commit_at, ledger_path, read_commit, write_commit
+from pipeline.mirror import Mirror
+from pipeline.shards import ShardReader, ShardWriter, intact, shard_path
+from pipeline.store import NEXT, Commit, Header, commit_at, ledger_path, read_commit, write_commit
 
-NEXT = ".next"  # suffix of a record whose shard is about to be placed
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -54,6 +54,7 @@ class ShardMaker:
 
     stores: tuple[tuple[Path, Header], ...]
     policy: AudioPolicy
+    mirrors: dict[Path, Mirror] = field(default_factory=dict)  # of the stores that lie elsewhere
 
     def __call__(self, task: BlockTask) -> Iterator[int | None]:
         """Fill, write and commit the block's shards; yields each row before it is decoded, None before a commit.
@@ -66,7 +67,8 @@ class ShardMaker:
             for clip in task.clips:
                 for store, header in self.stores:
                     if clip.row % header.layout.shard_clips == 0:
-                        hands.append(stack.enter_context(_Hand.taken(store, header, clip.row, task)))
+                        hand = _Hand(store, header, clip.row, task, self.mirrors.get(store))
+                        hands.append(stack.enter_context(hand))
                 if wanting := [hand for hand in hands if hand.wants(clip.row)]:
                     yield clip.row
                     heard = self._heard(clip, task)
@@ -102,8 +104,10 @@ class ShardMaker:
 class _Hand:
     """One shard in the making. It is written from the first row on that is not as it was: before, there is no file."""
 
-    def __init__(self, store: Path, header: Header, shard: int, task: BlockTask) -> None:
-        self.store, self.header, self.shard = store, header, shard
+    def __init__(self, store: Path, header: Header, row: int, task: BlockTask, mirror: Mirror | None) -> None:
+        """The shard of `store` that holds a row."""
+        self.store, self.header, self.shard = store, header, row // header.layout.shard_clips
+        self._mirror, shard = mirror, self.shard
         rows = header.layout.rows(shard)
         self.first_row, self.last_row = rows[0], rows[-1]
         self._splits = {clip.row: clip.split for clip in task.clips if clip.row in rows}
@@ -115,19 +119,18 @@ class _Hand:
         self._reader: ShardReader | None = None
         self._written = self.first_row  # rows before this one are in the writer
         self._moments = Moments()
+        self._brought = ExitStack()
         for debris in shard_path(store, shard).parent.glob(f"*{PARTIAL}"):  # of a process that died
             debris.unlink()
 
-    @classmethod
-    @contextmanager
-    def taken(cls, store: Path, header: Header, row: int, task: BlockTask) -> Iterator["_Hand"]:
-        """The shard that holds a row; what is unfinished in the end is dropped."""
-        hand = cls(store, header, row // header.layout.shard_clips, task)
-        try:
-            yield hand
-        finally:
-            if hand._writer is not None:
-                hand._writer.drop()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Drop what is unfinished."""
+        if self._writer is not None:
+            self._writer.drop()
+        self._brought.close()
 
     def wants(self, row: int) -> bool:
         return self._old[row - self.first_row]["status"] != "good"
@@ -147,13 +150,7 @@ class _Hand:
         """Append the rows before `row` that were good already, out of the shard that is there."""
         kept = [r for r in range(self._written, row) if not self.wants(r)]
         if kept and self._reader is None:
-            if self._before is None or not matches(self.store, self._before):
-                record = ledger_path(self.store, self.shard)
-                raise StoreError(
-                    f"{self.store}: shard {self.shard} is damaged; run: ajepa-data verify {self.store} --repair "
-                    f"(or delete {record} and build again)"
-                )
-            self._reader = ShardReader(self.store, self.header.layout)
+            self._reader = self._reader_of_kept()
         layout = self.header.layout
         for old_row in kept:
             assert self._reader is not None
@@ -161,6 +158,17 @@ class _Hand:
             self._reader.read_into(old_row, mel_TF)
             self._append(old_row, mel_TF)
         self._written = row
+
+    def _reader_of_kept(self) -> ShardReader:
+        """Of the shard as it was, brought here if it lies elsewhere."""
+        mirror, record = self._mirror, ledger_path(self.store, self.shard)
+        home = self._brought.enter_context(mirror.kept(self.shard)) if mirror else self.store
+        if self._before is not None and matches(home, self._before):
+            return ShardReader(home, self.header.layout)
+        how = f"run: ajepa-data verify {self.store} --repair (or delete {record} and build again)"
+        if mirror:
+            how = f"delete {mirror.url_of(record)} and build again"
+        raise StoreError(f"{mirror.url if mirror else self.store}: shard {self.shard} is damaged; {how}")
 
     def _append(self, row: int, mel_TF: np.ndarray) -> None:
         with _disk(self.store, self.shard):
@@ -189,6 +197,9 @@ class _Hand:
             results = pl.DataFrame(self._results, schema=RESULT_SCHEMA, orient="row")
             place(self.store, commit, results, self._writer)
         self._writer = None
+        self._brought.close()
+        if self._mirror is not None:
+            self._mirror.push_shard(self.shard)
 
 
 @contextmanager
@@ -227,14 +238,8 @@ def settle(store: Path, waiting: Path) -> None:
 
 
 def matches(store: Path, commit: Commit) -> bool:
-    """Whether the shard on disk is the one that was committed, byte for byte."""
-    path = shard_path(store, commit.shard)
-    if not commit.size_bytes:
-        return not path.exists()
-    if not path.is_file() or path.stat().st_size != commit.size_bytes:
-        return False
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == commit.sha256
+    """Whether the shard on disk is the one that was committed."""
+    return intact(shard_path(store, commit.shard), commit.size_bytes, commit.sha256)
 
 
 def spectrogram(audio: Audio, header: Header) -> tuple[np.ndarray, dict[str, Any]]:

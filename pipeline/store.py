@@ -39,6 +39,7 @@ from pipeline.shards import Layout, ShardReader, shard_path
 
 FORMAT = 1
 METADATA_KEY = b"ajepa"
+NEXT = ".next"  # suffix of a record whose shard is about to be placed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

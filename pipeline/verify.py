@@ -15,9 +15,8 @@ from pipeline.errors import ManifestError, StoreError
 from pipeline.files import PARTIAL
 from pipeline.finalise import statistics
 from pipeline.manifest import RESULT_SCHEMA, check_schema
-from pipeline.shardmaker import NEXT
 from pipeline.shards import ABSENT, CRC_BYTES, array_json, read_index, shard_path
-from pipeline.store import Commit, Header, read_commit, read_table, store_id, stray_shards
+from pipeline.store import NEXT, Commit, Header, read_commit, read_table, store_id, stray_shards
 
 Record = tuple[Commit, pl.DataFrame]
 

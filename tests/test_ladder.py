@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[1]
 LADDER = [
     "pipeline.errors",
     "pipeline.files",
+    "pipeline.remote",
     "pipeline.melspec",
     "pipeline.mel",
     "pipeline.ontology",
@@ -39,6 +40,7 @@ LADDER = [
     "pipeline.datasets.catalogue",
     "pipeline.shards",
     "pipeline.store",
+    "pipeline.mirror",
     "pipeline.shardmaker",
     "pipeline.engines",
     "pipeline.cluster",
