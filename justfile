@@ -29,7 +29,7 @@ demo: setup
     ajepa-data verify demo/demo.zarr
     ajepa-train pretrain --store demo/demo.zarr --recipe small --run demo/run
     ajepa-train evaluate --store demo/demo.zarr --run demo/run
-    ajepa-data report demo/demo.zarr --out demo/report/mels.png
+    ajepa-data report demo/demo.zarr --out demo/report/mels.png --html demo/report/store.html
     ajepa-train report --store demo/demo.zarr --run demo/run --out demo/report
 
 # The test suite; arguments go to pytest.
@@ -44,6 +44,10 @@ lint: setup
 
 # What must be green before a change lands.
 check: lint test
+
+# Kill builds at random moments, restart them, compare every byte; arguments: how many kills.
+torture kills="50": setup
+    OMP_NUM_THREADS=1 python tests/torture.py {{ kills }}
 
 # Benchmarks, each with its baselines in one run: mel, build, loader.
 bench name *arguments: setup

@@ -8,12 +8,11 @@ import numpy as np
 import soxr
 
 from pipeline.containers import recognise
-from pipeline.decoders import COMPLETE, Segment, Take, decode
+from pipeline.decoders import COMPLETE, LENGTH_SLACK, Segment, Take, decode
 from pipeline.errors import AudioError
 from pipeline.locators import Locator
 
 PACKET_SECONDS = 0.02  # what a declared length may round up: one opus packet
-LENGTH_SLACK = 0.02  # of the segment: a source that differs by less is neither shorter nor longer
 TOO_SHORT_SECONDS = 0.1
 SILENT_DBFS = -90.0
 NOTHING_DBFS = -200.0  # reported for digital silence, whose level is minus infinity
@@ -74,9 +73,9 @@ def load(
     """Decode the segment of a sound; AudioError(reason, sentence) where the policy cannot use it.
 
     A file longer than the segment that reaches its end (less 5 %) is a whole video: it is cut at [start, end).
-    Of any other file the first `end - start` seconds count.
+    Of any other file the first `end - start` seconds count. Where the locator is exact, the segment is always cut.
     """
-    segment = Segment(start_seconds, end_seconds)
+    segment = Segment(start_seconds, end_seconds, exact=bool(locator.exact))
     try:
         with locator.opened() as source:
             container = recognise(source)

@@ -23,12 +23,13 @@ from pipeline.errors import InputError, StoreError
 from pipeline.files import PARTIAL, WHOLE, Part, abandoned, fsync, gate, locked, replacing, scratch_of
 from pipeline.finalise import finalise
 from pipeline.labels import split_mids
+from pipeline.ledger import NEXT, ledger_path, settle, stray_shards
 from pipeline.manifest import PLAN_SCHEMA, pending, plan_id
 from pipeline.melspec import MelSpec
 from pipeline.mirror import Mirror
-from pipeline.shardmaker import BlockTask, ShardMaker, settle
+from pipeline.shardmaker import BlockTask, ShardMaker
 from pipeline.shards import DTYPES, Layout, array_json, create_array, shard_clips_for
-from pipeline.store import NEXT, Header, ledger_path, read_table, stray_shards, write_table
+from pipeline.store import Header, read_table, write_table
 
 ENGINES = ("local", "ray")
 UINT8_TOP = 14.0  # nats: a full-scale sine reaches 12 in the a-jepa front end; what is louder is clipped
@@ -243,7 +244,7 @@ def check_same(out: Path | str, there: Header, header: Header) -> None:
         raise StoreError(f"{out} holds {there.layout.dtype}, not {header.layout.dtype}; choose another --out")
     if there != header:
         raise StoreError(
-            f"{out} was planned from other segments or class lists; give the same, or another --out"
+            f"{out} was planned from other clips, lists or classes; give the same, or another --out"
         )
 
 
@@ -289,6 +290,8 @@ def _told(corpus: Corpus, build: Build, *, tried: int, seconds: float) -> dict[s
         "audio_files": sources.files,
         "unmatched_files": len(sources.unmatched),
         "unmatched_examples": sources.unmatched[:20],
+        "other_start_files": len(sources.other_start),
+        "other_start_examples": sources.other_start[:20],
         "clips_tried": tried,
         "seconds": round(seconds, 1),
         "versions": {name: version(name) for name in VERSIONS} | {"python": platform.python_version()},

@@ -166,6 +166,9 @@ def build_audioset(
     segments: Annotated[
         list[Path], typer.Option(help="Segments list; its name is the split. Repeats.", show_default=False)
     ],
+    lenient: Annotated[
+        bool, typer.Option("--lenient", help="Leave out damaged lines of the lists, and name them.")
+    ] = False,
 ) -> Any:
     """Decode AudioSet's clips into feature stores; run again, it carries on.
 
@@ -173,7 +176,7 @@ def build_audioset(
     """
     from pipeline.datasets.audioset import audioset
 
-    return audioset(audio, segments)
+    return audioset(audio, segments, lenient=lenient)
 
 
 @command

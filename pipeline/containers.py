@@ -10,9 +10,13 @@ from typing import BinaryIO, Literal, NamedTuple
 
 from pipeline.errors import AudioError
 from pipeline.locators import Sound
+from pipeline.window import Window
+
+Readable = BinaryIO | Window
 
 HEAD_BYTES = 4096
 UNKNOWN_BYTES = 0x7FFF_F000  # a wav size from here up was never filled in: sox writes this, ffmpeg 2^32 - 1
+UNFILLED_BYTES = 2**42  # the same of a w64 (FFmpeg writes 2^63 - 1); ext4 cannot even seek beyond 2^44
 RIFF_CHUNKS = 1000  # a file of zeros would go on for ever
 LIBSNDFILE_TAGS = (1, 3, 6, 7, 0xFFFE)  # PCM, float, A-law, mu-law, extensible; ADPCM and mp3 in wav: PyAV
 
@@ -104,16 +108,19 @@ def recognise(source: Sound) -> Container:
 
 
 @contextmanager
-def opened(source: Sound) -> Iterator[BinaryIO]:
-    """The sound from its first byte on."""
+def opened(source: Sound) -> Iterator[Readable]:
+    """The sound from its first byte on, with a place of its own: a sound may be open twice at a time."""
     if isinstance(source, Path):
         if not source.is_file():
             raise AudioError("missing", f"{absence(source)}; fetch it, or correct its path")
         with source.open("rb") as file:
             yield file
     else:
-        source.seek(0)
-        yield source
+        yield (
+            source.again()
+            if isinstance(source, Window)
+            else Window(source.getbuffer(), 0, source.getbuffer().nbytes)
+        )
 
 
 def absence(source: Path) -> str:
@@ -123,7 +130,7 @@ def absence(source: Path) -> str:
     return "a folder, not a file" if source.is_dir() else "no such file"
 
 
-def head_after_tags(file: BinaryIO) -> tuple[bytes, bool]:
+def head_after_tags(file: Readable) -> tuple[bytes, bool]:
     """The first bytes after ID3 tags (pictures may make them megabytes long), and whether there was one."""
     position, head = 0, file.read(HEAD_BYTES)
     while head[:3] == b"ID3" and len(head) >= 10:
@@ -134,12 +141,16 @@ def head_after_tags(file: BinaryIO) -> tuple[bytes, bool]:
     return head, position > 0
 
 
-def container_of(head: bytes, file: BinaryIO) -> Container | None:
+def container_of(head: bytes, file: Readable) -> Container | None:
     """The kind by signature, completed from its header."""
     if head[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64") and head[8:12] == b"WAVE":
         return wav(file, ">" if head[:4] == b"RIFX" else "<")
     for offset, signature, name in SIGNATURES:
         if head.startswith(signature, offset):
+            if name in ("w64", "caf"):
+                return replace(
+                    KINDS[name], declared_frames=w64_frames(file) if name == "w64" else caf_frames(file)
+                )
             return flac(head) if name == "flac" else KINDS[name]
     if head[:1] == b"G" and head[188:189] == b"G":
         return KINDS["mpegts"]
@@ -170,7 +181,7 @@ def mp3(head: bytes) -> Container:
     return KINDS["mp3"] if stated else replace(KINDS["mp3"], length="guessed")
 
 
-def wav(file: BinaryIO, order: str) -> Container:
+def wav(file: Readable, order: str) -> Container:
     """A wav with the frames its header declares: libsndfile only tells how many there are."""
     header = riff_header(file, order)
     if header.tag not in LIBSNDFILE_TAGS:
@@ -191,7 +202,7 @@ class RiffHeader(NamedTuple):
     rest_bytes: int = 0
 
 
-def riff_header(file: BinaryIO, order: str) -> RiffHeader:
+def riff_header(file: Readable, order: str) -> RiffHeader:
     """Walk the chunks of a wav up to the sound."""
     found = RiffHeader()
     position = 12
@@ -212,6 +223,40 @@ def riff_header(file: BinaryIO, order: str) -> RiffHeader:
             found = found._replace(sound_bytes=struct.unpack_from(f"{order}8xQ", chunk, 8)[0])
         position += 8 + size + size % 2
     return found._replace(sound_bytes=None)
+
+
+def w64_frames(file: Readable) -> int | None:
+    """The frames that a w64 declares; FFmpeg tells only how many are there. Chunks are named by 16 bytes."""
+    position, frame_bytes = 40, 0
+    for _ in range(RIFF_CHUNKS):
+        file.seek(position)
+        chunk = file.read(40)
+        if len(chunk) < 40:
+            break
+        size = int.from_bytes(chunk[16:24], "little")
+        if chunk[:4] == b"data":
+            return (size - 24) // frame_bytes if frame_bytes and 24 <= size < UNFILLED_BYTES else None
+        if chunk[:4] == b"fmt ":
+            frame_bytes = int.from_bytes(chunk[36:38], "little")
+        position = min(position + max(24, size + -size % 8), UNFILLED_BYTES)
+    return None
+
+
+def caf_frames(file: Readable) -> int | None:
+    """The frames that a caf of constant packets declares; FFmpeg tells only how many are there."""
+    position, packet_bytes, packet_frames = 8, 0, 0
+    for _ in range(RIFF_CHUNKS):
+        file.seek(position)
+        chunk = file.read(36)
+        if len(chunk) < 12:
+            break
+        size = int.from_bytes(chunk[4:12], signed=True)
+        if chunk[:4] == b"data":  # begins with 4 bytes that are no sound; -1: up to the end of the file
+            return (size - 4) // packet_bytes * packet_frames if packet_bytes and size >= 4 else None
+        if chunk[:4] == b"desc" and len(chunk) == 36:
+            packet_bytes, packet_frames = struct.unpack(">II", chunk[28:36])
+        position = min(position + 12 + max(0, size), UNFILLED_BYTES)
+    return None
 
 
 def description(head: bytes) -> str:

@@ -15,11 +15,12 @@ from typing import Protocol, Self
 import numpy as np
 import soundfile
 
-from pipeline.containers import Container
+from pipeline.containers import Container, Readable, opened
 from pipeline.errors import AudioError
 from pipeline.ffmpeg import Ffmpeg, FFmpegError
 from pipeline.locators import Sound
 
+LENGTH_SLACK = 0.02  # of the segment: a source that differs by less is neither shorter nor longer
 COMPLETE = 0.95  # a clip that lacks less than 5 % of what it should hold is whole
 RATES_HZ = range(1_000, 1_000_000)
 BLOCK_FRAMES = 2**14
@@ -31,6 +32,7 @@ class Segment:
 
     start_seconds: float
     end_seconds: float
+    exact: bool = False  # of the sound that is decoded, which else may be the clip alone
 
     def __post_init__(self) -> None:
         if not 0 <= self.start_seconds < self.end_seconds:
@@ -42,6 +44,8 @@ class Segment:
 
     def lies_in(self, source_seconds: float) -> bool:
         """Whether a file of that length is the whole video: longer than the clip, and reaching its end; +- 5 %."""
+        if self.exact:
+            return True
         tolerance = (1 - COMPLETE) * self.seconds
         return source_seconds > self.seconds + tolerance and source_seconds >= self.end_seconds - tolerance
 
@@ -85,9 +89,9 @@ class Source(Protocol):
 
 def decode(sound: Sound, container: Container, segment: Segment, *, max_seconds: float) -> Take:
     """Decode the segment. AudioError unreadable where nothing can be opened, too_long over `max_seconds`."""
-    opened = Sndfile.opened if container.libsndfile else Ffmpeg.opened
+    decoder = Sndfile.opened if container.libsndfile else Ffmpeg.opened
     try:
-        with opened(sound, container) as source:
+        with decoder(sound, container) as source:
             return take(source, segment, max_seconds)
     except (soundfile.LibsndfileError, FFmpegError, OSError) as error:
         what = error.strerror if isinstance(error, OSError | FFmpegError) else str(error)
@@ -106,6 +110,12 @@ def take(source: Source, segment: Segment, max_seconds: float) -> Take:
     cut = segment.lies_in(source.seconds)
     first = round(segment.start_seconds * source.rate_hz) if cut else 0
     wanted = round(segment.seconds * source.rate_hz)
+    if cut and first >= round(source.seconds * source.rate_hz) > 0:
+        start_seconds = segment.start_seconds
+        detail = (
+            f"the clip starts at {start_seconds:g} s of a sound of {source.seconds:.2f} s; correct its list"
+        )
+        raise AudioError("too_short", detail)
     wave_S, beyond_full_scale = mixed(source.blocks(first, wanted))
     found_seconds = (first + len(wave_S)) / source.rate_hz
     promised = min(wanted, round(source.seconds * source.rate_hz) - first)
@@ -116,7 +126,7 @@ def take(source: Source, segment: Segment, max_seconds: float) -> Take:
         codec=source.codec,
         source_seconds=found_seconds if len(wave_S) < wanted else max(found_seconds, source.seconds),
         expected_samples=promised if source.declared else None,
-        cut=cut,
+        cut=cut and source.seconds > segment.seconds + LENGTH_SLACK * segment.seconds,
         beyond_full_scale=beyond_full_scale,
     )
 
@@ -140,6 +150,16 @@ def mean(block_CS: np.ndarray) -> np.ndarray:
     return mono_S
 
 
+@contextmanager
+def readable(sound: Sound) -> Iterator[bytes | Readable]:
+    """What libsndfile can open: a path it opens itself."""
+    if isinstance(sound, Path):
+        yield os.fsencode(sound)
+    else:
+        with opened(sound) as file:
+            yield file
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sndfile:
     """A file opened by libsndfile."""
@@ -155,9 +175,7 @@ class Sndfile:
     @contextmanager
     def opened(cls, sound: Sound, container: Container) -> Iterator[Self]:
         """The file; LibsndfileError where it is none."""
-        if not isinstance(sound, Path):
-            sound.seek(0)
-        with soundfile.SoundFile(os.fsencode(sound) if isinstance(sound, Path) else sound) as file:
+        with readable(sound) as what, soundfile.SoundFile(what) as file:
             frames = file.frames if container.declared_frames is None else container.declared_frames
             yield cls(
                 file=file,

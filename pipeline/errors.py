@@ -1,5 +1,7 @@
 """InputError: what a user can act on, and its few kinds."""
 
+from pathlib import Path
+
 
 class InputError(Exception):
     """Something outside the program is wrong; its text is one line: what, where, expected, what to do next.
@@ -14,6 +16,19 @@ class AudioError(InputError):
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
+
+
+def archive_error(path: Path, error: BaseException) -> AudioError:
+    """What it means for a clip that the archive which holds it cannot be read."""
+    if isinstance(error, FileNotFoundError):
+        return AudioError("missing", f"{path.name} is gone; fetch it again")
+    return AudioError("unreadable", f"{path.name} cannot be read ({first_line(error, path)}); fetch it again")
+
+
+def first_line(error: BaseException, path: Path) -> str:
+    """What a library says about a file, without its second thoughts and without the folders."""
+    lines = str(error).replace(str(path), path.name).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 class ManifestError(InputError):

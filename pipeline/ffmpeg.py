@@ -10,7 +10,6 @@ import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from io import BytesIO
 from pathlib import Path
 from typing import Self
 
@@ -21,7 +20,7 @@ from av.audio import AudioStream
 from av.audio.frame import AudioFrame
 from av.container import InputContainer
 
-from pipeline.containers import Container
+from pipeline.containers import Container, Readable, opened
 from pipeline.errors import AudioError
 from pipeline.locators import Sound
 
@@ -54,11 +53,13 @@ class Ffmpeg:
     def opened(cls, sound: Sound, container: Container) -> Iterator[Self]:
         """The file; FFmpegError where it is none, AudioError unreadable where it holds no sound."""
         with demuxed(sound, container) as (demuxer, stream):
-            length = None if container.length == "guessed" else length_seconds(demuxer, stream)
+            told = None if container.length == "guessed" else length_seconds(demuxer, stream)
             frames = decoded(demuxer, stream)
             first = next(frames, None)
             if first is None:
                 raise AudioError("unreadable", "not one frame of its sound decodes; fetch it again")
+            stated = container.declared_frames
+            length = told if stated is None or not first.sample_rate else stated / first.sample_rate
             yield cls(
                 sound=sound,
                 container=container,
@@ -102,13 +103,22 @@ class Ffmpeg:
 
 
 @contextmanager
+def readable(sound: Sound) -> Iterator[str | Readable]:
+    """What FFmpeg can open: a path it opens itself; beginning with a slash, no name is taken for a protocol."""
+    if isinstance(sound, Path):
+        yield str(sound.absolute())
+    else:
+        with opened(sound) as file:
+            yield file
+
+
+@contextmanager
 def demuxed(sound: Sound, container: Container) -> Iterator[tuple[InputContainer, AudioStream]]:
     """The file and its best audio stream."""
-    if isinstance(sound, Path):
-        file: str | BytesIO = str(sound.absolute())  # beginning with a slash, no name is taken for a protocol
-    else:
-        file = BytesIO(sound.getbuffer())  # its own position: a file may be opened twice at a time
-    with av.open(file, mode="r", format=container.demuxer, metadata_errors="replace") as demuxer:
+    with (
+        readable(sound) as file,
+        av.open(file, mode="r", format=container.demuxer, metadata_errors="replace") as demuxer,
+    ):
         stream = demuxer.streams.best("audio")
         if not isinstance(stream, AudioStream):
             raise AudioError("unreadable", "holds no stream of sound; fetch its audio")
@@ -137,11 +147,14 @@ def contained_seconds(sound: Sound, container: Container) -> float:
 
 
 def packets(demuxer: InputContainer, stream: AudioStream) -> Iterator[av.Packet]:
-    """Every packet up to the end, or to where the container is damaged."""
+    """Every packet up to the end, or to where the container is damaged; the declared length will tell.
+
+    PyAV ends with an IndexError where damage has looked like a further stream in the middle of a file.
+    """
     try:
         yield from demuxer.demux(stream)
-    except FFmpegError:
-        return  # the declared length will tell
+    except (FFmpegError, IndexError):
+        return
 
 
 def decoded(demuxer: InputContainer, stream: AudioStream) -> Iterator[AudioFrame]:

@@ -48,6 +48,9 @@ def _counts(corpus: Corpus, there: pl.Series) -> list[str]:
     if unmatched:
         some = ", ".join(unmatched[:UNMATCHED_SHOWN])
         lines.append(f"{len(unmatched):,} of {corpus.sources.files:,} sounds match no row, such as {some}")
+    if other := corpus.sources.other_start:
+        some = ", ".join(other[:UNMATCHED_SHOWN])
+        lines.append(f"{len(other):,} are of a listed video but of another segment, such as {some}")
     return lines
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from pipeline.errors import StoreError
 from pipeline.files import Part
+from pipeline.ledger import NEXT, commit_at, ledger_path, matches
 from pipeline.remote import fetch, push, reach, remove, sizes
-from pipeline.shards import intact, shard_path
-from pipeline.store import NEXT, Header, commit_at, ledger_path, read_table
+from pipeline.shards import shard_path
+from pipeline.store import Header, read_table
 
 CONNECTIONS = 16  # records fetched at a time
 KEPT = "kept"  # folder below the staging one, for shards that come back because rows of them are kept
@@ -85,7 +86,7 @@ class Mirror:
             return
         commit, _ = commit_at(waiting)
         with self.kept(commit.shard) as home:
-            if intact(shard_path(home, commit.shard), commit.size_bytes, commit.sha256):
+            if matches(home, commit):
                 push(waiting, self.url_of(waiting.with_suffix("")))
         remove(self.url_of(waiting))
         waiting.unlink()

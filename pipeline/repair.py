@@ -11,8 +11,9 @@ from pipeline.corpus import Corpus
 from pipeline.datasets.catalogue import corpus_of
 from pipeline.errors import StoreError
 from pipeline.files import locked
+from pipeline.ledger import ledger_path, read_commit
 from pipeline.shards import shard_path
-from pipeline.store import Header, ledger_path, read_commit
+from pipeline.store import Header
 from pipeline.verify import Fault
 
 

@@ -2,11 +2,12 @@
 
 import errno
 import hashlib
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any
 
 import numpy as np
 import polars as pl
@@ -14,13 +15,14 @@ import torch
 
 from pipeline.audio import Audio, AudioPolicy, load
 from pipeline.errors import AudioError, StoreError
-from pipeline.files import PARTIAL, fsync
+from pipeline.files import PARTIAL
+from pipeline.ledger import Commit, ledger_path, matches, place, read_commit
 from pipeline.locators import Locator
 from pipeline.manifest import RESULT_SCHEMA, failure
 from pipeline.mel import log_mel
 from pipeline.mirror import Mirror
-from pipeline.shards import ShardReader, ShardWriter, intact, shard_path
-from pipeline.store import NEXT, Commit, Header, commit_at, ledger_path, read_commit, write_commit
+from pipeline.shards import ShardReader, ShardWriter, shard_path
+from pipeline.store import Header
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -57,35 +59,38 @@ class ShardMaker:
     mirrors: dict[Path, Mirror] = field(default_factory=dict)  # of the stores that lie elsewhere
 
     def __call__(self, task: BlockTask) -> Iterator[int | None]:
-        """Fill, write and commit the block's shards; yields each row before it is decoded, None before a commit.
+        """Fill, write and commit the block's shards; yields each row before it is decoded, None before the writing.
 
-        Rows that are good already are kept; where no other changes, a shard is left alone. StoreError if it is
-        damaged: keeping its rows would give them fresh checksums.
+        Sounds are decoded in the order in which they lie in their archives, rows are written in their own. Rows that
+        are good already are kept; where no other changes, a shard is left alone. StoreError if it is damaged: keeping
+        its rows would give them fresh checksums.
         """
+        first, last = task.clips[0].row, task.clips[-1].row
         with ExitStack() as stack:
-            hands: list[_Hand] = []
-            for clip in task.clips:
-                for store, header in self.stores:
-                    if clip.row % header.layout.shard_clips == 0:
-                        hand = _Hand(store, header, clip.row, task, self.mirrors.get(store))
-                        hands.append(stack.enter_context(hand))
+            hands = [
+                stack.enter_context(closing(_Hand(store, header, shard, self.mirrors.get(store))))
+                for store, header in self.stores
+                for shard in range(first // header.layout.shard_clips, last // header.layout.shard_clips + 1)
+            ]
+            for clip in sorted(task.clips, key=_lies):
                 if wanting := [hand for hand in hands if hand.wants(clip.row)]:
                     yield clip.row
                     heard = self._heard(clip, task)
                     for hand in wanting:
                         hand.fill(clip, heard)
-                if done := [hand for hand in hands if hand.last_row == clip.row]:
-                    yield None
-                    for hand in done:
-                        hand.commit()
-                    hands = [hand for hand in hands if hand not in done]
+            yield None
+            splits = {clip.row: clip.split for clip in task.clips}
+            for hand in hands:
+                hand.commit(splits)
 
     def _heard(self, clip: Clip, task: BlockTask) -> "Audio | dict[str, Any]":
         """The clip's sound, or the result columns that say why there is none."""
         if clip.duplicate is not None:
             return failure("duplicate", clip.duplicate)
         if clip.locator is None:
-            return failure("missing", "no sound for this id and start in what was given")
+            return failure(
+                "missing", "no sound for this id and start in the folders and archives that were given"
+            )
         if clip.row in task.condemned:
             return failure(*task.condemned[clip.row], source=clip.locator.source)
         longest = max(header.spec.clip_seconds for _, header in self.stores)
@@ -101,105 +106,105 @@ class ShardMaker:
             return failure(error.reason, str(error), source=clip.locator.source)
 
 
-class _Hand:
-    """One shard in the making. It is written from the first row on that is not as it was: before, there is no file."""
+def _lies(clip: Clip) -> tuple[str, int, int, int]:
+    """Where a clip's sound lies, so that an archive is read from its beginning to its end."""
+    where = clip.locator
+    if where is None:
+        return "", 0, 0, clip.row
+    return where.path, where.group or 0, where.row or where.offset or 0, clip.row
 
-    def __init__(self, store: Path, header: Header, row: int, task: BlockTask, mirror: Mirror | None) -> None:
-        """The shard of `store` that holds a row."""
-        self.store, self.header, self.shard = store, header, row // header.layout.shard_clips
-        self._mirror, shard = mirror, self.shard
-        rows = header.layout.rows(shard)
-        self.first_row, self.last_row = rows[0], rows[-1]
-        self._splits = {clip.row: clip.split for clip in task.clips if clip.row in rows}
+
+class _Hand:
+    """One shard in the making: new spectrograms wait in a file without a name, one place a row, until all are there."""
+
+    def __init__(self, store: Path, header: Header, shard: int, mirror: Mirror | None) -> None:
+        self.store, self.header, self.shard, self._mirror = store, header, shard, mirror
+        self.rows = header.layout.rows(shard)
         record = read_commit(store, shard)
         self._before = None if record is None else record[0]
-        self._old = [failure("missing", "")] * len(rows) if record is None else record[1].to_dicts()
+        self._old = [failure("missing", "")] * len(self.rows) if record is None else record[1].to_dicts()
         self._results = list(self._old)
-        self._writer: ShardWriter | None = None
-        self._reader: ShardReader | None = None
-        self._written = self.first_row  # rows before this one are in the writer
-        self._moments = Moments()
-        self._brought = ExitStack()
+        self._waiting: IO[bytes] | None = None
         for debris in shard_path(store, shard).parent.glob(f"*{PARTIAL}"):  # of a process that died
             debris.unlink()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Drop what is unfinished."""
-        if self._writer is not None:
-            self._writer.drop()
-        self._brought.close()
+    def close(self) -> None:
+        """Forget what was not committed."""
+        if self._waiting is not None:
+            self._waiting.close()
 
     def wants(self, row: int) -> bool:
-        return self._old[row - self.first_row]["status"] != "good"
+        return row in self.rows and self._old[row - self.rows[0]]["status"] != "good"
 
     def fill(self, clip: Clip, heard: "Audio | dict[str, Any]") -> None:
         """Take in what became of a clip."""
-        if isinstance(heard, Audio):
-            assert clip.locator is not None
-            mel_TF, result = spectrogram(heard, self.header)
-            self._results[clip.row - self.first_row] = {"source": clip.locator.source} | result
-            self._catch_up(clip.row)
-            self._append(clip.row, mel_TF)
-        else:
-            self._results[clip.row - self.first_row] = heard
+        number = clip.row - self.rows[0]
+        if not isinstance(heard, Audio):
+            self._results[number] = heard
+            return
+        assert clip.locator is not None
+        mel_TF, result = spectrogram(heard, self.header)
+        self._results[number] = {"source": clip.locator.source} | result
+        with _disk(self.store, self.shard):
+            if self._waiting is None:
+                self._waiting = tempfile.TemporaryFile(dir=self.store)  # noqa: SIM115  (closed by `close`)
+            self._waiting.seek(number * mel_TF.nbytes)
+            self._waiting.write(mel_TF.data)
+            self._waiting.flush()
 
-    def _catch_up(self, row: int) -> None:
-        """Append the rows before `row` that were good already, out of the shard that is there."""
-        kept = [r for r in range(self._written, row) if not self.wants(r)]
-        if kept and self._reader is None:
-            self._reader = self._reader_of_kept()
-        layout = self.header.layout
-        for old_row in kept:
-            assert self._reader is not None
+    def commit(self, splits: Mapping[int, str]) -> None:
+        """Write the shard and its record, if anything has changed."""
+        if self._before is not None and self._results == self._old:
+            return
+        moments, writer = Moments(), None
+        with ExitStack() as stack, _disk(self.store, self.shard):
+            for row, mel_TF in self._good(stack):
+                if writer is None:
+                    writer = ShardWriter(self.store, self.header.layout, self.shard)
+                    stack.callback(writer.drop)
+                writer.add(row, mel_TF)
+                n_frames = self._results[row - self.rows[0]]["n_frames"]
+                stored_TF = mel_TF[:n_frames].astype(np.float64)
+                moments.add(splits[row], self.header.offset + self.header.scale * stored_TF)
+            commit = Commit(
+                shard=self.shard,
+                spec_id=self.header.spec.spec_id,
+                plan_id=self.header.plan_id,
+                sha256=hashlib.sha256().hexdigest() if writer is None else writer.finish(),
+                size_bytes=0 if writer is None else writer.size_bytes,
+                moments=moments.to_json(),
+            )
+            results = pl.DataFrame(self._results, schema=RESULT_SCHEMA, orient="row")
+            place(self.store, commit, results, writer)
+        if self._mirror is not None:
+            self._mirror.push_shard(self.shard)
+
+    def _good(self, stack: ExitStack) -> Iterator[tuple[int, np.ndarray]]:
+        """The good rows in their order with their spectrograms: those that wait, and those kept of the old shard."""
+        layout, reader = self.header.layout, None
+        for number, (row, old, new) in enumerate(zip(self.rows, self._old, self._results, strict=True)):
             mel_TF = np.empty((layout.frames, layout.bands), layout.dtype)
-            self._reader.read_into(old_row, mel_TF)
-            self._append(old_row, mel_TF)
-        self._written = row
+            if old["status"] == "good":
+                if reader is None:
+                    reader = self._reader(stack)
+                reader.read_into(row, mel_TF)
+                yield row, mel_TF
+            elif new["status"] == "good":
+                assert self._waiting is not None
+                self._waiting.seek(number * mel_TF.nbytes)
+                self._waiting.readinto(mel_TF.data.cast("B"))  # type: ignore[attr-defined]
+                yield row, mel_TF
 
-    def _reader_of_kept(self) -> ShardReader:
-        """Of the shard as it was, brought here if it lies elsewhere."""
+    def _reader(self, stack: ExitStack) -> ShardReader:
+        """Of the shard as it was, brought here if it lies elsewhere; StoreError where it is not what was committed."""
         mirror, record = self._mirror, ledger_path(self.store, self.shard)
-        home = self._brought.enter_context(mirror.kept(self.shard)) if mirror else self.store
+        home = stack.enter_context(mirror.kept(self.shard)) if mirror else self.store
         if self._before is not None and matches(home, self._before):
             return ShardReader(home, self.header.layout)
         how = f"run: ajepa-data verify {self.store} --repair (or delete {record} and build again)"
         if mirror:
             how = f"delete {mirror.url_of(record)} and build again"
         raise StoreError(f"{mirror.url if mirror else self.store}: shard {self.shard} is damaged; {how}")
-
-    def _append(self, row: int, mel_TF: np.ndarray) -> None:
-        with _disk(self.store, self.shard):
-            if self._writer is None:
-                self._writer = ShardWriter(self.store, self.header.layout, self.shard)
-            self._writer.add(row, mel_TF)
-        n_frames = self._results[row - self.first_row]["n_frames"]
-        values_TF = self.header.offset + self.header.scale * mel_TF[:n_frames].astype(np.float64)
-        self._moments.add(self._splits[row], values_TF)
-        self._written = row + 1
-
-    def commit(self) -> None:
-        """Write the rest and the record, if anything has changed."""
-        if self._before is not None and self._results == self._old:
-            return
-        self._catch_up(self.last_row + 1)
-        with _disk(self.store, self.shard):
-            commit = Commit(
-                shard=self.shard,
-                spec_id=self.header.spec.spec_id,
-                plan_id=self.header.plan_id,
-                sha256=hashlib.sha256().hexdigest() if self._writer is None else self._writer.finish(),
-                size_bytes=0 if self._writer is None else self._writer.size_bytes,
-                moments=self._moments.to_json(),
-            )
-            results = pl.DataFrame(self._results, schema=RESULT_SCHEMA, orient="row")
-            place(self.store, commit, results, self._writer)
-        self._writer = None
-        self._brought.close()
-        if self._mirror is not None:
-            self._mirror.push_shard(self.shard)
 
 
 @contextmanager
@@ -213,33 +218,6 @@ def _disk(store: Path, shard: int) -> Iterator[None]:
         raise StoreError(
             f"{store}: no space left for shard {shard}; free some and run the same command again: it carries on"
         ) from None
-
-
-def place(store: Path, commit: Commit, results: pl.DataFrame, writer: ShardWriter | None) -> None:
-    """Put a shard and its record in place so that at every instant the old pair or the new one can be had.
-
-    The new record waits as `.next` while the shard is renamed; `settle` decides by the shard's digest.
-    """
-    record = ledger_path(store, commit.shard)
-    waiting = record.with_name(record.name + NEXT)
-    write_commit(waiting, commit, results)
-    if writer is not None:
-        writer.place()
-    settle(store, waiting)
-
-
-def settle(store: Path, waiting: Path) -> None:
-    """Adopt a waiting record if the shard it tells of is in place, else drop it: the old record holds."""
-    if matches(store, commit_at(waiting)[0]):
-        waiting.replace(waiting.with_suffix(""))
-    else:
-        waiting.unlink()
-    fsync(waiting.parent)
-
-
-def matches(store: Path, commit: Commit) -> bool:
-    """Whether the shard on disk is the one that was committed."""
-    return intact(shard_path(store, commit.shard), commit.size_bytes, commit.sha256)
 
 
 def spectrogram(audio: Audio, header: Header) -> tuple[np.ndarray, dict[str, Any]]:

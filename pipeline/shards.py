@@ -104,16 +104,6 @@ def _array(store: LocalStore | MemoryStore, layout: Layout) -> zarr.Array:
     )
 
 
-def intact(path: Path, size_bytes: int, sha256: str) -> bool:
-    """Whether a shard on disk is the one that was committed, byte for byte; one of 0 bytes is not there."""
-    if not size_bytes:
-        return not path.exists()
-    if not path.is_file() or path.stat().st_size != size_bytes:
-        return False
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
-
-
 class ShardWriter:
     """One shard, written clip by clip beside its place: the bytes that zarr-python would write, without a copy of them.
 

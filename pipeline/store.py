@@ -15,7 +15,6 @@ NAME.zarr/              a Zarr v3 group: any Zarr v3 library opens it
   build.json            what was asked, versions, time taken: of the run, so the one file in which equal builds differ
 """
 
-import hashlib
 import json
 import math
 import threading
@@ -32,14 +31,13 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import StoreError
 from pipeline.files import replacing
-from pipeline.manifest import RESULT_SCHEMA, check_schema
+from pipeline.manifest import check_schema
 from pipeline.melspec import MelSpec
 from pipeline.ontology import ClassList
-from pipeline.shards import Layout, ShardReader, shard_path
+from pipeline.shards import Layout, ShardReader
 
 FORMAT = 1
 METADATA_KEY = b"ajepa"
-NEXT = ".next"  # suffix of a record whose shard is about to be placed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,53 +89,6 @@ class Header:
         )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Commit:
-    """What the ledger says of one shard beside the results of its rows."""
-
-    shard: int
-    spec_id: str
-    plan_id: str
-    size_bytes: int  # 0: no clip of the shard is good, and Zarr keeps no object
-    sha256: str
-    moments: dict[str, dict[str, Any]]  # per split: frames, sum_F, square_F over valid frames of good clips
-
-
-def ledger_path(store: Path, shard: int) -> Path:
-    return store / "ledger" / f"{shard:06d}.parquet"
-
-
-def stray_shards(store: Path) -> list[Path]:
-    """Objects below `mel/c` that no record of the ledger tells of."""
-    known = {shard_path(store, int(path.stem)) for path in store.glob("ledger/[0-9]*.parquet")}
-    return sorted(set(store.glob("mel/c/*/0/0")) - known)
-
-
-def write_commit(path: Path, commit: Commit, results: pl.DataFrame) -> None:
-    """Write what the ledger says of a shard."""
-    write_table(path, results.select(*RESULT_SCHEMA), asdict(commit))
-
-
-def read_commit(store: Path, shard: int) -> tuple[Commit, pl.DataFrame] | None:
-    """A shard's commit and the results of its rows, or None where it is not committed."""
-    path = ledger_path(store, shard)
-    if not path.exists():
-        return None
-    commit, results = commit_at(path)
-    if commit.shard != shard:
-        raise StoreError(f"{path}: is the record of shard {commit.shard}; delete it and build again")
-    return commit, results
-
-
-def commit_at(path: Path) -> tuple[Commit, pl.DataFrame]:
-    """The record in one file of the ledger; raises StoreError."""
-    frame, metadata = read_table(path)
-    try:
-        return Commit(**metadata), frame.select(*RESULT_SCHEMA)
-    except (TypeError, pl.exceptions.ColumnNotFoundError):
-        raise StoreError(f"{path}: is no record of a shard; delete it and build again") from None
-
-
 def write_table(path: Path, frame: pl.DataFrame, metadata: dict[str, Any]) -> None:
     """A Parquet file with `metadata` as JSON in its schema, whole or not at all; equal input gives equal bytes."""
     table = frame.to_arrow(compat_level=pl.CompatLevel.oldest())
@@ -159,12 +110,6 @@ def read_table(path: Path) -> tuple[pl.DataFrame, dict[str, Any]]:
     frame = pl.from_arrow(table)
     assert isinstance(frame, pl.DataFrame)
     return frame, json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
-
-
-def store_id(header: Header, commits: Sequence[Commit]) -> str:
-    """12 hex digits of plan, spec, and every shard's digest."""
-    text = " ".join([header.plan_id, header.spec.spec_id, *(commit.sha256 for commit in commits)])
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 class FeatureStore:

@@ -14,9 +14,10 @@ import polars as pl
 from pipeline.errors import ManifestError, StoreError
 from pipeline.files import PARTIAL
 from pipeline.finalise import statistics
+from pipeline.ledger import NEXT, Commit, read_commit, store_id, stray_shards
 from pipeline.manifest import RESULT_SCHEMA, check_schema
 from pipeline.shards import ABSENT, CRC_BYTES, array_json, read_index, shard_path
-from pipeline.store import NEXT, Commit, Header, read_commit, read_table, store_id, stray_shards
+from pipeline.store import Header, read_table
 
 Record = tuple[Commit, pl.DataFrame]
 

@@ -23,7 +23,14 @@ ENCODERS = {  # suffix: FFmpeg's codec, container and its options
     ".aiff": ("pcm_s16be", "aiff", {}),
     ".bare.mp3": ("libmp3lame", "mp3", {"write_xing": "0"}),
 }
-SUBTYPES = {".flac": "PCM_16", ".ogg": "VORBIS", ".mp3": "MPEG_LAYER_III"}
+SUBTYPES = {
+    ".flac": "PCM_16",
+    ".ogg": "VORBIS",
+    ".mp3": "MPEG_LAYER_III",
+    ".au": "PCM_16",
+    ".caf": "PCM_16",
+    ".w64": "PCM_16",
+}
 
 
 def write(path: Path, wave_SC: np.ndarray, rate_hz: int, *, subtype: str = "PCM_16") -> Path:

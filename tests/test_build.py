@@ -1,5 +1,6 @@
 """From files to a store: what comes out, and that nothing that happens on the way changes it."""
 
+import itertools
 import json
 import os
 import signal
@@ -17,16 +18,18 @@ import zarr
 from conftest import assert_same_bytes, build
 from corpus import BROKEN, MISSING, SHORT, SILENT, clip_id, tone_in_noise, write_corpus
 
+from pipeline import shardmaker
 from pipeline.audio import load
 from pipeline.build import Output, build_store
 from pipeline.datasets.audioset import audioset
 from pipeline.errors import InputError, StoreError
 from pipeline.files import locked
+from pipeline.ledger import ledger_path
 from pipeline.locators import Locator
 from pipeline.mel import log_mel
 from pipeline.melspec import mel_spec
 from pipeline.shards import shard_path
-from pipeline.store import FeatureStore, ledger_path
+from pipeline.store import FeatureStore
 from pipeline.verify import faults_of
 
 BUILD = """
@@ -188,9 +191,9 @@ def test_a_crash_while_a_shard_is_replaced_loses_no_good_row(grown, tmp_path, mo
         raise KeyboardInterrupt
 
     target = {
-        "shard written": "pipeline.shardmaker.write_commit",
+        "shard written": "pipeline.ledger.write_commit",
         "record waits": "pipeline.files.Path.replace",
-        "shard placed": "pipeline.shardmaker.settle",
+        "shard placed": "pipeline.ledger.settle",
     }
     with monkeypatch.context() as patch:
         replace = Path.replace
@@ -266,7 +269,7 @@ def test_a_store_of_another_kind_is_not_continued(corpus, fresh, change, said):
     with pytest.raises(StoreError, match=said):
         build(corpus, fresh, **change)
     fewer = audioset([corpus / "audio"], [corpus / "a_train_segments.csv"])
-    with pytest.raises(StoreError, match="other segments"):
+    with pytest.raises(StoreError, match="other clips, lists or classes"):
         build_store(fewer, Output(path=fresh, spec=mel_spec("a-jepa")))
     assert (fresh / "manifest.parquet").read_bytes() == before
 
@@ -321,3 +324,39 @@ def test_what_is_no_store_is_refused(tmp_path, path):
     """With the command that makes one."""
     with pytest.raises(StoreError, match="not a feature store; make one with"):
         FeatureStore.open(tmp_path / path)
+
+
+def test_a_full_disk_is_said_and_costs_nothing(corpus, fresh, tmp_path):
+    """Simulated by a limit on the size of files; the same command carries on."""
+    out = tmp_path / "full.zarr"
+    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))"
+    code = BUILD.format(corpus=str(corpus), out=str(out)).replace("build(", f"{limit}; build(")
+    said = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    assert "StoreError" in said.stderr
+    assert "no space left for shard 0; free some and run the same command again" in said.stderr
+    assert not [path for path in out.rglob("*") if path.is_file() and path.stat().st_size > 2**19]
+    build(corpus, out)
+    assert_same_bytes(fresh, out)
+
+
+def test_sounds_are_read_in_the_order_in_which_they_lie(corpus, tmp_path, monkeypatch):
+    """A Parquet row group is read whole for one clip: in the order of rows an archive would be read over and over."""
+    heard = []
+    load = shardmaker.load
+    monkeypatch.setattr(
+        shardmaker, "load", lambda locator, **how: heard.append(locator.path) or load(locator, **how)
+    )
+    shuffled = tmp_path / "lists"
+    shuffled.mkdir()
+    for name in ("a_train_segments.csv", "eval_segments.csv"):
+        head, rows = np.split(np.array((corpus / name).read_text().splitlines()), [3])
+        (shuffled / name).write_text("\n".join([*head, *np.random.default_rng(0).permutation(rows)]) + "\n")
+    (shuffled / "audio").symlink_to(corpus / "audio")
+    build(shuffled, tmp_path / "x.zarr")
+    assert len(heard) == 47
+    assert (
+        sum(later < earlier for earlier, later in itertools.pairwise(heard)) <= 2
+    )  # between the three shards

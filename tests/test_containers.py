@@ -29,6 +29,9 @@ KIND_OF = {
     ".ts": "mpegts",
     ".wv": "wavpack",
     ".aiff": "aiff",
+    ".au": "au",
+    ".caf": "caf",
+    ".w64": "w64",
 }
 
 
@@ -50,7 +53,7 @@ def test_the_first_bytes_tell_the_container_whatever_the_name(tmp_path, suffix):
     renamed = path.rename(tmp_path / "sound.xyz")
     assert recognise(renamed).demuxer == kind.demuxer
     assert not recognise(renamed).misnamed(renamed)
-    assert recognise(renamed).misnamed(renamed.with_suffix(".w64"))
+    assert recognise(renamed).misnamed(renamed.with_suffix(".amr"))
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -192,3 +195,38 @@ def test_a_name_without_a_known_extension_names_nothing(tmp_path):
     assert not wav.misnamed(tmp_path / "abcdefghijk")
     assert not wav.misnamed(tmp_path / "abcdefghijk.WAV")
     assert wav.misnamed(tmp_path / "abcdefghijk.FLAC")
+
+
+@pytest.mark.parametrize(("size", "frames"), [(24 + 2 * 7, 7), (0, None), (2**63 - 1, None)])
+def test_a_w64_declares_its_frames_or_says_that_it_does_not_know(tmp_path, size, frames):
+    """FFmpeg's own duration is what is there; a size that was never filled in promises nothing."""
+    path = write(tmp_path / "sound.w64", babble(0.1, 8_000), 8_000)
+    assert recognise(path).declared_frames == 800
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<Q", content, content.index(b"data\xf3\xac\xd3\x11") + 16, size)
+    path.write_bytes(content)
+    assert recognise(path).declared_frames == frames
+
+
+@pytest.mark.parametrize(("size", "frames"), [(4 + 2 * 7, 7), (-1, None), (0, None)])
+def test_a_caf_declares_its_frames_or_says_that_it_does_not_know(tmp_path, size, frames):
+    """-1 is Apple's word for: to the end of the file."""
+    path = write(tmp_path / "sound.caf", babble(0.1, 8_000), 8_000)
+    assert recognise(path).declared_frames == 800
+    content = bytearray(path.read_bytes())
+    struct.pack_into(">q", content, content.index(b"data") + 4, size)
+    path.write_bytes(content)
+    assert recognise(path).declared_frames == frames
+
+
+@pytest.mark.parametrize("suffix", [".w64", ".caf"])
+def test_a_chunk_larger_than_any_file_is_the_last(tmp_path, suffix):
+    """No file can be sought beyond 2^63 bytes, and some damage asks for it."""
+    path = write(tmp_path / f"sound{suffix}", babble(0.1, 8_000), 8_000)
+    content = bytearray(path.read_bytes())
+    place = content.index(b"fmt " if suffix == ".w64" else b"desc")
+    size = struct.pack("<Q", 2**64 - 9) if suffix == ".w64" else struct.pack(">q", 2**63 - 1)
+    start = place + (16 if suffix == ".w64" else 4)
+    content[start : start + 8] = size
+    path.write_bytes(content)
+    assert recognise(path).declared_frames is None

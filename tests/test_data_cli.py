@@ -1,5 +1,6 @@
 """ajepa-data as a newcomer meets it: what it prints, and what it says of mistakes."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import typer
 from corpus import write_corpus
 
 from pipeline import cli
+from pipeline.shards import shard_path
+from pipeline.store import FeatureStore
 
 PROGRAM = [sys.executable, "-c", "if __name__ == '__main__':\n    from pipeline.cli import main; main()"]
 
@@ -67,17 +70,15 @@ def test_what_is_no_store_is_said_in_one_line(tmp_path, monkeypatch, capsys, com
 
 def test_faults_end_in_status_1(store_path, tmp_path, monkeypatch, capsys):
     """A script must be able to stop on them."""
-    import shutil
-
     copy = shutil.copytree(store_path, tmp_path / "copy.zarr")
     (copy / "stats.json").unlink()
     assert run("verify", copy, monkeypatch=monkeypatch) == 1
     assert "stats.json" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_an_interrupted_build_says_that_it_carries_on(corpus, tmp_path, number):
-    """Ctrl-C and a batch system's SIGTERM: one line, status 75, and no worker left behind."""
+    """Ctrl-C, a batch system's SIGTERM and its warning: one line, status 75, and no worker left behind."""
     arguments = [str(a) for a in wish(corpus, tmp_path / "x.zarr", "--workers", 1)]
     process = subprocess.Popen(
         [*PROGRAM, *arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
@@ -126,3 +127,50 @@ def command_of(pid: str) -> str:
         return Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:
         return ""
+
+
+def test_one_pass_makes_a_store_for_every_spec(corpus, tmp_path, monkeypatch, capsys):
+    """A preset and a file of one's own; each --spec has its --out."""
+    (tmp_path / "mine.toml").write_text('base = "a-jepa"\nmel_bands = 40\n')
+    more = ["--spec", "audio-jepa", "--spec", tmp_path / "mine.toml", "--out", tmp_path / "b.zarr"]
+    assert run(*wish(corpus, tmp_path / "a.zarr", *more), monkeypatch=monkeypatch) == 0
+    assert FeatureStore.open(tmp_path / "a.zarr").spec.name == "audio-jepa"
+    assert FeatureStore.open(tmp_path / "b.zarr").spec.mel_bands == 40
+    assert (
+        run(*wish(corpus, tmp_path / "c.zarr", *more), "--out", tmp_path / "d.zarr", monkeypatch=monkeypatch)
+        == 1
+    )
+    assert "2 --spec and 3 --out: every store needs one of each" in capsys.readouterr().err
+
+
+def test_parts_and_finalize_by_their_commands(corpus, tmp_path, monkeypatch, capsys):
+    """A job array of two; what is missing is named, the last part finishes."""
+    out = tmp_path / "x.zarr"
+    assert run(*wish(corpus, out, "--part", "1/2"), monkeypatch=monkeypatch) == 0
+    assert "part 1/2 is done" in capsys.readouterr().out
+    assert run("finalize", out, monkeypatch=monkeypatch) == 1
+    assert "2 of 3 shards are not built, the first is 0" in capsys.readouterr().err
+    assert run(*wish(corpus, out, "--part", "0/2"), monkeypatch=monkeypatch) == 0
+    assert run("finalize", out, monkeypatch=monkeypatch) == 0
+    assert run("verify", out, "--sample", "1", monkeypatch=monkeypatch) == 0
+
+
+def test_damaged_lines_are_left_out_when_asked(corpus, tmp_path, monkeypatch, capsys):
+    """And named; without --lenient nothing is built."""
+    lists = tmp_path / "a_train_segments.csv"
+    lists.write_text((corpus / "a_train_segments.csv").read_text() + '#NAME?, 30.000, 40.000, "/m/04rlf"\n')
+    arguments = ["build-audioset", "--audio", corpus / "audio", "--segments", lists, "--workers", 0]
+    assert run(*arguments, "--out", tmp_path / "x.zarr", monkeypatch=monkeypatch) == 1
+    assert "line 40" in capsys.readouterr().err
+    assert run(*arguments, "--out", tmp_path / "x.zarr", "--lenient", monkeypatch=monkeypatch) == 0
+    assert "#NAME?" in capsys.readouterr().err
+
+
+def test_a_repair_is_one_command(store_path, tmp_path, monkeypatch, capsys):
+    """Status 1 and the command for it; then status 0 and a store that is whole."""
+    copy = shutil.copytree(store_path, tmp_path / "copy.zarr")
+    shard_path(copy, 1).write_bytes(b"short")
+    assert run("verify", copy, monkeypatch=monkeypatch) == 1
+    assert f"mend them with: ajepa-data verify {copy} --repair" in capsys.readouterr().err
+    assert run("verify", copy, "--repair", "--workers", 0, monkeypatch=monkeypatch) == 0
+    assert run("verify", copy, monkeypatch=monkeypatch) == 0

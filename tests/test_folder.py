@@ -255,8 +255,8 @@ def test_a_wrong_folder_says_what_is_there(clips):
     with pytest.raises(InputError, match="a file; give the folder"):
         folder(clips / "a.wav")
     (clips.parent / "lists" / "x").mkdir(parents=True)
-    (clips.parent / "lists" / "x" / "y.WMA").touch()
-    with pytest.raises(InputError, match=r"no sounds below it; looked for \.flac.*; found 1 \.wma"):
+    (clips.parent / "lists" / "x" / "y.MID").touch()
+    with pytest.raises(InputError, match=r"no sounds below it; looked for \.flac.*; found 1 \.mid"):
         folder(clips.parent / "lists")
 
 

@@ -10,9 +10,9 @@ from conftest import assert_same_bytes
 from corpus import clip_id
 
 from pipeline.errors import StoreError
+from pipeline.ledger import ledger_path
 from pipeline.repair import repair
 from pipeline.shards import shard_path
-from pipeline.store import ledger_path
 from pipeline.verify import faults_of
 
 

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from sounds import write
 
-from pipeline.build import Build, build_store
+from pipeline.build import Build, Output, build_store
 from pipeline.corpus import Corpus
-from pipeline.mel import MelSpec, log_mel, mel_spec
+from pipeline.mel import log_mel
+from pipeline.melspec import MelSpec, mel_spec
 from pipeline.store import FeatureStore
 
 RATE_HZ = 16_000
@@ -58,7 +59,7 @@ def heard(mel_TF: np.ndarray, n_frames: int, spec: MelSpec) -> list[int]:
 
 def built(corpus: Corpus, out: Path) -> tuple[FeatureStore, dict[str, list[int]]]:
     """The store, and what each good clip sounds like."""
-    build_store(corpus, out, Build(spec=SPEC, workers=0))
+    build_store(corpus, Output(path=out, spec=SPEC), Build(workers=0))
     store = FeatureStore.open(out)
     ids = store.manifest["clip_id"]
     return store, {

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.audio import AudioPolicy
 from pipeline.containers import recognise
 from pipeline.datasets.listed import Listed
-from pipeline.decoders import COMPLETE, Segment, decode
+from pipeline.decoders import Segment, decode
 from pipeline.errors import AudioError, InputError
 from pipeline.locators import Locator
 
@@ -66,39 +66,24 @@ def fitted(
     """The clips with their ends, cut where a hop says so, and notes on what could not be as listed.
 
     A piece's id is the clip's with `@` and the millisecond of the sound that it starts at. A sound whose length
-    cannot be told stays one clip; the build will say why. One that starts behind its sound's end loses its path.
+    cannot be told, or that ends before the clip starts, stays one clip; the build will say why.
     """
-    opened = [
-        clip.path for clip in clips if clip.path and (cut.hop_seconds is not None or clip.start_seconds > 0)
-    ]
+    opened = [clip.path for clip in clips if clip.path and cut.hop_seconds is not None]
     seconds_of = lengths(list(dict.fromkeys(opened)), progress=progress)
-    done: list[Listed] = []
-    behind, shortened = list[Listed](), list[Listed]()
+    done, behind = list[Listed](), list[Listed]()
     for clip in clips:
         length_seconds = seconds_of.get(clip.path) if clip.path else None
         if length_seconds is not None and clip.start_seconds >= round(length_seconds, 3):
             behind.append(clip)
-            clip = replace(clip, path=None)
-        for piece in _pieces(clip, cut, length_seconds):
-            end_seconds = _findable(piece, length_seconds)
-            if end_seconds != piece.end_seconds:
-                shortened.append(piece)
-                piece = replace(piece, end_seconds=end_seconds)
-            done.append(piece)
-    return done, [*_told(behind, "start behind the end of their sound"), *_told(shortened, SHORTENED)]
-
-
-SHORTENED = (
-    "leave out only the first instants of a sound; up to 5 % of their end is left out, to be sure of them"
-)
+            length_seconds = None
+        done.extend(_pieces(clip, cut, length_seconds))
+    return done, _told(behind, "start behind the end of their sound")
 
 
 def _pieces(clip: Listed, cut: Cut, length_seconds: float | None) -> Iterator[Listed]:
     begin_seconds, end_seconds = clip.start_seconds, clip.end_seconds
     if cut.hop_seconds is None:
         stop_seconds = begin_seconds + cut.clip_seconds if end_seconds is None else end_seconds
-        if begin_seconds > 0 and length_seconds is not None and clip.path:
-            stop_seconds = min(stop_seconds, length_seconds)
         yield replace(clip, end_seconds=round(stop_seconds, 3))
         return
     known = length_seconds is not None and length_seconds <= LONGEST_SECONDS and clip.path is not None
@@ -108,16 +93,6 @@ def _pieces(clip: Listed, cut: Cut, length_seconds: float | None) -> Iterator[Li
     for start_seconds, end_seconds in cut.spans(begin_seconds, stop_seconds):
         clip_id = f"{clip.clip_id}@{round(start_seconds * 1000)}"
         yield replace(clip, clip_id=clip_id, start_seconds=start_seconds, end_seconds=end_seconds)
-
-
-def _findable(clip: Listed, length_seconds: float | None) -> float | None:
-    """The end at which `audio.load` surely cuts the clip out: it takes a file little longer for the clip itself."""
-    assert clip.end_seconds is not None
-    if not clip.start_seconds or length_seconds is None or clip.path is None:
-        return clip.end_seconds
-    if Segment(clip.start_seconds, clip.end_seconds).lies_in(length_seconds):
-        return clip.end_seconds
-    return round(clip.start_seconds + length_seconds / (2 - COMPLETE) - 0.001, 3)
 
 
 def _told(clips: Sequence[Listed], what: str) -> list[str]:

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.corpus import Corpus
-from pipeline.datasets.audioset import EXTENSIONS, walk
 from pipeline.datasets.cutting import Cut, Progress, fitted
 from pipeline.datasets.listed import Listed, meant, plan_of, sources_of
 from pipeline.datasets.table import Row, Table, load_table
 from pipeline.errors import InputError, ManifestError
+from pipeline.layouts import EXTENSIONS, sounds
 from pipeline.ontology import ClassList
 
 LABELS_FROM = ("none", "parent")
@@ -213,7 +213,7 @@ class Below:
             raise InputError(f"{root}: no such folder{meant(root)}")
         if not root.is_dir():
             raise InputError(f"{root}: a file; give the folder that it lies in")
-        every = list(walk(root))
+        every = list(sounds(root))
         names = [name for name in every if not os.path.basename(name).startswith("._")]
         if not names:
             found = Counter(path.suffix.lower() or path.name for path in root.rglob("*") if path.is_file())

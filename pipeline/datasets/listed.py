@@ -31,13 +31,18 @@ class Listed:
 
 
 def loose(paths: Sequence[str | None], sources: Sequence[str], **known: object) -> Sources:
-    """Sources of files that lie loose: row i is the file `paths[i]`, told of as `sources[i]`."""
-    frame = pl.DataFrame({"path": paths, "source": sources}, schema_overrides=SOURCES_SCHEMA)
+    """Sources of files that lie loose: row i is the file `paths[i]`, told of as `sources[i]`, to be cut exactly."""
     there = pl.col("path").is_not_null()
-    frame = frame.select(
-        kind=pl.when(there).then(pl.lit("file")), path="path", source=pl.when(there).then("source")
+    frame = pl.DataFrame(
+        {"path": paths, "source": sources}, schema={"path": pl.String, "source": pl.String}
+    ).select(
+        kind=pl.when(there).then(pl.lit("file")),
+        path="path",
+        source=pl.when(there).then("source"),
+        exact=pl.lit(True),
     )
-    return Sources(frame=frame, **known)  # type: ignore[arg-type]
+    absent = [pl.lit(None, dtype=t).alias(n) for n, t in SOURCES_SCHEMA.items() if n not in frame.columns]
+    return Sources(frame=frame.select(*frame.columns, *absent).select(*SOURCES_SCHEMA), **known)  # type: ignore[arg-type]
 
 
 def plan_of(clips: Sequence[Listed]) -> pl.DataFrame:

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from pipeline.corpus import Corpus
-from pipeline.datasets.audioset import walk
 from pipeline.datasets.listed import Listed, check_layout, counted, plan_of, present, sources_of, text_of
 from pipeline.errors import InputError
+from pipeline.layouts import sounds
 from pipeline.ontology import ClassList
 
 NEEDED = ("validation_list.txt", "testing_list.txt")
@@ -35,7 +35,9 @@ def speech_commands(root: Path | str, version: str = "v2") -> Corpus:
     check_layout(folder, "Speech Commands", NEEDED)
     split_of = _split_of(folder)
     there = [
-        name for name in walk(folder) if name.count("/") == 1 and not name.rpartition("/")[2].startswith("._")
+        name
+        for name in sounds(folder)
+        if name.count("/") == 1 and not name.rpartition("/")[2].startswith("._")
     ]
     words = WORDS[version]
     _check_version(folder, version, {name.partition("/")[0] for name in there})

@@ -1,0 +1,166 @@
+"""Layout: how sounds lie below a folder: loose, in tars, in Parquet, in HDF5; all of them -> one table."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from pipeline import hdf5, parquet
+from pipeline.errors import InputError
+from pipeline.locators import MEMBER, SOURCES_SCHEMA
+from pipeline.tar import Tar
+
+# Extensions by how much their containers lose: among several sounds of one clip the first of this list is taken.
+EXTENSIONS = (
+    *("flac", "wav", "wave", "aiff", "aif", "aifc", "w64", "caf", "au", "snd", "wv"),
+    *("mka", "m4a", "mp4", "mkv", "mov", "aac", "opus", "webm", "weba", "ogg", "oga", "mp3", "mp2"),
+    *("3gp", "wma", "ac3", "ts", "avi", "flv", "asf", "amr"),
+)
+ARCHIVES = {"tar": "tar", "parquet": "parquet", "h5": "hdf5", "hdf5": "hdf5"}  # extension: kind
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
+UNPACK = "is compressed, so no member can be sought; unpack it, or store it as a plain .tar"
+FOUND_SCHEMA: dict[str, pl.DataType] = SOURCES_SCHEMA | {
+    "folder": pl.String(),  # the --audio folder
+    "name": pl.String(),  # by which the sound is known: without folders, in a table maybe without an extension
+    "id": pl.String(),  # in a column beside the sound, where there is one
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """Every sound below some folders (FOUND_SCHEMA), in a fixed order, and sentences on what could not be read."""
+
+    sounds: pl.DataFrame
+    notes: tuple[str, ...]
+
+
+def find(places: Sequence[Path]) -> Found:
+    """All sounds of all layouts below some folders, or in single files; raises InputError.
+
+    Archives are told by their extension, and a damaged one is a note: its sounds are not there, the rest is.
+    What lies in a tar beside its sounds (.json, .txt, .cls) is left out.
+    """
+    tables, notes = [pl.DataFrame(schema=FOUND_SCHEMA)], list[str]()
+    for place in places:
+        folder = place if place.is_dir() else place.parent
+        names = list(walk(place))
+        loose = [name for name in names if extension(name) in EXTENSIONS]
+        tables.append(placed(loose_files(folder, loose), folder))
+        for name in names:
+            if name.lower().endswith(COMPRESSED):
+                notes.append(f"{folder / name}: {UNPACK}")
+            elif kind := ARCHIVES.get(extension(name)):
+                sounds, fault = in_archive(folder / name, kind, name)
+                tables.append(placed(sounds, folder))
+                notes += [f"{folder / name}: {fault}"] if fault else []
+    return Found(sounds=pl.concat(tables), notes=tuple(notes))
+
+
+def placed(sounds: pl.DataFrame, folder: Path) -> pl.DataFrame:
+    """The table in its full schema."""
+    absent = [
+        pl.lit(None, dtype).alias(name) for name, dtype in FOUND_SCHEMA.items() if name not in sounds.columns
+    ]
+    return (
+        sounds.with_columns(*absent)
+        .with_columns(folder=pl.lit(str(folder)))
+        .select(pl.col(name).cast(dtype) for name, dtype in FOUND_SCHEMA.items())
+    )
+
+
+def loose_files(folder: Path, names: list[str]) -> pl.DataFrame:
+    """Files that are one sound each, by their paths below `folder`."""
+    return pl.DataFrame({"source": names}, schema={"source": pl.String}).with_columns(
+        kind=pl.lit("file"),
+        path=pl.lit(str(folder) + "/") + pl.col("source"),
+        name=base_name("source"),
+    )
+
+
+def in_archive(path: Path, kind: str, source: str) -> tuple[pl.DataFrame, str | None]:
+    """The sounds of an archive, and what is wrong with it."""
+    if kind == "tar":
+        rows, fault = in_tar(path)
+    elif kind == "parquet":
+        rows, fault = parquet.rows_of(path)
+    else:
+        rows, fault = hdf5.rows_of(path)
+    sounds = rows.with_columns(
+        kind=pl.lit(kind),
+        path=pl.lit(str(path)),
+        source=pl.lit(source + MEMBER) + pl.col("member"),
+        name=base_name("member"),
+    )
+    return sounds, fault
+
+
+def in_tar(path: Path) -> tuple[pl.DataFrame, str | None]:
+    """The sounds among the members of a tar, and what is wrong with it."""
+    tar = Tar(path)
+    try:
+        members = [member for member in tar.members() if extension(member.name) in EXTENSIONS]
+    except OSError as error:
+        members, tar.fault = [], f"cannot be read ({error.strerror}); make it readable"
+    schema = {"member": pl.String, "offset": pl.Int64, "size": pl.Int64}
+    return pl.DataFrame(members, schema=schema, orient="row"), tar.fault
+
+
+def base_name(column: str) -> pl.Expr:
+    """What follows the last slash."""
+    return pl.col(column).str.extract("([^/]*)$")
+
+
+def extension(name: str) -> str:
+    """In lower case, without its dot."""
+    return name.rpartition(".")[2].lower()
+
+
+def walk(place: Path) -> Iterator[str]:
+    """Every sound file and archive below a folder as a path relative to it, links to nowhere included, in a fixed
+    order; of a single file its name.
+
+    Folders are followed through links, each once. InputError for a folder that cannot be listed: its clips
+    would be taken for missing.
+    """
+    if place.is_file():
+        if place.name.lower().endswith(COMPRESSED):
+            raise InputError(f"--audio {place}: {UNPACK}")
+        yield _utf8(place.name)
+        return
+    if not place.is_dir():
+        raise InputError(f"--audio {place}: no such folder or file")
+    seen = set()
+    for parent, folders, names in os.walk(place, followlinks=True, onerror=_refuse_unlisted):
+        here = os.stat(parent)
+        if (here.st_dev, here.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        folders.sort()
+        below = os.path.relpath(parent, place)
+        prefix = "" if below == "." else f"{below}/"
+        for name in sorted(names):
+            end = extension(name)
+            if end in EXTENSIONS or end in ARCHIVES or name.lower().endswith(COMPRESSED):
+                yield _utf8(prefix + name)
+
+
+def sounds(folder: Path) -> Iterator[str]:
+    """`walk` without the archives."""
+    return (name for name in walk(folder) if extension(name) in EXTENSIONS)
+
+
+def _refuse_unlisted(error: OSError) -> None:
+    raise InputError(
+        f"{error.filename}: cannot be listed ({error.strerror}); make it readable, or move it away"
+    )
+
+
+def _utf8(name: str) -> str:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{name!a}: the name is not UTF-8; rename the file") from None
+    return name
