@@ -160,8 +160,11 @@ def progress(clips: int, rows: Iterator[int]) -> Iterator[int]:
 @command
 def build_audioset(
     audio: Annotated[
-        list[Path],
-        typer.Option(help="Folder of sounds, searched below, or one archive. Repeats.", show_default=False),
+        list[str],
+        typer.Option(
+            help="Folder of sounds or s3://BUCKET/PREFIX, searched below, or one archive. Repeats.",
+            show_default=False,
+        ),
     ],
     segments: Annotated[
         list[Path], typer.Option(help="Segments list; its name is the split. Repeats.", show_default=False)

@@ -29,7 +29,7 @@ class Mirror:
     A shard is pushed as it is placed locally: its record as `.next`, the shard, the record (THE commit point), and
     `.next` removed. So whenever a build dies, the old shard with its record or the new one can be had, and a lost
     staging folder costs what was not pushed yet. Object stores know no locks: two builds of the same part on two
-    machines are not kept apart, and may leave a shard that its record does not match; `verify` finds it.
+    machines are not kept apart, and may leave a shard that its record does not match; `verify` of a copy tells.
     """
 
     url: str

@@ -7,7 +7,7 @@ server that speaks S3. Any other scheme is left to the driver that fsspec knows 
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -15,14 +15,16 @@ from typing import Any
 
 import fsspec  # type: ignore[import-untyped]
 from fsspec.implementations.arrow import ArrowFSWrapper  # type: ignore[import-untyped]
-from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem
+from pyarrow.fs import AwsStandardS3RetryStrategy, FileSelector, S3FileSystem
 
-from pipeline.errors import InputError
+from pipeline.errors import AudioError, InputError
 from pipeline.files import replacing
 
 CONNECT_SECONDS, REQUEST_SECONDS = 5, 60
 ATTEMPTS = 4  # of one request; the waits between them grow
 PIECE_BYTES = 2**24
+AHEAD_BYTES = 2**16  # read at least, where headers are looked for
+MOST_BYTES = 2**30  # of one sound, which is held in memory
 
 
 def is_remote(place: object) -> bool:
@@ -125,3 +127,66 @@ def sizes(url: str) -> dict[str, int]:
         except FileNotFoundError:
             return {}
     return {e["name"].rpartition("/")[2]: e["size"] for e in entries if e["type"] == "file"}
+
+
+def files_below(url: str) -> tuple[str, list[str]]:
+    """A folder's URL and all objects below it by their paths in it, sorted; of one object its folder and its name.
+
+    InputError where there is nothing.
+    """
+    reach(url)
+    url = url.rstrip("/")
+    filesystem_, path = filesystem(url)
+    with _told(url):
+        if filesystem_.isfile(path):
+            folder, _, name = url.rpartition("/")
+            return folder, [name]
+        if isinstance(
+            filesystem_, ArrowFSWrapper
+        ):  # fsspec's own way asks once a folder, this once a thousand objects
+            chosen = FileSelector(path, recursive=True, allow_not_found=True)
+            found = [info.path for info in filesystem_.fs.get_file_info(chosen) if info.is_file]
+        else:
+            found = filesystem_.find(path)
+    if not found:
+        raise InputError(f"{url}: no object below it; check the URL")
+    return url, sorted(name.removeprefix(path + "/") for name in found)
+
+
+@contextmanager
+def ranges(url: str) -> Iterator[tuple[Callable[[int, int], bytes], int]]:
+    """Reads of (count, offset) of an object as `os.pread` does them of a file, and its size; InputError."""
+    filesystem_, path = filesystem(url)
+    held, begin = b"", 0
+    with _told(url), filesystem_.open(path, "rb") as file:
+        size: int = file.seek(0, os.SEEK_END)
+
+        def read(count: int, offset: int) -> bytes:
+            nonlocal held, begin
+            if not begin <= offset <= offset + count <= begin + len(held):
+                file.seek(min(offset, size))
+                held, begin = file.read(max(count, AHEAD_BYTES)), offset
+            return held[offset - begin :][:count]
+
+        yield read, size
+
+
+def sound_of(url: str, offset: int = 0, size: int | None = None) -> bytes:
+    """The bytes of a sound, all of an object or a part of it; AudioError for what is not there or too large.
+
+    InputError where the server fails: no clip is at fault, so none is condemned.
+    """
+    filesystem_, path = filesystem(url)
+    with _told(url):
+        try:
+            file = filesystem_.open(path, "rb")
+        except FileNotFoundError:
+            raise AudioError("missing", f"{path.rpartition('/')[2]} is gone; upload it again") from None
+        with file:
+            there = file.seek(0, os.SEEK_END)
+            count = max(0, there - offset if size is None else min(size, there - offset))
+            if count > MOST_BYTES:
+                raise AudioError("too_long", f"{count:,} bytes; up to {MOST_BYTES:,} are read from a URL")
+            file.seek(min(offset, there))
+            content: bytes = file.read(count)
+    return content

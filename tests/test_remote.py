@@ -4,6 +4,7 @@ import itertools
 import logging
 import shutil
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from conftest import assert_same_bytes, build, corpus_in
 from corpus import write_corpus
 from pyarrow.fs import FileSelector, S3FileSystem
 
-from pipeline import cli, mirror
+from pipeline import cli, mirror, remote
 from pipeline.build import Build, Output, build_store, build_stores
-from pipeline.errors import InputError, StoreError
+from pipeline.datasets.audioset import audioset
+from pipeline.errors import AudioError, InputError, StoreError
 from pipeline.files import Part
 from pipeline.labels import propagate_labels
 from pipeline.melspec import mel_spec
@@ -256,3 +258,77 @@ def test_other_schemes_are_left_to_fsspec(whole, tmp_path):
     assert there.to_json() == FeatureStore.open(whole).header.to_json()
     remove(f"{url}/zarr.json")
     assert sizes(url) == {}
+
+
+@pytest.fixture(scope="module")
+def audio_url(small, tmp_path_factory) -> str:
+    """The clips' sounds in a bucket: every other one in a tar, one of them in both, and a file of no use."""
+    url, archive = f"s3://{BUCKET}/audio", tmp_path_factory.mktemp("tar") / "some-0001.tar"
+    with tarfile.open(archive, "w") as tar:
+        for number, path in enumerate(sorted((small / "audio").iterdir())):
+            if number % 2:
+                tar.add(path, f"deep/{path.name}")
+            else:
+                push(path, f"{url}/loose/{path.name}")
+    push(archive, f"{url}/{archive.name}")
+    push(small / "a_train_segments.csv", f"{url}/readme.txt")
+    (archive.parent / "x.parquet").write_bytes(b"a table")
+    push(archive.parent / "x.parquet", f"{url}/x.parquet")
+    return url
+
+
+def corpus_at(url: str, small: Path):
+    """The clips with their sounds where the URL says."""
+    return audioset([url], [small / "a_train_segments.csv", small / "eval_segments.csv"])
+
+
+def test_sounds_in_a_bucket_give_the_mel_of_sounds_on_the_disk(small, whole, audio_url, tmp_path):
+    """Loose or in a tar, from workers as from this process."""
+    corpus = corpus_at(audio_url + "/", small)
+    assert [note for note in corpus.notes if f"{audio_url}/x.parquet: is not read from a URL" in note]
+    for workers in (0, 2):
+        output = Output(path=tmp_path / f"{workers}.zarr", spec=mel_spec("a-jepa"))
+        manifest = build_store(corpus, output, Build(workers=workers))
+        assert manifest["source"].str.starts_with("some-0001.tar::deep/").sum() == 15
+        for shard in (0, 1):
+            name = f"mel/c/{shard}/0/0"
+            assert (output.path / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_one_tar_in_a_bucket_can_be_given_by_itself(small, audio_url):
+    """As on the disk."""
+    corpus = corpus_at(f"{audio_url}/some-0001.tar", small)
+    assert corpus.sources.files == corpus.sources.frame["kind"].eq("tar").sum() == 15
+
+
+def test_an_object_that_is_gone_costs_its_clip_and_a_server_that_is_gone_none(
+    small, url, tmp_path, monkeypatch
+):
+    """A network that fails for an hour must not leave a hundred thousand clips for unreadable."""
+    for path in (small / "audio").iterdir():
+        push(path, f"{url}/{path.name}")
+    corpus = corpus_at(url, small)
+    remove(f"{url}/clip_000000.wav")
+    output = Output(path=tmp_path / "x.zarr", spec=mel_spec("a-jepa"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(InputError, match="run the same command again"):
+        build_store(corpus, output, Build(workers=0))
+    monkeypatch.undo()
+    manifest = build_store(corpus, output, Build(workers=0))
+    assert manifest.row(0, named=True)["reason"] == "missing"
+    assert "clip_000000.wav is gone" in manifest.row(0, named=True)["detail"]
+    assert (manifest["status"] == "good").sum() == 29
+
+
+def test_a_sound_too_large_for_the_memory_costs_its_clip(audio_url, monkeypatch):
+    """It is held whole, so there is a limit."""
+    monkeypatch.setattr(remote, "MOST_BYTES", 1000)
+    with pytest.raises(AudioError, match="up to 1,000 are read from a URL"):
+        remote.sound_of(f"{audio_url}/loose/clip_000000.wav")
+    assert remote.sound_of(f"{audio_url}/loose/clip_000000.wav", 0, 4) == b"RIFF"
+
+
+def test_a_prefix_with_nothing_below_is_one_line(small):
+    """A typing error, most likely."""
+    with pytest.raises(InputError, match="nothing-here: no object below it"):
+        corpus_at(f"s3://{BUCKET}/nothing-here", small)
