@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,15 @@ from pipeline.cluster import run_on_ray
 from pipeline.corpus import Corpus
 from pipeline.engines import run_here
 from pipeline.errors import InputError, StoreError
-from pipeline.files import PARTIAL, WHOLE, Part, abandoned, fsync, gate, locked, replacing, scratch_of
+from pipeline.files import WHOLE, Part, gate, locked
 from pipeline.finalise import finalise
-from pipeline.labels import split_mids
-from pipeline.ledger import NEXT, ledger_path, settle, stray_shards
-from pipeline.manifest import PLAN_SCHEMA, pending, plan_id
+from pipeline.manifest import plan_id
 from pipeline.melspec import MelSpec
+from pipeline.mirror import Mirror
 from pipeline.shardmaker import BlockTask, ShardMaker
-from pipeline.shards import DTYPES, Layout, array_json, create_array, shard_clips_for
-from pipeline.store import Header, read_metadata, read_table, write_table
+from pipeline.shards import DTYPES, Layout, shard_clips_for
+from pipeline.store import Header
+from pipeline.upkeep import check_same, create_store, mark_open, mend, sweep
 
 ENGINES = ("local", "ray")
 UINT8_TOP = 14.0  # nats: a full-scale sine reaches 12 in the a-jepa front end; what is louder is clipped
@@ -45,6 +46,12 @@ class Output:
     path: Path
     spec: MelSpec
     dtype: str = "float16"
+    remote: str | None = None  # URL where the store is to lie; `path` is then what is kept here to build it
+
+    @property
+    def place(self) -> str:
+        """Where the store lies, for people."""
+        return self.remote or str(self.path)
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -83,26 +90,37 @@ def build_stores(
     began = time.monotonic()
     headers = [plan_store(corpus, output) for output in outputs]
     stores = [(output.path, header) for output, header in zip(outputs, headers, strict=True)]
-    _check_outputs(corpus, stores)
-    created = [out for out, header in stores if not out.exists() and create_store(out, header, corpus.plan)]
+    mirrors = {
+        output.path: Mirror(url=output.remote, staging=output.path) for output in outputs if output.remote
+    }
+    _check_outputs(corpus, stores, mirrors)
+    created = []
+    for out, header in stores:
+        if out in mirrors and (there := mirrors[out].header()) is not None:
+            check_same(mirrors[out].url, there, header)
+        if not out.exists() and create_store(out, header, corpus.plan) and out not in mirrors:
+            created.append(out)
     with ExitStack() as stack:
         for out, header in stores:
-            check_same(out, header)
-            stack.enter_context(locked(out, build.part))
+            check_same(out, Header.read(out), header)
+            stack.enter_context(locked(out, WHOLE if out in mirrors else build.part))
         blocks = Blocks.of(headers, build.part)
         for out, header in stores:
             if out not in created:
                 with gate(out):
                     sweep(out, header.layout, blocks)
+                    if out in mirrors:
+                        mirrors[out].pull(partial(blocks.holds, layout=header.layout))
                     mend(out, header, corpus.plan)
         work = open_rows(stores, corpus, blocks, shards)
         for out, header in stores:
-            mark_open(out, header, corpus.plan, work, blocks)
-        maker = ShardMaker(stores=tuple(stores), policy=build.policy)
+            if mark_open(out, header, corpus.plan, work, blocks) and out in mirrors:
+                mirrors[out].push_tables()
+        maker = ShardMaker(stores=tuple(stores), policy=build.policy, mirrors=mirrors)
         rows = run(maker, tasks_of(corpus, work, blocks), build)
         tried = sum(1 for _ in (progress(sum(work.values()), rows) if progress else rows))
         told = _told(corpus, build, tried=tried, seconds=time.monotonic() - began)
-        return [finalise(out, header, told) for out, header in stores]
+        return [finalise(out, header, told, mirrors.get(out)) for out, header in stores]
 
 
 def run(maker: ShardMaker, tasks: Iterator[BlockTask], build: Build) -> Iterator[int]:
@@ -148,14 +166,20 @@ def plan_store(corpus: Corpus, output: Output) -> Header:
     )
 
 
-def _check_outputs(corpus: Corpus, stores: Sequence[tuple[Path, Header]]) -> None:
+def _check_outputs(
+    corpus: Corpus, stores: Sequence[tuple[Path, Header]], elsewhere: Collection[Path]
+) -> None:
     """Refuse two stores in one place, and one for which there is no room."""
     paths = [out.absolute() for out, _ in stores]
     if len(set(paths)) < len(paths):
         raise InputError("two stores with one path; give every --spec an --out of its own")
     clips = corpus.sources.frame.height - corpus.sources.frame["kind"].null_count()
-    needed = sum(clips * header.layout.clip_bytes for out, header in stores if not out.exists())
-    for out in (out for out in paths if not out.exists()):
+    needed = sum(
+        clips * header.layout.clip_bytes
+        for out, header in stores
+        if out not in elsewhere and not out.exists()
+    )
+    for out in (out.absolute() for out, _ in stores if out not in elsewhere and not out.exists()):
         folder = next(parent for parent in out.parents if parent.exists())
         free = shutil.disk_usage(folder).free
         if needed > free:
@@ -163,101 +187,6 @@ def _check_outputs(corpus: Corpus, stores: Sequence[tuple[Path, Header]]) -> Non
                 f"{folder}: {free / 2**20:,.0f} MiB free, {clips:,} clips need {needed / 2**20:,.0f} MiB; "
                 "free some, or choose another --out or --dtype uint8"
             )
-
-
-def create_store(out: Path, header: Header, plan: pl.DataFrame) -> bool:
-    """A store in which nothing is built yet, whole or not at all; False where another process was first."""
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    for debris in abandoned(out):
-        shutil.rmtree(debris, ignore_errors=True)
-    scratch = scratch_of(out)
-    try:
-        create_array(scratch, header.layout, {"ajepa": header.to_json()})
-        mend(scratch, header, plan)
-        try:
-            scratch.rename(out)
-        except OSError:
-            if not out.is_dir():
-                raise
-            return False
-        fsync(out.absolute().parent)
-        return True
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def mend(out: Path, header: Header, plan: pl.DataFrame) -> None:
-    """Write what follows from the plan alone where it is not there, or not as it should be."""
-    (out / "ledger").mkdir(exist_ok=True)
-    array, told = out / "mel" / "zarr.json", array_json(header.layout)
-    if not array.is_file() or array.read_bytes() != told:
-        array.parent.mkdir(exist_ok=True)
-        with replacing(array) as scratch:
-            scratch.write_bytes(told)
-    manifest = _table_of(out / "manifest.parquet", tuple(PLAN_SCHEMA))
-    if manifest is None or not manifest.equals(plan.select(*PLAN_SCHEMA)):
-        write_table(out / "manifest.parquet", pending(plan), {})
-    labels = _table_of(out / "labels.parquet", ("raw",))
-    if labels is None or labels.height != plan.height:  # written anew: loses the propagated sets and no more
-        write_table(
-            out / "labels.parquet",
-            pl.DataFrame(split_mids(plan["mids"], header.classes)),
-            {"raw": "as listed"},
-        )
-
-
-def _table_of(path: Path, columns: Sequence[str]) -> pl.DataFrame | None:
-    """Some columns of a table; None where it is not there, or not as it should be."""
-    try:
-        table = read_table(path, columns)[0] if path.exists() else pl.DataFrame()
-    except StoreError:
-        return None
-    return table if table.columns == list(columns) else None
-
-
-def check_same(out: Path, header: Header) -> None:
-    """Refuse to continue a store that is not the one now asked for."""
-    there = Header.read(out)
-    if there.spec.spec_id != header.spec.spec_id:
-        raise StoreError(
-            f"{out} holds mel spec {there.spec.name}, not {header.spec.name}; choose another --out"
-        )
-    if there.layout.dtype != header.layout.dtype:
-        raise StoreError(f"{out} holds {there.layout.dtype}, not {header.layout.dtype}; choose another --out")
-    if there != header:
-        raise StoreError(
-            f"{out} was planned from other clips, lists or classes; give the same, or another --out"
-        )
-
-
-def sweep(out: Path, layout: Layout, blocks: Blocks) -> None:
-    """Settle what a crash left: records that wait for their shard, unfinished files, shards without a record."""
-    for path in out.glob(f"ledger/*{NEXT}"):
-        if blocks.holds(int(path.name[:6]), layout):
-            settle(out, path)
-    for path in [
-        *out.glob(f"*{PARTIAL}"),
-        *out.glob(f"mel/*{PARTIAL}"),
-    ]:  # written at the gate, which is ours
-        path.unlink()
-    for path in out.glob(f"ledger/*{PARTIAL}"):
-        if blocks.holds(int(path.name[:6]), layout):
-            path.unlink()
-    for path in list(out.glob(f"mel/c/**/*{PARTIAL}")):
-        if blocks.holds(int(path.relative_to(out / "mel" / "c").parts[0]), layout):
-            path.unlink()
-    for path in stray_shards(out):
-        if blocks.holds(int(path.parts[-3]), layout):
-            path.unlink()
-
-
-def mark_open(out: Path, header: Header, plan: pl.DataFrame, work: dict[int, int], blocks: Blocks) -> None:
-    """Make the manifest say that the build has not finished, where a shard has no record."""
-    shards = (shard for block in work for shard in blocks.shards(block, header.layout))
-    if any(not ledger_path(out, shard).exists() for shard in shards):
-        with gate(out):
-            if "store_id" in read_metadata(out / "manifest.parquet"):
-                write_table(out / "manifest.parquet", pending(plan), {})
 
 
 def _told(corpus: Corpus, build: Build, *, tried: int, seconds: float) -> dict[str, Any]:

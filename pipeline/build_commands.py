@@ -15,7 +15,10 @@ app = typer.Typer(rich_markup_mode=None)
 
 def options(
     out: Annotated[
-        list[Path], typer.Option(help="Store to create or continue, NAME.zarr.", show_default=False)
+        list[str],
+        typer.Option(
+            help="Store to create or continue, NAME.zarr or s3://BUCKET/NAME.zarr.", show_default=False
+        ),
     ],
     spec: Annotated[
         list[str],
@@ -42,6 +45,9 @@ def options(
         float, typer.Option(min=1, help="Refuse sounds longer than this; 43,200 is 12 h.")
     ] = 43_200.0,
     limit_seconds: Annotated[float, typer.Option(min=1, help="Seconds of wall time a clip may take.")] = 60.0,
+    staging: Annotated[
+        Path, typer.Option(help="Folder for the local side of a store at a URL, NAME.zarr.staging.")
+    ] = Path("."),
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be built, how large, how long.")
     ] = False,
@@ -70,7 +76,7 @@ def command(corpus_of: Callable[..., Any]) -> Callable[..., None]:
 def run(
     corpus: Any,
     *,
-    out: list[Path],
+    out: list[str],
     spec: list[str],
     dtype: str,
     workers: int,
@@ -81,6 +87,7 @@ def run(
     keep_silent: bool,
     max_seconds: float,
     limit_seconds: float,
+    staging: Path,
     dry_run: bool,
 ) -> None:
     """Build, or foretell, what the options ask for, and print what came of it."""
@@ -89,6 +96,8 @@ def run(
     from pipeline.files import Part
     from pipeline.forecast import forecast
     from pipeline.melspec import spec_named, with_clip_seconds
+    from pipeline.mirror import staging_of
+    from pipeline.remote import is_remote
     from pipeline.report import coverage
 
     if len(out) != len(spec):
@@ -96,7 +105,17 @@ def run(
     specs = [spec_named(name) for name in spec]
     if corpus.clip_seconds is not None:
         specs = [with_clip_seconds(each, corpus.clip_seconds) for each in specs]
-    outputs = [Output(path=path, spec=each, dtype=dtype) for path, each in zip(out, specs, strict=True)]
+    outputs = [
+        Output(path=Path(place), spec=each, dtype=dtype)
+        if not is_remote(place)
+        else Output(
+            path=staging_of(place, staging, Part.parse(part)),
+            spec=each,
+            dtype=dtype,
+            remote=place.rstrip("/"),
+        )
+        for place, each in zip(out, specs, strict=True)
+    ]
     build = Build(
         policy=AudioPolicy(
             accept_truncated=accept_truncated, keep_silent=keep_silent, max_seconds=max_seconds
@@ -110,15 +129,22 @@ def run(
     if dry_run:
         print(forecast(corpus, outputs, build))
         return
+    for output in outputs:
+        if output.remote:
+            print(
+                f"{output.remote}: its tables, and shards until they are pushed, in {output.path}",
+                file=sys.stderr,
+            )
     for note in corpus.notes:
         print(note, file=sys.stderr)
     manifests = build_stores(corpus, outputs, build, progress=progress)
-    for path, manifest in zip(out, manifests, strict=True):
+    for output, manifest in zip(outputs, manifests, strict=True):
         if manifest is None:
-            print(f"{path}: part {part} is done; the store is finished when the other parts are")
+            print(f"{output.place}: part {part} is done; the store is finished when the other parts are")
         else:
             print(coverage(manifest))
-            print(f"{path}: done. Next: ajepa-data propagate-labels {path}")
+            again = ", then the same build command, to push them" if output.remote else ""
+            print(f"{output.place}: done. Next: ajepa-data propagate-labels {output.path}{again}")
 
 
 def progress(clips: int, rows: Iterator[int]) -> Iterator[int]:
@@ -134,8 +160,11 @@ def progress(clips: int, rows: Iterator[int]) -> Iterator[int]:
 @command
 def build_audioset(
     audio: Annotated[
-        list[Path],
-        typer.Option(help="Folder of sounds, searched below, or one archive. Repeats.", show_default=False),
+        list[str],
+        typer.Option(
+            help="Folder of sounds or s3://BUCKET/PREFIX, searched below, or one archive. Repeats.",
+            show_default=False,
+        ),
     ],
     segments: Annotated[
         list[Path], typer.Option(help="Segments list; its name is the split. Repeats.", show_default=False)

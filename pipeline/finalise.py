@@ -12,15 +12,21 @@ import polars as pl
 from pipeline.files import gate, replacing
 from pipeline.ledger import Commit, read_commit, store_id
 from pipeline.manifest import PLAN_SCHEMA
+from pipeline.mirror import Mirror
 from pipeline.store import Header, read_table, write_table
 
 
-def finalise(out: Path, header: Header, told: dict[str, Any] | None = None) -> pl.DataFrame | None:
+def finalise(
+    out: Path, header: Header, told: dict[str, Any] | None = None, mirror: Mirror | None = None
+) -> pl.DataFrame | None:
     """Write the manifest and the statistics that the ledger gives; returns the manifest, None while shards are open.
 
-    `told` goes into build.json as it is. Raises StoreError for a damaged record.
+    `told` goes into build.json as it is. A store that lies elsewhere is finished there, with what other machines
+    have built of it. Raises StoreError for a damaged record.
     """
     with gate(out):
+        if mirror is not None:
+            mirror.pull(lambda _: False)
         if told is not None:
             with replacing(out / "build.json") as scratch:
                 scratch.write_text(json.dumps(told, indent=1) + "\n")
@@ -34,6 +40,8 @@ def finalise(out: Path, header: Header, told: dict[str, Any] | None = None) -> p
         with replacing(out / "stats.json") as scratch:
             scratch.write_text(json.dumps(statistics(commits, results), indent=1) + "\n")
         write_table(out / "manifest.parquet", manifest, {"store_id": store_id(header, commits)})
+        if mirror is not None:  # not while shards are open: whoever ends last may have pushed them already
+            mirror.push_tables()
         return manifest
 
 

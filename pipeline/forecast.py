@@ -31,7 +31,7 @@ def forecast(corpus: Corpus, outputs: Sequence[Output], build: Build, *, seed: i
         size = clips * header.layout.clip_bytes
         state = "continues" if output.path.exists() else "new"
         lines.append(
-            f"{output.path} ({state}): {header.spec.name} {output.dtype}, {header.layout.shards:,} shards, "
+            f"{output.place} ({state}): {header.spec.name} {output.dtype}, {header.layout.shards:,} shards, "
             f"up to {_bytes(size)}; {_bytes(_free(output.path))} free"
         )
     return "\n".join([*lines, *_time(corpus, headers, build, clips, seed)])

@@ -10,6 +10,7 @@ import polars as pl
 from pipeline import hdf5, parquet
 from pipeline.errors import InputError
 from pipeline.locators import MEMBER, SOURCES_SCHEMA
+from pipeline.remote import files_below, is_remote
 from pipeline.tar import Tar
 
 # Extensions by how much their containers lose: among several sounds of one clip the first of this list is taken.
@@ -26,6 +27,7 @@ FOUND_SCHEMA: dict[str, pl.DataType] = SOURCES_SCHEMA | {
     "name": pl.String(),  # by which the sound is known: without folders, in a table maybe without an extension
     "id": pl.String(),  # in a column beside the sound, where there is one
 }
+NOWHERE = pl.DataFrame(schema={"member": pl.String})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,29 +38,44 @@ class Found:
     notes: tuple[str, ...]
 
 
-def find(places: Sequence[Path]) -> Found:
-    """All sounds of all layouts below some folders, or in single files; raises InputError.
+def find(places: Sequence[Path | str]) -> Found:
+    """All sounds of all layouts below some folders or URLs, or in single files; raises InputError.
 
     Archives are told by their extension, and a damaged one is a note: its sounds are not there, the rest is.
     What lies in a tar beside its sounds (.json, .txt, .cls) is left out.
     """
     tables, notes = [pl.DataFrame(schema=FOUND_SCHEMA)], list[str]()
     for place in places:
-        folder = place if place.is_dir() else place.parent
-        names = pl.Series("source", list(walk(place)), dtype=pl.String)
+        folder, found = searched(place)
+        names = pl.Series("source", found, dtype=pl.String)
         loose = names.str.extract(r"([^.]*)$").str.to_lowercase().is_in(EXTENSIONS)
         tables.append(placed(loose_files(folder, names.filter(loose)), folder))
         for name in names.filter(~loose):
+            path = folder / name if isinstance(folder, Path) else f"{folder}/{name}"
             if name.lower().endswith(COMPRESSED):
-                notes.append(f"{folder / name}: {UNPACK}")
+                notes.append(f"{path}: {UNPACK}")
             elif kind := ARCHIVES.get(extension(name)):
-                sounds, fault = in_archive(folder / name, kind, name)
+                sounds, fault = in_archive(path, kind, name)
                 tables.append(placed(sounds, folder))
-                notes += [f"{folder / name}: {fault}"] if fault else []
+                notes += [f"{path}: {fault}"] if fault else []
     return Found(sounds=pl.concat(tables), notes=tuple(notes))
 
 
-def placed(sounds: pl.DataFrame, folder: Path) -> pl.DataFrame:
+def searched(place: Path | str) -> tuple[Path | str, list[str]]:
+    """A folder or its URL, and what in it may be or hold sounds."""
+    if isinstance(place, str) and is_remote(place):
+        url, names = files_below(place)
+        return url, [name for name in names if is_of_use(name)]
+    place = Path(place)
+    return place if place.is_dir() else place.parent, list(walk(place))
+
+
+def is_of_use(name: str) -> bool:
+    """Whether a file of that name is taken for a sound or an archive, if only one to be told of."""
+    return extension(name) in EXTENSIONS or extension(name) in ARCHIVES or name.lower().endswith(COMPRESSED)
+
+
+def placed(sounds: pl.DataFrame, folder: Path | str) -> pl.DataFrame:
     """The table in its full schema."""
     absent = [
         pl.lit(None, dtype).alias(name) for name, dtype in FOUND_SCHEMA.items() if name not in sounds.columns
@@ -70,7 +87,7 @@ def placed(sounds: pl.DataFrame, folder: Path) -> pl.DataFrame:
     )
 
 
-def loose_files(folder: Path, names: pl.Series) -> pl.DataFrame:
+def loose_files(folder: Path | str, names: pl.Series) -> pl.DataFrame:
     """Files that are one sound each, by their paths below `folder`."""
     return names.to_frame().with_columns(
         kind=pl.lit("file"),
@@ -79,10 +96,15 @@ def loose_files(folder: Path, names: pl.Series) -> pl.DataFrame:
     )
 
 
-def in_archive(path: Path, kind: str, source: str) -> tuple[pl.DataFrame, str | None]:
+def in_archive(path: Path | str, kind: str, source: str) -> tuple[pl.DataFrame, str | None]:
     """The sounds of an archive, and what is wrong with it."""
     if kind == "tar":
         rows, fault = in_tar(path)
+    elif isinstance(path, str):
+        rows, fault = (
+            NOWHERE,
+            f"is not read from a URL, only sounds and tars are; copy {kind} files to a disk",
+        )
     elif kind == "parquet":
         rows, fault = parquet.rows_of(path)
     else:
@@ -96,7 +118,7 @@ def in_archive(path: Path, kind: str, source: str) -> tuple[pl.DataFrame, str | 
     return sounds, fault
 
 
-def in_tar(path: Path) -> tuple[pl.DataFrame, str | None]:
+def in_tar(path: Path | str) -> tuple[pl.DataFrame, str | None]:
     """The sounds among the members of a tar, and what is wrong with it."""
     tar = Tar(path)
     try:
@@ -142,8 +164,7 @@ def walk(place: Path) -> Iterator[str]:
         below = os.path.relpath(parent, place)
         prefix = "" if below == "." else f"{below}/"
         for name in sorted(names):
-            end = extension(name)
-            if end in EXTENSIONS or end in ARCHIVES or name.lower().endswith(COMPRESSED):
+            if is_of_use(name):
                 yield _utf8(prefix + name)
 
 

@@ -9,7 +9,8 @@ from typing import Self
 
 import polars as pl
 
-from pipeline import hdf5, parquet, tar
+from pipeline import hdf5, parquet, remote, tar
+from pipeline.remote import is_remote
 from pipeline.window import Window
 
 Sound = Path | BytesIO | Window  # what a decoder opens
@@ -17,7 +18,7 @@ MEMBER = "::"  # in `source`, between an archive and what lies in it
 
 SOURCES_SCHEMA: dict[str, pl.DataType] = {
     "kind": pl.String(),  # file, tar, parquet or hdf5; null where a clip's sound lies nowhere
-    "path": pl.String(),  # of the file that holds it
+    "path": pl.String(),  # of the file that holds it, or its URL
     "source": pl.String(),  # what the manifest tells of it: relative to its --audio folder
     "exact": pl.Boolean(),  # a clip's seconds are those of the sound; else it may be the clip alone, or a whole video
     "offset": pl.Int64(),  # of a member of a tar: its first byte
@@ -52,9 +53,14 @@ class Locator:
 
     @contextmanager
     def opened(self) -> Iterator[Sound]:
-        """The sound, for a decoder to open; AudioError missing or unreadable where its archive fails."""
+        """The sound, for a decoder to open; AudioError missing or unreadable where its archive fails.
+
+        InputError where a server does.
+        """
         path = Path(self.path)
-        if self.kind == "file":
+        if is_remote(self.path):
+            yield BytesIO(remote.sound_of(self.path, self.offset or 0, self.size))
+        elif self.kind == "file":
             yield path
         elif self.kind == "tar" and self.offset is not None and self.size is not None:
             with tar.sound_of(path, self.offset, self.size) as window:

@@ -22,6 +22,7 @@ from pipeline.ledger import Commit, ledger_path, matches, place, read_commit
 from pipeline.locators import Locator
 from pipeline.manifest import RESULT_SCHEMA, failure
 from pipeline.mel import log_mel
+from pipeline.mirror import Mirror
 from pipeline.shards import ShardReader, ShardWriter, shard_path
 from pipeline.store import Header
 
@@ -57,6 +58,7 @@ class ShardMaker:
 
     stores: tuple[tuple[Path, Header], ...]
     policy: AudioPolicy
+    mirrors: dict[Path, Mirror] = field(default_factory=dict)  # of the stores that lie elsewhere
 
     def __call__(self, task: BlockTask) -> Iterator[int | None]:
         """Fill, write and commit the block's shards; yields each row before it is decoded, None before the writing.
@@ -68,7 +70,7 @@ class ShardMaker:
         first, last = task.clips[0].row, task.clips[-1].row
         with ExitStack() as stack:
             hands = [
-                stack.enter_context(closing(_Hand(store, header, shard)))
+                stack.enter_context(closing(_Hand(store, header, shard, self.mirrors.get(store))))
                 for store, header in self.stores
                 for shard in range(first // header.layout.shard_clips, last // header.layout.shard_clips + 1)
             ]
@@ -117,8 +119,8 @@ def _lies(clip: Clip) -> tuple[str, int, int, int]:
 class _Hand:
     """One shard in the making: new spectrograms wait in a file without a name, one place a row, until all are there."""
 
-    def __init__(self, store: Path, header: Header, shard: int) -> None:
-        self.store, self.header, self.shard = store, header, shard
+    def __init__(self, store: Path, header: Header, shard: int, mirror: Mirror | None) -> None:
+        self.store, self.header, self.shard, self._mirror = store, header, shard, mirror
         self.rows = header.layout.rows(shard)
         record = read_commit(store, shard)
         self._before = None if record is None else record[0]
@@ -158,7 +160,7 @@ class _Hand:
             return
         moments, writer = Moments(), None
         with ExitStack() as stack, _disk(self.store, self.shard):
-            for row, mel_TF in self._good():
+            for row, mel_TF in self._good(stack):
                 if writer is None:
                     writer = ShardWriter(self.store, self.header.layout, self.shard)
                     stack.callback(writer.drop)
@@ -175,15 +177,17 @@ class _Hand:
             )
             results = pl.DataFrame(self._results, schema=RESULT_SCHEMA, orient="row")
             place(self.store, commit, results, writer)
+        if self._mirror is not None:
+            self._mirror.push_shard(self.shard)
 
-    def _good(self) -> Iterator[tuple[int, np.ndarray]]:
+    def _good(self, stack: ExitStack) -> Iterator[tuple[int, np.ndarray]]:
         """The good rows in their order with their spectrograms: those that wait, and those kept of the old shard."""
         layout, reader = self.header.layout, None
         for number, (row, old, new) in enumerate(zip(self.rows, self._old, self._results, strict=True)):
             mel_TF = np.empty((layout.frames, layout.bands), layout.dtype)
             if old["status"] == "good":
                 if reader is None:
-                    reader = self._reader()
+                    reader = self._reader(stack)
                 reader.read_into(row, mel_TF)
                 yield row, mel_TF
             elif new["status"] == "good":
@@ -192,14 +196,16 @@ class _Hand:
                 self._waiting.readinto(mel_TF.data.cast("B"))  # type: ignore[attr-defined]
                 yield row, mel_TF
 
-    def _reader(self) -> ShardReader:
-        """Of the shard that is there; StoreError where it is not what was committed."""
-        if self._before is None or not matches(self.store, self._before):
-            raise StoreError(
-                f"{self.store}: shard {self.shard} is damaged; run: ajepa-data verify {self.store} --repair "
-                f"(or delete {ledger_path(self.store, self.shard)} and build again)"
-            )
-        return ShardReader(self.store, self.header.layout)
+    def _reader(self, stack: ExitStack) -> ShardReader:
+        """Of the shard as it was, brought here if it lies elsewhere; StoreError where it is not what was committed."""
+        mirror, record = self._mirror, ledger_path(self.store, self.shard)
+        home = stack.enter_context(mirror.kept(self.shard)) if mirror else self.store
+        if self._before is not None and matches(home, self._before):
+            return ShardReader(home, self.header.layout)
+        how = f"run: ajepa-data verify {self.store} --repair (or delete {record} and build again)"
+        if mirror:
+            how = f"delete {mirror.url_of(record)} and build again"
+        raise StoreError(f"{mirror.url if mirror else self.store}: shard {self.shard} is damaged; {how}")
 
 
 @contextmanager

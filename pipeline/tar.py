@@ -1,12 +1,14 @@
 """Tar: where the members of an uncompressed tar lie, from its headers alone."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.errors import archive_error
+from pipeline.remote import is_remote, ranges
 from pipeline.window import Window
 
 BLOCK_BYTES = 512
@@ -31,21 +33,25 @@ class Tar:
     out as `\\xff`. Links and sparse members are left out.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path | str) -> None:
+        self._path = path  # or a URL
         self.fault: str | None = None
 
     def members(self) -> Iterator[Member]:
-        """Every member; afterwards `fault` is known. OSError where the file cannot be read."""
+        """Every member; afterwards `fault` is known. OSError where the file cannot be read, InputError at a URL."""
+        if is_remote(self._path):
+            with ranges(str(self._path)) as (read, file_bytes):
+                yield from self._members(read, file_bytes)
+            return
         file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            yield from self._members(file, os.fstat(file).st_size)
+            yield from self._members(partial(os.pread, file), os.fstat(file).st_size)
         finally:
             os.close(file)
 
-    def _members(self, file: int, file_bytes: int) -> Iterator[Member]:
+    def _members(self, read: Callable[[int, int], bytes], file_bytes: int) -> Iterator[Member]:
         place, count, long_name, pax = 0, 0, b"", dict[bytes, bytes]()
-        while (head := os.pread(file, BLOCK_BYTES, place)) != END:
+        while (head := read(BLOCK_BYTES, place)) != END:
             if self._damaged(head, place, count):
                 return
             kind, size = head[156:157], number(head[124:136])
@@ -56,9 +62,9 @@ class Tar:
                 self.fault = f"is damaged at byte {place:,}; the {count:,} members before it are used"
                 return
             if kind == LONG_NAME:
-                long_name = os.pread(file, size, data).rstrip(b"\0")
+                long_name = read(size, data).rstrip(b"\0")
             elif kind == PAX:
-                pax = records(os.pread(file, size, data))
+                pax = records(read(size, data))
             else:
                 sparse = any(key.startswith(b"GNU.sparse") for key in pax)
                 if kind in REGULAR and not sparse:

@@ -22,12 +22,12 @@ EXAMPLES = 5
 
 
 def audioset(audio: Sequence[Path | str], segments: Sequence[Path | str], *, lenient: bool = False) -> Corpus:
-    """AudioSet, or any set in its shape: folders or archives of sounds and official segments lists.
+    """AudioSet, or any set in its shape: folders, archives or URLs of sounds and official segments lists.
 
     `lenient` leaves damaged lines of the lists out, with a note. Raises InputError.
     """
     plan, notes = plan_clips([Path(path) for path in segments], lenient=lenient)
-    sources = find_sources(plan, [Path(path) for path in audio])
+    sources = find_sources(plan, audio)
     return Corpus(
         plan=plan,
         sources=sources,
@@ -42,7 +42,7 @@ def audioset(audio: Sequence[Path | str], segments: Sequence[Path | str], *, len
     )
 
 
-def find_sources(plan: pl.DataFrame, places: Sequence[Path]) -> Sources:
+def find_sources(plan: pl.DataFrame, places: Sequence[Path | str]) -> Sources:
     """Match the sounds of all layouts to the rows of `plan` by their names; raises InputError where none matches.
 
     Understood: `<id>`, `Y<id>`, either followed by `_<start>` or `_<start>_<end>` in seconds or milliseconds, in

@@ -1,0 +1,112 @@
+"""A store before and between builds: created, mended, swept of what a crash left, marked as unfinished."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import polars as pl
+
+from pipeline.blocks import Blocks
+from pipeline.errors import StoreError
+from pipeline.files import PARTIAL, abandoned, fsync, gate, replacing, scratch_of
+from pipeline.labels import split_mids
+from pipeline.ledger import NEXT, ledger_path, settle, stray_shards
+from pipeline.manifest import PLAN_SCHEMA, pending
+from pipeline.shards import Layout, array_json, create_array
+from pipeline.store import Header, read_metadata, read_table, write_table
+
+
+def create_store(out: Path, header: Header, plan: pl.DataFrame) -> bool:
+    """A store in which nothing is built yet, whole or not at all; False where another process was first."""
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    for debris in abandoned(out):
+        shutil.rmtree(debris, ignore_errors=True)
+    scratch = scratch_of(out)
+    try:
+        create_array(scratch, header.layout, {"ajepa": header.to_json()})
+        mend(scratch, header, plan)
+        try:
+            scratch.rename(out)
+        except OSError:
+            if not out.is_dir():
+                raise
+            return False
+        fsync(out.absolute().parent)
+        return True
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def mend(out: Path, header: Header, plan: pl.DataFrame) -> None:
+    """Write what follows from the plan alone where it is not there, or not as it should be."""
+    (out / "ledger").mkdir(exist_ok=True)
+    array, told = out / "mel" / "zarr.json", array_json(header.layout)
+    if not array.is_file() or array.read_bytes() != told:
+        array.parent.mkdir(exist_ok=True)
+        with replacing(array) as scratch:
+            scratch.write_bytes(told)
+    manifest = _table_of(out / "manifest.parquet", tuple(PLAN_SCHEMA))
+    if manifest is None or not manifest.equals(plan.select(*PLAN_SCHEMA)):
+        write_table(out / "manifest.parquet", pending(plan), {})
+    labels = _table_of(out / "labels.parquet", ("raw",))
+    if labels is None or labels.height != plan.height:  # written anew: loses the propagated sets and no more
+        write_table(
+            out / "labels.parquet",
+            pl.DataFrame(split_mids(plan["mids"], header.classes)),
+            {"raw": "as listed"},
+        )
+
+
+def _table_of(path: Path, columns: Sequence[str]) -> pl.DataFrame | None:
+    """Some columns of a table; None where it is not there, or not as it should be."""
+    try:
+        table = read_table(path, columns)[0] if path.exists() else pl.DataFrame()
+    except StoreError:
+        return None
+    return table if table.columns == list(columns) else None
+
+
+def check_same(out: Path | str, there: Header, header: Header) -> None:
+    """Refuse to continue a store that is not the one now asked for."""
+    if there.spec.spec_id != header.spec.spec_id:
+        raise StoreError(
+            f"{out} holds mel spec {there.spec.name}, not {header.spec.name}; choose another --out"
+        )
+    if there.layout.dtype != header.layout.dtype:
+        raise StoreError(f"{out} holds {there.layout.dtype}, not {header.layout.dtype}; choose another --out")
+    if there != header:
+        raise StoreError(
+            f"{out} was planned from other clips, lists or classes; give the same, or another --out"
+        )
+
+
+def sweep(out: Path, layout: Layout, blocks: Blocks) -> None:
+    """Settle what a crash left: records that wait for their shard, unfinished files, shards without a record."""
+    for path in out.glob(f"ledger/*{NEXT}"):
+        if blocks.holds(int(path.name[:6]), layout):
+            settle(out, path)
+    for path in [
+        *out.glob(f"*{PARTIAL}"),
+        *out.glob(f"mel/*{PARTIAL}"),
+    ]:  # written at the gate, which is ours
+        path.unlink()
+    for path in out.glob(f"ledger/*{PARTIAL}"):
+        if blocks.holds(int(path.name[:6]), layout):
+            path.unlink()
+    for path in list(out.glob(f"mel/c/**/*{PARTIAL}")):
+        if blocks.holds(int(path.relative_to(out / "mel" / "c").parts[0]), layout):
+            path.unlink()
+    for path in stray_shards(out):
+        if blocks.holds(int(path.parts[-3]), layout):
+            path.unlink()
+
+
+def mark_open(out: Path, header: Header, plan: pl.DataFrame, work: dict[int, int], blocks: Blocks) -> bool:
+    """Make the manifest say that the build has not finished, where a shard has no record; whether there is one."""
+    shards = (shard for block in work for shard in blocks.shards(block, header.layout))
+    if all(ledger_path(out, shard).exists() for shard in shards):
+        return False
+    with gate(out):
+        if "store_id" in read_metadata(out / "manifest.parquet"):
+            write_table(out / "manifest.parquet", pending(plan), {})
+    return True
