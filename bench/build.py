@@ -89,9 +89,9 @@ def part_seconds(paths: Sequence[Path], header, scratch: Path) -> dict[str, floa
         marks.append(time.perf_counter())
         wave_S = soxr.resample(take.wave_S, take.rate_hz, SPEC.sample_rate_hz, quality="HQ")
         marks.append(time.perf_counter())
-        mel_TF = log_mel(torch.from_numpy(wave_S[: SPEC.clip_samples])[None], SPEC)[0].numpy()
+        mel_TF = log_mel(torch.from_numpy(wave_S[: SPEC.clip_samples])[None], SPEC)[0]
         marks.append(time.perf_counter())
-        writer.add(row, quantise(mel_TF, header))
+        writer.add(row, quantise(mel_TF, header).numpy())
         marks.append(time.perf_counter())
         for part, began, ended in zip(PARTS, marks, marks[1:], strict=False):
             took[part] += ended - began

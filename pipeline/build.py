@@ -22,13 +22,14 @@ from pipeline.engines import run_here
 from pipeline.errors import InputError, StoreError
 from pipeline.files import WHOLE, Part, gate, locked
 from pipeline.finalise import finalise
-from pipeline.manifest import plan_id
+from pipeline.labels import split_mids
+from pipeline.manifest import PLAN_SCHEMA, plan_id
 from pipeline.melspec import MelSpec
 from pipeline.mirror import Mirror
 from pipeline.shardmaker import BlockTask, ShardMaker
 from pipeline.shards import DTYPES, Layout, shard_clips_for
-from pipeline.store import Header
-from pipeline.upkeep import check_same, create_store, mark_open, mend, sweep
+from pipeline.store import Header, digest_of
+from pipeline.upkeep import check_same, create_store, mark_open, mend, restore_header, sweep
 
 ENGINES = ("local", "ray")
 UINT8_TOP = 14.0  # nats: a full-scale sine reaches 12 in the a-jepa front end; what is louder is clipped
@@ -72,6 +73,8 @@ class Build:
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
             raise InputError(f"engine {self.engine!r}: expected {' or '.join(ENGINES)}")
+        if self.engine == "ray" and self.workers < 1:
+            raise InputError("--engine ray --workers 0: expected how many tasks run at a time, 1 or more")
 
 
 def build_stores(
@@ -81,11 +84,13 @@ def build_stores(
     *,
     progress: Progress | None = None,
     shards: Collection[int] | None = None,
+    tell: bool = True,
 ) -> list[pl.DataFrame | None]:
     """Build or continue stores in one decoding pass; returns their manifests, None while parts are missing.
 
     What is good already is kept; what is missing or failed is tried again where there is a sound for it. With
-    `shards` only the blocks that hold these are looked at. Raises InputError with nothing half-made.
+    `shards` only the blocks that hold these are looked at; without `tell` build.json stays as it is. Raises
+    InputError with nothing half-made.
     """
     began = time.monotonic()
     headers = [plan_store(corpus, output) for output in outputs]
@@ -102,6 +107,7 @@ def build_stores(
             created.append(out)
     with ExitStack() as stack:
         for out, header in stores:
+            restore_header(out, header)
             check_same(out, Header.read(out), header)
             stack.enter_context(locked(out, WHOLE if out in mirrors else build.part))
         blocks = Blocks.of(headers, build.part)
@@ -120,7 +126,7 @@ def build_stores(
         rows = run(maker, tasks_of(corpus, work, blocks), build)
         tried = sum(1 for _ in (progress(sum(work.values()), rows) if progress else rows))
         told = _told(corpus, build, tried=tried, seconds=time.monotonic() - began)
-        return [finalise(out, header, told, mirrors.get(out)) for out, header in stores]
+        return [finalise(out, header, told if tell else None, mirrors.get(out)) for out, header in stores]
 
 
 def run(maker: ShardMaker, tasks: Iterator[BlockTask], build: Build) -> Iterator[int]:
@@ -163,6 +169,8 @@ def plan_store(corpus: Corpus, output: Output) -> Header:
         scale=scale,
         offset=offset,
         classes=corpus.classes,
+        plan_digest=digest_of(corpus.plan.select(*PLAN_SCHEMA)),
+        labels_digest=digest_of(pl.DataFrame(split_mids(corpus.plan["mids"], corpus.classes))),
     )
 
 
@@ -170,7 +178,7 @@ def _check_outputs(
     corpus: Corpus, stores: Sequence[tuple[Path, Header]], elsewhere: Collection[Path]
 ) -> None:
     """Refuse two stores in one place, and one for which there is no room."""
-    paths = [out.absolute() for out, _ in stores]
+    paths = [out.resolve() for out, _ in stores]
     if len(set(paths)) < len(paths):
         raise InputError("two stores with one path; give every --spec an --out of its own")
     clips = corpus.sources.frame.height - corpus.sources.frame["kind"].null_count()
@@ -179,7 +187,7 @@ def _check_outputs(
         for out, header in stores
         if out not in elsewhere and not out.exists()
     )
-    for out in (out.absolute() for out, _ in stores if out not in elsewhere and not out.exists()):
+    for out in (out.resolve() for out, _ in stores if out not in elsewhere and not out.exists()):
         folder = next(parent for parent in out.parents if parent.exists())
         free = shutil.disk_usage(folder).free
         if needed > free:
@@ -196,6 +204,7 @@ def _told(corpus: Corpus, build: Build, *, tried: int, seconds: float) -> dict[s
         "notes": list(corpus.notes),
         "policy": asdict(build.policy),
         "workers": build.workers,
+        "limit_seconds": build.clip_seconds,
         "part": str(build.part),
         "audio_files": sources.files,
         "unmatched_files": len(sources.unmatched),

@@ -1,6 +1,10 @@
 """ajepa-data: sound files in, a checked feature store out."""
 
+import errno
+import os
 import signal
+import sys
+import time
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -9,6 +13,7 @@ import typer
 from pipeline import build_commands
 from pipeline.errors import InputError, Interrupted
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
 RUN_AGAIN = 75  # EX_TEMPFAIL: interrupted with nothing lost; the same command carries on
 
 app = typer.Typer(
@@ -20,7 +25,18 @@ app = typer.Typer(
 
 app.add_typer(build_commands.app)
 
-StorePath = Annotated[Path, typer.Argument(help="Feature store, NAME.zarr.", show_default=False)]
+
+def _local(store: Path) -> Path:
+    if str(store).startswith(("s3:/", "gs:/", "http:/", "https:/")):
+        raise InputError(
+            f"{store}: lies on an object store; copy it to a disk first, or give its staging folder"
+        )
+    return store
+
+
+StorePath = Annotated[
+    Path, typer.Argument(help="Feature store, NAME.zarr.", show_default=False, callback=_local)
+]
 
 
 @app.command()
@@ -75,17 +91,21 @@ def verify(
     from pipeline.repair import repair as mend
     from pipeline.verify import faults_of
 
-    faults = list(faults_of(store, sample))
+    faults = list(faults_of(store, sample, seed=time.time_ns()))
     for fault in faults:
         print(fault.text)
     if faults and repair:
-        mend(store, faults, workers=workers, progress=build_commands.progress)
+        lost = mend(store, faults, workers=workers, progress=build_commands.progress)
         left = list(faults_of(store))
         for fault in left:
             print(f"still: {fault.text}")
         if left:
             raise InputError(f"{store}: {len(left)} faults are left after the repair")
         print(f"{store}: {len(faults)} faults mended")
+        if lost:
+            raise InputError(
+                f"{store}: {lost} clips are lost: damaged here, and their sounds can no longer be had"
+            )
     elif faults:
         raise InputError(f"{store}: {len(faults)} faults; mend them with: ajepa-data verify {store} --repair")
     else:
@@ -182,7 +202,12 @@ def run_app(app: typer.Typer) -> NoReturn:
         app()
     except InputError as error:
         _fail(f"error: {error}", 1)
+    except BrokenPipeError:  # whoever reads what is printed, such as head, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except OSError as error:  # a read-only folder, a full disk, a file where a folder should be
+        if error.errno in FULL:
+            _fail("error: no space left on the disk; free some and run the same command again", 1)
         if error.filename is None:
             raise
         _fail(f"error: {error.filename}: {error.strerror}; check the path and its permissions", 1)

@@ -1,12 +1,18 @@
 """Corpus: what stores are built from: which clip is row i, where its sound lies, what the classes are."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from pipeline.locators import Sources
 from pipeline.ontology import ClassList
+
+
+def place_of(path: Path | str) -> str:
+    """A path as `Corpus.asked` holds it: the same from any folder; URLs stay as they are."""
+    return str(path) if "://" in str(path) else str(Path(path).absolute())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

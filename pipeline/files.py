@@ -123,8 +123,8 @@ def _held(path: Path) -> Iterator[BinaryIO | None]:
     with path.open("a+b") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = path.exists() and path.stat().st_ino == os.fstat(lock.fileno()).st_ino
-        except BlockingIOError:
+            ours = path.stat().st_ino == os.fstat(lock.fileno()).st_ino
+        except (BlockingIOError, FileNotFoundError):  # held, or gone between opening and locking it
             ours = False
         try:
             yield lock if ours else None

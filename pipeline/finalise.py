@@ -21,28 +21,44 @@ def finalise(
 ) -> pl.DataFrame | None:
     """Write the manifest and the statistics that the ledger gives; returns the manifest, None while shards are open.
 
-    `told` goes into build.json as it is. A store that lies elsewhere is finished there, with what other machines
+    `told` goes into build.json. A store that lies elsewhere is finished there, with what other machines
     have built of it. Raises StoreError for a damaged record.
     """
     with gate(out):
         if mirror is not None:
             mirror.pull(lambda _: False)
-        if told is not None:
-            with replacing(out / "build.json") as scratch:
-                scratch.write_text(json.dumps(told, indent=1) + "\n")
         if open_shards(out, header):
+            _tell(out, told)
             return None
         records = [read_commit(out, shard) for shard in range(header.layout.shards)]
         done = [record for record in records if record is not None]
         commits, results = [commit for commit, _ in done], pl.concat([results for _, results in done])
-        plan = read_table(out / "manifest.parquet")[0].select(*PLAN_SCHEMA)
+        table = out / "manifest.parquet"
+        plan, before = read_table(table, list(PLAN_SCHEMA))
+        identity = {"store_id": store_id(header, commits)}
+        if before != identity or _asked(out) != (told or {}).get("asked"):
+            _tell(out, told)  # a run that changed nothing leaves what the one said that built it
         manifest = pl.concat([plan, results], how="horizontal")
         with replacing(out / "stats.json") as scratch:
             scratch.write_text(json.dumps(statistics(commits, results), indent=1) + "\n")
-        write_table(out / "manifest.parquet", manifest, {"store_id": store_id(header, commits)})
+        write_table(table, manifest, identity)
         if mirror is not None:  # not while shards are open: whoever ends last may have pushed them already
             mirror.push_tables()
         return manifest
+
+
+def _tell(out: Path, told: dict[str, Any] | None) -> None:
+    if told is not None:
+        with replacing(out / "build.json") as scratch:
+            scratch.write_text(json.dumps(told, indent=1) + "\n")
+
+
+def _asked(out: Path) -> object:
+    """What build.json says was asked; None where it says nothing."""
+    try:
+        return json.loads((out / "build.json").read_text())["asked"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def open_shards(out: Path, header: Header) -> list[int]:

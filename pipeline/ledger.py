@@ -1,6 +1,7 @@
 """The ledger: one record a shard, the commit point; how a shard and its record are put in place."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from pipeline.errors import StoreError
 from pipeline.files import fsync
 from pipeline.manifest import RESULT_SCHEMA
 from pipeline.shards import ShardWriter, shard_path
-from pipeline.store import Header, read_table, write_table
+from pipeline.store import Header, digest_of, read_table, write_table
 
 NEXT = ".next"  # suffix of a record whose shard is about to be placed
 
@@ -26,6 +27,7 @@ class Commit:
     plan_id: str
     size_bytes: int  # 0: no clip of the shard is good, and Zarr keeps no object
     sha256: str
+    policy: dict[str, Any]  # `AudioPolicy` of the clips: the loosest of those with which its rows were built
     moments: dict[str, dict[str, Any]]  # per split: frames, sum_F, square_F over valid frames of good clips
 
 
@@ -41,7 +43,8 @@ def stray_shards(store: Path) -> list[Path]:
 
 def write_commit(path: Path, commit: Commit, results: pl.DataFrame) -> None:
     """Write what the ledger says of a shard."""
-    write_table(path, results.select(*RESULT_SCHEMA), asdict(commit))
+    results, values = results.select(*RESULT_SCHEMA), asdict(commit)
+    write_table(path, results, {"commit": values, "digest": _digest(results, values)})
 
 
 def read_commit(store: Path, shard: int) -> tuple[Commit, pl.DataFrame] | None:
@@ -56,12 +59,21 @@ def read_commit(store: Path, shard: int) -> tuple[Commit, pl.DataFrame] | None:
 
 
 def commit_at(path: Path) -> tuple[Commit, pl.DataFrame]:
-    """The record in one file of the ledger; raises StoreError."""
+    """The record in one file of the ledger; raises StoreError, also where it does not match its own digest."""
     frame, metadata = read_table(path)
-    try:
-        return Commit(**metadata), frame.select(*RESULT_SCHEMA)
-    except (TypeError, pl.exceptions.ColumnNotFoundError):
-        raise StoreError(f"{path}: is no record of a shard; delete it and build again") from None
+    values = metadata.get("commit")
+    if (
+        values is None
+        or frame.columns != list(RESULT_SCHEMA)
+        or metadata.get("digest") != _digest(frame, values)
+    ):
+        raise StoreError(f"{path}: does not match its digest; run: ajepa-data verify --repair")
+    return Commit(**values), frame
+
+
+def _digest(results: pl.DataFrame, values: dict[str, Any]) -> str:
+    text = json.dumps(values, sort_keys=True) + digest_of(results)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def store_id(header: Header, commits: Sequence[Commit]) -> str:

@@ -41,6 +41,7 @@ RESULT_SCHEMA: dict[str, pl.DataType] = {
     "digest": pl.String(),  # of the mono waveform before resampling
     "error_rms_nat": pl.Float64(),  # of the stored log-mel against the computed one: rounding, clipping
     "error_max_nat": pl.Float64(),
+    "crc32c": pl.UInt32(),  # of the stored spectrogram, little-endian
 }
 MANIFEST_SCHEMA = PLAN_SCHEMA | RESULT_SCHEMA
 

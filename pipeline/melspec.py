@@ -15,6 +15,7 @@ import numpy as np
 from pipeline.errors import InputError
 
 DECODING = "1: mean of the channels, soxr HQ"  # how pipeline.audio makes a wave; new when its samples change
+LONGEST_SECONDS = 600.0  # of a clip: 16 of them make the smallest shard
 FLOAT32_EPSILON = 2.0**-23  # Kaldi's floor under the log
 SHORTEST_SECONDS = 0.1  # pipeline.audio refuses what is shorter; what it lets through must have a frame
 
@@ -80,6 +81,8 @@ class MelSpec:
             raise ValueError(
                 f"mel_bands {self.mel_bands} are more than an FFT of {self.fft_samples} can fill"
             )
+        if self.clip_seconds > LONGEST_SECONDS:
+            raise ValueError(f"clip_seconds must be at most {LONGEST_SECONDS:g}, got {self.clip_seconds:g}")
         if self.frames < 1:
             raise ValueError(f"a clip of {self.clip_seconds} s is shorter than one window")
         if self.frames_of(math.ceil(SHORTEST_SECONDS * self.sample_rate_hz)) < 1:

@@ -1,40 +1,71 @@
-"""Repair: make the broken shards of a store again, from what its build.json says it was built from."""
+"""Repair: make what is broken in a store again, from what its build.json says it was built from."""
 
+import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
+import numpy as np
+import polars as pl
+
 from pipeline.audio import AudioPolicy
-from pipeline.build import Build, Output, Progress, build_stores
+from pipeline.build import Build, Output, Progress, build_stores, plan_store
 from pipeline.corpus import Corpus
 from pipeline.datasets.catalogue import corpus_of
 from pipeline.errors import StoreError
 from pipeline.files import locked
-from pipeline.ledger import ledger_path, read_commit
-from pipeline.shards import shard_path
-from pipeline.store import Header
+from pipeline.labels import propagate_labels
+from pipeline.ledger import Commit, ledger_path, place, read_commit
+from pipeline.manifest import MANIFEST_SCHEMA, RESULT_SCHEMA, failure
+from pipeline.shardmaker import Moments, restore
+from pipeline.shards import CRC_BYTES, ShardWriter, shard_path
+from pipeline.store import FeatureStore, Header, read_table
+from pipeline.upkeep import check_same
 from pipeline.verify import Fault
+
+NOTHING = hashlib.sha256().hexdigest()
 
 
 def repair(
     store: Path, faults: Sequence[Fault], *, workers: int = 2, progress: Progress | None = None
-) -> None:
-    """Mend what `faults_of` found: broken shards are decoded again, the rest follows from plan and ledger.
+) -> int:
+    """Mend what `faults_of` found. Of a broken shard the clips that match their own checksum are kept and the others
+    decoded again; the rest follows from plan and ledger, propagated labels from their rule. Returns how many clips
+    are lost: damaged in the store, and their sounds gone or no longer good.
 
-    Raises StoreError, with nothing changed, where build.json or the sounds are not there any more.
+    Raises StoreError, with nothing changed, where build.json is gone, or its lists are no longer those of the store.
     """
     header, told = Header.read(store), _told(store)
     corpus = corpus_of(told["asked"])
-    shards = {fault.shard for fault in faults if fault.shard is not None}
-    _refuse_loss(store, header, corpus, shards)
+    output = Output(path=store, spec=header.spec, dtype=header.layout.dtype)
+    check_same(store, header, plan_store(corpus, output))
+    shards = sorted({fault.shard for fault in faults if fault.shard is not None})
+    policies: dict[AudioPolicy, list[int]] = {AudioPolicy(**told["policy"]): []}
+    was_good = [row for shard in shards for row in _good(store, header, shard)]
     with locked(store):
         for shard in shards:
-            for path in (ledger_path(store, shard), shard_path(store, shard)):
-                path.unlink(missing_ok=True)
-    output = Output(path=store, spec=header.spec, dtype=header.layout.dtype)
-    build = Build(policy=AudioPolicy(**told["policy"]), workers=workers)
-    build_stores(corpus, [output], build, progress=progress, shards=shards)
+            policy = _salvage(store, header, corpus, shard)
+            policies.setdefault(policy or AudioPolicy(**told["policy"]), []).append(shard)
+    for policy, some in policies.items():
+        build_stores(
+            corpus,
+            [output],
+            Build(policy=policy, workers=workers),
+            progress=progress,
+            shards=some,
+            tell=False,
+        )
+    opened = FeatureStore.open(store)
+    there = opened.label_sets
+    for path in sorted(store.glob("propagation-*.json")):
+        rule = path.stem.removeprefix("propagation-")
+        by = json.loads(path.read_text())["provenance"]
+        if rule not in there or any("label set" in fault.text for fault in faults):
+            propagate_labels(store, rule, by["splits"])
+    return sum(opened.manifest["status"][row] != "good" for row in was_good)
 
 
 def _told(store: Path) -> dict[str, Any]:
@@ -47,20 +78,87 @@ def _told(store: Path) -> dict[str, Any]:
         ) from None
 
 
-def _refuse_loss(store: Path, header: Header, corpus: Corpus, shards: Collection[int]) -> None:
-    """Refuse to throw away a shard of which a clip could not be decoded again: what is intact in it would go too."""
-    for shard in sorted(shards):
-        try:
-            record = read_commit(store, shard)
-        except StoreError:
+def _salvage(store: Path, header: Header, corpus: Corpus, shard: int) -> AudioPolicy | None:
+    """Put a broken shard in place anew with the clips that are intact, the others failed; the policy it was built with.
+
+    Where neither the ledger nor the manifest tells of its clips there is nothing to keep: its record goes.
+    """
+    told = _told_of(store, header, shard)
+    if told is None:
+        for path in (ledger_path(store, shard), shard_path(store, shard)):
+            path.unlink(missing_ok=True)
+        return None
+    results, policy = told
+    moments, intact = Moments(), _intact(store, header, shard, results)
+    with closing(ShardWriter(store, header.layout, shard)) as writer:
+        for number, (row, mel_TF) in enumerate(zip(header.layout.rows(shard), intact, strict=True)):
+            if mel_TF is not None:
+                writer.add(row, mel_TF)
+                moments.add(corpus.plan["split"][row], restore(mel_TF[: results[number]["n_frames"]], header))
+            elif results[number]["status"] == "good":
+                results[number] = failure(
+                    "missing", "its spectrogram was damaged in the store, its sound is gone"
+                )
+        some = writer.size_bytes > 0
+        commit = Commit(
+            shard=shard,
+            spec_id=header.spec.spec_id,
+            plan_id=header.plan_id,
+            policy=policy,
+            sha256=writer.finish() if some else NOTHING,
+            size_bytes=writer.size_bytes if some else 0,
+            moments=moments.to_json(),
+        )
+        if not some:
+            shard_path(store, shard).unlink(missing_ok=True)
+        place(
+            store, commit, pl.DataFrame(results, schema=RESULT_SCHEMA, orient="row"), writer if some else None
+        )
+    return AudioPolicy(**policy)
+
+
+def _good(store: Path, header: Header, shard: int) -> list[int]:
+    told = _told_of(store, header, shard)
+    rows = header.layout.rows(shard)
+    return (
+        []
+        if told is None
+        else [r for r, result in zip(rows, told[0], strict=True) if result["status"] == "good"]
+    )
+
+
+def _told_of(store: Path, header: Header, shard: int) -> tuple[list[dict[str, Any]], dict[str, Any]] | None:
+    """The results of a shard's rows and the policy they were built with, by the ledger, else by the manifest."""
+    rows = header.layout.rows(shard)
+    try:
+        record = read_commit(store, shard)
+        if record and len(record[1]) == len(rows) and record[0].plan_id == header.plan_id:
+            return record[1].to_dicts(), record[0].policy
+    except StoreError:
+        pass  # damaged: the manifest may tell
+    try:
+        manifest, metadata = read_table(store / "manifest.parquet")
+    except StoreError:
+        return None
+    if manifest.schema != pl.Schema(MANIFEST_SCHEMA) or "store_id" not in metadata:
+        return None
+    return manifest[rows.start : rows.stop].select(*RESULT_SCHEMA).to_dicts(), _told(store)["policy"]
+
+
+def _intact(
+    store: Path, header: Header, shard: int, results: Sequence[dict[str, Any]]
+) -> Iterator[np.ndarray | None]:
+    """The spectrograms of a shard's rows that match the checksum that was recorded for them, others None.
+
+    Where they lie follows from which rows are good, so that a damaged index loses none.
+    """
+    layout, path = header.layout, shard_path(store, shard)
+    content, offset = path.read_bytes() if path.is_file() else b"", 0
+    for result in results:
+        chunk = content[offset : offset + layout.clip_bytes]
+        if result["status"] != "good":
+            yield None
             continue
-        if record is None:
-            continue
-        rows = header.layout.rows(shard)
-        there_N = corpus.sources.frame["kind"][rows.start : rows.stop].is_not_null()
-        lost = int(((record[1]["status"] == "good") & ~there_N).sum())
-        if lost:
-            raise StoreError(
-                f"{store}: {lost} good clips of shard {shard} have no sound any more; bring it back, "
-                f"or delete {ledger_path(store, shard)} and build again without them"
-            )
+        offset += layout.clip_bytes + CRC_BYTES
+        whole = len(chunk) == layout.clip_bytes and google_crc32c.value(chunk) == result["crc32c"]
+        yield np.frombuffer(bytearray(chunk), layout.dtype).reshape(layout.frames, -1) if whole else None

@@ -6,10 +6,11 @@ import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
+import google_crc32c
 import numpy as np
 import polars as pl
 import torch
@@ -70,7 +71,9 @@ class ShardMaker:
         first, last = task.clips[0].row, task.clips[-1].row
         with ExitStack() as stack:
             hands = [
-                stack.enter_context(closing(_Hand(store, header, shard, self.mirrors.get(store))))
+                stack.enter_context(
+                    closing(_Hand(store, header, shard, self.policy, self.mirrors.get(store)))
+                )
                 for store, header in self.stores
                 for shard in range(first // header.layout.shard_clips, last // header.layout.shard_clips + 1)
             ]
@@ -119,8 +122,11 @@ def _lies(clip: Clip) -> tuple[str, int, int, int]:
 class _Hand:
     """One shard in the making: new spectrograms wait in a file without a name, one place a row, until all are there."""
 
-    def __init__(self, store: Path, header: Header, shard: int, mirror: Mirror | None) -> None:
-        self.store, self.header, self.shard, self._mirror = store, header, shard, mirror
+    def __init__(
+        self, store: Path, header: Header, shard: int, policy: AudioPolicy, mirror: Mirror | None
+    ) -> None:
+        self.store, self.header, self.shard = store, header, shard
+        self.policy, self._mirror = policy, mirror
         self.rows = header.layout.rows(shard)
         record = read_commit(store, shard)
         self._before = None if record is None else record[0]
@@ -163,7 +169,7 @@ class _Hand:
             for row, mel_TF in self._good(stack):
                 if writer is None:
                     writer = ShardWriter(self.store, self.header.layout, self.shard)
-                    stack.callback(writer.drop)
+                    stack.callback(writer.close)
                 writer.add(row, mel_TF)
                 n_frames = self._results[row - self.rows[0]]["n_frames"]
                 moments.add(splits[row], restore(mel_TF[:n_frames], self.header))
@@ -173,6 +179,7 @@ class _Hand:
                 plan_id=self.header.plan_id,
                 sha256=hashlib.sha256().hexdigest() if writer is None else writer.finish(),
                 size_bytes=0 if writer is None else writer.size_bytes,
+                policy=loosest(self.policy, None if self._before is None else self._before.policy),
                 moments=moments.to_json(),
             )
             results = pl.DataFrame(self._results, schema=RESULT_SCHEMA, orient="row")
@@ -246,6 +253,7 @@ def spectrogram(audio: Audio, header: Header) -> tuple[np.ndarray, dict[str, Any
         "digest": audio.digest,
         "error_rms_nat": math.sqrt(float(error_N.dot(error_N)) / len(error_N)),
         "error_max_nat": float(error_N.abs().max()),
+        "crc32c": google_crc32c.value(mel_TF.tobytes()),
     }
 
 
@@ -259,6 +267,12 @@ def quantise(mel: Tensor, header: Header) -> Tensor:
 def restore(stored_TF: np.ndarray, header: Header) -> Tensor:
     """Stored values as log-mel, float32."""
     return torch.from_numpy(stored_TF).float().mul_(header.scale).add_(header.offset)
+
+
+def loosest(policy: AudioPolicy, before: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A policy that takes what either takes: rows of a shard may come from builds with different ones."""
+    now = asdict(policy)
+    return now if before is None else {name: max(now[name], before[name]) for name in now}
 
 
 class Moments:

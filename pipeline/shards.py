@@ -79,6 +79,15 @@ def create_array(store: Path, layout: Layout, attributes: dict[str, object]) -> 
     _array(folder, layout)
 
 
+def group_json(attributes: dict[str, object]) -> bytes:
+    """What the store's own `zarr.json` holds."""
+    import zarr
+
+    objects: dict[str, Any] = {}
+    zarr.create_group(zarr.storage.MemoryStore(objects), attributes=attributes)
+    return objects["zarr.json"].to_bytes()
+
+
 def array_json(layout: Layout) -> bytes:
     """What `mel/zarr.json` holds."""
     from zarr.storage import MemoryStore
@@ -152,7 +161,7 @@ class ShardWriter:
         self._scratch.replace(self.path)
         fsync(self.path.parent)
 
-    def drop(self) -> None:
+    def close(self) -> None:
         """Leave nothing of an unfinished shard; does nothing after `place`."""
         self._file.close()
         self._scratch.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ NAME.zarr/              a Zarr v3 group: any Zarr v3 library opens it
   build.json            what was asked, versions, time taken: of the run, so the one file in which equal builds differ
 """
 
+import hashlib
 import json
 import math
 import threading
@@ -38,6 +39,12 @@ from pipeline.shards import Layout, ShardReader
 
 FORMAT = 1
 METADATA_KEY = b"ajepa"
+DAMAGED = (
+    OSError,
+    ValueError,
+    pa.ArrowException,
+    pl.exceptions.PanicException,
+)  # what a damaged table may raise
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,8 +57,14 @@ class Header:
     scale: float  # log-mel = offset + scale * stored
     offset: float
     classes: ClassList
+    plan_digest: str  # of the manifest's columns of the plan
+    labels_digest: str  # of `raw` and `outside` in labels.parquet
 
     def to_json(self) -> dict[str, object]:
+        values = self._values()
+        return values | {"digest": _digest_of_json(values)}
+
+    def _values(self) -> dict[str, object]:
         return {
             "format": FORMAT,
             "spec": self.spec.to_json(),
@@ -62,20 +75,28 @@ class Header:
             "offset": self.offset,
             "classes": list(self.classes.mids),
             "class_names": list(self.classes.names),
+            "plan_digest": self.plan_digest,
+            "labels_digest": self.labels_digest,
         }
 
     @classmethod
     def read(cls, store: Path) -> Self:
         """The header of the store at `store`; raises StoreError where there is none of this format."""
+        path = store / "zarr.json"
         try:
-            header = json.loads((store / "zarr.json").read_text())["attributes"]["ajepa"]
-            if header["format"] == FORMAT:
-                return cls._of(header)
-        except (OSError, KeyError, ValueError, TypeError):
+            header = json.loads(path.read_text())["attributes"]["ajepa"]
+            known, digest = header["format"], header.pop("digest", None)
+        except (OSError, KeyError, ValueError, TypeError, AttributeError):
             raise StoreError(
                 f"{store}: not a feature store; make one with: ajepa-data build-audioset"
             ) from None
-        raise StoreError(f"{store}: has store format {header['format']}, this version reads format {FORMAT}")
+        if known != FORMAT:
+            raise StoreError(f"{store}: has store format {known}, this version reads format {FORMAT}")
+        if digest != _digest_of_json(header):
+            raise StoreError(
+                f"{path}: does not match its digest; run the build command again: it writes it anew"
+            )
+        return cls._of(header)
 
     @classmethod
     def _of(cls, header: dict[str, Any]) -> Self:
@@ -86,6 +107,8 @@ class Header:
             scale=header["scale"],
             offset=header["offset"],
             classes=ClassList(mids=tuple(header["classes"]), names=tuple(header["class_names"])),
+            plan_digest=header["plan_digest"],
+            labels_digest=header["labels_digest"],
         )
 
 
@@ -102,19 +125,42 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> tuple[pl.Dat
     """A frame, or some columns of it, and the metadata that `write_table` put beside it; raises StoreError."""
     try:
         table = pq.read_table(path, columns=columns and list(columns), page_checksum_verification=True)
-    except (OSError, pa.ArrowInvalid) as error:
+        frame = pl.from_arrow(table)
+        assert isinstance(frame, pl.DataFrame)
+        return frame, _metadata(table.schema)
+    except DAMAGED as error:
         why = "missing" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
         raise StoreError(
             f"{path}: cannot be read ({why}); delete it, if it is there, and build again"
         ) from None
-    frame = pl.from_arrow(table)
-    assert isinstance(frame, pl.DataFrame)
-    return frame, _metadata(table.schema)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What `write_table` put beside a frame, without the frame."""
-    return _metadata(pq.read_schema(path))
+    """What `write_table` put beside a frame, without the frame; raises StoreError."""
+    try:
+        return _metadata(pq.read_schema(path))
+    except DAMAGED as error:
+        raise StoreError(f"{path}: cannot be read ({error}); delete it and build again") from None
+
+
+def digest_of(frame: pl.DataFrame) -> str:
+    """32 hex digits of what a frame holds, column by column, whatever file it lies in; lists, texts and numbers."""
+    digest = hashlib.sha256()
+    for column in frame.iter_columns():
+        digest.update(f"{column.name} {len(column)}\n".encode())
+        if column.dtype == pl.List:
+            digest.update(column.list.len().fill_null(2**32 - 1).cast(pl.UInt32).to_numpy().tobytes())
+            column = column.explode(empty_as_null=False, keep_nulls=False)
+        digest.update(column.is_null().to_numpy().tobytes())
+        if column.dtype == pl.String:
+            digest.update("\0".join(column.drop_nulls()).encode())
+        else:
+            digest.update(column.fill_null(0).to_numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _digest_of_json(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _metadata(schema: pa.Schema) -> dict[str, Any]:

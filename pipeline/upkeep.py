@@ -10,10 +10,10 @@ from pipeline.blocks import Blocks
 from pipeline.errors import StoreError
 from pipeline.files import PARTIAL, abandoned, fsync, gate, replacing, scratch_of
 from pipeline.labels import split_mids
-from pipeline.ledger import NEXT, ledger_path, settle, stray_shards
+from pipeline.ledger import NEXT, commit_at, ledger_path, settle, stray_shards
 from pipeline.manifest import PLAN_SCHEMA, pending
-from pipeline.shards import Layout, array_json, create_array
-from pipeline.store import Header, read_metadata, read_table, write_table
+from pipeline.shards import Layout, array_json, create_array, group_json
+from pipeline.store import Header, digest_of, read_metadata, read_table, write_table
 
 
 def create_store(out: Path, header: Header, plan: pl.DataFrame) -> bool:
@@ -37,6 +37,29 @@ def create_store(out: Path, header: Header, plan: pl.DataFrame) -> bool:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def restore_header(out: Path, header: Header) -> None:
+    """Write a zarr.json that is not as written anew where the ledger says that the store is the one now asked for.
+
+    Raises StoreError where it is not, or where `out` is there and is no store.
+    """
+    told = group_json({"ajepa": header.to_json()})
+    try:
+        if Header.read(out) != header or (out / "zarr.json").read_bytes() == told:
+            return
+    except StoreError as error:
+        damage = error
+    else:
+        damage = StoreError(f"{out}/zarr.json: not as written")
+    records = sorted(out.glob("ledger/[0-9]*.parquet"))
+    if not records:
+        raise StoreError(f"{out}: is there already and is no store ({damage}); choose another --out")
+    commit, _ = commit_at(records[0])
+    if (commit.spec_id, commit.plan_id) != (header.spec.spec_id, header.plan_id):
+        raise damage
+    with replacing(out / "zarr.json") as scratch:
+        scratch.write_bytes(told)
+
+
 def mend(out: Path, header: Header, plan: pl.DataFrame) -> None:
     """Write what follows from the plan alone where it is not there, or not as it should be."""
     (out / "ledger").mkdir(exist_ok=True)
@@ -48,8 +71,10 @@ def mend(out: Path, header: Header, plan: pl.DataFrame) -> None:
     manifest = _table_of(out / "manifest.parquet", tuple(PLAN_SCHEMA))
     if manifest is None or not manifest.equals(plan.select(*PLAN_SCHEMA)):
         write_table(out / "manifest.parquet", pending(plan), {})
-    labels = _table_of(out / "labels.parquet", ("raw",))
-    if labels is None or labels.height != plan.height:  # written anew: loses the propagated sets and no more
+    labels = _table_of(out / "labels.parquet", ("raw", "outside"))
+    if (
+        labels is None or digest_of(labels) != header.labels_digest
+    ):  # written anew: loses the propagated sets and no more
         write_table(
             out / "labels.parquet",
             pl.DataFrame(split_mids(plan["mids"], header.classes)),
@@ -97,7 +122,7 @@ def sweep(out: Path, layout: Layout, blocks: Blocks) -> None:
         if blocks.holds(int(path.relative_to(out / "mel" / "c").parts[0]), layout):
             path.unlink()
     for path in stray_shards(out):
-        if blocks.holds(int(path.parts[-3]), layout):
+        if not path.parts[-3].isdecimal() or blocks.holds(int(path.parts[-3]), layout):
             path.unlink()
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import google_crc32c
@@ -14,10 +14,12 @@ import polars as pl
 from pipeline.errors import ManifestError, StoreError
 from pipeline.files import PARTIAL
 from pipeline.finalise import statistics
+from pipeline.labels import Provenance
 from pipeline.ledger import NEXT, Commit, read_commit, store_id, stray_shards
-from pipeline.manifest import RESULT_SCHEMA, check_schema
-from pipeline.shards import ABSENT, CRC_BYTES, array_json, read_index, shard_path
-from pipeline.store import Header, read_table
+from pipeline.manifest import PLAN_SCHEMA, RESULT_SCHEMA, check_schema
+from pipeline.ontology import load_ontology, propagate, relation_CC
+from pipeline.shards import ABSENT, CRC_BYTES, array_json, group_json, read_index, shard_path
+from pipeline.store import Header, digest_of, read_table
 
 Record = tuple[Commit, pl.DataFrame]
 
@@ -38,6 +40,7 @@ def faults_of(store: Path, sample: int | None = None, seed: int = 0) -> Iterator
     """
     header = Header.read(store)
     yield from _faults_beside(store, header)
+    yield from _faults_of_labels(store, header)
     shards = header.layout.shards
     drawn = set(range(shards))
     if sample is not None:
@@ -60,18 +63,48 @@ def faults_of(store: Path, sample: int | None = None, seed: int = 0) -> Iterator
 
 
 def _faults_beside(store: Path, header: Header) -> Iterator[Fault]:
-    """What is wrong beside the shards: array header, labels, leftovers."""
-    array = store / "mel" / "zarr.json"
-    if not array.is_file() or array.read_bytes() != array_json(header.layout):
-        yield Fault(f"{array}: not as written")
+    """What is wrong beside the shards: headers, what was asked, leftovers."""
+    for path, told in (
+        (store / "zarr.json", group_json({"ajepa": header.to_json()})),
+        (store / "mel" / "zarr.json", array_json(header.layout)),
+    ):
+        if not path.is_file() or path.read_bytes() != told:
+            yield Fault(f"{path}: not as written")
     try:
-        height = read_table(store / "labels.parquet")[0].height
-        if height != header.layout.clips:
-            yield Fault(f"labels.parquet: {height} rows, expected {header.layout.clips}")
-    except StoreError as error:
-        yield Fault(str(error))
+        json.loads((store / "build.json").read_text())["asked"]
+    except (OSError, ValueError, KeyError):
+        yield Fault("build.json: does not say what the store was built from; its build command writes it")
     leftovers = [*store.rglob(f"*{PARTIAL}"), *store.glob(f"ledger/*{NEXT}"), *stray_shards(store)]
     yield from (Fault(f"{path}: left by a build that was cut off") for path in leftovers)
+
+
+def _faults_of_labels(store: Path, header: Header) -> Iterator[Fault]:
+    """Raw labels against the digest of the plan's, propagated ones against what their rule gives."""
+    try:
+        labels, sources = read_table(store / "labels.parquet")
+    except StoreError as error:
+        yield Fault(str(error))
+        return
+    if not {"raw", "outside"} <= set(labels.columns):
+        yield Fault(f"labels.parquet: has {', '.join(labels.columns)}; expected raw and outside")
+        return
+    if digest_of(labels.select("raw", "outside")) != header.labels_digest:
+        yield Fault("labels.parquet: raw labels are not those that the store was built with")
+        return
+    ontology = load_ontology()
+    for name in (name for name in labels.columns if name not in ("raw", "outside")):
+        by = sources.get(name)
+        if not by or set(by) != {field.name for field in fields(Provenance)}:
+            yield Fault(f"labels.parquet: label set {name} does not say where it comes from")
+        elif by["ontology"] == ontology.digest:
+            try:
+                splits = read_table(store / "manifest.parquet", ["split"])[0]["split"]
+            except (StoreError, pl.exceptions.ColumnNotFoundError):
+                return  # told of where the manifest is looked at
+            adds_CC = relation_CC(name, ontology=ontology, classes=header.classes)
+            expected = propagate(labels["raw"], adds_CC).zip_with(splits.is_in(by["splits"]), labels["raw"])
+            if not expected.equals(labels[name]):
+                yield Fault(f"labels.parquet: label set {name} is not what its rule makes of the raw labels")
 
 
 def _fault(
@@ -94,7 +127,10 @@ def _fault(
     whole = path.read_bytes()
     if hashlib.sha256(whole).hexdigest() != commit.sha256:
         return f"{path} does not match its digest{_damaged_rows(path, whole, header, commit)}"
-    there = _index(path, header)[: len(results), 0] != ABSENT
+    try:
+        there = _index(path, header)[: len(results), 0] != ABSENT
+    except ValueError as error:
+        return f"{path}: {error}"
     if (there != (results["status"] == "good").to_numpy()).any():
         return f"{path} holds other clips than the ledger says"
     return None
@@ -134,6 +170,8 @@ def _faults_of_whole(store: Path, header: Header, records: list[Record]) -> Iter
     except (StoreError, ManifestError) as error:
         yield Fault(str(error))
         return
+    if digest_of(manifest.select(*PLAN_SCHEMA)) != header.plan_digest:
+        yield Fault("manifest.parquet: ids, splits or times are not those that the store was built with")
     if not manifest.select(*RESULT_SCHEMA).equals(results):
         odd = manifest.height != results.height or (manifest["status"] != results["status"]).arg_max()
         yield Fault(

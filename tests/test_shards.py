@@ -95,7 +95,7 @@ def test_a_shard_that_is_dropped_leaves_nothing(tmp_path):
     """An interrupted build must not litter."""
     writer = ShardWriter(tmp_path, LAYOUT, 0)
     writer.add(0, np.ones((6, 4), np.float16))
-    writer.drop()
+    writer.close()
     assert not list(shard_path(tmp_path, 0).parent.iterdir())
 
 

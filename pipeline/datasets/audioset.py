@@ -5,7 +5,7 @@ from pathlib import Path
 
 import polars as pl
 
-from pipeline.corpus import Corpus
+from pipeline.corpus import Corpus, place_of
 from pipeline.datasets.segments import plan_clips
 from pipeline.errors import InputError
 from pipeline.layouts import EXTENSIONS, Found, find
@@ -34,8 +34,8 @@ def audioset(audio: Sequence[Path | str], segments: Sequence[Path | str], *, len
         classes=load_class_list(),
         asked={
             "dataset": "audioset",
-            "audio": [str(path) for path in audio],
-            "segments": [str(path) for path in segments],
+            "audio": [place_of(path) for path in audio],
+            "segments": [place_of(path) for path in segments],
             "lenient": lenient,
         },
         notes=notes + sources.notes,

@@ -3,7 +3,7 @@
 from collections import Counter
 from pathlib import Path
 
-from pipeline.corpus import Corpus
+from pipeline.corpus import Corpus, place_of
 from pipeline.datasets.listed import Listed, check_layout, counted, plan_of, present, rows_of, sources_of
 from pipeline.errors import ManifestError
 from pipeline.ontology import ClassList
@@ -38,7 +38,7 @@ def esc50(root: Path | str) -> Corpus:
         plan=plan_of(clips),
         sources=sources_of(clips, files=len(clips)),
         classes=classes,
-        asked={"dataset": "esc50", "root": str(root)},
+        asked={"dataset": "esc50", "root": place_of(root)},
         clip_seconds=CLIP_SECONDS,
         notes=(
             *present(clips, folder / "audio"),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.corpus import Corpus
+from pipeline.corpus import Corpus, place_of
 from pipeline.datasets.cutting import Cut, Progress, fitted
 from pipeline.datasets.listed import Listed, meant, plan_of, sources_of
 from pipeline.datasets.table import Row, Table, load_table
@@ -70,8 +70,8 @@ def folder(
         classes=classes,
         asked={
             "dataset": "folder",
-            "root": str(root),
-            "table": None if table is None else str(table),
+            "root": place_of(root),
+            "table": None if table is None else place_of(table),
             "clip_seconds": clip_seconds,
             "hop_seconds": hop_seconds,
             "split": split,

@@ -5,7 +5,7 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.corpus import Corpus
+from pipeline.corpus import Corpus, place_of
 from pipeline.datasets.cutting import Cut, Progress, fitted
 from pipeline.datasets.listed import (
     Listed,
@@ -51,7 +51,7 @@ def fsd50k(
         plan=plan_of(clips),
         sources=sources_of(clips, files=len(sounds)),
         classes=classes,
-        asked={"dataset": "fsd50k", "root": str(root), "clip_seconds": clip_seconds, "cut": cut},
+        asked={"dataset": "fsd50k", "root": place_of(root), "clip_seconds": clip_seconds, "cut": cut},
         clip_seconds=clip_seconds,
         notes=(
             *missing,

@@ -58,7 +58,7 @@ def read_lines(path: Path) -> pl.DataFrame:
     try:
         text = path.read_bytes().decode("utf-8-sig", errors="replace")
     except OSError as error:
-        raise ManifestError(f"{path}: not a readable segments list ({error})") from None
+        raise ManifestError(f"{path}: not a readable segments list ({error.strerror})") from None
     lines = pl.DataFrame({"text": [text]}, schema={"text": pl.String}).select(
         pl.col("text")
         .str.split("\n")

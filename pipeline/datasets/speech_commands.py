@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipeline.corpus import Corpus
+from pipeline.corpus import Corpus, place_of
 from pipeline.datasets.listed import Listed, check_layout, counted, plan_of, present, sources_of, text_of
 from pipeline.errors import InputError
 from pipeline.layouts import sounds
@@ -62,7 +62,7 @@ def speech_commands(root: Path | str, version: str = "v2") -> Corpus:
         plan=plan_of(clips),
         sources=sources_of(clips, files=len(there), unmatched=[*noise, *other]),
         classes=ClassList(mids=tuple(words), names=tuple(words)),
-        asked={"dataset": "speech_commands", "root": str(root), "version": version},
+        asked={"dataset": "speech_commands", "root": place_of(root), "version": version},
         clip_seconds=CLIP_SECONDS,
         notes=(
             *missing,
