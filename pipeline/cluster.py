@@ -1,6 +1,7 @@
 """Ray: the same tasks on the machines of a Ray cluster; the only door to it."""
 
 import logging
+import pickle
 import socket
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -67,7 +68,7 @@ def _silent(address: str | None, error: Exception) -> InputError:
 
 def rows_of(work: Work[T], task: T, clip_seconds: float) -> list[int] | InputError:
     """One task in a guarded process of this machine, which stays for the next."""
-    pool = pool_of(work)
+    pool = pool_of(pickle.dumps(work))
     try:
         return list(pool.run([task], clip_seconds=clip_seconds))
     except InputError as error:  # as a value: Ray would wrap it
@@ -76,6 +77,6 @@ def rows_of(work: Work[T], task: T, clip_seconds: float) -> list[int] | InputErr
 
 
 @lru_cache(maxsize=1)
-def pool_of(work: Work[T]) -> Pool[T]:
+def pool_of(pickled_work: bytes) -> Pool[Any]:
     """The process of this Ray worker."""
-    return Pool(work, workers=1)
+    return Pool(pickle.loads(pickled_work), workers=1)
