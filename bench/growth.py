@@ -26,21 +26,22 @@ import numpy as np
 import soundfile
 
 from bench.machine import machine, memory_mb
+from pipeline import layouts
 from pipeline.blocks import Blocks, open_rows, tasks_of
 from pipeline.build import (
     Build,
     Output,
     build_store,
-    check_same,
     create_store,
     mark_open,
-    mend,
     plan_store,
-    sweep,
 )
+from pipeline.corpus import Corpus
 from pipeline.datasets import audioset
+from pipeline.datasets.segments import plan_clips
 from pipeline.files import WHOLE
 from pipeline.melspec import mel_spec
+from pipeline.ontology import load_class_list
 
 T = TypeVar("T")
 CLIP_SECONDS = 2.0
@@ -130,7 +131,7 @@ class Stages:
 @contextmanager
 def made_up_walk(names: Iterator[str]) -> Iterator[None]:
     """Pretend that a folder holds these files."""
-    with mock.patch.object(audioset, "walk", return_value=names):
+    with mock.patch.object(layouts, "walk", return_value=names):
         yield
 
 
@@ -146,17 +147,16 @@ def planning_lines(rows: int) -> list[str]:
             first = last
         names = (f"{name[:2].decode()}/Y{name.decode()}.wav" for name in ids)
         stages.lines.append(f"  {'made up: the lists; libraries':<40}{'':21}{memory_mb():11,.0f} MB")
-        plan = stages("lists read", lambda: audioset.plan_clips(paths))
+        plan, _ = stages("lists read", lambda: plan_clips(paths))
         with made_up_walk(names):
             sources = stages(
                 "files matched (without the walk)", lambda: audioset.find_sources(plan, [folder])
             )
-        corpus = audioset.Corpus(plan=plan, sources=sources, classes=audioset.load_class_list(), asked={})
+        corpus = Corpus(plan=plan, sources=sources, classes=load_class_list(), asked={})
         output = Output(path=folder / "out.zarr", spec=mel_spec("a-jepa"))
         header = stages("header and plan id", lambda: plan_store(corpus, output))
         stages("empty store created", lambda: create_store(output.path, header, plan))
         stores, blocks = [(output.path, header)], Blocks.of([header], WHOLE)
-        stages("checked, swept, mended", lambda: begin(output.path, header, corpus, blocks))
         work = stages("open rows", lambda: open_rows(stores, corpus, blocks, None))
         stages("marked open", lambda: mark_open(output.path, header, plan, work, blocks))
         stages("first task", lambda: next(tasks_of(corpus, work, blocks)))
@@ -165,13 +165,6 @@ def planning_lines(rows: int) -> list[str]:
         f"  {rows:,} rows planned: {stages.seconds:.1f} s (under {TARGET_SECONDS} wanted), "
         f"{memory_mb():,.0f} MB ({TARGET_MB:,} wanted)",
     ]
-
-
-def begin(out: Path, header, corpus, blocks: Blocks) -> None:
-    """What a build does with a store before it looks for work."""
-    check_same(out, header)
-    sweep(out, header.layout, blocks)
-    mend(out, header, corpus.plan)
 
 
 def alone(work: Callable[..., T], *arguments: object) -> T:
