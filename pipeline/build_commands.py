@@ -143,8 +143,9 @@ def run(
             print(f"{output.place}: part {part} is done; the store is finished when the other parts are")
         else:
             print(coverage(manifest))
-            again = ", then the same build command, to push them" if output.remote else ""
-            print(f"{output.place}: done. Next: ajepa-data propagate-labels {output.path}{again}")
+            again = ", then the same build command, to push what changed" if output.remote else ""
+            step = "propagate-labels" if corpus.asked["dataset"] == "audioset" else "inspect"
+            print(f"{output.place}: done. Next: ajepa-data {step} {output.path}{again}")
 
 
 def progress(clips: int, rows: Iterator[int]) -> Iterator[int]:
