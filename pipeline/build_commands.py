@@ -13,7 +13,32 @@ from pipeline.errors import InputError
 app = typer.Typer(rich_markup_mode=None)
 
 
-def options(
+def command(corpus_of: Callable[..., Any]) -> Callable[..., None]:
+    """A build command: the parameters and the docstring of `corpus_of`, and the options of `run`."""
+    own = signature(corpus_of)
+    shared = [
+        parameter.replace(kind=parameter.POSITIONAL_OR_KEYWORD)
+        for name, parameter in signature(run).parameters.items()
+        if name != "corpus"
+    ]
+
+    def build(**values: Any) -> None:
+        asked = {name: values.pop(name) for name in own.parameters}
+        run(corpus_of(**asked), **values)
+
+    ordered = sorted(
+        [*own.parameters.values(), *shared],
+        key=lambda parameter: parameter.default is not parameter.empty,
+    )
+    build.__signature__ = own.replace(parameters=ordered, return_annotation=None)  # type: ignore[attr-defined]
+    build.__annotations__ = {parameter.name: parameter.annotation for parameter in ordered}
+    build.__name__, build.__doc__ = corpus_of.__name__, corpus_of.__doc__
+    return app.command()(build)
+
+
+def run(
+    corpus: Any,
+    *,
     out: Annotated[
         list[str],
         typer.Option(
@@ -52,74 +77,16 @@ def options(
         bool, typer.Option("--dry-run", help="Only say what would be built, how large, how long.")
     ] = False,
 ) -> None:
-    """What every build command is asked beside its dataset; see `run`."""
-
-
-def command(corpus_of: Callable[..., Any]) -> Callable[..., None]:
-    """A build command: the parameters and the docstring of `corpus_of`, and those of `options`."""
-    own, shared = signature(corpus_of), signature(options)
-
-    def build(**values: Any) -> None:
-        asked = {name: values.pop(name) for name in own.parameters}
-        run(corpus_of(**asked), **values)
-
-    ordered = sorted(
-        [*own.parameters.values(), *shared.parameters.values()],
-        key=lambda parameter: parameter.default is not parameter.empty,
-    )
-    build.__signature__ = own.replace(parameters=ordered, return_annotation=None)  # type: ignore[attr-defined]
-    build.__annotations__ = {parameter.name: parameter.annotation for parameter in ordered}
-    build.__name__, build.__doc__ = corpus_of.__name__, corpus_of.__doc__
-    return app.command()(build)
-
-
-def run(
-    corpus: Any,
-    *,
-    out: list[str],
-    spec: list[str],
-    dtype: str,
-    workers: int,
-    part: str,
-    engine: str,
-    address: str | None,
-    accept_truncated: bool,
-    keep_silent: bool,
-    max_seconds: float,
-    limit_seconds: float,
-    staging: Path,
-    dry_run: bool,
-) -> None:
     """Build, or foretell, what the options ask for, and print what came of it."""
     from pipeline.audio import AudioPolicy
-    from pipeline.build import Build, Output, build_stores
+    from pipeline.build import Build, build_stores
     from pipeline.files import Part
     from pipeline.forecast import forecast
-    from pipeline.melspec import spec_named, with_clip_seconds
-    from pipeline.mirror import staging_of
-    from pipeline.remote import is_remote
-    from pipeline.report import coverage
 
-    if len(out) != len(spec):
-        raise InputError(f"{len(spec)} --spec and {len(out)} --out: every store needs one of each")
-    specs = [spec_named(name) for name in spec]
-    if corpus.clip_seconds is not None:
-        specs = [with_clip_seconds(each, corpus.clip_seconds) for each in specs]
-    outputs = [
-        Output(path=Path(place), spec=each, dtype=dtype)
-        if not is_remote(place)
-        else Output(
-            path=staging_of(place, staging, Part.parse(part)),
-            spec=each,
-            dtype=dtype,
-            remote=place.rstrip("/"),
-        )
-        for place, each in zip(out, specs, strict=True)
-    ]
+    outputs = outputs_of(corpus, out, spec, dtype=dtype, staging=staging, part=Part.parse(part))
+    policy = AudioPolicy(accept_truncated=accept_truncated, keep_silent=keep_silent, max_seconds=max_seconds)
     build = Build(
-        policy=AudioPolicy(
-            accept_truncated=accept_truncated, keep_silent=keep_silent, max_seconds=max_seconds
-        ),
+        policy=policy,
         workers=workers,
         clip_seconds=limit_seconds,
         part=Part.parse(part),
@@ -132,20 +99,49 @@ def run(
     for output in outputs:
         if output.remote:
             print(
-                f"{output.remote}: its tables, and shards until they are pushed, in {output.path}",
+                f"{output.remote}: tables, and shards until they are pushed, in {output.path}",
                 file=sys.stderr,
             )
     for note in corpus.notes:
         print(note, file=sys.stderr)
     manifests = build_stores(corpus, outputs, build, progress=progress)
     for output, manifest in zip(outputs, manifests, strict=True):
-        if manifest is None:
-            print(f"{output.place}: part {part} is done; the store is finished when the other parts are")
-        else:
-            print(coverage(manifest))
-            again = ", then the same build command, to push what changed" if output.remote else ""
-            step = "propagate-labels" if corpus.asked["dataset"] == "audioset" else "inspect"
-            print(f"{output.place}: done. Next: ajepa-data {step} {output.path}{again}")
+        tell(corpus, output, manifest, part)
+
+
+def outputs_of(
+    corpus: Any, out: list[str], spec: list[str], *, dtype: str, staging: Path, part: Any
+) -> list[Any]:
+    """The stores that are asked for, in rows as long as the corpus has them."""
+    from pipeline.build import Output
+    from pipeline.melspec import spec_named, with_clip_seconds
+    from pipeline.mirror import staging_of
+    from pipeline.remote import is_remote
+
+    if len(out) != len(spec):
+        raise InputError(f"{len(spec)} --spec and {len(out)} --out: every store needs one of each")
+    outputs = []
+    for place, name in zip(out, spec, strict=True):
+        each = spec_named(name)
+        if corpus.clip_seconds is not None:
+            each = with_clip_seconds(each, corpus.clip_seconds)
+        remote = place.rstrip("/") if is_remote(place) else None
+        path = staging_of(remote, staging, part) if remote else Path(place)
+        outputs.append(Output(path=path, spec=each, dtype=dtype, remote=remote))
+    return outputs
+
+
+def tell(corpus: Any, output: Any, manifest: Any, part: str) -> None:
+    """What became of a store, and what to do next."""
+    from pipeline.report import coverage
+
+    if manifest is None:
+        print(f"{output.place}: part {part} is done; the store is finished when the other parts are")
+        return
+    print(coverage(manifest))
+    again = ", then the same build command, to push what changed" if output.remote else ""
+    step = "propagate-labels" if corpus.asked["dataset"] == "audioset" else "inspect"
+    print(f"{output.place}: done. Next: ajepa-data {step} {output.path}{again}")
 
 
 def progress(clips: int, rows: Iterator[int]) -> Iterator[int]:

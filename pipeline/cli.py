@@ -1,6 +1,5 @@
 """ajepa-data: sound files in, a checked feature store out."""
 
-import errno
 import os
 import signal
 import sys
@@ -12,8 +11,8 @@ import typer
 
 from pipeline import build_commands
 from pipeline.errors import InputError, Interrupted
+from pipeline.files import FULL
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
 RUN_AGAIN = 75  # EX_TEMPFAIL: interrupted with nothing lost; the same command carries on
 
 app = typer.Typer(

@@ -1,5 +1,6 @@
 """Files written whole or not at all, and who may write in a store."""
 
+import errno
 import fcntl
 import glob
 import os
@@ -13,6 +14,7 @@ from typing import BinaryIO, Self
 
 from pipeline.errors import InputError, StoreError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: the disk has no room
 PARTIAL = ".partial"  # suffix of what a crash may leave behind; swept at the next start
 GATE_POLL_SECONDS = 0.05
 

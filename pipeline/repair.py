@@ -59,11 +59,11 @@ def repair(
             tell=False,
         )
     opened = FeatureStore.open(store)
-    there = opened.label_sets
+    sound_sets = set(opened.label_sets) - {fault.label_set for fault in faults}
     for path in sorted(store.glob("propagation-*.json")):
         rule = path.stem.removeprefix("propagation-")
         by = json.loads(path.read_text())["provenance"]
-        if rule not in there or any("label set" in fault.text for fault in faults):
+        if rule not in sound_sets:
             propagate_labels(store, rule, by["splits"])
     return sum(opened.manifest["status"][row] != "good" for row in was_good)
 

@@ -1,6 +1,5 @@
 """ShardMaker: a block of clips -> decoded once, transformed for every store, written, committed."""
 
-import errno
 import hashlib
 import math
 import tempfile
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from pipeline.audio import Audio, AudioPolicy, load
 from pipeline.errors import AudioError, StoreError
-from pipeline.files import PARTIAL
+from pipeline.files import FULL, PARTIAL
 from pipeline.ledger import Commit, ledger_path, matches, place, read_commit
 from pipeline.locators import Locator
 from pipeline.manifest import RESULT_SCHEMA, failure
@@ -26,8 +25,6 @@ from pipeline.mel import log_mel
 from pipeline.mirror import Mirror
 from pipeline.shards import ShardReader, ShardWriter, shard_path
 from pipeline.store import Header
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

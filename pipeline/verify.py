@@ -26,10 +26,11 @@ Record = tuple[Commit, pl.DataFrame]
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What is wrong, in a line; `shard` where that shard has to be made again."""
+    """What is wrong, in a line; `shard` or `label_set` where these have to be made again."""
 
     text: str
     shard: int | None = None
+    label_set: str | None = None
 
 
 def faults_of(store: Path, sample: int | None = None, seed: int = 0) -> Iterator[Fault]:
@@ -95,7 +96,7 @@ def _faults_of_labels(store: Path, header: Header) -> Iterator[Fault]:
     for name in (name for name in labels.columns if name not in ("raw", "outside")):
         by = sources.get(name)
         if not by or set(by) != {field.name for field in fields(Provenance)}:
-            yield Fault(f"labels.parquet: label set {name} does not say where it comes from")
+            yield Fault(f"labels.parquet: label set {name} does not say where it comes from", label_set=name)
         elif by["ontology"] == ontology.digest:
             try:
                 splits = read_table(store / "manifest.parquet", ["split"])[0]["split"]
@@ -104,7 +105,8 @@ def _faults_of_labels(store: Path, header: Header) -> Iterator[Fault]:
             adds_CC = relation_CC(name, ontology=ontology, classes=header.classes)
             expected = propagate(labels["raw"], adds_CC).zip_with(splits.is_in(by["splits"]), labels["raw"])
             if not expected.equals(labels[name]):
-                yield Fault(f"labels.parquet: label set {name} is not what its rule makes of the raw labels")
+                why = "is not what its rule makes of the raw labels"
+                yield Fault(f"labels.parquet: label set {name} {why}", label_set=name)
 
 
 def _fault(
