@@ -42,12 +42,17 @@ def run(
     out: Annotated[
         list[str],
         typer.Option(
-            help="Store to create or continue, NAME.zarr or s3://BUCKET/NAME.zarr.", show_default=False
+            metavar="TEXT",
+            help="Store to create or continue, NAME.zarr or s3://BUCKET/NAME.zarr.",
+            show_default=False,
         ),
     ],
     spec: Annotated[
         list[str],
-        typer.Option(help="Mel spec: a name, or a TOML file. Repeats with --out: one decoding pass for all."),
+        typer.Option(
+            metavar="TEXT",
+            help="Mel spec: a name, or a TOML file. Repeats with --out: one decoding pass for all.",
+        ),
     ] = ["a-jepa"],  # noqa: B006  (typer wants a list, and nobody writes to it)
     dtype: Annotated[str, typer.Option(help="float16, or uint8: half the size, 0.12 nat steps.")] = "float16",
     workers: Annotated[int, typer.Option(min=0, help="Decoding processes; 0: this one, unguarded.")] = 2,
@@ -159,12 +164,16 @@ def build_audioset(
     audio: Annotated[
         list[str],
         typer.Option(
+            metavar="TEXT",
             help="Folder of sounds or s3://BUCKET/PREFIX, searched below, or one archive. Repeats.",
             show_default=False,
         ),
     ],
     segments: Annotated[
-        list[Path], typer.Option(help="Segments list; its name is the split. Repeats.", show_default=False)
+        list[Path],
+        typer.Option(
+            metavar="TEXT", help="Segments list; its name is the split. Repeats.", show_default=False
+        ),
     ],
     lenient: Annotated[
         bool, typer.Option("--lenient", help="Leave out damaged lines of the lists, and name them.")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+from torch import Tensor
 
 from pipeline.errors import StoreError
 from pipeline.files import fsync
@@ -29,6 +30,28 @@ class Commit:
     sha256: str
     policy: dict[str, Any]  # `AudioPolicy` of the clips: the loosest of those with which its rows were built
     moments: dict[str, dict[str, Any]]  # per split: frames, sum_F, square_F over valid frames of good clips
+
+
+class Moments:
+    """Per split: how many valid frames, and the sums and sums of squares of their stored log-mel per band."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[int, Any, Any]] = {}
+
+    def add(self, split: str, values_TF: Tensor) -> None:
+        frames, sum_F, square_F = self._sums.get(split, (0, 0.0, 0.0))
+        values_TF = values_TF.double()
+        self._sums[split] = (
+            frames + len(values_TF),
+            sum_F + values_TF.sum(0).numpy(),
+            square_F + values_TF.square_().sum(0).numpy(),
+        )
+
+    def to_json(self) -> dict[str, dict[str, Any]]:
+        return {
+            split: {"frames": frames, "sum_F": sum_F.tolist(), "square_F": square_F.tolist()}
+            for split, (frames, sum_F, square_F) in self._sums.items()
+        }
 
 
 def ledger_path(store: Path, shard: int) -> Path:

@@ -1,9 +1,7 @@
 """Repair: make what is broken in a store again, from what its build.json says it was built from."""
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +16,13 @@ from pipeline.datasets.catalogue import corpus_of
 from pipeline.errors import StoreError
 from pipeline.files import locked
 from pipeline.labels import propagate_labels
-from pipeline.ledger import Commit, ledger_path, place, read_commit
+from pipeline.ledger import ledger_path, read_commit
 from pipeline.manifest import MANIFEST_SCHEMA, RESULT_SCHEMA, failure
-from pipeline.shardmaker import Moments, restore
-from pipeline.shards import CRC_BYTES, ShardWriter, shard_path
+from pipeline.shardmaker import write_shard
+from pipeline.shards import CRC_BYTES, shard_path
 from pipeline.store import FeatureStore, Header, read_table
 from pipeline.upkeep import check_same
 from pipeline.verify import Fault
-
-NOTHING = hashlib.sha256().hexdigest()
 
 
 def repair(
@@ -89,31 +85,16 @@ def _salvage(store: Path, header: Header, corpus: Corpus, shard: int) -> AudioPo
             path.unlink(missing_ok=True)
         return None
     results, policy = told
-    moments, intact = Moments(), _intact(store, header, shard, results)
-    with closing(ShardWriter(store, header.layout, shard)) as writer:
-        for number, (row, mel_TF) in enumerate(zip(header.layout.rows(shard), intact, strict=True)):
-            if mel_TF is not None:
-                writer.add(row, mel_TF)
-                moments.add(corpus.plan["split"][row], restore(mel_TF[: results[number]["n_frames"]], header))
-            elif results[number]["status"] == "good":
-                results[number] = failure(
-                    "missing", "its spectrogram was damaged in the store, its sound is gone"
-                )
-        some = writer.size_bytes > 0
-        commit = Commit(
-            shard=shard,
-            spec_id=header.spec.spec_id,
-            plan_id=header.plan_id,
-            policy=policy,
-            sha256=writer.finish() if some else NOTHING,
-            size_bytes=writer.size_bytes if some else 0,
-            moments=moments.to_json(),
-        )
-        if not some:
-            shard_path(store, shard).unlink(missing_ok=True)
-        place(
-            store, commit, pl.DataFrame(results, schema=RESULT_SCHEMA, orient="row"), writer if some else None
-        )
+    good = []
+    for number, mel_TF in enumerate(_intact(store, header, shard, results)):
+        if mel_TF is not None:
+            good.append((header.layout.rows(shard)[number], mel_TF))
+        elif results[number]["status"] == "good":
+            results[number] = failure(
+                "missing", "its spectrogram was damaged in the store, its sound is gone"
+            )
+    splits = {row: corpus.plan["split"][row] for row, _ in good}
+    write_shard(store, header, shard, results, good, splits, policy)
     return AudioPolicy(**policy)
 
 

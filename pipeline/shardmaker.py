@@ -3,7 +3,7 @@
 import hashlib
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline.audio import Audio, AudioPolicy, load
 from pipeline.errors import AudioError, StoreError
 from pipeline.files import FULL, PARTIAL
-from pipeline.ledger import Commit, ledger_path, matches, place, read_commit
+from pipeline.ledger import Commit, Moments, ledger_path, matches, place, read_commit
 from pipeline.locators import Locator
 from pipeline.manifest import RESULT_SCHEMA, failure
 from pipeline.mel import log_mel
@@ -161,26 +161,10 @@ class _Hand:
         """Write the shard and its record, if anything has changed."""
         if self._before is not None and self._results == self._old:
             return
-        moments, writer = Moments(), None
+        policy = loosest(self.policy, None if self._before is None else self._before.policy)
         with ExitStack() as stack, _disk(self.store, self.shard):
-            for row, mel_TF in self._good(stack):
-                if writer is None:
-                    writer = ShardWriter(self.store, self.header.layout, self.shard)
-                    stack.callback(writer.close)
-                writer.add(row, mel_TF)
-                n_frames = self._results[row - self.rows[0]]["n_frames"]
-                moments.add(splits[row], restore(mel_TF[:n_frames], self.header))
-            commit = Commit(
-                shard=self.shard,
-                spec_id=self.header.spec.spec_id,
-                plan_id=self.header.plan_id,
-                sha256=hashlib.sha256().hexdigest() if writer is None else writer.finish(),
-                size_bytes=0 if writer is None else writer.size_bytes,
-                policy=loosest(self.policy, None if self._before is None else self._before.policy),
-                moments=moments.to_json(),
-            )
-            results = pl.DataFrame(self._results, schema=RESULT_SCHEMA, orient="row")
-            place(self.store, commit, results, writer)
+            good = self._good(stack)
+            write_shard(self.store, self.header, self.shard, self._results, good, splits, policy)
         if self._mirror is not None:
             self._mirror.push_shard(self.shard)
 
@@ -210,6 +194,37 @@ class _Hand:
         if mirror:
             how = f"delete {mirror.url_of(record)} and build again"
         raise StoreError(f"{mirror.url if mirror else self.store}: shard {self.shard} is damaged; {how}")
+
+
+def write_shard(
+    store: Path,
+    header: Header,
+    shard: int,
+    results: Sequence[dict[str, Any]],
+    good: Iterable[tuple[int, np.ndarray]],
+    splits: Mapping[int, str],
+    policy: dict[str, Any],
+) -> None:
+    """Write and commit a shard: the results of all its rows, and in their order the good ones' spectrograms."""
+    moments, first, writer = Moments(), header.layout.rows(shard)[0], None
+    with ExitStack() as stack:
+        for row, mel_TF in good:
+            if writer is None:
+                writer = stack.enter_context(closing(ShardWriter(store, header.layout, shard)))
+            writer.add(row, mel_TF)
+            moments.add(splits[row], restore(mel_TF[: results[row - first]["n_frames"]], header))
+        commit = Commit(
+            shard=shard,
+            spec_id=header.spec.spec_id,
+            plan_id=header.plan_id,
+            sha256=hashlib.sha256().hexdigest() if writer is None else writer.finish(),
+            size_bytes=0 if writer is None else writer.size_bytes,
+            policy=policy,
+            moments=moments.to_json(),
+        )
+        if writer is None:  # what lies there holds no good clip any more
+            shard_path(store, shard).unlink(missing_ok=True)
+        place(store, commit, pl.DataFrame(results, schema=RESULT_SCHEMA, orient="row"), writer)
 
 
 @contextmanager
@@ -270,25 +285,3 @@ def loosest(policy: AudioPolicy, before: Mapping[str, Any] | None) -> dict[str, 
     """A policy that takes what either takes: rows of a shard may come from builds with different ones."""
     now = asdict(policy)
     return now if before is None else {name: max(now[name], before[name]) for name in now}
-
-
-class Moments:
-    """Per split: how many valid frames, and the sums and sums of squares of their stored log-mel per band."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, tuple[int, Any, Any]] = {}
-
-    def add(self, split: str, values_TF: Tensor) -> None:
-        frames, sum_F, square_F = self._sums.get(split, (0, 0.0, 0.0))
-        values_TF = values_TF.double()
-        self._sums[split] = (
-            frames + len(values_TF),
-            sum_F + values_TF.sum(0).numpy(),
-            square_F + values_TF.square_().sum(0).numpy(),
-        )
-
-    def to_json(self) -> dict[str, dict[str, Any]]:
-        return {
-            split: {"frames": frames, "sum_F": sum_F.tolist(), "square_F": square_F.tolist()}
-            for split, (frames, sum_F, square_F) in self._sums.items()
-        }
