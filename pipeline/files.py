@@ -20,7 +20,9 @@ GATE_POLL_SECONDS = 0.05
 
 
 def scratch_of(path: Path) -> Path:
-    """Where to write what will be `path`; another on every machine and in every process."""
+    """Where to write what will be `path`; another on every machine and in every process. InputError for `/`."""
+    if not path.name:
+        raise InputError(f"{path}: is a folder; expected the name of a file to write")
     return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{PARTIAL}")
 
 

@@ -52,7 +52,7 @@ def restore_header(out: Path, header: Header) -> None:
         damage = StoreError(f"{out}/zarr.json: not as written")
     records = sorted(out.glob("ledger/[0-9]*.parquet"))
     if not records:
-        raise StoreError(f"{out}: is there already and is no store ({damage}); choose another --out")
+        raise StoreError(f"{out}: is there already and is no store; choose another --out, or remove it")
     commit, _ = commit_at(records[0])
     if (commit.spec_id, commit.plan_id) != (header.spec.spec_id, header.plan_id):
         raise damage

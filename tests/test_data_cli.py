@@ -176,3 +176,20 @@ def test_a_repair_is_one_command(store_path, tmp_path, monkeypatch, capsys):
     assert f"mend them with: ajepa-data verify {copy} --repair" in capsys.readouterr().err
     assert run("verify", copy, "--repair", "--workers", 0, monkeypatch=monkeypatch) == 0
     assert run("verify", copy, monkeypatch=monkeypatch) == 0
+
+
+def test_what_is_there_and_no_store_is_left_alone(corpus, tmp_path, monkeypatch, capsys):
+    """A folder of somebody's, or a file, given for --out by mistake."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine")
+    for name in ("folder", "file"):
+        assert run(*wish(corpus, tmp_path / name), monkeypatch=monkeypatch) == 1
+        assert "is there already and is no store; choose another --out" in capsys.readouterr().err
+    assert not list((tmp_path / "folder").iterdir())
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_page_needs_the_name_of_a_file(store_path, monkeypatch, capsys):
+    """`/` has none."""
+    assert run("report", store_path, "--html", "/", monkeypatch=monkeypatch) == 1
+    assert "/: is a folder; expected the name of a file" in capsys.readouterr().err
