@@ -113,18 +113,10 @@ class MelSpec:
     @property
     def spec_id(self) -> str:
         """12 hex digits: equal for specs that give equal values, whatever their names."""
-        return self._hash_without("name")
-
-    @property
-    def front_end_id(self) -> str:
-        """12 hex digits: equal for specs that make the same frame of the same sound, whatever a clip's length."""
-        return self._hash_without("name", "clip_seconds")
-
-    def _hash_without(self, *keys: str) -> str:
         values = {
             key: float(value) if isinstance(value, int | float) else value
             for key, value in self.to_json().items()
-            if key not in keys
+            if key != "name"
         }
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
