@@ -3,7 +3,8 @@
     just bench loader [--clips 2048] [--batch 64] [--rounds 5]
 
 Clips of 10 s (`a-jepa`, 998 x 128) as float16 and uint8, read in turns, medians. Cold: the page cache is emptied of a
-side's files before its turn. Start-up is left out on all sides: every loader has made batches before the clock runs.
+side's files before its turn. Start-up is left out on all sides: every loader has made batches before the clock
+runs. Last, the share of pre-training spent waiting for data, ViT-B (`a-jepa`) on a GPU, the small encoder on a CPU.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -22,6 +24,8 @@ import numpy as np
 import torch
 import zarr
 
+from ajepa.pretrain import pretrain
+from ajepa.recipes import recipe
 from bench.build import LIST, SPEC, make_files
 from bench.loader_peers import (
     Hdf5Clips,
@@ -43,6 +47,7 @@ from pipeline.store import FeatureStore
 DTYPES = ("float16", "uint8")
 VIEW_FRAMES = 1_024
 UNTIMED_STEPS = 8
+WAIT_STEPS, LOG_STEPS = 40, 5
 PROCESSES = 2
 
 
@@ -187,6 +192,25 @@ def loader_table(stores: list[FeatureStore], folder: Path, batch: int, rounds: i
         print(told, flush=True)
 
 
+def wait_line(store: FeatureStore, folder: Path) -> None:
+    """Print how long a trainer waits, once its first steps are over."""
+    on_gpu = torch.cuda.is_available()
+    made = recipe("a-jepa" if on_gpu else "small").resized(clips_per_step=64 if on_gpu else None)
+    run = pretrain(
+        store.path,
+        replace(made, log_every=LOG_STEPS),
+        folder / "run",
+        steps=WAIT_STEPS,
+        say=lambda line: None,
+    )
+    lines = run.metrics()[1:]
+    wait, speed = (statistics.median(line[name] for line in lines) for name in ("data_wait", "clips_per_s"))
+    where = torch.cuda.get_device_name() if on_gpu else "CPU; ViT-B on a GPU: skipped, there is none"
+    print(
+        f"\npre-training, recipe {made.name} ({where}): {speed:.0f} clips/s, {wait:.1%} of the time waiting"
+    )
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(
@@ -207,6 +231,7 @@ def main() -> None:
         write_tars(stores[0], folder / "tars")
         read_table(stores[0], folder, asked.batch, asked.rounds)
         loader_table(stores, folder, asked.batch, asked.rounds)
+        wait_line(stores[0], folder)
 
 
 if __name__ == "__main__":
