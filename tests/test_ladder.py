@@ -13,6 +13,8 @@ LADDER = [
     "pipeline.melspec",
     "pipeline.mel",
     "pipeline.ontology",
+    "pipeline.propagation",
+    "pipeline.tally",
     "pipeline.manifest",
     "pipeline.labels",
     "pipeline.window",
