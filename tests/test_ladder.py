@@ -14,6 +14,7 @@ LADDER = [
     "pipeline.mel",
     "pipeline.ontology",
     "pipeline.propagation",
+    "pipeline.vocabularies",
     "pipeline.tally",
     "pipeline.manifest",
     "pipeline.labels",
