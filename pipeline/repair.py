@@ -15,7 +15,7 @@ from pipeline.corpus import Corpus
 from pipeline.datasets.catalogue import corpus_of
 from pipeline.errors import StoreError
 from pipeline.files import locked
-from pipeline.labels import propagate_labels
+from pipeline.labels import ontology_of, propagate_labels
 from pipeline.ledger import ledger_path, read_commit
 from pipeline.manifest import MANIFEST_SCHEMA, RESULT_SCHEMA, failure
 from pipeline.shardmaker import write_shard
@@ -32,7 +32,8 @@ def repair(
     decoded again; the rest follows from plan and ledger, propagated labels from their rule. Returns how many clips
     are lost: damaged in the store, and their sounds gone or no longer good.
 
-    Raises StoreError, with nothing changed, where build.json is gone, or its lists are no longer those of the store.
+    Raises StoreError, with nothing changed, where build.json is gone, or its lists are no longer those of the store;
+    with all else mended, where a label set's own ontology is gone.
     """
     header, told = Header.read(store), _told(store)
     corpus = corpus_of(told["asked"])
@@ -60,7 +61,7 @@ def repair(
         rule = path.stem.removeprefix("propagation-")
         by = json.loads(path.read_text())["provenance"]
         if rule not in sound_sets:
-            propagate_labels(store, rule, by["splits"])
+            propagate_labels(store, rule, by["splits"], ontology=ontology_of(store, rule, by["ontology"]))
     return sum(opened.manifest["status"][row] != "good" for row in was_good)
 
 

@@ -11,12 +11,12 @@ import google_crc32c
 import numpy as np
 import polars as pl
 
-from pipeline.errors import ManifestError, StoreError
+from pipeline.errors import InputError, ManifestError, StoreError
 from pipeline.files import PARTIAL
 from pipeline.finalise import statistics
+from pipeline.labels import ontology_of
 from pipeline.ledger import NEXT, Commit, read_commit, store_id, stray_shards
 from pipeline.manifest import PLAN_SCHEMA, RESULT_SCHEMA, check_schema
-from pipeline.ontology import load_ontology
 from pipeline.propagation import propagate, relation_CC
 from pipeline.shards import ABSENT, CRC_BYTES, array_json, group_json, read_index, shard_path
 from pipeline.store import Header, digest_of, read_table
@@ -93,12 +93,16 @@ def _faults_of_labels(store: Path, header: Header) -> Iterator[Fault]:
     if digest_of(labels.select("raw", "outside")) != header.labels_digest:
         yield Fault("labels.parquet: raw labels are not those that the store was built with")
         return
-    ontology = load_ontology()
     for name in (name for name in labels.columns if name not in ("raw", "outside")):
         by = sources.get(name)
         if not by or set(by) != {field.name for field in fields(Provenance)}:
             yield Fault(f"labels.parquet: label set {name} does not say where it comes from", label_set=name)
-        elif by["ontology"] == ontology.digest:
+        else:
+            try:
+                ontology = ontology_of(store, name, by["ontology"])
+            except InputError as error:
+                yield Fault(f"labels.parquet: {error}")
+                continue
             try:
                 splits = read_table(store / "manifest.parquet", ["split"])[0]["split"]
             except (StoreError, pl.exceptions.ColumnNotFoundError):

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import OntologyError, StoreError
+from pipeline.errors import InputError, OntologyError, StoreError
 from pipeline.labels import propagate_labels, split_mids
 from pipeline.ontology import ClassList, load_class_list, load_ontology
 from pipeline.propagation import propagate, relation_CC
@@ -252,7 +252,7 @@ def damage(store: Path, what: str) -> None:
         ("no raw", r"labels\.parquet: no column 'raw', it has outside"),
         ("fewer rows", r"labels\.parquet: 5 rows, the manifest has 6"),
         ("no split", r"manifest\.parquet: 6 rows have no split"),
-        ("odd index", r"labels\.parquet: from row 4 on: row 1: class index 999, expected 0 to 526"),
+        ("odd index", r"labels\.parquet: row 5: class index 999, expected 0 to 526"),
     ],
 )
 def test_a_damaged_store_is_named_and_left_as_it_is(bare_store, what, said):
@@ -285,5 +285,5 @@ def test_an_unknown_rule_or_split_is_answered_with_the_nearest(bare_store):
     """Both are names that one types."""
     with pytest.raises(OntologyError, match="'all-ancestor'; did you mean 'all-ancestors'"):
         propagate_labels(bare_store, "all-ancestor")
-    with pytest.raises(StoreError, match="no split 'evals'; did you mean 'eval'"):
+    with pytest.raises(InputError, match="no split 'evals'; did you mean 'eval'"):
         propagate_labels(bare_store, splits=["evals"])
