@@ -56,15 +56,23 @@ def propagate_labels(
     return done
 
 
+class OntologyGone(StoreError):
+    """A label set was made with an ontology that is no longer there: it can be made again only by whoever has it."""
+
+
 def ontology_of(store: Path, rule: str, digest: str) -> Ontology:
-    """The ontology that a label set of a store was made with; StoreError if it is neither AudioSet's nor kept there."""
+    """The ontology that a label set of a store was made with: AudioSet's or one kept there; OntologyGone."""
     default = load_ontology()
     if digest == default.digest:
         return default
     path = _kept(store, digest)
-    if path.is_file() and (kept := load_ontology(path)).digest == digest:
+    try:
+        kept = load_ontology(path)
+    except OntologyError:
+        kept = None
+    if kept is not None and kept.digest == digest:
         return kept
-    raise StoreError(
+    raise OntologyGone(
         f"{store}: label set {rule} is of ontology {digest}, which {path.name} does not hold; make it again with: "
         f"ajepa-data propagate-labels {store} --rule {rule} --ontology FILE"
     )
