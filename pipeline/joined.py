@@ -119,11 +119,14 @@ class JoinedStore:
         """Which store each row is of, by its number."""
         return np.searchsorted(self.firsts_N[1:], rows_N, side="right")
 
+    def rows_of_each(self, rows_N: np.ndarray) -> list[int]:
+        """How many of these rows each store has."""
+        return np.bincount(self.store_of(rows_N), minlength=len(self.stores)).tolist()
+
     def row_weights(self, rows_N: np.ndarray, weights: Sequence[float]) -> np.ndarray:
         """A weight for each of these rows, so that those of each store weigh together what is given for it."""
-        store_N = self.store_of(rows_N)
-        rows_of_each = np.bincount(store_N, minlength=len(self.stores))
-        return (np.asarray(weights, np.float64) / np.maximum(rows_of_each, 1))[store_N]
+        rows_of_each = np.maximum(self.rows_of_each(rows_N), 1)
+        return (np.asarray(weights, np.float64) / rows_of_each)[self.store_of(rows_N)]
 
     def shards_of(self, rows_N: np.ndarray) -> np.ndarray:
         """The shard that each row lies in, counted through all stores."""

@@ -84,6 +84,7 @@ LADDER = [
     "ajepa.metrics",
     "ajepa.recipes",
     "ajepa.run",
+    "ajepa.training_set",
     "ajepa.devices",
     "ajepa.pretrain",
     "ajepa.probes",
