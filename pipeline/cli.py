@@ -67,9 +67,9 @@ def propagate_labels(
 
     Example: ajepa-data propagate-labels as20k.zarr
     """
-    from pipeline import labels
+    from pipeline import labels, tally
 
-    print(labels.table(labels.propagate_labels(store, rule=rule)))
+    print(tally.table(labels.propagate_labels(store, rule=rule)))
 
 
 @app.command()

@@ -1,9 +1,9 @@
-"""The labels of a store: ids to class indices, propagation up the class tree, and what that changed."""
+"""The labels of a store: ids to class indices, and the label sets that propagation adds."""
 
 import difflib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,113 +15,12 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import OntologyError, StoreError
 from pipeline.files import locked, replacing
-from pipeline.ontology import (
-    ClassList,
-    Ontology,
-    entries,
-    lists,
-    load_ontology,
-    propagate,
-    relation_CC,
-    sorted_unique,
-)
+from pipeline.ontology import ClassList, Ontology, load_ontology
+from pipeline.propagation import entries, lists, propagate, relation_CC, sorted_unique
+from pipeline.tally import Propagation, Provenance, Tally
 
 PROVENANCE_KEY = b"ajepa"  # in the schema metadata of labels.parquet: JSON, label set -> where it comes from
 LABELS = pa.list_(pa.uint16())
-GAINERS_SHOWN = 15
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Change:
-    """What propagation did to the clips of one split, those without audio included, or of `all` splits."""
-
-    split: str
-    clips: int
-    clips_changed: int
-    labels_before: int
-    labels_after: int
-    labels_added: int
-    mean_before: float  # labels per clip, rounded to six digits
-    mean_after: float
-    classes_gaining: int
-
-
-@dataclass(frozen=True, slots=True)
-class Gainer:
-    """A class that stands on more clips than before."""
-
-    mid: str
-    name: str
-    clips_before: int
-    clips_after: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Provenance:
-    """Where a propagated label set comes from."""
-
-    rule: str
-    ontology: str  # its digest
-    pairs: int  # (class, class added for it)
-    splits: tuple[str, ...]  # those propagated; the clips of others keep their raw labels in this set
-    version: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Propagation:
-    """A label set that was added to a store, and how it differs from `raw`."""
-
-    provenance: Provenance
-    changes: tuple[Change, ...]  # one a split, then `all`
-    gainers: tuple[Gainer, ...]  # biggest gain first
-
-
-class Tally:
-    """Counts labels before and after, split by split, over any number of batches."""
-
-    def __init__(self, splits: Sequence[str], classes: ClassList) -> None:
-        self.splits, self.classes = tuple(splits), classes
-        self.clips_N, self.changed_N = np.zeros((2, len(splits)), dtype=np.int64)
-        self.before_NC, self.after_NC = np.zeros((2, len(splits), len(classes)), dtype=np.int64)
-
-    def add(self, split_B: np.ndarray, before: pl.Series, after: pl.Series) -> None:
-        """Count clips: the index of each one's split, and its classes, each once, before and after."""
-        changed_B = (before.list.len() != after.list.len()).to_numpy()
-        self.clips_N += np.bincount(split_B, minlength=len(self.splits))
-        self.changed_N += np.bincount(split_B[changed_B], minlength=len(self.splits))
-        for count_NC, labels in ((self.before_NC, before), (self.after_NC, after)):
-            rows_N, class_N = entries(labels)
-            cells_N = split_B[rows_N] * len(self.classes) + class_N.to_numpy(zero_copy_only=False)
-            count_NC += np.bincount(cells_N, minlength=count_NC.size).reshape(count_NC.shape)
-
-    def change(self, name: str, splits: Sequence[str]) -> Change:
-        """The counts of some splits together."""
-        picked = [self.splits.index(split) for split in splits]
-        clips = int(self.clips_N[picked].sum())
-        before_C, after_C = self.before_NC[picked].sum(0), self.after_NC[picked].sum(0)
-        before, after = int(before_C.sum()), int(after_C.sum())
-        return Change(
-            split=name,
-            clips=clips,
-            clips_changed=int(self.changed_N[picked].sum()),
-            labels_before=before,
-            labels_after=after,
-            labels_added=after - before,
-            mean_before=round(before / max(clips, 1), 6),
-            mean_after=round(after / max(clips, 1), 6),
-            classes_gaining=int((after_C > before_C).sum()),
-        )
-
-    def gainers(self) -> tuple[Gainer, ...]:
-        """The classes that stand on more clips than before, the biggest gain first."""
-        before_C, after_C = self.before_NC.sum(0), self.after_NC.sum(0)
-        order = [
-            index
-            for index in np.argsort(before_C - after_C, kind="stable")
-            if after_C[index] > before_C[index]
-        ]
-        mids, names = self.classes.mids, self.classes.names
-        return tuple(Gainer(mids[i], names[i], int(before_C[i]), int(after_C[i])) for i in order)
 
 
 def propagate_labels(
@@ -174,33 +73,6 @@ def split_mids(mids: pl.Series, classes: ClassList) -> tuple[pl.Series, pl.Serie
         lists(keys_N // len(classes), class_N, count=len(mids)).alias("raw"),
         lists(odd["row"].to_numpy(), odd["mid"].to_arrow(), count=len(mids)).alias("outside"),
     )
-
-
-def table(done: Propagation) -> str:
-    """What changed, to be read: a line per split, then the biggest gainers by name."""
-    by = done.provenance
-    head = f"label set {by.rule!r}: {by.pairs} class pairs of ontology {by.ontology}"
-    if untouched := [change.split for change in done.changes[:-1] if change.split not in by.splits]:
-        head += f"; raw labels kept in: {', '.join(untouched)}"
-    return "\n".join([head, "", *_split_lines(done.changes), "", *_gainer_lines(done.gainers)])
-
-
-def _split_lines(changes: Sequence[Change]) -> Iterator[str]:
-    head = f"{'split':<20}{'clips':>11}{'mean labels':>22}"
-    yield f"{head}{'labels added':>14}{'clips changed':>15}{'classes gaining':>17}"
-    for change in changes:
-        means = f"{change.mean_before:.6f} -> {change.mean_after:.6f}"
-        counts = f"{change.labels_added:>14,}{change.clips_changed:>15,}{change.classes_gaining:>17}"
-        yield f"{change.split:<20}{change.clips:>11,}{means:>22}{counts}"
-
-
-def _gainer_lines(gainers: Sequence[Gainer]) -> Iterator[str]:
-    yield f"{'biggest gainers':<36}{'clips before':>14}{'after':>11}{'added':>11}"
-    for gainer in gainers[:GAINERS_SHOWN]:
-        before, after = gainer.clips_before, gainer.clips_after
-        yield f"{gainer.name[:35]:<36}{before:>14,}{after:>11,}{after - before:>11,}"
-    if len(gainers) > GAINERS_SHOWN:
-        yield f"and {len(gainers) - GAINERS_SHOWN} more classes"
 
 
 def _classes(store: Path, ontology: Ontology) -> ClassList:

@@ -12,8 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import OntologyError, StoreError
-from pipeline.labels import Change, Tally, propagate_labels, split_mids, table
-from pipeline.ontology import ClassList, load_class_list, load_ontology, propagate, relation_CC
+from pipeline.labels import propagate_labels, split_mids
+from pipeline.ontology import ClassList, load_class_list, load_ontology
+from pipeline.propagation import propagate, relation_CC
+from pipeline.tally import Change, Tally, table
 
 ORIGINALS = Path(__file__).parents[2] / "shared" / "audioset"
 needs_originals = pytest.mark.skipif(

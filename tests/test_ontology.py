@@ -15,17 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import InputError, ManifestError, OntologyError
-from pipeline.ontology import (
-    RULES,
-    ClassList,
-    Node,
-    Ontology,
-    load_class_list,
-    load_ontology,
-    propagate,
-    propagate_scores,
-    relation_CC,
-)
+from pipeline.ontology import ClassList, Node, Ontology, load_class_list, load_ontology
+from pipeline.propagation import RULES, propagate, propagate_scores, relation_CC
 
 ORIGINALS = Path(__file__).parents[2] / "shared" / "audioset"
 needs_originals = pytest.mark.skipif(
