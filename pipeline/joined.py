@@ -1,7 +1,6 @@
 """Joined: several stores read as one; AnyStore: what loaders and trainers ask of one store or of several."""
 
 import hashlib
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -10,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import polars as pl
 
-from pipeline.errors import StoreError
+from pipeline.errors import BrokenClip, StoreError
 from pipeline.melspec import MelSpec
 from pipeline.ontology import ClassList
 from pipeline.store import FeatureStore
@@ -158,17 +157,19 @@ class JoinedStore:
         starts_B: np.ndarray | None = None,
         frames: int | None = None,
     ) -> np.ndarray:
-        """The stored values of rows as `[B, T, F]`, as of one store; raises StoreError."""
+        """The stored values of rows as `[B, T, F]`, as of one store; raises StoreError, BrokenClip (row as here)."""
         frames = self.frames if frames is None else frames
         starts_B = np.zeros(len(rows_B), np.int64) if starts_B is None else starts_B
         mel_BTF = np.empty((len(rows_B), frames, self.bands), self.dtype) if out is None else out
-        store_B = self.store_of(rows_B)
-        edges = [0, *(np.flatnonzero(np.diff(store_B)) + 1), len(rows_B)]
-        for first, last in itertools.pairwise(edges):  # a run of one store goes into its place uncopied
-            if first < last:
-                number, some = store_B[first], slice(first, last)
-                own_B = rows_B[some] - self.firsts_N[number]
-                self.stores[number].read(own_B, out=mel_BTF[some], starts_B=starts_B[some], frames=frames)
+        for number, mine_B, own_B in self._by_store(rows_B):  # at once all of a store: its disk is quicker so
+            place_BTF = mel_BTF if len(mine_B) == len(rows_B) else None
+            try:
+                read = self.stores[number].read
+                part_BTF = read(own_B, out=place_BTF, starts_B=starts_B[mine_B], frames=frames)
+            except BrokenClip as broken:
+                raise BrokenClip(int(self.firsts_N[number]) + broken.row, str(broken)) from None
+            if place_BTF is None:
+                mel_BTF[mine_B] = part_BTF
         return mel_BTF
 
     def _by_store(self, rows_N: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:

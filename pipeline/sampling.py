@@ -53,9 +53,7 @@ class BlockShuffle:
     The last to begin end where the epoch starts. With a window as long as the epoch this is a full shuffle.
     """
 
-    blocks_N: (
-        np.ndarray
-    )  # of each row the number of its block (a shard, `row // 256`); a block's rows lie together
+    blocks_N: np.ndarray  # of each row its block's number (shard, `row // 256`); a block's rows lie together
     window_blocks: int = WINDOW_BLOCKS
 
     def __post_init__(self) -> None:
@@ -100,7 +98,11 @@ class Weighted:
     replacement: bool = True
 
     def __post_init__(self) -> None:
-        if self.clips_per_epoch < 1 or not (np.isfinite(self.weights_N) & (self.weights_N >= 0)).all():
+        if (
+            self.clips_per_epoch < 1
+            or not (self.weights_N >= 0).all()
+            or not np.isfinite(self.weights_N.sum())
+        ):
             raise ValueError(f"weights must be 0 or more, and an epoch 1 or more, got {self.clips_per_epoch}")
         heavy = np.count_nonzero(self.weights_N)
         if not heavy:
@@ -158,12 +160,15 @@ def drawn(weights_N: np.ndarray, clips: int, seed: int, epoch: int) -> np.ndarra
 
 def raced(weights_N: np.ndarray, clips: int, seed: int, epoch: int) -> np.ndarray:
     """Places chosen without replacement, ascending: the first of exponential clocks that run at the weights' rates."""
-    uniform_N = ((_raw(len(weights_N), seed, epoch, RACE) >> np.uint64(12)) + 0.5) * 2.0**-52  # in (0, 1)
-    finish_N = np.full(len(weights_N), np.inf)
-    np.divide(-natural_log(uniform_N), weights_N, out=finish_N, where=weights_N > 0)
+    heavy_N = np.flatnonzero(weights_N)
+    uniform_N = (
+        (_raw(len(weights_N), seed, epoch, RACE)[heavy_N] >> np.uint64(12)) + 0.5
+    ) * 2.0**-52  # in (0, 1)
+    with np.errstate(over="ignore"):  # the lightest of all may finish at infinity
+        finish_N = -natural_log(uniform_N) / weights_N[heavy_N]
     last = np.partition(finish_N, clips - 1)[clips - 1]
     ahead_N, level_N = np.flatnonzero(finish_N < last), np.flatnonzero(finish_N == last)
-    return np.sort(np.concatenate([ahead_N, level_N[: clips - len(ahead_N)]]))
+    return heavy_N[np.sort(np.concatenate([ahead_N, level_N[: clips - len(ahead_N)]]))]
 
 
 def natural_log(values_N: np.ndarray) -> np.ndarray:

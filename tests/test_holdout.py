@@ -53,6 +53,19 @@ def test_pieces_of_a_sound_go_one_way():
     assert np.array_equal(held_NP[:, 0], held_out(pl.Series(sounds), 0.5))
 
 
+def test_segments_of_a_video_go_one_way():
+    """AudioSet-strong names them by video and millisecond, the official lists by the video alone."""
+    segments = pl.Series(f"{video}_{start}" for video in VIDEOS[:200] for start in (0, 30_000, 120_000))
+    held_NP = held_out(segments, 0.5).reshape(200, 3)
+    assert np.array_equal(held_NP, np.repeat(held_out(VIDEOS[:200], 0.5)[:, None], 3, 1))
+
+
+def test_numbered_sounds_are_not_taken_for_segments():
+    """Whatever their first 11 characters are: else a set would be held out as a whole, or not at all."""
+    numbered = pl.Series(f"mydataset01_{number:06d}" for number in range(1, 1_000))
+    assert 400 < held_out(numbered, 0.5).sum() < 600
+
+
 def test_the_same_clips_are_held_out_on_every_machine_and_day():
     """The hash is written out here, not Python's or polars' own, which change."""
     assert np.flatnonzero(held_out(NUMBERED[:60], 0.2, 7)).tolist() == [10, 14, 33, 35, 44, 48, 54, 58]

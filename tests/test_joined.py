@@ -13,7 +13,7 @@ from conftest import build
 from pipeline.build import Build, Output, build_store
 from pipeline.dali import DaliLoader
 from pipeline.datasets.audioset import audioset
-from pipeline.errors import StoreError
+from pipeline.errors import BrokenClip, StoreError
 from pipeline.joined import JoinedStore, class_list_told
 from pipeline.loader import PlainLoader, View
 from pipeline.melspec import mel_spec
@@ -54,6 +54,19 @@ def test_a_batch_of_both_stores_keeps_its_order(joined, store, other):
     for clip_TF, row, start in zip(out_BTF, rows_B, starts_B, strict=True):
         owner, own = (store, row) if row < CLIPS else (other, row - CLIPS)
         assert np.array_equal(clip_TF, owner.read(np.array([own]))[0, start : start + 50])
+
+
+def test_a_broken_clip_is_told_by_its_row_of_them_all(store, other_store_path, monkeypatch):
+    """A loader that may skip it knows no other number; the text names the store and its own."""
+    other = FeatureStore.open(other_store_path)
+
+    def broken(rows_B, **how):
+        raise BrokenClip(int(rows_B[0]), f"{other.path}: row {rows_B[0]} cannot be read")
+
+    monkeypatch.setattr(other, "read", broken)
+    with pytest.raises(BrokenClip, match=r"other\.zarr: row 3 cannot be read") as told:
+        JoinedStore([store, other]).read(np.array([1, CLIPS + 3]))
+    assert told.value.row == CLIPS + 3
 
 
 def test_no_rows_are_read_as_no_rows(joined):

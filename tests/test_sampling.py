@@ -139,7 +139,7 @@ def test_draws_come_in_no_order():
 
 
 @given(
-    weights=st.lists(st.sampled_from([0.0, 1e-6, 1.0, 3.5, 1e6]), min_size=1, max_size=50),
+    weights=st.lists(st.sampled_from([0.0, 1e-310, 1e-6, 1.0, 3.5, 1e6]), min_size=1, max_size=50),
     seed=SEEDS,
     data=st.data(),
 )
@@ -211,7 +211,12 @@ def test_weights_from_which_nothing_can_be_drawn_are_refused(wrong, told):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"weights_N": np.array([1.0, -1.0])}, {"weights_N": np.array([1.0, np.nan])}, {"clips_per_epoch": 0}],
+    [
+        {"weights_N": np.array([1.0, -1.0])},
+        {"weights_N": np.array([1.0, np.nan])},
+        {"weights_N": np.array([1.0, np.inf])},
+        {"clips_per_epoch": 0},
+    ],
 )
 def test_weights_that_are_none_are_refused(wrong):
     with pytest.raises(ValueError, match="must be 0 or more"):
