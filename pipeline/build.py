@@ -22,13 +22,14 @@ from pipeline.engines import run_here
 from pipeline.errors import InputError, StoreError
 from pipeline.files import WHOLE, Part, gate, locked
 from pipeline.finalise import finalise
+from pipeline.header import Header
 from pipeline.labels import split_mids
 from pipeline.manifest import PLAN_SCHEMA, plan_id
 from pipeline.melspec import MelSpec
 from pipeline.mirror import Mirror
 from pipeline.shardmaker import BlockTask, ShardMaker
 from pipeline.shards import DTYPES, Layout, shard_clips_for
-from pipeline.store import Header, digest_of
+from pipeline.tables import digest_of
 from pipeline.upkeep import check_same, create_store, mark_open, mend, restore_header, sweep
 
 ENGINES = ("local", "ray")

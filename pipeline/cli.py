@@ -118,8 +118,8 @@ def finalize(store: StorePath) -> None:
     Example: ajepa-data finalize as2m.zarr
     """
     from pipeline.finalise import finalise, open_shards
+    from pipeline.header import Header
     from pipeline.report import coverage
-    from pipeline.store import Header
 
     manifest = finalise(store, header := Header.read(store))
     if manifest is None:

@@ -15,12 +15,14 @@ from pipeline.corpus import Corpus
 from pipeline.datasets.catalogue import corpus_of
 from pipeline.errors import StoreError
 from pipeline.files import locked
+from pipeline.header import Header
 from pipeline.labels import propagate_labels
 from pipeline.ledger import ledger_path, read_commit
 from pipeline.manifest import MANIFEST_SCHEMA, RESULT_SCHEMA, failure
 from pipeline.shardmaker import write_shard
 from pipeline.shards import CRC_BYTES, shard_path
-from pipeline.store import FeatureStore, Header, read_table
+from pipeline.store import FeatureStore
+from pipeline.tables import read_table
 from pipeline.upkeep import check_same
 from pipeline.verify import Fault
 

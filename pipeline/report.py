@@ -10,7 +10,8 @@ import polars as pl
 from pipeline.manifest import REASONS
 from pipeline.ontology import entries
 from pipeline.shards import shard_path
-from pipeline.store import FeatureStore, read_table
+from pipeline.store import FeatureStore
+from pipeline.tables import read_table
 
 FLAGS: dict[str, str] = {
     "cut": "a whole recording, cut at the segment",

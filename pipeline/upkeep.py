@@ -9,11 +9,12 @@ import polars as pl
 from pipeline.blocks import Blocks
 from pipeline.errors import StoreError
 from pipeline.files import PARTIAL, abandoned, fsync, gate, replacing, scratch_of
+from pipeline.header import Header
 from pipeline.labels import split_mids
 from pipeline.ledger import NEXT, commit_at, ledger_path, settle, stray_shards
 from pipeline.manifest import PLAN_SCHEMA, pending
 from pipeline.shards import Layout, array_json, create_array, group_json
-from pipeline.store import Header, digest_of, read_metadata, read_table, write_table
+from pipeline.tables import digest_of, read_metadata, read_table, write_table
 
 
 def create_store(out: Path, header: Header, plan: pl.DataFrame) -> bool:
