@@ -1,4 +1,4 @@
-"""Reading: the stored values of rows, out of their shards; one system call a clip, into the caller's memory."""
+"""Reading: the stored values of rows, out of their shards, into the caller's memory."""
 
 import errno
 import fcntl
@@ -37,8 +37,7 @@ class _Shard:
     def map(self) -> None:
         """Read from mapped memory from now on."""
         self.mapped = mmap.mmap(self.descriptor, 0, prot=mmap.PROT_READ)
-        self.bytes_N = np.frombuffer(self.mapped, np.uint8)
-        self._close()  # the map has a descriptor of its own
+        self.bytes_N, self.one_byte = np.frombuffer(self.mapped, np.uint8), bytearray(1)
 
     def bypass_the_page_cache(self) -> None:
         """Read directly from now on; raises StoreError where the file system does not have it."""
@@ -56,29 +55,21 @@ class _Shard:
         except FileNotFoundError:
             return False
 
-    def _close(self) -> None:
+    def __del__(self) -> None:
         if self.descriptor >= 0:
             os.close(self.descriptor)
-            self.descriptor = -1
-
-    __del__ = _close
 
 
-class _Part:
-    """What is read for one clip of a batch: `out`, from `skip` bytes into the chunk at `offset`."""
-
-    __slots__ = ("offset", "out", "row", "shard", "skip")
-
-    def __init__(self, row: int, shard: _Shard, offset: int, skip: int, out: memoryview) -> None:
-        self.row, self.shard, self.offset, self.skip, self.out = row, shard, offset, skip, out
+Part = tuple[int, _Shard, int, int, memoryview]  # row, where, offset of its chunk, bytes to skip, where to
 
 
 class ShardReader:
     """Clips of a store by row; `locate` says where a shard lies. For one thread; BrokenClip is what it raises.
 
     io     pread: what is not in memory is asked for at once, so that a disk has all of a batch to do (measured:
-           22 instead of 46 ms for 64 clips); mmap: copied from the mapped file; direct: past the page cache, for
-           stores that would only wash it out
+           22 instead of 46 ms for 64 clips); mmap: what is in memory is copied from the mapped file, a quarter
+           faster, but counted as the process's own memory; direct: past the page cache, for stores that would
+           only wash it out, one clip after the other
     check  whether a clip's own crc32c is compared: the first time that this process reads its row (`checked` is
            shared by the readers of a store), always, or never. A check reads the whole clip, also for a crop of it
     """
@@ -95,12 +86,14 @@ class ShardReader:
         for name, value, known in (("io", io, get_args(Io)), ("check", check, get_args(Check))):
             if value not in known:
                 raise InputError(f"{name} {value!r}: expected {', '.join(known)}")
-        self._locate, self._layout, self._io, self._check = locate, layout, io, check
-        self._checked = bytearray(layout.clips) if checked is None else checked
+        self._locate, self._layout, self._io = locate, layout, io
+        self._checked = bytearray(layout.clips) if checked is None or check != "first-epoch" else checked
+        if check == "never":
+            self._checked[:] = bytes([1]) * layout.clips
+        self._mark = 0 if check == "always" else 1  # of a row whose check is done
         self._open: OrderedDict[int, _Shard] = OrderedDict()
         self._offsets: dict[int, tuple[tuple[int, ...], memoryview]] = {}  # of every shard that was ever open
         self._clip, self._crc = memoryview(bytearray(layout.clip_bytes)), memoryview(bytearray(CRC_BYTES))
-        self._flags = NOWAIT if io == "pread" else 0
         self._get = {"pread": _pread, "mmap": _mmap, "direct": self._direct}[io]
         if io == "direct":  # anonymous memory begins at a page
             self._blocks = memoryview(mmap.mmap(-1, (layout.clip_bytes // BLOCK_BYTES + 3) * BLOCK_BYTES))
@@ -109,40 +102,36 @@ class ShardReader:
         """Frames [start, start + T) of each row; raises BrokenClip where a clip is not there as it was written."""
         if not out_BTF.size:
             return
-        layout, out = self._layout, out_BTF.data.cast("B")
-        shards_B, places_B = np.divmod(rows_B, layout.shard_clips)
-        skips_B, size = starts_B * layout.bands * out_BTF.itemsize, out_BTF[0].nbytes
-        waiting = []
-        for clip, row in enumerate(rows_B.tolist()):
-            shard = self._shard(int(shards_B[clip]), row)
-            offset = shard.offsets[places_B[clip]]
+        layout, out, size = self._layout, out_BTF.data.cast("B"), out_BTF[0].nbytes
+        skips_B = starts_B * (layout.bands * out_BTF.itemsize)
+        shards_B, chunks_B = np.divmod(rows_B, layout.shard_clips)
+        parts = zip(rows_B.tolist(), shards_B.tolist(), chunks_B.tolist(), skips_B.tolist(), strict=True)
+        waiting, begin = [], 0
+        for row, number, chunk, skip in parts:
+            shard = self._shard(number, row)
+            offset = shard.offsets[chunk]
             if offset == ABSENT:
                 raise BrokenClip(row, f"{shard.path}: does not hold it")
-            part = _Part(row, shard, offset, int(skips_B[clip]), out[clip * size : (clip + 1) * size])
-            if not self._filled(part, self._flags):
-                if not self._flags:
-                    raise BrokenClip(row, f"{shard.path}: ends early")
+            part = (row, shard, offset, skip, out[begin : begin + size])
+            begin += size
+            if not self._filled(part, NOWAIT):
                 waiting.append(part)
-        self._read_from_disk(waiting)
-
-    def _read_from_disk(self, parts: list[_Part]) -> None:
-        """What was not in memory: all of it is asked for before the first of it is waited for."""
-        for part in parts:
-            os.posix_fadvise(
-                part.shard.descriptor, part.offset, self._layout.clip_bytes, os.POSIX_FADV_WILLNEED
-            )
-        for part in parts:
+        for _, shard, offset, _, _ in (
+            waiting if self._io == "pread" else ()
+        ):  # ask for all, then wait for the first
+            os.posix_fadvise(shard.descriptor, offset, layout.clip_bytes, os.POSIX_FADV_WILLNEED)
+        for part in waiting:
             if not self._filled(part, 0):
-                raise BrokenClip(part.row, f"{part.shard.path}: ends early")
+                raise BrokenClip(part[0], f"{part[1].path}: ends early")
 
-    def _filled(self, part: _Part, flags: int) -> bool:
+    def _filled(self, part: Part, flags: int) -> bool:
         """Whether all of a part came, and is right if its check is due."""
-        row, out, shard = part.row, part.out, part.shard
+        row, shard, offset, skip, out = part
         try:
-            if self._check == "never" or (self._check == "first-epoch" and self._checked[row]):
-                return self._get(shard, [out], part.offset + part.skip, flags) == len(out)
+            if self._checked[row]:
+                return self._get(shard, [out], offset + skip, flags) == len(out)
             clip = out if len(out) == len(self._clip) else self._clip
-            if self._get(shard, [clip, self._crc], part.offset, flags) != len(clip) + CRC_BYTES:
+            if self._get(shard, [clip, self._crc], offset, flags) != len(clip) + CRC_BYTES:
                 return False
         except OSError as error:
             if flags and error.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
@@ -151,8 +140,8 @@ class ShardReader:
         if google_crc32c.value(np.frombuffer(clip, np.uint8)) != int.from_bytes(self._crc, "little"):
             raise BrokenClip(row, f"{shard.path}: its spectrogram does not match its checksum")
         if clip is not out:
-            out[:] = clip[part.skip : part.skip + len(out)]
-        self._checked[row] = 1
+            out[:] = clip[skip : skip + len(out)]
+        self._checked[row] = self._mark
         return True
 
     def _direct(self, shard: _Shard, outs: list[memoryview], offset: int, flags: int) -> int:
@@ -166,7 +155,9 @@ class ShardReader:
         shard = self._open.get(number)
         if shard is None:
             self._open[number] = shard = self._opened(number, row)
-            if len(self._open) > OPEN_SHARDS:
+            if len(self._open) > (
+                OPEN_SHARDS // 2 if self._io == "mmap" else OPEN_SHARDS
+            ):  # a map holds one too
                 self._open.popitem(last=False)
         else:
             self._open.move_to_end(number)  # the last used is the last closed
@@ -214,8 +205,15 @@ def _pread(shard: _Shard, outs: list[memoryview], offset: int, flags: int) -> in
 
 
 def _mmap(shard: _Shard, outs: list[memoryview], offset: int, flags: int) -> int:
-    """As `preadv`; a file that has been cut is measured first: reading past its end would kill the process."""
-    return _scatter(shard.bytes_N[offset : shard.mapped.size()], outs)
+    """As `preadv`, copied from mapped memory where the last of it is there already.
+
+    Else a disk that fails would kill the process, as would a file that has been cut: so it is measured first.
+    """
+    count = sum(map(len, outs))
+    if not flags or shard.mapped.size() < offset + count:
+        return os.preadv(shard.descriptor, outs, offset)
+    os.preadv(shard.descriptor, [shard.one_byte], offset + count - 1, flags)  # BlockingIOError: not in memory
+    return _scatter(shard.bytes_N[offset : offset + count], outs)
 
 
 def _scatter(content: "np.ndarray | memoryview", outs: list[memoryview]) -> int:
