@@ -38,7 +38,7 @@ def to_stderr(line: str) -> None:
 
 
 def pretrain(
-    store_path: Path,
+    store: Path | str | FeatureStore,
     recipe: Pretrain,
     run_path: Path,
     *,
@@ -58,7 +58,7 @@ def pretrain(
     """
     recipe = recipe.resized(steps=steps, clips_per_step=batch)
     on = pick_device(device)
-    store = open_store(store_path, recipe)
+    store = open_store(store, recipe)
     order = Order(rows_N=store.good_rows(train_splits(store)), clips=recipe.clips_per_step, seed=recipe.seed)
     view = view_of(store, recipe)
     with open_loader(store, order, view, kind=loader, device=on) as batches:
@@ -216,13 +216,14 @@ def refuse_bad_step(told: Json, scored: float, step: int, batch: Batch) -> None:
     raise RunError(f"step {step + 1}: {', '.join(bad)}; stopped before the update; {cause}")
 
 
-def open_store(path: Path, recipe: Pretrain) -> FeatureStore:
-    """The store at `path`; RunError where it does not hold the features that the recipe was made for."""
-    store, wanted = FeatureStore.open(path), mel_spec(recipe.mel)
+def open_store(store: Path | str | FeatureStore, recipe: Pretrain) -> FeatureStore:
+    """The store, opened; RunError where it does not hold the features that the recipe was made for."""
+    store = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
+    wanted = mel_spec(recipe.mel)
     if store.spec_id != wanted.spec_id:
         held, asked = (f"{s.name} ({s.frames} x {s.mel_bands}, {s.spec_id})" for s in (store.spec, wanted))
         told = f"holds mel spec {held}, recipe {recipe.name} needs {asked}"
-        raise RunError(f"{path}: {told}; build a store with --spec {wanted.name}")
+        raise RunError(f"{store.place}: {told}; build a store with --spec {wanted.name}")
     return store
 
 

@@ -11,7 +11,7 @@ import typer
 
 from pipeline import build_commands
 from pipeline.errors import InputError, Interrupted
-from pipeline.files import FULL
+from pipeline.files import CACHE_GB, FULL
 
 RUN_AGAIN = 75  # EX_TEMPFAIL: interrupted with nothing lost; the same command carries on
 
@@ -36,6 +36,12 @@ def _local(store: Path) -> Path:
 StorePath = Annotated[
     Path, typer.Argument(help="Feature store, NAME.zarr.", show_default=False, callback=_local)
 ]
+
+StorePlace = Annotated[str, typer.Argument(help="Feature store, NAME.zarr or s3://...", show_default=False)]
+Cache = Annotated[
+    Path | None, typer.Option(help="Folder for what was last read of a store at s3://.", show_default=False)
+]
+CacheGb = Annotated[float, typer.Option(min=0.001, help="Most that --cache may take, in 10^9 bytes.")]
 
 
 @app.command()
@@ -133,10 +139,12 @@ def finalize(store: StorePath) -> None:
 
 @app.command()
 def report(
-    store: StorePath,
+    store: StorePlace,
     html: Annotated[Path | None, typer.Option(help="Page to write: all of the store.")] = None,
     out: Annotated[Path | None, typer.Option(help="PNG file to write: spectrograms.")] = None,
     clips: Annotated[int, typer.Option(min=1, max=60, help="Spectrograms to show.")] = 12,
+    cache: Cache = None,
+    cache_gb: CacheGb = CACHE_GB,
 ) -> None:
     """Show coverage and reasons as a table, and the store as a page, a picture, or both.
 
@@ -151,7 +159,7 @@ def report(
         raise InputError(
             "report: nothing to write; give --html FILE for a page, --out FILE for a PNG, or both"
         )
-    opened = FeatureStore.open(store)
+    opened = FeatureStore.open(store, cache=cache, cache_gb=cache_gb)
     print(coverage(opened.manifest))
     if html is not None:
         write_page(opened, html, clips=clips)
@@ -163,10 +171,12 @@ def report(
 
 @app.command()
 def inspect(
-    store: StorePath,
+    store: StorePlace,
     clip: Annotated[str | None, typer.Option(help="Id of a clip: all its rows are told.")] = None,
     row: Annotated[int | None, typer.Option(help="A row's number instead, or one of the clip's.")] = None,
     png: Annotated[Path | None, typer.Option(help="PNG file for the spectrogram.")] = None,
+    cache: Cache = None,
+    cache_gb: CacheGb = CACHE_GB,
 ) -> None:
     """Tell what a store is, or everything about one clip of it.
 
@@ -175,7 +185,7 @@ def inspect(
     from pipeline import inspection
     from pipeline.store import FeatureStore
 
-    opened = FeatureStore.open(store)
+    opened = FeatureStore.open(store, cache=cache, cache_gb=cache_gb)
     if clip is None and row is None:
         if png is not None:
             raise InputError(f"{store}: --png needs a clip; add --clip ID or --row N")

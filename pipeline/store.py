@@ -28,6 +28,7 @@ import polars as pl
 
 from pipeline.cache import GB, ShardCache, tables_of
 from pipeline.errors import BrokenClip, StoreError
+from pipeline.files import CACHE_GB
 from pipeline.header import Header
 from pipeline.manifest import check_schema
 from pipeline.melspec import MelSpec
@@ -35,8 +36,6 @@ from pipeline.reading import Check, Io, ShardReader
 from pipeline.remote import is_remote
 from pipeline.shards import check_array, shard_path
 from pipeline.tables import read_table
-
-CACHE_GB = 100.0
 
 
 class FeatureStore:
