@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import torch
 
 from pipeline.audio import AudioPolicy
 from pipeline.blocks import Blocks, open_rows, tasks_of
@@ -214,5 +215,13 @@ def _told(corpus: Corpus, build: Build, *, tried: int, seconds: float) -> dict[s
         "other_start_examples": sources.other_start[:20],
         "clips_tried": tried,
         "seconds": round(seconds, 1),
-        "versions": {name: version(name) for name in VERSIONS} | {"python": platform.python_version()},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """What the values of a store depend on beside its spec and its sounds, and who wrote it."""
+    cpu = (
+        torch.backends.cpu.get_cpu_capability()
+    )  # which of its kernels PyTorch takes: they round differently
+    return {name: version(name) for name in VERSIONS} | {"python": platform.python_version(), "cpu": cpu}

@@ -82,10 +82,15 @@ def propagate_labels(
 def verify(
     store: StorePath,
     sample: Annotated[
-        int | None, typer.Option(min=1, help="Read only so many shards, drawn at random; all else in full.")
+        int | None,
+        typer.Option(min=1, help="Only so many, drawn at random: shards to read, or rows --against-audio."),
     ] = None,
     repair: Annotated[
         bool, typer.Option("--repair", help="Make broken shards again from the sounds they came from.")
+    ] = False,
+    against_audio: Annotated[
+        bool,
+        typer.Option("--against-audio", help="Instead: decode rows again and compare them with the store."),
     ] = False,
     workers: Annotated[int, typer.Option(min=0, help="Decoding processes of a repair.")] = 2,
 ) -> None:
@@ -93,6 +98,15 @@ def verify(
 
     Example: ajepa-data verify as20k.zarr --repair
     """
+    if against_audio and repair:
+        raise InputError("verify: --against-audio only tells; give --repair by itself")
+    if against_audio:
+        _verify_against_audio(store, sample)
+    else:
+        _verify(store, sample, repair=repair, workers=workers)
+
+
+def _verify(store: Path, sample: int | None, *, repair: bool, workers: int) -> None:
     from pipeline.repair import repair as mend
     from pipeline.verify import faults_of
 
@@ -115,6 +129,30 @@ def verify(
         raise InputError(f"{store}: {len(faults)} faults; mend them with: ajepa-data verify {store} --repair")
     else:
         print(f"{store}: every shard, row and checksum is as it should be")
+
+
+def _verify_against_audio(store: Path, sample: int | None) -> None:
+    from pipeline.parity import TOLERANCE_NAT, changed_versions, compared
+
+    rows = faults = gone = 0
+    apart_nat = 0.0
+    for one in compared(store, sample, seed=time.time_ns()):
+        rows, faults, gone = rows + 1, faults + bool(one.fault), gone + bool(one.gone)
+        if one.fault or one.gone:
+            print(f"row {one.row} (clip {one.clip_id}): {one.fault or f'not compared, {one.gone}'}")
+        else:
+            apart_nat = max(apart_nat, one.apart_nat)
+    changed = changed_versions(store)
+    if changed:
+        print(
+            f"built with {'; '.join(changed)}: values may differ by {TOLERANCE_NAT} nat and one stored step"
+        )
+    if faults:
+        raise InputError(f"{store}: {faults} of {rows - gone} rows are not what their sounds give")
+    if gone == rows:
+        raise InputError(f"{store}: nothing could be compared, no sound is there; mount its audio folders")
+    told = f"up to {apart_nat:.3g} nat apart" if apart_nat else "bit for bit"
+    print(f"{store}: {rows - gone} rows are what their sounds give, {told}")
 
 
 @app.command()

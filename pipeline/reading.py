@@ -7,7 +7,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import google_crc32c
 import numpy as np
@@ -22,6 +22,13 @@ BLOCK_BYTES = 4096  # what places, lengths and memory of direct reads are multip
 NOWAIT = getattr(os, "RWF_NOWAIT", 0)  # only Linux can say what is in memory already
 TRIES = 3  # to open a shard before it is gone for good
 BROKEN = (errno.ENOENT, errno.ENOTDIR, errno.EIO, errno.ESTALE)  # of an OSError: this file, not this process
+
+
+class Reader(Protocol):
+    """Where a store has its values from."""
+
+    def read(self, rows_B: np.ndarray, starts_B: np.ndarray, out_BTF: np.ndarray) -> None:
+        """Frames [start, start + T) of each row, as stored; raises BrokenClip for what cannot be had."""
 
 
 class _Shard:

@@ -23,7 +23,7 @@ from pipeline.shardmaker import write_shard
 from pipeline.shards import CRC_BYTES, shard_path
 from pipeline.store import FeatureStore
 from pipeline.tables import read_table
-from pipeline.upkeep import check_same
+from pipeline.upkeep import check_same, told_of_build
 from pipeline.verify import Fault
 
 
@@ -36,7 +36,7 @@ def repair(
 
     Raises StoreError, with nothing changed, where build.json is gone, or its lists are no longer those of the store.
     """
-    header, told = Header.read(store), _told(store)
+    header, told = Header.read(store), told_of_build(store)
     corpus = corpus_of(told["asked"])
     output = Output(path=store, spec=header.spec, dtype=header.layout.dtype)
     check_same(store, header, plan_store(corpus, output))
@@ -64,16 +64,6 @@ def repair(
         if rule not in sound_sets:
             propagate_labels(store, rule, by["splits"])
     return sum(opened.manifest["status"][row] != "good" for row in was_good)
-
-
-def _told(store: Path) -> dict[str, Any]:
-    try:
-        told = json.loads((store / "build.json").read_text())
-        return {"asked": told["asked"], "policy": told["policy"]}
-    except (OSError, ValueError, KeyError):
-        raise StoreError(
-            f"{store}/build.json: does not say what the store was built from; run its build command again"
-        ) from None
 
 
 def _salvage(store: Path, header: Header, corpus: Corpus, shard: int) -> AudioPolicy | None:
@@ -125,7 +115,7 @@ def _told_of(store: Path, header: Header, shard: int) -> tuple[list[dict[str, An
         return None
     if manifest.schema != pl.Schema(MANIFEST_SCHEMA) or "store_id" not in metadata:
         return None
-    return manifest[rows.start : rows.stop].select(*RESULT_SCHEMA).to_dicts(), _told(store)["policy"]
+    return manifest[rows.start : rows.stop].select(*RESULT_SCHEMA).to_dicts(), told_of_build(store)["policy"]
 
 
 def _intact(

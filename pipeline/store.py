@@ -32,7 +32,7 @@ from pipeline.files import CACHE_GB
 from pipeline.header import Header
 from pipeline.manifest import check_schema
 from pipeline.melspec import MelSpec
-from pipeline.reading import Check, Io, ShardReader
+from pipeline.reading import Check, Io, Reader, ShardReader
 from pipeline.remote import is_remote
 from pipeline.shards import check_array, shard_path
 from pipeline.tables import read_table
@@ -41,7 +41,8 @@ from pipeline.tables import read_table
 class FeatureStore:
     """Spectrograms and labels, row for row with their manifest; open one with `FeatureStore.open`.
 
-    Reads are thread-safe; a pickled store opens itself again by its place, in the same way.
+    Reads are thread-safe; a pickled store opens itself again by its place, in the same way. With a `reader` its
+    values come from there, and not from the shards.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class FeatureStore:
         io: Io = "pread",
         check: Check = "first-epoch",
         cache: ShardCache | None = None,
+        reader: Reader | None = None,
     ) -> None:
         self.path, self.header, self.manifest, self.store_id = path, header, manifest, store_id
         self.place = str(path) if cache is None else cache.url
@@ -62,9 +64,9 @@ class FeatureStore:
         self.frames, self.bands = header.layout.frames, header.layout.bands
         self.dtype = np.dtype(header.layout.dtype)
         self.n_frames_N = manifest["n_frames"].to_numpy()
-        self._cache, self._io, self._check = cache, io, check
+        self._cache, self._io, self._check, self._given = cache, io, check, reader
         self._checked, self._local = bytearray(header.layout.clips), threading.local()
-        self._reader()  # refuses an `io` or a `check` that there is not
+        self._own_reader()  # refuses an `io` or a `check` that there is not
 
     @classmethod
     def open(
@@ -111,6 +113,9 @@ class FeatureStore:
         return cls(path, header, manifest, metadata["store_id"], io=io, check=check, cache=shards)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if self._given is not None:
+            whole = partial(FeatureStore, reader=self._given)
+            return whole, (self.path, self.header, self.manifest, self.store_id)
         how: dict[str, Any] = {"io": self._io, "check": self._check}
         if self._cache is not None:
             how |= {"cache": self._cache.cache, "cache_gb": self._cache.most_bytes / GB}
@@ -193,12 +198,10 @@ class FeatureStore:
         if len(rows_B) and (starts_B.min() < 0 or starts_B.max() + frames > self.frames):
             raise ValueError(f"crops of {frames} frames from {starts_B} leave the stored 0..{self.frames}")
         mel_BTF = np.empty((len(rows_B), frames, self.bands), self.dtype) if out is None else out
-        reader = self._reader()
-        shards = np.unique(rows_B // self.header.layout.shard_clips).tolist() if self._cache else []
-        if self._cache and self._cache.bring(shards):
-            reader.forget()
+        if self._cache and self._cache.bring(np.unique(rows_B // self.header.layout.shard_clips).tolist()):
+            self._own_reader().forget()
         try:
-            reader.read(rows_B, starts_B, mel_BTF)
+            self._reader().read(rows_B, starts_B, mel_BTF)
         except BrokenClip as broken:
             raise self._told(broken) from None
         return mel_BTF
@@ -218,12 +221,17 @@ class FeatureStore:
             why = f"is not good: {reason}; draw rows from good_rows()"
             return StoreError(f"{self.place}: row {row} (clip {clip_id}) {why}")
         mends = f"run: ajepa-data verify {self.place} --repair"
+        if self._given is not None:
+            mends = f"its sound is not what it was; see: ajepa-data verify {self.place} --against-audio"
         if self._cache is not None:
             mends = f"delete {self._cache.home}: it is fetched again"
         what = f"row {row} (clip {clip_id}, shard {shard}) cannot be read"
         return BrokenClip(row, f"{self.place}: {what}: {broken}; {mends}")
 
-    def _reader(self) -> ShardReader:
+    def _reader(self) -> Reader:
+        return self._own_reader() if self._given is None else self._given
+
+    def _own_reader(self) -> ShardReader:
         if not hasattr(self._local, "reader"):
             locate = self._cache.path if self._cache else partial(shard_path, self.path)
             self._local.reader = ShardReader(

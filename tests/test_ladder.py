@@ -60,6 +60,8 @@ LADDER = [
     "pipeline.upkeep",
     "pipeline.build",
     "pipeline.forecast",
+    "pipeline.on_the_fly",
+    "pipeline.parity",
     "pipeline.verify",
     "pipeline.repair",
     "pipeline.order",
