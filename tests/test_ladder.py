@@ -47,6 +47,8 @@ LADDER = [
     "pipeline.datasets.demo_lists",
     "pipeline.datasets.demo",
     "pipeline.datasets.catalogue",
+    "pipeline.label_inputs",
+    "pipeline.label_tables",
     "pipeline.shards",
     "pipeline.store",
     "pipeline.ledger",
