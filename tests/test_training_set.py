@@ -98,7 +98,7 @@ def test_blocks_are_the_shards_of_each_store(store_path, other_store_path):
     [
         ({"weights": (1.0,)}, "1 store weights for 2 stores"),
         (
-            {"paths": ("a.zarr",), "weights": (1.0,)},
+            {"stores": ("a.zarr",), "weights": (1.0,)},
             "1 store weights for 1 stores; give one for each of two or more",
         ),
         ({"weights": (1.0, 0.0)}, "store weights 1, 0: expected numbers above 0"),
@@ -111,7 +111,7 @@ def test_blocks_are_the_shards_of_each_store(store_path, other_store_path):
 def test_settings_that_contradict_each_other_are_refused(wrong, told):
     """Before anything is opened."""
     with pytest.raises(RunError, match=told):
-        TrainingSet(**{"paths": ("a.zarr", "b.zarr")} | wrong)
+        TrainingSet(**{"stores": ("a.zarr", "b.zarr")} | wrong)
 
 
 def test_a_store_without_a_clip_to_train_on_is_refused(store_path, corpus, tmp_path):
