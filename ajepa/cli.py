@@ -22,7 +22,10 @@ Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda
 
 @app.command()
 def pretrain(
-    store: StorePlace,
+    store: Annotated[
+        list[str],
+        typer.Option(help="Feature store, NAME.zarr or s3://...; repeats.", show_default=False),
+    ],
     run: Annotated[Path, typer.Option(help="Run folder to make or carry on.", show_default=False)],
     recipe: Annotated[str, typer.Option(help="Name in `ajepa-train recipes`.")] = "small",
     steps: Annotated[int | None, typer.Option(min=1, help="Steps. [default: the recipe's]")] = None,
@@ -32,6 +35,14 @@ def pretrain(
     loader: Annotated[
         Literal["dali", "plain"], typer.Option(help="The plain one gives the same batches, slower.")
     ] = "dali",
+    store_weight: Annotated[
+        list[float] | None,
+        typer.Option(help="One for each --store: its share of the clips. [default: its clips' share]"),
+    ] = None,
+    shuffle: Annotated[
+        Literal["full", "block"], typer.Option(help="block: for stores much larger than memory.")
+    ] = "full",
+    window: Annotated[int | None, typer.Option(min=1, help="Shards mixed at a time. [default: 64]")] = None,
     io: Annotated[
         Literal["pread", "mmap", "direct"],
         typer.Option(help="How shards are read; direct: past the page cache."),
@@ -43,7 +54,7 @@ def pretrain(
     cache: Cache = None,
     cache_gb: CacheGb = CACHE_GB,
 ) -> None:
-    """Pre-train an encoder on every split of a store but eval.
+    """Pre-train an encoder on every split of its stores but eval.
 
     The same command again carries on from the last checkpoint, exactly. Ctrl-C
     or SIGTERM write one and end with status 75.
@@ -52,12 +63,17 @@ def pretrain(
     """
     from ajepa import pretrain as stage
     from ajepa import recipes
+    from ajepa.training_set import TrainingSet
     from pipeline.store import FeatureStore
 
     chosen = recipes.recipe(recipe).resized(steps=steps, clips_per_step=batch, seed=seed)
-    opened = FeatureStore.open(store, io=io, check=check, cache=cache, cache_gb=cache_gb)
-    done = stage.pretrain(opened, chosen, run, device=device, loader=loader, progress=True)
-    print(f"{run}: done, {done.step} steps. Next: ajepa-train evaluate --store {store} --run {run}")
+    opened = [FeatureStore.open(place, io=io, check=check, cache=cache, cache_gb=cache_gb) for place in store]
+    trained_on = TrainingSet(
+        paths=tuple(opened), weights=tuple(store_weight or ()), shuffle=shuffle, window_blocks=window
+    )
+    done = stage.pretrain(trained_on, chosen, run, device=device, loader=loader, progress=True)
+    there = f"{store[0]} --cache {cache}" if cache else store[0]
+    print(f"{run}: done, {done.step} steps. Next: ajepa-train evaluate --store {there} --run {run}")
 
 
 @app.command()
