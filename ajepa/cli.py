@@ -74,7 +74,8 @@ def pretrain(
         window_blocks=window,
     )
     done = stage.pretrain(trained_on, chosen, run, device=device, loader=loader, progress=True)
-    print(f"{run}: done, {done.step} steps. Next: ajepa-train evaluate --store {store[0]} --run {run}")
+    there = f"{store[0]} --cache {cache}" if cache else store[0]
+    print(f"{run}: done, {done.step} steps. Next: ajepa-train evaluate --store {there} --run {run}")
 
 
 @app.command()

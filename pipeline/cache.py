@@ -95,23 +95,26 @@ class ShardCache:
         return bool(missing)
 
     def _fetch(self, shard: int, path: Path) -> None:
-        scratch = scratch_of(path)
         try:
-            commit = self._commit(shard)
-            with self._room(commit.size_bytes, scratch), scratch.open("r+b") as file:
-                if not commit.size_bytes or not fetch_into(f"{self.url}/{shard_path(Path(), shard)}", file):
-                    return
-                file.flush()
-                os.fsync(file.fileno())
-                if not is_committed(scratch, commit):
-                    raise ValueError(
-                        f"is not what its record tells; delete {self._record(shard)} and build again"
-                    )
-                scratch.replace(path)
+            commit, scratch = self._commit(shard), scratch_of(path)
+            if commit.size_bytes:
+                with self._room(commit.size_bytes, scratch):
+                    self._download(commit, scratch)
+                    scratch.replace(path)
         except StoreError:
             raise
         except InputError as error:  # what the server says, as a fault of the store
             raise StoreError(str(error)) from None
+
+    def _download(self, commit: Commit, scratch: Path) -> None:
+        """Fill a file with the shard; ValueError where that is not the one that was committed."""
+        with scratch.open("r+b") as file:
+            there = fetch_into(f"{self.url}/{shard_path(Path(), commit.shard)}", file)
+            file.flush()
+            os.fsync(file.fileno())
+        if not there or not is_committed(scratch, commit):
+            why = "is not what its record tells" if there else "is gone from there"
+            raise ValueError(f"{why}; delete {self._record(commit.shard)} and build again")
 
     def _record(self, shard: int) -> str:
         return f"{self.url}/{ledger_path(Path(), shard)}"

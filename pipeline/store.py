@@ -229,7 +229,7 @@ class FeatureStore:
         if self._given is not None:
             mends = f"its sound is not what it was; see: ajepa-data verify {self.place} --against-audio"
         if self._cache is not None:
-            mends = f"delete {self._cache.home}: it is fetched again"
+            mends = f"where the copy is at fault, delete {self._cache.home}: it is fetched again"
         what = f"row {row} (clip {clip_id}, shard {shard}) cannot be read"
         return BrokenClip(row, f"{self.place}: {what}: {broken}; {mends}")
 

@@ -1,5 +1,6 @@
 """A store in a bucket is read as if it were here, out of a folder that never grows beyond its bound."""
 
+import errno
 import multiprocessing
 import os
 import pickle
@@ -149,6 +150,21 @@ def test_a_shard_that_has_no_room_at_all_is_told(url, tmp_path):
         FeatureStore.open(url, cache=tmp_path, cache_gb=1e-6).read(np.array([0]))
 
 
+def test_a_full_disk_is_told_and_leaves_nothing(url, tmp_path, monkeypatch):
+    """The bound may be more than there is."""
+    there = FeatureStore.open(url, cache=tmp_path)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cache.os, "posix_fallocate", full)
+    with pytest.raises(StoreError, match="no space left; free some, or give a smaller --cache-gb") as refused:
+        there.read(np.array([0]))
+    assert not isinstance(refused.value, BrokenClip)
+    assert bytes_in(tmp_path) == 0
+    monkeypatch.undo()
+
+
 def reads(url: str, folder: Path, most_gb: float, seed: int, wanted: Path, over) -> None:
     """Random rows for some seconds, compared with the store on the disk."""
     there, here = FeatureStore.open(url, cache=folder, cache_gb=most_gb), FeatureStore.open(wanted)
@@ -211,7 +227,9 @@ def test_a_shard_that_is_damaged_in_the_bucket_is_told_and_not_kept(own_url, tmp
 
 def test_a_shard_that_is_gone_from_the_bucket_is_told(own_url, tmp_path):
     remove(f"{own_url}/mel/c/1/0/0")
-    with pytest.raises(BrokenClip, match=r"row 20 \(clip clip_000020, shard 1\) .* No such file"):
+    with pytest.raises(
+        BrokenClip, match=r"row 20 \(clip clip_000020, shard 1\) .* is gone from there; delete"
+    ):
         FeatureStore.open(own_url, cache=tmp_path).read(np.array([0, 20]))
 
 
@@ -223,7 +241,7 @@ def test_a_shard_that_is_damaged_here_is_told_with_what_to_delete(url, tmp_path)
     content[1000] ^= 1
     path.write_bytes(content)
     with pytest.raises(
-        BrokenClip, match=r"does not match its checksum; delete .*: it is fetched again"
+        BrokenClip, match=r"does not match its checksum; .*, delete .*: it is fetched again"
     ) as broken:
         FeatureStore.open(url, cache=tmp_path).read(np.array([0]))
     shutil.rmtree(str(broken.value).rpartition("delete ")[2].partition(":")[0])

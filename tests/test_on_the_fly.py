@@ -164,7 +164,7 @@ def test_faults_are_told_line_by_line_and_a_lost_sound_is_none(own, monkeypatch,
     (own / "corpus" / "audio").rename(own / "elsewhere")
     (own / "corpus" / "audio").mkdir()
     soundfile.write(sound(own, 5), tone_in_noise(5, seconds=10.0, rate_hz=16_000), 16_000)  # of no good row
-    assert verify(monkeypatch, store, "--against-audio", "--sample", 3) == 1
+    assert verify(monkeypatch, own / "uint8.zarr", "--against-audio", "--sample", 3) == 1
     assert "nothing could be compared, no sound is there" in capsys.readouterr().err
 
 

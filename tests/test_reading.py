@@ -6,6 +6,7 @@ import os
 import pickle
 import resource
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -250,6 +251,24 @@ def test_a_reader_keeps_few_files_open(tmp_path, monkeypatch, io):
     assert len(os.listdir("/proc/self/fd")) == before + 4
     reader.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("io", IOS)
+def test_threads_read_one_store_at_once(store_path, io, monkeypatch):
+    """Each with files of its own, so that none closes what another reads; the checks are due once for all."""
+    monkeypatch.setattr(reading, "OPEN_SHARDS", 2)
+    store = FeatureStore.open(store_path, io=io)
+    rows_N = store.good_rows()
+    wanted_NTF = store.read(rows_N)
+
+    def random_reads(seed: int) -> bool:
+        places = [np.random.default_rng([seed, turn]).integers(0, len(rows_N), 5) for turn in range(20)]
+        return all((store.read(rows_N[some]) == wanted_NTF[some]).all() for some in places)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(random_reads, range(8)))
+    monkeypatch.setattr(reading.google_crc32c, "value", None)
+    store.read(rows_N)
 
 
 def view_of(store: FeatureStore, **kind) -> View:
