@@ -31,6 +31,9 @@ def pretrain(
     loader: Annotated[
         Literal["dali", "plain"], typer.Option(help="The plain one gives the same batches, slower.")
     ] = "dali",
+    on_broken: Annotated[
+        Literal["raise", "skip"], typer.Option(help="skip: another clip of the step stands in.")
+    ] = "raise",
 ) -> None:
     """Pre-train an encoder on every split of a store but eval.
 
@@ -43,7 +46,9 @@ def pretrain(
     from ajepa import recipes
 
     chosen = recipes.recipe(recipe).resized(steps=steps, clips_per_step=batch, seed=seed)
-    done = stage.pretrain(store, chosen, run, device=device, loader=loader, progress=True)
+    done = stage.pretrain(
+        store, chosen, run, device=device, loader=loader, on_broken=on_broken, progress=True
+    )
     print(f"{run}: done, {done.step} steps. Next: ajepa-train evaluate --store {store} --run {run}")
 
 
