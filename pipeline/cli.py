@@ -58,18 +58,40 @@ def demo_corpus(
 
 @app.command()
 def propagate_labels(
-    store: StorePath,
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="A store; or segments lists and Parquet tables, which need --out.",
+            show_default=False,
+            callback=lambda paths: [_local(path) for path in paths],
+        ),
+    ],
     rule: Annotated[
         str, typer.Option(help="unambiguous (the paper's), all-ancestors, dominators or direct-parent.")
     ] = "unambiguous",
+    splits: Annotated[
+        list[str] | None, typer.Option(help="Only these, such as train,eval; repeats. Default: all.")
+    ] = None,
+    ontology: Annotated[
+        Path | None, typer.Option(help="Class tree in the form of ontology.json. Default: AudioSet's.")
+    ] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(help="Class list, form of class_labels_indices.csv. Default: the store's, or the 527."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Parquet file to write, where INPUTS are lists or tables.")
+    ] = None,
 ) -> None:
     """Add each clip's implied classes as a label set beside the raw one (HLP, arXiv 2503.21826).
 
     Example: ajepa-data propagate-labels as20k.zarr
     """
-    from pipeline import labels
+    from pipeline import label_tables, tally
 
-    print(labels.table(labels.propagate_labels(store, rule=rule)))
+    asked = [split.strip() for part in splits for split in part.split(",")] if splits else None
+    done = label_tables.propagate_inputs(inputs, rule, asked, ontology=ontology, classes=classes, out=out)
+    print(tally.table(done))
 
 
 @app.command()

@@ -1,10 +1,9 @@
-"""The labels of a store: ids to class indices, propagation up the class tree, and what that changed."""
+"""The labels of a store: ids to class indices, and the label sets that propagation adds."""
 
 import difflib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,115 +12,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.errors import OntologyError, StoreError
+from pipeline.errors import InputError, OntologyError, StoreError
 from pipeline.files import locked, replacing
-from pipeline.ontology import (
-    ClassList,
-    Ontology,
-    entries,
-    lists,
-    load_ontology,
-    propagate,
-    relation_CC,
-    sorted_unique,
-)
+from pipeline.ontology import ClassList, Ontology, load_ontology
+from pipeline.propagation import entries, lists, propagate, relation_CC, sorted_unique
+from pipeline.tally import Propagation, Provenance, Tally
 
 PROVENANCE_KEY = b"ajepa"  # in the schema metadata of labels.parquet: JSON, label set -> where it comes from
 LABELS = pa.list_(pa.uint16())
-GAINERS_SHOWN = 15
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Change:
-    """What propagation did to the clips of one split, those without audio included, or of `all` splits."""
-
-    split: str
-    clips: int
-    clips_changed: int
-    labels_before: int
-    labels_after: int
-    labels_added: int
-    mean_before: float  # labels per clip, rounded to six digits
-    mean_after: float
-    classes_gaining: int
-
-
-@dataclass(frozen=True, slots=True)
-class Gainer:
-    """A class that stands on more clips than before."""
-
-    mid: str
-    name: str
-    clips_before: int
-    clips_after: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Provenance:
-    """Where a propagated label set comes from."""
-
-    rule: str
-    ontology: str  # its digest
-    pairs: int  # (class, class added for it)
-    splits: tuple[str, ...]  # those propagated; the clips of others keep their raw labels in this set
-    version: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Propagation:
-    """A label set that was added to a store, and how it differs from `raw`."""
-
-    provenance: Provenance
-    changes: tuple[Change, ...]  # one a split, then `all`
-    gainers: tuple[Gainer, ...]  # biggest gain first
-
-
-class Tally:
-    """Counts labels before and after, split by split, over any number of batches."""
-
-    def __init__(self, splits: Sequence[str], classes: ClassList) -> None:
-        self.splits, self.classes = tuple(splits), classes
-        self.clips_N, self.changed_N = np.zeros((2, len(splits)), dtype=np.int64)
-        self.before_NC, self.after_NC = np.zeros((2, len(splits), len(classes)), dtype=np.int64)
-
-    def add(self, split_B: np.ndarray, before: pl.Series, after: pl.Series) -> None:
-        """Count clips: the index of each one's split, and its classes, each once, before and after."""
-        changed_B = (before.list.len() != after.list.len()).to_numpy()
-        self.clips_N += np.bincount(split_B, minlength=len(self.splits))
-        self.changed_N += np.bincount(split_B[changed_B], minlength=len(self.splits))
-        for count_NC, labels in ((self.before_NC, before), (self.after_NC, after)):
-            rows_N, class_N = entries(labels)
-            cells_N = split_B[rows_N] * len(self.classes) + class_N.to_numpy(zero_copy_only=False)
-            count_NC += np.bincount(cells_N, minlength=count_NC.size).reshape(count_NC.shape)
-
-    def change(self, name: str, splits: Sequence[str]) -> Change:
-        """The counts of some splits together."""
-        picked = [self.splits.index(split) for split in splits]
-        clips = int(self.clips_N[picked].sum())
-        before_C, after_C = self.before_NC[picked].sum(0), self.after_NC[picked].sum(0)
-        before, after = int(before_C.sum()), int(after_C.sum())
-        return Change(
-            split=name,
-            clips=clips,
-            clips_changed=int(self.changed_N[picked].sum()),
-            labels_before=before,
-            labels_after=after,
-            labels_added=after - before,
-            mean_before=round(before / max(clips, 1), 6),
-            mean_after=round(after / max(clips, 1), 6),
-            classes_gaining=int((after_C > before_C).sum()),
-        )
-
-    def gainers(self) -> tuple[Gainer, ...]:
-        """The classes that stand on more clips than before, the biggest gain first."""
-        before_C, after_C = self.before_NC.sum(0), self.after_NC.sum(0)
-        order = [
-            index
-            for index in np.argsort(before_C - after_C, kind="stable")
-            if after_C[index] > before_C[index]
-        ]
-        mids, names = self.classes.mids, self.classes.names
-        return tuple(Gainer(mids[i], names[i], int(before_C[i]), int(after_C[i])) for i in order)
 
 
 def propagate_labels(
@@ -130,40 +28,77 @@ def propagate_labels(
     splits: Sequence[str] | None = None,
     *,
     ontology: Ontology | None = None,
+    expect: ClassList | None = None,
 ) -> Propagation:
     """Add to a store, beside its raw labels, the label set that `rule` makes of them; again changes no byte.
 
     The set is named as its rule and replaces an older one of that name. It covers every row: in splits that
-    are not asked for it holds the raw labels. What changed is returned, and saved: `propagation-<rule>.json`.
-    Raises StoreError, and OntologyError for an unknown rule or a class that the ontology lacks.
+    are not asked for it holds the raw labels. What changed is returned, and saved: `propagation-<rule>.json`;
+    an ontology other than AudioSet's is kept in the store, so that `verify` can make the set again. `expect`: the
+    class list that the store should have. Raises StoreError, and OntologyError for an unknown rule or a class
+    that the ontology lacks.
     """
     store, ontology = Path(store_path), ontology or load_ontology()
     classes = _classes(store, ontology)
+    if expect is not None:
+        _check_classes(store, classes, expect)
     adds_CC = relation_CC(rule, ontology=ontology, classes=classes)
     known, split_N = _splits(store)
-    provenance = Provenance(
-        rule=rule,
-        ontology=ontology.digest,
-        pairs=int(adds_CC.sum()),
-        splits=_wanted(store, known, splits),
-        version=f"ajepa {version('ajepa')}",
-    )
+    by = Provenance.of(rule, ontology, classes, adds_CC, wanted(str(store), known, splits))
     tally = Tally(known, classes)
     with locked(store):
-        _add_label_set(store / "labels.parquet", provenance, adds_CC, split_N, tally)
-    changes = [tally.change(split, [split]) for split in known] + [tally.change("all", known)]
-    done = Propagation(provenance=provenance, changes=tuple(changes), gainers=tally.gainers())
-    with replacing(store / f"propagation-{rule}.json") as scratch:
-        scratch.write_text(json.dumps(asdict(done), indent=1) + "\n", encoding="utf-8")
+        if by.ontology != load_ontology().digest:
+            with replacing(_kept(store, by.ontology)) as scratch:
+                scratch.write_text(ontology.to_json(), encoding="utf-8")
+        _add_label_set(store / "labels.parquet", by, adds_CC, split_N, tally)
+    done = tally.done(by, ontology)
+    done.save(store / f"propagation-{rule}.json")
     return done
 
 
-def split_mids(mids: pl.Series, classes: ClassList) -> tuple[pl.Series, pl.Series]:
+class OntologyGone(StoreError):
+    """A label set was made with an ontology that is no longer there: it can be made again only by whoever has it."""
+
+
+def ontology_of(store: Path, rule: str, digest: str) -> Ontology:
+    """The ontology that a label set of a store was made with: AudioSet's or one kept there; OntologyGone."""
+    default = load_ontology()
+    if digest == default.digest:
+        return default
+    path = _kept(store, digest)
+    try:
+        kept = load_ontology(path)
+    except OntologyError:
+        kept = None
+    if kept is not None and kept.digest == digest:
+        return kept
+    raise OntologyGone(
+        f"{store}: label set {rule} is of ontology {digest}, which {path.name} does not hold; make it again with: "
+        f"ajepa-data propagate-labels {store} --rule {rule} --ontology FILE"
+    )
+
+
+def _kept(store: Path, digest: str) -> Path:
+    return store / f"ontology-{digest}.json"
+
+
+def _check_classes(store: Path, classes: ClassList, expect: ClassList) -> None:
+    if classes.mids != expect.mids:
+        pairs = zip(classes.mids, expect.mids, strict=False)
+        differ = (f"class {i} is {a}, given is {b}" for i, (a, b) in enumerate(pairs) if a != b)
+        raise StoreError(
+            f"{store}: its {len(classes)} classes are not the {len(expect)} given "
+            f"({next(differ, 'the first are the same')}); a store keeps the list it was built with: leave --classes out"
+        )
+
+
+def split_mids(mids: pl.Series, classes: ClassList, *, first_row: int = 0) -> tuple[pl.Series, pl.Series]:
     """Each row's class ids as `raw` (list<uint16>: indices into `classes`) and `outside` (ids not in it).
 
-    Both are sorted and unique; a row without any is an empty list. OntologyError: a null, with its row.
+    Both are sorted and unique; a row without any is an empty list. OntologyError: a null, with its row, the first
+    of which is number `first_row`.
     """
-    rows_N, ids = entries(mids)
+    rows_N, ids = entries(mids, first_row=first_row)
     index = pc.index_in(ids.cast(pa.large_string()), pa.array(classes.mids, pa.large_string()))
     known_N = index.is_valid().to_numpy(zero_copy_only=False)
     keys_N = sorted_unique(rows_N[known_N] * len(classes) + index.drop_null().to_numpy())
@@ -174,33 +109,6 @@ def split_mids(mids: pl.Series, classes: ClassList) -> tuple[pl.Series, pl.Serie
         lists(keys_N // len(classes), class_N, count=len(mids)).alias("raw"),
         lists(odd["row"].to_numpy(), odd["mid"].to_arrow(), count=len(mids)).alias("outside"),
     )
-
-
-def table(done: Propagation) -> str:
-    """What changed, to be read: a line per split, then the biggest gainers by name."""
-    by = done.provenance
-    head = f"label set {by.rule!r}: {by.pairs} class pairs of ontology {by.ontology}"
-    if untouched := [change.split for change in done.changes[:-1] if change.split not in by.splits]:
-        head += f"; raw labels kept in: {', '.join(untouched)}"
-    return "\n".join([head, "", *_split_lines(done.changes), "", *_gainer_lines(done.gainers)])
-
-
-def _split_lines(changes: Sequence[Change]) -> Iterator[str]:
-    head = f"{'split':<20}{'clips':>11}{'mean labels':>22}"
-    yield f"{head}{'labels added':>14}{'clips changed':>15}{'classes gaining':>17}"
-    for change in changes:
-        means = f"{change.mean_before:.6f} -> {change.mean_after:.6f}"
-        counts = f"{change.labels_added:>14,}{change.clips_changed:>15,}{change.classes_gaining:>17}"
-        yield f"{change.split:<20}{change.clips:>11,}{means:>22}{counts}"
-
-
-def _gainer_lines(gainers: Sequence[Gainer]) -> Iterator[str]:
-    yield f"{'biggest gainers':<36}{'clips before':>14}{'after':>11}{'added':>11}"
-    for gainer in gainers[:GAINERS_SHOWN]:
-        before, after = gainer.clips_before, gainer.clips_after
-        yield f"{gainer.name[:35]:<36}{before:>14,}{after:>11,}{after - before:>11,}"
-    if len(gainers) > GAINERS_SHOWN:
-        yield f"and {len(gainers) - GAINERS_SHOWN} more classes"
 
 
 def _classes(store: Path, ontology: Ontology) -> ClassList:
@@ -252,12 +160,13 @@ def _splits(store: Path) -> tuple[list[str], np.ndarray]:
     return column.dictionary.to_pylist(), column.indices.to_numpy()
 
 
-def _wanted(store: Path, known: Sequence[str], splits: Sequence[str] | None) -> tuple[str, ...]:
+def wanted(where: str, known: Sequence[str], splits: Sequence[str] | None) -> tuple[str, ...]:
+    """The splits asked for, all where none are; InputError for one that is not there."""
     for split in splits or ():
         if split not in known:
             nearest = difflib.get_close_matches(split, known, n=1, cutoff=0.0)[0]
-            raise StoreError(
-                f"{store}: no split {split!r}; did you mean {nearest!r}? It has: {', '.join(known)}"
+            raise InputError(
+                f"{where}: no split {split!r}; did you mean {nearest!r}? It has: {', '.join(known)}"
             )
     return tuple(known if splits is None else dict.fromkeys(splits))
 
@@ -273,12 +182,13 @@ def _add_label_set(
             first = 0
             for table in _row_groups(path, file):
                 raw, split_B = pl.Series(values=table["raw"]), split_N[first : first + len(table)]
-                wanted = pl.Series(np.isin(split_B, [tally.splits.index(split) for split in by.splits]))
+                asked_B = pl.Series(np.isin(split_B, [tally.splits.index(split) for split in by.splits]))
                 try:
-                    labels = propagate(raw, adds_CC).zip_with(wanted, raw)
+                    labels = propagate(raw, adds_CC, first_row=first).zip_with(asked_B, raw)
                 except OntologyError as error:
-                    raise StoreError(f"{path}: from row {first} on: {error}") from None
-                tally.add(split_B, raw, labels)
+                    raise StoreError(f"{path}: {error}") from None
+                outside = pl.Series(values=table["outside"]) if "outside" in table.column_names else None
+                tally.add(split_B, raw, labels, outside)
                 column = labels.to_arrow().cast(LABELS)
                 writer.write_table(_with(table, by.rule, column), row_group_size=max(len(table), 1))
                 first += len(table)

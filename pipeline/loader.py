@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pipeline.augment import Augment, Changes, changes_of, draws, mask, place
 from pipeline.errors import BrokenClip, RunError, StoreError
+from pipeline.joined import AnyStore
 from pipeline.order import Order
-from pipeline.store import FeatureStore
 
 
 def to_stderr(line: str) -> None:
@@ -92,7 +92,7 @@ class Feed:
     Raises StoreError where the store lacks the label set.
     """
 
-    store: FeatureStore
+    store: AnyStore
     order: Order
     view: View
     device: torch.device
@@ -231,7 +231,7 @@ class PlainLoader:
 
     def __init__(
         self,
-        store: FeatureStore,
+        store: AnyStore,
         order: Order,
         view: View,
         device: str | torch.device = "cpu",

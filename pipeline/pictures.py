@@ -14,7 +14,7 @@ from matplotlib.image import AxesImage
 from pipeline.errors import StoreError
 from pipeline.files import replacing
 from pipeline.mel import MelSpec, mel_filters_NF
-from pipeline.ontology import entries
+from pipeline.propagation import entries
 from pipeline.report import label_table
 from pipeline.store import FeatureStore
 

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 
 from pipeline.manifest import REASONS
-from pipeline.ontology import entries
+from pipeline.propagation import entries
 from pipeline.shards import shard_path
 from pipeline.store import FeatureStore, read_table
 
