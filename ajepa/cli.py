@@ -35,6 +35,9 @@ def pretrain(
     loader: Annotated[
         Literal["dali", "plain"], typer.Option(help="The plain one gives the same batches, slower.")
     ] = "dali",
+    on_broken: Annotated[
+        Literal["raise", "skip"], typer.Option(help="skip: another clip of the step stands in.")
+    ] = "raise",
     store_weight: Annotated[
         list[float] | None,
         typer.Option(help="One for each --store: its share of the clips. [default: its clips' share]"),
@@ -73,7 +76,9 @@ def pretrain(
         shuffle=shuffle,
         window_blocks=window,
     )
-    done = stage.pretrain(trained_on, chosen, run, device=device, loader=loader, progress=True)
+    done = stage.pretrain(
+        trained_on, chosen, run, device=device, loader=loader, on_broken=on_broken, progress=True
+    )
     there = f"{store[0]} --cache {cache}" if cache else store[0]
     print(f"{run}: done, {done.step} steps. Next: ajepa-train evaluate --store {there} --run {run}")
 
