@@ -232,10 +232,14 @@ def train_splits(store: FeatureStore) -> list[str]:
 
 
 def identity_of(store: FeatureStore) -> Json:
-    """What a run was trained on: it is compared on resume, and says how to normalise ever after."""
+    """What a run was trained on: it is compared on resume, and says how to normalise ever after.
+
+    Clips that are excluded count where there are any.
+    """
     mean, std = store.mean_and_std(train_splits(store))
     told = {"store_id": store.store_id, "spec_id": store.spec_id, "mel": store.spec.to_json()}
-    return {**told, "mean": mean, "std": std}
+    excluded = {} if store.excluded.digest is None else {"excluded": store.excluded.digest}
+    return {**told, "mean": mean, "std": std, **excluded}
 
 
 @contextmanager

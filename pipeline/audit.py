@@ -55,7 +55,9 @@ class Sides:
     held_out: tuple[str, ...]
     only_trained: tuple[str, ...]  # classes
     only_held_out: tuple[str, ...]
-    shift: float  # total variation of the class frequencies: 0 where they are equal, 1 where they share no class
+    shift: (
+        float  # total variation of the class frequencies: 0 where they are equal, 1 where they share no class
+    )
     shifts: tuple[Shift, ...]
     shifts_in_all: int
 
@@ -173,12 +175,11 @@ def _contradictions(rows: Rows, counted: _Counted, tree: Tree, top: int) -> Iter
     """Of each label set. A propagated one is judged in the splits that it was propagated in, by its own rule."""
     split_N, classes = rows.split_N, len(rows.classes)
     for name, keys_N in counted.keys.items():
-        provenance = rows.provenance.get(name)
-        rule, why_not = rule_of(name, provenance, tree)
+        rule, why_not = rule_of(name, rows.provenance.get(name), tree)
         if rule is None:
             yield Contradictions(label_set=name, rule=None, why_not=why_not)
             continue
-        done = rows.splits if name == "raw" else provenance["splits"]
+        done = rows.splits if name == "raw" else rows.provenance[name]["splits"]
         done_S = np.isin(rows.splits, done)
         raw_N, held_N = (k[done_S[split_N[k // classes]]] for k in (counted.keys["raw"], keys_N))
         yield contradictions(name, raw_N, held_N, tree.adds(rule), rows.classes.names, rule=rule, top=top)

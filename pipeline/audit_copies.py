@@ -126,7 +126,9 @@ def leaking(clips: pl.DataFrame, splits: Sequence[str], measured: Sequence[str])
     `clips` as in `copies`.
     """
     is_measured = pl.col("split").is_in([place for place, name in enumerate(splits) if name in measured])
-    names = pl.DataFrame({"split": range(len(splits)), "other_split": splits}, schema_overrides={"split": pl.Int64})
+    names = pl.DataFrame(
+        {"split": range(len(splits)), "other_split": splits}, schema_overrides={"split": pl.Int64}
+    )
     found = []
     for kind in ("id", "audio", "recording"):
         rows = _keyed(clips, kind).sort("row")

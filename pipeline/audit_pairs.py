@@ -54,10 +54,17 @@ def g2(both_N: np.ndarray, one_N: np.ndarray, other_N: np.ndarray, total: int) -
     one_N, other_N = one_N.astype(float), other_N.astype(float)
     seen_4N = np.stack([both_N, one_N - both_N, other_N - both_N, total - one_N - other_N + both_N])
     due_4N = np.stack(
-        [one_N * other_N, one_N * (total - other_N), (total - one_N) * other_N, (total - one_N) * (total - other_N)]
+        [
+            one_N * other_N,
+            one_N * (total - other_N),
+            (total - one_N) * other_N,
+            (total - one_N) * (total - other_N),
+        ]
     ) / max(total, 1)
     there_4N = seen_4N > 0
-    return 2 * np.where(there_4N, seen_4N * np.log(np.where(there_4N, seen_4N / np.maximum(due_4N, 1e-300), 1)), 0).sum(0)
+    return 2 * np.where(
+        there_4N, seen_4N * np.log(np.where(there_4N, seen_4N / np.maximum(due_4N, 1e-300), 1)), 0
+    ).sum(0)
 
 
 def least_g2(draws: int) -> float:
@@ -111,7 +118,11 @@ def pairs_of(
         order = some[np.argsort(-score_N[some], kind="stable")][:top]
         told = tuple(
             Pair(
-                names[busy_K[one_N[i]]], names[busy_K[other_N[i]]], int(seen_N[i]), float(due_N[i]), float(score_N[i])
+                names[busy_K[one_N[i]]],
+                names[busy_K[other_N[i]]],
+                int(seen_N[i]),
+                float(due_N[i]),
+                float(score_N[i]),
             )
             for i in order
         )
@@ -125,7 +136,7 @@ def pairs_of(
 def shifts_of(
     trained_C: np.ndarray, held_C: np.ndarray, trained: int, held: int, names: Sequence[str], *, top: int
 ) -> tuple[tuple[Shift, ...], int]:
-    """The classes whose share differs most, by evidence, of clips to train on and of clips to measure on; their number."""
+    """The classes whose shares of clips to train on and held out differ most, by evidence; how many differ."""
     if not trained or not held:
         return (), 0
     score_C = g2(trained_C, trained_C + held_C, np.full(len(names), trained), trained + held)

@@ -73,6 +73,65 @@ def propagate_labels(
 
 
 @app.command()
+def audit_labels(
+    store: StorePath,
+    json_: Annotated[Path | None, typer.Option("--json", help="File for everything that was found.")] = None,
+    suggest: Annotated[
+        Path | None, typer.Option(help="Exclude list to write: training clips that leak; text, or .csv.")
+    ] = None,
+    exclude: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="Exclude list to record: ids, one a line; CSV; Parquet. Repeats."),
+    ] = None,
+    no_exclude: Annotated[
+        bool, typer.Option("--no-exclude", help="Take back every exclude list that is recorded.")
+    ] = False,
+    eval_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--eval", metavar="TEXT", help="Split to measure on. Repeats. [default: those named eval or test]"
+        ),
+    ] = None,
+    few: Annotated[int, typer.Option(min=1, help="Clips, under which a class is told.")] = 10,
+    top: Annotated[int, typer.Option(min=1, max=1000, help="Surprises of a kind to show.")] = 10,
+) -> None:
+    """Tell what is wrong or surprising about clips and labels: leaks, copies, gaps, contradictions, shifts.
+
+    An exclude list replaces those recorded before: loaders then draw none of
+    its clips, and a run trained with other lists will not carry on.
+
+    Example: ajepa-data audit-labels as20k.zarr --suggest leaks.txt
+    """
+    from pipeline import audit_exclude, audit_text
+    from pipeline.audit import audit
+    from pipeline.audit_rows import Rows
+    from pipeline.store import FeatureStore
+
+    if exclude and no_exclude:
+        raise InputError("--exclude and --no-exclude: give one of them; --exclude replaces what is recorded")
+    opened = FeatureStore.open(store)
+    if exclude or no_exclude:
+        for done in audit_exclude.record(opened, exclude or []):
+            print(done)
+        opened = FeatureStore.open(store)
+    rows = Rows.of(opened, eval_ or ())
+    seen = audit(rows, few=few, top=top)
+    print(audit_text.table(seen, str(store)))
+    if json_ is not None:
+        audit_text.write_json(seen, str(store), json_)
+        print(f"\n{json_}")
+    if suggest is not None:
+        clips = audit_exclude.suggest(rows, suggest)
+        beside = "".join(f" --exclude {name}" for name, _, _ in rows.lists)  # a new list replaces them
+        print(
+            f"\n{suggest}: {clips:,} clips; leave them out with:\n"
+            f"ajepa-data audit-labels {store}{beside} --exclude {suggest}"
+            if clips
+            else f"\n{suggest}: not written; no clip to train on is left that leaks"
+        )
+
+
+@app.command()
 def verify(
     store: StorePath,
     sample: Annotated[
@@ -152,7 +211,7 @@ def report(
             "report: nothing to write; give --html FILE for a page, --out FILE for a PNG, or both"
         )
     opened = FeatureStore.open(store)
-    print(coverage(opened.manifest))
+    print(coverage(opened.manifest, opened.excluded.marks_N(opened.manifest)))
     if html is not None:
         write_page(opened, html, clips=clips)
         print(html)

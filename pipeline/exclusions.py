@@ -55,7 +55,9 @@ class ExcludeList:
         known = manifest.select("clip_id", "split").unique()
         whole = self.asked.join(known, on="clip_id", how="semi")
         cut = self.asked.join(known, on="clip_id", how="anti").with_columns(clip_id="bare")
-        asked = pl.concat([whole, cut]).unique(["clip_id", "split"], maintain_order=True).with_row_index("line")
+        asked = (
+            pl.concat([whole, cut]).unique(["clip_id", "split"], maintain_order=True).with_row_index("line")
+        )
         somewhere = pl.col("split").is_null()
         there = pl.concat(
             [
@@ -69,13 +71,15 @@ class ExcludeList:
 
 
 def _table(path: Path, content: bytes) -> pl.DataFrame:
-    read = pl.read_parquet if path.suffix == ".parquet" else pl.read_csv
-    frame = read(BytesIO(content), **({} if path.suffix == ".parquet" else {"infer_schema": False}))
+    if path.suffix == ".parquet":
+        frame = pl.read_parquet(BytesIO(content))
+    else:
+        frame = pl.read_csv(BytesIO(content), infer_schema=False)
     if "clip_id" not in frame.columns:
         raise ValueError(f"no column clip_id, it has {', '.join(frame.columns)}")
     split = pl.col("split").cast(pl.String).replace("", None) if "split" in frame.columns else pl.lit(None)
-    named = frame.select(pl.col("clip_id").cast(pl.String), bare="clip_id", split=split.cast(pl.String))
-    return named.with_columns(pl.col("bare").cast(pl.String)).drop_nulls("clip_id")
+    clip_id = pl.col("clip_id").cast(pl.String)
+    return frame.select(clip_id, bare=clip_id, split=split.cast(pl.String)).drop_nulls("clip_id")
 
 
 def _lines(content: bytes) -> pl.DataFrame:
@@ -131,6 +135,12 @@ class Exclusions:
             marks_N[left_out["row"].to_numpy()] = True
         return marks_N
 
+    def by(self, clip: pl.DataFrame) -> list[str]:
+        """The names of the lists that leave a clip out, a row of a manifest."""
+        clip_id, split = clip.select("clip_id", "split").row(0)
+        named = (pl.col("clip_id") == clip_id) & (pl.col("split").is_null() | (pl.col("split") == split))
+        return self.frame.filter(named)["list"].unique().sort().to_list()
+
     def lists(self) -> list[tuple[str, str, int]]:
         """Name, sha256 and number of clips of every list."""
         return self.frame.group_by("list", "sha256").len().sort("list", "sha256").rows()
@@ -146,7 +156,7 @@ def damaged(path: Path) -> StoreError:
 
 def _digest(frame: pl.DataFrame) -> str:
     """Of texts and nulls, row by row; no text holds the two characters."""
-    lines = frame.select(pl.concat_str([pl.col(name).fill_null("\x02") for name in frame.columns], separator="\x01"))
+    lines = frame.select(
+        pl.concat_str([pl.col(name).fill_null("\x02") for name in frame.columns], separator="\x01")
+    )
     return hashlib.sha256("\n".join(lines.to_series()).encode()).hexdigest()
-
-
