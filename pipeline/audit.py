@@ -110,6 +110,7 @@ class _Counted:
     """The labels of the clips in use, by label set."""
 
     keys: dict[str, np.ndarray]  # ascending: row * classes + class
+    all_keys: dict[str, np.ndarray]  # of every clip, in use or not
     clips_SC: dict[str, np.ndarray]  # of each split and class
     labelled_S: np.ndarray  # clips of each split with a raw label
 
@@ -117,8 +118,8 @@ class _Counted:
     def of(cls, rows: Rows) -> "_Counted":
         use_N, split_N, classes = rows.use_N, rows.split_N, len(rows.classes)
         keys, clips_SC = {}, {}
-        for name in label_sets(rows.labels):
-            all_N = keys_of(rows.labels[name], classes)
+        all_keys = {name: keys_of(rows.labels[name], classes) for name in label_sets(rows.labels)}
+        for name, all_N in all_keys.items():
             keys[name] = all_N[use_N[all_N // classes]]
             row_N, class_N = np.divmod(keys[name], classes)
             flat_N = np.bincount(split_N[row_N] * classes + class_N, minlength=len(rows.splits) * classes)
@@ -127,6 +128,7 @@ class _Counted:
         first_N = row_N[np.diff(row_N, prepend=-1) > 0]
         return cls(
             keys=keys,
+            all_keys=all_keys,
             clips_SC=clips_SC,
             labelled_S=np.bincount(split_N[first_N], minlength=len(rows.splits)),
         )
@@ -172,16 +174,17 @@ def gini(clips_C: np.ndarray) -> float:
 
 
 def _contradictions(rows: Rows, counted: _Counted, tree: Tree, top: int) -> Iterator[Contradictions]:
-    """Of each label set. A propagated one is judged in the splits that it was propagated in, by its own rule."""
+    """The raw set by what the clips in use lack, any other by what its rule gives in the splits it was made for."""
     split_N, classes = rows.split_N, len(rows.classes)
-    for name, keys_N in counted.keys.items():
+    for name, all_N in counted.all_keys.items():
         rule, why_not = rule_of(name, rows.provenance.get(name), tree)
         if rule is None:
             yield Contradictions(label_set=name, rule=None, why_not=why_not)
             continue
-        done = rows.splits if name == "raw" else rows.provenance[name]["splits"]
-        done_S = np.isin(rows.splits, done)
-        raw_N, held_N = (k[done_S[split_N[k // classes]]] for k in (counted.keys["raw"], keys_N))
+        raw_N, held_N = counted.keys["raw"], counted.keys["raw"]
+        if name != "raw":
+            done_S = np.isin(rows.splits, rows.provenance[name]["splits"])
+            raw_N, held_N = (k[done_S[split_N[k // classes]]] for k in (counted.all_keys["raw"], all_N))
         yield contradictions(name, raw_N, held_N, tree.adds(rule), rows.classes.names, rule=rule, top=top)
 
 

@@ -79,7 +79,7 @@ def _of_contradictions(c: Contradictions, seen: Audit, store: str) -> Finding | 
             f"label set {c.label_set} is stale: {_n(c.labels_lacking, 'label')} missing that raw ones imply"
         )
         if c.labels_beyond:
-            what += f", {_n(c.labels_beyond, 'label')} that follow from none"
+            what += f", {_n(c.labels_beyond, 'label')} beyond these"
         return Finding(
             level="fault",
             count=c.labels_lacking + c.labels_beyond,

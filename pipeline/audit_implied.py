@@ -26,7 +26,10 @@ class Implied:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contradictions:
-    """Where a label set lacks what its own labels imply, clips in use; `why_not` where that cannot be told."""
+    """Where a label set lacks what raw labels imply by a rule; `why_not` where that cannot be told.
+
+    Of `raw` the clips in use count, of a propagated set all: it is a fault there, whoever draws the clip.
+    """
 
     label_set: str
     rule: str | None

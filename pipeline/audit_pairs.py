@@ -29,8 +29,8 @@ class Pairs:
 
     more: tuple[Pair, ...]
     less: tuple[Pair, ...]
-    more_than_shown: int
-    less_than_shown: int
+    more_in_all: int
+    less_in_all: int
     classes: int  # paired
     clips_left_out: int  # with too many labels
 

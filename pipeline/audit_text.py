@@ -24,12 +24,8 @@ def table(seen: Audit, store: str) -> str:
         list(_finding_lines(findings(seen, store))),
         list(_split_lines(seen)),
         list(_implied_lines(seen)),
-        list(
-            _pair_lines("stand together more often than chance", seen.pairs.more, seen.pairs.more_than_shown)
-        ),
-        list(
-            _pair_lines("stand together less often than chance", seen.pairs.less, seen.pairs.less_than_shown)
-        ),
+        list(_pair_lines("stand together more often than chance", seen.pairs.more, seen.pairs.more_in_all)),
+        list(_pair_lines("stand together less often than chance", seen.pairs.less, seen.pairs.less_in_all)),
         list(_side_lines(seen)),
     ]
     return "\n\n".join("\n".join(line.rstrip() for line in block) for block in blocks if block)

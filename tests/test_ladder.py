@@ -76,6 +76,7 @@ LADDER = [
     "pipeline.pictures",
     "pipeline.charts",
     "pipeline.classes_page",
+    "pipeline.audit_page",
     "pipeline.page",
     "pipeline.inspection",
     "pipeline.audit_exclude",
