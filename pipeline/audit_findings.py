@@ -75,11 +75,9 @@ def _of_contradictions(c: Contradictions, seen: Audit, store: str) -> Finding | 
         what, do = f"label set {c.label_set} cannot be judged: {c.why_not}", _propagate(store, c.label_set)
         return Finding(level="check", count=1, what=what, do=do)
     if c.stale:
-        what = (
-            f"label set {c.label_set} is stale: {_n(c.labels_lacking, 'label')} missing that raw ones imply"
-        )
+        what = f"label set {c.label_set} is stale: {_n(c.labels_lacking, 'label')} of its rule missing"
         if c.labels_beyond:
-            what += f", {_n(c.labels_beyond, 'label')} beyond these"
+            what += f", {_n(c.labels_beyond, 'label')} beyond it"
         return Finding(
             level="fault",
             count=c.labels_lacking + c.labels_beyond,

@@ -37,7 +37,7 @@ class Contradictions:
     pairs: tuple[Implied, ...] = ()  # most clips first
     pairs_in_all: int = 0
     clips: int = 0
-    labels_lacking: int = 0
+    labels_lacking: int = 0  # raw ones included, should a propagated set have lost some
     labels_beyond: int = 0  # in a propagated set, and in neither the raw one nor implied by it
 
     @property
@@ -99,9 +99,9 @@ def contradictions(
     rule: str,
     top: int,
 ) -> Contradictions:
-    """Which classes that `adds` says are implied by the labels `raw_N` are not among `held_N`; both as `keys_of`."""
+    """What of the labels `raw_N`, and of those that they imply by `adds`, is not among `held_N`; both as `keys_of`."""
     classes = len(names)
-    lacking, wanted, pair = [raw_N[:0]], [raw_N], [raw_N[:0]]
+    lacking, wanted, pair = [raw_N[~_among(raw_N, held_N)]], [raw_N], [raw_N[:0]]
     for class_N, implied_N in _implied(raw_N, adds, classes):
         there_N = _among(implied_N, held_N)
         wanted.append(implied_N)

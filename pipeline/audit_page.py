@@ -90,7 +90,8 @@ def split_table(seen: Audit) -> Markup:
 
 def _block(name: str, body: Markup, in_all: int) -> Markup:
     """A table under its name, which says of how many rows it shows the first."""
-    return joined(tag("h3", name, tag("span", f" · {in_all:,} in all", class_="soft")), body)
+    more = tag("span", f" · the first of {in_all:,}", class_="soft")
+    return joined(tag("h3", name, more), body)
 
 
 def lacking_tables(seen: Audit) -> Iterator[Markup]:

@@ -90,6 +90,8 @@ def pairs_of(
 ) -> Pairs:
     """Classes that stand together more or less often than chance, among clips that have a label.
 
+    Where clips have few labels each, any two classes keep each other away a little: look at what stands first.
+
     Entries come by row, then class, each once. `related` are pairs [N, 2] of classes, smaller index first, of which
     the ontology says something, so that they cannot surprise.
     """

@@ -64,28 +64,15 @@ def _wrapped(head: str, text: str) -> list[str]:
 
 
 def _split_lines(seen: Audit) -> Iterator[str]:
-    heads = (
-        "listed",
-        "good",
-        "excluded",
-        "in use",
-        "no label",
-        "labels/clip",
-        "classes",
-        "effective",
-        "gini",
-    )
-    width = max(8, *(len(split.split) for split in seen.splits)) + 2
-    yield "split".ljust(width) + "".join(head.rjust(max(len(head) + 2, 11)) for head in heads)
+    heads = ("listed", "excluded", "in use", "no label", "labels/clip", "classes", "effective", "gini")
+    widths = (11, 10, 11, 10, 13, 9, 11, 8)
+    width = max(17, *(len(split.split) + 1 for split in seen.splits))
+    yield "split".ljust(width) + "".join(map(str.rjust, heads, widths))
     for split in seen.splits:
-        counts = (split.listed, split.good, split.excluded, split.in_use, split.unlabelled)
-        cells = [f"{count:,}" for count in counts]
-        cells += [f"{split.labels_a_clip:.3f}", f"{split.classes}"]
+        counts = (split.listed, split.excluded, split.in_use, split.unlabelled)
+        cells = [*(f"{count:,}" for count in counts), f"{split.labels_a_clip:.3f}", f"{split.classes:,}"]
         cells += [f"{split.effective_classes:.1f}", f"{split.gini:.3f}"]
-        name = split.split.ljust(width)
-        yield name + "".join(
-            cell.rjust(max(len(head) + 2, 11)) for head, cell in zip(heads, cells, strict=True)
-        )
+        yield split.split.ljust(width) + "".join(map(str.rjust, cells, widths))
     yield "effective: so many equally frequent classes would be as varied; gini: 0 all alike, 1 one class only"
 
 
