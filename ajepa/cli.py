@@ -21,7 +21,7 @@ Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda
 
 @app.command()
 def pretrain(
-    store: StorePath,
+    store: Annotated[list[Path], typer.Option(help="Feature store, NAME.zarr; repeats.", show_default=False)],
     run: Annotated[Path, typer.Option(help="Run folder to make or carry on.", show_default=False)],
     recipe: Annotated[str, typer.Option(help="Name in `ajepa-train recipes`.")] = "small",
     steps: Annotated[int | None, typer.Option(min=1, help="Steps. [default: the recipe's]")] = None,
@@ -31,8 +31,16 @@ def pretrain(
     loader: Annotated[
         Literal["dali", "plain"], typer.Option(help="The plain one gives the same batches, slower.")
     ] = "dali",
+    store_weight: Annotated[
+        list[float] | None,
+        typer.Option(help="One for each --store: its share of the clips. [default: its clips' share]"),
+    ] = None,
+    shuffle: Annotated[
+        Literal["full", "block"], typer.Option(help="block: for stores much larger than memory.")
+    ] = "full",
+    window: Annotated[int | None, typer.Option(min=1, help="Shards mixed at a time. [default: 64]")] = None,
 ) -> None:
-    """Pre-train an encoder on every split of a store but eval.
+    """Pre-train an encoder on every split of its stores but eval.
 
     The same command again carries on from the last checkpoint, exactly. Ctrl-C
     or SIGTERM write one and end with status 75.
@@ -41,10 +49,14 @@ def pretrain(
     """
     from ajepa import pretrain as stage
     from ajepa import recipes
+    from ajepa.training_set import TrainingSet
 
     chosen = recipes.recipe(recipe).resized(steps=steps, clips_per_step=batch, seed=seed)
-    done = stage.pretrain(store, chosen, run, device=device, loader=loader, progress=True)
-    print(f"{run}: done, {done.step} steps. Next: ajepa-train evaluate --store {store} --run {run}")
+    trained_on = TrainingSet(
+        paths=tuple(store), weights=tuple(store_weight or ()), shuffle=shuffle, window_blocks=window
+    )
+    done = stage.pretrain(trained_on, chosen, run, device=device, loader=loader, progress=True)
+    print(f"{run}: done, {done.step} steps. Next: ajepa-train evaluate --store {store[0]} --run {run}")
 
 
 @app.command()

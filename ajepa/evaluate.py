@@ -15,10 +15,10 @@ from ajepa.devices import pick_device
 from ajepa.jepa import Jepa
 from ajepa.metrics import MeanAveragePrecision, mean_average_precision
 from ajepa.patches import valid_tokens
-from ajepa.pretrain import EVAL_SPLIT, open_store, train_splits
 from ajepa.probes import L2_GRID, NEIGHBOURS, chosen_l2, knn_NC, linear_NC, standardised
 from ajepa.recipes import Pretrain, from_json
 from ajepa.run import Checkpoint, Run
+from ajepa.training_set import EVAL_SPLIT, open_store, train_splits
 from ajepa.vit import Encoder
 from pipeline.errors import RunError
 from pipeline.files import replacing

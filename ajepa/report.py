@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from ajepa.evaluate import EVALUATION, RANDOM, STATISTICS, TRAINED, Evaluation
 from ajepa.masking import Masks
 from ajepa.patches import PatchGrid
-from ajepa.pretrain import open_store, train_splits
 from ajepa.recipes import Pretrain, from_json
 from ajepa.run import Json, Run
+from ajepa.training_set import open_store, train_splits
 from pipeline.errors import RunError
 from pipeline.store import FeatureStore
 

@@ -83,9 +83,12 @@ class Audit:
 def audit(rows: Rows, *, ontology: Ontology | None = None, few: int = FEW, top: int = TOP) -> Audit:
     """Look at every clip; seconds for two million. OntologyError where a label is null or no class.
 
+    A propagated set is judged by the ontology it was made with; what raw labels imply, and which classes are related,
+    by `ontology`, else by that of the first propagated set, else by AudioSet's.
     `few` positives make a class measurable; `top` of each kind of surprise are kept.
     """
-    tree, counted = Tree.of(ontology or load_ontology(), rows.classes), _Counted.of(rows)
+    common = ontology or next(iter(rows.ontologies.values()), None) or load_ontology()
+    tree, counted = Tree.of(common, rows.classes), _Counted.of(rows)
     row_N, class_N = np.divmod(counted.keys["raw"], len(rows.classes))
     outside = rows.labels.select("outside").filter(rows.use_N).to_series().explode().drop_nulls()
     odd = outside.value_counts().sort(["count", "outside"], descending=[True, False])
@@ -177,7 +180,8 @@ def _contradictions(rows: Rows, counted: _Counted, tree: Tree, top: int) -> Iter
     """The raw set by what the clips in use lack, any other by what its rule gives in the splits it was made for."""
     split_N, classes = rows.split_N, len(rows.classes)
     for name, all_N in counted.all_keys.items():
-        rule, why_not = rule_of(name, rows.provenance.get(name), tree)
+        own = Tree.of(rows.ontologies[name], rows.classes) if name in rows.ontologies else tree
+        rule, why_not = rule_of(name, rows.provenance.get(name), own)
         if rule is None:
             yield Contradictions(label_set=name, rule=None, why_not=why_not)
             continue
@@ -185,7 +189,7 @@ def _contradictions(rows: Rows, counted: _Counted, tree: Tree, top: int) -> Iter
         if name != "raw":
             done_S = np.isin(rows.splits, rows.provenance[name]["splits"])
             raw_N, held_N = (k[done_S[split_N[k // classes]]] for k in (counted.all_keys["raw"], all_N))
-        yield contradictions(name, raw_N, held_N, tree.adds(rule), rows.classes.names, rule=rule, top=top)
+        yield contradictions(name, raw_N, held_N, own.adds(rule), rows.classes.names, rule=rule, top=top)
 
 
 def _gaps(rows: Rows, counted: _Counted, few: int) -> Iterator[Gaps]:

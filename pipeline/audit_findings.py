@@ -72,7 +72,8 @@ def _copied(c: Copies, level: str, what: str, do: str) -> Finding:
 def _of_contradictions(c: Contradictions, seen: Audit, store: str) -> Finding | None:
     pairs = tuple(f"{p.name} without {p.implied}: {p.clips:,}" for p in c.pairs[:SHOWN])
     if c.why_not and c.label_set != "raw":
-        what, do = f"label set {c.label_set} cannot be judged: {c.why_not}", _propagate(store, c.label_set)
+        what = f"label set {c.label_set} cannot be judged: {c.why_not}"
+        do = f"make it again, with the ontology it needs: {_propagate(store, c.label_set)}"
         return Finding(level="check", count=1, what=what, do=do)
     if c.stale:
         what = f"label set {c.label_set} is stale: {_n(c.labels_lacking, 'label')} of its rule missing"

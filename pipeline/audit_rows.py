@@ -1,8 +1,10 @@
 """Rows: what an audit looks at: every clip of a store, which of them are in use, and which splits are held out."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -10,7 +12,9 @@ import polars as pl
 
 from pipeline.audit_copies import held_out, recordings
 from pipeline.errors import StoreError
-from pipeline.ontology import ClassList
+from pipeline.labels import OntologyGone, ontology_of
+from pipeline.ontology import ClassList, Ontology
+from pipeline.propagation import RULES
 from pipeline.report import GOOD
 from pipeline.store import FeatureStore, read_table
 
@@ -28,6 +32,7 @@ class Rows:
     lists: tuple[tuple[str, str, int], ...]  # the exclude lists: name, sha256, clips
     splits: tuple[str, ...]  # in the order of the manifest
     measured: tuple[str, ...]  # those held out
+    ontologies: dict[str, Ontology]  # of the propagated sets, where they can be had
 
     @classmethod
     def of(cls, store: FeatureStore, measured: Sequence[str] = ()) -> Self:
@@ -46,6 +51,7 @@ class Rows:
             lists=tuple(store.excluded.lists()),
             splits=splits,
             measured=tuple(measured) or held_out(splits),
+            ontologies=dict(_ontologies(store.path, provenance)),
         )
 
     @property
@@ -79,6 +85,14 @@ class Rows:
             recording=self.recording,
             raw=self.labels["raw"],
         ).filter(self.use_N)
+
+
+def _ontologies(store: Path, provenance: dict[str, Any]) -> Iterator[tuple[str, Ontology]]:
+    """Of each propagated label set; a set that does not say which, or whose is gone, is left out."""
+    for name, by in provenance.items():
+        if isinstance(by, dict) and by.get("rule") in RULES and "ontology" in by:
+            with suppress(OntologyGone):
+                yield name, ontology_of(store, by["rule"], by["ontology"])
 
 
 def _dataset(store: FeatureStore) -> str | None:

@@ -58,18 +58,40 @@ def demo_corpus(
 
 @app.command()
 def propagate_labels(
-    store: StorePath,
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="A store; or segments lists and Parquet tables, which need --out.",
+            show_default=False,
+            callback=lambda paths: [_local(path) for path in paths],
+        ),
+    ],
     rule: Annotated[
         str, typer.Option(help="unambiguous (the paper's), all-ancestors, dominators or direct-parent.")
     ] = "unambiguous",
+    splits: Annotated[
+        list[str] | None, typer.Option(help="Only these, such as train,eval; repeats. Default: all.")
+    ] = None,
+    ontology: Annotated[
+        Path | None, typer.Option(help="Class tree in the form of ontology.json. Default: AudioSet's.")
+    ] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(help="Class list, form of class_labels_indices.csv. Default: the store's, or the 527."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Parquet file to write, where INPUTS are lists or tables.")
+    ] = None,
 ) -> None:
     """Add each clip's implied classes as a label set beside the raw one (HLP, arXiv 2503.21826).
 
     Example: ajepa-data propagate-labels as20k.zarr
     """
-    from pipeline import labels, tally
+    from pipeline import label_tables, tally
 
-    print(tally.table(labels.propagate_labels(store, rule=rule)))
+    asked = [split.strip() for part in splits for split in part.split(",")] if splits else None
+    done = label_tables.propagate_inputs(inputs, rule, asked, ontology=ontology, classes=classes, out=out)
+    print(tally.table(done))
 
 
 @app.command()
@@ -102,33 +124,19 @@ def audit_labels(
 
     Example: ajepa-data audit-labels as20k.zarr --suggest leaks.txt
     """
-    from pipeline import audit_exclude, audit_text
-    from pipeline.audit import audit
-    from pipeline.audit_rows import Rows
-    from pipeline.store import FeatureStore
+    from pipeline.audit_command import audit_store
 
-    if exclude and no_exclude:
-        raise InputError("--exclude and --no-exclude: give one of them; --exclude replaces what is recorded")
-    opened = FeatureStore.open(store)
-    if exclude or no_exclude:
-        for done in audit_exclude.record(opened, exclude or []):
-            print(done)
-        opened = FeatureStore.open(store)
-    rows = Rows.of(opened, eval_ or ())
-    seen = audit(rows, few=few, top=top)
-    print(audit_text.table(seen, str(store)))
-    if json_ is not None:
-        audit_text.write_json(seen, str(store), json_)
-        print(f"\n{json_}")
-    if suggest is not None:
-        clips = audit_exclude.suggest(rows, suggest)
-        beside = "".join(f" --exclude {name}" for name, _, _ in rows.lists)  # a new list replaces them
-        print(
-            f"\n{suggest}: {clips:,} clips; leave them out with:\n"
-            f"ajepa-data audit-labels {store}{beside} --exclude {suggest}"
-            if clips
-            else f"\n{suggest}: not written; no clip to train on is left that leaks"
-        )
+    for line in audit_store(
+        store,
+        measured=eval_ or (),
+        exclude=exclude or (),
+        no_exclude=no_exclude,
+        json=json_,
+        suggestion=suggest,
+        few=few,
+        top=top,
+    ):
+        print(line)
 
 
 @app.command()

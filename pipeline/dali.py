@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from pipeline.errors import RunError, StoreError
+from pipeline.joined import AnyStore
 from pipeline.loader import Batch, Feed, Loader, PlainLoader, View, device_of
 from pipeline.order import Order
-from pipeline.store import FeatureStore
 
 DALI_DEPTH = 2  # batches in DALI at once: it normalises one while the next is read
 
@@ -33,7 +33,7 @@ class DaliLoader:
 
     def __init__(
         self,
-        store: FeatureStore,
+        store: AnyStore,
         order: Order,
         view: View,
         device: str | torch.device = "cpu",
@@ -159,7 +159,7 @@ def pipeline_of(source: Source, threads: int) -> Any:
 
 
 def open_loader(
-    store: FeatureStore,
+    store: AnyStore,
     order: Order,
     view: View,
     *,

@@ -13,6 +13,7 @@ from pipeline.manifest import REASONS
 from pipeline.pictures import clip_picture
 from pipeline.shards import ABSENT, read_index, shard_path
 from pipeline.store import FeatureStore
+from pipeline.vocabularies import named
 
 PICTURED = 12  # rows that one picture can hold
 COMPARED = 1_000  # ids that are compared letter by letter with one that is not there
@@ -125,7 +126,7 @@ def _label_facts(store: FeatureStore, labels: pl.DataFrame, row: int) -> Iterato
         words = [("" if index in raw else "+ ") + store.classes.names[index] for index in listed]
         yield f"labels {name}", "; ".join(words) or "none"
     if odd := labels["outside"][row].to_list():
-        yield "labels outside the class list", "; ".join(odd)
+        yield "labels outside the class list", "; ".join(map(named, odd))
 
 
 def place_of(store: FeatureStore, row: int) -> str:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import RunError
+from pipeline.joined import AnyStore
 from pipeline.order import Order
-from pipeline.store import FeatureStore
 
 CROP_STREAM = 0x63726F70  # keeps the crops' draws apart from others made from the same seed and step
 
@@ -75,7 +75,7 @@ class Feed:
     Raises StoreError where the store lacks the label set.
     """
 
-    store: FeatureStore
+    store: AnyStore
     order: Order
     view: View
     device: torch.device
@@ -161,7 +161,7 @@ class PlainLoader:
 
     def __init__(
         self,
-        store: FeatureStore,
+        store: AnyStore,
         order: Order,
         view: View,
         device: str | torch.device = "cpu",

@@ -1,7 +1,7 @@
 """Repair: make what is broken in a store again, from what its build.json says it was built from."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from pipeline.corpus import Corpus
 from pipeline.datasets.catalogue import corpus_of
 from pipeline.errors import StoreError
 from pipeline.files import locked
-from pipeline.labels import propagate_labels
+from pipeline.labels import OntologyGone, ontology_of, propagate_labels
 from pipeline.ledger import ledger_path, read_commit
 from pipeline.manifest import MANIFEST_SCHEMA, RESULT_SCHEMA, failure
 from pipeline.shardmaker import write_shard
@@ -32,7 +32,8 @@ def repair(
     decoded again; the rest follows from plan and ledger, propagated labels from their rule. Returns how many clips
     are lost: damaged in the store, and their sounds gone or no longer good.
 
-    Raises StoreError, with nothing changed, where build.json is gone, or its lists are no longer those of the store.
+    Raises StoreError, with nothing changed, where build.json is gone, or its lists are no longer those of the store;
+    with all else mended, where a label set's own ontology is gone.
     """
     header, told = Header.read(store), _told(store)
     corpus = corpus_of(told["asked"])
@@ -55,13 +56,26 @@ def repair(
             tell=False,
         )
     opened = FeatureStore.open(store)
-    sound_sets = set(opened.label_sets) - {fault.label_set for fault in faults}
+    _propagate_again(store, set(opened.label_sets) - {fault.label_set for fault in faults})
+    return sum(opened.manifest["status"][row] != "good" for row in was_good)
+
+
+def _propagate_again(store: Path, sound_sets: Set[str]) -> None:
+    """Make the label sets anew that the store had and that are not sound, each with its own ontology."""
+    gone = []
     for path in sorted(store.glob("propagation-*.json")):
         rule = path.stem.removeprefix("propagation-")
         by = json.loads(path.read_text())["provenance"]
-        if rule not in sound_sets:
-            propagate_labels(store, rule, by["splits"])
-    return sum(opened.manifest["status"][row] != "good" for row in was_good)
+        if rule in sound_sets:
+            continue
+        try:
+            ontology = ontology_of(store, rule, by["ontology"])
+        except OntologyGone as error:
+            gone.append(error)
+        else:
+            propagate_labels(store, rule, by["splits"], ontology=ontology)
+    if gone:
+        raise gone[0]
 
 
 def _told(store: Path) -> dict[str, Any]:

@@ -232,6 +232,10 @@ class FeatureStore:
             wanted &= pl.col("split").is_in(list(splits))
         return self.manifest.select(wanted).to_series().arg_true().to_numpy().astype(np.int64)
 
+    def shards_of(self, rows_N: np.ndarray) -> np.ndarray:
+        """The shard that each row lies in."""
+        return rows_N // self.header.layout.shard_clips
+
     @cached_property
     def excluded(self) -> Exclusions:
         """What exclude lists are recorded; StoreError where they are damaged."""
@@ -248,17 +252,18 @@ class FeatureStore:
 
     def labels_BC(self, rows_B: np.ndarray, label_set: str = "raw") -> np.ndarray:
         """1 where a row has a class, else 0, float32; raises StoreError where the label set is not there."""
-        if label_set not in self.label_sets:
-            have = ", ".join(self.label_sets)
-            hint = f"ajepa-data propagate-labels {self.path} --rule {label_set}"
-            raise StoreError(f"{self.path}: no label set {label_set!r}, it has {have}; add it with: {hint}")
-        indices_N, offsets_N = self._flat_labels(label_set)
+        indices_N, offsets_N = self.flat_labels(label_set)
         labels_BC = np.zeros((len(rows_B), len(self.classes.mids)), np.float32)
         for clip, row in enumerate(rows_B):
             labels_BC[clip, indices_N[offsets_N[row] : offsets_N[row + 1]]] = 1
         return labels_BC
 
-    def _flat_labels(self, label_set: str) -> tuple[np.ndarray, np.ndarray]:
+    def flat_labels(self, label_set: str = "raw") -> tuple[np.ndarray, np.ndarray]:
+        """The classes of all rows, row after row, and where each row's begin, with the end of the last; StoreError."""
+        if label_set not in self.label_sets:
+            have = ", ".join(self.label_sets)
+            hint = f"ajepa-data propagate-labels {self.path} --rule {label_set}"
+            raise StoreError(f"{self.path}: no label set {label_set!r}, it has {have}; add it with: {hint}")
         flat = self.__dict__.setdefault("_flat", {})
         if label_set not in flat:
             lists = self._labels[label_set]

@@ -41,6 +41,15 @@ def store_path(corpus, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def other_store_path(tmp_path_factory) -> Path:
+    """A smaller store of the same kind, of other clips."""
+    folder = tmp_path_factory.mktemp("other")
+    build(write_corpus(folder / "corpus", clips=24), folder / "other.zarr")
+    propagate_labels(folder / "other.zarr")
+    return folder / "other.zarr"
+
+
+@pytest.fixture(scope="session")
 def uint8_store_path(corpus, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("store") / "tiny-uint8.zarr"
     build(corpus, out, dtype="uint8")

@@ -16,7 +16,7 @@ from pipeline.audit_pairs import BUSIEST, MOST_LABELS, g2, least_g2, pairs_of, s
 from pipeline.audit_rows import Rows
 from pipeline.audit_text import table, write_json
 from pipeline.errors import OntologyError
-from pipeline.ontology import ClassList, load_class_list, load_ontology
+from pipeline.ontology import ClassList, Node, Ontology, load_class_list, load_ontology
 from pipeline.propagation import propagate, relation_CC
 
 NAMES = ("Speech", "Male speech, man speaking", "Music", "Vehicle")
@@ -66,6 +66,7 @@ def rows_of(clips: list[dict], *, dataset: str | None = "audioset", classes=CLAS
         "lists": (),
         "splits": SPLITS,
         "measured": ("eval",),
+        "ontologies": {},
     }
     return Rows(**known | how)
 
@@ -286,7 +287,25 @@ def test_a_set_of_another_ontology_is_not_called_stale():
     other = {"unambiguous": rows.provenance["unambiguous"] | {"ontology": "other"}}
     ((level, said),) = told(replace(rows, provenance=rows.provenance | other))
     assert level == "check"
-    assert "cannot be judged: it was made with ontology other" in said
+    assert "cannot be judged: it was made with ontology other, which is gone" in said
+
+
+def test_a_set_is_judged_by_the_ontology_it_was_made_with():
+    """A user's own, kept in the store; raw labels are then held against it, too."""
+    vehicle, music = CLASSES.mids[VEHICLE], CLASSES.mids[MUSIC]
+    nodes = [
+        Node(mid=mid, name=name) for mid, name in zip(CLASSES.mids, NAMES, strict=True) if mid != vehicle
+    ]
+    own = Ontology(nodes=(*nodes, Node(mid=vehicle, name="Vehicle", child_mids=(music,))))
+    rows = rows_of(clean(), rules=["unambiguous"])
+    column = propagate(rows.labels["raw"], relation_CC(ontology=own, classes=CLASSES)).alias("unambiguous")
+    by = rows.provenance["unambiguous"] | {"ontology": own.digest}
+    made = replace(
+        rows, labels=rows.labels.with_columns(column), provenance={"raw": "as listed", "unambiguous": by}
+    )
+    found = told(replace(made, ontologies={"unambiguous": own}))
+    assert found == [("note", "8 clips without 8 labels that raw ones imply by rule unambiguous")]
+    assert told(with_set(replace(made, ontologies={"unambiguous": own}), 1, [MUSIC]))[0][0] == "fault"
 
 
 @pytest.mark.parametrize("rule", ["unambiguous", "all-ancestors", "dominators", "direct-parent"])

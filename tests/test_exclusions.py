@@ -11,8 +11,8 @@ from conftest import assert_same_bytes, build
 from corpus import clip_id
 from test_data_cli import run
 
-from ajepa.pretrain import identity_of
 from ajepa.run import Run
+from ajepa.training_set import TrainingSet
 from pipeline.audit import audit
 from pipeline.audit_exclude import record, suggest
 from pipeline.audit_rows import Rows
@@ -45,6 +45,10 @@ def manifest_of(*ids: str) -> pl.DataFrame:
     return pl.DataFrame(
         {"clip_id": ids, "split": ["train", "eval"] * (len(ids) // 2) + ["train"] * (len(ids) % 2)}
     )
+
+
+def identity_of(store: FeatureStore) -> dict:
+    return TrainingSet(paths=(store.path,)).identity(store)
 
 
 # read -----------------------------------------------------------------------------------------------------------

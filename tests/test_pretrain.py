@@ -13,9 +13,10 @@ import torch
 from tiny import tiny
 
 from ajepa.devices import pick_device, precision
-from ajepa.pretrain import EVAL_SPLIT, Trainer, pretrain, train_splits
+from ajepa.pretrain import Trainer, pretrain
 from ajepa.recipes import audio_jepa
 from ajepa.run import Run
+from ajepa.training_set import EVAL_SPLIT, train_splits
 from pipeline.errors import InputError, Interrupted, RunError
 from pipeline.loader import Batch, PlainLoader, View
 from pipeline.order import Order
@@ -54,6 +55,7 @@ import os, signal, sys
 from pathlib import Path
 from ajepa.pretrain import pretrain
 from ajepa.run import Run
+from ajepa.training_set import EVAL_SPLIT, train_splits
 from tiny import tiny
 
 log = Run.log
