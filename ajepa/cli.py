@@ -5,7 +5,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from pipeline.cli import Cache, CacheGb, run_app
+from pipeline.command_line import Cache, CacheGb, run_app
 from pipeline.files import CACHE_GB
 
 app = typer.Typer(

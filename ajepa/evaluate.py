@@ -127,6 +127,7 @@ def evaluate(
         "store_id": store.store_id,
         "train_clips": len(train_N),
         "eval_clips": len(eval_N),
+        **({} if store.excluded.digest is None else {"excluded": store.excluded.digest}),
         **PROTOCOL,
     }
     evaluation = Evaluation(protocol=protocol, scores=tuple(scores))

@@ -90,6 +90,8 @@ class TrainingSet:
         told |= {"mean": mean, "std": std}
         if isinstance(store, JoinedStore):
             told["stores"] = [part.store_id for part in store.stores]
+        if any(excluded := _excluded(store)):
+            told["excluded"] = excluded if isinstance(store, JoinedStore) else excluded[0]
         if self.weights:
             told["store_weights"] = list(self.weights)
         if self.shuffle == "block":
@@ -107,6 +109,12 @@ class TrainingSet:
         if isinstance(order.sampling, BlockShuffle):
             clip_bytes = store.frames * store.bands * store.dtype.itemsize
             yield str(mixing_of(order.sampling, order.clips_of_all_ranks, order.seed, clip_bytes=clip_bytes))
+
+
+def _excluded(store: AnyStore) -> list[str | None]:
+    """Of each store the digest of what exclude lists leave out; None where they leave out nothing."""
+    stores = store.stores if isinstance(store, JoinedStore) else (store,)
+    return [part.excluded.digest for part in stores if isinstance(part, FeatureStore)]
 
 
 def open_store(store: Path | str | FeatureStore, recipe: Pretrain) -> FeatureStore:

@@ -1,8 +1,5 @@
 """ajepa-data: sound files in, a checked feature store out."""
 
-import os
-import signal
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -10,10 +7,9 @@ from typing import Annotated, NoReturn
 import typer
 
 from pipeline import build_commands
-from pipeline.errors import InputError, Interrupted
-from pipeline.files import CACHE_GB, FULL
-
-RUN_AGAIN = 75  # EX_TEMPFAIL: interrupted with nothing lost; the same command carries on
+from pipeline.command_line import Cache, CacheGb, StorePath, StorePlace, run_app
+from pipeline.errors import InputError
+from pipeline.files import CACHE_GB
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,25 +19,6 @@ app = typer.Typer(
 )
 
 app.add_typer(build_commands.app)
-
-
-def _local(store: Path) -> Path:
-    if str(store).startswith(("s3:/", "gs:/", "http:/", "https:/")):
-        raise InputError(
-            f"{store}: lies on an object store; copy it to a disk first, or give its staging folder"
-        )
-    return store
-
-
-StorePath = Annotated[
-    Path, typer.Argument(help="Feature store, NAME.zarr.", show_default=False, callback=_local)
-]
-
-StorePlace = Annotated[str, typer.Argument(help="Feature store, NAME.zarr or s3://...", show_default=False)]
-Cache = Annotated[
-    Path | None, typer.Option(help="Folder for what was last read of a store at s3://.", show_default=False)
-]
-CacheGb = Annotated[float, typer.Option(min=0.001, help="Most that --cache may take, in 10^9 bytes.")]
 
 
 @app.command()
@@ -98,6 +75,51 @@ def propagate_labels(
     asked = [split.strip() for part in splits for split in part.split(",")] if splits else None
     done = label_tables.propagate_inputs(inputs, rule, asked, ontology=ontology, classes=classes, out=out)
     print(tally.table(done))
+
+
+@app.command()
+def audit_labels(
+    store: StorePath,
+    json_: Annotated[Path | None, typer.Option("--json", help="File for everything that was found.")] = None,
+    suggest: Annotated[
+        Path | None, typer.Option(help="Exclude list to write: training clips that leak; text, or .csv.")
+    ] = None,
+    exclude: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="Exclude list to record: ids, one a line; CSV; Parquet. Repeats."),
+    ] = None,
+    no_exclude: Annotated[
+        bool, typer.Option("--no-exclude", help="Take back every exclude list that is recorded.")
+    ] = False,
+    eval_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--eval", metavar="TEXT", help="Split to measure on. Repeats. [default: those named eval or test]"
+        ),
+    ] = None,
+    few: Annotated[int, typer.Option(min=1, help="Clips, under which a class is told.")] = 10,
+    top: Annotated[int, typer.Option(min=1, max=1000, help="Surprises of a kind to show.")] = 10,
+) -> None:
+    """Tell what is wrong or surprising about clips and labels: leaks, copies, gaps, contradictions, shifts.
+
+    An exclude list replaces those recorded before: loaders then draw none of
+    its clips, and a run trained with other lists will not carry on.
+
+    Example: ajepa-data audit-labels as20k.zarr --suggest leaks.txt
+    """
+    from pipeline.audit_command import audit_store
+
+    for line in audit_store(
+        store,
+        measured=eval_ or (),
+        exclude=exclude or (),
+        no_exclude=no_exclude,
+        json=json_,
+        suggestion=suggest,
+        few=few,
+        top=top,
+    ):
+        print(line)
 
 
 @app.command()
@@ -220,7 +242,7 @@ def report(
             "report: nothing to write; give --html FILE for a page, --out FILE for a PNG, or both"
         )
     opened = FeatureStore.open(store, cache=cache, cache_gb=cache_gb)
-    print(coverage(opened.manifest))
+    print(coverage(opened.manifest, opened.excluded.marks_N(opened.manifest)))
     if html is not None:
         write_page(opened, html, clips=clips)
         print(html)
@@ -261,34 +283,3 @@ def inspect(
 def main() -> NoReturn:
     """Run ajepa-data."""
     run_app(app)
-
-
-def run_app(app: typer.Typer) -> NoReturn:
-    """Run a command line: our own errors become one line and exit status 1, an interruption one and status 75."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # USR1: a batch system's warning
-        signal.signal(number, _interrupt)
-    try:
-        app()
-    except InputError as error:
-        _fail(f"error: {error}", 1)
-    except BrokenPipeError:  # whoever reads what is printed, such as head, has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
-    except OSError as error:  # a read-only folder, a full disk, a file where a folder should be
-        if error.errno in FULL:
-            _fail("error: no space left on the disk; free some and run the same command again", 1)
-        if error.filename is None:
-            raise
-        _fail(f"error: {error.filename}: {error.strerror}; check the path and its permissions", 1)
-    except Interrupted:
-        _fail("interrupted; nothing is lost: the same command carries on", RUN_AGAIN)
-    raise SystemExit(0)
-
-
-def _interrupt(number: int, frame: object) -> NoReturn:
-    raise Interrupted
-
-
-def _fail(message: str, status: int) -> NoReturn:
-    typer.secho(message, fg="red", err=True)
-    raise SystemExit(status) from None

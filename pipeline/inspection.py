@@ -35,6 +35,10 @@ def summary(store: FeatureStore) -> str:
     ]
     per_split = zip(seen.splits, seen.good, seen.listed, strict=True)
     facts += [(f"  {split}", f"{good:,} of {listed:,}") for split, good, listed in per_split]
+    facts += [
+        ("excluded", f"{clips:,} clips by {name} (sha256 {sha256[:12]})")
+        for name, sha256, clips in store.excluded.lists()
+    ]
     facts += [("classes", f"{len(store.classes)}")]
     for name, source in sources.items():
         mean = labels[name].list.len().sum() / max(labels.height, 1)
@@ -103,6 +107,8 @@ def _facts(store: FeatureStore, labels: pl.DataFrame, row: int) -> Iterator[tupl
     else:
         yield "reason", f"{clip['reason']}: {REASONS.get(clip['reason'], 'not known to this version')}"
         yield "detail", clip["detail"] or "none"
+    if by := store.excluded.by(store.manifest[row]):
+        yield "excluded", f"by {', '.join(by)}"
     yield "stored", place_of(store, row)
     yield from _label_facts(store, labels, row)
 

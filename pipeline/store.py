@@ -10,6 +10,7 @@ NAME.zarr/              a Zarr v3 group: any Zarr v3 library opens it
   ledger/N.parquet      shard N is committed: the manifest columns of its rows and, in the schema metadata, the
                         `Commit`. THE commit point: what is not in the ledger does not exist. N.parquet.next: its
                         shard is about to be placed; the next build adopts it if the shard matches, or drops it
+  excluded.parquet      maybe: clips that exclude lists keep out of `good_rows` (`exclusions.py`)
   stats.json            mean and std over valid frames of good clips, global and per band: all, and per split
   build*.lock, gate.lock    who is writing, while somebody is
   build.json            what was asked, versions, time taken: of the run, so the one file in which equal builds differ
@@ -28,6 +29,7 @@ import polars as pl
 
 from pipeline.cache import GB, ShardCache, tables_of
 from pipeline.errors import BrokenClip, StoreError
+from pipeline.exclusions import Exclusions
 from pipeline.files import CACHE_GB
 from pipeline.header import Header
 from pipeline.manifest import check_schema
@@ -141,11 +143,11 @@ class FeatureStore:
         return mean, math.sqrt(square - mean**2)
 
     def good_rows(self, splits: Sequence[str] | None = None) -> np.ndarray:
-        """Ascending rows (int64) whose clips are there, of the given splits or all; StoreError on unknown ones."""
+        """Ascending rows (int64) of good, not excluded clips of the given splits or all; StoreError on unknown ones."""
         known = set(self.manifest["split"].unique())
         if splits is not None and set(splits) - known:
             raise StoreError(f"{self.place}: no split {sorted(set(splits) - known)}; it has {sorted(known)}")
-        wanted = pl.col("status") == "good"
+        wanted = (pl.col("status") == "good") & ~pl.Series(self.excluded.marks_N(self.manifest))
         if splits is not None:
             wanted &= pl.col("split").is_in(list(splits))
         return self.manifest.select(wanted).to_series().arg_true().to_numpy().astype(np.int64)
@@ -153,6 +155,11 @@ class FeatureStore:
     def shards_of(self, rows_N: np.ndarray) -> np.ndarray:
         """The shard that each row lies in."""
         return rows_N // self.header.layout.shard_clips
+
+    @cached_property
+    def excluded(self) -> Exclusions:
+        """What exclude lists are recorded; StoreError where they are damaged."""
+        return Exclusions.recorded(self.path)
 
     @cached_property
     def _labels(self) -> pl.DataFrame:

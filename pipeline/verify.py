@@ -13,6 +13,7 @@ import numpy as np
 import polars as pl
 
 from pipeline.errors import ManifestError, StoreError
+from pipeline.exclusions import Exclusions
 from pipeline.files import PARTIAL
 from pipeline.finalise import statistics
 from pipeline.header import Header
@@ -78,6 +79,10 @@ def _faults_beside(store: Path, header: Header) -> Iterator[Fault]:
         json.loads((store / "build.json").read_text())["asked"]
     except (OSError, ValueError, KeyError):
         yield Fault("build.json: does not say what the store was built from; its build command writes it")
+    try:
+        Exclusions.recorded(store)
+    except StoreError as error:
+        yield Fault(str(error))
     leftovers = [*store.rglob(f"*{PARTIAL}"), *store.glob(f"ledger/*{NEXT}"), *stray_shards(store)]
     yield from (Fault(f"{path}: left by a build that was cut off") for path in leftovers)
 
