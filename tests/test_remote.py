@@ -13,6 +13,7 @@ from corpus import write_corpus
 from pyarrow.fs import FileSelector
 
 from pipeline import cli, mirror, remote
+from pipeline.audit_exclude import record
 from pipeline.build import Build, Output, build_store, build_stores
 from pipeline.datasets.audioset import audioset
 from pipeline.errors import AudioError, InputError, StoreError
@@ -170,6 +171,19 @@ def test_labels_propagated_in_the_staging_folder_reach_the_remote_store(small, u
     build_there(small, url, tmp_path / "other")
     there = FeatureStore.open(downloaded(url, tmp_path / "there"))
     assert there.label_sets == ("raw", "unambiguous")
+
+
+def test_exclude_lists_reach_the_remote_store_and_outlive_the_staging_folder(small, url, tmp_path):
+    """What nobody is to draw must not come back with a new machine; what is taken back stays taken back."""
+    build_there(small, url, tmp_path / "staging")
+    (path := tmp_path / "a.txt").write_text("clip_000002")
+    record(FeatureStore.open(tmp_path / "staging"), [path])
+    build_there(small, url, tmp_path / "staging")
+    build_there(small, url, tmp_path / "other")
+    assert FeatureStore.open(tmp_path / "other").excluded.frame["clip_id"].to_list() == ["clip_000002"]
+    record(FeatureStore.open(tmp_path / "other"), [])
+    build_there(small, url, tmp_path / "other")
+    assert FeatureStore.open(downloaded(url, tmp_path / "there")).excluded.digest is None
 
 
 def test_a_remote_store_of_another_spec_is_refused_with_nothing_made(small, url, tmp_path):
