@@ -25,6 +25,7 @@ from ajepa.training_set import TrainingSet
 from pipeline.dali import open_loader
 from pipeline.errors import Interrupted, RunError
 from pipeline.loader import Batch, View
+from pipeline.store import FeatureStore
 
 MODELS = ("encoder", "target", "predictor")
 
@@ -35,7 +36,7 @@ def to_stderr(line: str) -> None:
 
 
 def pretrain(
-    trained_on: Path | TrainingSet,
+    trained_on: Path | str | FeatureStore | TrainingSet,
     recipe: Pretrain,
     run_path: Path,
     *,
@@ -43,6 +44,7 @@ def pretrain(
     batch: int | None = None,
     device: str = "auto",
     loader: Literal["dali", "plain"] = "dali",
+    on_broken: Literal["raise", "skip"] = "raise",
     progress: bool = False,
     say: Callable[[str], None] = to_stderr,
 ) -> Run:
@@ -50,16 +52,18 @@ def pretrain(
 
     A run that is there is carried on with, exactly: on a CPU and with equal versions, weights and metrics are
     bit for bit those of a run that was never interrupted. `steps` and `batch` (clips per step) replace the
-    recipe's. SIGINT and SIGTERM end the step at hand, write a checkpoint and raise Interrupted. Nothing is
-    written before store, recipe and device fit: RunError or StoreError says what does not.
+    recipe's. With `on_broken="skip"` another clip of its step stands in for one that cannot be read; `skipped`
+    in the metrics counts them, since the line before. SIGINT and SIGTERM end the step at hand, write a
+    checkpoint and raise Interrupted. Nothing is written before store, recipe and device fit: RunError or
+    StoreError says what does not.
     """
     recipe = recipe.resized(steps=steps, clips_per_step=batch)
     on = pick_device(device)
-    asked = trained_on if isinstance(trained_on, TrainingSet) else TrainingSet(paths=(trained_on,))
+    asked = trained_on if isinstance(trained_on, TrainingSet) else TrainingSet(stores=(trained_on,))
     store = asked.opened(recipe)
     order, identity = asked.order(store, recipe), asked.identity(store)
     view = view_of(identity, recipe)
-    with open_loader(store, order, view, kind=loader, device=on) as batches:
+    with open_loader(store, order, view, kind=loader, device=on, on_broken=on_broken, say=say) as batches:
         run = Run.start(run_path, recipe=to_json(recipe), identity=identity)
         with run.locked():
             run.rewind()
@@ -93,6 +97,7 @@ def train(
                 batch = next(batches)
             line = trainer.step(step, batch)
             clock.clips += len(batch.rows_B)
+            clock.skipped += batch.skipped
             done, last = step + 1, step + 1 == recipe.steps
             if done % recipe.log_every == 0 or last:
                 line = {"step": done, **line, **clock.read()}
@@ -244,13 +249,13 @@ def asked_to_stop() -> Iterator[threading.Event]:
 
 
 class Clock:
-    """Clips per second and the share of time spent waiting for data, since last read."""
+    """Clips per second, how many were skipped, and the share of time spent waiting for data, since last read."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        self.started, self.waited_seconds, self.clips = time.perf_counter(), 0.0, 0
+        self.started, self.waited_seconds, self.clips, self.skipped = time.perf_counter(), 0.0, 0, 0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -263,6 +268,7 @@ class Clock:
         told = {
             "clips_per_s": round(self.clips / seconds, 2),
             "data_wait": round(self.waited_seconds / seconds, 4),
+            "skipped": self.skipped,
         }
         self.reset()
         return told

@@ -12,7 +12,8 @@ from matplotlib.image import imread
 from pipeline import cli
 from pipeline.inspection import nearest, place_of, rows_of, summary, told
 from pipeline.shards import shard_path
-from pipeline.store import FeatureStore, read_table, write_table
+from pipeline.store import FeatureStore
+from pipeline.tables import read_table, write_table
 
 
 def run(*arguments, monkeypatch) -> int:
