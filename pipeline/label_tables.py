@@ -101,7 +101,6 @@ class _Making:
     ) -> None:
         self.by, self.adds_CC, self.classes, self.tally = by, adds_CC, classes, tally
         self.names = known_names() | {node.mid: node.name for node in ontology.nodes}
-        self.names |= dict(zip(classes.mids, classes.names, strict=True))
 
     def block(self, path: Path, block: pl.DataFrame, first_row: int) -> pl.DataFrame:
         """The block with `raw`, the label set and `outside` in place of `labels`."""
