@@ -5,7 +5,8 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from pipeline.cli import run_app
+from pipeline.cli import Cache, CacheGb, run_app
+from pipeline.files import CACHE_GB
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -14,14 +15,17 @@ app = typer.Typer(
     help="A feature store in, a pre-trained and measured audio encoder out.",
 )
 
-StorePath = Annotated[Path, typer.Option(help="Feature store, NAME.zarr.", show_default=False)]
+StorePlace = Annotated[str, typer.Option(help="Feature store, NAME.zarr or s3://...", show_default=False)]
+StorePlaces = Annotated[
+    list[str], typer.Option(help="Feature store, NAME.zarr or s3://...; repeats.", show_default=False)
+]
 RunPath = Annotated[Path, typer.Option(help="Run folder made by pretrain.", show_default=False)]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is one.")]
 
 
 @app.command()
 def pretrain(
-    store: Annotated[list[Path], typer.Option(help="Feature store, NAME.zarr; repeats.", show_default=False)],
+    store: StorePlaces,
     run: Annotated[Path, typer.Option(help="Run folder to make or carry on.", show_default=False)],
     recipe: Annotated[str, typer.Option(help="Name in `ajepa-train recipes`.")] = "small",
     steps: Annotated[int | None, typer.Option(min=1, help="Steps. [default: the recipe's]")] = None,
@@ -42,6 +46,16 @@ def pretrain(
         Literal["full", "block"], typer.Option(help="block: for stores much larger than memory.")
     ] = "full",
     window: Annotated[int | None, typer.Option(min=1, help="Shards mixed at a time. [default: 64]")] = None,
+    io: Annotated[
+        Literal["pread", "mmap", "direct"],
+        typer.Option(help="How shards are read; direct: past the page cache."),
+    ] = "pread",
+    check: Annotated[
+        Literal["first-epoch", "always", "never"],
+        typer.Option(help="When a clip's checksum is compared; first-epoch: when it is first read."),
+    ] = "first-epoch",
+    cache: Cache = None,
+    cache_gb: CacheGb = CACHE_GB,
 ) -> None:
     """Pre-train an encoder on every split of its stores but eval.
 
@@ -53,23 +67,30 @@ def pretrain(
     from ajepa import pretrain as stage
     from ajepa import recipes
     from ajepa.training_set import TrainingSet
+    from pipeline.store import FeatureStore
 
     chosen = recipes.recipe(recipe).resized(steps=steps, clips_per_step=batch, seed=seed)
     trained_on = TrainingSet(
-        paths=tuple(store), weights=tuple(store_weight or ()), shuffle=shuffle, window_blocks=window
+        stores=tuple(FeatureStore.open(s, io=io, check=check, cache=cache, cache_gb=cache_gb) for s in store),
+        weights=tuple(store_weight or ()),
+        shuffle=shuffle,
+        window_blocks=window,
     )
     done = stage.pretrain(
         trained_on, chosen, run, device=device, loader=loader, on_broken=on_broken, progress=True
     )
-    print(f"{run}: done, {done.step} steps. Next: ajepa-train evaluate --store {store[0]} --run {run}")
+    there = f"{store[0]} --cache {cache}" if cache else store[0]
+    print(f"{run}: done, {done.step} steps. Next: ajepa-train evaluate --store {there} --run {run}")
 
 
 @app.command()
 def evaluate(
-    store: StorePath,
+    store: StorePlace,
     run: RunPath,
     train_clips: Annotated[int, typer.Option(min=1, help="Most clips to train probes on.")] = 20_000,
     device: Device = "auto",
+    cache: Cache = None,
+    cache_gb: CacheGb = CACHE_GB,
 ) -> None:
     """Probe a run's frozen encoder: mAP on the eval split, raw and propagated.
 
@@ -79,8 +100,10 @@ def evaluate(
     Example: ajepa-train evaluate --store as20k.zarr --run runs/a
     """
     from ajepa import evaluate as stage
+    from pipeline.store import FeatureStore
 
-    print(stage.evaluate(store, run, device=device, train_clips=train_clips, progress=True).table())
+    opened = FeatureStore.open(store, cache=cache, cache_gb=cache_gb)
+    print(stage.evaluate(opened, run, device=device, train_clips=train_clips, progress=True).table())
 
 
 @app.command()
@@ -96,17 +119,20 @@ def recipes() -> None:
 
 @app.command()
 def report(
-    store: StorePath,
+    store: StorePlace,
     run: RunPath,
     out: Annotated[Path, typer.Option(help="Folder for the PNG files.", show_default=False)],
+    cache: Cache = None,
+    cache_gb: CacheGb = CACHE_GB,
 ) -> None:
     """Draw a run: its curves, its masks over a clip, its probes.
 
     Example: ajepa-train report --store as20k.zarr --run runs/a --out report
     """
     from ajepa import report as seen
+    from pipeline.store import FeatureStore
 
-    for picture in seen.report(store, run, out):
+    for picture in seen.report(FeatureStore.open(store, cache=cache, cache_gb=cache_gb), run, out):
         print(picture)
 
 

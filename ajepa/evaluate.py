@@ -96,7 +96,7 @@ class Evaluation:
 
 
 def evaluate(
-    store_path: Path,
+    store: Path | str | FeatureStore,
     run_path: Path,
     *,
     device: str = "auto",
@@ -110,7 +110,7 @@ def evaluate(
     """
     run = Run.open(run_path)
     recipe = from_json(run.recipe)
-    store = open_store(store_path, recipe)
+    store = open_store(store, recipe)
     train_N, eval_N = probe_rows(store, recipe.seed, train_clips)
     checkpoint, on = run.load("target"), pick_device(device)
     views = Views(store=store, frames=recipe.view_frames, mean=run.identity["mean"], std=run.identity["std"])
@@ -140,7 +140,7 @@ def probe_rows(store: FeatureStore, seed: int, train_clips: int) -> tuple[np.nda
     train_N = store.good_rows(train_splits(store))
     eval_N = store.good_rows([EVAL_SPLIT])
     if not len(eval_N):
-        raise RunError(f"{store.path}: split {EVAL_SPLIT} has no good clip to measure on")
+        raise RunError(f"{store.place}: split {EVAL_SPLIT} has no good clip to measure on")
     drawn_N = np.random.default_rng([seed, 0]).permutation(train_N)[:train_clips]
     return np.sort(drawn_N), eval_N
 

@@ -25,6 +25,7 @@ from ajepa.training_set import TrainingSet
 from pipeline.dali import open_loader
 from pipeline.errors import Interrupted, RunError
 from pipeline.loader import Batch, View
+from pipeline.store import FeatureStore
 
 MODELS = ("encoder", "target", "predictor")
 
@@ -35,7 +36,7 @@ def to_stderr(line: str) -> None:
 
 
 def pretrain(
-    trained_on: Path | TrainingSet,
+    trained_on: Path | str | FeatureStore | TrainingSet,
     recipe: Pretrain,
     run_path: Path,
     *,
@@ -58,7 +59,7 @@ def pretrain(
     """
     recipe = recipe.resized(steps=steps, clips_per_step=batch)
     on = pick_device(device)
-    asked = trained_on if isinstance(trained_on, TrainingSet) else TrainingSet(paths=(trained_on,))
+    asked = trained_on if isinstance(trained_on, TrainingSet) else TrainingSet(stores=(trained_on,))
     store = asked.opened(recipe)
     order, identity = asked.order(store, recipe), asked.identity(store)
     view = view_of(identity, recipe)

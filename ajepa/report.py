@@ -24,11 +24,11 @@ TARGETS = ("#4cc9f0", "#f72585", "#ffd166", "#80ed99")
 COLOURS = {TRAINED: "#4361ee", RANDOM: "#9aa0b5", STATISTICS: "#f4a261"}
 
 
-def report(store_path: Path, run_path: Path, out: Path) -> list[Path]:
+def report(store: Path | str | FeatureStore, run_path: Path, out: Path) -> list[Path]:
     """Draw `curves.png`, `masks.png` and, once evaluated, `probes.png` into `out`; returns what was drawn."""
     run = Run.open(run_path)
     recipe = from_json(run.recipe)
-    store = open_store(store_path, recipe)
+    store = open_store(store, recipe)
     if not run.metrics():
         raise RunError(f"{run.path}: nothing is logged yet; let `ajepa-train pretrain` take some steps first")
     out.mkdir(parents=True, exist_ok=True)

@@ -30,13 +30,13 @@ class TrainingSet:
     Raises RunError where the settings contradict each other.
     """
 
-    paths: tuple[Path, ...]
+    stores: tuple[Path | str | FeatureStore, ...]
     weights: tuple[float, ...] = ()
     shuffle: Literal["full", "block"] = "full"
     window_blocks: int | None = None  # shards that a block shuffle mixes at a time; None: 64
 
     def __post_init__(self) -> None:
-        stores, weights = len(self.paths), len(self.weights)
+        stores, weights = len(self.stores), len(self.weights)
         if weights and (weights != stores or stores < 2):
             raise RunError(
                 f"{weights} store weights for {stores} stores; give one for each of two or more, or none"
@@ -62,7 +62,7 @@ class TrainingSet:
 
     def opened(self, recipe: Pretrain) -> AnyStore:
         """The stores, read as one; RunError or StoreError where they do not fit the recipe or each other."""
-        stores = [open_store(path, recipe) for path in self.paths]
+        stores = [open_store(store, recipe) for store in self.stores]
         return stores[0] if len(stores) == 1 else JoinedStore(stores)
 
     def order(self, store: AnyStore, recipe: Pretrain) -> Order:
@@ -79,9 +79,9 @@ class TrainingSet:
         return Order(rows_N=rows_N, clips=recipe.clips_per_step, seed=recipe.seed, sampling=sampling)
 
     def _refuse_empty(self, store: JoinedStore, rows_N: np.ndarray) -> None:
-        for path, rows in zip(self.paths, store.rows_of_each(rows_N), strict=True):
+        for part, rows in zip(store.stores, store.rows_of_each(rows_N), strict=True):
             if not rows:
-                raise RunError(f"{path}: has no good clip to train on; leave it out")
+                raise RunError(f"{part.place}: has no good clip to train on; leave it out")
 
     def identity(self, store: AnyStore) -> Json:
         """What a run was trained on: it is compared on resume, and says how to normalise ever after."""
@@ -102,20 +102,21 @@ class TrainingSet:
             rows_of_each = store.rows_of_each(order.rows_N)
             weights_N = np.asarray(self.weights or rows_of_each, np.float64)
             shares = weights_N / weights_N.sum()
-            for path, rows, share in zip(self.paths, rows_of_each, shares, strict=True):
-                yield f"{path}: {rows:,} clips, {share:.1%} of those trained on"
+            for part, rows, share in zip(store.stores, rows_of_each, shares, strict=True):
+                yield f"{part.place}: {rows:,} clips, {share:.1%} of those trained on"
         if isinstance(order.sampling, BlockShuffle):
             clip_bytes = store.frames * store.bands * store.dtype.itemsize
             yield str(mixing_of(order.sampling, order.clips_of_all_ranks, order.seed, clip_bytes=clip_bytes))
 
 
-def open_store(path: Path, recipe: Pretrain) -> FeatureStore:
-    """The store at `path`; RunError where it does not hold the features that the recipe was made for."""
-    store, wanted = FeatureStore.open(path), mel_spec(recipe.mel)
+def open_store(store: Path | str | FeatureStore, recipe: Pretrain) -> FeatureStore:
+    """The store, opened; RunError where it does not hold the features that the recipe was made for."""
+    store = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
+    wanted = mel_spec(recipe.mel)
     if store.spec_id != wanted.spec_id:
         held, asked = (f"{s.name} ({s.frames} x {s.mel_bands}, {s.spec_id})" for s in (store.spec, wanted))
         told = f"holds mel spec {held}, recipe {recipe.name} needs {asked}"
-        raise RunError(f"{path}: {told}; build a store with --spec {wanted.name}")
+        raise RunError(f"{store.place}: {told}; build a store with --spec {wanted.name}")
     return store
 
 

@@ -11,7 +11,7 @@ import typer
 
 from pipeline import build_commands
 from pipeline.errors import InputError, Interrupted
-from pipeline.files import FULL
+from pipeline.files import CACHE_GB, FULL
 
 RUN_AGAIN = 75  # EX_TEMPFAIL: interrupted with nothing lost; the same command carries on
 
@@ -36,6 +36,12 @@ def _local(store: Path) -> Path:
 StorePath = Annotated[
     Path, typer.Argument(help="Feature store, NAME.zarr.", show_default=False, callback=_local)
 ]
+
+StorePlace = Annotated[str, typer.Argument(help="Feature store, NAME.zarr or s3://...", show_default=False)]
+Cache = Annotated[
+    Path | None, typer.Option(help="Folder for what was last read of a store at s3://.", show_default=False)
+]
+CacheGb = Annotated[float, typer.Option(min=0.001, help="Most that --cache may take, in 10^9 bytes.")]
 
 
 @app.command()
@@ -98,10 +104,15 @@ def propagate_labels(
 def verify(
     store: StorePath,
     sample: Annotated[
-        int | None, typer.Option(min=1, help="Read only so many shards, drawn at random; all else in full.")
+        int | None,
+        typer.Option(min=1, help="Only so many, drawn at random: shards to read, or rows --against-audio."),
     ] = None,
     repair: Annotated[
         bool, typer.Option("--repair", help="Make broken shards again from the sounds they came from.")
+    ] = False,
+    against_audio: Annotated[
+        bool,
+        typer.Option("--against-audio", help="Instead: decode rows again and compare them with the store."),
     ] = False,
     workers: Annotated[int, typer.Option(min=0, help="Decoding processes of a repair.")] = 2,
 ) -> None:
@@ -109,6 +120,15 @@ def verify(
 
     Example: ajepa-data verify as20k.zarr --repair
     """
+    if against_audio and repair:
+        raise InputError("verify: --against-audio only tells; give --repair by itself")
+    if against_audio:
+        _verify_against_audio(store, sample)
+    else:
+        _verify(store, sample, repair=repair, workers=workers)
+
+
+def _verify(store: Path, sample: int | None, *, repair: bool, workers: int) -> None:
     from pipeline.repair import repair as mend
     from pipeline.verify import faults_of
 
@@ -133,6 +153,30 @@ def verify(
         print(f"{store}: every shard, row and checksum is as it should be")
 
 
+def _verify_against_audio(store: Path, sample: int | None) -> None:
+    from pipeline.parity import TOLERANCE_NAT, changed_versions, compared
+
+    rows = faults = gone = 0
+    apart_nat = 0.0
+    for one in compared(store, sample, seed=time.time_ns()):
+        rows, faults, gone = rows + 1, faults + bool(one.fault), gone + bool(one.gone)
+        if one.fault or one.gone:
+            print(f"row {one.row} (clip {one.clip_id}): {one.fault or f'not compared, {one.gone}'}")
+        else:
+            apart_nat = max(apart_nat, one.apart_nat)
+    changed = changed_versions(store)
+    if changed:
+        print(
+            f"built with {'; '.join(changed)}: values may differ by {TOLERANCE_NAT} nat and one stored step"
+        )
+    if faults:
+        raise InputError(f"{store}: {faults} of {rows - gone} rows are not what their sounds give")
+    if gone == rows:
+        raise InputError(f"{store}: nothing could be compared, no sound is there; mount its audio folders")
+    told = f"up to {apart_nat:.3g} nat apart" if apart_nat else "bit for bit"
+    print(f"{store}: {rows - gone} rows are what their sounds give, {told}")
+
+
 @app.command()
 def finalize(store: StorePath) -> None:
     """Finish a store whose parts are all built; the last part to end does so by itself.
@@ -140,8 +184,8 @@ def finalize(store: StorePath) -> None:
     Example: ajepa-data finalize as2m.zarr
     """
     from pipeline.finalise import finalise, open_shards
+    from pipeline.header import Header
     from pipeline.report import coverage
-    from pipeline.store import Header
 
     manifest = finalise(store, header := Header.read(store))
     if manifest is None:
@@ -155,10 +199,12 @@ def finalize(store: StorePath) -> None:
 
 @app.command()
 def report(
-    store: StorePath,
+    store: StorePlace,
     html: Annotated[Path | None, typer.Option(help="Page to write: all of the store.")] = None,
     out: Annotated[Path | None, typer.Option(help="PNG file to write: spectrograms.")] = None,
     clips: Annotated[int, typer.Option(min=1, max=60, help="Spectrograms to show.")] = 12,
+    cache: Cache = None,
+    cache_gb: CacheGb = CACHE_GB,
 ) -> None:
     """Show coverage and reasons as a table, and the store as a page, a picture, or both.
 
@@ -173,7 +219,7 @@ def report(
         raise InputError(
             "report: nothing to write; give --html FILE for a page, --out FILE for a PNG, or both"
         )
-    opened = FeatureStore.open(store)
+    opened = FeatureStore.open(store, cache=cache, cache_gb=cache_gb)
     print(coverage(opened.manifest))
     if html is not None:
         write_page(opened, html, clips=clips)
@@ -185,10 +231,12 @@ def report(
 
 @app.command()
 def inspect(
-    store: StorePath,
+    store: StorePlace,
     clip: Annotated[str | None, typer.Option(help="Id of a clip: all its rows are told.")] = None,
     row: Annotated[int | None, typer.Option(help="A row's number instead, or one of the clip's.")] = None,
     png: Annotated[Path | None, typer.Option(help="PNG file for the spectrogram.")] = None,
+    cache: Cache = None,
+    cache_gb: CacheGb = CACHE_GB,
 ) -> None:
     """Tell what a store is, or everything about one clip of it.
 
@@ -197,7 +245,7 @@ def inspect(
     from pipeline import inspection
     from pipeline.store import FeatureStore
 
-    opened = FeatureStore.open(store)
+    opened = FeatureStore.open(store, cache=cache, cache_gb=cache_gb)
     if clip is None and row is None:
         if png is not None:
             raise InputError(f"{store}: --png needs a clip; add --clip ID or --row N")

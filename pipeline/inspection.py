@@ -49,7 +49,7 @@ def rows_of(store: FeatureStore, clip_id: str) -> list[int]:
         return rows
     near = nearest(store.manifest["clip_id"], clip_id)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "ids stand in its manifest.parquet"
-    raise StoreError(f"{store.path}: no clip {clip_id!r}; {hint}")
+    raise StoreError(f"{store.place}: no clip {clip_id!r}; {hint}")
 
 
 def nearest(ids: pl.Series, wanted: str) -> list[str]:
@@ -75,7 +75,7 @@ def rows_asked(store: FeatureStore, clip_id: str | None, row: int | None) -> lis
     if row not in rows:
         there = f"0 to {len(rows) - 1}" if clip_id is None else f"{', '.join(map(str, rows[:PICTURED]))}"
         whose = "" if clip_id is None else f" of clip {clip_id!r}"
-        raise StoreError(f"{store.path}: no row {row}{whose}; it has {there}")
+        raise StoreError(f"{store.place}: no row {row}{whose}; it has {there}")
     return [row]
 
 
@@ -127,7 +127,7 @@ def place_of(store: FeatureStore, row: int) -> str:
     """The file and the bytes that hold a row's spectrogram; raises StoreError where its shard is damaged."""
     layout = store.header.layout
     shard, chunk = divmod(row, layout.shard_clips)
-    path = shard_path(store.path, shard)
+    path = store.shard_path(shard)
     where = f"shard {shard}, clip {chunk} of it"
     if not path.exists():
         return f"{where}: not there"
@@ -135,10 +135,10 @@ def place_of(store: FeatureStore, row: int) -> str:
         try:
             offset, size = read_index(file.fileno(), layout.shard_clips)[chunk].tolist()
         except ValueError as error:
-            raise StoreError(f"{path}: {error}; run: ajepa-data verify {store.path}") from None
+            raise StoreError(f"{path}: {error}; run: ajepa-data verify {store.place}") from None
     if offset == ABSENT:
         return f"{where}: not there"
-    return f"{where}: {size:,} bytes from {offset:,} on in {path.relative_to(store.path)}"
+    return f"{where}: {size:,} bytes from {offset:,} on in {shard_path(Path(), shard)}"
 
 
 def picture(store: FeatureStore, rows: Sequence[int], path: Path) -> None:
@@ -148,10 +148,10 @@ def picture(store: FeatureStore, rows: Sequence[int], path: Path) -> None:
     if not good:
         clip_id, _, reason = failed.row(0)
         raise StoreError(
-            f"{store.path}: no picture of clip {clip_id!r}, it is not good: {reason} ({REASONS.get(reason, '')})"
+            f"{store.place}: no picture of clip {clip_id!r}, it is not good: {reason} ({REASONS.get(reason, '')})"
         )
     if len(good) > PICTURED:
-        raise StoreError(f"{store.path}: {len(good)} rows are too many for a picture; choose one with --row")
+        raise StoreError(f"{store.place}: {len(good)} rows are too many for a picture; choose one with --row")
     clip_picture(store, good, path)
 
 

@@ -61,7 +61,7 @@ class JoinedStore:
         for place, store in enumerate(stores):
             for other in stores[:place]:
                 if other.store_id == store.store_id:
-                    raise StoreError(f"{store.path}: is the same store as {other.path}; give it once")
+                    raise StoreError(f"{store.place}: is the same store as {other.place}; give it once")
         one = stores[0]
         self.stores = tuple(stores)
         self.spec, self.classes, self.dtype = one.spec, one.classes, one.dtype
@@ -181,7 +181,7 @@ class JoinedStore:
 
     @property
     def _paths(self) -> str:
-        return " + ".join(str(store.path) for store in self.stores)
+        return " + ".join(store.place for store in self.stores)
 
 
 def refuse_difference(one: FeatureStore, other: FeatureStore) -> None:
@@ -197,7 +197,7 @@ def refuse_difference(one: FeatureStore, other: FeatureStore) -> None:
     for what, (here, there) in facts.items():
         if here != there:
             raise StoreError(
-                f"{other.path}: has {what} {there}, but {one.path} has {here}; only stores of one kind are "
+                f"{other.place}: has {what} {there}, but {one.place} has {here}; only stores of one kind are "
                 "trained on together: build one of them again"
             )
 

@@ -77,12 +77,16 @@ def propagate_tables(
     making = _Making(by=by, adds_CC=adds_CC, ontology=ontology, classes=classes, tally=Tally(known, classes))
     columns = [name for name in TYPES if any(name in table.columns for table in tables)]
     schema = _schema(columns, by)
-    with replacing(out) as scratch, pq.ParquetWriter(scratch, schema, compression="zstd") as writer:
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with (
+        replacing(out) as scratch,
+        scratch.open("wb") as file,  # not pyarrow's own, whose errors do not name the file
+        pq.ParquetWriter(file, schema, compression="zstd") as writer,
+    ):
         for table in tables:
             first_row = 0
             for block in table.blocks():
-                made = making.block(table.path, block, first_row)
-                writer.write_table(_as(schema, made))
+                writer.write_table(_as(schema, making.block(table.path, block, first_row)))
                 first_row += block.height
     done = making.tally.done(by, ontology)
     done.save(out.with_suffix(".propagation.json"))
@@ -145,7 +149,10 @@ class _Making:
 def _check_out(inputs: Sequence[Path], out: Path) -> None:
     if out.suffix.lower() not in PARQUET or out.is_dir():
         raise InputError(f"--out {out}: expected the name of a Parquet file, such as labels.parquet")
-    if out.resolve() in (path.resolve() for path in inputs):
+    there = [path.resolve() for path in inputs]
+    if twice := [path for path in inputs if there.count(path.resolve()) > 1]:
+        raise InputError(f"{twice[0]}: is given twice; its clips would be too")
+    if out.resolve() in there:
         raise InputError(
             f"--out {out}: is an input too, and would lose its other columns; choose another name"
         )

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from pipeline.errors import StoreError
 from pipeline.files import Part
+from pipeline.header import Header
 from pipeline.ledger import NEXT, commit_at, ledger_path, matches
 from pipeline.remote import fetch, push, reach, remove, sizes
 from pipeline.shards import shard_path
-from pipeline.store import Header, read_table
+from pipeline.tables import read_table
 
 CONNECTIONS = 16  # records fetched at a time
 KEPT = "kept"  # folder below the staging one, for shards that come back because rows of them are kept

@@ -15,13 +15,15 @@ from pipeline.corpus import Corpus
 from pipeline.datasets.catalogue import corpus_of
 from pipeline.errors import StoreError
 from pipeline.files import locked
+from pipeline.header import Header
 from pipeline.labels import OntologyGone, ontology_of, propagate_labels
 from pipeline.ledger import ledger_path, read_commit
 from pipeline.manifest import MANIFEST_SCHEMA, RESULT_SCHEMA, failure
 from pipeline.shardmaker import write_shard
 from pipeline.shards import CRC_BYTES, shard_path
-from pipeline.store import FeatureStore, Header, read_table
-from pipeline.upkeep import check_same
+from pipeline.store import FeatureStore
+from pipeline.tables import read_table
+from pipeline.upkeep import check_same, told_of_build
 from pipeline.verify import Fault
 
 
@@ -35,7 +37,7 @@ def repair(
     Raises StoreError, with nothing changed, where build.json is gone, or its lists are no longer those of the store;
     with all else mended, where a label set's own ontology is gone.
     """
-    header, told = Header.read(store), _told(store)
+    header, told = Header.read(store), told_of_build(store)
     corpus = corpus_of(told["asked"])
     output = Output(path=store, spec=header.spec, dtype=header.layout.dtype)
     check_same(store, header, plan_store(corpus, output))
@@ -76,16 +78,6 @@ def _propagate_again(store: Path, sound_sets: Set[str]) -> None:
             propagate_labels(store, rule, by["splits"], ontology=ontology)
     if gone:
         raise gone[0]
-
-
-def _told(store: Path) -> dict[str, Any]:
-    try:
-        told = json.loads((store / "build.json").read_text())
-        return {"asked": told["asked"], "policy": told["policy"]}
-    except (OSError, ValueError, KeyError):
-        raise StoreError(
-            f"{store}/build.json: does not say what the store was built from; run its build command again"
-        ) from None
 
 
 def _salvage(store: Path, header: Header, corpus: Corpus, shard: int) -> AudioPolicy | None:
@@ -137,7 +129,7 @@ def _told_of(store: Path, header: Header, shard: int) -> tuple[list[dict[str, An
         return None
     if manifest.schema != pl.Schema(MANIFEST_SCHEMA) or "store_id" not in metadata:
         return None
-    return manifest[rows.start : rows.stop].select(*RESULT_SCHEMA).to_dicts(), _told(store)["policy"]
+    return manifest[rows.start : rows.stop].select(*RESULT_SCHEMA).to_dicts(), told_of_build(store)["policy"]
 
 
 def _intact(

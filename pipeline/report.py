@@ -9,8 +9,9 @@ import polars as pl
 
 from pipeline.manifest import REASONS
 from pipeline.propagation import entries
-from pipeline.shards import shard_path
-from pipeline.store import FeatureStore, read_table
+from pipeline.shards import CRC_BYTES
+from pipeline.store import FeatureStore
+from pipeline.tables import read_table
 
 FLAGS: dict[str, str] = {
     "cut": "a whole recording, cut at the segment",
@@ -149,9 +150,11 @@ def _provenance(by: Any) -> str:
 
 
 def mel_bytes(store: FeatureStore) -> int:
-    """What the shards take on the disk."""
-    paths = (shard_path(store.path, shard) for shard in range(store.header.layout.shards))
-    return sum(path.stat().st_size for path in paths if path.exists())
+    """What the shards take on a disk: the clips that are good, and an index in each shard that has one."""
+    layout, good_N = store.header.layout, store.manifest["status"].to_numpy() == "good"
+    shards = len(np.unique(np.flatnonzero(good_N) // layout.shard_clips))
+    index_bytes = 16 * layout.shard_clips + CRC_BYTES
+    return int(good_N.sum()) * (layout.clip_bytes + CRC_BYTES) + shards * index_bytes
 
 
 def size(count: float) -> str:

@@ -15,12 +15,13 @@ import polars as pl
 from pipeline.errors import ManifestError, StoreError
 from pipeline.files import PARTIAL
 from pipeline.finalise import statistics
+from pipeline.header import Header
 from pipeline.labels import OntologyGone, ontology_of
 from pipeline.ledger import NEXT, Commit, read_commit, store_id, stray_shards
 from pipeline.manifest import PLAN_SCHEMA, RESULT_SCHEMA, check_schema
 from pipeline.propagation import propagate, relation_CC
 from pipeline.shards import ABSENT, CRC_BYTES, array_json, group_json, read_index, shard_path
-from pipeline.store import Header, digest_of, read_table
+from pipeline.tables import digest_of, read_table
 from pipeline.tally import Provenance
 
 Record = tuple[Commit, pl.DataFrame]

@@ -267,6 +267,8 @@ def wrong(tmp_path: Path, what: str) -> dict:
             return {"inputs": [good], "out": tmp_path / "labels.csv"}
         case "onto an input":
             return {"inputs": [table(out, label=["/m/09x0r"])], "out": out}
+        case "twice":
+            return {"inputs": [good, tmp_path / "." / "eval.csv"], "out": out}
         case "an id" | "a name":
             return {"inputs": [segments_list(tmp_path / "x.csv", [[], [typing_error]])], "out": out}
         case "commas":
@@ -308,6 +310,7 @@ def wrong(tmp_path: Path, what: str) -> dict:
         ("no out", r"eval\.csv: no store, so the labels need a file of their own: add --out FILE\.parquet"),
         ("no Parquet name", r"--out .*labels\.csv: expected the name of a Parquet file"),
         ("onto an input", r"--out .*out\.parquet: is an input too"),
+        ("twice", r"eval\.csv: is given twice; its clips would be too"),
         ("an id", r"x\.csv: row 1 \(clip b+\): unknown class '/m/09x0z'; did you mean /m/09x0r \(Speech\)\?"),
         ("a name", r"row 1 \(clip b+\): unknown class 'speech'; did you mean /m/09x0r \(Speech\)\?"),
         ("commas", r"row 0: unknown class '/m/09x0r,/m/04rlf'; several ids are separated by ;"),
@@ -336,6 +339,21 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, what, said):
         propagate_inputs(**asked)
     assert "\n" not in str(caught.value)
     assert {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == before
+
+
+def test_folders_for_the_table_are_made(tmp_path):
+    """As a build makes them for its store."""
+    propagate_inputs([segments_list(tmp_path / "eval.csv")], out=tmp_path / "a" / "b" / "labels.parquet")
+    names = [path.name for path in (tmp_path / "a" / "b").iterdir()]
+    assert sorted(names) == ["labels.parquet", "labels.propagation.json"]
+
+
+def test_a_place_where_nothing_can_be_written_is_named(tmp_path):
+    """The command line tells of an OSError by the file that it names."""
+    out = tmp_path / ("x" * 250 + ".parquet")
+    with pytest.raises(OSError, match="File name too long") as caught:
+        propagate_inputs([segments_list(tmp_path / "eval.csv")], out=out)
+    assert str(caught.value.filename).startswith(str(out))
 
 
 def test_a_store_keeps_its_own_label_sets(tmp_path, store_path):

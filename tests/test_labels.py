@@ -222,3 +222,10 @@ def test_an_unknown_rule_or_split_is_answered_with_the_nearest(bare_store):
         propagate_labels(bare_store, "all-ancestor")
     with pytest.raises(InputError, match="no split 'evals'; did you mean 'eval'"):
         propagate_labels(bare_store, splits=["evals"])
+
+
+def test_an_unknown_label_set_is_answered_with_those_there_are(store):
+    """And with the command that adds it."""
+    said = r"no label set 'dominators', it has raw, unambiguous; add it with: ajepa-data propagate-labels .* --rule"
+    with pytest.raises(StoreError, match=said):
+        store.labels_BC(store.good_rows()[:1], "dominators")

@@ -10,7 +10,8 @@ import pytest
 
 from pipeline.markup import Markup, tag
 from pipeline.page import page, write_page
-from pipeline.store import FeatureStore, read_table, write_table
+from pipeline.store import FeatureStore
+from pipeline.tables import read_table, write_table
 
 NASTY = """<script>alert("x")</script>&'\"><img src=//evil.example/x>$body"""
 VOID = {"meta", "input", "br"}

@@ -20,7 +20,8 @@ from pipeline.ledger import ledger_path
 from pipeline.ontology import Ontology, load_ontology
 from pipeline.repair import repair
 from pipeline.shards import shard_path
-from pipeline.store import FeatureStore, read_table
+from pipeline.store import FeatureStore
+from pipeline.tables import read_table
 from pipeline.verify import faults_of
 
 
