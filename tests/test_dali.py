@@ -181,7 +181,8 @@ def test_skipped_clips_are_the_plain_loaders(store_path):
     assert len(said[0]) == 3
 
 
-def test_a_step_without_a_readable_clip_is_told_in_its_turn(store_path):
+@pytest.mark.parametrize("augment", [{}, EVERYTHING], ids=["plain", "augmented"])
+def test_a_step_without_a_readable_clip_is_told_in_its_turn(store_path, augment):
     """Two batches come, then the error: no hang in the thread that read ahead."""
     store = FeatureStore.open(store_path)
     bad, read = set(order_of(store).rows(2).tolist()), store.read
@@ -192,7 +193,8 @@ def test_a_step_without_a_readable_clip_is_told_in_its_turn(store_path):
         return read(rows_B, **how)
 
     store.read = damaged
-    loader = DaliLoader(store, order_of(store), view_of(store), on_broken="skip", say=str)
+    view = view_of(store, augment=Augment(**augment))
+    loader = DaliLoader(store, order_of(store), view, on_broken="skip", say=str)
     rows, told = rows_until_the_error(loader.batches(0, 14))
     assert len(rows) == 12
     assert "none of the 6 clips" in told
@@ -255,16 +257,17 @@ def test_a_closed_loader_says_so(store):
         next(batches)
 
 
-def test_what_dali_keeps_is_used_again(store):
-    """Host memory that is new for every batch costs more than the batch: 8 MB are 2,048 page faults."""
-    order, view = order_of(store, clips=16), view_of(store, frames=1_024)
+def test_large_batches_use_the_same_memory_again(store):
+    """32 MiB that are new for every batch are 8,192 page faults, which take longer than all else."""
+    order, view = order_of(store, clips=32), view_of(store, frames=2_048)
     with DaliLoader(store, order, view) as loader:
-        batches = loader.batches(0, 60)
-        for _ in itertools.islice(batches, 20):
+        batches = loader.batches(0, 30)
+        for _ in itertools.islice(batches, 10):
             pass
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        assert sum(1 for _ in batches) == 40
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 40 * 500
+        assert sum(1 for _ in batches) == 20
+        new_batches = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 8_192
+        assert new_batches < 5  # as many as may be about at once, which depends on who is faster
 
 
 def test_where_dali_is_absent_the_plain_loader_says_so(store, monkeypatch, capsys):
