@@ -14,7 +14,7 @@ from pipeline.files import FULL
 RUN_AGAIN = 75  # EX_TEMPFAIL: interrupted with nothing lost; the same command carries on
 
 
-def _local(store: Path) -> Path:
+def on_a_disk(store: Path) -> Path:
     if str(store).startswith(("s3:/", "gs:/", "http:/", "https:/")):
         raise InputError(
             f"{store}: lies on an object store; copy it to a disk first, or give its staging folder"
@@ -23,7 +23,7 @@ def _local(store: Path) -> Path:
 
 
 StorePath = Annotated[
-    Path, typer.Argument(help="Feature store, NAME.zarr.", show_default=False, callback=_local)
+    Path, typer.Argument(help="Feature store, NAME.zarr.", show_default=False, callback=on_a_disk)
 ]
 
 StorePlace = Annotated[str, typer.Argument(help="Feature store, NAME.zarr or s3://...", show_default=False)]

@@ -12,7 +12,7 @@ import pytest
 import typer
 from corpus import write_corpus
 
-from pipeline import cli
+from pipeline import cli, command_line
 from pipeline.shards import shard_path
 from pipeline.store import FeatureStore
 
@@ -89,7 +89,7 @@ def test_an_interrupted_build_says_that_it_carries_on(corpus, tmp_path, number):
     time.sleep(0.3)
     process.send_signal(number)
     error = process.communicate(timeout=30)[1]
-    assert process.returncode == cli.RUN_AGAIN
+    assert process.returncode == command_line.RUN_AGAIN
     assert "the same command carries on" in error
     assert "Traceback" not in error
 
