@@ -30,7 +30,9 @@ def pretrain(
     recipe: Annotated[str, typer.Option(help="Name in `ajepa-train recipes`.")] = "small",
     steps: Annotated[int | None, typer.Option(min=1, help="Steps. [default: the recipe's]")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Clips per step. [default: the recipe's]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Weights, order, crops, masks. [default: 0]")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Weights, order, crops, masks. [default: 0]")
+    ] = None,
     device: Device = "auto",
     loader: Annotated[
         Literal["dali", "plain"], typer.Option(help="The plain one gives the same batches, slower.")
@@ -59,8 +61,8 @@ def pretrain(
 ) -> None:
     """Pre-train an encoder on every split of its stores but eval.
 
-    The same command again carries on from the last checkpoint, exactly. Ctrl-C
-    or SIGTERM write one and end with status 75.
+    The same command again carries on from the last checkpoint, exactly. Ctrl-C,
+    SIGTERM or SIGUSR1 write one and end with status 75.
 
     Example: ajepa-train pretrain --store as20k.zarr --recipe small --run runs/a
     """

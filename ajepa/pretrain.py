@@ -23,7 +23,7 @@ from ajepa.recipes import Pretrain, to_json
 from ajepa.run import Checkpoint, Json, Run
 from ajepa.training_set import TrainingSet
 from pipeline.dali import open_loader
-from pipeline.errors import Interrupted, RunError
+from pipeline.errors import STOP_SIGNALS, Interrupted, RunError
 from pipeline.loader import Batch, View
 from pipeline.store import FeatureStore
 
@@ -53,7 +53,7 @@ def pretrain(
     A run that is there is carried on with, exactly: on a CPU and with equal versions, weights and metrics are
     bit for bit those of a run that was never interrupted. `steps` and `batch` (clips per step) replace the
     recipe's. With `on_broken="skip"` another clip of its step stands in for one that cannot be read; `skipped`
-    in the metrics counts them, since the line before. SIGINT and SIGTERM end the step at hand, write a
+    in the metrics counts them, since the line before. SIGINT, SIGTERM and SIGUSR1 end the step at hand, write a
     checkpoint and raise Interrupted. Nothing is written before store, recipe and device fit: RunError or
     StoreError says what does not.
     """
@@ -228,12 +228,12 @@ def refuse_bad_step(told: Json, scored: float, step: int, batch: Batch) -> None:
 
 @contextmanager
 def asked_to_stop() -> Iterator[threading.Event]:
-    """An event that SIGINT or SIGTERM sets; a second signal acts at once. Only in the main thread."""
+    """An event that STOP_SIGNALS set; a second signal acts at once. Only in the main thread."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def ask(number: int, frame: FrameType | None) -> None:
         stop.set()

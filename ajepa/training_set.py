@@ -41,10 +41,11 @@ class TrainingSet:
             raise RunError(
                 f"{weights} store weights for {stores} stores; give one for each of two or more, or none"
             )
-        if not all(math.isfinite(weight) and weight > 0 for weight in self.weights):
+        if not all(weight > 0 for weight in self.weights) or not math.isfinite(sum(self.weights)):
             told = ", ".join(f"{weight:g}" for weight in self.weights)
             raise RunError(
-                f"store weights {told}: expected numbers above 0; leave out a store that is not wanted"
+                f"store weights {told}: expected numbers above 0 with a finite sum; "
+                "leave out a store that is not wanted"
             )
         if self.shuffle not in ("full", "block"):
             raise RunError(f"shuffle must be full or block, got {self.shuffle!r}")
@@ -69,19 +70,13 @@ class TrainingSet:
         """Which clips come when; raises InputError where there are too few."""
         rows_N = store.good_rows(train_splits(store))
         sampling: Sampling = FULL_SHUFFLE
-        if isinstance(store, JoinedStore):
-            self._refuse_empty(store, rows_N)
-            if self.weights:
-                weights_N = store.row_weights(rows_N, self.weights)
-                sampling = Weighted(weights_N=weights_N, clips_per_epoch=len(rows_N))
+        refuse_empty(store, rows_N)
+        if isinstance(store, JoinedStore) and self.weights:
+            weights_N = store.row_weights(rows_N, self.weights)
+            sampling = Weighted(weights_N=weights_N, clips_per_epoch=len(rows_N))
         if self.shuffle == "block":
             sampling = BlockShuffle(blocks_N=store.shards_of(rows_N), window_blocks=self.window)
         return Order(rows_N=rows_N, clips=recipe.clips_per_step, seed=recipe.seed, sampling=sampling)
-
-    def _refuse_empty(self, store: JoinedStore, rows_N: np.ndarray) -> None:
-        for part, rows in zip(store.stores, store.rows_of_each(rows_N), strict=True):
-            if not rows:
-                raise RunError(f"{part.place}: has no good clip to train on; leave it out")
 
     def identity(self, store: AnyStore) -> Json:
         """What a run was trained on: it is compared on resume, and says how to normalise ever after."""
@@ -113,8 +108,13 @@ class TrainingSet:
 
 def _excluded(store: AnyStore) -> list[str | None]:
     """Of each store the digest of what exclude lists leave out; None where they leave out nothing."""
-    stores = store.stores if isinstance(store, JoinedStore) else (store,)
-    return [part.excluded.digest for part in stores if isinstance(part, FeatureStore)]
+    return [part.excluded.digest for part in _parts(store)]
+
+
+def _parts(store: AnyStore) -> list[FeatureStore]:
+    """The stores that this one is of."""
+    parts = store.stores if isinstance(store, JoinedStore) else (store,)
+    return [part for part in parts if isinstance(part, FeatureStore)]
 
 
 def open_store(store: Path | str | FeatureStore, recipe: Pretrain) -> FeatureStore:
@@ -126,6 +126,15 @@ def open_store(store: Path | str | FeatureStore, recipe: Pretrain) -> FeatureSto
         told = f"holds mel spec {held}, recipe {recipe.name} needs {asked}"
         raise RunError(f"{store.place}: {told}; build a store with --spec {wanted.name}")
     return store
+
+
+def refuse_empty(store: AnyStore, rows_N: np.ndarray) -> None:
+    """RunError naming a store of which nothing is among the rows to train on."""
+    rows_of_each = store.rows_of_each(rows_N) if isinstance(store, JoinedStore) else [len(rows_N)]
+    for part, rows in zip(_parts(store), rows_of_each, strict=True):
+        if not rows:
+            told = f"has no good clip to train on (split {EVAL_SPLIT} is kept to measure on)"
+            raise RunError(f"{part.place}: {told}; leave it out, or see: ajepa-data report")
 
 
 def train_splits(store: AnyStore) -> list[str]:

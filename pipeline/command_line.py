@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from pipeline.errors import InputError, Interrupted
+from pipeline.errors import STOP_SIGNALS, InputError, Interrupted
 from pipeline.files import FULL
 
 RUN_AGAIN = 75  # EX_TEMPFAIL: interrupted with nothing lost; the same command carries on
@@ -35,7 +35,7 @@ CacheGb = Annotated[float, typer.Option(min=0.001, help="Most that --cache may t
 
 def run_app(app: typer.Typer) -> NoReturn:
     """Run a command line: our own errors become one line and exit status 1, an interruption one and status 75."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # USR1: a batch system's warning
+    for number in STOP_SIGNALS:
         signal.signal(number, _interrupt)
     try:
         app()

@@ -1,6 +1,9 @@
 """InputError: what a user can act on, and its few kinds."""
 
+import signal
 from pathlib import Path
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last: a batch system's warning
 
 
 class InputError(Exception):
@@ -59,4 +62,4 @@ class RunError(InputError):
 
 
 class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM: stop as soon as nothing is lost. Not an error, and nobody's to swallow."""
+    """One of STOP_SIGNALS: stop as soon as nothing is lost. Not an error, and nobody's to swallow."""

@@ -1,7 +1,6 @@
 """Joined: several stores read as one; AnyStore: what loaders and trainers ask of one store or of several."""
 
 import hashlib
-import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Protocol
@@ -12,7 +11,7 @@ import polars as pl
 from pipeline.errors import BrokenClip, StoreError
 from pipeline.melspec import MelSpec
 from pipeline.ontology import ClassList
-from pipeline.store import FeatureStore
+from pipeline.store import FeatureStore, pooled
 
 
 class AnyStore(Protocol):
@@ -89,14 +88,9 @@ class JoinedStore:
         return tuple(name for name in self.stores[0].label_sets if name in shared)
 
     def mean_and_std(self, splits: Sequence[str]) -> tuple[float, float]:
-        """Of log-mel over the valid frames of good clips of some splits, all stores pooled; StoreError: none."""
+        """Of log-mel over the valid frames of good clips of some splits, all stores pooled; StoreError as of one."""
         parts = [store.stats[split] for store in self.stores for split in splits if split in store.stats]
-        frames = sum(part["frames"] for part in parts)
-        if not frames:
-            raise StoreError(f"{self._paths}: no good clip in {', '.join(splits)}; see: ajepa-data report")
-        mean = sum(part["frames"] * part["mean"] for part in parts) / frames
-        square = sum(part["frames"] * (part["std"] ** 2 + part["mean"] ** 2) for part in parts) / frames
-        return mean, math.sqrt(square - mean**2)
+        return pooled(parts, self._paths, splits)
 
     def good_rows(self, splits: Sequence[str] | None = None) -> np.ndarray:
         """Ascending rows (int64) whose clips are there, of the splits of that name in any store, or of all.

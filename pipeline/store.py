@@ -19,7 +19,7 @@ NAME.zarr/              a Zarr v3 group: any Zarr v3 library opens it
 import json
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
@@ -133,14 +133,9 @@ class FeatureStore:
         return json.loads((self.path / "stats.json").read_text())
 
     def mean_and_std(self, splits: Sequence[str]) -> tuple[float, float]:
-        """Of log-mel over the valid frames of good clips of some splits; StoreError where they have none."""
+        """Of log-mel over the valid frames of good clips of some splits; StoreError: none, or all one value."""
         parts = [self.stats[split] for split in splits if split in self.stats]
-        frames = sum(part["frames"] for part in parts)
-        if not frames:
-            raise StoreError(f"{self.place}: no good clip in {', '.join(splits)}; see: ajepa-data report")
-        mean = sum(part["frames"] * part["mean"] for part in parts) / frames
-        square = sum(part["frames"] * (part["std"] ** 2 + part["mean"] ** 2) for part in parts) / frames
-        return mean, math.sqrt(square - mean**2)
+        return pooled(parts, self.place, splits)
 
     def good_rows(self, splits: Sequence[str] | None = None) -> np.ndarray:
         """Ascending rows (int64) of good, not excluded clips of the given splits or all; StoreError on unknown ones."""
@@ -250,3 +245,17 @@ class FeatureStore:
                 locate, self.header.layout, io=self._io, check=self._check, checked=self._checked
             )
         return self._local.reader
+
+
+def pooled(parts: Sequence[Mapping[str, Any]], place: str, splits: Sequence[str]) -> tuple[float, float]:
+    """Mean and std of all frames of parts of `stats`; StoreError where there are none, or nothing to divide by."""
+    frames = sum(part["frames"] for part in parts)
+    if not frames:
+        raise StoreError(f"{place}: no good clip in {', '.join(splits)}; see: ajepa-data report")
+    mean = sum(part["frames"] * part["mean"] for part in parts) / frames
+    square = sum(part["frames"] * (part["std"] ** 2 + part["mean"] ** 2) for part in parts) / frames
+    variance = square - mean**2  # to the last bit as ever: a run compares it when it is carried on
+    if variance <= 1e-9 * square:  # what rounding leaves of none
+        told = f"every value of the good clips in {', '.join(splits)} is {mean:g}, nothing to learn from"
+        raise StoreError(f"{place}: {told}; build it from sounds that are not silent")
+    return mean, math.sqrt(variance)

@@ -149,6 +149,18 @@ def test_a_split_that_no_store_has_is_refused(joined):
         joined.mean_and_std(["nothing"])
 
 
+def test_a_store_of_silence_cannot_be_normalised(store, other):
+    """There is nothing to divide by, rounding apart; alone or joined it is one line, and no ValueError."""
+    flat = {"frames": 3, "mean": -15.9424, "std": 0.0}
+    silent = [FeatureStore(one.path, one.header, one.manifest, one.store_id) for one in (store, other)]
+    for one in silent:
+        one.stats = {"a_train": flat, "eval": flat}
+    told = r"every value of the good clips in a_train, eval is -15\.9424, nothing to learn from; build it"
+    for place, one in (("tiny", silent[0]), ("other.zarr", JoinedStore(silent))):
+        with pytest.raises(StoreError, match=rf"{place}.*: {told}"):
+            one.mean_and_std(["a_train", "eval"])
+
+
 def test_a_split_of_one_store_only_is_that_stores_rows(store, corpus, tmp_path):
     """AudioSet has `unbalanced_train`, one's own sounds have `train`."""
     segments = tmp_path / "mine_segments.csv"

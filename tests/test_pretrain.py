@@ -82,7 +82,7 @@ def test_thirty_steps_are_fifteen_then_kill_9_then_fifteen_bit_for_bit(store_pat
     assert_same(quietly(store_path, tmp_path / "run", loader="plain"), whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_ends_the_step_writes_a_checkpoint_and_the_same_command_carries_on(
     store_path, tmp_path, whole, monkeypatch, number
 ):

@@ -18,6 +18,7 @@ from ajepa.masking import Masks
 from ajepa.patches import PatchGrid
 from ajepa.report import overlay, running_mean
 from ajepa.run import Run
+from pipeline.errors import STOP_SIGNALS
 
 PROGRAM = [sys.executable, "-c", "from ajepa.cli import main; main()"]
 COMMANDS = sorted(typer.main.get_command(cli.app).commands)
@@ -26,8 +27,8 @@ NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has
 
 @pytest.fixture(autouse=True)
 def own_signals():
-    """main() takes SIGINT and SIGTERM; pytest wants them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """main() takes these; pytest wants them back."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -125,6 +126,12 @@ def test_a_terminated_run_exits_with_status_75_and_carries_on(store_path, tmp_pa
     assert "Traceback" not in said
     stopped = Run.open(tmp_path / "run")
     assert stopped.step == stopped.metrics()[-1]["step"] > 0
+
+
+def test_a_seed_below_0_is_refused(store_path, tmp_path, monkeypatch, capsys):
+    """NumPy has no stream of that name, and would say so in a traceback."""
+    assert run(*wish(store_path, tmp_path / "run", "--seed", -1), monkeypatch=monkeypatch) == 2
+    assert "Invalid value for '--seed': Input should be greater than or equal to 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])

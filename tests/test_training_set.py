@@ -103,6 +103,7 @@ def test_blocks_are_the_shards_of_each_store(store_path, other_store_path):
         ),
         ({"weights": (1.0, 0.0)}, "store weights 1, 0: expected numbers above 0"),
         ({"weights": (1.0, float("inf"))}, "store weights 1, inf: expected numbers above 0"),
+        ({"weights": (1e308, 1e308)}, "expected numbers above 0 with a finite sum"),
         ({"weights": (1.0, 2.0), "shuffle": "block"}, "choose one"),
         ({"shuffle": "blocks"}, "shuffle must be full or block, got 'blocks'"),
         ({"window_blocks": 8}, "window 8 is of no use to a full shuffle; add --shuffle block"),
@@ -119,5 +120,7 @@ def test_a_store_without_a_clip_to_train_on_is_refused(store_path, corpus, tmp_p
     measured = audioset([corpus / "audio"], [corpus / "eval_segments.csv"])
     build_store(measured, Output(path=tmp_path / "eval.zarr", spec=mel_spec("a-jepa")), Build(workers=0))
     trained_on = TrainingSet(stores=(store_path, tmp_path / "eval.zarr"), weights=(1.0, 1.0))
-    with pytest.raises(RunError, match=r"eval\.zarr: has no good clip to train on; leave it out"):
+    with pytest.raises(RunError, match=r"eval\.zarr: has no good clip to train on \(split eval is kept"):
         order_of(trained_on)
+    with pytest.raises(RunError, match=r"eval\.zarr: has no good clip .* see: ajepa-data report"):
+        order_of(TrainingSet(stores=(tmp_path / "eval.zarr",)))
