@@ -1,8 +1,10 @@
 """What both command lines share: their arguments for stores, and how a run of them ends."""
 
 import os
+import resource
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -37,6 +39,11 @@ def run_app(app: typer.Typer) -> NoReturn:
     """Run a command line: our own errors become one line and exit status 1, an interruption one and status 75."""
     for number in STOP_SIGNALS:
         signal.signal(number, _interrupt)
+    with suppress(
+        OSError, ValueError
+    ):  # stores of many shards hold 256 files each; most systems begin with 1,024
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
         app()
     except InputError as error:

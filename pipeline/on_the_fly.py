@@ -1,5 +1,6 @@
 """On the fly: the rows of a store, recomputed from their sounds whenever they are read."""
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +11,17 @@ import polars as pl
 
 from pipeline.audio import AudioPolicy, load
 from pipeline.build import Output, plan_store
+from pipeline.corpus import Corpus
 from pipeline.datasets.catalogue import corpus_of
 from pipeline.errors import AudioError, BrokenClip, InputError, StoreError
 from pipeline.header import Header
 from pipeline.locators import Sources
 from pipeline.shardmaker import spectrogram
 from pipeline.store import FeatureStore
-from pipeline.upkeep import check_same, told_of_build
+from pipeline.upkeep import told_of_build
 
-LOOSE = AudioPolicy(
-    accept_truncated=True, keep_silent=True
-)  # what is good in the store was judged when it was built
+# What is good in the store was judged when it was built.
+LOOSE = AudioPolicy(accept_truncated=True, keep_silent=True, max_seconds=math.inf)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -43,9 +44,7 @@ class SoundReader:
 
         Raises StoreError where it does not say so, or the lists are no longer those of the store.
         """
-        corpus = corpus_of(told_of_build(path)["asked"])
-        output = Output(path=path, spec=header.spec, dtype=header.layout.dtype)
-        check_same(path, header, plan_store(corpus, output))
+        corpus = corpus_as_built(path, header)
         return cls(
             header=header, sources=corpus.sources, plan=corpus.plan, n_frames_N=n_frames_N, threads=threads
         )
@@ -78,6 +77,15 @@ class SoundReader:
         seconds = min(end - begin, self.header.spec.clip_seconds)
         audio = load(locator, start_seconds=begin, end_seconds=begin + seconds, policy=LOOSE)
         return spectrogram(audio, self.header)
+
+
+def corpus_as_built(path: Path, header: Header) -> Corpus:
+    """What a store was built from, found again; StoreError: build.json does not tell, or it tells other clips now."""
+    corpus = corpus_of(told_of_build(path)["asked"])
+    if plan_store(corpus, Output(path=path, spec=header.spec, dtype=header.layout.dtype)) != header:
+        told = "was planned from other clips, lists or classes than are there now"
+        raise StoreError(f"{path}: {told}; put back what {path / 'build.json'} says it was built from")
+    return corpus
 
 
 def on_the_fly(store: FeatureStore, *, threads: int = 2) -> FeatureStore:

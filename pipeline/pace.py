@@ -37,6 +37,7 @@ class Stage:
     name: str
     clips_per_s: float
     advice: str
+    always: bool = True  # False: only where a view asks for it, as fine-tuning does and pre-training does not
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +50,8 @@ class Pace:
 
     @property
     def bottleneck(self) -> Stage:
-        return min(self.stages, key=lambda stage: stage.clips_per_s)
+        """The slowest of what is always done."""
+        return min((stage for stage in self.stages if stage.always), key=lambda stage: stage.clips_per_s)
 
     def table(self) -> str:
         """A line for each stage and loader, then the bottleneck and what to do about it."""
@@ -59,6 +61,9 @@ class Pace:
         for name, speed in rows:
             lines.append(f"{name:36}{speed:9,.0f}{speed * self.clip_bytes / 1e6:8,.0f}")
         slowest = self.bottleneck
+        for stage in self.stages:
+            if stage.clips_per_s < slowest.clips_per_s:
+                lines.append(f"where a view asks for it, slower: {stage.name}; {stage.advice}")
         return "\n".join([*lines, f"slowest: {slowest.name}; if the trainer waits, {slowest.advice}"])
 
 
@@ -71,6 +76,7 @@ def pace_of(
 ) -> Pace:
     """Time every stage with batches of `batch` whole clips, each by itself, and whole batches; half a minute.
 
+    Whole batches are those of pre-training: normalised, without masks and mixup.
     The disk is timed from end to end of shards that the system was asked to forget (one that lies in memory stays
     there); all else works in memory. Checksums are a stage of their own if `store` was opened with check="never".
     StoreError: fewer good clips than a batch, or a store that is not on a disk here.
@@ -152,7 +158,8 @@ def in_memory(
     stages = []
     for name, work, advice in works:
         say(name)
-        stages.append(Stage(name=name, clips_per_s=order.clips / seconds_of(work), advice=advice))
+        speed = order.clips / seconds_of(work)
+        stages.append(Stage(name=name, clips_per_s=speed, advice=advice, always=work is not augment))
     return stages
 
 

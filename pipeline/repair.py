@@ -10,20 +10,20 @@ import numpy as np
 import polars as pl
 
 from pipeline.audio import AudioPolicy
-from pipeline.build import Build, Output, Progress, build_stores, plan_store
+from pipeline.build import Build, Output, Progress, build_stores
 from pipeline.corpus import Corpus
-from pipeline.datasets.catalogue import corpus_of
 from pipeline.errors import StoreError
 from pipeline.files import locked
 from pipeline.header import Header
 from pipeline.labels import OntologyGone, ontology_of, propagate_labels
 from pipeline.ledger import ledger_path, read_commit
 from pipeline.manifest import MANIFEST_SCHEMA, RESULT_SCHEMA, failure
+from pipeline.on_the_fly import corpus_as_built
 from pipeline.shardmaker import write_shard
 from pipeline.shards import CRC_BYTES, shard_path
 from pipeline.store import FeatureStore
 from pipeline.tables import read_table
-from pipeline.upkeep import check_same, told_of_build
+from pipeline.upkeep import told_of_build
 from pipeline.verify import Fault
 
 
@@ -38,9 +38,8 @@ def repair(
     with all else mended, where a label set's own ontology is gone.
     """
     header, told = Header.read(store), told_of_build(store)
-    corpus = corpus_of(told["asked"])
+    corpus = corpus_as_built(store, header)
     output = Output(path=store, spec=header.spec, dtype=header.layout.dtype)
-    check_same(store, header, plan_store(corpus, output))
     shards = sorted({fault.shard for fault in faults if fault.shard is not None})
     policies: dict[AudioPolicy, list[int]] = {AudioPolicy(**told["policy"]): []}
     was_good = [row for shard in shards for row in _good(store, header, shard)]

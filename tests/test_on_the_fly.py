@@ -15,11 +15,14 @@ from damage import flip
 
 from pipeline import cli
 from pipeline.audio import AudioPolicy
+from pipeline.build import Build, Output, build_store
 from pipeline.dali import DaliLoader
+from pipeline.datasets.folder import folder
 from pipeline.errors import BrokenClip, InputError, StoreError
 from pipeline.labels import propagate_labels
 from pipeline.loader import PlainLoader, View
 from pipeline.locators import Locator
+from pipeline.melspec import mel_spec
 from pipeline.on_the_fly import on_the_fly
 from pipeline.order import Order
 from pipeline.parity import TOLERANCE_NAT, compared
@@ -112,13 +115,26 @@ def test_a_server_that_does_not_answer_breaks_no_clip(own, monkeypatch):
     assert not isinstance(gone.value, BrokenClip)
 
 
+def test_a_sound_that_the_build_was_told_to_take_is_taken(tmp_path):
+    """13 hours, more than is taken by default: --max-seconds was the build's to decide."""
+    (tmp_path / "sounds").mkdir()
+    hour = np.tile(np.random.default_rng(0).uniform(-0.1, 0.1, 10_000), 360)
+    soundfile.write(tmp_path / "sounds" / "day.wav", np.tile(hour, 13), 1_000, subtype="PCM_U8")
+    output = Output(path=tmp_path / "day.zarr", spec=mel_spec("a-jepa"))
+    policy = AudioPolicy(max_seconds=86_400)
+    build_store(folder(tmp_path / "sounds"), output, Build(policy=policy, workers=0))
+    store = FeatureStore.open(output.path)
+    assert len(store.good_rows()) == 1
+    np.testing.assert_array_equal(on_the_fly(store).read(np.array([0])), store.read(np.array([0])))
+
+
 def test_lists_that_have_changed_are_refused(own):
     """Row 7 would be another clip."""
     told = json.loads((own / "float16.zarr" / "build.json").read_text())
     told["asked"]["segments"].pop()
     (own / "float16.zarr" / "build.json").write_text(json.dumps(told))
     store = FeatureStore.open(own / "float16.zarr")
-    with pytest.raises(StoreError, match="planned from other clips"):
+    with pytest.raises(StoreError, match=r"planned from other clips, .*; put back what .*build.json says"):
         on_the_fly(store)
     (own / "float16.zarr" / "build.json").unlink()
     with pytest.raises(StoreError, match="does not say what the store was built from"):

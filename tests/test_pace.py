@@ -42,6 +42,19 @@ def test_the_slowest_stage_is_named_with_what_helps():
     assert table.splitlines()[1].split() == ["disk", "50", "50"]
 
 
+def test_what_no_view_may_ask_for_is_not_the_bottleneck():
+    """Pre-training masks and mixes no spectrogram: who was sent to change that would change nothing."""
+    stages = (
+        Stage(name="disk", clips_per_s=50.0, advice="move it"),
+        Stage(name="masks", clips_per_s=20.0, advice="mask less", always=False),
+    )
+    lines = Pace(stages=stages, batches={"dali": 40.0}, clip_bytes=1_000_000).table().splitlines()
+    assert lines[-2:] == [
+        "where a view asks for it, slower: masks; mask less",
+        "slowest: disk; if the trainer waits, move it",
+    ]
+
+
 def test_a_batch_larger_than_the_store_is_refused(store):
     """Rather than timed on the same clips again and again."""
     with pytest.raises(StoreError, match=r"good clips do not fill a batch of 100000; lower --batch"):
