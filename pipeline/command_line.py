@@ -13,6 +13,7 @@ import typer
 from pipeline.errors import STOP_SIGNALS, InputError, Interrupted
 from pipeline.files import FULL
 
+OPEN_FILES = 65_536  # asked for at most
 RUN_AGAIN = 75  # EX_TEMPFAIL: interrupted with nothing lost; the same command carries on
 
 
@@ -39,11 +40,7 @@ def run_app(app: typer.Typer) -> NoReturn:
     """Run a command line: our own errors become one line and exit status 1, an interruption one and status 75."""
     for number in STOP_SIGNALS:
         signal.signal(number, _interrupt)
-    with suppress(
-        OSError, ValueError
-    ):  # stores of many shards hold 256 files each; most systems begin with 1,024
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    raise_open_files()
     try:
         app()
     except InputError as error:
@@ -60,6 +57,13 @@ def run_app(app: typer.Typer) -> NoReturn:
     except Interrupted:
         _fail("interrupted; nothing is lost: the same command carries on", RUN_AGAIN)
     raise SystemExit(0)
+
+
+def raise_open_files() -> None:
+    """Let this process open more files: each store read from holds 256 shards, and most systems begin with 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # macOS has lower limits than it tells
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, OPEN_FILES)), hard))
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:

@@ -1,5 +1,6 @@
 """ajepa-data as a newcomer meets it: what it prints, and what it says of mistakes."""
 
+import resource
 import shutil
 import signal
 import subprocess
@@ -92,6 +93,18 @@ def test_an_interrupted_build_says_that_it_carries_on(corpus, tmp_path, number):
     assert process.returncode == command_line.RUN_AGAIN
     assert "the same command carries on" in error
     assert "Traceback" not in error
+
+
+def test_a_command_may_open_as_many_files_as_the_system_lets_it():
+    """Four stores of 256 open shards each end at the 1,024 that a login begins with, in the middle of training."""
+    told = (
+        "import resource as r, typer; from pipeline.command_line import run_app; app = typer.Typer();"
+        "hard = r.getrlimit(r.RLIMIT_NOFILE)[1]; r.setrlimit(r.RLIMIT_NOFILE, (min(hard, 1_024), hard));"
+        "app.command()(lambda: print(r.getrlimit(r.RLIMIT_NOFILE)[0])); run_app(app)"
+    )
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    assert int(done.stdout) == min(hard, command_line.OPEN_FILES)
 
 
 @pytest.mark.parametrize("name", sorted(typer.main.get_command(cli.app).commands))
