@@ -141,7 +141,7 @@ def test_every_class_outside_the_527_has_its_name():
 
 
 def test_fsd50ks_labels_hold_their_ancestors_but_for_links_that_it_cuts():
-    """In these 23 of its sets the paper's rule adds what four links of the ontology imply; FSD50K does not follow them."""
+    """In these 23 sets the rule adds what four links of the ontology imply; FSD50K does not follow them."""
     adds_CC = relation_CC(classes=FSD50K)
     index_of = {fact["name"]: fact["index"] for fact in facts("fsd50k.json")}
     rows = [[index_of[name] for name in line.split()] for line in FSD50K_SETS.strip().splitlines()]
