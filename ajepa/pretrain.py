@@ -132,9 +132,10 @@ class Trainer:
         """One update, from `step` to `step + 1`; what there is to log. RunError instead of a bad update."""
         recipe, model = self.recipe, self.model
         rng = np.random.default_rng([recipe.seed, step, 0])  # 0: the rank
-        masks = recipe.masks.maker(step, rng).sample(rng, recipe.model.encoder.grid, batch=len(batch.rows_B))
+        count = len(batch.rows_B) * recipe.mask_sets
+        masks = recipe.masks.maker(step, rng).sample(rng, recipe.model.encoder.grid, batch=count)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            output = model(batch.mel_BTF, *on_device(masks, self.device), batch.n_frames_B.cpu())
+            output = model(batch.mel_BTF, *on_device(masks, self.device), batch.n_frames_B.cpu(), rng)
         output.loss.backward()
         gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
         told = {

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal
 
-from ajepa.curriculum import Curriculum, Fixed, MaskPlan
+from ajepa.curriculum import Curriculum, Fixed, MaskPlan, a_jepa_curriculum
 from ajepa.jepa import JepaSpec
-from ajepa.masking import BlockSize, RandomBlocks, RandomPatches, TimeFrequencyAware
+from ajepa.masking import BlockSize, RandomBlocks, RandomPatches, TimeFrequencyAware, TimeSpans
 from ajepa.patches import PatchGrid
 from ajepa.schedules import ema_momentum, warmup_cosine
 from ajepa.vit import A_JEPA_PREDICTOR, EncoderSpec, PredictorSpec, encoder_spec
@@ -69,6 +69,7 @@ class Pretrain:
     schedule: Schedule
     steps: int
     clips_per_step: int
+    mask_sets: int = 1  # of each clip, for one pass of the teacher
     optimiser: AdamW = AdamW()
     crop: Literal["random", "start"] = "random"
     seed: int = 0
@@ -80,6 +81,7 @@ class Pretrain:
         counts = (
             self.steps,
             self.clips_per_step,
+            self.mask_sets,
             self.log_every,
             self.checkpoint_every,
             self.keep_checkpoints,
@@ -102,11 +104,6 @@ class Pretrain:
         masks = replace(self.masks, steps=steps) if isinstance(self.masks, Curriculum) else self.masks
         seed = self.seed if seed is None else seed
         return replace(self, steps=steps, clips_per_step=clips, masks=masks, seed=seed)
-
-
-def a_jepa_curriculum(steps: int) -> Curriculum:
-    """Random blocks that give way to time-frequency aware masks (arXiv 2311.15830)."""
-    return Curriculum(earlier=RandomBlocks(), later=TimeFrequencyAware(), steps=steps)
 
 
 def smoke() -> Pretrain:
@@ -242,7 +239,7 @@ PIECES: dict[str, type] = {
     piece.__name__: piece
     for piece in (
         *(Pretrain, AdamW, Schedule, JepaSpec, EncoderSpec, PredictorSpec, PatchGrid),
-        *(Curriculum, Fixed, RandomPatches, RandomBlocks, TimeFrequencyAware, BlockSize),
+        *(Curriculum, Fixed, RandomPatches, RandomBlocks, TimeFrequencyAware, TimeSpans, BlockSize),
     )
 }
 

@@ -77,6 +77,8 @@ LADDER = [
     "ajepa.masking",
     "ajepa.schedules",
     "ajepa.curriculum",
+    "ajepa.attention",
+    "ajepa.blocks",
     "ajepa.vit",
     "ajepa.jepa",
     "ajepa.metrics",
