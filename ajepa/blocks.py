@@ -81,6 +81,9 @@ class Stack:
 class Block(nn.Module):
     """A pre-norm transformer block: attention, then an MLP four times as wide."""
 
+    attention_scale_D: Tensor | None
+    mlp_scale_D: Tensor | None
+
     def __init__(self, width: int, heads: int, layer_scale: float = 0.0) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width, eps=NORM_EPSILON)

@@ -149,7 +149,16 @@ class Jepa(nn.Module):
         told = _score(prediction_NGQD.float(), feature_NGQD.float(), scored_NGQ, self.spec.loss)
         if self.predictor.clip_head is None:
             return told
-        clip_loss = self._clip_loss(context_NKD, context_NK, feature_BPD, valid_BP)
+        if valid_BP is None:
+            valid_BP = torch.ones(feature_BPD.shape[:2], dtype=torch.bool, device=mel_BTF.device)
+        seen_NK = pick(valid_BP, context_NK)
+        guess_ND = self.predictor.clip_head(mean_over(context_NKD.float(), seen_NK))
+        clip_ND = normalise(mean_over(feature_BPD.float(), valid_BP)).repeat_interleave(
+            rows // len(mel_BTF), 0
+        )
+        heard_N = seen_NK.any(dim=1)
+        clip_loss_N = token_loss(guess_ND.float(), clip_ND, self.spec.loss) * heard_N
+        clip_loss = clip_loss_N.sum() / heard_N.sum().clamp(min=1)
         return replace(told, loss=told.loss + self.spec.clip_weight * clip_loss, clip_loss=clip_loss.detach())
 
     def validity(self, n_frames_B: Tensor, device: torch.device) -> Tensor | None:
@@ -178,20 +187,6 @@ class Jepa(nn.Module):
             raise ValueError("drop path draws from the generator of the step: give `rng`")
         keeps = [stack.draw_keep(rng, count) for stack, count in zip(stacks, rows, strict=True)]
         return [None if keep is None else keep.to(device) for keep in keeps]
-
-    def _clip_loss(
-        self, context_NKD: Tensor, context_NK: Tensor, feature_BPD: Tensor, valid_BP: Tensor | None
-    ) -> Tensor:
-        if valid_BP is None:
-            valid_BP = torch.ones(feature_BPD.shape[:2], dtype=torch.bool, device=feature_BPD.device)
-        seen_NK = pick(valid_BP, context_NK)
-        guess_ND = self.predictor.clip_head(mean_over(context_NKD.float(), seen_NK))
-        target_ND = normalise(mean_over(feature_BPD.float(), valid_BP)).repeat_interleave(
-            len(context_NK) // len(feature_BPD), dim=0
-        )
-        heard_N = seen_NK.any(dim=1)
-        loss_N = token_loss(guess_ND.float(), target_ND, self.spec.loss)
-        return (loss_N * heard_N).sum() / heard_N.sum().clamp(min=1)
 
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:

@@ -27,7 +27,7 @@ class EncoderSpec:
     drop_path: float = 0.0
 
     def __post_init__(self) -> None:
-        _stack(self)
+        stack_of(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,10 +42,11 @@ class PredictorSpec:
     drop_path: float = 0.0
 
     def __post_init__(self) -> None:
-        _stack(self)
+        stack_of(self)
 
 
-def _stack(spec: EncoderSpec | PredictorSpec) -> Stack:
+def stack_of(spec: EncoderSpec | PredictorSpec) -> Stack:
+    """The blocks that a spec asks for; ValueError where they cannot be."""
     return Stack(
         width=spec.width,
         depth=spec.depth,
@@ -76,7 +77,7 @@ class Encoder(nn.Module):
 
     def __init__(self, spec: EncoderSpec, *, seed: int = 0) -> None:
         super().__init__()
-        self.spec, self.stack, self.recompute = spec, _stack(spec), False
+        self.spec, self.stack, self.recompute = spec, stack_of(spec), False
         self.embed = nn.Linear(spec.grid.patch_values, spec.width)
         self.register_buffer("positions_PD", self.stack.added(spec.grid), persistent=False)
         self.register_buffer("turns_2PE", self.stack.turns(spec.grid), persistent=False)
@@ -137,7 +138,7 @@ class Predictor(nn.Module):
         clip_head: bool = False,
     ) -> None:
         super().__init__()
-        self.spec, self.stack, self.recompute = spec, _stack(spec), False
+        self.spec, self.stack, self.recompute = spec, stack_of(spec), False
         self.embed = nn.Linear(encoder_width, spec.width)
         self.mask_token_D = nn.Parameter(torch.zeros(spec.width))
         self.register_buffer("positions_PD", self.stack.added(grid), persistent=False)
