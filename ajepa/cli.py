@@ -16,6 +16,11 @@ app = typer.Typer(
 
 StorePath = Annotated[Path, typer.Option(help="Feature store, NAME.zarr.", show_default=False)]
 RunPath = Annotated[Path, typer.Option(help="Run folder made by pretrain.", show_default=False)]
+RecipeName = Annotated[str, typer.Option(help="Name in `ajepa-train recipes`.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A field of the recipe, schedule.peak_lr=1e-4; repeats."),
+]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is one.")]
 
 
@@ -23,7 +28,8 @@ Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda
 def pretrain(
     store: StorePath,
     run: Annotated[Path, typer.Option(help="Run folder to make or carry on.", show_default=False)],
-    recipe: Annotated[str, typer.Option(help="Name in `ajepa-train recipes`.")] = "small",
+    recipe: RecipeName = "small",
+    settings: Settings = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps. [default: the recipe's]")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Clips per step. [default: the recipe's]")] = None,
     seed: Annotated[int | None, typer.Option(help="Weights, order, crops, masks. [default: 0]")] = None,
@@ -31,6 +37,13 @@ def pretrain(
     loader: Annotated[
         Literal["dali", "plain"], typer.Option(help="The plain one gives the same batches, slower.")
     ] = "dali",
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Less memory, about a third slower, same results.")
+    ] = False,
+    compiled: Annotated[
+        bool,
+        typer.Option("--compile", help="torch.compile: minutes to start, then faster; last bits differ."),
+    ] = False,
 ) -> None:
     """Pre-train an encoder on every split of a store but eval.
 
@@ -40,10 +53,20 @@ def pretrain(
     Example: ajepa-train pretrain --store as20k.zarr --recipe small --run runs/a
     """
     from ajepa import pretrain as stage
-    from ajepa import recipes
+    from ajepa.overrides import overridden
+    from ajepa.recipes import recipe as named
 
-    chosen = recipes.recipe(recipe).resized(steps=steps, clips_per_step=batch, seed=seed)
-    done = stage.pretrain(store, chosen, run, device=device, loader=loader, progress=True)
+    chosen = overridden(named(recipe), settings or []).resized(steps=steps, clips_per_step=batch, seed=seed)
+    done = stage.pretrain(
+        store,
+        chosen,
+        run,
+        device=device,
+        loader=loader,
+        recompute=recompute,
+        compiled=compiled,
+        progress=True,
+    )
     print(f"{run}: done, {done.step} steps. Next: ajepa-train evaluate --store {store} --run {run}")
 
 
@@ -75,6 +98,29 @@ def recipes() -> None:
     from ajepa.recipes import listing
 
     print(listing())
+
+
+@app.command()
+def masks(
+    png: Annotated[Path, typer.Option(help="Picture to write.", show_default=False)],
+    recipe: RecipeName = "small",
+    settings: Settings = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Take a clip of this store. [default: a formula's sound]")
+    ] = None,
+) -> None:
+    """Draw what a recipe hides: masks over a clip, from its first step to its last.
+
+    `--set masks=NAME` takes another plan: curriculum, inverse, blocks,
+    time-frequency, patches or spans.
+
+    Example: ajepa-train masks --recipe a-jepa --png masks.png
+    """
+    from ajepa.mask_picture import draw_masks
+    from ajepa.overrides import overridden
+    from ajepa.recipes import recipe as named
+
+    print(draw_masks(overridden(named(recipe), settings or []), png, store))
 
 
 @app.command()

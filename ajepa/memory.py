@@ -32,8 +32,8 @@ class Memory:
 
     def __str__(self) -> str:
         parts = ("weights", "gradients", "moments", "activations")
-        told = ", ".join(f"{name} {getattr(self, name) / GB:.2g}" for name in parts)
-        return f"{self.total / GB:.2g} GB ({told})"
+        told = ", ".join(f"{name} {getattr(self, name) / GB:.2f}" for name in parts)
+        return f"{self.total / GB:.2f} GB ({told})"
 
 
 def estimate(recipe: Pretrain, *, bf16: bool, written_out: bool = False, recompute: bool = False) -> Memory:
@@ -155,7 +155,7 @@ def refuse_too_large(recipe: Pretrain, device: torch.device, *, bf16: bool, reco
         return
     told = f"recipe {recipe.name} needs about {needed} for {recipe.clips_per_step} clips a step"
     raise RunError(
-        f"{told}, {device.type} has {free / GB:.2g} GB free; {advice(recipe, needed, free, recompute)}"
+        f"{told}, {device.type} has {free / GB:.2f} GB free; {advice(recipe, needed, free, recompute)}"
     )
 
 

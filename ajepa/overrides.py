@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ajepa.curriculum import PLANS, mask_plan
+from ajepa.curriculum import mask_plan
 from ajepa.recipes import PIECES, Pretrain, to_json
 from pipeline.errors import RunError
 
@@ -50,7 +50,7 @@ def _set(told: dict[str, Any], key: str, value: str) -> None:
         known = [field for field in piece if field != "type"]
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            owner = f"{here}, a {piece['type']}," if here else "a recipe"
+            owner = f"{here} ({piece['type']})" if here else "a recipe"
             raise RunError(
                 f"--set {key}: {owner} has no field {name!r}; did you mean {nearest!r}? "
                 f"There are: {', '.join(known)}"
@@ -82,8 +82,3 @@ def _made(told: Any) -> Any:
     if not isinstance(told, dict):
         return told
     return PIECES[told["type"]](**{name: _made(value) for name, value in told.items() if name != "type"})
-
-
-def settable_masks() -> str:
-    """The names that `--set masks=NAME` takes, for the command line's help."""
-    return ", ".join(PLANS)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ajepa.devices import pick_device, precision
 from ajepa.jepa import Jepa
 from ajepa.masking import Masks
+from ajepa.memory import refuse_too_large
 from ajepa.recipes import Pretrain, to_json
 from ajepa.run import Checkpoint, Json, Run
 from pipeline.dali import open_loader
@@ -46,6 +47,8 @@ def pretrain(
     batch: int | None = None,
     device: str = "auto",
     loader: Literal["dali", "plain"] = "dali",
+    recompute: bool = False,
+    compiled: bool = False,
     progress: bool = False,
     say: Callable[[str], None] = to_stderr,
 ) -> Run:
@@ -53,8 +56,9 @@ def pretrain(
 
     A run that is there is carried on with, exactly: on a CPU and with equal versions, weights and metrics are
     bit for bit those of a run that was never interrupted. `steps` and `batch` (clips per step) replace the
-    recipe's. SIGINT and SIGTERM end the step at hand, write a checkpoint and raise Interrupted. Nothing is
-    written before store, recipe and device fit: RunError or StoreError says what does not.
+    recipe's; `recompute` and `compiled` are `Jepa`'s. SIGINT and SIGTERM end the step at hand, write a
+    checkpoint and raise Interrupted. Nothing is written before store, recipe, device and memory fit: RunError
+    or StoreError says what does not.
     """
     recipe = recipe.resized(steps=steps, clips_per_step=batch)
     on = pick_device(device)
@@ -62,13 +66,14 @@ def pretrain(
     order = Order(rows_N=store.good_rows(train_splits(store)), clips=recipe.clips_per_step, seed=recipe.seed)
     view = view_of(store, recipe)
     with open_loader(store, order, view, kind=loader, device=on) as batches:
+        refuse_too_large(recipe, on, bf16=precision(on)[0], recompute=recompute)
         run = Run.start(run_path, recipe=to_json(recipe), identity=identity_of(store))
         with run.locked():
             run.rewind()
             if run.finished:
                 say(f"{run.path}: already at its last step, {run.step}")
                 return run
-            trainer = Trainer(recipe, on)
+            trainer = Trainer(recipe, on, recompute=recompute, compiled=compiled)
             if run.step:
                 trainer.restore(run.load())
             say(
@@ -122,9 +127,15 @@ def postfix(line: Json) -> str:
 class Trainer:
     """Model and optimiser of one recipe on one device: what a step changes, and what a checkpoint holds."""
 
-    def __init__(self, recipe: Pretrain, device: torch.device) -> None:
+    def __init__(
+        self, recipe: Pretrain, device: torch.device, *, recompute: bool = False, compiled: bool = False
+    ) -> None:
         self.recipe, self.device = recipe, device
         self.model = Jepa(recipe.model, seed=recipe.seed).to(device)
+        if recompute:
+            self.model.recompute()
+        if compiled:
+            self.model.compiled()
         self.optimiser = adamw(self.model, recipe)
         self.bf16, self.precision = precision(device)
 

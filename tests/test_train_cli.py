@@ -14,9 +14,10 @@ from matplotlib.image import imread
 from tiny import tiny
 
 from ajepa import cli, recipes
+from ajepa.mask_picture import overlay
 from ajepa.masking import Masks
 from ajepa.patches import PatchGrid
-from ajepa.report import overlay, running_mean
+from ajepa.report import running_mean
 from ajepa.run import Run
 
 PROGRAM = [sys.executable, "-c", "from ajepa.cli import main; main()"]
