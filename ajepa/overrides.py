@@ -59,7 +59,9 @@ def _set(told: dict[str, Any], key: str, value: str) -> None:
             piece = piece[name]
     if isinstance(piece[last], dict):
         fields = ", ".join(f"{key}.{field}" for field in piece[last] if field != "type")
-        raise RunError(f"--set {key}: is a {piece[last]['type']}; set one of its fields: {fields}")
+        raise RunError(
+            f"--set {key}: has fields of its own ({piece[last]['type']}); set one of them: {fields}"
+        )
     piece[last] = _typed(key, value, get_type_hints(PIECES[piece["type"]])[last])
 
 

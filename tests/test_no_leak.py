@@ -119,7 +119,25 @@ def test_nothing_hidden_reaches_the_context_through_generated_code():
         context_NK, hidden_BTF = context_and_hidden(maker)
         with torch.no_grad():
             clean, changed = (encoder(mel_BTF, context_NK) for mel_BTF in clean_and_changed(hidden_BTF))
+            torch.testing.assert_close(clean, encoder_of("rope")(mel(0), context_NK), atol=1e-4, rtol=1e-4)
         assert torch.equal(clean, changed)
+
+
+@compiled
+def test_one_compilation_serves_every_block_and_every_number_of_tokens():
+    """Counts change from step to step: compiled for each, a run would do little else."""
+    torch._dynamo.reset()
+    compilations, encoder = [], encoder_of("sincos")
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return graph.forward
+
+    for block in encoder.blocks:
+        block.compile(dynamic=True, backend=backend)
+    for count in range(CLIPS + 1, GRID.tokens):  # as many tokens as clips would be compiled by themselves
+        encoder(mel(0), torch.arange(count).expand(CLIPS, -1))
+    assert len(compilations) == 1
 
 
 @each_maker
