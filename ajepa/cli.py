@@ -38,11 +38,11 @@ def pretrain(
         Literal["dali", "plain"], typer.Option(help="The plain one gives the same batches, slower.")
     ] = "dali",
     recompute: Annotated[
-        bool, typer.Option("--recompute", help="Less memory, about a third slower, same results.")
+        bool, typer.Option("--recompute", help="Less memory, up to a third slower, same results.")
     ] = False,
     compiled: Annotated[
         bool,
-        typer.Option("--compile", help="torch.compile: minutes to start, then faster; last bits differ."),
+        typer.Option("--compile", help="torch.compile: a minute or two to start; last bits differ."),
     ] = False,
 ) -> None:
     """Pre-train an encoder on every split of a store but eval.

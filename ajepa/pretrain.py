@@ -157,6 +157,8 @@ class Trainer:
             "cosine": output.cosine.item(),
             "explained": output.explained.item(),
         }
+        if recipe.model.clip_weight:
+            told["clip_loss"] = output.clip_loss.item()
         refuse_bad_step(told, output.scored.item(), step, batch)
         lr, momentum = recipe.schedule.lr(step, recipe.steps), recipe.schedule.momentum(step, recipe.steps)
         for group in self.optimiser.param_groups:

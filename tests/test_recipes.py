@@ -140,3 +140,18 @@ def test_several_mask_sets_are_drawn_for_every_clip(monkeypatch):
     assert 0.5 < told["loss"] < 2
     with pytest.raises(ValueError, match="must be at least 1"):
         tiny(mask_sets=0)
+
+
+def test_the_loss_of_the_whole_clip_is_logged_where_there_is_one():
+    """A second objective that nobody sees could be all of the loss."""
+    model = replace(tiny().model, clip_weight=0.5)
+    batch = Batch(
+        mel_BTF=torch.randn(4, 64, 128),
+        n_frames_B=torch.full((4,), 64),
+        rows_B=np.arange(4),
+        labels_BC=None,
+        weights_B=torch.ones(4),
+    )
+    told = [Trainer(tiny(model=made), torch.device("cpu")).step(0, batch) for made in (model, tiny().model)]
+    assert 0 < told[0]["clip_loss"] < told[0]["loss"]
+    assert "clip_loss" not in told[1]
