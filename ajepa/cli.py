@@ -5,7 +5,8 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from pipeline.cli import run_app
+from pipeline.command_line import Cache, CacheGb, run_app
+from pipeline.files import CACHE_GB
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -14,7 +15,10 @@ app = typer.Typer(
     help="A feature store in, a pre-trained and measured audio encoder out.",
 )
 
-StorePath = Annotated[Path, typer.Option(help="Feature store, NAME.zarr.", show_default=False)]
+StorePlace = Annotated[str, typer.Option(help="Feature store, NAME.zarr or s3://...", show_default=False)]
+StorePlaces = Annotated[
+    list[str], typer.Option(help="Feature store, NAME.zarr or s3://...; repeats.", show_default=False)
+]
 RunPath = Annotated[Path, typer.Option(help="Run folder made by pretrain.", show_default=False)]
 RecipeName = Annotated[str, typer.Option(help="Name in `ajepa-train recipes`.")]
 Settings = Annotated[
@@ -26,7 +30,7 @@ Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda
 
 @app.command()
 def pretrain(
-    store: StorePath,
+    store: StorePlaces,
     run: Annotated[Path, typer.Option(help="Run folder to make or carry on.", show_default=False)],
     recipe: RecipeName = "small",
     settings: Settings = None,
@@ -44,8 +48,29 @@ def pretrain(
         bool,
         typer.Option("--compile", help="torch.compile: a minute or two to start; last bits differ."),
     ] = False,
+    on_broken: Annotated[
+        Literal["raise", "skip"], typer.Option(help="skip: another clip of the step stands in.")
+    ] = "raise",
+    store_weight: Annotated[
+        list[float] | None,
+        typer.Option(help="One for each --store: its share of the clips. [default: its clips' share]"),
+    ] = None,
+    shuffle: Annotated[
+        Literal["full", "block"], typer.Option(help="block: for stores much larger than memory.")
+    ] = "full",
+    window: Annotated[int | None, typer.Option(min=1, help="Shards mixed at a time. [default: 64]")] = None,
+    io: Annotated[
+        Literal["pread", "mmap", "direct"],
+        typer.Option(help="How shards are read; direct: past the page cache."),
+    ] = "pread",
+    check: Annotated[
+        Literal["first-epoch", "always", "never"],
+        typer.Option(help="When a clip's checksum is compared; first-epoch: when it is first read."),
+    ] = "first-epoch",
+    cache: Cache = None,
+    cache_gb: CacheGb = CACHE_GB,
 ) -> None:
-    """Pre-train an encoder on every split of a store but eval.
+    """Pre-train an encoder on every split of its stores but eval.
 
     The same command again carries on from the last checkpoint, exactly. Ctrl-C
     or SIGTERM write one and end with status 75.
@@ -55,27 +80,39 @@ def pretrain(
     from ajepa import pretrain as stage
     from ajepa.overrides import overridden
     from ajepa.recipes import recipe as named
+    from ajepa.training_set import TrainingSet
+    from pipeline.store import FeatureStore
 
     chosen = overridden(named(recipe), settings or []).resized(steps=steps, clips_per_step=batch, seed=seed)
+    trained_on = TrainingSet(
+        stores=tuple(FeatureStore.open(s, io=io, check=check, cache=cache, cache_gb=cache_gb) for s in store),
+        weights=tuple(store_weight or ()),
+        shuffle=shuffle,
+        window_blocks=window,
+    )
     done = stage.pretrain(
-        store,
+        trained_on,
         chosen,
         run,
         device=device,
         loader=loader,
         recompute=recompute,
         compiled=compiled,
+        on_broken=on_broken,
         progress=True,
     )
-    print(f"{run}: done, {done.step} steps. Next: ajepa-train evaluate --store {store} --run {run}")
+    there = f"{store[0]} --cache {cache}" if cache else store[0]
+    print(f"{run}: done, {done.step} steps. Next: ajepa-train evaluate --store {there} --run {run}")
 
 
 @app.command()
 def evaluate(
-    store: StorePath,
+    store: StorePlace,
     run: RunPath,
     train_clips: Annotated[int, typer.Option(min=1, help="Most clips to train probes on.")] = 20_000,
     device: Device = "auto",
+    cache: Cache = None,
+    cache_gb: CacheGb = CACHE_GB,
 ) -> None:
     """Probe a run's frozen encoder: mAP on the eval split, raw and propagated.
 
@@ -85,8 +122,10 @@ def evaluate(
     Example: ajepa-train evaluate --store as20k.zarr --run runs/a
     """
     from ajepa import evaluate as stage
+    from pipeline.store import FeatureStore
 
-    print(stage.evaluate(store, run, device=device, train_clips=train_clips, progress=True).table())
+    opened = FeatureStore.open(store, cache=cache, cache_gb=cache_gb)
+    print(stage.evaluate(opened, run, device=device, train_clips=train_clips, progress=True).table())
 
 
 @app.command()
@@ -106,7 +145,7 @@ def masks(
     recipe: RecipeName = "small",
     settings: Settings = None,
     store: Annotated[
-        Path | None, typer.Option(help="Take a clip of this store. [default: a formula's sound]")
+        str | None, typer.Option(help="Take a clip of this store. [default: a formula's sound]")
     ] = None,
 ) -> None:
     """Draw what a recipe hides: masks over a clip, from its first step to its last.
@@ -125,17 +164,20 @@ def masks(
 
 @app.command()
 def report(
-    store: StorePath,
+    store: StorePlace,
     run: RunPath,
     out: Annotated[Path, typer.Option(help="Folder for the PNG files.", show_default=False)],
+    cache: Cache = None,
+    cache_gb: CacheGb = CACHE_GB,
 ) -> None:
     """Draw a run: its curves, its masks over a clip, its probes.
 
     Example: ajepa-train report --store as20k.zarr --run runs/a --out report
     """
     from ajepa import report as seen
+    from pipeline.store import FeatureStore
 
-    for picture in seen.report(store, run, out):
+    for picture in seen.report(FeatureStore.open(store, cache=cache, cache_gb=cache_gb), run, out):
         print(picture)
 
 

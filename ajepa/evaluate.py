@@ -15,10 +15,10 @@ from ajepa.devices import pick_device
 from ajepa.jepa import Jepa
 from ajepa.metrics import MeanAveragePrecision, mean_average_precision
 from ajepa.patches import valid_tokens
-from ajepa.pretrain import EVAL_SPLIT, open_store, train_splits
 from ajepa.probes import L2_GRID, NEIGHBOURS, chosen_l2, knn_NC, linear_NC, standardised
 from ajepa.recipes import Pretrain, from_json
 from ajepa.run import Checkpoint, Run
+from ajepa.training_set import EVAL_SPLIT, open_store, train_splits
 from ajepa.vit import Encoder
 from pipeline.errors import RunError
 from pipeline.files import replacing
@@ -96,7 +96,7 @@ class Evaluation:
 
 
 def evaluate(
-    store_path: Path,
+    store: Path | str | FeatureStore,
     run_path: Path,
     *,
     device: str = "auto",
@@ -110,7 +110,7 @@ def evaluate(
     """
     run = Run.open(run_path)
     recipe = from_json(run.recipe)
-    store = open_store(store_path, recipe)
+    store = open_store(store, recipe)
     train_N, eval_N = probe_rows(store, recipe.seed, train_clips)
     checkpoint, on = run.load("target"), pick_device(device)
     views = Views(store=store, frames=recipe.view_frames, mean=run.identity["mean"], std=run.identity["std"])
@@ -127,6 +127,7 @@ def evaluate(
         "store_id": store.store_id,
         "train_clips": len(train_N),
         "eval_clips": len(eval_N),
+        **({} if store.excluded.digest is None else {"excluded": store.excluded.digest}),
         **PROTOCOL,
     }
     evaluation = Evaluation(protocol=protocol, scores=tuple(scores))
@@ -140,7 +141,7 @@ def probe_rows(store: FeatureStore, seed: int, train_clips: int) -> tuple[np.nda
     train_N = store.good_rows(train_splits(store))
     eval_N = store.good_rows([EVAL_SPLIT])
     if not len(eval_N):
-        raise RunError(f"{store.path}: split {EVAL_SPLIT} has no good clip to measure on")
+        raise RunError(f"{store.place}: split {EVAL_SPLIT} has no good clip to measure on")
     drawn_N = np.random.default_rng([seed, 0]).permutation(train_N)[:train_clips]
     return np.sort(drawn_N), eval_N
 

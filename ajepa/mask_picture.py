@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from ajepa.curriculum import Curriculum
 from ajepa.masking import Masks
 from ajepa.patches import PatchGrid
-from ajepa.pretrain import open_store, train_splits
 from ajepa.recipes import Pretrain
+from ajepa.training_set import open_store, train_splits
 from pipeline.datasets.demo_sounds import RATE_HZ, siren, static
 from pipeline.errors import RunError
 from pipeline.mel import log_mel
@@ -27,17 +27,17 @@ POINTS = (0.0, 0.05, 0.25, 0.5, 1.0)  # of the run; a plan that never changes is
 CLIPS = 32  # of a batch, whose masks are equally large: what is shown is what a step would use
 
 
-def draw_masks(recipe: Pretrain, png: Path, store_path: Path | None = None) -> Path:
+def draw_masks(recipe: Pretrain, png: Path, store: Path | str | None = None) -> Path:
     """Draw the masks of a recipe over a clip of the store, or without one over a formula's sound."""
     if png.suffix.lower() != ".png":
         raise RunError(f"--png {png}: expected a file name that ends in .png")
-    if store_path is None:
+    if store is None:
         spec = mel_spec(recipe.mel)
         figure = mask_figure(formula_view(spec, recipe), recipe, spec)
     else:
-        store = open_store(store_path, recipe)
-        mean, std = store.mean_and_std(train_splits(store))
-        figure = mask_figure(stored_view(store, recipe, mean, std), recipe, store.spec)
+        opened = open_store(store, recipe)
+        mean, std = opened.mean_and_std(train_splits(opened))
+        figure = mask_figure(stored_view(opened, recipe, mean, std), recipe, opened.spec)
     png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(png, dpi=120)
     return png

@@ -22,14 +22,12 @@ from ajepa.masking import Masks
 from ajepa.memory import refuse_too_large
 from ajepa.recipes import Pretrain, to_json
 from ajepa.run import Checkpoint, Json, Run
+from ajepa.training_set import TrainingSet
 from pipeline.dali import open_loader
 from pipeline.errors import Interrupted, RunError
 from pipeline.loader import Batch, View
-from pipeline.melspec import mel_spec
-from pipeline.order import Order
 from pipeline.store import FeatureStore
 
-EVAL_SPLIT = "eval"  # never trained on
 MODELS = ("encoder", "target", "predictor")
 
 
@@ -39,7 +37,7 @@ def to_stderr(line: str) -> None:
 
 
 def pretrain(
-    store_path: Path,
+    trained_on: Path | str | FeatureStore | TrainingSet,
     recipe: Pretrain,
     run_path: Path,
     *,
@@ -49,25 +47,28 @@ def pretrain(
     loader: Literal["dali", "plain"] = "dali",
     recompute: bool = False,
     compiled: bool = False,
+    on_broken: Literal["raise", "skip"] = "raise",
     progress: bool = False,
     say: Callable[[str], None] = to_stderr,
 ) -> Run:
-    """Train `recipe` on every split of the store but `eval`, in the folder `run_path`; the finished run.
+    """Train `recipe` on every split of a store, or of a training set's, but `eval`; the finished run at `run_path`.
 
     A run that is there is carried on with, exactly: on a CPU and with equal versions, weights and metrics are
     bit for bit those of a run that was never interrupted. `steps` and `batch` (clips per step) replace the
-    recipe's; `recompute` and `compiled` are `Jepa`'s. SIGINT and SIGTERM end the step at hand, write a
-    checkpoint and raise Interrupted. Nothing is written before store, recipe, device and memory fit: RunError
-    or StoreError says what does not.
+    recipe's; `recompute` and `compiled` are `Jepa`'s. With `on_broken="skip"` another clip of its step stands in
+    for one that cannot be read; `skipped` in the metrics counts them, since the line before. SIGINT and SIGTERM
+    end the step at hand, write a checkpoint and raise Interrupted. Nothing is written before store, recipe,
+    device and memory fit: RunError or StoreError says what does not.
     """
     recipe = recipe.resized(steps=steps, clips_per_step=batch)
     on = pick_device(device)
-    store = open_store(store_path, recipe)
-    order = Order(rows_N=store.good_rows(train_splits(store)), clips=recipe.clips_per_step, seed=recipe.seed)
-    view = view_of(store, recipe)
-    with open_loader(store, order, view, kind=loader, device=on) as batches:
+    asked = trained_on if isinstance(trained_on, TrainingSet) else TrainingSet(stores=(trained_on,))
+    store = asked.opened(recipe)
+    order, identity = asked.order(store, recipe), asked.identity(store)
+    view = view_of(identity, recipe)
+    with open_loader(store, order, view, kind=loader, device=on, on_broken=on_broken, say=say) as batches:
         refuse_too_large(recipe, on, bf16=precision(on)[0], recompute=recompute)
-        run = Run.start(run_path, recipe=to_json(recipe), identity=identity_of(store))
+        run = Run.start(run_path, recipe=to_json(recipe), identity=identity)
         with run.locked():
             run.rewind()
             if run.finished:
@@ -76,6 +77,8 @@ def pretrain(
             trainer = Trainer(recipe, on, recompute=recompute, compiled=compiled)
             if run.step:
                 trainer.restore(run.load())
+            for line in asked.told(store, order):
+                say(line)
             say(
                 f"{run.path}: step {run.step} of {recipe.steps}, {len(order.rows_N)} clips, {trainer.precision}"
             )
@@ -98,6 +101,7 @@ def train(
                 batch = next(batches)
             line = trainer.step(step, batch)
             clock.clips += len(batch.rows_B)
+            clock.skipped += batch.skipped
             done, last = step + 1, step + 1 == recipe.steps
             if done % recipe.log_every == 0 or last:
                 line = {"step": done, **line, **clock.read()}
@@ -188,10 +192,15 @@ class Trainer:
         return {f"{index}.{key}": value for index, moments in state.items() for key, value in moments.items()}
 
 
-def view_of(store: FeatureStore, recipe: Pretrain) -> View:
-    """How the recipe looks at the store's clips; `identity_of` keeps the mean and deviation with the run."""
-    mean, std = store.mean_and_std(train_splits(store))
-    return View(frames=recipe.view_frames, crop=recipe.crop, mean=mean, std=std, seed=recipe.seed)
+def view_of(identity: Json, recipe: Pretrain) -> View:
+    """How the recipe looks at clips, normalised as the run will remember."""
+    return View(
+        frames=recipe.view_frames,
+        crop=recipe.crop,
+        mean=identity["mean"],
+        std=identity["std"],
+        seed=recipe.seed,
+    )
 
 
 def adamw(model: Jepa, recipe: Pretrain) -> torch.optim.AdamW:
@@ -230,28 +239,6 @@ def refuse_bad_step(told: Json, scored: float, step: int, batch: Batch) -> None:
     raise RunError(f"step {step + 1}: {', '.join(bad)}; stopped before the update; {cause}")
 
 
-def open_store(path: Path, recipe: Pretrain) -> FeatureStore:
-    """The store at `path`; RunError where it does not hold the features that the recipe was made for."""
-    store, wanted = FeatureStore.open(path), mel_spec(recipe.mel)
-    if store.spec_id != wanted.spec_id:
-        held, asked = (f"{s.name} ({s.frames} x {s.mel_bands}, {s.spec_id})" for s in (store.spec, wanted))
-        told = f"holds mel spec {held}, recipe {recipe.name} needs {asked}"
-        raise RunError(f"{path}: {told}; build a store with --spec {wanted.name}")
-    return store
-
-
-def train_splits(store: FeatureStore) -> list[str]:
-    """Every split but the one that is kept to measure on."""
-    return sorted(set(store.manifest["split"].unique()) - {EVAL_SPLIT})
-
-
-def identity_of(store: FeatureStore) -> Json:
-    """What a run was trained on: it is compared on resume, and says how to normalise ever after."""
-    mean, std = store.mean_and_std(train_splits(store))
-    told = {"store_id": store.store_id, "spec_id": store.spec_id, "mel": store.spec.to_json()}
-    return {**told, "mean": mean, "std": std}
-
-
 @contextmanager
 def asked_to_stop() -> Iterator[threading.Event]:
     """An event that SIGINT or SIGTERM sets; a second signal acts at once. Only in the main thread."""
@@ -275,13 +262,13 @@ def asked_to_stop() -> Iterator[threading.Event]:
 
 
 class Clock:
-    """Clips per second and the share of time spent waiting for data, since last read."""
+    """Clips per second, how many were skipped, and the share of time spent waiting for data, since last read."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        self.started, self.waited_seconds, self.clips = time.perf_counter(), 0.0, 0
+        self.started, self.waited_seconds, self.clips, self.skipped = time.perf_counter(), 0.0, 0, 0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -294,6 +281,7 @@ class Clock:
         told = {
             "clips_per_s": round(self.clips / seconds, 2),
             "data_wait": round(self.waited_seconds / seconds, 4),
+            "skipped": self.skipped,
         }
         self.reset()
         return told

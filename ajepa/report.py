@@ -10,20 +10,21 @@ from matplotlib.figure import Figure
 
 from ajepa.evaluate import EVALUATION, RANDOM, STATISTICS, TRAINED, Evaluation
 from ajepa.mask_picture import mask_figure, stored_view
-from ajepa.pretrain import open_store
 from ajepa.recipes import Pretrain, from_json
 from ajepa.run import Json, Run
+from ajepa.training_set import open_store
 from pipeline.errors import RunError
+from pipeline.store import FeatureStore
 
 matplotlib.use("Agg")
 COLOURS = {TRAINED: "#4361ee", RANDOM: "#9aa0b5", STATISTICS: "#f4a261"}
 
 
-def report(store_path: Path, run_path: Path, out: Path) -> list[Path]:
+def report(store: Path | str | FeatureStore, run_path: Path, out: Path) -> list[Path]:
     """Draw `curves.png`, `masks.png` and, once evaluated, `probes.png` into `out`; returns what was drawn."""
     run = Run.open(run_path)
     recipe = from_json(run.recipe)
-    store = open_store(store_path, recipe)
+    store = open_store(store, recipe)
     if not run.metrics():
         raise RunError(f"{run.path}: nothing is logged yet; let `ajepa-train pretrain` take some steps first")
     out.mkdir(parents=True, exist_ok=True)

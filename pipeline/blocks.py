@@ -9,10 +9,10 @@ import numpy as np
 
 from pipeline.corpus import Corpus
 from pipeline.files import Part
+from pipeline.header import Header
 from pipeline.ledger import read_commit
 from pipeline.shardmaker import BlockTask, Clip
 from pipeline.shards import Layout
-from pipeline.store import Header
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import torch
 
 from pipeline.audio import AudioPolicy
 from pipeline.blocks import Blocks, open_rows, tasks_of
@@ -22,13 +23,14 @@ from pipeline.engines import run_here
 from pipeline.errors import InputError, StoreError
 from pipeline.files import WHOLE, Part, gate, locked
 from pipeline.finalise import finalise
+from pipeline.header import Header
 from pipeline.labels import split_mids
 from pipeline.manifest import PLAN_SCHEMA, plan_id
 from pipeline.melspec import MelSpec
 from pipeline.mirror import Mirror
 from pipeline.shardmaker import BlockTask, ShardMaker
 from pipeline.shards import DTYPES, Layout, shard_clips_for
-from pipeline.store import Header, digest_of
+from pipeline.tables import digest_of
 from pipeline.upkeep import check_same, create_store, mark_open, mend, restore_header, sweep
 
 ENGINES = ("local", "ray")
@@ -213,5 +215,13 @@ def _told(corpus: Corpus, build: Build, *, tried: int, seconds: float) -> dict[s
         "other_start_examples": sources.other_start[:20],
         "clips_tried": tried,
         "seconds": round(seconds, 1),
-        "versions": {name: version(name) for name in VERSIONS} | {"python": platform.python_version()},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """What the values of a store depend on beside its spec and its sounds, and who wrote it."""
+    cpu = (
+        torch.backends.cpu.get_cpu_capability()
+    )  # which of its kernels PyTorch takes: they round differently
+    return {name: version(name) for name in VERSIONS} | {"python": platform.python_version(), "cpu": cpu}

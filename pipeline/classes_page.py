@@ -8,6 +8,7 @@ import polars as pl
 from pipeline.markup import Markup, joined, tag
 from pipeline.report import ClassCounts, Coverage
 from pipeline.store import FeatureStore
+from pipeline.vocabularies import named
 
 EVERY = "all splits"
 
@@ -43,7 +44,7 @@ def outside(labels: pl.DataFrame) -> Iterator[Markup]:
     """Labels that the class list does not know, where there are any."""
     odd = labels["outside"].explode().drop_nulls()
     if len(odd):
-        some = ", ".join(odd.unique().sort().head(5))
+        some = ", ".join(named(mid) for mid in odd.unique().sort().head(5))
         clips = (labels["outside"].list.len() > 0).sum()
         yield tag("p", f"Clips with labels outside the class list: {clips:,}; such as {some}.", class_="warn")
 

@@ -43,6 +43,17 @@ class StoreError(InputError):
     """A feature store is absent, damaged, of another kind than expected, or in use."""
 
 
+class BrokenClip(StoreError):
+    """A clip that a store should hold cannot be read as it was written; `row` is its row of the store."""
+
+    def __init__(self, row: int, text: str) -> None:
+        super().__init__(text)
+        self.row = row
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return BrokenClip, (self.row, str(self))  # it comes from other processes too
+
+
 class RunError(InputError):
     """A training run, its recipe or its device is not what was asked for."""
 

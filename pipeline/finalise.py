@@ -10,10 +10,11 @@ import numpy as np
 import polars as pl
 
 from pipeline.files import gate, replacing
+from pipeline.header import Header
 from pipeline.ledger import Commit, read_commit, store_id
 from pipeline.manifest import PLAN_SCHEMA
 from pipeline.mirror import Mirror
-from pipeline.store import Header, read_table, write_table
+from pipeline.tables import read_table, write_table
 
 
 def finalise(

@@ -14,8 +14,8 @@ from pipeline.audio import load
 from pipeline.build import Build, Output, plan_store
 from pipeline.corpus import Corpus
 from pipeline.errors import AudioError
+from pipeline.header import Header
 from pipeline.shardmaker import spectrogram
-from pipeline.store import Header
 
 SAMPLE = 48  # clips timed
 UNMATCHED_SHOWN = 5

@@ -13,6 +13,7 @@ from pipeline.manifest import REASONS
 from pipeline.pictures import clip_picture
 from pipeline.shards import ABSENT, read_index, shard_path
 from pipeline.store import FeatureStore
+from pipeline.vocabularies import named
 
 PICTURED = 12  # rows that one picture can hold
 COMPARED = 1_000  # ids that are compared letter by letter with one that is not there
@@ -34,6 +35,10 @@ def summary(store: FeatureStore) -> str:
     ]
     per_split = zip(seen.splits, seen.good, seen.listed, strict=True)
     facts += [(f"  {split}", f"{good:,} of {listed:,}") for split, good, listed in per_split]
+    facts += [
+        ("excluded", f"{clips:,} clips by {name} (sha256 {sha256[:12]})")
+        for name, sha256, clips in store.excluded.lists()
+    ]
     facts += [("classes", f"{len(store.classes)}")]
     for name, source in sources.items():
         mean = labels[name].list.len().sum() / max(labels.height, 1)
@@ -48,7 +53,7 @@ def rows_of(store: FeatureStore, clip_id: str) -> list[int]:
         return rows
     near = nearest(store.manifest["clip_id"], clip_id)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "ids stand in its manifest.parquet"
-    raise StoreError(f"{store.path}: no clip {clip_id!r}; {hint}")
+    raise StoreError(f"{store.place}: no clip {clip_id!r}; {hint}")
 
 
 def nearest(ids: pl.Series, wanted: str) -> list[str]:
@@ -74,7 +79,7 @@ def rows_asked(store: FeatureStore, clip_id: str | None, row: int | None) -> lis
     if row not in rows:
         there = f"0 to {len(rows) - 1}" if clip_id is None else f"{', '.join(map(str, rows[:PICTURED]))}"
         whose = "" if clip_id is None else f" of clip {clip_id!r}"
-        raise StoreError(f"{store.path}: no row {row}{whose}; it has {there}")
+        raise StoreError(f"{store.place}: no row {row}{whose}; it has {there}")
     return [row]
 
 
@@ -102,6 +107,8 @@ def _facts(store: FeatureStore, labels: pl.DataFrame, row: int) -> Iterator[tupl
     else:
         yield "reason", f"{clip['reason']}: {REASONS.get(clip['reason'], 'not known to this version')}"
         yield "detail", clip["detail"] or "none"
+    if by := store.excluded.by(store.manifest[row]):
+        yield "excluded", f"by {', '.join(by)}"
     yield "stored", place_of(store, row)
     yield from _label_facts(store, labels, row)
 
@@ -119,14 +126,14 @@ def _label_facts(store: FeatureStore, labels: pl.DataFrame, row: int) -> Iterato
         words = [("" if index in raw else "+ ") + store.classes.names[index] for index in listed]
         yield f"labels {name}", "; ".join(words) or "none"
     if odd := labels["outside"][row].to_list():
-        yield "labels outside the class list", "; ".join(odd)
+        yield "labels outside the class list", "; ".join(map(named, odd))
 
 
 def place_of(store: FeatureStore, row: int) -> str:
     """The file and the bytes that hold a row's spectrogram; raises StoreError where its shard is damaged."""
     layout = store.header.layout
     shard, chunk = divmod(row, layout.shard_clips)
-    path = shard_path(store.path, shard)
+    path = store.shard_path(shard)
     where = f"shard {shard}, clip {chunk} of it"
     if not path.exists():
         return f"{where}: not there"
@@ -134,10 +141,10 @@ def place_of(store: FeatureStore, row: int) -> str:
         try:
             offset, size = read_index(file.fileno(), layout.shard_clips)[chunk].tolist()
         except ValueError as error:
-            raise StoreError(f"{path}: {error}; run: ajepa-data verify {store.path}") from None
+            raise StoreError(f"{path}: {error}; run: ajepa-data verify {store.place}") from None
     if offset == ABSENT:
         return f"{where}: not there"
-    return f"{where}: {size:,} bytes from {offset:,} on in {path.relative_to(store.path)}"
+    return f"{where}: {size:,} bytes from {offset:,} on in {shard_path(Path(), shard)}"
 
 
 def picture(store: FeatureStore, rows: Sequence[int], path: Path) -> None:
@@ -147,10 +154,10 @@ def picture(store: FeatureStore, rows: Sequence[int], path: Path) -> None:
     if not good:
         clip_id, _, reason = failed.row(0)
         raise StoreError(
-            f"{store.path}: no picture of clip {clip_id!r}, it is not good: {reason} ({REASONS.get(reason, '')})"
+            f"{store.place}: no picture of clip {clip_id!r}, it is not good: {reason} ({REASONS.get(reason, '')})"
         )
     if len(good) > PICTURED:
-        raise StoreError(f"{store.path}: {len(good)} rows are too many for a picture; choose one with --row")
+        raise StoreError(f"{store.place}: {len(good)} rows are too many for a picture; choose one with --row")
     clip_picture(store, good, path)
 
 

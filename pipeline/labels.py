@@ -4,7 +4,6 @@ import difflib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.errors import OntologyError, StoreError
+from pipeline.errors import InputError, OntologyError, StoreError
 from pipeline.files import locked, replacing
 from pipeline.ontology import ClassList, Ontology, load_ontology
 from pipeline.propagation import entries, lists, propagate, relation_CC, sorted_unique
@@ -29,40 +28,77 @@ def propagate_labels(
     splits: Sequence[str] | None = None,
     *,
     ontology: Ontology | None = None,
+    expect: ClassList | None = None,
 ) -> Propagation:
     """Add to a store, beside its raw labels, the label set that `rule` makes of them; again changes no byte.
 
     The set is named as its rule and replaces an older one of that name. It covers every row: in splits that
-    are not asked for it holds the raw labels. What changed is returned, and saved: `propagation-<rule>.json`.
-    Raises StoreError, and OntologyError for an unknown rule or a class that the ontology lacks.
+    are not asked for it holds the raw labels. What changed is returned, and saved: `propagation-<rule>.json`;
+    an ontology other than AudioSet's is kept in the store, so that `verify` can make the set again. `expect`: the
+    class list that the store should have. Raises StoreError, and OntologyError for an unknown rule or a class
+    that the ontology lacks.
     """
     store, ontology = Path(store_path), ontology or load_ontology()
     classes = _classes(store, ontology)
+    if expect is not None:
+        _check_classes(store, classes, expect)
     adds_CC = relation_CC(rule, ontology=ontology, classes=classes)
     known, split_N = _splits(store)
-    provenance = Provenance(
-        rule=rule,
-        ontology=ontology.digest,
-        pairs=int(adds_CC.sum()),
-        splits=_wanted(store, known, splits),
-        version=f"ajepa {version('ajepa')}",
-    )
+    by = Provenance.of(rule, ontology, classes, adds_CC, wanted(str(store), known, splits))
     tally = Tally(known, classes)
     with locked(store):
-        _add_label_set(store / "labels.parquet", provenance, adds_CC, split_N, tally)
-    changes = [tally.change(split, [split]) for split in known] + [tally.change("all", known)]
-    done = Propagation(provenance=provenance, changes=tuple(changes), gainers=tally.gainers())
-    with replacing(store / f"propagation-{rule}.json") as scratch:
-        scratch.write_text(json.dumps(asdict(done), indent=1) + "\n", encoding="utf-8")
+        if by.ontology != load_ontology().digest:
+            with replacing(_kept(store, by.ontology)) as scratch:
+                scratch.write_text(ontology.to_json(), encoding="utf-8")
+        _add_label_set(store / "labels.parquet", by, adds_CC, split_N, tally)
+    done = tally.done(by, ontology)
+    done.save(store / f"propagation-{rule}.json")
     return done
 
 
-def split_mids(mids: pl.Series, classes: ClassList) -> tuple[pl.Series, pl.Series]:
+class OntologyGone(StoreError):
+    """A label set was made with an ontology that is no longer there: it can be made again only by whoever has it."""
+
+
+def ontology_of(store: Path, rule: str, digest: str) -> Ontology:
+    """The ontology that a label set of a store was made with: AudioSet's or one kept there; OntologyGone."""
+    default = load_ontology()
+    if digest == default.digest:
+        return default
+    path = _kept(store, digest)
+    try:
+        kept = load_ontology(path)
+    except OntologyError:
+        kept = None
+    if kept is not None and kept.digest == digest:
+        return kept
+    raise OntologyGone(
+        f"{store}: label set {rule} is of ontology {digest}, which {path.name} does not hold; make it again with: "
+        f"ajepa-data propagate-labels {store} --rule {rule} --ontology FILE"
+    )
+
+
+def _kept(store: Path, digest: str) -> Path:
+    return store / f"ontology-{digest}.json"
+
+
+def _check_classes(store: Path, classes: ClassList, expect: ClassList) -> None:
+    if classes.mids != expect.mids:
+        pairs = zip(classes.mids, expect.mids, strict=False)
+        differ = (f"class {i} is {a}, given is {b}" for i, (a, b) in enumerate(pairs) if a != b)
+        raise StoreError(
+            f"{store}: its {len(classes)} classes are not the {len(expect)} given "
+            f"({next(differ, 'the first are the same')}); a store keeps the list it was built with: leave --classes out"
+        )
+
+
+def split_mids(mids: pl.Series, classes: ClassList, *, first_row: int = 0) -> tuple[pl.Series, pl.Series]:
     """Each row's class ids as `raw` (list<uint16>: indices into `classes`) and `outside` (ids not in it).
 
-    Both are sorted and unique; a row without any is an empty list. OntologyError: a null, with its row.
+    Both are sorted and unique; a row without any is an empty list. OntologyError: a null, with its row, the first
+    of which is number `first_row`.
     """
-    rows_N, ids = entries(mids)
+    rows_N, ids = entries(mids, first_row=first_row)
     index = pc.index_in(ids.cast(pa.large_string()), pa.array(classes.mids, pa.large_string()))
     known_N = index.is_valid().to_numpy(zero_copy_only=False)
     keys_N = sorted_unique(rows_N[known_N] * len(classes) + index.drop_null().to_numpy())
@@ -124,12 +160,13 @@ def _splits(store: Path) -> tuple[list[str], np.ndarray]:
     return column.dictionary.to_pylist(), column.indices.to_numpy()
 
 
-def _wanted(store: Path, known: Sequence[str], splits: Sequence[str] | None) -> tuple[str, ...]:
+def wanted(where: str, known: Sequence[str], splits: Sequence[str] | None) -> tuple[str, ...]:
+    """The splits asked for, all where none are; InputError for one that is not there."""
     for split in splits or ():
         if split not in known:
             nearest = difflib.get_close_matches(split, known, n=1, cutoff=0.0)[0]
-            raise StoreError(
-                f"{store}: no split {split!r}; did you mean {nearest!r}? It has: {', '.join(known)}"
+            raise InputError(
+                f"{where}: no split {split!r}; did you mean {nearest!r}? It has: {', '.join(known)}"
             )
     return tuple(known if splits is None else dict.fromkeys(splits))
 
@@ -145,12 +182,13 @@ def _add_label_set(
             first = 0
             for table in _row_groups(path, file):
                 raw, split_B = pl.Series(values=table["raw"]), split_N[first : first + len(table)]
-                wanted = pl.Series(np.isin(split_B, [tally.splits.index(split) for split in by.splits]))
+                asked_B = pl.Series(np.isin(split_B, [tally.splits.index(split) for split in by.splits]))
                 try:
-                    labels = propagate(raw, adds_CC).zip_with(wanted, raw)
+                    labels = propagate(raw, adds_CC, first_row=first).zip_with(asked_B, raw)
                 except OntologyError as error:
-                    raise StoreError(f"{path}: from row {first} on: {error}") from None
-                tally.add(split_B, raw, labels)
+                    raise StoreError(f"{path}: {error}") from None
+                outside = pl.Series(values=table["outside"]) if "outside" in table.column_names else None
+                tally.add(split_B, raw, labels, outside)
                 column = labels.to_arrow().cast(LABELS)
                 writer.write_table(_with(table, by.rule, column), row_group_size=max(len(table), 1))
                 first += len(table)

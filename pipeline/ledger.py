@@ -12,9 +12,10 @@ from torch import Tensor
 
 from pipeline.errors import StoreError
 from pipeline.files import fsync
+from pipeline.header import Header
 from pipeline.manifest import RESULT_SCHEMA
 from pipeline.shards import ShardWriter, shard_path
-from pipeline.store import Header, digest_of, read_table, write_table
+from pipeline.tables import digest_of, read_table, write_table
 
 NEXT = ".next"  # suffix of a record whose shard is about to be placed
 
@@ -135,8 +136,11 @@ def settle(store: Path, waiting: Path) -> None:
 def matches(store: Path, commit: Commit) -> bool:
     """Whether the shard on disk is the one that was committed, byte for byte."""
     path = shard_path(store, commit.shard)
-    if not commit.size_bytes:
-        return not path.exists()
+    return is_committed(path, commit) if commit.size_bytes else not path.exists()
+
+
+def is_committed(path: Path, commit: Commit) -> bool:
+    """Whether a file is the shard that was committed, byte for byte."""
     if not path.is_file() or path.stat().st_size != commit.size_bytes:
         return False
     with path.open("rb") as file:

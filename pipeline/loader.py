@@ -1,29 +1,42 @@
 """Batch, View, and the plain loader, which defines what a right batch is."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import RunError
+from pipeline.augment import Augment, Changes, changes_of, draws, mask, place
+from pipeline.errors import BrokenClip, RunError, StoreError
+from pipeline.joined import AnyStore
 from pipeline.order import Order
-from pipeline.store import FeatureStore
 
-CROP_STREAM = 0x63726F70  # keeps the crops' draws apart from others made from the same seed and step
+
+def to_stderr(line: str) -> None:
+    """Where a loader tells what it leaves out, unless it is given another place."""
+    print(line, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Batch:
     """What one rank trains on in one step; tensors lie on the loader's device."""
 
-    mel_BTF: Tensor  # float32, (log-mel - mean) / std; 0 past the valid frames
-    n_frames_B: Tensor  # int64, valid frames of each clip within mel_BTF
-    rows_B: np.ndarray  # int64, rows of the store
-    labels_BC: Tensor | None  # float32, 1 where a clip has a class
-    weights_B: Tensor  # float32
+    mel_BTF: Tensor  # float32, (log-mel - mean) / std, augmented; 0 past the valid frames
+    n_frames_B: (
+        Tensor  # int64, valid frames of each clip within mel_BTF; of a mixture, those of the longer clip
+    )
+    rows_B: (
+        np.ndarray
+    )  # int64, rows of the store; of a mixture, the row of the clip that was mixed with another
+    labels_BC: Tensor | None  # float32, 1 where a clip has a class; mixed as the mels are
+    weights_B: Tensor  # float32, of the rows
+    skipped: int = 0  # clips that could not be read; others of this batch stand in their places
+
+
+NO_CHANGES = Augment()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +44,8 @@ class View:
     """How stored clips are shown to a model: `frames` of each, as (log-mel - mean) / std.
 
     A clip with more valid frames is cut, from its start or from a place drawn anew each step; one with fewer
-    is followed by zeros, set after normalisation, which are not audio.
+    is followed by zeros, set after normalisation, which are not audio. Mixed with a longer one, it is silent
+    at the mean from its end on, as `augment.py` says with all else that may be changed.
     """
 
     frames: int
@@ -40,6 +54,7 @@ class View:
     crop: Literal["random", "start"] = "random"
     label_set: str | None = None
     seed: int = 0
+    augment: Augment = NO_CHANGES
 
     def __post_init__(self) -> None:
         if self.frames < 1 or not self.std > 0:
@@ -50,11 +65,13 @@ class View:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Cuts:
-    """The frames of one step on one rank: [start, start + n_frames) of each row are audio."""
+    """The frames of one step on one rank, [start, start + n_frames) of each row, and what is done to them."""
 
     rows_B: np.ndarray
     starts_B: np.ndarray
     n_frames_B: np.ndarray
+    changes: Changes
+    skipped: int
 
 
 class Loader(Protocol):
@@ -75,13 +92,18 @@ class Feed:
     Raises StoreError where the store lacks the label set.
     """
 
-    store: FeatureStore
+    store: AnyStore
     order: Order
     view: View
     device: torch.device
-    weights_N: np.ndarray | None  # one per row of the store; None: every clip weighs 1
+    weights_N: np.ndarray | None = None  # one per row of the store; None: every clip weighs 1
+    on_broken: Literal["raise", "skip"] = "raise"
+    say: Callable[[str], None] = to_stderr  # is told of each row that is skipped, once
+    broken: set[int] = field(default_factory=set)  # rows that turned out to be unreadable
 
     def __post_init__(self) -> None:
+        if self.on_broken not in ("raise", "skip"):
+            raise RunError(f"on_broken must be raise or skip, got {self.on_broken!r}")
         if self.view.label_set is not None:
             self.store.labels_BC(np.empty(0, np.int64), self.view.label_set)
 
@@ -91,38 +113,74 @@ class Feed:
         return min(self.view.frames, self.store.frames)
 
     @property
-    def centre_and_spread(self) -> tuple[np.float32, np.float32]:
-        """Mean and standard deviation in stored units: normalised = (stored - centre) / spread."""
-        view, store = self.view, self.store
-        return np.float32((view.mean - store.offset) / store.scale), np.float32(view.std / store.scale)
+    def spread(self) -> np.float32:
+        """The standard deviation in stored units: normalised = (stored - centre) / spread."""
+        return np.float32(self.view.std / self.store.scale)
+
+    @property
+    def centre(self) -> np.float32:
+        """The mean in stored units."""
+        return np.float32((self.view.mean - self.store.offset) / self.store.scale)
+
+    def centres_B(self, cuts: Cuts) -> np.ndarray:
+        """The centre of each clip: less by its gain, which so costs nothing and is not rounded twice."""
+        means_B = self.view.mean - cuts.changes.gains_B
+        return ((means_B - self.store.offset) / self.store.scale).astype(np.float32)
 
     def cuts(self, step: int) -> Cuts:
-        rows_B = self.order.rows(step)
+        """What is shown of a step, as far as is known which of its rows cannot be read."""
+        view, all_rows_B = self.view, self.order.rows(step)
+        rows_B, skipped = stand_ins(all_rows_B, self.broken)
         valid_B = self.store.n_frames_N[rows_B].astype(np.int64)
         starts_B = np.zeros_like(rows_B)
-        if self.view.crop == "random":
-            places_B = 1 + np.maximum(valid_B - self.view.frames, 0)
-            starts_B = (draws(self.view.seed, step, self.order) * places_B).astype(np.int64)
-        n_frames_B = np.minimum(valid_B - starts_B, self.view.frames)
-        return Cuts(rows_B=rows_B, starts_B=starts_B, n_frames_B=n_frames_B)
+        if view.crop == "random":
+            places_B = 1 + np.maximum(valid_B - view.frames, 0)
+            starts_B = (draws("crop", view.seed, step, self.order) * places_B).astype(np.int64)
+        n_frames_B = np.minimum(valid_B - starts_B, view.frames)
+        changes = changes_of(
+            view.augment, view.seed, step, self.order, n_frames_B=n_frames_B, bands=self.store.bands
+        )
+        return Cuts(rows_B=rows_B, starts_B=starts_B, n_frames_B=n_frames_B, changes=changes, skipped=skipped)
 
-    def read(self, cuts: Cuts, out: np.ndarray | None = None) -> np.ndarray:
-        """Stored values as `[B, self.frames, F]`, into `out` if given; raises StoreError."""
-        return self.store.read(cuts.rows_B, starts_B=cuts.starts_B, frames=self.frames, out=out)
+    def read(self, step: int, out: np.ndarray | None = None) -> tuple[Cuts, np.ndarray]:
+        """A step's cuts and their stored values as `[B, self.frames, F]`, into `out` if given.
+
+        Raises StoreError; with `on_broken="skip"`, of broken clips only where no clip of the step can be read.
+        """
+        while True:
+            cuts = self.cuts(step)
+            try:
+                return cuts, self.store.read(cuts.rows_B, starts_B=cuts.starts_B, frames=self.frames, out=out)
+            except BrokenClip as error:
+                if self.on_broken == "raise" or error.row not in cuts.rows_B:
+                    raise
+                self.broken.add(error.row)
+                self.say(f"skipped: {error}")
 
     def batch(self, mel_BTF: Tensor, cuts: Cuts) -> Batch:
-        """The batch of a normalised mel, which is cleared in place where it is not audio."""
-        clear_padding(mel_BTF, cuts.n_frames_B)
-        label_set, rows_B = self.view.label_set, cuts.rows_B
-        labels_BC = None if label_set is None else torch.from_numpy(self.store.labels_BC(rows_B, label_set))
+        """The batch of a mel that is ready but for its padding, which is cleared in place."""
+        rows_B, partners_B = cuts.rows_B, cuts.changes.partners_B
+        n_frames_B = np.maximum(cuts.n_frames_B, cuts.n_frames_B[partners_B])
+        clear_padding(mel_BTF, n_frames_B)
+        labels_BC = self._labels_BC(cuts)
         weights_B = np.ones(len(rows_B)) if self.weights_N is None else self.weights_N[rows_B]
         return Batch(
             mel_BTF=mel_BTF,
-            n_frames_B=torch.from_numpy(cuts.n_frames_B).to(self.device),
+            n_frames_B=torch.from_numpy(n_frames_B).to(self.device),
             rows_B=rows_B,
-            labels_BC=None if labels_BC is None else labels_BC.to(self.device),
+            labels_BC=None if labels_BC is None else torch.from_numpy(labels_BC).to(self.device),
             weights_B=torch.from_numpy(weights_B.astype(np.float32)).to(self.device),
+            skipped=cuts.skipped,
         )
+
+    def _labels_BC(self, cuts: Cuts) -> np.ndarray | None:
+        if self.view.label_set is None:
+            return None
+        labels_BC = self.store.labels_BC(cuts.rows_B, self.view.label_set)
+        if not self.view.augment.mixes:
+            return labels_BC
+        shares_B1 = cuts.changes.shares_B[:, None]
+        return labels_BC * shares_B1 + labels_BC[cuts.changes.partners_B] * (1 - shares_B1)
 
 
 def device_of(name: str | torch.device) -> torch.device:
@@ -138,14 +196,22 @@ def device_of(name: str | torch.device) -> torch.device:
     return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 
-def draws(seed: int, step: int, order: Order) -> np.ndarray:
-    """One number in [0, 1) for each clip of this rank's step, as if all ranks' clips were drawn at once.
+def stand_ins(rows_B: np.ndarray, broken: set[int]) -> tuple[np.ndarray, int]:
+    """The rows with the next good one, cyclically, in the place of each broken one; and how many those are.
 
-    So a crop, like a row, does not depend on how many ranks the step was dealt to.
+    Raises StoreError where all are broken.
     """
-    rng = np.random.default_rng([seed, step, CROP_STREAM])
-    mine = slice(order.rank * order.clips, (order.rank + 1) * order.clips)
-    return rng.random(order.clips_of_all_ranks)[mine]
+    places_N = np.flatnonzero(np.isin(rows_B, list(broken)))
+    if not len(places_N):
+        return rows_B, 0
+    good_N = np.delete(np.arange(len(rows_B)), places_N)
+    if not len(good_N):
+        raise StoreError(
+            f"none of the {len(rows_B)} clips of a step can be read; each was told, with what mends it"
+        )
+    rows_B = rows_B.copy()
+    rows_B[places_N] = rows_B[good_N[np.searchsorted(good_N, places_N) % len(good_N)]]
+    return rows_B, len(places_N)
 
 
 def clear_padding(mel_BTF: Tensor, n_frames_B: np.ndarray) -> None:
@@ -157,27 +223,47 @@ def clear_padding(mel_BTF: Tensor, n_frames_B: np.ndarray) -> None:
 
 
 class PlainLoader:
-    """Batches made one by one with plain tensor arithmetic, when they are asked for: slow, and right."""
+    """Batches made one by one with plain tensor arithmetic, when they are asked for: slow, and right.
+
+    With `on_broken="skip"`, another clip of its step is shown in the place of one that cannot be read, and
+    `say` is told of it once.
+    """
 
     def __init__(
         self,
-        store: FeatureStore,
+        store: AnyStore,
         order: Order,
         view: View,
         device: str | torch.device = "cpu",
         *,
         weights_N: np.ndarray | None = None,
+        on_broken: Literal["raise", "skip"] = "raise",
+        say: Callable[[str], None] = to_stderr,
     ) -> None:
-        self.feed = Feed(store=store, order=order, view=view, device=device_of(device), weights_N=weights_N)
+        self.feed = Feed(
+            store=store,
+            order=order,
+            view=view,
+            device=device_of(device),
+            weights_N=weights_N,
+            on_broken=on_broken,
+            say=say,
+        )
 
     def batch(self, step: int) -> Batch:
-        """The batch of one step, a pure function of it; raises StoreError where a clip cannot be read."""
-        feed, cuts = self.feed, self.feed.cuts(step)
-        stored_BTF = torch.from_numpy(feed.read(cuts))
-        centre, spread = feed.centre_and_spread
+        """The batch of one step, a pure function of it; raises StoreError where clips cannot be read."""
+        feed = self.feed
+        cuts, stored_BTF = feed.read(step)
         mel_BTF = torch.zeros(len(stored_BTF), feed.view.frames, feed.store.bands)
-        audio_BTF = mel_BTF[:, : feed.frames].copy_(stored_BTF)
-        audio_BTF.sub_(float(centre)).mul_(float(1 / spread))
+        place(torch.from_numpy(stored_BTF), mel_BTF, cuts.changes.rolls_B, cuts.n_frames_B)
+        centres_B11 = torch.from_numpy(feed.centres_B(cuts))[:, None, None]
+        mel_BTF.sub_(centres_B11).mul_(float(1 / feed.spread))
+        if feed.view.augment.masks:
+            mask(mel_BTF, cuts.changes)
+        clear_padding(mel_BTF, cuts.n_frames_B)
+        if feed.view.augment.mixes:
+            shares_B11 = torch.from_numpy(cuts.changes.shares_B)[:, None, None]
+            mel_BTF = mel_BTF * shares_B11 + mel_BTF[cuts.changes.partners_B] * (1 - shares_B11)
         return feed.batch(mel_BTF.to(feed.device), cuts)
 
     def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:

@@ -9,16 +9,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import StoreError
+from pipeline.exclusions import EXCLUDED
 from pipeline.files import Part
+from pipeline.header import Header
 from pipeline.ledger import NEXT, commit_at, ledger_path, matches
 from pipeline.remote import fetch, push, reach, remove, sizes
 from pipeline.shards import shard_path
-from pipeline.store import Header, read_table
+from pipeline.tables import read_table
 
 CONNECTIONS = 16  # records fetched at a time
 KEPT = "kept"  # folder below the staging one, for shards that come back because rows of them are kept
 TABLES = (  # the manifest last: with its store_id the store is finished
-    *("zarr.json", "mel/zarr.json", "labels.parquet", "stats.json", "build.json", "manifest.parquet"),
+    *(
+        "zarr.json",
+        "mel/zarr.json",
+        "labels.parquet",
+        EXCLUDED,
+        "stats.json",
+        "build.json",
+        "manifest.parquet",
+    ),
 )
 
 
@@ -53,7 +63,7 @@ class Mirror:
     def pull(self, ours: Callable[[int], bool]) -> None:
         """Make the ledger here that of the remote store, after pushing those of our shards that have not been.
 
-        Labels come along if they know more label sets than those here.
+        Labels come along if they know more label sets than those here, exclude lists if there are none here.
         """
         shutil.rmtree(self.staging / KEPT, ignore_errors=True)
         for path in self.staging.glob("mel/c/*/0/0"):
@@ -76,6 +86,8 @@ class Mirror:
             records = [self.staging / "ledger" / name for name in sizes(f"{self.url}/ledger")]
             list(threads.map(self._fetch, (path for path in records if path.suffix != NEXT)))
         self._pull_labels()
+        if not (self.staging / EXCLUDED).exists():
+            self._fetch(self.staging / EXCLUDED)
 
     def _fetch(self, path: Path) -> bool:
         return fetch(self.url_of(path), path)

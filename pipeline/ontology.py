@@ -65,6 +65,21 @@ class Ontology:
         facts = sorted((node.mid, sorted(node.child_mids)) for node in self.nodes)
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
 
+    def to_json(self) -> str:
+        """What `load_ontology` reads, one node a line."""
+        facts = (
+            {
+                "id": node.mid,
+                "name": node.name,
+                "index": node.index,
+                "restrictions": node.restrictions,
+                "child_ids": node.child_mids,
+            }
+            for node in self.nodes
+        )
+        lines = ",\n".join(json.dumps(fact, ensure_ascii=False) for fact in facts)
+        return f"[\n{lines}\n]\n"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassList:
@@ -84,6 +99,11 @@ class ClassList:
 
     def __len__(self) -> int:
         return len(self.mids)
+
+    @property
+    def digest(self) -> str:
+        """12 hex digits that change with the ids or their order, which is what indices mean."""
+        return hashlib.sha256(json.dumps(self.mids).encode()).hexdigest()[:12]
 
 
 def load_ontology(path: Path | None = None) -> Ontology:

@@ -6,15 +6,16 @@ from functools import lru_cache
 import numpy as np
 
 from pipeline.errors import InputError
+from pipeline.sampling import FULL_SHUFFLE, Sampling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Order:
-    """A full shuffle of `rows_N` for every epoch, dealt to `world` ranks, `clips` rows to each a step.
+    """Epochs of `rows_N` as `sampling` takes them, dealt to `world` ranks, `clips` rows to each a step.
 
-    One step of all ranks takes `clips * world` places of the epoch's shuffle, whoever they are dealt to:
-    worlds with equal products see the same rows at the same step. What does not fill a last step is dropped,
-    other rows each epoch. Raises InputError where the rows do not fill a single step.
+    One step of all ranks takes `clips * world` places of the epoch, whoever they are dealt to: worlds with equal
+    products see the same rows at the same step. What does not fill a last step is dropped, other rows each epoch.
+    Raises InputError where an epoch does not fill a single step.
     """
 
     rows_N: np.ndarray
@@ -22,6 +23,7 @@ class Order:
     seed: int
     rank: int = 0
     world: int = 1
+    sampling: Sampling = FULL_SHUFFLE
 
     def __post_init__(self) -> None:
         if self.clips < 1 or not 0 <= self.rank < self.world:
@@ -30,7 +32,7 @@ class Order:
             )
         if not self.steps_per_epoch:
             raise InputError(
-                f"{len(self.rows_N)} clips do not fill one step of {self.clips} clips on each of "
+                f"{self.clips_per_epoch} clips do not fill one step of {self.clips} clips on each of "
                 f"{self.world} ranks; choose fewer clips per step, or more splits"
             )
 
@@ -39,30 +41,25 @@ class Order:
         return self.clips * self.world
 
     @property
+    def clips_per_epoch(self) -> int:
+        return self.sampling.length(len(self.rows_N))
+
+    @property
     def steps_per_epoch(self) -> int:
-        return len(self.rows_N) // self.clips_of_all_ranks
+        return self.clips_per_epoch // self.clips_of_all_ranks
 
     def rows(self, step: int) -> np.ndarray:
         """The rows of this rank at a step counted from the start of training, int64 `rows_B`."""
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
         first = step_of_epoch * self.clips_of_all_ranks + self.rank * self.clips
-        places_N = shuffled(len(self.rows_N), self.seed, epoch)
+        places_N = _places(self.sampling, len(self.rows_N), self.seed, epoch)
         return np.asarray(self.rows_N, np.int64)[places_N[first : first + self.clips]]
 
 
 @lru_cache(
     maxsize=4
 )  # training and validation, each with the epoch that the prefetch has begun; 16 MB at 2 M rows
-def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of 0..count-1: 0.1 s for the 2,084,320 clips of AudioSet.
-
-    Sorts (random bits, index) pairs packed into one word. Unlike the methods of `Generator`, the raw stream
-    of a NumPy bit generator never changes (NEP 19 guarantees it): a run can be resumed under another NumPy.
-    """
-    index_bits = np.uint64(max(1, (count - 1).bit_length()))
-    keys_N = np.random.PCG64([seed, epoch]).random_raw(count) >> index_bits << index_bits
-    keys_N |= np.arange(count, dtype=np.uint64)
-    keys_N.sort()
-    places_N = (keys_N & ((np.uint64(1) << index_bits) - np.uint64(1))).astype(np.int64)
+def _places(sampling: Sampling, rows: int, seed: int, epoch: int) -> np.ndarray:
+    places_N = sampling.places(rows, seed, epoch)
     places_N.flags.writeable = False  # the cache hands out the same array again
     return places_N

@@ -11,6 +11,9 @@ import numpy as np
 import polars as pl
 
 from pipeline import charts, pictures, report
+from pipeline.audit import audit
+from pipeline.audit_page import audit_section
+from pipeline.audit_rows import Rows
 from pipeline.classes_page import class_section
 from pipeline.files import replacing
 from pipeline.manifest import REASONS
@@ -22,6 +25,7 @@ SECTIONS = {
     "coverage": "Coverage",
     "failed": "What failed, and why",
     "classes": "Classes",
+    "audit": "Audit of the labels",
     "sounds": "The sounds",
     "bands": "Mel bands",
     "clips": "Some clips",
@@ -42,12 +46,13 @@ def write_page(store: FeatureStore, path: Path, *, clips: int = 12) -> None:
 
 def page(store: FeatureStore, *, clips: int = 12) -> str:
     """The page as text. `clips` spectrograms take about 50 kB each."""
-    seen = Coverage.of(store.manifest)
+    seen = Coverage.of(store.manifest, store.excluded.marks_N(store.manifest))
     labels, sources = report.label_table(store)
     bodies = {
-        "coverage": coverage_section(seen),
+        "coverage": coverage_section(seen, store.excluded.lists()),
         "failed": failed_section(store, seen),
         "classes": class_section(store, labels, sources, seen),
+        "audit": audit_section(audit(Rows.of(store)), store.path.name),
         "sounds": sound_section(store, seen),
         "bands": band_section(store),
         "clips": clip_section(store, labels, seen, clips),
@@ -90,8 +95,8 @@ def definitions(pairs: Iterable[tuple[str, object]]) -> Markup:
     return tag("dl", *(joined(tag("dt", name), tag("dd", value)) for name, value in told))
 
 
-def coverage_section(seen: Coverage) -> Markup:
-    """A bar a split, then what is odd but used."""
+def coverage_section(seen: Coverage, left_out: Sequence[tuple[str, str, int]]) -> Markup:
+    """A bar a split, what exclude lists leave out, then what is odd but used."""
     bars = []
     for split, listed, good, failed in zip(seen.splits, seen.listed, seen.good, seen.failed, strict=True):
         told = joined(good, " of ", listed, " good, ", f"{100 * good / max(listed, 1):.2f} %")
@@ -99,6 +104,10 @@ def coverage_section(seen: Coverage) -> Markup:
             told = tag("span", "no good clip among ", listed, class_="warn")
         bar = charts.share_bar([("good", good), ("failed", failed)])
         bars.append(tag("div", tag("p", tag("b", split), tag("span", told)), bar, class_="split"))
+    lists = (f"{clips:,} clips by {name}" for name, _, clips in left_out)
+    if left_out:
+        note = f"Good clips that exclude lists keep loaders from drawing: {sum(seen.excluded):,} ({', '.join(lists)})."
+        bars.append(tag("p", note, class_="soft"))
     if not seen.flags:
         return joined(*bars, tag("p", "No good clip has anything odd about it.", class_="soft"))
     rows = [(flag, report.FLAGS.get(flag, ""), counts) for flag, counts in seen.flags.items()]

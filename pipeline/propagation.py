@@ -87,17 +87,17 @@ RULES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def propagate(labels: pl.Series, relation_CC: np.ndarray) -> pl.Series:
+def propagate(labels: pl.Series, relation_CC: np.ndarray, *, first_row: int = 0) -> pl.Series:
     """Each row's classes and what the relation adds to them: list<uint16>, sorted, unique, empty if it was.
 
     Two million rows take about a second: entries become numbers row * C + class, sorted once.
-    OntologyError: a null, or an index outside the relation, with its row.
+    OntologyError: a null, or an index outside the relation, with its row; `first_row` is the number of the first.
     """
-    rows_N, indices = entries(labels)
+    rows_N, indices = entries(labels, first_row=first_row)
     class_N = indices.cast(pa.int64()).to_numpy(zero_copy_only=False)
     classes = len(relation_CC)
     if (odd_N := np.flatnonzero((class_N < 0) | (class_N >= classes))).size:
-        row, index = rows_N[odd_N[0]], class_N[odd_N[0]]
+        row, index = first_row + rows_N[odd_N[0]], class_N[odd_N[0]]
         raise OntologyError(f"row {row}: class index {index}, expected 0 to {classes - 1}")
     keys = [rows_N * classes + class_N]
     for added_C in _columns(relation_CC):
@@ -136,7 +136,7 @@ def _columns(relation_CC: np.ndarray) -> Iterator[np.ndarray]:
     yield from added_CC[:, : relation_CC.sum(1).max()].T
 
 
-def entries(lists: pl.Series) -> tuple[np.ndarray, pa.Array]:
+def entries(lists: pl.Series, *, first_row: int = 0) -> tuple[np.ndarray, pa.Array]:
     """Row number and value of every entry of a list column. OntologyError: a null, with its row."""
     array = lists.to_arrow()
     values = array.flatten()
@@ -144,7 +144,9 @@ def entries(lists: pl.Series) -> tuple[np.ndarray, pa.Array]:
     if array.null_count or values.null_count:
         null_N = (array if array.null_count else values).is_null().to_numpy(zero_copy_only=False).argmax()
         row = null_N if array.null_count else rows_N[null_N]
-        raise OntologyError(f"row {row}: a label is null; expected a list, empty where a clip has no labels")
+        raise OntologyError(
+            f"row {first_row + row}: a label is null; expected a list, empty where a clip has no labels"
+        )
     return rows_N, values
 
 

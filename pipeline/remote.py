@@ -8,10 +8,10 @@ server that speaks S3. Any other scheme is left to the driver that fsspec knows 
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec  # type: ignore[import-untyped]
 from fsspec.implementations.arrow import ArrowFSWrapper  # type: ignore[import-untyped]
@@ -24,6 +24,7 @@ CONNECT_SECONDS, REQUEST_SECONDS = 5, 60
 ATTEMPTS = 4  # of one request; the waits between them grow
 PIECE_BYTES = 2**24
 AHEAD_BYTES = 2**16  # read at least, where headers are looked for
+VERSIONED = ("size", "mtime", "created", "LastModified", "ETag", "etag", "md5Hash")  # as drivers name them
 MOST_BYTES = 2**30  # of one sound, which is held in memory
 
 
@@ -89,16 +90,35 @@ def reach(url: str) -> None:
 
 def fetch(url: str, path: Path) -> bool:
     """Copy an object to a file, whole or not at all; False where there is no such object."""
-    filesystem_, name = filesystem(url)
     path.parent.mkdir(parents=True, exist_ok=True)
+    with _opened(url) as source:
+        if source is None:
+            return False
+        with replacing(path) as scratch, scratch.open("wb") as target:
+            shutil.copyfileobj(source, target, PIECE_BYTES)
+    return True
+
+
+def fetch_into(url: str, target: BinaryIO) -> bool:
+    """Copy an object to an open file; False where there is no such object."""
+    with _opened(url) as source:
+        if source is None:
+            return False
+        shutil.copyfileobj(source, target, PIECE_BYTES)
+    return True
+
+
+@contextmanager
+def _opened(url: str) -> Iterator[BinaryIO | None]:
+    """An object to read; None where there is no such object."""
+    filesystem_, name = filesystem(url)
     with _told(url):
         try:
             source = filesystem_.open(name, "rb")
         except FileNotFoundError:
-            return False
-        with source, replacing(path) as scratch, scratch.open("wb") as target:
-            shutil.copyfileobj(source, target, PIECE_BYTES)
-    return True
+            source = None
+        with source or nullcontext():
+            yield source
 
 
 def push(path: Path, url: str) -> None:
@@ -120,13 +140,25 @@ def remove(url: str) -> None:
 
 def sizes(url: str) -> dict[str, int]:
     """Name and bytes of the objects right below a URL; none where there is nothing."""
+    return {name: entry["size"] for name, entry in _objects(url).items()}
+
+
+def versions(url: str) -> dict[str, str]:
+    """Name of the objects right below a URL, and a text that changes with each; none where there is nothing."""
+    return {
+        name: " ".join(f"{key}={entry[key]}" for key in VERSIONED if key in entry)
+        for name, entry in _objects(url).items()
+    }
+
+
+def _objects(url: str) -> dict[str, dict[str, Any]]:
     filesystem_, path = filesystem(url)
     with _told(url):
         try:
             entries: list[dict[str, Any]] = filesystem_.ls(path, detail=True)
         except FileNotFoundError:
             return {}
-    return {e["name"].rpartition("/")[2]: e["size"] for e in entries if e["type"] == "file"}
+    return {e["name"].rpartition("/")[2]: e for e in entries if e["type"] == "file"}
 
 
 def files_below(url: str) -> tuple[str, list[str]]:

@@ -1,7 +1,7 @@
 """Repair: make what is broken in a store again, from what its build.json says it was built from."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,15 @@ from pipeline.corpus import Corpus
 from pipeline.datasets.catalogue import corpus_of
 from pipeline.errors import StoreError
 from pipeline.files import locked
-from pipeline.labels import propagate_labels
+from pipeline.header import Header
+from pipeline.labels import OntologyGone, ontology_of, propagate_labels
 from pipeline.ledger import ledger_path, read_commit
 from pipeline.manifest import MANIFEST_SCHEMA, RESULT_SCHEMA, failure
 from pipeline.shardmaker import write_shard
 from pipeline.shards import CRC_BYTES, shard_path
-from pipeline.store import FeatureStore, Header, read_table
-from pipeline.upkeep import check_same
+from pipeline.store import FeatureStore
+from pipeline.tables import read_table
+from pipeline.upkeep import check_same, told_of_build
 from pipeline.verify import Fault
 
 
@@ -32,9 +34,10 @@ def repair(
     decoded again; the rest follows from plan and ledger, propagated labels from their rule. Returns how many clips
     are lost: damaged in the store, and their sounds gone or no longer good.
 
-    Raises StoreError, with nothing changed, where build.json is gone, or its lists are no longer those of the store.
+    Raises StoreError, with nothing changed, where build.json is gone, or its lists are no longer those of the store;
+    with all else mended, where a label set's own ontology is gone.
     """
-    header, told = Header.read(store), _told(store)
+    header, told = Header.read(store), told_of_build(store)
     corpus = corpus_of(told["asked"])
     output = Output(path=store, spec=header.spec, dtype=header.layout.dtype)
     check_same(store, header, plan_store(corpus, output))
@@ -55,23 +58,26 @@ def repair(
             tell=False,
         )
     opened = FeatureStore.open(store)
-    sound_sets = set(opened.label_sets) - {fault.label_set for fault in faults}
-    for path in sorted(store.glob("propagation-*.json")):
-        rule = path.stem.removeprefix("propagation-")
-        by = json.loads(path.read_text())["provenance"]
-        if rule not in sound_sets:
-            propagate_labels(store, rule, by["splits"])
+    _propagate_again(store, set(opened.label_sets) - {fault.label_set for fault in faults})
     return sum(opened.manifest["status"][row] != "good" for row in was_good)
 
 
-def _told(store: Path) -> dict[str, Any]:
-    try:
-        told = json.loads((store / "build.json").read_text())
-        return {"asked": told["asked"], "policy": told["policy"]}
-    except (OSError, ValueError, KeyError):
-        raise StoreError(
-            f"{store}/build.json: does not say what the store was built from; run its build command again"
-        ) from None
+def _propagate_again(store: Path, sound_sets: Set[str]) -> None:
+    """Make the label sets anew that the store had and that are not sound, each with its own ontology."""
+    gone = []
+    for path in sorted(store.glob("propagation-*.json")):
+        rule = path.stem.removeprefix("propagation-")
+        by = json.loads(path.read_text())["provenance"]
+        if rule in sound_sets:
+            continue
+        try:
+            ontology = ontology_of(store, rule, by["ontology"])
+        except OntologyGone as error:
+            gone.append(error)
+        else:
+            propagate_labels(store, rule, by["splits"], ontology=ontology)
+    if gone:
+        raise gone[0]
 
 
 def _salvage(store: Path, header: Header, corpus: Corpus, shard: int) -> AudioPolicy | None:
@@ -123,7 +129,7 @@ def _told_of(store: Path, header: Header, shard: int) -> tuple[list[dict[str, An
         return None
     if manifest.schema != pl.Schema(MANIFEST_SCHEMA) or "store_id" not in metadata:
         return None
-    return manifest[rows.start : rows.stop].select(*RESULT_SCHEMA).to_dicts(), _told(store)["policy"]
+    return manifest[rows.start : rows.stop].select(*RESULT_SCHEMA).to_dicts(), told_of_build(store)["policy"]
 
 
 def _intact(

@@ -9,8 +9,9 @@ import polars as pl
 
 from pipeline.manifest import REASONS
 from pipeline.propagation import entries
-from pipeline.shards import shard_path
-from pipeline.store import FeatureStore, read_table
+from pipeline.shards import CRC_BYTES
+from pipeline.store import FeatureStore
+from pipeline.tables import read_table
 
 FLAGS: dict[str, str] = {
     "cut": "a whole recording, cut at the segment",
@@ -26,10 +27,11 @@ EXAMPLES = 5
 GOOD = pl.col("status") == "good"
 
 
-def coverage(manifest: pl.DataFrame) -> str:
-    """Per split: clips listed, good, odd but used, and failed by reason, as a table in text."""
-    seen = Coverage.of(manifest)
+def coverage(manifest: pl.DataFrame, excluded_N: np.ndarray | None = None) -> str:
+    """Per split: clips listed, good, excluded of these, odd but used, and failed by reason, as a table in text."""
+    seen = Coverage.of(manifest, excluded_N)
     rows = [("clips listed", seen.listed), ("good", seen.good)]
+    rows += [("  excluded by a list", seen.excluded)] * any(seen.excluded)
     rows += [(f"  {flag}", counts) for flag, counts in seen.flags.items()]
     rows += [("failed", seen.failed)]
     rows += [(f"  {reason}", counts) for reason, counts in seen.reasons.items()]
@@ -47,23 +49,29 @@ class Coverage:
     listed: tuple[int, ...]
     good: tuple[int, ...]
     failed: tuple[int, ...]
+    excluded: tuple[int, ...]  # good, and marked by an exclude list
     flags: dict[str, tuple[int, ...]]  # of good clips; one may have several
     reasons: dict[str, tuple[int, ...]]
 
     @classmethod
-    def of(cls, manifest: pl.DataFrame) -> Self:
-        """Counted in two passes."""
+    def of(cls, manifest: pl.DataFrame, excluded_N: np.ndarray | None = None) -> Self:
+        """Counted in two passes; `excluded_N` marks the rows that exclude lists name."""
         splits = tuple(manifest["split"].unique(maintain_order=True))
         rows = manifest.lazy()  # lazy: only the columns asked for are filtered
         became = rows.group_by("split", "status", "reason").len().collect()
         odd = rows.filter(GOOD).group_by("split", "flags").len().collect()
         odd = odd.explode("flags").drop_nulls("flags")
         flags = sorted(odd["flags"].unique())
+        marked = manifest.select("split", "status").filter(
+            pl.lit(False) if excluded_N is None else pl.Series(excluded_N)
+        )
+        left_out = marked.filter(GOOD).group_by("split").len()
         return cls(
             splits=splits,
             listed=_per_split(became, splits),
             good=_per_split(became.filter(GOOD), splits),
             failed=_per_split(became.filter(pl.col("status") == "failed"), splits),
+            excluded=_per_split(left_out, splits),
             flags={flag: _per_split(odd.filter(pl.col("flags") == flag), splits) for flag in flags},
             reasons={
                 reason: _per_split(became.filter(pl.col("reason") == reason), splits)
@@ -83,7 +91,9 @@ class ClassCounts:
     """Clips per split and class."""
 
     listed_NC: np.ndarray  # with the raw label, whatever became of them
-    positives_NC: dict[str, np.ndarray]  # good clips that have the class, by label set; `raw` first
+    positives_NC: dict[
+        str, np.ndarray
+    ]  # good, not excluded clips that have the class, by label set; `raw` first
 
     @classmethod
     def of(cls, store: FeatureStore, labels: pl.DataFrame, splits: Sequence[str]) -> Self:
@@ -91,7 +101,8 @@ class ClassCounts:
         split_N = (
             store.manifest["split"].cast(pl.Enum(list(splits))).to_physical().to_numpy().astype(np.int64)
         )
-        good_N = store.manifest.select(GOOD).to_series().to_numpy()
+        good_N = np.zeros(len(split_N), bool)
+        good_N[store.good_rows()] = True
         shape = len(splits), len(store.classes)
         cells = {name: cells_of(labels[name], split_N, shape[1]) for name in label_sets(labels)}
         return cls(
@@ -149,9 +160,11 @@ def _provenance(by: Any) -> str:
 
 
 def mel_bytes(store: FeatureStore) -> int:
-    """What the shards take on the disk."""
-    paths = (shard_path(store.path, shard) for shard in range(store.header.layout.shards))
-    return sum(path.stat().st_size for path in paths if path.exists())
+    """What the shards take on a disk: the clips that are good, and an index in each shard that has one."""
+    layout, good_N = store.header.layout, store.manifest["status"].to_numpy() == "good"
+    shards = len(np.unique(np.flatnonzero(good_N) // layout.shard_clips))
+    index_bytes = 16 * layout.shard_clips + CRC_BYTES
+    return int(good_N.sum()) * (layout.clip_bytes + CRC_BYTES) + shards * index_bytes
 
 
 def size(count: float) -> str:

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,13 +19,14 @@ from torch import Tensor
 from pipeline.audio import Audio, AudioPolicy, load
 from pipeline.errors import AudioError, StoreError
 from pipeline.files import FULL, PARTIAL
+from pipeline.header import Header
 from pipeline.ledger import Commit, Moments, ledger_path, matches, place, read_commit
 from pipeline.locators import Locator
 from pipeline.manifest import RESULT_SCHEMA, failure
 from pipeline.mel import log_mel
 from pipeline.mirror import Mirror
-from pipeline.shards import ShardReader, ShardWriter, shard_path
-from pipeline.store import Header
+from pipeline.reading import ShardReader
+from pipeline.shards import ShardWriter, shard_path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,7 +178,7 @@ class _Hand:
             if old["status"] == "good":
                 if reader is None:
                     reader = self._reader(stack)
-                reader.read_into(row, mel_TF)
+                reader.read(np.array([row]), np.zeros(1, np.int64), mel_TF[None])
                 yield row, mel_TF
             elif new["status"] == "good":
                 assert self._waiting is not None
@@ -189,7 +191,7 @@ class _Hand:
         mirror, record = self._mirror, ledger_path(self.store, self.shard)
         home = stack.enter_context(mirror.kept(self.shard)) if mirror else self.store
         if self._before is not None and matches(home, self._before):
-            return ShardReader(home, self.header.layout)
+            return ShardReader(partial(shard_path, home), self.header.layout)
         how = f"run: ajepa-data verify {self.store} --repair (or delete {record} and build again)"
         if mirror:
             how = f"delete {mirror.url_of(record)} and build again"

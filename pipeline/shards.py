@@ -1,16 +1,16 @@
 """Shards: the standard Zarr v3 objects that hold the spectrograms, written whole and read by offset.
 
 zarr-python creates the array and reads it; shards are written by `ShardWriter`, which needs no second copy of them in
-memory, and read for training by `ShardReader`, because zarr-python's random access is an order of magnitude
-slower. Layout of `mel/c/<shard>/0/0`: one chunk per clip that is there (little-endian
+memory, and read for training by `reading.ShardReader`, because zarr-python's random access is an order of
+magnitude slower. Layout of `mel/c/<shard>/0/0`: one chunk per clip that is there (little-endian
 values, then their crc32c), then one (offset, bytes) pair of u64 per clip of the shard, then the crc32c of these.
 A clip that is not there has the pair (2^64-1, 2^64-1) and reads as the fill value through zarr-python.
 """
 
 import hashlib
+import json
 import math
 import os
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from pipeline.files import fsync, scratch_of
 ABSENT = 2**64 - 1
 CRC_BYTES = 4
 DTYPES = ("float16", "uint8")
-OPEN_SHARDS = 256  # file descriptors a reader keeps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,6 +94,36 @@ def array_json(layout: Layout) -> bytes:
     objects: dict[str, Any] = {}
     _array(MemoryStore(objects), layout)
     return objects["mel/zarr.json"].to_bytes()
+
+
+def check_array(store: Path, layout: Layout) -> None:
+    """Raise StoreError where `mel/zarr.json` tells of another array than `create_array` makes: it cannot be read."""
+    path = store / "mel" / "zarr.json"
+    try:
+        told = json.loads(path.read_text())
+        outer, (sharding,) = told["chunk_grid"]["configuration"]["chunk_shape"], told["codecs"]
+        inner, form = sharding["configuration"], (told["shape"], told["data_type"], sharding["name"])
+        there = (
+            *form,
+            outer,
+            inner["chunk_shape"],
+            _names(inner["codecs"]),
+            inner.get("index_location", "end"),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not as written"
+        raise StoreError(f"{path}: {why}; run: ajepa-data verify {store} --repair") from None
+    clip = [layout.frames, layout.bands]
+    form = [layout.clips, *clip], layout.dtype, "sharding_indexed"
+    wanted = (*form, [layout.shard_clips, *clip], [1, *clip], ["bytes", "crc32c"], "end")
+    if there != wanted:
+        raise StoreError(f"{path}: tells of {there}, expected {wanted}; only stores as built can be read")
+
+
+def _names(codecs: list[dict[str, Any]]) -> list[str]:
+    if any(codec.get("configuration", {}).get("endian", "little") != "little" for codec in codecs):
+        raise ValueError("big-endian")
+    return [codec["name"] for codec in codecs]
 
 
 def _array(store: Any, layout: Layout) -> None:
@@ -170,60 +199,6 @@ class ShardWriter:
 def crc32c(content: bytes) -> bytes:
     """As Zarr's codec of that name writes it."""
     return google_crc32c.value(content).to_bytes(CRC_BYTES, "little")
-
-
-class ShardReader:
-    """Chunks of a store by row, each with one `pread` into the caller's memory.
-
-    For one thread: a shard least recently used is closed, and another thread might be reading it.
-    """
-
-    def __init__(self, store: Path, layout: Layout) -> None:
-        self._store, self._layout = store, layout
-        self._open: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
-
-    def read_into(self, row: int, out_TF: np.ndarray, *, start_frame: int = 0) -> None:
-        """Frames [start, start + len(out)) of one row; raises StoreError where the clip is not there."""
-        layout = self._layout
-        shard, chunk = divmod(row, layout.shard_clips)
-        descriptor, index_N2 = self._shard(shard)
-        offset = int(index_N2[chunk, 0])
-        if offset == ABSENT:
-            raise StoreError(
-                f"{self._store}: row {row} is not in shard {shard}; run: ajepa-data verify {self._store}"
-            )
-        skip = start_frame * layout.bands * out_TF.itemsize
-        if os.preadv(descriptor, [out_TF.data.cast("B")], offset + skip) != out_TF.nbytes:
-            raise StoreError(f"{self._store}: shard {shard} ends early; run: ajepa-data verify {self._store}")
-
-    def _shard(self, shard: int) -> tuple[int, np.ndarray]:
-        try:
-            entry = self._open.pop(shard)  # popped and put back: the last used is the last closed
-        except KeyError:
-            entry = self._read_index(shard)
-        self._open[shard] = entry
-        if len(self._open) > OPEN_SHARDS:
-            os.close(self._open.popitem(last=False)[1][0])
-        return entry
-
-    def _read_index(self, shard: int) -> tuple[int, np.ndarray]:
-        path = shard_path(self._store, shard)
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise StoreError(f"{path}: {error.strerror}; run: ajepa-data verify {self._store}") from None
-        try:
-            index = read_index(descriptor, self._layout.shard_clips)
-        except ValueError as error:
-            os.close(descriptor)
-            raise StoreError(f"{path}: {error}; run: ajepa-data verify {self._store}") from None
-        return descriptor, index
-
-    def close(self) -> None:
-        while self._open:
-            os.close(self._open.popitem()[1][0])
-
-    __del__ = close
 
 
 def read_index(descriptor: int, shard_clips: int) -> np.ndarray:

@@ -10,196 +10,118 @@ NAME.zarr/              a Zarr v3 group: any Zarr v3 library opens it
   ledger/N.parquet      shard N is committed: the manifest columns of its rows and, in the schema metadata, the
                         `Commit`. THE commit point: what is not in the ledger does not exist. N.parquet.next: its
                         shard is about to be placed; the next build adopts it if the shard matches, or drops it
+  excluded.parquet      maybe: clips that exclude lists keep out of `good_rows` (`exclusions.py`)
   stats.json            mean and std over valid frames of good clips, global and per band: all, and per split
   build*.lock, gate.lock    who is writing, while somebody is
   build.json            what was asked, versions, time taken: of the run, so the one file in which equal builds differ
 """
 
-import hashlib
 import json
 import math
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipeline.errors import StoreError
-from pipeline.files import replacing
+from pipeline.cache import GB, ShardCache, tables_of
+from pipeline.errors import BrokenClip, StoreError
+from pipeline.exclusions import Exclusions
+from pipeline.files import CACHE_GB
+from pipeline.header import Header
 from pipeline.manifest import check_schema
 from pipeline.melspec import MelSpec
-from pipeline.ontology import ClassList
-from pipeline.shards import Layout, ShardReader
-
-FORMAT = 1
-METADATA_KEY = b"ajepa"
-DAMAGED = (
-    OSError,
-    ValueError,
-    pa.ArrowException,
-    pl.exceptions.PanicException,
-)  # what a damaged table may raise
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Header:
-    """What a store is: everything that is known before the first clip is decoded."""
-
-    spec: MelSpec
-    layout: Layout
-    plan_id: str
-    scale: float  # log-mel = offset + scale * stored
-    offset: float
-    classes: ClassList
-    plan_digest: str  # of the manifest's columns of the plan
-    labels_digest: str  # of `raw` and `outside` in labels.parquet
-
-    def to_json(self) -> dict[str, object]:
-        values = self._values()
-        return values | {"digest": _digest_of_json(values)}
-
-    def _values(self) -> dict[str, object]:
-        return {
-            "format": FORMAT,
-            "spec": self.spec.to_json(),
-            "spec_id": self.spec.spec_id,
-            "plan_id": self.plan_id,
-            "layout": asdict(self.layout),
-            "scale": self.scale,
-            "offset": self.offset,
-            "classes": list(self.classes.mids),
-            "class_names": list(self.classes.names),
-            "plan_digest": self.plan_digest,
-            "labels_digest": self.labels_digest,
-        }
-
-    @classmethod
-    def read(cls, store: Path) -> Self:
-        """The header of the store at `store`; raises StoreError where there is none of this format."""
-        path = store / "zarr.json"
-        try:
-            header = json.loads(path.read_text())["attributes"]["ajepa"]
-            known, digest = header["format"], header.pop("digest", None)
-        except (OSError, KeyError, ValueError, TypeError, AttributeError):
-            raise StoreError(
-                f"{store}: not a feature store; make one with: ajepa-data build-audioset"
-            ) from None
-        if known != FORMAT:
-            raise StoreError(f"{store}: has store format {known}, this version reads format {FORMAT}")
-        if digest != _digest_of_json(header):
-            raise StoreError(
-                f"{path}: does not match its digest; run the build command again: it writes it anew"
-            )
-        return cls._of(header)
-
-    @classmethod
-    def _of(cls, header: dict[str, Any]) -> Self:
-        return cls(
-            spec=MelSpec.from_json(header["spec"]),
-            layout=Layout(**header["layout"]),
-            plan_id=header["plan_id"],
-            scale=header["scale"],
-            offset=header["offset"],
-            classes=ClassList(mids=tuple(header["classes"]), names=tuple(header["class_names"])),
-            plan_digest=header["plan_digest"],
-            labels_digest=header["labels_digest"],
-        )
-
-
-def write_table(path: Path, frame: pl.DataFrame, metadata: dict[str, Any]) -> None:
-    """A Parquet file with `metadata` as JSON in its schema, whole or not at all; equal input gives equal bytes."""
-    table = frame.to_arrow(compat_level=pl.CompatLevel.oldest())
-    with replacing(path) as scratch:
-        text = json.dumps(metadata, separators=(",", ":"))
-        table = table.replace_schema_metadata({METADATA_KEY: text})
-        pq.write_table(table, scratch, compression="zstd", write_page_checksum=True)
-
-
-def read_table(path: Path, columns: Sequence[str] | None = None) -> tuple[pl.DataFrame, dict[str, Any]]:
-    """A frame, or some columns of it, and the metadata that `write_table` put beside it; raises StoreError."""
-    try:
-        table = pq.read_table(path, columns=columns and list(columns), page_checksum_verification=True)
-        frame = pl.from_arrow(table)
-        assert isinstance(frame, pl.DataFrame)
-        return frame, _metadata(table.schema)
-    except DAMAGED as error:
-        why = "missing" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
-        raise StoreError(
-            f"{path}: cannot be read ({why}); delete it, if it is there, and build again"
-        ) from None
-
-
-def read_metadata(path: Path) -> dict[str, Any]:
-    """What `write_table` put beside a frame, without the frame; raises StoreError."""
-    try:
-        return _metadata(pq.read_schema(path))
-    except DAMAGED as error:
-        raise StoreError(f"{path}: cannot be read ({error}); delete it and build again") from None
-
-
-def digest_of(frame: pl.DataFrame) -> str:
-    """32 hex digits of what a frame holds, column by column, whatever file it lies in; lists, texts and numbers."""
-    digest = hashlib.sha256()
-    for column in frame.iter_columns():
-        digest.update(f"{column.name} {len(column)}\n".encode())
-        if column.dtype == pl.List:
-            digest.update(column.list.len().fill_null(2**32 - 1).cast(pl.UInt32).to_numpy().tobytes())
-            column = column.explode(empty_as_null=False, keep_nulls=False)
-        digest.update(column.is_null().to_numpy().tobytes())
-        if column.dtype == pl.String:
-            digest.update("\0".join(column.drop_nulls()).encode())
-        else:
-            digest.update(column.fill_null(0).to_numpy().tobytes())
-    return digest.hexdigest()[:32]
-
-
-def _digest_of_json(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _metadata(schema: pa.Schema) -> dict[str, Any]:
-    return json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}"))
+from pipeline.reading import Check, Io, Reader, ShardReader
+from pipeline.remote import is_remote
+from pipeline.shards import check_array, shard_path
+from pipeline.tables import read_table
 
 
 class FeatureStore:
     """Spectrograms and labels, row for row with their manifest; open one with `FeatureStore.open`.
 
-    Reads are thread-safe; a pickled store opens itself again by its path.
+    Reads are thread-safe; a pickled store opens itself again by its place, in the same way. With a `reader` its
+    values come from there, and not from the shards.
     """
 
-    def __init__(self, path: Path, header: Header, manifest: pl.DataFrame, store_id: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        header: Header,
+        manifest: pl.DataFrame,
+        store_id: str,
+        *,
+        io: Io = "pread",
+        check: Check = "first-epoch",
+        cache: ShardCache | None = None,
+        reader: Reader | None = None,
+    ) -> None:
         self.path, self.header, self.manifest, self.store_id = path, header, manifest, store_id
+        self.place = str(path) if cache is None else cache.url
         self.spec, self.classes = header.spec, header.classes
         self.scale, self.offset = header.scale, header.offset
         self.frames, self.bands = header.layout.frames, header.layout.bands
         self.dtype = np.dtype(header.layout.dtype)
         self.n_frames_N = manifest["n_frames"].to_numpy()
-        self._local = threading.local()
+        self._cache, self._io, self._check, self._given = cache, io, check, reader
+        self._checked, self._local = bytearray(header.layout.clips), threading.local()
+        self._own_reader()  # refuses an `io` or a `check` that there is not
 
     @classmethod
-    def open(cls, path: Path | str, expect: MelSpec | None = None) -> Self:
-        """Open a finished store; raises StoreError where it is none, unfinished, or of another spec than `expect`."""
-        path = Path(path)
+    def open(
+        cls,
+        place: Path | str,
+        expect: MelSpec | None = None,
+        *,
+        io: Io = "pread",
+        check: Check = "first-epoch",
+        cache: Path | str | None = None,
+        cache_gb: float = CACHE_GB,
+    ) -> Self:
+        """Open a finished store; raises StoreError where it is none, unfinished, or of another spec than `expect`.
+
+        `io` and `check` as `ShardReader` has them. Of a store at a URL the shards last read lie in the folder
+        `cache`, up to `cache_gb` of them (10^9 bytes); other processes may use the same one.
+        """
+        if is_remote(place) and cache is None:
+            raise StoreError(
+                f"{place}: lies on an object store; give --cache DIR, a folder for its last shards"
+            )
+        path = tables_of(str(place), Path(cache)) if is_remote(place) and cache is not None else Path(place)
         header = Header.read(path)
         if expect is not None and expect.spec_id != header.spec.spec_id:
             raise StoreError(
-                f"{path} holds {header.spec}, expected {expect}; build a store with --spec {expect.name}"
+                f"{place} holds {header.spec}, expected {expect}; build a store with --spec {expect.name}"
             )
+        check_array(path, header.layout)
         manifest, metadata = read_table(path / "manifest.parquet")
         if "store_id" not in metadata:
             raise StoreError(
-                f"{path}: its build has not finished; run the same ajepa-data build command again"
+                f"{place}: its build has not finished; run the same ajepa-data build command again"
             )
-        return cls(path, header, check_schema(manifest, path / "manifest.parquet"), metadata["store_id"])
+        manifest, shards = check_schema(manifest, path / "manifest.parquet"), None
+        if is_remote(place) and cache is not None:
+            shards = ShardCache(
+                url=str(place).rstrip("/"),
+                cache=Path(cache),
+                most_bytes=int(cache_gb * GB),
+                home=path.parent / metadata["store_id"],
+                layout=header.layout,
+                manifest=manifest,
+            )
+        return cls(path, header, manifest, metadata["store_id"], io=io, check=check, cache=shards)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return FeatureStore.open, (self.path,)
+        if self._given is not None:
+            whole = partial(FeatureStore, reader=self._given)
+            return whole, (self.path, self.header, self.manifest, self.store_id)
+        how: dict[str, Any] = {"io": self._io, "check": self._check}
+        if self._cache is not None:
+            how |= {"cache": self._cache.cache, "cache_gb": self._cache.most_bytes / GB}
+        return partial(FeatureStore.open, **how), (self.place if self._cache else self.path,)
 
     @property
     def spec_id(self) -> str:
@@ -215,20 +137,29 @@ class FeatureStore:
         parts = [self.stats[split] for split in splits if split in self.stats]
         frames = sum(part["frames"] for part in parts)
         if not frames:
-            raise StoreError(f"{self.path}: no good clip in {', '.join(splits)}; see: ajepa-data report")
+            raise StoreError(f"{self.place}: no good clip in {', '.join(splits)}; see: ajepa-data report")
         mean = sum(part["frames"] * part["mean"] for part in parts) / frames
         square = sum(part["frames"] * (part["std"] ** 2 + part["mean"] ** 2) for part in parts) / frames
         return mean, math.sqrt(square - mean**2)
 
     def good_rows(self, splits: Sequence[str] | None = None) -> np.ndarray:
-        """Ascending rows (int64) whose clips are there, of the given splits or all; StoreError on unknown ones."""
+        """Ascending rows (int64) of good, not excluded clips of the given splits or all; StoreError on unknown ones."""
         known = set(self.manifest["split"].unique())
         if splits is not None and set(splits) - known:
-            raise StoreError(f"{self.path}: no split {sorted(set(splits) - known)}; it has {sorted(known)}")
-        wanted = pl.col("status") == "good"
+            raise StoreError(f"{self.place}: no split {sorted(set(splits) - known)}; it has {sorted(known)}")
+        wanted = (pl.col("status") == "good") & ~pl.Series(self.excluded.marks_N(self.manifest))
         if splits is not None:
             wanted &= pl.col("split").is_in(list(splits))
         return self.manifest.select(wanted).to_series().arg_true().to_numpy().astype(np.int64)
+
+    def shards_of(self, rows_N: np.ndarray) -> np.ndarray:
+        """The shard that each row lies in."""
+        return rows_N // self.header.layout.shard_clips
+
+    @cached_property
+    def excluded(self) -> Exclusions:
+        """What exclude lists are recorded; StoreError where they are damaged."""
+        return Exclusions.recorded(self.path)
 
     @cached_property
     def _labels(self) -> pl.DataFrame:
@@ -241,17 +172,18 @@ class FeatureStore:
 
     def labels_BC(self, rows_B: np.ndarray, label_set: str = "raw") -> np.ndarray:
         """1 where a row has a class, else 0, float32; raises StoreError where the label set is not there."""
-        if label_set not in self.label_sets:
-            have = ", ".join(self.label_sets)
-            hint = f"ajepa-data propagate-labels {self.path} --rule {label_set}"
-            raise StoreError(f"{self.path}: no label set {label_set!r}, it has {have}; add it with: {hint}")
-        indices_N, offsets_N = self._flat_labels(label_set)
+        indices_N, offsets_N = self.flat_labels(label_set)
         labels_BC = np.zeros((len(rows_B), len(self.classes.mids)), np.float32)
         for clip, row in enumerate(rows_B):
             labels_BC[clip, indices_N[offsets_N[row] : offsets_N[row + 1]]] = 1
         return labels_BC
 
-    def _flat_labels(self, label_set: str) -> tuple[np.ndarray, np.ndarray]:
+    def flat_labels(self, label_set: str = "raw") -> tuple[np.ndarray, np.ndarray]:
+        """The classes of all rows, row after row, and where each row's begin, with the end of the last; StoreError."""
+        if label_set not in self.label_sets:
+            have = ", ".join(self.label_sets)
+            hint = f"ajepa-data propagate-labels {self.place} --rule {label_set}"
+            raise StoreError(f"{self.place}: no label set {label_set!r}, it has {have}; add it with: {hint}")
         flat = self.__dict__.setdefault("_flat", {})
         if label_set not in flat:
             lists = self._labels[label_set]
@@ -269,20 +201,52 @@ class FeatureStore:
     ) -> np.ndarray:
         """The stored values of rows as `[B, T, F]`, with `frames` only those in [start, start + frames) of each.
 
-        Reads just these bytes, into `out` (C-contiguous, stored dtype) if given. Raises StoreError for a row that
-        is not good and a shard that is damaged; a crop beyond the stored frames is a ValueError.
+        Reads just these bytes where no check is due, into `out` (C-contiguous, stored dtype) if given. Raises
+        BrokenClip for a clip that cannot be read as it was written, StoreError for a row that is not good; a crop
+        beyond the stored frames is a ValueError.
         """
         frames = self.frames if frames is None else frames
         starts_B = np.zeros(len(rows_B), np.int64) if starts_B is None else starts_B
         if len(rows_B) and (starts_B.min() < 0 or starts_B.max() + frames > self.frames):
             raise ValueError(f"crops of {frames} frames from {starts_B} leave the stored 0..{self.frames}")
         mel_BTF = np.empty((len(rows_B), frames, self.bands), self.dtype) if out is None else out
-        reader = self._reader()
-        for clip_TF, row, start in zip(mel_BTF, rows_B, starts_B, strict=True):
-            reader.read_into(int(row), clip_TF, start_frame=int(start))
+        if self._cache and self._cache.bring(np.unique(rows_B // self.header.layout.shard_clips).tolist()):
+            self._own_reader().forget()
+        try:
+            self._reader().read(rows_B, starts_B, mel_BTF)
+        except BrokenClip as broken:
+            raise self._told(broken) from None
         return mel_BTF
 
-    def _reader(self) -> ShardReader:
+    def shard_path(self, shard: int) -> Path:
+        """Where a shard lies on this machine, fetched if need be; a path to nothing where no clip of it is good."""
+        try:
+            return self._cache.path(shard) if self._cache else shard_path(self.path, shard)
+        except ValueError as error:
+            raise StoreError(f"{self.place}: shard {shard} {error}") from None
+
+    def _told(self, broken: BrokenClip) -> StoreError:
+        """What a user is told of a row that could not be read."""
+        row, shard = broken.row, broken.row // self.header.layout.shard_clips
+        clip_id, status, reason = self.manifest.select("clip_id", "status", "reason").row(row)
+        if status != "good":
+            why = f"is not good: {reason}; draw rows from good_rows()"
+            return StoreError(f"{self.place}: row {row} (clip {clip_id}) {why}")
+        mends = f"run: ajepa-data verify {self.place} --repair"
+        if self._given is not None:
+            mends = f"its sound is not what it was; see: ajepa-data verify {self.place} --against-audio"
+        if self._cache is not None:
+            mends = f"where the copy is at fault, delete {self._cache.home}: it is fetched again"
+        what = f"row {row} (clip {clip_id}, shard {shard}) cannot be read"
+        return BrokenClip(row, f"{self.place}: {what}: {broken}; {mends}")
+
+    def _reader(self) -> Reader:
+        return self._own_reader() if self._given is None else self._given
+
+    def _own_reader(self) -> ShardReader:
         if not hasattr(self._local, "reader"):
-            self._local.reader = ShardReader(self.path, self.header.layout)
+            locate = self._cache.path if self._cache else partial(shard_path, self.path)
+            self._local.reader = ShardReader(
+                locate, self.header.layout, io=self._io, check=self._check, checked=self._checked
+            )
         return self._local.reader

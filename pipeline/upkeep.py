@@ -1,19 +1,22 @@
 """A store before and between builds: created, mended, swept of what a crash left, marked as unfinished."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
 from pipeline.blocks import Blocks
 from pipeline.errors import StoreError
 from pipeline.files import PARTIAL, abandoned, fsync, gate, replacing, scratch_of
+from pipeline.header import Header
 from pipeline.labels import split_mids
 from pipeline.ledger import NEXT, commit_at, ledger_path, settle, stray_shards
 from pipeline.manifest import PLAN_SCHEMA, pending
 from pipeline.shards import Layout, array_json, create_array, group_json
-from pipeline.store import Header, digest_of, read_metadata, read_table, write_table
+from pipeline.tables import digest_of, read_metadata, read_table, write_table
 
 
 def create_store(out: Path, header: Header, plan: pl.DataFrame) -> bool:
@@ -89,6 +92,17 @@ def _table_of(path: Path, columns: Sequence[str]) -> pl.DataFrame | None:
     except StoreError:
         return None
     return table if table.columns == list(columns) else None
+
+
+def told_of_build(store: Path) -> dict[str, Any]:
+    """What build.json tells; StoreError where it does not say what the store was built from."""
+    try:
+        told = json.loads((store / "build.json").read_text())
+        return {**told, "asked": told["asked"], "policy": told["policy"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise StoreError(
+            f"{store}/build.json: does not say what the store was built from; run its build command again"
+        ) from None
 
 
 def check_same(out: Path | str, there: Header, header: Header) -> None:

@@ -6,20 +6,23 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
 import polars as pl
 
 from pipeline.errors import ManifestError, StoreError
+from pipeline.exclusions import Exclusions
 from pipeline.files import PARTIAL
 from pipeline.finalise import statistics
+from pipeline.header import Header
+from pipeline.labels import OntologyGone, ontology_of
 from pipeline.ledger import NEXT, Commit, read_commit, store_id, stray_shards
 from pipeline.manifest import PLAN_SCHEMA, RESULT_SCHEMA, check_schema
-from pipeline.ontology import load_ontology
 from pipeline.propagation import propagate, relation_CC
 from pipeline.shards import ABSENT, CRC_BYTES, array_json, group_json, read_index, shard_path
-from pipeline.store import Header, digest_of, read_table
+from pipeline.tables import digest_of, read_table
 from pipeline.tally import Provenance
 
 Record = tuple[Commit, pl.DataFrame]
@@ -76,6 +79,10 @@ def _faults_beside(store: Path, header: Header) -> Iterator[Fault]:
         json.loads((store / "build.json").read_text())["asked"]
     except (OSError, ValueError, KeyError):
         yield Fault("build.json: does not say what the store was built from; its build command writes it")
+    try:
+        Exclusions.recorded(store)
+    except StoreError as error:
+        yield Fault(str(error))
     leftovers = [*store.rglob(f"*{PARTIAL}"), *store.glob(f"ledger/*{NEXT}"), *stray_shards(store)]
     yield from (Fault(f"{path}: left by a build that was cut off") for path in leftovers)
 
@@ -93,21 +100,31 @@ def _faults_of_labels(store: Path, header: Header) -> Iterator[Fault]:
     if digest_of(labels.select("raw", "outside")) != header.labels_digest:
         yield Fault("labels.parquet: raw labels are not those that the store was built with")
         return
-    ontology = load_ontology()
     for name in (name for name in labels.columns if name not in ("raw", "outside")):
-        by = sources.get(name)
-        if not by or set(by) != {field.name for field in fields(Provenance)}:
-            yield Fault(f"labels.parquet: label set {name} does not say where it comes from", label_set=name)
-        elif by["ontology"] == ontology.digest:
-            try:
-                splits = read_table(store / "manifest.parquet", ["split"])[0]["split"]
-            except (StoreError, pl.exceptions.ColumnNotFoundError):
-                return  # told of where the manifest is looked at
-            adds_CC = relation_CC(name, ontology=ontology, classes=header.classes)
-            expected = propagate(labels["raw"], adds_CC).zip_with(splits.is_in(by["splits"]), labels["raw"])
-            if not expected.equals(labels[name]):
-                why = "is not what its rule makes of the raw labels"
-                yield Fault(f"labels.parquet: label set {name} {why}", label_set=name)
+        if (fault := _fault_of_set(store, header, labels, name, sources.get(name))) is not None:
+            yield fault
+
+
+def _fault_of_set(
+    store: Path, header: Header, labels: pl.DataFrame, name: str, by: dict[str, Any] | None
+) -> Fault | None:
+    """A propagated set against what its rule gives; one whose ontology is gone cannot be made again by a repair."""
+    if not by or set(by) != {field.name for field in fields(Provenance)}:
+        return Fault(f"labels.parquet: label set {name} does not say where it comes from", label_set=name)
+    try:
+        ontology = ontology_of(store, name, by["ontology"])
+        splits = read_table(store / "manifest.parquet", ["split"])[0]["split"]
+    except OntologyGone as error:
+        return Fault(f"labels.parquet: {error}")
+    except (StoreError, pl.exceptions.ColumnNotFoundError):
+        return None  # told of where the manifest is looked at
+    adds_CC = relation_CC(name, ontology=ontology, classes=header.classes)
+    expected = propagate(labels["raw"], adds_CC).zip_with(splits.is_in(by["splits"]), labels["raw"])
+    if expected.equals(labels[name]):
+        return None
+    return Fault(
+        f"labels.parquet: label set {name} is not what its rule makes of the raw labels", label_set=name
+    )
 
 
 def _fault(

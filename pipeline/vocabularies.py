@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # stage one needs no torch, and it takes seconds to import
     from torch import Tensor
 
 Scores = TypeVar("Scores", np.ndarray, "Tensor")
+SHOWN = 5  # ids in a note
 
 
 def fsd50k_classes() -> ClassList:
@@ -46,6 +47,18 @@ def known_names() -> dict[str, str]:
 def named(mid: str) -> str:
     """An id with its name, to be read: `Washing machine (/m/0174k2)`; an unknown one alone."""
     return f"{known_names()[mid]} ({mid})" if mid in known_names() else mid
+
+
+def outside_note(mids: pl.Series, classes: ClassList) -> tuple[str, ...]:
+    """The sentence on ids of labels that a class list has not, if there are any: how many, and the most frequent."""
+    odd = mids.explode().drop_nulls()
+    odd = odd.filter(~odd.is_in(list(classes.mids)))
+    if odd.is_empty():
+        return ()
+    often = odd.value_counts(name="times").sort("times", odd.name, descending=[True, False])
+    shown = ", ".join(f"{named(mid)} {times:,} times" for mid, times in often.head(SHOWN).iter_rows())
+    more = f" and {often.height - SHOWN} more" if often.height > SHOWN else ""
+    return (f"{often.height} classes of labels are outside the class list and kept aside: {shown}{more}",)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

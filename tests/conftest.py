@@ -1,11 +1,13 @@
 """A small store, built once for all tests, and the lists and files that it came from."""
 
 import filecmp
+import logging
 from pathlib import Path
 
 import polars as pl
 import pytest
 from corpus import write_corpus
+from pyarrow.fs import S3FileSystem
 
 from pipeline.build import Build, Output, build_store
 from pipeline.corpus import Corpus
@@ -41,6 +43,15 @@ def store_path(corpus, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def other_store_path(tmp_path_factory) -> Path:
+    """A smaller store of the same kind, of other clips."""
+    folder = tmp_path_factory.mktemp("other")
+    build(write_corpus(folder / "corpus", clips=24), folder / "other.zarr")
+    propagate_labels(folder / "other.zarr")
+    return folder / "other.zarr"
+
+
+@pytest.fixture(scope="session")
 def uint8_store_path(corpus, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("store") / "tiny-uint8.zarr"
     build(corpus, out, dtype="uint8")
@@ -50,6 +61,27 @@ def uint8_store_path(corpus, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def store(store_path) -> FeatureStore:
     return FeatureStore.open(store_path)
+
+
+BUCKET = "ajepa-tests"
+
+
+@pytest.fixture(scope="module")
+def bucket_server():
+    """Moto on the loopback interface, found through the environment as a user's server would be; its address."""
+    moto_server = pytest.importorskip("moto.server", reason="moto is the S3 server of these tests")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    moto = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    moto.start()
+    address = "http://{}:{}".format(*moto.get_host_and_port())
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_ENDPOINT_URL", address)
+        environment.setenv("AWS_ACCESS_KEY_ID", "x")
+        environment.setenv("AWS_SECRET_ACCESS_KEY", "y")
+        environment.setenv("AWS_REGION", "us-east-1")
+        S3FileSystem(endpoint_override=address, allow_bucket_creation=True).create_dir(BUCKET)
+        yield address
+    moto.stop()
 
 
 TOLD_OF_THE_RUN = {"build.json"}  # times and paths: the one file that may differ between equal stores

@@ -195,13 +195,14 @@ def test_starts_agree_to_the_millisecond(tmp_path):
 
 
 def test_the_corpus_carries_its_notes_and_can_be_asked_for_again(tmp_path):
-    """A damaged tar and a damaged line cost themselves, and are told."""
+    """A damaged tar, a damaged line and an odd label cost themselves, and are told."""
     write_tar(tmp_path / "a.tar", {f"{ID}.wav": b"x"})
     (tmp_path / "b.tar").write_bytes(b"<html>")
-    segments = write(tmp_path / "x_segments.csv", f'{ID}, 30.000, 40.000, ""', "#NAME?, 1, 2")
+    segments = write(tmp_path / "x_segments.csv", f'{ID}, 30.000, 40.000, "/m/0174k2"', "#NAME?, 1, 2")
     corpus = audioset([tmp_path], [segments], lenient=True)
     assert [text.partition(": ")[2][:17] for text in corpus.notes] == [
         "1 damaged lines l",
+        "Washing machine (",
         "is no tar; fetch ",
     ]
     again = corpus_of(corpus.asked)

@@ -80,7 +80,7 @@ def test_bad_clips_keep_their_rows_and_say_why(store):
         .rows()
     )
     assert failed == [(MISSING, "missing"), (SILENT, "silent"), (BROKEN, "unreadable")]
-    with pytest.raises(StoreError, match=f"row {SILENT} is not"):
+    with pytest.raises(StoreError, match=rf"row {SILENT} \(clip .*\) is not good: silent"):
         store.read(np.array([SILENT]))
 
 

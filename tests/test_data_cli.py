@@ -7,11 +7,12 @@ import sys
 import time
 from pathlib import Path
 
+import polars as pl
 import pytest
 import typer
 from corpus import write_corpus
 
-from pipeline import cli
+from pipeline import cli, command_line
 from pipeline.shards import shard_path
 from pipeline.store import FeatureStore
 
@@ -88,7 +89,7 @@ def test_an_interrupted_build_says_that_it_carries_on(corpus, tmp_path, number):
     time.sleep(0.3)
     process.send_signal(number)
     error = process.communicate(timeout=30)[1]
-    assert process.returncode == cli.RUN_AGAIN
+    assert process.returncode == command_line.RUN_AGAIN
     assert "the same command carries on" in error
     assert "Traceback" not in error
 
@@ -193,3 +194,29 @@ def test_a_page_needs_the_name_of_a_file(store_path, monkeypatch, capsys):
     """`/` has none."""
     assert run("report", store_path, "--html", "/", monkeypatch=monkeypatch) == 1
     assert "/: is a folder; expected the name of a file" in capsys.readouterr().err
+
+
+def test_lists_are_propagated_to_a_table(corpus, tmp_path, monkeypatch, capsys):
+    """Several lists, splits by commas or repeated; a mistake is one line and leaves nothing."""
+    lists = [corpus / name for name in ("a_train_segments.csv", "eval_segments.csv")]
+    out = tmp_path / "labels.parquet"
+    assert (
+        run("propagate-labels", *lists, "--out", out, "--splits", "a_train,eval", monkeypatch=monkeypatch)
+        == 0
+    )
+    both = pl.read_parquet(out)
+    assert "biggest gainers" in capsys.readouterr().out
+    more = ["--splits", "a_train", "--splits", "eval"]
+    assert run("propagate-labels", *lists, "--out", out, *more, monkeypatch=monkeypatch) == 0
+    assert pl.read_parquet(out).equals(both)
+    assert run("propagate-labels", *lists, "--out", out, "--splits", "a_train", monkeypatch=monkeypatch) == 0
+    one = pl.read_parquet(out)
+    untouched = one.filter(pl.col("split") == "eval")
+    assert untouched["unambiguous"].equals(untouched["raw"], null_equal=True)
+    assert "raw labels kept in: eval" in capsys.readouterr().out
+    assert not one["unambiguous"].equals(both["unambiguous"])
+    assert run("propagate-labels", *lists, monkeypatch=monkeypatch) == 1
+    error = capsys.readouterr().err
+    assert "add --out FILE.parquet" in error
+    assert error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["labels.parquet", "labels.propagation.json"]

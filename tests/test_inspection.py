@@ -12,7 +12,8 @@ from matplotlib.image import imread
 from pipeline import cli
 from pipeline.inspection import nearest, place_of, rows_of, summary, told
 from pipeline.shards import shard_path
-from pipeline.store import FeatureStore, read_table, write_table
+from pipeline.store import FeatureStore
+from pipeline.tables import read_table, write_table
 
 
 def run(*arguments, monkeypatch) -> int:
@@ -143,3 +144,11 @@ def test_a_report_is_a_page(store_path, tmp_path, monkeypatch, capsys):
     assert run("report", store_path, "--html", tmp_path / "r.html", monkeypatch=monkeypatch) == 0
     assert "clips listed" in capsys.readouterr().out
     assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
+
+
+def test_labels_outside_the_class_list_are_told_by_name(copy):
+    """AudioSet's strong labels have washing machines; an id would tell nobody."""
+    frame, metadata = read_table(copy / "labels.parquet")
+    outside = pl.lit(["/m/0174k2", "x"], dtype=pl.List(pl.String))
+    write_table(copy / "labels.parquet", frame.with_columns(outside=outside), metadata)
+    assert "Washing machine (/m/0174k2); x" in told(FeatureStore.open(copy), [0])

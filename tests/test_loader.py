@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.errors import RunError, StoreError
-from pipeline.loader import PlainLoader, View, draws
+from pipeline.augment import draws
+from pipeline.errors import BrokenClip, RunError, StoreError
+from pipeline.loader import PlainLoader, View, stand_ins
 from pipeline.order import Order
 from pipeline.store import FeatureStore
 
@@ -98,7 +99,7 @@ def test_random_crops_lie_within_the_audio_and_reach_both_its_ends(store):
 def test_draws_are_uniform():
     """Mean 1/2 and variance 1/12 over 40,000 draws, within five standard errors."""
     order = Order(rows_N=np.arange(400), clips=400, seed=0)
-    draws_N = np.concatenate([draws(0, step, order) for step in range(100)])
+    draws_N = np.concatenate([draws("crop", 0, step, order) for step in range(100)])
     assert abs(draws_N.mean() - 1 / 2) < 5 * np.sqrt(1 / 12 / 40_000)
     assert abs(draws_N.var() - 1 / 12) < 5 * np.sqrt(1 / 180 / 40_000)
 
@@ -155,6 +156,82 @@ def test_a_missing_shard_is_named_and_never_read_as_silence(store_path, tmp_path
     damaged = FeatureStore.open(tmp_path / "damaged.zarr")
     with pytest.raises(StoreError, match=str(shard)):
         list(PlainLoader(damaged, order_of(damaged), view_of(damaged)).batches(0, 7))
+
+
+def broken(path, rows) -> FeatureStore:
+    """A store some of whose rows cannot be read."""
+    store = FeatureStore.open(path)
+    read, bad = store.read, set(rows)
+
+    def damaged(rows_B, **how):
+        for row in rows_B:
+            if row in bad:
+                raise BrokenClip(int(row), f"row {row} cannot be read")
+        return read(rows_B, **how)
+
+    store.read = damaged
+    return store
+
+
+def test_a_broken_clip_ends_the_batches_unless_skipping_is_asked_for(store_path, store):
+    """Leaving clips out is the user's decision."""
+    bad = int(order_of(store).rows(0)[2])
+    with pytest.raises(BrokenClip, match=f"row {bad} cannot"):
+        PlainLoader(broken(store_path, [bad]), order_of(store), view_of(store)).batch(0)
+
+
+def test_a_skipped_clip_costs_one_line_and_the_next_of_its_batch_stands_in(store_path, store):
+    """Told once in two epochs, counted in every batch, and shown like a clip: labels, frames and crop are its own."""
+    bad, said = [int(row) for row in order_of(store).rows(0)[[2, 3, 5]]], []
+    damaged, view = broken(store_path, bad), view_of(store, frames=900, label_set="raw")
+    loader = PlainLoader(damaged, order_of(store), view, on_broken="skip", say=said.append)
+    for step in range(14):
+        batch, asked_B = loader.batch(step), order_of(store).rows(step)
+        good_B = ~np.isin(asked_B, bad)
+        assert batch.skipped == (~good_B).sum()
+        assert np.array_equal(batch.rows_B[good_B], asked_B[good_B])
+        assert not np.isin(batch.rows_B, bad).any()
+        assert np.array_equal(batch.labels_BC, store.labels_BC(batch.rows_B))
+    assert sorted(said) == sorted(f"skipped: row {row} cannot be read" for row in bad)
+    asked_B = order_of(store).rows(0)
+    assert loader.batch(0).rows_B.tolist() == asked_B[[0, 1, 4, 4, 4, 0]].tolist()
+
+
+def test_skipping_depends_on_the_store_only_not_on_what_was_met_before(store_path, store):
+    """A resumed run has met nothing yet, and must see the same batches."""
+    bad = order_of(store).rows(3)[:2].tolist()
+    walked, resumed = (
+        PlainLoader(broken(store_path, bad), order_of(store), view_of(store), on_broken="skip", say=str)
+        for _ in range(2)
+    )
+    before = list(walked.batches(0, 9))
+    for step in (3, 8):
+        assert torch.equal(resumed.batch(step).mel_BTF, before[step].mel_BTF)
+
+
+def test_a_step_without_a_readable_clip_is_an_error(store_path, store):
+    """Never zeros, and never an endless search."""
+    bad = order_of(store).rows(1)
+    loader = PlainLoader(broken(store_path, bad), order_of(store), view_of(store), on_broken="skip", say=str)
+    assert loader.batch(0).skipped == 0
+    for _ in range(2):
+        with pytest.raises(StoreError, match="none of the 6 clips"):
+            loader.batch(1)
+
+
+@pytest.mark.parametrize(
+    ("bad", "stand_in"),
+    [([], "abcd"), ("a", "bbcd"), ("d", "abca"), ("cd", "abaa"), ("abd", "cccc"), ("x", "abcd")],
+)
+def test_the_next_good_row_stands_in_cyclically(bad, stand_in):
+    rows_B, skipped = stand_ins(np.array([ord(row) for row in "abcd"]), {ord(row) for row in bad})
+    assert "".join(map(chr, rows_B)) == stand_in
+    assert skipped == len(set(bad) & set("abcd"))
+
+
+def test_a_way_to_treat_broken_clips_that_is_none_is_refused(store):
+    with pytest.raises(RunError, match="on_broken must be raise or skip"):
+        PlainLoader(store, order_of(store), view_of(store), on_broken="ignore")
 
 
 def test_cuda_where_there_is_none_is_refused_in_one_line(store, monkeypatch):

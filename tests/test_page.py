@@ -10,7 +10,8 @@ import pytest
 
 from pipeline.markup import Markup, tag
 from pipeline.page import page, write_page
-from pipeline.store import FeatureStore, read_table, write_table
+from pipeline.store import FeatureStore
+from pipeline.tables import read_table, write_table
 
 NASTY = """<script>alert("x")</script>&'\"><img src=//evil.example/x>$body"""
 VOID = {"meta", "input", "br"}
@@ -59,6 +60,9 @@ def test_the_numbers_are_those_of_the_manifest(store):
     """Of coverage, of every reason, of every class before and after propagation."""
     elements = Elements(page(store, clips=2))
     text, rows = elements.all[0]["text"], elements.rows()
+    rows |= {
+        e["cells"][0]["text"]: [c["text"] for c in e["cells"][1:]] for e in elements.all if "data-n" in e
+    }
     assert "45 of 48 clips are good: 93.75 %" in text
     assert "34 of 36 good, 94.44 %" in text
     assert rows["missingno file was found for the clip"] == ["1", "0"]
@@ -157,7 +161,7 @@ def test_uint8_stores_have_pages(uint8_store_path):
     """No propagated label set here, either."""
     text = page(FeatureStore.open(uint8_store_path), clips=2)
     assert "stored as uint8 with an error of 0.0" in text
-    assert "unambiguous" not in text
+    assert "good, unambiguous" not in text
 
 
 def test_text_is_escaped_once_and_markup_never_again():

@@ -13,8 +13,9 @@ from pipeline.engines import run_here
 from pipeline.errors import InputError, StoreError
 from pipeline.files import WHOLE, Part, gate, locked
 from pipeline.finalise import finalise
+from pipeline.header import Header
 from pipeline.melspec import mel_spec
-from pipeline.store import FeatureStore, Header
+from pipeline.store import FeatureStore
 from pipeline.verify import faults_of
 
 UNGUARDED = {"workers": 0}

@@ -13,12 +13,14 @@ import torch
 from tiny import tiny
 
 from ajepa.devices import pick_device, precision
-from ajepa.pretrain import EVAL_SPLIT, Trainer, pretrain, train_splits
+from ajepa.pretrain import Trainer, pretrain
 from ajepa.recipes import audio_jepa
 from ajepa.run import Run
-from pipeline.errors import InputError, Interrupted, RunError
+from ajepa.training_set import EVAL_SPLIT, train_splits
+from pipeline.errors import BrokenClip, InputError, Interrupted, RunError
 from pipeline.loader import Batch, PlainLoader, View
 from pipeline.order import Order
+from pipeline.store import FeatureStore
 
 TIMINGS = ("clips_per_s", "data_wait")
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
@@ -54,6 +56,7 @@ import os, signal, sys
 from pathlib import Path
 from ajepa.pretrain import pretrain
 from ajepa.run import Run
+from ajepa.training_set import EVAL_SPLIT, train_splits
 from tiny import tiny
 
 log = Run.log
@@ -198,6 +201,27 @@ def test_what_a_run_logs_says_where_the_time_went(whole):
     assert all(0 <= line["data_wait"] <= 1 and line["clips_per_s"] > 0 for line in whole.metrics())
 
 
+def test_clips_that_cannot_be_read_end_the_run_or_are_skipped_and_counted(store_path, tmp_path, monkeypatch):
+    """Whether a run may leave clips out is asked of its user; if so, its metrics say how many."""
+    read, bad = FeatureStore.read, set(FeatureStore.open(store_path).good_rows()[:5].tolist())
+
+    def damaged(store, rows_B, **how):
+        for row in set(rows_B.tolist()) & bad:
+            raise BrokenClip(row, f"row {row} cannot be read")
+        return read(store, rows_B, **how)
+
+    monkeypatch.setattr(FeatureStore, "read", damaged)
+    with pytest.raises(BrokenClip, match="cannot be read"):
+        quietly(store_path, tmp_path / "strict")
+    told: list[str] = []
+    run = pretrain(
+        store_path, tiny(), tmp_path / "run", device="cpu", on_broken="skip", say=told.append, steps=8
+    )
+    lines = [line for line in told if line.startswith("skipped: row")]
+    assert len(set(lines)) == len(lines) == 5
+    assert sum(line["skipped"] for line in run.metrics()) >= 5
+
+
 def test_a_run_remembers_how_its_features_were_normalised(whole, store):
     """Embedding other clips years later needs the mel spec and the two numbers, not the store."""
     assert whole.identity["mel"] == store.spec.to_json()
@@ -211,6 +235,7 @@ def test_a_run_remembers_how_its_features_were_normalised(whole, store):
         ({"recipe": audio_jepa()}, r"holds mel spec a-jepa \(998 x 128, .*needs audio-jepa \(254 x 128"),
         ({"batch": 10_000}, "do not fill one step of 10000 clips"),
         pytest.param({"device": "cuda"}, "no CUDA device here", marks=NO_CUDA),
+        ({"on_broken": "ignore"}, "on_broken must be raise or skip, got 'ignore'"),
         ({"loader": "fast"}, "loader must be dali or plain, got 'fast'"),
     ],
 )

@@ -9,7 +9,8 @@ from pipeline.build import Output, build_store
 from pipeline.datasets.audioset import audioset
 from pipeline.labels import propagate_labels
 from pipeline.melspec import mel_spec
-from pipeline.store import FeatureStore, read_table
+from pipeline.store import FeatureStore
+from pipeline.tables import read_table
 from pipeline.verify import faults_of
 
 CORPUS = Path(__file__).parents[2] / "shared" / "corpus"

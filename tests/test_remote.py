@@ -1,7 +1,6 @@
 """Stores and sounds on s3://, against a server of the same protocol on this machine: not a byte may differ."""
 
 import itertools
-import logging
 import shutil
 import sys
 import tarfile
@@ -9,11 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import assert_same_bytes, build, corpus_in
+from conftest import BUCKET, assert_same_bytes, build, corpus_in
 from corpus import write_corpus
-from pyarrow.fs import FileSelector, S3FileSystem
+from pyarrow.fs import FileSelector
 
 from pipeline import cli, mirror, remote
+from pipeline.audit_exclude import record
 from pipeline.build import Build, Output, build_store, build_stores
 from pipeline.datasets.audioset import audioset
 from pipeline.errors import AudioError, InputError, StoreError
@@ -24,26 +24,8 @@ from pipeline.mirror import Mirror, staging_of
 from pipeline.remote import fetch, filesystem, push, remove, sizes
 from pipeline.store import FeatureStore
 
-moto_server = pytest.importorskip("moto.server", reason="moto is the S3 server of these tests")
-BUCKET = "ajepa-tests"
+pytestmark = pytest.mark.usefixtures("bucket_server")
 LATE = "audio/clip_000003.wav"  # of the first shard
-
-
-@pytest.fixture(scope="module", autouse=True)
-def server():
-    """Moto on the loopback interface, found through the environment as a user's server would be."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    moto = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    moto.start()
-    address = "http://{}:{}".format(*moto.get_host_and_port())
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("AWS_ENDPOINT_URL", address)
-        environment.setenv("AWS_ACCESS_KEY_ID", "x")
-        environment.setenv("AWS_SECRET_ACCESS_KEY", "y")
-        environment.setenv("AWS_REGION", "us-east-1")
-        S3FileSystem(endpoint_override=address, allow_bucket_creation=True).create_dir(BUCKET)
-        yield address
-    moto.stop()
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +171,19 @@ def test_labels_propagated_in_the_staging_folder_reach_the_remote_store(small, u
     build_there(small, url, tmp_path / "other")
     there = FeatureStore.open(downloaded(url, tmp_path / "there"))
     assert there.label_sets == ("raw", "unambiguous")
+
+
+def test_exclude_lists_reach_the_remote_store_and_outlive_the_staging_folder(small, url, tmp_path):
+    """What nobody is to draw must not come back with a new machine; what is taken back stays taken back."""
+    build_there(small, url, tmp_path / "staging")
+    (path := tmp_path / "a.txt").write_text("clip_000002")
+    record(FeatureStore.open(tmp_path / "staging"), [path])
+    build_there(small, url, tmp_path / "staging")
+    build_there(small, url, tmp_path / "other")
+    assert FeatureStore.open(tmp_path / "other").excluded.frame["clip_id"].to_list() == ["clip_000002"]
+    record(FeatureStore.open(tmp_path / "other"), [])
+    build_there(small, url, tmp_path / "other")
+    assert FeatureStore.open(downloaded(url, tmp_path / "there")).excluded.digest is None
 
 
 def test_a_remote_store_of_another_spec_is_refused_with_nothing_made(small, url, tmp_path):

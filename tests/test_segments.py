@@ -2,8 +2,11 @@
 
 import polars as pl
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
-from pipeline.datasets.segments import plan_clips, read_segments
+from pipeline.datasets import segments
+from pipeline.datasets.segments import cells, plan_clips, read_segments
 from pipeline.errors import ManifestError
 
 HEAD = "# Segments csv created today\n# num_ytids=2\n# YTID, start_seconds, end_seconds, positive_labels\n"
@@ -125,3 +128,34 @@ def test_what_is_no_text_is_named_by_its_line(tmp_path, content, said):
     path.write_bytes(content)
     with pytest.raises(ManifestError, match=said):
         read_segments(path)
+
+
+ROW = r'^\s*([^,]*?)\s*,\s*([^,]*?)\s*,\s*([^,]*?)\s*(?:,\s*"?([^"]*?)"?\s*)?$'
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.text(alphabet='ab,," /\t', max_size=14), min_size=1, max_size=9))
+@example(texts=["", ",,", 'a,b,c,"', 'a,b,c,""', 'a,b,c,"x"y"', ' a , b , c , "x, y" ', "a,b,c,x,y", "a,b"])
+def test_lines_are_cut_as_the_grammar_has_it(texts):
+    """The quick cut, against the regular expression that says what a line is."""
+    lines = pl.DataFrame({"text": texts})
+    groups = pl.col("text").str.extract_groups(ROW).struct.rename_fields(list("abcd"))
+    wanted = lines.select(groups).unnest("text").with_columns(pl.col("d").fill_null(""))
+    wanted = wanted.with_columns(d=pl.when(pl.col("a").is_not_null()).then(pl.col("d").str.strip_chars()))
+    cut = lines.select(cells()).unnest("cells").with_columns(pl.col("d").str.strip_chars())
+    assert cut.rows() == wanted.rows()
+
+
+def test_a_list_is_the_same_whatever_is_read_at_a_time(tmp_path, monkeypatch):
+    """Lists of 101 MB are read in parts; lines, and the numbers in notes on them, are those of the whole."""
+    rows = [GOOD.replace("a", letter) for letter in "bcdefgh"]
+    path = write(tmp_path / "x.csv", *rows[:3], "# no comment", "", *rows[3:], "#NAME?, 1, 2")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    whole = read_segments(path, lenient=True)
+    assert "line 7: " in whole[1][0]
+    assert "line 13: " in whole[1][0]
+    for size in (1, 40, 70, 1000):
+        monkeypatch.setattr(segments, "BLOCK_BYTES", size)
+        frame, notes = read_segments(path, lenient=True)
+        assert frame.equals(whole[0])
+        assert notes == whole[1]

@@ -72,6 +72,8 @@ def test_a_run_is_trained_evaluated_and_drawn(store_path, tmp_path, monkeypatch,
         (["--recipe", "smoke", "--batch", "4000"], "do not fill one step of 4000 clips"),
         (["--recipe", "smoke", "--set", "model.dept=1"], "model (JepaSpec) has no field 'dept'"),
         (["--recipe", "a-jepa", "--batch", "30"], "0.02 GB free; not one clip would fit: try --recompute"),
+        (["--store-weight", "0.7"], "1 store weights for 1 stores; give one for each of two or more"),
+        (["--window", "8"], "window 8 is of no use to a full shuffle; add --shuffle block"),
         pytest.param(["--recipe", "smoke", "--device", "cuda"], "no CUDA device here", marks=NO_CUDA),
     ],
 )
@@ -134,6 +136,21 @@ def test_masks_are_drawn_over_a_clip_of_the_store(store_path, tmp_path, monkeypa
     assert "recipe audio-jepa needs audio-jepa" in capsys.readouterr().err
     assert run("masks", "--png", tmp_path / "masks.jpg", monkeypatch=monkeypatch) == 1
     assert "expected a file name that ends in .png" in capsys.readouterr().err
+
+
+def test_two_stores_are_mixed_by_weight_and_one_is_shuffled_in_blocks(
+    store_path, other_store_path, tmp_path, monkeypatch, capsys
+):
+    """By options alone; what was drawn from where, and how well it mixes, is told."""
+    few = ["--recipe", "smoke", "--steps", 2]
+    two = ["--store", other_store_path, "--store-weight", 0.9, "--store-weight", 0.1]
+    assert run(*wish(store_path, tmp_path / "two", *two, *few), monkeypatch=monkeypatch) == 0
+    said = capsys.readouterr()
+    assert "tiny.zarr: 34 clips, 90.0% of those trained on" in said.err
+    assert f"Next: ajepa-train evaluate --store {store_path}" in said.out
+    block = ["--shuffle", "block", "--window", 2]
+    assert run(*wish(store_path, tmp_path / "block", *block, *few), monkeypatch=monkeypatch) == 0
+    assert "block shuffle: 2 blocks of up to 16 clips at a time" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["pretrain", "evaluate", "report"])

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,13 @@ from corpus import clip_id, write_corpus
 
 from pipeline.audio import AudioPolicy
 from pipeline.errors import StoreError
+from pipeline.labels import propagate_labels
 from pipeline.ledger import ledger_path
+from pipeline.ontology import Ontology, load_ontology
 from pipeline.repair import repair
 from pipeline.shards import shard_path
-from pipeline.store import FeatureStore, read_table
+from pipeline.store import FeatureStore
+from pipeline.tables import read_table
 from pipeline.verify import faults_of
 
 
@@ -224,3 +228,52 @@ def test_a_sample_reads_some_shards_and_checks_the_sizes_of_all(damaged):
     shard_path(damaged, 0).write_bytes(b"short")
     shard_path(damaged, 1).write_bytes(b"short")
     assert len(list(faults_of(damaged, sample=1))) >= 2
+
+
+@pytest.fixture
+def own_set(damaged, tmp_path):
+    """The store with a set made by an ontology of one's own: no instrument is one."""
+    nodes = (
+        replace(node, child_mids=()) if node.name == "Musical instrument" else node
+        for node in load_ontology().nodes
+    )
+    ontology = Ontology(nodes=tuple(nodes))
+    propagate_labels(damaged, "all-ancestors", ontology=ontology)
+    return damaged / f"ontology-{ontology.digest}.json"
+
+
+def test_a_set_of_ones_own_ontology_is_checked_and_mended_with_it(damaged, own_set):
+    """Made again with AudioSet's it would be another set of the same name."""
+    assert list(faults_of(damaged)) == []
+    before = (damaged / "labels.parquet").read_bytes()
+    alter(damaged / "labels.parquet", "all-ancestors", [7])
+    faults = list(faults_of(damaged))
+    assert [fault.label_set for fault in faults] == ["all-ancestors"]
+    repair(damaged, faults, workers=0)
+    assert (damaged / "labels.parquet").read_bytes() == before
+    (damaged / "labels.parquet").unlink()
+    repair(damaged, list(faults_of(damaged)), workers=0)
+    assert list(faults_of(damaged)) == []
+    ours = read_table(damaged / "labels.parquet")[0]["all-ancestors"].to_list()
+    propagate_labels(damaged, "all-ancestors")
+    assert read_table(damaged / "labels.parquet")[0]["all-ancestors"].to_list() != ours
+
+
+@pytest.mark.parametrize(
+    "damage", [Path.unlink, lambda path: path.write_text("[]"), lambda path: path.write_text("{")]
+)
+def test_a_set_whose_ontology_is_gone_is_not_made_again_by_another(damaged, own_set, damage):
+    """Verify says which command makes it, a repair does all else and then says so too."""
+    damage(own_set)
+    (fault,) = faults_of(damaged)
+    command = f"ajepa-data propagate-labels {damaged} --rule all-ancestors --ontology FILE"
+    assert fault.text.endswith(command)
+    before = (damaged / "labels.parquet").read_bytes()
+    repair(damaged, [fault], workers=0)
+    assert (damaged / "labels.parquet").read_bytes() == before
+    (damaged / "labels.parquet").unlink()
+    flip(damaged)
+    with pytest.raises(StoreError, match=re.escape(command)):
+        repair(damaged, list(faults_of(damaged)), workers=0)
+    assert list(faults_of(damaged)) == []
+    assert FeatureStore.open(damaged).label_sets == ("raw", "unambiguous")

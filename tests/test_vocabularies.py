@@ -19,6 +19,7 @@ from pipeline.vocabularies import (
     fsd50k_classes,
     known_names,
     named,
+    outside_note,
 )
 
 MANIFESTS = Path(__file__).parents[1] / "manifests"
@@ -199,3 +200,14 @@ def test_what_cannot_be_mapped_is_refused():
         mapped.scores(np.zeros((1, 527)), absent=0.0)
     with pytest.raises(OntologyError, match="row 1: class index 200, expected 0 to 199"):
         mapped.labels(pl.Series([[0], [200]], dtype=pl.List(pl.UInt16)))
+
+
+def test_a_note_tells_what_is_outside_by_name():
+    """The most frequent first, five by name; nothing where all ids are known."""
+    rows = [["/m/0174k2", "/m/09x0r"], ["/m/0174k2"], ["/m/0"], [], ["/m/0bm0k", *"abcd"]]
+    (note,) = outside_note(pl.Series(rows, dtype=pl.List(pl.String)), AUDIOSET)
+    assert note.startswith("7 classes of labels are outside the class list and kept aside: ")
+    assert "Washing machine (/m/0174k2) 2 times, /m/0 1 times, Crash cymbal (/m/0bm0k) 1 times, a" in note
+    assert note.endswith(" and 2 more")
+    assert outside_note(pl.Series([["/m/09x0r"], []], dtype=pl.List(pl.String)), AUDIOSET) == ()
+    assert outside_note(pl.Series([[]], dtype=pl.List(pl.String)), AUDIOSET) == ()

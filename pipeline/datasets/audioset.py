@@ -11,6 +11,7 @@ from pipeline.errors import InputError
 from pipeline.layouts import EXTENSIONS, Found, find
 from pipeline.locators import MEMBER, SOURCES_SCHEMA, Sources
 from pipeline.ontology import load_class_list
+from pipeline.vocabularies import outside_note
 
 NAME = (  # [Y]<id>[_<start>[_<end>]][.<extension>]; never split on "_": 14 % of the ids contain one
     r"^(?P<y>Y?)(?P<id>[A-Za-z0-9_-]{11})(?:_(?P<start>\d+(?:\.\d+)?)(?:_\d+(?:\.\d+)?)?)?"
@@ -28,17 +29,18 @@ def audioset(audio: Sequence[Path | str], segments: Sequence[Path | str], *, len
     """
     plan, notes = plan_clips([Path(path) for path in segments], lenient=lenient)
     sources = find_sources(plan, audio)
+    classes = load_class_list()
     return Corpus(
         plan=plan,
         sources=sources,
-        classes=load_class_list(),
+        classes=classes,
         asked={
             "dataset": "audioset",
             "audio": [place_of(path) for path in audio],
             "segments": [place_of(path) for path in segments],
             "lenient": lenient,
         },
-        notes=notes + sources.notes,
+        notes=notes + outside_note(plan["mids"], classes) + sources.notes,
     )
 
 

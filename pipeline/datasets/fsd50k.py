@@ -37,7 +37,8 @@ def fsd50k(
                   a piece need not hold what its sound is labelled with; for scores on eval leave it off
 
     Splits train, val (both from dev.csv) and eval. A clip is its Freesound number, and `@` and its first millisecond
-    where sounds are cut. Labels are AudioSet's ids and hold their ancestors already: nothing is left to propagate.
+    where sounds are cut. Labels are AudioSet's ids and hold their ancestors already, but where FSD50K follows no
+    link of the ontology: a tap is at no door, a church bell no instrument. Propagation adds these.
     """
     how = Cut(clip_seconds=clip_seconds, hop_seconds=clip_seconds if cut else None)
     folder = Path(root)

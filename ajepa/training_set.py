@@ -1,0 +1,133 @@
+"""TrainingSet: what a run is asked to train on: which stores, how much of each, in what order."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from ajepa.recipes import Pretrain
+from ajepa.run import Json
+from pipeline.errors import RunError
+from pipeline.joined import AnyStore, JoinedStore
+from pipeline.melspec import mel_spec
+from pipeline.mixing import mixing_of
+from pipeline.order import Order
+from pipeline.sampling import FULL_SHUFFLE, WINDOW_BLOCKS, BlockShuffle, Sampling, Weighted
+from pipeline.store import FeatureStore
+
+EVAL_SPLIT = "eval"  # never trained on
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingSet:
+    """Every split of some stores but `eval`, and how its clips follow each other.
+
+    Without weights every clip comes once an epoch. With one for each store, clips are drawn with replacement so
+    that a store's share of them is that of its weight, whatever its size; an epoch is as many as there are.
+    Raises RunError where the settings contradict each other.
+    """
+
+    stores: tuple[Path | str | FeatureStore, ...]
+    weights: tuple[float, ...] = ()
+    shuffle: Literal["full", "block"] = "full"
+    window_blocks: int | None = None  # shards that a block shuffle mixes at a time; None: 64
+
+    def __post_init__(self) -> None:
+        stores, weights = len(self.stores), len(self.weights)
+        if weights and (weights != stores or stores < 2):
+            raise RunError(
+                f"{weights} store weights for {stores} stores; give one for each of two or more, or none"
+            )
+        if not all(math.isfinite(weight) and weight > 0 for weight in self.weights):
+            told = ", ".join(f"{weight:g}" for weight in self.weights)
+            raise RunError(
+                f"store weights {told}: expected numbers above 0; leave out a store that is not wanted"
+            )
+        if self.shuffle not in ("full", "block"):
+            raise RunError(f"shuffle must be full or block, got {self.shuffle!r}")
+        if weights and self.shuffle == "block":
+            raise RunError(
+                "store weights draw clips with replacement, shuffle block takes each once: choose one"
+            )
+        if self.window_blocks is not None and self.shuffle != "block":
+            raise RunError(f"window {self.window_blocks} is of no use to a full shuffle; add --shuffle block")
+
+    @property
+    def window(self) -> int:
+        """Shards that a block shuffle mixes at a time."""
+        return self.window_blocks or WINDOW_BLOCKS
+
+    def opened(self, recipe: Pretrain) -> AnyStore:
+        """The stores, read as one; RunError or StoreError where they do not fit the recipe or each other."""
+        stores = [open_store(store, recipe) for store in self.stores]
+        return stores[0] if len(stores) == 1 else JoinedStore(stores)
+
+    def order(self, store: AnyStore, recipe: Pretrain) -> Order:
+        """Which clips come when; raises InputError where there are too few."""
+        rows_N = store.good_rows(train_splits(store))
+        sampling: Sampling = FULL_SHUFFLE
+        if isinstance(store, JoinedStore):
+            self._refuse_empty(store, rows_N)
+            if self.weights:
+                weights_N = store.row_weights(rows_N, self.weights)
+                sampling = Weighted(weights_N=weights_N, clips_per_epoch=len(rows_N))
+        if self.shuffle == "block":
+            sampling = BlockShuffle(blocks_N=store.shards_of(rows_N), window_blocks=self.window)
+        return Order(rows_N=rows_N, clips=recipe.clips_per_step, seed=recipe.seed, sampling=sampling)
+
+    def _refuse_empty(self, store: JoinedStore, rows_N: np.ndarray) -> None:
+        for part, rows in zip(store.stores, store.rows_of_each(rows_N), strict=True):
+            if not rows:
+                raise RunError(f"{part.place}: has no good clip to train on; leave it out")
+
+    def identity(self, store: AnyStore) -> Json:
+        """What a run was trained on: it is compared on resume, and says how to normalise ever after."""
+        mean, std = store.mean_and_std(train_splits(store))
+        told: Json = {"store_id": store.store_id, "spec_id": store.spec_id, "mel": store.spec.to_json()}
+        told |= {"mean": mean, "std": std}
+        if isinstance(store, JoinedStore):
+            told["stores"] = [part.store_id for part in store.stores]
+        if any(excluded := _excluded(store)):
+            told["excluded"] = excluded if isinstance(store, JoinedStore) else excluded[0]
+        if self.weights:
+            told["store_weights"] = list(self.weights)
+        if self.shuffle == "block":
+            told["block_shuffle"] = {"blocks": "shards", "window_blocks": self.window}
+        return told
+
+    def told(self, store: AnyStore, order: Order) -> Iterator[str]:
+        """Lines on what is out of the ordinary: each of several stores, and how well a block shuffle mixes."""
+        if isinstance(store, JoinedStore):
+            rows_of_each = store.rows_of_each(order.rows_N)
+            weights_N = np.asarray(self.weights or rows_of_each, np.float64)
+            shares = weights_N / weights_N.sum()
+            for part, rows, share in zip(store.stores, rows_of_each, shares, strict=True):
+                yield f"{part.place}: {rows:,} clips, {share:.1%} of those trained on"
+        if isinstance(order.sampling, BlockShuffle):
+            clip_bytes = store.frames * store.bands * store.dtype.itemsize
+            yield str(mixing_of(order.sampling, order.clips_of_all_ranks, order.seed, clip_bytes=clip_bytes))
+
+
+def _excluded(store: AnyStore) -> list[str | None]:
+    """Of each store the digest of what exclude lists leave out; None where they leave out nothing."""
+    stores = store.stores if isinstance(store, JoinedStore) else (store,)
+    return [part.excluded.digest for part in stores if isinstance(part, FeatureStore)]
+
+
+def open_store(store: Path | str | FeatureStore, recipe: Pretrain) -> FeatureStore:
+    """The store, opened; RunError where it does not hold the features that the recipe was made for."""
+    store = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
+    wanted = mel_spec(recipe.mel)
+    if store.spec_id != wanted.spec_id:
+        held, asked = (f"{s.name} ({s.frames} x {s.mel_bands}, {s.spec_id})" for s in (store.spec, wanted))
+        told = f"holds mel spec {held}, recipe {recipe.name} needs {asked}"
+        raise RunError(f"{store.place}: {told}; build a store with --spec {wanted.name}")
+    return store
+
+
+def train_splits(store: AnyStore) -> list[str]:
+    """Every split but the one that is kept to measure on."""
+    return sorted(set(store.manifest["split"].unique()) - {EVAL_SPLIT})

@@ -1,0 +1,107 @@
+"""Excluding clips of a store: exclude lists recorded and taken back, and one suggested where clips leak."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from pipeline.audit_copies import leaking
+from pipeline.audit_rows import Rows
+from pipeline.errors import InputError
+from pipeline.exclusions import COMMENT, EXCLUDED, EXCLUDED_SCHEMA, ExcludeList, Exclusions
+from pipeline.files import locked, replacing
+from pipeline.inspection import nearest
+from pipeline.store import FeatureStore
+from pipeline.tables import write_table
+
+REASONS = {
+    "id": "stands in {split} too",
+    "audio": "has the exact audio of {other} in {split}",
+    "recording": "is of the same recording as {other} in {split}",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What became of one exclude list."""
+
+    name: str
+    clips: int
+    unknown: int  # ids that the store does not have
+    example: str | None  # the first of them
+    near: tuple[str, ...]  # ids of the store like it
+
+    def __str__(self) -> str:
+        told = f"{self.name}: {self.clips:,} clips excluded"
+        if not self.unknown:
+            return told
+        hint = f"; did you mean {' or '.join(map(repr, self.near))}?" if self.near else ""
+        return f"{told}, {self.unknown:,} ids are not in the store, such as {self.example!r}{hint}"
+
+
+def record(store: FeatureStore, paths: Sequence[Path]) -> list[Recorded]:
+    """Make these lists the ones that a store excludes clips by, in place of any before; no list takes all back.
+
+    Nothing changes where one of them cannot be read or names no clip of the store: InputError.
+    """
+    told, frames = list[Recorded](), list[pl.DataFrame]()
+    for path in paths:
+        read = ExcludeList.read(path)
+        frame, unknown = read.found(store.manifest)
+        near = tuple(nearest(store.manifest["clip_id"], unknown[0])) if unknown else ()
+        if frame.is_empty():
+            hint = f"; did you mean {near[0]!r}?" if near else ", nor one like it"
+            raise InputError(
+                f"{path}: none of its {len(unknown):,} ids is in {store.path}, such as {unknown[0]!r}{hint}"
+            )
+        told.append(Recorded(read.name, frame.height, len(unknown), unknown[0] if unknown else None, near))
+        frames.append(frame)
+    exclusions = Exclusions(frame=pl.concat(frames) if frames else pl.DataFrame(schema=EXCLUDED_SCHEMA))
+    with locked(store.path):
+        write_table(store.path / EXCLUDED, exclusions.frame, exclusions.metadata)
+    return told
+
+
+def suggest(rows: Rows, path: Path) -> int:
+    """Write an exclude list of the clips to train on that leak into what is measured, where there are any: how many.
+
+    A clip a line with the reason behind it; CSV where `path` ends in `.csv`. The clip held out stays. InputError
+    where no split is held out, or every one is, or a text cannot hold the ids.
+    """
+    if rows.measured_S.all() or not rows.measured_S.any():
+        which = "every split is" if rows.measured_S.any() else "no split is"
+        raise InputError(
+            f"{path}: {which} held out, so nothing can leak; name those to measure on with --eval SPLIT"
+        )
+    clips = rows.clips()
+    found = leaking(clips, rows.splits, rows.measured)
+    of = rows.manifest.select("clip_id", "split")[found["row"].to_numpy()]
+    reasons = [
+        REASONS[row["kind"]].format(other=row["other"], split=row["other_split"])
+        for row in found.iter_rows(named=True)
+    ]
+    listed = of.with_columns(reason=pl.Series(reasons, dtype=pl.String))
+    if listed.is_empty():
+        return 0
+    content = listed.write_csv() if path.suffix == ".csv" else _text(listed, rows, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as scratch:
+        scratch.write_text(content, encoding="utf-8")
+    return listed.height
+
+
+def _text(listed: pl.DataFrame, rows: Rows, path: Path) -> str:
+    """A line a clip; InputError where an id would not come back as it was, or says too little."""
+    rest = rows.manifest.select("clip_id", "split").join(listed, on=["clip_id", "split"], how="anti")
+    clip_id = pl.col("clip_id")
+    unfit = (
+        clip_id.str.contains(COMMENT) | clip_id.str.starts_with("#") | clip_id.str.contains(r"^\s|\s$|\n|\r")
+    )
+    odd = pl.concat([listed.filter(unfit), listed.join(rest, on="clip_id", how="semi")])
+    if odd.height:
+        raise InputError(
+            f"{path}: a text cannot name {odd['clip_id'][0]!r} alone; give a name that ends in .csv"
+        )
+    head = "# clips to train on that stand in what is measured, too; # begins a comment\n"
+    return head + "".join(f"{clip_id}  # {reason}\n" for clip_id, _, reason in listed.rows())

@@ -1,0 +1,64 @@
+"""What both command lines share: their arguments for stores, and how a run of them ends."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from pipeline.errors import InputError, Interrupted
+from pipeline.files import FULL
+
+RUN_AGAIN = 75  # EX_TEMPFAIL: interrupted with nothing lost; the same command carries on
+
+
+def on_a_disk(store: Path) -> Path:
+    if str(store).startswith(("s3:/", "gs:/", "http:/", "https:/")):
+        raise InputError(
+            f"{store}: lies on an object store; copy it to a disk first, or give its staging folder"
+        )
+    return store
+
+
+StorePath = Annotated[
+    Path, typer.Argument(help="Feature store, NAME.zarr.", show_default=False, callback=on_a_disk)
+]
+
+StorePlace = Annotated[str, typer.Argument(help="Feature store, NAME.zarr or s3://...", show_default=False)]
+Cache = Annotated[
+    Path | None, typer.Option(help="Folder for what was last read of a store at s3://.", show_default=False)
+]
+CacheGb = Annotated[float, typer.Option(min=0.001, help="Most that --cache may take, in 10^9 bytes.")]
+
+
+def run_app(app: typer.Typer) -> NoReturn:
+    """Run a command line: our own errors become one line and exit status 1, an interruption one and status 75."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # USR1: a batch system's warning
+        signal.signal(number, _interrupt)
+    try:
+        app()
+    except InputError as error:
+        _fail(f"error: {error}", 1)
+    except BrokenPipeError:  # whoever reads what is printed, such as head, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except OSError as error:  # a read-only folder, a full disk, a file where a folder should be
+        if error.errno in FULL:
+            _fail("error: no space left on the disk; free some and run the same command again", 1)
+        if error.filename is None:
+            raise
+        _fail(f"error: {error.filename}: {error.strerror}; check the path and its permissions", 1)
+    except Interrupted:
+        _fail("interrupted; nothing is lost: the same command carries on", RUN_AGAIN)
+    raise SystemExit(0)
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise Interrupted
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    typer.secho(message, fg="red", err=True)
+    raise SystemExit(status) from None

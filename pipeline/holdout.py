@@ -1,0 +1,36 @@
+"""Holdout: clips kept back to measure on while training, told from the rest by a hash of their sound's name."""
+
+import zlib
+
+import numpy as np
+import polars as pl
+
+PIECES = {  # ids of parts of one sound -> what they share
+    r"@\d+$": "",  # `pipeline.datasets.cutting`: the millisecond that a piece starts at
+    r"^([A-Za-z0-9_-]{11})_(?:0|[1-9]\d*000)$": "${1}",  # AudioSet-strong: video and millisecond
+}
+
+
+def held_out(clip_ids: pl.Series, share: float, seed: int = 0) -> np.ndarray:
+    """Whether each clip is held out, bool `[N]`: about `share` of the sounds, others for another seed.
+
+    Decided by the id alone: clips that are added or lost move no other, and a greater share holds out the same ones
+    and more. Pieces of one sound go one way, and so do segments of one video of AudioSet.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must lie in [0, 1], got {share}")
+    sounds_N = clip_ids.cast(pl.String)
+    for pattern, shared in PIECES.items():
+        sounds_N = sounds_N.str.replace(pattern, shared)
+    sounds = sounds_N.cast(pl.Binary).to_list()
+    checks_N = np.fromiter(map(zlib.crc32, sounds), np.uint64, len(sounds))
+    hashes_N = mixed(checks_N ^ mixed(np.array([seed], np.uint64)))
+    return (hashes_N >> np.uint64(11)) * 2.0**-53 < share
+
+
+def mixed(words_N: np.ndarray) -> np.ndarray:
+    """Words of which every bit depends on every bit of those given (the finaliser of SplitMix64)."""
+    words_N = words_N + np.uint64(0x9E3779B97F4A7C15)
+    words_N = (words_N ^ (words_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words_N = (words_N ^ (words_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words_N ^ (words_N >> np.uint64(31))
