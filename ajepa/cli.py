@@ -130,11 +130,11 @@ def evaluate(
 
 @app.command()
 def recipes() -> None:
-    """List the recipes: what each is, costs and should reach.
+    """List the recipes: what each is, needs, costs and should reach.
 
     Example: ajepa-train recipes
     """
-    from ajepa.recipes import listing
+    from ajepa.listing import listing
 
     print(listing())
 

@@ -114,6 +114,7 @@ LADDER = [
     "ajepa.recipes",
     "ajepa.overrides",
     "ajepa.memory",
+    "ajepa.listing",
     "ajepa.run",
     "ajepa.training_set",
     "ajepa.devices",

@@ -205,7 +205,7 @@ def test_every_recipe_is_listed_with_cost_and_expectation(monkeypatch, capsys):
     text = capsys.readouterr().out
     for name in recipes.RECIPES:
         assert f"\n{name}: " in f"\n{text}"
-    assert text.count("Cost:") == text.count("Expected") == len(recipes.RECIPES)
+    assert text.count("Cost:") == text.count("Expected") == text.count("Memory:") == len(recipes.RECIPES)
     assert max(len(line) for line in text.splitlines()) <= 80
 
 
