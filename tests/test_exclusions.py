@@ -22,7 +22,8 @@ from pipeline.inspection import summary, told
 from pipeline.page import page
 from pipeline.repair import repair
 from pipeline.report import coverage
-from pipeline.store import FeatureStore, read_table, write_table
+from pipeline.store import FeatureStore
+from pipeline.tables import read_table, write_table
 from pipeline.verify import faults_of
 
 TRAIN, EVAL = clip_id(2), clip_id(40)
@@ -48,7 +49,7 @@ def manifest_of(*ids: str) -> pl.DataFrame:
 
 
 def identity_of(store: FeatureStore) -> dict:
-    return TrainingSet(paths=(store.path,)).identity(store)
+    return TrainingSet(stores=(store.path,)).identity(store)
 
 
 # read -----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline import pace
-from pipeline.errors import StoreError
+from pipeline.errors import RunError, StoreError
 from pipeline.pace import Pace, Stage, pace_of
 
 
@@ -19,10 +19,10 @@ def test_every_stage_and_both_loaders_are_timed(store, hasty):
     found = pace_of(store, batch=4, say=told.append)
     assert [stage.name for stage in found.stages] == [
         "disk, from end to end",
-        "random read",
-        "checksum",
+        "random read, from memory",
+        "checksum, when first read",
         "cast and normalise",
-        "masks and mixup",
+        "masks and mixup, if asked for",
     ]
     assert set(found.batches) == {"plain", "dali"}
     assert all(stage.clips_per_s > 0 for stage in found.stages)
@@ -36,26 +36,22 @@ def test_the_slowest_stage_is_named_with_what_helps():
     stages = (
         Stage(name="disk", clips_per_s=50.0, advice="move it"),
         Stage(name="read", clips_per_s=200.0, advice="x"),
+        Stage(name="mixup", clips_per_s=10.0, advice="y", always=False),
     )
     table = Pace(stages=stages, batches={"dali": 40.0}, clip_bytes=1_000_000).table()
-    assert table.splitlines()[-1] == "slowest: disk; if the trainer waits, move it"
+    assert table.splitlines()[-1] == "slowest: disk; if a trainer waits, move it"
     assert table.splitlines()[1].split() == ["disk", "50", "50"]
-
-
-def test_what_no_view_may_ask_for_is_not_the_bottleneck():
-    """Pre-training masks and mixes no spectrogram: who was sent to change that would change nothing."""
-    stages = (
-        Stage(name="disk", clips_per_s=50.0, advice="move it"),
-        Stage(name="masks", clips_per_s=20.0, advice="mask less", always=False),
-    )
-    lines = Pace(stages=stages, batches={"dali": 40.0}, clip_bytes=1_000_000).table().splitlines()
-    assert lines[-2:] == [
-        "where a view asks for it, slower: masks; mask less",
-        "slowest: disk; if the trainer waits, move it",
-    ]
 
 
 def test_a_batch_larger_than_the_store_is_refused(store):
     """Rather than timed on the same clips again and again."""
     with pytest.raises(StoreError, match=r"good clips do not fill a batch of 100000; lower --batch"):
         pace_of(store, batch=100_000)
+
+
+def test_a_device_that_is_not_there_is_told_before_anything_is_timed(store):
+    """Half a gigabyte is read from the disk first."""
+    told: list[str] = []
+    with pytest.raises(RunError, match="device 'tpu': expected cpu, cuda or cuda:N"):
+        pace_of(store, batch=4, device="tpu", say=told.append)
+    assert not told
