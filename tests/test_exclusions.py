@@ -48,7 +48,7 @@ def manifest_of(*ids: str) -> pl.DataFrame:
 
 
 def identity_of(store: FeatureStore) -> dict:
-    return TrainingSet(paths=(store.path,)).identity(store)
+    return TrainingSet(stores=(store.path,)).identity(store)
 
 
 # read -----------------------------------------------------------------------------------------------------------
