@@ -37,6 +37,7 @@ from bench.loader_peers import (
     write_tars,
 )
 from bench.machine import machine
+from pipeline.augment import Augment
 from pipeline.build import Build, Output, build_stores
 from pipeline.dali import DaliLoader
 from pipeline.datasets.audioset import audioset
@@ -48,6 +49,7 @@ DTYPES = ("float16", "uint8")
 VIEW_FRAMES = 1_024
 UNTIMED_STEPS = 8
 WAIT_STEPS, LOG_STEPS = 40, 5
+AUGMENT = Augment(roll=True, gain_db=6, time_mask_frames=192, band_mask_bands=48, mixup_share=0.5)
 PROCESSES = 2
 
 
@@ -80,7 +82,10 @@ class Reads:
         for row in range(len(flat_NTF)):
             store.read(np.array([row]), out=flat_NTF[row : row + 1])
         flat_NTF.flush()
-        self.flat_NTF = self.mapped("r")
+        self.map()
+
+    def map(self) -> None:
+        self.flat_NTF, self.maps = self.mapped("r"), FeatureStore.open(self.store.path, io="mmap")
 
     def mapped(self, mode: Literal["r", "w+"]) -> np.memmap:
         shape = (len(self.store.n_frames_N), *self.out_BTF.shape[1:])
@@ -89,6 +94,7 @@ class Reads:
     def ways(self) -> dict[str, tuple[Callable[[np.ndarray], object], Path]]:
         return {
             "ours": (lambda rows_B: self.store.read(rows_B, out=self.out_BTF), self.store.path),
+            "ours, io mmap": (lambda rows_B: self.maps.read(rows_B, out=self.out_BTF), self.store.path),
             "raw memmap": (lambda rows_B: self.one_by_one(self.flat_NTF, rows_B), self.flat),
             "zarr-python oindex": (lambda rows_B: self.array.oindex[rows_B], self.store.path),
             "HDF5 (h5py)": (
@@ -103,9 +109,9 @@ class Reads:
 
     def forget(self, files: Path) -> None:
         """Have the system forget these files; what is mapped it would keep."""
-        del self.flat_NTF
+        del self.flat_NTF, self.maps
         evict(files)
-        self.flat_NTF = self.mapped("r")
+        self.map()
 
 
 def read_table(store: FeatureStore, folder: Path, batch: int, rounds: int) -> None:
@@ -140,11 +146,12 @@ def makers(
         normalise = Normalise(view, store.scale, store.offset)
         rows_N = np.concatenate([order.rows(step) for step in range(order.steps_per_epoch)])
         loaders = {
-            "PlainLoader": PlainLoader,
-            "DaliLoader, 2 threads": partial(DaliLoader, threads=PROCESSES),
+            "PlainLoader": (PlainLoader, view),
+            "DaliLoader": (partial(DaliLoader, threads=PROCESSES), view),
+            "DaliLoader augmented": (partial(DaliLoader, threads=PROCESSES), replace(view, augment=AUGMENT)),
         }
-        for name, loader in loaders.items():
-            made = loader(store, order, view)
+        for name, (loader, shown) in loaders.items():
+            made = loader(store, order, shown)
             sides[f"{name}, {store.dtype}"] = partial(made.batches, 0, order.steps_per_epoch), store.path
         feed = data_loader(StoreClips(store, normalise), rows_N, batch, PROCESSES)
         sides[f"DataLoader, {store.dtype}"] = partial(iter, feed), store.path
