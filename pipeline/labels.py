@@ -20,7 +20,10 @@ from pipeline.tally import Propagation, Provenance, Tally
 
 PROVENANCE_KEY = b"ajepa"  # in the schema metadata of labels.parquet: JSON, label set -> where it comes from
 LABELS = pa.list_(pa.uint16())
-WRITTEN = {"compression": "zstd", "write_page_checksum": True}  # as `tables.write_table`: a flipped bit is told
+WRITTEN = {
+    "compression": "zstd",
+    "write_page_checksum": True,
+}  # as `tables.write_table`: a flipped bit is told
 
 
 def propagate_labels(

@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import chi2_contingency
 
 from pipeline.audit import Audit, audit, effective, gini
-from pipeline.audit_copies import held_out, recordings
+from pipeline.audit_copies import recordings
 from pipeline.audit_findings import LEVELS, findings
 from pipeline.audit_implied import Tree
 from pipeline.audit_page import audit_section
@@ -204,16 +204,6 @@ def test_the_recording_of_a_missing_piece_is_its_id_without_the_place():
     frame = pl.DataFrame({"clip_id": ["a@0", "a@1500", "b@x"], "source": [None, None, "b.wav"]})
     assert recordings(frame, "folder").to_list() == ["a", "a", "b.wav"]
     assert recordings(frame, "audioset").to_list() == ["a@0", "a@1500", "b@x"]
-
-
-def test_splits_to_measure_on_are_known_by_their_names():
-    """Those of AudioSet, FSD50K and Speech Commands; folds are nobody's."""
-    assert held_out(["balanced_train", "eval", "a_eval", "test", "testing", "val", "fold1"]) == (
-        "eval",
-        "a_eval",
-        "test",
-        "testing",
-    )
 
 
 def test_without_a_held_out_split_copies_are_checks_and_sides_are_not_compared():

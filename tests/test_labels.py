@@ -232,7 +232,9 @@ def test_a_flipped_bit_of_a_propagated_table_is_told(bare_store):
 def test_what_a_killed_propagation_left_is_swept(bare_store):
     """For two million clips it is as large as the labels are."""
     left = scratch_of(bare_store / "labels.parquet")
-    left = left.with_name(left.name.replace(f"-{os.getpid()}.", "-999999999."))  # of a process that is no more
+    left = left.with_name(
+        left.name.replace(f"-{os.getpid()}.", "-999999999.")
+    )  # of a process that is no more
     left.write_bytes(b"half")
     propagate_labels(bare_store)
     assert not left.exists()
