@@ -156,6 +156,17 @@ def test_leaks_come_first():
     assert levels[0] == "leak"
 
 
+def test_what_mends_a_leak_is_said_for_the_splits_asked_about():
+    """Without --eval the command would look at others; how to record what it writes it says itself, for a list
+    replaces those before it."""
+    clips = clean()
+    alter(0, digest="eval8")(clips)
+    leak = findings(audit(rows_of(clips), few=FEW), "x.zarr")[0]
+    assert leak.do == "ajepa-data audit-labels x.zarr --suggest leaks.txt"
+    leak = findings(audit(rows_of(clips, measured=("train",)), few=FEW), "x.zarr")[0]
+    assert leak.do == "ajepa-data audit-labels x.zarr --eval train --suggest leaks.txt"
+
+
 @pytest.mark.parametrize(
     "plant",
     [
