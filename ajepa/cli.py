@@ -20,6 +20,11 @@ StorePlaces = Annotated[
     list[str], typer.Option(help="Feature store, NAME.zarr or s3://...; repeats.", show_default=False)
 ]
 RunPath = Annotated[Path, typer.Option(help="Run folder made by pretrain.", show_default=False)]
+RecipeName = Annotated[str, typer.Option(help="Name in `ajepa-train recipes`.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A field of the recipe, schedule.peak_lr=1e-4; repeats."),
+]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is one.")]
 
 
@@ -27,7 +32,8 @@ Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda
 def pretrain(
     store: StorePlaces,
     run: Annotated[Path, typer.Option(help="Run folder to make or carry on.", show_default=False)],
-    recipe: Annotated[str, typer.Option(help="Name in `ajepa-train recipes`.")] = "small",
+    recipe: RecipeName = "small",
+    settings: Settings = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps. [default: the recipe's]")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Clips per step. [default: the recipe's]")] = None,
     seed: Annotated[int | None, typer.Option(help="Weights, order, crops, masks. [default: 0]")] = None,
@@ -35,6 +41,13 @@ def pretrain(
     loader: Annotated[
         Literal["dali", "plain"], typer.Option(help="The plain one gives the same batches, slower.")
     ] = "dali",
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Less memory, up to a third slower, same results.")
+    ] = False,
+    compiled: Annotated[
+        bool,
+        typer.Option("--compile", help="torch.compile: a minute or two to start; last bits differ."),
+    ] = False,
     on_broken: Annotated[
         Literal["raise", "skip"], typer.Option(help="skip: another clip of the step stands in.")
     ] = "raise",
@@ -65,11 +78,12 @@ def pretrain(
     Example: ajepa-train pretrain --store as20k.zarr --recipe small --run runs/a
     """
     from ajepa import pretrain as stage
-    from ajepa import recipes
+    from ajepa.overrides import overridden
+    from ajepa.recipes import recipe as named
     from ajepa.training_set import TrainingSet
     from pipeline.store import FeatureStore
 
-    chosen = recipes.recipe(recipe).resized(steps=steps, clips_per_step=batch, seed=seed)
+    chosen = overridden(named(recipe), settings or []).resized(steps=steps, clips_per_step=batch, seed=seed)
     trained_on = TrainingSet(
         stores=tuple(FeatureStore.open(s, io=io, check=check, cache=cache, cache_gb=cache_gb) for s in store),
         weights=tuple(store_weight or ()),
@@ -77,7 +91,15 @@ def pretrain(
         window_blocks=window,
     )
     done = stage.pretrain(
-        trained_on, chosen, run, device=device, loader=loader, on_broken=on_broken, progress=True
+        trained_on,
+        chosen,
+        run,
+        device=device,
+        loader=loader,
+        recompute=recompute,
+        compiled=compiled,
+        on_broken=on_broken,
+        progress=True,
     )
     there = f"{store[0]} --cache {cache}" if cache else store[0]
     print(f"{run}: done, {done.step} steps. Next: ajepa-train evaluate --store {there} --run {run}")
@@ -108,13 +130,36 @@ def evaluate(
 
 @app.command()
 def recipes() -> None:
-    """List the recipes: what each is, costs and should reach.
+    """List the recipes: what each is, needs, costs and should reach.
 
     Example: ajepa-train recipes
     """
-    from ajepa.recipes import listing
+    from ajepa.listing import listing
 
     print(listing())
+
+
+@app.command()
+def masks(
+    png: Annotated[Path, typer.Option(help="Picture to write.", show_default=False)],
+    recipe: RecipeName = "small",
+    settings: Settings = None,
+    store: Annotated[
+        str | None, typer.Option(help="Take a clip of this store. [default: a formula's sound]")
+    ] = None,
+) -> None:
+    """Draw what a recipe hides: masks over a clip, from its first step to its last.
+
+    `--set masks=NAME` takes another plan: curriculum, inverse, blocks,
+    time-frequency, patches or spans.
+
+    Example: ajepa-train masks --recipe a-jepa --png masks.png
+    """
+    from ajepa.mask_picture import draw_masks
+    from ajepa.overrides import overridden
+    from ajepa.recipes import recipe as named
+
+    print(draw_masks(overridden(named(recipe), settings or []), png, store))
 
 
 @app.command()

@@ -1,12 +1,15 @@
-"""step -> MaskMaker."""
+"""step -> MaskMaker; the plans that have a name."""
 
+import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from ajepa.masking import MaskMaker
+from ajepa.masking import MaskMaker, RandomBlocks, RandomPatches, TimeFrequencyAware, TimeSpans
 from ajepa.schedules import curriculum_share
+from pipeline.errors import RunError
 
 
 class MaskPlan(Protocol):
@@ -29,8 +32,7 @@ class Fixed:
 class Curriculum:
     """From one masking to another: at step `s` the later one with probability `f(s)`.
 
-    A-JEPA (arXiv 2311.15830) goes from `RandomBlocks` to `TimeFrequencyAware`; the inverse of its ablation is
-    the same with the two exchanged. `f` is `schedules.curriculum_share`, `steps` the length of the whole run.
+    `f` is `schedules.curriculum_share`, `steps` the length of the whole run.
     """
 
     earlier: MaskMaker
@@ -45,3 +47,31 @@ class Curriculum:
     def maker(self, step: int, rng: np.random.Generator) -> MaskMaker:
         share = curriculum_share(step, steps=self.steps, first=self.first_share)
         return self.later if rng.random() < share else self.earlier
+
+
+def a_jepa_curriculum(steps: int) -> Curriculum:
+    """Random blocks that give way to time-frequency aware masks (arXiv 2311.15830)."""
+    return Curriculum(earlier=RandomBlocks(), later=TimeFrequencyAware(), steps=steps)
+
+
+def inverse_curriculum(steps: int) -> Curriculum:
+    """The same with the two exchanged: the paper's ablation."""
+    return Curriculum(earlier=TimeFrequencyAware(), later=RandomBlocks(), steps=steps)
+
+
+PLANS: dict[str, Callable[[int], MaskPlan]] = {
+    "curriculum": a_jepa_curriculum,
+    "inverse": inverse_curriculum,
+    "blocks": lambda steps: Fixed(masking=RandomBlocks()),
+    "time-frequency": lambda steps: Fixed(masking=TimeFrequencyAware()),
+    "patches": lambda steps: Fixed(masking=RandomPatches()),
+    "spans": lambda steps: Fixed(masking=TimeSpans()),
+}
+
+
+def mask_plan(name: str, steps: int) -> MaskPlan:
+    """The plan of that name for a run of `steps`; RunError names the nearest and all there are."""
+    if name in PLANS:
+        return PLANS[name](steps)
+    nearest = difflib.get_close_matches(name, PLANS, n=1, cutoff=0.0)[0]
+    raise RunError(f"masks {name!r} are unknown; did you mean {nearest!r}? There are: {', '.join(PLANS)}")

@@ -1,13 +1,15 @@
 """Context encoder, teacher, predictor, loss."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ajepa.blocks import compile_blocks
 from ajepa.patches import patchify, valid_tokens
 from ajepa.vit import Encoder, EncoderSpec, Predictor, PredictorSpec, pick
 
@@ -20,28 +22,45 @@ TINY = 1e-12
 class JepaSpec:
     """Everything that shapes the model and its loss; `token_loss` says what each loss is.
 
-    `targets` is what is predicted of a hidden patch: `teacher`, what the target encoder says of it (both papers);
-    `projection`, a fixed random projection of its values less their mean, its texture without its level. The
-    latter costs no second pass and is there from the first step: for runs too short to raise a teacher.
+    targets        what is predicted of a hidden patch. `teacher`: what the target encoder says of it (both
+                   papers). `projection`: a fixed random projection of its values less their mean, its texture
+                   without its level; it costs no second pass and is there from the first step: for runs too
+                   short to raise a teacher
+    target_layers  1: the teacher's last layer after its norm; K: the mean of its last K blocks, each normalised
+                   over the features (data2vec, arXiv 2202.03555)
+    clip_weight    above 0: so many times the distance between a guess at the whole clip, linear in the mean of
+                   the context, and the mean of what is predicted of all its tokens, normalised, is added to
+                   the loss (the utterance objective of EAT, arXiv 2401.03497, without a class token)
     """
 
     encoder: EncoderSpec
     predictor: PredictorSpec
     loss: LossName = "l2"
     targets: TargetName = "teacher"
+    target_layers: int = 1
+    clip_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if self.targets not in get_args(TargetName):
             raise ValueError(f"targets must be {' or '.join(get_args(TargetName))}, got {self.targets!r}")
         if self.loss not in get_args(LossName):
             raise ValueError(f"loss must be one of {', '.join(get_args(LossName))}, got {self.loss!r}")
+        depth = self.encoder.depth if self.targets == "teacher" else 1
+        if not 1 <= self.target_layers <= depth:
+            raise ValueError(
+                f"target_layers must lie in 1 to {depth}, the depth of the teacher (1 with projected targets), "
+                f"got {self.target_layers}"
+            )
+        if self.clip_weight < 0:
+            raise ValueError(f"clip_weight must not be negative, got {self.clip_weight}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class JepaOutput:
     """Loss and signs of health of one batch: scalar tensors on the model's device, all but `loss` detached.
 
-    loss            mean over the scored targets
+    loss            mean over the scored targets, of all mask sets alike, plus the weighted `clip_loss`
+    clip_loss       mean over the clips that have sound in their context; 0 without `clip_weight`
     scored          how many targets lie on sound; with 0 the loss is 0 and means nothing: refuse such a batch
     target_std      standard deviation of the target encoder's features over the scored tokens, before they
                     are normalised, mean over the dimensions; 0: the teacher says the same of everything
@@ -53,6 +72,7 @@ class JepaOutput:
     """
 
     loss: Tensor
+    clip_loss: Tensor
     scored: Tensor
     target_std: Tensor
     prediction_std: Tensor
@@ -73,10 +93,29 @@ class Jepa(nn.Module):
         super().__init__()
         self.spec = spec
         self.encoder = Encoder(spec.encoder, seed=seed)
-        self.predictor = Predictor(spec.predictor, spec.encoder.width, spec.encoder.grid, seed=seed + 1)
+        width, grid = spec.encoder.width, spec.encoder.grid
+        clip_head = spec.clip_weight > 0
+        self.predictor = Predictor(spec.predictor, width, grid, seed=seed + 1, clip_head=clip_head)
         self.target = copy.deepcopy(self.encoder).requires_grad_(False).eval()
         projection_ND = random_projection(spec.encoder, seed=seed + 2)
         self.register_buffer("projection_ND", projection_ND, persistent=False)
+
+    def recompute(self) -> "Jepa":
+        """Keep one vector per token and block for the backward pass and compute the rest again; same results."""
+        self.encoder.recompute = self.predictor.recompute = True
+        return self
+
+    def compiled(self) -> "Jepa":
+        """Compile the blocks: the teacher's for its one shape, the others for any number of tokens.
+
+        How many tokens are visible and predicted changes from step to step: `a_jepa` has 125 shapes in 150 steps,
+        so a compilation for each would never end, and padded to one shape six tenths of the context (of random
+        patches a sixth) would be computed for nothing. One dynamic graph for each stack takes any count. On two
+        CPU cores `small` started after 137 s and then took 458 ms a step instead of 517.
+        """
+        compile_blocks(self.target.blocks, dynamic=False)
+        compile_blocks([*self.encoder.blocks, *self.predictor.blocks], dynamic=True)
+        return self
 
     def train(self, mode: bool = True) -> "Jepa":
         super().train(mode)
@@ -84,21 +123,45 @@ class Jepa(nn.Module):
         return self
 
     def forward(
-        self, mel_BTF: Tensor, context_BK: Tensor, targets_BGQ: Tensor, n_frames_B: Tensor
+        self,
+        mel_BTF: Tensor,
+        context_NK: Tensor,
+        targets_NGQ: Tensor,
+        n_frames_B: Tensor,
+        rng: np.random.Generator | None = None,
     ) -> JepaOutput:
         """Loss of one batch: normalised `mel_BTF`, int64 masks, and how many frames of each clip are sound.
 
-        Tokens past a clip's valid frames are neither attended to nor scored. Leave `n_frames_B` on the CPU:
-        where every token is valid the masks are skipped, and asking a GPU would make it wait.
+        N is B, or a multiple: several mask sets of each clip, one after the other, share one pass of the
+        teacher. Tokens past a clip's valid frames are neither attended to nor scored. Leave `n_frames_B` on the
+        CPU: where every token is valid the masks are skipped, and asking a GPU would make it wait. `rng` is
+        what drop path draws from: needed where the spec has one, in training only.
         """
+        rows, groups, _ = targets_NGQ.shape
         valid_BP = self.validity(n_frames_B, mel_BTF.device)
-        context_BKD = self.encoder(mel_BTF, context_BK, valid_BP)
-        prediction_BGQD = self.predictor(context_BKD, context_BK, targets_BGQ, valid_BP)
-        feature_BGQD = self.describe(mel_BTF, targets_BGQ, valid_BP)
-        scored_BGQ = torch.ones(targets_BGQ.shape, device=mel_BTF.device)
-        if valid_BP is not None:
-            scored_BGQ = valid_BP.gather(1, targets_BGQ.flatten(1)).view_as(targets_BGQ).float()
-        return _score(prediction_BGQD.float(), feature_BGQD.float(), scored_BGQ, self.spec.loss)
+        valid_NP = None if valid_BP is None else valid_BP.repeat_interleave(rows // len(mel_BTF), dim=0)
+        keep_L2N, keep_L2M = self._draw_keep(rng, (rows, rows * groups), mel_BTF.device)
+        context_NKD = self.encoder(mel_BTF, context_NK, valid_NP, keep_L2N)
+        prediction_NGQD = self.predictor(context_NKD, context_NK, targets_NGQ, valid_NP, keep_L2M)
+        feature_BPD = self.describe(mel_BTF, valid_BP)
+        feature_NGQD = pick(feature_BPD, targets_NGQ.flatten(1)).unflatten(1, targets_NGQ.shape[1:])
+        scored_NGQ = torch.ones(targets_NGQ.shape, device=mel_BTF.device)
+        if valid_NP is not None:
+            scored_NGQ = valid_NP.gather(1, targets_NGQ.flatten(1)).view_as(targets_NGQ).float()
+        told = _score(prediction_NGQD.float(), feature_NGQD.float(), scored_NGQ, self.spec.loss)
+        if self.predictor.clip_head is None:
+            return told
+        if valid_BP is None:
+            valid_BP = torch.ones(feature_BPD.shape[:2], dtype=torch.bool, device=mel_BTF.device)
+        seen_NK = pick(valid_BP, context_NK)
+        guess_ND = self.predictor.clip_head(mean_over(context_NKD.float(), seen_NK))
+        clip_ND = normalise(mean_over(feature_BPD.float(), valid_BP)).repeat_interleave(
+            rows // len(mel_BTF), 0
+        )
+        heard_N = seen_NK.any(dim=1)
+        clip_loss_N = token_loss(guess_ND.float(), clip_ND, self.spec.loss) * heard_N
+        clip_loss = clip_loss_N.sum() / heard_N.sum().clamp(min=1)
+        return replace(told, loss=told.loss + self.spec.clip_weight * clip_loss, clip_loss=clip_loss.detach())
 
     def validity(self, n_frames_B: Tensor, device: torch.device) -> Tensor | None:
         """Which tokens hold sound, as bool `BP` on `device`, or None where all do."""
@@ -106,14 +169,26 @@ class Jepa(nn.Module):
         return None if valid_BP.all() else valid_BP.to(device)
 
     @torch.no_grad()
-    def describe(self, mel_BTF: Tensor, targets_BGQ: Tensor, valid_BP: Tensor | None = None) -> Tensor:
-        """What is to be predicted at the targets, from the whole clip: `BGQD`, not yet normalised."""
+    def describe(self, mel_BTF: Tensor, valid_BP: Tensor | None = None) -> Tensor:
+        """What is to be predicted of every token, from the whole clip: `BPD`, not yet normalised."""
         if self.spec.targets == "projection":
             patch_BPN = patchify(mel_BTF, self.spec.encoder.grid)
-            feature_BPD = (patch_BPN - patch_BPN.mean(-1, keepdim=True)) @ self.projection_ND
-        else:
-            feature_BPD = self.target(mel_BTF, valid_BP=valid_BP)
-        return pick(feature_BPD, targets_BGQ.flatten(1)).unflatten(1, targets_BGQ.shape[1:])
+            return (patch_BPN - patch_BPN.mean(-1, keepdim=True)) @ self.projection_ND
+        if self.spec.target_layers == 1:
+            return self.target(mel_BTF, valid_BP=valid_BP)
+        layers = self.target.top_layers(mel_BTF, self.spec.target_layers, valid_BP=valid_BP)
+        return torch.stack([normalise(layer_BPD.float()) for layer_BPD in layers]).mean(dim=0)
+
+    def _draw_keep(
+        self, rng: np.random.Generator | None, rows: tuple[int, int], device: torch.device
+    ) -> list[Tensor | None]:
+        stacks = (self.encoder.stack, self.predictor.stack)
+        if not self.training or not any(stack.drop_path for stack in stacks):
+            return [None, None]
+        if rng is None:
+            raise ValueError("drop path draws from the generator of the step: give `rng`")
+        keeps = [stack.draw_keep(rng, count) for stack, count in zip(stacks, rows, strict=True)]
+        return [None if keep is None else keep.to(device) for keep in keeps]
 
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:
@@ -125,6 +200,12 @@ def random_projection(spec: EncoderSpec, *, seed: int) -> Tensor:
     """A fixed Gaussian matrix from a patch's values to the encoder's width; lengths are kept on average."""
     values, generator = spec.grid.patch_values, torch.Generator().manual_seed(seed)
     return torch.randn(values, spec.width, generator=generator) / spec.width**0.5
+
+
+def mean_over(x_NPD: Tensor, valid_NP: Tensor) -> Tensor:
+    """Mean of the valid tokens' vectors, `ND`; 0 where none is valid."""
+    share_NP1 = (valid_NP / valid_NP.sum(1, keepdim=True).clamp(min=1))[..., None]
+    return torch.where(valid_NP[..., None], x_NPD, 0).mul(share_NP1).sum(dim=1)
 
 
 def normalise(feature_BGQD: Tensor) -> Tensor:
@@ -162,6 +243,7 @@ def _score(prediction: Tensor, feature: Tensor, scored_BGQ: Tensor, loss: LossNa
     with torch.no_grad():
         return JepaOutput(
             loss=loss_value,
+            clip_loss=torch.zeros_like(loss_value),
             scored=count,
             target_std=_variance_D(feature, share_BGQ).sqrt().mean(),
             prediction_std=_variance_D(prediction, share_BGQ).sqrt().mean(),

@@ -150,6 +150,41 @@ class TimeFrequencyAware:
         return _masks(rng, grid, layouts, size)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TimeSpans:
+    """`count` whole stretches of time, every band of them: sound must be carried across a gap.
+
+    A span covers a share of the columns uniform in [share_low, share_high], drawn once per call. Spans never
+    overlap, so the context, all the rest, is equally large in every clip; spans may touch, and every way of
+    placing them is equally likely.
+    """
+
+    count: int = 3
+    share_low: float = 0.125
+    share_high: float = 0.2
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or not (0 < self.share_low <= self.share_high < 1 / self.count):
+            raise ValueError(
+                f"spans need a count of 1 or more and 0 < share_low <= share_high < 1/count, got {self}"
+            )
+
+    def sample(self, rng: np.random.Generator, grid: PatchGrid, *, batch: int) -> Masks:
+        width = _clamp(rng.uniform(self.share_low, self.share_high) * grid.cols, grid.cols)
+        if self.count * width >= grid.cols:
+            raise RunError(
+                f"masks: {self.count} spans of {width} of {grid.cols} columns leave no context; lower the number "
+                "of spans or their share"
+            )
+        slots = grid.cols - self.count * (width - 1)  # a span shrunk to one column: then none can overlap
+        slot_BG = np.sort(rng.random((batch, slots)).argpartition(self.count - 1, axis=1)[:, : self.count])
+        first_BG = (slot_BG + np.arange(self.count) * (width - 1)) * grid.rows
+        targets_BGQ = first_BG[:, :, None] + np.arange(width * grid.rows)  # tokens are time-major
+        open_BP = np.ones((batch, grid.tokens), bool)
+        np.put_along_axis(open_BP, targets_BGQ.reshape(batch, -1), False, axis=1)
+        return Masks(context_BK=open_BP.nonzero()[1].reshape(batch, -1), targets_BGQ=targets_BGQ)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Layouts:
     """Where the targets of N clips begin (the token of their first corner), and what the context may use."""

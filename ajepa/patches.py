@@ -81,6 +81,21 @@ def _sincos(place_P: Tensor, width: int) -> Tensor:
     return torch.cat((angle_PN.sin(), angle_PN.cos()), dim=-1)
 
 
+def rotary_turns(grid: PatchGrid, head_width: int) -> Tensor:
+    """Cosine and sine of every token's angles, `2PE`: one half of them tells the row, the other the column.
+
+    Rates fall from 1 to 1/100 a patch: wavelengths from 6 to 600 patches, for grids are some tens of patches
+    wide (with the 10,000 of text half of the angles would hardly move).
+    """
+    if head_width % 4:
+        raise ValueError(f"2-D RoPE needs a head width divisible by 4, got {head_width}")
+    rate_N = 100.0 ** -torch.linspace(0, 1, head_width // 4 + 1, dtype=torch.float64)[:-1]
+    token_P = torch.arange(grid.tokens)
+    row_P1, col_P1 = (token_P % grid.rows)[:, None], (token_P // grid.rows)[:, None]
+    angle_PE = torch.cat((row_P1 * rate_N, col_P1 * rate_N), dim=1)
+    return torch.stack((angle_PE.cos(), angle_PE.sin())).float()
+
+
 def valid_tokens(n_frames_B: Tensor, grid: PatchGrid) -> Tensor:
     """Which tokens hold sound, as bool `BP`: those whose time column starts inside the valid frames."""
     start_P = torch.arange(grid.tokens, device=n_frames_B.device) // grid.rows * grid.patch_frames

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ajepa.devices import pick_device, precision
 from ajepa.jepa import Jepa
 from ajepa.masking import Masks
+from ajepa.memory import refuse_too_large
 from ajepa.recipes import Pretrain, to_json
 from ajepa.run import Checkpoint, Json, Run
 from ajepa.training_set import TrainingSet, splits_told
@@ -44,6 +45,8 @@ def pretrain(
     batch: int | None = None,
     device: str = "auto",
     loader: Literal["dali", "plain"] = "dali",
+    recompute: bool = False,
+    compiled: bool = False,
     on_broken: Literal["raise", "skip"] = "raise",
     progress: bool = False,
     say: Callable[[str], None] = to_stderr,
@@ -52,10 +55,10 @@ def pretrain(
 
     A run that is there is carried on with, exactly: on a CPU and with equal versions, weights and metrics are
     bit for bit those of a run that was never interrupted. `steps` and `batch` (clips per step) replace the
-    recipe's. With `on_broken="skip"` another clip of its step stands in for one that cannot be read; `skipped`
-    in the metrics counts them, since the line before. SIGINT and SIGTERM end the step at hand, write a
-    checkpoint and raise Interrupted. Nothing is written before store, recipe and device fit: RunError or
-    StoreError says what does not.
+    recipe's; `recompute` and `compiled` are `Jepa`'s. With `on_broken="skip"` another clip of its step stands in
+    for one that cannot be read; `skipped` in the metrics counts them, since the line before. SIGINT and SIGTERM
+    end the step at hand, write a checkpoint and raise Interrupted. Nothing is written before store, recipe,
+    device and memory fit: RunError or StoreError says what does not.
     """
     recipe = recipe.resized(steps=steps, clips_per_step=batch)
     on = pick_device(device)
@@ -64,13 +67,14 @@ def pretrain(
     order, identity = asked.order(store, recipe), asked.identity(store)
     view = view_of(identity, recipe)
     with open_loader(store, order, view, kind=loader, device=on, on_broken=on_broken, say=say) as batches:
+        refuse_too_large(recipe, on, bf16=precision(on)[0], recompute=recompute)
         run = Run.start(run_path, recipe=to_json(recipe), identity=identity)
         with run.locked():
             run.rewind()
             if run.finished:
                 say(f"{run.path}: already at its last step, {run.step}")
                 return run
-            trainer = Trainer(recipe, on)
+            trainer = Trainer(recipe, on, recompute=recompute, compiled=compiled)
             if run.step:
                 trainer.restore(run.load())
             for line in asked.told(store, order):
@@ -128,9 +132,15 @@ def postfix(line: Json) -> str:
 class Trainer:
     """Model and optimiser of one recipe on one device: what a step changes, and what a checkpoint holds."""
 
-    def __init__(self, recipe: Pretrain, device: torch.device) -> None:
+    def __init__(
+        self, recipe: Pretrain, device: torch.device, *, recompute: bool = False, compiled: bool = False
+    ) -> None:
         self.recipe, self.device = recipe, device
         self.model = Jepa(recipe.model, seed=recipe.seed).to(device)
+        if recompute:
+            self.model.recompute()
+        if compiled:
+            self.model.compiled()
         self.optimiser = adamw(self.model, recipe)
         self.bf16, self.precision = precision(device)
 
@@ -138,9 +148,10 @@ class Trainer:
         """One update, from `step` to `step + 1`; what there is to log. RunError instead of a bad update."""
         recipe, model = self.recipe, self.model
         rng = np.random.default_rng([recipe.seed, step, 0])  # 0: the rank
-        masks = recipe.masks.maker(step, rng).sample(rng, recipe.model.encoder.grid, batch=len(batch.rows_B))
+        count = len(batch.rows_B) * recipe.mask_sets
+        masks = recipe.masks.maker(step, rng).sample(rng, recipe.model.encoder.grid, batch=count)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            output = model(batch.mel_BTF, *on_device(masks, self.device), batch.n_frames_B.cpu())
+            output = model(batch.mel_BTF, *on_device(masks, self.device), batch.n_frames_B.cpu(), rng)
         output.loss.backward()
         gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
         told = {
@@ -151,6 +162,8 @@ class Trainer:
             "cosine": output.cosine.item(),
             "explained": output.explained.item(),
         }
+        if recipe.model.clip_weight:
+            told["clip_loss"] = output.clip_loss.item()
         refuse_bad_step(told, output.scored.item(), step, batch)
         lr, momentum = recipe.schedule.lr(step, recipe.steps), recipe.schedule.momentum(step, recipe.steps)
         for group in self.optimiser.param_groups:

@@ -1,42 +1,33 @@
-"""Transformer blocks; encoder; predictor.
+"""Encoder; predictor.
 
 Vision transformers (arXiv 2010.11929) with what I-JEPA changes (arXiv 2301.08243): no class token, fixed
 positions, and an encoder that takes any subset of the patches.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ajepa.patches import PatchGrid, patchify, sincos_positions
-
-NORM_EPSILON = 1e-6
-INIT_STD = 0.02
-
-
-def _check_shape(width: int, depth: int, heads: int) -> None:
-    if min(width, depth, heads) < 1 or width % heads or width % 4:
-        raise ValueError(
-            "width must be a multiple of heads and, for 2-D positions, of 4; "
-            f"got width {width}, depth {depth}, heads {heads}"
-        )
+from ajepa.blocks import NORM_EPSILON, PositionName, Stack, initialise, through
+from ajepa.patches import PatchGrid, patchify
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncoderSpec:
-    """Shape of an encoder; the defaults are ViT-B, 85,253,376 parameters with 16 x 16 patches."""
+    """Shape of an encoder (`blocks.Stack`); the defaults are ViT-B, 85,253,376 parameters with 16 x 16 patches."""
 
     grid: PatchGrid
     width: int = 768
     depth: int = 12
     heads: int = 12
+    positions: PositionName = "sincos"
+    layer_scale: float = 0.0
+    drop_path: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_shape(self.width, self.depth, self.heads)
+        stack_of(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,9 +37,24 @@ class PredictorSpec:
     width: int = 384
     depth: int = 6
     heads: int = 12
+    positions: PositionName = "sincos"
+    layer_scale: float = 0.0
+    drop_path: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_shape(self.width, self.depth, self.heads)
+        stack_of(self)
+
+
+def stack_of(spec: EncoderSpec | PredictorSpec) -> Stack:
+    """The blocks that a spec asks for; ValueError where they cannot be."""
+    return Stack(
+        width=spec.width,
+        depth=spec.depth,
+        heads=spec.heads,
+        positions=spec.positions,
+        layer_scale=spec.layer_scale,
+        drop_path=spec.drop_path,
+    )
 
 
 def encoder_spec(size: Literal["s", "b", "l"], grid: PatchGrid) -> EncoderSpec:
@@ -61,150 +67,125 @@ A_JEPA_PREDICTOR = PredictorSpec(width=512, depth=16, heads=16)  # the paper giv
 
 
 class Encoder(nn.Module):
-    """Patches in, one vector per token out. Weights are a function of `spec` and `seed` alone."""
+    """Patches in, one vector per token out. Weights are a function of `spec` and `seed` alone.
+
+    recompute  trade time for memory: see `blocks.through`
+    """
 
     positions_PD: Tensor
+    turns_2PE: Tensor | None
 
     def __init__(self, spec: EncoderSpec, *, seed: int = 0) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.stack, self.recompute = spec, stack_of(spec), False
         self.embed = nn.Linear(spec.grid.patch_values, spec.width)
-        self.register_buffer("positions_PD", sincos_positions(spec.grid, spec.width), persistent=False)
-        self.blocks = nn.ModuleList(Block(spec.width, spec.heads) for _ in range(spec.depth))
+        self.register_buffer("positions_PD", self.stack.added(spec.grid), persistent=False)
+        self.register_buffer("turns_2PE", self.stack.turns(spec.grid), persistent=False)
+        self.blocks = self.stack.build()
         self.norm = nn.LayerNorm(spec.width, eps=NORM_EPSILON)
         initialise(self, seed)
 
     def forward(
-        self, mel_BTF: Tensor, tokens_BK: Tensor | None = None, valid_BP: Tensor | None = None
+        self,
+        mel_BTF: Tensor,
+        tokens_NK: Tensor | None = None,
+        valid_BP: Tensor | None = None,
+        keep_L2N: Tensor | None = None,
     ) -> Tensor:
-        """Every token's vector as `BPD`, or with `tokens_BK` those tokens' alone as `BKD`.
+        """Every token's vector as `BPD`, or with `tokens_NK` those tokens' alone as `NKD`.
 
-        Tokens not asked for are left out before the patch embedding: nothing of them can reach the output. No
-        token attends to one that is not in `valid_BP`, and what comes out *at* such a one means nothing.
-        `mel_BTF` is normalised and exactly as large as the grid (ValueError).
+        N is B, or a multiple of it: several sets of tokens for each clip, one after the other. Tokens not asked
+        for are left out before the patch embedding: nothing of them can reach the output. No token attends to
+        one that is not in `valid_BP` (N rows, if N is more), and what comes out *at* such a one means nothing.
+        `mel_BTF` is normalised and exactly as large as the grid (ValueError); `keep_L2N` is drop path's.
         """
-        x, positions = patchify(mel_BTF, self.spec.grid), self.positions_PD
-        if tokens_BK is not None:
-            x, positions = pick(x, tokens_BK), positions[tokens_BK]
-            valid_BP = None if valid_BP is None else valid_BP.gather(1, tokens_BK)
+        return self.norm(self.top_layers(mel_BTF, 1, tokens_NK, valid_BP, keep_L2N)[0])
+
+    def top_layers(
+        self,
+        mel_BTF: Tensor,
+        count: int,
+        tokens_NK: Tensor | None = None,
+        valid_BP: Tensor | None = None,
+        keep_L2N: Tensor | None = None,
+    ) -> list[Tensor]:
+        """What the last `count` blocks say, lowest first, before the final norm."""
+        x, positions, turns = patchify(mel_BTF, self.spec.grid), self.positions_PD, _every(self.turns_2PE)
+        if tokens_NK is not None:
+            x, positions = pick(x, tokens_NK), positions[tokens_NK]
+            turns = _at(self.turns_2PE, tokens_NK)
+            valid_BP = None if valid_BP is None else valid_BP.gather(1, tokens_NK)
         x = self.embed(x) + positions
-        for block in self.blocks:
-            x = block(x, valid_BP)
-        return self.norm(x)
+        return through(self.blocks, x, valid_BP, turns, keep_L2N, recompute=self.recompute, top=count)
 
 
 class Predictor(nn.Module):
-    """From the vectors of the context to a guess at those of hidden tokens, each group by itself."""
+    """From the vectors of the context to a guess at those of hidden tokens, each group by itself.
+
+    With `clip_head` also to a guess at the whole clip. `recompute` as in Encoder.
+    """
 
     positions_PD: Tensor
+    turns_2PE: Tensor | None
 
-    def __init__(self, spec: PredictorSpec, encoder_width: int, grid: PatchGrid, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        spec: PredictorSpec,
+        encoder_width: int,
+        grid: PatchGrid,
+        *,
+        seed: int = 0,
+        clip_head: bool = False,
+    ) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.stack, self.recompute = spec, stack_of(spec), False
         self.embed = nn.Linear(encoder_width, spec.width)
         self.mask_token_D = nn.Parameter(torch.zeros(spec.width))
-        self.register_buffer("positions_PD", sincos_positions(grid, spec.width), persistent=False)
-        self.blocks = nn.ModuleList(Block(spec.width, spec.heads) for _ in range(spec.depth))
+        self.register_buffer("positions_PD", self.stack.added(grid), persistent=False)
+        self.register_buffer("turns_2PE", self.stack.turns(grid), persistent=False)
+        self.blocks = self.stack.build()
         self.norm = nn.LayerNorm(spec.width, eps=NORM_EPSILON)
         self.out = nn.Linear(spec.width, encoder_width)
+        self.clip_head = nn.Linear(encoder_width, encoder_width) if clip_head else None
         initialise(self, seed)
 
     def forward(
-        self, context_BKD: Tensor, context_BK: Tensor, targets_BGQ: Tensor, valid_BP: Tensor | None = None
+        self,
+        context_NKD: Tensor,
+        context_NK: Tensor,
+        targets_NGQ: Tensor,
+        valid_NP: Tensor | None = None,
+        keep_L2M: Tensor | None = None,
     ) -> Tensor:
-        """Predictions `BGQD` for the tokens `targets_BGQ`, from `context_BKD` at the tokens `context_BK`.
+        """Predictions `NGQD` for the tokens `targets_NGQ`, from `context_NKD` at the tokens `context_NK`.
 
         A target is a mask token at its position; it sees the context and the other targets of its group, of
-        both only the valid ones.
+        both only the valid ones. `keep_L2M` is drop path's, for M = N G.
         """
-        clips, groups, queries = targets_BGQ.shape
-        context = self.embed(context_BKD) + self.positions_PD[context_BK]
-        targets = self.mask_token_D + self.positions_PD[targets_BGQ.flatten(0, 1)]
+        rows, groups, queries = targets_NGQ.shape
+        context = self.embed(context_NKD) + self.positions_PD[context_NK]
+        targets = self.mask_token_D + self.positions_PD[targets_NGQ.flatten(0, 1)]
         x = torch.cat((context.repeat_interleave(groups, dim=0), targets), dim=1)
-        valid = None
-        if valid_BP is not None:
-            tokens = torch.cat((context_BK[:, None].expand(-1, groups, -1), targets_BGQ), dim=2)
-            valid = valid_BP.gather(1, tokens.flatten(1)).view(clips * groups, -1)
-        for block in self.blocks:
-            x = block(x, valid)
-        return self.out(self.norm(x[:, -queries:])).unflatten(0, (clips, groups))
+        valid, turns = None, None
+        if valid_NP is not None or self.turns_2PE is not None:
+            tokens = torch.cat((context_NK[:, None].expand(-1, groups, -1), targets_NGQ), dim=2)
+            turns = _at(self.turns_2PE, tokens.flatten(0, 1))
+            if valid_NP is not None:
+                valid = valid_NP.gather(1, tokens.flatten(1)).view(rows * groups, -1)
+        (x,) = through(self.blocks, x, valid, turns, keep_L2M, recompute=self.recompute)
+        return self.out(self.norm(x[:, -queries:])).unflatten(0, (rows, groups))
 
 
-class Block(nn.Module):
-    """A pre-norm transformer block: attention, then an MLP four times as wide."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(width, eps=NORM_EPSILON)
-        self.attention = Attention(width, heads)
-        self.mlp_norm = nn.LayerNorm(width, eps=NORM_EPSILON)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, x_BND: Tensor, valid_BN: Tensor | None = None) -> Tensor:
-        x_BND = x_BND + self.attention(self.attention_norm(x_BND), valid_BN)
-        return x_BND + self.mlp(self.mlp_norm(x_BND))
+def _every(turns_2PE: Tensor | None) -> Tensor | None:
+    return None if turns_2PE is None else turns_2PE[:, None]
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention with biases everywhere."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x_BND: Tensor, valid_BN: Tensor | None = None) -> Tensor:
-        q, k, v = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attend = attention_for(q.device.type, q.dtype)
-        return self.out(attend(q, k, v, valid_BN).transpose(1, 2).flatten(2))
+def _at(turns_2PE: Tensor | None, tokens_NK: Tensor) -> Tensor | None:
+    return None if turns_2PE is None else turns_2PE[:, tokens_NK]
 
 
-AttentionOp = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-
-
-def attention_for(device: str, dtype: torch.dtype) -> AttentionOp:
-    """The faster of two equal ways, as measured: written out for bf16 on CPUs, the fused kernel elsewhere.
-
-    In bf16 on a CPU with AMX the fused kernel's backward took 31 % of a ViT-S step, and writing it out made the
-    step 1.4x faster. In fp32 on an AVX2 CPU the fused kernel made it 1.02 to 1.15x faster (128 to 512 tokens).
-    """
-    return written_out_attention if (device, dtype) == ("cpu", torch.bfloat16) else fused_attention
-
-
-def fused_attention(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, valid_BN: Tensor | None) -> Tensor:
-    """`softmax(q k^T / sqrt(D)) v` over the valid keys, by the device's own kernel."""
-    bias = None if valid_BN is None else _barred(valid_BN, q_BHND.dtype)
-    return F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, attn_mask=bias)
-
-
-def written_out_attention(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, valid_BN: Tensor | None) -> Tensor:
-    """The same as two products and a softmax."""
-    scores_BHNN = (q_BHND * q_BHND.shape[-1] ** -0.5) @ k_BHND.transpose(-2, -1)
-    if valid_BN is not None:
-        scores_BHNN += _barred(valid_BN, scores_BHNN.dtype)
-    return scores_BHNN.softmax(dim=-1) @ v_BHND
-
-
-def _barred(valid_BN: Tensor, dtype: torch.dtype) -> Tensor:
-    """What to add to the scores, `B11N`. Finite, so that a clip without a single valid key yields no NaN."""
-    bias = torch.zeros(valid_BN.shape, dtype=dtype, device=valid_BN.device)
-    return bias.masked_fill(~valid_BN, torch.finfo(dtype).min)[:, None, None]
-
-
-def pick(x_BPD: Tensor, tokens_BK: Tensor) -> Tensor:
-    """The vectors of the given tokens of each clip, as `BKD`."""
-    clip_B1 = torch.arange(len(x_BPD), device=x_BPD.device)[:, None]
-    return x_BPD[clip_B1, tokens_BK]
-
-
-def initialise(module: nn.Module, seed: int) -> None:
-    """ViT's weights: matrices and mask tokens truncated normal (std 0.02), biases zero, norms' scales one."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in module.named_parameters():
-        if name.endswith("norm.weight"):
-            nn.init.ones_(parameter)
-        elif name.endswith("bias"):
-            nn.init.zeros_(parameter)
-        else:
-            nn.init.trunc_normal_(parameter, std=INIT_STD, generator=generator)
+def pick(x_BPD: Tensor, tokens_NK: Tensor) -> Tensor:
+    """The vectors of the given tokens of each clip, as `NKD`; N a multiple of B, the sets of one clip together."""
+    sets = len(tokens_NK) // len(x_BPD)
+    clip_N1 = torch.arange(len(tokens_NK), device=x_BPD.device)[:, None] // sets
+    return x_BPD[clip_N1, tokens_NK]

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from ajepa.curriculum import Curriculum, Fixed
-from ajepa.masking import RandomBlocks, RandomPatches, TimeFrequencyAware
+from ajepa.curriculum import PLANS, Curriculum, Fixed, mask_plan
+from ajepa.masking import RandomBlocks, RandomPatches, TimeFrequencyAware, TimeSpans
+from pipeline.errors import RunError
 
 A_JEPA = Curriculum(earlier=RandomBlocks(), later=TimeFrequencyAware(), steps=1_000)
 
@@ -22,7 +23,7 @@ def test_the_later_masking_is_drawn_as_often_as_the_paper_says(step, share):
 
 def test_the_inverse_curriculum_is_the_same_with_the_two_exchanged():
     """The ablation differs in the order of difficulty and in nothing else."""
-    inverse = Curriculum(earlier=A_JEPA.later, later=A_JEPA.earlier, steps=A_JEPA.steps)
+    inverse = mask_plan("inverse", 1_000)
     for step in range(0, 1_000, 50):
         forth, back = (plan.maker(step, np.random.default_rng(step)) for plan in (A_JEPA, inverse))
         assert {forth, back} == {A_JEPA.earlier, A_JEPA.later}
@@ -48,3 +49,24 @@ def test_a_curriculum_that_cannot_be_is_refused(wrong):
     """At its construction, not at its first step."""
     with pytest.raises(ValueError, match="a curriculum needs"):
         Curriculum(earlier=RandomBlocks(), later=TimeFrequencyAware(), **wrong)
+
+
+def test_the_plans_of_the_ablation_have_names():
+    """curriculum, inverse and the fixed ones, all for a run of any length."""
+    assert mask_plan("curriculum", 1_000) == A_JEPA
+    assert mask_plan("blocks", 5) == Fixed(masking=RandomBlocks())
+    assert mask_plan("time-frequency", 5) == Fixed(masking=TimeFrequencyAware())
+    assert mask_plan("patches", 5) == Fixed(masking=RandomPatches())
+    assert mask_plan("spans", 5) == Fixed(masking=TimeSpans())
+    assert {name for name in PLANS if isinstance(mask_plan(name, 7), Curriculum)} == {"curriculum", "inverse"}
+    with pytest.raises(RunError, match="masks 'inverted' are unknown; did you mean 'inverse'"):
+        mask_plan("inverted", 5)
+
+
+def test_the_share_of_the_later_masking_begins_at_a_hundredth_and_averages_two_thirds():
+    """f(0) = .01, f(S) = 1, and .667 of all steps: counted over a whole run, one draw a step."""
+    assert share_of_later(A_JEPA, 0) == pytest.approx(0.01, abs=0.01)
+    assert share_of_later(A_JEPA, 1_000) == 1.0
+    plan = mask_plan("curriculum", 20_000)
+    later = [plan.maker(step, np.random.default_rng([0, step])) is plan.later for step in range(20_000)]
+    assert np.mean(later) == pytest.approx(0.667, abs=0.01)

@@ -18,6 +18,28 @@ SPEC = JepaSpec(
     predictor=PredictorSpec(width=16, depth=2, heads=2),
 )
 LOSSES = get_args(LossName)
+OPTIONS = {
+    "as published": SPEC,
+    "rope": replace(
+        SPEC,
+        encoder=replace(SPEC.encoder, positions="rope"),
+        predictor=replace(SPEC.predictor, positions="rope"),
+    ),
+    "layer scale": replace(
+        SPEC,
+        encoder=replace(SPEC.encoder, layer_scale=0.1),
+        predictor=replace(SPEC.predictor, layer_scale=0.1),
+    ),
+    "drop path": replace(
+        SPEC,
+        encoder=replace(SPEC.encoder, drop_path=0.5),
+        predictor=replace(SPEC.predictor, drop_path=0.5),
+    ),
+    "two layers": replace(SPEC, target_layers=2),
+    "whole clip": replace(SPEC, clip_weight=0.5),
+    "projection": replace(SPEC, targets="projection", clip_weight=0.5),
+}
+for_every_option = pytest.mark.parametrize("spec", OPTIONS.values(), ids=OPTIONS)
 
 
 def batch(clips: int = 4, frames: int = GRID.frames) -> tuple[torch.Tensor, ...]:
@@ -132,14 +154,16 @@ def test_the_loss_is_the_mean_over_targets_of_the_distance_to_the_normalised_fea
     torch.testing.assert_close(jepa(mel_BTF, context_BK, targets_BGQ, n_frames_B).loss, by_hand)
 
 
-def test_what_lies_past_the_end_of_a_clip_changes_nothing():
+@for_every_option
+def test_what_lies_past_the_end_of_a_clip_changes_nothing(spec):
     """Loss, gradients and signs of health: bit for bit the same whatever the padding holds."""
     outcomes = []
     for noise in (0.0, 100.0):
-        jepa, (mel_BTF, context_BK, targets_BGQ, _) = Jepa(SPEC), batch()
+        jepa, (mel_BTF, context_BK, targets_BGQ, _) = Jepa(spec), batch()
         mel_BTF[1, 8:] = noise
         mel_BTF[2, 16:] = noise
-        output = jepa(mel_BTF, context_BK, targets_BGQ, torch.tensor([24, 8, 14, 24]))
+        n_frames_B = torch.tensor([24, 8, 14, 24])
+        output = jepa(mel_BTF, context_BK, targets_BGQ, n_frames_B, np.random.default_rng(0))
         output.loss.backward()
         outcomes.append((numbers(output), jepa.encoder.embed.weight.grad, jepa.predictor.out.weight.grad))
     for clean, noisy in zip(*outcomes, strict=True):
@@ -154,20 +178,22 @@ def test_targets_on_padding_are_not_scored():
     assert 0 < output.scored.item() == expected < targets_BGQ.numel()
 
 
-def test_where_all_is_valid_the_masks_are_skipped_and_nothing_changes():
+@pytest.mark.parametrize("spec", [one for name, one in OPTIONS.items() if name != "drop path"])
+def test_where_all_is_valid_the_masks_are_skipped_and_nothing_changes(spec):
     """The fast path and the masked one agree: a fifth, empty clip forces the latter."""
     mel_BTF, context_BK, targets_BGQ, n_frames_B = batch()
-    jepa, extra = Jepa(SPEC), [0, 1, 2, 3, 0]
+    jepa, extra = Jepa(spec), [0, 1, 2, 3, 0]
     assert jepa.validity(n_frames_B, mel_BTF.device) is None
     n_frames_B = torch.cat((n_frames_B, torch.zeros(1, dtype=torch.int64)))
     masked = numbers(jepa(mel_BTF[extra], context_BK[extra], targets_BGQ[extra], n_frames_B))
     torch.testing.assert_close(masked, numbers(jepa(*batch())))
 
 
-def test_a_batch_without_sound_gives_zero_scored_and_no_nan():
+@for_every_option
+def test_a_batch_without_sound_gives_zero_scored_and_no_nan(spec):
     """The caller refuses it by `scored`; a NaN would reach the weights first."""
-    jepa = Jepa(SPEC)
-    output = jepa(*batch(frames=0))
+    jepa = Jepa(spec)
+    output = jepa(*batch(frames=0), np.random.default_rng(0))
     output.loss.backward()
     assert output.scored == 0
     assert output.loss == 0
@@ -226,24 +252,144 @@ def test_it_learns_with_a_moving_teacher_and_without_collapse():
 
 def test_projected_targets_tell_the_texture_of_a_patch_and_not_its_level():
     """Predicting how loud a patch is is easy and teaches little; the level cannot be in the target at all."""
-    model, (mel_BTF, _, targets_BGQ, _) = Jepa(replace(SPEC, targets="projection")), batch()
-    before, louder = (model.describe(mel, targets_BGQ) for mel in (mel_BTF, mel_BTF + 3))
+    model, (mel_BTF, *_) = Jepa(replace(SPEC, targets="projection")), batch()
+    before, louder = (model.describe(mel) for mel in (mel_BTF, mel_BTF + 3))
     torch.testing.assert_close(before, louder, atol=1e-4, rtol=0)
-    other = model.describe(mel_BTF.flip(1), targets_BGQ)
+    other = model.describe(mel_BTF.flip(1))
     assert (before - other).abs().mean() > 0.1
 
 
 def test_projected_targets_do_not_depend_on_what_was_learnt():
     """They stand still, so that nothing can collapse onto them."""
-    model, (mel_BTF, _, targets_BGQ, _) = Jepa(replace(SPEC, targets="projection")), batch()
-    before = model.describe(mel_BTF, targets_BGQ)
+    model, (mel_BTF, *_) = Jepa(replace(SPEC, targets="projection")), batch()
+    before = model.describe(mel_BTF)
     with torch.no_grad():
         for weight in model.parameters():
             weight.zero_()
-    assert torch.equal(model.describe(mel_BTF, targets_BGQ), before)
+    assert torch.equal(model.describe(mel_BTF), before)
 
 
 def test_unknown_targets_are_refused_with_the_known_ones():
     """A misspelt recipe stops at once."""
     with pytest.raises(ValueError, match="teacher or projection, got 'student'"):
         replace(SPEC, targets="student")
+
+
+def two_sets(clips: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    masks = RandomBlocks().sample(np.random.default_rng(3), GRID, batch=2 * clips)
+    return torch.from_numpy(masks.context_BK), torch.from_numpy(masks.targets_BGQ)
+
+
+@for_every_option
+def test_two_mask_sets_of_a_clip_are_the_mean_of_one_and_the_other(spec):
+    """Loss and gradients; the teacher is asked once."""
+    jepa, (mel_BTF, *_, n_frames_B), (context_NK, targets_NGQ) = Jepa(spec).eval(), batch(), two_sets()
+    passes = []
+    jepa.target.norm.register_forward_hook(lambda *told: passes.append(told))
+    both = jepa(mel_BTF, context_NK, targets_NGQ, n_frames_B)
+    both.loss.backward()
+    assert len(passes) == (spec.targets == "teacher" and spec.target_layers == 1)
+    gradient = jepa.encoder.embed.weight.grad.clone()
+    jepa.zero_grad()
+    each = [jepa(mel_BTF, context_NK[one::2], targets_NGQ[one::2], n_frames_B) for one in (0, 1)]
+    mean = (each[0].loss + each[1].loss) / 2
+    mean.backward()
+    torch.testing.assert_close(both.loss, mean)
+    torch.testing.assert_close(gradient, jepa.encoder.embed.weight.grad)
+    assert both.scored == 2 * each[0].scored
+
+
+def test_padding_is_told_to_every_mask_set_of_its_own_clip():
+    """Sets lie clip by clip: a mistake in their order would score the padding of another clip."""
+    jepa, (mel_BTF, *_), (context_NK, targets_NGQ) = Jepa(SPEC), batch(), two_sets()
+    output = jepa(mel_BTF, context_NK, targets_NGQ, torch.tensor([24, 8, 24, 24]))
+    others = torch.cat((targets_NGQ[:2], targets_NGQ[4:])).numel()
+    assert output.scored.item() == others + int((targets_NGQ[2:4] < 8).sum())
+
+
+@for_every_option
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_recomputed_activations_change_not_one_bit(spec, bf16):
+    """Checkpointing trades time for memory and nothing else: loss, health and every gradient are the same."""
+    outcomes = []
+    for jepa in (Jepa(spec), Jepa(spec).recompute()):
+        mel_BTF, *masks, n_frames_B = batch()
+        n_frames_B[1] = 9
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            output = jepa(mel_BTF, *masks, n_frames_B, np.random.default_rng(0))
+        output.loss.backward()
+        outcomes.append([numbers(output), *(p.grad for p in jepa.parameters() if p.grad is not None)])
+    assert len(outcomes[0]) > 20
+    assert all(torch.equal(kept, again) for kept, again in zip(*outcomes, strict=True))
+
+
+def test_recomputation_keeps_less_for_the_backward_pass():
+    """Bytes that autograd saves, counted: it must be on, and not only harmless."""
+    saved = []
+    for jepa in (Jepa(SPEC), Jepa(SPEC).recompute()):
+        kept = {}
+
+        def pack(x, kept=kept):
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            jepa(*batch())
+        saved.append(sum(kept.values()))
+    assert saved[1] < 0.5 * saved[0]
+
+
+def test_drop_path_drops_in_training_only_and_wants_its_generator():
+    """From the generator of the step: the same step on resume drops the same branches."""
+    jepa, fixed = Jepa(OPTIONS["drop path"]), batch()
+    first, again, other = (jepa(*fixed, np.random.default_rng(seed)).loss for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    with pytest.raises(ValueError, match="drop path draws from the generator of the step"):
+        jepa(*fixed)
+    torch.testing.assert_close(jepa.eval()(*fixed).loss, Jepa(SPEC)(*fixed).loss)
+
+
+def test_the_target_of_several_layers_is_the_mean_of_each_normalised():
+    """By hand, from the blocks' own outputs; a layer ten times as loud counts no more."""
+    jepa, (mel_BTF, *_) = Jepa(replace(SPEC, target_layers=2)), batch()
+    layers = []
+    for block in jepa.target.blocks:
+        block.register_forward_hook(lambda block, told, output: layers.append(output))
+    described_BPD = jepa.describe(mel_BTF)
+    by_hand = [(x - x.mean(-1, keepdim=True)) / x.std(-1, False, keepdim=True) for x in layers]
+    torch.testing.assert_close(described_BPD, torch.stack(by_hand).mean(0), atol=2e-4, rtol=1e-3)
+
+
+def test_the_whole_clip_is_predicted_from_the_mean_of_its_context():
+    """By hand, with a short clip: padding counts neither in the guess nor in what is guessed."""
+    jepa, (mel_BTF, context_BK, targets_BGQ, n_frames_B) = Jepa(OPTIONS["whole clip"]), batch()
+    n_frames_B[2] = 12
+    valid_BP = jepa.validity(n_frames_B, mel_BTF.device)
+    context_BKD = jepa.encoder(mel_BTF, context_BK, valid_BP)
+    feature_BPD = jepa.target(mel_BTF, valid_BP=valid_BP)
+    losses = []
+    for clip in range(4):
+        seen = context_BKD[clip][valid_BP[clip][context_BK[clip]]].mean(0)
+        wanted = normalise(feature_BPD[clip][valid_BP[clip]].mean(0))
+        losses.append(token_loss(jepa.predictor.clip_head(seen), wanted, "l2"))
+    output = jepa(mel_BTF, context_BK, targets_BGQ, n_frames_B)
+    torch.testing.assert_close(output.clip_loss, torch.stack(losses).mean())
+    plain = replace(SPEC, clip_weight=0.0)
+    without = Jepa(plain)(mel_BTF, context_BK, targets_BGQ, n_frames_B)
+    torch.testing.assert_close(output.loss, without.loss + 0.5 * output.clip_loss)
+    assert without.clip_loss == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"target_layers": 3}, "target_layers must lie in 1 to 2, the depth of the teacher"),
+        ({"target_layers": 2, "targets": "projection"}, "1 to 1, the depth of the teacher"),
+        ({"clip_weight": -1.0}, "clip_weight must not be negative"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused(wrong, told):
+    """At its construction, with the value."""
+    with pytest.raises(ValueError, match=told):
+        replace(SPEC, **wrong)

@@ -1,16 +1,25 @@
 """What is hidden, where, and how often."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from ajepa.masking import BlockSize, MaskMaker, Masks, RandomBlocks, RandomPatches, TimeFrequencyAware
+from ajepa.masking import (
+    BlockSize,
+    MaskMaker,
+    Masks,
+    RandomBlocks,
+    RandomPatches,
+    TimeFrequencyAware,
+    TimeSpans,
+)
 from ajepa.patches import PatchGrid
 from pipeline.errors import RunError
 
 LONG, SHORT = PatchGrid(rows=8, cols=64), PatchGrid(rows=8, cols=16)
-MAKERS = [RandomPatches(), RandomBlocks(), TimeFrequencyAware()]
+MAKERS = [RandomPatches(), RandomBlocks(), TimeFrequencyAware(), TimeSpans()]
 BLOCKS = [RandomBlocks(), TimeFrequencyAware()]
 
 on_both_grids = pytest.mark.parametrize("grid", [LONG, SHORT], ids=["64x8", "16x8"])
@@ -120,6 +129,40 @@ def test_targets_cover_the_area_they_are_said_to(maker, grid):
 
 
 @on_both_grids
+def test_spans_cover_the_share_of_time_they_are_said_to(grid):
+    """Three of 12.5 to 20 % each, every band, within 2 points; what is not target is context."""
+    shares = []
+    for masks in many(TimeSpans(), grid, steps=400, batch=2):
+        _, count, tokens = masks.targets_BGQ.shape
+        assert count == 3
+        assert masks.context_BK.shape[1] + count * tokens == grid.tokens
+        assert np.array_equal(np.unique(masks.targets_BGQ % grid.rows), np.arange(grid.rows))
+        assert (np.ptp(masks.targets_BGQ // grid.rows, axis=2) + 1 == tokens // grid.rows).all()
+        shares.append(tokens / grid.tokens)
+    assert min(shares) > 0.105
+    assert max(shares) < 0.22
+    assert np.mean(shares) == pytest.approx(0.1625, abs=0.02)
+
+
+def test_every_way_of_placing_spans_is_equally_likely():
+    """Two spans of three columns among ten, counted: 15 pairs that do not overlap, touching ones included."""
+    maker, grid = TimeSpans(count=2, share_low=0.3, share_high=0.3), PatchGrid(rows=2, cols=10)
+    legal = {(one, other): 0 for one in range(8) for other in range(one + 3, 8)}
+    for masks in many(maker, grid, steps=400, batch=8):
+        for firsts in masks.targets_BGQ[:, :, 0] // grid.rows:
+            legal[tuple(firsts.tolist())] += 1
+    assert len(legal) == 15
+    assert abs(surprise(np.array(list(legal.values())))) < 4
+
+
+def test_spans_that_leave_no_context_are_refused_with_what_to_change():
+    """On four columns three spans of at least one leave one; on three they leave none."""
+    assert many(TimeSpans(), PatchGrid(rows=2, cols=4), steps=1, batch=1)[0].context_BK.shape == (1, 2)
+    with pytest.raises(RunError, match=r"masks: 3 spans of 1 of 3 columns leave no context; lower"):
+        many(TimeSpans(), PatchGrid(rows=2, cols=3), steps=1, batch=1)
+
+
+@on_both_grids
 def test_the_context_block_covers_the_area_it_is_said_to(grid):
     """The published sampler clamps its sides on a 64 x 8 grid and leaves 30 % instead of 85 to 100."""
     rng = np.random.default_rng(0)
@@ -164,6 +207,41 @@ def test_no_patch_is_never_a_target_and_none_never_context(maker, grid):
         context_P += np.bincount(masks.context_BK.ravel(), minlength=grid.tokens)
     assert target_P.min() > 0
     assert context_P.min() > 0
+
+
+@on_both_grids
+@for_every_block_maker
+def test_a_patch_is_target_as_often_as_its_place_says(grid, maker):
+    """Every place of a block equally likely: a patch is in it as often as places cover it, corners least."""
+    size = fixed(maker.target.area_high)
+    rows, cols = size.draw(np.random.default_rng(0), grid)
+    places_CR = np.zeros((grid.cols, grid.rows))
+    for col, row in itertools.product(range(grid.cols - cols + 1), range(grid.rows - rows + 1)):
+        places_CR[col : col + cols, row : row + rows] += 1
+    law_P = places_CR.ravel() / ((grid.cols - cols + 1) * (grid.rows - rows + 1))
+    hits_P, drawn = np.zeros(grid.tokens), 0
+    for masks in many(replace(maker, count=1, target=size, floor=0.0), grid, steps=100, batch=64):
+        hits_P += np.bincount(masks.targets_BGQ.ravel(), minlength=grid.tokens)
+        drawn += len(masks.targets_BGQ)
+    surprise_P = (hits_P - drawn * law_P) / np.sqrt(drawn * law_P * (1 - law_P) + 1e-9)
+    assert abs(surprise_P).max() < 5
+    assert law_P.min() > 0
+
+
+@on_both_grids
+def test_a_visible_patch_is_context_as_often_as_every_other_that_may_be(grid):
+    """Of what the targets leave free the surplus is dropped at random: chi-square over those patches."""
+    maker = TimeFrequencyAware(count=1, target=fixed(0.06))
+    counts_P, free_P = np.zeros(grid.tokens), np.zeros(grid.tokens)
+    for masks in many(maker, grid, steps=100, batch=64):
+        for clip in range(64):
+            rows, cols = (np.unique(f(masks.targets_BGQ[clip], grid.rows)) for f in (np.mod, np.floor_divide))
+            free_CR = np.ones((grid.cols, grid.rows), bool)
+            free_CR[cols], free_CR[:, rows] = False, False
+            free_P += free_CR.ravel() * (masks.context_BK.shape[1] / free_CR.sum())
+        counts_P += np.bincount(masks.context_BK.ravel(), minlength=grid.tokens)
+    chi_square = ((counts_P - free_P) ** 2 / free_P).sum()
+    assert chi_square < grid.tokens + 4 * np.sqrt(2 * grid.tokens)
 
 
 @on_both_grids
@@ -226,7 +304,7 @@ def test_a_floor_out_of_reach_is_refused_with_what_to_change():
 
 
 @pytest.mark.parametrize(
-    "grid", [PatchGrid(rows=4, cols=8), PatchGrid(rows=14, cols=62), PatchGrid(rows=2, cols=2)]
+    "grid", [PatchGrid(rows=4, cols=8), PatchGrid(rows=14, cols=62), PatchGrid(rows=2, cols=4)]
 )
 @for_every_maker
 def test_other_grids_work_too(maker, grid):
@@ -243,6 +321,8 @@ def test_other_grids_work_too(maker, grid):
         lambda: RandomPatches(ratio_low=0.7),
         lambda: RandomBlocks(count=0),
         lambda: TimeFrequencyAware(floor=1.0),
+        lambda: TimeSpans(count=0),
+        lambda: TimeSpans(count=5),
         lambda: BlockSize(area_low=0.2, area_high=0.1),
         lambda: BlockSize(area_low=0.1, area_high=0.2, aspect_low=0.0),
     ],

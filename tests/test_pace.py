@@ -19,10 +19,10 @@ def test_every_stage_and_both_loaders_are_timed(store, hasty):
     found = pace_of(store, batch=4, say=told.append)
     assert [stage.name for stage in found.stages] == [
         "disk, from end to end",
-        "random read",
-        "checksum",
+        "random read, from memory",
+        "checksum, when first read",
         "cast and normalise",
-        "masks and mixup",
+        "masks and mixup, if asked for",
     ]
     assert set(found.batches) == {"plain", "dali"}
     assert all(stage.clips_per_s > 0 for stage in found.stages)
@@ -36,9 +36,10 @@ def test_the_slowest_stage_is_named_with_what_helps():
     stages = (
         Stage(name="disk", clips_per_s=50.0, advice="move it"),
         Stage(name="read", clips_per_s=200.0, advice="x"),
+        Stage(name="mixup", clips_per_s=10.0, advice="y", always=False),
     )
     table = Pace(stages=stages, batches={"dali": 40.0}, clip_bytes=1_000_000).table()
-    assert table.splitlines()[-1] == "slowest: disk; if the trainer waits, move it"
+    assert table.splitlines()[-1] == "slowest: disk; if a trainer waits, move it"
     assert table.splitlines()[1].split() == ["disk", "50", "50"]
 
 

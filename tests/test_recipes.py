@@ -5,10 +5,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from tiny import tiny
 
-from ajepa.curriculum import Curriculum
+from ajepa.curriculum import Curriculum, Fixed
+from ajepa.masking import RandomPatches
+from ajepa.pretrain import Trainer
 from ajepa.recipes import RECIPES, a_jepa, audio_jepa, from_json, recipe, smoke, to_json
 from pipeline.errors import RunError
+from pipeline.loader import Batch
 from pipeline.melspec import mel_spec
 
 NAMES = sorted(RECIPES)
@@ -93,3 +98,60 @@ def test_masks_of_a_recipe_fit_its_grid_from_the_first_step_to_the_last(name):
         rng = np.random.default_rng(step)
         masks = made.masks.maker(step, rng).sample(rng, made.model.encoder.grid, batch=4)
         assert not set(masks.context_BK[0]) & set(masks.targets_BGQ[0].ravel())
+
+
+def test_three_steps_of_the_tiny_recipe_are_those_of_the_first_version():
+    """Options that are off change nothing: losses as they were before there were any, in fp32."""
+    trainer, generator = Trainer(tiny(), torch.device("cpu")), torch.Generator().manual_seed(3)
+    trainer.bf16 = False
+    losses = []
+    for step in range(3):
+        batch = Batch(
+            mel_BTF=torch.randn(8, 64, 128, generator=generator),
+            n_frames_B=torch.tensor([64] * 6 + [32, 20]),
+            rows_B=np.arange(8),
+            labels_BC=None,
+            weights_B=torch.ones(8),
+        )
+        losses.append(trainer.step(step, batch)["loss"])
+    assert losses == pytest.approx([1.0123282670974731, 1.0111634731292725, 1.0073821544647217], rel=1e-5)
+
+
+def test_several_mask_sets_are_drawn_for_every_clip(monkeypatch):
+    """`mask_sets` of a recipe reaches the step; one is the default, and none is refused."""
+    asked = []
+    sample = RandomPatches.sample
+
+    def counted(maker, rng, grid, *, batch):
+        asked.append(batch)
+        return sample(maker, rng, grid, batch=batch)
+
+    monkeypatch.setattr(RandomPatches, "sample", counted)
+    made = tiny(masks=Fixed(masking=RandomPatches()), mask_sets=3)
+    batch = Batch(
+        mel_BTF=torch.randn(4, 64, 128),
+        n_frames_B=torch.full((4,), 64),
+        rows_B=np.arange(4),
+        labels_BC=None,
+        weights_B=torch.ones(4),
+    )
+    told = Trainer(made, torch.device("cpu")).step(0, batch)
+    assert asked == [12]
+    assert 0.5 < told["loss"] < 2
+    with pytest.raises(ValueError, match="must be at least 1"):
+        tiny(mask_sets=0)
+
+
+def test_the_loss_of_the_whole_clip_is_logged_where_there_is_one():
+    """A second objective that nobody sees could be all of the loss."""
+    model = replace(tiny().model, clip_weight=0.5)
+    batch = Batch(
+        mel_BTF=torch.randn(4, 64, 128),
+        n_frames_B=torch.full((4,), 64),
+        rows_B=np.arange(4),
+        labels_BC=None,
+        weights_B=torch.ones(4),
+    )
+    told = [Trainer(tiny(model=made), torch.device("cpu")).step(0, batch) for made in (model, tiny().model)]
+    assert 0 < told[0]["clip_loss"] < told[0]["loss"]
+    assert "clip_loss" not in told[1]

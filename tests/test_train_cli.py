@@ -14,9 +14,11 @@ from matplotlib.image import imread
 from tiny import tiny
 
 from ajepa import cli, recipes
+from ajepa.jepa import Jepa
+from ajepa.mask_picture import overlay
 from ajepa.masking import Masks
 from ajepa.patches import PatchGrid
-from ajepa.report import overlay, running_mean
+from ajepa.report import running_mean
 from ajepa.run import Run
 
 PROGRAM = [sys.executable, "-c", "from ajepa.cli import main; main()"]
@@ -68,6 +70,8 @@ def test_a_run_is_trained_evaluated_and_drawn(store_path, tmp_path, monkeypatch,
         (["--recipe", "smal"], "recipe 'smal' is unknown; did you mean 'small'?"),
         (["--recipe", "audio-jepa"], "recipe audio-jepa needs audio-jepa"),
         (["--recipe", "smoke", "--batch", "4000"], "do not fill one step of 4000 clips"),
+        (["--recipe", "smoke", "--set", "model.dept=1"], "model (JepaSpec) has no field 'dept'"),
+        (["--recipe", "a-jepa", "--batch", "30"], "0.02 GB free; not one clip would fit: try --recompute"),
         (["--store-weight", "0.7"], "1 store weights for 1 stores; give one for each of two or more"),
         (["--window", "8"], "window 8 is of no use to a full shuffle; add --shuffle block"),
         pytest.param(["--recipe", "smoke", "--device", "cuda"], "no CUDA device here", marks=NO_CUDA),
@@ -75,12 +79,63 @@ def test_a_run_is_trained_evaluated_and_drawn(store_path, tmp_path, monkeypatch,
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(store_path, tmp_path, monkeypatch, capsys, more, told):
     """What, where, what was expected; status 1; nothing half-made."""
+    if "a-jepa" in more:
+        monkeypatch.setattr("ajepa.memory.free_bytes", lambda device: 20_000_000)
     assert run(*wish(store_path, tmp_path / "run", *more), monkeypatch=monkeypatch) == 1
     error = capsys.readouterr().err
     assert told in error
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_set_stands_in_the_run_and_is_compared_on_resume(store_path, tmp_path, monkeypatch, capsys):
+    """A run says what it was, and is not carried on as another."""
+    asked = wish(store_path, tmp_path / "run", "--recipe", "smoke", "--steps", 2, "--recompute")
+    first = ["--set", "optimiser.weight_decay=0.1", "--set", "mask_sets=2"]
+    assert run(*asked, *first, monkeypatch=monkeypatch) == 0
+    kept = Run.open(tmp_path / "run").recipe
+    assert (kept["optimiser"]["weight_decay"], kept["mask_sets"], kept["steps"]) == (0.1, 2, 2)
+    capsys.readouterr()
+    assert run(*asked, *first[:2], monkeypatch=monkeypatch) == 1
+    assert "recipe.mask_sets: was 2, now 1" in capsys.readouterr().err
+
+
+def test_compilation_and_recomputation_reach_the_model(store_path, tmp_path, monkeypatch):
+    """Two switches of the command line, off unless asked for."""
+    asked = wish(store_path, tmp_path / "run", "--recipe", "smoke", "--steps", 1)
+    called = []
+    for name in ("compiled", "recompute"):
+        monkeypatch.setattr(Jepa, name, lambda model, name=name: called.append(name))
+    assert run(*asked, "--compile", "--recompute", monkeypatch=monkeypatch) == 0
+    assert sorted(called) == ["compiled", "recompute"]
+    assert run(*asked[:4], tmp_path / "other", *asked[5:], monkeypatch=monkeypatch) == 0
+    assert len(called) == 2
+
+
+@pytest.mark.parametrize("masks", ["curriculum", "spans"])
+def test_masks_are_drawn_before_any_run(tmp_path, monkeypatch, capsys, masks):
+    """Over a formula's sound where there is no store; a curriculum at five points of it."""
+    png = tmp_path / "seen" / "masks.png"
+    settings = ["--recipe", "smoke", "--set", f"masks={masks}", "--png", png]
+    assert run("masks", *settings, monkeypatch=monkeypatch) == 0
+    assert capsys.readouterr().out.strip() == str(png)
+    assert imread(png).std() > 0.2
+    assert (imread(png).shape[0] > 1_000) is (masks == "curriculum")
+
+
+def test_masks_are_drawn_over_a_clip_of_the_store(store_path, tmp_path, monkeypatch, capsys):
+    """A real one; a store of other features is refused, and so is a name that is no picture's."""
+    png = tmp_path / "masks.png"
+    asked = ["masks", "--png", png, "--store", store_path, "--recipe"]
+    assert run(*asked, "smoke", monkeypatch=monkeypatch) == 0
+    with_formula = tmp_path / "formula.png"
+    assert run("masks", "--png", with_formula, "--recipe", "smoke", monkeypatch=monkeypatch) == 0
+    assert not np.array_equal(imread(png), imread(with_formula))
+    assert run(*asked, "audio-jepa", monkeypatch=monkeypatch) == 1
+    assert "recipe audio-jepa needs audio-jepa" in capsys.readouterr().err
+    assert run("masks", "--png", tmp_path / "masks.jpg", monkeypatch=monkeypatch) == 1
+    assert "expected a file name that ends in .png" in capsys.readouterr().err
 
 
 def test_two_stores_are_mixed_by_weight_and_one_is_shuffled_in_blocks(
@@ -150,7 +205,7 @@ def test_every_recipe_is_listed_with_cost_and_expectation(monkeypatch, capsys):
     text = capsys.readouterr().out
     for name in recipes.RECIPES:
         assert f"\n{name}: " in f"\n{text}"
-    assert text.count("Cost:") == text.count("Expected") == len(recipes.RECIPES)
+    assert text.count("Cost:") == text.count("Expected") == text.count("Memory:") == len(recipes.RECIPES)
     assert max(len(line) for line in text.splitlines()) <= 80
 
 

@@ -1,28 +1,25 @@
 """Encoder and predictor: size, initial weights, attention, and what may not reach what."""
 
+from dataclasses import replace
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from ajepa.masking import RandomBlocks, RandomPatches, TimeFrequencyAware
-from ajepa.patches import PatchGrid
-from ajepa.vit import (
-    A_JEPA_PREDICTOR,
-    Encoder,
-    EncoderSpec,
-    Predictor,
-    PredictorSpec,
-    attention_for,
-    encoder_spec,
-    fused_attention,
-    written_out_attention,
-)
+from ajepa.attention import attention_for, fused_attention, written_out_attention
+from ajepa.blocks import PositionName, Stack
+from ajepa.masking import RandomBlocks
+from ajepa.patches import PatchGrid, patchify
+from ajepa.vit import A_JEPA_PREDICTOR, Encoder, EncoderSpec, Predictor, PredictorSpec, encoder_spec
 
 GRID = PatchGrid(rows=4, cols=6, patch_frames=4, patch_bands=4)
 SPEC = EncoderSpec(grid=GRID, width=32, depth=2, heads=4)
 GUESS = PredictorSpec(width=16, depth=2, heads=2)
-MAKERS = [RandomPatches(), RandomBlocks(), TimeFrequencyAware()]
+POSITIONS = get_args(PositionName)
+
+for_every_position = pytest.mark.parametrize("positions", POSITIONS)
 
 
 def size(module: nn.Module) -> int:
@@ -33,8 +30,8 @@ def mel(clips: int = 3, seed: int = 0) -> torch.Tensor:
     return torch.randn(clips, GRID.frames, GRID.bands, generator=torch.Generator().manual_seed(seed))
 
 
-def masks(maker=None, clips: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
-    drawn = (maker or RandomBlocks()).sample(np.random.default_rng(0), GRID, batch=clips)
+def masks(clips: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    drawn = RandomBlocks().sample(np.random.default_rng(0), GRID, batch=clips)
     return torch.from_numpy(drawn.context_BK), torch.from_numpy(drawn.targets_BGQ)
 
 
@@ -135,21 +132,10 @@ def test_a_clip_without_one_valid_key_gives_numbers(attend):
     assert attend(q, k, v, torch.zeros(1, 5, dtype=torch.bool)).isfinite().all()
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("maker", MAKERS, ids=lambda maker: type(maker).__name__)
-def test_nothing_hidden_reaches_the_context(maker, bf16):
-    """Every hidden patch is replaced by noise, and not one bit of what the context encoder says changes."""
-    encoder, (context_BK, _) = rough(Encoder(SPEC)), masks(maker)
-    hidden_BP = torch.ones(3, GRID.tokens, dtype=torch.bool).scatter(1, context_BK, False)
-    hidden_BTF = hidden_BP.view(3, GRID.cols, GRID.rows).repeat_interleave(4, 1).repeat_interleave(4, 2)
-    changed_BTF = torch.where(hidden_BTF, 100 * mel(seed=1), mel())
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        assert torch.equal(encoder(mel(), context_BK), encoder(changed_BTF, context_BK))
-
-
-def test_every_visible_patch_reaches_all_of_the_context():
-    """The counterpart, without which the test above could pass on a model that looks at nothing."""
-    encoder, (context_BK, _) = rough(Encoder(SPEC)), masks(clips=1)
+@for_every_position
+def test_every_visible_patch_reaches_all_of_the_context(positions):
+    """The counterpart of test_no_leak.py, which could pass on a model that looks at nothing."""
+    encoder, (context_BK, _) = rough(Encoder(replace(SPEC, positions=positions))), masks(clips=1)
     before_BKD = encoder(mel(1), context_BK)
     for token in context_BK[0].tolist():
         changed_BTF = mel(1).clone()
@@ -158,16 +144,18 @@ def test_every_visible_patch_reaches_all_of_the_context():
         assert (encoder(changed_BTF, context_BK) != before_BKD).any(dim=-1).all()
 
 
-def test_asking_for_all_tokens_is_asking_for_none_in_particular():
+@for_every_position
+def test_asking_for_all_tokens_is_asking_for_none_in_particular(positions):
     """Two paths through the encoder that must agree."""
-    encoder = rough(Encoder(SPEC))
+    encoder = rough(Encoder(replace(SPEC, positions=positions)))
     all_BK = torch.arange(GRID.tokens).expand(3, -1)
     torch.testing.assert_close(encoder(mel(), all_BK), encoder(mel()))
 
 
-def test_the_order_of_the_tokens_only_orders_the_output():
+@for_every_position
+def test_the_order_of_the_tokens_only_orders_the_output(positions):
     """Positions belong to tokens, not to places in the sequence."""
-    encoder, (context_BK, _) = rough(Encoder(SPEC)), masks()
+    encoder, (context_BK, _) = rough(Encoder(replace(SPEC, positions=positions))), masks()
     torch.testing.assert_close(encoder(mel(), context_BK.flip(1)), encoder(mel(), context_BK).flip(1))
 
 
@@ -187,9 +175,10 @@ def test_the_order_of_the_clips_only_orders_the_output():
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-def test_padding_reaches_no_valid_token(bf16):
+@for_every_position
+def test_padding_reaches_no_valid_token(bf16, positions):
     """What lies past the end of a clip may be anything: valid tokens do not change by a bit."""
-    encoder = rough(Encoder(SPEC))
+    encoder = rough(Encoder(replace(SPEC, positions=positions, layer_scale=0.5)))
     valid_BP = torch.arange(GRID.tokens).expand(3, -1) < torch.tensor([[24], [16], [4]])
     padding_BTF = ~valid_BP.view(3, GRID.cols, GRID.rows).repeat_interleave(4, 1).repeat_interleave(4, 2)
     changed_BTF = torch.where(padding_BTF, 100 * mel(seed=1), mel())
@@ -198,19 +187,24 @@ def test_padding_reaches_no_valid_token(bf16):
     assert torch.equal(before, after)
 
 
-def test_a_padded_clip_is_described_as_the_short_clip_it_is():
+@for_every_position
+def test_a_padded_clip_is_described_as_the_short_clip_it_is(positions):
     """Padding to the length of the model changes nothing: the same weights on a shorter grid agree."""
-    short = PatchGrid(rows=4, cols=3, patch_frames=4, patch_bands=4)
-    encoder, small = rough(Encoder(SPEC)), Encoder(EncoderSpec(grid=short, width=32, depth=2, heads=4))
+    short, spec = PatchGrid(rows=4, cols=3, patch_frames=4, patch_bands=4), replace(SPEC, positions=positions)
+    encoder, small = rough(Encoder(spec)), Encoder(replace(spec, grid=short))
     small.load_state_dict(encoder.state_dict())
     valid_BP = (torch.arange(GRID.tokens) < short.tokens).expand(3, -1)
     described = encoder(mel(), valid_BP=valid_BP)[:, : short.tokens]
     torch.testing.assert_close(described, small(mel()[:, : short.frames]))
 
 
-def test_a_group_of_targets_is_predicted_by_itself():
+@for_every_position
+def test_a_group_of_targets_is_predicted_by_itself(positions):
     """One target block learns nothing from where another lies."""
-    predictor, (context_BK, targets_BGQ) = rough(Predictor(GUESS, 32, GRID)), masks()
+    predictor, (context_BK, targets_BGQ) = (
+        rough(Predictor(replace(GUESS, positions=positions), 32, GRID)),
+        masks(),
+    )
     context_BKD = torch.randn(3, context_BK.shape[1], 32)
     together = predictor(context_BKD, context_BK, targets_BGQ)
     for group in range(targets_BGQ.shape[1]):
@@ -218,9 +212,13 @@ def test_a_group_of_targets_is_predicted_by_itself():
         torch.testing.assert_close(together[:, group : group + 1], alone)
 
 
-def test_the_predictor_ignores_context_that_is_padding():
+@for_every_position
+def test_the_predictor_ignores_context_that_is_padding(positions):
     """The vectors of padded tokens are meaningless and may not count."""
-    predictor, (context_BK, targets_BGQ) = rough(Predictor(GUESS, 32, GRID)), masks()
+    predictor, (context_BK, targets_BGQ) = (
+        rough(Predictor(replace(GUESS, positions=positions), 32, GRID)),
+        masks(),
+    )
     valid_BP = (torch.arange(GRID.tokens) < 16).expand(3, -1)
     context_BKD = torch.randn(3, context_BK.shape[1], 32)
     changed_BKD = torch.where((context_BK < 16)[..., None], context_BKD, torch.tensor(9.0))
@@ -230,9 +228,13 @@ def test_the_predictor_ignores_context_that_is_padding():
     assert torch.equal(*guesses)
 
 
-def test_a_prediction_depends_on_where_its_target_lies():
+@for_every_position
+def test_a_prediction_depends_on_where_its_target_lies(positions):
     """The mask token is one vector; the position is all that tells targets apart."""
-    predictor, (context_BK, targets_BGQ) = rough(Predictor(GUESS, 32, GRID)), masks()
+    predictor, (context_BK, targets_BGQ) = (
+        rough(Predictor(replace(GUESS, positions=positions), 32, GRID)),
+        masks(),
+    )
     guess_BGQD = predictor(torch.randn(3, context_BK.shape[1], 32), context_BK, targets_BGQ)
     assert (guess_BGQD[:, :, 1:] - guess_BGQD[:, :, :-1]).norm(dim=-1).min() > 1e-3
 
@@ -242,4 +244,90 @@ def test_a_shape_that_cannot_be_is_refused(wrong):
     """Heads divide the width, and so does 4, for sine and cosine of row and column."""
     for spec in (lambda: EncoderSpec(grid=GRID, **wrong), lambda: PredictorSpec(**wrong)):
         with pytest.raises(ValueError, match="width must be a multiple of heads"):
+            spec()
+
+
+def test_under_rope_only_distances_count():
+    """The same patches one column later: the same vectors. Added positions know where they are."""
+    later_BTF = mel().roll(4, dims=1)
+    tokens_BK = torch.arange(GRID.tokens - 2 * GRID.rows).expand(3, -1)
+    for positions, same in (("rope", True), ("sincos", False)):
+        encoder = rough(Encoder(replace(SPEC, positions=positions)))
+        before, after = encoder(mel(), tokens_BK), encoder(later_BTF, tokens_BK + GRID.rows)
+        assert torch.allclose(before, after, atol=1e-4) is same
+
+
+def test_under_rope_rows_and_columns_are_told_apart():
+    """Two grids with the same patches in the same order, one turned on its side: not the same sound."""
+    spec = replace(SPEC, positions="rope")
+    encoder = rough(Encoder(spec))
+    aside = Encoder(replace(spec, grid=PatchGrid(rows=6, cols=4, patch_frames=4, patch_bands=4)))
+    aside.load_state_dict(encoder.state_dict())
+    patch_BPN = patchify(mel(1), GRID)
+
+    def spectrogram(grid: PatchGrid) -> torch.Tensor:
+        cut = patch_BPN.view(1, grid.cols, grid.rows, 4, 4).transpose(2, 3)
+        return cut.reshape(1, grid.frames, grid.bands)
+
+    upright_BPD, aside_BPD = encoder(spectrogram(GRID)), aside(spectrogram(aside.spec.grid))
+    assert (upright_BPD - aside_BPD).abs().mean() > 1e-3
+
+
+def test_options_that_are_off_add_no_weight_and_layer_scale_adds_two_vectors_a_block():
+    """The sizes of the papers stand; a layer scale starts at its value, not at random."""
+    plain, scaled = Encoder(SPEC), Encoder(replace(SPEC, layer_scale=1e-4))
+    assert size(Encoder(replace(SPEC, positions="rope", drop_path=0.1))) == size(plain)
+    assert size(scaled) == size(plain) + 2 * SPEC.depth * SPEC.width
+    assert scaled.blocks[1].mlp_scale_D.eq(1e-4).all()
+    assert torch.equal(scaled.blocks[1].mlp[2].weight, plain.blocks[1].mlp[2].weight)
+
+
+def test_a_layer_scale_near_zero_makes_every_block_nearly_nothing():
+    """It multiplies both branches: what is left is the embedding."""
+    encoder = rough(Encoder(replace(SPEC, layer_scale=1.0)))
+    for block in encoder.blocks:
+        nn.init.zeros_(block.attention_scale_D)
+        nn.init.zeros_(block.mlp_scale_D)
+    (last_BPD,) = encoder.top_layers(mel(), 1)
+    torch.testing.assert_close(last_BPD, encoder.embed(patchify(mel(), GRID)) + encoder.positions_PD)
+
+
+def test_drop_path_keeps_the_mean_and_drops_later_blocks_more():
+    """Whole branches of whole clips; what stays is enlarged, so that evaluation without it is in scale."""
+    stack = Stack(width=32, depth=3, heads=4, positions="sincos", layer_scale=0.0, drop_path=0.4)
+    keep_L2B = stack.draw_keep(np.random.default_rng(0), 20_000)
+    assert keep_L2B.shape == (3, 2, 20_000)
+    torch.testing.assert_close(keep_L2B.mean(dim=2), torch.ones(3, 2), atol=0.03, rtol=0)
+    dropped_L2 = keep_L2B.eq(0).float().mean(dim=2)
+    torch.testing.assert_close(dropped_L2[:, 0], torch.tensor([0.0, 0.2, 0.4]), atol=0.02, rtol=0)
+    rng = np.random.default_rng(0)
+    assert replace(stack, drop_path=0.0).draw_keep(rng, 5) is None
+    assert rng.random() == np.random.default_rng(0).random()
+
+
+def test_a_clip_that_skips_every_branch_leaves_as_it_came():
+    """Drop path is per clip: the others in the batch do not notice."""
+    encoder = rough(Encoder(SPEC))
+    keep_L2B = torch.ones(SPEC.depth, 2, 3)
+    keep_L2B[:, :, 1] = 0
+    dropped, plain = encoder(mel(), keep_L2N=keep_L2B), encoder(mel())
+    assert torch.equal(dropped[[0, 2]], plain[[0, 2]])
+    all_skipped = encoder(mel(), keep_L2N=torch.zeros(SPEC.depth, 2, 3))
+    torch.testing.assert_close(dropped[1], all_skipped[1])
+    assert not torch.allclose(dropped[1], plain[1])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"positions": "learnt"}, "positions must be sincos or rope, got 'learnt'"),
+        ({"width": 24, "heads": 4, "positions": "rope"}, "heads whose width is a multiple of 4"),
+        ({"drop_path": 1.0}, r"drop_path must lie in \[0, 1\)"),
+        ({"layer_scale": -1.0}, "layer_scale not be negative"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused(wrong, told):
+    """At its construction, and for encoder and predictor alike."""
+    for spec in (lambda: EncoderSpec(grid=GRID, **wrong), lambda: PredictorSpec(**wrong)):
+        with pytest.raises(ValueError, match=told):
             spec()

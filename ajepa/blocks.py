@@ -1,0 +1,161 @@
+"""Transformer blocks: one of them, a stack of them, and what a stack may be told to do."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ajepa.attention import Attention
+from ajepa.patches import PatchGrid, rotary_turns, sincos_positions
+
+NORM_EPSILON = 1e-6
+INIT_STD = 0.02
+PositionName = Literal["sincos", "rope"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stack:
+    """Shape and options of the blocks of an encoder or predictor.
+
+    positions    `sincos`: a fixed code is added to each token (both papers); `rope`: queries and keys are
+                 turned by row and column, so that attention knows distances (arXiv 2104.09864, in 2-D)
+    layer_scale  each branch is multiplied by a learnt vector that starts at this value (arXiv 2103.17239);
+                 0: no such vector
+    drop_path    how often a clip skips a branch of the last block in training; the first block's are never
+                 skipped, those between linearly more often (arXiv 1603.09382)
+    """
+
+    width: int
+    depth: int
+    heads: int
+    positions: PositionName
+    layer_scale: float
+    drop_path: float
+
+    def __post_init__(self) -> None:
+        shape = f"got width {self.width}, depth {self.depth}, heads {self.heads}"
+        if min(self.width, self.depth, self.heads) < 1 or self.width % self.heads or self.width % 4:
+            raise ValueError(f"width must be a multiple of heads and, for 2-D positions, of 4; {shape}")
+        if self.positions not in get_args(PositionName):
+            raise ValueError(
+                f"positions must be {' or '.join(get_args(PositionName))}, got {self.positions!r}"
+            )
+        if self.positions == "rope" and self.width // self.heads % 4:
+            raise ValueError(f"2-D RoPE needs heads whose width is a multiple of 4; {shape}")
+        if not (0 <= self.drop_path < 1 and self.layer_scale >= 0):
+            raise ValueError(
+                "drop_path must lie in [0, 1) and layer_scale not be negative, "
+                f"got {self.drop_path} and {self.layer_scale}"
+            )
+
+    def build(self) -> nn.ModuleList:
+        """The blocks; `initialise` gives them their weights."""
+        return nn.ModuleList(Block(self.width, self.heads, self.layer_scale) for _ in range(self.depth))
+
+    def added(self, grid: PatchGrid) -> Tensor:
+        """What is added to the tokens, float32 `PD`: under `rope` zeros, which still make the sum float32."""
+        if self.positions == "rope":
+            return torch.zeros(grid.tokens, self.width)
+        return sincos_positions(grid, self.width)
+
+    def turns(self, grid: PatchGrid) -> Tensor | None:
+        """Cosine and sine of the angles by which queries and keys are turned, `2PE`; None without `rope`."""
+        return rotary_turns(grid, self.width // self.heads) if self.positions == "rope" else None
+
+    def draw_keep(self, rng: np.random.Generator, clips: int) -> Tensor | None:
+        """What each branch of each block is multiplied by for each clip, `L2B`: 0, or 1 over how often it stays.
+
+        None without drop path; then the generator is left alone.
+        """
+        if not self.drop_path:
+            return None
+        drop_L11 = np.linspace(0.0, self.drop_path, self.depth)[:, None, None]
+        stays_L2B = rng.random((self.depth, 2, clips)) >= drop_L11
+        return torch.from_numpy((stays_L2B / (1 - drop_L11)).astype(np.float32))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: attention, then an MLP four times as wide."""
+
+    attention_scale_D: Tensor | None
+    mlp_scale_D: Tensor | None
+
+    def __init__(self, width: int, heads: int, layer_scale: float = 0.0) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width, eps=NORM_EPSILON)
+        self.attention = Attention(width, heads)
+        self.mlp_norm = nn.LayerNorm(width, eps=NORM_EPSILON)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        for name in ("attention_scale_D", "mlp_scale_D"):
+            scale_D = nn.Parameter(torch.full((width,), layer_scale)) if layer_scale else None
+            self.register_parameter(name, scale_D)
+
+    def forward(
+        self,
+        x_BND: Tensor,
+        valid_BN: Tensor | None = None,
+        turns_2BNE: Tensor | None = None,
+        keep_2B: Tensor | None = None,
+    ) -> Tensor:
+        attention_keep_B, mlp_keep_B = (None, None) if keep_2B is None else keep_2B
+        mixed_BND = self.attention(self.attention_norm(x_BND), valid_BN, turns_2BNE)
+        x_BND = x_BND + scaled(mixed_BND, self.attention_scale_D, attention_keep_B)
+        return x_BND + scaled(self.mlp(self.mlp_norm(x_BND)), self.mlp_scale_D, mlp_keep_B)
+
+
+def scaled(branch_BND: Tensor, scale_D: Tensor | None, keep_B: Tensor | None) -> Tensor:
+    """A branch times its layer scale, and times what drop path leaves of it for each clip."""
+    if scale_D is not None:
+        branch_BND = branch_BND * scale_D
+    return branch_BND if keep_B is None else branch_BND * keep_B[:, None, None]
+
+
+def through(
+    blocks: nn.ModuleList,
+    x_BND: Tensor,
+    valid_BN: Tensor | None,
+    turns_2BNE: Tensor | None,
+    keep_L2B: Tensor | None = None,
+    *,
+    recompute: bool = False,
+    top: int = 1,
+) -> list[Tensor]:
+    """What the last `top` blocks say, lowest first.
+
+    With `recompute` a block's activations are thrown away and computed again in the backward pass, to the bit:
+    all that is random was drawn before and handed in.
+    """
+    outputs: list[Tensor] = []
+    for layer, block in enumerate(blocks):
+        told = (x_BND, valid_BN, turns_2BNE, None if keep_L2B is None else keep_L2B[layer])
+        if recompute and torch.is_grad_enabled():
+            x_BND = checkpoint(block, *told, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x_BND = block(*told)
+        outputs = [*outputs, x_BND][-top:]
+    return outputs
+
+
+def compile_blocks(blocks: Iterable[nn.Module], *, dynamic: bool) -> None:
+    """Have torch compile each block; equal blocks share one compilation. `dynamic`: for any token count."""
+    for block in blocks:
+        block.compile(dynamic=dynamic)
+
+
+def initialise(module: nn.Module, seed: int) -> None:
+    """ViT's weights: matrices and mask tokens truncated normal (std 0.02), biases zero, norms' scales one.
+
+    Layer scales keep the value that they were made with.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        if name.endswith("norm.weight"):
+            nn.init.ones_(parameter)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif not name.endswith("scale_D"):
+            nn.init.trunc_normal_(parameter, std=INIT_STD, generator=generator)

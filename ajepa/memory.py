@@ -1,0 +1,172 @@
+"""How much memory a recipe needs, before its first step: an estimate, and the refusal of what cannot fit."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ajepa.blocks import Stack
+from ajepa.recipes import Pretrain
+from ajepa.vit import EncoderSpec, PredictorSpec, stack_of
+from pipeline.errors import RunError
+
+GB = 1e9
+FP32, BF16 = 4, 2  # bytes
+MEMINFO = Path("/proc/meminfo")
+DRAWS = 20  # of masks, to see how many tokens they may leave
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Bytes at the peak of a step. `activations` grows with the clips of a step, the rest does not."""
+
+    weights: int  # encoder, teacher, predictor
+    gradients: int
+    moments: int  # AdamW's two
+    activations: int  # kept for the backward pass, and the largest that is passing through
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.moments + self.activations
+
+    def __str__(self) -> str:
+        parts = ("weights", "gradients", "moments", "activations")
+        told = ", ".join(f"{name} {getattr(self, name) / GB:.2f}" for name in parts)
+        return f"{self.total / GB:.2f} GB ({told})"
+
+
+def estimate(recipe: Pretrain, *, bf16: bool, written_out: bool = False, recompute: bool = False) -> Memory:
+    """What a step of the recipe needs at most, from the sizes of what autograd keeps.
+
+    `written_out`: attention keeps its probabilities (bf16 on CPUs). Token counts are the most that some draws
+    of the masks gave, from the first step to the last.
+    """
+    encoder, predictor = recipe.model.encoder, recipe.model.predictor
+    encoder_count = encoder_parameters(encoder)
+    trained = encoder_count + predictor_parameters(predictor, encoder.width, recipe.model.clip_weight > 0)
+    kept = max(
+        _activations(recipe, *shape, bf16=bf16, written_out=written_out, recompute=recompute)
+        for shape in mask_shapes(recipe)
+    )
+    copies = BF16 * trained if bf16 else 0  # autocast keeps the weights it has cast until the backward pass
+    return Memory(
+        weights=FP32 * (trained + encoder_count),
+        gradients=FP32 * trained,
+        moments=2 * FP32 * trained,
+        activations=kept + copies,
+    )
+
+
+def mask_shapes(recipe: Pretrain) -> set[tuple[int, int, int]]:
+    """Context tokens, target groups and tokens of a group that some draws over the whole run gave."""
+    shapes, grid = set(), recipe.model.encoder.grid
+    for draw in range(DRAWS):
+        step = draw * (recipe.steps - 1) // (DRAWS - 1)
+        rng = np.random.default_rng([recipe.seed, step, draw])
+        masks = recipe.masks.maker(step, rng).sample(rng, grid, batch=min(recipe.clips_per_step, 16))
+        shapes.add((masks.context_BK.shape[1], *masks.targets_BGQ.shape[1:]))
+    return shapes
+
+
+def _activations(
+    recipe: Pretrain,
+    context: int,
+    groups: int,
+    queries: int,
+    *,
+    bf16: bool,
+    written_out: bool,
+    recompute: bool,
+) -> int:
+    model, clips = recipe.model, recipe.clips_per_step
+    grid, rows = model.encoder.grid, clips * recipe.mask_sets
+    encoder, predictor = stack_of(model.encoder), stack_of(model.predictor)
+    tokens = {"encoder": rows * context, "predictor": rows * groups * (context + queries)}
+    sides = {"encoder": context, "predictor": context + queries}
+    blocks = {
+        name: tokens[name] * _block_bytes(stack, sides[name], bf16=bf16, written_out=written_out)
+        for name, stack in (("encoder", encoder), ("predictor", predictor))
+    }
+    inputs = {"encoder": FP32 * encoder.width, "predictor": FP32 * predictor.width}
+    kept = 0
+    for name, stack in (("encoder", encoder), ("predictor", predictor)):
+        kept += stack.depth * (tokens[name] * inputs[name] if recompute else blocks[name])
+        kept += 3 * tokens[name] * inputs[name]  # embedding and last norm
+    scored = rows * groups * queries * encoder.width * FP32
+    kept += 5 * scored + 3 * clips * grid.tokens * grid.patch_values * FP32  # loss; spectrograms and patches
+    passing = max(blocks.values()) * (
+        2.25 if recompute else 0.5
+    )  # a block computed again, and gradients: measured
+    teacher = clips * grid.tokens * encoder.width * (8 * BF16 + 3 * FP32 if bf16 else 11 * FP32)
+    if model.targets == "projection":
+        teacher = clips * grid.tokens * encoder.width * FP32
+    elif model.target_layers > 1:
+        teacher += 2 * model.target_layers * clips * grid.tokens * encoder.width * FP32
+    return int(kept + max(passing, teacher))
+
+
+def _block_bytes(stack: Stack, side: int, *, bf16: bool, written_out: bool) -> int:
+    """What autograd keeps of one token in one block, in a sequence of `side` tokens.
+
+    In fp32, in widths: what enters (1), normalised (1), queries, keys and values (3), mixed (1), the sum (1),
+    normalised (1), the MLP before and after GELU (8). In bf16 all but the two sums is half as large, and
+    attention written out keeps the scaled queries, and each probability in fp32 and in bf16.
+    """
+    size = BF16 if bf16 else FP32
+    widths = 2 * FP32 + 14 * size
+    widths += 4 * FP32 if stack.positions == "rope" else 0  # the halves of queries and keys, before and after
+    widths += 2 * size if stack.layer_scale else 0
+    probabilities = stack.heads * side * (FP32 + BF16) + stack.width * size if written_out else 0
+    return stack.width * widths + probabilities
+
+
+def block_parameters(stack: Stack) -> int:
+    """Weights of one block: four matrices of attention, eight of the MLP, their biases, two norms, scales."""
+    return 12 * stack.width**2 + 13 * stack.width + (2 * stack.width if stack.layer_scale else 0)
+
+
+def encoder_parameters(spec: EncoderSpec) -> int:
+    """Weights of an encoder."""
+    return (spec.grid.patch_values + 3) * spec.width + spec.depth * block_parameters(stack_of(spec))
+
+
+def predictor_parameters(spec: PredictorSpec, encoder_width: int, clip_head: bool = False) -> int:
+    """Weights of a predictor on an encoder of that width."""
+    ends = 2 * encoder_width * spec.width + 4 * spec.width + encoder_width
+    head = encoder_width**2 + encoder_width if clip_head else 0
+    return ends + head + spec.depth * block_parameters(stack_of(spec))
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What the device has free, on CPUs what Linux says is available; None where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if not MEMINFO.exists():
+        return None
+    lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
+
+
+def refuse_too_large(recipe: Pretrain, device: torch.device, *, bf16: bool, recompute: bool = False) -> None:
+    """RunError where a step needs more than is free: the figures, and what to lower."""
+    written_out = bf16 and device.type == "cpu"
+    needed = estimate(recipe, bf16=bf16, written_out=written_out, recompute=recompute)
+    free = free_bytes(device)
+    if free is None or needed.total <= free:
+        return
+    told = f"recipe {recipe.name} needs about {needed} for {recipe.clips_per_step} clips a step"
+    raise RunError(
+        f"{told}, {device.type} has {free / GB:.2f} GB free; {advice(recipe, needed, free, recompute)}"
+    )
+
+
+def advice(recipe: Pretrain, needed: Memory, free: int, recompute: bool) -> str:
+    """What would fit."""
+    room = free - (needed.total - needed.activations)
+    clips = int(recipe.clips_per_step * room / needed.activations)
+    smaller = "a smaller model (--set model.encoder.width, model.encoder.depth)"
+    again = "" if recompute else "--recompute, or "
+    if clips < 1:
+        return f"not one clip would fit: try {again}{smaller}"
+    return f"try {again}--batch {clips}, or {smaller}"

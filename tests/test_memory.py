@@ -1,0 +1,127 @@
+"""What a step needs, known before it: against what models are, and against what a process really took."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ajepa.jepa import Jepa, JepaSpec
+from ajepa.memory import GB, advice, encoder_parameters, estimate, predictor_parameters, refuse_too_large
+from ajepa.overrides import overridden
+from ajepa.patches import PatchGrid
+from ajepa.recipes import a_jepa, small
+from ajepa.vit import EncoderSpec, PredictorSpec
+from pipeline.errors import RunError
+
+LINUX = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc/self/statm")
+CPU = torch.device("cpu")
+
+MEASURED = """
+import resource, sys
+import numpy as np, torch
+from ajepa.overrides import overridden
+from ajepa.pretrain import Trainer
+from ajepa.recipes import small
+from pipeline.loader import Batch
+
+def steps(recipe, bf16, recompute):
+    trainer = Trainer(recipe, torch.device("cpu"), recompute=recompute)
+    trainer.bf16 = bf16
+    for step in (0, recipe.steps // 2, recipe.steps - 1):
+        clips, frames = recipe.clips_per_step, recipe.view_frames
+        trainer.step(step, Batch(mel_BTF=torch.randn(clips, frames, 128), n_frames_B=torch.full((clips,), frames),
+                                 rows_B=np.arange(clips), labels_BC=None, weights_B=torch.ones(clips)))
+
+how = {"bf16": "bf16" in sys.argv, "recompute": "recompute" in sys.argv}
+steps(small().resized(clips_per_step=1), **how)
+before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+steps(overridden(small(), [a for a in sys.argv if "=" in a]), **how)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+"""
+
+
+@LINUX
+@pytest.mark.parametrize(
+    "how", [[], ["bf16"], ["recompute"], ["model.targets=teacher", "masks=curriculum"]], ids=str
+)
+def test_the_estimate_is_near_what_a_process_takes(how):
+    """`small` in a process of its own: the resident peak of three steps, within a factor of 1.5."""
+    program = [sys.executable, "-c", MEASURED, *how]
+    measured = int(subprocess.run(program, capture_output=True, check=True).stdout)
+    recipe, bf16 = overridden(small(), [one for one in how if "=" in one]), "bf16" in how
+    told = estimate(recipe, bf16=bf16, written_out=bf16, recompute="recompute" in how).total
+    assert 1 / 1.5 < told / measured < 1.5
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"layer_scale": 0.1}, {"positions": "rope", "drop_path": 0.1}], ids=str
+)
+@pytest.mark.parametrize("clip_weight", [0.0, 1.0])
+def test_weights_are_counted_to_the_last_one(options, clip_weight):
+    """By arithmetic, since building a model to see whether it fits would defeat the purpose."""
+    encoder = EncoderSpec(grid=PatchGrid(rows=2, cols=3), width=48, depth=3, heads=4, **options)
+    predictor = PredictorSpec(width=24, depth=2, heads=2, **options)
+    jepa = Jepa(JepaSpec(encoder=encoder, predictor=predictor, clip_weight=clip_weight))
+    assert encoder_parameters(encoder) == sum(p.numel() for p in jepa.encoder.parameters())
+    counted = predictor_parameters(predictor, 48, clip_weight > 0)
+    assert counted == sum(p.numel() for p in jepa.predictor.parameters())
+
+
+def test_the_sizes_of_the_papers_by_arithmetic():
+    """DESIGN section 7: 85,253,376 and 11,238,912."""
+    assert encoder_parameters(EncoderSpec(grid=PatchGrid.of(256, 128))) == 85_253_376
+    assert predictor_parameters(PredictorSpec(), 768) == 11_238_912
+
+
+def test_activations_grow_with_the_clips_and_the_mask_sets_and_shrink_when_recomputed():
+    """What to lower, and what lowers what."""
+    recipe = small()
+    one, two = (estimate(recipe.resized(clips_per_step=clips), bf16=False) for clips in (64, 128))
+    assert two.activations == pytest.approx(2 * one.activations, rel=0.1)
+    assert (two.weights, two.gradients, two.moments) == (one.weights, one.gradients, one.moments)
+    sets = estimate(replace(recipe.resized(clips_per_step=64), mask_sets=2), bf16=False)
+    assert 1.6 * one.activations < sets.activations < 2 * one.activations
+    assert estimate(recipe, bf16=False, recompute=True).activations < 0.7 * (
+        estimate(recipe, bf16=False).activations
+    )
+
+
+def test_a_recipe_larger_than_memory_is_refused_with_figures_and_what_to_lower(monkeypatch):
+    """Before its first step, and not by the kernel's killer at three in the morning."""
+    monkeypatch.setattr("ajepa.memory.free_bytes", lambda device: int(20 * GB))
+    with pytest.raises(RunError) as refused:
+        refuse_too_large(a_jepa(), CPU, bf16=False)
+    message = str(refused.value)
+    assert "\n" not in message
+    assert message.startswith("recipe a-jepa needs about ")
+    assert "activations" in message
+    assert "for 512 clips a step, cpu has 20.00 GB free; try --recompute, or --batch " in message
+    clips = int(message.split("--batch ")[1].split(",")[0])
+    refuse_too_large(a_jepa().resized(clips_per_step=clips), CPU, bf16=False)
+    refuse_too_large(small(), CPU, bf16=False)
+
+
+def test_a_model_too_large_for_one_clip_is_not_told_to_take_fewer(monkeypatch):
+    """`--batch 0` would be no advice."""
+    needed = estimate(a_jepa(), bf16=False)
+    told = advice(a_jepa(), needed, int(1.0 * GB), recompute=True)
+    assert (
+        told == "not one clip would fit: try a smaller model (--set model.encoder.width, model.encoder.depth)"
+    )
+
+
+def test_a_device_that_does_not_say_what_is_free_refuses_nothing(monkeypatch, tmp_path):
+    """Not every system has /proc/meminfo; a guess would stop runs that fit."""
+    monkeypatch.setattr("ajepa.memory.MEMINFO", tmp_path / "none")
+    refuse_too_large(a_jepa(), CPU, bf16=False)
+
+
+def test_free_memory_is_what_linux_calls_available(monkeypatch, tmp_path):
+    """Caches count as free, what others use does not."""
+    (tmp_path / "meminfo").write_text("MemTotal: 900 kB\nMemFree: 5 kB\nMemAvailable:     300 kB\n")
+    monkeypatch.setattr("ajepa.memory.MEMINFO", tmp_path / "meminfo")
+    with pytest.raises(RunError, match=r"cpu has 0\.00 GB free; not one clip would fit"):
+        refuse_too_large(small(), CPU, bf16=False)
