@@ -471,7 +471,7 @@ def test_the_table_tells_what_the_audit_has(busy):
         assert f"{split.in_use:,}" in text
     assert busy.pairs.more
     assert "stand together more often than chance" in text
-    assert all(len(line) <= 100 or "ajepa-data" in line for line in text.splitlines())
+    assert all(len(line) <= 80 or "ajepa-data" in line for line in text.splitlines())
     assert not any(line != line.rstrip() for line in text.splitlines())
 
 

@@ -131,6 +131,7 @@ def test_the_report_is_kept_and_can_be_read(bare_store):
         ["train", "4", "0.750000", "->", "1.250000", "2", "1", "2"]
     ]
     assert any(line.split() == ["Music", "0", "2", "2"] for line in lines)
+    assert max(map(len, lines)) <= 80
 
 
 def test_ids_outside_the_class_list_are_kept_aside():
@@ -238,6 +239,13 @@ def test_what_a_killed_propagation_left_is_swept(bare_store):
     left.write_bytes(b"half")
     propagate_labels(bare_store)
     assert not left.exists()
+
+
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path):
+    """As /dev/stdout or /dev/null would be, by whoever may write there."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe: is a device or a pipe; expected the name of a file"):
+        scratch_of(tmp_path / "pipe")
 
 
 def test_there_is_no_store_where_there_is_nothing(tmp_path):
