@@ -417,6 +417,16 @@ def test_a_clip_with_every_label_is_left_out_of_the_pairs_and_counted():
     assert found.more == ()
 
 
+def test_crowded_clips_make_no_classes_strangers():
+    """Counted as clips of either class and not of both, they would make every pair stand together too seldom."""
+    has_BC = np.random.default_rng(0).random((600, MOST_LABELS + 1)) < 0.2
+    has_BC[:200] = True
+    row_N, class_N = np.nonzero(has_BC)
+    names = [str(number) for number in range(MOST_LABELS + 1)]
+    pairs = pairs_of(row_N, class_N, names, np.zeros((0, 2), int), top=10)
+    assert (pairs.less_in_all, pairs.clips_left_out) == (0, 200)
+
+
 def test_shifted_classes_are_found_and_equal_ones_are_not():
     """By evidence: the same ratio weighs more with more clips."""
     trained_C, held_C = np.array([5_000, 2_000, 500, 3]), np.array([500, 50, 50, 0])
