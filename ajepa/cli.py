@@ -72,7 +72,7 @@ def pretrain(
     cache: Cache = None,
     cache_gb: CacheGb = CACHE_GB,
 ) -> None:
-    """Pre-train an encoder on every split of its stores but eval.
+    """Pre-train an encoder on every split of its stores but those named eval or test.
 
     The same command again carries on from the last checkpoint, exactly. Ctrl-C,
     SIGTERM or SIGUSR1 write one and end with status 75.

@@ -22,7 +22,7 @@ from ajepa.masking import Masks
 from ajepa.memory import refuse_too_large
 from ajepa.recipes import Pretrain, to_json
 from ajepa.run import Checkpoint, Json, Run
-from ajepa.training_set import TrainingSet
+from ajepa.training_set import TrainingSet, splits_told
 from pipeline.dali import open_loader
 from pipeline.errors import STOP_SIGNALS, Interrupted, RunError
 from pipeline.loader import Batch, View
@@ -80,7 +80,8 @@ def pretrain(
             for line in asked.told(store, order):
                 say(line)
             say(
-                f"{run.path}: step {run.step} of {recipe.steps}, {len(order.rows_N)} clips, {trainer.precision}"
+                f"{run.path}: step {run.step} of {recipe.steps}, {len(order.rows_N)} clips of "
+                f"{splits_told(store)}, {trainer.precision}"
             )
             with asked_to_stop() as stop:
                 train(run, trainer, batches.batches(run.step, recipe.steps), stop, progress=progress)

@@ -11,6 +11,7 @@ import numpy as np
 from ajepa.recipes import Pretrain
 from ajepa.run import Json
 from pipeline.errors import RunError
+from pipeline.holdout import measured_splits
 from pipeline.joined import AnyStore, JoinedStore
 from pipeline.melspec import mel_spec
 from pipeline.mixing import mixing_of
@@ -18,12 +19,12 @@ from pipeline.order import Order
 from pipeline.sampling import FULL_SHUFFLE, WINDOW_BLOCKS, BlockShuffle, Sampling, Weighted
 from pipeline.store import FeatureStore
 
-EVAL_SPLIT = "eval"  # never trained on
+EVAL_SPLIT = "eval"  # what probes are measured on
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingSet:
-    """Every split of some stores but `eval`, and how its clips follow each other.
+    """Every split of some stores that its name does not keep to measure on, and how the clips follow each other.
 
     Without weights every clip comes once an epoch. With one for each store, clips are drawn with replacement so
     that a store's share of them is that of its weight, whatever its size; an epoch is as many as there are.
@@ -69,6 +70,10 @@ class TrainingSet:
     def order(self, store: AnyStore, recipe: Pretrain) -> Order:
         """Which clips come when; raises InputError where there are too few."""
         rows_N = store.good_rows(train_splits(store))
+        if not len(rows_N):
+            raise RunError(
+                f"no clip to train on is left in {splits_told(store)}; see: ajepa-data report STORE"
+            )
         sampling: Sampling = FULL_SHUFFLE
         refuse_empty(store, rows_N)
         if isinstance(store, JoinedStore) and self.weights:
@@ -138,5 +143,17 @@ def refuse_empty(store: AnyStore, rows_N: np.ndarray) -> None:
 
 
 def train_splits(store: AnyStore) -> list[str]:
-    """Every split but the one that is kept to measure on."""
-    return sorted(set(store.manifest["split"].unique()) - {EVAL_SPLIT})
+    """Every split but those that are kept to measure on; RunError where there is no other."""
+    splits = sorted(store.manifest["split"].unique())
+    kept = measured_splits(splits)
+    if len(kept) == len(splits):
+        told = ", ".join(kept)
+        raise RunError(f"no split to train on: {told} are to measure on by their names; build with others")
+    return [split for split in splits if split not in kept]
+
+
+def splits_told(store: AnyStore) -> str:
+    """Which splits are trained on, and which are kept to measure on: `train, val (not test)`."""
+    trained = train_splits(store)
+    kept = sorted(set(store.manifest["split"].unique()) - set(trained))
+    return ", ".join(trained) + (f" (not {', '.join(kept)})" if kept else "")

@@ -1,13 +1,11 @@
 """Copies: clips that share their id, their recording or their very audio, within a split and across splits."""
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 
-HELD_OUT = re.compile(r"(^|_)(eval|test)")  # splits to measure on, unless they are named
 EXAMPLES = 5
 KEYS = {"audio": "audio", "id": "clip_id", "recording": "recording"}  # kind: column of the clips
 
@@ -23,11 +21,6 @@ class Copies:
     clips: tuple[int, int]  # of each split; in one split both count the same clips
     labels_differ: int  # groups whose raw labels are not all the same
     examples: tuple[tuple[str, str], ...]  # ids of two clips of a group, one of each split
-
-
-def held_out(splits: Sequence[str]) -> tuple[str, ...]:
-    """The splits that their names say are to measure on."""
-    return tuple(split for split in splits if HELD_OUT.search(split))
 
 
 def recordings(manifest: pl.DataFrame, dataset: str | None) -> pl.Series:

@@ -29,15 +29,14 @@ class Recorded:
     name: str
     clips: int
     unknown: int  # ids that the store does not have
-    example: str | None  # the first of them
-    near: tuple[str, ...]  # ids of the store like it
+    example: str  # the first of them, and what may be meant
 
     def __str__(self) -> str:
-        told = f"{self.name}: {self.clips:,} clips excluded"
+        told = f"{self.name}: {self.clips:,} clip{'s' * (self.clips != 1)} excluded"
         if not self.unknown:
             return told
-        hint = f"; did you mean {' or '.join(map(repr, self.near))}?" if self.near else ""
-        return f"{told}, {self.unknown:,} ids are not in the store, such as {self.example!r}{hint}"
+        these = "1 id is" if self.unknown == 1 else f"{self.unknown:,} ids are"
+        return f"{told}, {these} not in the store, such as {self.example}"
 
 
 def record(store: FeatureStore, paths: Sequence[Path]) -> list[Recorded]:
@@ -49,18 +48,25 @@ def record(store: FeatureStore, paths: Sequence[Path]) -> list[Recorded]:
     for path in paths:
         read = ExcludeList.read(path)
         frame, unknown = read.found(store.manifest)
-        near = tuple(nearest(store.manifest["clip_id"], unknown[0])) if unknown else ()
+        example = _meant(store.manifest, unknown[0]) if unknown else ""
         if frame.is_empty():
-            hint = f"; did you mean {near[0]!r}?" if near else ", nor one like it"
             raise InputError(
-                f"{path}: none of its {len(unknown):,} ids is in {store.path}, such as {unknown[0]!r}{hint}"
+                f"{path}: names no clip of {store.path}: {len(unknown):,} not there, such as {example}"
             )
-        told.append(Recorded(read.name, frame.height, len(unknown), unknown[0] if unknown else None, near))
+        told.append(Recorded(read.name, frame.height, len(unknown), example))
         frames.append(frame)
     exclusions = Exclusions(frame=pl.concat(frames) if frames else pl.DataFrame(schema=EXCLUDED_SCHEMA))
     with locked(store.path):
         write_table(store.path / EXCLUDED, exclusions.frame, exclusions.metadata)
     return told
+
+
+def _meant(manifest: pl.DataFrame, clip_id: str) -> str:
+    """An id that is not in the store, or not in the split that a list names, with what comes near."""
+    if splits := manifest.filter(pl.col("clip_id") == clip_id)["split"].unique().to_list():
+        return f"{clip_id!r}, which is in {' and '.join(sorted(splits))} only"
+    near = nearest(manifest["clip_id"], clip_id)
+    return f"{clip_id!r}" + (f"; did you mean {' or '.join(map(repr, near))}?" if near else "")
 
 
 def suggest(rows: Rows, path: Path) -> int:
@@ -84,7 +90,7 @@ def suggest(rows: Rows, path: Path) -> int:
     listed = of.with_columns(reason=pl.Series(reasons, dtype=pl.String))
     if listed.is_empty():
         return 0
-    content = listed.write_csv() if path.suffix == ".csv" else _text(listed, rows, path)
+    content = listed.write_csv() if path.suffix.lower() == ".csv" else _text(listed, rows, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as scratch:
         scratch.write_text(content, encoding="utf-8")

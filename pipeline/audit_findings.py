@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pipeline.audit import Audit, Gaps, Split
 from pipeline.audit_copies import Copies
 from pipeline.audit_implied import Contradictions
+from pipeline.holdout import measured_splits
 
 LEVELS = {
     "leak": "what is measured on has been trained on",
@@ -30,7 +31,7 @@ class Finding:
 def findings(seen: Audit, store: str) -> tuple[Finding, ...]:
     """Everything that deserves a sentence, by level; `store` is named in the commands that help."""
     found = [
-        *(_of_copies(c, store) for c in seen.copies),
+        *(_of_copies(c, _suggesting(seen, store)) for c in seen.copies),
         *(f for c in seen.contradictions if (f := _of_contradictions(c, seen, store))),
         *_of_gaps(seen),
         *_of_sides(seen),
@@ -40,7 +41,15 @@ def findings(seen: Audit, store: str) -> tuple[Finding, ...]:
     return tuple(sorted(found, key=lambda f: list(LEVELS).index(f.level)))
 
 
-def _of_copies(c: Copies, store: str) -> Finding:
+def _suggesting(seen: Audit, store: str) -> str:
+    """The command that writes a list of what leaks, and says how to record it beside the lists there are."""
+    held = tuple(split.split for split in seen.splits if split.held_out)
+    by_name = measured_splits([split.split for split in seen.splits])
+    named = "" if held == by_name else "".join(f" --eval {split}" for split in held)
+    return f"ajepa-data audit-labels {store}{named} --suggest leaks.txt"
+
+
+def _of_copies(c: Copies, suggesting: str) -> Finding:
     one, other = c.splits
     differ = f"; labels differ in {c.labels_differ:,} of them" if c.labels_differ else ""
     if one == other:
@@ -57,8 +66,7 @@ def _of_copies(c: Copies, store: str) -> Finding:
     else:
         what = f"{_n(c.groups, 'recording')} with clips in {one} and in {other}"
     if c.leak:
-        command = f"ajepa-data audit-labels {store}"
-        return _copied(c, "leak", what, f"{command} --suggest leaks.txt; {command} --exclude leaks.txt")
+        return _copied(c, "leak", what, suggesting)
     return _copied(
         c, "check", what, "they count twice where both splits are used together; exclude one of each"
     )
@@ -156,7 +164,8 @@ def _of_labels(seen: Audit) -> Iterator[Finding]:
         told = tuple(f"{mid}: {count:,}" for mid, count in seen.outside[:SHOWN])
         do = "these labels count nowhere; the others of the same clips do"
         yield Finding(level="check", count=clips, what=what, examples=told, do=do)
-    if not any(split.classes for split in seen.splits):
+    used = any(split.in_use for split in seen.splits)
+    if used and not any(split.classes for split in seen.splits):
         yield Finding(level="note", count=0, what="no clip with a label: the store serves pre-training only")
         return
     for split in (split for split in seen.splits if split.unlabelled):

@@ -95,15 +95,16 @@ def pairs_of(
     Entries come by row, then class, each once. `related` are pairs [N, 2] of classes, smaller index first, of which
     the ontology says something, so that they cannot surprise.
     """
+    crowded_N = np.bincount(row_N, minlength=1) > MOST_LABELS
+    kept_N = ~crowded_N[row_N]  # of what a clip counts for: one class, a pair, or the total
+    row_N, class_N = row_N[kept_N], class_N[kept_N]
     total = int(np.count_nonzero(np.diff(row_N, prepend=-1)))
     clips_C = np.bincount(class_N, minlength=len(names))
     busy_K = np.sort(np.argsort(-clips_C, kind="stable")[:BUSIEST])
     busy_K = busy_K[clips_C[busy_K] > 0]
     place_C = np.full(len(names), -1)
     place_C[busy_K] = np.arange(len(busy_K))
-    labels_N = np.bincount(row_N, minlength=1)
-    crowded_N = labels_N > MOST_LABELS
-    paired_N = (place_C[class_N] >= 0) & ~crowded_N[row_N]
+    paired_N = place_C[class_N] >= 0
     seen_KK = together_KK(row_N[paired_N], place_C[class_N[paired_N]], len(busy_K))
     open_KK = np.triu(np.ones(seen_KK.shape, bool), 1)
     one_N, other_N = place_C[related].T if len(related) else np.zeros((2, 0), int)

@@ -10,8 +10,9 @@ from typing import Any, Self
 import numpy as np
 import polars as pl
 
-from pipeline.audit_copies import held_out, recordings
+from pipeline.audit_copies import recordings
 from pipeline.errors import StoreError
+from pipeline.holdout import measured_splits
 from pipeline.labels import OntologyGone, ontology_of
 from pipeline.ontology import ClassList, Ontology
 from pipeline.propagation import RULES
@@ -51,7 +52,7 @@ class Rows:
             excluded_N=store.excluded.marks_N(store.manifest),
             lists=tuple(store.excluded.lists()),
             splits=splits,
-            measured=tuple(measured) or held_out(splits),
+            measured=tuple(measured) or measured_splits(splits),
             ontologies=dict(_ontologies(store.path, provenance)),
         )
 

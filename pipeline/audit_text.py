@@ -11,14 +11,14 @@ from pipeline.audit_findings import LEVELS, Finding, findings
 from pipeline.audit_pairs import Pair
 from pipeline.files import replacing
 
-WIDTH = 100
-NAME = 30
+WIDTH = 80
+NAME = 23
 
 
 def table(seen: Audit, store: str) -> str:
     """What whoever asked for an audit reads: findings in the order of their weight, then tables."""
     in_use, listed = sum(split.in_use for split in seen.splits), sum(split.listed for split in seen.splits)
-    head = f"{store}: {in_use:,} clips in use of {listed:,} listed; {seen.classes} classes"
+    head = f"{store}: {in_use:,} of {listed:,} listed clips in use; {seen.classes} class{'es' * (seen.classes != 1)}"
     blocks = [
         [head],
         list(_finding_lines(findings(seen, store))),
@@ -46,8 +46,10 @@ def _finding_lines(found: Sequence[Finding]) -> Iterator[str]:
         yield from _wrapped(f"{finding.level:<6}", finding.what)
         if finding.examples:
             yield from _wrapped("", f"such as {'; '.join(finding.examples)}")
-        if finding.do:
+        if finding.do.startswith("ajepa-data"):  # to be copied in one go
             yield f"{'':<9}-> {finding.do}"
+        elif finding.do:
+            yield from _wrapped("", f"-> {finding.do}")
 
 
 def _wrapped(head: str, text: str) -> list[str]:
@@ -64,23 +66,23 @@ def _wrapped(head: str, text: str) -> list[str]:
 
 
 def _split_lines(seen: Audit) -> Iterator[str]:
-    heads = ("listed", "excluded", "in use", "no label", "labels/clip", "classes", "effective", "gini")
-    widths = (11, 10, 11, 10, 13, 9, 11, 8)
-    width = max(17, *(len(split.split) + 1 for split in seen.splits))
+    heads = ("listed", "excluded", "in use", "no label", "labels", "classes", "effective")
+    widths = (10, 9, 10, 10, 7, 8, 10)
+    width = max(16, *(len(split.split) + 1 for split in seen.splits))
     yield "split".ljust(width) + "".join(map(str.rjust, heads, widths))
     for split in seen.splits:
         counts = (split.listed, split.excluded, split.in_use, split.unlabelled)
         cells = [*(f"{count:,}" for count in counts), f"{split.labels_a_clip:.3f}", f"{split.classes:,}"]
-        cells += [f"{split.effective_classes:.1f}", f"{split.gini:.3f}"]
+        cells += [f"{split.effective_classes:.1f}"]
         yield split.split.ljust(width) + "".join(map(str.rjust, cells, widths))
-    yield "effective: so many equally frequent classes would be as varied; gini: 0 all alike, 1 one class only"
+    yield "labels: of a clip, on average; effective: so many equal classes are as varied"
 
 
 def _implied_lines(seen: Audit) -> Iterator[str]:
     for told in (c for c in seen.contradictions if c.pairs):
-        yield f"{f'label set {told.label_set} lacks':<{2 * NAME + 4}}{'clips':>11}"
+        yield f"{f'label set {told.label_set} lacks':<68}{'clips':>11}"
         for pair in told.pairs:
-            yield f"  {_cut(pair.name)} without {_cut(pair.implied, NAME - 7)} {pair.clips:>11,}"
+            yield f"  {_cut(pair.name, 30)} without {_cut(pair.implied, 27)}{pair.clips:>11,}"
         if (more := told.pairs_in_all - len(told.pairs)) > 0:
             yield f"  and {more:,} more pairs of classes"
 
@@ -88,10 +90,10 @@ def _implied_lines(seen: Audit) -> Iterator[str]:
 def _pair_lines(what: str, pairs: Sequence[Pair], in_all: int) -> Iterator[str]:
     if not pairs:
         return
-    yield f"{what:<{2 * NAME + 4}}{'clips':>11}{'by chance':>13}{'G2':>12}"
+    yield f"{what:<{2 * NAME + 4}}{'clips':>9}{'by chance':>11}{'G2':>10}"
     for pair in pairs:
         names = f"  {_cut(pair.one)}  {_cut(pair.other)}"
-        yield f"{names}{pair.clips:>11,}{pair.expected:>13,.1f}{pair.g2:>12,.0f}"
+        yield f"{names}{pair.clips:>9,}{pair.expected:>11,.1f}{pair.g2:>10,.0f}"
     if (more := in_all - len(pairs)) > 0:
         yield f"  and {more:,} more pairs of unrelated classes"
 
@@ -99,7 +101,7 @@ def _pair_lines(what: str, pairs: Sequence[Pair], in_all: int) -> Iterator[str]:
 def _side_lines(seen: Audit) -> Iterator[str]:
     if (sides := seen.sides) is None or not sides.shifts:
         return
-    head = f"{'labelled clips with a class, to train on and held out':<{2 * NAME + 4}}"
+    head = f"{'share of the labelled clips with a class':<{2 * NAME + 4}}"
     yield f"{head}{'to train on':>13}{_cut(' + '.join(sides.held_out), 14).strip():>16}"
     for shift in sides.shifts:
         yield f"  {shift.name[: 2 * NAME]:<{2 * NAME + 2}}{shift.trained:>13.3%}{shift.held_out:>16.3%}"

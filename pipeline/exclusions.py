@@ -19,6 +19,8 @@ EXCLUDED_SCHEMA: dict[str, pl.DataType] = {
     "list": pl.String(),  # name of the file that said so
     "sha256": pl.String(),  # of that file
 }
+PARQUET = (".parquet", ".pq")
+TABLES = (*PARQUET, ".csv")
 COMMENT = r"\s#.*$"
 FAULTS = (OSError, ValueError, pl.exceptions.PolarsError)
 
@@ -40,10 +42,10 @@ class ExcludeList:
         """
         try:
             content = path.read_bytes()
-            asked = _table(path, content) if path.suffix in (".csv", ".parquet") else _lines(content)
+            asked = _table(path, content) if path.suffix.lower() in TABLES else _lines(content)
         except FAULTS as error:
             raise InputError(
-                f"{path}: not a readable exclude list ({first_line(error, path)}); "
+                f"{path}: not a readable exclude list ({_why(error, path)}); "
                 "expected a text of one clip id a line, or CSV or Parquet with a column clip_id"
             ) from None
         if asked.is_empty():
@@ -70,11 +72,15 @@ class ExcludeList:
         return told.sort("clip_id", "split"), unknown["clip_id"].to_list()
 
 
+def _why(error: Exception, path: Path) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or first_line(error, path)
+
+
 def _table(path: Path, content: bytes) -> pl.DataFrame:
-    if path.suffix == ".parquet":
+    if path.suffix.lower() in PARQUET:
         frame = pl.read_parquet(BytesIO(content))
     else:
-        frame = pl.read_csv(BytesIO(content), infer_schema=False)
+        frame = pl.read_csv(BytesIO(content), infer_schema=False).rename(str.strip)
     if "clip_id" not in frame.columns:
         raise ValueError(f"no column clip_id, it has {', '.join(frame.columns)}")
     split = pl.col("split").cast(pl.String).replace("", None) if "split" in frame.columns else pl.lit(None)

@@ -21,9 +21,14 @@ CACHE_GB = 100.0  # 10^9 bytes that shards fetched from object stores take at mo
 
 
 def scratch_of(path: Path) -> Path:
-    """Where to write what will be `path`; another on every machine and in every process. InputError for `/`."""
+    """Where to write what will be `path`; another on every machine and in every process.
+
+    InputError for `/`, and for what is neither a file nor a folder: a rename would put a file in a device's place.
+    """
     if not path.name:
         raise InputError(f"{path}: is a folder; expected the name of a file to write")
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise InputError(f"{path}: is a device or a pipe; expected the name of a file to write")
     return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{PARTIAL}")
 
 

@@ -1,14 +1,22 @@
-"""Holdout: clips kept back to measure on while training, told from the rest by a hash of their sound's name."""
+"""Holdout: what is kept back to measure on: splits by their names, and clips while training by a hash of theirs."""
 
+import re
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
 
+MEASURED = re.compile(r"(?:^|[^a-z])(?:eval|test)", re.IGNORECASE)
 PIECES = {  # ids of parts of one sound -> what they share
     r"@\d+$": "",  # `pipeline.datasets.cutting`: the millisecond that a piece starts at
     r"^([A-Za-z0-9_-]{11})_(?:0|[1-9]\d*000)$": "${1}",  # AudioSet-strong: video and millisecond
 }
+
+
+def measured_splits(splits: Sequence[str]) -> tuple[str, ...]:
+    """The splits that nobody trains on: those with a word in their names that begins with eval or test."""
+    return tuple(split for split in splits if MEASURED.search(split))
 
 
 def held_out(clip_ids: pl.Series, share: float, seed: int = 0) -> np.ndarray:

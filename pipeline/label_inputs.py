@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from pipeline.datasets.listed import meant
 from pipeline.datasets.segments import segment_blocks, split_of, verdict
-from pipeline.errors import InputError, ManifestError
+from pipeline.errors import InputError, ManifestError, first_line
 from pipeline.labels import PROVENANCE_KEY
 from pipeline.ontology import ClassList
 
@@ -86,18 +86,20 @@ def _table(path: Path, classes: ClassList) -> LabelInput:
     named = {what: name for what, name in found.items() if name is not None}
 
     def blocks() -> Iterator[pl.DataFrame]:
+        split = pl.col(named["split"]) if "split" in named else pl.lit(split_of(path))
+        others = [(what, name) for what, name in named.items() if what != "split"]
         for frame in _blocks(path, [*named.values(), labels]):
-            yield frame.select(
-                *(
-                    pl.col(name).cast(TYPES[what]).alias(what)
-                    for what, name in named.items()
-                    if what != "split"
-                ),
-                pl.col(named["split"]).cast(pl.String).alias("split")
-                if "split" in named
-                else pl.lit(split_of(path)).alias("split"),
-                _lists(frame.schema[labels], labels).alias("labels"),
-            )
+            try:
+                read = frame.select(
+                    *(pl.col(name).cast(TYPES[what]).alias(what) for what, name in others),
+                    split.cast(pl.String).alias("split"),
+                    _lists(frame.schema[labels], labels).alias("labels"),
+                )
+            except pl.exceptions.PolarsError as error:
+                raise ManifestError(
+                    f"{path}: {first_line(error, path)}; mend the column or leave it out"
+                ) from None
+            yield read
 
     return LabelInput(
         path=path,

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import InputError, ManifestError, OntologyError
 from pipeline.files import replacing
 from pipeline.label_inputs import PARQUET, TYPES, LabelInput, open_input
-from pipeline.labels import LABELS, PROVENANCE_KEY, propagate_labels, split_mids, wanted
+from pipeline.labels import LABELS, PROVENANCE_KEY, WRITTEN, propagate_labels, split_mids, wanted
 from pipeline.ontology import ClassList, Ontology, load_class_list, load_ontology
 from pipeline.propagation import propagate, relation_CC
 from pipeline.tally import Propagation, Provenance, Tally
@@ -81,7 +81,7 @@ def propagate_tables(
     with (
         replacing(out) as scratch,
         scratch.open("wb") as file,  # not pyarrow's own, whose errors do not name the file
-        pq.ParquetWriter(file, schema, compression="zstd") as writer,
+        pq.ParquetWriter(file, schema, **WRITTEN) as writer,
     ):
         for table in tables:
             first_row = 0

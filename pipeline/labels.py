@@ -13,13 +13,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import InputError, OntologyError, StoreError
-from pipeline.files import locked, replacing
+from pipeline.files import abandoned, locked, replacing
 from pipeline.ontology import ClassList, Ontology, load_ontology
 from pipeline.propagation import entries, lists, propagate, relation_CC, sorted_unique
 from pipeline.tally import Propagation, Provenance, Tally
 
 PROVENANCE_KEY = b"ajepa"  # in the schema metadata of labels.parquet: JSON, label set -> where it comes from
 LABELS = pa.list_(pa.uint16())
+WRITTEN = {
+    "compression": "zstd",
+    "write_page_checksum": True,
+}  # as `tables.write_table`: a flipped bit is told
 
 
 def propagate_labels(
@@ -124,7 +128,7 @@ def _classes(store: Path, ontology: Ontology) -> ClassList:
 
 def _opened(path: Path, column: str) -> pq.ParquetFile:
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, page_checksum_verification=True)
     except FileNotFoundError:
         raise StoreError(f"{path}: missing; run the ajepa-data build command of this store again") from None
     except (OSError, pa.ArrowInvalid) as error:
@@ -178,7 +182,9 @@ def _add_label_set(
     with _opened(path, "raw") as file, replacing(path) as scratch:
         if (rows := file.metadata.num_rows) != len(split_N):
             raise StoreError(f"{path}: {rows} rows, the manifest has {len(split_N)}; build the store again")
-        with pq.ParquetWriter(scratch, _schema(file.schema_arrow, by), compression="zstd") as writer:
+        for debris in abandoned(path):
+            debris.unlink()
+        with pq.ParquetWriter(scratch, _schema(file.schema_arrow, by), **WRITTEN) as writer:
             first = 0
             for table in _row_groups(path, file):
                 raw, split_B = pl.Series(values=table["raw"]), split_N[first : first + len(table)]

@@ -110,8 +110,11 @@ def load_ontology(path: Path | None = None) -> Ontology:
     """AudioSet's class tree (632 nodes), or that of a file in the form of AudioSet's `ontology.json`."""
     text = _text(path or importlib.resources.files("manifests") / "audioset.json", OntologyError)
     try:
-        return Ontology(nodes=tuple(_node(place, fact) for place, fact in enumerate(json.loads(text))))
-    except (json.JSONDecodeError, TypeError, OntologyError) as error:
+        nodes = tuple(_node(place, fact) for place, fact in enumerate(json.loads(text)))
+        if not nodes:
+            raise OntologyError("it has no entry")
+        return Ontology(nodes=nodes)
+    except (json.JSONDecodeError, TypeError, RecursionError, OntologyError) as error:
         raise OntologyError(
             f"{path}: no class tree in the form of AudioSet's ontology.json: {error}"
         ) from None
@@ -150,15 +153,20 @@ def _text(path: Path | Traversable, kind: type[InputError]) -> str:
 
 def _node(place: int, fact: Any) -> Node:
     try:
+        mid, name, child_mids = fact["id"], fact["name"], fact["child_ids"]
+        if not all(isinstance(text, str) for text in (mid, name, *child_mids)) or isinstance(child_mids, str):
+            raise TypeError
         return Node(
-            mid=fact["id"],
-            name=fact["name"],
-            child_mids=tuple(fact["child_ids"]),
+            mid=mid,
+            name=name,
+            child_mids=tuple(child_mids),
             restrictions=tuple(fact.get("restrictions", ())),
             index=fact.get("index"),
         )
     except (KeyError, TypeError, AttributeError):
-        raise OntologyError(f"entry {place} is not an object with id, name and child_ids") from None
+        raise OntologyError(
+            f"entry {place} is not an object with texts id and name and a list child_ids"
+        ) from None
 
 
 def _twice(mids: Sequence[str]) -> str | None:

@@ -212,8 +212,9 @@ def band_section(store: FeatureStore) -> Markup:
 
 def clip_section(store: FeatureStore, labels: pl.DataFrame, seen: Coverage, clips: int) -> Markup:
     """Spectrograms of clips of different classes, on one scale of colours."""
-    if not sum(seen.good):
-        return tag("p", "No clip is good, so there is nothing to show.", class_="warn")
+    if sum(seen.good) == sum(seen.excluded):
+        why = "Every good clip is excluded" if sum(seen.good) else "No clip is good"
+        return tag("p", f"{why}, so there is nothing to show.", class_="warn")
     rows_B = pictures.varied_rows(store, labels, clips)
     mel_BTF = pictures.read_mel(store, rows_B)
     span, ticks = pictures.colour_range(mel_BTF), pictures.band_ticks(store.spec)

@@ -70,7 +70,8 @@ def varied_rows(store: FeatureStore, labels: pl.DataFrame, clips: int, *, seed: 
     good_N, rng = store.good_rows(), np.random.default_rng(seed)
     if not len(good_N):
         raise StoreError(
-            f"{store.place}: no good clip to show; see why: ajepa-data report {store.place} --html report.html"
+            f"{store.place}: no good clip to show that no list excludes; see why: "
+            f"ajepa-data report {store.place} --html report.html"
         )
     good_M = np.zeros(store.manifest.height, bool)
     good_M[good_N] = True

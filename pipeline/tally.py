@@ -180,12 +180,13 @@ def table(done: Propagation) -> str:
 
 
 def _split_lines(changes: Sequence[Change]) -> Iterator[str]:
-    head = f"{'split':<20}{'clips':>11}{'mean labels':>22}"
-    yield f"{head}{'labels added':>14}{'clips changed':>15}{'classes gaining':>17}"
+    width = max(16, *(len(change.split) + 1 for change in changes))
+    yield f"{'':<{width + 32}}{'labels':>10}{'clips':>11}{'classes':>9}"
+    yield f"{'split':<{width}}{'clips':>10}{'mean labels':>22}{'added':>10}{'changed':>11}{'gaining':>9}"
     for change in changes:
         means = f"{change.mean_before:.6f} -> {change.mean_after:.6f}"
-        counts = f"{change.labels_added:>14,}{change.clips_changed:>15,}{change.classes_gaining:>17}"
-        yield f"{change.split:<20}{change.clips:>11,}{means:>22}{counts}"
+        counts = f"{change.labels_added:>10,}{change.clips_changed:>11,}{change.classes_gaining:>9}"
+        yield f"{change.split:<{width}}{change.clips:>10,}{means:>22}{counts}"
 
 
 def _gainer_lines(gainers: Sequence[Gainer]) -> Iterator[str]:

@@ -58,7 +58,8 @@ def outside_note(mids: pl.Series, classes: ClassList) -> tuple[str, ...]:
     often = odd.value_counts(name="times").sort("times", odd.name, descending=[True, False])
     shown = ", ".join(f"{named(mid)} {times:,} times" for mid, times in often.head(SHOWN).iter_rows())
     more = f" and {often.height - SHOWN} more" if often.height > SHOWN else ""
-    return (f"{often.height} classes of labels are outside the class list and kept aside: {shown}{more}",)
+    these = "1 class of labels is" if often.height == 1 else f"{often.height} classes of labels are"
+    return (f"{these} outside the class list and kept aside: {shown}{more}",)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,6 +15,7 @@ from ajepa.run import Run
 from ajepa.training_set import TrainingSet
 from pipeline.audit import audit
 from pipeline.audit_exclude import record, suggest
+from pipeline.audit_findings import findings
 from pipeline.audit_rows import Rows
 from pipeline.errors import InputError, RunError, StoreError
 from pipeline.exclusions import EXCLUDED, ExcludeList, Exclusions
@@ -97,7 +98,8 @@ def test_a_table_may_name_the_split(tmp_path, suffix):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("gone.txt", None, "not a readable exclude list"),
+        ("gone.txt", None, r"not a readable exclude list \(No such file or directory\)"),
+        ("a.CSV", b"ytid,why\nx,y\n", "no column clip_id, it has ytid, why"),
         ("a.txt", b"\xff\xfe\x00", "not a readable exclude list"),
         ("a.csv", b"ytid,why\nx,y\n", "no column clip_id, it has ytid, why"),
         ("a.parquet", b"PAR1", "not a readable exclude list"),
@@ -113,6 +115,13 @@ def test_what_is_no_list_is_one_line(tmp_path, name, content, said):
         ExcludeList.read(tmp_path / name)
     assert "\n" not in str(caught.value)
     assert name in str(caught.value)
+
+
+def test_a_table_written_by_a_spreadsheet_is_read(tmp_path):
+    """Byte order mark, Windows line ends, blanks about the names of columns, a suffix in capitals."""
+    (path := tmp_path / "LIST.CSV").write_bytes("\ufeffclip_id, split\r\na,eval\r\nb,\r\n".encode())
+    found, unknown = ExcludeList.read(path).found(manifest_of("b", "a"))
+    assert (found.select("clip_id", "split").rows(), unknown) == ([("a", "eval"), ("b", None)], [])
 
 
 # recorded -------------------------------------------------------------------------------------------------------
@@ -158,12 +167,12 @@ def test_unknown_ids_are_told_and_refused_only_where_none_is_known(copy, tmp_pat
     """A list for all of AudioSet serves a subset; one for another set is a mistake."""
     (path := tmp_path / "x.txt").write_text(f"{TRAIN}\nclip_00004\nnowhere\n")
     (done,) = record(FeatureStore.open(copy), [path])
-    assert (done.clips, done.unknown, done.example) == (1, 2, "clip_00004")
+    assert (done.clips, done.unknown) == (1, 2)
     assert "2 ids are not in the store, such as 'clip_00004'; did you mean" in str(done)
     before = (copy / EXCLUDED).read_bytes()
     path.write_text("clip_0000xx\nnowhere\n")
     with pytest.raises(
-        InputError, match=r"none of its 2 ids is in .* such as 'clip_0000xx'; did you mean 'clip_0000"
+        InputError, match=r"names no clip of .*: 2 not there, such as 'clip_0000xx'; did you mean 'clip_0000"
     ):
         record(FeatureStore.open(copy), [path])
     assert (copy / EXCLUDED).read_bytes() == before
@@ -255,6 +264,28 @@ def test_coverage_page_and_inspection_tell_of_it(copy, store, a_list):
     assert "Good clips that exclude lists keep loaders from drawing: 2 (3 clips by noisy.txt)." in page(
         store, clips=1
     )
+
+
+def test_the_page_of_a_store_of_which_all_is_excluded_says_so(copy, tmp_path):
+    """It tells who did it: it must not fail for want of a picture."""
+    path = tmp_path / "all.csv"
+    FeatureStore.open(copy).manifest.select("clip_id").write_csv(path)
+    record(FeatureStore.open(copy), [path])
+    assert "Every good clip is excluded, so there is nothing to show." in page(FeatureStore.open(copy))
+    found = findings(audit(Rows.of(FeatureStore.open(copy))), "x")
+    assert not [f for f in found if "pre-training only" in f.what]
+
+
+def test_a_list_of_another_split_is_told_so(copy, tmp_path):
+    """`did you mean` the very same id would drive people mad."""
+    path = tmp_path / "a.csv"
+    path.write_text(f"clip_id,split\n{TRAIN},eval\n")
+    with pytest.raises(InputError, match=f"1 not there, such as '{TRAIN}', which is in a_train only"):
+        record(FeatureStore.open(copy), [path])
+    path.write_text(f"clip_id,split\n{TRAIN},eval\n{EVAL},eval\n")
+    (done,) = record(FeatureStore.open(copy), [path])
+    said = f"1 clip excluded, 1 id is not in the store, such as '{TRAIN}', which is in a_train only"
+    assert str(done) == f"a.csv: {said}"
 
 
 # suggested ------------------------------------------------------------------------------------------------------

@@ -6,11 +6,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.holdout import held_out
+from pipeline.holdout import held_out, measured_splits
 
 LETTERS = np.array(list("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"))
 VIDEOS = pl.Series("".join(ids) for ids in LETTERS[np.random.default_rng(0).integers(0, 64, (20_000, 11))])
 NUMBERED = pl.Series(f"{number}.wav" for number in range(20_000))
+
+
+@pytest.mark.parametrize(
+    "name", ["eval", "a_eval", "test", "testing", "Test", "EVAL", "my-test", "2024test", "evaluation"]
+)
+def test_a_split_named_eval_or_test_is_kept_to_measure_on(name):
+    """As AudioSet, FSD50K, Speech Commands and most tables of people's own call it."""
+    assert measured_splits(["train", name]) == (name,)
+
+
+@pytest.mark.parametrize(
+    "name", ["balanced_train", "val", "validation", "fold1", "contest", "latest", "medieval"]
+)
+def test_any_other_split_is_trained_on(name):
+    """Folds are nobody's, and a word may end in the same letters."""
+    assert measured_splits([name]) == ()
 
 
 @pytest.mark.parametrize("ids", [VIDEOS, NUMBERED], ids=["videos", "numbered"])

@@ -283,6 +283,8 @@ def wrong(tmp_path: Path, what: str) -> dict:
             return {"inputs": [table(tmp_path / "x.parquet", label=[3])], "out": out}
         case "no split":
             return {"inputs": [table(tmp_path / "x.parquet", label=["", ""], split=["a", None])], "out": out}
+        case "no seconds":
+            return {"inputs": [table(tmp_path / "x.parquet", label=["/m/09x0r"], start=["soon"])], "out": out}
         case "no Parquet":
             (tmp_path / "x.parquet").write_text("labels")
             return {"inputs": [tmp_path / "x.parquet"], "out": out}
@@ -319,6 +321,10 @@ def wrong(tmp_path: Path, what: str) -> dict:
         ("numbers", r"column 'label' holds double; expected lists of class ids"),
         ("one index", r"column 'label' holds int64; expected lists of class ids"),
         ("no split", r"x\.parquet: column 'split' is null in some rows"),
+        (
+            "no seconds",
+            r"x\.parquet: conversion from `str` to `f64` failed in column 'start' .*; mend the column",
+        ),
         ("no Parquet", r"x\.parquet: not readable as Parquet"),
         ("absent", r"evil\.csv: no such file; did you mean .*eval\.csv\?"),
         ("two of a name", r"two segments lists share a name, which names the split: \['eval', 'eval'\]"),

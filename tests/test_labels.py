@@ -1,6 +1,8 @@
 """Propagation in a store: what is added, what stays, what is reported."""
 
 import json
+import os
+from contextlib import suppress
 from pathlib import Path
 
 import polars as pl
@@ -9,8 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputError, OntologyError, StoreError
+from pipeline.files import scratch_of
 from pipeline.labels import propagate_labels, split_mids
 from pipeline.ontology import ClassList, load_class_list, load_ontology
+from pipeline.tables import read_table
 from pipeline.tally import table
 
 CLASSES = load_class_list()
@@ -127,6 +131,7 @@ def test_the_report_is_kept_and_can_be_read(bare_store):
         ["train", "4", "0.750000", "->", "1.250000", "2", "1", "2"]
     ]
     assert any(line.split() == ["Music", "0", "2", "2"] for line in lines)
+    assert max(map(len, lines)) <= 80
 
 
 def test_ids_outside_the_class_list_are_kept_aside():
@@ -208,6 +213,39 @@ def test_a_torn_page_is_a_damaged_store(bare_store):
     path.write_bytes(content)
     with pytest.raises(StoreError, match=r"labels\.parquet: not readable as Parquet"):
         propagate_labels(bare_store)
+
+
+def test_a_flipped_bit_of_a_propagated_table_is_told(bare_store):
+    """Parquet itself takes a damaged label for another one: what propagation writes has a checksum a page."""
+    path = bare_store / "labels.parquet"
+    propagate_labels(bare_store)
+    written, (labels, _) = path.read_bytes(), read_table(path)
+    end = pq.ParquetFile(path).metadata.row_group(0).column(0).data_page_offset
+    for place in range(4, end + 40):
+        path.write_bytes(written[:place] + bytes([written[place] ^ 0x10]) + written[place + 1 :])
+        with suppress(StoreError):
+            assert read_table(path)[0].equals(labels)
+        with suppress(StoreError):
+            propagate_labels(bare_store)
+            assert column(bare_store, "raw") == labels["raw"].to_list()
+
+
+def test_what_a_killed_propagation_left_is_swept(bare_store):
+    """For two million clips it is as large as the labels are."""
+    left = scratch_of(bare_store / "labels.parquet")
+    left = left.with_name(
+        left.name.replace(f"-{os.getpid()}.", "-999999999.")
+    )  # of a process that is no more
+    left.write_bytes(b"half")
+    propagate_labels(bare_store)
+    assert not left.exists()
+
+
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path):
+    """As /dev/stdout or /dev/null would be, by whoever may write there."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe: is a device or a pipe; expected the name of a file"):
+        scratch_of(tmp_path / "pipe")
 
 
 def test_there_is_no_store_where_there_is_nothing(tmp_path):

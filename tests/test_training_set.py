@@ -1,17 +1,23 @@
 """What a run is asked to train on."""
 
+import shutil
+from types import SimpleNamespace
+
 import numpy as np
+import polars as pl
 import pytest
 from tiny import tiny
 
 from ajepa.pretrain import pretrain
 from ajepa.run import Run
-from ajepa.training_set import TrainingSet
+from ajepa.training_set import TrainingSet, splits_told, train_splits
+from pipeline.audit_exclude import record
 from pipeline.build import Build, Output, build_store
 from pipeline.datasets.audioset import audioset
 from pipeline.errors import RunError
 from pipeline.melspec import mel_spec
 from pipeline.sampling import FULL_SHUFFLE
+from pipeline.store import FeatureStore
 
 CLIPS = 48
 
@@ -29,6 +35,33 @@ def test_one_store_is_a_run_as_it_always_was(store_path):
     assert order.sampling is FULL_SHUFFLE
     assert set(trained_on.identity(store)) == {"store_id", "spec_id", "mel", "mean", "std"}
     assert list(trained_on.told(store, order)) == []
+
+
+@pytest.mark.parametrize(
+    ("splits", "told"),
+    [
+        (["train", "val", "Test", "test_b"], "train, val (not Test, test_b)"),
+        (["fold1", "fold2"], "fold1, fold2"),
+    ],
+)
+def test_a_run_says_what_it_trains_on_and_what_it_keeps(splits, told):
+    """What an audit calls held out is held out, whatever else it may be named than eval."""
+    assert splits_told(SimpleNamespace(manifest=pl.DataFrame({"split": splits}))) == told
+
+
+def test_a_store_of_which_nothing_is_to_train_on_is_refused_with_the_reason():
+    """By its names; zero clips that do not fill a step would say nothing."""
+    with pytest.raises(RunError, match="no split to train on: eval, test are to measure on by their names"):
+        train_splits(SimpleNamespace(manifest=pl.DataFrame({"split": ["test", "eval"]})))
+
+
+def test_a_store_of_which_every_clip_is_excluded_is_refused_with_the_reason(store_path, tmp_path):
+    """Also whoever excluded them has to be told so."""
+    copy = shutil.copytree(store_path, tmp_path / "copy.zarr")
+    (tmp_path / "all.csv").write_text("clip_id\n" + "\n".join(FeatureStore.open(copy).manifest["clip_id"]))
+    record(FeatureStore.open(copy), [tmp_path / "all.csv"])
+    with pytest.raises(RunError, match=r"no clip to train on is left in a_train \(not eval\)"):
+        order_of(TrainingSet(stores=(copy,)))
 
 
 def test_stores_without_weights_give_every_clip_once_an_epoch(store_path, other_store_path):

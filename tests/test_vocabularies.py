@@ -213,6 +213,8 @@ def test_a_note_tells_what_is_outside_by_name():
     """The most frequent first, five by name; nothing where all ids are known."""
     rows = [["/m/0174k2", "/m/09x0r"], ["/m/0174k2"], ["/m/0"], [], ["/m/0bm0k", *"abcd"]]
     (note,) = outside_note(pl.Series(rows, dtype=pl.List(pl.String)), AUDIOSET)
+    (one,) = outside_note(pl.Series([["/m/0nowhere"], []]), load_class_list())
+    assert one == "1 class of labels is outside the class list and kept aside: /m/0nowhere 1 times"
     assert note.startswith("7 classes of labels are outside the class list and kept aside: ")
     assert "Washing machine (/m/0174k2) 2 times, /m/0 1 times, Crash cymbal (/m/0bm0k) 1 times, a" in note
     assert note.endswith(" and 2 more")
