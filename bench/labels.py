@@ -1,12 +1,12 @@
 """Propagating the labels of all of AudioSet, beside the authors' package on the same rows.
 
-    just bench labels [--rows 2084320] [--share 8192]
+    just bench labels [--rows 2084320] [--share 8192] [--counts labelset_counts.csv.gz]
 
-The rows are AudioSet's own label sets, in random order, where `../shared/audioset/labelset_counts.csv.gz` is; else
-as many drawn with a fixed seed: 1 to 6 of 527 classes, of frequencies that fall as 1 / rank. Ours runs over all rows;
-the authors' over a share of them, as a dense tensor in batches, and is scaled up. Theirs is given the dtype and the
-batch that are fastest here, and the dense tensors are made before its clock starts. Each line is a process of its own,
-and its peak of memory the kernel's VmHWM.
+The rows are AudioSet's own label sets, in random order, where `--counts` tells how many clips have each (columns
+`label_indices`, apart by blanks, `unbalanced`, `balanced`, `eval`); else as many drawn with a fixed seed: 1 to 6 of 527
+classes, of frequencies that fall as 1 / rank. Ours runs over all rows; the authors' over a share of them, as a dense
+tensor in batches, and is scaled up. Theirs is given the dtype and the batch that are fastest here, and the dense
+tensors are made before its clock starts. Each line is a process of its own, and its peak of memory the kernel's VmHWM.
 """
 
 import argparse
@@ -28,7 +28,6 @@ import polars as pl
 from bench.machine import machine, memory_mb
 
 ROUNDS = 5
-COUNTS = Path(__file__).parents[2] / "shared" / "audioset" / "labelset_counts.csv.gz"
 ALL_ROWS = 2_084_320
 CLASSES = 527
 BATCHES = (4, 16, 64, 256)
@@ -43,17 +42,17 @@ class Timed(NamedTuple):
     peak_mb: float
 
 
-def label_sets(rows: int) -> pl.Series:
+def label_sets(rows: int, counts: Path | None) -> pl.Series:
     """The label sets of so many clips, as lists of class indices."""
     rng = np.random.default_rng(0)
-    if not COUNTS.exists():
+    if counts is None:
         weights_C = 1 / np.arange(1, CLASSES + 1)
         kinds = [
             np.sort(rng.choice(CLASSES, size, replace=False, p=weights_C / weights_C.sum())).tolist()
             for size in rng.choice(np.arange(1, 7), 50_000, p=(0.42, 0.33, 0.14, 0.07, 0.03, 0.01))
         ]
         return pl.Series(kinds, dtype=pl.List(pl.UInt16)).gather(rng.integers(len(kinds), size=rows))
-    with gzip.open(COUNTS, "rt") as file:
+    with gzip.open(counts, "rt") as file:
         facts = list(csv.DictReader(file))
     kinds = [[int(index) for index in fact["label_indices"].split()] for fact in facts]
     clips = [sum(int(fact[split]) for split in ("unbalanced", "balanced", "eval")) for fact in facts]
@@ -71,11 +70,11 @@ def timed(work: Callable[[], object]) -> Timed:
     return Timed(seconds[1:], memory_mb())
 
 
-def ours(rows: int) -> Timed:
+def ours(rows: int, counts: Path | None) -> Timed:
     """Our `propagate` on the whole column."""
     from pipeline.propagation import propagate, relation_CC
 
-    labels, adds_CC = label_sets(rows), relation_CC()
+    labels, adds_CC = label_sets(rows, counts), relation_CC()
     return timed(lambda: propagate(labels, adds_CC))
 
 
@@ -86,14 +85,14 @@ def command(path: Path) -> Timed:
     return timed(lambda: propagate_inputs([path], out=path.with_name("out.parquet")))
 
 
-def theirs(rows: int, share: int) -> tuple[Timed, str]:
+def theirs(rows: int, share: int, counts: Path | None) -> tuple[Timed, str]:
     """The authors' `HLP().propagate` on the first `share` rows, and how it was fastest; checks that both agree."""
     import torch
     from hierarchical_label_propagation import HLP
 
     from pipeline.propagation import propagate, relation_CC
 
-    labels, hlp = label_sets(rows)[:share], HLP()
+    labels, hlp = label_sets(rows, counts)[:share], HLP()
     row_N = np.repeat(np.arange(share), labels.list.len().to_numpy())
     dense_NC = torch.zeros(share, CLASSES, dtype=torch.bool)
     dense_NC[torch.from_numpy(row_N), torch.from_numpy(labels.explode().to_numpy().astype(np.int64))] = True
@@ -117,11 +116,11 @@ def theirs(rows: int, share: int) -> tuple[Timed, str]:
     return timed(lambda: run(dtype, batch, share)), f"{str(dtype).removeprefix('torch.')}, batches of {batch}"
 
 
-def write_inputs(folder: Path, rows: int) -> list[Path]:
+def write_inputs(folder: Path, rows: int, counts: Path | None) -> list[Path]:
     """The rows as an official list, of made-up ids, and as a table of indices."""
     from pipeline.ontology import load_class_list
 
-    labels = label_sets(rows)
+    labels = label_sets(rows, counts)
     ids = (pl.Series("clip_id", range(rows)) + 10**10).cast(pl.String)
     pl.DataFrame([ids, labels.alias("raw")]).write_parquet(folder / "all.parquet")
     mids = pl.Series(load_class_list().mids)
@@ -151,20 +150,21 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=int, default=ALL_ROWS)
     parser.add_argument("--share", type=int, default=8_192, help="rows that the authors' package is timed on")
+    parser.add_argument("--counts", type=Path, help="how many clips have each label set")
     asked = parser.parse_args()
     print(machine("ajepa", "numpy", "polars", "pyarrow", "torch", "hierarchical_label_propagation"))
-    kind = "AudioSet's own label sets" if COUNTS.exists() else "made up: the counts are not here"
+    kind = "AudioSet's own label sets" if asked.counts else "made up"
     print(f"{asked.rows:,} rows ({kind}); medians of {ROUNDS} rounds after one untimed, the peak of memory")
-    mine = alone(partial(ours, asked.rows))
+    mine = alone(partial(ours, asked.rows, asked.counts))
     assert isinstance(mine, Timed)
     print(line("propagate", mine, f"under {TARGET_SECONDS} s wanted"), flush=True)
     with tempfile.TemporaryDirectory(prefix="bench-labels-") as scratch:
-        for path in write_inputs(Path(scratch), asked.rows):
+        for path in write_inputs(Path(scratch), asked.rows, asked.counts):
             run = alone(partial(command, path))
             assert isinstance(run, Timed)
             size = f"from {path.stat().st_size / 1e6:.0f} MB"
             print(line(f"propagate-labels {path.name} --out out.parquet", run, size), flush=True)
-    found = alone(partial(theirs, asked.rows, asked.share))
+    found = alone(partial(theirs, asked.rows, asked.share, asked.counts))
     assert isinstance(found, tuple)
     peer, way = found
     scaled = peer._replace(seconds=[took * asked.rows / asked.share for took in peer.seconds])

@@ -62,7 +62,7 @@ def test_a_curriculum_of_another_length_than_its_run_is_refused():
 
 
 def test_audio_jepa_warms_up_for_a_thousand_steps_to_its_peak():
-    """DESIGN section 7: 1e-6 to 3e-4 in 1 k steps, then a cosine to 0 at 100 k."""
+    """Audio-JEPA (arXiv 2507.02915): 1e-6 to 3e-4 in 1 k steps, then a cosine to 0 at 100 k."""
     schedule, steps = audio_jepa().schedule, audio_jepa().steps
     rates = [schedule.lr(step, steps) for step in (0, 1_000, 50_500, 100_000)]
     assert rates == pytest.approx([1e-6, 3e-4, 1.5e-4, 0.0], abs=1e-12)
