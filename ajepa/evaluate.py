@@ -18,7 +18,7 @@ from ajepa.patches import valid_tokens
 from ajepa.probes import L2_GRID, NEIGHBOURS, chosen_l2, knn_NC, linear_NC, standardised
 from ajepa.recipes import Pretrain, from_json
 from ajepa.run import Checkpoint, Run
-from ajepa.training_set import EVAL_SPLIT, open_store, train_splits
+from ajepa.training_set import eval_splits, open_store, train_splits
 from ajepa.vit import Encoder
 from pipeline.errors import RunError
 from pipeline.files import replacing
@@ -103,7 +103,7 @@ def evaluate(
     train_clips: int = 20_000,
     progress: bool = False,
 ) -> Evaluation:
-    """Probe a run's newest checkpoint on the store's eval split; the result is kept as RUN/evaluation.json.
+    """Probe a run's newest checkpoint on the split eval, or else on those held out; kept as RUN/evaluation.json.
 
     The target (EMA) encoder is what is probed. At most `train_clips` rows of the other splits train the
     probes, drawn with the recipe's seed. RunError or StoreError where run, store and labels do not fit.
@@ -126,6 +126,7 @@ def evaluate(
         "step": checkpoint.step,
         "store_id": store.store_id,
         "train_clips": len(train_N),
+        "eval_splits": eval_splits(store),
         "eval_clips": len(eval_N),
         **({} if store.excluded.digest is None else {"excluded": store.excluded.digest}),
         **PROTOCOL,
@@ -139,9 +140,11 @@ def evaluate(
 def probe_rows(store: FeatureStore, seed: int, train_clips: int) -> tuple[np.ndarray, np.ndarray]:
     """Good rows to train probes on (at most `train_clips`, drawn by `seed`) and to measure them on."""
     train_N = store.good_rows(train_splits(store))
-    eval_N = store.good_rows([EVAL_SPLIT])
+    eval_N = store.good_rows(measured := eval_splits(store))
     if not len(eval_N):
-        raise RunError(f"{store.place}: split {EVAL_SPLIT} has no good clip to measure on")
+        raise RunError(
+            f"{store.place}: split {' + '.join(measured)} has no good clip to measure on; see: ajepa-data report"
+        )
     drawn_N = np.random.default_rng([seed, 0]).permutation(train_N)[:train_clips]
     return np.sort(drawn_N), eval_N
 

@@ -152,6 +152,18 @@ def train_splits(store: AnyStore) -> list[str]:
     return [split for split in splits if split not in kept]
 
 
+def eval_splits(store: AnyStore) -> list[str]:
+    """What probes are measured on: `eval` where there is one, else all that are kept for it; RunError: none."""
+    splits = sorted(store.manifest["split"].unique())
+    if EVAL_SPLIT in splits:
+        return [EVAL_SPLIT]
+    if not (kept := measured_splits(splits)):
+        raise RunError(
+            f"no split to measure on: none of {', '.join(splits)} is named eval or test; build one with that name"
+        )
+    return list(kept)
+
+
 def splits_told(store: AnyStore) -> str:
     """Which splits are trained on, and which are kept to measure on: `train, val (not test)`."""
     trained = train_splits(store)

@@ -10,7 +10,7 @@ from tiny import tiny
 
 from ajepa.pretrain import pretrain
 from ajepa.run import Run
-from ajepa.training_set import TrainingSet, splits_told, train_splits
+from ajepa.training_set import TrainingSet, eval_splits, splits_told, train_splits
 from pipeline.audit_exclude import record
 from pipeline.build import Build, Output, build_store
 from pipeline.datasets.audioset import audioset
@@ -157,3 +157,24 @@ def test_a_store_without_a_clip_to_train_on_is_refused(store_path, corpus, tmp_p
         order_of(trained_on)
     with pytest.raises(RunError, match=r"eval\.zarr: has no good clip .* see: ajepa-data report"):
         order_of(TrainingSet(stores=(tmp_path / "eval.zarr",)))
+
+
+@pytest.mark.parametrize(
+    ("splits", "measured"),
+    [
+        (["eval", "test", "train"], ["eval"]),
+        (["test", "train", "val"], ["test"]),
+        (["a-test", "b-eval", "c"], None),
+    ],
+)
+def test_probes_are_measured_on_eval_or_else_on_what_is_held_out(splits, measured):
+    """Speech Commands has no eval, but a test; what is measured on is never trained on."""
+    store = SimpleNamespace(manifest=pl.DataFrame({"split": splits}))
+    assert eval_splits(store) == (measured or ["a-test", "b-eval"])
+    assert not set(eval_splits(store)) & set(train_splits(store))
+
+
+def test_a_store_without_anything_to_measure_on_says_so():
+    """Rather than measuring on what was trained on."""
+    with pytest.raises(RunError, match="no split to measure on: none of train, val is named eval or test"):
+        eval_splits(SimpleNamespace(manifest=pl.DataFrame({"split": ["train", "val"]})))
