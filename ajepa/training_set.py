@@ -147,8 +147,10 @@ def train_splits(store: AnyStore) -> list[str]:
     splits = sorted(store.manifest["split"].unique())
     kept = measured_splits(splits)
     if len(kept) == len(splits):
-        told = ", ".join(kept)
-        raise RunError(f"no split to train on: {told} are to measure on by their names; build with others")
+        told = f"{', '.join(kept)} {'is' if len(kept) == 1 else 'are'} kept to measure on, by name"
+        raise RunError(
+            f"{store.place}: no split to train on ({told}); leave it out, or build one with another split"
+        )
     return [split for split in splits if split not in kept]
 
 
@@ -159,7 +161,8 @@ def eval_splits(store: AnyStore) -> list[str]:
         return [EVAL_SPLIT]
     if not (kept := measured_splits(splits)):
         raise RunError(
-            f"no split to measure on: none of {', '.join(splits)} is named eval or test; build one with that name"
+            f"{store.place}: no split to measure on, none of {', '.join(splits)} is named eval or test; "
+            "build a store with one"
         )
     return list(kept)
 

@@ -28,6 +28,8 @@ class AnyStore(Protocol):
     store_id: str
 
     @property
+    def place(self) -> str: ...
+    @property
     def manifest(self) -> pl.DataFrame: ...
     @property
     def spec_id(self) -> str: ...
@@ -90,7 +92,7 @@ class JoinedStore:
     def mean_and_std(self, splits: Sequence[str]) -> tuple[float, float]:
         """Of log-mel over the valid frames of good clips of some splits, all stores pooled; StoreError as of one."""
         parts = [store.stats[split] for store in self.stores for split in splits if split in store.stats]
-        return pooled(parts, self._paths, splits)
+        return pooled(parts, self.place, splits)
 
     def good_rows(self, splits: Sequence[str] | None = None) -> np.ndarray:
         """Ascending rows (int64) whose clips are there, of the splits of that name in any store, or of all.
@@ -101,7 +103,7 @@ class JoinedStore:
         known = set().union(*splits_of)
         if splits is not None and set(splits) - known:
             raise StoreError(
-                f"{self._paths}: no split {sorted(set(splits) - known)}; they have {sorted(known)}"
+                f"{self.place}: no split {sorted(set(splits) - known)}; they have {sorted(known)}"
             )
         rows = []
         for first, store, own in zip(self.firsts_N, self.stores, splits_of, strict=False):
@@ -174,7 +176,8 @@ class JoinedStore:
             yield number, mine_N, rows_N[mine_N] - self.firsts_N[number]
 
     @property
-    def _paths(self) -> str:
+    def place(self) -> str:
+        """Where the stores lie, for people."""
         return " + ".join(store.place for store in self.stores)
 
 

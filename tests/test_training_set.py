@@ -51,8 +51,10 @@ def test_a_run_says_what_it_trains_on_and_what_it_keeps(splits, told):
 
 def test_a_store_of_which_nothing_is_to_train_on_is_refused_with_the_reason():
     """By its names; zero clips that do not fill a step would say nothing."""
-    with pytest.raises(RunError, match="no split to train on: eval, test are to measure on by their names"):
-        train_splits(SimpleNamespace(manifest=pl.DataFrame({"split": ["test", "eval"]})))
+    with pytest.raises(
+        RunError, match=r"a\.zarr: no split to train on \(eval, test are kept to measure on, by name\)"
+    ):
+        train_splits(SimpleNamespace(place="a.zarr", manifest=pl.DataFrame({"split": ["test", "eval"]})))
 
 
 def test_a_store_of_which_every_clip_is_excluded_is_refused_with_the_reason(store_path, tmp_path):
@@ -155,7 +157,9 @@ def test_a_store_without_a_clip_to_train_on_is_refused(store_path, corpus, tmp_p
     trained_on = TrainingSet(stores=(store_path, tmp_path / "eval.zarr"), weights=(1.0, 1.0))
     with pytest.raises(RunError, match=r"eval\.zarr: has no good clip to train on \(split eval is kept"):
         order_of(trained_on)
-    with pytest.raises(RunError, match=r"eval\.zarr: has no good clip .* see: ajepa-data report"):
+    with pytest.raises(
+        RunError, match=r"eval\.zarr: no split to train on \(eval is kept to measure on, by name\)"
+    ):
         order_of(TrainingSet(stores=(tmp_path / "eval.zarr",)))
 
 
@@ -176,5 +180,5 @@ def test_probes_are_measured_on_eval_or_else_on_what_is_held_out(splits, measure
 
 def test_a_store_without_anything_to_measure_on_says_so():
     """Rather than measuring on what was trained on."""
-    with pytest.raises(RunError, match="no split to measure on: none of train, val is named eval or test"):
-        eval_splits(SimpleNamespace(manifest=pl.DataFrame({"split": ["train", "val"]})))
+    with pytest.raises(RunError, match=r"a\.zarr: no split to measure on, none of train, val is named"):
+        eval_splits(SimpleNamespace(place="a.zarr", manifest=pl.DataFrame({"split": ["train", "val"]})))
