@@ -116,7 +116,7 @@ def evaluate(
     cache: Cache = None,
     cache_gb: CacheGb = CACHE_GB,
 ) -> None:
-    """Probe a run's frozen encoder: mAP on the eval split, raw and propagated.
+    """Probe a run's frozen encoder: mAP on eval, or else on what is held out.
 
     Linear probe and kNN, beside a random encoder and log-mel statistics; kept
     as RUN/evaluation.json.

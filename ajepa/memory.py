@@ -95,9 +95,8 @@ def _activations(
         kept += 3 * tokens[name] * inputs[name]  # embedding and last norm
     scored = rows * groups * queries * encoder.width * FP32
     kept += 5 * scored + 3 * clips * grid.tokens * grid.patch_values * FP32  # loss; spectrograms and patches
-    passing = max(blocks.values()) * (
-        2.25 if recompute else 0.5
-    )  # a block computed again, and gradients: measured
+    again = 2.25 if recompute else 0.5  # a block computed again, and gradients: measured
+    passing = max(blocks.values()) * again
     teacher = clips * grid.tokens * encoder.width * (8 * BF16 + 3 * FP32 if bf16 else 11 * FP32)
     if model.targets == "projection":
         teacher = clips * grid.tokens * encoder.width * FP32

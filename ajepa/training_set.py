@@ -70,12 +70,8 @@ class TrainingSet:
     def order(self, store: AnyStore, recipe: Pretrain) -> Order:
         """Which clips come when; raises InputError where there are too few."""
         rows_N = store.good_rows(train_splits(store))
-        if not len(rows_N):
-            raise RunError(
-                f"no clip to train on is left in {splits_told(store)}; see: ajepa-data report STORE"
-            )
-        sampling: Sampling = FULL_SHUFFLE
         refuse_empty(store, rows_N)
+        sampling: Sampling = FULL_SHUFFLE
         if isinstance(store, JoinedStore) and self.weights:
             weights_N = store.row_weights(rows_N, self.weights)
             sampling = Weighted(weights_N=weights_N, clips_per_epoch=len(rows_N))
@@ -134,12 +130,12 @@ def open_store(store: Path | str | FeatureStore, recipe: Pretrain) -> FeatureSto
 
 
 def refuse_empty(store: AnyStore, rows_N: np.ndarray) -> None:
-    """RunError naming a store of which nothing is among the rows to train on."""
+    """RunError naming a store of which nothing is among the rows to train on, and why."""
     rows_of_each = store.rows_of_each(rows_N) if isinstance(store, JoinedStore) else [len(rows_N)]
     for part, rows in zip(_parts(store), rows_of_each, strict=True):
         if not rows:
-            told = f"has no good clip to train on (split {EVAL_SPLIT} is kept to measure on)"
-            raise RunError(f"{part.place}: {told}; leave it out, or see: ajepa-data report")
+            told = f"no clip to train on is left in {splits_told(part)}"
+            raise RunError(f"{part.place}: {told}; leave it out, or see: ajepa-data report {part.place}")
 
 
 def train_splits(store: AnyStore) -> list[str]:

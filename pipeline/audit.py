@@ -49,15 +49,16 @@ class Gaps:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sides:
-    """The splits to train on against those held out, by raw labels."""
+    """The splits to train on against those held out, by raw labels.
+
+    shift  total variation of the class frequencies: 0 where they are equal, 1 where they share no class
+    """
 
     trained: tuple[str, ...]
     held_out: tuple[str, ...]
     only_trained: tuple[str, ...]  # classes
     only_held_out: tuple[str, ...]
-    shift: (
-        float  # total variation of the class frequencies: 0 where they are equal, 1 where they share no class
-    )
+    shift: float
     shifts: tuple[Shift, ...]
     shifts_in_all: int
 

@@ -221,7 +221,5 @@ def _told(corpus: Corpus, build: Build, *, tried: int, seconds: float) -> dict[s
 
 def versions() -> dict[str, str]:
     """What the values of a store depend on beside its spec and its sounds, and who wrote it."""
-    cpu = (
-        torch.backends.cpu.get_cpu_capability()
-    )  # which of its kernels PyTorch takes: they round differently
+    cpu = torch.backends.cpu.get_cpu_capability()  # which kernels PyTorch takes: they round differently
     return {name: version(name) for name in VERSIONS} | {"python": platform.python_version(), "cpu": cpu}

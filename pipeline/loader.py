@@ -22,15 +22,15 @@ def to_stderr(line: str) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Batch:
-    """What one rank trains on in one step; tensors lie on the loader's device."""
+    """What one rank trains on in one step; tensors lie on the loader's device.
+
+    A mixture has the row and the weight of the clip that was mixed with another, and the valid frames of the
+    longer of the two.
+    """
 
     mel_BTF: Tensor  # float32, (log-mel - mean) / std, augmented; 0 past the valid frames
-    n_frames_B: (
-        Tensor  # int64, valid frames of each clip within mel_BTF; of a mixture, those of the longer clip
-    )
-    rows_B: (
-        np.ndarray
-    )  # int64, rows of the store; of a mixture, the row of the clip that was mixed with another
+    n_frames_B: Tensor  # int64, valid frames of each clip within mel_BTF
+    rows_B: np.ndarray  # int64, rows of the store
     labels_BC: Tensor | None  # float32, 1 where a clip has a class; mixed as the mels are
     weights_B: Tensor  # float32, of the rows
     skipped: int = 0  # clips that could not be read; others of this batch stand in their places

@@ -56,9 +56,8 @@ class Order:
         return np.asarray(self.rows_N, np.int64)[places_N[first : first + self.clips]]
 
 
-@lru_cache(
-    maxsize=4
-)  # training and validation, each with the epoch that the prefetch has begun; 16 MB at 2 M rows
+# Four: training and validation, each with the epoch that the prefetch has begun; 16 MB at 2 M rows
+@lru_cache(maxsize=4)
 def _places(sampling: Sampling, rows: int, seed: int, epoch: int) -> np.ndarray:
     places_N = sampling.places(rows, seed, epoch)
     places_N.flags.writeable = False  # the cache hands out the same array again

@@ -64,13 +64,14 @@ def outside_note(mids: pl.Series, classes: ClassList) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassMap:
-    """From one class list to another by id: what a model of `source` says in the words of `target`."""
+    """From one class list to another by id: what a model of `source` says in the words of `target`.
+
+    source_N, target_N  indices of the classes that both have
+    """
 
     source: ClassList
     target: ClassList
-    source_N: np.ndarray = field(
-        init=False, repr=False, compare=False
-    )  # indices of the classes that both have
+    source_N: np.ndarray = field(init=False, repr=False, compare=False)
     target_N: np.ndarray = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
