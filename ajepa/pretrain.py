@@ -25,15 +25,10 @@ from ajepa.run import Checkpoint, Json, Run
 from ajepa.training_set import TrainingSet, splits_told
 from pipeline.dali import open_loader
 from pipeline.errors import STOP_SIGNALS, Interrupted, RunError
-from pipeline.loader import Batch, View
+from pipeline.loader import Batch, View, to_stderr
 from pipeline.store import FeatureStore
 
 MODELS = ("encoder", "target", "predictor")
-
-
-def to_stderr(line: str) -> None:
-    """Where a run tells what it does, unless it is given another place."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def pretrain(

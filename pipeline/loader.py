@@ -8,6 +8,7 @@ from typing import Literal, Protocol, Self
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from pipeline.augment import Augment, Changes, changes_of, draws, mask, place
 from pipeline.errors import BrokenClip, RunError, StoreError
@@ -16,8 +17,8 @@ from pipeline.order import Order
 
 
 def to_stderr(line: str) -> None:
-    """Where a loader tells what it leaves out, unless it is given another place."""
-    print(line, file=sys.stderr, flush=True)
+    """Where loaders and runs tell what they do, unless they are given another place; not into a progress line."""
+    tqdm.write(line, file=sys.stderr)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -55,16 +55,20 @@ def _verify(store: Path, sample: int | None, *, repair: bool, workers: int) -> N
         for fault in left:
             print(f"still: {fault.text}")
         if left:
-            raise InputError(f"{store}: {len(left)} faults are left after the repair")
-        print(f"{store}: {len(faults)} faults mended")
+            raise InputError(f"{store}: left after the repair: {_faults(len(left))}")
+        print(f"{store}: {_faults(len(faults))} mended")
         if lost:
             raise InputError(
                 f"{store}: {lost} clips are lost: damaged here, and their sounds can no longer be had"
             )
     elif faults:
-        raise InputError(f"{store}: {len(faults)} faults; mend them with: ajepa-data verify {store} --repair")
+        raise InputError(f"{store}: {_faults(len(faults))}; mend with: ajepa-data verify {store} --repair")
     else:
         print(f"{store}: every shard, row and checksum is as it should be")
+
+
+def _faults(count: int) -> str:
+    return f"{count} fault{'s' * (count != 1)}"
 
 
 def _verify_against_audio(store: Path, sample: int | None) -> None:
