@@ -187,7 +187,7 @@ def test_a_repair_is_one_command(store_path, tmp_path, monkeypatch, capsys):
     copy = shutil.copytree(store_path, tmp_path / "copy.zarr")
     shard_path(copy, 1).write_bytes(b"short")
     assert run("verify", copy, monkeypatch=monkeypatch) == 1
-    assert f"mend them with: ajepa-data verify {copy} --repair" in capsys.readouterr().err
+    assert f"1 fault; mend with: ajepa-data verify {copy} --repair" in capsys.readouterr().err
     assert run("verify", copy, "--repair", "--workers", 0, monkeypatch=monkeypatch) == 0
     assert run("verify", copy, monkeypatch=monkeypatch) == 0
 
