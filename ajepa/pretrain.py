@@ -1,30 +1,25 @@
-"""The pre-training loop: batches in, steps taken, checkpoints and metrics out."""
+"""Pre-training: what a step of it is, and what must fit before the first one."""
 
 import math
-import signal
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ajepa.devices import pick_device, precision
 from ajepa.jepa import Jepa
+from ajepa.loop import asked_to_stop, train
 from ajepa.masking import Masks
 from ajepa.memory import refuse_too_large
+from ajepa.optimiser import adamw
 from ajepa.recipes import Pretrain, to_json
 from ajepa.run import Checkpoint, Json, Run
 from ajepa.training_set import TrainingSet, splits_told
 from pipeline.dali import open_loader
-from pipeline.errors import STOP_SIGNALS, Interrupted, RunError
+from pipeline.errors import Interrupted, RunError
 from pipeline.loader import Batch, View, to_stderr
 from pipeline.store import FeatureStore
 
@@ -86,44 +81,6 @@ def pretrain(
     return run
 
 
-def train(
-    run: Run, trainer: "Trainer", batches: Iterator[Batch], stop: threading.Event, *, progress: bool
-) -> None:
-    """Every step after the run's checkpoint, up to the recipe's last or until asked to stop."""
-    recipe, clock, first = trainer.recipe, Clock(), run.step
-    with bar_of(first, recipe.steps, shown=progress) as bar:
-        for step in range(first, recipe.steps):
-            with clock.waiting():
-                batch = next(batches)
-            line = trainer.step(step, batch)
-            clock.clips += len(batch.rows_B)
-            clock.skipped += batch.skipped
-            done, last = step + 1, step + 1 == recipe.steps
-            if done % recipe.log_every == 0 or last:
-                line = {"step": done, **line, **clock.read()}
-                run.log(line)
-                bar.set_postfix_str(postfix(line), refresh=False)
-            bar.update()
-            stopping = stop.is_set()
-            if done % recipe.checkpoint_every == 0 or last or stopping:
-                run.save(trainer.checkpoint(done), keep=recipe.keep_checkpoints)
-            if stopping:
-                return
-
-
-def bar_of(first: int, steps: int, *, shown: bool) -> tqdm:
-    """A progress line with time left; where stderr is a file, one line in 15 seconds."""
-    every = 0.2 if sys.stderr.isatty() else 15.0
-    return tqdm(
-        total=steps, initial=first, unit="step", disable=not shown, dynamic_ncols=True, mininterval=every
-    )
-
-
-def postfix(line: Json) -> str:
-    """What the progress line shows beside steps and time left."""
-    return f"loss {line['loss']:.3f}, {line['clips_per_s']:.0f} clips/s, wait {line['data_wait']:.0%}"
-
-
 class Trainer:
     """Model and optimiser of one recipe on one device: what a step changes, and what a checkpoint holds."""
 
@@ -136,7 +93,7 @@ class Trainer:
             self.model.recompute()
         if compiled:
             self.model.compiled()
-        self.optimiser = adamw(self.model, recipe)
+        self.optimiser = adamw(self.model.parameters(), recipe.optimiser)
         self.bf16, self.precision = precision(device)
 
     def step(self, step: int, batch: Batch) -> Json:
@@ -199,20 +156,6 @@ def view_of(identity: Json, recipe: Pretrain) -> View:
     )
 
 
-def adamw(model: Jepa, recipe: Pretrain) -> torch.optim.AdamW:
-    """Fused AdamW; biases, norms and single vectors are not decayed."""
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    groups = [
-        {
-            "params": [weight for weight in weights if weight.ndim > 1],
-            "weight_decay": recipe.optimiser.weight_decay,
-        },
-        {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0},
-    ]
-    betas = recipe.optimiser.beta1, recipe.optimiser.beta2
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
-
-
 def on_device(masks: Masks, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(masks.context_BK).to(device), torch.from_numpy(masks.targets_BGQ).to(device)
 
@@ -233,51 +176,3 @@ def refuse_bad_step(told: Json, scored: float, step: int, batch: Batch) -> None:
     else:
         cause = f"rows {batch.rows_B.tolist()} are finite: lower the learning rate"
     raise RunError(f"step {step + 1}: {', '.join(bad)}; stopped before the update; {cause}")
-
-
-@contextmanager
-def asked_to_stop() -> Iterator[threading.Event]:
-    """An event that STOP_SIGNALS set; a second signal acts at once. Only in the main thread."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        signal.signal(number, before[number])
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class Clock:
-    """Clips per second, how many were skipped, and the share of time spent waiting for data, since last read."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self.started, self.waited_seconds, self.clips, self.skipped = time.perf_counter(), 0.0, 0, 0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.waited_seconds += time.perf_counter() - began
-
-    def read(self) -> Json:
-        seconds = time.perf_counter() - self.started
-        told = {
-            "clips_per_s": round(self.clips / seconds, 2),
-            "data_wait": round(self.waited_seconds / seconds, 4),
-            "skipped": self.skipped,
-        }
-        self.reset()
-        return told

@@ -12,60 +12,13 @@ from typing import Any, Literal, get_args
 from ajepa.curriculum import Curriculum, Fixed, MaskPlan, a_jepa_curriculum
 from ajepa.jepa import JepaSpec
 from ajepa.masking import BlockSize, RandomBlocks, RandomPatches, TimeFrequencyAware, TimeSpans
+from ajepa.optimiser import AdamW, Schedule
 from ajepa.patches import PatchGrid
-from ajepa.schedules import ema_momentum, warmup_cosine
 from ajepa.vit import A_JEPA_PREDICTOR, EncoderSpec, PredictorSpec, encoder_spec
 from pipeline.errors import RunError
 
 CropName = Literal["random", "start"]
 CLIPS_AS2M = 2_084_320  # rows of AudioSet's segment lists; what can still be downloaded is fewer
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AdamW:
-    """Decoupled weight decay; biases, norms and mask tokens are never decayed."""
-
-    beta1: float = 0.9
-    beta2: float = 0.95
-    weight_decay: float = 0.05
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.weight_decay >= 0):
-            raise ValueError(f"AdamW needs betas in [0, 1) and a weight decay of 0 or more, got {self}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Schedule:
-    """Learning rate and teacher momentum over a run of any length: in shares, not counts, of its steps."""
-
-    peak_lr: float
-    start_lr: float = 1e-6
-    end_lr: float = 0.0
-    warmup_share: float = 0.01
-    ema_start: float = 0.996
-    ema_end: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not (min(self.peak_lr, self.start_lr, self.end_lr) >= 0 and 0 <= self.warmup_share < 1):
-            raise ValueError(f"a schedule needs rates of 0 or more and a warm-up share in [0, 1), got {self}")
-        if not (0 <= self.ema_start <= 1 and 0 <= self.ema_end <= 1):
-            raise ValueError(f"the teacher's momentum must lie in [0, 1], got {self}")
-
-    def lr(self, step: int, steps: int) -> float:
-        """Learning rate of the update after `step` steps of `steps`: linear warm-up, then half a cosine."""
-        warmup_steps = int(self.warmup_share * steps)
-        return warmup_cosine(
-            step,
-            steps=steps,
-            warmup_steps=warmup_steps,
-            peak=self.peak_lr,
-            start=self.start_lr,
-            end=self.end_lr,
-        )
-
-    def momentum(self, step: int, steps: int) -> float:
-        """Share of itself that the target encoder keeps at that update."""
-        return ema_momentum(step, steps=steps, start=self.ema_start, end=self.ema_end)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

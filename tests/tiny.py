@@ -6,8 +6,9 @@ from typing import Any
 from ajepa.curriculum import Curriculum
 from ajepa.jepa import JepaSpec
 from ajepa.masking import RandomBlocks, RandomPatches
+from ajepa.optimiser import Schedule
 from ajepa.patches import PatchGrid
-from ajepa.recipes import Pretrain, Schedule
+from ajepa.recipes import Pretrain
 from ajepa.vit import EncoderSpec, PredictorSpec
 
 

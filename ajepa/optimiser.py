@@ -1,0 +1,66 @@
+"""AdamW and the schedule of its rate: what they are told in a recipe, and the optimiser itself."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ajepa.schedules import ema_momentum, warmup_cosine
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdamW:
+    """Decoupled weight decay; biases, norms and mask tokens are never decayed."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.weight_decay >= 0):
+            raise ValueError(f"AdamW needs betas in [0, 1) and a weight decay of 0 or more, got {self}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Schedule:
+    """Learning rate and teacher momentum over a run of any length: in shares, not counts, of its steps."""
+
+    peak_lr: float
+    start_lr: float = 1e-6
+    end_lr: float = 0.0
+    warmup_share: float = 0.01
+    ema_start: float = 0.996
+    ema_end: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (min(self.peak_lr, self.start_lr, self.end_lr) >= 0 and 0 <= self.warmup_share < 1):
+            raise ValueError(f"a schedule needs rates of 0 or more and a warm-up share in [0, 1), got {self}")
+        if not (0 <= self.ema_start <= 1 and 0 <= self.ema_end <= 1):
+            raise ValueError(f"the teacher's momentum must lie in [0, 1], got {self}")
+
+    def lr(self, step: int, steps: int) -> float:
+        """Learning rate of the update after `step` steps of `steps`: linear warm-up, then half a cosine."""
+        warmup_steps = int(self.warmup_share * steps)
+        return warmup_cosine(
+            step,
+            steps=steps,
+            warmup_steps=warmup_steps,
+            peak=self.peak_lr,
+            start=self.start_lr,
+            end=self.end_lr,
+        )
+
+    def momentum(self, step: int, steps: int) -> float:
+        """Share of itself that the target encoder keeps at that update."""
+        return ema_momentum(step, steps=steps, start=self.ema_start, end=self.ema_end)
+
+
+def adamw(weights: Iterable[nn.Parameter], told: AdamW) -> torch.optim.AdamW:
+    """Fused AdamW over the weights that are trained; biases, norms and single vectors are not decayed."""
+    trained = [weight for weight in weights if weight.requires_grad]
+    groups = [
+        {"params": [weight for weight in trained if weight.ndim > 1], "weight_decay": told.weight_decay},
+        {"params": [weight for weight in trained if weight.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(told.beta1, told.beta2), fused=True)
