@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ajepa.devices import pick_device
 from ajepa.jepa import Jepa
 from ajepa.metrics import MeanAveragePrecision, mean_average_precision
-from ajepa.patches import valid_tokens
+from ajepa.pooling import LAST, POOLING, Layer, PoolingName, pooled
 from ajepa.probes import L2_GRID, NEIGHBOURS, chosen_l2, knn_NC, linear_NC, standardised
 from ajepa.recipes import Pretrain, from_json
 from ajepa.run import Checkpoint, Run
@@ -28,7 +28,7 @@ EVALUATION = "evaluation.json"
 CLIPS_PER_READ = 32
 PROTOCOL = {
     "encoder": "target (EMA), frozen; the whole clip in views of the recipe's length, one after the other",
-    "pooling": "mean over valid tokens, then standardised with the train clips' mean and deviation",
+    "standardised": "with the train clips' mean and deviation",
     "linear": f"one logistic regression per class, L2 of {L2_GRID} chosen on a fifth of the train clips",
     "knn": f"share of the {NEIGHBOURS} most similar (cosine) train clips that carry a class",
     "map": "macro, classes without an eval clip skipped; each label set trained and measured on itself",
@@ -101,6 +101,8 @@ def evaluate(
     *,
     device: str = "auto",
     train_clips: int = 20_000,
+    pooling: PoolingName = POOLING,
+    layer: Layer = LAST,
     progress: bool = False,
 ) -> Evaluation:
     """Probe a run's newest checkpoint on the split eval, or else on those held out; kept as RUN/evaluation.json.
@@ -117,7 +119,9 @@ def evaluate(
     scores = []
     compared = encoders(recipe, checkpoint, on)
     for name, encoder in tqdm(compared.items(), unit="features", disable=None if progress else True):
-        train_ND, eval_ND = standardised(features(views, train_N, encoder), features(views, eval_N, encoder))
+        train_ND, eval_ND = standardised(
+            *(features(views, rows_N, encoder, pooling=pooling, layer=layer) for rows_N in (train_N, eval_N))
+        )
         for label_set in store.label_sets:
             labels = store.labels_BC(train_N, label_set), store.labels_BC(eval_N, label_set)
             scores += probe_scores(name, label_set, train_ND, eval_ND, *labels, seed=recipe.seed)
@@ -128,6 +132,8 @@ def evaluate(
         "train_clips": len(train_N),
         "eval_splits": eval_splits(store),
         "eval_clips": len(eval_N),
+        "pooling": pooling,
+        "layer": str(layer),
         **({} if store.excluded.digest is None else {"excluded": store.excluded.digest}),
         **PROTOCOL,
     }
@@ -178,29 +184,23 @@ class Views:
         return padded_BTF.reshape(len(rows_B), count, self.frames, -1), n_frames_BV
 
 
-def features(views: Views, rows_N: np.ndarray, encoder: Encoder | None) -> np.ndarray:
-    """One vector per clip, float32 `[N, D]`: the mean over its valid tokens, or its log-mel statistics."""
+def features(
+    views: Views,
+    rows_N: np.ndarray,
+    encoder: Encoder | None,
+    *,
+    pooling: PoolingName = POOLING,
+    layer: Layer = LAST,
+) -> np.ndarray:
+    """One vector per clip, float32 `[N, D]`: its tokens, pooled, or without encoder its log-mel statistics."""
     pieces = []
     for start in range(0, len(rows_N), CLIPS_PER_READ):
         mel_BVTF, n_frames_BV = views.of(rows_N[start : start + CLIPS_PER_READ])
         if encoder is None:
             pieces.append(statistics(mel_BVTF, n_frames_BV).numpy())
         else:
-            pieces.append(pooled(encoder, mel_BVTF, n_frames_BV).numpy())
+            pieces.append(pooled(encoder, mel_BVTF, n_frames_BV, pooling=pooling, layer=layer).numpy())
     return np.concatenate(pieces)
-
-
-@torch.inference_mode()
-def pooled(encoder: Encoder, mel_BVTF: Tensor, n_frames_BV: Tensor) -> Tensor:
-    """Mean of a clip's valid tokens over all its views; a view past the clip's end is never encoded."""
-    device = next(encoder.parameters()).device
-    clip_N, view_N = torch.nonzero(n_frames_BV, as_tuple=True)
-    valid_NP = valid_tokens(n_frames_BV[clip_N, view_N], encoder.spec.grid)
-    tokens_NPD = encoder(mel_BVTF[clip_N, view_N].to(device), valid_BP=valid_NP.to(device)).float().cpu()
-    sums_ND = (tokens_NPD * valid_NP[..., None]).sum(1)
-    sums_BD = torch.zeros(len(mel_BVTF), sums_ND.shape[1]).index_add_(0, clip_N, sums_ND)
-    counts_B = torch.zeros(len(mel_BVTF)).index_add_(0, clip_N, valid_NP.sum(1).float())
-    return sums_BD / counts_B[:, None]
 
 
 def statistics(mel_BVTF: Tensor, n_frames_BV: Tensor) -> Tensor:

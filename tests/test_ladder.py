@@ -109,6 +109,7 @@ LADDER = [
     "ajepa.attention",
     "ajepa.blocks",
     "ajepa.vit",
+    "ajepa.pooling",
     "ajepa.jepa",
     "ajepa.metrics",
     "ajepa.optimiser",
