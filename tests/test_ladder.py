@@ -132,6 +132,7 @@ LADDER = [
     "ajepa.evaluate",
     "ajepa.mask_picture",
     "ajepa.report",
+    "ajepa.evaluate_commands",
     "ajepa.cli",
 ]
 
