@@ -70,3 +70,22 @@ def evaluate(
     if per_class is not None:
         found.write_classes(per_class)
     print(found.table())
+
+
+@app.command()
+def compare(
+    results: Annotated[
+        list[Path],
+        typer.Argument(help="Runs, or JSON files of evaluate or finetune.", show_default=False, exists=True),
+    ],
+) -> None:
+    """Print results beside the published ones, and which of these are comparable.
+
+    Clips, classes, labels, training clips and protocol decide; sources:
+    manifests/published_results.csv.
+
+    Example: ajepa-train compare runs/a runs/finetuned
+    """
+    from ajepa.compare import compare as compared
+
+    print(compared(results))

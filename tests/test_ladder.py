@@ -132,6 +132,8 @@ LADDER = [
     "ajepa.evaluate",
     "ajepa.mask_picture",
     "ajepa.report",
+    "ajepa.published",
+    "ajepa.compare",
     "ajepa.evaluate_commands",
     "ajepa.cli",
 ]
