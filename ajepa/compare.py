@@ -182,6 +182,8 @@ def cautions(ours: Ours, row: Published) -> list[str]:
         told.append("recipe: both frozen, the probes are trained with other settings")
     if row.eval_clips is not None and row.eval_clips != ours.eval_clips:
         told.append(f"clips: that one was measured on {row.eval_clips}, this one on {ours.eval_clips}")
-    if row.remark:
-        told.append(f"{row.model}: {row.remark}")
+    if "supervised" in row.pretraining:
+        told.append("pre-training: that one was shown labels")
+    if row.caution:
+        told.append(f"{row.model}: {row.caution}")
     return told

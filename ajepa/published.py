@@ -25,7 +25,10 @@ TRAIN_CLIPS = {"audioset-2m": 2_063_949, "audioset-20k": 22_160}  # both sets of
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Published:
-    """A number that others report; `value` in [0, 1], None or empty where the source does not say."""
+    """A number that others report; `value` in [0, 1], None or empty where the source does not say.
+
+    caution  why it is to be compared with care even where all else is equal
+    """
 
     model: str
     parameters: int | None
@@ -38,6 +41,7 @@ class Published:
     eval_clips: int | None
     source: str
     where: str
+    caution: str
     remark: str
 
 

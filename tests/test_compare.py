@@ -105,6 +105,12 @@ def test_two_frozen_probes_are_compared_with_care():
     assert refusals(replace(ours, protocol="knn"), row("Dasheng", "esc50", "xares-mlp"))
 
 
+def test_what_had_labels_or_is_an_ensembles_is_compared_with_care():
+    """Neither is a reason not to look, both are reasons to know."""
+    assert cautions(OURS, row("AST", "audioset-2m")) == ["pre-training: that one was shown labels"]
+    assert cautions(OURS, row("BEATs", "audioset-2m")) == ["BEATs: the paper's best, of one model or several"]
+
+
 def test_a_result_on_other_clips_of_the_same_split_is_compared_with_care():
     """Clips vanish from AudioSet: Audio-MAE was measured on 19,148."""
     assert "clips: that one was measured on 19148, this one on 20000" in cautions(
