@@ -5,6 +5,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
+from ajepa import evaluate_commands
 from pipeline.command_line import Cache, CacheGb, run_app
 from pipeline.files import CACHE_GB
 
@@ -14,6 +15,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="A feature store in, a pre-trained and measured audio encoder out.",
 )
+
+app.add_typer(evaluate_commands.app)
 
 StorePlace = Annotated[str, typer.Option(help="Feature store, NAME.zarr or s3://...", show_default=False)]
 StorePlaces = Annotated[
@@ -105,29 +108,6 @@ def pretrain(
     )
     there = f"{store[0]} --cache {cache}" if cache else store[0]
     print(f"{run}: done, {done.step} steps. Next: ajepa-train evaluate --store {there} --run {run}")
-
-
-@app.command()
-def evaluate(
-    store: StorePlace,
-    run: RunPath,
-    train_clips: Annotated[int, typer.Option(min=1, help="Most clips to train probes on.")] = 20_000,
-    device: Device = "auto",
-    cache: Cache = None,
-    cache_gb: CacheGb = CACHE_GB,
-) -> None:
-    """Probe a run's frozen encoder: mAP on eval, or else on what is held out.
-
-    Linear probe and kNN, beside a random encoder and log-mel statistics; kept
-    as RUN/evaluation.json.
-
-    Example: ajepa-train evaluate --store as20k.zarr --run runs/a
-    """
-    from ajepa import evaluate as stage
-    from pipeline.store import FeatureStore
-
-    opened = FeatureStore.open(store, cache=cache, cache_gb=cache_gb)
-    print(stage.evaluate(opened, run, device=device, train_clips=train_clips, progress=True).table())
 
 
 @app.command()
