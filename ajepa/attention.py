@@ -6,8 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ajepa.patches import pick
-
 
 class Attention(nn.Module):
     """Multi-head self-attention with biases everywhere."""
@@ -23,29 +21,27 @@ class Attention(nn.Module):
         x_BND: Tensor,
         valid_BN: Tensor | None = None,
         turns_2BNE: Tensor | None = None,
-        asked_BA: Tensor | None = None,
+        last: int | None = None,
     ) -> Tensor:
         """No token attends to one that is not valid; `turns_2BNE` are the cosines and sines of `turned`.
 
-        With `asked_BA` only the tokens at those places ask, and `BAD` comes out; all of them are attended to.
+        With `last` only so many tokens at the end ask, and come out; all are attended to.
         """
-        q, k, v = self._qkv(x_BND) if asked_BA is None else self._qkv_asked(x_BND, asked_BA)
+        q, k, v = self._qkv(x_BND) if last is None else self._qkv_of_last(x_BND, last)
         if turns_2BNE is not None:
-            at = turns_2BNE if asked_BA is None else torch.stack([pick(x, asked_BA) for x in turns_2BNE])
-            q, k = turned(q, at), turned(k, turns_2BNE)
+            q, k = turned(q, turns_2BNE[:, :, -q.shape[2] :]), turned(k, turns_2BNE)
         attend = attention_for(q.device.type, q.dtype)
         return self.out(attend(q, k, v, valid_BN).transpose(1, 2).flatten(2))
 
     def _qkv(self, x_BND: Tensor) -> Iterable[Tensor]:
         return self.qkv(x_BND).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
-    def _qkv_asked(self, x_BND: Tensor, asked_BA: Tensor) -> Iterable[Tensor]:
+    def _qkv_of_last(self, x_BND: Tensor, last: int) -> Iterable[Tensor]:
         width = x_BND.shape[-1]
-        (of_q, of_kv), (q_bias, kv_bias) = (x.split((width, 2 * width)) for x in self.qkv.parameters())
-        q_BAD = F.linear(pick(x_BND, asked_BA), of_q, q_bias)
-        kv_BND = F.linear(x_BND, of_kv, kv_bias)
+        (for_q, for_kv), (q_bias, kv_bias) = (x.split((width, 2 * width)) for x in self.qkv.parameters())
+        q_BQD, kv_BND = F.linear(x_BND[:, -last:], for_q, q_bias), F.linear(x_BND, for_kv, kv_bias)
         k, v = kv_BND.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return q_BAD.unflatten(-1, (self.heads, -1)).transpose(1, 2), k, v
+        return q_BQD.unflatten(-1, (self.heads, -1)).transpose(1, 2), k, v
 
 
 def turned(x_BHND: Tensor, turns_2BNE: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ajepa.blocks import compile_blocks
-from ajepa.patches import patchify, pick, valid_tokens
-from ajepa.vit import Encoder, EncoderSpec, Predictor, PredictorSpec
+from ajepa.patches import patchify, valid_tokens
+from ajepa.vit import Encoder, EncoderSpec, Predictor, PredictorSpec, pick
 
 LossName = Literal["l2", "squared_l2", "smooth_l1", "cosine"]
 TargetName = Literal["teacher", "projection"]

@@ -1,4 +1,4 @@
-"""PatchGrid; spectrogram to tokens, and some of them; positions."""
+"""PatchGrid; spectrogram to tokens; positions."""
 
 from dataclasses import dataclass
 
@@ -61,13 +61,6 @@ def patchify(mel_BTF: Tensor, grid: PatchGrid) -> Tensor:
         )
     cut = mel_BTF.unflatten(2, (grid.rows, grid.patch_bands)).unflatten(1, (grid.cols, grid.patch_frames))
     return cut.transpose(2, 3).reshape(len(mel_BTF), grid.tokens, grid.patch_values)
-
-
-def pick(x_BPD: Tensor, tokens_NK: Tensor) -> Tensor:
-    """The vectors of the given tokens of each clip, as `NKD`; N a multiple of B, the sets of one clip together."""
-    sets = len(tokens_NK) // len(x_BPD)
-    clip_N1 = torch.arange(len(tokens_NK), device=x_BPD.device)[:, None] // sets
-    return x_BPD[clip_N1, tokens_NK]
 
 
 def sincos_positions(grid: PatchGrid, width: int) -> Tensor:

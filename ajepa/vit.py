@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ajepa.blocks import NORM_EPSILON, PositionName, Stack, initialise, through
-from ajepa.patches import PatchGrid, patchify, pick
+from ajepa.patches import PatchGrid, patchify
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,17 +91,15 @@ class Encoder(nn.Module):
         tokens_NK: Tensor | None = None,
         valid_BP: Tensor | None = None,
         keep_L2N: Tensor | None = None,
-        asked_NA: Tensor | None = None,
     ) -> Tensor:
         """Every token's vector as `BPD`, or with `tokens_NK` those tokens' alone as `NKD`.
 
         N is B, or a multiple of it: several sets of tokens for each clip, one after the other. Tokens not asked
         for are left out before the patch embedding: nothing of them can reach the output. No token attends to
         one that is not in `valid_BP` (N rows, if N is more), and what comes out *at* such a one means nothing.
-        `mel_BTF` is normalised and exactly as large as the grid (ValueError); `keep_L2N` is drop path's. With
-        `asked_NA` all go in, and those at these places come out: the last block does nothing for the others.
+        `mel_BTF` is normalised and exactly as large as the grid (ValueError); `keep_L2N` is drop path's.
         """
-        return self.norm(self.top_layers(mel_BTF, 1, tokens_NK, valid_BP, keep_L2N, asked_NA)[0])
+        return self.norm(self.top_layers(mel_BTF, 1, tokens_NK, valid_BP, keep_L2N)[0])
 
     def top_layers(
         self,
@@ -110,7 +108,6 @@ class Encoder(nn.Module):
         tokens_NK: Tensor | None = None,
         valid_BP: Tensor | None = None,
         keep_L2N: Tensor | None = None,
-        asked_NA: Tensor | None = None,
     ) -> list[Tensor]:
         """What the last `count` blocks say, lowest first, before the final norm."""
         x, positions, turns = patchify(mel_BTF, self.spec.grid), self.positions_PD, _every(self.turns_2PE)
@@ -119,8 +116,7 @@ class Encoder(nn.Module):
             turns = _at(self.turns_2PE, tokens_NK)
             valid_BP = None if valid_BP is None else valid_BP.gather(1, tokens_NK)
         x = self.embed(x) + positions
-        told = (x, valid_BP, turns, keep_L2N)
-        return through(self.blocks, *told, recompute=self.recompute, top=count, asked_BA=asked_NA)
+        return through(self.blocks, x, valid_BP, turns, keep_L2N, recompute=self.recompute, top=count)
 
 
 class Predictor(nn.Module):
@@ -176,8 +172,7 @@ class Predictor(nn.Module):
             turns = _at(self.turns_2PE, tokens.flatten(0, 1))
             if valid_NP is not None:
                 valid = valid_NP.gather(1, tokens.flatten(1)).view(rows * groups, -1)
-        asked = torch.arange(x.shape[1] - queries, x.shape[1], device=x.device).expand(rows * groups, -1)
-        (x,) = through(self.blocks, x, valid, turns, keep_L2M, recompute=self.recompute, asked_BA=asked)
+        (x,) = through(self.blocks, x, valid, turns, keep_L2M, recompute=self.recompute, last=queries)
         return self.out(self.norm(x)).unflatten(0, (rows, groups))
 
 
@@ -187,3 +182,10 @@ def _every(turns_2PE: Tensor | None) -> Tensor | None:
 
 def _at(turns_2PE: Tensor | None, tokens_NK: Tensor) -> Tensor | None:
     return None if turns_2PE is None else turns_2PE[:, tokens_NK]
+
+
+def pick(x_BPD: Tensor, tokens_NK: Tensor) -> Tensor:
+    """The vectors of the given tokens of each clip, as `NKD`; N a multiple of B, the sets of one clip together."""
+    sets = len(tokens_NK) // len(x_BPD)
+    clip_N1 = torch.arange(len(tokens_NK), device=x_BPD.device)[:, None] // sets
+    return x_BPD[clip_N1, tokens_NK]
