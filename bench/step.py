@@ -1,6 +1,6 @@
 """One pre-training step beside the published one: the same model, masks and batch, in turns, in one run.
 
-    just bench step [--rows audio-jepa-s audio-jepa a-jepa-s] [--clips 4] [--rounds 5] [--precisions fp32 bf16]
+    just bench step [--rows audio-jepa-s audio-jepa a-jepa-s a-jepa] [--clips 4] [--rounds 5] [--precisions fp32 bf16]
 
 Ours is the trainer's whole step: masks drawn, health and gradient norm taken, AdamW, teacher. The published step
 (`bench/step_baseline.py`) gets the same masks for nothing and is timed twice, with attention written out and with
@@ -223,10 +223,10 @@ def wait_line(clips: int, device: torch.device) -> None:
     """Print how long a run over a store waits for its batches, once its first step is over."""
     made = replace(row_recipe("audio-jepa-s", clips), log_every=1)
     with tempfile.TemporaryDirectory(prefix="bench-step-") as scratch:
-        folder = Path(scratch)
+        folder, store = Path(scratch), Path(scratch) / "clips.zarr"
         make_files(folder, ["wav"], WAIT_CLIPS)
         corpus = audioset([folder / "wav"], [folder / LIST])
-        store = build_store(corpus, Output(path=folder / "s.zarr", spec=mel_spec(made.mel)), Build(workers=2))
+        build_store(corpus, Output(path=store, spec=mel_spec(made.mel)), Build(workers=2))
         run = pretrain(
             store, made, folder / "run", steps=WAIT_STEPS, device=device.type, say=lambda line: None
         )
@@ -242,7 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", nargs="*", choices=ROWS, default=["audio-jepa-s", "audio-jepa", "a-jepa-s"])
+    parser.add_argument("--rows", nargs="*", choices=ROWS, default=["audio-jepa-s", "audio-jepa"])
     parser.add_argument("--clips", type=int, help="in a step (default 4 on a CPU, 64 on a GPU)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precisions", nargs="*", choices=("fp32", "bf16"))
