@@ -22,6 +22,7 @@ from ajepa.training_set import eval_splits, open_store, train_splits
 from ajepa.vit import Encoder
 from pipeline.errors import RunError
 from pipeline.files import replacing
+from pipeline.joined import AnyStore
 from pipeline.store import FeatureStore
 
 EVALUATION = "evaluation.json"
@@ -137,7 +138,7 @@ def evaluate(
     return evaluation
 
 
-def probe_rows(store: FeatureStore, seed: int, train_clips: int) -> tuple[np.ndarray, np.ndarray]:
+def probe_rows(store: AnyStore, seed: int, train_clips: int) -> tuple[np.ndarray, np.ndarray]:
     """Good rows to train probes on (at most `train_clips`, drawn by `seed`) and to measure them on."""
     train_N = store.good_rows(train_splits(store))
     eval_N = store.good_rows(measured := eval_splits(store))
@@ -160,7 +161,7 @@ def encoders(recipe: Pretrain, checkpoint: Checkpoint, device: torch.device) -> 
 class Views:
     """A store's clips whole, cut one after the other into normalised views of `frames`."""
 
-    store: FeatureStore
+    store: AnyStore
     frames: int
     mean: float
     std: float

@@ -39,6 +39,9 @@ class Pretrain:
     log_every: int = 10  # steps
     checkpoint_every: int = 1_000  # steps
     keep_checkpoints: int = 2
+    health_every: int = 100  # steps, and after the last; 0: never
+    probe_every: int = 0  # steps, and after the last; 0: never
+    probe_clips: int = 2_000  # that probes under way are trained on, at most; half as many are measured on
 
     def __post_init__(self) -> None:
         counts = (
@@ -51,6 +54,9 @@ class Pretrain:
         )
         if min(counts) < 1:
             raise ValueError(f"steps, clips and intervals must be at least 1, got {counts}")
+        watched = (self.health_every, self.probe_every, self.probe_clips - 2)
+        if min(watched) < 0:
+            raise ValueError(f"health_every and probe_every must be 0 or more and probe_clips 2, got {self}")
         if self.crop not in get_args(CropName):
             raise ValueError(f"crop must be {' or '.join(get_args(CropName))}, got {self.crop!r}")
         if isinstance(self.masks, Curriculum) and self.masks.steps != self.steps:
