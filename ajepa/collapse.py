@@ -1,6 +1,7 @@
 """Collapse: an encoder that says nearly the same of everything, told from its signs of health."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from itertools import takewhile
 
 from ajepa.run import Json
 
@@ -33,10 +34,6 @@ def signs(line: Json) -> list[str]:
     return found
 
 
-def looks_in_a_row(lines: Iterable[Json]) -> int:
+def in_a_row(looks: Sequence[Json]) -> int:
     """How many of the last looks at a run's health, without a break, found it collapsed."""
-    count = 0
-    for line in lines:
-        if "health_rank" in line:
-            count = count + 1 if signs(line) else 0
-    return count
+    return len(list(takewhile(signs, reversed(looks))))

@@ -9,6 +9,7 @@ import numpy as np
 from ajepa.evaluate import Views, features, probe_rows
 from ajepa.health import uncompiled
 from ajepa.jepa import Jepa
+from ajepa.loop import SCORE
 from ajepa.metrics import mean_average_precision
 from ajepa.probes import knn_NC, linear_NC, standardised
 from ajepa.recipes import Pretrain
@@ -19,7 +20,6 @@ from pipeline.joined import AnyStore
 
 PROBE_L2 = 0.1  # one penalty instead of a search: near the best of the four recipes' encoders that were tried
 EVAL_SHARE = 0.5  # clips that are measured on, at most, for each that is trained on
-BEST = "probe_linear_raw"  # what tells which checkpoint is the best
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -28,6 +28,7 @@ class Probe:
 
     probe_linear_SET  mAP of a linear probe with the penalty PROBE_L2, trained and measured on that label set
     probe_knn_SET     mAP of `probes.knn_NC`
+    probe_map         the mean of them all: by it the best checkpoint is told (`loop.SCORE`)
     """
 
     views: Views
@@ -49,7 +50,7 @@ class Probe:
             linear = linear_NC(known, train_NC, asked, l2=PROBE_L2)
             told[f"probe_linear_{name}"] = mean_average_precision(eval_NC, linear).value
             told[f"probe_knn_{name}"] = mean_average_precision(eval_NC, knn_NC(known, train_NC, asked)).value
-        return told
+        return {**told, SCORE: float(np.mean(list(told.values())))}
 
     def features(self, model: Jepa, rows_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The rows that can be read, and a vector for each; BrokenClip where none may be left out."""

@@ -38,7 +38,9 @@ class Pretrain:
     seed: int = 0
     log_every: int = 10  # steps
     checkpoint_every: int = 1_000  # steps
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest; the best by probe is kept beside them
+    keep_every: int = 0  # steps; checkpoints written at these are never deleted; 0: no such
+    max_gradient_norm: float = 0.0  # longer gradients are shortened to it; 0: any length
     health_every: int = 100  # steps, and after the last; 0: never
     probe_every: int = 0  # steps, and after the last; 0: never
     probe_clips: int = 2_000  # that probes under way are trained on, at most; half as many are measured on
@@ -54,6 +56,9 @@ class Pretrain:
         )
         if min(counts) < 1:
             raise ValueError(f"steps, clips and intervals must be at least 1, got {counts}")
+        if not (self.keep_every >= 0 and self.max_gradient_norm >= 0):
+            told = f"{self.keep_every} and {self.max_gradient_norm}"
+            raise ValueError(f"keep_every and max_gradient_norm must be 0 or more, got {told}")
         watched = (self.health_every, self.probe_every, self.probe_clips - 2)
         if min(watched) < 0:
             raise ValueError(f"health_every and probe_every must be 0 or more and probe_clips 2, got {self}")
