@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ajepa.jepa import Jepa
+from ajepa.jepa import TINY, Jepa
 from ajepa.recipes import Pretrain
 from ajepa.run import Json
 from ajepa.training_set import kept_splits, train_splits
@@ -67,6 +67,8 @@ def health(model: Jepa, batch: HealthBatch) -> Json:
     health_rank            effective rank of the target encoder's features, one for each valid token of the whole
                            clips: RankMe (arXiv 2210.02885), at most the encoder's width
     health_rank_clips      the same of each clip's mean, at most the number of clips
+    health_spread          how far these features lie from their mean, as a share of how far from 0 (root mean
+                           squares): 0 if all are alike
     health_content         share of the features' variance that is left once each position's mean is taken
                            away: 0 if a token tells where it lies and nothing of the sound
     health_dead            share of the features' dimensions that deviate by less than DEAD_SHARE of their root
@@ -112,11 +114,13 @@ def features_told(feature_BPD: Tensor, valid_BP: Tensor) -> dict[str, Tensor]:
     about_D = token_ND - token_ND.mean(0)
     within = (feature_BPD - position_PD)[valid_BP].square().sum()
     deviation_D = about_D.square().mean(0).sqrt()
+    size = token_ND.square().mean().sqrt()
     return {
+        "spread": about_D.square().mean().sqrt() / size.clamp(min=TINY),
         "rank": effective_rank(token_ND),
         "rank_clips": effective_rank(clip_BD),
-        "content": within / about_D.square().sum().clamp(min=torch.finfo(torch.float64).tiny),
-        "dead": (deviation_D < DEAD_SHARE * token_ND.square().mean().sqrt()).double().mean(),
+        "content": within / about_D.square().sum().clamp(min=TINY),
+        "dead": (deviation_D < DEAD_SHARE * size).double().mean(),
     }
 
 
@@ -128,5 +132,5 @@ def effective_rank(x_ND: Tensor) -> Tensor:
     x_ND = x_ND.double()
     gram = x_ND @ x_ND.T if len(x_ND) < x_ND.shape[1] else x_ND.T @ x_ND
     value_D = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
-    share_D = value_D / value_D.sum().clamp(min=torch.finfo(torch.float64).tiny) + RANK_EPSILON
+    share_D = value_D / value_D.sum().clamp(min=TINY) + RANK_EPSILON
     return (-(share_D * share_D.log()).sum()).exp()
