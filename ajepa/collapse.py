@@ -5,32 +5,26 @@ from itertools import takewhile
 
 from ajepa.run import Json
 
-LEAST_RANK = 4.0  # effective; `health_rank`
-LEAST_CONTENT = 0.02  # `health_content`
-MOST_DEAD = 0.5  # `health_dead`
-PATIENCE = 3  # looks in a row: some healthy runs pass through a dip of one
-
+LEAST_SPREAD, LEAST_RANK, LEAST_CONTENT = 0.2, 4.0, 0.02
+PATIENCE = 3  # looks in a row: healthy runs may pass through a dip
 ADVICE = (
-    "try a lower schedule.peak_lr, a slower teacher (schedule.ema_start nearer 1), model.loss=l2, or "
+    "try a lower schedule.peak_lr, a slower teacher (schedule.ema_start nearer 1), model.loss=l2 or "
     "model.targets=projection"
 )
 
 
-def signs(line: Json) -> list[str]:
-    """What in a logged line with `health_...` values means collapse, in words; nothing where all is well.
+def signs(look: Json) -> list[str]:
+    """What of `health.health` means collapse, in words; nothing where all is well.
 
-    The thresholds stand apart from what was seen (250 steps of `smoke` on 2,000 clips, and of the tests' tiny
-    recipe): PLACEHOLDER
+    spread under LEAST_SPREAD    PLACEHOLDER
     """
     found = []
-    if line["health_rank"] < LEAST_RANK:
-        found.append(f"effective rank {line['health_rank']:.1f} (under {LEAST_RANK:g})")
-    if line["health_content"] < LEAST_CONTENT:
-        found.append(
-            f"{line['health_content']:.1%} of the variance is not position (under {LEAST_CONTENT:.0%})"
-        )
-    if line["health_dead"] > MOST_DEAD:
-        found.append(f"{line['health_dead']:.0%} of the dimensions are dead (over {MOST_DEAD:.0%})")
+    if (spread := look["health_spread"]) < LEAST_SPREAD:
+        found.append(f"features deviate by {spread:.0%} of their size (healthy: over {LEAST_SPREAD:.0%})")
+    if (rank := look["health_rank"]) < LEAST_RANK:
+        found.append(f"their effective rank is {rank:.1f} (over {LEAST_RANK:g})")
+    if (content := look["health_content"]) < LEAST_CONTENT:
+        found.append(f"{content:.1%} of their variance is not position (over {LEAST_CONTENT:.0%})")
     return found
 
 

@@ -100,7 +100,7 @@ def open_watch(
         probe=open_probe(store, recipe, run.identity, on_broken, say),
         on_collapse=on_collapse,
         say=say,
-        looks=[line for line in run.metrics() if "health_rank" in line][-PATIENCE:],
+        looks=[line for line in run.metrics() if "health_spread" in line][-PATIENCE:],
     )
     if why := made.ill():
         raise RunError(f"{run.path}: {why}")
