@@ -102,6 +102,9 @@ def smoke() -> Pretrain:
         clips_per_step=8,
         log_every=1,
         checkpoint_every=10,
+        health_every=10,
+        probe_every=20,
+        probe_clips=100,
     )
 
 
@@ -126,6 +129,9 @@ def small() -> Pretrain:
         steps=1_000,
         clips_per_step=32,
         checkpoint_every=250,
+        health_every=200,
+        probe_every=1_000,
+        probe_clips=120,
     )
 
 
@@ -145,6 +151,8 @@ def audio_jepa() -> Pretrain:
         schedule=Schedule(peak_lr=3e-4),
         steps=100_000,
         clips_per_step=256,
+        health_every=500,
+        probe_every=10_000,
         crop="start",
     )
 
@@ -177,6 +185,8 @@ def a_jepa(size: Literal["s", "b", "l"] = "b") -> Pretrain:
         schedule=Schedule(peak_lr=2e-4),
         steps=steps,
         clips_per_step=512,
+        health_every=500,
+        probe_every=10_000,
         crop="start",
     )
 
