@@ -24,12 +24,14 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ajepa.devices import pick_device, precision
+from ajepa.curriculum import step_rng
+from ajepa.devices import Precision, pick_device, pick_precision, precision
 from ajepa.masking import Masks
 from ajepa.memory import GB, estimate
 from ajepa.patches import PatchGrid
-from ajepa.pretrain import Trainer, pretrain
+from ajepa.pretrain import pretrain
 from ajepa.recipes import Pretrain, recipe
+from ajepa.trainer import Trainer
 from ajepa.vit import encoder_spec
 from bench.build import LIST, make_files
 from bench.machine import machine, memory_mb
@@ -86,8 +88,12 @@ def noise(made: Pretrain, device: torch.device) -> Batch:
 
 def masks_of(made: Pretrain, step: int) -> Masks:
     """Those that the trainer draws at that step."""
-    rng = np.random.default_rng([made.seed, step, 0])
+    rng = step_rng(made.seed, step)
     return made.masks.maker(step, rng).sample(rng, made.model.encoder.grid, batch=made.clips_per_step)
+
+
+def numbers(device: torch.device, bf16: bool) -> Precision:
+    return pick_precision("bf16" if bf16 else "fp32", device)
 
 
 def sides_of(
@@ -98,8 +104,7 @@ def sides_of(
     masks, sides = masks_of(made, step), {}
     lr, momentum = made.schedule.lr(step, made.steps), made.schedule.momentum(step, made.steps)
     for name in (OURS, COMPILED) if compiled else (OURS,):
-        trainer = Trainer(made, device, compiled=name == COMPILED)
-        trainer.bf16 = bf16
+        trainer = Trainer(made, device, precision=numbers(device, bf16), compiled=name == COMPILED)
         sides[name] = lambda trainer=trainer: float(trainer.step(step, batch)["loss"])
     for name in (WRITTEN_OUT, FUSED):
         plain = PublishedStep(made, trainer.model, device, bf16=bf16, fused=name == FUSED)
@@ -188,8 +193,8 @@ def cost(made: Pretrain, device_name: str, bf16: bool, threads: int) -> tuple[fl
     tiny = recipe("smoke").resized(clips_per_step=1)
     Trainer(tiny, device).step(0, noise(tiny, device))  # what the libraries take is not the model's
     before = 0.0 if device.type == "cuda" else memory_mb(field="VmRSS") * 1e6
-    trainer, batch, took = Trainer(made, device), noise(made, device), []
-    trainer.bf16 = bf16
+    trainer = Trainer(made, device, precision=numbers(device, bf16))
+    batch, took = noise(made, device), list[float]()
     for _ in range(3):
         began = clock(device)
         trainer.step(made.steps // 2, batch)

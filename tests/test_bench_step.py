@@ -6,8 +6,9 @@ import torch
 from tiny import tiny
 
 from ajepa.curriculum import Fixed
+from ajepa.devices import pick_precision
 from ajepa.masking import RandomBlocks, RandomPatches
-from ajepa.pretrain import Trainer
+from ajepa.trainer import Trainer
 from bench.step import masks_of, noise
 from bench.step_baseline import PublishedStep, collated
 
@@ -19,8 +20,7 @@ CPU = torch.device("cpu")
 def test_the_published_step_learns_what_ours_learns(masking, fused):
     """Loss for loss over five updates: one model, one set of masks, one optimiser, one teacher."""
     recipe = tiny(masks=Fixed(masking=masking))
-    ours = Trainer(recipe, CPU)
-    ours.bf16 = False
+    ours = Trainer(recipe, CPU, precision=pick_precision("fp32", CPU))
     plain = PublishedStep(recipe, ours.model, CPU, bf16=False, fused=fused)
     batch, losses = noise(recipe, CPU), []
     for step in range(10, 15):
