@@ -35,7 +35,7 @@ PROTOCOL = {
     "linear": "logistic regression, one per class, of single labels one over all; L2 chosen from l2_grid",
     "knn": f"share of the {NEIGHBOURS} most similar (cosine) train clips that carry a class",
     "attentive": f"{attentive.HEADS} queries over at most {MOST_TOKENS} tokens (all rows by stretches of time), "
-    f"AdamW {attentive.PEAK_LR:g}, {attentive.STEPS} steps of {attentive.CLIPS_PER_STEP} clips at most",
+    f"AdamW {attentive.PEAK_LR:g}, {attentive.MOST_STEPS} steps of {attentive.CLIPS_PER_STEP} clips at most",
     "map": "macro, classes without an eval clip skipped; each label set trained and measured on itself",
     "folds_mean": "every metric is computed within a fold, then averaged",
     "intervals": "clips drawn again within each fold; percentiles moved to lie about the value",
