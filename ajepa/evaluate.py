@@ -50,6 +50,7 @@ def evaluate(
     store: Path | str | FeatureStore,
     run_path: Path,
     *,
+    checkpoint: str | int = "last",
     device: str = "auto",
     train_clips: int = 20_000,
     pooling: PoolingName = POOLING,
@@ -60,9 +61,9 @@ def evaluate(
     out: Path | None = None,
     progress: bool = False,
 ) -> Evaluation:
-    """Probe a run's newest checkpoint on a store of its mel spec: its own, or that of another task.
+    """Probe a checkpoint of a run on a store of its mel spec: its own, or that of another task.
 
-    The target (EMA) encoder is what is probed. What trains, chooses and measures is `Partition`'s to say; of
+    `checkpoint` is `Run.load`'s: last, best or a step. The target (EMA) encoder is what is probed. What trains, chooses and measures is `Partition`'s to say; of
     `labels` (all sets of the store, where none is named) each is trained and measured on itself. Labels are
     `single` where every clip has exactly one, if nothing else is said. Kept as `out`, else in the run's folder
     as evaluation.json, of another store as evaluation-STORE.json. RunError or StoreError where run, store and
@@ -74,11 +75,11 @@ def evaluate(
     refuse_unknown(probes)
     partition = Partition.of(store, recipe.seed, train_clips)
     truths = [Truth.of(store, name, partition, kind) for name in labels or store.label_sets]
-    checkpoint, on = run.load("target"), pick_device(device)
+    loaded, on = run.load("target", at=checkpoint), pick_device(device)
     views = Views(store=store, frames=recipe.view_frames, mean=run.identity["mean"], std=run.identity["std"])
     count = resamples(len(partition.eval_N), len(store.classes.mids))
     scores: list[Score] = []
-    for name, encoder in encoders(recipe, checkpoint, on).items():
+    for name, encoder in encoders(recipe, loaded, on).items():
         found = all_features(
             views,
             partition.rows_N,
@@ -95,7 +96,7 @@ def evaluate(
             bench = Bench(found=found, partition=partition, truth=truth, seed=recipe.seed, device=on)
             scores.append(bench.score(name, probe, count))
     evaluation = Evaluation(
-        protocol=protocol(run, checkpoint, store, partition)
+        protocol=protocol(run, loaded, store, partition)
         | {"pooling": pooling, "layer": str(layer), "resamples": count, "probes": list(probes)}
         | {"grid": grid_told(recipe), "seed": recipe.seed, "device": on.type},
         classes=tuple(zip(store.classes.mids, store.classes.names, strict=True)),

@@ -15,6 +15,7 @@ app = typer.Typer()
 def evaluate(
     store: Annotated[str, typer.Option(help="Feature store, NAME.zarr or s3://...", show_default=False)],
     run: Annotated[Path, typer.Option(help="Run folder made by pretrain.", show_default=False)],
+    checkpoint: Annotated[str, typer.Option(help="last, best (by probe), or a step that is kept.")] = "last",
     probe: Annotated[
         list[str] | None, typer.Option(help="linear, knn or attentive; repeats. [default: all]")
     ] = None,
@@ -57,6 +58,7 @@ def evaluate(
     found = stage.evaluate(
         FeatureStore.open(store, cache=cache, cache_gb=cache_gb),
         run,
+        checkpoint=checkpoint,
         device=device,
         train_clips=train_clips,
         pooling=pooling or POOLING,
