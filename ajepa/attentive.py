@@ -13,7 +13,7 @@ from ajepa.probes import goodness
 from pipeline.errors import RunError
 
 HEADS = 4
-MOST_STEPS, LEAST_STEPS, MOST_EPOCHS, CLIPS_PER_STEP = 600, 120, 40, 128
+MOST_STEPS, LEAST_STEPS, MOST_EPOCHS, CLIPS_PER_STEP = 600, 120, 150, 128
 LOOKS = 12  # times that the clips to choose with are looked at
 PEAK_LR, WEIGHT_DECAY = 3e-3, 0.01
 CLIPS_PER_PASS = 1_024
@@ -94,7 +94,7 @@ def attended(
 
 
 def steps_for(clips: int) -> int:
-    """Forty epochs of so many clips, but 120 steps at least and 600 at most; a multiple of the looks."""
+    """150 epochs of so many clips, but 120 steps at least and 600 at most; a multiple of the looks."""
     epochs = MOST_EPOCHS * -(-clips // CLIPS_PER_STEP)
     return int(np.clip(epochs, LEAST_STEPS, MOST_STEPS)) // LOOKS * LOOKS
 
