@@ -13,7 +13,8 @@ from ajepa.probes import goodness
 from pipeline.errors import RunError
 
 HEADS = 4
-STEPS, CLIPS_PER_STEP, LOOKS = 600, 128, 12  # twelve times the clips to choose with are looked at
+MOST_STEPS, LEAST_STEPS, MOST_EPOCHS, CLIPS_PER_STEP = 600, 120, 150, 128
+LOOKS = 12  # times that the clips to choose with are looked at
 PEAK_LR, WEIGHT_DECAY = 3e-3, 0.01
 CLIPS_PER_PASS = 1_024
 
@@ -57,7 +58,7 @@ def attended(
     single: bool,
     device: torch.device,
 ) -> Attended:
-    """Train the probe with AdamW for `STEPS` steps; the clips of `val` choose how many of these are kept.
+    """Train the probe with AdamW for `steps_for` steps; the clips of `val` choose how many of these are kept.
 
     Tokens are standardised with the mean and deviation of the train clips' valid tokens. Deterministic on a CPU.
     """
@@ -67,7 +68,7 @@ def attended(
     classes = train_NC.shape[1]
     probe = AttentiveProbe(train.tokens_NMD.shape[-1], classes).to(device)
     solver = torch.optim.AdamW(probe.parameters(), lr=PEAK_LR, weight_decay=WEIGHT_DECAY)
-    rng = np.random.default_rng([seed, 3])
+    rng, steps = np.random.default_rng([seed, 3]), steps_for(len(train_NC))
 
     def said(clips: Features, clips_B: np.ndarray) -> Tensor:
         tokens_BMD, valid_BM = (torch.from_numpy(a).to(device) for a in tokens_of(clips, clips_B))
@@ -80,16 +81,22 @@ def attended(
             return torch.cat([said(clips, clips_B) for clips_B in passes]).cpu().numpy()
 
     best, kept = -1.0, Attended(scores_NC=np.zeros((0, classes)), steps=0)
-    for step in range(1, STEPS + 1):
-        solver.param_groups[0]["lr"] = PEAK_LR * (1 + math.cos(math.pi * (step - 1) / STEPS)) / 2
+    for step in range(1, steps + 1):
+        solver.param_groups[0]["lr"] = PEAK_LR * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
         clips_B = rng.choice(len(train_NC), min(CLIPS_PER_STEP, len(train_NC)), replace=False)
         loss = entropy(said(train, clips_B), torch.from_numpy(train_NC[clips_B]).to(device), single=single)
         solver.zero_grad()
         loss.backward()
         solver.step()
-        if step % (STEPS // LOOKS) == 0 and (now := goodness(val_NC, scores_NC(val), single=single)) > best:
+        if step % (steps // LOOKS) == 0 and (now := goodness(val_NC, scores_NC(val), single=single)) > best:
             best, kept = now, Attended(scores_NC=scores_NC(measured), steps=step)
     return kept
+
+
+def steps_for(clips: int) -> int:
+    """150 epochs of so many clips, but 120 steps at least and 600 at most; a multiple of the looks."""
+    epochs = MOST_EPOCHS * -(-clips // CLIPS_PER_STEP)
+    return int(np.clip(epochs, LEAST_STEPS, MOST_STEPS)) // LOOKS * LOOKS
 
 
 def entropy(scores_BC: Tensor, labels_BC: Tensor, *, single: bool) -> Tensor:

@@ -35,7 +35,7 @@ PROTOCOL = {
     "linear": "logistic regression, one per class, of single labels one over all; L2 chosen from l2_grid",
     "knn": f"share of the {NEIGHBOURS} most similar (cosine) train clips that carry a class",
     "attentive": f"{attentive.HEADS} queries over at most {MOST_TOKENS} tokens (all rows by stretches of time), "
-    f"AdamW {attentive.PEAK_LR:g}, {attentive.STEPS} steps of {attentive.CLIPS_PER_STEP} clips at most",
+    f"AdamW {attentive.PEAK_LR:g}, {attentive.MOST_STEPS} steps of {attentive.CLIPS_PER_STEP} clips at most",
     "map": "macro, classes without an eval clip skipped; each label set trained and measured on itself",
     "folds_mean": "every metric is computed within a fold, then averaged",
     "intervals": "clips drawn again within each fold; percentiles moved to lie about the value",
@@ -63,11 +63,11 @@ def evaluate(
 ) -> Evaluation:
     """Probe a checkpoint of a run on a store of its mel spec: its own, or that of another task.
 
-    `checkpoint` is `Run.load`'s: last, best or a step. The target (EMA) encoder is what is probed. What trains,
+    `checkpoint` is `Run.load`'s: last, best or a step; its target (EMA) encoder is what is probed. What trains,
     chooses and measures is `Partition`'s to say; of `labels` (all sets of the store, where none is named) each is
-    trained and measured on itself. Labels are `single` where every clip has exactly one, if nothing else is said.
-    Kept as `out`, else in the run's folder as evaluation.json, of another store as evaluation-STORE.json. RunError
-    or StoreError where run, store and labels do not fit.
+    trained and measured on itself. Labels are `single` where every clip has exactly one, if nothing else is
+    said. Kept as `out`, else in the run's folder as evaluation.json, of another store as evaluation-STORE.json.
+    RunError or StoreError where run, store and labels do not fit.
     """
     run = Run.open(run_path)
     recipe = from_json(run.recipe)
@@ -98,7 +98,7 @@ def evaluate(
     evaluation = Evaluation(
         protocol=protocol(run, loaded, store, partition)
         | {"pooling": pooling, "layer": str(layer), "resamples": count, "probes": list(probes)}
-        | {"grid": grid_told(recipe), "seed": recipe.seed, "device": on.type},
+        | {"checkpoint": str(checkpoint), "grid": grid_told(recipe), "seed": recipe.seed, "device": on.type},
         classes=tuple(zip(store.classes.mids, store.classes.names, strict=True)),
         scores=tuple(scores),
     )

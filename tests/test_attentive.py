@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
-from ajepa.attentive import STEPS, AttentiveProbe, attended, token_scale
+from ajepa.attentive import AttentiveProbe, attended, steps_for, token_scale
 from ajepa.features import Features
 from pipeline.errors import RunError
 
@@ -63,7 +63,7 @@ def test_the_same_clips_give_the_same_scores():
     one, two = said()[0], said()[0]
     assert np.array_equal(one.scores_NC, two.scores_NC)
     assert one.steps == two.steps
-    assert one.steps % (STEPS // 12) == 0
+    assert one.steps % (steps_for(400) // 12) == 0
 
 
 def test_it_starts_as_a_linear_probe_on_the_mean_of_the_valid_tokens():
@@ -88,6 +88,12 @@ def test_tokens_are_standardised_over_the_valid_ones():
     np.testing.assert_allclose(mean_D, held_ND.mean(0), atol=1e-5)
     np.testing.assert_allclose(scale_D[:7], 1 / held_ND.std(0)[:7], rtol=1e-5)
     assert scale_D[7] == 0
+
+
+@pytest.mark.parametrize(("clips", "steps"), [(30, 144), (200, 300), (20_000, 600)])
+def test_it_is_trained_for_a_bounded_time(clips, steps):
+    """Few clips are not shown a thousand times, many not all."""
+    assert steps_for(clips) == steps
 
 
 def test_features_without_tokens_are_refused():
