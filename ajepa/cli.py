@@ -89,7 +89,7 @@ def pretrain(
 
     The same command again carries on from the last checkpoint, exactly. Ctrl-C,
     SIGTERM or SIGUSR1 write one and end with status 75. On several GPUs:
-    `torchrun --no-python --nproc-per-node 8 ajepa-train pretrain ...`.
+    `torchrun --standalone --no-python --nproc-per-node 8 -- ajepa-train ...`.
 
     Example: ajepa-train pretrain --store as20k.zarr --recipe small --run runs/a
     """

@@ -1,5 +1,6 @@
 """Rank, number of ranks, what they agree on, and how they end together: the processes of `torchrun`."""
 
+import inspect
 import os
 import signal
 import threading
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,7 +73,11 @@ class World:
         """
         if self.size == 1:
             return model
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # torch 2.14 has another name for it, and warns of the old one
+        named = inspect.signature(DistributedDataParallel).parameters
+        synced = "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers"
+        how: dict[str, Any] = {synced: False, "gradient_as_bucket_view": True}
+        return DistributedDataParallel(model, **how)
 
 
 ALONE = World()
