@@ -86,7 +86,7 @@ def pretrain(
 
     The same command again carries on from the last checkpoint, exactly. Ctrl-C,
     SIGTERM or SIGUSR1 write one and end with status 75. On several GPUs:
-    `torchrun --no-python --nproc-per-node 8 ajepa-train pretrain ...`.
+    `torchrun --standalone --no-python --nproc-per-node 8 -- ajepa-train ...`.
 
     Example: ajepa-train pretrain --store as20k.zarr --recipe small --run runs/a
     """
@@ -203,6 +203,24 @@ def report(
 
     for picture in seen.report(FeatureStore.open(store, cache=cache, cache_gb=cache_gb), run, out):
         print(picture)
+
+
+@app.command()
+def doctor() -> None:
+    """Look at what training needs here: device, DALI, a few steps on a small store.
+
+    Takes about 15 s. Status 1 where something is broken, with what mends it.
+
+    Example: ajepa-train doctor
+    """
+    from tempfile import TemporaryDirectory
+
+    from ajepa.doctor import train_findings
+    from pipeline.doctor import told
+
+    with TemporaryDirectory() as trial:
+        for line in told(train_findings(Path(trial))):
+            print(line, flush=True)
 
 
 def main() -> NoReturn:

@@ -37,16 +37,14 @@ def pick_precision(name: PrecisionName, device: torch.device) -> Precision:
         raise RunError(f"--precision {name}: expected {', '.join(get_args(PrecisionName))}")
     if name == "fp16" and device.type == "cpu":
         raise RunError("--precision fp16: computes on CUDA devices only; on a CPU use auto, bf16 or fp32")
-    bf16, told = precision(device)
-    if name == "auto":
-        return Precision(dtype=torch.bfloat16 if bf16 else torch.float32, told=told)
     if name == "fp32":
         return Precision(dtype=torch.float32, told="fp32, as asked")
     if name == "fp16":
         return Precision(dtype=torch.float16, told="fp16 autocast with a scaled loss, as asked")
-    return Precision(
-        dtype=torch.bfloat16, told=told if bf16 else "bf16 autocast, as asked; emulated and slow"
-    )
+    bf16, told = precision(device)
+    if name == "bf16" and not bf16:
+        return Precision(dtype=torch.bfloat16, told="bf16 autocast, as asked; emulated and slow")
+    return Precision(dtype=torch.bfloat16 if bf16 else torch.float32, told=told)
 
 
 def precision(device: torch.device) -> tuple[bool, str]:

@@ -300,3 +300,21 @@ def test_what_a_watch_tells_is_logged_at_its_step(store_path, tmp_path):
     train(run, trainer, repeat(batch), threading.Event(), progress=False, watch=EveryThird())
     told = {line["step"]: line.get("probe_map") for line in run.metrics()}
     assert told == {3: 0.3, 4: None, 6: 0.6}
+
+
+def test_the_best_step_by_the_watchs_probe_has_a_checkpoint_that_stays(store_path, tmp_path):
+    """Wherever the probe came, and whatever is dropped after it; a tie is not better."""
+    recipe = tiny(steps=9, masks=replace(tiny().masks, steps=9), keep_checkpoints=1)
+    run = Run.start(tmp_path / "run", recipe=to_json(recipe), identity={})
+
+    class Probes:
+        def after(self, done: int) -> dict:
+            found = {1: 0.1, 3: 0.4, 6: 0.4, 8: 0.3}
+            return {"probe_map": found[done]} if done in found else {}
+
+    trainer, batch = Trainer(recipe, torch.device("cpu")), first_batch(FeatureStore.open(store_path))
+    how = {"progress": False, "watch": Probes(), "keep_every": 7}
+    assert train(run, trainer, repeat(batch), threading.Event(), **how) == 9
+    assert [folder.name[-1] for folder in run.checkpoints()] == ["3", "7", "9"]
+    assert run.best is not None
+    assert (run.best.step, run.best.score) == (3, 0.4)

@@ -301,7 +301,7 @@ def test_the_progress_line_fits_80_columns():
     drawn = tqdm.format_meter(
         100_000, 200_000, 100_000, ncols=80, bar_format=PROGRESS, postfix=postfix(line), ascii=True
     )
-    assert drawn == "100000/200000|#5 |ETA 27:46:40, loss 0.123, rank 1024, 12346 clips/s, wait 100%"
+    assert drawn == "100000/200000|##  |ETA 27:46:40, loss 0.123, rank 1024, 12346 clips/s, wait 100%"
     assert len(drawn) <= 80
     del line["health_rank"]
     assert postfix(line) == "loss 0.123, 12346 clips/s, wait 100%"
