@@ -64,6 +64,7 @@ class Watch(Protocol):
 
 SCORE = "probe_map"  # what a watch tells of a step, by which checkpoints are compared
 EVENTS = "tensorboard"
+PROGRESS = "{n_fmt}/{total_fmt}|{bar}|ETA {remaining}{postfix}"
 
 
 def train(
@@ -140,7 +141,7 @@ def bar_of(first: int, steps: int, *, shown: bool) -> tqdm:
         disable=not shown,
         dynamic_ncols=True,
         mininterval=every,
-        bar_format="{n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}",
+        bar_format=PROGRESS,
     )
 
 

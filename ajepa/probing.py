@@ -19,7 +19,7 @@ from ajepa.training_set import kept_splits
 from pipeline.errors import BrokenClip
 from pipeline.joined import AnyStore
 
-PROBE_L2 = 0.1  # one penalty instead of a search: near the best of the four recipes' encoders that were tried
+PROBE_L2 = 0.1  # the second of `probes.L2_GRID`: one stated penalty, where a search would cost ten fits
 EVAL_SHARE = 0.5  # clips that are measured on, at most, for each that is trained on
 
 

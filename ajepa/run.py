@@ -40,6 +40,7 @@ class Run:
     tensorboard/                  the same for TensorBoard, a file for each time that the run was carried on
     checkpoints/step-00001000/    PART.safetensors for each part, state.json with step, score, sha256 digests
     bad-step-00001000/            what explains a step that ended the run, see `bad_step.py`
+    compute.json                  what it has cost up to each checkpoint, see `compute.py`
     evaluation.json               what `ajepa-train evaluate` found, where it was run
 
     A checkpoint folder is complete or absent; no file needs pickle.
