@@ -93,6 +93,7 @@ def assigned(
     task: Task, store: FeatureStore, *, label_set: str = "raw", fold: int | None = None
 ) -> Assignment:
     """The task on the store; `fold` where it has such. RunError or StoreError names what does not fit."""
+    refuse_other_classes(task, store)
     train, measured = splits_of(task, store, fold)
     train_N, eval_N = store.good_rows(train), store.good_rows(measured)
     classes, merge_SC = classes_of(task, store, train_N, label_set)
@@ -163,7 +164,7 @@ def folds_of(task: Task, store: FeatureStore) -> tuple[str, ...]:
 def classes_of(
     task: Task, store: FeatureStore, train_N: np.ndarray, label_set: str
 ) -> tuple[ClassList, np.ndarray]:
-    """The task's classes, and which of them each of the store's is, `merge_SC`; RunError where they disagree."""
+    """The task's classes, and which of them each of the store's is, `merge_SC`; RunError where no clip has one."""
     held = store.classes
     if task.classes is None:
         class_S = np.flatnonzero(store.labels_BC(train_N, label_set).any(axis=0))
@@ -174,7 +175,6 @@ def classes_of(
         names = zip(*((held.mids[index], held.names[index]) for index in class_S), strict=True)
         mids, spoken = names
         return ClassList(mids=mids, names=spoken), np.eye(len(held), dtype=np.float32)[:, class_S]
-    refuse_other_classes(task, store)
     if not task.told_apart:
         place_C = [held.index_of[mid] for mid in task.classes.mids]
         return task.classes, np.eye(len(held), dtype=np.float32)[:, place_C]
@@ -187,7 +187,8 @@ def classes_of(
 
 def refuse_other_classes(task: Task, store: FeatureStore) -> None:
     """RunError where the store's class list is not the task's: how many both have, and what is missing."""
-    assert task.classes is not None
+    if task.classes is None:
+        return
     wanted, held = task.classes.mids, store.classes.mids
     missing, more = (
         [c for c in one if c not in set(other)] for one, other in ((wanted, held), (held, wanted))

@@ -8,12 +8,14 @@ from typing import Literal
 import torch
 
 from ajepa.assignment import Assignment, assigned
+from ajepa.classifier import Vit
 from ajepa.devices import pick_device
 from ajepa.evaluate import EVALUATION, Views
 from ajepa.finetune_recipes import Finetune
 from ajepa.finetuner import Finetuner
 from ajepa.loop import asked_to_stop, train
 from ajepa.models import of_frames
+from ajepa.probed_head import probed_head
 from ajepa.recipes import to_json
 from ajepa.run import Json, Run
 from ajepa.scores import ClassScores, keep, logits_of, scores
@@ -60,11 +62,11 @@ def finetune(
         run = Run.start(run_path, recipe=to_json(recipe), identity=identity)
         with run.locked():
             run.rewind()
-            trainer = trainer_of(run, recipe, assignment, on, start)
-            watch = Measuring(trainer, assignment, identity)
             if run.finished and (run.path / EVALUATION).exists():
                 say(f"{run.path}: already at its last step, {run.step}")
                 return run
+            trainer = trainer_of(run, recipe, assignment, on, start)
+            watch = Measuring(trainer, assignment, identity)
             told(run, recipe, assignment, trainer, say)
             if not run.finished:
                 with asked_to_stop() as stop:
@@ -83,9 +85,7 @@ class Measuring:
 
     def __init__(self, trainer: Finetuner, assignment: Assignment, identity: Json) -> None:
         self.trainer, self.assignment = trainer, assignment
-        frames = trainer.recipe.model.frames
-        mean, std = identity["mean"], identity["std"]
-        self.views = Views(store=assignment.store, frames=frames, mean=mean, std=std)
+        self.views = views_of(assignment, trainer.recipe, identity)
         self.last: list[ClassScores] = []
 
     def after(self, done: int) -> Json:
@@ -106,14 +106,27 @@ class Measuring:
 def trainer_of(
     run: Run, recipe: Finetune, assignment: Assignment, device: torch.device, start: Start | None
 ) -> Finetuner:
-    """The trainer where the run stands: at its newest checkpoint, or with the encoder that it starts from."""
+    """The trainer where the run stands: at its newest checkpoint, or with the encoder that it starts from.
+
+    And with its probed head, if the recipe asks for one.
+    """
     merge_SC = torch.from_numpy(assignment.merge_SC)
     trainer = Finetuner(recipe, merge_SC, device, single=assignment.single)
     if run.step:
         trainer.restore(run.load())
     elif start:
-        trainer.start_from(start.weights())
+        trainer.take(start.weights())
+        if recipe.head == "probe" and isinstance(trainer.model, Vit):
+            views = views_of(assignment, recipe, run.identity)
+            weight_CD, bias_C = probed_head(trainer.model, views, assignment, recipe.seed)
+            trainer.take({"head.weight": weight_CD, "head.bias": bias_C})
     return trainer
+
+
+def views_of(assignment: Assignment, recipe: Finetune, identity: Json) -> Views:
+    """Whole clips in views of the model's length."""
+    mean, std = identity["mean"], identity["std"]
+    return Views(store=assignment.store, frames=recipe.model.frames, mean=mean, std=std)
 
 
 def told(

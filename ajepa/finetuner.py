@@ -34,11 +34,11 @@ class Finetuner:
         self.optimiser = layered_adamw(self.model.layers(), recipe.optimiser, recipe.layer_decay)
         self.bf16, self.precision = precision(device)
 
-    def start_from(self, encoder: dict[str, Tensor]) -> None:
-        """Take over a pre-trained encoder; the head stays as it was drawn."""
+    def take(self, weights: dict[str, Tensor]) -> None:
+        """Take over some weights, such as a pre-trained encoder's; the others stay as they were drawn."""
         for model in (self.model, self.average):
             if model is not None:
-                model.encoder.load_state_dict(encoder)  # type: ignore[attr-defined]
+                model.load_state_dict({**model.state_dict(), **weights})
 
     @property
     def measured(self) -> Classifier:

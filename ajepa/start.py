@@ -62,11 +62,11 @@ class Start:
         return {"step": state["step"], "sha256": state["sha256"][self.part]}
 
     def weights(self) -> dict[str, Tensor]:
-        """The encoder's; RunError where the checkpoint is damaged."""
+        """The encoder's, named as in a classifier; RunError where the checkpoint is damaged."""
         held = self.run.load(self.part).parts[self.part]
         if self.part == "target":
-            return held
-        return {name.removeprefix(ENCODER): value for name, value in held.items() if name.startswith(ENCODER)}
+            return {f"{ENCODER}{name}": value for name, value in held.items()}
+        return {name: value for name, value in held.items() if name.startswith(ENCODER)}
 
     def adopted(self, recipe: Finetune) -> Finetune:
         """The recipe with this encoder and its mel spec; views, drop path and masking stay the recipe's.

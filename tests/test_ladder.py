@@ -140,6 +140,7 @@ LADDER = [
     "ajepa.finetuner",
     "ajepa.start",
     "ajepa.scores",
+    "ajepa.probed_head",
     "ajepa.finetune",
     "ajepa.folds",
     "ajepa.finetune_commands",
