@@ -146,8 +146,10 @@ def test_what_is_measured_is_the_average_of_the_weights(store, whole, start):
     assert [score.value for score in measuring.measure()] == [
         score.value for score in kept_scores(whole.path)
     ]
+    rows_N = assignment.eval_N
+    averaged_NC = logits_of(trainer.measured, measuring.views, rows_N, CPU, bf16=False)
     trainer.average = None
-    assert measuring.measure()[0].value != kept_scores(whole.path)[0].value
+    assert not np.allclose(logits_of(trainer.measured, measuring.views, rows_N, CPU, bf16=False), averaged_NC)
 
 
 def test_training_starts_from_the_pre_trained_encoder_and_its_average_too(store, start, whole, tmp_path):
@@ -171,7 +173,7 @@ def test_training_starts_from_the_pre_trained_encoder_and_its_average_too(store,
 def test_a_probed_head_is_the_linear_probe_before_the_first_step(store, start, tmp_path):
     """What it says of held-out clips is what the probe on frozen features says: the same logits, the same mAP."""
     assignment = assigned(OWN, store)
-    recipe = start.adopted(tiny_finetune(head="probe"))
+    recipe = start.adopted(tiny_finetune(1024, head="probe"))  # one view: means over views weigh by frames
     new = Run(path=tmp_path, recipe={}, identity=assignment.identity(), versions={})
     trainer = trainer_of(new, recipe, assignment, CPU, start)
     views = views_of(assignment, recipe, new.identity)
@@ -182,11 +184,7 @@ def test_a_probed_head_is_the_linear_probe_before_the_first_step(store, start, t
     labels_NC = assignment.labels_NC(assignment.train_N)
     probed_NC = linear_NC(train_ND, labels_NC, eval_ND, l2=chosen_l2(train_ND, labels_NC, recipe.seed))
     told_NC = logits_of(trainer.measured, views, assignment.eval_N, CPU, bf16=False)
-    same_N = (
-        store.n_frames_N[assignment.eval_N] == store.frames
-    )  # views of shorter clips weigh by frames, not tokens
-    assert same_N.sum() > 5
-    np.testing.assert_allclose(told_NC[same_N], probed_NC[same_N], atol=0.1)
+    np.testing.assert_allclose(told_NC, probed_NC, rtol=1e-3, atol=2e-2)
 
 
 @pytest.mark.parametrize("frames", [16, 256])
