@@ -45,10 +45,26 @@ class Trainer(Protocol):
         """Stand where `checkpoint` was written."""
 
 
+class Watch(Protocol):
+    """What looks at the model beside the loop."""
+
+    def after(self, done: int) -> Json:
+        """What there is to log after `done` steps: called after every step, empty most of the time."""
+
+
 def train(
-    run: Run, trainer: Trainer, batches: Iterator[Batch], stop: threading.Event, *, progress: bool
+    run: Run,
+    trainer: Trainer,
+    batches: Iterator[Batch],
+    stop: threading.Event,
+    *,
+    progress: bool,
+    watch: Watch | None = None,
 ) -> None:
-    """Every step after the run's checkpoint, up to the recipe's last or until asked to stop."""
+    """Every step after the run's checkpoint, up to the recipe's last or until asked to stop.
+
+    A step of which `watch` has something to tell is logged whenever it comes.
+    """
     recipe, clock, first = trainer.recipe, Clock(), run.step
     with bar_of(first, recipe.steps, shown=progress) as bar:
         for step in range(first, recipe.steps):
@@ -58,8 +74,9 @@ def train(
             clock.clips += len(batch.rows_B)
             clock.skipped += batch.skipped
             done, last = step + 1, step + 1 == recipe.steps
-            if done % recipe.log_every == 0 or last:
-                line = {"step": done, **line, **clock.read()}
+            seen = watch.after(done) if watch else {}
+            if seen or done % recipe.log_every == 0 or last:
+                line = {"step": done, **line, **clock.read(), **seen}
                 run.log(line)
                 bar.set_postfix_str(postfix(line), refresh=False)
             bar.update()

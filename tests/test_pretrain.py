@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,9 @@ import torch
 from tiny import tiny
 
 from ajepa.devices import pick_device, precision
+from ajepa.loop import train
 from ajepa.pretrain import Trainer, pretrain
-from ajepa.recipes import audio_jepa
+from ajepa.recipes import audio_jepa, to_json
 from ajepa.run import Run
 from ajepa.training_set import EVAL_SPLIT, train_splits
 from pipeline.errors import BrokenClip, InputError, Interrupted, RunError
@@ -54,6 +57,7 @@ def whole(store_path, tmp_path_factory) -> Run:
 KILLED_AT_17 = """
 import os, signal, sys
 from pathlib import Path
+from ajepa.loop import train
 from ajepa.pretrain import pretrain
 from ajepa.run import Run
 from ajepa.training_set import EVAL_SPLIT, train_splits
@@ -274,3 +278,18 @@ def test_masks_are_the_same_on_resume_and_another_at_every_step():
 
     assert np.array_equal(drawn(3), drawn(3))
     assert not np.array_equal(drawn(3)[:, :4], drawn(4)[:, :4])
+
+
+def test_what_a_watch_tells_is_logged_at_its_step(store_path, tmp_path):
+    """A probe between two logged steps must not be lost."""
+    recipe = tiny(steps=6, masks=replace(tiny().masks, steps=6), log_every=4)
+    run = Run.start(tmp_path / "run", recipe=to_json(recipe), identity={})
+
+    class EveryThird:
+        def after(self, done: int) -> dict:
+            return {} if done % 3 else {"probe_map": done / 10}
+
+    trainer, batch = Trainer(recipe, torch.device("cpu")), first_batch(FeatureStore.open(store_path))
+    train(run, trainer, repeat(batch), threading.Event(), progress=False, watch=EveryThird())
+    told = {line["step"]: line.get("probe_map") for line in run.metrics()}
+    assert told == {3: 0.3, 4: None, 6: 0.6}

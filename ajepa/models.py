@@ -1,0 +1,30 @@
+"""Every kind of classifier by name: what shapes it, and what makes it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ajepa.classifier import Classifier, ClassifierSpec, Vit, VitSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """A kind of classifier: `build(spec, classes, seed)` makes one of a spec of that type."""
+
+    spec: type
+    build: Callable[[Any, int, int], Classifier]
+
+
+MODELS: dict[str, Model] = {
+    "vit": Model(spec=VitSpec, build=Vit),
+}
+
+
+def model_name(spec: ClassifierSpec) -> str:
+    """The name of the kind of classifier that a spec shapes."""
+    return next(name for name, model in MODELS.items() if isinstance(spec, model.spec))
+
+
+def built(spec: ClassifierSpec, classes: int, seed: int) -> Classifier:
+    """The classifier of a spec, with weights that `seed` decides."""
+    return MODELS[model_name(spec)].build(spec, classes, seed)
