@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ajepa.classifier import Classifier, ClassifierSpec, Vit, VitSpec
+from ajepa.cnn6 import Cnn6, Cnn6Spec
+from ajepa.convnext import ConvNext, ConvNextSpec
+from ajepa.passt import Passt, PasstSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,6 +20,9 @@ class Model:
 
 MODELS: dict[str, Model] = {
     "vit": Model(spec=VitSpec, build=Vit),
+    "cnn6": Model(spec=Cnn6Spec, build=Cnn6),
+    "convnext": Model(spec=ConvNextSpec, build=ConvNext),
+    "passt": Model(spec=PasstSpec, build=Passt),
 }
 
 
