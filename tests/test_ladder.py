@@ -130,6 +130,7 @@ LADDER = [
     "ajepa.pretrain",
     "ajepa.probes",
     "ajepa.evaluate",
+    "ajepa.hlp_table",
     "ajepa.mask_picture",
     "ajepa.report",
     "ajepa.cli",
