@@ -5,6 +5,8 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
+from ajepa.finetune_commands import finetune
+from ajepa.hlp_study_commands import hlp_study
 from pipeline.command_line import Cache, CacheGb, run_app
 from pipeline.files import CACHE_GB
 
@@ -105,6 +107,10 @@ def pretrain(
     )
     there = f"{store[0]} --cache {cache}" if cache else store[0]
     print(f"{run}: done, {done.step} steps. Next: ajepa-train evaluate --store {there} --run {run}")
+
+
+app.command()(finetune)
+app.command("hlp-study")(hlp_study)
 
 
 @app.command()

@@ -14,7 +14,7 @@ from ajepa.jepa import Jepa
 from ajepa.loop import asked_to_stop, train
 from ajepa.masking import Masks
 from ajepa.memory import refuse_too_large
-from ajepa.optimiser import adamw
+from ajepa.optimiser import adamw, moments_of, restore_moments
 from ajepa.recipes import Pretrain, to_json
 from ajepa.run import Checkpoint, Json, Run
 from ajepa.training_set import TrainingSet, splits_told
@@ -128,21 +128,13 @@ class Trainer:
     def checkpoint(self, step: int) -> Checkpoint:
         """Everything that the next step stands on."""
         parts = {name: getattr(self.model, name).state_dict() for name in MODELS}
-        return Checkpoint(step=step, parts={**parts, "optimiser": self._moments()})
+        return Checkpoint(step=step, parts={**parts, "optimiser": moments_of(self.optimiser)})
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Stand where `checkpoint` was written."""
         for name in MODELS:
             getattr(self.model, name).load_state_dict(checkpoint.parts[name])
-        packed = self.optimiser.state_dict()
-        for name, value in checkpoint.parts["optimiser"].items():
-            index, key = name.split(".")
-            packed["state"].setdefault(int(index), {})[key] = value
-        self.optimiser.load_state_dict(packed)
-
-    def _moments(self) -> dict[str, Tensor]:
-        state = self.optimiser.state_dict()["state"]
-        return {f"{index}.{key}": value for index, moments in state.items() for key, value in moments.items()}
+        restore_moments(self.optimiser, checkpoint.parts["optimiser"])
 
 
 def view_of(identity: Json, recipe: Pretrain) -> View:
