@@ -153,12 +153,12 @@ def measure(study: Study, run: Run, model: str, arm: str, device: str) -> Iterat
     """A run's scores by raw and by propagated labels; of one trained on raw ones also with propagated scores."""
     recipe, seed = study.recipes[model], run.recipe["seed"]
     store = store_for(recipe, study.stores)
-    rows_N = eval_rows(store, study)
+    rows_N = eval_rows(store)
     logits_NC = predicted(run, recipe, store, rows_N, device)
     transfer_NC = labels_NT = None
     if study.fsd50k:
         other = store_for(recipe, study.fsd50k)
-        other_N = other.good_rows(eval_splits(other))
+        other_N = eval_rows(other)
         transfer_NC, labels_NT = predicted(run, recipe, other, other_N, device), other.labels_BC(other_N, RAW)
     for name in (arm, POSTHOC) if arm == RAW else (arm,):
         if name == POSTHOC:
@@ -183,7 +183,7 @@ def relation_of(store: FeatureStore, rule: str) -> np.ndarray:
     return relation_CC(rule, ontology=ontology_of(store.path, rule, digest), classes=store.classes)
 
 
-def eval_rows(store: FeatureStore, study: Study) -> np.ndarray:
+def eval_rows(store: FeatureStore) -> np.ndarray:
     """The good clips of the splits to measure that have a label."""
     rows_N = store.good_rows(eval_splits(store))
     return rows_N[store.labels_BC(rows_N, RAW).any(axis=1)]
@@ -219,7 +219,7 @@ def result_of(study: Study, trainings: list[Training]) -> HlpResult:
         "rule": study.rule,
         "seeds": list(range(study.seeds)),
         "train_clips": len(train_N),
-        "eval_clips": len(eval_rows(store, study)),
+        "eval_clips": len(eval_rows(store)),
         "recipes": {name: to_json(recipe) for name, recipe in study.recipes.items()},
         "fsd50k": [store.store_id for store in study.fsd50k],
     }

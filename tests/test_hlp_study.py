@@ -76,7 +76,7 @@ def test_transfer_is_measured_on_the_shared_classes(done):
 
 def test_propagated_scores_differ_from_raw_ones_only_above_what_is_implied(done, store):
     """A class that nothing implies keeps its average precision."""
-    study, _, result = done
+    _, _, result = done
     adds_CC = relation_of(store, "unambiguous")
     implied_C = adds_CC.any(axis=0)
     raw, posthoc = (result.arm("cnn6", arm)[0].of(RAW).per_class for arm in (RAW, POSTHOC))
@@ -84,7 +84,7 @@ def test_propagated_scores_differ_from_raw_ones_only_above_what_is_implied(done,
         b for b, gains in zip(posthoc, implied_C, strict=True) if not gains
     ]
     assert implied_C.any()
-    assert len(eval_rows(store, study)) > 0
+    assert len(eval_rows(store)) > 0
 
 
 def test_the_counts_are_of_the_clips_trained_on(done, store):
