@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ajepa.finetune_recipes import Finetune, SamplingName
+from ajepa.finetuning import Finetune
 from ajepa.run import Json
 from ajepa.tasks.task import Task
 from ajepa.training_set import eval_splits, train_splits
@@ -77,15 +77,15 @@ class Assignment:
         if recipe.sampling == "repeated":
             rows_N = repeated(rows_N, self.labels_NC(rows_N))
         if recipe.sampling.startswith("balanced"):
-            sampling = self._weighted(recipe.sampling, recipe.clips_per_epoch or len(rows_N))
+            sampling = self._weighted(recipe, recipe.clips_per_epoch or len(rows_N))
         elif recipe.clips_per_epoch:
             raise RunError(f"recipe {recipe.name}: clips_per_epoch is for balanced sampling; set it to 0")
         return Order(rows_N=rows_N, clips=recipe.clips_per_step, seed=recipe.seed, sampling=sampling)
 
-    def _weighted(self, name: SamplingName, clips: int) -> Sampling:
-        weights = balanced(self.store, self.train_N, label_set=self.label_set)
+    def _weighted(self, recipe: Finetune, clips: int) -> Sampling:
+        weights = balanced(self.store, self.train_N, label_set=self.label_set, scheme=recipe.weights)
         return Weighted(
-            weights_N=weights.weights_N, clips_per_epoch=clips, replacement=name != "balanced-once"
+            weights_N=weights.weights_N, clips_per_epoch=clips, replacement=recipe.sampling != "balanced-once"
         )
 
 

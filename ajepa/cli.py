@@ -6,6 +6,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from ajepa.finetune_commands import finetune
+from ajepa.hlp_study_commands import hlp_study
 from pipeline.command_line import Cache, CacheGb, run_app
 from pipeline.files import CACHE_GB
 
@@ -109,6 +110,7 @@ def pretrain(
 
 
 app.command()(finetune)
+app.command("hlp-study")(hlp_study)
 
 
 @app.command()

@@ -11,8 +11,8 @@ from ajepa.assignment import Assignment, assigned
 from ajepa.classifier import Vit
 from ajepa.devices import pick_device
 from ajepa.evaluate import EVALUATION, Views
-from ajepa.finetune_recipes import Finetune
 from ajepa.finetuner import Finetuner
+from ajepa.finetuning import Finetune
 from ajepa.loop import asked_to_stop, train
 from ajepa.models import of_frames
 from ajepa.probed_head import probed_head

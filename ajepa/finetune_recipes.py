@@ -6,111 +6,18 @@ default of Audio-MAE's released program. Costs are reckoned as in `recipes.py`, 
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from dataclasses import replace
 
-from ajepa.classifier import ClassifierSpec, VitSpec
+from ajepa.classifier import VitSpec
+from ajepa.finetuning import Finetune
 from ajepa.models import MODELS, model_name
-from ajepa.optimiser import AdamW
 from ajepa.patches import PatchGrid
-from ajepa.recipes import PIECES, CropName
+from ajepa.recipes import PIECES
 from ajepa.regularised import RegularisedMasking
-from ajepa.schedules import warmup_cosine
+from ajepa.supervised_recipes import SUPERVISED
 from ajepa.vit import EncoderSpec, encoder_spec
 from pipeline.augment import Augment
 from pipeline.errors import RunError
-
-LossName = Literal["auto", "bce", "ce"]
-HeadName = Literal["random", "probe"]
-SamplingName = Literal["shuffle", "balanced", "balanced-once", "repeated"]
-RATE_CLIPS = 256  # a base rate is for so many clips a step, and grows in proportion
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finetune:
-    """What decides a fine-tuning run, beside its task, its store and what it starts from.
-
-    base_lr      peak rate for 256 clips a step; it is reached after `warmup_epochs` and falls by half a cosine
-    layer_decay  the rate of each layer below the head is so many times that of the one above it
-    head         random: drawn anew; probe: where training starts from an encoder, the linear probe on it, so that the
-                 first step stands where `ajepa-train evaluate` ends
-    loss         bce: of every class by itself; ce: cross-entropy over all; auto: ce where clips have one label each
-    sampling     shuffle: every clip once an epoch. balanced: drawn with replacement, a clip as often as the sum over
-                 its labels of 1000/(clips + 0.01); balanced-once: so, but none twice an epoch. repeated: the clips
-                 of each class repeated until they are half as many as the largest class's
-    clips_per_epoch  0: as many as there are to train on
-    ema          above 0: what is measured is a moving average of the weights that keeps so much of itself a step,
-                 less in the first steps: (1 + step) / (10 + step) at most
-    steps        0: as many as `epochs` take, which is known when the store is; written into the run
-    evaluations  times at which the held-out clips are measured, evenly spread; the last one is the end
-    """
-
-    name: str
-    mel: str
-    model: ClassifierSpec
-    base_lr: float
-    epochs: int
-    warmup_epochs: int
-    clips_per_step: int
-    head: HeadName = "random"
-    loss: LossName = "auto"
-    sampling: SamplingName = "shuffle"
-    clips_per_epoch: int = 0
-    augment: Augment = Augment()  # noqa: RUF009  (frozen)
-    end_lr: float = 1e-6
-    layer_decay: float = 0.75
-    ema: float = 0.0
-    optimiser: AdamW = AdamW(weight_decay=1e-4)
-    crop: CropName = "random"
-    seed: int = 0
-    steps: int = 0
-    evaluations: int = 10
-    log_every: int = 10  # steps
-    checkpoint_every: int = 1_000  # steps
-    keep_checkpoints: int = 2
-
-    def __post_init__(self) -> None:
-        counts = (self.epochs, self.clips_per_step, self.evaluations, self.log_every, self.checkpoint_every)
-        if min(*counts, self.keep_checkpoints) < 1 or min(self.steps, self.clips_per_epoch) < 0:
-            raise ValueError(
-                "epochs, clips and intervals must be at least 1, steps and clips_per_epoch 0 or more"
-            )
-        if not 0 <= self.warmup_epochs < self.epochs:
-            raise ValueError(
-                f"the warm-up must end before the run: {self.warmup_epochs} of {self.epochs} epochs"
-            )
-        if not (min(self.base_lr, self.end_lr) >= 0 and 0 < self.layer_decay <= 1 and 0 <= self.ema < 1):
-            told = f"{self.base_lr}, {self.end_lr}, {self.layer_decay} and {self.ema}"
-            raise ValueError(
-                f"rates of 0 or more, layer_decay in (0, 1], ema in [0, 1) are expected, got {told}"
-            )
-        names = (
-            (self.head, HeadName),
-            (self.loss, LossName),
-            (self.sampling, SamplingName),
-            (self.crop, CropName),
-        )
-        for value, known in names:
-            if value not in get_args(known):
-                raise ValueError(f"expected one of {', '.join(get_args(known))}, got {value!r}")
-
-    def of_epochs(self, steps_per_epoch: int) -> "Finetune":
-        """The recipe with as many steps as its epochs take, unless it says how many."""
-        return self if self.steps else replace(self, steps=self.epochs * steps_per_epoch)
-
-    def lr(self, step: int) -> float:
-        """The head's rate of the update after `step` steps; `of_epochs` comes first."""
-        return warmup_cosine(
-            step,
-            steps=self.steps,
-            warmup_steps=self.steps * self.warmup_epochs // self.epochs,
-            peak=self.base_lr * self.clips_per_step / RATE_CLIPS,
-            end=self.end_lr,
-        )
-
-    def evaluated(self, done: int) -> bool:
-        """Whether the held-out clips are measured after so many steps."""
-        return done * self.evaluations // self.steps > (done - 1) * self.evaluations // self.steps
 
 
 def vit_b(frames: int) -> VitSpec:
@@ -263,6 +170,7 @@ FINETUNES: dict[str, Callable[[], Finetune]] = {
     "fsd50k": fsd50k,
     "own": own,
     "own-small": own_small,
+    **SUPERVISED,
 }
 
 FINETUNE_PIECES: dict[str, type] = PIECES | {
@@ -282,13 +190,23 @@ def finetune_recipe(name: str) -> Finetune:
 
 
 def resized(
-    recipe: Finetune, *, epochs: int | None = None, clips_per_step: int | None = None, seed: int | None = None
+    recipe: Finetune,
+    *,
+    epochs: int | None = None,
+    steps: int | None = None,
+    clips_per_step: int | None = None,
+    seed: int | None = None,
 ) -> Finetune:
-    """The same recipe with other counts: the warm-up keeps its share, and the rate follows the clips of a step."""
+    """The same recipe with other counts: the warm-up keeps its share, and the rate follows the clips of a step.
+
+    Epochs take the place of a recipe's steps, steps that of its epochs.
+    """
     seed, clips = recipe.seed if seed is None else seed, clips_per_step or recipe.clips_per_step
-    if epochs and epochs != recipe.epochs:
+    if epochs and (epochs != recipe.epochs or recipe.steps):
         warmup = recipe.warmup_epochs * epochs // recipe.epochs
-        recipe = replace(recipe, epochs=epochs, warmup_epochs=warmup)
+        recipe = replace(recipe, epochs=epochs, warmup_epochs=warmup, steps=0)
+    if steps:
+        recipe = replace(recipe, steps=steps)
     return replace(recipe, seed=seed, clips_per_step=clips)
 
 

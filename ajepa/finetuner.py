@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ajepa.classifier import Classifier
 from ajepa.devices import precision
-from ajepa.finetune_recipes import Finetune
+from ajepa.finetuning import Finetune
 from ajepa.models import built
 from ajepa.optimiser import AdamW, moments_of, restore_moments
 from ajepa.run import Checkpoint, Json

@@ -9,7 +9,7 @@ import numpy as np
 
 from ajepa.assignment import folds_of
 from ajepa.finetune import finetune
-from ajepa.finetune_recipes import Finetune
+from ajepa.finetuning import Finetune
 from ajepa.run import Run
 from ajepa.scores import ClassScores, kept_scores
 from ajepa.tasks.task import Task

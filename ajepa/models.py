@@ -5,6 +5,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ajepa.classifier import Classifier, ClassifierSpec, Vit, VitSpec
+from ajepa.cnn6 import Cnn6, Cnn6Spec
+from ajepa.convnext import ConvNext, ConvNextSpec
+from ajepa.passt import Passt, PasstSpec
+from pipeline.errors import RunError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,6 +21,9 @@ class Model:
 
 MODELS: dict[str, Model] = {
     "vit": Model(spec=VitSpec, build=Vit),
+    "cnn6": Model(spec=Cnn6Spec, build=Cnn6),
+    "convnext": Model(spec=ConvNextSpec, build=ConvNext),
+    "passt": Model(spec=PasstSpec, build=Passt),
 }
 
 
@@ -36,4 +43,7 @@ def of_frames(spec: ClassifierSpec, frames: int) -> ClassifierSpec:
         grid = spec.encoder.grid
         cols = -(-frames // grid.patch_frames)
         return replace(spec, encoder=replace(spec.encoder, grid=replace(grid, cols=cols)))
-    return replace(spec, frames=frames)  # type: ignore[type-var]  # every other has it as a field
+    try:
+        return replace(spec, frames=frames)  # type: ignore[type-var]  # every other has it as a field
+    except ValueError as error:
+        raise RunError(f"clips of {frames} frames are too short for this model: {error}") from None

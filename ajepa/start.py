@@ -8,8 +8,9 @@ from typing import Self
 from torch import Tensor
 
 from ajepa.classifier import VitSpec
-from ajepa.finetune_recipes import FINETUNE_PIECES, Finetune
+from ajepa.finetune_recipes import FINETUNE_PIECES
 from ajepa.finetuner import AVERAGE, CLASSIFIER
+from ajepa.finetuning import Finetune
 from ajepa.recipes import Pretrain, from_json
 from ajepa.run import STATE, Json, Run
 from ajepa.vit import EncoderSpec
