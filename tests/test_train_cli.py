@@ -139,6 +139,7 @@ def test_an_encoder_is_fine_tuned_from_its_run(store_path, tmp_path, monkeypatch
     assert kept["model"]["encoder"]["width"] == recipes.smoke().model.encoder.width
     assert (kept["seed"], kept["clips_per_step"], kept["augment"]["roll"]) == (5, 8, False)
     assert run(*again, monkeypatch=monkeypatch) == 0
+    assert capsys.readouterr().err.endswith("b: already at its last step, 2\n")
     for wrong, told in (
         (["esc-50"], "task 'esc-50' is unknown; did you mean 'esc50'?"),
         (["own", "--recipe", "smal"], "fine-tuning recipe 'smal' is unknown"),
