@@ -38,10 +38,17 @@ def pretrain(
     settings: Settings = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps. [default: the recipe's]")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Clips per step. [default: the recipe's]")] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="Clips at once: less memory, same result. [default: all]")
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Weights, order, crops, masks. [default: 0]")
     ] = None,
     device: Device = "auto",
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"],
+        typer.Option(help="auto: bf16 where the hardware has it; fp16: CUDA only."),
+    ] = "auto",
     loader: Annotated[
         Literal["dali", "plain"], typer.Option(help="The plain one gives the same batches, slower.")
     ] = "dali",
@@ -77,36 +84,43 @@ def pretrain(
     """Pre-train an encoder on every split of its stores but those named eval or test.
 
     The same command again carries on from the last checkpoint, exactly. Ctrl-C,
-    SIGTERM or SIGUSR1 write one and end with status 75.
+    SIGTERM or SIGUSR1 write one and end with status 75. On several GPUs:
+    `torchrun --standalone --no-python --nproc-per-node 8 -- ajepa-train ...`.
 
     Example: ajepa-train pretrain --store as20k.zarr --recipe small --run runs/a
     """
     from ajepa import pretrain as stage
+    from ajepa.distributed import joined
     from ajepa.overrides import overridden
     from ajepa.recipes import recipe as named
     from ajepa.training_set import TrainingSet
     from pipeline.store import FeatureStore
 
-    chosen = overridden(named(recipe), settings or []).resized(steps=steps, clips_per_step=batch, seed=seed)
-    trained_on = TrainingSet(
-        stores=tuple(FeatureStore.open(s, io=io, check=check, cache=cache, cache_gb=cache_gb) for s in store),
-        weights=tuple(store_weight or ()),
-        shuffle=shuffle,
-        window_blocks=window,
-    )
-    done = stage.pretrain(
-        trained_on,
-        chosen,
-        run,
-        device=device,
-        loader=loader,
-        recompute=recompute,
-        compiled=compiled,
-        on_broken=on_broken,
-        progress=True,
-    )
-    there = f"{store[0]} --cache {cache}" if cache else store[0]
-    print(f"{run}: done, {done.step} steps. Next: ajepa-train evaluate --store {there} --run {run}")
+    with joined() as world:
+        chosen = overridden(named(recipe), settings or [])
+        stores = (FeatureStore.open(s, io=io, check=check, cache=cache, cache_gb=cache_gb) for s in store)
+        trained_on = TrainingSet(
+            stores=tuple(stores),
+            weights=tuple(store_weight or ()),
+            shuffle=shuffle,
+            window_blocks=window,
+        )
+        done = stage.pretrain(
+            trained_on,
+            chosen.resized(steps=steps, clips_per_step=batch, seed=seed),
+            run,
+            micro_batch=micro_batch,
+            device=device,
+            precision=precision,
+            loader=loader,
+            recompute=recompute,
+            compiled=compiled,
+            on_broken=on_broken,
+            progress=True,
+        )
+        if world.main:
+            there = f"{store[0]} --cache {cache}" if cache else store[0]
+            print(f"{run}: done, {done.step} steps. Next: ajepa-train evaluate --store {there} --run {run}")
 
 
 app.command()(finetune)
@@ -118,6 +132,7 @@ def evaluate(
     store: StorePlace,
     run: RunPath,
     train_clips: Annotated[int, typer.Option(min=1, help="Most clips to train probes on.")] = 20_000,
+    checkpoint: Annotated[str, typer.Option(help="last, best (by probe), or a step that is kept.")] = "last",
     device: Device = "auto",
     cache: Cache = None,
     cache_gb: CacheGb = CACHE_GB,
@@ -133,7 +148,10 @@ def evaluate(
     from pipeline.store import FeatureStore
 
     opened = FeatureStore.open(store, cache=cache, cache_gb=cache_gb)
-    print(stage.evaluate(opened, run, device=device, train_clips=train_clips, progress=True).table())
+    told = stage.evaluate(
+        opened, run, checkpoint=checkpoint, device=device, train_clips=train_clips, progress=True
+    )
+    print(told.table())
 
 
 @app.command()

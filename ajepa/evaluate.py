@@ -99,23 +99,25 @@ def evaluate(
     store: Path | str | FeatureStore,
     run_path: Path,
     *,
+    checkpoint: str | int = "last",
     device: str = "auto",
     train_clips: int = 20_000,
     progress: bool = False,
 ) -> Evaluation:
-    """Probe a run's newest checkpoint on the split eval, or else on those held out; kept as RUN/evaluation.json.
+    """Probe a checkpoint of a run on the split eval, or else on those held out; kept as RUN/evaluation.json.
 
-    The target (EMA) encoder is what is probed. At most `train_clips` rows of the other splits train the
-    probes, drawn with the recipe's seed. RunError or StoreError where run, store and labels do not fit.
+    `checkpoint` is `Run.load`'s: last, best or a step. The target (EMA) encoder is what is probed. At most
+    `train_clips` rows of the other splits train the probes, drawn with the recipe's seed. RunError or
+    StoreError where run, store and labels do not fit.
     """
     run = Run.open(run_path)
     recipe = from_json(run.recipe)
     store = open_store(store, recipe)
     train_N, eval_N = probe_rows(store, recipe.seed, train_clips)
-    checkpoint, on = run.load("target"), pick_device(device)
+    loaded, on = run.load("target", at=checkpoint), pick_device(device)
     views = Views(store=store, frames=recipe.view_frames, mean=run.identity["mean"], std=run.identity["std"])
     scores = []
-    compared = encoders(recipe, checkpoint, on)
+    compared = encoders(recipe, loaded, on)
     for name, encoder in tqdm(compared.items(), unit="features", disable=None if progress else True):
         train_ND, eval_ND = standardised(features(views, train_N, encoder), features(views, eval_N, encoder))
         for label_set in store.label_sets:
@@ -123,7 +125,7 @@ def evaluate(
             scores += probe_scores(name, label_set, train_ND, eval_ND, *labels, seed=recipe.seed)
     protocol = {
         "run": str(run.path),
-        "step": checkpoint.step,
+        "step": loaded.step,
         "store_id": store.store_id,
         "train_clips": len(train_N),
         "eval_splits": eval_splits(store),

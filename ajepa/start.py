@@ -7,12 +7,13 @@ from typing import Self
 
 from torch import Tensor
 
+from ajepa.checkpoints import STATE
 from ajepa.classifier import VitSpec
 from ajepa.finetune_recipes import FINETUNE_PIECES
 from ajepa.finetuner import AVERAGE, CLASSIFIER
 from ajepa.finetuning import Finetune
 from ajepa.recipes import Pretrain, from_json
-from ajepa.run import STATE, Json, Run
+from ajepa.run import Json, Run
 from ajepa.vit import EncoderSpec
 from pipeline.errors import RunError
 from pipeline.melspec import MelSpec
