@@ -112,10 +112,12 @@ class Block(nn.Module):
 
 
 def scaled(branch_BND: Tensor, scale_D: Tensor | None, keep_B: Tensor | None) -> Tensor:
-    """A branch times its layer scale, and times what drop path leaves of it for each clip."""
+    """A branch times its layer scale, and times what is left of it for each clip, or each token (`keep_BN`)."""
     if scale_D is not None:
         branch_BND = branch_BND * scale_D
-    return branch_BND if keep_B is None else branch_BND * keep_B[:, None, None]
+    return (
+        branch_BND if keep_B is None else branch_BND * keep_B.reshape(*keep_B.shape, *[1] * (3 - keep_B.ndim))
+    )
 
 
 def through(
@@ -131,13 +133,15 @@ def through(
 ) -> list[Tensor]:
     """What the last `top` blocks say, lowest first; with `last` the last block of so many tokens at the end alone.
 
+    `valid_LBN` instead of `valid_BN` has another for each block, `keep_L2BN` instead of `keep_L2B` for each token.
     With `recompute` a block's activations are thrown away and computed again in the backward pass, to the bit:
     all that is random was drawn before and handed in.
     """
     outputs: list[Tensor] = []
     for layer, block in enumerate(blocks):
         keep, asked = None if keep_L2B is None else keep_L2B[layer], last if block is blocks[-1] else None
-        told = (x_BND, valid_BN, turns_2BNE, keep, asked)
+        valid = valid_BN if valid_BN is None or valid_BN.ndim == 2 else valid_BN[layer]
+        told = (x_BND, valid, turns_2BNE, keep, asked)
         if recompute and torch.is_grad_enabled():
             x_BND = checkpoint(block, *told, use_reentrant=False, preserve_rng_state=False)
         else:

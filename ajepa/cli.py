@@ -6,6 +6,8 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from ajepa import evaluate_commands
+from ajepa.finetune_commands import finetune
+from ajepa.hlp_study_commands import hlp_study
 from pipeline.command_line import Cache, CacheGb, run_app
 from pipeline.files import CACHE_GB
 
@@ -126,6 +128,10 @@ def pretrain(
         if world.main:
             there = f"{store[0]} --cache {cache}" if cache else store[0]
             print(f"{run}: done, {done.step} steps. Next: ajepa-train evaluate --store {there} --run {run}")
+
+
+app.command()(finetune)
+app.command("hlp-study")(hlp_study)
 
 
 @app.command()

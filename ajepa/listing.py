@@ -1,22 +1,34 @@
 """Every recipe as the command line lists it: steps, memory, cost, and what to expect."""
 
 import textwrap
+from collections.abc import Callable
 
+from ajepa.finetune_recipes import FINETUNES
 from ajepa.memory import GB, estimate
+from ajepa.models import model_name
 from ajepa.recipes import RECIPES, Pretrain
 
 
 def listing() -> str:
     """Each recipe's name, steps and clips per step, what a step needs in memory, and its docstring."""
-    blocks = []
+    blocks = ["To pre-train:"]
     for name, made in ((name, make()) for name, make in RECIPES.items()):
-        lines = (line.strip() for line in (RECIPES[name].__doc__ or "").strip().splitlines())
         head = f"{name}: {made.steps:,} steps of {made.clips_per_step} clips, mel spec {made.mel}"
-        text = textwrap.fill(
-            " ".join(line for line in lines if line), width=78, initial_indent="  ", subsequent_indent="  "
+        blocks.append(f"{head}\n{told(RECIPES[name])}\n  {memory_line(made)}")
+    blocks.append("To fine-tune (ajepa-train finetune):")
+    for name, tune in ((name, make()) for name, make in FINETUNES.items()):
+        counts = f"{tune.epochs} epochs in steps of {tune.clips_per_step} clips"
+        blocks.append(
+            f"{name}: {model_name(tune.model)}, {counts}, mel spec {tune.mel}\n{told(FINETUNES[name])}"
         )
-        blocks.append(f"{head}\n{text}\n  {memory_line(made)}")
     return "\n\n".join(blocks)
+
+
+def told(recipe: Callable[[], object]) -> str:
+    """What its docstring says, filled to the width of a terminal."""
+    lines = (line.strip() for line in (recipe.__doc__ or "").strip().splitlines())
+    text = " ".join(line for line in lines if line)
+    return textwrap.fill(text, width=78, initial_indent="  ", subsequent_indent="  ")
 
 
 def memory_line(recipe: Pretrain) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ajepa.schedules import ema_momentum, warmup_cosine
 
@@ -77,3 +77,18 @@ def adamw(weights: Iterable[nn.Parameter], told: AdamW) -> torch.optim.AdamW:
         {"params": [weight for weight in trained if weight.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=0.0, betas=(told.beta1, told.beta2), fused=True)
+
+
+def moments_of(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What an optimiser knows of each weight, by `NUMBER.KEY`: one part of a checkpoint."""
+    state = optimiser.state_dict()["state"]
+    return {f"{index}.{key}": value for index, moments in state.items() for key, value in moments.items()}
+
+
+def restore_moments(optimiser: torch.optim.Optimizer, moments: dict[str, Tensor]) -> None:
+    """Have the optimiser know what `moments_of` told."""
+    packed = optimiser.state_dict()
+    for name, value in moments.items():
+        index, key = name.split(".")
+        packed["state"].setdefault(int(index), {})[key] = value
+    optimiser.load_state_dict(packed)

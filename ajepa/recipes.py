@@ -236,13 +236,13 @@ def to_json(piece: Any) -> Any:
     return {"type": type(piece).__name__} | {f.name: to_json(getattr(piece, f.name)) for f in fields(piece)}
 
 
-def from_json(told: Any) -> Any:
-    """What `to_json` was given; RunError where a piece is none this version knows."""
+def from_json(told: Any, pieces: Mapping[str, type] = PIECES) -> Any:
+    """What `to_json` was given, made of these pieces; RunError where one is none this version knows."""
     if not isinstance(told, Mapping):
         return told
-    values = {key: from_json(value) for key, value in told.items() if key != "type"}
+    values = {key: from_json(value, pieces) for key, value in told.items() if key != "type"}
     try:
-        return PIECES[told["type"]](**values)
+        return pieces[told["type"]](**values)
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(
             f"a recipe's {told.get('type', 'piece')} cannot be read ({error}); update ajepa"

@@ -18,6 +18,18 @@ def warmup_cosine(
     return end + (peak - end) * (1 + math.cos(math.pi * done)) / 2
 
 
+def one_cycle(step: int, *, steps: int, warmup_steps: int, peak: float, end: float = 0.0) -> float:
+    """Half a cosine from a 25th of `peak` up to it over the warm-up, then half a cosine down to `end` at `steps`.
+
+    Smith and Topin (arXiv 1708.07120), in the shape that torch's OneCycleLR gives it.
+    """
+    if not 0 <= warmup_steps < steps:
+        raise ValueError(f"the warm-up must end before the run: {warmup_steps} of {steps} steps")
+    if step < warmup_steps:
+        return peak / 25 + (peak - peak / 25) * (1 - math.cos(math.pi * step / warmup_steps)) / 2
+    return warmup_cosine(step, steps=steps, warmup_steps=warmup_steps, peak=peak, end=end)
+
+
 def ema_momentum(step: int, *, steps: int, start: float = 0.996, end: float = 1.0) -> float:
     """The share of itself that the target encoder keeps: linear from `start` to `end` over *all* steps."""
     return start + (end - start) * min(1.0, step / steps)

@@ -16,7 +16,7 @@ from ajepa.curriculum import step_rng
 from ajepa.devices import Precision, pick_precision
 from ajepa.distributed import ALONE, World
 from ajepa.jepa import Jepa, JepaOutput, Keep, Part
-from ajepa.optimiser import adamw
+from ajepa.optimiser import adamw, moments_of, restore_moments
 from ajepa.recipes import Pretrain
 from ajepa.run import Checkpoint, Json
 from pipeline.errors import RunError
@@ -227,11 +227,7 @@ class Trainer:
         """Stand where `checkpoint` was written, by however many ranks."""
         for name in MODELS:
             getattr(self.model, name).load_state_dict(checkpoint.parts[name])
-        packed = self.optimiser.state_dict()
-        for name, value in checkpoint.parts["optimiser"].items():
-            index, key = name.split(".")
-            packed["state"].setdefault(int(index), {})[key] = value
-        self.optimiser.load_state_dict(packed)
+        restore_moments(self.optimiser, checkpoint.parts["optimiser"])
         if self.scaler.is_enabled() and "scaler" in checkpoint.parts:
             told = checkpoint.parts["scaler"]
             state = {"scale": told["scale"].item(), "_growth_tracker": int(told["_growth_tracker"])}
@@ -242,8 +238,3 @@ def passes(clips: int, most: int) -> Iterator[tuple[slice, bool]]:
     """The clips of each pass, `most` at a time, and whether it is the last."""
     for first in range(0, clips, most):
         yield slice(first, min(first + most, clips)), first + most >= clips
-
-
-def moments_of(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimiser.state_dict()["state"]
-    return {f"{index}.{key}": value for index, moments in state.items() for key, value in moments.items()}

@@ -97,7 +97,8 @@ class Encoder(nn.Module):
         N is B, or a multiple of it: several sets of tokens for each clip, one after the other. Tokens not asked
         for are left out before the patch embedding: nothing of them can reach the output. No token attends to
         one that is not in `valid_BP` (N rows, if N is more), and what comes out *at* such a one means nothing.
-        `mel_BTF` is normalised and exactly as large as the grid (ValueError); `keep_L2N` is drop path's.
+        `mel_BTF` is normalised and exactly as large as the grid (ValueError); `keep_L2N` is drop path's. With every
+        token, `valid_LBP` and `keep_L2NP` may stand for them: others in each block, for each token.
         """
         return self.norm(self.top_layers(mel_BTF, 1, tokens_NK, valid_BP, keep_L2N)[0])
 

@@ -6,7 +6,7 @@ crop       as the view says
 roll       the valid frames turn in time: what leaves them at the end comes back at the start
 gain       decibels, the same on every value of a clip
 normalise  (log-mel - mean) / std, gain included
-masks      SpecAugment (arXiv 1904.08779): a span of frames and a span of bands become 0, the mean
+masks      SpecAugment (arXiv 1904.08779): spans of frames and spans of bands become 0, the mean
 padding    what is not audio becomes 0
 mixup      (arXiv 1710.09412) share * clip + (1 - share) * another clip of the rank's batch
 """
@@ -26,19 +26,23 @@ NATS_OF_A_DB = math.log(10) / 10  # of power, which a mel is the logarithm of
 class Augment:
     """How much clips may be changed; by default not at all.
 
-    Audio-MAE fine-tunes AudioSet with masks of up to 192 frames and 48 bands and mixup of share 0.5, alpha 10.
+    Audio-MAE fine-tunes AudioSet with masks of up to 192 frames and 48 bands and mixup of share 0.5, alpha 10;
+    PANNs train with two masks of up to 64 frames and two of up to 8 bands.
     """
 
     roll: bool = False
     gain_db: float = 0.0  # drawn from [-gain_db, gain_db)
     time_mask_frames: int = 0  # widths are drawn from 0 to this, or to the valid frames where they are fewer
     band_mask_bands: int = 0
+    masks_each: int = 1  # of frames, and as many of bands, which may overlap
     mixup_share: float = 0.0  # of the clips, which are mixed with another
     mixup_alpha: float = 10.0  # the clip's own share of its mixture is Beta(alpha, alpha)
 
     def __post_init__(self) -> None:
         if not 0 <= self.gain_db < math.inf or min(self.time_mask_frames, self.band_mask_bands) < 0:
             raise ValueError(f"gain and masks must be finite and 0 or more, got {self}")
+        if self.masks_each < 1:
+            raise ValueError(f"masks_each must be 1 or more, got {self.masks_each}; no mask: a width of 0")
         if not 0 <= self.mixup_share <= 1 or not 0 < self.mixup_alpha < math.inf:
             raise ValueError(f"mixup_share must lie in [0, 1] and mixup_alpha above 0, got {self}")
 
@@ -57,8 +61,8 @@ class Changes:
 
     rolls_B: np.ndarray  # frames by which the audio turns: frame 0 comes to stand here
     gains_B: np.ndarray  # nat, added to the log-mel
-    time_masks_B2: np.ndarray  # frames [start, stop)
-    band_masks_B2: np.ndarray  # bands [start, stop)
+    time_masks_BN2: np.ndarray  # frames [start, stop)
+    band_masks_BN2: np.ndarray  # bands [start, stop)
     partners_B: np.ndarray  # places in the batch; a clip that is not mixed is its own partner
     shares_B: np.ndarray  # float32, a clip's own share of its mixture; 1 where it is not mixed
 
@@ -91,18 +95,22 @@ def changes_of(
         starts_B = (uniform_B(f"{name} start") * (1 + room_B - widths_B)).astype(np.int64)
         return np.stack([starts_B, starts_B + widths_B], axis=1)
 
+    def spans_BN2(name: str, most: int, room_B: np.ndarray) -> np.ndarray:
+        names = [name, *(f"{name} {number}" for number in range(2, augment.masks_each + 1))]
+        return np.stack([spans_B2(each, most, room_B) for each in names], axis=1)
+
     clips = len(n_frames_B)
-    nothing_B, no_spans_B2 = np.zeros(clips, np.int64), np.zeros((clips, 2), np.int64)
-    rolls_B, gains_B, time_B2, bands_B2 = nothing_B, nothing_B * 0.0, no_spans_B2, no_spans_B2
+    nothing_B, no_spans_BN2 = np.zeros(clips, np.int64), np.zeros((clips, augment.masks_each, 2), np.int64)
+    rolls_B, gains_B, time_BN2, bands_BN2 = nothing_B, nothing_B * 0.0, no_spans_BN2, no_spans_BN2
     partners_B, shares_B = np.arange(clips), np.ones(clips, np.float32)
     if augment.roll:
         rolls_B = (uniform_B("roll") * n_frames_B).astype(np.int64)
     if augment.gain_db:
         gains_B = (2 * uniform_B("gain") - 1) * augment.gain_db * NATS_OF_A_DB
     if augment.time_mask_frames:
-        time_B2 = spans_B2("time mask", augment.time_mask_frames, n_frames_B)
+        time_BN2 = spans_BN2("time mask", augment.time_mask_frames, n_frames_B)
     if augment.band_mask_bands:
-        bands_B2 = spans_B2("band mask", augment.band_mask_bands, np.full(clips, bands))
+        bands_BN2 = spans_BN2("band mask", augment.band_mask_bands, np.full(clips, bands))
     if augment.mixes:
         mixed_B = uniform_B("mixup") < augment.mixup_share
         betas_B = symmetric_beta(augment.mixup_alpha, uniform_B("mixup radius"), uniform_B("mixup angle"))
@@ -111,8 +119,8 @@ def changes_of(
     return Changes(
         rolls_B=rolls_B,
         gains_B=gains_B,
-        time_masks_B2=time_B2,
-        band_masks_B2=bands_B2,
+        time_masks_BN2=time_BN2,
+        band_masks_BN2=bands_BN2,
         partners_B=partners_B,
         shares_B=shares_B,
     )
@@ -151,7 +159,8 @@ def place(stored_BTF: Tensor, mel_BTF: Tensor, rolls_B: np.ndarray, n_frames_B: 
 
 def mask(mel_BTF: Tensor, changes: Changes) -> None:
     """Set to 0, in place, each clip's masked frames and bands."""
-    masks_B2 = zip(changes.time_masks_B2.tolist(), changes.band_masks_B2.tolist(), strict=True)
-    for mel_TF, (frames, bands) in zip(mel_BTF, masks_B2, strict=True):
-        mel_TF[slice(*frames)] = 0
-        mel_TF[:, slice(*bands)] = 0
+    masks_BN2 = zip(changes.time_masks_BN2.tolist(), changes.band_masks_BN2.tolist(), strict=True)
+    for mel_TF, (frames_N2, bands_N2) in zip(mel_BTF, masks_BN2, strict=True):
+        for frames, bands in zip(frames_N2, bands_N2, strict=True):
+            mel_TF[slice(*frames)] = 0
+            mel_TF[:, slice(*bands)] = 0

@@ -134,15 +134,16 @@ class Source:
         """What `names` lists, of each clip of a batch: a centre, boxes to erase, a partner and a share."""
         cuts, clips = self._cuts(info.iteration), self.feed.order.clips
         changes, frames, bands = cuts.changes, self.feed.view.frames, self.feed.store.bands
-        starts_B32, stops_B32 = np.zeros((clips, 3, 2), np.float32), np.zeros((clips, 3, 2), np.float32)
-        stops_B32[:] = frames, bands  # boxes of frames x bands: the two masks, and what is not audio
-        starts_B32[:, 0, 0], stops_B32[:, 0, 0] = changes.time_masks_B2.T
-        starts_B32[:, 1, 1], stops_B32[:, 1, 1] = changes.band_masks_B2.T
-        starts_B32[:, 2, 0] = cuts.n_frames_B
+        spans = changes.time_masks_BN2.shape[1]
+        starts_BN2, stops_BN2 = (np.zeros((clips, 2 * spans + 1, 2), np.float32) for _ in range(2))
+        stops_BN2[:] = frames, bands  # boxes of frames x bands: the masks of each kind, and what is not audio
+        starts_BN2[:, :spans, 0], stops_BN2[:, :spans, 0] = np.moveaxis(changes.time_masks_BN2, 2, 0)
+        starts_BN2[:, spans:-1, 1], stops_BN2[:, spans:-1, 1] = np.moveaxis(changes.band_masks_BN2, 2, 0)
+        starts_BN2[:, -1, 0] = cuts.n_frames_B
         values = {
             "centre": self.feed.centres_B(cuts)[:, None, None],
-            "anchor": starts_B32.reshape(clips, 6),
-            "shape": (stops_B32 - starts_B32).reshape(clips, 6),
+            "anchor": starts_BN2.reshape(clips, -1),
+            "shape": (stops_BN2 - starts_BN2).reshape(clips, -1),
             "partner": changes.partners_B.astype(np.int32),
             "share": changes.shares_B,
         }

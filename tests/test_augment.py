@@ -24,6 +24,7 @@ SUBSETS = [
     for count in range(len(EVERYTHING) + 1)
     for names in itertools.combinations(EVERYTHING, count)
 ]
+SUBSETS.append({**EVERYTHING, "masks_each": 2})
 
 
 @pytest.fixture(scope="session", params=["float16", "uint8"])
@@ -62,9 +63,10 @@ def rendered(
         shown_TF = np.roll(log_mel_TF[start : start + n], drawn.rolls_B[clip], axis=0) + drawn.gains_B[clip]
         shown_TF = (shown_TF - view.mean) / view.std
         frames_T, bands_F = np.arange(n), np.arange(store.bands)
-        (first, end), (low, high) = drawn.time_masks_B2[clip], drawn.band_masks_B2[clip]
-        shown_TF[(frames_T >= first) & (frames_T < end)] = 0
-        shown_TF[:, (bands_F >= low) & (bands_F < high)] = 0
+        for first, end in drawn.time_masks_BN2[clip]:
+            shown_TF[(frames_T >= first) & (frames_T < end)] = 0
+        for low, high in drawn.band_masks_BN2[clip]:
+            shown_TF[:, (bands_F >= low) & (bands_F < high)] = 0
         mel_BTF[clip, :n] = shown_TF
     labels_BC = store.labels_BC(cuts.rows_B, view.label_set).astype(np.float64)
     own, other = drawn.shares_B.astype(np.float64), drawn.partners_B
@@ -109,8 +111,11 @@ def test_one_augmentation_more_leaves_the_draws_of_the_others(store):
     alone, all_of_them = changes(64, roll=True), changes(64, **EVERYTHING)
     assert np.array_equal(alone.rolls_B, all_of_them.rolls_B)
     masks = changes(64, time_mask_frames=40)
-    assert np.array_equal(masks.time_masks_B2, all_of_them.time_masks_B2)
-    assert not masks.band_masks_B2.any()
+    assert np.array_equal(masks.time_masks_BN2, all_of_them.time_masks_BN2)
+    assert not masks.band_masks_BN2.any()
+    twice = changes(64, time_mask_frames=40, masks_each=2).time_masks_BN2
+    assert np.array_equal(twice[:, :1], masks.time_masks_BN2)
+    assert (twice[:, 0] != twice[:, 1]).any(axis=1).mean() > 0.9
 
 
 def test_draws_of_different_names_are_unrelated():
@@ -129,7 +134,7 @@ def test_changes_do_not_depend_on_the_number_of_ranks(store):
         PlainLoader(store, order_of(store, clips=3, rank=rank, world=2), view).feed.cuts(4).changes
         for rank in (0, 1)
     ]
-    for name in ("rolls_B", "gains_B", "time_masks_B2", "band_masks_B2", "shares_B"):
+    for name in ("rolls_B", "gains_B", "time_masks_BN2", "band_masks_BN2", "shares_B"):
         joined = np.concatenate([getattr(rank, name) for rank in ranks])
         assert np.array_equal(joined, getattr(whole, name)), name
     assert all(rank.partners_B.max() < 3 for rank in ranks)
@@ -138,7 +143,7 @@ def test_changes_do_not_depend_on_the_number_of_ranks(store):
 def test_masks_take_every_legal_place_and_width():
     """In 5 frames a mask of up to 2: 6 places for none, 5 for one, 4 for two; the ends included, widths alike."""
     spans = np.concatenate(
-        [changes(512, step=step, n_frames=5, time_mask_frames=2).time_masks_B2 for step in range(8)]
+        [changes(512, step=step, n_frames=5, time_mask_frames=2).time_masks_BN2[:, 0] for step in range(8)]
     )
     seen, counts = np.unique(spans, axis=0, return_counts=True)
     wanted = {(start, start + width) for width in (0, 1, 2) for start in range(6 - width)}
@@ -152,7 +157,7 @@ def test_masks_take_every_legal_place_and_width():
 
 def test_a_mask_is_never_wider_than_the_clip():
     """Clips may be shorter than the widest mask; then any part of them may be hidden, up to all of it."""
-    spans = changes(4_000, n_frames=3, time_mask_frames=192).time_masks_B2
+    spans = changes(4_000, n_frames=3, time_mask_frames=192).time_masks_BN2[:, 0]
     assert spans.min() == 0
     assert spans.max() == 3
     assert set((spans[:, 1] - spans[:, 0]).tolist()) == {0, 1, 2, 3}

@@ -37,6 +37,7 @@ SUBSETS = [
     for count in range(1, len(EVERYTHING) + 1)
     for names in itertools.combinations(EVERYTHING, count)
 ]
+SUBSETS.append({**EVERYTHING, "masks_each": 2})
 
 
 @pytest.fixture(scope="session", params=["float16", "uint8"])

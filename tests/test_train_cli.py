@@ -14,6 +14,7 @@ from matplotlib.image import imread
 from tiny import tiny
 
 from ajepa import cli, recipes
+from ajepa.finetune_recipes import FINETUNES
 from ajepa.jepa import Jepa
 from ajepa.mask_picture import overlay
 from ajepa.masking import Masks
@@ -120,6 +121,45 @@ def test_compilation_and_recomputation_reach_the_model(store_path, tmp_path, mon
     assert len(called) == 2
 
 
+def test_an_encoder_is_fine_tuned_from_its_run(store_path, tmp_path, monkeypatch, capsys):
+    """Pre-trained, fine-tuned, carried on with: a task, a recipe and settings by name; and what was reached."""
+    few = ["--recipe", "smoke", "--steps", 1]
+    assert run(*wish(store_path, tmp_path / "a", *few), monkeypatch=monkeypatch) == 0
+    asked = ["finetune", "--store", store_path, "--run", tmp_path / "b", "--device", "cpu", "--task"]
+    more = [
+        "--recipe",
+        "own-small",
+        "--labels",
+        "unambiguous",
+        "--set",
+        "steps=2",
+        "--set",
+        "augment.roll=false",
+    ]
+    capsys.readouterr()
+    again = [*asked, "own", "--from", tmp_path / "a", *more, "--batch", 8, "--seed", 5]
+    assert run(*again, monkeypatch=monkeypatch) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"{tmp_path / 'b'}: done, 2 steps; on the held-out clips:\n  unambiguous labels (")
+    kept = Run.open(tmp_path / "b").recipe
+    assert kept["model"]["encoder"]["width"] == recipes.smoke().model.encoder.width
+    assert (kept["seed"], kept["clips_per_step"], kept["augment"]["roll"]) == (5, 8, False)
+    assert run(*again, monkeypatch=monkeypatch) == 0
+    assert capsys.readouterr().err.endswith("b: already at its last step, 2\n")
+    for wrong, told in (
+        (["esc-50"], "task 'esc-50' is unknown; did you mean 'esc50'?"),
+        (["own", "--recipe", "smal"], "fine-tuning recipe 'smal' is unknown"),
+        (["own", "--model", "cnn7"], "model 'cnn7' is unknown; there are: vit"),
+        (["own", "--set", "base_l=1"], "did you mean 'base_lr'?"),
+        (["own", "--from", tmp_path / "c"], "c: not a run (no recipe.json)"),
+        (["esc50"], "task esc50 has 50 classes, the store 527"),
+    ):
+        assert run(*asked, *wrong, monkeypatch=monkeypatch) == 1
+        assert told in (error := capsys.readouterr().err)
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize("masks", ["curriculum", "spans"])
 def test_masks_are_drawn_before_any_run(tmp_path, monkeypatch, capsys, masks):
     """Over a formula's sound where there is no store; a curriculum at five points of it."""
@@ -216,9 +256,10 @@ def test_every_recipe_is_listed_with_cost_and_expectation(monkeypatch, capsys):
     """Choosing one must not need the source."""
     assert run("recipes", monkeypatch=monkeypatch) == 0
     text = capsys.readouterr().out
-    for name in recipes.RECIPES:
+    for name in (*recipes.RECIPES, *FINETUNES):
         assert f"\n{name}: " in f"\n{text}"
-    assert text.count("Cost:") == text.count("Expected") == text.count("Memory:") == len(recipes.RECIPES)
+    assert text.count("Memory:") == len(recipes.RECIPES)
+    assert text.count("Cost:") == text.count("Expected") == len(recipes.RECIPES) + len(FINETUNES)
     assert max(len(line) for line in text.splitlines()) <= 80
 
 

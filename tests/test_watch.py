@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ajepa.collapse import LEAST_CONTENT, LEAST_RANK, LEAST_SPREAD, PATIENCE, in_a_row, signs
 from ajepa.compute import read
 from ajepa.curriculum import Fixed
-from ajepa.evaluate import Views, features
+from ajepa.features import Views, features
 from ajepa.jepa import Jepa
 from ajepa.loop import PROGRESS, SCORE, postfix
 from ajepa.masking import RandomPatches

@@ -1,15 +1,19 @@
-"""A recipe that trains in milliseconds a step, for tests of everything around the model."""
+"""Recipes that train in milliseconds a step, for tests of everything around the model."""
 
 from dataclasses import replace
 from typing import Any
 
+from ajepa.classifier import VitSpec
 from ajepa.curriculum import Curriculum
+from ajepa.finetune_recipes import Finetune
 from ajepa.jepa import JepaSpec
 from ajepa.masking import RandomBlocks, RandomPatches
 from ajepa.optimiser import Schedule
 from ajepa.patches import PatchGrid
 from ajepa.recipes import Pretrain
+from ajepa.regularised import RegularisedMasking
 from ajepa.vit import EncoderSpec, PredictorSpec
+from pipeline.augment import Augment
 
 
 def tiny(**changes: Any) -> Pretrain:
@@ -27,6 +31,27 @@ def tiny(**changes: Any) -> Pretrain:
         schedule=Schedule(peak_lr=1e-3, warmup_share=0.1, ema_start=0.9),
         steps=30,
         clips_per_step=8,
+        log_every=1,
+        checkpoint_every=5,
+    )
+    return replace(made, **changes)
+
+
+def tiny_finetune(frames: int = 64, **changes: Any) -> Finetune:
+    """`tiny`'s encoder in a classifier, with everything on that is random; 20 steps, a checkpoint every fifth."""
+    encoder = replace(tiny().model.encoder, grid=PatchGrid.of(frames, 128), drop_path=0.1, depth=2)
+    made = Finetune(
+        name="tiny",
+        mel="a-jepa",
+        model=VitSpec(encoder=encoder, masking=RegularisedMasking(share=0.2)),
+        base_lr=3e-2,
+        epochs=5,
+        warmup_epochs=1,
+        clips_per_step=8,
+        augment=Augment(roll=True, gain_db=3, time_mask_frames=8, band_mask_bands=8, mixup_share=0.5),
+        ema=0.9,
+        steps=20,
+        evaluations=2,
         log_every=1,
         checkpoint_every=5,
     )

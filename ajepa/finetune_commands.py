@@ -1,0 +1,85 @@
+"""The command of ajepa-train that fine-tunes."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from pipeline.command_line import Cache, CacheGb
+from pipeline.files import CACHE_GB
+
+
+def finetune(
+    store: Annotated[str, typer.Option(help="Feature store, NAME.zarr or s3://...", show_default=False)],
+    task: Annotated[
+        str,
+        typer.Option(
+            help="audioset, esc50, fsd50k, speech-commands-v1, speech-commands-v2, voxceleb1-sid; own: any labels.",
+            show_default=False,
+        ),
+    ],
+    run: Annotated[Path, typer.Option(help="Run folder to make or carry on.", show_default=False)],
+    start: Annotated[
+        Path | None,
+        typer.Option("--from", help="Run whose encoder to start from. [default: random weights]"),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Kind of classifier. [default: the recipe's]")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Name in recipes. [default: the task's]")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A field of the recipe, base_lr=1e-4; repeats."),
+    ] = None,
+    labels: Annotated[str, typer.Option(help="Label set to train on, raw or a rule's.")] = "raw",
+    fold: Annotated[int | None, typer.Option(min=1, help="Fold to measure. [default: each in turn]")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs. [default: the recipe's]")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Clips per step. [default: the recipe's]")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Head, order, changes. [default: 0]")] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is one.")
+    ] = "auto",
+    loader: Annotated[
+        Literal["dali", "plain"], typer.Option(help="The plain one gives the same batches, slower.")
+    ] = "dali",
+    on_broken: Annotated[
+        Literal["raise", "skip"], typer.Option(help="skip: another clip of the step stands in.")
+    ] = "raise",
+    cache: Cache = None,
+    cache_gb: CacheGb = CACHE_GB,
+) -> None:
+    """Fine-tune an encoder, or train a classifier, on a task; measure held-out clips.
+
+    Held out are the task's own splits: eval, test, or one fold after the other.
+    The same command again carries on exactly; see pretrain.
+
+    Example: ajepa-train finetune --store as20k.zarr --task own --from runs/a --run runs/b
+    """
+    from ajepa.assignment import folds_of
+    from ajepa.finetune import finetune as stage
+    from ajepa.finetune_recipes import FINETUNE_PIECES, recipe_of, resized
+    from ajepa.folds import cross_validated
+    from ajepa.overrides import overridden
+    from ajepa.scores import kept_scores, table
+    from ajepa.start import Start
+    from ajepa.tasks.catalogue import task as named
+    from pipeline.store import FeatureStore
+
+    chosen, started = named(task), Start.of(start) if start else None
+    made = recipe_of(model, recipe, chosen.recipe)
+    made = started.adopted(made) if started else made
+    made = resized(
+        overridden(made, settings or [], FINETUNE_PIECES), epochs=epochs, clips_per_step=batch, seed=seed
+    )
+    opened = FeatureStore.open(store, cache=cache, cache_gb=cache_gb)
+    how: dict[str, Any] = {
+        "start": started,
+        "label_set": labels,
+        "device": device,
+        "loader": loader,
+        "on_broken": on_broken,
+        "progress": True,
+    }
+    if fold is None and folds_of(chosen, opened):
+        print(f"{run}: {cross_validated(opened, chosen, made, run, **how)}")
+        return
+    done = stage(opened, chosen, made, run, fold=fold, **how)
+    print(f"{run}: done, {done.step} steps; on the held-out clips:\n{table(kept_scores(done.path))}")

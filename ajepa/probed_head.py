@@ -1,0 +1,31 @@
+"""Probed head: a classifier's head as the linear probe on its frozen encoder has it, before any step."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ajepa.assignment import Assignment
+from ajepa.classifier import Vit
+from ajepa.features import Views, features
+from ajepa.probes import chosen_l2, linear_NC, standardised
+
+CLIPS = 20_000  # to probe on at most
+
+
+def probed_head(model: Vit, views: Views, assignment: Assignment, seed: int) -> tuple[Tensor, Tensor]:
+    """Weight `CD` and bias `C` of the probe on the frozen encoder, trained on the clips to train on alone.
+
+    Probing first and fine-tuning then (arXiv 2202.10054): a head drawn at random pulls at the encoder until it has
+    learnt what the encoder already knows. Of more than 20,000 clips so many are drawn.
+    """
+    drawn_N = np.random.default_rng([seed, 0]).permutation(assignment.train_N)[:CLIPS]
+    rows_N = np.sort(drawn_N)
+    labels_NC = assignment.labels_NC(rows_N)
+    plain_ND = features(views, rows_N, model.encoder.eval())
+    width = plain_ND.shape[1]
+    asked_ND = np.concatenate([np.zeros((1, width)), np.eye(width)]).astype(np.float32)
+    train_ND, at_ND = standardised(plain_ND, asked_ND)  # features that tell the probe's bias and weights
+    scores_NC = torch.from_numpy(
+        linear_NC(train_ND, labels_NC, at_ND, l2=chosen_l2(train_ND, labels_NC, seed))
+    )
+    return (scores_NC[1:] - scores_NC[:1]).T.contiguous(), scores_NC[0]

@@ -1,0 +1,1 @@
+"""One file per downstream task, each with one value; `catalogue.py` lists them."""
