@@ -17,7 +17,8 @@ def listing() -> str:
         blocks.append(f"{head}\n{told(RECIPES[name])}\n  {memory_line(made)}")
     blocks.append("To fine-tune (ajepa-train finetune):")
     for name, tune in ((name, make()) for name, make in FINETUNES.items()):
-        counts = f"{tune.epochs} epochs in steps of {tune.clips_per_step} clips"
+        length = f"{tune.steps:,} steps" if tune.steps else f"{tune.epochs} epochs in steps"
+        counts = f"{length} of {tune.clips_per_step} clips"
         blocks.append(
             f"{name}: {model_name(tune.model)}, {counts}, mel spec {tune.mel}\n{told(FINETUNES[name])}"
         )

@@ -226,6 +226,7 @@ def test_a_mixture_with_a_longer_clip_is_valid_as_far_as_that(store):
         {"gain_db": float("nan")},
         {"time_mask_frames": -1},
         {"band_mask_bands": -2},
+        {"masks_each": 0},
         {"mixup_share": 1.5},
         {"mixup_alpha": 0.0},
     ],
