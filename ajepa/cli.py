@@ -5,6 +5,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
+from ajepa import embed_commands
 from pipeline.command_line import Cache, CacheGb, run_app
 from pipeline.files import CACHE_GB
 
@@ -14,6 +15,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="A feature store in, a pre-trained and measured audio encoder out.",
 )
+
+app.add_typer(embed_commands.app)
 
 StorePlace = Annotated[str, typer.Option(help="Feature store, NAME.zarr or s3://...", show_default=False)]
 StorePlaces = Annotated[

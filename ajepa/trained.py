@@ -100,6 +100,11 @@ class Trained:
             digest.update(weight.detach().cpu().contiguous().numpy().data)
         return digest.hexdigest()[:16]
 
+    @property
+    def recipe_name(self) -> str:
+        """Of the recipe that made it, for messages."""
+        return str(self.origin.get("recipe", {}).get("name", "unnamed"))
+
     def to_json(self) -> Json:
         """All but the weights."""
         return {

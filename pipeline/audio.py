@@ -9,7 +9,17 @@ import numpy as np
 import soxr
 
 from pipeline.containers import recognise
-from pipeline.decoders import COMPLETE, LENGTH_SLACK, Segment, Source, Take, decode, mono, sourced
+from pipeline.decoders import (
+    COMPLETE,
+    LENGTH_SLACK,
+    Segment,
+    Source,
+    Take,
+    decode,
+    mono,
+    refuse_too_long,
+    sourced,
+)
 from pipeline.errors import AudioError
 from pipeline.locators import Locator
 
@@ -108,10 +118,7 @@ def stream(locator: Locator, rate_hz: int, *, policy: AudioPolicy = AudioPolicy(
     """
     try:
         with locator.opened() as sound, sourced(sound, recognise(sound)) as source:
-            if source.seconds > policy.max_seconds:
-                raise AudioError(
-                    "too_long", f"{source.seconds:.0f} s long, more than {policy.max_seconds:.0f}"
-                )
+            refuse_too_long(source, policy.max_seconds)
             yield from resampled_pieces(judged(source, policy), source.rate_hz, rate_hz)
     except AudioError as error:
         name = ascii(locator.name)[1:-1]

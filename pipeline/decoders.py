@@ -112,9 +112,7 @@ def sourced(sound: Sound, container: Container) -> Iterator[Source]:
 
 def take(source: Source, segment: Segment, max_seconds: float) -> Take:
     """Choose the samples, decode and mix them. What is allocated is bounded by the segment, not by a header."""
-    if source.seconds > max_seconds:
-        detail = f"{source.seconds:.0f} s long, more than {max_seconds:.0f}; cut it, or raise max_seconds"
-        raise AudioError("too_long", detail)
+    refuse_too_long(source, max_seconds)
     cut = segment.lies_in(source.seconds)
     first = round(segment.start_seconds * source.rate_hz) if cut else 0
     wanted = round(segment.seconds * source.rate_hz)
@@ -137,6 +135,13 @@ def take(source: Source, segment: Segment, max_seconds: float) -> Take:
         cut=cut and source.seconds > segment.seconds + LENGTH_SLACK * segment.seconds,
         beyond_full_scale=beyond_full_scale,
     )
+
+
+def refuse_too_long(source: Source, max_seconds: float) -> None:
+    """AudioError too_long where a file claims to be longer."""
+    if source.seconds > max_seconds:
+        detail = f"{source.seconds:.0f} s long, more than {max_seconds:.0f}; cut it, or raise max_seconds"
+        raise AudioError("too_long", detail)
 
 
 def mixed(blocks_CS: Iterable[np.ndarray]) -> tuple[np.ndarray, bool]:

@@ -130,8 +130,12 @@ LADDER = [
     "ajepa.windows",
     "ajepa.embedding",
     "ajepa.embed",
+    "ajepa.embedding_table",
+    "ajepa.embedding_job",
+    "ajepa.nearest",
     "ajepa.mask_picture",
     "ajepa.report",
+    "ajepa.embed_commands",
     "ajepa.cli",
 ]
 
