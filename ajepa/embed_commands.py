@@ -74,3 +74,81 @@ def nearest(
     for one in search(query, index, model, count=count, device=device):
         labels = f"  ({', '.join(one.labels)})" if one.labels else ""
         print(f"{one.similarity:6.3f}  {one.seconds:8.2f} s  {one.path}{labels}")
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Run, or exported folder or file.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
+    licence: Annotated[
+        str | None, typer.Option(help="Of the weights, such as cc-by-4.0: yours to state.")
+    ] = None,
+    onnx: Annotated[Path | None, typer.Option(help="Also an ONNX file, audio to embeddings.")] = None,
+    torch_export: Annotated[Path | None, typer.Option(help="Also a torch.export file, NAME.pt2.")] = None,
+    pooling: Annotated[
+        Literal["mean", "frequency"], typer.Option(help="Of the ONNX and torch.export files.")
+    ] = "mean",
+) -> None:
+    """Write an encoder as safetensors, configuration and model card.
+
+    ONNX and torch.export files take one window of audio at the mel spec's rate,
+    any batch, and compute the log-mel themselves.
+
+    Example: ajepa-train export runs/a --out a-jepa-as20k --licence cc-by-4.0
+    """
+    from ajepa import embed as stage
+    from ajepa import graph
+    from ajepa.export import export as write
+
+    exported = write(model, out, licence=licence)
+    print(f"{out}: model {exported.model_id}. Next: ajepa-train push {out} ORG/NAME")
+    if onnx or torch_export:
+        embedder = stage.load(out, device="cpu", pooling=pooling)
+        samples = graph.AudioGraph(embedder).samples
+        told = f"windows of {samples} samples at {embedder.sample_rate_hz} Hz, any batch"
+        if onnx:
+            graph.write_onnx(embedder, onnx)
+            print(f"{onnx}: ONNX, opset {graph.OPSET}, {told}")
+        if torch_export:
+            graph.write_program(embedder, torch_export)
+            print(f"{torch_export}: torch.export, {told}")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder made by export.", show_default=False)],
+    place: Annotated[str, typer.Argument(help="ORG/NAME on the Hugging Face hub.", show_default=False)],
+    private: Annotated[
+        bool, typer.Option("--private", help="If the place is new, show it to nobody.")
+    ] = False,
+) -> None:
+    """Put an exported model on the Hugging Face hub.
+
+    Example: ajepa-train push a-jepa-as20k me/a-jepa-as20k
+    """
+    from ajepa.hub import push as put
+
+    print(f"{put(folder, place, private=private)}: load it with ajepa.load('{place}')")
+
+
+@app.command()
+def load(
+    model: Annotated[
+        str, typer.Argument(help="ORG/NAME[@REVISION] of the hub, run or export.", show_default=False)
+    ],
+    out: Annotated[Path | None, typer.Option(help="Folder to keep it in.", show_default=False)] = None,
+) -> None:
+    """Fetch a model and say what it is; safetensors only, no code is run.
+
+    Example: ajepa-train load me/a-jepa-as20k --out a-jepa-as20k
+    """
+    from ajepa.export import encoder_facts
+    from ajepa.hub import copied
+    from ajepa.trained import trained
+
+    loaded = trained(model)
+    facts = {"model id": loaded.model_id, "recipe": loaded.recipe_name, "mel spec": loaded.mel.name}
+    for name, value in (facts | encoder_facts(loaded) | {"licence": loaded.licence or "not stated"}).items():
+        print(f"{name:9} {value}")
+    if out is not None:
+        print(f"{copied(model, out)}: kept")

@@ -1,10 +1,12 @@
 """The Hugging Face hub: exported models pushed to it and fetched from it; the only door to huggingface_hub."""
 
 import re
+import shutil
 from pathlib import Path
 from types import ModuleType
 
 from pipeline.errors import RunError
+from pipeline.files import replacing
 
 FILES = (
     "model.safetensors",
@@ -33,6 +35,19 @@ def fetched(hub_id: str) -> Path:
     if not (Path(folder) / FILES[0]).is_file():
         raise RunError(f"{hub_id}: holds no {FILES[0]}; expected what `ajepa-train push` put there")
     return Path(folder)
+
+
+def copied(hub_id: str, out: Path) -> Path:
+    """The model's files in a folder of one's own; RunError where that holds files already."""
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise RunError(f"{out}: is there already and not empty; choose another --out")
+    folder = fetched(hub_id)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        if (folder / name).is_file():
+            with replacing(out / name) as scratch:
+                shutil.copyfile(folder / name, scratch)
+    return out
 
 
 def push(folder: Path, hub_id: str, *, private: bool = False) -> str:

@@ -30,6 +30,7 @@ class Trained:
     mel         front end of its features; `clip_seconds` is that of its store and bounds nothing
     mean, std   of log-mel, by which features are normalised
     origin      what made it: recipe, step, identity of the data, versions; plain JSON values
+    licence     of the weights, as whoever exported them stated it
     """
 
     spec: EncoderSpec
@@ -38,6 +39,7 @@ class Trained:
     std: float
     weights: dict[str, Tensor]
     origin: Json
+    licence: str | None = None
 
     @classmethod
     def of_run(cls, path: Path) -> Self:
@@ -85,6 +87,7 @@ class Trained:
             std=config["std"],
             weights=weights,
             origin=config["origin"],
+            licence=config["licence"],
         )
         if loaded.model_id != config["model_id"]:
             raise RunError(f"{file}: damaged (its digest is not {config['model_id']}); fetch it again")
@@ -115,6 +118,7 @@ class Trained:
             "mean": self.mean,
             "std": self.std,
             "origin": self.origin,
+            "licence": self.licence,
         }
 
     def encoder(self, device: torch.device) -> Encoder:

@@ -133,6 +133,8 @@ LADDER = [
     "ajepa.embedding_table",
     "ajepa.embedding_job",
     "ajepa.nearest",
+    "ajepa.export",
+    "ajepa.graph",
     "ajepa.mask_picture",
     "ajepa.report",
     "ajepa.embed_commands",
