@@ -135,6 +135,8 @@ LADDER = [
     "ajepa.nearest",
     "ajepa.export",
     "ajepa.graph",
+    "ajepa.hear",
+    "ajepa.xares_encoder",
     "ajepa.mask_picture",
     "ajepa.report",
     "ajepa.embed_commands",
