@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ajepa.hub import fetched, is_hub_id
-from ajepa.recipes import Pretrain, from_json, to_json
+from ajepa.recipes import from_json, to_json
 from ajepa.run import RECIPE, Json, Run
 from ajepa.vit import Encoder, EncoderSpec
 from pipeline.errors import RunError
@@ -21,6 +21,12 @@ from pipeline.melspec import MelSpec
 WEIGHTS = "model.safetensors"
 METADATA_KEY = "ajepa"  # in the header of that file: the configuration, as JSON
 FORMAT = 1
+PARTS = (
+    "target",
+    "average",
+    "classifier",
+)  # of a checkpoint, the first that it has: averages before what they follow
+ENCODER = "encoder."  # what the names of an encoder's weights begin with in a classifier's
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -43,19 +49,32 @@ class Trained:
 
     @classmethod
     def of_run(cls, path: Path) -> Self:
-        """The target (EMA) encoder at the newest checkpoint of a pre-training run; raises RunError."""
+        """At the newest checkpoint of a run: the target (EMA) encoder of a pre-trained one, or a fine-tuned one's.
+
+        RunError where there is none, such as in a run of a convolutional network.
+        """
         run = Run.open(path)
-        recipe = from_json(run.recipe)
-        if not isinstance(recipe, Pretrain):
-            told = f"a run of a {type(recipe).__name__} recipe holds no bare encoder"
-            raise RunError(f"{path}: {told}; give the run of `ajepa-train pretrain` that it came from")
-        checkpoint, identity = run.load("target"), run.identity
+        told = run.recipe["model"].get("encoder")
+        if told is None:
+            raise RunError(
+                f"{path}: its {run.recipe['model']['type']} has no encoder that embeds; give another run"
+            )
+        there = {file.stem for folder in run.checkpoints()[-1:] for file in folder.glob("*.safetensors")}
+        part = next((part for part in PARTS if part in there), PARTS[0])
+        checkpoint, identity = run.load(part), run.identity
+        weights = checkpoint.parts[part]
+        if part != PARTS[0]:
+            weights = {
+                name.removeprefix(ENCODER): weight
+                for name, weight in weights.items()
+                if name.startswith(ENCODER)
+            }
         return cls(
-            spec=recipe.model.encoder,
+            spec=from_json(told),
             mel=MelSpec.from_json(identity["mel"]),
             mean=identity["mean"],
             std=identity["std"],
-            weights=checkpoint.parts["target"],
+            weights=weights,
             origin={
                 "recipe": run.recipe,
                 "step": checkpoint.step,

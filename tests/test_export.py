@@ -18,6 +18,7 @@ from ajepa import cli, graph, hub
 from ajepa.embed import Embedder
 from ajepa.export import export
 from ajepa.pretrain import pretrain
+from ajepa.run import Checkpoint, Run
 from ajepa.trained import METADATA_KEY, trained
 from pipeline.errors import RunError
 from pipeline.mel import log_mel
@@ -55,6 +56,25 @@ def test_an_export_is_the_run_wherever_it_lies(run_path, folder, tmp_path):
     vectors = [model.embed_audio(wave_S, RATE_HZ).clips_BD for model in models]
     assert all(torch.equal(vectors[0], vector) for vector in vectors)
     assert models[2].model.licence == "cc-by-4.0"
+
+
+def test_a_fine_tuned_run_gives_its_encoder(run_path, tmp_path):
+    """The average of the classifier where there is one, without its head; another network is refused by name."""
+    before = Run.open(run_path)
+    weights = before.load("target").parts["target"]
+    recipe = {"type": "Finetune", "name": "own", "steps": 3, "model": {"type": "VitSpec"}}
+    recipe["model"]["encoder"] = before.recipe["model"]["encoder"]
+    run = Run.start(tmp_path / "fine", recipe=recipe, identity=before.identity)
+    named = {f"encoder.{name}": weight for name, weight in weights.items()} | {"head.bias": torch.zeros(3)}
+    other = {name: weight + 1 for name, weight in named.items()}
+    run.save(Checkpoint(step=3, parts={"classifier": other, "average": named}), keep=1)
+    loaded = trained(run.path)
+    assert loaded.model_id == trained(run_path).model_id
+    assert loaded.recipe_name == "own"
+    recipe["model"] = {"type": "Cnn6Spec"}
+    Run.start(tmp_path / "cnn", recipe=recipe, identity=before.identity)
+    with pytest.raises(RunError, match="Cnn6Spec has no encoder"):
+        trained(tmp_path / "cnn")
 
 
 def test_the_card_states_what_a_user_must_know(folder, run_path):
