@@ -1,6 +1,6 @@
 """Multi-head self-attention: which keys count, how positions turn queries and keys, which kernel runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,31 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(
-        self, x_BND: Tensor, valid_BN: Tensor | None = None, turns_2BNE: Tensor | None = None
+        self,
+        x_BND: Tensor,
+        valid_BN: Tensor | None = None,
+        turns_2BNE: Tensor | None = None,
+        last: int | None = None,
     ) -> Tensor:
-        """No token attends to one that is not valid; `turns_2BNE` are the cosines and sines of `turned`."""
-        q, k, v = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        """No token attends to one that is not valid; `turns_2BNE` are the cosines and sines of `turned`.
+
+        With `last` only so many tokens at the end ask, and come out; all are attended to.
+        """
+        q, k, v = self._qkv(x_BND) if last is None else self._qkv_of_last(x_BND, last)
         if turns_2BNE is not None:
-            q, k = turned(q, turns_2BNE), turned(k, turns_2BNE)
+            q, k = turned(q, turns_2BNE[:, :, -q.shape[2] :]), turned(k, turns_2BNE)
         attend = attention_for(q.device.type, q.dtype)
         return self.out(attend(q, k, v, valid_BN).transpose(1, 2).flatten(2))
+
+    def _qkv(self, x_BND: Tensor) -> Iterable[Tensor]:
+        return self.qkv(x_BND).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+
+    def _qkv_of_last(self, x_BND: Tensor, last: int) -> Iterable[Tensor]:
+        width = x_BND.shape[-1]
+        (for_q, for_kv), (q_bias, kv_bias) = (x.split((width, 2 * width)) for x in self.qkv.parameters())
+        q_BQD, kv_BND = F.linear(x_BND[:, -last:], for_q, q_bias), F.linear(x_BND, for_kv, kv_bias)
+        k, v = kv_BND.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return q_BQD.unflatten(-1, (self.heads, -1)).transpose(1, 2), k, v
 
 
 def turned(x_BHND: Tensor, turns_2BNE: Tensor) -> Tensor:

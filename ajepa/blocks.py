@@ -100,9 +100,13 @@ class Block(nn.Module):
         valid_BN: Tensor | None = None,
         turns_2BNE: Tensor | None = None,
         keep_2B: Tensor | None = None,
+        last: int | None = None,
     ) -> Tensor:
+        """What becomes of each token; with `last`, of so many at the end, to which all the others still speak."""
         attention_keep_B, mlp_keep_B = (None, None) if keep_2B is None else keep_2B
-        mixed_BND = self.attention(self.attention_norm(x_BND), valid_BN, turns_2BNE)
+        mixed_BND = self.attention(self.attention_norm(x_BND), valid_BN, turns_2BNE, last)
+        if last is not None:
+            x_BND = x_BND[:, -last:]
         x_BND = x_BND + scaled(mixed_BND, self.attention_scale_D, attention_keep_B)
         return x_BND + scaled(self.mlp(self.mlp_norm(x_BND)), self.mlp_scale_D, mlp_keep_B)
 
@@ -123,15 +127,17 @@ def through(
     *,
     recompute: bool = False,
     top: int = 1,
+    last: int | None = None,
 ) -> list[Tensor]:
-    """What the last `top` blocks say, lowest first.
+    """What the last `top` blocks say, lowest first; with `last` the last block of so many tokens at the end alone.
 
     With `recompute` a block's activations are thrown away and computed again in the backward pass, to the bit:
     all that is random was drawn before and handed in.
     """
     outputs: list[Tensor] = []
     for layer, block in enumerate(blocks):
-        told = (x_BND, valid_BN, turns_2BNE, None if keep_L2B is None else keep_L2B[layer])
+        keep, asked = None if keep_L2B is None else keep_L2B[layer], last if block is blocks[-1] else None
+        told = (x_BND, valid_BN, turns_2BNE, keep, asked)
         if recompute and torch.is_grad_enabled():
             x_BND = checkpoint(block, *told, use_reentrant=False, preserve_rng_state=False)
         else:

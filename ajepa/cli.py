@@ -5,7 +5,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from ajepa import embed_commands
+from ajepa import embed_commands, evaluate_commands
 from pipeline.command_line import Cache, CacheGb, run_app
 from pipeline.files import CACHE_GB
 
@@ -16,6 +16,7 @@ app = typer.Typer(
     help="A feature store in, a pre-trained and measured audio encoder out.",
 )
 
+app.add_typer(evaluate_commands.app)
 app.add_typer(embed_commands.app)
 
 StorePlace = Annotated[str, typer.Option(help="Feature store, NAME.zarr or s3://...", show_default=False)]
@@ -39,10 +40,17 @@ def pretrain(
     settings: Settings = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps. [default: the recipe's]")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Clips per step. [default: the recipe's]")] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="Clips at once: less memory, same result. [default: all]")
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Weights, order, crops, masks. [default: 0]")
     ] = None,
     device: Device = "auto",
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"],
+        typer.Option(help="auto: bf16 where the hardware has it; fp16: CUDA only."),
+    ] = "auto",
     loader: Annotated[
         Literal["dali", "plain"], typer.Option(help="The plain one gives the same batches, slower.")
     ] = "dali",
@@ -78,59 +86,43 @@ def pretrain(
     """Pre-train an encoder on every split of its stores but those named eval or test.
 
     The same command again carries on from the last checkpoint, exactly. Ctrl-C,
-    SIGTERM or SIGUSR1 write one and end with status 75.
+    SIGTERM or SIGUSR1 write one and end with status 75. On several GPUs:
+    `torchrun --no-python --nproc-per-node 8 ajepa-train pretrain ...`.
 
     Example: ajepa-train pretrain --store as20k.zarr --recipe small --run runs/a
     """
     from ajepa import pretrain as stage
+    from ajepa.distributed import joined
     from ajepa.overrides import overridden
     from ajepa.recipes import recipe as named
     from ajepa.training_set import TrainingSet
     from pipeline.store import FeatureStore
 
-    chosen = overridden(named(recipe), settings or []).resized(steps=steps, clips_per_step=batch, seed=seed)
-    trained_on = TrainingSet(
-        stores=tuple(FeatureStore.open(s, io=io, check=check, cache=cache, cache_gb=cache_gb) for s in store),
-        weights=tuple(store_weight or ()),
-        shuffle=shuffle,
-        window_blocks=window,
-    )
-    done = stage.pretrain(
-        trained_on,
-        chosen,
-        run,
-        device=device,
-        loader=loader,
-        recompute=recompute,
-        compiled=compiled,
-        on_broken=on_broken,
-        progress=True,
-    )
-    there = f"{store[0]} --cache {cache}" if cache else store[0]
-    print(f"{run}: done, {done.step} steps. Next: ajepa-train evaluate --store {there} --run {run}")
-
-
-@app.command()
-def evaluate(
-    store: StorePlace,
-    run: RunPath,
-    train_clips: Annotated[int, typer.Option(min=1, help="Most clips to train probes on.")] = 20_000,
-    device: Device = "auto",
-    cache: Cache = None,
-    cache_gb: CacheGb = CACHE_GB,
-) -> None:
-    """Probe a run's frozen encoder: mAP on eval, or else on what is held out.
-
-    Linear probe and kNN, beside a random encoder and log-mel statistics; kept
-    as RUN/evaluation.json.
-
-    Example: ajepa-train evaluate --store as20k.zarr --run runs/a
-    """
-    from ajepa import evaluate as stage
-    from pipeline.store import FeatureStore
-
-    opened = FeatureStore.open(store, cache=cache, cache_gb=cache_gb)
-    print(stage.evaluate(opened, run, device=device, train_clips=train_clips, progress=True).table())
+    with joined() as world:
+        chosen = overridden(named(recipe), settings or [])
+        stores = (FeatureStore.open(s, io=io, check=check, cache=cache, cache_gb=cache_gb) for s in store)
+        trained_on = TrainingSet(
+            stores=tuple(stores),
+            weights=tuple(store_weight or ()),
+            shuffle=shuffle,
+            window_blocks=window,
+        )
+        done = stage.pretrain(
+            trained_on,
+            chosen.resized(steps=steps, clips_per_step=batch, seed=seed),
+            run,
+            micro_batch=micro_batch,
+            device=device,
+            precision=precision,
+            loader=loader,
+            recompute=recompute,
+            compiled=compiled,
+            on_broken=on_broken,
+            progress=True,
+        )
+        if world.main:
+            there = f"{store[0]} --cache {cache}" if cache else store[0]
+            print(f"{run}: done, {done.step} steps. Next: ajepa-train evaluate --store {there} --run {run}")
 
 
 @app.command()
@@ -184,6 +176,24 @@ def report(
 
     for picture in seen.report(FeatureStore.open(store, cache=cache, cache_gb=cache_gb), run, out):
         print(picture)
+
+
+@app.command()
+def doctor() -> None:
+    """Look at what training needs here: device, DALI, a few steps on a small store.
+
+    Takes about 15 s. Status 1 where something is broken, with what mends it.
+
+    Example: ajepa-train doctor
+    """
+    from tempfile import TemporaryDirectory
+
+    from ajepa.doctor import train_findings
+    from pipeline.doctor import told
+
+    with TemporaryDirectory() as trial:
+        for line in told(train_findings(Path(trial))):
+            print(line, flush=True)
 
 
 def main() -> NoReturn:

@@ -11,6 +11,13 @@ from ajepa.masking import MaskMaker, RandomBlocks, RandomPatches, TimeFrequencyA
 from ajepa.schedules import curriculum_share
 from pipeline.errors import RunError
 
+MASKS = int.from_bytes(b"masks")  # names the stream, as `pipeline.augment.draws` names its own
+
+
+def step_rng(seed: int, step: int) -> np.random.Generator:
+    """The randomness of one training step, of all ranks together: its masks, then its drop path."""
+    return np.random.default_rng([seed, step, MASKS])
+
 
 class MaskPlan(Protocol):
     """Which masking a step uses. `rng` is the generator of that step; the same one then draws the masks."""

@@ -1,8 +1,50 @@
 """What computes: the device asked for, and the precision its hardware is fast in."""
 
+from dataclasses import dataclass
+from typing import Literal, get_args
+
 import torch
 
 from pipeline.errors import RunError
+
+PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Precision:
+    """The numbers that most of a step is computed in (weights and their updates are float32), and that in words."""
+
+    dtype: torch.dtype
+    told: str
+
+    @property
+    def half(self) -> bool:
+        """Whether autocast is on."""
+        return self.dtype != torch.float32
+
+    @property
+    def scaled(self) -> bool:
+        """Whether gradients are too small for these numbers unless the loss is scaled up."""
+        return self.dtype == torch.float16
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, self.dtype if self.half else torch.bfloat16, enabled=self.half)
+
+
+def pick_precision(name: PrecisionName, device: torch.device) -> Precision:
+    """What is asked for, with `auto` what `precision` finds; RunError for fp16 on a CPU, or an unknown name."""
+    if name not in get_args(PrecisionName):
+        raise RunError(f"--precision {name}: expected {', '.join(get_args(PrecisionName))}")
+    if name == "fp16" and device.type == "cpu":
+        raise RunError("--precision fp16: computes on CUDA devices only; on a CPU use auto, bf16 or fp32")
+    if name == "fp32":
+        return Precision(dtype=torch.float32, told="fp32, as asked")
+    if name == "fp16":
+        return Precision(dtype=torch.float16, told="fp16 autocast with a scaled loss, as asked")
+    bf16, told = precision(device)
+    if name == "bf16" and not bf16:
+        return Precision(dtype=torch.bfloat16, told="bf16 autocast, as asked; emulated and slow")
+    return Precision(dtype=torch.bfloat16 if bf16 else torch.float32, told=told)
 
 
 def precision(device: torch.device) -> tuple[bool, str]:
@@ -16,8 +58,11 @@ def precision(device: torch.device) -> tuple[bool, str]:
     return False, "fp32: this CPU has neither AMX nor AVX512-BF16"
 
 
-def pick_device(name: str) -> torch.device:
-    """`cpu`, `cuda` or `auto` (CUDA where there is one); RunError where CUDA is asked for and absent."""
+def pick_device(name: str, number: int | None = None) -> torch.device:
+    """`cpu`, `cuda` or `auto` (CUDA where there is one); RunError where CUDA is asked for and absent.
+
+    `number`: which GPU, where several processes of this machine take one each; it becomes the current one.
+    """
     if name not in ("auto", "cpu", "cuda"):
         raise RunError(f"--device {name}: expected auto, cpu or cuda")
     found = torch.cuda.is_available()
@@ -25,4 +70,13 @@ def pick_device(name: str) -> torch.device:
         raise RunError(
             "--device cuda: torch finds no CUDA device here; check nvidia-smi, or use --device cpu"
         )
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and found) else "cpu")
+    if name == "cpu" or not found:
+        return torch.device("cpu")
+    if number is None:
+        return torch.device("cuda")
+    if number >= torch.cuda.device_count():
+        raise RunError(
+            f"{torch.cuda.device_count()} GPUs here; give torchrun as many --nproc-per-node, or fewer"
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)

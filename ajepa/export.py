@@ -108,10 +108,7 @@ def section(title: str, facts: Json) -> list[str]:
 
 def scores(name: str, told: Json) -> list[str]:
     """Every score of an evaluation as a row, with the protocol that it was measured by."""
-    kept = [
-        {key: value for key, value in score.items() if isinstance(value, str | int | float)}
-        for score in told.get("scores", ())
-    ]
+    kept = [told_score(score) for score in told.get("scores", ())]
     columns = list(dict.fromkeys(key for score in kept for key in score))
     lines = [f"## Scores ({name})", "", f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
     for score in kept:
@@ -119,6 +116,14 @@ def scores(name: str, told: Json) -> list[str]:
         told_cells = (f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells)
         lines.append(f"| {' | '.join(told_cells)} |")
     return [*lines, "", *section(f"Protocol ({name})", told.get("protocol", {}))]
+
+
+def told_score(score: Json) -> Json:
+    """What fits a row: plain values, and each metric with its interval."""
+    plain = {key: value for key, value in score.items() if isinstance(value, str | int | float)}
+    for name, one in score.get("metrics", {}).items():
+        plain[name] = f"{one['value']:.4g} ({one['low']:.4g} to {one['high']:.4g})"
+    return plain
 
 
 def read(file: Path) -> Json:

@@ -80,6 +80,18 @@ class JepaOutput:
     explained: Tensor
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Part:
+    """What a part of a batch is told of the whole, so that the losses of all parts add up to that of the whole."""
+
+    scored: int  # targets on sound in the whole batch
+    heard: int  # its rows, clips times mask sets, with sound in their context
+    keep: "Keep"  # drop path of this part's rows in encoder and predictor, drawn for the whole batch
+
+
+Keep = tuple[Tensor | None, Tensor | None]
+
+
 class Jepa(nn.Module):
     """Predict, from the patches one can see, how a slow copy of the encoder describes those one cannot.
 
@@ -129,18 +141,21 @@ class Jepa(nn.Module):
         targets_NGQ: Tensor,
         n_frames_B: Tensor,
         rng: np.random.Generator | None = None,
+        part: Part | None = None,
     ) -> JepaOutput:
         """Loss of one batch: normalised `mel_BTF`, int64 masks, and how many frames of each clip are sound.
 
         N is B, or a multiple: several mask sets of each clip, one after the other, share one pass of the
         teacher. Tokens past a clip's valid frames are neither attended to nor scored. Leave `n_frames_B` on the
         CPU: where every token is valid the masks are skipped, and asking a GPU would make it wait. `rng` is
-        what drop path draws from: needed where the spec has one, in training only.
+        what drop path draws from: needed where the spec has one, in training only. With `part`, which brings
+        its own, `loss` and `clip_loss` are what these rows add to those of the whole batch; all else is theirs.
         """
         rows, groups, _ = targets_NGQ.shape
         valid_BP = self.validity(n_frames_B, mel_BTF.device)
         valid_NP = None if valid_BP is None else valid_BP.repeat_interleave(rows // len(mel_BTF), dim=0)
-        keep_L2N, keep_L2M = self._draw_keep(rng, (rows, rows * groups), mel_BTF.device)
+        keep = self.draw_keep(rng, rows, groups) if part is None else part.keep
+        keep_L2N, keep_L2M = (None if each is None else each.to(mel_BTF.device) for each in keep)
         context_NKD = self.encoder(mel_BTF, context_NK, valid_NP, keep_L2N)
         prediction_NGQD = self.predictor(context_NKD, context_NK, targets_NGQ, valid_NP, keep_L2M)
         feature_BPD = self.describe(mel_BTF, valid_BP)
@@ -148,7 +163,8 @@ class Jepa(nn.Module):
         scored_NGQ = torch.ones(targets_NGQ.shape, device=mel_BTF.device)
         if valid_NP is not None:
             scored_NGQ = valid_NP.gather(1, targets_NGQ.flatten(1)).view_as(targets_NGQ).float()
-        told = _score(prediction_NGQD.float(), feature_NGQD.float(), scored_NGQ, self.spec.loss)
+        of_all = None if part is None else part.scored
+        told = _score(prediction_NGQD.float(), feature_NGQD.float(), scored_NGQ, self.spec.loss, of_all)
         if self.predictor.clip_head is None:
             return told
         if valid_BP is None:
@@ -160,7 +176,7 @@ class Jepa(nn.Module):
         )
         heard_N = seen_NK.any(dim=1)
         clip_loss_N = token_loss(guess_ND.float(), clip_ND, self.spec.loss) * heard_N
-        clip_loss = clip_loss_N.sum() / heard_N.sum().clamp(min=1)
+        clip_loss = clip_loss_N.sum() / (heard_N.sum().clamp(min=1) if part is None else max(1, part.heard))
         return replace(told, loss=told.loss + self.spec.clip_weight * clip_loss, clip_loss=clip_loss.detach())
 
     def validity(self, n_frames_B: Tensor, device: torch.device) -> Tensor | None:
@@ -179,16 +195,26 @@ class Jepa(nn.Module):
         layers = self.target.top_layers(mel_BTF, self.spec.target_layers, valid_BP=valid_BP)
         return torch.stack([normalise(layer_BPD.float()) for layer_BPD in layers]).mean(dim=0)
 
-    def _draw_keep(
-        self, rng: np.random.Generator | None, rows: tuple[int, int], device: torch.device
-    ) -> list[Tensor | None]:
-        stacks = (self.encoder.stack, self.predictor.stack)
-        if not self.training or not any(stack.drop_path for stack in stacks):
-            return [None, None]
+    def counts(self, context_NK: Tensor, targets_NGQ: Tensor, n_frames_B: Tensor) -> tuple[int, int]:
+        """Targets on sound, and rows with sound in their context: what `Part` sums up; all on the CPU."""
+        valid_BP = valid_tokens(n_frames_B, self.spec.encoder.grid)
+        if valid_BP.all():
+            return targets_NGQ.numel(), len(context_NK)
+        valid_NP = valid_BP.repeat_interleave(len(context_NK) // len(valid_BP), dim=0)
+        scored, heard_N = (
+            valid_NP.gather(1, targets_NGQ.flatten(1)).sum(),
+            valid_NP.gather(1, context_NK).any(1),
+        )
+        return int(scored), int(heard_N.sum())
+
+    def draw_keep(self, rng: np.random.Generator | None, rows: int, groups: int) -> Keep:
+        """What drop path leaves of each branch for so many rows; nothing is drawn where there is none of it."""
+        encoder, predictor = self.encoder.stack, self.predictor.stack
+        if not self.training or not (encoder.drop_path or predictor.drop_path):
+            return None, None
         if rng is None:
             raise ValueError("drop path draws from the generator of the step: give `rng`")
-        keeps = [stack.draw_keep(rng, count) for stack, count in zip(stacks, rows, strict=True)]
-        return [None if keep is None else keep.to(device) for keep in keeps]
+        return encoder.draw_keep(rng, rows), predictor.draw_keep(rng, rows * groups)
 
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:
@@ -236,10 +262,13 @@ def token_loss(prediction_BGQD: Tensor, target_BGQD: Tensor, loss: LossName) -> 
             return 1 - F.cosine_similarity(prediction_BGQD, target_BGQD, dim=-1)
 
 
-def _score(prediction: Tensor, feature: Tensor, scored_BGQ: Tensor, loss: LossName) -> JepaOutput:
+def _score(
+    prediction: Tensor, feature: Tensor, scored_BGQ: Tensor, loss: LossName, of_all: int | None
+) -> JepaOutput:
     target, count = normalise(feature), scored_BGQ.sum()
     share_BGQ = scored_BGQ / count.clamp(min=1)
-    loss_value = (token_loss(prediction, target, loss) * share_BGQ).sum()
+    share_of_all_BGQ = share_BGQ if of_all is None else scored_BGQ / of_all
+    loss_value = (token_loss(prediction, target, loss) * share_of_all_BGQ).sum()
     with torch.no_grad():
         return JepaOutput(
             loss=loss_value,

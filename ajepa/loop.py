@@ -11,8 +11,12 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from ajepa.run import Checkpoint, Json, Run
-from pipeline.errors import STOP_SIGNALS
+from ajepa.bad_step import BadStep
+from ajepa.checkpoints import Checkpoint
+from ajepa.distributed import ALONE, World
+from ajepa.events import Events
+from ajepa.run import Json, Run
+from pipeline.errors import STOP_SIGNALS, RunError
 from pipeline.loader import Batch
 
 
@@ -45,29 +49,72 @@ class Trainer(Protocol):
         """Stand where `checkpoint` was written."""
 
 
+class Watch(Protocol):
+    """What looks at the model beside the loop."""
+
+    def after(self, done: int) -> Json:
+        """What there is to log after `done` steps: called after every step, empty most of the time."""
+
+
+SCORE = "probe_map"  # what a watch tells of a step, by which checkpoints are compared
+EVENTS = "tensorboard"
+
+
 def train(
-    run: Run, trainer: Trainer, batches: Iterator[Batch], stop: threading.Event, *, progress: bool
-) -> None:
-    """Every step after the run's checkpoint, up to the recipe's last or until asked to stop."""
-    recipe, clock, first = trainer.recipe, Clock(), run.step
-    with bar_of(first, recipe.steps, shown=progress) as bar:
+    run: Run,
+    trainer: Trainer,
+    batches: Iterator[Batch],
+    stop: threading.Event,
+    *,
+    progress: bool,
+    watch: Watch | None = None,
+    keep_every: int = 0,
+    world: World = ALONE,
+) -> int:
+    """Every step after the run's checkpoint, up to the recipe's last or until asked to stop; the steps done.
+
+    A step of which `watch` has something to tell is logged whenever it comes, and where its `probe_map` is the
+    highest so far, there is a checkpoint of it. All ranks call this and stop at the same step; the main one
+    alone has a watch, writes, and shows progress. Checkpoints at multiples of `keep_every` are never deleted.
+    """
+    recipe, clock = trainer.recipe, Clock()
+    (first,) = map(int, world.sum(run.step if world.main else 0))
+    events = Events(run.path / EVENTS, first + 1) if world.main else None
+    done = first
+    with bar_of(first, recipe.steps, shown=progress and world.main) as bar:
         for step in range(first, recipe.steps):
             with clock.waiting():
                 batch = next(batches)
-            line = trainer.step(step, batch)
-            clock.clips += len(batch.rows_B)
-            clock.skipped += batch.skipped
+            line = stepped(run, trainer, step, batch)
             done, last = step + 1, step + 1 == recipe.steps
-            if done % recipe.log_every == 0 or last:
-                line = {"step": done, **line, **clock.read()}
+            seen = watch.after(done) if watch else {}
+            clock.clips += len(batch.rows_B) * world.size
+            clock.skipped += int(*world.sum(batch.skipped))
+            if events and (seen or done % recipe.log_every == 0 or last):
+                line = {"step": done, **line, **clock.read(), **seen}
                 run.log(line)
+                events.write(done, line)
                 bar.set_postfix_str(postfix(line), refresh=False)
             bar.update()
-            stopping = stop.is_set()
-            if done % recipe.checkpoint_every == 0 or last or stopping:
-                run.save(trainer.checkpoint(done), keep=recipe.keep_checkpoints)
-            if stopping:
-                return
+            (stops,) = world.sum(stop.is_set())
+            better = SCORE in seen and (run.best is None or seen[SCORE] > run.best.score)
+            due = done % recipe.checkpoint_every == 0 or (keep_every and done % keep_every == 0)
+            if world.main and (due or better or last or stops):
+                score = seen.get(SCORE)
+                checkpoint = trainer.checkpoint(done)
+                run.save(checkpoint, keep=recipe.keep_checkpoints, keep_every=keep_every, score=score)
+            if stops:
+                break
+    world.wait()  # who ends first has the others terminated, also from writing a checkpoint
+    return done
+
+
+def stepped(run: Run, trainer: Trainer, step: int, batch: Batch) -> Json:
+    """One step; what explains a bad one is kept in the run, and its message says where."""
+    try:
+        return trainer.step(step, batch)
+    except BadStep as bad:
+        raise RunError(f"{bad}; its clips and masks are kept in {bad.keep(run.path)}") from None
 
 
 def bar_of(first: int, steps: int, *, shown: bool) -> tqdm:

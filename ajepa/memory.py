@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from ajepa.blocks import Stack
+from ajepa.distributed import ALONE, World
 from ajepa.recipes import Pretrain
 from ajepa.vit import EncoderSpec, PredictorSpec, stack_of
 from pipeline.errors import RunError
@@ -19,34 +20,52 @@ DRAWS = 20  # of masks, to see how many tokens they may leave
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
-    """Bytes at the peak of a step. `activations` grows with the clips of a step, the rest does not."""
+    """Bytes at the peak of a step. `activations` grows with the clips of a pass, the rest does not."""
 
     weights: int  # encoder, teacher, predictor
     gradients: int
     moments: int  # AdamW's two
+    batch: int  # spectrograms of all the clips of this rank's step
     activations: int  # kept for the backward pass, and the largest that is passing through
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.moments + self.activations
+        return self.weights + self.gradients + self.moments + self.batch + self.activations
 
     def __str__(self) -> str:
-        parts = ("weights", "gradients", "moments", "activations")
+        parts = ("weights", "gradients", "moments", "batch", "activations")
         told = ", ".join(f"{name} {getattr(self, name) / GB:.2f}" for name in parts)
         return f"{self.total / GB:.2f} GB ({told})"
 
 
-def estimate(recipe: Pretrain, *, bf16: bool, written_out: bool = False, recompute: bool = False) -> Memory:
+def estimate(
+    recipe: Pretrain,
+    *,
+    bf16: bool,
+    written_out: bool = False,
+    recompute: bool = False,
+    clips: int | None = None,
+    micro_clips: int | None = None,
+) -> Memory:
     """What a step of the recipe needs at most, from the sizes of what autograd keeps.
 
-    `written_out`: attention keeps its probabilities (bf16 on CPUs). Token counts are the most that some draws
-    of the masks gave, from the first step to the last.
+    `clips`: of a step on one rank; None: the recipe's. `micro_clips`: of those that pass through the model at
+    once. `bf16`: or fp16. `written_out`: attention keeps its probabilities (bf16 on CPUs). Token counts are
+    the most that some draws of the masks gave, from the first step to the last.
     """
     encoder, predictor = recipe.model.encoder, recipe.model.predictor
+    clips = clips or recipe.clips_per_step
     encoder_count = encoder_parameters(encoder)
     trained = encoder_count + predictor_parameters(predictor, encoder.width, recipe.model.clip_weight > 0)
     kept = max(
-        _activations(recipe, *shape, bf16=bf16, written_out=written_out, recompute=recompute)
+        _activations(
+            recipe,
+            *shape,
+            clips=min(micro_clips or clips, clips),
+            bf16=bf16,
+            written_out=written_out,
+            recompute=recompute,
+        )
         for shape in mask_shapes(recipe)
     )
     copies = BF16 * trained if bf16 else 0  # autocast keeps the weights it has cast until the backward pass
@@ -54,6 +73,7 @@ def estimate(recipe: Pretrain, *, bf16: bool, written_out: bool = False, recompu
         weights=FP32 * (trained + encoder_count),
         gradients=FP32 * trained,
         moments=2 * FP32 * trained,
+        batch=clips * encoder.grid.tokens * encoder.grid.patch_values * FP32,
         activations=kept + copies,
     )
 
@@ -75,11 +95,12 @@ def _activations(
     groups: int,
     queries: int,
     *,
+    clips: int,
     bf16: bool,
     written_out: bool,
     recompute: bool,
 ) -> int:
-    model, clips = recipe.model, recipe.clips_per_step
+    model = recipe.model
     grid, rows = model.encoder.grid, clips * recipe.mask_sets
     encoder, predictor = stack_of(model.encoder), stack_of(model.predictor)
     tokens = {"encoder": rows * context, "predictor": rows * groups * (context + queries)}
@@ -94,7 +115,7 @@ def _activations(
         kept += stack.depth * (tokens[name] * inputs[name] if recompute else blocks[name])
         kept += 3 * tokens[name] * inputs[name]  # embedding and last norm
     scored = rows * groups * queries * encoder.width * FP32
-    kept += 5 * scored + 3 * clips * grid.tokens * grid.patch_values * FP32  # loss; spectrograms and patches
+    kept += 5 * scored + 2 * clips * grid.tokens * grid.patch_values * FP32  # loss; patches
     again = 2.25 if recompute else 0.5  # a block computed again, and gradients: measured
     passing = max(blocks.values()) * again
     teacher = clips * grid.tokens * encoder.width * (8 * BF16 + 3 * FP32 if bf16 else 11 * FP32)
@@ -147,25 +168,51 @@ def free_bytes(device: torch.device) -> int | None:
     return int(lines["MemAvailable"].split()[0]) * 1024
 
 
-def refuse_too_large(recipe: Pretrain, device: torch.device, *, bf16: bool, recompute: bool = False) -> None:
-    """RunError where a step needs more than is free: the figures, and what to lower."""
-    written_out = bf16 and device.type == "cpu"
-    needed = estimate(recipe, bf16=bf16, written_out=written_out, recompute=recompute)
+def refuse_too_large(
+    recipe: Pretrain,
+    device: torch.device,
+    *,
+    half: bool,
+    recompute: bool = False,
+    micro_clips: int | None = None,
+    world: World = ALONE,
+) -> None:
+    """RunError where a pass of `micro_clips` (None: a rank's whole share) needs more than is free.
+
+    It has the figures, and what to lower. Ranks of one machine share its memory, but each has a GPU of its own.
+    All ranks have looked before this returns in any.
+    """
+    clips = world.share(recipe.clips_per_step)
+    passed = min(micro_clips or clips, clips)
+    needed = estimate(
+        recipe,
+        bf16=half,
+        written_out=half and device.type == "cpu",
+        recompute=recompute,
+        clips=clips,
+        micro_clips=passed,
+    )
     free = free_bytes(device)
-    if free is None or needed.total <= free:
+    world.wait()
+    if free is None:
         return
-    told = f"recipe {recipe.name} needs about {needed} for {recipe.clips_per_step} clips a step"
+    sharing = world.local_size if device.type == "cpu" else 1
+    free //= sharing
+    if needed.total <= free:
+        return
+    each = f" for each of {sharing} ranks" if sharing > 1 else ""
+    told = f"recipe {recipe.name} needs about {needed} for {passed} clips at once"
     raise RunError(
-        f"{told}, {device.type} has {free / GB:.2f} GB free; {advice(recipe, needed, free, recompute)}"
+        f"{told}, {device.type} has {free / GB:.2f} GB free{each}; {advice(passed, needed, free, recompute)}"
     )
 
 
-def advice(recipe: Pretrain, needed: Memory, free: int, recompute: bool) -> str:
+def advice(clips: int, needed: Memory, free: int, recompute: bool) -> str:
     """What would fit."""
     room = free - (needed.total - needed.activations)
-    clips = int(recipe.clips_per_step * room / needed.activations)
+    fewer = int(clips * room / needed.activations)
     smaller = "a smaller model (--set model.encoder.width, model.encoder.depth)"
     again = "" if recompute else "--recompute, or "
-    if clips < 1:
+    if fewer < 1:
         return f"not one clip would fit: try {again}{smaller}"
-    return f"try {again}--batch {clips}, or {smaller}"
+    return f"try {again}--micro-batch {fewer}, or {smaller}"

@@ -24,7 +24,11 @@ class AdamW:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:
-    """Learning rate and teacher momentum over a run of any length: in shares, not counts, of its steps."""
+    """Learning rate and teacher momentum over a run of any length: in shares, not counts, of its steps.
+
+    base_clips  above 0: `peak_lr` is for so many clips a step and grows in proportion with their number, as the
+                "base learning rates" of papers do (256); 0: it is the same for any
+    """
 
     peak_lr: float
     start_lr: float = 1e-6
@@ -32,21 +36,30 @@ class Schedule:
     warmup_share: float = 0.01
     ema_start: float = 0.996
     ema_end: float = 1.0
+    base_clips: int = 0
 
     def __post_init__(self) -> None:
         if not (min(self.peak_lr, self.start_lr, self.end_lr) >= 0 and 0 <= self.warmup_share < 1):
             raise ValueError(f"a schedule needs rates of 0 or more and a warm-up share in [0, 1), got {self}")
+        if self.base_clips < 0:
+            raise ValueError(f"base_clips must not be negative, got {self.base_clips}")
         if not (0 <= self.ema_start <= 1 and 0 <= self.ema_end <= 1):
             raise ValueError(f"the teacher's momentum must lie in [0, 1], got {self}")
 
-    def lr(self, step: int, steps: int) -> float:
-        """Learning rate of the update after `step` steps of `steps`: linear warm-up, then half a cosine."""
+    def lr(self, step: int, steps: int, *, clips: int | None = None) -> float:
+        """Learning rate of the update after `step` steps of `steps`: linear warm-up, then half a cosine.
+
+        `clips` per step: needed where the peak grows with them.
+        """
+        if self.base_clips and clips is None:
+            raise ValueError(f"the rate grows with the clips of a step: give `clips` to {self}")
+        factor = clips / self.base_clips if self.base_clips and clips else 1.0
         warmup_steps = int(self.warmup_share * steps)
         return warmup_cosine(
             step,
             steps=steps,
             warmup_steps=warmup_steps,
-            peak=self.peak_lr,
+            peak=self.peak_lr * factor,
             start=self.start_lr,
             end=self.end_lr,
         )

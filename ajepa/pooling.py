@@ -65,6 +65,62 @@ class Layer:
 LAST = Layer()
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tokens:
+    """What an encoder says of B clips: the tokens of N views that hold sound, `clips` and `views` of each at most.
+
+    View n is the `view_N[n]`th of clip `clip_N[n]`; the grid has `rows` rows.
+    """
+
+    tokens_NPD: Tensor
+    valid_NP: Tensor
+    clip_N: Tensor
+    view_N: Tensor
+    clips: int
+    views: int
+    rows: int
+
+    def pooled(self, pooling: PoolingName) -> Tensor:
+        """One vector per clip (`pool`)."""
+        return pool(
+            self.tokens_NPD,
+            self.valid_NP,
+            self.clip_N,
+            clips=self.clips,
+            rows=self.rows,
+            pooling=pooling,
+        )
+
+    def stretches(self, count: int) -> tuple[Tensor, Tensor]:
+        """The time columns of all views merged into at most `count` stretches: means `BKRD` (nan where there is
+        no valid column), and which stretches hold sound, `BK`."""
+        columns = self.tokens_NPD.shape[1] // self.rows
+        width = -(-self.views * columns // count)
+        place_NL = self.view_N[:, None] * columns + torch.arange(columns)
+        stretches = -(-self.views * columns // width)
+        group_M = (self.clip_N[:, None] * stretches + place_NL // width).flatten()
+        mean_GRD, held_G = row_means(
+            self.tokens_NPD.unflatten(1, (columns, self.rows)).flatten(0, 1),
+            self.valid_NP.unflatten(1, (columns, self.rows)).flatten(0, 1),
+            group_M,
+            groups=self.clips * stretches,
+            rows=self.rows,
+        )
+        shape = (self.clips, stretches)
+        return mean_GRD.unflatten(0, shape), held_G.unflatten(0, shape) > 0
+
+
+def row_means(
+    tokens_NPD: Tensor, valid_NP: Tensor, group_N: Tensor, *, groups: int, rows: int
+) -> tuple[Tensor, Tensor]:
+    """Of each group the mean of every row over its valid columns, float32 `GRD`, and how many these are, `G`."""
+    kept_NKRD = tokens_NPD.float().masked_fill(~valid_NP[..., None], 0.0).unflatten(1, (-1, rows))
+    sums_NRD, columns_N = kept_NKRD.sum(1), valid_NP.unflatten(1, (-1, rows))[..., 0].sum(1).float()
+    sums_GRD = sums_NRD.new_zeros(groups, *sums_NRD.shape[1:]).index_add(0, group_N, sums_NRD)
+    columns_G = columns_N.new_zeros(groups).index_add(0, group_N, columns_N)
+    return sums_GRD / columns_G[:, None, None], columns_G
+
+
 def pool(
     tokens_NPD: Tensor, valid_NP: Tensor, clip_N: Tensor, *, clips: int, rows: int, pooling: PoolingName
 ) -> Tensor:
@@ -78,16 +134,28 @@ def pool(
     """
     if pooling not in get_args(PoolingName):
         raise RunError(f"pooling must be {' or '.join(get_args(PoolingName))}, got {pooling!r}")
-    silent_NP1 = ~valid_NP[..., None]
-    kept_NKRD = tokens_NPD.float().masked_fill(silent_NP1, 0.0).unflatten(1, (-1, rows))
-    sums_NRD, columns_N = kept_NKRD.sum(1), valid_NP.unflatten(1, (-1, rows))[..., 0].sum(1).float()
-    sums_BRD = sums_NRD.new_zeros(clips, *sums_NRD.shape[1:]).index_add(0, clip_N, sums_NRD)
-    columns_B = columns_N.new_zeros(clips).index_add(0, clip_N, columns_N)
-    mean_BRD = sums_BRD / columns_B[:, None, None]
+    mean_BRD, _ = row_means(tokens_NPD, valid_NP, clip_N, groups=clips, rows=rows)
     return mean_BRD.flatten(1) if pooling == "frequency" else mean_BRD.mean(1)
 
 
 @torch.inference_mode()
+def encoded(encoder: Encoder, mel_BVTF: Tensor, n_frames_BV: Tensor, layer: Layer = LAST) -> Tokens:
+    """The tokens of any number of views of each clip, on the CPU; a view past the clip's end is never encoded."""
+    clip_N, view_N = torch.nonzero(n_frames_BV, as_tuple=True)
+    valid_NP = valid_tokens(n_frames_BV[clip_N, view_N], encoder.spec.grid)
+    device = next(encoder.parameters()).device
+    tokens_NPD = layer.tokens(encoder, mel_BVTF[clip_N, view_N].to(device), valid_NP.to(device))
+    return Tokens(
+        tokens_NPD=tokens_NPD.cpu(),
+        valid_NP=valid_NP,
+        clip_N=clip_N,
+        view_N=view_N,
+        clips=len(mel_BVTF),
+        views=mel_BVTF.shape[1],
+        rows=encoder.spec.grid.rows,
+    )
+
+
 def pooled(
     encoder: Encoder,
     mel_BVTF: Tensor,
@@ -96,10 +164,5 @@ def pooled(
     pooling: PoolingName = POOLING,
     layer: Layer = LAST,
 ) -> Tensor:
-    """One vector per clip, on the CPU, from any number of views of each; one past the clip's end is never encoded."""
-    clip_N, view_N = torch.nonzero(n_frames_BV, as_tuple=True)
-    mel_NTF, grid = mel_BVTF[clip_N, view_N], encoder.spec.grid
-    valid_NP = valid_tokens(n_frames_BV[clip_N, view_N], grid)
-    device = next(encoder.parameters()).device
-    tokens_NPD = layer.tokens(encoder, mel_NTF.to(device), valid_NP.to(device)).cpu()
-    return pool(tokens_NPD, valid_NP, clip_N, clips=len(mel_BVTF), rows=grid.rows, pooling=pooling)
+    """One vector per clip, on the CPU, from any number of views of each (`encoded`, `pool`)."""
+    return encoded(encoder, mel_BVTF, n_frames_BV, layer).pooled(pooling)

@@ -38,7 +38,9 @@ class Pretrain:
     seed: int = 0
     log_every: int = 10  # steps
     checkpoint_every: int = 1_000  # steps
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest; the best by probe is kept beside them
+    keep_every: int = 0  # steps; checkpoints written at these are never deleted; 0: no such
+    max_gradient_norm: float = 0.0  # longer gradients are shortened to it; 0: any length
 
     def __post_init__(self) -> None:
         counts = (
@@ -51,6 +53,9 @@ class Pretrain:
         )
         if min(counts) < 1:
             raise ValueError(f"steps, clips and intervals must be at least 1, got {counts}")
+        if not (self.keep_every >= 0 and self.max_gradient_norm >= 0):
+            told = f"{self.keep_every} and {self.max_gradient_norm}"
+            raise ValueError(f"keep_every and max_gradient_norm must be 0 or more, got {told}")
         if self.crop not in get_args(CropName):
             raise ValueError(f"crop must be {' or '.join(get_args(CropName))}, got {self.crop!r}")
         if isinstance(self.masks, Curriculum) and self.masks.steps != self.steps:

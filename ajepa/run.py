@@ -2,9 +2,7 @@
 
 import contextlib
 import fcntl
-import hashlib
 import json
-import os
 import platform
 import shutil
 from collections.abc import Iterator
@@ -14,29 +12,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
+from ajepa.checkpoints import (
+    Best,
+    Checkpoint,
+    best_of,
+    complete,
+    drop,
+    read,
+    refuse_full_disk,
+    step_of,
+    write,
+)
 from pipeline.errors import RunError
 from pipeline.files import PARTIAL, fsync, replacing
 
 Json = dict[str, Any]
 FORMAT = 1
-RECIPE, METRICS, CHECKPOINTS, STATE, LOCK = (
-    "recipe.json",
-    "metrics.jsonl",
-    "checkpoints",
-    "state.json",
-    "lock",
-)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Checkpoint:
-    """What training stands on after `step` steps: named tensors, one safetensors file per part."""
-
-    step: int
-    parts: dict[str, dict[str, Tensor]]
+RECIPE, METRICS, CHECKPOINTS, LOCK = "recipe.json", "metrics.jsonl", "checkpoints", "lock"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +37,9 @@ class Run:
 
     recipe.json                   recipe; identity of store and features; versions: what `start` compares
     metrics.jsonl                 one JSON object per logged step, ascending
-    checkpoints/step-00001000/    PART.safetensors for each part, state.json with step and sha256 digests
+    tensorboard/                  the same for TensorBoard, a file for each time that the run was carried on
+    checkpoints/step-00001000/    PART.safetensors for each part, state.json with step, score, sha256 digests
+    bad-step-00001000/            what explains a step that ended the run, see `bad_step.py`
     evaluation.json               what `ajepa-train evaluate` found, where it was run
 
     A checkpoint folder is complete or absent; no file needs pickle.
@@ -108,40 +102,56 @@ class Run:
         return max((step_of(folder) for folder in self.checkpoints()), default=0)
 
     @property
+    def best(self) -> Best | None:
+        """The checkpoint with the highest score of those that were saved with one."""
+        return best_of(self.checkpoints())
+
+    @property
     def finished(self) -> bool:
         """Whether the newest checkpoint stands at the recipe's last step."""
         return self.step >= self.recipe["steps"]
 
     def checkpoints(self) -> list[Path]:
         """Folders of complete checkpoints, oldest first."""
-        return sorted((self.path / CHECKPOINTS).glob("step-" + "[0-9]" * 8))
+        return complete(self.path / CHECKPOINTS)
 
-    def load(self, *parts: str) -> Checkpoint:
-        """The newest checkpoint (all its parts or those named), on the CPU. RunError: none, or damaged."""
-        if not self.checkpoints():
+    def load(self, *parts: str, at: str | int = "last") -> Checkpoint:
+        """A checkpoint (all its parts or those named), on the CPU: `last`, `best`, or that of a step.
+
+        RunError: no such checkpoint, or a damaged one.
+        """
+        return read(self.folder_of(at), parts)
+
+    def folder_of(self, at: str | int) -> Path:
+        """Where that checkpoint lies; RunError says which there are."""
+        folders = {step_of(folder): folder for folder in self.checkpoints()}
+        if not folders:
             raise RunError(f"{self.path}: holds no checkpoint yet; run `ajepa-train pretrain` on it first")
-        folder = self.checkpoints()[-1]
-        state = json.loads((folder / STATE).read_text())
-        names = parts or tuple(state["sha256"])
-        for name in names:
-            refuse_damage(folder / f"{name}.safetensors", state["sha256"][name])
-        tensors = {name: load_file(folder / f"{name}.safetensors") for name in names}
-        return Checkpoint(step=state["step"], parts=tensors)
+        if at == "last":
+            return folders[max(folders)]
+        if at == "best":
+            if self.best is None:
+                raise RunError(f"{self.path}: no checkpoint was probed, so none is the best; take last")
+            return folders[self.best.step]
+        step = int(at) if str(at).isdecimal() else None
+        if step not in folders:
+            there = ", ".join(map(str, folders))
+            raise RunError(f"{self.path}: no checkpoint {at!r}; expected last, best, or a step of {there}")
+        return folders[step]
 
-    def save(self, checkpoint: Checkpoint, *, keep: int) -> None:
-        """Write `checkpoint` whole or not at all, then drop all but the newest `keep`."""
+    def save(
+        self, checkpoint: Checkpoint, *, keep: int, keep_every: int = 0, score: float | None = None
+    ) -> None:
+        """Write `checkpoint` whole or not at all, then drop all but the newest `keep`.
+
+        Those at multiples of `keep_every` stay for good, and that with the highest `score` until another has
+        a higher one.
+        """
         refuse_full_disk(self.path, checkpoint)
-        fsync_if_there(self.path / METRICS)  # its lines must not be younger than the checkpoint
-        place = self.path / CHECKPOINTS / f"step-{checkpoint.step:08d}"
-        place.parent.mkdir(exist_ok=True)
-        scratch = place.with_name(f"{place.name}.{os.getpid()}{PARTIAL}")
-        scratch.mkdir()
-        write_parts(scratch, checkpoint)
-        scratch.rename(place)
-        fsync(place.parent)
-        for folder in self.checkpoints()[:-keep]:
-            # renamed first: a crash halfway through must not leave a folder that looks like a checkpoint
-            shutil.rmtree(folder.rename(folder.with_name(folder.name + PARTIAL)))
+        with contextlib.suppress(FileNotFoundError):
+            fsync(self.path / METRICS)  # its lines must not be younger than the checkpoint
+        write(self.path / CHECKPOINTS, checkpoint, score)
+        drop(self.checkpoints(), keep=keep, keep_every=keep_every)
 
     def log(self, line: Json) -> None:
         """Append one line of metrics; it holds at least `step`, and no nan."""
@@ -164,48 +174,6 @@ class Run:
             shutil.rmtree(debris)
 
 
-def step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
-
-
-def refuse_full_disk(path: Path, checkpoint: Checkpoint) -> None:
-    """RunError where `checkpoint` does not fit beside the older ones, which go only once it is whole."""
-    needed = sum(tensor.nbytes for part in checkpoint.parts.values() for tensor in part.values())
-    free = shutil.disk_usage(path).free
-    if needed > free:
-        told = f"step {checkpoint.step} needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free"
-        raise RunError(
-            f"{path}: no space for the checkpoint ({told}); make room, then run the same command again"
-        )
-
-
-def write_parts(folder: Path, checkpoint: Checkpoint) -> None:
-    """Every part and then `state.json` with their digests, each forced to the disk."""
-    digests = {}
-    for name, tensors in checkpoint.parts.items():
-        file = folder / f"{name}.safetensors"
-        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, file)
-        fsync(file)
-        digests[name] = digest(file)
-    (folder / STATE).write_text(json.dumps({"format": FORMAT, "step": checkpoint.step, "sha256": digests}))
-    fsync(folder / STATE)
-    fsync(folder)
-
-
-def digest(file: Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal."""
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def refuse_damage(file: Path, expected: str) -> None:
-    """RunError where the bytes of `file` are not those that were written."""
-    if not file.is_file() or digest(file) != expected:
-        raise RunError(
-            f"{file}: damaged (its digest differs); remove {file.parent} to go back to the one before"
-        )
-
-
 def refuse_foreign(path: Path) -> None:
     """RunError where `path` is a file, or a folder that holds anything but a crash's debris."""
     if path.exists() and not path.is_dir():
@@ -219,11 +187,6 @@ def refuse_foreign(path: Path) -> None:
         raise RunError(
             f"{path}: not a run (no {RECIPE}) and not empty (holds {held[0]}); choose another --run"
         )
-
-
-def fsync_if_there(path: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        fsync(path)
 
 
 def versions() -> Json:

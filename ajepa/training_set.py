@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from ajepa.distributed import ALONE, World
 from ajepa.recipes import Pretrain
 from ajepa.run import Json
 from pipeline.errors import RunError
@@ -67,8 +68,8 @@ class TrainingSet:
         stores = [open_store(store, recipe) for store in self.stores]
         return stores[0] if len(stores) == 1 else JoinedStore(stores)
 
-    def order(self, store: AnyStore, recipe: Pretrain) -> Order:
-        """Which clips come when; raises InputError where there are too few."""
+    def order(self, store: AnyStore, recipe: Pretrain, world: World = ALONE) -> Order:
+        """Which clips come when to this rank; raises InputError where there are too few."""
         rows_N = store.good_rows(train_splits(store))
         refuse_empty(store, rows_N)
         sampling: Sampling = FULL_SHUFFLE
@@ -77,7 +78,14 @@ class TrainingSet:
             sampling = Weighted(weights_N=weights_N, clips_per_epoch=len(rows_N))
         if self.shuffle == "block":
             sampling = BlockShuffle(blocks_N=store.shards_of(rows_N), window_blocks=self.window)
-        return Order(rows_N=rows_N, clips=recipe.clips_per_step, seed=recipe.seed, sampling=sampling)
+        return Order(
+            rows_N=rows_N,
+            clips=world.share(recipe.clips_per_step),
+            seed=recipe.seed,
+            rank=world.rank,
+            world=world.size,
+            sampling=sampling,
+        )
 
     def identity(self, store: AnyStore) -> Json:
         """What a run was trained on: it is compared on resume, and says how to normalise ever after."""

@@ -172,8 +172,8 @@ class Predictor(nn.Module):
             turns = _at(self.turns_2PE, tokens.flatten(0, 1))
             if valid_NP is not None:
                 valid = valid_NP.gather(1, tokens.flatten(1)).view(rows * groups, -1)
-        (x,) = through(self.blocks, x, valid, turns, keep_L2M, recompute=self.recompute)
-        return self.out(self.norm(x[:, -queries:])).unflatten(0, (rows, groups))
+        (x,) = through(self.blocks, x, valid, turns, keep_L2M, recompute=self.recompute, last=queries)
+        return self.out(self.norm(x)).unflatten(0, (rows, groups))
 
 
 def _every(turns_2PE: Tensor | None) -> Tensor | None:

@@ -12,7 +12,7 @@ from tiny import tiny
 
 import ajepa
 from ajepa.embed import Embedder
-from ajepa.evaluate import Views, features
+from ajepa.features import Views, features
 from ajepa.pretrain import pretrain
 from ajepa.trained import Trained
 from ajepa.vit import Encoder

@@ -35,11 +35,10 @@ def run_path(store_path, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(run_path, tmp_path_factory):
-    (run_path / "evaluation.json").write_text(
-        json.dumps(
-            {"protocol": {"train_clips": 30}, "scores": [{"probe": "linear", "map": 0.25, "l2": None}]}
-        )
-    )
+    metrics = {"map": {"value": 0.25, "low": 0.2, "high": 0.31}}
+    scores = [{"probe": "linear", "metrics": metrics, "chance": 0.125, "per_class_ap": [0.25, None]}]
+    told = {"protocol": {"train_clips": 30}, "scores": scores}
+    (run_path / "evaluation.json").write_text(json.dumps(told))
     (run_path / "compute.json").write_text(json.dumps({"clips": 16, "flop": 1e12}))
     out = tmp_path_factory.mktemp("export") / "model"
     export(run_path, out, licence="cc-by-4.0")
@@ -88,7 +87,7 @@ def test_the_card_states_what_a_user_must_know(folder, run_path):
         "| hop_samples | 320 |",
         "| checkpoint | step 2 |",
         "| clips | 16 |",
-        "| probe | map |\n| --- | --- |\n| linear | 0.25 |",
+        "| probe | chance | map |\n| --- | --- | --- |\n| linear | 0.125 | 0.25 (0.2 to 0.31) |",
         "| train_clips | 30 |",
     ):
         assert told in card

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ajepa.distributed import World
 from ajepa.jepa import Jepa, JepaSpec
 from ajepa.memory import GB, advice, encoder_parameters, estimate, predictor_parameters, refuse_too_large
 from ajepa.overrides import overridden
@@ -22,20 +23,22 @@ CPU = torch.device("cpu")
 MEASURED = """
 import resource, sys
 import numpy as np, torch
+from ajepa.devices import pick_precision
 from ajepa.overrides import overridden
-from ajepa.pretrain import Trainer
 from ajepa.recipes import small
+from ajepa.trainer import Trainer
 from pipeline.loader import Batch
 
-def steps(recipe, bf16, recompute):
-    trainer = Trainer(recipe, torch.device("cpu"), recompute=recompute)
-    trainer.bf16 = bf16
+def steps(recipe, bf16, recompute, micro_clips):
+    cpu = torch.device("cpu")
+    numbers = pick_precision("bf16" if bf16 else "fp32", cpu)
+    trainer = Trainer(recipe, cpu, recompute=recompute, precision=numbers, micro_clips=micro_clips)
     for step in (0, recipe.steps // 2, recipe.steps - 1):
         clips, frames = recipe.clips_per_step, recipe.view_frames
         trainer.step(step, Batch(mel_BTF=torch.randn(clips, frames, 128), n_frames_B=torch.full((clips,), frames),
                                  rows_B=np.arange(clips), labels_BC=None, weights_B=torch.ones(clips)))
 
-how = {"bf16": "bf16" in sys.argv, "recompute": "recompute" in sys.argv}
+how = {name: name in sys.argv for name in ("bf16", "recompute")} | {"micro_clips": 8 if "micro" in sys.argv else None}
 steps(small().resized(clips_per_step=1), **how)
 before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 steps(overridden(small(), [a for a in sys.argv if "=" in a]), **how)
@@ -46,14 +49,20 @@ print(int(peak) * 1024 - before)  # not ru_maxrss: a child's begins with the siz
 
 @LINUX
 @pytest.mark.parametrize(
-    "how", [[], ["bf16"], ["recompute"], ["model.targets=teacher", "masks=curriculum"]], ids=str
+    "how", [[], ["bf16"], ["recompute"], ["micro"], ["model.targets=teacher", "masks=curriculum"]], ids=str
 )
 def test_the_estimate_is_near_what_a_process_takes(how):
     """`small` in a process of its own: the resident peak of three steps, within a factor of 1.5."""
     program = [sys.executable, "-c", MEASURED, *how]
     measured = int(subprocess.run(program, capture_output=True, check=True).stdout)
     recipe, bf16 = overridden(small(), [one for one in how if "=" in one]), "bf16" in how
-    told = estimate(recipe, bf16=bf16, written_out=bf16, recompute="recompute" in how).total
+    told = estimate(
+        recipe,
+        bf16=bf16,
+        written_out=bf16,
+        recompute="recompute" in how,
+        micro_clips=8 if "micro" in how else None,
+    ).total
     assert 1 / 1.5 < told / measured < 1.5
 
 
@@ -94,21 +103,33 @@ def test_a_recipe_larger_than_memory_is_refused_with_figures_and_what_to_lower(m
     """Before its first step, and not by the kernel's killer at three in the morning."""
     monkeypatch.setattr("ajepa.memory.free_bytes", lambda device: int(20 * GB))
     with pytest.raises(RunError) as refused:
-        refuse_too_large(a_jepa(), CPU, bf16=False)
+        refuse_too_large(a_jepa(), CPU, half=False)
     message = str(refused.value)
     assert "\n" not in message
     assert message.startswith("recipe a-jepa needs about ")
     assert "activations" in message
-    assert "for 512 clips a step, cpu has 20.00 GB free; try --recompute, or --batch " in message
-    clips = int(message.split("--batch ")[1].split(",")[0])
-    refuse_too_large(a_jepa().resized(clips_per_step=clips), CPU, bf16=False)
-    refuse_too_large(small(), CPU, bf16=False)
+    assert "for 512 clips at once, cpu has 20.00 GB free; try --recompute, or --micro-batch " in message
+    clips = int(message.split("--micro-batch ")[1].split(",")[0])
+    refuse_too_large(a_jepa(), CPU, half=False, micro_clips=clips)
+    with pytest.raises(RunError, match=f"for {2 * clips} clips at once"):
+        refuse_too_large(a_jepa(), CPU, half=False, micro_clips=2 * clips)
+    refuse_too_large(small(), CPU, half=False)
+
+
+def test_ranks_of_one_machine_share_its_memory(monkeypatch):
+    """Four processes that each see all that is free would together need four times as much."""
+    monkeypatch.setattr("ajepa.memory.free_bytes", lambda device: int(20 * GB))
+    monkeypatch.setattr(World, "wait", lambda world: None)
+    clips = a_jepa().resized(clips_per_step=64)
+    refuse_too_large(clips, CPU, half=False, micro_clips=1, world=World(size=4, local_size=1))
+    with pytest.raises(RunError, match=r"cpu has 5\.00 GB free for each of 4 ranks; try --recompute"):
+        refuse_too_large(clips, CPU, half=False, world=World(size=4, local_size=4))
 
 
 def test_a_model_too_large_for_one_clip_is_not_told_to_take_fewer(monkeypatch):
     """`--batch 0` would be no advice."""
     needed = estimate(a_jepa(), bf16=False)
-    told = advice(a_jepa(), needed, int(1.0 * GB), recompute=True)
+    told = advice(512, needed, int(1.0 * GB), recompute=True)
     assert (
         told == "not one clip would fit: try a smaller model (--set model.encoder.width, model.encoder.depth)"
     )
@@ -117,7 +138,7 @@ def test_a_model_too_large_for_one_clip_is_not_told_to_take_fewer(monkeypatch):
 def test_a_device_that_does_not_say_what_is_free_refuses_nothing(monkeypatch, tmp_path):
     """Not every system has /proc/meminfo; a guess would stop runs that fit."""
     monkeypatch.setattr("ajepa.memory.MEMINFO", tmp_path / "none")
-    refuse_too_large(a_jepa(), CPU, bf16=False)
+    refuse_too_large(a_jepa(), CPU, half=False)
 
 
 def test_free_memory_is_what_linux_calls_available(monkeypatch, tmp_path):
@@ -125,4 +146,4 @@ def test_free_memory_is_what_linux_calls_available(monkeypatch, tmp_path):
     (tmp_path / "meminfo").write_text("MemTotal: 900 kB\nMemFree: 5 kB\nMemAvailable:     300 kB\n")
     monkeypatch.setattr("ajepa.memory.MEMINFO", tmp_path / "meminfo")
     with pytest.raises(RunError, match=r"cpu has 0\.00 GB free; not one clip would fit"):
-        refuse_too_large(small(), CPU, bf16=False)
+        refuse_too_large(small(), CPU, half=False)

@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +14,13 @@ import pytest
 import torch
 from tiny import tiny
 
+from ajepa.curriculum import step_rng
 from ajepa.devices import pick_device, precision
-from ajepa.pretrain import Trainer, pretrain
-from ajepa.recipes import audio_jepa
+from ajepa.loop import train
+from ajepa.pretrain import pretrain
+from ajepa.recipes import audio_jepa, to_json
 from ajepa.run import Run
+from ajepa.trainer import Trainer
 from ajepa.training_set import EVAL_SPLIT, train_splits
 from pipeline.errors import BrokenClip, InputError, Interrupted, RunError
 from pipeline.loader import Batch, PlainLoader, View
@@ -54,8 +59,10 @@ def whole(store_path, tmp_path_factory) -> Run:
 KILLED_AT_17 = """
 import os, signal, sys
 from pathlib import Path
+from ajepa.loop import train
 from ajepa.pretrain import pretrain
 from ajepa.run import Run
+from ajepa.trainer import Trainer
 from ajepa.training_set import EVAL_SPLIT, train_splits
 from tiny import tiny
 
@@ -177,7 +184,7 @@ def test_a_diverging_model_is_told_apart_from_broken_data(store):
     trainer, batch = Trainer(tiny(), torch.device("cpu")), first_batch(store)
     with torch.no_grad():
         trainer.model.predictor.out.bias.fill_(torch.inf)
-    with pytest.raises(RunError, match=r"rows \[.*\] are finite: lower the learning rate"):
+    with pytest.raises(RunError, match="its clips are finite: lower the learning rate"):
         trainer.step(0, batch)
 
 
@@ -269,8 +276,41 @@ def test_masks_are_the_same_on_resume_and_another_at_every_step():
     recipe = tiny()
 
     def drawn(step):
-        rng = np.random.default_rng([recipe.seed, step, 0])
+        rng = step_rng(recipe.seed, step)
         return recipe.masks.maker(step, rng).sample(rng, recipe.model.encoder.grid, batch=4).context_BK
 
     assert np.array_equal(drawn(3), drawn(3))
     assert not np.array_equal(drawn(3)[:, :4], drawn(4)[:, :4])
+
+
+def test_what_a_watch_tells_is_logged_at_its_step(store_path, tmp_path):
+    """A probe between two logged steps must not be lost."""
+    recipe = tiny(steps=6, masks=replace(tiny().masks, steps=6), log_every=4)
+    run = Run.start(tmp_path / "run", recipe=to_json(recipe), identity={})
+
+    class EveryThird:
+        def after(self, done: int) -> dict:
+            return {} if done % 3 else {"probe_map": done / 10}
+
+    trainer, batch = Trainer(recipe, torch.device("cpu")), first_batch(FeatureStore.open(store_path))
+    train(run, trainer, repeat(batch), threading.Event(), progress=False, watch=EveryThird())
+    told = {line["step"]: line.get("probe_map") for line in run.metrics()}
+    assert told == {3: 0.3, 4: None, 6: 0.6}
+
+
+def test_the_best_step_by_the_watchs_probe_has_a_checkpoint_that_stays(store_path, tmp_path):
+    """Wherever the probe came, and whatever is dropped after it; a tie is not better."""
+    recipe = tiny(steps=9, masks=replace(tiny().masks, steps=9), keep_checkpoints=1)
+    run = Run.start(tmp_path / "run", recipe=to_json(recipe), identity={})
+
+    class Probes:
+        def after(self, done: int) -> dict:
+            found = {1: 0.1, 3: 0.4, 6: 0.4, 8: 0.3}
+            return {"probe_map": found[done]} if done in found else {}
+
+    trainer, batch = Trainer(recipe, torch.device("cpu")), first_batch(FeatureStore.open(store_path))
+    how = {"progress": False, "watch": Probes(), "keep_every": 7}
+    assert train(run, trainer, repeat(batch), threading.Event(), **how) == 9
+    assert [folder.name[-1] for folder in run.checkpoints()] == ["3", "7", "9"]
+    assert run.best is not None
+    assert (run.best.step, run.best.score) == (3, 0.4)

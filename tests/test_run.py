@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ajepa.run import Checkpoint, Run
+from ajepa.checkpoints import Checkpoint
+from ajepa.run import Run
 from pipeline.errors import RunError
 
 RECIPE = {"steps": 30, "optimiser": {"lr": 1e-3, "betas": [0.9, 0.95]}}
@@ -98,6 +99,56 @@ def test_the_newest_checkpoint_comes_back_bit_for_bit_and_older_ones_go(tmp_path
     assert loaded.step == 100
     assert torch.equal(loaded.parts["encoder"]["w"], torch.full((3,), 100.0))
     assert list(run.load("encoder").parts) == ["encoder"]
+
+
+def steps(run: Run) -> list[int]:
+    return [int(folder.name.removeprefix("step-")) for folder in run.checkpoints()]
+
+
+def test_checkpoints_at_round_steps_stay_for_good(tmp_path):
+    """A curve of probes over training needs its points."""
+    run = started(tmp_path)
+    for step in (3, 4, 8, 9, 12, 14, 15):
+        run.save(checkpoint(step), keep=2, keep_every=4)
+    assert steps(run) == [4, 8, 12, 14, 15]
+
+
+def test_the_best_checkpoint_stays_until_a_better_one_is_there(tmp_path):
+    """Which is best is written with it, whole or not at all; of two equal ones it is the later."""
+    run = started(tmp_path)
+    for step, score, there, best in [
+        (1, None, [1], None),
+        (2, 0.30, [2], 2),
+        (3, None, [2, 3], 2),
+        (4, 0.25, [2, 4], 2),
+        (5, 0.31, [5], 5),
+        (6, None, [5, 6], 5),
+        (7, 0.31, [7], 7),
+    ]:
+        run.save(checkpoint(step), keep=1, score=score)
+        assert steps(run) == there
+        assert (run.best.step if run.best else None) == best
+    run.save(checkpoint(8), keep=1)
+    assert run.load(at="best").step == 7
+    assert run.load().step == run.load(at="last").step == 8
+    assert run.load(at="7").step == run.load("encoder", at=7).step == 7
+
+
+@pytest.mark.parametrize(
+    ("at", "told"),
+    [
+        ("best", "no checkpoint was probed, so none is the best; take last"),
+        (4, "no checkpoint 4; expected last, best, or a step of 3, 5"),
+        ("frist", "no checkpoint 'frist'; expected last, best, or a step of 3, 5"),
+    ],
+)
+def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(tmp_path, at, told):
+    """Another one in its place would be measured under its name."""
+    run = started(tmp_path)
+    for step in (3, 5):
+        run.save(checkpoint(step), keep=2)
+    with pytest.raises(RunError, match=told):
+        run.load(at=at)
 
 
 def test_a_flipped_bit_in_a_checkpoint_is_refused_by_name(tmp_path):

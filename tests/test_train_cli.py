@@ -58,6 +58,9 @@ def test_a_run_is_trained_evaluated_and_drawn(store_path, tmp_path, monkeypatch,
     )
     assert run("evaluate", "--store", store_path, "--run", where, monkeypatch=monkeypatch) == 0
     assert "log-mel statistics" in capsys.readouterr().out
+    best = ["evaluate", "--store", store_path, "--run", where, "--checkpoint", "best"]
+    assert run(*best, monkeypatch=monkeypatch) == 1
+    assert "no checkpoint was probed, so none is the best; take last" in capsys.readouterr().err
     out = tmp_path / "report"
     assert run("report", "--store", store_path, "--run", where, "--out", out, monkeypatch=monkeypatch) == 0
     drawn = capsys.readouterr().out.split()
@@ -73,6 +76,7 @@ def test_a_run_is_trained_evaluated_and_drawn(store_path, tmp_path, monkeypatch,
         (["--recipe", "smoke", "--batch", "4000"], "do not fill one step of 4000 clips"),
         (["--recipe", "smoke", "--set", "model.dept=1"], "model (JepaSpec) has no field 'dept'"),
         (["--recipe", "a-jepa", "--batch", "30"], "0.02 GB free; not one clip would fit: try --recompute"),
+        (["--recipe", "smoke", "--precision", "fp16"], "--precision fp16: computes on CUDA devices only"),
         (["--store-weight", "0.7"], "1 store weights for 1 stores; give one for each of two or more"),
         (["--window", "8"], "window 8 is of no use to a full shuffle; add --shuffle block"),
         pytest.param(["--recipe", "smoke", "--device", "cuda"], "no CUDA device here", marks=NO_CUDA),
@@ -92,7 +96,9 @@ def test_a_mistake_is_one_line_and_leaves_nothing(store_path, tmp_path, monkeypa
 
 def test_what_is_set_stands_in_the_run_and_is_compared_on_resume(store_path, tmp_path, monkeypatch, capsys):
     """A run says what it was, and is not carried on as another."""
-    asked = wish(store_path, tmp_path / "run", "--recipe", "smoke", "--steps", 2, "--recompute")
+    asked = wish(
+        store_path, tmp_path / "run", "--recipe", "smoke", "--steps", 2, "--recompute", "--micro-batch", 3
+    )
     first = ["--set", "optimiser.weight_decay=0.1", "--set", "mask_sets=2"]
     assert run(*asked, *first, monkeypatch=monkeypatch) == 0
     kept = Run.open(tmp_path / "run").recipe

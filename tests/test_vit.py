@@ -213,6 +213,28 @@ def test_a_group_of_targets_is_predicted_by_itself(positions):
 
 
 @for_every_position
+@pytest.mark.parametrize("padded", [False, True], ids=["all valid", "some barred"])
+def test_a_block_asked_for_its_last_tokens_says_of_them_what_it_always_says(positions, padded):
+    """What the predictor's last block skips, nobody reads: values and gradients are those of the whole block."""
+    stack = Stack(width=16, depth=1, heads=2, positions=positions, layer_scale=0.5, drop_path=0.0)
+    block, turns = rough(stack.build()[0]), stack.turns(GRID)
+    told = (
+        (torch.arange(GRID.tokens) < 20).expand(3, -1) if padded else None,
+        None if turns is None else turns[:, None],
+        torch.tensor([[1.0, 0.0, 2.0], [0.5, 1.0, 0.0]]),
+    )
+    outcomes = []
+    for last in (None, 7):
+        x_BND = torch.randn(3, GRID.tokens, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        block.zero_grad()
+        said_BQD = block(x_BND, *told, last)[:, -7:]
+        said_BQD.square().sum().backward()
+        outcomes.append([said_BQD, x_BND.grad, *(weight.grad for weight in block.parameters())])
+    assert outcomes[1][1][:, :-7].any()
+    torch.testing.assert_close(*outcomes, atol=1e-3, rtol=1e-4)
+
+
+@for_every_position
 def test_the_predictor_ignores_context_that_is_padding(positions):
     """The vectors of padded tokens are meaningless and may not count."""
     predictor, (context_BK, targets_BGQ) = (
