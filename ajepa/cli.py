@@ -64,6 +64,9 @@ def pretrain(
     on_broken: Annotated[
         Literal["raise", "skip"], typer.Option(help="skip: another clip of the step stands in.")
     ] = "raise",
+    on_collapse: Annotated[
+        Literal["stop", "warn"], typer.Option(help="stop: where features become all alike.")
+    ] = "stop",
     store_weight: Annotated[
         list[float] | None,
         typer.Option(help="One for each --store: its share of the clips. [default: its clips' share]"),
@@ -118,6 +121,7 @@ def pretrain(
             recompute=recompute,
             compiled=compiled,
             on_broken=on_broken,
+            on_collapse=on_collapse,
             progress=True,
         )
         if world.main:

@@ -63,11 +63,11 @@ def evaluate(
 ) -> Evaluation:
     """Probe a checkpoint of a run on a store of its mel spec: its own, or that of another task.
 
-    `checkpoint` is `Run.load`'s: last, best or a step. The target (EMA) encoder is what is probed. What trains, chooses and measures is `Partition`'s to say; of
-    `labels` (all sets of the store, where none is named) each is trained and measured on itself. Labels are
-    `single` where every clip has exactly one, if nothing else is said. Kept as `out`, else in the run's folder
-    as evaluation.json, of another store as evaluation-STORE.json. RunError or StoreError where run, store and
-    labels do not fit.
+    `checkpoint` is `Run.load`'s: last, best or a step. The target (EMA) encoder is what is probed. What trains,
+    chooses and measures is `Partition`'s to say; of `labels` (all sets of the store, where none is named) each is
+    trained and measured on itself. Labels are `single` where every clip has exactly one, if nothing else is said.
+    Kept as `out`, else in the run's folder as evaluation.json, of another store as evaluation-STORE.json. RunError
+    or StoreError where run, store and labels do not fit.
     """
     run = Run.open(run_path)
     recipe = from_json(run.recipe)

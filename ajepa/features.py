@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ajepa.pooling import LAST, POOLING, Layer, PoolingName, Tokens, encoded
 from ajepa.vit import Encoder
-from pipeline.store import FeatureStore
+from pipeline.joined import AnyStore
 
 CLIPS_PER_READ = 32
 MOST_TOKENS = 64  # of a clip, for what attends to them: 20,000 clips of ViT-B are then 2 GB
@@ -20,7 +20,7 @@ MOST_TOKENS = 64  # of a clip, for what attends to them: 20,000 clips of ViT-B a
 class Views:
     """A store's clips whole, cut one after the other into normalised views of `frames`."""
 
-    store: FeatureStore
+    store: AnyStore
     frames: int
     mean: float
     std: float

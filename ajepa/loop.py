@@ -55,6 +55,12 @@ class Watch(Protocol):
     def after(self, done: int) -> Json:
         """What there is to log after `done` steps: called after every step, empty most of the time."""
 
+    def saving(self) -> None:
+        """Called just before each checkpoint is written."""
+
+    def ill(self) -> str | None:
+        """Why the run must not go on, once it must not: a checkpoint is written, and it ends."""
+
 
 SCORE = "probe_map"  # what a watch tells of a step, by which checkpoints are compared
 EVENTS = "tensorboard"
@@ -76,8 +82,10 @@ def train(
     A step of which `watch` has something to tell is logged whenever it comes, and where its `probe_map` is the
     highest so far, there is a checkpoint of it. All ranks call this and stop at the same step; the main one
     alone has a watch, writes, and shows progress. Checkpoints at multiples of `keep_every` are never deleted.
+    RunError where `watch` finds the run ill, a checkpoint of that behind it.
     """
     recipe, clock = trainer.recipe, Clock()
+    shown: Json = {}
     (first,) = map(int, world.sum(run.step if world.main else 0))
     events = Events(run.path / EVENTS, first + 1) if world.main else None
     done = first
@@ -94,15 +102,21 @@ def train(
                 line = {"step": done, **line, **clock.read(), **seen}
                 run.log(line)
                 events.write(done, line)
-                bar.set_postfix_str(postfix(line), refresh=False)
+                shown |= line
+                bar.set_postfix_str(postfix(shown), refresh=False)
             bar.update()
             (stops,) = world.sum(stop.is_set())
             better = SCORE in seen and (run.best is None or seen[SCORE] > run.best.score)
             due = done % recipe.checkpoint_every == 0 or (keep_every and done % keep_every == 0)
-            if world.main and (due or better or last or stops):
+            ill = watch.ill() if watch else None
+            if world.main and (due or better or last or stops or ill):
                 score = seen.get(SCORE)
+                if watch:
+                    watch.saving()
                 checkpoint = trainer.checkpoint(done)
                 run.save(checkpoint, keep=recipe.keep_checkpoints, keep_every=keep_every, score=score)
+            if ill:
+                raise RunError(f"{run.path}: step {done}: {ill}")
             if stops:
                 break
     world.wait()  # who ends first has the others terminated, also from writing a checkpoint
@@ -118,16 +132,22 @@ def stepped(run: Run, trainer: Trainer, step: int, batch: Batch) -> Json:
 
 
 def bar_of(first: int, steps: int, *, shown: bool) -> tqdm:
-    """A progress line with time left; where stderr is a file, one line in 15 seconds."""
+    """A progress line with time left, within 80 columns; where stderr is a file, one line in 15 seconds."""
     every = 0.2 if sys.stderr.isatty() else 15.0
     return tqdm(
-        total=steps, initial=first, unit="step", disable=not shown, dynamic_ncols=True, mininterval=every
+        total=steps,
+        initial=first,
+        disable=not shown,
+        dynamic_ncols=True,
+        mininterval=every,
+        bar_format="{n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}",
     )
 
 
 def postfix(line: Json) -> str:
-    """What the progress line shows beside steps and time left."""
-    return f"loss {line['loss']:.3f}, {line['clips_per_s']:.0f} clips/s, wait {line['data_wait']:.0%}"
+    """What the progress line shows beside steps and time left; the effective rank once it is known."""
+    rank = f"rank {line['health_rank']:.0f}, " if "health_rank" in line else ""
+    return f"loss {line['loss']:.3f}, {rank}{line['clips_per_s']:.0f} clips/s, wait {line['data_wait']:.0%}"
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import numpy as np
 from ajepa.training_set import eval_splits, train_splits
 from pipeline.errors import RunError
 from pipeline.holdout import measured_splits
-from pipeline.store import FeatureStore
+from pipeline.joined import AnyStore
 
 FOLD = re.compile(r"fold[1-9]\d*")
 CHOOSING = re.compile(r"(?:^|[^a-z])(?:val|valid|validation|dev)(?:$|[^a-z])", re.IGNORECASE)
@@ -55,7 +55,7 @@ class Partition:
         return np.unique(np.concatenate([part.eval_N for part in self.parts]))
 
     @classmethod
-    def of(cls, store: FeatureStore, seed: int, train_clips: int) -> "Partition":
+    def of(cls, store: AnyStore, seed: int, train_clips: int) -> "Partition":
         """By the names of the splits: `fold1`, `fold2` ... take turns where no split is kept to measure on.
 
         Else what is named val, valid, validation or dev chooses, and the other splits train. Where no split
@@ -76,7 +76,7 @@ class Partition:
         return cls(parts=(part,), train=train, val=val, eval=tuple(eval_splits(store)))
 
     @classmethod
-    def of_folds(cls, store: FeatureStore, folds: list[str], seed: int, train_clips: int) -> "Partition":
+    def of_folds(cls, store: AnyStore, folds: list[str], seed: int, train_clips: int) -> "Partition":
         """Each fold measured by what the others train; RunError where one has no good clip."""
         parts = []
         for fold in folds:
@@ -96,18 +96,18 @@ def chosen_apart(train_N: np.ndarray, val_N: np.ndarray, eval_N: np.ndarray, see
     return Part(train_N=np.sort(train_N), val_N=np.sort(val_N), eval_N=eval_N, drawn=drawn)
 
 
-def probe_rows(store: FeatureStore, seed: int, train_clips: int) -> tuple[np.ndarray, np.ndarray]:
+def probe_rows(store: AnyStore, seed: int, train_clips: int) -> tuple[np.ndarray, np.ndarray]:
     """Good rows to train probes on (at most `train_clips`, drawn by `seed`) and to measure them on."""
     return drawn_rows(store, train_splits(store), seed, train_clips), measured_rows(store)
 
 
-def drawn_rows(store: FeatureStore, splits: list[str] | tuple[str, ...], seed: int, most: int) -> np.ndarray:
+def drawn_rows(store: AnyStore, splits: list[str] | tuple[str, ...], seed: int, most: int) -> np.ndarray:
     """At most so many good rows of some splits, drawn by the seed, ascending."""
     rows_N = store.good_rows(list(splits))
     return np.sort(np.random.default_rng([seed, 0]).permutation(rows_N)[:most])
 
 
-def measured_rows(store: FeatureStore) -> np.ndarray:
+def measured_rows(store: AnyStore) -> np.ndarray:
     """The good rows of what is kept to measure on; RunError where there are none."""
     eval_N = store.good_rows(measured := eval_splits(store))
     if not len(eval_N):

@@ -13,6 +13,7 @@ from ajepa.recipes import Pretrain, to_json
 from ajepa.run import Json, Run
 from ajepa.trainer import Trainer
 from ajepa.training_set import TrainingSet, splits_told
+from ajepa.watch import OnCollapse, open_watch
 from pipeline.dali import open_loader
 from pipeline.errors import Interrupted
 from pipeline.loader import View, to_stderr
@@ -33,6 +34,7 @@ def pretrain(
     recompute: bool = False,
     compiled: bool = False,
     on_broken: Literal["raise", "skip"] = "raise",
+    on_collapse: OnCollapse = "stop",
     progress: bool = False,
     say: Callable[[str], None] = to_stderr,
 ) -> Run:
@@ -44,9 +46,10 @@ def pretrain(
     replace the recipe's; `micro_batch` is how many of its clips a rank takes at once: less memory, the same
     result but for rounding. `precision` is `pick_precision`'s; `recompute` and `compiled` are `Jepa`'s. With
     `on_broken="skip"` another clip of its rank's step stands in for one that cannot be read; `skipped` in the
-    metrics counts them, since the line before. SIGINT, SIGTERM and SIGUSR1 to any rank end the step at hand, write
-    a checkpoint and raise Interrupted. Nothing is written before store, recipe, device and memory fit: RunError or
-    StoreError says what does not.
+    metrics counts them, since the line before. A run that collapses (`collapse.py`) writes a checkpoint
+    and ends with RunError, unless `on_collapse` is warn. SIGINT, SIGTERM and SIGUSR1 to any rank end the step at
+    hand, write a checkpoint and raise Interrupted. Nothing is written before store, recipe, device and memory fit:
+    RunError or StoreError says what does not.
     """
     with joined() as world:
         recipe = recipe.resized(steps=steps, clips_per_step=batch)
@@ -83,6 +86,18 @@ def pretrain(
                     f"{run.path}: step {first} of {recipe.steps}, {len(order.rows_N)} clips of "
                     f"{splits_told(store)}, {numbers.told}{ranks}"
                 )
+                watch = None
+                if world.main:
+                    watch = open_watch(
+                        run,
+                        trainer,
+                        store,
+                        view,
+                        recompute=recompute,
+                        on_broken=on_broken,
+                        on_collapse=on_collapse,
+                        say=say,
+                    )
                 with asked_to_stop() as stop:
                     done = train(
                         run,
@@ -90,6 +105,7 @@ def pretrain(
                         batches.batches(first, recipe.steps),
                         stop,
                         progress=progress,
+                        watch=watch,
                         keep_every=recipe.keep_every,
                         world=world,
                     )

@@ -41,6 +41,9 @@ class Pretrain:
     keep_checkpoints: int = 2  # the newest; the best by probe is kept beside them
     keep_every: int = 0  # steps; checkpoints written at these are never deleted; 0: no such
     max_gradient_norm: float = 0.0  # longer gradients are shortened to it; 0: any length
+    health_every: int = 100  # steps, and after the last; 0: never
+    probe_every: int = 0  # steps, and after the last; 0: never
+    probe_clips: int = 2_000  # that probes under way are trained on, at most; half as many are measured on
 
     def __post_init__(self) -> None:
         counts = (
@@ -56,6 +59,9 @@ class Pretrain:
         if not (self.keep_every >= 0 and self.max_gradient_norm >= 0):
             told = f"{self.keep_every} and {self.max_gradient_norm}"
             raise ValueError(f"keep_every and max_gradient_norm must be 0 or more, got {told}")
+        watched = (self.health_every, self.probe_every, self.probe_clips - 2)
+        if min(watched) < 0:
+            raise ValueError(f"health_every and probe_every must be 0 or more and probe_clips 2, got {self}")
         if self.crop not in get_args(CropName):
             raise ValueError(f"crop must be {' or '.join(get_args(CropName))}, got {self.crop!r}")
         if isinstance(self.masks, Curriculum) and self.masks.steps != self.steps:
@@ -96,6 +102,9 @@ def smoke() -> Pretrain:
         clips_per_step=8,
         log_every=1,
         checkpoint_every=10,
+        health_every=10,
+        probe_every=20,
+        probe_clips=100,
     )
 
 
@@ -120,6 +129,9 @@ def small() -> Pretrain:
         steps=1_000,
         clips_per_step=32,
         checkpoint_every=250,
+        health_every=200,
+        probe_every=1_000,
+        probe_clips=120,
     )
 
 
@@ -139,6 +151,8 @@ def audio_jepa() -> Pretrain:
         schedule=Schedule(peak_lr=3e-4),
         steps=100_000,
         clips_per_step=256,
+        health_every=500,
+        probe_every=10_000,
         crop="start",
     )
 
@@ -171,6 +185,8 @@ def a_jepa(size: Literal["s", "b", "l"] = "b") -> Pretrain:
         schedule=Schedule(peak_lr=2e-4),
         steps=steps,
         clips_per_step=512,
+        health_every=500,
+        probe_every=10_000,
         crop="start",
     )
 

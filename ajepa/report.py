@@ -18,6 +18,7 @@ from pipeline.errors import RunError
 from pipeline.store import FeatureStore
 
 matplotlib.use("Agg")
+SERIES = ("#4361ee", "#f72585", "#2a9d8f", "#f4a261", "#7b2cbf", "#6c757d")
 COLOURS = {TRAINED: "#4361ee", RANDOM: "#9aa0b5", STATISTICS: "#f4a261"}
 
 
@@ -44,9 +45,9 @@ def report(store: Path | str | FeatureStore, run_path: Path, out: Path) -> list[
 
 
 def curves(lines: list[Json], recipe: Pretrain) -> Figure:
-    """Loss, explained share of the targets, spread of targets and predictions, rate, momentum, speed."""
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    axes = figure.subplots(2, 3).flat
+    """Loss, explained share of the targets, spreads, rank, probes, rate, momentum, speed."""
+    figure = Figure(figsize=(15, 6), layout="constrained")
+    axes = figure.subplots(2, 4).T.flat
     figure.suptitle(f"{recipe.name}: {lines[-1]['step']} steps of {recipe.clips_per_step} clips", fontsize=12)
     curve(axes[0], lines, {"loss": "loss"}, smooth=True)
     axes[0].set_title(f"loss ({recipe.model.loss})")
@@ -57,31 +58,49 @@ def curves(lines: list[Json], recipe: Pretrain) -> Figure:
     )
     axes[2].set_title("spread over tokens (0: collapsed)")
     axes[2].set_ylim(bottom=0)
-    curve(axes[3], lines, {"lr": "learning rate"})
-    axes[3].set_title("learning rate")
-    curve(axes[4], lines, {"momentum": "momentum"})
-    axes[4].set_title("target encoder's momentum")
-    curve(axes[5], lines, {"clips_per_s": "clips/s"})
+    curve(axes[3], lines, {"health_rank": "of tokens", "health_rank_clips": "of clips"})
+    axes[3].set_title(f"effective rank on held-out clips (of {recipe.model.encoder.width})")
+    axes[3].set_ylim(bottom=0)
+    curve(axes[4], lines, {name: name.removeprefix("probe_").replace("_", ", ") for name in probed(lines)})
+    axes[4].set_title("mAP of probes under way")
+    axes[4].set_ylim(bottom=0)
+    curve(axes[5], lines, {"lr": "learning rate"})
+    axes[5].set_title("learning rate")
+    curve(axes[6], lines, {"momentum": "momentum"})
+    axes[6].set_title("target encoder's momentum")
+    curve(axes[7], lines, {"clips_per_s": "clips/s"})
     waited = np.mean([line["data_wait"] for line in lines])
-    axes[5].set_title(f"clips/s (waiting for data: {waited:.1%})")
-    axes[5].set_ylim(bottom=0)
+    axes[7].set_title(f"clips/s (waiting for data: {waited:.1%})")
+    axes[7].set_ylim(bottom=0)
     for each in axes:
         each.set_xlabel("step")
     return figure
 
 
+def probed(lines: list[Json]) -> list[str]:
+    """The probes of a run, each of a kind and a label set."""
+    return sorted({key for line in lines for key in line if key.startswith(("probe_knn_", "probe_linear_"))})
+
+
 def curve(axes: Axes, lines: list[Json], names: dict[str, str], *, smooth: bool = False) -> None:
-    """Logged values over steps; with `smooth` faint, under their running mean over a twentieth of the run."""
-    step_N = np.array([line["step"] for line in lines])
-    for (name, label), colour in zip(names.items(), ("#4361ee", "#f72585"), strict=False):
-        value_N = np.array([line[name] for line in lines])
-        axes.plot(
-            step_N, value_N, color=colour, alpha=0.25 if smooth else 1.0, label=None if smooth else label
-        )
-        if smooth:
-            axes.plot(step_N, running_mean(value_N, max(1, len(lines) // 20)), color=colour, label=label)
+    """Logged values over steps, as dots where they are few, or the words that there are none.
+
+    With `smooth` faint, under their running mean over a twentieth of the run.
+    """
     axes.grid(alpha=0.25)
-    if len(names) > 1:
+    for number, (name, label) in enumerate(names.items()):
+        colour = SERIES[number % len(SERIES)]
+        step_N, value_N = (
+            np.array([(line["step"], line[name]) for line in lines if name in line]).reshape(-1, 2).T
+        )
+        dots = "." if len(step_N) < 30 else None
+        faint = 0.25 if smooth else 1.0
+        axes.plot(step_N, value_N, color=colour, alpha=faint, marker=dots, label=None if smooth else label)
+        if smooth:
+            axes.plot(step_N, running_mean(value_N, max(1, len(step_N) // 20)), color=colour, label=label)
+    if not any(name in line for line in lines for name in names):
+        axes.text(0.5, 0.5, "not looked at", ha="center", va="center", transform=axes.transAxes)
+    elif len(names) > 1:
         axes.legend(fontsize=8)
 
 

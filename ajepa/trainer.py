@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ajepa.bad_step import BadStep
+from ajepa.compute import StepShape
 from ajepa.curriculum import step_rng
 from ajepa.devices import Precision, pick_precision
 from ajepa.distributed import ALONE, World
@@ -54,8 +55,10 @@ class Trainer:
 
     The global batch is the recipe's; this rank has its share of the clips and takes `micro_clips` of them at a
     time. Masks and drop path are drawn for the global batch, and every loss is divided by the targets scored
-    in all of it, so neither ranks nor passes change a step by more than rounding.
+    in all of it, so neither ranks nor passes change a step by more than rounding. `shape` is that of the last step.
     """
+
+    shape: StepShape
 
     def __init__(
         self,
@@ -123,6 +126,8 @@ class Trainer:
             targets_NGQ=torch.from_numpy(masks.targets_BGQ),
             keep=self.model.draw_keep(rng, rows_of_all, masks.targets_BGQ.shape[1]),
         )
+        (_, context), (_, groups, queries) = masks.context_BK.shape, masks.targets_BGQ.shape
+        self.shape = StepShape(clips=recipe.clips_per_step, context=context, groups=groups, queries=queries)
         rows = self.clips * recipe.mask_sets
         return of_all.of(slice(self.world.rank * rows, (self.world.rank + 1) * rows))
 

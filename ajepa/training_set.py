@@ -171,6 +171,11 @@ def eval_splits(store: AnyStore) -> list[str]:
     return list(kept)
 
 
+def kept_splits(store: AnyStore) -> list[str]:
+    """The splits that are kept to measure on; there may be none."""
+    return list(measured_splits(sorted(store.manifest["split"].unique())))
+
+
 def splits_told(store: AnyStore) -> str:
     """Which splits are trained on, and which are kept to measure on: `train, val (not test)`."""
     trained = train_splits(store)

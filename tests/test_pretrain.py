@@ -292,6 +292,10 @@ def test_what_a_watch_tells_is_logged_at_its_step(store_path, tmp_path):
         def after(self, done: int) -> dict:
             return {} if done % 3 else {"probe_map": done / 10}
 
+        def saving(self) -> None: ...
+
+        def ill(self) -> None: ...
+
     trainer, batch = Trainer(recipe, torch.device("cpu")), first_batch(FeatureStore.open(store_path))
     train(run, trainer, repeat(batch), threading.Event(), progress=False, watch=EveryThird())
     told = {line["step"]: line.get("probe_map") for line in run.metrics()}

@@ -1,0 +1,188 @@
+"""What a run has cost: clips, tokens, hours, memory, and floating-point operations by an exact formula."""
+
+import json
+import resource
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ajepa.blocks import Stack
+from ajepa.recipes import Pretrain
+from ajepa.run import Json
+from ajepa.vit import stack_of
+from pipeline.files import replacing
+
+COMPUTE = "compute.json"
+STATUS = Path("/proc/self/status")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepShape:
+    """How many tokens a step handles: `clips` of all ranks, and the masks of each of their mask sets."""
+
+    clips: int
+    context: int  # tokens that the context encoder sees of a row
+    groups: int  # of targets
+    queries: int  # targets in a group
+
+
+def step_flop(recipe: Pretrain, shape: StepShape, *, recompute: bool = False) -> int:
+    """Floating-point operations of the matrix products of a step, a multiplication and an addition each.
+
+    Attention's two products are among them, and those of the backward pass: two for each of the forward pass,
+    but one for the patch embedding, whose input needs no gradient. With `recompute`, blocks run forward once
+    more, but for their last product, which nothing needs. Left out are norms, activations, softmax, loss,
+    optimiser and moving average, which are no such products, and the scores that a fused attention kernel
+    computes a second time.
+    """
+    model, rows = recipe.model, shape.clips * recipe.mask_sets
+    encoder, predictor, grid = stack_of(model.encoder), stack_of(model.predictor), model.encoder.grid
+    sequences, length = rows * shape.groups, shape.context + shape.queries
+    passes = 3  # forward, and a gradient for each of the two that a product is of
+    flop = passes * product(rows * shape.context, encoder.width, predictor.width)
+    flop += passes * product(sequences * shape.queries, predictor.width, encoder.width)
+    flop += (passes - 1) * product(rows * shape.context, grid.patch_values, encoder.width)
+    for stack, count, tokens in ((encoder, rows, shape.context), (predictor, sequences, length)):
+        flop += passes * blocks_flop(stack, count, tokens)
+        if recompute:
+            again = blocks_flop(stack, count, tokens)
+            flop += again - stack.depth * unneeded(stack, count * tokens)
+    if model.clip_weight:
+        flop += passes * product(rows, encoder.width, encoder.width)
+    flop += product(shape.clips * grid.tokens, grid.patch_values, encoder.width)  # teacher or projection
+    if model.targets == "teacher":
+        flop += blocks_flop(encoder, shape.clips, grid.tokens)
+    return flop
+
+
+def product(rows: int, inner: int, columns: int) -> int:
+    """Operations of one matrix product."""
+    return 2 * rows * inner * columns
+
+
+def blocks_flop(stack: Stack, sequences: int, length: int) -> int:
+    """Operations of all blocks, forward, on so many sequences of `length` tokens.
+
+    A block has four square matrices in attention and eight in its MLP, and the two products of each token
+    with every token of its sequence.
+    """
+    tokens = sequences * length
+    matrices = 12 * product(tokens, stack.width, stack.width)
+    return stack.depth * (matrices + 2 * product(tokens, stack.width, length))
+
+
+def unneeded(stack: Stack, tokens: int) -> int:
+    """The last product of a block, which autograd does not ask for again unless a layer scale multiplies it."""
+    return 0 if stack.layer_scale else product(tokens, 4 * stack.width, stack.width)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spent:
+    """What the weights behind `step` steps have cost; what a kill threw away is not in it, nor is watching.
+
+    clips             as often as they were seen, of all ranks
+    context_tokens    that the context encoder saw, of all mask sets
+    predicted_tokens  in all groups, those past a clip's end among them
+    teacher_tokens    that the target encoder saw; 0 where targets are projections
+    flop              `step_flop`, summed
+    hours             of the wall, from the first batch, checkpoints and watching included
+    peak_memory_gb    10^9 bytes, of one process: resident on a CPU, allocated by torch on a GPU
+    """
+
+    step: int = 0
+    clips: int = 0
+    context_tokens: int = 0
+    predicted_tokens: int = 0
+    teacher_tokens: int = 0
+    flop: int = 0
+    hours: float = 0.0
+    peak_memory_gb: float = 0.0
+
+    def after(self, recipe: Pretrain, shape: StepShape, *, recompute: bool) -> "Spent":
+        """One step more."""
+        rows, tokens = shape.clips * recipe.mask_sets, recipe.model.encoder.grid.tokens
+        seen = shape.clips * tokens if recipe.model.targets == "teacher" else 0
+        return replace(
+            self,
+            step=self.step + 1,
+            clips=self.clips + shape.clips,
+            context_tokens=self.context_tokens + rows * shape.context,
+            predicted_tokens=self.predicted_tokens + rows * shape.groups * shape.queries,
+            teacher_tokens=self.teacher_tokens + seen,
+            flop=self.flop + step_flop(recipe, shape, recompute=recompute),
+        )
+
+
+class Meter:
+    """Counts a run's steps as they are taken, and keeps the counts in its folder, one for each checkpoint.
+
+    compute.json  {"device", "ranks", then the fields of `Spent` at the newest checkpoint, "flop_per_s",
+                  "earlier": `Spent` at those before}
+    """
+
+    def __init__(
+        self, recipe: Pretrain, device: torch.device, *, recompute: bool = False, ranks: int = 1
+    ) -> None:
+        self.recipe, self.device, self.recompute, self.ranks = recipe, device, recompute, ranks
+        self.earlier: list[Spent] = []
+        self.start(Spent())
+
+    def start(self, spent: Spent) -> None:
+        """Count on from `spent`, its clock beginning now."""
+        self.spent, self.before, self.began = spent, spent, time.perf_counter()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def resume(self, folder: Path, step: int) -> None:
+        """Count on from what the run's folder says of its checkpoint at `step`; from 0 if it says nothing."""
+        kept = read(folder)
+        self.earlier = [spent for spent in kept if spent.step < step]
+        self.start(next((spent for spent in kept if spent.step == step), Spent(step=step)))
+
+    def step(self, shape: StepShape) -> None:
+        """One step was taken."""
+        self.spent = self.spent.after(self.recipe, shape, recompute=self.recompute)
+
+    def now(self) -> Spent:
+        """What has been spent so far."""
+        hours = self.before.hours + (time.perf_counter() - self.began) / 3600
+        peak_gb = max(self.before.peak_memory_gb, peak_bytes(self.device) / 1e9)
+        return replace(self.spent, hours=hours, peak_memory_gb=peak_gb)
+
+    def save(self, folder: Path) -> None:
+        """Write what was spent up to now, beside what it was at earlier checkpoints."""
+        now = self.now()
+        told: Json = {"device": told_of(self.device), "ranks": self.ranks, **asdict(now)}
+        told["flop_per_s"] = now.flop / (3600 * now.hours)
+        told["earlier"] = [asdict(spent) for spent in self.earlier]
+        with replacing(folder / COMPUTE) as scratch:
+            scratch.write_text(json.dumps(told, indent=1) + "\n")
+        self.earlier.append(now)
+
+
+def read(folder: Path) -> list[Spent]:
+    """What a run had spent at each of its checkpoints, oldest first; nothing where it has none."""
+    if not (folder / COMPUTE).exists():
+        return []
+    told = json.loads((folder / COMPUTE).read_text())
+    fields = Spent.__dataclass_fields__
+    return [Spent(**{name: each[name] for name in fields}) for each in (*told["earlier"], told)]
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that this process has held: on a GPU of torch's own, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if not STATUS.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts in bytes
+    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+    return int(lines["VmHWM"].split()[0]) * 1024  # not ru_maxrss: it begins with the size of who started us
+
+
+def told_of(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
