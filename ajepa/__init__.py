@@ -1,1 +1,17 @@
-"""Batches in, representations out."""
+"""Batches in, representations out: `ajepa.load("RUN").embed(["a.mp3"])`."""
+
+TYPE_CHECKING = False  # true for type checkers, as in `typing`, whose import would be half of this one's time
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ajepa.embed import Embedder
+
+
+def load(place: "str | Path", **how: object) -> "Embedder":
+    """The encoder of a run, an export or ORG/NAME on the hub, ready for sounds (`embed.load`, `embed.Embedder`).
+
+    A function that imports when it is called: `import ajepa` costs nothing, and torch is loaded by who needs it.
+    """
+    from ajepa.embed import load
+
+    return load(place, **how)

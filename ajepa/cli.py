@@ -5,7 +5,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from ajepa import evaluate_commands
+from ajepa import embed_commands, evaluate_commands
 from ajepa.finetune_commands import finetune
 from ajepa.hlp_study_commands import hlp_study
 from pipeline.command_line import Cache, CacheGb, run_app
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 
 app.add_typer(evaluate_commands.app)
+app.add_typer(embed_commands.app)
 
 StorePlace = Annotated[str, typer.Option(help="Feature store, NAME.zarr or s3://...", show_default=False)]
 StorePlaces = Annotated[

@@ -60,7 +60,7 @@ def patchify(mel_BTF: Tensor, grid: PatchGrid) -> Tensor:
             f"got {got_frames} x {got_bands}"
         )
     cut = mel_BTF.unflatten(2, (grid.rows, grid.patch_bands)).unflatten(1, (grid.cols, grid.patch_frames))
-    return cut.transpose(2, 3).reshape(len(mel_BTF), grid.tokens, grid.patch_values)
+    return cut.transpose(2, 3).reshape(mel_BTF.shape[0], grid.tokens, grid.patch_values)
 
 
 def sincos_positions(grid: PatchGrid, width: int) -> Tensor:

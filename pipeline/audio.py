@@ -2,13 +2,24 @@
 
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import soxr
 
 from pipeline.containers import recognise
-from pipeline.decoders import COMPLETE, LENGTH_SLACK, Segment, Take, decode
+from pipeline.decoders import (
+    COMPLETE,
+    LENGTH_SLACK,
+    Segment,
+    Source,
+    Take,
+    decode,
+    mono,
+    refuse_too_long,
+    sourced,
+)
 from pipeline.errors import AudioError
 from pipeline.locators import Locator
 
@@ -16,6 +27,7 @@ PACKET_SECONDS = 0.02  # what a declared length may round up: one opus packet
 TOO_SHORT_SECONDS = 0.1
 SILENT_DBFS = -90.0
 NOTHING_DBFS = -200.0  # reported for digital silence, whose level is minus infinity
+WHOLE_SAMPLES = 2**62  # asked of a decoder: all there are
 ABSURD_PEAK = 1e6  # +120 dBFS is no sound, and far above it the power leaves float32
 
 
@@ -96,6 +108,60 @@ def load(
         digest=hashlib.sha256(take.wave_S.astype("<f4", copy=False).data).hexdigest()[:32],
         flags=flags_of(take, segment, misnamed=container.misnamed(locator.name)),
     )
+
+
+def stream(locator: Locator, rate_hz: int, *, policy: AudioPolicy = AudioPolicy()) -> Iterator[np.ndarray]:
+    """A whole sound, mono at `rate_hz`, in pieces: sample for sample what `load` and `resampled` give of it.
+
+    A few seconds are held at a time, however long it is. AudioError(reason, sentence) where the policy cannot use
+    it: after the last piece, where only the end tells (truncated, too short, silent).
+    """
+    try:
+        with locator.opened() as sound, sourced(sound, recognise(sound)) as source:
+            refuse_too_long(source, policy.max_seconds)
+            yield from resampled_pieces(judged(source, policy), source.rate_hz, rate_hz)
+    except AudioError as error:
+        name = ascii(locator.name)[1:-1]
+        raise AudioError(error.reason, f"{name}: {error}") from None
+
+
+def judged(source: Source, policy: AudioPolicy) -> Iterator[np.ndarray]:
+    """The whole source in mono pieces; raises AudioError as `judge` does."""
+    samples, loudest = 0, 0.0
+    for block_CS in source.blocks(0, WHOLE_SAMPLES):
+        wave_S = mono(block_CS)
+        if not len(wave_S):
+            continue
+        if not peak(wave_S) <= ABSURD_PEAK:
+            raise AudioError("non_finite", f"{strange(wave_S)}; damaged or no sound, fetch it again")
+        samples, loudest = samples + len(wave_S), max(loudest, peak(wave_S))
+        yield wave_S
+    found_seconds = samples / source.rate_hz
+    whole = Take(
+        wave_S=np.broadcast_to(np.float32(loudest), (samples,)),  # as long and as loud as what has passed
+        rate_hz=source.rate_hz,
+        channels=source.channels,
+        codec=source.codec,
+        source_seconds=found_seconds,
+        expected_samples=round(source.seconds * source.rate_hz) if source.declared else None,
+        cut=False,
+        beyond_full_scale=loudest > 1.0,
+    )
+    judge(whole, policy)
+
+
+def resampled_pieces(pieces: Iterator[np.ndarray], from_hz: int, to_hz: int) -> Iterator[np.ndarray]:
+    """A wave in pieces at another rate, by soxr HQ; as many samples as `Audio.resampled` gives."""
+    resampler = soxr.ResampleStream(from_hz, to_hz, 1, dtype="float32", quality="HQ")
+    taken, given = 0, 0
+    for piece_S in pieces:
+        resampled_S = resampler.resample_chunk(np.ascontiguousarray(piece_S))
+        taken, given = taken + len(piece_S), given + len(resampled_S)
+        if len(resampled_S):
+            yield resampled_S
+    last_S = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+    wanted = max(0, round(taken * to_hz / from_hz) - given)
+    yield last_S[:wanted] if len(last_S) >= wanted else np.pad(last_S, (0, wanted - len(last_S)))
 
 
 def judge(take: Take, policy: AudioPolicy) -> None:

@@ -90,10 +90,20 @@ class Source(Protocol):
 
 def decode(sound: Sound, container: Container, segment: Segment, *, max_seconds: float) -> Take:
     """Decode the segment. AudioError unreadable where nothing can be opened, too_long over `max_seconds`."""
+    with sourced(sound, container) as source:
+        return take(source, segment, max_seconds)
+
+
+@contextmanager
+def sourced(sound: Sound, container: Container) -> Iterator[Source]:
+    """The file, opened by its decoder; AudioError unreadable where it cannot be, or claims what cannot be."""
     decoder = Sndfile.opened if container.libsndfile else Ffmpeg.opened
     try:
         with decoder(sound, container) as source:
-            return take(source, segment, max_seconds)
+            if source.rate_hz not in RATES_HZ:
+                detail = f"claims {source.rate_hz} samples a second; damaged, fetch it again"
+                raise AudioError("unreadable", detail)
+            yield source
     except (soundfile.LibsndfileError, FFmpegError, OSError) as error:
         what = error.strerror if isinstance(error, OSError | FFmpegError) else str(error)
         detail = f"no {container.demuxer} file that can be decoded ({what}); incomplete? Fetch it again"
@@ -102,12 +112,7 @@ def decode(sound: Sound, container: Container, segment: Segment, *, max_seconds:
 
 def take(source: Source, segment: Segment, max_seconds: float) -> Take:
     """Choose the samples, decode and mix them. What is allocated is bounded by the segment, not by a header."""
-    if source.rate_hz not in RATES_HZ:
-        detail = f"claims {source.rate_hz} samples a second; damaged, fetch it again"
-        raise AudioError("unreadable", detail)
-    if source.seconds > max_seconds:
-        detail = f"{source.seconds:.0f} s long, more than {max_seconds:.0f}; cut it, or raise max_seconds"
-        raise AudioError("too_long", detail)
+    refuse_too_long(source, max_seconds)
     cut = segment.lies_in(source.seconds)
     first = round(segment.start_seconds * source.rate_hz) if cut else 0
     wanted = round(segment.seconds * source.rate_hz)
@@ -132,17 +137,26 @@ def take(source: Source, segment: Segment, max_seconds: float) -> Take:
     )
 
 
+def refuse_too_long(source: Source, max_seconds: float) -> None:
+    """AudioError too_long where a file claims to be longer."""
+    if source.seconds > max_seconds:
+        detail = f"{source.seconds:.0f} s long, more than {max_seconds:.0f}; cut it, or raise max_seconds"
+        raise AudioError("too_long", detail)
+
+
 def mixed(blocks_CS: Iterable[np.ndarray]) -> tuple[np.ndarray, bool]:
     """Pieces of channels as one mono wave, and whether any channel went beyond full scale."""
     pieces, beyond = [np.zeros(0, np.float32)], False
     for block_CS in blocks_CS:
         beyond |= bool(block_CS.max() > 1.0 or block_CS.min() < -1.0)
-        pieces.append(block_CS[0] if len(block_CS) == 1 else mean(block_CS))
+        pieces.append(mono(block_CS))
     return np.concatenate(pieces), beyond
 
 
-def mean(block_CS: np.ndarray) -> np.ndarray:
+def mono(block_CS: np.ndarray) -> np.ndarray:
     """Mean of the channels; added up one by one, 20 times faster than `.mean()` over interleaved samples."""
+    if len(block_CS) == 1:
+        return block_CS[0]
     with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity are judged later
         mono_S = block_CS[0] + block_CS[1]
         for channel_S in block_CS[2:]:

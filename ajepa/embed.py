@@ -1,0 +1,267 @@
+"""Embedder: audio in, embeddings out: of files, arrays and stores, at any length and rate."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ajepa.devices import pick_device
+from ajepa.embedding import Embedding, Embeddings, Making, all_good
+from ajepa.patches import valid_tokens
+from ajepa.pooling import LAST, POOLING, Layer, PoolingName, pool
+from ajepa.sound import Sound, ahead, without
+from ajepa.trained import Trained, trained
+from ajepa.windows import Window, hop_of, windows
+from pipeline.audio import AudioPolicy, resampled_pieces, stream
+from pipeline.errors import AudioError, RunError
+from pipeline.locators import Locator
+from pipeline.melspec import with_clip_seconds
+from pipeline.store import FeatureStore
+
+OVERLAP = (
+    0.5  # of a window: every column of a long sound has a quarter of a window on either side, or its end
+)
+WINDOWS = 32  # encoded at a time
+PIECE_SAMPLES = 2**20  # of an array at a time
+SILENCE_TOO = AudioPolicy(keep_silent=True, max_seconds=float("inf"))
+
+
+class Embedder:
+    """A frozen encoder that takes sounds; `ajepa.load` makes one.
+
+    Sounds are mixed to mono, resampled to `sample_rate_hz` by soxr, turned into the log-mel that the encoder was
+    trained on and normalised with its run's mean and deviation. What is longer than the encoder's view goes
+    through it in windows that share `overlap` of their length (0: one after the other, as `evaluate` has it).
+    Frames past a sound's end are neither attended to nor in any mean, so neighbours in a batch do not matter.
+    All in float32: results differ in the last bits between devices and batch sizes.
+
+    pooling  of a column's tokens: `mean`, or `frequency`, band by band, `grid.rows` times as wide
+    layer    whose tokens (`pooling.Layer`)
+    """
+
+    def __init__(
+        self,
+        model: Trained,
+        *,
+        device: str = "auto",
+        pooling: PoolingName = POOLING,
+        layer: Layer = LAST,
+        overlap: float = OVERLAP,
+    ) -> None:
+        self.model, self.device = model, pick_device(device)
+        self.encoder = model.encoder(self.device)
+        self.pooling, self.layer, self.overlap = pooling, layer, overlap
+        self.grid, self.mel = model.spec.grid, model.mel
+        self._hop_columns = hop_of(self.grid, overlap)
+
+    @property
+    def sample_rate_hz(self) -> int:
+        """Of the front end; sounds of any other rate are resampled to it."""
+        return self.mel.sample_rate_hz
+
+    @property
+    def width(self) -> int:
+        """Values of an embedding."""
+        return self.model.spec.width * (self.grid.rows if self.pooling == "frequency" else 1)
+
+    @property
+    def column_ms(self) -> float:
+        """From one frame's embedding to the next."""
+        return self.grid.patch_frames * self.mel.hop_samples / self.sample_rate_hz * 1e3
+
+    @property
+    def first_centre_ms(self) -> float:
+        """Where the middle of the first column lies, from the first sample that it sees to its last."""
+        reach_samples = self.mel.window_samples if self.mel.framing == "kaldi" else 0
+        samples = (self.grid.patch_frames - 1) * self.mel.hop_samples + reach_samples
+        return samples / 2 / self.sample_rate_hz * 1e3
+
+    def embed(
+        self, sounds: str | Path | Sequence[str | Path], *, batch: int = WINDOWS, workers: int = 2
+    ) -> Embeddings:
+        """Files of any container, rate, channels and length; AudioError names the first that cannot be used.
+
+        `batch` windows are encoded at a time; `workers` threads decode ahead.
+        """
+        sounds = [sounds] if isinstance(sounds, str | Path) else sounds
+        locators = [Locator.of(Path(sound)) for sound in sounds]
+        return all_good(self.each_sound(map(self.opening, locators), batch=batch, workers=workers))
+
+    def embed_audio(
+        self,
+        wave_BS: np.ndarray | Tensor,
+        rate_hz: int,
+        *,
+        samples_B: Sequence[int] | None = None,
+        shifts: int = 1,
+        batch: int = WINDOWS,
+    ) -> Embeddings:
+        """Mono waves `[B, S]` or `[S]`, floats in [-1, 1]; of each the first `samples_B`, all if not given.
+
+        With `shifts` of K (a divisor of the grid's patch_frames) every sound goes through K times, each time
+        begun a K-th of a column later, and there are K frames a column; the clip's vector stays the same.
+        AudioError where a wave is shorter than one frame of the spectrogram, or not finite.
+        """
+        wave_BS = torch.as_tensor(wave_BS).detach().to("cpu", torch.float32)
+        wave_BS = wave_BS[None] if wave_BS.ndim == 1 else wave_BS
+        if wave_BS.ndim != 2:
+            raise RunError(f"audio of shape {tuple(wave_BS.shape)}: expected [B, S] or [S], mono")
+        if shifts < 1 or self.grid.patch_frames % shifts:
+            raise RunError(f"shifts {shifts}: expected a divisor of {self.grid.patch_frames}")
+        lengths = [wave_BS.shape[1]] * len(wave_BS) if samples_B is None else list(samples_B)
+        waves = [wave_S[:length].numpy() for wave_S, length in zip(wave_BS, lengths, strict=True)]
+        step = self.grid.patch_frames // shifts
+        made = [
+            list(self.each_sound((self._heard(w, rate_hz, step * shift) for w in waves), batch=batch))
+            for shift in range(shifts)
+        ]
+        return self._woven(made)
+
+    def embed_store(
+        self, store: FeatureStore, rows_N: np.ndarray, *, batch: int = WINDOWS
+    ) -> Iterator[Embedding]:
+        """Rows of a store, in their order; RunError where it holds features of another front end."""
+        self.refuse_other_front_end(store)
+        for told in self.each_sound((self.row_opening(store, int(row)) for row in rows_N), batch=batch):
+            assert isinstance(told, Embedding)  # a store's rows are sounds, or a StoreError
+            yield told
+
+    def each_sound(
+        self,
+        openings: Iterable[Callable[[], Sound]],
+        *,
+        frames: bool = True,
+        batch: int = WINDOWS,
+        workers: int = 0,
+    ) -> Iterator[Embedding | AudioError]:
+        """What becomes of each sound, in their order, as windows of several are encoded together.
+
+        Without `frames` their vectors are not kept: then memory does not grow with a sound. `workers` threads open
+        sounds ahead of their turn.
+        """
+        waiting: deque[Making] = deque()
+        pending: list[tuple[Making, Window]] = []
+        for opened in ahead(openings, workers):
+            making = Making(frames)
+            waiting.append(making)
+            try:
+                sound = opened()
+                for window in windows(sound.mels, self.grid, self._hop_columns):
+                    pending.append((making, window))
+                    making.expected += 1
+                    if len(pending) == batch:
+                        self._encode(pending)
+                        pending = []
+                making.seconds = sound.seconds
+                if not making.expected:
+                    told = f"{sound.seconds:.4f} s are less than one frame; give a longer sound"
+                    raise AudioError("too_short", told)
+            except AudioError as error:
+                making.failure = error
+            making.open = False
+            while waiting and waiting[0].done:
+                yield self._finished(waiting.popleft())
+        if pending:
+            self._encode(pending)
+        for making in waiting:
+            yield self._finished(making)
+
+    def opening(self, locator: Locator) -> Callable[[], Sound]:
+        """How to open a file."""
+        return lambda: Sound.of_waves(stream(locator, self.sample_rate_hz, policy=SILENCE_TOO), self.mel)
+
+    def row_opening(self, store: FeatureStore, row: int) -> Callable[[], Sound]:
+        """How to open a row of a store."""
+
+        def opened() -> Sound:
+            frames = int(store.n_frames_N[row])
+            mel_TF = torch.from_numpy(store.read(np.array([row]))[0, :frames]).float()
+            samples = (frames - 1) * self.mel.hop_samples + self.mel.window_samples
+            return Sound([mel_TF * store.scale + store.offset], samples / self.sample_rate_hz)
+
+        return opened
+
+    def refuse_other_front_end(self, store: FeatureStore) -> None:
+        """RunError where a store's values mean something else than those that the encoder was trained on."""
+        if with_clip_seconds(store.spec, self.mel.clip_seconds).spec_id != self.mel.spec_id:
+            told = f"holds mel spec {store.spec.name} ({store.spec_id}), the model needs {self.mel.name}"
+            raise RunError(
+                f"{store.place}: {told} ({self.mel.spec_id}); build a store with that, or embed files"
+            )
+
+    def _heard(self, wave_S: np.ndarray, rate_hz: int, skip_frames: int) -> Callable[[], Sound]:
+        def opened() -> Sound:
+            if not np.isfinite(wave_S).all():
+                raise AudioError("non_finite", "the audio holds NaN or infinite samples")
+            pieces = (wave_S[at : at + PIECE_SAMPLES] for at in range(0, len(wave_S), PIECE_SAMPLES))
+            at_rate = (
+                pieces
+                if rate_hz == self.sample_rate_hz
+                else resampled_pieces(pieces, rate_hz, self.sample_rate_hz)
+            )
+            sound = Sound.of_waves(at_rate, self.mel)
+            sound.mels = without(sound.mels, skip_frames)
+            return sound
+
+        return opened
+
+    @torch.inference_mode()
+    def _encode(self, pending: Sequence[tuple["Making", Window]]) -> None:
+        """Run windows through the encoder and hand each sound the columns that are its."""
+        mel_NTF = torch.zeros(len(pending), self.grid.frames, self.grid.bands)
+        n_frames_N = torch.tensor([len(window.mel_TF) for _, window in pending])
+        for place_TF, (_, window) in zip(mel_NTF, pending, strict=True):
+            place_TF[: len(window.mel_TF)] = (window.mel_TF - self.model.mean) / self.model.std
+        columns_NCD = self.columns(mel_NTF, n_frames_N).cpu()
+        for (making, window), columns_CD in zip(pending, columns_NCD, strict=True):
+            making.add(columns_CD[window.first - window.start : window.last - window.start])
+
+    def columns(self, mel_NTF: Tensor, n_frames_N: Tensor) -> Tensor:
+        """Normalised views -> one vector for each time column, `NCD`; past a view's frames they mean nothing."""
+        valid_NP = valid_tokens(n_frames_N, self.grid)
+        told = None if valid_NP.all() else valid_NP.to(self.device)
+        tokens_NPD = self.layer.tokens(self.encoder, mel_NTF.to(self.device), told)
+        return pooled_columns(tokens_NPD, self.grid.rows, self.pooling)
+
+    def _finished(self, making: "Making") -> Embedding | AudioError:
+        if making.failure is not None:
+            return making.failure
+        return making.embedding(self.first_centre_ms, self.column_ms)
+
+    def _woven(self, made: Sequence[Sequence[Embedding | AudioError]]) -> Embeddings:
+        """The frames of several shifts in the order of their times, with the clip's vector of the first."""
+        first, each = all_good(made[0]), []
+        for index, base in enumerate(first.each):
+            frames, times_ms = [base.frames_TD], [base.times_ms_T]
+            for shift, told in enumerate(shifted[index] for shifted in made[1:]):
+                if isinstance(told, AudioError) or base.seconds * 1e3 < self.first_centre_ms:
+                    continue  # it has ended before
+                later_ms_T = told.times_ms_T + self.column_ms * (shift + 1) / len(made)
+                inside_T = later_ms_T <= base.seconds * 1e3
+                frames.append(told.frames_TD[inside_T])
+                times_ms.append(later_ms_T[inside_T])
+            times_ms_T, order_T = torch.cat(times_ms).sort()
+            each.append(replace(base, frames_TD=torch.cat(frames)[order_T], times_ms_T=times_ms_T))
+        return Embeddings(each=tuple(each))
+
+
+def pooled_columns(tokens_NPD: Tensor, rows: int, pooling: PoolingName) -> Tensor:
+    """Each time column of each view by itself, `NCD`: the pooling of a clip that has no other column."""
+    columns_MRD = tokens_NPD.unflatten(1, (-1, rows)).flatten(0, 1)
+    everyone_M = torch.arange(len(columns_MRD), device=columns_MRD.device)
+    valid_MR = torch.ones(columns_MRD.shape[:2], dtype=torch.bool, device=columns_MRD.device)
+    pooled_MD = pool(columns_MRD, valid_MR, everyone_M, clips=len(columns_MRD), rows=rows, pooling=pooling)
+    return pooled_MD.unflatten(0, (len(tokens_NPD), -1))
+
+
+def load(place: str | Path, **how: Any) -> Embedder:
+    """The encoder of a run folder, an exported folder or file, or ORG/NAME[@REVISION] of the Hugging Face hub.
+
+    Keywords are `Embedder`'s: device, pooling, layer, overlap. RunError: nothing there, damaged, or no such device.
+    """
+    return Embedder(trained(place), **how)

@@ -1,0 +1,154 @@
+"""The commands of ajepa-train that put an encoder to use: embed, nearest, export, push, load."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from pipeline.command_line import Cache, CacheGb
+from pipeline.files import CACHE_GB
+
+app = typer.Typer(rich_markup_mode=None)
+
+Model = Annotated[
+    str, typer.Option(help="Run, exported folder or file, or ORG/NAME of the hub.", show_default=False)
+]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is one.")]
+
+
+@app.command()
+def embed(
+    sounds: Annotated[
+        list[str], typer.Argument(help="Audio files, folders and archives; or one store.", show_default=False)
+    ],
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Parquet table to write or carry on.", show_default=False)],
+    frames: Annotated[bool, typer.Option("--frames", help="Also one vector a time column.")] = False,
+    pooling: Annotated[
+        Literal["mean", "frequency"], typer.Option(help="frequency: band by band, wider.")
+    ] = "mean",
+    layer: Annotated[str, typer.Option(help="last, mean-K (of the last K blocks) or block-N.")] = "last",
+    overlap: Annotated[
+        float, typer.Option(min=0, max=0.95, help="Share of a window that the next one repeats.")
+    ] = 0.5,
+    batch: Annotated[int, typer.Option(min=1, help="Windows encoded at a time.")] = 32,
+    workers: Annotated[int, typer.Option(min=0, help="Threads that decode ahead.")] = 2,
+    device: Device = "auto",
+    cache: Cache = None,
+    cache_gb: CacheGb = CACHE_GB,
+) -> None:
+    """Embed sounds of any length, rate and container as rows of a Parquet table.
+
+    The same command again carries on. A sound that cannot be used is a row
+    without an embedding, with its reason.
+
+    Example: ajepa-train embed sounds/ --model runs/a --out emb.parquet
+    """
+    from ajepa import embed as stage
+    from ajepa.embedding_job import embed_table, job_of
+    from ajepa.pooling import Layer
+
+    loaded = stage.load(model, device=device, pooling=pooling, layer=Layer.named(layer), overlap=overlap)
+    job = job_of(sounds, loaded, cache=cache, cache_gb=cache_gb)
+    counts = embed_table(loaded, job, out, frames=frames, batch=batch, workers=workers, progress=True)
+    bad = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()) if reason != "good")
+    print(f"{out}: {counts['good']} sounds embedded" + (f", without embedding: {bad}" if bad else ""))
+
+
+@app.command()
+def nearest(
+    query: Annotated[Path, typer.Argument(help="Audio file.", show_default=False)],
+    index: Annotated[Path, typer.Option(help="Table made by embed.", show_default=False)],
+    model: Model,
+    count: Annotated[int, typer.Option("-k", "--count", min=1, help="How many to list.")] = 10,
+    device: Device = "auto",
+) -> None:
+    """List the sounds of a table that are most like one that is given.
+
+    Cosine of embeddings, each value standardised over the table.
+
+    Example: ajepa-train nearest bird.wav --index emb.parquet --model runs/a
+    """
+    from ajepa.nearest import nearest as search
+
+    for one in search(query, index, model, count=count, device=device):
+        labels = f"  ({', '.join(one.labels)})" if one.labels else ""
+        print(f"{one.similarity:6.3f}  {one.seconds:8.2f} s  {one.path}{labels}")
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Run, or exported folder or file.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
+    licence: Annotated[
+        str | None, typer.Option(help="Of the weights, such as cc-by-4.0: yours to state.")
+    ] = None,
+    onnx: Annotated[Path | None, typer.Option(help="Also an ONNX file, audio to embeddings.")] = None,
+    torch_export: Annotated[Path | None, typer.Option(help="Also a torch.export file, NAME.pt2.")] = None,
+    pooling: Annotated[
+        Literal["mean", "frequency"], typer.Option(help="Of the ONNX and torch.export files.")
+    ] = "mean",
+) -> None:
+    """Write an encoder as safetensors, configuration and model card.
+
+    ONNX and torch.export files take one window of audio at the mel spec's rate,
+    any batch, and compute the log-mel themselves.
+
+    Example: ajepa-train export runs/a --out a-jepa-as20k --licence cc-by-4.0
+    """
+    from ajepa import embed as stage
+    from ajepa import graph
+    from ajepa.export import export as write
+
+    exported = write(model, out, licence=licence)
+    print(f"{out}: model {exported.model_id}. Next: ajepa-train push {out} ORG/NAME")
+    if onnx or torch_export:
+        embedder = stage.load(out, device="cpu", pooling=pooling)
+        samples = graph.AudioGraph(embedder).samples
+        told = f"windows of {samples} samples at {embedder.sample_rate_hz} Hz, any batch"
+        if onnx:
+            graph.write_onnx(embedder, onnx)
+            print(f"{onnx}: ONNX, opset {graph.OPSET}, {told}")
+        if torch_export:
+            graph.write_program(embedder, torch_export)
+            print(f"{torch_export}: torch.export, {told}")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder made by export.", show_default=False)],
+    place: Annotated[str, typer.Argument(help="ORG/NAME on the Hugging Face hub.", show_default=False)],
+    private: Annotated[
+        bool, typer.Option("--private", help="If the place is new, show it to nobody.")
+    ] = False,
+) -> None:
+    """Put an exported model on the Hugging Face hub.
+
+    Example: ajepa-train push a-jepa-as20k me/a-jepa-as20k
+    """
+    from ajepa.hub import push as put
+
+    print(f"{put(folder, place, private=private)}: load it with ajepa.load('{place}')")
+
+
+@app.command()
+def load(
+    model: Annotated[
+        str, typer.Argument(help="ORG/NAME[@REVISION] of the hub, run or export.", show_default=False)
+    ],
+    out: Annotated[Path | None, typer.Option(help="Folder to keep it in.", show_default=False)] = None,
+) -> None:
+    """Fetch a model and say what it is; safetensors only, no code is run.
+
+    Example: ajepa-train load me/a-jepa-as20k --out a-jepa-as20k
+    """
+    from ajepa.export import encoder_facts
+    from ajepa.hub import copied
+    from ajepa.trained import trained
+
+    loaded = trained(model)
+    facts = {"model id": loaded.model_id, "recipe": loaded.recipe_name, "mel spec": loaded.mel.name}
+    for name, value in (facts | encoder_facts(loaded) | {"licence": loaded.licence or "not stated"}).items():
+        print(f"{name:9} {value}")
+    if out is not None:
+        print(f"{copied(model, out)}: kept")
