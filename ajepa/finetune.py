@@ -97,6 +97,12 @@ class Measuring:
         self.last = self.measure()
         return {f"eval_{score.metric}_{score.label_set}": score.value for score in self.last}
 
+    def saving(self) -> None:
+        """Nothing of what is measured is carried on with."""
+
+    def ill(self) -> None:
+        """Labels keep a model from collapsing; what does not learn is seen in what is measured."""
+
     def measure(self) -> list[ClassScores]:
         """The scores as the weights are now."""
         trainer, rows_N = self.trainer, self.assignment.eval_N

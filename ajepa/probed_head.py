@@ -7,6 +7,7 @@ from torch import Tensor
 from ajepa.assignment import Assignment
 from ajepa.classifier import Vit
 from ajepa.features import Views, features
+from ajepa.partition import HELD_SHARE
 from ajepa.probes import chosen_l2, linear_NC, standardised
 
 CLIPS = 20_000  # to probe on at most
@@ -25,7 +26,8 @@ def probed_head(model: Vit, views: Views, assignment: Assignment, seed: int) -> 
     width = plain_ND.shape[1]
     asked_ND = np.concatenate([np.zeros((1, width)), np.eye(width)]).astype(np.float32)
     train_ND, at_ND = standardised(plain_ND, asked_ND)  # features that tell the probe's bias and weights
-    scores_NC = torch.from_numpy(
-        linear_NC(train_ND, labels_NC, at_ND, l2=chosen_l2(train_ND, labels_NC, seed))
-    )
+    order_N = np.random.default_rng([seed, 1]).permutation(len(rows_N))
+    held_N, kept_N = np.split(order_N, [int(len(order_N) * HELD_SHARE)])
+    l2 = chosen_l2(train_ND[kept_N], labels_NC[kept_N], train_ND[held_N], labels_NC[held_N])
+    scores_NC = torch.from_numpy(linear_NC(train_ND, labels_NC, at_ND, l2=l2))
     return (scores_NC[1:] - scores_NC[:1]).T.contiguous(), scores_NC[0]
