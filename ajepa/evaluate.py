@@ -1,98 +1,49 @@
 """What a frozen encoder is worth: probes on it, on a random encoder and on plain log-mel statistics."""
 
-import json
-from dataclasses import asdict, dataclass
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor
 from tqdm import tqdm
 
+from ajepa import attentive
+from ajepa.bootstrap import CONFIDENCE, Measured, estimates, resampled_NB, resamples
 from ajepa.devices import pick_device
+from ajepa.evaluation import EVALUATION, PRIMARY, PROBES, Evaluation, KindName, Score, mean_of_folds
+from ajepa.features import MOST_TOKENS, Features, Views, all_features
 from ajepa.jepa import Jepa
-from ajepa.metrics import MeanAveragePrecision, mean_average_precision
-from ajepa.patches import valid_tokens
+from ajepa.metrics import random_precision_C
+from ajepa.partition import HELD_SHARE, Part, Partition
+from ajepa.pooling import LAST, POOLING, Layer, PoolingName
 from ajepa.probes import L2_GRID, NEIGHBOURS, chosen_l2, knn_NC, linear_NC, standardised
 from ajepa.recipes import Pretrain, from_json
-from ajepa.run import Checkpoint, Run
-from ajepa.training_set import eval_splits, open_store, train_splits
+from ajepa.run import Checkpoint, Json, Run, versions
+from ajepa.training_set import open_store
 from ajepa.vit import Encoder
 from pipeline.errors import RunError
-from pipeline.files import replacing
 from pipeline.store import FeatureStore
 
-EVALUATION = "evaluation.json"
-CLIPS_PER_READ = 32
 PROTOCOL = {
     "encoder": "target (EMA), frozen; the whole clip in views of the recipe's length, one after the other",
-    "pooling": "mean over valid tokens, then standardised with the train clips' mean and deviation",
-    "linear": f"one logistic regression per class, L2 of {L2_GRID} chosen on a fifth of the train clips",
+    "standardised": "with the mean and deviation of the clips that a probe is trained on",
+    "choice": "on the val splits, or else on a fifth of the train clips, which then train too (not attentive)",
+    "linear": "logistic regression, one per class, of single labels one over all; L2 chosen from l2_grid",
     "knn": f"share of the {NEIGHBOURS} most similar (cosine) train clips that carry a class",
+    "attentive": f"{attentive.HEADS} queries over at most {MOST_TOKENS} tokens (all rows by stretches of time), "
+    f"AdamW {attentive.PEAK_LR:g}, {attentive.STEPS} steps of {attentive.CLIPS_PER_STEP} clips at most",
     "map": "macro, classes without an eval clip skipped; each label set trained and measured on itself",
+    "folds_mean": "every metric is computed within a fold, then averaged",
+    "intervals": "clips drawn again within each fold; percentiles moved to lie about the value",
+    "confidence": CONFIDENCE,
+    "l2_grid": list(L2_GRID),
 }
 TRAINED, RANDOM, STATISTICS = "encoder", "random init", "log-mel statistics"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Score:
-    """One probe on one kind of features, trained and measured on one label set."""
-
-    features: str
-    probe: str
-    label_set: str
-    map: float
-    chance: float
-    classes: int
-    skipped: int
-    l2: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluation:
-    """Every score, with the protocol that produced it."""
-
-    protocol: dict[str, Any]
-    scores: tuple[Score, ...]
-
-    def of(self, features: str, probe: str, label_set: str) -> Score:
-        """The one score of that name."""
-        wanted = (features, probe, label_set)
-        return next(s for s in self.scores if (s.features, s.probe, s.label_set) == wanted)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, told: dict[str, Any]) -> "Evaluation":
-        return cls(protocol=told["protocol"], scores=tuple(Score(**score) for score in told["scores"]))
-
-    def table(self) -> str:
-        """mAP by features and probe, a block for each label set, in lines of at most 80 columns."""
-        told = self.protocol
-        clips = f"{told['eval_clips']} eval clips, probes trained on {told['train_clips']}"
-        sets = list(dict.fromkeys(score.label_set for score in self.scores))
-        blocks = [line for label_set in sets for line in self.block(label_set)]
-        return "\n".join([f"mAP on {clips}; run at step {told['step']}", *blocks])
-
-    def block(self, label_set: str) -> list[str]:
-        """The table of one label set, chance and skipped classes included."""
-        one = self.of(STATISTICS, "knn", label_set)
-        names = list(dict.fromkeys(score.features for score in self.scores))
-        return [
-            f"{label_set} labels: {one.classes} classes ({one.skipped} without an eval clip are skipped)",
-            f"  {'':20}{'linear':>8}{'kNN':>8}",
-            *(
-                f"  {name:20}{self.cell(name, 'linear', label_set)}{self.cell(name, 'knn', label_set)}"
-                for name in names
-            ),
-            f"  {'chance':20}{one.chance:8.3f}{one.chance:8.3f}",
-        ]
-
-    def cell(self, features: str, probe: str, label_set: str) -> str:
-        return f"{self.of(features, probe, label_set).map:8.3f}"
+Kind = Literal["auto", "single", "multi"]
 
 
 def evaluate(
@@ -101,52 +52,159 @@ def evaluate(
     *,
     device: str = "auto",
     train_clips: int = 20_000,
+    pooling: PoolingName = POOLING,
+    layer: Layer = LAST,
+    probes: Sequence[str] = tuple(PROBES),
+    labels: Sequence[str] = (),
+    kind: Kind = "auto",
+    out: Path | None = None,
     progress: bool = False,
 ) -> Evaluation:
-    """Probe a run's newest checkpoint on the split eval, or else on those held out; kept as RUN/evaluation.json.
+    """Probe a run's newest checkpoint on a store of its mel spec: its own, or that of another task.
 
-    The target (EMA) encoder is what is probed. At most `train_clips` rows of the other splits train the
-    probes, drawn with the recipe's seed. RunError or StoreError where run, store and labels do not fit.
+    The target (EMA) encoder is what is probed. What trains, chooses and measures is `Partition`'s to say; of
+    `labels` (all sets of the store, where none is named) each is trained and measured on itself. Labels are
+    `single` where every clip has exactly one, if nothing else is said. Kept as `out`, else in the run's folder
+    as evaluation.json, of another store as evaluation-STORE.json. RunError or StoreError where run, store and
+    labels do not fit.
     """
     run = Run.open(run_path)
     recipe = from_json(run.recipe)
     store = open_store(store, recipe)
-    train_N, eval_N = probe_rows(store, recipe.seed, train_clips)
+    refuse_unknown(probes)
+    partition = Partition.of(store, recipe.seed, train_clips)
+    truths = [Truth.of(store, name, partition, kind) for name in labels or store.label_sets]
     checkpoint, on = run.load("target"), pick_device(device)
     views = Views(store=store, frames=recipe.view_frames, mean=run.identity["mean"], std=run.identity["std"])
-    scores = []
-    compared = encoders(recipe, checkpoint, on)
-    for name, encoder in tqdm(compared.items(), unit="features", disable=None if progress else True):
-        train_ND, eval_ND = standardised(features(views, train_N, encoder), features(views, eval_N, encoder))
-        for label_set in store.label_sets:
-            labels = store.labels_BC(train_N, label_set), store.labels_BC(eval_N, label_set)
-            scores += probe_scores(name, label_set, train_ND, eval_ND, *labels, seed=recipe.seed)
-    protocol = {
-        "run": str(run.path),
-        "step": checkpoint.step,
-        "store_id": store.store_id,
-        "train_clips": len(train_N),
-        "eval_splits": eval_splits(store),
-        "eval_clips": len(eval_N),
-        **({} if store.excluded.digest is None else {"excluded": store.excluded.digest}),
-        **PROTOCOL,
-    }
-    evaluation = Evaluation(protocol=protocol, scores=tuple(scores))
-    with replacing(run.path / EVALUATION) as scratch:
-        scratch.write_text(json.dumps(evaluation.to_json(), indent=1) + "\n")
+    count = resamples(len(partition.eval_N), len(store.classes.mids))
+    scores: list[Score] = []
+    for name, encoder in encoders(recipe, checkpoint, on).items():
+        found = all_features(
+            views,
+            partition.rows_N,
+            encoder,
+            pooling=pooling,
+            layer=layer,
+            tokens="attentive" in probes,
+            progress=name if progress else None,
+        )
+        used = [probe for probe in probes if probe != "attentive" or encoder is not None]
+        told = {"desc": f"{name}: probes", "unit": "probes", "leave": False}
+        asked = [(truth, probe) for truth in truths for probe in used]
+        for truth, probe in tqdm(asked, disable=None if progress else True, **told):
+            bench = Bench(found=found, partition=partition, truth=truth, seed=recipe.seed, device=on)
+            scores.append(bench.score(name, probe, count))
+    evaluation = Evaluation(
+        protocol=protocol(run, checkpoint, store, partition)
+        | {"pooling": pooling, "layer": str(layer), "resamples": count, "probes": list(probes)}
+        | {"grid": grid_told(recipe), "seed": recipe.seed, "device": on.type},
+        classes=tuple(zip(store.classes.mids, store.classes.names, strict=True)),
+        scores=tuple(scores),
+    )
+    evaluation.save(out or run.path / file_name(run, store))
     return evaluation
 
 
-def probe_rows(store: FeatureStore, seed: int, train_clips: int) -> tuple[np.ndarray, np.ndarray]:
-    """Good rows to train probes on (at most `train_clips`, drawn by `seed`) and to measure them on."""
-    train_N = store.good_rows(train_splits(store))
-    eval_N = store.good_rows(measured := eval_splits(store))
-    if not len(eval_N):
-        raise RunError(
-            f"{store.place}: split {' + '.join(measured)} has no good clip to measure on; see: ajepa-data report"
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Truth:
+    """One label set of the rows of a partition, 0/1, and whether each of them has exactly one label."""
+
+    label_set: str
+    labels_NC: np.ndarray
+    kind: KindName
+
+    @classmethod
+    def of(cls, store: FeatureStore, label_set: str, partition: Partition, kind: Kind) -> "Truth":
+        """RunError where labels are told to be single and are not."""
+        labels_NC = store.labels_BC(partition.rows_N, label_set)
+        others = int((labels_NC.sum(axis=1) != 1).sum())
+        if kind == "single" and others:
+            told = f"{others} of {len(labels_NC)} clips have no {label_set} label or several"
+            raise RunError(f"{store.place}: {told}, single labels were asked for; leave out --kind single")
+        found: KindName = "multi" if others else "single"
+        return cls(label_set=label_set, labels_NC=labels_NC, kind=found if kind == "auto" else kind)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bench:
+    """The features of a partition's rows and what is true of them: what a probe is put on."""
+
+    found: Features
+    partition: Partition
+    truth: Truth
+    seed: int
+    device: torch.device
+
+    def score(self, features: str, probe: str, count: int) -> Score:
+        """Train the probe on every part and measure it there; intervals from `count` resamples."""
+        folds, chosen = [], []
+        for place, part in enumerate(self.partition.parts):
+            said_NC, setting = self.said(part, probe)
+            chosen += [] if setting is None else [setting]
+            fold = Measured(
+                labels_NC=self.labels(part.eval_N),
+                scores_NC=said_NC,
+                weights_NB=resampled_NB(len(part.eval_N), count, self.seed + place),
+                single=self.truth.kind == "single",
+            )
+            folds.append(fold)
+        per_class_ap = mean_of_folds(np.stack([fold.ranked[0][:, 0] for fold in folds]))
+        skipped = sum(value is None for value in per_class_ap)
+        metrics = estimates(folds)
+        return Score(
+            features=features,
+            probe=probe,
+            label_set=self.truth.label_set,
+            kind=self.truth.kind,
+            metrics=metrics,
+            chance=float(np.mean([chance(fold.labels_NC, self.truth.kind) for fold in folds])),
+            classes=len(per_class_ap) - skipped,
+            skipped=skipped,
+            chosen=tuple(chosen),
+            per_class_ap=per_class_ap,
         )
-    drawn_N = np.random.default_rng([seed, 0]).permutation(train_N)[:train_clips]
-    return np.sort(drawn_N), eval_N
+
+    def said(self, part: Part, probe: str) -> tuple[np.ndarray, float | None]:
+        """A probe's scores of the clips to measure on, and what was chosen for it."""
+        single = self.truth.kind == "single"
+        if probe == "attentive":
+            told = attentive.attended(
+                self.of(part.train_N),
+                self.labels(part.train_N),
+                self.of(part.val_N),
+                self.labels(part.val_N),
+                self.of(part.eval_N),
+                seed=self.seed,
+                single=single,
+                device=self.device,
+            )
+            return told.scores_NC, told.steps
+        train_ND, val_ND, fit_ND, eval_ND = self.vectors(part)
+        if probe == "knn":
+            return knn_NC(fit_ND, self.labels(part.fit_N), eval_ND), None
+        labels_NC, val_NC = self.labels(part.train_N), self.labels(part.val_N)
+        l2 = chosen_l2(train_ND, labels_NC, val_ND, val_NC, single=single)
+        return linear_NC(fit_ND, self.labels(part.fit_N), eval_ND, l2=l2, single=single), l2
+
+    def vectors(self, part: Part) -> Iterator[Tensor]:
+        """Of the clips to train on, to choose with, to fit in the end and to measure on, all standardised alike."""
+        rows = (part.fit_N, part.train_N, part.val_N, part.fit_N, part.eval_N)
+        told = standardised(*(self.of(rows_N).vectors_ND for rows_N in rows))
+        return (vectors_ND.to(self.device) for vectors_ND in told[1:])
+
+    def of(self, rows_N: np.ndarray) -> Features:
+        return self.found.of(np.searchsorted(self.partition.rows_N, rows_N))
+
+    def labels(self, rows_N: np.ndarray) -> np.ndarray:
+        return self.truth.labels_NC[np.searchsorted(self.partition.rows_N, rows_N)]
+
+
+def chance(labels_NC: np.ndarray, kind: KindName) -> float:
+    """What the first metric is without knowing a clip: mAP of a random order; accuracy of the commonest class."""
+    positives_C = (labels_NC > 0).sum(axis=0)
+    if PRIMARY[kind] == "accuracy":
+        return float(positives_C.max() / len(labels_NC))
+    return float(random_precision_C(positives_C[positives_C > 0], len(labels_NC)).mean())
 
 
 def encoders(recipe: Pretrain, checkpoint: Checkpoint, device: torch.device) -> dict[str, Encoder | None]:
@@ -156,91 +214,54 @@ def encoders(recipe: Pretrain, checkpoint: Checkpoint, device: torch.device) -> 
     return {TRAINED: trained.to(device).eval(), RANDOM: random.to(device).eval(), STATISTICS: None}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Views:
-    """A store's clips whole, cut one after the other into normalised views of `frames`."""
-
-    store: FeatureStore
-    frames: int
-    mean: float
-    std: float
-
-    def of(self, rows_B: np.ndarray) -> tuple[Tensor, Tensor]:
-        """`mel_BVTF` (zeros past a clip's end, as in training) and valid frames `n_frames_BV`."""
-        n_frames_B = torch.from_numpy(self.store.n_frames_N[rows_B].astype(np.int64))
-        count = -(-self.store.frames // self.frames)
-        stored_BTF = torch.from_numpy(self.store.read(rows_B)).float()
-        mel_BTF = (self.store.offset + self.store.scale * stored_BTF - self.mean) / self.std
-        mel_BTF[torch.arange(self.store.frames) >= n_frames_B[:, None]] = 0.0
-        padded_BTF = nnf.pad(mel_BTF, (0, 0, 0, count * self.frames - self.store.frames))
-        starts_V = torch.arange(count) * self.frames
-        n_frames_BV = (n_frames_B[:, None] - starts_V).clamp(0, self.frames)
-        return padded_BTF.reshape(len(rows_B), count, self.frames, -1), n_frames_BV
-
-
-def features(views: Views, rows_N: np.ndarray, encoder: Encoder | None) -> np.ndarray:
-    """One vector per clip, float32 `[N, D]`: the mean over its valid tokens, or its log-mel statistics."""
-    pieces = []
-    for start in range(0, len(rows_N), CLIPS_PER_READ):
-        mel_BVTF, n_frames_BV = views.of(rows_N[start : start + CLIPS_PER_READ])
-        if encoder is None:
-            pieces.append(statistics(mel_BVTF, n_frames_BV).numpy())
-        else:
-            pieces.append(pooled(encoder, mel_BVTF, n_frames_BV).numpy())
-    return np.concatenate(pieces)
+def protocol(run: Run, checkpoint: Checkpoint, store: FeatureStore, partition: Partition) -> Json:
+    """What was measured, on what: enough to say whether two results may be compared."""
+    part = partition.parts[0]
+    return {
+        "run": str(run.path),
+        "step": checkpoint.step,
+        "weights_sha256": digest_of(checkpoint.parts["target"]),
+        "recipe": run.recipe["name"],
+        "store": Path(store.place).name,
+        "store_id": store.store_id,
+        "trained_on": run.identity["store_id"],
+        **({} if store.excluded.digest is None else {"excluded": store.excluded.digest}),
+        "splits": {"train": partition.train, "val": partition.val, "eval": partition.eval},
+        "folds": len(partition.parts) if len(partition.parts) > 1 else 0,
+        "train_clips": len(part.fit_N),
+        "val_clips": len(part.val_N),
+        "val_share": HELD_SHARE if part.drawn else None,
+        "eval_clips": len(partition.eval_N),
+        **PROTOCOL,
+        "versions": versions(),
+        "trained_with": run.versions,
+    }
 
 
-@torch.inference_mode()
-def pooled(encoder: Encoder, mel_BVTF: Tensor, n_frames_BV: Tensor) -> Tensor:
-    """Mean of a clip's valid tokens over all its views; a view past the clip's end is never encoded."""
-    device = next(encoder.parameters()).device
-    clip_N, view_N = torch.nonzero(n_frames_BV, as_tuple=True)
-    valid_NP = valid_tokens(n_frames_BV[clip_N, view_N], encoder.spec.grid)
-    tokens_NPD = encoder(mel_BVTF[clip_N, view_N].to(device), valid_BP=valid_NP.to(device)).float().cpu()
-    sums_ND = (tokens_NPD * valid_NP[..., None]).sum(1)
-    sums_BD = torch.zeros(len(mel_BVTF), sums_ND.shape[1]).index_add_(0, clip_N, sums_ND)
-    counts_B = torch.zeros(len(mel_BVTF)).index_add_(0, clip_N, valid_NP.sum(1).float())
-    return sums_BD / counts_B[:, None]
+def digest_of(weights: dict[str, Tensor]) -> str:
+    """SHA-256 of named tensors, whatever file they lay in."""
+    told = hashlib.sha256()
+    for name in sorted(weights):
+        told.update(f"{name} {tuple(weights[name].shape)} ".encode())
+        told.update(weights[name].contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+    return told.hexdigest()
 
 
-def statistics(mel_BVTF: Tensor, n_frames_BV: Tensor) -> Tensor:
-    """Mean and standard deviation of each mel band over a clip's valid frames, `[B, 2F]`."""
-    mel_BTF, n_frames_B1 = mel_BVTF.flatten(1, 2), n_frames_BV.sum(1, keepdim=True)
-    mean_BF = mel_BTF.sum(1) / n_frames_B1  # frames past the end are 0
-    square_BF = mel_BTF.square().sum(1) / n_frames_B1
-    return torch.cat([mean_BF, (square_BF - mean_BF.square()).clamp(min=0).sqrt()], dim=1)
+def grid_told(recipe: Pretrain) -> dict[str, Any]:
+    """The patches that a view is cut into."""
+    grid = recipe.model.encoder.grid
+    return {"rows": grid.rows, "cols": grid.cols, "frames": grid.patch_frames, "bands": grid.patch_bands}
 
 
-def probe_scores(
-    features: str,
-    label_set: str,
-    train_ND: Tensor,
-    eval_ND: Tensor,
-    train_NC: np.ndarray,
-    eval_NC: np.ndarray,
-    *,
-    seed: int,
-) -> list[Score]:
-    """Linear probe and kNN on standardised features, each trained and measured on this label set."""
-    l2 = chosen_l2(train_ND, train_NC, seed)
-    linear = mean_average_precision(eval_NC, linear_NC(train_ND, train_NC, eval_ND, l2=l2))
-    nearest = mean_average_precision(eval_NC, knn_NC(train_ND, train_NC, eval_ND))
-    return [
-        score_of(linear, features=features, probe="linear", label_set=label_set, l2=l2),
-        score_of(nearest, features=features, probe="knn", label_set=label_set, l2=None),
-    ]
+def file_name(run: Run, store: FeatureStore) -> str:
+    """Where an evaluation is kept: of a store that the run was not trained on, under that one's name."""
+    own = {run.identity["store_id"], *run.identity.get("stores", [])}
+    return EVALUATION if store.store_id in own else f"evaluation-{Path(store.place).stem}.json"
 
 
-def score_of(
-    result: MeanAveragePrecision, *, features: str, probe: str, label_set: str, l2: float | None
-) -> Score:
-    return Score(
-        features=features,
-        probe=probe,
-        label_set=label_set,
-        map=result.value,
-        chance=result.chance,
-        classes=result.counted,
-        skipped=result.skipped,
-        l2=l2,
-    )
+def refuse_unknown(probes: Sequence[str]) -> None:
+    """RunError where a probe is none."""
+    if not probes or (unknown := [probe for probe in probes if probe not in PROBES]):
+        raise RunError(
+            f"probes {', '.join(unknown if probes else ['none'])}: expected of {', '.join(PROBES)}"
+        )

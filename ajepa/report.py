@@ -1,6 +1,5 @@
 """A run, seen: its curves, its masks over a real clip, its probes; PNG files."""
 
-import json
 from pathlib import Path
 
 import matplotlib
@@ -8,7 +7,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ajepa.evaluate import EVALUATION, RANDOM, STATISTICS, TRAINED, Evaluation
+from ajepa.bootstrap import Estimate
+from ajepa.evaluate import RANDOM, STATISTICS, TRAINED
+from ajepa.evaluation import EVALUATION, PRIMARY, PROBES, TITLES, Evaluation
 from ajepa.mask_picture import mask_figure, stored_view
 from ajepa.recipes import Pretrain, from_json
 from ajepa.run import Json, Run
@@ -21,7 +22,10 @@ COLOURS = {TRAINED: "#4361ee", RANDOM: "#9aa0b5", STATISTICS: "#f4a261"}
 
 
 def report(store: Path | str | FeatureStore, run_path: Path, out: Path) -> list[Path]:
-    """Draw `curves.png`, `masks.png` and, once evaluated, `probes.png` into `out`; returns what was drawn."""
+    """Draw `curves.png`, `masks.png` and of each evaluation `probes.png` into `out`; returns what was drawn.
+
+    Evaluations on stores that the run was not trained on are drawn as `probes-STORE.png`.
+    """
     run = Run.open(run_path)
     recipe = from_json(run.recipe)
     store = open_store(store, recipe)
@@ -31,9 +35,9 @@ def report(store: Path | str | FeatureStore, run_path: Path, out: Path) -> list[
     mel_TF = stored_view(store, recipe, run.identity["mean"], run.identity["std"])
     masks = mask_figure(mel_TF, recipe, store.spec)
     figures = {"curves.png": curves(run.metrics(), recipe), "masks.png": masks}
-    if (run.path / EVALUATION).exists():
-        evaluation = Evaluation.from_json(json.loads((run.path / EVALUATION).read_text()))
-        figures["probes.png"] = probes(evaluation)
+    for file in sorted(run.path.glob(f"{Path(EVALUATION).stem}*.json")):
+        name = file.name.replace(Path(EVALUATION).stem, "probes").replace(".json", ".png")
+        figures[name] = probes(Evaluation.read(file))
     for name, figure in figures.items():
         figure.savefig(out / name, dpi=120)
     return [out / name for name in figures]
@@ -90,22 +94,34 @@ def running_mean(value_N: np.ndarray, width: int) -> np.ndarray:
 
 
 def probes(evaluation: Evaluation) -> Figure:
-    """Bars of mAP: the encoder, the random one, log-mel statistics; a line where chance lies."""
-    sets = list(dict.fromkeys(score.label_set for score in evaluation.scores))
-    figure = Figure(figsize=(4.6 * len(sets), 3.6), layout="constrained")
-    for axes, label_set in zip(
-        figure.subplots(1, len(sets), sharey=True, squeeze=False)[0], sets, strict=True
-    ):
+    """Bars of mAP or accuracy with their intervals: encoder, random one, log-mel statistics; a line at chance."""
+    sets = evaluation.label_sets
+    asked = list(dict.fromkeys(score.probe for score in evaluation.scores))
+    figure = Figure(figsize=((1.6 + len(asked)) * 1.4 * len(sets), 3.6), layout="constrained")
+    panes = figure.subplots(1, len(sets), sharey=True, squeeze=False)[0]
+    for axes, label_set in zip(panes, sets, strict=True):
         for place, (name, colour) in enumerate(COLOURS.items()):
-            values = [evaluation.of(name, probe, label_set).map for probe in ("linear", "knn")]
-            bars = axes.bar(np.arange(2) + 0.27 * (place - 1), values, 0.25, color=colour, label=name)
-            axes.bar_label(bars, fmt="%.3f", fontsize=8, padding=2)
-        chance = evaluation.of(STATISTICS, "knn", label_set).chance
-        axes.axhline(chance, color="black", linestyle=":", label="chance")
-        axes.set_xticks([0, 1], ["linear probe", "kNN"])
-        axes.set_title(f"{label_set} labels", fontsize=10)
-        axes.set_ylim(0, 1)
-    figure.axes[0].set_ylabel("mAP")
-    figure.axes[0].legend(fontsize=8, loc="upper left")
-    figure.suptitle(f"Frozen features at step {evaluation.protocol['step']}", fontsize=11)
+            told = [
+                (i, s)
+                for i, probe in enumerate(asked)
+                for s in evaluation.scores
+                if (s.features, s.probe, s.label_set) == (name, probe, label_set)
+            ]
+            bars(axes, [(i + 0.27 * (place - 1), s.primary) for i, s in told], colour, name)
+        one = next(score for score in evaluation.scores if score.label_set == label_set)
+        axes.axhline(one.chance, color="black", linestyle=":", label="chance")
+        axes.set_xticks(range(len(asked)), [PROBES[probe] for probe in asked])
+        axes.set_title(f"{label_set} labels: {TITLES[PRIMARY[one.kind]]}", fontsize=10)
+        axes.set_ylim(0, 1.05)
+    panes[0].legend(fontsize=8, loc="upper left")
+    step, store = evaluation.protocol["step"], evaluation.protocol["store"]
+    figure.suptitle(f"Frozen features at step {step} on {store}", fontsize=11)
     return figure
+
+
+def bars(axes: Axes, told: list[tuple[float, Estimate]], colour: str, label: str) -> None:
+    """A bar for each place and estimate, its interval as a line, its value above that."""
+    values = [estimate.value for _, estimate in told]
+    ends = [[max(0.0, e.value - e.low) for _, e in told], [max(0.0, e.high - e.value) for _, e in told]]
+    drawn = axes.bar([place for place, _ in told], values, 0.25, color=colour, label=label, yerr=ends)
+    axes.bar_label(drawn, fmt="%.3f", fontsize=7, padding=2)

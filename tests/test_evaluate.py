@@ -8,18 +8,11 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from tiny import tiny
 
-from ajepa.evaluate import (
-    RANDOM,
-    STATISTICS,
-    TRAINED,
-    Evaluation,
-    Views,
-    encoders,
-    evaluate,
-    features,
-    probe_rows,
-)
+from ajepa.evaluate import RANDOM, STATISTICS, TRAINED, encoders, evaluate
+from ajepa.evaluation import Evaluation
+from ajepa.features import Views, features
 from ajepa.jepa import Jepa
+from ajepa.partition import probe_rows
 from ajepa.pretrain import pretrain
 from ajepa.probes import chosen_l2, knn_NC, linear_NC, standardised
 from ajepa.recipes import from_json
@@ -113,22 +106,61 @@ def test_the_linear_probe_is_scikit_learns_logistic_regression_class_by_class(l2
         np.testing.assert_allclose(scores_NC[:, index], reference.decision_function(eval_ND), atol=2e-2)
 
 
-def test_a_class_without_a_train_clip_scores_nothing():
-    """It must neither break the probe nor be ranked by accident."""
+@pytest.mark.parametrize("single", [False, True])
+def test_a_class_without_a_train_clip_scores_lowest_everywhere(single):
+    """It must neither break the probe nor be ranked by accident, nor be said."""
     rng = np.random.default_rng(0)
     train_ND = torch.from_numpy(rng.standard_normal((20, 3)).astype(np.float32))
-    labels_NC = np.stack([np.arange(20) % 2, np.zeros(20)], axis=1).astype(np.float32)
-    assert linear_NC(train_ND, labels_NC, train_ND, l2=0.1)[:, 1].tolist() == [0.0] * 20
+    first_N = (np.arange(20) % 2).astype(np.float32)
+    labels_NC = np.stack([first_N, np.zeros(20), 1 - first_N], axis=1).astype(np.float32)
+    scores_NC = linear_NC(train_ND, labels_NC, train_ND, l2=0.1, single=single)
+    assert scores_NC[:, 1].tolist() == [scores_NC.min()] * 20
+
+
+def test_of_single_labels_the_linear_probe_is_scikit_learns_multinomial_regression():
+    """One regression over all classes: its weights are free up to what all classes share."""
+    rng = np.random.default_rng(0)
+    train_ND, eval_ND = (rng.standard_normal((count, 6)).astype(np.float32) for count in (90, 30))
+    class_N = (train_ND[:, :3] + rng.standard_normal((90, 3))).argmax(1)
+    labels_NC = np.eye(3, dtype=np.float32)[class_N]
+    train, measured = torch.from_numpy(train_ND), torch.from_numpy(eval_ND)
+    scores_NC = linear_NC(train, labels_NC, measured, l2=1e-2, single=True)
+    reference = LogisticRegression(C=1 / (1e-2 * 90), max_iter=1000, tol=1e-8).fit(train_ND, class_N)
+    expected_NC = reference.decision_function(eval_ND)
+    centred_NC = scores_NC - scores_NC.mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(centred_NC, expected_NC - expected_NC.mean(axis=1, keepdims=True), atol=2e-2)
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_with_more_features_than_clips_the_probe_is_the_same(single):
+    """Frequency pooling has thousands of features: what lies off the clips' span is never touched."""
+    rng = np.random.default_rng(0)
+    train_ND, eval_ND = (rng.standard_normal((count, 70)).astype(np.float32) for count in (40, 20))
+    class_N = train_ND[:, :3].argmax(1)
+    labels_NC = np.eye(3, dtype=np.float32)[class_N]
+    train, measured = torch.from_numpy(train_ND), torch.from_numpy(eval_ND)
+    scores_NC = linear_NC(train, labels_NC, measured, l2=0.1, single=single)
+    if single:
+        reference = LogisticRegression(C=1 / (0.1 * 40), max_iter=1000, tol=1e-8).fit(train_ND, class_N)
+        expected_NC = reference.decision_function(eval_ND)
+        scores_NC = scores_NC - scores_NC.mean(axis=1, keepdims=True)
+    else:
+        fits = [
+            LogisticRegression(C=1 / (0.1 * 40), tol=1e-8).fit(train_ND, labels_N) for labels_N in labels_NC.T
+        ]
+        expected_NC = np.stack([fit.decision_function(eval_ND) for fit in fits], axis=1)
+    np.testing.assert_allclose(scores_NC, expected_NC, atol=2e-2)
 
 
 def test_noise_is_penalised_more_than_features_that_tell():
-    """The penalty is chosen on held-out train clips, so it follows the features and never sees eval."""
+    """The penalty is chosen on held-out train clips, so it follows the features not how many they are."""
     rng = np.random.default_rng(0)
     labels_NC = (rng.random((200, 3)) < 0.5).astype(np.float32)
     noise_ND = rng.standard_normal((200, 60)).astype(np.float32)
     mixed_ND = noise_ND + np.pad(0.8 * labels_NC, ((0, 0), (0, 57)))
     telling_ND = noise_ND[:, :4] + np.pad(2 * labels_NC, ((0, 0), (0, 1)))
-    mixed, telling = (chosen_l2(torch.from_numpy(f), labels_NC, seed=0) for f in (mixed_ND, telling_ND))
+    told = [torch.from_numpy(rows_ND) for rows_ND in (mixed_ND, telling_ND)]
+    mixed, telling = (chosen_l2(f[:160], labels_NC[:160], f[160:], labels_NC[160:]) for f in told)
     assert mixed > telling
 
 
@@ -143,16 +175,19 @@ def test_neighbours_vote_by_direction_not_by_length():
 def test_every_features_probe_and_label_set_is_scored_and_kept(evaluation, run, store):
     """The table, the value and the file say the same; labels are measured on themselves."""
     names = {(s.features, s.probe, s.label_set) for s in evaluation.scores}
-    expected = {
-        (f, p, s) for f in (TRAINED, RANDOM, STATISTICS) for p in ("linear", "knn") for s in store.label_sets
-    }
-    assert names == expected
+    kinds = [(f, p) for f in (TRAINED, RANDOM, STATISTICS) for p in ("linear", "knn", "attentive")]
+    kinds.remove((STATISTICS, "attentive"))  # they are no tokens
+    assert names == {(f, p, s) for f, p in kinds for s in store.label_sets}
     assert store.label_sets == ("raw", "unambiguous")
-    told = json.loads((run.path / "evaluation.json").read_text())
-    assert Evaluation.from_json(told).scores == evaluation.scores
+    kept = Evaluation.read(run.path / "evaluation.json")
+    assert (kept.scores, kept.classes) == (evaluation.scores, evaluation.classes)
+    assert kept.protocol == json.loads(json.dumps(evaluation.protocol))
     for score in evaluation.scores:
-        assert f"{score.map:8.3f}" in evaluation.table()
+        told = score.metrics["map"]
+        assert f"{told.value:5.3f} [{told.low:5.3f} {told.high:5.3f}]" in evaluation.table()
+        assert told.low <= told.value <= told.high
         assert score.classes + score.skipped == len(store.classes.mids)
+        assert np.mean([p for p in score.per_class_ap if p is not None]) == pytest.approx(score.map, abs=1e-5)
     assert max(len(line) for line in evaluation.table().splitlines()) <= 80
 
 
