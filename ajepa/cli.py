@@ -9,6 +9,7 @@ from ajepa import embed_commands, evaluate_commands
 from ajepa.finetune_commands import finetune
 from ajepa.hlp_study_commands import hlp_study
 from pipeline.command_line import Cache, CacheGb, run_app
+from pipeline.errors import InputError
 from pipeline.files import CACHE_GB
 
 app = typer.Typer(
@@ -173,18 +174,22 @@ def masks(
 def report(
     store: StorePlace,
     run: RunPath,
-    out: Annotated[Path, typer.Option(help="Folder for the PNG files.", show_default=False)],
+    html: Annotated[Path | None, typer.Option(help="One page with everything on it.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for PNG files.")] = None,
     cache: Cache = None,
     cache_gb: CacheGb = CACHE_GB,
 ) -> None:
-    """Draw a run: its curves, its masks over a clip, its probes.
+    """Show a run: curves, masks, probes; as a page also what its encoder makes of clips.
 
-    Example: ajepa-train report --store as20k.zarr --run runs/a --out report
+    Example: ajepa-train report --store as20k.zarr --run runs/a --html run.html
     """
     from ajepa import report as seen
     from pipeline.store import FeatureStore
 
-    for picture in seen.report(FeatureStore.open(store, cache=cache, cache_gb=cache_gb), run, out):
+    if html is None and out is None:
+        raise InputError("report: give --html FILE, --out FOLDER, or both")
+    opened = FeatureStore.open(store, cache=cache, cache_gb=cache_gb)
+    for picture in seen.report(opened, run, out, html=html):
         print(picture)
 
 

@@ -1,4 +1,4 @@
-"""A run, seen: its curves, its masks over a real clip, its probes; PNG files."""
+"""A run, seen: its curves, its masks over a real clip, its probes; PNG files, or one page."""
 
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from ajepa.evaluation import EVALUATION, PRIMARY, PROBES, TITLES, Evaluation
 from ajepa.mask_picture import mask_figure, stored_view
 from ajepa.recipes import Pretrain, from_json
 from ajepa.run import Json, Run
+from ajepa.run_page import write_run_page
 from ajepa.training_set import open_store
 from pipeline.errors import RunError
 from pipeline.store import FeatureStore
@@ -22,16 +23,25 @@ SERIES = ("#4361ee", "#f72585", "#2a9d8f", "#f4a261", "#7b2cbf", "#6c757d")
 COLOURS = {TRAINED: "#4361ee", RANDOM: "#9aa0b5", STATISTICS: "#f4a261"}
 
 
-def report(store: Path | str | FeatureStore, run_path: Path, out: Path) -> list[Path]:
+def report(
+    store: Path | str | FeatureStore, run_path: Path, out: Path | None = None, *, html: Path | None = None
+) -> list[Path]:
     """Draw `curves.png`, `masks.png` and of each evaluation `probes.png` into `out`; returns what was drawn.
 
-    Evaluations on stores that the run was not trained on are drawn as `probes-STORE.png`.
+    Evaluations on stores that the run was not trained on are drawn as `probes-STORE.png`. With `html` all of it,
+    and what the encoder makes of clips that it never saw, on one page. RunError where there is nothing to show.
     """
     run = Run.open(run_path)
+    if run.recipe["type"] != Pretrain.__name__:
+        raise RunError(f"{run.path}: was not made by ajepa-train pretrain; its scores are in {EVALUATION}")
     recipe = from_json(run.recipe)
     store = open_store(store, recipe)
     if not run.metrics():
         raise RunError(f"{run.path}: nothing is logged yet; let `ajepa-train pretrain` take some steps first")
+    if html is not None:
+        write_run_page(store, run, html)
+    if out is None:
+        return [] if html is None else [html]
     out.mkdir(parents=True, exist_ok=True)
     mel_TF = stored_view(store, recipe, run.identity["mean"], run.identity["std"])
     masks = mask_figure(mel_TF, recipe, store.spec)
@@ -41,7 +51,7 @@ def report(store: Path | str | FeatureStore, run_path: Path, out: Path) -> list[
         figures[name] = probes(Evaluation.read(file))
     for name, figure in figures.items():
         figure.savefig(out / name, dpi=120)
-    return [out / name for name in figures]
+    return [*([] if html is None else [html]), *(out / name for name in figures)]
 
 
 def curves(lines: list[Json], recipe: Pretrain) -> Figure:

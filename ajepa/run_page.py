@@ -14,9 +14,12 @@ import torch
 from sklearn.manifold import TSNE
 
 from ajepa.beliefs import FOLDS, distances
-from ajepa.evaluate import EVALUATION, Views, encoders, features, probe_rows
+from ajepa.evaluate import encoders
+from ajepa.evaluation import EVALUATION
+from ajepa.features import Views, features
 from ajepa.jepa import Jepa
 from ajepa.mask_picture import mask_figure, stored_view
+from ajepa.partition import measured_rows
 from ajepa.patches import PatchGrid
 from ajepa.probes import standardised
 from ajepa.recipes import Pretrain, from_json
@@ -76,7 +79,7 @@ class Seen:
     def of(cls, store: FeatureStore, run: Run) -> "Seen":
         """RunError where the run has no checkpoint, StoreError or RunError where the store has nothing to show."""
         recipe = from_json(run.recipe)
-        rows_N = probe_rows(store, recipe.seed, 1)[1]
+        rows_N = measured_rows(store)
         rows_N = np.sort(np.random.default_rng([recipe.seed, 2]).permutation(rows_N)[:MAP_CLIPS])
         views = Views(
             store=store, frames=recipe.view_frames, mean=run.identity["mean"], std=run.identity["std"]
