@@ -53,7 +53,7 @@ def finetune(
 
     Example: ajepa-train finetune --store as20k.zarr --task own --from runs/a --run runs/b
     """
-    from ajepa.assignment import folds_of
+    from ajepa.assignment import folds_of, refuse_other_classes
     from ajepa.finetune import finetune as stage
     from ajepa.finetune_recipes import FINETUNE_PIECES, recipe_of, resized
     from ajepa.folds import cross_validated
@@ -78,6 +78,7 @@ def finetune(
         "on_broken": on_broken,
         "progress": True,
     }
+    refuse_other_classes(chosen, opened)
     if fold is None and folds_of(chosen, opened):
         print(f"{run}: {cross_validated(opened, chosen, made, run, **how)}")
         return
