@@ -1,0 +1,127 @@
+"""A run's page: what was measured and logged, nothing from outside, for runs evaluated or not."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import tiny
+
+from ajepa.evaluate import evaluate
+from ajepa.pretrain import pretrain
+from ajepa.report import report
+from ajepa.run import Run
+from ajepa.run_charts import nice, step_chart, told
+from ajepa.run_page import SECTIONS, run_page, values_of
+from pipeline.errors import RunError
+from pipeline.store import FeatureStore
+
+
+class Elements(HTMLParser):
+    """Every element's name and attributes, and all text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.all: list[tuple[str, dict]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.all.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def of(self, name: str) -> list[dict]:
+        return [attributes for tag, attributes in self.all if tag == name]
+
+
+@pytest.fixture(scope="module")
+def run(store_path, tmp_path_factory) -> Run:
+    """A short run with a look at its health and a probe under way."""
+    path = tmp_path_factory.mktemp("runs") / "a"
+    recipe = tiny(health_every=10, probe_every=15)
+    return pretrain(store_path, recipe, path, device="cpu", say=lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def pages(run, store_path) -> tuple[str, str]:
+    """Before it was evaluated, and after."""
+    store = FeatureStore.open(store_path)
+    before = run_page(store, run)
+    evaluate(store, run.path, device="cpu", probes=("linear", "knn"))
+    return before, run_page(store, run)
+
+
+def test_a_run_that_was_not_evaluated_is_shown_and_says_how_it_would_be(pages):
+    """Every section is there, with the command that fills the one that is empty."""
+    elements = Elements(pages[0])
+    assert {section["id"] for section in elements.of("section")} == set(SECTIONS)
+    assert "Not evaluated yet: ajepa-train evaluate" in elements.text
+
+
+def test_the_scores_are_those_of_the_evaluation(pages, run, store_path):
+    """Values with their intervals, a table for each label set, a row for each class that was measured."""
+    from ajepa.evaluation import EVALUATION, Evaluation
+
+    evaluation, text = Evaluation.read(run.path / EVALUATION), Elements(pages[1]).text
+    for score in evaluation.scores:
+        estimate = score.metrics["map"]
+        assert f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]" in text
+    measured = [name for _, name in evaluation.classes if f">{name}</th>" in pages[1]]
+    assert len(measured) == max(score.classes for score in evaluation.scores)
+
+
+def test_every_eval_clip_has_a_dot_with_its_spectrogram(pages, store_path):
+    """Pointing at a clip shows it; nothing has to be fetched for that."""
+    store = FeatureStore.open(store_path)
+    dots = [circle for circle in Elements(pages[1]).of("circle") if "data-mel" in circle]
+    assert len(dots) == len(store.good_rows(["eval"]))
+    assert all(dot["data-mel"].startswith("data:image/png;base64,") for dot in dots)
+
+
+def test_the_page_asks_nobody_for_anything(pages):
+    """It is mailed, archived and opened without a network."""
+    for page in pages:
+        addresses = [
+            a for _, attributes in Elements(page).all for a in (attributes.get("src"), attributes.get("href"))
+        ]
+        assert all(a.startswith(("data:", "#")) for a in addresses if a)
+        assert not re.search(r"https?://", page)
+
+
+def test_a_curve_leaves_out_the_steps_at_which_nothing_was_measured(run):
+    """Health and probes are logged now and then: a line between zeros would be a lie."""
+    ranks_N = values_of(run.metrics(), "health_rank")
+    assert np.isfinite(ranks_N).sum() == 3
+    step_N = np.array([line["step"] for line in run.metrics()])
+    assert step_N[np.isfinite(ranks_N)].tolist() == [10, 20, 30]
+    (line,) = re.findall(r'<polyline points="([^"]*)"', step_chart(step_N, [("rank", ranks_N)], "step"))
+    assert len(line.split()) == 3
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.9, 0.989), (3e-5, 1e-3), (-2.2, 17.0), (5.0, 5.0)])
+def test_an_axis_holds_its_values_between_round_numbers(low, high):
+    """Five lines, of which the outer two enclose everything."""
+    first, last = nice(low, high)
+    assert first <= low + 1e-12
+    assert last >= high - 1e-12
+    assert all(len(told(number)) <= 8 for number in np.linspace(first, last, 5))
+
+
+def test_a_fine_tuned_run_is_refused_in_one_line(run, tmp_path, store_path):
+    """It has neither masks nor predictor to show."""
+    other = tmp_path / "b"
+    other.mkdir()
+    text = (run.path / "recipe.json").read_text()
+    (other / "recipe.json").write_text(text.replace('"type": "Pretrain"', '"type": "Finetune"'))
+    with pytest.raises(RunError, match=r"was not made by ajepa-train pretrain"):
+        report(store_path, other, html=tmp_path / "page.html")
+
+
+def test_the_page_is_written_where_it_was_asked_for(run, store_path, tmp_path):
+    """With pictures beside it, if both are wanted."""
+    written = report(store_path, run.path, tmp_path / "pictures", html=tmp_path / "deep" / "page.html")
+    assert written[0] == tmp_path / "deep" / "page.html"
+    assert all(Path(file).stat().st_size > 1000 for file in written)
