@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ajepa.blocks import compile_blocks
-from ajepa.patches import patchify, valid_tokens
+from ajepa.patches import valid_tokens
 from ajepa.vit import Encoder, EncoderSpec, Predictor, PredictorSpec, pick
 
 LossName = Literal["l2", "squared_l2", "smooth_l1", "cosine"]
@@ -100,6 +100,11 @@ class Jepa(nn.Module):
         projection_ND = random_projection(spec.encoder, seed=seed + 2)
         self.register_buffer("projection_ND", projection_ND, persistent=False)
 
+    def know_bands(self, mean_F: Tensor, std_F: Tensor) -> None:
+        """`Encoder.know_bands`, of encoder and teacher alike."""
+        for encoder in (self.encoder, self.target):
+            encoder.know_bands(mean_F, std_F)
+
     def recompute(self) -> "Jepa":
         """Keep one vector per token and block for the backward pass and compute the rest again; same results."""
         self.encoder.recompute = self.predictor.recompute = True
@@ -172,7 +177,7 @@ class Jepa(nn.Module):
     def describe(self, mel_BTF: Tensor, valid_BP: Tensor | None = None) -> Tensor:
         """What is to be predicted of every token, from the whole clip: `BPD`, not yet normalised."""
         if self.spec.targets == "projection":
-            patch_BPN = patchify(mel_BTF, self.spec.encoder.grid)
+            patch_BPN = self.target.patches(mel_BTF)
             return (patch_BPN - patch_BPN.mean(-1, keepdim=True)) @ self.projection_ND
         if self.spec.target_layers == 1:
             return self.target(mel_BTF, valid_BP=valid_BP)

@@ -67,6 +67,8 @@ def pretrain(
             trainer = Trainer(recipe, on, recompute=recompute, compiled=compiled)
             if run.step:
                 trainer.restore(run.load())
+            else:
+                trainer.model.know_bands(*asked.bands(store))
             for line in asked.told(store, order):
                 say(line)
             say(
