@@ -141,7 +141,8 @@ class Encoder(nn.Module):
 class Predictor(nn.Module):
     """From the vectors of the context to a guess at those of hidden tokens, each group by itself.
 
-    With `clip_head` also to a guess at the whole clip. `recompute` as in Encoder.
+    With `clip_head` also to a guess at the whole clip. A guess has `target_width` values, by default those of the
+    encoder. `recompute` as in Encoder.
     """
 
     positions_PD: Tensor
@@ -155,6 +156,7 @@ class Predictor(nn.Module):
         *,
         seed: int = 0,
         clip_head: bool = False,
+        target_width: int | None = None,
     ) -> None:
         super().__init__()
         self.spec, self.stack, self.recompute = spec, stack_of(spec), False
@@ -164,8 +166,9 @@ class Predictor(nn.Module):
         self.register_buffer("turns_2PE", self.stack.turns(grid), persistent=False)
         self.blocks = self.stack.build()
         self.norm = nn.LayerNorm(spec.width, eps=NORM_EPSILON)
-        self.out = nn.Linear(spec.width, encoder_width)
-        self.clip_head = nn.Linear(encoder_width, encoder_width) if clip_head else None
+        target_width = target_width or encoder_width
+        self.out = nn.Linear(spec.width, target_width)
+        self.clip_head = nn.Linear(encoder_width, target_width) if clip_head else None
         initialise(self, seed)
 
     def forward(
