@@ -112,7 +112,7 @@ def small() -> Pretrain:
         model=model,
         masks=Fixed(masking=RandomPatches(ratio_low=0.75, ratio_high=0.75, target_share=1 / 3)),
         schedule=Schedule(peak_lr=1e-3, warmup_share=0.1, ema_start=0.9, ema_end=0.99),
-        steps=2_500,
+        steps=2_000,
         clips_per_step=32,
         checkpoint_every=500,
     )

@@ -20,7 +20,7 @@ from typing import get_args
 from ajepa.evaluate import evaluate
 from ajepa.evaluation import PRIMARY, TITLES, Evaluation
 from ajepa.overrides import overridden
-from ajepa.pooling import PoolingName
+from ajepa.pooling import Layer, PoolingName
 from ajepa.pretrain import pretrain
 from ajepa.recipes import Pretrain, recipe
 from bench.machine import machine
@@ -29,7 +29,7 @@ PROBES = ("linear", "knn")
 
 
 def measured(
-    made: Pretrain, store: Path, tasks: Sequence[Path], run: Path, pooling: PoolingName
+    made: Pretrain, store: Path, tasks: Sequence[Path], run: Path, pooling: PoolingName, layer: Layer
 ) -> dict[str, Evaluation]:
     """A run of this recipe, and what was found of it on its own store and on each task."""
     began = time.process_time()
@@ -40,7 +40,7 @@ def measured(
     for each in (store, *tasks):
         kept = run / f"learning-{each.stem}.json"
         if not kept.exists():
-            evaluate(each, run, pooling=pooling, probes=PROBES, out=kept, progress=True)
+            evaluate(each, run, pooling=pooling, layer=layer, probes=PROBES, out=kept, progress=True)
         found[each.stem] = Evaluation.read(kept)
     return found
 
@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--pooling", choices=get_args(PoolingName), default="moments")
+    parser.add_argument("--layer", default="last", help="last, mean-K or block-N")
     parser.add_argument("--out", type=Path)
     told = parser.parse_args()
     made = overridden(recipe(told.recipe), told.set)
@@ -92,12 +93,13 @@ def main() -> None:
                 told.task,
                 folder / f"seed{seed}",
                 told.pooling,
+                Layer.named(told.layer),
             )
             for seed in range(told.seeds)
         ]
     print(machine("torch"))
     print(
-        f"recipe {made.name}, {told.steps or made.steps} steps of {made.clips_per_step}; pooling {told.pooling}"
+        f"recipe {made.name}, {told.steps or made.steps} steps of {made.clips_per_step}; pooling {told.pooling}, layer {told.layer}"
     )
     print(table(seeds))
 
