@@ -98,9 +98,8 @@ def main() -> None:
             for seed in range(told.seeds)
         ]
     print(machine("torch"))
-    print(
-        f"recipe {made.name}, {told.steps or made.steps} steps of {made.clips_per_step}; pooling {told.pooling}, layer {told.layer}"
-    )
+    length = f"{told.steps or made.steps} steps of {made.clips_per_step}"
+    print(f"recipe {made.name}, {length}; pooling {told.pooling}, layer {told.layer}")
     print(table(seeds))
 
 

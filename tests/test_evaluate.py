@@ -244,7 +244,7 @@ def test_the_random_encoder_is_the_run_before_its_first_step(run):
 
 def test_with_band_norm_the_random_encoder_hears_as_the_trained_one(store, tmp_path):
     """Both standardise bands as the store's clips were: the comparison is of what was learnt."""
-    made = tiny(steps=1, checkpoint_every=1)
+    made = tiny().resized(steps=1)
     encoder = replace(made.model.encoder, band_norm=True)
     made = replace(made, model=replace(made.model, encoder=encoder))
     run = pretrain(store, made, tmp_path / "run", loader="plain")

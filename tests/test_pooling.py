@@ -109,7 +109,7 @@ def test_more_blocks_than_there_are_and_an_unknown_pooling_are_refused(encoder):
     mel_BVTF, n_frames_BV = views_of([64])
     with pytest.raises(RunError, match="block-4: the encoder has 3 blocks"):
         pooled(encoder, mel_BVTF, n_frames_BV, layer=Layer(block=4))
-    with pytest.raises(RunError, match="mean or frequency, got 'max'"):
+    with pytest.raises(RunError, match="mean or frequency or moments, got 'max'"):
         pooled(encoder, mel_BVTF, n_frames_BV, pooling="max")
 
 
