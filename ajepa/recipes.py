@@ -98,7 +98,7 @@ def small() -> Pretrain:
     """A tiny encoder that learns from any `a-jepa` store on a laptop: the coarse pattern of hidden patches, 25 % seen.
 
     Cost: 7 to 8 CPU minutes measured (fp32, AVX2), on 1,617 clips as on any. Expected, with moments pooled (README):
-    on its store's labels linear and kNN probes above a random encoder's and above log-mel statistics, by a sixth to
+    on its store's labels linear and kNN probes above a random encoder's and above log-mel statistics, by an eighth to
     a half; on tasks of other sounds that live in fine spectra, such as vowels, still below log-mel statistics.
     """
     grid = PatchGrid.of(256, 128)
