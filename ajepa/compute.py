@@ -42,18 +42,20 @@ def step_flop(recipe: Pretrain, shape: StepShape, *, recompute: bool = False) ->
     sequences, length = rows * shape.groups, shape.context + shape.queries
     passes = 3  # forward, and a gradient for each of the two that a product is of
     flop = passes * product(rows * shape.context, encoder.width, predictor.width)
-    flop += passes * product(sequences * shape.queries, predictor.width, encoder.width)
+    flop += passes * product(sequences * shape.queries, predictor.width, model.target_width)
     flop += (passes - 1) * product(rows * shape.context, grid.patch_values, encoder.width)
-    for stack, count, tokens in ((encoder, rows, shape.context), (predictor, sequences, length)):
-        flop += passes * blocks_flop(stack, count, tokens)
+    for stack, count, tokens, last in (
+        (encoder, rows, shape.context, shape.context),
+        (predictor, sequences, length, shape.queries),
+    ):
+        flop += (passes + recompute) * blocks_flop(stack, count, tokens, last)
         if recompute:
-            again = blocks_flop(stack, count, tokens)
-            flop += again - stack.depth * unneeded(stack, count * tokens)
+            flop -= unneeded(stack, count * (tokens * (stack.depth - 1) + last))
     if model.clip_weight:
-        flop += passes * product(rows, encoder.width, encoder.width)
-    flop += product(shape.clips * grid.tokens, grid.patch_values, encoder.width)  # teacher or projection
+        flop += passes * product(rows, encoder.width, model.target_width)
+    flop += product(shape.clips * grid.tokens, grid.patch_values, model.target_width)  # teacher or cosines
     if model.targets == "teacher":
-        flop += blocks_flop(encoder, shape.clips, grid.tokens)
+        flop += blocks_flop(encoder, shape.clips, grid.tokens, grid.tokens)
     return flop
 
 
@@ -62,19 +64,23 @@ def product(rows: int, inner: int, columns: int) -> int:
     return 2 * rows * inner * columns
 
 
-def blocks_flop(stack: Stack, sequences: int, length: int) -> int:
-    """Operations of all blocks, forward, on so many sequences of `length` tokens.
+def blocks_flop(stack: Stack, sequences: int, length: int, last: int) -> int:
+    """Operations of all blocks, forward, on so many sequences of `length` tokens; of the last block `last` come out.
 
-    A block has four square matrices in attention and eight in its MLP, and the two products of each token
-    with every token of its sequence.
+    A block has four square matrices in attention and eight in its MLP, and the two products of each token with
+    every token of its sequence. Two of the matrices, keys and values, see all tokens of the last block.
     """
-    tokens = sequences * length
-    matrices = 12 * product(tokens, stack.width, stack.width)
-    return stack.depth * (matrices + 2 * product(tokens, stack.width, length))
+
+    def block(asking: int) -> int:
+        seen = 2 * product(sequences * length, stack.width, stack.width)
+        matrices = 10 * product(sequences * asking, stack.width, stack.width)
+        return seen + matrices + 2 * product(sequences * asking, stack.width, length)
+
+    return (stack.depth - 1) * block(length) + block(last)
 
 
 def unneeded(stack: Stack, tokens: int) -> int:
-    """The last product of a block, which autograd does not ask for again unless a layer scale multiplies it."""
+    """The last product of the blocks, on so many tokens, which autograd does not ask for again unless a layer scale multiplies it."""
     return 0 if stack.layer_scale else product(tokens, 4 * stack.width, stack.width)
 
 
@@ -85,7 +91,7 @@ class Spent:
     clips             as often as they were seen, of all ranks
     context_tokens    that the context encoder saw, of all mask sets
     predicted_tokens  in all groups, those past a clip's end among them
-    teacher_tokens    that the target encoder saw; 0 where targets are projections
+    teacher_tokens    that the target encoder saw; 0 where there is no teacher
     flop              `step_flop`, summed
     hours             of the wall, from the first batch, checkpoints and watching included
     peak_memory_gb    10^9 bytes, of one process: resident on a CPU, allocated by torch on a GPU

@@ -212,6 +212,8 @@ def encoders(recipe: Pretrain, checkpoint: Checkpoint, device: torch.device) -> 
     """What is compared: the run's target encoder, the same before its first step, and none at all."""
     trained, random = (Jepa(recipe.model, seed=recipe.seed).target for _ in range(2))
     trained.load_state_dict(checkpoint.parts["target"])
+    if trained.bands_2F is not None:
+        random.know_bands(*trained.bands_2F)
     return {TRAINED: trained.to(device).eval(), RANDOM: random.to(device).eval(), STATISTICS: None}
 
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ajepa.blocks import compile_blocks
-from ajepa.patches import patchify, valid_tokens
+from ajepa.patches import PatchGrid, valid_tokens
 from ajepa.vit import Encoder, EncoderSpec, Predictor, PredictorSpec, pick
 
 LossName = Literal["l2", "squared_l2", "smooth_l1", "cosine"]
-TargetName = Literal["teacher", "projection"]
+TargetName = Literal["teacher", "cosines"]
 TINY = 1e-12
 
 
@@ -23,9 +23,10 @@ class JepaSpec:
     """Everything that shapes the model and its loss; `token_loss` says what each loss is.
 
     targets        what is predicted of a hidden patch. `teacher`: what the target encoder says of it (both
-                   papers). `projection`: a fixed random projection of its values less their mean, its texture
-                   without its level; it costs no second pass and is there from the first step: for runs too
-                   short to raise a teacher
+                   papers). `cosines`: its own coarse pattern without its level, as the `target_cosines` slowest
+                   cosines along time times as many along frequency, less the constant one. That leaves out
+                   the grain, which nobody can predict; it costs no second pass and is there from the first
+                   step: for runs too short to raise a teacher
     target_layers  1: the teacher's last layer after its norm; K: the mean of its last K blocks, each normalised
                    over the features (data2vec, arXiv 2202.03555)
     clip_weight    above 0: so many times the distance between a guess at the whole clip, linear in the mean of
@@ -38,6 +39,7 @@ class JepaSpec:
     loss: LossName = "l2"
     targets: TargetName = "teacher"
     target_layers: int = 1
+    target_cosines: int = 6
     clip_weight: float = 0.0
 
     def __post_init__(self) -> None:
@@ -48,11 +50,21 @@ class JepaSpec:
         depth = self.encoder.depth if self.targets == "teacher" else 1
         if not 1 <= self.target_layers <= depth:
             raise ValueError(
-                f"target_layers must lie in 1 to {depth}, the depth of the teacher (1 with projected targets), "
+                f"target_layers must lie in 1 to {depth}, the depth of the teacher (1 where there is none), "
                 f"got {self.target_layers}"
+            )
+        sides = (self.encoder.grid.patch_frames, self.encoder.grid.patch_bands)
+        if self.targets == "cosines" and not 2 <= self.target_cosines <= min(sides):
+            raise ValueError(
+                f"target_cosines must lie in 2 to {min(sides)}, a patch's shorter side, got {self.target_cosines}"
             )
         if self.clip_weight < 0:
             raise ValueError(f"clip_weight must not be negative, got {self.clip_weight}")
+
+    @property
+    def target_width(self) -> int:
+        """Values of a target."""
+        return self.encoder.width if self.targets == "teacher" else self.target_cosines**2 - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -99,7 +111,7 @@ class Jepa(nn.Module):
     sees the whole clip, has no gradient and stays in eval mode. Weights are a function of `spec` and `seed`.
     """
 
-    projection_ND: Tensor
+    cosines_ND: Tensor | None
 
     def __init__(self, spec: JepaSpec, *, seed: int = 0) -> None:
         super().__init__()
@@ -107,10 +119,17 @@ class Jepa(nn.Module):
         self.encoder = Encoder(spec.encoder, seed=seed)
         width, grid = spec.encoder.width, spec.encoder.grid
         clip_head = spec.clip_weight > 0
-        self.predictor = Predictor(spec.predictor, width, grid, seed=seed + 1, clip_head=clip_head)
+        self.predictor = Predictor(
+            spec.predictor, width, grid, seed=seed + 1, clip_head=clip_head, target_width=spec.target_width
+        )
         self.target = copy.deepcopy(self.encoder).requires_grad_(False).eval()
-        projection_ND = random_projection(spec.encoder, seed=seed + 2)
-        self.register_buffer("projection_ND", projection_ND, persistent=False)
+        cosines_ND = slow_cosines(grid, spec.target_cosines) if spec.targets == "cosines" else None
+        self.register_buffer("cosines_ND", cosines_ND, persistent=False)
+
+    def know_bands(self, mean_F: Tensor, std_F: Tensor) -> None:
+        """`Encoder.know_bands`, of encoder and teacher alike."""
+        for encoder in (self.encoder, self.target):
+            encoder.know_bands(mean_F, std_F)
 
     def recompute(self) -> "Jepa":
         """Keep one vector per token and block for the backward pass and compute the rest again; same results."""
@@ -187,9 +206,8 @@ class Jepa(nn.Module):
     @torch.no_grad()
     def describe(self, mel_BTF: Tensor, valid_BP: Tensor | None = None) -> Tensor:
         """What is to be predicted of every token, from the whole clip: `BPD`, not yet normalised."""
-        if self.spec.targets == "projection":
-            patch_BPN = patchify(mel_BTF, self.spec.encoder.grid)
-            return (patch_BPN - patch_BPN.mean(-1, keepdim=True)) @ self.projection_ND
+        if self.cosines_ND is not None:
+            return self.target.patches(mel_BTF) @ self.cosines_ND
         if self.spec.target_layers == 1:
             return self.target(mel_BTF, valid_BP=valid_BP)
         layers = self.target.top_layers(mel_BTF, self.spec.target_layers, valid_BP=valid_BP)
@@ -222,10 +240,16 @@ class Jepa(nn.Module):
         torch._foreach_lerp_(_state(self.target), _state(self.encoder), 1.0 - momentum)
 
 
-def random_projection(spec: EncoderSpec, *, seed: int) -> Tensor:
-    """A fixed Gaussian matrix from a patch's values to the encoder's width; lengths are kept on average."""
-    values, generator = spec.grid.patch_values, torch.Generator().manual_seed(seed)
-    return torch.randn(values, spec.width, generator=generator) / spec.width**0.5
+def slow_cosines(grid: PatchGrid, count: int) -> Tensor:
+    """The `count` slowest cosines along time times those along frequency, but the constant, as columns `ND`."""
+    along_TK, along_FL = (_cosines(side, count) for side in (grid.patch_frames, grid.patch_bands))
+    return torch.einsum("tk,fl->tfkl", along_TK, along_FL).reshape(grid.patch_values, count**2)[:, 1:]
+
+
+def _cosines(side: int, count: int) -> Tensor:
+    """The first columns of the orthonormal DCT-II of so many values."""
+    angle_SK = (torch.arange(side)[:, None] + 0.5) * torch.arange(count) * (torch.pi / side)
+    return angle_SK.cos() * torch.where(torch.arange(count) > 0, 2 / side, 1 / side).sqrt()
 
 
 def mean_over(x_NPD: Tensor, valid_NP: Tensor) -> Tensor:

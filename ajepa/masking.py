@@ -70,22 +70,30 @@ class BlockSize:
 class RandomPatches:
     """Single patches, each equally likely, a share of the grid uniform in [ratio_low, ratio_high].
 
-    Audio-JEPA (arXiv 2507.02915). The targets are one group, the context is all the rest.
+    Audio-JEPA (arXiv 2507.02915). The targets are one group, the context is all the rest. `target_share` is the
+    share of the hidden patches that are targets, drawn at random: the predictor is spared the others.
     """
 
     ratio_low: float = 0.4
     ratio_high: float = 0.6
+    target_share: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio_low <= self.ratio_high < 1:
-            raise ValueError(f"the hidden share needs 0 < ratio_low <= ratio_high < 1, got {self}")
+        if not (0 < self.ratio_low <= self.ratio_high < 1 and 0 < self.target_share <= 1):
+            raise ValueError(
+                f"random patches need 0 < ratio_low <= ratio_high < 1 and 0 < target_share <= 1, got {self}"
+            )
 
     def sample(self, rng: np.random.Generator, grid: PatchGrid, *, batch: int) -> Masks:
         hidden = _clamp(rng.uniform(self.ratio_low, self.ratio_high) * grid.tokens, grid.tokens - 1)
         hidden_BP = np.broadcast_to(np.arange(grid.tokens) < hidden, (batch, grid.tokens))
         hidden_BP = rng.permuted(hidden_BP, axis=1)
         context_BK = (~hidden_BP).nonzero()[1].reshape(batch, -1)
-        return Masks(context_BK=context_BK, targets_BGQ=hidden_BP.nonzero()[1].reshape(batch, 1, -1))
+        hidden_BH = hidden_BP.nonzero()[1].reshape(batch, -1)
+        if self.target_share < 1:
+            targets = _clamp(self.target_share * hidden, hidden)
+            hidden_BH = np.sort(rng.permuted(hidden_BH, axis=1)[:, :targets])
+        return Masks(context_BK=context_BK, targets_BGQ=hidden_BH[:, None])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -56,7 +56,10 @@ def estimate(
     encoder, predictor = recipe.model.encoder, recipe.model.predictor
     clips = clips or recipe.clips_per_step
     encoder_count = encoder_parameters(encoder)
-    trained = encoder_count + predictor_parameters(predictor, encoder.width, recipe.model.clip_weight > 0)
+    model = recipe.model
+    trained = encoder_count + predictor_parameters(
+        predictor, encoder.width, model.clip_weight > 0, target_width=model.target_width
+    )
     kept = max(
         _activations(
             recipe,
@@ -114,13 +117,13 @@ def _activations(
     for name, stack in (("encoder", encoder), ("predictor", predictor)):
         kept += stack.depth * (tokens[name] * inputs[name] if recompute else blocks[name])
         kept += 3 * tokens[name] * inputs[name]  # embedding and last norm
-    scored = rows * groups * queries * encoder.width * FP32
+    scored = rows * groups * queries * model.target_width * FP32
     kept += 5 * scored + 2 * clips * grid.tokens * grid.patch_values * FP32  # loss; patches
     again = 2.25 if recompute else 0.5  # a block computed again, and gradients: measured
     passing = max(blocks.values()) * again
     teacher = clips * grid.tokens * encoder.width * (8 * BF16 + 3 * FP32 if bf16 else 11 * FP32)
-    if model.targets == "projection":
-        teacher = clips * grid.tokens * encoder.width * FP32
+    if model.targets == "cosines":
+        teacher = clips * grid.tokens * model.target_width * FP32
     elif model.target_layers > 1:
         teacher += 2 * model.target_layers * clips * grid.tokens * encoder.width * FP32
     return int(kept + max(passing, teacher))
@@ -151,10 +154,13 @@ def encoder_parameters(spec: EncoderSpec) -> int:
     return (spec.grid.patch_values + 3) * spec.width + spec.depth * block_parameters(stack_of(spec))
 
 
-def predictor_parameters(spec: PredictorSpec, encoder_width: int, clip_head: bool = False) -> int:
-    """Weights of a predictor on an encoder of that width."""
-    ends = 2 * encoder_width * spec.width + 4 * spec.width + encoder_width
-    head = encoder_width**2 + encoder_width if clip_head else 0
+def predictor_parameters(
+    spec: PredictorSpec, encoder_width: int, clip_head: bool = False, *, target_width: int | None = None
+) -> int:
+    """Weights of a predictor on an encoder of that width, of targets as wide unless told otherwise."""
+    target_width = target_width or encoder_width
+    ends = (encoder_width + target_width) * spec.width + 4 * spec.width + target_width
+    head = (encoder_width + 1) * target_width if clip_head else 0
     return ends + head + spec.depth * block_parameters(stack_of(spec))
 
 

@@ -12,7 +12,7 @@ from ajepa.patches import valid_tokens
 from ajepa.vit import Encoder
 from pipeline.errors import RunError
 
-PoolingName = Literal["mean", "frequency"]
+PoolingName = Literal["mean", "frequency", "moments"]
 POOLING: PoolingName = "mean"  # what is used where nothing is said
 
 
@@ -129,13 +129,22 @@ def pool(
     mean       over all valid tokens of all its views, `[B, D]`
     frequency  the same for each of the grid's `rows` by itself, one after the other from the lowest bands up,
                `[B, rows D]`: what is heard where in the spectrum is not mixed (MSM-MAE, arXiv 2204.12260)
+    moments    that, and then the standard deviation over time of the same, `[B, 2 rows D]`: how much it
+               changes, as log-mel statistics tell of a band
 
     A clip without a valid token becomes nan: it has no mean. Gradients pass.
     """
     if pooling not in get_args(PoolingName):
         raise RunError(f"pooling must be {' or '.join(get_args(PoolingName))}, got {pooling!r}")
     mean_BRD, _ = row_means(tokens_NPD, valid_NP, clip_N, groups=clips, rows=rows)
-    return mean_BRD.flatten(1) if pooling == "frequency" else mean_BRD.mean(1)
+    if pooling == "mean":
+        return mean_BRD.mean(1)
+    if pooling == "frequency":
+        return mean_BRD.flatten(1)
+    columns = tokens_NPD.shape[1] // rows
+    apart_NPD = tokens_NPD.float() - mean_BRD[clip_N].repeat(1, columns, 1)
+    variance_BRD, _ = row_means(apart_NPD.square(), valid_NP, clip_N, groups=clips, rows=rows)
+    return torch.cat((mean_BRD, variance_BRD.sqrt()), dim=1).flatten(1)
 
 
 @torch.inference_mode()

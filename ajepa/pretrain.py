@@ -79,6 +79,8 @@ def pretrain(
                 )
                 if first:
                     trainer.restore(run.load(at=first))
+                else:
+                    trainer.model.know_bands(*asked.bands(store))
                 for line in asked.told(store, order):
                     tell(line)
                 ranks = f" on {world.size} ranks" if world.size > 1 else ""

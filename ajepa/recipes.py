@@ -109,29 +109,31 @@ def smoke() -> Pretrain:
 
 
 def small() -> Pretrain:
-    """A tiny encoder that learns from any `a-jepa` store on a laptop: the texture of hidden patches, 30 % visible.
+    """A tiny encoder that learns from any `a-jepa` store on a laptop: the coarse pattern of hidden patches, 25 % seen.
 
-    Cost: minutes on two CPU cores. Expected: probes above a random encoder's, below log-mel statistics (README).
+    Cost: 7 to 8 CPU minutes measured (fp32, AVX2), on 1,617 clips as on any. Expected, with moments pooled (README):
+    on its store's labels linear and kNN probes above a random encoder's and above log-mel statistics, by an eighth to
+    a half; on tasks of other sounds that live in fine spectra, such as vowels, still below log-mel statistics.
     """
     grid = PatchGrid.of(256, 128)
     model = JepaSpec(
-        encoder=EncoderSpec(grid=grid, width=128, depth=4, heads=2),
-        predictor=PredictorSpec(width=96, depth=2, heads=3),
+        encoder=EncoderSpec(grid=grid, width=128, depth=4, heads=2, band_norm=True),
+        predictor=PredictorSpec(width=96, depth=1, heads=3),
         loss="squared_l2",
-        targets="projection",
+        targets="cosines",
     )
     return Pretrain(
         name="small",
         mel="a-jepa",
         model=model,
-        masks=Fixed(masking=RandomPatches(ratio_low=0.7, ratio_high=0.7)),
+        masks=Fixed(masking=RandomPatches(ratio_low=0.75, ratio_high=0.75, target_share=1 / 3)),
         schedule=Schedule(peak_lr=1e-3, warmup_share=0.1, ema_start=0.9, ema_end=0.99),
-        steps=1_000,
+        steps=2_000,
         clips_per_step=32,
-        checkpoint_every=250,
+        checkpoint_every=500,
         health_every=200,
         probe_every=1_000,
-        probe_clips=120,
+        probe_clips=240,
     )
 
 

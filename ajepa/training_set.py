@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ajepa.distributed import ALONE, World
 from ajepa.recipes import Pretrain
@@ -101,6 +103,12 @@ class TrainingSet:
         if self.shuffle == "block":
             told["block_shuffle"] = {"blocks": "shards", "window_blocks": self.window}
         return told
+
+    def bands(self, store: AnyStore) -> tuple[Tensor, Tensor]:
+        """Mean and std of each band, `F`, of clips that are normalised as `identity` says."""
+        mean, std = store.mean_and_std(train_splits(store))
+        mean_F, std_F = store.band_mean_and_std(train_splits(store))
+        return torch.from_numpy((mean_F - mean) / std).float(), torch.from_numpy(std_F / std).float()
 
     def told(self, store: AnyStore, order: Order) -> Iterator[str]:
         """Lines on what is out of the ordinary: each of several stores, and how well a block shuffle mixes."""

@@ -16,7 +16,11 @@ from ajepa.patches import PatchGrid, patchify
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncoderSpec:
-    """Shape of an encoder (`blocks.Stack`); the defaults are ViT-B, 85,253,376 parameters with 16 x 16 patches."""
+    """Shape of an encoder (`blocks.Stack`); the defaults are ViT-B, 85,253,376 parameters with 16 x 16 patches.
+
+    band_norm  whether every mel band is standardised by itself (`Encoder.know_bands`): high bands, which are
+               faint, then count as much as low ones
+    """
 
     grid: PatchGrid
     width: int = 768
@@ -25,6 +29,7 @@ class EncoderSpec:
     positions: PositionName = "sincos"
     layer_scale: float = 0.0
     drop_path: float = 0.0
+    band_norm: bool = False
 
     def __post_init__(self) -> None:
         stack_of(self)
@@ -74,16 +79,30 @@ class Encoder(nn.Module):
 
     positions_PD: Tensor
     turns_2PE: Tensor | None
+    bands_2F: Tensor | None
 
     def __init__(self, spec: EncoderSpec, *, seed: int = 0) -> None:
         super().__init__()
         self.spec, self.stack, self.recompute = spec, stack_of(spec), False
         self.embed = nn.Linear(spec.grid.patch_values, spec.width)
+        bands_2F = torch.tensor([[0.0], [1.0]]).repeat(1, spec.grid.bands) if spec.band_norm else None
+        self.register_buffer("bands_2F", bands_2F)
         self.register_buffer("positions_PD", self.stack.added(spec.grid), persistent=False)
         self.register_buffer("turns_2PE", self.stack.turns(spec.grid), persistent=False)
         self.blocks = self.stack.build()
         self.norm = nn.LayerNorm(spec.width, eps=NORM_EPSILON)
         initialise(self, seed)
+
+    def know_bands(self, mean_F: Tensor, std_F: Tensor) -> None:
+        """Standardise every band with these from now on, where the spec says so; checkpoints hold them."""
+        if self.bands_2F is not None:
+            self.bands_2F.copy_(torch.stack((mean_F, std_F)))
+
+    def patches(self, mel_BTF: Tensor) -> Tensor:
+        """The patches as the first layer sees them, `BPN`."""
+        if self.bands_2F is not None:
+            mel_BTF = (mel_BTF - self.bands_2F[0]) / self.bands_2F[1]
+        return patchify(mel_BTF, self.spec.grid)
 
     def forward(
         self,
@@ -111,7 +130,7 @@ class Encoder(nn.Module):
         keep_L2N: Tensor | None = None,
     ) -> list[Tensor]:
         """What the last `count` blocks say, lowest first, before the final norm."""
-        x, positions, turns = patchify(mel_BTF, self.spec.grid), self.positions_PD, _every(self.turns_2PE)
+        x, positions, turns = self.patches(mel_BTF), self.positions_PD, _every(self.turns_2PE)
         if tokens_NK is not None:
             x, positions = pick(x, tokens_NK), positions[tokens_NK]
             turns = _at(self.turns_2PE, tokens_NK)
@@ -123,7 +142,8 @@ class Encoder(nn.Module):
 class Predictor(nn.Module):
     """From the vectors of the context to a guess at those of hidden tokens, each group by itself.
 
-    With `clip_head` also to a guess at the whole clip. `recompute` as in Encoder.
+    With `clip_head` also to a guess at the whole clip. A guess has `target_width` values, by default those of the
+    encoder. `recompute` as in Encoder.
     """
 
     positions_PD: Tensor
@@ -137,6 +157,7 @@ class Predictor(nn.Module):
         *,
         seed: int = 0,
         clip_head: bool = False,
+        target_width: int | None = None,
     ) -> None:
         super().__init__()
         self.spec, self.stack, self.recompute = spec, stack_of(spec), False
@@ -146,8 +167,9 @@ class Predictor(nn.Module):
         self.register_buffer("turns_2PE", self.stack.turns(grid), persistent=False)
         self.blocks = self.stack.build()
         self.norm = nn.LayerNorm(spec.width, eps=NORM_EPSILON)
-        self.out = nn.Linear(spec.width, encoder_width)
-        self.clip_head = nn.Linear(encoder_width, encoder_width) if clip_head else None
+        target_width = target_width or encoder_width
+        self.out = nn.Linear(spec.width, target_width)
+        self.clip_head = nn.Linear(encoder_width, target_width) if clip_head else None
         initialise(self, seed)
 
     def forward(

@@ -11,7 +11,7 @@ import polars as pl
 from pipeline.errors import BrokenClip, StoreError
 from pipeline.melspec import MelSpec
 from pipeline.ontology import ClassList
-from pipeline.store import FeatureStore, pooled
+from pipeline.store import FeatureStore, pooled, pooled_bands
 
 
 class AnyStore(Protocol):
@@ -36,6 +36,7 @@ class AnyStore(Protocol):
     @property
     def label_sets(self) -> tuple[str, ...]: ...
     def mean_and_std(self, splits: Sequence[str]) -> tuple[float, float]: ...
+    def band_mean_and_std(self, splits: Sequence[str]) -> tuple[np.ndarray, np.ndarray]: ...
     def good_rows(self, splits: Sequence[str] | None = None) -> np.ndarray: ...
     def shards_of(self, rows_N: np.ndarray) -> np.ndarray: ...
     def flat_labels(self, label_set: str = "raw") -> tuple[np.ndarray, np.ndarray]: ...
@@ -93,6 +94,12 @@ class JoinedStore:
         """Of log-mel over the valid frames of good clips of some splits, all stores pooled; StoreError as of one."""
         parts = [store.stats[split] for store in self.stores for split in splits if split in store.stats]
         return pooled(parts, self.place, splits)
+
+    def band_mean_and_std(self, splits: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The same of each band by itself, float64 `F`."""
+        return pooled_bands(
+            [store.stats[split] for store in self.stores for split in splits if split in store.stats]
+        )
 
     def good_rows(self, splits: Sequence[str] | None = None) -> np.ndarray:
         """Ascending rows (int64) whose clips are there, of the splits of that name in any store, or of all.

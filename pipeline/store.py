@@ -137,6 +137,10 @@ class FeatureStore:
         parts = [self.stats[split] for split in splits if split in self.stats]
         return pooled(parts, self.place, splits)
 
+    def band_mean_and_std(self, splits: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The same of each band by itself, float64 `F`; the std is at least a hundredth of the mean one."""
+        return pooled_bands([self.stats[split] for split in splits if split in self.stats])
+
     def good_rows(self, splits: Sequence[str] | None = None) -> np.ndarray:
         """Ascending rows (int64) of good, not excluded clips of the given splits or all; StoreError on unknown ones."""
         known = set(self.manifest["split"].unique())
@@ -259,3 +263,13 @@ def pooled(parts: Sequence[Mapping[str, Any]], place: str, splits: Sequence[str]
         told = f"every value of the good clips in {', '.join(splits)} is {mean:g}, nothing to learn from"
         raise StoreError(f"{place}: {told}; build it from sounds that are not silent")
     return mean, math.sqrt(variance)
+
+
+def pooled_bands(parts: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """`pooled`, of each band by itself; where a band is one value its std is a hundredth of the mean one."""
+    frames_S = np.array([part["frames"] for part in parts], np.float64)
+    share_S1 = (frames_S / frames_S.sum())[:, None]
+    mean_SF, std_SF = (np.array([part[name] for part in parts]) for name in ("mean_F", "std_F"))
+    mean_F = (share_S1 * mean_SF).sum(0)
+    std_F = np.sqrt((share_S1 * (std_SF**2 + (mean_SF - mean_F) ** 2)).sum(0))
+    return mean_F, np.maximum(std_F, 0.01 * std_F.mean())

@@ -52,7 +52,7 @@ def options(**changes) -> Pretrain:
     "recipe",
     [
         options(),
-        options(targets="projection"),
+        options(targets="cosines"),
         options(target_layers=2),
         options(clip_weight=0.5),
         options(encoder={"positions": "rope"}),
@@ -61,7 +61,7 @@ def options(**changes) -> Pretrain:
         replace(options(), masks=Fixed(masking=RandomPatches())),
         replace(options(), masks=Fixed(masking=RandomBlocks())),
     ],
-    ids=["plain", "projection", "layers", "clip", "rope", "scale", "sets", "patches", "blocks"],
+    ids=["plain", "cosines", "layers", "clip", "rope", "scale", "sets", "patches", "blocks"],
 )
 def test_the_formula_counts_what_torch_counts(recipe, recompute, monkeypatch):
     """To the last operation, whatever the options: a cost that is off by a third compares nothing."""

@@ -1,6 +1,7 @@
 """Frozen features and their probes: right means, right penalties, honest comparisons."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -239,3 +240,19 @@ def test_the_random_encoder_is_the_run_before_its_first_step(run):
     assert all(torch.equal(value, trained[name]) for name, value in checkpoint.parts["target"].items())
     assert not torch.equal(trained["embed.weight"], start["embed.weight"])
     assert compared[STATISTICS] is None
+
+
+def test_with_band_norm_the_random_encoder_hears_as_the_trained_one(store, tmp_path):
+    """Both standardise bands as the store's clips were: the comparison is of what was learnt."""
+    made = tiny().resized(steps=1)
+    encoder = replace(made.model.encoder, band_norm=True)
+    made = replace(made, model=replace(made.model, encoder=encoder))
+    run = pretrain(store, made, tmp_path / "run", loader="plain")
+    compared = encoders(made, run.load("target"), torch.device("cpu"))
+    mean_F, std_F = compared[TRAINED].bands_2F
+    assert torch.equal(compared[RANDOM].bands_2F, compared[TRAINED].bands_2F)
+    rows_N = store.good_rows(["a_train"])
+    audio = [store.read(np.array([row]))[0, : store.n_frames_N[row]] for row in rows_N]
+    values_NF = (np.concatenate(audio).astype(np.float64) - run.identity["mean"]) / run.identity["std"]
+    np.testing.assert_allclose(mean_F, values_NF.mean(0), atol=1e-3)
+    np.testing.assert_allclose(std_F, values_NF.std(0), rtol=1e-3)

@@ -6,10 +6,11 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from scipy.fft import dctn
 
 from ajepa.jepa import Jepa, JepaOutput, JepaSpec, LossName, normalise, token_loss
 from ajepa.masking import RandomBlocks, RandomPatches
-from ajepa.patches import PatchGrid
+from ajepa.patches import PatchGrid, patchify
 from ajepa.vit import EncoderSpec, PredictorSpec
 
 GRID = PatchGrid(rows=4, cols=6, patch_frames=4, patch_bands=4)
@@ -37,7 +38,7 @@ OPTIONS = {
     ),
     "two layers": replace(SPEC, target_layers=2),
     "whole clip": replace(SPEC, clip_weight=0.5),
-    "projection": replace(SPEC, targets="projection", clip_weight=0.5),
+    "cosines": replace(SPEC, targets="cosines", target_cosines=3, clip_weight=0.5),
 }
 for_every_option = pytest.mark.parametrize("spec", OPTIONS.values(), ids=OPTIONS)
 
@@ -250,18 +251,18 @@ def test_it_learns_with_a_moving_teacher_and_without_collapse():
     assert outputs[-1].target_std > 0.5 * outputs[0].target_std
 
 
-def test_projected_targets_tell_the_texture_of_a_patch_and_not_its_level():
+def test_cosines_tell_the_pattern_of_a_patch_and_not_its_level():
     """Predicting how loud a patch is is easy and teaches little; the level cannot be in the target at all."""
-    model, (mel_BTF, *_) = Jepa(replace(SPEC, targets="projection")), batch()
+    model, (mel_BTF, *_) = Jepa(replace(SPEC, targets="cosines", target_cosines=3)), batch()
     before, louder = (model.describe(mel) for mel in (mel_BTF, mel_BTF + 3))
     torch.testing.assert_close(before, louder, atol=1e-4, rtol=0)
     other = model.describe(mel_BTF.flip(1))
     assert (before - other).abs().mean() > 0.1
 
 
-def test_projected_targets_do_not_depend_on_what_was_learnt():
+def test_cosines_do_not_depend_on_what_was_learnt():
     """They stand still, so that nothing can collapse onto them."""
-    model, (mel_BTF, *_) = Jepa(replace(SPEC, targets="projection")), batch()
+    model, (mel_BTF, *_) = Jepa(replace(SPEC, targets="cosines", target_cosines=3)), batch()
     before = model.describe(mel_BTF)
     with torch.no_grad():
         for weight in model.parameters():
@@ -269,9 +270,19 @@ def test_projected_targets_do_not_depend_on_what_was_learnt():
     assert torch.equal(model.describe(mel_BTF), before)
 
 
+def test_targets_of_cosines_are_scipys_transform_of_a_patch():
+    """The 3 x 3 slowest of its orthonormal type 2, less the constant one, which is the level."""
+    model, (mel_BTF, *_) = Jepa(replace(SPEC, targets="cosines", target_cosines=3)), batch()
+    patch_BPTF = patchify(mel_BTF, GRID).unflatten(2, (GRID.patch_frames, GRID.patch_bands)).numpy()
+    expected_BPD = dctn(patch_BPTF, type=2, norm="ortho", axes=(2, 3))[..., :3, :3].reshape(
+        *patch_BPTF.shape[:2], 9
+    )
+    np.testing.assert_allclose(model.describe(mel_BTF), expected_BPD[..., 1:], atol=1e-5)
+
+
 def test_unknown_targets_are_refused_with_the_known_ones():
     """A misspelt recipe stops at once."""
-    with pytest.raises(ValueError, match="teacher or projection, got 'student'"):
+    with pytest.raises(ValueError, match="teacher or cosines, got 'student'"):
         replace(SPEC, targets="student")
 
 
@@ -385,7 +396,11 @@ def test_the_whole_clip_is_predicted_from_the_mean_of_its_context():
     ("wrong", "told"),
     [
         ({"target_layers": 3}, "target_layers must lie in 1 to 2, the depth of the teacher"),
-        ({"target_layers": 2, "targets": "projection"}, "1 to 1, the depth of the teacher"),
+        ({"target_layers": 2, "targets": "cosines"}, "1 to 1, the depth of the teacher"),
+        (
+            {"targets": "cosines", "target_cosines": 1},
+            "target_cosines must lie in 2 to 4, a patch's shorter side",
+        ),
         ({"clip_weight": -1.0}, "clip_weight must not be negative"),
     ],
 )

@@ -18,7 +18,7 @@ from pipeline.joined import JoinedStore, class_list_told
 from pipeline.loader import PlainLoader, View
 from pipeline.melspec import mel_spec
 from pipeline.order import Order
-from pipeline.store import FeatureStore
+from pipeline.store import FeatureStore, pooled_bands
 
 CLIPS, OTHER_CLIPS = 48, 24
 
@@ -97,6 +97,16 @@ def test_mean_and_deviation_are_those_of_all_values(joined):
     audio = [joined.read(np.array([row]))[0, : joined.n_frames_N[row]] for row in rows_N]
     values_N = np.concatenate(audio).astype(np.float64)
     assert joined.mean_and_std(["a_train"]) == pytest.approx((values_N.mean(), values_N.std()), rel=1e-4)
+    values_NF = np.concatenate(audio).astype(np.float64)
+    mean_F, std_F = joined.band_mean_and_std(["a_train"])
+    np.testing.assert_allclose(mean_F, values_NF.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(std_F, values_NF.std(0), rtol=1e-3)
+
+
+def test_a_band_of_one_value_has_a_deviation_to_divide_by():
+    """High bands of sounds at 8 kHz hold nothing but the floor."""
+    part = {"frames": 10, "mean_F": [1.0, 2.0], "std_F": [0.0, 1.0]}
+    assert pooled_bands([part])[1].tolist() == [0.005, 1.0]
 
 
 def test_weights_are_shared_out_among_the_rows_of_each_store(joined):

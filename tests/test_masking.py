@@ -106,6 +106,19 @@ def test_random_patches_hide_every_patch_equally_often(grid):
 
 
 @on_both_grids
+def test_a_share_of_the_hidden_patches_can_be_spared_the_predictor(grid):
+    """Of 75 % hidden a third is to be told: what is no target is not seen either, and any patch may be one."""
+    counts_P = np.zeros(grid.tokens)
+    for masks in many(
+        RandomPatches(ratio_low=0.75, ratio_high=0.75, target_share=1 / 3), grid, steps=80, batch=64
+    ):
+        assert masks.context_BK.shape[1] == masks.targets_BGQ.shape[2] == grid.tokens // 4
+        assert (np.diff(masks.targets_BGQ, axis=2) > 0).all()
+        counts_P += np.bincount(masks.targets_BGQ.ravel(), minlength=grid.tokens)
+    assert surprise(counts_P) < 4
+
+
+@on_both_grids
 @for_every_block_maker
 def test_a_target_is_a_whole_rectangle_and_all_of_a_batch_are_the_same_size(maker, grid):
     """Rows times columns, without gaps: the product of the lines it touches."""
@@ -318,6 +331,7 @@ def test_other_grids_work_too(maker, grid):
     "wrong",
     [
         lambda: RandomPatches(ratio_low=0.0),
+        lambda: RandomPatches(target_share=0.0),
         lambda: RandomPatches(ratio_low=0.7),
         lambda: RandomBlocks(count=0),
         lambda: TimeFrequencyAware(floor=1.0),

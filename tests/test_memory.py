@@ -4,12 +4,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from ajepa.distributed import World
-from ajepa.jepa import Jepa, JepaSpec
+from ajepa.jepa import Jepa, JepaSpec, TargetName
 from ajepa.memory import GB, advice, encoder_parameters, estimate, predictor_parameters, refuse_too_large
 from ajepa.overrides import overridden
 from ajepa.patches import PatchGrid
@@ -70,13 +71,15 @@ def test_the_estimate_is_near_what_a_process_takes(how):
     "options", [{}, {"layer_scale": 0.1}, {"positions": "rope", "drop_path": 0.1}], ids=str
 )
 @pytest.mark.parametrize("clip_weight", [0.0, 1.0])
-def test_weights_are_counted_to_the_last_one(options, clip_weight):
+@pytest.mark.parametrize("targets", get_args(TargetName))
+def test_weights_are_counted_to_the_last_one(options, clip_weight, targets):
     """By arithmetic, since building a model to see whether it fits would defeat the purpose."""
     encoder = EncoderSpec(grid=PatchGrid(rows=2, cols=3), width=48, depth=3, heads=4, **options)
     predictor = PredictorSpec(width=24, depth=2, heads=2, **options)
-    jepa = Jepa(JepaSpec(encoder=encoder, predictor=predictor, clip_weight=clip_weight))
+    spec = JepaSpec(encoder=encoder, predictor=predictor, clip_weight=clip_weight, targets=targets)
+    jepa = Jepa(spec)
     assert encoder_parameters(encoder) == sum(p.numel() for p in jepa.encoder.parameters())
-    counted = predictor_parameters(predictor, 48, clip_weight > 0)
+    counted = predictor_parameters(predictor, 48, clip_weight > 0, target_width=spec.target_width)
     assert counted == sum(p.numel() for p in jepa.predictor.parameters())
 
 

@@ -46,7 +46,19 @@ def test_mean_pooling_is_the_mean_of_the_rows_of_frequency_pooling(encoder):
     torch.testing.assert_close(pooled(encoder, mel_BVTF, n_frames_BV), rows_BRD.mean(1))
 
 
-@pytest.mark.parametrize("pooling", ["mean", "frequency"])
+def test_moments_add_the_deviation_over_time_of_each_row(encoder):
+    """Population deviation over the valid columns of both views alike, after the means of frequency pooling."""
+    mel_BVTF, n_frames_BV = views_of([64, 20])
+    with torch.inference_mode():
+        valid_BP = valid_tokens(n_frames_BV[0], encoder.spec.grid)
+        tokens_VPD = encoder(mel_BVTF[0], valid_BP=valid_BP)
+    columns_KRD = torch.cat([tokens_VPD[0].reshape(4, ROWS, 32), tokens_VPD[1].reshape(4, ROWS, 32)[:2]])
+    mean_D, std_D = pooled(encoder, mel_BVTF, n_frames_BV, pooling="moments")[0].chunk(2)
+    assert torch.equal(mean_D, pooled(encoder, mel_BVTF, n_frames_BV, pooling="frequency")[0])
+    torch.testing.assert_close(std_D, columns_KRD.std(0, correction=0).flatten())
+
+
+@pytest.mark.parametrize("pooling", ["mean", "frequency", "moments"])
 @pytest.mark.parametrize("layer", ["last", "mean-2", "block-1"])
 def test_what_is_not_valid_reaches_no_pooling_of_no_layer(encoder, pooling, layer):
     """Neither the rest of a view nor a view past the clip's end, not even as nan."""
@@ -97,7 +109,7 @@ def test_more_blocks_than_there_are_and_an_unknown_pooling_are_refused(encoder):
     mel_BVTF, n_frames_BV = views_of([64])
     with pytest.raises(RunError, match="block-4: the encoder has 3 blocks"):
         pooled(encoder, mel_BVTF, n_frames_BV, layer=Layer(block=4))
-    with pytest.raises(RunError, match="mean or frequency, got 'max'"):
+    with pytest.raises(RunError, match="mean or frequency or moments, got 'max'"):
         pooled(encoder, mel_BVTF, n_frames_BV, pooling="max")
 
 

@@ -353,3 +353,24 @@ def test_an_option_that_cannot_be_is_refused(wrong, told):
     for spec in (lambda: EncoderSpec(grid=GRID, **wrong), lambda: PredictorSpec(**wrong)):
         with pytest.raises(ValueError, match=told):
             spec()
+
+
+def test_with_band_norm_an_encoder_hears_every_band_as_standardised_by_itself():
+    """It says of a raw spectrogram what it says without band norm of the standardised one; checkpoints hold how."""
+    mean_F, std_F = torch.linspace(-2, 3, GRID.bands), torch.linspace(0.5, 2, GRID.bands)
+    plain, normed = Encoder(SPEC).eval(), Encoder(replace(SPEC, band_norm=True)).eval()
+    raw_BTF = mel()
+    assert torch.equal(normed(raw_BTF), plain(raw_BTF))  # until it knows its bands
+    normed.know_bands(mean_F, std_F)
+    torch.testing.assert_close(normed(raw_BTF), plain((raw_BTF - mean_F) / std_F))
+    again = Encoder(replace(SPEC, band_norm=True), seed=1)
+    again.load_state_dict(normed.state_dict())
+    assert torch.equal(again.eval()(raw_BTF), normed(raw_BTF))
+
+
+def test_an_encoder_without_band_norm_knows_no_bands():
+    """Nothing is added to its checkpoint, and nothing changes what it says."""
+    encoder, untold = Encoder(SPEC).eval(), Encoder(SPEC).eval()
+    encoder.know_bands(torch.ones(GRID.bands), torch.full((GRID.bands,), 2.0))
+    assert torch.equal(encoder(mel()), untold(mel()))
+    assert "bands_2F" not in encoder.state_dict()

@@ -248,7 +248,7 @@ HEALTHY = {
     "tiny": {},
     "slow teacher": {"schedule": Schedule(peak_lr=1e-3, warmup_share=0.1, ema_start=0.99)},
     "cosine": {"model": replace(tiny().model, loss="cosine")},
-    "projection": {"model": replace(tiny().model, loss="squared_l2", targets="projection")},
+    "cosines": {"model": replace(tiny().model, loss="squared_l2", targets="cosines")},
 }
 
 
