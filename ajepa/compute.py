@@ -80,7 +80,7 @@ def blocks_flop(stack: Stack, sequences: int, length: int, last: int) -> int:
 
 
 def unneeded(stack: Stack, tokens: int) -> int:
-    """The last product of the blocks, on so many tokens, which autograd does not ask for again unless a layer scale multiplies it."""
+    """The last product of the blocks: autograd does not ask for it again unless a layer scale multiplies it."""
     return 0 if stack.layer_scale else product(tokens, 4 * stack.width, stack.width)
 
 
