@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ajepa.jepa import Jepa, normalise
+from ajepa.jepa import Jepa
+from ajepa.losses import normalise
 
 FOLDS = 4  # a quarter of the patches is hidden at a time
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ajepa.blocks import compile_blocks
-from ajepa.patches import PatchGrid, valid_tokens
+from ajepa.losses import LossName, normalise, token_loss
+from ajepa.patches import slow_cosines, valid_tokens
 from ajepa.vit import Encoder, EncoderSpec, Predictor, PredictorSpec, pick
 
-LossName = Literal["l2", "squared_l2", "smooth_l1", "cosine"]
 TargetName = Literal["teacher", "cosines"]
 TINY = 1e-12
 
@@ -240,50 +240,10 @@ class Jepa(nn.Module):
         torch._foreach_lerp_(_state(self.target), _state(self.encoder), 1.0 - momentum)
 
 
-def slow_cosines(grid: PatchGrid, count: int) -> Tensor:
-    """The `count` slowest cosines along time times those along frequency, but the constant, as columns `ND`."""
-    along_TK, along_FL = (_cosines(side, count) for side in (grid.patch_frames, grid.patch_bands))
-    return torch.einsum("tk,fl->tfkl", along_TK, along_FL).reshape(grid.patch_values, count**2)[:, 1:]
-
-
-def _cosines(side: int, count: int) -> Tensor:
-    """The first columns of the orthonormal DCT-II of so many values."""
-    angle_SK = (torch.arange(side)[:, None] + 0.5) * torch.arange(count) * (torch.pi / side)
-    return angle_SK.cos() * torch.where(torch.arange(count) > 0, 2 / side, 1 / side).sqrt()
-
-
 def mean_over(x_NPD: Tensor, valid_NP: Tensor) -> Tensor:
     """Mean of the valid tokens' vectors, `ND`; 0 where none is valid."""
     share_NP1 = (valid_NP / valid_NP.sum(1, keepdim=True).clamp(min=1))[..., None]
     return torch.where(valid_NP[..., None], x_NPD, 0).mul(share_NP1).sum(dim=1)
-
-
-def normalise(feature_BGQD: Tensor) -> Tensor:
-    """Each token's vector with mean 0 and variance 1 over its width: the target of the prediction."""
-    return F.layer_norm(feature_BGQD, feature_BGQD.shape[-1:])
-
-
-def token_loss(prediction_BGQD: Tensor, target_BGQD: Tensor, loss: LossName) -> Tensor:
-    """The distance of each token as `BGQ`, with p the prediction and t the target of width D.
-
-    l2          |p - t| / sqrt(D)                    A-JEPA's L2; its gradient is as large near as far
-    squared_l2  |p - t|^2 / D                        Audio-JEPA's paper; I-JEPA's formula
-    smooth_l1   mean over D of e^2 / 2 where |e| < 1, |e| - 1/2 elsewhere, e = p - t
-    cosine      1 - p t / (|p| |t|)                  Audio-JEPA's code
-
-    Dividing by the width makes 1 the score of predicting nothing (p = 0, t normalised) for all but smooth_l1.
-    """
-    match loss:
-        case "l2":
-            return (
-                torch.linalg.vector_norm(prediction_BGQD - target_BGQD, dim=-1) / target_BGQD.shape[-1] ** 0.5
-            )
-        case "squared_l2":
-            return (prediction_BGQD - target_BGQD).square().mean(dim=-1)
-        case "smooth_l1":
-            return F.smooth_l1_loss(prediction_BGQD, target_BGQD, reduction="none").mean(dim=-1)
-        case "cosine":
-            return 1 - F.cosine_similarity(prediction_BGQD, target_BGQD, dim=-1)
 
 
 def _score(

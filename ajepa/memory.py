@@ -106,21 +106,22 @@ def _activations(
     model = recipe.model
     grid, rows = model.encoder.grid, clips * recipe.mask_sets
     encoder, predictor = stack_of(model.encoder), stack_of(model.predictor)
-    tokens = {"encoder": rows * context, "predictor": rows * groups * (context + queries)}
-    sides = {"encoder": context, "predictor": context + queries}
-    blocks = {
-        name: tokens[name] * _block_bytes(stack, sides[name], bf16=bf16, written_out=written_out)
-        for name, stack in (("encoder", encoder), ("predictor", predictor))
-    }
-    inputs = {"encoder": FP32 * encoder.width, "predictor": FP32 * predictor.width}
-    kept = 0
-    for name, stack in (("encoder", encoder), ("predictor", predictor)):
-        kept += stack.depth * (tokens[name] * inputs[name] if recompute else blocks[name])
-        kept += 3 * tokens[name] * inputs[name]  # embedding and last norm
+    numbers, blocks, kept = {"bf16": bf16, "written_out": written_out}, list[int](), 0
+    length = context + queries
+    for stack, sequences, tokens, last in (
+        (encoder, rows, context, context),
+        (predictor, rows * groups, length, queries),
+    ):
+        inputs = sequences * tokens * FP32 * stack.width
+        whole = sequences * _block_bytes(stack, tokens, tokens, **numbers)
+        final = sequences * _block_bytes(stack, tokens, last, **numbers)
+        kept += stack.depth * inputs if recompute else (stack.depth - 1) * whole + final
+        kept += 3 * inputs  # embedding and last norm
+        blocks.append(whole if stack.depth > 1 else final)
     scored = rows * groups * queries * model.target_width * FP32
     kept += 5 * scored + 2 * clips * grid.tokens * grid.patch_values * FP32  # loss; patches
     again = 2.25 if recompute else 0.5  # a block computed again, and gradients: measured
-    passing = max(blocks.values()) * again
+    passing = max(blocks) * again
     teacher = clips * grid.tokens * encoder.width * (8 * BF16 + 3 * FP32 if bf16 else 11 * FP32)
     if model.targets == "cosines":
         teacher = clips * grid.tokens * model.target_width * FP32
@@ -129,19 +130,22 @@ def _activations(
     return int(kept + max(passing, teacher))
 
 
-def _block_bytes(stack: Stack, side: int, *, bf16: bool, written_out: bool) -> int:
-    """What autograd keeps of one token in one block, in a sequence of `side` tokens.
+def _block_bytes(stack: Stack, length: int, asking: int, *, bf16: bool, written_out: bool) -> int:
+    """What autograd keeps of one sequence of `length` tokens in one block, of which so many ask and come out.
 
-    In fp32, in widths: what enters (1), normalised (1), queries, keys and values (3), mixed (1), the sum (1),
-    normalised (1), the MLP before and after GELU (8). In bf16 all but the two sums is half as large, and
-    attention written out keeps the scaled queries, and each probability in fp32 and in bf16.
+    In fp32, in widths. Of every token: what enters (1), normalised (1), keys and values (2). Of those that ask:
+    queries (1), mixed (1), the sum (1), normalised (1), the MLP before and after GELU (8). In bf16 all but what
+    enters and the sum is half as large, and attention written out keeps the scaled queries, and each probability
+    in fp32 and in bf16.
     """
-    size = BF16 if bf16 else FP32
-    widths = 2 * FP32 + 14 * size
-    widths += 4 * FP32 if stack.positions == "rope" else 0  # the halves of queries and keys, before and after
-    widths += 2 * size if stack.layer_scale else 0
-    probabilities = stack.heads * side * (FP32 + BF16) + stack.width * size if written_out else 0
-    return stack.width * widths + probabilities
+    size, rope = (
+        BF16 if bf16 else FP32,
+        2 * FP32 if stack.positions == "rope" else 0,
+    )  # halves of queries, of keys
+    seen = FP32 + 3 * size + rope
+    asked = FP32 + 11 * size + rope + (2 * size if stack.layer_scale else 0)
+    probabilities = stack.heads * length * (FP32 + BF16) + stack.width * size if written_out else 0
+    return stack.width * (length * seen + asking * asked) + asking * probabilities
 
 
 def block_parameters(stack: Stack) -> int:

@@ -100,3 +100,15 @@ def valid_tokens(n_frames_B: Tensor, grid: PatchGrid) -> Tensor:
     """Which tokens hold sound, as bool `BP`: those whose time column starts inside the valid frames."""
     start_P = torch.arange(grid.tokens, device=n_frames_B.device) // grid.rows * grid.patch_frames
     return start_P < n_frames_B[:, None]
+
+
+def slow_cosines(grid: PatchGrid, count: int) -> Tensor:
+    """The `count` slowest cosines along time times those along frequency, but the constant, as columns `ND`."""
+    along_TK, along_FL = (_cosines(side, count) for side in (grid.patch_frames, grid.patch_bands))
+    return torch.einsum("tk,fl->tfkl", along_TK, along_FL).reshape(grid.patch_values, count**2)[:, 1:]
+
+
+def _cosines(side: int, count: int) -> Tensor:
+    """The first columns of the orthonormal DCT-II of so many values."""
+    angle_SK = (torch.arange(side)[:, None] + 0.5) * torch.arange(count) * (torch.pi / side)
+    return angle_SK.cos() * torch.where(torch.arange(count) > 0, 2 / side, 1 / side).sqrt()

@@ -26,8 +26,13 @@ def probed_head(model: Vit, views: Views, assignment: Assignment, seed: int) -> 
     width = plain_ND.shape[1]
     asked_ND = np.concatenate([np.zeros((1, width)), np.eye(width)]).astype(np.float32)
     train_ND, at_ND = standardised(plain_ND, asked_ND)  # features that tell the probe's bias and weights
-    order_N = np.random.default_rng([seed, 1]).permutation(len(rows_N))
-    held_N, kept_N = np.split(order_N, [int(len(order_N) * HELD_SHARE)])
-    l2 = chosen_l2(train_ND[kept_N], labels_NC[kept_N], train_ND[held_N], labels_NC[held_N])
+    l2 = penalty(train_ND, labels_NC, seed)
     scores_NC = torch.from_numpy(linear_NC(train_ND, labels_NC, at_ND, l2=l2))
     return (scores_NC[1:] - scores_NC[:1]).T.contiguous(), scores_NC[0]
+
+
+def penalty(train_ND: Tensor, labels_NC: np.ndarray, seed: int) -> float:
+    """The probe's, chosen on a fifth of the clips, drawn by the seed; all of them train it then."""
+    order_N = np.random.default_rng([seed, 1]).permutation(len(train_ND))
+    held_N, kept_N = np.split(order_N, [int(len(order_N) * HELD_SHARE)])
+    return chosen_l2(train_ND[kept_N], labels_NC[kept_N], train_ND[held_N], labels_NC[held_N])

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ajepa.jepa import Jepa, token_loss
+from ajepa.jepa import Jepa
+from ajepa.losses import token_loss
 from ajepa.masking import Masks
 from ajepa.patches import PatchGrid, sincos_positions
 from ajepa.recipes import Pretrain

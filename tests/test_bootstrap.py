@@ -33,7 +33,7 @@ def test_intervals_cover_what_is_estimated_in_about_95_of_100_studies(kind, name
     """200 studies of 200 clips each; the truth is the mean value of 600 other such studies.
 
     At 95 % the count of 200 has a standard deviation of 1.5 %, and percentiles of few positives are known to be
-    a little narrow: 91 to 99 % pass, of rare classes (4 positives) 86 % and more.
+    a little narrow: 90 to 99 % pass, of rare classes (4 positives) 86 % and more.
     """
     rng = np.random.default_rng(0)
     others = [measured(rng, 200, kind=kind, count=1).metrics() for _ in range(600)]
@@ -45,7 +45,7 @@ def test_intervals_cover_what_is_estimated_in_about_95_of_100_studies(kind, name
         told = estimates([measured(rng, 200, seed=study, kind=kind)])
         for name in names:
             covered[name] += told[name].low <= truth[name] <= told[name].high
-    least = 0.86 if kind == "rare" else 0.91
+    least = 0.86 if kind == "rare" else 0.90
     assert all(least <= count / 200 <= 0.99 for count in covered.values()), covered
 
 

@@ -21,7 +21,8 @@ from ajepa.finetune import Measuring, finetune, trainer_of, view_of, views_of
 from ajepa.finetuner import Finetuner
 from ajepa.folds import cross_validated
 from ajepa.pretrain import pretrain
-from ajepa.probes import chosen_l2, linear_NC, standardised
+from ajepa.probed_head import penalty
+from ajepa.probes import linear_NC, standardised
 from ajepa.run import Run
 from ajepa.scores import kept_scores, logits_of
 from ajepa.start import Start
@@ -182,7 +183,7 @@ def test_a_probed_head_is_the_linear_probe_before_the_first_step(store, start, t
     )
     train_ND, eval_ND = standardised(*pairs)
     labels_NC = assignment.labels_NC(assignment.train_N)
-    probed_NC = linear_NC(train_ND, labels_NC, eval_ND, l2=chosen_l2(train_ND, labels_NC, recipe.seed))
+    probed_NC = linear_NC(train_ND, labels_NC, eval_ND, l2=penalty(train_ND, labels_NC, recipe.seed))
     told_NC = logits_of(trainer.measured, views, assignment.eval_N, CPU, bf16=False)
     np.testing.assert_allclose(told_NC, probed_NC, rtol=1e-3, atol=2e-2)
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from scipy.fft import dctn
 
-from ajepa.jepa import Jepa, JepaOutput, JepaSpec, LossName, normalise, token_loss
+from ajepa.jepa import Jepa, JepaOutput, JepaSpec
+from ajepa.losses import LossName, normalise, token_loss
 from ajepa.masking import RandomBlocks, RandomPatches
 from ajepa.patches import PatchGrid, patchify
 from ajepa.vit import EncoderSpec, PredictorSpec

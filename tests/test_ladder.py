@@ -115,6 +115,7 @@ LADDER = [
     "ajepa.cnn6",
     "ajepa.convnext",
     "ajepa.passt",
+    "ajepa.losses",
     "ajepa.jepa",
     "ajepa.regularised",
     "ajepa.classifier",

@@ -42,7 +42,8 @@ def test_nothing_set_is_the_recipe_itself(name):
 def leaves(told: dict, path: str = "") -> list[str]:
     values = {key: value for key, value in told.items() if key != "type"}
     nested = [leaves(value, f"{path}{key}.") for key, value in values.items() if isinstance(value, dict)]
-    flat = [f"{path}{key}={value}" for key, value in values.items() if not isinstance(value, dict)]
+    said = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+    flat = [f"{path}{key}={said[key]}" for key, value in values.items() if not isinstance(value, dict)]
     return flat + [line for lines in nested for line in lines]
 
 

@@ -312,6 +312,9 @@ def test_the_best_step_by_the_watchs_probe_has_a_checkpoint_that_stays(store_pat
             found = {1: 0.1, 3: 0.4, 6: 0.4, 8: 0.3}
             return {"probe_map": found[done]} if done in found else {}
 
+        def saving(self) -> None: ...
+        def ill(self) -> None: ...
+
     trainer, batch = Trainer(recipe, torch.device("cpu")), first_batch(FeatureStore.open(store_path))
     how = {"progress": False, "watch": Probes(), "keep_every": 7}
     assert train(run, trainer, repeat(batch), threading.Event(), **how) == 9

@@ -129,7 +129,7 @@ def test_several_mask_sets_are_drawn_for_every_clip(monkeypatch):
         return sample(maker, rng, grid, batch=batch)
 
     monkeypatch.setattr(RandomPatches, "sample", counted)
-    made = tiny(masks=Fixed(masking=RandomPatches()), mask_sets=3)
+    made = tiny(masks=Fixed(masking=RandomPatches()), mask_sets=3, clips_per_step=4)
     batch = Batch(
         mel_BTF=torch.randn(4, 64, 128),
         n_frames_B=torch.full((4,), 64),
