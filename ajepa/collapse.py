@@ -9,15 +9,16 @@ LEAST_SPREAD, LEAST_RANK, LEAST_CONTENT = 0.2, 4.0, 0.02
 PATIENCE = 3  # looks in a row: healthy runs may pass through a dip
 ADVICE = (
     "try a lower schedule.peak_lr, a slower teacher (schedule.ema_start nearer 1), model.loss=l2 or "
-    "model.targets=projection"
+    "model.targets=cosines"
 )
 
 
 def signs(look: Json) -> list[str]:
     """What of `health.health` means collapse, in words; nothing where all is well.
 
-    Seen in some dozen runs of 120 to 300 steps, of widths 32, 64 and 96, on the tests' clips and on 2,000 others (L2,
-    squared L2 and cosine, teacher and projected targets, random patches and curricula, seeds 0 to 2):
+    Seen in some dozen runs of 120 to 300 steps, of widths 32 and 64 (one of 96), on the tests' clips and on 2,000
+    others (L2, squared L2 and cosine, teacher and fixed targets, random patches and curricula, seeds 0 to 2). Wider
+    encoders were not tried: of a large run that is stopped, look at the curves, and use `--on-collapse warn`.
 
     health_spread   random init 0.60 to 0.91, healthy 0.33 or more (the least is a dip of the tests' `tiny`),
                     collapsed 0.09 to 0.2 (no lag between teacher and student, squared L2, lr 3e-3)

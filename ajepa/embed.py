@@ -53,6 +53,10 @@ class Embedder:
         layer: Layer = LAST,
         overlap: float = OVERLAP,
     ) -> None:
+        if pooling == "moments":
+            raise RunError(
+                "pooling moments is of whole clips and has no frames; embed with mean or frequency"
+            )
         self.model, self.device = model, pick_device(device)
         self.encoder = model.encoder(self.device)
         self.pooling, self.layer, self.overlap = pooling, layer, overlap

@@ -26,8 +26,8 @@ def evaluate(
         Literal["auto", "single", "multi"], typer.Option(help="Labels a clip; auto: as they are.")
     ] = "auto",
     pooling: Annotated[
-        Literal["mean", "frequency"] | None,
-        typer.Option(help="Of tokens; frequency: by row of patches. [default: mean]"),
+        Literal["mean", "frequency", "moments"] | None,
+        typer.Option(help="frequency: by row of patches; moments: std over time too. [default: mean]"),
     ] = None,
     layer: Annotated[str, typer.Option(help="last, mean-K (last K blocks) or block-N.")] = "last",
     train_clips: Annotated[int, typer.Option(min=1, help="Most clips to train probes on.")] = 20_000,

@@ -1,7 +1,7 @@
 """Every named recipe: what decides a pre-training run, as one frozen value.
 
-Costs are estimates unless they say measured: 6 FLOP per weight and token that is trained, 2 where it is only
-run forward, attention left out; GPU hours at 200 TFLOP/s, a fifth of an H100's bf16 peak.
+Costs are estimates unless they say measured: the matrix products of `compute.step_flop` over the whole run; GPU hours
+at 200 TFLOP/s, a fifth of an H100's bf16 peak.
 """
 
 import difflib
@@ -140,7 +140,7 @@ def small() -> Pretrain:
 def audio_jepa() -> Pretrain:
     """Audio-JEPA as its paper has it (arXiv 2507.02915), ViT-B on 256 x 128 at 39 ms hop.
 
-    Cost: about 1.6e18 FLOP for 100,000 steps of 256 clips, 2-3 H100 hours.
+    Cost: about 1.6e18 FLOP for 100,000 steps of 256 clips, 2.3 H100 hours.
     Expected: the X-ARES probe scores of the paper; not reproduced here yet.
     """
     return Pretrain(
@@ -172,7 +172,7 @@ def audio_jepa_repo() -> Pretrain:
 def a_jepa(size: Literal["s", "b", "l"] = "b") -> Pretrain:
     """A-JEPA (arXiv 2311.15830), ViT-B on 1024 x 128: 24 epochs of AudioSet-2M in steps of 512 clips.
 
-    Cost: about 1.7e19 FLOP, 24 H100 hours, over half of it the predictor, which sees each target by itself.
+    Cost: about 1.9e19 FLOP, 26 H100 hours, over half of it the predictor, which sees each target by itself.
     Expected after fine-tuning (paper): mAP 48.6 on AS-2M, 38.4 on AS-20K; not reproduced here yet. Warm-up,
     momentum and decay are Audio-JEPA's: the paper gives none.
     """

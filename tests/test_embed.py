@@ -223,3 +223,9 @@ def test_a_store_of_another_front_end_is_refused(model, store):
         list(model.embed_store(other, np.array([0])))
     other.spec = replace(mel_spec("a-jepa"), clip_seconds=5.0)
     model.refuse_other_front_end(other)
+
+
+def test_a_pooling_over_time_is_refused(run_path):
+    """Moments are of a whole clip: its frames would have none."""
+    with pytest.raises(RunError, match="embed with mean or frequency"):
+        ajepa.load(run_path, pooling="moments")
