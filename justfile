@@ -30,7 +30,7 @@ demo: setup
     ajepa-train pretrain --store demo/demo.zarr --recipe small --run demo/run
     ajepa-train evaluate --store demo/demo.zarr --run demo/run --pooling moments --layer mean-4
     ajepa-data report demo/demo.zarr --out demo/report/mels.png --html demo/report/store.html
-    ajepa-train report --store demo/demo.zarr --run demo/run --out demo/report
+    ajepa-train report --store demo/demo.zarr --run demo/run --html demo/report/run.html --out demo/report
 
 # The test suite; arguments go to pytest.
 test *arguments: setup
