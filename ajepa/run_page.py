@@ -143,7 +143,10 @@ def curves_section(lines: list[Json]) -> Markup:
     """Every value that the run logged, over its steps; in-run probes, where there were some, together."""
     step_N = np.array([line["step"] for line in lines])
     probes = {
-        key: key.removeprefix("probe_").replace("_", " ") for line in lines for key in line if "probe_" in key
+        key: key.removeprefix("probe_").replace("_", " ")
+        for line in lines
+        for key in line
+        if key.startswith(("probe_linear_", "probe_knn_"))
     }
     tiles = []
     for name, wanted in (*CURVES, ("Probes while training, mAP", probes)):
