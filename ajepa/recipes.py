@@ -113,7 +113,7 @@ def small() -> Pretrain:
 
     Cost: 7 to 8 CPU minutes measured (fp32, AVX2), on 1,617 clips as on any. Expected, with moments pooled (README):
     on its store's labels linear and kNN probes above a random encoder's and above log-mel statistics, by an eighth to
-    a half; on tasks of other sounds that live in fine spectra, such as vowels, still below log-mel statistics.
+    a half; on other sounds that differ in the levels of bands, which its targets leave out, such as vowels, below.
     """
     grid = PatchGrid.of(256, 128)
     model = JepaSpec(
