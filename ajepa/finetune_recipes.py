@@ -140,8 +140,8 @@ def own_small() -> Finetune:
 
     Whole clips, for that is what labels are of and what is measured: on views of 256 frames, two and a half of the
     demo's ten seconds, five epochs took mAP from the probe's 0.60 down to 0.55.
-    Cost: 0.13 s of a CPU core for a clip of 10 s; 6 epochs of 450 clips take minutes on two cores. Expected: not
-    settled; `bench/finetune.py` measures it against frozen probes.
+    Cost: not measured. Expected: not settled, it may end below the frozen probe it starts from;
+    `bench/finetune.py` measures it against frozen probes.
     """
     encoder = EncoderSpec(grid=PatchGrid.of(1024, 128), width=128, depth=4, heads=2)
     return Finetune(

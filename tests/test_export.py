@@ -225,7 +225,7 @@ def graphs(folder, tmp_path_factory):
 
 
 def test_onnx_gives_what_the_model_gives(graphs):
-    """Any batch, full windows and short ones; audio past a sound's end is not heard. 1e-3 asked, 1e-4 found."""
+    """Any batch, full windows and short ones; audio past a sound's end is not heard."""
     runtime = pytest.importorskip("onnxruntime", reason="ONNX is an extra: pip install 'ajepa[export]'")
     session = runtime.InferenceSession(graphs.onnx, providers=["CPUExecutionProvider"])
     facts = session.get_modelmeta().custom_metadata_map
