@@ -1,12 +1,12 @@
 """Assignment: a task on a store: which clips are trained on and measured, and what their labels are there."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ajepa.finetuning import Finetune
+from ajepa.partition import FOLD
 from ajepa.run import Json
 from ajepa.tasks.task import Task
 from ajepa.training_set import eval_splits, train_splits
@@ -17,7 +17,6 @@ from pipeline.sampling import FULL_SHUFFLE, Sampling, Weighted
 from pipeline.store import FeatureStore
 from pipeline.weights import balanced
 
-FOLD = re.compile(r"fold\d+")
 SHOWN = 5  # names of classes in an error
 
 

@@ -15,7 +15,7 @@ MASKS = int.from_bytes(b"masks")  # names the stream, as `pipeline.augment.draws
 
 
 def step_rng(seed: int, step: int) -> np.random.Generator:
-    """The randomness of one training step, of all ranks together: its masks, then its drop path."""
+    """The randomness of one training step, of all ranks together: masks, drop path, patchout."""
     return np.random.default_rng([seed, step, MASKS])
 
 

@@ -70,6 +70,7 @@ def evaluate(
     RunError or StoreError where run, store and labels do not fit.
     """
     run = Run.open(run_path)
+    run.refuse_finetuned()
     recipe = from_json(run.recipe)
     store = open_store(store, recipe)
     refuse_unknown(probes)

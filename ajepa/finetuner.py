@@ -3,12 +3,12 @@
 import copy
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ajepa.classifier import Classifier
+from ajepa.curriculum import step_rng
 from ajepa.devices import precision
 from ajepa.finetuning import Finetune
 from ajepa.models import built
@@ -47,7 +47,7 @@ class Finetuner:
 
     def step(self, step: int, batch: Batch) -> Json:
         """One update, from `step` to `step + 1`; what there is to log. RunError instead of a bad update."""
-        rng = np.random.default_rng([self.recipe.seed, step, 0])  # 0: the rank
+        rng = step_rng(self.recipe.seed, step)
         self.model.train()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             logits_BC = self.model(batch.mel_BTF, batch.n_frames_B.cpu(), rng)

@@ -32,8 +32,7 @@ def report(
     and what the encoder makes of clips that it never saw, on one page. RunError where there is nothing to show.
     """
     run = Run.open(run_path)
-    if run.recipe["type"] != Pretrain.__name__:
-        raise RunError(f"{run.path}: was not made by ajepa-train pretrain; its scores are in {EVALUATION}")
+    run.refuse_finetuned()
     recipe = from_json(run.recipe)
     store = open_store(store, recipe)
     if not run.metrics():

@@ -87,6 +87,14 @@ class Run:
         if changes:
             raise RunError(f"{self.path}: is another run ({'; '.join(changes)}); choose another --run")
 
+    def refuse_finetuned(self) -> None:
+        """RunError where this is no run of `ajepa-train pretrain`: it has neither teacher nor predictor."""
+        if self.recipe["type"] != "Pretrain":
+            raise RunError(
+                f"{self.path}: was not made by ajepa-train pretrain; what fine-tuning measured is in its "
+                "evaluation.json, see: ajepa-train compare"
+            )
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes from writing here; the lock goes with the process, however it ends."""
