@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ajepa.evaluate import RANDOM, STATISTICS, TRAINED, evaluate
+from ajepa.evaluate import evaluate
+from ajepa.evaluation import EVALUATION, Evaluation
 from ajepa.finetune import finetune
 from ajepa.finetune_recipes import FINETUNE_PIECES, finetune_recipe, resized
 from ajepa.overrides import overridden
-from ajepa.scores import kept_scores
 from ajepa.start import Start
+from ajepa.subject import RANDOM, STATISTICS, TRAINED
 from ajepa.tasks.catalogue import TASKS
 from bench.machine import machine
 
@@ -35,7 +36,7 @@ def main() -> None:
     asked = parser.parse_args()
     print(machine("torch"))
     print(f"\n| | mAP, trained on and measured on {asked.labels} labels |\n| --- | --- |")
-    frozen = evaluate(asked.store, asked.run, device="cpu")
+    frozen = evaluate(asked.store, asked.run, device="cpu", out=asked.out / "frozen.json")
     for name in (STATISTICS, RANDOM, TRAINED):
         told = [f"{probe} {frozen.of(name, probe, asked.labels).map:.3f}" for probe in ("linear", "knn")]
         print(f"| {name}, frozen | {', '.join(told)} |", flush=True)
@@ -57,7 +58,7 @@ def tuned(asked: argparse.Namespace, start: Start | None, seed: int, path: Path)
     recipe = start.adopted(recipe) if start else recipe
     recipe = resized(overridden(recipe, asked.settings, FINETUNE_PIECES), epochs=asked.epochs, seed=seed)
     run = finetune(asked.store, TASKS["own"], recipe, path, start=start, label_set=asked.labels, device="cpu")
-    return kept_scores(run.path)[0].value
+    return Evaluation.read(run.path / EVALUATION).scores[0].primary.value
 
 
 if __name__ == "__main__":
