@@ -63,12 +63,17 @@ def compare(places: Sequence[Path]) -> str:
 
 def results_at(place: Path) -> list[Ours]:
     """Those of a JSON file, or of a run, cross-validated or not: all its evaluations."""
-    files = [place] if place.is_file() else sorted(place.glob(f"{Path(EVALUATION).stem}*.json"))
+    files = [place] if place.is_file() else sorted(place.glob(f"{Path(EVALUATION).stem}*.json"), key=rank)
     if not files:
         more = sorted(place.glob(f"*/{EVALUATION}"))
         told = f"finetune with every fold, or give {more[0].parent}" if more else "evaluate or finetune first"
         raise RunError(f"{place}: holds no {EVALUATION}; run ajepa-train {told}, or give a JSON file")
     return [ours for file in files for ours in results_in(file)]
+
+
+def rank(file: Path) -> tuple[bool, str]:
+    """What a run is measured by on its own store first."""
+    return file.name != EVALUATION, file.name
 
 
 def results_in(file: Path) -> Iterator[Ours]:

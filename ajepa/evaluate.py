@@ -18,7 +18,7 @@ from ajepa.partition import HELD_SHARE, Partition
 from ajepa.pooling import LAST, POOLING, Layer, PoolingName
 from ajepa.probe_bench import Bench
 from ajepa.probes import L2_GRID, NEIGHBOURS
-from ajepa.run import Json, Run
+from ajepa.run import RECIPE, Json, Run
 from ajepa.scores import judged, protocol
 from ajepa.stamp import place_of, refuse_replacing, stamp
 from ajepa.subject import Subject
@@ -65,10 +65,10 @@ def evaluate(
     a classifier's only if it was trained on such. Kept as `out`, else where `stamp.place_of` says, unless another
     protocol's result lies there. RunError or StoreError where run, store and labels do not fit.
     """
+    refuse_folds(run_path)
     run = Run.open(run_path)
     store = open_measured(store, run)
-    finetuned = "task" in run.identity
-    probed = not finetuned or probes is not None
+    probed = not run.finetuned or probes is not None
     place = out or place_of(run, store, probed=probed)
     asked = Asked(
         store=store,
@@ -213,7 +213,7 @@ def probe_scores(
 
 def partition_of(run: Run, store: FeatureStore, seed: int, train_clips: int) -> Partition:
     """What trains, chooses and measures; of a fine-tuned run's own clips those that it held out measure."""
-    mine = splits_of_run(run, store) if "task" in run.identity else None
+    mine = splits_of_run(run, store) if run.finetuned else None
     if mine is None:
         return Partition.of(store, seed, train_clips)
     return Partition.of_splits(store, *mine, seed, train_clips)
@@ -239,6 +239,13 @@ def probes_told(how: Probing, partition: Partition, spec: EncoderSpec) -> Json:
         "val_share": HELD_SHARE if part.drawn else None,
         **PROTOCOL,
     }
+
+
+def refuse_folds(path: Path) -> None:
+    """RunError where this is the folder of a cross-validated task."""
+    if not (path / RECIPE).is_file() and (path / "fold1" / RECIPE).is_file():
+        told = f"give one of them, such as {path / 'fold1'}; all together: ajepa-train compare {path}"
+        raise RunError(f"{path}: holds a run for each fold; {told}")
 
 
 def open_measured(store: Path | str | FeatureStore, run: Run) -> FeatureStore:

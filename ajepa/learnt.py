@@ -10,7 +10,7 @@ from torch import Tensor
 from ajepa.assignment import Assignment
 from ajepa.classifier import Classifier, VitSpec
 from ajepa.devices import precision
-from ajepa.evaluation import EVALUATION, Evaluation
+from ajepa.evaluation import EVALUATION
 from ajepa.features import Views
 from ajepa.finetune_recipes import FINETUNE_PIECES
 from ajepa.finetuner import AVERAGE, CLASSIFIER
@@ -20,7 +20,7 @@ from ajepa.partition import FOLD
 from ajepa.recipes import from_json
 from ajepa.run import Json, Run
 from ajepa.scores import Held, logits_of
-from ajepa.stamp import is_own
+from ajepa.stamp import is_own, protocol_in
 from ajepa.start import ENCODER
 from ajepa.tasks.catalogue import TASKS
 from ajepa.training_set import eval_splits
@@ -82,9 +82,8 @@ class Learnt:
     @property
     def train_clips(self) -> int | None:
         """On how many clips it was trained, if the run was measured at its end."""
-        file = self.run.path / EVALUATION
-        told = Evaluation.read(file).protocol["classifier"] if file.is_file() else None
-        return None if told is None else told["train_clips"]
+        held = protocol_in(self.run.path / EVALUATION)
+        return held["classifier"]["train_clips"] if held else None
 
 
 def splits_of_run(run: Run, store: FeatureStore) -> tuple[tuple[str, ...], tuple[str, ...]] | None:

@@ -87,9 +87,14 @@ class Run:
         if changes:
             raise RunError(f"{self.path}: is another run ({'; '.join(changes)}); choose another --run")
 
+    @property
+    def finetuned(self) -> bool:
+        """Whether it trained a classifier on a task."""
+        return bool(self.recipe["type"] != "Pretrain")
+
     def refuse_finetuned(self) -> None:
         """RunError where this is no run of `ajepa-train pretrain`: it has neither teacher nor predictor."""
-        if self.recipe["type"] != "Pretrain":
+        if self.finetuned:
             raise RunError(
                 f"{self.path}: was not made by ajepa-train pretrain, there is nothing to draw of it; its scores: "
                 f"ajepa-train evaluate --run {self.path}, or ajepa-train compare {self.path}"

@@ -13,7 +13,7 @@ from ajepa.classifier import Classifier
 from ajepa.evaluation import CLASSIFIER, EVALUATION, HEAD, PRIMARY, Evaluation
 from ajepa.features import CLIPS_PER_READ, Views
 from ajepa.run import Json, Run
-from ajepa.stamp import is_own, stamp
+from ajepa.stamp import is_own, protocol_in, stamp
 from ajepa.truth import Kind, Truth
 
 CLIPS = "the whole clip in views of the model's length; logits are means over them, weighted by valid frames"
@@ -116,8 +116,8 @@ def trained_as(run: Run, *, folds: int, train_clips: int | None) -> Json:
 
 def measured_at_its_end(run: Run) -> bool:
     """Whether RUN/evaluation.json is of the run's last step."""
-    file = run.path / EVALUATION
-    return file.is_file() and Evaluation.read(file).protocol["step"] == run.step
+    held = protocol_in(run.path / EVALUATION)
+    return held is not None and held["step"] == run.step
 
 
 def logits_of(

@@ -103,8 +103,15 @@ def place_of(run: Run, store: FeatureStore, *, probed: bool) -> Path:
     evaluation-probes.json and evaluation-STORE-probes.json.
     """
     more = "" if is_own(run, store) else f"-{Path(store.place).stem}"
-    beside = "-probes" if probed and "task" in run.identity else ""
+    beside = "-probes" if probed and run.finetuned else ""
     return run.path / f"{Path(EVALUATION).stem}{more}{beside}.json"
+
+
+def protocol_in(file: Path) -> Json | None:
+    """The stamp of the evaluation in a file; None: there is none, or of a format that is not read any more."""
+    told = json.loads(file.read_text()) if file.is_file() else {}
+    found: Json | None = told["protocol"] if told.get("format") == FORMAT else None
+    return found
 
 
 def refuse_replacing(file: Path, asked: Json) -> None:
@@ -113,10 +120,10 @@ def refuse_replacing(file: Path, asked: Json) -> None:
     A later step of the run, other versions, another device, or more probes are no reason; nor is a result of a
     format that is not read any more.
     """
-    held = json.loads(file.read_text()) if file.is_file() else {}
-    if held.get("format") != FORMAT:
+    held = protocol_in(file)
+    if held is None:
         return
-    before, now = ({key: told[key] for key in SETTINGS} for told in (held["protocol"], asked))
+    before, now = ({key: told[key] for key in SETTINGS} for told in (held, asked))
     changes = [f"{name}: {told_of(old)}, now {told_of(new)}" for name, old, new in differing(before, now)]
     if changes:
         raise RunError(

@@ -28,7 +28,7 @@ class Subject:
     @classmethod
     def of(cls, run: Run, at: str | int = "last") -> Self:
         """RunError where there is no such checkpoint, or no encoder."""
-        if "task" in run.identity:
+        if run.finetuned:
             learnt = Learnt.of(run, at)
             spec, weights = learnt.encoder()
             return cls(

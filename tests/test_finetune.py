@@ -16,6 +16,7 @@ import torch
 from tiny import tiny, tiny_finetune
 
 from ajepa.assignment import assigned
+from ajepa.evaluate import evaluate
 from ajepa.evaluation import EVALUATION, Evaluation, Score
 from ajepa.features import features
 from ajepa.finetune import Measuring, finetune, trainer_of, view_of, views_of
@@ -330,6 +331,10 @@ def test_tones_are_learnt_fold_by_fold(folds_path, tmp_path):
     assert min(score.by_fold["accuracy"]) > 0.9 > 0.5 == score.chance
     assert (done.protocol["folds"], done.protocol["eval_clips"]) == (2, 40)
     assert done.protocol["eval_splits"] == ["fold1", "fold2"]
+    again = evaluate(folds_path, runs[0].path, device="cpu")
+    assert (again.protocol["eval_splits"], again.scores) == (["fold1"], scores_of(runs[0]))
+    probed = evaluate(folds_path, runs[0].path, device="cpu", probes=("knn",)).protocol
+    assert (probed["probes"]["train_splits"], probed["eval_splits"]) == (["fold2"], ["fold1"])
     assert f"{score.spread:5.3f}" in done.table().split("deviation over 2 folds")[1]
     with pytest.raises(RunError, match="fold 3: expected one of 1 to 2"):
         quietly(folds_path, tmp_path / "other", recipe, fold=3)

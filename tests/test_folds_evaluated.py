@@ -93,7 +93,7 @@ def test_another_stores_result_stands_beside_the_runs_own(found, folds_path, run
 def test_the_table_tells_accuracy_first_in_80_columns(found):
     """With intervals, then F1 and mAP."""
     text = found.table()
-    assert "36 eval clips, mean over 3 folds" in text
+    assert text.startswith("36 eval clips of esc50.zarr, mean over 3 folds; run at step 6\n")
     assert text.index("accuracy") < text.index("deviation over 3 folds") < text.index("macro F1 / mAP")
     assert max(len(line) for line in text.splitlines()) <= 80
 
