@@ -189,6 +189,8 @@ def cautions(ours: Ours, row: Published) -> list[str]:
         told.append("pre-training: this one had none")
     if "supervised" in row.pretraining:
         told.append("pre-training: that one was shown labels")
+    if row.checked == "no":
+        told.append("value: that one was copied from notes on the paper and not seen there again")
     if row.caution:
         told.append(f"{row.model}: {row.caution}")
     return told

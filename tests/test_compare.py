@@ -7,7 +7,7 @@ import pytest
 from ajepa.bootstrap import Estimate
 from ajepa.compare import Ours, block, cautions, compare, judged_how, refusals
 from ajepa.evaluation import Evaluation, Score
-from ajepa.published import EVAL_CLIPS, TRAIN_CLIPS, published, task_of
+from ajepa.published import CHECKED, EVAL_CLIPS, TRAIN_CLIPS, published, task_of
 from pipeline.datasets.speech_commands import WORDS
 from pipeline.errors import RunError
 from pipeline.ontology import load_class_list
@@ -37,6 +37,7 @@ def test_every_published_number_has_its_source_and_its_place_in_it():
     for fact in published():
         assert fact.source
         assert fact.where
+        assert fact.checked in CHECKED
         assert 0 < fact.value < 1
         assert fact.task in EVAL_CLIPS
         assert fact.protocol in ("fine-tuned", "linear", "xares-mlp", "xares-knn")
@@ -50,6 +51,7 @@ def test_the_models_that_users_ask_about_are_there():
     models = " ".join({fact.model for fact in published()})
     for name in (
         "A-JEPA",
+        "Audio-JEPA",
         "Audio-MAE",
         "AST",
         "PaSST",
@@ -108,6 +110,12 @@ def test_what_had_labels_or_is_an_ensembles_is_compared_with_care():
     """Neither is a reason not to look, both are reasons to know."""
     assert cautions(OURS, row("AST", "audioset-2m")) == ["pre-training: that one was shown labels"]
     assert cautions(OURS, row("BEATs", "audioset-2m")) == ["BEATs: the paper's best, of one model or several"]
+
+
+def test_a_number_that_was_not_seen_at_its_source_is_compared_with_care():
+    """Whoever leans on it looks it up first."""
+    (told,) = cautions(OURS, row("A-JEPA ViT-L", "audioset-2m"))
+    assert told.startswith("value: that one was copied from notes on the paper")
 
 
 def test_a_result_on_other_clips_of_the_same_split_is_compared_with_care():
