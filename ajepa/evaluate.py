@@ -1,5 +1,4 @@
-"""What a run is worth on a store: a classifier as it was trained, or probes on a frozen encoder, its random twin
-and plain log-mel statistics."""
+"""What a run is worth on a store: a classifier as it was trained, or probes on a frozen encoder, beside baselines."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace

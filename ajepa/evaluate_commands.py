@@ -36,7 +36,7 @@ def evaluate(
         Path | None, typer.Option(help="JSON file, replaced if there. [default: in the run]")
     ] = None,
     per_class: Annotated[
-        Path | None, typer.Option(help="CSV file for the average precision of every class.")
+        Path | None, typer.Option(help="CSV file for every class: average precision, recall.")
     ] = None,
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is one.")

@@ -15,6 +15,7 @@ from ajepa.finetuning import Finetune
 from ajepa.learnt import Learnt
 from ajepa.run import Run
 from ajepa.scores import Held, judged, protocol
+from ajepa.stamp import digest_of
 from ajepa.tasks.task import Task
 from pipeline.loader import to_stderr
 from pipeline.ontology import ClassList
@@ -64,7 +65,7 @@ def over_folds(
         part=learnt[0].part,
         device=on,
     )
-    return judged(told, held)
+    return judged(told | {"weights_sha256": [digest_of(one.weights) for one in learnt]}, held)
 
 
 def aligned(held: Sequence[Held]) -> list[Held]:

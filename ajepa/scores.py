@@ -58,7 +58,7 @@ def protocol(
 ) -> Json:
     """How a classifier is measured on the clips of an assignment, or one for each fold on that fold's.
 
-    Of folds, weights and step are those of the first. `train_clips`: how many it was trained on, where the
+    Of folds, run, weights and step are those of the first. `train_clips`: how many it was trained on, where the
     assignment is of another store and that is known.
     """
     made, folds = assignments[0], len(assignments) if len(assignments) > 1 else 0

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from ajepa.evaluate import evaluate
 from ajepa.evaluation import Evaluation
 from ajepa.features import Views, features
 from ajepa.jepa import Jepa
-from ajepa.partition import probe_rows
+from ajepa.partition import Partition, probe_rows
 from ajepa.pretrain import pretrain
 from ajepa.probes import chosen_l2, knn_NC, linear_NC, standardised
 from ajepa.recipes import from_json
@@ -192,6 +193,25 @@ def test_every_features_probe_and_label_set_is_scored_and_kept(evaluation, run, 
         assert score.classes + score.skipped == len(store.classes.mids)
         assert np.mean([p for p in score.per_class_ap if p is not None]) == pytest.approx(score.map, abs=1e-5)
     assert max(len(line) for line in evaluation.table().splitlines()) <= 80
+
+
+def test_clips_without_a_label_neither_train_nor_measure(evaluation, store):
+    """No label is no statement: fine-tuning leaves them out, and so must what it is compared with."""
+    rows_N = store.good_rows(["eval"])
+    labelled = int(store.labels_BC(rows_N).any(axis=1).sum())
+    told = evaluation.protocol
+    assert (told["eval_clips"], told["left_out"]) == (labelled, len(rows_N) - labelled)
+    train_N = store.good_rows(["a_train"])
+    assert told["probes"]["train_clips"] == int(store.labels_BC(train_N).any(axis=1).sum()) < len(train_N)
+
+
+def test_a_store_without_labels_is_refused(store):
+    """There is nothing to learn from it, or to measure."""
+    silent = SimpleNamespace(
+        place="some.zarr", labels_BC=lambda rows_N, label_set: np.zeros((len(rows_N), 3))
+    )
+    with pytest.raises(RunError, match=r"some.zarr: no clip to train on has a label"):
+        Partition.of(store, 0, 100).labelled(silent)
 
 
 def test_propagated_labels_have_more_classes_to_rank_than_raw_ones(evaluation):

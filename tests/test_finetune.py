@@ -28,6 +28,7 @@ from ajepa.probes import linear_NC, standardised
 from ajepa.run import Run
 from ajepa.scores import logits_of
 from ajepa.start import Start
+from ajepa.subject import STATISTICS
 from ajepa.tasks.catalogue import TASKS
 from pipeline.augment import Augment
 from pipeline.build import Build, Output, build_store
@@ -80,6 +81,7 @@ from pathlib import Path
 from ajepa.finetune import finetune
 from ajepa.run import Run
 from ajepa.start import Start
+from ajepa.subject import STATISTICS
 from ajepa.tasks.catalogue import TASKS
 from tiny import tiny_finetune
 
@@ -311,6 +313,13 @@ def folds_path(tmp_path_factory) -> Path:
     spec = replace(mel_spec("a-jepa"), clip_seconds=1.0)
     build_store(corpus, Output(path=home / "folds.zarr", spec=spec), Build(workers=0))
     return home / "folds.zarr"
+
+
+def test_a_pre_trained_run_is_probed_on_clips_of_another_length(folds_path, pretrained, tmp_path):
+    """It was trained on ten seconds, these last one: the same features, so the same encoder hears them."""
+    found = evaluate(folds_path, pretrained, device="cpu", probes=("knn",), out=tmp_path / "some.json")
+    assert (found.protocol["folds"], found.protocol["eval_clips"]) == (2, 40)
+    assert found.of(STATISTICS, "knn", "raw").primary.value > 0.9
 
 
 def test_tones_are_learnt_fold_by_fold(folds_path, tmp_path):
