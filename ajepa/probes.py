@@ -80,8 +80,9 @@ class LinearProbe:
         it can neither rank nor be said.
 
         Weights are sought along the principal axes, each divided by the root of its curvature (variance times
-        p (1 - p), about 1/8, plus `l2`), so that the loss curves about alike in every direction. On 600 clips of
-        256 features L-BFGS then needs 60 steps where it had not arrived after 200.
+        p (1 - p), about 1/8, plus `l2`), so that the loss curves about alike in every direction. Sought to the end:
+        stopped at a hundred times this gradient, mAP of 150 clips by 2,048 features moved by .006 with the number
+        of threads.
         """
         scale_R1 = (self.variance_R / 8 + l2).rsqrt()[:, None]
         device = self.turned_NR.device
@@ -89,9 +90,11 @@ class LinearProbe:
         bias_C = torch.zeros(len(self.seen_C), device=device, requires_grad=True)
         solver = torch.optim.LBFGS(
             [weight_RC, bias_C],
-            max_iter=100,
+            max_iter=1000,
+            max_eval=2000,
             history_size=20,
-            tolerance_grad=1e-4,
+            tolerance_grad=1e-6,
+            tolerance_change=0.0,
             line_search_fn="strong_wolfe",
         )
 
