@@ -152,7 +152,7 @@ def own_small() -> Finetune:
         warmup_epochs=6,
         clips_per_step=16,
         head="probe",
-        augment=Augment(roll=True, time_mask_frames=24, band_mask_bands=16, mixup_share=0.5),
+        augment=Augment(roll=True, time_mask_frames=96, band_mask_bands=16, mixup_share=0.5),
         ema=0.99,
         evaluations=3,
         checkpoint_every=100,
