@@ -15,7 +15,7 @@ from ajepa.embedding import Embedding, Embeddings, Making, all_good
 from ajepa.patches import valid_tokens
 from ajepa.pooling import LAST, POOLING, Layer, PoolingName, pool
 from ajepa.sound import Sound, ahead, without
-from ajepa.trained import Trained, trained
+from ajepa.trained import LAST_CHECKPOINT, Trained, trained
 from ajepa.windows import Window, hop_of, windows
 from pipeline.audio import AudioPolicy, resampled_pieces, stream
 from pipeline.errors import AudioError, RunError
@@ -263,9 +263,10 @@ def pooled_columns(tokens_NPD: Tensor, rows: int, pooling: PoolingName) -> Tenso
     return pooled_MD.unflatten(0, (len(tokens_NPD), -1))
 
 
-def load(place: str | Path, **how: Any) -> Embedder:
+def load(place: str | Path, *, at: str | int = LAST_CHECKPOINT, **how: Any) -> Embedder:
     """The encoder of a run folder, an exported folder or file, or ORG/NAME[@REVISION] of the Hugging Face hub.
 
-    Keywords are `Embedder`'s: device, pooling, layer, overlap. RunError: nothing there, damaged, or no such device.
+    `at` says which checkpoint of a run: last, best (by probe), or a step that is kept. Other keywords are
+    `Embedder`'s: device, pooling, layer, overlap. RunError: nothing there, damaged, no such checkpoint or device.
     """
-    return Embedder(trained(place), **how)
+    return Embedder(trained(place, at), **how)

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from ajepa.hub import FILES
 from ajepa.run import RECIPE, Json, flat
-from ajepa.trained import METADATA_KEY, WEIGHTS, Trained, trained
+from ajepa.trained import LAST_CHECKPOINT, METADATA_KEY, WEIGHTS, Trained, trained
 from pipeline.errors import RunError
 from pipeline.files import replacing
 
@@ -17,14 +17,16 @@ COMPUTE, EVALUATIONS = "compute.json", "evaluation*.json"  # of a run, where the
 UNSTATED = "not stated; ask those who made it before you build on it"
 
 
-def export(place: Path | str, out: Path, *, licence: str | None = None) -> Trained:
+def export(
+    place: Path | str, out: Path, *, licence: str | None = None, at: str | int = LAST_CHECKPOINT
+) -> Trained:
     """Write `model.safetensors`, `config.json` and `README.md` into the folder `out`; what was exported.
 
     The configuration also stands in the header of the safetensors file, which therefore is enough by itself;
-    nothing in it needs pickle or code. `licence` is that of the weights, and its user's to state. RunError where
-    `place` holds no encoder, or `out` something else than an export.
+    nothing in it needs pickle or code. `licence` is that of the weights, and its user's to state; `at` as in
+    `trained`. RunError where `place` holds no encoder, or `out` something else than an export.
     """
-    model = trained(place)
+    model = trained(place, at)
     model = replace(model, licence=licence or model.licence)
     refuse_other(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -84,7 +86,11 @@ def card(model: Trained, run: Path | None) -> str:
         *section("Compute", read(run / COMPUTE) if run and (run / COMPUTE).is_file() else {}),
     ]
     for file in sorted(run.glob(EVALUATIONS)) if run else ():
-        lines += scores(file.name, read(file))
+        told = read(file)
+        if (
+            told.get("protocol", {}).get("step") == origin["step"]
+        ):  # another checkpoint's scores are not its own
+            lines += scores(file.name, told)
     return "\n".join(lines).rstrip() + "\n"
 
 
