@@ -1,6 +1,7 @@
 """Export: a trained encoder as files for others: safetensors, its configuration, a card that says what it is."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def card(model: Trained, run: Path | None) -> str:
     recipe = origin.get("recipe", {})
     head = ["---", "library_name: ajepa", "pipeline_tag: feature-extraction"]
     head += ["tags: [audio, self-supervised-learning, JEPA]"]
-    head += [f"license: {model.licence}"] if model.licence else []
+    head += licence_lines(model.licence)
     lines = [
         *[*head, "---", "", f"# {model.recipe_name}, an audio encoder", ""],
         f"Sound of any length and rate in, one vector a clip and one every {column_ms:g} ms out:",
@@ -92,6 +93,13 @@ def card(model: Trained, run: Path | None) -> str:
         ):  # another checkpoint's scores are not its own
             lines += scores(file.name, told)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def licence_lines(licence: str | None) -> list[str]:
+    """For the hub, which knows licences by their short names and every other as `other` with a name."""
+    if licence is None or re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
+        return [f"license: {licence}"] if licence else []
+    return ["license: other", f"license_name: {json.dumps(licence)}"]
 
 
 def encoder_facts(model: Trained) -> Json:

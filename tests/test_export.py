@@ -1,18 +1,21 @@
 """Exports: the same model wherever it lies, whichever checkpoint it is, without pickle."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 
 import pytest
 import torch
+from local_hub import local_hub
 from safetensors.torch import load_file, save_file
 from sounds import babble
 from tiny import tiny
 
 import ajepa
 from ajepa import cli, graph, hub
-from ajepa.export import export
+from ajepa.export import export, licence_lines
 from ajepa.pretrain import pretrain
 from ajepa.run import Checkpoint, Run
 from ajepa.trained import METADATA_KEY, trained
@@ -195,21 +198,60 @@ def test_the_load_command_tells_and_keeps(hub_cache, monkeypatch, capsys):
     assert ajepa.load("mine", device="cpu").model.licence == "cc-by-4.0"
 
 
-def test_a_push_sends_the_three_files_and_nothing_else(folder, tmp_path, monkeypatch):
-    """To a place that is made if need be."""
-    hugging = pytest.importorskip("huggingface_hub", reason="the hub is an extra")
-    asked = []
-    monkeypatch.setattr(hugging, "create_repo", lambda *what, **how: asked.append((what, how)))
-    monkeypatch.setattr(hugging, "upload_folder", lambda **how: asked.append(how))
-    assert hub.push(folder, "org/tiny", private=True) == "https://huggingface.co/org/tiny"
-    assert asked == [
-        (("org/tiny",), {"private": True, "exist_ok": True}),
-        {"repo_id": "org/tiny", "folder_path": folder, "allow_patterns": list(hub.FILES)},
-    ]
+def test_a_model_that_is_pushed_can_be_loaded_by_its_name(folder, tmp_path, monkeypatch):
+    """The commands, huggingface_hub and HTTP between them: three files go, and come back as they were."""
+    pytest.importorskip("huggingface_hub", reason="the hub is an extra: pip install 'ajepa[export]'")
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "private.txt").touch()
+    with local_hub() as server:
+        env = {
+            **os.environ,
+            "HF_ENDPOINT": server.address,
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_TOKEN": "hf_x",
+        }
+        program = [sys.executable, "-c", "from ajepa.cli import main; main()"]
+
+        def typed(*words: str) -> subprocess.CompletedProcess[str]:
+            how = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True, "check": False}
+            return subprocess.run([*program, *words], **how)
+
+        pushed = typed("push", "model", "org/tiny", "--private")
+        assert pushed.stdout == f"{server.address}/org/tiny: load it with ajepa.load('org/tiny')\n", (
+            pushed.stderr
+        )
+        assert sorted(server.files) == sorted(hub.FILES)
+        loaded = typed("load", "org/tiny", "--out", "mine")
+        assert f"model id  {trained(folder).model_id}" in loaded.stdout, loaded.stderr
+        for name in hub.FILES:
+            assert (tmp_path / "mine" / name).read_bytes() == (folder / name).read_bytes()
+        (tmp_path / "model" / "README.md").write_text("---\nlicense: my own\n---\n")
+        refused = typed("push", "model", "org/tiny")
+        assert refused.stderr.startswith(
+            "error: org/tiny: the hub does not take that (Invalid metadata in README.md."
+        )
+        assert refused.stderr.count("\n") == 1
+
+
+def test_a_push_of_something_else_is_refused(folder, tmp_path):
+    """Before the hub is asked."""
     with pytest.raises(RunError, match="lacks model"):
         hub.push(tmp_path, "org/tiny")
     with pytest.raises(RunError, match="expected ORG/NAME"):
         hub.push(folder, "tiny")
+
+
+@pytest.mark.parametrize(
+    ("licence", "told"),
+    [
+        (None, []),
+        ("cc-by-4.0", ["license: cc-by-4.0"]),
+        ('Mine: "all rights"', ["license: other", r'license_name: "Mine: \"all rights\""']),
+    ],
+)
+def test_a_licence_is_told_as_the_hub_reads_it(licence, told):
+    """A short name as it is; any other text under a name of its own, and never as broken YAML."""
+    assert licence_lines(licence) == told
 
 
 @pytest.mark.parametrize("name", ["huggingface_hub"])
