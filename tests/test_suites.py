@@ -141,7 +141,10 @@ def test_xares_may_ask_for_minutes_and_for_silence(encoder):
     assert abs(told_BTD.shape[1] - 60_000 / encoder.hop_size_in_ms) <= 1
     assert told_BTD.isfinite().all()
     assert encoder(torch.zeros(2, encoder.sampling_rate)).isfinite().all()
-    assert encoder(torch.zeros(1, encoder.shortest_samples)).shape[1] == 1
+    for samples in (encoder.shortest_samples, 100, 1):
+        told_BTD = encoder(torch.full((1, samples), 0.1))
+        assert told_BTD.shape[1] == 1
+        assert told_BTD.isfinite().all()
 
 
 def test_xares_makes_its_encoder_without_arguments(place, monkeypatch):
