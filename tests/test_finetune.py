@@ -171,15 +171,18 @@ def test_training_starts_from_the_pre_trained_encoder_and_its_average_too(store,
     assert "encoder.embed.weight" in again.weights()
 
 
-def test_a_probed_head_is_the_linear_probe_before_the_first_step(store, start, tmp_path):
+@pytest.mark.parametrize("pooling", ["mean", "moments"])
+def test_a_probed_head_is_the_linear_probe_before_the_first_step(store, start, tmp_path, pooling):
     """What it says of held-out clips is what the probe on frozen features says: the same logits, the same mAP."""
     assignment = assigned(OWN, store)
     recipe = start.adopted(tiny_finetune(1024, head="probe"))  # one view: means over views weigh by frames
+    recipe = replace(recipe, model=replace(recipe.model, pooling=pooling))
     new = Run(path=tmp_path, recipe={}, identity=assignment.identity(), versions={})
     trainer = trainer_of(new, recipe, assignment, CPU, start)
     views = views_of(assignment, recipe, new.identity)
     pairs = (
-        features(views, rows_N, trainer.model.encoder) for rows_N in (assignment.train_N, assignment.eval_N)
+        features(views, rows_N, trainer.model.encoder, pooling=pooling)
+        for rows_N in (assignment.train_N, assignment.eval_N)
     )
     train_ND, eval_ND = standardised(*pairs)
     labels_NC = assignment.labels_NC(assignment.train_N)
