@@ -1,11 +1,11 @@
 """The front end of graphs: every mel spec's values, at every length and rate, from convolutions alone."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from own_specs import OWN, own_spec
 from sounds import babble
 
 from ajepa.front_end import FrontEnd
@@ -13,21 +13,9 @@ from ajepa.resampler import Resampler
 from pipeline.audio import resampled_pieces
 from pipeline.errors import RunError
 from pipeline.mel import log_mel
-from pipeline.melspec import A_JEPA, PRESETS, MelSpec, mel_spec_file
+from pipeline.melspec import A_JEPA, PRESETS, MelSpec
 
 FRAMES, RATE_HZ = 24, 32_000
-OWN = {  # what a user may write into a file, each away from its preset in another way
-    "kaldi-slaney": 'base = "a-jepa"\nfilters = "slaney"\nwindow = "hann_periodic"\nflooring = "add"\npreemphasis = 0',
-    "centred-kaldi": 'base = "audio-jepa"\nframing = "centred"\nremove_dc = false',
-    "louder-floor": 'base = "passt"\nfloor = 1e-3\nflooring = "max"\nwindow_samples = 801',
-    "cd-rate": 'base = "convnext"\nsample_rate_hz = 44100\nwindow_samples = 1411\nhop_samples = 441\n'
-    "fft_samples = 2048\nhigh_hz = 20000",
-}
-
-
-def own_spec(name: str, folder: Path) -> MelSpec:
-    (folder / f"{name}.toml").write_text(OWN[name])
-    return mel_spec_file(folder / f"{name}.toml")
 
 
 def expected_TF(wave_S: np.ndarray, spec: MelSpec, rate_hz: int) -> torch.Tensor:

@@ -1,12 +1,10 @@
 """Graphs: from 32 kHz audio to embeddings in one file, for every kind of mel spec, as the model itself gives them."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from own_specs import own_spec
 from sounds import babble
-from test_front_end import own_spec
 from tiny import tiny
 
 from ajepa.embed import Embedder
@@ -82,7 +80,7 @@ def test_a_graph_that_onnx_cannot_hold_is_refused_by_its_size(tmp_path, monkeypa
     monkeypatch.setattr("ajepa.graph.LARGEST_BYTES", 1e5)
     with pytest.raises(RunError, match="GB of weights do not fit an ONNX file; use --torch-export"):
         write_onnx(AudioGraph(embedder(PRESETS["a-jepa"])), tmp_path / "a.onnx")
-    assert not list(Path(tmp_path).iterdir())
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_graph_of_a_recipe_sees_as_much_as_its_encoder():
