@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 
 from ajepa.assignment import folds_of
-from ajepa.evaluate import RANDOM, STATISTICS, TRAINED, evaluate
-from ajepa.evaluation import PRIMARY, TITLES
+from ajepa.evaluate import evaluate
+from ajepa.evaluation import EVALUATION, PRIMARY, TITLES, Evaluation
 from ajepa.finetune import finetune
 from ajepa.finetune_recipes import FINETUNE_PIECES, finetune_recipe, resized
 from ajepa.finetuning import Finetune
 from ajepa.folds import cross_validated
 from ajepa.overrides import overridden
-from ajepa.scores import kept_scores
 from ajepa.start import Start
+from ajepa.subject import RANDOM, STATISTICS, TRAINED
 from ajepa.tasks.catalogue import TASKS
 from bench.machine import machine
 from pipeline.store import FeatureStore
@@ -82,10 +82,9 @@ def tuned(asked: argparse.Namespace, start: Start | None, seed: int, path: Path)
     store, recipe = FeatureStore.open(asked.store), recipe_of(asked, start, seed)
     how = {"start": start, "label_set": asked.labels, "device": "cpu"}
     if folds_of(OWN, store):
-        return float(
-            np.mean([score.value for score in cross_validated(store, OWN, recipe, path, **how).scores])
-        )
-    return kept_scores(finetune(store, OWN, recipe, path, **how).path)[0].value
+        return cross_validated(store, OWN, recipe, path, **how).scores[0].primary.value
+    run = finetune(store, OWN, recipe, path, **how)
+    return Evaluation.read(run.path / EVALUATION).scores[0].primary.value
 
 
 if __name__ == "__main__":
