@@ -7,11 +7,12 @@ if TYPE_CHECKING:
     from ajepa.embed import Embedder
 
 
-def load(place: "str | Path", **how: object) -> "Embedder":
+def load(place: "str | Path", *, at: str | int = "last", **how: object) -> "Embedder":
     """The encoder of a run, an export or ORG/NAME on the hub, ready for sounds (`embed.load`, `embed.Embedder`).
 
-    A function that imports when it is called: `import ajepa` costs nothing, and torch is loaded by who needs it.
+    `at` is a run's checkpoint: last, best (by probe), or a step that is kept. All else is imported when this is
+    called: `import ajepa` costs nothing, and torch is loaded by who needs it.
     """
     from ajepa.embed import load
 
-    return load(place, **how)
+    return load(place, at=at, **how)

@@ -15,9 +15,9 @@ from ajepa.embedding import Embedding, Embeddings, Making, all_good
 from ajepa.patches import valid_tokens
 from ajepa.pooling import LAST, POOLING, Layer, PoolingName, pool
 from ajepa.sound import Sound, ahead, without
-from ajepa.trained import Trained, trained
+from ajepa.trained import LAST_CHECKPOINT, Trained, trained
 from ajepa.windows import Window, hop_of, windows
-from pipeline.audio import AudioPolicy, resampled_pieces, stream
+from pipeline.audio import ABSURD_PEAK, AudioPolicy, peak, resampled_pieces, strange, stream
 from pipeline.errors import AudioError, RunError
 from pipeline.locators import Locator
 from pipeline.melspec import with_clip_seconds
@@ -41,7 +41,7 @@ class Embedder:
     All in float32: results differ in the last bits between devices and batch sizes.
 
     pooling  of a column's tokens: `mean`, or `frequency`, band by band, `grid.rows` times as wide
-    layer    whose tokens (`pooling.Layer`)
+    layer    whose tokens (`pooling.Layer`, or its name: last, mean-4, block-2)
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Embedder:
         *,
         device: str = "auto",
         pooling: PoolingName = POOLING,
-        layer: Layer = LAST,
+        layer: Layer | str = LAST,
         overlap: float = OVERLAP,
     ) -> None:
         if pooling == "moments":
@@ -59,7 +59,8 @@ class Embedder:
             )
         self.model, self.device = model, pick_device(device)
         self.encoder = model.encoder(self.device)
-        self.pooling, self.layer, self.overlap = pooling, layer, overlap
+        self.pooling, self.overlap = pooling, overlap
+        self.layer = Layer.named(layer) if isinstance(layer, str) else layer
         self.grid, self.mel = model.spec.grid, model.mel
         self._hop_columns = hop_of(self.grid, overlap)
 
@@ -94,7 +95,8 @@ class Embedder:
         """
         sounds = [sounds] if isinstance(sounds, str | Path) else sounds
         locators = [Locator.of(Path(sound)) for sound in sounds]
-        return all_good(self.each_sound(map(self.opening, locators), batch=batch, workers=workers))
+        told = self.each_sound(map(self.opening, locators), batch=batch, workers=workers)
+        return all_good(told, self.width)
 
     def embed_audio(
         self,
@@ -109,15 +111,18 @@ class Embedder:
 
         With `shifts` of K (a divisor of the grid's patch_frames) every sound goes through K times, each time
         begun a K-th of a column later, and there are K frames a column; the clip's vector stays the same.
-        AudioError where a wave is shorter than one frame of the spectrogram, or not finite.
+        AudioError where a wave is shorter than one frame of the spectrogram, not finite or absurdly loud; RunError
+        where these are no such waves, lengths or rate.
         """
-        wave_BS = torch.as_tensor(wave_BS).detach().to("cpu", torch.float32)
-        wave_BS = wave_BS[None] if wave_BS.ndim == 1 else wave_BS
-        if wave_BS.ndim != 2:
-            raise RunError(f"audio of shape {tuple(wave_BS.shape)}: expected [B, S] or [S], mono")
+        wave_BS = as_waves(wave_BS)
+        if not rate_hz > 0:
+            raise RunError(f"audio at {rate_hz} Hz: expected a rate above 0")
         if shifts < 1 or self.grid.patch_frames % shifts:
             raise RunError(f"shifts {shifts}: expected a divisor of {self.grid.patch_frames}")
         lengths = [wave_BS.shape[1]] * len(wave_BS) if samples_B is None else list(samples_B)
+        if len(lengths) != len(wave_BS) or not all(0 <= length <= wave_BS.shape[1] for length in lengths):
+            told = f"a length for each of {len(wave_BS)} waves, of at most {wave_BS.shape[1]} samples"
+            raise RunError(f"samples_B {lengths[:8]}: expected {told}")
         waves = [wave_S[:length].numpy() for wave_S, length in zip(wave_BS, lengths, strict=True)]
         step = self.grid.patch_frames // shifts
         made = [
@@ -148,6 +153,8 @@ class Embedder:
         Without `frames` their vectors are not kept: then memory does not grow with a sound. `workers` threads open
         sounds ahead of their turn.
         """
+        if batch < 1:
+            raise RunError(f"batch {batch}: expected 1 window or more at a time")
         waiting: deque[Making] = deque()
         pending: list[tuple[Making, Window]] = []
         for opened in ahead(openings, workers):
@@ -200,8 +207,8 @@ class Embedder:
 
     def _heard(self, wave_S: np.ndarray, rate_hz: int, skip_frames: int) -> Callable[[], Sound]:
         def opened() -> Sound:
-            if not np.isfinite(wave_S).all():
-                raise AudioError("non_finite", "the audio holds NaN or infinite samples")
+            if len(wave_S) and not peak(wave_S) <= ABSURD_PEAK:
+                raise AudioError("non_finite", f"{strange(wave_S)}; expected floats in [-1, 1]")
             pieces = (wave_S[at : at + PIECE_SAMPLES] for at in range(0, len(wave_S), PIECE_SAMPLES))
             at_rate = (
                 pieces
@@ -239,7 +246,7 @@ class Embedder:
 
     def _woven(self, made: Sequence[Sequence[Embedding | AudioError]]) -> Embeddings:
         """The frames of several shifts in the order of their times, with the clip's vector of the first."""
-        first, each = all_good(made[0]), []
+        first, each = all_good(made[0], self.width), []
         for index, base in enumerate(first.each):
             frames, times_ms = [base.frames_TD], [base.times_ms_T]
             for shift, told in enumerate(shifted[index] for shifted in made[1:]):
@@ -251,7 +258,21 @@ class Embedder:
                 times_ms.append(later_ms_T[inside_T])
             times_ms_T, order_T = torch.cat(times_ms).sort()
             each.append(replace(base, frames_TD=torch.cat(frames)[order_T], times_ms_T=times_ms_T))
-        return Embeddings(each=tuple(each))
+        return Embeddings(each=tuple(each), width=self.width)
+
+
+def as_waves(wave_BS: np.ndarray | Tensor) -> Tensor:
+    """Float32 on the CPU, `[B, S]`; RunError where they are whole numbers, whose full scale nobody can know."""
+    if not isinstance(wave_BS, Tensor):
+        wave_BS = torch.from_numpy(np.ascontiguousarray(wave_BS))
+    if not wave_BS.is_floating_point():
+        raise RunError(
+            f"audio of {wave_BS.dtype}: expected floats in [-1, 1]; divide 16-bit samples by 32768"
+        )
+    wave_BS = wave_BS[None] if wave_BS.ndim == 1 else wave_BS
+    if wave_BS.ndim != 2:
+        raise RunError(f"audio of shape {tuple(wave_BS.shape)}: expected [B, S] or [S], mono")
+    return wave_BS.detach().to("cpu", torch.float32)
 
 
 def pooled_columns(tokens_NPD: Tensor, rows: int, pooling: PoolingName) -> Tensor:
@@ -263,9 +284,10 @@ def pooled_columns(tokens_NPD: Tensor, rows: int, pooling: PoolingName) -> Tenso
     return pooled_MD.unflatten(0, (len(tokens_NPD), -1))
 
 
-def load(place: str | Path, **how: Any) -> Embedder:
+def load(place: str | Path, *, at: str | int = LAST_CHECKPOINT, **how: Any) -> Embedder:
     """The encoder of a run folder, an exported folder or file, or ORG/NAME[@REVISION] of the Hugging Face hub.
 
-    Keywords are `Embedder`'s: device, pooling, layer, overlap. RunError: nothing there, damaged, or no such device.
+    `at` says which checkpoint of a run: last, best (by probe), or a step that is kept. Other keywords are
+    `Embedder`'s: device, pooling, layer, overlap. RunError: nothing there, damaged, no such checkpoint or device.
     """
-    return Embedder(trained(place), **how)
+    return Embedder(trained(place, at), **how)

@@ -13,6 +13,9 @@ app = typer.Typer(rich_markup_mode=None)
 Model = Annotated[
     str, typer.Option(help="Run, exported folder or file, or ORG/NAME of the hub.", show_default=False)
 ]
+CheckpointName = Annotated[
+    str, typer.Option("--checkpoint", help="Of a run: last, best (by probe), or a step that is kept.")
+]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is one.")]
 
 
@@ -23,6 +26,7 @@ def embed(
     ],
     model: Model,
     out: Annotated[Path, typer.Option(help="Parquet table to write or carry on.", show_default=False)],
+    checkpoint: CheckpointName = "last",
     frames: Annotated[bool, typer.Option("--frames", help="Also one vector a time column.")] = False,
     pooling: Annotated[
         Literal["mean", "frequency"], typer.Option(help="frequency: band by band, wider.")
@@ -48,7 +52,9 @@ def embed(
     from ajepa.embedding_job import embed_table, job_of
     from ajepa.pooling import Layer
 
-    loaded = stage.load(model, device=device, pooling=pooling, layer=Layer.named(layer), overlap=overlap)
+    loaded = stage.load(
+        model, at=checkpoint, device=device, pooling=pooling, layer=Layer.named(layer), overlap=overlap
+    )
     job = job_of(sounds, loaded, cache=cache, cache_gb=cache_gb)
     counts = embed_table(loaded, job, out, frames=frames, batch=batch, workers=workers, progress=True)
     bad = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()) if reason != "good")
@@ -60,6 +66,7 @@ def nearest(
     query: Annotated[Path, typer.Argument(help="Audio file.", show_default=False)],
     index: Annotated[Path, typer.Option(help="Table made by embed.", show_default=False)],
     model: Model,
+    checkpoint: CheckpointName = "last",
     count: Annotated[int, typer.Option("-k", "--count", min=1, help="How many to list.")] = 10,
     device: Device = "auto",
 ) -> None:
@@ -71,7 +78,7 @@ def nearest(
     """
     from ajepa.nearest import nearest as search
 
-    for one in search(query, index, model, count=count, device=device):
+    for one in search(query, index, model, count=count, device=device, at=checkpoint):
         labels = f"  ({', '.join(one.labels)})" if one.labels else ""
         print(f"{one.similarity:6.3f}  {one.seconds:8.2f} s  {one.path}{labels}")
 
@@ -80,6 +87,7 @@ def nearest(
 def export(
     model: Annotated[str, typer.Argument(help="Run, or exported folder or file.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
+    checkpoint: CheckpointName = "last",
     licence: Annotated[
         str | None, typer.Option(help="Of the weights, such as cc-by-4.0: yours to state.")
     ] = None,
@@ -88,11 +96,12 @@ def export(
     pooling: Annotated[
         Literal["mean", "frequency"], typer.Option(help="Of the ONNX and torch.export files.")
     ] = "mean",
+    audio_hz: Annotated[int, typer.Option(min=1, help="Rate of the audio that those files take.")] = 32_000,
 ) -> None:
     """Write an encoder as safetensors, configuration and model card.
 
-    ONNX and torch.export files take one window of audio at the mel spec's rate,
-    any batch, and compute the log-mel themselves.
+    ONNX and torch.export files take one window of audio, any batch, at --audio-hz
+    (changed to the mel spec's rate inside) and compute the log-mel themselves.
 
     Example: ajepa-train export runs/a --out a-jepa-as20k --licence cc-by-4.0
     """
@@ -100,17 +109,17 @@ def export(
     from ajepa import graph
     from ajepa.export import export as write
 
-    exported = write(model, out, licence=licence)
+    exported = write(model, out, licence=licence, at=checkpoint)
     print(f"{out}: model {exported.model_id}. Next: ajepa-train push {out} ORG/NAME")
     if onnx or torch_export:
         embedder = stage.load(out, device="cpu", pooling=pooling)
-        samples = graph.AudioGraph(embedder).samples
-        told = f"windows of {samples} samples at {embedder.sample_rate_hz} Hz, any batch"
+        network = graph.AudioGraph(embedder, audio_hz)
+        told = f"windows of {network.samples} samples at {audio_hz} Hz, any batch"
         if onnx:
-            graph.write_onnx(embedder, onnx)
+            graph.write_onnx(network, onnx)
             print(f"{onnx}: ONNX, opset {graph.OPSET}, {told}")
         if torch_export:
-            graph.write_program(embedder, torch_export)
+            graph.write_program(network, torch_export)
             print(f"{torch_export}: torch.export, {told}")
 
 

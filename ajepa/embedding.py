@@ -28,14 +28,15 @@ class Embedding:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Embeddings:
-    """Those of several sounds: `clips_BD`, and for each its `Embedding`."""
+    """Those of several sounds: `clips_BD`, `width` values wide, and for each its `Embedding`."""
 
     each: tuple[Embedding, ...]
+    width: int
 
     @property
     def clips_BD(self) -> Tensor:
         """One vector a sound, float32 on the CPU."""
-        return torch.stack([one.clip_D for one in self.each])
+        return torch.stack([torch.zeros(self.width), *(one.clip_D for one in self.each)])[1:]  # of none, too
 
     def __len__(self) -> int:
         return len(self.each)
@@ -77,11 +78,11 @@ class Making:
         return Embedding(clip_D=clip_D, frames_TD=frames_TD, times_ms_T=times_ms_T, seconds=self.seconds)
 
 
-def all_good(told: Iterable[Embedding | AudioError]) -> Embeddings:
+def all_good(told: Iterable[Embedding | AudioError], width: int) -> Embeddings:
     """Every sound's; raises the AudioError of the first that could not be used."""
     each = []
     for one in told:
         if isinstance(one, AudioError):
             raise one
         each.append(one)
-    return Embeddings(each=tuple(each))
+    return Embeddings(each=tuple(each), width=width)

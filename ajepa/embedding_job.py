@@ -14,6 +14,7 @@ from ajepa.embedding_table import FORMAT, EmbeddingTable, Row
 from ajepa.run import Json
 from ajepa.sound import Sound, ahead
 from pipeline.errors import InputError
+from pipeline.files import locked_file
 from pipeline.layouts import ARCHIVES, extension, find
 from pipeline.loader import to_stderr
 from pipeline.locators import MEMBER, SOURCES_SCHEMA, Locator
@@ -119,28 +120,30 @@ def embed_table(
 
     A run that is killed and started again gives the same rows, and the same bytes on the same machine: windows of
     sounds that are written together are encoded together, wherever the run began. Sounds that cannot be used are
-    rows without an embedding, with their reason. RunError where `out` holds other embeddings.
+    rows without an embedding, with their reason. RunError where `out` holds other embeddings, StoreError where
+    another process is writing it.
     """
     table = EmbeddingTable(path=out, plan=plan(model, job, frames, batch), width=model.width, frames=frames)
-    first, total = table.start(), len(job.rows)
-    if out.exists():
-        say(f"{out}: already whole, {total} rows")
+    told = {"unit": "sound", "disable": not progress, "dynamic_ncols": True, "mininterval": 0.5}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with locked_file(out):
+        first, total = table.start(), len(job.rows)
+        if out.exists():
+            say(f"{out}: already whole, {total} rows")
+            return table.counts()
+        if first:
+            say(f"{out}: carrying on after {first} of {total} rows")
+        openings = ahead((job.opening(number) for number in range(first, total)), workers)
+        with tqdm(total=total, initial=first, **told) as bar:
+            while first < total:
+                done = []
+                for one in model.each_sound(limited(openings), frames=frames, batch=batch):
+                    done.append(one)
+                    bar.update()
+                table.write(first, job.rows[first : first + len(done)], done)
+                first += len(done)
+        table.finish()
         return table.counts()
-    if first:
-        say(f"{out}: carrying on after {first} of {total} rows")
-    openings = ahead((job.opening(number) for number in range(first, total)), workers)
-    with tqdm(
-        total=total, initial=first, unit="sound", disable=not progress, dynamic_ncols=True, mininterval=0.5
-    ) as bar:
-        while first < total:
-            told = []
-            for one in model.each_sound(limited(openings), frames=frames, batch=batch):
-                told.append(one)
-                bar.update()
-            table.write(first, job.rows[first : first + len(told)], told)
-            first += len(told)
-    table.finish()
-    return table.counts()
 
 
 def plan(model: Embedder, job: EmbeddingJob, frames: bool, batch: int) -> Json:

@@ -74,6 +74,9 @@ class EmbeddingTable:
         """How many rows are there already, of this table or of one that was interrupted; RunError: of another."""
         if self.path.exists():
             self._refuse_change(plan_of(self.path), self.path)
+            shutil.rmtree(
+                self.parts, ignore_errors=True
+            )  # what was killed between its last two lines leaves them
             return int(pq.read_metadata(self.path).num_rows)
         self.parts.mkdir(parents=True, exist_ok=True)
         if (self.parts / PLAN).exists():

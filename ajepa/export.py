@@ -1,6 +1,7 @@
 """Export: a trained encoder as files for others: safetensors, its configuration, a card that says what it is."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from safetensors.torch import save_file
 
 from ajepa.hub import FILES
 from ajepa.run import RECIPE, Json, flat
-from ajepa.trained import METADATA_KEY, WEIGHTS, Trained, trained
+from ajepa.trained import LAST_CHECKPOINT, METADATA_KEY, WEIGHTS, Trained, trained
 from pipeline.errors import RunError
 from pipeline.files import replacing
 
@@ -17,14 +18,16 @@ COMPUTE, EVALUATIONS = "compute.json", "evaluation*.json"  # of a run, where the
 UNSTATED = "not stated; ask those who made it before you build on it"
 
 
-def export(place: Path | str, out: Path, *, licence: str | None = None) -> Trained:
+def export(
+    place: Path | str, out: Path, *, licence: str | None = None, at: str | int = LAST_CHECKPOINT
+) -> Trained:
     """Write `model.safetensors`, `config.json` and `README.md` into the folder `out`; what was exported.
 
     The configuration also stands in the header of the safetensors file, which therefore is enough by itself;
-    nothing in it needs pickle or code. `licence` is that of the weights, and its user's to state. RunError where
-    `place` holds no encoder, or `out` something else than an export.
+    nothing in it needs pickle or code. `licence` is that of the weights, and its user's to state; `at` as in
+    `trained`. RunError where `place` holds no encoder, or `out` something else than an export.
     """
-    model = trained(place)
+    model = trained(place, at)
     model = replace(model, licence=licence or model.licence)
     refuse_other(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -58,7 +61,7 @@ def card(model: Trained, run: Path | None) -> str:
     recipe = origin.get("recipe", {})
     head = ["---", "library_name: ajepa", "pipeline_tag: feature-extraction"]
     head += ["tags: [audio, self-supervised-learning, JEPA]"]
-    head += [f"license: {model.licence}"] if model.licence else []
+    head += licence_lines(model.licence)
     lines = [
         *[*head, "---", "", f"# {model.recipe_name}, an audio encoder", ""],
         f"Sound of any length and rate in, one vector a clip and one every {column_ms:g} ms out:",
@@ -84,8 +87,19 @@ def card(model: Trained, run: Path | None) -> str:
         *section("Compute", read(run / COMPUTE) if run and (run / COMPUTE).is_file() else {}),
     ]
     for file in sorted(run.glob(EVALUATIONS)) if run else ():
-        lines += scores(file.name, read(file))
+        told = read(file)
+        if (
+            told.get("protocol", {}).get("step") == origin["step"]
+        ):  # another checkpoint's scores are not its own
+            lines += scores(file.name, told)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def licence_lines(licence: str | None) -> list[str]:
+    """For the hub, which knows licences by their short names and every other as `other` with a name."""
+    if licence is None or re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
+        return [f"license: {licence}"] if licence else []
+    return ["license: other", f"license_name: {json.dumps(licence)}"]
 
 
 def encoder_facts(model: Trained) -> Json:

@@ -62,11 +62,13 @@ def push(folder: Path, hub_id: str, *, private: bool = False) -> str:
         raise RunError(f"{folder}: lacks {', '.join(missing)}; give the --out folder of `ajepa-train export`")
     hub = _hub()
     try:
-        hub.create_repo(hub_id, private=private, exist_ok=True)
+        place = hub.create_repo(hub_id, private=private, exist_ok=True)
         hub.upload_folder(repo_id=hub_id, folder_path=folder, allow_patterns=list(FILES))
+    except ValueError as error:  # a name or a card that the hub knows better than we
+        raise RunError(f"{hub_id}: the hub does not take that ({_line(error)}); export again") from None
     except (hub.errors.HfHubHTTPError, hub.errors.LocalTokenNotFoundError, OSError) as error:
         raise RunError(f"{hub_id}: the hub did not take it ({_line(error)}); see: hf auth login") from None
-    return f"https://huggingface.co/{hub_id}"
+    return str(place)
 
 
 def _hub() -> ModuleType:

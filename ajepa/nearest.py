@@ -9,7 +9,7 @@ import pyarrow as pa
 from ajepa.embed import Embedder
 from ajepa.embedding_table import batches_of, plan_of
 from ajepa.pooling import Layer
-from ajepa.trained import trained
+from ajepa.trained import LAST_CHECKPOINT, trained
 from pipeline.errors import RunError
 
 ROWS = 8_192  # of the table at a time
@@ -28,14 +28,20 @@ class Neighbour:
 
 
 def nearest(
-    query: Path, index: Path, model: Path | str, *, count: int = 10, device: str = "auto"
+    query: Path,
+    index: Path,
+    model: Path | str,
+    *,
+    count: int = 10,
+    device: str = "auto",
+    at: str | int = LAST_CHECKPOINT,
 ) -> list[Neighbour]:
     """The most similar sounds of a table, the nearest first; read in pieces, so that it may be of any length.
 
     Each value is standardised over the table, as in `evaluate`'s kNN: what all sounds share tells none apart.
-    RunError where the table was made by another model; AudioError where the query cannot be used.
+    `at` as in `trained`. RunError where the table was made by another model; AudioError where the query cannot be used.
     """
-    plan, loaded = plan_of(index), trained(model)
+    plan, loaded = plan_of(index), trained(model, at)
     if plan["model_id"] != loaded.model_id:
         told = f"was made by model {plan['model_id']} ({plan['recipe']}), --model is {loaded.model_id}"
         raise RunError(f"{index}: {told} ({loaded.recipe_name}); give its own, or embed again")

@@ -19,6 +19,7 @@ from pipeline.errors import RunError
 from pipeline.melspec import MelSpec
 
 WEIGHTS = "model.safetensors"
+LAST_CHECKPOINT = "last"  # of a run, where nothing is said
 METADATA_KEY = "ajepa"  # in the header of that file: the configuration, as JSON
 FORMAT = 1
 PARTS = (
@@ -48,8 +49,8 @@ class Trained:
     licence: str | None = None
 
     @classmethod
-    def of_run(cls, path: Path) -> Self:
-        """At the newest checkpoint of a run: the target (EMA) encoder of a pre-trained one, or a fine-tuned one's.
+    def of_run(cls, path: Path, at: str | int = LAST_CHECKPOINT) -> Self:
+        """At a checkpoint of a run (`Run.load`): the target (EMA) encoder of a pre-trained one, or a fine-tuned one's.
 
         RunError where there is none, such as in a run of a convolutional network.
         """
@@ -59,9 +60,9 @@ class Trained:
             raise RunError(
                 f"{path}: its {run.recipe['model']['type']} has no encoder that embeds; give another run"
             )
-        there = {file.stem for folder in run.checkpoints()[-1:] for file in folder.glob("*.safetensors")}
+        there = {file.stem for file in run.folder_of(at).glob("*.safetensors")}
         part = next((part for part in PARTS if part in there), PARTS[0])
-        checkpoint, identity = run.load(part), run.identity
+        checkpoint, identity = run.load(part, at=at), run.identity
         weights = checkpoint.parts[part]
         if part != PARTS[0]:
             weights = {
@@ -151,14 +152,19 @@ class Trained:
         return encoder.requires_grad_(False).eval().to(device)
 
 
-def trained(place: Path | str) -> Trained:
+def trained(place: Path | str, at: str | int = LAST_CHECKPOINT) -> Trained:
     """From a run folder, an exported folder or file, or ORG/NAME[@REVISION] on the Hugging Face hub.
 
-    What lies on this machine comes first. Weights are safetensors: no pickle, and no code but this package's.
+    `at` is a run's checkpoint: last, best or a step; of anything else there is one (RunError). What lies on this
+    machine comes first. Weights are safetensors: no pickle, and no code but this package's.
     """
     path = Path(place)
     if (path / RECIPE).is_file():
-        return Trained.of_run(path)
+        return Trained.of_run(path, at)
+    if at != LAST_CHECKPOINT:
+        raise RunError(
+            f"{place}: is no run, and holds one checkpoint alone; leave out {at!r}, or give the run"
+        )
     if (path / WEIGHTS).is_file():
         return Trained.of_file(path / WEIGHTS)
     if path.is_file():

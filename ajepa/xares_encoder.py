@@ -37,9 +37,10 @@ class AjepaEncoder(nn.Module):
         """As the class says; `[S]` is taken for a batch of one."""
         audio_BS = audio[None] if audio.ndim == 1 else audio
         self.embedder.device = next(self.network.parameters()).device
+        frames = max(1, self.frames_of(audio_BS.shape[1]))
+        audio_BS = nn.functional.pad(audio_BS, (0, max(0, self.shortest_samples - audio_BS.shape[1])))
         ends_B = [sound_samples(wave_S, self.shortest_samples) for wave_S in audio_BS]
         told = self.embedder.embed_audio(audio_BS, self.sampling_rate, samples_B=ends_B)
-        frames = max(1, self.frames_of(audio_BS.shape[1]))
         frames_BTD = torch.stack(
             [
                 torch.cat((one.frames_TD, one.frames_TD.mean(0).expand(frames - len(one.frames_TD), -1)))
@@ -50,7 +51,7 @@ class AjepaEncoder(nn.Module):
 
     @property
     def shortest_samples(self) -> int:
-        """Of a sound: one frame of its spectrogram."""
+        """Of a sound: one frame of its spectrogram; what is shorter goes on in silence."""
         return self.embedder.mel.window_samples
 
     def frames_of(self, samples: int) -> int:

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and who may write in a store."""
+"""Files written whole or not at all, and who may write a store or a file that takes long."""
 
 import errno
 import fcntl
@@ -110,9 +110,18 @@ def locked(store: Path, part: Part = WHOLE) -> Iterator[None]:
         for other in sorted(store.glob("build.*lock")):
             if other.name != part.lock_name and part.meets(other.name) and not _is_free(other):
                 raise _taken(store, other)
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-        lock.flush()
+        _sign(lock)
+        yield
+
+
+@contextmanager
+def locked_file(path: Path) -> Iterator[None]:
+    """Hold a file that is long in the making; raises StoreError that names who else makes it. As `locked` else."""
+    lock_path = path.with_name(path.name + ".lock")
+    with _held(lock_path) as lock:
+        if lock is None:
+            raise _taken(path, lock_path)
+        _sign(lock)
         yield
 
 
@@ -141,6 +150,12 @@ def _held(path: Path) -> Iterator[BinaryIO | None]:
         finally:
             if ours:
                 path.unlink()  # who opened it before now finds it gone, above
+
+
+def _sign(lock: BinaryIO) -> None:
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+    lock.flush()
 
 
 def _is_free(path: Path) -> bool:

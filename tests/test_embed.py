@@ -13,6 +13,7 @@ from tiny import tiny
 import ajepa
 from ajepa.embed import Embedder
 from ajepa.features import Views, features
+from ajepa.pooling import Layer
 from ajepa.pretrain import pretrain
 from ajepa.trained import Trained
 from ajepa.vit import Encoder
@@ -213,6 +214,40 @@ def test_what_cannot_be_used_says_why(model, tmp_path, store_path):
         model.embed_audio(np.zeros((1, 2, 100), np.float32), RATE_HZ)
     silent = write(tmp_path / "silent.wav", np.zeros(32_000), RATE_HZ)
     assert model.embed(str(silent)).clips_BD.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("wave", "how", "told"),
+    [
+        (np.full(32_000, 1_000, np.int16), {}, r"torch\.int16: expected floats in \[-1, 1\]; divide 16-bit"),
+        (np.full(32_000, 1e30, np.float32), {}, "up to 1e\\+30 times full scale"),
+        (np.zeros(32_000), {"samples_B": [32_001]}, "a length for each of 1 waves, of at most 32000 samples"),
+        (np.zeros((2, 32_000)), {"samples_B": [9_000]}, "a length for each of 2 waves"),
+        (np.zeros(32_000), {"samples_B": [-1]}, r"samples_B \[-1\]"),
+        (np.zeros(32_000), {"batch": 0}, "batch 0: expected 1 window or more"),
+        (np.zeros(32_000), {"rate_hz": 0}, "audio at 0 Hz: expected a rate above 0"),
+    ],
+)
+def test_waves_that_are_none_are_refused(model, wave, how, told):
+    """Each would give numbers, or take all memory, and nobody would know why."""
+    with pytest.raises((RunError, AudioError), match=told):
+        model.embed_audio(wave, **{"rate_hz": RATE_HZ, **how})
+
+
+def test_odd_waves_and_files_are_sounds_like_others(model, run_path, tmp_path):
+    """Backwards in memory, six channels, a rate of its own, no sound at all; a layer by its name."""
+    wave_S = babble(2.0, RATE_HZ)
+    backwards_S = np.ascontiguousarray(wave_S[::-1])[::-1]
+    close(model.embed_audio(backwards_S, RATE_HZ).clips_BD, model.embed_audio(wave_S, RATE_HZ).clips_BD)
+    six = write(tmp_path / "six.wav", np.stack([wave_S] * 6, 1), RATE_HZ)
+    one = write(tmp_path / "one.wav", wave_S, RATE_HZ)
+    odd = write(tmp_path / "odd.wav", babble(2.0, 12_345), 12_345)
+    told = model.embed([six, one, odd])
+    close(told[0].clip_D, told[1].clip_D, 1e-4)
+    assert told[2].seconds == pytest.approx(2.0, abs=1e-4)
+    assert model.embed([]).clips_BD.shape == (0, model.width)
+    named, meant = (ajepa.load(run_path, device="cpu", layer=layer) for layer in ("block-1", Layer(block=1)))
+    close(named.embed_audio(wave_S, RATE_HZ).clips_BD, meant.embed_audio(wave_S, RATE_HZ).clips_BD)
 
 
 def test_a_store_of_another_front_end_is_refused(model, store):

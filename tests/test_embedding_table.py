@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -18,7 +19,7 @@ from ajepa.embed import Embedder
 from ajepa.embedding_job import embed_table, job_of
 from ajepa.nearest import nearest
 from ajepa.pretrain import pretrain
-from pipeline.errors import STOP_SIGNALS, InputError, RunError
+from pipeline.errors import STOP_SIGNALS, InputError, RunError, StoreError
 
 RATE_HZ = 32_000
 
@@ -148,6 +149,36 @@ def test_a_table_is_not_carried_on_as_another(model, run_path, folder, store_pat
         job_of([str(store_path), str(folder)], model)
 
 
+def test_a_table_has_one_writer(model, folder, tmp_path):
+    """Two at once would write the same parts; the second is told who has it, and the first goes on unharmed."""
+    out = tmp_path / "new" / "emb.parquet"
+    told = []
+
+    def opening(number):
+        if number == 5:
+            with pytest.raises(
+                StoreError, match=r"emb\.parquet is being written by process \d+ on .*; wait for it"
+            ):
+                embed_table(model, job, out, say=told.append)
+            told.append("refused")
+        return job.opening(number)
+
+    job = job_of([str(folder)], model)
+    counts = embed_table(model, replace(job, opening=opening), out, say=told.append, workers=0)
+    assert told == ["refused"]
+    assert counts["good"] == 9
+    assert [path.name for path in out.parent.iterdir()] == ["emb.parquet"]
+
+
+def test_a_table_killed_at_its_very_end_leaves_nothing_behind(model, folder, tmp_path):
+    """Between its last two steps the table is whole and its parts are still there."""
+    out = tmp_path / "emb.parquet"
+    embedded(model, [folder], out)
+    (tmp_path / "emb.parquet.partial").mkdir()
+    embedded(model, [folder], out)
+    assert [path.name for path in tmp_path.iterdir()] == ["emb.parquet"]
+
+
 def test_a_stores_clips_bring_their_ids_and_labels(model, store, store_path, tmp_path):
     """Its good clips, in their order, without decoding a sound."""
     rows = embedded(model, [store_path], tmp_path / "emb.parquet")
@@ -198,6 +229,7 @@ def test_the_commands_embed_stop_carry_on_and_search(folder, run_path, tmp_path)
     done = subprocess.run([*command, *asked], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("9 sounds embedded, without embedding: 1 truncated, 1 unreadable")
     search = ["nearest", str(folder / "1.wav"), "--index", str(out), "--model", str(run_path), "-k", "3"]
+    search += ["--checkpoint", "2"]  # the last
     found = subprocess.run([*command, *search], capture_output=True, text=True, check=True).stdout
     assert len(found.splitlines()) == 3
     assert found.splitlines()[0].split()[-1] == str(folder / "1.wav")

@@ -1,28 +1,25 @@
-"""Exports: the same model wherever it lies, without pickle; and as one graph from audio to embeddings."""
+"""Exports: the same model wherever it lies, whichever checkpoint it is, without pickle."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
-from dataclasses import replace
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
+from local_hub import local_hub
 from safetensors.torch import load_file, save_file
 from sounds import babble
 from tiny import tiny
 
 import ajepa
 from ajepa import cli, graph, hub
-from ajepa.embed import Embedder
-from ajepa.export import export
+from ajepa.export import export, licence_lines
 from ajepa.pretrain import pretrain
 from ajepa.run import Checkpoint, Run
 from ajepa.trained import METADATA_KEY, trained
 from pipeline.errors import RunError
-from pipeline.mel import log_mel
-from pipeline.melspec import AUDIO_JEPA, PASST
 
 RATE_HZ = 32_000
 
@@ -30,14 +27,14 @@ RATE_HZ = 32_000
 @pytest.fixture(scope="module")
 def run_path(store_path, tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "run"
-    return pretrain(store_path, tiny(), path, steps=2, device="cpu", say=lambda line: None).path
+    return pretrain(store_path, tiny(), path, steps=10, device="cpu", say=lambda line: None).path
 
 
 @pytest.fixture(scope="module")
 def folder(run_path, tmp_path_factory):
     metrics = {"map": {"value": 0.25, "low": 0.2, "high": 0.31}}
     scores = [{"probe": "linear", "metrics": metrics, "chance": 0.125, "per_class_ap": [0.25, None]}]
-    told = {"protocol": {"train_clips": 30}, "scores": scores}
+    told = {"protocol": {"step": 10, "train_clips": 30}, "scores": scores}
     (run_path / "evaluation.json").write_text(json.dumps(told))
     (run_path / "compute.json").write_text(json.dumps({"clips": 16, "flop": 1e12}))
     out = tmp_path_factory.mktemp("export") / "model"
@@ -55,6 +52,39 @@ def test_an_export_is_the_run_wherever_it_lies(run_path, folder, tmp_path):
     vectors = [model.embed_audio(wave_S, RATE_HZ).clips_BD for model in models]
     assert all(torch.equal(vectors[0], vector) for vector in vectors)
     assert models[2].model.licence == "cc-by-4.0"
+
+
+def test_a_run_is_loaded_at_the_checkpoint_that_is_asked_for(run_path, folder, tmp_path):
+    """The words of `evaluate --checkpoint`; an export tells its step and shows no other step's scores."""
+    run = Run.open(run_path)
+    for at, step in (("last", 10), (5, 5), ("5", 5)):
+        model = ajepa.load(run_path, at=at, device="cpu").model
+        assert model.origin["step"] == step
+        assert all(
+            torch.equal(model.weights[n], w) for n, w in run.load("target", at=step).parts["target"].items()
+        )
+    with pytest.raises(RunError, match="no checkpoint was probed, so none is the best"):
+        ajepa.load(run_path, at="best")
+    with pytest.raises(RunError, match="no checkpoint 7; expected last, best, or a step of 5, 10"):
+        ajepa.load(run_path, at=7)
+    with pytest.raises(RunError, match="is no run, and holds one checkpoint alone; leave out 'best'"):
+        ajepa.load(folder, at="best")
+    earlier = export(run_path, tmp_path / "earlier", at=5)
+    card = (tmp_path / "earlier" / "README.md").read_text()
+    assert trained(tmp_path / "earlier").model_id == earlier.model_id != trained(run_path).model_id
+    assert "| checkpoint | step 5 |" in card
+    assert "## Scores" not in card
+
+
+def test_the_best_checkpoint_is_that_of_the_highest_score(run_path, tmp_path):
+    """Not the newest, nor the first."""
+    before = Run.open(run_path)
+    weights = before.load("target").parts["target"]
+    run = Run.start(tmp_path / "run", recipe=before.recipe, identity=before.identity)
+    for step, score in ((1, 0.1), (2, 0.3), (3, 0.2)):
+        told = {name: weight + step for name, weight in weights.items()}
+        run.save(Checkpoint(step=step, parts={"target": told}), keep=3, score=score)
+    assert ajepa.load(run.path, at="best", device="cpu").model.origin["step"] == 2
 
 
 def test_a_fine_tuned_run_gives_its_encoder(run_path, tmp_path):
@@ -85,7 +115,7 @@ def test_the_card_states_what_a_user_must_know(folder, run_path):
         f"| store_id | {identity['store_id']} |",
         f"| mean | {identity['mean']} |",
         "| hop_samples | 320 |",
-        "| checkpoint | step 2 |",
+        "| checkpoint | step 10 |",
         "| clips | 16 |",
         "| probe | chance | map |\n| --- | --- | --- |\n| linear | 0.125 | 0.25 (0.2 to 0.31) |",
         "| train_clips | 30 |",
@@ -168,21 +198,60 @@ def test_the_load_command_tells_and_keeps(hub_cache, monkeypatch, capsys):
     assert ajepa.load("mine", device="cpu").model.licence == "cc-by-4.0"
 
 
-def test_a_push_sends_the_three_files_and_nothing_else(folder, tmp_path, monkeypatch):
-    """To a place that is made if need be."""
-    hugging = pytest.importorskip("huggingface_hub", reason="the hub is an extra")
-    asked = []
-    monkeypatch.setattr(hugging, "create_repo", lambda *what, **how: asked.append((what, how)))
-    monkeypatch.setattr(hugging, "upload_folder", lambda **how: asked.append(how))
-    assert hub.push(folder, "org/tiny", private=True) == "https://huggingface.co/org/tiny"
-    assert asked == [
-        (("org/tiny",), {"private": True, "exist_ok": True}),
-        {"repo_id": "org/tiny", "folder_path": folder, "allow_patterns": list(hub.FILES)},
-    ]
+def test_a_model_that_is_pushed_can_be_loaded_by_its_name(folder, tmp_path, monkeypatch):
+    """The commands, huggingface_hub and HTTP between them: three files go, and come back as they were."""
+    pytest.importorskip("huggingface_hub", reason="the hub is an extra: pip install 'ajepa[export]'")
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "private.txt").touch()
+    with local_hub() as server:
+        env = {
+            **os.environ,
+            "HF_ENDPOINT": server.address,
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_TOKEN": "hf_x",
+        }
+        program = [sys.executable, "-c", "from ajepa.cli import main; main()"]
+
+        def typed(*words: str) -> subprocess.CompletedProcess[str]:
+            how = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True, "check": False}
+            return subprocess.run([*program, *words], **how)
+
+        pushed = typed("push", "model", "org/tiny", "--private")
+        assert pushed.stdout == f"{server.address}/org/tiny: load it with ajepa.load('org/tiny')\n", (
+            pushed.stderr
+        )
+        assert sorted(server.files) == sorted(hub.FILES)
+        loaded = typed("load", "org/tiny", "--out", "mine")
+        assert f"model id  {trained(folder).model_id}" in loaded.stdout, loaded.stderr
+        for name in hub.FILES:
+            assert (tmp_path / "mine" / name).read_bytes() == (folder / name).read_bytes()
+        (tmp_path / "model" / "README.md").write_text("---\nlicense: my own\n---\n")
+        refused = typed("push", "model", "org/tiny")
+        assert refused.stderr.startswith(
+            "error: org/tiny: the hub does not take that (Invalid metadata in README.md."
+        )
+        assert refused.stderr.count("\n") == 1
+
+
+def test_a_push_of_something_else_is_refused(folder, tmp_path):
+    """Before the hub is asked."""
     with pytest.raises(RunError, match="lacks model"):
         hub.push(tmp_path, "org/tiny")
     with pytest.raises(RunError, match="expected ORG/NAME"):
         hub.push(folder, "tiny")
+
+
+@pytest.mark.parametrize(
+    ("licence", "told"),
+    [
+        (None, []),
+        ("cc-by-4.0", ["license: cc-by-4.0"]),
+        ('Mine: "all rights"', ["license: other", r'license_name: "Mine: \"all rights\""']),
+    ],
+)
+def test_a_licence_is_told_as_the_hub_reads_it(licence, told):
+    """A short name as it is; any other text under a name of its own, and never as broken YAML."""
+    assert licence_lines(licence) == told
 
 
 @pytest.mark.parametrize("name", ["huggingface_hub"])
@@ -193,83 +262,23 @@ def test_an_extra_that_is_missing_is_named(folder, monkeypatch, name):
         hub.push(folder, "org/tiny")
 
 
-@pytest.mark.parametrize("spec", [None, AUDIO_JEPA])
-def test_the_graphs_log_mel_is_the_pipelines(folder, spec):
-    """One convolution and one product against frame by frame; near the floor beside a tone, rounding shows."""
-    model = ajepa.load(folder, device="cpu")
-    if spec is not None:
-        model = Embedder(replace(model.model, mel=spec), device="cpu")
-    made = graph.AudioGraph(model)
-    wave_BS = torch.from_numpy(np.stack([babble(6.0, RATE_HZ, seed=s)[: made.samples] for s in range(2)]))
-    expected_BTF = log_mel(wave_BS, model.mel)
-    assert made.log_mel(wave_BS).shape == expected_BTF.shape == (2, 64, 128)
-    torch.testing.assert_close(made.log_mel(wave_BS), expected_BTF, atol=2e-3, rtol=0)
-
-
-def test_a_front_end_that_no_graph_is_made_of_is_named(folder):
-    """Rather than computed otherwise."""
-    model = Embedder(replace(ajepa.load(folder, device="cpu").model, mel=PASST), device="cpu")
-    with pytest.raises(RunError, match="passt is centred"):
-        graph.AudioGraph(model)
-
-
-@pytest.fixture(scope="module")
-def graphs(folder, tmp_path_factory):
-    """The commands' own files, made once: torch's exporter takes its time."""
-    pytest.importorskip("onnxscript", reason="ONNX is an extra: pip install 'ajepa[export]'")
-    model = ajepa.load(folder, device="cpu")
-    out = tmp_path_factory.mktemp("graphs")
-    graph.write_onnx(model, out / "a.onnx")
-    graph.write_program(model, out / "a.pt2")
-    return SimpleNamespace(model=model, onnx=out / "a.onnx", program=out / "a.pt2")
-
-
-def test_onnx_gives_what_the_model_gives(graphs):
-    """Any batch, full windows and short ones; audio past a sound's end is not heard."""
-    runtime = pytest.importorskip("onnxruntime", reason="ONNX is an extra: pip install 'ajepa[export]'")
-    session = runtime.InferenceSession(graphs.onnx, providers=["CPUExecutionProvider"])
-    facts = session.get_modelmeta().custom_metadata_map
-    assert facts["model_id"] == graphs.model.model.model_id
-    samples = int(facts["samples"])
-    audio_BS = np.stack([babble(1.0, RATE_HZ, seed=seed)[:samples] for seed in range(3)])
-    lengths_B = np.array([samples, 12_345, 5_000], np.int64)
-    clip_BD, frames_BCD, count_B = session.run(None, {"audio": audio_BS, "samples": lengths_B})
-    expected = graphs.model.embed_audio(audio_BS, RATE_HZ, samples_B=lengths_B.tolist())
-    np.testing.assert_allclose(clip_BD, expected.clips_BD, atol=1e-3)
-    for frames_CD, count, one in zip(frames_BCD, count_B, expected.each, strict=True):
-        assert 0 <= count - len(one.frames_TD) <= 1  # a last column whose centre lies past the end
-        np.testing.assert_allclose(frames_CD[: len(one.frames_TD)], one.frames_TD, atol=1e-3)
-    audio_BS[2, 5_000:] = 0.9
-    again_BD = session.run(["clip"], {"audio": audio_BS[2:], "samples": lengths_B[2:]})[0]
-    np.testing.assert_allclose(again_BD[0], clip_BD[2], atol=1e-6)
-
-
-def test_a_torch_program_gives_what_the_model_gives(graphs):
-    """Loaded without this package's code."""
-    program = torch.export.load(graphs.program).module()
-    samples = graph.AudioGraph(graphs.model).samples
-    audio_BS = torch.from_numpy(babble(1.0, RATE_HZ)[None, :samples])
-    with torch.inference_mode():
-        clip_BD, _, _ = program(audio_BS, torch.tensor([samples]))
-    torch.testing.assert_close(
-        clip_BD, graphs.model.embed_audio(audio_BS, RATE_HZ).clips_BD, atol=1e-4, rtol=0
-    )
-
-
 def test_the_export_command_writes_them_all(run_path, tmp_path, monkeypatch, capsys):
     """One command, each file told with what it takes."""
     told = []
-    monkeypatch.setattr(graph, "write_onnx", lambda model, out: told.append((model.pooling, out.name)))
-    monkeypatch.setattr(graph, "write_program", lambda model, out: told.append((model.pooling, out.name)))
+    for name in ("write_onnx", "write_program"):
+        write = lambda made, out: told.append((made.pooling, made.samples, out.name))  # noqa: E731
+        monkeypatch.setattr(graph, name, write)
     monkeypatch.setattr("signal.signal", lambda *told: None)
     files = ["--onnx", "a.onnx", "--torch-export", "a.pt2", "--pooling", "frequency"]
+    files += ["--audio-hz", "16000", "--checkpoint", "5"]
     monkeypatch.setattr(
         sys, "argv", ["ajepa-train", "export", str(run_path), "--out", str(tmp_path / "model"), *files]
     )
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert not stop.value.code
-    assert told == [("frequency", "a.onnx"), ("frequency", "a.pt2")]
+    assert told == [("frequency", 10480, "a.onnx"), ("frequency", 10480, "a.pt2")]
+    assert trained(tmp_path / "model").origin["step"] == 5
     said = capsys.readouterr().out
-    assert "windows of 20960 samples at 32000 Hz, any batch" in said
+    assert "windows of 10480 samples at 16000 Hz, any batch" in said
     assert f"Next: ajepa-train push {tmp_path / 'model'} ORG/NAME" in said

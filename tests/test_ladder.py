@@ -184,6 +184,8 @@ LADDER = [
     "ajepa.embedding_job",
     "ajepa.nearest",
     "ajepa.export",
+    "ajepa.resampler",
+    "ajepa.front_end",
     "ajepa.graph",
     "ajepa.hear",
     "ajepa.xares_encoder",

@@ -1,14 +1,24 @@
 """HEAR and X-ARES: every check of their own validators, and what these do not check."""
 
+import io
+import os
+import re
+import subprocess
 import sys
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from sounds import babble
 from tiny import tiny
+from xares_task import write_task
 
+import ajepa
 from ajepa import hear
 from ajepa.export import export
 from ajepa.trained import Trained
@@ -26,7 +36,7 @@ def place(request, tmp_path_factory):
     model = Trained(spec=spec, mel=request.param, mean=-7.0, std=4.0, weights=weights, origin={})
     folder = tmp_path_factory.mktemp("models") / "model"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("ajepa.export.trained", lambda place: model)
+        patched.setattr("ajepa.export.trained", lambda place, at: model)
         export("unused", folder)
     return folder
 
@@ -131,7 +141,10 @@ def test_xares_may_ask_for_minutes_and_for_silence(encoder):
     assert abs(told_BTD.shape[1] - 60_000 / encoder.hop_size_in_ms) <= 1
     assert told_BTD.isfinite().all()
     assert encoder(torch.zeros(2, encoder.sampling_rate)).isfinite().all()
-    assert encoder(torch.zeros(1, encoder.shortest_samples)).shape[1] == 1
+    for samples in (encoder.shortest_samples, 100, 1):
+        told_BTD = encoder(torch.full((1, samples), 0.1))
+        assert told_BTD.shape[1] == 1
+        assert told_BTD.isfinite().all()
 
 
 def test_xares_makes_its_encoder_without_arguments(place, monkeypatch):
@@ -141,6 +154,69 @@ def test_xares_makes_its_encoder_without_arguments(place, monkeypatch):
     monkeypatch.delenv(MODEL)
     with pytest.raises(RunError, match="AJEPA_MODEL is not set"):
         AjepaEncoder()
+
+
+def hisses(count: int, seed: int, rates_hz: Sequence[int]) -> Iterator[tuple[str, bytes, int]]:
+    """Noise of four levels, half a second to two seconds; the level is the label."""
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        label, rate_hz = number % 4, rates_hz[number // 4 % len(rates_hz)]
+        wave_S = 0.2 * 0.1**label * rng.standard_normal(round(rng.uniform(0.5, 2) * rate_hz))
+        held = io.BytesIO()
+        soundfile.write(held, wave_S.astype(np.float32), rate_hz, format="WAV", subtype="FLOAT")
+        yield f"{seed}-{number}", held.getvalue(), label
+
+
+@pytest.mark.parametrize("place", [A_JEPA], indirect=True, ids=["a-jepa"])
+def test_xares_runs_a_task_from_its_tars_to_its_scores(place, tmp_path):
+    """`python -m xares.run` as a user types it; what it scores are the vectors that `ajepa.load` gives."""
+    pytest.importorskip("xares", reason="xares is not installed")
+    torchaudio = pytest.importorskip(
+        "torchaudio", reason="torchaudio, by which xares reads sounds, is missing"
+    )
+    soundfile.write(tmp_path / "a.wav", np.zeros(1_000, np.float32), 16_000)
+    try:
+        torchaudio.load(tmp_path / "a.wav")
+    except (ImportError, RuntimeError):
+        pytest.skip("torchaudio, by which xares reads sounds, reads none here: it lacks torchcodec or FFmpeg")
+    model = ajepa.load(place, device="cpu")
+    rates_hz = (model.sample_rate_hz, 44_100)
+    sounds = {
+        split: list(hisses(count, seed, rates_hz))
+        for seed, (split, count) in enumerate({"train": 96, "valid": 16, "test": 32}.items())
+    }
+    task = write_task(tmp_path, "hiss", sounds, classes=4, epochs=60)
+    done = subprocess.run(
+        [sys.executable, "-m", "xares.run", "ajepa/xares_encoder.py", task.name, "--max-jobs", "0"],
+        cwd=tmp_path,
+        env={**os.environ, MODEL: str(place)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    told = re.search(r"^ *hiss +([\d.]+) +([\d.]+) ", done.stdout, flags=re.MULTILINE)
+    assert told, (done.stdout + done.stderr)[-2_000:]
+    assert min(map(float, told.groups())) >= 0.7  # chance: 0.25
+    scored = stored_means(tmp_path / "env" / "hiss" / "embeddings" / "AjepaEncoder")
+    for key, wav, _ in sounds["test"]:
+        wave_S, rate_hz = soundfile.read(io.BytesIO(wav), dtype="float32")
+        if rate_hz == model.sample_rate_hz:  # of others, its resampler and ours are not the same
+            ours_D = model.embed_audio(wave_S, rate_hz)[0].frames_TD.mean(0)
+            np.testing.assert_allclose(scored[key], ours_D, atol=1e-4)
+
+
+def stored_means(folder: Path) -> dict[str, np.ndarray]:
+    """Of each sound that X-ARES has encoded, the mean over time that it scores."""
+    means = {}
+    for tar in folder.glob("wds-encoded-test*.tar"):
+        with tarfile.open(tar) as opened:
+            for member in opened:
+                if member.name.endswith(".npy"):
+                    frames_TD = np.load(io.BytesIO(opened.extractfile(member).read()))
+                    means[member.name.removesuffix(".npy")[:-1]] = frames_TD.mean(
+                        0
+                    )  # its batch is the last digit
+    return means
 
 
 def test_xares_own_checker_agrees(place, monkeypatch):
