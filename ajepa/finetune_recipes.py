@@ -129,7 +129,7 @@ def fsd50k() -> Finetune:
 def own() -> Finetune:
     """Any labels of your own: AudioSet's 20k recipe on views as long as the store's clips, from a probed head.
 
-    Pooled by moments, which probes of small encoders gained most from; so short a clip's time must be in several patches.
+    Pooled by moments, which probes of small encoders gained most from (`bench/finetune.py`).
     Cost: a ViT-B needs a GPU; 1,000 clips of 10 s take 1.6e16 FLOP, two H100 minutes. Expected: depends on the clips;
     measure against `ajepa-train evaluate`, which trains nothing but probes.
     """
