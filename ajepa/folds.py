@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from ajepa.assignment import folds_of
+from ajepa.distributed import joined
 from ajepa.finetune import finetune
 from ajepa.finetuning import Finetune
+from ajepa.loop import quiet
 from ajepa.run import Run
 from ajepa.scores import ClassScores, kept_scores
 from ajepa.tasks.task import Task
@@ -19,16 +21,23 @@ from pipeline.store import FeatureStore
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Folds:
-    """What each fold came to, on the label set that was trained."""
+    """The run of each fold, all of them finished."""
 
     runs: tuple[Run, ...]
-    scores: tuple[ClassScores, ...]
+
+    @property
+    def scores(self) -> tuple[ClassScores, ...]:
+        """What each fold came to, on the label set that was trained."""
+        return tuple(kept_scores(run.path)[0] for run in self.runs)
 
     def __str__(self) -> str:
-        values_N = np.array([score.value for score in self.scores])
+        scores = self.scores
+        values_N = np.array([score.value for score in scores])
         of_each = ", ".join(f"{value:.3f}" for value in values_N)
         spread = values_N.std(ddof=1)
-        return f"{self.scores[0].metric} {values_N.mean():.3f} +- {spread:.3f} over {len(values_N)} folds ({of_each})"
+        return (
+            f"{scores[0].metric} {values_N.mean():.3f} +- {spread:.3f} over {len(values_N)} folds ({of_each})"
+        )
 
 
 def cross_validated(
@@ -42,7 +51,8 @@ def cross_validated(
 ) -> Folds:
     """`finetune` for each fold of the store, in RUN/fold1 and so on; folds that are finished are left alone."""
     runs = []
-    for number, split in enumerate(folds_of(task, store), start=1):
-        say(f"{run_path}: {split}")
-        runs.append(finetune(store, task, recipe, run_path / split, fold=number, say=say, **how))
-    return Folds(runs=tuple(runs), scores=tuple(kept_scores(run.path)[0] for run in runs))
+    with joined() as world:
+        for number, split in enumerate(folds_of(task, store), start=1):
+            (say if world.main else quiet)(f"{run_path}: {split}")
+            runs.append(finetune(store, task, recipe, run_path / split, fold=number, say=say, **how))
+    return Folds(runs=tuple(runs))

@@ -142,8 +142,8 @@ def test_what_is_measured_is_the_average_of_the_weights(store, whole, start):
     """The checkpoint's average gives the scores in the file; the weights themselves give others."""
     recipe = replace(tiny_finetune(), steps=20)
     assignment = assigned(OWN, store)
-    trainer = trainer_of(whole, recipe, assignment, CPU, start)
-    measuring = Measuring(trainer, assignment, whole.identity)
+    trainer = trainer_of(whole, recipe, assignment, CPU, start, at=20)
+    measuring = Measuring(whole, trainer, assignment, whole.identity)
     assert [score.value for score in measuring.measure()] == [
         score.value for score in kept_scores(whole.path)
     ]
@@ -157,7 +157,7 @@ def test_training_starts_from_the_pre_trained_encoder_and_its_average_too(store,
     """The EMA encoder, which is what probes are made on; a head of its own."""
     assignment, recipe = assigned(OWN, store), start.adopted(tiny_finetune())
     new = Run(path=tmp_path, recipe={}, identity=assignment.identity(), versions={})
-    trainer, untrained = (trainer_of(new, recipe, assignment, CPU, one) for one in (start, None))
+    trainer, untrained = (trainer_of(new, recipe, assignment, CPU, one, at=0) for one in (start, None))
     target = start.run.load("target").parts["target"]
     for model in (trainer.model, trainer.average):
         held = model.encoder.state_dict()
@@ -176,7 +176,7 @@ def test_a_probed_head_is_the_linear_probe_before_the_first_step(store, start, t
     assignment = assigned(OWN, store)
     recipe = start.adopted(tiny_finetune(1024, head="probe"))  # one view: means over views weigh by frames
     new = Run(path=tmp_path, recipe={}, identity=assignment.identity(), versions={})
-    trainer = trainer_of(new, recipe, assignment, CPU, start)
+    trainer = trainer_of(new, recipe, assignment, CPU, start, at=0)
     views = views_of(assignment, recipe, new.identity)
     pairs = (
         features(views, rows_N, trainer.model.encoder) for rows_N in (assignment.train_N, assignment.eval_N)
