@@ -80,8 +80,9 @@ def blocks_flop(stack: Stack, sequences: int, length: int, last: int) -> int:
 
 
 def unneeded(stack: Stack, tokens: int) -> int:
-    """The last product of the blocks: autograd does not ask for it again unless a layer scale multiplies it."""
-    return 0 if stack.layer_scale else product(tokens, 4 * stack.width, stack.width)
+    """The last product of the blocks: autograd does not ask for it again unless something multiplies it."""
+    multiplied = stack.layer_scale or stack.drop_path
+    return 0 if multiplied else product(tokens, 4 * stack.width, stack.width)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
