@@ -78,16 +78,28 @@ def larger(model: str, **changes) -> Finetune:
 @LINUX
 @pytest.mark.parametrize(
     "how",
-    [["vit"], ["vit", "bf16"], ["vit", "recompute"], ["vit", "micro"], ["passt"], ["cnn6"], ["convnext"]],
+    [
+        ["vit"],
+        ["vit", "bf16"],
+        ["vit", "recompute"],
+        ["vit", "micro"],
+        ["passt"],
+        ["cnn6"],
+        ["cnn6", "bf16"],
+        ["convnext"],
+    ],
     ids=str,
 )
 def test_the_estimate_is_near_what_a_process_takes(how):
     """In a process of its own: the resident peak of two steps, within a factor of 1.5.
 
-    Memory is given back as soon as it is free: pieces of some MB would else stay with the process, up to twice as much.
+    Recomputed blocks and filters come and go in pieces of some MB, which glibc keeps for the process: up to twice of
+    what is in use. There it is told to give them back, as it does larger ones, such as those of larger models.
     """
     program = [sys.executable, "-c", MEASURED, *how]
-    path = {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    path = {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
+    if {"recompute", "cnn6"} & set(how):
+        path["MALLOC_MMAP_THRESHOLD_"] = "65536"
     measured = int(subprocess.run(program, capture_output=True, check=True, env=path).stdout)
     needed = estimate(
         larger(how[0]),
