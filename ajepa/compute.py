@@ -147,7 +147,7 @@ class Meter:
     def resume(self, folder: Path, step: int) -> None:
         """Count on from what the run's folder says of its checkpoint at `step`; from 0 if it says nothing."""
         kept = read(folder)
-        self.earlier = [spent for spent in kept if spent.step < step]
+        self.earlier = [spent for spent in kept if spent.step <= step]
         self.start(next((spent for spent in kept if spent.step == step), Spent(step=step)))
 
     def step(self, cost: Spent) -> None:
