@@ -150,7 +150,7 @@ def test_what_does_not_fit_into_memory_is_refused_before_anything_is_written(
     store_path, tmp_path, monkeypatch
 ):
     """In one line; so is a model that cannot be trained in parts."""
-    monkeypatch.setattr("ajepa.memory.free_bytes", lambda device: 4_000_000)
+    monkeypatch.setattr("ajepa.memory.free_bytes", lambda device: 1_000_000)
     with pytest.raises(
         RunError, match=r"recipe tiny needs about .* for 8 clips at once, cpu has 0\.00 GB free"
     ):
