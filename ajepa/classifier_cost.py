@@ -24,12 +24,13 @@ PASSES = 3  # forward, and a gradient for each of the two that a product is of
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Seen:
-    """What a transformer makes of a clip in training: its blocks, how many patches, how many tokens with others."""
+    """What a transformer makes of a clip in training: its blocks, patches, tokens with others, inputs of its head."""
 
     stack: Stack
     patches: int
     patch_values: int
     tokens: int
+    pooled: int
 
 
 def seen_of(recipe: Finetune) -> Seen | None:
@@ -39,7 +40,11 @@ def seen_of(recipe: Finetune) -> Seen | None:
         grid = spec.encoder.grid
         values = grid.patch_values
         return Seen(
-            stack=stack_of(spec.encoder), patches=grid.tokens, patch_values=values, tokens=grid.tokens
+            stack=stack_of(spec.encoder),
+            patches=grid.tokens,
+            patch_values=values,
+            tokens=grid.tokens,
+            pooled=spec.pooled,
         )
     if not isinstance(spec, PasstSpec):
         return None
@@ -52,7 +57,9 @@ def seen_of(recipe: Finetune) -> Seen | None:
         drop_path=0.0,
     )
     shown = (spec.rows - spec.drop_rows) * (spec.cols - spec.drop_cols)
-    return Seen(stack=stack, patches=shown, patch_values=spec.patch**2, tokens=shown + TOKENS)
+    return Seen(
+        stack=stack, patches=shown, patch_values=spec.patch**2, tokens=shown + TOKENS, pooled=spec.width
+    )
 
 
 def step_cost(recipe: Finetune, classes: int, *, recompute: bool = False) -> Spent:
@@ -63,7 +70,7 @@ def step_cost(recipe: Finetune, classes: int, *, recompute: bool = False) -> Spe
     stack, width = seen.stack, seen.stack.width
     flop = (PASSES - 1) * product(clips * seen.patches, seen.patch_values, width)
     flop += (PASSES + recompute) * blocks_flop(stack, clips, seen.tokens, seen.tokens)
-    flop += PASSES * product(clips, width, classes)
+    flop += PASSES * product(clips, seen.pooled, classes)
     if recompute and not masks_tokens(recipe):
         flop -= unneeded(stack, clips * seen.tokens * stack.depth)
     return Spent(step=1, clips=clips, context_tokens=clips * seen.tokens, flop=flop)
@@ -106,7 +113,7 @@ def estimate(
 
 def weights_of(seen: Seen, classes: int) -> int:
     """Weights of a transformer, but for single vectors."""
-    ends = (seen.patch_values + 3) * seen.stack.width + (seen.stack.width + 1) * classes
+    ends = (seen.patch_values + 3) * seen.stack.width + (seen.pooled + 1) * classes
     return ends + seen.stack.depth * block_parameters(seen.stack)
 
 

@@ -13,16 +13,16 @@ from ajepa.classifier_cost import refuse_too_large, step_cost
 from ajepa.compute import Meter
 from ajepa.devices import PrecisionName, pick_device, pick_precision
 from ajepa.distributed import ALONE, joined
-from ajepa.evaluation import EVALUATION
+from ajepa.evaluation import EVALUATION, Evaluation
 from ajepa.features import Views
-from ajepa.finetuner import Finetuner, refuse_parts
+from ajepa.finetuner import AVERAGE, CLASSIFIER, Finetuner, refuse_parts
 from ajepa.finetuning import Finetune
 from ajepa.loop import asked_to_stop, begun, quiet, train
 from ajepa.models import of_frames
 from ajepa.probed_head import probed_head
 from ajepa.recipes import to_json
 from ajepa.run import Json, Run
-from ajepa.scores import ClassScores, keep, logits_of, scores
+from ajepa.scores import Held, judged, logits_of, measured_at_its_end, protocol
 from ajepa.start import Start
 from ajepa.tasks.task import Task
 from pipeline.dali import open_loader
@@ -75,7 +75,7 @@ def finetune(
             how: dict[str, Any] = {"recompute": recompute, "micro_clips": micro_batch}
             refuse_too_large(recipe, classes, on, half=numbers.half, world=world, **how)
             with begun(world, run_path, to_json(recipe), identity) as (run, done):
-                if done >= recipe.steps and (not world.main or (run.path / EVALUATION).exists()):
+                if done >= recipe.steps and (not world.main or measured_at_its_end(run)):
                     tell(f"{run.path}: already at its last step, {done}")
                     return run
                 how |= {"precision": numbers, "world": world if done < recipe.steps else ALONE}
@@ -87,7 +87,7 @@ def finetune(
                         steps = batches.batches(done, recipe.steps)
                         done = train(run, trainer, steps, stop, progress=progress, watch=watch, world=world)
                 if watch and done >= recipe.steps:
-                    keep(run.path, protocol(run, assignment), watch.last or watch.measure())
+                    watch.evaluation().save(run.path / EVALUATION)
                 trainer.world.wait()  # who ends first has the others terminated, also while they measure
         if done < recipe.steps:
             tell(f"{run.path}: checkpoint written at step {done} of {recipe.steps}; run me again to carry on")
@@ -101,7 +101,7 @@ class Measuring:
     def __init__(self, run: Run, trainer: Finetuner, assignment: Assignment, identity: Json) -> None:
         self.run, self.trainer, self.assignment = run, trainer, assignment
         self.views = views_of(assignment, trainer.recipe, identity)
-        self.last: list[ClassScores] = []
+        self.last: Held | None = None
         self.cost = step_cost(trainer.recipe, len(assignment.classes), recompute=trainer.recompute)
         self.meter = Meter(trainer.device, ranks=trainer.world.size)
         self.meter.resume(run.path, run.step)
@@ -109,11 +109,8 @@ class Measuring:
     def after(self, done: int) -> Json:
         """The metric on each label set, at the steps at which the recipe measures."""
         self.meter.step(self.cost)
-        self.last = []
-        if not self.trainer.recipe.evaluated(done):
-            return {}
-        self.last = self.measure()
-        return {f"eval_{score.metric}_{score.label_set}": score.value for score in self.last}
+        self.last = self.measure() if self.trainer.recipe.evaluated(done) else None
+        return self.last.logged() if self.last else {}
 
     def saving(self) -> None:
         """Write down what the run has cost up to the checkpoint that is about to be written."""
@@ -122,13 +119,22 @@ class Measuring:
     def ill(self) -> None:
         """Labels keep a model from collapsing; what does not learn is seen in what is measured."""
 
-    def measure(self) -> list[ClassScores]:
-        """The scores as the weights are now."""
+    def measure(self) -> Held:
+        """What the classifier says of them as its weights are now."""
         trainer, rows_N = self.trainer, self.assignment.eval_N
         bf16 = trainer.precision.dtype == torch.bfloat16
-        return scores(
-            self.assignment, logits_of(trainer.measured, self.views, rows_N, trainer.device, bf16=bf16)
+        logits_NC = logits_of(trainer.measured, self.views, rows_N, trainer.device, bf16=bf16)
+        return Held(assignment=self.assignment, logits_NC=logits_NC)
+
+    def evaluation(self) -> Evaluation:
+        """The scores of a finished run, with their protocol."""
+        run, trainer = self.run, self.trainer
+        part = CLASSIFIER if trainer.average is None else AVERAGE
+        weights = trainer.measured.state_dict()
+        told = protocol(
+            run, [self.assignment], step=run.step, weights=weights, part=part, device=trainer.device
         )
+        return judged(told, [self.last or self.measure()])
 
 
 def trainer_of(
@@ -176,15 +182,6 @@ def told(run: Run, assignment: Assignment, trainer: Finetuner, done: int, say: C
     ranks = f" on {trainer.world.size} ranks" if trainer.world.size > 1 else ""
     numbers = f"{trainer.precision.told}{ranks}"
     say(f"{run.path}: step {done} of {trainer.recipe.steps}, {rows}, {kept}, {classes}, {numbers}")
-
-
-def protocol(run: Run, assignment: Assignment) -> Json:
-    """How the scores of a finished run came about."""
-    names = ("store_id", "task", "label_set", "train_splits", "eval_splits", "from", "excluded")
-    told = {name: run.identity[name] for name in names if name in run.identity}
-    recipe = {name: run.recipe[name] for name in ("name", "seed", "ema", "clips_per_step")}
-    counts = {"train_clips": len(assignment.train_N), "eval_clips": len(assignment.eval_N)}
-    return {"run": str(run.path), "step": run.step, "recipe": recipe, **told, **counts}
 
 
 def fitted(recipe: Finetune, assignment: Assignment) -> Finetune:

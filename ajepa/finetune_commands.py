@@ -66,11 +66,11 @@ def finetune(
     """
     from ajepa.assignment import folds_of, refuse_other_classes
     from ajepa.distributed import joined
+    from ajepa.evaluation import EVALUATION, Evaluation
     from ajepa.finetune import finetune as stage
     from ajepa.finetune_recipes import FINETUNE_PIECES, recipe_of, resized
     from ajepa.folds import cross_validated
     from ajepa.overrides import overridden
-    from ajepa.scores import kept_scores, table
     from ajepa.start import Start
     from ajepa.tasks.catalogue import task as named
     from pipeline.store import FeatureStore
@@ -97,10 +97,9 @@ def finetune(
         refuse_other_classes(chosen, opened)
         if fold is None and folds_of(chosen, opened):
             folds = cross_validated(opened, chosen, made, run, **how)
-            if world.main:
-                print(f"{run}: {folds}")
+            if folds:
+                print(f"{run}: done, every fold\n{folds.table()}")
             return
         done = stage(opened, chosen, made, run, fold=fold, **how)
         if world.main:
-            scored = table(kept_scores(done.path))
-            print(f"{run}: done, {done.step} steps; on the held-out clips:\n{scored}")
+            print(f"{run}: done, {done.step} steps\n{Evaluation.read(done.path / EVALUATION).table()}")

@@ -11,9 +11,9 @@ from test_distributed import seen
 from test_finetune import folds_path  # noqa: F401  (a fixture)
 from tiny import tiny
 
+from ajepa.evaluation import EVALUATION, Evaluation
 from ajepa.pretrain import pretrain
 from ajepa.run import Run
-from ajepa.scores import kept_scores
 from pipeline.errors import Interrupted
 
 
@@ -26,8 +26,9 @@ def assert_near(run: Run, other: Run) -> None:
     for line, of_other in zip(run.metrics(), other.metrics(), strict=True):
         for name in ("loss", "gradient_norm"):
             assert of_other[name] == pytest.approx(line[name], rel=2e-3), (line["step"], name)
-    for score, of_other in zip(kept_scores(run.path), kept_scores(other.path), strict=True):
-        assert of_other.value == pytest.approx(score.value, abs=0.02)
+    one_found, two_found = (Evaluation.read(each.path / EVALUATION) for each in (run, other))
+    for score, of_other in zip(one_found.scores, two_found.scores, strict=True):
+        assert of_other.primary.value == pytest.approx(score.primary.value, abs=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,8 @@ def test_folds_are_trained_by_all_ranks_and_told_by_one(folds_path, tmp_path):  
     """One after the other, each with the scores of one process; finished ones are left alone."""
     status, said = torchrun(folds_path, tmp_path / "run", stage="folds")
     assert status == 0, said
-    assert sum(line.startswith("accuracy ") for line in said) == 1
+    assert sum("mean over 2 folds" in line for line in said) == 1
+    assert (tmp_path / "run" / EVALUATION).exists()
     ranks.train_folds(folds_path, tmp_path / "alone")
     for fold in ("fold1", "fold2"):
         two, one = (Run.open(tmp_path / name / fold) for name in ("run", "alone"))
