@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ajepa.distributed import ALONE, World
 from ajepa.finetuning import Finetune
 from ajepa.partition import FOLD
 from ajepa.run import Json
@@ -67,8 +68,8 @@ class Assignment:
             told["excluded"] = self.store.excluded.digest
         return told
 
-    def order(self, recipe: Finetune) -> Order:
-        """Which clips come when, as the recipe samples them; InputError where there are too few."""
+    def order(self, recipe: Finetune, world: World = ALONE) -> Order:
+        """Which clips come when to this rank, as the recipe samples them; InputError where there are too few."""
         rows_N = self.train_N
         sampling: Sampling = FULL_SHUFFLE
         if recipe.sampling == "repeated":
@@ -77,7 +78,14 @@ class Assignment:
             sampling = self._weighted(recipe, recipe.clips_per_epoch or len(rows_N))
         elif recipe.clips_per_epoch:
             raise RunError(f"recipe {recipe.name}: clips_per_epoch is for balanced sampling; set it to 0")
-        return Order(rows_N=rows_N, clips=recipe.clips_per_step, seed=recipe.seed, sampling=sampling)
+        return Order(
+            rows_N=rows_N,
+            clips=world.share(recipe.clips_per_step),
+            seed=recipe.seed,
+            rank=world.rank,
+            world=world.size,
+            sampling=sampling,
+        )
 
     def _weighted(self, recipe: Finetune, clips: int) -> Sampling:
         weights = balanced(self.store, self.train_N, label_set=self.label_set, scheme=recipe.weights)

@@ -74,7 +74,7 @@ class Stack:
         if not self.drop_path:
             return None
         drop_L11 = np.linspace(0.0, self.drop_path, self.depth)[:, None, None]
-        stays_L2B = rng.random((self.depth, 2, clips)) >= drop_L11
+        stays_L2B = np.moveaxis(rng.random((clips, self.depth, 2)), 0, 2) >= drop_L11
         return torch.from_numpy((stays_L2B / (1 - drop_L11)).astype(np.float32))
 
 

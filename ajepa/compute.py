@@ -80,8 +80,9 @@ def blocks_flop(stack: Stack, sequences: int, length: int, last: int) -> int:
 
 
 def unneeded(stack: Stack, tokens: int) -> int:
-    """The last product of the blocks: autograd does not ask for it again unless a layer scale multiplies it."""
-    return 0 if stack.layer_scale else product(tokens, 4 * stack.width, stack.width)
+    """The last product of the blocks: autograd does not ask for it again unless something multiplies it."""
+    multiplied = stack.layer_scale or stack.drop_path
+    return 0 if multiplied else product(tokens, 4 * stack.width, stack.width)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,10 +90,10 @@ class Spent:
     """What the weights behind `step` steps have cost; what a kill threw away is not in it, nor is watching.
 
     clips             as often as they were seen, of all ranks
-    context_tokens    that the context encoder saw, of all mask sets
-    predicted_tokens  in all groups, those past a clip's end among them
+    context_tokens    that the encoder saw, of all mask sets; 0 where a classifier has no tokens
+    predicted_tokens  in all groups, those past a clip's end among them; 0 in fine-tuning
     teacher_tokens    that the target encoder saw; 0 where there is no teacher
-    flop              `step_flop`, summed
+    flop              `step_flop`, or `classifier_cost.step_cost`, summed
     hours             of the wall, from the first batch, checkpoints and watching included
     peak_memory_gb    10^9 bytes, of one process: resident on a CPU, allocated by torch on a GPU
     """
@@ -106,19 +107,23 @@ class Spent:
     hours: float = 0.0
     peak_memory_gb: float = 0.0
 
-    def after(self, recipe: Pretrain, shape: StepShape, *, recompute: bool) -> "Spent":
-        """One step more."""
-        rows, tokens = shape.clips * recipe.mask_sets, recipe.model.encoder.grid.tokens
-        seen = shape.clips * tokens if recipe.model.targets == "teacher" else 0
-        return replace(
-            self,
-            step=self.step + 1,
-            clips=self.clips + shape.clips,
-            context_tokens=self.context_tokens + rows * shape.context,
-            predicted_tokens=self.predicted_tokens + rows * shape.groups * shape.queries,
-            teacher_tokens=self.teacher_tokens + seen,
-            flop=self.flop + step_flop(recipe, shape, recompute=recompute),
-        )
+    def plus(self, one: "Spent") -> "Spent":
+        """The cost of a step added; the clock's and the memory's are the meter's own."""
+        counts = ("step", "clips", "context_tokens", "predicted_tokens", "teacher_tokens", "flop")
+        return replace(self, **{name: getattr(self, name) + getattr(one, name) for name in counts})
+
+
+def step_cost(recipe: Pretrain, shape: StepShape, *, recompute: bool) -> Spent:
+    """What one step of pre-training takes."""
+    rows, tokens = shape.clips * recipe.mask_sets, recipe.model.encoder.grid.tokens
+    return Spent(
+        step=1,
+        clips=shape.clips,
+        context_tokens=rows * shape.context,
+        predicted_tokens=rows * shape.groups * shape.queries,
+        teacher_tokens=shape.clips * tokens if recipe.model.targets == "teacher" else 0,
+        flop=step_flop(recipe, shape, recompute=recompute),
+    )
 
 
 class Meter:
@@ -128,10 +133,8 @@ class Meter:
                   "earlier": `Spent` at those before}
     """
 
-    def __init__(
-        self, recipe: Pretrain, device: torch.device, *, recompute: bool = False, ranks: int = 1
-    ) -> None:
-        self.recipe, self.device, self.recompute, self.ranks = recipe, device, recompute, ranks
+    def __init__(self, device: torch.device, *, ranks: int = 1) -> None:
+        self.device, self.ranks = device, ranks
         self.earlier: list[Spent] = []
         self.start(Spent())
 
@@ -144,12 +147,12 @@ class Meter:
     def resume(self, folder: Path, step: int) -> None:
         """Count on from what the run's folder says of its checkpoint at `step`; from 0 if it says nothing."""
         kept = read(folder)
-        self.earlier = [spent for spent in kept if spent.step < step]
+        self.earlier = [spent for spent in kept if spent.step <= step]
         self.start(next((spent for spent in kept if spent.step == step), Spent(step=step)))
 
-    def step(self, shape: StepShape) -> None:
+    def step(self, cost: Spent) -> None:
         """One step was taken."""
-        self.spent = self.spent.after(self.recipe, shape, recompute=self.recompute)
+        self.spent = self.spent.plus(cost)
 
     def now(self) -> Spent:
         """What has been spent so far."""

@@ -52,13 +52,15 @@ class World:
         if self.size == 1:
             return list(values)
         total_N = torch.tensor(values, dtype=torch.float64)  # on the CPU: no GPU is waited for
-        try:
+        with together():
             dist.all_reduce(total_N)
-        except RuntimeError:  # gloo's only kind
-            raise RunError(
-                "another rank is no more: its message says why, without one it was killed; run the same command again"
-            ) from None
         return total_N.tolist()
+
+    def align(self, model: nn.Module) -> None:
+        """Have the model of every rank hold what the main rank's holds; RunError where that is no more."""
+        for value in model.state_dict().values() if self.size > 1 else ():
+            with together():
+                dist.broadcast(value, 0)
 
     def wait(self) -> None:
         """Until every rank is here."""
@@ -78,6 +80,17 @@ class World:
         synced = "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers"
         how: dict[str, Any] = {synced: False, "gradient_as_bucket_view": True}
         return DistributedDataParallel(model, **how)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """RunError where a rank that others wait for is no more."""
+    try:
+        yield
+    except RuntimeError:  # gloo's only kind
+        raise RunError(
+            "another rank is no more: its message says why, without one it was killed; run the same command again"
+        ) from None
 
 
 ALONE = World()

@@ -3,18 +3,21 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from ajepa.assignment import Assignment, assigned
 from ajepa.classifier import Vit
-from ajepa.devices import pick_device
+from ajepa.classifier_cost import refuse_too_large, step_cost
+from ajepa.compute import Meter
+from ajepa.devices import PrecisionName, pick_device, pick_precision
+from ajepa.distributed import ALONE, joined
 from ajepa.evaluation import EVALUATION, Evaluation
 from ajepa.features import Views
-from ajepa.finetuner import AVERAGE, CLASSIFIER, Finetuner
+from ajepa.finetuner import AVERAGE, CLASSIFIER, Finetuner, refuse_parts
 from ajepa.finetuning import Finetune
-from ajepa.loop import asked_to_stop, train
+from ajepa.loop import asked_to_stop, begun, quiet, train
 from ajepa.models import of_frames
 from ajepa.probed_head import probed_head
 from ajepa.recipes import to_json
@@ -38,8 +41,11 @@ def finetune(
     start: Start | None = None,
     label_set: str = "raw",
     fold: int | None = None,
+    micro_batch: int | None = None,
     device: str = "auto",
+    precision: PrecisionName = "auto",
     loader: Literal["dali", "plain"] = "dali",
+    recompute: bool = False,
     on_broken: Literal["raise", "skip"] = "raise",
     progress: bool = False,
     say: Callable[[str], None] = to_stderr,
@@ -48,54 +54,67 @@ def finetune(
 
     The encoder is `start`'s, whose recipe `Start.adopted` has made this one of; without it training starts from
     nothing. What is measured at the end lies in RUN/evaluation.json, on the way in the metrics. `fold`: which of
-    the store's folds is measured. Carried on and interrupted as `pretrain` is; RunError or StoreError where task,
-    store, start and recipe do not fit, before anything is written.
+    the store's folds is measured. Carried on, interrupted, dealt to ranks and to passes of `micro_batch` clips as
+    `pretrain` is, `precision` and `recompute` as there; rank 0 alone measures. RunError or StoreError where task,
+    store, start, recipe, device and memory do not fit, before anything is written.
     """
-    store = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
-    refuse_other_mel(store, recipe, start)
-    on, assignment = pick_device(device), assigned(task, store, label_set=label_set, fold=fold)
-    recipe = fitted(recipe, assignment)
-    order = assignment.order(recipe)
-    recipe = recipe.of_epochs(order.steps_per_epoch)
-    identity = assignment.identity() | {"from": start.identity() if start else None}
-    view = view_of(recipe, identity)
-    with open_loader(store, order, view, kind=loader, device=on, on_broken=on_broken, say=say) as batches:
-        run = Run.start(run_path, recipe=to_json(recipe), identity=identity)
-        with run.locked():
-            run.rewind()
-            if run.finished and measured_at_its_end(run):
-                say(f"{run.path}: already at its last step, {run.step}")
-                return run
-            trainer = trainer_of(run, recipe, assignment, on, start)
-            watch = Measuring(trainer, assignment, identity)
-            told(run, recipe, assignment, trainer, say)
-            if not run.finished:
-                with asked_to_stop() as stop:
-                    steps = batches.batches(run.step, recipe.steps)
-                    train(run, trainer, steps, stop, progress=progress, watch=watch)
-            if run.finished:
-                watch.evaluation(run).save(run.path / EVALUATION)
-    if not run.finished:
-        say(f"{run.path}: checkpoint written at step {run.step} of {recipe.steps}; run me again to carry on")
-        raise Interrupted
-    return run
+    with joined() as world:
+        tell = say if world.main else quiet
+        store = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
+        refuse_other_mel(store, recipe, start)
+        on = pick_device(device, world.local_rank if world.size > 1 else None)
+        numbers = pick_precision(precision, on)
+        assignment = assigned(task, store, label_set=label_set, fold=fold)
+        recipe = fitted(recipe, assignment)
+        refuse_parts(recipe, world=world, micro_clips=micro_batch, recompute=recompute)
+        order = assignment.order(recipe, world)
+        recipe = recipe.of_epochs(order.steps_per_epoch)
+        identity = assignment.identity() | {"from": start.identity() if start else None}
+        view, classes = view_of(recipe, identity), len(assignment.classes)
+        with open_loader(store, order, view, kind=loader, device=on, on_broken=on_broken, say=say) as batches:
+            how: dict[str, Any] = {"recompute": recompute, "micro_clips": micro_batch}
+            refuse_too_large(recipe, classes, on, half=numbers.half, world=world, **how)
+            with begun(world, run_path, to_json(recipe), identity) as (run, done):
+                if done >= recipe.steps and (not world.main or measured_at_its_end(run)):
+                    tell(f"{run.path}: already at its last step, {done}")
+                    return run
+                how |= {"precision": numbers, "world": world if done < recipe.steps else ALONE}
+                trainer = trainer_of(run, recipe, assignment, on, start, at=done, **how)
+                told(run, assignment, trainer, done, tell)
+                watch = Measuring(run, trainer, assignment, identity) if world.main else None
+                if done < recipe.steps:
+                    with asked_to_stop() as stop:
+                        steps = batches.batches(done, recipe.steps)
+                        done = train(run, trainer, steps, stop, progress=progress, watch=watch, world=world)
+                if watch and done >= recipe.steps:
+                    watch.evaluation().save(run.path / EVALUATION)
+                trainer.world.wait()  # who ends first has the others terminated, also while they measure
+        if done < recipe.steps:
+            tell(f"{run.path}: checkpoint written at step {done} of {recipe.steps}; run me again to carry on")
+            raise Interrupted
+        return run
 
 
 class Measuring:
-    """What measures the held-out clips on the way; `loop.Watch`."""
+    """What measures the held-out clips on the way, and counts what training costs; `loop.Watch`."""
 
-    def __init__(self, trainer: Finetuner, assignment: Assignment, identity: Json) -> None:
-        self.trainer, self.assignment = trainer, assignment
+    def __init__(self, run: Run, trainer: Finetuner, assignment: Assignment, identity: Json) -> None:
+        self.run, self.trainer, self.assignment = run, trainer, assignment
         self.views = views_of(assignment, trainer.recipe, identity)
         self.last: Held | None = None
+        self.cost = step_cost(trainer.recipe, len(assignment.classes), recompute=trainer.recompute)
+        self.meter = Meter(trainer.device, ranks=trainer.world.size)
+        self.meter.resume(run.path, run.step)
 
     def after(self, done: int) -> Json:
         """The metric on each label set, at the steps at which the recipe measures."""
+        self.meter.step(self.cost)
         self.last = self.measure() if self.trainer.recipe.evaluated(done) else None
         return self.last.logged() if self.last else {}
 
     def saving(self) -> None:
-        """Nothing of what is measured is carried on with."""
+        """Write down what the run has cost up to the checkpoint that is about to be written."""
+        self.meter.save(self.run.path)
 
     def ill(self) -> None:
         """Labels keep a model from collapsing; what does not learn is seen in what is measured."""
@@ -103,12 +122,13 @@ class Measuring:
     def measure(self) -> Held:
         """What the classifier says of them as its weights are now."""
         trainer, rows_N = self.trainer, self.assignment.eval_N
-        logits_NC = logits_of(trainer.measured, self.views, rows_N, trainer.device, bf16=trainer.bf16)
+        bf16 = trainer.precision.dtype == torch.bfloat16
+        logits_NC = logits_of(trainer.measured, self.views, rows_N, trainer.device, bf16=bf16)
         return Held(assignment=self.assignment, logits_NC=logits_NC)
 
-    def evaluation(self, run: Run) -> Evaluation:
+    def evaluation(self) -> Evaluation:
         """The scores of a finished run, with their protocol."""
-        trainer = self.trainer
+        run, trainer = self.run, self.trainer
         part = CLASSIFIER if trainer.average is None else AVERAGE
         weights = trainer.measured.state_dict()
         told = protocol(
@@ -118,22 +138,31 @@ class Measuring:
 
 
 def trainer_of(
-    run: Run, recipe: Finetune, assignment: Assignment, device: torch.device, start: Start | None
+    run: Run,
+    recipe: Finetune,
+    assignment: Assignment,
+    device: torch.device,
+    start: Start | None,
+    *,
+    at: int,
+    **how: Any,
 ) -> Finetuner:
-    """The trainer where the run stands: at its newest checkpoint, or with the encoder that it starts from.
+    """The trainer where the run stands: at its checkpoint of step `at`, or with the encoder that it starts from.
 
-    And with its probed head, if the recipe asks for one.
+    And with its probed head, if the recipe asks for one. `how` is the rest of what a Finetuner is told.
     """
     merge_SC = torch.from_numpy(assignment.merge_SC)
-    trainer = Finetuner(recipe, merge_SC, device, single=assignment.single)
-    if run.step:
-        trainer.restore(run.load())
-    elif start:
+    trainer = Finetuner(recipe, merge_SC, device, single=assignment.single, **how)
+    if at:
+        trainer.restore(run.load(at=at))
+    elif start and trainer.world.main:
         trainer.take(start.weights())
         if recipe.head == "probe" and isinstance(trainer.model, Vit):
             views = views_of(assignment, recipe, run.identity)
             weight_CD, bias_C = probed_head(trainer.model, views, assignment, recipe.seed)
             trainer.take({"head.weight": weight_CD, "head.bias": bias_C})
+    for model in trainer.parts.values():
+        trainer.world.align(model)
     return trainer
 
 
@@ -143,16 +172,16 @@ def views_of(assignment: Assignment, recipe: Finetune, identity: Json) -> Views:
     return Views(store=assignment.store, frames=recipe.model.frames, mean=mean, std=std)
 
 
-def told(
-    run: Run, recipe: Finetune, assignment: Assignment, trainer: Finetuner, say: Callable[[str], None]
-) -> None:
+def told(run: Run, assignment: Assignment, trainer: Finetuner, done: int, say: Callable[[str], None]) -> None:
     """What is trained on what, and what is odd about it."""
     for note in assignment.notes:
         say(f"{assignment.store.place}: {note}")
     rows = f"{len(assignment.train_N)} clips of {', '.join(assignment.train_splits)}"
     kept = f"{len(assignment.eval_N)} of {', '.join(assignment.eval_splits)} to measure"
     classes = f"{len(assignment.classes)} classes, {'one' if assignment.single else 'several'} to a clip"
-    say(f"{run.path}: step {run.step} of {recipe.steps}, {rows}, {kept}, {classes}, {trainer.precision}")
+    ranks = f" on {trainer.world.size} ranks" if trainer.world.size > 1 else ""
+    numbers = f"{trainer.precision.told}{ranks}"
+    say(f"{run.path}: step {done} of {trainer.recipe.steps}, {rows}, {kept}, {classes}, {numbers}")
 
 
 def fitted(recipe: Finetune, assignment: Assignment) -> Finetune:

@@ -33,13 +33,23 @@ def finetune(
     fold: Annotated[int | None, typer.Option(min=1, help="Fold to measure. [default: each in turn]")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs. [default: the recipe's]")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Clips per step. [default: the recipe's]")] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="Clips at once: less memory, same result. [default: all]")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Head, order, changes. [default: 0]")] = None,
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is one.")
     ] = "auto",
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"],
+        typer.Option(help="auto: bf16 where the hardware has it; fp16: CUDA only."),
+    ] = "auto",
     loader: Annotated[
         Literal["dali", "plain"], typer.Option(help="The plain one gives the same batches, slower.")
     ] = "dali",
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Less memory, up to a third slower, same results.")
+    ] = False,
     on_broken: Annotated[
         Literal["raise", "skip"], typer.Option(help="skip: another clip of the step stands in.")
     ] = "raise",
@@ -49,11 +59,13 @@ def finetune(
     """Fine-tune an encoder, or train a classifier, on a task; measure held-out clips.
 
     Held out are the task's own splits: eval, test, or one fold after the other.
-    The same command again carries on exactly; see pretrain.
+    The same command again carries on exactly, and torchrun starts it on several
+    GPUs; see pretrain.
 
     Example: ajepa-train finetune --store as20k.zarr --task own --from runs/a --run runs/b
     """
     from ajepa.assignment import folds_of, refuse_other_classes
+    from ajepa.distributed import joined
     from ajepa.evaluation import EVALUATION, Evaluation
     from ajepa.finetune import finetune as stage
     from ajepa.finetune_recipes import FINETUNE_PIECES, recipe_of, resized
@@ -63,24 +75,31 @@ def finetune(
     from ajepa.tasks.catalogue import task as named
     from pipeline.store import FeatureStore
 
-    chosen, started = named(task), Start.of(start) if start else None
-    made = recipe_of(model, recipe, chosen.recipe)
-    made = started.adopted(made) if started else made
-    made = resized(
-        overridden(made, settings or [], FINETUNE_PIECES), epochs=epochs, clips_per_step=batch, seed=seed
-    )
-    opened = FeatureStore.open(store, cache=cache, cache_gb=cache_gb)
-    how: dict[str, Any] = {
-        "start": started,
-        "label_set": labels,
-        "device": device,
-        "loader": loader,
-        "on_broken": on_broken,
-        "progress": True,
-    }
-    refuse_other_classes(chosen, opened)
-    if fold is None and folds_of(chosen, opened):
-        print(f"{run}: done, every fold\n{cross_validated(opened, chosen, made, run, **how).table()}")
-        return
-    done = stage(opened, chosen, made, run, fold=fold, **how)
-    print(f"{run}: done, {done.step} steps\n{Evaluation.read(done.path / EVALUATION).table()}")
+    with joined() as world:
+        chosen, started = named(task), Start.of(start) if start else None
+        made = recipe_of(model, recipe, chosen.recipe)
+        made = started.adopted(made) if started else made
+        made = resized(
+            overridden(made, settings or [], FINETUNE_PIECES), epochs=epochs, clips_per_step=batch, seed=seed
+        )
+        opened = FeatureStore.open(store, cache=cache, cache_gb=cache_gb)
+        how: dict[str, Any] = {
+            "start": started,
+            "label_set": labels,
+            "micro_batch": micro_batch,
+            "device": device,
+            "precision": precision,
+            "loader": loader,
+            "recompute": recompute,
+            "on_broken": on_broken,
+            "progress": True,
+        }
+        refuse_other_classes(chosen, opened)
+        if fold is None and folds_of(chosen, opened):
+            folds = cross_validated(opened, chosen, made, run, **how)
+            if folds:
+                print(f"{run}: done, every fold\n{folds.table()}")
+            return
+        done = stage(opened, chosen, made, run, fold=fold, **how)
+        if world.main:
+            print(f"{run}: done, {done.step} steps\n{Evaluation.read(done.path / EVALUATION).table()}")

@@ -1,72 +1,98 @@
 """Finetuner: one step of fine-tuning: rates by depth, the average of the weights, what a checkpoint holds."""
 
 import copy
-import math
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ajepa.classifier import Classifier
+from ajepa.classifier import Classifier, Vit
 from ajepa.curriculum import step_rng
-from ajepa.devices import precision
+from ajepa.devices import Precision
+from ajepa.distributed import ALONE, World
 from ajepa.finetuning import Finetune
-from ajepa.models import built
-from ajepa.optimiser import AdamW, moments_of, restore_moments
-from ajepa.run import Checkpoint, Json
+from ajepa.models import MODELS, built, model_name
+from ajepa.optimiser import AdamW
+from ajepa.randomness import PassRng
+from ajepa.run import Json
+from ajepa.stepper import Stepper
 from pipeline.errors import RunError
 from pipeline.loader import Batch
 
-CLASSIFIER, AVERAGE, OPTIMISER = "classifier", "average", "optimiser"  # parts of a checkpoint
+CLASSIFIER, AVERAGE = "classifier", "average"  # parts of a checkpoint
 
 
-class Finetuner:
+class Finetuner(Stepper):
     """Classifier and optimiser of one recipe on one device; `loop.Trainer`.
+
+    What is random about a model is drawn for the global batch: this rank's part of it begins at `first`.
 
     merge_SC  from the store's classes to those of the task; `single`: each clip has one of them
     """
 
-    def __init__(self, recipe: Finetune, merge_SC: Tensor, device: torch.device, *, single: bool) -> None:
-        self.recipe, self.device, self.single = recipe, device, single
+    recipe: Finetune
+
+    def __init__(
+        self,
+        recipe: Finetune,
+        merge_SC: Tensor,
+        device: torch.device,
+        *,
+        single: bool,
+        world: World = ALONE,
+        micro_clips: int | None = None,
+        precision: Precision | None = None,
+        recompute: bool = False,
+    ) -> None:
+        self.single, self.recompute = single, recompute
         self.merge_SC = None if is_identity(merge_SC) else merge_SC.to(device)
-        self.model: Classifier = built(recipe.model, merge_SC.shape[1], recipe.seed).to(device)
-        self.average: Classifier | None = copy.deepcopy(self.model) if recipe.ema else None
-        self.optimiser = layered_adamw(self.model.layers(), recipe.optimiser, recipe.layer_decay)
-        self.bf16, self.precision = precision(device)
+        model = built(recipe.model, merge_SC.shape[1], recipe.seed).to(device)
+        if recompute and isinstance(model, Vit):
+            model.encoder.recompute = True
+        self.classifier: Classifier = model
+        self.average: Classifier | None = copy.deepcopy(model) if recipe.ema else None
+        super().__init__(
+            recipe,
+            model,
+            layered_adamw(model.layers(), recipe.optimiser, recipe.layer_decay),
+            device,
+            parts={CLASSIFIER: model} | ({AVERAGE: self.average} if self.average else {}),
+            world=world,
+            micro_clips=micro_clips,
+            precision=precision,
+        )
+        self.first = world.rank * self.clips
 
     def take(self, weights: dict[str, Tensor]) -> None:
         """Take over some weights, such as a pre-trained encoder's; the others stay as they were drawn."""
-        for model in (self.model, self.average):
-            if model is not None:
-                model.load_state_dict({**model.state_dict(), **weights})
+        for model in self.parts.values():
+            model.load_state_dict({**model.state_dict(), **weights})
 
     @property
     def measured(self) -> Classifier:
         """What is evaluated: the moving average of the weights where the recipe has one."""
-        return self.model if self.average is None else self.average
+        return self.classifier if self.average is None else self.average
 
     def step(self, step: int, batch: Batch) -> Json:
-        """One update, from `step` to `step + 1`; what there is to log. RunError instead of a bad update."""
-        rng = step_rng(self.recipe.seed, step)
+        """One update, from `step` to `step + 1`; what there is to log. BadStep instead of a bad update."""
+        n_frames_B, labels_BC = batch.n_frames_B.cpu(), self.labels_BC(batch)
         self.model.train()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            logits_BC = self.model(batch.mel_BTF, batch.n_frames_B.cpu(), rng)
-        loss = self.loss(logits_BC.float(), self.labels_BC(batch))
-        loss.backward()
-        gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
-        told = {
-            "loss": loss.item(),
-            "gradient_norm": torch.nn.utils.get_total_norm(gradients).item(),
-            "lr": self.recipe.lr(step),
-        }
-        refuse_bad_step(told, step, batch)
-        for group in self.optimiser.param_groups:
-            group["lr"] = told["lr"] * group["share"]
-        self.optimiser.step()
-        self.optimiser.zero_grad()
-        if self.average is not None:
-            follow(self.average, self.model, min(self.recipe.ema, (1 + step) / (10 + step)))
-        return told
+
+        def part(clips: slice) -> tuple[Tensor, Tensor]:
+            rng = PassRng(
+                step_rng(self.recipe.seed, step), self.first + clips.start, self.recipe.clips_per_step
+            )
+            with self.precision.autocast(self.device):
+                logits_BC = self.spread(batch.mel_BTF[clips], n_frames_B[clips], rng)
+            share = len(logits_BC) / self.recipe.clips_per_step
+            loss = share * self.loss(logits_BC.float(), labels_BC[clips])
+            return loss, loss.detach()[None]
+
+        (loss,) = self.gradients(part)
+        made = self.update(step, batch, {"loss": loss}, self.recipe.lr(step), {"labels_BC": labels_BC})
+        if self.average is not None and "overflowed" not in made:
+            follow(self.average, self.classifier, min(self.recipe.ema, (1 + step) / (10 + step)))
+        return {"loss": loss, **made}
 
     def labels_BC(self, batch: Batch) -> Tensor:
         """The shares of the task's classes in each clip, mixed as the clips are."""
@@ -80,19 +106,21 @@ class Finetuner:
             return F.cross_entropy(logits_BC, labels_BC)
         return F.binary_cross_entropy_with_logits(logits_BC, labels_BC)
 
-    def checkpoint(self, step: int) -> Checkpoint:
-        """Everything that the next step stands on."""
-        parts = {CLASSIFIER: self.model.state_dict(), OPTIMISER: moments_of(self.optimiser)}
-        if self.average is not None:
-            parts[AVERAGE] = self.average.state_dict()
-        return Checkpoint(step=step, parts=parts)
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Stand where `checkpoint` was written."""
-        self.model.load_state_dict(checkpoint.parts[CLASSIFIER])
-        if self.average is not None:
-            self.average.load_state_dict(checkpoint.parts[AVERAGE])
-        restore_moments(self.optimiser, checkpoint.parts[OPTIMISER])
+def refuse_parts(recipe: Finetune, *, world: World, micro_clips: int | None, recompute: bool) -> None:
+    """RunError where the recipe's model cannot be trained in parts, or not as is asked."""
+    name, clips = model_name(recipe.model), recipe.clips_per_step
+    if recompute and name != "vit":
+        raise RunError(
+            f"--recompute: a {name} keeps what its blocks compute, only a vit can do without; leave it out"
+        )
+    if not MODELS[name].batch_norm or (world.size == 1 and (micro_clips or clips) >= clips):
+        return
+    asked = f"{world.size} ranks" if world.size > 1 else f"--micro-batch {micro_clips}"
+    raise RunError(
+        f"{asked}: a {name} normalises each clip by all {clips} of its step, which must pass through together; "
+        "use one process without --micro-batch, or --model vit or passt"
+    )
 
 
 def layered_adamw(layers: list[list[torch.nn.Parameter]], told: AdamW, decay: float) -> torch.optim.AdamW:
@@ -123,16 +151,3 @@ def follow(average: Classifier, model: Classifier, momentum: float) -> None:
 def is_identity(merge_SC: Tensor) -> bool:
     rows, columns = merge_SC.shape
     return rows == columns and torch.equal(merge_SC, torch.eye(rows))
-
-
-def refuse_bad_step(told: Json, step: int, batch: Batch) -> None:
-    """RunError, naming step and rows, where loss or gradient is no number."""
-    bad = [f"{name} is {told[name]}" for name in ("loss", "gradient_norm") if not math.isfinite(told[name])]
-    if not bad:
-        return
-    broken_B = ~torch.isfinite(batch.mel_BTF).flatten(1).all(1).cpu().numpy()
-    if broken_B.any():
-        cause = f"rows {batch.rows_B[broken_B].tolist()} of the store hold nan or inf: rebuild it"
-    else:
-        cause = f"rows {batch.rows_B.tolist()} are finite: lower the learning rate"
-    raise RunError(f"step {step + 1}: {', '.join(bad)}; stopped before the update; {cause}")

@@ -9,10 +9,12 @@ import numpy as np
 
 from ajepa.assignment import assigned, folds_of
 from ajepa.devices import pick_device
+from ajepa.distributed import joined
 from ajepa.evaluation import EVALUATION, Evaluation
 from ajepa.finetune import finetune
 from ajepa.finetuning import Finetune
 from ajepa.learnt import Learnt
+from ajepa.loop import quiet
 from ajepa.run import Run
 from ajepa.scores import Held, judged, protocol
 from ajepa.stamp import digest_of
@@ -32,16 +34,20 @@ def cross_validated(
     device: str = "auto",
     say: Callable[[str], None] = to_stderr,
     **how: Any,
-) -> Evaluation:
+) -> Evaluation | None:
     """`finetune` for each fold of the store, in RUN/fold1 and so on; folds that are finished are left alone.
 
-    The mean over them and its spread are kept as RUN/evaluation.json.
+    The mean over them and its spread are kept as RUN/evaluation.json. Of several ranks the main one measures, and
+    says; None to the others.
     """
     runs = []
     how = how | {"label_set": label_set, "device": device, "say": say}
-    for number, split in enumerate(folds_of(task, store), start=1):
-        say(f"{run_path}: {split}")
-        runs.append(finetune(store, task, recipe, run_path / split, fold=number, **how))
+    with joined() as world:
+        for number, split in enumerate(folds_of(task, store), start=1):
+            (say if world.main else quiet)(f"{run_path}: {split}")
+            runs.append(finetune(store, task, recipe, run_path / split, fold=number, **how))
+    if not world.main:
+        return None
     found = over_folds(store, task, runs, label_set=label_set, device=device)
     found = replace(found, protocol=found.protocol | {"run": str(run_path)})
     found.save(run_path / EVALUATION)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
@@ -65,6 +66,28 @@ class Watch(Protocol):
 SCORE = "probe_map"  # what a watch tells of a step, by which checkpoints are compared
 EVENTS = "tensorboard"
 PROGRESS = "{n_fmt}/{total_fmt}|{bar}|ETA {remaining}{postfix}"
+
+
+@contextmanager
+def begun(world: World, path: Path, recipe: Json, identity: Json) -> Iterator[tuple[Run, int]]:
+    """The run, held and rewound by the main rank, and the step at which all ranks carry it on.
+
+    The others are told that step: on a network disk they may see yet another one.
+    """
+    if not world.main:
+        (first,) = map(int, world.sum(0))
+        yield Run.open(path), first
+        return
+    run = Run.start(path, recipe=recipe, identity=identity)
+    with run.locked():
+        run.rewind()
+        first = run.step
+        world.sum(first)
+        yield run, first
+
+
+def quiet(line: str) -> None:
+    """What all ranks would say, one says."""
 
 
 def train(
@@ -129,7 +152,7 @@ def stepped(run: Run, trainer: Trainer, step: int, batch: Batch) -> Json:
     try:
         return trainer.step(step, batch)
     except BadStep as bad:
-        raise RunError(f"{bad}; its clips and masks are kept in {bad.keep(run.path)}") from None
+        raise RunError(f"{bad}; its clips and draws are kept in {bad.keep(run.path)}") from None
 
 
 def bar_of(first: int, steps: int, *, shown: bool) -> tqdm:

@@ -22,7 +22,7 @@ DRAWS = 20  # of masks, to see how many tokens they may leave
 class Memory:
     """Bytes at the peak of a step. `activations` grows with the clips of a pass, the rest does not."""
 
-    weights: int  # encoder, teacher, predictor
+    weights: int  # of all models: encoder, teacher, predictor; a classifier and its average
     gradients: int
     moments: int  # AdamW's two
     batch: int  # spectrograms of all the clips of this rank's step
@@ -113,8 +113,8 @@ def _activations(
         (predictor, rows * groups, length, queries),
     ):
         inputs = sequences * tokens * FP32 * stack.width
-        whole = sequences * _block_bytes(stack, tokens, tokens, **numbers)
-        final = sequences * _block_bytes(stack, tokens, last, **numbers)
+        whole = sequences * block_bytes(stack, tokens, tokens, **numbers)
+        final = sequences * block_bytes(stack, tokens, last, **numbers)
         kept += stack.depth * inputs if recompute else (stack.depth - 1) * whole + final
         kept += 3 * inputs  # embedding and last norm
         blocks.append(whole if stack.depth > 1 else final)
@@ -130,7 +130,7 @@ def _activations(
     return int(kept + max(passing, teacher))
 
 
-def _block_bytes(stack: Stack, length: int, asking: int, *, bf16: bool, written_out: bool) -> int:
+def block_bytes(stack: Stack, length: int, asking: int, *, bf16: bool, written_out: bool) -> int:
     """What autograd keeps of one sequence of `length` tokens in one block, of which so many ask and come out.
 
     In fp32, in widths. Of every token: what enters (1), normalised (1), keys and values (2). Of those that ask:
@@ -202,6 +202,24 @@ def refuse_too_large(
         clips=clips,
         micro_clips=passed,
     )
+    refuse_more_than_free(
+        f"recipe {recipe.name}", needed, passed, device, world, Ways(recompute=not recompute)
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ways:
+    """What there is to make a step smaller: its options, and the fields of its model."""
+
+    recompute: bool
+    fewer: str = "--micro-batch"
+    fields: str = "model.encoder.width, model.encoder.depth"
+
+
+def refuse_more_than_free(
+    who: str, needed: Memory, clips: int, device: torch.device, world: World, ways: Ways
+) -> None:
+    """RunError where `clips` at once need more than is free to this rank, after all ranks have looked."""
     free = free_bytes(device)
     world.wait()
     if free is None:
@@ -211,18 +229,18 @@ def refuse_too_large(
     if needed.total <= free:
         return
     each = f" for each of {sharing} ranks" if sharing > 1 else ""
-    told = f"recipe {recipe.name} needs about {needed} for {passed} clips at once"
+    told = f"{who} needs about {needed} for {clips} clips at once"
     raise RunError(
-        f"{told}, {device.type} has {free / GB:.2f} GB free{each}; {advice(passed, needed, free, recompute)}"
+        f"{told}, {device.type} has {free / GB:.2f} GB free{each}; {advice(clips, needed, free, ways)}"
     )
 
 
-def advice(clips: int, needed: Memory, free: int, recompute: bool) -> str:
+def advice(clips: int, needed: Memory, free: int, ways: Ways) -> str:
     """What would fit."""
     room = free - (needed.total - needed.activations)
     fewer = int(clips * room / needed.activations)
-    smaller = "a smaller model (--set model.encoder.width, model.encoder.depth)"
-    again = "" if recompute else "--recompute, or "
+    smaller = f"a smaller model (--set {ways.fields})"
+    again = "--recompute, or " if ways.recompute else ""
     if fewer < 1:
         return f"not one clip would fit: try {again}{smaller}"
-    return f"try {again}--micro-batch {fewer}, or {smaller}"
+    return f"try {again}{ways.fewer} {fewer}, or {smaller}"

@@ -13,17 +13,23 @@ from pipeline.errors import RunError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
-    """A kind of classifier: `build(spec, classes, seed)` makes one of a spec of that type."""
+    """A kind of classifier: `build(spec, classes, seed)` makes one of a spec of that type.
+
+    smaller     the fields of a recipe that make it smaller
+    batch_norm  whether what it says of a clip in training depends on the others that pass through with it
+    """
 
     spec: type
     build: Callable[[Any, int, int], Classifier]
+    smaller: str
+    batch_norm: bool = False
 
 
 MODELS: dict[str, Model] = {
-    "vit": Model(spec=VitSpec, build=Vit),
-    "cnn6": Model(spec=Cnn6Spec, build=Cnn6),
-    "convnext": Model(spec=ConvNextSpec, build=ConvNext),
-    "passt": Model(spec=PasstSpec, build=Passt),
+    "vit": Model(spec=VitSpec, build=Vit, smaller="model.encoder.width, model.encoder.depth"),
+    "cnn6": Model(spec=Cnn6Spec, build=Cnn6, smaller="model.width", batch_norm=True),
+    "convnext": Model(spec=ConvNextSpec, build=ConvNext, smaller="model.size", batch_norm=True),
+    "passt": Model(spec=PasstSpec, build=Passt, smaller="model.width, model.depth"),
 }
 
 

@@ -112,7 +112,8 @@ class Passt(nn.Module):
         if spec.drop_cols >= cols:
             raise ValueError(f"of {cols} columns {spec.drop_cols} cannot be left out: lower drop_cols")
         cols_BT, rows_BF = rng.random((clips, cols)), rng.random((clips, spec.rows))
-        cols_BT[np.arange(clips), rng.integers(self._sound(n_frames_B).numpy())] = -1  # one with sound stays
+        kept_B = (rng.random((clips,)) * self._sound(n_frames_B).numpy()).astype(np.int64)
+        cols_BT[np.arange(clips), kept_B] = -1  # one with sound stays
         return lowest(cols_BT, cols - spec.drop_cols), lowest(rows_BF, spec.rows - spec.drop_rows)
 
     def _sound(self, n_frames_B: Tensor) -> Tensor:

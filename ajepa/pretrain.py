@@ -1,13 +1,12 @@
 """Pre-training: what must fit before the first step, and the run from there to its last."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from ajepa.devices import PrecisionName, pick_device, pick_precision
-from ajepa.distributed import World, joined
-from ajepa.loop import asked_to_stop, train
+from ajepa.distributed import joined
+from ajepa.loop import asked_to_stop, begun, quiet, train
 from ajepa.memory import refuse_too_large
 from ajepa.recipes import Pretrain, to_json
 from ajepa.run import Json, Run
@@ -95,7 +94,6 @@ def pretrain(
                         trainer,
                         store,
                         view,
-                        recompute=recompute,
                         on_broken=on_broken,
                         on_collapse=on_collapse,
                         say=say,
@@ -115,28 +113,6 @@ def pretrain(
             tell(f"{run.path}: checkpoint written at step {done} of {recipe.steps}; run me again to carry on")
             raise Interrupted
         return run
-
-
-@contextmanager
-def begun(world: World, path: Path, recipe: Json, identity: Json) -> Iterator[tuple[Run, int]]:
-    """The run, held and rewound by the main rank, and the step at which all ranks carry it on.
-
-    The others are told that step: on a network disk they may see yet another one.
-    """
-    if not world.main:
-        (first,) = map(int, world.sum(0))
-        yield Run.open(path), first
-        return
-    run = Run.start(path, recipe=recipe, identity=identity)
-    with run.locked():
-        run.rewind()
-        first = run.step
-        world.sum(first)
-        yield run, first
-
-
-def quiet(line: str) -> None:
-    """What all ranks would say, one says."""
 
 
 def view_of(identity: Json, recipe: Pretrain) -> View:

@@ -1,13 +1,35 @@
 """Randomness for modules of torch, which would draw from its global generators: lent seeded, or handed in."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 CPU = torch.device("cpu")
+
+
+class PassRng(np.random.Generator):
+    """The generator of a step for who holds only some of its clips: they draw what they would among all of them.
+
+    It takes over `rng`, a fresh generator of NumPy's default kind. `random`, asked for numbers of each of the pass's
+    clips (the first axis), passes over those of the others; they are float64, one step of the generator each.
+    """
+
+    def __init__(self, rng: np.random.Generator, first: int, clips_of_all: int) -> None:
+        super().__init__(rng.bit_generator)
+        self.first, self.clips_of_all = first, clips_of_all
+
+    def random(self, size: Any = None, dtype: Any = np.float64, out: Any = None) -> Any:
+        clips, *of_each = size
+        steps = math.prod(of_each)
+        self.bit_generator.advance(self.first * steps)  # type: ignore[attr-defined]  # PCG64 has it
+        drawn = super().random(size, dtype, out)
+        self.bit_generator.advance((self.clips_of_all - self.first - clips) * steps)  # type: ignore[attr-defined]
+        return drawn
 
 
 @contextmanager

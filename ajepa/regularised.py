@@ -38,8 +38,9 @@ class RegularisedMasking:
         """
         if not self.share:
             return None
-        lottery_LBP = torch.from_numpy(rng.random((depth, *valid_BP.shape), dtype=np.float32))
-        lottery_LBP = lottery_LBP.to(valid_BP.device).masked_fill_(~valid_BP, torch.inf)
+        clips, tokens = valid_BP.shape
+        lottery_LBP = torch.from_numpy(rng.random((clips, depth, tokens))).transpose(0, 1)
+        lottery_LBP = lottery_LBP.to(valid_BP.device).masked_fill(~valid_BP, torch.inf)
         place_LBP = lottery_LBP.argsort(dim=-1).argsort(dim=-1)  # a token's place in the draw: no ties
         return place_LBP < (self.share * valid_BP.sum(dim=1)).floor()[:, None]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ajepa.collapse import ADVICE, PATIENCE, in_a_row, signs
-from ajepa.compute import Meter
+from ajepa.compute import Meter, step_cost
 from ajepa.health import HealthBatch, health, health_rows
 from ajepa.probing import Probe, open_probe
 from ajepa.run import Json, Run
@@ -33,8 +33,8 @@ class Watch:
 
     def after(self, done: int) -> Json:
         """What is seen after `done` steps, every so often and after the last one; else nothing."""
-        self.meter.step(self.trainer.shape)
         recipe, model = self.trainer.recipe, self.trainer.model
+        self.meter.step(step_cost(recipe, self.trainer.shape, recompute=model.encoder.recompute))
         told: Json = {}
         if self.fixed is not None and self.due(done, recipe.health_every):
             told |= health(model, self.fixed)
@@ -76,7 +76,6 @@ def open_watch(
     store: AnyStore,
     view: View,
     *,
-    recompute: bool,
     on_broken: Literal["raise", "skip"],
     on_collapse: OnCollapse,
     say: Callable[[str], None],
@@ -90,7 +89,7 @@ def open_watch(
         order = Order(rows_N=rows_N, clips=len(rows_N), seed=recipe.seed)
         loader = PlainLoader(store, order, view, trainer.device, on_broken=on_broken, say=say)
         fixed = HealthBatch.of(loader.batch(0), recipe)
-    meter = Meter(recipe, trainer.device, recompute=recompute, ranks=trainer.world.size)
+    meter = Meter(trainer.device, ranks=trainer.world.size)
     meter.resume(run.path, run.step)
     made = Watch(
         run=run,

@@ -8,7 +8,7 @@ gain       decibels, the same on every value of a clip
 normalise  (log-mel - mean) / std, gain included
 masks      SpecAugment (arXiv 1904.08779): spans of frames and spans of bands become 0, the mean
 padding    what is not audio becomes 0
-mixup      (arXiv 1710.09412) share * clip + (1 - share) * another clip of the rank's batch
+mixup      (arXiv 1710.09412) share * clip + (1 - share) * its neighbour in the step, which is as random as any
 """
 
 import math
@@ -84,7 +84,7 @@ def changes_of(
 ) -> Changes:
     """The changes to a step whose clips have so many valid frames: a pure function of all this.
 
-    All but the partners in a mixture, who are of the rank's own batch, are the same for equal clips x world.
+    They are the same for equal clips x world; partners only where every rank has an even number of clips.
     """
 
     def uniform_B(name: str) -> np.ndarray:
@@ -114,7 +114,7 @@ def changes_of(
     if augment.mixes:
         mixed_B = uniform_B("mixup") < augment.mixup_share
         betas_B = symmetric_beta(augment.mixup_alpha, uniform_B("mixup radius"), uniform_B("mixup angle"))
-        partners_B = np.where(mixed_B, cycle(uniform_B("mixup partner")), partners_B)
+        partners_B = np.where(mixed_B, neighbours(clips), partners_B)
         shares_B = np.where(mixed_B, betas_B.astype(np.float32), shares_B)
     return Changes(
         rolls_B=rolls_B,
@@ -126,12 +126,16 @@ def changes_of(
     )
 
 
-def cycle(uniform_B: np.ndarray) -> np.ndarray:
-    """A permutation in which nobody stands in their own place, unless alone: one cycle through all, at random."""
-    round_B = np.argsort(uniform_B, kind="stable")
-    partners_B = np.empty_like(round_B)
-    partners_B[round_B] = np.roll(round_B, -1)
-    return partners_B
+def neighbours(clips: int) -> np.ndarray:
+    """The other of each pair of places, (0, 1), (2, 3) and so on; of an odd number the last three go round.
+
+    Places are dealt at random, so a neighbour is anyone; and no pair is torn by dealing even numbers to ranks.
+    """
+    places_B = np.arange(clips)
+    if clips % 2 == 0:
+        return places_B ^ 1
+    paired = max(clips - 3, 0)
+    return np.concatenate([places_B[:paired] ^ 1, np.roll(places_B[paired:], -1)])
 
 
 def symmetric_beta(alpha: float, radius_B: np.ndarray, angle_B: np.ndarray) -> np.ndarray:

@@ -105,6 +105,14 @@ class Feed:
     def __post_init__(self) -> None:
         if self.on_broken not in ("raise", "skip"):
             raise RunError(f"on_broken must be raise or skip, got {self.on_broken!r}")
+        order = self.order
+        if self.view.augment.mixes and order.world > 1 and order.clips % 2:
+            told = (
+                f"mixup pairs clips, and {order.clips} clips of each of {order.world} ranks is an odd number"
+            )
+            raise RunError(
+                f"{told}; choose --batch a multiple of {2 * order.world}, or another number of ranks"
+            )
         if self.view.label_set is not None:
             self.store.labels_BC(np.empty(0, np.int64), self.view.label_set)
 

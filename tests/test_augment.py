@@ -7,7 +7,8 @@ import pytest
 import torch
 from scipy import stats
 
-from pipeline.augment import Augment, changes_of, cycle, draws, symmetric_beta
+from pipeline.augment import Augment, changes_of, draws, neighbours, symmetric_beta
+from pipeline.errors import RunError
 from pipeline.loader import PlainLoader, View
 from pipeline.order import Order
 from pipeline.store import FeatureStore
@@ -121,23 +122,26 @@ def test_one_augmentation_more_leaves_the_draws_of_the_others(store):
 def test_draws_of_different_names_are_unrelated():
     """A width that goes with its place, or a gain with a roll, would be another augmentation."""
     order = Order(rows_N=np.arange(10_000), clips=10_000, seed=0)
-    names = ["crop", "roll", "gain", "time mask width", "time mask start", "mixup", "mixup partner"]
+    names = ["crop", "roll", "gain", "time mask width", "time mask start", "mixup", "mixup radius"]
     correlations = np.corrcoef([draws(name, 0, 0, order) for name in names])
     assert np.abs(correlations - np.eye(len(names))).max() < 0.05
 
 
 def test_changes_do_not_depend_on_the_number_of_ranks(store):
-    """Two ranks of 3 clips do to a step what one of 6 does; only partners are of the rank's own batch."""
+    """Two ranks of 4 clips do to a step what one of 8 does, partners included; a rank counts them from its first."""
     view = view_of(store, augment=Augment(**EVERYTHING))
-    whole = PlainLoader(store, order_of(store), view).feed.cuts(4).changes
+    whole = PlainLoader(store, order_of(store, clips=8), view).feed.cuts(4).changes
     ranks = [
-        PlainLoader(store, order_of(store, clips=3, rank=rank, world=2), view).feed.cuts(4).changes
+        PlainLoader(store, order_of(store, clips=4, rank=rank, world=2), view).feed.cuts(4).changes
         for rank in (0, 1)
     ]
     for name in ("rolls_B", "gains_B", "time_masks_BN2", "band_masks_BN2", "shares_B"):
         joined = np.concatenate([getattr(rank, name) for rank in ranks])
         assert np.array_equal(joined, getattr(whole, name)), name
-    assert all(rank.partners_B.max() < 3 for rank in ranks)
+    assert (
+        np.concatenate([ranks[0].partners_B, 4 + ranks[1].partners_B]).tolist() == whole.partners_B.tolist()
+    )
+    assert (whole.partners_B != np.arange(8)).any()
 
 
 def test_masks_take_every_legal_place_and_width():
@@ -190,16 +194,24 @@ def test_the_asked_share_of_clips_is_mixed_and_nobody_with_themselves():
     assert (drawn.shares_B[mixed] < 1).all()
 
 
-@pytest.mark.parametrize("clips", [1, 2, 7, 64])
-def test_partners_are_one_round_through_all(clips):
-    """Everyone gives once and takes once; only who is alone mixes with themselves."""
-    partners = cycle(np.random.default_rng(clips).random(clips))
-    place, met = 0, []
-    for _ in range(clips):
-        met.append(place)
-        place = int(partners[place])
-    assert sorted(met) == list(range(clips))
-    assert place == 0
+@pytest.mark.parametrize("clips", [1, 2, 3, 4, 7, 64])
+def test_neighbours_give_once_and_take_once(clips):
+    """Only who is alone mixes with themselves; pairs stay together however evenly they are dealt."""
+    partners_B = neighbours(clips)
+    assert sorted(partners_B) == list(range(clips))
+    assert clips == 1 or (partners_B != np.arange(clips)).all()
+    assert (abs(partners_B - np.arange(clips)) <= 2).all()
+
+
+def test_ranks_cannot_tear_a_pair(store):
+    """A rank reads its own clips alone: an odd number of them would leave one without its neighbour."""
+    view = view_of(store, augment=Augment(mixup_share=1.0))
+    rows_N = store.good_rows()
+    with pytest.raises(
+        RunError, match=r"3 clips of each of 2 ranks is an odd number; choose --batch a multiple of 4"
+    ):
+        PlainLoader(store, Order(rows_N=rows_N, clips=3, seed=0, world=2), view)
+    PlainLoader(store, Order(rows_N=rows_N, clips=3, seed=0), view)
 
 
 def test_a_mixture_with_a_longer_clip_is_valid_as_far_as_that(store):

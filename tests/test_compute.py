@@ -57,11 +57,12 @@ def options(**changes) -> Pretrain:
         options(clip_weight=0.5),
         options(encoder={"positions": "rope"}),
         options(encoder={"layer_scale": 0.1}),
+        options(encoder={"drop_path": 0.1}),
         replace(options(), mask_sets=3),
         replace(options(), masks=Fixed(masking=RandomPatches())),
         replace(options(), masks=Fixed(masking=RandomBlocks())),
     ],
-    ids=["plain", "cosines", "layers", "clip", "rope", "scale", "sets", "patches", "blocks"],
+    ids=["plain", "cosines", "layers", "clip", "rope", "scale", "drop", "sets", "patches", "blocks"],
 )
 def test_the_formula_counts_what_torch_counts(recipe, recompute, monkeypatch):
     """To the last operation, whatever the options: a cost that is off by a third compares nothing."""

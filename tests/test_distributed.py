@@ -1,34 +1,16 @@
 """Several processes, started by torchrun: one batch, one run folder, one message, one end."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import ranks
 import torch
+from ranks import torchrun
 
 from ajepa.distributed import ALONE, World, joined, world_here
 from ajepa.run import Run
 from pipeline.errors import Interrupted
-
-
-def torchrun(store_path, run_path: Path, what: str = "train", *, ranks: int = 2) -> tuple[int, list[str]]:
-    """`ranks.py` on so many ranks; its status, and what all of them said."""
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    done = subprocess.run(
-        [*program, str(Path(__file__).parent / "ranks.py"), str(store_path), str(run_path), what],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-        timeout=240,
-    )
-    return done.returncode, done.stdout.splitlines()
 
 
 def seen(run_path: Path, rank: int) -> list:

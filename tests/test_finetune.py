@@ -16,10 +16,12 @@ import torch
 from tiny import tiny, tiny_finetune
 
 from ajepa.assignment import assigned
+from ajepa.compute import read
 from ajepa.evaluate import evaluate
 from ajepa.evaluation import EVALUATION, Evaluation, Score
 from ajepa.features import features
 from ajepa.finetune import Measuring, finetune, trainer_of, view_of, views_of
+from ajepa.finetune_recipes import finetune_recipe, resized
 from ajepa.finetuner import Finetuner
 from ajepa.folds import cross_validated
 from ajepa.pretrain import pretrain
@@ -119,6 +121,55 @@ def test_twenty_steps_are_ten_then_kill_9_then_ten_bit_for_bit(
         assert all(torch.equal(one[part][name], two[part][name]) for name in one[part])
 
 
+@pytest.mark.parametrize("wishes", [{"micro_batch": 3}, {"recompute": True}, {"precision": "bf16"}], ids=str)
+def test_a_run_in_parts_or_other_numbers_is_carried_on_with_bit_for_bit(
+    store_path, tmp_path, monkeypatch, wishes
+):
+    """Stopped between two checkpoints, with the same options; what it cost is counted as if it had never been."""
+    recipe, taken = tiny_finetune(steps=8, checkpoint_every=3), Finetuner.step
+
+    def step(trainer: Finetuner, at: int, batch: Batch) -> dict:
+        if at == 5:
+            raise RunError("stopped")
+        return taken(trainer, at, batch)
+
+    undisturbed = quietly(store_path, tmp_path / "whole", recipe, **wishes)
+    with monkeypatch.context() as patch:
+        patch.setattr(Finetuner, "step", step)
+        with pytest.raises(RunError, match="stopped"):
+            quietly(store_path, tmp_path / "run", recipe, **wishes)
+    assert Run.open(tmp_path / "run").step == 3
+    run = quietly(store_path, tmp_path / "run", recipe, **wishes)
+    assert logged(run) == logged(undisturbed)
+    one, two = run.load().parts, undisturbed.load().parts
+    assert all(torch.equal(one[part][name], two[part][name]) for part in one for name in one[part])
+    costs = [
+        [(spent.step, spent.clips, spent.flop) for spent in read(each.path)] for each in (run, undisturbed)
+    ]
+    assert costs[0] == costs[1]
+    assert [(step, clips) for step, clips, _ in costs[0]] == [(3, 24), (6, 48), (8, 64)]
+
+
+def test_what_does_not_fit_into_memory_is_refused_before_anything_is_written(
+    store_path, tmp_path, monkeypatch
+):
+    """In one line; so is a model that cannot be trained in parts."""
+    monkeypatch.setattr("ajepa.memory.free_bytes", lambda device: 1_000_000)
+    with pytest.raises(
+        RunError, match=r"recipe tiny needs about .* for 8 clips at once, cpu has 0\.00 GB free"
+    ):
+        quietly(store_path, tmp_path / "run")
+    monkeypatch.undo()
+    recipe = resized(finetune_recipe("cnn6-small"), steps=1, clips_per_step=8)
+    with pytest.raises(RunError, match="--micro-batch 2: a cnn6 normalises each clip by all 8 of its step"):
+        quietly(store_path, tmp_path / "run", recipe, micro_batch=2)
+    with pytest.raises(RunError, match="--precision fp16: computes on CUDA devices only"):
+        quietly(store_path, tmp_path / "run", precision="fp16")
+    assert not (tmp_path / "run").exists()
+    run = quietly(store_path, tmp_path / "run", recipe, micro_batch=8)
+    assert read(run.path)[-1].flop > 0 == read(run.path)[-1].context_tokens
+
+
 def test_a_finished_run_is_left_alone_and_measured_again_only_where_its_scores_are_gone(
     store_path, whole, start, tmp_path
 ):
@@ -146,9 +197,9 @@ def test_what_is_measured_is_the_average_of_the_weights(store, whole, start):
     """The checkpoint's average gives the scores in the file; the weights themselves give others."""
     recipe = replace(tiny_finetune(), steps=20)
     assignment = assigned(OWN, store)
-    trainer = trainer_of(whole, recipe, assignment, CPU, start)
-    measuring = Measuring(trainer, assignment, whole.identity)
-    assert measuring.evaluation(whole).scores == scores_of(whole)
+    trainer = trainer_of(whole, recipe, assignment, CPU, start, at=20)
+    measuring = Measuring(whole, trainer, assignment, whole.identity)
+    assert measuring.evaluation().scores == scores_of(whole)
     rows_N = assignment.eval_N
     averaged_NC = logits_of(trainer.measured, measuring.views, rows_N, CPU, bf16=False)
     trainer.average = None
@@ -159,7 +210,7 @@ def test_training_starts_from_the_pre_trained_encoder_and_its_average_too(store,
     """The EMA encoder, which is what probes are made on; a head of its own."""
     assignment, recipe = assigned(OWN, store), start.adopted(tiny_finetune())
     new = Run(path=tmp_path, recipe={}, identity=assignment.identity(), versions={})
-    trainer, untrained = (trainer_of(new, recipe, assignment, CPU, one) for one in (start, None))
+    trainer, untrained = (trainer_of(new, recipe, assignment, CPU, one, at=0) for one in (start, None))
     target = start.run.load("target").parts["target"]
     for model in (trainer.model, trainer.average):
         held = model.encoder.state_dict()
@@ -180,7 +231,7 @@ def test_a_probed_head_is_the_linear_probe_before_the_first_step(store, start, t
     recipe = start.adopted(tiny_finetune(1024, head="probe"))  # one view: means over views weigh by frames
     recipe = replace(recipe, model=replace(recipe.model, pooling=pooling))
     new = Run(path=tmp_path, recipe={}, identity=assignment.identity(), versions={})
-    trainer = trainer_of(new, recipe, assignment, CPU, start)
+    trainer = trainer_of(new, recipe, assignment, CPU, start, at=0)
     views = views_of(assignment, recipe, new.identity)
     pairs = (
         features(views, rows_N, trainer.model.encoder, pooling=pooling)

@@ -8,12 +8,23 @@ import pytest
 import torch
 from tiny import tiny_finetune
 
-from ajepa.finetuner import Finetuner, follow, layered_adamw
-from ajepa.models import built
+from ajepa.bad_step import BadStep
+from ajepa.classifier import VitSpec
+from ajepa.curriculum import step_rng
+from ajepa.devices import Precision, pick_precision
+from ajepa.distributed import ALONE, World
+from ajepa.finetune_recipes import FINETUNES, finetune_recipe
+from ajepa.finetuner import Finetuner, follow, layered_adamw, refuse_parts
+from ajepa.models import built, model_name
 from ajepa.optimiser import AdamW
+from ajepa.passt import PasstSpec
+from ajepa.randomness import PassRng
+from ajepa.regularised import RegularisedMasking
+from pipeline.errors import RunError
 from pipeline.loader import Batch
 
 CPU = torch.device("cpu")
+FP32 = pick_precision("fp32", CPU)
 
 
 def batch(classes: int = 3, clips: int = 8) -> Batch:
@@ -28,7 +39,8 @@ def batch(classes: int = 3, clips: int = 8) -> Batch:
 
 
 def trainer(classes: int = 3, *, single: bool = True, **changes) -> Finetuner:
-    return Finetuner(tiny_finetune(**changes), torch.eye(classes), CPU, single=single)
+    how = {name: changes.pop(name) for name in ("micro_clips", "precision", "recompute") if name in changes}
+    return Finetuner(tiny_finetune(**changes), torch.eye(classes), CPU, single=single, **how)
 
 
 def test_the_rate_falls_with_the_distance_from_the_head():
@@ -122,6 +134,127 @@ def test_what_is_restored_goes_on_as_what_was_kept():
     assert first.step(3, batch()) == second.step(3, batch())
     for name, value in first.average.state_dict().items():
         assert torch.equal(value, second.average.state_dict()[name])
+
+
+PASST = PasstSpec(frames=64, bands=128, width=32, depth=2, heads=2, drop_rows=2, drop_cols=1)
+TOKENS = VitSpec(
+    encoder=tiny_finetune().model.encoder, masking=RegularisedMasking(share=0.2, reading="tokens")
+)
+MODELS = {"keys": tiny_finetune().model, "tokens": TOKENS, "passt": PASST}
+
+
+def shortened(whole: Batch) -> Batch:
+    """Clips of all lengths: what is drawn must not depend on what the others are."""
+    n_frames_B = torch.tensor([64, 5, 40, 64, 17, 33, 64, 50])
+    return replace(
+        whole,
+        mel_BTF=whole.mel_BTF * (torch.arange(64) < n_frames_B[:, None])[..., None],
+        n_frames_B=n_frames_B,
+    )
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("micro_clips", [1, 3, 4])
+@pytest.mark.parametrize("single", [True, False])
+def test_a_step_in_several_passes_is_that_in_one(kind, micro_clips, single):
+    """Masking, drop path and patchout are drawn for all clips, and every loss is divided by all of them."""
+    whole = trainer(single=single, model=MODELS[kind], precision=FP32)
+    parts = trainer(single=single, model=MODELS[kind], precision=FP32, micro_clips=micro_clips)
+    for step in (3, 4, 5):
+        one, several = (made.step(step, shortened(batch())) for made in (whole, parts))
+        assert several == pytest.approx(one, rel=2e-4)
+    for weight, other in zip(whole.average.parameters(), parts.average.parameters(), strict=True):
+        torch.testing.assert_close(other, weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_ranks_draw_what_one_process_draws_for_their_clips(kind):
+    """The logits of each half, in training, are those of the whole; with draws of their own they would not be."""
+    made, whole = built(MODELS[kind], 3, 0).train(), shortened(batch())
+    logits_BC = made(whole.mel_BTF, whole.n_frames_B, step_rng(0, 7))
+    for first in (0, 4):
+        mine = slice(first, first + 4)
+        told_BC = made(whole.mel_BTF[mine], whole.n_frames_B[mine], PassRng(step_rng(0, 7), first, 8))
+        torch.testing.assert_close(told_BC, logits_BC[mine], rtol=1e-4, atol=1e-5)
+    own_BC = made(whole.mel_BTF[4:], whole.n_frames_B[4:], step_rng(0, 7))
+    assert not torch.allclose(own_BC, logits_BC[4:], rtol=1e-2)
+
+
+def test_of_a_passes_generator_comes_what_comes_of_the_whole_steps():
+    """One number after the other, whatever their shapes; whoever holds all clips has the plain generator."""
+    plain = np.random.default_rng(5)
+    of_all = [plain.random((8, 3)), plain.random((8,)), plain.random((8, 2, 5))]
+    for first, clips in ((0, 8), (0, 3), (3, 4), (7, 1)):
+        mine = PassRng(np.random.default_rng(5), first, 8)
+        for shape, whole in zip(((3,), (), (2, 5)), of_all, strict=True):
+            assert np.array_equal(mine.random((clips, *shape)), whole[first : first + clips])
+
+
+def test_recomputing_changes_nothing_but_memory():
+    """To the bit, with everything on that is random."""
+    first, second = trainer(), trainer(recompute=True)
+    for step in (0, 1):
+        assert first.step(step, batch()) == second.step(step, batch())
+    for one, other in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["cnn6", "convnext"])
+def test_batch_norms_are_trained_whole_or_not_at_all(name):
+    """Their statistics are those of all clips of a step; a part has others, and another gradient."""
+    recipe, how = finetune_recipe(name), {"world": ALONE, "recompute": False}
+    refuse_parts(recipe, micro_clips=None, **how)
+    refuse_parts(recipe, micro_clips=recipe.clips_per_step, **how)
+    with pytest.raises(RunError, match=f"--micro-batch 4: a {name} normalises each clip by all"):
+        refuse_parts(recipe, micro_clips=4, **how)
+    with pytest.raises(RunError, match=f"2 ranks: a {name} normalises each clip by all .* use one process"):
+        refuse_parts(recipe, micro_clips=None, world=World(size=2), recompute=False)
+    with pytest.raises(RunError, match=f"--recompute: a {name} keeps what its blocks compute"):
+        refuse_parts(recipe, micro_clips=None, world=ALONE, recompute=True)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in FINETUNES if name not in ("cnn6", "convnext", "cnn6-small")]
+)
+def test_what_may_be_trained_in_parts_has_no_batch_norm(name):
+    """Of every other recipe's kind, by looking at the modules."""
+    refuse_parts(finetune_recipe(name), world=World(size=2), micro_clips=1, recompute=False)
+    made = finetune_recipe(name).model
+    small = {"vit": tiny_finetune().model, "passt": PASST}[model_name(made)]
+    assert not [
+        m for m in built(small, 3, 0).modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)
+    ]
+
+
+def test_a_scaled_loss_that_overflows_costs_its_step_and_lowers_the_scale():
+    """As in pre-training; neither weights nor their average move, and the scale is carried on with."""
+    fp16 = Precision(dtype=torch.float16, told="fp16")
+    made, again = trainer(precision=fp16), trainer(precision=fp16)
+    made.scaler.load_state_dict(made.scaler.state_dict() | {"scale": 2.0**60})
+    before = copy.deepcopy(made.checkpoint(3).parts)
+    told = made.step(3, batch())
+    assert told["overflowed"] == 1
+    assert "gradient_norm" not in told
+    for part in ("classifier", "average"):
+        held = made.checkpoint(4).parts[part]
+        assert all(torch.equal(value, held[name]) for name, value in before[part].items())
+    again.restore(made.checkpoint(4))
+    assert again.scaler.get_scale() == made.scaler.get_scale() == 2.0**59
+
+
+def test_a_bad_step_keeps_what_computes_its_loss_again():
+    """Clips, labels as they were mixed, and where its draws begin; the weights are those before it."""
+    made = trainer()
+    with torch.no_grad():
+        made.model.head.weight.register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(
+        BadStep, match=r"step 5: gradient_norm is .*its clips are finite: lower the learning"
+    ) as bad:
+        made.step(4, batch())
+    told, kept = bad.value.told, bad.value.tensors
+    rng = PassRng(step_rng(told["seed"], told["step"] - 1), told["first_clip"], told["clips_per_step"])
+    logits_BC = made.model(kept["mel_BTF"], kept["n_frames_B"], rng)
+    assert made.loss(logits_BC, kept["labels_BC"]).item() == told["loss"]
 
 
 def test_layers_that_are_empty_make_no_group():
