@@ -159,7 +159,9 @@ def trainer_of(
         trainer.take(start.weights())
         if recipe.head == "probe" and isinstance(trainer.model, Vit):
             views = views_of(assignment, recipe, run.identity)
-            weight_CD, bias_C = probed_head(trainer.model, views, assignment, recipe.seed)
+            weight_CD, bias_C = probed_head(
+                trainer.model, views, assignment, recipe.seed, single=trainer.over_all
+            )
             trainer.take({"head.weight": weight_CD, "head.bias": bias_C})
     for model in trainer.parts.values():
         trainer.world.align(model)

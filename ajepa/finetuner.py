@@ -99,10 +99,14 @@ class Finetuner(Stepper):
         assert batch.labels_BC is not None
         return batch.labels_BC if self.merge_SC is None else (batch.labels_BC @ self.merge_SC).clamp(max=1.0)
 
+    @property
+    def over_all(self) -> bool:
+        """Whether the loss is one over all classes, not of each by itself."""
+        return self.recipe.loss == "ce" or (self.recipe.loss == "auto" and self.single)
+
     def loss(self, logits_BC: Tensor, labels_BC: Tensor) -> Tensor:
         """Mean over the clips, and for `bce` over the classes too."""
-        ce = self.recipe.loss == "ce" or (self.recipe.loss == "auto" and self.single)
-        if ce:
+        if self.over_all:
             return F.cross_entropy(logits_BC, labels_BC)
         return F.binary_cross_entropy_with_logits(logits_BC, labels_BC)
 

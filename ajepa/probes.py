@@ -102,7 +102,7 @@ class LinearProbe:
             solver.zero_grad()
             scores_NC = self.turned_NR @ (scale_R1 * weight_RC) + bias_C
             penalty = l2 / 2 * (scale_R1 * weight_RC).square().sum()
-            value = (self.entropy(scores_NC) + penalty) / len(self.seen_C)
+            value = (entropy(scores_NC, self.labels_NC, single=self.single) + penalty) / len(self.seen_C)
             value.backward()
             return value
 
@@ -113,12 +113,12 @@ class LinearProbe:
         scores_NC[:, self.seen_C] = told_NC.cpu().numpy()
         return scores_NC
 
-    def entropy(self, scores_NC: Tensor) -> Tensor:
-        """Mean over clips of the cross-entropy: of the one class, or summed over every class's own."""
-        if self.single:
-            return nnf.cross_entropy(scores_NC, self.labels_NC.argmax(1))
-        entropy = nnf.binary_cross_entropy_with_logits(scores_NC, self.labels_NC, reduction="sum")
-        return entropy / len(scores_NC)
+
+def entropy(scores_NC: Tensor, labels_NC: Tensor, *, single: bool) -> Tensor:
+    """Mean over clips of the cross-entropy: over all classes, or summed over every class's own."""
+    if single:
+        return nnf.cross_entropy(scores_NC, labels_NC)
+    return nnf.binary_cross_entropy_with_logits(scores_NC, labels_NC, reduction="sum") / len(scores_NC)
 
 
 def principal_axes(train_ND: Tensor) -> tuple[Tensor, Tensor]:

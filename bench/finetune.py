@@ -82,7 +82,9 @@ def tuned(asked: argparse.Namespace, start: Start | None, seed: int, path: Path)
     store, recipe = FeatureStore.open(asked.store), recipe_of(asked, start, seed)
     how = {"start": start, "label_set": asked.labels, "device": "cpu"}
     if folds_of(OWN, store):
-        return cross_validated(store, OWN, recipe, path, **how).scores[0].primary.value
+        folds = cross_validated(store, OWN, recipe, path, **how)
+        assert folds is not None  # in one process
+        return folds.scores[0].primary.value
     run = finetune(store, OWN, recipe, path, **how)
     return Evaluation.read(run.path / EVALUATION).scores[0].primary.value
 

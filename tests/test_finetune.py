@@ -239,7 +239,9 @@ def test_a_probed_head_is_the_linear_probe_before_the_first_step(store, start, t
     )
     train_ND, eval_ND = standardised(*pairs)
     labels_NC = assignment.labels_NC(assignment.train_N)
-    probed_NC = linear_NC(train_ND, labels_NC, eval_ND, l2=penalty(train_ND, labels_NC, recipe.seed))
+    probed_NC = linear_NC(
+        train_ND, labels_NC, eval_ND, l2=penalty(train_ND, labels_NC, recipe.seed, single=False)
+    )
     told_NC = logits_of(trainer.measured, views, assignment.eval_N, CPU, bf16=False)
     np.testing.assert_allclose(told_NC, probed_NC, rtol=1e-3, atol=2e-2)
 
