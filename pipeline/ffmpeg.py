@@ -29,9 +29,8 @@ __all__ = ["FFmpegError", "Ffmpeg"]
 BLOCK_SAMPLES = 2**14
 PRE_ROLL_SECONDS = 1.0  # decoded before a cut and thrown away: opus needs 0.08, AAC one frame
 PLANES = 8  # with more, PyAV 18 runs past the end of FFmpeg's table of planes, and sometimes crashes
-ANY_TAGS = (
-    {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
-)  # later ones do by default
+PYAV = int(av.__version__.split(".")[0])
+ANY_TAGS: dict[str, Any] = {"metadata_errors": "replace"} if PYAV < 19 else {}  # of itself from 19 on
 NOWHERE = 2**62  # a sample number behind every sound: where a seek led that failed
 
 
