@@ -37,9 +37,9 @@ def embed(
     cache: Cache = None,
     cache_gb: CacheGb = CACHE_GB,
 ) -> None:
-    """Embed sounds of any length, rate and container as rows of a Parquet table.
+    """Embed sounds as rows of a Parquet table.
 
-    The same command again carries on. A sound that cannot be used is a row
+    Sounds of any length, rate and container. The same command again carries on. A sound that cannot be used is a row
     without an embedding, with its reason.
 
     Example: ajepa-train embed sounds/ --model runs/a --out emb.parquet
@@ -63,7 +63,7 @@ def nearest(
     count: Annotated[int, typer.Option("-k", "--count", min=1, help="How many to list.")] = 10,
     device: Device = "auto",
 ) -> None:
-    """List the sounds of a table that are most like one that is given.
+    """List the sounds of a table that are most like a given one.
 
     Cosine of embeddings, each value standardised over the table.
 
@@ -138,7 +138,9 @@ def load(
     ],
     out: Annotated[Path | None, typer.Option(help="Folder to keep it in.", show_default=False)] = None,
 ) -> None:
-    """Fetch a model and say what it is; safetensors only, no code is run.
+    """Fetch a model and say what it is.
+
+    Safetensors only; no code is run.
 
     Example: ajepa-train load me/a-jepa-as20k --out a-jepa-as20k
     """

@@ -41,7 +41,7 @@ def evaluate(
     cache: Cache = None,
     cache_gb: CacheGb = CACHE_GB,
 ) -> None:
-    """Probe a run's frozen encoder, on its own store or another one's task.
+    """Probe a run's frozen encoder, on its own store or another's.
 
     Measured on eval, or else on what is held out, or over fold1, fold2 ... in
     turns; settings are chosen on val, or else on a fifth of the train clips.
@@ -81,7 +81,7 @@ def compare(
         typer.Argument(help="Runs, or JSON files of evaluate or finetune.", show_default=False, exists=True),
     ],
 ) -> None:
-    """Print results beside the published ones, and which of these are comparable.
+    """Print results beside the published ones, and how they compare.
 
     Clips, classes, labels, training clips and protocol decide; sources:
     manifests/published_results.csv.

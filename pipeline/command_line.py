@@ -31,7 +31,7 @@ StorePath = Annotated[
 
 StorePlace = Annotated[str, typer.Argument(help="Feature store, NAME.zarr or s3://...", show_default=False)]
 Cache = Annotated[
-    Path | None, typer.Option(help="Folder for what was last read of a store at s3://.", show_default=False)
+    Path | None, typer.Option(help="Folder that keeps what was read from s3://.", show_default=False)
 ]
 CacheGb = Annotated[float, typer.Option(min=0.001, help="Most that --cache may take, in 10^9 bytes.")]
 
