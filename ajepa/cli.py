@@ -8,7 +8,7 @@ import typer
 from ajepa import embed_commands, evaluate_commands
 from ajepa.finetune_commands import finetune
 from ajepa.hlp_study_commands import hlp_study
-from pipeline.command_line import Cache, CacheGb, run_app
+from pipeline.command_line import Cache, CacheGb, run_app, to_write
 from pipeline.errors import InputError
 from pipeline.files import CACHE_GB
 
@@ -172,7 +172,9 @@ def masks(
 def report(
     store: StorePlace,
     run: RunPath,
-    html: Annotated[Path | None, typer.Option(help="One page with everything on it.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="One page with everything on it.", callback=to_write)
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for PNG files.")] = None,
     cache: Cache = None,
     cache_gb: CacheGb = CACHE_GB,

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.command_line import Cache, CacheGb
+from pipeline.command_line import Cache, CacheGb, to_write
 from pipeline.files import CACHE_GB
 
 app = typer.Typer(rich_markup_mode=None)
@@ -83,8 +83,12 @@ def export(
     licence: Annotated[
         str | None, typer.Option(help="Of the weights, such as cc-by-4.0: yours to state.")
     ] = None,
-    onnx: Annotated[Path | None, typer.Option(help="Also an ONNX file, audio to embeddings.")] = None,
-    torch_export: Annotated[Path | None, typer.Option(help="Also a torch.export file, NAME.pt2.")] = None,
+    onnx: Annotated[
+        Path | None, typer.Option(help="Also an ONNX file, audio to embeddings.", callback=to_write)
+    ] = None,
+    torch_export: Annotated[
+        Path | None, typer.Option(help="Also a torch.export file, NAME.pt2.", callback=to_write)
+    ] = None,
     pooling: Annotated[
         Literal["mean", "frequency"], typer.Option(help="Of the ONNX and torch.export files.")
     ] = "mean",

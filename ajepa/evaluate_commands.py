@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.command_line import Cache, CacheGb
+from pipeline.command_line import Cache, CacheGb, to_write
 from pipeline.files import CACHE_GB
 
 app = typer.Typer()
@@ -31,9 +31,12 @@ def evaluate(
     ] = None,
     layer: Annotated[str, typer.Option(help="last, mean-K (last K blocks) or block-N.")] = "last",
     train_clips: Annotated[int, typer.Option(min=1, help="Most clips to train probes on.")] = 20_000,
-    out: Annotated[Path | None, typer.Option(help="JSON file. [default: in the run]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file. [default: in the run]", callback=to_write)
+    ] = None,
     per_class: Annotated[
-        Path | None, typer.Option(help="CSV file for the average precision of every class.")
+        Path | None,
+        typer.Option(help="CSV file for the average precision of every class.", callback=to_write),
     ] = None,
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is one.")

@@ -82,6 +82,7 @@ class Evaluation:
     def save(self, file: Path) -> None:
         """Write whole or not at all."""
         told = {"format": FORMAT, **asdict(self)}
+        file.absolute().parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as scratch:
             scratch.write_text(json.dumps(told, indent=1, allow_nan=False) + "\n")
 
@@ -144,6 +145,7 @@ class Evaluation:
     def write_classes(self, file: Path) -> None:
         """Average precision of every class as CSV: a line for each label set and class, a column for each probe."""
         rows = list(dict.fromkeys((score.features, score.probe) for score in self.scores))
+        file.absolute().parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as scratch, scratch.open("w", newline="") as handle:
             out = csv.writer(handle)
             out.writerow(["label_set", "class", "name", *(f"{name} {probe}" for name, probe in rows)])

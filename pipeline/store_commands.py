@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from pipeline import build_commands
-from pipeline.command_line import Cache, CacheGb, StorePath, StorePlace
+from pipeline.command_line import Cache, CacheGb, StorePath, StorePlace, to_write
 from pipeline.errors import InputError
 from pipeline.files import CACHE_GB
 
@@ -174,8 +174,12 @@ def bench(
 @app.command()
 def report(
     store: StorePlace,
-    html: Annotated[Path | None, typer.Option(help="Page to write: all of the store.")] = None,
-    out: Annotated[Path | None, typer.Option(help="PNG file to write: spectrograms.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Page to write: all of the store.", callback=to_write)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="PNG file to write: spectrograms.", callback=to_write)
+    ] = None,
     clips: Annotated[int, typer.Option(min=1, max=60, help="Spectrograms to show.")] = 12,
     cache: Cache = None,
     cache_gb: CacheGb = CACHE_GB,

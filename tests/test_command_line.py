@@ -12,6 +12,9 @@ from typer.testing import CliRunner
 
 import ajepa.cli
 import pipeline.cli
+from pipeline.command_line import to_write, told_of
+from pipeline.errors import InputError
+from pipeline.files import scratch_of
 
 BIN = Path(sys.executable).parent
 PROGRAMS = {"ajepa-data": pipeline.cli.app, "ajepa-train": ajepa.cli.app}
@@ -139,3 +142,44 @@ def test_help_and_the_tab_key_do_not_wait_for_heavy_libraries(module):
     heavy = "{'torch', 'numpy', 'polars', 'pyarrow', 'matplotlib', 'sklearn', 'scipy', 'nvidia', 'zarr', 'av', 'rich'}"
     program = f"import sys, {module}; sys.exit(str({heavy} & set(sys.modules)) if {heavy} & set(sys.modules) else 0)"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("there", "there: is a folder; expected the name of a file to write"),
+        ("file/x.csv", "file is a file; expected a folder"),
+        ("shut/x.csv", "shut/x.csv: nothing can be written in "),
+    ],
+)
+def test_where_nothing_can_be_written_is_told_before_the_work(tmp_path, monkeypatch, where, said):
+    """And not after hours of it; a folder that is not there yet is made in the end."""
+    monkeypatch.chdir(tmp_path)
+    Path("there").mkdir()
+    Path("file").write_text("")
+    Path("shut").mkdir()
+    monkeypatch.setattr(os, "access", lambda folder, mode: folder.name != "shut")  # root may write anywhere
+    with pytest.raises(InputError, match=re.escape(said)):
+        to_write(Path(where))
+    assert to_write(Path("new/folder/x.csv")) == Path("new/folder/x.csv")
+    assert to_write(None) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (FileExistsError(17, "File exists", "x"), "x: is a file, or lies below one; expected a folder"),
+        (IsADirectoryError(21, "Is a directory", "x"), "x: is a folder; expected a file"),
+        (
+            PermissionError(13, "Permission denied", "x"),
+            "x: Permission denied; check the path and its permissions",
+        ),
+        (
+            OSError(30, "Read-only file system", str(scratch_of(Path("x")))),
+            "x: Read-only file system; check the path",
+        ),
+    ],
+)
+def test_what_the_system_refuses_is_told_in_words(error, said):
+    """Of the file that was asked for, whatever the scratch file beside it is called."""
+    assert told_of(error).startswith(said)

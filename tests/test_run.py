@@ -77,6 +77,9 @@ def test_opening_what_is_no_run_says_what_to_give(tmp_path):
     """evaluate and report name the folder and the missing file."""
     with pytest.raises(RunError, match=r"not a run \(no recipe\.json\)"):
         Run.open(tmp_path)
+    (tmp_path / "recipe.json").write_text("{")
+    with pytest.raises(RunError, match=r"recipe\.json: damaged"):
+        Run.open(tmp_path)
 
 
 def test_a_run_written_by_a_later_format_is_refused(tmp_path):
