@@ -144,22 +144,6 @@ def test_your_copy_of_audioset(desk, trained):
     assert len(table) == len(list((desk / "mine").iterdir()))
 
 
-@pytest.mark.parametrize(
-    ("command", "said"),
-    [
-        ("pretrain --recipe smol", "small"),
-        ("pretrain --recipe audio-jepa", "audio-jepa"),
-        ("pretrain --recipe small", "recipe"),
-    ],
-)
-def test_a_mistake_of_a_newcomer_is_one_line(desk, trained, command, said):
-    """Misspelt recipe, store of another mel spec, run of another recipe: what, where, what to do next."""
-    wrong = f"! ajepa-train {command} --store as20k.zarr --run runs/a 2> wrong.txt"
-    typed(wrong, desk)
-    assert said in (error := (desk / "wrong.txt").read_text())
-    assert error.count("\n") == 1, error
-
-
 def test_a_build_that_is_killed_carries_on_to_the_same_bytes(desk, trained):
     """kill -9 once the first shard is committed, then the very same command."""
     first, second, *_ = swapped(
