@@ -25,6 +25,7 @@ class Assignment:
     """Rows and classes of a task on a store.
 
     merge_SC  which class of the task each class of the store is, 0 or 1; a row of zeros is no class of it
+    left_out  good clips of the splits to measure that have no label of the task
     notes     what whoever trains should know
     """
 
@@ -38,11 +39,8 @@ class Assignment:
     train_N: np.ndarray
     eval_N: np.ndarray
     merge_SC: np.ndarray
+    left_out: int = 0
     notes: tuple[str, ...] = field(default=())
-
-    @property
-    def metric(self) -> str:
-        return "accuracy" if self.single else "map"
 
     def labels_NC(self, rows_N: np.ndarray, label_set: str | None = None) -> np.ndarray:
         """1 where a row has a class of the task, else 0, float32."""
@@ -119,6 +117,7 @@ def assigned(
         train_N=kept[0],
         eval_N=kept[1],
         merge_SC=merge_SC,
+        left_out=len(eval_N) - len(kept[1]),
         notes=tuple(notes),
     )
     return singled(made)

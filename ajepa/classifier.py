@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ajepa.blocks import initialise
-from ajepa.jepa import mean_over
 from ajepa.patches import valid_tokens
+from ajepa.pooling import POOLING, VECTORS, PoolingName, pool
 from ajepa.regularised import RegularisedMasking
 from ajepa.vit import Encoder, EncoderSpec
 
@@ -54,10 +54,14 @@ class Classifier(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VitSpec:
-    """An encoder, the mean over its valid tokens, a linear head; with regularised masking in training."""
+    """An encoder, one vector of its valid tokens, a linear head; with regularised masking in training.
+
+    pooling  the vector: their mean as in A-JEPA, or another of `pooling.pool`
+    """
 
     encoder: EncoderSpec
     masking: RegularisedMasking = REGULARISED
+    pooling: PoolingName = POOLING
 
     @property
     def frames(self) -> int:
@@ -67,6 +71,11 @@ class VitSpec:
     def bands(self) -> int:
         return self.encoder.grid.bands
 
+    @property
+    def pooled(self) -> int:
+        """Values of the vector of a clip."""
+        return self.encoder.width * VECTORS[self.pooling](self.encoder.grid.rows)
+
 
 class Vit(nn.Module):
     """The Classifier of a `VitSpec`. Its weights do not depend on the length of the grid."""
@@ -75,7 +84,7 @@ class Vit(nn.Module):
         super().__init__()
         self.spec = spec
         self.encoder = Encoder(spec.encoder, seed=seed)
-        self.head = nn.Linear(spec.encoder.width, classes)
+        self.head = nn.Linear(spec.pooled, classes)
         initialise(self.head, seed + 1)
 
     def forward(self, mel_BTF: Tensor, n_frames_B: Tensor, rng: np.random.Generator | None = None) -> Tensor:
@@ -86,7 +95,10 @@ class Vit(nn.Module):
         if attended is None and not all_valid:
             attended = valid_BP
         token_BPD = self.encoder(mel_BTF, valid_BP=attended, keep_L2N=keep)
-        logits_BC: Tensor = self.head(mean_over(token_BPD.float(), valid_BP)).float()
+        clips, rows = len(mel_BTF), self.spec.encoder.grid.rows
+        clip_B = torch.arange(clips, device=mel_BTF.device)
+        clip_BD = pool(token_BPD, valid_BP, clip_B, clips=clips, rows=rows, pooling=self.spec.pooling)
+        logits_BC: Tensor = self.head(clip_BD).float()
         return logits_BC
 
     def layers(self) -> list[list[nn.Parameter]]:

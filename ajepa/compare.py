@@ -1,16 +1,13 @@
 """Compare: the project's results beside the published ones, and whether the two may be compared."""
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_lowercase
 from textwrap import wrap
 from typing import Any
 
-import numpy as np
-
-from ajepa.evaluation import EVALUATION, TITLES, Evaluation
+from ajepa.evaluation import EVALUATION, HEAD, PRIMARY, TITLES, Evaluation, Score
 from ajepa.published import EVAL_CLIPS, TRAIN_CLIPS, Published, published, task_of
 from pipeline.errors import RunError
 
@@ -28,12 +25,19 @@ PROTOCOLS = {
     "attentive": "attentive probe",
     "xares-mlp": "X-ARES MLP",
     "xares-knn": "X-ARES kNN",
+    "elsewhere": "trained on another store",
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ours:
-    """One number of the project; `value` in [0, 1], `interval` where there is one, `task` None: not a public one."""
+    """One number of the project; `value` in [0, 1]; `task` None: not a public one.
+
+    spread      sample deviation over folds, where there are some
+    train_clips what a classifier was trained on, or a probe; None: not known
+    from_nothing whether a classifier was trained without a pre-trained encoder
+    tuned       whether an encoder that is probed was fine-tuned, with labels
+    """
 
     name: str
     task: str | None
@@ -43,8 +47,12 @@ class Ours:
     interval: tuple[float, float] | None
     label_set: str
     classes: int
-    train_clips: int
+    train_clips: int | None
     eval_clips: int
+    spread: float | None = None
+    folds: int = 0
+    from_nothing: bool = False
+    tuned: bool = False
 
 
 def compare(places: Sequence[Path]) -> str:
@@ -54,81 +62,71 @@ def compare(places: Sequence[Path]) -> str:
 
 
 def results_at(place: Path) -> list[Ours]:
-    """Those of a JSON file, of a run (all its evaluations), or of a run of folds (their means)."""
-    if place.is_file():
-        return list(results_in(place))
-    if folds := sorted(place.glob(f"fold*/{EVALUATION}")):
-        return mean_over([list(results_in(file)) for file in folds], str(place))
-    files = sorted(place.glob(f"{Path(EVALUATION).stem}*.json"))
+    """Those of a JSON file, or of a run, cross-validated or not: all its evaluations."""
+    files = [place] if place.is_file() else sorted(place.glob(f"{Path(EVALUATION).stem}*.json"), key=rank)
     if not files:
-        raise RunError(
-            f"{place}: holds no {EVALUATION}; run ajepa-train evaluate or finetune first, or give a JSON file"
-        )
+        more = sorted(place.glob(f"*/{EVALUATION}"))
+        told = f"finetune with every fold, or give {more[0].parent}" if more else "evaluate or finetune first"
+        raise RunError(f"{place}: holds no {EVALUATION}; run ajepa-train {told}, or give a JSON file")
     return [ours for file in files for ours in results_in(file)]
 
 
+def rank(file: Path) -> tuple[bool, str]:
+    """What a run is measured by on its own store first."""
+    return file.name != EVALUATION, file.name
+
+
 def results_in(file: Path) -> Iterator[Ours]:
-    """What `evaluate` or `finetune` wrote into a file; RunError for any other."""
-    try:
-        told = json.loads(file.read_text())
-    except json.JSONDecodeError:
-        raise RunError(f"{file}: is not JSON; give what evaluate or finetune wrote") from None
-    if not isinstance(told, dict) or not {"protocol", "scores"} <= set(told):
-        raise RunError(f"{file}: holds no scores; give what evaluate or finetune wrote")
-    yield from probed(file) if "format" in told else fine_tuned(file, told)
-
-
-def probed(file: Path) -> Iterator[Ours]:
-    """The trained encoder's scores in an evaluation of frozen features."""
+    """What `evaluate` or `finetune` wrote: of probes those on the run's encoder; RunError for any other file."""
     evaluation = Evaluation.read(file)
     told, name = evaluation.protocol, evaluation.scores[0].features
-    train_clips = told["train_clips"]
-    task = task_of([mid for mid, _ in evaluation.classes], folds=told["folds"], train_clips=train_clips)
     for score in evaluation.scores:
         if score.features == name:
-            metric = "accuracy" if score.kind == "single" else "map"
+            how = judged_how(evaluation) if score.probe == HEAD else probed_how(evaluation, score)
             yield Ours(
                 name=str(file),
-                task=task,
-                protocol=score.probe,
-                metric=metric,
+                metric=PRIMARY[score.kind],
                 value=score.primary.value,
                 interval=(score.primary.low, score.primary.high),
+                spread=score.spread,
+                folds=told["folds"],
                 label_set=score.label_set,
                 classes=len(evaluation.classes),
-                train_clips=train_clips,
                 eval_clips=told["eval_clips"],
+                **how,
             )
 
 
-def fine_tuned(file: Path, told: dict[str, Any]) -> Iterator[Ours]:
-    """The scores of a fine-tuned run, one for each label set."""
-    protocol = told["protocol"]
-    task, train_clips = protocol.get("task"), protocol["train_clips"]
+def probed_how(evaluation: Evaluation, score: Score) -> dict[str, Any]:
+    """The task that a store is by its classes; what trained the probe."""
+    told = evaluation.protocol
+    train_clips = told["probes"]["train_clips"]
+    mids = [mid for mid, _ in evaluation.classes]
+    task = task_of(mids, folds=told["folds"], train_clips=train_clips)
+    return {
+        "task": task,
+        "protocol": score.probe,
+        "train_clips": train_clips,
+        "tuned": told["task"] is not None,
+    }
+
+
+def judged_how(evaluation: Evaluation) -> dict[str, Any]:
+    """The task that a classifier was trained on, if it is measured on that; where it is trained elsewhere, says so."""
+    told, classifier = evaluation.protocol, evaluation.protocol["classifier"]
+    task, train_clips = classifier["task"], classifier["train_clips"]
     if task == "audioset":
-        task = "audioset-20k" if train_clips <= TRAIN_CLIPS["audioset-20k"] else "audioset-2m"
-    for score in told["scores"]:
-        yield Ours(
-            name=str(file),
-            task=task if task in EVAL_CLIPS else None,
-            protocol="fine-tuned",
-            metric=score["metric"],
-            value=score["value"],
-            interval=None,
-            label_set=score["label_set"],
-            classes=score["classes"] + score["skipped"],
-            train_clips=train_clips,
-            eval_clips=protocol["eval_clips"],
-        )
-
-
-def mean_over(folds: list[list[Ours]], name: str) -> list[Ours]:
-    """Cross-validated results: the mean of each, on the clips of all folds."""
-    means = []
-    for of_folds in zip(*folds, strict=True):
-        value, clips = np.mean([ours.value for ours in of_folds]), sum(ours.eval_clips for ours in of_folds)
-        means.append(replace(of_folds[0], name=name, value=float(value), interval=None, eval_clips=clips))
-    return means
+        few = train_clips is not None and train_clips <= TRAIN_CLIPS["audioset-20k"]
+        task = "audioset-20k" if few else "audioset-2m"
+    own = told["store_id"] == told["trained_on"]
+    if not own and len(evaluation.classes) < classifier["classes"]:
+        task = None
+    return {
+        "task": task if task in EVAL_CLIPS else None,
+        "protocol": "fine-tuned" if own or task in EVAL_CLIPS else "elsewhere",
+        "train_clips": train_clips,
+        "from_nothing": classifier["from"] is None,
+    }
 
 
 def block(ours: Ours) -> list[str]:
@@ -139,7 +137,8 @@ def block(ours: Ours) -> list[str]:
         f"{task}, {ours.label_set} labels, {PROTOCOLS[ours.protocol]}, {ours.eval_clips} clips",
     ]
     interval = "" if ours.interval is None else " [{:.3f} {:.3f}]".format(*ours.interval)
-    lines.append(f"  {'this result':24}{TITLES[ours.metric]:9} {ours.value:.3f}{interval}")
+    spread = "" if ours.spread is None else f" ± {ours.spread:.3f} over {ours.folds} folds"
+    lines.append(f"  {'this result':24}{TITLES[ours.metric]:9} {ours.value:.3f}{interval}{spread}")
     told = [row for row in published() if row.task == ours.task and row.metric == ours.metric]
     reasons: list[str] = []
     for row in sorted(told, key=lambda row: -row.value):
@@ -170,7 +169,9 @@ def refusals(ours: Ours, row: Published) -> list[str]:
     if row.classes is not None and row.classes != ours.classes:
         told.append(f"classes: {ours.classes} are told apart here, {row.classes} there")
     wanted = TRAIN_CLIPS.get(row.task)
-    if wanted is not None and ours.train_clips < MOST_TRAIN * wanted:
+    if wanted is not None and ours.train_clips is None:
+        told.append("training: on how many clips is not told in the run; run ajepa-train finetune to its end")
+    elif wanted is not None and ours.train_clips is not None and ours.train_clips < MOST_TRAIN * wanted:
         told.append(f"training: on {ours.train_clips} clips, {row.task} has {wanted}")
     return told
 
@@ -182,8 +183,14 @@ def cautions(ours: Ours, row: Published) -> list[str]:
         told.append("recipe: both frozen, the probes are trained with other settings")
     if row.eval_clips is not None and row.eval_clips != ours.eval_clips:
         told.append(f"clips: that one was measured on {row.eval_clips}, this one on {ours.eval_clips}")
+    if ours.tuned:
+        told.append("pre-training: this one's encoder was fine-tuned, with labels")
+    if ours.from_nothing:
+        told.append("pre-training: this one had none")
     if "supervised" in row.pretraining:
         told.append("pre-training: that one was shown labels")
+    if row.checked == "no":
+        told.append("value: that one was copied from notes on the paper and not seen there again")
     if row.caution:
         told.append(f"{row.model}: {row.caution}")
     return told

@@ -14,10 +14,11 @@ app = typer.Typer()
 @app.command()
 def evaluate(
     store: Annotated[str, typer.Option(help="Feature store, NAME.zarr or s3://...", show_default=False)],
-    run: Annotated[Path, typer.Option(help="Run folder made by pretrain.", show_default=False)],
+    run: Annotated[Path, typer.Option(help="Run folder of pretrain or finetune.", show_default=False)],
     checkpoint: Annotated[str, typer.Option(help="last, best (by probe), or a step that is kept.")] = "last",
     probe: Annotated[
-        list[str] | None, typer.Option(help="linear, knn or attentive; repeats. [default: all]")
+        list[str] | None,
+        typer.Option(help="linear, knn, attentive; repeats. [default: all; fine-tuned: none]"),
     ] = None,
     labels: Annotated[
         str, typer.Option(help="Label sets, with commas. [default: all]", show_default=False)
@@ -32,11 +33,12 @@ def evaluate(
     layer: Annotated[str, typer.Option(help="last, mean-K (last K blocks) or block-N.")] = "last",
     train_clips: Annotated[int, typer.Option(min=1, help="Most clips to train probes on.")] = 20_000,
     out: Annotated[
-        Path | None, typer.Option(help="JSON file. [default: in the run]", callback=to_write)
+        Path | None,
+        typer.Option(help="JSON file, replaced if there. [default: in the run]", callback=to_write),
     ] = None,
     per_class: Annotated[
         Path | None,
-        typer.Option(help="CSV file for the average precision of every class.", callback=to_write),
+        typer.Option(help="CSV file for every class: average precision, recall.", callback=to_write),
     ] = None,
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is one.")
@@ -44,17 +46,18 @@ def evaluate(
     cache: Cache = None,
     cache_gb: CacheGb = CACHE_GB,
 ) -> None:
-    """Probe a run's frozen encoder, on its own store or another's.
+    """Measure a run on held-out clips of its store, or of another.
 
-    Measured on eval, or else on what is held out, or over fold1, fold2 ... in
-    turns; settings are chosen on val, or else on a fifth of the train clips.
-    Beside a random encoder and log-mel statistics; kept as RUN/evaluation.json,
-    of another store as RUN/evaluation-STORE.json.
+    Pre-trained: probes on its frozen encoder, a random one, log-mel statistics.
+    Fine-tuned: its classifier, by the classes that store and run share; with
+    --probe its frozen encoder. On eval, or what is held out, or all folds.
+    Kept as RUN/evaluation.json, of another store as RUN/evaluation-STORE.json,
+    probes of a fine-tuned run beside it as ...-probes.json. A result that was
+    measured otherwise (pooling, checkpoint ...) is not replaced: give --out.
 
     Example: ajepa-train evaluate --store as20k.zarr --run runs/a
     """
     from ajepa import evaluate as stage
-    from ajepa.evaluation import PROBES
     from ajepa.pooling import POOLING, Layer
     from pipeline.store import FeatureStore
 
@@ -66,7 +69,7 @@ def evaluate(
         train_clips=train_clips,
         pooling=pooling or POOLING,
         layer=Layer.named(layer),
-        probes=tuple(probe or PROBES),
+        probes=tuple(probe) if probe else None,
         labels=[name.strip() for name in labels.split(",") if name.strip()],
         kind=kind,
         out=out,

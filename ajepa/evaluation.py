@@ -1,8 +1,8 @@
-"""Evaluation: what probes found, with the protocol that produced it, as JSON, as a table, class by class."""
+"""Evaluation: what was found of a run, with the protocol that produced it, as JSON, as a table, class by class."""
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,24 +14,28 @@ from pipeline.errors import RunError
 from pipeline.files import replacing
 
 EVALUATION = "evaluation.json"
-FORMAT = 2
+FORMAT = 3
 KindName = Literal["single", "multi"]
 PRIMARY: dict[KindName, str] = {"multi": "map", "single": "accuracy"}
 OTHERS: dict[KindName, tuple[str, str]] = {"multi": ("auc", "d_prime"), "single": ("f1", "map")}
 TITLES = {"map": "mAP", "accuracy": "accuracy", "auc": "AUC", "d_prime": "d'", "f1": "macro F1"}
 PROBES = {"linear": "linear", "knn": "kNN", "attentive": "attentive"}
+CLASSIFIER, HEAD = "classifier", "head"  # features and probe of what is measured as it was trained
+METHODS = PROBES | {HEAD: "own head"}
 SETS_PER_BLOCK = 2  # label sets side by side in 80 columns
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
-    """One probe on one kind of features, trained and measured on one label set.
+    """A probe on one kind of features, or a classifier as it was trained, measured on one label set.
 
-    metrics         of `single` labels (every clip has exactly one) accuracy and f1, of all map, auc and d_prime
-    chance          of the first metric: mAP of a random order, accuracy of always saying the commonest class
-    skipped         classes that no measured clip has; `classes` are the others
-    chosen          what was chosen for the probe, once for each fold: its penalty, or its number of steps
-    per_class_ap    average precision, mean over the folds that have the class; None where it is skipped
+    metrics           of `single` labels (every clip has exactly one) accuracy and f1, of all map, auc and d_prime
+    chance            of the first metric: mAP of a random order, accuracy of always saying the commonest class
+    skipped           classes that no measured clip has; `classes` are the others
+    chosen            what was chosen for a probe, once for each fold: its penalty, or its number of steps
+    by_fold           each metric's value on every fold (d' apart); empty where there are none
+    per_class_ap      average precision, mean over the folds that have the class; None where it is skipped
+    per_class_recall  so for the share of a class's clips that is found, of single labels; else empty
     """
 
     features: str
@@ -43,7 +47,9 @@ class Score:
     classes: int
     skipped: int
     chosen: tuple[float, ...]
+    by_fold: dict[str, tuple[float, ...]]
     per_class_ap: tuple[float | None, ...]
+    per_class_recall: tuple[float | None, ...]
 
     @property
     def map(self) -> float:
@@ -55,11 +61,18 @@ class Score:
         """The metric to compare by: accuracy of single labels, else mAP."""
         return self.metrics[PRIMARY[self.kind]]
 
+    @property
+    def spread(self) -> float | None:
+        """Sample deviation of that metric over folds; None where there are none."""
+        values = self.by_fold.get(PRIMARY[self.kind], ())
+        return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
     @classmethod
     def from_json(cls, told: dict[str, Any]) -> "Score":
-        lists = {name: tuple(told[name]) for name in ("chosen", "per_class_ap")}
+        lists = {name: tuple(told[name]) for name in ("chosen", "per_class_ap", "per_class_recall")}
         metrics = {name: Estimate(**estimate) for name, estimate in told["metrics"].items()}
-        return cls(**(told | lists | {"metrics": metrics}))
+        by_fold = {name: tuple(values) for name, values in told["by_fold"].items()}
+        return cls(**(told | lists | {"metrics": metrics, "by_fold": by_fold}))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,26 +101,41 @@ class Evaluation:
 
     @classmethod
     def read(cls, file: Path) -> "Evaluation":
-        """What `save` wrote; RunError where it is of another version."""
-        told = json.loads(file.read_text())
+        """What `save` wrote; RunError where it is something else, or of another version."""
+        try:
+            told = json.loads(file.read_text())
+        except json.JSONDecodeError:
+            raise RunError(f"{file}: is not JSON; give what evaluate or finetune wrote") from None
+        if not isinstance(told, dict) or not {"protocol", "scores"} <= set(told):
+            raise RunError(f"{file}: holds no scores; give what evaluate or finetune wrote")
         if told.get("format") != FORMAT:
             raise RunError(
                 f"{file}: evaluation format {told.get('format', 1)}, this version reads {FORMAT}; "
-                "run ajepa-train evaluate again"
+                "delete it and run ajepa-train evaluate again"
             )
         classes = tuple((mid, name) for mid, name in told["classes"])
         scores = tuple(Score.from_json(score) for score in told["scores"])
         return cls(protocol=told["protocol"], classes=classes, scores=scores)
 
+    def notes(self) -> Iterator[str]:
+        """What was measured on what, in sentences."""
+        told, named = self.protocol, self.protocol["classifier"]
+        folds = f", mean over {told['folds']} folds" if told["folds"] else ""
+        yield f"{told['eval_clips']} eval clips of {told['store']}{folds}; run at step {told['step']}"
+        if named is not None:
+            clips = "clips" if named["train_clips"] is None else f"{named['train_clips']} clips"
+            yield f"classifier of task {named['task']}, trained on {clips} by {named['label_set']} labels"
+            if len(self.classes) < named["classes"]:
+                yield f"measured on {len(self.classes)} of its {named['classes']} classes: those of this store"
+        if (probes := told["probes"]) is not None:
+            tuned = "" if told["task"] is None else f" (encoder fine-tuned on task {told['task']})"
+            yield f"probes trained on {probes['train_clips']} clips{tuned}"
+            yield f"pooling {probes['pooling']}, layer {probes['layer']}"
+        yield f"[95 % of {told['resamples']} resamples of the clips]"
+
     def table(self) -> str:
         """Metrics by features and probe, label sets side by side, in lines of at most 80 columns."""
-        told = self.protocol
-        folds = f", mean over {told['folds']} folds" if told["folds"] else ""
-        lines = [
-            f"{told['eval_clips']} eval clips{folds}, probes trained on {told['train_clips']}; "
-            f"run at step {told['step']}",
-            f"pooling {told['pooling']}, layer {told['layer']}; [95 % of {told['resamples']} resamples of the clips]",
-        ]
+        lines = list(self.notes())
         for kind in PRIMARY:
             sets = [name for name in self.label_sets if self._one(name).kind == kind]
             for start in range(0, len(sets), SETS_PER_BLOCK):
@@ -115,25 +143,29 @@ class Evaluation:
         return "\n".join(lines)
 
     def block(self, kind: KindName, sets: Sequence[str]) -> list[str]:
-        """The table of some label sets of one kind: its first metric with intervals, then two others."""
+        """The table of some label sets of one kind: its first metric with intervals, its spread, two others."""
         first, (second, third) = PRIMARY[kind], OTHERS[kind]
-        rows = list(dict.fromkeys((score.features, score.probe) for score in self.scores))
-        head = f"  {'':31}" + "".join(f"  {_cut(name, 20):20}" for name in sets)
-        names = f"  {'':31}" + "".join(f"  {self._classes(name):20}" for name in sets)
+        folds = self.protocol["folds"]
         return [
-            head,
-            names,
+            f"  {'':31}" + "".join(f"  {_cut(name, 20):20}" for name in sets).rstrip(),
+            f"  {'':31}" + "".join(f"  {self._classes(name):20}" for name in sets).rstrip(),
             TITLES[first],
-            *(self._line(row, sets, lambda score: interval(score.metrics[first])) for row in rows),
-            f"  {'chance':31}" + "".join(f"  {self._one(name).chance:5.3f}{'':15}" for name in sets),
+            *self._lines(sets, lambda score: interval(score.metrics[first])),
+            f"  {'chance':31}" + "".join(f"  {self._one(name).chance:5.3f}{'':15}" for name in sets).rstrip(),
+            *([f"deviation over {folds} folds"] if folds else []),
+            *(self._lines(sets, lambda score: f"{score.spread:5.3f}") if folds else []),
             f"{TITLES[second]} / {TITLES[third]}",
-            *(self._line(row, sets, lambda score: pair(score, second, third)) for row in rows),
+            *self._lines(sets, lambda score: pair(score, second, third)),
         ]
 
-    def _line(self, row: tuple[str, str], sets: Sequence[str], cell: Any) -> str:
-        features, probe = row
-        cells = "".join(f"  {cell(self.of(features, probe, name)):20}" for name in sets)
-        return f"  {features:20} {PROBES[probe]:10}{cells}".rstrip()
+    def _lines(self, sets: Sequence[str], cell: Callable[[Score], str]) -> Iterator[str]:
+        """A line for each probe on each kind of features."""
+        for features, probe in self._rows():
+            cells = "".join(f"  {cell(self.of(features, probe, name)):20}" for name in sets)
+            yield f"  {features:20} {METHODS[probe]:10}{cells}".rstrip()
+
+    def _rows(self) -> list[tuple[str, str]]:
+        return list(dict.fromkeys((score.features, score.probe) for score in self.scores))
 
     def _classes(self, label_set: str) -> str:
         one = self._one(label_set)
@@ -143,16 +175,31 @@ class Evaluation:
         return next(score for score in self.scores if score.label_set == label_set)
 
     def write_classes(self, file: Path) -> None:
-        """Average precision of every class as CSV: a line for each label set and class, a column for each probe."""
-        rows = list(dict.fromkeys((score.features, score.probe) for score in self.scores))
+        """Every class as CSV: a line for each label set and class, a column for each probe's average precision.
+
+        And one for its recall, where a label set is of single labels.
+        """
+        rows = self._rows()
+        recalls = rows if any(score.per_class_recall for score in self.scores) else []
         file.absolute().parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as scratch, scratch.open("w", newline="") as handle:
             out = csv.writer(handle)
-            out.writerow(["label_set", "class", "name", *(f"{name} {probe}" for name, probe in rows)])
+            names = [f"{name} {probe}" for name, probe in rows]
+            out.writerow(
+                [
+                    "label_set",
+                    "class",
+                    "name",
+                    *names,
+                    *(f"recall, {name} {probe}" for name, probe in recalls),
+                ]
+            )
             for label_set in self.label_sets:
                 scores = [self.of(name, probe, label_set) for name, probe in rows]
-                for index, (mid, name) in enumerate(self.classes):
-                    values = [score.per_class_ap[index] for score in scores]
+                empty = (None,) * len(self.classes)
+                columns = [score.per_class_ap for score in scores]
+                columns += [score.per_class_recall or empty for score in scores] if recalls else []
+                for (mid, name), values in zip(self.classes, zip(*columns, strict=True), strict=True):
                     out.writerow([label_set, mid, name, *("" if v is None else f"{v:.6f}" for v in values)])
 
 
@@ -169,11 +216,3 @@ def pair(score: Score, second: str, third: str) -> str:
 
 def _cut(name: str, width: int) -> str:
     return name if len(name) <= width else name[: width - 3] + "..."
-
-
-def mean_of_folds(value_FC: np.ndarray) -> tuple[float | None, ...]:
-    """The mean of every column's values, of 6 decimals; None where a column has none."""
-    there_FC = ~np.isnan(value_FC)
-    sums_C, counts_C = np.where(there_FC, value_FC, 0).sum(0), there_FC.sum(0)
-    pairs = zip(sums_C.tolist(), counts_C.tolist(), strict=True)
-    return tuple(round(total / count, 6) if count else None for total, count in pairs)

@@ -10,16 +10,16 @@ import torch
 from ajepa.assignment import Assignment, assigned
 from ajepa.classifier import Vit
 from ajepa.devices import pick_device
-from ajepa.evaluation import EVALUATION
+from ajepa.evaluation import EVALUATION, Evaluation
 from ajepa.features import Views
-from ajepa.finetuner import Finetuner
+from ajepa.finetuner import AVERAGE, CLASSIFIER, Finetuner
 from ajepa.finetuning import Finetune
 from ajepa.loop import asked_to_stop, train
 from ajepa.models import of_frames
 from ajepa.probed_head import probed_head
 from ajepa.recipes import to_json
 from ajepa.run import Json, Run
-from ajepa.scores import ClassScores, keep, logits_of, scores
+from ajepa.scores import Held, judged, logits_of, measured_at_its_end, protocol
 from ajepa.start import Start
 from ajepa.tasks.task import Task
 from pipeline.dali import open_loader
@@ -63,7 +63,7 @@ def finetune(
         run = Run.start(run_path, recipe=to_json(recipe), identity=identity)
         with run.locked():
             run.rewind()
-            if run.finished and (run.path / EVALUATION).exists():
+            if run.finished and measured_at_its_end(run):
                 say(f"{run.path}: already at its last step, {run.step}")
                 return run
             trainer = trainer_of(run, recipe, assignment, on, start)
@@ -74,7 +74,7 @@ def finetune(
                     steps = batches.batches(run.step, recipe.steps)
                     train(run, trainer, steps, stop, progress=progress, watch=watch)
             if run.finished:
-                keep(run.path, protocol(run, assignment), watch.last or watch.measure())
+                watch.evaluation(run).save(run.path / EVALUATION)
     if not run.finished:
         say(f"{run.path}: checkpoint written at step {run.step} of {recipe.steps}; run me again to carry on")
         raise Interrupted
@@ -87,15 +87,12 @@ class Measuring:
     def __init__(self, trainer: Finetuner, assignment: Assignment, identity: Json) -> None:
         self.trainer, self.assignment = trainer, assignment
         self.views = views_of(assignment, trainer.recipe, identity)
-        self.last: list[ClassScores] = []
+        self.last: Held | None = None
 
     def after(self, done: int) -> Json:
         """The metric on each label set, at the steps at which the recipe measures."""
-        self.last = []
-        if not self.trainer.recipe.evaluated(done):
-            return {}
-        self.last = self.measure()
-        return {f"eval_{score.metric}_{score.label_set}": score.value for score in self.last}
+        self.last = self.measure() if self.trainer.recipe.evaluated(done) else None
+        return self.last.logged() if self.last else {}
 
     def saving(self) -> None:
         """Nothing of what is measured is carried on with."""
@@ -103,11 +100,21 @@ class Measuring:
     def ill(self) -> None:
         """Labels keep a model from collapsing; what does not learn is seen in what is measured."""
 
-    def measure(self) -> list[ClassScores]:
-        """The scores as the weights are now."""
+    def measure(self) -> Held:
+        """What the classifier says of them as its weights are now."""
         trainer, rows_N = self.trainer, self.assignment.eval_N
         logits_NC = logits_of(trainer.measured, self.views, rows_N, trainer.device, bf16=trainer.bf16)
-        return scores(self.assignment, logits_NC)
+        return Held(assignment=self.assignment, logits_NC=logits_NC)
+
+    def evaluation(self, run: Run) -> Evaluation:
+        """The scores of a finished run, with their protocol."""
+        trainer = self.trainer
+        part = CLASSIFIER if trainer.average is None else AVERAGE
+        weights = trainer.measured.state_dict()
+        told = protocol(
+            run, [self.assignment], step=run.step, weights=weights, part=part, device=trainer.device
+        )
+        return judged(told, [self.last or self.measure()])
 
 
 def trainer_of(
@@ -146,15 +153,6 @@ def told(
     kept = f"{len(assignment.eval_N)} of {', '.join(assignment.eval_splits)} to measure"
     classes = f"{len(assignment.classes)} classes, {'one' if assignment.single else 'several'} to a clip"
     say(f"{run.path}: step {run.step} of {recipe.steps}, {rows}, {kept}, {classes}, {trainer.precision}")
-
-
-def protocol(run: Run, assignment: Assignment) -> Json:
-    """How the scores of a finished run came about."""
-    names = ("store_id", "task", "label_set", "train_splits", "eval_splits", "from", "excluded")
-    told = {name: run.identity[name] for name in names if name in run.identity}
-    recipe = {name: run.recipe[name] for name in ("name", "seed", "ema", "clips_per_step")}
-    counts = {"train_clips": len(assignment.train_N), "eval_clips": len(assignment.eval_N)}
-    return {"run": str(run.path), "step": run.step, "recipe": recipe, **told, **counts}
 
 
 def fitted(recipe: Finetune, assignment: Assignment) -> Finetune:

@@ -54,11 +54,11 @@ def finetune(
     Example: ajepa-train finetune --store as20k.zarr --task own --from runs/a --run runs/b
     """
     from ajepa.assignment import folds_of, refuse_other_classes
+    from ajepa.evaluation import EVALUATION, Evaluation
     from ajepa.finetune import finetune as stage
     from ajepa.finetune_recipes import FINETUNE_PIECES, recipe_of, resized
     from ajepa.folds import cross_validated
     from ajepa.overrides import overridden
-    from ajepa.scores import kept_scores, table
     from ajepa.start import Start
     from ajepa.tasks.catalogue import task as named
     from pipeline.store import FeatureStore
@@ -80,7 +80,7 @@ def finetune(
     }
     refuse_other_classes(chosen, opened)
     if fold is None and folds_of(chosen, opened):
-        print(f"{run}: {cross_validated(opened, chosen, made, run, **how)}")
+        print(f"{run}: done, every fold\n{cross_validated(opened, chosen, made, run, **how).table()}")
         return
     done = stage(opened, chosen, made, run, fold=fold, **how)
-    print(f"{run}: done, {done.step} steps; on the held-out clips:\n{table(kept_scores(done.path))}")
+    print(f"{run}: done, {done.step} steps\n{Evaluation.read(done.path / EVALUATION).table()}")

@@ -1,34 +1,25 @@
-"""Folds: a task cross-validated: one run for each fold, and the mean over them."""
+"""Folds: a task cross-validated: one run for each fold, and what they come to together."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ajepa.assignment import folds_of
+from ajepa.assignment import assigned, folds_of
+from ajepa.devices import pick_device
+from ajepa.evaluation import EVALUATION, Evaluation
 from ajepa.finetune import finetune
 from ajepa.finetuning import Finetune
+from ajepa.learnt import Learnt
 from ajepa.run import Run
-from ajepa.scores import ClassScores, kept_scores
+from ajepa.scores import Held, judged, protocol
+from ajepa.stamp import digest_of
 from ajepa.tasks.task import Task
 from pipeline.loader import to_stderr
+from pipeline.ontology import ClassList
 from pipeline.store import FeatureStore
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Folds:
-    """What each fold came to, on the label set that was trained."""
-
-    runs: tuple[Run, ...]
-    scores: tuple[ClassScores, ...]
-
-    def __str__(self) -> str:
-        values_N = np.array([score.value for score in self.scores])
-        of_each = ", ".join(f"{value:.3f}" for value in values_N)
-        spread = values_N.std(ddof=1)
-        return f"{self.scores[0].metric} {values_N.mean():.3f} +- {spread:.3f} over {len(values_N)} folds ({of_each})"
 
 
 def cross_validated(
@@ -37,12 +28,68 @@ def cross_validated(
     recipe: Finetune,
     run_path: Path,
     *,
+    label_set: str = "raw",
+    device: str = "auto",
     say: Callable[[str], None] = to_stderr,
     **how: Any,
-) -> Folds:
-    """`finetune` for each fold of the store, in RUN/fold1 and so on; folds that are finished are left alone."""
+) -> Evaluation:
+    """`finetune` for each fold of the store, in RUN/fold1 and so on; folds that are finished are left alone.
+
+    The mean over them and its spread are kept as RUN/evaluation.json.
+    """
     runs = []
+    how = how | {"label_set": label_set, "device": device, "say": say}
     for number, split in enumerate(folds_of(task, store), start=1):
         say(f"{run_path}: {split}")
-        runs.append(finetune(store, task, recipe, run_path / split, fold=number, say=say, **how))
-    return Folds(runs=tuple(runs), scores=tuple(kept_scores(run.path)[0] for run in runs))
+        runs.append(finetune(store, task, recipe, run_path / split, fold=number, **how))
+    found = over_folds(store, task, runs, label_set=label_set, device=device)
+    found = replace(found, protocol=found.protocol | {"run": str(run_path)})
+    found.save(run_path / EVALUATION)
+    return found
+
+
+def over_folds(
+    store: FeatureStore, task: Task, runs: Sequence[Run], *, label_set: str, device: str
+) -> Evaluation:
+    """Every fold measured by its own run: all metrics within it, then their means."""
+    on, held = pick_device(device), []
+    learnt = [Learnt.of(run) for run in runs]
+    for number, one in enumerate(learnt, start=1):
+        held.append(one.held(assigned(task, store, label_set=label_set, fold=number), on))
+    held = aligned(held)
+    told = protocol(
+        runs[0],
+        [one.assignment for one in held],
+        step=learnt[0].step,
+        weights=learnt[0].weights,
+        part=learnt[0].part,
+        device=on,
+    )
+    return judged(told | {"weights_sha256": [digest_of(one.weights) for one in learnt]}, held)
+
+
+def aligned(held: Sequence[Held]) -> list[Held]:
+    """All with the same classes: those that any fold's run knows.
+
+    Where labels of one's own are learnt, a class may have no clip but in one fold: that fold's run does not know
+    it, and leaves its clips out. It is then of no account in that fold.
+    """
+    lists = [one.assignment.classes for one in held]
+    if all(classes.mids == lists[0].mids for classes in lists):
+        return list(held)
+    store = held[0].assignment.store
+    mids = [mid for mid in store.classes.mids if any(mid in classes.index_of for classes in lists)]
+    names = dict(zip(store.classes.mids, store.classes.names, strict=True))
+    union = ClassList(mids=tuple(mids), names=tuple(names[mid] for mid in mids))
+    return [widened(one, union) for one in held]
+
+
+def widened(one: Held, union: ClassList) -> Held:
+    """The same among more classes: labels of those are 0, and no clip is said to have one."""
+    made = one.assignment
+    places = [union.index_of[mid] for mid in made.classes.mids]
+    merge_SC = np.zeros((len(made.merge_SC), len(union)), np.float32)
+    merge_SC[:, places] = made.merge_SC
+    logits_NC = np.full((len(one.logits_NC), len(union)), -np.inf, np.float32)
+    logits_NC[:, places] = one.logits_NC
+    return Held(assignment=replace(made, classes=union, merge_SC=merge_SC), logits_NC=logits_NC)

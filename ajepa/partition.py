@@ -28,6 +28,10 @@ class Part:
     drawn: bool
 
     @property
+    def rows(self) -> dict[str, np.ndarray]:
+        return {"train_N": self.train_N, "val_N": self.val_N, "eval_N": self.eval_N}
+
+    @property
     def fit_N(self) -> np.ndarray:
         """What trains once the choice is made."""
         return np.sort(np.concatenate([self.train_N, self.val_N])) if self.drawn else self.train_N
@@ -74,6 +78,38 @@ class Partition:
         val_N = drawn_rows(store, val, seed, train_clips) if val else np.empty(0, np.int64)
         part = chosen_apart(train_N, val_N, eval_N, seed)
         return cls(parts=(part,), train=train, val=val, eval=tuple(eval_splits(store)))
+
+    @classmethod
+    def of_splits(
+        cls, store: AnyStore, train: tuple[str, ...], measured: tuple[str, ...], seed: int, train_clips: int
+    ) -> "Partition":
+        """The splits that a run was fine-tuned and measured on; a fifth of the train clips chooses.
+
+        RunError where nothing is there to measure on.
+        """
+        if not len(eval_N := store.good_rows(list(measured))):
+            told = f"split {' + '.join(measured)} has no good clip to measure on"
+            raise RunError(f"{store.place}: {told}; see: ajepa-data report")
+        train_N = drawn_rows(store, train, seed, train_clips)
+        part = chosen_apart(train_N, np.empty(0, np.int64), eval_N, seed)
+        return cls(parts=(part,), train=train, val=(), eval=measured)
+
+    def labelled(self, store: AnyStore) -> "Partition":
+        """Without the clips that have no label: no label is no statement. RunError where none is left."""
+        rows_N = self.rows_N
+        kept_N = rows_N[store.labels_BC(rows_N, "raw").any(axis=1)]
+        parts = tuple(
+            Part(
+                **{name: rows_N[np.isin(rows_N, kept_N)] for name, rows_N in part.rows.items()},
+                drawn=part.drawn,
+            )
+            for part in self.parts
+        )
+        for part in parts:
+            for what, rows_N in (("train", part.fit_N), ("measure", part.eval_N)):
+                if not len(rows_N):
+                    raise RunError(f"{store.place}: no clip to {what} on has a label; see: ajepa-data report")
+        return Partition(parts=parts, train=self.train, val=self.val, eval=self.eval)
 
     @classmethod
     def of_folds(cls, store: AnyStore, folds: list[str], seed: int, train_clips: int) -> "Partition":

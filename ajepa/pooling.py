@@ -1,6 +1,7 @@
 """Pooling: from the tokens of a clip's views to one vector for the clip, over tokens that hold sound alone."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -14,6 +15,12 @@ from pipeline.errors import RunError
 
 PoolingName = Literal["mean", "frequency", "moments"]
 POOLING: PoolingName = "mean"  # what is used where nothing is said
+VECTORS: dict[PoolingName, Callable[[int], int]] = {  # as long as so many tokens' vectors, by the grid's rows
+    "mean": lambda rows: 1,
+    "frequency": lambda rows: rows,
+    "moments": lambda rows: 2 * rows,
+}
+LEAST_VARIANCE = 1e-12  # of what is the same in all columns: the root of 0 has no finite gradient
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,7 +151,7 @@ def pool(
     columns = tokens_NPD.shape[1] // rows
     apart_NPD = tokens_NPD.float() - mean_BRD[clip_N].repeat(1, columns, 1)
     variance_BRD, _ = row_means(apart_NPD.square(), valid_NP, clip_N, groups=clips, rows=rows)
-    return torch.cat((mean_BRD, variance_BRD.sqrt()), dim=1).flatten(1)
+    return torch.cat((mean_BRD, variance_BRD.clamp(min=LEAST_VARIANCE).sqrt()), dim=1).flatten(1)
 
 
 @torch.inference_mode()

@@ -22,7 +22,7 @@ def probed_head(model: Vit, views: Views, assignment: Assignment, seed: int) -> 
     drawn_N = np.random.default_rng([seed, 0]).permutation(assignment.train_N)[:CLIPS]
     rows_N = np.sort(drawn_N)
     labels_NC = assignment.labels_NC(rows_N)
-    plain_ND = features(views, rows_N, model.encoder.eval())
+    plain_ND = features(views, rows_N, model.encoder.eval(), pooling=model.spec.pooling)
     width = plain_ND.shape[1]
     asked_ND = np.concatenate([np.zeros((1, width)), np.eye(width)]).astype(np.float32)
     train_ND, at_ND = standardised(plain_ND, asked_ND)  # features that tell the probe's bias and weights

@@ -11,7 +11,7 @@ from pipeline.ontology import load_class_list
 from pipeline.vocabularies import fsd50k_classes
 
 TABLE = importlib.resources.files("manifests") / "published_results.csv"
-EVAL_CLIPS = {  # what the official split lists, the folds together
+EVAL_CLIPS = {  # what the official split lists, the folds together; manifests/README.md says where each was read
     "audioset-2m": 20_371,
     "audioset-20k": 20_371,
     "esc50": 2_000,
@@ -21,12 +21,14 @@ EVAL_CLIPS = {  # what the official split lists, the folds together
     "voxceleb1-sid": 8_251,
 }
 TRAIN_CLIPS = {"audioset-2m": 2_063_949, "audioset-20k": 22_160}  # both sets of AudioSet; the balanced one
+CHECKED = ("source", "second hand", "no")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Published:
     """A number that others report; `value` in [0, 1], None or empty where the source does not say.
 
+    checked  where the number was seen: at its source, on a page that quotes it, or (`no`) only in notes on the paper
     caution  why it is to be compared with care even where all else is equal
     """
 
@@ -41,6 +43,7 @@ class Published:
     eval_clips: int | None
     source: str
     where: str
+    checked: str
     caution: str
     remark: str
 

@@ -8,12 +8,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ajepa.bootstrap import Estimate
-from ajepa.evaluate import RANDOM, STATISTICS, TRAINED
 from ajepa.evaluation import EVALUATION, PRIMARY, PROBES, TITLES, Evaluation
 from ajepa.mask_picture import mask_figure, stored_view
 from ajepa.recipes import Pretrain, from_json
 from ajepa.run import Json, Run
 from ajepa.run_page import write_run_page
+from ajepa.subject import RANDOM, STATISTICS, TRAINED
 from ajepa.training_set import open_store
 from pipeline.errors import RunError
 from pipeline.store import FeatureStore

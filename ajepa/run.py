@@ -41,7 +41,7 @@ class Run:
     checkpoints/step-00001000/    PART.safetensors for each part, state.json with step, score, sha256 digests
     bad-step-00001000/            what explains a step that ended the run, see `bad_step.py`
     compute.json                  what it has cost up to each checkpoint, see `compute.py`
-    evaluation.json               what `ajepa-train evaluate` found, where it was run
+    evaluation.json               what finetune or evaluate found on its own store, see `stamp.place_of`
 
     A checkpoint folder is complete or absent; no file needs pickle.
     """
@@ -92,12 +92,17 @@ class Run:
         if changes:
             raise RunError(f"{self.path}: is another run ({'; '.join(changes)}); choose another --run")
 
+    @property
+    def finetuned(self) -> bool:
+        """Whether it trained a classifier on a task."""
+        return bool(self.recipe["type"] != "Pretrain")
+
     def refuse_finetuned(self) -> None:
         """RunError where this is no run of `ajepa-train pretrain`: it has neither teacher nor predictor."""
-        if self.recipe["type"] != "Pretrain":
+        if self.finetuned:
             raise RunError(
-                f"{self.path}: was not made by ajepa-train pretrain; what fine-tuning measured is in its "
-                "evaluation.json, see: ajepa-train compare"
+                f"{self.path}: was not made by ajepa-train pretrain, there is nothing to draw of it; its scores: "
+                f"ajepa-train evaluate --run {self.path}, or ajepa-train compare {self.path}"
             )
 
     @contextmanager

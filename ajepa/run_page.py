@@ -14,7 +14,6 @@ import torch
 from sklearn.manifold import TSNE
 
 from ajepa.beliefs import FOLDS, distances
-from ajepa.evaluate import encoders
 from ajepa.evaluation import EVALUATION
 from ajepa.features import Views, features
 from ajepa.jepa import Jepa
@@ -34,6 +33,7 @@ from ajepa.run_charts import (
     step_chart,
 )
 from ajepa.run_scores import scores_section
+from ajepa.subject import TRAINED, Subject
 from pipeline.files import replacing
 from pipeline.markup import Markup, joined, tag
 from pipeline.page import definitions, figure
@@ -84,7 +84,7 @@ class Seen:
         views = Views(
             store=store, frames=recipe.view_frames, mean=run.identity["mean"], std=run.identity["std"]
         )
-        (encoder, *_) = encoders(recipe, run.load("target"), torch.device("cpu")).values()
+        encoder = Subject.of(run).encoders(torch.device("cpu"))[TRAINED]
         said_ND = features(views, rows_N, encoder)
         features_ND = standardised(said_ND, said_ND)[0].numpy()
         labels = label_table(store)[0]

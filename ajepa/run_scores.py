@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ajepa.bootstrap import Estimate
-from ajepa.evaluation import PROBES, TITLES, Evaluation, Score
+from ajepa.evaluation import METHODS, TITLES, Evaluation, Score
 from pipeline.markup import Markup, joined, tag
 
 
@@ -13,11 +13,7 @@ def scores_section(file: Path) -> Markup:
         command = tag("code", f"ajepa-train evaluate --store STORE --run {file.parent}")
         return tag("p", "Not evaluated yet: ", command, class_="warn")
     evaluation = Evaluation.read(file)
-    told = evaluation.protocol
-    note = (
-        f"{told['eval_clips']:,} eval clips, probes trained on {told['train_clips']:,}, at step {told['step']:,}; "
-        f"pooling {told['pooling']}, layer {told['layer']}. In brackets: 95 % of {told['resamples']:,} resamples."
-    )
+    note = f"{'; '.join(evaluation.notes())}."
     tables = (table(evaluation, name) for name in evaluation.label_sets)
     return joined(tag("p", note, class_="soft"), *tables, classes(evaluation))
 
@@ -30,7 +26,7 @@ def table(evaluation: Evaluation, label_set: str) -> Markup:
     rows = [
         tag(
             "tr",
-            tag("th", f"{score.features}, {PROBES[score.probe]}", scope="row"),
+            tag("th", f"{score.features}, {METHODS[score.probe]}", scope="row"),
             *(tag("td", told_of(score.metrics[name]), class_="n") for name in names),
         )
         for score in scores
@@ -61,7 +57,7 @@ def classes(evaluation: Evaluation) -> Markup:
         for index, (_, name) in enumerate(evaluation.classes)
         if any(score.per_class_ap[index] is not None for score in sets.values())
     )
-    title = tag("h3", f"Average precision of every class ({first.features}, {PROBES[first.probe]} probe)")
+    title = tag("h3", f"Average precision of every class ({first.features}, {METHODS[first.probe]} probe)")
     inner = tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *rows), data_sorted="")
     return joined(title, tag("div", inner, class_="box"))
 

@@ -1,87 +1,123 @@
-"""Scores of a classifier on held-out clips: logits over whole clips, mAP or accuracy, class by class."""
+"""Scores of a classifier on held-out clips, whole clips at once: on the way of a run, and kept at its end."""
 
-import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.metrics import accuracy_score, recall_score
 from torch import Tensor
 
 from ajepa.assignment import Assignment
+from ajepa.bootstrap import resamples
 from ajepa.classifier import Classifier
-from ajepa.evaluation import EVALUATION
+from ajepa.evaluation import CLASSIFIER, EVALUATION, HEAD, PRIMARY, Evaluation
 from ajepa.features import CLIPS_PER_READ, Views
-from ajepa.metrics import mean_average_precision
-from ajepa.run import Json
-from pipeline.files import replacing
+from ajepa.run import Json, Run
+from ajepa.stamp import is_own, protocol_in, stamp
+from ajepa.truth import Kind, Truth
 
-PROTOCOL = {
-    "clips": "the whole clip in views of the model's length; logits are means over them, weighted by valid frames",
-    "map": "macro, classes without a measured clip skipped; per class: average precision",
-    "accuracy": "share of the clips whose largest logit is their class's; per class: recall",
-}
+CLIPS = "the whole clip in views of the model's length; logits are means over them, weighted by valid frames"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClassScores:
-    """One metric on one label set; `per_class` by class id, None where no clip has the class.
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Held:
+    """Clips of a store that are held out, what is true of them, and what a classifier says: `logits_NC`."""
 
-    chance  mAP of random scores in expectation; accuracy of always guessing the commonest class
+    assignment: Assignment
+    logits_NC: np.ndarray
+
+    def truths(self, kind: Kind = "auto", label_sets: Sequence[str] = ()) -> list[Truth]:
+        """By the label set that was trained, then by every other that the store has, or by those named.
+
+        `auto`: single where the classifier was trained on single labels and these are, else multi.
+        """
+        made, place = self.assignment, self.assignment.store.place
+        names = label_sets or dict.fromkeys((made.label_set, *made.store.label_sets))
+        kind = "multi" if kind == "auto" and not made.single else kind
+        return [Truth.of(name, made.labels_NC(made.eval_N, name), kind, place) for name in names]
+
+    def logged(self) -> Json:
+        """The first metric on each label set, as it is called in the metrics of a run."""
+        return {
+            f"eval_{PRIMARY[truth.kind]}_{truth.label_set}": truth.value(self.logits_NC)
+            for truth in self.truths()
+        }
+
+
+def protocol(
+    run: Run,
+    assignments: Sequence[Assignment],
+    *,
+    step: int,
+    weights: dict[str, Tensor],
+    part: str,
+    device: torch.device,
+    train_clips: int | None = None,
+    checkpoint: str | int = "last",
+    kind: Kind = "auto",
+) -> Json:
+    """How a classifier is measured on the clips of an assignment, or one for each fold on that fold's.
+
+    Of folds, run, weights and step are those of the first. `train_clips`: how many it was trained on, where the
+    assignment is of another store and that is known.
     """
-
-    label_set: str
-    metric: str
-    value: float
-    chance: float
-    classes: int
-    skipped: int
-    per_class: dict[str, float | None]
-
-
-def scores(assignment: Assignment, logits_NC: np.ndarray) -> list[ClassScores]:
-    """Those of the clips to measure: on the label set that was trained, then on every other the store has."""
-    sets = [assignment.label_set]
-    if not assignment.single:
-        sets += [name for name in assignment.store.label_sets if name != assignment.label_set]
-    told = []
-    for label_set in sets:
-        labels_NC = assignment.labels_NC(assignment.eval_N, label_set)
-        values = accuracy(labels_NC, logits_NC) if assignment.single else precision(labels_NC, logits_NC)
-        value, chance, per_class_C = values
-        named = zip(assignment.classes.mids, per_class_C.tolist(), strict=True)
-        counted = int(np.isfinite(per_class_C).sum())
-        told.append(
-            ClassScores(
-                label_set=label_set,
-                metric=assignment.metric,
-                value=value,
-                chance=chance,
-                classes=counted,
-                skipped=len(per_class_C) - counted,
-                per_class={mid: score if np.isfinite(score) else None for mid, score in named},
-            )
-        )
-    return told
-
-
-def precision(labels_NC: np.ndarray, logits_NC: np.ndarray) -> tuple[float, float, np.ndarray]:
-    """mAP, what chance reaches, and each class's; nan where no clip has it."""
-    result = mean_average_precision(labels_NC, logits_NC)
-    return result.value, result.chance, result.per_class_C
-
-
-def accuracy(labels_NC: np.ndarray, logits_NC: np.ndarray) -> tuple[float, float, np.ndarray]:
-    """Accuracy, what always guessing the commonest class reaches, and each class's recall; nan as above."""
-    true_N, guess_N = labels_NC.argmax(axis=1), logits_NC.argmax(axis=1)
-    count_C = labels_NC.sum(axis=0)
-    recall_C = recall_score(
-        true_N, guess_N, labels=np.arange(len(count_C)), average=None, zero_division=np.nan
+    made, folds = assignments[0], len(assignments) if len(assignments) > 1 else 0
+    clips = sum(len(one.eval_N) for one in assignments)
+    own = is_own(run, made.store)
+    return stamp(
+        run,
+        made.store,
+        step=step,
+        weights=weights,
+        part=part,
+        eval_splits=[split for one in assignments for split in one.eval_splits],
+        eval_clips=clips,
+        left_out=sum(one.left_out for one in assignments),
+        resamples=resamples(clips, len(made.classes)),
+        device=device.type,
+        checkpoint=checkpoint,
+        kind=kind,
+        folds=folds,
+        classifier=trained_as(run, folds=folds, train_clips=len(made.train_N) if own else train_clips),
     )
-    recall_C[count_C == 0] = np.nan
-    return float(accuracy_score(true_N, guess_N)), float(count_C.max() / len(true_N)), recall_C
+
+
+def judged(
+    protocol: Json, held: Sequence[Held], *, kind: Kind = "auto", label_sets: Sequence[str] = ()
+) -> Evaluation:
+    """The evaluation that a protocol promises, of what the classifier says of each fold's held-out clips."""
+    scores = []
+    for of_folds in zip(*(one.truths(kind, label_sets) for one in held), strict=True):
+        measured = [
+            truth.measured(
+                np.arange(len(one.logits_NC)), one.logits_NC, protocol["resamples"], protocol["seed"] + place
+            )
+            for place, (truth, one) in enumerate(zip(of_folds, held, strict=True))
+        ]
+        scores.append(of_folds[0].score(CLASSIFIER, HEAD, measured))
+    classes = held[0].assignment.classes
+    named = tuple(zip(classes.mids, classes.names, strict=True))
+    return Evaluation(protocol=protocol, classes=named, scores=tuple(scores))
+
+
+def trained_as(run: Run, *, folds: int, train_clips: int | None) -> Json:
+    """How a classifier was trained that is measured."""
+    told = {name: run.identity[name] for name in ("task", "kind", "label_set", "from")}
+    splits = ["all folds but the one measured"] if folds else run.identity["train_splits"]
+    return told | {
+        "ema": run.recipe["ema"],
+        "clips_per_step": run.recipe["clips_per_step"],
+        "train_splits": splits,
+        "train_clips": train_clips,
+        "classes": len(run.identity["classes"]),
+        "views": CLIPS,
+    }
+
+
+def measured_at_its_end(run: Run) -> bool:
+    """Whether RUN/evaluation.json is of the run's last step."""
+    held = protocol_in(run.path / EVALUATION)
+    return held is not None and held["step"] == run.step
 
 
 def logits_of(
@@ -108,26 +144,3 @@ def clip_logits(
     logits_NC = logits_NC.float().cpu() * frames_N[:, None]
     sums_BC = torch.zeros(len(mel_BVTF), logits_NC.shape[1]).index_add_(0, clip_N, logits_NC)
     return sums_BC / n_frames_BV.sum(dim=1, keepdim=True)
-
-
-def table(told: list[ClassScores]) -> str:
-    """A line for each label set, in at most 80 columns."""
-    lines = []
-    for score in told:
-        skipped = f", {score.skipped} skipped" if score.skipped else ""
-        where = f"{score.label_set} labels ({score.classes} classes{skipped})"
-        lines.append(f"  {where:44} {score.metric:>8} {score.value:.3f} (chance {score.chance:.3f})")
-    return "\n".join(lines)
-
-
-def keep(run_path: Path, protocol: Json, told: list[ClassScores]) -> None:
-    """Write the scores, with how they came about, to RUN/evaluation.json."""
-    kept: dict[str, Any] = {"protocol": PROTOCOL | protocol, "scores": [asdict(score) for score in told]}
-    with replacing(run_path / EVALUATION) as scratch:
-        scratch.write_text(json.dumps(kept, indent=1, allow_nan=False) + "\n")
-
-
-def kept_scores(run_path: Path) -> list[ClassScores]:
-    """The scores in RUN/evaluation.json."""
-    told = json.loads((run_path / EVALUATION).read_text())
-    return [ClassScores(**score) for score in told["scores"]]

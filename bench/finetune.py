@@ -1,7 +1,9 @@
-"""Is fine-tuning worth more than frozen probes, and these more than log-mel statistics: mAP over seeds, one store.
+"""Is fine-tuning worth more than frozen probes, and these more than log-mel statistics: over seeds, on one store.
 
 python -m bench.finetune STORE RUN --out FOLDER
 
+By mAP, where every clip has one label by accuracy; a store in folds (`bench/esc50_shaped.py` makes one) is
+cross-validated, and a seed's value is the mean over the folds. Probes pool as the recipe does.
 Only what fine-tuning draws varies with its seed: head or its probe, order, augmentation, masking. RUN is one
 pre-training; probes have nothing random but the fifth of the clips on which their penalty is chosen.
 """
@@ -11,14 +13,21 @@ from pathlib import Path
 
 import numpy as np
 
-from ajepa.evaluate import RANDOM, STATISTICS, TRAINED, evaluate
+from ajepa.assignment import folds_of
+from ajepa.evaluate import evaluate
+from ajepa.evaluation import EVALUATION, PRIMARY, TITLES, Evaluation
 from ajepa.finetune import finetune
 from ajepa.finetune_recipes import FINETUNE_PIECES, finetune_recipe, resized
+from ajepa.finetuning import Finetune
+from ajepa.folds import cross_validated
 from ajepa.overrides import overridden
-from ajepa.scores import kept_scores
 from ajepa.start import Start
+from ajepa.subject import RANDOM, STATISTICS, TRAINED
 from ajepa.tasks.catalogue import TASKS
 from bench.machine import machine
+from pipeline.store import FeatureStore
+
+OWN, PROBES = TASKS["own"], ("linear", "knn")
 
 
 def main() -> None:
@@ -34,10 +43,20 @@ def main() -> None:
     parser.add_argument("--scratch", type=int, default=0, help="seeds that start from random weights")
     asked = parser.parse_args()
     print(machine("torch"))
-    print(f"\n| | mAP, trained on and measured on {asked.labels} labels |\n| --- | --- |")
-    frozen = evaluate(asked.store, asked.run, device="cpu")
+    pooling = recipe_of(asked, None, 0).model.pooling
+    frozen = evaluate(
+        asked.store,
+        asked.run,
+        device="cpu",
+        pooling=pooling,
+        probes=PROBES,
+        labels=[asked.labels],
+        out=asked.out / "frozen.json",
+    )
+    metric = TITLES[PRIMARY[frozen.scores[0].kind]]
+    print(f"\n| | {metric}, trained on and measured on {asked.labels} labels |\n| --- | --- |")
     for name in (STATISTICS, RANDOM, TRAINED):
-        told = [f"{probe} {frozen.of(name, probe, asked.labels).map:.3f}" for probe in ("linear", "knn")]
+        told = [f"{probe} {frozen.of(name, probe, asked.labels).primary.value:.3f}" for probe in PROBES]
         print(f"| {name}, frozen | {', '.join(told)} |", flush=True)
     start = Start.of(asked.run)
     rows = {"fine-tuned": (start, asked.seeds), "the same from random weights": (None, asked.scratch)}
@@ -51,13 +70,21 @@ def main() -> None:
             print(f"| {name}, {seeds} seeds | {np.mean(values):.3f}{spread} ({of_each}) |", flush=True)
 
 
-def tuned(asked: argparse.Namespace, start: Start | None, seed: int, path: Path) -> float:
-    """mAP of one fine-tuned run; a run that is there is carried on."""
+def recipe_of(asked: argparse.Namespace, start: Start | None, seed: int) -> Finetune:
+    """What was asked for, with the encoder of the start."""
     recipe = finetune_recipe(asked.recipe)
     recipe = start.adopted(recipe) if start else recipe
-    recipe = resized(overridden(recipe, asked.settings, FINETUNE_PIECES), epochs=asked.epochs, seed=seed)
-    run = finetune(asked.store, TASKS["own"], recipe, path, start=start, label_set=asked.labels, device="cpu")
-    return kept_scores(run.path)[0].value
+    return resized(overridden(recipe, asked.settings, FINETUNE_PIECES), epochs=asked.epochs, seed=seed)
+
+
+def tuned(asked: argparse.Namespace, start: Start | None, seed: int, path: Path) -> float:
+    """The metric of one fine-tuned run, or the mean of one for each fold; a run that is there is carried on."""
+    store, recipe = FeatureStore.open(asked.store), recipe_of(asked, start, seed)
+    how = {"start": start, "label_set": asked.labels, "device": "cpu"}
+    if folds_of(OWN, store):
+        return cross_validated(store, OWN, recipe, path, **how).scores[0].primary.value
+    run = finetune(store, OWN, recipe, path, **how)
+    return Evaluation.read(run.path / EVALUATION).scores[0].primary.value
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def table(seeds: Sequence[dict[str, Evaluation]]) -> str:
     lines = []
     for name, first in seeds[0].items():
         told = first.protocol
-        lines.append(f"\n{name}: {told['eval_clips']} clips of {', '.join(told['splits']['eval'])}")
+        lines.append(f"\n{name}: {told['eval_clips']} clips of {', '.join(told['eval_splits'])}")
         for label_set in first.label_sets:
             rows = [score for score in first.scores if score.label_set == label_set]
             title = TITLES[PRIMARY[rows[0].kind]]

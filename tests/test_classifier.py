@@ -79,6 +79,18 @@ def test_the_two_readings_differ_and_drop_path_joins_either():
     assert all(not torch.allclose(one, other) for i, one in enumerate(logits) for other in logits[:i])
 
 
+@pytest.mark.parametrize(("pooling", "vectors"), [("mean", 1), ("frequency", 2), ("moments", 4)])
+def test_the_head_sees_the_vector_that_the_pooling_gives(pooling, vectors):
+    """Two rows of patches: their mean, each, or mean and deviation of each; trainable where nothing varies."""
+    model = Vit(replace(spec(), pooling=pooling), 5, seed=0)
+    assert model.head.in_features == vectors * 32
+    short = torch.tensor([64, 16, 1])  # one column of patches, or a part of it, has no deviation
+    logits_BC = model(clips(), short, np.random.default_rng(0))
+    logits_BC.square().sum().backward()
+    assert all(torch.isfinite(weight.grad).all() for weight in model.parameters())
+    assert model.encoder.blocks[0].mlp[0].weight.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_what_lies_past_a_clips_end_never_reaches_its_logits(training):
     """Neither by attention nor by the mean."""

@@ -1,14 +1,13 @@
 """Beside the literature: what is printed, and what is called comparable."""
 
-import json
 from dataclasses import replace
 
 import pytest
 
 from ajepa.bootstrap import Estimate
-from ajepa.compare import Ours, block, cautions, compare, refusals
+from ajepa.compare import Ours, block, cautions, compare, judged_how, refusals
 from ajepa.evaluation import Evaluation, Score
-from ajepa.published import EVAL_CLIPS, TRAIN_CLIPS, published, task_of
+from ajepa.published import CHECKED, EVAL_CLIPS, TRAIN_CLIPS, published, task_of
 from pipeline.datasets.speech_commands import WORDS
 from pipeline.errors import RunError
 from pipeline.ontology import load_class_list
@@ -38,6 +37,7 @@ def test_every_published_number_has_its_source_and_its_place_in_it():
     for fact in published():
         assert fact.source
         assert fact.where
+        assert fact.checked in CHECKED
         assert 0 < fact.value < 1
         assert fact.task in EVAL_CLIPS
         assert fact.protocol in ("fine-tuned", "linear", "xares-mlp", "xares-knn")
@@ -51,6 +51,7 @@ def test_the_models_that_users_ask_about_are_there():
     models = " ".join({fact.model for fact in published()})
     for name in (
         "A-JEPA",
+        "Audio-JEPA",
         "Audio-MAE",
         "AST",
         "PaSST",
@@ -111,6 +112,12 @@ def test_what_had_labels_or_is_an_ensembles_is_compared_with_care():
     assert cautions(OURS, row("BEATs", "audioset-2m")) == ["BEATs: the paper's best, of one model or several"]
 
 
+def test_a_number_that_was_not_seen_at_its_source_is_compared_with_care():
+    """Whoever leans on it looks it up first."""
+    (told,) = cautions(OURS, row("A-JEPA ViT-L", "audioset-2m"))
+    assert told.startswith("value: that one was copied from notes on the paper")
+
+
 def test_a_result_on_other_clips_of_the_same_split_is_compared_with_care():
     """Clips vanish from AudioSet: Audio-MAE was measured on 19,148."""
     assert "clips: that one was measured on 19148, this one on 20000" in cautions(
@@ -135,60 +142,107 @@ def test_a_task_is_known_by_its_classes(classes, folds, train_clips, task):
     assert task_of(classes, folds=folds, train_clips=train_clips) == task
 
 
-def fine_tuned(task: str, value: float, clips: int) -> dict:
-    score = {
-        "label_set": "raw",
-        "metric": "accuracy",
-        "value": value,
-        "chance": 0.02,
-        "classes": 50,
-        "skipped": 0,
-    }
-    return {
-        "protocol": {"task": task, "train_clips": 1_600, "eval_clips": clips},
-        "scores": [score | {"per_class": {}}],
-    }
+def evaluation(
+    classes: int | tuple[str, ...],
+    metric: float,
+    *,
+    clips: int,
+    kind: str = "multi",
+    folds: int = 0,
+    classifier: dict | None = None,
+    probes: dict | None = None,
+    store_id: str = "here",
+) -> Evaluation:
+    """One of which only the first number, its folds and its protocol matter."""
+    names = tuple(f"c{i}" for i in range(classes)) if isinstance(classes, int) else classes
+    estimate = Estimate(value=metric, low=metric - 0.015, high=metric + 0.015)
+    first = "accuracy" if kind == "single" else "map"
+    one = Score(
+        features="encoder" if probes else "classifier",
+        probe="linear" if probes else "head",
+        label_set="raw",
+        kind=kind,
+        metrics={first: estimate},
+        chance=0.01,
+        classes=len(names),
+        skipped=0,
+        chosen=(),
+        by_fold={first: tuple(metric + 0.01 * (i - (folds - 1) / 2) for i in range(folds))},
+        per_class_ap=(0.1,) * len(names),
+        per_class_recall=(),
+    )
+    scores = (one, replace(one, probe="knn"), replace(one, features="random init")) if probes else (one,)
+    told = {"folds": folds, "eval_clips": clips, "classifier": classifier, "probes": probes}
+    told |= {"task": classifier and classifier["task"], "store_id": store_id, "trained_on": "here"}
+    return Evaluation(protocol=told, classes=tuple((mid, mid) for mid in names), scores=scores)
+
+
+def trained(task: str, clips: int | None, classes: int, *, start: dict | None) -> dict:
+    return {"task": task, "train_clips": clips, "classes": classes, "from": start}
+
+
+def narrow(text: str, *names: object) -> bool:
+    """Lines are at most 80 columns, but for paths."""
+    return max(len(line) for line in text.splitlines() if not any(str(n) in line for n in names)) <= 80
 
 
 def test_folds_that_were_fine_tuned_are_one_result(tmp_path):
-    """Five runs of 400 clips: their mean, on 2,000."""
-    for fold in range(1, 6):
-        (tmp_path / f"fold{fold}").mkdir()
-        (tmp_path / f"fold{fold}" / "evaluation.json").write_text(
-            json.dumps(fine_tuned("esc50", 0.9 + fold / 100, 400))
-        )
+    """Five runs of 400 clips: their mean on 2,000, with its spread."""
+    classifier = trained("esc50", 1_600, 50, start={"step": 9})
+    made = evaluation(50, 0.93, clips=2_000, kind="single", folds=5, classifier=classifier)
+    made.save(tmp_path / "evaluation.json")
     text = compare([tmp_path])
-    assert "this result             accuracy  0.930" in text
+    assert "this result             accuracy  0.930 [0.915 0.945] ± 0.016 over 5 folds" in text
     assert "A-JEPA ViT-B            accuracy  0.963  fine-tuned   yes" in text
-    assert max(len(line) for line in text.splitlines() if line != str(tmp_path)) <= 80
+    assert narrow(text, tmp_path)
 
 
 def test_an_evaluation_of_frozen_features_is_shown_probe_by_probe(tmp_path):
     """The trained encoder's alone; each reason is told once, below its table."""
-    estimate = Estimate(value=0.145, low=0.13, high=0.16)
-    classes = tuple((mid, mid) for mid in load_class_list().mids)
-    one = Score(
-        features="encoder",
-        probe="linear",
-        label_set="raw",
-        kind="multi",
-        metrics={"map": estimate},
-        chance=0.01,
-        classes=527,
-        skipped=0,
-        chosen=(0.1,),
-        per_class_ap=(0.1,) * 527,
-    )
-    scores = (one, replace(one, probe="knn"), replace(one, features="random init"))
-    protocol = {"folds": 0, "train_clips": 1_617, "eval_clips": 401}
-    Evaluation(protocol=protocol, classes=classes, scores=scores).save(tmp_path / "evaluation.json")
+    made = evaluation(load_class_list().mids, 0.145, clips=401, probes={"train_clips": 1_617})
+    made.save(tmp_path / "evaluation.json")
     text = compare([tmp_path])
     assert text.count("this result") == 2
     assert "audioset-20k, raw labels, linear probe, 401 clips" in text
     assert "mAP       0.145 [0.130 0.160]" in text
     assert text.count("protocol: that one is fine-tuned, this one linear probe") == 1
     assert " yes" not in text
-    assert max(len(line) for line in text.splitlines() if str(tmp_path) not in line) <= 80
+    assert narrow(text, tmp_path)
+
+
+def test_runs_of_both_kinds_stand_side_by_side(tmp_path):
+    """A probe's number is no fine-tuned one's, and a classifier from nothing is told from one with a start."""
+    audioset, kept = load_class_list().mids, []
+    classifier = trained("audioset", 20_000, 527, start=None)
+    for name, made in (
+        ("probed", evaluation(audioset, 0.145, clips=20_000, probes={"train_clips": 20_000})),
+        ("tuned", evaluation(audioset, 0.3, clips=20_000, classifier=classifier)),
+    ):
+        (tmp_path / name).mkdir()
+        made.save(tmp_path / name / "evaluation.json")
+        kept.append(tmp_path / name)
+    blocks = compare(kept).split("\n\n")
+    linear, nearest, tuned = blocks
+    assert "audioset-20k, raw labels, fine-tuned, 20000 clips" in tuned
+    assert "with care" in tuned
+    assert "pre-training: this one had none" in tuned
+    assert "raw labels, linear probe," in linear
+    assert "raw labels, kNN," in nearest
+    assert " yes" not in linear + nearest
+
+
+def test_a_classifier_on_another_stores_clips_is_what_it_is():
+    """AudioSet's on all 527 classes of another copy is AudioSet; on some of its classes it is no task of the table."""
+    classifier = trained("audioset", 2_000_000, 527, start={"step": 9})
+    whole, some = (
+        evaluation(names, 0.4, clips=19_000, classifier=classifier, store_id="there")
+        for names in (load_class_list().mids, load_class_list().mids[:192])
+    )
+    assert judged_how(whole)["task"] == "audioset-2m"
+    assert judged_how(whole)["protocol"] == "fine-tuned"
+    assert judged_how(some)["task"] is None
+    unknown = replace(OURS, train_clips=None)
+    assert "is not told" in refusals(unknown, row("A-JEPA ViT-B", "audioset-2m"))[0]
 
 
 def test_a_task_of_ones_own_has_nothing_beside_it():

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,16 +10,18 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from tiny import tiny
 
-from ajepa.evaluate import RANDOM, STATISTICS, TRAINED, encoders, evaluate
+from ajepa.evaluate import evaluate
 from ajepa.evaluation import Evaluation
 from ajepa.features import Views, features
 from ajepa.jepa import Jepa
-from ajepa.partition import probe_rows
+from ajepa.partition import Partition, probe_rows
 from ajepa.pretrain import pretrain
 from ajepa.probes import chosen_l2, knn_NC, linear_NC, standardised
 from ajepa.recipes import from_json
 from ajepa.run import Run
+from ajepa.subject import RANDOM, STATISTICS, TRAINED, Subject
 from pipeline.errors import RunError
+from pipeline.melspec import mel_spec
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +195,25 @@ def test_every_features_probe_and_label_set_is_scored_and_kept(evaluation, run, 
     assert max(len(line) for line in evaluation.table().splitlines()) <= 80
 
 
+def test_clips_without_a_label_neither_train_nor_measure(evaluation, store):
+    """No label is no statement: fine-tuning leaves them out, and so must what it is compared with."""
+    rows_N = store.good_rows(["eval"])
+    labelled = int(store.labels_BC(rows_N).any(axis=1).sum())
+    told = evaluation.protocol
+    assert (told["eval_clips"], told["left_out"]) == (labelled, len(rows_N) - labelled)
+    train_N = store.good_rows(["a_train"])
+    assert told["probes"]["train_clips"] == int(store.labels_BC(train_N).any(axis=1).sum()) < len(train_N)
+
+
+def test_a_store_without_labels_is_refused(store):
+    """There is nothing to learn from it, or to measure."""
+    silent = SimpleNamespace(
+        place="some.zarr", labels_BC=lambda rows_N, label_set: np.zeros((len(rows_N), 3))
+    )
+    with pytest.raises(RunError, match=r"some.zarr: no clip to train on has a label"):
+        Partition.of(store, 0, 100).labelled(silent)
+
+
 def test_propagated_labels_have_more_classes_to_rank_than_raw_ones(evaluation):
     """Each label set brings its own eval positives, and so its own chance level."""
     raw, propagated = (evaluation.of(STATISTICS, "knn", name) for name in ("raw", "unambiguous"))
@@ -217,9 +239,9 @@ def test_probes_learn_from_train_clips_only_and_from_no_more_than_asked(store):
 def test_a_run_is_not_evaluated_on_another_kind_of_features(store_path, tmp_path, run):
     """A network fed with other mels answers, and answers wrongly."""
     told = json.loads((run.path / "recipe.json").read_text())
-    told["recipe"]["mel"] = "audio-jepa"
+    told["identity"]["mel"] = mel_spec("audio-jepa").to_json()
     (tmp_path / "recipe.json").write_text(json.dumps(told))
-    with pytest.raises(RunError, match="recipe tiny needs audio-jepa"):
+    with pytest.raises(RunError, match=r"holds mel spec a-jepa .* was trained on audio-jepa"):
         evaluate(store_path, tmp_path)
 
 
@@ -233,7 +255,7 @@ def test_a_run_without_a_checkpoint_cannot_be_evaluated(store_path, tmp_path, ru
 def test_the_random_encoder_is_the_run_before_its_first_step(run):
     """The comparison is with what training started from: same seed, same architecture."""
     recipe, checkpoint = from_json(run.recipe), run.load("target")
-    compared = encoders(recipe, checkpoint, torch.device("cpu"))
+    compared = Subject.of(run).encoders(torch.device("cpu"))
     start = Jepa(recipe.model, seed=recipe.seed).encoder.state_dict()
     assert all(torch.equal(value, start[name]) for name, value in compared[RANDOM].state_dict().items())
     trained = compared[TRAINED].state_dict()
@@ -248,7 +270,7 @@ def test_with_band_norm_the_random_encoder_hears_as_the_trained_one(store, tmp_p
     encoder = replace(made.model.encoder, band_norm=True)
     made = replace(made, model=replace(made.model, encoder=encoder))
     run = pretrain(store, made, tmp_path / "run", loader="plain")
-    compared = encoders(made, run.load("target"), torch.device("cpu"))
+    compared = Subject.of(run).encoders(torch.device("cpu"))
     mean_F, std_F = compared[TRAINED].bands_2F
     assert torch.equal(compared[RANDOM].bands_2F, compared[TRAINED].bands_2F)
     rows_N = store.good_rows(["a_train"])

@@ -16,6 +16,8 @@ import torch
 from tiny import tiny, tiny_finetune
 
 from ajepa.assignment import assigned
+from ajepa.evaluate import evaluate
+from ajepa.evaluation import EVALUATION, Evaluation, Score
 from ajepa.features import features
 from ajepa.finetune import Measuring, finetune, trainer_of, view_of, views_of
 from ajepa.finetuner import Finetuner
@@ -24,8 +26,9 @@ from ajepa.pretrain import pretrain
 from ajepa.probed_head import penalty
 from ajepa.probes import linear_NC, standardised
 from ajepa.run import Run
-from ajepa.scores import kept_scores, logits_of
+from ajepa.scores import logits_of
 from ajepa.start import Start
+from ajepa.subject import STATISTICS
 from ajepa.tasks.catalogue import TASKS
 from pipeline.augment import Augment
 from pipeline.build import Build, Output, build_store
@@ -48,8 +51,8 @@ def logged(run: Run) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in TIMINGS} for line in run.metrics()]
 
 
-def scores_of(run: Run) -> list[dict]:
-    return json.loads((run.path / "evaluation.json").read_text())["scores"]
+def scores_of(run: Run) -> tuple[Score, ...]:
+    return Evaluation.read(run.path / EVALUATION).scores
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +81,7 @@ from pathlib import Path
 from ajepa.finetune import finetune
 from ajepa.run import Run
 from ajepa.start import Start
+from ajepa.subject import STATISTICS
 from ajepa.tasks.catalogue import TASKS
 from tiny import tiny_finetune
 
@@ -132,8 +136,8 @@ def test_what_is_measured_on_the_way_is_logged_and_the_end_is_kept(whole, store)
     names = [f"eval_map_{label_set}" for label_set in store.label_sets]
     measured = {line["step"]: [line[name] for name in names] for line in whole.metrics() if names[0] in line}
     assert list(measured) == [10, 20]
-    assert measured[20] == [score.value for score in kept_scores(whole.path)]
-    told = json.loads((whole.path / "evaluation.json").read_text())["protocol"]
+    assert measured[20] == pytest.approx([score.map for score in scores_of(whole)], rel=1e-5)
+    told = Evaluation.read(whole.path / EVALUATION).protocol["classifier"]
     assert told["from"] == whole.identity["from"]
     assert set(told["from"]) == {"step", "sha256"}
 
@@ -144,9 +148,7 @@ def test_what_is_measured_is_the_average_of_the_weights(store, whole, start):
     assignment = assigned(OWN, store)
     trainer = trainer_of(whole, recipe, assignment, CPU, start)
     measuring = Measuring(trainer, assignment, whole.identity)
-    assert [score.value for score in measuring.measure()] == [
-        score.value for score in kept_scores(whole.path)
-    ]
+    assert measuring.evaluation(whole).scores == scores_of(whole)
     rows_N = assignment.eval_N
     averaged_NC = logits_of(trainer.measured, measuring.views, rows_N, CPU, bf16=False)
     trainer.average = None
@@ -171,15 +173,18 @@ def test_training_starts_from_the_pre_trained_encoder_and_its_average_too(store,
     assert "encoder.embed.weight" in again.weights()
 
 
-def test_a_probed_head_is_the_linear_probe_before_the_first_step(store, start, tmp_path):
+@pytest.mark.parametrize("pooling", ["mean", "moments"])
+def test_a_probed_head_is_the_linear_probe_before_the_first_step(store, start, tmp_path, pooling):
     """What it says of held-out clips is what the probe on frozen features says: the same logits, the same mAP."""
     assignment = assigned(OWN, store)
     recipe = start.adopted(tiny_finetune(1024, head="probe"))  # one view: means over views weigh by frames
+    recipe = replace(recipe, model=replace(recipe.model, pooling=pooling))
     new = Run(path=tmp_path, recipe={}, identity=assignment.identity(), versions={})
     trainer = trainer_of(new, recipe, assignment, CPU, start)
     views = views_of(assignment, recipe, new.identity)
     pairs = (
-        features(views, rows_N, trainer.model.encoder) for rows_N in (assignment.train_N, assignment.eval_N)
+        features(views, rows_N, trainer.model.encoder, pooling=pooling)
+        for rows_N in (assignment.train_N, assignment.eval_N)
     )
     train_ND, eval_ND = standardised(*pairs)
     labels_NC = assignment.labels_NC(assignment.train_N)
@@ -194,13 +199,13 @@ def test_an_encoder_of_64_frames_is_fine_tuned_on_other_lengths(store_path, star
     recipe = start.adopted(tiny_finetune(frames, steps=2, checkpoint_every=2))
     assert recipe.model.encoder.grid.frames == frames
     run = quietly(store_path, tmp_path / "run", recipe, start=start)
-    assert 0 < kept_scores(run.path)[0].value < 1
+    assert 0 < scores_of(run)[0].map < 1
 
 
 def test_propagated_labels_are_trained_on_and_both_sets_are_measured(store_path, tmp_path):
     """What is trained on stands first; the run says which it was."""
     run = quietly(store_path, tmp_path / "run", tiny_finetune(steps=2), label_set="unambiguous")
-    assert [score.label_set for score in kept_scores(run.path)] == ["unambiguous", "raw"]
+    assert [score.label_set for score in scores_of(run)] == ["unambiguous", "raw"]
     assert run.identity["label_set"] == "unambiguous"
     with pytest.raises(RunError, match=r"identity.label_set: was unambiguous, now raw"):
         quietly(store_path, tmp_path / "run", tiny_finetune(steps=2))
@@ -313,6 +318,13 @@ def folds_path(tmp_path_factory) -> Path:
     return home / "folds.zarr"
 
 
+def test_a_pre_trained_run_is_probed_on_clips_of_another_length(folds_path, pretrained, tmp_path):
+    """It was trained on ten seconds, these last one: the same features, so the same encoder hears them."""
+    found = evaluate(folds_path, pretrained, device="cpu", probes=("knn",), out=tmp_path / "some.json")
+    assert (found.protocol["folds"], found.protocol["eval_clips"]) == (2, 40)
+    assert found.of(STATISTICS, "knn", "raw").primary.value > 0.9
+
+
 def test_tones_are_learnt_fold_by_fold(folds_path, tmp_path):
     """One label to a clip: cross-entropy, accuracy, every fold measured once after training on the others."""
     store = FeatureStore.open(folds_path)
@@ -320,12 +332,21 @@ def test_tones_are_learnt_fold_by_fold(folds_path, tmp_path):
         1024, steps=40, clips_per_step=10, base_lr=0.1, augment=Augment(), checkpoint_every=40
     )
     done = cross_validated(store, OWN, recipe, tmp_path / "run", device="cpu", say=lambda line: None)
-    assert [run.path.name for run in done.runs] == ["fold1", "fold2"]
-    assert [run.identity["eval_splits"] for run in done.runs] == [["fold1"], ["fold2"]]
-    assert all(run.identity["kind"] == "single" for run in done.runs)
-    assert [score.metric for score in done.scores] == ["accuracy", "accuracy"]
-    assert min(score.value for score in done.scores) > 0.9 > 0.5 == done.scores[0].chance
-    assert str(done).startswith("accuracy 0.9") or str(done).startswith("accuracy 1.0")
-    assert done.runs[0].recipe["model"]["encoder"]["grid"]["cols"] == 7  # 98 frames, not 1024
+    runs = [Run.open(tmp_path / "run" / fold) for fold in ("fold1", "fold2")]
+    assert [run.identity["eval_splits"] for run in runs] == [["fold1"], ["fold2"]]
+    assert all(run.identity["kind"] == "single" for run in runs)
+    assert runs[0].recipe["model"]["encoder"]["grid"]["cols"] == 7  # 98 frames, not 1024
+    assert Evaluation.read(tmp_path / "run" / EVALUATION).scores == done.scores
+    (score,), each = done.scores, [scores_of(run)[0] for run in runs]
+    assert score.by_fold["accuracy"] == pytest.approx([one.primary.value for one in each])
+    assert score.primary.value == pytest.approx(np.mean(score.by_fold["accuracy"]))
+    assert min(score.by_fold["accuracy"]) > 0.9 > 0.5 == score.chance
+    assert (done.protocol["folds"], done.protocol["eval_clips"]) == (2, 40)
+    assert done.protocol["eval_splits"] == ["fold1", "fold2"]
+    again = evaluate(folds_path, runs[0].path, device="cpu")
+    assert (again.protocol["eval_splits"], again.scores) == (["fold1"], scores_of(runs[0]))
+    probed = evaluate(folds_path, runs[0].path, device="cpu", probes=("knn",)).protocol
+    assert (probed["probes"]["train_splits"], probed["eval_splits"]) == (["fold2"], ["fold1"])
+    assert f"{score.spread:5.3f}" in done.table().split("deviation over 2 folds")[1]
     with pytest.raises(RunError, match="fold 3: expected one of 1 to 2"):
         quietly(folds_path, tmp_path / "other", recipe, fold=3)

@@ -9,12 +9,13 @@ from matplotlib.image import imread
 from sounds import write
 from tiny import tiny
 
-from ajepa.evaluate import STATISTICS, TRAINED, evaluate
+from ajepa.evaluate import evaluate
 from ajepa.evaluation import Evaluation
 from ajepa.pooling import Layer
 from ajepa.pretrain import pretrain
 from ajepa.report import report
 from ajepa.run import Run
+from ajepa.subject import STATISTICS, TRAINED
 from pipeline.build import Build, Output, build_store
 from pipeline.datasets.esc50 import esc50
 from pipeline.errors import RunError, StoreError
@@ -63,13 +64,15 @@ def found(folds_path, run) -> Evaluation:
 def test_each_clip_is_measured_once_and_metrics_are_means_over_folds(found):
     """36 clips in three folds; single labels are found by themselves."""
     told = found.protocol
-    assert (told["folds"], told["eval_clips"], told["train_clips"]) == (3, 36, 24)
-    assert told["splits"]["eval"] == ("fold1", "fold2", "fold3")
+    assert (told["folds"], told["eval_clips"], told["probes"]["train_clips"]) == (3, 36, 24)
+    assert told["eval_splits"] == ["fold1", "fold2", "fold3"]
     assert all(score.kind == "single" for score in found.scores)
     linear = found.of(TRAINED, "linear", "raw")
     assert set(linear.metrics) == {"accuracy", "f1", "map", "auc", "d_prime"}
     assert len(linear.chosen) == 3
     assert linear.chance == pytest.approx(1 / 3)
+    assert np.mean(linear.by_fold["accuracy"]) == pytest.approx(linear.primary.value)
+    assert linear.spread == pytest.approx(np.std(linear.by_fold["accuracy"], ddof=1))
 
 
 def test_tones_are_told_apart_by_their_statistics(found):
@@ -90,13 +93,13 @@ def test_another_stores_result_stands_beside_the_runs_own(found, folds_path, run
 def test_the_table_tells_accuracy_first_in_80_columns(found):
     """With intervals, then F1 and mAP."""
     text = found.table()
-    assert "36 eval clips, mean over 3 folds" in text
-    assert text.index("accuracy") < text.index("macro F1 / mAP")
+    assert text.startswith("36 eval clips of esc50.zarr, mean over 3 folds; run at step 6\n")
+    assert text.index("accuracy") < text.index("deviation over 3 folds") < text.index("macro F1 / mAP")
     assert max(len(line) for line in text.splitlines()) <= 80
 
 
 def test_every_class_has_its_line_in_the_csv(found, tmp_path):
-    """Named, with a column for each probe on each kind of features."""
+    """Named, with two columns for each probe on each kind of features: precision, and recall of single labels."""
     found.write_classes(tmp_path / "classes.csv")
     with (tmp_path / "classes.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -104,6 +107,11 @@ def test_every_class_has_its_line_in_the_csv(found, tmp_path):
     for score in found.scores:
         column = [float(row[f"{score.features} {score.probe}"]) for row in rows]
         assert column == pytest.approx(list(score.per_class_ap), abs=1e-6)
+        recalls = [float(row[f"recall, {score.features} {score.probe}"]) for row in rows]
+        assert recalls == pytest.approx(list(score.per_class_recall), abs=1e-6)
+        assert np.mean(recalls) == pytest.approx(
+            score.primary.value
+        )  # classes are of one size, in every fold
 
 
 def test_what_is_asked_for_is_done_and_stamped(folds_path, run, tmp_path):
@@ -116,11 +124,12 @@ def test_what_is_asked_for_is_done_and_stamped(folds_path, run, tmp_path):
     }
     found = evaluate(folds_path, run.path, device="cpu", kind="multi", checkpoint=5, **asked)
     told = json.loads((tmp_path / "some.json").read_text())["protocol"]
-    assert (told["pooling"], told["layer"], told["probes"]) == ("frequency", "block-1", ["knn"])
+    probes = told["probes"]
+    assert (probes["pooling"], probes["layer"], probes["names"]) == ("frequency", "block-1", ["knn"])
     assert (told["checkpoint"], told["step"]) == ("5", 5)
-    assert told["grid"] == {"rows": 8, "cols": 4, "frames": 16, "bands": 16}
+    assert probes["grid"] == {"rows": 8, "cols": 4, "frames": 16, "bands": 16}
     assert len(told["weights_sha256"]) == 64
-    assert told["l2_grid"][0] == 1.0
+    assert probes["l2_grid"][0] == 1.0
     assert told["versions"]["torch"]
     assert {(score.probe, score.kind) for score in found.scores} == {("knn", "multi")}
 
@@ -149,6 +158,6 @@ def test_evaluations_of_both_stores_are_drawn(found, store_path, run, tmp_path):
 
 def test_an_evaluation_of_an_older_version_is_told(run, tmp_path):
     """With the command that makes it again."""
-    (tmp_path / "evaluation.json").write_text(json.dumps({"protocol": {}, "scores": []}))
+    (tmp_path / "evaluation.json").write_text(json.dumps({"format": 2, "protocol": {}, "scores": []}))
     with pytest.raises(RunError, match="run ajepa-train evaluate again"):
         Evaluation.read(tmp_path / "evaluation.json")

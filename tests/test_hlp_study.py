@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from conftest import build
 
+from ajepa.evaluation import EVALUATION, Evaluation
 from ajepa.finetune_recipes import finetune_recipe
 from ajepa.hlp_study import RESULT, SCORES, Study, eval_rows, hlp_study, relation_of
 from ajepa.hlp_table import POSTHOC, PROPAGATED, RAW, HlpResult
 from ajepa.run import Run
-from ajepa.scores import kept_scores
 from pipeline.errors import RunError
 from pipeline.labels import propagate_labels
 from pipeline.store import FeatureStore
@@ -60,10 +60,11 @@ def test_scores_are_those_that_the_runs_found_themselves(done):
     """The study measures as fine-tuning does: same clips, same views, same metric."""
     _, out, result = done
     for arm, labels in ((RAW, "raw"), (PROPAGATED, "unambiguous")):
-        found = {score.label_set: score for score in kept_scores(out / "runs" / f"cnn6-{labels}-seed0")}
+        kept = Evaluation.read(out / "runs" / f"cnn6-{labels}-seed0" / EVALUATION)
+        found = {score.label_set: score for score in kept.scores}
         (training,) = (t for t in result.arm("cnn6", arm) if t.seed == 0)
         for name, label_set in ((RAW, "raw"), (PROPAGATED, "unambiguous")):
-            assert training.of(name).map == pytest.approx(found[label_set].value)
+            assert training.of(name).map == pytest.approx(found[label_set].map)
             assert training.of(name).counted == found[label_set].classes
 
 

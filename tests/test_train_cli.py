@@ -139,7 +139,9 @@ def test_an_encoder_is_fine_tuned_from_its_run(store_path, tmp_path, monkeypatch
     again = [*asked, "own", "--from", tmp_path / "a", *more, "--batch", 8, "--seed", 5]
     assert run(*again, monkeypatch=monkeypatch) == 0
     said = capsys.readouterr().out
-    assert said.startswith(f"{tmp_path / 'b'}: done, 2 steps; on the held-out clips:\n  unambiguous labels (")
+    assert said.startswith(f"{tmp_path / 'b'}: done, 2 steps\n10 eval clips of tiny.zarr; run at step 2\n")
+    assert "by unambiguous labels\n" in said
+    assert max(map(len, said.splitlines())) <= 80
     kept = Run.open(tmp_path / "b").recipe
     assert kept["model"]["encoder"]["width"] == recipes.smoke().model.encoder.width
     assert (kept["seed"], kept["clips_per_step"], kept["augment"]["roll"]) == (5, 8, False)
