@@ -1,5 +1,6 @@
 """Checkpoint: a folder of safetensors with digests, whole or absent; which of them stay."""
 
+import errno
 import hashlib
 import json
 import os
@@ -8,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -76,13 +78,23 @@ def write_parts(folder: Path, checkpoint: Checkpoint, score: float | None) -> No
     digests = {}
     for name, tensors in checkpoint.parts.items():
         file = folder / f"{name}.safetensors"
-        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, file)
+        write_tensors(file, tensors)
         fsync(file)
         digests[name] = digest(file)
     state = {"format": FORMAT, "step": checkpoint.step, "score": score, "sha256": digests}
     (folder / STATE).write_text(json.dumps(state))
     fsync(folder / STATE)
     fsync(folder)
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file; OSError where the disk is full, as of any other file."""
+    try:
+        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, file, metadata)
+    except SafetensorError as error:
+        if "No space left" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)) from None
 
 
 def drop(folders: Sequence[Path], *, keep: int, keep_every: int) -> None:

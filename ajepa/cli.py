@@ -8,7 +8,7 @@ import typer
 from ajepa import embed_commands, evaluate_commands
 from ajepa.finetune_commands import finetune
 from ajepa.hlp_study_commands import hlp_study
-from pipeline.command_line import Cache, CacheGb, run_app
+from pipeline.command_line import Cache, CacheGb, run_app, to_write
 from pipeline.errors import InputError
 from pipeline.files import CACHE_GB
 
@@ -23,14 +23,12 @@ app.add_typer(evaluate_commands.app)
 app.add_typer(embed_commands.app)
 
 StorePlace = Annotated[str, typer.Option(help="Feature store, NAME.zarr or s3://...", show_default=False)]
-StorePlaces = Annotated[
-    list[str], typer.Option(help="Feature store, NAME.zarr or s3://...; repeats.", show_default=False)
-]
+StorePlaces = Annotated[list[str], typer.Option(help="NAME.zarr or s3://...; repeats.", show_default=False)]
 RunPath = Annotated[Path, typer.Option(help="Run folder made by pretrain.", show_default=False)]
 RecipeName = Annotated[str, typer.Option(help="Name in `ajepa-train recipes`.")]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="A field of the recipe, schedule.peak_lr=1e-4; repeats."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Recipe field, schedule.peak_lr=1e-4; repeats."),
 ]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is one.")]
 
@@ -46,37 +44,37 @@ def pretrain(
     micro_batch: Annotated[
         int | None, typer.Option(min=1, help="Clips at once: less memory, same result. [default: all]")
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="Weights, order, crops, masks. [default: 0]")
-    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of weights, order, masks. [default: 0]")] = None,
     device: Device = "auto",
     precision: Annotated[
         Literal["auto", "fp32", "bf16", "fp16"],
-        typer.Option(help="auto: bf16 where the hardware has it; fp16: CUDA only."),
+        typer.Option(
+            metavar="TYPE", help="fp32, bf16, fp16 (CUDA only), or auto: bf16 where the hardware has it."
+        ),
     ] = "auto",
     loader: Annotated[
-        Literal["dali", "plain"], typer.Option(help="The plain one gives the same batches, slower.")
+        Literal["dali", "plain"], typer.Option(help="plain: the same batches, slower.")
     ] = "dali",
     recompute: Annotated[
         bool, typer.Option("--recompute", help="Less memory, up to a third slower, same results.")
     ] = False,
     compiled: Annotated[
         bool,
-        typer.Option("--compile", help="torch.compile: a minute or two to start; last bits differ."),
+        typer.Option("--compile", help="torch.compile: 2 min to start, last bits differ."),
     ] = False,
     on_broken: Annotated[
-        Literal["raise", "skip"], typer.Option(help="skip: another clip of the step stands in.")
+        Literal["raise", "skip"], typer.Option(help="skip: another clip stands in.")
     ] = "raise",
     on_collapse: Annotated[
-        Literal["stop", "warn"], typer.Option(help="stop: where features become all alike.")
+        Literal["stop", "warn"], typer.Option(help="When features become all alike.")
     ] = "stop",
     store_weight: Annotated[
         list[float] | None,
-        typer.Option(help="One for each --store: its share of the clips. [default: its clips' share]"),
+        typer.Option(
+            metavar="SHARE", help="One for each --store: its share of the clips. [default: its clips' share]"
+        ),
     ] = None,
-    shuffle: Annotated[
-        Literal["full", "block"], typer.Option(help="block: for stores much larger than memory.")
-    ] = "full",
+    shuffle: Annotated[Literal["full", "block"], typer.Option(help="block: stores beyond memory.")] = "full",
     window: Annotated[int | None, typer.Option(min=1, help="Shards mixed at a time. [default: 64]")] = None,
     io: Annotated[
         Literal["pread", "mmap", "direct"],
@@ -84,12 +82,12 @@ def pretrain(
     ] = "pread",
     check: Annotated[
         Literal["first-epoch", "always", "never"],
-        typer.Option(help="When a clip's checksum is compared; first-epoch: when it is first read."),
+        typer.Option(metavar="WHEN", help="first-epoch: checksums compared when first read; always; never."),
     ] = "first-epoch",
     cache: Cache = None,
     cache_gb: CacheGb = CACHE_GB,
 ) -> None:
-    """Pre-train an encoder on every split of its stores but those named eval or test.
+    """Pre-train an encoder; splits named eval or test are held out.
 
     The same command again carries on from the last checkpoint, exactly. Ctrl-C,
     SIGTERM or SIGUSR1 write one and end with status 75. On several GPUs:
@@ -156,7 +154,7 @@ def masks(
         str | None, typer.Option(help="Take a clip of this store. [default: a formula's sound]")
     ] = None,
 ) -> None:
-    """Draw what a recipe hides: masks over a clip, from its first step to its last.
+    """Draw what a recipe hides over a clip, first step to last.
 
     `--set masks=NAME` takes another plan: curriculum, inverse, blocks,
     time-frequency, patches or spans.
@@ -174,12 +172,16 @@ def masks(
 def report(
     store: StorePlace,
     run: RunPath,
-    html: Annotated[Path | None, typer.Option(help="One page with everything on it.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="One page with everything on it.", callback=to_write)
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for PNG files.")] = None,
     cache: Cache = None,
     cache_gb: CacheGb = CACHE_GB,
 ) -> None:
-    """Show a run: curves, masks, probes; as a page also what its encoder makes of clips.
+    """Show a run: curves, masks, probes.
+
+    The page also has what its encoder makes of clips.
 
     Example: ajepa-train report --store as20k.zarr --run runs/a --html run.html
     """
@@ -195,9 +197,10 @@ def report(
 
 @app.command()
 def doctor() -> None:
-    """Look at what training needs here: device, DALI, a few steps on a small store.
+    """Look at what training needs here.
 
-    Takes about 15 s. Status 1 where something is broken, with what mends it.
+    Device, DALI, a few steps on a small store; takes about 15 s. Status 1 where
+    something is broken, with what mends it.
 
     Example: ajepa-train doctor
     """

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.command_line import Cache, CacheGb
+from pipeline.command_line import Cache, CacheGb, to_write
 from pipeline.files import CACHE_GB
 
 app = typer.Typer(rich_markup_mode=None)
@@ -41,9 +41,9 @@ def embed(
     cache: Cache = None,
     cache_gb: CacheGb = CACHE_GB,
 ) -> None:
-    """Embed sounds of any length, rate and container as rows of a Parquet table.
+    """Embed sounds as rows of a Parquet table.
 
-    The same command again carries on. A sound that cannot be used is a row
+    Sounds of any length, rate and container. The same command again carries on. A sound that cannot be used is a row
     without an embedding, with its reason.
 
     Example: ajepa-train embed sounds/ --model runs/a --out emb.parquet
@@ -70,7 +70,7 @@ def nearest(
     count: Annotated[int, typer.Option("-k", "--count", min=1, help="How many to list.")] = 10,
     device: Device = "auto",
 ) -> None:
-    """List the sounds of a table that are most like one that is given.
+    """List the sounds of a table that are most like a given one.
 
     Cosine of embeddings, each value standardised over the table.
 
@@ -91,8 +91,12 @@ def export(
     licence: Annotated[
         str | None, typer.Option(help="Of the weights, such as cc-by-4.0: yours to state.")
     ] = None,
-    onnx: Annotated[Path | None, typer.Option(help="Also an ONNX file, audio to embeddings.")] = None,
-    torch_export: Annotated[Path | None, typer.Option(help="Also a torch.export file, NAME.pt2.")] = None,
+    onnx: Annotated[
+        Path | None, typer.Option(help="Also an ONNX file, audio to embeddings.", callback=to_write)
+    ] = None,
+    torch_export: Annotated[
+        Path | None, typer.Option(help="Also a torch.export file, NAME.pt2.", callback=to_write)
+    ] = None,
     pooling: Annotated[
         Literal["mean", "frequency"], typer.Option(help="Of the ONNX and torch.export files.")
     ] = "mean",
@@ -147,7 +151,9 @@ def load(
     ],
     out: Annotated[Path | None, typer.Option(help="Folder to keep it in.", show_default=False)] = None,
 ) -> None:
-    """Fetch a model and say what it is; safetensors only, no code is run.
+    """Fetch a model and say what it is.
+
+    Safetensors only; no code is run.
 
     Example: ajepa-train load me/a-jepa-as20k --out a-jepa-as20k
     """

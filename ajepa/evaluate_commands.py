@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.command_line import Cache, CacheGb
+from pipeline.command_line import Cache, CacheGb, to_write
 from pipeline.files import CACHE_GB
 
 app = typer.Typer()
@@ -33,10 +33,12 @@ def evaluate(
     layer: Annotated[str, typer.Option(help="last, mean-K (last K blocks) or block-N.")] = "last",
     train_clips: Annotated[int, typer.Option(min=1, help="Most clips to train probes on.")] = 20_000,
     out: Annotated[
-        Path | None, typer.Option(help="JSON file, replaced if there. [default: in the run]")
+        Path | None,
+        typer.Option(help="JSON file, replaced if there. [default: in the run]", callback=to_write),
     ] = None,
     per_class: Annotated[
-        Path | None, typer.Option(help="CSV file for every class: average precision, recall.")
+        Path | None,
+        typer.Option(help="CSV file for every class: average precision, recall.", callback=to_write),
     ] = None,
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is one.")
@@ -44,7 +46,7 @@ def evaluate(
     cache: Cache = None,
     cache_gb: CacheGb = CACHE_GB,
 ) -> None:
-    """Measure a run on held-out clips, of its own store or of another one.
+    """Measure a run on held-out clips of its store, or of another.
 
     Pre-trained: probes on its frozen encoder, a random one, log-mel statistics.
     Fine-tuned: its classifier, by the classes that store and run share; with
@@ -85,7 +87,7 @@ def compare(
         typer.Argument(help="Runs, or JSON files of evaluate or finetune.", show_default=False, exists=True),
     ],
 ) -> None:
-    """Print results beside the published ones, and which of these are comparable.
+    """Print results beside the published ones, and how they compare.
 
     Clips, classes, labels, training clips and protocol decide; sources:
     manifests/published_results.csv.

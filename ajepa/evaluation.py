@@ -95,6 +95,7 @@ class Evaluation:
     def save(self, file: Path) -> None:
         """Write whole or not at all."""
         told = {"format": FORMAT, **asdict(self)}
+        file.absolute().parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as scratch:
             scratch.write_text(json.dumps(told, indent=1, allow_nan=False) + "\n")
 
@@ -180,6 +181,7 @@ class Evaluation:
         """
         rows = self._rows()
         recalls = rows if any(score.per_class_recall for score in self.scores) else []
+        file.absolute().parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as scratch, scratch.open("w", newline="") as handle:
             out = csv.writer(handle)
             names = [f"{name} {probe}" for name, probe in rows]

@@ -5,8 +5,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors.torch import save_file
-
+from ajepa.checkpoints import write_tensors
 from ajepa.hub import FILES
 from ajepa.run import RECIPE, Json, flat
 from ajepa.trained import LAST_CHECKPOINT, METADATA_KEY, WEIGHTS, Trained, trained
@@ -32,9 +31,8 @@ def export(
     refuse_other(out)
     out.mkdir(parents=True, exist_ok=True)
     config = model.to_json()
-    weights = {name: weight.detach().cpu().contiguous() for name, weight in model.weights.items()}
     with replacing(out / WEIGHTS) as scratch:
-        save_file(weights, scratch, metadata={METADATA_KEY: json.dumps(config)})
+        write_tensors(scratch, model.weights, {METADATA_KEY: json.dumps(config)})
     with replacing(out / CONFIG) as scratch:
         scratch.write_text(json.dumps(config, indent=1) + "\n")
     run = Path(place) if (Path(place) / RECIPE).is_file() else None

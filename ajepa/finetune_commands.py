@@ -56,11 +56,10 @@ def finetune(
     cache: Cache = None,
     cache_gb: CacheGb = CACHE_GB,
 ) -> None:
-    """Fine-tune an encoder, or train a classifier, on a task; measure held-out clips.
+    """Fine-tune an encoder, or train a classifier, on a task.
 
-    Held out are the task's own splits: eval, test, or one fold after the other.
-    The same command again carries on exactly, and torchrun starts it on several
-    GPUs; see pretrain.
+    Held out, to be measured, are the task's own splits: eval, test, or one fold after the other.
+    The same command again carries on exactly, and torchrun starts it on several GPUs; see pretrain.
 
     Example: ajepa-train finetune --store as20k.zarr --task own --from runs/a --run runs/b
     """

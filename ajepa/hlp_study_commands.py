@@ -32,9 +32,9 @@ def hlp_study(
         Literal["dali", "plain"], typer.Option(help="The plain one gives the same batches, slower.")
     ] = "dali",
 ) -> None:
-    """Train each model on raw and on propagated labels; measure both on both.
+    """Train each model on raw and on propagated labels.
 
-    Differences are paired by seed. Runs, scores by class and OUT/hlp-study.json
+    Both are measured on both. Differences are paired by seed. Runs, scores by class and OUT/hlp-study.json
     are kept; the same command again trains only what is missing.
 
     Example: ajepa-train hlp-study --store as20k.zarr --models cnn6 --out study

@@ -27,7 +27,10 @@ def fetched(hub_id: str) -> Path:
     told = HUB_ID.fullmatch(hub_id)
     if told is None:
         raise RunError(f"{hub_id}: expected ORG/NAME, or ORG/NAME@REVISION")
-    hub = _hub()
+    try:
+        hub = _hub()
+    except RunError as error:
+        raise RunError(f"{hub_id}: no such run or file here, and {error}") from None
     try:
         folder = hub.snapshot_download(told[1], revision=told[2], allow_patterns=list(FILES))
     except (hub.errors.HfHubHTTPError, hub.errors.LocalEntryNotFoundError, OSError) as error:
@@ -80,4 +83,5 @@ def _hub() -> ModuleType:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160].rstrip(".")
+    """The first line of what the hub's client says: it goes on for a paragraph."""
+    return str(error).strip().partition("\n")[0][:160].rstrip(".")

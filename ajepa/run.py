@@ -58,7 +58,12 @@ class Run:
             raise RunError(
                 f"{path}: not a run (no {RECIPE}); give the --run folder of `ajepa-train pretrain`"
             )
-        told = json.loads((path / RECIPE).read_text())
+        try:
+            told = json.loads((path / RECIPE).read_text())
+        except ValueError:
+            raise RunError(
+                f"{path / RECIPE}: damaged (not JSON); restore it, or start another --run"
+            ) from None
         if told["format"] != FORMAT:
             raise RunError(f"{path}: run format {told['format']}, this version reads {FORMAT}; update ajepa")
         return cls(path=path, recipe=told["recipe"], identity=told["identity"], versions=told["versions"])

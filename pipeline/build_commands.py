@@ -179,7 +179,7 @@ def build_audioset(
         bool, typer.Option("--lenient", help="Leave out damaged lines of the lists, and name them.")
     ] = False,
 ) -> Any:
-    """Decode AudioSet's clips into feature stores; run again, it carries on.
+    """Decode AudioSet's clips into feature stores. Run again, it carries on.
 
     Example: ajepa-data build-audioset --audio clips/ --segments balanced_train_segments.csv --out as20k.zarr
     """
@@ -206,7 +206,7 @@ def build_folder(
         str, typer.Option(help="none, or parent: label by the folder a sound is in.")
     ] = "none",
 ) -> Any:
-    """Decode your own clips into feature stores; run again, it carries on.
+    """Decode your own clips into feature stores. Run again, it carries on.
 
     Example: ajepa-data build-folder --folder sounds/ --table labels.csv --out mine.zarr
     """
@@ -227,7 +227,7 @@ def build_folder(
 def build_esc50(
     folder: Annotated[Path, typer.Option(help="ESC-50 as unpacked: audio/, meta/.", show_default=False)],
 ) -> Any:
-    """Decode ESC-50 into feature stores of 5-s clips, a split for each fold.
+    """Decode ESC-50 into feature stores. 5-s clips, a split for each fold.
 
     Example: ajepa-data build-esc50 --folder ESC-50-master --out esc50.zarr
     """
@@ -241,7 +241,7 @@ def build_speech_commands(
     folder: Annotated[Path, typer.Option(help="Speech Commands as unpacked.", show_default=False)],
     version: Annotated[str, typer.Option(help="v1 (30 words) or v2 (35 words).")] = "v2",
 ) -> Any:
-    """Decode Speech Commands into feature stores of 1-s clips, with the standard splits.
+    """Decode Speech Commands into feature stores. 1-s clips, the standard splits.
 
     Example: ajepa-data build-speech-commands --folder speech_commands_v0.02 --out spc2.zarr
     """
@@ -256,7 +256,7 @@ def build_fsd50k(
     clip_seconds: Annotated[float, typer.Option(min=0.1, help="Seconds of a clip.")] = 10.0,
     cut: Annotated[bool, typer.Option("--cut", help="Cut longer sounds into several clips.")] = False,
 ) -> Any:
-    """Decode FSD50K into feature stores, splits train, val and eval.
+    """Decode FSD50K into feature stores. Splits train, val and eval.
 
     Example: ajepa-data build-fsd50k --folder FSD50K --cut --out fsd50k.zarr
     """

@@ -29,7 +29,7 @@ def demo_corpus(
     ] = "formula",
     seed: Annotated[int, typer.Option(help="Another seed, other clips.")] = 0,
 ) -> None:
-    """Make a small corpus in AudioSet's shape, a few broken files included.
+    """Make a small corpus in AudioSet's shape. A few broken files are in it.
 
     Example: ajepa-data demo-corpus demo/corpus --clips 400
     """
@@ -65,7 +65,10 @@ def propagate_labels(
         Path | None, typer.Option(help="Parquet file to write, where INPUTS are lists or tables.")
     ] = None,
 ) -> None:
-    """Add each clip's implied classes as a label set beside the raw one (HLP, arXiv 2503.21826).
+    """Add the classes that each clip's labels imply.
+
+    A label set beside the raw one, by Hierarchical Label Propagation (arXiv
+    2503.21826).
 
     Example: ajepa-data propagate-labels as20k.zarr
     """
@@ -78,7 +81,7 @@ def propagate_labels(
 
 @app.command()
 def finalize(store: StorePath) -> None:
-    """Finish a store whose parts are all built; the last part to end does so by itself.
+    """Finish a store whose parts are all built. The last to end does so by itself.
 
     Example: ajepa-data finalize as2m.zarr
     """
@@ -102,11 +105,12 @@ def doctor(
         Path, typer.Option(help="Folder where stores are to lie.", exists=True, file_okay=False)
     ] = Path("."),
 ) -> None:
-    """Look at what building needs here: packages, codecs, room, a small trial.
+    """Look at what building needs here.
 
-    Takes about 10 s. Status 1 where something is broken, with what mends it.
+    Packages, codecs, room, a small trial; takes about 10 s. Status 1 where
+    something is broken, with what mends it.
 
-    Example: ajepa-data doctor --place /data
+    Example: ajepa-data doctor --place stores/
     """
     from tempfile import TemporaryDirectory
 

@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import socket
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from pipeline.errors import STOP_SIGNALS, InputError, Interrupted
-from pipeline.files import FULL
+from pipeline.files import FULL, PARTIAL, refuse_unwritable
 
 OPEN_FILES = 65_536  # asked for at most
 RUN_AGAIN = 75  # EX_TEMPFAIL: interrupted with nothing lost; the same command carries on
@@ -30,8 +31,17 @@ StorePath = Annotated[
 ]
 
 StorePlace = Annotated[str, typer.Argument(help="Feature store, NAME.zarr or s3://...", show_default=False)]
+
+
+def to_write(path: Path | None) -> Path | None:
+    """Callback of options that name a file to write: told at once, and not after the work."""
+    if path is not None:
+        refuse_unwritable(path)
+    return path
+
+
 Cache = Annotated[
-    Path | None, typer.Option(help="Folder for what was last read of a store at s3://.", show_default=False)
+    Path | None, typer.Option(help="Folder that keeps what was read from s3://.", show_default=False)
 ]
 CacheGb = Annotated[float, typer.Option(min=0.001, help="Most that --cache may take, in 10^9 bytes.")]
 
@@ -53,10 +63,22 @@ def run_app(app: typer.Typer) -> NoReturn:
             _fail("error: no space left on the disk; free some and run the same command again", 1)
         if error.filename is None:
             raise
-        _fail(f"error: {error.filename}: {error.strerror}; check the path and its permissions", 1)
+        _fail(f"error: {told_of(error)}", 1)
     except Interrupted:
         _fail("interrupted; nothing is lost: the same command carries on", RUN_AGAIN)
     raise SystemExit(0)
+
+
+def told_of(error: OSError) -> str:
+    """What the system refused, where (scratch files by the name that they were to have), and what to look at."""
+    name = str(error.filename)
+    if name.endswith(PARTIAL):
+        name = name.removesuffix(PARTIAL).removesuffix(f".{socket.gethostname()}-{os.getpid()}")
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return f"{name}: is a file, or lies below one; expected a folder"
+    if isinstance(error, IsADirectoryError):
+        return f"{name}: is a folder; expected a file"
+    return f"{name}: {error.strerror}; check the path and its permissions"
 
 
 def raise_open_files() -> None:

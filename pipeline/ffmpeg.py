@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import av
 import numpy as np
@@ -29,6 +29,8 @@ __all__ = ["FFmpegError", "Ffmpeg"]
 BLOCK_SAMPLES = 2**14
 PRE_ROLL_SECONDS = 1.0  # decoded before a cut and thrown away: opus needs 0.08, AAC one frame
 PLANES = 8  # with more, PyAV 18 runs past the end of FFmpeg's table of planes, and sometimes crashes
+PYAV = int(av.__version__.split(".")[0])
+ANY_TAGS: dict[str, Any] = {"metadata_errors": "replace"} if PYAV < 19 else {}  # of itself from 19 on
 NOWHERE = 2**62  # a sample number behind every sound: where a seek led that failed
 
 
@@ -117,7 +119,7 @@ def demuxed(sound: Sound, container: Container) -> Iterator[tuple[InputContainer
     """The file and its best audio stream."""
     with (
         readable(sound) as file,
-        av.open(file, mode="r", format=container.demuxer, metadata_errors="replace") as demuxer,
+        av.open(file, mode="r", format=container.demuxer, **ANY_TAGS) as demuxer,
     ):
         stream = demuxer.streams.best("audio")
         if not isinstance(stream, AudioStream):

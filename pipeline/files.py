@@ -32,6 +32,20 @@ def scratch_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{PARTIAL}")
 
 
+def refuse_unwritable(path: Path) -> None:
+    """InputError where no file could be put at `path` in the end; for before the work, which may take hours."""
+    scratch_of(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; expected the name of a file to write")
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise InputError(f"{path}: {folder} is a file; expected a folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: nothing can be written in {folder}; choose another folder")
+
+
 def abandoned(path: Path) -> Iterator[Path]:
     """Scratch paths of `path` whose process, on this machine, is no more."""
     for scratch in path.parent.glob(

@@ -32,8 +32,9 @@ class Order:
             )
         if not self.steps_per_epoch:
             raise InputError(
-                f"{self.clips_per_epoch} clips do not fill one step of {self.clips} clips on each of "
-                f"{self.world} ranks; choose fewer clips per step, or more splits"
+                f"{self.clips_per_epoch} clips do not fill one step of {self.clips} clips"
+                f"{f' on each of {self.world} ranks' if self.world > 1 else ''}; "
+                "choose fewer clips per step, or more splits"
             )
 
     @property

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from pipeline import build_commands
-from pipeline.command_line import Cache, CacheGb, StorePath, StorePlace
+from pipeline.command_line import Cache, CacheGb, StorePath, StorePlace, to_write
 from pipeline.errors import InputError
 from pipeline.files import CACHE_GB
 
@@ -30,7 +30,9 @@ def verify(
     ] = False,
     workers: Annotated[int, typer.Option(min=0, help="Decoding processes of a repair.")] = 2,
 ) -> None:
-    """Check every shard against the ledger, its checksums, the manifest and the statistics.
+    """Check every shard, checksum and row of a store.
+
+    One line for each fault, and status 1.
 
     Example: ajepa-data verify as20k.zarr --repair
     """
@@ -118,7 +120,9 @@ def audit_labels(
     few: Annotated[int, typer.Option(min=1, help="Clips, under which a class is told.")] = 10,
     top: Annotated[int, typer.Option(min=1, max=1000, help="Surprises of a kind to show.")] = 10,
 ) -> None:
-    """Tell what is wrong or surprising about clips and labels: leaks, copies, gaps, contradictions, shifts.
+    """Tell what is wrong about clips and labels.
+
+    Leaks, copies, gaps, contradictions, shifts, and what else may surprise.
 
     An exclude list replaces those recorded before: loaders then draw none of
     its clips, and a run trained with other lists will not carry on.
@@ -146,7 +150,9 @@ def bench(
     batch: Annotated[int, typer.Option(min=1, help="Clips in a batch.")] = 64,
     device: Annotated[str, typer.Option(help="Where batches are to be: cpu, cuda or cuda:N.")] = "cpu",
 ) -> None:
-    """Time every stage from the disk to the batch on this machine, and name the one that holds up the others.
+    """Time every stage from the disk to the batch.
+
+    On this machine, in clips/s; the one that holds up the others is named.
 
     Example: ajepa-data bench as20k.zarr --device cuda
     """
@@ -168,13 +174,17 @@ def bench(
 @app.command()
 def report(
     store: StorePlace,
-    html: Annotated[Path | None, typer.Option(help="Page to write: all of the store.")] = None,
-    out: Annotated[Path | None, typer.Option(help="PNG file to write: spectrograms.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Page to write: all of the store.", callback=to_write)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="PNG file to write: spectrograms.", callback=to_write)
+    ] = None,
     clips: Annotated[int, typer.Option(min=1, max=60, help="Spectrograms to show.")] = 12,
     cache: Cache = None,
     cache_gb: CacheGb = CACHE_GB,
 ) -> None:
-    """Show coverage and reasons as a table, and the store as a page, a picture, or both.
+    """Show a store as a table, a page or a picture.
 
     Example: ajepa-data report as20k.zarr --html report.html
     """
@@ -206,7 +216,7 @@ def inspect(
     cache: Cache = None,
     cache_gb: CacheGb = CACHE_GB,
 ) -> None:
-    """Tell what a store is, or everything about one clip of it.
+    """Tell what a store is, or all about one clip.
 
     Example: ajepa-data inspect as20k.zarr --clip=-0RWZT-miFs --png clip.png
     """

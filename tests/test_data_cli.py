@@ -10,7 +10,6 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-import typer
 from corpus import write_corpus
 
 from pipeline import cli, command_line
@@ -105,16 +104,6 @@ def test_a_command_may_open_as_many_files_as_the_system_lets_it():
     done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     assert int(done.stdout) == min(hard, command_line.OPEN_FILES)
-
-
-@pytest.mark.parametrize("name", sorted(typer.main.get_command(cli.app).commands))
-def test_help_fits_a_screen_and_has_an_example(name, monkeypatch, capsys):
-    """80 columns, 24 lines and a bit; every option states its unit and default."""
-    assert run(name, "--help", monkeypatch=monkeypatch) == 0
-    text = capsys.readouterr().out
-    assert f"Example: ajepa-data {name}" in " ".join(text.split())
-    assert max(map(len, text.splitlines())) <= 80
-    assert len(text.splitlines()) <= 45
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are tied to their parent by Linux' prctl")

@@ -1,63 +1,260 @@
-"""The README's way, from sound files to a measured encoder, by the commands a user types."""
+"""The README's recipes, read out of README.md and run as a user types them, on 48 small clips."""
 
+import csv
 import json
+import os
+import re
+import shutil
+import signal
+import stat
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import polars as pl
 import pytest
+import soundfile
+from conftest import assert_same_bytes
 
+from ajepa.run import Run
+from pipeline.store import FeatureStore
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
 BIN = Path(sys.executable).parent
+ENVIRONMENT = os.environ | {
+    "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+    "OMP_NUM_THREADS": "1",
+}
+STEPS = 12
+SMALLER = {  # what stands between a recipe as printed and one that ends in seconds
+    "--workers 8": "--workers 1",
+    "--recipe a-jepa": f"--recipe smoke --steps {STEPS} --set checkpoint_every=2",
+    "--task audioset": "--task audioset --set steps=2 --batch 4",
+}
 
 
-def run(*command: object, status: int = 0) -> str:
-    """Run a command line and return what it printed; its errors are part of the assertion."""
+def block(heading: str) -> str:
+    """The first fenced block below a heading of the README."""
+    _, below = README.split(f"\n## {heading}\n")
+    return re.search(r"^```\w*\n(.*?)^```", below, re.MULTILINE | re.DOTALL)[1]
+
+
+def swapped(text: str, swaps: dict[str, str]) -> str:
+    """`text` with every one of these in it replaced; each must be there, so that none outlives the README's words."""
+    for old, new in swaps.items():
+        assert old in text, old
+        text = text.replace(old, new)
+    return text
+
+
+def typed(command: str, folder: Path) -> str:
+    """Run lines as a shell would, from `folder`; what they printed, their errors being part of the assertion."""
     done = subprocess.run(
-        [str(BIN / str(command[0])), *map(str, command[1:])], capture_output=True, text=True
+        ["bash", "-euo", "pipefail", "-c", command],
+        cwd=folder,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert done.returncode == status, done.stderr[-2000:]
-    return done.stdout if status == 0 else done.stderr
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+def started(command: str, folder: Path) -> subprocess.Popen:
+    """A command in the background; `exec`, so that signals reach the program and not its shell."""
+    return subprocess.Popen(
+        ["bash", "-c", f"exec {command}"],
+        cwd=folder,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def until(seen: Callable[[], object], process: subprocess.Popen) -> None:
+    """Wait until there is something to see; the process must not end before."""
+    while not seen():
+        assert process.poll() is None, process.args
+        time.sleep(0.02)
+
+
+def python(program: str, folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=folder,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
-def way(tmp_path_factory) -> Path:
-    """The folder in which the demo's commands have run, on few clips and for few steps."""
-    demo = tmp_path_factory.mktemp("demo")
-    lists = [f"--segments={demo}/corpus/{name}_segments.csv" for name in ("balanced_train", "eval")]
-    store = ["--store", demo / "demo.zarr", "--run", demo / "run"]
-    run("ajepa-data", "demo-corpus", demo / "corpus", "--clips", 60)
-    run("ajepa-data", "build-audioset", "--audio", demo / "corpus/audio", *lists, "--out", demo / "demo.zarr")
-    run("ajepa-data", "propagate-labels", demo / "demo.zarr")
-    run("ajepa-data", "verify", demo / "demo.zarr")
-    run("ajepa-train", "pretrain", *store, "--recipe", "smoke")
-    run("ajepa-train", "evaluate", *store)
-    run("ajepa-data", "report", demo / "demo.zarr", "--out", demo / "report" / "mels.png")
-    run("ajepa-train", "report", *store, "--out", demo / "report")
-    return demo
+def desk(tmp_path_factory) -> Path:
+    """A folder with the names that the README uses, filled by its first command."""
+    folder = tmp_path_factory.mktemp("desk")
+    typed("ajepa-data demo-corpus corpus --clips 48", folder)
+    (folder / "corpus" / "audio").rename(folder / "clips")
+    for name in ("balanced_train", "eval"):
+        (folder / "corpus" / f"{name}_segments.csv").rename(folder / f"{name}_segments.csv")
+    with (folder / "corpus" / "truth.csv").open(newline="", encoding="utf-8") as file:
+        good = [row for row in csv.DictReader(file) if row["expected"] == "good"]
+    some = [folder / row["file"].replace("audio/", "clips/") for row in good[-12:]]
+    for name, sounds in (("mine", some[:4]), ("sounds", some)):
+        (folder / name).mkdir()
+        for sound in sounds:
+            shutil.copy(sound, folder / name)
+    lines = [
+        f"{path.name},{'dog;bark' if k % 2 else 'cat'},{'eval' if k > 7 else 'train'}"
+        for k, path in enumerate(some)
+    ]
+    (folder / "labels.csv").write_text("path,label,split\n" + "\n".join(lines) + "\n")
+    (folder / "recordings").mkdir()
+    noise_S = 0.1 * np.random.default_rng(0).standard_normal(25 * 16_000)
+    soundfile.write(folder / "recordings" / "long.flac", noise_S, 16_000)
+    return folder
 
 
-def test_the_way_ends_in_scores_and_pictures(way):
-    """Each command hands over to the next; the last ones say what came out."""
-    scores = json.loads((way / "run" / "evaluation.json").read_text())
-    assert {"raw", "unambiguous"} <= set(json.dumps(scores).replace('"', " ").split())
-    assert len(list((way / "report").glob("*.png"))) >= 3
+@pytest.fixture(scope="module")
+def trained(desk) -> dict[str, str]:
+    """All of "Your copy of AudioSet" has run in `desk`; what each line printed, by its first two words."""
+    lines = swapped(block("Your copy of AudioSet"), SMALLER).splitlines()
+    return {" ".join(line.split()[:2]): typed(line, desk) for line in lines}
 
 
-@pytest.mark.parametrize(
-    ("command", "said"),
-    [
-        (["pretrain", "--recipe", "smol"], "small"),
-        (["pretrain", "--recipe", "audio-jepa"], "audio-jepa"),
-        (["pretrain", "--recipe", "small"], "recipe"),
-        (["pretrain", "--recipe", "smoke", "--device", "cuda"], "cuda"),
-    ],
-)
-def test_a_mistake_of_a_newcomer_is_one_line(way, command, said):
-    """Misspelt recipe, store of another mel spec, run of another recipe, no GPU: what, where, what to do next."""
-    import torch
+def test_your_copy_of_audioset(desk, trained):
+    """From sounds to scores, a page and embeddings: each line tells the next one, and leaves what it promises."""
+    lines = block("Your copy of AudioSet").splitlines()
+    told = [hint for said in trained.values() for hint in re.findall(r"Next: (.*)", said)]
+    assert told == [lines[1], lines[5]]
+    assert {"raw", "unambiguous"} <= set(
+        (desk / "runs/a/evaluation.json").read_text().replace('"', " ").split()
+    )
+    assert re.search(r"done, 2 steps\n(.*\n)*mAP\n", trained["ajepa-train finetune"])
+    for page in ("report.html", "run.html"):
+        assert "</html>" in (desk / page).read_text()[-20:]
+    table = pl.read_parquet(desk / "embeddings.parquet")
+    assert len(table) == len(list((desk / "mine").iterdir()))
 
-    if "cuda" in command and torch.cuda.is_available():
-        pytest.skip("there is a GPU here")
-    error = run("ajepa-train", *command, "--store", way / "demo.zarr", "--run", way / "run", status=1)
-    assert said in error
-    assert error.count("\n") == 1, error
+
+def test_a_build_that_is_killed_carries_on_to_the_same_bytes(desk, trained):
+    """kill -9 once the first shard is committed, then the very same command."""
+    first, second, *_ = swapped(
+        block("Your copy of AudioSet"), SMALLER | {"as20k.zarr": "killed.zarr"}
+    ).splitlines()
+    process = started(first, desk)
+    until(lambda: list((desk / "killed.zarr/ledger").glob("*.parquet")), process)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    typed(f"{first}\n{second}", desk)
+    assert_same_bytes(desk / "as20k.zarr", desk / "killed.zarr")
+
+
+def test_a_run_that_is_killed_carries_on_to_the_same_weights(desk, trained):
+    """kill -9 between two checkpoints, then the very same command: what `runs/a` ended with, bit for bit."""
+    pretrain = swapped(block("Your copy of AudioSet"), SMALLER | {"runs/a": "runs/killed"}).splitlines()[4]
+    process = started(pretrain, desk)
+    until(lambda: list((desk / "runs/killed/checkpoints").glob("step-*[0-9]/state.json")), process)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert 0 < Run.open(desk / "runs/killed").step < STEPS
+    assert f"done, {STEPS} steps" in typed(pretrain, desk)
+    digests = [
+        json.loads((desk / f"runs/{name}/checkpoints/step-{STEPS:08d}/state.json").read_text())["sha256"]
+        for name in ("a", "killed")
+    ]
+    assert digests[0] == digests[1]
+
+
+SRUN = '#!/bin/bash\nwhile [[ $1 == -* ]]; do shift; done\nexec "$@"\n'
+SCONTROL = '#!/bin/bash\necho "$@" >> requeued\n'
+
+
+def test_a_slurm_array_that_is_warned_is_requeued_and_finishes(desk, trained, tmp_path):
+    """Two tasks of an array; the first is warned once, ends with 75, is queued again: the bytes of one machine."""
+    for name, program in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(program)
+        (tmp_path / name).chmod(stat.S_IRWXU)
+    swaps = {
+        "/data/audioset": "clips",
+        "/data/": "",
+        "unbalanced": "balanced",
+        "--workers 8": "--workers 1",
+        "/16": "/2",
+    }
+    (tmp_path / "job.sh").write_text(swapped(block("More than one machine"), swaps))
+    slurm = {"PATH": f"{tmp_path}{os.pathsep}{ENVIRONMENT['PATH']}", "SLURM_JOB_ID": "4711"}
+
+    def submitted(task: int) -> subprocess.Popen:
+        task_of = {"SLURM_ARRAY_TASK_ID": str(task)}
+        return subprocess.Popen(["bash", tmp_path / "job.sh"], cwd=desk, env=ENVIRONMENT | slurm | task_of)
+
+    job = submitted(0)
+    until(lambda: list((desk / "as2m.zarr/ledger").glob("*.parquet")), job)
+    job.send_signal(signal.SIGUSR1)  # as --signal=B:USR1@60 does, to the script alone
+    job.wait()
+    assert (desk / "requeued").read_text() == "requeue 4711\n"
+    jobs = [submitted(task) for task in (0, 1)]
+    assert [job.wait() for job in jobs] == [0, 0]
+    assert (desk / "requeued").read_text() == "requeue 4711\n"
+    typed("ajepa-data propagate-labels as2m.zarr", desk)
+    assert_same_bytes(desk / "as20k.zarr", desk / "as2m.zarr")
+
+
+def test_your_own_sounds(desk):
+    """A table's labels and splits; a recording of 25 s cut into pieces of 10, 10 and 5 s."""
+    said = typed(block("Your own sounds"), desk)
+    assert "Next: ajepa-data inspect mine.zarr" in said
+    mine, long = FeatureStore.open(desk / "mine.zarr"), FeatureStore.open(desk / "long.zarr")
+    assert set(mine.classes.names) == {"bark", "cat", "dog"}
+    assert dict(mine.manifest["split"].value_counts().iter_rows()) == {"train": 8, "eval": 4}
+    assert mine.labels_BC(mine.good_rows(["eval"]), "raw").sum() == 2 * 1 + 2 * 2
+    assert long.manifest["n_frames"].to_list() == [998, 998, 498]
+
+
+def test_the_store_from_python(desk, trained):
+    """The block of "The store": shapes and kinds as its comments say, and any Zarr library sees the same."""
+    program = block("The store")
+    tell = (
+        "print(mel.dtype, mel.shape, labels.dtype, labels.shape, type(store.manifest), (same == mel).all())"
+    )
+    rows = FeatureStore.open(desk / "as20k.zarr").good_rows(["eval"])
+    shapes = dict(re.findall(r"^(\w+) = .*# float(?:16|32) \[64, (.*?)\]", program, re.MULTILINE))
+    kinds = dict(re.findall(r"^(\w+) = .*# (float\d+)", program, re.MULTILINE))
+    told = "".join(f"{kinds[name]} ({len(rows)}, {shapes[name]}) " for name in ("mel", "labels"))
+    assert python(f"{program}\n{tell}", desk) == f"{told}<class 'polars.dataframe.frame.DataFrame'> True\n"
+
+
+def test_embeddings_from_python(desk, trained):
+    """The block of "Embeddings", on sounds of two names that it uses."""
+    for name, sound in zip(("a.mp3", "b.wav"), sorted((desk / "mine").iterdir()), strict=False):
+        shutil.copy(sound, desk / name)  # content decides, not the extension
+    tell = "f = found[0]; print(len(found.clips_BD), found.clips_BD.dtype, len(f.frames_TD) == len(f.times_ms_T))"
+    assert python(f"{block('Embeddings')}\n{tell}", desk) == "2 torch.float32 True\n"
+
+
+def test_a_sound_is_nearest_to_itself(desk, trained):
+    """`nearest`, as the table of commands has it, in the table that `embed` wrote."""
+    sound = sorted((desk / "mine").iterdir())[0]
+    asked = re.search(r"`(ajepa-train nearest .*?)`", README)[1]
+    here = swapped(
+        asked, {"QUERY": f"mine/{sound.name}", "FILE": "embeddings.parquet", "--model M": "--model runs/a"}
+    )
+    similarity, *_, path = typed(here, desk).splitlines()[0].split("  ")
+    assert Path(path).name == sound.name
+    assert float(similarity) == pytest.approx(1, abs=1e-3)
+
+
+def test_labels_without_a_store(desk):
+    """Lists in, a table out."""
+    asked = re.search(r"`(ajepa-data propagate-labels .*? --out .*?)`", README)[1]
+    typed(asked, desk)
+    table = pl.read_parquet(desk / "labels.parquet")
+    assert (table["unambiguous"].list.len() >= table["raw"].list.len()).all()

@@ -1,6 +1,7 @@
 """The README cannot drift: what it names exists, and what exists it names."""
 
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
@@ -12,9 +13,11 @@ import pipeline.cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+JUSTFILE = (ROOT / "justfile").read_text()
+APPS = {"ajepa-data": pipeline.cli.app, "ajepa-train": ajepa.cli.app}
 COMMANDS = [
     f"{program} {name} "
-    for program, app in (("ajepa-data", pipeline.cli.app), ("ajepa-train", ajepa.cli.app))
+    for program, app in APPS.items()
     for name in sorted(typer.main.get_command(app).commands)
 ]
 
@@ -34,12 +37,19 @@ def test_every_command_of_the_readme_exists():
 def test_every_option_of_the_readme_exists():
     """A renamed option would break the reader's first try."""
     options = set()
-    for app in (pipeline.cli.app, ajepa.cli.app):
+    for app in APPS.values():
         for command in typer.main.get_command(app).commands.values():
             options |= {opt for parameter in command.params for opt in parameter.opts}
     others = r"^#SBATCH .*$|^srun .*?(?=ajepa-)|torchrun [^`]*?(?=ajepa-)|`(?:tensorboard|AJEPA_MODEL).*?`"
     ours = re.sub(others, "", README, flags=re.MULTILINE)
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ours)) <= options
+
+
+@pytest.mark.parametrize("line", re.findall(r"^    (ajepa-.*)$", JUSTFILE, re.MULTILINE))
+def test_the_lines_of_just_demo_can_be_typed(line):
+    """The demo takes minutes, so no test runs it; its commands and options are at least there."""
+    program, name, *words = shlex.split(line)
+    typer.main.get_command(APPS[program]).commands[name].make_context(name, words)
 
 
 def test_ci_runs_the_readmes_test_command():

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from ajepa.checkpoints import Checkpoint
+from ajepa.checkpoints import Checkpoint, write_tensors
 from ajepa.run import Run
 from pipeline.errors import RunError
+from pipeline.files import FULL
 
 RECIPE = {"steps": 30, "optimiser": {"lr": 1e-3, "betas": [0.9, 0.95]}}
 IDENTITY = {"store_id": "abc"}
@@ -76,6 +78,9 @@ def test_the_debris_of_a_crash_before_the_first_write_does_not_block_the_run(tmp
 def test_opening_what_is_no_run_says_what_to_give(tmp_path):
     """evaluate and report name the folder and the missing file."""
     with pytest.raises(RunError, match=r"not a run \(no recipe\.json\)"):
+        Run.open(tmp_path)
+    (tmp_path / "recipe.json").write_text("{")
+    with pytest.raises(RunError, match=r"recipe\.json: damaged"):
         Run.open(tmp_path)
 
 
@@ -207,3 +212,15 @@ def test_two_processes_cannot_train_one_run(tmp_path):
         pass
     with run.locked():
         pass
+
+
+def test_a_full_disk_is_the_same_error_for_weights_as_for_other_files(tmp_path, monkeypatch):
+    """Both command lines know what to say of that, and nothing of safetensors' own kind of error."""
+
+    def full(*_values):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("ajepa.checkpoints.save_file", full)
+    with pytest.raises(OSError, match="No space left on device") as told:
+        write_tensors(tmp_path / "x.safetensors", {"weight": torch.zeros(2)})
+    assert told.value.errno in FULL

@@ -9,7 +9,6 @@ import time
 import numpy as np
 import pytest
 import torch
-import typer
 from matplotlib.image import imread
 from tiny import tiny
 
@@ -24,7 +23,6 @@ from ajepa.run import Run
 from pipeline.errors import STOP_SIGNALS
 
 PROGRAM = [sys.executable, "-c", "from ajepa.cli import main; main()"]
-COMMANDS = sorted(typer.main.get_command(cli.app).commands)
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 
 
@@ -236,23 +234,6 @@ def test_a_seed_below_0_is_refused(store_path, tmp_path, monkeypatch, capsys):
     """NumPy has no stream of that name, and would say so in a traceback."""
     assert run(*wish(store_path, tmp_path / "run", "--seed", -1), monkeypatch=monkeypatch) == 2
     assert "Invalid value for '--seed': Input should be greater than or equal to 0" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
-def test_help_fits_80_columns_and_shows_an_example(command, monkeypatch, capsys):
-    """Who asks for help wants something to copy."""
-    monkeypatch.setenv("COLUMNS", "80")
-    assert run(*command, "--help", monkeypatch=monkeypatch) == 0
-    text = capsys.readouterr().out
-    assert max(len(line) for line in text.splitlines()) <= 80
-    assert not command or f"Example: ajepa-train {command[0]}" in text
-
-
-def test_help_does_not_wait_for_heavy_libraries():
-    """Half a second at most: torch alone takes several."""
-    heavy = "{'torch', 'numpy', 'polars', 'matplotlib', 'sklearn', 'nvidia'}"
-    program = f"import sys, ajepa.cli; sys.exit(bool({heavy} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 def test_every_recipe_is_listed_with_cost_and_expectation(monkeypatch, capsys):
