@@ -100,7 +100,7 @@ def export(
     pooling: Annotated[
         Literal["mean", "frequency"], typer.Option(help="Of the ONNX and torch.export files.")
     ] = "mean",
-    audio_hz: Annotated[int, typer.Option(min=1, help="Rate of the audio that those files take.")] = 32_000,
+    audio_hz: Annotated[int, typer.Option(min=1, help="Samples a second of their audio.")] = 32_000,
 ) -> None:
     """Write an encoder as safetensors, configuration and model card.
 

@@ -27,12 +27,12 @@ def finetune(
     recipe: Annotated[str | None, typer.Option(help="Name in recipes. [default: the task's]")] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A field of the recipe, base_lr=1e-4; repeats."),
+        typer.Option("--set", metavar="KEY=VALUE", help="A field of the recipe; repeats."),
     ] = None,
     labels: Annotated[str, typer.Option(help="Label set to train on, raw or a rule's.")] = "raw",
-    fold: Annotated[int | None, typer.Option(min=1, help="Fold to measure. [default: each in turn]")] = None,
+    fold: Annotated[int | None, typer.Option(min=1, help="Fold to measure. [default: each]")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs. [default: the recipe's]")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Clips per step. [default: the recipe's]")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Clips a step. [default: recipe's]")] = None,
     micro_batch: Annotated[
         int | None, typer.Option(min=1, help="Clips at once: less memory, same result. [default: all]")
     ] = None,
@@ -45,10 +45,10 @@ def finetune(
         typer.Option(help="auto: bf16 where the hardware has it; fp16: CUDA only."),
     ] = "auto",
     loader: Annotated[
-        Literal["dali", "plain"], typer.Option(help="The plain one gives the same batches, slower.")
+        Literal["dali", "plain"], typer.Option(help="Same batches; plain: slower.")
     ] = "dali",
     recompute: Annotated[
-        bool, typer.Option("--recompute", help="Less memory, up to a third slower, same results.")
+        bool, typer.Option("--recompute", help="Less memory, same results, slower.")
     ] = False,
     on_broken: Annotated[
         Literal["raise", "skip"], typer.Option(help="skip: another clip of the step stands in.")

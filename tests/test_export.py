@@ -228,7 +228,7 @@ def test_a_model_that_is_pushed_can_be_loaded_by_its_name(folder, tmp_path, monk
         (tmp_path / "model" / "README.md").write_text("---\nlicense: my own\n---\n")
         refused = typed("push", "model", "org/tiny")
         assert refused.stderr.startswith(
-            "error: org/tiny: the hub does not take that (Invalid metadata in README.md."
+            "error: org/tiny: the hub does not take that (Invalid metadata in README.md"
         )
         assert refused.stderr.count("\n") == 1
 
