@@ -38,7 +38,8 @@ def test_every_option_of_the_readme_exists():
     """A renamed option would break the reader's first try."""
     options = set()
     for app in APPS.values():
-        for command in typer.main.get_command(app).commands.values():
+        program = typer.main.get_command(app)
+        for command in (program, *program.commands.values()):
             options |= {opt for parameter in command.params for opt in parameter.opts}
     others = r"^#SBATCH .*$|^srun .*?(?=ajepa-)|torchrun [^`]*?(?=ajepa-)|`(?:tensorboard|AJEPA_MODEL).*?`"
     ours = re.sub(others, "", README, flags=re.MULTILINE)
