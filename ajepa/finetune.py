@@ -1,6 +1,6 @@
 """Fine-tuning: a task on a store learnt by a classifier, from a pre-trained encoder or from nothing, and measured."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from ajepa.evaluation import EVALUATION, Evaluation
 from ajepa.features import Views
 from ajepa.finetuner import AVERAGE, CLASSIFIER, Finetuner, refuse_parts
 from ajepa.finetuning import Finetune
+from ajepa.learnt import splits_of_run
 from ajepa.loop import asked_to_stop, begun, quiet, train
 from ajepa.models import of_frames
 from ajepa.probed_head import probed_head
@@ -65,6 +66,7 @@ def finetune(
         on = pick_device(device, world.local_rank if world.size > 1 else None)
         numbers = pick_precision(precision, on)
         assignment = assigned(task, store, label_set=label_set, fold=fold)
+        refuse_seen(start, store, assignment.eval_splits)
         recipe = fitted(recipe, assignment)
         refuse_parts(recipe, world=world, micro_clips=micro_batch, recompute=recompute)
         order = assignment.order(recipe, world)
@@ -216,6 +218,14 @@ def view_of(recipe: Finetune, identity: Json) -> View:
         seed=recipe.seed,
         augment=recipe.augment,
     )
+
+
+def refuse_seen(start: Start | None, store: FeatureStore, measured: Sequence[str]) -> None:
+    """RunError where the start learnt the labels of clips that are to be measured."""
+    trained = splits_of_run(start.run, store) if start and start.run.finetuned else None
+    if start and trained and (seen := [split for split in measured if split in trained[0]]):
+        told = f"was fine-tuned on {', '.join(seen)}, which is to be measured here"
+        raise RunError(f"{start.run.path}: {told}; start from a pre-trained run")
 
 
 def refuse_other_mel(store: FeatureStore, recipe: Finetune, start: Start | None) -> None:

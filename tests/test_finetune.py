@@ -403,3 +403,11 @@ def test_tones_are_learnt_fold_by_fold(folds_path, tmp_path):
     assert f"{score.spread:5.3f}" in done.table().split("deviation over 2 folds")[1]
     with pytest.raises(RunError, match="fold 3: expected one of 1 to 2"):
         quietly(folds_path, tmp_path / "other", recipe, fold=3)
+    start, leak = Start.of(runs[0].path), tmp_path / "leak"  # it learnt fold 2 by heart
+    with pytest.raises(RunError, match="fold1: was fine-tuned on fold2, which is to be measured here"):
+        quietly(folds_path, leak, start.adopted(recipe), start=start, fold=2)
+    with pytest.raises(RunError, match="fold1: was fine-tuned on fold2, which is to be measured here"):
+        cross_validated(store, OWN, start.adopted(recipe), leak, start=start, device="cpu")
+    assert not leak.exists()
+    with pytest.raises(RunError, match="fold1: is a run by itself"):
+        cross_validated(store, OWN, recipe, runs[0].path, device="cpu")
