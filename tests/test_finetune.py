@@ -24,8 +24,9 @@ from ajepa.finetune import Measuring, finetune, trainer_of, view_of, views_of
 from ajepa.finetune_recipes import finetune_recipe, resized
 from ajepa.finetuner import Finetuner
 from ajepa.folds import cross_validated
+from ajepa.models import built
 from ajepa.pretrain import pretrain
-from ajepa.probed_head import penalty
+from ajepa.probed_head import penalty, probed_head
 from ajepa.probes import linear_NC, standardised
 from ajepa.run import Run
 from ajepa.scores import logits_of
@@ -244,6 +245,19 @@ def test_a_probed_head_is_the_linear_probe_before_the_first_step(store, start, t
     )
     told_NC = logits_of(trainer.measured, views, assignment.eval_N, CPU, bf16=False)
     np.testing.assert_allclose(told_NC, probed_NC, rtol=1e-3, atol=2e-2)
+
+
+def test_a_class_that_the_probe_did_not_see_is_still_to_be_learnt(store, start):
+    """Of many clips a few are probed on; what lies far below all that these say would never come up again."""
+    whole, recipe = assigned(OWN, store), start.adopted(tiny_finetune(1024))
+    some = replace(whole, train_N=whole.train_N[whole.labels_NC(whole.train_N)[:, 0] == 0])
+    model, views = built(recipe.model, len(whole.classes), 0), views_of(whole, recipe, whole.identity())
+    model.encoder.load_state_dict(start.run.load("target").parts["target"])
+    weight_CD, bias_C = probed_head(model, views, some, 0, single=False)
+    vectors_ND = torch.from_numpy(features(views, some.train_N, model.encoder))
+    told_NC = vectors_ND @ weight_CD.T + bias_C
+    assert not weight_CD[0].any()
+    assert bias_C[0] == pytest.approx(told_NC[:, 1:].min().item(), abs=1e-4)
 
 
 @pytest.mark.parametrize("frames", [16, 256])
