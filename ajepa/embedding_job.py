@@ -39,7 +39,7 @@ class EmbeddingJob:
     @classmethod
     def of_store(cls, store: FeatureStore, model: Embedder) -> "EmbeddingJob":
         """Every good clip of a store; RunError where its features are not those of the model."""
-        model.refuse_other_front_end(store)
+        store.refuse_other_front_end(model.mel, "the model needs")
         rows_N = store.good_rows()
         some = store.manifest[rows_N]
         indices_N, offsets_N = store.flat_labels()
@@ -47,11 +47,14 @@ class EmbeddingJob:
             tuple(store.classes.names[i] for i in indices_N[offsets_N[row] : offsets_N[row + 1]])
             for row in rows_N.tolist()
         ]
+        identity = {"store_id": store.store_id, "rows": len(rows_N)}
+        if store.excluded.digest is not None:
+            identity["excluded"] = store.excluded.digest
         told = zip(some["clip_id"], some["source"], labels, strict=True)
         return cls(
             rows=[Row(clip_id=clip_id, path=source, labels=names) for clip_id, source, names in told],
             opening=lambda number: model.row_opening(store, int(rows_N[number])),
-            source={"store_id": store.store_id, "rows": len(rows_N)},
+            source=identity,
         )
 
     @classmethod

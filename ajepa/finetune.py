@@ -1,6 +1,6 @@
 """Fine-tuning: a task on a store learnt by a classifier, from a pre-trained encoder or from nothing, and measured."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from ajepa.evaluation import EVALUATION, Evaluation
 from ajepa.features import Views
 from ajepa.finetuner import AVERAGE, CLASSIFIER, Finetuner, refuse_parts
 from ajepa.finetuning import Finetune
+from ajepa.learnt import splits_of_run
 from ajepa.loop import asked_to_stop, begun, quiet, train
 from ajepa.models import of_frames
 from ajepa.probed_head import probed_head
@@ -28,7 +29,7 @@ from ajepa.tasks.task import Task
 from pipeline.dali import open_loader
 from pipeline.errors import Interrupted, RunError
 from pipeline.loader import View, to_stderr
-from pipeline.melspec import MelSpec, mel_spec
+from pipeline.melspec import mel_spec
 from pipeline.store import FeatureStore
 
 
@@ -61,10 +62,12 @@ def finetune(
     with joined() as world:
         tell = say if world.main else quiet
         store = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
-        refuse_other_mel(store, recipe, start)
+        who = f"{start.run.path} was trained on" if start else f"recipe {recipe.name} needs"
+        store.refuse_other_front_end(start.mel if start else mel_spec(recipe.mel), who)
         on = pick_device(device, world.local_rank if world.size > 1 else None)
         numbers = pick_precision(precision, on)
         assignment = assigned(task, store, label_set=label_set, fold=fold)
+        refuse_seen(start, store, assignment.eval_splits)
         recipe = fitted(recipe, assignment)
         refuse_parts(recipe, world=world, micro_clips=micro_batch, recompute=recompute)
         order = assignment.order(recipe, world)
@@ -218,21 +221,9 @@ def view_of(recipe: Finetune, identity: Json) -> View:
     )
 
 
-def refuse_other_mel(store: FeatureStore, recipe: Finetune, start: Start | None) -> None:
-    """RunError where the store's features are not those that the start was trained on, or the recipe was made for.
-
-    The length of a clip is no matter.
-    """
-    wanted = start.mel if start else mel_spec(recipe.mel)
-    if of_length(wanted, store.spec).spec_id == store.spec.spec_id:
-        return
-    held, asked = (f"{spec.name} ({spec.mel_bands} bands, {spec.spec_id})" for spec in (store.spec, wanted))
-    who = f"{start.run.path} was trained on" if start else f"recipe {recipe.name} needs"
-    raise RunError(
-        f"{store.place}: holds mel spec {held}, {who} {asked}; build a store with --spec {wanted.name}"
-    )
-
-
-def of_length(spec: MelSpec, other: MelSpec) -> MelSpec:
-    """The spec with clips as long as those of another."""
-    return replace(spec, clip_seconds=other.clip_seconds)
+def refuse_seen(start: Start | None, store: FeatureStore, measured: Sequence[str]) -> None:
+    """RunError where the start learnt the labels of clips that are to be measured."""
+    trained = splits_of_run(start.run, store) if start and start.run.finetuned else None
+    if start and trained and (seen := [split for split in measured if split in trained[0]]):
+        told = f"was fine-tuned on {', '.join(seen)}, which is to be measured here"
+        raise RunError(f"{start.run.path}: {told}; start from a pre-trained run")
