@@ -8,10 +8,11 @@ from typing import Any, Literal
 import torch
 
 from ajepa.assignment import Assignment, assigned
-from ajepa.classifier import Vit
+from ajepa.classifier import Vit, VitSpec
 from ajepa.classifier_cost import refuse_too_large, step_cost
 from ajepa.compute import Meter
 from ajepa.devices import PrecisionName, pick_device, pick_precision
+from ajepa.devices import precision as hardware_precision
 from ajepa.distributed import ALONE, joined
 from ajepa.evaluation import EVALUATION, Evaluation
 from ajepa.features import Views
@@ -68,7 +69,7 @@ def finetune(
         numbers = pick_precision(precision, on)
         assignment = assigned(task, store, label_set=label_set, fold=fold)
         refuse_seen(start, store, assignment.eval_splits)
-        recipe = fitted(recipe, assignment)
+        recipe = fitted(recipe, assignment, start)
         refuse_parts(recipe, world=world, micro_clips=micro_batch, recompute=recompute)
         order = assignment.order(recipe, world)
         recipe = recipe.of_epochs(order.steps_per_epoch)
@@ -123,9 +124,9 @@ class Measuring:
         """Labels keep a model from collapsing; what does not learn is seen in what is measured."""
 
     def measure(self) -> Held:
-        """What the classifier says of them as its weights are now."""
+        """What the classifier says of them as its weights are now, in the precision that `evaluate` measures in."""
         trainer, rows_N = self.trainer, self.assignment.eval_N
-        bf16 = trainer.precision.dtype == torch.bfloat16
+        bf16, _ = hardware_precision(trainer.device)
         logits_NC = logits_of(trainer.measured, self.views, rows_N, trainer.device, bf16=bf16)
         return Held(assignment=self.assignment, logits_NC=logits_NC)
 
@@ -189,12 +190,16 @@ def told(run: Run, assignment: Assignment, trainer: Finetuner, done: int, say: C
     say(f"{run.path}: step {done} of {trainer.recipe.steps}, {rows}, {kept}, {classes}, {numbers}")
 
 
-def fitted(recipe: Finetune, assignment: Assignment) -> Finetune:
+def fitted(recipe: Finetune, assignment: Assignment, start: Start | None) -> Finetune:
     """The recipe for this store: `own` shows views no longer than its clips.
 
-    RunError where bands or loss do not fit.
+    RunError where bands or loss do not fit, or where nobody has told the encoder of its bands.
     """
     store = assignment.store
+    if start is None and isinstance(recipe.model, VitSpec) and recipe.model.encoder.band_norm:
+        raise RunError(
+            f"recipe {recipe.name}: band_norm is learnt in pre-training; leave it false, or give --from"
+        )
     if recipe.model.bands != store.bands:
         raise RunError(
             f"{store.place}: holds {store.bands} bands, recipe {recipe.name} takes {recipe.model.bands}"

@@ -5,6 +5,7 @@ measures only what is missing, and says the same.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -94,6 +95,8 @@ def hlp_study(
 
     Interrupted and carried on as `pretrain` is. RunError or StoreError where stores and recipes do not fit.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RunError("hlp-study is one process for all its runs: start it without torchrun")
     made: list[Training] = []
     todo = list(study.trainings())
     for model, arm, seed in tqdm(todo, unit="training", disable=None if progress else True):

@@ -322,6 +322,15 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(store_path, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+def test_band_norm_without_a_start_is_refused(store, tmp_path):
+    """Only pre-training tells an encoder of its bands: it would be a switch that does nothing."""
+    recipe = tiny_finetune()
+    model = replace(recipe.model, encoder=replace(recipe.model.encoder, band_norm=True))
+    with pytest.raises(RunError, match="band_norm is learnt in pre-training"):
+        finetune(store, OWN, replace(recipe, model=model), tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_start_of_other_features_is_refused(store_path, pretrained, tmp_path):
     """A network fed with other mels answers, and answers wrongly; the length of a clip is no matter."""
     shutil.copytree(pretrained, tmp_path / "start")
