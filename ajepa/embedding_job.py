@@ -16,10 +16,10 @@ from ajepa.sound import Sound, ahead
 from pipeline.errors import InputError
 from pipeline.files import locked_file
 from pipeline.layouts import ARCHIVES, extension, find
-from pipeline.loader import to_stderr
 from pipeline.locators import MEMBER, SOURCES_SCHEMA, Locator
 from pipeline.remote import is_remote
 from pipeline.store import FeatureStore
+from pipeline.terminal import to_stderr
 
 PART_CLIPS, PART_FRAMES = (
     512,

@@ -27,9 +27,10 @@ from ajepa.start import Start
 from ajepa.tasks.task import Task
 from pipeline.dali import open_loader
 from pipeline.errors import Interrupted, RunError
-from pipeline.loader import View, to_stderr
+from pipeline.loader import View
 from pipeline.melspec import MelSpec, mel_spec
 from pipeline.store import FeatureStore
+from pipeline.terminal import to_stderr
 
 
 def finetune(

@@ -44,9 +44,7 @@ def finetune(
         Literal["auto", "fp32", "bf16", "fp16"],
         typer.Option(help="auto: bf16 where the hardware has it; fp16: CUDA only."),
     ] = "auto",
-    loader: Annotated[
-        Literal["dali", "plain"], typer.Option(help="Same batches; plain: slower.")
-    ] = "dali",
+    loader: Annotated[Literal["dali", "plain"], typer.Option(help="Same batches; plain: slower.")] = "dali",
     recompute: Annotated[
         bool, typer.Option("--recompute", help="Less memory, same results, slower.")
     ] = False,

@@ -19,9 +19,9 @@ from ajepa.run import Run
 from ajepa.scores import Held, judged, protocol
 from ajepa.stamp import digest_of
 from ajepa.tasks.task import Task
-from pipeline.loader import to_stderr
 from pipeline.ontology import ClassList
 from pipeline.store import FeatureStore
+from pipeline.terminal import to_stderr
 
 
 def cross_validated(

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.errors import InputError
+from pipeline.terminal import to_stderr
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -103,12 +104,9 @@ def run(
         return
     for output in outputs:
         if output.remote:
-            print(
-                f"{output.remote}: tables, and shards until they are pushed, in {output.path}",
-                file=sys.stderr,
-            )
+            to_stderr(f"{output.remote}: tables, and shards until they are pushed, in {output.path}")
     for note in corpus.notes:
-        print(note, file=sys.stderr)
+        to_stderr(note)
     manifests = build_stores(corpus, outputs, build, progress=progress)
     for output, manifest in zip(outputs, manifests, strict=True):
         tell(corpus, output, manifest, part)

@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LADDER = [
     "pipeline.errors",
+    "pipeline.terminal",
     "pipeline.files",
     "pipeline.remote",
     "pipeline.melspec",
