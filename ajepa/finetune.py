@@ -91,7 +91,7 @@ def finetune(
                     watch.evaluation().save(run.path / EVALUATION)
                 trainer.world.wait()  # who ends first has the others terminated, also while they measure
         if done < recipe.steps:
-            tell(f"{run.path}: checkpoint written at step {done} of {recipe.steps}; run me again to carry on")
+            tell(f"{run.path}: checkpoint written at step {done} of {recipe.steps}")
             raise Interrupted
         return run
 

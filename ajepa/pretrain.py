@@ -111,7 +111,7 @@ def pretrain(
                         world=world,
                     )
         if done < recipe.steps:
-            tell(f"{run.path}: checkpoint written at step {done} of {recipe.steps}; run me again to carry on")
+            tell(f"{run.path}: checkpoint written at step {done} of {recipe.steps}")
             raise Interrupted
         return run
 
