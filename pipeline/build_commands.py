@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.errors import InputError
+from pipeline.names import completing, specs
 from pipeline.terminal import to_stderr
 
 app = typer.Typer(rich_markup_mode=None)
@@ -53,6 +54,7 @@ def run(
         typer.Option(
             metavar="TEXT",
             help="Mel spec: a name, or a TOML file. Repeats with --out: one decoding pass for all.",
+            autocompletion=completing(specs),
         ),
     ] = ["a-jepa"],  # noqa: B006  (typer wants a list, and nobody writes to it)
     dtype: Annotated[str, typer.Option(help="float16, or uint8: half the size, 0.12 nat steps.")] = "float16",

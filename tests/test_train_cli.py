@@ -73,6 +73,10 @@ def test_a_run_is_trained_evaluated_and_drawn(store_path, tmp_path, monkeypatch,
     ("more", "told"),
     [
         (["--recipe", "smal"], "recipe 'smal' is unknown; did you mean 'small'?"),
+        (
+            ["--recipe", "esc50"],
+            "recipe 'esc50' fine-tunes: ajepa-train finetune --recipe esc50; to pre-train",
+        ),
         (["--recipe", "audio-jepa"], "recipe audio-jepa needs audio-jepa"),
         (["--recipe", "smoke", "--batch", "4000"], "do not fill one step of 4000 clips"),
         (["--recipe", "smoke", "--set", "model.dept=1"], "model (JepaSpec) has no field 'dept'"),
@@ -151,6 +155,10 @@ def test_an_encoder_is_fine_tuned_from_its_run(store_path, tmp_path, monkeypatch
     for wrong, told in (
         (["esc-50"], "task 'esc-50' is unknown; did you mean 'esc50'?"),
         (["own", "--recipe", "smal"], "fine-tuning recipe 'smal' is unknown"),
+        (
+            ["own", "--recipe", "a-jepa"],
+            "recipe 'a-jepa' pre-trains: ajepa-train pretrain --recipe a-jepa; to",
+        ),
         (["own", "--model", "cnn7"], "model 'cnn7' is unknown; there are: vit"),
         (["own", "--set", "base_l=1"], "did you mean 'base_lr'?"),
         (["own", "--from", tmp_path / "c"], "c: not a run (no recipe.json)"),
