@@ -8,7 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ajepa.bootstrap import Estimate
+from ajepa.evaluate import open_measured
 from ajepa.evaluation import EVALUATION, PRIMARY, PROBES, TITLES, Evaluation
+from ajepa.finetune_recipes import FINETUNE_PIECES
 from ajepa.mask_picture import mask_figure, stored_view
 from ajepa.recipes import Pretrain, from_json
 from ajepa.run import Json, Run
@@ -29,14 +31,16 @@ def report(
     """Draw `curves.png`, `masks.png` and of each evaluation `probes.png` into `out`; returns what was drawn.
 
     Evaluations on stores that the run was not trained on are drawn as `probes-STORE.png`. With `html` all of it,
-    and what the encoder makes of clips that it never saw, on one page. RunError where there is nothing to show.
+    and what the encoder makes of clips that it never saw, on one page; of a fine-tuned run there is the page alone.
+    RunError where there is nothing to show.
     """
     run = Run.open(run_path)
-    run.refuse_finetuned()
-    recipe = from_json(run.recipe)
-    store = open_store(store, recipe)
+    if run.finetuned and out is not None:
+        raise RunError(f"{run.path}: is fine-tuned, of which there are no pictures to draw; leave out --out")
+    recipe = from_json(run.recipe, FINETUNE_PIECES)
+    store = open_measured(store, run) if run.finetuned else open_store(store, recipe)
     if not run.metrics():
-        raise RunError(f"{run.path}: nothing is logged yet; let `ajepa-train pretrain` take some steps first")
+        raise RunError(f"{run.path}: nothing is logged yet; let its training take some steps first")
     if html is not None:
         write_run_page(store, run, html)
     if out is None:
