@@ -20,7 +20,6 @@ from ajepa.windows import Window, hop_of, windows
 from pipeline.audio import ABSURD_PEAK, AudioPolicy, peak, resampled_pieces, strange, stream
 from pipeline.errors import AudioError, RunError
 from pipeline.locators import Locator
-from pipeline.melspec import with_clip_seconds
 from pipeline.store import FeatureStore
 
 OVERLAP = (
@@ -135,7 +134,7 @@ class Embedder:
         self, store: FeatureStore, rows_N: np.ndarray, *, batch: int = WINDOWS
     ) -> Iterator[Embedding]:
         """Rows of a store, in their order; RunError where it holds features of another front end."""
-        self.refuse_other_front_end(store)
+        store.refuse_other_front_end(self.mel, "the model needs")
         for told in self.each_sound((self.row_opening(store, int(row)) for row in rows_N), batch=batch):
             assert isinstance(told, Embedding)  # a store's rows are sounds, or a StoreError
             yield told
@@ -192,18 +191,10 @@ class Embedder:
         def opened() -> Sound:
             frames = int(store.n_frames_N[row])
             mel_TF = torch.from_numpy(store.read(np.array([row]))[0, :frames]).float()
-            samples = (frames - 1) * self.mel.hop_samples + self.mel.window_samples
-            return Sound([mel_TF * store.scale + store.offset], samples / self.sample_rate_hz)
+            seconds = self.mel.samples_of(frames) / self.sample_rate_hz  # a hop less than it had, or nearer
+            return Sound([mel_TF * store.scale + store.offset], seconds)
 
         return opened
-
-    def refuse_other_front_end(self, store: FeatureStore) -> None:
-        """RunError where a store's values mean something else than those that the encoder was trained on."""
-        if with_clip_seconds(store.spec, self.mel.clip_seconds).spec_id != self.mel.spec_id:
-            told = f"holds mel spec {store.spec.name} ({store.spec_id}), the model needs {self.mel.name}"
-            raise RunError(
-                f"{store.place}: {told} ({self.mel.spec_id}); build a store with that, or embed files"
-            )
 
     def _heard(self, wave_S: np.ndarray, rate_hz: int, skip_frames: int) -> Callable[[], Sound]:
         def opened() -> Sound:

@@ -40,7 +40,7 @@ class EmbeddingJob:
     @classmethod
     def of_store(cls, store: FeatureStore, model: Embedder) -> "EmbeddingJob":
         """Every good clip of a store; RunError: there is none, or its features are not the model's."""
-        model.refuse_other_front_end(store)
+        store.refuse_other_front_end(model.mel, "the model needs")
         rows_N = store.good_rows()
         if not len(rows_N):
             raise RunError(f"{store.place}: has no good clip to embed; ajepa-data report tells why")
@@ -50,11 +50,14 @@ class EmbeddingJob:
             tuple(store.classes.names[i] for i in indices_N[offsets_N[row] : offsets_N[row + 1]])
             for row in rows_N.tolist()
         ]
+        identity = {"store_id": store.store_id, "rows": len(rows_N)}
+        if store.excluded.digest is not None:
+            identity["excluded"] = store.excluded.digest
         told = zip(some["clip_id"], some["source"], labels, strict=True)
         return cls(
             rows=[Row(clip_id=clip_id, path=source, labels=names) for clip_id, source, names in told],
             opening=lambda number: model.row_opening(store, int(rows_N[number])),
-            source={"store_id": store.store_id, "rows": len(rows_N)},
+            source=identity,
         )
 
     @classmethod

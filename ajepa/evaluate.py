@@ -1,7 +1,7 @@
 """What a run is worth on a store: a classifier as it was trained, or probes on a frozen encoder, beside baselines."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -66,7 +66,8 @@ def evaluate(
     """
     refuse_folds(run_path)
     run = Run.open(run_path)
-    store = open_measured(store, run)
+    store = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
+    store.refuse_other_front_end(MelSpec.from_json(run.identity["mel"]), f"{run.path} was trained on")
     probed = not run.finetuned or probes is not None
     place = out or place_of(run, store, probed=probed)
     asked = Asked(
@@ -245,17 +246,3 @@ def refuse_folds(path: Path) -> None:
     if not (path / RECIPE).is_file() and (path / "fold1" / RECIPE).is_file():
         told = f"give one of them, such as {path / 'fold1'}; all together: ajepa-train compare {path}"
         raise RunError(f"{path}: holds a run for each fold; {told}")
-
-
-def open_measured(store: Path | str | FeatureStore, run: Run) -> FeatureStore:
-    """The store, opened; RunError where it does not hold the features that the run was trained on.
-
-    The length of a clip is no matter.
-    """
-    store = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
-    wanted = MelSpec.from_json(run.identity["mel"])
-    if replace(wanted, clip_seconds=store.spec.clip_seconds).spec_id != store.spec_id:
-        held, asked = (f"{s.name} ({s.mel_bands} bands, {s.spec_id})" for s in (store.spec, wanted))
-        told = f"holds mel spec {held}, {run.path} was trained on {asked}"
-        raise RunError(f"{store.place}: {told}; build a store with --spec {wanted.name}")
-    return store

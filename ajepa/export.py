@@ -54,7 +54,7 @@ def card(model: Trained, run: Path | None) -> str:
     """The model card: front matter for the hub, then every fact as a line."""
     spec, mel, grid, origin = model.spec, model.mel, model.spec.grid, model.origin
     count = sum(weight.numel() for weight in model.weights.values())
-    view_seconds = ((grid.frames - 1) * mel.hop_samples + mel.window_samples) / mel.sample_rate_hz
+    view_seconds = mel.samples_of(grid.frames) / mel.sample_rate_hz
     column_ms = grid.patch_frames * mel.hop_samples / mel.sample_rate_hz * 1e3
     recipe = origin.get("recipe", {})
     head = ["---", "library_name: ajepa", "pipeline_tag: feature-extraction"]

@@ -1,6 +1,6 @@
 """Fine-tuning: a task on a store learnt by a classifier, from a pre-trained encoder or from nothing, and measured."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -8,15 +8,17 @@ from typing import Any, Literal
 import torch
 
 from ajepa.assignment import Assignment, assigned
-from ajepa.classifier import Vit
+from ajepa.classifier import Vit, VitSpec
 from ajepa.classifier_cost import refuse_too_large, step_cost
 from ajepa.compute import Meter
 from ajepa.devices import PrecisionName, pick_device, pick_precision
+from ajepa.devices import precision as hardware_precision
 from ajepa.distributed import ALONE, joined
 from ajepa.evaluation import EVALUATION, Evaluation
 from ajepa.features import Views
 from ajepa.finetuner import AVERAGE, CLASSIFIER, Finetuner, refuse_parts
 from ajepa.finetuning import Finetune
+from ajepa.learnt import splits_of_run
 from ajepa.loop import asked_to_stop, begun, quiet, train
 from ajepa.models import of_frames
 from ajepa.probed_head import probed_head
@@ -28,7 +30,7 @@ from ajepa.tasks.task import Task
 from pipeline.dali import open_loader
 from pipeline.errors import Interrupted, RunError
 from pipeline.loader import View
-from pipeline.melspec import MelSpec, mel_spec
+from pipeline.melspec import mel_spec
 from pipeline.store import FeatureStore
 from pipeline.terminal import to_stderr
 
@@ -62,11 +64,13 @@ def finetune(
     with joined() as world:
         tell = say if world.main else quiet
         store = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
-        refuse_other_mel(store, recipe, start)
+        who = f"{start.run.path} was trained on" if start else f"recipe {recipe.name} needs"
+        store.refuse_other_front_end(start.mel if start else mel_spec(recipe.mel), who)
         on = pick_device(device, world.local_rank if world.size > 1 else None)
         numbers = pick_precision(precision, on)
         assignment = assigned(task, store, label_set=label_set, fold=fold)
-        recipe = fitted(recipe, assignment)
+        refuse_seen(start, store, assignment.eval_splits)
+        recipe = fitted(recipe, assignment, start)
         refuse_parts(recipe, world=world, micro_clips=micro_batch, recompute=recompute)
         order = assignment.order(recipe, world)
         recipe = recipe.of_epochs(order.steps_per_epoch)
@@ -121,9 +125,9 @@ class Measuring:
         """Labels keep a model from collapsing; what does not learn is seen in what is measured."""
 
     def measure(self) -> Held:
-        """What the classifier says of them as its weights are now."""
+        """What the classifier says of them as its weights are now, in the precision that `evaluate` measures in."""
         trainer, rows_N = self.trainer, self.assignment.eval_N
-        bf16 = trainer.precision.dtype == torch.bfloat16
+        bf16, _ = hardware_precision(trainer.device)
         logits_NC = logits_of(trainer.measured, self.views, rows_N, trainer.device, bf16=bf16)
         return Held(assignment=self.assignment, logits_NC=logits_NC)
 
@@ -187,12 +191,16 @@ def told(run: Run, assignment: Assignment, trainer: Finetuner, done: int, say: C
     say(f"{run.path}: step {done} of {trainer.recipe.steps}, {rows}, {kept}, {classes}, {numbers}")
 
 
-def fitted(recipe: Finetune, assignment: Assignment) -> Finetune:
+def fitted(recipe: Finetune, assignment: Assignment, start: Start | None) -> Finetune:
     """The recipe for this store: `own` shows views no longer than its clips.
 
-    RunError where bands or loss do not fit.
+    RunError where bands or loss do not fit, or where nobody has told the encoder of its bands.
     """
     store = assignment.store
+    if start is None and isinstance(recipe.model, VitSpec) and recipe.model.encoder.band_norm:
+        raise RunError(
+            f"recipe {recipe.name}: band_norm is learnt in pre-training; leave it false, or give --from"
+        )
     if recipe.model.bands != store.bands:
         raise RunError(
             f"{store.place}: holds {store.bands} bands, recipe {recipe.name} takes {recipe.model.bands}"
@@ -219,21 +227,9 @@ def view_of(recipe: Finetune, identity: Json) -> View:
     )
 
 
-def refuse_other_mel(store: FeatureStore, recipe: Finetune, start: Start | None) -> None:
-    """RunError where the store's features are not those that the start was trained on, or the recipe was made for.
-
-    The length of a clip is no matter.
-    """
-    wanted = start.mel if start else mel_spec(recipe.mel)
-    if of_length(wanted, store.spec).spec_id == store.spec.spec_id:
-        return
-    held, asked = (f"{spec.name} ({spec.mel_bands} bands, {spec.spec_id})" for spec in (store.spec, wanted))
-    who = f"{start.run.path} was trained on" if start else f"recipe {recipe.name} needs"
-    raise RunError(
-        f"{store.place}: holds mel spec {held}, {who} {asked}; build a store with --spec {wanted.name}"
-    )
-
-
-def of_length(spec: MelSpec, other: MelSpec) -> MelSpec:
-    """The spec with clips as long as those of another."""
-    return replace(spec, clip_seconds=other.clip_seconds)
+def refuse_seen(start: Start | None, store: FeatureStore, measured: Sequence[str]) -> None:
+    """RunError where the start learnt the labels of clips that are to be measured."""
+    trained = splits_of_run(start.run, store) if start and start.run.finetuned else None
+    if start and trained and (seen := [split for split in measured if split in trained[0]]):
+        told = f"was fine-tuned on {', '.join(seen)}, which is to be measured here"
+        raise RunError(f"{start.run.path}: {told}; start from a pre-trained run")

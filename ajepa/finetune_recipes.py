@@ -140,7 +140,8 @@ def own() -> Finetune:
 def own_small() -> Finetune:
     """The same for the encoder of `small` and two CPU cores, on 2.5 s at a time, as that was pre-trained.
 
-    Cost: not measured. Expected: see below.
+    Cost: 4 CPU minutes for 450 clips of 10 s. Expected: mAP .785 on the demo corpus, where the probe it starts from has
+    .771 and the same from random weights .761 (`bench/finetune.py`).
     """
     encoder = EncoderSpec(grid=PatchGrid.of(256, 128), width=128, depth=4, heads=2)
     return Finetune(

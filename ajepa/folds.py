@@ -11,14 +11,16 @@ from ajepa.assignment import assigned, folds_of
 from ajepa.devices import pick_device
 from ajepa.distributed import joined
 from ajepa.evaluation import EVALUATION, Evaluation
-from ajepa.finetune import finetune
+from ajepa.finetune import finetune, refuse_seen
 from ajepa.finetuning import Finetune
 from ajepa.learnt import Learnt
 from ajepa.loop import quiet
-from ajepa.run import Run
+from ajepa.run import RECIPE, Run
 from ajepa.scores import Held, judged, protocol
 from ajepa.stamp import digest_of
+from ajepa.start import Start
 from ajepa.tasks.task import Task
+from pipeline.errors import RunError
 from pipeline.ontology import ClassList
 from pipeline.store import FeatureStore
 from pipeline.terminal import to_stderr
@@ -30,6 +32,7 @@ def cross_validated(
     recipe: Finetune,
     run_path: Path,
     *,
+    start: Start | None = None,
     label_set: str = "raw",
     device: str = "auto",
     say: Callable[[str], None] = to_stderr,
@@ -38,12 +41,15 @@ def cross_validated(
     """`finetune` for each fold of the store, in RUN/fold1 and so on; folds that are finished are left alone.
 
     The mean over them and its spread are kept as RUN/evaluation.json. Of several ranks the main one measures, and
-    says; None to the others.
+    says; None to the others. RunError where RUN is the run of a single fold.
     """
-    runs = []
-    how = how | {"label_set": label_set, "device": device, "say": say}
+    runs, folds = [], folds_of(task, store)
+    how = how | {"start": start, "label_set": label_set, "device": device, "say": say}
     with joined() as world:
-        for number, split in enumerate(folds_of(task, store), start=1):
+        if (run_path / RECIPE).is_file():
+            raise RunError(f"{run_path}: is a run by itself; choose another --run for all folds")
+        refuse_seen(start, store, folds)
+        for number, split in enumerate(folds, start=1):
             (say if world.main else quiet)(f"{run_path}: {split}")
             runs.append(finetune(store, task, recipe, run_path / split, fold=number, **how))
     if not world.main:

@@ -21,7 +21,7 @@ class FrontEnd(nn.Module):
     def __init__(self, spec: MelSpec, frames: int, rate_hz: int) -> None:
         super().__init__()
         self.spec, self.frames = spec, frames
-        self.samples = -(-samples_of(spec, frames) * rate_hz // spec.sample_rate_hz)
+        self.samples = -(-spec.samples_of(frames) * rate_hz // spec.sample_rate_hz)
         same = rate_hz == spec.sample_rate_hz
         self.resampler = None if same else Resampler(rate_hz, spec.sample_rate_hz, self.samples)
         filters_NF = mel_filters_NF(spec)
@@ -69,13 +69,6 @@ class FrontEnd(nn.Module):
         if self.spec.flooring == "add":
             mel_BTF = mel_BTF + self.spec.floor
         return mel_BTF.clamp(min=self.spec.floor).log()
-
-
-def samples_of(spec: MelSpec, frames: int) -> int:
-    """The fewest samples that have so many frames."""
-    if spec.framing == "kaldi":
-        return (frames - 1) * spec.hop_samples + spec.window_samples
-    return max(1, (frames - 1) * spec.hop_samples) + (spec.preemphasis > 0)
 
 
 def spectrum_kernels(spec: MelSpec) -> Tensor:

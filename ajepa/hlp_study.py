@@ -5,6 +5,7 @@ measures only what is missing, and says the same.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,17 +14,14 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from ajepa.devices import pick_device, precision
-from ajepa.features import Views
+from ajepa.devices import pick_device
 from ajepa.finetune import finetune
-from ajepa.finetuner import AVERAGE, CLASSIFIER
 from ajepa.finetuning import Finetune
 from ajepa.hlp_table import POSTHOC, PROPAGATED, RAW, HlpResult, Score, Training
+from ajepa.learnt import Learnt
 from ajepa.metrics import mean_average_precision
-from ajepa.models import built
 from ajepa.recipes import to_json
 from ajepa.run import Json, Run
-from ajepa.scores import logits_of
 from ajepa.tasks.task import Task
 from ajepa.training_set import eval_splits, train_splits
 from pipeline.errors import RunError
@@ -97,6 +95,8 @@ def hlp_study(
 
     Interrupted and carried on as `pretrain` is. RunError or StoreError where stores and recipes do not fit.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RunError("hlp-study is one process for all its runs: start it without torchrun")
     made: list[Training] = []
     todo = list(study.trainings())
     for model, arm, seed in tqdm(todo, unit="training", disable=None if progress else True):
@@ -154,12 +154,13 @@ def measure(study: Study, run: Run, model: str, arm: str, device: str) -> Iterat
     recipe, seed = study.recipes[model], run.recipe["seed"]
     store = store_for(recipe, study.stores)
     rows_N = eval_rows(store)
-    logits_NC = predicted(run, recipe, store, rows_N, device)
+    learnt, on = Learnt.of(run), pick_device(device)
+    logits_NC = learnt.logits_NC(store, rows_N, on)
     transfer_NC = labels_NT = None
     if study.fsd50k:
         other = store_for(recipe, study.fsd50k)
         other_N = eval_rows(other)
-        transfer_NC, labels_NT = predicted(run, recipe, other, other_N, device), other.labels_BC(other_N, RAW)
+        transfer_NC, labels_NT = learnt.logits_NC(other, other_N, on), other.labels_BC(other_N, RAW)
     for name in (arm, POSTHOC) if arm == RAW else (arm,):
         if name == POSTHOC:
             adds_CC = relation_of(store, study.rule)
@@ -195,16 +196,6 @@ def scored(labels: str, labels_NC: np.ndarray, logits_NC: np.ndarray) -> Score:
     return Score(labels=labels, map=result.value, chance=result.chance, per_class=per_class)
 
 
-def predicted(run: Run, recipe: Finetune, store: FeatureStore, rows_N: np.ndarray, device: str) -> np.ndarray:
-    """A run's logits of some clips of a store, `NC`: those of its averaged weights where its recipe has such."""
-    on, classes = pick_device(device), len(run.identity["classes"])
-    part = AVERAGE if recipe.ema else CLASSIFIER
-    model = built(recipe.model, classes, 0).to(on)
-    model.load_state_dict(run.load(part).parts[part])
-    views = Views(store=store, frames=recipe.model.frames, mean=run.identity["mean"], std=run.identity["std"])
-    return logits_of(model, views, rows_N, on, bf16=precision(on)[0])
-
-
 def result_of(study: Study, trainings: list[Training]) -> HlpResult:
     """The result with its protocol: what was trained on what, and how much propagation adds there."""
     store = study.stores[0]
@@ -236,7 +227,7 @@ def store_for(recipe: Finetune, stores: tuple[FeatureStore, ...]) -> FeatureStor
     """The store that holds a recipe's features, clips of any length; RunError: none does."""
     wanted = mel_spec(recipe.mel)
     for store in stores:
-        if replace(wanted, clip_seconds=store.spec.clip_seconds).spec_id == store.spec_id:
+        if store.spec.same_front_end(wanted):
             return store
     held = ", ".join(f"{store.place} ({store.spec.name})" for store in stores)
     raise RunError(

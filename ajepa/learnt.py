@@ -61,20 +61,15 @@ class Learnt:
         mine = {name: value for name, value in self.weights.items() if name.startswith(ENCODER)}
         return self.recipe.model.encoder, {name.removeprefix(ENCODER): value for name, value in mine.items()}
 
-    def views(self, store: FeatureStore) -> Views:
-        """Whole clips of a store as the run saw its own."""
+    def logits_NC(self, store: FeatureStore, rows_N: np.ndarray, device: torch.device) -> np.ndarray:
+        """What it says of some clips of a store, whole, normalised as its own were."""
         mean, std = self.run.identity["mean"], self.run.identity["std"]
-        return Views(store=store, frames=self.recipe.model.frames, mean=mean, std=std)
+        views = Views(store=store, frames=self.recipe.model.frames, mean=mean, std=std)
+        return logits_of(self.classifier(device), views, rows_N, device, bf16=precision(device)[0])
 
     def held(self, assignment: Assignment, device: torch.device) -> Held:
         """What the classifier says of the clips to measure, of the classes of the assignment alone."""
-        logits_NC = logits_of(
-            self.classifier(device),
-            self.views(assignment.store),
-            assignment.eval_N,
-            device,
-            bf16=precision(device)[0],
-        )
+        logits_NC = self.logits_NC(assignment.store, assignment.eval_N, device)
         place_of = {mid: place for place, mid in enumerate(self.run.identity["classes"])}
         places = [place_of[mid] for mid in assignment.classes.mids]
         return Held(assignment=assignment, logits_NC=logits_NC[:, places])
@@ -83,7 +78,7 @@ class Learnt:
     def train_clips(self) -> int | None:
         """On how many clips it was trained, if the run was measured at its end."""
         held = protocol_in(self.run.path / EVALUATION)
-        return held["classifier"]["train_clips"] if held else None
+        return held["classifier"]["train_clips"] if held and held["classifier"] else None
 
 
 def splits_of_run(run: Run, store: FeatureStore) -> tuple[tuple[str, ...], tuple[str, ...]] | None:

@@ -21,7 +21,8 @@ def probed_head(
     `single`: over all classes at once, else each by itself; as fine-tuning will go on.
 
     Probing first and fine-tuning then (arXiv 2202.10054): a head drawn at random pulls at the encoder until it has
-    learnt what the encoder already knows. Of more than 20,000 clips so many are drawn.
+    learnt what the encoder already knows. Of more than 20,000 clips so many are drawn; a class that none of these
+    has begins at the lowest that the probe says of any of them.
     """
     drawn_N = np.random.default_rng([seed, 0]).permutation(assignment.train_N)[:CLIPS]
     rows_N = np.sort(drawn_N)
@@ -32,7 +33,11 @@ def probed_head(
     train_ND, at_ND = standardised(plain_ND, asked_ND)  # features that tell the probe's bias and weights
     l2 = penalty(train_ND, labels_NC, seed, single=single)
     scores_NC = torch.from_numpy(linear_NC(train_ND, labels_NC, at_ND, l2=l2, single=single))
-    return (scores_NC[1:] - scores_NC[:1]).T.contiguous(), scores_NC[0]
+    weight_CD, bias_C = (scores_NC[1:] - scores_NC[:1]).T.contiguous(), scores_NC[0]
+    seen_C = torch.from_numpy(labels_NC.any(axis=0))
+    told_NC = torch.from_numpy(plain_ND) @ weight_CD[seen_C].T + bias_C[seen_C]
+    bias_C[~seen_C] = told_NC.min()
+    return weight_CD, bias_C
 
 
 def penalty(train_ND: Tensor, labels_NC: np.ndarray, seed: int, *, single: bool) -> float:

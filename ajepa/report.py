@@ -8,7 +8,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ajepa.bootstrap import Estimate
-from ajepa.evaluate import open_measured
 from ajepa.evaluation import EVALUATION, PRIMARY, PROBES, TITLES, Evaluation
 from ajepa.finetune_recipes import FINETUNE_PIECES
 from ajepa.mask_picture import mask_figure, stored_view
@@ -18,6 +17,7 @@ from ajepa.run_page import write_run_page
 from ajepa.subject import RANDOM, STATISTICS, TRAINED
 from ajepa.training_set import open_store
 from pipeline.errors import RunError
+from pipeline.melspec import MelSpec
 from pipeline.store import FeatureStore
 
 matplotlib.use("Agg")
@@ -38,7 +38,11 @@ def report(
     if run.finetuned and out is not None:
         raise RunError(f"{run.path}: is fine-tuned, of which there are no pictures to draw; leave out --out")
     recipe = from_json(run.recipe, FINETUNE_PIECES)
-    store = open_measured(store, run) if run.finetuned else open_store(store, recipe)
+    if run.finetuned:
+        store = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
+        store.refuse_other_front_end(MelSpec.from_json(run.identity["mel"]), f"{run.path} was trained on")
+    else:
+        store = open_store(store, recipe)
     if not run.metrics():
         raise RunError(f"{run.path}: nothing is logged yet; let its training take some steps first")
     if html is not None:

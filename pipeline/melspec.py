@@ -110,6 +110,12 @@ class MelSpec:
         emphasised_samples = samples - (self.preemphasis > 0)
         return 1 + emphasised_samples // self.hop_samples if emphasised_samples > 0 else 0
 
+    def samples_of(self, frames: int) -> int:
+        """The fewest samples that have so many frames, of which there is at least one."""
+        if self.framing == "kaldi":
+            return (frames - 1) * self.hop_samples + self.window_samples
+        return max(1, (frames - 1) * self.hop_samples) + (self.preemphasis > 0)
+
     @property
     def spec_id(self) -> str:
         """12 hex digits: equal for specs that give equal values, whatever their names."""
@@ -119,6 +125,10 @@ class MelSpec:
             if key != "name"
         }
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+    def same_front_end(self, other: "MelSpec") -> bool:
+        """Whether equal sounds have equal values in both; clips may be of any length."""
+        return replace(other, clip_seconds=self.clip_seconds).spec_id == self.spec_id
 
     @property
     def floor_log(self) -> float:

@@ -28,7 +28,7 @@ import numpy as np
 import polars as pl
 
 from pipeline.cache import GB, ShardCache, tables_of
-from pipeline.errors import BrokenClip, StoreError
+from pipeline.errors import BrokenClip, RunError, StoreError
 from pipeline.exclusions import Exclusions
 from pipeline.files import CACHE_GB
 from pipeline.header import Header
@@ -122,6 +122,16 @@ class FeatureStore:
         if self._cache is not None:
             how |= {"cache": self._cache.cache, "cache_gb": self._cache.most_bytes / GB}
         return partial(FeatureStore.open, **how), (self.place if self._cache else self.path,)
+
+    def refuse_other_front_end(self, wanted: MelSpec, who: str) -> None:
+        """RunError where values mean something else than in `wanted`, which `who` was made for."""
+        if self.spec.same_front_end(wanted):
+            return
+        held, asked = (
+            f"{spec.name} ({spec.mel_bands} bands, {spec.spec_id})" for spec in (self.spec, wanted)
+        )
+        told = f"holds mel spec {held}, {who} {asked}"
+        raise RunError(f"{self.place}: {told}; build a store with --spec {wanted.name}")
 
     @property
     def spec_id(self) -> str:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -250,6 +251,19 @@ def test_odd_waves_and_files_are_sounds_like_others(model, run_path, tmp_path):
     close(named.embed_audio(wave_S, RATE_HZ).clips_BD, meant.embed_audio(wave_S, RATE_HZ).clips_BD)
 
 
+@pytest.mark.parametrize("spec", [PASST, mel_spec("a-jepa")], ids=lambda spec: spec.name)
+def test_a_row_of_a_store_ends_where_its_sound_did_and_not_after_it(model, spec):
+    """To less than a hop; of centred frames the last one looks half a window past the end of the sound."""
+    other = Embedder(replace(model.model, mel=spec), device="cpu")
+    samples = 3 * RATE_HZ + 77
+    frames = spec.frames_of(samples)
+    row = SimpleNamespace(
+        n_frames_N=np.array([frames]), read=lambda rows_N: np.zeros((1, frames, 128)), scale=1, offset=0
+    )
+    seconds = other.row_opening(row, 0)().seconds
+    assert 0 <= samples / RATE_HZ - seconds < spec.hop_samples / RATE_HZ
+
+
 def test_a_store_of_another_front_end_is_refused(model, store):
     """A network fed with other mels answers, and answers wrongly; shorter clips of the same are welcome."""
     other = FeatureStore(store.path, store.header, store.manifest, store.store_id)
@@ -257,7 +271,7 @@ def test_a_store_of_another_front_end_is_refused(model, store):
     with pytest.raises(RunError, match="the model needs a-jepa"):
         list(model.embed_store(other, np.array([0])))
     other.spec = replace(mel_spec("a-jepa"), clip_seconds=5.0)
-    model.refuse_other_front_end(other)
+    other.refuse_other_front_end(model.mel, "the model needs")
 
 
 def test_a_pooling_over_time_is_refused(run_path):

@@ -24,8 +24,9 @@ from ajepa.finetune import Measuring, finetune, trainer_of, view_of, views_of
 from ajepa.finetune_recipes import finetune_recipe, resized
 from ajepa.finetuner import Finetuner
 from ajepa.folds import cross_validated
+from ajepa.models import built
 from ajepa.pretrain import pretrain
-from ajepa.probed_head import penalty
+from ajepa.probed_head import penalty, probed_head
 from ajepa.probes import linear_NC, standardised
 from ajepa.run import Run
 from ajepa.scores import logits_of
@@ -246,6 +247,19 @@ def test_a_probed_head_is_the_linear_probe_before_the_first_step(store, start, t
     np.testing.assert_allclose(told_NC, probed_NC, rtol=1e-3, atol=2e-2)
 
 
+def test_a_class_that_the_probe_did_not_see_is_still_to_be_learnt(store, start):
+    """Of many clips a few are probed on; what lies far below all that these say would never come up again."""
+    whole, recipe = assigned(OWN, store), start.adopted(tiny_finetune(1024))
+    some = replace(whole, train_N=whole.train_N[whole.labels_NC(whole.train_N)[:, 0] == 0])
+    model, views = built(recipe.model, len(whole.classes), 0), views_of(whole, recipe, whole.identity())
+    model.encoder.load_state_dict(start.run.load("target").parts["target"])
+    weight_CD, bias_C = probed_head(model, views, some, 0, single=False)
+    vectors_ND = torch.from_numpy(features(views, some.train_N, model.encoder))
+    told_NC = vectors_ND @ weight_CD.T + bias_C
+    assert not weight_CD[0].any()
+    assert bias_C[0] == pytest.approx(told_NC[:, 1:].min().item(), abs=1e-4)
+
+
 @pytest.mark.parametrize("frames", [16, 256])
 def test_an_encoder_of_64_frames_is_fine_tuned_on_other_lengths(store_path, start, tmp_path, frames):
     """Positions are made for the length of the task; weights know none. Views cover the whole clip either way."""
@@ -305,6 +319,15 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(store_path, tmp_path, 
     with pytest.raises(InputError, match=told) as refused:
         quietly(store_path, tmp_path / "run", task=TASKS[task], **wishes)
     assert "\n" not in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_band_norm_without_a_start_is_refused(store, tmp_path):
+    """Only pre-training tells an encoder of its bands: it would be a switch that does nothing."""
+    recipe = tiny_finetune()
+    model = replace(recipe.model, encoder=replace(recipe.model.encoder, band_norm=True))
+    with pytest.raises(RunError, match="band_norm is learnt in pre-training"):
+        finetune(store, OWN, replace(recipe, model=model), tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()
 
 
@@ -403,3 +426,11 @@ def test_tones_are_learnt_fold_by_fold(folds_path, tmp_path):
     assert f"{score.spread:5.3f}" in done.table().split("deviation over 2 folds")[1]
     with pytest.raises(RunError, match="fold 3: expected one of 1 to 2"):
         quietly(folds_path, tmp_path / "other", recipe, fold=3)
+    start, leak = Start.of(runs[0].path), tmp_path / "leak"  # it learnt fold 2 by heart
+    with pytest.raises(RunError, match="fold1: was fine-tuned on fold2, which is to be measured here"):
+        quietly(folds_path, leak, start.adopted(recipe), start=start, fold=2)
+    with pytest.raises(RunError, match="fold1: was fine-tuned on fold2, which is to be measured here"):
+        cross_validated(store, OWN, start.adopted(recipe), leak, start=start, device="cpu")
+    assert not leak.exists()
+    with pytest.raises(RunError, match="fold1: is a run by itself"):
+        cross_validated(store, OWN, recipe, runs[0].path, device="cpu")

@@ -150,3 +150,11 @@ def test_stores_that_do_not_fit_are_named(store, other_store_path, uint8_store_p
         study_of(store, stores=(store, FeatureStore.open(other_store_path)))
     with pytest.raises(RunError, match="has no label set unambiguous, it has raw; make it with"):
         study_of(FeatureStore.open(uint8_store_path))
+
+
+def test_several_processes_are_refused(store, tmp_path, monkeypatch):
+    """Each would write what the others write."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match="start it without torchrun"):
+        run(study_of(store), tmp_path / "study")
+    assert not (tmp_path / "study").exists()

@@ -11,8 +11,10 @@ from sklearn.metrics import average_precision_score
 from tiny import tiny_finetune
 
 from ajepa.compare import compare
+from ajepa.devices import precision
 from ajepa.evaluate import evaluate
 from ajepa.evaluation import CLASSIFIER, EVALUATION, HEAD, Evaluation
+from ajepa.features import Views
 from ajepa.finetune import finetune
 from ajepa.finetune_recipes import finetune_recipe
 from ajepa.learnt import Learnt, held_out, shared_classes
@@ -80,8 +82,8 @@ def test_on_another_store_the_classifier_is_measured_on_what_that_keeps_back(fou
     own = Evaluation.read(tuned.path / EVALUATION).protocol["classifier"]
     assert found.protocol["classifier"] == own
     rows_N = other.good_rows(["eval"])
-    learnt = Learnt.of(tuned)
-    logits_NC = logits_of(learnt.classifier(CPU), learnt.views(other), rows_N, CPU, bf16=False)
+    views = Views(store=other, frames=64, mean=tuned.identity["mean"], std=tuned.identity["std"])
+    logits_NC = logits_of(Learnt.of(tuned).classifier(CPU), views, rows_N, CPU, bf16=precision(CPU)[0])
     store_place = [other.classes.index_of[mid] for mid in tuned.identity["classes"]]
     kept_N = other.labels_BC(rows_N, "unambiguous")[:, store_place].any(axis=1)
     for score in found.scores:
@@ -109,6 +111,11 @@ def test_its_encoder_is_probed_frozen_beside_a_random_one(tuned, store_path, sto
     assert torch.equal(trained.embed.weight, average["encoder.embed.weight"])
     assert told["eval_clips"] == int(store.labels_BC(store.good_rows(["eval"])).any(axis=1).sum())
     assert "encoder fine-tuned on task own" in probed.table()
+    own = tuned.path / EVALUATION
+    before = own.read_bytes()
+    evaluate(store_path, tuned.path, device="cpu", probes=("knn",), out=own)
+    assert Learnt.of(tuned).train_clips is None  # that file tells of probes alone now
+    own.write_bytes(before)
     compared = compare([tuned.path])
     assert compared.index("evaluation.json") < compared.index("evaluation-probes.json")
     assert "pre-training: this one's encoder was fine-tuned, with labels" in compared

@@ -286,3 +286,11 @@ def test_a_file_that_is_no_text_is_refused(tmp_path):
     path.write_bytes(b"RIFF\xff\xfe\x00")
     with pytest.raises(InputError, match="is not TOML"):
         mel_spec_file(path)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("frames", [1, 2, 100])
+def test_the_fewest_samples_of_some_frames_have_them_and_one_less_has_not(name, frames):
+    spec = PRESETS[name]
+    fewest = spec.samples_of(frames)
+    assert (spec.frames_of(fewest), spec.frames_of(fewest - 1)) == (frames, frames - 1)
