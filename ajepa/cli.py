@@ -8,9 +8,11 @@ import typer
 from ajepa import embed_commands, evaluate_commands
 from ajepa.finetune_commands import finetune
 from ajepa.hlp_study_commands import hlp_study
+from ajepa.names import pretraining
 from pipeline.command_line import Cache, CacheGb, run_app, to_write
 from pipeline.errors import InputError
 from pipeline.files import CACHE_GB
+from pipeline.names import completing
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,8 +26,10 @@ app.add_typer(embed_commands.app)
 
 StorePlace = Annotated[str, typer.Option(help="Feature store, NAME.zarr or s3://...", show_default=False)]
 StorePlaces = Annotated[list[str], typer.Option(help="NAME.zarr or s3://...; repeats.", show_default=False)]
-RunPath = Annotated[Path, typer.Option(help="Run folder made by pretrain.", show_default=False)]
-RecipeName = Annotated[str, typer.Option(help="Name in `ajepa-train recipes`.")]
+RunPath = Annotated[Path, typer.Option(help="Run folder of pretrain or finetune.", show_default=False)]
+RecipeName = Annotated[
+    str, typer.Option(help="Name in `ajepa-train recipes`.", autocompletion=completing(pretraining))
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Recipe field, schedule.peak_lr=1e-4; repeats."),
@@ -181,7 +185,8 @@ def report(
 ) -> None:
     """Show a run: curves, masks, probes.
 
-    The page also has what its encoder makes of clips.
+    The page also has what its encoder makes of clips; a fine-tuned run has only
+    the page, with what its classifier was found to know.
 
     Example: ajepa-train report --store as20k.zarr --run runs/a --html run.html
     """

@@ -44,12 +44,12 @@ def embed(
     """Embed sounds as rows of a Parquet table.
 
     Sounds of any length, rate and container. The same command again carries on. A sound that cannot be used is a row
-    without an embedding, with its reason.
+    without an embedding, with its reason; status 1 where that is all of them.
 
     Example: ajepa-train embed sounds/ --model runs/a --out emb.parquet
     """
     from ajepa import embed as stage
-    from ajepa.embedding_job import embed_table, job_of
+    from ajepa.embedding_job import embed_table, job_of, outcome
     from ajepa.pooling import Layer
 
     loaded = stage.load(
@@ -57,8 +57,7 @@ def embed(
     )
     job = job_of(sounds, loaded, cache=cache, cache_gb=cache_gb)
     counts = embed_table(loaded, job, out, frames=frames, batch=batch, workers=workers, progress=True)
-    bad = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()) if reason != "good")
-    print(f"{out}: {counts['good']} sounds embedded" + (f", without embedding: {bad}" if bad else ""))
+    print(outcome(out, counts))
 
 
 @app.command()

@@ -10,21 +10,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ajepa.embed import WINDOWS, Embedder
-from ajepa.embedding_table import FORMAT, EmbeddingTable, Row
+from ajepa.embedding_table import FORMAT, EmbeddingTable, Row, failures
 from ajepa.run import Json
 from ajepa.sound import Sound, ahead
-from pipeline.errors import InputError
+from pipeline.errors import InputError, RunError
 from pipeline.files import locked_file
 from pipeline.layouts import ARCHIVES, extension, find
-from pipeline.loader import to_stderr
 from pipeline.locators import MEMBER, SOURCES_SCHEMA, Locator
 from pipeline.remote import is_remote
 from pipeline.store import FeatureStore
+from pipeline.terminal import to_stderr
 
 PART_CLIPS, PART_FRAMES = (
     512,
     1_000_000,
 )  # rows that are written together: so many sounds, or three hours of them
+FAILURES_TOLD = 3
 STORE_MARK = "zarr.json"  # what a folder that is a store holds
 
 
@@ -38,9 +39,11 @@ class EmbeddingJob:
 
     @classmethod
     def of_store(cls, store: FeatureStore, model: Embedder) -> "EmbeddingJob":
-        """Every good clip of a store; RunError where its features are not those of the model."""
+        """Every good clip of a store; RunError: there is none, or its features are not the model's."""
         store.refuse_other_front_end(model.mel, "the model needs")
         rows_N = store.good_rows()
+        if not len(rows_N):
+            raise RunError(f"{store.place}: has no good clip to embed; ajepa-data report tells why")
         some = store.manifest[rows_N]
         indices_N, offsets_N = store.flat_labels()
         labels = [
@@ -147,6 +150,21 @@ def embed_table(
                 first += len(done)
         table.finish()
         return table.counts()
+
+
+def outcome(out: Path, counts: Counter[str], say: Callable[[str], None] = to_stderr) -> str:
+    """What became of a table's sounds, in one line; `say` is told of the first that have no embedding.
+
+    RunError where none has one.
+    """
+    bad, total = failures(out, FAILURES_TOLD), counts.total()
+    if not counts["good"]:
+        told = f"none of {total} sounds could be embedded, the first is {bad[0]}"
+        raise RunError(f"{out}: {told}; the table has every reason, delete it to try again")
+    for line in bad:
+        say(f"without embedding: {line}")
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()) if reason != "good")
+    return f"{out}: {counts['good']} of {total} sounds embedded" + (f"; without: {reasons}" if bad else "")
 
 
 def plan(model: Embedder, job: EmbeddingJob, frames: bool, batch: int) -> Json:

@@ -16,6 +16,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,18 @@ def plan_of(path: Path) -> Json:
     if "model_id" not in plan:
         raise RunError(f"{path}: no table of embeddings; make one with `ajepa-train embed`")
     return plan
+
+
+def failures(path: Path, most: int) -> list[str]:
+    """The first rows of a whole table that have no embedding, at most so many, each with its path and reason."""
+    told: list[str] = []
+    for batch in batches_of(path, ("path", "reason", "detail"), 65_536):
+        bad = (row for row in batch.to_pylist() if row["reason"])
+        told += [
+            f"{row['path']}: {row['reason']} ({row['detail'].removeprefix(Path(row['path']).name + ': ')})"
+            for row in islice(bad, most - len(told))
+        ]
+    return told
 
 
 def batches_of(path: Path, columns: Sequence[str], rows: int) -> Iterator[pa.RecordBatch]:

@@ -29,9 +29,10 @@ from ajepa.start import Start
 from ajepa.tasks.task import Task
 from pipeline.dali import open_loader
 from pipeline.errors import Interrupted, RunError
-from pipeline.loader import View, to_stderr
+from pipeline.loader import View
 from pipeline.melspec import mel_spec
 from pipeline.store import FeatureStore
+from pipeline.terminal import to_stderr
 
 
 def finetune(
@@ -94,7 +95,7 @@ def finetune(
                     watch.evaluation().save(run.path / EVALUATION)
                 trainer.world.wait()  # who ends first has the others terminated, also while they measure
         if done < recipe.steps:
-            tell(f"{run.path}: checkpoint written at step {done} of {recipe.steps}; run me again to carry on")
+            tell(f"{run.path}: checkpoint written at step {done} of {recipe.steps}")
             raise Interrupted
         return run
 

@@ -5,8 +5,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ajepa.names import finetuning, models, tasks
 from pipeline.command_line import Cache, CacheGb
 from pipeline.files import CACHE_GB
+from pipeline.names import completing
 
 
 def finetune(
@@ -16,6 +18,7 @@ def finetune(
         typer.Option(
             help="audioset, esc50, fsd50k, speech-commands-v1, speech-commands-v2, voxceleb1-sid; own: any labels.",
             show_default=False,
+            autocompletion=completing(tasks),
         ),
     ],
     run: Annotated[Path, typer.Option(help="Run folder to make or carry on.", show_default=False)],
@@ -23,8 +26,14 @@ def finetune(
         Path | None,
         typer.Option("--from", help="Run whose encoder to start from. [default: random weights]"),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Kind of classifier. [default: the recipe's]")] = None,
-    recipe: Annotated[str | None, typer.Option(help="Name in recipes. [default: the task's]")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Kind of classifier. [default: the recipe's]", autocompletion=completing(models)),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Name in recipes. [default: the task's]", autocompletion=completing(finetuning)),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A field of the recipe; repeats."),

@@ -12,7 +12,7 @@ from ajepa.classifier import VitSpec
 from ajepa.finetuning import Finetune
 from ajepa.models import MODELS, model_name
 from ajepa.patches import PatchGrid
-from ajepa.recipes import PIECES
+from ajepa.recipes import PIECES, RECIPES
 from ajepa.regularised import RegularisedMasking
 from ajepa.supervised_recipes import SUPERVISED
 from ajepa.vit import EncoderSpec, encoder_spec
@@ -183,6 +183,9 @@ def finetune_recipe(name: str) -> Finetune:
     """The recipe of that name; RunError names the nearest and all there are."""
     if name in FINETUNES:
         return FINETUNES[name]()
+    if name in RECIPES:
+        told = f"recipe {name!r} pre-trains: ajepa-train pretrain --recipe {name}"
+        raise RunError(f"{told}; to fine-tune there are: {', '.join(FINETUNES)}")
     nearest = difflib.get_close_matches(name, FINETUNES, n=1, cutoff=0.0)[0]
     raise RunError(
         f"fine-tuning recipe {name!r} is unknown; did you mean {nearest!r}? There are: {', '.join(FINETUNES)}"

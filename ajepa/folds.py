@@ -21,9 +21,9 @@ from ajepa.stamp import digest_of
 from ajepa.start import Start
 from ajepa.tasks.task import Task
 from pipeline.errors import RunError
-from pipeline.loader import to_stderr
 from pipeline.ontology import ClassList
 from pipeline.store import FeatureStore
+from pipeline.terminal import to_stderr
 
 
 def cross_validated(

@@ -27,11 +27,11 @@ from ajepa.training_set import eval_splits, train_splits
 from pipeline.errors import RunError
 from pipeline.files import replacing
 from pipeline.labels import ontology_of
-from pipeline.loader import to_stderr
 from pipeline.melspec import mel_spec
 from pipeline.propagation import propagate_scores, relation_CC
 from pipeline.store import FeatureStore
 from pipeline.tables import read_table
+from pipeline.terminal import to_stderr
 from pipeline.vocabularies import ClassMap
 
 RESULT, SCORES = "hlp-study.json", "hlp-scores.json"

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from pipeline.names import completing, rules
+
 
 def hlp_study(
     store: Annotated[
@@ -20,7 +22,9 @@ def hlp_study(
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each, with seeds from 0.")] = 3,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of each. [default: the recipe's]")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Clips per step. [default: the recipe's]")] = None,
-    rule: Annotated[str, typer.Option(help="Propagated label set of the stores.")] = "unambiguous",
+    rule: Annotated[
+        str, typer.Option(help="Propagated label set of the stores.", autocompletion=completing(rules))
+    ] = "unambiguous",
     fsd50k: Annotated[
         list[str] | None,
         typer.Option(help="Store of FSD50K to measure without training on it; repeats."),

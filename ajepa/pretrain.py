@@ -15,8 +15,9 @@ from ajepa.training_set import TrainingSet, splits_told
 from ajepa.watch import OnCollapse, open_watch
 from pipeline.dali import open_loader
 from pipeline.errors import Interrupted
-from pipeline.loader import View, to_stderr
+from pipeline.loader import View
 from pipeline.store import FeatureStore
+from pipeline.terminal import to_stderr
 
 
 def pretrain(
@@ -110,7 +111,7 @@ def pretrain(
                         world=world,
                     )
         if done < recipe.steps:
-            tell(f"{run.path}: checkpoint written at step {done} of {recipe.steps}; run me again to carry on")
+            tell(f"{run.path}: checkpoint written at step {done} of {recipe.steps}")
             raise Interrupted
         return run
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from ajepa.curriculum import Curriculum, Fixed, MaskPlan, a_jepa_curriculum
 from ajepa.jepa import JepaSpec
 from ajepa.masking import BlockSize, RandomBlocks, RandomPatches, TimeFrequencyAware, TimeSpans
+from ajepa.names import finetuning
 from ajepa.optimiser import AdamW, Schedule
 from ajepa.patches import PatchGrid
 from ajepa.vit import A_JEPA_PREDICTOR, EncoderSpec, PredictorSpec, encoder_spec
@@ -218,6 +219,9 @@ def recipe(name: str) -> Pretrain:
     """The recipe of that name; RunError names the nearest and all there are."""
     if name in RECIPES:
         return RECIPES[name]()
+    if name in finetuning():
+        told = f"recipe {name!r} fine-tunes: ajepa-train finetune --recipe {name}"
+        raise RunError(f"{told}; to pre-train there are: {', '.join(RECIPES)}")
     nearest = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.0)[0]
     raise RunError(f"recipe {name!r} is unknown; did you mean {nearest!r}? There are: {', '.join(RECIPES)}")
 

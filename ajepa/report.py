@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from ajepa.bootstrap import Estimate
 from ajepa.evaluation import EVALUATION, PRIMARY, PROBES, TITLES, Evaluation
+from ajepa.finetune_recipes import FINETUNE_PIECES
 from ajepa.mask_picture import mask_figure, stored_view
 from ajepa.recipes import Pretrain, from_json
 from ajepa.run import Json, Run
@@ -16,6 +17,7 @@ from ajepa.run_page import write_run_page
 from ajepa.subject import RANDOM, STATISTICS, TRAINED
 from ajepa.training_set import open_store
 from pipeline.errors import RunError
+from pipeline.melspec import MelSpec
 from pipeline.store import FeatureStore
 
 matplotlib.use("Agg")
@@ -29,14 +31,20 @@ def report(
     """Draw `curves.png`, `masks.png` and of each evaluation `probes.png` into `out`; returns what was drawn.
 
     Evaluations on stores that the run was not trained on are drawn as `probes-STORE.png`. With `html` all of it,
-    and what the encoder makes of clips that it never saw, on one page. RunError where there is nothing to show.
+    and what the encoder makes of clips that it never saw, on one page; of a fine-tuned run there is the page alone.
+    RunError where there is nothing to show.
     """
     run = Run.open(run_path)
-    run.refuse_finetuned()
-    recipe = from_json(run.recipe)
-    store = open_store(store, recipe)
+    if run.finetuned and out is not None:
+        raise RunError(f"{run.path}: is fine-tuned, of which there are no pictures to draw; leave out --out")
+    recipe = from_json(run.recipe, FINETUNE_PIECES)
+    if run.finetuned:
+        store = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
+        store.refuse_other_front_end(MelSpec.from_json(run.identity["mel"]), f"{run.path} was trained on")
+    else:
+        store = open_store(store, recipe)
     if not run.metrics():
-        raise RunError(f"{run.path}: nothing is logged yet; let `ajepa-train pretrain` take some steps first")
+        raise RunError(f"{run.path}: nothing is logged yet; let its training take some steps first")
     if html is not None:
         write_run_page(store, run, html)
     if out is None:

@@ -97,14 +97,6 @@ class Run:
         """Whether it trained a classifier on a task."""
         return bool(self.recipe["type"] != "Pretrain")
 
-    def refuse_finetuned(self) -> None:
-        """RunError where this is no run of `ajepa-train pretrain`: it has neither teacher nor predictor."""
-        if self.finetuned:
-            raise RunError(
-                f"{self.path}: was not made by ajepa-train pretrain, there is nothing to draw of it; its scores: "
-                f"ajepa-train evaluate --run {self.path}, or ajepa-train compare {self.path}"
-            )
-
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes from writing here; the lock goes with the process, however it ends."""

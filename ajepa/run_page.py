@@ -3,25 +3,24 @@
 import importlib.resources
 import json
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
 
 import numpy as np
-import polars as pl
-import torch
 from sklearn.manifold import TSNE
 
 from ajepa.beliefs import FOLDS, distances
-from ajepa.evaluation import EVALUATION
-from ajepa.features import Views, features
-from ajepa.jepa import Jepa
+from ajepa.classifier import VitSpec
+from ajepa.evaluation import EVALUATION, TITLES
+from ajepa.features import Views
+from ajepa.finetuning import Finetune
+from ajepa.jepa import Jepa, JepaSpec
 from ajepa.mask_picture import mask_figure, stored_view
-from ajepa.partition import measured_rows
+from ajepa.models import model_name
 from ajepa.patches import PatchGrid
-from ajepa.probes import standardised
-from ajepa.recipes import Pretrain, from_json
+from ajepa.recipes import Pretrain
 from ajepa.run import Json, Run
 from ajepa.run_charts import (
     COLOURS,
@@ -33,12 +32,11 @@ from ajepa.run_charts import (
     step_chart,
 )
 from ajepa.run_scores import scores_section
-from ajepa.subject import TRAINED, Subject
+from ajepa.seen import Seen
 from pipeline.files import replacing
 from pipeline.markup import Markup, joined, tag
 from pipeline.page import definitions, figure
-from pipeline.pictures import colour_range, read_mel, title
-from pipeline.report import label_table
+from pipeline.pictures import colour_range, read_mel
 from pipeline.store import FeatureStore
 
 SECTIONS = {
@@ -50,7 +48,7 @@ SECTIONS = {
     "scores": "Scores",
     "recipe": "Recipe, compute, environment",
 }
-MAP_CLIPS, QUERIES, NEIGHBOURS, BELIEVED = 300, 6, 5, 4
+QUERIES, NEIGHBOURS, BELIEVED = 6, 5, 4
 APART = (0.0, 1.5)  # cosine distances; 1: no better than an unrelated guess
 CURVES: tuple[tuple[str, dict[str, str]], ...] = (
     ("Loss", {"loss": "loss"}),
@@ -64,36 +62,6 @@ CURVES: tuple[tuple[str, dict[str, str]], ...] = (
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Seen:
-    """A run with the store that it is shown on, and what its encoder says of some clips that it never saw."""
-
-    run: Run
-    recipe: Pretrain
-    store: FeatureStore
-    labels: pl.DataFrame
-    rows_N: np.ndarray  # eval clips
-    features_ND: np.ndarray  # of those, standardised
-
-    @classmethod
-    def of(cls, store: FeatureStore, run: Run) -> "Seen":
-        """RunError where the run has no checkpoint, StoreError or RunError where the store has nothing to show."""
-        recipe = from_json(run.recipe)
-        rows_N = measured_rows(store)
-        rows_N = np.sort(np.random.default_rng([recipe.seed, 2]).permutation(rows_N)[:MAP_CLIPS])
-        views = Views(
-            store=store, frames=recipe.view_frames, mean=run.identity["mean"], std=run.identity["std"]
-        )
-        encoder = Subject.of(run).encoders(torch.device("cpu"))[TRAINED]
-        said_ND = features(views, rows_N, encoder)
-        features_ND = standardised(said_ND, said_ND)[0].numpy()
-        labels = label_table(store)[0]
-        return cls(run=run, recipe=recipe, store=store, labels=labels, rows_N=rows_N, features_ND=features_ND)
-
-    def title(self, row: int) -> str:
-        return title(self.store, self.labels, row, letters=60)
-
-
 def write_run_page(store: FeatureStore, run: Run, path: Path) -> None:
     """Write the page about a run to `path`, whole or not at all."""
     content = run_page(store, run)
@@ -103,12 +71,15 @@ def write_run_page(store: FeatureStore, run: Run, path: Path) -> None:
 
 
 def run_page(store: FeatureStore, run: Run) -> str:
-    """The page as text, about 2 MB: 300 clips' spectrograms are most of it."""
+    """The page as text, about 2 MB: 300 clips' spectrograms are most of it.
+
+    Of a fine-tuned run without masks and beliefs: it has no predictor.
+    """
     seen = Seen.of(store, run)
-    bodies = {
-        "curves": curves_section(run.metrics()),
-        "masks": masks_section(seen),
-        "beliefs": beliefs_section(seen),
+    bodies = {"curves": curves_section(run.metrics())}
+    if isinstance(seen.recipe, Pretrain):
+        bodies |= {"masks": masks_section(seen, seen.recipe), "beliefs": beliefs_section(seen, seen.recipe)}
+    bodies |= {
         "map": map_section(seen),
         "neighbours": neighbours_section(seen),
         "scores": scores_section(run.path / EVALUATION),
@@ -116,31 +87,47 @@ def run_page(store: FeatureStore, run: Run) -> str:
     }
     parts = [tag("section", tag("h2", SECTIONS[key]), body, id=key) for key, body in bodies.items()]
     frame = importlib.resources.files("pipeline").joinpath("page.html").read_text(encoding="utf-8")
-    body = joined(head(seen), tag("main", *parts))
+    body = joined(head(seen, list(bodies)), tag("main", *parts))
     return Template(frame).substitute(title=tag("title", run.path.name)[7:-8], body=body)
 
 
-def head(seen: Seen) -> Markup:
+def head(seen: Seen, sections: Sequence[str]) -> Markup:
     """What was trained, on what, how far."""
-    run, recipe, encoder = seen.run, seen.recipe, seen.recipe.model.encoder
+    run, recipe = seen.run, seen.recipe
     done = joined(tag("b", f"step {run.step:,}"), f" of {recipe.steps:,}, {recipe.clips_per_step} clips each")
-    seconds = recipe.view_frames * seen.store.spec.hop_samples / seen.store.spec.sample_rate_hz
-    facts = {
-        "recipe": recipe.name,
-        "encoder": f"width {encoder.width}, depth {encoder.depth}, {encoder.heads} heads, views of {seconds:.2f} s",
+    facts = {"recipe": recipe.name} | (task_facts(run, recipe) if isinstance(recipe, Finetune) else {})
+    frames = recipe.view_frames if isinstance(recipe, Pretrain) else recipe.model.frames
+    views = f"views of {frames * seen.store.spec.hop_samples / seen.store.spec.sample_rate_hz:.2f} s"
+    if isinstance(recipe.model, JepaSpec | VitSpec):
+        spec = recipe.model.encoder
+        views = f"width {spec.width}, depth {spec.depth}, {spec.heads} heads, {views}"
+    facts |= {
+        "encoder" if isinstance(recipe, Pretrain) else model_name(recipe.model): views,
         "mel spec": f"{seen.store.spec.name} ({seen.store.spec_id})",
         "trained on": run.identity["store_id"],
         "shown on": f"{seen.store.place} ({seen.store.store_id})",
         "versions": ", ".join(f"{name} {number}" for name, number in run.versions.items()),
     }
-    links = tag("nav", *(tag("a", name, href=f"#{key}") for key, name in SECTIONS.items()))
+    links = tag("nav", *(tag("a", SECTIONS[key], href=f"#{key}") for key in sections))
     return tag(
         "header", tag("h1", run.path.name), tag("p", done, class_="lead"), definitions(facts.items()), links
     )
 
 
+def task_facts(run: Run, recipe: Finetune) -> dict[str, str]:
+    """What a classifier learnt, and where it started."""
+    told, start = run.identity, run.identity["from"]
+    several = "one" if told["kind"] == "single" else "several"
+    origin = f"the encoder of step {start['step']:,} ({start['sha256'][:12]})" if start else "random weights"
+    return {
+        "task": f"{told['task']}, {len(told['classes'])} classes, {several} to a clip, by {told['label_set']} labels",
+        "splits": f"{', '.join(told['train_splits'])}; measured on {', '.join(told['eval_splits'])}",
+        "started from": f"{origin}, {recipe.epochs} epochs",
+    }
+
+
 def curves_section(lines: list[Json]) -> Markup:
-    """Every value that the run logged, over its steps; in-run probes, where there were some, together."""
+    """Every value that the run logged, over its steps; in-run probes, and what was measured, together."""
     step_N = np.array([line["step"] for line in lines])
     probes = {
         key: key.removeprefix("probe_").replace("_", " ")
@@ -148,8 +135,15 @@ def curves_section(lines: list[Json]) -> Markup:
         for key in line
         if key.startswith(("probe_linear_", "probe_knn_"))
     }
+    measured = dict.fromkeys(key for line in lines for key in line if key.startswith("eval_"))
+    looks = [("Probes while training, mAP", probes)]
+    for metric, title_ in TITLES.items():
+        mine = {
+            key: key.removeprefix(f"eval_{metric}_") for key in measured if key.startswith(f"eval_{metric}_")
+        }
+        looks.append((f"Held-out clips while training, {title_}", mine))
     tiles = []
-    for name, wanted in (*CURVES, ("Probes while training, mAP", probes)):
+    for name, wanted in (*CURVES, *looks):
         curves = [(label, values_of(lines, key)) for key, label in wanted.items()]
         curves = [(label, values_N) for label, values_N in curves if np.isfinite(values_N).any()]
         if curves:
@@ -163,16 +157,16 @@ def values_of(lines: list[Json], key: str) -> np.ndarray:
     return np.array([line[key] if line.get(key) is not None else np.nan for line in lines], float)
 
 
-def masks_section(seen: Seen) -> Markup:
+def masks_section(seen: Seen, recipe: Pretrain) -> Markup:
     """The recipe's masks over a real clip, at points of the run."""
-    mel_TF = stored_view(seen.store, seen.recipe, seen.run.identity["mean"], seen.run.identity["std"])
-    drawn = figure_source(mask_figure(mel_TF, seen.recipe, seen.store.spec))
+    mel_TF = stored_view(seen.store, recipe, seen.run.identity["mean"], seen.run.identity["std"])
+    drawn = figure_source(mask_figure(mel_TF, recipe, seen.store.spec))
     return tag("img", src=drawn, alt="masks over a clip, at several steps", class_="full")
 
 
-def beliefs_section(seen: Seen) -> Markup:
+def beliefs_section(seen: Seen, recipe: Pretrain) -> Markup:
     """Some clips, and how far the predictor's guess at each patch lies from what the teacher says of it."""
-    recipe, run, store = seen.recipe, seen.run, seen.store
+    run, store = seen.run, seen.store
     rows_B, frames = seen.rows_N[:: max(1, len(seen.rows_N) // BELIEVED)][:BELIEVED], recipe.view_frames
     views = Views(store=store, frames=frames, mean=run.identity["mean"], std=run.identity["std"])
     mel_BVTF, n_frames_BV = views.of(rows_B)
@@ -205,7 +199,7 @@ def on_grid(values_P: np.ndarray, grid: PatchGrid) -> np.ndarray:
 
 
 def map_section(seen: Seen) -> Markup:
-    """Clips placed so that those which the encoder finds alike lie together (t-SNE), coloured by label."""
+    """Clips placed so that those which the model finds alike lie together (t-SNE), coloured by label."""
     count = len(seen.rows_N)
     if count < 5:
         return tag("p", f"{count} eval clips are too few for a map.", class_="warn")
@@ -216,7 +210,7 @@ def map_section(seen: Seen) -> Markup:
     span = colour_range(mel_BTF)
     mels = [mel_source(mel_TF, span) for mel_TF in mel_BTF]
     titles = [seen.title(row) for row in seen.rows_N.tolist()]
-    note = f"{count} clips of the eval splits, by t-SNE of the frozen encoder. Point at a clip, or tap it, to see it."
+    note = f"{count} clips of the eval splits, by t-SNE of what the {seen.teller} says. Point at a clip to see it."
     return joined(tag("p", note, class_="soft"), clip_map(place_N2, group_N, names, titles, mels))
 
 
@@ -229,7 +223,7 @@ def groups(seen: Seen) -> tuple[np.ndarray, list[str]]:
 
 
 def neighbours_section(seen: Seen) -> Markup:
-    """Some clips, each with those that the encoder finds most alike, by the cosine of standardised features."""
+    """Some clips, each with those that the model finds most alike, by the cosine of standardised features."""
     unit_ND = seen.features_ND / np.maximum(np.linalg.norm(seen.features_ND, axis=1, keepdims=True), 1e-9)
     queries_Q = np.linspace(0, len(seen.rows_N) - 1, min(QUERIES, len(seen.rows_N))).astype(int)
     lines = []

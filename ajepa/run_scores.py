@@ -57,7 +57,7 @@ def classes(evaluation: Evaluation) -> Markup:
         for index, (_, name) in enumerate(evaluation.classes)
         if any(score.per_class_ap[index] is not None for score in sets.values())
     )
-    title = tag("h3", f"Average precision of every class ({first.features}, {METHODS[first.probe]} probe)")
+    title = tag("h3", f"Average precision of every class ({first.features}, {METHODS[first.probe]})")
     inner = tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *rows), data_sorted="")
     return joined(title, tag("div", inner, class_="box"))
 

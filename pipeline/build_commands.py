@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.errors import InputError
+from pipeline.names import completing, specs
+from pipeline.terminal import to_stderr
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -52,6 +54,7 @@ def run(
         typer.Option(
             metavar="TEXT",
             help="Mel spec: a name, or a TOML file. Repeats with --out: one decoding pass for all.",
+            autocompletion=completing(specs),
         ),
     ] = ["a-jepa"],  # noqa: B006  (typer wants a list, and nobody writes to it)
     dtype: Annotated[str, typer.Option(help="float16, or uint8: half the size, 0.12 nat steps.")] = "float16",
@@ -103,12 +106,9 @@ def run(
         return
     for output in outputs:
         if output.remote:
-            print(
-                f"{output.remote}: tables, and shards until they are pushed, in {output.path}",
-                file=sys.stderr,
-            )
+            to_stderr(f"{output.remote}: tables, and shards until they are pushed, in {output.path}")
     for note in corpus.notes:
-        print(note, file=sys.stderr)
+        to_stderr(note)
     manifests = build_stores(corpus, outputs, build, progress=progress)
     for output, manifest in zip(outputs, manifests, strict=True):
         tell(corpus, output, manifest, part)

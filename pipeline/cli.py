@@ -8,6 +8,7 @@ import typer
 from pipeline import build_commands, store_commands
 from pipeline.command_line import StorePath, on_a_disk, run_app
 from pipeline.errors import InputError
+from pipeline.names import completing, rules
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -49,7 +50,11 @@ def propagate_labels(
         ),
     ],
     rule: Annotated[
-        str, typer.Option(help="unambiguous (the paper's), all-ancestors, dominators or direct-parent.")
+        str,
+        typer.Option(
+            help="unambiguous (the paper's), all-ancestors, dominators or direct-parent.",
+            autocompletion=completing(rules),
+        ),
     ] = "unambiguous",
     splits: Annotated[
         list[str] | None, typer.Option(help="Only these, such as train,eval; repeats. Default: all.")

@@ -13,6 +13,7 @@ import typer
 
 from pipeline.errors import STOP_SIGNALS, InputError, Interrupted
 from pipeline.files import FULL, PARTIAL, refuse_unwritable
+from pipeline.terminal import fitted
 
 OPEN_FILES = 65_536  # asked for at most
 RUN_AGAIN = 75  # EX_TEMPFAIL: interrupted with nothing lost; the same command carries on
@@ -93,5 +94,5 @@ def _interrupt(number: int, frame: object) -> NoReturn:
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    typer.secho(message, fg="red", err=True)
+    typer.secho(fitted(message, sys.stderr), fg="red", err=True)
     raise SystemExit(status) from None

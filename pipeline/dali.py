@@ -20,9 +20,10 @@ import torch
 from pipeline.augment import place
 from pipeline.errors import RunError, StoreError
 from pipeline.joined import AnyStore
-from pipeline.loader import Cuts, Feed, Loader, PlainLoader, View, device_of, to_stderr
+from pipeline.loader import Cuts, Feed, Loader, PlainLoader, View, device_of
 from pipeline.order import Order
 from pipeline.readahead import ReadAhead
+from pipeline.terminal import to_stderr
 
 DALI_DEPTH = 2  # batches in DALI at once: it computes one while the next is read
 # Batches. 1, 2, 4 and 8 differ by less than the noise, as DALI holds DALI_DEPTH more: a trainer that takes

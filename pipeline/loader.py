@@ -1,6 +1,5 @@
 """Batch, View, and the plain loader, which defines what a right batch is."""
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, Self
@@ -8,17 +7,12 @@ from typing import Literal, Protocol, Self
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pipeline.augment import Augment, Changes, changes_of, draws, mask, place
 from pipeline.errors import BrokenClip, RunError, StoreError
 from pipeline.joined import AnyStore
 from pipeline.order import Order
-
-
-def to_stderr(line: str) -> None:
-    """Where loaders and runs tell what they do, unless they are given another place; not into a progress line."""
-    tqdm.write(line, file=sys.stderr)
+from pipeline.terminal import to_stderr
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

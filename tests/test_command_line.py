@@ -12,9 +12,15 @@ from typer.testing import CliRunner
 
 import ajepa.cli
 import pipeline.cli
+from ajepa import recipes
+from ajepa.finetune_recipes import FINETUNES
+from ajepa.models import MODELS
+from ajepa.tasks.catalogue import TASKS
 from pipeline.command_line import to_write, told_of
 from pipeline.errors import InputError
 from pipeline.files import scratch_of
+from pipeline.melspec import PRESETS
+from pipeline.propagation import RULES
 
 BIN = Path(sys.executable).parent
 PROGRAMS = {"ajepa-data": pipeline.cli.app, "ajepa-train": ajepa.cli.app}
@@ -108,6 +114,8 @@ def answer(program: str, shell: str, *words: str) -> str:
         (["ajepa-data", "build-audioset", "--seg"], "--segments", "--audio"),
         (["ajepa-train", "fine"], "finetune", "pretrain"),
         (["ajepa-train", "pretrain", "--device", "c"], "cuda", "auto"),
+        (["ajepa-train", "finetune", "--task", "esc"], "esc50", "audioset"),
+        (["ajepa-data", "build-audioset", "--spec", "a-jepa-"], "a-jepa-16k", "audio-jepa"),
     ],
 )
 def test_the_tab_key_completes_commands_options_and_choices(shell, words, offered, other):
@@ -115,6 +123,32 @@ def test_the_tab_key_completes_commands_options_and_choices(shell, words, offere
     told = answer(words[0], shell, *words[1:])
     assert offered in told
     assert other not in told
+
+
+@pytest.mark.parametrize(
+    ("program", "command", "option", "known"),
+    [
+        ("ajepa-train", "pretrain", "recipe", recipes.RECIPES),
+        ("ajepa-train", "masks", "recipe", recipes.RECIPES),
+        ("ajepa-train", "finetune", "recipe", FINETUNES),
+        ("ajepa-train", "finetune", "task", TASKS),
+        ("ajepa-train", "finetune", "model", MODELS),
+        ("ajepa-train", "hlp-study", "rule", RULES),
+        ("ajepa-data", "propagate-labels", "rule", RULES),
+        ("ajepa-data", "build-fsd50k", "spec", PRESETS),
+    ],
+)
+def test_the_tab_key_offers_every_name_that_there_is(program, command, option, known):
+    """Names are read off the files that define them: none is missing, and none is left of what was renamed."""
+    command = typer.main.get_command(PROGRAMS[program]).commands[command]
+    (asked,) = (parameter for parameter in command.params if parameter.name == option)
+    context = command.make_context(command.name, [], resilient_parsing=True)
+
+    def offered(typed: str) -> list[str]:
+        return sorted(item.value for item in asked.shell_complete(context, typed))
+
+    assert offered("") == sorted(known)
+    assert offered("a") == sorted(name for name in known if name.startswith("a"))
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

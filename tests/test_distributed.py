@@ -70,7 +70,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_with_a_checkpoint(store
     run = Run.open(tmp_path / "run")
     assert run.step == run.metrics()[-1]["step"] == 6
     assert [len(seen(run.path, rank)) for rank in range(2)] == [6, 6]
-    assert sum("checkpoint written at step 6 of 8; run me again to carry on" in line for line in said) == 1
+    assert sum("checkpoint written at step 6 of 8" in line for line in said) == 1
     assert sum("interrupted; nothing is lost" in line for line in said) == 1
     assert_near(alone, ranks.train(store_path, run.path))
 

@@ -14,9 +14,9 @@ from sounds import babble, write
 from tiny import tiny
 
 import ajepa
-from ajepa import embedding_job
+from ajepa import cli, embedding_job
 from ajepa.embed import Embedder
-from ajepa.embedding_job import embed_table, job_of
+from ajepa.embedding_job import embed_table, job_of, outcome
 from ajepa.nearest import nearest
 from ajepa.pretrain import pretrain
 from pipeline.errors import STOP_SIGNALS, InputError, RunError, StoreError
@@ -71,6 +71,40 @@ def test_every_sound_is_a_row_and_a_bad_one_says_why(model, folder, tmp_path):
     np.testing.assert_allclose(good["embedding"].to_numpy()[0], expected.clip_D, atol=1e-5)
     assert good.item(0, "seconds") == pytest.approx(3.5)
     assert rows["path"].str.contains("more.tar::a.flac").sum() == 1
+
+
+def test_the_first_that_cannot_be_embedded_are_told_with_their_reasons(model, folder, tmp_path, monkeypatch):
+    """And no more than a few: the table has them all."""
+    out, said = tmp_path / "emb.parquet", []
+    counts = embed_table(model, job_of([str(folder)], model), out, say=said.append)
+    told = outcome(out, counts, say=said.append)
+    assert told == f"{out}: 9 of 11 sounds embedded; without: 1 truncated, 1 unreadable"
+    assert [line.partition(" (")[0] for line in said] == [
+        f"without embedding: {folder / '7.wav'}: unreadable",
+        f"without embedding: {folder / '8.wav'}: truncated",
+    ]
+    assert not any("(7.wav" in line or "(8.wav" in line for line in said)
+    monkeypatch.setattr(embedding_job, "FAILURES_TOLD", 1)
+    outcome(out, counts, say=said.append)
+    assert len(said) == 3
+
+
+def test_where_nothing_could_be_embedded_the_command_fails_in_one_line(
+    folder, run_path, tmp_path, monkeypatch, capsys
+):
+    """A script that goes on with an empty table would find out much later."""
+    out = tmp_path / "emb.parquet"
+    asked = ["embed", folder / "7.wav", "--model", run_path, "--out", out, "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["ajepa-train", *map(str, asked)])
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert stop.value.code == 1
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "error: " in line)
+    assert f"none of 1 sounds could be embedded, the first is {folder / '7.wav'}: unreadable (" in line
+    assert line.endswith("the table has every reason, delete it to try again")
 
 
 def test_frames_come_with_their_times(model, folder, tmp_path):
@@ -227,7 +261,8 @@ def test_the_commands_embed_stop_carry_on_and_search(folder, run_path, tmp_path)
         first.send_signal(signal.SIGTERM)
     assert first.returncode in (0, 75)
     done = subprocess.run([*command, *asked], capture_output=True, text=True, check=True)
-    assert done.stdout.strip().endswith("9 sounds embedded, without embedding: 1 truncated, 1 unreadable")
+    assert done.stdout.strip().endswith("9 of 11 sounds embedded; without: 1 truncated, 1 unreadable")
+    assert f"without embedding: {folder / '7.wav'}: unreadable (" in done.stderr
     search = ["nearest", str(folder / "1.wav"), "--index", str(out), "--model", str(run_path), "-k", "3"]
     search += ["--checkpoint", "2"]  # the last
     found = subprocess.run([*command, *search], capture_output=True, text=True, check=True).stdout

@@ -8,6 +8,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LADDER = [
     "pipeline.errors",
+    "pipeline.terminal",
+    "pipeline.names",
     "pipeline.files",
     "pipeline.remote",
     "pipeline.melspec",
@@ -103,6 +105,7 @@ LADDER = [
     "pipeline.build_commands",
     "pipeline.store_commands",
     "pipeline.cli",
+    "ajepa.names",
     "ajepa.patches",
     "ajepa.masking",
     "ajepa.schedules",
@@ -199,6 +202,7 @@ LADDER = [
     "ajepa.beliefs",
     "ajepa.run_charts",
     "ajepa.run_scores",
+    "ajepa.seen",
     "ajepa.run_page",
     "ajepa.report",
     "ajepa.published",

@@ -1,16 +1,14 @@
 """What a right batch is."""
 
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import torch
-from tqdm import tqdm
 
 from pipeline.augment import draws
 from pipeline.errors import BrokenClip, RunError, StoreError
-from pipeline.loader import PlainLoader, View, stand_ins, to_stderr
+from pipeline.loader import PlainLoader, View, stand_ins
 from pipeline.order import Order
 from pipeline.store import FeatureStore
 
@@ -251,10 +249,3 @@ def test_a_device_that_is_none_is_refused_in_one_line(store):
 def test_a_view_that_shows_nothing_is_refused(wrong):
     with pytest.raises(ValueError, match="must be"):
         View(**{"frames": 8, "mean": 0.0, "std": 1.0} | wrong)
-
-
-def test_a_line_stands_alone_beside_a_progress_bar(capsys):
-    """What was skipped must be readable while a trainer's bar is drawn on the same terminal."""
-    with tqdm(total=10, file=sys.stderr):
-        to_stderr("skipped: row 3")
-    assert "skipped: row 3\n" in capsys.readouterr().err.split("\r")

@@ -107,7 +107,7 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_the_same_command_carries
         pretrain(store_path, tiny(), tmp_path / "run", device="cpu", say=told.append)
     assert signal.getsignal(number) is before
     assert Run.open(tmp_path / "run").step == 8
-    assert told[-1].endswith("checkpoint written at step 8 of 30; run me again to carry on")
+    assert told[-1].endswith("checkpoint written at step 8 of 30")
     monkeypatch.undo()
     assert_same(quietly(store_path, tmp_path / "run"), whole)
 

@@ -1,19 +1,26 @@
 """A run's page: what was measured and logged, nothing from outside, for runs evaluated or not."""
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import tiny
+from tiny import tiny, tiny_finetune
 
 from ajepa.evaluate import evaluate
+from ajepa.evaluation import EVALUATION, Evaluation
+from ajepa.finetune import finetune
+from ajepa.learnt import held_out
 from ajepa.pretrain import pretrain
 from ajepa.report import report
 from ajepa.run import Run
 from ajepa.run_charts import nice, step_chart, told
 from ajepa.run_page import SECTIONS, run_page, values_of
+from ajepa.start import Start
+from ajepa.supervised_recipes import cnn6_small
+from ajepa.tasks.catalogue import TASKS
 from pipeline.errors import RunError
 from pipeline.store import FeatureStore
 
@@ -63,8 +70,6 @@ def test_a_run_that_was_not_evaluated_is_shown_and_says_how_it_would_be(pages):
 
 def test_the_scores_are_those_of_the_evaluation(pages, run, store_path):
     """Values with their intervals, a table for each label set, a row for each class that was measured."""
-    from ajepa.evaluation import EVALUATION, Evaluation
-
     evaluation, text = Evaluation.read(run.path / EVALUATION), Elements(pages[1]).text
     for score in evaluation.scores:
         estimate = score.metrics["map"]
@@ -110,14 +115,55 @@ def test_an_axis_holds_its_values_between_round_numbers(low, high):
     assert all(len(told(number)) <= 8 for number in np.linspace(first, last, 5))
 
 
-def test_a_fine_tuned_run_is_refused_in_one_line(run, tmp_path, store_path):
-    """It has neither masks nor predictor to show."""
-    other = tmp_path / "b"
-    other.mkdir()
-    text = (run.path / "recipe.json").read_text()
-    (other / "recipe.json").write_text(text.replace('"type": "Pretrain"', '"type": "Finetune"'))
-    with pytest.raises(RunError, match=r"was not made by ajepa-train pretrain.*ajepa-train evaluate --run"):
-        report(store_path, other, html=tmp_path / "page.html")
+@pytest.fixture(scope="module", params=["vit", "cnn6"])
+def tuned(request, run, store_path, tmp_path_factory) -> Run:
+    """A classifier with an encoder that was pre-trained, and one without any."""
+    path = tmp_path_factory.mktemp("runs") / request.param
+    recipe, start = replace(cnn6_small(), steps=4, clips_per_step=4, log_every=1), None
+    if request.param == "vit":
+        start = Start.of(run.path)
+        recipe = start.adopted(tiny_finetune(steps=4))
+    how = {"label_set": "unambiguous", "device": "cpu", "say": lambda line: None}
+    return finetune(store_path, TASKS["own"], recipe, path, start=start, **how)
+
+
+def test_a_fine_tuned_run_is_shown_without_what_it_has_not(tuned, store_path, tmp_path):
+    """No masks, no predictor; what was learnt, from where, and how it was measured on the way and at the end."""
+    page = tmp_path / "page.html"
+    assert report(store_path, tuned.path, html=page) == [page]
+    elements = Elements(page.read_text())
+    shown = [section["id"] for section in elements.of("section")]
+    assert shown == [name for name in SECTIONS if name not in ("masks", "beliefs")]
+    assert [link["href"] for link in elements.of("a")] == [f"#{name}" for name in shown]
+    text = elements.text
+    classes = len(tuned.identity["classes"])
+    assert f"own, {classes} classes, several to a clip, by unambiguous labels" in text
+    origin = tuned.identity["from"]
+    assert (
+        "random weights" if origin is None else f"the encoder of step 30 ({origin['sha256'][:12]})"
+    ) in text
+    assert f">{'vit' if origin else 'cnn6'}<" in page.read_text()
+    assert "Held-out clips while training, mAP" in text
+    score = Evaluation.read(tuned.path / EVALUATION).scores[0]
+    assert f"{score.map:.3f} [" in text
+    assert "Average precision of every class (classifier, own head)" in text
+    assert "by t-SNE of what the classifier says" in text
+    assert len([dot for dot in elements.of("circle") if "data-mel" in dot]) == len(
+        held_out_rows(tuned, store_path)
+    )
+
+
+def held_out_rows(tuned: Run, store_path: Path) -> np.ndarray:
+    return held_out(tuned, FeatureStore.open(store_path)).eval_N
+
+
+def test_of_a_fine_tuned_run_there_are_no_pictures(tuned, store_path, tmp_path):
+    """Told at once; on another front end's store neither is there a page."""
+    with pytest.raises(
+        RunError, match="is fine-tuned, of which there are no pictures to draw; leave out --out"
+    ):
+        report(store_path, tuned.path, tmp_path / "pictures")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_page_is_written_where_it_was_asked_for(run, store_path, tmp_path):

@@ -1,6 +1,7 @@
 """ajepa-train as a newcomer meets it: what it prints, and what it says of mistakes."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -72,6 +73,10 @@ def test_a_run_is_trained_evaluated_and_drawn(store_path, tmp_path, monkeypatch,
     ("more", "told"),
     [
         (["--recipe", "smal"], "recipe 'smal' is unknown; did you mean 'small'?"),
+        (
+            ["--recipe", "esc50"],
+            "recipe 'esc50' fine-tunes: ajepa-train finetune --recipe esc50; to pre-train",
+        ),
         (["--recipe", "audio-jepa"], "recipe audio-jepa needs audio-jepa"),
         (["--recipe", "smoke", "--batch", "4000"], "do not fill one step of 4000 clips"),
         (["--recipe", "smoke", "--set", "model.dept=1"], "model (JepaSpec) has no field 'dept'"),
@@ -150,6 +155,10 @@ def test_an_encoder_is_fine_tuned_from_its_run(store_path, tmp_path, monkeypatch
     for wrong, told in (
         (["esc-50"], "task 'esc-50' is unknown; did you mean 'esc50'?"),
         (["own", "--recipe", "smal"], "fine-tuning recipe 'smal' is unknown"),
+        (
+            ["own", "--recipe", "a-jepa"],
+            "recipe 'a-jepa' pre-trains: ajepa-train pretrain --recipe a-jepa; to",
+        ),
         (["own", "--model", "cnn7"], "model 'cnn7' is unknown; there are: vit"),
         (["own", "--set", "base_l=1"], "did you mean 'base_lr'?"),
         (["own", "--from", tmp_path / "c"], "c: not a run (no recipe.json)"),
@@ -224,7 +233,8 @@ def test_a_terminated_run_exits_with_status_75_and_carries_on(store_path, tmp_pa
     started.send_signal(signal.SIGTERM)
     said = started.communicate(timeout=60)[1].decode()
     assert started.returncode == 75
-    assert "run me again to carry on" in said
+    assert "checkpoint written at step" in said
+    assert len(re.findall("again|carr(?:y|ies) on", said)) == 1
     assert "Traceback" not in said
     stopped = Run.open(tmp_path / "run")
     assert stopped.step == stopped.metrics()[-1]["step"] > 0
