@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ajepa.checkpoints import write_tensors
 from pipeline.errors import RunError
 from pipeline.files import replacing
 
@@ -23,7 +23,7 @@ class BadStep(RunError):
         folder = run_path / f"bad-step-{self.step + 1:08d}"
         folder.mkdir(exist_ok=True)
         with replacing(folder / f"rank-{self.rank}.safetensors") as scratch:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in self.tensors.items()}, scratch)
+            write_tensors(scratch, self.tensors)
         with replacing(folder / f"rank-{self.rank}.json") as scratch:
             scratch.write_text(json.dumps(self.told, indent=1) + "\n")
         return folder

@@ -88,13 +88,16 @@ def write_parts(folder: Path, checkpoint: Checkpoint, score: float | None) -> No
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file; OSError where the disk is full, as of any other file."""
+    """A safetensors file, readable by whom other files are; OSError where the disk is full, as of any other file."""
+    file.touch()
+    mode = file.stat().st_mode  # safetensors would shut out all but its owner
     try:
         save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, file, metadata)
     except SafetensorError as error:
         if "No space left" not in str(error):
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)) from None
+    file.chmod(mode)
 
 
 def drop(folders: Sequence[Path], *, keep: int, keep_every: int) -> None:

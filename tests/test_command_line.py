@@ -154,9 +154,8 @@ def test_the_tab_key_offers_every_name_that_there_is(program, command, option, k
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_bash_completes_with_the_script_that_it_is_given(program):
     """As `--install-completion` leaves it in ~/.bashrc: sourced, then asked by the shell itself."""
-    script = subprocess.run(
-        [BIN / program, "--show-completion", "bash"], capture_output=True, text=True, check=True
-    )
+    typed = f"{BIN / program} --show-completion; exit $?"  # the shell that is detected is the one that asks
+    script = subprocess.run(["bash", "-c", typed], capture_output=True, text=True, check=True)
     name = f"_{program.replace('-', '_')}_completion"
     pressed = f"COMP_WORDS=({program} rep); COMP_CWORD=1; {name} {program}; echo ${{COMPREPLY[@]}}"
     path = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}

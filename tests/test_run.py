@@ -168,6 +168,14 @@ def test_a_flipped_bit_in_a_checkpoint_is_refused_by_name(tmp_path):
         run.load()
 
 
+def test_who_may_read_a_recipe_may_read_the_weights(tmp_path):
+    """A lab shares its runs; safetensors by itself shuts out all but the owner."""
+    write_tensors(tmp_path / "weights.safetensors", {"a": torch.ones(2)})
+    (tmp_path / "other").touch()
+    modes = {(tmp_path / name).stat().st_mode for name in ("weights.safetensors", "other")}
+    assert len(modes) == 1
+
+
 def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     """A full disk costs the steps since the last checkpoint, never that checkpoint."""
     run = started(tmp_path)
