@@ -34,7 +34,7 @@ class Order:
             raise InputError(
                 f"{self.clips_per_epoch} clips do not fill one step of {self.clips} clips"
                 f"{f' on each of {self.world} ranks' if self.world > 1 else ''}; "
-                "choose fewer clips per step, or more splits"
+                "choose fewer clips per step (--batch), or more splits"
             )
 
     @property
