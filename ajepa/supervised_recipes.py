@@ -108,7 +108,7 @@ def passt() -> Finetune:
 def cnn6_small() -> Finetune:
     """A CNN6 an eighth as wide on 1.3 s of any `a-jepa` store at a time, for two CPU cores.
 
-    Cost: 90 CPU seconds measured, 240 steps of 16 clips. Expected: mAP .29 on the demo corpus, chance .14 (one seed).
+    Cost: 47 s on one core, 240 steps of 16 clips. Expected: mAP .276 ± .022 on the demo corpus, chance .135 (three seeds).
     """
     return replace(
         cnn6(),
@@ -131,7 +131,7 @@ def cnn6_small() -> Finetune:
 def vit_small() -> Finetune:
     """A ViT of width 96 and depth 3 from random weights, on whole clips in patches of 64 frames.
 
-    Cost: 65 CPU seconds measured, 240 steps of 16 clips. Expected: mAP .22 on the demo corpus, chance .14 (one seed).
+    Cost: 39 s on one core, 240 steps of 16 clips. Expected: mAP .223 ± .007 on the demo corpus, chance .135 (three seeds).
     """
     grid = PatchGrid(rows=8, cols=16, patch_frames=64, patch_bands=16)
     return replace(
@@ -146,7 +146,7 @@ def vit_small() -> Finetune:
 def passt_small() -> Finetune:
     """A PaSST of width 96 and depth 3 on 1.3 s at a time, half of its patches left out, as cnn6-small.
 
-    Cost: not measured. Expected: not measured, near vit-small.
+    Cost: 20 CPU seconds. Expected: mAP .23 on the demo corpus, chance .135 (one seed).
     """
     return replace(
         vit_small(),
