@@ -108,7 +108,8 @@ def passt() -> Finetune:
 def cnn6_small() -> Finetune:
     """A CNN6 an eighth as wide on 1.3 s of any `a-jepa` store at a time, for two CPU cores.
 
-    Cost: 47 s on one core, 240 steps of 16 clips. Expected: mAP .276 ± .022 on the demo corpus, chance .135 (three seeds).
+    Cost: 47 s on one core, 240 steps of 16 clips. Expected: mAP .276 ± .022 on the demo corpus (three seeds),
+    chance .135.
     """
     return replace(
         cnn6(),
@@ -131,7 +132,8 @@ def cnn6_small() -> Finetune:
 def vit_small() -> Finetune:
     """A ViT of width 96 and depth 3 from random weights, on whole clips in patches of 64 frames.
 
-    Cost: 39 s on one core, 240 steps of 16 clips. Expected: mAP .223 ± .007 on the demo corpus, chance .135 (three seeds).
+    Cost: 39 s on one core, 240 steps of 16 clips. Expected: mAP .223 ± .007 on the demo corpus (three seeds),
+    chance .135.
     """
     grid = PatchGrid(rows=8, cols=16, patch_frames=64, patch_bands=16)
     return replace(
