@@ -5,7 +5,6 @@ measures only what is missing, and says the same.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ajepa.devices import pick_device
+from ajepa.distributed import world_here
 from ajepa.finetune import finetune
 from ajepa.finetuning import Finetune
 from ajepa.hlp_table import POSTHOC, PROPAGATED, RAW, HlpResult, Score, Training
@@ -95,7 +95,7 @@ def hlp_study(
 
     Interrupted and carried on as `pretrain` is. RunError or StoreError where stores and recipes do not fit.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_here().size > 1:
         raise RunError("hlp-study is one process for all its runs: start it without torchrun")
     made: list[Training] = []
     todo = list(study.trainings())

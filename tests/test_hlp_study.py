@@ -154,7 +154,8 @@ def test_stores_that_do_not_fit_are_named(store, other_store_path, uint8_store_p
 
 def test_several_processes_are_refused(store, tmp_path, monkeypatch):
     """Each would write what the others write."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
     with pytest.raises(RunError, match="start it without torchrun"):
         run(study_of(store), tmp_path / "study")
     assert not (tmp_path / "study").exists()
