@@ -95,7 +95,7 @@ def head(seen: Seen, sections: Sequence[str]) -> Markup:
     """What was trained, on what, how far."""
     run, recipe = seen.run, seen.recipe
     done = joined(tag("b", f"step {run.step:,}"), f" of {recipe.steps:,}, {recipe.clips_per_step} clips each")
-    facts = {"recipe": recipe.name} | (task_facts(run, recipe) if isinstance(recipe, Finetune) else {})
+    facts = {"recipe": recipe.name} | (task_facts(run) if isinstance(recipe, Finetune) else {})
     frames = recipe.view_frames if isinstance(recipe, Pretrain) else recipe.model.frames
     views = f"views of {frames * seen.store.spec.hop_samples / seen.store.spec.sample_rate_hz:.2f} s"
     if isinstance(recipe.model, JepaSpec | VitSpec):
@@ -114,7 +114,7 @@ def head(seen: Seen, sections: Sequence[str]) -> Markup:
     )
 
 
-def task_facts(run: Run, recipe: Finetune) -> dict[str, str]:
+def task_facts(run: Run) -> dict[str, str]:
     """What a classifier learnt, and where it started."""
     told, start = run.identity, run.identity["from"]
     several = "one" if told["kind"] == "single" else "several"
@@ -122,7 +122,7 @@ def task_facts(run: Run, recipe: Finetune) -> dict[str, str]:
     return {
         "task": f"{told['task']}, {len(told['classes'])} classes, {several} to a clip, by {told['label_set']} labels",
         "splits": f"{', '.join(told['train_splits'])}; measured on {', '.join(told['eval_splits'])}",
-        "started from": f"{origin}, {recipe.epochs} epochs",
+        "started from": origin,
     }
 
 
