@@ -15,6 +15,7 @@ from ajepa.regularised import RegularisedMasking
 from ajepa.vit import Encoder, EncoderSpec
 
 REGULARISED = RegularisedMasking()
+ENCODER = "encoder."  # what the names of the encoder's weights begin with in a Vit's
 
 
 class ClassifierSpec(Protocol):

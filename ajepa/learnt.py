@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ajepa.assignment import Assignment
-from ajepa.classifier import Classifier, VitSpec
+from ajepa.classifier import ENCODER, Classifier, VitSpec
 from ajepa.devices import precision
 from ajepa.evaluation import EVALUATION
 from ajepa.features import Views
@@ -21,7 +21,6 @@ from ajepa.recipes import from_json
 from ajepa.run import Json, Run
 from ajepa.scores import Held, logits_of
 from ajepa.stamp import is_own, protocol_in
-from ajepa.start import ENCODER
 from ajepa.tasks.catalogue import TASKS
 from ajepa.training_set import eval_splits
 from ajepa.vit import EncoderSpec

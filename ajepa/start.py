@@ -8,7 +8,7 @@ from typing import Self
 from torch import Tensor
 
 from ajepa.checkpoints import STATE
-from ajepa.classifier import VitSpec
+from ajepa.classifier import ENCODER, VitSpec
 from ajepa.finetune_recipes import FINETUNE_PIECES
 from ajepa.finetuner import AVERAGE, CLASSIFIER
 from ajepa.finetuning import Finetune
@@ -17,8 +17,6 @@ from ajepa.run import Json, Run
 from ajepa.vit import EncoderSpec
 from pipeline.errors import RunError
 from pipeline.melspec import MelSpec
-
-ENCODER = "encoder."  # what its weights' names begin with in a classifier's
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

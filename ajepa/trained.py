@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ajepa.classifier import ENCODER
 from ajepa.hub import fetched, is_hub_id
 from ajepa.recipes import from_json, to_json
 from ajepa.run import RECIPE, Json, Run
@@ -27,7 +28,6 @@ PARTS = (
     "average",
     "classifier",
 )  # of a checkpoint, the first that it has: averages before what they follow
-ENCODER = "encoder."  # what the names of an encoder's weights begin with in a classifier's
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
