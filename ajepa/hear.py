@@ -6,9 +6,10 @@ https://hearbenchmark.com/hear-api.html
 import torch
 from torch import Tensor, nn
 
-from ajepa.embed import Embedder, load
+from ajepa.embed.embedder import Embedder, load
 
 RATES_HZ = (16_000, 22_050, 44_100, 48_000)  # that the API allows; from another, sounds are resampled by us
+
 SPACING_MS = 50.0  # most that it suggests between timestamps
 
 

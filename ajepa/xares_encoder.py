@@ -8,7 +8,7 @@ import os
 import torch
 from torch import Tensor, nn
 
-from ajepa.embed import load
+from ajepa.embed.embedder import load
 from pipeline.errors import RunError
 
 MODEL = "AJEPA_MODEL"  # environment variable: X-ARES makes encoders without arguments

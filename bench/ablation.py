@@ -12,13 +12,14 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from ajepa.overrides import overridden
-from ajepa.pooling import LAST
-from ajepa.recipes import small
+from ajepa.model.pooling import LAST
+from ajepa.recipes.catalogue import overridden
+from ajepa.recipes.pretrain import small
 from bench.learning import PROBES, measured, spread
 from bench.machine import machine
 
 PLANS = ("curriculum", "inverse", "blocks", "time-frequency", "small")
+
 STEPS = 300
 
 

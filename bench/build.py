@@ -29,25 +29,34 @@ import torch
 
 from bench.build_peers import PEERS, RunningPeer, librosa_mel
 from bench.machine import machine
-from pipeline.build import Build, Output, build_store, plan_store
-from pipeline.containers import recognise
-from pipeline.corpus import Corpus
+from pipeline.audio.containers import recognise
+from pipeline.audio.decode import Segment, decode
+from pipeline.audio.mel import log_mel
+from pipeline.audio.mel_spec import mel_spec
+from pipeline.build.build import build_store
+from pipeline.build.plan import Build, Output, plan_store
+from pipeline.build.shard_builder import quantise
 from pipeline.datasets.audioset import audioset
-from pipeline.datasets.demo_clips import CLIP_SECONDS
-from pipeline.decoders import Segment, decode
-from pipeline.mel import log_mel
-from pipeline.melspec import mel_spec
-from pipeline.shardmaker import quantise
-from pipeline.shards import ShardWriter
+from pipeline.datasets.corpus import Corpus
+from pipeline.datasets.demo.clips import CLIP_SECONDS
+from pipeline.store.shards import ShardWriter
 
 SPEC = mel_spec("a-jepa")
+
 WORKERS = 2
+
 DISTINCT = 32  # clips; the others are further names of the same files
+
 WRITERS = {"wav": "wav-16", "flac": "flac", "mp3": "mp3", "ogg": "vorbis", "opus": "opus", "m4a": "m4a"}
+
 LIST = "balanced_train_segments.csv"
+
 WARM_CLIPS = 8
+
 WARM_BLOCKS = 2 * WORKERS
+
 SMALLEST_BLOCK = 16  # clips that one worker takes at a time
+
 PARTS = ("decode", "resample", "log-mel", "write")
 
 
@@ -57,9 +66,9 @@ def clip_id(number: int) -> str:
 
 def make_files(folder: Path, containers: Sequence[str], clips: int) -> None:
     """`folder/wav/bench_00000.wav` and so on: the same sounds in every container, and a list of the clips."""
-    from pipeline.datasets.demo import formula_palette
-    from pipeline.datasets.demo_clips import plan_clips, render
-    from pipeline.datasets.demo_files import CONTAINERS, write
+    from pipeline.datasets.demo.audio_files import CONTAINERS, write
+    from pipeline.datasets.demo.clips import plan_clips, render
+    from pipeline.datasets.demo.corpus import formula_palette
 
     palette, distinct = formula_palette(), min(clips, DISTINCT)
     planned = plan_clips(

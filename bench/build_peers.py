@@ -17,7 +17,9 @@ import numpy as np
 import torch
 
 PROCESSES = 2
+
 RATE_HZ, BANDS = 32_000, 128
+
 WINDOW_SAMPLES, HOP_SAMPLES, FFT_SAMPLES = 800, 320, 1024
 
 

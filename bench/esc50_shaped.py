@@ -15,10 +15,11 @@ from pathlib import Path
 import soundfile
 from tqdm import tqdm
 
-from pipeline.audio import load
-from pipeline.locators import Locator
+from pipeline.audio.decode import load
+from pipeline.audio.sources import Locator
 
 RATE_HZ, SECONDS, FOLDS = 44_100, 5, 5
+
 FIELDS = ("filename", "fold", "target", "category", "esc10", "src_file", "take")
 
 

@@ -13,19 +13,18 @@ from pathlib import Path
 
 import numpy as np
 
-from ajepa.assignment import folds_of
-from ajepa.evaluate import evaluate
-from ajepa.evaluation import EVALUATION, PRIMARY, TITLES, Evaluation
-from ajepa.finetune import finetune
-from ajepa.finetune_recipes import FINETUNE_PIECES, finetune_recipe, resized
-from ajepa.finetuning import Finetune
-from ajepa.folds import cross_validated
-from ajepa.overrides import overridden
-from ajepa.start import Start
-from ajepa.subject import RANDOM, STATISTICS, TRAINED
-from ajepa.tasks.catalogue import TASKS
+from ajepa.evaluate.evaluate import evaluate
+from ajepa.evaluate.features import RANDOM, STATISTICS, TRAINED
+from ajepa.evaluate.result import EVALUATION, PRIMARY, TITLES, Evaluation
+from ajepa.evaluate.task_data import folds_of
+from ajepa.evaluate.tasks import TASKS
+from ajepa.finetune.cross_validation import cross_validated
+from ajepa.finetune.finetune import finetune
+from ajepa.recipes.catalogue import finetune_recipe, overridden
+from ajepa.recipes.finetune import Finetune, resized
+from ajepa.training.trained_run import TrainedRun
 from bench.machine import machine
-from pipeline.store import FeatureStore
+from pipeline.store.feature_store import FeatureStore
 
 OWN, PROBES = TASKS["own"], ("linear", "knn")
 
@@ -58,7 +57,7 @@ def main() -> None:
     for name in (STATISTICS, RANDOM, TRAINED):
         told = [f"{probe} {frozen.of(name, probe, asked.labels).primary.value:.3f}" for probe in PROBES]
         print(f"| {name}, frozen | {', '.join(told)} |", flush=True)
-    start = Start.of(asked.run)
+    start = TrainedRun.open(asked.run)
     rows = {"fine-tuned": (start, asked.seeds), "the same from random weights": (None, asked.scratch)}
     for name, (begin, seeds) in rows.items():
         values = [
@@ -70,14 +69,14 @@ def main() -> None:
             print(f"| {name}, {seeds} seeds | {np.mean(values):.3f}{spread} ({of_each}) |", flush=True)
 
 
-def recipe_of(asked: argparse.Namespace, start: Start | None, seed: int) -> Finetune:
+def recipe_of(asked: argparse.Namespace, start: TrainedRun | None, seed: int) -> Finetune:
     """What was asked for, with the encoder of the start."""
     recipe = finetune_recipe(asked.recipe)
-    recipe = start.adopted(recipe) if start else recipe
-    return resized(overridden(recipe, asked.settings, FINETUNE_PIECES), epochs=asked.epochs, seed=seed)
+    recipe = start.adapt_recipe(recipe) if start else recipe
+    return resized(overridden(recipe, asked.settings), epochs=asked.epochs, seed=seed)
 
 
-def tuned(asked: argparse.Namespace, start: Start | None, seed: int, path: Path) -> float:
+def tuned(asked: argparse.Namespace, start: TrainedRun | None, seed: int, path: Path) -> float:
     """The metric of one fine-tuned run, or the mean of one for each fold; a run that is there is carried on."""
     store, recipe = FeatureStore.open(asked.store), recipe_of(asked, start, seed)
     how = {"start": start, "label_set": asked.labels, "device": "cpu"}

@@ -26,30 +26,31 @@ import numpy as np
 import soundfile
 
 from bench.machine import machine, memory_mb
-from pipeline import layouts
-from pipeline.blocks import Blocks, open_rows, tasks_of
-from pipeline.build import (
-    Build,
-    Output,
-    build_store,
-    create_store,
-    mark_open,
-    plan_store,
-)
-from pipeline.corpus import Corpus
+from pipeline.audio import sources
+from pipeline.audio.mel_spec import mel_spec
+from pipeline.build.build import build_store
+from pipeline.build.plan import Blocks, Build, Output, open_rows, plan_store, tasks_of
+from pipeline.build.prepare import create_store, mark_open
 from pipeline.datasets import audioset
-from pipeline.datasets.segments import plan_clips
+from pipeline.datasets.corpus import Corpus
 from pipeline.files import WHOLE
-from pipeline.melspec import mel_spec
-from pipeline.ontology import load_class_list
+from pipeline.labels.ontology import load_class_list
+from pipeline.labels.segment_lists import plan_clips
 
 T = TypeVar("T")
+
 CLIP_SECONDS = 2.0
+
 SPEC = replace(mel_spec("a-jepa"), name="a-jepa, 2 s", clip_seconds=CLIP_SECONDS)
+
 DISTINCT = 200
+
 ROWS_BETWEEN_LOOKS = 200  # at the memory of the workers
+
 LISTS = {"unbalanced_train": 2_041_789, "balanced_train": 22_160, "eval": 20_371}  # AudioSet's own
+
 TARGET_SECONDS, TARGET_MB = 60, 2_000
+
 ALPHABET = np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_", "S1")
 
 
@@ -131,7 +132,7 @@ class Stages:
 @contextmanager
 def made_up_walk(names: Iterator[str]) -> Iterator[None]:
     """Pretend that a folder holds these files."""
-    with mock.patch.object(layouts, "walk", return_value=names):
+    with mock.patch.object(sources, "walk", return_value=names):
         yield
 
 

@@ -28,10 +28,15 @@ import polars as pl
 from bench.machine import machine, memory_mb
 
 ROUNDS = 5
+
 ALL_ROWS = 2_084_320
+
 CLASSES = 527
+
 BATCHES = (4, 16, 64, 256)
+
 TRIALS, TRIAL_ROWS = 3, 512  # of each way to run theirs
+
 TARGET_SECONDS, TARGET_RATIO = 2, 50
 
 
@@ -72,7 +77,7 @@ def timed(work: Callable[[], object]) -> Timed:
 
 def ours(rows: int, counts: Path | None) -> Timed:
     """Our `propagate` on the whole column."""
-    from pipeline.propagation import propagate, relation_CC
+    from pipeline.labels.propagation import propagate, relation_CC
 
     labels, adds_CC = label_sets(rows, counts), relation_CC()
     return timed(lambda: propagate(labels, adds_CC))
@@ -80,7 +85,7 @@ def ours(rows: int, counts: Path | None) -> Timed:
 
 def command(path: Path) -> Timed:
     """The whole of `ajepa-data propagate-labels` but the interpreter's start: read, propagate, count, write, flush."""
-    from pipeline.label_tables import propagate_inputs
+    from pipeline.labels.label_tables import propagate_inputs
 
     return timed(lambda: propagate_inputs([path], out=path.with_name("out.parquet")))
 
@@ -90,7 +95,7 @@ def theirs(rows: int, share: int, counts: Path | None) -> tuple[Timed, str]:
     import torch
     from hierarchical_label_propagation import HLP
 
-    from pipeline.propagation import propagate, relation_CC
+    from pipeline.labels.propagation import propagate, relation_CC
 
     labels, hlp = label_sets(rows, counts)[:share], HLP()
     row_N = np.repeat(np.arange(share), labels.list.len().to_numpy())
@@ -118,7 +123,7 @@ def theirs(rows: int, share: int, counts: Path | None) -> tuple[Timed, str]:
 
 def write_inputs(folder: Path, rows: int, counts: Path | None) -> list[Path]:
     """The rows as an official list, of made-up ids, and as a table of indices."""
-    from pipeline.ontology import load_class_list
+    from pipeline.labels.ontology import load_class_list
 
     labels = label_sets(rows, counts)
     ids = (pl.Series("clip_id", range(rows)) + 10**10).cast(pl.String)

@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from ajepa.evaluate import evaluate
-from ajepa.evaluation import PRIMARY, TITLES, Evaluation
-from ajepa.overrides import overridden
-from ajepa.pooling import Layer, PoolingName
-from ajepa.pretrain import pretrain
-from ajepa.recipes import Pretrain, recipe
+from ajepa.evaluate.evaluate import evaluate
+from ajepa.evaluate.result import PRIMARY, TITLES, Evaluation
+from ajepa.model.pooling import Layer, PoolingName
+from ajepa.pretrain.pretrain import pretrain
+from ajepa.recipes.catalogue import overridden, recipe
+from ajepa.recipes.pretrain import Pretrain
 from bench.machine import machine
 
 PROBES = ("linear", "knn")

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 import zarr
 
-from ajepa.pretrain import pretrain
-from ajepa.recipes import recipe
+from ajepa.pretrain.pretrain import pretrain
+from ajepa.recipes.catalogue import recipe
 from bench.build import LIST, SPEC, make_files
 from bench.loader_peers import (
     Hdf5Clips,
@@ -37,19 +37,25 @@ from bench.loader_peers import (
     write_tars,
 )
 from bench.machine import machine
-from pipeline.augment import Augment
-from pipeline.build import Build, Output, build_stores
-from pipeline.dali import DaliLoader
+from pipeline.build.build import build_stores
+from pipeline.build.plan import Build, Output
 from pipeline.datasets.audioset import audioset
-from pipeline.loader import PlainLoader, View
-from pipeline.order import Order
-from pipeline.store import FeatureStore
+from pipeline.loading.augment import Augment
+from pipeline.loading.dali import DaliLoader
+from pipeline.loading.loader import PlainLoader, View
+from pipeline.loading.sampling import Order
+from pipeline.store.feature_store import FeatureStore
 
 DTYPES = ("float16", "uint8")
+
 VIEW_FRAMES = 1_024
+
 UNTIMED_STEPS = 8
+
 WAIT_STEPS, LOG_STEPS = 40, 5
+
 AUGMENT = Augment(roll=True, gain_db=6, time_mask_frames=192, band_mask_bands=48, mixup_share=0.5)
+
 PROCESSES = 2
 
 

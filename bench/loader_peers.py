@@ -14,10 +14,11 @@ import numpy as np
 import torch
 import webdataset
 
-from pipeline.loader import View
-from pipeline.store import FeatureStore
+from pipeline.loading.loader import View
+from pipeline.store.feature_store import FeatureStore
 
 CLIPS_IN_A_TAR = 64
+
 SHUFFLE_BUFFER = 1_000  # clips; what webdataset's documentation has
 
 

@@ -13,10 +13,11 @@ from typing import NamedTuple
 import torch
 import torchaudio
 
-from pipeline.mel import log_mel
-from pipeline.melspec import PRESETS, MelSpec
+from pipeline.audio.mel import log_mel
+from pipeline.audio.mel_spec import PRESETS, MelSpec
 
 ROUNDS = 20
+
 CALLS = 10  # in a row, each side: both find the memory they gave back a moment ago
 
 

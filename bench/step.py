@@ -24,33 +24,41 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ajepa.curriculum import step_rng
-from ajepa.devices import Precision, pick_device, pick_precision, precision
-from ajepa.masking import Masks
-from ajepa.memory import GB, estimate
-from ajepa.patches import PatchGrid
-from ajepa.pretrain import pretrain
-from ajepa.recipes import Pretrain, recipe
-from ajepa.trainer import Trainer
-from ajepa.vit import encoder_spec
+from ajepa.model.masking import Masks
+from ajepa.model.patches import PatchGrid
+from ajepa.model.randomness import step_rng
+from ajepa.model.vit import encoder_spec
+from ajepa.pretrain.pretrain import pretrain
+from ajepa.pretrain.trainer import Trainer
+from ajepa.recipes.catalogue import recipe
+from ajepa.recipes.pretrain import Pretrain
+from ajepa.training.devices import Precision, pick_device, pick_precision, precision
+from ajepa.training.memory import GB, pretrain_memory
 from bench.build import LIST, make_files
 from bench.machine import machine, memory_mb
 from bench.step_baseline import PublishedStep
-from pipeline.build import Build, Output, build_store
+from pipeline.audio.mel_spec import mel_spec
+from pipeline.build.build import build_store
+from pipeline.build.plan import Build, Output
 from pipeline.datasets.audioset import audioset
-from pipeline.loader import Batch
-from pipeline.melspec import mel_spec
+from pipeline.loading.loader import Batch
 
 ROWS = ("audio-jepa-s", "audio-jepa", "a-jepa-s", "a-jepa")
+
 OURS, WRITTEN_OUT, FUSED = (
     "ours",
     "published step, attention written out",
     "published step, PyTorch's attention",
 )
+
 COMPILED = "ours, --compile"
+
 LENGTHS = (256, 512, 1_024)  # frames
+
 TOLERANCE = {False: 1e-3, True: 5e-2}  # between the losses of two sides, by bf16
+
 PRODUCT_SIDE = {"cpu": 2_048, "cuda": 8_192}
+
 WAIT_CLIPS, WAIT_STEPS = 64, 8
 
 
@@ -215,7 +223,7 @@ def cost_table(clips: int, device: torch.device, bf16: bool) -> None:
     for made in (*longer, *larger):
         with multiprocessing.get_context("spawn").Pool(1) as alone_in_it:
             seconds, held = alone_in_it.apply(cost, (made, str(device), bf16, threads))
-        needed = estimate(made, bf16=bf16, written_out=bf16 and device.type == "cpu").total
+        needed = pretrain_memory(made, bf16=bf16, written_out=bf16 and device.type == "cpu").total
         grid, count = made.model.encoder.grid, made.clips_per_step
         print(
             f"{grid.frames:8}{grid.tokens:8}{count:7}{seconds:9.2f}{count / seconds:9.1f}"

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ajepa.jepa import Jepa
-from ajepa.losses import token_loss
-from ajepa.masking import Masks
-from ajepa.patches import PatchGrid, sincos_positions
-from ajepa.recipes import Pretrain
+from ajepa.model.jepa import Jepa, token_loss
+from ajepa.model.masking import Masks
+from ajepa.model.patches import PatchGrid, sincos_positions
+from ajepa.recipes.pretrain import Pretrain
 
 
 class PlainAttention(nn.Module):

@@ -1,10 +1,14 @@
-"""Clips in, batches out; knows nothing of models. `pipeline.FeatureStore` is `pipeline.store.FeatureStore`."""
+"""Sound files in, training batches out; knows nothing of models. `pipeline.FeatureStore` reads a store."""
+
+TYPE_CHECKING = False  # true for type checkers, as in `typing`, whose import would be most of this one's time
+if TYPE_CHECKING:
+    from pipeline.store.feature_store import FeatureStore as FeatureStore
 
 
 def __getattr__(name: str) -> object:
-    """The one name that users need, imported when it is asked for: `import pipeline` costs nothing."""
+    """Import `FeatureStore` when it is asked for: `import pipeline` costs nothing."""
     if name != "FeatureStore":
         raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
-    from pipeline.store import FeatureStore
+    from pipeline.store.feature_store import FeatureStore
 
     return FeatureStore

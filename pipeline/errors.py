@@ -63,3 +63,6 @@ class RunError(InputError):
 
 class Interrupted(BaseException):
     """One of STOP_SIGNALS: stop as soon as nothing is lost. Not an error, and nobody's to swallow."""
+
+
+RUN_AGAIN = 75  # EX_TEMPFAIL: interrupted with nothing lost; the same command carries on

@@ -15,8 +15,11 @@ from typing import BinaryIO, Self
 from pipeline.errors import InputError, StoreError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: the disk has no room
+
 PARTIAL = ".partial"  # suffix of what a crash may leave behind; swept at the next start
+
 GATE_POLL_SECONDS = 0.05
+
 CACHE_GB = 100.0  # 10^9 bytes that shards fetched from object stores take at most, unless told otherwise
 
 

@@ -1,37 +1,20 @@
 """A small store, built once for all tests, and the lists and files that it came from."""
 
-import filecmp
 import logging
 from pathlib import Path
 
-import polars as pl
 import pytest
 from corpus import write_corpus
 from pyarrow.fs import S3FileSystem
+from stores import BUCKET, build
 
-from pipeline.build import Build, Output, build_store
-from pipeline.corpus import Corpus
-from pipeline.datasets.audioset import audioset
-from pipeline.labels import propagate_labels
-from pipeline.melspec import mel_spec
-from pipeline.store import FeatureStore
+from pipeline.labels.label_sets import propagate_labels
+from pipeline.store.feature_store import FeatureStore
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus")
-
-
-def corpus_in(folder: Path) -> Corpus:
-    """What a folder of this shape holds."""
-    segments = [folder / "a_train_segments.csv", folder / "eval_segments.csv"]
-    return audioset([folder / "audio"], segments)
-
-
-def build(folder: Path, out: Path, *, dtype: str = "float16", spec: str = "a-jepa", **how) -> pl.DataFrame:
-    """Build `out` from a corpus of this folder's shape in this process; returns the manifest."""
-    output = Output(path=out, spec=mel_spec(spec), dtype=dtype)
-    return build_store(corpus_in(folder), output, Build(**{"workers": 0} | how))
 
 
 @pytest.fixture(scope="session")
@@ -63,9 +46,6 @@ def store(store_path) -> FeatureStore:
     return FeatureStore.open(store_path)
 
 
-BUCKET = "ajepa-tests"
-
-
 @pytest.fixture(scope="module")
 def bucket_server():
     """Moto on the loopback interface, found through the environment as a user's server would be; its address."""
@@ -82,16 +62,3 @@ def bucket_server():
         S3FileSystem(endpoint_override=address, allow_bucket_creation=True).create_dir(BUCKET)
         yield address
     moto.stop()
-
-
-TOLD_OF_THE_RUN = {"build.json"}  # times and paths: the one file that may differ between equal stores
-
-
-def files_of(store: Path) -> set[str]:
-    return {str(p.relative_to(store)) for p in store.rglob("*") if p.is_file()} - TOLD_OF_THE_RUN
-
-
-def assert_same_bytes(one: Path, other: Path) -> None:
-    assert files_of(one) == files_of(other)
-    differing = filecmp.cmpfiles(one, other, sorted(files_of(one)), shallow=False)[1:]
-    assert differing == ([], [])

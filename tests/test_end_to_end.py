@@ -17,18 +17,22 @@ import numpy as np
 import polars as pl
 import pytest
 import soundfile
-from conftest import assert_same_bytes
+from stores import assert_same_bytes
 
-from ajepa.run import Run
-from pipeline.store import FeatureStore
+from ajepa.training.run import Run
+from pipeline.store.feature_store import FeatureStore
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
+
 BIN = Path(sys.executable).parent
+
 ENVIRONMENT = os.environ | {
     "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
     "OMP_NUM_THREADS": "1",
 }
+
 STEPS = 12
+
 SMALLER = {  # what stands between a recipe as printed and one that ends in seconds
     "--workers 8": "--workers 1",
     "--recipe a-jepa": f"--recipe smoke --steps {STEPS} --set checkpoint_every=2",
@@ -174,6 +178,7 @@ def test_a_run_that_is_killed_carries_on_to_the_same_weights(desk, trained):
 
 
 SRUN = '#!/bin/bash\nwhile [[ $1 == -* ]]; do shift; done\nexec "$@"\n'
+
 SCONTROL = '#!/bin/bash\necho "$@" >> requeued\n'
 
 

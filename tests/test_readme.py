@@ -9,12 +9,18 @@ import pytest
 import typer
 
 import ajepa.cli
+import ajepa.cli.app
 import pipeline.cli
+import pipeline.cli.app
 
 ROOT = Path(__file__).parents[1]
+
 README = (ROOT / "README.md").read_text()
+
 JUSTFILE = (ROOT / "justfile").read_text()
-APPS = {"ajepa-data": pipeline.cli.app, "ajepa-train": ajepa.cli.app}
+
+APPS = {"ajepa-data": pipeline.cli.app.app, "ajepa-train": ajepa.cli.app.app}
+
 COMMANDS = [
     f"{program} {name} "
     for program, app in APPS.items()

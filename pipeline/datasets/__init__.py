@@ -1,1 +1,0 @@
-"""One file per dataset: its own folders and lists -> a plan of clips."""

@@ -5,20 +5,21 @@ from pathlib import Path
 
 import polars as pl
 
-from pipeline.corpus import Corpus, place_of
-from pipeline.datasets.segments import plan_clips
+from pipeline.audio.sources import EXTENSIONS, MEMBER, SOURCES_SCHEMA, Found, Sources, find
+from pipeline.datasets.corpus import Corpus, place_of
 from pipeline.errors import InputError
-from pipeline.layouts import EXTENSIONS, Found, find
-from pipeline.locators import MEMBER, SOURCES_SCHEMA, Sources
-from pipeline.ontology import load_class_list
-from pipeline.vocabularies import outside_note
+from pipeline.labels.ontology import load_class_list, outside_note
+from pipeline.labels.segment_lists import plan_clips
 
 NAME = (  # [Y]<id>[_<start>[_<end>]][.<extension>]; never split on "_": 14 % of the ids contain one
     r"^(?P<y>Y?)(?P<id>[A-Za-z0-9_-]{11})(?:_(?P<start>\d+(?:\.\d+)?)(?:_\d+(?:\.\d+)?)?)?"
     rf"(?:\.(?i:{'|'.join(EXTENSIONS)}))?$"
 )
+
 SHARD = rf"(?:[-_.](?:part)?[0-9][^/]*)?\.(?i:tar|parquet|h5|hdf5){MEMBER}"  # eval-00003.tar:: is of eval
+
 LAYOUTS = ("file", "tar", "parquet", "hdf5")  # kinds of locator, the one preferred first
+
 EXAMPLES = 5
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.corpus import Corpus
 from pipeline.datasets.audioset import audioset
+from pipeline.datasets.corpus import Corpus
 from pipeline.datasets.esc50 import esc50
 from pipeline.datasets.folder import folder
 from pipeline.datasets.fsd50k import fsd50k

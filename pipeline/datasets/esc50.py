@@ -3,12 +3,22 @@
 from collections import Counter
 from pathlib import Path
 
-from pipeline.corpus import Corpus, place_of
-from pipeline.datasets.listed import Listed, check_layout, counted, plan_of, present, rows_of, sources_of
+from pipeline.datasets.corpus import (
+    Corpus,
+    Listed,
+    check_layout,
+    counted,
+    place_of,
+    plan_of,
+    present,
+    rows_of,
+    sources_of,
+)
 from pipeline.errors import ManifestError
-from pipeline.ontology import ClassList
+from pipeline.labels.ontology import ClassList
 
 NEEDED = ("audio", "meta/esc50.csv")
+
 CLIP_SECONDS = 5.0
 
 

@@ -5,12 +5,15 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.corpus import Corpus, place_of
-from pipeline.datasets.cutting import Cut, Progress, fitted
-from pipeline.datasets.listed import (
+from pipeline.datasets.corpus import (
+    Corpus,
+    Cut,
     Listed,
+    Progress,
     check_layout,
     counted,
+    fitted,
+    place_of,
     plan_of,
     present,
     rows_of,
@@ -18,12 +21,16 @@ from pipeline.datasets.listed import (
     text_of,
 )
 from pipeline.errors import ManifestError
-from pipeline.ontology import ClassList
+from pipeline.labels.ontology import ClassList
 
 LISTS = "FSD50K.ground_truth"
+
 AUDIO = {"dev": "FSD50K.dev_audio", "eval": "FSD50K.eval_audio"}
+
 NEEDED = (*AUDIO.values(), LISTS)
+
 DEV_SPLITS = ("train", "val")
+
 OFFICIAL = {"dev": 40_966, "eval": 10_231}
 
 

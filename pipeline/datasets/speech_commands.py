@@ -2,22 +2,38 @@
 
 from pathlib import Path
 
-from pipeline.corpus import Corpus, place_of
-from pipeline.datasets.listed import Listed, check_layout, counted, plan_of, present, sources_of, text_of
+from pipeline.audio.sources import sounds
+from pipeline.datasets.corpus import (
+    Corpus,
+    Listed,
+    check_layout,
+    counted,
+    place_of,
+    plan_of,
+    present,
+    sources_of,
+    text_of,
+)
 from pipeline.errors import InputError
-from pipeline.layouts import sounds
-from pipeline.ontology import ClassList
+from pipeline.labels.ontology import ClassList
 
 NEEDED = ("validation_list.txt", "testing_list.txt")
+
 LISTS = {"validation": "validation_list.txt", "test": "testing_list.txt"}
+
 NOISE = "_background_noise_"
+
 CLIP_SECONDS = 1.0
+
 BOTH = (
     "bed bird cat dog down eight five four go happy house left marvin nine no "
     "off on one right seven sheila six stop three tree two up wow yes zero"
 )
+
 ONLY_V2 = "backward follow forward learn visual"
+
 WORDS = {"v1": sorted(BOTH.split()), "v2": sorted(f"{BOTH} {ONLY_V2}".split())}
+
 OFFICIAL = {"v2": 105_829}
 
 

@@ -1,0 +1,170 @@
+"""The commands of ajepa-train that put an encoder to use: embed, nearest, export, push, load."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from pipeline.cli.options import Cache, CacheGb, to_write
+from pipeline.files import CACHE_GB
+
+app = typer.Typer(rich_markup_mode=None)
+
+Model = Annotated[
+    str, typer.Option(help="Run, exported folder or file, or ORG/NAME of the hub.", show_default=False)
+]
+
+CheckpointName = Annotated[
+    str, typer.Option("--checkpoint", help="Of a run: last, best (by probe), or a step that is kept.")
+]
+
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is one.")]
+
+
+@app.command()
+def embed(
+    sounds: Annotated[
+        list[str], typer.Argument(help="Audio files, folders and archives; or one store.", show_default=False)
+    ],
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Parquet table to write or carry on.", show_default=False)],
+    checkpoint: CheckpointName = "last",
+    frames: Annotated[bool, typer.Option("--frames", help="Also one vector a time column.")] = False,
+    pooling: Annotated[
+        Literal["mean", "frequency"], typer.Option(help="frequency: band by band, wider.")
+    ] = "mean",
+    layer: Annotated[str, typer.Option(help="last, mean-K (of the last K blocks) or block-N.")] = "last",
+    overlap: Annotated[
+        float, typer.Option(min=0, max=0.95, help="Share of a window that the next one repeats.")
+    ] = 0.5,
+    batch: Annotated[int, typer.Option(min=1, help="Windows encoded at a time.")] = 32,
+    workers: Annotated[int, typer.Option(min=0, help="Threads that decode ahead.")] = 2,
+    device: Device = "auto",
+    cache: Cache = None,
+    cache_gb: CacheGb = CACHE_GB,
+) -> None:
+    """Embed sounds as rows of a Parquet table.
+
+    Sounds of any length, rate and container. The same command again carries on. A sound that cannot be used is a row
+    without an embedding, with its reason; status 1 where that is all of them.
+
+    Example: ajepa-train embed sounds/ --model runs/a --out emb.parquet
+    """
+    from ajepa.embed import embedder as stage
+    from ajepa.embed.table import embed_table, job_of, outcome
+    from ajepa.model.pooling import Layer
+
+    loaded = stage.load(
+        model, at=checkpoint, device=device, pooling=pooling, layer=Layer.named(layer), overlap=overlap
+    )
+    job = job_of(sounds, loaded, cache=cache, cache_gb=cache_gb)
+    counts = embed_table(loaded, job, out, frames=frames, batch=batch, workers=workers, progress=True)
+    print(outcome(out, counts))
+
+
+@app.command()
+def nearest(
+    query: Annotated[Path, typer.Argument(help="Audio file.", show_default=False)],
+    index: Annotated[Path, typer.Option(help="Table made by embed.", show_default=False)],
+    model: Model,
+    checkpoint: CheckpointName = "last",
+    count: Annotated[int, typer.Option("-k", "--count", min=1, help="How many to list.")] = 10,
+    device: Device = "auto",
+) -> None:
+    """List the sounds of a table that are most like a given one.
+
+    Cosine of embeddings, each value standardised over the table.
+
+    Example: ajepa-train nearest bird.wav --index emb.parquet --model runs/a
+    """
+    from ajepa.embed.nearest import nearest as search
+
+    for one in search(query, index, model, count=count, device=device, at=checkpoint):
+        labels = f"  ({', '.join(one.labels)})" if one.labels else ""
+        print(f"{one.similarity:6.3f}  {one.seconds:8.2f} s  {one.path}{labels}")
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Run, or exported folder or file.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
+    checkpoint: CheckpointName = "last",
+    licence: Annotated[
+        str | None, typer.Option(help="Of the weights, such as cc-by-4.0: yours to state.")
+    ] = None,
+    onnx: Annotated[
+        Path | None, typer.Option(help="Also an ONNX file, audio to embeddings.", callback=to_write)
+    ] = None,
+    torch_export: Annotated[
+        Path | None, typer.Option(help="Also a torch.export file, NAME.pt2.", callback=to_write)
+    ] = None,
+    pooling: Annotated[
+        Literal["mean", "frequency"], typer.Option(help="Of the ONNX and torch.export files.")
+    ] = "mean",
+    audio_hz: Annotated[int, typer.Option(min=1, help="Samples a second of their audio.")] = 32_000,
+) -> None:
+    """Write an encoder as safetensors, configuration and model card.
+
+    ONNX and torch.export files take one window of audio, any batch, at --audio-hz
+    (changed to the mel spec's rate inside) and compute the log-mel themselves.
+
+    Example: ajepa-train export runs/a --out a-jepa-as20k --licence cc-by-4.0
+    """
+    from ajepa.embed import embedder as stage
+    from ajepa.embed import export_graph as graph
+    from ajepa.embed.export import export as write
+
+    exported = write(model, out, licence=licence, at=checkpoint)
+    print(f"{out}: model {exported.model_id}. Next: ajepa-train push {out} ORG/NAME")
+    if onnx or torch_export:
+        embedder = stage.load(out, device="cpu", pooling=pooling)
+        network = graph.AudioGraph(embedder, audio_hz)
+        told = f"windows of {network.samples} samples at {audio_hz} Hz, any batch"
+        if onnx:
+            graph.write_onnx(network, onnx)
+            print(f"{onnx}: ONNX, opset {graph.OPSET}, {told}")
+        if torch_export:
+            graph.write_program(network, torch_export)
+            print(f"{torch_export}: torch.export, {told}")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder made by export.", show_default=False)],
+    place: Annotated[str, typer.Argument(help="ORG/NAME on the Hugging Face hub.", show_default=False)],
+    private: Annotated[
+        bool, typer.Option("--private", help="If the place is new, show it to nobody.")
+    ] = False,
+) -> None:
+    """Put an exported model on the Hugging Face hub.
+
+    Example: ajepa-train push a-jepa-as20k me/a-jepa-as20k
+    """
+    from ajepa.embed.hub import push as put
+
+    print(f"{put(folder, place, private=private)}: load it with ajepa.load('{place}')")
+
+
+@app.command()
+def load(
+    model: Annotated[
+        str, typer.Argument(help="ORG/NAME[@REVISION] of the hub, run or export.", show_default=False)
+    ],
+    out: Annotated[Path | None, typer.Option(help="Folder to keep it in.", show_default=False)] = None,
+) -> None:
+    """Fetch a model and say what it is.
+
+    Safetensors only; no code is run.
+
+    Example: ajepa-train load me/a-jepa-as20k --out a-jepa-as20k
+    """
+    from ajepa.embed.export import encoder_facts
+    from ajepa.embed.hub import copied
+    from ajepa.embed.pretrained import trained
+
+    loaded = trained(model)
+    facts = {"model id": loaded.model_id, "recipe": loaded.recipe_name, "mel spec": loaded.mel.name}
+    for name, value in (facts | encoder_facts(loaded) | {"licence": loaded.licence or "not stated"}).items():
+        print(f"{name:9} {value}")
+    if out is not None:
+        print(f"{copied(model, out)}: kept")

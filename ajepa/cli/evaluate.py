@@ -1,0 +1,99 @@
+"""The commands that measure: evaluate, compare."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from pipeline.cli.options import Cache, CacheGb, to_write
+from pipeline.files import CACHE_GB
+
+app = typer.Typer()
+
+
+@app.command()
+def evaluate(
+    store: Annotated[str, typer.Option(help="Feature store, NAME.zarr or s3://...", show_default=False)],
+    run: Annotated[Path, typer.Option(help="Run folder of pretrain or finetune.", show_default=False)],
+    checkpoint: Annotated[str, typer.Option(help="last, best (by probe), or a step that is kept.")] = "last",
+    probe: Annotated[
+        list[str] | None,
+        typer.Option(help="linear, knn, attentive; repeats. [default: all; fine-tuned: none]"),
+    ] = None,
+    labels: Annotated[
+        str, typer.Option(help="Label sets, with commas. [default: all]", show_default=False)
+    ] = "",
+    kind: Annotated[
+        Literal["auto", "single", "multi"], typer.Option(help="Labels a clip; auto: as they are.")
+    ] = "auto",
+    pooling: Annotated[
+        Literal["mean", "frequency", "moments"] | None,
+        typer.Option(help="frequency: by row of patches; moments: std over time too. [default: mean]"),
+    ] = None,
+    layer: Annotated[str, typer.Option(help="last, mean-K (last K blocks) or block-N.")] = "last",
+    train_clips: Annotated[int, typer.Option(min=1, help="Most clips to train probes on.")] = 20_000,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="JSON file, replaced if there. [default: in the run]", callback=to_write),
+    ] = None,
+    per_class: Annotated[
+        Path | None,
+        typer.Option(help="CSV file for every class: average precision, recall.", callback=to_write),
+    ] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is one.")
+    ] = "auto",
+    cache: Cache = None,
+    cache_gb: CacheGb = CACHE_GB,
+) -> None:
+    """Measure a run on held-out clips of its store, or of another.
+
+    Pre-trained: probes on its frozen encoder, a random one, log-mel statistics.
+    Fine-tuned: its classifier, by the classes that store and run share; with
+    --probe its frozen encoder. On eval, or what is held out, or all folds.
+    Kept as RUN/evaluation.json, of another store as RUN/evaluation-STORE.json,
+    probes of a fine-tuned run beside it as ...-probes.json. A result that was
+    measured otherwise (pooling, checkpoint ...) is not replaced: give --out.
+
+    Example: ajepa-train evaluate --store as20k.zarr --run runs/a
+    """
+    from ajepa.evaluate import evaluate as stage
+    from ajepa.model.pooling import POOLING, Layer
+    from pipeline.store.feature_store import FeatureStore
+
+    found = stage.evaluate(
+        FeatureStore.open(store, cache=cache, cache_gb=cache_gb),
+        run,
+        checkpoint=checkpoint,
+        device=device,
+        train_clips=train_clips,
+        pooling=pooling or POOLING,
+        layer=Layer.named(layer),
+        probes=tuple(probe) if probe else None,
+        labels=[name.strip() for name in labels.split(",") if name.strip()],
+        kind=kind,
+        out=out,
+        progress=True,
+    )
+    if per_class is not None:
+        found.write_classes(per_class)
+    print(found.table())
+
+
+@app.command()
+def compare(
+    results: Annotated[
+        list[Path],
+        typer.Argument(help="Runs, or JSON files of evaluate or finetune.", show_default=False, exists=True),
+    ],
+) -> None:
+    """Print results beside the published ones, and how they compare.
+
+    Clips, classes, labels, training clips and protocol decide; sources:
+    manifests/published_results.csv.
+
+    Example: ajepa-train compare runs/a runs/finetuned
+    """
+    from ajepa.evaluate.compare import compare as compared
+
+    print(compared(results))

@@ -1,0 +1,152 @@
+"""Task: what is to be told apart in a store's clips, on which of them it is learnt, and how it is measured.
+
+AudioSet (Gemmeke et al. 2017): 527 classes, several to a clip; 2M or 20k is a matter of the store and the recipe.
+
+ESC-50 (Piczak 2015): 50 environmental sounds, cross-validated over its own five folds.
+
+FSD50K (Fonseca et al. 2020, arXiv 2010.00475): 200 of AudioSet's classes, several to a clip; val is left alone.
+
+Your own labels in any store: one or several to a clip, with an eval or test split, or in folds.
+
+Speech Commands v1 (Warden 2018, arXiv 1804.03209): ten commands told apart from each other and from other words.
+
+The published SPC-1 has a twelfth class, silence, cut from recordings of background noise, which a store of the words
+does not hold: accuracies on these 11 classes lie near the published ones and are not the same measure.
+
+Speech Commands v2 (Warden 2018, arXiv 1804.03209): all 35 words told apart.
+
+VoxCeleb1 (Nagrani et al. 2017, arXiv 1706.08612): whose voice is it, of 1,251 speakers.
+
+Build its store with `ajepa-data build-folder` and a table: `label` the speaker (id10001 to id11251), `split` train,
+dev or test after the official iden_split.txt (1, 2, 3).
+
+Every task by name.
+"""
+
+import difflib
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.datasets.speech_commands import WORDS
+from pipeline.errors import RunError
+from pipeline.labels.ontology import ClassList, fsd50k_classes, load_class_list
+
+Kind = Literal["single", "multi", "any"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """A downstream task; its file in this folder says where it is from and what it is comparable with.
+
+    recipe      its own among the fine-tuning recipes
+    kind        single: each clip has one class, measured by accuracy; multi: any number, measured by mAP;
+                any: single where each clip has exactly one label, else multi
+    classes     what the store must hold, in the order of the head; None: those that its training clips have
+    told_apart  only these are classes of the task, all others are one more; none given: each is its own
+    others      the name of that one more
+    train       splits that are trained on; none given: all but those named eval or test
+    measured    splits that are measured; none given: eval, or else those so named
+    folds       splits fold1 to foldN, each measured once after training on the others; 0: no such. With classes
+                None a store whose splits are all folds is cross-validated too
+    """
+
+    name: str
+    recipe: str
+    kind: Kind
+    classes: ClassList | None = None
+    told_apart: tuple[str, ...] = ()
+    others: str = "others"
+    train: tuple[str, ...] = ()
+    measured: tuple[str, ...] = ()
+    folds: int = 0
+
+
+def named_classes(names: str) -> ClassList:
+    """The classes of some words, whose ids are their names."""
+    words = tuple(names.split())
+    return ClassList(mids=words, names=tuple(word.replace("_", " ") for word in words))
+
+
+AUDIOSET = Task(
+    name="audioset",
+    recipe="audioset-20k",
+    kind="multi",
+    classes=load_class_list(),
+    measured=("eval",),
+)
+
+ESC50 = Task(
+    name="esc50",
+    recipe="esc50",
+    kind="single",
+    classes=named_classes(
+        "dog rooster pig cow frog cat hen insects sheep crow "
+        "rain sea_waves crackling_fire crickets chirping_birds water_drops wind pouring_water toilet_flush "
+        "thunderstorm crying_baby sneezing clapping breathing coughing footsteps laughing brushing_teeth snoring "
+        "drinking_sipping door_wood_knock mouse_click keyboard_typing door_wood_creaks can_opening "
+        "washing_machine vacuum_cleaner clock_alarm clock_tick glass_breaking "
+        "helicopter chainsaw siren car_horn engine train church_bells airplane fireworks hand_saw"
+    ),
+    folds=5,
+)
+
+FSD50K = Task(
+    name="fsd50k",
+    recipe="fsd50k",
+    kind="multi",
+    classes=fsd50k_classes(),
+    train=("train",),
+    measured=("eval",),
+)
+
+OWN = Task(name="own", recipe="own", kind="any")
+
+SPEECH_COMMANDS_V1 = Task(
+    name="speech-commands-v1",
+    recipe="speech-commands-v1",
+    kind="single",
+    classes=named_classes(" ".join(WORDS["v1"])),
+    told_apart=("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go"),
+    others="unknown",
+    train=("train",),
+    measured=("test",),
+)
+
+SPEECH_COMMANDS_V2 = Task(
+    name="speech-commands-v2",
+    recipe="speech-commands-v2",
+    kind="single",
+    classes=named_classes(" ".join(WORDS["v2"])),
+    train=("train",),
+    measured=("test",),
+)
+
+VOXCELEB1_SID = Task(
+    name="voxceleb1-sid",
+    recipe="voxceleb1-sid",
+    kind="single",
+    classes=named_classes(" ".join(f"id{number}" for number in range(10_001, 11_252))),
+    train=("train",),
+    measured=("test",),
+)
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        AUDIOSET,
+        ESC50,
+        FSD50K,
+        SPEECH_COMMANDS_V1,
+        SPEECH_COMMANDS_V2,
+        VOXCELEB1_SID,
+        OWN,
+    )
+}
+
+
+def task(name: str) -> Task:
+    """The task of that name; RunError names the nearest and all there are."""
+    if name in TASKS:
+        return TASKS[name]
+    nearest = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.0)[0]
+    raise RunError(f"task {name!r} is unknown; did you mean {nearest!r}? There are: {', '.join(TASKS)}")

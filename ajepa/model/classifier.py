@@ -1,0 +1,229 @@
+"""Regularised masking: in each layer a random share of the tokens is kept from the others, in training only.
+
+Classifier: clips in, one logit per class out; and the one that is an encoder with a head.
+
+Every kind of classifier by name: what shapes it, and what makes it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ajepa.model.cnn6 import Cnn6, Cnn6Spec
+from ajepa.model.convnext import ConvNext, ConvNextSpec
+from ajepa.model.passt import Passt, PasstSpec
+from ajepa.model.patches import valid_tokens
+from ajepa.model.pooling import POOLING, VECTORS, PoolingName, pool
+from ajepa.model.transformer import initialise
+from ajepa.model.vit import Encoder, EncoderSpec
+from pipeline.errors import RunError
+
+Reading = Literal["keys", "tokens"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RegularisedMasking:
+    """What A-JEPA fine-tunes with (arXiv 2311.15830): "a regularized masking [...], instead of input dropping or zero".
+
+    share    of each clip's valid tokens, drawn anew in each layer, rounded down; 0: none, and nothing is drawn
+    reading  the abstract does not say what a masked token still does, so there are two ways to read it.
+             `keys`: it is barred from being attended to, by every token, itself included; it asks the others as
+             ever, so that its own output comes from them. Nothing of the input is dropped or zeroed.
+             `tokens`: it takes no part in that layer's attention at all: neither is it attended to, nor does it
+             attend; its vector passes on by the residual path and through the MLP
+    """
+
+    share: float = 0.1
+    reading: Reading = "keys"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1:
+            raise ValueError(f"the share of tokens that are masked must lie in [0, 1), got {self.share}")
+        if self.reading not in get_args(Reading):
+            raise ValueError(f"reading must be {' or '.join(get_args(Reading))}, got {self.reading!r}")
+
+    def draw(self, rng: np.random.Generator, valid_BP: Tensor, *, depth: int) -> Tensor | None:
+        """Which tokens are masked in each layer, bool `LBP` beside `valid_BP`: equally many in every layer of a clip.
+
+        None with share 0; then the generator is left alone. Of the valid tokens at least one is never masked.
+        """
+        if not self.share:
+            return None
+        clips, tokens = valid_BP.shape
+        lottery_LBP = torch.from_numpy(rng.random((clips, depth, tokens))).transpose(0, 1)
+        lottery_LBP = lottery_LBP.to(valid_BP.device).masked_fill(~valid_BP, torch.inf)
+        place_LBP = lottery_LBP.argsort(dim=-1).argsort(dim=-1)  # a token's place in the draw: no ties
+        return place_LBP < (self.share * valid_BP.sum(dim=1)).floor()[:, None]
+
+    def keep(self, masked_LBP: Tensor, keep_L2B: Tensor | None) -> Tensor | None:
+        """What each branch of each block is multiplied by, given what drop path says: under `tokens`, `L2BP`."""
+        if self.reading == "keys":
+            return keep_L2B
+        depth, clips, _ = masked_LBP.shape
+        kept = torch.ones(depth, 2, clips, device=masked_LBP.device) if keep_L2B is None else keep_L2B
+        keep_L2BP = kept[..., None].repeat(1, 1, 1, masked_LBP.shape[-1])
+        keep_L2BP[:, 0].masked_fill_(masked_LBP, 0.0)
+        return keep_L2BP
+
+
+REGULARISED = RegularisedMasking()
+
+ENCODER = "encoder."  # what the names of the encoder's weights begin with in a Vit's
+
+
+class ClassifierSpec(Protocol):
+    """What shapes a classifier: a frozen dataclass, part of a recipe; how large the clips are that it is shown."""
+
+    @property
+    def frames(self) -> int: ...
+    @property
+    def bands(self) -> int: ...
+
+
+class Classifier(Protocol):
+    """A `torch.nn.Module` that tells classes apart; its weights are a function of spec, classes and seed.
+
+    What is random about a forward pass (patchout, dropout, masking) comes from `rng`, in training mode only:
+    torch's global generators are never drawn from, for a resumed run could not go back in them.
+    """
+
+    @property
+    def training(self) -> bool: ...
+
+    def __call__(self, mel_BTF: Tensor, n_frames_B: Tensor, rng: np.random.Generator | None = None) -> Tensor:
+        """Logits `BC`, float32, of normalised `mel_BTF` as large as the spec says, zeros past `n_frames_B`.
+
+        `n_frames_B` (int64, at least 1) lies on the CPU. ValueError where training needs `rng` and has none.
+        """
+
+    def layers(self) -> list[list[nn.Parameter]]:
+        """Every weight once, by depth: what sees the input first, the head last; for rates that fall with depth."""
+
+    def train(self, mode: bool = True) -> Any: ...
+    def to(self, device: torch.device) -> Any: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VitSpec:
+    """An encoder, one vector of its valid tokens, a linear head; with regularised masking in training.
+
+    pooling  the vector: their mean as in A-JEPA, or another of `pooling.pool`
+    """
+
+    encoder: EncoderSpec
+    masking: RegularisedMasking = REGULARISED
+    pooling: PoolingName = POOLING
+
+    @property
+    def frames(self) -> int:
+        return self.encoder.grid.frames
+
+    @property
+    def bands(self) -> int:
+        return self.encoder.grid.bands
+
+    @property
+    def pooled(self) -> int:
+        """Values of the vector of a clip."""
+        return self.encoder.width * VECTORS[self.pooling](self.encoder.grid.rows)
+
+
+class Vit(nn.Module):
+    """The Classifier of a `VitSpec`. Its weights do not depend on the length of the grid."""
+
+    def __init__(self, spec: VitSpec, classes: int, seed: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.encoder = Encoder(spec.encoder, seed=seed)
+        self.head = nn.Linear(spec.pooled, classes)
+        initialise(self.head, seed + 1)
+
+    def forward(self, mel_BTF: Tensor, n_frames_B: Tensor, rng: np.random.Generator | None = None) -> Tensor:
+        """As the Protocol says."""
+        valid_BP = valid_tokens(n_frames_B, self.spec.encoder.grid)
+        all_valid, valid_BP = bool(valid_BP.all()), valid_BP.to(mel_BTF.device)
+        attended, keep = self._drawn(rng, valid_BP)
+        if attended is None and not all_valid:
+            attended = valid_BP
+        token_BPD = self.encoder(mel_BTF, valid_BP=attended, keep_L2N=keep)
+        clips, rows = len(mel_BTF), self.spec.encoder.grid.rows
+        clip_B = torch.arange(clips, device=mel_BTF.device)
+        clip_BD = pool(token_BPD, valid_BP, clip_B, clips=clips, rows=rows, pooling=self.spec.pooling)
+        logits_BC: Tensor = self.head(clip_BD).float()
+        return logits_BC
+
+    def layers(self) -> list[list[nn.Parameter]]:
+        """The patch embedding, each block, and norm and head."""
+        encoder = self.encoder
+        groups: list[list[nn.Module]] = [[encoder.embed], *([block] for block in encoder.blocks)]
+        groups.append([encoder.norm, self.head])
+        return [[weight for module in group for weight in module.parameters()] for group in groups]
+
+    def _drawn(
+        self, rng: np.random.Generator | None, valid_BP: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Which tokens are attended to in each block (`LBP`; None: masking is off), and what is kept of branches."""
+        stack, masking = self.encoder.stack, self.spec.masking
+        if not self.training or not (stack.drop_path or masking.share):
+            return None, None
+        if rng is None:
+            raise ValueError(
+                "drop path and regularised masking draw from the generator of the step: give `rng`"
+            )
+        keep = stack.draw_keep(rng, len(valid_BP))
+        keep = None if keep is None else keep.to(valid_BP.device)
+        masked_LBP = masking.draw(rng, valid_BP, depth=stack.depth)
+        if masked_LBP is None:
+            return None, keep
+        return valid_BP & ~masked_LBP, masking.keep(masked_LBP, keep)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """A kind of classifier: `build(spec, classes, seed)` makes one of a spec of that type.
+
+    smaller     the fields of a recipe that make it smaller
+    batch_norm  whether what it says of a clip in training depends on the others that pass through with it
+    """
+
+    spec: type
+    build: Callable[[Any, int, int], Classifier]
+    smaller: str
+    batch_norm: bool = False
+
+
+MODELS: dict[str, Model] = {
+    "vit": Model(spec=VitSpec, build=Vit, smaller="model.encoder.width, model.encoder.depth"),
+    "cnn6": Model(spec=Cnn6Spec, build=Cnn6, smaller="model.width", batch_norm=True),
+    "convnext": Model(spec=ConvNextSpec, build=ConvNext, smaller="model.size", batch_norm=True),
+    "passt": Model(spec=PasstSpec, build=Passt, smaller="model.width, model.depth"),
+}
+
+
+def model_name(spec: ClassifierSpec) -> str:
+    """The name of the kind of classifier that a spec shapes."""
+    return next(name for name, model in MODELS.items() if isinstance(spec, model.spec))
+
+
+def built(spec: ClassifierSpec, classes: int, seed: int) -> Classifier:
+    """The classifier of a spec, with weights that `seed` decides."""
+    return MODELS[model_name(spec)].build(spec, classes, seed)
+
+
+def of_frames(spec: ClassifierSpec, frames: int) -> ClassifierSpec:
+    """The same shape for clips of so many frames; a vit's are rounded up to whole patches."""
+    if isinstance(spec, VitSpec):
+        grid = spec.encoder.grid
+        cols = -(-frames // grid.patch_frames)
+        return replace(spec, encoder=replace(spec.encoder, grid=replace(grid, cols=cols)))
+    try:
+        return replace(spec, frames=frames)  # type: ignore[type-var]  # every other has it as a field
+    except ValueError as error:
+        raise RunError(f"clips of {frames} frames are too short for this model: {error}") from None

@@ -1,0 +1,122 @@
+"""CNN6, the smallest network of PANNs (arXiv 1912.10211): four blocks of 5 x 5 convolutions."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ajepa.model.randomness import dropped, seeded, torch_generator
+
+BLOCKS = 4
+
+HALVED = 2**BLOCKS  # how much shorter, in frames and bands, what the last block says is
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cnn6Spec:
+    """Shape of a CNN6; the defaults are the paper's, 4,837,455 parameters with 527 classes.
+
+    width  channels of the first block; every other has twice those of the one before
+    """
+
+    frames: int = 1001
+    bands: int = 64
+    width: int = 64
+    block_dropout: float = 0.2
+    head_dropout: float = 0.5
+
+    def __post_init__(self) -> None:
+        if min(self.frames, self.bands) < HALVED or self.width < 1:
+            raise ValueError(
+                f"a CNN6 needs {HALVED} frames and bands or more and a width above 0, got {self}"
+            )
+        if not (0 <= self.block_dropout < 1 and 0 <= self.head_dropout < 1):
+            raise ValueError(f"dropout must lie in [0, 1), got {self}")
+
+
+class Cnn6(nn.Module):
+    """The Classifier of a `Cnn6Spec`: bands normalised, four blocks, mean over bands, mean and maximum over time.
+
+    In evaluation padding counts for nothing: it is 0 before every convolution, as what lies beyond the edges is,
+    and in no mean and no maximum; a padded clip has the logits of the clip alone. In training the batch norms
+    count it, as zeros.
+    """
+
+    def __init__(self, spec: Cnn6Spec, classes: int, seed: int) -> None:
+        super().__init__()
+        self.spec = spec
+        widths = [1, *(spec.width << block for block in range(BLOCKS))]
+        with seeded(seed):
+            self.norm = nn.BatchNorm1d(spec.bands)
+            self.blocks = nn.ModuleList(convolution(*pair) for pair in pairwise(widths))
+            self.hidden = nn.Linear(widths[-1], widths[-1])
+            self.head = nn.Linear(widths[-1], classes)
+            xavier(self)
+
+    def forward(self, mel_BTF: Tensor, n_frames_B: Tensor, rng: np.random.Generator | None = None) -> Tensor:
+        """As the Protocol says; `rng` decides dropout."""
+        spec = self.spec
+        refuse_other_size(mel_BTF, spec.frames, spec.bands)
+        generator = torch_generator(rng, mel_BTF.device) if self.training else None
+        x_BDTF = self.norm(mel_BTF.transpose(1, 2)).transpose(1, 2)[:, None]
+        for block in self.blocks:
+            x_BDTF = dropped(block(cleared(x_BDTF, n_frames_B)), spec.block_dropout, generator)
+            n_frames_B = (n_frames_B // 2).clamp(min=1)
+        x_BD = mean_and_maximum(x_BDTF.mean(dim=-1), n_frames_B)
+        x_BD = torch.relu(self.hidden(dropped(x_BD, spec.head_dropout, generator)))
+        logits_BC: Tensor = self.head(dropped(x_BD, spec.head_dropout, generator)).float()
+        return logits_BC
+
+    def layers(self) -> list[list[nn.Parameter]]:
+        """The first norm, each block, and the two layers of the head."""
+        groups: list[list[nn.Module]] = [
+            [self.norm],
+            *([block] for block in self.blocks),
+            [self.hidden, self.head],
+        ]
+        return [[weight for module in group for weight in module.parameters()] for group in groups]
+
+
+def convolution(channels: int, more: int) -> nn.Sequential:
+    """A block: 5 x 5 convolution, batch norm, ReLU, mean of every 2 x 2."""
+    return nn.Sequential(
+        nn.Conv2d(channels, more, kernel_size=5, padding=2, bias=False),
+        nn.BatchNorm2d(more),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+    )
+
+
+def xavier(network: nn.Module) -> None:
+    """PANNs' weights: matrices and filters uniform after Glorot, biases zero; norms keep theirs."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def refuse_other_size(mel_BTF: Tensor, frames: int, bands: int) -> None:
+    """ValueError where clips are not as large as a spec says."""
+    if mel_BTF.shape[1:] != (frames, bands):
+        got_frames, got_bands = mel_BTF.shape[1:]
+        raise ValueError(f"expected {frames} frames x {bands} bands, got {got_frames} x {got_bands}")
+
+
+def cleared(x_BDTF: Tensor, n_frames_B: Tensor) -> Tensor:
+    """The same with 0 past the valid frames of each clip."""
+    frames = x_BDTF.shape[2]
+    if int(n_frames_B.min()) >= frames:
+        return x_BDTF
+    valid_BT = (torch.arange(frames) < n_frames_B[:, None]).to(x_BDTF.device)
+    return x_BDTF.masked_fill(~valid_BT[:, None, :, None], 0.0)
+
+
+def mean_and_maximum(x_BDT: Tensor, n_frames_B: Tensor) -> Tensor:
+    """PANNs' pooling: mean plus maximum over the valid frames, of which each clip has one or more."""
+    invalid_BT = (torch.arange(x_BDT.shape[2]) >= n_frames_B[:, None]).to(x_BDT.device)
+    counts_B = (~invalid_BT).sum(dim=1)
+    mean_BD = x_BDT.masked_fill(invalid_BT[:, None], 0.0).sum(dim=2) / counts_B[:, None]
+    return mean_BD + x_BDT.masked_fill(invalid_BT[:, None], -torch.inf).amax(dim=2)

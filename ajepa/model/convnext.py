@@ -1,0 +1,98 @@
+"""ConvNeXt on spectrograms (arXiv 2306.00830), its blocks from timm: the one file that talks to timm."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Literal, get_args
+
+import numpy as np
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from ajepa.model.cnn6 import cleared, mean_and_maximum, refuse_other_size
+from ajepa.model.randomness import drawn_seed, seeded
+from pipeline.errors import RunError
+
+Size = Literal["atto", "femto", "pico", "nano", "tiny"]
+
+STEM_PADDING_FRAMES = 4  # at both ends of time: the paper's 1,000 frames become 252 columns
+
+HALVED = 32  # how much shorter, in frames and bands, what the last stage says is
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConvNextSpec:
+    """Shape of a ConvNeXt; the defaults are the paper's, 28,222,767 parameters with 527 classes.
+
+    The others have, with 224 bands and 527 classes, 3.5 M (atto), 5.0 M (femto), 8.8 M (pico), 15.3 M (nano).
+    """
+
+    frames: int = 1001
+    bands: int = 224
+    size: Size = "tiny"
+    drop_path: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.size not in get_args(Size):
+            raise ValueError(f"size must be one of {', '.join(get_args(Size))}, got {self.size!r}")
+        if self.bands < HALVED or self.frames + 2 * STEM_PADDING_FRAMES < HALVED:
+            raise ValueError(f"a ConvNeXt needs 24 frames and {HALVED} bands or more, got {self}")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path must lie in [0, 1), got {self.drop_path}")
+
+
+class ConvNext(nn.Module):
+    """The Classifier of a `ConvNextSpec`: bands normalised, four stages, mean over bands, mean and maximum over time.
+
+    Padding counts for nothing, but in the statistics of the first norm in training: it is 0 before every filter that
+    looks across columns, and in no mean and no maximum. A padded clip has the logits of the clip alone.
+    """
+
+    def __init__(self, spec: ConvNextSpec, classes: int, seed: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.norm = nn.BatchNorm1d(spec.bands)
+        with seeded(seed):
+            self.network = timm().create_model(
+                f"convnext_{spec.size}", in_chans=1, num_classes=classes, drop_path_rate=spec.drop_path
+            )
+
+    def forward(self, mel_BTF: Tensor, n_frames_B: Tensor, rng: np.random.Generator | None = None) -> Tensor:
+        """As the Protocol says; `rng` decides drop path."""
+        spec = self.spec
+        refuse_other_size(mel_BTF, spec.frames, spec.bands)
+        x_BDTF = cleared(self.norm(mel_BTF.transpose(1, 2)).transpose(1, 2)[:, None], n_frames_B)
+        x_BDTF = nnf.pad(x_BDTF, (0, 0, STEM_PADDING_FRAMES, STEM_PADDING_FRAMES))
+        random = self.training and spec.drop_path > 0
+        with seeded(drawn_seed(rng), x_BDTF.device) if random else nullcontext():
+            x_BD = self._pooled(x_BDTF, n_frames_B + 2 * STEM_PADDING_FRAMES)
+        logits_BC: Tensor = self.network.head(x_BD[:, :, None, None]).float()
+        return logits_BC
+
+    def _pooled(self, x_BDTF: Tensor, n_frames_B: Tensor) -> Tensor:
+        """Through stem and stages, what is not valid cleared before every block."""
+        x_BDTF, n_columns_B = self.network.stem(x_BDTF), n_frames_B // 4
+        for stage in self.network.stages:
+            if not isinstance(stage.downsample, nn.Identity):
+                x_BDTF, n_columns_B = stage.downsample(x_BDTF), (n_columns_B // 2).clamp(min=1)
+            for block in stage.blocks:
+                x_BDTF = block(cleared(x_BDTF, n_columns_B))
+        return mean_and_maximum(x_BDTF.mean(dim=-1), n_columns_B)
+
+    def layers(self) -> list[list[nn.Parameter]]:
+        """The first norm and the stem, each block (the step down before a stage with its first), and the head."""
+        network = self.network
+        groups: list[list[nn.Module]] = [[self.norm, network.stem]]
+        for stage in network.stages:
+            groups += [[stage.downsample, stage.blocks[0]], *([block] for block in stage.blocks[1:])]
+        groups.append([network.head])
+        return [[weight for module in group for weight in module.parameters()] for group in groups]
+
+
+def timm() -> ModuleType:
+    """The library; RunError where it is not installed."""
+    try:
+        import timm
+    except ImportError:
+        raise RunError("model convnext needs timm: pip install 'ajepa[supervised]'") from None
+    return timm

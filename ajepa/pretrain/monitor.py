@@ -1,0 +1,361 @@
+"""Signs of health: what an encoder says of a fixed batch of held-out clips, in numbers that a loss does not show.
+
+Collapse: an encoder that says nearly the same of everything, told from its signs of health.
+
+The probe of a run that is under way: the target encoder on some labelled clips, small enough to be asked often.
+
+Watching a run learn: its health, its probes, collapse, and what it costs; nothing of it is changed.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ajepa.evaluate.features import Views, features
+from ajepa.evaluate.metrics import mean_average_precision
+from ajepa.evaluate.probe_splits import probe_rows
+from ajepa.evaluate.probes import knn_NC, linear_NC, standardised
+from ajepa.model.jepa import TINY, Jepa
+from ajepa.pretrain.trainer import Trainer
+from ajepa.recipes.pretrain import Pretrain
+from ajepa.training.flops import pretrain_step_cost
+from ajepa.training.loop import SCORE
+from ajepa.training.meter import Meter
+from ajepa.training.run import Json, Run
+from pipeline.errors import BrokenClip, RunError
+from pipeline.loading.loader import Batch, PlainLoader, View
+from pipeline.loading.sampling import Order
+from pipeline.store.joined_store import AnyStore
+from pipeline.store.splits import kept_splits, train_splits
+
+HEALTH_CLIPS = 32
+
+DEAD_SHARE = (
+    0.01  # a dimension is dead if it deviates by less than this share of the features' root mean square
+)
+
+RANK_EPSILON = 1e-7  # of RankMe (arXiv 2210.02885), added to each share
+
+FIXED = 2**31  # stands for the step in the generator of what is fixed: no run gets there
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class HealthBatch:
+    """Clips and masks that stay the same for a whole run, on the model's device."""
+
+    mel_BTF: Tensor
+    n_frames_B: Tensor  # on the CPU, as the model asks for it
+    context_BK: Tensor
+    targets_BGQ: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch, recipe: Pretrain) -> "HealthBatch":
+        """The clips of a batch under masks of the kind that the run ends with."""
+        rng = np.random.default_rng([recipe.seed, FIXED])
+        maker = recipe.masks.maker(recipe.steps - 1, rng)
+        masks = maker.sample(rng, recipe.model.encoder.grid, batch=len(batch.rows_B))
+        device = batch.mel_BTF.device
+        return cls(
+            mel_BTF=batch.mel_BTF,
+            n_frames_B=batch.n_frames_B.cpu(),
+            context_BK=torch.from_numpy(masks.context_BK).to(device),
+            targets_BGQ=torch.from_numpy(masks.targets_BGQ).to(device),
+        )
+
+
+def health_rows(store: AnyStore, seed: int) -> np.ndarray:
+    """At most HEALTH_CLIPS good rows, drawn by `seed`: of the splits kept to measure on, or else of the others."""
+    kept = kept_splits(store)
+    rows_N = store.good_rows(kept) if kept else np.empty(0, np.int64)
+    if not len(rows_N):
+        rows_N = store.good_rows(train_splits(store))
+    return np.sort(np.random.default_rng([seed, FIXED]).permutation(rows_N)[:HEALTH_CLIPS])
+
+
+@torch.no_grad()
+def health(model: Jepa, batch: HealthBatch) -> Json:
+    """How the model stands on `batch`, in fp32 and without compiled code; nothing of the model is changed.
+
+    health_loss            the loss, on clips and masks that never change
+    health_explained       share of the targets' variance that the predictions account for
+    health_target_std      `JepaOutput.target_std`: the deviation of the targets over the tokens, before their norm
+    health_prediction_std  the same of the predictions
+    health_rank            effective rank of the target encoder's features, one for each valid token of the whole
+                           clips: RankMe (arXiv 2210.02885), at most the encoder's width
+    health_rank_clips      the same of each clip's mean, at most the number of clips
+    health_spread          how far these features lie from their mean, as a share of how far from 0 (root mean
+                           squares): 0 if all are alike
+    health_content         share of the features' variance that is left once each position's mean is taken
+                           away: 0 if a token tells where it lies and nothing of the sound
+    health_dead            share of the features' dimensions that deviate by less than DEAD_SHARE of their root
+                           mean square
+    health_teacher_cosine  between target and context encoder, token by token, of the whole clips
+    """
+    training = model.training
+    model.eval()
+    with uncompiled(model):
+        output = model(batch.mel_BTF, batch.context_BK, batch.targets_BGQ, batch.n_frames_B)
+        valid_BP = model.validity(batch.n_frames_B, batch.mel_BTF.device)
+        teacher_BPD, student_BPD = (
+            encoder(batch.mel_BTF, valid_BP=valid_BP).float() for encoder in (model.target, model.encoder)
+        )
+    model.train(training)
+    if valid_BP is None:
+        valid_BP = torch.ones(teacher_BPD.shape[:2], dtype=torch.bool, device=teacher_BPD.device)
+    cosine_BP = F.cosine_similarity(teacher_BPD, student_BPD, dim=-1)
+    told = {
+        "loss": output.loss,
+        "explained": output.explained,
+        "target_std": output.target_std,
+        "prediction_std": output.prediction_std,
+        **features_told(teacher_BPD, valid_BP),
+        "teacher_cosine": cosine_BP[valid_BP].mean(),
+    }
+    return {f"health_{name}": float(value) for name, value in told.items()}
+
+
+def uncompiled(model: nn.Module) -> AbstractContextManager[object]:
+    """Where its blocks run as they are written: another batch size would be compiled for in vain."""
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()  # the other one takes seconds to import
+
+
+def features_told(feature_BPD: Tensor, valid_BP: Tensor) -> dict[str, Tensor]:
+    """What is told of the features of the valid tokens; see `health`."""
+    feature_BPD = torch.where(valid_BP[..., None], feature_BPD.double(), 0.0)
+    token_ND = feature_BPD[valid_BP]
+    clip_BD = feature_BPD.sum(1) / valid_BP.sum(1, keepdim=True)
+    position_PD = feature_BPD.sum(0) / valid_BP.sum(0).clamp(min=1)[:, None]
+    about_D = token_ND - token_ND.mean(0)
+    within = (feature_BPD - position_PD)[valid_BP].square().sum()
+    deviation_D = about_D.square().mean(0).sqrt()
+    size = token_ND.square().mean().sqrt()
+    return {
+        "spread": about_D.square().mean().sqrt() / size.clamp(min=TINY),
+        "rank": effective_rank(token_ND),
+        "rank_clips": effective_rank(clip_BD),
+        "content": within / about_D.square().sum().clamp(min=TINY),
+        "dead": (deviation_D < DEAD_SHARE * size).double().mean(),
+    }
+
+
+def effective_rank(x_ND: Tensor) -> Tensor:
+    """RankMe (arXiv 2210.02885): the exponential of the entropy of the singular values' shares of their sum.
+
+    From the eigenvalues of the smaller Gram matrix, in float64: those of a value of 1e-7 of the largest count still.
+    """
+    x_ND = x_ND.double()
+    gram = x_ND @ x_ND.T if len(x_ND) < x_ND.shape[1] else x_ND.T @ x_ND
+    value_D = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    share_D = value_D / value_D.sum().clamp(min=TINY) + RANK_EPSILON
+    return (-(share_D * share_D.log()).sum()).exp()
+
+
+LEAST_SPREAD, LEAST_RANK, LEAST_CONTENT = 0.2, 4.0, 0.02
+
+PATIENCE = 3  # looks in a row: healthy runs may pass through a dip
+
+ADVICE = (
+    "try a lower schedule.peak_lr, a slower teacher (schedule.ema_start nearer 1), model.loss=l2 or "
+    "model.targets=cosines"
+)
+
+
+def signs(look: Json) -> list[str]:
+    """What of `health.health` means collapse, in words; nothing where all is well.
+
+    Seen in some dozen runs of 120 to 300 steps, of widths 32 and 64 (one of 96), on the tests' clips and on 2,000
+    others (L2, squared L2 and cosine, teacher and fixed targets, random patches and curricula, seeds 0 to 2). Wider
+    encoders were not tried: of a large run that is stopped, look at the curves, and use `--on-collapse warn`.
+
+    health_spread   random init 0.60 to 0.91, healthy 0.33 or more (the least is a dip of the tests' `tiny`),
+                    collapsed 0.09 to 0.2 (no lag between teacher and student, squared L2, lr 3e-3)
+    health_rank     random init 12 to 34, healthy 8.4 or more, collapsed 2.7 to 5; it still tells when a
+                    collapsed run has found its size again (0.3 to 0.5), at 2.8 to 3.8
+    health_content  random init 0.28 to 0.95, healthy 0.20 or more; no run was made that lost the sound and kept
+                    the positions, so this threshold is a tenth of the least seen and no more
+    """
+    found = []
+    if (spread := look["health_spread"]) < LEAST_SPREAD:
+        found.append(f"features deviate by {spread:.0%} of their size (healthy: over {LEAST_SPREAD:.0%})")
+    if (rank := look["health_rank"]) < LEAST_RANK:
+        found.append(f"their effective rank is {rank:.1f} (over {LEAST_RANK:g})")
+    if (content := look["health_content"]) < LEAST_CONTENT:
+        found.append(f"{content:.1%} of their variance is not position (over {LEAST_CONTENT:.0%})")
+    return found
+
+
+def in_a_row(looks: Sequence[Json]) -> int:
+    """How many of the last looks at a run's health, without a break, found it collapsed."""
+    return len(list(takewhile(signs, reversed(looks))))
+
+
+PROBE_L2 = 0.1  # the second of `probes.L2_GRID`: one stated penalty, where a search would cost ten fits
+
+EVAL_SHARE = 0.5  # clips that are measured on, at most, for each that is trained on
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Probe:
+    """Clips that stay the same for a whole run, and every label set that can be measured on them.
+
+    probe_linear_SET  mAP of a linear probe with the penalty PROBE_L2, trained and measured on that label set
+    probe_knn_SET     mAP of `probes.knn_NC`
+    probe_map         the mean of them all: by it the best checkpoint is told (`loop.SCORE`)
+    """
+
+    views: Views
+    train_N: np.ndarray
+    eval_N: np.ndarray
+    label_sets: tuple[str, ...]
+    on_broken: Literal["raise", "skip"] = "raise"
+    broken: set[int] = field(default_factory=set)  # rows that turned out to be unreadable
+
+    def scores(self, model: Jepa) -> Json:
+        """mAP of the model's target encoder as it is now; nothing is drawn and nothing of it is changed."""
+        with uncompiled(model):
+            train_N, train_ND = self.features(model, self.train_N)
+            eval_N, eval_ND = self.features(model, self.eval_N)
+        known, asked = standardised(train_ND, eval_ND)
+        store, told = self.views.store, {}
+        for name in self.label_sets:
+            train_NC, eval_NC = store.labels_BC(train_N, name), store.labels_BC(eval_N, name)
+            linear = linear_NC(known, train_NC, asked, l2=PROBE_L2)
+            told[f"probe_linear_{name}"] = mean_average_precision(eval_NC, linear).value
+            told[f"probe_knn_{name}"] = mean_average_precision(eval_NC, knn_NC(known, train_NC, asked)).value
+        return {**told, SCORE: float(np.mean(list(told.values())))}
+
+    def features(self, model: Jepa, rows_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The rows that can be read, and a vector for each; BrokenClip where none may be left out."""
+        while True:
+            rows_N = rows_N[~np.isin(rows_N, list(self.broken))]
+            try:
+                return rows_N, features(self.views, rows_N, model.target)
+            except BrokenClip as error:
+                if self.on_broken == "raise":
+                    raise
+                self.broken.add(error.row)
+
+
+def open_probe(
+    store: AnyStore,
+    recipe: Pretrain,
+    identity: Json,
+    on_broken: Literal["raise", "skip"],
+    say: Callable[[str], None],
+) -> Probe | None:
+    """The recipe's probe; None where it has none, or the store nothing to measure on, which is said once."""
+    if not recipe.probe_every:
+        return None
+    kept = kept_splits(store)
+    if not kept or not len(store.good_rows(kept)):
+        say(f"{store.place}: no probe while training: no clip of a split named eval or test")
+        return None
+    train_N, eval_N = probe_rows(store, recipe.seed, recipe.probe_clips)
+    most = int(EVAL_SHARE * recipe.probe_clips)
+    eval_N = np.sort(np.random.default_rng([recipe.seed, 2]).permutation(eval_N)[:most])
+    label_sets = tuple(name for name in store.label_sets if store.labels_BC(eval_N, name).any())
+    if not label_sets:
+        say(f"{store.place}: no probe while training: no clip to measure on has a label")
+        return None
+    views = Views(store=store, frames=recipe.view_frames, mean=identity["mean"], std=identity["std"])
+    return Probe(views=views, train_N=train_N, eval_N=eval_N, label_sets=label_sets, on_broken=on_broken)
+
+
+OnCollapse = Literal["stop", "warn"]
+
+
+@dataclass(kw_only=True, slots=True)
+class Watch:
+    """What `loop.train` is watched by: the same is told on resume, to the bit, and no generator is drawn from."""
+
+    run: Run
+    trainer: Trainer
+    meter: Meter
+    fixed: HealthBatch | None
+    probe: Probe | None
+    on_collapse: OnCollapse
+    say: Callable[[str], None]
+    looks: list[Json]  # the last PATIENCE at the model's health
+
+    def after(self, done: int) -> Json:
+        """What is seen after `done` steps, every so often and after the last one; else nothing."""
+        recipe, model = self.trainer.recipe, self.trainer.model
+        self.meter.step(pretrain_step_cost(recipe, self.trainer.shape, recompute=model.encoder.recompute))
+        told: Json = {}
+        if self.fixed is not None and self.due(done, recipe.health_every):
+            told |= health(model, self.fixed)
+            self.judge({"step": done, **told})
+        if self.probe is not None and self.due(done, recipe.probe_every):
+            told |= self.probe.scores(model)
+        return told
+
+    def due(self, done: int, every: int) -> bool:
+        return done % every == 0 or done == self.trainer.recipe.steps
+
+    def judge(self, look: Json) -> None:
+        """Remember a look at the model's health, and warn if it is the first to find a collapse."""
+        self.looks = [*self.looks, look][-PATIENCE:]
+        if in_a_row(self.looks) == 1:
+            then = (
+                f"; the run stops if {PATIENCE} looks in a row find it" if self.on_collapse == "stop" else ""
+            )
+            self.say(f"{self.run.path}: step {look['step']}: collapsing: {', '.join(signs(look))}{then}")
+
+    def saving(self) -> None:
+        """Write down what the run has cost up to the checkpoint that is about to be written."""
+        self.meter.save(self.run.path)
+
+    def ill(self) -> str | None:
+        """That the run has collapsed, what was seen, and what to try."""
+        if self.on_collapse == "warn" or in_a_row(self.looks) < PATIENCE:
+            return None
+        look = self.looks[-1]
+        return (
+            f"collapsed: {', '.join(signs(look))}, at {PATIENCE} looks in a row; seen in the checkpoint of step "
+            f"{look['step']}; {ADVICE}, in another --run, or go on with --on-collapse warn"
+        )
+
+
+def open_watch(
+    run: Run,
+    trainer: Trainer,
+    store: AnyStore,
+    view: View,
+    *,
+    on_broken: Literal["raise", "skip"],
+    on_collapse: OnCollapse,
+    say: Callable[[str], None],
+) -> Watch:
+    """Everything that a run is watched with, from its newest checkpoint on; RunError where that has collapsed."""
+    if on_collapse not in ("stop", "warn"):
+        raise RunError(f"on_collapse must be stop or warn, got {on_collapse!r}")
+    recipe, fixed = trainer.recipe, None
+    if recipe.health_every:
+        rows_N = health_rows(store, recipe.seed)
+        order = Order(rows_N=rows_N, clips=len(rows_N), seed=recipe.seed)
+        loader = PlainLoader(store, order, view, trainer.device, on_broken=on_broken, say=say)
+        fixed = HealthBatch.of(loader.batch(0), recipe)
+    meter = Meter(trainer.device, ranks=trainer.world.size)
+    meter.resume(run.path, run.step)
+    made = Watch(
+        run=run,
+        trainer=trainer,
+        meter=meter,
+        fixed=fixed,
+        probe=open_probe(store, recipe, run.identity, on_broken, say),
+        on_collapse=on_collapse,
+        say=say,
+        looks=[line for line in run.metrics() if "health_spread" in line][-PATIENCE:],
+    )
+    if why := made.ill():
+        raise RunError(f"{run.path}: {why}")
+    return made

@@ -1,0 +1,276 @@
+"""Finetune: what decides a run that trains a classifier, from a pre-trained encoder or from nothing.
+
+Every named recipe of fine-tuning: what decides such a run, as one frozen value.
+
+The papers' are A-JEPA's, which follows Audio-MAE (arXiv 2207.06405); its table gives no layer decay, 0.75 is the
+default of Audio-MAE's released program. Costs are reckoned as in `recipes.py`, for a ViT-B.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from ajepa.model.classifier import ClassifierSpec, VitSpec
+from ajepa.model.patches import PatchGrid
+from ajepa.model.vit import EncoderSpec, encoder_spec
+from ajepa.recipes.optimiser import AdamW, one_cycle, warmup_cosine
+from ajepa.recipes.pretrain import CropName
+from pipeline.loading.augment import Augment
+
+LossName = Literal["auto", "bce", "ce"]
+
+HeadName = Literal["random", "probe"]
+
+SamplingName = Literal["shuffle", "balanced", "balanced-once", "repeated"]
+
+RateName = Literal["cosine", "one-cycle", "constant"]
+
+WeightsName = Literal["ast", "passt", "panns"]
+
+RATE_CLIPS = 256  # a base rate is for so many clips a step, and grows in proportion
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finetune:
+    """What decides a fine-tuning run, beside its task, its store and what it starts from.
+
+    base_lr      peak rate for 256 clips a step
+    rate         cosine: straight up during `warmup_epochs`, then down by half a cosine; one-cycle: half a cosine up,
+                 from a 25th, and one down; constant: the peak from the first step to the last
+    layer_decay  the rate of each layer below the head is so many times that of the one above it
+    head         random: drawn anew; probe: where training starts from an encoder, the linear probe on it, so that the
+                 first step stands where `ajepa-train evaluate` ends
+    loss         bce: of every class by itself; ce: cross-entropy over all; auto: ce where clips have one label each
+    sampling     shuffle: every clip once an epoch. balanced: drawn with replacement, a clip as often as the sum over
+                 its labels says (`weights`, a scheme of `pipeline.weights`); balanced-once: so, but none twice an
+                 epoch. repeated: the clips of each class repeated until they are half as many as the largest class's
+    clips_per_epoch  0: as many as there are to train on
+    ema          above 0: what is measured is a moving average of the weights that keeps so much of itself a step,
+                 less in the first steps: (1 + step) / (10 + step) at most
+    steps        0: as many as `epochs` take, which is known when the store is; written into the run
+    evaluations  times at which the held-out clips are measured, evenly spread; the last one is the end
+    """
+
+    name: str
+    mel: str
+    model: ClassifierSpec
+    base_lr: float
+    epochs: int
+    warmup_epochs: int
+    clips_per_step: int
+    head: HeadName = "random"
+    loss: LossName = "auto"
+    sampling: SamplingName = "shuffle"
+    weights: WeightsName = "ast"
+    clips_per_epoch: int = 0
+    augment: Augment = Augment()  # noqa: RUF009  (frozen)
+    rate: RateName = "cosine"
+    end_lr: float = 1e-6
+    layer_decay: float = 0.75
+    ema: float = 0.0
+    optimiser: AdamW = AdamW(weight_decay=1e-4)
+    crop: CropName = "random"
+    seed: int = 0
+    steps: int = 0
+    evaluations: int = 10
+    log_every: int = 10  # steps
+    checkpoint_every: int = 1_000  # steps
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        counts = (self.epochs, self.clips_per_step, self.evaluations, self.log_every, self.checkpoint_every)
+        if min(*counts, self.keep_checkpoints) < 1 or min(self.steps, self.clips_per_epoch) < 0:
+            raise ValueError(
+                "epochs, clips and intervals must be at least 1, steps and clips_per_epoch 0 or more"
+            )
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise ValueError(
+                f"the warm-up must end before the run: {self.warmup_epochs} of {self.epochs} epochs"
+            )
+        if not (min(self.base_lr, self.end_lr) >= 0 and 0 < self.layer_decay <= 1 and 0 <= self.ema < 1):
+            told = f"{self.base_lr}, {self.end_lr}, {self.layer_decay} and {self.ema}"
+            raise ValueError(
+                f"rates of 0 or more, layer_decay in (0, 1], ema in [0, 1) are expected, got {told}"
+            )
+        words = ((self.loss, LossName), (self.sampling, SamplingName), (self.weights, WeightsName))
+        for value, known in (*words, (self.rate, RateName), (self.crop, CropName), (self.head, HeadName)):
+            if value not in get_args(known):
+                raise ValueError(f"expected one of {', '.join(get_args(known))}, got {value!r}")
+
+    def of_epochs(self, steps_per_epoch: int) -> "Finetune":
+        """The recipe with as many steps as its epochs take, unless it says how many."""
+        return self if self.steps else replace(self, steps=self.epochs * steps_per_epoch)
+
+    def lr(self, step: int) -> float:
+        """The head's rate of the update after `step` steps; `of_epochs` comes first."""
+        peak = self.base_lr * self.clips_per_step / RATE_CLIPS
+        if self.rate == "constant":
+            return peak
+        warmup_steps = self.steps * self.warmup_epochs // self.epochs
+        if self.rate == "one-cycle":
+            return one_cycle(step, steps=self.steps, warmup_steps=warmup_steps, peak=peak, end=self.end_lr)
+        return warmup_cosine(step, steps=self.steps, warmup_steps=warmup_steps, peak=peak, end=self.end_lr)
+
+    def evaluated(self, done: int) -> bool:
+        """Whether the held-out clips are measured after so many steps."""
+        return done * self.evaluations // self.steps > (done - 1) * self.evaluations // self.steps
+
+
+def vit_b(frames: int) -> VitSpec:
+    """A ViT-B on so many frames of 128 bands, drop path 0.1, a tenth of the tokens masked in each layer."""
+    return VitSpec(encoder=replace(encoder_spec("b", PatchGrid.of(frames, 128)), drop_path=0.1))
+
+
+def audioset_20k() -> Finetune:
+    """AudioSet's balanced 20k clips (A-JEPA's AS-20K), 1024 frames.
+
+    Cost: 60 epochs of 22,160 clips, 3.5e17 FLOP, half an H100 hour. Expected (paper, ViT-B): mAP 38.4; not reproduced
+    here yet.
+    """
+    return Finetune(
+        name="audioset-20k",
+        mel="a-jepa",
+        model=vit_b(1024),
+        base_lr=1e-3,
+        epochs=60,
+        warmup_epochs=4,
+        clips_per_step=32,
+        loss="bce",
+        augment=Augment(roll=True, gain_db=3.0, time_mask_frames=192, band_mask_bands=48, mixup_share=0.5),
+    )
+
+
+def audioset_2m() -> Finetune:
+    """All of AudioSet (A-JEPA's AS-2M): epochs of 200,000 clips drawn by class weights, none twice.
+
+    Cost: 100 epochs, 5.2e18 FLOP, 7 H100 hours. Expected (paper, ViT-B): mAP 48.6, without regularised masking 48.1;
+    not reproduced here yet.
+    """
+    return replace(
+        audioset_20k(),
+        name="audioset-2m",
+        base_lr=2e-4,
+        epochs=100,
+        warmup_epochs=20,
+        clips_per_step=512,
+        sampling="balanced-once",
+        clips_per_epoch=200_000,
+    )
+
+
+def esc50() -> Finetune:
+    """ESC-50, one fold of five, 512 frames.
+
+    Cost: 60 epochs of 1,600 clips, 1.3e16 FLOP, one H100 minute a fold. Expected (paper, ViT-B): accuracy 96.3, mean
+    of the folds; not reproduced here yet.
+    """
+    return replace(
+        audioset_20k(),
+        name="esc50",
+        model=vit_b(512),
+        clips_per_step=64,
+        loss="ce",
+        augment=Augment(time_mask_frames=96, band_mask_bands=24),
+    )
+
+
+def speech_commands_v2() -> Finetune:
+    """Speech Commands v2, 35 words (A-JEPA's SPC-2), 128 frames.
+
+    Cost: 60 epochs of 84,843 clips, 1.7e17 FLOP, a quarter of an H100 hour. Expected (paper, ViT-B): accuracy 98.5;
+    not reproduced here yet.
+    """
+    return replace(
+        audioset_20k(),
+        name="speech-commands-v2",
+        model=vit_b(128),
+        clips_per_step=256,
+        augment=Augment(time_mask_frames=48, band_mask_bands=48, mixup_share=0.5),
+    )
+
+
+def speech_commands_v1() -> Finetune:
+    """Speech Commands v1, ten commands and unknown (A-JEPA's SPC-1, but for its silence), 128 frames.
+
+    Cost: 10 epochs of 195,000 clips with repetitions, 6e16 FLOP, 5 H100 minutes. Expected (paper, ViT-B, 12 classes):
+    accuracy 97.7; not reproduced here yet.
+    """
+    made = speech_commands_v2()
+    return replace(made, name="speech-commands-v1", epochs=10, warmup_epochs=1, sampling="repeated")
+
+
+def voxceleb1_sid() -> Finetune:
+    """VoxCeleb1's 1,251 speakers, 1024 frames.
+
+    Cost: 60 epochs of 138,361 clips, 2.2e18 FLOP, 3 H100 hours. Expected (paper, ViT-B): accuracy 95.8; not
+    reproduced here yet.
+    """
+    return replace(
+        audioset_20k(),
+        name="voxceleb1-sid",
+        clips_per_step=64,
+        loss="ce",
+        augment=Augment(time_mask_frames=192, band_mask_bands=48),
+    )
+
+
+def fsd50k() -> Finetune:
+    """FSD50K, 1024 frames, as AudioSet's 20k clips, to which it is nearest: A-JEPA does not report it.
+
+    Cost: 60 epochs of 36,796 clips, 5.8e17 FLOP, 50 H100 minutes. Expected: nothing published with this recipe.
+    """
+    return replace(audioset_20k(), name="fsd50k")
+
+
+def own() -> Finetune:
+    """Any labels of your own: AudioSet's 20k recipe on views as long as the store's clips, from a probed head.
+
+    Pooled by moments, which probes of small encoders gained most from (`bench/finetune.py`).
+    Cost: a ViT-B needs a GPU; 1,000 clips of 10 s take 1.6e16 FLOP, two H100 minutes. Expected: depends on the clips;
+    measure against `ajepa-train evaluate`, which trains nothing but probes.
+    """
+    model = replace(vit_b(1024), pooling="moments")
+    return replace(audioset_20k(), name="own", model=model, loss="auto", head="probe")
+
+
+def own_small() -> Finetune:
+    """The same for the encoder of `small` and two CPU cores, on 2.5 s at a time, as that was pre-trained.
+
+    Cost: 4 CPU minutes for 450 clips of 10 s. Expected: mAP .785 on the demo corpus, where the probe it starts from has
+    .771 and the same from random weights .761 (`bench/finetune.py`).
+    """
+    encoder = EncoderSpec(grid=PatchGrid.of(256, 128), width=128, depth=4, heads=2)
+    return Finetune(
+        name="own-small",
+        mel="a-jepa",
+        model=VitSpec(encoder=encoder, pooling="moments"),
+        base_lr=1.6e-2,
+        epochs=36,
+        warmup_epochs=6,
+        clips_per_step=16,
+        head="probe",
+        augment=Augment(roll=True, time_mask_frames=96, band_mask_bands=16, mixup_share=0.5),
+        ema=0.99,
+        evaluations=3,
+        checkpoint_every=100,
+    )
+
+
+def resized(
+    recipe: Finetune,
+    *,
+    epochs: int | None = None,
+    steps: int | None = None,
+    clips_per_step: int | None = None,
+    seed: int | None = None,
+) -> Finetune:
+    """The same recipe with other counts: the warm-up keeps its share, and the rate follows the clips of a step.
+
+    Epochs take the place of a recipe's steps, steps that of its epochs.
+    """
+    seed, clips = recipe.seed if seed is None else seed, clips_per_step or recipe.clips_per_step
+    if epochs and (epochs != recipe.epochs or recipe.steps):
+        warmup = recipe.warmup_epochs * epochs // recipe.epochs
+        recipe = replace(recipe, epochs=epochs, warmup_epochs=warmup, steps=0)
+    if steps:
+        recipe = replace(recipe, steps=steps)
+    return replace(recipe, seed=seed, clips_per_step=clips)

@@ -1,1 +1,0 @@
-"""One file per downstream task, each with one value; `catalogue.py` lists them."""

@@ -1,0 +1,274 @@
+"""Container: what a file is by its first bytes, whatever it is called, and what its header says of its length."""
+
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from os import SEEK_END
+from pathlib import Path
+from typing import BinaryIO, Literal, NamedTuple
+
+from pipeline.audio.byte_window import Window
+from pipeline.audio.sources import Sound
+from pipeline.errors import AudioError
+
+Readable = BinaryIO | Window
+
+HEAD_BYTES = 4096
+
+UNKNOWN_BYTES = 0x7FFF_F000  # a wav size from here up was never filled in: sox writes this, ffmpeg 2^32 - 1
+
+UNFILLED_BYTES = 2**42  # the same of a w64 (FFmpeg writes 2^63 - 1); ext4 cannot even seek beyond 2^44
+
+RIFF_CHUNKS = 1000  # a file of zeros would go on for ever
+
+LIBSNDFILE_TAGS = (1, 3, 6, 7, 0xFFFE)  # PCM, float, A-law, mu-law, extensible; ADPCM and mp3 in wav: PyAV
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Container:
+    """One kind of file, and what its header states.
+
+    demuxer FFmpeg's name of it, given outright: probing could take a text for a playlist and follow its links
+    length  what FFmpeg's duration is: declared by the header, found at the end of what is there (so it cannot
+            show that anything is missing), or guessed from the bit rate (so it means nothing)
+    """
+
+    suffixes: tuple[str, ...]
+    demuxer: str
+    libsndfile: bool = False  # decode with libsndfile instead
+    seekable: bool = False  # has time stamps to find a second by, without decoding what lies before
+    length: Literal["declared", "found", "guessed"] = "declared"
+    declared_frames: int | None = None  # where the decoder would hide it
+
+    def misnamed(self, name: str) -> bool:
+        """True where the extension names another kind of file; an unknown one or none names nothing."""
+        return Path(name).suffix.lower() in SUFFIXES - set(self.suffixes)
+
+
+KINDS = {
+    "wav": Container(suffixes=(".wav", ".wave"), demuxer="wav", libsndfile=True),
+    "flac": Container(suffixes=(".flac",), demuxer="flac", libsndfile=True),
+    "mp3": Container(suffixes=(".mp3", ".mp2"), demuxer="mp3"),
+    "aac": Container(suffixes=(".aac",), demuxer="aac", length="guessed"),
+    "ogg": Container(
+        suffixes=(".ogg", ".oga", ".opus", ".spx", ".ogv"), demuxer="ogg", length="found", seekable=True
+    ),
+    "mp4": Container(
+        suffixes=(".m4a", ".mp4", ".m4v", ".m4b", ".mov", ".3gp", ".3g2"), demuxer="mov", seekable=True
+    ),
+    "matroska": Container(suffixes=(".webm", ".mkv", ".mka", ".weba"), demuxer="matroska", seekable=True),
+    "aiff": Container(suffixes=(".aiff", ".aif", ".aifc"), demuxer="aiff"),
+    "au": Container(suffixes=(".au", ".snd"), demuxer="au"),
+    "caf": Container(suffixes=(".caf",), demuxer="caf"),
+    "w64": Container(suffixes=(".w64",), demuxer="w64"),
+    "avi": Container(suffixes=(".avi",), demuxer="avi"),
+    "asf": Container(suffixes=(".wma", ".wmv", ".asf"), demuxer="asf"),
+    "flv": Container(suffixes=(".flv",), demuxer="flv"),
+    "mpegts": Container(suffixes=(".ts",), demuxer="mpegts", length="found"),
+    "mpeg": Container(suffixes=(".mpg", ".mpeg"), demuxer="mpeg", length="found"),
+    "amr": Container(suffixes=(".amr",), demuxer="amr", length="guessed"),
+    "ac3": Container(suffixes=(".ac3",), demuxer="ac3", length="guessed"),
+    "wavpack": Container(suffixes=(".wv",), demuxer="wv"),
+}
+
+SUFFIXES = {suffix for kind in KINDS.values() for suffix in kind.suffixes}
+
+SIGNATURES = (  # offset, bytes, kind
+    (0, b"fLaC", "flac"),
+    (0, b"OggS", "ogg"),
+    (0, b"\x1aE\xdf\xa3", "matroska"),
+    (4, b"ftyp", "mp4"),
+    (4, b"moov", "mp4"),
+    (4, b"mdat", "mp4"),
+    (4, b"wide", "mp4"),
+    (4, b"free", "mp4"),
+    (8, b"AIFF", "aiff"),
+    (8, b"AIFC", "aiff"),
+    (8, b"AVI ", "avi"),
+    (0, b".snd", "au"),
+    (0, b"caff", "caf"),
+    (0, b"riff\x2e\x91\xcf\x11", "w64"),
+    (0, b"0&\xb2u\x8ef\xcf\x11", "asf"),
+    (0, b"FLV\x01", "flv"),
+    (0, b"\x00\x00\x01\xba", "mpeg"),
+    (0, b"#!AMR", "amr"),
+    (0, b"\x0bw", "ac3"),
+    (0, b"wvpk", "wavpack"),
+)
+
+
+def recognise(source: Sound) -> Container:
+    """The container of a sound; AudioError missing where there is none, unreadable where it is no known one."""
+    try:
+        with opened(source) as file:
+            head, tagged = head_after_tags(file)
+            container = container_of(head, file) or (mp3(head) if tagged and head else None)
+    except OSError as error:
+        reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
+        raise AudioError(reason, f"cannot be read ({error.strerror})") from None
+    if container is None:
+        raise AudioError("unreadable", f"{description(head)}, no known audio; fetch it again")
+    return container
+
+
+@contextmanager
+def opened(source: Sound) -> Iterator[Readable]:
+    """The sound from its first byte on, with a place of its own: a sound may be open twice at a time."""
+    if isinstance(source, Path):
+        if not source.is_file():
+            raise AudioError("missing", f"{absence(source)}; fetch it, or correct its path")
+        with source.open("rb") as file:
+            yield file
+    else:
+        yield (
+            source.again()
+            if isinstance(source, Window)
+            else Window(source.getbuffer(), 0, source.getbuffer().nbytes)
+        )
+
+
+def absence(source: Path) -> str:
+    """Why there is no file at a path."""
+    if source.is_symlink():
+        return f"a link to {str(source.readlink())!a}, where there is no file"
+    return "a folder, not a file" if source.is_dir() else "no such file"
+
+
+def head_after_tags(file: Readable) -> tuple[bytes, bool]:
+    """The first bytes after ID3 tags (pictures may make them megabytes long), and whether there was one."""
+    position, head = 0, file.read(HEAD_BYTES)
+    while head[:3] == b"ID3" and len(head) >= 10:
+        size = (head[6] & 127) << 21 | (head[7] & 127) << 14 | (head[8] & 127) << 7 | head[9] & 127
+        position += 10 + size
+        file.seek(position)
+        head = file.read(HEAD_BYTES)
+    return head, position > 0
+
+
+def container_of(head: bytes, file: Readable) -> Container | None:
+    """The kind by signature, completed from its header."""
+    if head[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64") and head[8:12] == b"WAVE":
+        return wav(file, ">" if head[:4] == b"RIFX" else "<")
+    for offset, signature, name in SIGNATURES:
+        if head.startswith(signature, offset):
+            if name in ("w64", "caf"):
+                return replace(
+                    KINDS[name], declared_frames=w64_frames(file) if name == "w64" else caf_frames(file)
+                )
+            return flac(head) if name == "flac" else KINDS[name]
+    if head[:1] == b"G" and head[188:189] == b"G":
+        return KINDS["mpegts"]
+    return mpeg_audio(head.lstrip(b"\0"))
+
+
+def flac(head: bytes) -> Container:
+    """Encoders that write to a pipe leave the number of samples 0; libsndfile then offers 2^63 - 1."""
+    samples = int.from_bytes(head[18:26]) % 2**36
+    return KINDS["flac"] if samples else replace(KINDS["flac"], libsndfile=False, length="guessed")
+
+
+def mpeg_audio(head: bytes) -> Container | None:
+    """mp3 (or layer 2) and bare AAC begin with the same sync word; the layer bits tell them apart."""
+    if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0:
+        return None
+    layer = head[1] >> 1 & 3
+    if layer == 0:
+        return KINDS["aac"] if head[1] & 0xF0 == 0xF0 else None
+    if layer == 3 or head[2] >> 4 == 15 or head[2] >> 2 & 3 == 3:
+        return None
+    return mp3(head)
+
+
+def mp3(head: bytes) -> Container:
+    """An mp3 states its length in a Xing, Info or VBRI frame, or not at all."""
+    stated = any(name in head for name in (b"Xing", b"Info", b"VBRI"))
+    return KINDS["mp3"] if stated else replace(KINDS["mp3"], length="guessed")
+
+
+def wav(file: Readable, order: str) -> Container:
+    """A wav with the frames its header declares: libsndfile only tells how many there are."""
+    header = riff_header(file, order)
+    if header.tag not in LIBSNDFILE_TAGS:
+        return replace(KINDS["wav"], libsndfile=False)
+    if header.sound_bytes == 0 and header.rest_bytes:  # the writer died; libsndfile would see no sound
+        return replace(KINDS["wav"], libsndfile=False, length="guessed")
+    if header.sound_bytes is None or not header.frame_bytes:
+        return KINDS["wav"]
+    return replace(KINDS["wav"], declared_frames=header.sound_bytes // header.frame_bytes)
+
+
+class RiffHeader(NamedTuple):
+    """`sound_bytes` as declared, None where the header does not know; `rest_bytes` are there from `data` on."""
+
+    tag: int = 1
+    frame_bytes: int = 0
+    sound_bytes: int | None = None
+    rest_bytes: int = 0
+
+
+def riff_header(file: Readable, order: str) -> RiffHeader:
+    """Walk the chunks of a wav up to the sound."""
+    found = RiffHeader()
+    position = 12
+    for _ in range(RIFF_CHUNKS):
+        file.seek(position)
+        chunk = file.read(24)
+        if len(chunk) < 8:
+            break
+        name, size = struct.unpack_from(f"{order}4sI", chunk)
+        if name == b"data":
+            rest_bytes = file.seek(0, SEEK_END) - position - 8
+            known = size if size < UNKNOWN_BYTES else found.sound_bytes
+            return found._replace(sound_bytes=known, rest_bytes=rest_bytes)
+        if name == b"fmt " and len(chunk) == 24:
+            tag, frame_bytes = struct.unpack_from(f"{order}H10xH", chunk, 8)
+            found = found._replace(tag=tag, frame_bytes=frame_bytes)
+        if name == b"ds64" and len(chunk) == 24:  # the 64-bit size of an RF64
+            found = found._replace(sound_bytes=struct.unpack_from(f"{order}8xQ", chunk, 8)[0])
+        position += 8 + size + size % 2
+    return found._replace(sound_bytes=None)
+
+
+def w64_frames(file: Readable) -> int | None:
+    """The frames that a w64 declares; FFmpeg tells only how many are there. Chunks are named by 16 bytes."""
+    position, frame_bytes = 40, 0
+    for _ in range(RIFF_CHUNKS):
+        file.seek(position)
+        chunk = file.read(40)
+        if len(chunk) < 40:
+            break
+        size = int.from_bytes(chunk[16:24], "little")
+        if chunk[:4] == b"data":
+            return (size - 24) // frame_bytes if frame_bytes and 24 <= size < UNFILLED_BYTES else None
+        if chunk[:4] == b"fmt ":
+            frame_bytes = int.from_bytes(chunk[36:38], "little")
+        position = min(position + max(24, size + -size % 8), UNFILLED_BYTES)
+    return None
+
+
+def caf_frames(file: Readable) -> int | None:
+    """The frames that a caf of constant packets declares; FFmpeg tells only how many are there."""
+    position, packet_bytes, packet_frames = 8, 0, 0
+    for _ in range(RIFF_CHUNKS):
+        file.seek(position)
+        chunk = file.read(36)
+        if len(chunk) < 12:
+            break
+        size = int.from_bytes(chunk[4:12], signed=True)
+        if chunk[:4] == b"data":  # begins with 4 bytes that are no sound; -1: up to the end of the file
+            return (size - 4) // packet_bytes * packet_frames if packet_bytes and size >= 4 else None
+        if chunk[:4] == b"desc" and len(chunk) == 36:
+            packet_bytes, packet_frames = struct.unpack(">II", chunk[28:36])
+        position = min(position + 12 + max(0, size), UNFILLED_BYTES)
+    return None
+
+
+def description(head: bytes) -> str:
+    """What a file without a known signature looks like to a human."""
+    if not head:
+        return "is empty"
+    start = head[:40]
+    if all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in start):
+        return f"is text (begins {start.decode('ascii')!r})"
+    return f"begins with the bytes {head[:8].hex(' ')}"

@@ -1,0 +1,132 @@
+"""ajepa-data: sound files in, a checked feature store out."""
+
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from pipeline.cli import build, store
+from pipeline.cli.options import StorePath, completing, on_a_disk, rules, run_app
+from pipeline.errors import InputError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Sound files in, a checked store of log-mel spectrograms with repaired labels out.",
+)
+
+app.add_typer(build.app)
+
+app.add_typer(store.app)
+
+
+@app.command()
+def demo_corpus(
+    out: Annotated[Path, typer.Argument(help="Folder to create.", show_default=False)],
+    clips: Annotated[int, typer.Option(min=20, help="Clips to make, about 10 s each.")] = 400,
+    source: Annotated[
+        str, typer.Option(help="formula (made here) or debian (49 MB of recordings).")
+    ] = "formula",
+    seed: Annotated[int, typer.Option(help="Another seed, other clips.")] = 0,
+) -> None:
+    """Make a small corpus in AudioSet's shape. A few broken files are in it.
+
+    Example: ajepa-data demo-corpus demo/corpus --clips 400
+    """
+    from pipeline.datasets.demo.corpus import make_demo_corpus
+
+    print(make_demo_corpus(out, clips=clips, source=source, seed=seed))
+
+
+@app.command()
+def propagate_labels(
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="A store; or segments lists and Parquet tables, which need --out.",
+            show_default=False,
+            callback=lambda paths: [on_a_disk(path) for path in paths],
+        ),
+    ],
+    rule: Annotated[
+        str,
+        typer.Option(
+            help="unambiguous (the paper's), all-ancestors, dominators or direct-parent.",
+            autocompletion=completing(rules),
+        ),
+    ] = "unambiguous",
+    splits: Annotated[
+        list[str] | None, typer.Option(help="Only these, such as train,eval; repeats. Default: all.")
+    ] = None,
+    ontology: Annotated[
+        Path | None, typer.Option(help="Class tree in the form of ontology.json. Default: AudioSet's.")
+    ] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(help="Class list, form of class_labels_indices.csv. Default: the store's, or the 527."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Parquet file to write, where INPUTS are lists or tables.")
+    ] = None,
+) -> None:
+    """Add the classes that each clip's labels imply.
+
+    A label set beside the raw one, by Hierarchical Label Propagation (arXiv
+    2503.21826).
+
+    Example: ajepa-data propagate-labels as20k.zarr
+    """
+    from pipeline.labels import label_tables
+    from pipeline.labels import propagation as tally
+
+    asked = [split.strip() for part in splits for split in part.split(",")] if splits else None
+    done = label_tables.propagate_inputs(inputs, rule, asked, ontology=ontology, classes=classes, out=out)
+    print(tally.table(done))
+
+
+@app.command()
+def finalize(store: StorePath) -> None:
+    """Finish a store whose parts are all built. The last to end does so by itself.
+
+    Example: ajepa-data finalize as2m.zarr
+    """
+    from pipeline.build.finish import finalise, open_shards
+    from pipeline.store.header import Header
+    from pipeline.store.summary import coverage
+
+    manifest = finalise(store, header := Header.read(store))
+    if manifest is None:
+        some = open_shards(store, header)
+        raise InputError(
+            f"{store}: {len(some)} of {header.layout.shards} shards are not built, the first is {some[0]}; "
+            "run the parts that are missing"
+        )
+    print(coverage(manifest))
+
+
+@app.command()
+def doctor(
+    place: Annotated[
+        Path, typer.Option(help="Folder where stores are to lie.", exists=True, file_okay=False)
+    ] = Path("."),
+) -> None:
+    """Look at what building needs here.
+
+    Packages, codecs, room, a small trial; takes about 10 s. Status 1 where
+    something is broken, with what mends it.
+
+    Example: ajepa-data doctor --place stores/
+    """
+    from tempfile import TemporaryDirectory
+
+    from pipeline.cli.doctor import data_findings, told
+
+    with TemporaryDirectory() as trial:
+        for line in told(data_findings(place, Path(trial))):
+            print(line, flush=True)
+
+
+def main() -> NoReturn:
+    """Run ajepa-data."""
+    run_app(app)

@@ -1,0 +1,170 @@
+"""Augment: what may be changed about a clip whenever it is shown, and the draws that decide it.
+
+Every loader does this, in this order; what is off costs nothing and changes no bit:
+
+crop       as the view says
+roll       the valid frames turn in time: what leaves them at the end comes back at the start
+gain       decibels, the same on every value of a clip
+normalise  (log-mel - mean) / std, gain included
+masks      SpecAugment (arXiv 1904.08779): spans of frames and spans of bands become 0, the mean
+padding    what is not audio becomes 0
+mixup      (arXiv 1710.09412) share * clip + (1 - share) * its neighbour in the step, which is as random as any
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from pipeline.loading.sampling import Order
+
+NATS_OF_A_DB = math.log(10) / 10  # of power, which a mel is the logarithm of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Augment:
+    """How much clips may be changed; by default not at all.
+
+    Audio-MAE fine-tunes AudioSet with masks of up to 192 frames and 48 bands and mixup of share 0.5, alpha 10;
+    PANNs train with two masks of up to 64 frames and two of up to 8 bands.
+    """
+
+    roll: bool = False
+    gain_db: float = 0.0  # drawn from [-gain_db, gain_db)
+    time_mask_frames: int = 0  # widths are drawn from 0 to this, or to the valid frames where they are fewer
+    band_mask_bands: int = 0
+    masks_each: int = 1  # of frames, and as many of bands, which may overlap
+    mixup_share: float = 0.0  # of the clips, which are mixed with another
+    mixup_alpha: float = 10.0  # the clip's own share of its mixture is Beta(alpha, alpha)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gain_db < math.inf or min(self.time_mask_frames, self.band_mask_bands) < 0:
+            raise ValueError(f"gain and masks must be finite and 0 or more, got {self}")
+        if self.masks_each < 1:
+            raise ValueError(f"masks_each must be 1 or more, got {self.masks_each}; no mask: a width of 0")
+        if not 0 <= self.mixup_share <= 1 or not 0 < self.mixup_alpha < math.inf:
+            raise ValueError(f"mixup_share must lie in [0, 1] and mixup_alpha above 0, got {self}")
+
+    @property
+    def masks(self) -> bool:
+        return self.time_mask_frames > 0 or self.band_mask_bands > 0
+
+    @property
+    def mixes(self) -> bool:
+        return self.mixup_share > 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Changes:
+    """What one step does to each of its clips; nothing, where an augmentation is off."""
+
+    rolls_B: np.ndarray  # frames by which the audio turns: frame 0 comes to stand here
+    gains_B: np.ndarray  # nat, added to the log-mel
+    time_masks_BN2: np.ndarray  # frames [start, stop)
+    band_masks_BN2: np.ndarray  # bands [start, stop)
+    partners_B: np.ndarray  # places in the batch; a clip that is not mixed is its own partner
+    shares_B: np.ndarray  # float32, a clip's own share of its mixture; 1 where it is not mixed
+
+
+def draws(name: str, seed: int, step: int, order: Order) -> np.ndarray:
+    """One number in [0, 1) for each clip of this rank's step, as if all ranks' clips were drawn at once.
+
+    So what is drawn, like a row, does not depend on how many ranks the step was dealt to. Each name has a
+    stream of its own: turning one augmentation on leaves the others as they were. `random` is the raw stream
+    in its upper 53 bits; the other methods of `Generator` may change with NumPy (NEP 19).
+    """
+    rng = np.random.default_rng([seed, step, int.from_bytes(name.encode())])
+    mine = slice(order.rank * order.clips, (order.rank + 1) * order.clips)
+    return rng.random(order.clips_of_all_ranks)[mine]
+
+
+def changes_of(
+    augment: Augment, seed: int, step: int, order: Order, *, n_frames_B: np.ndarray, bands: int
+) -> Changes:
+    """The changes to a step whose clips have so many valid frames: a pure function of all this.
+
+    They are the same for equal clips x world; partners only where every rank has an even number of clips.
+    """
+
+    def uniform_B(name: str) -> np.ndarray:
+        return draws(name, seed, step, order)
+
+    def spans_B2(name: str, most: int, room_B: np.ndarray) -> np.ndarray:
+        widths_B = (uniform_B(f"{name} width") * (1 + np.minimum(most, room_B))).astype(np.int64)
+        starts_B = (uniform_B(f"{name} start") * (1 + room_B - widths_B)).astype(np.int64)
+        return np.stack([starts_B, starts_B + widths_B], axis=1)
+
+    def spans_BN2(name: str, most: int, room_B: np.ndarray) -> np.ndarray:
+        names = [name, *(f"{name} {number}" for number in range(2, augment.masks_each + 1))]
+        return np.stack([spans_B2(each, most, room_B) for each in names], axis=1)
+
+    clips = len(n_frames_B)
+    nothing_B, no_spans_BN2 = np.zeros(clips, np.int64), np.zeros((clips, augment.masks_each, 2), np.int64)
+    rolls_B, gains_B, time_BN2, bands_BN2 = nothing_B, nothing_B * 0.0, no_spans_BN2, no_spans_BN2
+    partners_B, shares_B = np.arange(clips), np.ones(clips, np.float32)
+    if augment.roll:
+        rolls_B = (uniform_B("roll") * n_frames_B).astype(np.int64)
+    if augment.gain_db:
+        gains_B = (2 * uniform_B("gain") - 1) * augment.gain_db * NATS_OF_A_DB
+    if augment.time_mask_frames:
+        time_BN2 = spans_BN2("time mask", augment.time_mask_frames, n_frames_B)
+    if augment.band_mask_bands:
+        bands_BN2 = spans_BN2("band mask", augment.band_mask_bands, np.full(clips, bands))
+    if augment.mixes:
+        mixed_B = uniform_B("mixup") < augment.mixup_share
+        betas_B = symmetric_beta(augment.mixup_alpha, uniform_B("mixup radius"), uniform_B("mixup angle"))
+        partners_B = np.where(mixed_B, neighbours(clips), partners_B)
+        shares_B = np.where(mixed_B, betas_B.astype(np.float32), shares_B)
+    return Changes(
+        rolls_B=rolls_B,
+        gains_B=gains_B,
+        time_masks_BN2=time_BN2,
+        band_masks_BN2=bands_BN2,
+        partners_B=partners_B,
+        shares_B=shares_B,
+    )
+
+
+def neighbours(clips: int) -> np.ndarray:
+    """The other of each pair of places, (0, 1), (2, 3) and so on; of an odd number the last three go round.
+
+    Places are dealt at random, so a neighbour is anyone; and no pair is torn by dealing even numbers to ranks.
+    """
+    places_B = np.arange(clips)
+    if clips % 2 == 0:
+        return places_B ^ 1
+    paired = max(clips - 3, 0)
+    return np.concatenate([places_B[:paired] ^ 1, np.roll(places_B[paired:], -1)])
+
+
+def symmetric_beta(alpha: float, radius_B: np.ndarray, angle_B: np.ndarray) -> np.ndarray:
+    """Beta(alpha, alpha) from two uniform numbers each, without rejection.
+
+    A Student t of 2 alpha degrees by the polar method (Bailey 1994), mapped to [0, 1] (Devroye 1996). Not
+    `Generator.beta`, whose stream may change with NumPy.
+    """
+    with np.errstate(over="ignore"):  # tiny alphas: infinite t, which is a share of 0 or 1
+        t_B = np.sqrt((1 - radius_B) ** (-1 / alpha) - 1) * np.cos(2 * np.pi * angle_B)
+    return (1 + np.sin(np.arctan(t_B))) / 2
+
+
+def place(stored_BTF: Tensor, mel_BTF: Tensor, rolls_B: np.ndarray, n_frames_B: np.ndarray) -> None:
+    """Copy stored values, rolled, to where they are normalised; what is not audio may be left as it was."""
+    if not rolls_B.any():
+        mel_BTF[:, : stored_BTF.shape[1]].copy_(stored_BTF)
+        return
+    for mel_TF, stored_TF, roll, n_frames in zip(
+        mel_BTF, stored_BTF, rolls_B.tolist(), n_frames_B.tolist(), strict=True
+    ):
+        mel_TF[roll:n_frames].copy_(stored_TF[: n_frames - roll])
+        mel_TF[:roll].copy_(stored_TF[n_frames - roll : n_frames])
+
+
+def mask(mel_BTF: Tensor, changes: Changes) -> None:
+    """Set to 0, in place, each clip's masked frames and bands."""
+    masks_BN2 = zip(changes.time_masks_BN2.tolist(), changes.band_masks_BN2.tolist(), strict=True)
+    for mel_TF, (frames_N2, bands_N2) in zip(mel_BTF, masks_BN2, strict=True):
+        for frames, bands in zip(frames_N2, bands_N2, strict=True):
+            mel_TF[slice(*frames)] = 0
+            mel_TF[:, slice(*bands)] = 0

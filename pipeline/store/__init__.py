@@ -1,0 +1,14 @@
+"""The feature store on disk. `pipeline.store.FeatureStore` reads one; `feature_store.py` documents every file in it."""
+
+TYPE_CHECKING = False  # true for type checkers, as in `typing`, whose import would be most of this one's time
+if TYPE_CHECKING:
+    from pipeline.store.feature_store import FeatureStore as FeatureStore
+
+
+def __getattr__(name: str) -> object:
+    """Import `FeatureStore` when it is asked for: its files may then import each other in any order."""
+    if name != "FeatureStore":
+        raise AttributeError(f"module 'pipeline.store' has no attribute {name!r}")
+    from pipeline.store.feature_store import FeatureStore
+
+    return FeatureStore

@@ -1,0 +1,120 @@
+"""Header: what a store is, everything that is known of it before the first clip is decoded."""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from pipeline.audio.mel_spec import MelSpec
+from pipeline.errors import StoreError
+from pipeline.labels.ontology import ClassList
+
+DTYPES = ("float16", "uint8")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """The array `mel`: clips x frames x bands, one chunk a clip, `shard_clips` chunks a shard."""
+
+    clips: int
+    frames: int
+    bands: int
+    dtype: str  # float16 or uint8
+    shard_clips: int
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype}")
+
+    @property
+    def fill(self) -> float | int:
+        """What an absent clip reads as in zarr-python; no clip that is there holds it throughout."""
+        return 0 if self.dtype == "uint8" else math.nan
+
+    @property
+    def clip_bytes(self) -> int:
+        return self.frames * self.bands * np.dtype(self.dtype).itemsize
+
+    @property
+    def shards(self) -> int:
+        return -(-self.clips // self.shard_clips)
+
+    def rows(self, shard: int) -> range:
+        """The rows of `mel` that a shard holds."""
+        return range(shard * self.shard_clips, min((shard + 1) * self.shard_clips, self.clips))
+
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Header:
+    """What a store is: everything that is known before the first clip is decoded."""
+
+    spec: MelSpec
+    layout: Layout
+    plan_id: str
+    scale: float  # log-mel = offset + scale * stored
+    offset: float
+    classes: ClassList
+    plan_digest: str  # of the manifest's columns of the plan
+    labels_digest: str  # of `raw` and `outside` in labels.parquet
+
+    def to_json(self) -> dict[str, object]:
+        values = self._values()
+        return values | {"digest": _digest_of_json(values)}
+
+    def _values(self) -> dict[str, object]:
+        return {
+            "format": FORMAT,
+            "spec": self.spec.to_json(),
+            "spec_id": self.spec.spec_id,
+            "plan_id": self.plan_id,
+            "layout": asdict(self.layout),
+            "scale": self.scale,
+            "offset": self.offset,
+            "classes": list(self.classes.mids),
+            "class_names": list(self.classes.names),
+            "plan_digest": self.plan_digest,
+            "labels_digest": self.labels_digest,
+        }
+
+    @classmethod
+    def read(cls, store: Path) -> Self:
+        """The header of the store at `store`; raises StoreError where there is none of this format."""
+        path = store / "zarr.json"
+        try:
+            header = json.loads(path.read_text())["attributes"]["ajepa"]
+            known, digest = header["format"], header.pop("digest", None)
+        except (OSError, KeyError, ValueError, TypeError, AttributeError):
+            raise StoreError(
+                f"{store}: not a feature store; make one with: ajepa-data build-audioset"
+            ) from None
+        if known != FORMAT:
+            raise StoreError(f"{store}: has store format {known}, this version reads format {FORMAT}")
+        if digest != _digest_of_json(header):
+            raise StoreError(
+                f"{path}: does not match its digest; run the build command again: it writes it anew"
+            )
+        return cls._of(header)
+
+    @classmethod
+    def _of(cls, header: dict[str, Any]) -> Self:
+        return cls(
+            spec=MelSpec.from_json(header["spec"]),
+            layout=Layout(**header["layout"]),
+            plan_id=header["plan_id"],
+            scale=header["scale"],
+            offset=header["offset"],
+            classes=ClassList(mids=tuple(header["classes"]), names=tuple(header["class_names"])),
+            plan_digest=header["plan_digest"],
+            labels_digest=header["labels_digest"],
+        )
+
+
+def _digest_of_json(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]

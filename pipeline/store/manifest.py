@@ -1,0 +1,117 @@
+"""The manifest: one row per clip, what was planned for it and what became of it."""
+
+import difflib
+import hashlib
+
+import polars as pl
+
+from pipeline.errors import ManifestError
+
+REASONS: dict[str, str] = {
+    "missing": "no file was found for the clip",
+    "unreadable": "no decoder makes sense of the file",
+    "truncated": "under 95 % of the declared length could be decoded",
+    "too_short": "under 0.1 s of sound",
+    "silent": "peak under -90 dBFS",
+    "non_finite": "holds NaN or infinite samples",
+    "too_long": "longer than the longest clip allowed",
+    "timed_out": "took longer to decode than a clip may",
+    "crashed": "the decoder took its process down",
+    "duplicate": "the id stands elsewhere in the lists and counts there",
+}
+
+PLAN_SCHEMA: dict[str, pl.DataType] = {
+    "clip_id": pl.String(),
+    "split": pl.String(),
+    "start_seconds": pl.Float64(),
+    "end_seconds": pl.Float64(),
+}
+
+RESULT_SCHEMA: dict[str, pl.DataType] = {
+    "source": pl.String(),  # where the sound was found, relative to its --audio folder
+    "status": pl.String(),  # good, failed; pending until its shard is committed
+    "reason": pl.String(),  # a key of REASONS where failed
+    "detail": pl.String(),  # a sentence
+    "flags": pl.List(pl.String()),  # what is odd but used
+    "n_frames": pl.Int32(),  # frames that are audio; 0 where not good
+    "codec": pl.String(),
+    "rate_hz": pl.Int32(),
+    "channels": pl.Int32(),
+    "seconds": pl.Float64(),  # length of the decoded source
+    "peak_dbfs": pl.Float64(),
+    "rms_dbfs": pl.Float64(),
+    "digest": pl.String(),  # of the mono waveform before resampling
+    "error_rms_nat": pl.Float64(),  # of the stored log-mel against the computed one: rounding, clipping
+    "error_max_nat": pl.Float64(),
+    "crc32c": pl.UInt32(),  # of the stored spectrogram, little-endian
+}
+
+MANIFEST_SCHEMA = PLAN_SCHEMA | RESULT_SCHEMA
+
+
+def failure(reason: str, detail: str, source: str | None = None) -> dict[str, object]:
+    """The result columns of a clip that could not be used; `reason` is a key of REASONS."""
+    assert reason in REASONS, reason
+    empty: dict[str, object] = dict.fromkeys(RESULT_SCHEMA)
+    return empty | {
+        "source": source,
+        "status": "failed",
+        "reason": reason,
+        "detail": detail,
+        "flags": [],
+        "n_frames": 0,
+    }
+
+
+def pending(plan: pl.DataFrame) -> pl.DataFrame:
+    """The manifest of a store in which nothing is built yet."""
+    empty = [pl.lit(None, dtype=dtype).alias(name) for name, dtype in RESULT_SCHEMA.items()]
+    return plan.select(*PLAN_SCHEMA, *empty).with_columns(
+        status=pl.lit("pending"),
+        n_frames=pl.lit(0, dtype=pl.Int32),
+        flags=pl.lit([], dtype=pl.List(pl.String)),
+    )
+
+
+def plan_id(plan: pl.DataFrame, *, shard_clips: int) -> str:
+    """12 hex digits that change with which clip is row i, what is expected of it, or which rows are shard s."""
+    lines = plan.select(
+        pl.concat_str(
+            "clip_id",
+            "split",
+            *[(pl.col(name) * 1000).round().cast(pl.Int64) for name in ("start_seconds", "end_seconds")],
+            pl.col("duplicate").is_not_null().cast(pl.Int8),
+            pl.col("mids").list.join(","),
+            separator="\t",
+        )
+    ).to_series()
+    digest = hashlib.sha256(f"plan 1, {shard_clips} clips a shard\n".encode())
+    for part in lines.to_frame().iter_slices(65_536):
+        digest.update("".join(f"{line}\n" for line in part.to_series()).encode())
+    return digest.hexdigest()[:12]
+
+
+def check_schema(frame: pl.DataFrame, where: object) -> pl.DataFrame:
+    """`frame` itself, if it has exactly the columns of a manifest; raises ManifestError."""
+    if dict(frame.schema) != MANIFEST_SCHEMA:
+        odd = sorted(set(frame.schema.items()) ^ set(MANIFEST_SCHEMA.items()), key=str)
+        raise ManifestError(f"{where}: not a manifest of this version; columns that differ: {odd[:4]}")
+    return frame
+
+
+COMPARED = 1_000  # ids that are compared letter by letter with one that is not there
+
+
+def nearest(ids: pl.Series, wanted: str) -> list[str]:
+    """Up to three ids like one that is not there.
+
+    One slip of the pen leaves two thirds of an id as they were: of two million ids, only those that share most
+    thirds are compared.
+    """
+    third = max(1, -(-len(wanted) // 3))
+    parts = [wanted[at : at + third].lower() for at in range(0, len(wanted), third)]
+    lower = pl.col("id").str.to_lowercase()
+    shared = pl.sum_horizontal([lower.str.contains(part, literal=True).cast(pl.Int32) for part in parts])
+    found = ids.unique().to_frame("id").with_columns(shared=shared).filter(pl.col("shared") > 0)
+    some = found.sort("shared", "id", descending=[True, False])["id"].head(COMPARED).to_list()
+    return difflib.get_close_matches(wanted, some, n=3, cutoff=0.5)

@@ -1,0 +1,74 @@
+"""Tables: Parquet files written whole, with JSON beside the columns, equal for equal input; checked when read."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import StoreError
+from pipeline.files import replacing
+
+METADATA_KEY = b"ajepa"
+
+DAMAGED = (
+    OSError,
+    ValueError,
+    pa.ArrowException,
+    pl.exceptions.PanicException,
+)  # what a damaged table may raise
+
+
+def write_table(path: Path, frame: pl.DataFrame, metadata: dict[str, Any]) -> None:
+    """A Parquet file with `metadata` as JSON in its schema, whole or not at all; equal input gives equal bytes."""
+    table = frame.to_arrow(compat_level=pl.CompatLevel.oldest())
+    with replacing(path) as scratch:
+        text = json.dumps(metadata, separators=(",", ":"))
+        table = table.replace_schema_metadata({METADATA_KEY: text})
+        pq.write_table(table, scratch, compression="zstd", write_page_checksum=True)
+
+
+def read_table(path: Path, columns: Sequence[str] | None = None) -> tuple[pl.DataFrame, dict[str, Any]]:
+    """A frame, or some columns of it, and the metadata that `write_table` put beside it; raises StoreError."""
+    try:
+        table = pq.read_table(path, columns=columns and list(columns), page_checksum_verification=True)
+        frame = pl.from_arrow(table)
+        assert isinstance(frame, pl.DataFrame)
+        return frame, _metadata(table.schema)
+    except DAMAGED as error:
+        why = "missing" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
+        raise StoreError(
+            f"{path}: cannot be read ({why}); delete it, if it is there, and build again"
+        ) from None
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What `write_table` put beside a frame, without the frame; raises StoreError."""
+    try:
+        return _metadata(pq.read_schema(path))
+    except DAMAGED as error:
+        raise StoreError(f"{path}: cannot be read ({error}); delete it and build again") from None
+
+
+def digest_of(frame: pl.DataFrame) -> str:
+    """32 hex digits of what a frame holds, column by column, whatever file it lies in; lists, texts and numbers."""
+    digest = hashlib.sha256()
+    for column in frame.iter_columns():
+        digest.update(f"{column.name} {len(column)}\n".encode())
+        if column.dtype == pl.List:
+            digest.update(column.list.len().fill_null(2**32 - 1).cast(pl.UInt32).to_numpy().tobytes())
+            column = column.explode(empty_as_null=False, keep_nulls=False)
+        digest.update(column.is_null().to_numpy().tobytes())
+        if column.dtype == pl.String:
+            digest.update("\0".join(column.drop_nulls()).encode())
+        else:
+            digest.update(column.fill_null(0).to_numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _metadata(schema: pa.Schema) -> dict[str, Any]:
+    return json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}"))

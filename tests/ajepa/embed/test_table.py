@@ -1,0 +1,272 @@
+"""The table of embeddings: every sound a row, carried on to the same bytes, searched by its own model alone."""
+
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import replace
+
+import numpy as np
+import polars as pl
+import pytest
+from sounds import babble, write
+from tiny import tiny
+
+import ajepa
+from ajepa.cli import app
+from ajepa.embed import table
+from ajepa.embed.embedder import Embedder
+from ajepa.embed.nearest import nearest
+from ajepa.embed.table import embed_table, job_of, outcome
+from ajepa.pretrain.pretrain import pretrain
+from pipeline.errors import STOP_SIGNALS, InputError, RunError, StoreError
+
+RATE_HZ = 32_000
+
+
+@pytest.fixture(scope="module")
+def run_path(store_path, tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "run"
+    return pretrain(store_path, tiny(), path, steps=2, device="cpu", say=lambda line: None).path
+
+
+@pytest.fixture(scope="module")
+def model(run_path) -> Embedder:
+    return ajepa.load(run_path, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Eleven sounds: nine good, loose and in a tar; a text, and one that was cut short."""
+    folder = tmp_path_factory.mktemp("sounds")
+    for number in range(7):
+        write(folder / f"{number}.wav", babble(0.5 + number, 16_000, seed=number), 16_000)
+    (folder / "7.wav").write_text("no sound")
+    cut = write(folder / "8.wav", babble(3, 16_000), 16_000)
+    cut.write_bytes(cut.read_bytes()[:30_000])
+    with tarfile.open(folder / "more.tar", "w") as tar:
+        for name in ("a.flac", "b.mp3"):
+            tar.add(write(folder / name, babble(2, 44_100), 44_100), arcname=name)
+            (folder / name).unlink()
+    return folder
+
+
+def embedded(model, places, out, **how) -> pl.DataFrame:
+    embed_table(model, job_of([str(p) for p in places], model), out, say=lambda line: None, **how)
+    return pl.read_parquet(out)
+
+
+def test_every_sound_is_a_row_and_a_bad_one_says_why(model, folder, tmp_path):
+    """Nothing is left out in silence; what cannot be used has a reason instead of a vector."""
+    rows = embedded(model, [folder], tmp_path / "emb.parquet")
+    assert rows.height == 11
+    assert rows.schema["embedding"] == pl.Array(pl.Float32, model.width)
+    bad = rows.filter(pl.col("embedding").is_null()).sort("path")
+    assert bad["reason"].to_list() == ["unreadable", "truncated"]
+    assert bad["detail"].str.contains(r"\.wav: ").all()
+    assert bad["seconds"].is_null().all()
+    assert rows.filter(pl.col("reason").is_not_null()).height == 2
+    good = rows.filter(pl.col("path").str.ends_with("/3.wav"))
+    expected = model.embed(folder / "3.wav")[0]
+    np.testing.assert_allclose(good["embedding"].to_numpy()[0], expected.clip_D, atol=1e-5)
+    assert good.item(0, "seconds") == pytest.approx(3.5)
+    assert rows["path"].str.contains("more.tar::a.flac").sum() == 1
+
+
+def test_the_first_that_cannot_be_embedded_are_told_with_their_reasons(model, folder, tmp_path, monkeypatch):
+    """And no more than a few: the table has them all."""
+    out, said = tmp_path / "emb.parquet", []
+    counts = embed_table(model, job_of([str(folder)], model), out, say=said.append)
+    told = outcome(out, counts, say=said.append)
+    assert told == f"{out}: 9 of 11 sounds embedded; without: 1 truncated, 1 unreadable"
+    assert [line.partition(" (")[0] for line in said] == [
+        f"without embedding: {folder / '7.wav'}: unreadable",
+        f"without embedding: {folder / '8.wav'}: truncated",
+    ]
+    assert not any("(7.wav" in line or "(8.wav" in line for line in said)
+    monkeypatch.setattr(table, "FAILURES_TOLD", 1)
+    outcome(out, counts, say=said.append)
+    assert len(said) == 3
+
+
+def test_where_nothing_could_be_embedded_the_command_fails_in_one_line(
+    folder, run_path, tmp_path, monkeypatch, capsys
+):
+    """A script that goes on with an empty table would find out much later."""
+    out = tmp_path / "emb.parquet"
+    asked = ["embed", folder / "7.wav", "--model", run_path, "--out", out, "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["ajepa-train", *map(str, asked)])
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    with pytest.raises(SystemExit) as stop:
+        app.main()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert stop.value.code == 1
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "error: " in line)
+    assert f"none of 1 sounds could be embedded, the first is {folder / '7.wav'}: unreadable (" in line
+    assert line.endswith("the table has every reason, delete it to try again")
+
+
+def test_frames_come_with_their_times(model, folder, tmp_path):
+    """One list a row, as long as the list of times; none for what cannot be used."""
+    rows = embedded(model, [folder], tmp_path / "emb.parquet", frames=True)
+    assert rows["frames"].list.len().to_list() == rows["frame_ms"].list.len().to_list()
+    row = rows.filter(pl.col("path").str.ends_with("/5.wav"))
+    expected = model.embed(folder / "5.wav")[0]
+    np.testing.assert_allclose(np.array(row["frames"].to_list()[0]), expected.frames_TD, atol=1e-5)
+    np.testing.assert_allclose(row["frame_ms"].to_list()[0], expected.times_ms_T)
+    assert rows.filter(pl.col("reason").is_not_null())["frames"].list.len().to_list() == [0, 0]
+
+
+@pytest.mark.parametrize("parts_before", [1, 3])
+def test_a_table_that_was_interrupted_ends_with_the_same_bytes(
+    model, folder, tmp_path, monkeypatch, parts_before
+):
+    """What is written stays, what is not is done again, and nobody can tell from the result."""
+    monkeypatch.setattr(table, "PART_CLIPS", 3)
+    embedded(model, [folder], tmp_path / "whole.parquet", workers=2)
+    written = []
+    write_part = table.EmbeddingTable.write
+
+    def dying(table, *told):
+        if len(written) == parts_before:
+            raise KeyboardInterrupt
+        written.append(told[0])
+        write_part(table, *told)
+
+    out = tmp_path / "emb.parquet"
+    with monkeypatch.context() as broken:
+        broken.setattr(table.EmbeddingTable, "write", dying)
+        with pytest.raises(KeyboardInterrupt):
+            embedded(model, [folder], out)
+    assert not out.exists()
+    said = []
+    counts = embed_table(model, job_of([str(folder)], model), out, workers=0, say=said.append)
+    assert said == [f"{out}: carrying on after {3 * parts_before} of 11 rows"]
+    assert counts == {"good": 9, "unreadable": 1, "truncated": 1}
+    assert out.read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["emb.parquet", "whole.parquet"]
+
+
+def test_a_long_sound_ends_a_part(model, tmp_path, monkeypatch):
+    """Memory follows a part: hours are written sooner than as many short sounds."""
+    monkeypatch.setattr(table, "PART_FRAMES", 250)
+    for number, seconds in enumerate((1.0, 2.0, 1.0, 4.0, 0.5)):
+        write(tmp_path / f"{number}.wav", babble(seconds, 16_000), 16_000)
+    parts = []
+    write_part = table.EmbeddingTable.write
+    monkeypatch.setattr(
+        table.EmbeddingTable,
+        "write",
+        lambda table, first, rows, told: (parts.append(len(rows)), write_part(table, first, rows, told)),
+    )
+    assert embedded(model, [tmp_path], tmp_path / "emb.parquet").height == 5
+    assert parts == [2, 2, 1]
+
+
+def test_a_table_is_not_carried_on_as_another(model, run_path, folder, store_path, tmp_path):
+    """Another model, pooling or set of sounds: named, and nothing is touched."""
+    out = tmp_path / "emb.parquet"
+    before = embedded(model, [folder], out)
+    other = ajepa.load(run_path, device="cpu", pooling="frequency")
+    with pytest.raises(RunError, match="pooling: was mean, now frequency"):
+        embedded(other, [folder], out)
+    with pytest.raises(RunError, match="rows: was 11, now 1"):
+        embedded(model, [folder / "0.wav"], out)
+    said = []
+    embed_table(model, job_of([str(folder)], model), out, say=said.append)
+    assert said == [f"{out}: already whole, 11 rows"]
+    assert pl.read_parquet(out).equals(before)
+    with pytest.raises(InputError, match="no such file or folder"):
+        job_of([str(folder / "9.wav")], model)
+    with pytest.raises(InputError, match="is a store, and goes alone"):
+        job_of([str(store_path), str(folder)], model)
+
+
+def test_a_table_has_one_writer(model, folder, tmp_path):
+    """Two at once would write the same parts; the second is told who has it, and the first goes on unharmed."""
+    out = tmp_path / "new" / "emb.parquet"
+    told = []
+
+    def opening(number):
+        if number == 5:
+            with pytest.raises(
+                StoreError, match=r"emb\.parquet is being written by process \d+ on .*; wait for it"
+            ):
+                embed_table(model, job, out, say=told.append)
+            told.append("refused")
+        return job.opening(number)
+
+    job = job_of([str(folder)], model)
+    counts = embed_table(model, replace(job, opening=opening), out, say=told.append, workers=0)
+    assert told == ["refused"]
+    assert counts["good"] == 9
+    assert [path.name for path in out.parent.iterdir()] == ["emb.parquet"]
+
+
+def test_a_table_killed_at_its_very_end_leaves_nothing_behind(model, folder, tmp_path):
+    """Between its last two steps the table is whole and its parts are still there."""
+    out = tmp_path / "emb.parquet"
+    embedded(model, [folder], out)
+    (tmp_path / "emb.parquet.partial").mkdir()
+    embedded(model, [folder], out)
+    assert [path.name for path in tmp_path.iterdir()] == ["emb.parquet"]
+
+
+def test_a_stores_clips_bring_their_ids_and_labels(model, store, store_path, tmp_path):
+    """Its good clips, in their order, without decoding a sound."""
+    rows = embedded(model, [store_path], tmp_path / "emb.parquet")
+    good_N = store.good_rows()
+    assert rows["clip_id"].to_list() == store.manifest["clip_id"][good_N].to_list()
+    labels_BC = store.labels_BC(good_N)
+    assert [len(names) for names in rows["labels"]] == labels_BC.sum(1).astype(int).tolist()
+    (first,) = model.embed_store(store, good_N[:1])
+    np.testing.assert_allclose(rows["embedding"].to_numpy()[0], first.clip_D, atol=1e-5)
+
+
+def test_the_nearest_sound_is_the_sound_itself_and_then_what_is_like_it(model, folder, run_path, tmp_path):
+    """Cosine over the table, best first; labels and seconds come along."""
+    index = tmp_path / "emb.parquet"
+    embedded(model, [folder], index)
+    found = nearest(folder / "2.wav", index, run_path, count=4, device="cpu")
+    assert found[0].path == str(folder / "2.wav")
+    assert found[0].similarity == pytest.approx(1.0, abs=1e-4)
+    similarities = [one.similarity for one in found]
+    assert similarities == sorted(similarities, reverse=True)
+    assert len(nearest(folder / "2.wav", index, run_path, count=100, device="cpu")) == 9
+
+
+def test_an_index_is_searched_by_the_model_that_made_it(model, folder, store_path, tmp_path):
+    """Vectors of two models have nothing to do with each other, and would be compared all the same."""
+    index = tmp_path / "emb.parquet"
+    embedded(model, [folder], index)
+    other = pretrain(store_path, tiny(seed=1), tmp_path / "run", steps=1, device="cpu", say=lambda line: None)
+    with pytest.raises(RunError, match=f"was made by model {model.model.model_id} .*; give its own"):
+        nearest(folder / "2.wav", index, other.path)
+    pl.DataFrame({"a": [1]}).write_parquet(tmp_path / "a.parquet")
+    with pytest.raises(RunError, match="no table of embeddings"):
+        nearest(folder / "2.wav", tmp_path / "a.parquet", other.path)
+
+
+def test_the_commands_embed_stop_carry_on_and_search(folder, run_path, tmp_path):
+    """As a user types them; SIGTERM in the middle costs nothing."""
+    command = [sys.executable, "-c", "from ajepa.cli.app import main; main()"]
+    out = tmp_path / "emb.parquet"
+    asked = ["embed", str(folder), "--model", str(run_path), "--out", str(out), "--device", "cpu"]
+    with subprocess.Popen([*command, *asked], stderr=subprocess.DEVNULL) as first:
+        for _ in range(600):
+            if (tmp_path / "emb.parquet.partial").exists() or first.poll() is not None:
+                break
+            time.sleep(0.05)
+        first.send_signal(signal.SIGTERM)
+    assert first.returncode in (0, 75)
+    done = subprocess.run([*command, *asked], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("9 of 11 sounds embedded; without: 1 truncated, 1 unreadable")
+    assert f"without embedding: {folder / '7.wav'}: unreadable (" in done.stderr
+    search = ["nearest", str(folder / "1.wav"), "--index", str(out), "--model", str(run_path), "-k", "3"]
+    search += ["--checkpoint", "2"]  # the last
+    found = subprocess.run([*command, *search], capture_output=True, text=True, check=True).stdout
+    assert len(found.splitlines()) == 3
+    assert found.splitlines()[0].split()[-1] == str(folder / "1.wav")
+    assert signal.SIGTERM in STOP_SIGNALS

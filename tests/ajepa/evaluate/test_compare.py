@@ -1,0 +1,276 @@
+"""Beside the literature: what is printed, and what is called comparable."""
+
+from dataclasses import replace
+
+import pytest
+
+from ajepa.evaluate.compare import (
+    CHECKED,
+    EVAL_CLIPS,
+    TRAIN_CLIPS,
+    Ours,
+    block,
+    cautions,
+    compare,
+    judged_how,
+    published,
+    refusals,
+    task_of,
+)
+from ajepa.evaluate.metrics import Estimate
+from ajepa.evaluate.result import Evaluation, Score
+from pipeline.datasets.speech_commands import WORDS
+from pipeline.errors import RunError
+from pipeline.labels.ontology import fsd50k_classes, load_class_list
+
+OURS = Ours(
+    name="runs/a",
+    task="audioset-2m",
+    protocol="fine-tuned",
+    metric="map",
+    value=0.45,
+    interval=(0.44, 0.46),
+    label_set="raw",
+    classes=527,
+    train_clips=2_000_000,
+    eval_clips=20_000,
+)
+
+
+def row(model: str, task: str, protocol: str = "fine-tuned"):
+    return next(r for r in published() if (r.model, r.task, r.protocol) == (model, task, protocol))
+
+
+def test_every_published_number_has_its_source_and_its_place_in_it():
+    """A number that nobody can look up is a rumour."""
+    assert len(published()) == len(set(published())) > 50
+    for fact in published():
+        assert fact.source
+        assert fact.where
+        assert fact.checked in CHECKED
+        assert 0 < fact.value < 1
+        assert fact.task in EVAL_CLIPS
+        assert fact.protocol in ("fine-tuned", "linear", "xares-mlp", "xares-knn")
+        assert fact.metric == (
+            "map" if fact.task in ("audioset-2m", "audioset-20k", "fsd50k") else "accuracy"
+        )
+
+
+def test_the_models_that_users_ask_about_are_there():
+    """Those of the project's issue."""
+    models = " ".join({fact.model for fact in published()})
+    for name in (
+        "A-JEPA",
+        "Audio-JEPA",
+        "Audio-MAE",
+        "AST",
+        "PaSST",
+        "BEATs",
+        "EAT",
+        "SSLAM",
+        "data2vec",
+        "wav2vec 2.0",
+        "Dasheng",
+    ):
+        assert name in models
+
+
+def test_the_whole_official_split_with_the_same_protocol_is_comparable():
+    """A-JEPA's own number is what a run of its recipe is to reach."""
+    assert refusals(OURS, row("A-JEPA ViT-B", "audioset-2m")) == []
+    assert cautions(OURS, row("A-JEPA ViT-B", "audioset-2m")) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"protocol": "linear"}, "protocol: that one is fine-tuned, this one linear probe"),
+        ({"eval_clips": 401}, "clips: measured on 401, the official split has 20371"),
+        ({"eval_clips": 30_000}, "clips: measured on 30000, the official split has 20371"),
+        ({"label_set": "unambiguous"}, "labels: measured on unambiguous labels"),
+        ({"classes": 50}, "classes: 50 are told apart here, 527 there"),
+        ({"train_clips": 20_000}, f"training: on 20000 clips, audioset-2m has {TRAIN_CLIPS['audioset-2m']}"),
+    ],
+)
+def test_what_makes_a_number_another_one_is_told(change, said):
+    """Each by itself is reason enough."""
+    (reason,) = refusals(replace(OURS, **change), row("A-JEPA ViT-B", "audioset-2m"))
+    assert reason.startswith(said)
+
+
+def test_two_frozen_probes_are_compared_with_care():
+    """Same kind, other settings; against a fine-tuned network neither is."""
+    ours = replace(
+        OURS,
+        task="esc50",
+        protocol="linear",
+        metric="accuracy",
+        classes=50,
+        eval_clips=2_000,
+        train_clips=1_600,
+    )
+    for protocol, model in (("linear", "MSM-MAE"), ("xares-mlp", "Dasheng")):
+        assert refusals(ours, row(model, "esc50", protocol)) == []
+        assert any("other settings" in told for told in cautions(ours, row(model, "esc50", protocol)))
+    assert refusals(ours, row("AST", "esc50"))
+    assert refusals(replace(ours, protocol="knn"), row("Dasheng", "esc50", "xares-mlp"))
+
+
+def test_what_had_labels_or_is_an_ensembles_is_compared_with_care():
+    """Neither is a reason not to look, both are reasons to know."""
+    assert cautions(OURS, row("AST", "audioset-2m")) == ["pre-training: that one was shown labels"]
+    assert cautions(OURS, row("BEATs", "audioset-2m")) == ["BEATs: the paper's best, of one model or several"]
+
+
+def test_a_number_that_was_not_seen_at_its_source_is_compared_with_care():
+    """Whoever leans on it looks it up first."""
+    (told,) = cautions(OURS, row("A-JEPA ViT-L", "audioset-2m"))
+    assert told.startswith("value: that one was copied from notes on the paper")
+
+
+def test_a_result_on_other_clips_of_the_same_split_is_compared_with_care():
+    """Clips vanish from AudioSet: Audio-MAE was measured on 19,148."""
+    assert "clips: that one was measured on 19148, this one on 20000" in cautions(
+        OURS, row("Audio-MAE", "audioset-2m")
+    )
+
+
+@pytest.mark.parametrize(
+    ("classes", "folds", "train_clips", "task"),
+    [
+        (load_class_list().mids, 0, 20_000, "audioset-20k"),
+        (load_class_list().mids, 0, 1_900_000, "audioset-2m"),
+        (fsd50k_classes().mids, 0, 30_000, "fsd50k"),
+        (WORDS["v1"], 0, 50_000, "speech-commands-v1"),
+        (WORDS["v2"], 0, 80_000, "speech-commands-v2"),
+        ([f"class{i}" for i in range(50)], 5, 1_600, "esc50"),
+        (["cat", "dog"], 0, 100, None),
+    ],
+)
+def test_a_task_is_known_by_its_classes(classes, folds, train_clips, task):
+    """A store's name says nothing."""
+    assert task_of(classes, folds=folds, train_clips=train_clips) == task
+
+
+def evaluation(
+    classes: int | tuple[str, ...],
+    metric: float,
+    *,
+    clips: int,
+    kind: str = "multi",
+    folds: int = 0,
+    classifier: dict | None = None,
+    probes: dict | None = None,
+    store_id: str = "here",
+) -> Evaluation:
+    """One of which only the first number, its folds and its protocol matter."""
+    names = tuple(f"c{i}" for i in range(classes)) if isinstance(classes, int) else classes
+    estimate = Estimate(value=metric, low=metric - 0.015, high=metric + 0.015)
+    first = "accuracy" if kind == "single" else "map"
+    one = Score(
+        features="encoder" if probes else "classifier",
+        probe="linear" if probes else "head",
+        label_set="raw",
+        kind=kind,
+        metrics={first: estimate},
+        chance=0.01,
+        classes=len(names),
+        skipped=0,
+        chosen=(),
+        by_fold={first: tuple(metric + 0.01 * (i - (folds - 1) / 2) for i in range(folds))},
+        per_class_ap=(0.1,) * len(names),
+        per_class_recall=(),
+    )
+    scores = (one, replace(one, probe="knn"), replace(one, features="random init")) if probes else (one,)
+    told = {"folds": folds, "eval_clips": clips, "classifier": classifier, "probes": probes}
+    told |= {"task": classifier and classifier["task"], "store_id": store_id, "trained_on": "here"}
+    return Evaluation(protocol=told, classes=tuple((mid, mid) for mid in names), scores=scores)
+
+
+def trained(task: str, clips: int | None, classes: int, *, start: dict | None) -> dict:
+    return {"task": task, "train_clips": clips, "classes": classes, "from": start}
+
+
+def narrow(text: str, *names: object) -> bool:
+    """Lines are at most 80 columns, but for paths."""
+    return max(len(line) for line in text.splitlines() if not any(str(n) in line for n in names)) <= 80
+
+
+def test_folds_that_were_fine_tuned_are_one_result(tmp_path):
+    """Five runs of 400 clips: their mean on 2,000, with its spread."""
+    classifier = trained("esc50", 1_600, 50, start={"step": 9})
+    made = evaluation(50, 0.93, clips=2_000, kind="single", folds=5, classifier=classifier)
+    made.save(tmp_path / "evaluation.json")
+    text = compare([tmp_path])
+    assert "this result             accuracy  0.930 [0.915 0.945] ± 0.016 over 5 folds" in text
+    assert "A-JEPA ViT-B            accuracy  0.963  fine-tuned   yes" in text
+    assert narrow(text, tmp_path)
+
+
+def test_an_evaluation_of_frozen_features_is_shown_probe_by_probe(tmp_path):
+    """The trained encoder's alone; each reason is told once, below its table."""
+    made = evaluation(load_class_list().mids, 0.145, clips=401, probes={"train_clips": 1_617})
+    made.save(tmp_path / "evaluation.json")
+    text = compare([tmp_path])
+    assert text.count("this result") == 2
+    assert "audioset-20k, raw labels, linear probe, 401 clips" in text
+    assert "mAP       0.145 [0.130 0.160]" in text
+    assert text.count("protocol: that one is fine-tuned, this one linear probe") == 1
+    assert " yes" not in text
+    assert narrow(text, tmp_path)
+
+
+def test_runs_of_both_kinds_stand_side_by_side(tmp_path):
+    """A probe's number is no fine-tuned one's, and a classifier from nothing is told from one with a start."""
+    audioset, kept = load_class_list().mids, []
+    classifier = trained("audioset", 20_000, 527, start=None)
+    for name, made in (
+        ("probed", evaluation(audioset, 0.145, clips=20_000, probes={"train_clips": 20_000})),
+        ("tuned", evaluation(audioset, 0.3, clips=20_000, classifier=classifier)),
+    ):
+        (tmp_path / name).mkdir()
+        made.save(tmp_path / name / "evaluation.json")
+        kept.append(tmp_path / name)
+    blocks = compare(kept).split("\n\n")
+    linear, nearest, tuned = blocks
+    assert "audioset-20k, raw labels, fine-tuned, 20000 clips" in tuned
+    assert "with care" in tuned
+    assert "pre-training: this one had none" in tuned
+    assert "raw labels, linear probe," in linear
+    assert "raw labels, kNN," in nearest
+    assert " yes" not in linear + nearest
+
+
+def test_a_classifier_on_another_stores_clips_is_what_it_is():
+    """AudioSet's on all 527 classes of another copy is AudioSet; on some of its classes it is no task of the table."""
+    classifier = trained("audioset", 2_000_000, 527, start={"step": 9})
+    whole, some = (
+        evaluation(names, 0.4, clips=19_000, classifier=classifier, store_id="there")
+        for names in (load_class_list().mids, load_class_list().mids[:192])
+    )
+    assert judged_how(whole)["task"] == "audioset-2m"
+    assert judged_how(whole)["protocol"] == "fine-tuned"
+    assert judged_how(some)["task"] is None
+    unknown = replace(OURS, train_clips=None)
+    assert "is not told" in refusals(unknown, row("A-JEPA ViT-B", "audioset-2m"))[0]
+
+
+def test_a_task_of_ones_own_has_nothing_beside_it():
+    """And says so."""
+    assert "nothing is published of it" in "\n".join(block(replace(OURS, task=None)))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("{", "is not JSON"), ("[1]", "holds no scores"), ("{}", "holds no scores")]
+)
+def test_a_file_that_is_no_result_is_refused_in_one_line(tmp_path, text, said):
+    """With what to give instead."""
+    (tmp_path / "some.json").write_text(text)
+    with pytest.raises(RunError, match=said):
+        compare([tmp_path / "some.json"])
+
+
+def test_a_run_that_was_not_measured_is_refused(tmp_path):
+    """With the command that is missing."""
+    with pytest.raises(RunError, match="run ajepa-train evaluate or finetune first"):
+        compare([tmp_path])

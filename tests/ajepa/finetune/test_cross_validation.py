@@ -1,0 +1,220 @@
+"""Folds together: runs that know different classes are measured on those that any of them knows.
+
+A cross-validated task with one label to a clip, from sounds to the table, by a run that was trained elsewhere.
+"""
+
+import csv
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from sounds import write
+from tiny import tiny
+
+from ajepa.evaluate.classifier_scores import Held, judged
+from ajepa.evaluate.evaluate import evaluate
+from ajepa.evaluate.features import STATISTICS, TRAINED
+from ajepa.evaluate.result import Evaluation
+from ajepa.evaluate.task_data import Assignment
+from ajepa.evaluate.tasks import TASKS
+from ajepa.finetune.cross_validation import aligned
+from ajepa.model.pooling import Layer
+from ajepa.pretrain.pretrain import pretrain
+from ajepa.report.pictures import report
+from ajepa.training.run import Run
+from pipeline.audio.mel_spec import mel_spec
+from pipeline.build.build import build_store
+from pipeline.build.plan import Build, Output
+from pipeline.datasets.esc50 import esc50
+from pipeline.errors import RunError, StoreError
+from pipeline.labels.ontology import ClassList
+from pipeline.store.feature_store import FeatureStore
+
+CLASS_N = np.array(
+    [0, 1, 0, 1, 2, 0]
+)  # clips 0 to 2 are fold 1, the others fold 2; only fold 2 has a clip of c
+
+
+def held(mids: tuple[str, ...], rows_N: np.ndarray, logits_NC: np.ndarray) -> Held:
+    """A fold's clips, and what a run that knows these classes says of them."""
+    store = SimpleNamespace(
+        place="some.zarr",
+        classes=ClassList(mids=("a", "b", "c"), names=("A", "B", "C")),
+        label_sets=("raw",),
+        labels_BC=lambda rows_N, label_set: np.eye(3, dtype=np.float32)[CLASS_N[rows_N]],
+    )
+    made = Assignment(
+        task=TASKS["own"],
+        store=store,
+        label_set="raw",
+        classes=ClassList(mids=mids, names=mids),
+        single=True,
+        train_splits=(),
+        eval_splits=("fold1",),
+        train_N=np.arange(0),
+        eval_N=rows_N,
+        merge_SC=np.eye(3, dtype=np.float32)[:, [store.classes.index_of[mid] for mid in mids]],
+    )
+    return Held(assignment=made, logits_NC=logits_NC.astype(np.float32))
+
+
+def test_a_class_of_one_fold_alone_is_of_account_where_a_run_knows_it():
+    """Fold 2's own run never saw c, and leaves that clip out; fold 1's knows c, and has no clip of it."""
+    first = held(("a", "b", "c"), np.array([0, 1, 2]), np.array([[2, 1, 0], [0, 2, 1], [0, 1, 2]]))
+    second = held(("a", "b"), np.array([3, 5]), np.array([[0, 1], [1, 0]]))
+    one, two = aligned([first, second])
+    assert one.assignment.classes.mids == two.assignment.classes.mids == ("a", "b", "c")
+    assert two.assignment.classes.names == ("A", "B", "C")
+    assert two.assignment.labels_NC(two.assignment.eval_N).tolist() == [[0, 1, 0], [1, 0, 0]]
+    (score,) = judged({"resamples": 20, "seed": 0}, [one, two]).scores
+    assert score.by_fold["accuracy"] == (np.float32(2 / 3), 1.0)
+    assert (score.classes, score.skipped, score.per_class_recall) == (2, 1, (0.75, 1.0, None))
+
+
+def test_folds_of_the_same_classes_stay_as_they_are():
+    both = [held(("a", "b", "c"), np.array([place]), np.eye(3)[[place]]) for place in (0, 1)]
+    assert aligned(both) == both
+
+
+RATE_HZ, HZ = 16_000, {0: 300.0, 11: 1_200.0, 49: 5_000.0}
+
+CATEGORIES = {0: "dog", 11: "sea_waves", 49: "hand_saw"}
+
+
+@pytest.fixture(scope="module")
+def folds_path(tmp_path_factory):
+    """36 noisy tones of three classes in three folds, as ESC-50 lies on a disk."""
+    root, rng = tmp_path_factory.mktemp("folds"), np.random.default_rng(0)
+    for folder in ("audio", "meta"):
+        (root / "ESC-50" / folder).mkdir(parents=True)
+    lines = ["filename,fold,target,category,esc10,src_file,take"]
+    for number in range(36):
+        fold, target = 1 + number % 3, tuple(HZ)[number // 3 % 3]
+        name = f"{fold}-{100 + number}-A-{target}.wav"
+        lines.append(f"{name},{fold},{target},{CATEGORIES[target]},False,{100 + number},A")
+        time_S = np.arange(5 * RATE_HZ) / RATE_HZ
+        wave_S = 0.2 * np.sin(2 * np.pi * HZ[target] * rng.uniform(0.9, 1.1) * time_S)
+        wave_S += 0.1 * rng.standard_normal(len(wave_S))
+        write(root / "ESC-50" / "audio" / name, wave_S.astype(np.float32), RATE_HZ)
+    (root / "ESC-50" / "meta" / "esc50.csv").write_text("\n".join(lines) + "\n")
+    build_store(
+        esc50(root / "ESC-50"),
+        Output(path=root / "esc50.zarr", spec=mel_spec("a-jepa")),
+        Build(workers=0),
+    )
+    return root / "esc50.zarr"
+
+
+@pytest.fixture(scope="module")
+def run(store_path, tmp_path_factory) -> Run:
+    path = tmp_path_factory.mktemp("runs") / "run"
+    return pretrain(store_path, tiny(), path, steps=6, device="cpu", say=lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def found(folds_path, run) -> Evaluation:
+    return evaluate(folds_path, run.path, device="cpu")
+
+
+def test_each_clip_is_measured_once_and_metrics_are_means_over_folds(found):
+    """36 clips in three folds; single labels are found by themselves."""
+    told = found.protocol
+    assert (told["folds"], told["eval_clips"], told["probes"]["train_clips"]) == (3, 36, 24)
+    assert told["eval_splits"] == ["fold1", "fold2", "fold3"]
+    assert all(score.kind == "single" for score in found.scores)
+    linear = found.of(TRAINED, "linear", "raw")
+    assert set(linear.metrics) == {"accuracy", "f1", "map", "auc", "d_prime"}
+    assert len(linear.chosen) == 3
+    assert linear.chance == pytest.approx(1 / 3)
+    assert np.mean(linear.by_fold["accuracy"]) == pytest.approx(linear.primary.value)
+    assert linear.spread == pytest.approx(np.std(linear.by_fold["accuracy"], ddof=1))
+
+
+def test_tones_are_told_apart_by_their_statistics(found):
+    """Three frequencies that no probe can miss: the whole path is right."""
+    assert found.of(STATISTICS, "linear", "raw").primary.value > 0.9
+    assert found.of(STATISTICS, "knn", "raw").primary.value > 0.9
+
+
+def test_another_stores_result_stands_beside_the_runs_own(found, folds_path, run, tmp_path):
+    """Neither overwrites the other, and each has its picture."""
+    assert Evaluation.read(run.path / "evaluation-esc50.json").scores == found.scores
+    assert not (run.path / "evaluation.json").exists()
+    store = FeatureStore.open(folds_path)
+    assert found.protocol["store_id"] == store.store_id != run.identity["store_id"]
+    assert found.protocol["trained_on"] == run.identity["store_id"]
+
+
+def test_the_table_tells_accuracy_first_in_80_columns(found):
+    """With intervals, then F1 and mAP."""
+    text = found.table()
+    assert text.startswith("36 eval clips of esc50.zarr, mean over 3 folds; run at step 6\n")
+    assert text.index("accuracy") < text.index("deviation over 3 folds") < text.index("macro F1 / mAP")
+    assert max(len(line) for line in text.splitlines()) <= 80
+
+
+def test_every_class_has_its_line_in_the_csv(found, tmp_path):
+    """Named, with two columns for each probe on each kind of features: precision, and recall of single labels."""
+    found.write_classes(tmp_path / "classes.csv")
+    with (tmp_path / "classes.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["class"] for row in rows] == ["dog", "sea_waves", "hand_saw"]
+    for score in found.scores:
+        column = [float(row[f"{score.features} {score.probe}"]) for row in rows]
+        assert column == pytest.approx(list(score.per_class_ap), abs=1e-6)
+        recalls = [float(row[f"recall, {score.features} {score.probe}"]) for row in rows]
+        assert recalls == pytest.approx(list(score.per_class_recall), abs=1e-6)
+        assert np.mean(recalls) == pytest.approx(
+            score.primary.value
+        )  # classes are of one size, in every fold
+
+
+def test_what_is_asked_for_is_done_and_stamped(folds_path, run, tmp_path):
+    """Pooling, layer, probes and file; the grid and the weights are told, too."""
+    asked = {
+        "pooling": "frequency",
+        "layer": Layer(block=1),
+        "probes": ("knn",),
+        "out": tmp_path / "some.json",
+    }
+    found = evaluate(folds_path, run.path, device="cpu", kind="multi", checkpoint=5, **asked)
+    told = json.loads((tmp_path / "some.json").read_text())["protocol"]
+    probes = told["probes"]
+    assert (probes["pooling"], probes["layer"], probes["names"]) == ("frequency", "block-1", ["knn"])
+    assert (told["checkpoint"], told["step"]) == ("5", 5)
+    assert probes["grid"] == {"rows": 8, "cols": 4, "frames": 16, "bands": 16}
+    assert len(told["weights_sha256"]) == 64
+    assert probes["l2_grid"][0] == 1.0
+    assert told["versions"]["torch"]
+    assert {(score.probe, score.kind) for score in found.scores} == {("knn", "multi")}
+
+
+def test_probes_labels_and_kinds_that_do_not_fit_are_refused(folds_path, store_path, run):
+    """In one line, before anything is encoded."""
+    with pytest.raises(RunError, match="probes svm: expected of linear, knn, attentive"):
+        evaluate(folds_path, run.path, probes=("svm",))
+    with pytest.raises(StoreError, match="no label set 'dominators'"):
+        evaluate(folds_path, run.path, labels=("dominators",))
+    with pytest.raises(RunError, match="single labels were asked for"):
+        evaluate(store_path, run.path, kind="single")
+    with pytest.raises(RunError, match="no checkpoint was probed, so none is the best"):
+        evaluate(folds_path, run.path, checkpoint="best")
+
+
+def test_evaluations_of_both_stores_are_drawn(found, store_path, run, tmp_path):
+    """Bars with intervals; a probe that has no features of a kind is left out."""
+    evaluate(store_path, run.path, device="cpu", probes=("linear", "attentive"))
+    names = [path.name for path in report(store_path, run.path, tmp_path / "out")]
+    assert names == ["curves.png", "masks.png", "probes-esc50.png", "probes.png"]
+    for name in names[2:]:
+        assert imread(tmp_path / "out" / name).std() > 0.1
+    (run.path / "evaluation.json").unlink()
+
+
+def test_an_evaluation_of_an_older_version_is_told(run, tmp_path):
+    """With the command that makes it again."""
+    (tmp_path / "evaluation.json").write_text(json.dumps({"format": 2, "protocol": {}, "scores": []}))
+    with pytest.raises(RunError, match="run ajepa-train evaluate again"):
+        Evaluation.read(tmp_path / "evaluation.json")

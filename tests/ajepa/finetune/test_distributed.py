@@ -1,0 +1,124 @@
+"""Fine-tuning by several processes: the steps of one, one that measures, one end."""
+
+import json
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from ranks import seen, torchrun
+from tiny import tiny
+
+from ajepa.evaluate.result import EVALUATION, Evaluation
+from ajepa.pretrain.pretrain import pretrain
+from ajepa.training.run import Run
+from pipeline.errors import Interrupted
+
+
+def assert_near(run: Run, other: Run) -> None:
+    """Equal up to the order in which floats are added, as in `test_distributed`."""
+    one, two = run.load().parts, other.load().parts
+    for part in ("classifier", "average"):
+        for name, value in one[part].items():
+            torch.testing.assert_close(two[part][name], value, rtol=2e-3, atol=4e-4)
+    for line, of_other in zip(run.metrics(), other.metrics(), strict=True):
+        for name in ("loss", "gradient_norm"):
+            assert of_other[name] == pytest.approx(line[name], rel=2e-3), (line["step"], name)
+    one_found, two_found = (Evaluation.read(each.path / EVALUATION) for each in (run, other))
+    for score, of_other in zip(one_found.scores, two_found.scores, strict=True):
+        assert of_other.primary.value == pytest.approx(score.primary.value, abs=0.02)
+
+
+@pytest.fixture(scope="module")
+def pretrained(store_path, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("pretrained") / "run"
+    pretrain(store_path, tiny().resized(steps=2), path, device="cpu", say=lambda line: None)
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(store_path, pretrained, tmp_path_factory) -> Run:
+    """Eight steps in one process, this one."""
+    path = tmp_path_factory.mktemp("ranks") / "alone"
+    return ranks.train_classifier(store_path, path, "train", str(pretrained))
+
+
+def test_two_ranks_take_the_steps_of_one_process(store_path, tmp_path, alone, pretrained):
+    """Rows, mixtures, masks: all of them from the same probed head. One of them measures, writes and tells."""
+    status, said = torchrun(store_path, tmp_path / "run", "train", str(pretrained), stage="finetune")
+    assert status == 0, said
+    run = Run.open(tmp_path / "run")
+    assert_near(alone, run)
+    assert run.recipe == alone.recipe
+    for whole, first, second in zip(seen(alone.path, 0), seen(run.path, 0), seen(run.path, 1), strict=True):
+        assert whole == [whole[0], first[1] + second[1], 0]
+        assert (first[2], second[2]) == (0, 4)
+    *notes, told = [line for line in said if line]  # no warning, and no word of the other rank
+    assert [str(store_path) in note for note in notes] == [True] * len(set(notes))
+    assert told.startswith(f"{run.path}: step 0 of 8")
+    assert told.endswith("on 2 ranks")
+    cost, of_alone = (json.loads((path / "compute.json").read_text()) for path in (run.path, alone.path))
+    assert (cost["ranks"], of_alone["ranks"]) == (2, 1)
+    assert (cost["step"], cost["clips"], cost["flop"]) == (8, 64, of_alone["flop"])
+
+
+def test_one_process_is_carried_on_by_two_in_passes(store_path, tmp_path, alone, pretrained):
+    """The batch is the recipe's, whoever computes it, and in however many passes."""
+    with pytest.raises(Interrupted):
+        ranks.train_classifier(store_path, tmp_path / "run", "stop", str(pretrained))
+    assert Run.open(tmp_path / "run").step == 6
+    status, said = torchrun(store_path, tmp_path / "run", "micro", str(pretrained), stage="finetune")
+    assert status == 0, said
+    assert_near(alone, Run.open(tmp_path / "run"))
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step_with_a_checkpoint(
+    store_path, tmp_path, alone, pretrained
+):
+    """And one process carries on; nothing was measured that is not the end."""
+    status, said = torchrun(store_path, tmp_path / "run", "stop", str(pretrained), stage="finetune")
+    assert status != 0
+    run = Run.open(tmp_path / "run")
+    assert run.step == run.metrics()[-1]["step"] == 6
+    assert [len(seen(run.path, rank)) for rank in range(2)] == [6, 6]
+    assert sum("checkpoint written at step 6 of 8" in line for line in said) == 1
+    assert sum("interrupted; nothing is lost" in line for line in said) == 1
+    assert not (run.path / "evaluation.json").exists()
+    assert_near(alone, ranks.train_classifier(store_path, run.path, "train", str(pretrained)))
+
+
+def test_nan_on_one_rank_ends_all_with_one_message_and_is_kept(store_path, tmp_path):
+    """By every rank its own clips."""
+    status, said = torchrun(store_path, tmp_path / "run", "nan", stage="finetune")
+    assert status != 0
+    (error,) = [line for line in said if "error: " in line]
+    rows = seen(tmp_path / "run", 1)[5][1]
+    assert "error: step 6: loss is nan, gradient_norm is nan; stopped before the update; rows [" in error
+    assert error.endswith(f"its clips and draws are kept in {tmp_path / 'run' / 'bad-step-00000006'}")
+    kept = sorted(file.name for file in (tmp_path / "run" / "bad-step-00000006").iterdir())
+    assert kept == [f"rank-{rank}.{kind}" for rank in range(2) for kind in ("json", "safetensors")]
+    told = json.loads((tmp_path / "run" / "bad-step-00000006" / "rank-1.json").read_text())
+    assert (told["first_clip"], told["rows"]) == (4, rows)
+    assert Run.open(tmp_path / "run").step == 4
+
+
+def test_folds_are_trained_by_all_ranks_and_told_by_one(folds_path, tmp_path):
+    """One after the other, each with the scores of one process; finished ones are left alone."""
+    status, said = torchrun(folds_path, tmp_path / "run", stage="folds")
+    assert status == 0, said
+    assert sum("mean over 2 folds" in line for line in said) == 1
+    assert (tmp_path / "run" / EVALUATION).exists()
+    ranks.train_folds(folds_path, tmp_path / "alone")
+    for fold in ("fold1", "fold2"):
+        two, one = (Run.open(tmp_path / name / fold) for name in ("run", "alone"))
+        assert_near(one, two)
+    assert torchrun(folds_path, tmp_path / "run", stage="folds")[0] == 0
+
+
+def test_ranks_refuse_with_one_message_what_cannot_be_dealt(store_path, tmp_path):
+    """Three ranks for eight clips; nothing is written."""
+    status, said = torchrun(store_path, tmp_path / "run", stage="finetune", ranks=3)
+    assert status != 0
+    (error,) = [line for line in said if "error: " in line]
+    assert "8 clips a step cannot be dealt to 3 ranks evenly" in error
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,414 @@
+"""The model as a whole: its losses, its teacher, its padding, and that it learns."""
+
+from dataclasses import replace
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from scipy.fft import dctn
+
+from ajepa.model.jepa import Jepa, JepaOutput, JepaSpec, LossName, normalise, token_loss
+from ajepa.model.masking import RandomBlocks, RandomPatches
+from ajepa.model.patches import PatchGrid, patchify
+from ajepa.model.vit import EncoderSpec, PredictorSpec
+
+GRID = PatchGrid(rows=4, cols=6, patch_frames=4, patch_bands=4)
+
+SPEC = JepaSpec(
+    encoder=EncoderSpec(grid=GRID, width=32, depth=2, heads=4),
+    predictor=PredictorSpec(width=16, depth=2, heads=2),
+)
+
+LOSSES = get_args(LossName)
+
+OPTIONS = {
+    "as published": SPEC,
+    "rope": replace(
+        SPEC,
+        encoder=replace(SPEC.encoder, positions="rope"),
+        predictor=replace(SPEC.predictor, positions="rope"),
+    ),
+    "layer scale": replace(
+        SPEC,
+        encoder=replace(SPEC.encoder, layer_scale=0.1),
+        predictor=replace(SPEC.predictor, layer_scale=0.1),
+    ),
+    "drop path": replace(
+        SPEC,
+        encoder=replace(SPEC.encoder, drop_path=0.5),
+        predictor=replace(SPEC.predictor, drop_path=0.5),
+    ),
+    "two layers": replace(SPEC, target_layers=2),
+    "whole clip": replace(SPEC, clip_weight=0.5),
+    "cosines": replace(SPEC, targets="cosines", target_cosines=3, clip_weight=0.5),
+}
+
+for_every_option = pytest.mark.parametrize("spec", OPTIONS.values(), ids=OPTIONS)
+
+
+def batch(clips: int = 4, frames: int = GRID.frames) -> tuple[torch.Tensor, ...]:
+    """Mel, context, targets and valid frames of a small batch, always the same."""
+    masks = RandomBlocks().sample(np.random.default_rng(0), GRID, batch=clips)
+    mel_BTF = torch.randn(clips, GRID.frames, GRID.bands, generator=torch.Generator().manual_seed(0))
+    context_BK, targets_BGQ = torch.from_numpy(masks.context_BK), torch.from_numpy(masks.targets_BGQ)
+    return mel_BTF, context_BK, targets_BGQ, torch.full((clips,), frames)
+
+
+def numbers(output: JepaOutput) -> torch.Tensor:
+    return torch.stack([getattr(output, name) for name in JepaOutput.__slots__])
+
+
+@pytest.mark.parametrize(
+    ("loss", "value"),
+    [
+        ("l2", 5 / 2),
+        ("squared_l2", 25 / 4),
+        ("smooth_l1", (2.5 + 3.5 + 0 + 0) / 4),
+        ("cosine", 1 - 12 / 52**0.5 / 3),
+    ],
+)
+def test_each_loss_is_what_its_formula_says(loss, value):
+    """p = (4, 6, 0, 0), t = (1, 2, 2, 0) less (0, 0, 2, 0): done by hand."""
+    prediction, target = torch.tensor([4.0, 6.0, 0.0, 0.0]), torch.tensor([1.0, 2.0, 0.0, 0.0])
+    if loss == "cosine":
+        prediction, target = torch.tensor([4.0, 6.0, 0.0, 0.0]), torch.tensor([0.0, 2.0, 2.0, 1.0])
+    assert token_loss(prediction, target, loss).item() == pytest.approx(value)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_perfect_prediction_costs_nothing_and_its_gradient_is_finite(loss):
+    """The norm has a corner at zero: it must not give NaN there."""
+    target_BGQD = torch.randn(1, 1, 3, 8)
+    prediction_BGQD = target_BGQD.clone().requires_grad_()
+    loss_value = token_loss(prediction_BGQD, target_BGQD, loss).sum()
+    loss_value.backward()
+    assert loss_value.item() == pytest.approx(0, abs=1e-6)
+    assert prediction_BGQD.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("loss", ["l2", "squared_l2", "cosine"])
+def test_predicting_nothing_scores_one(loss):
+    """Targets have mean 0 and variance 1 over the width, so the scale of the loss means the same at any width."""
+    for width in (8, 512):
+        target_BGQD = normalise(5 + 3 * torch.randn(2, 2, 10, width))
+        nothing_BGQ = token_loss(torch.zeros_like(target_BGQD), target_BGQD, loss)
+        torch.testing.assert_close(nothing_BGQ, torch.ones(2, 2, 10), atol=1e-4, rtol=0)
+
+
+def test_an_unknown_loss_is_refused_with_the_known_ones():
+    """A misspelt recipe stops at once."""
+    with pytest.raises(ValueError, match="one of l2, squared_l2, smooth_l1, cosine, got 'l3'"):
+        replace(SPEC, loss="l3")
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_gradient_reaches_encoder_and_predictor_and_not_the_teacher(loss):
+    """Every weight of the two learns; the teacher only follows."""
+    jepa = Jepa(replace(SPEC, loss=loss))
+    jepa(*batch()).loss.backward()
+    for part in (jepa.encoder, jepa.predictor):
+        assert all(parameter.grad.abs().max() > 0 for parameter in part.parameters())
+    assert all(
+        parameter.grad is None and not parameter.requires_grad for parameter in jepa.target.parameters()
+    )
+
+
+def test_the_teacher_starts_as_the_encoder_and_stays_in_eval_mode():
+    """A copy, not the same tensors; `train()` on the whole must not wake it."""
+    jepa = Jepa(SPEC).train()
+    for ours, theirs in zip(jepa.encoder.parameters(), jepa.target.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.data_ptr() != theirs.data_ptr()
+    assert jepa.encoder.training
+    assert not jepa.target.training
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.25, 0.996, 1.0])
+def test_the_teacher_moves_by_its_momentum(momentum):
+    """target = m target + (1 - m) encoder, exactly the encoder at 0 and not a bit at 1."""
+    jepa = Jepa(SPEC)
+    with torch.no_grad():
+        for parameter in jepa.encoder.parameters():
+            parameter.add_(1.0)
+    before = [parameter.clone() for parameter in jepa.target.parameters()]
+    jepa.update_target(momentum)
+    for old, ours, new in zip(before, jepa.encoder.parameters(), jepa.target.parameters(), strict=True):
+        torch.testing.assert_close(new, momentum * old + (1 - momentum) * ours)
+        assert momentum != 0 or torch.equal(new, ours)
+        assert momentum != 1 or torch.equal(new, old)
+
+
+def test_the_teacher_follows_buffers_too():
+    """An encoder that one day keeps running statistics must not leave the teacher with stale ones."""
+    jepa = Jepa(SPEC)
+    for encoder, value in ((jepa.encoder, 1.0), (jepa.target, 0.0)):
+        encoder.register_buffer("mean_D", torch.full((3,), value))
+    jepa.update_target(0.75)
+    assert jepa.target.mean_D.tolist() == [0.25] * 3
+
+
+def test_the_loss_is_the_mean_over_targets_of_the_distance_to_the_normalised_features():
+    """The parts put together by hand."""
+    jepa, (mel_BTF, context_BK, targets_BGQ, n_frames_B) = Jepa(SPEC), batch()
+    feature_BPD = jepa.target(mel_BTF)
+    target_BPD = (feature_BPD - feature_BPD.mean(-1, keepdim=True)) / feature_BPD.std(-1, False, keepdim=True)
+    guess_BGQD = jepa.predictor(jepa.encoder(mel_BTF, context_BK), context_BK, targets_BGQ)
+    wanted_BGQD = torch.stack([target_BPD[clip][tokens] for clip, tokens in enumerate(targets_BGQ)])
+    by_hand = (guess_BGQD - wanted_BGQD).square().mean(-1).sqrt().mean()
+    torch.testing.assert_close(jepa(mel_BTF, context_BK, targets_BGQ, n_frames_B).loss, by_hand)
+
+
+@for_every_option
+def test_what_lies_past_the_end_of_a_clip_changes_nothing(spec):
+    """Loss, gradients and signs of health: bit for bit the same whatever the padding holds."""
+    outcomes = []
+    for noise in (0.0, 100.0):
+        jepa, (mel_BTF, context_BK, targets_BGQ, _) = Jepa(spec), batch()
+        mel_BTF[1, 8:] = noise
+        mel_BTF[2, 16:] = noise
+        n_frames_B = torch.tensor([24, 8, 14, 24])
+        output = jepa(mel_BTF, context_BK, targets_BGQ, n_frames_B, np.random.default_rng(0))
+        output.loss.backward()
+        outcomes.append((numbers(output), jepa.encoder.embed.weight.grad, jepa.predictor.out.weight.grad))
+    for clean, noisy in zip(*outcomes, strict=True):
+        assert torch.equal(clean, noisy)
+
+
+def test_targets_on_padding_are_not_scored():
+    """A clip of two columns has eight tokens; the targets among them count, once for each group they are in."""
+    jepa, (mel_BTF, context_BK, targets_BGQ, _) = Jepa(SPEC), batch()
+    output = jepa(mel_BTF, context_BK, targets_BGQ, torch.tensor([24, 8, 8, 8]))
+    expected = targets_BGQ[0].numel() + int((targets_BGQ[1:] < 8).sum())
+    assert 0 < output.scored.item() == expected < targets_BGQ.numel()
+
+
+@pytest.mark.parametrize("spec", [one for name, one in OPTIONS.items() if name != "drop path"])
+def test_where_all_is_valid_the_masks_are_skipped_and_nothing_changes(spec):
+    """The fast path and the masked one agree: a fifth, empty clip forces the latter."""
+    mel_BTF, context_BK, targets_BGQ, n_frames_B = batch()
+    jepa, extra = Jepa(spec), [0, 1, 2, 3, 0]
+    assert jepa.validity(n_frames_B, mel_BTF.device) is None
+    n_frames_B = torch.cat((n_frames_B, torch.zeros(1, dtype=torch.int64)))
+    masked = numbers(jepa(mel_BTF[extra], context_BK[extra], targets_BGQ[extra], n_frames_B))
+    torch.testing.assert_close(masked, numbers(jepa(*batch())))
+
+
+@for_every_option
+def test_a_batch_without_sound_gives_zero_scored_and_no_nan(spec):
+    """The caller refuses it by `scored`; a NaN would reach the weights first."""
+    jepa = Jepa(spec)
+    output = jepa(*batch(frames=0), np.random.default_rng(0))
+    output.loss.backward()
+    assert output.scored == 0
+    assert output.loss == 0
+    assert numbers(output).isfinite().all()
+    assert all(p.grad.isfinite().all() for p in jepa.parameters() if p.grad is not None)
+
+
+def test_a_collapsed_teacher_shows():
+    """The same answer for every patch has no spread: the number that the loss hides."""
+    jepa = Jepa(SPEC)
+    assert jepa(*batch()).target_std > 0.1
+    torch.nn.init.zeros_(jepa.target.norm.weight)
+    output = jepa(*batch())
+    assert output.target_std < 1e-6
+    assert numbers(output).isfinite().all()
+
+
+def test_signs_of_health_carry_no_graph():
+    """Logging them must not keep a step alive."""
+    output = Jepa(SPEC)(*batch())
+    assert [name for name in JepaOutput.__slots__ if getattr(output, name).requires_grad] == ["loss"]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_it_learns_a_batch_by_heart(loss):
+    """Ninety steps on eight fixed clips with a still teacher: it explains what it could not before."""
+    jepa, (mel_BTF, *_, n_frames_B) = Jepa(replace(SPEC, loss=loss), seed=1), batch(8)
+    masks = RandomPatches().sample(np.random.default_rng(0), GRID, batch=8)
+    fixed = (mel_BTF, torch.from_numpy(masks.context_BK), torch.from_numpy(masks.targets_BGQ), n_frames_B)
+    optimiser = torch.optim.AdamW([p for p in jepa.parameters() if p.requires_grad], lr=3e-3)
+    first = jepa(*fixed)
+    for _ in range(90):
+        optimiser.zero_grad()
+        jepa(*fixed).loss.backward()
+        optimiser.step()
+    last = jepa(*fixed)
+    assert last.loss < 0.6 * first.loss
+    assert last.explained > 0.5 > 0.05 > first.explained
+    assert last.cosine > 0.7
+
+
+def test_it_learns_with_a_moving_teacher_and_without_collapse():
+    """The whole step as the loop runs it: the loss falls and the teacher still tells patches apart."""
+    jepa, fixed = Jepa(SPEC, seed=1), batch(8)
+    optimiser = torch.optim.AdamW([p for p in jepa.parameters() if p.requires_grad], lr=1e-3)
+    outputs = []
+    for step in range(60):
+        optimiser.zero_grad()
+        outputs.append(jepa(*fixed))
+        outputs[-1].loss.backward()
+        optimiser.step()
+        jepa.update_target(0.996 + 0.004 * step / 60)
+    assert outputs[-1].loss < 0.85 * outputs[0].loss
+    assert outputs[-1].target_std > 0.5 * outputs[0].target_std
+
+
+def test_cosines_tell_the_pattern_of_a_patch_and_not_its_level():
+    """Predicting how loud a patch is is easy and teaches little; the level cannot be in the target at all."""
+    model, (mel_BTF, *_) = Jepa(replace(SPEC, targets="cosines", target_cosines=3)), batch()
+    before, louder = (model.describe(mel) for mel in (mel_BTF, mel_BTF + 3))
+    torch.testing.assert_close(before, louder, atol=1e-4, rtol=0)
+    other = model.describe(mel_BTF.flip(1))
+    assert (before - other).abs().mean() > 0.1
+
+
+def test_cosines_do_not_depend_on_what_was_learnt():
+    """They stand still, so that nothing can collapse onto them."""
+    model, (mel_BTF, *_) = Jepa(replace(SPEC, targets="cosines", target_cosines=3)), batch()
+    before = model.describe(mel_BTF)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    assert torch.equal(model.describe(mel_BTF), before)
+
+
+def test_targets_of_cosines_are_scipys_transform_of_a_patch():
+    """The 3 x 3 slowest of its orthonormal type 2, less the constant one, which is the level."""
+    model, (mel_BTF, *_) = Jepa(replace(SPEC, targets="cosines", target_cosines=3)), batch()
+    patch_BPTF = patchify(mel_BTF, GRID).unflatten(2, (GRID.patch_frames, GRID.patch_bands)).numpy()
+    expected_BPD = dctn(patch_BPTF, type=2, norm="ortho", axes=(2, 3))[..., :3, :3].reshape(
+        *patch_BPTF.shape[:2], 9
+    )
+    np.testing.assert_allclose(model.describe(mel_BTF), expected_BPD[..., 1:], atol=1e-5)
+
+
+def test_unknown_targets_are_refused_with_the_known_ones():
+    """A misspelt recipe stops at once."""
+    with pytest.raises(ValueError, match="teacher or cosines, got 'student'"):
+        replace(SPEC, targets="student")
+
+
+def two_sets(clips: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    masks = RandomBlocks().sample(np.random.default_rng(3), GRID, batch=2 * clips)
+    return torch.from_numpy(masks.context_BK), torch.from_numpy(masks.targets_BGQ)
+
+
+@for_every_option
+def test_two_mask_sets_of_a_clip_are_the_mean_of_one_and_the_other(spec):
+    """Loss and gradients; the teacher is asked once."""
+    jepa, (mel_BTF, *_, n_frames_B), (context_NK, targets_NGQ) = Jepa(spec).eval(), batch(), two_sets()
+    passes = []
+    jepa.target.norm.register_forward_hook(lambda *told: passes.append(told))
+    both = jepa(mel_BTF, context_NK, targets_NGQ, n_frames_B)
+    both.loss.backward()
+    assert len(passes) == (spec.targets == "teacher" and spec.target_layers == 1)
+    gradient = jepa.encoder.embed.weight.grad.clone()
+    jepa.zero_grad()
+    each = [jepa(mel_BTF, context_NK[one::2], targets_NGQ[one::2], n_frames_B) for one in (0, 1)]
+    mean = (each[0].loss + each[1].loss) / 2
+    mean.backward()
+    torch.testing.assert_close(both.loss, mean)
+    torch.testing.assert_close(gradient, jepa.encoder.embed.weight.grad)
+    assert both.scored == 2 * each[0].scored
+
+
+def test_padding_is_told_to_every_mask_set_of_its_own_clip():
+    """Sets lie clip by clip: a mistake in their order would score the padding of another clip."""
+    jepa, (mel_BTF, *_), (context_NK, targets_NGQ) = Jepa(SPEC), batch(), two_sets()
+    output = jepa(mel_BTF, context_NK, targets_NGQ, torch.tensor([24, 8, 24, 24]))
+    others = torch.cat((targets_NGQ[:2], targets_NGQ[4:])).numel()
+    assert output.scored.item() == others + int((targets_NGQ[2:4] < 8).sum())
+
+
+@for_every_option
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_recomputed_activations_change_not_one_bit(spec, bf16):
+    """Checkpointing trades time for memory and nothing else: loss, health and every gradient are the same."""
+    outcomes = []
+    for jepa in (Jepa(spec), Jepa(spec).recompute()):
+        mel_BTF, *masks, n_frames_B = batch()
+        n_frames_B[1] = 9
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            output = jepa(mel_BTF, *masks, n_frames_B, np.random.default_rng(0))
+        output.loss.backward()
+        outcomes.append([numbers(output), *(p.grad for p in jepa.parameters() if p.grad is not None)])
+    assert len(outcomes[0]) > 20
+    assert all(torch.equal(kept, again) for kept, again in zip(*outcomes, strict=True))
+
+
+def test_recomputation_keeps_less_for_the_backward_pass():
+    """Bytes that autograd saves, counted: it must be on, and not only harmless."""
+    saved = []
+    for jepa in (Jepa(SPEC), Jepa(SPEC).recompute()):
+        kept = {}
+
+        def pack(x, kept=kept):
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            jepa(*batch())
+        saved.append(sum(kept.values()))
+    assert saved[1] < 0.5 * saved[0]
+
+
+def test_drop_path_drops_in_training_only_and_wants_its_generator():
+    """From the generator of the step: the same step on resume drops the same branches."""
+    jepa, fixed = Jepa(OPTIONS["drop path"]), batch()
+    first, again, other = (jepa(*fixed, np.random.default_rng(seed)).loss for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    with pytest.raises(ValueError, match="drop path draws from the generator of the step"):
+        jepa(*fixed)
+    torch.testing.assert_close(jepa.eval()(*fixed).loss, Jepa(SPEC)(*fixed).loss)
+
+
+def test_the_target_of_several_layers_is_the_mean_of_each_normalised():
+    """By hand, from the blocks' own outputs; a layer ten times as loud counts no more."""
+    jepa, (mel_BTF, *_) = Jepa(replace(SPEC, target_layers=2)), batch()
+    layers = []
+    for block in jepa.target.blocks:
+        block.register_forward_hook(lambda block, told, output: layers.append(output))
+    described_BPD = jepa.describe(mel_BTF)
+    by_hand = [(x - x.mean(-1, keepdim=True)) / x.std(-1, False, keepdim=True) for x in layers]
+    torch.testing.assert_close(described_BPD, torch.stack(by_hand).mean(0), atol=2e-4, rtol=1e-3)
+
+
+def test_the_whole_clip_is_predicted_from_the_mean_of_its_context():
+    """By hand, with a short clip: padding counts neither in the guess nor in what is guessed."""
+    jepa, (mel_BTF, context_BK, targets_BGQ, n_frames_B) = Jepa(OPTIONS["whole clip"]), batch()
+    n_frames_B[2] = 12
+    valid_BP = jepa.validity(n_frames_B, mel_BTF.device)
+    context_BKD = jepa.encoder(mel_BTF, context_BK, valid_BP)
+    feature_BPD = jepa.target(mel_BTF, valid_BP=valid_BP)
+    losses = []
+    for clip in range(4):
+        seen = context_BKD[clip][valid_BP[clip][context_BK[clip]]].mean(0)
+        wanted = normalise(feature_BPD[clip][valid_BP[clip]].mean(0))
+        losses.append(token_loss(jepa.predictor.clip_head(seen), wanted, "l2"))
+    output = jepa(mel_BTF, context_BK, targets_BGQ, n_frames_B)
+    torch.testing.assert_close(output.clip_loss, torch.stack(losses).mean())
+    plain = replace(SPEC, clip_weight=0.0)
+    without = Jepa(plain)(mel_BTF, context_BK, targets_BGQ, n_frames_B)
+    torch.testing.assert_close(output.loss, without.loss + 0.5 * output.clip_loss)
+    assert without.clip_loss == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"target_layers": 3}, "target_layers must lie in 1 to 2, the depth of the teacher"),
+        ({"target_layers": 2, "targets": "cosines"}, "1 to 1, the depth of the teacher"),
+        (
+            {"targets": "cosines", "target_cosines": 1},
+            "target_cosines must lie in 2 to 4, a patch's shorter side",
+        ),
+        ({"clip_weight": -1.0}, "clip_weight must not be negative"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused(wrong, told):
+    """At its construction, with the value."""
+    with pytest.raises(ValueError, match=told):
+        replace(SPEC, **wrong)

@@ -1,0 +1,475 @@
+"""Signs of health: numbers that mean what their names say, on clips that a run never trains on.
+
+A run that is watched is the run that is not; a collapse ends it, and nothing else does.
+"""
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny
+from tqdm import tqdm
+
+from ajepa.evaluate.features import Views, features
+from ajepa.evaluate.metrics import mean_average_precision
+from ajepa.evaluate.probes import knn_NC, linear_NC, standardised
+from ajepa.model.jepa import Jepa
+from ajepa.model.masking import Fixed, RandomPatches
+from ajepa.pretrain.monitor import (
+    HEALTH_CLIPS,
+    LEAST_CONTENT,
+    LEAST_RANK,
+    LEAST_SPREAD,
+    PATIENCE,
+    PROBE_L2,
+    HealthBatch,
+    effective_rank,
+    features_told,
+    health,
+    health_rows,
+    in_a_row,
+    open_probe,
+    signs,
+)
+from ajepa.pretrain.pretrain import pretrain
+from ajepa.recipes.optimiser import Schedule
+from ajepa.recipes.pretrain import Pretrain
+from ajepa.report.pictures import curves
+from ajepa.training.loop import PROGRESS, SCORE, postfix
+from ajepa.training.meter import read
+from ajepa.training.run import Run
+from pipeline.errors import BrokenClip, Interrupted, RunError
+from pipeline.loading.loader import Batch
+from pipeline.store.feature_store import FeatureStore
+from pipeline.store.splits import train_splits
+
+ALL_VALID = torch.ones(6, 5, dtype=torch.bool)
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def batch_of(clips: int = 6, valid: int = 64) -> HealthBatch:
+    mel_BTF = noise(clips, 64, 128)
+    mel_BTF[:, valid:] = 0.0
+    made = Batch(
+        mel_BTF=mel_BTF,
+        n_frames_B=torch.full((clips,), valid),
+        rows_B=np.arange(clips),
+        labels_BC=None,
+        weights_B=torch.ones(clips),
+    )
+    return HealthBatch.of(made, tiny())
+
+
+@pytest.mark.parametrize("directions", [1, 3, 8])
+@pytest.mark.parametrize("shape", [(64, 8), (8, 64)], ids=["tall", "wide"])
+def test_the_rank_of_equally_strong_directions_is_their_number(directions, shape):
+    """RankMe (arXiv 2210.02885): the entropy of equal shares; whichever Gram matrix is the smaller."""
+    left = torch.linalg.qr(noise(shape[0], 8))[0][:, :directions]
+    right = torch.linalg.qr(noise(shape[1], 8, seed=1))[0][:, :directions]
+    assert effective_rank(5.0 * left @ right.T).item() == pytest.approx(directions, rel=1e-3)
+
+
+def test_the_rank_is_that_of_the_singular_values():
+    """By the paper's own formula, from torch's singular value decomposition."""
+    x_ND = noise(50, 12) * torch.logspace(0, -4, 12)
+    share_D = torch.linalg.svdvals(x_ND.double())
+    share_D = share_D / share_D.sum() + 1e-7
+    assert effective_rank(x_ND).item() == pytest.approx(
+        (-(share_D * share_D.log()).sum()).exp().item(), rel=1e-6
+    )
+
+
+def test_features_that_are_all_alike_have_rank_1_and_no_dimension_that_lives():
+    """Collapse as it is drawn in papers; what rounding leaves counts as nothing."""
+    alike_BPD = noise(8).expand(6, 5, 8) + 1e-6 * noise(6, 5, 8, seed=1)
+    told = features_told(alike_BPD, ALL_VALID)
+    assert told["rank"].item() == pytest.approx(1, abs=1e-3)
+    assert told["spread"].item() == pytest.approx(0, abs=1e-5)
+    assert told["rank_clips"].item() == pytest.approx(1, abs=1e-3)
+    assert told["dead"].item() == 1.0
+
+
+def test_content_is_what_position_does_not_tell():
+    """0 where every clip says the same of a position; all but the mean's share where positions say nothing."""
+    position_PD = noise(5, 8)
+    assert features_told(position_PD.expand(6, 5, 8), ALL_VALID)["content"].item() == pytest.approx(
+        0, abs=1e-9
+    )
+    assert features_told(noise(6, 1, 8).expand(6, 5, 8), ALL_VALID)["content"].item() == pytest.approx(1)
+    sound_BPD = noise(400, 5, 8, seed=2)
+    mixed = features_told(sound_BPD + 3 * position_PD, torch.ones(400, 5, dtype=torch.bool))["content"].item()
+    spread = 9 * (position_PD - position_PD.mean(0)).square().mean().item()
+    assert mixed == pytest.approx(1 / (1 + spread), rel=0.1)
+
+
+def test_spread_is_the_share_of_the_features_that_is_not_common_to_all():
+    """1 about a mean of 0; a mean as large as the deviation makes it the root of a half."""
+    noise_BPD = noise(400, 5, 8)
+    valid_BP = torch.ones(400, 5, dtype=torch.bool)
+    for mean, spread in ((0.0, 1.0), (1.0, 0.5**0.5), (3.0, 0.1**0.5)):
+        assert features_told(noise_BPD + mean, valid_BP)["spread"].item() == pytest.approx(spread, rel=0.03)
+
+
+def test_a_dimension_is_dead_if_it_hardly_deviates():
+    """Constant is dead whatever its value; small is not dead if it is no smaller than a hundredth of the rest."""
+    x_BPD = noise(6, 5, 8)
+    x_BPD[..., 0], x_BPD[..., 1] = 7.0, 0.0
+    x_BPD[..., 2] *= 0.1
+    assert features_told(x_BPD, ALL_VALID)["dead"].item() == 2 / 8
+
+
+def test_tokens_past_a_clips_end_do_not_count():
+    """What comes out at padding means nothing, and must not make features look rich."""
+    feature_BPD, valid_BP = (
+        noise(6, 5, 8),
+        torch.arange(5).expand(6, 5) < torch.tensor([[5], [4], [5], [2], [3], [5]]),
+    )
+    other_BPD = torch.where(valid_BP[..., None], feature_BPD, 1e3 * noise(6, 5, 8, seed=1))
+    one, other = features_told(feature_BPD, valid_BP), features_told(other_BPD, valid_BP)
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_looking_changes_nothing_and_says_the_same_twice():
+    """Neither weights, nor mode, nor any generator: a run that is watched is the run that is not."""
+    model, batch = Jepa(tiny().model), batch_of(valid=40)
+    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    told = health(model, batch)
+    assert told == health(model, batch)
+    assert model.training
+    assert model.encoder.training
+    assert not model.target.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(weight.grad is None for weight in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_is_told_of_the_step_is_what_the_model_says_of_these_clips():
+    """The loss and its signs are `Jepa`'s own; teacher and student are one at the start, and part with it."""
+    model, batch = Jepa(tiny().model), batch_of()
+    told = health(model, batch)
+    output = model.eval()(batch.mel_BTF, batch.context_BK, batch.targets_BGQ, batch.n_frames_B)
+    for name in ("loss", "explained", "target_std", "prediction_std"):
+        assert told[f"health_{name}"] == pytest.approx(getattr(output, name).item())
+    assert told["health_teacher_cosine"] == pytest.approx(1)
+    with torch.no_grad():
+        model.encoder.embed.weight.mul_(-1)
+    assert health(model, batch)["health_teacher_cosine"] < 0.9
+
+
+def test_the_masks_are_of_the_kind_that_the_run_ends_with():
+    """One plan for the whole curve; a curriculum's first masks would say nothing of its last."""
+    assert batch_of().targets_BGQ.shape[1] == 1  # random patches, one group: tiny's curriculum ends so
+    assert torch.equal(batch_of().context_BK, batch_of().context_BK)
+
+
+def test_clips_are_held_out_where_there_are_any(store):
+    """Measured on what is trained on, memory would pass for understanding."""
+    eval_N = store.good_rows(["eval"])
+    assert np.array_equal(health_rows(store, 0), eval_N)
+    assert len(eval_N) < HEALTH_CLIPS
+
+
+class TrainOnly:
+    """A store of a hundred clips without a split to measure on."""
+
+    def __init__(self, manifest) -> None:
+        self.manifest = manifest
+
+    def good_rows(self, splits):
+        assert splits == train_splits(self)
+        return np.arange(100)
+
+
+def test_without_held_out_clips_a_fixed_batch_of_the_others_is_taken(store):
+    """Ascending, no row twice, the same for a seed."""
+    only = TrainOnly(store.manifest.filter(store.manifest["split"] != "eval"))
+    rows_N = health_rows(only, 0)
+    assert len(set(rows_N.tolist())) == HEALTH_CLIPS
+    assert (np.diff(rows_N) > 0).all()
+    assert np.array_equal(rows_N, health_rows(only, 0))
+    assert not np.array_equal(rows_N, health_rows(only, 1))
+
+
+WATCHED = {"health_every": 4, "probe_every": 8, "probe_clips": 20}
+
+
+def watched(**changes) -> Pretrain:
+    return tiny(**WATCHED, **changes)
+
+
+def quietly(store_path, run_path, recipe, **wishes) -> Run:
+    return pretrain(store_path, recipe, run_path, device="cpu", **{"say": lambda line: None} | wishes)
+
+
+@pytest.fixture(scope="module")
+def whole(store_path, tmp_path_factory) -> Run:
+    """Thirty steps, watched, without a break."""
+    return quietly(store_path, tmp_path_factory.mktemp("runs") / "whole", watched())
+
+
+def assert_same_weights(one: Run, other: Run) -> None:
+    parts, others = one.load().parts, other.load().parts
+    for part, tensors in parts.items():
+        assert all(torch.equal(value, others[part][name]) for name, value in tensors.items())
+
+
+def seen(run: Run, name: str) -> dict[int, float]:
+    return {line["step"]: line[name] for line in run.metrics() if name in line}
+
+
+def test_watching_changes_neither_weights_nor_losses_by_a_bit(store_path, tmp_path, whole):
+    """Else nobody could say what a watched run would have been."""
+    alone = quietly(store_path, tmp_path / "run", tiny(health_every=0))
+    assert_same_weights(alone, whole)
+    for name in ("loss", "gradient_norm", "explained"):
+        assert seen(alone, name) == seen(whole, name)
+    assert not [key for line in alone.metrics() for key in line if key.startswith(("health", "probe"))]
+
+
+def test_looks_are_taken_at_their_steps_and_after_the_last(whole):
+    """The end of a run is what is kept, so it is measured whatever its length."""
+    assert list(seen(whole, "health_rank")) == [4, 8, 12, 16, 20, 24, 28, 30]
+    assert list(seen(whole, "probe_linear_raw")) == [8, 16, 24, 30]
+    assert set(seen(whole, SCORE)) == {8, 16, 24, 30}
+
+
+def test_the_best_checkpoint_is_that_of_the_best_probe(whole):
+    """The number that the loop compares is the mean of all that were probed."""
+    scores = seen(whole, SCORE)
+    line = next(line for line in whole.metrics() if SCORE in line)
+    probes = [value for key, value in line.items() if key.startswith(("probe_linear", "probe_knn"))]
+    assert len(probes) == 4  # two probes on two label sets
+    assert line[SCORE] == pytest.approx(np.mean(probes))
+    assert whole.best.score == max(scores.values())
+    assert scores[whole.best.step] == whole.best.score
+
+
+def test_the_last_probe_is_that_of_the_last_checkpoint(store, whole):
+    """Two ways that must agree: under way, and from the weights that were kept."""
+    recipe = watched()
+    encoder = Jepa(recipe.model).target
+    encoder.load_state_dict(whole.load("target").parts["target"])
+    probe = open_probe(store, recipe, whole.identity, "raise", print)
+    views = Views(store=store, frames=64, mean=whole.identity["mean"], std=whole.identity["std"])
+    assert (len(probe.train_N), len(probe.eval_N)) == (20, 10)
+    assert set(probe.eval_N) <= set(store.good_rows(["eval"]))
+    assert not set(probe.train_N) & set(probe.eval_N)
+    known, asked = standardised(
+        features(views, probe.train_N, encoder), features(views, probe.eval_N, encoder)
+    )
+    for name in ("raw", "unambiguous"):
+        train_NC, eval_NC = store.labels_BC(probe.train_N, name), store.labels_BC(probe.eval_N, name)
+        linear = linear_NC(known, train_NC, asked, l2=PROBE_L2)
+        nearest = knn_NC(known, train_NC, asked)
+        for kind, scores in (("linear", linear), ("knn", nearest)):
+            expected = mean_average_precision(eval_NC, scores).value
+            assert whole.metrics()[-1][f"probe_{kind}_{name}"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_an_interrupted_run_sees_the_same_and_has_cost_the_same(store_path, tmp_path, whole, monkeypatch):
+    """Health, probes and counts are those of a run that was never stopped; only hours may differ."""
+    log = Run.log
+
+    def log_and_ask(run, line):
+        log(run, line)
+        if line["step"] == 14:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Run, "log", log_and_ask)
+    with pytest.raises(Interrupted):
+        quietly(store_path, tmp_path / "run", watched())
+    monkeypatch.undo()
+    assert [spent.step for spent in read(tmp_path / "run")] == [5, 8, 10, 14]
+    run = quietly(store_path, tmp_path / "run", watched())
+    for name in ("health_rank", "health_content", SCORE, "probe_knn_raw"):
+        assert seen(run, name) == seen(whole, name)
+    one, other = (
+        {spent.step: replace(spent, hours=0, peak_memory_gb=0) for spent in read(each.path)}
+        for each in (run, whole)
+    )
+    assert other[30] == one[30]
+    assert all(one[step] == other[step] for step in other if step in one)
+
+
+def test_what_a_run_has_cost_is_in_its_folder(whole):
+    """Clips and tokens are the recipe's arithmetic; the newest checkpoint's counts come first."""
+    told = json.loads((whole.path / "compute.json").read_text())
+    assert (told["step"], told["clips"], told["teacher_tokens"]) == (30, 240, 240 * 32)
+    assert 0 < told["context_tokens"] < 240 * 32
+    assert told["flop_per_s"] == pytest.approx(told["flop"] / told["hours"] / 3600)
+    assert 0.05 < told["peak_memory_gb"] < 50
+    assert told["device"] == f"CPU, {torch.get_num_threads()} threads"
+    steps = [spent["step"] for spent in told["earlier"]]
+    assert steps == sorted(steps)
+    assert {5, 10, 15, 20, 25} <= set(steps)
+
+
+def test_counts_after_a_kill_are_those_of_the_checkpoint_that_is_left(store_path, tmp_path, whole):
+    """compute.json is written before the checkpoint: what it says beyond that never happened."""
+    path = tmp_path / "run"
+    quietly(store_path, path, watched(), say=lambda line: None)
+    for folder in Run.open(path).checkpoints()[-1:]:
+        folder.rename(tmp_path / "lost")
+    assert Run.open(path).step < 30
+    run = quietly(store_path, path, watched())
+    assert read(run.path)[-1].flop == read(whole.path)[-1].flop
+    assert [spent.step for spent in read(run.path)].count(30) == 1
+
+
+class Unlabelled:
+    """What `open_probe` asks of a store: train clips, perhaps eval clips, and no label."""
+
+    place, label_sets = "here.zarr", ("raw",)
+
+    def __init__(self, store, splits) -> None:
+        self.manifest = store.manifest.filter(store.manifest["split"].is_in(splits))
+
+    def good_rows(self, splits):
+        return np.arange(40)
+
+    def labels_BC(self, rows_B, label_set):
+        return np.zeros((len(rows_B), 3), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("splits", "told"),
+    [
+        (["a_train"], "no clip of a split named eval or test"),
+        (["a_train", "eval"], "no clip to measure on has a label"),
+    ],
+)
+def test_a_store_that_cannot_be_probed_is_told_once(store, splits, told):
+    """Pre-training needs no labels; that a curve will be missing is said before the first step."""
+    lines = []
+    assert open_probe(Unlabelled(store, splits), watched(), {}, "raise", lines.append) is None
+    assert lines == [f"here.zarr: no probe while training: {told}"]
+    assert open_probe(Unlabelled(store, splits), tiny(probe_every=0), {}, "raise", lines.append) is None
+    assert len(lines) == 1
+
+
+def test_clips_that_cannot_be_read_are_left_out_of_probes_where_that_is_allowed(store, whole, monkeypatch):
+    """As the loaders do; and only then."""
+    read_rows = FeatureStore.read
+    bad = store.good_rows(["eval"])[1]
+
+    def damaged(store, rows_B, **how):
+        if bad in rows_B:
+            raise BrokenClip(int(bad), f"row {bad} cannot be read")
+        return read_rows(store, rows_B, **how)
+
+    monkeypatch.setattr(FeatureStore, "read", damaged)
+    recipe, model = replace(watched(), probe_clips=100), Jepa(tiny().model)
+    strict, lenient = (open_probe(store, recipe, whole.identity, how, print) for how in ("raise", "skip"))
+    assert bad in strict.eval_N
+    with pytest.raises(BrokenClip):
+        strict.scores(model)
+    told = lenient.scores(model)
+    assert lenient.broken == {bad}
+    assert 0 < told["probe_knn_raw"] < 1
+
+
+def collapsing() -> Pretrain:
+    """No lag between teacher and student, and steps three times as long: all features alike after 60 of 300."""
+    return tiny(
+        model=replace(tiny().model, loss="squared_l2"),
+        masks=replace(tiny().masks, steps=300),
+        schedule=Schedule(peak_lr=3e-3, warmup_share=0.1, ema_start=0.0, ema_end=0.0),
+        steps=300,
+        checkpoint_every=1_000,
+        health_every=20,
+    )
+
+
+def test_a_collapse_is_told_then_kept_then_ends_the_run(store_path, tmp_path, monkeypatch):
+    """The rest of it would be heat; the same command does not go on, unless it is told to."""
+    lines: list[str] = []
+    with pytest.raises(RunError) as refused:
+        quietly(store_path, tmp_path / "run", collapsing(), say=lines.append)
+    run, message = Run.open(tmp_path / "run"), str(refused.value)
+    warnings = [line for line in lines if "collapsing: " in line]
+    looks = [line for line in run.metrics() if "health_spread" in line]
+    assert warnings
+    assert all("the run stops if 3 looks in a row find it" in line for line in warnings)
+    assert in_a_row(looks) == PATIENCE
+    assert run.step == looks[-1]["step"] < 200
+    assert message.startswith(f"{run.path}: step {run.step}: collapsed: {signs(looks[-1])[0]}")
+    assert f"seen in the checkpoint of step {run.step}; try a lower schedule.peak_lr" in message
+    assert "\n" not in message
+    assert read(run.path)[-1].step == run.step
+    with pytest.raises(RunError, match="run: collapsed: "):
+        quietly(store_path, tmp_path / "run", collapsing())
+    assert run.step == looks[-1]["step"]
+    monkeypatch.setattr(Run, "log", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted):
+        quietly(store_path, tmp_path / "run", collapsing(), on_collapse="warn")
+    assert run.step == looks[-1]["step"] + 1
+
+
+HEALTHY = {
+    "tiny": {},
+    "slow teacher": {"schedule": Schedule(peak_lr=1e-3, warmup_share=0.1, ema_start=0.99)},
+    "cosine": {"model": replace(tiny().model, loss="cosine")},
+    "cosines": {"model": replace(tiny().model, loss="squared_l2", targets="cosines")},
+}
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_healthy_runs_give_no_alarm(store_path, tmp_path, name):
+    """From the first steps of a random encoder on: a false alarm would cost a night."""
+    changes = {
+        "steps": 24,
+        "masks": Fixed(masking=RandomPatches()),
+        "checkpoint_every": 1_000,
+        **HEALTHY[name],
+    }
+    lines: list[str] = []
+    run = quietly(store_path, tmp_path / "run", tiny(**changes, health_every=2), say=lines.append)
+    assert not [line for line in lines if "collapsing" in line]
+    assert len(seen(run, "health_spread")) == 12
+
+
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [("health_spread", LEAST_SPREAD), ("health_rank", LEAST_RANK), ("health_content", LEAST_CONTENT)],
+)
+def test_each_sign_by_itself_is_enough(name, least):
+    """Alike, flat, or blind to the sound: an encoder is lost in each of three ways."""
+    well = {"health_spread": 0.6, "health_rank": 20.0, "health_content": 0.5}
+    assert signs(well) == []
+    assert signs({**well, name: least}) == []
+    assert len(signs({**well, name: 0.9 * least})) == 1
+    assert in_a_row([{**well, name: 0.0}, well, {**well, name: 0.0}]) == 1
+
+
+def test_what_to_do_at_a_collapse_is_one_of_two(store_path, tmp_path):
+    """A third word is no silent default."""
+    with pytest.raises(RunError, match="on_collapse must be stop or warn, got 'cry'"):
+        quietly(store_path, tmp_path / "run", tiny(), on_collapse="cry")
+
+
+def test_the_curves_show_rank_and_probes(whole):
+    """A picture without them would be of a run that nobody watched."""
+    figure = curves(whole.metrics(), watched())
+    titles = [axes.get_title() for axes in figure.axes]
+    assert any("rank" in title for title in titles)
+    assert any("mAP" in title for title in titles)
+
+
+def test_the_progress_line_fits_80_columns():
+    """Also in the longest run of the largest model, with time left and a bar."""
+    line = {"loss": 0.1234, "health_rank": 1023.7, "clips_per_s": 12345.6, "data_wait": 1.0}
+    assert postfix(line) == "loss 0.123, rank 1024, 12346 clips/s, wait 100%"
+    drawn = tqdm.format_meter(
+        100_000, 200_000, 100_000, ncols=80, bar_format=PROGRESS, postfix=postfix(line), ascii=True
+    )
+    assert drawn == "100000/200000|##  |ETA 27:46:40, loss 0.123, rank 1024, 12346 clips/s, wait 100%"
+    assert len(drawn) <= 80
+    del line["health_rank"]
+    assert postfix(line) == "loss 0.123, 12346 clips/s, wait 100%"

@@ -1,0 +1,97 @@
+"""--set: the recipe it makes, and what it says of what it cannot make."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from tiny import tiny
+
+from ajepa.model.masking import Fixed, RandomPatches, mask_plan
+from ajepa.recipes.catalogue import from_json, overridden, to_json
+from ajepa.recipes.pretrain import RECIPES, a_jepa, small
+from pipeline.errors import RunError
+
+
+def test_single_fields_are_replaced_at_any_depth_and_nothing_else_is():
+    """Three settings, three differences."""
+    made = overridden(
+        a_jepa(), ["optimiser.weight_decay=0.1", "schedule.peak_lr=1e-4", "model.encoder.depth=4"]
+    )
+    before = a_jepa()
+    by_hand = replace(
+        before,
+        optimiser=replace(before.optimiser, weight_decay=0.1),
+        schedule=replace(before.schedule, peak_lr=1e-4),
+        model=replace(before.model, encoder=replace(before.model.encoder, depth=4)),
+    )
+    assert made == by_hand
+    assert from_json(json.loads(json.dumps(to_json(made)))) == made
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_nothing_set_is_the_recipe_itself(name):
+    """And every field set to what it is, as its JSON says it, is the recipe again."""
+    recipe = RECIPES[name]()
+    assert overridden(recipe, []) == recipe
+    settings = [line for line in leaves(to_json(recipe)) if not line.startswith("masks.steps=")]
+    assert len(settings) > 30
+    assert overridden(recipe, settings) == recipe
+
+
+def leaves(told: dict, path: str = "") -> list[str]:
+    values = {key: value for key, value in told.items() if key != "type"}
+    nested = [leaves(value, f"{path}{key}.") for key, value in values.items() if isinstance(value, dict)]
+    said = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+    flat = [f"{path}{key}={said[key]}" for key, value in values.items() if not isinstance(value, dict)]
+    return flat + [line for lines in nested for line in lines]
+
+
+def test_the_masks_of_the_ablation_are_set_by_name_and_then_by_field():
+    """Later settings see earlier ones; both ends of a range may change at once."""
+    made = overridden(
+        tiny(), ["masks=patches", "masks.masking.ratio_low=0.7", "masks.masking.ratio_high=0.8"]
+    )
+    assert made.masks == Fixed(masking=RandomPatches(ratio_low=0.7, ratio_high=0.8))
+    assert overridden(small(), ["masks=inverse", "steps=77"]).masks == mask_plan("inverse", 77)
+
+
+def test_a_curriculum_is_stretched_with_the_steps():
+    """Two lengths in one recipe: one would be wrong."""
+    assert overridden(tiny(), ["steps=40"]) == tiny().resized(steps=40)
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        (
+            "schedule.peak_l=1",
+            r"schedule \(Schedule\) has no field 'peak_l'; did you mean 'peak_lr'\?.*warmup_s",
+        ),
+        (
+            "optimizer.beta1=1",
+            r"a recipe has no field 'optimizer'; did you mean 'optimiser'\? There are: name",
+        ),
+        ("model.encoder.width.x=1", "model.encoder.width is a single value, 32; it has no field 'x'"),
+        (
+            "model.encoder=3",
+            r"has fields of its own \(EncoderSpec\); set one of them: model.encoder.grid, mo",
+        ),
+        ("model.encoder.depth=2.5", "depth=2.5: expected a whole number"),
+        ("schedule.peak_lr=fast", "peak_lr=fast: expected a number"),
+        ("schedule.peak_lr=nan", "peak_lr=nan: expected a number, and a finite one"),
+        ("model.loss=l3", "loss=l3: expected one of l2, squared_l2, smooth_l1, cosine"),
+        ("crop=middle", "crop=middle: expected one of random, start"),
+        ("model.encoder.heads=5", "width must be a multiple of heads"),
+        ("schedule.warmup_share=1.5", "a warm-up share in \\[0, 1\\)"),
+        ("optimiser.beta2=2", "betas in \\[0, 1\\)"),
+        ("masks.earlier.count=0", "masks need at least one target"),
+        ("masks.steps=3", "masks.steps: follows steps; set that"),
+        ("masks=invers", "masks 'invers' are unknown; did you mean 'inverse'"),
+        ("steps", "--set steps: expected KEY=VALUE, such as"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_one_line(setting, told):
+    """What was typed, what is wrong with it, what is expected."""
+    with pytest.raises(RunError, match=told) as refused:
+        overridden(tiny(), [setting])
+    assert "\n" not in str(refused.value)

@@ -1,0 +1,161 @@
+"""Recipes: values that survive JSON, stretch to any length, and say what they cost."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny
+
+from ajepa.model.masking import Curriculum, Fixed, RandomPatches
+from ajepa.pretrain.trainer import Trainer
+from ajepa.recipes.catalogue import from_json, recipe, to_json
+from ajepa.recipes.pretrain import RECIPES, a_jepa, audio_jepa, smoke
+from ajepa.training.devices import pick_precision
+from pipeline.audio.mel_spec import mel_spec
+from pipeline.errors import RunError
+from pipeline.loading.loader import Batch
+
+NAMES = sorted(RECIPES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_comes_back_from_json_as_it_was(name):
+    """A run folder must rebuild the very model and masks that it was trained with, years later."""
+    made = recipe(name)
+    assert made.name == name
+    assert from_json(json.loads(json.dumps(to_json(made)))) == made
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_says_what_it_costs_and_what_to_expect(name):
+    """Who starts a run wants to know first whether it takes a minute or a month."""
+    told = RECIPES[name].__doc__
+    assert "Cost" in told
+    assert "Expected" in told
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_view_of_a_recipe_holds_the_bands_of_its_mel_preset(name):
+    """A grid that does not fit its features would fail only at the first batch."""
+    made = recipe(name)
+    assert made.model.encoder.grid.bands == mel_spec(made.mel).mel_bands
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("steps", [1, 30, 1_000_000])
+def test_every_schedule_ends_with_the_run_whatever_its_length(name, steps):
+    """--steps must move every horizon with it; tied to another length, the teacher never settles."""
+    made = recipe(name).resized(steps=steps)
+    schedule = made.schedule
+    assert schedule.lr(steps, steps) == pytest.approx(schedule.end_lr)
+    assert schedule.momentum(steps, steps) == schedule.ema_end
+    assert max(schedule.lr(step, steps) for step in (0, steps // 50, steps // 10)) <= schedule.peak_lr
+    if isinstance(made.masks, Curriculum):
+        assert made.masks.steps == steps
+
+
+def test_a_curriculum_of_another_length_than_its_run_is_refused():
+    """Two lengths in one recipe: one of them would be wrong without a word."""
+    with pytest.raises(ValueError, match="a curriculum over 20 steps in a run of 40"):
+        replace(smoke(), steps=40)
+
+
+def test_audio_jepa_warms_up_for_a_thousand_steps_to_its_peak():
+    """Audio-JEPA (arXiv 2507.02915): 1e-6 to 3e-4 in 1 k steps, then a cosine to 0 at 100 k."""
+    schedule, steps = audio_jepa().schedule, audio_jepa().steps
+    rates = [schedule.lr(step, steps) for step in (0, 1_000, 50_500, 100_000)]
+    assert rates == pytest.approx([1e-6, 3e-4, 1.5e-4, 0.0], abs=1e-12)
+
+
+def test_a_jepa_sees_audioset_24_times():
+    """24 epochs of 2,084,320 clips, 512 at a time."""
+    made = a_jepa()
+    assert made.steps * made.clips_per_step == pytest.approx(24 * 2_084_320, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("smal", "small"), ("ajepa", "a-jepa"), ("audiojepa", "audio-jepa")]
+)
+def test_a_misspelt_recipe_is_answered_with_the_nearest(typed, meant):
+    """One line: what was typed, what was probably meant, what there is."""
+    with pytest.raises(RunError, match=f"did you mean '{meant}'.*There are: smoke, small"):
+        recipe(typed)
+
+
+def test_a_piece_that_this_version_does_not_know_is_refused():
+    """A run of a later version names its missing piece instead of failing somewhere inside."""
+    told = to_json(smoke())
+    with pytest.raises(RunError, match="recipe's WholeSpectra cannot be read"):
+        from_json({**told, "masks": {"type": "WholeSpectra"}})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_masks_of_a_recipe_fit_its_grid_from_the_first_step_to_the_last(name):
+    """Every stage of a recipe's masking has to be drawable on its own grid."""
+    made = recipe(name)
+    for step in (0, made.steps // 2, made.steps - 1):
+        rng = np.random.default_rng(step)
+        masks = made.masks.maker(step, rng).sample(rng, made.model.encoder.grid, batch=4)
+        assert not set(masks.context_BK[0]) & set(masks.targets_BGQ[0].ravel())
+
+
+def test_three_steps_of_the_tiny_recipe_are_those_of_the_first_version(monkeypatch):
+    """Options that are off change nothing: losses as they were before there were any, in fp32, for its masks."""
+    monkeypatch.setattr(
+        "ajepa.pretrain.trainer.step_rng", lambda seed, step: np.random.default_rng([seed, step, 0])
+    )
+    cpu, generator = torch.device("cpu"), torch.Generator().manual_seed(3)
+    trainer = Trainer(tiny(), cpu, precision=pick_precision("fp32", cpu))
+    losses = []
+    for step in range(3):
+        batch = Batch(
+            mel_BTF=torch.randn(8, 64, 128, generator=generator),
+            n_frames_B=torch.tensor([64] * 6 + [32, 20]),
+            rows_B=np.arange(8),
+            labels_BC=None,
+            weights_B=torch.ones(8),
+        )
+        losses.append(trainer.step(step, batch)["loss"])
+    assert losses == pytest.approx([1.0123282670974731, 1.0111634731292725, 1.0073821544647217], rel=1e-5)
+
+
+def test_several_mask_sets_are_drawn_for_every_clip(monkeypatch):
+    """`mask_sets` of a recipe reaches the step; one is the default, and none is refused."""
+    asked = []
+    sample = RandomPatches.sample
+
+    def counted(maker, rng, grid, *, batch):
+        asked.append(batch)
+        return sample(maker, rng, grid, batch=batch)
+
+    monkeypatch.setattr(RandomPatches, "sample", counted)
+    made = tiny(masks=Fixed(masking=RandomPatches()), mask_sets=3, clips_per_step=4)
+    batch = Batch(
+        mel_BTF=torch.randn(4, 64, 128),
+        n_frames_B=torch.full((4,), 64),
+        rows_B=np.arange(4),
+        labels_BC=None,
+        weights_B=torch.ones(4),
+    )
+    told = Trainer(made, torch.device("cpu")).step(0, batch)
+    assert asked == [12]
+    assert 0.5 < told["loss"] < 2
+    with pytest.raises(ValueError, match="must be at least 1"):
+        tiny(mask_sets=0)
+
+
+def test_the_loss_of_the_whole_clip_is_logged_where_there_is_one():
+    """A second objective that nobody sees could be all of the loss."""
+    model = replace(tiny().model, clip_weight=0.5)
+    batch = Batch(
+        mel_BTF=torch.randn(4, 64, 128),
+        n_frames_B=torch.full((4,), 64),
+        rows_B=np.arange(4),
+        labels_BC=None,
+        weights_B=torch.ones(4),
+    )
+    told = [Trainer(tiny(model=made), torch.device("cpu")).step(0, batch) for made in (model, tiny().model)]
+    assert 0 < told[0]["clip_loss"] < told[0]["loss"]
+    assert "clip_loss" not in told[1]

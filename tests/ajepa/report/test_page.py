@@ -1,0 +1,173 @@
+"""A run's page: what was measured and logged, nothing from outside, for runs evaluated or not."""
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import tiny, tiny_finetune
+
+from ajepa.evaluate.classifier_scores import held_out
+from ajepa.evaluate.evaluate import evaluate
+from ajepa.evaluate.result import EVALUATION, Evaluation
+from ajepa.evaluate.tasks import TASKS
+from ajepa.finetune.finetune import finetune
+from ajepa.pretrain.pretrain import pretrain
+from ajepa.recipes.supervised import cnn6_small
+from ajepa.report.charts import nice, step_chart, told
+from ajepa.report.page import SECTIONS, run_page, values_of
+from ajepa.report.pictures import report
+from ajepa.training.run import Run
+from ajepa.training.trained_run import TrainedRun
+from pipeline.errors import RunError
+from pipeline.store.feature_store import FeatureStore
+
+
+class Elements(HTMLParser):
+    """Every element's name and attributes, and all text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.all: list[tuple[str, dict]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.all.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def of(self, name: str) -> list[dict]:
+        return [attributes for tag, attributes in self.all if tag == name]
+
+
+@pytest.fixture(scope="module")
+def run(store_path, tmp_path_factory) -> Run:
+    """A short run with a look at its health and a probe under way."""
+    path = tmp_path_factory.mktemp("runs") / "a"
+    recipe = tiny(health_every=10, probe_every=15)
+    return pretrain(store_path, recipe, path, device="cpu", say=lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def pages(run, store_path) -> tuple[str, str]:
+    """Before it was evaluated, and after."""
+    store = FeatureStore.open(store_path)
+    before = run_page(store, run)
+    evaluate(store, run.path, device="cpu", probes=("linear", "knn"))
+    return before, run_page(store, run)
+
+
+def test_a_run_that_was_not_evaluated_is_shown_and_says_how_it_would_be(pages):
+    """Every section is there, with the command that fills the one that is empty."""
+    elements = Elements(pages[0])
+    assert {section["id"] for section in elements.of("section")} == set(SECTIONS)
+    assert "Not evaluated yet: ajepa-train evaluate" in elements.text
+
+
+def test_the_scores_are_those_of_the_evaluation(pages, run, store_path):
+    """Values with their intervals, a table for each label set, a row for each class that was measured."""
+    evaluation, text = Evaluation.read(run.path / EVALUATION), Elements(pages[1]).text
+    for score in evaluation.scores:
+        estimate = score.metrics["map"]
+        assert f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]" in text
+    measured = [name for _, name in evaluation.classes if f">{name}</th>" in pages[1]]
+    assert len(measured) == max(score.classes for score in evaluation.scores)
+
+
+def test_every_eval_clip_has_a_dot_with_its_spectrogram(pages, store_path):
+    """Pointing at a clip shows it; nothing has to be fetched for that."""
+    store = FeatureStore.open(store_path)
+    dots = [circle for circle in Elements(pages[1]).of("circle") if "data-mel" in circle]
+    assert len(dots) == len(store.good_rows(["eval"]))
+    assert all(dot["data-mel"].startswith("data:image/png;base64,") for dot in dots)
+
+
+def test_the_page_asks_nobody_for_anything(pages):
+    """It is mailed, archived and opened without a network."""
+    for page in pages:
+        addresses = [
+            a for _, attributes in Elements(page).all for a in (attributes.get("src"), attributes.get("href"))
+        ]
+        assert all(a.startswith(("data:", "#")) for a in addresses if a)
+        assert not re.search(r"https?://", page)
+
+
+def test_a_curve_leaves_out_the_steps_at_which_nothing_was_measured(run):
+    """Health and probes are logged now and then: a line between zeros would be a lie."""
+    ranks_N = values_of(run.metrics(), "health_rank")
+    assert np.isfinite(ranks_N).sum() == 3
+    step_N = np.array([line["step"] for line in run.metrics()])
+    assert step_N[np.isfinite(ranks_N)].tolist() == [10, 20, 30]
+    (line,) = re.findall(r'<polyline points="([^"]*)"', step_chart(step_N, [("rank", ranks_N)], "step"))
+    assert len(line.split()) == 3
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.9, 0.989), (3e-5, 1e-3), (-2.2, 17.0), (5.0, 5.0)])
+def test_an_axis_holds_its_values_between_round_numbers(low, high):
+    """Five lines, of which the outer two enclose everything."""
+    first, last = nice(low, high)
+    assert first <= low + 1e-12
+    assert last >= high - 1e-12
+    assert all(len(told(number)) <= 8 for number in np.linspace(first, last, 5))
+
+
+@pytest.fixture(scope="module", params=["vit", "cnn6"])
+def tuned(request, run, store_path, tmp_path_factory) -> Run:
+    """A classifier with an encoder that was pre-trained, and one without any."""
+    path = tmp_path_factory.mktemp("runs") / request.param
+    recipe, start = replace(cnn6_small(), steps=4, clips_per_step=4, log_every=1), None
+    if request.param == "vit":
+        start = TrainedRun.open(run.path)
+        recipe = start.adapt_recipe(tiny_finetune(steps=4))
+    how = {"label_set": "unambiguous", "device": "cpu", "say": lambda line: None}
+    return finetune(store_path, TASKS["own"], recipe, path, start=start, **how)
+
+
+def test_a_fine_tuned_run_is_shown_without_what_it_has_not(tuned, store_path, tmp_path):
+    """No masks, no predictor; what was learnt, from where, and how it was measured on the way and at the end."""
+    page = tmp_path / "page.html"
+    assert report(store_path, tuned.path, html=page) == [page]
+    elements = Elements(page.read_text())
+    shown = [section["id"] for section in elements.of("section")]
+    assert shown == [name for name in SECTIONS if name not in ("masks", "beliefs")]
+    assert [link["href"] for link in elements.of("a")] == [f"#{name}" for name in shown]
+    text = elements.text
+    classes = len(tuned.identity["classes"])
+    assert f"own, {classes} classes, several to a clip, by unambiguous labels" in text
+    origin = tuned.identity["from"]
+    assert (
+        "random weights" if origin is None else f"the encoder of step 30 ({origin['sha256'][:12]})"
+    ) in text
+    assert f">{'vit' if origin else 'cnn6'}<" in page.read_text()
+    assert "Held-out clips while training, mAP" in text
+    score = Evaluation.read(tuned.path / EVALUATION).scores[0]
+    assert f"{score.map:.3f} [" in text
+    assert "Average precision of every class (classifier, own head)" in text
+    assert "by t-SNE of what the classifier says" in text
+    assert len([dot for dot in elements.of("circle") if "data-mel" in dot]) == len(
+        held_out_rows(tuned, store_path)
+    )
+
+
+def held_out_rows(tuned: Run, store_path: Path) -> np.ndarray:
+    return held_out(tuned, FeatureStore.open(store_path)).eval_N
+
+
+def test_of_a_fine_tuned_run_there_are_no_pictures(tuned, store_path, tmp_path):
+    """Told at once; on another front end's store neither is there a page."""
+    with pytest.raises(
+        RunError, match="is fine-tuned, of which there are no pictures to draw; leave out --out"
+    ):
+        report(store_path, tuned.path, tmp_path / "pictures")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_page_is_written_where_it_was_asked_for(run, store_path, tmp_path):
+    """With pictures beside it, if both are wanted."""
+    written = report(store_path, run.path, tmp_path / "pictures", html=tmp_path / "deep" / "page.html")
+    assert written[0] == tmp_path / "deep" / "page.html"
+    assert all(Path(file).stat().st_size > 1000 for file in written)

@@ -1,0 +1,229 @@
+"""HEAR and X-ARES: every check of their own validators, and what these do not check."""
+
+import io
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from sounds import babble
+from tiny import tiny
+from xares_task import write_task
+
+import ajepa
+from ajepa import hear
+from ajepa.embed.export import export
+from ajepa.embed.pretrained import Trained
+from ajepa.model.vit import Encoder
+from ajepa.xares_encoder import MODEL, AjepaEncoder
+from pipeline.audio.mel_spec import A_JEPA, A_JEPA_16K, AUDIO_JEPA
+from pipeline.errors import RunError
+
+
+@pytest.fixture(scope="module", params=[A_JEPA, A_JEPA_16K, AUDIO_JEPA], ids=lambda spec: spec.name)
+def place(request, tmp_path_factory):
+    """An exported encoder of each front end, at its first step."""
+    spec = tiny().model.encoder
+    weights = Encoder(spec, seed=1).state_dict()
+    model = Trained(spec=spec, mel=request.param, mean=-7.0, std=4.0, weights=weights, origin={})
+    folder = tmp_path_factory.mktemp("models") / "model"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("ajepa.embed.export.trained", lambda place, at: model)
+        export("unused", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(place) -> hear.HearModel:
+    return hear.load_model(str(place))
+
+
+def noise(batch: int, seconds: float, rate_hz: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(batch, int(seconds * rate_hz), generator=generator) * 2 - 1
+
+
+def test_hear_finds_a_torch_module_with_its_attributes(model):
+    """A rate that the API allows, sizes that are plain whole numbers."""
+    assert isinstance(model, torch.nn.Module)
+    assert model.sample_rate in (16_000, 22_050, 44_100, 48_000)
+    assert type(model.scene_embedding_size) is type(model.timestamp_embedding_size) is int
+
+
+@pytest.mark.parametrize("seconds", [1.07, 1.98, 2.74, 4.0])
+def test_hears_timestamps_are_even_and_inside_the_sound(model, seconds):
+    """float32, one time a vector, centred in what the vector tells, in ms, never past the end, at most 50 ms apart."""
+    told_BTD, times_ms_BT = hear.get_timestamp_embeddings(noise(3, seconds, model.sample_rate), model)
+    assert told_BTD.dtype == torch.float32
+    assert told_BTD.shape == (3, times_ms_BT.shape[1], model.timestamp_embedding_size)
+    gaps_ms = times_ms_BT.diff()
+    assert (gaps_ms - gaps_ms.mean()).abs().max() < 1e-3
+    assert 0 < gaps_ms.mean() <= 50
+    assert (times_ms_BT[0] == times_ms_BT[1]).all()
+    assert times_ms_BT.min() > 0
+    assert seconds * 1e3 - gaps_ms.mean() < times_ms_BT.max() <= seconds * 1e3
+
+
+@pytest.mark.parametrize("seconds", [0.6, 3.74])
+def test_hears_scenes_are_a_vector_a_sound_whatever_else_is_in_the_batch(model, seconds):
+    """float32, as many as sounds, as wide as told; alone as in company."""
+    audio_BS = noise(4, seconds, model.sample_rate)
+    told_BD = hear.get_scene_embeddings(audio_BS, model)
+    assert told_BD.dtype == torch.float32
+    assert told_BD.shape == (4, model.scene_embedding_size)
+    alone_BD = hear.get_scene_embeddings(audio_BS[1:2], model)
+    torch.testing.assert_close(alone_BD, told_BD[1:2], atol=1e-4, rtol=1e-4)
+
+
+def test_a_click_is_found_at_its_time(model):
+    """Timestamps mean something: the vectors that differ from silence's lie around the click."""
+    silence = torch.zeros(1, 3 * model.sample_rate)
+    click = silence.clone()
+    click[:, int(1.5 * model.sample_rate)] = 0.9
+    quiet_BTD, times_ms_BT = hear.get_timestamp_embeddings(silence, model)
+    loud_BTD, _ = hear.get_timestamp_embeddings(click, model)
+    loudest = (loud_BTD - quiet_BTD).norm(dim=-1)[0].argmax()
+    assert abs(times_ms_BT[0, loudest] - 1_500) < model.embedder.column_ms
+
+
+def test_hears_own_validator_agrees(place, monkeypatch, capsys):
+    """The package hearvalidator, if it is there; TensorFlow, of which it asks one class, need not be."""
+    pytest.importorskip("hearvalidator", reason="hearvalidator is not installed")
+    tensorflow = ModuleType("tensorflow")
+    tensorflow.Module = type("Module", (), {})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tensorflow", tensorflow)
+    from hearvalidator.validate import ValidateModel
+
+    ValidateModel("ajepa.hear", str(place), device="cpu")()
+    assert "Received embedding of shape" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def encoder(place) -> AjepaEncoder:
+    return AjepaEncoder(str(place))
+
+
+def test_xares_finds_an_encoder_with_its_attributes(encoder):
+    """What `check_audio_encoder` asks for; the hop says how many vectors come."""
+    assert type(encoder).__name__.endswith("Encoder")
+    assert isinstance(encoder, torch.nn.Module)
+    told_BTD = encoder(torch.randn(2, 50_000) * 0.1)
+    assert told_BTD.shape[::2] == (2, encoder.output_dim)
+    seconds = 50_000 / encoder.sampling_rate
+    assert abs(told_BTD.shape[1] - seconds * 1e3 / encoder.hop_size_in_ms) <= 1
+
+
+def test_xares_mean_over_a_padded_batch_is_that_of_the_sound(encoder):
+    """Its batches are filled up with zeros, and it means over all frames: a neighbour's length must not matter."""
+    rate_hz = encoder.sampling_rate
+    short_S, long_S = (torch.from_numpy(babble(seconds, rate_hz)) for seconds in (1.1, 4.0))
+    padded_S = torch.nn.functional.pad(short_S, (0, len(long_S) - len(short_S)))
+    alone_TD = encoder(short_S[None])[0]
+    together_BTD = encoder(torch.stack([padded_S, long_S]))
+    assert together_BTD.shape[1] == encoder(long_S[None]).shape[1]
+    torch.testing.assert_close(together_BTD[0].mean(0), alone_TD.mean(0), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(together_BTD[0, : len(alone_TD)], alone_TD, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(together_BTD[1], encoder(long_S[None])[0], atol=1e-4, rtol=1e-4)
+
+
+def test_xares_may_ask_for_minutes_and_for_silence(encoder):
+    """Long sounds go through in windows; a silent one has vectors, too, and a very short one has one."""
+    long_S = np.tile(babble(5.0, encoder.sampling_rate), 12)
+    told_BTD = encoder(torch.from_numpy(long_S)[None])
+    assert abs(told_BTD.shape[1] - 60_000 / encoder.hop_size_in_ms) <= 1
+    assert told_BTD.isfinite().all()
+    assert encoder(torch.zeros(2, encoder.sampling_rate)).isfinite().all()
+    for samples in (encoder.shortest_samples, 100, 1):
+        told_BTD = encoder(torch.full((1, samples), 0.1))
+        assert told_BTD.shape[1] == 1
+        assert told_BTD.isfinite().all()
+
+
+def test_xares_makes_its_encoder_without_arguments(place, monkeypatch):
+    """Where the model lies is told by the environment, or the mistake by one line."""
+    monkeypatch.setenv(MODEL, str(place))
+    assert AjepaEncoder().output_dim == 32
+    monkeypatch.delenv(MODEL)
+    with pytest.raises(RunError, match="AJEPA_MODEL is not set"):
+        AjepaEncoder()
+
+
+def hisses(count: int, seed: int, rates_hz: Sequence[int]) -> Iterator[tuple[str, bytes, int]]:
+    """Noise of four levels, half a second to two seconds; the level is the label."""
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        label, rate_hz = number % 4, rates_hz[number // 4 % len(rates_hz)]
+        wave_S = 0.2 * 0.1**label * rng.standard_normal(round(rng.uniform(0.5, 2) * rate_hz))
+        held = io.BytesIO()
+        soundfile.write(held, wave_S.astype(np.float32), rate_hz, format="WAV", subtype="FLOAT")
+        yield f"{seed}-{number}", held.getvalue(), label
+
+
+@pytest.mark.parametrize("place", [A_JEPA], indirect=True, ids=["a-jepa"])
+def test_xares_runs_a_task_from_its_tars_to_its_scores(place, tmp_path):
+    """`python -m xares.run` as a user types it; what it scores are the vectors that `ajepa.load` gives."""
+    pytest.importorskip("xares", reason="xares is not installed")
+    torchaudio = pytest.importorskip(
+        "torchaudio", reason="torchaudio, by which xares reads sounds, is missing"
+    )
+    soundfile.write(tmp_path / "a.wav", np.zeros(1_000, np.float32), 16_000)
+    try:
+        torchaudio.load(tmp_path / "a.wav")
+    except (ImportError, RuntimeError):
+        pytest.skip("torchaudio, by which xares reads sounds, reads none here: it lacks torchcodec or FFmpeg")
+    model = ajepa.load(place, device="cpu")
+    rates_hz = (model.sample_rate_hz, 44_100)
+    sounds = {
+        split: list(hisses(count, seed, rates_hz))
+        for seed, (split, count) in enumerate({"train": 96, "valid": 16, "test": 32}.items())
+    }
+    task = write_task(tmp_path, "hiss", sounds, classes=4, epochs=60)
+    done = subprocess.run(
+        [sys.executable, "-m", "xares.run", "ajepa/xares_encoder.py", task.name, "--max-jobs", "0"],
+        cwd=tmp_path,
+        env={**os.environ, MODEL: str(place)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    told = re.search(r"^ *hiss +([\d.]+) +([\d.]+) ", done.stdout, flags=re.MULTILINE)
+    assert told, (done.stdout + done.stderr)[-2_000:]
+    assert min(map(float, told.groups())) >= 0.7  # chance: 0.25
+    scored = stored_means(tmp_path / "env" / "hiss" / "embeddings" / "AjepaEncoder")
+    for key, wav, _ in sounds["test"]:
+        wave_S, rate_hz = soundfile.read(io.BytesIO(wav), dtype="float32")
+        if rate_hz == model.sample_rate_hz:  # of others, its resampler and ours are not the same
+            ours_D = model.embed_audio(wave_S, rate_hz)[0].frames_TD.mean(0)
+            np.testing.assert_allclose(scored[key], ours_D, atol=1e-4)
+
+
+def stored_means(folder: Path) -> dict[str, np.ndarray]:
+    """Of each sound that X-ARES has encoded, the mean over time that it scores."""
+    means = {}
+    for tar in folder.glob("wds-encoded-test*.tar"):
+        with tarfile.open(tar) as opened:
+            for member in opened:
+                if member.name.endswith(".npy"):
+                    frames_TD = np.load(io.BytesIO(opened.extractfile(member).read()))
+                    means[member.name.removesuffix(".npy")[:-1]] = frames_TD.mean(
+                        0
+                    )  # its batch is the last digit
+    return means
+
+
+def test_xares_own_checker_agrees(place, monkeypatch):
+    """The package xares, if it is there; it takes the one class of the file whose name ends with Encoder."""
+    checker = pytest.importorskip("xares.audio_encoder_checker", reason="xares is not installed")
+    from xares.utils import attr_from_py_path
+
+    monkeypatch.setenv(MODEL, str(place))
+    found = attr_from_py_path("ajepa/xares_encoder.py", endswith="Encoder")
+    assert checker.check_audio_encoder(found())

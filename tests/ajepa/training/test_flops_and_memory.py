@@ -1,0 +1,402 @@
+"""What a run has cost: operations as torch counts them, and counts that survive a kill.
+
+What a step needs, known before it: against what models are, and against what a process really took.
+
+What a step of a classifier takes: operations as torch counts them, memory as a process really took it.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from large_classifiers import larger
+from tiny import tiny, tiny_finetune
+from torch.utils.flop_counter import FlopCounterMode
+
+from ajepa.model.classifier import RegularisedMasking, built
+from ajepa.model.cnn6 import Cnn6Spec
+from ajepa.model.jepa import Jepa, JepaSpec, TargetName
+from ajepa.model.masking import Fixed, RandomBlocks, RandomPatches
+from ajepa.model.passt import PasstSpec
+from ajepa.model.patches import PatchGrid
+from ajepa.model.transformer import written_out_attention
+from ajepa.model.vit import EncoderSpec, PredictorSpec
+from ajepa.recipes.catalogue import finetune_recipe, overridden
+from ajepa.recipes.pretrain import Pretrain, a_jepa, small
+from ajepa.training.distributed import ALONE, World
+from ajepa.training.flops import StepShape, classifier_step_cost, seen_of, step_flop
+from ajepa.training.memory import (
+    GB,
+    Ways,
+    advice,
+    classifier_memory,
+    encoder_parameters,
+    predictor_parameters,
+    pretrain_memory,
+    refuse_large_classifier,
+    refuse_large_pretraining,
+    weights_of,
+)
+from pipeline.errors import RunError
+
+CLIPS = 6
+
+
+def counted(recipe: Pretrain, monkeypatch, *, recompute: bool) -> tuple[int, StepShape]:
+    """What torch counts in a step's forward and backward pass, and the step's shape.
+
+    Attention is written out, for torch counts nothing in its fused kernel on CPUs; the signs of health are left
+    out, which are products with a vector.
+    """
+    monkeypatch.setattr("ajepa.model.transformer.attention_for", lambda device, dtype: written_out_attention)
+    monkeypatch.setattr(
+        "ajepa.model.jepa._variance_D", lambda x, share: (x.flatten(0, -2) - 1).square().mean(0)
+    )
+    model, grid = Jepa(recipe.model), recipe.model.encoder.grid
+    if recompute:
+        model.recompute()
+    rng = np.random.default_rng(3)
+    masks = recipe.masks.maker(0, rng).sample(rng, grid, batch=CLIPS * recipe.mask_sets)
+    mel_BTF = torch.randn(CLIPS, grid.frames, grid.bands)
+    context_BK, targets_BGQ = torch.from_numpy(masks.context_BK), torch.from_numpy(masks.targets_BGQ)
+    with FlopCounterMode(display=False) as counter:
+        model(mel_BTF, context_BK, targets_BGQ, torch.full((CLIPS,), grid.frames), rng).loss.backward()
+    _, groups, queries = targets_BGQ.shape
+    shape = StepShape(clips=CLIPS, context=context_BK.shape[1], groups=groups, queries=queries)
+    return counter.get_total_flops(), shape
+
+
+def options(**changes) -> Pretrain:
+    """The tiny recipe, its model changed, of depth 2."""
+    model = tiny().model
+    encoder = replace(model.encoder, depth=2, **changes.pop("encoder", {}))
+    return tiny(model=replace(model, encoder=encoder, **changes))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        options(),
+        options(targets="cosines"),
+        options(target_layers=2),
+        options(clip_weight=0.5),
+        options(encoder={"positions": "rope"}),
+        options(encoder={"layer_scale": 0.1}),
+        options(encoder={"drop_path": 0.1}),
+        replace(options(), mask_sets=3),
+        replace(options(), masks=Fixed(masking=RandomPatches())),
+        replace(options(), masks=Fixed(masking=RandomBlocks())),
+    ],
+    ids=["plain", "cosines", "layers", "clip", "rope", "scale", "drop", "sets", "patches", "blocks"],
+)
+def test_the_formula_counts_what_torch_counts(recipe, recompute, monkeypatch):
+    """To the last operation, whatever the options: a cost that is off by a third compares nothing."""
+    seen, shape = counted(recipe, monkeypatch, recompute=recompute)
+    assert step_flop(recipe, shape, recompute=recompute) == seen
+
+
+LINUX = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc/self/statm")
+
+CPU = torch.device("cpu")
+
+MEASURED = """
+import resource, sys
+import numpy as np, torch
+from ajepa.training.devices import pick_precision
+from ajepa.recipes.catalogue import overridden
+from ajepa.recipes.pretrain import small
+from ajepa.pretrain.trainer import Trainer
+from pipeline.loading.loader import Batch
+
+def steps(recipe, bf16, recompute, micro_clips):
+    cpu = torch.device("cpu")
+    numbers = pick_precision("bf16" if bf16 else "fp32", cpu)
+    trainer = Trainer(recipe, cpu, recompute=recompute, precision=numbers, micro_clips=micro_clips)
+    for step in (0, recipe.steps // 2, recipe.steps - 1):
+        clips, frames = recipe.clips_per_step, recipe.view_frames
+        trainer.step(step, Batch(mel_BTF=torch.randn(clips, frames, 128), n_frames_B=torch.full((clips,), frames),
+                                 rows_B=np.arange(clips), labels_BC=None, weights_B=torch.ones(clips)))
+
+how = {name: name in sys.argv for name in ("bf16", "recompute")} | {"micro_clips": 8 if "micro" in sys.argv else None}
+steps(small().resized(clips_per_step=1), **how)
+before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+steps(overridden(small(), [a for a in sys.argv if "=" in a]), **how)
+peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM:"))
+print(int(peak) * 1024 - before)  # not ru_maxrss: a child's begins with the size of who forked it
+"""
+
+
+@LINUX
+@pytest.mark.parametrize(
+    "how", [[], ["bf16"], ["recompute"], ["micro"], ["model.targets=teacher", "masks=curriculum"]], ids=str
+)
+def test_the_estimate_is_near_what_a_process_takes(how):
+    """`small` in a process of its own: the resident peak of three steps, within a factor of 1.5.
+
+    A pass of a few clips takes some MB, of which glibc has more or less in hand from the steps before, as it happens
+    (the ratio went from 1.20 to 1.57): there it is told to give them back, as it does larger ones.
+    """
+    program = [sys.executable, "-c", MEASURED, *how]
+    env = os.environ | ({"MALLOC_MMAP_THRESHOLD_": "65536"} if "micro" in how else {})
+    measured = int(subprocess.run(program, capture_output=True, check=True, env=env).stdout)
+    recipe, bf16 = overridden(small(), [one for one in how if "=" in one]), "bf16" in how
+    told = pretrain_memory(
+        recipe,
+        bf16=bf16,
+        written_out=bf16,
+        recompute="recompute" in how,
+        micro_clips=8 if "micro" in how else None,
+    ).total
+    assert 1 / 1.5 < told / measured < 1.5
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"layer_scale": 0.1}, {"positions": "rope", "drop_path": 0.1}], ids=str
+)
+@pytest.mark.parametrize("clip_weight", [0.0, 1.0])
+@pytest.mark.parametrize("targets", get_args(TargetName))
+def test_weights_are_counted_to_the_last_one(options, clip_weight, targets):
+    """By arithmetic, since building a model to see whether it fits would defeat the purpose."""
+    encoder = EncoderSpec(grid=PatchGrid(rows=2, cols=3), width=48, depth=3, heads=4, **options)
+    predictor = PredictorSpec(width=24, depth=2, heads=2, **options)
+    spec = JepaSpec(encoder=encoder, predictor=predictor, clip_weight=clip_weight, targets=targets)
+    jepa = Jepa(spec)
+    assert encoder_parameters(encoder) == sum(p.numel() for p in jepa.encoder.parameters())
+    counted = predictor_parameters(predictor, 48, clip_weight > 0, target_width=spec.target_width)
+    assert counted == sum(p.numel() for p in jepa.predictor.parameters())
+
+
+def test_the_sizes_of_the_papers_by_arithmetic():
+    """Audio-JEPA (arXiv 2507.02915): 85,253,376 and 11,238,912."""
+    assert encoder_parameters(EncoderSpec(grid=PatchGrid.of(256, 128))) == 85_253_376
+    assert predictor_parameters(PredictorSpec(), 768) == 11_238_912
+
+
+def test_activations_grow_with_the_clips_and_the_mask_sets_and_shrink_when_recomputed():
+    """What to lower, and what lowers what."""
+    recipe = small()
+    one, two = (pretrain_memory(recipe.resized(clips_per_step=clips), bf16=False) for clips in (64, 128))
+    assert two.activations == pytest.approx(2 * one.activations, rel=0.1)
+    assert (two.weights, two.gradients, two.moments) == (one.weights, one.gradients, one.moments)
+    sets = pretrain_memory(replace(recipe.resized(clips_per_step=64), mask_sets=2), bf16=False)
+    assert 1.6 * one.activations < sets.activations < 2 * one.activations
+    assert pretrain_memory(recipe, bf16=False, recompute=True).activations < 0.7 * (
+        pretrain_memory(recipe, bf16=False).activations
+    )
+
+
+def test_a_recipe_larger_than_memory_is_refused_with_figures_and_what_to_lower(monkeypatch):
+    """Before its first step, and not by the kernel's killer at three in the morning."""
+    monkeypatch.setattr("ajepa.training.memory.free_bytes", lambda device: int(20 * GB))
+    with pytest.raises(RunError) as refused:
+        refuse_large_pretraining(a_jepa(), CPU, half=False)
+    message = str(refused.value)
+    assert "\n" not in message
+    assert message.startswith("recipe a-jepa needs about ")
+    assert "activations" in message
+    assert "for 512 clips at once, cpu has 20.00 GB free; try --recompute, or --micro-batch " in message
+    clips = int(message.split("--micro-batch ")[1].split(",")[0])
+    refuse_large_pretraining(a_jepa(), CPU, half=False, micro_clips=clips)
+    with pytest.raises(RunError, match=f"for {2 * clips} clips at once"):
+        refuse_large_pretraining(a_jepa(), CPU, half=False, micro_clips=2 * clips)
+    refuse_large_pretraining(small(), CPU, half=False)
+
+
+def test_ranks_of_one_machine_share_its_memory(monkeypatch):
+    """Four processes that each see all that is free would together need four times as much."""
+    monkeypatch.setattr("ajepa.training.memory.free_bytes", lambda device: int(20 * GB))
+    monkeypatch.setattr(World, "wait", lambda world: None)
+    clips = a_jepa().resized(clips_per_step=64)
+    refuse_large_pretraining(clips, CPU, half=False, micro_clips=1, world=World(size=4, local_size=1))
+    with pytest.raises(RunError, match=r"cpu has 5\.00 GB free for each of 4 ranks; try --recompute"):
+        refuse_large_pretraining(clips, CPU, half=False, world=World(size=4, local_size=4))
+
+
+def test_a_model_too_large_for_one_clip_is_not_told_to_take_fewer(monkeypatch):
+    """`--batch 0` would be no advice."""
+    needed = pretrain_memory(a_jepa(), bf16=False)
+    told = advice(512, needed, int(1.0 * GB), Ways(recompute=False))
+    assert (
+        told == "not one clip would fit: try a smaller model (--set model.encoder.width, model.encoder.depth)"
+    )
+
+
+def test_a_device_that_does_not_say_what_is_free_refuses_nothing(monkeypatch, tmp_path):
+    """Not every system has /proc/meminfo; a guess would stop runs that fit."""
+    monkeypatch.setattr("ajepa.training.memory.MEMINFO", tmp_path / "none")
+    refuse_large_pretraining(a_jepa(), CPU, half=False)
+
+
+def test_free_memory_is_what_linux_calls_available(monkeypatch, tmp_path):
+    """Caches count as free, what others use does not."""
+    (tmp_path / "meminfo").write_text("MemTotal: 900 kB\nMemFree: 5 kB\nMemAvailable:     300 kB\n")
+    monkeypatch.setattr("ajepa.training.memory.MEMINFO", tmp_path / "meminfo")
+    with pytest.raises(RunError, match=r"cpu has 0\.00 GB free; not one clip would fit"):
+        refuse_large_pretraining(small(), CPU, half=False)
+
+
+CLASSES = 7
+
+PASST = PasstSpec(frames=64, bands=64, width=32, depth=2, heads=2, drop_rows=1, drop_cols=1)
+
+CNN6 = Cnn6Spec(frames=64, bands=32, width=4)
+
+MEASURED_CLASSIFIERS = """
+import resource, sys
+import numpy as np, torch
+from ajepa.training.devices import pick_precision
+from ajepa.finetune.trainer import Finetuner
+from pipeline.loading.loader import Batch
+from large_classifiers import larger
+
+def steps(recipe, micro_clips):
+    cpu = torch.device("cpu")
+    numbers = pick_precision("bf16" if "bf16" in sys.argv else "fp32", cpu)
+    trainer = Finetuner(recipe, torch.eye(50), cpu, single=False, recompute="recompute" in sys.argv,
+                        precision=numbers, micro_clips=micro_clips)
+    for step in range(2):
+        clips, spec = recipe.clips_per_step, recipe.model
+        trainer.step(step, Batch(mel_BTF=torch.randn(clips, spec.frames, spec.bands), rows_B=np.arange(clips),
+                                 n_frames_B=torch.full((clips,), spec.frames), labels_BC=torch.zeros(clips, 50),
+                                 weights_B=torch.ones(clips)))
+
+recipe, micro_clips = larger(sys.argv[1]), 4 if "micro" in sys.argv else None
+steps(larger(sys.argv[1], clips_per_step=1), micro_clips)
+before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+steps(recipe, micro_clips)
+peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM:"))
+print(int(peak) * 1024 - before)  # not ru_maxrss: a child's begins with the size of who forked it
+"""
+
+
+@LINUX
+@pytest.mark.parametrize(
+    "how",
+    [
+        ["vit"],
+        ["vit", "bf16"],
+        ["vit", "recompute"],
+        ["vit", "micro"],
+        ["passt"],
+        ["cnn6"],
+        ["cnn6", "bf16"],
+        ["convnext"],
+    ],
+    ids=str,
+)
+def test_the_estimate_is_near_what_training_a_classifier_takes(how):
+    """In a process of its own: the resident peak of two steps, within a factor of 1.5.
+
+    Recomputed blocks and filters come and go in pieces of some MB, which glibc keeps for the process: up to twice of
+    what is in use. There it is told to give them back, as it does larger ones, such as those of larger models.
+    """
+    program = [sys.executable, "-c", MEASURED_CLASSIFIERS, *how]
+    path = {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
+    if {"recompute", "cnn6"} & set(how):
+        path["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    measured = int(subprocess.run(program, capture_output=True, check=True, env=path).stdout)
+    needed = classifier_memory(
+        larger(how[0]),
+        50,
+        bf16="bf16" in how,
+        written_out="bf16" in how,
+        recompute="recompute" in how,
+        micro_clips=4 if "micro" in how else None,
+    )
+    assert 1 / 1.5 < needed.total / measured < 1.5, (str(needed), measured / GB)
+
+
+def test_weights_are_counted_by_arithmetic():
+    """All but some single vectors of a PaSST, its positions."""
+    for recipe in (tiny_finetune(), replace(tiny_finetune(), model=PASST)):
+        counted = sum(weight.numel() for weight in built(recipe.model, CLASSES, 0).parameters())
+        seen = seen_of(recipe)
+        assert seen is not None
+        assert weights_of(seen, CLASSES) == pytest.approx(counted, rel=0.02)
+
+
+TOKENS_MASKED = RegularisedMasking(share=0.2, reading="tokens")
+
+VIT = tiny_finetune().model
+
+PLAIN = replace(VIT, encoder=replace(VIT.encoder, drop_path=0.0))
+
+COUNTED = {
+    "vit": (VIT, False),
+    "recomputed": (VIT, True),
+    "plain": (PLAIN, True),
+    "tokens": (replace(PLAIN, masking=TOKENS_MASKED), True),
+    "passt": (PASST, False),
+    "cnn6": (CNN6, False),
+}
+
+
+@pytest.mark.parametrize("kind", COUNTED)
+def test_the_formula_counts_what_torch_counts_of_a_classifier(kind, monkeypatch):
+    """To the last operation. Attention is written out, for torch counts nothing in its fused kernel on CPUs."""
+    monkeypatch.setattr("ajepa.model.transformer.attention_for", lambda device, dtype: written_out_attention)
+    model, recompute = COUNTED[kind]
+    recipe = replace(tiny_finetune(), model=model, clips_per_step=5)
+    made = built(model, CLASSES, 0)
+    if recompute:
+        made.encoder.recompute = True
+    mel_BTF, n_frames_B = torch.randn(5, model.frames, model.bands), torch.full((5,), model.frames)
+    with FlopCounterMode(display=False) as counter:
+        made(mel_BTF, n_frames_B, np.random.default_rng(0)).sum().backward()
+    cost = classifier_step_cost(recipe, CLASSES, recompute=recompute)
+    assert cost.flop == counter.get_total_flops()
+    assert (cost.step, cost.clips, cost.predicted_tokens) == (1, 5, 0)
+    tokens = {"passt": 4 * 4 + 2, "cnn6": 0}.get(kind, 4 * 8)
+    assert cost.context_tokens == 5 * tokens
+
+
+@pytest.mark.parametrize(
+    ("model", "gb", "told"),
+    [
+        ("audioset-20k", 8, "try --recompute, or --micro-batch "),
+        (
+            "audioset-20k",
+            1,
+            "not one clip would fit: try --recompute, or a smaller model (--set model.encoder.width",
+        ),
+        ("passt", 3, "try --micro-batch "),
+        ("cnn6-small", 0.02, "try --batch "),
+    ],
+)
+def test_a_recipe_larger_than_memory_is_refused_with_what_to_lower(monkeypatch, model, gb, told):
+    """What is offered fits; batch norms cannot do with fewer clips at once, but with fewer a step."""
+    monkeypatch.setattr("ajepa.training.memory.free_bytes", lambda device: int(gb * GB))
+    recipe = finetune_recipe(model)
+    how = {"half": False, "recompute": False, "world": ALONE}
+    with pytest.raises(RunError) as refused:
+        refuse_large_classifier(recipe, 527, CPU, micro_clips=None, **how)
+    message = str(refused.value)
+    assert "\n" not in message
+    assert message.startswith(f"recipe {model} needs about ")
+    assert told in message
+    assert f"for {recipe.clips_per_step} clips at once, cpu has {gb:.2f} GB free; " in message
+    if told.endswith("batch "):
+        fewer = int(message.split(told)[1].split(",")[0])
+        changed = replace(recipe, clips_per_step=fewer) if "--batch" in told else recipe
+        refuse_large_classifier(changed, 527, CPU, micro_clips=fewer, **how)
+
+
+def test_ranks_of_one_machine_share_its_memory_for_a_classifier(monkeypatch):
+    """As in pre-training: each has its own copy of everything but the clips."""
+    monkeypatch.setattr("ajepa.training.memory.free_bytes", lambda device: int(12 * GB))
+    monkeypatch.setattr(World, "wait", lambda world: None)
+    how = {"half": False, "recompute": False, "micro_clips": 1}
+    refuse_large_classifier(
+        finetune_recipe("audioset-20k"), 527, CPU, world=World(size=4, local_size=1), **how
+    )
+    with pytest.raises(RunError, match=r"free for each of 8 ranks; not one clip"):
+        refuse_large_classifier(
+            finetune_recipe("audioset-20k"), 527, CPU, world=World(size=8, local_size=8), **how
+        )

@@ -1,0 +1,232 @@
+"""What a file is, by its first bytes."""
+
+import os
+import struct
+
+import av
+import numpy as np
+import pytest
+from sounds import ENCODERS, SUBTYPES, babble, write
+
+from pipeline.audio.containers import KINDS, Container, recognise
+from pipeline.errors import AudioError
+
+KIND_OF = {
+    ".wav": "wav",
+    ".flac": "flac",
+    ".mp3": "mp3",
+    ".bare.mp3": "mp3",
+    ".ogg": "ogg",
+    ".opus": "ogg",
+    ".m4a": "mp4",
+    ".fast.m4a": "mp4",
+    ".mp4": "mp4",
+    ".alac.m4a": "mp4",
+    ".mka": "matroska",
+    ".webm": "matroska",
+    ".live.webm": "matroska",
+    ".aac": "aac",
+    ".ts": "mpegts",
+    ".wv": "wavpack",
+    ".aiff": "aiff",
+    ".au": "au",
+    ".caf": "caf",
+    ".w64": "w64",
+}
+
+
+def wav_bytes(*, data_bytes, there_bytes, tag=1, order="<", chunks=b""):
+    """A mono 16-bit wav at 8 kHz whose header declares `data_bytes`."""
+    fmt = struct.pack(f"{order}4sIHHIIHH", b"fmt ", 16, tag, 1, 8_000, 16_000, 2, 16)
+    data = struct.pack(f"{order}4sI", b"data", data_bytes) + bytes(there_bytes)
+    name = b"RIFF" if order == "<" else b"RIFX"
+    return struct.pack(f"{order}4sI4s", name, 36 + data_bytes & 0xFFFF_FFFF, b"WAVE") + chunks + fmt + data
+
+
+@pytest.mark.parametrize("suffix", [*ENCODERS, *SUBTYPES, ".wav"])
+def test_the_first_bytes_tell_the_container_whatever_the_name(tmp_path, suffix):
+    """AudioSet copies are full of flac named wav and mp3 named wav."""
+    path = write(tmp_path / f"sound{suffix}", babble(0.3, 48_000), 48_000)
+    kind = KINDS[KIND_OF[suffix]]
+    assert recognise(path).demuxer == kind.demuxer
+    assert not recognise(path).misnamed(path)
+    renamed = path.rename(tmp_path / "sound.xyz")
+    assert recognise(renamed).demuxer == kind.demuxer
+    assert not recognise(renamed).misnamed(renamed)
+    assert recognise(renamed).misnamed(renamed.with_suffix(".amr"))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_ffmpeg_knows_every_demuxer_by_its_name(name):
+    """A demuxer that the wheel lacks would make every such file unreadable."""
+    assert av.ContainerFormat(KINDS[name].demuxer, "r").is_input
+
+
+@pytest.mark.parametrize("suffix", [".mp3", ".flac", ".aac"])
+def test_an_id3_tag_is_looked_past(tmp_path, suffix):
+    """A cover picture of 100 kB stands before the sound."""
+    path = write(tmp_path / f"sound{suffix}", babble(0.3, 48_000), 48_000)
+    tag = b"ID3\x04\x00\x00" + bytes([0, 6, 13, 32]) + bytes(100_000)
+    path.write_bytes(tag + path.read_bytes())
+    assert recognise(path).demuxer == KINDS[KIND_OF[suffix]].demuxer
+
+
+def test_zeros_before_an_mp3_are_looked_past(tmp_path):
+    """Some recorders pad the beginning."""
+    path = write(tmp_path / "sound.mp3", babble(0.3, 48_000), 48_000)
+    path.write_bytes(bytes(100) + path.read_bytes())
+    assert recognise(path).demuxer == "mp3"
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        ({"data_bytes": 8_000, "there_bytes": 2_000}, 4_000),
+        ({"data_bytes": 2_000, "there_bytes": 2_000}, 1_000),
+        ({"data_bytes": 0xFFFF_FFFF, "there_bytes": 2_000}, None),
+        ({"data_bytes": 0x7FFF_F000, "there_bytes": 2_000}, None),
+        ({"data_bytes": 0, "there_bytes": 0}, 0),
+        ({"data_bytes": 8_000, "there_bytes": 2_000, "order": ">"}, 4_000),
+        ({"data_bytes": 8_000, "there_bytes": 2_000, "chunks": b"LIST\x03\0\0\0abc\0"}, 4_000),
+    ],
+)
+def test_a_wav_declares_its_frames_or_says_that_it_does_not_know(tmp_path, header, expected):
+    """libsndfile clips a declared length to what is there, and nobody would notice the loss."""
+    path = tmp_path / "sound.wav"
+    path.write_bytes(wav_bytes(**header))
+    assert recognise(path).declared_frames == expected
+    assert recognise(path).libsndfile
+
+
+def test_an_rf64_declares_its_frames_in_64_bits(tmp_path):
+    """Long recordings do not fit the 32 bits of a wav."""
+    sizes = struct.pack("<4sIQQQI", b"ds64", 28, 0, 8_000, 4_000, 0)
+    path = tmp_path / "sound.wav"
+    path.write_bytes(b"RF64" + wav_bytes(data_bytes=0xFFFF_FFFF, there_bytes=8_000, chunks=sizes)[4:])
+    assert recognise(path).declared_frames == 4_000
+
+
+@pytest.mark.parametrize(
+    "header",
+    [{"data_bytes": 0, "there_bytes": 2_000}, {"data_bytes": 2_000, "there_bytes": 2_000, "tag": 0x55}],
+)
+def test_a_wav_that_libsndfile_would_misread_goes_to_ffmpeg(tmp_path, header):
+    """A size that was never filled in, and mp3 inside a wav."""
+    path = tmp_path / "sound.wav"
+    path.write_bytes(wav_bytes(**header))
+    assert not recognise(path).libsndfile
+
+
+def test_a_flac_of_unknown_length_goes_to_ffmpeg(tmp_path):
+    """Written to a pipe, its number of samples stays 0; libsndfile then claims 2^63 - 1."""
+    path = write(tmp_path / "sound.flac", babble(0.3, 48_000), 48_000)
+    content = bytearray(path.read_bytes())
+    content[21] &= 0xF0
+    content[22:26] = bytes(4)
+    path.write_bytes(content)
+    assert (recognise(path).libsndfile, recognise(path).length) == (False, "guessed")
+
+
+def test_only_a_lame_header_states_the_length_of_an_mp3(tmp_path):
+    """Without it FFmpeg guesses from the bit rate, which means nothing for a variable one."""
+    stated = write(tmp_path / "sound.mp3", babble(0.3, 48_000), 48_000)
+    unstated = write(tmp_path / "sound.bare.mp3", babble(0.3, 48_000), 48_000)
+    assert (recognise(stated).length, recognise(unstated).length) == ("declared", "guessed")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "is empty"),
+        (b"<!DOCTYPE html><html>Not Found</html>", "is text (begins '<!DOCTYPE html>"),
+        (b"#EXTM3U\n/etc/passwd\n", "is text"),
+        (b"ffconcat version 1.0\nfile '/etc/passwd'\n", "is text"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(50), "begins with the bytes 89 50 4e 47"),
+        (bytes(5_000), "begins with the bytes 00 00"),
+        ("\ufeffnot a sound".encode("utf-16"), "begins with the bytes ff fe"),
+        (b"RIFF", "is text"),
+    ],
+)
+def test_what_is_no_audio_is_described(tmp_path, content, says):
+    """A web page saved as m4a is the commonest broken download; a playlist must never be followed."""
+    path = tmp_path / "sound.m4a"
+    path.write_bytes(content)
+    with pytest.raises(AudioError) as error:
+        recognise(path)
+    assert error.value.reason == "unreadable"
+    assert says in str(error.value)
+
+
+def test_a_chunk_table_without_end_is_given_up(tmp_path):
+    """A gigabyte of zeros behind a wav header must not cost a hundred million reads."""
+    path = tmp_path / "sound.wav"
+    path.write_bytes(b"RIFF\0\0\0\0WAVE" + bytes(1_000_000))
+    assert recognise(path) == KINDS["wav"]
+
+
+def test_an_absent_file_says_how_it_is_absent(tmp_path):
+    """No file, a folder and a link to nowhere have different cures."""
+    (tmp_path / "folder.wav").mkdir()
+    (tmp_path / "link.wav").symlink_to("gone.wav")
+    for name, says in {
+        "none.wav": "no such file",
+        "folder.wav": "a folder",
+        "link.wav": "a link to 'gone.wav'",
+    }.items():
+        with pytest.raises(AudioError, match=says) as error:
+            recognise(tmp_path / name)
+        assert error.value.reason == "missing"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")
+def test_a_file_that_may_not_be_read_says_so(tmp_path):
+    """One wrong permission in two million costs one row."""
+    path = write(tmp_path / "sound.wav", np.zeros(100), 8_000)
+    path.chmod(0)
+    with pytest.raises(AudioError, match="Permission denied") as error:
+        recognise(path)
+    assert error.value.reason == "unreadable"
+
+
+def test_a_name_without_a_known_extension_names_nothing(tmp_path):
+    """`<id>_30.000_40.000` has no extension, though a dot stands in it."""
+    wav = Container(suffixes=(".wav",), demuxer="wav")
+    assert not wav.misnamed(tmp_path / "abcdefghijk_30.000_40.000")
+    assert not wav.misnamed(tmp_path / "abcdefghijk")
+    assert not wav.misnamed(tmp_path / "abcdefghijk.WAV")
+    assert wav.misnamed(tmp_path / "abcdefghijk.FLAC")
+
+
+@pytest.mark.parametrize(("size", "frames"), [(24 + 2 * 7, 7), (0, None), (2**63 - 1, None)])
+def test_a_w64_declares_its_frames_or_says_that_it_does_not_know(tmp_path, size, frames):
+    """FFmpeg's own duration is what is there; a size that was never filled in promises nothing."""
+    path = write(tmp_path / "sound.w64", babble(0.1, 8_000), 8_000)
+    assert recognise(path).declared_frames == 800
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<Q", content, content.index(b"data\xf3\xac\xd3\x11") + 16, size)
+    path.write_bytes(content)
+    assert recognise(path).declared_frames == frames
+
+
+@pytest.mark.parametrize(("size", "frames"), [(4 + 2 * 7, 7), (-1, None), (0, None)])
+def test_a_caf_declares_its_frames_or_says_that_it_does_not_know(tmp_path, size, frames):
+    """-1 is Apple's word for: to the end of the file."""
+    path = write(tmp_path / "sound.caf", babble(0.1, 8_000), 8_000)
+    assert recognise(path).declared_frames == 800
+    content = bytearray(path.read_bytes())
+    struct.pack_into(">q", content, content.index(b"data") + 4, size)
+    path.write_bytes(content)
+    assert recognise(path).declared_frames == frames
+
+
+@pytest.mark.parametrize("suffix", [".w64", ".caf"])
+def test_a_chunk_larger_than_any_file_is_the_last(tmp_path, suffix):
+    """No file can be sought beyond 2^63 bytes, and some damage asks for it."""
+    path = write(tmp_path / f"sound{suffix}", babble(0.1, 8_000), 8_000)
+    content = bytearray(path.read_bytes())
+    place = content.index(b"fmt " if suffix == ".w64" else b"desc")
+    size = struct.pack("<Q", 2**64 - 9) if suffix == ".w64" else struct.pack(">q", 2**63 - 1)
+    start = place + (16 if suffix == ".w64" else 4)
+    content[start : start + 8] = size
+    path.write_bytes(content)
+    assert recognise(path).declared_frames is None

@@ -1,0 +1,37 @@
+"""No damage does more than cost the clip; `python tests/fuzz.py 2000` goes on where this stops."""
+
+import warnings
+
+import pytest
+from fuzz import SUFFIXES, outcome, run, spoilt, table, whole_files
+
+from pipeline.store.manifest import REASONS
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return whole_files(tmp_path_factory.mktemp("whole"))
+
+
+ONCE_FATAL = (65,)  # an MPEG-TS in which a further stream appears: PyAV raises an IndexError at its end
+
+
+@pytest.mark.parametrize("seed", [*range(3 * len(SUFFIXES)), *ONCE_FATAL])
+def test_damage_costs_a_clip_and_no_more(whole, tmp_path, seed, capfd):
+    """A finite clip or a reason, without a warning and without a word on the terminal."""
+    suffix, how, content = spoilt(seed, whole)
+    (path := tmp_path / f"{how}{suffix}").write_bytes(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert outcome(path, seed) in {"good", *REASONS}
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_long_run_counts_every_file_once(tmp_path):
+    """Through the pool of workers that a build has, so that a decoder which dies is a number in the table."""
+    rows = run(len(SUFFIXES), tmp_path, workers=1)
+    assert sorted(int(seed) for seed, *_ in rows) == list(range(len(SUFFIXES)))
+    assert {suffix for _, suffix, _, _ in rows} == set(SUFFIXES)
+    last = table(rows).splitlines()[len(SUFFIXES) + 1].split()
+    assert last[0] == "all"
+    assert sum(map(int, last[1:])) == len(SUFFIXES)

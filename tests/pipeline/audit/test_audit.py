@@ -1,0 +1,510 @@
+"""An audit finds what is planted, tells it once, and invents nothing on clean clips."""
+
+from dataclasses import asdict, replace
+
+import numpy as np
+import polars as pl
+import pytest
+from scipy.stats import chi2_contingency
+
+from pipeline.audit.audit import Audit, Rows, audit, effective, gini
+from pipeline.audit.class_pairs import BUSIEST, MOST_LABELS, g2, least_g2, pairs_of, shifts_of, together_KK
+from pipeline.audit.copies import recordings
+from pipeline.audit.findings import LEVELS, findings, table, write_json
+from pipeline.audit.implied_labels import Tree
+from pipeline.errors import OntologyError
+from pipeline.labels.ontology import ClassList, Node, Ontology, load_class_list, load_ontology
+from pipeline.labels.propagation import propagate, relation_CC
+from pipeline.report.page_sections import audit_section
+
+NAMES = ("Speech", "Male speech, man speaking", "Music", "Vehicle")
+
+EVERY = load_class_list()
+
+CLASSES = ClassList(mids=tuple(EVERY.mids[EVERY.names.index(name)] for name in NAMES), names=NAMES)
+
+SPEECH, MALE, MUSIC, VEHICLE = range(4)
+
+CLEAN_LABELS = ([0], [2], [3], [0, 2], [0, 3], [2, 3], [0, 2, 3], [0, 1, 2, 3])
+
+SPLITS = ("train", "eval")
+
+FEW = 2
+
+
+def clean() -> list[dict]:
+    """32 clips of which nothing can be said: every class in both splits alike, no pair more than by chance."""
+    return [
+        {
+            "clip_id": f"{split}{number:02}",
+            "split": split,
+            "source": f"{split}/{number}.wav",
+            "status": "good",
+            "reason": None,
+            "flags": [],
+            "digest": f"{split}{number}",
+            "raw": list(CLEAN_LABELS[number % 8]),
+            "outside": [],
+        }
+        for split in SPLITS
+        for number in range(16)
+    ]
+
+
+def rows_of(clips: list[dict], *, dataset: str | None = "audioset", classes=CLASSES, rules=(), **how) -> Rows:
+    """The clips as a store would hold them; `how` replaces what follows from that."""
+    types = {"flags": pl.List(pl.String), "raw": pl.List(pl.UInt16), "outside": pl.List(pl.String)}
+    types |= {"reason": pl.String, "source": pl.String, "digest": pl.String}
+    frame = pl.DataFrame(clips, schema_overrides=types)
+    labels, provenance = frame.select("raw", "outside"), {"raw": "as listed"}
+    for rule in rules:
+        provenance[rule] = {"rule": rule, "ontology": load_ontology().digest, "splits": list(SPLITS)}
+        labels = labels.with_columns(propagate(labels["raw"], relation_CC(rule, classes=classes)).alias(rule))
+    known = {
+        "manifest": frame.drop("raw", "outside"),
+        "labels": labels,
+        "provenance": provenance,
+        "classes": classes,
+        "recording": recordings(frame, dataset),
+        "excluded_N": np.zeros(len(clips), bool),
+        "lists": (),
+        "splits": SPLITS,
+        "measured": ("eval",),
+        "ontologies": {},
+    }
+    return Rows(**known | how)
+
+
+def told(rows: Rows) -> list[tuple[str, str]]:
+    return [(f.level, f.what) for f in findings(audit(rows, few=FEW), "x.zarr")]
+
+
+def test_clean_clips_are_told_to_be_clean():
+    """An audit that always finds something would not be read twice."""
+    assert told(rows_of(clean(), rules=["unambiguous", "direct-parent"])) == []
+    seen = audit(rows_of(clean()), few=FEW)
+    assert (seen.copies, seen.pairs.more, seen.pairs.less, seen.sides.shifts) == ((), (), (), ())
+    assert seen.sides.shift == 0
+
+
+def alter(number: int, **values):
+    """Clip `number` (16 to 31 are eval) with other values."""
+
+    def plant(clips):
+        clips[number] |= values
+
+    return plant
+
+
+def without_class(split: str, index: int, keep: int = 0):
+    """All but `keep` clips of a split that have a class are there without it."""
+
+    def plant(clips):
+        ours = [clip for clip in clips if clip["split"] == split and index in clip["raw"]]
+        for clip in ours[keep:]:
+            clip["raw"] = [i for i in clip["raw"] if i not in (index, MALE)] or [SPEECH]
+
+    return plant
+
+
+PLANTED = [
+    (alter(0, clip_id="eval00"), "leak", "1 id in train and again in eval; labels differ in 0"),
+    (alter(0, digest="eval8"), "leak", "1 clip of train with the exact audio of 1 clip of eval"),
+    (alter(1, digest="eval0"), "leak", "exact audio of 1 clip of eval; labels differ in 1 of them"),
+    (alter(0, digest="train8"), "check", "2 clips of train with only 1 exact sound among them"),
+    (alter(0, clip_id="train08"), "check", "1 id more than once in train"),
+    (alter(0, outside=["/m/odd"]), "check", "1 clip with labels outside the class list, 1 id in all"),
+    (alter(16, raw=[]), "check", "1 clip of eval without a label"),
+    (alter(0, raw=[]), "note", "1 clip of train without a label"),
+    (alter(0, raw=[MALE]), "note", "1 clip without 1 label that raw ones imply by rule unambiguous"),
+    (without_class("eval", MALE, 1), "check", "1 class with fewer than 2 clips in eval"),
+    (without_class("train", MALE, 1), "note", "1 class with fewer than 2 clips in train"),
+    (alter(0, status="failed", reason="duplicate"), "note", "1 row set aside by the build"),
+]
+
+
+@pytest.mark.parametrize(("plant", "level", "what"), PLANTED)
+def test_what_is_planted_is_told_and_nothing_else(plant, level, what):
+    """One finding for one plant: neither missed nor told in two ways."""
+    clips = clean()
+    plant(clips)
+    (found,) = told(rows_of(clips))
+    assert found[0] == level
+    assert what.replace("; labels differ in 0", "") in found[1]
+
+
+def test_a_class_that_one_side_lacks_is_told_of_split_and_of_side():
+    """In eval its average precision is undefined; without a clip to train on nobody can learn it."""
+    clips = clean()
+    without_class("eval", MALE)(clips)
+    assert told(rows_of(clips)) == [
+        ("check", "1 of 4 classes without a clip in eval"),
+        ("note", "1 class with clips to train on, and none in eval"),
+    ]
+    clips = clean()
+    without_class("train", MALE)(clips)
+    assert told(rows_of(clips)) == [
+        ("check", "1 class in eval, without a clip to train on"),
+        ("note", "1 of 4 classes without a clip in train"),
+    ]
+
+
+def test_leaks_come_first():
+    """Whoever reads only the top of the list must have read of them."""
+    clips = clean()
+    alter(1, raw=[])(clips)
+    alter(2, digest="train10")(clips)
+    alter(3, digest="eval11")(clips)
+    levels = [level for level, _ in told(rows_of(clips))]
+    assert levels == sorted(levels, key=list(LEVELS).index)
+    assert levels[0] == "leak"
+
+
+def test_what_mends_a_leak_is_said_for_the_splits_asked_about():
+    """Without --eval the command would look at others; how to record what it writes it says itself, for a list
+    replaces those before it."""
+    clips = clean()
+    alter(0, digest="eval8")(clips)
+    leak = findings(audit(rows_of(clips), few=FEW), "x.zarr")[0]
+    assert leak.do == "ajepa-data audit-labels x.zarr --suggest leaks.txt"
+    leak = findings(audit(rows_of(clips, measured=("train",)), few=FEW), "x.zarr")[0]
+    assert leak.do == "ajepa-data audit-labels x.zarr --eval train --suggest leaks.txt"
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        alter(0, digest="eval8", status="failed"),
+        alter(0, clip_id="eval00", status="failed"),
+        alter(0, digest=None),
+    ],
+)
+def test_clips_that_are_not_in_use_do_not_leak(plant):
+    """A row that the build has set aside is never drawn."""
+    clips = clean()
+    plant(clips)
+    assert told(rows_of(clips)) == []
+
+
+def test_an_excluded_clip_does_not_leak():
+    """That is what the list is for."""
+    clips = clean()
+    alter(0, digest="eval8")(clips)
+    marked_N = np.arange(32) == 0
+    found = told(rows_of(clips, excluded_N=marked_N, lists=(("a.txt", "0" * 64, 1),)))
+    assert found == [("note", "1 clip excluded by a.txt")]
+
+
+def test_kept_silences_are_not_copies_of_each_other():
+    """All zeros have one digest."""
+    clips = clean()
+    for number in (0, 5, 20):
+        alter(number, digest="zeros", flags=["silent"])(clips)
+    assert told(rows_of(clips)) == []
+
+
+def test_pieces_of_one_recording_in_two_splits_leak_and_in_one_split_do_not():
+    """A table that splits by clip instead of by file."""
+    clips = clean()
+    for number in (0, 1, 2):
+        alter(number, source="long.wav")(clips)
+    assert told(rows_of(clips, dataset="folder")) == []
+    alter(16, source="long.wav")(clips)
+    assert told(rows_of(clips, dataset="folder")) == [("leak", "1 recording with clips in train and in eval")]
+    assert told(rows_of(clips, dataset="audioset")) == []  # there the video is what counts
+
+
+def test_the_recording_of_a_missing_piece_is_its_id_without_the_place():
+    """`name@1500` begins at 1.5 s of `name`."""
+    frame = pl.DataFrame({"clip_id": ["a@0", "a@1500", "b@x"], "source": [None, None, "b.wav"]})
+    assert recordings(frame, "folder").to_list() == ["a", "a", "b.wav"]
+    assert recordings(frame, "audioset").to_list() == ["a@0", "a@1500", "b@x"]
+
+
+def test_without_a_held_out_split_copies_are_checks_and_sides_are_not_compared():
+    """ESC-50's folds take turns."""
+    clips = clean()
+    alter(0, digest="eval8")(clips)
+    rows = rows_of(clips, measured=())
+    assert audit(rows).sides is None
+    assert told(rows) == [("check", "1 clip of train with the exact audio of 1 clip of eval")]
+
+
+# propagated sets ------------------------------------------------------------------------------------------------
+
+
+def with_set(rows: Rows, row: int, labels: list[int], rule: str = "unambiguous") -> Rows:
+    """The rows, one of which has other labels in a propagated set."""
+    lists = rows.labels[rule].to_list()
+    lists[row] = labels
+    column = pl.Series(rule, lists, dtype=rows.labels[rule].dtype)
+    return replace(rows, labels=rows.labels.with_columns(column))
+
+
+@pytest.mark.parametrize(
+    ("labels", "what"),
+    [
+        ([MALE, MUSIC, VEHICLE], "stale: 1 label of its rule missing"),
+        ([SPEECH, MALE, VEHICLE], "stale: 1 label of its rule missing"),  # a raw one
+        ([SPEECH, MALE], "stale: 2 labels of its rule missing"),
+    ],
+)
+def test_a_propagated_set_that_is_not_what_its_rule_gives_is_a_fault(labels, what):
+    """Whoever trains on it believes that every implied class is there."""
+    rows = with_set(rows_of(clean(), rules=["unambiguous"]), 7, labels)  # raw: all four
+    ((level, said),) = told(rows)
+    assert level == "fault"
+    assert what in said
+    (finding,) = findings(audit(rows, few=FEW), "x.zarr")
+    assert finding.do == "ajepa-data propagate-labels x.zarr --rule unambiguous"
+
+
+def test_a_label_that_no_rule_gives_is_a_fault_too():
+    """It came from somewhere else."""
+    ((level, said),) = told(with_set(rows_of(clean(), rules=["unambiguous"]), 1, [MUSIC, VEHICLE]))
+    assert level == "fault"
+    assert said.endswith("is stale: 0 labels of its rule missing, 1 label beyond it")
+
+
+def test_a_stale_set_is_told_of_also_where_nobody_draws_the_clip():
+    """The file is wrong, whatever the clip is."""
+    clips = clean()
+    alter(1, status="failed")(clips)
+    assert [level for level, _ in told(with_set(rows_of(clips, rules=["unambiguous"]), 1, [MALE]))] == [
+        "fault"
+    ]
+
+
+def test_a_set_is_judged_in_the_splits_it_was_made_for():
+    """In the others it holds the raw labels."""
+    clips = clean()
+    alter(17, raw=[MALE])(clips)
+    rows = with_set(rows_of(clips, rules=["unambiguous"]), 17, [MALE])
+    provenance = rows.provenance["unambiguous"]
+    assert "fault" in [level for level, _ in told(rows)]
+    some = rows.provenance | {"unambiguous": provenance | {"splits": ["train"]}}
+    assert [level for level, _ in told(replace(rows, provenance=some))] == ["note"]
+
+
+def test_a_set_of_another_ontology_is_not_called_stale():
+    """It cannot be judged by this one, and that is said."""
+    rows = with_set(rows_of(clean(), rules=["unambiguous"]), 1, [MALE])
+    other = {"unambiguous": rows.provenance["unambiguous"] | {"ontology": "other"}}
+    ((level, said),) = told(replace(rows, provenance=rows.provenance | other))
+    assert level == "check"
+    assert "cannot be judged: it was made with ontology other, which is gone" in said
+
+
+def test_a_set_is_judged_by_the_ontology_it_was_made_with():
+    """A user's own, kept in the store; raw labels are then held against it, too."""
+    vehicle, music = CLASSES.mids[VEHICLE], CLASSES.mids[MUSIC]
+    nodes = [
+        Node(mid=mid, name=name) for mid, name in zip(CLASSES.mids, NAMES, strict=True) if mid != vehicle
+    ]
+    own = Ontology(nodes=(*nodes, Node(mid=vehicle, name="Vehicle", child_mids=(music,))))
+    rows = rows_of(clean(), rules=["unambiguous"])
+    column = propagate(rows.labels["raw"], relation_CC(ontology=own, classes=CLASSES)).alias("unambiguous")
+    by = rows.provenance["unambiguous"] | {"ontology": own.digest}
+    made = replace(
+        rows, labels=rows.labels.with_columns(column), provenance={"raw": "as listed", "unambiguous": by}
+    )
+    found = told(replace(made, ontologies={"unambiguous": own}))
+    assert found == [("note", "8 clips without 8 labels that raw ones imply by rule unambiguous")]
+    assert told(with_set(replace(made, ontologies={"unambiguous": own}), 1, [MUSIC]))[0][0] == "fault"
+
+
+@pytest.mark.parametrize("rule", ["unambiguous", "all-ancestors", "dominators", "direct-parent"])
+def test_what_the_rules_make_is_never_stale(rule):
+    """On random label sets of all 527 classes; and what raw lacks is exactly what the rule adds."""
+    rng = np.random.default_rng(0)
+    clips = clean()
+    for clip in clips:
+        clip["raw"] = sorted(rng.choice(527, rng.integers(0, 9), replace=False).tolist())
+    rows = rows_of(clips, classes=EVERY, rules=[rule])
+    raw, propagated = audit(rows).contradictions
+    assert not propagated.stale
+    if rule == "unambiguous":
+        added = rows.labels[rule].list.len().sum() - rows.labels["raw"].list.len().sum()
+        assert raw.labels_lacking == added > 0
+        assert raw.pairs_in_all >= len(raw.pairs) > 0
+
+
+def test_classes_that_no_ontology_knows_are_not_judged():
+    """ESC-50 has its own."""
+    own = ClassList(mids=("dog", "cat", "cow", "hen"), names=("dog", "cat", "cow", "hen"))
+    rows = rows_of(clean(), classes=own)
+    assert told(rows) == []
+    assert audit(rows).contradictions[0].why_not == "the ontology knows none of its classes"
+
+
+def test_the_known_part_of_a_mixed_class_list_is_judged():
+    """Two of AudioSet's classes among a user's own."""
+    mixed = ClassList(mids=("own", CLASSES.mids[MALE], "other", CLASSES.mids[SPEECH]), names=tuple("abcd"))
+    tree = Tree.of(load_ontology(), mixed)
+    assert tree.adds("unambiguous").tolist() == [[1, 3]]
+    assert tree.related().tolist() == [[1, 3]]
+
+
+def test_an_index_that_no_class_has_is_an_error_with_its_row():
+    """It would be counted as a class of the next clip."""
+    clips = clean()
+    alter(3, raw=[4])(clips)
+    with pytest.raises(OntologyError, match="row 3: class index 4, expected 0 to 3"):
+        audit(rows_of(clips))
+
+
+# statistics -----------------------------------------------------------------------------------------------------
+
+
+def entries_of(has_BC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return tuple(np.nonzero(has_BC))
+
+
+def test_g2_is_the_log_likelihood_ratio_of_the_table():
+    """As scipy computes it, for tables with and without empty cells."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        table_22 = rng.integers(0, 40, (2, 2)) + np.array([[0, 1], [1, 1]])
+        both, one, other = table_22[0, 0], table_22[0].sum(), table_22[:, 0].sum()
+        expected = chi2_contingency(table_22, correction=False, lambda_="log-likelihood").statistic
+        got = g2(np.array([both]), np.array([one]), np.array([other]), int(table_22.sum()))
+        assert got[0] == pytest.approx(expected, abs=1e-9)
+
+
+def test_together_counts_what_a_matrix_product_counts():
+    """Two ways that must agree."""
+    has_BC = np.random.default_rng(1).random((300, 12)) < 0.3
+    counts = has_BC.T.astype(int) @ has_BC
+    assert (together_KK(*entries_of(has_BC), 12) == np.triu(counts, 1)).all()
+
+
+def test_independent_classes_show_no_surprise_and_planted_ones_do():
+    """More and less than chance; related ones never, however often they stand together."""
+    rng = np.random.default_rng(2)
+    has_BC = rng.random((4_000, 8)) < np.linspace(0.1, 0.4, 8)
+    has_BC[:, 7] = True  # so that no clip is without a label
+    names = [f"c{index}" for index in range(8)]
+    none = np.zeros((0, 2), int)
+    clean_pairs = pairs_of(*entries_of(has_BC), names, none, top=5)
+    assert (clean_pairs.more, clean_pairs.less) == ((), ())
+    has_BC[:, 1] = np.where(rng.random(4_000) < 0.7, has_BC[:, 0], has_BC[:, 1])
+    has_BC[:, 3] &= ~has_BC[:, 2]
+    found = pairs_of(*entries_of(has_BC), names, none, top=5)
+    assert [(p.one, p.other) for p in found.more] == [("c0", "c1")]
+    assert [(p.one, p.other, p.clips) for p in found.less] == [("c2", "c3", 0)]
+    clips_C = has_BC.sum(0)
+    assert found.less[0].expected == pytest.approx(clips_C[2] * clips_C[3] / 4_000)
+    told_by_ontology = pairs_of(*entries_of(has_BC), names, np.array([[0, 1], [2, 3]]), top=5)
+    assert (told_by_ontology.more, told_by_ontology.less) == ((), ())
+
+
+def test_sixty_five_thousand_classes_do_not_explode():
+    """Only the busiest are paired: their table is square."""
+    rng = np.random.default_rng(3)
+    row_N = np.repeat(np.arange(50_000), 3)
+    class_N = np.sort(rng.integers(0, 65_536, (50_000, 3)), 1)
+    class_N[:, 0], class_N[:, 1] = np.where(rng.random((50_000, 1)) < 0.02, [[0, 1]], class_N[:, :2]).T
+    fresh_N = np.diff(row_N * 65_536 + np.sort(class_N, 1).ravel(), prepend=-1) > 0
+    flat_N = np.sort(class_N, 1).ravel()[fresh_N]
+    names = [str(index) for index in range(65_536)]
+    found = pairs_of(row_N[fresh_N], flat_N, names, np.array([[0, 40_000]]), top=3)
+    assert found.classes == BUSIEST
+    assert [(p.one, p.other) for p in found.more] == [("0", "1")]
+
+
+def test_a_clip_with_every_label_is_left_out_of_the_pairs_and_counted():
+    """A thousand labels would be half a million pairs."""
+    has_BC = np.eye(100, dtype=bool)
+    has_BC[0] = np.arange(100) <= MOST_LABELS
+    found = pairs_of(*entries_of(has_BC), [str(i) for i in range(100)], np.zeros((0, 2), int), top=3)
+    assert found.clips_left_out == 1
+    assert found.more == ()
+
+
+def test_crowded_clips_make_no_classes_strangers():
+    """Counted as clips of either class and not of both, they would make every pair stand together too seldom."""
+    has_BC = np.random.default_rng(0).random((600, MOST_LABELS + 1)) < 0.2
+    has_BC[:200] = True
+    row_N, class_N = np.nonzero(has_BC)
+    names = [str(number) for number in range(MOST_LABELS + 1)]
+    pairs = pairs_of(row_N, class_N, names, np.zeros((0, 2), int), top=10)
+    assert (pairs.less_in_all, pairs.clips_left_out) == (0, 200)
+
+
+def test_shifted_classes_are_found_and_equal_ones_are_not():
+    """By evidence: the same ratio weighs more with more clips."""
+    trained_C, held_C = np.array([5_000, 2_000, 500, 3]), np.array([500, 50, 50, 0])
+    shifts, in_all = shifts_of(trained_C, held_C, 10_000, 1_000, list("abcd"), top=5)
+    assert in_all == 1
+    assert (shifts[0].name, shifts[0].trained, shifts[0].held_out) == ("b", 0.2, 0.05)
+    assert shifts_of(trained_C, held_C * 0, 10_000, 0, list("abcd"), top=5) == ((), 0)
+
+
+def test_the_more_draws_the_more_a_surprise_must_surprise():
+    """chi-squared at 5 %: 3.84 for one draw."""
+    assert least_g2(1) == pytest.approx(3.841, abs=1e-3)
+    assert least_g2(138_601) > 25
+
+
+@pytest.mark.parametrize(
+    ("clips_C", "alike", "unequal"),
+    [([5, 5, 5, 5], 4.0, 0.0), ([0, 0, 7, 0], 1.0, 0.75), ([0, 0, 0, 0], 0.0, 0.0), ([1, 1, 0, 0], 2.0, 0.5)],
+)
+def test_how_evenly_classes_are_spread(clips_C, alike, unequal):
+    """All alike, one alone, none, half of them."""
+    assert effective(np.array(clips_C)) == pytest.approx(alike)
+    assert gini(np.array(clips_C)) == pytest.approx(unequal)
+
+
+# told -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def busy() -> Audit:
+    """One of everything."""
+    clips = clean() * 40
+    for number, clip in enumerate(clips):
+        clips[number] = clip | {"clip_id": f"<{number}>", "digest": str(number)}
+    for number, (plant, _, _) in enumerate(PLANTED):
+        some = [dict(clip) for clip in clips[32 * number : 32 * number + 32]]
+        plant(some)
+        clips[32 * number : 32 * number + 32] = some
+    for number in range(1, 200, 2):
+        clips[number + 600] = clips[number + 600] | {"raw": [MUSIC, VEHICLE], "split": "train"}
+    alter(0, digest="8", raw=[MALE])(clips)
+    return audit(rows_of(clips), few=FEW, top=1)
+
+
+def test_the_table_tells_what_the_audit_has(busy):
+    """Every finding, every split, and how much more there is than is shown."""
+    text = table(busy, "x.zarr")
+    for finding in findings(busy, "x.zarr"):
+        assert finding.what.split(";")[0][:60] in text
+    for split in busy.splits:
+        assert split.split in text
+        assert f"{split.in_use:,}" in text
+    assert busy.pairs.more
+    assert "stand together more often than chance" in text
+    assert all(len(line) <= 80 or "ajepa-data" in line for line in text.splitlines())
+    assert not any(line != line.rstrip() for line in text.splitlines())
+
+
+def test_the_json_has_every_figure(busy, tmp_path):
+    """A script reads it instead of the table."""
+    import json
+
+    write_json(busy, "x.zarr", tmp_path / "new" / "a.json")
+    read = json.loads((tmp_path / "new" / "a.json").read_text())
+    assert read.pop("findings")[0]["level"] == findings(busy, "x.zarr")[0].level
+    assert read == json.loads(json.dumps(asdict(busy)))
+
+
+def test_the_section_is_escaped_and_says_the_same(busy):
+    """Ids come from files."""
+    text = audit_section(busy, "<b>.zarr")
+    assert "<b>.zarr" not in text
+    assert "&lt;" in text
+    for finding in findings(busy, "x"):
+        assert f'class="level {finding.level}"' in text
+    assert text.count("<li>") == len(findings(busy, "x"))
+    assert "Nothing is wrong" in audit_section(audit(rows_of(clean()), few=FEW), "x")

@@ -1,0 +1,215 @@
+"""What is computed from the sounds is what the store holds, and where it is not, that is told."""
+
+import json
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from corpus import clip_id, tone_in_noise, write_corpus
+from damage import flip
+from stores import build
+
+from pipeline.audio.decode import AudioPolicy
+from pipeline.audio.mel_spec import mel_spec
+from pipeline.audio.sources import Locator
+from pipeline.build.build import build_store
+from pipeline.build.plan import Build, Output
+from pipeline.build.recompute import TOLERANCE_NAT, compared, on_the_fly
+from pipeline.cli import app
+from pipeline.datasets.folder import folder
+from pipeline.errors import BrokenClip, InputError, StoreError
+from pipeline.labels.label_sets import propagate_labels
+from pipeline.loading.dali import DaliLoader
+from pipeline.loading.loader import PlainLoader, View
+from pipeline.loading.sampling import Order
+from pipeline.store.feature_store import FeatureStore
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A folder with a corpus, and a store of each dtype built from it; nobody changes it."""
+    folder = tmp_path_factory.mktemp("sounds")
+    write_corpus(folder / "corpus", clips=20)
+    for dtype in ("float16", "uint8"):
+        build(folder / "corpus", folder / f"{dtype}.zarr", dtype=dtype, policy=AudioPolicy(keep_silent=True))
+    propagate_labels(folder / "float16.zarr")
+    return folder
+
+
+@pytest.fixture
+def own(whole, tmp_path) -> Path:
+    """The same in a folder of this test's own."""
+    folder = shutil.copytree(whole, tmp_path / "own")
+    for store in folder.glob("*.zarr"):
+        told = (store / "build.json").read_text().replace(str(whole), str(folder))
+        (store / "build.json").write_text(told)
+    return folder
+
+
+def sound(folder: Path, row: int) -> Path:
+    return folder / "corpus" / "audio" / f"{clip_id(row)}.wav"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "uint8"])
+def test_every_row_and_crop_is_the_stored_one_bit_for_bit(whole, dtype):
+    """Silent clips among them, which another policy would refuse; also in another process."""
+    store = FeatureStore.open(whole / f"{dtype}.zarr")
+    heard, rows = on_the_fly(store), store.good_rows()
+    assert 9 in rows
+    np.testing.assert_array_equal(heard.read(rows), store.read(rows))
+    starts = np.arange(len(rows)) * 7
+    again = pickle.loads(pickle.dumps(heard))
+    np.testing.assert_array_equal(
+        again.read(rows, starts_B=starts, frames=50), store.read(rows, starts_B=starts, frames=50)
+    )
+
+
+@pytest.mark.parametrize("loader", [PlainLoader, DaliLoader])
+def test_loaders_train_from_sounds_as_from_the_store(whole, loader, monkeypatch):
+    """The same batches, with labels; not one shard is read."""
+    store = FeatureStore.open(whole / "float16.zarr")
+    order = Order(rows_N=store.good_rows(), clips=4, seed=0)
+    view = View(frames=64, mean=-8.0, std=4.0, label_set="unambiguous")
+    wanted = list(PlainLoader(store, order, view).batches(0, 6))
+    monkeypatch.setattr("pipeline.store.reader.ShardReader.read", None)
+    with loader(on_the_fly(store, threads=1), order, view) as batches:
+        for made, want in zip(batches.batches(0, 6), wanted, strict=True):
+            assert made.mel_BTF.equal(want.mel_BTF)
+            assert made.labels_BC.equal(want.labels_BC)
+
+
+def test_a_sound_that_is_gone_or_changed_breaks_its_row(own):
+    """Never a row of something else; with what to do, in one line."""
+    heard = on_the_fly(FeatureStore.open(own / "float16.zarr"))
+    sound(own, 2).unlink()
+    soundfile.write(sound(own, 4), tone_in_noise(4, seconds=1.0, rate_hz=32_000), 32_000)
+    sound(own, 6).write_bytes(b"no sound")
+    for row, said in (
+        (2, "missing: .* is gone|missing"),
+        (4, "its sound has 98 frames, the store 998"),
+        (6, "unreadable"),
+    ):
+        with pytest.raises(BrokenClip, match=said) as broken:
+            heard.read(np.array([0, row]))
+        assert broken.value.row == row
+        assert f"row {row} (clip {clip_id(row)}" in str(broken.value)
+        assert str(broken.value).endswith("--against-audio")
+    with pytest.raises(StoreError, match=r"row 5 .* is not good: missing") as refused:
+        heard.read(np.array([5]))
+    assert not isinstance(refused.value, BrokenClip)
+
+
+def test_a_server_that_does_not_answer_breaks_no_clip(own, monkeypatch):
+    """A loader that skips broken clips must not skip all of them."""
+
+    def silent(self):
+        raise InputError("s3://b/x.wav: no answer")
+
+    monkeypatch.setattr(Locator, "opened", silent)
+    with pytest.raises(StoreError, match="no answer") as gone:
+        on_the_fly(FeatureStore.open(own / "float16.zarr")).read(np.array([0]))
+    assert not isinstance(gone.value, BrokenClip)
+
+
+def test_a_sound_that_the_build_was_told_to_take_is_taken(tmp_path):
+    """13 hours, more than is taken by default: --max-seconds was the build's to decide."""
+    (tmp_path / "sounds").mkdir()
+    hour = np.tile(np.random.default_rng(0).uniform(-0.1, 0.1, 10_000), 360)
+    soundfile.write(tmp_path / "sounds" / "day.wav", np.tile(hour, 13), 1_000, subtype="PCM_U8")
+    output = Output(path=tmp_path / "day.zarr", spec=mel_spec("a-jepa"))
+    policy = AudioPolicy(max_seconds=86_400)
+    build_store(folder(tmp_path / "sounds"), output, Build(policy=policy, workers=0))
+    store = FeatureStore.open(output.path)
+    assert len(store.good_rows()) == 1
+    np.testing.assert_array_equal(on_the_fly(store).read(np.array([0])), store.read(np.array([0])))
+
+
+def test_lists_that_have_changed_are_refused(own):
+    """Row 7 would be another clip."""
+    told = json.loads((own / "float16.zarr" / "build.json").read_text())
+    told["asked"]["segments"].pop()
+    (own / "float16.zarr" / "build.json").write_text(json.dumps(told))
+    store = FeatureStore.open(own / "float16.zarr")
+    with pytest.raises(StoreError, match=r"planned from other clips, .*; put back what .*build.json says"):
+        on_the_fly(store)
+    (own / "float16.zarr" / "build.json").unlink()
+    with pytest.raises(StoreError, match="does not say what the store was built from"):
+        on_the_fly(store)
+
+
+def verify(monkeypatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["ajepa-data", "verify", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        app.main()
+    return int(stop.value.code or 0)
+
+
+def test_a_store_and_its_sounds_agree_bit_for_bit(whole, monkeypatch, capsys):
+    assert verify(monkeypatch, whole / "uint8.zarr", "--against-audio") == 0
+    assert (
+        capsys.readouterr().out
+        == f"{whole / 'uint8.zarr'}: 19 rows are what their sounds give, bit for bit\n"
+    )
+    assert verify(monkeypatch, whole / "float16.zarr", "--against-audio", "--sample", 4) == 0
+    assert ": 4 rows are" in capsys.readouterr().out
+
+
+def test_faults_are_told_line_by_line_and_a_lost_sound_is_none(own, monkeypatch, capsys):
+    """A flipped bit, another sound of the same length, a sound that decodes no more; and one that is gone."""
+    store = own / "float16.zarr"
+    flip(store, 1)
+    soundfile.write(sound(own, 4), 0.9 * tone_in_noise(4, seconds=10.0, rate_hz=44_100), 44_100)
+    sound(own, 6).write_bytes(b"no sound")
+    sound(own, 8).unlink()
+    soundfile.write(sound(own, 10), tone_in_noise(10, seconds=9.0, rate_hz=44_100), 44_100)
+    assert verify(monkeypatch, store, "--against-audio") == 1
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert [line.partition(" (clip")[0] for line in lines] == ["row 1", "row 4", "row 6", "row 8", "row 10"]
+    assert "does not match its checksum" in lines[0]
+    assert "nat from what its sound gives" in lines[1]
+    assert "its sound is not the one that it was built from" in lines[1]
+    assert "its sound cannot be used any more" in lines[2]
+    assert "not compared" in lines[3]
+    assert "998 frames, its sound gives 898" in lines[4]
+    assert f"{store}: 4 of 18 rows are not what their sounds give" in said.err
+    (own / "corpus" / "audio").rename(own / "elsewhere")
+    (own / "corpus" / "audio").mkdir()
+    soundfile.write(sound(own, 5), tone_in_noise(5, seconds=10.0, rate_hz=16_000), 16_000)  # of no good row
+    assert verify(monkeypatch, own / "uint8.zarr", "--against-audio", "--sample", 3) == 1
+    assert "nothing could be compared, no sound is there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["float16", "uint8"])
+def test_other_versions_may_round_otherwise_but_not_by_more(own, monkeypatch, capsys, dtype):
+    """Equal versions must give equal bytes; others are given a tenth of a nat and one stored step."""
+    store, far = own / f"{dtype}.zarr", 1.0
+    from pipeline.build import recompute as module
+
+    spectrogram = module.spectrogram
+
+    def shifted(audio, header):
+        mel_TF, result = spectrogram(audio, header)
+        nats = far * TOLERANCE_NAT + (header.scale if dtype == "uint8" else 0)
+        return (mel_TF + np.asarray(nats / header.scale, mel_TF.dtype)).astype(mel_TF.dtype), result
+
+    monkeypatch.setattr(module, "spectrogram", shifted)
+    assert {bool(one.fault) for one in compared(store)} == {True}
+    told = json.loads((store / "build.json").read_text())
+    told["versions"]["soxr"] = "0.0.1"
+    (store / "build.json").write_text(json.dumps(told))
+    assert verify(monkeypatch, store, "--against-audio", "--sample", 5) == 0
+    said = capsys.readouterr().out
+    assert "built with soxr 0.0.1, now " in said
+    assert "5 rows are what their sounds give, up to 0." in said
+    far = 4.0
+    assert verify(monkeypatch, store, "--against-audio", "--sample", 5) == 1
+
+
+def test_telling_and_mending_are_not_asked_for_at_once(own, monkeypatch, capsys):
+    assert verify(monkeypatch, own / "uint8.zarr", "--against-audio", "--repair") == 1
+    assert "give --repair by itself" in capsys.readouterr().err

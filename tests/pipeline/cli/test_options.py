@@ -1,0 +1,223 @@
+"""What both command lines owe to whoever types: help that fits a screen, keys that complete, an answer at once."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import ajepa.cli
+import ajepa.cli.app
+import pipeline.cli
+import pipeline.cli.app
+from ajepa.evaluate.tasks import TASKS
+from ajepa.model.classifier import MODELS
+from ajepa.recipes import pretrain
+from ajepa.recipes.catalogue import FINETUNES
+from pipeline.audio.mel_spec import PRESETS
+from pipeline.cli.options import to_write, told_of
+from pipeline.errors import InputError
+from pipeline.files import scratch_of
+from pipeline.labels.propagation import RULES
+
+BIN = Path(sys.executable).parent
+
+PROGRAMS = {"ajepa-data": pipeline.cli.app.app, "ajepa-train": ajepa.cli.app.app}
+
+COMMANDS = [
+    (program, name, command)
+    for program, app in PROGRAMS.items()
+    for name, command in typer.main.get_command(app).commands.items()
+]
+
+UNITS = re.compile(
+    r"second|\bs\b|clips?\b|steps?\b|epochs?\b|windows?\b|shards?\b|processes|threads|\b10\^9 bytes|share|trainings?"
+    r"|rows?\b|spectrograms|fold\b|seeds?\b|order\b|how many|surprises",
+    re.IGNORECASE,
+)
+
+
+def helped(program: str, *command: str) -> list[str]:
+    done = CliRunner().invoke(
+        PROGRAMS[program], [*command, "--help"], env={"COLUMNS": "80"}, prog_name=program
+    )
+    assert done.exit_code == 0
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_list_of_commands_says_what_each_does_in_a_whole_sentence(program):
+    """One that breaks off with dots hides what would tell it from its neighbour."""
+    lines = helped(program)
+    assert max(map(len, lines)) <= 80
+    assert len(lines) <= 30
+    assert not [line for line in lines[1:] if line.endswith("...")]
+
+
+@pytest.mark.parametrize(("program", "name", "command"), COMMANDS)
+def test_help_fits_a_screen_and_has_an_example(program, name, command):
+    """80 columns, and 45 lines at most; who asks for help wants something to copy."""
+    lines = helped(program, name)
+    assert max(map(len, lines)) <= 80
+    assert len(lines) <= 45
+    assert f"Example: {program} {name}" in " ".join(" ".join(lines).split())
+
+
+@pytest.mark.parametrize(("program", "name", "command"), COMMANDS)
+def test_the_example_can_be_typed(program, name, command, tmp_path, monkeypatch):
+    """Its options are there, and all that are required are given."""
+    monkeypatch.chdir(tmp_path)
+    words = command.help.partition("Example: ")[2].split()[2:]
+    for word in (word for word in words if "." not in word):
+        Path(word).mkdir(parents=True, exist_ok=True)  # some commands look whether their folders are there
+    command.make_context(name, words)
+
+
+def told_of_options(program: str, name: str) -> dict[str, str]:
+    """What the help says of each option: its kind, and its lines joined."""
+    text = "\n".join(helped(program, name)).partition("Options:\n")[2]
+    entries = re.split(r"^  (?=-)", text, flags=re.MULTILINE)[1:]
+    return {entry.split()[0].rstrip(","): " ".join(entry.split()) for entry in entries}
+
+
+@pytest.mark.parametrize(("program", "name", "command"), COMMANDS)
+def test_every_option_says_what_it_is_its_default_and_its_unit(program, name, command):
+    """A number without a unit, or an option that hides what happens without it, sends its reader to the source."""
+    told = told_of_options(program, name)
+    assert all(parameter.help for parameter in command.params)
+    for parameter in command.params:
+        said = told.get(parameter.opts[0], "")
+        if re.search(r"^\S+ <(int|float|list\[(int|float))", said):
+            assert UNITS.search(said), said
+        if said and parameter.default not in (None, False, ""):
+            assert "[default: " in said, said
+
+
+def answer(program: str, shell: str, *words: str) -> str:
+    """What the shell is told while the last of these words is being typed."""
+    asked = {
+        f"_{program.upper().replace('-', '_')}_COMPLETE": f"complete_{shell}",
+        "COMP_WORDS": " ".join([program, *words]),
+        "COMP_CWORD": str(len(words)),
+        "_TYPER_COMPLETE_ARGS": " ".join([program, *words]),
+        "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+    }
+    done = subprocess.run([BIN / program], env=os.environ | asked, capture_output=True, text=True, check=True)
+    assert not done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+@pytest.mark.parametrize(
+    ("words", "offered", "other"),
+    [
+        (["ajepa-data", "ver"], "verify", "report"),
+        (["ajepa-data", "build-audioset", "--seg"], "--segments", "--audio"),
+        (["ajepa-train", "fine"], "finetune", "pretrain"),
+        (["ajepa-train", "pretrain", "--device", "c"], "cuda", "auto"),
+        (["ajepa-train", "finetune", "--task", "esc"], "esc50", "audioset"),
+        (["ajepa-data", "build-audioset", "--spec", "a-jepa-"], "a-jepa-16k", "audio-jepa"),
+    ],
+)
+def test_the_tab_key_completes_commands_options_and_choices(shell, words, offered, other):
+    """What fits what is typed so far, and nothing else."""
+    told = answer(words[0], shell, *words[1:])
+    assert offered in told
+    assert other not in told
+
+
+@pytest.mark.parametrize(
+    ("program", "command", "option", "known"),
+    [
+        ("ajepa-train", "pretrain", "recipe", pretrain.RECIPES),
+        ("ajepa-train", "masks", "recipe", pretrain.RECIPES),
+        ("ajepa-train", "finetune", "recipe", FINETUNES),
+        ("ajepa-train", "finetune", "task", TASKS),
+        ("ajepa-train", "finetune", "model", MODELS),
+        ("ajepa-train", "hlp-study", "rule", RULES),
+        ("ajepa-data", "propagate-labels", "rule", RULES),
+        ("ajepa-data", "build-fsd50k", "spec", PRESETS),
+    ],
+)
+def test_the_tab_key_offers_every_name_that_there_is(program, command, option, known):
+    """Names are read off the files that define them: none is missing, and none is left of what was renamed."""
+    command = typer.main.get_command(PROGRAMS[program]).commands[command]
+    (asked,) = (parameter for parameter in command.params if parameter.name == option)
+    context = command.make_context(command.name, [], resilient_parsing=True)
+
+    def offered(typed: str) -> list[str]:
+        return sorted(item.value for item in asked.shell_complete(context, typed))
+
+    assert offered("") == sorted(known)
+    assert offered("a") == sorted(name for name in known if name.startswith("a"))
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_bash_completes_with_the_script_that_it_is_given(program):
+    """As `--install-completion` leaves it in ~/.bashrc: sourced, then asked by the shell itself."""
+    typed = f"{BIN / program} --show-completion; exit $?"  # the shell that is detected is the one that asks
+    script = subprocess.run(["bash", "-c", typed], capture_output=True, text=True, check=True)
+    name = f"_{program.replace('-', '_')}_completion"
+    pressed = f"COMP_WORDS=({program} rep); COMP_CWORD=1; {name} {program}; echo ${{COMPREPLY[@]}}"
+    path = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    told = subprocess.run(
+        ["bash", "-c", f"{script.stdout}\n{pressed}"],
+        env=os.environ | path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout == "report\n"
+
+
+@pytest.mark.parametrize("module", ["pipeline.cli.app", "ajepa.cli.app"])
+def test_help_and_the_tab_key_do_not_wait_for_heavy_libraries(module):
+    """Half a second at most: torch alone takes several."""
+    heavy = "{'torch', 'numpy', 'polars', 'pyarrow', 'matplotlib', 'sklearn', 'scipy', 'nvidia', 'zarr', 'av', 'rich'}"
+    program = f"import sys, {module}; sys.exit(str({heavy} & set(sys.modules)) if {heavy} & set(sys.modules) else 0)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("there", "there: is a folder; expected the name of a file to write"),
+        ("file/x.csv", "file is a file; expected a folder"),
+        ("shut/x.csv", "shut/x.csv: nothing can be written in "),
+    ],
+)
+def test_where_nothing_can_be_written_is_told_before_the_work(tmp_path, monkeypatch, where, said):
+    """And not after hours of it; a folder that is not there yet is made in the end."""
+    monkeypatch.chdir(tmp_path)
+    Path("there").mkdir()
+    Path("file").write_text("")
+    Path("shut").mkdir()
+    monkeypatch.setattr(os, "access", lambda folder, mode: folder.name != "shut")  # root may write anywhere
+    with pytest.raises(InputError, match=re.escape(said)):
+        to_write(Path(where))
+    assert to_write(Path("new/folder/x.csv")) == Path("new/folder/x.csv")
+    assert to_write(None) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (FileExistsError(17, "File exists", "x"), "x: is a file, or lies below one; expected a folder"),
+        (IsADirectoryError(21, "Is a directory", "x"), "x: is a folder; expected a file"),
+        (
+            PermissionError(13, "Permission denied", "x"),
+            "x: Permission denied; check the path and its permissions",
+        ),
+        (
+            OSError(30, "Read-only file system", str(scratch_of(Path("x")))),
+            "x: Read-only file system; check the path",
+        ),
+    ],
+)
+def test_what_the_system_refuses_is_told_in_words(error, said):
+    """Of the file that was asked for, whatever the scratch file beside it is called."""
+    assert told_of(error).startswith(said)

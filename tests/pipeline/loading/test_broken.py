@@ -1,0 +1,170 @@
+"""Every kind of broken input, and the one word that the manifest has for it."""
+
+import struct
+
+import numpy as np
+import pytest
+from archives import write_parquet, write_tar
+from sounds import ENCODERS, SUBTYPES, babble, write
+
+from pipeline.audio import sources
+from pipeline.audio.decode import AudioPolicy, load
+from pipeline.audio.sources import SOURCES_SCHEMA, Locator, Sources
+from pipeline.datasets.demo.clips import EXTRA_FILES, spoil_file, spoil_wave
+from pipeline.errors import AudioError
+from pipeline.store.manifest import REASONS
+
+RATE_HZ = 48_000
+
+SECONDS = 3.0
+
+ELSEWHERE = {"timed_out", "crashed", "duplicate"}  # given by the pool of workers and by the plan
+
+BYTES, SHARES = (40, 200), (0.3, 0.6, 0.9, 0.99)
+
+UNREADABLE, TRUNCATED, SHORTER, WHOLE = "unreadable", "truncated", "shorter", "whole"
+
+INDEX_LAST = (UNREADABLE,) * 6  # an mp4's index stands at its end, and nothing decodes without it
+
+DECLARED = (UNREADABLE, UNREADABLE, TRUNCATED, TRUNCATED, TRUNCATED, WHOLE)  # its length, before the sound
+
+RAW = (UNREADABLE, TRUNCATED, TRUNCATED, TRUNCATED, TRUNCATED, WHOLE)  # the first samples are there early
+
+STREAM = (UNREADABLE, UNREADABLE, SHORTER, SHORTER, SHORTER, WHOLE)  # nothing tells that there was more
+
+CUTS = {  # what is left of three seconds: 40 and 200 bytes, then shares of the file
+    ".wav": RAW,
+    ".aiff": RAW,
+    ".w64": RAW,
+    ".au": (TRUNCATED, *RAW[1:]),
+    ".caf": DECLARED,
+    ".flac": (*DECLARED[:5], TRUNCATED),  # its last block is longer than a twentieth
+    ".wv": (UNREADABLE, UNREADABLE, UNREADABLE, TRUNCATED, TRUNCATED, TRUNCATED),  # blocks of a second
+    ".m4a": INDEX_LAST,
+    ".alac.m4a": INDEX_LAST,
+    ".fast.m4a": DECLARED,
+    ".mp4": DECLARED,
+    ".mka": DECLARED,
+    ".webm": DECLARED,
+    ".mp3": DECLARED,
+    ".bare.mp3": STREAM,
+    ".live.webm": STREAM,
+    ".aac": STREAM,
+    ".ts": STREAM,
+    ".opus": STREAM,
+    ".ogg": (UNREADABLE, UNREADABLE, UNREADABLE, UNREADABLE, SHORTER, SHORTER),  # pages of more than a second
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Three seconds in every container, as bytes."""
+    folder = tmp_path_factory.mktemp("whole")
+    wave_S = babble(SECONDS, RATE_HZ)
+    return {suffix: write(folder / f"sound{suffix}", wave_S, RATE_HZ).read_bytes() for suffix in CUTS}
+
+
+def outcome(locator, **policy):
+    """A reason, or how much of the sound there is."""
+    try:
+        clip = load(locator, start_seconds=30, end_seconds=30 + SECONDS, policy=AudioPolicy(**policy))
+    except AudioError as error:
+        return error.reason
+    assert np.isfinite(clip.wave_S).all()
+    return SHORTER if "shorter" in clip.flags else WHOLE
+
+
+@pytest.mark.parametrize("suffix", CUTS)
+def test_a_file_cut_short_has_the_reason_that_its_container_allows(whole, tmp_path, suffix):
+    """A length that is declared is held against what decodes; where none is, the flag `shorter` is all there is."""
+    content, path, found = whole[suffix], tmp_path / f"sound{suffix}", []
+    for size in (*BYTES, *(int(share * len(content)) for share in SHARES)):
+        path.write_bytes(content[:size])
+        found.append(outcome(Locator.of(path)))
+    assert tuple(found) == CUTS[suffix]
+    path.write_bytes(content)
+    assert outcome(Locator.of(path)) == WHOLE
+
+
+def test_every_container_that_the_tests_write_is_cut():
+    """A new one must not be forgotten here."""
+    assert set(CUTS) == {*ENCODERS, *SUBTYPES, ".wav"}
+
+
+def float_wav(path, value):
+    wave_S = babble(SECONDS, RATE_HZ)
+    wave_S[5] = value
+    return write(path, wave_S, RATE_HZ, subtype="FLOAT").read_bytes()
+
+
+def pcm_wav(path, samples):
+    return write(path, babble(SECONDS, RATE_HZ)[:samples], RATE_HZ).read_bytes()
+
+
+def cut_wav(path):
+    return pcm_wav(path, -1)[:50_000]
+
+
+def of_a_day(path):
+    """A header that declares 24 hours."""
+    content = bytearray(pcm_wav(path, -1))
+    struct.pack_into("<I", content, content.index(b"data") + 4, 2 * 8_000 * 86_400)
+    struct.pack_into("<I", content, 24, 8_000)
+    return bytes(content)
+
+
+BROKEN = {
+    "unreadable": {
+        "nothing": lambda path: b"",
+        "a web page": lambda path: b"<!DOCTYPE html>",
+        "zeros": lambda path: bytes(100_000),
+        "noise": lambda path: np.random.default_rng(0).bytes(100_000),
+        "a header alone": lambda path: pcm_wav(path, 0),
+        "a rate of nought": lambda path: pcm_wav(path, -1)[:24] + bytes(4) + pcm_wav(path, -1)[28:],
+        "no channels": lambda path: pcm_wav(path, -1)[:22] + bytes(2) + pcm_wav(path, -1)[24:],
+    },
+    "truncated": {"a third": cut_wav},
+    "too_short": {"ten samples": lambda path: pcm_wav(path, 10)},
+    "silent": {"zeros": lambda path: write(path, np.zeros(RATE_HZ), RATE_HZ).read_bytes()},
+    "non_finite": {
+        "NaN": lambda path: float_wav(path, np.nan),
+        "infinity": lambda path: float_wav(path, -np.inf),
+        "absurdly loud": lambda path: float_wav(path, 1e30),
+    },
+    "too_long": {"a day": of_a_day},
+}
+
+CASES = [(reason, case) for reason, cases in BROKEN.items() for case in cases]
+
+
+@pytest.mark.parametrize("layout", ["file", "tar", "parquet"])
+@pytest.mark.parametrize(("reason", "case"), CASES)
+def test_what_is_broken_has_its_reason_in_every_layout(tmp_path, layout, reason, case):
+    """The words of the manifest, by what is wrong and not by where it lies."""
+    content = BROKEN[reason][case](tmp_path / "made.wav")
+    place = tmp_path / "clips"
+    place.mkdir()
+    if layout == "file":
+        (place / "sound.wav").write_bytes(content)
+    else:
+        {"tar": write_tar, "parquet": write_parquet}[layout](place / f"x.{layout}", {"sound.wav": content})
+    sounds = sources.find([place]).sounds
+    (locator,) = Sources(frame=sounds.select(*SOURCES_SCHEMA)).locators(range(1))
+    assert (locator.kind, outcome(locator)) == (layout, reason)
+
+
+def test_every_reason_that_decoding_can_give_is_given_here(tmp_path):
+    """`missing` is a file that is gone since the folder was searched."""
+    assert outcome(Locator.of(tmp_path / "gone.wav")) == "missing"
+    assert {*BROKEN, "missing"} | ELSEWHERE == set(REASONS)
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in EXTRA_FILES if kind.expected in REASONS], ids=lambda k: k.name
+)
+def test_the_demo_corpus_s_broken_files_are_what_they_claim(tmp_path, kind):
+    """The same table that the demo is made from, without the demo."""
+    wave_S = spoil_wave(babble(SECONDS, RATE_HZ), kind.name)
+    path = write(tmp_path / "sound.wav", wave_S, RATE_HZ, subtype="FLOAT")
+    spoil_file(path, kind.name)
+    assert outcome(Locator.of(path)) == kind.expected

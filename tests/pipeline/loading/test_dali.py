@@ -1,0 +1,470 @@
+"""The fast loader gives the plain loader's batches, whatever happens on the way.
+
+Whatever ends the making of batches ahead ends it with an error that says what, and with nothing left behind.
+"""
+
+import gc
+import itertools
+import os
+import resource
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.errors import BrokenClip, RunError, StoreError
+from pipeline.loading.augment import Augment
+from pipeline.loading.dali import DaliLoader, ReadAhead, Source, open_loader
+from pipeline.loading.loader import Batch, Feed, PlainLoader, View
+from pipeline.loading.sampling import Order
+from pipeline.store.feature_store import FeatureStore
+
+pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not there: only Linux has it")
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA device")
+
+
+EVERYTHING = {
+    "roll": True,
+    "gain_db": 6.0,
+    "time_mask_frames": 192,
+    "band_mask_bands": 48,
+    "mixup_share": 0.6,
+}
+
+SUBSETS = [
+    {name: EVERYTHING[name] for name in names}
+    for count in range(1, len(EVERYTHING) + 1)
+    for names in itertools.combinations(EVERYTHING, count)
+]
+
+SUBSETS.append({**EVERYTHING, "masks_each": 2})
+
+
+@pytest.fixture(scope="session", params=["float16", "uint8"])
+def any_store(request) -> FeatureStore:
+    fixture = {"float16": "store_path", "uint8": "uint8_store_path"}[request.param]
+    return FeatureStore.open(request.getfixturevalue(fixture))
+
+
+def view_of(store: FeatureStore, **kind) -> View:
+    """Normalised by the store's own statistics."""
+    return View(**{"frames": 96, "mean": store.stats["all"]["mean"], "std": store.stats["all"]["std"]} | kind)
+
+
+def order_of(store: FeatureStore, **kind) -> Order:
+    return Order(**{"rows_N": store.good_rows(), "clips": 6, "seed": 1} | kind)
+
+
+def assert_equal(fast: Batch, plain: Batch) -> None:
+    """Bit for bit in every field."""
+    assert fast.mel_BTF.dtype == plain.mel_BTF.dtype == torch.float32
+    assert torch.equal(fast.mel_BTF.view(torch.int32), plain.mel_BTF.view(torch.int32))
+    assert torch.equal(fast.n_frames_B, plain.n_frames_B)
+    assert np.array_equal(fast.rows_B, plain.rows_B)
+    assert torch.equal(fast.weights_B, plain.weights_B)
+    assert (fast.labels_BC is None) == (plain.labels_BC is None)
+    assert fast.labels_BC is None or torch.equal(fast.labels_BC, plain.labels_BC)
+    assert fast.skipped == plain.skipped
+
+
+@pytest.mark.parametrize(
+    ("frames", "crop"), [(96, "random"), (250, "start"), (998, "random"), (1_100, "random")]
+)
+def test_two_epochs_are_the_plain_loaders_bit_for_bit(any_store, frames, crop):
+    """Crops, short clips, padding beyond the stored frames, labels and weights, kept until the end: none is reused."""
+    store = any_store
+    view = view_of(store, frames=frames, crop=crop, label_set="raw")
+    weights_N = np.random.default_rng(0).random(len(store.n_frames_N))
+    order = order_of(store)
+    steps = 2 * order.steps_per_epoch
+    with DaliLoader(store, order, view, weights_N=weights_N) as loader:
+        batches = list(loader.batches(0, steps))
+    plain = PlainLoader(store, order, view, weights_N=weights_N)
+    assert len(batches) == steps
+    for step, batch in enumerate(batches):
+        assert_equal(batch, plain.batch(step))
+
+
+@pytest.mark.parametrize("augment", SUBSETS, ids="+".join)
+def test_two_augmented_epochs_are_the_plain_loaders_bit_for_bit(any_store, augment):
+    """Every augmentation on and off; half of the cases with crops, labels and weights, half with padding."""
+    store, full = any_store, len(augment) % 2 == 0
+    view = view_of(
+        store,
+        frames=96 if full else 1_024,
+        label_set="raw" if full else None,
+        augment=Augment(**augment),
+    )
+    weights_N = np.random.default_rng(0).random(len(store.n_frames_N)) if full else None
+    order = order_of(store)
+    steps = 2 * order.steps_per_epoch
+    plain = PlainLoader(store, order, view, weights_N=weights_N)
+    with DaliLoader(store, order, view, weights_N=weights_N) as loader:
+        batches = list(loader.batches(0, steps))
+    assert len(batches) == steps
+    for step, batch in enumerate(batches):
+        assert_equal(batch, plain.batch(step))
+
+
+@pytest.mark.parametrize("augment", [{}, EVERYTHING], ids=["plain", "augmented"])
+@pytest.mark.parametrize("first", range(1, 10))
+def test_a_run_resumes_at_any_step(store, first, augment):
+    """A resumed run sees what the uninterrupted one saw; 7 steps are an epoch here."""
+    loader = DaliLoader(store, order_of(store), view_of(store, augment=Augment(**augment)))
+    whole = list(loader.batches(0, 10))
+    for resumed, walked in zip(loader.batches(first, 10), whole[first:], strict=True):
+        assert_equal(resumed, walked)
+
+
+@pytest.mark.parametrize(("prefetch", "threads"), [(1, 1), (1, 3), (5, 2), (50, 1)])
+def test_settings_change_the_speed_only(store, prefetch, threads):
+    """More made ahead, or by more threads, is the same."""
+    loader = DaliLoader(store, order_of(store), view_of(store), prefetch=prefetch, threads=threads)
+    plain = PlainLoader(store, order_of(store), view_of(store))
+    for fast, slow in zip(loader.batches(0, 9), plain.batches(0, 9), strict=True):
+        assert_equal(fast, slow)
+
+
+def test_no_steps_are_no_batches(store):
+    """Resuming a finished run."""
+    assert list(DaliLoader(store, order_of(store), view_of(store)).batches(5, 5)) == []
+
+
+def rows_until_the_error(batches: Iterator[Batch]) -> tuple[list[int], str]:
+    """The rows that came, and what the StoreError said."""
+    rows: list[int] = []
+    try:
+        for batch in batches:
+            rows.extend(batch.rows_B)
+    except StoreError as error:
+        return rows, str(error)
+    pytest.fail("no StoreError came")
+
+
+def test_a_missing_shard_is_told_in_its_turn(store_path, tmp_path):
+    """The batches before it come, then the plain loader's error at the plain loader's step: no hang, no zeros."""
+    shutil.copytree(store_path, tmp_path / "damaged.zarr")
+    store = FeatureStore.open(tmp_path / "damaged.zarr")
+    shard_clips = store.header.layout.shard_clips
+    orders = (order_of(store, clips=1, seed=seed) for seed in range(1_000))
+    order = next(o for o in orders if [int(o.rows(s)[0]) // shard_clips for s in range(4)] == [0, 2, 0, 1])
+    shutil.rmtree(tmp_path / "damaged.zarr" / "mel" / "c" / "1")
+    ends = [
+        rows_until_the_error(kind(store, order, view_of(store)).batches(0, 20))
+        for kind in (PlainLoader, DaliLoader)
+    ]
+    assert ends[0] == ends[1]
+    assert len(ends[0][0]) == 3
+    assert "mel/c/1/0/0" in ends[0][1]
+
+
+def test_skipped_clips_are_the_plain_loaders(store_path):
+    """Met while reading ahead, told once, and the batches before, with and after them equal."""
+    bad, said = set(order_of(FeatureStore.open(store_path)).rows(2)[:3].tolist()), ([], [])
+    batches = []
+    for kind, lines in zip((PlainLoader, DaliLoader), said, strict=True):
+        store = FeatureStore.open(store_path)
+
+        def damaged(rows_B, *, read=store.read, **how):
+            for row in rows_B:
+                if row in bad:
+                    raise BrokenClip(int(row), f"row {row} cannot be read")
+            return read(rows_B, **how)
+
+        store.read = damaged
+        view = view_of(store, augment=Augment(**EVERYTHING), label_set="raw")
+        with kind(store, order_of(store), view, on_broken="skip", say=lines.append) as loader:
+            batches.append(list(loader.batches(0, 14)))
+    for plain, fast in zip(*batches, strict=True):
+        assert_equal(fast, plain)
+    assert sum(batch.skipped for batch in batches[0]) >= 3
+    assert sorted(said[0]) == sorted(said[1])
+    assert len(said[0]) == 3
+
+
+@pytest.mark.parametrize("augment", [{}, EVERYTHING], ids=["plain", "augmented"])
+def test_a_step_without_a_readable_clip_is_told_in_its_turn(store_path, augment):
+    """Two batches come, then the error: no hang in the thread that read ahead."""
+    store = FeatureStore.open(store_path)
+    bad, read = set(order_of(store).rows(2).tolist()), store.read
+
+    def damaged(rows_B, **how):
+        for row in set(rows_B.tolist()) & bad:
+            raise BrokenClip(row, f"row {row} cannot be read")
+        return read(rows_B, **how)
+
+    store.read = damaged
+    view = view_of(store, augment=Augment(**augment))
+    loader = DaliLoader(store, order_of(store), view, on_broken="skip", say=str)
+    rows, told = rows_until_the_error(loader.batches(0, 14))
+    assert len(rows) == 12
+    assert "none of the 6 clips" in told
+
+
+@pytest.mark.timeout(60)
+def test_an_error_of_dalis_is_told_in_one_line(store, monkeypatch):
+    """Here its source hands over a batch of another shape; on a GPU it may be memory that is not there."""
+    stored = Source.stored
+
+    def misshapen(self, info):
+        given = stored(self, info)
+        return [clip[None] for clip in given] if info.iteration == 3 else given
+
+    monkeypatch.setattr(Source, "stored", misshapen)
+    batches = DaliLoader(store, order_of(store), view_of(store)).batches(0, 14)
+    with pytest.raises(
+        RunError, match=r"DALI failed: .*expected data with 2 dimensions.*--loader plain"
+    ) as told:
+        list(batches)
+    assert "\n" not in str(told.value)
+    with pytest.raises(RunError, match="closed"):
+        next(batches)
+
+
+def resources() -> tuple[int, int]:
+    """Threads of this process, Python's and others, and its open files."""
+    gc.collect()
+    return len(list(Path("/proc/self/task").iterdir())), len(os.listdir("/proc/self/fd"))
+
+
+def test_a_hundred_loaders_broken_off_leave_nothing_behind(store):
+    """A sweep over settings opens many loaders in one process; each is left after a batch, by every way there is."""
+    rows: list[np.ndarray] = []
+
+    def one_batch(way: int) -> None:
+        loader = DaliLoader(store, order_of(store), view_of(store, frames=16))
+        batches = loader.batches(0, 1_000_000)
+        rows.append(next(batches).rows_B)
+        if way == 0:
+            loader.close()
+        elif way == 1:
+            batches.close()
+
+    for cycle in range(3):
+        one_batch(cycle)
+    before = resources()
+    for cycle in range(100):
+        one_batch(cycle % 3)
+    assert resources() == before
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+
+
+def test_a_closed_loader_says_so(store):
+    """Half an epoch that ends as if it were whole would be a silent error."""
+    with DaliLoader(store, order_of(store), view_of(store)) as loader:
+        batches = loader.batches(0, 100)
+        next(batches)
+    with pytest.raises(RunError, match="closed"):
+        next(batches)
+
+
+def test_large_batches_use_the_same_memory_again(store):
+    """32 MiB that are new for every batch are 8,192 page faults, which take longer than all else."""
+    order, view = order_of(store, clips=32), view_of(store, frames=2_048)
+    with DaliLoader(store, order, view) as loader:
+        batches = loader.batches(0, 30)
+        for _ in itertools.islice(batches, 10):
+            pass
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        assert sum(1 for _ in batches) == 20
+        new_batches = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 8_192
+        assert new_batches < 5  # as many as may be about at once, which depends on who is faster
+
+
+def test_where_dali_is_absent_the_plain_loader_says_so(store, monkeypatch, capsys):
+    """macOS has no DALI wheels: training works there, and nobody wonders why it is slower."""
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    loader = open_loader(store, order_of(store), view_of(store))
+    assert isinstance(loader, PlainLoader)
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "plain loader" in told
+
+
+@pytest.mark.parametrize(("kind", "wanted"), [("dali", DaliLoader), ("plain", PlainLoader)])
+def test_a_loader_is_opened_by_name(store, kind, wanted, capsys):
+    assert isinstance(open_loader(store, order_of(store), view_of(store), kind=kind), wanted)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_loader_of_another_name_is_refused(store):
+    with pytest.raises(RunError, match="dali or plain"):
+        open_loader(store, order_of(store), view_of(store), kind="torch")
+
+
+def test_cuda_where_there_is_none_is_refused_in_one_line(store, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(RunError, match="device cuda: PyTorch finds 0 CUDA devices; use cpu"):
+        open_loader(store, order_of(store), view_of(store), device="cuda")
+
+
+@pytest.mark.gpu
+@CUDA
+@pytest.mark.parametrize("frames", [96, 1_100])
+@pytest.mark.parametrize(
+    "augment", [{}, *SUBSETS[:5], EVERYTHING], ids=lambda augment: "+".join(augment) or "none"
+)
+def test_batches_made_on_a_gpu_are_the_plain_ones(any_store, frames, augment):
+    """Float32 on both sides; a GPU may round the last bit of a product or a sum another way."""
+    view = view_of(any_store, frames=frames, label_set="raw", augment=Augment(**augment))
+    with DaliLoader(any_store, order_of(any_store), view, device="cuda") as loader:
+        batches = list(loader.batches(0, 14))
+    plain = PlainLoader(any_store, order_of(any_store), view)
+    for step, batch in enumerate(batches):
+        wanted = plain.batch(step)
+        assert batch.mel_BTF.is_cuda
+        torch.testing.assert_close(batch.mel_BTF.cpu(), wanted.mel_BTF, rtol=1e-6, atol=2e-6)
+        assert torch.equal(batch.labels_BC.cpu(), wanted.labels_BC)
+        assert torch.equal(batch.n_frames_B.cpu(), wanted.n_frames_B)
+
+
+@pytest.mark.gpu
+@CUDA
+def test_a_gpu_batch_is_not_overwritten_while_it_is_used(store):
+    """Its memory is DALI's: work queued on it must be done before DALI takes it back."""
+    view = view_of(store, frames=998)
+    plain = PlainLoader(store, order_of(store), view)
+    sums = []
+    with DaliLoader(store, order_of(store), view, device="cuda") as loader:
+        for batch in loader.batches(0, 50):
+            torch.cuda._sleep(2_000_000)  # the copy below waits on the device while the host runs ahead
+            sums.append(batch.mel_BTF.clone())
+            del batch
+    for step, mel_BTF in enumerate(sums):
+        torch.testing.assert_close(mel_BTF.cpu(), plain.batch(step).mel_BTF, rtol=1e-6, atol=1e-6)
+
+
+pytestmark = pytest.mark.timeout(60)
+
+
+class Maker:
+    """Makes mels of zeros, and does `at_step` at the step of that number."""
+
+    def __init__(self, feed: Feed, step: int = 10**9, act: Callable[[], None] = lambda: None) -> None:
+        self.feed, self.at, self.act, self.step = feed, step, act, 0
+
+    def __call__(self):
+        if self.step == self.at:
+            self.act()
+        cuts = self.feed.cuts(self.step)
+        self.step += 1
+        return torch.zeros(self.feed.order.clips, self.feed.view.frames, self.feed.store.bands), cuts
+
+
+@pytest.fixture
+def feed(store: FeatureStore) -> Feed:
+    return Feed(
+        store=store,
+        order=Order(rows_N=store.good_rows(), clips=6, seed=1),
+        view=View(frames=16, mean=0.0, std=1.0),
+        device=torch.device("cpu"),
+    )
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left():
+    yield
+    gc.collect()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+
+
+def failing(error: BaseException) -> Callable[[], None]:
+    def act() -> None:
+        raise error
+
+    return act
+
+
+@pytest.mark.parametrize(
+    "error",
+    [StoreError("gone"), MemoryError("full"), ZeroDivisionError(), SystemExit(3), KeyboardInterrupt()],
+)
+@pytest.mark.parametrize("prefetch", [1, 4])
+def test_whatever_ends_the_thread_is_raised_in_its_turn(feed, error, prefetch):
+    """The batches before it come; the error is the thread's own, not a report of its absence."""
+    batches = ReadAhead(feed, range(10), lambda: Maker(feed, 3, failing(error)), prefetch)
+    assert [len(next(batches).rows_B) for _ in range(3)] == [6, 6, 6]
+    with pytest.raises(type(error)):
+        next(batches)
+    with pytest.raises(RunError, match="closed"):
+        next(batches)
+
+
+def test_a_pipeline_that_cannot_be_built_is_told_at_the_first_batch(feed):
+    """As when a GPU has no memory left."""
+    batches = ReadAhead(feed, range(10), failing(RunError("no memory")), 2)
+    with pytest.raises(RunError, match="no memory"):
+        next(batches)
+    with pytest.raises(RunError, match="closed"):
+        next(batches)
+
+
+@pytest.mark.parametrize("prefetch", [1, 3])
+def test_closing_ends_a_wait(feed, prefetch):
+    """A trainer's other thread closes the loader while a batch is awaited: the wait ends, with an error."""
+    reading, go_on = threading.Event(), threading.Event()
+
+    def stall() -> None:
+        reading.set()
+        assert go_on.wait(30)
+
+    batches = ReadAhead(feed, range(10), lambda: Maker(feed, 1, stall), prefetch)
+    next(batches)
+    told: list[RunError] = []
+
+    def consume() -> None:
+        try:
+            next(batches)
+        except RunError as error:
+            told.append(error)
+
+    consumer = threading.Thread(target=consume)
+    consumer.start()
+    assert reading.wait(30)
+    closer = threading.Thread(target=batches.close)
+    closer.start()
+    go_on.set()
+    for thread in (consumer, closer):
+        thread.join(30)
+        assert not thread.is_alive()
+    assert "closed" in str(told[0])
+
+
+def test_no_more_is_made_than_is_to_be_ahead(feed):
+    """A slow trainer must not fill the memory; what is ahead of its last batch is `prefetch`."""
+    makers: list[Maker] = []
+
+    def maker() -> Maker:
+        makers.append(Maker(feed))
+        return makers[0]
+
+    batches = ReadAhead(feed, range(100), maker, 3)
+    assert not makers
+    for taken in range(1, 6):
+        next(batches)
+        batches._made[-1].result()
+        assert makers[0].step == taken + 3
+    batches.close()
+
+
+def test_batches_left_in_the_middle_leave_nothing(feed):
+    """Dropped, closed, or closed twice; the fixture looks for threads."""
+    for way in range(3):
+        batches = ReadAhead(feed, range(10**6), lambda: Maker(feed), 4)
+        next(batches)
+        for _ in range(way):
+            batches.close()
+        del batches
+
+
+def test_the_last_batch_ends_the_thread(feed):
+    """A finished epoch holds no thread while the next thing is done; asking again is no error."""
+    batches = ReadAhead(feed, range(5, 9), lambda: Maker(feed), 2)
+    assert sum(1 for _ in batches) == 4
+    assert list(batches) == []

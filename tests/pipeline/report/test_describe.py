@@ -1,0 +1,155 @@
+"""One clip, told: all its rows, its labels by name, where its bytes lie; and what is said of mistakes."""
+
+import shutil
+import sys
+
+import numpy as np
+import polars as pl
+import pytest
+from corpus import BROKEN, clip_id
+from matplotlib.image import imread
+
+from pipeline.cli import app
+from pipeline.report.describe import describe_store, place_of, rows_of, told
+from pipeline.store.feature_store import FeatureStore
+from pipeline.store.manifest import nearest
+from pipeline.store.shards import shard_path
+from pipeline.store.tables import read_table, write_table
+
+
+def run(*arguments, monkeypatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["ajepa-data", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        app.main()
+    return stop.value.code or 0
+
+
+@pytest.fixture
+def copy(store_path, tmp_path):
+    return shutil.copytree(store_path, tmp_path / "copy.zarr")
+
+
+def test_the_summary_tells_what_the_store_is(store):
+    """Its identities, its numbers, where its labels come from."""
+    text = describe_store(store)
+    for fact in (store.store_id, store.header.plan_id, store.spec_id, "hop_samples 320", "float16"):
+        assert fact in text
+    assert "45 of 48" in text
+    assert "731 class pairs" in text
+    assert "as listed" in text
+
+
+def test_a_good_clip_is_told_in_full(store):
+    """What the manifest has, and labels by their names; those that were added are marked."""
+    row = rows_of(store, clip_id(2))[0]
+    text = told(store, [row])
+    assert "16,000 Hz, 1 channel, 10.000 s" in text
+    assert store.manifest["digest"][row] in text
+    assert "30.000 to 40.000 s" in text
+    assert f"{store.manifest['error_rms_nat'][row]:.2g} nat rms" in text
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "labels raw Bell" in lines
+    assert "labels unambiguous + Music; + Musical instrument; Bell" in lines
+
+
+def test_the_bytes_of_a_clip_lie_where_it_is_told(store):
+    """Anybody's tool can fetch them: offset and length in the shard's file."""
+    row = rows_of(store, clip_id(20))[0]
+    words = place_of(store, row).replace(",", "").split()
+    size, offset = (int(words[words.index(word) + step]) for word, step in (("bytes", -1), ("from", 1)))
+    content = (store.path / words[-1]).read_bytes()[offset : offset + size]
+    mel_TF = np.frombuffer(content[:-4], "<f2").reshape(store.frames, store.bands)
+    np.testing.assert_array_equal(mel_TF, store.read(np.array([row]))[0])
+
+
+def test_every_row_of_an_id_is_told(copy):
+    """An id stands in two splits, or a recording in several pieces."""
+    frame, metadata = read_table(copy / "manifest.parquet")
+    twice = pl.when(pl.col("clip_id") == clip_id(47)).then(pl.lit(clip_id(1))).otherwise("clip_id")
+    write_table(copy / "manifest.parquet", frame.with_columns(clip_id=twice), metadata)
+    store = FeatureStore.open(copy)
+    rows = rows_of(store, clip_id(1))
+    assert len(rows) == 2
+    blocks = told(store, rows).split("\n\n")
+    assert {block.split("split")[1].split()[0] for block in blocks} == {"a_train", "eval"}
+
+
+def test_a_failed_clip_tells_its_reason_and_gets_no_picture(store_path, tmp_path, monkeypatch, capsys):
+    """Status 1 and one line: the file that was asked for is not there."""
+    asked = ["inspect", store_path, "--clip", clip_id(BROKEN), "--png", tmp_path / "x.png"]
+    assert run(*asked, monkeypatch=monkeypatch) == 1
+    out, error = capsys.readouterr()
+    assert "unreadable: no decoder makes sense of the file" in out
+    assert "not there" in out
+    assert "it is not good: unreadable" in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_good_clip_gets_its_picture(store_path, tmp_path, monkeypatch, capsys):
+    """By its id or by its row."""
+    png = tmp_path / "new" / "x.png"
+    assert run("inspect", store_path, "--clip", clip_id(3), "--png", png, monkeypatch=monkeypatch) == 0
+    by_id = imread(png)
+    row = rows_of(FeatureStore.open(store_path), clip_id(3))[0]
+    assert run("inspect", store_path, "--row", row, "--png", png, monkeypatch=monkeypatch) == 0
+    np.testing.assert_array_equal(by_id, imread(png))
+    assert clip_id(3) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--clip", "clip_0000020"], f"did you mean '{clip_id(20)}'"),
+        (["--clip", "CLIP_000007"], f"did you mean '{clip_id(7)}'"),
+        (["--clip", "~"], "manifest.parquet"),
+        (["--row", "48"], "it has 0 to 47"),
+        (["--clip", clip_id(0), "--row", "47"], f"no row 47 of clip '{clip_id(0)}'"),
+        (["--png", "x.png"], "--clip ID or --row N"),
+    ],
+)
+def test_a_mistake_is_one_line(store_path, monkeypatch, capsys, more, said):
+    """What, where, what there is instead."""
+    assert run("inspect", store_path, *more, monkeypatch=monkeypatch) == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_one_slip_of_the_pen_is_found_among_many():
+    """Whichever letter it is, and however many ids are alike."""
+    letters_N11 = np.random.default_rng(0).integers(97, 123, (20_000, 11), dtype=np.uint8)
+    ids = pl.Series([row.tobytes().decode() for row in letters_N11])
+    right = ids[12_345]
+    for place in range(11):
+        wrong = right[:place] + "Z" + right[place + 1 :]
+        assert right in nearest(ids, wrong)
+
+
+def test_a_damaged_shard_is_said_in_one_line(copy, monkeypatch, capsys):
+    """With the command that tells more."""
+    path = shard_path(copy, 0)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert run("inspect", copy, "--row", 0, monkeypatch=monkeypatch) == 1
+    assert f"ajepa-data verify {copy}" in capsys.readouterr().err
+
+
+def test_a_report_of_nothing_is_refused(store_path, monkeypatch, capsys):
+    """A page, a picture or both."""
+    assert run("report", store_path, monkeypatch=monkeypatch) == 1
+    assert "--html FILE" in capsys.readouterr().err
+
+
+def test_a_report_is_a_page(store_path, tmp_path, monkeypatch, capsys):
+    """The table goes to the terminal, the page to its file."""
+    assert run("report", store_path, "--html", tmp_path / "r.html", monkeypatch=monkeypatch) == 0
+    assert "clips listed" in capsys.readouterr().out
+    assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
+
+
+def test_labels_outside_the_class_list_are_told_by_name(copy):
+    """AudioSet's strong labels have washing machines; an id would tell nobody."""
+    frame, metadata = read_table(copy / "labels.parquet")
+    outside = pl.lit(["/m/0174k2", "x"], dtype=pl.List(pl.String))
+    write_table(copy / "labels.parquet", frame.with_columns(outside=outside), metadata)
+    assert "Washing machine (/m/0174k2); x" in told(FeatureStore.open(copy), [0])

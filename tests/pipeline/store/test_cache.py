@@ -1,0 +1,342 @@
+"""A store in a bucket is read as if it were here, out of a folder that never grows beyond its bound."""
+
+import errno
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from stores import BUCKET
+
+from ajepa.cli import app as trainer
+from pipeline.cli import app
+from pipeline.errors import BrokenClip, InputError, StoreError
+from pipeline.labels.label_sets import propagate_labels
+from pipeline.loading.loader import PlainLoader, View
+from pipeline.loading.sampling import Order
+from pipeline.object_store import push, remove
+from pipeline.store import cache
+from pipeline.store.feature_store import FeatureStore
+
+pytestmark = pytest.mark.usefixtures("bucket_server")
+
+SPAWN = multiprocessing.get_context("spawn")
+
+ROOMY_GB = 0.1
+
+
+def pushed(store: Path, url: str) -> str:
+    for path in (path for path in store.rglob("*") if path.is_file()):
+        push(path, f"{url}/{path.relative_to(store).as_posix()}")
+    return url
+
+
+@pytest.fixture(scope="module")
+def url(store_path) -> str:
+    """The store of three shards in the bucket; nobody changes it."""
+    return pushed(store_path, f"s3://{BUCKET}/shared/tiny.zarr")
+
+
+@pytest.fixture
+def own_url(store_path, tmp_path) -> str:
+    """The same in a place of this test's own."""
+    return pushed(store_path, f"s3://{BUCKET}/{tmp_path.name}/tiny.zarr")
+
+
+def shards_in(folder: Path) -> list[int]:
+    return sorted(int(path.parts[-3]) for path in folder.glob("*/*/mel/c/*/0/0"))
+
+
+def bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*/*/mel/c/*/0/*"))
+
+
+def shard_gb(store_path: Path, shards: float) -> float:
+    """Room for so many of the largest shards."""
+    return shards * max(path.stat().st_size for path in store_path.glob("mel/c/*/0/0")) / cache.GB
+
+
+def test_what_comes_from_a_bucket_is_what_was_put_there(store, url, tmp_path):
+    """Rows, labels, statistics and batches; a URL with a slash at its end is the same store."""
+    there = FeatureStore.open(url + "/", cache=tmp_path, cache_gb=ROOMY_GB)
+    rows = store.good_rows()
+    np.testing.assert_array_equal(there.read(rows), store.read(rows))
+    np.testing.assert_array_equal(there.labels_BC(rows, "unambiguous"), store.labels_BC(rows, "unambiguous"))
+    assert (there.stats, there.store_id, there.place) == (store.stats, store.store_id, url)
+    view = View(frames=96, mean=0.0, std=1.0, label_set="raw")
+    batches = [
+        PlainLoader(one, Order(rows_N=rows, clips=6, seed=0), view).batch(3).mel_BTF for one in (store, there)
+    ]
+    assert batches[0].equal(batches[1])
+
+
+def test_only_the_shards_that_are_asked_for_are_fetched_and_once(url, tmp_path, monkeypatch):
+    """A terabyte stays where it is."""
+    fetched = []
+    fetch_into = cache.fetch_into
+    monkeypatch.setattr(cache, "fetch_into", lambda at, file: fetched.append(at) or fetch_into(at, file))
+    for _ in range(2):
+        there = FeatureStore.open(url, cache=tmp_path, cache_gb=ROOMY_GB)
+        assert there.manifest.height == 48
+        there.read(np.array([33, 0, 34, 1]))
+    assert shards_in(tmp_path) == [0, 2]
+    assert sorted(fetched) == [f"{url}/mel/c/0/0/0", f"{url}/mel/c/2/0/0"]
+
+
+def test_tables_are_fetched_again_only_where_they_have_changed(own_url, store_path, tmp_path, monkeypatch):
+    """New labels are seen at the next opening; the manifest of millions of rows is not fetched for them."""
+    FeatureStore.open(own_url, cache=tmp_path)
+    local = shutil.copytree(store_path, tmp_path / "local.zarr")
+    propagate_labels(local, "all-ancestors")
+    push(local / "labels.parquet", f"{own_url}/labels.parquet")
+    fetched = []
+    fetch = cache.fetch
+    monkeypatch.setattr(cache, "fetch", lambda at, path: fetched.append(at) or fetch(at, path))
+    assert "all-ancestors" in FeatureStore.open(own_url, cache=tmp_path).label_sets
+    assert fetched == [f"{own_url}/labels.parquet"]
+
+
+def test_the_cache_stays_under_its_bound_and_drops_what_was_used_least_lately(
+    store, store_path, url, tmp_path
+):
+    """Room for two shards of three: the one that was read long ago goes, and comes again when it is asked for."""
+    most_gb = shard_gb(store_path, 2.5)
+    there = FeatureStore.open(url, cache=tmp_path, cache_gb=most_gb)
+    for row, kept in (
+        (0, [0]),
+        (16, [0, 1]),
+        (1, [0, 1]),
+        (32, [0, 2]),
+        (17, [1, 2]),
+        (33, [1, 2]),
+        (2, [0, 2]),
+    ):
+        np.testing.assert_array_equal(there.read(np.array([row])), store.read(np.array([row])))
+        assert shards_in(tmp_path) == kept
+        assert bytes_in(tmp_path) <= most_gb * cache.GB
+
+
+def test_files_that_are_dropped_are_closed(store, store_path, url, tmp_path):
+    """An open file that is deleted takes its room on the disk all the same."""
+    there = FeatureStore.open(url, cache=tmp_path, cache_gb=shard_gb(store_path, 1.5))
+    for row in (0, 16, 32, 1, 17, 33):
+        there.read(np.array([row]))
+        held = [
+            os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if _is_link(name)
+        ]
+        assert not [path for path in held if path.startswith(str(tmp_path)) and path.endswith("(deleted)")]
+
+
+def _is_link(name: str) -> bool:
+    return os.path.islink(f"/proc/self/fd/{name}")
+
+
+def test_a_batch_of_more_shards_than_there_is_room_for_is_read(store, store_path, url, tmp_path):
+    """Slowly, as every shard comes anew, but right."""
+    there = FeatureStore.open(url, cache=tmp_path, cache_gb=shard_gb(store_path, 1.01))
+    rows = store.good_rows()
+    for _ in range(2):
+        np.testing.assert_array_equal(there.read(rows), store.read(rows))
+    assert len(shards_in(tmp_path)) == 1
+
+
+def test_a_shard_that_has_no_room_at_all_is_told(url, tmp_path):
+    with pytest.raises(
+        StoreError, match=r"holds 1,000 bytes at most, a shard has [\d,]+; give a larger --cache-gb"
+    ):
+        FeatureStore.open(url, cache=tmp_path, cache_gb=1e-6).read(np.array([0]))
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(url, tmp_path, monkeypatch):
+    """The bound may be more than there is."""
+    there = FeatureStore.open(url, cache=tmp_path)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cache.os, "posix_fallocate", full)
+    with pytest.raises(StoreError, match="no space left; free some, or give a smaller --cache-gb") as refused:
+        there.read(np.array([0]))
+    assert not isinstance(refused.value, BrokenClip)
+    assert bytes_in(tmp_path) == 0
+    monkeypatch.undo()
+
+
+def reads(url: str, folder: Path, most_gb: float, seed: int, wanted: Path, over) -> None:
+    """Random rows for some seconds, compared with the store on the disk."""
+    there, here = FeatureStore.open(url, cache=folder, cache_gb=most_gb), FeatureStore.open(wanted)
+    rng = np.random.default_rng(seed)
+    for _ in range(12):
+        rows = rng.choice(here.good_rows(), 3)
+        assert (there.read(rows) == here.read(rows)).all()
+        if bytes_in(folder) > most_gb * cache.GB:
+            over.set()
+
+
+def test_processes_share_one_cache_within_its_bound(store_path, url, tmp_path):
+    """Eight ranks of one machine, each of which drops what another is about to read; one is killed on the way."""
+    over, most_gb = SPAWN.Event(), shard_gb(store_path, 2.2)
+    several = [
+        SPAWN.Process(target=reads, args=(url, tmp_path, most_gb, seed, store_path, over))
+        for seed in range(3)
+    ]
+    for process in several:
+        process.start()
+    while not shards_in(tmp_path):
+        time.sleep(0.01)
+    os.kill(several[0].pid, signal.SIGKILL)
+    for process in several:
+        process.join(100)
+    assert [process.exitcode for process in several] == [-signal.SIGKILL, 0, 0]
+    assert not over.is_set()
+
+
+def test_what_a_killed_process_left_is_swept(store_path, url, tmp_path):
+    """Half a shard counts against the bound until then, and is never taken for one."""
+    most_gb = shard_gb(store_path, 1.2)
+    FeatureStore.open(url, cache=tmp_path, cache_gb=most_gb).read(np.array([0]))
+    (path,) = tmp_path.glob("*/*/mel/c/0/0/0")
+    ended = SPAWN.Process(target=time.sleep, args=(0,))
+    ended.start()
+    ended.join()
+    left = path.with_name(f"0.{os.uname().nodename}-{ended.pid}.partial")
+    path.rename(left)
+    there = FeatureStore.open(url, cache=tmp_path, cache_gb=most_gb)
+    np.testing.assert_array_equal(
+        there.read(np.array([0])), FeatureStore.open(store_path).read(np.array([0]))
+    )
+    assert not left.exists()
+
+
+def test_a_shard_that_is_damaged_in_the_bucket_is_told_and_not_kept(own_url, tmp_path):
+    """By its ledger's SHA-256, when it comes."""
+    (tmp_path / "junk").write_bytes(b"junk")
+    push(tmp_path / "junk", f"{own_url}/mel/c/1/0/0")
+    there = FeatureStore.open(own_url, cache=tmp_path)
+    with pytest.raises(
+        BrokenClip, match=f"is not what its record tells; delete {own_url}/ledger/000001"
+    ) as broken:
+        there.read(np.array([0, 20]))
+    assert broken.value.row == 20
+    assert shards_in(tmp_path) == [0]
+    there.read(np.array([0]))
+
+
+def test_a_shard_that_is_gone_from_the_bucket_is_told(own_url, tmp_path):
+    remove(f"{own_url}/mel/c/1/0/0")
+    with pytest.raises(
+        BrokenClip, match=r"row 20 \(clip clip_000020, shard 1\) .* is gone from there; delete"
+    ):
+        FeatureStore.open(own_url, cache=tmp_path).read(np.array([0, 20]))
+
+
+def test_a_shard_that_is_damaged_here_is_told_with_what_to_delete(url, tmp_path):
+    """What is deleted comes again."""
+    FeatureStore.open(url, cache=tmp_path).read(np.array([0]))
+    (path,) = tmp_path.glob("*/*/mel/c/0/0/0")
+    content = bytearray(path.read_bytes())
+    content[1000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(
+        BrokenClip, match=r"does not match its checksum; .*, delete .*: it is fetched again"
+    ) as broken:
+        FeatureStore.open(url, cache=tmp_path).read(np.array([0]))
+    shutil.rmtree(str(broken.value).rpartition("delete ")[2].partition(":")[0])
+    FeatureStore.open(url, cache=tmp_path).read(np.array([0]))
+
+
+def test_a_store_that_is_built_anew_meanwhile_is_not_mixed_with_the_old(own_url, uint8_store_path, tmp_path):
+    """Rows of two builds in one batch would be noise."""
+    there = FeatureStore.open(own_url, cache=tmp_path)
+    there.read(np.array([0]))
+    pushed(uint8_store_path, own_url)
+    with pytest.raises(StoreError, match="has been built anew since it was opened"):
+        there.read(np.array([20]))
+    again = FeatureStore.open(own_url, cache=tmp_path)
+    np.testing.assert_array_equal(
+        again.read(np.array([20])), FeatureStore.open(uint8_store_path).read(np.array([20]))
+    )
+
+
+def test_a_server_that_is_gone_breaks_no_clip(url, tmp_path, monkeypatch):
+    """A loader that skips broken clips must not skip all of a store for a network that fails."""
+    there = FeatureStore.open(url, cache=tmp_path)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(StoreError, match="AWS_ENDPOINT_URL") as gone:
+        there.read(np.array([0]))
+    assert not isinstance(gone.value, BrokenClip)
+    assert "\n" not in str(gone.value)
+
+
+def test_what_cannot_be_opened_is_one_line(url, tmp_path):
+    """Before anything is made."""
+    with pytest.raises(StoreError, match="lies on an object store; give --cache DIR"):
+        FeatureStore.open(url)
+    with pytest.raises(StoreError, match=r"nothing\.zarr: not a feature store"):
+        FeatureStore.open(f"s3://{BUCKET}/nothing.zarr", cache=tmp_path / "cache")
+    with pytest.raises(InputError, match="no such object or bucket"):
+        FeatureStore.open("s3://no-such-bucket/x.zarr", cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_pickled_store_opens_itself_in_the_same_cache(store, url, tmp_path):
+    there = FeatureStore.open(url, cache=tmp_path, cache_gb=ROOMY_GB, io="mmap", check="always")
+    again = pickle.loads(pickle.dumps(there))
+    assert again.place == url
+    np.testing.assert_array_equal(again.read(np.array([0])), store.read(np.array([0])))
+    assert (again._cache.cache, again._cache.most_bytes) == (tmp_path, there._cache.most_bytes)
+
+
+def run(monkeypatch, app, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["ajepa", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        app.main()
+    return int(stop.value.code or 0)
+
+
+def test_every_command_that_reads_takes_a_url(url, tmp_path, monkeypatch, capsys):
+    """Told, drawn, trained on and measured, without a copy of the store."""
+    there = ("--cache", tmp_path / "cache", "--cache-gb", ROOMY_GB)
+    png, page = tmp_path / "clip.png", tmp_path / "page.html"
+    assert not run(monkeypatch, app, "inspect", url, "--row", 20, "--png", png, *there)
+    assert "in mel/c/1/0/0" in capsys.readouterr().out
+    assert not run(monkeypatch, app, "report", url, "--html", page, *there)
+    assert png.stat().st_size > 1000
+    assert "tiny.zarr" in page.read_text()
+    stage = ("--store", url, "--run", tmp_path / "run", *there)
+    small = (
+        "--recipe",
+        "small",
+        "--steps",
+        1,
+        "--batch",
+        2,
+        "--device",
+        "cpu",
+        "--io",
+        "mmap",
+        "--check",
+        "always",
+    )
+    assert not run(monkeypatch, trainer, "pretrain", *stage, *small)
+    assert not run(monkeypatch, trainer, "evaluate", *stage, "--device", "cpu")
+    assert not run(monkeypatch, trainer, "report", *stage, "--out", tmp_path / "drawn")
+    assert (tmp_path / "drawn" / "probes.png").exists()
+
+
+@pytest.mark.parametrize("command", ["verify", "propagate-labels", "finalize"])
+def test_what_writes_or_reads_all_wants_a_store_on_a_disk(url, monkeypatch, capsys, command):
+    assert run(monkeypatch, app, command, url) == 1
+    assert "copy it to a disk first" in capsys.readouterr().err
+
+
+def test_a_url_without_a_cache_is_refused_with_what_to_give(url, tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, trainer, "pretrain", "--store", url, "--run", tmp_path / "run") == 1
+    assert "give --cache DIR" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

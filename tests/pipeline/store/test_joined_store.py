@@ -1,0 +1,227 @@
+"""Several stores read as one."""
+
+import pickle
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from stores import build
+
+from pipeline.audio.mel_spec import mel_spec
+from pipeline.build.build import build_store
+from pipeline.build.plan import Build, Output
+from pipeline.datasets.audioset import audioset
+from pipeline.errors import BrokenClip, StoreError
+from pipeline.loading.dali import DaliLoader
+from pipeline.loading.loader import PlainLoader, View
+from pipeline.loading.sampling import Order
+from pipeline.store.feature_store import FeatureStore, pooled_bands
+from pipeline.store.joined_store import JoinedStore, class_list_told
+
+CLIPS, OTHER_CLIPS = 48, 24
+
+
+@pytest.fixture(scope="module")
+def other(other_store_path) -> FeatureStore:
+    return FeatureStore.open(other_store_path)
+
+
+@pytest.fixture(scope="module")
+def joined(store, other) -> JoinedStore:
+    return JoinedStore([store, other])
+
+
+def test_rows_of_the_second_store_follow_those_of_the_first(joined, store, other):
+    """Whatever is asked of a row is what its own store says: numbers, labels, lengths, shards, what it is."""
+    rows_N = np.concatenate([store.good_rows(), CLIPS + other.good_rows()])
+    assert np.array_equal(joined.good_rows(), rows_N)
+    assert np.array_equal(joined.n_frames_N, np.concatenate([store.n_frames_N, other.n_frames_N]))
+    assert joined.manifest.equals(pl.concat([store.manifest, other.manifest]))
+    for row in rows_N[::5]:
+        owner, own = (store, row) if row < CLIPS else (other, row - CLIPS)
+        one, same = np.array([row]), np.array([own])
+        assert np.array_equal(joined.read(one), owner.read(same))
+        assert np.array_equal(joined.labels_BC(one, "unambiguous"), owner.labels_BC(same, "unambiguous"))
+
+
+def test_a_batch_of_both_stores_keeps_its_order(joined, store, other):
+    """Rows of the two alternate, with crops, into memory that is given."""
+    rows_B, starts_B = np.array([60, 0, 1, 61, 62, 2]), np.array([0, 7, 3, 5, 9, 1])
+    out_BTF = np.zeros((6, 50, store.bands), store.dtype)
+    assert joined.read(rows_B, out=out_BTF, starts_B=starts_B, frames=50) is out_BTF
+    for clip_TF, row, start in zip(out_BTF, rows_B, starts_B, strict=True):
+        owner, own = (store, row) if row < CLIPS else (other, row - CLIPS)
+        assert np.array_equal(clip_TF, owner.read(np.array([own]))[0, start : start + 50])
+
+
+def test_a_broken_clip_is_told_by_its_row_of_them_all(store, other_store_path, monkeypatch):
+    """A loader that may skip it knows no other number; the text names the store and its own."""
+    other = FeatureStore.open(other_store_path)
+
+    def broken(rows_B, **how):
+        raise BrokenClip(int(rows_B[0]), f"{other.path}: row {rows_B[0]} cannot be read")
+
+    monkeypatch.setattr(other, "read", broken)
+    with pytest.raises(BrokenClip, match=r"other\.zarr: row 3 cannot be read") as told:
+        JoinedStore([store, other]).read(np.array([1, CLIPS + 3]))
+    assert told.value.row == CLIPS + 3
+
+
+def test_no_rows_are_read_as_no_rows(joined):
+    """As of one store; a loader asks for none to see whether a label set is there."""
+    assert joined.read(np.zeros(0, np.int64)).shape == (0, joined.frames, joined.bands)
+    assert joined.labels_BC(np.zeros(0, np.int64)).shape == (0, 527)
+
+
+def test_flat_labels_are_those_of_every_row(joined):
+    """The form from which weights are counted agrees with the one that batches hold."""
+    class_N, begins_N = joined.flat_labels("unambiguous")
+    assert len(begins_N) == CLIPS + OTHER_CLIPS + 1
+    labels_NC = joined.labels_BC(np.arange(CLIPS + OTHER_CLIPS), "unambiguous")
+    for row, labels_C in enumerate(labels_NC):
+        assert set(class_N[begins_N[row] : begins_N[row + 1]]) == set(np.flatnonzero(labels_C))
+
+
+def test_shards_are_counted_through(joined, store):
+    """The last rows of one store and the first of the next lie in two shards."""
+    shards_N = joined.shards_of(np.arange(CLIPS + OTHER_CLIPS))
+    assert store.header.layout.shard_clips == 16
+    assert shards_N.tolist() == [0] * 16 + [1] * 16 + [2] * 16 + [3] * 16 + [4] * 8
+
+
+def test_mean_and_deviation_are_those_of_all_values(joined):
+    """Pooled over the frames of both, from the stored numbers."""
+    rows_N = joined.good_rows(["a_train"])
+    audio = [joined.read(np.array([row]))[0, : joined.n_frames_N[row]] for row in rows_N]
+    values_N = np.concatenate(audio).astype(np.float64)
+    assert joined.mean_and_std(["a_train"]) == pytest.approx((values_N.mean(), values_N.std()), rel=1e-4)
+    values_NF = np.concatenate(audio).astype(np.float64)
+    mean_F, std_F = joined.band_mean_and_std(["a_train"])
+    np.testing.assert_allclose(mean_F, values_NF.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(std_F, values_NF.std(0), rtol=1e-3)
+
+
+def test_a_band_of_one_value_has_a_deviation_to_divide_by():
+    """High bands of sounds at 8 kHz hold nothing but the floor."""
+    part = {"frames": 10, "mean_F": [1.0, 2.0], "std_F": [0.0, 1.0]}
+    assert pooled_bands([part])[1].tolist() == [0.005, 1.0]
+
+
+def test_weights_are_shared_out_among_the_rows_of_each_store(joined):
+    """70 to 30, whatever the sizes."""
+    rows_N = joined.good_rows(["a_train"])
+    weights_N = joined.row_weights(rows_N, [0.7, 0.3])
+    first_N = rows_N < CLIPS
+    assert weights_N[first_N].sum() == pytest.approx(0.7)
+    assert weights_N[~first_N].sum() == pytest.approx(0.3)
+    assert len(set(weights_N[first_N])) == len(set(weights_N[~first_N])) == 1
+
+
+@pytest.mark.parametrize("kind", [PlainLoader, DaliLoader])
+def test_batches_of_joined_stores_are_those_of_each_store(joined, store, kind):
+    """Through both loaders, with labels: a clip of the first store comes as that store alone would give it."""
+    pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not there: only Linux has it")
+    view = View(frames=96, mean=-5.0, std=3.0, crop="start", label_set="raw")
+    order = Order(rows_N=joined.good_rows(), clips=7, seed=2)
+    with kind(joined, order, view) as loader:
+        batches = list(loader.batches(0, 2 * order.steps_per_epoch))
+    rows_N = np.concatenate([batch.rows_B for batch in batches])
+    assert (rows_N < CLIPS).any()
+    assert (rows_N >= CLIPS).any()
+    for batch in batches:
+        for clip, row in enumerate(batch.rows_B):
+            if row < CLIPS:
+                alone = PlainLoader(store, Order(rows_N=np.array([row]), clips=1, seed=0), view).batch(0)
+                assert torch.equal(batch.mel_BTF[clip], alone.mel_BTF[0])
+                assert torch.equal(batch.labels_BC[clip], alone.labels_BC[0])
+
+
+def test_a_joined_store_goes_to_other_processes(joined):
+    """As its stores do: by their paths."""
+    again = pickle.loads(pickle.dumps(joined))
+    rows_B = np.array([0, 50])
+    assert np.array_equal(again.read(rows_B), joined.read(rows_B))
+
+
+def test_its_id_tells_which_stores_in_which_order(store, other, joined):
+    """A run is resumed on the same rows or not at all."""
+    assert JoinedStore([store, other]).store_id == joined.store_id
+    assert len({joined.store_id, JoinedStore([other, store]).store_id, store.store_id}) == 3
+
+
+def test_a_split_that_no_store_has_is_refused(joined):
+    """One that a single store has is that store's rows."""
+    with pytest.raises(StoreError, match=r"no split \['a_tarin'\]; they have \['a_train', 'eval'\]"):
+        joined.good_rows(["a_tarin"])
+    with pytest.raises(StoreError, match="no good clip in nothing"):
+        joined.mean_and_std(["nothing"])
+
+
+def test_a_store_of_silence_cannot_be_normalised(store, other):
+    """There is nothing to divide by, rounding apart; alone or joined it is one line, and no ValueError."""
+    flat = {"frames": 3, "mean": -15.9424, "std": 0.0}
+    silent = [FeatureStore(one.path, one.header, one.manifest, one.store_id) for one in (store, other)]
+    for one in silent:
+        one.stats = {"a_train": flat, "eval": flat}
+    told = r"every value of the good clips in a_train, eval is -15\.9424, nothing to learn from; build it"
+    for place, one in (("tiny", silent[0]), ("other.zarr", JoinedStore(silent))):
+        with pytest.raises(StoreError, match=rf"{place}.*: {told}"):
+            one.mean_and_std(["a_train", "eval"])
+
+
+def test_a_split_of_one_store_only_is_that_stores_rows(store, corpus, tmp_path):
+    """AudioSet has `unbalanced_train`, one's own sounds have `train`."""
+    segments = tmp_path / "mine_segments.csv"
+    shutil.copy(corpus / "eval_segments.csv", segments)
+    mine = audioset([corpus / "audio"], [segments])
+    build_store(mine, Output(path=tmp_path / "mine.zarr", spec=mel_spec("a-jepa")), Build(workers=0))
+    both = JoinedStore([store, FeatureStore.open(tmp_path / "mine.zarr")])
+    assert (both.good_rows(["mine"]) >= CLIPS).all()
+    assert (both.good_rows(["eval"]) < CLIPS).all()
+    assert both.label_sets == ("raw",)
+    with pytest.raises(StoreError, match=r"mine\.zarr: no label set 'unambiguous'"):
+        both.labels_BC(np.array([0]), "unambiguous")
+
+
+def test_stores_of_another_dtype_are_refused(store, uint8_store_path):
+    """Stored numbers would mean two things."""
+    told = r"tiny-uint8.zarr: has dtype uint8, but .*tiny.zarr has float16; .* build one of them again"
+    with pytest.raises(StoreError, match=told):
+        JoinedStore([store, FeatureStore.open(uint8_store_path)])
+
+
+def test_stores_of_another_mel_spec_are_refused(store, corpus, tmp_path):
+    """Both are told, by name, shape and id."""
+    build(corpus, tmp_path / "panns.zarr", spec="panns")
+    told = r"panns.zarr: has mel spec panns \(1001 x 64, \w+\), but .*tiny.zarr has a-jepa \(998 x 128, \w+\)"
+    with pytest.raises(StoreError, match=told):
+        JoinedStore([store, FeatureStore.open(tmp_path / "panns.zarr")])
+
+
+def test_stores_of_other_classes_are_refused(store, store_path, tmp_path):
+    """Index 3 must be one class."""
+    shutil.copytree(store_path, tmp_path / "swapped.zarr")
+    swapped = FeatureStore.open(tmp_path / "swapped.zarr")
+    mids = swapped.classes.mids
+    swapped.classes = replace(swapped.classes, mids=(mids[1], mids[0], *mids[2:]))
+    told = (
+        f"has class list of 527 classes, number 0 is {mids[1]}, but .* of 527 classes, number 0 is {mids[0]}"
+    )
+    with pytest.raises(StoreError, match=told):
+        JoinedStore([store, swapped])
+
+
+def test_the_first_class_that_differs_is_told():
+    """Of a longer list, the first that the other lacks."""
+    assert class_list_told(["a", "b", "c"], ["a", "b"]) == "of 3 classes, number 2 is c"
+    assert class_list_told(["a", "b"], ["a", "b", "c"]) == "of 2 classes"
+
+
+def test_a_store_given_twice_is_refused(store, store_path, tmp_path):
+    """Also as a copy: its clips would count double, unasked."""
+    shutil.copytree(store_path, tmp_path / "copy.zarr")
+    with pytest.raises(StoreError, match=r"copy.zarr: is the same store as .*tiny.zarr; give it once"):
+        JoinedStore([store, FeatureStore.open(tmp_path / "copy.zarr")])

@@ -1,0 +1,333 @@
+"""Stores and sounds on s3://, against a server of the same protocol on this machine: not a byte may differ."""
+
+import itertools
+import shutil
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+from corpus import write_corpus
+from pyarrow.fs import FileSelector
+from stores import BUCKET, assert_same_bytes, build, corpus_in
+
+from pipeline import object_store
+from pipeline.audio.mel_spec import mel_spec
+from pipeline.audit.command import record
+from pipeline.build import remote_store
+from pipeline.build.build import build_store, build_stores
+from pipeline.build.plan import Build, Output
+from pipeline.build.remote_store import Mirror, staging_of
+from pipeline.cli import app
+from pipeline.datasets.audioset import audioset
+from pipeline.errors import AudioError, InputError, StoreError
+from pipeline.files import Part
+from pipeline.labels.label_sets import propagate_labels
+from pipeline.object_store import fetch, filesystem, push, remove, sizes
+from pipeline.store.feature_store import FeatureStore
+
+pytestmark = pytest.mark.usefixtures("bucket_server")
+
+LATE = "audio/clip_000003.wav"  # of the first shard
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """Two shards' worth of clips."""
+    return write_corpus(tmp_path_factory.mktemp("small") / "corpus", clips=32)
+
+
+@pytest.fixture(scope="module")
+def whole(small, tmp_path_factory) -> Path:
+    """The same clips as a store on the disk."""
+    out = tmp_path_factory.mktemp("whole") / "x.zarr"
+    build(small, out)
+    return out
+
+
+@pytest.fixture
+def url(tmp_path) -> str:
+    """A place of this test's own."""
+    return f"s3://{BUCKET}/{tmp_path.name}/x.zarr"
+
+
+def build_there(folder: Path, url: str, staging: Path, *, workers: int = 0, part: Part = Part()):
+    output = Output(path=staging, spec=mel_spec("a-jepa"), remote=url)
+    return build_stores(corpus_in(folder), [output], Build(workers=workers, part=part))[0]
+
+
+def downloaded(url: str, folder: Path) -> Path:
+    """Every object below a URL as a file."""
+    client, path = filesystem(url)
+    for entry in client.fs.get_file_info(FileSelector(path, recursive=True)):
+        if entry.is_file:
+            fetch(f"s3://{entry.path}", folder / entry.path[len(path) + 1 :])
+    return folder
+
+
+class Death(BaseException):
+    """As a kill: nothing on the way up handles it."""
+
+
+def dying(monkeypatch, last: int) -> None:
+    """Let every step to the remote, before and after it is taken, count one; die at number `last`."""
+    counter = itertools.count()
+
+    def deadly(step):
+        def counted(*values):
+            if next(counter) == last:
+                raise Death
+            step(*values)
+            if next(counter) == last:
+                raise Death
+
+        return counted
+
+    monkeypatch.setattr(remote_store, "push", deadly(push))
+    monkeypatch.setattr(remote_store, "remove", deadly(remove))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_store_on_s3_holds_the_bytes_of_one_on_the_disk(small, whole, url, tmp_path, workers):
+    """Where a store lies is no part of what it is; the shards do not stay here."""
+    manifest = build_there(small, url, tmp_path / "staging", workers=workers)
+    assert (manifest["status"] == "good").sum() == 30
+    assert_same_bytes(whole, downloaded(url, tmp_path / "there"))
+    assert FeatureStore.open(tmp_path / "there").manifest.equals(manifest)
+    assert not list((tmp_path / "staging").glob("mel/c/*/0/0"))
+    assert not (tmp_path / "staging" / "kept").exists()
+
+
+@pytest.mark.parametrize("last", [1, 9, 10, 11, 12, 13, 14, 20, 27, 34])
+def test_dead_at_any_step_it_carries_on_to_the_same_bytes(small, whole, url, tmp_path, monkeypatch, last):
+    """Tables first, eight steps to each shard, tables again; whether the staging folder is still there or not."""
+    staging = tmp_path / "staging"
+    with monkeypatch.context() as patch:
+        dying(patch, last)
+        with pytest.raises(Death):
+            build_there(small, url, staging)
+    if last % 4 < 2:
+        shutil.rmtree(staging)
+    build_there(small, url, staging)
+    assert_same_bytes(whole, downloaded(url, tmp_path / "there"))
+
+
+@pytest.fixture(scope="module")
+def shorter(small, tmp_path_factory) -> Path:
+    """The corpus without one clip."""
+    folder = shutil.copytree(small, tmp_path_factory.mktemp("shorter") / "corpus")
+    (folder / LATE).unlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def late(small, tmp_path_factory) -> Path:
+    """The corpus with that one clip and no other: what is good already needs no sound any more."""
+    folder = tmp_path_factory.mktemp("late")
+    (folder / "audio").mkdir()
+    for name in (LATE, "a_train_segments.csv", "eval_segments.csv"):
+        shutil.copy(small / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def short_store(shorter, tmp_path_factory) -> Path:
+    """Built without the clip that comes late."""
+    out = tmp_path_factory.mktemp("short") / "x.zarr"
+    build(shorter, out)
+    return out
+
+
+@pytest.mark.parametrize("last", [*range(8), 12, None])
+def test_a_late_clip_fills_its_row_and_the_others_come_from_the_remote_shard(
+    short_store, late, whole, url, tmp_path, monkeypatch, last
+):
+    """Also where that dies at a step between the old shard and the new one, and the staging folder is lost."""
+    for path in (path for path in short_store.rglob("*") if path.is_file()):
+        push(path, f"{url}/{path.relative_to(short_store).as_posix()}")
+    if last is not None:
+        with monkeypatch.context() as patch:
+            dying(patch, last)
+            with pytest.raises(Death):
+                build_there(late, url, tmp_path / "lost")
+    manifest = build_there(late, url, tmp_path / "staging")
+    there = downloaded(url, tmp_path / "there")
+    assert (there / "mel/c/0/0/0").read_bytes() == (whole / "mel/c/0/0/0").read_bytes()
+    assert sizes(f"{url}/ledger").keys() == {"000000.parquet", "000001.parquet"}
+    assert FeatureStore.open(there).manifest.equals(manifest)
+    assert (manifest["status"] == "good").sum() == 30
+
+
+def test_parts_on_two_machines_finish_to_the_same_bytes(small, whole, url, tmp_path):
+    """They share nothing but the bucket."""
+    for index in (1, 0):
+        manifest = build_there(small, url, tmp_path / f"machine-{index}", part=Part(index, 2))
+        assert (manifest is None) == (index == 1)
+    assert_same_bytes(whole, downloaded(url, tmp_path / "there"))
+
+
+def test_labels_propagated_in_the_staging_folder_reach_the_remote_store(small, url, tmp_path):
+    """And a fresh staging folder does not undo them."""
+    build_there(small, url, tmp_path / "staging")
+    propagate_labels(tmp_path / "staging")
+    build_there(small, url, tmp_path / "staging")
+    build_there(small, url, tmp_path / "other")
+    there = FeatureStore.open(downloaded(url, tmp_path / "there"))
+    assert there.label_sets == ("raw", "unambiguous")
+
+
+def test_exclude_lists_reach_the_remote_store_and_outlive_the_staging_folder(small, url, tmp_path):
+    """What nobody is to draw must not come back with a new machine; what is taken back stays taken back."""
+    build_there(small, url, tmp_path / "staging")
+    (path := tmp_path / "a.txt").write_text("clip_000002")
+    record(FeatureStore.open(tmp_path / "staging"), [path])
+    build_there(small, url, tmp_path / "staging")
+    build_there(small, url, tmp_path / "other")
+    assert FeatureStore.open(tmp_path / "other").excluded.frame["clip_id"].to_list() == ["clip_000002"]
+    record(FeatureStore.open(tmp_path / "other"), [])
+    build_there(small, url, tmp_path / "other")
+    assert FeatureStore.open(downloaded(url, tmp_path / "there")).excluded.digest is None
+
+
+def test_a_remote_store_of_another_spec_is_refused_with_nothing_made(small, url, tmp_path):
+    """As on the disk."""
+    build_there(small, url, tmp_path / "staging")
+    output = Output(path=tmp_path / "new", spec=mel_spec("audio-jepa"), remote=url)
+    with pytest.raises(StoreError, match=f"{url} holds mel spec a-jepa, not audio-jepa"):
+        build_store(corpus_in(small), output, Build(workers=0))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_damaged_remote_shard_is_not_kept_from(small, shorter, url, tmp_path):
+    """Its rows would get fresh checksums; the message says how to go on, and that works."""
+    build_there(shorter, url, tmp_path / "staging")
+    (tmp_path / "junk").write_bytes(b"junk")
+    push(tmp_path / "junk", f"{url}/mel/c/0/0/0")
+    with pytest.raises(StoreError, match=f"shard 0 is damaged; delete {url}/ledger/000000.parquet and build"):
+        build_there(small, url, tmp_path / "staging")
+    remove(f"{url}/ledger/000000.parquet")
+    assert (build_there(small, url, tmp_path / "staging")["status"] == "good").sum() == 30
+
+
+def test_what_does_not_answer_is_one_line_within_seconds(small, tmp_path, monkeypatch):
+    """A typing error must not cost the minutes that AWS's own retries take."""
+    began = time.monotonic()
+    with pytest.raises(InputError, match="no such object or bucket") as absent:
+        build_there(small, "s3://no-such-bucket/x.zarr", tmp_path / "staging")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(InputError, match="AWS_ENDPOINT_URL") as silent:
+        build_there(small, f"s3://{BUCKET}/x.zarr", tmp_path / "staging")
+    with pytest.raises(InputError, match="Protocol not known: nonsense"):
+        build_there(small, "nonsense://x/x.zarr", tmp_path / "staging")
+    assert "\n" not in str(absent.value) + str(silent.value)
+    assert time.monotonic() - began < 20
+    assert not (tmp_path / "staging").exists()
+
+
+def test_the_command_takes_a_url(small, whole, url, tmp_path, monkeypatch, capsys):
+    """And says where the rest lies meanwhile."""
+    lists = [f"--segments={small / name}" for name in ("a_train_segments.csv", "eval_segments.csv")]
+    arguments = ["build-audioset", f"--audio={small / 'audio'}", *lists, f"--out={url}/"]
+    monkeypatch.setattr(
+        sys, "argv", ["ajepa-data", *arguments, f"--staging={tmp_path / 'here'}", "--workers=0"]
+    )
+    with pytest.raises(SystemExit) as stop:
+        app.main()
+    said = capsys.readouterr()
+    assert not stop.value.code
+    assert f"in {tmp_path / 'here' / 'x.zarr.staging'}" in said.err
+    assert f"{url}: done" in said.out
+    assert_same_bytes(whole, downloaded(url, tmp_path / "there"))
+
+
+def test_every_part_has_its_own_staging_folder():
+    """Two parts in one would take each other's records for their own."""
+    names = {staging_of("s3://b/x.zarr/", Path(), part) for part in (Part(), Part(0, 2), Part(1, 2))}
+    assert names == {Path("x.zarr.staging"), Path("x.zarr.0-of-2.staging"), Path("x.zarr.1-of-2.staging")}
+
+
+def test_other_schemes_are_left_to_fsspec(whole, tmp_path):
+    """One driver for S3, the rest as fsspec has it."""
+    url = "memory://bucket/x.zarr"
+    assert Mirror(url=url, staging=tmp_path).header() is None
+    push(whole / "zarr.json", f"{url}/zarr.json")
+    there = Mirror(url=url, staging=tmp_path).header()
+    assert there is not None
+    assert there.to_json() == FeatureStore.open(whole).header.to_json()
+    remove(f"{url}/zarr.json")
+    assert sizes(url) == {}
+
+
+@pytest.fixture(scope="module")
+def audio_url(small, tmp_path_factory) -> str:
+    """The clips' sounds in a bucket: every other one in a tar, one of them in both, and a file of no use."""
+    url, archive = f"s3://{BUCKET}/audio", tmp_path_factory.mktemp("tar") / "some-0001.tar"
+    with tarfile.open(archive, "w") as tar:
+        for number, path in enumerate(sorted((small / "audio").iterdir())):
+            if number % 2:
+                tar.add(path, f"deep/{path.name}")
+            else:
+                push(path, f"{url}/loose/{path.name}")
+    push(archive, f"{url}/{archive.name}")
+    push(small / "a_train_segments.csv", f"{url}/readme.txt")
+    (archive.parent / "x.parquet").write_bytes(b"a table")
+    push(archive.parent / "x.parquet", f"{url}/x.parquet")
+    return url
+
+
+def corpus_at(url: str, small: Path):
+    """The clips with their sounds where the URL says."""
+    return audioset([url], [small / "a_train_segments.csv", small / "eval_segments.csv"])
+
+
+def test_sounds_in_a_bucket_give_the_mel_of_sounds_on_the_disk(small, whole, audio_url, tmp_path):
+    """Loose or in a tar, from workers as from this process."""
+    corpus = corpus_at(audio_url + "/", small)
+    assert [note for note in corpus.notes if f"{audio_url}/x.parquet: is not read from a URL" in note]
+    for workers in (0, 2):
+        output = Output(path=tmp_path / f"{workers}.zarr", spec=mel_spec("a-jepa"))
+        manifest = build_store(corpus, output, Build(workers=workers))
+        assert manifest["source"].str.starts_with("some-0001.tar::deep/").sum() == 15
+        for shard in (0, 1):
+            name = f"mel/c/{shard}/0/0"
+            assert (output.path / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_one_tar_in_a_bucket_can_be_given_by_itself(small, audio_url):
+    """As on the disk."""
+    corpus = corpus_at(f"{audio_url}/some-0001.tar", small)
+    assert corpus.sources.files == corpus.sources.frame["kind"].eq("tar").sum() == 15
+
+
+def test_an_object_that_is_gone_costs_its_clip_and_a_server_that_is_gone_none(
+    small, url, tmp_path, monkeypatch
+):
+    """A network that fails for an hour must not leave a hundred thousand clips for unreadable."""
+    for path in (small / "audio").iterdir():
+        push(path, f"{url}/{path.name}")
+    corpus = corpus_at(url, small)
+    remove(f"{url}/clip_000000.wav")
+    output = Output(path=tmp_path / "x.zarr", spec=mel_spec("a-jepa"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(InputError, match="run the same command again"):
+        build_store(corpus, output, Build(workers=0))
+    monkeypatch.undo()
+    manifest = build_store(corpus, output, Build(workers=0))
+    assert manifest.row(0, named=True)["reason"] == "missing"
+    assert "clip_000000.wav is gone" in manifest.row(0, named=True)["detail"]
+    assert (manifest["status"] == "good").sum() == 29
+
+
+def test_a_sound_too_large_for_the_memory_costs_its_clip(audio_url, monkeypatch):
+    """It is held whole, so there is a limit."""
+    monkeypatch.setattr(object_store, "MOST_BYTES", 1000)
+    with pytest.raises(AudioError, match="up to 1,000 are read from a URL"):
+        object_store.sound_of(f"{audio_url}/loose/clip_000000.wav")
+    assert object_store.sound_of(f"{audio_url}/loose/clip_000000.wav", 0, 4) == b"RIFF"
+
+
+def test_a_prefix_with_nothing_below_is_one_line(small):
+    """A typing error, most likely."""
+    with pytest.raises(InputError, match="nothing-here: no object below it"):
+        corpus_at(f"s3://{BUCKET}/nothing-here", small)
