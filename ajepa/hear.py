@@ -46,8 +46,8 @@ def get_scene_embeddings(audio: Tensor, model: HearModel) -> Tensor:
 def get_timestamp_embeddings(audio: Tensor, model: HearModel) -> tuple[Tensor, Tensor]:
     """Vectors `[B, T, D]` and the centres `[B, T]`, in ms, of what each tells; evenly spaced, none past the end."""
     told = on_its_device(model).embed_audio(audio, model.sample_rate, shifts=model.shifts)
-    frames_BTD = torch.stack([one.frames_TD for one in told.each])
-    times_ms_BT = torch.stack([one.times_ms_T for one in told.each]).float()
+    frames_BTD = torch.stack([one.frames_TD for one in told.per_sound])
+    times_ms_BT = torch.stack([one.times_ms_T for one in told.per_sound]).float()
     return frames_BTD.to(audio.device), times_ms_BT.to(audio.device)
 
 

@@ -44,7 +44,7 @@ class AjepaEncoder(nn.Module):
         frames_BTD = torch.stack(
             [
                 torch.cat((one.frames_TD, one.frames_TD.mean(0).expand(frames - len(one.frames_TD), -1)))
-                for one in told.each
+                for one in told.per_sound
             ]
         )
         return frames_BTD.to(audio.device)

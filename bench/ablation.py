@@ -12,9 +12,9 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from ajepa.model.pooling import LAST
-from ajepa.recipes.catalogue import overridden
-from ajepa.recipes.pretrain import small
+from ajepa.model.pooling import LAST_LAYER
+from ajepa.recipes.catalogue import override_recipe
+from ajepa.recipes.pretrain import small_recipe
 from bench.learning import PROBES, measured, spread
 from bench.machine import machine
 
@@ -33,20 +33,20 @@ def main() -> None:
     told = parser.parse_args()
     print(machine("torch"))
     print(
-        f"{told.store}: {told.steps} steps of {small().clips_per_step} clips, {told.seeds} seeds, raw labels, mAP"
+        f"{told.store}: {told.steps} steps of {small_recipe().clips_per_step} clips, {told.seeds} seeds, raw labels, mAP"
     )
     with tempfile.TemporaryDirectory() as scratch:
         folder = told.out or Path(scratch)
         for plan in told.plan or PLANS:
-            made = small() if plan == "small" else overridden(small(), [f"masks={plan}"])
+            made = small_recipe() if plan == "small" else override_recipe(small_recipe(), [f"masks={plan}"])
             seeds = [
                 measured(
-                    made.resized(steps=told.steps, seed=seed),
+                    made.with_counts(steps=told.steps, seed=seed),
                     told.store,
                     [],
                     folder / f"{plan}-seed{seed}",
                     "moments",
-                    LAST,
+                    LAST_LAYER,
                 )
                 for seed in range(told.seeds)
             ]

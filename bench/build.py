@@ -29,19 +29,19 @@ import torch
 
 from bench.build_peers import PEERS, RunningPeer, librosa_mel
 from bench.machine import machine
-from pipeline.audio.containers import recognise
-from pipeline.audio.decode import Segment, decode
+from pipeline.audio.containers import recognise_container
+from pipeline.audio.decode import VideoSegment, decode_segment
 from pipeline.audio.mel import log_mel
-from pipeline.audio.mel_spec import mel_spec
+from pipeline.audio.mel_spec import preset_mel_spec
 from pipeline.build.build import build_store
-from pipeline.build.plan import Build, Output, plan_store
-from pipeline.build.shard_builder import quantise
-from pipeline.datasets.audioset import audioset
+from pipeline.build.plan import BuildOptions, StoreOutput, plan_store
+from pipeline.build.shard_builder import quantise_mel
+from pipeline.datasets.audioset import audioset_corpus
 from pipeline.datasets.corpus import Corpus
-from pipeline.datasets.demo.clips import CLIP_SECONDS
+from pipeline.datasets.demo.clips import DEMO_CLIP_SECONDS
 from pipeline.store.shards import ShardWriter
 
-SPEC = mel_spec("a-jepa")
+SPEC = preset_mel_spec("a-jepa")
 
 WORKERS = 2
 
@@ -66,26 +66,33 @@ def clip_id(number: int) -> str:
 
 def make_files(folder: Path, containers: Sequence[str], clips: int) -> None:
     """`folder/wav/bench_00000.wav` and so on: the same sounds in every container, and a list of the clips."""
-    from pipeline.datasets.demo.audio_files import CONTAINERS, write
-    from pipeline.datasets.demo.clips import plan_clips, render
-    from pipeline.datasets.demo.corpus import formula_palette
+    from pipeline.datasets.demo.audio_files import CONTAINERS_BY_NAME, write_audio_file
+    from pipeline.datasets.demo.clips import plan_demo_clips, render_clip
+    from pipeline.datasets.demo.corpus import formula_split_sounds
 
-    palette, distinct = formula_palette(), min(clips, DISTINCT)
-    planned = plan_clips(
-        np.random.default_rng(0), palette, split="balanced_train", numbers=range(distinct), taken=set()
+    palette, distinct = formula_split_sounds(), min(clips, DISTINCT)
+    planned = plan_demo_clips(
+        np.random.default_rng(0), palette, split="balanced_train", numbers=range(distinct), used_ids=set()
     )
-    sounds = {sound.name: sound for sound in palette.sounds["balanced_train"]}
+    sounds = {sound.name: sound for sound in palette.sounds_by_split["balanced_train"]}
     for name in containers:
         (folder / name).mkdir()
     for number, clip in enumerate(planned):
-        whole = replace(clip, seconds=CLIP_SECONDS, channels=2)
-        wave_SN = render(whole, [sounds[part] for part in clip.parts], seed=0)
+        whole = replace(clip, seconds=DEMO_CLIP_SECONDS, channels=2)
+        wave_SN = render_clip(whole, [sounds[part] for part in clip.parts], seed=0)
         for name in containers:
             first = folder / name / f"{clip_id(number)}.{name}"
-            write(first, wave_SN, CONTAINERS[WRITERS[name]], rate_hz=48_000 if name == "opus" else 44_100)
+            write_audio_file(
+                first,
+                wave_SN,
+                CONTAINERS_BY_NAME[WRITERS[name]],
+                rate_hz=48_000 if name == "opus" else 44_100,
+            )
             for other in range(number + distinct, clips, distinct):
                 os.link(first, first.with_stem(clip_id(other)))
-    rows = "".join(f'{clip_id(number)}, 0.000, {CLIP_SECONDS:.3f}, "/m/09x0r"\n' for number in range(clips))
+    rows = "".join(
+        f'{clip_id(number)}, 0.000, {DEMO_CLIP_SECONDS:.3f}, "/m/09x0r"\n' for number in range(clips)
+    )
     (folder / LIST).write_text(rows)
 
 
@@ -95,18 +102,20 @@ def part_seconds(paths: Sequence[Path], header, scratch: Path) -> dict[str, floa
     writer = ShardWriter(scratch, replace(layout, shard_clips=len(paths), clips=len(paths)), 0)
     for row, path in enumerate(paths):
         marks = [time.perf_counter()]
-        take = decode(path, recognise(path), Segment(0.0, CLIP_SECONDS), max_seconds=60.0)
+        take = decode_segment(
+            path, recognise_container(path), VideoSegment(0.0, DEMO_CLIP_SECONDS), max_seconds=60.0
+        )
         marks.append(time.perf_counter())
         wave_S = soxr.resample(take.wave_S, take.rate_hz, SPEC.sample_rate_hz, quality="HQ")
         marks.append(time.perf_counter())
         mel_TF = log_mel(torch.from_numpy(wave_S[: SPEC.clip_samples])[None], SPEC)[0]
         marks.append(time.perf_counter())
-        writer.add(row, quantise(mel_TF, header).numpy())
+        writer.append_clip(row, quantise_mel(mel_TF, header).numpy())
         marks.append(time.perf_counter())
         for part, began, ended in zip(PARTS, marks, marks[1:], strict=False):
             took[part] += ended - began
     began = time.perf_counter()
-    writer.finish()
+    writer.finish_file()
     writer.place()
     took["write"] += time.perf_counter() - began
     return {part: seconds / len(paths) for part, seconds in took.items()}
@@ -114,7 +123,7 @@ def part_seconds(paths: Sequence[Path], header, scratch: Path) -> dict[str, floa
 
 def build_speeds(corpus: Corpus, out: Path) -> tuple[float, float]:
     """Clips/s of a build: from the moment both workers have made a shard on, and from its call on."""
-    shard_clips = plan_store(corpus, Output(path=out, spec=SPEC)).layout.shard_clips
+    shard_clips = plan_store(corpus, StoreOutput(path=out, spec=SPEC)).layout.shard_clips
     blocks, before, warm = set[int](), 0, 0.0
 
     def watched(_: int, rows: Iterator[int]) -> Iterator[int]:
@@ -127,8 +136,8 @@ def build_speeds(corpus: Corpus, out: Path) -> tuple[float, float]:
             yield row
 
     began = time.perf_counter()
-    build = Build(workers=WORKERS)
-    manifest = build_store(corpus, Output(path=out, spec=SPEC), build, progress=watched)
+    build = BuildOptions(workers=WORKERS)
+    manifest = build_store(corpus, StoreOutput(path=out, spec=SPEC), build, progress=watched)
     ended = time.perf_counter()
     good = manifest.filter(pl.col("status") == "good").height
     if good != corpus.plan.height:
@@ -146,9 +155,9 @@ def emptied(path: Path) -> Iterator[Path]:
 
 def measure(folder: Path, name: str, peers: Sequence[RunningPeer], rounds: int) -> dict[str, float]:
     """Medians over rounds in turns: seconds per clip of the parts, clips/s of builds and peers; 0: cannot."""
-    corpus = audioset([folder / name], [folder / LIST])
+    corpus = audioset_corpus([folder / name], [folder / LIST])
     paths = sorted((folder / name).iterdir())
-    header = plan_store(corpus, Output(path=folder / "out.zarr", spec=SPEC))
+    header = plan_store(corpus, StoreOutput(path=folder / "out.zarr", spec=SPEC))
     took: dict[str, list[float]] = {}
     with emptied(folder / "scratch") as scratch:
         part_seconds(paths[:1], header, scratch)  # tables and filters are made once

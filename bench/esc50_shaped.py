@@ -15,8 +15,8 @@ from pathlib import Path
 import soundfile
 from tqdm import tqdm
 
-from pipeline.audio.decode import load
-from pipeline.audio.sources import Locator
+from pipeline.audio.decode import load_clip_audio
+from pipeline.audio.sources import SoundLocator
 
 RATE_HZ, SECONDS, FOLDS = 44_100, 5, 5
 
@@ -45,8 +45,10 @@ def esc50_shaped(corpus: Path, out: Path) -> int:
     for target, (name, mine) in enumerate(tqdm(sorted(of_class.items()), unit="classes")):
         for place, clip in enumerate(mine):
             fold = 1 + place % FOLDS
-            locator = Locator.of(corpus / clip["file"])
-            wave_S = load(locator, start_seconds=0.0, end_seconds=2.0 * SECONDS).resampled(RATE_HZ)
+            locator = SoundLocator.from_path(corpus / clip["file"])
+            wave_S = load_clip_audio(locator, start_seconds=0.0, end_seconds=2.0 * SECONDS).resample_wave(
+                RATE_HZ
+            )
             samples = RATE_HZ * SECONDS
             for take, start in (("A", 0), ("B", samples)):
                 file_name = f"{fold}-{100_000 + len(lines)}-{take}-{target}.wav"

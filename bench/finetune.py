@@ -13,15 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from ajepa.evaluate.evaluate import evaluate
+from ajepa.evaluate.evaluate import evaluate_run
 from ajepa.evaluate.features import RANDOM, STATISTICS, TRAINED
-from ajepa.evaluate.result import EVALUATION, PRIMARY, TITLES, Evaluation
-from ajepa.evaluate.task_data import folds_of
+from ajepa.evaluate.result import EVALUATION_FILE, METRIC_TITLES, PRIMARY_METRIC, Evaluation
+from ajepa.evaluate.task_data import task_folds
 from ajepa.evaluate.tasks import TASKS
-from ajepa.finetune.cross_validation import cross_validated
+from ajepa.finetune.cross_validation import cross_validate
 from ajepa.finetune.finetune import finetune
-from ajepa.recipes.catalogue import finetune_recipe, overridden
-from ajepa.recipes.finetune import Finetune, resized
+from ajepa.recipes.catalogue import finetune_recipe, override_recipe
+from ajepa.recipes.finetune import Finetune, finetune_with_counts
 from ajepa.training.trained_run import TrainedRun
 from bench.machine import machine
 from pipeline.store.feature_store import FeatureStore
@@ -43,19 +43,22 @@ def main() -> None:
     asked = parser.parse_args()
     print(machine("torch"))
     pooling = recipe_of(asked, None, 0).model.pooling
-    frozen = evaluate(
+    frozen = evaluate_run(
         asked.store,
         asked.run,
         device="cpu",
         pooling=pooling,
         probes=PROBES,
-        labels=[asked.labels],
+        label_sets=[asked.labels],
         out=asked.out / "frozen.json",
     )
-    metric = TITLES[PRIMARY[frozen.scores[0].kind]]
+    metric = METRIC_TITLES[PRIMARY_METRIC[frozen.scores[0].kind]]
     print(f"\n| | {metric}, trained on and measured on {asked.labels} labels |\n| --- | --- |")
     for name in (STATISTICS, RANDOM, TRAINED):
-        told = [f"{probe} {frozen.of(name, probe, asked.labels).primary.value:.3f}" for probe in PROBES]
+        told = [
+            f"{probe} {frozen.find_score(name, probe, asked.labels).primary_estimate.value:.3f}"
+            for probe in PROBES
+        ]
         print(f"| {name}, frozen | {', '.join(told)} |", flush=True)
     start = TrainedRun.open(asked.run)
     rows = {"fine-tuned": (start, asked.seeds), "the same from random weights": (None, asked.scratch)}
@@ -73,19 +76,19 @@ def recipe_of(asked: argparse.Namespace, start: TrainedRun | None, seed: int) ->
     """What was asked for, with the encoder of the start."""
     recipe = finetune_recipe(asked.recipe)
     recipe = start.adapt_recipe(recipe) if start else recipe
-    return resized(overridden(recipe, asked.settings), epochs=asked.epochs, seed=seed)
+    return finetune_with_counts(override_recipe(recipe, asked.settings), epochs=asked.epochs, seed=seed)
 
 
 def tuned(asked: argparse.Namespace, start: TrainedRun | None, seed: int, path: Path) -> float:
     """The metric of one fine-tuned run, or the mean of one for each fold; a run that is there is carried on."""
     store, recipe = FeatureStore.open(asked.store), recipe_of(asked, start, seed)
     how = {"start": start, "label_set": asked.labels, "device": "cpu"}
-    if folds_of(OWN, store):
-        folds = cross_validated(store, OWN, recipe, path, **how)
+    if task_folds(OWN, store):
+        folds = cross_validate(store, OWN, recipe, path, **how)
         assert folds is not None  # in one process
-        return folds.scores[0].primary.value
+        return folds.scores[0].primary_estimate.value
     run = finetune(store, OWN, recipe, path, **how)
-    return Evaluation.read(run.path / EVALUATION).scores[0].primary.value
+    return Evaluation.read_json(run.path / EVALUATION_FILE).scores[0].primary_estimate.value
 
 
 if __name__ == "__main__":

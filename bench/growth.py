@@ -27,21 +27,28 @@ import soundfile
 
 from bench.machine import machine, memory_mb
 from pipeline.audio import sources
-from pipeline.audio.mel_spec import mel_spec
+from pipeline.audio.mel_spec import preset_mel_spec
 from pipeline.build.build import build_store
-from pipeline.build.plan import Blocks, Build, Output, open_rows, plan_store, tasks_of
-from pipeline.build.prepare import create_store, mark_open
+from pipeline.build.plan import (
+    BuildBlocks,
+    BuildOptions,
+    StoreOutput,
+    block_tasks,
+    count_open_rows,
+    plan_store,
+)
+from pipeline.build.prepare import create_store, mark_unfinished
 from pipeline.datasets import audioset
 from pipeline.datasets.corpus import Corpus
-from pipeline.files import WHOLE
+from pipeline.files import WHOLE_BUILD
 from pipeline.labels.ontology import load_class_list
-from pipeline.labels.segment_lists import plan_clips
+from pipeline.labels.segment_lists import plan_segment_lists
 
 T = TypeVar("T")
 
 CLIP_SECONDS = 2.0
 
-SPEC = replace(mel_spec("a-jepa"), name="a-jepa, 2 s", clip_seconds=CLIP_SECONDS)
+SPEC = replace(preset_mel_spec("a-jepa"), name="a-jepa, 2 s", clip_seconds=CLIP_SECONDS)
 
 DISTINCT = 200
 
@@ -99,15 +106,17 @@ def build_line(clips: int, workers: int) -> str:
 
     with tempfile.TemporaryDirectory(prefix="bench-growth-") as scratch:
         folder = Path(scratch)
-        corpus = audioset.audioset([make_corpus(folder, clips)], [folder / "balanced_train_segments.csv"])
-        output = Output(path=folder / "out.zarr", spec=SPEC)
+        corpus = audioset.audioset_corpus(
+            [make_corpus(folder, clips)], [folder / "balanced_train_segments.csv"]
+        )
+        output = StoreOutput(path=folder / "out.zarr", spec=SPEC)
         layout = plan_store(corpus, output).layout
         began = time.perf_counter()
-        manifest = build_store(corpus, output, Build(workers=workers), progress=watched)
+        manifest = build_store(corpus, output, BuildOptions(workers=workers), progress=watched)
         ended = time.perf_counter()
     good = int((manifest["status"] == "good").sum())
     return (
-        f"{good:>9,}{f'{layout.shards} x {layout.shard_clips}':>12}"
+        f"{good:>9,}{f'{layout.shard_count} x {layout.shard_clips}':>12}"
         f"{1000 * (marks[1] - marks[0]) / clips:>12.2f}{ended - marks[1]:>12.2f}{ended - began:>10.1f}"
         f"{memory_mb():>9.0f}{max(peaks):>9.0f}{max(own):>9.0f}"
     )
@@ -148,19 +157,19 @@ def planning_lines(rows: int) -> list[str]:
             first = last
         names = (f"{name[:2].decode()}/Y{name.decode()}.wav" for name in ids)
         stages.lines.append(f"  {'made up: the lists; libraries':<40}{'':21}{memory_mb():11,.0f} MB")
-        plan, _ = stages("lists read", lambda: plan_clips(paths))
+        plan, _ = stages("lists read", lambda: plan_segment_lists(paths))
         with made_up_walk(names):
             sources = stages(
-                "files matched (without the walk)", lambda: audioset.find_sources(plan, [folder])
+                "files matched (without the walk)", lambda: audioset.match_sounds_to_plan(plan, [folder])
             )
-        corpus = Corpus(plan=plan, sources=sources, classes=load_class_list(), asked={})
-        output = Output(path=folder / "out.zarr", spec=mel_spec("a-jepa"))
+        corpus = Corpus(plan=plan, sources=sources, classes=load_class_list(), dataset_settings={})
+        output = StoreOutput(path=folder / "out.zarr", spec=preset_mel_spec("a-jepa"))
         header = stages("header and plan id", lambda: plan_store(corpus, output))
         stages("empty store created", lambda: create_store(output.path, header, plan))
-        stores, blocks = [(output.path, header)], Blocks.of([header], WHOLE)
-        work = stages("open rows", lambda: open_rows(stores, corpus, blocks, None))
-        stages("marked open", lambda: mark_open(output.path, header, plan, work, blocks))
-        stages("first task", lambda: next(tasks_of(corpus, work, blocks)))
+        stores, blocks = [(output.path, header)], BuildBlocks.of_part([header], WHOLE_BUILD)
+        work = stages("open rows", lambda: count_open_rows(stores, corpus, blocks, None))
+        stages("marked open", lambda: mark_unfinished(output.path, header, plan, work, blocks))
+        stages("first task", lambda: next(block_tasks(corpus, work, blocks)))
     return [
         *stages.lines,
         f"  {rows:,} rows planned: {stages.seconds:.1f} s (under {TARGET_SECONDS} wanted), "

@@ -77,9 +77,9 @@ def timed(work: Callable[[], object]) -> Timed:
 
 def ours(rows: int, counts: Path | None) -> Timed:
     """Our `propagate` on the whole column."""
-    from pipeline.labels.propagation import propagate, relation_CC
+    from pipeline.labels.propagation import propagate, rule_relation_CC
 
-    labels, adds_CC = label_sets(rows, counts), relation_CC()
+    labels, adds_CC = label_sets(rows, counts), rule_relation_CC()
     return timed(lambda: propagate(labels, adds_CC))
 
 
@@ -95,7 +95,7 @@ def theirs(rows: int, share: int, counts: Path | None) -> tuple[Timed, str]:
     import torch
     from hierarchical_label_propagation import HLP
 
-    from pipeline.labels.propagation import propagate, relation_CC
+    from pipeline.labels.propagation import propagate, rule_relation_CC
 
     labels, hlp = label_sets(rows, counts)[:share], HLP()
     row_N = np.repeat(np.arange(share), labels.list.len().to_numpy())
@@ -117,7 +117,7 @@ def theirs(rows: int, share: int, counts: Path | None) -> tuple[Timed, str]:
     dtype, batch = min(ways, key=speed)
     done_NC = torch.cat(run(dtype, batch, share)).bool().numpy()
     agreed = [np.flatnonzero(row_C).tolist() for row_C in done_NC]
-    assert propagate(labels, relation_CC()).to_list() == agreed
+    assert propagate(labels, rule_relation_CC()).to_list() == agreed
     return timed(lambda: run(dtype, batch, share)), f"{str(dtype).removeprefix('torch.')}, batches of {batch}"
 
 

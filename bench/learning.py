@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from ajepa.evaluate.evaluate import evaluate
-from ajepa.evaluate.result import PRIMARY, TITLES, Evaluation
-from ajepa.model.pooling import Layer, PoolingName
+from ajepa.evaluate.evaluate import evaluate_run
+from ajepa.evaluate.result import METRIC_TITLES, PRIMARY_METRIC, Evaluation
+from ajepa.model.pooling import EncoderLayer, PoolingName
 from ajepa.pretrain.pretrain import pretrain
-from ajepa.recipes.catalogue import overridden, recipe
+from ajepa.recipes.catalogue import override_recipe, pretrain_recipe
 from ajepa.recipes.pretrain import Pretrain
 from bench.machine import machine
 
@@ -29,7 +29,7 @@ PROBES = ("linear", "knn")
 
 
 def measured(
-    made: Pretrain, store: Path, tasks: Sequence[Path], run: Path, pooling: PoolingName, layer: Layer
+    made: Pretrain, store: Path, tasks: Sequence[Path], run: Path, pooling: PoolingName, layer: EncoderLayer
 ) -> dict[str, Evaluation]:
     """A run of this recipe, and what was found of it on its own store and on each task."""
     began = time.process_time()
@@ -40,8 +40,8 @@ def measured(
     for each in (store, *tasks):
         kept = run / f"learning-{each.stem}.json"
         if not kept.exists():
-            evaluate(each, run, pooling=pooling, layer=layer, probes=PROBES, out=kept, progress=True)
-        found[each.stem] = Evaluation.read(kept)
+            evaluate_run(each, run, pooling=pooling, layer=layer, probes=PROBES, out=kept, progress=True)
+        found[each.stem] = Evaluation.read_json(kept)
     return found
 
 
@@ -53,7 +53,7 @@ def table(seeds: Sequence[dict[str, Evaluation]]) -> str:
         lines.append(f"\n{name}: {told['eval_clips']} clips of {', '.join(told['eval_splits'])}")
         for label_set in first.label_sets:
             rows = [score for score in first.scores if score.label_set == label_set]
-            title = TITLES[PRIMARY[rows[0].kind]]
+            title = METRIC_TITLES[PRIMARY_METRIC[rows[0].kind]]
             lines.append(
                 f"  {label_set} labels, {rows[0].classes} classes; {title}, chance {rows[0].chance:.3f}"
             )
@@ -67,7 +67,7 @@ def table(seeds: Sequence[dict[str, Evaluation]]) -> str:
 def spread(
     seeds: Sequence[dict[str, Evaluation]], name: str, features: str, probe: str, label_set: str
 ) -> str:
-    values = [seed[name].of(features, probe, label_set).primary.value for seed in seeds]
+    values = [seed[name].find_score(features, probe, label_set).primary_estimate.value for seed in seeds]
     return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values) if len(values) > 1 else 0:.3f}"
 
 
@@ -83,17 +83,17 @@ def main() -> None:
     parser.add_argument("--layer", default="last", help="last, mean-K or block-N")
     parser.add_argument("--out", type=Path)
     told = parser.parse_args()
-    made = overridden(recipe(told.recipe), told.set)
+    made = override_recipe(pretrain_recipe(told.recipe), told.set)
     with tempfile.TemporaryDirectory() as scratch:
         folder = told.out or Path(scratch)
         seeds = [
             measured(
-                made.resized(steps=told.steps, seed=seed),
+                made.with_counts(steps=told.steps, seed=seed),
                 told.store,
                 told.task,
                 folder / f"seed{seed}",
                 told.pooling,
-                Layer.named(told.layer),
+                EncoderLayer.from_name(told.layer),
             )
             for seed in range(told.seeds)
         ]

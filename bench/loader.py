@@ -25,7 +25,7 @@ import torch
 import zarr
 
 from ajepa.pretrain.pretrain import pretrain
-from ajepa.recipes.catalogue import recipe
+from ajepa.recipes.catalogue import pretrain_recipe
 from bench.build import LIST, SPEC, make_files
 from bench.loader_peers import (
     Hdf5Clips,
@@ -38,12 +38,12 @@ from bench.loader_peers import (
 )
 from bench.machine import machine
 from pipeline.build.build import build_stores
-from pipeline.build.plan import Build, Output
-from pipeline.datasets.audioset import audioset
+from pipeline.build.plan import BuildOptions, StoreOutput
+from pipeline.datasets.audioset import audioset_corpus
 from pipeline.loading.augment import Augment
 from pipeline.loading.dali import DaliLoader
 from pipeline.loading.loader import PlainLoader, View
-from pipeline.loading.sampling import Order
+from pipeline.loading.sampling import RowOrder
 from pipeline.store.feature_store import FeatureStore
 
 DTYPES = ("float16", "uint8")
@@ -71,8 +71,8 @@ def evict(path: Path) -> None:
 def make_stores(folder: Path, clips: int) -> list[FeatureStore]:
     """The same clips in one store of each dtype."""
     make_files(folder, ["wav"], clips)
-    outputs = [Output(path=folder / f"{dtype}.zarr", spec=SPEC, dtype=dtype) for dtype in DTYPES]
-    build_stores(audioset([folder / "wav"], [folder / LIST]), outputs, Build(workers=PROCESSES))
+    outputs = [StoreOutput(path=folder / f"{dtype}.zarr", spec=SPEC, dtype=dtype) for dtype in DTYPES]
+    build_stores(audioset_corpus([folder / "wav"], [folder / LIST]), outputs, BuildOptions(workers=PROCESSES))
     return [FeatureStore.open(output.path) for output in outputs]
 
 
@@ -148,9 +148,9 @@ def makers(
     sides: dict[str, tuple[Callable[[], Iterator[object]], Path]] = {}
     for store in stores:
         view = view_of(store)
-        order = Order(rows_N=store.good_rows(), clips=batch, seed=0)
+        order = RowOrder(rows_N=store.good_rows(), clips=batch, seed=0)
         normalise = Normalise(view, store.scale, store.offset)
-        rows_N = np.concatenate([order.rows(step) for step in range(order.steps_per_epoch)])
+        rows_N = np.concatenate([order.rows_at_step(step) for step in range(order.steps_per_epoch)])
         loaders = {
             "PlainLoader": (PlainLoader, view),
             "DaliLoader": (partial(DaliLoader, threads=PROCESSES), view),
@@ -208,7 +208,7 @@ def loader_table(stores: list[FeatureStore], folder: Path, batch: int, rounds: i
 def wait_line(store: FeatureStore, folder: Path) -> None:
     """Print how long a trainer waits, once its first steps are over."""
     on_gpu = torch.cuda.is_available()
-    made = recipe("a-jepa" if on_gpu else "small").resized(clips_per_step=64 if on_gpu else None)
+    made = pretrain_recipe("a-jepa" if on_gpu else "small").with_counts(clips_per_step=64 if on_gpu else None)
     run = pretrain(
         store.path,
         replace(made, log_every=LOG_STEPS),
@@ -216,7 +216,7 @@ def wait_line(store: FeatureStore, folder: Path) -> None:
         steps=WAIT_STEPS,
         say=lambda line: None,
     )
-    lines = run.metrics()[1:]
+    lines = run.read_metrics()[1:]
     wait, speed = (statistics.median(line[name] for line in lines) for name in ("data_wait", "clips_per_s"))
     where = torch.cuda.get_device_name() if on_gpu else "CPU; ViT-B on a GPU: skipped, there is none"
     print(

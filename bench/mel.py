@@ -14,7 +14,7 @@ import torch
 import torchaudio
 
 from pipeline.audio.mel import log_mel
-from pipeline.audio.mel_spec import PRESETS, MelSpec
+from pipeline.audio.mel_spec import MEL_PRESETS, MelSpec
 
 ROUNDS = 20
 
@@ -123,7 +123,7 @@ def main() -> None:
     print(
         f"log-mel of one clip, one thread, {ROUNDS} rounds of {CALLS} calls each, in turns, medians of processor time"
     )
-    for spec in PRESETS.values():
+    for spec in MEL_PRESETS.values():
         result = compare(spec)
         print(
             f"{spec.name:12} {result.ours_ms:6.2f} ms   torchaudio {result.theirs_ms:6.2f} ms"

@@ -27,20 +27,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from ajepa.model.masking import Masks
 from ajepa.model.patches import PatchGrid
 from ajepa.model.randomness import step_rng
-from ajepa.model.vit import encoder_spec
+from ajepa.model.vit import a_jepa_encoder
 from ajepa.pretrain.pretrain import pretrain
-from ajepa.pretrain.trainer import Trainer
-from ajepa.recipes.catalogue import recipe
+from ajepa.pretrain.trainer import PretrainTrainer
+from ajepa.recipes.catalogue import pretrain_recipe
 from ajepa.recipes.pretrain import Pretrain
-from ajepa.training.devices import Precision, pick_device, pick_precision, precision
-from ajepa.training.memory import GB, pretrain_memory
+from ajepa.training.devices import Precision, hardware_precision, pick_device, pick_precision
+from ajepa.training.memory import BYTES_PER_GB, pretrain_memory
 from bench.build import LIST, make_files
 from bench.machine import machine, memory_mb
 from bench.step_baseline import PublishedStep
-from pipeline.audio.mel_spec import mel_spec
+from pipeline.audio.mel_spec import preset_mel_spec
 from pipeline.build.build import build_store
-from pipeline.build.plan import Build, Output
-from pipeline.datasets.audioset import audioset
+from pipeline.build.plan import BuildOptions, StoreOutput
+from pipeline.datasets.audioset import audioset_corpus
 from pipeline.loading.loader import Batch
 
 ROWS = ("audio-jepa-s", "audio-jepa", "a-jepa-s", "a-jepa")
@@ -71,14 +71,14 @@ class Turn(NamedTuple):
 
 def row_recipe(name: str, clips: int) -> Pretrain:
     """A recipe by its name; `audio-jepa-s` is Audio-JEPA with a ViT-S."""
-    made = recipe("audio-jepa" if name == "audio-jepa-s" else name)
+    made = pretrain_recipe("audio-jepa" if name == "audio-jepa-s" else name)
     if name == "audio-jepa-s":
         made = with_encoder(made, "s", made.model.encoder.grid)
-    return made.resized(clips_per_step=clips)
+    return made.with_counts(clips_per_step=clips)
 
 
 def with_encoder(made: Pretrain, size: str, grid: PatchGrid) -> Pretrain:
-    return replace(made, model=replace(made.model, encoder=encoder_spec(size, grid)))
+    return replace(made, model=replace(made.model, encoder=a_jepa_encoder(size, grid)))
 
 
 def noise(made: Pretrain, device: torch.device) -> Batch:
@@ -97,7 +97,7 @@ def noise(made: Pretrain, device: torch.device) -> Batch:
 def masks_of(made: Pretrain, step: int) -> Masks:
     """Those that the trainer draws at that step."""
     rng = step_rng(made.seed, step)
-    return made.masks.maker(step, rng).sample(rng, made.model.encoder.grid, batch=made.clips_per_step)
+    return made.masks.mask_maker_at(step, rng).sample(rng, made.model.encoder.grid, batch=made.clips_per_step)
 
 
 def numbers(device: torch.device, bf16: bool) -> Precision:
@@ -110,10 +110,13 @@ def sides_of(
     """For each side the call that makes one update and gives the loss before it; all begin with equal weights."""
     batch, step = noise(made, device), made.steps // 2  # the same one every time: the same masks and rates
     masks, sides = masks_of(made, step), {}
-    lr, momentum = made.schedule.lr(step, made.steps), made.schedule.momentum(step, made.steps)
+    lr, momentum = (
+        made.schedule.learning_rate(step, made.steps),
+        made.schedule.teacher_momentum(step, made.steps),
+    )
     for name in (OURS, COMPILED) if compiled else (OURS,):
-        trainer = Trainer(made, device, precision=numbers(device, bf16), compiled=name == COMPILED)
-        sides[name] = lambda trainer=trainer: float(trainer.step(step, batch)["loss"])
+        trainer = PretrainTrainer(made, device, precision=numbers(device, bf16), compiled=name == COMPILED)
+        sides[name] = lambda trainer=trainer: float(trainer.train_step(step, batch)["loss"])
     for name in (WRITTEN_OUT, FUSED):
         plain = PublishedStep(made, trainer.model, device, bf16=bf16, fused=name == FUSED)
         sides[name] = lambda plain=plain: plain.step(batch.mel_BTF, masks, lr=lr, momentum=momentum)
@@ -198,14 +201,16 @@ def cost(made: Pretrain, device_name: str, bf16: bool, threads: int) -> tuple[fl
     """Seconds of a step (the quicker of two) and bytes at its peak, in a process that does nothing else."""
     torch.set_num_threads(threads)
     device = torch.device(device_name)
-    tiny = recipe("smoke").resized(clips_per_step=1)
-    Trainer(tiny, device).step(0, noise(tiny, device))  # what the libraries take is not the model's
+    tiny = pretrain_recipe("smoke").with_counts(clips_per_step=1)
+    PretrainTrainer(tiny, device).train_step(
+        0, noise(tiny, device)
+    )  # what the libraries take is not the model's
     before = 0.0 if device.type == "cuda" else memory_mb(field="VmRSS") * 1e6
-    trainer = Trainer(made, device, precision=numbers(device, bf16))
+    trainer = PretrainTrainer(made, device, precision=numbers(device, bf16))
     batch, took = noise(made, device), list[float]()
     for _ in range(3):
         began = clock(device)
-        trainer.step(made.steps // 2, batch)
+        trainer.train_step(made.steps // 2, batch)
         took.append(clock(device) - began)
     held = torch.cuda.max_memory_allocated() if device.type == "cuda" else memory_mb() * 1e6
     return min(took[1:]), held - before
@@ -214,8 +219,8 @@ def cost(made: Pretrain, device_name: str, bf16: bool, threads: int) -> tuple[fl
 def cost_table(clips: int, device: torch.device, bf16: bool) -> None:
     """Print what Audio-JEPA with a ViT-S costs by clip length and by batch."""
     base, threads = row_recipe("audio-jepa-s", clips), torch.get_num_threads()
-    longer = [with_encoder(base, "s", PatchGrid.of(frames, 128)) for frames in LENGTHS]
-    larger = [base.resized(clips_per_step=count) for count in (2 * clips, 4 * clips)]
+    longer = [with_encoder(base, "s", PatchGrid.from_size(frames, 128)) for frames in LENGTHS]
+    larger = [base.with_counts(clips_per_step=count) for count in (2 * clips, 4 * clips)]
     print(
         f"\naudio-jepa-s, {'bf16' if bf16 else 'fp32'}: cost by clip length and batch, a process each\n"
         f"{'frames':>8}{'tokens':>8}{'clips':>7}{'s/step':>9}{'clips/s':>9}{'memory GB':>11}{'estimated':>11}"
@@ -223,11 +228,11 @@ def cost_table(clips: int, device: torch.device, bf16: bool) -> None:
     for made in (*longer, *larger):
         with multiprocessing.get_context("spawn").Pool(1) as alone_in_it:
             seconds, held = alone_in_it.apply(cost, (made, str(device), bf16, threads))
-        needed = pretrain_memory(made, bf16=bf16, written_out=bf16 and device.type == "cpu").total
+        needed = pretrain_memory(made, bf16=bf16, written_out=bf16 and device.type == "cpu").total_bytes
         grid, count = made.model.encoder.grid, made.clips_per_step
         print(
             f"{grid.frames:8}{grid.tokens:8}{count:7}{seconds:9.2f}{count / seconds:9.1f}"
-            f"{held / GB:11.2f}{needed / GB:11.2f}",
+            f"{held / BYTES_PER_GB:11.2f}{needed / BYTES_PER_GB:11.2f}",
             flush=True,
         )
 
@@ -238,12 +243,12 @@ def wait_line(clips: int, device: torch.device) -> None:
     with tempfile.TemporaryDirectory(prefix="bench-step-") as scratch:
         folder, store = Path(scratch), Path(scratch) / "clips.zarr"
         make_files(folder, ["wav"], WAIT_CLIPS)
-        corpus = audioset([folder / "wav"], [folder / LIST])
-        build_store(corpus, Output(path=store, spec=mel_spec(made.mel)), Build(workers=2))
+        corpus = audioset_corpus([folder / "wav"], [folder / LIST])
+        build_store(corpus, StoreOutput(path=store, spec=preset_mel_spec(made.mel)), BuildOptions(workers=2))
         run = pretrain(
             store, made, folder / "run", steps=WAIT_STEPS, device=device.type, say=lambda line: None
         )
-        lines = run.metrics()[1:]
+        lines = run.read_metrics()[1:]
     wait, speed = (statistics.median(line[name] for line in lines) for name in ("data_wait", "clips_per_s"))
     print(
         f"\npre-training audio-jepa-s from a store: {speed:.1f} clips/s, {wait:.1%} of the time waiting for data"
@@ -269,7 +274,7 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     device = pick_device(asked.device)
-    hardware_bf16, told = precision(device)
+    hardware_bf16, told = hardware_precision(device)
     clips = asked.clips or (64 if device.type == "cuda" else 4)
     print(f"{machine('ajepa', 'torch', 'numpy')}\n{asked.threads} threads; {told}")
     if asked.precisions is None and not hardware_bf16:

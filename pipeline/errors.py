@@ -25,10 +25,12 @@ def archive_error(path: Path, error: BaseException) -> AudioError:
     """What it means for a clip that the archive which holds it cannot be read."""
     if isinstance(error, FileNotFoundError):
         return AudioError("missing", f"{path.name} is gone; fetch it again")
-    return AudioError("unreadable", f"{path.name} cannot be read ({first_line(error, path)}); fetch it again")
+    return AudioError(
+        "unreadable", f"{path.name} cannot be read ({first_error_line(error, path)}); fetch it again"
+    )
 
 
-def first_line(error: BaseException, path: Path) -> str:
+def first_error_line(error: BaseException, path: Path) -> str:
     """What a library says about a file, without its second thoughts and without the folders."""
     lines = str(error).replace(str(path), path.name).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
@@ -46,7 +48,7 @@ class StoreError(InputError):
     """A feature store is absent, damaged, of another kind than expected, or in use."""
 
 
-class BrokenClip(StoreError):
+class BrokenClipError(StoreError):
     """A clip that a store should hold cannot be read as it was written; `row` is its row of the store."""
 
     def __init__(self, row: int, text: str) -> None:
@@ -54,15 +56,15 @@ class BrokenClip(StoreError):
         self.row = row
 
     def __reduce__(self) -> tuple[object, ...]:
-        return BrokenClip, (self.row, str(self))  # it comes from other processes too
+        return BrokenClipError, (self.row, str(self))  # it comes from other processes too
 
 
 class RunError(InputError):
     """A training run, its recipe or its device is not what was asked for."""
 
 
-class Interrupted(BaseException):
+class StopSignal(BaseException):
     """One of STOP_SIGNALS: stop as soon as nothing is lost. Not an error, and nobody's to swallow."""
 
 
-RUN_AGAIN = 75  # EX_TEMPFAIL: interrupted with nothing lost; the same command carries on
+RUN_AGAIN_STATUS = 75  # EX_TEMPFAIL: interrupted with nothing lost; the same command carries on

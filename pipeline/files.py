@@ -14,16 +14,18 @@ from typing import BinaryIO, Self
 
 from pipeline.errors import InputError, StoreError
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: the disk has no room
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: the disk has no room
 
-PARTIAL = ".partial"  # suffix of what a crash may leave behind; swept at the next start
+PARTIAL_SUFFIX = ".partial"  # suffix of what a crash may leave behind; swept at the next start
 
-GATE_POLL_SECONDS = 0.05
+LOCK_POLL_SECONDS = 0.05
 
-CACHE_GB = 100.0  # 10^9 bytes that shards fetched from object stores take at most, unless told otherwise
+DEFAULT_CACHE_GB = (
+    100.0  # 10^9 bytes that shards fetched from object stores take at most, unless told otherwise
+)
 
 
-def scratch_of(path: Path) -> Path:
+def scratch_path(path: Path) -> Path:
     """Where to write what will be `path`; another on every machine and in every process.
 
     InputError for `/`, and for what is neither a file nor a folder: a rename would put a file in a device's place.
@@ -32,12 +34,12 @@ def scratch_of(path: Path) -> Path:
         raise InputError(f"{path}: is a folder; expected the name of a file to write")
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise InputError(f"{path}: is a device or a pipe; expected the name of a file to write")
-    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{PARTIAL}")
+    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{PARTIAL_SUFFIX}")
 
 
-def refuse_unwritable(path: Path) -> None:
+def check_writable(path: Path) -> None:
     """InputError where no file could be put at `path` in the end; for before the work, which may take hours."""
-    scratch_of(path)
+    scratch_path(path)
     if path.is_dir():
         raise InputError(f"{path}: is a folder; expected the name of a file to write")
     folder = path.absolute().parent
@@ -49,33 +51,33 @@ def refuse_unwritable(path: Path) -> None:
         raise InputError(f"{path}: nothing can be written in {folder}; choose another folder")
 
 
-def abandoned(path: Path) -> Iterator[Path]:
+def abandoned_scratch_paths(path: Path) -> Iterator[Path]:
     """Scratch paths of `path` whose process, on this machine, is no more."""
     for scratch in path.parent.glob(
-        f"{glob.escape(path.name)}.{glob.escape(socket.gethostname())}-*{PARTIAL}"
+        f"{glob.escape(path.name)}.{glob.escape(socket.gethostname())}-*{PARTIAL_SUFFIX}"
     ):
-        pid = scratch.name.removesuffix(PARTIAL).rpartition("-")[2]
+        pid = scratch.name.removesuffix(PARTIAL_SUFFIX).rpartition("-")[2]
         if pid.isdecimal() and not Path("/proc", pid).exists():
             yield scratch
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing_file(path: Path) -> Iterator[Path]:
     """Yield a scratch path beside `path`; on success it is fsynced and renamed to `path`, else removed.
 
     After the block either the old file or the whole new one is there, also after a power cut.
     """
-    scratch = scratch_of(path)
+    scratch = scratch_path(path)
     try:
         yield scratch
-        fsync(scratch)
+        sync_to_disk(scratch)
         scratch.replace(path)
-        fsync(path.parent)
+        sync_to_disk(path.parent)
     finally:
         scratch.unlink(missing_ok=True)
 
 
-def fsync(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
     """Force a file or a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -85,11 +87,11 @@ def fsync(path: Path) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class BuildPart:
     """Every `of`-th block of a plan's shards, beginning with number `index`; 0 of 1 is all of them."""
 
     index: int = 0
-    of: int = 1
+    count: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -100,61 +102,63 @@ class Part:
         return cls(int(index), int(of))
 
     def __str__(self) -> str:
-        return f"{self.index}/{self.of}"
+        return f"{self.index}/{self.count}"
 
     @property
     def lock_name(self) -> str:
-        return "build.lock" if self.of == 1 else f"build.{self.index}-of-{self.of}.lock"
+        return "build.lock" if self.count == 1 else f"build.{self.index}-of-{self.count}.lock"
 
-    def meets(self, lock_name: str) -> bool:
+    def overlaps_lock(self, lock_name: str) -> bool:
         """Whether whoever holds that lock may write where this part does."""
-        return self.of == 1 or lock_name == self.lock_name or not lock_name.endswith(f"-of-{self.of}.lock")
+        return (
+            self.count == 1 or lock_name == self.lock_name or not lock_name.endswith(f"-of-{self.count}.lock")
+        )
 
 
-WHOLE = Part()
+WHOLE_BUILD = BuildPart()
 
 
 @contextmanager
-def locked(store: Path, part: Part = WHOLE) -> Iterator[None]:
+def lock_store(store: Path, part: BuildPart = WHOLE_BUILD) -> Iterator[None]:
     """Hold a store, or a part of it, for writing; raises StoreError that names who holds it.
 
     Parts of one division may be held together, all else excludes each other. The kernel frees a lock with its
     process. Of two that start in the same instant both may be refused.
     """
-    with _held(store / part.lock_name) as lock:
+    with _try_exclusive_lock(store / part.lock_name) as lock:
         if lock is None:
-            raise _taken(store, store / part.lock_name)
+            raise _in_use_error(store, store / part.lock_name)
         for other in sorted(store.glob("build.*lock")):
-            if other.name != part.lock_name and part.meets(other.name) and not _is_free(other):
-                raise _taken(store, other)
-        _sign(lock)
+            if other.name != part.lock_name and part.overlaps_lock(other.name) and not _is_lock_free(other):
+                raise _in_use_error(store, other)
+        _write_lock_owner(lock)
         yield
 
 
 @contextmanager
-def locked_file(path: Path) -> Iterator[None]:
+def lock_output_file(path: Path) -> Iterator[None]:
     """Hold a file that is long in the making; raises StoreError that names who else makes it. As `locked` else."""
     lock_path = path.with_name(path.name + ".lock")
-    with _held(lock_path) as lock:
+    with _try_exclusive_lock(lock_path) as lock:
         if lock is None:
-            raise _taken(path, lock_path)
-        _sign(lock)
+            raise _in_use_error(path, lock_path)
+        _write_lock_owner(lock)
         yield
 
 
 @contextmanager
-def gate(store: Path) -> Iterator[None]:
+def lock_shared_files(store: Path) -> Iterator[None]:
     """Wait for, then hold, what parts share: the files beside the shards. For moments only."""
     while True:
-        with _held(store / "gate.lock") as lock:
+        with _try_exclusive_lock(store / "gate.lock") as lock:
             if lock is not None:
                 yield
                 return
-        time.sleep(GATE_POLL_SECONDS)
+        time.sleep(LOCK_POLL_SECONDS)
 
 
 @contextmanager
-def _held(path: Path) -> Iterator[BinaryIO | None]:
+def _try_exclusive_lock(path: Path) -> Iterator[BinaryIO | None]:
     """An exclusive lock on a file that is gone afterwards; None where somebody else has it."""
     with path.open("a+b") as lock:
         try:
@@ -169,13 +173,13 @@ def _held(path: Path) -> Iterator[BinaryIO | None]:
                 path.unlink()  # who opened it before now finds it gone, above
 
 
-def _sign(lock: BinaryIO) -> None:
+def _write_lock_owner(lock: BinaryIO) -> None:
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
     lock.flush()
 
 
-def _is_free(path: Path) -> bool:
+def _is_lock_free(path: Path) -> bool:
     """Whether nobody holds that lock: its holder was killed, or has just finished."""
     try:
         with path.open("rb") as lock:
@@ -187,7 +191,7 @@ def _is_free(path: Path) -> bool:
     return True
 
 
-def _taken(store: Path, path: Path) -> StoreError:
+def _in_use_error(store: Path, path: Path) -> StoreError:
     try:
         who = path.read_text() or "another process"
     except FileNotFoundError:

@@ -8,7 +8,7 @@ from corpus import write_corpus
 from pyarrow.fs import S3FileSystem
 from stores import BUCKET, build
 
-from pipeline.labels.label_sets import propagate_labels
+from pipeline.labels.label_sets import propagate_store_labels
 from pipeline.store.feature_store import FeatureStore
 
 
@@ -21,7 +21,7 @@ def corpus(tmp_path_factory) -> Path:
 def store_path(corpus, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("store") / "tiny.zarr"
     build(corpus, out)
-    propagate_labels(out)
+    propagate_store_labels(out)
     return out
 
 
@@ -30,7 +30,7 @@ def other_store_path(tmp_path_factory) -> Path:
     """A smaller store of the same kind, of other clips."""
     folder = tmp_path_factory.mktemp("other")
     build(write_corpus(folder / "corpus", clips=24), folder / "other.zarr")
-    propagate_labels(folder / "other.zarr")
+    propagate_store_labels(folder / "other.zarr")
     return folder / "other.zarr"
 
 

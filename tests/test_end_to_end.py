@@ -168,7 +168,7 @@ def test_a_run_that_is_killed_carries_on_to_the_same_weights(desk, trained):
     until(lambda: list((desk / "runs/killed/checkpoints").glob("step-*[0-9]/state.json")), process)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    assert 0 < Run.open(desk / "runs/killed").step < STEPS
+    assert 0 < Run.open(desk / "runs/killed").newest_step < STEPS
     assert f"done, {STEPS} steps" in typed(pretrain, desk)
     digests = [
         json.loads((desk / f"runs/{name}/checkpoints/step-{STEPS:08d}/state.json").read_text())["sha256"]

@@ -7,10 +7,10 @@ import typer
 
 from ajepa.cli import embed, evaluate
 from ajepa.cli.finetune import finetune, hlp_study
-from ajepa.cli.options import pretraining
-from pipeline.cli.options import Cache, CacheGb, completing, run_app, to_write
+from ajepa.cli.options import pretrain_recipe_names
+from pipeline.cli.options import CacheFolder, CacheSizeGb, check_output_path, complete_from, run_command_line
 from pipeline.errors import InputError
-from pipeline.files import CACHE_GB
+from pipeline.files import DEFAULT_CACHE_GB
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,41 +19,42 @@ app = typer.Typer(
     help="A feature store in, a pre-trained and measured audio encoder out.",
 )
 
-app.add_typer(evaluate.app)
+app.add_typer(evaluate.evaluate_app)
 
-app.add_typer(embed.app)
+app.add_typer(embed.embed_app)
 
-StorePlace = Annotated[str, typer.Option(help="Feature store, NAME.zarr or s3://...", show_default=False)]
+StoreOption = Annotated[str, typer.Option(help="Feature store, NAME.zarr or s3://...", show_default=False)]
 
-StorePlaces = Annotated[list[str], typer.Option(help="NAME.zarr or s3://...; repeats.", show_default=False)]
+StoresOption = Annotated[list[str], typer.Option(help="NAME.zarr or s3://...; repeats.", show_default=False)]
 
-RunPath = Annotated[Path, typer.Option(help="Run folder of pretrain or finetune.", show_default=False)]
+RunOption = Annotated[Path, typer.Option(help="Run folder of pretrain or finetune.", show_default=False)]
 
-RecipeName = Annotated[
-    str, typer.Option(help="Name in `ajepa-train recipes`.", autocompletion=completing(pretraining))
+RecipeOption = Annotated[
+    str,
+    typer.Option(help="Name in `ajepa-train recipes`.", autocompletion=complete_from(pretrain_recipe_names)),
 ]
 
-Settings = Annotated[
+SettingsOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Recipe field, schedule.peak_lr=1e-4; repeats."),
 ]
 
-Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is one.")]
+DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is one.")]
 
 
 @app.command()
 def pretrain(
-    store: StorePlaces,
+    store: StoresOption,
     run: Annotated[Path, typer.Option(help="Run folder to make or carry on.", show_default=False)],
-    recipe: RecipeName = "small",
-    settings: Settings = None,
+    recipe: RecipeOption = "small",
+    settings: SettingsOption = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps. [default: the recipe's]")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Clips per step. [default: the recipe's]")] = None,
     micro_batch: Annotated[
         int | None, typer.Option(min=1, help="Clips at once: less memory, same result. [default: all]")
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of weights, order, masks. [default: 0]")] = None,
-    device: Device = "auto",
+    device: DeviceOption = "auto",
     precision: Annotated[
         Literal["auto", "fp32", "bf16", "fp16"],
         typer.Option(
@@ -92,8 +93,8 @@ def pretrain(
         Literal["first-epoch", "always", "never"],
         typer.Option(metavar="WHEN", help="first-epoch: checksums compared when first read; always; never."),
     ] = "first-epoch",
-    cache: Cache = None,
-    cache_gb: CacheGb = CACHE_GB,
+    cache: CacheFolder = None,
+    cache_gb: CacheSizeGb = DEFAULT_CACHE_GB,
 ) -> None:
     """Pre-train an encoder; splits named eval or test are held out.
 
@@ -105,13 +106,13 @@ def pretrain(
     """
     from ajepa.pretrain import pretrain as stage
     from ajepa.pretrain.training_set import TrainingSet
-    from ajepa.recipes.catalogue import overridden
-    from ajepa.recipes.catalogue import recipe as named
-    from ajepa.training.distributed import joined
+    from ajepa.recipes.catalogue import override_recipe
+    from ajepa.recipes.catalogue import pretrain_recipe as named
+    from ajepa.training.distributed import join_ranks
     from pipeline.store.feature_store import FeatureStore
 
-    with joined() as world:
-        chosen = overridden(named(recipe), settings or [])
+    with join_ranks() as world:
+        chosen = override_recipe(named(recipe), settings or [])
         stores = (FeatureStore.open(s, io=io, check=check, cache=cache, cache_gb=cache_gb) for s in store)
         trained_on = TrainingSet(
             stores=tuple(stores),
@@ -121,7 +122,7 @@ def pretrain(
         )
         done = stage.pretrain(
             trained_on,
-            chosen.resized(steps=steps, clips_per_step=batch, seed=seed),
+            chosen.with_counts(steps=steps, clips_per_step=batch, seed=seed),
             run,
             micro_batch=micro_batch,
             device=device,
@@ -133,9 +134,11 @@ def pretrain(
             on_collapse=on_collapse,
             progress=True,
         )
-        if world.main:
+        if world.is_main:
             there = f"{store[0]} --cache {cache}" if cache else store[0]
-            print(f"{run}: done, {done.step} steps. Next: ajepa-train evaluate --store {there} --run {run}")
+            print(
+                f"{run}: done, {done.newest_step} steps. Next: ajepa-train evaluate --store {there} --run {run}"
+            )
 
 
 app.command()(finetune)
@@ -149,16 +152,16 @@ def recipes() -> None:
 
     Example: ajepa-train recipes
     """
-    from ajepa.report.recipe_list import listing
+    from ajepa.report.recipe_list import list_recipes
 
-    print(listing())
+    print(list_recipes())
 
 
 @app.command()
 def masks(
     png: Annotated[Path, typer.Option(help="Picture to write.", show_default=False)],
-    recipe: RecipeName = "small",
-    settings: Settings = None,
+    recipe: RecipeOption = "small",
+    settings: SettingsOption = None,
     store: Annotated[
         str | None, typer.Option(help="Take a clip of this store. [default: a formula's sound]")
     ] = None,
@@ -170,23 +173,23 @@ def masks(
 
     Example: ajepa-train masks --recipe a-jepa --png masks.png
     """
-    from ajepa.recipes.catalogue import overridden
-    from ajepa.recipes.catalogue import recipe as named
-    from ajepa.report.masks import draw_masks
+    from ajepa.recipes.catalogue import override_recipe
+    from ajepa.recipes.catalogue import pretrain_recipe as named
+    from ajepa.report.masks import draw_recipe_masks
 
-    print(draw_masks(overridden(named(recipe), settings or []), png, store))
+    print(draw_recipe_masks(override_recipe(named(recipe), settings or []), png, store))
 
 
 @app.command()
 def report(
-    store: StorePlace,
-    run: RunPath,
+    store: StoreOption,
+    run: RunOption,
     html: Annotated[
-        Path | None, typer.Option(help="One page with everything on it.", callback=to_write)
+        Path | None, typer.Option(help="One page with everything on it.", callback=check_output_path)
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for PNG files.")] = None,
-    cache: Cache = None,
-    cache_gb: CacheGb = CACHE_GB,
+    cache: CacheFolder = None,
+    cache_gb: CacheSizeGb = DEFAULT_CACHE_GB,
 ) -> None:
     """Show a run: curves, masks, probes.
 
@@ -201,7 +204,7 @@ def report(
     if html is None and out is None:
         raise InputError("report: give --html FILE, --out FOLDER, or both")
     opened = FeatureStore.open(store, cache=cache, cache_gb=cache_gb)
-    for picture in seen.report(opened, run, out, html=html):
+    for picture in seen.draw_run_report(opened, run, out, html=html):
         print(picture)
 
 
@@ -216,14 +219,14 @@ def doctor() -> None:
     """
     from tempfile import TemporaryDirectory
 
-    from ajepa.cli.doctor import train_findings
+    from ajepa.cli.doctor import training_findings
     from pipeline.cli.doctor import told
 
     with TemporaryDirectory() as trial:
-        for line in told(train_findings(Path(trial))):
+        for line in told(training_findings(Path(trial))):
             print(line, flush=True)
 
 
 def main() -> NoReturn:
     """Run ajepa-train."""
-    run_app(app)
+    run_command_line(app)

@@ -5,30 +5,30 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.cli.options import Cache, CacheGb, to_write
-from pipeline.files import CACHE_GB
+from pipeline.cli.options import CacheFolder, CacheSizeGb, check_output_path
+from pipeline.files import DEFAULT_CACHE_GB
 
-app = typer.Typer(rich_markup_mode=None)
+embed_app = typer.Typer(rich_markup_mode=None)
 
-Model = Annotated[
+ModelOption = Annotated[
     str, typer.Option(help="Run, exported folder or file, or ORG/NAME of the hub.", show_default=False)
 ]
 
-CheckpointName = Annotated[
+CheckpointOption = Annotated[
     str, typer.Option("--checkpoint", help="Of a run: last, best (by probe), or a step that is kept.")
 ]
 
-Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is one.")]
+DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is one.")]
 
 
-@app.command()
+@embed_app.command()
 def embed(
     sounds: Annotated[
         list[str], typer.Argument(help="Audio files, folders and archives; or one store.", show_default=False)
     ],
-    model: Model,
+    model: ModelOption,
     out: Annotated[Path, typer.Option(help="Parquet table to write or carry on.", show_default=False)],
-    checkpoint: CheckpointName = "last",
+    checkpoint: CheckpointOption = "last",
     frames: Annotated[bool, typer.Option("--frames", help="Also one vector a time column.")] = False,
     pooling: Annotated[
         Literal["mean", "frequency"], typer.Option(help="frequency: band by band, wider.")
@@ -39,9 +39,9 @@ def embed(
     ] = 0.5,
     batch: Annotated[int, typer.Option(min=1, help="Windows encoded at a time.")] = 32,
     workers: Annotated[int, typer.Option(min=0, help="Threads that decode ahead.")] = 2,
-    device: Device = "auto",
-    cache: Cache = None,
-    cache_gb: CacheGb = CACHE_GB,
+    device: DeviceOption = "auto",
+    cache: CacheFolder = None,
+    cache_gb: CacheSizeGb = DEFAULT_CACHE_GB,
 ) -> None:
     """Embed sounds as rows of a Parquet table.
 
@@ -51,25 +51,32 @@ def embed(
     Example: ajepa-train embed sounds/ --model runs/a --out emb.parquet
     """
     from ajepa.embed import embedder as stage
-    from ajepa.embed.table import embed_table, job_of, outcome
-    from ajepa.model.pooling import Layer
+    from ajepa.embed.table import make_embedding_job, summarise_table, write_embedding_table
+    from ajepa.model.pooling import EncoderLayer
 
     loaded = stage.load(
-        model, at=checkpoint, device=device, pooling=pooling, layer=Layer.named(layer), overlap=overlap
+        model,
+        at=checkpoint,
+        device=device,
+        pooling=pooling,
+        layer=EncoderLayer.from_name(layer),
+        overlap=overlap,
     )
-    job = job_of(sounds, loaded, cache=cache, cache_gb=cache_gb)
-    counts = embed_table(loaded, job, out, frames=frames, batch=batch, workers=workers, progress=True)
-    print(outcome(out, counts))
+    job = make_embedding_job(sounds, loaded, cache=cache, cache_gb=cache_gb)
+    counts = write_embedding_table(
+        loaded, job, out, frames=frames, batch=batch, workers=workers, progress=True
+    )
+    print(summarise_table(out, counts))
 
 
-@app.command()
+@embed_app.command()
 def nearest(
     query: Annotated[Path, typer.Argument(help="Audio file.", show_default=False)],
     index: Annotated[Path, typer.Option(help="Table made by embed.", show_default=False)],
-    model: Model,
-    checkpoint: CheckpointName = "last",
+    model: ModelOption,
+    checkpoint: CheckpointOption = "last",
     count: Annotated[int, typer.Option("-k", "--count", min=1, help="How many to list.")] = 10,
-    device: Device = "auto",
+    device: DeviceOption = "auto",
 ) -> None:
     """List the sounds of a table that are most like a given one.
 
@@ -77,26 +84,26 @@ def nearest(
 
     Example: ajepa-train nearest bird.wav --index emb.parquet --model runs/a
     """
-    from ajepa.embed.nearest import nearest as search
+    from ajepa.embed.nearest import nearest_sounds as search
 
     for one in search(query, index, model, count=count, device=device, at=checkpoint):
         labels = f"  ({', '.join(one.labels)})" if one.labels else ""
         print(f"{one.similarity:6.3f}  {one.seconds:8.2f} s  {one.path}{labels}")
 
 
-@app.command()
+@embed_app.command()
 def export(
     model: Annotated[str, typer.Argument(help="Run, or exported folder or file.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
-    checkpoint: CheckpointName = "last",
+    checkpoint: CheckpointOption = "last",
     licence: Annotated[
         str | None, typer.Option(help="Of the weights, such as cc-by-4.0: yours to state.")
     ] = None,
     onnx: Annotated[
-        Path | None, typer.Option(help="Also an ONNX file, audio to embeddings.", callback=to_write)
+        Path | None, typer.Option(help="Also an ONNX file, audio to embeddings.", callback=check_output_path)
     ] = None,
     torch_export: Annotated[
-        Path | None, typer.Option(help="Also a torch.export file, NAME.pt2.", callback=to_write)
+        Path | None, typer.Option(help="Also a torch.export file, NAME.pt2.", callback=check_output_path)
     ] = None,
     pooling: Annotated[
         Literal["mean", "frequency"], typer.Option(help="Of the ONNX and torch.export files.")
@@ -112,7 +119,7 @@ def export(
     """
     from ajepa.embed import embedder as stage
     from ajepa.embed import export_graph as graph
-    from ajepa.embed.export import export as write
+    from ajepa.embed.export import export_encoder as write
 
     exported = write(model, out, licence=licence, at=checkpoint)
     print(f"{out}: model {exported.model_id}. Next: ajepa-train push {out} ORG/NAME")
@@ -122,13 +129,13 @@ def export(
         told = f"windows of {network.samples} samples at {audio_hz} Hz, any batch"
         if onnx:
             graph.write_onnx(network, onnx)
-            print(f"{onnx}: ONNX, opset {graph.OPSET}, {told}")
+            print(f"{onnx}: ONNX, opset {graph.ONNX_OPSET}, {told}")
         if torch_export:
             graph.write_program(network, torch_export)
             print(f"{torch_export}: torch.export, {told}")
 
 
-@app.command()
+@embed_app.command()
 def push(
     folder: Annotated[Path, typer.Argument(help="Folder made by export.", show_default=False)],
     place: Annotated[str, typer.Argument(help="ORG/NAME on the Hugging Face hub.", show_default=False)],
@@ -140,12 +147,12 @@ def push(
 
     Example: ajepa-train push a-jepa-as20k me/a-jepa-as20k
     """
-    from ajepa.embed.hub import push as put
+    from ajepa.embed.hub import push_to_hub as put
 
     print(f"{put(folder, place, private=private)}: load it with ajepa.load('{place}')")
 
 
-@app.command()
+@embed_app.command()
 def load(
     model: Annotated[
         str, typer.Argument(help="ORG/NAME[@REVISION] of the hub, run or export.", show_default=False)
@@ -159,12 +166,12 @@ def load(
     Example: ajepa-train load me/a-jepa-as20k --out a-jepa-as20k
     """
     from ajepa.embed.export import encoder_facts
-    from ajepa.embed.hub import copied
-    from ajepa.embed.pretrained import trained
+    from ajepa.embed.hub import copy_from_hub
+    from ajepa.embed.pretrained import load_pretrained
 
-    loaded = trained(model)
+    loaded = load_pretrained(model)
     facts = {"model id": loaded.model_id, "recipe": loaded.recipe_name, "mel spec": loaded.mel.name}
     for name, value in (facts | encoder_facts(loaded) | {"licence": loaded.licence or "not stated"}).items():
         print(f"{name:9} {value}")
     if out is not None:
-        print(f"{copied(model, out)}: kept")
+        print(f"{copy_from_hub(model, out)}: kept")

@@ -5,13 +5,13 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.cli.options import Cache, CacheGb, to_write
-from pipeline.files import CACHE_GB
+from pipeline.cli.options import CacheFolder, CacheSizeGb, check_output_path
+from pipeline.files import DEFAULT_CACHE_GB
 
-app = typer.Typer()
+evaluate_app = typer.Typer()
 
 
-@app.command()
+@evaluate_app.command()
 def evaluate(
     store: Annotated[str, typer.Option(help="Feature store, NAME.zarr or s3://...", show_default=False)],
     run: Annotated[Path, typer.Option(help="Run folder of pretrain or finetune.", show_default=False)],
@@ -34,17 +34,17 @@ def evaluate(
     train_clips: Annotated[int, typer.Option(min=1, help="Most clips to train probes on.")] = 20_000,
     out: Annotated[
         Path | None,
-        typer.Option(help="JSON file, replaced if there. [default: in the run]", callback=to_write),
+        typer.Option(help="JSON file, replaced if there. [default: in the run]", callback=check_output_path),
     ] = None,
     per_class: Annotated[
         Path | None,
-        typer.Option(help="CSV file for every class: average precision, recall.", callback=to_write),
+        typer.Option(help="CSV file for every class: average precision, recall.", callback=check_output_path),
     ] = None,
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is one.")
     ] = "auto",
-    cache: Cache = None,
-    cache_gb: CacheGb = CACHE_GB,
+    cache: CacheFolder = None,
+    cache_gb: CacheSizeGb = DEFAULT_CACHE_GB,
 ) -> None:
     """Measure a run on held-out clips of its store, or of another.
 
@@ -58,29 +58,29 @@ def evaluate(
     Example: ajepa-train evaluate --store as20k.zarr --run runs/a
     """
     from ajepa.evaluate import evaluate as stage
-    from ajepa.model.pooling import POOLING, Layer
+    from ajepa.model.pooling import DEFAULT_POOLING, EncoderLayer
     from pipeline.store.feature_store import FeatureStore
 
-    found = stage.evaluate(
+    found = stage.evaluate_run(
         FeatureStore.open(store, cache=cache, cache_gb=cache_gb),
         run,
         checkpoint=checkpoint,
         device=device,
         train_clips=train_clips,
-        pooling=pooling or POOLING,
-        layer=Layer.named(layer),
+        pooling=pooling or DEFAULT_POOLING,
+        layer=EncoderLayer.from_name(layer),
         probes=tuple(probe) if probe else None,
-        labels=[name.strip() for name in labels.split(",") if name.strip()],
+        label_sets=[name.strip() for name in labels.split(",") if name.strip()],
         kind=kind,
         out=out,
         progress=True,
     )
     if per_class is not None:
-        found.write_classes(per_class)
-    print(found.table())
+        found.write_class_table(per_class)
+    print(found.format_table())
 
 
-@app.command()
+@evaluate_app.command()
 def compare(
     results: Annotated[
         list[Path],
@@ -94,6 +94,6 @@ def compare(
 
     Example: ajepa-train compare runs/a runs/finetuned
     """
-    from ajepa.evaluate.compare import compare as compared
+    from ajepa.evaluate.compare import compare_results as compared
 
     print(compared(results))

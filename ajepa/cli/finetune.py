@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ajepa.cli.options import finetuning, models, tasks
-from pipeline.cli.options import Cache, CacheGb, completing, rules
-from pipeline.files import CACHE_GB
+from ajepa.cli.options import classifier_kind_names, finetune_recipe_names, task_names
+from pipeline.cli.options import CacheFolder, CacheSizeGb, complete_from, propagation_rule_names
+from pipeline.files import DEFAULT_CACHE_GB
 
 
 def finetune(
@@ -20,7 +20,7 @@ def finetune(
         typer.Option(
             help="audioset, esc50, fsd50k, speech-commands-v1, speech-commands-v2, voxceleb1-sid; own: any labels.",
             show_default=False,
-            autocompletion=completing(tasks),
+            autocompletion=complete_from(task_names),
         ),
     ],
     run: Annotated[Path, typer.Option(help="Run folder to make or carry on.", show_default=False)],
@@ -30,11 +30,16 @@ def finetune(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Kind of classifier. [default: the recipe's]", autocompletion=completing(models)),
+        typer.Option(
+            help="Kind of classifier. [default: the recipe's]",
+            autocompletion=complete_from(classifier_kind_names),
+        ),
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(help="Name in recipes. [default: the task's]", autocompletion=completing(finetuning)),
+        typer.Option(
+            help="Name in recipes. [default: the task's]", autocompletion=complete_from(finetune_recipe_names)
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -62,8 +67,8 @@ def finetune(
     on_broken: Annotated[
         Literal["raise", "skip"], typer.Option(help="skip: another clip of the step stands in.")
     ] = "raise",
-    cache: Cache = None,
-    cache_gb: CacheGb = CACHE_GB,
+    cache: CacheFolder = None,
+    cache_gb: CacheSizeGb = DEFAULT_CACHE_GB,
 ) -> None:
     """Fine-tune an encoder, or train a classifier, on a task.
 
@@ -72,22 +77,24 @@ def finetune(
 
     Example: ajepa-train finetune --store as20k.zarr --task own --from runs/a --run runs/b
     """
-    from ajepa.evaluate.result import EVALUATION, Evaluation
-    from ajepa.evaluate.task_data import folds_of, refuse_other_classes
-    from ajepa.evaluate.tasks import task as named
-    from ajepa.finetune.cross_validation import cross_validated
+    from ajepa.evaluate.result import EVALUATION_FILE, Evaluation
+    from ajepa.evaluate.task_data import refuse_other_classes, task_folds
+    from ajepa.evaluate.tasks import find_task as named
+    from ajepa.finetune.cross_validation import cross_validate
     from ajepa.finetune.finetune import finetune as stage
-    from ajepa.recipes.catalogue import overridden, recipe_of
-    from ajepa.recipes.finetune import resized
-    from ajepa.training.distributed import joined
+    from ajepa.recipes.catalogue import choose_finetune_recipe, override_recipe
+    from ajepa.recipes.finetune import finetune_with_counts
+    from ajepa.training.distributed import join_ranks
     from ajepa.training.trained_run import TrainedRun
     from pipeline.store.feature_store import FeatureStore
 
-    with joined() as world:
+    with join_ranks() as world:
         chosen, started = named(task), TrainedRun.open(start) if start else None
-        made = recipe_of(model, recipe, chosen.recipe)
+        made = choose_finetune_recipe(model, recipe, chosen.recipe)
         made = started.adapt_recipe(made) if started else made
-        made = resized(overridden(made, settings or []), epochs=epochs, clips_per_step=batch, seed=seed)
+        made = finetune_with_counts(
+            override_recipe(made, settings or []), epochs=epochs, clips_per_step=batch, seed=seed
+        )
         opened = FeatureStore.open(store, cache=cache, cache_gb=cache_gb)
         how: dict[str, Any] = {
             "start": started,
@@ -101,14 +108,16 @@ def finetune(
             "progress": True,
         }
         refuse_other_classes(chosen, opened)
-        if fold is None and folds_of(chosen, opened):
-            folds = cross_validated(opened, chosen, made, run, **how)
+        if fold is None and task_folds(chosen, opened):
+            folds = cross_validate(opened, chosen, made, run, **how)
             if folds:
-                print(f"{run}: done, every fold\n{folds.table()}")
+                print(f"{run}: done, every fold\n{folds.format_table()}")
             return
         done = stage(opened, chosen, made, run, fold=fold, **how)
-        if world.main:
-            print(f"{run}: done, {done.step} steps\n{Evaluation.read(done.path / EVALUATION).table()}")
+        if world.is_main:
+            print(
+                f"{run}: done, {done.newest_step} steps\n{Evaluation.read_json(done.path / EVALUATION_FILE).format_table()}"
+            )
 
 
 def hlp_study(
@@ -126,7 +135,10 @@ def hlp_study(
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of each. [default: the recipe's]")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Clips per step. [default: the recipe's]")] = None,
     rule: Annotated[
-        str, typer.Option(help="Propagated label set of the stores.", autocompletion=completing(rules))
+        str,
+        typer.Option(
+            help="Propagated label set of the stores.", autocompletion=complete_from(propagation_rule_names)
+        ),
     ] = "unambiguous",
     fsd50k: Annotated[
         list[str] | None,
@@ -146,23 +158,28 @@ def hlp_study(
 
     Example: ajepa-train hlp-study --store as20k.zarr --models cnn6 --out study
     """
-    from ajepa.finetune.hlp_study import RESULT, Study
-    from ajepa.finetune.hlp_study import hlp_study as stage
-    from ajepa.model.classifier import MODELS
-    from ajepa.recipes.catalogue import finetune_recipe, recipe_of
-    from ajepa.recipes.finetune import resized
+    from ajepa.finetune.hlp_study import HLP_STUDY_FILE, HlpStudy
+    from ajepa.finetune.hlp_study import run_hlp_study as stage
+    from ajepa.model.classifier import CLASSIFIER_KINDS
+    from ajepa.recipes.catalogue import choose_finetune_recipe, finetune_recipe
+    from ajepa.recipes.finetune import finetune_with_counts
     from pipeline.store.feature_store import FeatureStore
 
     named = {
-        name: recipe_of(name, None, "audioset-20k") if name in MODELS else finetune_recipe(name)
+        name: choose_finetune_recipe(name, None, "audioset-20k")
+        if name in CLASSIFIER_KINDS
+        else finetune_recipe(name)
         for name in (name.strip() for name in models.split(","))
     }
-    study = Study(
-        recipes={name: resized(made, steps=steps, clips_per_step=batch) for name, made in named.items()},
+    study = HlpStudy(
+        recipes={
+            name: finetune_with_counts(made, steps=steps, clips_per_step=batch)
+            for name, made in named.items()
+        },
         stores=tuple(FeatureStore.open(place) for place in store),
         seeds=seeds,
         rule=rule,
         fsd50k=tuple(FeatureStore.open(place) for place in fsd50k or ()),
     )
-    print(stage(study, out, device=device, loader=loader, progress=True).table())
-    print(f"{out / RESULT}: every class, every seed")
+    print(stage(study, out, device=device, loader=loader, progress=True).format_table())
+    print(f"{out / HLP_STUDY_FILE}: every class, every seed")

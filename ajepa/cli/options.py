@@ -2,27 +2,27 @@
 
 from pathlib import Path
 
-from pipeline.cli.options import keys_of, names_in
+from pipeline.cli.options import keys_in_source, names_in_source
 
 PACKAGE = Path(__file__).parents[1]
 
 
-def pretraining() -> tuple[str, ...]:
+def pretrain_recipe_names() -> tuple[str, ...]:
     """Recipes to pre-train with."""
-    return keys_of(PACKAGE / "recipes/pretrain.py", "RECIPES")
+    return keys_in_source(PACKAGE / "recipes/pretrain.py", "PRETRAIN_RECIPES")
 
 
-def finetuning() -> tuple[str, ...]:
+def finetune_recipe_names() -> tuple[str, ...]:
     """Recipes to fine-tune or train classifiers with."""
-    supervised = keys_of(PACKAGE / "recipes/supervised.py", "SUPERVISED")
-    return keys_of(PACKAGE / "recipes/catalogue.py", "FINETUNES") + supervised
+    supervised = keys_in_source(PACKAGE / "recipes/supervised.py", "SUPERVISED_RECIPES")
+    return keys_in_source(PACKAGE / "recipes/catalogue.py", "FINETUNE_RECIPES") + supervised
 
 
-def tasks() -> tuple[str, ...]:
+def task_names() -> tuple[str, ...]:
     """Tasks to fine-tune on."""
-    return names_in(PACKAGE / "evaluate/tasks.py")
+    return names_in_source(PACKAGE / "evaluate/tasks.py")
 
 
-def models() -> tuple[str, ...]:
+def classifier_kind_names() -> tuple[str, ...]:
     """Kinds of classifiers."""
-    return keys_of(PACKAGE / "model/classifier.py", "MODELS")
+    return keys_in_source(PACKAGE / "model/classifier.py", "CLASSIFIER_KINDS")

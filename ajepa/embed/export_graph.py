@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from ajepa.embed.embedder import Embedder
-from ajepa.model.patches import valid_tokens
-from pipeline.audio.decode import resampled_pieces
-from pipeline.audio.mel import hann_N, mel_filters_NF
+from ajepa.model.patches import valid_token_mask
+from pipeline.audio.decode import resample_blocks
+from pipeline.audio.mel import hann_window_N, mel_filters_NF
 from pipeline.audio.mel_spec import MelSpec
 from pipeline.errors import RunError
-from pipeline.files import replacing
+from pipeline.files import replacing_file
 
-REACH_SAMPLES = 128  # of soxr's filter to either side, at the lower of two rates: past it 1e-7 is left
+FILTER_REACH_SAMPLES = 128  # of soxr's filter to either side, at the lower of two rates: past it 1e-7 is left
 
-MOST_WEIGHTS = 2**24  # 64 MB
+MAX_RESAMPLER_WEIGHTS = 2**24  # 64 MB
 
-START_SAMPLES = 64  # given at most that the beginning of a sound changes
+ONSET_SAMPLES = 64  # given at most that the beginning of a sound changes
 
 
 class Resampler(nn.Module):
@@ -41,14 +41,14 @@ class Resampler(nn.Module):
         common = math.gcd(from_hz, to_hz)
         self.from_hz, self.to_hz, self.samples = from_hz, to_hz, samples
         self.up, self.down = to_hz // common, from_hz // common
-        self.reach = math.ceil(REACH_SAMPLES * max(1, self.down / self.up))
-        if self.up * (self.down + 2 * self.reach) > MOST_WEIGHTS:
+        self.reach_samples = math.ceil(FILTER_REACH_SAMPLES * max(1, self.down / self.up))
+        if self.up * (self.down + 2 * self.reach_samples) > MAX_RESAMPLER_WEIGHTS:
             raise RunError(
                 f"audio at {from_hz} Hz for a mel spec at {to_hz} Hz: a graph for this ratio, "
                 f"{self.up}/{self.down}, would be too large; choose --audio-hz {to_hz}"
             )
-        self.register_buffer("kernels_L1K", self._kernels())
-        self.register_buffer("start_FE", self._start())
+        self.register_buffer("kernels_L1K", self._filter_kernels())
+        self.register_buffer("start_FE", self._onset_correction())
 
     kernels_L1K: Tensor
     start_FE: Tensor
@@ -57,42 +57,42 @@ class Resampler(nn.Module):
         """The audio of `samples` at the other rate, and how many of its samples are sound; zeros lie around it."""
         place_S = torch.arange(audio_BS.shape[1], device=audio_BS.device)
         heard_BS = torch.where(place_S < samples_B[:, None], audio_BS, 0.0)
-        steady_BS = self._steady(heard_BS, round(self.samples * self.up / self.down))
+        steady_BS = self._convolve_steady(heard_BS, round(self.samples * self.up / self.down))
         first, given = self.start_FE.shape
         start_BE = heard_BS[:, :first] @ self.start_FE[: heard_BS.shape[1]]
         resampled_BS = torch.cat((steady_BS[:, :given] + start_BE, steady_BS[:, given:]), dim=1)
         return resampled_BS, ((samples_B * self.up).double() / self.down).round().long()
 
-    def _steady(self, audio_BS: Tensor, given: int) -> Tensor:
-        after = -(-given // self.up) * self.down + self.reach - audio_BS.shape[1]
-        padded_BS = nn.functional.pad(audio_BS, (self.reach, after))
+    def _convolve_steady(self, audio_BS: Tensor, output_samples: int) -> Tensor:
+        after = -(-output_samples // self.up) * self.down + self.reach_samples - audio_BS.shape[1]
+        padded_BS = nn.functional.pad(audio_BS, (self.reach_samples, after))
         told_BLN = nn.functional.conv1d(padded_BS[:, None], self.kernels_L1K, stride=self.down)
-        return told_BLN.transpose(1, 2).flatten(1)[:, :given]
+        return told_BLN.transpose(1, 2).flatten(1)[:, :output_samples]
 
-    def _kernels(self) -> Tensor:
+    def _filter_kernels(self) -> Tensor:
         """What each of `up` samples out takes of the samples in around it, `[up, 1, down + 2 reach]`."""
-        groups = -(-self.reach // self.down) + 1  # of `down` samples, before and after the impulse
-        kernels_LK = torch.zeros(self.up, self.down + 2 * self.reach)
+        groups = -(-self.reach_samples // self.down) + 1  # of `down` samples, before and after the impulse
+        kernels_LK = torch.zeros(self.up, self.down + 2 * self.reach_samples)
         for place in range(self.down):
             impulse_S = np.zeros((2 * groups + 1) * self.down, np.float32)
             impulse_S[groups * self.down + place] = 1
-            for group, answer_L in enumerate(self._answer(impulse_S).split(self.up)):
-                index = place + (groups - group) * self.down + self.reach
+            for group, answer_L in enumerate(self._soxr_response(impulse_S).split(self.up)):
+                index = place + (groups - group) * self.down + self.reach_samples
                 if 0 <= index < kernels_LK.shape[1]:
                     kernels_LK[:, index] = answer_L
         return kernels_LK[:, None]
 
-    def _start(self) -> Tensor:
+    def _onset_correction(self) -> Tensor:
         """What the first samples out take of the first in beside that, `[reach, START_SAMPLES or fewer]`."""
-        impulses_FS = np.eye(self.reach, 2 * self.reach + self.down, dtype=np.float32)
-        given = min(START_SAMPLES, round(self.samples * self.up / self.down))
-        actual_FS = torch.stack([self._answer(impulse_S) for impulse_S in impulses_FS])
+        impulses_FS = np.eye(self.reach_samples, 2 * self.reach_samples + self.down, dtype=np.float32)
+        given = min(ONSET_SAMPLES, round(self.samples * self.up / self.down))
+        actual_FS = torch.stack([self._soxr_response(impulse_S) for impulse_S in impulses_FS])
         given = min(given, actual_FS.shape[1])
-        return actual_FS[:, :given] - self._steady(torch.from_numpy(impulses_FS), given)
+        return actual_FS[:, :given] - self._convolve_steady(torch.from_numpy(impulses_FS), given)
 
-    def _answer(self, wave_S: np.ndarray) -> Tensor:
+    def _soxr_response(self, wave_S: np.ndarray) -> Tensor:
         return torch.from_numpy(
-            np.concatenate(list(resampled_pieces(iter([wave_S]), self.from_hz, self.to_hz)))
+            np.concatenate(list(resample_blocks(iter([wave_S]), self.from_hz, self.to_hz)))
         )
 
 
@@ -130,18 +130,18 @@ class FrontEnd(nn.Module):
         if self.spec.framing == "kaldi":
             frames_B = (1 + (samples_B - self.spec.window_samples) // self.spec.hop_samples).clamp(min=0)
         else:
-            audio_BS, samples_B = self.emphasised(audio_BS, samples_B)
+            audio_BS, samples_B = self.apply_preemphasis(audio_BS, samples_B)
             frames_B = torch.where(samples_B > 0, 1 + samples_B // self.spec.hop_samples, 0)
-            audio_BS = self.prolonged(audio_BS, samples_B)
-        return self.log_mel(audio_BS), frames_B.clamp(max=self.frames)
+            audio_BS = self.mirror_ends(audio_BS, samples_B)
+        return self.compute_log_mel(audio_BS), frames_B.clamp(max=self.frames)
 
-    def emphasised(self, audio_BS: Tensor, samples_B: Tensor) -> tuple[Tensor, Tensor]:
+    def apply_preemphasis(self, audio_BS: Tensor, samples_B: Tensor) -> tuple[Tensor, Tensor]:
         """Pre-emphasis over the whole wave, which costs it a sample."""
         if not self.spec.preemphasis:
             return audio_BS, samples_B
         return audio_BS[:, 1:] - self.spec.preemphasis * audio_BS[:, :-1], (samples_B - 1).clamp(min=0)
 
-    def prolonged(self, audio_BS: Tensor, samples_B: Tensor) -> Tensor:
+    def mirror_ends(self, audio_BS: Tensor, samples_B: Tensor) -> Tensor:
         """All frames' samples, with the wave's mirror image before it and past its end (`pipeline.mel.prolonged`)."""
         window, hop = self.spec.window_samples, self.spec.hop_samples
         place_N = torch.arange((self.frames - 1) * hop + window, device=audio_BS.device) - (window + 1) // 2
@@ -149,7 +149,7 @@ class FrontEnd(nn.Module):
         place_BN = place_N % period_B1
         return audio_BS.gather(1, torch.minimum(place_BN, period_B1 - place_BN))
 
-    def log_mel(self, audio_BS: Tensor) -> Tensor:
+    def compute_log_mel(self, audio_BS: Tensor) -> Tensor:
         """Of frames that lie side by side in the audio."""
         both_BKT = nn.functional.conv1d(audio_BS[:, None], self.kernels_K1N, stride=self.spec.hop_samples)
         power_BNT = both_BKT[:, :, : self.frames].square().unflatten(1, (2, -1)).sum(1)
@@ -166,20 +166,22 @@ def spectrum_kernels(spec: MelSpec) -> Tensor:
     """
     bin_K, sample_N = torch.arange(spec.fft_samples // 2 + 1).double(), torch.arange(spec.window_samples)
     angle_KN = bin_K[:, None] * sample_N * (2 * torch.pi / spec.fft_samples)
-    window_N = hann_N(spec.window_samples, spec.window == "hann_periodic", torch.device("cpu")).double()
+    window_N = hann_window_N(
+        spec.window_samples, spec.window == "hann_periodic", torch.device("cpu")
+    ).double()
     kernels_2KN = torch.stack((angle_KN.cos(), -angle_KN.sin())) * window_N
     if spec.framing == "kaldi":  # the window's first sample is 0: what precedes a frame does not matter
         kernels_2KN = kernels_2KN - spec.preemphasis * nn.functional.pad(kernels_2KN[..., 1:], (0, 1))
     return kernels_2KN - kernels_2KN.mean(-1, keepdim=True) if spec.remove_dc else kernels_2KN
 
 
-OPSET = 20  # the first with GELU; onnxruntime 1.17 and newer
+ONNX_OPSET = 20  # the first with GELU; onnxruntime 1.17 and newer
 
-RATE_HZ = 32_000  # of the audio that a graph takes, unless another is asked for
+GRAPH_RATE_HZ = 32_000  # of the audio that a graph takes, unless another is asked for
 
-INPUTS, OUTPUTS = ("audio", "samples"), ("clip", "frames", "frame_count")
+GRAPH_INPUTS, GRAPH_OUTPUTS = ("audio", "samples"), ("clip", "frames", "frame_count")
 
-LARGEST_BYTES = 1.9e9  # of an ONNX file: protobuf ends at 2 GiB
+MAX_ONNX_BYTES = 1.9e9  # of an ONNX file: protobuf ends at 2 GiB
 
 
 class AudioGraph(nn.Module):
@@ -192,13 +194,13 @@ class AudioGraph(nn.Module):
     facts  what a caller must know: model, rate, window, where columns lie
     """
 
-    def __init__(self, embedder: Embedder, rate_hz: int = RATE_HZ) -> None:
+    def __init__(self, embedder: Embedder, rate_hz: int = GRAPH_RATE_HZ) -> None:
         super().__init__()
         self.grid, self.pooling, self.layer = embedder.grid, embedder.pooling, embedder.layer
         self.front_end = FrontEnd(embedder.mel, embedder.grid.frames, rate_hz)
         self.rate_hz, self.samples = rate_hz, self.front_end.samples
         self.encoder, self.mean, self.std = embedder.encoder, embedder.model.mean, embedder.model.std
-        self.facts = {
+        self.metadata = {
             "model_id": embedder.model.model_id,
             "mel_spec": embedder.mel.name,
             "sample_rate_hz": rate_hz,
@@ -217,8 +219,8 @@ class AudioGraph(nn.Module):
         frame_T = torch.arange(self.grid.frames, device=audio_BS.device)
         heard_BT1 = frame_T[:, None] < n_frames_B[:, None, None]
         mel_BTF = torch.where(heard_BT1, (mel_BTF - self.mean) / self.std, 0.0)
-        valid_BP = valid_tokens(n_frames_B, self.grid)
-        tokens_BPD = self.layer.tokens(self.encoder, mel_BTF, valid_BP)
+        valid_BP = valid_token_mask(n_frames_B, self.grid)
+        tokens_BPD = self.layer.encode_tokens(self.encoder, mel_BTF, valid_BP)
         columns_BCRD = tokens_BPD.unflatten(1, (self.grid.cols, self.grid.rows))
         frames_BCD = columns_BCRD.flatten(2) if self.pooling == "frequency" else columns_BCRD.mean(2)
         valid_BC = valid_BP[:, :: self.grid.rows]
@@ -227,7 +229,7 @@ class AudioGraph(nn.Module):
         return frames_BCD.sum(1) / count_B[:, None], frames_BCD, count_B
 
 
-def exported(graph: AudioGraph) -> torch.export.ExportedProgram:
+def export_program(graph: AudioGraph) -> torch.export.ExportedProgram:
     """The graph as torch.export has it, of any batch."""
     graph = graph.eval()
     device = graph.front_end.filters_NF.device
@@ -242,8 +244,8 @@ def exported(graph: AudioGraph) -> torch.export.ExportedProgram:
 
 def write_program(graph: AudioGraph, out: Path) -> None:
     """A `.pt2` file for `torch.export.load`."""
-    program = exported(graph)
-    with replacing(out) as scratch, scratch.open("wb") as handle:
+    program = export_program(graph)
+    with replacing_file(out) as scratch, scratch.open("wb") as handle:
         torch.export.save(program, handle)
 
 
@@ -259,22 +261,22 @@ def write_onnx(graph: AudioGraph, out: Path) -> None:
     except ModuleNotFoundError as error:
         raise RunError(f"--onnx needs {error.name}; run: pip install 'ajepa[export]'") from None
     held_bytes = sum(weight.nbytes for weight in graph.state_dict().values())
-    if held_bytes > LARGEST_BYTES:
+    if held_bytes > MAX_ONNX_BYTES:
         raise RunError(
             f"{out}: {held_bytes / 1e9:.1f} GB of weights do not fit an ONNX file; use --torch-export"
         )
     program = torch.onnx.export(
-        exported(graph),
+        export_program(graph),
         dynamo=True,
-        opset_version=OPSET,
-        input_names=list(INPUTS),
-        output_names=list(OUTPUTS),
+        opset_version=ONNX_OPSET,
+        input_names=list(GRAPH_INPUTS),
+        output_names=list(GRAPH_OUTPUTS),
         verbose=False,
     )
     assert program is not None
     proto = program.model_proto
-    for key, value in graph.facts.items():
+    for key, value in graph.metadata.items():
         proto.metadata_props.add(key=key, value=str(value))
     onnx.checker.check_model(proto)
-    with replacing(out) as scratch:
+    with replacing_file(out) as scratch:
         scratch.write_bytes(proto.SerializeToString())

@@ -7,18 +7,18 @@ import numpy as np
 import pyarrow as pa
 
 from ajepa.embed.embedder import Embedder
-from ajepa.embed.pretrained import LAST_CHECKPOINT, trained
-from ajepa.embed.table import batches_of, plan_of
-from ajepa.model.pooling import Layer
+from ajepa.embed.pretrained import LAST_CHECKPOINT, load_pretrained
+from ajepa.embed.table import read_table_plan, table_batches
+from ajepa.model.pooling import EncoderLayer
 from pipeline.errors import RunError
 
-ROWS = 8_192  # of the table at a time
+TABLE_ROWS_PER_READ = 8_192  # of the table at a time
 
-TOLD, VECTOR = ("path", "clip_id", "seconds", "labels"), "embedding"
+SHOWN_COLUMNS, VECTOR_COLUMN = ("path", "clip_id", "seconds", "labels"), "embedding"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Neighbour:
+class NearestSound:
     """One sound of the table: cosine with the one asked for, once the table's mean and deviation are taken out."""
 
     similarity: float
@@ -28,7 +28,7 @@ class Neighbour:
     labels: tuple[str, ...]
 
 
-def nearest(
+def nearest_sounds(
     query: Path,
     index: Path,
     model: Path | str,
@@ -36,13 +36,13 @@ def nearest(
     count: int = 10,
     device: str = "auto",
     at: str | int = LAST_CHECKPOINT,
-) -> list[Neighbour]:
+) -> list[NearestSound]:
     """The most similar sounds of a table, the nearest first; read in pieces, so that it may be of any length.
 
     Each value is standardised over the table, as in `evaluate`'s kNN: what all sounds share tells none apart.
     `at` as in `trained`. RunError where the table was made by another model; AudioError where the query cannot be used.
     """
-    plan, loaded = plan_of(index), trained(model, at)
+    plan, loaded = read_table_plan(index), load_pretrained(model, at)
     if plan["model_id"] != loaded.model_id:
         told = f"was made by model {plan['model_id']} ({plan['recipe']}), --model is {loaded.model_id}"
         raise RunError(f"{index}: {told} ({loaded.recipe_name}); give its own, or embed again")
@@ -50,32 +50,32 @@ def nearest(
         loaded,
         device=device,
         pooling=plan["pooling"],
-        layer=Layer.named(plan["layer"]),
+        layer=EncoderLayer.from_name(plan["layer"]),
         overlap=plan["overlap"],
     )
     query_D = embedder.embed(query)[0].clip_D.double().numpy()
-    mean_D, std_D = moments(index)
+    mean_D, std_D = table_moments(index)
     scale_D = np.where(std_D > 1e-6, 1 / np.maximum(std_D, 1e-6), 0)
-    asked_D = unit((query_D - mean_D) * scale_D)
-    best: list[Neighbour] = []
-    for batch in batches_of(index, (*TOLD, VECTOR), ROWS):
-        there_N, vectors_ND = vectors(batch)
-        similarity_N = unit((vectors_ND - mean_D) * scale_D) @ asked_D
+    asked_D = unit_vectors((query_D - mean_D) * scale_D)
+    best: list[NearestSound] = []
+    for batch in table_batches(index, (*SHOWN_COLUMNS, VECTOR_COLUMN), TABLE_ROWS_PER_READ):
+        there_N, vectors_ND = valid_vectors(batch)
+        similarity_N = unit_vectors((vectors_ND - mean_D) * scale_D) @ asked_D
         nearest_N = np.argsort(-similarity_N, kind="stable")[:count]
-        rows = batch.select(list(TOLD)).take(pa.array(there_N[nearest_N])).to_pylist()
+        rows = batch.select(list(SHOWN_COLUMNS)).take(pa.array(there_N[nearest_N])).to_pylist()
         found = [
-            Neighbour(**row | {"similarity": float(similarity), "labels": tuple(row["labels"] or ())})
+            NearestSound(**row | {"similarity": float(similarity), "labels": tuple(row["labels"] or ())})
             for row, similarity in zip(rows, similarity_N[nearest_N], strict=True)
         ]
         best = sorted([*best, *found], key=lambda one: -one.similarity)[:count]
     return best
 
 
-def moments(index: Path) -> tuple[np.ndarray, np.ndarray]:
+def table_moments(index: Path) -> tuple[np.ndarray, np.ndarray]:
     """Mean and deviation of each value over the table; RunError where it has no embedding."""
     rows, sum_D, square_D = 0, np.zeros(1), np.zeros(1)
-    for batch in batches_of(index, (VECTOR,), ROWS):
-        _, vectors_ND = vectors(batch)
+    for batch in table_batches(index, (VECTOR_COLUMN,), TABLE_ROWS_PER_READ):
+        _, vectors_ND = valid_vectors(batch)
         rows += len(vectors_ND)
         sum_D, square_D = sum_D + vectors_ND.sum(0), square_D + np.square(vectors_ND).sum(0)
     if not rows:
@@ -84,14 +84,14 @@ def moments(index: Path) -> tuple[np.ndarray, np.ndarray]:
     return mean_D, np.sqrt(np.maximum(square_D / rows - mean_D**2, 0))
 
 
-def vectors(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
+def valid_vectors(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
     """Which rows have an embedding, and these as float64 `ND`."""
-    column = batch.column(VECTOR)
+    column = batch.column(VECTOR_COLUMN)
     there_N = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
     flat_N = column.drop_null().flatten().to_numpy()
     return there_N, flat_N.reshape(len(there_N), column.type.list_size).astype(np.float64)
 
 
-def unit(x_ND: np.ndarray) -> np.ndarray:
+def unit_vectors(x_ND: np.ndarray) -> np.ndarray:
     """Of length 1; what has no length stays 0."""
     return x_ND / np.maximum(np.linalg.norm(x_ND, axis=-1, keepdims=True), 1e-12)

@@ -11,25 +11,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ajepa.embed.hub import fetched, is_hub_id
+from ajepa.embed.hub import fetch_from_hub, is_hub_id
 from ajepa.model.vit import Encoder, EncoderSpec
-from ajepa.recipes.catalogue import from_json, to_json
-from ajepa.training.run import RECIPE, Json
+from ajepa.recipes.catalogue import recipe_from_json, recipe_to_json
+from ajepa.training.run import RECIPE_FILE, Json
 from ajepa.training.trained_run import TrainedRun
 from pipeline.audio.mel_spec import MelSpec
 from pipeline.errors import RunError
 
-WEIGHTS = "model.safetensors"
+WEIGHTS_FILE = "model.safetensors"
 
 LAST_CHECKPOINT = "last"  # of a run, where nothing is said
 
-METADATA_KEY = "ajepa"  # in the header of that file: the configuration, as JSON
+EXPORT_METADATA_KEY = "ajepa"  # in the header of that file: the configuration, as JSON
 
-FORMAT = 1
+EXPORT_FORMAT = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Trained:
+class PretrainedEncoder:
     """A frozen encoder: its shape and weights, the features that it was trained on, and where it came from.
 
     mel         front end of its features; `clip_seconds` is that of its store and bounds nothing
@@ -69,23 +69,23 @@ class Trained:
         )
 
     @classmethod
-    def of_file(cls, file: Path) -> Self:
+    def from_export(cls, file: Path) -> Self:
         """What `ajepa-train export` wrote; RunError where it is something else, or not what was written."""
         try:
             with safe_open(file, framework="pt") as opened:
-                told = (opened.metadata() or {}).get(METADATA_KEY)
+                told = (opened.metadata() or {}).get(EXPORT_METADATA_KEY)
             weights = load_file(file)
         except (SafetensorError, OSError) as error:
             raise RunError(f"{file}: cannot be read as safetensors ({error}); fetch it again") from None
         if told is None:
             raise RunError(f"{file}: no encoder of ajepa's; give what `ajepa-train export` wrote")
         config = json.loads(told)
-        if config["format"] != FORMAT:
+        if config["format"] != EXPORT_FORMAT:
             raise RunError(
-                f"{file}: export format {config['format']}, this version reads {FORMAT}; update ajepa"
+                f"{file}: export format {config['format']}, this version reads {EXPORT_FORMAT}; update ajepa"
             )
         loaded = cls(
-            spec=from_json(config["encoder"]),
+            spec=recipe_from_json(config["encoder"]),
             mel=MelSpec.from_json(config["mel"]),
             mean=config["mean"],
             std=config["std"],
@@ -100,7 +100,7 @@ class Trained:
     @property
     def model_id(self) -> str:
         """16 hex digits: equal for what gives equal embeddings, wherever it lies."""
-        shown = [to_json(self.spec), self.mel.spec_id, self.mean, self.std]
+        shown = [recipe_to_json(self.spec), self.mel.spec_id, self.mean, self.std]
         digest = hashlib.sha256(json.dumps(shown, sort_keys=True).encode())
         for name, weight in sorted(self.weights.items()):
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
@@ -115,9 +115,9 @@ class Trained:
     def to_json(self) -> Json:
         """All but the weights."""
         return {
-            "format": FORMAT,
+            "format": EXPORT_FORMAT,
             "model_id": self.model_id,
-            "encoder": to_json(self.spec),
+            "encoder": recipe_to_json(self.spec),
             "mel": self.mel.to_json(),
             "mean": self.mean,
             "std": self.std,
@@ -125,7 +125,7 @@ class Trained:
             "licence": self.licence,
         }
 
-    def encoder(self, device: torch.device) -> Encoder:
+    def build_encoder(self, device: torch.device) -> Encoder:
         """The network in eval mode, without gradients; RunError where the weights are of another shape."""
         encoder = Encoder(self.spec)
         try:
@@ -136,26 +136,26 @@ class Trained:
         return encoder.requires_grad_(False).eval().to(device)
 
 
-def trained(place: Path | str, at: str | int = LAST_CHECKPOINT) -> Trained:
+def load_pretrained(location: Path | str, at: str | int = LAST_CHECKPOINT) -> PretrainedEncoder:
     """From a run folder, an exported folder or file, or ORG/NAME[@REVISION] on the Hugging Face hub.
 
     `at` is a run's checkpoint: last, best or a step; of anything else there is one (RunError). What lies on this
     machine comes first. Weights are safetensors: no pickle, and no code but this package's.
     """
-    path = Path(place)
-    if (path / RECIPE).is_file():
-        return Trained.of_run(path, at)
+    path = Path(location)
+    if (path / RECIPE_FILE).is_file():
+        return PretrainedEncoder.of_run(path, at)
     if at != LAST_CHECKPOINT:
         raise RunError(
-            f"{place}: is no run, and holds one checkpoint alone; leave out {at!r}, or give the run"
+            f"{location}: is no run, and holds one checkpoint alone; leave out {at!r}, or give the run"
         )
-    if (path / WEIGHTS).is_file():
-        return Trained.of_file(path / WEIGHTS)
+    if (path / WEIGHTS_FILE).is_file():
+        return PretrainedEncoder.from_export(path / WEIGHTS_FILE)
     if path.is_file():
-        return Trained.of_file(path)
-    if not path.exists() and is_hub_id(str(place)):
-        return Trained.of_file(fetched(str(place)) / WEIGHTS)
-    told = f"holds neither {RECIPE} nor {WEIGHTS}" if path.exists() else "no such run or file"
+        return PretrainedEncoder.from_export(path)
+    if not path.exists() and is_hub_id(str(location)):
+        return PretrainedEncoder.from_export(fetch_from_hub(str(location)) / WEIGHTS_FILE)
+    told = f"holds neither {RECIPE_FILE} nor {WEIGHTS_FILE}" if path.exists() else "no such run or file"
     raise RunError(
-        f"{place}: {told}; expected a run, what `ajepa-train export` wrote, or ORG/NAME on the hub"
+        f"{location}: {told}; expected a run, what `ajepa-train export` wrote, or ORG/NAME on the hub"
     )

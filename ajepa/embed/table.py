@@ -29,24 +29,31 @@ import pyarrow.parquet as pq
 from torch import Tensor
 from tqdm import tqdm
 
-from ajepa.embed.embedder import WINDOWS, Embedder, Embedding
-from ajepa.embed.windows import Sound, ahead
-from ajepa.training.run import Json, differences
-from pipeline.audio.sources import ARCHIVES, MEMBER, SOURCES_SCHEMA, Locator, extension, find
+from ajepa.embed.embedder import WINDOWS_PER_BATCH, Embedder, Embedding
+from ajepa.embed.windows import SoundStream, open_ahead
+from ajepa.training.run import Json, setting_differences
+from pipeline.audio.sources import (
+    ARCHIVE_KINDS,
+    MEMBER_SEPARATOR,
+    SOURCES_SCHEMA,
+    SoundLocator,
+    file_extension,
+    find_sounds,
+)
 from pipeline.errors import AudioError, InputError, RunError
-from pipeline.files import PARTIAL, fsync, locked_file, replacing
-from pipeline.messages import to_stderr
-from pipeline.object_store import is_remote
+from pipeline.files import PARTIAL_SUFFIX, lock_output_file, replacing_file, sync_to_disk
+from pipeline.messages import print_to_stderr
+from pipeline.object_store import is_remote_url
 from pipeline.store.feature_store import FeatureStore
-from pipeline.store.tables import DAMAGED, METADATA_KEY
+from pipeline.store.tables import DAMAGED_TABLE_ERRORS, TABLE_METADATA_KEY
 
-PLAN = "plan.json"
+TABLE_PLAN_FILE = "plan.json"
 
-FORMAT = 1
+TABLE_FORMAT = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
+class SoundRow:
     """One sound of the table: what is known of it before it is heard."""
 
     clip_id: str
@@ -64,8 +71,8 @@ class EmbeddingTable:
     frames: bool
 
     @property
-    def parts(self) -> Path:
-        return self.path.with_name(self.path.name + PARTIAL)
+    def parts_folder(self) -> Path:
+        return self.path.with_name(self.path.name + PARTIAL_SUFFIX)
 
     @property
     def schema(self) -> pa.Schema:
@@ -80,65 +87,71 @@ class EmbeddingTable:
             ("labels", pa.list_(pa.string())),
         ]
         fields += [("frames", pa.list_(vector)), ("frame_ms", pa.list_(pa.float64()))] if self.frames else []
-        return pa.schema(fields, metadata={METADATA_KEY: json.dumps(self.plan, separators=(",", ":"))})
+        return pa.schema(fields, metadata={TABLE_METADATA_KEY: json.dumps(self.plan, separators=(",", ":"))})
 
-    def start(self) -> int:
+    def start_or_resume(self) -> int:
         """How many rows are there already, of this table or of one that was interrupted; RunError: of another."""
         if self.path.exists():
-            self._refuse_change(plan_of(self.path), self.path)
+            self._refuse_other_plan(read_table_plan(self.path), self.path)
             shutil.rmtree(
-                self.parts, ignore_errors=True
+                self.parts_folder, ignore_errors=True
             )  # what was killed between its last two lines leaves them
             return int(pq.read_metadata(self.path).num_rows)
-        self.parts.mkdir(parents=True, exist_ok=True)
-        if (self.parts / PLAN).exists():
-            self._refuse_change(json.loads((self.parts / PLAN).read_text()), self.parts)
-        with replacing(self.parts / PLAN) as scratch:
+        self.parts_folder.mkdir(parents=True, exist_ok=True)
+        if (self.parts_folder / TABLE_PLAN_FILE).exists():
+            self._refuse_other_plan(
+                json.loads((self.parts_folder / TABLE_PLAN_FILE).read_text()), self.parts_folder
+            )
+        with replacing_file(self.parts_folder / TABLE_PLAN_FILE) as scratch:
             scratch.write_text(json.dumps(self.plan, indent=1) + "\n")
-        return sum(int(pq.read_metadata(part).num_rows) for part in self._written())
+        return sum(int(pq.read_metadata(part).num_rows) for part in self._part_files())
 
-    def write(self, first: int, rows: Sequence[Row], told: Sequence[Embedding | AudioError]) -> None:
+    def write_rows(
+        self, first: int, rows: Sequence[SoundRow], outcomes: Sequence[Embedding | AudioError]
+    ) -> None:
         """Rows from number `first` on, whole or not at all."""
         table = pa.table(
-            self._columns(rows, told),
+            self._table_columns(rows, outcomes),
             schema=self.schema,
         )
-        with replacing(self.parts / f"{first:010d}.parquet") as scratch:
+        with replacing_file(self.parts_folder / f"{first:010d}.parquet") as scratch:
             pq.write_table(table, scratch, compression="zstd", write_page_checksum=True)
 
-    def finish(self) -> None:
+    def merge_parts(self) -> None:
         """All rows in one file, a row group for each part; the parts are gone then."""
-        with replacing(self.path) as scratch:
+        with replacing_file(self.path) as scratch:
             how: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
             with pq.ParquetWriter(scratch, self.schema, **how) as writer:
-                for part in self._written():
+                for part in self._part_files():
                     writer.write_table(pq.read_table(part, schema=self.schema))
-        shutil.rmtree(self.parts)
-        fsync(self.path.parent)
+        shutil.rmtree(self.parts_folder)
+        sync_to_disk(self.path.parent)
 
-    def counts(self) -> Counter[str]:
+    def count_reasons(self) -> Counter[str]:
         """How many rows of the whole table are good, and how many each reason has."""
         counts: Counter[str] = Counter()
-        for batch in batches_of(self.path, ("reason",), 65_536):
+        for batch in table_batches(self.path, ("reason",), 65_536):
             counts.update(reason or "good" for reason in batch.column("reason").to_pylist())
         return counts
 
-    def _written(self) -> list[Path]:
-        return sorted(self.parts.glob("*.parquet"))
+    def _part_files(self) -> list[Path]:
+        return sorted(self.parts_folder.glob("*.parquet"))
 
-    def _refuse_change(self, before: Json, where: Path) -> None:
-        if changes := differences(before, self.plan):
+    def _refuse_other_plan(self, stored_plan: Json, location: Path) -> None:
+        if changes := setting_differences(stored_plan, self.plan):
             told = f"holds other embeddings ({'; '.join(changes)})"
-            raise RunError(f"{where}: {told}; delete it, or choose another --out")
+            raise RunError(f"{location}: {told}; delete it, or choose another --out")
 
-    def _columns(self, rows: Sequence[Row], told: Sequence[Embedding | AudioError]) -> dict[str, pa.Array]:
-        good = [one if isinstance(one, Embedding) else None for one in told]
-        bad = [one if isinstance(one, AudioError) else None for one in told]
+    def _table_columns(
+        self, rows: Sequence[SoundRow], outcomes: Sequence[Embedding | AudioError]
+    ) -> dict[str, pa.Array]:
+        good = [one if isinstance(one, Embedding) else None for one in outcomes]
+        bad = [one if isinstance(one, AudioError) else None for one in outcomes]
         columns = {
             "clip_id": pa.array([row.clip_id for row in rows], pa.string()),
             "path": pa.array([row.path for row in rows], pa.string()),
             "seconds": pa.array([None if one is None else one.seconds for one in good], pa.float64()),
-            "embedding": self._vectors(good),
+            "embedding": self._embedding_array(good),
             "reason": pa.array([None if one is None else one.reason for one in bad], pa.string()),
             "detail": pa.array([None if one is None else str(one) for one in bad], pa.string()),
             "labels": pa.array([row.labels for row in rows], pa.list_(pa.string())),
@@ -154,7 +167,7 @@ class EmbeddingTable:
             columns["frame_ms"] = pa.ListArray.from_arrays(offsets, pa.array(times_N, pa.float64()))
         return columns
 
-    def _vectors(self, good: Sequence[Embedding | None]) -> pa.Array:
+    def _embedding_array(self, good: Sequence[Embedding | None]) -> pa.Array:
         values_ND = np.zeros((len(good), self.width), np.float32)
         for place_D, one in zip(values_ND, good, strict=True):
             if one is not None:
@@ -163,37 +176,37 @@ class EmbeddingTable:
         return pa.FixedSizeListArray.from_arrays(pa.array(values_ND.ravel()), self.width, mask=missing)
 
 
-def plan_of(path: Path) -> Json:
+def read_table_plan(path: Path) -> Json:
     """How a table of embeddings was made; RunError where it is none."""
     try:
-        told = (pq.read_schema(path).metadata or {}).get(METADATA_KEY)
-    except DAMAGED as error:
+        told = (pq.read_schema(path).metadata or {}).get(TABLE_METADATA_KEY)
+    except DAMAGED_TABLE_ERRORS as error:
         why = "no such file" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
         raise RunError(f"{path}: cannot be read ({why}); make it with `ajepa-train embed`") from None
-    plan = {} if told is None else json.loads(told)
-    if "model_id" not in plan:
+    table_plan = {} if told is None else json.loads(told)
+    if "model_id" not in table_plan:
         raise RunError(f"{path}: no table of embeddings; make one with `ajepa-train embed`")
-    return plan
+    return table_plan
 
 
-def failures(path: Path, most: int) -> list[str]:
+def describe_failures(path: Path, limit: int) -> list[str]:
     """The first rows of a whole table that have no embedding, at most so many, each with its path and reason."""
     told: list[str] = []
-    for batch in batches_of(path, ("path", "reason", "detail"), 65_536):
+    for batch in table_batches(path, ("path", "reason", "detail"), 65_536):
         bad = (row for row in batch.to_pylist() if row["reason"])
         told += [
             f"{row['path']}: {row['reason']} ({row['detail'].removeprefix(Path(row['path']).name + ': ')})"
-            for row in islice(bad, most - len(told))
+            for row in islice(bad, limit - len(told))
         ]
     return told
 
 
-def batches_of(path: Path, columns: Sequence[str], rows: int) -> Iterator[pa.RecordBatch]:
+def table_batches(path: Path, columns: Sequence[str], rows_per_batch: int) -> Iterator[pa.RecordBatch]:
     """Some rows of a table at a time; raises RunError where it is damaged."""
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            yield from file.iter_batches(batch_size=rows, columns=list(columns))
-    except DAMAGED as error:
+            yield from file.iter_batches(batch_size=rows_per_batch, columns=list(columns))
+    except DAMAGED_TABLE_ERRORS as error:
         raise RunError(f"{path}: damaged ({str(error).splitlines()[0]}); delete it and embed again") from None
 
 
@@ -202,26 +215,26 @@ PART_CLIPS, PART_FRAMES = (
     1_000_000,
 )  # rows that are written together: so many sounds, or three hours of them
 
-FAILURES_TOLD = 3
+FAILURES_SHOWN = 3
 
-STORE_MARK = "zarr.json"  # what a folder that is a store holds
+STORE_MARKER_FILE = "zarr.json"  # what a folder that is a store holds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class EmbeddingJob:
     """Rows in their order, how to open each, and what identifies them all."""
 
-    rows: Sequence[Row]
-    opening: Callable[[int], Callable[[], Sound]]
-    source: Json
+    rows: Sequence[SoundRow]
+    row_opener: Callable[[int], Callable[[], SoundStream]]
+    source_identity: Json
 
     @classmethod
-    def of_store(cls, store: FeatureStore, model: Embedder) -> "EmbeddingJob":
+    def from_store(cls, store: FeatureStore, model: Embedder) -> "EmbeddingJob":
         """Every good clip of a store; RunError: there is none, or its features are not the model's."""
         store.refuse_other_front_end(model.mel, "the model needs")
         rows_N = store.good_rows()
         if not len(rows_N):
-            raise RunError(f"{store.place}: has no good clip to embed; ajepa-data report tells why")
+            raise RunError(f"{store.location}: has no good clip to embed; ajepa-data report tells why")
         some = store.manifest[rows_N]
         indices_N, offsets_N = store.flat_labels()
         labels = [
@@ -229,76 +242,81 @@ class EmbeddingJob:
             for row in rows_N.tolist()
         ]
         identity = {"store_id": store.store_id, "rows": len(rows_N)}
-        if store.excluded.digest is not None:
-            identity["excluded"] = store.excluded.digest
+        if store.exclusions.digest is not None:
+            identity["excluded"] = store.exclusions.digest
         told = zip(some["clip_id"], some["source"], labels, strict=True)
         return cls(
-            rows=[Row(clip_id=clip_id, path=source, labels=names) for clip_id, source, names in told],
-            opening=lambda number: model.row_opening(store, int(rows_N[number])),
-            source=identity,
+            rows=[SoundRow(clip_id=clip_id, path=source, labels=names) for clip_id, source, names in told],
+            row_opener=lambda number: model.row_opener(store, int(rows_N[number])),
+            source_identity=identity,
         )
 
     @classmethod
-    def of_places(cls, places: Sequence[str], model: Embedder) -> "EmbeddingJob":
+    def from_locations(cls, locations: Sequence[str], model: Embedder) -> "EmbeddingJob":
         """Files as they are given, every sound of folders and archives; InputError: nothing there, nothing in it."""
-        locators = [locator for place in places for locator in located(place)]
-        paths = [path_of(locator) for locator in locators]
+        locators = [locator for place in locations for locator in sounds_at_location(place)]
+        paths = [sound_path(locator) for locator in locators]
         return cls(
-            rows=[Row(clip_id=path, path=path) for path in paths],
-            opening=lambda number: model.opening(locators[number]),
-            source={"sounds": hashlib.sha256("\n".join(paths).encode()).hexdigest()[:16], "rows": len(paths)},
+            rows=[SoundRow(clip_id=path, path=path) for path in paths],
+            row_opener=lambda number: model.file_opener(locators[number]),
+            source_identity={
+                "sounds": hashlib.sha256("\n".join(paths).encode()).hexdigest()[:16],
+                "rows": len(paths),
+            },
         )
 
 
-def located(place: str) -> Iterator[Locator]:
+def sounds_at_location(location: str) -> Iterator[SoundLocator]:
     """The sounds at one place; raises InputError."""
-    path = Path(place)
-    if not is_remote(place):
+    path = Path(location)
+    if not is_remote_url(location):
         if not path.exists():
-            raise InputError(f"{place}: no such file or folder; expected sounds, or a store")
-        if path.is_file() and extension(place) not in ARCHIVES:
-            yield Locator.of(path.absolute())
+            raise InputError(f"{location}: no such file or folder; expected sounds, or a store")
+        if path.is_file() and file_extension(location) not in ARCHIVE_KINDS:
+            yield SoundLocator.from_path(path.absolute())
             return
-    found = find([place if is_remote(place) else path.absolute()])
+    found = find_sounds([location if is_remote_url(location) else path.absolute()])
     for note in found.notes:
-        to_stderr(note)
+        print_to_stderr(note)
     if found.sounds.is_empty():
-        raise InputError(f"{place}: holds no sound; expected audio files, or archives of them")
+        raise InputError(f"{location}: holds no sound; expected audio files, or archives of them")
     for row in found.sounds.select(*SOURCES_SCHEMA).iter_rows(named=True):
-        yield Locator(**row)
+        yield SoundLocator(**row)
 
 
-def path_of(locator: Locator) -> str:
+def sound_path(locator: SoundLocator) -> str:
     """A sound's path, and its member's name where it lies in an archive."""
     if locator.kind == "file":
         return locator.path
-    return locator.path + MEMBER + locator.source.rpartition(MEMBER)[2]
+    return locator.path + MEMBER_SEPARATOR + locator.source.rpartition(MEMBER_SEPARATOR)[2]
 
 
-def job_of(places: Sequence[str], model: Embedder, **how: object) -> EmbeddingJob:
+def make_embedding_job(locations: Sequence[str], model: Embedder, **store_options: object) -> EmbeddingJob:
     """Of a store (one, alone; `how` is `FeatureStore.open`'s), or of files, folders and archives."""
-    stores = [place for place in places if place.rstrip("/").endswith(".zarr") or is_store(Path(place))]
-    if stores and len(places) > 1:
+    stores = [
+        place for place in locations if place.rstrip("/").endswith(".zarr") or is_store_folder(Path(place))
+    ]
+    if stores and len(locations) > 1:
         raise InputError(f"{stores[0]}: is a store, and goes alone; embed the rest by itself")
     if stores:
-        return EmbeddingJob.of_store(FeatureStore.open(stores[0], **how), model)  # type: ignore[arg-type]
-    return EmbeddingJob.of_places(places, model)
+        return EmbeddingJob.from_store(FeatureStore.open(stores[0], **store_options), model)  # type: ignore[arg-type]
+    return EmbeddingJob.from_locations(locations, model)
 
 
-def is_store(path: Path) -> bool:
-    return (path / STORE_MARK).is_file()
+def is_store_folder(path: Path) -> bool:
+    return (path / STORE_MARKER_FILE).is_file()
 
 
-def embed_table(
+def write_embedding_table(
     model: Embedder,
     job: EmbeddingJob,
     out: Path,
     *,
     frames: bool = False,
-    batch: int = WINDOWS,
+    batch: int = WINDOWS_PER_BATCH,
     workers: int = 2,
     progress: bool = False,
-    say: Callable[[str], None] = to_stderr,
+    say: Callable[[str], None] = print_to_stderr,
 ) -> Counter[str]:
     """Write the table of embeddings `out`, or carry on with it; how many rows are `good`, and of each reason.
 
@@ -310,32 +328,32 @@ def embed_table(
     table = EmbeddingTable(path=out, plan=plan(model, job, frames, batch), width=model.width, frames=frames)
     told = {"unit": "sound", "disable": not progress, "dynamic_ncols": True, "mininterval": 0.5}
     out.parent.mkdir(parents=True, exist_ok=True)
-    with locked_file(out):
-        first, total = table.start(), len(job.rows)
+    with lock_output_file(out):
+        first, total = table.start_or_resume(), len(job.rows)
         if out.exists():
             say(f"{out}: already whole, {total} rows")
-            return table.counts()
+            return table.count_reasons()
         if first:
             say(f"{out}: carrying on after {first} of {total} rows")
-        openings = ahead((job.opening(number) for number in range(first, total)), workers)
+        openings = open_ahead((job.row_opener(number) for number in range(first, total)), workers)
         with tqdm(total=total, initial=first, **told) as bar:
             while first < total:
                 done = []
-                for one in model.each_sound(limited(openings), frames=frames, batch=batch):
+                for one in model.iterate_embeddings(openers_of_part(openings), frames=frames, batch=batch):
                     done.append(one)
                     bar.update()
-                table.write(first, job.rows[first : first + len(done)], done)
+                table.write_rows(first, job.rows[first : first + len(done)], done)
                 first += len(done)
-        table.finish()
-        return table.counts()
+        table.merge_parts()
+        return table.count_reasons()
 
 
-def outcome(out: Path, counts: Counter[str], say: Callable[[str], None] = to_stderr) -> str:
+def summarise_table(out: Path, counts: Counter[str], say: Callable[[str], None] = print_to_stderr) -> str:
     """What became of a table's sounds, in one line; `say` is told of the first that have no embedding.
 
     RunError where none has one.
     """
-    bad, total = failures(out, FAILURES_TOLD), counts.total()
+    bad, total = describe_failures(out, FAILURES_SHOWN), counts.total()
     if not counts["good"]:
         told = f"none of {total} sounds could be embedded, the first is {bad[0]}"
         raise RunError(f"{out}: {told}; the table has every reason, delete it to try again")
@@ -348,7 +366,7 @@ def outcome(out: Path, counts: Counter[str], say: Callable[[str], None] = to_std
 def plan(model: Embedder, job: EmbeddingJob, frames: bool, batch: int) -> Json:
     """What decides every value of a table."""
     return {
-        "format": FORMAT,
+        "format": TABLE_FORMAT,
         "model_id": model.model.model_id,
         "recipe": model.model.recipe_name,
         "pooling": model.pooling,
@@ -356,26 +374,26 @@ def plan(model: Embedder, job: EmbeddingJob, frames: bool, batch: int) -> Json:
         "overlap": model.overlap,
         "batch": batch,
         "frames": frames,
-        **job.source,
+        **job.source_identity,
     }
 
 
-def limited(openings: Iterable[Callable[[], Sound]]) -> Iterator[Callable[[], Sound]]:
+def openers_of_part(openers: Iterable[Callable[[], SoundStream]]) -> Iterator[Callable[[], SoundStream]]:
     """The next few sounds: as many as are written together."""
     seen_frames = 0
 
-    def counted(opening: Callable[[], Sound]) -> Sound:
+    def open_and_count(opening: Callable[[], SoundStream]) -> SoundStream:
         sound = opening()
-        sound.mels = passing(sound.mels)
+        sound.mels = count_frames(sound.mels)
         return sound
 
-    def passing(mels: Iterable[Tensor]) -> Iterator[Tensor]:
+    def count_frames(mels: Iterable[Tensor]) -> Iterator[Tensor]:
         nonlocal seen_frames
         for mel_TF in mels:
             seen_frames += len(mel_TF)
             yield mel_TF
 
-    for number, opening in enumerate(openings, start=1):
-        yield lambda opening=opening: counted(opening)  # type: ignore[misc]
+    for number, opening in enumerate(openers, start=1):
+        yield lambda opening=opening: open_and_count(opening)  # type: ignore[misc]
         if number == PART_CLIPS or seen_frames >= PART_FRAMES:
             return

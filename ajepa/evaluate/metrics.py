@@ -24,7 +24,7 @@ from pipeline.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ranking:
+class ClassRanking:
     """The clips in the order of a class's scores, those of equal scores together: G such ties hold a positive.
 
     order_N    clips from the highest score down to the end of the last tie
@@ -33,13 +33,13 @@ class Ranking:
     """
 
     order_N: np.ndarray
-    cuts: np.ndarray
-    members_R: np.ndarray
-    ends_G: np.ndarray
-    clips: int
+    tie_bounds: np.ndarray
+    positives_R: np.ndarray
+    positive_ends_G: np.ndarray
+    clip_count: int
 
     @classmethod
-    def of(cls, labels_N: np.ndarray, scores_N: np.ndarray) -> "Ranking":
+    def from_scores(cls, labels_N: np.ndarray, scores_N: np.ndarray) -> "ClassRanking":
         """Of the clips where `labels_N` is above 0 against all others; there is at least one of the former."""
         order_N = np.argsort(-scores_N, kind="stable")
         sorted_N = scores_N[order_N]
@@ -51,17 +51,17 @@ class Ranking:
         cuts = np.concatenate([[0], np.stack([starts_T[ties_G], ends_T[ties_G]], axis=1).ravel()])
         return cls(
             order_N=order_N[: cuts[-1]],
-            cuts=cuts,
-            members_R=order_N[places_R],
-            ends_G=np.cumsum(count_G),
-            clips=len(order_N),
+            tie_bounds=cuts,
+            positives_R=order_N[places_R],
+            positive_ends_G=np.cumsum(count_G),
+            clip_count=len(order_N),
         )
 
     def precision_and_area(self, weights_NB: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Average precision `B` (nan where no positive has weight) and area `B` (nan: or no negative has)."""
-        cumulated_2GB = np.cumsum(self._pieces @ weights_NB, axis=0)
+        cumulated_2GB = np.cumsum(self._segment_matrix @ weights_NB, axis=0)
         above_GB, with_GB = cumulated_2GB[::2], cumulated_2GB[1::2]
-        positive_GB = self._positives @ weights_NB
+        positive_GB = self._positive_matrix @ weights_NB
         found_GB = np.cumsum(positive_GB, axis=0)
         positives_B = found_GB[-1]
         negatives_B = weights_NB.sum(axis=0) - positives_B
@@ -73,29 +73,29 @@ class Ranking:
         return precision_B, area_B
 
     @cached_property
-    def _pieces(self) -> csr_matrix:
+    def _segment_matrix(self) -> csr_matrix:
         """`[2G, clips]`: what lies between two ties, and then the tie, in turns."""
-        return _sums(self.order_N, self.cuts, self.clips)
+        return _sum_matrix(self.order_N, self.tie_bounds, self.clip_count)
 
     @cached_property
-    def _positives(self) -> csr_matrix:
+    def _positive_matrix(self) -> csr_matrix:
         """`[G, clips]`: the positives of each tie."""
-        return _sums(self.members_R, np.concatenate([[0], self.ends_G]), self.clips)
+        return _sum_matrix(self.positives_R, np.concatenate([[0], self.positive_ends_G]), self.clip_count)
 
 
-def _sums(clips_M: np.ndarray, cuts: np.ndarray, clips: int) -> csr_matrix:
+def _sum_matrix(clips_M: np.ndarray, bounds: np.ndarray, clips: int) -> csr_matrix:
     """A matrix that adds up what the clips between each two cuts weigh."""
-    return csr_matrix((np.ones(len(clips_M), np.float32), clips_M, cuts), shape=(len(cuts) - 1, clips))
+    return csr_matrix((np.ones(len(clips_M), np.float32), clips_M, bounds), shape=(len(bounds) - 1, clips))
 
 
-def ranked_CB(
+def precisions_and_areas_CB(
     labels_NC: np.ndarray, scores_NC: np.ndarray, weights_NB: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Average precision and area of every class under every weighting, both `[C, B]`; nan where no clip has it."""
     precision_CB = np.full((labels_NC.shape[1], weights_NB.shape[1]), np.nan, np.float64)
     area_CB = precision_CB.copy()
     for index in np.flatnonzero((labels_NC > 0).any(axis=0)):
-        ranking = Ranking.of(labels_NC[:, index], scores_NC[:, index])
+        ranking = ClassRanking.from_scores(labels_NC[:, index], scores_NC[:, index])
         precision_CB[index], area_CB[index] = ranking.precision_and_area(weights_NB)
     return precision_CB, area_CB
 
@@ -113,8 +113,8 @@ class MeanAveragePrecision:
 
     value: float
     chance: float
-    counted: int
-    skipped: int
+    scored_classes: int
+    skipped_classes: int
     per_class_C: np.ndarray
 
 
@@ -128,12 +128,12 @@ def mean_average_precision(labels_NC: np.ndarray, scores_NC: np.ndarray) -> Mean
     counted = np.flatnonzero(positives_C)
     if not len(counted):
         raise InputError(f"none of {labels_NC.shape[1]} classes has a positive among {len(labels_NC)} clips")
-    per_class_C = ranked_CB(labels_NC, scores_NC, np.ones((len(labels_NC), 1)))[0][:, 0]
+    per_class_C = precisions_and_areas_CB(labels_NC, scores_NC, np.ones((len(labels_NC), 1)))[0][:, 0]
     return MeanAveragePrecision(
         value=float(per_class_C[counted].mean()),
         chance=float(random_precision_C(positives_C[counted], len(labels_NC)).mean()),
-        counted=len(counted),
-        skipped=labels_NC.shape[1] - len(counted),
+        scored_classes=len(counted),
+        skipped_classes=labels_NC.shape[1] - len(counted),
         per_class_C=per_class_C,
     )
 
@@ -157,35 +157,37 @@ def d_prime(area: np.ndarray) -> np.ndarray:
     return np.sqrt(2) * norm.ppf(np.clip(area, 1 - LARGEST_AREA, LARGEST_AREA))
 
 
-def accuracy_B(true_N: np.ndarray, said_N: np.ndarray, weights_NB: np.ndarray) -> np.ndarray:
+def accuracy_B(true_N: np.ndarray, predicted_N: np.ndarray, weights_NB: np.ndarray) -> np.ndarray:
     """Share of the weight on clips whose one class was said, for every weighting."""
-    return (true_N == said_N).astype(weights_NB.dtype) @ weights_NB / weights_NB.sum(axis=0)
+    return (true_N == predicted_N).astype(weights_NB.dtype) @ weights_NB / weights_NB.sum(axis=0)
 
 
-def macro_f1_B(true_N: np.ndarray, said_N: np.ndarray, weights_NB: np.ndarray) -> np.ndarray:
+def macro_f1_B(true_N: np.ndarray, predicted_N: np.ndarray, weights_NB: np.ndarray) -> np.ndarray:
     """Mean F1 over the classes that have or were said of a clip of any weight (scikit-learn's, with weights)."""
-    classes = int(max(true_N.max(), said_N.max())) + 1
+    classes = int(max(true_N.max(), predicted_N.max())) + 1
 
-    def per_class_CB(class_N: np.ndarray, weights_NB: np.ndarray) -> np.ndarray:
+    def weight_per_class_CB(class_N: np.ndarray, weights_NB: np.ndarray) -> np.ndarray:
         ones_N, clips = np.ones(len(class_N), np.float32), np.arange(len(class_N))
         return csr_matrix((ones_N, (class_N, clips)), shape=(classes, len(class_N))) @ weights_NB
 
-    right_N1 = (true_N == said_N)[:, None]
-    counted_CB = per_class_CB(true_N, weights_NB) + per_class_CB(said_N, weights_NB)
-    hits_CB = 2 * per_class_CB(true_N, weights_NB * right_N1)
+    right_N1 = (true_N == predicted_N)[:, None]
+    counted_CB = weight_per_class_CB(true_N, weights_NB) + weight_per_class_CB(predicted_N, weights_NB)
+    hits_CB = 2 * weight_per_class_CB(true_N, weights_NB * right_N1)
     f1_CB = hits_CB / np.maximum(counted_CB, 1)
     return f1_CB.sum(axis=0) / (counted_CB > 0).sum(axis=0)
 
 
-CONFIDENCE = 0.95
+CONFIDENCE_LEVEL = 0.95
 
-MOST_RESAMPLES, LEAST_RESAMPLES = 1_000, 200
+MAX_RESAMPLES, MIN_RESAMPLES = 1_000, 200
 
-BUDGET = 2_000_000_000  # resamples x clips x classes; 20,000 clips of 527 classes are drawn 200 times
+RESAMPLING_BUDGET = (
+    2_000_000_000  # resamples x clips x classes; 20,000 clips of 527 classes are drawn 200 times
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Estimate:
+class MetricEstimate:
     """A metric and its interval of `CONFIDENCE`: where its mean over many such sets of clips may lie."""
 
     value: float
@@ -193,25 +195,25 @@ class Estimate:
     high: float
 
     @classmethod
-    def of(cls, values_B: np.ndarray) -> "Estimate":
+    def from_resamples(cls, values_B: np.ndarray) -> "MetricEstimate":
         """Of a metric in [0, 1]: first its value of the clips themselves, then those of resamples.
 
         Percentiles of the resamples, moved so that their mean is the value: a positive that is drawn twice is
         found together with itself, so average precision rises with every resampling. On AudioSet's 527 classes
         the percentiles as they are lie above the very value that they are of.
         """
-        tail = 50 * (1 - CONFIDENCE)
+        tail = 50 * (1 - CONFIDENCE_LEVEL)
         value, drawn_B = float(values_B[0]), values_B[1:][~np.isnan(values_B[1:])]
         low, high = np.percentile(drawn_B, [tail, 100 - tail]) - drawn_B.mean() + value
         return cls(value=value, low=max(float(low), 0.0), high=min(float(high), 1.0))
 
 
-def resamples(clips: int, classes: int) -> int:
+def resample_count(clips: int, classes: int) -> int:
     """How often so many clips are drawn again: 1,000 times, down to 200 where that would take minutes."""
-    return int(np.clip(BUDGET // max(1, clips * classes), LEAST_RESAMPLES, MOST_RESAMPLES))
+    return int(np.clip(RESAMPLING_BUDGET // max(1, clips * classes), MIN_RESAMPLES, MAX_RESAMPLES))
 
 
-def resampled_NB(clips: int, count: int, seed: int) -> np.ndarray:
+def resample_weights_NB(clips: int, count: int, seed: int) -> np.ndarray:
     """How often each clip lies in each sample, float32: first once in all, then `count` drawn with replacement."""
     rng = np.random.default_rng([seed, 2])
     drawn = [np.bincount(rng.integers(clips, size=clips), minlength=clips) for _ in range(count)]
@@ -219,7 +221,7 @@ def resampled_NB(clips: int, count: int, seed: int) -> np.ndarray:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class ScoredFold:
     """What a probe says of the clips of one fold (the whole of them, where there are no folds).
 
     labels_NC, scores_NC  what is true, and how sure the probe is of it
@@ -233,19 +235,19 @@ class Measured:
     single: bool
 
     @cached_property
-    def ranked(self) -> tuple[np.ndarray, np.ndarray]:
+    def precision_and_area_CB(self) -> tuple[np.ndarray, np.ndarray]:
         """Average precision and area, `[C, B]`."""
-        return ranked_CB(self.labels_NC, self.scores_NC, self.weights_NB)
+        return precisions_and_areas_CB(self.labels_NC, self.scores_NC, self.weights_NB)
 
-    def metrics(self) -> dict[str, np.ndarray]:
+    def metric_values(self) -> dict[str, np.ndarray]:
         """Every metric under every weighting; a class without a positive of any weight is left out of its mean.
 
         There is no area where every clip has every class.
         """
-        precision_CB, area_CB = self.ranked
-        told = {"map": mean_B(precision_CB)}
+        precision_CB, area_CB = self.precision_and_area_CB
+        told = {"map": class_mean_B(precision_CB)}
         if not np.isnan(area_CB[:, 0]).all():
-            told["auc"] = mean_B(area_CB)
+            told["auc"] = class_mean_B(area_CB)
         if self.single:
             true_N, said_N = self.labels_NC.argmax(1), self.scores_NC.argmax(1)
             told["accuracy"] = accuracy_B(true_N, said_N, self.weights_NB)
@@ -253,21 +255,21 @@ class Measured:
         return told
 
 
-def mean_B(value_CB: np.ndarray) -> np.ndarray:
+def class_mean_B(value_CB: np.ndarray) -> np.ndarray:
     """Mean over the classes that have a value; nan where none has."""
     there_CB = ~np.isnan(value_CB)
     with np.errstate(invalid="ignore"):  # 0/0 is nan, as promised
         return np.where(there_CB, value_CB, 0).sum(axis=0) / there_CB.sum(axis=0)
 
 
-def estimates(folds: Sequence[Measured]) -> dict[str, Estimate]:
+def estimate_metrics(folds: Sequence[ScoredFold]) -> dict[str, MetricEstimate]:
     """Every metric: the mean over folds, clips drawn again within each; d' of the mean area."""
-    of_folds = [fold.metrics() for fold in folds]
+    of_folds = [fold.metric_values() for fold in folds]
     names = [name for name in of_folds[0] if all(name in fold for fold in of_folds)]
     means = {name: np.mean([fold[name] for fold in of_folds], axis=0) for name in names}
-    told = {name: Estimate.of(values_B) for name, values_B in means.items()}
+    told = {name: MetricEstimate.from_resamples(values_B) for name, values_B in means.items()}
     if "auc" in told:
         area = told["auc"]
         value, low, high = d_prime(np.array([area.value, area.low, area.high])).tolist()
-        told["d_prime"] = Estimate(value=value, low=low, high=high)
+        told["d_prime"] = MetricEstimate(value=value, low=low, high=high)
     return told

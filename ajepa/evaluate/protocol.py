@@ -8,36 +8,45 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ajepa.evaluate.metrics import CONFIDENCE
-from ajepa.evaluate.result import EVALUATION, FORMAT
-from ajepa.training.run import Json, Run, versions
+from ajepa.evaluate.metrics import CONFIDENCE_LEVEL
+from ajepa.evaluate.result import EVALUATION_FILE, EVALUATION_FORMAT
+from ajepa.training.run import Json, Run, software_versions
 from pipeline.errors import RunError
 from pipeline.store.feature_store import FeatureStore
 
-METRICS = {
+METRIC_NOTES = {
     "map": "macro, classes without an eval clip skipped",
     "accuracy": "share of the clips whose highest score is that of their class",
     "clips": "good clips of the eval splits that have a label of the classes measured",
     "folds_mean": "every metric is computed within a fold, then averaged",
     "intervals": "clips drawn again within each fold; percentiles moved to lie about the value",
-    "confidence": CONFIDENCE,
+    "confidence": CONFIDENCE_LEVEL,
 }
 
-SETTINGS = ("store_id", "excluded", "checkpoint", "eval_splits", "folds", "kind", "classifier", "probes")
+PROTOCOL_SETTINGS = (
+    "store_id",
+    "excluded",
+    "checkpoint",
+    "eval_splits",
+    "folds",
+    "kind",
+    "classifier",
+    "probes",
+)
 
-MORE = "names"  # of probes: a result may hold more of them than the one whose place it takes
+PROBE_NAMES_KEY = "names"  # of probes: a result may hold more of them than the one whose place it takes
 
 
-def stamp(
+def protocol_of(
     run: Run,
     store: FeatureStore,
     *,
     step: int,
     weights: dict[str, Tensor],
-    part: str,
+    weights_name: str,
     eval_splits: Sequence[str],
     eval_clips: int,
-    left_out: int,
+    unlabelled_clips: int,
     resamples: int,
     device: str,
     checkpoint: str | int = "last",
@@ -61,29 +70,29 @@ def stamp(
         "seed": run.recipe["seed"],
         "step": step,
         "checkpoint": str(checkpoint),
-        "weights": part,
-        "weights_sha256": digest_of(weights),
+        "weights": weights_name,
+        "weights_sha256": weights_digest(weights),
         "task": identity.get("task"),
         "trained_on": identity["store_id"],
         "trained_with": run.versions,
-        "store": Path(store.place).name,
+        "store": Path(store.location).name,
         "store_id": store.store_id,
-        "excluded": store.excluded.digest,
+        "excluded": store.exclusions.digest,
         "eval_splits": list(eval_splits),
         "eval_clips": eval_clips,
-        "left_out": left_out,
+        "left_out": unlabelled_clips,
         "folds": folds,
         "kind": kind,
-        **METRICS,
+        **METRIC_NOTES,
         "resamples": resamples,
         "classifier": classifier,
         "probes": probes,
         "device": device,
-        "versions": versions(),
+        "versions": software_versions(),
     }
 
 
-def digest_of(weights: dict[str, Tensor]) -> str:
+def weights_digest(weights: dict[str, Tensor]) -> str:
     """SHA-256 of named tensors, whatever file they lay in."""
     told = hashlib.sha256()
     for name in sorted(weights):
@@ -92,41 +101,44 @@ def digest_of(weights: dict[str, Tensor]) -> str:
     return told.hexdigest()
 
 
-def is_own(run: Run, store: FeatureStore) -> bool:
+def is_training_store(run: Run, store: FeatureStore) -> bool:
     """Whether the run was trained on this store, alone or among others."""
     return store.store_id in {run.identity["store_id"], *run.identity.get("stores", [])}
 
 
-def place_of(run: Run, store: FeatureStore, *, probed: bool) -> Path:
+def result_path(run: Run, store: FeatureStore, *, probed: bool) -> Path:
     """Where an evaluation is kept, one rule for all runs.
 
     What a run is measured by on its own store lies in evaluation.json, on another one in evaluation-STORE.json. A
     fine-tuned run is measured by its classifier: probes on its frozen encoder (`probed`) lie beside that, in
     evaluation-probes.json and evaluation-STORE-probes.json.
     """
-    more = "" if is_own(run, store) else f"-{Path(store.place).stem}"
-    beside = "-probes" if probed and run.finetuned else ""
-    return run.path / f"{Path(EVALUATION).stem}{more}{beside}.json"
+    more = "" if is_training_store(run, store) else f"-{Path(store.location).stem}"
+    beside = "-probes" if probed and run.is_finetuned else ""
+    return run.path / f"{Path(EVALUATION_FILE).stem}{more}{beside}.json"
 
 
-def protocol_in(file: Path) -> Json | None:
+def read_protocol(file: Path) -> Json | None:
     """The stamp of the evaluation in a file; None: there is none, or of a format that is not read any more."""
     told = json.loads(file.read_text()) if file.is_file() else {}
-    found: Json | None = told["protocol"] if told.get("format") == FORMAT else None
+    found: Json | None = told["protocol"] if told.get("format") == EVALUATION_FORMAT else None
     return found
 
 
-def refuse_replacing(file: Path, asked: Json) -> None:
+def refuse_overwriting(file: Path, protocol: Json) -> None:
     """RunError where `file` holds what was measured otherwise than `asked`, a stamp, says: it would be lost.
 
     A later step of the run, other versions, another device, or more probes are no reason; nor is a result of a
     format that is not read any more.
     """
-    held = protocol_in(file)
+    held = read_protocol(file)
     if held is None:
         return
-    before, now = ({key: told[key] for key in SETTINGS} for told in (held, asked))
-    changes = [f"{name}: {told_of(old)}, now {told_of(new)}" for name, old, new in differing(before, now)]
+    before, now = ({key: told[key] for key in PROTOCOL_SETTINGS} for told in (held, protocol))
+    changes = [
+        f"{name}: {describe_setting(old)}, now {describe_setting(new)}"
+        for name, old, new in protocol_differences(before, now)
+    ]
     if changes:
         raise RunError(
             f"{file}: holds what was measured otherwise ({'; '.join(changes[:3])}); "
@@ -134,20 +146,22 @@ def refuse_replacing(file: Path, asked: Json) -> None:
         )
 
 
-def differing(held: Json, asked: Json, path: str = "") -> list[tuple[str, object, object]]:
+def protocol_differences(
+    stored: Json, requested: Json, key_prefix: str = ""
+) -> list[tuple[str, object, object]]:
     """Every setting in which two stamps differ, with both values; what `asked` has more of `names` is none."""
     found: list[tuple[str, object, object]] = []
-    for key in dict.fromkeys([*held, *asked]):
-        old, new = held.get(key), asked.get(key)
+    for key in dict.fromkeys([*stored, *requested]):
+        old, new = stored.get(key), requested.get(key)
         old, new = (list(value) if isinstance(value, tuple) else value for value in (old, new))
         if isinstance(old, dict) and isinstance(new, dict):
-            found += differing(old, new, f"{path}{key}.")
-        elif old != new and not (key == MORE and set(old or ()) <= set(new or ())):
-            found.append((f"{path}{key}", old, new))
+            found += protocol_differences(old, new, f"{key_prefix}{key}.")
+        elif old != new and not (key == PROBE_NAMES_KEY and set(old or ()) <= set(new or ())):
+            found.append((f"{key_prefix}{key}", old, new))
     return found
 
 
-def told_of(value: object) -> str:
+def describe_setting(value: object) -> str:
     """A setting in a few words."""
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"

@@ -12,29 +12,38 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ajepa.evaluate.metrics import Estimate, Measured, estimates, random_precision_C, resampled_NB
+from ajepa.evaluate.metrics import (
+    MetricEstimate,
+    ScoredFold,
+    estimate_metrics,
+    random_precision_C,
+    resample_weights_NB,
+)
 from pipeline.errors import RunError
-from pipeline.files import replacing
+from pipeline.files import replacing_file
 
-EVALUATION = "evaluation.json"
+EVALUATION_FILE = "evaluation.json"
 
-FORMAT = 3
+EVALUATION_FORMAT = 3
 
-KindName = Literal["single", "multi"]
+LabelKind = Literal["single", "multi"]
 
-PRIMARY: dict[KindName, str] = {"multi": "map", "single": "accuracy"}
+PRIMARY_METRIC: dict[LabelKind, str] = {"multi": "map", "single": "accuracy"}
 
-OTHERS: dict[KindName, tuple[str, str]] = {"multi": ("auc", "d_prime"), "single": ("f1", "map")}
+OTHER_METRICS: dict[LabelKind, tuple[str, str]] = {"multi": ("auc", "d_prime"), "single": ("f1", "map")}
 
-TITLES = {"map": "mAP", "accuracy": "accuracy", "auc": "AUC", "d_prime": "d'", "f1": "macro F1"}
+METRIC_TITLES = {"map": "mAP", "accuracy": "accuracy", "auc": "AUC", "d_prime": "d'", "f1": "macro F1"}
 
-PROBES = {"linear": "linear", "knn": "kNN", "attentive": "attentive"}
+PROBE_TITLES = {"linear": "linear", "knn": "kNN", "attentive": "attentive"}
 
-AS_TRAINED, HEAD = "classifier", "head"  # features and probe of what is measured as it was trained
+CLASSIFIER_FEATURES, HEAD_PROBE = (
+    "classifier",
+    "head",
+)  # features and probe of what is measured as it was trained
 
-METHODS = PROBES | {HEAD: "own head"}
+METHOD_TITLES = PROBE_TITLES | {HEAD_PROBE: "own head"}
 
-SETS_PER_BLOCK = 2  # label sets side by side in 80 columns
+LABEL_SETS_PER_BLOCK = 2  # label sets side by side in 80 columns
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,8 +62,8 @@ class Score:
     features: str
     probe: str
     label_set: str
-    kind: KindName
-    metrics: dict[str, Estimate]
+    kind: LabelKind
+    metrics: dict[str, MetricEstimate]
     chance: float
     classes: int
     skipped: int
@@ -64,27 +73,27 @@ class Score:
     per_class_recall: tuple[float | None, ...]
 
     @property
-    def map(self) -> float:
+    def map_value(self) -> float:
         """Macro mean average precision."""
         return self.metrics["map"].value
 
     @property
-    def primary(self) -> Estimate:
+    def primary_estimate(self) -> MetricEstimate:
         """The metric to compare by: accuracy of single labels, else mAP."""
-        return self.metrics[PRIMARY[self.kind]]
+        return self.metrics[PRIMARY_METRIC[self.kind]]
 
     @property
-    def spread(self) -> float | None:
+    def fold_deviation(self) -> float | None:
         """Sample deviation of that metric over folds; None where there are none."""
-        values = self.by_fold.get(PRIMARY[self.kind], ())
+        values = self.by_fold.get(PRIMARY_METRIC[self.kind], ())
         return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
     @classmethod
-    def from_json(cls, told: dict[str, Any]) -> "Score":
-        lists = {name: tuple(told[name]) for name in ("chosen", "per_class_ap", "per_class_recall")}
-        metrics = {name: Estimate(**estimate) for name, estimate in told["metrics"].items()}
-        by_fold = {name: tuple(values) for name, values in told["by_fold"].items()}
-        return cls(**(told | lists | {"metrics": metrics, "by_fold": by_fold}))
+    def from_json(cls, record: dict[str, Any]) -> "Score":
+        lists = {name: tuple(record[name]) for name in ("chosen", "per_class_ap", "per_class_recall")}
+        metrics = {name: MetricEstimate(**estimate) for name, estimate in record["metrics"].items()}
+        by_fold = {name: tuple(values) for name, values in record["by_fold"].items()}
+        return cls(**(record | lists | {"metrics": metrics, "by_fold": by_fold}))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +104,7 @@ class Evaluation:
     classes: tuple[tuple[str, str], ...]
     scores: tuple[Score, ...]
 
-    def of(self, features: str, probe: str, label_set: str) -> Score:
+    def find_score(self, features: str, probe: str, label_set: str) -> Score:
         """The one score of that name."""
         wanted = (features, probe, label_set)
         return next(s for s in self.scores if (s.features, s.probe, s.label_set) == wanted)
@@ -104,15 +113,15 @@ class Evaluation:
     def label_sets(self) -> list[str]:
         return list(dict.fromkeys(score.label_set for score in self.scores))
 
-    def save(self, file: Path) -> None:
+    def save_json(self, file: Path) -> None:
         """Write whole or not at all."""
-        told = {"format": FORMAT, **asdict(self)}
+        told = {"format": EVALUATION_FORMAT, **asdict(self)}
         file.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as scratch:
+        with replacing_file(file) as scratch:
             scratch.write_text(json.dumps(told, indent=1, allow_nan=False) + "\n")
 
     @classmethod
-    def read(cls, file: Path) -> "Evaluation":
+    def read_json(cls, file: Path) -> "Evaluation":
         """What `save` wrote; RunError where it is something else, or of another version."""
         try:
             told = json.loads(file.read_text())
@@ -120,16 +129,16 @@ class Evaluation:
             raise RunError(f"{file}: is not JSON; give what evaluate or finetune wrote") from None
         if not isinstance(told, dict) or not {"protocol", "scores"} <= set(told):
             raise RunError(f"{file}: holds no scores; give what evaluate or finetune wrote")
-        if told.get("format") != FORMAT:
+        if told.get("format") != EVALUATION_FORMAT:
             raise RunError(
-                f"{file}: evaluation format {told.get('format', 1)}, this version reads {FORMAT}; "
+                f"{file}: evaluation format {told.get('format', 1)}, this version reads {EVALUATION_FORMAT}; "
                 "delete it and run ajepa-train evaluate again"
             )
         classes = tuple((mid, name) for mid, name in told["classes"])
         scores = tuple(Score.from_json(score) for score in told["scores"])
         return cls(protocol=told["protocol"], classes=classes, scores=scores)
 
-    def notes(self) -> Iterator[str]:
+    def describe_protocol(self) -> Iterator[str]:
         """What was measured on what, in sentences."""
         told, named = self.protocol, self.protocol["classifier"]
         folds = f", mean over {told['folds']} folds" if told["folds"] else ""
@@ -145,56 +154,59 @@ class Evaluation:
             yield f"pooling {probes['pooling']}, layer {probes['layer']}"
         yield f"[95 % of {told['resamples']} resamples of the clips]"
 
-    def table(self) -> str:
+    def format_table(self) -> str:
         """Metrics by features and probe, label sets side by side, in lines of at most 80 columns."""
-        lines = list(self.notes())
-        for kind in PRIMARY:
-            sets = [name for name in self.label_sets if self._one(name).kind == kind]
-            for start in range(0, len(sets), SETS_PER_BLOCK):
-                lines += self.block(kind, sets[start : start + SETS_PER_BLOCK])
+        lines = list(self.describe_protocol())
+        for kind in PRIMARY_METRIC:
+            sets = [name for name in self.label_sets if self._first_score(name).kind == kind]
+            for start in range(0, len(sets), LABEL_SETS_PER_BLOCK):
+                lines += self.format_block(kind, sets[start : start + LABEL_SETS_PER_BLOCK])
         return "\n".join(lines)
 
-    def block(self, kind: KindName, sets: Sequence[str]) -> list[str]:
+    def format_block(self, kind: LabelKind, label_sets: Sequence[str]) -> list[str]:
         """The table of some label sets of one kind: its first metric with intervals, its spread, two others."""
-        first, (second, third) = PRIMARY[kind], OTHERS[kind]
+        first, (second, third) = PRIMARY_METRIC[kind], OTHER_METRICS[kind]
         folds = self.protocol["folds"]
         return [
-            f"  {'':31}" + "".join(f"  {_cut(name, 20):20}" for name in sets).rstrip(),
-            f"  {'':31}" + "".join(f"  {self._classes(name):20}" for name in sets).rstrip(),
-            TITLES[first],
-            *self._lines(sets, lambda score: interval(score.metrics[first])),
-            f"  {'chance':31}" + "".join(f"  {self._one(name).chance:5.3f}{'':15}" for name in sets).rstrip(),
+            f"  {'':31}" + "".join(f"  {_shorten_name(name, 20):20}" for name in label_sets).rstrip(),
+            f"  {'':31}" + "".join(f"  {self._class_count_text(name):20}" for name in label_sets).rstrip(),
+            METRIC_TITLES[first],
+            *self._probe_lines(label_sets, lambda score: format_interval(score.metrics[first])),
+            f"  {'chance':31}"
+            + "".join(f"  {self._first_score(name).chance:5.3f}{'':15}" for name in label_sets).rstrip(),
             *([f"deviation over {folds} folds"] if folds else []),
-            *(self._lines(sets, lambda score: f"{score.spread:5.3f}") if folds else []),
-            f"{TITLES[second]} / {TITLES[third]}",
-            *self._lines(sets, lambda score: pair(score, second, third)),
+            *(self._probe_lines(label_sets, lambda score: f"{score.fold_deviation:5.3f}") if folds else []),
+            f"{METRIC_TITLES[second]} / {METRIC_TITLES[third]}",
+            *self._probe_lines(label_sets, lambda score: format_metric_pair(score, second, third)),
         ]
 
-    def _lines(self, sets: Sequence[str], cell: Callable[[Score], str]) -> Iterator[str]:
+    def _probe_lines(self, label_sets: Sequence[str], format_cell: Callable[[Score], str]) -> Iterator[str]:
         """A line for each probe on each kind of features."""
-        for features, probe in self._rows():
-            cells = "".join(f"  {cell(self.of(features, probe, name)):20}" for name in sets)
-            yield f"  {features:20} {METHODS[probe]:10}{cells}".rstrip()
+        for features, probe in self._measured_probes():
+            cells = "".join(
+                f"  {format_cell(self.find_score(features, probe, name)):20}" for name in label_sets
+            )
+            yield f"  {features:20} {METHOD_TITLES[probe]:10}{cells}".rstrip()
 
-    def _rows(self) -> list[tuple[str, str]]:
+    def _measured_probes(self) -> list[tuple[str, str]]:
         return list(dict.fromkeys((score.features, score.probe) for score in self.scores))
 
-    def _classes(self, label_set: str) -> str:
-        one = self._one(label_set)
+    def _class_count_text(self, label_set: str) -> str:
+        one = self._first_score(label_set)
         return f"{one.classes} classes" + (f", {one.skipped} not" if one.skipped else "")
 
-    def _one(self, label_set: str) -> Score:
+    def _first_score(self, label_set: str) -> Score:
         return next(score for score in self.scores if score.label_set == label_set)
 
-    def write_classes(self, file: Path) -> None:
+    def write_class_table(self, file: Path) -> None:
         """Every class as CSV: a line for each label set and class, a column for each probe's average precision.
 
         And one for its recall, where a label set is of single labels.
         """
-        rows = self._rows()
+        rows = self._measured_probes()
         recalls = rows if any(score.per_class_recall for score in self.scores) else []
         file.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as scratch, scratch.open("w", newline="") as handle:
+        with replacing_file(file) as scratch, scratch.open("w", newline="") as handle:
             out = csv.writer(handle)
             names = [f"{name} {probe}" for name, probe in rows]
             out.writerow(
@@ -207,7 +219,7 @@ class Evaluation:
                 ]
             )
             for label_set in self.label_sets:
-                scores = [self.of(name, probe, label_set) for name, probe in rows]
+                scores = [self.find_score(name, probe, label_set) for name, probe in rows]
                 empty = (None,) * len(self.classes)
                 columns = [score.per_class_ap for score in scores]
                 columns += [score.per_class_recall or empty for score in scores] if recalls else []
@@ -215,104 +227,108 @@ class Evaluation:
                     out.writerow([label_set, mid, name, *("" if v is None else f"{v:.6f}" for v in values)])
 
 
-def interval(estimate: Estimate) -> str:
+def format_interval(estimate: MetricEstimate) -> str:
     """`0.601 [0.580 0.622]`"""
     return f"{estimate.value:5.3f} [{estimate.low:5.3f} {estimate.high:5.3f}]"
 
 
-def pair(score: Score, second: str, third: str) -> str:
+def format_metric_pair(score: Score, second: str, third: str) -> str:
     """`0.912 / 1.910`; a metric that there is not is a dash."""
     told = (score.metrics.get(name) for name in (second, third))
     return " / ".join("-" if estimate is None else f"{estimate.value:5.3f}" for estimate in told)
 
 
-def _cut(name: str, width: int) -> str:
+def _shorten_name(name: str, width: int) -> str:
     return name if len(name) <= width else name[: width - 3] + "..."
 
 
-Kind = Literal["auto", "single", "multi"]
+LabelKindOption = Literal["auto", "single", "multi"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Truth:
+class TrueLabels:
     """One label set of some clips, 0/1, and whether each of them has exactly one label."""
 
     label_set: str
     labels_NC: np.ndarray
-    kind: KindName
+    kind: LabelKind
 
     @classmethod
-    def of(cls, label_set: str, labels_NC: np.ndarray, kind: Kind, place: str) -> "Truth":
+    def from_labels(
+        cls, label_set: str, labels_NC: np.ndarray, kind: LabelKindOption, store_location: str
+    ) -> "TrueLabels":
         """With `auto` as the labels are; RunError, naming `place`, where they are told to be single and are not."""
         others = int((labels_NC.sum(axis=1) != 1).sum())
         if kind == "single" and others:
             told = f"{others} of {len(labels_NC)} clips have no {label_set} label or several"
-            raise RunError(f"{place}: {told}, single labels were asked for; leave out --kind single")
-        found: KindName = "multi" if others else "single"
+            raise RunError(f"{store_location}: {told}, single labels were asked for; leave out --kind single")
+        found: LabelKind = "multi" if others else "single"
         return cls(label_set=label_set, labels_NC=labels_NC, kind=found if kind == "auto" else kind)
 
-    def measured(self, clips_N: np.ndarray, scores_NC: np.ndarray, count: int, seed: int) -> Measured:
+    def scored_fold(self, clips_N: np.ndarray, scores_NC: np.ndarray, count: int, seed: int) -> ScoredFold:
         """Scores of some of the clips beside what is true of these, to be drawn again `count` times."""
-        return Measured(
+        return ScoredFold(
             labels_NC=self.labels_NC[clips_N],
             scores_NC=scores_NC,
-            weights_NB=resampled_NB(len(clips_N), count, seed),
+            weights_NB=resample_weights_NB(len(clips_N), count, seed),
             single=self.kind == "single",
         )
 
-    def score(
-        self, features: str, probe: str, folds: Sequence[Measured], chosen: Sequence[float] = ()
+    def summarise_folds(
+        self, features: str, probe: str, folds: Sequence[ScoredFold], chosen_settings: Sequence[float] = ()
     ) -> Score:
         """Every metric of what was measured, of folds their mean."""
-        per_class_ap = mean_of_folds(np.stack([fold.ranked[0][:, 0] for fold in folds]))
-        recalls_FC = np.stack([recall_C(fold.labels_NC, fold.scores_NC) for fold in folds])
+        per_class_ap = mean_over_folds(np.stack([fold.precision_and_area_CB[0][:, 0] for fold in folds]))
+        recalls_FC = np.stack([class_recall_C(fold.labels_NC, fold.scores_NC) for fold in folds])
         skipped = sum(value is None for value in per_class_ap)
-        metrics = estimates(folds)
+        metrics = estimate_metrics(folds)
         return Score(
             features=features,
             probe=probe,
             label_set=self.label_set,
             kind=self.kind,
             metrics=metrics,
-            chance=float(np.mean([chance(fold.labels_NC, self.kind) for fold in folds])),
+            chance=float(np.mean([chance_level(fold.labels_NC, self.kind) for fold in folds])),
             classes=len(per_class_ap) - skipped,
             skipped=skipped,
-            chosen=tuple(chosen),
-            by_fold=values_by_fold(folds) if len(folds) > 1 else {},
+            chosen=tuple(chosen_settings),
+            by_fold=metrics_by_fold(folds) if len(folds) > 1 else {},
             per_class_ap=per_class_ap,
-            per_class_recall=mean_of_folds(recalls_FC) if self.kind == "single" else (),
+            per_class_recall=mean_over_folds(recalls_FC) if self.kind == "single" else (),
         )
 
-    def value(self, scores_NC: np.ndarray) -> float:
+    def primary_value(self, scores_NC: np.ndarray) -> float:
         """The first metric of scores of all the clips, without its interval."""
         return float(
-            self.measured(np.arange(len(scores_NC)), scores_NC, 0, 0).metrics()[PRIMARY[self.kind]][0]
+            self.scored_fold(np.arange(len(scores_NC)), scores_NC, 0, 0).metric_values()[
+                PRIMARY_METRIC[self.kind]
+            ][0]
         )
 
 
-def chance(labels_NC: np.ndarray, kind: KindName) -> float:
+def chance_level(labels_NC: np.ndarray, kind: LabelKind) -> float:
     """What the first metric is without knowing a clip: mAP of a random order; accuracy of the commonest class."""
     positives_C = (labels_NC > 0).sum(axis=0)
-    if PRIMARY[kind] == "accuracy":
+    if PRIMARY_METRIC[kind] == "accuracy":
         return float(positives_C.max() / len(labels_NC))
     return float(random_precision_C(positives_C[positives_C > 0], len(labels_NC)).mean())
 
 
-def recall_C(labels_NC: np.ndarray, scores_NC: np.ndarray) -> np.ndarray:
+def class_recall_C(labels_NC: np.ndarray, scores_NC: np.ndarray) -> np.ndarray:
     """The share of each class's clips whose highest score is that class's; nan where it has no clip."""
     said_NC = np.eye(scores_NC.shape[1])[scores_NC.argmax(axis=1)]
     with np.errstate(invalid="ignore"):  # 0/0 is nan, as promised
         return (labels_NC * said_NC).sum(axis=0) / labels_NC.sum(axis=0)
 
 
-def values_by_fold(folds: Sequence[Measured]) -> dict[str, tuple[float, ...]]:
+def metrics_by_fold(folds: Sequence[ScoredFold]) -> dict[str, tuple[float, ...]]:
     """Every metric that all folds have, fold by fold."""
-    of_folds = [fold.metrics() for fold in folds]
+    of_folds = [fold.metric_values() for fold in folds]
     names = [name for name in of_folds[0] if all(name in fold for fold in of_folds)]
     return {name: tuple(float(fold[name][0]) for fold in of_folds) for name in names}
 
 
-def mean_of_folds(value_FC: np.ndarray) -> tuple[float | None, ...]:
+def mean_over_folds(value_FC: np.ndarray) -> tuple[float | None, ...]:
     """The mean of every column's values, of 6 decimals; None where a column has none."""
     there_FC = ~np.isnan(value_FC)
     sums_C, counts_C = np.where(there_FC, value_FC, 0).sum(0), there_FC.sum(0)

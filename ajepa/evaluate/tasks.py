@@ -27,11 +27,11 @@ import difflib
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.datasets.speech_commands import WORDS
+from pipeline.datasets.speech_commands import SPEECH_COMMANDS_WORDS
 from pipeline.errors import RunError
 from pipeline.labels.ontology import ClassList, fsd50k_classes, load_class_list
 
-Kind = Literal["single", "multi", "any"]
+TaskLabelKind = Literal["single", "multi", "any"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,34 +52,34 @@ class Task:
 
     name: str
     recipe: str
-    kind: Kind
+    kind: TaskLabelKind
     classes: ClassList | None = None
-    told_apart: tuple[str, ...] = ()
-    others: str = "others"
-    train: tuple[str, ...] = ()
-    measured: tuple[str, ...] = ()
-    folds: int = 0
+    distinct_classes: tuple[str, ...] = ()
+    other_class: str = "others"
+    train_splits: tuple[str, ...] = ()
+    eval_splits: tuple[str, ...] = ()
+    fold_count: int = 0
 
 
-def named_classes(names: str) -> ClassList:
+def class_list_from_words(names: str) -> ClassList:
     """The classes of some words, whose ids are their names."""
     words = tuple(names.split())
     return ClassList(mids=words, names=tuple(word.replace("_", " ") for word in words))
 
 
-AUDIOSET = Task(
+AUDIOSET_TASK = Task(
     name="audioset",
     recipe="audioset-20k",
     kind="multi",
     classes=load_class_list(),
-    measured=("eval",),
+    eval_splits=("eval",),
 )
 
-ESC50 = Task(
+ESC50_TASK = Task(
     name="esc50",
     recipe="esc50",
     kind="single",
-    classes=named_classes(
+    classes=class_list_from_words(
         "dog rooster pig cow frog cat hen insects sheep crow "
         "rain sea_waves crackling_fire crickets chirping_birds water_drops wind pouring_water toilet_flush "
         "thunderstorm crying_baby sneezing clapping breathing coughing footsteps laughing brushing_teeth snoring "
@@ -87,64 +87,64 @@ ESC50 = Task(
         "washing_machine vacuum_cleaner clock_alarm clock_tick glass_breaking "
         "helicopter chainsaw siren car_horn engine train church_bells airplane fireworks hand_saw"
     ),
-    folds=5,
+    fold_count=5,
 )
 
-FSD50K = Task(
+FSD50K_TASK = Task(
     name="fsd50k",
     recipe="fsd50k",
     kind="multi",
     classes=fsd50k_classes(),
-    train=("train",),
-    measured=("eval",),
+    train_splits=("train",),
+    eval_splits=("eval",),
 )
 
-OWN = Task(name="own", recipe="own", kind="any")
+OWN_LABELS_TASK = Task(name="own", recipe="own", kind="any")
 
-SPEECH_COMMANDS_V1 = Task(
+SPEECH_COMMANDS_V1_TASK = Task(
     name="speech-commands-v1",
     recipe="speech-commands-v1",
     kind="single",
-    classes=named_classes(" ".join(WORDS["v1"])),
-    told_apart=("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go"),
-    others="unknown",
-    train=("train",),
-    measured=("test",),
+    classes=class_list_from_words(" ".join(SPEECH_COMMANDS_WORDS["v1"])),
+    distinct_classes=("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go"),
+    other_class="unknown",
+    train_splits=("train",),
+    eval_splits=("test",),
 )
 
-SPEECH_COMMANDS_V2 = Task(
+SPEECH_COMMANDS_V2_TASK = Task(
     name="speech-commands-v2",
     recipe="speech-commands-v2",
     kind="single",
-    classes=named_classes(" ".join(WORDS["v2"])),
-    train=("train",),
-    measured=("test",),
+    classes=class_list_from_words(" ".join(SPEECH_COMMANDS_WORDS["v2"])),
+    train_splits=("train",),
+    eval_splits=("test",),
 )
 
-VOXCELEB1_SID = Task(
+VOXCELEB1_SID_TASK = Task(
     name="voxceleb1-sid",
     recipe="voxceleb1-sid",
     kind="single",
-    classes=named_classes(" ".join(f"id{number}" for number in range(10_001, 11_252))),
-    train=("train",),
-    measured=("test",),
+    classes=class_list_from_words(" ".join(f"id{number}" for number in range(10_001, 11_252))),
+    train_splits=("train",),
+    eval_splits=("test",),
 )
 
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        AUDIOSET,
-        ESC50,
-        FSD50K,
-        SPEECH_COMMANDS_V1,
-        SPEECH_COMMANDS_V2,
-        VOXCELEB1_SID,
-        OWN,
+        AUDIOSET_TASK,
+        ESC50_TASK,
+        FSD50K_TASK,
+        SPEECH_COMMANDS_V1_TASK,
+        SPEECH_COMMANDS_V2_TASK,
+        VOXCELEB1_SID_TASK,
+        OWN_LABELS_TASK,
     )
 }
 
 
-def task(name: str) -> Task:
+def find_task(name: str) -> Task:
     """The task of that name; RunError names the nearest and all there are."""
     if name in TASKS:
         return TASKS[name]

@@ -8,15 +8,15 @@ from typing import Any, Self
 
 from ajepa.training.run import Json
 
-RAW, PROPAGATED, POSTHOC = "raw", "propagated", "raw, scores propagated"
+RAW_LABELS, PROPAGATED_LABELS, POSTHOC_SCORES = "raw", "propagated", "raw, scores propagated"
 
-ARMS = (RAW, PROPAGATED, POSTHOC)
+STUDY_ARMS = (RAW_LABELS, PROPAGATED_LABELS, POSTHOC_SCORES)
 
-SHOWN = 10  # classes in the printed table; all are in the JSON
+SHOWN_HLP_CLASSES = 10  # classes in the printed table; all are in the JSON
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Score:
+class HlpScore:
     """mAP against one kind of labels, over the classes that have a positive there; the others are None."""
 
     labels: str
@@ -25,30 +25,30 @@ class Score:
     per_class: tuple[float | None, ...]
 
     @property
-    def counted(self) -> int:
+    def scored_class_count(self) -> int:
         return sum(value is not None for value in self.per_class)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Training:
+class HlpTraining:
     """What one training reached; `arm` says on which labels, or that its scores were propagated afterwards."""
 
     model: str
     arm: str
     seed: int
-    scores: tuple[Score, ...]
+    scores: tuple[HlpScore, ...]
 
-    def of(self, labels: str) -> Score:
+    def score_against(self, labels: str) -> HlpScore:
         return next(score for score in self.scores if score.labels == labels)
 
     @classmethod
-    def from_json(cls, told: Json) -> Self:
-        scores = [Score(**score | {"per_class": tuple(score["per_class"])}) for score in told["scores"]]
-        return cls(**told | {"scores": tuple(scores)})
+    def from_json(cls, record: Json) -> Self:
+        scores = [HlpScore(**score | {"per_class": tuple(score["per_class"])}) for score in record["scores"]]
+        return cls(**record | {"scores": tuple(scores)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Spread:
+class SeedSpread:
     """Mean and sample deviation of one number over seeds, and in how many it is above 0; no deviation of one."""
 
     values: tuple[float, ...]
@@ -62,7 +62,7 @@ class Spread:
         return statistics.stdev(self.values) if len(self.values) > 1 else math.nan
 
     @property
-    def up(self) -> int:
+    def positive_count(self) -> int:
         return sum(value > 0 for value in self.values)
 
     def __format__(self, sign: str) -> str:
@@ -71,7 +71,12 @@ class Spread:
 
     def to_json(self) -> Json:
         deviation = None if math.isnan(self.deviation) else self.deviation
-        return {"mean": self.mean, "deviation": deviation, "up": self.up, "values": list(self.values)}
+        return {
+            "mean": self.mean,
+            "deviation": deviation,
+            "up": self.positive_count,
+            "values": list(self.values),
+        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,9 +86,9 @@ class GainingClass:
     name: str
     clips_before: int
     clips_after: int
-    raw: Spread
-    propagated: Spread
-    difference: Spread
+    raw: SeedSpread
+    propagated: SeedSpread
+    difference: SeedSpread
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,36 +103,40 @@ class HlpResult:
     classes: tuple[str, ...]
     clips_before: tuple[int, ...]
     clips_after: tuple[int, ...]
-    trainings: tuple[Training, ...]
+    trainings: tuple[HlpTraining, ...]
 
     @property
-    def models(self) -> list[str]:
+    def model_names(self) -> list[str]:
         return list(dict.fromkeys(training.model for training in self.trainings))
 
     @property
-    def measured(self) -> list[str]:
+    def label_kinds(self) -> list[str]:
         """The kinds of labels that scores are of."""
         return [score.labels for score in self.trainings[0].scores]
 
-    def arm(self, model: str, arm: str) -> list[Training]:
+    def arm_trainings(self, model: str, arm: str) -> list[HlpTraining]:
         """Trainings of a model on an arm, by seed."""
         mine = [t for t in self.trainings if (t.model, t.arm) == (model, arm)]
         return sorted(mine, key=lambda training: training.seed)
 
-    def maps(self, model: str, arm: str, labels: str) -> Spread:
-        return Spread(values=tuple(training.of(labels).map for training in self.arm(model, arm)))
+    def map_spread(self, model: str, arm: str, labels: str) -> SeedSpread:
+        return SeedSpread(
+            values=tuple(training.score_against(labels).map for training in self.arm_trainings(model, arm))
+        )
 
-    def difference(self, model: str, arm: str, labels: str) -> Spread:
+    def map_difference(self, model: str, arm: str, labels: str) -> SeedSpread:
         """mAP of an arm less that of training on raw labels, seed by seed: what both share falls out."""
-        pairs = zip(self.arm(model, arm), self.arm(model, RAW), strict=True)
-        return Spread(values=tuple(one.of(labels).map - raw.of(labels).map for one, raw in pairs))
+        pairs = zip(self.arm_trainings(model, arm), self.arm_trainings(model, RAW_LABELS), strict=True)
+        return SeedSpread(
+            values=tuple(one.score_against(labels).map - raw.score_against(labels).map for one, raw in pairs)
+        )
 
-    def gains(self, index: int) -> bool:
+    def has_more_clips(self, index: int) -> bool:
         return self.clips_after[index] > self.clips_before[index]
 
-    def gaining(self, model: str) -> list[GainingClass]:
+    def gaining_classes(self, model: str) -> list[GainingClass]:
         """Classes that gain clips and can be measured, by propagated labels; the greatest difference first."""
-        raw, propagated = (self.per_class(model, arm) for arm in (RAW, PROPAGATED))
+        raw, propagated = (self.class_spreads(model, arm) for arm in (RAW_LABELS, PROPAGATED_LABELS))
         made = [
             GainingClass(
                 name=self.classes[index],
@@ -135,111 +144,131 @@ class HlpResult:
                 clips_after=self.clips_after[index],
                 raw=raw[index],
                 propagated=propagated[index],
-                difference=less(propagated[index], raw[index]),
+                difference=subtract_spreads(propagated[index], raw[index]),
             )
             for index in raw
-            if self.gains(index)
+            if self.has_more_clips(index)
         ]
         return sorted(made, key=lambda one: -one.difference.mean)
 
-    def per_class(self, model: str, arm: str) -> dict[int, Spread]:
+    def class_spreads(self, model: str, arm: str) -> dict[int, SeedSpread]:
         """Average precision of each class that can be measured by propagated labels."""
-        per_class_SC = [training.of(PROPAGATED).per_class for training in self.arm(model, arm)]
+        per_class_SC = [
+            training.score_against(PROPAGATED_LABELS).per_class for training in self.arm_trainings(model, arm)
+        ]
         columns = enumerate(zip(*per_class_SC, strict=True))
-        return {index: Spread(values=values) for index, values in columns if None not in values}
+        return {index: SeedSpread(values=values) for index, values in columns if None not in values}
 
-    def mean_difference(self, model: str, *, gaining: bool) -> Spread | None:
+    def mean_difference(self, model: str, *, gaining: bool) -> SeedSpread | None:
         """Mean over the classes that gain, or over those that do not, seed by seed; None: there are none."""
-        raw, propagated = (self.per_class(model, arm) for arm in (RAW, PROPAGATED))
-        mine = [less(propagated[index], raw[index]) for index in raw if self.gains(index) is gaining]
+        raw, propagated = (self.class_spreads(model, arm) for arm in (RAW_LABELS, PROPAGATED_LABELS))
+        mine = [
+            subtract_spreads(propagated[index], raw[index])
+            for index in raw
+            if self.has_more_clips(index) is gaining
+        ]
         if not mine:
             return None
         by_seed = zip(*(difference.values for difference in mine), strict=True)
-        return Spread(values=tuple(statistics.fmean(values) for values in by_seed))
+        return SeedSpread(values=tuple(statistics.fmean(values) for values in by_seed))
 
-    def table(self) -> str:
+    def format_table(self) -> str:
         """mAP of every model and arm, what propagation changes, and the classes it changes most; 80 columns."""
         told = self.protocol
         lines = [
             f"mAP, mean ± deviation over {len(told['seeds'])} seeds; {told['train_clips']} clips to train on, "
             f"{told['eval_clips']} measured",
-            f"{'':26}" + "".join(f"{labels + ' labels':>18}" for labels in self.measured),
+            f"{'':26}" + "".join(f"{labels + ' labels':>18}" for labels in self.label_kinds),
         ]
-        for model in self.models:
-            lines += [model, *self.block(model)]
-        lines.append(f"{'chance':26}" + "".join(f"{self.chance(labels):18.3f}" for labels in self.measured))
-        for model in self.models:
-            lines += ["", *self.classes_block(model)]
+        for model in self.model_names:
+            lines += [model, *self.format_model_rows(model)]
+        lines.append(
+            f"{'chance':26}" + "".join(f"{self.chance_map(labels):18.3f}" for labels in self.label_kinds)
+        )
+        for model in self.model_names:
+            lines += ["", *self.format_class_rows(model)]
         return "\n".join(lines)
 
-    def block(self, model: str) -> list[str]:
+    def format_model_rows(self, model: str) -> list[str]:
         """A model's rows: each arm, and below it how it differs from training on raw labels."""
         lines = []
-        for arm in ARMS:
-            cells = [f"{self.maps(model, arm, labels):}" for labels in self.measured]
-            lines.append(row(arm if arm == POSTHOC else f"trained on {arm}", cells))
-            if arm != RAW:
-                changes = [self.difference(model, arm, labels) for labels in self.measured]
-                lines.append(row("  difference", [f"{change:+}" for change in changes]))
-                lines.append(row("  seeds with more", [f"{c.up} of {len(c.values)}" for c in changes]))
+        for arm in STUDY_ARMS:
+            cells = [f"{self.map_spread(model, arm, labels):}" for labels in self.label_kinds]
+            lines.append(format_table_row(arm if arm == POSTHOC_SCORES else f"trained on {arm}", cells))
+            if arm != RAW_LABELS:
+                changes = [self.map_difference(model, arm, labels) for labels in self.label_kinds]
+                lines.append(format_table_row("  difference", [f"{change:+}" for change in changes]))
+                lines.append(
+                    format_table_row(
+                        "  seeds with more", [f"{c.positive_count} of {len(c.values)}" for c in changes]
+                    )
+                )
         return lines
 
-    def classes_block(self, model: str) -> list[str]:
+    def format_class_rows(self, model: str) -> list[str]:
         """Where the difference comes from: classes that gain clips against the others, and the first of them."""
-        gaining = self.gaining(model)
+        gaining = self.gaining_classes(model)
         lines = [f"{model}: difference by propagated labels, mean over"]
         for name, gains in (("gain clips to train on", True), ("gain none", False)):
             mean = self.mean_difference(model, gaining=gains)
-            count = sum(self.gains(index) is gains for index in self.per_class(model, RAW))
+            count = sum(
+                self.has_more_clips(index) is gains for index in self.class_spreads(model, RAW_LABELS)
+            )
             lines.append(
-                row(f"{count} classes that {name}", ["-" if mean is None else f"{mean:+}"], width=40)
+                format_table_row(
+                    f"{count} classes that {name}", ["-" if mean is None else f"{mean:+}"], width=40
+                )
             )
         if gaining:
             lines.append(f"  {'class':28}{'clips':>14}{'AP raw':>8}{'prop.':>8}{'difference':>18}")
-        for one in gaining[:SHOWN]:
+        for one in gaining[:SHOWN_HLP_CLASSES]:
             clips = f"{one.clips_before} -> {one.clips_after}"
             aps = f"{one.raw.mean:8.3f}{one.propagated.mean:8.3f}"
             lines.append(f"  {one.name[:27]:28}{clips:>14}{aps}{f'{one.difference:+}':>18}")
         return lines
 
-    def chance(self, labels: str) -> float:
-        return self.trainings[0].of(labels).chance
+    def chance_map(self, labels: str) -> float:
+        return self.trainings[0].score_against(labels).chance
 
     def to_json(self) -> Json:
         """Everything, and the summary that the table prints."""
         summary = {
             model: {
-                "map": {a: {m: self.maps(model, a, m).to_json() for m in self.measured} for a in ARMS},
-                "difference": {
-                    a: {m: self.difference(model, a, m).to_json() for m in self.measured} for a in ARMS[1:]
+                "map": {
+                    a: {m: self.map_spread(model, a, m).to_json() for m in self.label_kinds}
+                    for a in STUDY_ARMS
                 },
-                "gaining_classes": [class_json(one) for one in self.gaining(model)],
+                "difference": {
+                    a: {m: self.map_difference(model, a, m).to_json() for m in self.label_kinds}
+                    for a in STUDY_ARMS[1:]
+                },
+                "gaining_classes": [gaining_class_json(one) for one in self.gaining_classes(model)],
             }
-            for model in self.models
+            for model in self.model_names
         }
         return asdict(self) | {"summary": summary}
 
     @classmethod
-    def from_json(cls, told: Json) -> Self:
+    def from_json(cls, record: Json) -> Self:
         return cls(
-            protocol=told["protocol"],
-            classes=tuple(told["classes"]),
-            clips_before=tuple(told["clips_before"]),
-            clips_after=tuple(told["clips_after"]),
-            trainings=tuple(Training.from_json(training) for training in told["trainings"]),
+            protocol=record["protocol"],
+            classes=tuple(record["classes"]),
+            clips_before=tuple(record["clips_before"]),
+            clips_after=tuple(record["clips_after"]),
+            trainings=tuple(HlpTraining.from_json(training) for training in record["trainings"]),
         )
 
 
-def less(one: Spread, other: Spread) -> Spread:
+def subtract_spreads(one: SeedSpread, other: SeedSpread) -> SeedSpread:
     """The difference, seed by seed."""
-    return Spread(values=tuple(a - b for a, b in zip(one.values, other.values, strict=True)))
+    return SeedSpread(values=tuple(a - b for a, b in zip(one.values, other.values, strict=True)))
 
 
-def row(name: str, cells: Sequence[str], *, width: int = 24) -> str:
+def format_table_row(name: str, cells: Sequence[str], *, width: int = 24) -> str:
     return f"  {name:{width}}" + "".join(f"{cell:>18}" for cell in cells)
 
 
-def class_json(one: GainingClass) -> Json:
+def gaining_class_json(one: GainingClass) -> Json:
     told: dict[str, Any] = {"name": one.name, "clips": [one.clips_before, one.clips_after]}
     spreads = {"raw": one.raw, "propagated": one.propagated, "difference": one.difference}
     return told | {name: spread.to_json() for name, spread in spreads.items()}

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from ajepa.model.cnn6 import Cnn6, Cnn6Spec
 from ajepa.model.convnext import ConvNext, ConvNextSpec
 from ajepa.model.passt import Passt, PasstSpec
-from ajepa.model.patches import valid_tokens
-from ajepa.model.pooling import POOLING, VECTORS, PoolingName, pool
-from ajepa.model.transformer import initialise
+from ajepa.model.patches import valid_token_mask
+from ajepa.model.pooling import DEFAULT_POOLING, VECTORS_PER_CLIP, PoolingName, pool_tokens
+from ajepa.model.transformer import initialise_weights
 from ajepa.model.vit import Encoder, EncoderSpec
 from pipeline.errors import RunError
 
-Reading = Literal["keys", "tokens"]
+MaskReading = Literal["keys", "tokens"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,15 +38,15 @@ class RegularisedMasking:
     """
 
     share: float = 0.1
-    reading: Reading = "keys"
+    reading: MaskReading = "keys"
 
     def __post_init__(self) -> None:
         if not 0 <= self.share < 1:
             raise ValueError(f"the share of tokens that are masked must lie in [0, 1), got {self.share}")
-        if self.reading not in get_args(Reading):
-            raise ValueError(f"reading must be {' or '.join(get_args(Reading))}, got {self.reading!r}")
+        if self.reading not in get_args(MaskReading):
+            raise ValueError(f"reading must be {' or '.join(get_args(MaskReading))}, got {self.reading!r}")
 
-    def draw(self, rng: np.random.Generator, valid_BP: Tensor, *, depth: int) -> Tensor | None:
+    def draw_masked_tokens(self, rng: np.random.Generator, valid_BP: Tensor, *, depth: int) -> Tensor | None:
         """Which tokens are masked in each layer, bool `LBP` beside `valid_BP`: equally many in every layer of a clip.
 
         None with share 0; then the generator is left alone. Of the valid tokens at least one is never masked.
@@ -59,7 +59,7 @@ class RegularisedMasking:
         place_LBP = lottery_LBP.argsort(dim=-1).argsort(dim=-1)  # a token's place in the draw: no ties
         return place_LBP < (self.share * valid_BP.sum(dim=1)).floor()[:, None]
 
-    def keep(self, masked_LBP: Tensor, keep_L2B: Tensor | None) -> Tensor | None:
+    def branch_factors(self, masked_LBP: Tensor, keep_L2B: Tensor | None) -> Tensor | None:
         """What each branch of each block is multiplied by, given what drop path says: under `tokens`, `L2BP`."""
         if self.reading == "keys":
             return keep_L2B
@@ -70,9 +70,9 @@ class RegularisedMasking:
         return keep_L2BP
 
 
-REGULARISED = RegularisedMasking()
+DEFAULT_REGULARISED_MASKING = RegularisedMasking()
 
-ENCODER = "encoder."  # what the names of the encoder's weights begin with in a Vit's
+ENCODER_PREFIX = "encoder."  # what the names of the encoder's weights begin with in a Vit's
 
 
 class ClassifierSpec(Protocol):
@@ -100,7 +100,7 @@ class Classifier(Protocol):
         `n_frames_B` (int64, at least 1) lies on the CPU. ValueError where training needs `rng` and has none.
         """
 
-    def layers(self) -> list[list[nn.Parameter]]:
+    def weights_by_depth(self) -> list[list[nn.Parameter]]:
         """Every weight once, by depth: what sees the input first, the head last; for rates that fall with depth."""
 
     def train(self, mode: bool = True) -> Any: ...
@@ -118,8 +118,8 @@ class VitSpec:
     """
 
     encoder: EncoderSpec
-    masking: RegularisedMasking = REGULARISED
-    pooling: PoolingName = POOLING
+    masking: RegularisedMasking = DEFAULT_REGULARISED_MASKING
+    pooling: PoolingName = DEFAULT_POOLING
 
     @property
     def frames(self) -> int:
@@ -130,94 +130,98 @@ class VitSpec:
         return self.encoder.grid.bands
 
     @property
-    def pooled(self) -> int:
+    def clip_vector_width(self) -> int:
         """Values of the vector of a clip."""
-        return self.encoder.width * VECTORS[self.pooling](self.encoder.grid.rows)
+        return self.encoder.width * VECTORS_PER_CLIP[self.pooling](self.encoder.grid.rows)
 
 
-class Vit(nn.Module):
+class VitClassifier(nn.Module):
     """The Classifier of a `VitSpec`. Its weights do not depend on the length of the grid."""
 
     def __init__(self, spec: VitSpec, classes: int, seed: int) -> None:
         super().__init__()
         self.spec = spec
         self.encoder = Encoder(spec.encoder, seed=seed)
-        self.head = nn.Linear(spec.pooled, classes)
-        initialise(self.head, seed + 1)
+        self.head = nn.Linear(spec.clip_vector_width, classes)
+        initialise_weights(self.head, seed + 1)
 
     def forward(self, mel_BTF: Tensor, n_frames_B: Tensor, rng: np.random.Generator | None = None) -> Tensor:
         """As the Protocol says."""
-        valid_BP = valid_tokens(n_frames_B, self.spec.encoder.grid)
+        valid_BP = valid_token_mask(n_frames_B, self.spec.encoder.grid)
         all_valid, valid_BP = bool(valid_BP.all()), valid_BP.to(mel_BTF.device)
-        attended, keep = self._drawn(rng, valid_BP)
+        attended, keep = self._draw_masking(rng, valid_BP)
         if attended is None and not all_valid:
             attended = valid_BP
         token_BPD = self.encoder(mel_BTF, valid_BP=attended, keep_L2N=keep)
         clips, rows = len(mel_BTF), self.spec.encoder.grid.rows
         clip_B = torch.arange(clips, device=mel_BTF.device)
-        clip_BD = pool(token_BPD, valid_BP, clip_B, clips=clips, rows=rows, pooling=self.spec.pooling)
+        clip_BD = pool_tokens(token_BPD, valid_BP, clip_B, clips=clips, rows=rows, pooling=self.spec.pooling)
         logits_BC: Tensor = self.head(clip_BD).float()
         return logits_BC
 
-    def layers(self) -> list[list[nn.Parameter]]:
+    def weights_by_depth(self) -> list[list[nn.Parameter]]:
         """The patch embedding, each block, and norm and head."""
         encoder = self.encoder
         groups: list[list[nn.Module]] = [[encoder.embed], *([block] for block in encoder.blocks)]
         groups.append([encoder.norm, self.head])
         return [[weight for module in group for weight in module.parameters()] for group in groups]
 
-    def _drawn(
+    def _draw_masking(
         self, rng: np.random.Generator | None, valid_BP: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
         """Which tokens are attended to in each block (`LBP`; None: masking is off), and what is kept of branches."""
-        stack, masking = self.encoder.stack, self.spec.masking
+        stack, masking = self.encoder.transformer_spec, self.spec.masking
         if not self.training or not (stack.drop_path or masking.share):
             return None, None
         if rng is None:
             raise ValueError(
                 "drop path and regularised masking draw from the generator of the step: give `rng`"
             )
-        keep = stack.draw_keep(rng, len(valid_BP))
+        keep = stack.draw_drop_path(rng, len(valid_BP))
         keep = None if keep is None else keep.to(valid_BP.device)
-        masked_LBP = masking.draw(rng, valid_BP, depth=stack.depth)
+        masked_LBP = masking.draw_masked_tokens(rng, valid_BP, depth=stack.depth)
         if masked_LBP is None:
             return None, keep
-        return valid_BP & ~masked_LBP, masking.keep(masked_LBP, keep)
+        return valid_BP & ~masked_LBP, masking.branch_factors(masked_LBP, keep)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Model:
+class ClassifierKind:
     """A kind of classifier: `build(spec, classes, seed)` makes one of a spec of that type.
 
     smaller     the fields of a recipe that make it smaller
     batch_norm  whether what it says of a clip in training depends on the others that pass through with it
     """
 
-    spec: type
+    spec_type: type
     build: Callable[[Any, int, int], Classifier]
-    smaller: str
-    batch_norm: bool = False
+    size_fields: str
+    has_batch_norm: bool = False
 
 
-MODELS: dict[str, Model] = {
-    "vit": Model(spec=VitSpec, build=Vit, smaller="model.encoder.width, model.encoder.depth"),
-    "cnn6": Model(spec=Cnn6Spec, build=Cnn6, smaller="model.width", batch_norm=True),
-    "convnext": Model(spec=ConvNextSpec, build=ConvNext, smaller="model.size", batch_norm=True),
-    "passt": Model(spec=PasstSpec, build=Passt, smaller="model.width, model.depth"),
+CLASSIFIER_KINDS: dict[str, ClassifierKind] = {
+    "vit": ClassifierKind(
+        spec_type=VitSpec, build=VitClassifier, size_fields="model.encoder.width, model.encoder.depth"
+    ),
+    "cnn6": ClassifierKind(spec_type=Cnn6Spec, build=Cnn6, size_fields="model.width", has_batch_norm=True),
+    "convnext": ClassifierKind(
+        spec_type=ConvNextSpec, build=ConvNext, size_fields="model.size", has_batch_norm=True
+    ),
+    "passt": ClassifierKind(spec_type=PasstSpec, build=Passt, size_fields="model.width, model.depth"),
 }
 
 
-def model_name(spec: ClassifierSpec) -> str:
+def classifier_kind_name(spec: ClassifierSpec) -> str:
     """The name of the kind of classifier that a spec shapes."""
-    return next(name for name, model in MODELS.items() if isinstance(spec, model.spec))
+    return next(name for name, model in CLASSIFIER_KINDS.items() if isinstance(spec, model.spec_type))
 
 
-def built(spec: ClassifierSpec, classes: int, seed: int) -> Classifier:
+def build_classifier(spec: ClassifierSpec, classes: int, seed: int) -> Classifier:
     """The classifier of a spec, with weights that `seed` decides."""
-    return MODELS[model_name(spec)].build(spec, classes, seed)
+    return CLASSIFIER_KINDS[classifier_kind_name(spec)].build(spec, classes, seed)
 
 
-def of_frames(spec: ClassifierSpec, frames: int) -> ClassifierSpec:
+def spec_for_frames(spec: ClassifierSpec, frames: int) -> ClassifierSpec:
     """The same shape for clips of so many frames; a vit's are rounded up to whole patches."""
     if isinstance(spec, VitSpec):
         grid = spec.encoder.grid

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ajepa.model.randomness import dropped, seeded, torch_generator
+from ajepa.model.randomness import apply_dropout, fork_seeded_rng, torch_generator
 
-BLOCKS = 4
+CNN6_BLOCKS = 4
 
-HALVED = 2**BLOCKS  # how much shorter, in frames and bands, what the last block says is
+CNN6_REDUCTION = 2**CNN6_BLOCKS  # how much shorter, in frames and bands, what the last block says is
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,9 +28,9 @@ class Cnn6Spec:
     head_dropout: float = 0.5
 
     def __post_init__(self) -> None:
-        if min(self.frames, self.bands) < HALVED or self.width < 1:
+        if min(self.frames, self.bands) < CNN6_REDUCTION or self.width < 1:
             raise ValueError(
-                f"a CNN6 needs {HALVED} frames and bands or more and a width above 0, got {self}"
+                f"a CNN6 needs {CNN6_REDUCTION} frames and bands or more and a width above 0, got {self}"
             )
         if not (0 <= self.block_dropout < 1 and 0 <= self.head_dropout < 1):
             raise ValueError(f"dropout must lie in [0, 1), got {self}")
@@ -47,29 +47,31 @@ class Cnn6(nn.Module):
     def __init__(self, spec: Cnn6Spec, classes: int, seed: int) -> None:
         super().__init__()
         self.spec = spec
-        widths = [1, *(spec.width << block for block in range(BLOCKS))]
-        with seeded(seed):
+        widths = [1, *(spec.width << block for block in range(CNN6_BLOCKS))]
+        with fork_seeded_rng(seed):
             self.norm = nn.BatchNorm1d(spec.bands)
-            self.blocks = nn.ModuleList(convolution(*pair) for pair in pairwise(widths))
+            self.blocks = nn.ModuleList(convolution_block(*pair) for pair in pairwise(widths))
             self.hidden = nn.Linear(widths[-1], widths[-1])
             self.head = nn.Linear(widths[-1], classes)
-            xavier(self)
+            initialise_xavier(self)
 
     def forward(self, mel_BTF: Tensor, n_frames_B: Tensor, rng: np.random.Generator | None = None) -> Tensor:
         """As the Protocol says; `rng` decides dropout."""
         spec = self.spec
-        refuse_other_size(mel_BTF, spec.frames, spec.bands)
+        refuse_other_clip_size(mel_BTF, spec.frames, spec.bands)
         generator = torch_generator(rng, mel_BTF.device) if self.training else None
         x_BDTF = self.norm(mel_BTF.transpose(1, 2)).transpose(1, 2)[:, None]
         for block in self.blocks:
-            x_BDTF = dropped(block(cleared(x_BDTF, n_frames_B)), spec.block_dropout, generator)
+            x_BDTF = apply_dropout(
+                block(zero_invalid_frames(x_BDTF, n_frames_B)), spec.block_dropout, generator
+            )
             n_frames_B = (n_frames_B // 2).clamp(min=1)
-        x_BD = mean_and_maximum(x_BDTF.mean(dim=-1), n_frames_B)
-        x_BD = torch.relu(self.hidden(dropped(x_BD, spec.head_dropout, generator)))
-        logits_BC: Tensor = self.head(dropped(x_BD, spec.head_dropout, generator)).float()
+        x_BD = pool_mean_and_max(x_BDTF.mean(dim=-1), n_frames_B)
+        x_BD = torch.relu(self.hidden(apply_dropout(x_BD, spec.head_dropout, generator)))
+        logits_BC: Tensor = self.head(apply_dropout(x_BD, spec.head_dropout, generator)).float()
         return logits_BC
 
-    def layers(self) -> list[list[nn.Parameter]]:
+    def weights_by_depth(self) -> list[list[nn.Parameter]]:
         """The first norm, each block, and the two layers of the head."""
         groups: list[list[nn.Module]] = [
             [self.norm],
@@ -79,17 +81,17 @@ class Cnn6(nn.Module):
         return [[weight for module in group for weight in module.parameters()] for group in groups]
 
 
-def convolution(channels: int, more: int) -> nn.Sequential:
+def convolution_block(in_channels: int, out_channels: int) -> nn.Sequential:
     """A block: 5 x 5 convolution, batch norm, ReLU, mean of every 2 x 2."""
     return nn.Sequential(
-        nn.Conv2d(channels, more, kernel_size=5, padding=2, bias=False),
-        nn.BatchNorm2d(more),
+        nn.Conv2d(in_channels, out_channels, kernel_size=5, padding=2, bias=False),
+        nn.BatchNorm2d(out_channels),
         nn.ReLU(),
         nn.AvgPool2d(2),
     )
 
 
-def xavier(network: nn.Module) -> None:
+def initialise_xavier(network: nn.Module) -> None:
     """PANNs' weights: matrices and filters uniform after Glorot, biases zero; norms keep theirs."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -98,14 +100,14 @@ def xavier(network: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def refuse_other_size(mel_BTF: Tensor, frames: int, bands: int) -> None:
+def refuse_other_clip_size(mel_BTF: Tensor, frames: int, bands: int) -> None:
     """ValueError where clips are not as large as a spec says."""
     if mel_BTF.shape[1:] != (frames, bands):
         got_frames, got_bands = mel_BTF.shape[1:]
         raise ValueError(f"expected {frames} frames x {bands} bands, got {got_frames} x {got_bands}")
 
 
-def cleared(x_BDTF: Tensor, n_frames_B: Tensor) -> Tensor:
+def zero_invalid_frames(x_BDTF: Tensor, n_frames_B: Tensor) -> Tensor:
     """The same with 0 past the valid frames of each clip."""
     frames = x_BDTF.shape[2]
     if int(n_frames_B.min()) >= frames:
@@ -114,7 +116,7 @@ def cleared(x_BDTF: Tensor, n_frames_B: Tensor) -> Tensor:
     return x_BDTF.masked_fill(~valid_BT[:, None, :, None], 0.0)
 
 
-def mean_and_maximum(x_BDT: Tensor, n_frames_B: Tensor) -> Tensor:
+def pool_mean_and_max(x_BDT: Tensor, n_frames_B: Tensor) -> Tensor:
     """PANNs' pooling: mean plus maximum over the valid frames, of which each clip has one or more."""
     invalid_BT = (torch.arange(x_BDT.shape[2]) >= n_frames_B[:, None]).to(x_BDT.device)
     counts_B = (~invalid_BT).sum(dim=1)

@@ -9,15 +9,15 @@ import numpy as np
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from ajepa.model.cnn6 import cleared, mean_and_maximum, refuse_other_size
-from ajepa.model.randomness import drawn_seed, seeded
+from ajepa.model.cnn6 import pool_mean_and_max, refuse_other_clip_size, zero_invalid_frames
+from ajepa.model.randomness import draw_torch_seed, fork_seeded_rng
 from pipeline.errors import RunError
 
-Size = Literal["atto", "femto", "pico", "nano", "tiny"]
+ConvNextSize = Literal["atto", "femto", "pico", "nano", "tiny"]
 
 STEM_PADDING_FRAMES = 4  # at both ends of time: the paper's 1,000 frames become 252 columns
 
-HALVED = 32  # how much shorter, in frames and bands, what the last stage says is
+CONVNEXT_REDUCTION = 32  # how much shorter, in frames and bands, what the last stage says is
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,14 +29,14 @@ class ConvNextSpec:
 
     frames: int = 1001
     bands: int = 224
-    size: Size = "tiny"
+    size: ConvNextSize = "tiny"
     drop_path: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.size not in get_args(Size):
-            raise ValueError(f"size must be one of {', '.join(get_args(Size))}, got {self.size!r}")
-        if self.bands < HALVED or self.frames + 2 * STEM_PADDING_FRAMES < HALVED:
-            raise ValueError(f"a ConvNeXt needs 24 frames and {HALVED} bands or more, got {self}")
+        if self.size not in get_args(ConvNextSize):
+            raise ValueError(f"size must be one of {', '.join(get_args(ConvNextSize))}, got {self.size!r}")
+        if self.bands < CONVNEXT_REDUCTION or self.frames + 2 * STEM_PADDING_FRAMES < CONVNEXT_REDUCTION:
+            raise ValueError(f"a ConvNeXt needs 24 frames and {CONVNEXT_REDUCTION} bands or more, got {self}")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path must lie in [0, 1), got {self.drop_path}")
 
@@ -52,34 +52,34 @@ class ConvNext(nn.Module):
         super().__init__()
         self.spec = spec
         self.norm = nn.BatchNorm1d(spec.bands)
-        with seeded(seed):
-            self.network = timm().create_model(
+        with fork_seeded_rng(seed):
+            self.network = import_timm().create_model(
                 f"convnext_{spec.size}", in_chans=1, num_classes=classes, drop_path_rate=spec.drop_path
             )
 
     def forward(self, mel_BTF: Tensor, n_frames_B: Tensor, rng: np.random.Generator | None = None) -> Tensor:
         """As the Protocol says; `rng` decides drop path."""
         spec = self.spec
-        refuse_other_size(mel_BTF, spec.frames, spec.bands)
-        x_BDTF = cleared(self.norm(mel_BTF.transpose(1, 2)).transpose(1, 2)[:, None], n_frames_B)
+        refuse_other_clip_size(mel_BTF, spec.frames, spec.bands)
+        x_BDTF = zero_invalid_frames(self.norm(mel_BTF.transpose(1, 2)).transpose(1, 2)[:, None], n_frames_B)
         x_BDTF = nnf.pad(x_BDTF, (0, 0, STEM_PADDING_FRAMES, STEM_PADDING_FRAMES))
         random = self.training and spec.drop_path > 0
-        with seeded(drawn_seed(rng), x_BDTF.device) if random else nullcontext():
-            x_BD = self._pooled(x_BDTF, n_frames_B + 2 * STEM_PADDING_FRAMES)
+        with fork_seeded_rng(draw_torch_seed(rng), x_BDTF.device) if random else nullcontext():
+            x_BD = self._run_stages(x_BDTF, n_frames_B + 2 * STEM_PADDING_FRAMES)
         logits_BC: Tensor = self.network.head(x_BD[:, :, None, None]).float()
         return logits_BC
 
-    def _pooled(self, x_BDTF: Tensor, n_frames_B: Tensor) -> Tensor:
+    def _run_stages(self, x_BDTF: Tensor, n_frames_B: Tensor) -> Tensor:
         """Through stem and stages, what is not valid cleared before every block."""
         x_BDTF, n_columns_B = self.network.stem(x_BDTF), n_frames_B // 4
         for stage in self.network.stages:
             if not isinstance(stage.downsample, nn.Identity):
                 x_BDTF, n_columns_B = stage.downsample(x_BDTF), (n_columns_B // 2).clamp(min=1)
             for block in stage.blocks:
-                x_BDTF = block(cleared(x_BDTF, n_columns_B))
-        return mean_and_maximum(x_BDTF.mean(dim=-1), n_columns_B)
+                x_BDTF = block(zero_invalid_frames(x_BDTF, n_columns_B))
+        return pool_mean_and_max(x_BDTF.mean(dim=-1), n_columns_B)
 
-    def layers(self) -> list[list[nn.Parameter]]:
+    def weights_by_depth(self) -> list[list[nn.Parameter]]:
         """The first norm and the stem, each block (the step down before a stage with its first), and the head."""
         network = self.network
         groups: list[list[nn.Module]] = [[self.norm, network.stem]]
@@ -89,7 +89,7 @@ class ConvNext(nn.Module):
         return [[weight for module in group for weight in module.parameters()] for group in groups]
 
 
-def timm() -> ModuleType:
+def import_timm() -> ModuleType:
     """The library; RunError where it is not installed."""
     try:
         import timm

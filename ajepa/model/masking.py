@@ -17,11 +17,11 @@ import numpy as np
 from ajepa.model.patches import PatchGrid
 from pipeline.errors import RunError
 
-STRATA = (
+LAYOUT_STRATA = (
     8  # candidates per clip in `_alike`; twice as many would win one more point of context for twice the work
 )
 
-ROUNDS = 100  # of candidates, before a floor counts as out of reach
+LAYOUT_ROUNDS = 100  # of candidates, before a floor counts as out of reach
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -57,7 +57,7 @@ class BlockSize:
                 f"a block needs 0 < area low <= high <= 1 and 0 < aspect low <= high, got {self}"
             )
 
-    def draw(self, rng: np.random.Generator, grid: PatchGrid) -> tuple[int, int]:
+    def draw_block_shape(self, rng: np.random.Generator, grid: PatchGrid) -> tuple[int, int]:
         """Rows and columns of a block: area and aspect uniform, then fitted to whole patches.
 
         Rows follow the aspect and columns then make up the area, so that on a coarse grid it is the shape
@@ -65,9 +65,9 @@ class BlockSize:
         """
         tokens = rng.uniform(self.area_low, self.area_high) * grid.tokens
         aspect = rng.uniform(self.aspect_low, self.aspect_high)
-        rows = _clamp(grid.rows * math.sqrt(tokens / grid.tokens * aspect), grid.rows)
-        cols = _clamp(tokens / rows, grid.cols)
-        return _clamp(tokens / cols, grid.rows), cols
+        rows = _clamp_patches(grid.rows * math.sqrt(tokens / grid.tokens * aspect), grid.rows)
+        cols = _clamp_patches(tokens / rows, grid.cols)
+        return _clamp_patches(tokens / cols, grid.rows), cols
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,13 +89,13 @@ class RandomPatches:
             )
 
     def sample(self, rng: np.random.Generator, grid: PatchGrid, *, batch: int) -> Masks:
-        hidden = _clamp(rng.uniform(self.ratio_low, self.ratio_high) * grid.tokens, grid.tokens - 1)
+        hidden = _clamp_patches(rng.uniform(self.ratio_low, self.ratio_high) * grid.tokens, grid.tokens - 1)
         hidden_BP = np.broadcast_to(np.arange(grid.tokens) < hidden, (batch, grid.tokens))
         hidden_BP = rng.permuted(hidden_BP, axis=1)
         context_BK = (~hidden_BP).nonzero()[1].reshape(batch, -1)
         hidden_BH = hidden_BP.nonzero()[1].reshape(batch, -1)
         if self.target_share < 1:
-            targets = _clamp(self.target_share * hidden, hidden)
+            targets = _clamp_patches(self.target_share * hidden, hidden)
             hidden_BH = np.sort(rng.permuted(hidden_BH, axis=1)[:, :targets])
         return Masks(context_BK=context_BK, targets_BGQ=hidden_BH[:, None])
 
@@ -115,19 +115,23 @@ class RandomBlocks:
     floor: float = 1 / 8
 
     def __post_init__(self) -> None:
-        _check_layout(self.count, self.floor)
+        _check_block_masking(self.count, self.floor)
 
     def sample(self, rng: np.random.Generator, grid: PatchGrid, *, batch: int) -> Masks:
-        size, context_size = self.target.draw(rng, grid), self.context.draw(rng, grid)
+        size, context_size = self.target.draw_block_shape(rng, grid), self.context.draw_block_shape(rng, grid)
 
-        def draw(clips: int) -> _Layouts:
-            corner_NG = _corners(rng, grid, size, (clips, self.count))
-            context_N1 = _corners(rng, grid, context_size, (clips, 1))
-            open_NRC = _covered(context_N1, grid, context_size) & ~_covered(corner_NG, grid, size)
-            return _Layouts(corner_NG=corner_NG, open_NRC=open_NRC)
+        def draw_layouts(clips: int) -> _MaskLayouts:
+            corner_NG = _draw_corners(rng, grid, size, (clips, self.count))
+            context_N1 = _draw_corners(rng, grid, context_size, (clips, 1))
+            open_NRC = _covered_patches(context_N1, grid, context_size) & ~_covered_patches(
+                corner_NG, grid, size
+            )
+            return _MaskLayouts(corner_NG=corner_NG, open_NRC=open_NRC)
 
-        layouts = _alike(rng, draw, batch=batch, floor_tokens=_least(self.floor, grid))
-        return _masks(rng, grid, layouts, size)
+        layouts = _draw_similar_layouts(
+            rng, draw_layouts, batch=batch, floor_tokens=_min_context_tokens(self.floor, grid)
+        )
+        return _masks_of_layouts(rng, grid, layouts, size)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,20 +150,22 @@ class TimeFrequencyAware:
     floor: float = 1 / 16
 
     def __post_init__(self) -> None:
-        _check_layout(self.count, self.floor)
+        _check_block_masking(self.count, self.floor)
 
     def sample(self, rng: np.random.Generator, grid: PatchGrid, *, batch: int) -> Masks:
-        size = self.target.draw(rng, grid)
+        size = self.target.draw_block_shape(rng, grid)
 
-        def draw(clips: int) -> _Layouts:
-            corner_NG = _corners(rng, grid, size, (clips, self.count))
-            rows_NGR, cols_NGC = _lines(corner_NG, grid, size)
+        def draw_layouts(clips: int) -> _MaskLayouts:
+            corner_NG = _draw_corners(rng, grid, size, (clips, self.count))
+            rows_NGR, cols_NGC = _touched_rows_cols(corner_NG, grid, size)
             touched_NR, touched_NC = (np.logical_or.reduce(lines, axis=1) for lines in (rows_NGR, cols_NGC))
             open_NRC = ~touched_NR[:, :, None] & ~touched_NC[:, None, :]
-            return _Layouts(corner_NG=corner_NG, open_NRC=open_NRC)
+            return _MaskLayouts(corner_NG=corner_NG, open_NRC=open_NRC)
 
-        layouts = _alike(rng, draw, batch=batch, floor_tokens=_least(self.floor, grid))
-        return _masks(rng, grid, layouts, size)
+        layouts = _draw_similar_layouts(
+            rng, draw_layouts, batch=batch, floor_tokens=_min_context_tokens(self.floor, grid)
+        )
+        return _masks_of_layouts(rng, grid, layouts, size)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,7 +188,7 @@ class TimeSpans:
             )
 
     def sample(self, rng: np.random.Generator, grid: PatchGrid, *, batch: int) -> Masks:
-        width = _clamp(rng.uniform(self.share_low, self.share_high) * grid.cols, grid.cols)
+        width = _clamp_patches(rng.uniform(self.share_low, self.share_high) * grid.cols, grid.cols)
         if self.count * width >= grid.cols:
             raise RunError(
                 f"masks: {self.count} spans of {width} of {grid.cols} columns leave no context; lower the number "
@@ -198,27 +204,29 @@ class TimeSpans:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Layouts:
+class _MaskLayouts:
     """Where the targets of N clips begin (the token of their first corner), and what the context may use."""
 
     corner_NG: np.ndarray
     open_NRC: np.ndarray
 
-    def room_N(self) -> np.ndarray:
+    def free_tokens_N(self) -> np.ndarray:
         return np.count_nonzero(self.open_NRC, axis=(1, 2))
 
-    def take(self, chosen_N: np.ndarray) -> "_Layouts":
-        return _Layouts(corner_NG=self.corner_NG[chosen_N], open_NRC=self.open_NRC[chosen_N])
+    def select_clips(self, chosen_N: np.ndarray) -> "_MaskLayouts":
+        return _MaskLayouts(corner_NG=self.corner_NG[chosen_N], open_NRC=self.open_NRC[chosen_N])
 
-    def and_then(self, more: "_Layouts") -> "_Layouts":
+    def concatenate(self, more: "_MaskLayouts") -> "_MaskLayouts":
         corner_NG = np.concatenate((self.corner_NG, more.corner_NG))
-        return _Layouts(corner_NG=corner_NG, open_NRC=np.concatenate((self.open_NRC, more.open_NRC)))
+        return _MaskLayouts(corner_NG=corner_NG, open_NRC=np.concatenate((self.open_NRC, more.open_NRC)))
 
 
-Draw = Callable[[int], _Layouts]
+LayoutSampler = Callable[[int], _MaskLayouts]
 
 
-def _alike(rng: np.random.Generator, draw: Draw, *, batch: int, floor_tokens: int) -> _Layouts:
+def _draw_similar_layouts(
+    rng: np.random.Generator, draw_layouts: LayoutSampler, *, batch: int, floor_tokens: int
+) -> _MaskLayouts:
     """Independent legal layouts for a batch, of which every one leaves about as much context as the others.
 
     The clips of a batch need equally many context tokens. What is free in the worst case (context block less
@@ -227,29 +235,31 @@ def _alike(rng: np.random.Generator, draw: Draw, *, batch: int, floor_tokens: in
     As each run is equally likely, so is each layout, whatever it leaves: the law of any one clip's layout is
     exactly that of `draw`.
     """
-    layouts = _legal(draw, wanted=STRATA * batch, floor_tokens=floor_tokens)
-    by_room_N = layouts.room_N().argsort(kind="stable")
-    stratum_B = by_room_N.reshape(STRATA, batch)[rng.integers(STRATA)]
-    return layouts.take(rng.permutation(stratum_B))
+    layouts = _draw_legal_layouts(draw_layouts, wanted=LAYOUT_STRATA * batch, floor_tokens=floor_tokens)
+    by_room_N = layouts.free_tokens_N().argsort(kind="stable")
+    stratum_B = by_room_N.reshape(LAYOUT_STRATA, batch)[rng.integers(LAYOUT_STRATA)]
+    return layouts.select_clips(rng.permutation(stratum_B))
 
 
-def _legal(draw: Draw, *, wanted: int, floor_tokens: int) -> _Layouts:
+def _draw_legal_layouts(draw_layouts: LayoutSampler, *, wanted: int, floor_tokens: int) -> _MaskLayouts:
     """The first `wanted` layouts that leave the floor free; RunError where such layouts are too rare."""
-    legal = draw(0)
-    for _ in range(ROUNDS):
-        more = draw(wanted)
-        legal = legal.and_then(more.take(more.room_N() >= floor_tokens))
+    legal = draw_layouts(0)
+    for _ in range(LAYOUT_ROUNDS):
+        more = draw_layouts(wanted)
+        legal = legal.concatenate(more.select_clips(more.free_tokens_N() >= floor_tokens))
         if len(legal.corner_NG) >= wanted:
-            return legal.take(np.arange(wanted))
+            return legal.select_clips(np.arange(wanted))
     raise RunError(
-        f"masks: {len(legal.corner_NG)} of {ROUNDS * wanted} layouts leave {floor_tokens} context tokens or "
-        f"more, expected 1 in {ROUNDS}; lower the floor, the number of targets or their area"
+        f"masks: {len(legal.corner_NG)} of {LAYOUT_ROUNDS * wanted} layouts leave {floor_tokens} context tokens or "
+        f"more, expected 1 in {LAYOUT_ROUNDS}; lower the floor, the number of targets or their area"
     )
 
 
-def _masks(rng: np.random.Generator, grid: PatchGrid, layouts: _Layouts, size: tuple[int, int]) -> Masks:
+def _masks_of_layouts(
+    rng: np.random.Generator, grid: PatchGrid, layouts: _MaskLayouts, size: tuple[int, int]
+) -> Masks:
     """Targets as tokens, and as context the count that every clip can fill, the surplus dropped at random."""
-    count = int(layouts.room_N().min())
+    count = int(layouts.free_tokens_N().min())
     open_BP = layouts.open_NRC.transpose(0, 2, 1).reshape(-1, grid.tokens)
     lottery_BP = np.where(open_BP, rng.random(open_BP.shape), np.inf)
     context_BK = np.sort(lottery_BP.argpartition(count - 1, axis=1)[:, :count])
@@ -257,7 +267,7 @@ def _masks(rng: np.random.Generator, grid: PatchGrid, layouts: _Layouts, size: t
     return Masks(context_BK=context_BK, targets_BGQ=layouts.corner_NG[:, :, None] + within_CR.ravel())
 
 
-def _corners(
+def _draw_corners(
     rng: np.random.Generator, grid: PatchGrid, size: tuple[int, int], shape: tuple[int, int]
 ) -> np.ndarray:
     """First tokens of blocks: every place in the grid is equally likely, last row and column included."""
@@ -266,28 +276,30 @@ def _corners(
     return col * grid.rows + row
 
 
-def _lines(corner_NG: np.ndarray, grid: PatchGrid, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def _touched_rows_cols(
+    corner_NG: np.ndarray, grid: PatchGrid, size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
     """The frequency rows (bool NGR) and the time columns (bool NGC) that each block touches."""
     col, row = (first[:, :, None] for first in np.divmod(corner_NG, grid.rows))
     rows, cols = np.arange(grid.rows), np.arange(grid.cols)
     return (rows >= row) & (rows < row + size[0]), (cols >= col) & (cols < col + size[1])
 
 
-def _covered(corner_NG: np.ndarray, grid: PatchGrid, size: tuple[int, int]) -> np.ndarray:
+def _covered_patches(corner_NG: np.ndarray, grid: PatchGrid, size: tuple[int, int]) -> np.ndarray:
     """The patches that lie in at least one of a clip's blocks, as bool [clip, row, column]."""
-    rows_NGR, cols_NGC = _lines(corner_NG, grid, size)
+    rows_NGR, cols_NGC = _touched_rows_cols(corner_NG, grid, size)
     return (rows_NGR[:, :, :, None] & cols_NGC[:, :, None, :]).any(axis=1)  # time innermost: 3 times as fast
 
 
-def _clamp(patches: float, most: int) -> int:
-    return min(most, max(1, round(patches)))
+def _clamp_patches(patches: float, limit: int) -> int:
+    return min(limit, max(1, round(patches)))
 
 
-def _least(floor: float, grid: PatchGrid) -> int:
+def _min_context_tokens(floor: float, grid: PatchGrid) -> int:
     return max(1, math.ceil(round(floor * grid.tokens, 6)))  # 7 % of 100 is 7, not 8
 
 
-def _check_layout(count: int, floor: float) -> None:
+def _check_block_masking(count: int, floor: float) -> None:
     if count < 1 or not 0 <= floor < 1:
         raise ValueError(f"masks need at least one target and a floor in [0, 1), got {count} and {floor}")
 
@@ -303,7 +315,7 @@ def curriculum_share(step: int, *, steps: int, first: float = 0.01) -> float:
 class MaskPlan(Protocol):
     """Which masking a step uses. `rng` is the generator of that step; the same one then draws the masks."""
 
-    def maker(self, step: int, rng: np.random.Generator) -> MaskMaker: ...
+    def mask_maker_at(self, step: int, rng: np.random.Generator) -> MaskMaker: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -312,7 +324,7 @@ class Fixed:
 
     masking: MaskMaker
 
-    def maker(self, step: int, rng: np.random.Generator) -> MaskMaker:
+    def mask_maker_at(self, step: int, rng: np.random.Generator) -> MaskMaker:
         return self.masking
 
 
@@ -332,7 +344,7 @@ class Curriculum:
         if self.steps < 1 or not 0 <= self.first_share <= 1:
             raise ValueError(f"a curriculum needs steps >= 1 and a first share in [0, 1], got {self}")
 
-    def maker(self, step: int, rng: np.random.Generator) -> MaskMaker:
+    def mask_maker_at(self, step: int, rng: np.random.Generator) -> MaskMaker:
         share = curriculum_share(step, steps=self.steps, first=self.first_share)
         return self.later if rng.random() < share else self.earlier
 
@@ -347,7 +359,7 @@ def inverse_curriculum(steps: int) -> Curriculum:
     return Curriculum(earlier=TimeFrequencyAware(), later=RandomBlocks(), steps=steps)
 
 
-PLANS: dict[str, Callable[[int], MaskPlan]] = {
+MASK_PLANS: dict[str, Callable[[int], MaskPlan]] = {
     "curriculum": a_jepa_curriculum,
     "inverse": inverse_curriculum,
     "blocks": lambda steps: Fixed(masking=RandomBlocks()),
@@ -359,7 +371,9 @@ PLANS: dict[str, Callable[[int], MaskPlan]] = {
 
 def mask_plan(name: str, steps: int) -> MaskPlan:
     """The plan of that name for a run of `steps`; RunError names the nearest and all there are."""
-    if name in PLANS:
-        return PLANS[name](steps)
-    nearest = difflib.get_close_matches(name, PLANS, n=1, cutoff=0.0)[0]
-    raise RunError(f"masks {name!r} are unknown; did you mean {nearest!r}? There are: {', '.join(PLANS)}")
+    if name in MASK_PLANS:
+        return MASK_PLANS[name](steps)
+    nearest = difflib.get_close_matches(name, MASK_PLANS, n=1, cutoff=0.0)[0]
+    raise RunError(
+        f"masks {name!r} are unknown; did you mean {nearest!r}? There are: {', '.join(MASK_PLANS)}"
+    )

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ajepa.model.cnn6 import refuse_other_size
-from ajepa.model.randomness import seeded
-from ajepa.model.transformer import NORM_EPSILON, Block, initialise, through
+from ajepa.model.cnn6 import refuse_other_clip_size
+from ajepa.model.randomness import fork_seeded_rng
+from ajepa.model.transformer import NORM_EPSILON, TransformerBlock, initialise_weights, run_blocks
 
-TOKENS = 2  # beside the patches: the class token and DeiT's distillation token
+SPECIAL_TOKENS = 2  # beside the patches: the class token and DeiT's distillation token
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,46 +63,50 @@ class Passt(nn.Module):
     def __init__(self, spec: PasstSpec, classes: int, seed: int) -> None:
         super().__init__()
         self.spec, width = spec, spec.width
-        with seeded(seed):  # what torch draws here `initialise` draws again
+        with fork_seeded_rng(seed):  # what torch draws here `initialise` draws again
             self.embed = nn.Linear(spec.patch**2, width)
-            self.blocks = nn.ModuleList(Block(width, spec.heads) for _ in range(spec.depth))
+            self.blocks = nn.ModuleList(TransformerBlock(width, spec.heads) for _ in range(spec.depth))
             self.norm = nn.LayerNorm(width, eps=NORM_EPSILON)
             self.head_norm = nn.LayerNorm(width)
             self.head = nn.Linear(width, classes)
-        self.tokens_ND = nn.Parameter(torch.zeros(TOKENS, width))
-        self.token_positions_ND = nn.Parameter(torch.zeros(TOKENS, width))
+        self.tokens_ND = nn.Parameter(torch.zeros(SPECIAL_TOKENS, width))
+        self.token_positions_ND = nn.Parameter(torch.zeros(SPECIAL_TOKENS, width))
         self.row_positions_ND = nn.Parameter(torch.zeros(spec.rows, width))
         self.col_positions_ND = nn.Parameter(torch.zeros(spec.cols, width))
-        initialise(self, seed)
+        initialise_weights(self, seed)
 
     def forward(self, mel_BTF: Tensor, n_frames_B: Tensor, rng: np.random.Generator | None = None) -> Tensor:
         """As the Protocol says; `rng` decides patchout. Fewer frames than the spec's will do, for the first columns."""
         spec = self.spec
-        refuse_other_size(mel_BTF, min(mel_BTF.shape[1], spec.frames), spec.bands)
+        refuse_other_clip_size(mel_BTF, min(mel_BTF.shape[1], spec.frames), spec.bands)
         patches_BTFN = (
             mel_BTF.unfold(1, spec.patch, spec.stride).unfold(2, spec.patch, spec.stride).flatten(3)
         )
-        cols_BT, rows_BF = self._shown(n_frames_B, patches_BTFN.shape[1], rng)
-        valid_BT = cols_BT < self._sound(n_frames_B)[:, None]
+        cols_BT, rows_BF = self._draw_patchout(n_frames_B, patches_BTFN.shape[1], rng)
+        valid_BT = cols_BT < self._valid_columns(n_frames_B)[:, None]
         cols_BT, rows_BF = cols_BT.to(mel_BTF.device), rows_BF.to(mel_BTF.device)
         clip_B11 = torch.arange(len(mel_BTF), device=mel_BTF.device)[:, None, None]
         x_BTFD = self.embed(patches_BTFN[clip_B11, cols_BT[:, :, None], rows_BF[:, None]])
         x_BTFD = x_BTFD + self.col_positions_ND[cols_BT][:, :, None] + self.row_positions_ND[rows_BF][:, None]
         tokens_BND = (self.tokens_ND + self.token_positions_ND).expand(len(mel_BTF), -1, -1)
         x_BND = torch.cat((tokens_BND, x_BTFD.flatten(1, 2)), dim=1)
-        (x_BND,) = through(self.blocks, x_BND, attended(valid_BT, rows_BF.shape[1], mel_BTF.device), None)
-        x_BD = self.norm(x_BND[:, :TOKENS]).mean(dim=1)
+        (x_BND,) = run_blocks(
+            self.blocks, x_BND, passt_attention_mask(valid_BT, rows_BF.shape[1], mel_BTF.device), None
+        )
+        x_BD = self.norm(x_BND[:, :SPECIAL_TOKENS]).mean(dim=1)
         logits_BC: Tensor = self.head(self.head_norm(x_BD)).float()
         return logits_BC
 
-    def layers(self) -> list[list[nn.Parameter]]:
+    def weights_by_depth(self) -> list[list[nn.Parameter]]:
         """Embedding, tokens and positions; each block; norms and head."""
         own = [self.tokens_ND, self.token_positions_ND, self.row_positions_ND, self.col_positions_ND]
         first = [*self.embed.parameters(), *own]
         last = [weight for part in (self.norm, self.head_norm, self.head) for weight in part.parameters()]
         return [first, *(list(block.parameters()) for block in self.blocks), last]
 
-    def _shown(self, n_frames_B: Tensor, cols: int, rng: np.random.Generator | None) -> tuple[Tensor, Tensor]:
+    def _draw_patchout(
+        self, n_frames_B: Tensor, cols: int, rng: np.random.Generator | None
+    ) -> tuple[Tensor, Tensor]:
         """Of `cols` columns and all rows those that each clip is seen by, ascending: every one, but in training."""
         spec, clips = self.spec, len(n_frames_B)
         if not self.training or not (spec.drop_rows or spec.drop_cols):
@@ -112,23 +116,27 @@ class Passt(nn.Module):
         if spec.drop_cols >= cols:
             raise ValueError(f"of {cols} columns {spec.drop_cols} cannot be left out: lower drop_cols")
         cols_BT, rows_BF = rng.random((clips, cols)), rng.random((clips, spec.rows))
-        kept_B = (rng.random((clips,)) * self._sound(n_frames_B).numpy()).astype(np.int64)
+        kept_B = (rng.random((clips,)) * self._valid_columns(n_frames_B).numpy()).astype(np.int64)
         cols_BT[np.arange(clips), kept_B] = -1  # one with sound stays
-        return lowest(cols_BT, cols - spec.drop_cols), lowest(rows_BF, spec.rows - spec.drop_rows)
+        return indices_of_lowest(cols_BT, cols - spec.drop_cols), indices_of_lowest(
+            rows_BF, spec.rows - spec.drop_rows
+        )
 
-    def _sound(self, n_frames_B: Tensor) -> Tensor:
+    def _valid_columns(self, n_frames_B: Tensor) -> Tensor:
         """How many columns, one or more, are inside each clip."""
         return (1 + (n_frames_B - self.spec.patch) // self.spec.stride).clamp(min=1)
 
 
-def lowest(lottery_BN: np.ndarray, count: int) -> Tensor:
+def indices_of_lowest(lottery_BN: np.ndarray, count: int) -> Tensor:
     """The places of the `count` lowest of each clip, ascending."""
     return torch.from_numpy(np.sort(np.argsort(lottery_BN, axis=1)[:, :count], axis=1))
 
 
-def attended(valid_BT: Tensor, rows: int, device: torch.device) -> Tensor | None:
+def passt_attention_mask(valid_BT: Tensor, rows: int, device: torch.device) -> Tensor | None:
     """Which tokens may be attended to, as `BN`: both tokens, and the patches of valid columns; None: all."""
     if bool(valid_BT.all()):
         return None
     valid_BN = valid_BT.repeat_interleave(rows, dim=1)
-    return torch.cat((torch.ones(len(valid_BT), TOKENS, dtype=torch.bool), valid_BN), dim=1).to(device)
+    return torch.cat((torch.ones(len(valid_BT), SPECIAL_TOKENS, dtype=torch.bool), valid_BN), dim=1).to(
+        device
+    )

@@ -24,7 +24,7 @@ class PatchGrid:
             raise ValueError(f"every side of a patch grid must be at least 1, got {self}")
 
     @classmethod
-    def of(cls, frames: int, bands: int, patch: int = 16) -> "PatchGrid":
+    def from_size(cls, frames: int, bands: int, patch: int = 16) -> "PatchGrid":
         """The grid of square patches over `frames` x `bands`; ValueError where they do not fit exactly."""
         if frames % patch or bands % patch:
             raise ValueError(f"{frames} frames x {bands} bands cannot be cut into {patch} x {patch} patches")
@@ -71,17 +71,17 @@ def sincos_positions(grid: PatchGrid, width: int) -> Tensor:
     if width % 4:
         raise ValueError(f"2-D sin-cos positions need a width divisible by 4, got {width}")
     token_P = torch.arange(grid.tokens)
-    halves = (_sincos(token_P % grid.rows, width // 2), _sincos(token_P // grid.rows, width // 2))
+    halves = (_sincos_code(token_P % grid.rows, width // 2), _sincos_code(token_P // grid.rows, width // 2))
     return torch.cat(halves, dim=-1).float()
 
 
-def _sincos(place_P: Tensor, width: int) -> Tensor:
+def _sincos_code(coordinate_P: Tensor, width: int) -> Tensor:
     rate_N = 10_000.0 ** -torch.linspace(0, 1, width // 2 + 1, dtype=torch.float64)[:-1]
-    angle_PN = place_P[:, None] * rate_N
+    angle_PN = coordinate_P[:, None] * rate_N
     return torch.cat((angle_PN.sin(), angle_PN.cos()), dim=-1)
 
 
-def rotary_turns(grid: PatchGrid, head_width: int) -> Tensor:
+def rotary_positions(grid: PatchGrid, head_width: int) -> Tensor:
     """Cosine and sine of every token's angles, `2PE`: one half of them tells the row, the other the column.
 
     Rates fall from 1 to 1/100 a patch: wavelengths from 6 to 600 patches, for grids are some tens of patches
@@ -96,19 +96,19 @@ def rotary_turns(grid: PatchGrid, head_width: int) -> Tensor:
     return torch.stack((angle_PE.cos(), angle_PE.sin())).float()
 
 
-def valid_tokens(n_frames_B: Tensor, grid: PatchGrid) -> Tensor:
+def valid_token_mask(n_frames_B: Tensor, grid: PatchGrid) -> Tensor:
     """Which tokens hold sound, as bool `BP`: those whose time column starts inside the valid frames."""
     start_P = torch.arange(grid.tokens, device=n_frames_B.device) // grid.rows * grid.patch_frames
     return start_P < n_frames_B[:, None]
 
 
-def slow_cosines(grid: PatchGrid, count: int) -> Tensor:
+def slow_cosine_basis(grid: PatchGrid, count: int) -> Tensor:
     """The `count` slowest cosines along time times those along frequency, but the constant, as columns `ND`."""
-    along_TK, along_FL = (_cosines(side, count) for side in (grid.patch_frames, grid.patch_bands))
+    along_TK, along_FL = (_dct_basis(side, count) for side in (grid.patch_frames, grid.patch_bands))
     return torch.einsum("tk,fl->tfkl", along_TK, along_FL).reshape(grid.patch_values, count**2)[:, 1:]
 
 
-def _cosines(side: int, count: int) -> Tensor:
+def _dct_basis(side: int, count: int) -> Tensor:
     """The first columns of the orthonormal DCT-II of so many values."""
     angle_SK = (torch.arange(side)[:, None] + 0.5) * torch.arange(count) * (torch.pi / side)
     return angle_SK.cos() * torch.where(torch.arange(count) > 0, 2 / side, 1 / side).sqrt()

@@ -9,25 +9,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from ajepa.model.patches import valid_tokens
+from ajepa.model.patches import valid_token_mask
 from ajepa.model.vit import Encoder
 from pipeline.errors import RunError
 
 PoolingName = Literal["mean", "frequency", "moments"]
 
-POOLING: PoolingName = "mean"  # what is used where nothing is said
+DEFAULT_POOLING: PoolingName = "mean"  # what is used where nothing is said
 
-VECTORS: dict[PoolingName, Callable[[int], int]] = {  # as long as so many tokens' vectors, by the grid's rows
+VECTORS_PER_CLIP: dict[
+    PoolingName, Callable[[int], int]
+] = {  # as long as so many tokens' vectors, by the grid's rows
     "mean": lambda rows: 1,
     "frequency": lambda rows: rows,
     "moments": lambda rows: 2 * rows,
 }
 
-LEAST_VARIANCE = 1e-12  # of what is the same in all columns: the root of 0 has no finite gradient
+MIN_POOLED_VARIANCE = 1e-12  # of what is the same in all columns: the root of 0 has no finite gradient
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Layer:
+class EncoderLayer:
     """Which tokens are pooled: by default what the encoder says, its last block after its norm.
 
     blocks  above 0: the mean of its last so many blocks
@@ -37,15 +39,15 @@ class Layer:
     further up speak louder. RunError where both are asked for.
     """
 
-    blocks: int = 0
-    block: int = 0
+    last_blocks: int = 0
+    block_number: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.blocks, self.block) < 0 or (self.blocks and self.block):
+        if min(self.last_blocks, self.block_number) < 0 or (self.last_blocks and self.block_number):
             raise RunError(f"a layer is the last, the mean of the last blocks, or one block; got {self}")
 
     @classmethod
-    def named(cls, name: str) -> "Layer":
+    def from_name(cls, name: str) -> "EncoderLayer":
         """`last`, `mean-K` (the last K blocks) or `block-N`; RunError for anything else."""
         if name == "last":
             return cls()
@@ -53,30 +55,32 @@ class Layer:
         if told is None:
             raise RunError(f"layer {name!r}: expected last, mean-K (of the last K blocks) or block-N")
         number = int(told[2])
-        return cls(blocks=number) if told[1] == "mean" else cls(block=number)
+        return cls(last_blocks=number) if told[1] == "mean" else cls(block_number=number)
 
     def __str__(self) -> str:
-        if self.blocks:
-            return f"mean-{self.blocks}"
-        return f"block-{self.block}" if self.block else "last"
+        if self.last_blocks:
+            return f"mean-{self.last_blocks}"
+        return f"block-{self.block_number}" if self.block_number else "last"
 
-    def tokens(self, encoder: Encoder, mel_BTF: Tensor, valid_BP: Tensor | None = None) -> Tensor:
+    def encode_tokens(self, encoder: Encoder, mel_BTF: Tensor, valid_BP: Tensor | None = None) -> Tensor:
         """Every token's vector as `BPD` (`Encoder`); RunError where there are not so many blocks."""
         depth = encoder.spec.depth
-        if max(self.blocks, self.block) > depth:
+        if max(self.last_blocks, self.block_number) > depth:
             raise RunError(f"layer {self}: the encoder has {depth} blocks; ask for no more")
-        if not (self.blocks or self.block):
+        if not (self.last_blocks or self.block_number):
             return encoder(mel_BTF, valid_BP=valid_BP)
-        told = encoder.top_layers(mel_BTF, self.blocks or depth - self.block + 1, valid_BP=valid_BP)
-        wanted = told if self.blocks else told[:1]
+        told = encoder.top_block_outputs(
+            mel_BTF, self.last_blocks or depth - self.block_number + 1, valid_BP=valid_BP
+        )
+        wanted = told if self.last_blocks else told[:1]
         return torch.stack([nnf.layer_norm(said, said.shape[-1:]) for said in wanted]).mean(0)
 
 
-LAST = Layer()
+LAST_LAYER = EncoderLayer()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tokens:
+class ClipTokens:
     """What an encoder says of B clips: the tokens of N views that hold sound, `clips` and `views` of each at most.
 
     View n is the `view_N[n]`th of clip `clip_N[n]`; the grid has `rows` rows.
@@ -90,9 +94,9 @@ class Tokens:
     views: int
     rows: int
 
-    def pooled(self, pooling: PoolingName) -> Tensor:
+    def pool_per_clip(self, pooling: PoolingName) -> Tensor:
         """One vector per clip (`pool`)."""
-        return pool(
+        return pool_tokens(
             self.tokens_NPD,
             self.valid_NP,
             self.clip_N,
@@ -101,7 +105,7 @@ class Tokens:
             pooling=pooling,
         )
 
-    def stretches(self, count: int) -> tuple[Tensor, Tensor]:
+    def segment_means(self, count: int) -> tuple[Tensor, Tensor]:
         """The time columns of all views merged into at most `count` stretches: means `BKRD` (nan where there is
         no valid column), and which stretches hold sound, `BK`."""
         columns = self.tokens_NPD.shape[1] // self.rows
@@ -109,7 +113,7 @@ class Tokens:
         place_NL = self.view_N[:, None] * columns + torch.arange(columns)
         stretches = -(-self.views * columns // width)
         group_M = (self.clip_N[:, None] * stretches + place_NL // width).flatten()
-        mean_GRD, held_G = row_means(
+        mean_GRD, held_G = group_row_means(
             self.tokens_NPD.unflatten(1, (columns, self.rows)).flatten(0, 1),
             self.valid_NP.unflatten(1, (columns, self.rows)).flatten(0, 1),
             group_M,
@@ -120,7 +124,7 @@ class Tokens:
         return mean_GRD.unflatten(0, shape), held_G.unflatten(0, shape) > 0
 
 
-def row_means(
+def group_row_means(
     tokens_NPD: Tensor, valid_NP: Tensor, group_N: Tensor, *, groups: int, rows: int
 ) -> tuple[Tensor, Tensor]:
     """Of each group the mean of every row over its valid columns, float32 `GRD`, and how many these are, `G`."""
@@ -131,7 +135,7 @@ def row_means(
     return sums_GRD / columns_G[:, None, None], columns_G
 
 
-def pool(
+def pool_tokens(
     tokens_NPD: Tensor, valid_NP: Tensor, clip_N: Tensor, *, clips: int, rows: int, pooling: PoolingName
 ) -> Tensor:
     """One vector for each of `clips` clips, float32, from the tokens of N views; view n is of clip `clip_N[n]`.
@@ -146,25 +150,27 @@ def pool(
     """
     if pooling not in get_args(PoolingName):
         raise RunError(f"pooling must be {' or '.join(get_args(PoolingName))}, got {pooling!r}")
-    mean_BRD, _ = row_means(tokens_NPD, valid_NP, clip_N, groups=clips, rows=rows)
+    mean_BRD, _ = group_row_means(tokens_NPD, valid_NP, clip_N, groups=clips, rows=rows)
     if pooling == "mean":
         return mean_BRD.mean(1)
     if pooling == "frequency":
         return mean_BRD.flatten(1)
     columns = tokens_NPD.shape[1] // rows
     apart_NPD = tokens_NPD.float() - mean_BRD[clip_N].repeat(1, columns, 1)
-    variance_BRD, _ = row_means(apart_NPD.square(), valid_NP, clip_N, groups=clips, rows=rows)
-    return torch.cat((mean_BRD, variance_BRD.clamp(min=LEAST_VARIANCE).sqrt()), dim=1).flatten(1)
+    variance_BRD, _ = group_row_means(apart_NPD.square(), valid_NP, clip_N, groups=clips, rows=rows)
+    return torch.cat((mean_BRD, variance_BRD.clamp(min=MIN_POOLED_VARIANCE).sqrt()), dim=1).flatten(1)
 
 
 @torch.inference_mode()
-def encoded(encoder: Encoder, mel_BVTF: Tensor, n_frames_BV: Tensor, layer: Layer = LAST) -> Tokens:
+def encode_views(
+    encoder: Encoder, mel_BVTF: Tensor, n_frames_BV: Tensor, layer: EncoderLayer = LAST_LAYER
+) -> ClipTokens:
     """The tokens of any number of views of each clip, on the CPU; a view past the clip's end is never encoded."""
     clip_N, view_N = torch.nonzero(n_frames_BV, as_tuple=True)
-    valid_NP = valid_tokens(n_frames_BV[clip_N, view_N], encoder.spec.grid)
+    valid_NP = valid_token_mask(n_frames_BV[clip_N, view_N], encoder.spec.grid)
     device = next(encoder.parameters()).device
-    tokens_NPD = layer.tokens(encoder, mel_BVTF[clip_N, view_N].to(device), valid_NP.to(device))
-    return Tokens(
+    tokens_NPD = layer.encode_tokens(encoder, mel_BVTF[clip_N, view_N].to(device), valid_NP.to(device))
+    return ClipTokens(
         tokens_NPD=tokens_NPD.cpu(),
         valid_NP=valid_NP,
         clip_N=clip_N,
@@ -175,13 +181,13 @@ def encoded(encoder: Encoder, mel_BVTF: Tensor, n_frames_BV: Tensor, layer: Laye
     )
 
 
-def pooled(
+def pool_views(
     encoder: Encoder,
     mel_BVTF: Tensor,
     n_frames_BV: Tensor,
     *,
-    pooling: PoolingName = POOLING,
-    layer: Layer = LAST,
+    pooling: PoolingName = DEFAULT_POOLING,
+    layer: EncoderLayer = LAST_LAYER,
 ) -> Tensor:
     """One vector per clip, on the CPU, from any number of views of each (`encoded`, `pool`)."""
-    return encoded(encoder, mel_BVTF, n_frames_BV, layer).pooled(pooling)
+    return encode_views(encoder, mel_BVTF, n_frames_BV, layer).pool_per_clip(pooling)

@@ -9,39 +9,39 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MASKS = int.from_bytes(b"masks")  # names the stream, as `pipeline.augment.draws` names its own
+MASK_STREAM = int.from_bytes(b"masks")  # names the stream, as `pipeline.augment.draws` names its own
 
 
 def step_rng(seed: int, step: int) -> np.random.Generator:
     """The randomness of one training step, of all ranks together: masks, drop path, patchout."""
-    return np.random.default_rng([seed, step, MASKS])
+    return np.random.default_rng([seed, step, MASK_STREAM])
 
 
-CPU = torch.device("cpu")
+CPU_DEVICE = torch.device("cpu")
 
 
-class PassRng(np.random.Generator):
+class MicroBatchRng(np.random.Generator):
     """The generator of a step for who holds only some of its clips: they draw what they would among all of them.
 
     It takes over `rng`, a fresh generator of NumPy's default kind. `random`, asked for numbers of each of the pass's
     clips (the first axis), passes over those of the others; they are float64, one step of the generator each.
     """
 
-    def __init__(self, rng: np.random.Generator, first: int, clips_of_all: int) -> None:
+    def __init__(self, rng: np.random.Generator, first_clip: int, batch_clips: int) -> None:
         super().__init__(rng.bit_generator)
-        self.first, self.clips_of_all = first, clips_of_all
+        self.first_clip, self.batch_clips = first_clip, batch_clips
 
     def random(self, size: Any = None, dtype: Any = np.float64, out: Any = None) -> Any:
         clips, *of_each = size
         steps = math.prod(of_each)
-        self.bit_generator.advance(self.first * steps)  # type: ignore[attr-defined]  # PCG64 has it
+        self.bit_generator.advance(self.first_clip * steps)  # type: ignore[attr-defined]  # PCG64 has it
         drawn = super().random(size, dtype, out)
-        self.bit_generator.advance((self.clips_of_all - self.first - clips) * steps)  # type: ignore[attr-defined]
+        self.bit_generator.advance((self.batch_clips - self.first_clip - clips) * steps)  # type: ignore[attr-defined]
         return drawn
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
+def fork_seeded_rng(seed: int, device: torch.device = CPU_DEVICE) -> Iterator[None]:
     """The global generators of the CPU and of `device` start at `seed`; afterwards they stand as they stood."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -52,7 +52,7 @@ def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
         yield
 
 
-def drawn_seed(rng: np.random.Generator | None) -> int:
+def draw_torch_seed(rng: np.random.Generator | None) -> int:
     """A seed for torch, from the generator of the step; ValueError where there is none."""
     if rng is None:
         raise ValueError("training draws from the generator of the step: give `rng`")
@@ -61,10 +61,10 @@ def drawn_seed(rng: np.random.Generator | None) -> int:
 
 def torch_generator(rng: np.random.Generator | None, device: torch.device) -> torch.Generator:
     """A generator on the device, started by the generator of the step; ValueError where there is none."""
-    return torch.Generator(device).manual_seed(drawn_seed(rng))
+    return torch.Generator(device).manual_seed(draw_torch_seed(rng))
 
 
-def dropped(x: Tensor, share: float, generator: torch.Generator | None) -> Tensor:
+def apply_dropout(x: Tensor, share: float, generator: torch.Generator | None) -> Tensor:
     """Dropout: a random `share` of the values becomes 0, the others 1/(1 - share) as much; None: all stay."""
     if generator is None or not share:
         return x

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ajepa.model.patches import PatchGrid, rotary_turns, sincos_positions
+from ajepa.model.patches import PatchGrid, rotary_positions, sincos_positions
 
 
-class Attention(nn.Module):
+class SelfAttention(nn.Module):
     """Multi-head self-attention with biases everywhere."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -30,30 +30,34 @@ class Attention(nn.Module):
         x_BND: Tensor,
         valid_BN: Tensor | None = None,
         turns_2BNE: Tensor | None = None,
-        last: int | None = None,
+        last_tokens: int | None = None,
     ) -> Tensor:
         """No token attends to one that is not valid; `turns_2BNE` are the cosines and sines of `turned`.
 
         With `last` only so many tokens at the end ask, and come out; all are attended to.
         """
-        q, k, v = self._qkv(x_BND) if last is None else self._qkv_of_last(x_BND, last)
+        q, k, v = (
+            self._project_qkv(x_BND)
+            if last_tokens is None
+            else self._project_last_queries(x_BND, last_tokens)
+        )
         if turns_2BNE is not None:
-            q, k = turned(q, turns_2BNE[:, :, -q.shape[2] :]), turned(k, turns_2BNE)
-        attend = attention_for(q.device.type, q.dtype)
+            q, k = rotate_pairs(q, turns_2BNE[:, :, -q.shape[2] :]), rotate_pairs(k, turns_2BNE)
+        attend = choose_attention(q.device.type, q.dtype)
         return self.out(attend(q, k, v, valid_BN).transpose(1, 2).flatten(2))
 
-    def _qkv(self, x_BND: Tensor) -> Iterable[Tensor]:
+    def _project_qkv(self, x_BND: Tensor) -> Iterable[Tensor]:
         return self.qkv(x_BND).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
-    def _qkv_of_last(self, x_BND: Tensor, last: int) -> Iterable[Tensor]:
+    def _project_last_queries(self, x_BND: Tensor, last_tokens: int) -> Iterable[Tensor]:
         width = x_BND.shape[-1]
         (for_q, for_kv), (q_bias, kv_bias) = (x.split((width, 2 * width)) for x in self.qkv.parameters())
-        q_BQD, kv_BND = F.linear(x_BND[:, -last:], for_q, q_bias), F.linear(x_BND, for_kv, kv_bias)
+        q_BQD, kv_BND = F.linear(x_BND[:, -last_tokens:], for_q, q_bias), F.linear(x_BND, for_kv, kv_bias)
         k, v = kv_BND.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return q_BQD.unflatten(-1, (self.heads, -1)).transpose(1, 2), k, v
 
 
-def turned(x_BHND: Tensor, turns_2BNE: Tensor) -> Tensor:
+def rotate_pairs(x_BHND: Tensor, turns_2BNE: Tensor) -> Tensor:
     """Each pair of values of a token turned by that token's angles: pair e is the values e and e + D/2.
 
     The product of a turned query and a turned key depends on the difference of their angles alone (RoFormer,
@@ -67,7 +71,7 @@ def turned(x_BHND: Tensor, turns_2BNE: Tensor) -> Tensor:
 AttentionOp = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
-def attention_for(device: str, dtype: torch.dtype) -> AttentionOp:
+def choose_attention(device: str, dtype: torch.dtype) -> AttentionOp:
     """The faster of two equal ways, as measured: written out for bf16 on CPUs, the fused kernel elsewhere.
 
     In bf16 on a CPU with AMX the fused kernel's backward took 31 % of a ViT-S step, and writing it out made the
@@ -78,7 +82,7 @@ def attention_for(device: str, dtype: torch.dtype) -> AttentionOp:
 
 def fused_attention(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, valid_BN: Tensor | None) -> Tensor:
     """`softmax(q k^T / sqrt(D)) v` over the valid keys, by the device's own kernel."""
-    bias = None if valid_BN is None else _barred(valid_BN, q_BHND.dtype)
+    bias = None if valid_BN is None else _attention_bias(valid_BN, q_BHND.dtype)
     return F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, attn_mask=bias)
 
 
@@ -86,11 +90,11 @@ def written_out_attention(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, valid_
     """The same as two products and a softmax."""
     scores_BHNN = (q_BHND * q_BHND.shape[-1] ** -0.5) @ k_BHND.transpose(-2, -1)
     if valid_BN is not None:
-        scores_BHNN += _barred(valid_BN, scores_BHNN.dtype)
+        scores_BHNN += _attention_bias(valid_BN, scores_BHNN.dtype)
     return scores_BHNN.softmax(dim=-1) @ v_BHND
 
 
-def _barred(valid_BN: Tensor, dtype: torch.dtype) -> Tensor:
+def _attention_bias(valid_BN: Tensor, dtype: torch.dtype) -> Tensor:
     """What to add to the scores, `B11N`. Finite, so that a clip without a single valid key yields no NaN."""
     bias = torch.zeros(valid_BN.shape, dtype=dtype, device=valid_BN.device)
     return bias.masked_fill(~valid_BN, torch.finfo(dtype).min)[:, None, None]
@@ -104,7 +108,7 @@ PositionName = Literal["sincos", "rope"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Stack:
+class TransformerSpec:
     """Shape and options of the blocks of an encoder or predictor.
 
     positions    `sincos`: a fixed code is added to each token (both papers); `rope`: queries and keys are
@@ -138,21 +142,23 @@ class Stack:
                 f"got {self.drop_path} and {self.layer_scale}"
             )
 
-    def build(self) -> nn.ModuleList:
+    def build_blocks(self) -> nn.ModuleList:
         """The blocks; `initialise` gives them their weights."""
-        return nn.ModuleList(Block(self.width, self.heads, self.layer_scale) for _ in range(self.depth))
+        return nn.ModuleList(
+            TransformerBlock(self.width, self.heads, self.layer_scale) for _ in range(self.depth)
+        )
 
-    def added(self, grid: PatchGrid) -> Tensor:
+    def additive_positions(self, grid: PatchGrid) -> Tensor:
         """What is added to the tokens, float32 `PD`: under `rope` zeros, which still make the sum float32."""
         if self.positions == "rope":
             return torch.zeros(grid.tokens, self.width)
         return sincos_positions(grid, self.width)
 
-    def turns(self, grid: PatchGrid) -> Tensor | None:
+    def rotary_angles(self, grid: PatchGrid) -> Tensor | None:
         """Cosine and sine of the angles by which queries and keys are turned, `2PE`; None without `rope`."""
-        return rotary_turns(grid, self.width // self.heads) if self.positions == "rope" else None
+        return rotary_positions(grid, self.width // self.heads) if self.positions == "rope" else None
 
-    def draw_keep(self, rng: np.random.Generator, clips: int) -> Tensor | None:
+    def draw_drop_path(self, rng: np.random.Generator, clips: int) -> Tensor | None:
         """What each branch of each block is multiplied by for each clip, `L2B`: 0, or 1 over how often it stays.
 
         None without drop path; then the generator is left alone.
@@ -164,7 +170,7 @@ class Stack:
         return torch.from_numpy((stays_L2B / (1 - drop_L11)).astype(np.float32))
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """A pre-norm transformer block: attention, then an MLP four times as wide."""
 
     attention_scale_D: Tensor | None
@@ -173,7 +179,7 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, layer_scale: float = 0.0) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width, eps=NORM_EPSILON)
-        self.attention = Attention(width, heads)
+        self.attention = SelfAttention(width, heads)
         self.mlp_norm = nn.LayerNorm(width, eps=NORM_EPSILON)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         for name in ("attention_scale_D", "mlp_scale_D"):
@@ -186,18 +192,18 @@ class Block(nn.Module):
         valid_BN: Tensor | None = None,
         turns_2BNE: Tensor | None = None,
         keep_2B: Tensor | None = None,
-        last: int | None = None,
+        last_tokens: int | None = None,
     ) -> Tensor:
         """What becomes of each token; with `last`, of so many at the end, to which all the others still speak."""
         attention_keep_B, mlp_keep_B = (None, None) if keep_2B is None else keep_2B
-        mixed_BND = self.attention(self.attention_norm(x_BND), valid_BN, turns_2BNE, last)
-        if last is not None:
-            x_BND = x_BND[:, -last:]
-        x_BND = x_BND + scaled(mixed_BND, self.attention_scale_D, attention_keep_B)
-        return x_BND + scaled(self.mlp(self.mlp_norm(x_BND)), self.mlp_scale_D, mlp_keep_B)
+        mixed_BND = self.attention(self.attention_norm(x_BND), valid_BN, turns_2BNE, last_tokens)
+        if last_tokens is not None:
+            x_BND = x_BND[:, -last_tokens:]
+        x_BND = x_BND + scale_branch(mixed_BND, self.attention_scale_D, attention_keep_B)
+        return x_BND + scale_branch(self.mlp(self.mlp_norm(x_BND)), self.mlp_scale_D, mlp_keep_B)
 
 
-def scaled(branch_BND: Tensor, scale_D: Tensor | None, keep_B: Tensor | None) -> Tensor:
+def scale_branch(branch_BND: Tensor, scale_D: Tensor | None, keep_B: Tensor | None) -> Tensor:
     """A branch times its layer scale, and times what is left of it for each clip, or each token (`keep_BN`)."""
     if scale_D is not None:
         branch_BND = branch_BND * scale_D
@@ -206,7 +212,7 @@ def scaled(branch_BND: Tensor, scale_D: Tensor | None, keep_B: Tensor | None) ->
     )
 
 
-def through(
+def run_blocks(
     blocks: nn.ModuleList,
     x_BND: Tensor,
     valid_BN: Tensor | None,
@@ -214,8 +220,8 @@ def through(
     keep_L2B: Tensor | None = None,
     *,
     recompute: bool = False,
-    top: int = 1,
-    last: int | None = None,
+    top_blocks: int = 1,
+    last_tokens: int | None = None,
 ) -> list[Tensor]:
     """What the last `top` blocks say, lowest first; with `last` the last block of so many tokens at the end alone.
 
@@ -225,14 +231,17 @@ def through(
     """
     outputs: list[Tensor] = []
     for layer, block in enumerate(blocks):
-        keep, asked = None if keep_L2B is None else keep_L2B[layer], last if block is blocks[-1] else None
+        keep, asked = (
+            None if keep_L2B is None else keep_L2B[layer],
+            last_tokens if block is blocks[-1] else None,
+        )
         valid = valid_BN if valid_BN is None or valid_BN.ndim == 2 else valid_BN[layer]
         told = (x_BND, valid, turns_2BNE, keep, asked)
         if recompute and torch.is_grad_enabled():
             x_BND = checkpoint(block, *told, use_reentrant=False, preserve_rng_state=False)
         else:
             x_BND = block(*told)
-        outputs = [*outputs, x_BND][-top:]
+        outputs = [*outputs, x_BND][-top_blocks:]
     return outputs
 
 
@@ -242,7 +251,7 @@ def compile_blocks(blocks: Iterable[nn.Module], *, dynamic: bool) -> None:
         block.compile(dynamic=dynamic)
 
 
-def initialise(module: nn.Module, seed: int) -> None:
+def initialise_weights(module: nn.Module, seed: int) -> None:
     """ViT's weights: matrices and mask tokens truncated normal (std 0.02), biases zero, norms' scales one.
 
     Layer scales keep the value that they were made with.

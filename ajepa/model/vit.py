@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ajepa.model.patches import PatchGrid, patchify
-from ajepa.model.transformer import NORM_EPSILON, PositionName, Stack, initialise, through
+from ajepa.model.transformer import (
+    NORM_EPSILON,
+    PositionName,
+    TransformerSpec,
+    initialise_weights,
+    run_blocks,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +38,7 @@ class EncoderSpec:
     band_norm: bool = False
 
     def __post_init__(self) -> None:
-        stack_of(self)
+        transformer_spec_of(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,12 +53,12 @@ class PredictorSpec:
     drop_path: float = 0.0
 
     def __post_init__(self) -> None:
-        stack_of(self)
+        transformer_spec_of(self)
 
 
-def stack_of(spec: EncoderSpec | PredictorSpec) -> Stack:
+def transformer_spec_of(spec: EncoderSpec | PredictorSpec) -> TransformerSpec:
     """The blocks that a spec asks for; ValueError where they cannot be."""
-    return Stack(
+    return TransformerSpec(
         width=spec.width,
         depth=spec.depth,
         heads=spec.heads,
@@ -62,7 +68,7 @@ def stack_of(spec: EncoderSpec | PredictorSpec) -> Stack:
     )
 
 
-def encoder_spec(size: Literal["s", "b", "l"], grid: PatchGrid) -> EncoderSpec:
+def a_jepa_encoder(size: Literal["s", "b", "l"], grid: PatchGrid) -> EncoderSpec:
     """The three encoders of A-JEPA (arXiv 2311.15830): ViT-S, ViT-B and ViT-L."""
     width, depth, heads = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16)}[size]
     return EncoderSpec(grid=grid, width=width, depth=depth, heads=heads)
@@ -83,22 +89,24 @@ class Encoder(nn.Module):
 
     def __init__(self, spec: EncoderSpec, *, seed: int = 0) -> None:
         super().__init__()
-        self.spec, self.stack, self.recompute = spec, stack_of(spec), False
+        self.spec, self.transformer_spec, self.recompute = spec, transformer_spec_of(spec), False
         self.embed = nn.Linear(spec.grid.patch_values, spec.width)
         bands_2F = torch.tensor([[0.0], [1.0]]).repeat(1, spec.grid.bands) if spec.band_norm else None
         self.register_buffer("bands_2F", bands_2F)
-        self.register_buffer("positions_PD", self.stack.added(spec.grid), persistent=False)
-        self.register_buffer("turns_2PE", self.stack.turns(spec.grid), persistent=False)
-        self.blocks = self.stack.build()
+        self.register_buffer(
+            "positions_PD", self.transformer_spec.additive_positions(spec.grid), persistent=False
+        )
+        self.register_buffer("turns_2PE", self.transformer_spec.rotary_angles(spec.grid), persistent=False)
+        self.blocks = self.transformer_spec.build_blocks()
         self.norm = nn.LayerNorm(spec.width, eps=NORM_EPSILON)
-        initialise(self, seed)
+        initialise_weights(self, seed)
 
-    def know_bands(self, mean_F: Tensor, std_F: Tensor) -> None:
+    def set_band_statistics(self, mean_F: Tensor, std_F: Tensor) -> None:
         """Standardise every band with these from now on, where the spec says so; checkpoints hold them."""
         if self.bands_2F is not None:
             self.bands_2F.copy_(torch.stack((mean_F, std_F)))
 
-    def patches(self, mel_BTF: Tensor) -> Tensor:
+    def input_patches(self, mel_BTF: Tensor) -> Tensor:
         """The patches as the first layer sees them, `BPN`."""
         if self.bands_2F is not None:
             mel_BTF = (mel_BTF - self.bands_2F[0]) / self.bands_2F[1]
@@ -119,24 +127,30 @@ class Encoder(nn.Module):
         `mel_BTF` is normalised and exactly as large as the grid (ValueError); `keep_L2N` is drop path's. With every
         token, `valid_LBP` and `keep_L2NP` may stand for them: others in each block, for each token.
         """
-        return self.norm(self.top_layers(mel_BTF, 1, tokens_NK, valid_BP, keep_L2N)[0])
+        return self.norm(self.top_block_outputs(mel_BTF, 1, tokens_NK, valid_BP, keep_L2N)[0])
 
-    def top_layers(
+    def top_block_outputs(
         self,
         mel_BTF: Tensor,
-        count: int,
+        block_count: int,
         tokens_NK: Tensor | None = None,
         valid_BP: Tensor | None = None,
         keep_L2N: Tensor | None = None,
     ) -> list[Tensor]:
         """What the last `count` blocks say, lowest first, before the final norm."""
-        x, positions, turns = self.patches(mel_BTF), self.positions_PD, _every(self.turns_2PE)
+        x, positions, turns = (
+            self.input_patches(mel_BTF),
+            self.positions_PD,
+            _rotations_of_all(self.turns_2PE),
+        )
         if tokens_NK is not None:
-            x, positions = pick(x, tokens_NK), positions[tokens_NK]
-            turns = _at(self.turns_2PE, tokens_NK)
+            x, positions = gather_tokens(x, tokens_NK), positions[tokens_NK]
+            turns = _rotations_at(self.turns_2PE, tokens_NK)
             valid_BP = None if valid_BP is None else valid_BP.gather(1, tokens_NK)
         x = self.embed(x) + positions
-        return through(self.blocks, x, valid_BP, turns, keep_L2N, recompute=self.recompute, top=count)
+        return run_blocks(
+            self.blocks, x, valid_BP, turns, keep_L2N, recompute=self.recompute, top_blocks=block_count
+        )
 
 
 class Predictor(nn.Module):
@@ -160,17 +174,17 @@ class Predictor(nn.Module):
         target_width: int | None = None,
     ) -> None:
         super().__init__()
-        self.spec, self.stack, self.recompute = spec, stack_of(spec), False
+        self.spec, self.transformer_spec, self.recompute = spec, transformer_spec_of(spec), False
         self.embed = nn.Linear(encoder_width, spec.width)
         self.mask_token_D = nn.Parameter(torch.zeros(spec.width))
-        self.register_buffer("positions_PD", self.stack.added(grid), persistent=False)
-        self.register_buffer("turns_2PE", self.stack.turns(grid), persistent=False)
-        self.blocks = self.stack.build()
+        self.register_buffer("positions_PD", self.transformer_spec.additive_positions(grid), persistent=False)
+        self.register_buffer("turns_2PE", self.transformer_spec.rotary_angles(grid), persistent=False)
+        self.blocks = self.transformer_spec.build_blocks()
         self.norm = nn.LayerNorm(spec.width, eps=NORM_EPSILON)
         target_width = target_width or encoder_width
         self.out = nn.Linear(spec.width, target_width)
         self.clip_head = nn.Linear(encoder_width, target_width) if clip_head else None
-        initialise(self, seed)
+        initialise_weights(self, seed)
 
     def forward(
         self,
@@ -192,22 +206,24 @@ class Predictor(nn.Module):
         valid, turns = None, None
         if valid_NP is not None or self.turns_2PE is not None:
             tokens = torch.cat((context_NK[:, None].expand(-1, groups, -1), targets_NGQ), dim=2)
-            turns = _at(self.turns_2PE, tokens.flatten(0, 1))
+            turns = _rotations_at(self.turns_2PE, tokens.flatten(0, 1))
             if valid_NP is not None:
                 valid = valid_NP.gather(1, tokens.flatten(1)).view(rows * groups, -1)
-        (x,) = through(self.blocks, x, valid, turns, keep_L2M, recompute=self.recompute, last=queries)
+        (x,) = run_blocks(
+            self.blocks, x, valid, turns, keep_L2M, recompute=self.recompute, last_tokens=queries
+        )
         return self.out(self.norm(x)).unflatten(0, (rows, groups))
 
 
-def _every(turns_2PE: Tensor | None) -> Tensor | None:
+def _rotations_of_all(turns_2PE: Tensor | None) -> Tensor | None:
     return None if turns_2PE is None else turns_2PE[:, None]
 
 
-def _at(turns_2PE: Tensor | None, tokens_NK: Tensor) -> Tensor | None:
+def _rotations_at(turns_2PE: Tensor | None, tokens_NK: Tensor) -> Tensor | None:
     return None if turns_2PE is None else turns_2PE[:, tokens_NK]
 
 
-def pick(x_BPD: Tensor, tokens_NK: Tensor) -> Tensor:
+def gather_tokens(x_BPD: Tensor, tokens_NK: Tensor) -> Tensor:
     """The vectors of the given tokens of each clip, as `NKD`; N a multiple of B, the sets of one clip together."""
     sets = len(tokens_NK) // len(x_BPD)
     clip_N1 = torch.arange(len(tokens_NK), device=x_BPD.device)[:, None] // sets

@@ -18,22 +18,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ajepa.evaluate.features import Views, features
+from ajepa.evaluate.features import ClipViews, clip_vectors
 from ajepa.evaluate.metrics import mean_average_precision
 from ajepa.evaluate.probe_splits import probe_rows
-from ajepa.evaluate.probes import knn_NC, linear_NC, standardised
-from ajepa.model.jepa import TINY, Jepa
-from ajepa.pretrain.trainer import Trainer
+from ajepa.evaluate.probes import knn_scores_NC, linear_probe_scores_NC, standardise_features
+from ajepa.model.jepa import DIVISOR_FLOOR, Jepa
+from ajepa.pretrain.trainer import PretrainTrainer
 from ajepa.recipes.pretrain import Pretrain
 from ajepa.training.flops import pretrain_step_cost
-from ajepa.training.loop import SCORE
-from ajepa.training.meter import Meter
+from ajepa.training.loop import SCORE_METRIC
+from ajepa.training.meter import ComputeMeter
 from ajepa.training.run import Json, Run
-from pipeline.errors import BrokenClip, RunError
+from pipeline.errors import BrokenClipError, RunError
 from pipeline.loading.loader import Batch, PlainLoader, View
-from pipeline.loading.sampling import Order
+from pipeline.loading.sampling import RowOrder
 from pipeline.store.joined_store import AnyStore
-from pipeline.store.splits import kept_splits, train_splits
+from pipeline.store.splits import evaluation_splits, train_splits
 
 HEALTH_CLIPS = 32
 
@@ -43,7 +43,7 @@ DEAD_SHARE = (
 
 RANK_EPSILON = 1e-7  # of RankMe (arXiv 2210.02885), added to each share
 
-FIXED = 2**31  # stands for the step in the generator of what is fixed: no run gets there
+FIXED_DRAW_STEP = 2**31  # stands for the step in the generator of what is fixed: no run gets there
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -56,10 +56,10 @@ class HealthBatch:
     targets_BGQ: Tensor
 
     @classmethod
-    def of(cls, batch: Batch, recipe: Pretrain) -> "HealthBatch":
+    def from_batch(cls, batch: Batch, recipe: Pretrain) -> "HealthBatch":
         """The clips of a batch under masks of the kind that the run ends with."""
-        rng = np.random.default_rng([recipe.seed, FIXED])
-        maker = recipe.masks.maker(recipe.steps - 1, rng)
+        rng = np.random.default_rng([recipe.seed, FIXED_DRAW_STEP])
+        maker = recipe.masks.mask_maker_at(recipe.steps - 1, rng)
         masks = maker.sample(rng, recipe.model.encoder.grid, batch=len(batch.rows_B))
         device = batch.mel_BTF.device
         return cls(
@@ -70,17 +70,17 @@ class HealthBatch:
         )
 
 
-def health_rows(store: AnyStore, seed: int) -> np.ndarray:
+def draw_health_rows(store: AnyStore, seed: int) -> np.ndarray:
     """At most HEALTH_CLIPS good rows, drawn by `seed`: of the splits kept to measure on, or else of the others."""
-    kept = kept_splits(store)
+    kept = evaluation_splits(store)
     rows_N = store.good_rows(kept) if kept else np.empty(0, np.int64)
     if not len(rows_N):
         rows_N = store.good_rows(train_splits(store))
-    return np.sort(np.random.default_rng([seed, FIXED]).permutation(rows_N)[:HEALTH_CLIPS])
+    return np.sort(np.random.default_rng([seed, FIXED_DRAW_STEP]).permutation(rows_N)[:HEALTH_CLIPS])
 
 
 @torch.no_grad()
-def health(model: Jepa, batch: HealthBatch) -> Json:
+def measure_health(model: Jepa, batch: HealthBatch) -> Json:
     """How the model stands on `batch`, in fp32 and without compiled code; nothing of the model is changed.
 
     health_loss            the loss, on clips and masks that never change
@@ -100,9 +100,9 @@ def health(model: Jepa, batch: HealthBatch) -> Json:
     """
     training = model.training
     model.eval()
-    with uncompiled(model):
+    with force_eager_mode(model):
         output = model(batch.mel_BTF, batch.context_BK, batch.targets_BGQ, batch.n_frames_B)
-        valid_BP = model.validity(batch.n_frames_B, batch.mel_BTF.device)
+        valid_BP = model.valid_mask_if_padded(batch.n_frames_B, batch.mel_BTF.device)
         teacher_BPD, student_BPD = (
             encoder(batch.mel_BTF, valid_BP=valid_BP).float() for encoder in (model.target, model.encoder)
         )
@@ -115,20 +115,20 @@ def health(model: Jepa, batch: HealthBatch) -> Json:
         "explained": output.explained,
         "target_std": output.target_std,
         "prediction_std": output.prediction_std,
-        **features_told(teacher_BPD, valid_BP),
+        **feature_statistics(teacher_BPD, valid_BP),
         "teacher_cosine": cosine_BP[valid_BP].mean(),
     }
     return {f"health_{name}": float(value) for name, value in told.items()}
 
 
-def uncompiled(model: nn.Module) -> AbstractContextManager[object]:
+def force_eager_mode(model: nn.Module) -> AbstractContextManager[object]:
     """Where its blocks run as they are written: another batch size would be compiled for in vain."""
     if any(module._compiled_call_impl is not None for module in model.modules()):
         return torch.compiler.set_stance("force_eager")
     return nullcontext()  # the other one takes seconds to import
 
 
-def features_told(feature_BPD: Tensor, valid_BP: Tensor) -> dict[str, Tensor]:
+def feature_statistics(feature_BPD: Tensor, valid_BP: Tensor) -> dict[str, Tensor]:
     """What is told of the features of the valid tokens; see `health`."""
     feature_BPD = torch.where(valid_BP[..., None], feature_BPD.double(), 0.0)
     token_ND = feature_BPD[valid_BP]
@@ -139,10 +139,10 @@ def features_told(feature_BPD: Tensor, valid_BP: Tensor) -> dict[str, Tensor]:
     deviation_D = about_D.square().mean(0).sqrt()
     size = token_ND.square().mean().sqrt()
     return {
-        "spread": about_D.square().mean().sqrt() / size.clamp(min=TINY),
+        "spread": about_D.square().mean().sqrt() / size.clamp(min=DIVISOR_FLOOR),
         "rank": effective_rank(token_ND),
         "rank_clips": effective_rank(clip_BD),
-        "content": within / about_D.square().sum().clamp(min=TINY),
+        "content": within / about_D.square().sum().clamp(min=DIVISOR_FLOOR),
         "dead": (deviation_D < DEAD_SHARE * size).double().mean(),
     }
 
@@ -155,21 +155,21 @@ def effective_rank(x_ND: Tensor) -> Tensor:
     x_ND = x_ND.double()
     gram = x_ND @ x_ND.T if len(x_ND) < x_ND.shape[1] else x_ND.T @ x_ND
     value_D = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
-    share_D = value_D / value_D.sum().clamp(min=TINY) + RANK_EPSILON
+    share_D = value_D / value_D.sum().clamp(min=DIVISOR_FLOOR) + RANK_EPSILON
     return (-(share_D * share_D.log()).sum()).exp()
 
 
-LEAST_SPREAD, LEAST_RANK, LEAST_CONTENT = 0.2, 4.0, 0.02
+MIN_HEALTHY_SPREAD, MIN_HEALTHY_RANK, MIN_HEALTHY_CONTENT = 0.2, 4.0, 0.02
 
-PATIENCE = 3  # looks in a row: healthy runs may pass through a dip
+COLLAPSE_PATIENCE = 3  # looks in a row: healthy runs may pass through a dip
 
-ADVICE = (
+COLLAPSE_ADVICE = (
     "try a lower schedule.peak_lr, a slower teacher (schedule.ema_start nearer 1), model.loss=l2 or "
     "model.targets=cosines"
 )
 
 
-def signs(look: Json) -> list[str]:
+def collapse_signs(health_line: Json) -> list[str]:
     """What of `health.health` means collapse, in words; nothing where all is well.
 
     Seen in some dozen runs of 120 to 300 steps, of widths 32 and 64 (one of 96), on the tests' clips and on 2,000
@@ -184,27 +184,29 @@ def signs(look: Json) -> list[str]:
                     the positions, so this threshold is a tenth of the least seen and no more
     """
     found = []
-    if (spread := look["health_spread"]) < LEAST_SPREAD:
-        found.append(f"features deviate by {spread:.0%} of their size (healthy: over {LEAST_SPREAD:.0%})")
-    if (rank := look["health_rank"]) < LEAST_RANK:
-        found.append(f"their effective rank is {rank:.1f} (over {LEAST_RANK:g})")
-    if (content := look["health_content"]) < LEAST_CONTENT:
-        found.append(f"{content:.1%} of their variance is not position (over {LEAST_CONTENT:.0%})")
+    if (spread := health_line["health_spread"]) < MIN_HEALTHY_SPREAD:
+        found.append(
+            f"features deviate by {spread:.0%} of their size (healthy: over {MIN_HEALTHY_SPREAD:.0%})"
+        )
+    if (rank := health_line["health_rank"]) < MIN_HEALTHY_RANK:
+        found.append(f"their effective rank is {rank:.1f} (over {MIN_HEALTHY_RANK:g})")
+    if (content := health_line["health_content"]) < MIN_HEALTHY_CONTENT:
+        found.append(f"{content:.1%} of their variance is not position (over {MIN_HEALTHY_CONTENT:.0%})")
     return found
 
 
-def in_a_row(looks: Sequence[Json]) -> int:
+def count_trailing_collapses(health_history: Sequence[Json]) -> int:
     """How many of the last looks at a run's health, without a break, found it collapsed."""
-    return len(list(takewhile(signs, reversed(looks))))
+    return len(list(takewhile(collapse_signs, reversed(health_history))))
 
 
 PROBE_L2 = 0.1  # the second of `probes.L2_GRID`: one stated penalty, where a search would cost ten fits
 
-EVAL_SHARE = 0.5  # clips that are measured on, at most, for each that is trained on
+PROBE_EVAL_SHARE = 0.5  # clips that are measured on, at most, for each that is trained on
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Probe:
+class TrainingProbe:
     """Clips that stay the same for a whole run, and every label set that can be measured on them.
 
     probe_linear_SET  mAP of a linear probe with the penalty PROBE_L2, trained and measured on that label set
@@ -212,150 +214,160 @@ class Probe:
     probe_map         the mean of them all: by it the best checkpoint is told (`loop.SCORE`)
     """
 
-    views: Views
+    views: ClipViews
     train_N: np.ndarray
     eval_N: np.ndarray
     label_sets: tuple[str, ...]
     on_broken: Literal["raise", "skip"] = "raise"
-    broken: set[int] = field(default_factory=set)  # rows that turned out to be unreadable
+    broken_rows: set[int] = field(default_factory=set)  # rows that turned out to be unreadable
 
-    def scores(self, model: Jepa) -> Json:
+    def measure_scores(self, model: Jepa) -> Json:
         """mAP of the model's target encoder as it is now; nothing is drawn and nothing of it is changed."""
-        with uncompiled(model):
-            train_N, train_ND = self.features(model, self.train_N)
-            eval_N, eval_ND = self.features(model, self.eval_N)
-        known, asked = standardised(train_ND, eval_ND)
+        with force_eager_mode(model):
+            train_N, train_ND = self.readable_features(model, self.train_N)
+            eval_N, eval_ND = self.readable_features(model, self.eval_N)
+        known, asked = standardise_features(train_ND, eval_ND)
         store, told = self.views.store, {}
         for name in self.label_sets:
             train_NC, eval_NC = store.labels_BC(train_N, name), store.labels_BC(eval_N, name)
-            linear = linear_NC(known, train_NC, asked, l2=PROBE_L2)
+            linear = linear_probe_scores_NC(known, train_NC, asked, l2=PROBE_L2)
             told[f"probe_linear_{name}"] = mean_average_precision(eval_NC, linear).value
-            told[f"probe_knn_{name}"] = mean_average_precision(eval_NC, knn_NC(known, train_NC, asked)).value
-        return {**told, SCORE: float(np.mean(list(told.values())))}
+            told[f"probe_knn_{name}"] = mean_average_precision(
+                eval_NC, knn_scores_NC(known, train_NC, asked)
+            ).value
+        return {**told, SCORE_METRIC: float(np.mean(list(told.values())))}
 
-    def features(self, model: Jepa, rows_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def readable_features(self, model: Jepa, rows_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The rows that can be read, and a vector for each; BrokenClip where none may be left out."""
         while True:
-            rows_N = rows_N[~np.isin(rows_N, list(self.broken))]
+            rows_N = rows_N[~np.isin(rows_N, list(self.broken_rows))]
             try:
-                return rows_N, features(self.views, rows_N, model.target)
-            except BrokenClip as error:
+                return rows_N, clip_vectors(self.views, rows_N, model.target)
+            except BrokenClipError as error:
                 if self.on_broken == "raise":
                     raise
-                self.broken.add(error.row)
+                self.broken_rows.add(error.row)
 
 
-def open_probe(
+def open_training_probe(
     store: AnyStore,
     recipe: Pretrain,
     identity: Json,
     on_broken: Literal["raise", "skip"],
     say: Callable[[str], None],
-) -> Probe | None:
+) -> TrainingProbe | None:
     """The recipe's probe; None where it has none, or the store nothing to measure on, which is said once."""
     if not recipe.probe_every:
         return None
-    kept = kept_splits(store)
+    kept = evaluation_splits(store)
     if not kept or not len(store.good_rows(kept)):
-        say(f"{store.place}: no probe while training: no clip of a split named eval or test")
+        say(f"{store.location}: no probe while training: no clip of a split named eval or test")
         return None
     train_N, eval_N = probe_rows(store, recipe.seed, recipe.probe_clips)
-    most = int(EVAL_SHARE * recipe.probe_clips)
+    most = int(PROBE_EVAL_SHARE * recipe.probe_clips)
     eval_N = np.sort(np.random.default_rng([recipe.seed, 2]).permutation(eval_N)[:most])
     label_sets = tuple(name for name in store.label_sets if store.labels_BC(eval_N, name).any())
     if not label_sets:
-        say(f"{store.place}: no probe while training: no clip to measure on has a label")
+        say(f"{store.location}: no probe while training: no clip to measure on has a label")
         return None
-    views = Views(store=store, frames=recipe.view_frames, mean=identity["mean"], std=identity["std"])
-    return Probe(views=views, train_N=train_N, eval_N=eval_N, label_sets=label_sets, on_broken=on_broken)
+    views = ClipViews(store=store, frames=recipe.view_frames, mean=identity["mean"], std=identity["std"])
+    return TrainingProbe(
+        views=views, train_N=train_N, eval_N=eval_N, label_sets=label_sets, on_broken=on_broken
+    )
 
 
 OnCollapse = Literal["stop", "warn"]
 
 
 @dataclass(kw_only=True, slots=True)
-class Watch:
+class PretrainMonitor:
     """What `loop.train` is watched by: the same is told on resume, to the bit, and no generator is drawn from."""
 
     run: Run
-    trainer: Trainer
-    meter: Meter
-    fixed: HealthBatch | None
-    probe: Probe | None
+    trainer: PretrainTrainer
+    meter: ComputeMeter
+    health_batch: HealthBatch | None
+    probe: TrainingProbe | None
     on_collapse: OnCollapse
     say: Callable[[str], None]
-    looks: list[Json]  # the last PATIENCE at the model's health
+    health_history: list[Json]  # the last PATIENCE at the model's health
 
-    def after(self, done: int) -> Json:
+    def after_step(self, steps_done: int) -> Json:
         """What is seen after `done` steps, every so often and after the last one; else nothing."""
         recipe, model = self.trainer.recipe, self.trainer.model
-        self.meter.step(pretrain_step_cost(recipe, self.trainer.shape, recompute=model.encoder.recompute))
+        self.meter.count_step(
+            pretrain_step_cost(recipe, self.trainer.step_shape, recompute=model.encoder.recompute)
+        )
         told: Json = {}
-        if self.fixed is not None and self.due(done, recipe.health_every):
-            told |= health(model, self.fixed)
-            self.judge({"step": done, **told})
-        if self.probe is not None and self.due(done, recipe.probe_every):
-            told |= self.probe.scores(model)
+        if self.health_batch is not None and self.is_due(steps_done, recipe.health_every):
+            told |= measure_health(model, self.health_batch)
+            self.check_collapse({"step": steps_done, **told})
+        if self.probe is not None and self.is_due(steps_done, recipe.probe_every):
+            told |= self.probe.measure_scores(model)
         return told
 
-    def due(self, done: int, every: int) -> bool:
-        return done % every == 0 or done == self.trainer.recipe.steps
+    def is_due(self, steps_done: int, every: int) -> bool:
+        return steps_done % every == 0 or steps_done == self.trainer.recipe.steps
 
-    def judge(self, look: Json) -> None:
+    def check_collapse(self, health_line: Json) -> None:
         """Remember a look at the model's health, and warn if it is the first to find a collapse."""
-        self.looks = [*self.looks, look][-PATIENCE:]
-        if in_a_row(self.looks) == 1:
+        self.health_history = [*self.health_history, health_line][-COLLAPSE_PATIENCE:]
+        if count_trailing_collapses(self.health_history) == 1:
             then = (
-                f"; the run stops if {PATIENCE} looks in a row find it" if self.on_collapse == "stop" else ""
+                f"; the run stops if {COLLAPSE_PATIENCE} looks in a row find it"
+                if self.on_collapse == "stop"
+                else ""
             )
-            self.say(f"{self.run.path}: step {look['step']}: collapsing: {', '.join(signs(look))}{then}")
+            self.say(
+                f"{self.run.path}: step {health_line['step']}: collapsing: {', '.join(collapse_signs(health_line))}{then}"
+            )
 
-    def saving(self) -> None:
+    def before_checkpoint(self) -> None:
         """Write down what the run has cost up to the checkpoint that is about to be written."""
-        self.meter.save(self.run.path)
+        self.meter.save_costs(self.run.path)
 
-    def ill(self) -> str | None:
+    def stop_reason(self) -> str | None:
         """That the run has collapsed, what was seen, and what to try."""
-        if self.on_collapse == "warn" or in_a_row(self.looks) < PATIENCE:
+        if self.on_collapse == "warn" or count_trailing_collapses(self.health_history) < COLLAPSE_PATIENCE:
             return None
-        look = self.looks[-1]
+        look = self.health_history[-1]
         return (
-            f"collapsed: {', '.join(signs(look))}, at {PATIENCE} looks in a row; seen in the checkpoint of step "
-            f"{look['step']}; {ADVICE}, in another --run, or go on with --on-collapse warn"
+            f"collapsed: {', '.join(collapse_signs(look))}, at {COLLAPSE_PATIENCE} looks in a row; seen in the checkpoint of step "
+            f"{look['step']}; {COLLAPSE_ADVICE}, in another --run, or go on with --on-collapse warn"
         )
 
 
-def open_watch(
+def open_pretrain_monitor(
     run: Run,
-    trainer: Trainer,
+    trainer: PretrainTrainer,
     store: AnyStore,
     view: View,
     *,
     on_broken: Literal["raise", "skip"],
     on_collapse: OnCollapse,
     say: Callable[[str], None],
-) -> Watch:
+) -> PretrainMonitor:
     """Everything that a run is watched with, from its newest checkpoint on; RunError where that has collapsed."""
     if on_collapse not in ("stop", "warn"):
         raise RunError(f"on_collapse must be stop or warn, got {on_collapse!r}")
     recipe, fixed = trainer.recipe, None
     if recipe.health_every:
-        rows_N = health_rows(store, recipe.seed)
-        order = Order(rows_N=rows_N, clips=len(rows_N), seed=recipe.seed)
+        rows_N = draw_health_rows(store, recipe.seed)
+        order = RowOrder(rows_N=rows_N, clips=len(rows_N), seed=recipe.seed)
         loader = PlainLoader(store, order, view, trainer.device, on_broken=on_broken, say=say)
-        fixed = HealthBatch.of(loader.batch(0), recipe)
-    meter = Meter(trainer.device, ranks=trainer.world.size)
-    meter.resume(run.path, run.step)
-    made = Watch(
+        fixed = HealthBatch.from_batch(loader.make_batch(0), recipe)
+    meter = ComputeMeter(trainer.device, ranks=trainer.world.size)
+    meter.resume_counts(run.path, run.newest_step)
+    made = PretrainMonitor(
         run=run,
         trainer=trainer,
         meter=meter,
-        fixed=fixed,
-        probe=open_probe(store, recipe, run.identity, on_broken, say),
+        health_batch=fixed,
+        probe=open_training_probe(store, recipe, run.identity, on_broken, say),
         on_collapse=on_collapse,
         say=say,
-        looks=[line for line in run.metrics() if "health_spread" in line][-PATIENCE:],
+        health_history=[line for line in run.read_metrics() if "health_spread" in line][-COLLAPSE_PATIENCE:],
     )
-    if why := made.ill():
+    if why := made.stop_reason():
         raise RunError(f"{run.path}: {why}")
     return made

@@ -4,26 +4,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from ajepa.pretrain.monitor import OnCollapse, open_watch
-from ajepa.pretrain.trainer import Trainer
+from ajepa.pretrain.monitor import OnCollapse, open_pretrain_monitor
+from ajepa.pretrain.trainer import PretrainTrainer
 from ajepa.pretrain.training_set import TrainingSet
-from ajepa.recipes.catalogue import to_json
+from ajepa.recipes.catalogue import recipe_to_json
 from ajepa.recipes.pretrain import Pretrain
 from ajepa.training.devices import PrecisionName, pick_device, pick_precision
-from ajepa.training.distributed import joined
-from ajepa.training.loop import asked_to_stop, begun, quiet, train
-from ajepa.training.memory import refuse_large_pretraining
+from ajepa.training.distributed import join_ranks
+from ajepa.training.loop import catch_stop_signals, open_run, run_training_loop, say_nothing
+from ajepa.training.memory import refuse_large_pretrain
 from ajepa.training.run import Json, Run
-from pipeline.errors import Interrupted
+from pipeline.errors import StopSignal
 from pipeline.loading.dali import open_loader
 from pipeline.loading.loader import View
-from pipeline.messages import to_stderr
+from pipeline.messages import print_to_stderr
 from pipeline.store.feature_store import FeatureStore
-from pipeline.store.splits import splits_told
+from pipeline.store.splits import describe_splits
 
 
 def pretrain(
-    trained_on: Path | str | FeatureStore | TrainingSet,
+    training_data: Path | str | FeatureStore | TrainingSet,
     recipe: Pretrain,
     run_path: Path,
     *,
@@ -38,7 +38,7 @@ def pretrain(
     on_broken: Literal["raise", "skip"] = "raise",
     on_collapse: OnCollapse = "stop",
     progress: bool = False,
-    say: Callable[[str], None] = to_stderr,
+    say: Callable[[str], None] = print_to_stderr,
 ) -> Run:
     """Train `recipe` on every split of a store, or of a training set's, but `eval`; the finished run at `run_path`.
 
@@ -53,24 +53,26 @@ def pretrain(
     hand, write a checkpoint and raise Interrupted. Nothing is written before store, recipe, device and memory fit:
     RunError or StoreError says what does not.
     """
-    with joined() as world:
-        recipe = recipe.resized(steps=steps, clips_per_step=batch)
+    with join_ranks() as world:
+        recipe = recipe.with_counts(steps=steps, clips_per_step=batch)
         on = pick_device(device, world.local_rank if world.size > 1 else None)
         numbers = pick_precision(precision, on)
-        tell = say if world.main else quiet
-        asked = trained_on if isinstance(trained_on, TrainingSet) else TrainingSet(stores=(trained_on,))
-        store = asked.opened(recipe)
-        order, identity = asked.order(store, recipe, world), asked.identity(store)
-        view = view_of(identity, recipe)
+        tell = say if world.is_main else say_nothing
+        asked = (
+            training_data if isinstance(training_data, TrainingSet) else TrainingSet(stores=(training_data,))
+        )
+        store = asked.open_stores(recipe)
+        order, identity = asked.clip_order(store, recipe, world), asked.data_identity(store)
+        view = pretrain_view(identity, recipe)
         with open_loader(store, order, view, kind=loader, device=on, on_broken=on_broken, say=say) as batches:
-            refuse_large_pretraining(
-                recipe, on, half=numbers.half, recompute=recompute, micro_clips=micro_batch, world=world
+            refuse_large_pretrain(
+                recipe, on, half=numbers.is_half, recompute=recompute, micro_clips=micro_batch, world=world
             )
-            with begun(world, run_path, to_json(recipe), identity) as (run, first):
+            with open_run(world, run_path, recipe_to_json(recipe), identity) as (run, first):
                 if first >= recipe.steps:
                     tell(f"{run.path}: already at its last step, {first}")
                     return run
-                trainer = Trainer(
+                trainer = PretrainTrainer(
                     recipe,
                     on,
                     world=world,
@@ -80,19 +82,19 @@ def pretrain(
                     compiled=compiled,
                 )
                 if first:
-                    trainer.restore(run.load(at=first))
+                    trainer.restore_checkpoint(run.load_checkpoint(at=first))
                 else:
-                    trainer.model.know_bands(*asked.bands(store))
+                    trainer.model.set_band_statistics(*asked.band_statistics(store))
                 for line in asked.told(store, order):
                     tell(line)
                 ranks = f" on {world.size} ranks" if world.size > 1 else ""
                 tell(
                     f"{run.path}: step {first} of {recipe.steps}, {len(order.rows_N)} clips of "
-                    f"{splits_told(store)}, {numbers.told}{ranks}"
+                    f"{describe_splits(store)}, {numbers.description}{ranks}"
                 )
                 watch = None
-                if world.main:
-                    watch = open_watch(
+                if world.is_main:
+                    watch = open_pretrain_monitor(
                         run,
                         trainer,
                         store,
@@ -101,24 +103,24 @@ def pretrain(
                         on_collapse=on_collapse,
                         say=say,
                     )
-                with asked_to_stop() as stop:
-                    done = train(
+                with catch_stop_signals() as stop:
+                    done = run_training_loop(
                         run,
                         trainer,
                         batches.batches(first, recipe.steps),
                         stop,
                         progress=progress,
-                        watch=watch,
+                        monitor=watch,
                         keep_every=recipe.keep_every,
                         world=world,
                     )
         if done < recipe.steps:
             tell(f"{run.path}: checkpoint written at step {done} of {recipe.steps}")
-            raise Interrupted
+            raise StopSignal
         return run
 
 
-def view_of(identity: Json, recipe: Pretrain) -> View:
+def pretrain_view(identity: Json, recipe: Pretrain) -> View:
     """How the recipe looks at clips, normalised as the run will remember."""
     return View(
         frames=recipe.view_frames,

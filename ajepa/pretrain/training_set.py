@@ -11,22 +11,22 @@ import torch
 from torch import Tensor
 
 from ajepa.recipes.pretrain import Pretrain
-from ajepa.training.distributed import ALONE, World
+from ajepa.training.distributed import SINGLE_PROCESS, World
 from ajepa.training.run import Json
-from pipeline.audio.mel_spec import mel_spec
+from pipeline.audio.mel_spec import preset_mel_spec
 from pipeline.errors import RunError
 from pipeline.loading.sampling import (
     FULL_SHUFFLE,
     WINDOW_BLOCKS,
     BlockShuffle,
-    Order,
+    RowOrder,
     Sampling,
-    Weighted,
-    mixing_of,
+    WeightedSampling,
+    measure_mixing,
 )
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.joined_store import AnyStore, JoinedStore
-from pipeline.store.splits import splits_told, train_splits
+from pipeline.store.splits import describe_splits, train_splits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,9 +50,9 @@ class TrainingSet:
                 f"{weights} store weights for {stores} stores; give one for each of two or more, or none"
             )
         if not all(weight > 0 for weight in self.weights) or not math.isfinite(sum(self.weights)):
-            told = ", ".join(f"{weight:g}" for weight in self.weights)
+            describe_mixing = ", ".join(f"{weight:g}" for weight in self.weights)
             raise RunError(
-                f"store weights {told}: expected numbers above 0 with a finite sum; "
+                f"store weights {describe_mixing}: expected numbers above 0 with a finite sum; "
                 "leave out a store that is not wanted"
             )
         if self.shuffle not in ("full", "block"):
@@ -65,94 +65,96 @@ class TrainingSet:
             raise RunError(f"window {self.window_blocks} is of no use to a full shuffle; add --shuffle block")
 
     @property
-    def window(self) -> int:
+    def shuffle_window(self) -> int:
         """Shards that a block shuffle mixes at a time."""
         return self.window_blocks or WINDOW_BLOCKS
 
-    def opened(self, recipe: Pretrain) -> AnyStore:
+    def open_stores(self, recipe: Pretrain) -> AnyStore:
         """The stores, read as one; RunError or StoreError where they do not fit the recipe or each other."""
-        stores = [open_store(store, recipe) for store in self.stores]
+        stores = [open_training_store(store, recipe) for store in self.stores]
         return stores[0] if len(stores) == 1 else JoinedStore(stores)
 
-    def order(self, store: AnyStore, recipe: Pretrain, world: World = ALONE) -> Order:
+    def clip_order(self, store: AnyStore, recipe: Pretrain, world: World = SINGLE_PROCESS) -> RowOrder:
         """Which clips come when to this rank; raises InputError where there are too few."""
         rows_N = store.good_rows(train_splits(store))
-        refuse_empty(store, rows_N)
+        refuse_empty_store(store, rows_N)
         sampling: Sampling = FULL_SHUFFLE
         if isinstance(store, JoinedStore) and self.weights:
             weights_N = store.row_weights(rows_N, self.weights)
-            sampling = Weighted(weights_N=weights_N, clips_per_epoch=len(rows_N))
+            sampling = WeightedSampling(weights_N=weights_N, clips_per_epoch=len(rows_N))
         if self.shuffle == "block":
-            sampling = BlockShuffle(blocks_N=store.shards_of(rows_N), window_blocks=self.window)
-        return Order(
+            sampling = BlockShuffle(blocks_N=store.shard_numbers(rows_N), window_blocks=self.shuffle_window)
+        return RowOrder(
             rows_N=rows_N,
-            clips=world.share(recipe.clips_per_step),
+            clips=world.clips_per_rank(recipe.clips_per_step),
             seed=recipe.seed,
             rank=world.rank,
             world=world.size,
             sampling=sampling,
         )
 
-    def identity(self, store: AnyStore) -> Json:
+    def data_identity(self, store: AnyStore) -> Json:
         """What a run was trained on: it is compared on resume, and says how to normalise ever after."""
         mean, std = store.mean_and_std(train_splits(store))
         told: Json = {"store_id": store.store_id, "spec_id": store.spec_id, "mel": store.spec.to_json()}
         told |= {"mean": mean, "std": std}
         if isinstance(store, JoinedStore):
             told["stores"] = [part.store_id for part in store.stores]
-        if any(excluded := _excluded(store)):
+        if any(excluded := _exclusion_digests(store)):
             told["excluded"] = excluded if isinstance(store, JoinedStore) else excluded[0]
         if self.weights:
             told["store_weights"] = list(self.weights)
         if self.shuffle == "block":
-            told["block_shuffle"] = {"blocks": "shards", "window_blocks": self.window}
+            told["block_shuffle"] = {"blocks": "shards", "window_blocks": self.shuffle_window}
         return told
 
-    def bands(self, store: AnyStore) -> tuple[Tensor, Tensor]:
+    def band_statistics(self, store: AnyStore) -> tuple[Tensor, Tensor]:
         """Mean and std of each band, `F`, of clips that are normalised as `identity` says."""
         mean, std = store.mean_and_std(train_splits(store))
         mean_F, std_F = store.band_mean_and_std(train_splits(store))
         return torch.from_numpy((mean_F - mean) / std).float(), torch.from_numpy(std_F / std).float()
 
-    def told(self, store: AnyStore, order: Order) -> Iterator[str]:
+    def told(self, store: AnyStore, order: RowOrder) -> Iterator[str]:
         """Lines on what is out of the ordinary: each of several stores, and how well a block shuffle mixes."""
         if isinstance(store, JoinedStore):
-            rows_of_each = store.rows_of_each(order.rows_N)
+            rows_of_each = store.rows_per_store(order.rows_N)
             weights_N = np.asarray(self.weights or rows_of_each, np.float64)
             shares = weights_N / weights_N.sum()
             for part, rows, share in zip(store.stores, rows_of_each, shares, strict=True):
-                yield f"{part.place}: {rows:,} clips, {share:.1%} of those trained on"
+                yield f"{part.location}: {rows:,} clips, {share:.1%} of those trained on"
         if isinstance(order.sampling, BlockShuffle):
             clip_bytes = store.frames * store.bands * store.dtype.itemsize
-            yield str(mixing_of(order.sampling, order.clips_of_all_ranks, order.seed, clip_bytes=clip_bytes))
+            yield str(measure_mixing(order.sampling, order.clips_per_step, order.seed, clip_bytes=clip_bytes))
 
 
-def _excluded(store: AnyStore) -> list[str | None]:
+def _exclusion_digests(store: AnyStore) -> list[str | None]:
     """Of each store the digest of what exclude lists leave out; None where they leave out nothing."""
-    return [part.excluded.digest for part in _parts(store)]
+    return [part.exclusions.digest for part in _member_stores(store)]
 
 
-def _parts(store: AnyStore) -> list[FeatureStore]:
+def _member_stores(store: AnyStore) -> list[FeatureStore]:
     """The stores that this one is of."""
     parts = store.stores if isinstance(store, JoinedStore) else (store,)
     return [part for part in parts if isinstance(part, FeatureStore)]
 
 
-def open_store(store: Path | str | FeatureStore, recipe: Pretrain) -> FeatureStore:
+def open_training_store(store: Path | str | FeatureStore, recipe: Pretrain) -> FeatureStore:
     """The store, opened; RunError where it does not hold the features that the recipe was made for."""
     store = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
-    wanted = mel_spec(recipe.mel)
+    wanted = preset_mel_spec(recipe.mel)
     if store.spec_id != wanted.spec_id:
         held, asked = (f"{s.name} ({s.frames} x {s.mel_bands}, {s.spec_id})" for s in (store.spec, wanted))
         told = f"holds mel spec {held}, recipe {recipe.name} needs {asked}"
-        raise RunError(f"{store.place}: {told}; build a store with --spec {wanted.name}")
+        raise RunError(f"{store.location}: {told}; build a store with --spec {wanted.name}")
     return store
 
 
-def refuse_empty(store: AnyStore, rows_N: np.ndarray) -> None:
+def refuse_empty_store(store: AnyStore, rows_N: np.ndarray) -> None:
     """RunError naming a store of which nothing is among the rows to train on, and why."""
-    rows_of_each = store.rows_of_each(rows_N) if isinstance(store, JoinedStore) else [len(rows_N)]
-    for part, rows in zip(_parts(store), rows_of_each, strict=True):
+    rows_of_each = store.rows_per_store(rows_N) if isinstance(store, JoinedStore) else [len(rows_N)]
+    for part, rows in zip(_member_stores(store), rows_of_each, strict=True):
         if not rows:
-            told = f"no clip to train on is left in {splits_told(part)}"
-            raise RunError(f"{part.place}: {told}; leave it out, or see: ajepa-data report {part.place}")
+            told = f"no clip to train on is left in {describe_splits(part)}"
+            raise RunError(
+                f"{part.location}: {told}; leave it out, or see: ajepa-data report {part.location}"
+            )

@@ -11,22 +11,22 @@ from typing import Literal, get_args
 
 from ajepa.model.classifier import ClassifierSpec, VitSpec
 from ajepa.model.patches import PatchGrid
-from ajepa.model.vit import EncoderSpec, encoder_spec
+from ajepa.model.vit import EncoderSpec, a_jepa_encoder
 from ajepa.recipes.optimiser import AdamW, one_cycle, warmup_cosine
 from ajepa.recipes.pretrain import CropName
 from pipeline.loading.augment import Augment
 
-LossName = Literal["auto", "bce", "ce"]
+ClassLossName = Literal["auto", "bce", "ce"]
 
-HeadName = Literal["random", "probe"]
+HeadInitName = Literal["random", "probe"]
 
 SamplingName = Literal["shuffle", "balanced", "balanced-once", "repeated"]
 
 RateName = Literal["cosine", "one-cycle", "constant"]
 
-WeightsName = Literal["ast", "passt", "panns"]
+ClassWeightsName = Literal["ast", "passt", "panns"]
 
-RATE_CLIPS = 256  # a base rate is for so many clips a step, and grows in proportion
+BASE_RATE_CLIPS = 256  # a base rate is for so many clips a step, and grows in proportion
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,10 +57,10 @@ class Finetune:
     epochs: int
     warmup_epochs: int
     clips_per_step: int
-    head: HeadName = "random"
-    loss: LossName = "auto"
+    head: HeadInitName = "random"
+    loss: ClassLossName = "auto"
     sampling: SamplingName = "shuffle"
-    weights: WeightsName = "ast"
+    weights: ClassWeightsName = "ast"
     clips_per_epoch: int = 0
     augment: Augment = Augment()  # noqa: RUF009  (frozen)
     rate: RateName = "cosine"
@@ -91,18 +91,18 @@ class Finetune:
             raise ValueError(
                 f"rates of 0 or more, layer_decay in (0, 1], ema in [0, 1) are expected, got {told}"
             )
-        words = ((self.loss, LossName), (self.sampling, SamplingName), (self.weights, WeightsName))
-        for value, known in (*words, (self.rate, RateName), (self.crop, CropName), (self.head, HeadName)):
+        words = ((self.loss, ClassLossName), (self.sampling, SamplingName), (self.weights, ClassWeightsName))
+        for value, known in (*words, (self.rate, RateName), (self.crop, CropName), (self.head, HeadInitName)):
             if value not in get_args(known):
                 raise ValueError(f"expected one of {', '.join(get_args(known))}, got {value!r}")
 
-    def of_epochs(self, steps_per_epoch: int) -> "Finetune":
+    def with_step_count(self, steps_per_epoch: int) -> "Finetune":
         """The recipe with as many steps as its epochs take, unless it says how many."""
         return self if self.steps else replace(self, steps=self.epochs * steps_per_epoch)
 
-    def lr(self, step: int) -> float:
+    def learning_rate(self, step: int) -> float:
         """The head's rate of the update after `step` steps; `of_epochs` comes first."""
-        peak = self.base_lr * self.clips_per_step / RATE_CLIPS
+        peak = self.base_lr * self.clips_per_step / BASE_RATE_CLIPS
         if self.rate == "constant":
             return peak
         warmup_steps = self.steps * self.warmup_epochs // self.epochs
@@ -110,17 +110,17 @@ class Finetune:
             return one_cycle(step, steps=self.steps, warmup_steps=warmup_steps, peak=peak, end=self.end_lr)
         return warmup_cosine(step, steps=self.steps, warmup_steps=warmup_steps, peak=peak, end=self.end_lr)
 
-    def evaluated(self, done: int) -> bool:
+    def is_evaluation_step(self, done: int) -> bool:
         """Whether the held-out clips are measured after so many steps."""
         return done * self.evaluations // self.steps > (done - 1) * self.evaluations // self.steps
 
 
-def vit_b(frames: int) -> VitSpec:
+def vit_b_spec(frames: int) -> VitSpec:
     """A ViT-B on so many frames of 128 bands, drop path 0.1, a tenth of the tokens masked in each layer."""
-    return VitSpec(encoder=replace(encoder_spec("b", PatchGrid.of(frames, 128)), drop_path=0.1))
+    return VitSpec(encoder=replace(a_jepa_encoder("b", PatchGrid.from_size(frames, 128)), drop_path=0.1))
 
 
-def audioset_20k() -> Finetune:
+def audioset_20k_recipe() -> Finetune:
     """AudioSet's balanced 20k clips (A-JEPA's AS-20K), 1024 frames.
 
     Cost: 60 epochs of 22,160 clips, 3.5e17 FLOP, half an H100 hour. Expected (paper, ViT-B): mAP 38.4; not reproduced
@@ -129,7 +129,7 @@ def audioset_20k() -> Finetune:
     return Finetune(
         name="audioset-20k",
         mel="a-jepa",
-        model=vit_b(1024),
+        model=vit_b_spec(1024),
         base_lr=1e-3,
         epochs=60,
         warmup_epochs=4,
@@ -139,14 +139,14 @@ def audioset_20k() -> Finetune:
     )
 
 
-def audioset_2m() -> Finetune:
+def audioset_2m_recipe() -> Finetune:
     """All of AudioSet (A-JEPA's AS-2M): epochs of 200,000 clips drawn by class weights, none twice.
 
     Cost: 100 epochs, 5.2e18 FLOP, 7 H100 hours. Expected (paper, ViT-B): mAP 48.6, without regularised masking 48.1;
     not reproduced here yet.
     """
     return replace(
-        audioset_20k(),
+        audioset_20k_recipe(),
         name="audioset-2m",
         base_lr=2e-4,
         epochs=100,
@@ -157,55 +157,55 @@ def audioset_2m() -> Finetune:
     )
 
 
-def esc50() -> Finetune:
+def esc50_recipe() -> Finetune:
     """ESC-50, one fold of five, 512 frames.
 
     Cost: 60 epochs of 1,600 clips, 1.3e16 FLOP, one H100 minute a fold. Expected (paper, ViT-B): accuracy 96.3, mean
     of the folds; not reproduced here yet.
     """
     return replace(
-        audioset_20k(),
+        audioset_20k_recipe(),
         name="esc50",
-        model=vit_b(512),
+        model=vit_b_spec(512),
         clips_per_step=64,
         loss="ce",
         augment=Augment(time_mask_frames=96, band_mask_bands=24),
     )
 
 
-def speech_commands_v2() -> Finetune:
+def speech_commands_v2_recipe() -> Finetune:
     """Speech Commands v2, 35 words (A-JEPA's SPC-2), 128 frames.
 
     Cost: 60 epochs of 84,843 clips, 1.7e17 FLOP, a quarter of an H100 hour. Expected (paper, ViT-B): accuracy 98.5;
     not reproduced here yet.
     """
     return replace(
-        audioset_20k(),
+        audioset_20k_recipe(),
         name="speech-commands-v2",
-        model=vit_b(128),
+        model=vit_b_spec(128),
         clips_per_step=256,
         augment=Augment(time_mask_frames=48, band_mask_bands=48, mixup_share=0.5),
     )
 
 
-def speech_commands_v1() -> Finetune:
+def speech_commands_v1_recipe() -> Finetune:
     """Speech Commands v1, ten commands and unknown (A-JEPA's SPC-1, but for its silence), 128 frames.
 
     Cost: 10 epochs of 195,000 clips with repetitions, 6e16 FLOP, 5 H100 minutes. Expected (paper, ViT-B, 12 classes):
     accuracy 97.7; not reproduced here yet.
     """
-    made = speech_commands_v2()
+    made = speech_commands_v2_recipe()
     return replace(made, name="speech-commands-v1", epochs=10, warmup_epochs=1, sampling="repeated")
 
 
-def voxceleb1_sid() -> Finetune:
+def voxceleb1_sid_recipe() -> Finetune:
     """VoxCeleb1's 1,251 speakers, 1024 frames.
 
     Cost: 60 epochs of 138,361 clips, 2.2e18 FLOP, 3 H100 hours. Expected (paper, ViT-B): accuracy 95.8; not
     reproduced here yet.
     """
     return replace(
-        audioset_20k(),
+        audioset_20k_recipe(),
         name="voxceleb1-sid",
         clips_per_step=64,
         loss="ce",
@@ -213,32 +213,32 @@ def voxceleb1_sid() -> Finetune:
     )
 
 
-def fsd50k() -> Finetune:
+def fsd50k_recipe() -> Finetune:
     """FSD50K, 1024 frames, as AudioSet's 20k clips, to which it is nearest: A-JEPA does not report it.
 
     Cost: 60 epochs of 36,796 clips, 5.8e17 FLOP, 50 H100 minutes. Expected: nothing published with this recipe.
     """
-    return replace(audioset_20k(), name="fsd50k")
+    return replace(audioset_20k_recipe(), name="fsd50k")
 
 
-def own() -> Finetune:
+def own_labels_recipe() -> Finetune:
     """Any labels of your own: AudioSet's 20k recipe on views as long as the store's clips, from a probed head.
 
     Pooled by moments, which probes of small encoders gained most from (`bench/finetune.py`).
     Cost: a ViT-B needs a GPU; 1,000 clips of 10 s take 1.6e16 FLOP, two H100 minutes. Expected: depends on the clips;
     measure against `ajepa-train evaluate`, which trains nothing but probes.
     """
-    model = replace(vit_b(1024), pooling="moments")
-    return replace(audioset_20k(), name="own", model=model, loss="auto", head="probe")
+    model = replace(vit_b_spec(1024), pooling="moments")
+    return replace(audioset_20k_recipe(), name="own", model=model, loss="auto", head="probe")
 
 
-def own_small() -> Finetune:
+def own_small_recipe() -> Finetune:
     """The same for the encoder of `small` and two CPU cores, on 2.5 s at a time, as that was pre-trained.
 
     Cost: 4 CPU minutes for 450 clips of 10 s. Expected: mAP .785 on the demo corpus, where the probe it starts from has
     .771 and the same from random weights .761 (`bench/finetune.py`).
     """
-    encoder = EncoderSpec(grid=PatchGrid.of(256, 128), width=128, depth=4, heads=2)
+    encoder = EncoderSpec(grid=PatchGrid.from_size(256, 128), width=128, depth=4, heads=2)
     return Finetune(
         name="own-small",
         mel="a-jepa",
@@ -255,7 +255,7 @@ def own_small() -> Finetune:
     )
 
 
-def resized(
+def finetune_with_counts(
     recipe: Finetune,
     *,
     epochs: int | None = None,

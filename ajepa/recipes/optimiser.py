@@ -80,7 +80,7 @@ class Schedule:
         if not (0 <= self.ema_start <= 1 and 0 <= self.ema_end <= 1):
             raise ValueError(f"the teacher's momentum must lie in [0, 1], got {self}")
 
-    def lr(self, step: int, steps: int, *, clips: int | None = None) -> float:
+    def learning_rate(self, step: int, steps: int, *, clips: int | None = None) -> float:
         """Learning rate of the update after `step` steps of `steps`: linear warm-up, then half a cosine.
 
         `clips` per step: needed where the peak grows with them.
@@ -98,22 +98,22 @@ class Schedule:
             end=self.end_lr,
         )
 
-    def momentum(self, step: int, steps: int) -> float:
+    def teacher_momentum(self, step: int, steps: int) -> float:
         """Share of itself that the target encoder keeps at that update."""
         return ema_momentum(step, steps=steps, start=self.ema_start, end=self.ema_end)
 
 
-def adamw(weights: Iterable[nn.Parameter], told: AdamW) -> torch.optim.AdamW:
+def build_adamw(weights: Iterable[nn.Parameter], settings: AdamW) -> torch.optim.AdamW:
     """Fused AdamW over the weights that are trained; biases, norms and single vectors are not decayed."""
     trained = [weight for weight in weights if weight.requires_grad]
     groups = [
-        {"params": [weight for weight in trained if weight.ndim > 1], "weight_decay": told.weight_decay},
+        {"params": [weight for weight in trained if weight.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [weight for weight in trained if weight.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(told.beta1, told.beta2), fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(settings.beta1, settings.beta2), fused=True)
 
 
-def moments_of(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimiser_moments(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     """What an optimiser knows of each weight, by `NUMBER.KEY`: one part of a checkpoint."""
     state = optimiser.state_dict()["state"]
     return {f"{index}.{key}": value for index, moments in state.items() for key, value in moments.items()}

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 from ajepa.model.jepa import JepaSpec
 from ajepa.model.masking import Curriculum, Fixed, MaskPlan, RandomPatches, a_jepa_curriculum
 from ajepa.model.patches import PatchGrid
-from ajepa.model.vit import A_JEPA_PREDICTOR, EncoderSpec, PredictorSpec, encoder_spec
+from ajepa.model.vit import A_JEPA_PREDICTOR, EncoderSpec, PredictorSpec, a_jepa_encoder
 from ajepa.recipes.optimiser import AdamW, Schedule
 
 CropName = Literal["random", "start"]
@@ -70,7 +70,7 @@ class Pretrain:
         """Frames of a clip that the model sees at once."""
         return self.model.encoder.grid.frames
 
-    def resized(
+    def with_counts(
         self, *, steps: int | None = None, clips_per_step: int | None = None, seed: int | None = None
     ) -> "Pretrain":
         """The same recipe with other counts: every schedule is stretched to the new length."""
@@ -80,12 +80,12 @@ class Pretrain:
         return replace(self, steps=steps, clips_per_step=clips, masks=masks, seed=seed)
 
 
-def smoke() -> Pretrain:
+def smoke_recipe() -> Pretrain:
     """The whole path with any `a-jepa` store, to see that it runs.
 
     Cost: seconds on two CPU cores. Expected: nothing learnt.
     """
-    grid = PatchGrid.of(256, 128)
+    grid = PatchGrid.from_size(256, 128)
     model = JepaSpec(
         encoder=EncoderSpec(grid=grid, width=64, depth=2, heads=2),
         predictor=PredictorSpec(width=32, depth=1, heads=2),
@@ -106,14 +106,14 @@ def smoke() -> Pretrain:
     )
 
 
-def small() -> Pretrain:
+def small_recipe() -> Pretrain:
     """A tiny encoder that learns from any `a-jepa` store on a laptop: the coarse pattern of hidden patches, 25 % seen.
 
     Cost: 7 to 8 CPU minutes measured (fp32, AVX2), on 1,617 clips as on any. Expected, with moments pooled (README):
     on its store's labels linear and kNN probes above a random encoder's and above log-mel statistics, by an eighth to
     a half; on other sounds that differ in the levels of bands, which its targets leave out, such as vowels, below.
     """
-    grid = PatchGrid.of(256, 128)
+    grid = PatchGrid.from_size(256, 128)
     model = JepaSpec(
         encoder=EncoderSpec(grid=grid, width=128, depth=4, heads=2, band_norm=True),
         predictor=PredictorSpec(width=96, depth=1, heads=3),
@@ -135,7 +135,7 @@ def small() -> Pretrain:
     )
 
 
-def audio_jepa() -> Pretrain:
+def audio_jepa_recipe() -> Pretrain:
     """Audio-JEPA as its paper has it (arXiv 2507.02915), ViT-B on 256 x 128 at 39 ms hop.
 
     Cost: about 1.6e18 FLOP for 100,000 steps of 256 clips, 2.3 H100 hours.
@@ -145,7 +145,9 @@ def audio_jepa() -> Pretrain:
         name="audio-jepa",
         mel="audio-jepa",
         model=JepaSpec(
-            encoder=encoder_spec("b", PatchGrid.of(256, 128)), predictor=PredictorSpec(), loss="squared_l2"
+            encoder=a_jepa_encoder("b", PatchGrid.from_size(256, 128)),
+            predictor=PredictorSpec(),
+            loss="squared_l2",
         ),
         masks=Fixed(masking=RandomPatches()),
         schedule=Schedule(peak_lr=3e-4),
@@ -157,17 +159,17 @@ def audio_jepa() -> Pretrain:
     )
 
 
-def audio_jepa_repo() -> Pretrain:
+def audio_jepa_repo_recipe() -> Pretrain:
     """Audio-JEPA as its code has it: the same, with the cosine distance for a loss.
 
     Cost: that of audio-jepa. Expected: near audio-jepa; not tried here yet. What its code does by mistake (one
     mask generator on all ranks, weights that are never initialised) is not copied.
     """
-    made = audio_jepa()
+    made = audio_jepa_recipe()
     return replace(made, name="audio-jepa-repo", model=replace(made.model, loss="cosine"))
 
 
-def a_jepa(size: Literal["s", "b", "l"] = "b") -> Pretrain:
+def a_jepa_recipe(size: Literal["s", "b", "l"] = "b") -> Pretrain:
     """A-JEPA (arXiv 2311.15830), ViT-B on 1024 x 128: 24 epochs of AudioSet-2M in steps of 512 clips.
 
     Cost: about 1.9e19 FLOP, 26 H100 hours, over half of it the predictor, which sees each target by itself.
@@ -179,7 +181,9 @@ def a_jepa(size: Literal["s", "b", "l"] = "b") -> Pretrain:
         name="a-jepa" if size == "b" else f"a-jepa-{size}",
         mel="a-jepa",
         model=JepaSpec(
-            encoder=encoder_spec(size, PatchGrid.of(1024, 128)), predictor=A_JEPA_PREDICTOR, loss="l2"
+            encoder=a_jepa_encoder(size, PatchGrid.from_size(1024, 128)),
+            predictor=A_JEPA_PREDICTOR,
+            loss="l2",
         ),
         masks=a_jepa_curriculum(steps),
         schedule=Schedule(peak_lr=2e-4),
@@ -191,22 +195,22 @@ def a_jepa(size: Literal["s", "b", "l"] = "b") -> Pretrain:
     )
 
 
-def a_jepa_s() -> Pretrain:
+def a_jepa_s_recipe() -> Pretrain:
     """A-JEPA with ViT-S, see a-jepa. Cost: two thirds of it. Expected: 46.1 on AS-2M, 33.7 on AS-20K."""
-    return a_jepa("s")
+    return a_jepa_recipe("s")
 
 
-def a_jepa_l() -> Pretrain:
+def a_jepa_l_recipe() -> Pretrain:
     """A-JEPA with ViT-L, see a-jepa. Cost: twice that. Expected: 48.8 on AS-2M, 38.8 on AS-20K."""
-    return a_jepa("l")
+    return a_jepa_recipe("l")
 
 
-RECIPES: dict[str, Callable[[], Pretrain]] = {
-    "smoke": smoke,
-    "small": small,
-    "audio-jepa": audio_jepa,
-    "audio-jepa-repo": audio_jepa_repo,
-    "a-jepa": a_jepa,
-    "a-jepa-s": a_jepa_s,
-    "a-jepa-l": a_jepa_l,
+PRETRAIN_RECIPES: dict[str, Callable[[], Pretrain]] = {
+    "smoke": smoke_recipe,
+    "small": small_recipe,
+    "audio-jepa": audio_jepa_recipe,
+    "audio-jepa-repo": audio_jepa_repo_recipe,
+    "a-jepa": a_jepa_recipe,
+    "a-jepa-s": a_jepa_s_recipe,
+    "a-jepa-l": a_jepa_l_recipe,
 }

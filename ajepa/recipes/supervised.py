@@ -13,12 +13,12 @@ from ajepa.model.convnext import ConvNextSpec
 from ajepa.model.passt import PasstSpec
 from ajepa.model.patches import PatchGrid
 from ajepa.model.vit import EncoderSpec
-from ajepa.recipes.finetune import RATE_CLIPS, Finetune
+from ajepa.recipes.finetune import BASE_RATE_CLIPS, Finetune
 from ajepa.recipes.optimiser import AdamW
 from pipeline.loading.augment import Augment
 
 
-def cnn6() -> Finetune:
+def cnn6_recipe() -> Finetune:
     """CNN6 (PANNs, arXiv 1912.10211) on all of AudioSet: 600,000 steps of 32 clips, one class after the other.
 
     Cost: 4.8 M weights, 20 GFLOP to run a clip of 10 s forward: 1.2e18 FLOP, 2 H100 hours. Expected (paper): mAP 34.3;
@@ -29,7 +29,7 @@ def cnn6() -> Finetune:
         name="cnn6",
         mel="panns",
         model=Cnn6Spec(),
-        base_lr=rate_for(1e-3, 32),
+        base_lr=to_base_rate(1e-3, 32),
         rate="constant",
         epochs=10,
         warmup_epochs=0,
@@ -47,7 +47,7 @@ def cnn6() -> Finetune:
     )
 
 
-def convnext() -> Finetune:
+def convnext_recipe() -> Finetune:
     """ConvNeXt-Tiny (arXiv 2306.00830) on all of AudioSet, 224 bands: one cycle of 75,000 steps.
 
     Cost: 28 M weights, 40 GFLOP to run a clip forward: 2.3e18 FLOP, 3 H100 hours. Expected (paper): mAP 47.1; not
@@ -55,7 +55,7 @@ def convnext() -> Finetune:
     the peak of 1e-3, weight decay 0.05 and drop path 0.1 are ours.
     """
     return replace(
-        cnn6(),
+        cnn6_recipe(),
         name="convnext",
         mel="convnext",
         model=ConvNextSpec(drop_path=0.1),
@@ -72,7 +72,7 @@ def convnext() -> Finetune:
     )
 
 
-def passt() -> Finetune:
+def passt_recipe() -> Finetune:
     """PaSST-S (arXiv 2110.05069) on all of AudioSet: 120 epochs of 100,000 clips, none twice an epoch.
 
     Cost: 86 M weights on the 474 tokens that patchout leaves of 1,190, 3e18 FLOP, 4 H100 hours. Expected (paper): mAP
@@ -80,11 +80,11 @@ def passt() -> Finetune:
     are of Beta(0.3, 0.3); the rate falls by half a cosine (ours).
     """
     return replace(
-        cnn6(),
+        cnn6_recipe(),
         name="passt",
         mel="passt",
         model=PasstSpec(),
-        base_lr=rate_for(2e-5, 12),
+        base_lr=to_base_rate(2e-5, 12),
         rate="cosine",
         epochs=120,
         warmup_epochs=5,
@@ -105,18 +105,18 @@ def passt() -> Finetune:
     )
 
 
-def cnn6_small() -> Finetune:
+def cnn6_small_recipe() -> Finetune:
     """A CNN6 an eighth as wide on 1.3 s of any `a-jepa` store at a time, for two CPU cores.
 
     Cost: 47 s on one core, 240 steps of 16 clips. Expected: mAP .276 ± .022 on the demo corpus (three seeds),
     chance .135.
     """
     return replace(
-        cnn6(),
+        cnn6_recipe(),
         name="cnn6-small",
         mel="a-jepa",
         model=Cnn6Spec(frames=128, bands=128, width=8, block_dropout=0.0, head_dropout=0.2),
-        base_lr=rate_for(3e-3, 16),
+        base_lr=to_base_rate(3e-3, 16),
         rate="one-cycle",
         epochs=10,
         warmup_epochs=3,
@@ -129,7 +129,7 @@ def cnn6_small() -> Finetune:
     )
 
 
-def vit_small() -> Finetune:
+def vit_small_recipe() -> Finetune:
     """A ViT of width 96 and depth 3 from random weights, on whole clips in patches of 64 frames.
 
     Cost: 39 s on one core, 240 steps of 16 clips. Expected: mAP .223 ± .007 on the demo corpus (three seeds),
@@ -137,36 +137,36 @@ def vit_small() -> Finetune:
     """
     grid = PatchGrid(rows=8, cols=16, patch_frames=64, patch_bands=16)
     return replace(
-        cnn6_small(),
+        cnn6_small_recipe(),
         name="vit-small",
         model=VitSpec(encoder=EncoderSpec(grid=grid, width=96, depth=3, heads=3)),
-        base_lr=rate_for(2e-3, 16),
+        base_lr=to_base_rate(2e-3, 16),
         optimiser=AdamW(beta2=0.999, weight_decay=1e-4),
     )
 
 
-def passt_small() -> Finetune:
+def passt_small_recipe() -> Finetune:
     """A PaSST of width 96 and depth 3 on 1.3 s at a time, half of its patches left out, as cnn6-small.
 
     Cost: 20 CPU seconds. Expected: mAP .23 on the demo corpus, chance .135 (one seed).
     """
     return replace(
-        vit_small(),
+        vit_small_recipe(),
         name="passt-small",
         model=PasstSpec(frames=128, width=96, depth=3, heads=3, drop_cols=4),
     )
 
 
-def rate_for(rate: float, clips: int) -> float:
+def to_base_rate(rate: float, clips: int) -> float:
     """The base rate of a recipe whose paper has `rate` for so many clips a step."""
-    return rate * RATE_CLIPS / clips
+    return rate * BASE_RATE_CLIPS / clips
 
 
-SUPERVISED: dict[str, Callable[[], Finetune]] = {
-    "cnn6": cnn6,
-    "convnext": convnext,
-    "passt": passt,
-    "cnn6-small": cnn6_small,
-    "vit-small": vit_small,
-    "passt-small": passt_small,
+SUPERVISED_RECIPES: dict[str, Callable[[], Finetune]] = {
+    "cnn6": cnn6_recipe,
+    "convnext": convnext_recipe,
+    "passt": passt_recipe,
+    "cnn6-small": cnn6_small_recipe,
+    "vit-small": vit_small_recipe,
+    "passt-small": passt_small_recipe,
 }

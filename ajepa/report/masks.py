@@ -11,37 +11,37 @@ from matplotlib.figure import Figure
 
 from ajepa.model.masking import Curriculum, Masks
 from ajepa.model.patches import PatchGrid
-from ajepa.pretrain.training_set import open_store
+from ajepa.pretrain.training_set import open_training_store
 from ajepa.recipes.pretrain import Pretrain
 from pipeline.audio.mel import log_mel
-from pipeline.audio.mel_spec import MelSpec, mel_spec
-from pipeline.datasets.demo.synthesis import RATE_HZ, siren, static
+from pipeline.audio.mel_spec import MelSpec, preset_mel_spec
+from pipeline.datasets.demo.synthesis import SYNTHESIS_RATE_HZ, crackling_static, siren_tone
 from pipeline.errors import RunError
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.splits import train_splits
 
 matplotlib.use("Agg")
 
-HIDDEN = "#14141e"
+HIDDEN_COLOUR = "#14141e"
 
-TARGETS = ("#4cc9f0", "#f72585", "#ffd166", "#80ed99")
+TARGET_COLOURS = ("#4cc9f0", "#f72585", "#ffd166", "#80ed99")
 
-POINTS = (0.0, 0.05, 0.25, 0.5, 1.0)  # of the run; a plan that never changes is shown at its first
+SHOWN_RUN_SHARES = (0.0, 0.05, 0.25, 0.5, 1.0)  # of the run; a plan that never changes is shown at its first
 
-CLIPS = 32  # of a batch, whose masks are equally large: what is shown is what a step would use
+MAX_MASKED_CLIPS = 32  # of a batch, whose masks are equally large: what is shown is what a step would use
 
 
-def draw_masks(recipe: Pretrain, png: Path, store: Path | str | None = None) -> Path:
+def draw_recipe_masks(recipe: Pretrain, png: Path, store: Path | str | None = None) -> Path:
     """Draw the masks of a recipe over a clip of the store, or without one over a formula's sound."""
     if png.suffix.lower() != ".png":
         raise RunError(f"--png {png}: expected a file name that ends in .png")
     if store is None:
-        spec = mel_spec(recipe.mel)
-        figure = mask_figure(formula_view(spec, recipe), recipe, spec)
+        spec = preset_mel_spec(recipe.mel)
+        figure = mask_figure(formula_sound_view(spec, recipe), recipe, spec)
     else:
-        opened = open_store(store, recipe)
+        opened = open_training_store(store, recipe)
         mean, std = opened.mean_and_std(train_splits(opened))
-        figure = mask_figure(stored_view(opened, recipe, mean, std), recipe, opened.spec)
+        figure = mask_figure(busiest_stored_view(opened, recipe, mean, std), recipe, opened.spec)
     png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(png, dpi=120)
     return png
@@ -50,19 +50,19 @@ def draw_masks(recipe: Pretrain, png: Path, store: Path | str | None = None) -> 
 def mask_figure(mel_TF: np.ndarray, recipe: Pretrain, spec: MelSpec, *, draws: int = 3) -> Figure:
     """One clip, and what the context encoder sees of it at points of the run, `draws` masks each."""
     grid = recipe.model.encoder.grid
-    points = POINTS if isinstance(recipe.masks, Curriculum) else POINTS[:1]
+    points = SHOWN_RUN_SHARES if isinstance(recipe.masks, Curriculum) else SHOWN_RUN_SHARES[:1]
     figure = Figure(figsize=(3.0 * (draws + 1) + 0.6, 1.9 * len(points) + 0.6), layout="constrained")
     axes_RC = figure.subplots(len(points), draws + 1, squeeze=False)
     for axes_C, point in zip(axes_RC, points, strict=True):
         step = min(recipe.steps - 1, round(point * recipe.steps))
-        show(axes_C[0], mel_TF)
+        show_spectrogram(axes_C[0], mel_TF)
         axes_C[0].set_title("the clip", fontsize=8)
         axes_C[0].set_ylabel(f"step {step:,}" if len(points) > 1 else "every step", fontsize=9)
         for draw, axes in enumerate(axes_C[1:]):
             rng = np.random.default_rng([recipe.seed, step, draw])
-            maker = recipe.masks.maker(step, rng)
-            drawn = maker.sample(rng, grid, batch=min(CLIPS, recipe.clips_per_step))
-            show(axes, mel_TF, overlay(drawn, grid))
+            maker = recipe.masks.mask_maker_at(step, rng)
+            drawn = maker.sample(rng, grid, batch=min(MAX_MASKED_CLIPS, recipe.clips_per_step))
+            show_spectrogram(axes, mel_TF, mask_colours_RC4(drawn, grid))
             seen = drawn.context_BK.shape[1] / grid.tokens
             axes.set_title(f"{type(maker).__name__}, context {seen:.0%}", fontsize=8)
     seconds = recipe.view_frames * spec.hop_samples / spec.sample_rate_hz
@@ -74,7 +74,7 @@ def mask_figure(mel_TF: np.ndarray, recipe: Pretrain, spec: MelSpec, *, draws: i
     return figure
 
 
-def stored_view(store: FeatureStore, recipe: Pretrain, mean: float, std: float) -> np.ndarray:
+def busiest_stored_view(store: FeatureStore, recipe: Pretrain, mean: float, std: float) -> np.ndarray:
     """The first view, normalised `[T, F]`, of the train clip among 32 in which most goes on."""
     rows_N = store.good_rows(train_splits(store))
     full_N = rows_N[store.n_frames_N[rows_N] == store.n_frames_N[rows_N].max()]
@@ -85,31 +85,33 @@ def stored_view(store: FeatureStore, recipe: Pretrain, mean: float, std: float) 
     return np.pad(mel_BTF[busiest], ((0, recipe.view_frames - frames), (0, 0)))
 
 
-def formula_view(spec: MelSpec, recipe: Pretrain) -> np.ndarray:
+def formula_sound_view(spec: MelSpec, recipe: Pretrain) -> np.ndarray:
     """A siren through crackle in the recipe's features, normalised `[T, F]`; always the same."""
-    rng, samples = np.random.default_rng(2), round(spec.clip_seconds * RATE_HZ)
-    wave_S = 0.1 * siren(rng, samples) + 0.3 * static(rng, samples)
-    at_N = np.arange(round(spec.clip_seconds * spec.sample_rate_hz)) * (RATE_HZ / spec.sample_rate_hz)
+    rng, samples = np.random.default_rng(2), round(spec.clip_seconds * SYNTHESIS_RATE_HZ)
+    wave_S = 0.1 * siren_tone(rng, samples) + 0.3 * crackling_static(rng, samples)
+    at_N = np.arange(round(spec.clip_seconds * spec.sample_rate_hz)) * (
+        SYNTHESIS_RATE_HZ / spec.sample_rate_hz
+    )
     wave_S = np.interp(at_N, np.arange(samples), wave_S).astype(np.float32)
     mel_TF = log_mel(torch.from_numpy(wave_S)[None], spec)[0].numpy()[: recipe.view_frames]
     mel_TF = (mel_TF - mel_TF.mean()) / mel_TF.std()
     return np.pad(mel_TF, ((0, recipe.view_frames - len(mel_TF)), (0, 0)))
 
 
-def show(axes: Axes, mel_TF: np.ndarray, over_RC4: np.ndarray | None = None) -> None:
+def show_spectrogram(axes: Axes, mel_TF: np.ndarray, overlay_RC4: np.ndarray | None = None) -> None:
     """A spectrogram, low bands below, with patch colours over it."""
     extent = (0, mel_TF.shape[0], 0, mel_TF.shape[1])
     axes.imshow(mel_TF.T, origin="lower", aspect="auto", extent=extent, cmap="magma", vmin=-2.5, vmax=2.5)
-    if over_RC4 is not None:
-        axes.imshow(over_RC4, origin="lower", aspect="auto", extent=extent, interpolation="nearest")
+    if overlay_RC4 is not None:
+        axes.imshow(overlay_RC4, origin="lower", aspect="auto", extent=extent, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
 
 
-def overlay(masks: Masks, grid: PatchGrid) -> np.ndarray:
+def mask_colours_RC4(masks: Masks, grid: PatchGrid) -> np.ndarray:
     """Colours `[row, col, rgba]` of a batch's first clip's patches: context clear, targets tinted, the rest dark."""
-    colour_P4 = np.tile(to_rgba(HIDDEN, 0.92), (grid.tokens, 1))
+    colour_P4 = np.tile(to_rgba(HIDDEN_COLOUR, 0.92), (grid.tokens, 1))
     for group, targets_Q in enumerate(masks.targets_BGQ[0]):
-        colour_P4[targets_Q] = to_rgba(TARGETS[group % len(TARGETS)], 0.75)
+        colour_P4[targets_Q] = to_rgba(TARGET_COLOURS[group % len(TARGET_COLOURS)], 0.75)
     colour_P4[masks.context_BK[0]] = 0.0
     return colour_P4.reshape(grid.cols, grid.rows, 4).swapaxes(0, 1)  # tokens count rows first

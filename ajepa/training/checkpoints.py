@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.errors import RunError
-from pipeline.files import PARTIAL, fsync
+from pipeline.files import PARTIAL_SUFFIX, sync_to_disk
 
-FORMAT = 1
+CHECKPOINT_FORMAT = 1
 
-STATE = "state.json"
+STATE_FILE = "state.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,65 +30,70 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, order=True)
-class Best:
+class BestCheckpoint:
     """The score of a checkpoint (the higher, the better), and its step."""
 
     score: float
     step: int
 
 
-def step_of(folder: Path) -> int:
+def step_of_folder(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def complete(parent: Path) -> list[Path]:
+def complete_checkpoints(parent: Path) -> list[Path]:
     """Folders of complete checkpoints, oldest first."""
     return sorted(parent.glob("step-" + "[0-9]" * 8))
 
 
-def best_of(folders: Sequence[Path]) -> Best | None:
+def find_best_checkpoint(folders: Sequence[Path]) -> BestCheckpoint | None:
     """The highest score that any was written with, of equal ones the latest."""
-    scores = ((step_of(folder), json.loads((folder / STATE).read_text()).get("score")) for folder in folders)
-    return max((Best(score=score, step=step) for step, score in scores if score is not None), default=None)
+    scores = (
+        (step_of_folder(folder), json.loads((folder / STATE_FILE).read_text()).get("score"))
+        for folder in folders
+    )
+    return max(
+        (BestCheckpoint(score=score, step=step) for step, score in scores if score is not None), default=None
+    )
 
 
-def read(folder: Path, parts: Sequence[str] = ()) -> Checkpoint:
+def read_checkpoint(folder: Path, parts: Sequence[str] = ()) -> Checkpoint:
     """The parts named, or all; RunError where their bytes are not those that were written."""
-    state = json.loads((folder / STATE).read_text())
+    state = json.loads((folder / STATE_FILE).read_text())
     names = parts or tuple(state["sha256"])
     for name in names:
-        refuse_damage(folder / f"{name}.safetensors", state["sha256"][name])
+        refuse_damaged_part(folder / f"{name}.safetensors", state["sha256"][name])
     return Checkpoint(
         step=state["step"], parts={name: load_file(folder / f"{name}.safetensors") for name in names}
     )
 
 
-def write(parent: Path, checkpoint: Checkpoint, score: float | None) -> None:
+def write_checkpoint(parent: Path, checkpoint: Checkpoint, score: float | None) -> None:
     """Write `checkpoint` into a folder of its own, whole or not at all, its score with it."""
     place = parent / f"step-{checkpoint.step:08d}"
     parent.mkdir(exist_ok=True)
-    scratch = place.with_name(f"{place.name}.{os.getpid()}{PARTIAL}")
+    scratch = place.with_name(f"{place.name}.{os.getpid()}{PARTIAL_SUFFIX}")
     scratch.mkdir()
-    write_parts(scratch, checkpoint, score)
+    write_checkpoint_parts(scratch, checkpoint, score)
     scratch.rename(place)
-    fsync(parent)
+    sync_to_disk(parent)
 
 
-def write_parts(folder: Path, checkpoint: Checkpoint, score: float | None) -> None:
+def write_checkpoint_parts(folder: Path, checkpoint: Checkpoint, score: float | None) -> None:
     """Every part and then `state.json` with their digests, each forced to the disk."""
     digests = {}
     for name, tensors in checkpoint.parts.items():
         file = folder / f"{name}.safetensors"
-        write_tensors(file, tensors)
-        fsync(file)
-        digests[name] = digest(file)
-    state = {"format": FORMAT, "step": checkpoint.step, "score": score, "sha256": digests}
-    (folder / STATE).write_text(json.dumps(state))
-    fsync(folder / STATE)
-    fsync(folder)
+        write_safetensors(file, tensors)
+        sync_to_disk(file)
+        digests[name] = checkpoint_file_sha256(file)
+    state = {"format": CHECKPOINT_FORMAT, "step": checkpoint.step, "score": score, "sha256": digests}
+    (folder / STATE_FILE).write_text(json.dumps(state))
+    sync_to_disk(folder / STATE_FILE)
+    sync_to_disk(folder)
 
 
-def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_safetensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """A safetensors file, readable by whom other files are; OSError where the disk is full, as of any other file."""
     file.touch()
     mode = file.stat().st_mode  # safetensors would shut out all but its owner
@@ -101,15 +106,15 @@ def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     file.chmod(mode)
 
 
-def drop(folders: Sequence[Path], *, keep: int, keep_every: int) -> None:
+def remove_old_checkpoints(folders: Sequence[Path], *, keep: int, keep_every: int) -> None:
     """Remove all but the newest `keep`, the best, and those at multiples of `keep_every` (0: none)."""
-    best = best_of(folders)
+    best = find_best_checkpoint(folders)
     for folder in folders[:-keep]:
-        step = step_of(folder)
+        step = step_of_folder(folder)
         if (best and step == best.step) or (keep_every and step % keep_every == 0):
             continue
         # renamed first: a crash halfway through must not leave a folder that looks like a checkpoint
-        shutil.rmtree(folder.rename(folder.with_name(folder.name + PARTIAL)))
+        shutil.rmtree(folder.rename(folder.with_name(folder.name + PARTIAL_SUFFIX)))
 
 
 def refuse_full_disk(path: Path, checkpoint: Checkpoint) -> None:
@@ -123,15 +128,15 @@ def refuse_full_disk(path: Path, checkpoint: Checkpoint) -> None:
         )
 
 
-def digest(file: Path) -> str:
+def checkpoint_file_sha256(file: Path) -> str:
     """SHA-256 of a file's bytes, hexadecimal."""
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def refuse_damage(file: Path, expected: str) -> None:
+def refuse_damaged_part(file: Path, expected: str) -> None:
     """RunError where the bytes of `file` are not those that were written."""
-    if not file.is_file() or digest(file) != expected:
+    if not file.is_file() or checkpoint_file_sha256(file) != expected:
         raise RunError(
             f"{file}: damaged (its digest differs); remove {file.parent} to go back to the one before"
         )

@@ -15,20 +15,22 @@ class Precision:
     """The numbers that most of a step is computed in (weights and their updates are float32), and that in words."""
 
     dtype: torch.dtype
-    told: str
+    description: str
 
     @property
-    def half(self) -> bool:
+    def is_half(self) -> bool:
         """Whether autocast is on."""
         return self.dtype != torch.float32
 
     @property
-    def scaled(self) -> bool:
+    def has_scaled_loss(self) -> bool:
         """Whether gradients are too small for these numbers unless the loss is scaled up."""
         return self.dtype == torch.float16
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        return torch.autocast(device.type, self.dtype if self.half else torch.bfloat16, enabled=self.half)
+        return torch.autocast(
+            device.type, self.dtype if self.is_half else torch.bfloat16, enabled=self.is_half
+        )
 
 
 def pick_precision(name: PrecisionName, device: torch.device) -> Precision:
@@ -38,16 +40,16 @@ def pick_precision(name: PrecisionName, device: torch.device) -> Precision:
     if name == "fp16" and device.type == "cpu":
         raise RunError("--precision fp16: computes on CUDA devices only; on a CPU use auto, bf16 or fp32")
     if name == "fp32":
-        return Precision(dtype=torch.float32, told="fp32, as asked")
+        return Precision(dtype=torch.float32, description="fp32, as asked")
     if name == "fp16":
-        return Precision(dtype=torch.float16, told="fp16 autocast with a scaled loss, as asked")
-    bf16, told = precision(device)
+        return Precision(dtype=torch.float16, description="fp16 autocast with a scaled loss, as asked")
+    bf16, told = hardware_precision(device)
     if name == "bf16" and not bf16:
-        return Precision(dtype=torch.bfloat16, told="bf16 autocast, as asked; emulated and slow")
-    return Precision(dtype=torch.bfloat16 if bf16 else torch.float32, told=told)
+        return Precision(dtype=torch.bfloat16, description="bf16 autocast, as asked; emulated and slow")
+    return Precision(dtype=torch.bfloat16 if bf16 else torch.float32, description=told)
 
 
-def precision(device: torch.device) -> tuple[bool, str]:
+def hardware_precision(device: torch.device) -> tuple[bool, str]:
     """Whether to run in bf16 autocast (only where the hardware multiplies it), and that in words."""
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -58,7 +60,7 @@ def precision(device: torch.device) -> tuple[bool, str]:
     return False, "fp32: this CPU has neither AMX nor AVX512-BF16"
 
 
-def pick_device(name: str, number: int | None = None) -> torch.device:
+def pick_device(name: str, gpu_index: int | None = None) -> torch.device:
     """`cpu`, `cuda` or `auto` (CUDA where there is one); RunError where CUDA is asked for and absent.
 
     `number`: which GPU, where several processes of this machine take one each; it becomes the current one.
@@ -72,11 +74,11 @@ def pick_device(name: str, number: int | None = None) -> torch.device:
         )
     if name == "cpu" or not found:
         return torch.device("cpu")
-    if number is None:
+    if gpu_index is None:
         return torch.device("cuda")
-    if number >= torch.cuda.device_count():
+    if gpu_index >= torch.cuda.device_count():
         raise RunError(
             f"{torch.cuda.device_count()} GPUs here; give torchrun as many --nproc-per-node, or fewer"
         )
-    torch.cuda.set_device(number)
-    return torch.device("cuda", number)
+    torch.cuda.set_device(gpu_index)
+    return torch.device("cuda", gpu_index)

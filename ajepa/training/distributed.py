@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.errors import RUN_AGAIN, STOP_SIGNALS, InputError, Interrupted, RunError
+from pipeline.errors import RUN_AGAIN_STATUS, STOP_SIGNALS, InputError, RunError, StopSignal
 
-PATIENCE = timedelta(hours=2)  # of ranks that wait for one that probes, or writes a checkpoint
+RANK_TIMEOUT = timedelta(hours=2)  # of ranks that wait for one that probes, or writes a checkpoint
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,11 +33,11 @@ class World:
     local_size: int = 1
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process is the one that writes and tells."""
         return self.rank == 0
 
-    def share(self, clips: int) -> int:
+    def clips_per_rank(self, clips: int) -> int:
         """Clips of each rank; RunError where they cannot be dealt evenly."""
         if clips % self.size:
             near = clips // self.size * self.size
@@ -46,26 +46,26 @@ class World:
             raise RunError(f"{told}; choose --batch {fits}, or another number of ranks")
         return clips // self.size
 
-    def sum(self, *values: float) -> list[float]:
+    def sum_over_ranks(self, *values: float) -> list[float]:
         """Each value summed over all ranks, exact for whole numbers; RunError where a rank is no more."""
         if self.size == 1:
             return list(values)
         total_N = torch.tensor(values, dtype=torch.float64)  # on the CPU: no GPU is waited for
-        with together():
+        with naming_lost_ranks():
             dist.all_reduce(total_N)
         return total_N.tolist()
 
-    def align(self, model: nn.Module) -> None:
+    def copy_from_main_rank(self, model: nn.Module) -> None:
         """Have the model of every rank hold what the main rank's holds; RunError where that is no more."""
         for value in model.state_dict().values() if self.size > 1 else ():
-            with together():
+            with naming_lost_ranks():
                 dist.broadcast(value, 0)
 
-    def wait(self) -> None:
+    def wait_for_ranks(self) -> None:
         """Until every rank is here."""
-        self.sum(0)
+        self.sum_over_ranks(0)
 
-    def spread(self, model: nn.Module) -> nn.Module:
+    def wrap_in_ddp(self, model: nn.Module) -> nn.Module:
         """The model, with gradients that are means over the ranks after each backward pass.
 
         DistributedDataParallel rather than one all-reduce after it: the same result, but it sums each 25 MB of
@@ -82,7 +82,7 @@ class World:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def naming_lost_ranks() -> Iterator[None]:
     """RunError where a rank that others wait for is no more."""
     try:
         yield
@@ -92,10 +92,10 @@ def together() -> Iterator[None]:
         ) from None
 
 
-ALONE = World()
+SINGLE_PROCESS = World()
 
 
-def world_here() -> World:
+def world_from_environment() -> World:
     """What torchrun's environment variables say; without them, one process alone."""
     names = {
         "rank": "RANK",
@@ -104,36 +104,38 @@ def world_here() -> World:
         "local_size": "LOCAL_WORLD_SIZE",
     }
     if not all(name in os.environ for name in names.values()):
-        return ALONE
+        return SINGLE_PROCESS
     return World(**{field: int(os.environ[name]) for field, name in names.items()})
 
 
 @contextmanager
-def joined() -> Iterator[World]:
+def join_ranks() -> Iterator[World]:
     """The ranks that torchrun started, connected: gloo between CPUs, NCCL between GPUs; within it, itself.
 
     The first rank that ends with an error of ours, or interrupted, says so; the others end without a word and
     with the same status.
     """
-    world = world_here()
+    world = world_from_environment()
     if world.size == 1 or dist.is_initialized():
         yield world
         return
     store, _, _ = next(dist.rendezvous("env://"))
     backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backends, store=store, rank=world.rank, world_size=world.size, timeout=PATIENCE)
+    dist.init_process_group(
+        backends, store=store, rank=world.rank, world_size=world.size, timeout=RANK_TIMEOUT
+    )
     try:
         yield world
-    except (InputError, OSError, Interrupted) as end:
-        ignore_signals()
+    except (InputError, OSError, StopSignal) as end:
+        ignore_stop_signals()
         if store.add("ajepa/told", 1) == 1:
             raise
-        raise SystemExit(RUN_AGAIN if isinstance(end, Interrupted) else 1) from None
+        raise SystemExit(RUN_AGAIN_STATUS if isinstance(end, StopSignal) else 1) from None
     # only here: after an error it could wait for what others will never send; the process ends anyway
     dist.destroy_process_group()
 
 
-def ignore_signals() -> None:
+def ignore_stop_signals() -> None:
     """This process ends by itself now; torchrun, which terminates all ranks when one has ended, need not."""
     if threading.current_thread() is threading.main_thread():
         for number in STOP_SIGNALS:

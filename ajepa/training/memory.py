@@ -6,26 +6,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ajepa.model.classifier import MODELS, VitSpec, model_name
-from ajepa.model.transformer import Stack
-from ajepa.model.vit import EncoderSpec, PredictorSpec, stack_of
+from ajepa.model.classifier import CLASSIFIER_KINDS, VitSpec, classifier_kind_name
+from ajepa.model.transformer import TransformerSpec
+from ajepa.model.vit import EncoderSpec, PredictorSpec, transformer_spec_of
 from ajepa.recipes.finetune import Finetune
 from ajepa.recipes.pretrain import Pretrain
-from ajepa.training.distributed import ALONE, World
-from ajepa.training.flops import Seen, of_one_clip, seen_of
+from ajepa.training.distributed import SINGLE_PROCESS, World
+from ajepa.training.flops import TransformerShape, measure_clip_cost, transformer_shape
 from pipeline.errors import RunError
 
-GB = 1e9
+BYTES_PER_GB = 1e9
 
-FP32, BF16 = 4, 2  # bytes
+FP32_BYTES, BF16_BYTES = 4, 2  # bytes
 
-MEMINFO = Path("/proc/meminfo")
+PROC_MEMINFO = Path("/proc/meminfo")
 
-DRAWS = 20  # of masks, to see how many tokens they may leave
+MASK_DRAWS = 20  # of masks, to see how many tokens they may leave
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Memory:
+class StepMemory:
     """Bytes at the peak of a step. `activations` grows with the clips of a pass, the rest does not."""
 
     weights: int  # of all models: encoder, teacher, predictor; a classifier and its average
@@ -35,13 +35,13 @@ class Memory:
     activations: int  # kept for the backward pass, and the largest that is passing through
 
     @property
-    def total(self) -> int:
+    def total_bytes(self) -> int:
         return self.weights + self.gradients + self.moments + self.batch + self.activations
 
     def __str__(self) -> str:
         parts = ("weights", "gradients", "moments", "batch", "activations")
-        told = ", ".join(f"{name} {getattr(self, name) / GB:.2f}" for name in parts)
-        return f"{self.total / GB:.2f} GB ({told})"
+        told = ", ".join(f"{name} {getattr(self, name) / BYTES_PER_GB:.2f}" for name in parts)
+        return f"{self.total_bytes / BYTES_PER_GB:.2f} GB ({told})"
 
 
 def pretrain_memory(
@@ -52,7 +52,7 @@ def pretrain_memory(
     recompute: bool = False,
     clips: int | None = None,
     micro_clips: int | None = None,
-) -> Memory:
+) -> StepMemory:
     """What a step of the recipe needs at most, from the sizes of what autograd keeps.
 
     `clips`: of a step on one rank; None: the recipe's. `micro_clips`: of those that pass through the model at
@@ -61,13 +61,13 @@ def pretrain_memory(
     """
     encoder, predictor = recipe.model.encoder, recipe.model.predictor
     clips = clips or recipe.clips_per_step
-    encoder_count = encoder_parameters(encoder)
+    encoder_count = encoder_weight_count(encoder)
     model = recipe.model
-    trained = encoder_count + predictor_parameters(
+    trained = encoder_count + predictor_weight_count(
         predictor, encoder.width, model.clip_weight > 0, target_width=model.target_width
     )
     kept = max(
-        _activations(
+        _activation_bytes(
             recipe,
             *shape,
             clips=min(micro_clips or clips, clips),
@@ -77,12 +77,14 @@ def pretrain_memory(
         )
         for shape in mask_shapes(recipe)
     )
-    copies = BF16 * trained if bf16 else 0  # autocast keeps the weights it has cast until the backward pass
-    return Memory(
-        weights=FP32 * (trained + encoder_count),
-        gradients=FP32 * trained,
-        moments=2 * FP32 * trained,
-        batch=clips * encoder.grid.tokens * encoder.grid.patch_values * FP32,
+    copies = (
+        BF16_BYTES * trained if bf16 else 0
+    )  # autocast keeps the weights it has cast until the backward pass
+    return StepMemory(
+        weights=FP32_BYTES * (trained + encoder_count),
+        gradients=FP32_BYTES * trained,
+        moments=2 * FP32_BYTES * trained,
+        batch=clips * encoder.grid.tokens * encoder.grid.patch_values * FP32_BYTES,
         activations=kept + copies,
     )
 
@@ -90,15 +92,15 @@ def pretrain_memory(
 def mask_shapes(recipe: Pretrain) -> set[tuple[int, int, int]]:
     """Context tokens, target groups and tokens of a group that some draws over the whole run gave."""
     shapes, grid = set(), recipe.model.encoder.grid
-    for draw in range(DRAWS):
-        step = draw * (recipe.steps - 1) // (DRAWS - 1)
+    for draw in range(MASK_DRAWS):
+        step = draw * (recipe.steps - 1) // (MASK_DRAWS - 1)
         rng = np.random.default_rng([recipe.seed, step, draw])
-        masks = recipe.masks.maker(step, rng).sample(rng, grid, batch=min(recipe.clips_per_step, 16))
+        masks = recipe.masks.mask_maker_at(step, rng).sample(rng, grid, batch=min(recipe.clips_per_step, 16))
         shapes.add((masks.context_BK.shape[1], *masks.targets_BGQ.shape[1:]))
     return shapes
 
 
-def _activations(
+def _activation_bytes(
     recipe: Pretrain,
     context: int,
     groups: int,
@@ -111,32 +113,36 @@ def _activations(
 ) -> int:
     model = recipe.model
     grid, rows = model.encoder.grid, clips * recipe.mask_sets
-    encoder, predictor = stack_of(model.encoder), stack_of(model.predictor)
+    encoder, predictor = transformer_spec_of(model.encoder), transformer_spec_of(model.predictor)
     numbers, blocks, kept = {"bf16": bf16, "written_out": written_out}, list[int](), 0
     length = context + queries
     for stack, sequences, tokens, last in (
         (encoder, rows, context, context),
         (predictor, rows * groups, length, queries),
     ):
-        inputs = sequences * tokens * FP32 * stack.width
-        whole = sequences * block_bytes(stack, tokens, tokens, **numbers)
-        final = sequences * block_bytes(stack, tokens, last, **numbers)
+        inputs = sequences * tokens * FP32_BYTES * stack.width
+        whole = sequences * block_activation_bytes(stack, tokens, tokens, **numbers)
+        final = sequences * block_activation_bytes(stack, tokens, last, **numbers)
         kept += stack.depth * inputs if recompute else (stack.depth - 1) * whole + final
         kept += 3 * inputs  # embedding and last norm
         blocks.append(whole if stack.depth > 1 else final)
-    scored = rows * groups * queries * model.target_width * FP32
-    kept += 5 * scored + 2 * clips * grid.tokens * grid.patch_values * FP32  # loss; patches
+    scored = rows * groups * queries * model.target_width * FP32_BYTES
+    kept += 5 * scored + 2 * clips * grid.tokens * grid.patch_values * FP32_BYTES  # loss; patches
     again = 2.25 if recompute else 0.5  # a block computed again, and gradients: measured
     passing = max(blocks) * again
-    teacher = clips * grid.tokens * encoder.width * (8 * BF16 + 3 * FP32 if bf16 else 11 * FP32)
+    teacher = (
+        clips * grid.tokens * encoder.width * (8 * BF16_BYTES + 3 * FP32_BYTES if bf16 else 11 * FP32_BYTES)
+    )
     if model.targets == "cosines":
-        teacher = clips * grid.tokens * model.target_width * FP32
+        teacher = clips * grid.tokens * model.target_width * FP32_BYTES
     elif model.target_layers > 1:
-        teacher += 2 * model.target_layers * clips * grid.tokens * encoder.width * FP32
+        teacher += 2 * model.target_layers * clips * grid.tokens * encoder.width * FP32_BYTES
     return int(kept + max(passing, teacher))
 
 
-def block_bytes(stack: Stack, length: int, asking: int, *, bf16: bool, written_out: bool) -> int:
+def block_activation_bytes(
+    stack: TransformerSpec, length: int, query_tokens: int, *, bf16: bool, written_out: bool
+) -> int:
     """What autograd keeps of one sequence of `length` tokens in one block, of which so many ask and come out.
 
     In fp32, in widths. Of every token: what enters (1), normalised (1), keys and values (2). Of those that ask:
@@ -145,60 +151,64 @@ def block_bytes(stack: Stack, length: int, asking: int, *, bf16: bool, written_o
     in fp32 and in bf16.
     """
     size, rope = (
-        BF16 if bf16 else FP32,
-        2 * FP32 if stack.positions == "rope" else 0,
+        BF16_BYTES if bf16 else FP32_BYTES,
+        2 * FP32_BYTES if stack.positions == "rope" else 0,
     )  # halves of queries, of keys
-    seen = FP32 + 3 * size + rope
-    asked = FP32 + 11 * size + rope + (2 * size if stack.layer_scale else 0)
-    probabilities = stack.heads * length * (FP32 + BF16) + stack.width * size if written_out else 0
-    return stack.width * (length * seen + asking * asked) + asking * probabilities
+    seen = FP32_BYTES + 3 * size + rope
+    asked = FP32_BYTES + 11 * size + rope + (2 * size if stack.layer_scale else 0)
+    probabilities = (
+        stack.heads * length * (FP32_BYTES + BF16_BYTES) + stack.width * size if written_out else 0
+    )
+    return stack.width * (length * seen + query_tokens * asked) + query_tokens * probabilities
 
 
-def block_parameters(stack: Stack) -> int:
+def block_weight_count(stack: TransformerSpec) -> int:
     """Weights of one block: four matrices of attention, eight of the MLP, their biases, two norms, scales."""
     return 12 * stack.width**2 + 13 * stack.width + (2 * stack.width if stack.layer_scale else 0)
 
 
-def encoder_parameters(spec: EncoderSpec) -> int:
+def encoder_weight_count(spec: EncoderSpec) -> int:
     """Weights of an encoder."""
-    return (spec.grid.patch_values + 3) * spec.width + spec.depth * block_parameters(stack_of(spec))
+    return (spec.grid.patch_values + 3) * spec.width + spec.depth * block_weight_count(
+        transformer_spec_of(spec)
+    )
 
 
-def predictor_parameters(
+def predictor_weight_count(
     spec: PredictorSpec, encoder_width: int, clip_head: bool = False, *, target_width: int | None = None
 ) -> int:
     """Weights of a predictor on an encoder of that width, of targets as wide unless told otherwise."""
     target_width = target_width or encoder_width
     ends = (encoder_width + target_width) * spec.width + 4 * spec.width + target_width
     head = (encoder_width + 1) * target_width if clip_head else 0
-    return ends + head + spec.depth * block_parameters(stack_of(spec))
+    return ends + head + spec.depth * block_weight_count(transformer_spec_of(spec))
 
 
-def free_bytes(device: torch.device) -> int | None:
+def free_memory_bytes(device: torch.device) -> int | None:
     """What the device has free, on CPUs what Linux says is available; None where nobody says."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if not MEMINFO.exists():
+    if not PROC_MEMINFO.exists():
         return None
-    lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
+    lines = dict(line.split(":", 1) for line in PROC_MEMINFO.read_text().splitlines())
     return int(lines["MemAvailable"].split()[0]) * 1024
 
 
-def refuse_large_pretraining(
+def refuse_large_pretrain(
     recipe: Pretrain,
     device: torch.device,
     *,
     half: bool,
     recompute: bool = False,
     micro_clips: int | None = None,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> None:
     """RunError where a pass of `micro_clips` (None: a rank's whole share) needs more than is free.
 
     It has the figures, and what to lower. Ranks of one machine share its memory, but each has a GPU of its own.
     All ranks have looked before this returns in any.
     """
-    clips = world.share(recipe.clips_per_step)
+    clips = world.clips_per_rank(recipe.clips_per_step)
     passed = min(micro_clips or clips, clips)
     needed = pretrain_memory(
         recipe,
@@ -208,48 +218,53 @@ def refuse_large_pretraining(
         clips=clips,
         micro_clips=passed,
     )
-    refuse_more_than_free(
-        f"recipe {recipe.name}", needed, passed, device, world, Ways(recompute=not recompute)
+    refuse_over_free_memory(
+        f"recipe {recipe.name}", needed, passed, device, world, SmallerOptions(recompute=not recompute)
     )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ways:
+class SmallerOptions:
     """What there is to make a step smaller: its options, and the fields of its model."""
 
     recompute: bool
-    fewer: str = "--micro-batch"
-    fields: str = "model.encoder.width, model.encoder.depth"
+    batch_option: str = "--micro-batch"
+    model_fields: str = "model.encoder.width, model.encoder.depth"
 
 
-def refuse_more_than_free(
-    who: str, needed: Memory, clips: int, device: torch.device, world: World, ways: Ways
+def refuse_over_free_memory(
+    recipe_label: str,
+    needed: StepMemory,
+    clips: int,
+    device: torch.device,
+    world: World,
+    options: SmallerOptions,
 ) -> None:
     """RunError where `clips` at once need more than is free to this rank, after all ranks have looked."""
-    free = free_bytes(device)
-    world.wait()
+    free = free_memory_bytes(device)
+    world.wait_for_ranks()
     if free is None:
         return
     sharing = world.local_size if device.type == "cpu" else 1
     free //= sharing
-    if needed.total <= free:
+    if needed.total_bytes <= free:
         return
     each = f" for each of {sharing} ranks" if sharing > 1 else ""
-    told = f"{who} needs about {needed} for {clips} clips at once"
+    told = f"{recipe_label} needs about {needed} for {clips} clips at once"
     raise RunError(
-        f"{told}, {device.type} has {free / GB:.2f} GB free{each}; {advice(clips, needed, free, ways)}"
+        f"{told}, {device.type} has {free / BYTES_PER_GB:.2f} GB free{each}; {suggest_smaller_step(clips, needed, free, options)}"
     )
 
 
-def advice(clips: int, needed: Memory, free: int, ways: Ways) -> str:
+def suggest_smaller_step(clips: int, needed: StepMemory, free: int, options: SmallerOptions) -> str:
     """What would fit."""
-    room = free - (needed.total - needed.activations)
+    room = free - (needed.total_bytes - needed.activations)
     fewer = int(clips * room / needed.activations)
-    smaller = f"a smaller model (--set {ways.fields})"
-    again = "--recompute, or " if ways.recompute else ""
+    smaller = f"a smaller model (--set {options.model_fields})"
+    again = "--recompute, or " if options.recompute else ""
     if fewer < 1:
         return f"not one clip would fit: try {again}{smaller}"
-    return f"try {again}{ways.fewer} {fewer}, or {smaller}"
+    return f"try {again}{options.batch_option} {fewer}, or {smaller}"
 
 
 def classifier_memory(
@@ -261,39 +276,41 @@ def classifier_memory(
     recompute: bool = False,
     clips: int | None = None,
     micro_clips: int | None = None,
-) -> Memory:
+) -> StepMemory:
     """What a step needs at most; the options are those of `memory.estimate`."""
     clips = clips or recipe.clips_per_step
-    passed, seen, spec = min(micro_clips or clips, clips), seen_of(recipe), recipe.model
+    passed, seen, spec = min(micro_clips or clips, clips), transformer_shape(recipe), recipe.model
     if seen is None:
-        one = of_one_clip(recipe, classes)
+        one = measure_clip_cost(recipe, classes)
         weights, size = one.weights, 0.6 if bf16 else 1.0  # norms stay as they are
-        activations = int((passed * (one.kept_bytes + 2 * one.largest_bytes)) * size)
+        activations = int((passed * (one.saved_bytes + 2 * one.largest_saved_bytes)) * size)
     else:
-        weights = weights_of(seen, classes)
-        activations = passed * clip_bytes(seen, bf16=bf16, written_out=written_out, recompute=recompute)
-    return Memory(
-        weights=FP32 * weights * (2 if recipe.ema else 1),
-        gradients=FP32 * weights,
-        moments=2 * FP32 * weights,
-        batch=clips * spec.frames * spec.bands * FP32,
-        activations=activations + (BF16 * weights if bf16 else 0),
+        weights = transformer_weight_count(seen, classes)
+        activations = passed * clip_activation_bytes(
+            seen, bf16=bf16, written_out=written_out, recompute=recompute
+        )
+    return StepMemory(
+        weights=FP32_BYTES * weights * (2 if recipe.ema else 1),
+        gradients=FP32_BYTES * weights,
+        moments=2 * FP32_BYTES * weights,
+        batch=clips * spec.frames * spec.bands * FP32_BYTES,
+        activations=activations + (BF16_BYTES * weights if bf16 else 0),
     )
 
 
-def weights_of(seen: Seen, classes: int) -> int:
+def transformer_weight_count(shape: TransformerShape, classes: int) -> int:
     """Weights of a transformer, but for single vectors."""
-    ends = (seen.patch_values + 3) * seen.stack.width + (seen.pooled + 1) * classes
-    return ends + seen.stack.depth * block_parameters(seen.stack)
+    ends = (shape.patch_values + 3) * shape.stack.width + (shape.head_inputs + 1) * classes
+    return ends + shape.stack.depth * block_weight_count(shape.stack)
 
 
-def clip_bytes(seen: Seen, *, bf16: bool, written_out: bool, recompute: bool) -> int:
+def clip_activation_bytes(shape: TransformerShape, *, bf16: bool, written_out: bool, recompute: bool) -> int:
     """What autograd keeps of one clip, and the most that is passing through."""
-    stack = seen.stack
-    inputs = seen.tokens * FP32 * stack.width
-    block = block_bytes(stack, seen.tokens, seen.tokens, bf16=bf16, written_out=written_out)
+    stack = shape.stack
+    inputs = shape.tokens * FP32_BYTES * stack.width
+    block = block_activation_bytes(stack, shape.tokens, shape.tokens, bf16=bf16, written_out=written_out)
     kept = stack.depth * (inputs if recompute else block) + 3 * inputs  # embedding and last norm
-    kept += seen.patches * seen.patch_values * FP32
+    kept += shape.patches * shape.patch_values * FP32_BYTES
     return kept + int(block * (1.75 if recompute else 0.5))  # a block computed again, and gradients: measured
 
 
@@ -308,7 +325,10 @@ def refuse_large_classifier(
     world: World,
 ) -> None:
     """RunError where a pass of `micro_clips` (None: a rank's whole share) needs more than is free; as in `memory`."""
-    clips, model = world.share(recipe.clips_per_step), MODELS[model_name(recipe.model)]
+    clips, model = (
+        world.clips_per_rank(recipe.clips_per_step),
+        CLASSIFIER_KINDS[classifier_kind_name(recipe.model)],
+    )
     passed = min(micro_clips or clips, clips)
     needed = classifier_memory(
         recipe,
@@ -319,9 +339,9 @@ def refuse_large_classifier(
         clips=clips,
         micro_clips=passed,
     )
-    ways = Ways(
+    ways = SmallerOptions(
         recompute=isinstance(recipe.model, VitSpec) and not recompute,
-        fewer="--batch" if model.batch_norm else "--micro-batch",
-        fields=model.smaller,
+        batch_option="--batch" if model.has_batch_norm else "--micro-batch",
+        model_fields=model.size_fields,
     )
-    refuse_more_than_free(f"recipe {recipe.name}", needed, passed, device, world, ways)
+    refuse_over_free_memory(f"recipe {recipe.name}", needed, passed, device, world, ways)

@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 
 from ajepa.training.run import Json
-from pipeline.files import replacing
+from pipeline.files import replacing_file
 
-COMPUTE = "compute.json"
+COMPUTE_COST_FILE = "compute.json"
 
-STATUS = Path("/proc/self/status")
+PROC_STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Spent:
+class ComputeCost:
     """What the weights behind `step` steps have cost; what a kill threw away is not in it, nor is watching.
 
     clips             as often as they were seen, of all ranks
@@ -38,13 +38,13 @@ class Spent:
     hours: float = 0.0
     peak_memory_gb: float = 0.0
 
-    def plus(self, one: "Spent") -> "Spent":
+    def plus_step(self, step_cost: "ComputeCost") -> "ComputeCost":
         """The cost of a step added; the clock's and the memory's are the meter's own."""
         counts = ("step", "clips", "context_tokens", "predicted_tokens", "teacher_tokens", "flop")
-        return replace(self, **{name: getattr(self, name) + getattr(one, name) for name in counts})
+        return replace(self, **{name: getattr(self, name) + getattr(step_cost, name) for name in counts})
 
 
-class Meter:
+class ComputeMeter:
     """Counts a run's steps as they are taken, and keeps the counts in its folder, one for each checkpoint.
 
     compute.json  {"device", "ranks", then the fields of `Spent` at the newest checkpoint, "flop_per_s",
@@ -53,62 +53,62 @@ class Meter:
 
     def __init__(self, device: torch.device, *, ranks: int = 1) -> None:
         self.device, self.ranks = device, ranks
-        self.earlier: list[Spent] = []
-        self.start(Spent())
+        self.earlier_costs: list[ComputeCost] = []
+        self.count_from(ComputeCost())
 
-    def start(self, spent: Spent) -> None:
+    def count_from(self, cost: ComputeCost) -> None:
         """Count on from `spent`, its clock beginning now."""
-        self.spent, self.before, self.began = spent, spent, time.perf_counter()
+        self.cost, self.cost_at_start, self.start_seconds = cost, cost, time.perf_counter()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
-    def resume(self, folder: Path, step: int) -> None:
+    def resume_counts(self, folder: Path, step: int) -> None:
         """Count on from what the run's folder says of its checkpoint at `step`; from 0 if it says nothing."""
-        kept = read(folder)
-        self.earlier = [spent for spent in kept if spent.step <= step]
-        self.start(next((spent for spent in kept if spent.step == step), Spent(step=step)))
+        kept = read_compute_costs(folder)
+        self.earlier_costs = [spent for spent in kept if spent.step <= step]
+        self.count_from(next((spent for spent in kept if spent.step == step), ComputeCost(step=step)))
 
-    def step(self, cost: Spent) -> None:
+    def count_step(self, cost: ComputeCost) -> None:
         """One step was taken."""
-        self.spent = self.spent.plus(cost)
+        self.cost = self.cost.plus_step(cost)
 
-    def now(self) -> Spent:
+    def current_cost(self) -> ComputeCost:
         """What has been spent so far."""
-        hours = self.before.hours + (time.perf_counter() - self.began) / 3600
-        peak_gb = max(self.before.peak_memory_gb, peak_bytes(self.device) / 1e9)
-        return replace(self.spent, hours=hours, peak_memory_gb=peak_gb)
+        hours = self.cost_at_start.hours + (time.perf_counter() - self.start_seconds) / 3600
+        peak_gb = max(self.cost_at_start.peak_memory_gb, peak_memory_bytes(self.device) / 1e9)
+        return replace(self.cost, hours=hours, peak_memory_gb=peak_gb)
 
-    def save(self, folder: Path) -> None:
+    def save_costs(self, folder: Path) -> None:
         """Write what was spent up to now, beside what it was at earlier checkpoints."""
-        now = self.now()
-        told: Json = {"device": told_of(self.device), "ranks": self.ranks, **asdict(now)}
+        now = self.current_cost()
+        told: Json = {"device": describe_device(self.device), "ranks": self.ranks, **asdict(now)}
         told["flop_per_s"] = now.flop / (3600 * now.hours)
-        told["earlier"] = [asdict(spent) for spent in self.earlier]
-        with replacing(folder / COMPUTE) as scratch:
+        told["earlier"] = [asdict(spent) for spent in self.earlier_costs]
+        with replacing_file(folder / COMPUTE_COST_FILE) as scratch:
             scratch.write_text(json.dumps(told, indent=1) + "\n")
-        self.earlier.append(now)
+        self.earlier_costs.append(now)
 
 
-def read(folder: Path) -> list[Spent]:
+def read_compute_costs(folder: Path) -> list[ComputeCost]:
     """What a run had spent at each of its checkpoints, oldest first; nothing where it has none."""
-    if not (folder / COMPUTE).exists():
+    if not (folder / COMPUTE_COST_FILE).exists():
         return []
-    told = json.loads((folder / COMPUTE).read_text())
-    fields = Spent.__dataclass_fields__
-    return [Spent(**{name: each[name] for name in fields}) for each in (*told["earlier"], told)]
+    told = json.loads((folder / COMPUTE_COST_FILE).read_text())
+    fields = ComputeCost.__dataclass_fields__
+    return [ComputeCost(**{name: each[name] for name in fields}) for each in (*told["earlier"], told)]
 
 
-def peak_bytes(device: torch.device) -> int:
+def peak_memory_bytes(device: torch.device) -> int:
     """The most memory that this process has held: on a GPU of torch's own, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if not STATUS.exists():
+    if not PROC_STATUS.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts in bytes
-    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+    lines = dict(line.split(":", 1) for line in PROC_STATUS.read_text().splitlines())
     return int(lines["VmHWM"].split()[0]) * 1024  # not ru_maxrss: it begins with the size of who started us
 
 
-def told_of(device: torch.device) -> str:
+def describe_device(device: torch.device) -> str:
     """The device in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

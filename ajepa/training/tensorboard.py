@@ -14,59 +14,61 @@ from typing import Any
 
 import google_crc32c
 
-VERSION = b"brain.Event:2"
+EVENT_FILE_VERSION = b"brain.Event:2"
 
 VARINT, DOUBLE, BYTES, FLOAT = 0, 1, 2, 5  # protobuf's wire types
 
 SESSION_START = b"\x08\x01"  # SessionLog(status=START): drop what older files have of this step and later
 
 
-class Events:
+class EventFileWriter:
     """A new event file in `folder`, whose steps begin with `first`; what is older and later does not count."""
 
-    def __init__(self, folder: Path, first: int) -> None:
+    def __init__(self, folder: Path, first_step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         # TensorBoard reads files in the order of their names; two in a nanosecond there are not
         name = f"events.out.tfevents.{time.time_ns():020d}.{socket.gethostname()}.{os.getpid()}"
         self.path = folder / name
-        self._append(_field(3, BYTES, VERSION))
-        if first > 1:
-            self._append(_field(2, VARINT, first) + _field(7, BYTES, SESSION_START))
+        self._append_record(_encode_field(3, BYTES, EVENT_FILE_VERSION))
+        if first_step > 1:
+            self._append_record(_encode_field(2, VARINT, first_step) + _encode_field(7, BYTES, SESSION_START))
 
-    def write(self, step: int, line: dict[str, Any]) -> None:
+    def write_scalars(self, step: int, line: dict[str, Any]) -> None:
         """The numbers of a line of metrics, each a curve of its own name."""
         values = b"".join(
-            _field(1, BYTES, _field(1, BYTES, name.encode()) + _field(2, FLOAT, float(value)))
+            _encode_field(
+                1, BYTES, _encode_field(1, BYTES, name.encode()) + _encode_field(2, FLOAT, float(value))
+            )
             for name, value in line.items()
             if isinstance(value, int | float) and name != "step"
         )
-        self._append(_field(2, VARINT, step) + _field(5, BYTES, values))
+        self._append_record(_encode_field(2, VARINT, step) + _encode_field(5, BYTES, values))
 
-    def _append(self, event: bytes) -> None:
+    def _append_record(self, event: bytes) -> None:
         """One record, in a single write."""
-        event = _field(1, DOUBLE, time.time()) + event
+        event = _encode_field(1, DOUBLE, time.time()) + event
         length = struct.pack("<Q", len(event))
         with self.path.open("ab") as handle:
-            handle.write(length + _checksum(length) + event + _checksum(event))
+            handle.write(length + _masked_crc32c(length) + event + _masked_crc32c(event))
 
 
-def _checksum(content: bytes) -> bytes:
+def _masked_crc32c(content: bytes) -> bytes:
     """CRC-32C, rotated and shifted as in TFRecord files."""
     crc = google_crc32c.value(content)
     return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
-def _field(number: int, kind: int, value: Any) -> bytes:
+def _encode_field(number: int, kind: int, value: Any) -> bytes:
     """A field of a protobuf message."""
-    tag = _varint(number << 3 | kind)
+    tag = _encode_varint(number << 3 | kind)
     if kind == VARINT:
-        return tag + _varint(value)
+        return tag + _encode_varint(value)
     if kind == BYTES:
-        return tag + _varint(len(value)) + value
+        return tag + _encode_varint(len(value)) + value
     return tag + struct.pack("<d" if kind == DOUBLE else "<f", value)
 
 
-def _varint(value: int) -> bytes:
+def _encode_varint(value: int) -> bytes:
     """Seven bits a byte, lowest first; the highest bit says that more follow."""
     encoded = bytearray()
     while value > 0x7F:

@@ -8,17 +8,17 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ajepa.model.classifier import ENCODER, Classifier, VitSpec, built
+from ajepa.model.classifier import ENCODER_PREFIX, Classifier, VitSpec, build_classifier
 from ajepa.model.vit import EncoderSpec
-from ajepa.recipes.catalogue import from_json
+from ajepa.recipes.catalogue import recipe_from_json
 from ajepa.recipes.finetune import Finetune
 from ajepa.recipes.pretrain import Pretrain
-from ajepa.training.checkpoints import STATE
+from ajepa.training.checkpoints import STATE_FILE
 from ajepa.training.run import Json, Run
 from pipeline.audio.mel_spec import MelSpec
 from pipeline.errors import RunError
 
-CLASSIFIER, AVERAGE, TARGET = "classifier", "average", "target"  # parts of a checkpoint
+CLASSIFIER_PART, AVERAGE_PART, TARGET_PART = "classifier", "average", "target"  # parts of a checkpoint
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -41,9 +41,9 @@ class TrainedRun:
         """Read the checkpoint `at`: last, best (by probe), or a step that is kept. RunError where there is none."""
         if isinstance(run, Path):
             run = Run.open(run)
-        recipe = from_json(run.recipe)
+        recipe = recipe_from_json(run.recipe)
         part = part_that_counts(recipe)
-        checkpoint = run.load(part, at=at)
+        checkpoint = run.load_checkpoint(part, at=at)
         return cls(run=run, recipe=recipe, step=checkpoint.step, part=part, weights=checkpoint.parts[part])
 
     @property
@@ -68,24 +68,24 @@ class TrainedRun:
 
     def encoder_weights(self) -> dict[str, Tensor]:
         """The encoder's weights, named as in an `Encoder`."""
-        if self.part == TARGET:
+        if self.part == TARGET_PART:
             return self.weights
         return {
-            name.removeprefix(ENCODER): weight
+            name.removeprefix(ENCODER_PREFIX): weight
             for name, weight in self.weights.items()
-            if name.startswith(ENCODER)
+            if name.startswith(ENCODER_PREFIX)
         }
 
     def classifier(self, device: torch.device) -> Classifier:
         """The classifier of a fine-tuned run, on that device."""
         recipe = self.finetune_recipe
-        model = built(recipe.model, len(self.run.identity["classes"]), recipe.seed).to(device)
+        model = build_classifier(recipe.model, len(self.run.identity["classes"]), recipe.seed).to(device)
         model.load_state_dict(self.weights)
         return model
 
     def checkpoint_identity(self) -> Json:
         """Step and digest of the weights: a run that was started from them is not carried on from others."""
-        state = json.loads((self.run.folder_of(self.step) / STATE).read_text())
+        state = json.loads((self.run.checkpoint_folder(self.step) / STATE_FILE).read_text())
         return {"step": state["step"], "sha256": state["sha256"][self.part]}
 
     def adapt_recipe(self, recipe: Finetune) -> Finetune:
@@ -108,5 +108,5 @@ class TrainedRun:
 def part_that_counts(recipe: Pretrain | Finetune) -> str:
     """Which part of a checkpoint is measured, embedded with and started from: a moving average where there is one."""
     if isinstance(recipe, Pretrain):
-        return TARGET
-    return AVERAGE if recipe.ema else CLASSIFIER
+        return TARGET_PART
+    return AVERAGE_PART if recipe.ema else CLASSIFIER_PART

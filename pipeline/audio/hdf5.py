@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from pipeline.errors import AudioError, InputError, archive_error, first_line
+from pipeline.errors import AudioError, InputError, archive_error, first_error_line
 
-RATE_HZ = 32_000  # PANNs' own, where the file states none
+PANNS_RATE_HZ = 32_000  # PANNs' own, where the file states none
 
-FAULTS = (
+HDF5_FAULTS = (
     OSError,
     KeyError,
     RuntimeError,
@@ -19,10 +19,13 @@ FAULTS = (
     TypeError,
 )  # h5py's, for what HDF5's library complains of
 
-KINDS = {"waveform": "int16 [clip, sample]", "mp3": "bytes [clip]"}  # dataset of the sounds: what it must be
+SOUND_DATASETS = {
+    "waveform": "int16 [clip, sample]",
+    "mp3": "bytes [clip]",
+}  # dataset of the sounds: what it must be
 
 
-def opened(path: Path) -> Any:
+def open_hdf5(path: Path) -> Any:
     """The file; InputError where h5py is not installed. Unlocked: copies often lie on disks that cannot lock."""
     try:
         import h5py
@@ -31,27 +34,27 @@ def opened(path: Path) -> Any:
     return h5py.File(path, "r", locking=False)
 
 
-def rows_of(path: Path) -> tuple[pl.DataFrame, str | None]:
+def list_hdf5_rows(path: Path) -> tuple[pl.DataFrame, str | None]:
     """`member` (its name) and `row` of every row, and what is wrong with the file."""
     schema = {"member": pl.String, "row": pl.Int64}
     try:
-        with opened(path) as file:
-            kind = kind_of(file)
+        with open_hdf5(path) as file:
+            kind = find_sound_dataset(file)
             if kind is None or "audio_name" not in file:
                 there = ", ".join(file)
                 return pl.DataFrame(schema=schema), (
                     f"is not packed as PANNs or PaSST do it (datasets: {there}; expected audio_name, and waveform "
-                    f"as {KINDS['waveform']} or mp3 as {KINDS['mp3']}); its rows are not used"
+                    f"as {SOUND_DATASETS['waveform']} or mp3 as {SOUND_DATASETS['mp3']}); its rows are not used"
                 )
             rows = min(len(file["audio_name"]), len(file[kind]))
-            names = [as_text(name) for name in file["audio_name"][:rows]]
-    except FAULTS as error:
-        fault = f"is no HDF5 file that can be read ({first_line(error, path)}); fetch it again"
+            names = [decode_name(name) for name in file["audio_name"][:rows]]
+    except HDF5_FAULTS as error:
+        fault = f"is no HDF5 file that can be read ({first_error_line(error, path)}); fetch it again"
         return pl.DataFrame(schema=schema), fault
     return pl.DataFrame({"member": names, "row": range(rows)}, schema=schema), None
 
 
-def kind_of(file: Any) -> str | None:
+def find_sound_dataset(file: Any) -> str | None:
     """Which dataset holds the sounds; None where there is none of the kinds known."""
     if "waveform" in file and file["waveform"].dtype == np.int16 and file["waveform"].ndim == 2:
         return "waveform"
@@ -61,34 +64,34 @@ def kind_of(file: Any) -> str | None:
     return None
 
 
-def as_text(name: bytes | str) -> str:
+def decode_name(name: bytes | str) -> str:
     """A name as it can be shown."""
     return name.decode(errors="backslashreplace") if isinstance(name, bytes) else str(name)
 
 
-def sound_of(path: Path, row: int) -> bytes:
+def read_hdf5_sound(path: Path, row: int) -> bytes:
     """One row as the bytes of a wav or mp3 file.
 
     AudioError missing where the row was never filled (the packers leave zeros for a clip they could not find),
     unreadable where the file is damaged.
     """
     try:
-        with opened(path) as file:
-            kind = kind_of(file)
+        with open_hdf5(path) as file:
+            kind = find_sound_dataset(file)
             if kind is None:
                 raise ValueError("no sounds")
             sound_S = np.asarray(file[kind][row])
-            rate_hz = int(file.attrs.get("sample_rate", RATE_HZ))
-    except FAULTS as error:
+            rate_hz = int(file.attrs.get("sample_rate", PANNS_RATE_HZ))
+    except HDF5_FAULTS as error:
         raise archive_error(path, error) from None
     if not sound_S.any():
         raise AudioError(
             "missing", f"row {row} of {path.name} holds zeros only: the clip was missing when packed"
         )
-    return wav(sound_S, rate_hz) if kind == "waveform" else sound_S.tobytes()
+    return wav_file_bytes(sound_S, rate_hz) if kind == "waveform" else sound_S.tobytes()
 
 
-def wav(wave_S: np.ndarray, rate_hz: int) -> bytes:
+def wav_file_bytes(wave_S: np.ndarray, rate_hz: int) -> bytes:
     """Mono 16-bit samples as a file."""
     sound = wave_S.astype("<i2").tobytes()
     fmt = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, rate_hz % 2**32, 2 * rate_hz % 2**32, 2, 16)

@@ -12,15 +12,17 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 
 from pipeline.errors import InputError
-from pipeline.messages import nearest
+from pipeline.messages import closest_word
 
-DECODING = "1: mean of the channels, soxr HQ"  # how pipeline.audio makes a wave; new when its samples change
+DECODING_VERSION = (
+    "1: mean of the channels, soxr HQ"  # how pipeline.audio makes a wave; new when its samples change
+)
 
-LONGEST_SECONDS = 600.0  # of a clip: 16 of them make the smallest shard
+LONGEST_CLIP_SECONDS = 600.0  # of a clip: 16 of them make the smallest shard
 
 FLOAT32_EPSILON = 2.0**-23  # Kaldi's floor under the log
 
-SHORTEST_SECONDS = 0.1  # pipeline.audio refuses what is shorter; what it lets through must have a frame
+SHORTEST_CLIP_SECONDS = 0.1  # pipeline.audio refuses what is shorter; what it lets through must have a frame
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,14 +59,14 @@ class MelSpec:
     filters: Literal["kaldi", "slaney"] = "kaldi"
     flooring: Literal["max", "add"] = "max"
     floor: float = FLOAT32_EPSILON
-    decoding: str = DECODING
+    decoding: str = DECODING_VERSION
 
     def __post_init__(self) -> None:
         for field in fields(self):
             known, value = get_args(field.type), getattr(self, field.name)
             if known and value not in known:
                 raise ValueError(f"{field.name} must be one of {', '.join(known)}, got {value!r}")
-        for name in POSITIVE:
+        for name in POSITIVE_FIELDS:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
         if self.window_samples < 2 or self.fft_samples < self.window_samples or self.fft_samples % 2:
@@ -84,13 +86,15 @@ class MelSpec:
             raise ValueError(
                 f"mel_bands {self.mel_bands} are more than an FFT of {self.fft_samples} can fill"
             )
-        if self.clip_seconds > LONGEST_SECONDS:
-            raise ValueError(f"clip_seconds must be at most {LONGEST_SECONDS:g}, got {self.clip_seconds:g}")
+        if self.clip_seconds > LONGEST_CLIP_SECONDS:
+            raise ValueError(
+                f"clip_seconds must be at most {LONGEST_CLIP_SECONDS:g}, got {self.clip_seconds:g}"
+            )
         if self.frames < 1:
             raise ValueError(f"a clip of {self.clip_seconds} s is shorter than one window")
-        if self.frames_of(math.ceil(SHORTEST_SECONDS * self.sample_rate_hz)) < 1:
+        if self.frames_of(math.ceil(SHORTEST_CLIP_SECONDS * self.sample_rate_hz)) < 1:
             raise ValueError(
-                f"window_samples {self.window_samples} are more than {SHORTEST_SECONDS} s, the shortest clip"
+                f"window_samples {self.window_samples} are more than {SHORTEST_CLIP_SECONDS} s, the shortest clip"
             )
 
     @property
@@ -156,7 +160,7 @@ class MelSpec:
             raise InputError(f"mel spec {values.get('name')!r}: {error}") from None
 
 
-POSITIVE = ("sample_rate_hz", "window_samples", "hop_samples", "mel_bands", "clip_seconds", "floor")
+POSITIVE_FIELDS = ("sample_rate_hz", "window_samples", "hop_samples", "mel_bands", "clip_seconds", "floor")
 
 A_JEPA = MelSpec(
     name="a-jepa",
@@ -215,43 +219,47 @@ PASST = replace(  # without PaSST's `(x + 4.5) / 5`: that is a model's business,
     floor=1e-5,
 )
 
-PRESETS = {spec.name: spec for spec in (A_JEPA, A_JEPA_16K, AUDIO_JEPA, PANNS, CONVNEXT, PASST)}
+MEL_PRESETS = {spec.name: spec for spec in (A_JEPA, A_JEPA_16K, AUDIO_JEPA, PANNS, CONVNEXT, PASST)}
 
 
-def mel_spec(name: str) -> MelSpec:
+def preset_mel_spec(name: str) -> MelSpec:
     """The preset of that name; InputError names the nearest and all there are."""
-    if name in PRESETS:
-        return PRESETS[name]
-    told = f"mel spec {name!r} is unknown; did you mean {nearest(name, PRESETS)!r}?"
-    raise InputError(f"{told} There are: {', '.join(PRESETS)}; or a file of your own, NAME.toml")
+    if name in MEL_PRESETS:
+        return MEL_PRESETS[name]
+    told = f"mel spec {name!r} is unknown; did you mean {closest_word(name, MEL_PRESETS)!r}?"
+    raise InputError(f"{told} There are: {', '.join(MEL_PRESETS)}; or a file of your own, NAME.toml")
 
 
-def spec_named(text: str) -> MelSpec:
+def resolve_mel_spec(name_or_path: str) -> MelSpec:
     """What a user means by `text`: a preset's name, or the path of a `.toml` file (`mel_spec_file`)."""
-    return mel_spec_file(Path(text)) if text.endswith(".toml") else mel_spec(text)
+    return (
+        read_mel_spec(Path(name_or_path)) if name_or_path.endswith(".toml") else preset_mel_spec(name_or_path)
+    )
 
 
-def mel_spec_file(path: Path) -> MelSpec:
+def read_mel_spec(path: Path) -> MelSpec:
     """The spec that a TOML file describes; InputError names the file and what is wrong in it.
 
     Keys are the fields of MelSpec but `decoding`, which is this version's; `base = "a-jepa"` starts from a preset;
     the name, if not given, is the file's own. A preset's name is refused for other values than the preset's.
     """
     known = {field.name: field for field in fields(MelSpec) if field.name != "decoding"}
-    values = _read_toml(path)
+    values = _read_toml_table(path)
     try:
         told: dict[str, Any] = {"name": path.stem}
         if "base" in values:
-            told = asdict(mel_spec(_typed("base", values.pop("base"), str))) | told
+            told = asdict(preset_mel_spec(_coerce_value("base", values.pop("base"), str))) | told
         for key, value in values.items():
             if key not in known:
-                raise ValueError(f"unknown key {key!r}; did you mean {nearest(key, [*known, 'base'])!r}?")
-            told[key] = _typed(key, value, known[key].type)
+                raise ValueError(
+                    f"unknown key {key!r}; did you mean {closest_word(key, [*known, 'base'])!r}?"
+                )
+            told[key] = _coerce_value(key, value, known[key].type)
         missing = [key for key, field in known.items() if field.default is MISSING and key not in told]
         if missing:
             raise ValueError(f'lacks {", ".join(missing)}; or start from a preset: base = "{A_JEPA.name}"')
         spec = MelSpec(**told)
-        if spec.name in PRESETS and spec.spec_id != PRESETS[spec.name].spec_id:
+        if spec.name in MEL_PRESETS and spec.spec_id != MEL_PRESETS[spec.name].spec_id:
             raise ValueError(f"{spec.name!r} is the name of a preset with other values; choose another name")
     except (ValueError, InputError) as error:
         raise InputError(f"{path}: {error}") from None
@@ -266,7 +274,7 @@ def with_clip_seconds(spec: MelSpec, seconds: float) -> MelSpec:
         raise InputError(f"mel spec {spec.name!r} on clips of {seconds} s: {error}") from None
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def _read_toml_table(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -275,11 +283,11 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: is not TOML: {error}") from None
 
 
-def _typed(key: str, value: object, kind: Any) -> Any:
+def _coerce_value(key: str, value: object, field_type: Any) -> Any:
     """A value as its field has it: whole numbers do for floats, truth values for nothing else."""
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+    if field_type is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    wanted = str if get_args(kind) else kind
+    wanted = str if get_args(field_type) else field_type
     if type(value) is not wanted:
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text in quotes"}
         raise ValueError(f"{key} must be {words[wanted]}, got {value!r}")

@@ -15,14 +15,14 @@ import polars as pl
 
 from pipeline import object_store
 from pipeline.audio import hdf5, parquet, tar
-from pipeline.audio.byte_window import Window
-from pipeline.audio.tar import Tar
+from pipeline.audio.byte_window import ByteWindow
+from pipeline.audio.tar import TarReader
 from pipeline.errors import InputError
-from pipeline.object_store import files_below, is_remote
+from pipeline.object_store import is_remote_url, list_files_below
 
-Sound = Path | BytesIO | Window  # what a decoder opens
+SoundInput = Path | BytesIO | ByteWindow  # what a decoder opens
 
-MEMBER = "::"  # in `source`, between an archive and what lies in it
+MEMBER_SEPARATOR = "::"  # in `source`, between an archive and what lies in it
 
 SOURCES_SCHEMA: dict[str, pl.DataType] = {
     "kind": pl.String(),  # file, tar, parquet or hdf5; null where a clip's sound lies nowhere
@@ -37,7 +37,7 @@ SOURCES_SCHEMA: dict[str, pl.DataType] = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Locator:
+class SoundLocator:
     """Where the sound of one clip lies: a file of its own, or a place in an archive (SOURCES_SCHEMA)."""
 
     kind: str = "file"
@@ -50,225 +50,235 @@ class Locator:
     row: int | None = None
 
     @classmethod
-    def of(cls, path: Path) -> Self:
+    def from_path(cls, path: Path) -> Self:
         """A loose file."""
         return cls(path=str(path), source=path.name)
 
     @property
     def name(self) -> str:
         """The sound's own name, of which the extension may tell its container."""
-        return Path(self.path if self.kind == "file" else self.source.rpartition(MEMBER)[2]).name
+        return Path(self.path if self.kind == "file" else self.source.rpartition(MEMBER_SEPARATOR)[2]).name
 
     @contextmanager
-    def opened(self) -> Iterator[Sound]:
+    def open_sound(self) -> Iterator[SoundInput]:
         """The sound, for a decoder to open; AudioError missing or unreadable where its archive fails.
 
         InputError where a server does.
         """
         path = Path(self.path)
-        if is_remote(self.path):
-            yield BytesIO(object_store.sound_of(self.path, self.offset or 0, self.size))
+        if is_remote_url(self.path):
+            yield BytesIO(object_store.read_remote_sound(self.path, self.offset or 0, self.size))
         elif self.kind == "file":
             yield path
         elif self.kind == "tar" and self.offset is not None and self.size is not None:
-            with tar.sound_of(path, self.offset, self.size) as window:
+            with tar.open_tar_member(path, self.offset, self.size) as window:
                 yield window
         elif self.kind == "parquet" and self.group is not None and self.row is not None:
-            yield BytesIO(parquet.sound_of(path, self.group, self.row))
+            yield BytesIO(parquet.read_parquet_sound(path, self.group, self.row))
         elif self.kind == "hdf5" and self.row is not None:
-            yield BytesIO(hdf5.sound_of(path, self.row))
+            yield BytesIO(hdf5.read_hdf5_sound(path, self.row))
         else:
             raise ValueError(f"{self} says nowhere")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sources:
+class ClipSources:
     """Where the clips of a plan lie: row i of `frame` (SOURCES_SCHEMA) for row i of the plan."""
 
     frame: pl.DataFrame
-    files: int = 0  # sounds seen
-    unmatched: list[str] = field(default_factory=list)  # those that no row names, as `source` would tell them
-    other_start: list[str] = field(default_factory=list)  # those of a listed video, but of another segment
+    sound_count: int = 0  # sounds seen
+    unmatched_sources: list[str] = field(
+        default_factory=list
+    )  # those that no row names, as `source` would tell them
+    other_segment_sources: list[str] = field(
+        default_factory=list
+    )  # those of a listed video, but of another segment
     notes: tuple[str, ...] = ()  # sentences on what could not be searched
 
-    def locators(self, rows: range) -> Sequence[Locator | None]:
+    def locators_of_rows(self, rows: range) -> Sequence[SoundLocator | None]:
         """Of some rows; None where a clip's sound lies nowhere."""
         some = self.frame[rows.start : rows.stop].rows(named=True)
-        return [None if row["kind"] is None else Locator(**row) for row in some]
+        return [None if row["kind"] is None else SoundLocator(**row) for row in some]
 
 
 # Extensions by how much their containers lose: among several sounds of one clip the first of this list is taken.
-EXTENSIONS = (
+SOUND_EXTENSIONS = (
     *("flac", "wav", "wave", "aiff", "aif", "aifc", "w64", "caf", "au", "snd", "wv"),
     *("mka", "m4a", "mp4", "mkv", "mov", "aac", "opus", "webm", "weba", "ogg", "oga", "mp3", "mp2"),
     *("3gp", "wma", "ac3", "ts", "avi", "flv", "asf", "amr"),
 )
 
-ARCHIVES = {"tar": "tar", "parquet": "parquet", "h5": "hdf5", "hdf5": "hdf5"}  # extension: kind
+ARCHIVE_KINDS = {"tar": "tar", "parquet": "parquet", "h5": "hdf5", "hdf5": "hdf5"}  # extension: kind
 
-COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
+COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 
-UNPACK = "is compressed, so no member can be sought; unpack it, or store it as a plain .tar"
+UNPACK_ADVICE = "is compressed, so no member can be sought; unpack it, or store it as a plain .tar"
 
-FOUND_SCHEMA: dict[str, pl.DataType] = SOURCES_SCHEMA | {
+FOUND_SOUNDS_SCHEMA: dict[str, pl.DataType] = SOURCES_SCHEMA | {
     "folder": pl.String(),  # the --audio folder
     "name": pl.String(),  # by which the sound is known: without folders, in a table maybe without an extension
     "id": pl.String(),  # in a column beside the sound, where there is one
 }
 
-NOWHERE = pl.DataFrame(schema={"member": pl.String})
+NO_MEMBERS = pl.DataFrame(schema={"member": pl.String})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
+class FoundSounds:
     """Every sound below some folders (FOUND_SCHEMA), in a fixed order, and sentences on what could not be read."""
 
     sounds: pl.DataFrame
     notes: tuple[str, ...]
 
 
-def find(places: Sequence[Path | str]) -> Found:
+def find_sounds(locations: Sequence[Path | str]) -> FoundSounds:
     """All sounds of all layouts below some folders or URLs, or in single files; raises InputError.
 
     Archives are told by their extension, and a damaged one is a note: its sounds are not there, the rest is.
     What lies in a tar beside its sounds (.json, .txt, .cls) is left out.
     """
-    tables, notes = [pl.DataFrame(schema=FOUND_SCHEMA)], list[str]()
-    for place in places:
-        folder, found = searched(place)
+    tables, notes = [pl.DataFrame(schema=FOUND_SOUNDS_SCHEMA)], list[str]()
+    for place in locations:
+        folder, found = list_candidates(place)
         names = pl.Series("source", found, dtype=pl.String)
-        loose = names.str.extract(r"([^.]*)$").str.to_lowercase().is_in(EXTENSIONS)
-        tables.append(placed(loose_files(folder, names.filter(loose)), folder))
+        loose = names.str.extract(r"([^.]*)$").str.to_lowercase().is_in(SOUND_EXTENSIONS)
+        tables.append(conform_to_schema(loose_file_table(folder, names.filter(loose)), folder))
         for name in names.filter(~loose):
             path = folder / name if isinstance(folder, Path) else f"{folder}/{name}"
-            if name.lower().endswith(COMPRESSED):
-                notes.append(f"{path}: {UNPACK}")
-            elif kind := ARCHIVES.get(extension(name)):
-                sounds, fault = in_archive(path, kind, name)
-                tables.append(placed(sounds, folder))
+            if name.lower().endswith(COMPRESSED_SUFFIXES):
+                notes.append(f"{path}: {UNPACK_ADVICE}")
+            elif kind := ARCHIVE_KINDS.get(file_extension(name)):
+                walk_loose_sounds, fault = list_archive_sounds(path, kind, name)
+                tables.append(conform_to_schema(walk_loose_sounds, folder))
                 notes += [f"{path}: {fault}"] if fault else []
-    return Found(sounds=pl.concat(tables), notes=tuple(notes))
+    return FoundSounds(sounds=pl.concat(tables), notes=tuple(notes))
 
 
-def searched(place: Path | str) -> tuple[Path | str, list[str]]:
+def list_candidates(location: Path | str) -> tuple[Path | str, list[str]]:
     """A folder or its URL, and what in it may be or hold sounds."""
-    if isinstance(place, str) and is_remote(place):
-        url, names = files_below(place)
-        return url, [name for name in names if is_of_use(name)]
-    place = Path(place)
-    return place if place.is_dir() else place.parent, list(walk(place))
+    if isinstance(location, str) and is_remote_url(location):
+        url, names = list_files_below(location)
+        return url, [name for name in names if is_sound_or_archive(name)]
+    location = Path(location)
+    return location if location.is_dir() else location.parent, list(walk_audio_files(location))
 
 
-def is_of_use(name: str) -> bool:
+def is_sound_or_archive(name: str) -> bool:
     """Whether a file of that name is taken for a sound or an archive, if only one to be told of."""
-    return extension(name) in EXTENSIONS or extension(name) in ARCHIVES or name.lower().endswith(COMPRESSED)
+    return (
+        file_extension(name) in SOUND_EXTENSIONS
+        or file_extension(name) in ARCHIVE_KINDS
+        or name.lower().endswith(COMPRESSED_SUFFIXES)
+    )
 
 
-def placed(sounds: pl.DataFrame, folder: Path | str) -> pl.DataFrame:
+def conform_to_schema(sounds: pl.DataFrame, folder: Path | str) -> pl.DataFrame:
     """The table in its full schema."""
     absent = [
-        pl.lit(None, dtype).alias(name) for name, dtype in FOUND_SCHEMA.items() if name not in sounds.columns
+        pl.lit(None, dtype).alias(name)
+        for name, dtype in FOUND_SOUNDS_SCHEMA.items()
+        if name not in sounds.columns
     ]
     return (
         sounds.with_columns(*absent)
         .with_columns(folder=pl.lit(str(folder)))
-        .select(pl.col(name).cast(dtype) for name, dtype in FOUND_SCHEMA.items())
+        .select(pl.col(name).cast(dtype) for name, dtype in FOUND_SOUNDS_SCHEMA.items())
     )
 
 
-def loose_files(folder: Path | str, names: pl.Series) -> pl.DataFrame:
+def loose_file_table(folder: Path | str, names: pl.Series) -> pl.DataFrame:
     """Files that are one sound each, by their paths below `folder`."""
     return names.to_frame().with_columns(
         kind=pl.lit("file"),
         path=pl.lit(str(folder) + "/") + pl.col("source"),
-        name=base_name("source"),
+        name=base_name_expr("source"),
     )
 
 
-def in_archive(path: Path | str, kind: str, source: str) -> tuple[pl.DataFrame, str | None]:
+def list_archive_sounds(path: Path | str, kind: str, source: str) -> tuple[pl.DataFrame, str | None]:
     """The sounds of an archive, and what is wrong with it."""
     if kind == "tar":
-        rows, fault = in_tar(path)
+        rows, fault = list_tar_sounds(path)
     elif isinstance(path, str):
         rows, fault = (
-            NOWHERE,
+            NO_MEMBERS,
             f"is not read from a URL, only sounds and tars are; copy {kind} files to a disk",
         )
     elif kind == "parquet":
-        rows, fault = parquet.rows_of(path)
+        rows, fault = parquet.list_parquet_rows(path)
     else:
-        rows, fault = hdf5.rows_of(path)
+        rows, fault = hdf5.list_hdf5_rows(path)
     sounds = rows.with_columns(
         kind=pl.lit(kind),
         path=pl.lit(str(path)),
-        source=pl.lit(source + MEMBER) + pl.col("member"),
-        name=base_name("member"),
+        source=pl.lit(source + MEMBER_SEPARATOR) + pl.col("member"),
+        name=base_name_expr("member"),
     )
     return sounds, fault
 
 
-def in_tar(path: Path | str) -> tuple[pl.DataFrame, str | None]:
+def list_tar_sounds(path: Path | str) -> tuple[pl.DataFrame, str | None]:
     """The sounds among the members of a tar, and what is wrong with it."""
-    tar = Tar(path)
+    tar = TarReader(path)
     try:
-        members = [member for member in tar.members() if extension(member.name) in EXTENSIONS]
+        members = [member for member in tar.read_members() if file_extension(member.name) in SOUND_EXTENSIONS]
     except OSError as error:
         members, tar.fault = [], f"cannot be read ({error.strerror}); make it readable"
     schema = {"member": pl.String, "offset": pl.Int64, "size": pl.Int64}
     return pl.DataFrame(members, schema=schema, orient="row"), tar.fault
 
 
-def base_name(column: str) -> pl.Expr:
+def base_name_expr(column: str) -> pl.Expr:
     """What follows the last slash."""
     return pl.col(column).str.extract("([^/]*)$")
 
 
-def extension(name: str) -> str:
+def file_extension(name: str) -> str:
     """In lower case, without its dot."""
     return name.rpartition(".")[2].lower()
 
 
-def walk(place: Path) -> Iterator[str]:
+def walk_audio_files(location: Path) -> Iterator[str]:
     """Every sound file and archive below a folder as a path relative to it, links to nowhere included, in a fixed
     order; of a single file its name.
 
     Folders are followed through links, each once. InputError for a folder that cannot be listed: its clips
     would be taken for missing.
     """
-    if place.is_file():
-        if place.name.lower().endswith(COMPRESSED):
-            raise InputError(f"--audio {place}: {UNPACK}")
-        yield _utf8(place.name)
+    if location.is_file():
+        if location.name.lower().endswith(COMPRESSED_SUFFIXES):
+            raise InputError(f"--audio {location}: {UNPACK_ADVICE}")
+        yield _require_utf8(location.name)
         return
-    if not place.is_dir():
-        raise InputError(f"--audio {place}: no such folder or file")
+    if not location.is_dir():
+        raise InputError(f"--audio {location}: no such folder or file")
     seen = set()
-    for parent, folders, names in os.walk(place, followlinks=True, onerror=_refuse_unlisted):
+    for parent, folders, names in os.walk(location, followlinks=True, onerror=_raise_unlistable):
         here = os.stat(parent)
         if (here.st_dev, here.st_ino) in seen:
             folders.clear()
             continue
         seen.add((here.st_dev, here.st_ino))
         folders.sort()
-        below = os.path.relpath(parent, place)
+        below = os.path.relpath(parent, location)
         prefix = "" if below == "." else f"{below}/"
         for name in sorted(names):
-            if is_of_use(name):
-                yield _utf8(prefix + name)
+            if is_sound_or_archive(name):
+                yield _require_utf8(prefix + name)
 
 
 def sounds(folder: Path) -> Iterator[str]:
     """`walk` without the archives."""
-    return (name for name in walk(folder) if extension(name) in EXTENSIONS)
+    return (name for name in walk_audio_files(folder) if file_extension(name) in SOUND_EXTENSIONS)
 
 
-def _refuse_unlisted(error: OSError) -> None:
+def _raise_unlistable(error: OSError) -> None:
     raise InputError(
         f"{error.filename}: cannot be listed ({error.strerror}); make it readable, or move it away"
     )
 
 
-def _utf8(name: str) -> str:
+def _require_utf8(name: str) -> str:
     try:
         name.encode()
     except UnicodeEncodeError:

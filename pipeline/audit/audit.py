@@ -13,21 +13,27 @@ from typing import Any, Self
 import numpy as np
 import polars as pl
 
-from pipeline.audit.class_pairs import Pairs, Shift, pairs_of, shifts_of
-from pipeline.audit.copies import Copies, copies, recordings
-from pipeline.audit.implied_labels import Contradictions, Tree, contradictions, keys_of, rule_of
+from pipeline.audit.class_pairs import ClassShift, SurprisingPairs, find_class_shifts, find_surprising_pairs
+from pipeline.audit.copies import ClipCopies, clip_recordings, find_copies
+from pipeline.audit.implied_labels import (
+    LabelContradictions,
+    OntologySubset,
+    find_contradictions,
+    label_keys,
+    rule_to_check,
+)
 from pipeline.errors import StoreError
-from pipeline.labels.label_sets import OntologyGone, ontology_of
+from pipeline.labels.label_sets import MissingOntologyError, label_set_ontology
 from pipeline.labels.ontology import ClassList, Ontology, load_ontology
-from pipeline.labels.propagation import RULES
+from pipeline.labels.propagation import PROPAGATION_RULES
 from pipeline.store.feature_store import FeatureStore
-from pipeline.store.splits import measured_splits
-from pipeline.store.summary import GOOD, label_sets
+from pipeline.store.splits import evaluation_split_names
+from pipeline.store.summary import IS_GOOD_CLIP, label_set_names
 from pipeline.store.tables import read_table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Rows:
+class AuditedClips:
     """A manifest, labels.parquet beside it, and what each row counts as."""
 
     manifest: pl.DataFrame
@@ -36,37 +42,37 @@ class Rows:
     classes: ClassList
     recording: pl.Series  # what each clip was cut from
     excluded_N: np.ndarray  # marked by an exclude list
-    lists: tuple[tuple[str, str, int], ...]  # the exclude lists: name, sha256, clips
+    exclude_lists: tuple[tuple[str, str, int], ...]  # the exclude lists: name, sha256, clips
     splits: tuple[str, ...]  # in the order of the manifest
-    measured: tuple[str, ...]  # those held out
+    held_out_names: tuple[str, ...]  # those held out
     ontologies: dict[str, Ontology]  # of the propagated sets, where they can be had
 
     @classmethod
-    def of(cls, store: FeatureStore, measured: Sequence[str] = ()) -> Self:
+    def of_store(cls, store: FeatureStore, held_out_names: Sequence[str] = ()) -> Self:
         """All of a store; held out are the splits named, or else those named eval or test. StoreError."""
         labels, provenance = read_table(store.path / "labels.parquet")
         splits = tuple(store.manifest["split"].unique(maintain_order=True))
-        if unknown := sorted(set(measured) - set(splits)):
+        if unknown := sorted(set(held_out_names) - set(splits)):
             raise StoreError(f"{store.path}: no split {unknown[0]!r}; it has: {', '.join(splits)}")
         return cls(
             manifest=store.manifest,
             labels=labels,
             provenance=provenance,
             classes=store.classes,
-            recording=recordings(store.manifest, _dataset(store)),
-            excluded_N=store.excluded.marks_N(store.manifest),
-            lists=tuple(store.excluded.lists()),
+            recording=clip_recordings(store.manifest, _source_dataset(store)),
+            excluded_N=store.exclusions.excluded_mask_N(store.manifest),
+            exclude_lists=tuple(store.exclusions.summarise_lists()),
             splits=splits,
-            measured=tuple(measured) or measured_splits(splits),
-            ontologies=dict(_ontologies(store.path, provenance)),
+            held_out_names=tuple(held_out_names) or evaluation_split_names(splits),
+            ontologies=dict(_label_set_ontologies(store.path, provenance)),
         )
 
     @property
     def good_N(self) -> np.ndarray:
-        return self.manifest.select(GOOD).to_series().to_numpy()
+        return self.manifest.select(IS_GOOD_CLIP).to_series().to_numpy()
 
     @property
-    def use_N(self) -> np.ndarray:
+    def in_use_N(self) -> np.ndarray:
         """Good, and not excluded: what loaders draw from."""
         return self.good_N & ~self.excluded_N
 
@@ -77,11 +83,11 @@ class Rows:
         return self.manifest["split"].cast(enum).to_physical().to_numpy().astype(np.int64)
 
     @property
-    def measured_S(self) -> np.ndarray:
+    def held_out_S(self) -> np.ndarray:
         """Whether each split is held out."""
-        return np.isin(self.splits, self.measured)
+        return np.isin(self.splits, self.held_out_names)
 
-    def clips(self) -> pl.DataFrame:
+    def clips_in_use(self) -> pl.DataFrame:
         """The clips in use, as `audit_copies.copies` wants them. One silence is like another: it is not compared."""
         audio = pl.when(~pl.col("flags").list.contains("silent")).then("digest")
         return self.manifest.select(
@@ -91,18 +97,18 @@ class Rows:
             split=pl.Series(self.split_N),
             recording=self.recording,
             raw=self.labels["raw"],
-        ).filter(self.use_N)
+        ).filter(self.in_use_N)
 
 
-def _ontologies(store: Path, provenance: dict[str, Any]) -> Iterator[tuple[str, Ontology]]:
+def _label_set_ontologies(store: Path, provenance: dict[str, Any]) -> Iterator[tuple[str, Ontology]]:
     """Of each propagated label set; a set that does not say which, or whose is gone, is left out."""
     for name, by in provenance.items():
-        if isinstance(by, dict) and by.get("rule") in RULES and "ontology" in by:
-            with suppress(OntologyGone):
-                yield name, ontology_of(store, by["rule"], by["ontology"])
+        if isinstance(by, dict) and by.get("rule") in PROPAGATION_RULES and "ontology" in by:
+            with suppress(MissingOntologyError):
+                yield name, label_set_ontology(store, by["rule"], by["ontology"])
 
 
-def _dataset(store: FeatureStore) -> str | None:
+def _source_dataset(store: FeatureStore) -> str | None:
     """What build.json says the store was built from; None where it does not say."""
     try:
         asked = json.loads((store.path / "build.json").read_text())["asked"]
@@ -111,15 +117,15 @@ def _dataset(store: FeatureStore) -> str | None:
         return None
 
 
-FEW = 10  # positives, under which a class's average precision is mostly luck
+FEW_POSITIVES = 10  # positives, under which a class's average precision is mostly luck
 
-TOP = 10  # shown of each kind of surprise
+SURPRISES_KEPT = 10  # shown of each kind of surprise
 
-OUTSIDE_SHOWN = 20
+OUTSIDE_CLASSES_KEPT = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Split:
+class SplitAudit:
     """The clips of a split; from `unlabelled` on by the raw labels of clips in use: good, and not excluded."""
 
     split: str
@@ -138,7 +144,7 @@ class Split:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Gaps:
+class RareClasses:
     """The classes of a split that can hardly be measured, by one label set."""
 
     split: str
@@ -148,7 +154,7 @@ class Gaps:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sides:
+class TrainEvalShift:
     """The splits to train on against those held out, by raw labels.
 
     shift  total variation of the class frequencies: 0 where they are equal, 1 where they share no class
@@ -159,29 +165,35 @@ class Sides:
     only_trained: tuple[str, ...]  # classes
     only_held_out: tuple[str, ...]
     shift: float
-    shifts: tuple[Shift, ...]
+    shifts: tuple[ClassShift, ...]
     shifts_in_all: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Audit:
+class StoreAudit:
     """What is wrong or surprising about the clips in use."""
 
     few: int
     classes: int
-    splits: tuple[Split, ...]
+    splits: tuple[SplitAudit, ...]
     listed_again: int  # rows that the build set aside: their id stands elsewhere, and counts there
     exclude_lists: tuple[tuple[str, str, int], ...]  # name, sha256, clips
-    copies: tuple[Copies, ...]
-    contradictions: tuple[Contradictions, ...]  # one a label set
-    gaps: tuple[Gaps, ...]  # one a split and label set
+    copies: tuple[ClipCopies, ...]
+    contradictions: tuple[LabelContradictions, ...]  # one a label set
+    gaps: tuple[RareClasses, ...]  # one a split and label set
     outside: tuple[tuple[str, int], ...]  # labels that the class list does not know, and their clips
     outside_in_all: int
-    pairs: Pairs
-    sides: Sides | None  # None where no split, or every split, is held out
+    pairs: SurprisingPairs
+    sides: TrainEvalShift | None  # None where no split, or every split, is held out
 
 
-def audit(rows: Rows, *, ontology: Ontology | None = None, few: int = FEW, top: int = TOP) -> Audit:
+def audit_clips(
+    rows: AuditedClips,
+    *,
+    ontology: Ontology | None = None,
+    few: int = FEW_POSITIVES,
+    top: int = SURPRISES_KEPT,
+) -> StoreAudit:
     """Look at every clip; seconds for two million. OntologyError where a label is null or no class.
 
     A propagated set is judged by the ontology it was made with; what raw labels imply, and which classes are related,
@@ -189,40 +201,40 @@ def audit(rows: Rows, *, ontology: Ontology | None = None, few: int = FEW, top: 
     `few` positives make a class measurable; `top` of each kind of surprise are kept.
     """
     common = ontology or next(iter(rows.ontologies.values()), None) or load_ontology()
-    tree, counted = Tree.of(common, rows.classes), _Counted.of(rows)
-    row_N, class_N = np.divmod(counted.keys["raw"], len(rows.classes))
-    outside = rows.labels.select("outside").filter(rows.use_N).to_series().explode().drop_nulls()
+    tree, counted = OntologySubset.of_classes(common, rows.classes), _AuditedLabels.of_clips(rows)
+    row_N, class_N = np.divmod(counted.keys_in_use["raw"], len(rows.classes))
+    outside = rows.labels.select("outside").filter(rows.in_use_N).to_series().explode().drop_nulls()
     odd = outside.value_counts().sort(["count", "outside"], descending=[True, False])
-    return Audit(
+    return StoreAudit(
         few=few,
         classes=len(rows.classes),
-        splits=tuple(_splits(rows, counted)),
+        splits=tuple(_audit_splits(rows, counted)),
         listed_again=rows.manifest.select((pl.col("reason") == "duplicate").sum()).item(),
-        exclude_lists=rows.lists,
-        copies=copies(rows.clips(), rows.splits, rows.measured),
-        contradictions=tuple(_contradictions(rows, counted, tree, top)),
-        gaps=tuple(_gaps(rows, counted, few)),
-        outside=tuple(odd.head(OUTSIDE_SHOWN).rows()),
+        exclude_lists=rows.exclude_lists,
+        copies=find_copies(rows.clips_in_use(), rows.splits, rows.held_out_names),
+        contradictions=tuple(_check_label_sets(rows, counted, tree, top)),
+        gaps=tuple(_rare_classes(rows, counted, few)),
+        outside=tuple(odd.head(OUTSIDE_CLASSES_KEPT).rows()),
         outside_in_all=odd.height,
-        pairs=pairs_of(row_N, class_N, rows.classes.names, tree.related(), top=top),
-        sides=_sides(rows, counted, top),
+        pairs=find_surprising_pairs(row_N, class_N, rows.classes.names, tree.related_pairs(), top=top),
+        sides=_train_eval_shift(rows, counted, top),
     )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Counted:
+class _AuditedLabels:
     """The labels of the clips in use, by label set."""
 
-    keys: dict[str, np.ndarray]  # ascending: row * classes + class
+    keys_in_use: dict[str, np.ndarray]  # ascending: row * classes + class
     all_keys: dict[str, np.ndarray]  # of every clip, in use or not
     clips_SC: dict[str, np.ndarray]  # of each split and class
     labelled_S: np.ndarray  # clips of each split with a raw label
 
     @classmethod
-    def of(cls, rows: Rows) -> "_Counted":
-        use_N, split_N, classes = rows.use_N, rows.split_N, len(rows.classes)
+    def of_clips(cls, rows: AuditedClips) -> "_AuditedLabels":
+        use_N, split_N, classes = rows.in_use_N, rows.split_N, len(rows.classes)
         keys, clips_SC = {}, {}
-        all_keys = {name: keys_of(rows.labels[name], classes) for name in label_sets(rows.labels)}
+        all_keys = {name: label_keys(rows.labels[name], classes) for name in label_set_names(rows.labels)}
         for name, all_N in all_keys.items():
             keys[name] = all_N[use_N[all_N // classes]]
             row_N, class_N = np.divmod(keys[name], classes)
@@ -231,44 +243,44 @@ class _Counted:
         row_N = keys["raw"] // classes
         first_N = row_N[np.diff(row_N, prepend=-1) > 0]
         return cls(
-            keys=keys,
+            keys_in_use=keys,
             all_keys=all_keys,
             clips_SC=clips_SC,
             labelled_S=np.bincount(split_N[first_N], minlength=len(rows.splits)),
         )
 
 
-def _splits(rows: Rows, counted: _Counted) -> Iterator[Split]:
-    good_N, use_N, split_N = rows.good_N, rows.use_N, rows.split_N
+def _audit_splits(rows: AuditedClips, label_totals: _AuditedLabels) -> Iterator[SplitAudit]:
+    good_N, use_N, split_N = rows.good_N, rows.in_use_N, rows.split_N
     odd_N = (rows.labels["outside"].list.len() > 0).to_numpy()
-    labels_N = np.bincount(counted.keys["raw"] // len(rows.classes), minlength=len(use_N))
+    labels_N = np.bincount(label_totals.keys_in_use["raw"] // len(rows.classes), minlength=len(use_N))
     for place, split in enumerate(rows.splits):
-        ours_N, clips_C = split_N == place, counted.clips_SC["raw"][place]
+        ours_N, clips_C = split_N == place, label_totals.clips_SC["raw"][place]
         in_use = int((ours_N & use_N).sum())
-        yield Split(
+        yield SplitAudit(
             split=split,
-            held_out=split in rows.measured,
+            held_out=split in rows.held_out_names,
             listed=int(ours_N.sum()),
             good=int((ours_N & good_N).sum()),
             excluded=int((ours_N & good_N & ~use_N).sum()),
             in_use=in_use,
-            unlabelled=in_use - int(counted.labelled_S[place]),
+            unlabelled=in_use - int(label_totals.labelled_S[place]),
             outside=int((ours_N & use_N & odd_N).sum()),
             labels_a_clip=float(clips_C.sum() / max(in_use, 1)),
             most_labels=int(labels_N[ours_N].max(initial=0)),
             classes=int((clips_C > 0).sum()),
-            effective_classes=effective(clips_C),
-            gini=gini(clips_C),
+            effective_classes=effective_class_count(clips_C),
+            gini=gini_coefficient(clips_C),
         )
 
 
-def effective(clips_C: np.ndarray) -> float:
+def effective_class_count(clips_C: np.ndarray) -> float:
     """How many equally frequent classes have the entropy of these; 0 where there is none."""
     share_C = clips_C[clips_C > 0] / max(clips_C.sum(), 1)
     return float(np.exp(-(share_C * np.log(share_C)).sum())) if len(share_C) else 0.0
 
 
-def gini(clips_C: np.ndarray) -> float:
+def gini_coefficient(clips_C: np.ndarray) -> float:
     """Inequality of the counts: 0 where all are equal, (C - 1) / C where one class has all."""
     ascending_C, classes = np.sort(clips_C), len(clips_C)
     if not ascending_C.sum():
@@ -277,29 +289,37 @@ def gini(clips_C: np.ndarray) -> float:
     return float(2 * (rank_C * ascending_C).sum() / (classes * ascending_C.sum()) - (classes + 1) / classes)
 
 
-def _contradictions(rows: Rows, counted: _Counted, tree: Tree, top: int) -> Iterator[Contradictions]:
+def _check_label_sets(
+    rows: AuditedClips, label_totals: _AuditedLabels, ontology_subset: OntologySubset, top: int
+) -> Iterator[LabelContradictions]:
     """The raw set by what the clips in use lack, any other by what its rule gives in the splits it was made for."""
     split_N, classes = rows.split_N, len(rows.classes)
-    for name, all_N in counted.all_keys.items():
-        own = Tree.of(rows.ontologies[name], rows.classes) if name in rows.ontologies else tree
-        rule, why_not = rule_of(name, rows.provenance.get(name), own)
+    for name, all_N in label_totals.all_keys.items():
+        own = (
+            OntologySubset.of_classes(rows.ontologies[name], rows.classes)
+            if name in rows.ontologies
+            else ontology_subset
+        )
+        rule, why_not = rule_to_check(name, rows.provenance.get(name), own)
         if rule is None:
-            yield Contradictions(label_set=name, rule=None, why_not=why_not)
+            yield LabelContradictions(label_set=name, rule=None, why_not=why_not)
             continue
-        raw_N, held_N = counted.keys["raw"], counted.keys["raw"]
+        raw_N, held_N = label_totals.keys_in_use["raw"], label_totals.keys_in_use["raw"]
         if name != "raw":
             done_S = np.isin(rows.splits, rows.provenance[name]["splits"])
-            raw_N, held_N = (k[done_S[split_N[k // classes]]] for k in (counted.all_keys["raw"], all_N))
-        yield contradictions(name, raw_N, held_N, own.adds(rule), rows.classes.names, rule=rule, top=top)
+            raw_N, held_N = (k[done_S[split_N[k // classes]]] for k in (label_totals.all_keys["raw"], all_N))
+        yield find_contradictions(
+            name, raw_N, held_N, own.implied_pairs(rule), rows.classes.names, rule=rule, top=top
+        )
 
 
-def _gaps(rows: Rows, counted: _Counted, few: int) -> Iterator[Gaps]:
+def _rare_classes(rows: AuditedClips, label_totals: _AuditedLabels, few: int) -> Iterator[RareClasses]:
     names = np.array(rows.classes.names, object)
     for place, split in enumerate(rows.splits):
-        for name, clips_SC in counted.clips_SC.items():
+        for name, clips_SC in label_totals.clips_SC.items():
             clips_C = clips_SC[place]
             rare = np.flatnonzero((clips_C > 0) & (clips_C < few))
-            yield Gaps(
+            yield RareClasses(
                 split=split,
                 label_set=name,
                 none=tuple(names[clips_C == 0]),
@@ -307,18 +327,21 @@ def _gaps(rows: Rows, counted: _Counted, few: int) -> Iterator[Gaps]:
             )
 
 
-def _sides(rows: Rows, counted: _Counted, top: int) -> Sides | None:
-    measured_S, clips_SC = rows.measured_S, counted.clips_SC["raw"]
+def _train_eval_shift(rows: AuditedClips, label_totals: _AuditedLabels, top: int) -> TrainEvalShift | None:
+    measured_S, clips_SC = rows.held_out_S, label_totals.clips_SC["raw"]
     if measured_S.all() or not measured_S.any():
         return None
     trained_C, held_C = clips_SC[~measured_S].sum(0), clips_SC[measured_S].sum(0)
-    trained, held = int(counted.labelled_S[~measured_S].sum()), int(counted.labelled_S[measured_S].sum())
+    trained, held = (
+        int(label_totals.labelled_S[~measured_S].sum()),
+        int(label_totals.labelled_S[measured_S].sum()),
+    )
     names = np.array(rows.classes.names, object)
-    shifts, shifts_in_all = shifts_of(trained_C, held_C, trained, held, rows.classes.names, top=top)
+    shifts, shifts_in_all = find_class_shifts(trained_C, held_C, trained, held, rows.classes.names, top=top)
     shares = (clips_C / max(clips_C.sum(), 1) for clips_C in (trained_C, held_C))
-    return Sides(
-        trained=tuple(s for s in rows.splits if s not in rows.measured),
-        held_out=rows.measured,
+    return TrainEvalShift(
+        trained=tuple(s for s in rows.splits if s not in rows.held_out_names),
+        held_out=rows.held_out_names,
         only_trained=tuple(names[(trained_C > 0) & (held_C == 0)]),
         only_held_out=tuple(names[(trained_C == 0) & (held_C > 0)]),
         shift=float(abs(next(shares) - next(shares)).sum() / 2),

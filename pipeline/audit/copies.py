@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-EXAMPLES = 5
+COPY_EXAMPLES_KEPT = 5
 
-KEYS = {"audio": "audio", "id": "clip_id", "recording": "recording"}  # kind: column of the clips
+COPY_KIND_COLUMNS = {"audio": "audio", "id": "clip_id", "recording": "recording"}  # kind: column of the clips
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Copies:
+class ClipCopies:
     """Clips that share something with others, in one split (named twice) or in two."""
 
     kind: str  # a key of KEYS
@@ -24,7 +24,7 @@ class Copies:
     examples: tuple[tuple[str, str], ...]  # ids of two clips of a group, one of each split
 
 
-def recordings(manifest: pl.DataFrame, dataset: str | None) -> pl.Series:
+def clip_recordings(manifest: pl.DataFrame, dataset: str | None) -> pl.Series:
     """What each clip was cut from: in AudioSet the video, which its id names; else the sound's file.
 
     Where no file was found, the id without the place that a piece of a long sound has in it.
@@ -35,15 +35,21 @@ def recordings(manifest: pl.DataFrame, dataset: str | None) -> pl.Series:
     return manifest.select(recording=pl.coalesce("source", whole)).to_series()
 
 
-def copies(clips: pl.DataFrame, splits: Sequence[str], measured: Sequence[str]) -> tuple[Copies, ...]:
+def find_copies(
+    clips: pl.DataFrame, splits: Sequence[str], held_out_names: Sequence[str]
+) -> tuple[ClipCopies, ...]:
     """Everything that clips share, leaks first, then by kind and by how many there are.
 
     `clips` are those in use: `row`, `split` (index into `splits`), clip_id, recording, audio (null: not to be
     compared) and raw. Pieces of one recording in one split are as they should be, and so not told.
     """
-    found = [c for kind in KEYS for c in _shared(_keyed(clips, kind), kind, splits, measured)]
+    found = [
+        c
+        for kind in COPY_KIND_COLUMNS
+        for c in _copies_by_split(_clips_sharing_key(clips, kind), kind, splits, held_out_names)
+    ]
     found = [c for c in found if c.kind != "recording" or c.splits[0] != c.splits[1]]
-    kinds = list(KEYS)
+    kinds = list(COPY_KIND_COLUMNS)
     return tuple(
         sorted(
             found,
@@ -52,12 +58,12 @@ def copies(clips: pl.DataFrame, splits: Sequence[str], measured: Sequence[str]) 
     )
 
 
-def _keyed(clips: pl.DataFrame, kind: str) -> pl.DataFrame:
+def _clips_sharing_key(clips: pl.DataFrame, kind: str) -> pl.DataFrame:
     """The clips that share their `key` of a kind with others; none where ids say as much as recordings.
 
     Two million texts are compared by their hashes first, which is five times as fast.
     """
-    key = clips[KEYS[kind]]
+    key = clips[COPY_KIND_COLUMNS[kind]]
     if kind == "recording" and key.equals(clips["clip_id"], check_names=False):
         return clips.clear().with_columns(key=key.clear())
     hash_N = key.hash().to_numpy()
@@ -72,9 +78,9 @@ def _keyed(clips: pl.DataFrame, kind: str) -> pl.DataFrame:
     return some.filter(pl.col("key").is_duplicated())
 
 
-def _shared(
-    rows: pl.DataFrame, kind: str, splits: Sequence[str], measured: Sequence[str]
-) -> Iterator[Copies]:
+def _copies_by_split(
+    rows: pl.DataFrame, kind: str, splits: Sequence[str], held_out_names: Sequence[str]
+) -> Iterator[ClipCopies]:
     """One kind of copies, for every pair of splits that has some."""
     labels = pl.col("raw").cast(pl.List(pl.String)).list.join(" ")
     rows = rows.select("row", "split", "clip_id", "key", labels=labels).sort("row")
@@ -91,18 +97,18 @@ def _shared(
     across = in_split.join(in_split, on="key", maintain_order="left").filter(
         pl.col("split") < pl.col("split_right")
     )
-    pairs = pl.concat([within, across.select(*within.columns[:4], *_RIGHT)], how="diagonal")
+    pairs = pl.concat([within, across.select(*within.columns[:4], *_OTHER_SPLIT_COLUMNS)], how="diagonal")
     told = pairs.group_by("split", "split_right", maintain_order=True).agg(
         pl.len().alias("groups"),
         pl.col("clips", "clips_right", "differ").sum(),
-        pl.col("first", "other").head(EXAMPLES),
+        pl.col("first", "other").head(COPY_EXAMPLES_KEPT),
     )
     for pair in told.rows(named=True):
         names = splits[pair["split"]], splits[pair["split_right"]]
-        yield Copies(
+        yield ClipCopies(
             kind=kind,
             splits=names,
-            leak=(names[0] in measured) != (names[1] in measured),
+            leak=(names[0] in held_out_names) != (names[1] in held_out_names),
             groups=pair["groups"],
             clips=(pair["clips"], pair["clips_right"]),
             labels_differ=pair["differ"],
@@ -110,22 +116,26 @@ def _shared(
         )
 
 
-_RIGHT = (pl.col("first_right").alias("other"), "split_right", "clips_right")
+_OTHER_SPLIT_COLUMNS = (pl.col("first_right").alias("other"), "split_right", "clips_right")
 
 
-def leaking(clips: pl.DataFrame, splits: Sequence[str], measured: Sequence[str]) -> pl.DataFrame:
+def find_leaking_clips(
+    clips: pl.DataFrame, splits: Sequence[str], held_out_names: Sequence[str]
+) -> pl.DataFrame:
     """The clips to train on that share something with one held out: `row`, `kind`, and of the first such clip
     `other` (its id) and `other_split`; a clip once, with the kind that weighs most.
 
     `clips` as in `copies`.
     """
-    is_measured = pl.col("split").is_in([place for place, name in enumerate(splits) if name in measured])
+    is_measured = pl.col("split").is_in(
+        [place for place, name in enumerate(splits) if name in held_out_names]
+    )
     names = pl.DataFrame(
         {"split": range(len(splits)), "other_split": splits}, schema_overrides={"split": pl.Int64}
     )
     found = []
     for kind in ("id", "audio", "recording"):
-        rows = _keyed(clips, kind).sort("row")
+        rows = _clips_sharing_key(clips, kind).sort("row")
         kept = rows.filter(is_measured).unique("key", keep="first", maintain_order=True)
         other = kept.join(names, on="split").select("key", "other_split", other="clip_id")
         told = rows.filter(~is_measured).join(other, on="key", how="inner")

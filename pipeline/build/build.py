@@ -11,26 +11,42 @@ from typing import Any
 
 import polars as pl
 
-from pipeline.build.finish import finalise
-from pipeline.build.plan import Blocks, Build, Output, Progress, open_rows, plan_store, tasks_of, versions
-from pipeline.build.prepare import check_same, create_store, mark_open, mend, restore_header, sweep
-from pipeline.build.remote_store import Mirror
-from pipeline.build.shard_builder import BlockTask, ShardMaker
-from pipeline.build.workers import run_here, run_on_ray
+from pipeline.build.finish import finish_store
+from pipeline.build.plan import (
+    BuildBlocks,
+    BuildOptions,
+    RowProgress,
+    StoreOutput,
+    block_tasks,
+    count_open_rows,
+    current_versions,
+    plan_store,
+)
+from pipeline.build.prepare import (
+    create_store,
+    mark_unfinished,
+    refuse_other_plan,
+    remove_crash_debris,
+    restore_header,
+    restore_tables,
+)
+from pipeline.build.remote_store import RemoteStore
+from pipeline.build.shard_builder import BlockTask, ShardBuilder
+from pipeline.build.workers import run_in_processes, run_on_ray_cluster
 from pipeline.datasets.corpus import Corpus
 from pipeline.errors import InputError, StoreError
-from pipeline.files import WHOLE, gate, locked
-from pipeline.store.header import Header
+from pipeline.files import WHOLE_BUILD, lock_shared_files, lock_store
+from pipeline.store.header import StoreHeader
 
 
 def build_stores(
     corpus: Corpus,
-    outputs: Sequence[Output],
-    build: Build = Build(),
+    outputs: Sequence[StoreOutput],
+    options: BuildOptions = BuildOptions(),
     *,
-    progress: Progress | None = None,
-    shards: Collection[int] | None = None,
-    tell: bool = True,
+    progress: RowProgress | None = None,
+    only_shards: Collection[int] | None = None,
+    write_record: bool = True,
 ) -> list[pl.DataFrame | None]:
     """Build or continue stores in one decoding pass; returns their manifests, None while parts are missing.
 
@@ -42,60 +58,77 @@ def build_stores(
     headers = [plan_store(corpus, output) for output in outputs]
     stores = [(output.path, header) for output, header in zip(outputs, headers, strict=True)]
     mirrors = {
-        output.path: Mirror(url=output.remote, staging=output.path) for output in outputs if output.remote
+        output.path: RemoteStore(url=output.remote, staging=output.path)
+        for output in outputs
+        if output.remote
     }
     _check_outputs(corpus, stores, mirrors)
     created = []
     for out, header in stores:
-        if out in mirrors and (there := mirrors[out].header()) is not None:
-            check_same(mirrors[out].url, there, header)
+        if out in mirrors and (there := mirrors[out].read_header()) is not None:
+            refuse_other_plan(mirrors[out].url, there, header)
         if not out.exists() and create_store(out, header, corpus.plan) and out not in mirrors:
             created.append(out)
     with ExitStack() as stack:
         for out, header in stores:
             restore_header(out, header)
-            check_same(out, Header.read(out), header)
-            stack.enter_context(locked(out, WHOLE if out in mirrors else build.part))
-        blocks = Blocks.of(headers, build.part)
+            refuse_other_plan(out, StoreHeader.read(out), header)
+            stack.enter_context(lock_store(out, WHOLE_BUILD if out in mirrors else options.part))
+        blocks = BuildBlocks.of_part(headers, options.part)
         for out, header in stores:
             if out not in created:
-                with gate(out):
-                    sweep(out, header.layout, blocks)
+                with lock_shared_files(out):
+                    remove_crash_debris(out, header.layout, blocks)
                     if out in mirrors:
-                        mirrors[out].pull(partial(blocks.holds, layout=header.layout))
-                    mend(out, header, corpus.plan)
-        work = open_rows(stores, corpus, blocks, shards)
+                        mirrors[out].sync_ledger(partial(blocks.owns_shard, layout=header.layout))
+                    restore_tables(out, header, corpus.plan)
+        work = count_open_rows(stores, corpus, blocks, only_shards)
         for out, header in stores:
-            if mark_open(out, header, corpus.plan, work, blocks) and out in mirrors:
+            if mark_unfinished(out, header, corpus.plan, work, blocks) and out in mirrors:
                 mirrors[out].push_tables()
-        maker = ShardMaker(stores=tuple(stores), policy=build.policy, mirrors=mirrors)
-        rows = run(maker, tasks_of(corpus, work, blocks), build)
+        maker = ShardBuilder(stores=tuple(stores), policy=options.policy, remote_stores=mirrors)
+        rows = run_build_tasks(maker, block_tasks(corpus, work, blocks), options)
         tried = sum(1 for _ in (progress(sum(work.values()), rows) if progress else rows))
-        told = _told(corpus, build, tried=tried, seconds=time.monotonic() - began)
-        return [finalise(out, header, told if tell else None, mirrors.get(out)) for out, header in stores]
+        told = _build_record(corpus, options, clips_tried=tried, seconds=time.monotonic() - began)
+        return [
+            finish_store(out, header, told if write_record else None, mirrors.get(out))
+            for out, header in stores
+        ]
 
 
-def run(maker: ShardMaker, tasks: Iterator[BlockTask], build: Build) -> Iterator[int]:
+def run_build_tasks(
+    builder: ShardBuilder, tasks: Iterator[BlockTask], options: BuildOptions
+) -> Iterator[int]:
     """The rows of all tasks, as they are tried by the engine that is asked for."""
-    if build.engine == "ray":
-        return run_on_ray(
-            maker, tasks, workers=build.workers, clip_seconds=build.clip_seconds, address=build.address
+    if options.engine == "ray":
+        return run_on_ray_cluster(
+            builder,
+            tasks,
+            workers=options.workers,
+            clip_limit_seconds=options.clip_limit_seconds,
+            address=options.address,
         )
-    return run_here(maker, tasks, workers=build.workers, clip_seconds=build.clip_seconds)
+    return run_in_processes(
+        builder, tasks, workers=options.workers, clip_limit_seconds=options.clip_limit_seconds
+    )
 
 
 def build_store(
-    corpus: Corpus, output: Output, build: Build = Build(), *, progress: Progress | None = None
+    corpus: Corpus,
+    output: StoreOutput,
+    options: BuildOptions = BuildOptions(),
+    *,
+    progress: RowProgress | None = None,
 ) -> pl.DataFrame:
     """`build_stores` for a single one, whole; returns its manifest."""
-    (manifest,) = build_stores(corpus, [output], build, progress=progress)
+    (manifest,) = build_stores(corpus, [output], options, progress=progress)
     if manifest is None:
-        raise StoreError(f"{output.path}: part {build.part} is done, others are not; run them too")
+        raise StoreError(f"{output.path}: part {options.part} is done, others are not; run them too")
     return manifest
 
 
 def _check_outputs(
-    corpus: Corpus, stores: Sequence[tuple[Path, Header]], elsewhere: Collection[Path]
+    corpus: Corpus, stores: Sequence[tuple[Path, StoreHeader]], remote_paths: Collection[Path]
 ) -> None:
     """Refuse two stores in one place, and one for which there is no room."""
     paths = [out.resolve() for out, _ in stores]
@@ -105,9 +138,9 @@ def _check_outputs(
     needed = sum(
         clips * header.layout.clip_bytes
         for out, header in stores
-        if out not in elsewhere and not out.exists()
+        if out not in remote_paths and not out.exists()
     )
-    for out in (out.resolve() for out, _ in stores if out not in elsewhere and not out.exists()):
+    for out in (out.resolve() for out, _ in stores if out not in remote_paths and not out.exists()):
         folder = next(parent for parent in out.parents if parent.exists())
         free = shutil.disk_usage(folder).free
         if needed > free:
@@ -117,21 +150,23 @@ def _check_outputs(
             )
 
 
-def _told(corpus: Corpus, build: Build, *, tried: int, seconds: float) -> dict[str, Any]:
+def _build_record(
+    corpus: Corpus, options: BuildOptions, *, clips_tried: int, seconds: float
+) -> dict[str, Any]:
     sources = corpus.sources
     return {
-        "asked": corpus.asked,
+        "asked": corpus.dataset_settings,
         "notes": list(corpus.notes),
-        "policy": asdict(build.policy),
-        "workers": build.workers,
-        "limit_seconds": build.clip_seconds,
-        "part": str(build.part),
-        "audio_files": sources.files,
-        "unmatched_files": len(sources.unmatched),
-        "unmatched_examples": sources.unmatched[:20],
-        "other_start_files": len(sources.other_start),
-        "other_start_examples": sources.other_start[:20],
-        "clips_tried": tried,
+        "policy": asdict(options.policy),
+        "workers": options.workers,
+        "limit_seconds": options.clip_limit_seconds,
+        "part": str(options.part),
+        "audio_files": sources.sound_count,
+        "unmatched_files": len(sources.unmatched_sources),
+        "unmatched_examples": sources.unmatched_sources[:20],
+        "other_start_files": len(sources.other_segment_sources),
+        "other_start_examples": sources.other_segment_sources[:20],
+        "clips_tried": clips_tried,
         "seconds": round(seconds, 1),
-        "versions": versions(),
+        "versions": current_versions(),
     }

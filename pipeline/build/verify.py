@@ -12,34 +12,34 @@ import google_crc32c
 import numpy as np
 import polars as pl
 
-from pipeline.build.finish import statistics
+from pipeline.build.finish import store_statistics
 from pipeline.errors import ManifestError, StoreError
-from pipeline.files import PARTIAL
-from pipeline.labels.label_sets import OntologyGone, ontology_of
-from pipeline.labels.propagation import Provenance, propagate, relation_CC
+from pipeline.files import PARTIAL_SUFFIX
+from pipeline.labels.label_sets import MissingOntologyError, label_set_ontology
+from pipeline.labels.propagation import LabelProvenance, propagate, rule_relation_CC
 from pipeline.store.exclusions import Exclusions
-from pipeline.store.header import Header
-from pipeline.store.manifest import PLAN_SCHEMA, RESULT_SCHEMA, check_schema
+from pipeline.store.header import StoreHeader
+from pipeline.store.manifest import PLAN_SCHEMA, RESULT_SCHEMA, check_manifest_schema
 from pipeline.store.shards import (
-    ABSENT,
+    ABSENT_OFFSET,
     CRC_BYTES,
-    NEXT,
-    Commit,
-    array_json,
-    group_json,
+    PENDING_SUFFIX,
+    ShardCommit,
+    compute_store_id,
     read_commit,
-    read_index,
+    read_shard_index,
     shard_path,
-    store_id,
-    stray_shards,
+    uncommitted_shards,
+    zarr_array_json,
+    zarr_group_json,
 )
-from pipeline.store.tables import digest_of, read_table
+from pipeline.store.tables import frame_digest, read_table
 
-Record = tuple[Commit, pl.DataFrame]
+ShardRecord = tuple[ShardCommit, pl.DataFrame]
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class StoreFault:
     """What is wrong, in a line; `shard` or `label_set` where these have to be made again."""
 
     text: str
@@ -47,101 +47,109 @@ class Fault:
     label_set: str | None = None
 
 
-def faults_of(store: Path, sample: int | None = None, seed: int = 0) -> Iterator[Fault]:
+def find_faults(store: Path, sample: int | None = None, seed: int = 0) -> Iterator[StoreFault]:
     """What is wrong with a store, nothing for one that is whole. Raises StoreError if there is none.
 
     The content of every shard is read, or with `sample` that of as many drawn by `seed`; ledger, sizes, labels,
     manifest and statistics are always checked in full.
     """
-    header = Header.read(store)
-    yield from _faults_beside(store, header)
-    yield from _faults_of_labels(store, header)
-    shards = header.layout.shards
+    header = StoreHeader.read(store)
+    yield from _find_metadata_faults(store, header)
+    yield from _find_label_faults(store, header)
+    shards = header.layout.shard_count
     drawn = set(range(shards))
     if sample is not None:
         drawn = set(np.random.default_rng(seed).permutation(shards)[:sample].tolist())
-    records: list[Record] = []
+    records: list[ShardRecord] = []
     for shard in range(shards):
         try:
             record = read_commit(store, shard)
         except StoreError as error:
-            yield Fault(f"shard {shard}: {error}", shard)
+            yield StoreFault(f"shard {shard}: {error}", shard)
             continue
         if record is None:
-            yield Fault(f"shard {shard}: not committed", shard)
+            yield StoreFault(f"shard {shard}: not committed", shard)
             continue
-        if why := _fault(store, header, *record, content=shard in drawn):
-            yield Fault(f"shard {shard}: {why}", shard)
+        if why := _describe_shard_fault(store, header, *record, content=shard in drawn):
+            yield StoreFault(f"shard {shard}: {why}", shard)
         records.append(record)
     if len(records) == shards:
-        yield from _faults_of_whole(store, header, records)
+        yield from _find_manifest_faults(store, header, records)
 
 
-def _faults_beside(store: Path, header: Header) -> Iterator[Fault]:
+def _find_metadata_faults(store: Path, header: StoreHeader) -> Iterator[StoreFault]:
     """What is wrong beside the shards: headers, what was asked, leftovers."""
     for path, told in (
-        (store / "zarr.json", group_json({"ajepa": header.to_json()})),
-        (store / "mel" / "zarr.json", array_json(header.layout)),
+        (store / "zarr.json", zarr_group_json({"ajepa": header.to_json()})),
+        (store / "mel" / "zarr.json", zarr_array_json(header.layout)),
     ):
         if not path.is_file() or path.read_bytes() != told:
-            yield Fault(f"{path}: not as written")
+            yield StoreFault(f"{path}: not as written")
     try:
         json.loads((store / "build.json").read_text())["asked"]
     except (OSError, ValueError, KeyError):
-        yield Fault("build.json: does not say what the store was built from; its build command writes it")
+        yield StoreFault(
+            "build.json: does not say what the store was built from; its build command writes it"
+        )
     try:
-        Exclusions.recorded(store)
+        Exclusions.read_from_store(store)
     except StoreError as error:
-        yield Fault(str(error))
-    leftovers = [*store.rglob(f"*{PARTIAL}"), *store.glob(f"ledger/*{NEXT}"), *stray_shards(store)]
-    yield from (Fault(f"{path}: left by a build that was cut off") for path in leftovers)
+        yield StoreFault(str(error))
+    leftovers = [
+        *store.rglob(f"*{PARTIAL_SUFFIX}"),
+        *store.glob(f"ledger/*{PENDING_SUFFIX}"),
+        *uncommitted_shards(store),
+    ]
+    yield from (StoreFault(f"{path}: left by a build that was cut off") for path in leftovers)
 
 
-def _faults_of_labels(store: Path, header: Header) -> Iterator[Fault]:
+def _find_label_faults(store: Path, header: StoreHeader) -> Iterator[StoreFault]:
     """Raw labels against the digest of the plan's, propagated ones against what their rule gives."""
     try:
         labels, sources = read_table(store / "labels.parquet")
     except StoreError as error:
-        yield Fault(str(error))
+        yield StoreFault(str(error))
         return
     if not {"raw", "outside"} <= set(labels.columns):
-        yield Fault(f"labels.parquet: has {', '.join(labels.columns)}; expected raw and outside")
+        yield StoreFault(f"labels.parquet: has {', '.join(labels.columns)}; expected raw and outside")
         return
-    if digest_of(labels.select("raw", "outside")) != header.labels_digest:
-        yield Fault("labels.parquet: raw labels are not those that the store was built with")
+    if frame_digest(labels.select("raw", "outside")) != header.labels_digest:
+        yield StoreFault("labels.parquet: raw labels are not those that the store was built with")
         return
     for name in (name for name in labels.columns if name not in ("raw", "outside")):
-        if (fault := _fault_of_set(store, header, labels, name, sources.get(name))) is not None:
+        if (fault := _find_label_set_fault(store, header, labels, name, sources.get(name))) is not None:
             yield fault
 
 
-def _fault_of_set(
-    store: Path, header: Header, labels: pl.DataFrame, name: str, by: dict[str, Any] | None
-) -> Fault | None:
+def _find_label_set_fault(
+    store: Path, header: StoreHeader, labels: pl.DataFrame, name: str, provenance: dict[str, Any] | None
+) -> StoreFault | None:
     """A propagated set against what its rule gives; one whose ontology is gone cannot be made again by a repair."""
-    if not by or set(by) != {field.name for field in fields(Provenance)}:
-        return Fault(f"labels.parquet: label set {name} does not say where it comes from", label_set=name)
+    if not provenance or set(provenance) != {field.name for field in fields(LabelProvenance)}:
+        return StoreFault(
+            f"labels.parquet: label set {name} does not say where it comes from", label_set=name
+        )
     try:
-        ontology = ontology_of(store, name, by["ontology"])
+        ontology = label_set_ontology(store, name, provenance["ontology"])
         splits = read_table(store / "manifest.parquet", ["split"])[0]["split"]
-    except OntologyGone as error:
-        return Fault(f"labels.parquet: {error}")
+    except MissingOntologyError as error:
+        return StoreFault(f"labels.parquet: {error}")
     except (StoreError, pl.exceptions.ColumnNotFoundError):
         return None  # told of where the manifest is looked at
-    adds_CC = relation_CC(name, ontology=ontology, classes=header.classes)
-    expected = propagate(labels["raw"], adds_CC).zip_with(splits.is_in(by["splits"]), labels["raw"])
+    adds_CC = rule_relation_CC(name, ontology=ontology, classes=header.classes)
+    expected = propagate(labels["raw"], adds_CC).zip_with(splits.is_in(provenance["splits"]), labels["raw"])
     if expected.equals(labels[name]):
         return None
-    return Fault(
+    return StoreFault(
         f"labels.parquet: label set {name} is not what its rule makes of the raw labels", label_set=name
     )
 
 
-def _fault(
-    store: Path, header: Header, commit: Commit, results: pl.DataFrame, *, content: bool
+def _describe_shard_fault(
+    store: Path, header: StoreHeader, commit: ShardCommit, results: pl.DataFrame, *, content: bool
 ) -> str | None:
     """What is wrong with one shard's object, its chunks or its ledger record; None if nothing is."""
-    if len(results) != len(header.layout.rows(commit.shard)):
+    if len(results) != len(header.layout.rows_of_shard(commit.shard)):
         return "its ledger record has another number of rows"
     if (commit.spec_id, commit.plan_id) != (header.spec.spec_id, header.plan_id):
         return "its ledger record is of another spec or plan"
@@ -156,9 +164,9 @@ def _fault(
         return None
     whole = path.read_bytes()
     if hashlib.sha256(whole).hexdigest() != commit.sha256:
-        return f"{path} does not match its digest{_damaged_rows(path, whole, header, commit)}"
+        return f"{path} does not match its digest{_describe_damaged_rows(path, whole, header, commit)}"
     try:
-        there = _index(path, header)[: len(results), 0] != ABSENT
+        there = _read_shard_index(path, header)[: len(results), 0] != ABSENT_OFFSET
     except ValueError as error:
         return f"{path}: {error}"
     if (there != (results["status"] == "good").to_numpy()).any():
@@ -166,52 +174,54 @@ def _fault(
     return None
 
 
-def _index(path: Path, header: Header) -> np.ndarray:
+def _read_shard_index(path: Path, header: StoreHeader) -> np.ndarray:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        return read_index(descriptor, header.layout.shard_clips)
+        return read_shard_index(descriptor, header.layout.shard_clips)
     finally:
         os.close(descriptor)
 
 
-def _damaged_rows(path: Path, content: bytes, header: Header, commit: Commit) -> str:
+def _describe_damaged_rows(path: Path, content: bytes, header: StoreHeader, commit: ShardCommit) -> str:
     """The rows whose chunk fails its own checksum, as the end of a sentence."""
     try:
-        index_N2 = _index(path, header)
+        index_N2 = _read_shard_index(path, header)
     except ValueError as error:
         return f" ({error})"
-    rows, bad = header.layout.rows(commit.shard), []
+    rows, bad = header.layout.rows_of_shard(commit.shard), []
     for row, (offset, size) in zip(rows, index_N2[: len(rows)].tolist(), strict=True):
         chunk = content[offset : offset + size]
-        if offset != ABSENT and google_crc32c.value(chunk[:-CRC_BYTES]) != int.from_bytes(
+        if offset != ABSENT_OFFSET and google_crc32c.value(chunk[:-CRC_BYTES]) != int.from_bytes(
             chunk[-CRC_BYTES:], "little"
         ):
             bad.append(row)
     return f" (rows {bad[:5]} are damaged)" if bad else ""
 
 
-def _faults_of_whole(store: Path, header: Header, records: list[Record]) -> Iterator[Fault]:
+def _find_manifest_faults(
+    store: Path, header: StoreHeader, records: list[ShardRecord]
+) -> Iterator[StoreFault]:
     """What does not follow from the ledger: manifest, identity, statistics."""
     commits = [commit for commit, _ in records]
     results = pl.concat([results for _, results in records])
     try:
         manifest, metadata = read_table(store / "manifest.parquet")
-        check_schema(manifest, store / "manifest.parquet")
+        check_manifest_schema(manifest, store / "manifest.parquet")
     except (StoreError, ManifestError) as error:
-        yield Fault(str(error))
+        yield StoreFault(str(error))
         return
-    if digest_of(manifest.select(*PLAN_SCHEMA)) != header.plan_digest:
-        yield Fault("manifest.parquet: ids, splits or times are not those that the store was built with")
+    if frame_digest(manifest.select(*PLAN_SCHEMA)) != header.plan_digest:
+        yield StoreFault("manifest.parquet: ids, splits or times are not those that the store was built with")
     if not manifest.select(*RESULT_SCHEMA).equals(results):
         odd = manifest.height != results.height or (manifest["status"] != results["status"]).arg_max()
-        yield Fault(
+        yield StoreFault(
             f"manifest.parquet: it and the ledger differ{'' if odd is True else f', as in row {odd}'}"
         )
-    if metadata.get("store_id") != store_id(header, commits):
-        yield Fault("manifest.parquet: the store's id does not follow from its shards")
+    if metadata.get("store_id") != compute_store_id(header, commits):
+        yield StoreFault("manifest.parquet: the store's id does not follow from its shards")
     try:
         stats = json.loads((store / "stats.json").read_text())
     except (OSError, ValueError):
         stats = None
-    if stats != statistics(commits, results):
-        yield Fault("stats.json: does not follow from the ledger")
+    if stats != store_statistics(commits, results):
+        yield StoreFault("stats.json: does not follow from the ledger")

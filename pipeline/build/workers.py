@@ -26,43 +26,47 @@ POLL_SECONDS = 0.5
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
-MOST_DEATHS = 3  # of workers with no clip in hand: not a clip's fault
+MAX_IDLE_DEATHS = 3  # of workers with no clip in hand: not a clip's fault
 
 
-class Task(Protocol):
+class RowTask(Protocol):
     """Some clips to work through, of which one may turn out to be deadly."""
 
-    def without(self, row: int, reason: str, detail: str) -> Self:
+    def with_failed_row(self, row: int, reason: str, detail: str) -> Self:
         """The same task, with one row failed instead of tried."""
         ...
 
 
-T = TypeVar("T", bound=Task)
+T = TypeVar("T", bound=RowTask)
 
-Work = Callable[[T], Iterator[int | None]]  # yields each row before it is tried, None before what is no clip
+TaskFunction = Callable[
+    [T], Iterator[int | None]
+]  # yields each row before it is tried, None before what is no clip
 
 
-def run_here(work: Work[T], tasks: Iterable[T], *, workers: int, clip_seconds: float) -> Iterator[int]:
+def run_in_processes(
+    task_function: TaskFunction[T], tasks: Iterable[T], *, workers: int, clip_limit_seconds: float
+) -> Iterator[int]:
     """Do all tasks in `workers` spawned processes, see `Pool`; with 0 in this one, without that protection."""
     if workers == 0:
         for task in tasks:
-            yield from (row for row in work(task) if row is not None)
+            yield from (row for row in task_function(task) if row is not None)
         return
-    pool = Pool(work, workers)
+    pool = WorkerPool(task_function, workers)
     try:
-        yield from pool.run(tasks, clip_seconds=clip_seconds)
+        yield from pool.run_tasks(tasks, clip_limit_seconds=clip_limit_seconds)
     finally:
         pool.close()
 
 
-class Pool(Generic[T]):
+class WorkerPool(Generic[T]):
     """Up to `workers` spawned processes that do one kind of work, and stay for more of it."""
 
-    def __init__(self, work: Work[T], workers: int) -> None:
-        self._work, self._most = work, workers
-        self._workers: list[_Worker[T]] = []
+    def __init__(self, task_function: TaskFunction[T], workers: int) -> None:
+        self._task_function, self._worker_limit = task_function, workers
+        self._workers: list[_WorkerProcess[T]] = []
 
-    def run(self, tasks: Iterable[T], *, clip_seconds: float) -> Iterator[int]:
+    def run_tasks(self, tasks: Iterable[T], *, clip_limit_seconds: float) -> Iterator[int]:
         """Do tasks, drawn when there is somebody to do them; yields each row when it is tried.
 
         A row on which a process dies, or which takes over `clip_seconds` of wall time, is failed by `task.without`
@@ -71,122 +75,128 @@ class Pool(Generic[T]):
         """
         waiting, again, deaths = iter(tasks), list[T](), 0
         while True:
-            while len(self._busy()) < self._most:
+            while len(self._busy_workers()) < self._worker_limit:
                 if (task := again.pop() if again else next(waiting, None)) is None:
                     break
-                self._idle().give(task)
-            if not (busy := self._busy()):
+                self._idle_worker().assign_task(task)
+            if not (busy := self._busy_workers()):
                 return
             began = time.monotonic()
             ready = wait([worker.pipe for worker in busy], timeout=POLL_SECONDS)
             slept = time.monotonic() - began
             if slept > 4 * POLL_SECONDS:  # stopped by Ctrl-Z, or the machine slept
                 for worker in busy:
-                    worker.pardon(slept)
+                    worker.extend_deadline(slept)
             for worker in busy:
-                if worker.pipe in ready and (row := worker.listen()) is not None:
+                if worker.pipe in ready and (row := worker.receive_row()) is not None:
                     yield row
-                if worker.dead or worker.overdue(clip_seconds):
+                if worker.is_dead or worker.is_overdue(clip_limit_seconds):
                     self._workers.remove(worker)
-                    deaths += worker.row is None
-                    again.append(worker.bury(clip_seconds))
-            if deaths >= MOST_DEATHS:
+                    deaths += worker.current_row is None
+                    again.append(worker.kill_for_retry(clip_limit_seconds))
+            if deaths >= MAX_IDLE_DEATHS:
                 raise StoreError(
                     f"worker processes died {deaths} times; out of memory? Try again with fewer --workers"
                 )
 
-    def _busy(self) -> "list[_Worker[T]]":
-        return [worker for worker in self._workers if worker.task is not None]
+    def _busy_workers(self) -> "list[_WorkerProcess[T]]":
+        return [worker for worker in self._workers if worker.current_task is not None]
 
-    def _idle(self) -> "_Worker[T]":
+    def _idle_worker(self) -> "_WorkerProcess[T]":
         """A worker without a task, a new one if there is none."""
-        free = next((worker for worker in self._workers if worker.task is None), None)
+        free = next((worker for worker in self._workers if worker.current_task is None), None)
         if free is None:
-            self._workers.append(free := _Worker(self._work))
+            self._workers.append(free := _WorkerProcess(self._task_function))
         return free
 
     def close(self) -> None:
         """End the processes, whatever they are at."""
         while self._workers:
-            self._workers.pop().kill()
+            self._workers.pop().kill_process()
 
 
-class _Worker(Generic[T]):
+class _WorkerProcess(Generic[T]):
     """One spawned process: the task it has, the row it is at, and since when."""
 
-    def __init__(self, work: Work[T]) -> None:
+    def __init__(self, task_function: TaskFunction[T]) -> None:
         context = mp.get_context("spawn")  # a fork after torch or polars are up may hang
         self.pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, work, os.getpid()), daemon=True)
+        self._process = context.Process(
+            target=_serve_tasks, args=(theirs, task_function, os.getpid()), daemon=True
+        )
         signal.pthread_sigmask(
             signal.SIG_BLOCK, [signal.SIGINT]
         )  # inherited: Ctrl-C is for the parent to handle
         self._process.start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         theirs.close()  # so that the worker's death reads as the end of the pipe
-        self.task: T | None = None
-        self.row: int | None = None
-        self._since = 0.0
-        self.dead = False
+        self.current_task: T | None = None
+        self.current_row: int | None = None
+        self._row_started = 0.0
+        self.is_dead = False
 
-    def give(self, task: T) -> None:
-        self.task, self.row = task, None
+    def assign_task(self, task: T) -> None:
+        self.current_task, self.current_row = task, None
         try:
             self.pipe.send(task)
         except OSError:
-            self.dead = True
+            self.is_dead = True
 
-    def listen(self) -> int | None:
+    def receive_row(self) -> int | None:
         """The row now tried, if that is the news; raises what the worker raised."""
         try:
             news = self.pipe.recv()
         except (EOFError, ConnectionResetError):
-            self.dead = True
+            self.is_dead = True
             return None
         if isinstance(news, Exception):
             raise news
-        self.row, self._since = (None if news == "done" else news), time.monotonic()
+        self.current_row, self._row_started = (None if news == "done" else news), time.monotonic()
         if news == "done":
-            self.task = None
-        return self.row
+            self.current_task = None
+        return self.current_row
 
-    def pardon(self, seconds: float) -> None:
+    def extend_deadline(self, seconds: float) -> None:
         """Do not count this time, in which nobody worked, against the clip."""
-        self._since += seconds
+        self._row_started += seconds
 
-    def overdue(self, clip_seconds: float) -> bool:
-        return self.row is not None and time.monotonic() - self._since > clip_seconds
+    def is_overdue(self, clip_limit_seconds: float) -> bool:
+        return self.current_row is not None and time.monotonic() - self._row_started > clip_limit_seconds
 
-    def bury(self, clip_seconds: float) -> T:
+    def kill_for_retry(self, clip_limit_seconds: float) -> T:
         """The task to do again, without the row that took the process down."""
-        timed_out = not self.dead
-        self.kill()
-        assert self.task is not None
-        if self.row is None:
-            return self.task
+        timed_out = not self.is_dead
+        self.kill_process()
+        assert self.current_task is not None
+        if self.current_row is None:
+            return self.current_task
         if timed_out:
-            return self.task.without(self.row, "timed_out", f"took over {clip_seconds:g} s to decode")
-        return self.task.without(
-            self.row, "crashed", f"took the decoder down ({_death(self._process.exitcode)})"
+            return self.current_task.with_failed_row(
+                self.current_row, "timed_out", f"took over {clip_limit_seconds:g} s to decode"
+            )
+        return self.current_task.with_failed_row(
+            self.current_row, "crashed", f"took the decoder down ({_describe_exit(self._process.exitcode)})"
         )
 
-    def kill(self) -> None:
+    def kill_process(self) -> None:
         self._process.kill()
         self._process.join()
         self.pipe.close()
 
 
-def _death(exitcode: int | None) -> str:
+def _describe_exit(exitcode: int | None) -> str:
     if exitcode is not None and exitcode < 0:
         return signal.Signals(-exitcode).name
     return f"exit status {exitcode}"
 
 
-def _serve(pipe: Connection, work: Callable[[Any], Iterator[int | None]], parent: int) -> None:
+def _serve_tasks(
+    pipe: Connection, task_function: Callable[[Any], Iterator[int | None]], parent_pid: int
+) -> None:
     """A worker's life: tasks come in; rows, None, and at the end "done" or an exception go out."""
     if sys.platform == "linux":  # a worker that outlives a killed build would write beside the next one
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
-    if os.getppid() != parent:
+    if os.getppid() != parent_pid:
         return
     os.dup2(
         os.open(os.devnull, os.O_WRONLY), 2
@@ -194,7 +204,7 @@ def _serve(pipe: Connection, work: Callable[[Any], Iterator[int | None]], parent
     torch.set_num_threads(1)  # one process a core: more threads would only fight
     while True:
         try:
-            for row in work(pipe.recv()):
+            for row in task_function(pipe.recv()):
                 pipe.send(row)
             pipe.send("done")
         except (EOFError, BrokenPipeError):  # the build is gone
@@ -206,8 +216,13 @@ def _serve(pipe: Connection, work: Callable[[Any], Iterator[int | None]], parent
             raise
 
 
-def run_on_ray(
-    work: Work[T], tasks: Iterable[T], *, workers: int, clip_seconds: float, address: str | None = None
+def run_on_ray_cluster(
+    task_function: TaskFunction[T],
+    tasks: Iterable[T],
+    *,
+    workers: int,
+    clip_limit_seconds: float,
+    address: str | None = None,
 ) -> Iterator[int]:
     """Do all tasks on a Ray cluster, `workers` at a time; yields their rows as tasks end.
 
@@ -218,7 +233,7 @@ def run_on_ray(
         import ray
     except ImportError:
         raise InputError("--engine ray: Ray is not installed; run: pip install 'ajepa[ray]'") from None
-    _refuse_silence(address)
+    _check_cluster_answers(address)
     try:
         ray.init(
             address=address,
@@ -227,13 +242,13 @@ def run_on_ray(
             logging_level=logging.ERROR,
         )
     except ConnectionError as error:
-        raise _silent(address, error) from None
+        raise _no_cluster_error(address, error) from None
     try:
-        do: Any = ray.remote(num_cpus=1)(rows_of)
-        there, waiting, running = ray.put(work), iter(tasks), list[Any]()
+        do: Any = ray.remote(num_cpus=1)(run_ray_task)
+        there, waiting, running = ray.put(task_function), iter(tasks), list[Any]()
         while True:
             while len(running) < workers and (task := next(waiting, None)) is not None:
-                running.append(do.remote(there, task, clip_seconds))
+                running.append(do.remote(there, task, clip_limit_seconds))
             if not running:
                 return
             done, running = ray.wait(running)
@@ -245,33 +260,35 @@ def run_on_ray(
         ray.shutdown()
 
 
-def _refuse_silence(address: str | None) -> None:
+def _check_cluster_answers(address: str | None) -> None:
     """Ray itself tries for minutes to reach a host that refuses."""
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
         try:
             socket.create_connection((host, int(port)), timeout=10).close()
         except OSError as error:
-            raise _silent(address, error) from None
+            raise _no_cluster_error(address, error) from None
 
 
-def _silent(address: str | None, error: Exception) -> InputError:
+def _no_cluster_error(address: str | None, error: Exception) -> InputError:
     return InputError(
         f"--address {address}: no Ray cluster answers ({error}); start one with: ray start --head"
     )
 
 
-def rows_of(work: Work[T], task: T, clip_seconds: float) -> list[int] | InputError:
+def run_ray_task(
+    task_function: TaskFunction[T], task: T, clip_limit_seconds: float
+) -> list[int] | InputError:
     """One task in a guarded process of this machine, which stays for the next."""
-    pool = pool_of(pickle.dumps(work))
+    pool = cached_worker_pool(pickle.dumps(task_function))
     try:
-        return list(pool.run([task], clip_seconds=clip_seconds))
+        return list(pool.run_tasks([task], clip_limit_seconds=clip_limit_seconds))
     except InputError as error:  # as a value: Ray would wrap it
         pool.close()
         return error
 
 
 @lru_cache(maxsize=1)
-def pool_of(pickled_work: bytes) -> Pool[Any]:
+def cached_worker_pool(pickled_function: bytes) -> WorkerPool[Any]:
     """The process of this Ray worker."""
-    return Pool(pickle.loads(pickled_work), workers=1)
+    return WorkerPool(pickle.loads(pickled_function), workers=1)

@@ -6,7 +6,13 @@ from typing import Annotated, NoReturn
 import typer
 
 from pipeline.cli import build, store
-from pipeline.cli.options import StorePath, completing, on_a_disk, rules, run_app
+from pipeline.cli.options import (
+    StorePath,
+    complete_from,
+    propagation_rule_names,
+    require_local_store,
+    run_command_line,
+)
 from pipeline.errors import InputError
 
 app = typer.Typer(
@@ -46,14 +52,14 @@ def propagate_labels(
         typer.Argument(
             help="A store; or segments lists and Parquet tables, which need --out.",
             show_default=False,
-            callback=lambda paths: [on_a_disk(path) for path in paths],
+            callback=lambda paths: [require_local_store(path) for path in paths],
         ),
     ],
     rule: Annotated[
         str,
         typer.Option(
             help="unambiguous (the paper's), all-ancestors, dominators or direct-parent.",
-            autocompletion=completing(rules),
+            autocompletion=complete_from(propagation_rule_names),
         ),
     ] = "unambiguous",
     splits: Annotated[
@@ -82,7 +88,7 @@ def propagate_labels(
 
     asked = [split.strip() for part in splits for split in part.split(",")] if splits else None
     done = label_tables.propagate_inputs(inputs, rule, asked, ontology=ontology, classes=classes, out=out)
-    print(tally.table(done))
+    print(tally.propagation_table(done))
 
 
 @app.command()
@@ -91,18 +97,18 @@ def finalize(store: StorePath) -> None:
 
     Example: ajepa-data finalize as2m.zarr
     """
-    from pipeline.build.finish import finalise, open_shards
-    from pipeline.store.header import Header
-    from pipeline.store.summary import coverage
+    from pipeline.build.finish import finish_store, unbuilt_shards
+    from pipeline.store.header import StoreHeader
+    from pipeline.store.summary import coverage_table
 
-    manifest = finalise(store, header := Header.read(store))
+    manifest = finish_store(store, header := StoreHeader.read(store))
     if manifest is None:
-        some = open_shards(store, header)
+        some = unbuilt_shards(store, header)
         raise InputError(
-            f"{store}: {len(some)} of {header.layout.shards} shards are not built, the first is {some[0]}; "
+            f"{store}: {len(some)} of {header.layout.shard_count} shards are not built, the first is {some[0]}; "
             "run the parts that are missing"
         )
-    print(coverage(manifest))
+    print(coverage_table(manifest))
 
 
 @app.command()
@@ -120,13 +126,13 @@ def doctor(
     """
     from tempfile import TemporaryDirectory
 
-    from pipeline.cli.doctor import data_findings, told
+    from pipeline.cli.doctor import check_data_machine, told
 
     with TemporaryDirectory() as trial:
-        for line in told(data_findings(place, Path(trial))):
+        for line in told(check_data_machine(place, Path(trial))):
             print(line, flush=True)
 
 
 def main() -> NoReturn:
     """Run ajepa-data."""
-    run_app(app)
+    run_command_line(app)

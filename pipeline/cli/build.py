@@ -8,25 +8,25 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.cli.options import completing, specs
+from pipeline.cli.options import complete_from, mel_spec_names
 from pipeline.errors import InputError
-from pipeline.messages import to_stderr
+from pipeline.messages import print_to_stderr
 
 app = typer.Typer(rich_markup_mode=None)
 
 
-def command(corpus_of: Callable[..., Any]) -> Callable[..., None]:
+def build_command(corpus_of: Callable[..., Any]) -> Callable[..., None]:
     """A build command: the parameters and the docstring of `corpus_of`, and the options of `run`."""
     own = signature(corpus_of)
     shared = [
         parameter.replace(kind=parameter.POSITIONAL_OR_KEYWORD)
-        for name, parameter in signature(run).parameters.items()
+        for name, parameter in signature(build_from_options).parameters.items()
         if name != "corpus"
     ]
 
     def build(**values: Any) -> None:
         asked = {name: values.pop(name) for name in own.parameters}
-        run(corpus_of(**asked), **values)
+        build_from_options(corpus_of(**asked), **values)
 
     ordered = sorted(
         [*own.parameters.values(), *shared],
@@ -38,7 +38,7 @@ def command(corpus_of: Callable[..., Any]) -> Callable[..., None]:
     return app.command()(build)
 
 
-def run(
+def build_from_options(
     corpus: Any,
     *,
     out: Annotated[
@@ -54,7 +54,7 @@ def run(
         typer.Option(
             metavar="TEXT",
             help="Mel spec: a name, or a TOML file. Repeats with --out: one decoding pass for all.",
-            autocompletion=completing(specs),
+            autocompletion=complete_from(mel_spec_names),
         ),
     ] = ["a-jepa"],  # noqa: B006  (typer wants a list, and nobody writes to it)
     dtype: Annotated[str, typer.Option(help="float16, or uint8: half the size, 0.12 nat steps.")] = "float16",
@@ -88,69 +88,71 @@ def run(
     """Build, or foretell, what the options ask for, and print what came of it."""
     from pipeline.audio.decode import AudioPolicy
     from pipeline.build.build import build_stores
-    from pipeline.build.dry_run import forecast
-    from pipeline.build.plan import Build
-    from pipeline.files import Part
+    from pipeline.build.dry_run import describe_dry_run
+    from pipeline.build.plan import BuildOptions
+    from pipeline.files import BuildPart
 
-    outputs = outputs_of(corpus, out, spec, dtype=dtype, staging=staging, part=Part.parse(part))
+    outputs = outputs_from_options(
+        corpus, out, spec, dtype=dtype, staging=staging, part=BuildPart.parse(part)
+    )
     policy = AudioPolicy(accept_truncated=accept_truncated, keep_silent=keep_silent, max_seconds=max_seconds)
-    build = Build(
+    build = BuildOptions(
         policy=policy,
         workers=workers,
-        clip_seconds=limit_seconds,
-        part=Part.parse(part),
+        clip_limit_seconds=limit_seconds,
+        part=BuildPart.parse(part),
         engine=engine,
         address=address,
     )
     if dry_run:
-        print(forecast(corpus, outputs, build))
+        print(describe_dry_run(corpus, outputs, build))
         return
     for output in outputs:
         if output.remote:
-            to_stderr(f"{output.remote}: tables, and shards until they are pushed, in {output.path}")
+            print_to_stderr(f"{output.remote}: tables, and shards until they are pushed, in {output.path}")
     for note in corpus.notes:
-        to_stderr(note)
-    manifests = build_stores(corpus, outputs, build, progress=progress)
+        print_to_stderr(note)
+    manifests = build_stores(corpus, outputs, build, progress=decoding_progress)
     for output, manifest in zip(outputs, manifests, strict=True):
-        tell(corpus, output, manifest, part)
+        print_build_result(corpus, output, manifest, part)
 
 
-def outputs_of(
+def outputs_from_options(
     corpus: Any, out: list[str], spec: list[str], *, dtype: str, staging: Path, part: Any
 ) -> list[Any]:
     """The stores that are asked for, in rows as long as the corpus has them."""
-    from pipeline.audio.mel_spec import spec_named, with_clip_seconds
-    from pipeline.build.plan import Output
-    from pipeline.build.remote_store import staging_of
-    from pipeline.object_store import is_remote
+    from pipeline.audio.mel_spec import resolve_mel_spec, with_clip_seconds
+    from pipeline.build.plan import StoreOutput
+    from pipeline.build.remote_store import staging_folder
+    from pipeline.object_store import is_remote_url
 
     if len(out) != len(spec):
         raise InputError(f"{len(spec)} --spec and {len(out)} --out: every store needs one of each")
     outputs = []
     for place, name in zip(out, spec, strict=True):
-        each = spec_named(name)
+        each = resolve_mel_spec(name)
         if corpus.clip_seconds is not None:
             each = with_clip_seconds(each, corpus.clip_seconds)
-        remote = place.rstrip("/") if is_remote(place) else None
-        path = staging_of(remote, staging, part) if remote else Path(place)
-        outputs.append(Output(path=path, spec=each, dtype=dtype, remote=remote))
+        remote = place.rstrip("/") if is_remote_url(place) else None
+        path = staging_folder(remote, staging, part) if remote else Path(place)
+        outputs.append(StoreOutput(path=path, spec=each, dtype=dtype, remote=remote))
     return outputs
 
 
-def tell(corpus: Any, output: Any, manifest: Any, part: str) -> None:
+def print_build_result(corpus: Any, output: Any, manifest: Any, part: str) -> None:
     """What became of a store, and what to do next."""
-    from pipeline.store.summary import coverage
+    from pipeline.store.summary import coverage_table
 
     if manifest is None:
         print(f"{output.place}: part {part} is done; the store is finished when the other parts are")
         return
-    print(coverage(manifest))
+    print(coverage_table(manifest))
     again = ", then the same build command, to push what changed" if output.remote else ""
     step = "propagate-labels" if corpus.asked["dataset"] == "audioset" else "inspect"
     print(f"{output.place}: done. Next: ajepa-data {step} {output.path}{again}")
 
 
-def progress(clips: int, rows: Iterator[int]) -> Iterator[int]:
+def decoding_progress(clips: int, rows: Iterator[int]) -> Iterator[int]:
     """A bar on a terminal, a line now and then in a log."""
     from tqdm import tqdm
 
@@ -160,7 +162,7 @@ def progress(clips: int, rows: Iterator[int]) -> Iterator[int]:
     )
 
 
-@command
+@build_command
 def build_audioset(
     audio: Annotated[
         list[str],
@@ -184,12 +186,12 @@ def build_audioset(
 
     Example: ajepa-data build-audioset --audio clips/ --segments balanced_train_segments.csv --out as20k.zarr
     """
-    from pipeline.datasets.audioset import audioset
+    from pipeline.datasets.audioset import audioset_corpus
 
-    return audioset(audio, segments, lenient=lenient)
+    return audioset_corpus(audio, segments, lenient=lenient)
 
 
-@command
+@build_command
 def build_folder(
     folder: Annotated[Path, typer.Option(help="Folder of sounds, searched below.", show_default=False)],
     table: Annotated[
@@ -211,7 +213,7 @@ def build_folder(
 
     Example: ajepa-data build-folder --folder sounds/ --table labels.csv --out mine.zarr
     """
-    from pipeline.datasets.folder import folder as own
+    from pipeline.datasets.folder import folder_corpus as own
 
     return own(
         folder,
@@ -220,11 +222,11 @@ def build_folder(
         hop_seconds=hop_seconds,
         split=split,
         label_from=label_from,
-        progress=opening,
+        progress=opening_progress,
     )
 
 
-@command
+@build_command
 def build_esc50(
     folder: Annotated[Path, typer.Option(help="ESC-50 as unpacked: audio/, meta/.", show_default=False)],
 ) -> Any:
@@ -232,12 +234,12 @@ def build_esc50(
 
     Example: ajepa-data build-esc50 --folder ESC-50-master --out esc50.zarr
     """
-    from pipeline.datasets.esc50 import esc50
+    from pipeline.datasets.esc50 import esc50_corpus
 
-    return esc50(folder)
+    return esc50_corpus(folder)
 
 
-@command
+@build_command
 def build_speech_commands(
     folder: Annotated[Path, typer.Option(help="Speech Commands as unpacked.", show_default=False)],
     version: Annotated[str, typer.Option(help="v1 (30 words) or v2 (35 words).")] = "v2",
@@ -246,12 +248,12 @@ def build_speech_commands(
 
     Example: ajepa-data build-speech-commands --folder speech_commands_v0.02 --out spc2.zarr
     """
-    from pipeline.datasets.speech_commands import speech_commands
+    from pipeline.datasets.speech_commands import speech_commands_corpus
 
-    return speech_commands(folder, version)
+    return speech_commands_corpus(folder, version)
 
 
-@command
+@build_command
 def build_fsd50k(
     folder: Annotated[Path, typer.Option(help="FSD50K as unpacked: FSD50K.*/.", show_default=False)],
     clip_seconds: Annotated[float, typer.Option(min=0.1, help="Seconds of a clip.")] = 10.0,
@@ -261,12 +263,12 @@ def build_fsd50k(
 
     Example: ajepa-data build-fsd50k --folder FSD50K --cut --out fsd50k.zarr
     """
-    from pipeline.datasets.fsd50k import fsd50k
+    from pipeline.datasets.fsd50k import fsd50k_corpus
 
-    return fsd50k(folder, clip_seconds=clip_seconds, cut=cut, progress=opening)
+    return fsd50k_corpus(folder, clip_seconds=clip_seconds, cut=cut, progress=opening_progress)
 
 
-def opening(files: int, stream: Iterator[Any]) -> Iterator[Any]:
+def opening_progress(files: int, stream: Iterator[Any]) -> Iterator[Any]:
     """The bar while sounds are opened to see how long they are."""
     from tqdm import tqdm
 

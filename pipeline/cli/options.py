@@ -16,14 +16,14 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from pipeline.errors import RUN_AGAIN, STOP_SIGNALS, InputError, Interrupted
-from pipeline.files import FULL, PARTIAL, refuse_unwritable
-from pipeline.messages import fitted
+from pipeline.errors import RUN_AGAIN_STATUS, STOP_SIGNALS, InputError, StopSignal
+from pipeline.files import DISK_FULL_ERRNOS, PARTIAL_SUFFIX, check_writable
+from pipeline.messages import wrap_to_terminal
 
 PACKAGE = Path(__file__).parents[1]
 
 
-def keys_of(file: Path, table: str) -> tuple[str, ...]:
+def keys_in_source(file: Path, table: str) -> tuple[str, ...]:
     """The keys that a module writes out in its dict `table`, in their order; not those of dicts unpacked there."""
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         match node:
@@ -32,7 +32,7 @@ def keys_of(file: Path, table: str) -> tuple[str, ...]:
     raise LookupError(f"{file}: has no dict {table}")
 
 
-def names_in(file: Path) -> tuple[str, ...]:
+def names_in_source(file: Path) -> tuple[str, ...]:
     """Every text that a module gives as `name=`."""
     calls = (
         node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)
@@ -41,29 +41,29 @@ def names_in(file: Path) -> tuple[str, ...]:
     return tuple(str(value.value) for value in given if isinstance(value, ast.Constant))
 
 
-def completing(names: Callable[[], Sequence[str]]) -> Callable[[str], list[str]]:
+def complete_from(names: Callable[[], Sequence[str]]) -> Callable[[str], list[str]]:
     """What the tab key offers for an option: those of the names that begin as what is typed."""
 
-    def complete(incomplete: str) -> list[str]:
+    def matching_names(incomplete: str) -> list[str]:
         return [name for name in names() if name.startswith(incomplete)]
 
-    return complete
+    return matching_names
 
 
-def specs() -> tuple[str, ...]:
+def mel_spec_names() -> tuple[str, ...]:
     """Mel specs."""
-    return names_in(PACKAGE / "audio/mel_spec.py")
+    return names_in_source(PACKAGE / "audio/mel_spec.py")
 
 
-def rules() -> tuple[str, ...]:
+def propagation_rule_names() -> tuple[str, ...]:
     """Rules of propagation."""
-    return keys_of(PACKAGE / "labels/propagation.py", "RULES")
+    return keys_in_source(PACKAGE / "labels/propagation.py", "PROPAGATION_RULES")
 
 
-OPEN_FILES = 65_536  # asked for at most
+MAX_OPEN_FILES = 65_536  # asked for at most
 
 
-def on_a_disk(store: Path) -> Path:
+def require_local_store(store: Path) -> Path:
     if str(store).startswith(("s3:/", "gs:/", "http:/", "https:/")):
         raise InputError(
             f"{store}: lies on an object store; copy it to a disk first, or give its staging folder"
@@ -72,54 +72,58 @@ def on_a_disk(store: Path) -> Path:
 
 
 StorePath = Annotated[
-    Path, typer.Argument(help="Feature store, NAME.zarr.", show_default=False, callback=on_a_disk)
+    Path, typer.Argument(help="Feature store, NAME.zarr.", show_default=False, callback=require_local_store)
 ]
 
-StorePlace = Annotated[str, typer.Argument(help="Feature store, NAME.zarr or s3://...", show_default=False)]
+StoreLocation = Annotated[
+    str, typer.Argument(help="Feature store, NAME.zarr or s3://...", show_default=False)
+]
 
 
-def to_write(path: Path | None) -> Path | None:
+def check_output_path(path: Path | None) -> Path | None:
     """Callback of options that name a file to write: told at once, and not after the work."""
     if path is not None:
-        refuse_unwritable(path)
+        check_writable(path)
     return path
 
 
-Cache = Annotated[
+CacheFolder = Annotated[
     Path | None, typer.Option(help="Folder that keeps what was read from s3://.", show_default=False)
 ]
 
-CacheGb = Annotated[float, typer.Option(min=0.001, help="Most that --cache may take, in 10^9 bytes.")]
+CacheSizeGb = Annotated[float, typer.Option(min=0.001, help="Most that --cache may take, in 10^9 bytes.")]
 
 
-def run_app(app: typer.Typer) -> NoReturn:
+def run_command_line(app: typer.Typer) -> NoReturn:
     """Run a command line: our own errors become one line and exit status 1, an interruption one and status 75."""
     for number in STOP_SIGNALS:
-        signal.signal(number, _interrupt)
-    raise_open_files()
+        signal.signal(number, _raise_interrupted)
+    raise_open_file_limit()
     try:
         app()
     except InputError as error:
-        _fail(f"error: {error}", 1)
+        _exit_with_message(f"error: {error}", 1)
     except BrokenPipeError:  # whoever reads what is printed, such as head, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except OSError as error:  # a read-only folder, a full disk, a file where a folder should be
-        if error.errno in FULL:
-            _fail("error: no space left on the disk; free some and run the same command again", 1)
+        if error.errno in DISK_FULL_ERRNOS:
+            _exit_with_message(
+                "error: no space left on the disk; free some and run the same command again", 1
+            )
         if error.filename is None:
             raise
-        _fail(f"error: {told_of(error)}", 1)
-    except Interrupted:
-        _fail("interrupted; nothing is lost: the same command carries on", RUN_AGAIN)
+        _exit_with_message(f"error: {describe_os_error(error)}", 1)
+    except StopSignal:
+        _exit_with_message("interrupted; nothing is lost: the same command carries on", RUN_AGAIN_STATUS)
     raise SystemExit(0)
 
 
-def told_of(error: OSError) -> str:
+def describe_os_error(error: OSError) -> str:
     """What the system refused, where (scratch files by the name that they were to have), and what to look at."""
     name = str(error.filename)
-    if name.endswith(PARTIAL):
-        name = name.removesuffix(PARTIAL).removesuffix(f".{socket.gethostname()}-{os.getpid()}")
+    if name.endswith(PARTIAL_SUFFIX):
+        name = name.removesuffix(PARTIAL_SUFFIX).removesuffix(f".{socket.gethostname()}-{os.getpid()}")
     if isinstance(error, FileExistsError | NotADirectoryError):
         return f"{name}: is a file, or lies below one; expected a folder"
     if isinstance(error, IsADirectoryError):
@@ -127,17 +131,17 @@ def told_of(error: OSError) -> str:
     return f"{name}: {error.strerror}; check the path and its permissions"
 
 
-def raise_open_files() -> None:
+def raise_open_file_limit() -> None:
     """Let this process open more files: each store read from holds 256 shards, and most systems begin with 1,024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(OSError, ValueError):  # macOS has lower limits than it tells
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, OPEN_FILES)), hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, MAX_OPEN_FILES)), hard))
 
 
-def _interrupt(number: int, frame: object) -> NoReturn:
-    raise Interrupted
+def _raise_interrupted(number: int, frame: object) -> NoReturn:
+    raise StopSignal
 
 
-def _fail(message: str, status: int) -> NoReturn:
-    typer.secho(fitted(message, sys.stderr), fg="red", err=True)
+def _exit_with_message(message: str, status: int) -> NoReturn:
+    typer.secho(wrap_to_terminal(message, sys.stderr), fg="red", err=True)
     raise SystemExit(status) from None

@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from pipeline.cli import build
-from pipeline.cli.options import Cache, CacheGb, StorePath, StorePlace, to_write
+from pipeline.cli.options import CacheFolder, CacheSizeGb, StoreLocation, StorePath, check_output_path
 from pipeline.errors import InputError
-from pipeline.files import CACHE_GB
+from pipeline.files import DEFAULT_CACHE_GB
 
 app = typer.Typer()
 
@@ -41,53 +41,55 @@ def verify(
     if against_audio:
         _verify_against_audio(store, sample)
     else:
-        _verify(store, sample, repair=repair, workers=workers)
+        _verify_store(store, sample, repair=repair, workers=workers)
 
 
-def _verify(store: Path, sample: int | None, *, repair: bool, workers: int) -> None:
-    from pipeline.build.repair import repair as mend
-    from pipeline.build.verify import faults_of
+def _verify_store(store: Path, sample: int | None, *, repair: bool, workers: int) -> None:
+    from pipeline.build.repair import repair_store as mend
+    from pipeline.build.verify import find_faults
 
-    faults = list(faults_of(store, sample, seed=time.time_ns()))
+    faults = list(find_faults(store, sample, seed=time.time_ns()))
     for fault in faults:
         print(fault.text)
     if faults and repair:
-        lost = mend(store, faults, workers=workers, progress=build.progress)
-        left = list(faults_of(store))
+        lost = mend(store, faults, workers=workers, progress=build.decoding_progress)
+        left = list(find_faults(store))
         for fault in left:
             print(f"still: {fault.text}")
         if left:
-            raise InputError(f"{store}: left after the repair: {_faults(len(left))}")
-        print(f"{store}: {_faults(len(faults))} mended")
+            raise InputError(f"{store}: left after the repair: {_fault_count_text(len(left))}")
+        print(f"{store}: {_fault_count_text(len(faults))} mended")
         if lost:
             raise InputError(
                 f"{store}: {lost} clips are lost: damaged here, and their sounds can no longer be had"
             )
     elif faults:
-        raise InputError(f"{store}: {_faults(len(faults))}; mend with: ajepa-data verify {store} --repair")
+        raise InputError(
+            f"{store}: {_fault_count_text(len(faults))}; mend with: ajepa-data verify {store} --repair"
+        )
     else:
         print(f"{store}: every shard, row and checksum is as it should be")
 
 
-def _faults(count: int) -> str:
+def _fault_count_text(count: int) -> str:
     return f"{count} fault{'s' * (count != 1)}"
 
 
 def _verify_against_audio(store: Path, sample: int | None) -> None:
-    from pipeline.build.recompute import TOLERANCE_NAT, changed_versions, compared
+    from pipeline.build.recompute import VERSION_TOLERANCE_NAT, changed_versions, compare_with_audio
 
     rows = faults = gone = 0
     apart_nat = 0.0
-    for one in compared(store, sample, seed=time.time_ns()):
-        rows, faults, gone = rows + 1, faults + bool(one.fault), gone + bool(one.gone)
-        if one.fault or one.gone:
-            print(f"row {one.row} (clip {one.clip_id}): {one.fault or f'not compared, {one.gone}'}")
+    for one in compare_with_audio(store, sample, seed=time.time_ns()):
+        rows, faults, gone = rows + 1, faults + bool(one.fault), gone + bool(one.missing_sound)
+        if one.fault or one.missing_sound:
+            print(f"row {one.row} (clip {one.clip_id}): {one.fault or f'not compared, {one.missing_sound}'}")
         else:
-            apart_nat = max(apart_nat, one.apart_nat)
+            apart_nat = max(apart_nat, one.difference_nat)
     changed = changed_versions(store)
     if changed:
         print(
-            f"built with {'; '.join(changed)}: values may differ by {TOLERANCE_NAT} nat and one stored step"
+            f"built with {'; '.join(changed)}: values may differ by {VERSION_TOLERANCE_NAT} nat and one stored step"
         )
     if faults:
         raise InputError(f"{store}: {faults} of {rows - gone} rows are not what their sounds give")
@@ -133,11 +135,11 @@ def audit_labels(
 
     for line in audit_store(
         store,
-        measured=eval_ or (),
+        held_out_names=eval_ or (),
         exclude=exclude or (),
         no_exclude=no_exclude,
-        json=json_,
-        suggestion=suggest,
+        json_path=json_,
+        suggestion_path=suggest,
         few=few,
         top=top,
     ):
@@ -158,63 +160,63 @@ def bench(
     """
     from tqdm import tqdm
 
-    from pipeline.loading.benchmark import pace_of
+    from pipeline.loading.benchmark import measure_loading
     from pipeline.store.feature_store import FeatureStore
 
     with tqdm(bar_format="{elapsed} {postfix}", leave=False, disable=None) as bar:
-        pace = pace_of(
+        pace = measure_loading(
             FeatureStore.open(store, check="never"),
-            batch=batch,
+            batch_clips=batch,
             device=device,
             say=lambda stage: bar.set_postfix_str(stage),
         )
-    print(pace.table())
+    print(pace.format_table())
 
 
 @app.command()
 def report(
-    store: StorePlace,
+    store: StoreLocation,
     html: Annotated[
-        Path | None, typer.Option(help="Page to write: all of the store.", callback=to_write)
+        Path | None, typer.Option(help="Page to write: all of the store.", callback=check_output_path)
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="PNG file to write: spectrograms.", callback=to_write)
+        Path | None, typer.Option(help="PNG file to write: spectrograms.", callback=check_output_path)
     ] = None,
     clips: Annotated[int, typer.Option(min=1, max=60, help="Spectrograms to show.")] = 12,
-    cache: Cache = None,
-    cache_gb: CacheGb = CACHE_GB,
+    cache: CacheFolder = None,
+    cache_gb: CacheSizeGb = DEFAULT_CACHE_GB,
 ) -> None:
     """Show a store as a table, a page or a picture.
 
     Example: ajepa-data report as20k.zarr --html report.html
     """
-    from pipeline.report.spectrograms import contact_sheet
-    from pipeline.report.store_page import write_page
+    from pipeline.report.spectrograms import draw_contact_sheet
+    from pipeline.report.store_page import write_store_page
     from pipeline.store.feature_store import FeatureStore
-    from pipeline.store.summary import coverage
+    from pipeline.store.summary import coverage_table
 
     if html is None and out is None:
         raise InputError(
             "report: nothing to write; give --html FILE for a page, --out FILE for a PNG, or both"
         )
     opened = FeatureStore.open(store, cache=cache, cache_gb=cache_gb)
-    print(coverage(opened.manifest, opened.excluded.marks_N(opened.manifest)))
+    print(coverage_table(opened.manifest, opened.exclusions.excluded_mask_N(opened.manifest)))
     if html is not None:
-        write_page(opened, html, clips=clips)
+        write_store_page(opened, html, clip_count=clips)
         print(html)
     if out is not None:
-        contact_sheet(opened, out, clips=clips)
+        draw_contact_sheet(opened, out, clip_count=clips)
         print(out)
 
 
 @app.command()
 def inspect(
-    store: StorePlace,
+    store: StoreLocation,
     clip: Annotated[str | None, typer.Option(help="Id of a clip: all its rows are told.")] = None,
     row: Annotated[int | None, typer.Option(help="A row's number instead, or one of the clip's.")] = None,
     png: Annotated[Path | None, typer.Option(help="PNG file for the spectrogram.")] = None,
-    cache: Cache = None,
-    cache_gb: CacheGb = CACHE_GB,
+    cache: CacheFolder = None,
+    cache_gb: CacheSizeGb = DEFAULT_CACHE_GB,
 ) -> None:
     """Tell what a store is, or all about one clip.
 
@@ -229,8 +231,8 @@ def inspect(
             raise InputError(f"{store}: --png needs a clip; add --clip ID or --row N")
         print(inspection.describe_store(opened))
         return
-    rows = inspection.rows_asked(opened, clip, row)
-    print(inspection.told(opened, rows))
+    rows = inspection.select_clip_rows(opened, clip, row)
+    print(inspection.describe_rows(opened, rows))
     if png is not None:
-        inspection.picture(opened, rows, png)
+        inspection.write_rows_picture(opened, rows, png)
         print(png)

@@ -3,26 +3,26 @@
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.datasets.audioset import audioset
+from pipeline.datasets.audioset import audioset_corpus
 from pipeline.datasets.corpus import Corpus
-from pipeline.datasets.esc50 import esc50
-from pipeline.datasets.folder import folder
-from pipeline.datasets.fsd50k import fsd50k
-from pipeline.datasets.speech_commands import speech_commands
+from pipeline.datasets.esc50 import esc50_corpus
+from pipeline.datasets.folder import folder_corpus
+from pipeline.datasets.fsd50k import fsd50k_corpus
+from pipeline.datasets.speech_commands import speech_commands_corpus
 from pipeline.errors import InputError
 
 DATASETS: dict[str, Callable[..., Corpus]] = {
-    "audioset": audioset,
-    "folder": folder,
-    "esc50": esc50,
-    "speech_commands": speech_commands,
-    "fsd50k": fsd50k,
+    "audioset": audioset_corpus,
+    "folder": folder_corpus,
+    "esc50": esc50_corpus,
+    "speech_commands": speech_commands_corpus,
+    "fsd50k": fsd50k_corpus,
 }
 
 
-def corpus_of(asked: dict[str, Any]) -> Corpus:
+def recreate_corpus(dataset_settings: dict[str, Any]) -> Corpus:
     """The corpus that `Corpus.asked` tells of, as the folders and lists are now; raises InputError."""
-    values = dict(asked)
+    values = dict(dataset_settings)
     name = values.pop("dataset", None)
     if name not in DATASETS:
         raise InputError(f"dataset {name!r} is unknown; there are: {', '.join(DATASETS)}")

@@ -7,35 +7,39 @@ from pathlib import Path
 
 from pipeline.datasets.corpus import (
     Corpus,
-    Cut,
-    Listed,
-    Progress,
-    check_layout,
-    counted,
-    fitted,
-    place_of,
-    plan_of,
-    present,
-    rows_of,
-    sources_of,
-    text_of,
+    CutSettings,
+    ListedClip,
+    ProgressWrapper,
+    absolute_path_or_url,
+    check_dataset_folder,
+    compare_with_release,
+    cut_clips,
+    note_missing_files,
+    plan_from_clips,
+    read_csv_rows,
+    read_list_text,
+    sources_from_clips,
 )
 from pipeline.errors import ManifestError
 from pipeline.labels.ontology import ClassList
 
-LISTS = "FSD50K.ground_truth"
+GROUND_TRUTH_FOLDER = "FSD50K.ground_truth"
 
-AUDIO = {"dev": "FSD50K.dev_audio", "eval": "FSD50K.eval_audio"}
+FSD50K_AUDIO_FOLDERS = {"dev": "FSD50K.dev_audio", "eval": "FSD50K.eval_audio"}
 
-NEEDED = (*AUDIO.values(), LISTS)
+FSD50K_REQUIRED = (*FSD50K_AUDIO_FOLDERS.values(), GROUND_TRUTH_FOLDER)
 
 DEV_SPLITS = ("train", "val")
 
-OFFICIAL = {"dev": 40_966, "eval": 10_231}
+FSD50K_SOUND_COUNTS = {"dev": 40_966, "eval": 10_231}
 
 
-def fsd50k(
-    root: Path | str, clip_seconds: float = 10.0, cut: bool = False, *, progress: Progress | None = None
+def fsd50k_corpus(
+    root: Path | str,
+    clip_seconds: float = 10.0,
+    cut: bool = False,
+    *,
+    progress: ProgressWrapper | None = None,
 ) -> Corpus:
     """FSD50K as unpacked: the folder that holds FSD50K.dev_audio, .eval_audio, .ground_truth; raises InputError.
 
@@ -47,32 +51,45 @@ def fsd50k(
     where sounds are cut. Labels are AudioSet's ids and hold their ancestors already, but where FSD50K follows no
     link of the ontology: a tap is at no door, a church bell no instrument. Propagation adds these.
     """
-    how = Cut(clip_seconds=clip_seconds, hop_seconds=clip_seconds if cut else None)
+    how = CutSettings(clip_seconds=clip_seconds, hop_seconds=clip_seconds if cut else None)
     folder = Path(root)
-    check_layout(folder, "FSD50K", NEEDED)
-    classes = _vocabulary(folder / LISTS / "vocabulary.csv")
-    part = {name: list(_part(folder, name, classes)) for name in AUDIO}
+    check_dataset_folder(folder, "FSD50K", FSD50K_REQUIRED)
+    classes = _read_vocabulary(folder / GROUND_TRUTH_FOLDER / "vocabulary.csv")
+    part = {name: list(_read_sound_list(folder, name, classes)) for name in FSD50K_AUDIO_FOLDERS}
     sounds = [sound for sounds in part.values() for sound in sounds]
-    missing = [note for name, sounds in part.items() for note in present(sounds, folder / AUDIO[name])]
-    clips, notes = fitted(sounds, how, progress=progress)
+    missing = [
+        note
+        for name, sounds in part.items()
+        for note in note_missing_files(sounds, folder / FSD50K_AUDIO_FOLDERS[name])
+    ]
+    clips, notes = cut_clips(sounds, how, progress=progress)
     return Corpus(
-        plan=plan_of(clips),
-        sources=sources_of(clips, files=len(sounds)),
+        plan=plan_from_clips(clips),
+        sources=sources_from_clips(clips, files=len(sounds)),
         classes=classes,
-        asked={"dataset": "fsd50k", "root": place_of(root), "clip_seconds": clip_seconds, "cut": cut},
+        dataset_settings={
+            "dataset": "fsd50k",
+            "root": absolute_path_or_url(root),
+            "clip_seconds": clip_seconds,
+            "cut": cut,
+        },
         clip_seconds=clip_seconds,
         notes=(
             *missing,
             *notes,
-            *counted((f"{name} sounds", len(part[name]), count) for name, count in OFFICIAL.items()),
-            *counted([("classes", len(classes), 200)]),
+            *compare_with_release(
+                (f"{name} sounds", len(part[name]), count) for name, count in FSD50K_SOUND_COUNTS.items()
+            ),
+            *compare_with_release([("classes", len(classes), 200)]),
         ),
     )
 
 
-def _part(folder: Path, name: str, classes: ClassList) -> Iterator[Listed]:
-    path = folder / LISTS / f"{name}.csv"
-    for number, row in enumerate(rows_of(path, ["fname", "mids", *["split"] * (name == "dev")]), start=2):
+def _read_sound_list(folder: Path, name: str, classes: ClassList) -> Iterator[ListedClip]:
+    path = folder / GROUND_TRUTH_FOLDER / f"{name}.csv"
+    for number, row in enumerate(
+        read_csv_rows(path, ["fname", "mids", *["split"] * (name == "dev")]), start=2
+    ):
         mids = tuple(mid.strip() for mid in row["mids"].split(",") if mid.strip())
         if unknown := [mid for mid in mids if mid not in classes.index_of]:
             raise ManifestError(
@@ -81,13 +98,15 @@ def _part(folder: Path, name: str, classes: ClassList) -> Iterator[Listed]:
         split = row["split"] if name == "dev" else "eval"
         if name == "dev" and split not in DEV_SPLITS:
             raise ManifestError(f"{path}: line {number}: split {split!r}, expected {' or '.join(DEV_SPLITS)}")
-        source = f"{AUDIO[name]}/{row['fname']}.wav"
-        yield Listed(clip_id=row["fname"], path=str(folder / source), source=source, split=split, mids=mids)
+        source = f"{FSD50K_AUDIO_FOLDERS[name]}/{row['fname']}.wav"
+        yield ListedClip(
+            clip_id=row["fname"], path=str(folder / source), source=source, split=split, mids=mids
+        )
 
 
-def _vocabulary(path: Path) -> ClassList:
+def _read_vocabulary(path: Path) -> ClassList:
     """The classes of lines like `7,Applause,/m/028ght`; there is no line of column names."""
-    rows = [cells for cells in csv.reader(io.StringIO(text_of(path), newline="")) if cells]
+    rows = [cells for cells in csv.reader(io.StringIO(read_list_text(path), newline="")) if cells]
     for index, cells in enumerate(rows):
         if len(cells) != 3 or cells[0] != str(index):
             raise ManifestError(

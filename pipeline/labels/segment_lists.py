@@ -12,51 +12,51 @@ import polars as pl
 
 from pipeline.errors import ManifestError
 
-MID = r"[^,\s](?:[^,]*[^,\s])?"
+MID_PATTERN = r"[^,\s](?:[^,]*[^,\s])?"
 
-LONGEST_SECONDS = 1e6  # a list with later ends is damaged, or in other units
+MAX_END_SECONDS = 1e6  # a list with later ends is damaged, or in other units
 
-YOUTUBE_ID = r"^[A-Za-z0-9_-]{11}$"
+YOUTUBE_ID_PATTERN = r"^[A-Za-z0-9_-]{11}$"
 
-EXAMPLES = 3  # damaged lines that a note shows
+DAMAGED_LINES_SHOWN = 3  # damaged lines that a note shows
 
-BLOCK_BYTES = 2**22  # of a list, read at a time: some 80,000 rows
+LIST_BLOCK_BYTES = 2**22  # of a list, read at a time: some 80,000 rows
 
 
-def read_segments(path: Path, *, lenient: bool = False) -> tuple[pl.DataFrame, tuple[str, ...]]:
+def read_segment_list(path: Path, *, lenient: bool = False) -> tuple[pl.DataFrame, tuple[str, ...]]:
     """One official segments list as clip_id, split, start_seconds, end_seconds, mids; and notes on it.
 
     The split is the file's name without `_segments`. Lines starting with `# ` count as comments only before
     the first row. A line that is none is a ManifestError which names it and says why; `lenient` leaves such
     lines out instead, and a note tells how many there are and shows the first.
     """
-    blocks = list(segment_blocks(path))
+    blocks = list(read_segment_blocks(path))
     rows, bad = (pl.concat(parts) for parts in zip(*blocks, strict=True))
-    return rows, verdict(path, rows.height, bad, lenient=lenient)
+    return rows, check_damaged_lines(path, rows.height, bad, lenient=lenient)
 
 
-def segment_blocks(path: Path) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
+def read_segment_blocks(path: Path) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
     """The same list part by part, each with its damaged lines (`line`, `text`, `why`), which are not among its rows.
 
     Memory does not grow with the list. Raises ManifestError for a list that cannot be read or has no line of a row.
     """
-    for lines in line_blocks(path):
-        rows = lines.select("line", cells()).unnest("cells")
+    for lines in read_line_blocks(path):
+        rows = lines.select("line", segment_line_fields()).unnest("cells")
         rows = rows.select(
             "line",
             clip_id="a",
-            split=pl.lit(split_of(path)),
+            split=pl.lit(split_from_filename(path)),
             start_seconds=pl.col("b").cast(pl.Float64, strict=False),
             end_seconds=pl.col("c").cast(pl.Float64, strict=False),
-            mids=pl.col("d").fill_null("").str.extract_all(MID),
+            mids=pl.col("d").fill_null("").str.extract_all(MID_PATTERN),
         )
-        bad = damage(rows, lines)
+        bad = find_damaged_lines(rows, lines)
         if not bad.is_empty():
             rows = rows.join(bad, on="line", how="anti", maintain_order="left")
         yield rows.drop("line"), bad
 
 
-def cells() -> pl.Expr:
+def segment_line_fields() -> pl.Expr:
     """Id, start, end and labels of each `text` as `cells`, fields a to d; all null where it is no such line.
 
     Blanks around each and quotes around the labels go. A line may have no labels, and no quote within them. Split
@@ -69,30 +69,32 @@ def cells() -> pl.Expr:
     return pl.when(whole).then(pl.struct(a=a, b=b, c=c, d=d)).alias("cells")
 
 
-def split_of(path: Path) -> str:
+def split_from_filename(path: Path) -> str:
     """The split that a list's name gives."""
     return path.stem.removesuffix("_segments")
 
 
-def verdict(path: Path, good: int, bad: pl.DataFrame, *, lenient: bool) -> tuple[str, ...]:
+def check_damaged_lines(
+    path: Path, good_row_count: int, damaged_lines: pl.DataFrame, *, lenient: bool
+) -> tuple[str, ...]:
     """The note on a list's damaged lines, if it has any; ManifestError unless `lenient`, and where none is good."""
-    if bad.is_empty():
+    if damaged_lines.is_empty():
         return ()
-    if lenient and good:
-        return (left_out(path, bad),)
-    line, text, why = bad.select("line", "text", "why").row(0)
+    if lenient and good_row_count:
+        return (damaged_lines_note(path, damaged_lines),)
+    line, text, why = damaged_lines.select("line", "text", "why").row(0)
     raise ManifestError(
-        f"{path}: line {line}: {why}, found {text!r} ({bad.height} of {good + bad.height} rows are bad)"
+        f"{path}: line {line}: {why}, found {text!r} ({damaged_lines.height} of {good_row_count + damaged_lines.height} rows are bad)"
     )
 
 
-def line_blocks(path: Path) -> Iterator[pl.DataFrame]:
+def read_line_blocks(path: Path) -> Iterator[pl.DataFrame]:
     """The lines that should be rows: `line` from 1, and `text`; raises ManifestError where there are none.
 
     Bytes that are no UTF-8 become the replacement character, and so damage no more than their line.
     """
     first, rows_begun = 1, False
-    for content in _byte_blocks(path):
+    for content in _read_byte_blocks(path):
         text = content.removeprefix(codecs.BOM_UTF8 if first == 1 else b"").decode(errors="replace")
         lines = pl.DataFrame({"text": [text]}, schema={"text": pl.String}).select(
             pl.col("text").str.split("\n").explode().str.strip_suffix("\r")
@@ -111,21 +113,21 @@ def line_blocks(path: Path) -> Iterator[pl.DataFrame]:
         )
 
 
-def _byte_blocks(path: Path) -> Iterator[bytes]:
+def _read_byte_blocks(path: Path) -> Iterator[bytes]:
     """A file's bytes in blocks that end with a line."""
     try:
         with path.open("rb") as file:
-            while block := file.read(BLOCK_BYTES):
+            while block := file.read(LIST_BLOCK_BYTES):
                 yield block + file.readline()
     except OSError as error:
         raise ManifestError(f"{path}: not a readable segments list ({error.strerror})") from None
 
 
-def damage(rows: pl.DataFrame, lines: pl.DataFrame) -> pl.DataFrame:
+def find_damaged_lines(rows: pl.DataFrame, lines: pl.DataFrame) -> pl.DataFrame:
     """The rows that are none: `line`, its `text`, and `why`."""
-    good_id = pl.col("clip_id").str.contains(YOUTUBE_ID).fill_null(False)
+    good_id = pl.col("clip_id").str.contains(YOUTUBE_ID_PATTERN).fill_null(False)
     start, end = pl.col("start_seconds"), pl.col("end_seconds")
-    good_times = ((start >= 0) & (end > start) & (end < LONGEST_SECONDS)).fill_null(False)
+    good_times = ((start >= 0) & (end > start) & (end < MAX_END_SECONDS)).fill_null(False)
     bad = rows.select("line", good_id=good_id, good_times=good_times).filter(
         ~pl.col("good_id") | ~pl.col("good_times")
     )
@@ -145,14 +147,23 @@ def damage(rows: pl.DataFrame, lines: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def left_out(path: Path, bad: pl.DataFrame) -> str:
+def damaged_lines_note(path: Path, damaged_lines: pl.DataFrame) -> str:
     """The sentence on lines that are left out."""
-    shown = "; ".join(f"line {line}: {why}, found {text!r}" for line, text, why in bad.head(EXAMPLES).rows())
-    more = f"; and {bad.height - EXAMPLES} more" if bad.height > EXAMPLES else ""
-    return f"{path}: {bad.height} damaged lines left out ({shown}{more})"
+    shown = "; ".join(
+        f"line {line}: {why}, found {text!r}"
+        for line, text, why in damaged_lines.head(DAMAGED_LINES_SHOWN).rows()
+    )
+    more = (
+        f"; and {damaged_lines.height - DAMAGED_LINES_SHOWN} more"
+        if damaged_lines.height > DAMAGED_LINES_SHOWN
+        else ""
+    )
+    return f"{path}: {damaged_lines.height} damaged lines left out ({shown}{more})"
 
 
-def plan_clips(segments: Sequence[Path], *, lenient: bool = False) -> tuple[pl.DataFrame, tuple[str, ...]]:
+def plan_segment_lists(
+    segments: Sequence[Path], *, lenient: bool = False
+) -> tuple[pl.DataFrame, tuple[str, ...]]:
     """The rows of all lists in their order, those that do not count marked in `duplicate`; and notes on the lists.
 
     An id twice in one list: the first row counts. An id in a list for evaluation and another: evaluation counts.
@@ -162,14 +173,14 @@ def plan_clips(segments: Sequence[Path], *, lenient: bool = False) -> tuple[pl.D
         raise ManifestError(
             f"two segments lists share a name, which names the split: {sorted(names)}; rename one"
         )
-    read = [read_segments(path, lenient=lenient) for path in segments]
+    read = [read_segment_list(path, lenient=lenient) for path in segments]
     plan = pl.concat([rows for rows, _ in read])
-    again = marked(plan.with_row_index("row").filter(pl.col("clip_id").is_duplicated()))
+    again = mark_duplicate_rows(plan.with_row_index("row").filter(pl.col("clip_id").is_duplicated()))
     plan = plan.with_row_index("row").join(again, on="row", how="left", maintain_order="left").drop("row")
     return plan, tuple(note for _, notes in read for note in notes)
 
 
-def marked(rows: pl.DataFrame) -> pl.DataFrame:
+def mark_duplicate_rows(rows: pl.DataFrame) -> pl.DataFrame:
     """`row` and `duplicate` of the rows whose id stands more than once."""
     evaluation = pl.col("split").str.contains("(^|_)eval")
     first = pl.int_range(pl.len()).over("clip_id", "split") == 0

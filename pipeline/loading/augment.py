@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from pipeline.loading.sampling import Order
+from pipeline.loading.sampling import RowOrder
 
-NATS_OF_A_DB = math.log(10) / 10  # of power, which a mel is the logarithm of
+NATS_PER_DB = math.log(10) / 10  # of power, which a mel is the logarithm of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,16 +47,16 @@ class Augment:
             raise ValueError(f"mixup_share must lie in [0, 1] and mixup_alpha above 0, got {self}")
 
     @property
-    def masks(self) -> bool:
+    def has_masks(self) -> bool:
         return self.time_mask_frames > 0 or self.band_mask_bands > 0
 
     @property
-    def mixes(self) -> bool:
+    def has_mixup(self) -> bool:
         return self.mixup_share > 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Changes:
+class ClipChanges:
     """What one step does to each of its clips; nothing, where an augmentation is off."""
 
     rolls_B: np.ndarray  # frames by which the audio turns: frame 0 comes to stand here
@@ -67,7 +67,7 @@ class Changes:
     shares_B: np.ndarray  # float32, a clip's own share of its mixture; 1 where it is not mixed
 
 
-def draws(name: str, seed: int, step: int, order: Order) -> np.ndarray:
+def draw_uniform_B(name: str, seed: int, step: int, order: RowOrder) -> np.ndarray:
     """One number in [0, 1) for each clip of this rank's step, as if all ranks' clips were drawn at once.
 
     So what is drawn, like a row, does not depend on how many ranks the step was dealt to. Each name has a
@@ -76,47 +76,49 @@ def draws(name: str, seed: int, step: int, order: Order) -> np.ndarray:
     """
     rng = np.random.default_rng([seed, step, int.from_bytes(name.encode())])
     mine = slice(order.rank * order.clips, (order.rank + 1) * order.clips)
-    return rng.random(order.clips_of_all_ranks)[mine]
+    return rng.random(order.clips_per_step)[mine]
 
 
-def changes_of(
-    augment: Augment, seed: int, step: int, order: Order, *, n_frames_B: np.ndarray, bands: int
-) -> Changes:
+def draw_changes(
+    augment: Augment, seed: int, step: int, order: RowOrder, *, n_frames_B: np.ndarray, bands: int
+) -> ClipChanges:
     """The changes to a step whose clips have so many valid frames: a pure function of all this.
 
     They are the same for equal clips x world; partners only where every rank has an even number of clips.
     """
 
-    def uniform_B(name: str) -> np.ndarray:
-        return draws(name, seed, step, order)
+    def draw_named_B(name: str) -> np.ndarray:
+        return draw_uniform_B(name, seed, step, order)
 
-    def spans_B2(name: str, most: int, room_B: np.ndarray) -> np.ndarray:
-        widths_B = (uniform_B(f"{name} width") * (1 + np.minimum(most, room_B))).astype(np.int64)
-        starts_B = (uniform_B(f"{name} start") * (1 + room_B - widths_B)).astype(np.int64)
+    def draw_spans_B2(name: str, max_width: int, room_B: np.ndarray) -> np.ndarray:
+        widths_B = (draw_named_B(f"{name} width") * (1 + np.minimum(max_width, room_B))).astype(np.int64)
+        starts_B = (draw_named_B(f"{name} start") * (1 + room_B - widths_B)).astype(np.int64)
         return np.stack([starts_B, starts_B + widths_B], axis=1)
 
-    def spans_BN2(name: str, most: int, room_B: np.ndarray) -> np.ndarray:
+    def draw_spans_BN2(name: str, max_width: int, room_B: np.ndarray) -> np.ndarray:
         names = [name, *(f"{name} {number}" for number in range(2, augment.masks_each + 1))]
-        return np.stack([spans_B2(each, most, room_B) for each in names], axis=1)
+        return np.stack([draw_spans_B2(each, max_width, room_B) for each in names], axis=1)
 
     clips = len(n_frames_B)
     nothing_B, no_spans_BN2 = np.zeros(clips, np.int64), np.zeros((clips, augment.masks_each, 2), np.int64)
     rolls_B, gains_B, time_BN2, bands_BN2 = nothing_B, nothing_B * 0.0, no_spans_BN2, no_spans_BN2
     partners_B, shares_B = np.arange(clips), np.ones(clips, np.float32)
     if augment.roll:
-        rolls_B = (uniform_B("roll") * n_frames_B).astype(np.int64)
+        rolls_B = (draw_named_B("roll") * n_frames_B).astype(np.int64)
     if augment.gain_db:
-        gains_B = (2 * uniform_B("gain") - 1) * augment.gain_db * NATS_OF_A_DB
+        gains_B = (2 * draw_named_B("gain") - 1) * augment.gain_db * NATS_PER_DB
     if augment.time_mask_frames:
-        time_BN2 = spans_BN2("time mask", augment.time_mask_frames, n_frames_B)
+        time_BN2 = draw_spans_BN2("time mask", augment.time_mask_frames, n_frames_B)
     if augment.band_mask_bands:
-        bands_BN2 = spans_BN2("band mask", augment.band_mask_bands, np.full(clips, bands))
-    if augment.mixes:
-        mixed_B = uniform_B("mixup") < augment.mixup_share
-        betas_B = symmetric_beta(augment.mixup_alpha, uniform_B("mixup radius"), uniform_B("mixup angle"))
-        partners_B = np.where(mixed_B, neighbours(clips), partners_B)
+        bands_BN2 = draw_spans_BN2("band mask", augment.band_mask_bands, np.full(clips, bands))
+    if augment.has_mixup:
+        mixed_B = draw_named_B("mixup") < augment.mixup_share
+        betas_B = symmetric_beta(
+            augment.mixup_alpha, draw_named_B("mixup radius"), draw_named_B("mixup angle")
+        )
+        partners_B = np.where(mixed_B, mixup_partners(clips), partners_B)
         shares_B = np.where(mixed_B, betas_B.astype(np.float32), shares_B)
-    return Changes(
+    return ClipChanges(
         rolls_B=rolls_B,
         gains_B=gains_B,
         time_masks_BN2=time_BN2,
@@ -126,7 +128,7 @@ def changes_of(
     )
 
 
-def neighbours(clips: int) -> np.ndarray:
+def mixup_partners(clips: int) -> np.ndarray:
     """The other of each pair of places, (0, 1), (2, 3) and so on; of an odd number the last three go round.
 
     Places are dealt at random, so a neighbour is anyone; and no pair is torn by dealing even numbers to ranks.
@@ -149,7 +151,7 @@ def symmetric_beta(alpha: float, radius_B: np.ndarray, angle_B: np.ndarray) -> n
     return (1 + np.sin(np.arctan(t_B))) / 2
 
 
-def place(stored_BTF: Tensor, mel_BTF: Tensor, rolls_B: np.ndarray, n_frames_B: np.ndarray) -> None:
+def copy_rolled(stored_BTF: Tensor, mel_BTF: Tensor, rolls_B: np.ndarray, n_frames_B: np.ndarray) -> None:
     """Copy stored values, rolled, to where they are normalised; what is not audio may be left as it was."""
     if not rolls_B.any():
         mel_BTF[:, : stored_BTF.shape[1]].copy_(stored_BTF)
@@ -161,7 +163,7 @@ def place(stored_BTF: Tensor, mel_BTF: Tensor, rolls_B: np.ndarray, n_frames_B: 
         mel_TF[:roll].copy_(stored_TF[n_frames - roll : n_frames])
 
 
-def mask(mel_BTF: Tensor, changes: Changes) -> None:
+def zero_masked_spans(mel_BTF: Tensor, changes: ClipChanges) -> None:
     """Set to 0, in place, each clip's masked frames and bands."""
     masks_BN2 = zip(changes.time_masks_BN2.tolist(), changes.band_masks_BN2.tolist(), strict=True)
     for mel_TF, (frames_N2, bands_N2) in zip(mel_BTF, masks_BN2, strict=True):

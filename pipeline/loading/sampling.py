@@ -20,7 +20,13 @@ import numpy as np
 from pipeline.errors import InputError
 
 # What is drawn, after seed and epoch in a stream's name. None is 0: NumPy takes [1, 2] and [1, 2, 0] for one name.
-BLOCKS, SPREAD, DRAWS, RACE, AFTER_RACE = range(1, 6)
+(
+    BLOCK_ORDER_STREAM,
+    ROW_SPREAD_STREAM,
+    WEIGHTED_DRAW_STREAM,
+    EXPONENTIAL_CLOCK_STREAM,
+    CHOSEN_SHUFFLE_STREAM,
+) = range(1, 6)
 
 WINDOW_BLOCKS = 64
 
@@ -28,10 +34,10 @@ WINDOW_BLOCKS = 64
 class Sampling(Hashable, Protocol):
     """Which of some rows an epoch takes, and in what order; a frozen value, for its epochs are cached."""
 
-    def length(self, rows: int) -> int:
+    def epoch_length(self, row_count: int) -> int:
         """Clips of an epoch over so many rows; ValueError where the sampling is one of another number."""
 
-    def places(self, rows: int, seed: int, epoch: int) -> np.ndarray:
+    def epoch_indices(self, row_count: int, seed: int, epoch: int) -> np.ndarray:
         """The places among the rows, int64, in the order of the epoch."""
 
 
@@ -39,11 +45,11 @@ class Sampling(Hashable, Protocol):
 class FullShuffle:
     """Every row once an epoch, all orders equally likely: 0.1 s and 16 MB for the 2,084,320 clips of AudioSet."""
 
-    def length(self, rows: int) -> int:
-        return rows
+    def epoch_length(self, row_count: int) -> int:
+        return row_count
 
-    def places(self, rows: int, seed: int, epoch: int) -> np.ndarray:
-        return shuffled(rows, seed, epoch)
+    def epoch_indices(self, row_count: int, seed: int, epoch: int) -> np.ndarray:
+        return random_permutation(row_count, seed, epoch)
 
 
 FULL_SHUFFLE = FullShuffle()
@@ -67,30 +73,32 @@ class BlockShuffle:
             raise ValueError(f"window_blocks must be 1 or more, got {self.window_blocks}")
 
     @property
-    def numbers_N(self) -> np.ndarray:
+    def block_index_N(self) -> np.ndarray:
         """Of each row its block, counted from 0 in the order of the rows."""
         return np.cumsum(np.diff(self.blocks_N, prepend=self.blocks_N[:1]) != 0)
 
-    def length(self, rows: int) -> int:
-        _refuse_other(rows, len(self.blocks_N))
-        return rows
+    def epoch_length(self, row_count: int) -> int:
+        _refuse_other_row_count(row_count, len(self.blocks_N))
+        return row_count
 
-    def places(self, rows: int, seed: int, epoch: int) -> np.ndarray:
-        numbers_N = self.numbers_N
+    def epoch_indices(self, row_count: int, seed: int, epoch: int) -> np.ndarray:
+        numbers_N = self.block_index_N
         blocks = int(numbers_N[-1]) + 1
         begins_N = np.empty(blocks, np.uint64)  # in blocks since the epoch's start
-        begins_N[shuffled(blocks, seed, epoch, BLOCKS)] = np.arange(blocks, dtype=np.uint64)
-        low_bits = place_bits(rows)
+        begins_N[random_permutation(blocks, seed, epoch, BLOCK_ORDER_STREAM)] = np.arange(
+            blocks, dtype=np.uint64
+        )
+        low_bits = index_bits(row_count)
         fraction_bits = 64 - low_bits - (blocks - 1).bit_length()
-        waits_N = _raw(rows, seed, epoch, SPREAD) >> np.uint64(64 - fraction_bits)
+        waits_N = _random_words(row_count, seed, epoch, ROW_SPREAD_STREAM) >> np.uint64(64 - fraction_bits)
         waits_N *= np.uint64(min(self.window_blocks, blocks))
         times_N = (begins_N << np.uint64(fraction_bits))[numbers_N] + waits_N
         times_N %= np.uint64(blocks << fraction_bits)
-        return in_order(times_N << np.uint64(low_bits))
+        return argsort_packed(times_N << np.uint64(low_bits))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Weighted:
+class WeightedSampling:
     """Rows drawn in proportion to their weights, so many an epoch; a row that weighs 0 never comes.
 
     With replacement, every draw is for itself. Without, no row comes twice an epoch: they are chosen as if one by
@@ -119,43 +127,43 @@ class Weighted:
                 f"{len(self.weights_N)} weigh more than 0; take fewer an epoch, or draw with replacement"
             )
 
-    def length(self, rows: int) -> int:
-        _refuse_other(rows, len(self.weights_N))
+    def epoch_length(self, row_count: int) -> int:
+        _refuse_other_row_count(row_count, len(self.weights_N))
         return self.clips_per_epoch
 
-    def places(self, rows: int, seed: int, epoch: int) -> np.ndarray:
+    def epoch_indices(self, row_count: int, seed: int, epoch: int) -> np.ndarray:
         weights_N = np.asarray(self.weights_N, np.float64)
         if self.replacement:
-            return drawn(weights_N, self.clips_per_epoch, seed, epoch)
-        chosen_N = raced(weights_N, self.clips_per_epoch, seed, epoch)
-        return chosen_N[shuffled(len(chosen_N), seed, epoch, AFTER_RACE)]
+            return draw_with_replacement(weights_N, self.clips_per_epoch, seed, epoch)
+        chosen_N = draw_without_replacement(weights_N, self.clips_per_epoch, seed, epoch)
+        return chosen_N[random_permutation(len(chosen_N), seed, epoch, CHOSEN_SHUFFLE_STREAM)]
 
 
-def shuffled(count: int, *stream: int) -> np.ndarray:
+def random_permutation(count: int, *stream: int) -> np.ndarray:
     """A permutation of 0..count-1."""
-    return in_order(_raw(count, *stream))
+    return argsort_packed(_random_words(count, *stream))
 
 
-def in_order(keys_N: np.ndarray) -> np.ndarray:
+def argsort_packed(keys_N: np.ndarray) -> np.ndarray:
     """The places of the keys, that of the smallest first; their lowest `place_bits` do not count.
 
     Sorts (key, place) pairs packed into one word, three times as fast as argsort, and without ties.
     """
-    bits = np.uint64(place_bits(len(keys_N)))
+    bits = np.uint64(index_bits(len(keys_N)))
     keys_N = keys_N >> bits << bits
     keys_N |= np.arange(len(keys_N), dtype=np.uint64)
     keys_N.sort()
     return (keys_N & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
 
 
-def drawn(weights_N: np.ndarray, clips: int, seed: int, epoch: int) -> np.ndarray:
+def draw_with_replacement(weights_N: np.ndarray, clips: int, seed: int, epoch: int) -> np.ndarray:
     """Places drawn with replacement: those of uniform draws among the cumulative weights.
 
     The draws are sorted first: looked up as they come, 2 M of them among 2 M weights take 3 s.
     """
-    bits = place_bits(clips)
-    draws_N = _raw(clips, seed, epoch, DRAWS) >> np.uint64(bits)
-    order_N = in_order(draws_N << np.uint64(bits))
+    bits = index_bits(clips)
+    draws_N = _random_words(clips, seed, epoch, WEIGHTED_DRAW_STREAM) >> np.uint64(bits)
+    order_N = argsort_packed(draws_N << np.uint64(bits))
     ends_N = np.cumsum(weights_N)  # one by one, and so to the last bit the same anywhere; np.sum is not
     levels_N = (ends_N / ends_N[-1] * 2.0 ** (64 - bits)).astype(np.uint64)
     times_N = np.diff(np.searchsorted(draws_N[order_N], levels_N), prepend=0)  # that each row is drawn
@@ -164,11 +172,11 @@ def drawn(weights_N: np.ndarray, clips: int, seed: int, epoch: int) -> np.ndarra
     return places_N
 
 
-def raced(weights_N: np.ndarray, clips: int, seed: int, epoch: int) -> np.ndarray:
+def draw_without_replacement(weights_N: np.ndarray, clips: int, seed: int, epoch: int) -> np.ndarray:
     """Places chosen without replacement, ascending: the first of exponential clocks that run at the weights' rates."""
     heavy_N = np.flatnonzero(weights_N)
     uniform_N = (
-        (_raw(len(weights_N), seed, epoch, RACE)[heavy_N] >> np.uint64(12)) + 0.5
+        (_random_words(len(weights_N), seed, epoch, EXPONENTIAL_CLOCK_STREAM)[heavy_N] >> np.uint64(12)) + 0.5
     ) * 2.0**-52  # in (0, 1)
     with np.errstate(over="ignore"):  # the lightest of all may finish at infinity
         finish_N = -natural_log(uniform_N) / weights_N[heavy_N]
@@ -189,23 +197,23 @@ def natural_log(values_N: np.ndarray) -> np.ndarray:
     return 2 * ratio_N * series_N + exponent_N * math.log(2)
 
 
-def place_bits(count: int) -> int:
+def index_bits(count: int) -> int:
     """Bits that hold any place of 0..count-1."""
     return max(1, (count - 1).bit_length())
 
 
-def _raw(count: int, *stream: int) -> np.ndarray:
+def _random_words(count: int, *stream: int) -> np.ndarray:
     """Random 64-bit words of the stream of that name."""
     return np.random.PCG64(list(stream)).random_raw(count)
 
 
-def _refuse_other(rows: int, known: int) -> None:
-    if rows != known:
-        raise ValueError(f"the sampling is one of {known} rows, the order has {rows}")
+def _refuse_other_row_count(row_count: int, expected_count: int) -> None:
+    if row_count != expected_count:
+        raise ValueError(f"the sampling is one of {expected_count} rows, the order has {row_count}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Order:
+class RowOrder:
     """Epochs of `rows_N` as `sampling` takes them, dealt to `world` ranks, `clips` rows to each a step.
 
     One step of all ranks takes `clips * world` places of the epoch, whoever they are dealt to: worlds with equal
@@ -233,38 +241,38 @@ class Order:
             )
 
     @property
-    def clips_of_all_ranks(self) -> int:
+    def clips_per_step(self) -> int:
         return self.clips * self.world
 
     @property
     def clips_per_epoch(self) -> int:
-        return self.sampling.length(len(self.rows_N))
+        return self.sampling.epoch_length(len(self.rows_N))
 
     @property
     def steps_per_epoch(self) -> int:
-        return self.clips_per_epoch // self.clips_of_all_ranks
+        return self.clips_per_epoch // self.clips_per_step
 
-    def rows(self, step: int) -> np.ndarray:
+    def rows_at_step(self, step: int) -> np.ndarray:
         """The rows of this rank at a step counted from the start of training, int64 `rows_B`."""
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
-        first = step_of_epoch * self.clips_of_all_ranks + self.rank * self.clips
-        places_N = _places(self.sampling, len(self.rows_N), self.seed, epoch)
+        first = step_of_epoch * self.clips_per_step + self.rank * self.clips
+        places_N = _cached_epoch_indices(self.sampling, len(self.rows_N), self.seed, epoch)
         return np.asarray(self.rows_N, np.int64)[places_N[first : first + self.clips]]
 
 
 # Four: training and validation, each with the epoch that the prefetch has begun; 16 MB at 2 M rows
 @lru_cache(maxsize=4)
-def _places(sampling: Sampling, rows: int, seed: int, epoch: int) -> np.ndarray:
-    places_N = sampling.places(rows, seed, epoch)
+def _cached_epoch_indices(sampling: Sampling, row_count: int, seed: int, epoch: int) -> np.ndarray:
+    places_N = sampling.epoch_indices(row_count, seed, epoch)
     places_N.flags.writeable = False  # the cache hands out the same array again
     return places_N
 
 
-BATCHES = 256  # looked at, evenly over an epoch
+MEASURED_BATCHES = 256  # looked at, evenly over an epoch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Mixing:
+class MixingQuality:
     """What batches of `clips` hold of how many blocks.
 
     Clips of one block may be alike: of one folder, one recorder, one day. Where the gradients of two such clips
@@ -272,64 +280,65 @@ class Mixing:
     `worth` is what is left of the batch if r is 1, so a bound on the harm.
     """
 
-    clips: int
+    batch_clips: int
     block_clips: int  # of the largest block
     window_blocks: int
     window_bytes: int  # that are read over and over while the window lasts, so should stay in memory
-    blocks: float  # distinct ones in a batch
-    pairs: float  # share of a batch's pairs of clips that come from one block
-    full_blocks: float  # the same of a full shuffle
-    full_pairs: float
+    blocks_per_batch: float  # distinct ones in a batch
+    same_block_pairs: float  # share of a batch's pairs of clips that come from one block
+    full_blocks_per_batch: float  # the same of a full shuffle
+    full_same_block_pairs: float
 
     @property
-    def worth(self) -> float:
+    def effective_clips(self) -> float:
         """Clips of unlike blocks that a batch is worth at least."""
-        return self.clips / (1 + (self.clips - 1) * self.pairs)
+        return self.batch_clips / (1 + (self.batch_clips - 1) * self.same_block_pairs)
 
     @property
-    def full_worth(self) -> float:
-        return self.clips / (1 + (self.clips - 1) * self.full_pairs)
+    def full_effective_clips(self) -> float:
+        return self.batch_clips / (1 + (self.batch_clips - 1) * self.full_same_block_pairs)
 
     def __str__(self) -> str:
         return (
             f"block shuffle: {self.window_blocks} blocks of up to {self.block_clips} clips at a time, "
-            f"{self.window_bytes / 1e6:,.0f} MB to keep in memory; a batch of {self.clips} draws on "
-            f"{self.blocks:.1f} blocks (full shuffle: {self.full_blocks:.1f}), {self.pairs:.2%} of its pairs share "
-            f"one ({self.full_pairs:.2%}): worth at least {self.worth:.0f} unlike clips ({self.full_worth:.0f})"
+            f"{self.window_bytes / 1e6:,.0f} MB to keep in memory; a batch of {self.batch_clips} draws on "
+            f"{self.blocks_per_batch:.1f} blocks (full shuffle: {self.full_blocks_per_batch:.1f}), {self.same_block_pairs:.2%} of its pairs share "
+            f"one ({self.full_same_block_pairs:.2%}): worth at least {self.effective_clips:.0f} unlike clips ({self.full_effective_clips:.0f})"
         )
 
 
-def mixing_of(sampling: BlockShuffle, clips: int, seed: int, *, clip_bytes: int) -> Mixing:
+def measure_mixing(sampling: BlockShuffle, batch_clips: int, seed: int, *, clip_bytes: int) -> MixingQuality:
     """Of batches of `clips` (of all ranks) from epoch 0: exact for those looked at, and for the full shuffle."""
-    numbers_N = sampling.numbers_N
+    numbers_N = sampling.block_index_N
     rows = len(numbers_N)
-    places_N = sampling.places(rows, seed, 0)
-    steps = rows // clips
-    looked_at = np.unique(np.linspace(0, steps - 1, min(steps, BATCHES)).astype(int))
+    places_N = sampling.epoch_indices(rows, seed, 0)
+    steps = rows // batch_clips
+    looked_at = np.unique(np.linspace(0, steps - 1, min(steps, MEASURED_BATCHES)).astype(int))
     counts = [
-        np.unique(numbers_N[places_N[s * clips : (s + 1) * clips]], return_counts=True)[1] for s in looked_at
+        np.unique(numbers_N[places_N[s * batch_clips : (s + 1) * batch_clips]], return_counts=True)[1]
+        for s in looked_at
     ]
     sizes_N = np.bincount(numbers_N)
     window_blocks = min(sampling.window_blocks, len(sizes_N))
-    return Mixing(
-        clips=clips,
+    return MixingQuality(
+        batch_clips=batch_clips,
         block_clips=int(sizes_N.max()),
         window_blocks=window_blocks,
         window_bytes=window_blocks * int(sizes_N.max()) * clip_bytes,
-        blocks=float(np.mean([len(count_N) for count_N in counts])),
-        pairs=float(np.mean([_pairs(count_N) for count_N in counts])),
-        full_blocks=_full_blocks(sizes_N, clips),
-        full_pairs=_pairs(sizes_N),
+        blocks_per_batch=float(np.mean([len(count_N) for count_N in counts])),
+        same_block_pairs=float(np.mean([_same_block_share(count_N) for count_N in counts])),
+        full_blocks_per_batch=_expected_distinct_blocks(sizes_N, batch_clips),
+        full_same_block_pairs=_same_block_share(sizes_N),
     )
 
 
-def _pairs(count_N: np.ndarray) -> float:
+def _same_block_share(count_N: np.ndarray) -> float:
     """Share of the pairs of clips that are of one block, of so many from each block."""
     clips = int(count_N.sum())
     return float((count_N * (count_N - 1)).sum() / max(clips * (clips - 1), 1))
 
 
-def _full_blocks(sizes_N: np.ndarray, clips: int) -> float:
+def _expected_distinct_blocks(sizes_N: np.ndarray, clips: int) -> float:
     """Expected distinct blocks of `clips` rows that are drawn without replacement from all."""
     sizes, times = np.unique(sizes_N, return_counts=True)
     left_N = sizes_N.sum() - np.arange(clips)  # rows left before each draw

@@ -22,44 +22,52 @@ from pathlib import Path
 import polars as pl
 
 from pipeline.errors import InputError, StoreError
-from pipeline.files import FULL, PARTIAL, abandoned, replacing, scratch_of
-from pipeline.object_store import fetch, fetch_into, reach, versions
-from pipeline.store.header import Layout
+from pipeline.files import (
+    DISK_FULL_ERRNOS,
+    PARTIAL_SUFFIX,
+    abandoned_scratch_paths,
+    replacing_file,
+    scratch_path,
+)
+from pipeline.object_store import check_reachable, download_into_file, download_object, object_versions
+from pipeline.store.header import ShardLayout
 from pipeline.store.manifest import RESULT_SCHEMA
-from pipeline.store.shards import Commit, commit_at, is_committed, ledger_path, shard_path
+from pipeline.store.shards import ShardCommit, file_matches_commit, ledger_path, read_commit_file, shard_path
 
-CONNECTIONS = 8  # shards of a batch fetched at a time
+SHARD_FETCH_THREADS = 8  # shards of a batch fetched at a time
 
 ROOM_POLL_SECONDS = 0.05
 
-GB = 10**9
+BYTES_PER_GB = 10**9
 
-SEEN = "seen.json"
+VERSIONS_FILE = "seen.json"
 
 
-def tables_of(url: str, cache: Path) -> Path:
+def fetch_store_tables(url: str, cache: Path) -> Path:
     """Bring what lies beside the shards of a store, where it is not here as it is there; returns the folder.
 
     InputError where the bucket does not answer, StoreError where nothing is there.
     """
     url = url.rstrip("/")
-    reach(url)
+    check_reachable(url)
     folder = cache / hashlib.sha256(url.encode()).hexdigest()[:12] / url.rpartition("/")[2]
-    there = {name: told for name, told in versions(url).items() if not name.endswith(".lock")}
-    there |= {f"mel/{name}": told for name, told in versions(f"{url}/mel").items() if name == "zarr.json"}
+    there = {name: told for name, told in object_versions(url).items() if not name.endswith(".lock")}
+    there |= {
+        f"mel/{name}": told for name, told in object_versions(f"{url}/mel").items() if name == "zarr.json"
+    }
     if "zarr.json" not in there:
         raise StoreError(f"{url}: not a feature store; make one with: ajepa-data build-audioset")
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.parent / "tables.lock"):
-        seen_path = folder / SEEN
+    with _exclusive_lock(folder.parent / "tables.lock"):
+        seen_path = folder / VERSIONS_FILE
         seen = json.loads(seen_path.read_text()) if seen_path.exists() else {}
         for name in seen.keys() - there.keys():
             (folder / name).unlink(missing_ok=True)
         for name, told in there.items():
             if seen.get(name) != told or not (folder / name).exists():
-                fetch(f"{url}/{name}", folder / name)
+                download_object(f"{url}/{name}", folder / name)
         if seen != there:
-            with replacing(seen_path) as scratch:
+            with replacing_file(seen_path) as scratch:
                 scratch.write_text(json.dumps(there))
     return folder
 
@@ -69,109 +77,113 @@ class ShardCache:
     """Shards of the store at `url` below `cache`, which keeps to `most_bytes`; `manifest` is the store's."""
 
     url: str
-    cache: Path
-    most_bytes: int
-    home: Path  # of this state of the store
-    layout: Layout
+    cache_folder: Path
+    max_bytes: int
+    snapshot_folder: Path  # of this state of the store
+    layout: ShardLayout
     manifest: pl.DataFrame
 
-    def path(self, shard: int) -> Path:
+    def local_path(self, shard: int) -> Path:
         """Where a shard lies here, fetched if need be; a path to nothing if it is not there either.
 
         Raises ValueError where it is damaged there, StoreError where none can be had: no answer, or no room.
         """
-        path = shard_path(self.home, shard)
-        if not _used(path):
+        path = shard_path(self.snapshot_folder, shard)
+        if not _touch_if_present(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(self.cache / f"{self.home.name}-{shard:06d}.lock"):
-                if not _used(path):
-                    self._fetch(shard, path)
+            with _exclusive_lock(self.cache_folder / f"{self.snapshot_folder.name}-{shard:06d}.lock"):
+                if not _touch_if_present(path):
+                    self._fetch_shard(shard, path)
         return path
 
-    def bring(self, shards: Iterable[int]) -> bool:
+    def fetch_missing_shards(self, shards: Iterable[int]) -> bool:
         """Fetch those that are not here, some at a time; whether there were any. What fails is told by `path`."""
-        missing = [shard for shard in shards if not _used(shard_path(self.home, shard))]
+        missing = [
+            shard for shard in shards if not _touch_if_present(shard_path(self.snapshot_folder, shard))
+        ]
         if missing:
-            with ThreadPoolExecutor(CONNECTIONS) as threads:
-                for done in [threads.submit(self.path, shard) for shard in missing]:
+            with ThreadPoolExecutor(SHARD_FETCH_THREADS) as threads:
+                for done in [threads.submit(self.local_path, shard) for shard in missing]:
                     done.exception()
         return bool(missing)
 
-    def _fetch(self, shard: int, path: Path) -> None:
+    def _fetch_shard(self, shard: int, path: Path) -> None:
         try:
-            commit, scratch = self._commit(shard), scratch_of(path)
+            commit, scratch = self._fetch_commit(shard), scratch_path(path)
             if commit.size_bytes:
-                with self._room(commit.size_bytes, scratch):
-                    self._download(commit, scratch)
+                with self._reserve_room(commit.size_bytes, scratch):
+                    self._download_shard(commit, scratch)
                     scratch.replace(path)
         except StoreError:
             raise
         except InputError as error:  # what the server says, as a fault of the store
             raise StoreError(str(error)) from None
 
-    def _download(self, commit: Commit, scratch: Path) -> None:
+    def _download_shard(self, commit: ShardCommit, scratch: Path) -> None:
         """Fill a file with the shard; ValueError where that is not the one that was committed."""
         with scratch.open("r+b") as file:
-            there = fetch_into(f"{self.url}/{shard_path(Path(), commit.shard)}", file)
+            there = download_into_file(f"{self.url}/{shard_path(Path(), commit.shard)}", file)
             file.flush()
             os.fsync(file.fileno())
-        if not there or not is_committed(scratch, commit):
+        if not there or not file_matches_commit(scratch, commit):
             why = "is not what its record tells" if there else "is gone from there"
-            raise ValueError(f"{why}; delete {self._record(commit.shard)} and build again")
+            raise ValueError(f"{why}; delete {self._record_url(commit.shard)} and build again")
 
-    def _record(self, shard: int) -> str:
+    def _record_url(self, shard: int) -> str:
         return f"{self.url}/{ledger_path(Path(), shard)}"
 
-    def _commit(self, shard: int) -> Commit:
+    def _fetch_commit(self, shard: int) -> ShardCommit:
         """The record of a shard; StoreError where it is not that of the manifest."""
-        record = ledger_path(self.home, shard)
-        if not record.exists() and not fetch(self._record(shard), record):
-            raise StoreError(f"{self._record(shard)}: not there; build again")
-        commit, results = commit_at(record)
-        rows = self.layout.rows(shard)
+        record = ledger_path(self.snapshot_folder, shard)
+        if not record.exists() and not download_object(self._record_url(shard), record):
+            raise StoreError(f"{self._record_url(shard)}: not there; build again")
+        commit, results = read_commit_file(record)
+        rows = self.layout.rows_of_shard(shard)
         if not results.equals(self.manifest[rows.start : rows.stop].select(*RESULT_SCHEMA)):
             record.unlink()
             raise StoreError(f"{self.url}: has been built anew since it was opened; start again")
         return commit
 
     @contextmanager
-    def _room(self, count: int, scratch: Path) -> Iterator[None]:
+    def _reserve_room(self, count: int, scratch: Path) -> Iterator[None]:
         """Hold `count` bytes of the cache as a scratch file, which goes if it is not moved; StoreError."""
-        if count > self.most_bytes:
-            told = f"holds {self.most_bytes:,} bytes at most, a shard has {count:,}; give a larger --cache-gb"
-            raise StoreError(f"{self.cache}: {told}")
+        if count > self.max_bytes:
+            told = f"holds {self.max_bytes:,} bytes at most, a shard has {count:,}; give a larger --cache-gb"
+            raise StoreError(f"{self.cache_folder}: {told}")
         try:
-            while not self._took(count, scratch):  # others are fetching; what they fetch can go in a moment
+            while not self._try_reserve_room(
+                count, scratch
+            ):  # others are fetching; what they fetch can go in a moment
                 time.sleep(ROOM_POLL_SECONDS)
             yield
         except OSError as error:
-            if error.errno not in FULL:
+            if error.errno not in DISK_FULL_ERRNOS:
                 raise
             raise StoreError(
-                f"{self.cache}: no space left; free some, or give a smaller --cache-gb"
+                f"{self.cache_folder}: no space left; free some, or give a smaller --cache-gb"
             ) from None
         finally:
             scratch.unlink(missing_ok=True)
 
-    def _took(self, count: int, scratch: Path) -> bool:
+    def _try_reserve_room(self, count: int, scratch: Path) -> bool:
         """Drop the shards used least lately until there is room, and take it; False where too little can go."""
-        with _locked(self.cache / "room.lock"):
+        with _exclusive_lock(self.cache_folder / "room.lock"):
             files = []
-            for path in self.cache.glob("*/*/mel/c/*/0/0*"):
-                for debris in abandoned(path.with_name("0")) if path.name != "0" else ():
+            for path in self.cache_folder.glob("*/*/mel/c/*/0/0*"):
+                for debris in abandoned_scratch_paths(path.with_name("0")) if path.name != "0" else ():
                     debris.unlink(missing_ok=True)
                 try:
                     status = path.stat()
                 except FileNotFoundError:
                     continue
-                files.append((path.name.endswith(PARTIAL), status.st_atime_ns, status.st_size, path))
+                files.append((path.name.endswith(PARTIAL_SUFFIX), status.st_atime_ns, status.st_size, path))
             held = sum(size for _, _, size, _ in files)
             for unfinished, _, size, path in sorted(files):
-                if held + count <= self.most_bytes or unfinished:
+                if held + count <= self.max_bytes or unfinished:
                     break
                 path.unlink(missing_ok=True)
                 held -= size
-            if held + count > self.most_bytes:
+            if held + count > self.max_bytes:
                 return False
             with scratch.open("wb") as file:
                 if count:
@@ -179,7 +191,7 @@ class ShardCache:
             return True
 
 
-def _used(path: Path) -> bool:
+def _touch_if_present(path: Path) -> bool:
     """Whether a file is there; if so, it has been used just now."""
     try:
         status = path.stat()
@@ -190,7 +202,7 @@ def _used(path: Path) -> bool:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _exclusive_lock(path: Path) -> Iterator[None]:
     """Wait for, then hold, an exclusive lock; the kernel frees it with its process."""
     with path.open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

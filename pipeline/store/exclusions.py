@@ -9,25 +9,25 @@ from typing import Any, Self
 import numpy as np
 import polars as pl
 
-from pipeline.errors import InputError, StoreError, first_line
+from pipeline.errors import InputError, StoreError, first_error_line
 from pipeline.store.tables import read_table
 
-EXCLUDED = "excluded.parquet"  # in a store; without a row where the lists have been taken back
+EXCLUSIONS_FILE = "excluded.parquet"  # in a store; without a row where the lists have been taken back
 
-EXCLUDED_SCHEMA: dict[str, pl.DataType] = {
+EXCLUSIONS_SCHEMA: dict[str, pl.DataType] = {
     "clip_id": pl.String(),
     "split": pl.String(),  # null: wherever the id stands
     "list": pl.String(),  # name of the file that said so
     "sha256": pl.String(),  # of that file
 }
 
-PARQUET = (".parquet", ".pq")
+EXCLUDE_PARQUET_SUFFIXES = (".parquet", ".pq")
 
-TABLES = (*PARQUET, ".csv")
+EXCLUDE_TABLE_SUFFIXES = (*EXCLUDE_PARQUET_SUFFIXES, ".csv")
 
-COMMENT = r"\s#.*$"
+COMMENT_PATTERN = r"\s#.*$"
 
-FAULTS = (OSError, ValueError, pl.exceptions.PolarsError)
+EXCLUDE_LIST_ERRORS = (OSError, ValueError, pl.exceptions.PolarsError)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -36,7 +36,7 @@ class ExcludeList:
 
     name: str
     sha256: str
-    asked: pl.DataFrame
+    requested_clips: pl.DataFrame
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -47,21 +47,25 @@ class ExcludeList:
         """
         try:
             content = path.read_bytes()
-            asked = _table(path, content) if path.suffix.lower() in TABLES else _lines(content)
-        except FAULTS as error:
+            asked = (
+                _parse_exclude_table(path, content)
+                if path.suffix.lower() in EXCLUDE_TABLE_SUFFIXES
+                else _parse_exclude_lines(content)
+            )
+        except EXCLUDE_LIST_ERRORS as error:
             raise InputError(
-                f"{path}: not a readable exclude list ({_why(error, path)}); "
+                f"{path}: not a readable exclude list ({_error_reason(error, path)}); "
                 "expected a text of one clip id a line, or CSV or Parquet with a column clip_id"
             ) from None
         if asked.is_empty():
             raise InputError(f"{path}: names no clip; to take back what is recorded, give --no-exclude")
-        return cls(name=path.name, sha256=hashlib.sha256(content).hexdigest(), asked=asked)
+        return cls(name=path.name, sha256=hashlib.sha256(content).hexdigest(), requested_clips=asked)
 
-    def found(self, manifest: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
+    def match_clips(self, manifest: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
         """What it names of a manifest's clips, in EXCLUDED_SCHEMA; and the ids that are not there."""
         known = manifest.select("clip_id", "split").unique()
-        whole = self.asked.join(known, on="clip_id", how="semi")
-        cut = self.asked.join(known, on="clip_id", how="anti").with_columns(clip_id="bare")
+        whole = self.requested_clips.join(known, on="clip_id", how="semi")
+        cut = self.requested_clips.join(known, on="clip_id", how="anti").with_columns(clip_id="bare")
         asked = (
             pl.concat([whole, cut]).unique(["clip_id", "split"], maintain_order=True).with_row_index("line")
         )
@@ -77,12 +81,12 @@ class ExcludeList:
         return told.sort("clip_id", "split"), unknown["clip_id"].to_list()
 
 
-def _why(error: Exception, path: Path) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or first_line(error, path)
+def _error_reason(error: Exception, path: Path) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or first_error_line(error, path)
 
 
-def _table(path: Path, content: bytes) -> pl.DataFrame:
-    if path.suffix.lower() in PARQUET:
+def _parse_exclude_table(path: Path, content: bytes) -> pl.DataFrame:
+    if path.suffix.lower() in EXCLUDE_PARQUET_SUFFIXES:
         frame = pl.read_parquet(BytesIO(content))
     else:
         frame = pl.read_csv(BytesIO(content), infer_schema=False).rename(str.strip)
@@ -93,10 +97,10 @@ def _table(path: Path, content: bytes) -> pl.DataFrame:
     return frame.select(clip_id, bare=clip_id, split=split.cast(pl.String)).drop_nulls("clip_id")
 
 
-def _lines(content: bytes) -> pl.DataFrame:
+def _parse_exclude_lines(content: bytes) -> pl.DataFrame:
     lines = pl.Series("clip_id", content.decode("utf-8-sig").splitlines(), dtype=pl.String).str.strip_chars()
     kept = lines.to_frame().filter((pl.col("clip_id") != "") & ~pl.col("clip_id").str.starts_with("#"))
-    bare = pl.col("clip_id").str.replace(COMMENT, "").str.strip_chars_end()
+    bare = pl.col("clip_id").str.replace(COMMENT_PATTERN, "").str.strip_chars_end()
     return kept.select("clip_id", bare=bare, split=pl.lit(None, dtype=pl.String))
 
 
@@ -108,35 +112,35 @@ class Exclusions:
     ledger alone, and a handful of clips moves no mean. So normalisation stays as it is when a list changes.
     """
 
-    frame: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=EXCLUDED_SCHEMA))
+    frame: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=EXCLUSIONS_SCHEMA))
 
     @classmethod
-    def recorded(cls, store: Path) -> Self:
+    def read_from_store(cls, store: Path) -> Self:
         """What a store says; StoreError where that is not as it was written."""
-        path = store / EXCLUDED
+        path = store / EXCLUSIONS_FILE
         if not path.exists():
             return cls()
         try:
             frame, metadata = read_table(path)
         except StoreError:
-            raise damaged(path) from None
+            raise damaged_exclusions_error(path) from None
         done = cls(frame=frame)
-        if dict(frame.schema) != EXCLUDED_SCHEMA or metadata != done.metadata:
-            raise damaged(path)
+        if dict(frame.schema) != EXCLUSIONS_SCHEMA or metadata != done.metadata:
+            raise damaged_exclusions_error(path)
         return done
 
     @property
     def metadata(self) -> dict[str, Any]:
         """What stands beside the table in the store."""
-        return {"digest": _digest(self.frame)}
+        return {"digest": _exclusions_digest(self.frame)}
 
     @property
     def digest(self) -> str | None:
         """12 hex digits of which clips are left out, whatever list says so; None where none is."""
         clips = self.frame.select("clip_id", "split").unique().sort("clip_id", "split")
-        return _digest(clips)[:12] if len(clips) else None
+        return _exclusions_digest(clips)[:12] if len(clips) else None
 
-    def marks_N(self, manifest: pl.DataFrame) -> np.ndarray:
+    def excluded_mask_N(self, manifest: pl.DataFrame) -> np.ndarray:
         """True at the rows of a manifest that are left out, good or not."""
         rows = manifest.select("clip_id", "split").with_row_index("row")
         somewhere = pl.col("split").is_null()
@@ -146,18 +150,18 @@ class Exclusions:
             marks_N[left_out["row"].to_numpy()] = True
         return marks_N
 
-    def by(self, clip: pl.DataFrame) -> list[str]:
+    def lists_excluding(self, clip: pl.DataFrame) -> list[str]:
         """The names of the lists that leave a clip out, a row of a manifest."""
         clip_id, split = clip.select("clip_id", "split").row(0)
         named = (pl.col("clip_id") == clip_id) & (pl.col("split").is_null() | (pl.col("split") == split))
         return self.frame.filter(named)["list"].unique().sort().to_list()
 
-    def lists(self) -> list[tuple[str, str, int]]:
+    def summarise_lists(self) -> list[tuple[str, str, int]]:
         """Name, sha256 and number of clips of every list."""
         return self.frame.group_by("list", "sha256").len().sort("list", "sha256").rows()
 
 
-def damaged(path: Path) -> StoreError:
+def damaged_exclusions_error(path: Path) -> StoreError:
     """The error of a table of exclusions that cannot be read, or is not as written."""
     return StoreError(
         f"{path}: not as written; record the lists again with: ajepa-data audit-labels {path.parent} "
@@ -165,7 +169,7 @@ def damaged(path: Path) -> StoreError:
     )
 
 
-def _digest(frame: pl.DataFrame) -> str:
+def _exclusions_digest(frame: pl.DataFrame) -> str:
     """Of texts and nulls, row by row; no text holds the two characters."""
     lines = frame.select(
         pl.concat_str([pl.col(name).fill_null("\x02") for name in frame.columns], separator="\x01")

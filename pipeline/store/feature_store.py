@@ -28,15 +28,15 @@ import numpy as np
 import polars as pl
 
 from pipeline.audio.mel_spec import MelSpec
-from pipeline.errors import BrokenClip, RunError, StoreError
-from pipeline.files import CACHE_GB
-from pipeline.object_store import is_remote
-from pipeline.store.cache import GB, ShardCache, tables_of
+from pipeline.errors import BrokenClipError, RunError, StoreError
+from pipeline.files import DEFAULT_CACHE_GB
+from pipeline.object_store import is_remote_url
+from pipeline.store.cache import BYTES_PER_GB, ShardCache, fetch_store_tables
 from pipeline.store.exclusions import Exclusions
-from pipeline.store.header import Header
-from pipeline.store.manifest import check_schema
-from pipeline.store.reader import Check, Io, Reader, ShardReader
-from pipeline.store.shards import check_array, shard_path
+from pipeline.store.header import StoreHeader
+from pipeline.store.manifest import check_manifest_schema
+from pipeline.store.reader import ChecksumMode, ReadMethod, RowReader, ShardReader
+from pipeline.store.shards import check_mel_array, shard_path
 from pipeline.store.tables import read_table
 
 
@@ -50,88 +50,92 @@ class FeatureStore:
     def __init__(
         self,
         path: Path,
-        header: Header,
+        header: StoreHeader,
         manifest: pl.DataFrame,
         store_id: str,
         *,
-        io: Io = "pread",
-        check: Check = "first-epoch",
+        io: ReadMethod = "pread",
+        check: ChecksumMode = "first-epoch",
         cache: ShardCache | None = None,
-        reader: Reader | None = None,
+        reader: RowReader | None = None,
     ) -> None:
         self.path, self.header, self.manifest, self.store_id = path, header, manifest, store_id
-        self.place = str(path) if cache is None else cache.url
+        self.location = str(path) if cache is None else cache.url
         self.spec, self.classes = header.spec, header.classes
         self.scale, self.offset = header.scale, header.offset
         self.frames, self.bands = header.layout.frames, header.layout.bands
         self.dtype = np.dtype(header.layout.dtype)
         self.n_frames_N = manifest["n_frames"].to_numpy()
-        self._cache, self._io, self._check, self._given = cache, io, check, reader
-        self._checked, self._local = bytearray(header.layout.clips), threading.local()
-        self._own_reader()  # refuses an `io` or a `check` that there is not
+        self._cache, self._io, self._check, self._custom_reader = cache, io, check, reader
+        self._checked_rows, self._thread_local = bytearray(header.layout.clips), threading.local()
+        self._own_shard_reader()  # refuses an `io` or a `check` that there is not
 
     @classmethod
     def open(
         cls,
-        place: Path | str,
+        location: Path | str,
         expect: MelSpec | None = None,
         *,
-        io: Io = "pread",
-        check: Check = "first-epoch",
+        io: ReadMethod = "pread",
+        check: ChecksumMode = "first-epoch",
         cache: Path | str | None = None,
-        cache_gb: float = CACHE_GB,
+        cache_gb: float = DEFAULT_CACHE_GB,
     ) -> Self:
         """Open a finished store; raises StoreError where it is none, unfinished, or of another spec than `expect`.
 
         `io` and `check` as `ShardReader` has them. Of a store at a URL the shards last read lie in the folder
         `cache`, up to `cache_gb` of them (10^9 bytes); other processes may use the same one.
         """
-        if is_remote(place) and cache is None:
+        if is_remote_url(location) and cache is None:
             raise StoreError(
-                f"{place}: lies on an object store; give --cache DIR, a folder for its last shards"
+                f"{location}: lies on an object store; give --cache DIR, a folder for its last shards"
             )
-        path = tables_of(str(place), Path(cache)) if is_remote(place) and cache is not None else Path(place)
-        header = Header.read(path)
+        path = (
+            fetch_store_tables(str(location), Path(cache))
+            if is_remote_url(location) and cache is not None
+            else Path(location)
+        )
+        header = StoreHeader.read(path)
         if expect is not None and expect.spec_id != header.spec.spec_id:
             raise StoreError(
-                f"{place} holds {header.spec}, expected {expect}; build a store with --spec {expect.name}"
+                f"{location} holds {header.spec}, expected {expect}; build a store with --spec {expect.name}"
             )
-        check_array(path, header.layout)
+        check_mel_array(path, header.layout)
         manifest, metadata = read_table(path / "manifest.parquet")
         if "store_id" not in metadata:
             raise StoreError(
-                f"{place}: its build has not finished; run the same ajepa-data build command again"
+                f"{location}: its build has not finished; run the same ajepa-data build command again"
             )
-        manifest, shards = check_schema(manifest, path / "manifest.parquet"), None
-        if is_remote(place) and cache is not None:
+        manifest, shards = check_manifest_schema(manifest, path / "manifest.parquet"), None
+        if is_remote_url(location) and cache is not None:
             shards = ShardCache(
-                url=str(place).rstrip("/"),
-                cache=Path(cache),
-                most_bytes=int(cache_gb * GB),
-                home=path.parent / metadata["store_id"],
+                url=str(location).rstrip("/"),
+                cache_folder=Path(cache),
+                max_bytes=int(cache_gb * BYTES_PER_GB),
+                snapshot_folder=path.parent / metadata["store_id"],
                 layout=header.layout,
                 manifest=manifest,
             )
         return cls(path, header, manifest, metadata["store_id"], io=io, check=check, cache=shards)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self._given is not None:
-            whole = partial(FeatureStore, reader=self._given)
+        if self._custom_reader is not None:
+            whole = partial(FeatureStore, reader=self._custom_reader)
             return whole, (self.path, self.header, self.manifest, self.store_id)
         how: dict[str, Any] = {"io": self._io, "check": self._check}
         if self._cache is not None:
-            how |= {"cache": self._cache.cache, "cache_gb": self._cache.most_bytes / GB}
-        return partial(FeatureStore.open, **how), (self.place if self._cache else self.path,)
+            how |= {"cache": self._cache.cache_folder, "cache_gb": self._cache.max_bytes / BYTES_PER_GB}
+        return partial(FeatureStore.open, **how), (self.location if self._cache else self.path,)
 
-    def refuse_other_front_end(self, wanted: MelSpec, who: str) -> None:
+    def refuse_other_front_end(self, required_spec: MelSpec, required_by: str) -> None:
         """RunError where values mean something else than in `wanted`, which `who` was made for."""
-        if self.spec.same_front_end(wanted):
+        if self.spec.same_front_end(required_spec):
             return
         held, asked = (
-            f"{spec.name} ({spec.mel_bands} bands, {spec.spec_id})" for spec in (self.spec, wanted)
+            f"{spec.name} ({spec.mel_bands} bands, {spec.spec_id})" for spec in (self.spec, required_spec)
         )
-        told = f"holds mel spec {held}, {who} {asked}"
-        raise RunError(f"{self.place}: {told}; build a store with --spec {wanted.name}")
+        told = f"holds mel spec {held}, {required_by} {asked}"
+        raise RunError(f"{self.location}: {told}; build a store with --spec {required_spec.name}")
 
     @property
     def spec_id(self) -> str:
@@ -145,39 +149,41 @@ class FeatureStore:
     def mean_and_std(self, splits: Sequence[str]) -> tuple[float, float]:
         """Of log-mel over the valid frames of good clips of some splits; StoreError: none, or all one value."""
         parts = [self.stats[split] for split in splits if split in self.stats]
-        return pooled(parts, self.place, splits)
+        return pool_mean_and_std(parts, self.location, splits)
 
     def band_mean_and_std(self, splits: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The same of each band by itself, float64 `F`; the std is at least a hundredth of the mean one."""
-        return pooled_bands([self.stats[split] for split in splits if split in self.stats])
+        return pool_band_mean_and_std([self.stats[split] for split in splits if split in self.stats])
 
     def good_rows(self, splits: Sequence[str] | None = None) -> np.ndarray:
         """Ascending rows (int64) of good, not excluded clips of the given splits or all; StoreError on unknown ones."""
         known = set(self.manifest["split"].unique())
         if splits is not None and set(splits) - known:
-            raise StoreError(f"{self.place}: no split {sorted(set(splits) - known)}; it has {sorted(known)}")
-        wanted = (pl.col("status") == "good") & ~pl.Series(self.excluded.marks_N(self.manifest))
+            raise StoreError(
+                f"{self.location}: no split {sorted(set(splits) - known)}; it has {sorted(known)}"
+            )
+        wanted = (pl.col("status") == "good") & ~pl.Series(self.exclusions.excluded_mask_N(self.manifest))
         if splits is not None:
             wanted &= pl.col("split").is_in(list(splits))
         return self.manifest.select(wanted).to_series().arg_true().to_numpy().astype(np.int64)
 
-    def shards_of(self, rows_N: np.ndarray) -> np.ndarray:
+    def shard_numbers(self, rows_N: np.ndarray) -> np.ndarray:
         """The shard that each row lies in."""
         return rows_N // self.header.layout.shard_clips
 
     @cached_property
-    def excluded(self) -> Exclusions:
+    def exclusions(self) -> Exclusions:
         """What exclude lists are recorded; StoreError where they are damaged."""
-        return Exclusions.recorded(self.path)
+        return Exclusions.read_from_store(self.path)
 
     @cached_property
-    def _labels(self) -> pl.DataFrame:
+    def _label_table(self) -> pl.DataFrame:
         return read_table(self.path / "labels.parquet")[0]
 
     @property
     def label_sets(self) -> tuple[str, ...]:
         """`raw` and the rules by which labels have been propagated."""
-        return tuple(name for name in self._labels.columns if name != "outside")
+        return tuple(name for name in self._label_table.columns if name != "outside")
 
     def labels_BC(self, rows_B: np.ndarray, label_set: str = "raw") -> np.ndarray:
         """1 where a row has a class, else 0, float32; raises StoreError where the label set is not there."""
@@ -191,11 +197,13 @@ class FeatureStore:
         """The classes of all rows, row after row, and where each row's begin, with the end of the last; StoreError."""
         if label_set not in self.label_sets:
             have = ", ".join(self.label_sets)
-            hint = f"ajepa-data propagate-labels {self.place} --rule {label_set}"
-            raise StoreError(f"{self.place}: no label set {label_set!r}, it has {have}; add it with: {hint}")
+            hint = f"ajepa-data propagate-labels {self.location} --rule {label_set}"
+            raise StoreError(
+                f"{self.location}: no label set {label_set!r}, it has {have}; add it with: {hint}"
+            )
         flat = self.__dict__.setdefault("_flat", {})
         if label_set not in flat:
-            lists = self._labels[label_set]
+            lists = self._label_table[label_set]
             offsets_N = np.concatenate([[0], np.cumsum(lists.list.len().to_numpy(), dtype=np.int64)])
             flat[label_set] = lists.explode(empty_as_null=False).to_numpy(), offsets_N
         return flat[label_set]
@@ -219,67 +227,71 @@ class FeatureStore:
         if len(rows_B) and (starts_B.min() < 0 or starts_B.max() + frames > self.frames):
             raise ValueError(f"crops of {frames} frames from {starts_B} leave the stored 0..{self.frames}")
         mel_BTF = np.empty((len(rows_B), frames, self.bands), self.dtype) if out is None else out
-        if self._cache and self._cache.bring(np.unique(rows_B // self.header.layout.shard_clips).tolist()):
-            self._own_reader().forget()
+        if self._cache and self._cache.fetch_missing_shards(
+            np.unique(rows_B // self.header.layout.shard_clips).tolist()
+        ):
+            self._own_shard_reader().close_missing_files()
         try:
-            self._reader().read(rows_B, starts_B, mel_BTF)
-        except BrokenClip as broken:
-            raise self._told(broken) from None
+            self._active_reader().read(rows_B, starts_B, mel_BTF)
+        except BrokenClipError as broken:
+            raise self._explain_broken_clip(broken) from None
         return mel_BTF
 
-    def shard_path(self, shard: int) -> Path:
+    def local_shard_path(self, shard: int) -> Path:
         """Where a shard lies on this machine, fetched if need be; a path to nothing where no clip of it is good."""
         try:
-            return self._cache.path(shard) if self._cache else shard_path(self.path, shard)
+            return self._cache.local_path(shard) if self._cache else shard_path(self.path, shard)
         except ValueError as error:
-            raise StoreError(f"{self.place}: shard {shard} {error}") from None
+            raise StoreError(f"{self.location}: shard {shard} {error}") from None
 
-    def _told(self, broken: BrokenClip) -> StoreError:
+    def _explain_broken_clip(self, broken: BrokenClipError) -> StoreError:
         """What a user is told of a row that could not be read."""
         row, shard = broken.row, broken.row // self.header.layout.shard_clips
         clip_id, status, reason = self.manifest.select("clip_id", "status", "reason").row(row)
         if status != "good":
             why = f"is not good: {reason}; draw rows from good_rows()"
-            return StoreError(f"{self.place}: row {row} (clip {clip_id}) {why}")
-        mends = f"run: ajepa-data verify {self.place} --repair"
-        if self._given is not None:
-            mends = f"its sound is not what it was; see: ajepa-data verify {self.place} --against-audio"
+            return StoreError(f"{self.location}: row {row} (clip {clip_id}) {why}")
+        mends = f"run: ajepa-data verify {self.location} --repair"
+        if self._custom_reader is not None:
+            mends = f"its sound is not what it was; see: ajepa-data verify {self.location} --against-audio"
         if self._cache is not None:
-            mends = f"where the copy is at fault, delete {self._cache.home}: it is fetched again"
+            mends = f"where the copy is at fault, delete {self._cache.snapshot_folder}: it is fetched again"
         what = f"row {row} (clip {clip_id}, shard {shard}) cannot be read"
-        return BrokenClip(row, f"{self.place}: {what}: {broken}; {mends}")
+        return BrokenClipError(row, f"{self.location}: {what}: {broken}; {mends}")
 
-    def _reader(self) -> Reader:
-        return self._own_reader() if self._given is None else self._given
+    def _active_reader(self) -> RowReader:
+        return self._own_shard_reader() if self._custom_reader is None else self._custom_reader
 
-    def _own_reader(self) -> ShardReader:
-        if not hasattr(self._local, "reader"):
-            locate = self._cache.path if self._cache else partial(shard_path, self.path)
-            self._local.reader = ShardReader(
-                locate, self.header.layout, io=self._io, check=self._check, checked=self._checked
+    def _own_shard_reader(self) -> ShardReader:
+        if not hasattr(self._thread_local, "reader"):
+            locate = self._cache.local_path if self._cache else partial(shard_path, self.path)
+            self._thread_local.reader = ShardReader(
+                locate, self.header.layout, io=self._io, check=self._check, checked_rows=self._checked_rows
             )
-        return self._local.reader
+        return self._thread_local.reader
 
 
-def pooled(parts: Sequence[Mapping[str, Any]], place: str, splits: Sequence[str]) -> tuple[float, float]:
+def pool_mean_and_std(
+    split_stats: Sequence[Mapping[str, Any]], location: str, splits: Sequence[str]
+) -> tuple[float, float]:
     """Mean and std of all frames of parts of `stats`; StoreError where there are none, or nothing to divide by."""
-    frames = sum(part["frames"] for part in parts)
+    frames = sum(part["frames"] for part in split_stats)
     if not frames:
-        raise StoreError(f"{place}: no good clip in {', '.join(splits)}; see: ajepa-data report")
-    mean = sum(part["frames"] * part["mean"] for part in parts) / frames
-    square = sum(part["frames"] * (part["std"] ** 2 + part["mean"] ** 2) for part in parts) / frames
+        raise StoreError(f"{location}: no good clip in {', '.join(splits)}; see: ajepa-data report")
+    mean = sum(part["frames"] * part["mean"] for part in split_stats) / frames
+    square = sum(part["frames"] * (part["std"] ** 2 + part["mean"] ** 2) for part in split_stats) / frames
     variance = square - mean**2  # to the last bit as ever: a run compares it when it is carried on
     if variance <= 1e-9 * square:  # what rounding leaves of none
         told = f"every value of the good clips in {', '.join(splits)} is {mean:g}, nothing to learn from"
-        raise StoreError(f"{place}: {told}; build it from sounds that are not silent")
+        raise StoreError(f"{location}: {told}; build it from sounds that are not silent")
     return mean, math.sqrt(variance)
 
 
-def pooled_bands(parts: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+def pool_band_mean_and_std(split_stats: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
     """`pooled`, of each band by itself; where a band is one value its std is a hundredth of the mean one."""
-    frames_S = np.array([part["frames"] for part in parts], np.float64)
+    frames_S = np.array([part["frames"] for part in split_stats], np.float64)
     share_S1 = (frames_S / frames_S.sum())[:, None]
-    mean_SF, std_SF = (np.array([part[name] for part in parts]) for name in ("mean_F", "std_F"))
+    mean_SF, std_SF = (np.array([part[name] for part in split_stats]) for name in ("mean_F", "std_F"))
     mean_F = (share_S1 * mean_SF).sum(0)
     std_F = np.sqrt((share_S1 * (std_SF**2 + (mean_SF - mean_F) ** 2)).sum(0))
     return mean_F, np.maximum(std_F, 0.01 * std_F.mean())

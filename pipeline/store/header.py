@@ -13,11 +13,11 @@ from pipeline.audio.mel_spec import MelSpec
 from pipeline.errors import StoreError
 from pipeline.labels.ontology import ClassList
 
-DTYPES = ("float16", "uint8")
+STORED_DTYPES = ("float16", "uint8")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Layout:
+class ShardLayout:
     """The array `mel`: clips x frames x bands, one chunk a clip, `shard_clips` chunks a shard."""
 
     clips: int
@@ -27,11 +27,11 @@ class Layout:
     shard_clips: int
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype}")
+        if self.dtype not in STORED_DTYPES:
+            raise ValueError(f"dtype must be one of {STORED_DTYPES}, got {self.dtype}")
 
     @property
-    def fill(self) -> float | int:
+    def fill_value(self) -> float | int:
         """What an absent clip reads as in zarr-python; no clip that is there holds it throughout."""
         return 0 if self.dtype == "uint8" else math.nan
 
@@ -40,23 +40,23 @@ class Layout:
         return self.frames * self.bands * np.dtype(self.dtype).itemsize
 
     @property
-    def shards(self) -> int:
+    def shard_count(self) -> int:
         return -(-self.clips // self.shard_clips)
 
-    def rows(self, shard: int) -> range:
+    def rows_of_shard(self, shard: int) -> range:
         """The rows of `mel` that a shard holds."""
         return range(shard * self.shard_clips, min((shard + 1) * self.shard_clips, self.clips))
 
 
-FORMAT = 1
+STORE_FORMAT = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Header:
+class StoreHeader:
     """What a store is: everything that is known before the first clip is decoded."""
 
     spec: MelSpec
-    layout: Layout
+    layout: ShardLayout
     plan_id: str
     scale: float  # log-mel = offset + scale * stored
     offset: float
@@ -65,12 +65,12 @@ class Header:
     labels_digest: str  # of `raw` and `outside` in labels.parquet
 
     def to_json(self) -> dict[str, object]:
-        values = self._values()
-        return values | {"digest": _digest_of_json(values)}
+        values = self._json_values()
+        return values | {"digest": _json_digest(values)}
 
-    def _values(self) -> dict[str, object]:
+    def _json_values(self) -> dict[str, object]:
         return {
-            "format": FORMAT,
+            "format": STORE_FORMAT,
             "spec": self.spec.to_json(),
             "spec_id": self.spec.spec_id,
             "plan_id": self.plan_id,
@@ -94,19 +94,19 @@ class Header:
             raise StoreError(
                 f"{store}: not a feature store; make one with: ajepa-data build-audioset"
             ) from None
-        if known != FORMAT:
-            raise StoreError(f"{store}: has store format {known}, this version reads format {FORMAT}")
-        if digest != _digest_of_json(header):
+        if known != STORE_FORMAT:
+            raise StoreError(f"{store}: has store format {known}, this version reads format {STORE_FORMAT}")
+        if digest != _json_digest(header):
             raise StoreError(
                 f"{path}: does not match its digest; run the build command again: it writes it anew"
             )
-        return cls._of(header)
+        return cls._from_json(header)
 
     @classmethod
-    def _of(cls, header: dict[str, Any]) -> Self:
+    def _from_json(cls, header: dict[str, Any]) -> Self:
         return cls(
             spec=MelSpec.from_json(header["spec"]),
-            layout=Layout(**header["layout"]),
+            layout=ShardLayout(**header["layout"]),
             plan_id=header["plan_id"],
             scale=header["scale"],
             offset=header["offset"],
@@ -116,5 +116,5 @@ class Header:
         )
 
 
-def _digest_of_json(values: dict[str, Any]) -> str:
+def _json_digest(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]

@@ -9,9 +9,9 @@ import numpy as np
 import polars as pl
 
 from pipeline.audio.mel_spec import MelSpec
-from pipeline.errors import BrokenClip, StoreError
+from pipeline.errors import BrokenClipError, StoreError
 from pipeline.labels.ontology import ClassList
-from pipeline.store.feature_store import FeatureStore, pooled, pooled_bands
+from pipeline.store.feature_store import FeatureStore, pool_band_mean_and_std, pool_mean_and_std
 
 
 class AnyStore(Protocol):
@@ -28,7 +28,7 @@ class AnyStore(Protocol):
     store_id: str
 
     @property
-    def place(self) -> str: ...
+    def location(self) -> str: ...
     @property
     def manifest(self) -> pl.DataFrame: ...
     @property
@@ -38,7 +38,7 @@ class AnyStore(Protocol):
     def mean_and_std(self, splits: Sequence[str]) -> tuple[float, float]: ...
     def band_mean_and_std(self, splits: Sequence[str]) -> tuple[np.ndarray, np.ndarray]: ...
     def good_rows(self, splits: Sequence[str] | None = None) -> np.ndarray: ...
-    def shards_of(self, rows_N: np.ndarray) -> np.ndarray: ...
+    def shard_numbers(self, rows_N: np.ndarray) -> np.ndarray: ...
     def flat_labels(self, label_set: str = "raw") -> tuple[np.ndarray, np.ndarray]: ...
     def labels_BC(self, rows_B: np.ndarray, label_set: str = "raw") -> np.ndarray: ...
     def read(
@@ -59,17 +59,17 @@ class JoinedStore:
 
     def __init__(self, stores: Sequence[FeatureStore]) -> None:
         for store in stores[1:]:
-            refuse_difference(stores[0], store)
+            refuse_different_stores(stores[0], store)
         for place, store in enumerate(stores):
             for other in stores[:place]:
                 if other.store_id == store.store_id:
-                    raise StoreError(f"{store.place}: is the same store as {other.place}; give it once")
+                    raise StoreError(f"{store.location}: is the same store as {other.location}; give it once")
         one = stores[0]
         self.stores = tuple(stores)
         self.spec, self.classes, self.dtype = one.spec, one.classes, one.dtype
         self.scale, self.offset, self.frames, self.bands = one.scale, one.offset, one.frames, one.bands
         self.n_frames_N = np.concatenate([store.n_frames_N for store in stores])
-        self.firsts_N = np.cumsum(
+        self.first_rows_N = np.cumsum(
             [0, *(len(store.n_frames_N) for store in stores)]
         )  # and the end of the last
         ids = " ".join(["joined", *(store.store_id for store in stores)])
@@ -93,11 +93,11 @@ class JoinedStore:
     def mean_and_std(self, splits: Sequence[str]) -> tuple[float, float]:
         """Of log-mel over the valid frames of good clips of some splits, all stores pooled; StoreError as of one."""
         parts = [store.stats[split] for store in self.stores for split in splits if split in store.stats]
-        return pooled(parts, self.place, splits)
+        return pool_mean_and_std(parts, self.location, splits)
 
     def band_mean_and_std(self, splits: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The same of each band by itself, float64 `F`."""
-        return pooled_bands(
+        return pool_band_mean_and_std(
             [store.stats[split] for store in self.stores for split in splits if split in store.stats]
         )
 
@@ -110,32 +110,32 @@ class JoinedStore:
         known = set().union(*splits_of)
         if splits is not None and set(splits) - known:
             raise StoreError(
-                f"{self.place}: no split {sorted(set(splits) - known)}; they have {sorted(known)}"
+                f"{self.location}: no split {sorted(set(splits) - known)}; they have {sorted(known)}"
             )
         rows = []
-        for first, store, own in zip(self.firsts_N, self.stores, splits_of, strict=False):
+        for first, store, own in zip(self.first_rows_N, self.stores, splits_of, strict=False):
             rows.append(first + store.good_rows(None if splits is None else sorted(own.intersection(splits))))
         return np.concatenate(rows)
 
-    def store_of(self, rows_N: np.ndarray) -> np.ndarray:
+    def store_numbers(self, rows_N: np.ndarray) -> np.ndarray:
         """Which store each row is of, by its number."""
-        return np.searchsorted(self.firsts_N[1:], rows_N, side="right")
+        return np.searchsorted(self.first_rows_N[1:], rows_N, side="right")
 
-    def rows_of_each(self, rows_N: np.ndarray) -> list[int]:
+    def rows_per_store(self, rows_N: np.ndarray) -> list[int]:
         """How many of these rows each store has."""
-        return np.bincount(self.store_of(rows_N), minlength=len(self.stores)).tolist()
+        return np.bincount(self.store_numbers(rows_N), minlength=len(self.stores)).tolist()
 
     def row_weights(self, rows_N: np.ndarray, weights: Sequence[float]) -> np.ndarray:
         """A weight for each of these rows, so that those of each store weigh together what is given for it."""
-        rows_of_each = np.maximum(self.rows_of_each(rows_N), 1)
-        return (np.asarray(weights, np.float64) / rows_of_each)[self.store_of(rows_N)]
+        rows_of_each = np.maximum(self.rows_per_store(rows_N), 1)
+        return (np.asarray(weights, np.float64) / rows_of_each)[self.store_numbers(rows_N)]
 
-    def shards_of(self, rows_N: np.ndarray) -> np.ndarray:
+    def shard_numbers(self, rows_N: np.ndarray) -> np.ndarray:
         """The shard that each row lies in, counted through all stores."""
-        counts = [store.header.layout.shards for store in self.stores]
+        counts = [store.header.layout.shard_count for store in self.stores]
         shards_N = np.empty(len(rows_N), np.int64)
-        for number, mine_N, own_N in self._by_store(rows_N):
-            shards_N[mine_N] = sum(counts[:number]) + self.stores[number].shards_of(own_N)
+        for number, mine_N, own_N in self._split_by_store(rows_N):
+            shards_N[mine_N] = sum(counts[:number]) + self.stores[number].shard_numbers(own_N)
         return shards_N
 
     def flat_labels(self, label_set: str = "raw") -> tuple[np.ndarray, np.ndarray]:
@@ -148,7 +148,9 @@ class JoinedStore:
     def labels_BC(self, rows_B: np.ndarray, label_set: str = "raw") -> np.ndarray:
         """1 where a row has a class, else 0, float32; raises StoreError where a store lacks the label set."""
         labels_BC = np.zeros((len(rows_B), len(self.classes)), np.float32)
-        for number, mine_B, own_B in self._by_store(rows_B):  # all of them, for any may lack the label set
+        for number, mine_B, own_B in self._split_by_store(
+            rows_B
+        ):  # all of them, for any may lack the label set
             labels_BC[mine_B] = self.stores[number].labels_BC(own_B, label_set)
         return labels_BC
 
@@ -164,50 +166,52 @@ class JoinedStore:
         frames = self.frames if frames is None else frames
         starts_B = np.zeros(len(rows_B), np.int64) if starts_B is None else starts_B
         mel_BTF = np.empty((len(rows_B), frames, self.bands), self.dtype) if out is None else out
-        for number, mine_B, own_B in self._by_store(rows_B):  # at once all of a store: its disk is quicker so
+        for number, mine_B, own_B in self._split_by_store(
+            rows_B
+        ):  # at once all of a store: its disk is quicker so
             place_BTF = mel_BTF if len(mine_B) == len(rows_B) else None
             try:
                 read = self.stores[number].read
                 part_BTF = read(own_B, out=place_BTF, starts_B=starts_B[mine_B], frames=frames)
-            except BrokenClip as broken:
-                raise BrokenClip(int(self.firsts_N[number]) + broken.row, str(broken)) from None
+            except BrokenClipError as broken:
+                raise BrokenClipError(int(self.first_rows_N[number]) + broken.row, str(broken)) from None
             if place_BTF is None:
                 mel_BTF[mine_B] = part_BTF
         return mel_BTF
 
-    def _by_store(self, rows_N: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    def _split_by_store(self, rows_N: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Of each store its number, which of the rows are its own, and what it calls them itself."""
-        store_N = self.store_of(rows_N)
+        store_N = self.store_numbers(rows_N)
         for number in range(len(self.stores)):
             mine_N = np.flatnonzero(store_N == number)
-            yield number, mine_N, rows_N[mine_N] - self.firsts_N[number]
+            yield number, mine_N, rows_N[mine_N] - self.first_rows_N[number]
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """Where the stores lie, for people."""
-        return " + ".join(store.place for store in self.stores)
+        return " + ".join(store.location for store in self.stores)
 
 
-def refuse_difference(one: FeatureStore, other: FeatureStore) -> None:
+def refuse_different_stores(one: FeatureStore, other: FeatureStore) -> None:
     """StoreError where a stored number or a class index means one thing here and another there, both told."""
     facts = {
         "mel spec": [f"{s.spec.name} ({s.frames} x {s.bands}, {s.spec_id})" for s in (one, other)],
         "dtype": [str(s.dtype) for s in (one, other)],
         "scale and offset": [f"{s.scale:g} and {s.offset:g}" for s in (one, other)],
         "class list": [
-            class_list_told(s.classes.mids, o.classes.mids) for s, o in ((one, other), (other, one))
+            describe_class_list(s.classes.mids, o.classes.mids) for s, o in ((one, other), (other, one))
         ],
     }
     for what, (here, there) in facts.items():
         if here != there:
             raise StoreError(
-                f"{other.place}: has {what} {there}, but {one.place} has {here}; only stores of one kind are "
+                f"{other.location}: has {what} {there}, but {one.location} has {here}; only stores of one kind are "
                 "trained on together: build one of them again"
             )
 
 
-def class_list_told(mids: Sequence[str], others: Sequence[str]) -> str:
+def describe_class_list(mids: Sequence[str], other_mids: Sequence[str]) -> str:
     """How many classes there are, and the first that stands elsewhere, or nowhere, in the other list."""
-    pairs = zip(mids, [*others, *[None] * len(mids)], strict=False)
+    pairs = zip(mids, [*other_mids, *[None] * len(mids)], strict=False)
     odd = next((f", number {place} is {mid}" for place, (mid, other) in enumerate(pairs) if mid != other), "")
     return f"of {len(mids)} classes{odd}"

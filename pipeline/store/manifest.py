@@ -7,7 +7,7 @@ import polars as pl
 
 from pipeline.errors import ManifestError
 
-REASONS: dict[str, str] = {
+FAILURE_REASONS: dict[str, str] = {
     "missing": "no file was found for the clip",
     "unreadable": "no decoder makes sense of the file",
     "truncated": "under 95 % of the declared length could be decoded",
@@ -49,9 +49,9 @@ RESULT_SCHEMA: dict[str, pl.DataType] = {
 MANIFEST_SCHEMA = PLAN_SCHEMA | RESULT_SCHEMA
 
 
-def failure(reason: str, detail: str, source: str | None = None) -> dict[str, object]:
+def failure_result(reason: str, detail: str, source: str | None = None) -> dict[str, object]:
     """The result columns of a clip that could not be used; `reason` is a key of REASONS."""
-    assert reason in REASONS, reason
+    assert reason in FAILURE_REASONS, reason
     empty: dict[str, object] = dict.fromkeys(RESULT_SCHEMA)
     return empty | {
         "source": source,
@@ -63,7 +63,7 @@ def failure(reason: str, detail: str, source: str | None = None) -> dict[str, ob
     }
 
 
-def pending(plan: pl.DataFrame) -> pl.DataFrame:
+def pending_manifest(plan: pl.DataFrame) -> pl.DataFrame:
     """The manifest of a store in which nothing is built yet."""
     empty = [pl.lit(None, dtype=dtype).alias(name) for name, dtype in RESULT_SCHEMA.items()]
     return plan.select(*PLAN_SCHEMA, *empty).with_columns(
@@ -73,7 +73,7 @@ def pending(plan: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def plan_id(plan: pl.DataFrame, *, shard_clips: int) -> str:
+def compute_plan_id(plan: pl.DataFrame, *, shard_clips: int) -> str:
     """12 hex digits that change with which clip is row i, what is expected of it, or which rows are shard s."""
     lines = plan.select(
         pl.concat_str(
@@ -91,7 +91,7 @@ def plan_id(plan: pl.DataFrame, *, shard_clips: int) -> str:
     return digest.hexdigest()[:12]
 
 
-def check_schema(frame: pl.DataFrame, where: object) -> pl.DataFrame:
+def check_manifest_schema(frame: pl.DataFrame, where: object) -> pl.DataFrame:
     """`frame` itself, if it has exactly the columns of a manifest; raises ManifestError."""
     if dict(frame.schema) != MANIFEST_SCHEMA:
         odd = sorted(set(frame.schema.items()) ^ set(MANIFEST_SCHEMA.items()), key=str)
@@ -99,10 +99,10 @@ def check_schema(frame: pl.DataFrame, where: object) -> pl.DataFrame:
     return frame
 
 
-COMPARED = 1_000  # ids that are compared letter by letter with one that is not there
+MAX_COMPARED_IDS = 1_000  # ids that are compared letter by letter with one that is not there
 
 
-def nearest(ids: pl.Series, wanted: str) -> list[str]:
+def nearest_clip_ids(ids: pl.Series, wanted: str) -> list[str]:
     """Up to three ids like one that is not there.
 
     One slip of the pen leaves two thirds of an id as they were: of two million ids, only those that share most
@@ -113,5 +113,5 @@ def nearest(ids: pl.Series, wanted: str) -> list[str]:
     lower = pl.col("id").str.to_lowercase()
     shared = pl.sum_horizontal([lower.str.contains(part, literal=True).cast(pl.Int32) for part in parts])
     found = ids.unique().to_frame("id").with_columns(shared=shared).filter(pl.col("shared") > 0)
-    some = found.sort("shared", "id", descending=[True, False])["id"].head(COMPARED).to_list()
+    some = found.sort("shared", "id", descending=[True, False])["id"].head(MAX_COMPARED_IDS).to_list()
     return difflib.get_close_matches(wanted, some, n=3, cutoff=0.5)

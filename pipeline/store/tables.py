@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import StoreError
-from pipeline.files import replacing
+from pipeline.files import replacing_file
 
-METADATA_KEY = b"ajepa"
+TABLE_METADATA_KEY = b"ajepa"
 
-DAMAGED = (
+DAMAGED_TABLE_ERRORS = (
     OSError,
     ValueError,
     pa.ArrowException,
@@ -26,9 +26,9 @@ DAMAGED = (
 def write_table(path: Path, frame: pl.DataFrame, metadata: dict[str, Any]) -> None:
     """A Parquet file with `metadata` as JSON in its schema, whole or not at all; equal input gives equal bytes."""
     table = frame.to_arrow(compat_level=pl.CompatLevel.oldest())
-    with replacing(path) as scratch:
+    with replacing_file(path) as scratch:
         text = json.dumps(metadata, separators=(",", ":"))
-        table = table.replace_schema_metadata({METADATA_KEY: text})
+        table = table.replace_schema_metadata({TABLE_METADATA_KEY: text})
         pq.write_table(table, scratch, compression="zstd", write_page_checksum=True)
 
 
@@ -38,23 +38,23 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> tuple[pl.Dat
         table = pq.read_table(path, columns=columns and list(columns), page_checksum_verification=True)
         frame = pl.from_arrow(table)
         assert isinstance(frame, pl.DataFrame)
-        return frame, _metadata(table.schema)
-    except DAMAGED as error:
+        return frame, _schema_metadata(table.schema)
+    except DAMAGED_TABLE_ERRORS as error:
         why = "missing" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
         raise StoreError(
             f"{path}: cannot be read ({why}); delete it, if it is there, and build again"
         ) from None
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
+def read_table_metadata(path: Path) -> dict[str, Any]:
     """What `write_table` put beside a frame, without the frame; raises StoreError."""
     try:
-        return _metadata(pq.read_schema(path))
-    except DAMAGED as error:
+        return _schema_metadata(pq.read_schema(path))
+    except DAMAGED_TABLE_ERRORS as error:
         raise StoreError(f"{path}: cannot be read ({error}); delete it and build again") from None
 
 
-def digest_of(frame: pl.DataFrame) -> str:
+def frame_digest(frame: pl.DataFrame) -> str:
     """32 hex digits of what a frame holds, column by column, whatever file it lies in; lists, texts and numbers."""
     digest = hashlib.sha256()
     for column in frame.iter_columns():
@@ -70,5 +70,5 @@ def digest_of(frame: pl.DataFrame) -> str:
     return digest.hexdigest()[:32]
 
 
-def _metadata(schema: pa.Schema) -> dict[str, Any]:
-    return json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}"))
+def _schema_metadata(schema: pa.Schema) -> dict[str, Any]:
+    return json.loads((schema.metadata or {}).get(TABLE_METADATA_KEY, b"{}"))

@@ -20,8 +20,8 @@ from xares_task import write_task
 
 import ajepa
 from ajepa import hear
-from ajepa.embed.export import export
-from ajepa.embed.pretrained import Trained
+from ajepa.embed.export import export_encoder
+from ajepa.embed.pretrained import PretrainedEncoder
 from ajepa.model.vit import Encoder
 from ajepa.xares_encoder import MODEL, AjepaEncoder
 from pipeline.audio.mel_spec import A_JEPA, A_JEPA_16K, AUDIO_JEPA
@@ -33,11 +33,11 @@ def place(request, tmp_path_factory):
     """An exported encoder of each front end, at its first step."""
     spec = tiny().model.encoder
     weights = Encoder(spec, seed=1).state_dict()
-    model = Trained(spec=spec, mel=request.param, mean=-7.0, std=4.0, weights=weights, origin={})
+    model = PretrainedEncoder(spec=spec, mel=request.param, mean=-7.0, std=4.0, weights=weights, origin={})
     folder = tmp_path_factory.mktemp("models") / "model"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("ajepa.embed.export.trained", lambda place, at: model)
-        export("unused", folder)
+        patched.setattr("ajepa.embed.export.load_pretrained", lambda place, at: model)
+        export_encoder("unused", folder)
     return folder
 
 

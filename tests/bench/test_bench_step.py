@@ -6,7 +6,7 @@ import torch
 from tiny import tiny
 
 from ajepa.model.masking import Fixed, RandomBlocks, RandomPatches
-from ajepa.pretrain.trainer import Trainer
+from ajepa.pretrain.trainer import PretrainTrainer
 from ajepa.training.devices import pick_precision
 from bench.step import masks_of, noise
 from bench.step_baseline import PublishedStep, collated
@@ -19,13 +19,16 @@ CPU = torch.device("cpu")
 def test_the_published_step_learns_what_ours_learns(masking, fused):
     """Loss for loss over five updates: one model, one set of masks, one optimiser, one teacher."""
     recipe = tiny(masks=Fixed(masking=masking))
-    ours = Trainer(recipe, CPU, precision=pick_precision("fp32", CPU))
+    ours = PretrainTrainer(recipe, CPU, precision=pick_precision("fp32", CPU))
     plain = PublishedStep(recipe, ours.model, CPU, bf16=False, fused=fused)
     batch, losses = noise(recipe, CPU), []
     for step in range(10, 15):
-        lr, momentum = recipe.schedule.lr(step, recipe.steps), recipe.schedule.momentum(step, recipe.steps)
+        lr, momentum = (
+            recipe.schedule.learning_rate(step, recipe.steps),
+            recipe.schedule.teacher_momentum(step, recipe.steps),
+        )
         told = plain.step(batch.mel_BTF, masks_of(recipe, step), lr=lr, momentum=momentum)
-        losses.append((float(ours.step(step, batch)["loss"]), told))
+        losses.append((float(ours.train_step(step, batch)["loss"]), told))
     assert losses[0][0] != pytest.approx(losses[-1][0], rel=1e-2)
     for mine, theirs in losses:
         assert mine == pytest.approx(theirs, rel=1e-4)

@@ -13,18 +13,24 @@ from pyarrow.fs import FileSelector
 from stores import BUCKET, assert_same_bytes, build, corpus_in
 
 from pipeline import object_store
-from pipeline.audio.mel_spec import mel_spec
-from pipeline.audit.command import record
+from pipeline.audio.mel_spec import preset_mel_spec
+from pipeline.audit.command import record_exclude_lists
 from pipeline.build import remote_store
 from pipeline.build.build import build_store, build_stores
-from pipeline.build.plan import Build, Output
-from pipeline.build.remote_store import Mirror, staging_of
+from pipeline.build.plan import BuildOptions, StoreOutput
+from pipeline.build.remote_store import RemoteStore, staging_folder
 from pipeline.cli import app
-from pipeline.datasets.audioset import audioset
+from pipeline.datasets.audioset import audioset_corpus
 from pipeline.errors import AudioError, InputError, StoreError
-from pipeline.files import Part
-from pipeline.labels.label_sets import propagate_labels
-from pipeline.object_store import fetch, filesystem, push, remove, sizes
+from pipeline.files import BuildPart
+from pipeline.labels.label_sets import propagate_store_labels
+from pipeline.object_store import (
+    download_object,
+    filesystem_and_path,
+    object_sizes,
+    remove_object,
+    upload_file,
+)
 from pipeline.store.feature_store import FeatureStore
 
 pytestmark = pytest.mark.usefixtures("bucket_server")
@@ -52,17 +58,17 @@ def url(tmp_path) -> str:
     return f"s3://{BUCKET}/{tmp_path.name}/x.zarr"
 
 
-def build_there(folder: Path, url: str, staging: Path, *, workers: int = 0, part: Part = Part()):
-    output = Output(path=staging, spec=mel_spec("a-jepa"), remote=url)
-    return build_stores(corpus_in(folder), [output], Build(workers=workers, part=part))[0]
+def build_there(folder: Path, url: str, staging: Path, *, workers: int = 0, part: BuildPart = BuildPart()):
+    output = StoreOutput(path=staging, spec=preset_mel_spec("a-jepa"), remote=url)
+    return build_stores(corpus_in(folder), [output], BuildOptions(workers=workers, part=part))[0]
 
 
 def downloaded(url: str, folder: Path) -> Path:
     """Every object below a URL as a file."""
-    client, path = filesystem(url)
+    client, path = filesystem_and_path(url)
     for entry in client.fs.get_file_info(FileSelector(path, recursive=True)):
         if entry.is_file:
-            fetch(f"s3://{entry.path}", folder / entry.path[len(path) + 1 :])
+            download_object(f"s3://{entry.path}", folder / entry.path[len(path) + 1 :])
     return folder
 
 
@@ -84,8 +90,8 @@ def dying(monkeypatch, last: int) -> None:
 
         return counted
 
-    monkeypatch.setattr(remote_store, "push", deadly(push))
-    monkeypatch.setattr(remote_store, "remove", deadly(remove))
+    monkeypatch.setattr(remote_store, "upload_file", deadly(upload_file))
+    monkeypatch.setattr(remote_store, "remove_object", deadly(remove_object))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -145,7 +151,7 @@ def test_a_late_clip_fills_its_row_and_the_others_come_from_the_remote_shard(
 ):
     """Also where that dies at a step between the old shard and the new one, and the staging folder is lost."""
     for path in (path for path in short_store.rglob("*") if path.is_file()):
-        push(path, f"{url}/{path.relative_to(short_store).as_posix()}")
+        upload_file(path, f"{url}/{path.relative_to(short_store).as_posix()}")
     if last is not None:
         with monkeypatch.context() as patch:
             dying(patch, last)
@@ -154,7 +160,7 @@ def test_a_late_clip_fills_its_row_and_the_others_come_from_the_remote_shard(
     manifest = build_there(late, url, tmp_path / "staging")
     there = downloaded(url, tmp_path / "there")
     assert (there / "mel/c/0/0/0").read_bytes() == (whole / "mel/c/0/0/0").read_bytes()
-    assert sizes(f"{url}/ledger").keys() == {"000000.parquet", "000001.parquet"}
+    assert object_sizes(f"{url}/ledger").keys() == {"000000.parquet", "000001.parquet"}
     assert FeatureStore.open(there).manifest.equals(manifest)
     assert (manifest["status"] == "good").sum() == 30
 
@@ -162,7 +168,7 @@ def test_a_late_clip_fills_its_row_and_the_others_come_from_the_remote_shard(
 def test_parts_on_two_machines_finish_to_the_same_bytes(small, whole, url, tmp_path):
     """They share nothing but the bucket."""
     for index in (1, 0):
-        manifest = build_there(small, url, tmp_path / f"machine-{index}", part=Part(index, 2))
+        manifest = build_there(small, url, tmp_path / f"machine-{index}", part=BuildPart(index, 2))
         assert (manifest is None) == (index == 1)
     assert_same_bytes(whole, downloaded(url, tmp_path / "there"))
 
@@ -170,7 +176,7 @@ def test_parts_on_two_machines_finish_to_the_same_bytes(small, whole, url, tmp_p
 def test_labels_propagated_in_the_staging_folder_reach_the_remote_store(small, url, tmp_path):
     """And a fresh staging folder does not undo them."""
     build_there(small, url, tmp_path / "staging")
-    propagate_labels(tmp_path / "staging")
+    propagate_store_labels(tmp_path / "staging")
     build_there(small, url, tmp_path / "staging")
     build_there(small, url, tmp_path / "other")
     there = FeatureStore.open(downloaded(url, tmp_path / "there"))
@@ -181,21 +187,21 @@ def test_exclude_lists_reach_the_remote_store_and_outlive_the_staging_folder(sma
     """What nobody is to draw must not come back with a new machine; what is taken back stays taken back."""
     build_there(small, url, tmp_path / "staging")
     (path := tmp_path / "a.txt").write_text("clip_000002")
-    record(FeatureStore.open(tmp_path / "staging"), [path])
+    record_exclude_lists(FeatureStore.open(tmp_path / "staging"), [path])
     build_there(small, url, tmp_path / "staging")
     build_there(small, url, tmp_path / "other")
-    assert FeatureStore.open(tmp_path / "other").excluded.frame["clip_id"].to_list() == ["clip_000002"]
-    record(FeatureStore.open(tmp_path / "other"), [])
+    assert FeatureStore.open(tmp_path / "other").exclusions.frame["clip_id"].to_list() == ["clip_000002"]
+    record_exclude_lists(FeatureStore.open(tmp_path / "other"), [])
     build_there(small, url, tmp_path / "other")
-    assert FeatureStore.open(downloaded(url, tmp_path / "there")).excluded.digest is None
+    assert FeatureStore.open(downloaded(url, tmp_path / "there")).exclusions.digest is None
 
 
 def test_a_remote_store_of_another_spec_is_refused_with_nothing_made(small, url, tmp_path):
     """As on the disk."""
     build_there(small, url, tmp_path / "staging")
-    output = Output(path=tmp_path / "new", spec=mel_spec("audio-jepa"), remote=url)
+    output = StoreOutput(path=tmp_path / "new", spec=preset_mel_spec("audio-jepa"), remote=url)
     with pytest.raises(StoreError, match=f"{url} holds mel spec a-jepa, not audio-jepa"):
-        build_store(corpus_in(small), output, Build(workers=0))
+        build_store(corpus_in(small), output, BuildOptions(workers=0))
     assert not (tmp_path / "new").exists()
 
 
@@ -203,10 +209,10 @@ def test_a_damaged_remote_shard_is_not_kept_from(small, shorter, url, tmp_path):
     """Its rows would get fresh checksums; the message says how to go on, and that works."""
     build_there(shorter, url, tmp_path / "staging")
     (tmp_path / "junk").write_bytes(b"junk")
-    push(tmp_path / "junk", f"{url}/mel/c/0/0/0")
+    upload_file(tmp_path / "junk", f"{url}/mel/c/0/0/0")
     with pytest.raises(StoreError, match=f"shard 0 is damaged; delete {url}/ledger/000000.parquet and build"):
         build_there(small, url, tmp_path / "staging")
-    remove(f"{url}/ledger/000000.parquet")
+    remove_object(f"{url}/ledger/000000.parquet")
     assert (build_there(small, url, tmp_path / "staging")["status"] == "good").sum() == 30
 
 
@@ -243,20 +249,23 @@ def test_the_command_takes_a_url(small, whole, url, tmp_path, monkeypatch, capsy
 
 def test_every_part_has_its_own_staging_folder():
     """Two parts in one would take each other's records for their own."""
-    names = {staging_of("s3://b/x.zarr/", Path(), part) for part in (Part(), Part(0, 2), Part(1, 2))}
+    names = {
+        staging_folder("s3://b/x.zarr/", Path(), part)
+        for part in (BuildPart(), BuildPart(0, 2), BuildPart(1, 2))
+    }
     assert names == {Path("x.zarr.staging"), Path("x.zarr.0-of-2.staging"), Path("x.zarr.1-of-2.staging")}
 
 
 def test_other_schemes_are_left_to_fsspec(whole, tmp_path):
     """One driver for S3, the rest as fsspec has it."""
     url = "memory://bucket/x.zarr"
-    assert Mirror(url=url, staging=tmp_path).header() is None
-    push(whole / "zarr.json", f"{url}/zarr.json")
-    there = Mirror(url=url, staging=tmp_path).header()
+    assert RemoteStore(url=url, staging=tmp_path).read_header() is None
+    upload_file(whole / "zarr.json", f"{url}/zarr.json")
+    there = RemoteStore(url=url, staging=tmp_path).read_header()
     assert there is not None
     assert there.to_json() == FeatureStore.open(whole).header.to_json()
-    remove(f"{url}/zarr.json")
-    assert sizes(url) == {}
+    remove_object(f"{url}/zarr.json")
+    assert object_sizes(url) == {}
 
 
 @pytest.fixture(scope="module")
@@ -268,17 +277,17 @@ def audio_url(small, tmp_path_factory) -> str:
             if number % 2:
                 tar.add(path, f"deep/{path.name}")
             else:
-                push(path, f"{url}/loose/{path.name}")
-    push(archive, f"{url}/{archive.name}")
-    push(small / "a_train_segments.csv", f"{url}/readme.txt")
+                upload_file(path, f"{url}/loose/{path.name}")
+    upload_file(archive, f"{url}/{archive.name}")
+    upload_file(small / "a_train_segments.csv", f"{url}/readme.txt")
     (archive.parent / "x.parquet").write_bytes(b"a table")
-    push(archive.parent / "x.parquet", f"{url}/x.parquet")
+    upload_file(archive.parent / "x.parquet", f"{url}/x.parquet")
     return url
 
 
 def corpus_at(url: str, small: Path):
     """The clips with their sounds where the URL says."""
-    return audioset([url], [small / "a_train_segments.csv", small / "eval_segments.csv"])
+    return audioset_corpus([url], [small / "a_train_segments.csv", small / "eval_segments.csv"])
 
 
 def test_sounds_in_a_bucket_give_the_mel_of_sounds_on_the_disk(small, whole, audio_url, tmp_path):
@@ -286,8 +295,8 @@ def test_sounds_in_a_bucket_give_the_mel_of_sounds_on_the_disk(small, whole, aud
     corpus = corpus_at(audio_url + "/", small)
     assert [note for note in corpus.notes if f"{audio_url}/x.parquet: is not read from a URL" in note]
     for workers in (0, 2):
-        output = Output(path=tmp_path / f"{workers}.zarr", spec=mel_spec("a-jepa"))
-        manifest = build_store(corpus, output, Build(workers=workers))
+        output = StoreOutput(path=tmp_path / f"{workers}.zarr", spec=preset_mel_spec("a-jepa"))
+        manifest = build_store(corpus, output, BuildOptions(workers=workers))
         assert manifest["source"].str.starts_with("some-0001.tar::deep/").sum() == 15
         for shard in (0, 1):
             name = f"mel/c/{shard}/0/0"
@@ -297,7 +306,7 @@ def test_sounds_in_a_bucket_give_the_mel_of_sounds_on_the_disk(small, whole, aud
 def test_one_tar_in_a_bucket_can_be_given_by_itself(small, audio_url):
     """As on the disk."""
     corpus = corpus_at(f"{audio_url}/some-0001.tar", small)
-    assert corpus.sources.files == corpus.sources.frame["kind"].eq("tar").sum() == 15
+    assert corpus.sources.sound_count == corpus.sources.frame["kind"].eq("tar").sum() == 15
 
 
 def test_an_object_that_is_gone_costs_its_clip_and_a_server_that_is_gone_none(
@@ -305,15 +314,15 @@ def test_an_object_that_is_gone_costs_its_clip_and_a_server_that_is_gone_none(
 ):
     """A network that fails for an hour must not leave a hundred thousand clips for unreadable."""
     for path in (small / "audio").iterdir():
-        push(path, f"{url}/{path.name}")
+        upload_file(path, f"{url}/{path.name}")
     corpus = corpus_at(url, small)
-    remove(f"{url}/clip_000000.wav")
-    output = Output(path=tmp_path / "x.zarr", spec=mel_spec("a-jepa"))
+    remove_object(f"{url}/clip_000000.wav")
+    output = StoreOutput(path=tmp_path / "x.zarr", spec=preset_mel_spec("a-jepa"))
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(InputError, match="run the same command again"):
-        build_store(corpus, output, Build(workers=0))
+        build_store(corpus, output, BuildOptions(workers=0))
     monkeypatch.undo()
-    manifest = build_store(corpus, output, Build(workers=0))
+    manifest = build_store(corpus, output, BuildOptions(workers=0))
     assert manifest.row(0, named=True)["reason"] == "missing"
     assert "clip_000000.wav is gone" in manifest.row(0, named=True)["detail"]
     assert (manifest["status"] == "good").sum() == 29
@@ -321,10 +330,10 @@ def test_an_object_that_is_gone_costs_its_clip_and_a_server_that_is_gone_none(
 
 def test_a_sound_too_large_for_the_memory_costs_its_clip(audio_url, monkeypatch):
     """It is held whole, so there is a limit."""
-    monkeypatch.setattr(object_store, "MOST_BYTES", 1000)
+    monkeypatch.setattr(object_store, "MAX_REMOTE_SOUND_BYTES", 1000)
     with pytest.raises(AudioError, match="up to 1,000 are read from a URL"):
-        object_store.sound_of(f"{audio_url}/loose/clip_000000.wav")
-    assert object_store.sound_of(f"{audio_url}/loose/clip_000000.wav", 0, 4) == b"RIFF"
+        object_store.read_remote_sound(f"{audio_url}/loose/clip_000000.wav")
+    assert object_store.read_remote_sound(f"{audio_url}/loose/clip_000000.wav", 0, 4) == b"RIFF"
 
 
 def test_a_prefix_with_nothing_below_is_one_line(small):

@@ -18,7 +18,7 @@ def chunk_place(store: Path, row: int) -> tuple[Path, int]:
     layout = opened.header.layout
     shard = row // layout.shard_clips
     good = opened.good_rows()
-    before = ((good >= layout.rows(shard).start) & (good < row)).sum()
+    before = ((good >= layout.rows_of_shard(shard).start) & (good < row)).sum()
     return shard_path(store, shard), int(before) * (layout.clip_bytes + CRC_BYTES)
 
 

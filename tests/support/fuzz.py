@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from sounds import ENCODERS, SUBTYPES, babble, write
 
-from pipeline.audio.decode import AudioPolicy, load
-from pipeline.audio.sources import Locator
-from pipeline.build.workers import run_here
+from pipeline.audio.decode import AudioPolicy, load_clip_audio
+from pipeline.audio.sources import SoundLocator
+from pipeline.build.workers import run_in_processes
 from pipeline.errors import AudioError
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -98,8 +98,11 @@ def outcome(path: Path, seed: int) -> str:
     policy = AudioPolicy(accept_truncated=seed // len(SUFFIXES) % 2 == 0)
     start_seconds = float(seed % 3)
     try:
-        clip = load(
-            Locator.of(path), start_seconds=start_seconds, end_seconds=start_seconds + 1, policy=policy
+        clip = load_clip_audio(
+            SoundLocator.from_path(path),
+            start_seconds=start_seconds,
+            end_seconds=start_seconds + 1,
+            policy=policy,
         )
     except AudioError as error:
         text = str(error)
@@ -107,7 +110,7 @@ def outcome(path: Path, seed: int) -> str:
         return error.reason
     assert np.isfinite(clip.wave_S).all()
     assert 0 < len(clip.wave_S) <= clip.rate_hz * 1.01 + 1
-    assert np.isfinite(clip.resampled(32_000)).all()
+    assert np.isfinite(clip.resample_wave(32_000)).all()
     return "good"
 
 
@@ -119,7 +122,7 @@ class Seeds:
     seeds: range
     condemned: tuple[tuple[int, str, str], ...] = ()
 
-    def without(self, row: int, reason: str, detail: str) -> "Seeds":
+    def with_failed_row(self, row: int, reason: str, detail: str) -> "Seeds":
         return dataclasses.replace(self, condemned=(*self.condemned, (row, reason, detail)))
 
 
@@ -150,7 +153,7 @@ def run(count: int, folder: Path, *, first: int = 0, workers: int = 2) -> list[t
     whole_files(folder)
     seeds = range(first, first + count)
     tasks = [Seeds(folder=folder, seeds=seeds[at : at + TASK_CLIPS]) for at in range(0, count, TASK_CLIPS)]
-    for _ in run_here(work, tasks, workers=workers, clip_seconds=CLIP_SECONDS):
+    for _ in run_in_processes(work, tasks, workers=workers, clip_limit_seconds=CLIP_SECONDS):
         pass
     files = [folder / f"{task.seeds.start}.txt" for task in tasks]
     return [tuple(line.split("\t")) for file in files for line in file.read_text().splitlines()]

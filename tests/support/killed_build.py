@@ -10,19 +10,19 @@ from typing import Any
 
 from stores import corpus_in
 
-from pipeline.audio.mel_spec import mel_spec
+from pipeline.audio.mel_spec import preset_mel_spec
 from pipeline.build.build import build_stores
-from pipeline.build.plan import Build, Output
+from pipeline.build.plan import BuildOptions, StoreOutput
 from pipeline.store.shards import ShardWriter
 
-STEPS = ((os, "fsync"), (Path, "replace"), (Path, "rename"), (Path, "unlink"), (ShardWriter, "add"))
+STEPS = ((os, "fsync"), (Path, "replace"), (Path, "rename"), (Path, "unlink"), (ShardWriter, "append_clip"))
 
 
-def outputs_in(folder: Path) -> list[Output]:
+def outputs_in(folder: Path) -> list[StoreOutput]:
     """Two stores of one decoding pass."""
     return [
-        Output(path=folder / "a-jepa.zarr", spec=mel_spec("a-jepa")),
-        Output(path=folder / "audio-jepa.zarr", spec=mel_spec("audio-jepa"), dtype="uint8"),
+        StoreOutput(path=folder / "a-jepa.zarr", spec=preset_mel_spec("a-jepa")),
+        StoreOutput(path=folder / "audio-jepa.zarr", spec=preset_mel_spec("audio-jepa"), dtype="uint8"),
     ]
 
 
@@ -45,7 +45,7 @@ def main(corpus: Path, out: Path, last: int) -> None:
     counter = itertools.count()
     for owner, name in STEPS:
         setattr(owner, name, deadly(getattr(owner, name), counter, last))
-    build_stores(corpus_in(corpus), outputs_in(out), Build(workers=0))
+    build_stores(corpus_in(corpus), outputs_in(out), BuildOptions(workers=0))
     print(next(counter))
 
 

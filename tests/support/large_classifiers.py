@@ -4,14 +4,14 @@ from dataclasses import replace
 
 from ajepa.model.cnn6 import Cnn6Spec
 from ajepa.model.convnext import ConvNextSpec
-from ajepa.recipes.catalogue import finetune_recipe, overridden
+from ajepa.recipes.catalogue import finetune_recipe, override_recipe
 from ajepa.recipes.finetune import Finetune
 
 
 def larger(model: str, **changes) -> Finetune:
     """A recipe whose step takes some hundred MB, far more than what libraries hold."""
     if model == "vit":
-        made = overridden(finetune_recipe("own-small"), ["model.encoder.grid.cols=32"])
+        made = override_recipe(finetune_recipe("own-small"), ["model.encoder.grid.cols=32"])
         made = replace(made, clips_per_step=32)
     elif model == "passt":
         spec = replace(finetune_recipe("passt-small").model, frames=400, drop_cols=9)

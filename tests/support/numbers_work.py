@@ -18,7 +18,7 @@ class Numbers:
     rows: tuple[str, ...]
     failed: dict[int, str] = field(default_factory=dict)
 
-    def without(self, row, reason, detail):
+    def with_failed_row(self, row, reason, detail):
         return replace(self, failed=self.failed | {row: reason})
 
 

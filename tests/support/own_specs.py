@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipeline.audio.mel_spec import MelSpec, mel_spec_file
+from pipeline.audio.mel_spec import MelSpec, read_mel_spec
 
 OWN = {
     "kaldi-slaney": 'base = "a-jepa"\nfilters = "slaney"\nwindow = "hann_periodic"\nflooring = "add"\npreemphasis = 0',
@@ -15,4 +15,4 @@ OWN = {
 
 def own_spec(name: str, folder: Path) -> MelSpec:
     (folder / f"{name}.toml").write_text(OWN[name])
-    return mel_spec_file(folder / f"{name}.toml")
+    return read_mel_spec(folder / f"{name}.toml")

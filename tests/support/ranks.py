@@ -14,23 +14,23 @@ import pytest
 from tiny import tiny, tiny_finetune
 
 from ajepa.evaluate.tasks import TASKS
-from ajepa.finetune.cross_validation import cross_validated
+from ajepa.finetune.cross_validation import cross_validate
 from ajepa.finetune.finetune import finetune
-from ajepa.finetune.trainer import Finetuner
+from ajepa.finetune.trainer import FinetuneTrainer
 from ajepa.pretrain.pretrain import pretrain
-from ajepa.pretrain.trainer import Trainer
-from ajepa.training.distributed import world_here
+from ajepa.pretrain.trainer import PretrainTrainer
+from ajepa.training.distributed import world_from_environment
 from ajepa.training.run import Json, Run
 from ajepa.training.trained_run import TrainedRun
-from pipeline.cli.options import run_app
-from pipeline.errors import BrokenClip
+from pipeline.cli.options import run_command_line
+from pipeline.errors import BrokenClipError
 from pipeline.loading.loader import Batch
 from pipeline.store.feature_store import FeatureStore
 
 
 def happening(trainer: type, run: Path, what: str, drawn: Callable[[Any, int], Any]) -> Callable[..., Json]:
     """The trainer's step, in which `what` happens; what it saw is written beside the run."""
-    world, taken = world_here(), trainer.step
+    world, taken = world_from_environment(), trainer.step
 
     def step(trainer: Any, at: int, batch: Batch) -> Json:
         if (at, world.rank) == (5, world.size - 1):
@@ -39,7 +39,7 @@ def happening(trainer: type, run: Path, what: str, drawn: Callable[[Any, int], A
             if what == "nan":
                 batch.mel_BTF[2, 3, 4] = float("nan")
             if what == "broken":
-                raise BrokenClip(7, "row 7 cannot be read")
+                raise BrokenClipError(7, "row 7 cannot be read")
         with (run / f"seen-{world.rank}.jsonl").open("a") as handle:
             handle.write(f"{[at, batch.rows_B.tolist(), drawn(trainer, at)]}\n")
         return taken(trainer, at, batch)
@@ -49,11 +49,11 @@ def happening(trainer: type, run: Path, what: str, drawn: Callable[[Any, int], A
 
 def train(store: Path | str, run: Path, what: str = "train") -> Run:
     """`what` happens: train (nothing), micro (passes of three clips), stop, die, nan or broken."""
-    recipe = replace(tiny().resized(steps=8), mask_sets=2, checkpoint_every=4)
+    recipe = replace(tiny().with_counts(steps=8), mask_sets=2, checkpoint_every=4)
     micro = 3 if what == "micro" else None
-    step = happening(Trainer, run, what, lambda trainer, at: trainer.draw(at).targets_NGQ.tolist())
+    step = happening(PretrainTrainer, run, what, lambda trainer, at: trainer.draw(at).targets_NGQ.tolist())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "step", step)
+        patch.setattr(PretrainTrainer, "train_step", step)
         return pretrain(store, recipe, run, device="cpu", precision="fp32", micro_batch=micro)
 
 
@@ -61,23 +61,23 @@ def train_classifier(store: Path | str, run: Path, what: str = "train", start: s
     """The same of fine-tuning, with all that is random, from a probed head if there is a start."""
     recipe = tiny_finetune(steps=8, checkpoint_every=4, head="probe" if start else "random")
     micro = 3 if what == "micro" else None
-    step = happening(Finetuner, run, what, lambda trainer, at: trainer.first)
+    step = happening(FinetuneTrainer, run, what, lambda trainer, at: trainer.first)
     started = TrainedRun.open(Path(start)) if start else None
     recipe = started.adapt_recipe(recipe) if started else recipe
     how: dict[str, Any] = {"start": started, "precision": "fp32", "micro_batch": micro}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Finetuner, "step", step)
+        patch.setattr(FinetuneTrainer, "train_step", step)
         return finetune(store, TASKS["own"], recipe, run, device="cpu", **how)
 
 
 def train_folds(store: Path | str, run: Path) -> None:
     """Every fold of a store, four steps each; the main rank says what came of it."""
     recipe = tiny_finetune(1024, steps=4, clips_per_step=8)
-    folds = cross_validated(
+    folds = cross_validate(
         FeatureStore.open(store), TASKS["own"], recipe, run, device="cpu", precision="fp32"
     )
     if folds:
-        print(folds.table())
+        print(folds.format_table())
 
 
 STAGES: dict[str, Callable[..., Any]] = {
@@ -108,7 +108,7 @@ def torchrun(
 
 if __name__ == "__main__":
     stage, store, run, *more = sys.argv[1:]
-    run_app(lambda: STAGES[stage](store, Path(run), *more))
+    run_command_line(lambda: STAGES[stage](store, Path(run), *more))
 
 
 def seen(run_path: Path, rank: int) -> list:

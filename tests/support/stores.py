@@ -5,23 +5,23 @@ from pathlib import Path
 
 import polars as pl
 
-from pipeline.audio.mel_spec import mel_spec
+from pipeline.audio.mel_spec import preset_mel_spec
 from pipeline.build.build import build_store
-from pipeline.build.plan import Build, Output
-from pipeline.datasets.audioset import audioset
+from pipeline.build.plan import BuildOptions, StoreOutput
+from pipeline.datasets.audioset import audioset_corpus
 from pipeline.datasets.corpus import Corpus
 
 
 def corpus_in(folder: Path) -> Corpus:
     """What a folder of this shape holds."""
     segments = [folder / "a_train_segments.csv", folder / "eval_segments.csv"]
-    return audioset([folder / "audio"], segments)
+    return audioset_corpus([folder / "audio"], segments)
 
 
 def build(folder: Path, out: Path, *, dtype: str = "float16", spec: str = "a-jepa", **how) -> pl.DataFrame:
     """Build `out` from a corpus of this folder's shape in this process; returns the manifest."""
-    output = Output(path=out, spec=mel_spec(spec), dtype=dtype)
-    return build_store(corpus_in(folder), output, Build(**{"workers": 0} | how))
+    output = StoreOutput(path=out, spec=preset_mel_spec(spec), dtype=dtype)
+    return build_store(corpus_in(folder), output, BuildOptions(**{"workers": 0} | how))
 
 
 BUCKET = "ajepa-tests"

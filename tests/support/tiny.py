@@ -16,7 +16,7 @@ from pipeline.loading.augment import Augment
 
 def tiny(**changes: Any) -> Pretrain:
     """Width 32, depth 1, views of 64 frames; 30 steps of 8 clips, a checkpoint every fifth."""
-    grid = PatchGrid.of(64, 128)
+    grid = PatchGrid.from_size(64, 128)
     model = JepaSpec(
         encoder=EncoderSpec(grid=grid, width=32, depth=1, heads=2),
         predictor=PredictorSpec(width=16, depth=1, heads=2),
@@ -37,7 +37,7 @@ def tiny(**changes: Any) -> Pretrain:
 
 def tiny_finetune(frames: int = 64, **changes: Any) -> Finetune:
     """`tiny`'s encoder in a classifier, with everything on that is random; 20 steps, a checkpoint every fifth."""
-    encoder = replace(tiny().model.encoder, grid=PatchGrid.of(frames, 128), drop_path=0.1, depth=2)
+    encoder = replace(tiny().model.encoder, grid=PatchGrid.from_size(frames, 128), drop_path=0.1, depth=2)
     made = Finetune(
         name="tiny",
         mel="a-jepa",

@@ -9,15 +9,15 @@ import torch
 from sounds import write
 
 from pipeline.audio.mel import log_mel
-from pipeline.audio.mel_spec import MelSpec, mel_spec
+from pipeline.audio.mel_spec import MelSpec, preset_mel_spec
 from pipeline.build.build import build_store
-from pipeline.build.plan import Build, Output
+from pipeline.build.plan import BuildOptions, StoreOutput
 from pipeline.datasets.corpus import Corpus
 from pipeline.store.feature_store import FeatureStore
 
 RATE_HZ = 16_000
 
-SPEC = replace(mel_spec("a-jepa"), clip_seconds=5.0)
+SPEC = replace(preset_mel_spec("a-jepa"), clip_seconds=5.0)
 
 
 def hz_of(number: int) -> float:
@@ -61,7 +61,7 @@ def heard(mel_TF: np.ndarray, n_frames: int, spec: MelSpec) -> list[int]:
 
 def built(corpus: Corpus, out: Path) -> tuple[FeatureStore, dict[str, list[int]]]:
     """The store, and what each good clip sounds like."""
-    build_store(corpus, Output(path=out, spec=SPEC), Build(workers=0))
+    build_store(corpus, StoreOutput(path=out, spec=SPEC), BuildOptions(workers=0))
     store = FeatureStore.open(out)
     ids = store.manifest["clip_id"]
     return store, {

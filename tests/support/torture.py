@@ -15,7 +15,7 @@ from corpus import write_corpus
 from killed_build import outputs_in
 from stores import assert_same_bytes
 
-from pipeline.build.verify import faults_of
+from pipeline.build.verify import find_faults
 
 PROGRAM = [sys.executable, str(Path(__file__).with_name("killed_build.py"))]
 
@@ -48,7 +48,7 @@ def torture(folder: Path, *, kills: int, seed: int) -> int:
         assert finished or runs_through(corpus, out, NEVER, None)
         for whole, again in zip(outputs_in(folder / "whole"), outputs_in(out), strict=True):
             assert_same_bytes(whole.path, again.path)
-            assert not list(faults_of(again.path))
+            assert not list(find_faults(again.path))
         assert {path.name for path in out.iterdir()} == {output.path.name for output in outputs_in(out)}
         shutil.rmtree(out)
         compared += 1

@@ -18,51 +18,51 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from pipeline.datasets.demo.audio_files import CONTAINERS, write
+from pipeline.datasets.demo.audio_files import CONTAINERS_BY_NAME, write_audio_file
 from pipeline.datasets.demo.clips import (
-    CLIP_SECONDS,
-    EXTRA_FILES,
-    EXTRA_ROWS,
-    ODD_CLIPS,
-    Clip,
-    Palette,
-    extra_rows,
-    odd_clips,
-    plan_clips,
-    render,
-    spoil_file,
-    spoil_wave,
-    with_kind,
+    BROKEN_FILE_KINDS,
+    DEMO_CLIP_SECONDS,
+    ODD_CLIP_KINDS,
+    REPEATED_ROW_KINDS,
+    DemoClip,
+    SplitSounds,
+    damage_file,
+    damage_wave,
+    make_odd_clips,
+    make_repeated_rows,
+    plan_demo_clips,
+    render_clip,
+    with_clip_kind,
 )
 from pipeline.datasets.demo.recordings import (
-    EVAL_SHARE,
-    LICENCES,
-    SPLITS,
-    fetch,
-    keep_licences,
-    recordings,
-    sound,
+    DEMO_EVAL_SHARE,
+    DEMO_SPLITS,
+    PACKAGE_LICENCES,
+    copy_licences,
+    fetch_packages,
+    list_recordings,
+    load_recorded_sound,
     split_recordings,
 )
-from pipeline.datasets.demo.synthesis import FORMULAS, Sound
+from pipeline.datasets.demo.synthesis import FORMULA_SOUNDS, DemoSound
 from pipeline.errors import InputError
-from pipeline.files import PARTIAL
+from pipeline.files import PARTIAL_SUFFIX
 
-TRUTH_FIELDS = (
+TRUTH_COLUMNS = (
     *("split", "clip_id", "file", "kind", "expected", "start_seconds", "end_seconds"),
     *("seconds", "container", "rate_hz", "channels", "labels", "parts"),
 )
 
 
-def write_lists(folder: Path, planned: Sequence[Clip], *, title: str) -> None:
+def write_segments_lists(folder: Path, clips: Sequence[DemoClip], *, title: str) -> None:
     """Write SPLIT_segments.csv for each split, in AudioSet's own format, with true counts."""
-    for split in dict.fromkeys(clip.split for clip in planned):
-        rows = [clip for clip in planned if clip.split == split and clip.expected != "unlisted"]
-        text = "\n".join([*header(rows, title=title), *map(row, rows)]) + "\n"
+    for split in dict.fromkeys(clip.split for clip in clips):
+        rows = [clip for clip in clips if clip.split == split and clip.expected != "unlisted"]
+        text = "\n".join([*segments_header_lines(rows, title=title), *map(segments_line, rows)]) + "\n"
         (folder / f"{split}_segments.csv").write_text(text, encoding="utf-8")
 
 
-def header(rows: Sequence[Clip], *, title: str) -> list[str]:
+def segments_header_lines(rows: Sequence[DemoClip], *, title: str) -> list[str]:
     """The three comment lines of a segments list; where AudioSet's names a date, ours names what was asked for."""
     ids = len({clip.clip_id for clip in rows})
     labels = [mid for clip in rows for mid in clip.labels]
@@ -74,23 +74,23 @@ def header(rows: Sequence[Clip], *, title: str) -> list[str]:
     ]
 
 
-def row(clip: Clip) -> str:
+def segments_line(clip: DemoClip) -> str:
     """One line of a segments list."""
     return f'{clip.clip_id}, {clip.start_seconds:.3f}, {clip.end_seconds:.3f}, "{",".join(clip.labels)}"'
 
 
-def write_truth(folder: Path, planned: Sequence[Clip]) -> None:
+def write_truth_table(folder: Path, clips: Sequence[DemoClip]) -> None:
     """Write truth.csv: what every row and every file is, and what must come of it."""
     with (folder / "truth.csv").open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(TRUTH_FIELDS)
-        for clip in planned:
-            cells = {name: getattr(clip, name) for name in TRUTH_FIELDS}
+        table.writerow(TRUTH_COLUMNS)
+        for clip in clips:
+            cells = {name: getattr(clip, name) for name in TRUTH_COLUMNS}
             cells |= {"labels": ";".join(clip.labels), "parts": ";".join(clip.parts)}
             table.writerow([f"{cell:.3f}" if isinstance(cell, float) else cell for cell in cells.values()])
 
 
-README = """\
+DEMO_README_TEMPLATE = """\
 A corpus in the shape of AudioSet, made by: ajepa-data demo-corpus ({title})
 
 audio/SPLIT/ID.EXTENSION    {good} good clips, nearly all of 10 s, in several containers, rates and channels
@@ -114,11 +114,11 @@ The same arguments and the same versions of numpy, soxr, soundfile and av give t
 written without their dates and random serial numbers.
 """
 
-FORMULA = """\
+FORMULA_NOTICE = """\
 Every sound is computed from the definition of its class: there is no recording in it, and no right of others.
 A class never sounds the same twice: level, pitch, onset, length, cadence and the noise below are drawn anew."""
 
-DEBIAN = """\
+DEBIAN_NOTICE = """\
 The sounds are recordings from Debian packages, mixed in ones and twos over faint noise. A recording is heard
 in one split only, unless it is the only one of its classes: then it is heard in both.
 
@@ -126,53 +126,57 @@ Whoever passes this corpus on passes on their licences; each package's own state
 """
 
 
-def write_readme(folder: Path, planned: Sequence[Clip], source: str, *, title: str) -> None:
+def write_demo_readme(folder: Path, clips: Sequence[DemoClip], source: str, *, title: str) -> None:
     """Write README.txt: the layout, whose the sounds are, and every broken file."""
-    files = {clip.kind: clip for clip in planned}
-    sounds = DEBIAN + "\n".join(f"  {package}: {by}" for package, by in LICENCES.items())
-    text = README.format(
+    files = {clip.kind: clip for clip in clips}
+    sounds = DEBIAN_NOTICE + "\n".join(f"  {package}: {by}" for package, by in PACKAGE_LICENCES.items())
+    text = DEMO_README_TEMPLATE.format(
         title=title,
-        good=sum(clip.expected == "good" for clip in planned),
-        sounds=FORMULA if source == "formula" else sounds,
+        good=sum(clip.expected == "good" for clip in clips),
+        sounds=FORMULA_NOTICE if source == "formula" else sounds,
         extras="\n".join(
-            f"  {kind.name:16} {files[kind.name].clip_id}  {kind.expected:12} {kind.what}"
-            for kind in EXTRA_FILES + EXTRA_ROWS
+            f"  {kind.name:16} {files[kind.name].clip_id}  {kind.expected:12} {kind.description}"
+            for kind in BROKEN_FILE_KINDS + REPEATED_ROW_KINDS
         ),
-        odd="\n".join(f"  {kind.name:16} {files[kind.name].clip_id}  {kind.what}" for kind in ODD_CLIPS),
+        odd="\n".join(
+            f"  {kind.name:16} {files[kind.name].clip_id}  {kind.description}" for kind in ODD_CLIP_KINDS
+        ),
     )
     (folder / "README.txt").write_text(text, encoding="utf-8")
 
 
-VERSION = 1  # changes whenever the same arguments give other files
+DEMO_VERSION = 1  # changes whenever the same arguments give other files
 
-SOURCES = ("formula", "debian")
+DEMO_SOURCES = ("formula", "debian")
 
-MIN_CLIPS = 20  # fewer would be mostly broken files
+MIN_DEMO_CLIPS = 20  # fewer would be mostly broken files
 
-BYTES_PER_CLIP = 800_000  # 500 kB were measured
+DEMO_CLIP_BYTES = 800_000  # 500 kB were measured
 
 PACKAGES_BYTES = 200_000_000  # fetched and unpacked, while it is being made
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
+class DemoSettings:
     """What decides the files of a demo corpus; raises InputError on nonsense."""
 
     source: str
     clips: int
     seed: int
-    version: int = VERSION
+    version: int = DEMO_VERSION
 
     def __post_init__(self) -> None:
-        if self.source not in SOURCES:
-            raise InputError(f"demo corpus: no source {self.source!r}; expected one of {', '.join(SOURCES)}")
-        if self.clips < MIN_CLIPS:
-            raise InputError(f"demo corpus: expected {MIN_CLIPS} clips at least, got {self.clips}")
+        if self.source not in DEMO_SOURCES:
+            raise InputError(
+                f"demo corpus: no source {self.source!r}; expected one of {', '.join(DEMO_SOURCES)}"
+            )
+        if self.clips < MIN_DEMO_CLIPS:
+            raise InputError(f"demo corpus: expected {MIN_DEMO_CLIPS} clips at least, got {self.clips}")
         if self.seed < 0:
             raise InputError(f"demo corpus: expected a seed of 0 or more, got {self.seed}")
 
     def __str__(self) -> str:
-        return spelled(asdict(self))
+        return settings_line(asdict(self))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,8 +187,8 @@ class DemoCorpus:
     """
 
     path: Path
-    made: bool
-    asked: Asked
+    is_new: bool
+    asked: DemoSettings
     train_clips: int
     eval_clips: int
     other: int
@@ -193,7 +197,7 @@ class DemoCorpus:
     megabytes: float
 
     def __str__(self) -> str:
-        verb = "made" if self.made else "already there, left alone"
+        verb = "made" if self.is_new else "already there, left alone"
         return (
             f"{self.path}: {verb}: {self.train_clips} train and {self.eval_clips} eval clips "
             f"of {self.classes} classes, {self.other} broken rows and files beside them, {self.megabytes:.0f} MB; "
@@ -210,82 +214,93 @@ def make_demo_corpus(
     files, whatever the machine's cores. `progress` True or False shows or hides the bars; None asks the terminal.
     Raises InputError where `out` holds anything else than this very corpus, and leaves nothing half-made.
     """
-    out, asked = Path(out), Asked(source=source, clips=clips, seed=seed)
-    if holds(out, asked):
-        return summary(out, made=False)
+    out, asked = Path(out), DemoSettings(source=source, clips=clips, seed=seed)
+    if has_same_corpus(out, asked):
+        return read_corpus_record(out, is_new=False)
     quiet = None if progress is None else not progress
-    with building(out, needed_bytes=clips * BYTES_PER_CLIP + PACKAGES_BYTES * (source == "debian")) as folder:
-        rng = np.random.default_rng([seed, SOURCES.index(source)])
-        palette = formula_palette() if source == "formula" else debian_palette(rng, folder, quiet=quiet)
-        planned = plan_corpus(rng, palette, clips=clips)
-        make_files(folder, planned, palette, seed=seed, quiet=quiet)
-        write_lists(folder, planned, title=str(asked))
-        write_truth(folder, planned)
-        write_readme(folder, planned, asked.source, title=str(asked))
-        write_record(folder, planned, asked)
-    return summary(out, made=True)
+    with corpus_scratch_folder(
+        out, needed_bytes=clips * DEMO_CLIP_BYTES + PACKAGES_BYTES * (source == "debian")
+    ) as folder:
+        rng = np.random.default_rng([seed, DEMO_SOURCES.index(source)])
+        palette = (
+            formula_split_sounds() if source == "formula" else debian_split_sounds(rng, folder, quiet=quiet)
+        )
+        planned = plan_demo_corpus(rng, palette, clips=clips)
+        write_clip_files(folder, planned, palette, seed=seed, quiet=quiet)
+        write_segments_lists(folder, planned, title=str(asked))
+        write_truth_table(folder, planned)
+        write_demo_readme(folder, planned, asked.source, title=str(asked))
+        write_corpus_record(folder, planned, asked)
+    return read_corpus_record(out, is_new=True)
 
 
-def formula_palette() -> Palette:
+def formula_split_sounds() -> SplitSounds:
     """The formulas, for both splits alike; one to three in a clip."""
-    return Palette(sounds=dict.fromkeys(SPLITS, FORMULAS), chances=(0.45, 0.35, 0.2))
+    return SplitSounds(
+        sounds_by_split=dict.fromkeys(DEMO_SPLITS, FORMULA_SOUNDS), extra_sound_chances=(0.45, 0.35, 0.2)
+    )
 
 
-def debian_palette(rng: np.random.Generator, folder: Path, *, quiet: bool | None) -> Palette:
+def debian_split_sounds(rng: np.random.Generator, folder: Path, *, quiet: bool | None) -> SplitSounds:
     """The recordings, dealt to the splits; one or two in a clip. The packages are gone afterwards."""
     packages = folder / "packages"
-    fetch(packages, quiet=quiet)
-    sounds: dict[str, tuple[Sound, ...]] = {
-        split: tuple(sound(recording, packages) for recording in chosen)
-        for split, chosen in split_recordings(rng, tuple(recordings())).items()
+    fetch_packages(packages, quiet=quiet)
+    sounds: dict[str, tuple[DemoSound, ...]] = {
+        split: tuple(load_recorded_sound(recording, packages) for recording in chosen)
+        for split, chosen in split_recordings(rng, tuple(list_recordings())).items()
     }
-    keep_licences(packages, folder / "licences")
+    copy_licences(packages, folder / "licences")
     shutil.rmtree(packages)  # a build would take the recordings for unlisted clips
-    return Palette(sounds=sounds, chances=(0.5, 0.5))
+    return SplitSounds(sounds_by_split=sounds, extra_sound_chances=(0.5, 0.5))
 
 
-def plan_corpus(rng: np.random.Generator, palette: Palette, *, clips: int) -> list[Clip]:
+def plan_demo_corpus(rng: np.random.Generator, split_sounds: SplitSounds, *, clips: int) -> list[DemoClip]:
     """Every row and every file of the corpus: train, what is broken beside it, eval."""
-    train, evaluation = SPLITS
-    first_eval, taken = clips - round(EVAL_SHARE * clips), set[str]()
-    plan = partial(plan_clips, rng, palette, taken=taken)
+    train, evaluation = DEMO_SPLITS
+    first_eval, taken = clips - round(DEMO_EVAL_SHARE * clips), set[str]()
+    plan = partial(plan_demo_clips, rng, split_sounds, used_ids=taken)
     trains = plan(split=train, numbers=range(first_eval))
     evals = plan(split=evaluation, numbers=range(first_eval, clips))
-    extras = plan(split=train, numbers=range(clips, clips + len(EXTRA_FILES)))
+    extras = plan(split=train, numbers=range(clips, clips + len(BROKEN_FILE_KINDS)))
     broken = [
-        with_kind(replace(clip, seconds=CLIP_SECONDS), kind)
-        for clip, kind in zip(extras, EXTRA_FILES, strict=True)
+        with_clip_kind(replace(clip, seconds=DEMO_CLIP_SECONDS), kind)
+        for clip, kind in zip(extras, BROKEN_FILE_KINDS, strict=True)
     ]
-    return [*odd_clips(trains), *broken, *extra_rows(trains, evals), *evals]
+    return [*make_odd_clips(trains), *broken, *make_repeated_rows(trains, evals), *evals]
 
 
-def make_files(folder: Path, planned: list[Clip], palette: Palette, *, seed: int, quiet: bool | None) -> None:
+def write_clip_files(
+    folder: Path, clips: list[DemoClip], split_sounds: SplitSounds, *, seed: int, quiet: bool | None
+) -> None:
     """Render and write every clip that has a file of its own, on all cores."""
-    for split in SPLITS:
+    for split in DEMO_SPLITS:
         (folder / "audio" / split).mkdir(parents=True)
-    own = [clip for clip in planned if clip.expected != "duplicate"]
+    own = [clip for clip in clips if clip.expected != "duplicate"]
     # threads: the encoders and most of numpy leave the interpreter lock, and a script needs no main guard
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        made = pool.map(partial(make_file, folder, palette, seed), own)
+        made = pool.map(partial(write_clip_file, folder, split_sounds, seed), own)
         for _ in tqdm(made, total=len(own), desc="demo corpus", unit="clip", disable=quiet):
             pass
 
 
-def make_file(folder: Path, palette: Palette, seed: int, clip: Clip) -> None:
+def write_clip_file(folder: Path, split_sounds: SplitSounds, seed: int, clip: DemoClip) -> None:
     """Render one clip, write it in its container, and break it if it is to be broken."""
-    sounds = {sound.name: sound for sound in palette.sounds[clip.split]}
-    wave_SN = render(clip, [sounds[name] for name in clip.parts], seed=seed)
-    write(
-        folder / clip.file, spoil_wave(wave_SN, clip.kind), CONTAINERS[clip.container], rate_hz=clip.rate_hz
+    sounds = {sound.name: sound for sound in split_sounds.sounds_by_split[clip.split]}
+    wave_SN = render_clip(clip, [sounds[name] for name in clip.parts], seed=seed)
+    write_audio_file(
+        folder / clip.file,
+        damage_wave(wave_SN, clip.kind),
+        CONTAINERS_BY_NAME[clip.container],
+        rate_hz=clip.rate_hz,
     )
-    spoil_file(folder / clip.file, clip.kind)
+    damage_file(folder / clip.file, clip.kind)
 
 
 @contextmanager
-def building(out: Path, *, needed_bytes: int) -> Iterator[Path]:
+def corpus_scratch_folder(out: Path, *, needed_bytes: int) -> Iterator[Path]:
     """Yield a scratch folder beside `out` that takes its place on success and is gone after a failure."""
     out = out.absolute()
-    scratch = out.with_name(out.name + PARTIAL)
+    scratch = out.with_name(out.name + PARTIAL_SUFFIX)
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     try:
         scratch.mkdir(parents=True)
@@ -304,58 +319,60 @@ def building(out: Path, *, needed_bytes: int) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def write_record(folder: Path, planned: list[Clip], asked: Asked) -> None:
+def write_corpus_record(folder: Path, clips: list[DemoClip], settings: DemoSettings) -> None:
     """Write corpus.json: what was asked for, what came out, and a digest of the names and sizes of all files."""
-    files = inventory(folder)
-    good = [clip for clip in planned if clip.expected == "good"]
+    files = file_sizes(folder)
+    good = [clip for clip in clips if clip.expected == "good"]
     record = {
-        "asked": asdict(asked),
-        "train_clips": sum(clip.split == SPLITS[0] for clip in good),
-        "eval_clips": sum(clip.split == SPLITS[1] for clip in good),
-        "other": len(planned) - len(good),
+        "asked": asdict(settings),
+        "train_clips": sum(clip.split == DEMO_SPLITS[0] for clip in good),
+        "eval_clips": sum(clip.split == DEMO_SPLITS[1] for clip in good),
+        "other": len(clips) - len(good),
         "classes": len({clip.labels[0] for clip in good}),
         "files": len(files),
         "megabytes": sum(files.values()) / 1e6,
-        "digest": digest(files),
+        "digest": file_sizes_digest(files),
     }
     (folder / "corpus.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def summary(out: Path, *, made: bool) -> DemoCorpus:
+def read_corpus_record(out: Path, *, is_new: bool) -> DemoCorpus:
     """What corpus.json says."""
     record = json.loads((out / "corpus.json").read_text(encoding="utf-8"))
     del record["digest"]
-    return DemoCorpus(path=out, made=made, **(record | {"asked": Asked(**record["asked"])}))
+    return DemoCorpus(path=out, is_new=is_new, **(record | {"asked": DemoSettings(**record["asked"])}))
 
 
-def holds(out: Path, asked: Asked) -> bool:
+def has_same_corpus(out: Path, settings: DemoSettings) -> bool:
     """Whether the corpus asked for is there; False where `out` is absent or empty, else InputError."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     if not (out / "corpus.json").is_file():
         raise InputError(f"{out}: exists and holds no demo corpus; name a new folder")
     record = json.loads((out / "corpus.json").read_text(encoding="utf-8"))
-    if record.get("asked") != asdict(asked):
-        found = spelled(record.get("asked", {}))
-        raise InputError(f"{out}: holds another demo corpus ({found}), expected {asked}; name a new folder")
-    if record["digest"] != digest(inventory(out)):
+    if record.get("asked") != asdict(settings):
+        found = settings_line(record.get("asked", {}))
+        raise InputError(
+            f"{out}: holds another demo corpus ({found}), expected {settings}; name a new folder"
+        )
+    if record["digest"] != file_sizes_digest(file_sizes(out)):
         raise InputError(
             f"{out}: files of this demo corpus were changed since; remove the folder to make it anew"
         )
     return True
 
 
-def spelled(settings: dict[str, object]) -> str:
+def settings_line(settings: dict[str, object]) -> str:
     """Settings in one line: source formula, clips 400, seed 0."""
     return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
-def inventory(folder: Path) -> dict[str, int]:
+def file_sizes(folder: Path) -> dict[str, int]:
     """The size in bytes of every file below a folder but corpus.json."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "corpus.json")
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
-def digest(files: dict[str, int]) -> str:
+def file_sizes_digest(bytes_by_name: dict[str, int]) -> str:
     """One hash of names and sizes."""
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(bytes_by_name, sort_keys=True).encode()).hexdigest()

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from pipeline.datasets.demo.audio_files import read
-from pipeline.datasets.demo.synthesis import RATE_HZ, Sound, add
+from pipeline.datasets.demo.audio_files import read_recording
+from pipeline.datasets.demo.synthesis import SYNTHESIS_RATE_HZ, DemoSound, add_event
 from pipeline.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Recording:
+class PackageRecording:
     """One file of a package and the names of its classes, the first the one that it is dealt for."""
 
     package: str
@@ -30,13 +30,13 @@ class Recording:
 
 
 # package: where its recordings lie and whose they are
-LICENCES = {
+PACKAGE_LICENCES = {
     "scratch": "CC BY-SA 3.0, (c) 2011 Massachusetts Institute of Technology (Scratch 1.4)",
     "sonic-pi-samples": "CC0 1.0, recordings of freesound.org users collected by Sonic Pi",
     "minetest-data": "CC BY-SA 3.0, the Minetest developers and contributors (doors: CC BY 3.0; tnt: CC0 1.0)",
 }
 
-MIDS = {
+MID_OF_CLASS_NAME = {
     "Baby cry, infant cry": "/t/dd00002",
     "Bark": "/m/05tny_",
     "Bass drum": "/m/0bm02",
@@ -122,7 +122,7 @@ MIDS = {
 }
 
 # Class | another class : recordings. {a,b} is either; the rest of a path is in `RECORDING_PATHS`.
-TABLE = """
+RECORDING_TABLE = """
 Baby cry, infant cry: scratch/Human/BabyCry.mp3
 Bark | Dog: scratch/Animal/Dog{1,2}.wav
 Bass drum: sonic/bd_{808,ada,boom,fat,gas,haus,klub,pure,sone,tek,zome,zum}
@@ -206,32 +206,32 @@ RECORDING_PATHS = {
 }
 
 
-def recordings() -> Iterator[Recording]:
+def list_recordings() -> Iterator[PackageRecording]:
     """Every recording of the table."""
-    for line in TABLE.replace("\n   ", "").strip().splitlines():
+    for line in RECORDING_TABLE.replace("\n   ", "").strip().splitlines():
         classes, short_paths = line.split(": ")
         for short_path in short_paths.split():
-            for start, *folder, name in (each.split("/") for each in expand(short_path)):
+            for start, *folder, name in (each.split("/") for each in expand_braces(short_path)):
                 package, path = RECORDING_PATHS[start]
                 path = path.format(folder=" ".join(folder).replace("Music_Loops", "Music Loops"), name=name)
-                yield Recording(package=package, path=path, classes=tuple(classes.split(" | ")))
+                yield PackageRecording(package=package, path=path, classes=tuple(classes.split(" | ")))
 
 
-def expand(text: str) -> list[str]:
+def expand_braces(text: str) -> list[str]:
     """Every way to take one of each `{a,b}`."""
     found = re.search(r"\{([^{}]*)\}", text)
     if not found:
         return [text]
     before, after = text[: found.start()], text[found.end() :]
-    return [each for choice in found[1].split(",") for each in expand(before + choice + after)]
+    return [each for choice in found[1].split(",") for each in expand_braces(before + choice + after)]
 
 
-SPLITS = ("balanced_train", "eval")
+DEMO_SPLITS = ("balanced_train", "eval")
 
-EVAL_SHARE = 0.25
+DEMO_EVAL_SHARE = 0.25
 
 
-def fetch(folder: Path, *, quiet: bool | None) -> None:
+def fetch_packages(folder: Path, *, quiet: bool | None) -> None:
     """Download the packages (49 MB) with apt and unpack each into `folder`/its name, without installing it."""
     for command in ("apt-get", "dpkg-deb"):
         if not shutil.which(command):
@@ -240,14 +240,14 @@ def fetch(folder: Path, *, quiet: bool | None) -> None:
                 "--source formula downloads nothing"
             )
     folder.mkdir(parents=True)
-    for package in tqdm(LICENCES, desc="fetch packages", unit="package", disable=quiet):
-        run(["apt-get", "download", "--quiet", package], folder)
+    for package in tqdm(PACKAGE_LICENCES, desc="fetch packages", unit="package", disable=quiet):
+        run_package_command(["apt-get", "download", "--quiet", package], folder)
         (file,) = folder.glob(f"{package}_*.deb")
-        run(["dpkg-deb", "--extract", str(file), package], folder)
+        run_package_command(["dpkg-deb", "--extract", str(file), package], folder)
         file.unlink()
 
 
-def run(command: list[str], folder: Path) -> None:
+def run_package_command(command: list[str], folder: Path) -> None:
     """Run a command in a folder; where it fails its last line of complaint becomes the error."""
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -257,47 +257,47 @@ def run(command: list[str], folder: Path) -> None:
         )
 
 
-def keep_licences(packages: Path, folder: Path) -> None:
+def copy_licences(packages: Path, folder: Path) -> None:
     """Copy each package's own statement of who made what."""
     folder.mkdir()
-    for package in LICENCES:
+    for package in PACKAGE_LICENCES:
         shutil.copyfile(
             packages / package / "usr/share/doc" / package / "copyright", folder / f"{package}.txt"
         )
 
 
 def split_recordings(
-    rng: np.random.Generator, recordings: Sequence[Recording]
-) -> dict[str, tuple[Recording, ...]]:
+    rng: np.random.Generator, recordings: Sequence[PackageRecording]
+) -> dict[str, tuple[PackageRecording, ...]]:
     """The recordings of each split: about a quarter of every class for eval, at least one, the rest to train on.
 
     A recording that is the only one of all its classes serves in both splits, so that no class is missing from
     one; every other recording is in one split only.
     """
     carriers = Counter(name for recording in recordings for name in recording.classes)
-    by_class: defaultdict[str, list[Recording]] = defaultdict(list)
+    by_class: defaultdict[str, list[PackageRecording]] = defaultdict(list)
     for recording in recordings:
         by_class[recording.classes[0]].append(recording)
-    split: dict[str, list[Recording]] = {name: [] for name in SPLITS}
+    split: dict[str, list[PackageRecording]] = {name: [] for name in DEMO_SPLITS}
     for group in by_class.values():
         shuffled = [group[at] for at in rng.permutation(len(group))]
-        evals = max(1, round(EVAL_SHARE * len(group))) if len(group) > 1 else 0
+        evals = max(1, round(DEMO_EVAL_SHARE * len(group))) if len(group) > 1 else 0
         alone = all(carriers[name] == 1 for name in group[0].classes)
         split["eval"] += group if alone else shuffled[:evals]
         split["balanced_train"] += group if alone else shuffled[evals:]
     return {name: tuple(chosen) for name, chosen in split.items()}
 
 
-def sound(recording: Recording, folder: Path) -> Sound:
+def load_recorded_sound(recording: PackageRecording, folder: Path) -> DemoSound:
     """The recording, read from its unpacked package, as something that can be heard in a clip."""
     path = folder / recording.package / recording.path
     if not path.exists():
         raise InputError(
             f"{path}: not in this release of {recording.package}, which Debian 12 has; use --source formula"
         )
-    mids = tuple(MIDS[name] for name in recording.classes)
-    make = partial(repeat_with_gaps, read(path))
-    return Sound(name=f"{recording.package}/{recording.path}", mids=mids, make=make)
+    mids = tuple(MID_OF_CLASS_NAME[name] for name in recording.classes)
+    make = partial(repeat_with_gaps, read_recording(path))
+    return DemoSound(name=f"{recording.package}/{recording.path}", mids=mids, make_wave=make)
 
 
 def repeat_with_gaps(wave_S: np.ndarray, rng: np.random.Generator, samples: int) -> np.ndarray:
@@ -305,6 +305,6 @@ def repeat_with_gaps(wave_S: np.ndarray, rng: np.random.Generator, samples: int)
     repeated_S = np.zeros(samples, dtype=np.float32)
     at = 0
     while at < samples:
-        add(repeated_S, wave_S, at)
-        at += len(wave_S) + int(RATE_HZ * rng.uniform(0.1, 1.5))
+        add_event(repeated_S, wave_S, at)
+        at += len(wave_S) + int(SYNTHESIS_RATE_HZ * rng.uniform(0.1, 1.5))
     return repeated_S

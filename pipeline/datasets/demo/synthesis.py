@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-RATE_HZ = 48_000
+SYNTHESIS_RATE_HZ = 48_000
 
-PITCH_HZ = (120.0, 3_400.0)
+PITCH_RANGE_HZ = (120.0, 3_400.0)
 
-RAMP_SECONDS = 0.003  # edge of a switched tone: short enough to be abrupt, long enough not to click
+GATE_RAMP_SECONDS = 0.003  # edge of a switched tone: short enough to be abrupt, long enough not to click
 
 # ITU-T E.180 and its list of national tones: frequencies, seconds on, seconds off.
 DIAL_TONES_HZ = ((350.0, 440.0), (350.0, 450.0))  # North America; United Kingdom
@@ -31,7 +31,7 @@ DTMF_COLUMNS_HZ = np.array([1_209.0, 1_336.0, 1_477.0])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sound:
+class DemoSound:
     """Something that can be heard in a clip, and the classes it stands for.
 
     `make(rng, samples)` gives `wave_S` at RATE_HZ; `level_dbfs` is the range of its loudest tenth of a
@@ -40,33 +40,33 @@ class Sound:
 
     name: str
     mids: tuple[str, ...]
-    make: Callable[[np.random.Generator, int], np.ndarray]
+    make_wave: Callable[[np.random.Generator, int], np.ndarray]
     level_dbfs: tuple[float, float] = (-36.0, -15.0)
-    alone: bool = False
+    is_alone: bool = False
 
 
 def sine_wave(rng: np.random.Generator, samples: int) -> np.ndarray:
     """One pure tone of constant pitch."""
-    return tone(pitch_hz(rng), samples)
+    return unit_sine_S(draw_pitch_hz(rng), samples)
 
 
-def harmonic(rng: np.random.Generator, samples: int) -> np.ndarray:
+def harmonic_tone(rng: np.random.Generator, samples: int) -> np.ndarray:
     """Sine tones at several integer multiples of one fundamental, which itself may be absent."""
     weights_N = rng.uniform(0.2, 1.0, 10) * (rng.random(10) < 0.6)
     weights_N[[1, 2]] = rng.uniform(0.5, 1.0, 2)
-    return partials(phase(pitch_hz(rng, high_hz=700.0), samples), weights_N)
+    return sum_partials(running_phase_S(draw_pitch_hz(rng, high_hz=700.0), samples), weights_N)
 
 
 def chirp_tone(rng: np.random.Generator, samples: int) -> np.ndarray:
     """A tone that sweeps up or down by an octave at least, once or again and again."""
-    low_hz = pitch_hz(rng, high_hz=PITCH_HZ[1] / 2.5)
-    high_hz = pitch_hz(rng, low_hz=2 * low_hz)
-    sweep_seconds = rng.choice([samples / RATE_HZ, rng.uniform(0.3, 3.0)])
-    rise_S = fraction(seconds(samples) / sweep_seconds)
+    low_hz = draw_pitch_hz(rng, high_hz=PITCH_RANGE_HZ[1] / 2.5)
+    high_hz = draw_pitch_hz(rng, low_hz=2 * low_hz)
+    sweep_seconds = rng.choice([samples / SYNTHESIS_RATE_HZ, rng.uniform(0.3, 3.0)])
+    rise_S = fractional_part(sample_times_S(samples) / sweep_seconds)
     rise_S = rise_S if rng.random() < 0.5 else 1.0 - rise_S
     linear = rng.random() < 0.5
     hz_S = low_hz + (high_hz - low_hz) * rise_S if linear else low_hz * (high_hz / low_hz) ** rise_S
-    return np.sin(phase(hz_S, samples))
+    return np.sin(running_phase_S(hz_S, samples))
 
 
 def white_noise(rng: np.random.Generator, samples: int) -> np.ndarray:
@@ -79,7 +79,7 @@ def pink_noise(rng: np.random.Generator, samples: int) -> np.ndarray:
     return coloured_noise(rng, samples, db_per_octave=-10 * np.log10(2))
 
 
-def silence(rng: np.random.Generator, samples: int) -> np.ndarray:
+def near_silence(rng: np.random.Generator, samples: int) -> np.ndarray:
     """The faint noise of a quiet recording, of any slope between white and brown."""
     return coloured_noise(rng, samples, db_per_octave=rng.uniform(-6.0, 0.0))
 
@@ -87,33 +87,35 @@ def silence(rng: np.random.Generator, samples: int) -> np.ndarray:
 def dial_tone(rng: np.random.Generator, samples: int) -> np.ndarray:
     """The two steady tones of an exchange that is ready."""
     low_hz, high_hz = DIAL_TONES_HZ[rng.integers(len(DIAL_TONES_HZ))]
-    return tone(low_hz, samples) + tone(high_hz, samples)
+    return unit_sine_S(low_hz, samples) + unit_sine_S(high_hz, samples)
 
 
 def busy_signal(rng: np.random.Generator, samples: int) -> np.ndarray:
     """One or two tones switched on and off in a national cadence."""
     tones_hz, on_seconds, off_seconds = BUSY_TONES[rng.integers(len(BUSY_TONES))]
-    wave_S = np.sum([tone(hz, samples) for hz in tones_hz], axis=0)
-    return wave_S * switched(rng, samples, on_seconds, off_seconds)
+    wave_S = np.sum([unit_sine_S(hz, samples) for hz in tones_hz], axis=0)
+    return wave_S * random_phase_gate(rng, samples, on_seconds, off_seconds)
 
 
-def dtmf(rng: np.random.Generator, samples: int) -> np.ndarray:
+def dtmf_dialing(rng: np.random.Generator, samples: int) -> np.ndarray:
     """Random digits, each one tone of the keypad's row and one of its column."""
     on_seconds, off_seconds = rng.uniform(0.06, 0.18), rng.uniform(0.05, 0.2)
-    digit_S = (seconds(samples) / (on_seconds + off_seconds)).astype(int)
+    digit_S = (sample_times_S(samples) / (on_seconds + off_seconds)).astype(int)
     row_N, column_N = rng.integers(4, size=digit_S[-1] + 1), rng.integers(3, size=digit_S[-1] + 1)
     row_S, column_S = DTMF_ROWS_HZ[row_N][digit_S], DTMF_COLUMNS_HZ[column_N][digit_S]
-    wave_S = np.sin(phase(row_S, samples)) + np.sin(phase(column_S, samples))
-    return wave_S * gate(seconds(samples), on_seconds, off_seconds)
+    wave_S = np.sin(running_phase_S(row_S, samples)) + np.sin(running_phase_S(column_S, samples))
+    return wave_S * on_off_gate(sample_times_S(samples), on_seconds, off_seconds)
 
 
-def beep(rng: np.random.Generator, samples: int) -> np.ndarray:
+def repeated_beeps(rng: np.random.Generator, samples: int) -> np.ndarray:
     """Short tones of one pitch, some with the third harmonic of a cheap buzzer, up to six a second."""
-    wave_S = partials(phase(pitch_hz(rng), samples), np.array([1.0, 0.0, rng.choice([0.0, 0.3])]))
-    return wave_S * switched(rng, samples, rng.uniform(0.05, 0.3), rng.uniform(0.1, 0.9))
+    wave_S = sum_partials(
+        running_phase_S(draw_pitch_hz(rng), samples), np.array([1.0, 0.0, rng.choice([0.0, 0.3])])
+    )
+    return wave_S * random_phase_gate(rng, samples, rng.uniform(0.05, 0.3), rng.uniform(0.1, 0.9))
 
 
-def siren(rng: np.random.Generator, samples: int) -> np.ndarray:
+def siren_tone(rng: np.random.Generator, samples: int) -> np.ndarray:
     """A rich tone that wails (3-6 s), yelps (a third of a second) or alternates a fourth apart."""
     kind = rng.choice(["wail", "yelp", "two-tone"])
     period_seconds = {
@@ -121,11 +123,11 @@ def siren(rng: np.random.Generator, samples: int) -> np.ndarray:
         "yelp": rng.uniform(0.25, 0.4),
         "two-tone": rng.uniform(1, 2),
     }[kind]
-    turn_S = fraction(seconds(samples) / period_seconds + rng.random())
+    turn_S = fractional_part(sample_times_S(samples) / period_seconds + rng.random())
     triangle_S = 1.0 - np.abs(2.0 * turn_S - 1.0)
     rise_S = (turn_S < 0.5).astype(float) if kind == "two-tone" else triangle_S
     low_hz, ratio = rng.uniform(400, 700), np.float32(4 / 3 if kind == "two-tone" else rng.uniform(2.0, 2.6))
-    return partials(phase(low_hz * ratio**rise_S, samples), np.arange(1.0, 8.0) ** -1.3)
+    return sum_partials(running_phase_S(low_hz * ratio**rise_S, samples), np.arange(1.0, 8.0) ** -1.3)
 
 
 def mains_hum(rng: np.random.Generator, samples: int) -> np.ndarray:
@@ -133,88 +135,92 @@ def mains_hum(rng: np.random.Generator, samples: int) -> np.ndarray:
     mains_hz = rng.choice([50.0, 60.0]) * (1 + rng.normal(0.0, 2e-4))
     order_N = np.arange(1, 16)
     weights_N = rng.uniform(0.3, 1.0, 15) * order_N ** rng.uniform(-1.5, -0.7)
-    return partials(phase(mains_hz, samples), np.where(order_N % 2, 0.4, 1.0) * weights_N)
+    return sum_partials(running_phase_S(mains_hz, samples), np.where(order_N % 2, 0.4, 1.0) * weights_N)
 
 
-def pulse(rng: np.random.Generator, samples: int) -> np.ndarray:
+def swelling_pulse(rng: np.random.Generator, samples: int) -> np.ndarray:
     """A tone or a noise that swells and fades about once a second."""
-    carrier = (sine_wave, buzz, pink_noise)[rng.integers(3)]
-    swell_S = np.cos(phase(rng.uniform(0.7, 1.6), samples) + np.float32(rng.uniform(0, 2 * np.pi)))
+    carrier = (sine_wave, sawtooth_buzz, pink_noise)[rng.integers(3)]
+    swell_S = np.cos(running_phase_S(rng.uniform(0.7, 1.6), samples) + np.float32(rng.uniform(0, 2 * np.pi)))
     return carrier(rng, samples) * (swell_S + np.float32(rng.uniform(-0.3, 0.1))).clip(min=0.0) ** 2
 
 
-def static(rng: np.random.Generator, samples: int) -> np.ndarray:
+def crackling_static(rng: np.random.Generator, samples: int) -> np.ndarray:
     """Crackle: sparks at random moments, their heights spread over 30 dB, on a little hiss."""
-    sparks = rng.poisson(samples / RATE_HZ * rng.uniform(15, 120))
+    sparks = rng.poisson(samples / SYNTHESIS_RATE_HZ * rng.uniform(15, 120))
     heights = np.exp(rng.normal(-1.5, 1.0, sparks)).clip(max=1.5)
     shapes_NS = rng.standard_normal((16, 96)) * np.exp(-np.arange(96) / rng.uniform(3, 24))
     wave_S = np.float32(0.01) * rng.standard_normal(samples, dtype=np.float32)
     for at, shape, height in zip(
         rng.integers(samples, size=sparks), rng.integers(16, size=sparks), heights, strict=True
     ):
-        add(wave_S, height * shapes_NS[shape], at)
+        add_event(wave_S, height * shapes_NS[shape], at)
     return wave_S
 
 
-def tick_tock(rng: np.random.Generator, samples: int) -> np.ndarray:
+def clock_tick_tock(rng: np.random.Generator, samples: int) -> np.ndarray:
     """A clock: two knocks of different pitch in turn, at an even pace of two to five a second."""
-    tick_N, tock_N = knock(rng, rng.uniform(1_800, 3_400)), knock(rng, rng.uniform(900, 1_700))
-    step_samples = int(RATE_HZ * rng.uniform(0.2, 0.5))
+    tick_N, tock_N = damped_knock(rng, rng.uniform(1_800, 3_400)), damped_knock(rng, rng.uniform(900, 1_700))
+    step_samples = int(SYNTHESIS_RATE_HZ * rng.uniform(0.2, 0.5))
     wave_S = np.zeros(samples, dtype=np.float32)
     for number, at in enumerate(range(rng.integers(step_samples), samples, step_samples)):
-        add(wave_S, tock_N if number % 2 else tick_N, at)
+        add_event(wave_S, tock_N if number % 2 else tick_N, at)
     return wave_S
 
 
-FORMULAS = (
-    Sound(name="Sine wave", mids=("/m/01v_m0",), make=sine_wave),
-    Sound(name="Chirp tone", mids=("/m/0hdsk",), make=chirp_tone),
-    Sound(name="White noise", mids=("/m/0chx_",), make=white_noise),
-    Sound(name="Pink noise", mids=("/m/0cj0r",), make=pink_noise),
-    Sound(name="Silence", mids=("/m/028v0c",), make=silence, level_dbfs=(-72.0, -60.0), alone=True),
-    Sound(name="Dial tone", mids=("/m/015jpf",), make=dial_tone),
-    Sound(name="Busy signal", mids=("/m/01z47d",), make=busy_signal),
-    Sound(name="Telephone dialing, DTMF", mids=("/m/02c8p",), make=dtmf),
-    Sound(name="Beep, bleep", mids=("/m/02fs_r",), make=beep),
-    Sound(name="Siren", mids=("/m/03kmc9",), make=siren),
-    Sound(name="Mains hum", mids=("/m/06xkwv",), make=mains_hum),
-    Sound(name="Pulse", mids=("/m/07pt_g0",), make=pulse),
-    Sound(name="Harmonic", mids=("/m/0b9m1",), make=harmonic),
-    Sound(name="Static", mids=("/m/07rgkc5",), make=static),
-    Sound(name="Tick-tock", mids=("/m/07qjznl",), make=tick_tock),
+FORMULA_SOUNDS = (
+    DemoSound(name="Sine wave", mids=("/m/01v_m0",), make_wave=sine_wave),
+    DemoSound(name="Chirp tone", mids=("/m/0hdsk",), make_wave=chirp_tone),
+    DemoSound(name="White noise", mids=("/m/0chx_",), make_wave=white_noise),
+    DemoSound(name="Pink noise", mids=("/m/0cj0r",), make_wave=pink_noise),
+    DemoSound(
+        name="Silence", mids=("/m/028v0c",), make_wave=near_silence, level_dbfs=(-72.0, -60.0), is_alone=True
+    ),
+    DemoSound(name="Dial tone", mids=("/m/015jpf",), make_wave=dial_tone),
+    DemoSound(name="Busy signal", mids=("/m/01z47d",), make_wave=busy_signal),
+    DemoSound(name="Telephone dialing, DTMF", mids=("/m/02c8p",), make_wave=dtmf_dialing),
+    DemoSound(name="Beep, bleep", mids=("/m/02fs_r",), make_wave=repeated_beeps),
+    DemoSound(name="Siren", mids=("/m/03kmc9",), make_wave=siren_tone),
+    DemoSound(name="Mains hum", mids=("/m/06xkwv",), make_wave=mains_hum),
+    DemoSound(name="Pulse", mids=("/m/07pt_g0",), make_wave=swelling_pulse),
+    DemoSound(name="Harmonic", mids=("/m/0b9m1",), make_wave=harmonic_tone),
+    DemoSound(name="Static", mids=("/m/07rgkc5",), make_wave=crackling_static),
+    DemoSound(name="Tick-tock", mids=("/m/07qjznl",), make_wave=clock_tick_tock),
 )
 
 
-def seconds(samples: int) -> np.ndarray:
+def sample_times_S(samples: int) -> np.ndarray:
     """The time of each sample."""
-    return np.arange(samples, dtype=np.float64) * (1 / RATE_HZ)
+    return np.arange(samples, dtype=np.float64) * (1 / SYNTHESIS_RATE_HZ)
 
 
-def pitch_hz(rng: np.random.Generator, *, low_hz: float = PITCH_HZ[0], high_hz: float = PITCH_HZ[1]) -> float:
+def draw_pitch_hz(
+    rng: np.random.Generator, *, low_hz: float = PITCH_RANGE_HZ[0], high_hz: float = PITCH_RANGE_HZ[1]
+) -> float:
     """A frequency, equally likely in every octave of the range."""
     return float(np.exp(rng.uniform(np.log(low_hz), np.log(high_hz))))
 
 
-def fraction(turns_S: np.ndarray) -> np.ndarray:
+def fractional_part(turns_S: np.ndarray) -> np.ndarray:
     """What is left of each number above its whole part, float32. (`%` says the same at 20 times the cost.)"""
     return (turns_S - np.floor(turns_S)).astype(np.float32)
 
 
-def phase(hz: float | np.ndarray, samples: int) -> np.ndarray:
+def running_phase_S(hz: float | np.ndarray, samples: int) -> np.ndarray:
     """The running phase in [0, 2 pi) of a frequency that may change from sample to sample.
 
     It is wrapped before it is rounded to float32, so that the last second is as exact as the first.
     """
-    turns_S = np.cumsum(np.broadcast_to(hz, samples), dtype=np.float64) / RATE_HZ
-    return (2 * np.pi) * fraction(turns_S)
+    turns_S = np.cumsum(np.broadcast_to(hz, samples), dtype=np.float64) / SYNTHESIS_RATE_HZ
+    return (2 * np.pi) * fractional_part(turns_S)
 
 
-def tone(hz: float, samples: int) -> np.ndarray:
+def unit_sine_S(hz: float, samples: int) -> np.ndarray:
     """A sine of amplitude 1."""
-    return np.sin(phase(hz, samples))
+    return np.sin(running_phase_S(hz, samples))
 
 
-def partials(phase_S: np.ndarray, weights_N: np.ndarray) -> np.ndarray:
+def sum_partials(phase_S: np.ndarray, weights_N: np.ndarray) -> np.ndarray:
     """The sum of sines at 1, 2, 3 ... times a phase, with these amplitudes."""
     wave_S = np.zeros_like(phase_S)
     for order in np.flatnonzero(weights_N):
@@ -222,43 +228,47 @@ def partials(phase_S: np.ndarray, weights_N: np.ndarray) -> np.ndarray:
     return wave_S
 
 
-def buzz(rng: np.random.Generator, samples: int) -> np.ndarray:
+def sawtooth_buzz(rng: np.random.Generator, samples: int) -> np.ndarray:
     """A low tone with the partials of a sawtooth."""
-    return partials(phase(pitch_hz(rng, high_hz=500.0), samples), 1 / np.arange(1.0, 7.0))
+    return sum_partials(running_phase_S(draw_pitch_hz(rng, high_hz=500.0), samples), 1 / np.arange(1.0, 7.0))
 
 
-def gate(seconds_S: np.ndarray, on_seconds: float, off_seconds: float) -> np.ndarray:
+def on_off_gate(seconds_S: np.ndarray, on_seconds: float, off_seconds: float) -> np.ndarray:
     """1 while on and 0 while off, with short ramps; the first period begins at 0 s."""
     period_seconds = on_seconds + off_seconds
-    since_S = period_seconds * fraction(seconds_S / period_seconds)
-    return (np.minimum(since_S, on_seconds - since_S) / RAMP_SECONDS).clip(0.0, 1.0)
+    since_S = period_seconds * fractional_part(seconds_S / period_seconds)
+    return (np.minimum(since_S, on_seconds - since_S) / GATE_RAMP_SECONDS).clip(0.0, 1.0)
 
 
-def switched(rng: np.random.Generator, samples: int, on_seconds: float, off_seconds: float) -> np.ndarray:
+def random_phase_gate(
+    rng: np.random.Generator, samples: int, on_seconds: float, off_seconds: float
+) -> np.ndarray:
     """A gate that may begin anywhere in its period."""
-    return gate(seconds(samples) + rng.uniform(0.0, on_seconds + off_seconds), on_seconds, off_seconds)
+    return on_off_gate(
+        sample_times_S(samples) + rng.uniform(0.0, on_seconds + off_seconds), on_seconds, off_seconds
+    )
 
 
 def coloured_noise(rng: np.random.Generator, samples: int, *, db_per_octave: float) -> np.ndarray:
     """Gaussian noise whose spectrum falls by a constant slope above 20 Hz; its level is about 1."""
     padded_samples = 1 << (samples - 1).bit_length()  # powers of two: the quick lengths of the FFT
-    hz_N = np.fft.rfftfreq(padded_samples, 1 / RATE_HZ).clip(min=20.0).astype(np.float32)
+    hz_N = np.fft.rfftfreq(padded_samples, 1 / SYNTHESIS_RATE_HZ).clip(min=20.0).astype(np.float32)
     gain_N = (hz_N / 1_000) ** np.float32(db_per_octave / (20 * np.log10(2)))
     white_N = rng.standard_normal((len(hz_N), 2), dtype=np.float32).view(np.complex64)[:, 0]
     wave_S = np.fft.irfft(white_N * gain_N)[:samples]
     return wave_S / wave_S.std()
 
 
-def knock(rng: np.random.Generator, hz: float) -> np.ndarray:
+def damped_knock(rng: np.random.Generator, hz: float) -> np.ndarray:
     """A tenth of a second of three damped resonances, the lowest at `hz`."""
-    seconds_N = seconds(RATE_HZ // 10)
+    seconds_N = sample_times_S(SYNTHESIS_RATE_HZ // 10)
     ratios = np.array([1.0, rng.uniform(1.3, 1.8), rng.uniform(2.1, 2.9)])
     decays_seconds = rng.uniform(0.004, 0.015, 3) / np.sqrt(ratios)
     modes = zip(ratios, decays_seconds, strict=True)
     return np.sum([np.sin(2 * np.pi * hz * r * seconds_N) * np.exp(-seconds_N / d) for r, d in modes], axis=0)
 
 
-def add(wave_S: np.ndarray, event_N: np.ndarray, at: int) -> None:
+def add_event(wave_S: np.ndarray, event_N: np.ndarray, at: int) -> None:
     """Add an event in place from sample `at` on; what reaches past the end is lost."""
     end = min(at + len(event_N), len(wave_S))
     wave_S[at:end] += event_N[: end - at]

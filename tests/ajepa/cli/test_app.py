@@ -18,8 +18,8 @@ from ajepa.model.jepa import Jepa
 from ajepa.model.masking import Masks
 from ajepa.model.patches import PatchGrid
 from ajepa.recipes import catalogue, pretrain
-from ajepa.recipes.catalogue import FINETUNES
-from ajepa.report.masks import overlay
+from ajepa.recipes.catalogue import FINETUNE_RECIPES
+from ajepa.report.masks import mask_colours_RC4
 from ajepa.report.pictures import running_mean
 from ajepa.training.run import Run
 from pipeline.errors import STOP_SIGNALS
@@ -92,7 +92,7 @@ def test_a_run_is_trained_evaluated_and_drawn(store_path, tmp_path, monkeypatch,
 def test_a_mistake_is_one_line_and_leaves_nothing(store_path, tmp_path, monkeypatch, capsys, more, told):
     """What, where, what was expected; status 1; nothing half-made."""
     if "a-jepa" in more:
-        monkeypatch.setattr("ajepa.training.memory.free_bytes", lambda device: 20_000_000)
+        monkeypatch.setattr("ajepa.training.memory.free_memory_bytes", lambda device: 20_000_000)
     assert run(*wish(store_path, tmp_path / "run", *more), monkeypatch=monkeypatch) == 1
     error = capsys.readouterr().err
     assert told in error
@@ -150,7 +150,7 @@ def test_an_encoder_is_fine_tuned_from_its_run(store_path, tmp_path, monkeypatch
     assert "by unambiguous labels\n" in said
     assert max(map(len, said.splitlines()[1:])) <= 80
     kept = Run.open(tmp_path / "b").recipe
-    assert kept["model"]["encoder"]["width"] == pretrain.smoke().model.encoder.width
+    assert kept["model"]["encoder"]["width"] == pretrain.smoke_recipe().model.encoder.width
     assert (kept["seed"], kept["clips_per_step"], kept["augment"]["roll"]) == (5, 8, False)
     assert run(*again, monkeypatch=monkeypatch) == 0
     assert capsys.readouterr().err.endswith("b: already at its last step, 2\n")
@@ -215,7 +215,7 @@ def test_two_stores_are_mixed_by_weight_and_one_is_shuffled_in_blocks(
 @pytest.mark.parametrize("command", ["pretrain", "evaluate", "report"])
 def test_a_store_that_is_none_is_named_in_one_line(tmp_path, monkeypatch, capsys, command):
     """A mistyped path is the commonest mistake of all."""
-    Run.start(tmp_path / "run", recipe=catalogue.to_json(tiny()), identity={})
+    Run.create_or_open(tmp_path / "run", recipe=catalogue.recipe_to_json(tiny()), identity={})
     where = ["--store", tmp_path / "nowhere.zarr", "--run", tmp_path / "run"]
     more = ["--out", tmp_path / "out"] if command == "report" else []
     assert run(command, *where, *more, monkeypatch=monkeypatch) == 1
@@ -229,7 +229,7 @@ def test_a_terminated_run_exits_with_status_75_and_carries_on(store_path, tmp_pa
     asked = wish(store_path, tmp_path / "run", "--recipe", "smoke", "--steps", 4000)
     threads = os.environ | {"OMP_NUM_THREADS": "1"}
     started = subprocess.Popen([*PROGRAM, *map(str, asked)], stderr=subprocess.PIPE, env=threads)
-    while not (tmp_path / "run" / "metrics.jsonl").exists() or not Run.open(tmp_path / "run").metrics():
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or not Run.open(tmp_path / "run").read_metrics():
         assert started.poll() is None, started.stderr.read().decode()
         time.sleep(0.1)
     started.send_signal(signal.SIGTERM)
@@ -239,7 +239,7 @@ def test_a_terminated_run_exits_with_status_75_and_carries_on(store_path, tmp_pa
     assert len(re.findall("again|carr(?:y|ies) on", said)) == 1
     assert "Traceback" not in said
     stopped = Run.open(tmp_path / "run")
-    assert stopped.step == stopped.metrics()[-1]["step"] > 0
+    assert stopped.newest_step == stopped.read_metrics()[-1]["step"] > 0
 
 
 def test_a_seed_below_0_is_refused(store_path, tmp_path, monkeypatch, capsys):
@@ -252,10 +252,14 @@ def test_every_recipe_is_listed_with_cost_and_expectation(monkeypatch, capsys):
     """Choosing one must not need the source."""
     assert run("recipes", monkeypatch=monkeypatch) == 0
     text = capsys.readouterr().out
-    for name in (*pretrain.RECIPES, *FINETUNES):
+    for name in (*pretrain.PRETRAIN_RECIPES, *FINETUNE_RECIPES):
         assert f"\n{name}: " in f"\n{text}"
-    assert text.count("Memory:") == len(pretrain.RECIPES)
-    assert text.count("Cost:") == text.count("Expected") == len(pretrain.RECIPES) + len(FINETUNES)
+    assert text.count("Memory:") == len(pretrain.PRETRAIN_RECIPES)
+    assert (
+        text.count("Cost:")
+        == text.count("Expected")
+        == len(pretrain.PRETRAIN_RECIPES) + len(FINETUNE_RECIPES)
+    )
     assert max(len(line) for line in text.splitlines()) <= 80
 
 
@@ -263,7 +267,7 @@ def test_the_picture_of_masks_shows_each_token_where_it_lies_in_the_spectrogram(
     """Tokens count frequency rows first; transposed, the picture would show other masks than were used."""
     grid = PatchGrid(rows=2, cols=3)
     masks = Masks(context_BK=np.array([[1]]), targets_BGQ=np.array([[[4]]]))
-    colour_RC4 = overlay(masks, grid)
+    colour_RC4 = mask_colours_RC4(masks, grid)
     assert colour_RC4.shape == (2, 3, 4)
     assert colour_RC4[1, 0, 3] == 0  # token 1: second row of the first column, visible
     assert 0 < colour_RC4[0, 2, 3] < colour_RC4[0, 0, 3]  # token 4: a target, lighter than what is hidden

@@ -13,12 +13,12 @@ from tiny import tiny
 
 import ajepa
 from ajepa.embed.embedder import Embedder
-from ajepa.embed.pretrained import Trained
-from ajepa.evaluate.features import Views, features
-from ajepa.model.pooling import Layer
+from ajepa.embed.pretrained import PretrainedEncoder
+from ajepa.evaluate.features import ClipViews, clip_vectors
+from ajepa.model.pooling import EncoderLayer
 from ajepa.model.vit import Encoder
 from ajepa.pretrain.pretrain import pretrain
-from pipeline.audio.mel_spec import PASST, mel_spec
+from pipeline.audio.mel_spec import PASST, preset_mel_spec
 from pipeline.errors import AudioError, RunError
 from pipeline.store.feature_store import FeatureStore
 
@@ -73,8 +73,8 @@ def test_without_overlap_the_clip_is_what_evaluate_measures(run_path, store):
     """Scores in evaluation.json speak of vectors that a user can have."""
     model = ajepa.load(run_path, device="cpu", overlap=0)
     rows_N = store.good_rows()[:5]
-    views = Views(store=store, frames=64, mean=model.model.mean, std=model.model.std)
-    expected_ND = torch.from_numpy(features(views, rows_N, model.encoder))
+    views = ClipViews(store=store, frames=64, mean=model.model.mean, std=model.model.std)
+    expected_ND = torch.from_numpy(clip_vectors(views, rows_N, model.encoder))
     close(torch.stack([one.clip_D for one in model.embed_store(store, rows_N)]), expected_ND)
 
 
@@ -161,13 +161,13 @@ def test_shifts_lay_frames_between_frames_and_leave_the_rest(model):
 @pytest.mark.parametrize("suffix", [".wav", ".flac", ".mp3", ".m4a", ".opus"])
 def test_a_file_that_streams_is_the_array_it_decodes_to(model, tmp_path, suffix):
     """Decoded, resampled and transformed in pieces, and all at once: the same frames."""
-    from pipeline.audio.decode import load
-    from pipeline.audio.sources import Locator
+    from pipeline.audio.decode import load_clip_audio
+    from pipeline.audio.sources import SoundLocator
 
     rate_hz = 48_000 if suffix == ".opus" else 44_100
     path = write(tmp_path / f"a{suffix}", np.stack([babble(21.3, rate_hz)] * 2, 1), rate_hz)
-    audio = load(Locator.of(path), start_seconds=0, end_seconds=60)
-    array = model.embed_audio(audio.resampled(RATE_HZ), RATE_HZ)[0]
+    audio = load_clip_audio(SoundLocator.from_path(path), start_seconds=0, end_seconds=60)
+    array = model.embed_audio(audio.resample_wave(RATE_HZ), RATE_HZ)[0]
     file = model.embed(path)[0]
     assert file.seconds == pytest.approx(array.seconds, abs=2e-4)
     close(file.frames_TD, array.frames_TD)
@@ -179,16 +179,18 @@ def test_another_front_end_is_streamed_as_well(store_path):
     grid = replace(tiny().model.encoder.grid)
     spec = replace(tiny().model.encoder, grid=grid)
     encoder = Encoder(spec, seed=3)
-    trained = Trained(spec=spec, mel=PASST, mean=-5.0, std=3.0, weights=encoder.state_dict(), origin={})
+    trained = PretrainedEncoder(
+        spec=spec, mel=PASST, mean=-5.0, std=3.0, weights=encoder.state_dict(), origin={}
+    )
     model = Embedder(trained, device="cpu")
     wave_S = babble(30.0, RATE_HZ)
     whole = model.embed_audio(wave_S, RATE_HZ)[0]
     from pipeline.audio.mel import log_mel
 
     mel_TF = log_mel(torch.from_numpy(wave_S)[None], PASST)[0]
-    from ajepa.embed.windows import Sound
+    from ajepa.embed.windows import SoundStream
 
-    (once,) = model.each_sound([lambda: Sound([mel_TF], 30.0)])
+    (once,) = model.iterate_embeddings([lambda: SoundStream([mel_TF], 30.0)])
     close(whole.frames_TD, once.frames_TD)
     assert whole.times_ms_T[0] == pytest.approx(7.5 * 10)
 
@@ -247,11 +249,13 @@ def test_odd_waves_and_files_are_sounds_like_others(model, run_path, tmp_path):
     close(told[0].clip_D, told[1].clip_D, 1e-4)
     assert told[2].seconds == pytest.approx(2.0, abs=1e-4)
     assert model.embed([]).clips_BD.shape == (0, model.width)
-    named, meant = (ajepa.load(run_path, device="cpu", layer=layer) for layer in ("block-1", Layer(block=1)))
+    named, meant = (
+        ajepa.load(run_path, device="cpu", layer=layer) for layer in ("block-1", EncoderLayer(block_number=1))
+    )
     close(named.embed_audio(wave_S, RATE_HZ).clips_BD, meant.embed_audio(wave_S, RATE_HZ).clips_BD)
 
 
-@pytest.mark.parametrize("spec", [PASST, mel_spec("a-jepa")], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", [PASST, preset_mel_spec("a-jepa")], ids=lambda spec: spec.name)
 def test_a_row_of_a_store_ends_where_its_sound_did_and_not_after_it(model, spec):
     """To less than a hop; of centred frames the last one looks half a window past the end of the sound."""
     other = Embedder(replace(model.model, mel=spec), device="cpu")
@@ -260,17 +264,17 @@ def test_a_row_of_a_store_ends_where_its_sound_did_and_not_after_it(model, spec)
     row = SimpleNamespace(
         n_frames_N=np.array([frames]), read=lambda rows_N: np.zeros((1, frames, 128)), scale=1, offset=0
     )
-    seconds = other.row_opening(row, 0)().seconds
+    seconds = other.row_opener(row, 0)().seconds
     assert 0 <= samples / RATE_HZ - seconds < spec.hop_samples / RATE_HZ
 
 
 def test_a_store_of_another_front_end_is_refused(model, store):
     """A network fed with other mels answers, and answers wrongly; shorter clips of the same are welcome."""
     other = FeatureStore(store.path, store.header, store.manifest, store.store_id)
-    other.spec = replace(mel_spec("a-jepa"), hop_samples=400)
+    other.spec = replace(preset_mel_spec("a-jepa"), hop_samples=400)
     with pytest.raises(RunError, match="the model needs a-jepa"):
         list(model.embed_store(other, np.array([0])))
-    other.spec = replace(mel_spec("a-jepa"), clip_seconds=5.0)
+    other.spec = replace(preset_mel_spec("a-jepa"), clip_seconds=5.0)
     other.refuse_other_front_end(model.mel, "the model needs")
 
 

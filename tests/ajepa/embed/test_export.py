@@ -17,10 +17,10 @@ from tiny import tiny
 import ajepa
 from ajepa.cli import app
 from ajepa.embed import export_graph, hub
-from ajepa.embed.export import export, licence_lines
-from ajepa.embed.pretrained import METADATA_KEY, trained
+from ajepa.embed.export import export_encoder, licence_lines
+from ajepa.embed.pretrained import EXPORT_METADATA_KEY, load_pretrained
 from ajepa.pretrain.pretrain import pretrain
-from ajepa.recipes.catalogue import finetune_recipe, from_json, to_json
+from ajepa.recipes.catalogue import finetune_recipe, recipe_from_json, recipe_to_json
 from ajepa.training.checkpoints import Checkpoint
 from ajepa.training.run import Run
 from pipeline.errors import RunError
@@ -42,7 +42,7 @@ def folder(run_path, tmp_path_factory):
     (run_path / "evaluation.json").write_text(json.dumps(told))
     (run_path / "compute.json").write_text(json.dumps({"clips": 16, "flop": 1e12}))
     out = tmp_path_factory.mktemp("export") / "model"
-    export(run_path, out, licence="cc-by-4.0")
+    export_encoder(run_path, out, licence="cc-by-4.0")
     return out
 
 
@@ -65,7 +65,8 @@ def test_a_run_is_loaded_at_the_checkpoint_that_is_asked_for(run_path, folder, t
         model = ajepa.load(run_path, at=at, device="cpu").model
         assert model.origin["step"] == step
         assert all(
-            torch.equal(model.weights[n], w) for n, w in run.load("target", at=step).parts["target"].items()
+            torch.equal(model.weights[n], w)
+            for n, w in run.load_checkpoint("target", at=step).parts["target"].items()
         )
     with pytest.raises(RunError, match="no checkpoint was probed, so none is the best"):
         ajepa.load(run_path, at="best")
@@ -73,9 +74,13 @@ def test_a_run_is_loaded_at_the_checkpoint_that_is_asked_for(run_path, folder, t
         ajepa.load(run_path, at=7)
     with pytest.raises(RunError, match="is no run, and holds one checkpoint alone; leave out 'best'"):
         ajepa.load(folder, at="best")
-    earlier = export(run_path, tmp_path / "earlier", at=5)
+    earlier = export_encoder(run_path, tmp_path / "earlier", at=5)
     card = (tmp_path / "earlier" / "README.md").read_text()
-    assert trained(tmp_path / "earlier").model_id == earlier.model_id != trained(run_path).model_id
+    assert (
+        load_pretrained(tmp_path / "earlier").model_id
+        == earlier.model_id
+        != load_pretrained(run_path).model_id
+    )
     assert "| checkpoint | step 5 |" in card
     assert "## Scores" not in card
 
@@ -83,32 +88,34 @@ def test_a_run_is_loaded_at_the_checkpoint_that_is_asked_for(run_path, folder, t
 def test_the_best_checkpoint_is_that_of_the_highest_score(run_path, tmp_path):
     """Not the newest, nor the first."""
     before = Run.open(run_path)
-    weights = before.load("target").parts["target"]
-    run = Run.start(tmp_path / "run", recipe=before.recipe, identity=before.identity)
+    weights = before.load_checkpoint("target").parts["target"]
+    run = Run.create_or_open(tmp_path / "run", recipe=before.recipe, identity=before.identity)
     for step, score in ((1, 0.1), (2, 0.3), (3, 0.2)):
         told = {name: weight + step for name, weight in weights.items()}
-        run.save(Checkpoint(step=step, parts={"target": told}), keep=3, score=score)
+        run.save_checkpoint(Checkpoint(step=step, parts={"target": told}), keep=3, score=score)
     assert ajepa.load(run.path, at="best", device="cpu").model.origin["step"] == 2
 
 
 def test_a_fine_tuned_run_gives_its_encoder(run_path, tmp_path):
     """The average of the classifier where there is one, without its head; another network is refused by name."""
     before = Run.open(run_path)
-    weights = before.load("target").parts["target"]
-    encoder = from_json(before.recipe["model"]["encoder"])
+    weights = before.load_checkpoint("target").parts["target"]
+    encoder = recipe_from_json(before.recipe["model"]["encoder"])
     recipe = finetune_recipe("own")
     recipe = replace(recipe, ema=0.9, model=replace(recipe.model, encoder=encoder))
-    run = Run.start(tmp_path / "fine", recipe=to_json(recipe), identity=before.identity)
+    run = Run.create_or_open(tmp_path / "fine", recipe=recipe_to_json(recipe), identity=before.identity)
     named = {f"encoder.{name}": weight for name, weight in weights.items()} | {"head.bias": torch.zeros(3)}
     other = {name: weight + 1 for name, weight in named.items()}
-    run.save(Checkpoint(step=3, parts={"classifier": other, "average": named}), keep=1)
-    loaded = trained(run.path)
-    assert loaded.model_id == trained(run_path).model_id
+    run.save_checkpoint(Checkpoint(step=3, parts={"classifier": other, "average": named}), keep=1)
+    loaded = load_pretrained(run.path)
+    assert loaded.model_id == load_pretrained(run_path).model_id
     assert loaded.recipe_name == "own"
-    cnn = Run.start(tmp_path / "cnn", recipe=to_json(finetune_recipe("cnn6-small")), identity=before.identity)
-    cnn.save(Checkpoint(step=3, parts={"classifier": other, "average": named}), keep=1)
+    cnn = Run.create_or_open(
+        tmp_path / "cnn", recipe=recipe_to_json(finetune_recipe("cnn6-small")), identity=before.identity
+    )
+    cnn.save_checkpoint(Checkpoint(step=3, parts={"classifier": other, "average": named}), keep=1)
     with pytest.raises(RunError, match="Cnn6Spec has no encoder"):
-        trained(tmp_path / "cnn")
+        load_pretrained(tmp_path / "cnn")
 
 
 def test_the_card_states_what_a_user_must_know(folder, run_path):
@@ -127,21 +134,21 @@ def test_the_card_states_what_a_user_must_know(folder, run_path):
     ):
         assert told in card
     config = json.loads((folder / "config.json").read_text())
-    assert config["model_id"] == trained(folder).model_id
+    assert config["model_id"] == load_pretrained(folder).model_id
 
 
 def test_a_licence_that_is_not_stated_is_not_invented(run_path, folder, tmp_path):
     """It is its owner's to state; exported again, what was stated stays."""
-    export(run_path, tmp_path / "bare")
+    export_encoder(run_path, tmp_path / "bare")
     card = (tmp_path / "bare" / "README.md").read_text()
     assert "license:" not in card
     assert "not stated" in card
-    export(folder, tmp_path / "again")
-    assert trained(tmp_path / "again").licence == "cc-by-4.0"
+    export_encoder(folder, tmp_path / "again")
+    assert load_pretrained(tmp_path / "again").licence == "cc-by-4.0"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").touch()
     with pytest.raises(RunError, match=r"holds notes\.txt, which is no export's"):
-        export(run_path, tmp_path / "other")
+        export_encoder(run_path, tmp_path / "other")
 
 
 def test_what_is_no_encoder_is_refused(folder, tmp_path, store_path):
@@ -149,7 +156,7 @@ def test_what_is_no_encoder_is_refused(folder, tmp_path, store_path):
     weights = load_file(folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
     weights["norm.bias"][0] += 1
-    save_file(weights, tmp_path / "changed.safetensors", metadata={METADATA_KEY: json.dumps(config)})
+    save_file(weights, tmp_path / "changed.safetensors", metadata={EXPORT_METADATA_KEY: json.dumps(config)})
     save_file(weights, tmp_path / "other.safetensors")
     (tmp_path / "text.safetensors").write_text("no weights")
     for place, told in (
@@ -181,8 +188,8 @@ def hub_cache(folder, tmp_path, monkeypatch):
 
 def test_a_model_comes_from_the_hubs_cache_without_a_network(hub_cache, folder):
     """ORG/NAME, and with a revision; what is not there is one line."""
-    assert ajepa.load("org/tiny", device="cpu").model.model_id == trained(folder).model_id
-    assert trained("org/tiny@main").model_id == trained(folder).model_id
+    assert ajepa.load("org/tiny", device="cpu").model.model_id == load_pretrained(folder).model_id
+    assert load_pretrained("org/tiny@main").model_id == load_pretrained(folder).model_id
     with pytest.raises(RunError, match="org/absent: neither here nor to be had from the hub"):
         ajepa.load("org/absent")
     (hub_cache / "runs").mkdir()
@@ -199,7 +206,7 @@ def test_the_load_command_tells_and_keeps(hub_cache, monkeypatch, capsys):
     assert not stop.value.code
     said = capsys.readouterr().out
     assert "licence   cc-by-4.0" in said
-    assert sorted(path.name for path in (hub_cache / "mine").iterdir()) == sorted(hub.FILES)
+    assert sorted(path.name for path in (hub_cache / "mine").iterdir()) == sorted(hub.EXPORT_FILES)
     assert ajepa.load("mine", device="cpu").model.licence == "cc-by-4.0"
 
 
@@ -225,10 +232,10 @@ def test_a_model_that_is_pushed_can_be_loaded_by_its_name(folder, tmp_path, monk
         assert pushed.stdout == f"{server.address}/org/tiny: load it with ajepa.load('org/tiny')\n", (
             pushed.stderr
         )
-        assert sorted(server.files) == sorted(hub.FILES)
+        assert sorted(server.files) == sorted(hub.EXPORT_FILES)
         loaded = typed("load", "org/tiny", "--out", "mine")
-        assert f"model id  {trained(folder).model_id}" in loaded.stdout, loaded.stderr
-        for name in hub.FILES:
+        assert f"model id  {load_pretrained(folder).model_id}" in loaded.stdout, loaded.stderr
+        for name in hub.EXPORT_FILES:
             assert (tmp_path / "mine" / name).read_bytes() == (folder / name).read_bytes()
         (tmp_path / "model" / "README.md").write_text("---\nlicense: my own\n---\n")
         refused = typed("push", "model", "org/tiny")
@@ -241,9 +248,9 @@ def test_a_model_that_is_pushed_can_be_loaded_by_its_name(folder, tmp_path, monk
 def test_a_push_of_something_else_is_refused(folder, tmp_path):
     """Before the hub is asked."""
     with pytest.raises(RunError, match="lacks model"):
-        hub.push(tmp_path, "org/tiny")
+        hub.push_to_hub(tmp_path, "org/tiny")
     with pytest.raises(RunError, match="expected ORG/NAME"):
-        hub.push(folder, "tiny")
+        hub.push_to_hub(folder, "tiny")
 
 
 @pytest.mark.parametrize(
@@ -264,7 +271,7 @@ def test_an_extra_that_is_missing_is_named(folder, monkeypatch, name):
     """With the command that installs it."""
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(RunError, match=r"pip install 'ajepa\[export\]'"):
-        hub.push(folder, "org/tiny")
+        hub.push_to_hub(folder, "org/tiny")
 
 
 def test_the_export_command_writes_them_all(run_path, tmp_path, monkeypatch, capsys):
@@ -283,7 +290,7 @@ def test_the_export_command_writes_them_all(run_path, tmp_path, monkeypatch, cap
         app.main()
     assert not stop.value.code
     assert told == [("frequency", 10480, "a.onnx"), ("frequency", 10480, "a.pt2")]
-    assert trained(tmp_path / "model").origin["step"] == 5
+    assert load_pretrained(tmp_path / "model").origin["step"] == 5
     said = capsys.readouterr().out
     assert "windows of 10480 samples at 16000 Hz, any batch" in said
     assert f"Next: ajepa-train push {tmp_path / 'model'} ORG/NAME" in said

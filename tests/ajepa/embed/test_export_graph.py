@@ -13,13 +13,13 @@ from sounds import babble
 from tiny import tiny
 
 from ajepa.embed.embedder import Embedder
-from ajepa.embed.export_graph import OPSET, AudioGraph, FrontEnd, Resampler, write_onnx, write_program
-from ajepa.embed.pretrained import Trained
+from ajepa.embed.export_graph import ONNX_OPSET, AudioGraph, FrontEnd, Resampler, write_onnx, write_program
+from ajepa.embed.pretrained import PretrainedEncoder
 from ajepa.model.patches import PatchGrid
 from ajepa.model.vit import Encoder, EncoderSpec
-from pipeline.audio.decode import resampled_pieces
+from pipeline.audio.decode import resample_blocks
 from pipeline.audio.mel import log_mel
-from pipeline.audio.mel_spec import A_JEPA, PRESETS, MelSpec
+from pipeline.audio.mel_spec import A_JEPA, MEL_PRESETS, MelSpec
 from pipeline.errors import RunError
 
 RATE_HZ = 32_000
@@ -28,11 +28,15 @@ SHAPES = {"panns": {"band_norm": True}, "passt": {"positions": "rope"}}  # all t
 
 
 def embedder(mel: MelSpec, **how: object) -> Embedder:
-    grid = PatchGrid.of(64, mel.mel_bands)
+    grid = PatchGrid.from_size(64, mel.mel_bands)
     spec = EncoderSpec(grid=grid, width=32, depth=1, heads=2, **SHAPES.get(mel.name, {}))
     encoder = Encoder(spec, seed=1)
-    encoder.know_bands(torch.linspace(-0.5, 0.5, mel.mel_bands), torch.linspace(0.5, 1.5, mel.mel_bands))
-    trained = Trained(spec=spec, mel=mel, mean=-9.0, std=4.0, weights=encoder.state_dict(), origin={})
+    encoder.set_band_statistics(
+        torch.linspace(-0.5, 0.5, mel.mel_bands), torch.linspace(0.5, 1.5, mel.mel_bands)
+    )
+    trained = PretrainedEncoder(
+        spec=spec, mel=mel, mean=-9.0, std=4.0, weights=encoder.state_dict(), origin={}
+    )
     return Embedder(trained, device="cpu", **how)
 
 
@@ -49,10 +53,10 @@ def test_onnx_gives_what_the_model_gives(name, tmp_path):
     pytest.importorskip("onnxscript", reason="ONNX is an extra: pip install 'ajepa[export]'")
     onnx = pytest.importorskip("onnx", reason="ONNX is an extra")
     runtime = pytest.importorskip("onnxruntime", reason="ONNX is an extra")
-    model = embedder(PRESETS.get(name) or own_spec(name, tmp_path))
+    model = embedder(MEL_PRESETS.get(name) or own_spec(name, tmp_path))
     made, file = AudioGraph(model), tmp_path / "a.onnx"
     write_onnx(made, file)
-    assert [one.version for one in onnx.load(file).opset_import if not one.domain] == [OPSET]
+    assert [one.version for one in onnx.load(file).opset_import if not one.domain] == [ONNX_OPSET]
     session = runtime.InferenceSession(file, providers=["CPUExecutionProvider"])
     facts = session.get_modelmeta().custom_metadata_map
     assert facts["model_id"] == model.model.model_id
@@ -63,7 +67,7 @@ def test_onnx_gives_what_the_model_gives(name, tmp_path):
     clip_BD, frames_BCD, count_B = session.run(None, {"audio": audio_BS, "samples": lengths_B})
     np.testing.assert_allclose(clip_BD, expected.clips_BD, atol=1e-3)
     np.testing.assert_allclose(clip_BD[:2], expected.clips_BD[:2], atol=2e-5)
-    for frames_CD, count, one in zip(frames_BCD, count_B, expected.each, strict=True):
+    for frames_CD, count, one in zip(frames_BCD, count_B, expected.per_sound, strict=True):
         assert 0 <= count - len(one.frames_TD) <= 1  # a last column whose centre lies past the end
         np.testing.assert_allclose(frames_CD[: len(one.frames_TD)], one.frames_TD, atol=1e-3)
     again_BD = session.run(["clip"], {"audio": audio_BS[1:2], "samples": lengths_B[1:2]})[0]
@@ -72,7 +76,7 @@ def test_onnx_gives_what_the_model_gives(name, tmp_path):
 
 def test_a_torch_program_gives_what_the_model_gives(tmp_path):
     """Loaded without this package's code; a view of a centred front end, of audio at a rate of one's own."""
-    model = embedder(PRESETS["panns"], pooling="frequency")
+    model = embedder(MEL_PRESETS["panns"], pooling="frequency")
     made = AudioGraph(model, 48_000)
     write_program(made, tmp_path / "a.pt2")
     program = torch.export.load(tmp_path / "a.pt2").module()
@@ -85,15 +89,15 @@ def test_a_torch_program_gives_what_the_model_gives(tmp_path):
 def test_a_graph_that_onnx_cannot_hold_is_refused_by_its_size(tmp_path, monkeypatch):
     """Before anything is written; torch.export knows no such limit."""
     pytest.importorskip("onnxscript", reason="ONNX is an extra: pip install 'ajepa[export]'")
-    monkeypatch.setattr("ajepa.embed.export_graph.LARGEST_BYTES", 1e5)
+    monkeypatch.setattr("ajepa.embed.export_graph.MAX_ONNX_BYTES", 1e5)
     with pytest.raises(RunError, match="GB of weights do not fit an ONNX file; use --torch-export"):
-        write_onnx(AudioGraph(embedder(PRESETS["a-jepa"])), tmp_path / "a.onnx")
+        write_onnx(AudioGraph(embedder(MEL_PRESETS["a-jepa"])), tmp_path / "a.onnx")
     assert not list(tmp_path.iterdir())
 
 
 def test_the_graph_of_a_recipe_sees_as_much_as_its_encoder():
     """998 frames of A-JEPA are cut to whole patches, and the window to these."""
-    assert AudioGraph(embedder(PRESETS["a-jepa"])).samples == (tiny().view_frames - 1) * 320 + 800
+    assert AudioGraph(embedder(MEL_PRESETS["a-jepa"])).samples == (tiny().view_frames - 1) * 320 + 800
 
 
 FRAMES, FRONT_END_RATE_HZ = 24, 32_000
@@ -102,14 +106,14 @@ FRAMES, FRONT_END_RATE_HZ = 24, 32_000
 def expected_TF(wave_S: np.ndarray, spec: MelSpec, rate_hz: int) -> torch.Tensor:
     """As files and arrays are embedded."""
     if rate_hz != spec.sample_rate_hz:
-        wave_S = np.concatenate(list(resampled_pieces(iter([wave_S]), rate_hz, spec.sample_rate_hz)))
+        wave_S = np.concatenate(list(resample_blocks(iter([wave_S]), rate_hz, spec.sample_rate_hz)))
     return log_mel(torch.from_numpy(wave_S)[None], spec)[0]
 
 
-@pytest.mark.parametrize("name", [*PRESETS, *OWN])
+@pytest.mark.parametrize("name", [*MEL_PRESETS, *OWN])
 def test_every_mel_spec_has_its_values_at_every_length(name, tmp_path):
     """Full windows, part of one, a single frame and none; what lies past the end, even nan, is not heard."""
-    spec = PRESETS.get(name) or own_spec(name, tmp_path)
+    spec = MEL_PRESETS.get(name) or own_spec(name, tmp_path)
     made = FrontEnd(spec, FRAMES, FRONT_END_RATE_HZ)
     noise_S = np.random.default_rng(0).uniform(-1, 1, made.samples).astype(np.float32)
     shortest = next(n for n in range(1, 9_999) if len(expected_TF(noise_S[:n], spec, FRONT_END_RATE_HZ)))
@@ -138,7 +142,7 @@ def test_another_rate_is_the_resamplers_own(from_hz, to_hz):
     made = FrontEnd(spec, FRAMES, from_hz)
     wave_S = np.random.default_rng(0).uniform(-1, 1, made.samples).astype(np.float32)
     for length in (made.samples, made.samples // 2 + 1):
-        resampled_S = np.concatenate(list(resampled_pieces(iter([wave_S[:length]]), from_hz, to_hz)))
+        resampled_S = np.concatenate(list(resample_blocks(iter([wave_S[:length]]), from_hz, to_hz)))
         told_BS, samples_B = made.resampler(torch.from_numpy(wave_S)[None], torch.tensor([length]))
         assert samples_B.tolist() == [len(resampled_S)]
         np.testing.assert_allclose(told_BS[0, : len(resampled_S)], resampled_S, atol=2e-6)
@@ -146,7 +150,7 @@ def test_another_rate_is_the_resamplers_own(from_hz, to_hz):
 
 def test_a_window_is_the_shortest_sound_that_fills_the_view():
     """A sample less, and the last frame is gone."""
-    for spec in PRESETS.values():
+    for spec in MEL_PRESETS.values():
         samples = FrontEnd(spec, FRAMES, spec.sample_rate_hz).samples
         assert (spec.frames_of(samples), spec.frames_of(samples - 1)) == (FRAMES, FRAMES - 1)
 

@@ -17,8 +17,8 @@ import ajepa
 from ajepa.cli import app
 from ajepa.embed import table
 from ajepa.embed.embedder import Embedder
-from ajepa.embed.nearest import nearest
-from ajepa.embed.table import embed_table, job_of, outcome
+from ajepa.embed.nearest import nearest_sounds
+from ajepa.embed.table import make_embedding_job, summarise_table, write_embedding_table
 from ajepa.pretrain.pretrain import pretrain
 from pipeline.errors import STOP_SIGNALS, InputError, RunError, StoreError
 
@@ -53,7 +53,9 @@ def folder(tmp_path_factory):
 
 
 def embedded(model, places, out, **how) -> pl.DataFrame:
-    embed_table(model, job_of([str(p) for p in places], model), out, say=lambda line: None, **how)
+    write_embedding_table(
+        model, make_embedding_job([str(p) for p in places], model), out, say=lambda line: None, **how
+    )
     return pl.read_parquet(out)
 
 
@@ -77,16 +79,16 @@ def test_every_sound_is_a_row_and_a_bad_one_says_why(model, folder, tmp_path):
 def test_the_first_that_cannot_be_embedded_are_told_with_their_reasons(model, folder, tmp_path, monkeypatch):
     """And no more than a few: the table has them all."""
     out, said = tmp_path / "emb.parquet", []
-    counts = embed_table(model, job_of([str(folder)], model), out, say=said.append)
-    told = outcome(out, counts, say=said.append)
+    counts = write_embedding_table(model, make_embedding_job([str(folder)], model), out, say=said.append)
+    told = summarise_table(out, counts, say=said.append)
     assert told == f"{out}: 9 of 11 sounds embedded; without: 1 truncated, 1 unreadable"
     assert [line.partition(" (")[0] for line in said] == [
         f"without embedding: {folder / '7.wav'}: unreadable",
         f"without embedding: {folder / '8.wav'}: truncated",
     ]
     assert not any("(7.wav" in line or "(8.wav" in line for line in said)
-    monkeypatch.setattr(table, "FAILURES_TOLD", 1)
-    outcome(out, counts, say=said.append)
+    monkeypatch.setattr(table, "FAILURES_SHOWN", 1)
+    summarise_table(out, counts, say=said.append)
     assert len(said) == 3
 
 
@@ -127,7 +129,7 @@ def test_a_table_that_was_interrupted_ends_with_the_same_bytes(
     monkeypatch.setattr(table, "PART_CLIPS", 3)
     embedded(model, [folder], tmp_path / "whole.parquet", workers=2)
     written = []
-    write_part = table.EmbeddingTable.write
+    write_part = table.EmbeddingTable.write_rows
 
     def dying(table, *told):
         if len(written) == parts_before:
@@ -137,12 +139,14 @@ def test_a_table_that_was_interrupted_ends_with_the_same_bytes(
 
     out = tmp_path / "emb.parquet"
     with monkeypatch.context() as broken:
-        broken.setattr(table.EmbeddingTable, "write", dying)
+        broken.setattr(table.EmbeddingTable, "write_rows", dying)
         with pytest.raises(KeyboardInterrupt):
             embedded(model, [folder], out)
     assert not out.exists()
     said = []
-    counts = embed_table(model, job_of([str(folder)], model), out, workers=0, say=said.append)
+    counts = write_embedding_table(
+        model, make_embedding_job([str(folder)], model), out, workers=0, say=said.append
+    )
     assert said == [f"{out}: carrying on after {3 * parts_before} of 11 rows"]
     assert counts == {"good": 9, "unreadable": 1, "truncated": 1}
     assert out.read_bytes() == (tmp_path / "whole.parquet").read_bytes()
@@ -155,7 +159,7 @@ def test_a_long_sound_ends_a_part(model, tmp_path, monkeypatch):
     for number, seconds in enumerate((1.0, 2.0, 1.0, 4.0, 0.5)):
         write(tmp_path / f"{number}.wav", babble(seconds, 16_000), 16_000)
     parts = []
-    write_part = table.EmbeddingTable.write
+    write_part = table.EmbeddingTable.write_rows
     monkeypatch.setattr(
         table.EmbeddingTable,
         "write",
@@ -175,13 +179,13 @@ def test_a_table_is_not_carried_on_as_another(model, run_path, folder, store_pat
     with pytest.raises(RunError, match="rows: was 11, now 1"):
         embedded(model, [folder / "0.wav"], out)
     said = []
-    embed_table(model, job_of([str(folder)], model), out, say=said.append)
+    write_embedding_table(model, make_embedding_job([str(folder)], model), out, say=said.append)
     assert said == [f"{out}: already whole, 11 rows"]
     assert pl.read_parquet(out).equals(before)
     with pytest.raises(InputError, match="no such file or folder"):
-        job_of([str(folder / "9.wav")], model)
+        make_embedding_job([str(folder / "9.wav")], model)
     with pytest.raises(InputError, match="is a store, and goes alone"):
-        job_of([str(store_path), str(folder)], model)
+        make_embedding_job([str(store_path), str(folder)], model)
 
 
 def test_a_table_has_one_writer(model, folder, tmp_path):
@@ -194,12 +198,12 @@ def test_a_table_has_one_writer(model, folder, tmp_path):
             with pytest.raises(
                 StoreError, match=r"emb\.parquet is being written by process \d+ on .*; wait for it"
             ):
-                embed_table(model, job, out, say=told.append)
+                write_embedding_table(model, job, out, say=told.append)
             told.append("refused")
-        return job.opening(number)
+        return job.row_opener(number)
 
-    job = job_of([str(folder)], model)
-    counts = embed_table(model, replace(job, opening=opening), out, say=told.append, workers=0)
+    job = make_embedding_job([str(folder)], model)
+    counts = write_embedding_table(model, replace(job, opening=opening), out, say=told.append, workers=0)
     assert told == ["refused"]
     assert counts["good"] == 9
     assert [path.name for path in out.parent.iterdir()] == ["emb.parquet"]
@@ -229,12 +233,12 @@ def test_the_nearest_sound_is_the_sound_itself_and_then_what_is_like_it(model, f
     """Cosine over the table, best first; labels and seconds come along."""
     index = tmp_path / "emb.parquet"
     embedded(model, [folder], index)
-    found = nearest(folder / "2.wav", index, run_path, count=4, device="cpu")
+    found = nearest_sounds(folder / "2.wav", index, run_path, count=4, device="cpu")
     assert found[0].path == str(folder / "2.wav")
     assert found[0].similarity == pytest.approx(1.0, abs=1e-4)
     similarities = [one.similarity for one in found]
     assert similarities == sorted(similarities, reverse=True)
-    assert len(nearest(folder / "2.wav", index, run_path, count=100, device="cpu")) == 9
+    assert len(nearest_sounds(folder / "2.wav", index, run_path, count=100, device="cpu")) == 9
 
 
 def test_an_index_is_searched_by_the_model_that_made_it(model, folder, store_path, tmp_path):
@@ -243,10 +247,10 @@ def test_an_index_is_searched_by_the_model_that_made_it(model, folder, store_pat
     embedded(model, [folder], index)
     other = pretrain(store_path, tiny(seed=1), tmp_path / "run", steps=1, device="cpu", say=lambda line: None)
     with pytest.raises(RunError, match=f"was made by model {model.model.model_id} .*; give its own"):
-        nearest(folder / "2.wav", index, other.path)
+        nearest_sounds(folder / "2.wav", index, other.path)
     pl.DataFrame({"a": [1]}).write_parquet(tmp_path / "a.parquet")
     with pytest.raises(RunError, match="no table of embeddings"):
-        nearest(folder / "2.wav", tmp_path / "a.parquet", other.path)
+        nearest_sounds(folder / "2.wav", tmp_path / "a.parquet", other.path)
 
 
 def test_the_commands_embed_stop_carry_on_and_search(folder, run_path, tmp_path):

@@ -14,26 +14,33 @@ from sklearn.metrics import average_precision_score, f1_score, recall_score, roc
 from tiny import tiny_finetune
 
 from ajepa.evaluate.classifier_scores import (
-    Held,
-    clip_logits,
+    HeldOutScores,
+    average_view_logits_BC,
+    classifier_evaluation,
     count_train_clips,
-    held_out,
-    judged,
-    logits_of,
+    held_out_task_data,
+    predict_logits_NC,
     shared_classes,
 )
-from ajepa.evaluate.compare import compare
-from ajepa.evaluate.evaluate import evaluate
-from ajepa.evaluate.features import RANDOM, TRAINED, Views, compared_encoders
-from ajepa.evaluate.protocol import place_of, refuse_replacing
-from ajepa.evaluate.result import AS_TRAINED, EVALUATION, HEAD, Evaluation, Truth, recall_C
+from ajepa.evaluate.compare import compare_results
+from ajepa.evaluate.evaluate import evaluate_run
+from ajepa.evaluate.features import RANDOM, TRAINED, ClipViews, compared_encoders
+from ajepa.evaluate.protocol import refuse_overwriting, result_path
+from ajepa.evaluate.result import (
+    CLASSIFIER_FEATURES,
+    EVALUATION_FILE,
+    HEAD_PROBE,
+    Evaluation,
+    TrueLabels,
+    class_recall_C,
+)
 from ajepa.evaluate.tasks import TASKS
 from ajepa.finetune.finetune import finetune
 from ajepa.recipes.catalogue import finetune_recipe
-from ajepa.training.devices import precision
+from ajepa.training.devices import hardware_precision
 from ajepa.training.run import Run
 from ajepa.training.trained_run import TrainedRun
-from pipeline.audio.mel_spec import mel_spec
+from pipeline.audio.mel_spec import preset_mel_spec
 from pipeline.errors import RunError
 from pipeline.labels.ontology import ClassList
 from pipeline.store.feature_store import FeatureStore
@@ -56,7 +63,7 @@ def test_a_clips_logits_are_the_mean_over_its_views_by_their_valid_frames():
     """A last view of four frames must not weigh as much as a full one; a view past the end is never seen."""
     mel_BVTF, n_frames_BV = torch.randn(2, 3, 8, 4), torch.tensor([[8, 8, 4], [5, 0, 0]])
     model = Listening()
-    logits_BC = clip_logits(model, mel_BVTF, n_frames_BV, torch.device("cpu"), bf16=False)
+    logits_BC = average_view_logits_BC(model, mel_BVTF, n_frames_BV, torch.device("cpu"), bf16=False)
     whole = mel_BVTF[0].flatten(0, 1)[:20].mean(0)[:2]
     torch.testing.assert_close(logits_BC, torch.stack([whole, mel_BVTF[1, 0, :5].mean(0)[:2]]))
     assert model.seen == [8, 8, 4, 5]
@@ -65,26 +72,26 @@ def test_a_clips_logits_are_the_mean_over_its_views_by_their_valid_frames():
 def test_recall_is_scikit_learns_and_a_class_without_a_clip_has_none():
     rng = np.random.default_rng(0)
     true_N, logits_NC = rng.integers(0, 3, 50), rng.standard_normal((50, 4)).astype(np.float32)
-    told_C = recall_C(np.eye(4)[true_N], logits_NC)
+    told_C = class_recall_C(np.eye(4)[true_N], logits_NC)
     assert told_C[:3] == pytest.approx(
         recall_score(true_N, logits_NC.argmax(1), labels=[0, 1, 2], average=None)
     )
     assert np.isnan(told_C[3])
 
 
-def held(*, single: bool, logits_NC: np.ndarray) -> Held:
+def held(*, single: bool, logits_NC: np.ndarray) -> HeldOutScores:
     """Four clips and three classes under two label sets, of which `wider` was trained."""
     wider = np.eye(3)[[0, 1, 0, 2]] if single else np.array([[1, 1, 0], [0, 1, 0], [1, 0, 0], [0, 0, 1.0]])
     labels = {"raw": np.eye(3)[[0, 1, 0, 1]], "wider": wider}
     made = SimpleNamespace(
         single=single,
         label_set="wider",
-        store=SimpleNamespace(label_sets=("raw", "wider"), place="some.zarr"),
+        store=SimpleNamespace(label_sets=("raw", "wider"), location="some.zarr"),
         classes=ClassList(mids=("a", "b", "c"), names=("A", "B", "C")),
         eval_N=np.arange(4),
         labels_NC=lambda rows_N, label_set: labels[label_set][rows_N],
     )
-    return Held(assignment=made, logits_NC=logits_NC)
+    return HeldOutScores(task_data=made, logits_NC=logits_NC)
 
 
 PROTOCOL = {"resamples": 50, "seed": 0}
@@ -93,20 +100,25 @@ PROTOCOL = {"resamples": 50, "seed": 0}
 def test_several_labels_are_measured_on_every_label_set_the_trained_one_first():
     """Class by class, with intervals; what cannot be measured is told as such."""
     logits_NC = np.random.default_rng(0).standard_normal((4, 3))
-    found = judged(PROTOCOL, [held(single=False, logits_NC=logits_NC)])
+    found = classifier_evaluation(PROTOCOL, [held(single=False, logits_NC=logits_NC)])
     assert found.classes == (("a", "A"), ("b", "B"), ("c", "C"))
     wider, raw = found.scores
     assert (wider.label_set, raw.label_set, raw.skipped, raw.per_class_ap[2]) == ("wider", "raw", 1, None)
-    assert (raw.features, raw.probe, raw.kind, raw.per_class_recall) == (AS_TRAINED, HEAD, "multi", ())
+    assert (raw.features, raw.probe, raw.kind, raw.per_class_recall) == (
+        CLASSIFIER_FEATURES,
+        HEAD_PROBE,
+        "multi",
+        (),
+    )
     expected = [average_precision_score(labels_N, logits_NC[:, c]) for c, labels_N in enumerate(LABELS_2N)]
     assert raw.per_class_ap[:2] == pytest.approx(expected, abs=1e-6)
-    assert raw.map == pytest.approx(np.mean(expected))
+    assert raw.map_value == pytest.approx(np.mean(expected))
     areas = [roc_auc_score(labels_N, logits_NC[:, c]) for c, labels_N in enumerate(LABELS_2N)]
     assert raw.metrics["auc"].value == pytest.approx(np.mean(areas))
-    assert raw.metrics["map"].low <= raw.map <= raw.metrics["map"].high
-    assert held(single=False, logits_NC=logits_NC).logged() == {
-        "eval_map_wider": pytest.approx(wider.map),
-        "eval_map_raw": pytest.approx(raw.map),
+    assert raw.metrics["map"].low <= raw.map_value <= raw.metrics["map"].high
+    assert held(single=False, logits_NC=logits_NC).primary_metrics() == {
+        "eval_map_wider": pytest.approx(wider.map_value),
+        "eval_map_raw": pytest.approx(raw.map_value),
     }
 
 
@@ -116,8 +128,8 @@ LABELS_2N = ([1, 0, 1, 0], [0, 1, 0, 1])
 def test_one_label_is_measured_by_accuracy_and_macro_f1():
     """On every label set of which each clip has one."""
     logits_NC = np.eye(3)[[0, 1, 0, 0]]
-    wider, raw = judged(PROTOCOL, [held(single=True, logits_NC=logits_NC)]).scores
-    assert (wider.kind, wider.primary.value, wider.chance) == ("single", 0.75, 0.5)
+    wider, raw = classifier_evaluation(PROTOCOL, [held(single=True, logits_NC=logits_NC)]).scores
+    assert (wider.kind, wider.primary_estimate.value, wider.chance) == ("single", 0.75, 0.5)
     assert wider.per_class_recall == (1.0, 1.0, 0.0)
     expected = f1_score([0, 1, 0, 2], logits_NC.argmax(1), average="macro", zero_division=0)
     assert wider.metrics["f1"].value == pytest.approx(expected)
@@ -127,17 +139,19 @@ def test_one_label_is_measured_by_accuracy_and_macro_f1():
 def test_a_network_of_several_labels_is_not_measured_by_accuracy_unless_asked():
     """Its raw labels here are one to a clip: mAP is what it was trained for."""
     one = held(single=False, logits_NC=np.eye(3)[[0, 1, 0, 0]])
-    assert [truth.kind for truth in one.truths()] == ["multi", "multi"]
-    assert [truth.kind for truth in one.truths("single", ("raw",))] == ["single"]
+    assert [truth.kind for truth in one.true_labels()] == ["multi", "multi"]
+    assert [truth.kind for truth in one.true_labels("single", ("raw",))] == ["single"]
 
 
 def test_a_value_on_the_way_is_the_value_at_the_end():
     """Without the thousand resamples that an interval takes."""
     labels_NC, rng = np.eye(4)[np.arange(40) % 4], np.random.default_rng(0)
-    truth = Truth.of("raw", labels_NC, "auto", "some.zarr")
+    truth = TrueLabels.from_labels("raw", labels_NC, "auto", "some.zarr")
     scores_NC = labels_NC + rng.standard_normal((40, 4))
-    whole = truth.score(AS_TRAINED, HEAD, [truth.measured(np.arange(40), scores_NC, 20, 0)])
-    assert truth.value(scores_NC) == pytest.approx(whole.primary.value)
+    whole = truth.summarise_folds(
+        CLASSIFIER_FEATURES, HEAD_PROBE, [truth.scored_fold(np.arange(40), scores_NC, 20, 0)]
+    )
+    assert truth.primary_value(scores_NC) == pytest.approx(whole.primary_estimate.value)
 
 
 CPU = torch.device("cpu")
@@ -153,19 +167,19 @@ def tuned(store_path, tmp_path_factory) -> Run:
 
 @pytest.fixture(scope="module")
 def found(other_store_path, tuned) -> Evaluation:
-    return evaluate(other_store_path, tuned.path, device="cpu")
+    return evaluate_run(other_store_path, tuned.path, device="cpu")
 
 
 def test_measured_again_on_its_own_store_a_run_says_what_it_said_at_its_end(store_path, tuned):
     """The same clips, classes, resamples: not a digit moves, and the protocol is the same."""
-    before = (tuned.path / EVALUATION).read_bytes()
-    evaluate(store_path, tuned.path, device="cpu")
-    assert (tuned.path / EVALUATION).read_bytes() == before
+    before = (tuned.path / EVALUATION_FILE).read_bytes()
+    evaluate_run(store_path, tuned.path, device="cpu")
+    assert (tuned.path / EVALUATION_FILE).read_bytes() == before
 
 
 def test_the_protocol_tells_what_was_trained_and_measured(tuned, store):
     """Task, labels trained on, splits, stores, seed, step, clips, classes, average of the weights."""
-    evaluation = Evaluation.read(tuned.path / EVALUATION)
+    evaluation = Evaluation.read_json(tuned.path / EVALUATION_FILE)
     told, classifier = evaluation.protocol, evaluation.protocol["classifier"]
     assert (told["store_id"], told["trained_on"]) == (store.store_id, store.store_id)
     assert (told["step"], told["seed"], told["weights"], told["folds"]) == (2, 0, "average", 0)
@@ -187,15 +201,17 @@ def test_the_protocol_tells_what_was_trained_and_measured(tuned, store):
 def test_on_another_store_the_classifier_is_measured_on_what_that_keeps_back(found, tuned, other_store_path):
     """scikit-learn's average precision of its logits there, by raw and by propagated labels; its own file stays."""
     other = FeatureStore.open(other_store_path)
-    assert {(score.features, score.probe) for score in found.scores} == {(AS_TRAINED, HEAD)}
+    assert {(score.features, score.probe) for score in found.scores} == {(CLASSIFIER_FEATURES, HEAD_PROBE)}
     assert [score.label_set for score in found.scores] == ["unambiguous", "raw"]
     assert found.protocol["trained_on"] == tuned.identity["store_id"] != other.store_id
     assert found.protocol["store_id"] == other.store_id
-    own = Evaluation.read(tuned.path / EVALUATION).protocol["classifier"]
+    own = Evaluation.read_json(tuned.path / EVALUATION_FILE).protocol["classifier"]
     assert found.protocol["classifier"] == own
     rows_N = other.good_rows(["eval"])
-    views = Views(store=other, frames=64, mean=tuned.identity["mean"], std=tuned.identity["std"])
-    logits_NC = logits_of(TrainedRun.open(tuned).classifier(CPU), views, rows_N, CPU, bf16=precision(CPU)[0])
+    views = ClipViews(store=other, frames=64, mean=tuned.identity["mean"], std=tuned.identity["std"])
+    logits_NC = predict_logits_NC(
+        TrainedRun.open(tuned).classifier(CPU), views, rows_N, CPU, bf16=hardware_precision(CPU)[0]
+    )
     store_place = [other.classes.index_of[mid] for mid in tuned.identity["classes"]]
     kept_N = other.labels_BC(rows_N, "unambiguous")[:, store_place].any(axis=1)
     for score in found.scores:
@@ -204,7 +220,7 @@ def test_on_another_store_the_classifier_is_measured_on_what_that_keeps_back(fou
         expected = average_precision_score(labels_NC[:, there], logits_NC[kept_N][:, there])
         assert score.map == pytest.approx(expected, rel=1e-5)
         assert score.classes == there.sum()
-    assert Evaluation.read(tuned.path / "evaluation-other.json") == Evaluation(
+    assert Evaluation.read_json(tuned.path / "evaluation-other.json") == Evaluation(
         protocol=json.loads(json.dumps(found.protocol)), classes=found.classes, scores=found.scores
     )
     assert max(map(len, found.table().splitlines())) <= 80
@@ -212,8 +228,8 @@ def test_on_another_store_the_classifier_is_measured_on_what_that_keeps_back(fou
 
 def test_its_encoder_is_probed_frozen_beside_a_random_one(tuned, store_path, store):
     """In a file of its own; what fine-tuning held out measures, what it trained on trains."""
-    probed = evaluate(store_path, tuned.path, device="cpu", probes=("knn",), labels=("raw",))
-    assert Evaluation.read(tuned.path / "evaluation-probes.json").scores == probed.scores
+    probed = evaluate_run(store_path, tuned.path, device="cpu", probes=("knn",), label_sets=("raw",))
+    assert Evaluation.read_json(tuned.path / "evaluation-probes.json").scores == probed.scores
     assert [score.features for score in probed.scores] == [TRAINED, RANDOM, "log-mel statistics"]
     told = probed.protocol
     assert (told["classifier"], told["task"], told["weights"]) == (None, "own", "average")
@@ -222,40 +238,42 @@ def test_its_encoder_is_probed_frozen_beside_a_random_one(tuned, store_path, sto
     average = tuned.load("average").parts["average"]
     assert torch.equal(trained.embed.weight, average["encoder.embed.weight"])
     assert told["eval_clips"] == int(store.labels_BC(store.good_rows(["eval"])).any(axis=1).sum())
-    assert "encoder fine-tuned on task own" in probed.table()
-    own = tuned.path / EVALUATION
+    assert "encoder fine-tuned on task own" in probed.format_table()
+    own = tuned.path / EVALUATION_FILE
     before = own.read_bytes()
-    evaluate(store_path, tuned.path, device="cpu", probes=("knn",), out=own)
+    evaluate_run(store_path, tuned.path, device="cpu", probes=("knn",), out=own)
     assert count_train_clips(tuned) is None  # that file tells of probes alone now
     own.write_bytes(before)
-    compared = compare([tuned.path])
+    compared = compare_results([tuned.path])
     assert compared.index("evaluation.json") < compared.index("evaluation-probes.json")
     assert "pre-training: this one's encoder was fine-tuned, with labels" in compared
 
 
 def test_what_was_measured_otherwise_is_not_replaced_unless_named(tuned, store_path, tmp_path):
     """Another checkpoint's scores are not the run's; where they are to go has to be said."""
-    before = (tuned.path / EVALUATION).read_bytes()
+    before = (tuned.path / EVALUATION_FILE).read_bytes()
     with pytest.raises(RunError, match=r"measured otherwise \(checkpoint: last, now 1\); keep .* --out FILE"):
-        evaluate(store_path, tuned.path, device="cpu", checkpoint=1)
-    assert (tuned.path / EVALUATION).read_bytes() == before
-    early = evaluate(store_path, tuned.path, device="cpu", checkpoint=1, out=tmp_path / "early.json")
+        evaluate_run(store_path, tuned.path, device="cpu", checkpoint=1)
+    assert (tuned.path / EVALUATION_FILE).read_bytes() == before
+    early = evaluate_run(store_path, tuned.path, device="cpu", checkpoint=1, out=tmp_path / "early.json")
     assert early.protocol["step"] == 1
-    assert evaluate(store_path, tuned.path, device="cpu", checkpoint=1, out=tmp_path / "early.json") == early
+    assert (
+        evaluate_run(store_path, tuned.path, device="cpu", checkpoint=1, out=tmp_path / "early.json") == early
+    )
 
 
 def test_more_probes_and_later_steps_may_replace_a_result(found, tmp_path):
     """Nothing is lost by them; by fewer probes, another pooling or another store of that name there is."""
     probes = {"names": ["knn"], "pooling": "mean", "train_clips": 10}
     held = replace(found, protocol=found.protocol | {"classifier": None, "probes": probes})
-    held.save(tmp_path / EVALUATION)
-    refuse_replacing(tmp_path / "none.json", held.protocol)
+    held.save(tmp_path / EVALUATION_FILE)
+    refuse_overwriting(tmp_path / "none.json", held.protocol)
     for more in (
         {"step": 9},
         {"device": "cuda"},
         {"probes": probes | {"names": ["knn", "linear"]}},
     ):
-        refuse_replacing(tmp_path / EVALUATION, held.protocol | more)
+        refuse_overwriting(tmp_path / EVALUATION_FILE, held.protocol | more)
     for other, said in (
         ({"probes": probes | {"pooling": "moments"}}, "probes.pooling: mean, now moments"),
         ({"probes": probes | {"names": ["linear"]}}, "probes.names: knn, now linear"),
@@ -263,10 +281,10 @@ def test_more_probes_and_later_steps_may_replace_a_result(found, tmp_path):
         ({"store_id": "abc"}, "store_id: .* now abc"),
     ):
         with pytest.raises(RunError, match=said):
-            refuse_replacing(tmp_path / EVALUATION, held.protocol | other)
-    old = json.loads((tmp_path / EVALUATION).read_text()) | {"format": 2}
-    (tmp_path / EVALUATION).write_text(json.dumps(old))
-    refuse_replacing(tmp_path / EVALUATION, held.protocol | {"store_id": "abc"})
+            refuse_overwriting(tmp_path / EVALUATION_FILE, held.protocol | other)
+    old = json.loads((tmp_path / EVALUATION_FILE).read_text()) | {"format": 2}
+    (tmp_path / EVALUATION_FILE).write_text(json.dumps(old))
+    refuse_overwriting(tmp_path / EVALUATION_FILE, held.protocol | {"store_id": "abc"})
 
 
 @pytest.mark.parametrize(
@@ -282,13 +300,15 @@ def test_more_probes_and_later_steps_may_replace_a_result(found, tmp_path):
 )
 def test_one_rule_says_where_a_result_is_kept(tmp_path, finetuned, own, probed, name):
     """What a run is measured by on its own store, and everything else beside it."""
-    run = SimpleNamespace(path=tmp_path, identity={"store_id": "a"}, finetuned=finetuned)
-    store = SimpleNamespace(store_id="a" if own else "b", place="some/there.zarr")
-    assert place_of(run, store, probed=probed) == tmp_path / name
+    run = SimpleNamespace(path=tmp_path, identity={"store_id": "a"}, is_finetuned=finetuned)
+    store = SimpleNamespace(store_id="a" if own else "b", location="some/there.zarr")
+    assert result_path(run, store, probed=probed) == tmp_path / name
 
 
 def held_classifier(*mids: str) -> SimpleNamespace:
-    return SimpleNamespace(place="some.zarr", classes=ClassList(mids=mids, names=tuple(map(str.upper, mids))))
+    return SimpleNamespace(
+        location="some.zarr", classes=ClassList(mids=mids, names=tuple(map(str.upper, mids)))
+    )
 
 
 def test_classes_of_both_are_measured_in_the_classifiers_order():
@@ -302,7 +322,7 @@ def test_classes_of_both_are_measured_in_the_classifiers_order():
 def test_words_that_a_task_does_not_tell_apart_are_of_its_one_class_for_them():
     """Speech Commands v1's unknown; what is no word of the task is no class of it."""
     v1 = TASKS["speech-commands-v1"]
-    identity = {"classes": [*v1.told_apart, v1.others], "task": "speech-commands-v1"}
+    identity = {"classes": [*v1.distinct_classes, v1.other_class], "task": "speech-commands-v1"}
     classes, merge_SC = shared_classes(identity, held_classifier("bed", "cat", "yes", "thunder"))
     assert classes.mids == ("yes", "unknown")
     assert merge_SC.tolist() == [[0, 1], [0, 1], [1, 0], [0, 0]]
@@ -319,7 +339,7 @@ def test_of_another_store_in_folds_all_clips_are_held_out_but_of_the_same_folds_
     """A run that was trained on folds 2 and 3 must not be measured on them, in whatever copy of the store."""
     rows = {"fold1": 4, "fold2": 5, "fold3": 6}
     other = SimpleNamespace(
-        place="folds.zarr",
+        location="folds.zarr",
         store_id="other",
         classes=ClassList(mids=("a",), names=("A",)),
         label_sets=("raw",),
@@ -332,7 +352,7 @@ def test_of_another_store_in_folds_all_clips_are_held_out_but_of_the_same_folds_
     def measured(train: list[str], kept: list[str]) -> tuple[str, ...]:
         told = identity | {"train_splits": train, "eval_splits": kept}
         run = SimpleNamespace(path="run", identity=told)
-        return held_out(run, other).eval_splits
+        return held_out_task_data(run, other).eval_splits
 
     assert measured(["fold2", "fold3"], ["fold1"]) == ("fold1",)
     assert measured(["train"], ["test"]) == ("fold1", "fold2", "fold3")
@@ -348,14 +368,14 @@ def test_a_network_without_an_encoder_is_not_probed(tuned):
 def test_settings_of_probes_are_refused_where_none_is_asked_for(tuned, store_path, tmp_path):
     """Rather than to be left unsaid; so is a store of other features, and a folder of folds."""
     with pytest.raises(RunError, match="pooling and layer are the probes' on its encoder"):
-        evaluate(store_path, tuned.path, pooling="moments")
+        evaluate_run(store_path, tuned.path, pooling="moments")
     told = json.loads((tuned.path / "recipe.json").read_text())
-    told["identity"]["mel"] = mel_spec("audio-jepa").to_json()
+    told["identity"]["mel"] = preset_mel_spec("audio-jepa").to_json()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.json").write_text(json.dumps(told))
     with pytest.raises(RunError, match=r"holds mel spec a-jepa .*run was trained on audio-jepa"):
-        evaluate(store_path, tmp_path / "run")
+        evaluate_run(store_path, tmp_path / "run")
     (tmp_path / "fold1").mkdir()
     (tmp_path / "fold1" / "recipe.json").write_text("{}")
     with pytest.raises(RunError, match=r"holds a run for each fold; .*fold1"):
-        evaluate(store_path, tmp_path)
+        evaluate_run(store_path, tmp_path)

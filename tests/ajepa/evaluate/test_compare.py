@@ -5,25 +5,25 @@ from dataclasses import replace
 import pytest
 
 from ajepa.evaluate.compare import (
-    CHECKED,
-    EVAL_CLIPS,
-    TRAIN_CLIPS,
-    Ours,
-    block,
-    cautions,
-    compare,
-    judged_how,
-    published,
-    refusals,
-    task_of,
+    CHECKED_AT,
+    OFFICIAL_EVAL_CLIPS,
+    OFFICIAL_TRAIN_CLIPS,
+    OwnResult,
+    classifier_result_fields,
+    compare_results,
+    comparison_caveats,
+    comparison_lines,
+    match_public_task,
+    published_results,
+    reasons_against,
 )
-from ajepa.evaluate.metrics import Estimate
+from ajepa.evaluate.metrics import MetricEstimate
 from ajepa.evaluate.result import Evaluation, Score
-from pipeline.datasets.speech_commands import WORDS
+from pipeline.datasets.speech_commands import SPEECH_COMMANDS_WORDS
 from pipeline.errors import RunError
 from pipeline.labels.ontology import fsd50k_classes, load_class_list
 
-OURS = Ours(
+OURS = OwnResult(
     name="runs/a",
     task="audioset-2m",
     protocol="fine-tuned",
@@ -38,18 +38,18 @@ OURS = Ours(
 
 
 def row(model: str, task: str, protocol: str = "fine-tuned"):
-    return next(r for r in published() if (r.model, r.task, r.protocol) == (model, task, protocol))
+    return next(r for r in published_results() if (r.model, r.task, r.protocol) == (model, task, protocol))
 
 
 def test_every_published_number_has_its_source_and_its_place_in_it():
     """A number that nobody can look up is a rumour."""
-    assert len(published()) == len(set(published())) > 50
-    for fact in published():
+    assert len(published_results()) == len(set(published_results())) > 50
+    for fact in published_results():
         assert fact.source
         assert fact.where
-        assert fact.checked in CHECKED
+        assert fact.checked in CHECKED_AT
         assert 0 < fact.value < 1
-        assert fact.task in EVAL_CLIPS
+        assert fact.task in OFFICIAL_EVAL_CLIPS
         assert fact.protocol in ("fine-tuned", "linear", "xares-mlp", "xares-knn")
         assert fact.metric == (
             "map" if fact.task in ("audioset-2m", "audioset-20k", "fsd50k") else "accuracy"
@@ -58,7 +58,7 @@ def test_every_published_number_has_its_source_and_its_place_in_it():
 
 def test_the_models_that_users_ask_about_are_there():
     """Those of the project's issue."""
-    models = " ".join({fact.model for fact in published()})
+    models = " ".join({fact.model for fact in published_results()})
     for name in (
         "A-JEPA",
         "Audio-JEPA",
@@ -77,8 +77,8 @@ def test_the_models_that_users_ask_about_are_there():
 
 def test_the_whole_official_split_with_the_same_protocol_is_comparable():
     """A-JEPA's own number is what a run of its recipe is to reach."""
-    assert refusals(OURS, row("A-JEPA ViT-B", "audioset-2m")) == []
-    assert cautions(OURS, row("A-JEPA ViT-B", "audioset-2m")) == []
+    assert reasons_against(OURS, row("A-JEPA ViT-B", "audioset-2m")) == []
+    assert comparison_caveats(OURS, row("A-JEPA ViT-B", "audioset-2m")) == []
 
 
 @pytest.mark.parametrize(
@@ -89,12 +89,15 @@ def test_the_whole_official_split_with_the_same_protocol_is_comparable():
         ({"eval_clips": 30_000}, "clips: measured on 30000, the official split has 20371"),
         ({"label_set": "unambiguous"}, "labels: measured on unambiguous labels"),
         ({"classes": 50}, "classes: 50 are told apart here, 527 there"),
-        ({"train_clips": 20_000}, f"training: on 20000 clips, audioset-2m has {TRAIN_CLIPS['audioset-2m']}"),
+        (
+            {"train_clips": 20_000},
+            f"training: on 20000 clips, audioset-2m has {OFFICIAL_TRAIN_CLIPS['audioset-2m']}",
+        ),
     ],
 )
 def test_what_makes_a_number_another_one_is_told(change, said):
     """Each by itself is reason enough."""
-    (reason,) = refusals(replace(OURS, **change), row("A-JEPA ViT-B", "audioset-2m"))
+    (reason,) = reasons_against(replace(OURS, **change), row("A-JEPA ViT-B", "audioset-2m"))
     assert reason.startswith(said)
 
 
@@ -110,27 +113,31 @@ def test_two_frozen_probes_are_compared_with_care():
         train_clips=1_600,
     )
     for protocol, model in (("linear", "MSM-MAE"), ("xares-mlp", "Dasheng")):
-        assert refusals(ours, row(model, "esc50", protocol)) == []
-        assert any("other settings" in told for told in cautions(ours, row(model, "esc50", protocol)))
-    assert refusals(ours, row("AST", "esc50"))
-    assert refusals(replace(ours, protocol="knn"), row("Dasheng", "esc50", "xares-mlp"))
+        assert reasons_against(ours, row(model, "esc50", protocol)) == []
+        assert any(
+            "other settings" in told for told in comparison_caveats(ours, row(model, "esc50", protocol))
+        )
+    assert reasons_against(ours, row("AST", "esc50"))
+    assert reasons_against(replace(ours, protocol="knn"), row("Dasheng", "esc50", "xares-mlp"))
 
 
 def test_what_had_labels_or_is_an_ensembles_is_compared_with_care():
     """Neither is a reason not to look, both are reasons to know."""
-    assert cautions(OURS, row("AST", "audioset-2m")) == ["pre-training: that one was shown labels"]
-    assert cautions(OURS, row("BEATs", "audioset-2m")) == ["BEATs: the paper's best, of one model or several"]
+    assert comparison_caveats(OURS, row("AST", "audioset-2m")) == ["pre-training: that one was shown labels"]
+    assert comparison_caveats(OURS, row("BEATs", "audioset-2m")) == [
+        "BEATs: the paper's best, of one model or several"
+    ]
 
 
 def test_a_number_that_was_not_seen_at_its_source_is_compared_with_care():
     """Whoever leans on it looks it up first."""
-    (told,) = cautions(OURS, row("A-JEPA ViT-L", "audioset-2m"))
+    (told,) = comparison_caveats(OURS, row("A-JEPA ViT-L", "audioset-2m"))
     assert told.startswith("value: that one was copied from notes on the paper")
 
 
 def test_a_result_on_other_clips_of_the_same_split_is_compared_with_care():
     """Clips vanish from AudioSet: Audio-MAE was measured on 19,148."""
-    assert "clips: that one was measured on 19148, this one on 20000" in cautions(
+    assert "clips: that one was measured on 19148, this one on 20000" in comparison_caveats(
         OURS, row("Audio-MAE", "audioset-2m")
     )
 
@@ -141,15 +148,15 @@ def test_a_result_on_other_clips_of_the_same_split_is_compared_with_care():
         (load_class_list().mids, 0, 20_000, "audioset-20k"),
         (load_class_list().mids, 0, 1_900_000, "audioset-2m"),
         (fsd50k_classes().mids, 0, 30_000, "fsd50k"),
-        (WORDS["v1"], 0, 50_000, "speech-commands-v1"),
-        (WORDS["v2"], 0, 80_000, "speech-commands-v2"),
+        (SPEECH_COMMANDS_WORDS["v1"], 0, 50_000, "speech-commands-v1"),
+        (SPEECH_COMMANDS_WORDS["v2"], 0, 80_000, "speech-commands-v2"),
         ([f"class{i}" for i in range(50)], 5, 1_600, "esc50"),
         (["cat", "dog"], 0, 100, None),
     ],
 )
 def test_a_task_is_known_by_its_classes(classes, folds, train_clips, task):
     """A store's name says nothing."""
-    assert task_of(classes, folds=folds, train_clips=train_clips) == task
+    assert match_public_task(classes, folds=folds, train_clips=train_clips) == task
 
 
 def evaluation(
@@ -165,7 +172,7 @@ def evaluation(
 ) -> Evaluation:
     """One of which only the first number, its folds and its protocol matter."""
     names = tuple(f"c{i}" for i in range(classes)) if isinstance(classes, int) else classes
-    estimate = Estimate(value=metric, low=metric - 0.015, high=metric + 0.015)
+    estimate = MetricEstimate(value=metric, low=metric - 0.015, high=metric + 0.015)
     first = "accuracy" if kind == "single" else "map"
     one = Score(
         features="encoder" if probes else "classifier",
@@ -200,8 +207,8 @@ def test_folds_that_were_fine_tuned_are_one_result(tmp_path):
     """Five runs of 400 clips: their mean on 2,000, with its spread."""
     classifier = trained("esc50", 1_600, 50, start={"step": 9})
     made = evaluation(50, 0.93, clips=2_000, kind="single", folds=5, classifier=classifier)
-    made.save(tmp_path / "evaluation.json")
-    text = compare([tmp_path])
+    made.save_json(tmp_path / "evaluation.json")
+    text = compare_results([tmp_path])
     assert "this result             accuracy  0.930 [0.915 0.945] ± 0.016 over 5 folds" in text
     assert "A-JEPA ViT-B            accuracy  0.963  fine-tuned   yes" in text
     assert narrow(text, tmp_path)
@@ -210,8 +217,8 @@ def test_folds_that_were_fine_tuned_are_one_result(tmp_path):
 def test_an_evaluation_of_frozen_features_is_shown_probe_by_probe(tmp_path):
     """The trained encoder's alone; each reason is told once, below its table."""
     made = evaluation(load_class_list().mids, 0.145, clips=401, probes={"train_clips": 1_617})
-    made.save(tmp_path / "evaluation.json")
-    text = compare([tmp_path])
+    made.save_json(tmp_path / "evaluation.json")
+    text = compare_results([tmp_path])
     assert text.count("this result") == 2
     assert "audioset-20k, raw labels, linear probe, 401 clips" in text
     assert "mAP       0.145 [0.130 0.160]" in text
@@ -229,9 +236,9 @@ def test_runs_of_both_kinds_stand_side_by_side(tmp_path):
         ("tuned", evaluation(audioset, 0.3, clips=20_000, classifier=classifier)),
     ):
         (tmp_path / name).mkdir()
-        made.save(tmp_path / name / "evaluation.json")
+        made.save_json(tmp_path / name / "evaluation.json")
         kept.append(tmp_path / name)
-    blocks = compare(kept).split("\n\n")
+    blocks = compare_results(kept).split("\n\n")
     linear, nearest, tuned = blocks
     assert "audioset-20k, raw labels, fine-tuned, 20000 clips" in tuned
     assert "with care" in tuned
@@ -248,16 +255,16 @@ def test_a_classifier_on_another_stores_clips_is_what_it_is():
         evaluation(names, 0.4, clips=19_000, classifier=classifier, store_id="there")
         for names in (load_class_list().mids, load_class_list().mids[:192])
     )
-    assert judged_how(whole)["task"] == "audioset-2m"
-    assert judged_how(whole)["protocol"] == "fine-tuned"
-    assert judged_how(some)["task"] is None
+    assert classifier_result_fields(whole)["task"] == "audioset-2m"
+    assert classifier_result_fields(whole)["protocol"] == "fine-tuned"
+    assert classifier_result_fields(some)["task"] is None
     unknown = replace(OURS, train_clips=None)
-    assert "is not told" in refusals(unknown, row("A-JEPA ViT-B", "audioset-2m"))[0]
+    assert "is not told" in reasons_against(unknown, row("A-JEPA ViT-B", "audioset-2m"))[0]
 
 
 def test_a_task_of_ones_own_has_nothing_beside_it():
     """And says so."""
-    assert "nothing is published of it" in "\n".join(block(replace(OURS, task=None)))
+    assert "nothing is published of it" in "\n".join(comparison_lines(replace(OURS, task=None)))
 
 
 @pytest.mark.parametrize(
@@ -267,10 +274,10 @@ def test_a_file_that_is_no_result_is_refused_in_one_line(tmp_path, text, said):
     """With what to give instead."""
     (tmp_path / "some.json").write_text(text)
     with pytest.raises(RunError, match=said):
-        compare([tmp_path / "some.json"])
+        compare_results([tmp_path / "some.json"])
 
 
 def test_a_run_that_was_not_measured_is_refused(tmp_path):
     """With the command that is missing."""
     with pytest.raises(RunError, match="run ajepa-train evaluate or finetune first"):
-        compare([tmp_path])
+        compare_results([tmp_path])

@@ -10,17 +10,17 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from tiny import tiny
 
-from ajepa.evaluate.evaluate import evaluate
-from ajepa.evaluate.features import RANDOM, STATISTICS, TRAINED, Views, compared_encoders, features
-from ajepa.evaluate.probe_splits import Partition, probe_rows
-from ajepa.evaluate.probes import chosen_l2, knn_NC, linear_NC, standardised
+from ajepa.evaluate.evaluate import evaluate_run
+from ajepa.evaluate.features import RANDOM, STATISTICS, TRAINED, ClipViews, clip_vectors, compared_encoders
+from ajepa.evaluate.probe_splits import ProbeSplits, probe_rows
+from ajepa.evaluate.probes import choose_l2, knn_scores_NC, linear_probe_scores_NC, standardise_features
 from ajepa.evaluate.result import Evaluation
 from ajepa.model.jepa import Jepa
 from ajepa.pretrain.pretrain import pretrain
-from ajepa.recipes.catalogue import from_json
+from ajepa.recipes.catalogue import recipe_from_json
 from ajepa.training.run import Run
 from ajepa.training.trained_run import TrainedRun
-from pipeline.audio.mel_spec import mel_spec
+from pipeline.audio.mel_spec import preset_mel_spec
 from pipeline.errors import RunError
 
 
@@ -32,7 +32,7 @@ def run(store_path, tmp_path_factory) -> Run:
 
 @pytest.fixture(scope="module")
 def evaluation(store_path, run) -> Evaluation:
-    return evaluate(store_path, run.path, device="cpu")
+    return evaluate_run(store_path, run.path, device="cpu")
 
 
 class SomeClips:
@@ -51,8 +51,8 @@ class SomeClips:
 
 
 def encoded(clips: SomeClips, *, encoder=None) -> np.ndarray:
-    views = Views(store=clips, frames=64, mean=0.0, std=1.0)
-    return features(views, np.arange(len(clips.n_frames_N)), encoder)
+    views = ClipViews(store=clips, frames=64, mean=0.0, std=1.0)
+    return clip_vectors(views, np.arange(len(clips.n_frames_N)), encoder)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_statistics_are_mean_and_deviation_of_every_band_over_valid_frames():
 def test_a_constant_feature_becomes_zero_instead_of_nan():
     """A dead dimension is no reason to lose a probe."""
     train_ND = np.array([[1.0, 5.0], [3.0, 5.0]], np.float32)
-    train, evaluated = standardised(train_ND, train_ND + 1)
+    train, evaluated = standardise_features(train_ND, train_ND + 1)
     assert train.tolist() == [[-1.0, 0.0], [1.0, 0.0]]
     assert evaluated.tolist() == [[0.0, 0.0], [2.0, 0.0]]
 
@@ -102,7 +102,9 @@ def test_the_linear_probe_is_scikit_learns_logistic_regression_class_by_class(l2
     rng = np.random.default_rng(0)
     train_ND, eval_ND = (rng.standard_normal((count, 6)).astype(np.float32) for count in (80, 20))
     labels_NC = (train_ND[:, :3] + rng.standard_normal((80, 3)) > 0.3).astype(np.float32)
-    scores_NC = linear_NC(torch.from_numpy(train_ND), labels_NC, torch.from_numpy(eval_ND), l2=l2)
+    scores_NC = linear_probe_scores_NC(
+        torch.from_numpy(train_ND), labels_NC, torch.from_numpy(eval_ND), l2=l2
+    )
     for index in range(3):
         reference = LogisticRegression(C=1 / (l2 * 80), max_iter=1000, tol=1e-8).fit(
             train_ND, labels_NC[:, index]
@@ -117,7 +119,7 @@ def test_a_class_without_a_train_clip_scores_lowest_everywhere(single):
     train_ND = torch.from_numpy(rng.standard_normal((20, 3)).astype(np.float32))
     first_N = (np.arange(20) % 2).astype(np.float32)
     labels_NC = np.stack([first_N, np.zeros(20), 1 - first_N], axis=1).astype(np.float32)
-    scores_NC = linear_NC(train_ND, labels_NC, train_ND, l2=0.1, single=single)
+    scores_NC = linear_probe_scores_NC(train_ND, labels_NC, train_ND, l2=0.1, single=single)
     assert scores_NC[:, 1].tolist() == [scores_NC.min()] * 20
 
 
@@ -128,7 +130,7 @@ def test_of_single_labels_the_linear_probe_is_scikit_learns_multinomial_regressi
     class_N = (train_ND[:, :3] + rng.standard_normal((90, 3))).argmax(1)
     labels_NC = np.eye(3, dtype=np.float32)[class_N]
     train, measured = torch.from_numpy(train_ND), torch.from_numpy(eval_ND)
-    scores_NC = linear_NC(train, labels_NC, measured, l2=1e-2, single=True)
+    scores_NC = linear_probe_scores_NC(train, labels_NC, measured, l2=1e-2, single=True)
     reference = LogisticRegression(C=1 / (1e-2 * 90), max_iter=1000, tol=1e-8).fit(train_ND, class_N)
     expected_NC = reference.decision_function(eval_ND)
     centred_NC = scores_NC - scores_NC.mean(axis=1, keepdims=True)
@@ -143,7 +145,7 @@ def test_with_more_features_than_clips_the_probe_is_the_same(single):
     class_N = train_ND[:, :3].argmax(1)
     labels_NC = np.eye(3, dtype=np.float32)[class_N]
     train, measured = torch.from_numpy(train_ND), torch.from_numpy(eval_ND)
-    scores_NC = linear_NC(train, labels_NC, measured, l2=0.1, single=single)
+    scores_NC = linear_probe_scores_NC(train, labels_NC, measured, l2=0.1, single=single)
     if single:
         reference = LogisticRegression(C=1 / (0.1 * 40), max_iter=1000, tol=1e-8).fit(train_ND, class_N)
         expected_NC = reference.decision_function(eval_ND)
@@ -164,7 +166,7 @@ def test_noise_is_penalised_more_than_features_that_tell():
     mixed_ND = noise_ND + np.pad(0.8 * labels_NC, ((0, 0), (0, 57)))
     telling_ND = noise_ND[:, :4] + np.pad(2 * labels_NC, ((0, 0), (0, 1)))
     told = [torch.from_numpy(rows_ND) for rows_ND in (mixed_ND, telling_ND)]
-    mixed, telling = (chosen_l2(f[:160], labels_NC[:160], f[160:], labels_NC[160:]) for f in told)
+    mixed, telling = (choose_l2(f[:160], labels_NC[:160], f[160:], labels_NC[160:]) for f in told)
     assert mixed > telling
 
 
@@ -172,7 +174,7 @@ def test_neighbours_vote_by_direction_not_by_length():
     """Cosine along the features: normalised along the clips, near and far would mix."""
     train_ND = torch.tensor([[1.0, 0.0], [9.0, 1.0], [0.0, 1.0], [0.1, 5.0]])
     labels_NC = np.array([[1, 0], [1, 1], [0, 1], [0, 0]], np.float32)
-    scores_NC = knn_NC(train_ND, labels_NC, torch.tensor([[0.01, 0.0], [0.0, 70.0]]), neighbours=2)
+    scores_NC = knn_scores_NC(train_ND, labels_NC, torch.tensor([[0.01, 0.0], [0.0, 70.0]]), neighbours=2)
     assert scores_NC.tolist() == [[1.0, 0.5], [0.0, 0.5]]
 
 
@@ -183,7 +185,7 @@ def test_every_features_probe_and_label_set_is_scored_and_kept(evaluation, run, 
     kinds.remove((STATISTICS, "attentive"))  # they are no tokens
     assert names == {(f, p, s) for f, p in kinds for s in store.label_sets}
     assert store.label_sets == ("raw", "unambiguous")
-    kept = Evaluation.read(run.path / "evaluation.json")
+    kept = Evaluation.read_json(run.path / "evaluation.json")
     assert (kept.scores, kept.classes) == (evaluation.scores, evaluation.classes)
     assert kept.protocol == json.loads(json.dumps(evaluation.protocol))
     for score in evaluation.scores:
@@ -208,10 +210,10 @@ def test_clips_without_a_label_neither_train_nor_measure(evaluation, store):
 def test_a_store_without_labels_is_refused(store):
     """There is nothing to learn from it, or to measure."""
     silent = SimpleNamespace(
-        place="some.zarr", labels_BC=lambda rows_N, label_set: np.zeros((len(rows_N), 3))
+        location="some.zarr", labels_BC=lambda rows_N, label_set: np.zeros((len(rows_N), 3))
     )
     with pytest.raises(RunError, match=r"some.zarr: no clip to train on has a label"):
-        Partition.of(store, 0, 100).labelled(silent)
+        ProbeSplits.from_store(store, 0, 100).drop_unlabelled(silent)
 
 
 def test_propagated_labels_have_more_classes_to_rank_than_raw_ones(evaluation):
@@ -223,7 +225,7 @@ def test_propagated_labels_have_more_classes_to_rank_than_raw_ones(evaluation):
 
 def test_evaluating_twice_gives_the_same_numbers(store_path, run, evaluation):
     """A figure that moves by itself cannot be compared."""
-    assert evaluate(store_path, run.path, device="cpu").scores == evaluation.scores
+    assert evaluate_run(store_path, run.path, device="cpu").scores == evaluation.scores
 
 
 def test_probes_learn_from_train_clips_only_and_from_no_more_than_asked(store):
@@ -239,22 +241,22 @@ def test_probes_learn_from_train_clips_only_and_from_no_more_than_asked(store):
 def test_a_run_is_not_evaluated_on_another_kind_of_features(store_path, tmp_path, run):
     """A network fed with other mels answers, and answers wrongly."""
     told = json.loads((run.path / "recipe.json").read_text())
-    told["identity"]["mel"] = mel_spec("audio-jepa").to_json()
+    told["identity"]["mel"] = preset_mel_spec("audio-jepa").to_json()
     (tmp_path / "recipe.json").write_text(json.dumps(told))
     with pytest.raises(RunError, match=r"holds mel spec a-jepa .* was trained on audio-jepa"):
-        evaluate(store_path, tmp_path)
+        evaluate_run(store_path, tmp_path)
 
 
 def test_a_run_without_a_checkpoint_cannot_be_evaluated(store_path, tmp_path, run):
     """Said before the store is read through, in one line."""
     (tmp_path / "recipe.json").write_text((run.path / "recipe.json").read_text())
     with pytest.raises(RunError, match="holds no checkpoint yet"):
-        evaluate(store_path, tmp_path)
+        evaluate_run(store_path, tmp_path)
 
 
 def test_the_random_encoder_is_the_run_before_its_first_step(run):
     """The comparison is with what training started from: same seed, same architecture."""
-    recipe, checkpoint = from_json(run.recipe), run.load("target")
+    recipe, checkpoint = recipe_from_json(run.recipe), run.load("target")
     compared = compared_encoders(TrainedRun.open(run), torch.device("cpu"))
     start = Jepa(recipe.model, seed=recipe.seed).encoder.state_dict()
     assert all(torch.equal(value, start[name]) for name, value in compared[RANDOM].state_dict().items())
@@ -266,7 +268,7 @@ def test_the_random_encoder_is_the_run_before_its_first_step(run):
 
 def test_with_band_norm_the_random_encoder_hears_as_the_trained_one(store, tmp_path):
     """Both standardise bands as the store's clips were: the comparison is of what was learnt."""
-    made = tiny().resized(steps=1)
+    made = tiny().with_counts(steps=1)
     encoder = replace(made.model.encoder, band_norm=True)
     made = replace(made, model=replace(made.model, encoder=encoder))
     run = pretrain(store, made, tmp_path / "run", loader="plain")

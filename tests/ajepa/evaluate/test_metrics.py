@@ -8,16 +8,16 @@ import pytest
 from sklearn.metrics import accuracy_score, average_precision_score, f1_score, roc_auc_score
 
 from ajepa.evaluate.metrics import (
-    Estimate,
-    Measured,
+    MetricEstimate,
+    ScoredFold,
     accuracy_B,
     d_prime,
-    estimates,
+    estimate_metrics,
     macro_f1_B,
     mean_average_precision,
-    ranked_CB,
-    resampled_NB,
-    resamples,
+    precisions_and_areas_CB,
+    resample_count,
+    resample_weights_NB,
 )
 from pipeline.errors import InputError
 
@@ -45,7 +45,7 @@ def test_a_class_without_positives_is_skipped_and_counted():
     kept = [0, 1, 3, 4, 6]
     expected = average_precision_score(labels_NC[:, kept], scores_NC[:, kept], average="macro")
     assert result.value == pytest.approx(expected, abs=1e-12)
-    assert (result.counted, result.skipped) == (5, 2)
+    assert (result.scored_classes, result.skipped_classes) == (5, 2)
     assert np.flatnonzero(np.isnan(result.per_class_C)).tolist() == [2, 5]
 
 
@@ -78,7 +78,7 @@ def test_precision_and_area_are_scikit_learns_of_the_clips_as_often_as_they_weig
     scores_NC = scores_NC.round(decimals)
     weights_NB = np.random.default_rng(seed).integers(0, 3, (len(labels_NC), 4)).astype(np.float64)
     weights_NB[:, 0] = 1
-    precision_CB, area_CB = ranked_CB(labels_NC, scores_NC, weights_NB)
+    precision_CB, area_CB = precisions_and_areas_CB(labels_NC, scores_NC, weights_NB)
     for index, (labels_N, scores_N) in enumerate(zip(labels_NC.T, scores_NC.T, strict=True)):
         for place in range(4):
             clips_M = np.repeat(np.arange(len(labels_N)), weights_NB[:, place].astype(int))
@@ -91,7 +91,7 @@ def test_a_class_that_nobody_or_everybody_has_is_nan_where_it_has_no_value():
     """No positive: neither value. No negative: precision 1, and no area; a sample may do either to a class."""
     labels_NC = np.array([[0, 1, 1], [0, 1, 0], [0, 1, 0]])
     weights_NB = np.array([[1, 0], [1, 2], [1, 1]], np.float64)
-    precision_CB, area_CB = ranked_CB(labels_NC, np.arange(9.0).reshape(3, 3), weights_NB)
+    precision_CB, area_CB = precisions_and_areas_CB(labels_NC, np.arange(9.0).reshape(3, 3), weights_NB)
     np.testing.assert_array_equal(precision_CB, [[np.nan, np.nan], [1, 1], [1 / 3, np.nan]])
     np.testing.assert_array_equal(area_CB, [[np.nan, np.nan], [np.nan, np.nan], [0, np.nan]])
 
@@ -131,10 +131,12 @@ def simulated(rng, clips: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
     return labels_NC, labels_NC * 1.5 + rng.standard_normal((clips, 3))
 
 
-def measured(rng, clips: int, *, seed: int = 0, kind: str = "some", count: int = 200) -> Measured:
+def measured(rng, clips: int, *, seed: int = 0, kind: str = "some", count: int = 200) -> ScoredFold:
     labels_NC, scores_NC = simulated(rng, clips, kind)
-    weights_NB = resampled_NB(clips, count, seed)
-    return Measured(labels_NC=labels_NC, scores_NC=scores_NC, weights_NB=weights_NB, single=kind == "single")
+    weights_NB = resample_weights_NB(clips, count, seed)
+    return ScoredFold(
+        labels_NC=labels_NC, scores_NC=scores_NC, weights_NB=weights_NB, single=kind == "single"
+    )
 
 
 @pytest.mark.parametrize(
@@ -148,13 +150,13 @@ def test_intervals_cover_what_is_estimated_in_about_95_of_100_studies(kind, name
     a little narrow: 90 to 99 % pass, of rare classes (4 positives) 86 % and more.
     """
     rng = np.random.default_rng(0)
-    others = [measured(rng, 200, kind=kind, count=1).metrics() for _ in range(600)]
+    others = [measured(rng, 200, kind=kind, count=1).metric_values() for _ in range(600)]
     truth = {name: np.mean([other[name][0] for other in others]) for name in names if name != "d_prime"}
     if "d_prime" in names:
         truth["d_prime"] = d_prime(truth["auc"])
     covered = dict.fromkeys(names, 0)
     for study in range(200):
-        told = estimates([measured(rng, 200, seed=study, kind=kind)])
+        told = estimate_metrics([measured(rng, 200, seed=study, kind=kind)])
         for name in names:
             covered[name] += told[name].low <= truth[name] <= told[name].high
     least = 0.86 if kind == "rare" else 0.90
@@ -165,10 +167,10 @@ def test_an_interval_lies_about_its_value_even_of_rare_classes():
     """The percentiles themselves would not: of 527 classes of 20,000 clips they lie above the value."""
     labels_NC = (np.random.default_rng(0).random((2_000, 40)) < 0.004).astype(np.float32)
     scores_NC = labels_NC + np.random.default_rng(1).standard_normal(labels_NC.shape)
-    one = Measured(
-        labels_NC=labels_NC, scores_NC=scores_NC, weights_NB=resampled_NB(2_000, 200, 0), single=False
+    one = ScoredFold(
+        labels_NC=labels_NC, scores_NC=scores_NC, weights_NB=resample_weights_NB(2_000, 200, 0), single=False
     )
-    told, drawn_B = estimates([one])["map"], one.metrics()["map"][1:]
+    told, drawn_B = estimate_metrics([one])["map"], one.metric_values()["map"][1:]
     assert np.percentile(drawn_B, 20) > told.value
     assert told.low < told.value < told.high
     assert told.high - told.low == pytest.approx(np.ptp(np.percentile(drawn_B, [2.5, 97.5])))
@@ -177,7 +179,7 @@ def test_an_interval_lies_about_its_value_even_of_rare_classes():
 def test_four_times_the_clips_halve_the_interval():
     """What an interval is for: it tells how much the number of clips is worth."""
     rng = np.random.default_rng(1)
-    few, many = (estimates([measured(rng, clips)])["map"] for clips in (500, 2_000))
+    few, many = (estimate_metrics([measured(rng, clips)])["map"] for clips in (500, 2_000))
     assert (few.high - few.low) / (many.high - many.low) == pytest.approx(2, rel=0.25)
 
 
@@ -185,17 +187,17 @@ def test_a_metric_of_folds_is_the_mean_over_them():
     """Scores of two probes may not be ranked among each other; intervals are those of all clips."""
     rng = np.random.default_rng(2)
     folds = [measured(rng, 300, seed=seed) for seed in range(4)]
-    told = estimates(folds)["map"]
+    told = estimate_metrics(folds)["map"]
     values = [average_precision_score(fold.labels_NC, fold.scores_NC, average="macro") for fold in folds]
     assert told.value == pytest.approx(np.mean(values), abs=1e-6)
-    alone = estimates(folds[:1])["map"]
+    alone = estimate_metrics(folds[:1])["map"]
     assert told.low < told.value < told.high
     assert (told.high - told.low) / (alone.high - alone.low) == pytest.approx(0.5, rel=0.3)
 
 
 def test_d_prime_is_that_of_the_mean_area_at_every_end():
     """A monotonous function of it has the same interval."""
-    told = estimates([measured(np.random.default_rng(3), 300)])
+    told = estimate_metrics([measured(np.random.default_rng(3), 300)])
     for end in ("value", "low", "high"):
         assert getattr(told["d_prime"], end) == pytest.approx(d_prime(getattr(told["auc"], end)), abs=2e-3)
 
@@ -205,29 +207,31 @@ def test_a_class_that_a_sample_loses_is_left_out_of_its_mean():
     labels_NC = np.zeros((12, 2), np.float32)
     labels_NC[0, 0] = labels_NC[:6, 1] = 1
     scores_NC = np.random.default_rng(0).random((12, 2))
-    weights_NB = resampled_NB(12, 200, 0)
-    one = Measured(labels_NC=labels_NC, scores_NC=scores_NC, weights_NB=weights_NB, single=False)
-    assert np.isnan(one.ranked[0]).any()
-    told = estimates([one])["map"]
+    weights_NB = resample_weights_NB(12, 200, 0)
+    one = ScoredFold(labels_NC=labels_NC, scores_NC=scores_NC, weights_NB=weights_NB, single=False)
+    assert np.isnan(one.precision_and_area_CB[0]).any()
+    told = estimate_metrics([one])["map"]
     assert 0 < told.low <= told.value <= told.high <= 1
 
 
 def test_without_a_class_that_some_clips_lack_there_is_no_area():
     """And no nan in its place."""
     labels_NC = np.ones((4, 1), np.float32)
-    one = Measured(labels_NC=labels_NC, scores_NC=labels_NC, weights_NB=resampled_NB(4, 10, 0), single=False)
-    assert estimates([one]) == {"map": Estimate(value=1.0, low=1.0, high=1.0)}
+    one = ScoredFold(
+        labels_NC=labels_NC, scores_NC=labels_NC, weights_NB=resample_weights_NB(4, 10, 0), single=False
+    )
+    assert estimate_metrics([one]) == {"map": MetricEstimate(value=1.0, low=1.0, high=1.0)}
 
 
 def test_samples_are_drawn_by_the_seed_with_replacement_after_the_clips_themselves():
     """As many as there are; the same for the same seed."""
-    drawn_NB = resampled_NB(50, 30, 7)
+    drawn_NB = resample_weights_NB(50, 30, 7)
     assert drawn_NB.shape == (50, 31)
     assert (drawn_NB[:, 0] == 1).all()
     assert (drawn_NB.sum(axis=0) == 50).all()
     assert drawn_NB.max() > 2
-    assert np.array_equal(drawn_NB, resampled_NB(50, 30, 7))
-    assert not np.array_equal(drawn_NB, resampled_NB(50, 30, 8))
+    assert np.array_equal(drawn_NB, resample_weights_NB(50, 30, 7))
+    assert not np.array_equal(drawn_NB, resample_weights_NB(50, 30, 8))
 
 
 @pytest.mark.parametrize(
@@ -235,4 +239,4 @@ def test_samples_are_drawn_by_the_seed_with_replacement_after_the_clips_themselv
 )
 def test_large_sets_are_drawn_less_often(clips, classes, count):
     """At least 200 times: the ends of an interval are then the fifth from either side."""
-    assert resamples(clips, classes) == count
+    assert resample_count(clips, classes) == count

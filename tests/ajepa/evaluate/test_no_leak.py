@@ -58,7 +58,7 @@ def told(
 ) -> list[torch.Tensor]:
     """The context's vectors, and all gradients of a loss on them: the spectrogram's first."""
     mel_BTF = mel_BTF.clone().requires_grad_()
-    keep_L2N = encoder.stack.draw_keep(np.random.default_rng(0), len(context_NK))
+    keep_L2N = encoder.transformer_spec.draw_drop_path(np.random.default_rng(0), len(context_NK))
     encoder.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         context_NKD = encoder(mel_BTF, context_NK, keep_L2N=keep_L2N)

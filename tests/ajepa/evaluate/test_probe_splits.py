@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from ajepa.evaluate.probe_splits import Partition, probe_rows
+from ajepa.evaluate.probe_splits import ProbeSplits, probe_rows
 from pipeline.errors import RunError
 
 
@@ -33,9 +33,9 @@ class Splits:
 def test_folds_take_turns_and_each_is_measured_by_what_the_others_train():
     """ESC-50 as `build-esc50` makes it; fold10 comes after fold2."""
     store = Splits(fold1=20, fold10=20, fold2=20)
-    partition = Partition.of(store, 0, 1_000)
-    assert partition.eval == ("fold1", "fold2", "fold10")
-    for part, fold in zip(partition.parts, partition.eval, strict=True):
+    partition = ProbeSplits.from_store(store, 0, 1_000)
+    assert partition.eval_splits == ("fold1", "fold2", "fold10")
+    for part, fold in zip(partition.folds, partition.eval_splits, strict=True):
         assert store.split_of(part.eval_N) == {fold}
         assert store.split_of(part.fit_N) == {"fold1", "fold2", "fold10"} - {fold}
     assert len(partition.eval_N) == len(partition.rows_N) == 54
@@ -45,7 +45,7 @@ def test_folds_take_turns_and_each_is_measured_by_what_the_others_train():
 def test_a_split_to_choose_with_never_trains(name):
     """Settings are chosen on it, and it stays out of the fit."""
     store = Splits(train=40, test=20, **{name: 20})
-    (part,) = Partition.of(store, 0, 1_000).parts
+    (part,) = ProbeSplits.from_store(store, 0, 1_000).folds
     assert store.split_of(part.val_N) == {name}
     assert store.split_of(part.fit_N) == {"train"}
     assert store.split_of(part.eval_N) == {"test"}
@@ -54,7 +54,7 @@ def test_a_split_to_choose_with_never_trains(name):
 def test_without_one_a_fifth_of_the_train_clips_chooses_and_then_trains():
     """Drawn by the seed."""
     store = Splits(balanced=100, eval=20)
-    (part,), (again,), (other,) = (Partition.of(store, seed, 1_000).parts for seed in (0, 0, 1))
+    (part,), (again,), (other,) = (ProbeSplits.from_store(store, seed, 1_000).folds for seed in (0, 0, 1))
     assert len(part.val_N) == 18
     assert not set(part.val_N) & set(part.train_N)
     assert np.array_equal(part.fit_N, store.good_rows(["balanced"]))
@@ -65,7 +65,7 @@ def test_without_one_a_fifth_of_the_train_clips_chooses_and_then_trains():
 def test_a_store_whose_only_other_split_is_named_val_trains_on_it():
     """There is nothing else; a fifth of it chooses."""
     store = Splits(val=50, eval=20)
-    (part,) = Partition.of(store, 0, 1_000).parts
+    (part,) = ProbeSplits.from_store(store, 0, 1_000).folds
     assert store.split_of(part.fit_N) == {"val"}
     assert len(part.val_N) == 9
 
@@ -75,7 +75,7 @@ def test_a_store_whose_only_other_split_is_named_val_trains_on_it():
 )
 def test_no_clip_is_measured_that_trained_or_chose(sizes):
     """The mistake that makes a result worthless."""
-    for part in Partition.of(Splits(**sizes), 0, 20).parts:
+    for part in ProbeSplits.from_store(Splits(**sizes), 0, 20).folds:
         assert not set(part.eval_N) & (set(part.train_N) | set(part.val_N))
         assert not set(part.train_N) & set(part.val_N)
         assert all(
@@ -86,7 +86,7 @@ def test_no_clip_is_measured_that_trained_or_chose(sizes):
 def test_no_more_train_than_asked_for_and_all_are_measured():
     """A cap draws the same rows every time."""
     store = Splits(train=80, eval=20)
-    (part,) = Partition.of(store, 0, 10).parts
+    (part,) = ProbeSplits.from_store(store, 0, 10).folds
     assert len(part.fit_N) == 10
     assert len(part.eval_N) == 18
     assert np.array_equal(part.fit_N, probe_rows(store, 0, 10)[0])
@@ -97,12 +97,12 @@ def test_a_fold_without_a_good_clip_is_named():
     store = Splits(fold1=30, fold2=1, fold3=30)
     store.manifest = pl.DataFrame({"split": ["fold2"] + ["fold1"] * 30 + ["fold3"] * 30})
     with pytest.raises(RunError, match=r"made\.zarr: fold2 has no good clip"):
-        Partition.of(store, 0, 1_000)
+        ProbeSplits.from_store(store, 0, 1_000)
 
 
 def test_a_kept_split_wins_over_folds():
     """Where both are there, what is named for it is measured."""
     store = Splits(fold1=30, fold2=30, test=20)
-    partition = Partition.of(store, 0, 1_000)
-    assert partition.eval == ("test",)
-    assert partition.train == ("fold1", "fold2")
+    partition = ProbeSplits.from_store(store, 0, 1_000)
+    assert partition.eval_splits == ("test",)
+    assert partition.train_splits == ("fold1", "fold2")

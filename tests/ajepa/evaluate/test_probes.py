@@ -5,14 +5,14 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
-from ajepa.evaluate.features import Features
-from ajepa.evaluate.probes import AttentiveProbe, attended, steps_for, token_scale
+from ajepa.evaluate.features import ClipFeatures
+from ajepa.evaluate.probes import AttentiveProbe, attentive_steps, token_statistics, train_attentive_probe
 from pipeline.errors import RunError
 
 CPU = torch.device("cpu")
 
 
-def needles(rng, clips: int, *, single: bool = False, valid: int = 10) -> tuple[Features, np.ndarray]:
+def needles(rng, clips: int, *, single: bool = False, valid: int = 10) -> tuple[ClipFeatures, np.ndarray]:
     """Clips of ten tokens of noise, 8 features, of which one token alone tells each class that the clip has."""
     classes = 3
     labels_NC = (rng.random((clips, classes)) < 0.4).astype(np.float32)
@@ -24,7 +24,7 @@ def needles(rng, clips: int, *, single: bool = False, valid: int = 10) -> tuple[
         tokens_NMD[np.arange(clips), place_N, index] += 4 * labels_NC[:, index]
     valid_NM = np.broadcast_to(np.arange(10) < valid, (clips, 10))
     vectors_ND = tokens_NMD[:, :valid].mean(axis=1).astype(np.float32)
-    return Features(
+    return ClipFeatures(
         vectors_ND=vectors_ND, tokens_NMD=tokens_NMD.astype(np.float16), valid_NM=valid_NM
     ), labels_NC
 
@@ -36,7 +36,7 @@ def said(rng_seed: int = 0, *, single: bool = False, spoil: bool = False):
         for found, _ in parts:
             found.tokens_NMD[:, 6:] = 60_000
     (train, train_NC), (val, val_NC), (measured, true_NC) = parts
-    told = attended(train, train_NC, val, val_NC, measured, seed=0, single=single, device=CPU)
+    told = train_attentive_probe(train, train_NC, val, val_NC, measured, seed=0, single=single, device=CPU)
     return told, true_NC, measured
 
 
@@ -63,7 +63,7 @@ def test_the_same_clips_give_the_same_scores():
     one, two = said()[0], said()[0]
     assert np.array_equal(one.scores_NC, two.scores_NC)
     assert one.steps == two.steps
-    assert one.steps % (steps_for(400) // 12) == 0
+    assert one.steps % (attentive_steps(400) // 12) == 0
 
 
 def test_it_starts_as_a_linear_probe_on_the_mean_of_the_valid_tokens():
@@ -83,7 +83,7 @@ def test_tokens_are_standardised_over_the_valid_ones():
     found, _ = needles(np.random.default_rng(0), 50, valid=4)
     found.tokens_NMD[:, :, 7] = 3
     found.tokens_NMD[:, 4:] = 1e4
-    mean_D, scale_D = token_scale(found)
+    mean_D, scale_D = token_statistics(found)
     held_ND = found.tokens_NMD[:, :4].reshape(-1, 8).astype(np.float64)
     np.testing.assert_allclose(mean_D, held_ND.mean(0), atol=1e-5)
     np.testing.assert_allclose(scale_D[:7], 1 / held_ND.std(0)[:7], rtol=1e-5)
@@ -93,12 +93,12 @@ def test_tokens_are_standardised_over_the_valid_ones():
 @pytest.mark.parametrize(("clips", "steps"), [(30, 144), (200, 300), (20_000, 600)])
 def test_it_is_trained_for_a_bounded_time(clips, steps):
     """Few clips are not shown a thousand times, many not all."""
-    assert steps_for(clips) == steps
+    assert attentive_steps(clips) == steps
 
 
 def test_features_without_tokens_are_refused():
     """Log-mel statistics have none."""
-    none = Features(vectors_ND=np.zeros((4, 8), np.float32))
+    none = ClipFeatures(vectors_ND=np.zeros((4, 8), np.float32))
     labels_NC = np.ones((4, 1), np.float32)
     with pytest.raises(RunError, match="needs tokens"):
-        attended(none, labels_NC, none, labels_NC, none, seed=0, single=False, device=CPU)
+        train_attentive_probe(none, labels_NC, none, labels_NC, none, seed=0, single=False, device=CPU)

@@ -13,21 +13,21 @@ from matplotlib.image import imread
 from sounds import write
 from tiny import tiny
 
-from ajepa.evaluate.classifier_scores import Held, judged
-from ajepa.evaluate.evaluate import evaluate
+from ajepa.evaluate.classifier_scores import HeldOutScores, classifier_evaluation
+from ajepa.evaluate.evaluate import evaluate_run
 from ajepa.evaluate.features import STATISTICS, TRAINED
 from ajepa.evaluate.result import Evaluation
-from ajepa.evaluate.task_data import Assignment
+from ajepa.evaluate.task_data import TaskData
 from ajepa.evaluate.tasks import TASKS
-from ajepa.finetune.cross_validation import aligned
-from ajepa.model.pooling import Layer
+from ajepa.finetune.cross_validation import align_fold_classes
+from ajepa.model.pooling import EncoderLayer
 from ajepa.pretrain.pretrain import pretrain
-from ajepa.report.pictures import report
+from ajepa.report.pictures import draw_run_report
 from ajepa.training.run import Run
-from pipeline.audio.mel_spec import mel_spec
+from pipeline.audio.mel_spec import preset_mel_spec
 from pipeline.build.build import build_store
-from pipeline.build.plan import Build, Output
-from pipeline.datasets.esc50 import esc50
+from pipeline.build.plan import BuildOptions, StoreOutput
+from pipeline.datasets.esc50 import esc50_corpus
 from pipeline.errors import RunError, StoreError
 from pipeline.labels.ontology import ClassList
 from pipeline.store.feature_store import FeatureStore
@@ -37,15 +37,15 @@ CLASS_N = np.array(
 )  # clips 0 to 2 are fold 1, the others fold 2; only fold 2 has a clip of c
 
 
-def held(mids: tuple[str, ...], rows_N: np.ndarray, logits_NC: np.ndarray) -> Held:
+def held(mids: tuple[str, ...], rows_N: np.ndarray, logits_NC: np.ndarray) -> HeldOutScores:
     """A fold's clips, and what a run that knows these classes says of them."""
     store = SimpleNamespace(
-        place="some.zarr",
+        location="some.zarr",
         classes=ClassList(mids=("a", "b", "c"), names=("A", "B", "C")),
         label_sets=("raw",),
         labels_BC=lambda rows_N, label_set: np.eye(3, dtype=np.float32)[CLASS_N[rows_N]],
     )
-    made = Assignment(
+    made = TaskData(
         task=TASKS["own"],
         store=store,
         label_set="raw",
@@ -57,25 +57,25 @@ def held(mids: tuple[str, ...], rows_N: np.ndarray, logits_NC: np.ndarray) -> He
         eval_N=rows_N,
         merge_SC=np.eye(3, dtype=np.float32)[:, [store.classes.index_of[mid] for mid in mids]],
     )
-    return Held(assignment=made, logits_NC=logits_NC.astype(np.float32))
+    return HeldOutScores(task_data=made, logits_NC=logits_NC.astype(np.float32))
 
 
 def test_a_class_of_one_fold_alone_is_of_account_where_a_run_knows_it():
     """Fold 2's own run never saw c, and leaves that clip out; fold 1's knows c, and has no clip of it."""
     first = held(("a", "b", "c"), np.array([0, 1, 2]), np.array([[2, 1, 0], [0, 2, 1], [0, 1, 2]]))
     second = held(("a", "b"), np.array([3, 5]), np.array([[0, 1], [1, 0]]))
-    one, two = aligned([first, second])
-    assert one.assignment.classes.mids == two.assignment.classes.mids == ("a", "b", "c")
-    assert two.assignment.classes.names == ("A", "B", "C")
-    assert two.assignment.labels_NC(two.assignment.eval_N).tolist() == [[0, 1, 0], [1, 0, 0]]
-    (score,) = judged({"resamples": 20, "seed": 0}, [one, two]).scores
+    one, two = align_fold_classes([first, second])
+    assert one.task_data.classes.mids == two.task_data.classes.mids == ("a", "b", "c")
+    assert two.task_data.classes.names == ("A", "B", "C")
+    assert two.task_data.labels_NC(two.task_data.eval_N).tolist() == [[0, 1, 0], [1, 0, 0]]
+    (score,) = classifier_evaluation({"resamples": 20, "seed": 0}, [one, two]).scores
     assert score.by_fold["accuracy"] == (np.float32(2 / 3), 1.0)
     assert (score.classes, score.skipped, score.per_class_recall) == (2, 1, (0.75, 1.0, None))
 
 
 def test_folds_of_the_same_classes_stay_as_they_are():
     both = [held(("a", "b", "c"), np.array([place]), np.eye(3)[[place]]) for place in (0, 1)]
-    assert aligned(both) == both
+    assert align_fold_classes(both) == both
 
 
 RATE_HZ, HZ = 16_000, {0: 300.0, 11: 1_200.0, 49: 5_000.0}
@@ -100,9 +100,9 @@ def folds_path(tmp_path_factory):
         write(root / "ESC-50" / "audio" / name, wave_S.astype(np.float32), RATE_HZ)
     (root / "ESC-50" / "meta" / "esc50.csv").write_text("\n".join(lines) + "\n")
     build_store(
-        esc50(root / "ESC-50"),
-        Output(path=root / "esc50.zarr", spec=mel_spec("a-jepa")),
-        Build(workers=0),
+        esc50_corpus(root / "ESC-50"),
+        StoreOutput(path=root / "esc50.zarr", spec=preset_mel_spec("a-jepa")),
+        BuildOptions(workers=0),
     )
     return root / "esc50.zarr"
 
@@ -115,7 +115,7 @@ def run(store_path, tmp_path_factory) -> Run:
 
 @pytest.fixture(scope="module")
 def found(folds_path, run) -> Evaluation:
-    return evaluate(folds_path, run.path, device="cpu")
+    return evaluate_run(folds_path, run.path, device="cpu")
 
 
 def test_each_clip_is_measured_once_and_metrics_are_means_over_folds(found):
@@ -140,7 +140,7 @@ def test_tones_are_told_apart_by_their_statistics(found):
 
 def test_another_stores_result_stands_beside_the_runs_own(found, folds_path, run, tmp_path):
     """Neither overwrites the other, and each has its picture."""
-    assert Evaluation.read(run.path / "evaluation-esc50.json").scores == found.scores
+    assert Evaluation.read_json(run.path / "evaluation-esc50.json").scores == found.scores
     assert not (run.path / "evaluation.json").exists()
     store = FeatureStore.open(folds_path)
     assert found.protocol["store_id"] == store.store_id != run.identity["store_id"]
@@ -175,11 +175,11 @@ def test_what_is_asked_for_is_done_and_stamped(folds_path, run, tmp_path):
     """Pooling, layer, probes and file; the grid and the weights are told, too."""
     asked = {
         "pooling": "frequency",
-        "layer": Layer(block=1),
+        "layer": EncoderLayer(block_number=1),
         "probes": ("knn",),
         "out": tmp_path / "some.json",
     }
-    found = evaluate(folds_path, run.path, device="cpu", kind="multi", checkpoint=5, **asked)
+    found = evaluate_run(folds_path, run.path, device="cpu", kind="multi", checkpoint=5, **asked)
     told = json.loads((tmp_path / "some.json").read_text())["protocol"]
     probes = told["probes"]
     assert (probes["pooling"], probes["layer"], probes["names"]) == ("frequency", "block-1", ["knn"])
@@ -194,19 +194,19 @@ def test_what_is_asked_for_is_done_and_stamped(folds_path, run, tmp_path):
 def test_probes_labels_and_kinds_that_do_not_fit_are_refused(folds_path, store_path, run):
     """In one line, before anything is encoded."""
     with pytest.raises(RunError, match="probes svm: expected of linear, knn, attentive"):
-        evaluate(folds_path, run.path, probes=("svm",))
+        evaluate_run(folds_path, run.path, probes=("svm",))
     with pytest.raises(StoreError, match="no label set 'dominators'"):
-        evaluate(folds_path, run.path, labels=("dominators",))
+        evaluate_run(folds_path, run.path, label_sets=("dominators",))
     with pytest.raises(RunError, match="single labels were asked for"):
-        evaluate(store_path, run.path, kind="single")
+        evaluate_run(store_path, run.path, kind="single")
     with pytest.raises(RunError, match="no checkpoint was probed, so none is the best"):
-        evaluate(folds_path, run.path, checkpoint="best")
+        evaluate_run(folds_path, run.path, checkpoint="best")
 
 
 def test_evaluations_of_both_stores_are_drawn(found, store_path, run, tmp_path):
     """Bars with intervals; a probe that has no features of a kind is left out."""
-    evaluate(store_path, run.path, device="cpu", probes=("linear", "attentive"))
-    names = [path.name for path in report(store_path, run.path, tmp_path / "out")]
+    evaluate_run(store_path, run.path, device="cpu", probes=("linear", "attentive"))
+    names = [path.name for path in draw_run_report(store_path, run.path, tmp_path / "out")]
     assert names == ["curves.png", "masks.png", "probes-esc50.png", "probes.png"]
     for name in names[2:]:
         assert imread(tmp_path / "out" / name).std() > 0.1
@@ -217,4 +217,4 @@ def test_an_evaluation_of_an_older_version_is_told(run, tmp_path):
     """With the command that makes it again."""
     (tmp_path / "evaluation.json").write_text(json.dumps({"format": 2, "protocol": {}, "scores": []}))
     with pytest.raises(RunError, match="run ajepa-train evaluate again"):
-        Evaluation.read(tmp_path / "evaluation.json")
+        Evaluation.read_json(tmp_path / "evaluation.json")

@@ -9,30 +9,30 @@ import torch
 from ranks import seen, torchrun
 from tiny import tiny
 
-from ajepa.evaluate.result import EVALUATION, Evaluation
+from ajepa.evaluate.result import EVALUATION_FILE, Evaluation
 from ajepa.pretrain.pretrain import pretrain
 from ajepa.training.run import Run
-from pipeline.errors import Interrupted
+from pipeline.errors import StopSignal
 
 
 def assert_near(run: Run, other: Run) -> None:
     """Equal up to the order in which floats are added, as in `test_distributed`."""
-    one, two = run.load().parts, other.load().parts
+    one, two = run.load_checkpoint().parts, other.load_checkpoint().parts
     for part in ("classifier", "average"):
         for name, value in one[part].items():
             torch.testing.assert_close(two[part][name], value, rtol=2e-3, atol=4e-4)
-    for line, of_other in zip(run.metrics(), other.metrics(), strict=True):
+    for line, of_other in zip(run.read_metrics(), other.read_metrics(), strict=True):
         for name in ("loss", "gradient_norm"):
             assert of_other[name] == pytest.approx(line[name], rel=2e-3), (line["step"], name)
-    one_found, two_found = (Evaluation.read(each.path / EVALUATION) for each in (run, other))
+    one_found, two_found = (Evaluation.read_json(each.path / EVALUATION_FILE) for each in (run, other))
     for score, of_other in zip(one_found.scores, two_found.scores, strict=True):
-        assert of_other.primary.value == pytest.approx(score.primary.value, abs=0.02)
+        assert of_other.primary_estimate.value == pytest.approx(score.primary_estimate.value, abs=0.02)
 
 
 @pytest.fixture(scope="module")
 def pretrained(store_path, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("pretrained") / "run"
-    pretrain(store_path, tiny().resized(steps=2), path, device="cpu", say=lambda line: None)
+    pretrain(store_path, tiny().with_counts(steps=2), path, device="cpu", say=lambda line: None)
     return path
 
 
@@ -64,9 +64,9 @@ def test_two_ranks_take_the_steps_of_one_process(store_path, tmp_path, alone, pr
 
 def test_one_process_is_carried_on_by_two_in_passes(store_path, tmp_path, alone, pretrained):
     """The batch is the recipe's, whoever computes it, and in however many passes."""
-    with pytest.raises(Interrupted):
+    with pytest.raises(StopSignal):
         ranks.train_classifier(store_path, tmp_path / "run", "stop", str(pretrained))
-    assert Run.open(tmp_path / "run").step == 6
+    assert Run.open(tmp_path / "run").newest_step == 6
     status, said = torchrun(store_path, tmp_path / "run", "micro", str(pretrained), stage="finetune")
     assert status == 0, said
     assert_near(alone, Run.open(tmp_path / "run"))
@@ -79,7 +79,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_with_a_checkpoint(
     status, said = torchrun(store_path, tmp_path / "run", "stop", str(pretrained), stage="finetune")
     assert status != 0
     run = Run.open(tmp_path / "run")
-    assert run.step == run.metrics()[-1]["step"] == 6
+    assert run.newest_step == run.read_metrics()[-1]["step"] == 6
     assert [len(seen(run.path, rank)) for rank in range(2)] == [6, 6]
     assert sum("checkpoint written at step 6 of 8" in line for line in said) == 1
     assert sum("interrupted; nothing is lost" in line for line in said) == 1
@@ -99,7 +99,7 @@ def test_nan_on_one_rank_ends_all_with_one_message_and_is_kept(store_path, tmp_p
     assert kept == [f"rank-{rank}.{kind}" for rank in range(2) for kind in ("json", "safetensors")]
     told = json.loads((tmp_path / "run" / "bad-step-00000006" / "rank-1.json").read_text())
     assert (told["first_clip"], told["rows"]) == (4, rows)
-    assert Run.open(tmp_path / "run").step == 4
+    assert Run.open(tmp_path / "run").newest_step == 4
 
 
 def test_folds_are_trained_by_all_ranks_and_told_by_one(folds_path, tmp_path):
@@ -107,7 +107,7 @@ def test_folds_are_trained_by_all_ranks_and_told_by_one(folds_path, tmp_path):
     status, said = torchrun(folds_path, tmp_path / "run", stage="folds")
     assert status == 0, said
     assert sum("mean over 2 folds" in line for line in said) == 1
-    assert (tmp_path / "run" / EVALUATION).exists()
+    assert (tmp_path / "run" / EVALUATION_FILE).exists()
     ranks.train_folds(folds_path, tmp_path / "alone")
     for fold in ("fold1", "fold2"):
         two, one = (Run.open(tmp_path / name / fold) for name in ("run", "alone"))

@@ -15,27 +15,35 @@ import soundfile
 import torch
 from tiny import tiny, tiny_finetune
 
-from ajepa.evaluate.classifier_scores import logits_of
-from ajepa.evaluate.evaluate import evaluate
-from ajepa.evaluate.features import STATISTICS, features
-from ajepa.evaluate.probes import linear_NC, standardised
-from ajepa.evaluate.result import EVALUATION, Evaluation, Score
-from ajepa.evaluate.task_data import assigned
+from ajepa.evaluate.classifier_scores import predict_logits_NC
+from ajepa.evaluate.evaluate import evaluate_run
+from ajepa.evaluate.features import STATISTICS, clip_vectors
+from ajepa.evaluate.probes import linear_probe_scores_NC, standardise_features
+from ajepa.evaluate.result import EVALUATION_FILE, Evaluation, Score
+from ajepa.evaluate.task_data import select_task_data
 from ajepa.evaluate.tasks import TASKS
-from ajepa.finetune.cross_validation import cross_validated
-from ajepa.finetune.finetune import Measuring, finetune, penalty, probed_head, trainer_of, view_of, views_of
-from ajepa.finetune.trainer import Finetuner
-from ajepa.model.classifier import built
+from ajepa.finetune.cross_validation import cross_validate
+from ajepa.finetune.finetune import (
+    FinetuneMonitor,
+    build_finetune_trainer,
+    choose_head_penalty,
+    finetune,
+    finetune_view,
+    fit_probed_head,
+    whole_clip_views,
+)
+from ajepa.finetune.trainer import FinetuneTrainer
+from ajepa.model.classifier import build_classifier
 from ajepa.pretrain.pretrain import pretrain
 from ajepa.recipes.catalogue import finetune_recipe
-from ajepa.recipes.finetune import resized
-from ajepa.training.meter import read
+from ajepa.recipes.finetune import finetune_with_counts
+from ajepa.training.meter import read_compute_costs
 from ajepa.training.run import Run
 from ajepa.training.trained_run import TrainedRun
-from pipeline.audio.mel_spec import mel_spec
+from pipeline.audio.mel_spec import preset_mel_spec
 from pipeline.build.build import build_store
-from pipeline.build.plan import Build, Output
-from pipeline.datasets.folder import folder
+from pipeline.build.plan import BuildOptions, StoreOutput
+from pipeline.datasets.folder import folder_corpus
 from pipeline.errors import InputError, RunError
 from pipeline.loading.augment import Augment
 from pipeline.loading.loader import Batch, PlainLoader
@@ -52,18 +60,18 @@ def quietly(store_path, run_path, recipe=None, task=OWN, **wishes) -> Run:
 
 
 def logged(run: Run) -> list[dict]:
-    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in run.metrics()]
+    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in run.read_metrics()]
 
 
 def scores_of(run: Run) -> tuple[Score, ...]:
-    return Evaluation.read(run.path / EVALUATION).scores
+    return Evaluation.read_json(run.path / EVALUATION_FILE).scores
 
 
 @pytest.fixture(scope="module")
 def pretrained(store_path, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("pretrained") / "run"
     encoder = replace(tiny().model.encoder, depth=2)
-    recipe = tiny(model=replace(tiny().model, encoder=encoder)).resized(steps=6)
+    recipe = tiny(model=replace(tiny().model, encoder=encoder)).with_counts(steps=6)
     pretrain(store_path, recipe, path, device="cpu", say=lambda line: None)
     return path
 
@@ -89,13 +97,13 @@ from ajepa.evaluate.features import STATISTICS
 from ajepa.evaluate.tasks import TASKS
 from tiny import tiny_finetune
 
-log = Run.log
+log_metrics = Run.log_metrics
 def log_and_die(run, line):
-    log(run, line)
+    log_metrics(run, line)
     if line["step"] == 12:
         os.kill(os.getpid(), signal.SIGKILL)
 
-Run.log = log_and_die
+Run.log_metrics = log_and_die
 store, run, start = map(Path, sys.argv[1:])
 finetune(store, TASKS["own"], tiny_finetune(), run, start=TrainedRun.open(start), device="cpu")
 """
@@ -115,11 +123,11 @@ def test_twenty_steps_are_ten_then_kill_9_then_ten_bit_for_bit(
     killed = subprocess.run(program, env=environment, capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     left = Run.open(tmp_path / "run")
-    assert left.step == 10
+    assert left.newest_step == 10
     run = quietly(store_path, tmp_path / "run", start=start, loader="plain")
     assert logged(run) == logged(whole)
     assert scores_of(run) == scores_of(whole)
-    one, two = run.load().parts, whole.load().parts
+    one, two = run.load_checkpoint().parts, whole.load().parts
     assert one.keys() == two.keys() == {"classifier", "average", "optimiser"}
     for part in one:
         assert one[part].keys() == two[part].keys()
@@ -131,25 +139,26 @@ def test_a_run_in_parts_or_other_numbers_is_carried_on_with_bit_for_bit(
     store_path, tmp_path, monkeypatch, wishes
 ):
     """Stopped between two checkpoints, with the same options; what it cost is counted as if it had never been."""
-    recipe, taken = tiny_finetune(steps=8, checkpoint_every=3), Finetuner.step
+    recipe, taken = tiny_finetune(steps=8, checkpoint_every=3), FinetuneTrainer.train_step
 
-    def step(trainer: Finetuner, at: int, batch: Batch) -> dict:
+    def step(trainer: FinetuneTrainer, at: int, batch: Batch) -> dict:
         if at == 5:
             raise RunError("stopped")
         return taken(trainer, at, batch)
 
     undisturbed = quietly(store_path, tmp_path / "whole", recipe, **wishes)
     with monkeypatch.context() as patch:
-        patch.setattr(Finetuner, "step", step)
+        patch.setattr(FinetuneTrainer, "train_step", step)
         with pytest.raises(RunError, match="stopped"):
             quietly(store_path, tmp_path / "run", recipe, **wishes)
-    assert Run.open(tmp_path / "run").step == 3
+    assert Run.open(tmp_path / "run").newest_step == 3
     run = quietly(store_path, tmp_path / "run", recipe, **wishes)
     assert logged(run) == logged(undisturbed)
-    one, two = run.load().parts, undisturbed.load().parts
+    one, two = run.load_checkpoint().parts, undisturbed.load_checkpoint().parts
     assert all(torch.equal(one[part][name], two[part][name]) for part in one for name in one[part])
     costs = [
-        [(spent.step, spent.clips, spent.flop) for spent in read(each.path)] for each in (run, undisturbed)
+        [(spent.step, spent.clips, spent.flop) for spent in read_compute_costs(each.path)]
+        for each in (run, undisturbed)
     ]
     assert costs[0] == costs[1]
     assert [(step, clips) for step, clips, _ in costs[0]] == [(3, 24), (6, 48), (8, 64)]
@@ -159,20 +168,20 @@ def test_what_does_not_fit_into_memory_is_refused_before_anything_is_written(
     store_path, tmp_path, monkeypatch
 ):
     """In one line; so is a model that cannot be trained in parts."""
-    monkeypatch.setattr("ajepa.training.memory.free_bytes", lambda device: 1_000_000)
+    monkeypatch.setattr("ajepa.training.memory.free_memory_bytes", lambda device: 1_000_000)
     with pytest.raises(
         RunError, match=r"recipe tiny needs about .* for 8 clips at once, cpu has 0\.00 GB free"
     ):
         quietly(store_path, tmp_path / "run")
     monkeypatch.undo()
-    recipe = resized(finetune_recipe("cnn6-small"), steps=1, clips_per_step=8)
+    recipe = finetune_with_counts(finetune_recipe("cnn6-small"), steps=1, clips_per_step=8)
     with pytest.raises(RunError, match="--micro-batch 2: a cnn6 normalises each clip by all 8 of its step"):
         quietly(store_path, tmp_path / "run", recipe, micro_batch=2)
     with pytest.raises(RunError, match="--precision fp16: computes on CUDA devices only"):
         quietly(store_path, tmp_path / "run", precision="fp16")
     assert not (tmp_path / "run").exists()
     run = quietly(store_path, tmp_path / "run", recipe, micro_batch=8)
-    assert read(run.path)[-1].flop > 0 == read(run.path)[-1].context_tokens
+    assert read_compute_costs(run.path)[-1].flop > 0 == read_compute_costs(run.path)[-1].context_tokens
 
 
 def test_a_finished_run_is_left_alone_and_measured_again_only_where_its_scores_are_gone(
@@ -192,8 +201,8 @@ def test_what_is_measured_on_the_way_is_logged_and_the_end_is_kept(whole, store)
     names = [f"eval_map_{label_set}" for label_set in store.label_sets]
     measured = {line["step"]: [line[name] for name in names] for line in whole.metrics() if names[0] in line}
     assert list(measured) == [10, 20]
-    assert measured[20] == pytest.approx([score.map for score in scores_of(whole)], rel=1e-5)
-    told = Evaluation.read(whole.path / EVALUATION).protocol["classifier"]
+    assert measured[20] == pytest.approx([score.map_value for score in scores_of(whole)], rel=1e-5)
+    told = Evaluation.read_json(whole.path / EVALUATION_FILE).protocol["classifier"]
     assert told["from"] == whole.identity["from"]
     assert set(told["from"]) == {"step", "sha256"}
 
@@ -201,23 +210,27 @@ def test_what_is_measured_on_the_way_is_logged_and_the_end_is_kept(whole, store)
 def test_what_is_measured_is_the_average_of_the_weights(store, whole, start):
     """The checkpoint's average gives the scores in the file; the weights themselves give others."""
     recipe = replace(tiny_finetune(), steps=20)
-    assignment = assigned(OWN, store)
-    trainer = trainer_of(whole, recipe, assignment, CPU, start, at=20)
-    measuring = Measuring(whole, trainer, assignment, whole.identity)
-    assert measuring.evaluation().scores == scores_of(whole)
+    assignment = select_task_data(OWN, store)
+    trainer = build_finetune_trainer(whole, recipe, assignment, CPU, start, at=20)
+    measuring = FinetuneMonitor(whole, trainer, assignment, whole.identity)
+    assert measuring.final_evaluation().scores == scores_of(whole)
     rows_N = assignment.eval_N
-    averaged_NC = logits_of(trainer.measured, measuring.views, rows_N, CPU, bf16=False)
-    trainer.average = None
-    assert not np.allclose(logits_of(trainer.measured, measuring.views, rows_N, CPU, bf16=False), averaged_NC)
+    averaged_NC = predict_logits_NC(trainer.evaluated_model, measuring.views, rows_N, CPU, bf16=False)
+    trainer.weight_average = None
+    assert not np.allclose(
+        predict_logits_NC(trainer.evaluated_model, measuring.views, rows_N, CPU, bf16=False), averaged_NC
+    )
 
 
 def test_training_starts_from_the_pre_trained_encoder_and_its_average_too(store, start, whole, tmp_path):
     """The EMA encoder, which is what probes are made on; a head of its own."""
-    assignment, recipe = assigned(OWN, store), start.adapt_recipe(tiny_finetune())
+    assignment, recipe = select_task_data(OWN, store), start.adapt_recipe(tiny_finetune())
     new = Run(path=tmp_path, recipe={}, identity=assignment.identity(), versions={})
-    trainer, untrained = (trainer_of(new, recipe, assignment, CPU, one, at=0) for one in (start, None))
+    trainer, untrained = (
+        build_finetune_trainer(new, recipe, assignment, CPU, one, at=0) for one in (start, None)
+    )
     target = start.run.load("target").parts["target"]
-    for model in (trainer.model, trainer.average):
+    for model in (trainer.model, trainer.weight_average):
         held = model.encoder.state_dict()
         assert all(torch.equal(value, held[name]) for name, value in target.items())
         assert torch.equal(model.head.weight, untrained.model.head.weight)
@@ -234,35 +247,38 @@ def test_training_starts_from_the_pre_trained_encoder_and_its_average_too(store,
 @pytest.mark.parametrize("pooling", ["mean", "moments"])
 def test_a_probed_head_is_the_linear_probe_before_the_first_step(store, start, tmp_path, pooling):
     """What it says of held-out clips is what the probe on frozen features says: the same logits, the same mAP."""
-    assignment = assigned(OWN, store)
+    assignment = select_task_data(OWN, store)
     recipe = start.adapt_recipe(
         tiny_finetune(1024, head="probe")
     )  # one view: means over views weigh by frames
     recipe = replace(recipe, model=replace(recipe.model, pooling=pooling))
     new = Run(path=tmp_path, recipe={}, identity=assignment.identity(), versions={})
-    trainer = trainer_of(new, recipe, assignment, CPU, start, at=0)
-    views = views_of(assignment, recipe, new.identity)
+    trainer = build_finetune_trainer(new, recipe, assignment, CPU, start, at=0)
+    views = whole_clip_views(assignment, recipe, new.identity)
     pairs = (
-        features(views, rows_N, trainer.model.encoder, pooling=pooling)
+        clip_vectors(views, rows_N, trainer.model.encoder, pooling=pooling)
         for rows_N in (assignment.train_N, assignment.eval_N)
     )
-    train_ND, eval_ND = standardised(*pairs)
+    train_ND, eval_ND = standardise_features(*pairs)
     labels_NC = assignment.labels_NC(assignment.train_N)
-    probed_NC = linear_NC(
-        train_ND, labels_NC, eval_ND, l2=penalty(train_ND, labels_NC, recipe.seed, single=False)
+    probed_NC = linear_probe_scores_NC(
+        train_ND, labels_NC, eval_ND, l2=choose_head_penalty(train_ND, labels_NC, recipe.seed, single=False)
     )
-    told_NC = logits_of(trainer.measured, views, assignment.eval_N, CPU, bf16=False)
+    told_NC = predict_logits_NC(trainer.evaluated_model, views, assignment.eval_N, CPU, bf16=False)
     np.testing.assert_allclose(told_NC, probed_NC, rtol=1e-3, atol=2e-2)
 
 
 def test_a_class_that_the_probe_did_not_see_is_still_to_be_learnt(store, start):
     """Of many clips a few are probed on; what lies far below all that these say would never come up again."""
-    whole, recipe = assigned(OWN, store), start.adapt_recipe(tiny_finetune(1024))
+    whole, recipe = select_task_data(OWN, store), start.adapt_recipe(tiny_finetune(1024))
     some = replace(whole, train_N=whole.train_N[whole.labels_NC(whole.train_N)[:, 0] == 0])
-    model, views = built(recipe.model, len(whole.classes), 0), views_of(whole, recipe, whole.identity())
+    model, views = (
+        build_classifier(recipe.model, len(whole.classes), 0),
+        whole_clip_views(whole, recipe, whole.identity()),
+    )
     model.encoder.load_state_dict(start.run.load("target").parts["target"])
-    weight_CD, bias_C = probed_head(model, views, some, 0, single=False)
-    vectors_ND = torch.from_numpy(features(views, some.train_N, model.encoder))
+    weight_CD, bias_C = fit_probed_head(model, views, some, 0, single=False)
+    vectors_ND = torch.from_numpy(clip_vectors(views, some.train_N, model.encoder))
     told_NC = vectors_ND @ weight_CD.T + bias_C
     assert not weight_CD[0].any()
     assert bias_C[0] == pytest.approx(told_NC[:, 1:].min().item(), abs=1e-4)
@@ -274,7 +290,7 @@ def test_an_encoder_of_64_frames_is_fine_tuned_on_other_lengths(store_path, star
     recipe = start.adapt_recipe(tiny_finetune(frames, steps=2, checkpoint_every=2))
     assert recipe.model.encoder.grid.frames == frames
     run = quietly(store_path, tmp_path / "run", recipe, start=start)
-    assert 0 < scores_of(run)[0].map < 1
+    assert 0 < scores_of(run)[0].map_value < 1
 
 
 def test_propagated_labels_are_trained_on_and_both_sets_are_measured(store_path, tmp_path):
@@ -343,11 +359,11 @@ def test_a_start_of_other_features_is_refused(store_path, pretrained, tmp_path):
     """A network fed with other mels answers, and answers wrongly; the length of a clip is no matter."""
     shutil.copytree(pretrained, tmp_path / "start")
     told = json.loads((pretrained / "recipe.json").read_text())
-    told["identity"]["mel"] = mel_spec("audio-jepa").to_json()
+    told["identity"]["mel"] = preset_mel_spec("audio-jepa").to_json()
     (tmp_path / "start" / "recipe.json").write_text(json.dumps(told))
     with pytest.raises(RunError, match=r"holds mel spec a-jepa .*start was trained on audio-jepa"):
         quietly(store_path, tmp_path / "run", start=TrainedRun.open(tmp_path / "start"))
-    told["identity"]["mel"] = replace(mel_spec("a-jepa"), clip_seconds=3.0).to_json()
+    told["identity"]["mel"] = replace(preset_mel_spec("a-jepa"), clip_seconds=3.0).to_json()
     (tmp_path / "start" / "recipe.json").write_text(json.dumps(told))
     quietly(store_path, tmp_path / "run", tiny_finetune(steps=1), start=TrainedRun.open(tmp_path / "start"))
 
@@ -367,19 +383,19 @@ def test_a_batch_with_nan_stops_the_run_before_the_update_and_names_the_rows(sto
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     batch.mel_BTF[3, 5, 7] = torch.nan
     with pytest.raises(RunError, match=rf"step 5: loss is nan.*rows \[{batch.rows_B[3]}\] of the store"):
-        trainer.step(4, batch)
+        trainer.train_step(4, batch)
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
 
 
-def fresh(store) -> Finetuner:
-    merge_SC = torch.from_numpy(assigned(OWN, store).merge_SC)
-    return Finetuner(tiny_finetune(), merge_SC, CPU, single=False)
+def fresh(store) -> FinetuneTrainer:
+    merge_SC = torch.from_numpy(select_task_data(OWN, store).merge_SC)
+    return FinetuneTrainer(tiny_finetune(), merge_SC, CPU, single_label=False)
 
 
 def first_batch(store) -> Batch:
-    assignment = assigned(OWN, store)
-    view = view_of(tiny_finetune(), assignment.identity())
-    return PlainLoader(store, assignment.order(tiny_finetune()), view).batch(0)
+    assignment = select_task_data(OWN, store)
+    view = finetune_view(tiny_finetune(), assignment.identity())
+    return PlainLoader(store, assignment.order(tiny_finetune()), view).make_batch(0)
 
 
 @pytest.fixture(scope="module")
@@ -396,17 +412,17 @@ def folds_path(tmp_path_factory) -> Path:
         )
         lines.append(f"{number}.wav,{label},fold{1 + number // 20}")
     (home / "table.csv").write_text("\n".join(lines) + "\n")
-    corpus = folder(home / "sounds", home / "table.csv", clip_seconds=1.0)
-    spec = replace(mel_spec("a-jepa"), clip_seconds=1.0)
-    build_store(corpus, Output(path=home / "folds.zarr", spec=spec), Build(workers=0))
+    corpus = folder_corpus(home / "sounds", home / "table.csv", clip_seconds=1.0)
+    spec = replace(preset_mel_spec("a-jepa"), clip_seconds=1.0)
+    build_store(corpus, StoreOutput(path=home / "folds.zarr", spec=spec), BuildOptions(workers=0))
     return home / "folds.zarr"
 
 
 def test_a_pre_trained_run_is_probed_on_clips_of_another_length(folds_path, pretrained, tmp_path):
     """It was trained on ten seconds, these last one: the same features, so the same encoder hears them."""
-    found = evaluate(folds_path, pretrained, device="cpu", probes=("knn",), out=tmp_path / "some.json")
+    found = evaluate_run(folds_path, pretrained, device="cpu", probes=("knn",), out=tmp_path / "some.json")
     assert (found.protocol["folds"], found.protocol["eval_clips"]) == (2, 40)
-    assert found.of(STATISTICS, "knn", "raw").primary.value > 0.9
+    assert found.find_score(STATISTICS, "knn", "raw").primary_estimate.value > 0.9
 
 
 def test_tones_are_learnt_fold_by_fold(folds_path, tmp_path):
@@ -415,30 +431,30 @@ def test_tones_are_learnt_fold_by_fold(folds_path, tmp_path):
     recipe = tiny_finetune(
         1024, steps=40, clips_per_step=10, base_lr=0.1, augment=Augment(), checkpoint_every=40
     )
-    done = cross_validated(store, OWN, recipe, tmp_path / "run", device="cpu", say=lambda line: None)
+    done = cross_validate(store, OWN, recipe, tmp_path / "run", device="cpu", say=lambda line: None)
     runs = [Run.open(tmp_path / "run" / fold) for fold in ("fold1", "fold2")]
     assert [run.identity["eval_splits"] for run in runs] == [["fold1"], ["fold2"]]
     assert all(run.identity["kind"] == "single" for run in runs)
     assert runs[0].recipe["model"]["encoder"]["grid"]["cols"] == 7  # 98 frames, not 1024
-    assert Evaluation.read(tmp_path / "run" / EVALUATION).scores == done.scores
+    assert Evaluation.read_json(tmp_path / "run" / EVALUATION_FILE).scores == done.scores
     (score,), each = done.scores, [scores_of(run)[0] for run in runs]
-    assert score.by_fold["accuracy"] == pytest.approx([one.primary.value for one in each])
-    assert score.primary.value == pytest.approx(np.mean(score.by_fold["accuracy"]))
+    assert score.by_fold["accuracy"] == pytest.approx([one.primary_estimate.value for one in each])
+    assert score.primary_estimate.value == pytest.approx(np.mean(score.by_fold["accuracy"]))
     assert min(score.by_fold["accuracy"]) > 0.9 > 0.5 == score.chance
     assert (done.protocol["folds"], done.protocol["eval_clips"]) == (2, 40)
     assert done.protocol["eval_splits"] == ["fold1", "fold2"]
-    again = evaluate(folds_path, runs[0].path, device="cpu")
+    again = evaluate_run(folds_path, runs[0].path, device="cpu")
     assert (again.protocol["eval_splits"], again.scores) == (["fold1"], scores_of(runs[0]))
-    probed = evaluate(folds_path, runs[0].path, device="cpu", probes=("knn",)).protocol
+    probed = evaluate_run(folds_path, runs[0].path, device="cpu", probes=("knn",)).protocol
     assert (probed["probes"]["train_splits"], probed["eval_splits"]) == (["fold2"], ["fold1"])
-    assert f"{score.spread:5.3f}" in done.table().split("deviation over 2 folds")[1]
+    assert f"{score.fold_deviation:5.3f}" in done.format_table().split("deviation over 2 folds")[1]
     with pytest.raises(RunError, match="fold 3: expected one of 1 to 2"):
         quietly(folds_path, tmp_path / "other", recipe, fold=3)
     start, leak = TrainedRun.open(runs[0].path), tmp_path / "leak"  # it learnt fold 2 by heart
     with pytest.raises(RunError, match="fold1: was fine-tuned on fold2, which is to be measured here"):
         quietly(folds_path, leak, start.adapt_recipe(recipe), start=start, fold=2)
     with pytest.raises(RunError, match="fold1: was fine-tuned on fold2, which is to be measured here"):
-        cross_validated(store, OWN, start.adapt_recipe(recipe), leak, start=start, device="cpu")
+        cross_validate(store, OWN, start.adapt_recipe(recipe), leak, start=start, device="cpu")
     assert not leak.exists()
     with pytest.raises(RunError, match="fold1: is a run by itself"):
-        cross_validated(store, OWN, recipe, runs[0].path, device="cpu")
+        cross_validate(store, OWN, recipe, runs[0].path, device="cpu")

@@ -5,19 +5,26 @@ import math
 
 import pytest
 
-from ajepa.finetune.hlp_result import PROPAGATED, RAW, HlpResult, Score, Spread, Training
+from ajepa.finetune.hlp_result import (
+    PROPAGATED_LABELS,
+    RAW_LABELS,
+    HlpResult,
+    HlpScore,
+    HlpTraining,
+    SeedSpread,
+)
 
 NAMES = ("Animal", "Dog", "Vehicle", "Car")
 
 
-def training(arm: str, seed: int, raw: list, propagated: list) -> Training:
+def training(arm: str, seed: int, raw: list, propagated: list) -> HlpTraining:
     """A training of which the average precisions by raw and by propagated labels are known."""
     scores = []
-    for labels, per_class in ((RAW, raw), (PROPAGATED, propagated)):
+    for labels, per_class in ((RAW_LABELS, raw), (PROPAGATED_LABELS, propagated)):
         measured = [value for value in per_class if value is not None]
         value = sum(measured) / len(measured)
-        scores.append(Score(labels=labels, map=value, chance=0.1, per_class=tuple(per_class)))
-    return Training(model="cnn6", arm=arm, seed=seed, scores=tuple(scores))
+        scores.append(HlpScore(labels=labels, map=value, chance=0.1, per_class=tuple(per_class)))
+    return HlpTraining(model="cnn6", arm=arm, seed=seed, scores=tuple(scores))
 
 
 def result(*, seeds: int = 3) -> HlpResult:
@@ -39,19 +46,19 @@ def result(*, seeds: int = 3) -> HlpResult:
 
 def test_a_difference_is_paired_by_seed():
     """Seeds differ more than arms: unpaired, the deviation would be 0.1 and hide everything."""
-    difference = result().difference("cnn6", PROPAGATED, PROPAGATED)
+    difference = result().map_difference("cnn6", PROPAGATED_LABELS, PROPAGATED_LABELS)
     assert difference.values == pytest.approx([(0.2 + 0.1 * k / 2) / 3 for k in (1, 2, 3)])
     assert difference.deviation == pytest.approx(0.05 / 3)
-    assert result().maps("cnn6", RAW, PROPAGATED).deviation == pytest.approx(0.1)
-    assert difference.up == 3
-    assert result().difference("cnn6", PROPAGATED, RAW).values == (0, 0, 0)
+    assert result().map_spread("cnn6", RAW_LABELS, PROPAGATED_LABELS).deviation == pytest.approx(0.1)
+    assert difference.positive_count == 3
+    assert result().map_difference("cnn6", PROPAGATED_LABELS, RAW_LABELS).values == (0, 0, 0)
 
 
 def test_classes_that_gain_are_told_from_those_that_do_not():
     """Car gains clips too, but no clip measures it; Dog gains none."""
     made = result()
-    assert [one.name for one in made.gaining("cnn6")] == ["Animal", "Vehicle"]
-    animal, vehicle = made.gaining("cnn6")
+    assert [one.name for one in made.gaining_classes("cnn6")] == ["Animal", "Vehicle"]
+    animal, vehicle = made.gaining_classes("cnn6")
     assert animal.difference.values == pytest.approx([0.2] * 3)
     assert (animal.clips_before, animal.clips_after) == (2, 7)
     assert vehicle.difference.values == pytest.approx([0.05, 0.1, 0.15])
@@ -61,7 +68,7 @@ def test_classes_that_gain_are_told_from_those_that_do_not():
 
 def test_the_table_says_what_was_found():
     """Means, deviations, the seeds that agree, the classes behind it; in a terminal's width."""
-    lines = result().table().splitlines()
+    lines = result().format_table().splitlines()
     assert max(map(len, lines)) <= 80
     table = "\n".join(line.strip() for line in lines)
     assert "mAP, mean ± deviation over 3 seeds; 10 clips to train on, 5 measured" in table
@@ -77,8 +84,8 @@ def test_the_table_says_what_was_found():
 def test_one_seed_has_no_deviation():
     """Rather no number than a wrong one; in the file it is null."""
     one = result(seeds=1)
-    assert math.isnan(one.maps("cnn6", RAW, RAW).deviation)
-    assert " ± 0" not in one.table()
+    assert math.isnan(one.map_spread("cnn6", RAW_LABELS, RAW_LABELS).deviation)
+    assert " ± 0" not in one.format_table()
     told = json.loads(json.dumps(one.to_json(), allow_nan=False))
     assert told["summary"]["cnn6"]["map"]["raw"]["raw"]["deviation"] is None
 
@@ -88,9 +95,9 @@ def test_a_result_comes_back_from_its_file():
     made = result()
     again = HlpResult.from_json(json.loads(json.dumps(made.to_json(), allow_nan=False)))
     assert again == made
-    assert again.table() == made.table()
+    assert again.format_table() == made.format_table()
 
 
 def test_a_spread_is_a_sample_deviation():
     """Of a few seeds: divided by one less than their number."""
-    assert Spread(values=(0.1, 0.3)).deviation == pytest.approx(0.1 * 2**0.5)
+    assert SeedSpread(values=(0.1, 0.3)).deviation == pytest.approx(0.1 * 2**0.5)

@@ -7,13 +7,20 @@ import numpy as np
 import pytest
 from stores import build
 
-from ajepa.evaluate.result import EVALUATION, Evaluation
-from ajepa.finetune.hlp_result import POSTHOC, PROPAGATED, RAW, HlpResult
-from ajepa.finetune.hlp_study import RESULT, SCORES, Study, eval_rows, hlp_study, relation_of
+from ajepa.evaluate.result import EVALUATION_FILE, Evaluation
+from ajepa.finetune.hlp_result import POSTHOC_SCORES, PROPAGATED_LABELS, RAW_LABELS, HlpResult
+from ajepa.finetune.hlp_study import (
+    HLP_SCORES_FILE,
+    HLP_STUDY_FILE,
+    HlpStudy,
+    added_classes_CC,
+    labelled_eval_rows,
+    run_hlp_study,
+)
 from ajepa.recipes.catalogue import finetune_recipe
 from ajepa.training.run import Run
 from pipeline.errors import RunError
-from pipeline.labels.label_sets import propagate_labels
+from pipeline.labels.label_sets import propagate_store_labels
 from pipeline.store.feature_store import FeatureStore
 
 FEW = {"steps": 3, "clips_per_step": 4, "checkpoint_every": 3, "log_every": 1}
@@ -25,13 +32,13 @@ def recipe(name: str = "cnn6-small"):
     return replace(made, model=replace(made.model, width=2) if name == "cnn6-small" else made.model, **FEW)
 
 
-def study_of(store: FeatureStore, **kind) -> Study:
-    return Study(**{"recipes": {"cnn6": recipe()}, "stores": (store,), "seeds": 2} | kind)
+def study_of(store: FeatureStore, **kind) -> HlpStudy:
+    return HlpStudy(**{"recipes": {"cnn6": recipe()}, "stores": (store,), "seeds": 2} | kind)
 
 
-def run(study: Study, out, said: list | None = None) -> HlpResult:
+def run(study: HlpStudy, out, said: list | None = None) -> HlpResult:
     say = [].append if said is None else said.append
-    return hlp_study(study, out, device="cpu", loader="plain", say=say)
+    return run_hlp_study(study, out, device="cpu", loader="plain", say=say)
 
 
 @pytest.fixture(scope="module")
@@ -53,18 +60,20 @@ def test_every_model_is_trained_on_both_label_sets_with_every_seed(done):
         assert identity["label_set"] == labels
         assert len(identity["classes"]) == 527
     arms = [(training.arm, training.seed) for training in result.trainings]
-    assert sorted(arms) == sorted((arm, seed) for arm in (RAW, PROPAGATED, POSTHOC) for seed in (0, 1))
+    assert sorted(arms) == sorted(
+        (arm, seed) for arm in (RAW_LABELS, PROPAGATED_LABELS, POSTHOC_SCORES) for seed in (0, 1)
+    )
 
 
 def test_scores_are_those_that_the_runs_found_themselves(done):
     """The study measures as fine-tuning does: same clips, same views, same metric."""
     _, out, result = done
-    for arm, labels in ((RAW, "raw"), (PROPAGATED, "unambiguous")):
-        kept = Evaluation.read(out / "runs" / f"cnn6-{labels}-seed0" / EVALUATION)
+    for arm, labels in ((RAW_LABELS, "raw"), (PROPAGATED_LABELS, "unambiguous")):
+        kept = Evaluation.read_json(out / "runs" / f"cnn6-{labels}-seed0" / EVALUATION_FILE)
         found = {score.label_set: score for score in kept.scores}
         (training,) = (t for t in result.arm("cnn6", arm) if t.seed == 0)
-        for name, label_set in ((RAW, "raw"), (PROPAGATED, "unambiguous")):
-            assert training.of(name).map == pytest.approx(found[label_set].map)
+        for name, label_set in ((RAW_LABELS, "raw"), (PROPAGATED_LABELS, "unambiguous")):
+            assert training.of(name).map == pytest.approx(found[label_set].map_value)
             assert training.of(name).counted == found[label_set].classes
 
 
@@ -72,20 +81,22 @@ def test_transfer_is_measured_on_the_shared_classes(done):
     """Here the other store has the very same classes: all are shared, and its raw labels are ours."""
     _, _, result = done
     for training in result.trainings:
-        assert training.of("FSD50K").map == pytest.approx(training.of(RAW).map)
+        assert training.of("FSD50K").map == pytest.approx(training.of(RAW_LABELS).map)
 
 
 def test_propagated_scores_differ_from_raw_ones_only_above_what_is_implied(done, store):
     """A class that nothing implies keeps its average precision."""
     _, _, result = done
-    adds_CC = relation_of(store, "unambiguous")
+    adds_CC = added_classes_CC(store, "unambiguous")
     implied_C = adds_CC.any(axis=0)
-    raw, posthoc = (result.arm("cnn6", arm)[0].of(RAW).per_class for arm in (RAW, POSTHOC))
+    raw, posthoc = (
+        result.arm("cnn6", arm)[0].of(RAW_LABELS).per_class for arm in (RAW_LABELS, POSTHOC_SCORES)
+    )
     assert [a for a, gains in zip(raw, implied_C, strict=True) if not gains] == [
         b for b, gains in zip(posthoc, implied_C, strict=True) if not gains
     ]
     assert implied_C.any()
-    assert len(eval_rows(store)) > 0
+    assert len(labelled_eval_rows(store)) > 0
 
 
 def test_the_counts_are_of_the_clips_trained_on(done, store):
@@ -101,12 +112,12 @@ def test_the_counts_are_of_the_clips_trained_on(done, store):
 def test_a_study_run_again_trains_and_measures_nothing(done, monkeypatch):
     """And ends with the same result, byte for byte."""
     study, out, result = done
-    before = (out / RESULT).read_bytes()
+    before = (out / HLP_STUDY_FILE).read_bytes()
     times = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/checkpoints/*/*")}
-    monkeypatch.setattr("ajepa.finetune.hlp_study.measure", None)
+    monkeypatch.setattr("ajepa.finetune.hlp_study.measure_trainings", None)
     said = []
     assert run(study, out, said) == result
-    assert (out / RESULT).read_bytes() == before
+    assert (out / HLP_STUDY_FILE).read_bytes() == before
     assert {path: path.stat().st_mtime_ns for path in out.glob("runs/*/checkpoints/*/*")} == times
     assert sum("already at its last step" in line for line in said) == 4
     assert HlpResult.from_json(json.loads(before)) == result
@@ -124,8 +135,8 @@ def test_one_more_seed_trains_only_that(done):
 def test_other_labels_to_transfer_to_are_measured_anew(done):
     """Scores that were of something else are not shown as of this."""
     study, out, _ = done
-    assert run(replace(study, fsd50k=(), seeds=1), out).measured == [RAW, PROPAGATED]
-    kept = json.loads((out / "runs" / "cnn6-raw-seed0" / SCORES).read_text())
+    assert run(replace(study, fsd50k=(), seeds=1), out).label_kinds == [RAW_LABELS, PROPAGATED_LABELS]
+    kept = json.loads((out / "runs" / "cnn6-raw-seed0" / HLP_SCORES_FILE).read_text())
     assert kept["of"]["fsd50k"] == []
 
 
@@ -133,15 +144,15 @@ def test_each_model_takes_the_store_of_its_mel_spec(store, corpus, tmp_path):
     """One decoding pass writes both; a recipe that finds none says which it needs."""
     out = tmp_path / "panns.zarr"
     build(corpus, out, spec="panns")
-    propagate_labels(out)
+    propagate_store_labels(out)
     panns = FeatureStore.open(out)
     recipes = {"cnn6-panns": replace(recipe(), mel="panns", model=replace(recipe().model, bands=64))}
     with pytest.raises(RunError, match=r"recipe cnn6-small needs mel spec panns, there is .*\(a-jepa\)"):
         study_of(store, recipes=recipes)
     study = study_of(store, recipes=recipes | {"cnn6": recipe()}, stores=(store, panns), seeds=1)
     result = run(study, tmp_path / "study")
-    assert result.models == ["cnn6-panns", "cnn6"]
-    assert all(np.isfinite(training.of(RAW).map) for training in result.trainings)
+    assert result.model_names == ["cnn6-panns", "cnn6"]
+    assert all(np.isfinite(training.score_against(RAW_LABELS).map) for training in result.trainings)
 
 
 def test_stores_that_do_not_fit_are_named(store, other_store_path, uint8_store_path):

@@ -8,14 +8,19 @@ import pytest
 import torch
 from tiny import tiny_finetune
 
-from ajepa.finetune.trainer import Finetuner, follow, layered_adamw, refuse_parts
-from ajepa.model.classifier import RegularisedMasking, VitSpec, built, model_name
+from ajepa.finetune.trainer import (
+    FinetuneTrainer,
+    layerwise_adamw,
+    refuse_unsplittable_model,
+    update_weight_average,
+)
+from ajepa.model.classifier import RegularisedMasking, VitSpec, build_classifier, classifier_kind_name
 from ajepa.model.passt import PasstSpec
-from ajepa.model.randomness import PassRng, step_rng
-from ajepa.recipes.catalogue import FINETUNES, finetune_recipe
+from ajepa.model.randomness import MicroBatchRng, step_rng
+from ajepa.recipes.catalogue import FINETUNE_RECIPES, finetune_recipe
 from ajepa.recipes.optimiser import AdamW
 from ajepa.training.devices import Precision, pick_precision
-from ajepa.training.distributed import ALONE, World
+from ajepa.training.distributed import SINGLE_PROCESS, World
 from ajepa.training.trainer import BadStep
 from pipeline.errors import RunError
 from pipeline.loading.loader import Batch
@@ -36,16 +41,16 @@ def batch(classes: int = 3, clips: int = 8) -> Batch:
     )
 
 
-def trainer(classes: int = 3, *, single: bool = True, **changes) -> Finetuner:
+def trainer(classes: int = 3, *, single: bool = True, **changes) -> FinetuneTrainer:
     how = {name: changes.pop(name) for name in ("micro_clips", "precision", "recompute") if name in changes}
-    return Finetuner(tiny_finetune(**changes), torch.eye(classes), CPU, single=single, **how)
+    return FinetuneTrainer(tiny_finetune(**changes), torch.eye(classes), CPU, single_label=single, **how)
 
 
 def test_the_rate_falls_with_the_distance_from_the_head():
     """Embedding, two blocks, head with norm: each layer's rate is 0.75 of that above it."""
     made = trainer()
-    made.step(10, batch())
-    lr = made.recipe.lr(10)
+    made.train_step(10, batch())
+    lr = made.recipe.learning_rate(10)
     rate_of = {id(w): group["lr"] for group in made.optimiser.param_groups for w in group["params"]}
     for depth, layer in enumerate(made.model.layers()):
         assert [rate_of[id(weight)] for weight in layer] == pytest.approx(
@@ -62,7 +67,7 @@ def test_every_weight_is_trained_and_only_matrices_decay():
         assert {group["weight_decay"]} == {0.3 if weight.ndim > 1 else 0.0 for weight in group["params"]}
     before = [weight.detach().clone() for weight in held]
     for step in (5, 6, 7):
-        made.step(step, batch())
+        made.train_step(step, batch())
     assert not [w.shape for w, old in zip(held, before, strict=True) if torch.equal(w, old)]
 
 
@@ -70,15 +75,15 @@ def test_the_average_follows_the_weights_slower_and_is_what_is_measured():
     """In the first steps it forgets its random start: (1 + step) / (10 + step) at most is kept."""
     made = trainer(ema=0.9)
     for step in (0, 1, 200):
-        old = {name: value.clone() for name, value in made.average.named_parameters()}
-        made.step(step, batch())
+        old = {name: value.clone() for name, value in made.weight_average.named_parameters()}
+        made.train_step(step, batch())
         kept = min(0.9, (1 + step) / (10 + step))
         new = dict(made.model.named_parameters())
-        for name, value in made.average.named_parameters():
+        for name, value in made.weight_average.named_parameters():
             torch.testing.assert_close(value, kept * old[name] + (1 - kept) * new[name])
-    assert made.measured is made.average
-    assert trainer(ema=0.0).measured is not None
-    assert "average" not in trainer(ema=0.0).checkpoint(1).parts
+    assert made.evaluated_model is made.weight_average
+    assert trainer(ema=0.0).evaluated_model is not None
+    assert "average" not in trainer(ema=0.0).make_checkpoint(1).parts
 
 
 def test_buffers_that_count_are_copied_into_the_average():
@@ -86,7 +91,7 @@ def test_buffers_that_count_are_copied_into_the_average():
     average, model = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
     for _ in range(3):
         model(torch.randn(4, 2))
-    follow(average, model, 0.5)
+    update_weight_average(average, model, 0.5)
     assert average.num_batches_tracked == 3
     torch.testing.assert_close(average.running_mean, model.running_mean / 2)
 
@@ -107,7 +112,7 @@ def test_the_loss_is_cross_entropy_where_clips_have_one_class(loss, single, expe
 def test_classes_are_merged_as_their_clips_are_mixed():
     """Half of one word and half of another unknown one are wholly unknown; several labels are not counted twice."""
     merge_SC = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
-    made = Finetuner(tiny_finetune(), merge_SC, CPU, single=True)
+    made = FinetuneTrainer(tiny_finetune(), merge_SC, CPU, single_label=True)
     mixed = replace(batch(), labels_BC=torch.tensor([[0.25, 0.75, 0.0], [0.0, 0.5, 0.5], [0.0, 1.0, 1.0]]))
     assert made.labels_BC(mixed).tolist() == [[0.25, 0.75], [0.0, 1.0], [0.0, 1.0]]
 
@@ -117,7 +122,7 @@ def test_a_step_is_a_function_of_the_seed_the_step_and_the_batch():
     losses = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        losses.append([trainer().step(step, batch())["loss"] for step in (0, 0, 1)])
+        losses.append([trainer().train_step(step, batch())["loss"] for step in (0, 0, 1)])
     assert losses[0] == losses[1]
     assert losses[0][0] == losses[0][1] != losses[0][2]
 
@@ -126,12 +131,12 @@ def test_what_is_restored_goes_on_as_what_was_kept():
     """Weights, moments, average."""
     first, second = trainer(), trainer(seed=9)
     for step in range(3):
-        first.step(step, batch())
-    second.restore(copy.deepcopy(first.checkpoint(3)))
+        first.train_step(step, batch())
+    second.restore_checkpoint(copy.deepcopy(first.make_checkpoint(3)))
     second.recipe = first.recipe
-    assert first.step(3, batch()) == second.step(3, batch())
-    for name, value in first.average.state_dict().items():
-        assert torch.equal(value, second.average.state_dict()[name])
+    assert first.train_step(3, batch()) == second.train_step(3, batch())
+    for name, value in first.weight_average.state_dict().items():
+        assert torch.equal(value, second.weight_average.state_dict()[name])
 
 
 PASST = PasstSpec(frames=64, bands=128, width=32, depth=2, heads=2, drop_rows=2, drop_cols=1)
@@ -161,20 +166,22 @@ def test_a_step_in_several_passes_is_that_in_one(kind, micro_clips, single):
     whole = trainer(single=single, model=MODELS[kind], precision=FP32)
     parts = trainer(single=single, model=MODELS[kind], precision=FP32, micro_clips=micro_clips)
     for step in (3, 4, 5):
-        one, several = (made.step(step, shortened(batch())) for made in (whole, parts))
+        one, several = (made.train_step(step, shortened(batch())) for made in (whole, parts))
         assert several == pytest.approx(one, rel=2e-4)
-    for weight, other in zip(whole.average.parameters(), parts.average.parameters(), strict=True):
+    for weight, other in zip(
+        whole.weight_average.parameters(), parts.weight_average.parameters(), strict=True
+    ):
         torch.testing.assert_close(other, weight, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_ranks_draw_what_one_process_draws_for_their_clips(kind):
     """The logits of each half, in training, are those of the whole; with draws of their own they would not be."""
-    made, whole = built(MODELS[kind], 3, 0).train(), shortened(batch())
+    made, whole = build_classifier(MODELS[kind], 3, 0).train(), shortened(batch())
     logits_BC = made(whole.mel_BTF, whole.n_frames_B, step_rng(0, 7))
     for first in (0, 4):
         mine = slice(first, first + 4)
-        told_BC = made(whole.mel_BTF[mine], whole.n_frames_B[mine], PassRng(step_rng(0, 7), first, 8))
+        told_BC = made(whole.mel_BTF[mine], whole.n_frames_B[mine], MicroBatchRng(step_rng(0, 7), first, 8))
         torch.testing.assert_close(told_BC, logits_BC[mine], rtol=1e-4, atol=1e-5)
     own_BC = made(whole.mel_BTF[4:], whole.n_frames_B[4:], step_rng(0, 7))
     assert not torch.allclose(own_BC, logits_BC[4:], rtol=1e-2)
@@ -185,7 +192,7 @@ def test_of_a_passes_generator_comes_what_comes_of_the_whole_steps():
     plain = np.random.default_rng(5)
     of_all = [plain.random((8, 3)), plain.random((8,)), plain.random((8, 2, 5))]
     for first, clips in ((0, 8), (0, 3), (3, 4), (7, 1)):
-        mine = PassRng(np.random.default_rng(5), first, 8)
+        mine = MicroBatchRng(np.random.default_rng(5), first, 8)
         for shape, whole in zip(((3,), (), (2, 5)), of_all, strict=True):
             assert np.array_equal(mine.random((clips, *shape)), whole[first : first + clips])
 
@@ -194,7 +201,7 @@ def test_recomputing_changes_nothing_but_memory():
     """To the bit, with everything on that is random."""
     first, second = trainer(), trainer(recompute=True)
     for step in (0, 1):
-        assert first.step(step, batch()) == second.step(step, batch())
+        assert first.train_step(step, batch()) == second.train_step(step, batch())
     for one, other in zip(first.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -202,43 +209,45 @@ def test_recomputing_changes_nothing_but_memory():
 @pytest.mark.parametrize("name", ["cnn6", "convnext"])
 def test_batch_norms_are_trained_whole_or_not_at_all(name):
     """Their statistics are those of all clips of a step; a part has others, and another gradient."""
-    recipe, how = finetune_recipe(name), {"world": ALONE, "recompute": False}
-    refuse_parts(recipe, micro_clips=None, **how)
-    refuse_parts(recipe, micro_clips=recipe.clips_per_step, **how)
+    recipe, how = finetune_recipe(name), {"world": SINGLE_PROCESS, "recompute": False}
+    refuse_unsplittable_model(recipe, micro_clips=None, **how)
+    refuse_unsplittable_model(recipe, micro_clips=recipe.clips_per_step, **how)
     with pytest.raises(RunError, match=f"--micro-batch 4: a {name} normalises each clip by all"):
-        refuse_parts(recipe, micro_clips=4, **how)
+        refuse_unsplittable_model(recipe, micro_clips=4, **how)
     with pytest.raises(RunError, match=f"2 ranks: a {name} normalises each clip by all .* use one process"):
-        refuse_parts(recipe, micro_clips=None, world=World(size=2), recompute=False)
+        refuse_unsplittable_model(recipe, micro_clips=None, world=World(size=2), recompute=False)
     with pytest.raises(RunError, match=f"--recompute: a {name} keeps what its blocks compute"):
-        refuse_parts(recipe, micro_clips=None, world=ALONE, recompute=True)
+        refuse_unsplittable_model(recipe, micro_clips=None, world=SINGLE_PROCESS, recompute=True)
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in FINETUNES if name not in ("cnn6", "convnext", "cnn6-small")]
+    "name", [name for name in FINETUNE_RECIPES if name not in ("cnn6", "convnext", "cnn6-small")]
 )
 def test_what_may_be_trained_in_parts_has_no_batch_norm(name):
     """Of every other recipe's kind, by looking at the modules."""
-    refuse_parts(finetune_recipe(name), world=World(size=2), micro_clips=1, recompute=False)
+    refuse_unsplittable_model(finetune_recipe(name), world=World(size=2), micro_clips=1, recompute=False)
     made = finetune_recipe(name).model
-    small = {"vit": tiny_finetune().model, "passt": PASST}[model_name(made)]
+    small = {"vit": tiny_finetune().model, "passt": PASST}[classifier_kind_name(made)]
     assert not [
-        m for m in built(small, 3, 0).modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)
+        m
+        for m in build_classifier(small, 3, 0).modules()
+        if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)
     ]
 
 
 def test_a_scaled_loss_that_overflows_costs_its_step_and_lowers_the_scale():
     """As in pre-training; neither weights nor their average move, and the scale is carried on with."""
-    fp16 = Precision(dtype=torch.float16, told="fp16")
+    fp16 = Precision(dtype=torch.float16, description="fp16")
     made, again = trainer(precision=fp16), trainer(precision=fp16)
     made.scaler.load_state_dict(made.scaler.state_dict() | {"scale": 2.0**60})
-    before = copy.deepcopy(made.checkpoint(3).parts)
-    told = made.step(3, batch())
+    before = copy.deepcopy(made.make_checkpoint(3).parts)
+    told = made.train_step(3, batch())
     assert told["overflowed"] == 1
     assert "gradient_norm" not in told
     for part in ("classifier", "average"):
-        held = made.checkpoint(4).parts[part]
+        held = made.make_checkpoint(4).parts[part]
         assert all(torch.equal(value, held[name]) for name, value in before[part].items())
-    again.restore(made.checkpoint(4))
+    again.restore_checkpoint(made.make_checkpoint(4))
     assert again.scaler.get_scale() == made.scaler.get_scale() == 2.0**59
 
 
@@ -250,14 +259,14 @@ def test_a_bad_step_keeps_what_computes_its_loss_again():
     with pytest.raises(
         BadStep, match=r"step 5: gradient_norm is .*its clips are finite: lower the learning"
     ) as bad:
-        made.step(4, batch())
-    told, kept = bad.value.told, bad.value.tensors
-    rng = PassRng(step_rng(told["seed"], told["step"] - 1), told["first_clip"], told["clips_per_step"])
+        made.train_step(4, batch())
+    told, kept = bad.value.record, bad.value.tensors
+    rng = MicroBatchRng(step_rng(told["seed"], told["step"] - 1), told["first_clip"], told["clips_per_step"])
     logits_BC = made.model(kept["mel_BTF"], kept["n_frames_B"], rng)
     assert made.loss(logits_BC, kept["labels_BC"]).item() == told["loss"]
 
 
 def test_layers_that_are_empty_make_no_group():
-    model = built(tiny_finetune().model, 2, 0)
-    groups = layered_adamw([[], *model.layers()], AdamW(), 1.0).param_groups
+    model = build_classifier(tiny_finetune().model, 2, 0)
+    groups = layerwise_adamw([[], *model.weights_by_depth()], AdamW(), 1.0).param_groups
     assert {group["share"] for group in groups} == {1.0}

@@ -9,18 +9,25 @@ import numpy as np
 import pytest
 import torch
 
-from ajepa.model.classifier import MODELS, RegularisedMasking, Vit, VitSpec, built, model_name
+from ajepa.model.classifier import (
+    CLASSIFIER_KINDS,
+    RegularisedMasking,
+    VitClassifier,
+    VitSpec,
+    build_classifier,
+    classifier_kind_name,
+)
 from ajepa.model.patches import PatchGrid
-from ajepa.model.transformer import Stack, initialise, through
+from ajepa.model.transformer import TransformerSpec, initialise_weights, run_blocks
 from ajepa.model.vit import Encoder, EncoderSpec
 
-ENCODER = EncoderSpec(grid=PatchGrid.of(64, 32), width=32, depth=3, heads=2)
+ENCODER = EncoderSpec(grid=PatchGrid.from_size(64, 32), width=32, depth=3, heads=2)
 
 OFF = RegularisedMasking(share=0.0)
 
 
 def spec(frames: int = 64, *, masking: RegularisedMasking = OFF, **changes) -> VitSpec:
-    return VitSpec(encoder=replace(ENCODER, grid=PatchGrid.of(frames, 32), **changes), masking=masking)
+    return VitSpec(encoder=replace(ENCODER, grid=PatchGrid.from_size(frames, 32), **changes), masking=masking)
 
 
 def clips(frames: int = 64, *, count: int = 3) -> torch.Tensor:
@@ -35,10 +42,10 @@ def test_weights_do_not_depend_on_the_length_that_was_pre_trained(positions):
     """An encoder of 64 frames classifies clips of 256 and of 16; where both see, they see the same."""
     short = Encoder(replace(ENCODER, positions=positions), seed=1).eval()
     for frames in (256, 16):
-        model = built(spec(frames, positions=positions), 5, 0)
+        model = build_classifier(spec(frames, positions=positions), 5, 0)
         model.encoder.load_state_dict(short.state_dict())
         assert model(clips(frames), torch.full((3,), frames), np.random.default_rng(0)).shape == (3, 5)
-    longer = Encoder(replace(ENCODER, positions=positions, grid=PatchGrid.of(256, 32)), seed=2).eval()
+    longer = Encoder(replace(ENCODER, positions=positions, grid=PatchGrid.from_size(256, 32)), seed=2).eval()
     longer.load_state_dict(short.state_dict())
     padded = torch.nn.functional.pad(clips(), (0, 0, 0, 192))
     valid_BP = torch.arange(32).expand(3, -1) < 8
@@ -47,7 +54,7 @@ def test_weights_do_not_depend_on_the_length_that_was_pre_trained(positions):
 
 def test_masking_at_0_is_plain_attention_to_the_bit():
     """And draws nothing, in training too."""
-    model = Vit(spec(), 5, seed=0)
+    model = VitClassifier(spec(), 5, seed=0)
     rng = np.random.default_rng(0)
     trained = model(clips(), WHOLE, rng)
     assert torch.equal(trained, model.eval()(clips(), WHOLE))
@@ -59,13 +66,13 @@ def test_masking_at_0_is_plain_attention_to_the_bit():
 @pytest.mark.parametrize("reading", ["keys", "tokens"])
 def test_masking_is_drawn_from_the_steps_generator_in_training_and_off_in_evaluation(reading):
     """The same generator, the same logits; another, others; none in evaluation, where it would blur a measure."""
-    model = Vit(spec(masking=RegularisedMasking(share=0.3, reading=reading)), 5, seed=0)
+    model = VitClassifier(spec(masking=RegularisedMasking(share=0.3, reading=reading)), 5, seed=0)
     first, again, other = (model(clips(), WHOLE, np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     with pytest.raises(ValueError, match="give `rng`"):
         model(clips(), WHOLE)
-    plain = Vit(spec(), 5, seed=0).eval()(clips(), WHOLE)
+    plain = VitClassifier(spec(), 5, seed=0).eval()(clips(), WHOLE)
     assert torch.equal(model.eval()(clips(), WHOLE, np.random.default_rng(1)), plain)
 
 
@@ -75,7 +82,7 @@ def test_the_two_readings_differ_and_drop_path_joins_either():
     for reading in ("keys", "tokens"):
         masking = RegularisedMasking(share=0.3, reading=reading)
         for drop_path in (0.0, 0.5):
-            model = Vit(spec(masking=masking, drop_path=drop_path), 5, seed=0)
+            model = VitClassifier(spec(masking=masking, drop_path=drop_path), 5, seed=0)
             logits.append(model(clips(), WHOLE, np.random.default_rng(4)))
             logits[-1].sum().backward()
             assert all(weight.grad is not None for weight in model.parameters())
@@ -85,7 +92,7 @@ def test_the_two_readings_differ_and_drop_path_joins_either():
 @pytest.mark.parametrize(("pooling", "vectors"), [("mean", 1), ("frequency", 2), ("moments", 4)])
 def test_the_head_sees_the_vector_that_the_pooling_gives(pooling, vectors):
     """Two rows of patches: their mean, each, or mean and deviation of each; trainable where nothing varies."""
-    model = Vit(replace(spec(), pooling=pooling), 5, seed=0)
+    model = VitClassifier(replace(spec(), pooling=pooling), 5, seed=0)
     assert model.head.in_features == vectors * 32
     short = torch.tensor([64, 16, 1])  # one column of patches, or a part of it, has no deviation
     logits_BC = model(clips(), short, np.random.default_rng(0))
@@ -97,7 +104,7 @@ def test_the_head_sees_the_vector_that_the_pooling_gives(pooling, vectors):
 @pytest.mark.parametrize("training", [False, True])
 def test_what_lies_past_a_clips_end_never_reaches_its_logits(training):
     """Neither by attention nor by the mean."""
-    model = Vit(spec(masking=RegularisedMasking(share=0.3)), 5, seed=0).train(training)
+    model = VitClassifier(spec(masking=RegularisedMasking(share=0.3)), 5, seed=0).train(training)
     n_frames_B, loud = torch.tensor([64, 30, 1]), clips()
     loud[1, 32:], loud[2, 16:] = 9e3, -9e3
     first, second = (model(mel, n_frames_B, np.random.default_rng(0)) for mel in (clips(), loud))
@@ -106,8 +113,8 @@ def test_what_lies_past_a_clips_end_never_reaches_its_logits(training):
 
 def test_layers_hold_every_weight_once_from_the_input_to_the_head():
     """A weight that none holds would never be trained; one in two would be trained twice."""
-    model = Vit(spec(), 5, seed=0)
-    layers = model.layers()
+    model = VitClassifier(spec(), 5, seed=0)
+    layers = model.weights_by_depth()
     assert len(layers) == 3 + 2
     held = [id(weight) for layer in layers for weight in layer]
     assert sorted(held) == sorted(id(weight) for weight in model.parameters())
@@ -116,23 +123,23 @@ def test_layers_hold_every_weight_once_from_the_input_to_the_head():
 
 
 def test_every_model_is_found_by_its_spec():
-    assert model_name(spec()) == "vit"
-    assert len({model.spec for model in MODELS.values()}) == len(MODELS)
+    assert classifier_kind_name(spec()) == "vit"
+    assert len({model.spec_type for model in CLASSIFIER_KINDS.values()}) == len(CLASSIFIER_KINDS)
 
 
 def test_weights_are_a_function_of_the_seed():
-    first, again, other = (built(spec(), 5, seed).state_dict() for seed in (3, 3, 4))
+    first, again, other = (build_classifier(spec(), 5, seed).state_dict() for seed in (3, 3, 4))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["head.weight"], other["head.weight"])
 
 
-STACK = Stack(width=32, depth=3, heads=2, positions="sincos", layer_scale=0.0, drop_path=0.0)
+STACK = TransformerSpec(width=32, depth=3, heads=2, positions="sincos", layer_scale=0.0, drop_path=0.0)
 
 
 @pytest.fixture(scope="module")
 def blocks():
-    made = STACK.build()
-    initialise(made, seed=1)
+    made = STACK.build_blocks()
+    initialise_weights(made, seed=1)
     return made.double()
 
 
@@ -152,7 +159,7 @@ def test_a_masked_tokens_value_reaches_no_other_in_that_layer(blocks, reading, l
     """Whatever it is changed to, the others' outputs of that layer are the same to the bit; unmasked, they move."""
     masked_LBP, masking = one_masked(5, layer), RegularisedMasking(reading=reading)
     told = ~masked_LBP[layer], None
-    keep_L2BP = masking.keep(masked_LBP, None)
+    keep_L2BP = masking.branch_factors(masked_LBP, None)
     keep_2BP = None if keep_L2BP is None else keep_L2BP[layer].double()
     x_BPD, others = tokens(), [place for place in range(12) if place != 5]
     changed_BPD = x_BPD.clone()
@@ -188,7 +195,7 @@ def mixed(attention, qkv_BPN, valid_BP) -> torch.Tensor:
 def test_under_tokens_a_masked_token_hears_nobody(blocks):
     """The other reading: it takes no part in the layer's attention, and passes on through the MLP alone."""
     masked_LBP, x_BPD, block = one_masked(5, 0), tokens(), blocks[0]
-    keep_L2BP = RegularisedMasking(reading="tokens").keep(masked_LBP, None)
+    keep_L2BP = RegularisedMasking(reading="tokens").branch_factors(masked_LBP, None)
     output_BPD = block(x_BPD, ~masked_LBP[0], None, keep_L2BP[0].double())
     alone_BPD = x_BPD + block.mlp(block.mlp_norm(x_BPD))
     torch.testing.assert_close(output_BPD[:, 5], alone_BPD[:, 5])
@@ -199,18 +206,21 @@ def test_without_a_share_nothing_is_drawn():
     """The generator stands where it stood: what is off changes no later draw."""
     rng = np.random.default_rng(0)
     state = rng.bit_generator.state
-    assert RegularisedMasking(share=0.0).draw(rng, torch.ones(2, 12, dtype=torch.bool), depth=3) is None
+    assert (
+        RegularisedMasking(share=0.0).draw_masked_tokens(rng, torch.ones(2, 12, dtype=torch.bool), depth=3)
+        is None
+    )
     assert rng.bit_generator.state == state
 
 
 def test_a_tenth_of_the_valid_tokens_is_masked_in_every_layer_and_others_in_each():
     """Counts from arithmetic: rounded down, of the valid ones only, and never all that a clip has."""
     valid_BP = torch.arange(40) < torch.tensor([40, 25, 9, 1])[:, None]
-    masked_LBP = RegularisedMasking().draw(np.random.default_rng(0), valid_BP, depth=6)
+    masked_LBP = RegularisedMasking().draw_masked_tokens(np.random.default_rng(0), valid_BP, depth=6)
     assert masked_LBP.sum(dim=2).tolist() == [[4, 2, 0, 0]] * 6
     assert not (masked_LBP & ~valid_BP).any()
     assert len({tuple(layer[0].tolist()) for layer in masked_LBP}) == 6
-    most_LBP = RegularisedMasking(share=0.999).draw(np.random.default_rng(0), valid_BP, depth=6)
+    most_LBP = RegularisedMasking(share=0.999).draw_masked_tokens(np.random.default_rng(0), valid_BP, depth=6)
     assert most_LBP.sum(dim=2).tolist() == [[39, 24, 8, 0]] * 6
 
 
@@ -218,20 +228,24 @@ def test_every_token_is_masked_as_often():
     """A place in the sound that is never masked would be leant on."""
     rng, count_P = np.random.default_rng(0), torch.zeros(20)
     for _ in range(200):
-        count_P += RegularisedMasking(share=0.2).draw(rng, torch.ones(4, 20).bool(), depth=3).sum(dim=(0, 1))
+        count_P += (
+            RegularisedMasking(share=0.2)
+            .draw_masked_tokens(rng, torch.ones(4, 20).bool(), depth=3)
+            .sum(dim=(0, 1))
+        )
     assert (count_P / 2_400).tolist() == pytest.approx([0.2] * 20, abs=0.04)
 
 
 def test_a_mask_for_every_block_is_each_blocks_own(blocks):
     """`through` hands layer after layer its own; also where activations are computed again."""
-    masked_LBP = RegularisedMasking(share=0.3).draw(
+    masked_LBP = RegularisedMasking(share=0.3).draw_masked_tokens(
         np.random.default_rng(1), torch.ones(2, 12).bool(), depth=3
     )
     expected = tokens()
     for block, masked_BP in zip(blocks, masked_LBP, strict=True):
         expected = block(expected, ~masked_BP)
     for recompute in (False, True):
-        assert torch.equal(through(blocks, tokens(), ~masked_LBP, None, recompute=recompute)[0], expected)
+        assert torch.equal(run_blocks(blocks, tokens(), ~masked_LBP, None, recompute=recompute)[0], expected)
 
 
 @pytest.mark.parametrize("wish", [{"share": 1.0}, {"share": -0.1}, {"reading": "values"}])

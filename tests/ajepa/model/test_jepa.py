@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.fft import dctn
 
-from ajepa.model.jepa import Jepa, JepaOutput, JepaSpec, LossName, normalise, token_loss
+from ajepa.model.jepa import Jepa, JepaOutput, JepaSpec, TokenLossName, normalise_features, token_loss
 from ajepa.model.masking import RandomBlocks, RandomPatches
 from ajepa.model.patches import PatchGrid, patchify
 from ajepa.model.vit import EncoderSpec, PredictorSpec
@@ -20,7 +20,7 @@ SPEC = JepaSpec(
     predictor=PredictorSpec(width=16, depth=2, heads=2),
 )
 
-LOSSES = get_args(LossName)
+LOSSES = get_args(TokenLossName)
 
 OPTIONS = {
     "as published": SPEC,
@@ -91,7 +91,7 @@ def test_a_perfect_prediction_costs_nothing_and_its_gradient_is_finite(loss):
 def test_predicting_nothing_scores_one(loss):
     """Targets have mean 0 and variance 1 over the width, so the scale of the loss means the same at any width."""
     for width in (8, 512):
-        target_BGQD = normalise(5 + 3 * torch.randn(2, 2, 10, width))
+        target_BGQD = normalise_features(5 + 3 * torch.randn(2, 2, 10, width))
         nothing_BGQ = token_loss(torch.zeros_like(target_BGQD), target_BGQD, loss)
         torch.testing.assert_close(nothing_BGQ, torch.ones(2, 2, 10), atol=1e-4, rtol=0)
 
@@ -188,7 +188,7 @@ def test_where_all_is_valid_the_masks_are_skipped_and_nothing_changes(spec):
     """The fast path and the masked one agree: a fifth, empty clip forces the latter."""
     mel_BTF, context_BK, targets_BGQ, n_frames_B = batch()
     jepa, extra = Jepa(spec), [0, 1, 2, 3, 0]
-    assert jepa.validity(n_frames_B, mel_BTF.device) is None
+    assert jepa.valid_mask_if_padded(n_frames_B, mel_BTF.device) is None
     n_frames_B = torch.cat((n_frames_B, torch.zeros(1, dtype=torch.int64)))
     masked = numbers(jepa(mel_BTF[extra], context_BK[extra], targets_BGQ[extra], n_frames_B))
     torch.testing.assert_close(masked, numbers(jepa(*batch())))
@@ -258,20 +258,20 @@ def test_it_learns_with_a_moving_teacher_and_without_collapse():
 def test_cosines_tell_the_pattern_of_a_patch_and_not_its_level():
     """Predicting how loud a patch is is easy and teaches little; the level cannot be in the target at all."""
     model, (mel_BTF, *_) = Jepa(replace(SPEC, targets="cosines", target_cosines=3)), batch()
-    before, louder = (model.describe(mel) for mel in (mel_BTF, mel_BTF + 3))
+    before, louder = (model.target_features(mel) for mel in (mel_BTF, mel_BTF + 3))
     torch.testing.assert_close(before, louder, atol=1e-4, rtol=0)
-    other = model.describe(mel_BTF.flip(1))
+    other = model.target_features(mel_BTF.flip(1))
     assert (before - other).abs().mean() > 0.1
 
 
 def test_cosines_do_not_depend_on_what_was_learnt():
     """They stand still, so that nothing can collapse onto them."""
     model, (mel_BTF, *_) = Jepa(replace(SPEC, targets="cosines", target_cosines=3)), batch()
-    before = model.describe(mel_BTF)
+    before = model.target_features(mel_BTF)
     with torch.no_grad():
         for weight in model.parameters():
             weight.zero_()
-    assert torch.equal(model.describe(mel_BTF), before)
+    assert torch.equal(model.target_features(mel_BTF), before)
 
 
 def test_targets_of_cosines_are_scipys_transform_of_a_patch():
@@ -281,7 +281,7 @@ def test_targets_of_cosines_are_scipys_transform_of_a_patch():
     expected_BPD = dctn(patch_BPTF, type=2, norm="ortho", axes=(2, 3))[..., :3, :3].reshape(
         *patch_BPTF.shape[:2], 9
     )
-    np.testing.assert_allclose(model.describe(mel_BTF), expected_BPD[..., 1:], atol=1e-5)
+    np.testing.assert_allclose(model.target_features(mel_BTF), expected_BPD[..., 1:], atol=1e-5)
 
 
 def test_unknown_targets_are_refused_with_the_known_ones():
@@ -327,7 +327,7 @@ def test_padding_is_told_to_every_mask_set_of_its_own_clip():
 def test_recomputed_activations_change_not_one_bit(spec, bf16):
     """Checkpointing trades time for memory and nothing else: loss, health and every gradient are the same."""
     outcomes = []
-    for jepa in (Jepa(spec), Jepa(spec).recompute()):
+    for jepa in (Jepa(spec), Jepa(spec).enable_recompute()):
         mel_BTF, *masks, n_frames_B = batch()
         n_frames_B[1] = 9
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -341,7 +341,7 @@ def test_recomputed_activations_change_not_one_bit(spec, bf16):
 def test_recomputation_keeps_less_for_the_backward_pass():
     """Bytes that autograd saves, counted: it must be on, and not only harmless."""
     saved = []
-    for jepa in (Jepa(SPEC), Jepa(SPEC).recompute()):
+    for jepa in (Jepa(SPEC), Jepa(SPEC).enable_recompute()):
         kept = {}
 
         def pack(x, kept=kept):
@@ -371,7 +371,7 @@ def test_the_target_of_several_layers_is_the_mean_of_each_normalised():
     layers = []
     for block in jepa.target.blocks:
         block.register_forward_hook(lambda block, told, output: layers.append(output))
-    described_BPD = jepa.describe(mel_BTF)
+    described_BPD = jepa.target_features(mel_BTF)
     by_hand = [(x - x.mean(-1, keepdim=True)) / x.std(-1, False, keepdim=True) for x in layers]
     torch.testing.assert_close(described_BPD, torch.stack(by_hand).mean(0), atol=2e-4, rtol=1e-3)
 
@@ -380,13 +380,13 @@ def test_the_whole_clip_is_predicted_from_the_mean_of_its_context():
     """By hand, with a short clip: padding counts neither in the guess nor in what is guessed."""
     jepa, (mel_BTF, context_BK, targets_BGQ, n_frames_B) = Jepa(OPTIONS["whole clip"]), batch()
     n_frames_B[2] = 12
-    valid_BP = jepa.validity(n_frames_B, mel_BTF.device)
+    valid_BP = jepa.valid_mask_if_padded(n_frames_B, mel_BTF.device)
     context_BKD = jepa.encoder(mel_BTF, context_BK, valid_BP)
     feature_BPD = jepa.target(mel_BTF, valid_BP=valid_BP)
     losses = []
     for clip in range(4):
         seen = context_BKD[clip][valid_BP[clip][context_BK[clip]]].mean(0)
-        wanted = normalise(feature_BPD[clip][valid_BP[clip]].mean(0))
+        wanted = normalise_features(feature_BPD[clip][valid_BP[clip]].mean(0))
         losses.append(token_loss(jepa.predictor.clip_head(seen), wanted, "l2"))
     output = jepa(mel_BTF, context_BK, targets_BGQ, n_frames_B)
     torch.testing.assert_close(output.clip_loss, torch.stack(losses).mean())

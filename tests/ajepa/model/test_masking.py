@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ajepa.model.masking import (
-    PLANS,
+    MASK_PLANS,
     BlockSize,
     Curriculum,
     Fixed,
@@ -190,7 +190,7 @@ def test_spans_that_leave_no_context_are_refused_with_what_to_change():
 def test_the_context_block_covers_the_area_it_is_said_to(grid):
     """The published sampler clamps its sides on a 64 x 8 grid and leaves 30 % instead of 85 to 100."""
     rng = np.random.default_rng(0)
-    areas = [np.prod(RandomBlocks().context.draw(rng, grid)) / grid.tokens for _ in range(400)]
+    areas = [np.prod(RandomBlocks().context.draw_block_shape(rng, grid)) / grid.tokens for _ in range(400)]
     assert min(areas) >= 0.84
     assert max(areas) == 1.0
     assert np.mean(areas) == pytest.approx(0.925, abs=0.02)
@@ -199,14 +199,14 @@ def test_the_context_block_covers_the_area_it_is_said_to(grid):
 @pytest.mark.parametrize(("grid", "cols"), [(LONG, 32), (SHORT, 8)], ids=["64x8", "16x8"])
 def test_at_aspect_one_a_block_has_the_proportions_of_the_grid(grid, cols):
     """A quarter of the grid is half its rows and half its columns."""
-    assert fixed(0.25).draw(np.random.default_rng(0), grid) == (4, cols)
+    assert fixed(0.25).draw_block_shape(np.random.default_rng(0), grid) == (4, cols)
 
 
 @pytest.mark.parametrize(("aspect", "sides"), [(9.0, (8, 4)), (1 / 9, (2, 16))])
 def test_a_block_too_high_or_too_wide_keeps_its_area(aspect, sides):
     """Where one side meets the edge the other makes up for it."""
     size = BlockSize(area_low=0.25, area_high=0.25, aspect_low=aspect, aspect_high=aspect)
-    assert size.draw(np.random.default_rng(0), SHORT) == sides
+    assert size.draw_block_shape(np.random.default_rng(0), SHORT) == sides
 
 
 @on_both_grids
@@ -214,7 +214,7 @@ def test_a_block_too_high_or_too_wide_keeps_its_area(aspect, sides):
 def test_every_place_of_a_block_is_equally_likely(grid, count):
     """Chi-square over all places, last row and column included, though batches are chosen by what they leave."""
     maker = RandomBlocks(count=count, target=fixed(0.175), floor=0.01)
-    rows, cols = maker.target.draw(np.random.default_rng(0), grid)
+    rows, cols = maker.target.draw_block_shape(np.random.default_rng(0), grid)
     counts_CR = np.zeros((grid.cols - cols + 1, grid.rows - rows + 1))
     for masks in many(maker, grid, steps=500, batch=8):
         np.add.at(counts_CR, np.divmod(masks.targets_BGQ[:, :, 0].ravel(), grid.rows), 1)
@@ -238,7 +238,7 @@ def test_no_patch_is_never_a_target_and_none_never_context(maker, grid):
 def test_a_patch_is_target_as_often_as_its_place_says(grid, maker):
     """Every place of a block equally likely: a patch is in it as often as places cover it, corners least."""
     size = fixed(maker.target.area_high)
-    rows, cols = size.draw(np.random.default_rng(0), grid)
+    rows, cols = size.draw_block_shape(np.random.default_rng(0), grid)
     places_CR = np.zeros((grid.cols, grid.rows))
     for col, row in itertools.product(range(grid.cols - cols + 1), range(grid.rows - rows + 1)):
         places_CR[col : col + cols, row : row + rows] += 1
@@ -363,7 +363,7 @@ A_JEPA = Curriculum(earlier=RandomBlocks(), later=TimeFrequencyAware(), steps=1_
 
 def share_of_later(plan: Curriculum, step: int) -> float:
     rng = np.random.default_rng(step)
-    return float(np.mean([plan.maker(step, rng) is plan.later for _ in range(4_000)]))
+    return float(np.mean([plan.mask_maker_at(step, rng) is plan.later for _ in range(4_000)]))
 
 
 @pytest.mark.parametrize(("step", "share"), [(0, 0.01), (250, 0.5), (500, 0.707), (810, 0.9), (1_000, 1.0)])
@@ -376,14 +376,15 @@ def test_the_inverse_curriculum_is_the_same_with_the_two_exchanged():
     """The ablation differs in the order of difficulty and in nothing else."""
     inverse = mask_plan("inverse", 1_000)
     for step in range(0, 1_000, 50):
-        forth, back = (plan.maker(step, np.random.default_rng(step)) for plan in (A_JEPA, inverse))
+        forth, back = (plan.mask_maker_at(step, np.random.default_rng(step)) for plan in (A_JEPA, inverse))
         assert {forth, back} == {A_JEPA.earlier, A_JEPA.later}
 
 
 def test_the_same_generator_gives_the_same_masking():
     """A resumed run draws what the uninterrupted one would have drawn."""
     first, again = (
-        [A_JEPA.maker(step, np.random.default_rng([7, step])) for step in range(200)] for _ in range(2)
+        [A_JEPA.mask_maker_at(step, np.random.default_rng([7, step])) for step in range(200)]
+        for _ in range(2)
     )
     assert first == again
 
@@ -391,7 +392,7 @@ def test_the_same_generator_gives_the_same_masking():
 def test_a_fixed_plan_leaves_the_generator_alone():
     """So its masks are those of the masking by itself."""
     rng = np.random.default_rng(0)
-    assert Fixed(masking=RandomPatches()).maker(3, rng) == RandomPatches()
+    assert Fixed(masking=RandomPatches()).mask_maker_at(3, rng) == RandomPatches()
     assert rng.random() == np.random.default_rng(0).random()
 
 
@@ -409,7 +410,10 @@ def test_the_plans_of_the_ablation_have_names():
     assert mask_plan("time-frequency", 5) == Fixed(masking=TimeFrequencyAware())
     assert mask_plan("patches", 5) == Fixed(masking=RandomPatches())
     assert mask_plan("spans", 5) == Fixed(masking=TimeSpans())
-    assert {name for name in PLANS if isinstance(mask_plan(name, 7), Curriculum)} == {"curriculum", "inverse"}
+    assert {name for name in MASK_PLANS if isinstance(mask_plan(name, 7), Curriculum)} == {
+        "curriculum",
+        "inverse",
+    }
     with pytest.raises(RunError, match="masks 'inverted' are unknown; did you mean 'inverse'"):
         mask_plan("inverted", 5)
 
@@ -419,5 +423,7 @@ def test_the_share_of_the_later_masking_begins_at_a_hundredth_and_averages_two_t
     assert share_of_later(A_JEPA, 0) == pytest.approx(0.01, abs=0.01)
     assert share_of_later(A_JEPA, 1_000) == 1.0
     plan = mask_plan("curriculum", 20_000)
-    later = [plan.maker(step, np.random.default_rng([0, step])) is plan.later for step in range(20_000)]
+    later = [
+        plan.mask_maker_at(step, np.random.default_rng([0, step])) is plan.later for step in range(20_000)
+    ]
     assert np.mean(later) == pytest.approx(0.667, abs=0.01)

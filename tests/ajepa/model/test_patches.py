@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ajepa.model.patches import PatchGrid, patchify, sincos_positions, valid_tokens
+from ajepa.model.patches import PatchGrid, patchify, sincos_positions, valid_token_mask
 
 GRID = PatchGrid(rows=3, cols=5, patch_frames=4, patch_bands=2)
 
@@ -11,7 +11,7 @@ GRID = PatchGrid(rows=3, cols=5, patch_frames=4, patch_bands=2)
 @pytest.mark.parametrize(("frames", "rows", "cols"), [(1024, 8, 64), (256, 8, 16)])
 def test_the_grids_of_the_two_papers(frames, rows, cols):
     """A-JEPA cuts 1024 x 128 into 64 x 8 patches, Audio-JEPA 256 x 128 into 16 x 8."""
-    grid = PatchGrid.of(frames, 128)
+    grid = PatchGrid.from_size(frames, 128)
     assert (grid.rows, grid.cols, grid.tokens) == (rows, cols, rows * cols)
     assert (grid.frames, grid.bands, grid.patch_values) == (frames, 128, 256)
 
@@ -37,7 +37,7 @@ def test_a_prefix_of_the_tokens_is_a_prefix_of_the_sound():
 
 def test_no_two_tokens_share_a_position():
     """Attention is blind to order: two equal positions would be one place."""
-    positions_PD = sincos_positions(PatchGrid.of(1024, 128), 192)
+    positions_PD = sincos_positions(PatchGrid.from_size(1024, 128), 192)
     assert torch.cdist(positions_PD, positions_PD).add(torch.eye(512)).min() > 0.5
 
 
@@ -59,7 +59,7 @@ def test_the_likeness_of_two_positions_depends_on_their_distance_alone():
 @pytest.mark.parametrize(("n_frames", "cols"), [(0, 0), (1, 1), (4, 1), (5, 2), (19, 5), (20, 5)])
 def test_a_column_is_valid_when_sound_begins_in_it(n_frames, cols):
     """A column half sound, half padding counts; one that starts in the padding does not."""
-    valid_BP = valid_tokens(torch.tensor([n_frames]), GRID)
+    valid_BP = valid_token_mask(torch.tensor([n_frames]), GRID)
     assert valid_BP[0].tolist() == [True] * (cols * GRID.rows) + [False] * ((GRID.cols - cols) * GRID.rows)
 
 
@@ -73,7 +73,7 @@ def test_a_spectrogram_must_be_as_large_as_its_grid():
 def test_patches_must_tile_the_spectrogram(frames, bands):
     """1000 frames are 62 and a half patches: which half is lost is not for us to choose."""
     with pytest.raises(ValueError, match="cannot be cut into 16 x 16"):
-        PatchGrid.of(frames, bands)
+        PatchGrid.from_size(frames, bands)
 
 
 def test_positions_need_a_width_of_four_quarters():

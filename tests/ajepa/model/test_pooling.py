@@ -5,8 +5,8 @@ import torch
 from tiny import tiny
 from torch.nn import functional as nnf
 
-from ajepa.model.patches import PatchGrid, valid_tokens
-from ajepa.model.pooling import LAST, Layer, pool, pooled
+from ajepa.model.patches import PatchGrid, valid_token_mask
+from ajepa.model.pooling import LAST_LAYER, EncoderLayer, pool_tokens, pool_views
 from ajepa.model.vit import Encoder, EncoderSpec
 from pipeline.errors import RunError
 
@@ -16,7 +16,7 @@ ROWS = 8
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
     """Three blocks, views of 64 frames: 4 columns of 8 tokens."""
-    return Encoder(EncoderSpec(grid=PatchGrid.of(64, 128), width=32, depth=3, heads=2), seed=1).eval()
+    return Encoder(EncoderSpec(grid=PatchGrid.from_size(64, 128), width=32, depth=3, heads=2), seed=1).eval()
 
 
 def views_of(frames: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,11 +30,11 @@ def test_frequency_pooling_gives_each_row_of_patches_the_mean_over_its_valid_col
     """Token p lies in row p % 8: of 64 and 20 valid frames, 4 and 2 columns count, over both views alike."""
     mel_BVTF, n_frames_BV = views_of([64, 20])
     with torch.inference_mode():
-        valid_BP = valid_tokens(n_frames_BV[0], encoder.spec.grid)
+        valid_BP = valid_token_mask(n_frames_BV[0], encoder.spec.grid)
         tokens_VPD = encoder(mel_BVTF[0], valid_BP=valid_BP)
     columns_KRD = torch.cat([tokens_VPD[0].reshape(4, ROWS, 32), tokens_VPD[1].reshape(4, ROWS, 32)[:2]])
     expected_D = torch.cat([columns_KRD[:, row].mean(0) for row in range(ROWS)])
-    got_BD = pooled(encoder, mel_BVTF, n_frames_BV, pooling="frequency")
+    got_BD = pool_views(encoder, mel_BVTF, n_frames_BV, pooling="frequency")
     assert got_BD.shape == (1, ROWS * 32)
     torch.testing.assert_close(got_BD[0], expected_D)
 
@@ -42,19 +42,19 @@ def test_frequency_pooling_gives_each_row_of_patches_the_mean_over_its_valid_col
 def test_mean_pooling_is_the_mean_of_the_rows_of_frequency_pooling(encoder):
     """Every valid column holds every row, so both count each token alike."""
     mel_BVTF, n_frames_BV = views_of([64, 33, 0])
-    rows_BRD = pooled(encoder, mel_BVTF, n_frames_BV, pooling="frequency").unflatten(1, (ROWS, 32))
-    torch.testing.assert_close(pooled(encoder, mel_BVTF, n_frames_BV), rows_BRD.mean(1))
+    rows_BRD = pool_views(encoder, mel_BVTF, n_frames_BV, pooling="frequency").unflatten(1, (ROWS, 32))
+    torch.testing.assert_close(pool_views(encoder, mel_BVTF, n_frames_BV), rows_BRD.mean(1))
 
 
 def test_moments_add_the_deviation_over_time_of_each_row(encoder):
     """Population deviation over the valid columns of both views alike, after the means of frequency pooling."""
     mel_BVTF, n_frames_BV = views_of([64, 20])
     with torch.inference_mode():
-        valid_BP = valid_tokens(n_frames_BV[0], encoder.spec.grid)
+        valid_BP = valid_token_mask(n_frames_BV[0], encoder.spec.grid)
         tokens_VPD = encoder(mel_BVTF[0], valid_BP=valid_BP)
     columns_KRD = torch.cat([tokens_VPD[0].reshape(4, ROWS, 32), tokens_VPD[1].reshape(4, ROWS, 32)[:2]])
-    mean_D, std_D = pooled(encoder, mel_BVTF, n_frames_BV, pooling="moments")[0].chunk(2)
-    assert torch.equal(mean_D, pooled(encoder, mel_BVTF, n_frames_BV, pooling="frequency")[0])
+    mean_D, std_D = pool_views(encoder, mel_BVTF, n_frames_BV, pooling="moments")[0].chunk(2)
+    assert torch.equal(mean_D, pool_views(encoder, mel_BVTF, n_frames_BV, pooling="frequency")[0])
     torch.testing.assert_close(std_D, columns_KRD.std(0, correction=0).flatten())
 
 
@@ -63,11 +63,11 @@ def test_moments_add_the_deviation_over_time_of_each_row(encoder):
 def test_what_is_not_valid_reaches_no_pooling_of_no_layer(encoder, pooling, layer):
     """Neither the rest of a view nor a view past the clip's end, not even as nan."""
     mel_BVTF, n_frames_BV = views_of([64, 16, 0])
-    asked = {"pooling": pooling, "layer": Layer.named(layer)}
-    expected_BD = pooled(encoder, mel_BVTF, n_frames_BV, **asked)
+    asked = {"pooling": pooling, "layer": EncoderLayer.from_name(layer)}
+    expected_BD = pool_views(encoder, mel_BVTF, n_frames_BV, **asked)
     mel_BVTF[0, 1, 16:] = 9e3
     mel_BVTF[0, 2] = float("nan")
-    assert torch.equal(pooled(encoder, mel_BVTF, n_frames_BV, **asked), expected_BD)
+    assert torch.equal(pool_views(encoder, mel_BVTF, n_frames_BV, **asked), expected_BD)
 
 
 def test_tokens_that_are_not_valid_are_left_out_even_where_they_are_nan():
@@ -76,8 +76,8 @@ def test_tokens_that_are_not_valid_are_left_out_even_where_they_are_nan():
     tokens_NPD[0, 4:] = float("nan")
     valid_NP = torch.tensor([[True, True, True, True, False, False]])
     one = {"clip_N": torch.tensor([0]), "clips": 1, "rows": 2}
-    assert pool(tokens_NPD, valid_NP, pooling="mean", **one).tolist() == [[3.0, 4.0]]
-    assert pool(tokens_NPD, valid_NP, pooling="frequency", **one).tolist() == [[2.0, 3.0, 4.0, 5.0]]
+    assert pool_tokens(tokens_NPD, valid_NP, pooling="mean", **one).tolist() == [[3.0, 4.0]]
+    assert pool_tokens(tokens_NPD, valid_NP, pooling="frequency", **one).tolist() == [[2.0, 3.0, 4.0, 5.0]]
 
 
 def test_a_layer_is_the_last_norm_or_the_normalised_blocks_that_it_names(encoder):
@@ -85,38 +85,42 @@ def test_a_layer_is_the_last_norm_or_the_normalised_blocks_that_it_names(encoder
     mel_BTF = views_of([64])[0][:, 0]
     with torch.inference_mode():
         blocks = [nnf.layer_norm(said, (32,)) for said in encoder.top_layers(mel_BTF, 3)]
-        assert torch.equal(LAST.tokens(encoder, mel_BTF), encoder(mel_BTF))
+        assert torch.equal(LAST_LAYER.encode_tokens(encoder, mel_BTF), encoder(mel_BTF))
         for number in (1, 2, 3):
-            torch.testing.assert_close(Layer(block=number).tokens(encoder, mel_BTF), blocks[number - 1])
-        torch.testing.assert_close(Layer(blocks=2).tokens(encoder, mel_BTF), (blocks[1] + blocks[2]) / 2)
+            torch.testing.assert_close(
+                EncoderLayer(block_number=number).encode_tokens(encoder, mel_BTF), blocks[number - 1]
+            )
+        torch.testing.assert_close(
+            EncoderLayer(last_blocks=2).encode_tokens(encoder, mel_BTF), (blocks[1] + blocks[2]) / 2
+        )
 
 
 @pytest.mark.parametrize("name", ["last", "mean-4", "block-11"])
 def test_a_layers_name_is_how_it_is_told(name):
     """The protocol of a result and the option that made it say the same."""
-    assert str(Layer.named(name)) == name
+    assert str(EncoderLayer.from_name(name)) == name
 
 
 @pytest.mark.parametrize("name", ["first", "mean-0", "block", "mean-2 ", "block--1"])
 def test_a_layer_that_there_is_not_is_refused(name):
     """In one line, with what there is."""
     with pytest.raises(RunError, match="expected last, mean-K"):
-        Layer.named(name)
+        EncoderLayer.from_name(name)
 
 
 def test_more_blocks_than_there_are_and_an_unknown_pooling_are_refused(encoder):
     """Silence here would be a result under another name."""
     mel_BVTF, n_frames_BV = views_of([64])
     with pytest.raises(RunError, match="block-4: the encoder has 3 blocks"):
-        pooled(encoder, mel_BVTF, n_frames_BV, layer=Layer(block=4))
+        pool_views(encoder, mel_BVTF, n_frames_BV, layer=EncoderLayer(block_number=4))
     with pytest.raises(RunError, match="mean or frequency or moments, got 'max'"):
-        pooled(encoder, mel_BVTF, n_frames_BV, pooling="max")
+        pool_views(encoder, mel_BVTF, n_frames_BV, pooling="max")
 
 
 def test_gradients_pass_a_pooling():
     """Fine-tuning pools with the same function."""
     model = tiny().model.encoder
     tokens_NPD = torch.ones(2, model.grid.tokens, 4, requires_grad=True)
-    valid_NP = valid_tokens(torch.tensor([64, 20]), model.grid)
-    pool(tokens_NPD, valid_NP, torch.arange(2), clips=2, rows=ROWS, pooling="mean").sum().backward()
+    valid_NP = valid_token_mask(torch.tensor([64, 20]), model.grid)
+    pool_tokens(tokens_NPD, valid_NP, torch.arange(2), clips=2, rows=ROWS, pooling="mean").sum().backward()
     assert torch.equal(tokens_NPD.grad.abs().sum(-1) > 0, valid_NP)

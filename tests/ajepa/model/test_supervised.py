@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from ajepa.model.cnn6 import Cnn6, Cnn6Spec, mean_and_maximum
+from ajepa.model.cnn6 import Cnn6, Cnn6Spec, pool_mean_and_max
 from ajepa.model.convnext import ConvNext, ConvNextSpec
 from ajepa.model.passt import Passt, PasstSpec
-from ajepa.model.randomness import dropped, seeded
+from ajepa.model.randomness import apply_dropout, fork_seeded_rng
 from pipeline.errors import RunError
 
 FRAMES, BANDS, CLASSES = 160, 32, 7
@@ -55,7 +55,7 @@ def test_a_cnn6_has_the_weights_of_the_papers():
     """PANNs print 4.8 M. By layer, with what norms learn: bands 128; blocks 1,728, 205,056, 819,712, 3,277,824;
     head 262,656 and 270,351."""
     model = Cnn6(Cnn6Spec(), 527, 0)
-    assert [sum(w.numel() for w in layer) for layer in model.layers()] == [
+    assert [sum(w.numel() for w in layer) for layer in model.weights_by_depth()] == [
         2 * 64,
         *(25 * a * b + 2 * b for a, b in ((1, 64), (64, 128), (128, 256), (256, 512))),
         512 * 512 + 512 + 512 * 527 + 527,
@@ -209,7 +209,7 @@ def test_a_short_clip_keeps_a_column_with_sound_through_patchout(clips):
     model, n_frames_B = Passt(spec, CLASSES, 0).train(), torch.tensor([3, 16, 26, 160])
     assert spec.cols - spec.drop_cols == 1
     for seed in range(20):
-        cols_BT, rows_BF = model._shown(n_frames_B, spec.cols, rng(seed))
+        cols_BT, rows_BF = model._draw_patchout(n_frames_B, spec.cols, rng(seed))
         assert (cols_BT[:, 0] <= torch.tensor([0, 0, 1, 14])).all()
         assert rows_BF.shape == (4, 1)
         assert (rows_BF < 2).all()
@@ -218,7 +218,7 @@ def test_a_short_clip_keeps_a_column_with_sound_through_patchout(clips):
 def test_patchout_leaves_out_every_column_equally_often():
     """The column that is kept for its sound takes no place from the others."""
     model, n_frames_B = made(Passt).train(), torch.full((4000,), FRAMES)
-    cols_BT, _ = model._shown(n_frames_B, 15, rng())
+    cols_BT, _ = model._draw_patchout(n_frames_B, 15, rng())
     assert cols_BT.shape == (4000, 10)
     seen = torch.bincount(cols_BT.flatten(), minlength=15) / 4000
     assert (seen - 10 / 15).abs().max() < 0.03
@@ -227,22 +227,22 @@ def test_patchout_leaves_out_every_column_equally_often():
 def test_pooling_over_time_knows_no_padding():
     """Mean and maximum of what is valid, also where all of it is negative."""
     x_BDT = torch.tensor([[[-3.0, -1.0, 9.0, 9.0]], [[1.0, 2.0, 3.0, 6.0]]])
-    assert mean_and_maximum(x_BDT, torch.tensor([2, 4])).flatten().tolist() == [-3.0, 9.0]
+    assert pool_mean_and_max(x_BDT, torch.tensor([2, 4])).flatten().tolist() == [-3.0, 9.0]
 
 
 def test_dropout_keeps_the_mean():
     """A share becomes 0, the rest grows; without a generator nothing happens."""
     x = torch.ones(100_000)
-    out = dropped(x, 0.2, torch.Generator().manual_seed(0))
+    out = apply_dropout(x, 0.2, torch.Generator().manual_seed(0))
     assert set(out.unique().tolist()) == {0.0, 1.25}
     assert abs(out.mean() - 1) < 0.01
-    assert dropped(x, 0.2, None) is x
+    assert apply_dropout(x, 0.2, None) is x
 
 
 def test_lent_generators_are_given_back_after_an_error():
     """Whatever happens meanwhile."""
     before = torch.get_rng_state()
-    with pytest.raises(IndexError), seeded(1):
+    with pytest.raises(IndexError), fork_seeded_rng(1):
         torch.rand(3)[3]
     assert torch.equal(torch.get_rng_state(), before)
 

@@ -10,8 +10,14 @@ from torch import nn
 
 from ajepa.model.masking import RandomBlocks
 from ajepa.model.patches import PatchGrid, patchify
-from ajepa.model.transformer import PositionName, Stack, attention_for, fused_attention, written_out_attention
-from ajepa.model.vit import A_JEPA_PREDICTOR, Encoder, EncoderSpec, Predictor, PredictorSpec, encoder_spec
+from ajepa.model.transformer import (
+    PositionName,
+    TransformerSpec,
+    choose_attention,
+    fused_attention,
+    written_out_attention,
+)
+from ajepa.model.vit import A_JEPA_PREDICTOR, Encoder, EncoderSpec, Predictor, PredictorSpec, a_jepa_encoder
 
 GRID = PatchGrid(rows=4, cols=6, patch_frames=4, patch_bands=4)
 
@@ -46,7 +52,7 @@ def rough(module: nn.Module) -> nn.Module:
 
 def test_vit_b_and_its_predictor_are_the_size_audio_jepa_reports():
     """85,253,376 and 11,238,912 trainable values: one bias too many would show."""
-    grid = PatchGrid.of(256, 128)
+    grid = PatchGrid.from_size(256, 128)
     with torch.device("meta"):
         assert size(Encoder(EncoderSpec(grid=grid))) == 85_253_376
         assert size(Predictor(PredictorSpec(), 768, grid)) == 11_238_912
@@ -58,7 +64,7 @@ def test_vit_b_and_its_predictor_are_the_size_audio_jepa_reports():
 )
 def test_the_encoders_of_a_jepa(letter, width, depth, heads, millions):
     """ViT-S, -B and -L; the length of the clip changes no weight."""
-    spec = encoder_spec(letter, PatchGrid.of(1024, 128))
+    spec = a_jepa_encoder(letter, PatchGrid.from_size(1024, 128))
     assert (spec.width, spec.depth, spec.heads) == (width, depth, heads)
     with torch.device("meta"):
         assert size(Encoder(spec)) / 1e6 == pytest.approx(millions, abs=0.01)
@@ -124,7 +130,7 @@ def test_written_out_attention_agrees_with_the_fused_kernel(padded):
 )
 def test_each_device_gets_the_attention_that_is_faster_there(device, dtype, way):
     """The choice is a table of measurements, so it is pinned as one."""
-    assert attention_for(device, dtype) is way
+    assert choose_attention(device, dtype) is way
 
 
 @pytest.mark.parametrize("attend", [written_out_attention, fused_attention])
@@ -218,8 +224,8 @@ def test_a_group_of_targets_is_predicted_by_itself(positions):
 @pytest.mark.parametrize("padded", [False, True], ids=["all valid", "some barred"])
 def test_a_block_asked_for_its_last_tokens_says_of_them_what_it_always_says(positions, padded):
     """What the predictor's last block skips, nobody reads: values and gradients are those of the whole block."""
-    stack = Stack(width=16, depth=1, heads=2, positions=positions, layer_scale=0.5, drop_path=0.0)
-    block, turns = rough(stack.build()[0]), stack.turns(GRID)
+    stack = TransformerSpec(width=16, depth=1, heads=2, positions=positions, layer_scale=0.5, drop_path=0.0)
+    block, turns = rough(stack.build_blocks()[0]), stack.rotary_angles(GRID)
     told = (
         (torch.arange(GRID.tokens) < 20).expand(3, -1) if padded else None,
         None if turns is None else turns[:, None],
@@ -318,14 +324,14 @@ def test_a_layer_scale_near_zero_makes_every_block_nearly_nothing():
 
 def test_drop_path_keeps_the_mean_and_drops_later_blocks_more():
     """Whole branches of whole clips; what stays is enlarged, so that evaluation without it is in scale."""
-    stack = Stack(width=32, depth=3, heads=4, positions="sincos", layer_scale=0.0, drop_path=0.4)
-    keep_L2B = stack.draw_keep(np.random.default_rng(0), 20_000)
+    stack = TransformerSpec(width=32, depth=3, heads=4, positions="sincos", layer_scale=0.0, drop_path=0.4)
+    keep_L2B = stack.draw_drop_path(np.random.default_rng(0), 20_000)
     assert keep_L2B.shape == (3, 2, 20_000)
     torch.testing.assert_close(keep_L2B.mean(dim=2), torch.ones(3, 2), atol=0.03, rtol=0)
     dropped_L2 = keep_L2B.eq(0).float().mean(dim=2)
     torch.testing.assert_close(dropped_L2[:, 0], torch.tensor([0.0, 0.2, 0.4]), atol=0.02, rtol=0)
     rng = np.random.default_rng(0)
-    assert replace(stack, drop_path=0.0).draw_keep(rng, 5) is None
+    assert replace(stack, drop_path=0.0).draw_drop_path(rng, 5) is None
     assert rng.random() == np.random.default_rng(0).random()
 
 
@@ -363,7 +369,7 @@ def test_with_band_norm_an_encoder_hears_every_band_as_standardised_by_itself():
     plain, normed = Encoder(SPEC).eval(), Encoder(replace(SPEC, band_norm=True)).eval()
     raw_BTF = mel()
     assert torch.equal(normed(raw_BTF), plain(raw_BTF))  # until it knows its bands
-    normed.know_bands(mean_F, std_F)
+    normed.set_band_statistics(mean_F, std_F)
     torch.testing.assert_close(normed(raw_BTF), plain((raw_BTF - mean_F) / std_F))
     again = Encoder(replace(SPEC, band_norm=True), seed=1)
     again.load_state_dict(normed.state_dict())
@@ -373,6 +379,6 @@ def test_with_band_norm_an_encoder_hears_every_band_as_standardised_by_itself():
 def test_an_encoder_without_band_norm_knows_no_bands():
     """Nothing is added to its checkpoint, and nothing changes what it says."""
     encoder, untold = Encoder(SPEC).eval(), Encoder(SPEC).eval()
-    encoder.know_bands(torch.ones(GRID.bands), torch.full((GRID.bands,), 2.0))
+    encoder.set_band_statistics(torch.ones(GRID.bands), torch.full((GRID.bands,), 2.0))
     assert torch.equal(encoder(mel()), untold(mel()))
     assert "bands_2F" not in encoder.state_dict()

@@ -14,35 +14,35 @@ import torch
 from tiny import tiny
 from tqdm import tqdm
 
-from ajepa.evaluate.features import Views, features
+from ajepa.evaluate.features import ClipViews, clip_vectors
 from ajepa.evaluate.metrics import mean_average_precision
-from ajepa.evaluate.probes import knn_NC, linear_NC, standardised
+from ajepa.evaluate.probes import knn_scores_NC, linear_probe_scores_NC, standardise_features
 from ajepa.model.jepa import Jepa
 from ajepa.model.masking import Fixed, RandomPatches
 from ajepa.pretrain.monitor import (
+    COLLAPSE_PATIENCE,
     HEALTH_CLIPS,
-    LEAST_CONTENT,
-    LEAST_RANK,
-    LEAST_SPREAD,
-    PATIENCE,
+    MIN_HEALTHY_CONTENT,
+    MIN_HEALTHY_RANK,
+    MIN_HEALTHY_SPREAD,
     PROBE_L2,
     HealthBatch,
+    collapse_signs,
+    count_trailing_collapses,
+    draw_health_rows,
     effective_rank,
-    features_told,
-    health,
-    health_rows,
-    in_a_row,
-    open_probe,
-    signs,
+    feature_statistics,
+    measure_health,
+    open_training_probe,
 )
 from ajepa.pretrain.pretrain import pretrain
 from ajepa.recipes.optimiser import Schedule
 from ajepa.recipes.pretrain import Pretrain
-from ajepa.report.pictures import curves
-from ajepa.training.loop import PROGRESS, SCORE, postfix
-from ajepa.training.meter import read
+from ajepa.report.pictures import draw_training_curves
+from ajepa.training.loop import PROGRESS_FORMAT, SCORE_METRIC, progress_postfix
+from ajepa.training.meter import read_compute_costs
 from ajepa.training.run import Run
-from pipeline.errors import BrokenClip, Interrupted, RunError
+from pipeline.errors import BrokenClipError, RunError, StopSignal
 from pipeline.loading.loader import Batch
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.splits import train_splits
@@ -64,7 +64,7 @@ def batch_of(clips: int = 6, valid: int = 64) -> HealthBatch:
         labels_BC=None,
         weights_B=torch.ones(clips),
     )
-    return HealthBatch.of(made, tiny())
+    return HealthBatch.from_batch(made, tiny())
 
 
 @pytest.mark.parametrize("directions", [1, 3, 8])
@@ -89,7 +89,7 @@ def test_the_rank_is_that_of_the_singular_values():
 def test_features_that_are_all_alike_have_rank_1_and_no_dimension_that_lives():
     """Collapse as it is drawn in papers; what rounding leaves counts as nothing."""
     alike_BPD = noise(8).expand(6, 5, 8) + 1e-6 * noise(6, 5, 8, seed=1)
-    told = features_told(alike_BPD, ALL_VALID)
+    told = feature_statistics(alike_BPD, ALL_VALID)
     assert told["rank"].item() == pytest.approx(1, abs=1e-3)
     assert told["spread"].item() == pytest.approx(0, abs=1e-5)
     assert told["rank_clips"].item() == pytest.approx(1, abs=1e-3)
@@ -99,12 +99,14 @@ def test_features_that_are_all_alike_have_rank_1_and_no_dimension_that_lives():
 def test_content_is_what_position_does_not_tell():
     """0 where every clip says the same of a position; all but the mean's share where positions say nothing."""
     position_PD = noise(5, 8)
-    assert features_told(position_PD.expand(6, 5, 8), ALL_VALID)["content"].item() == pytest.approx(
+    assert feature_statistics(position_PD.expand(6, 5, 8), ALL_VALID)["content"].item() == pytest.approx(
         0, abs=1e-9
     )
-    assert features_told(noise(6, 1, 8).expand(6, 5, 8), ALL_VALID)["content"].item() == pytest.approx(1)
+    assert feature_statistics(noise(6, 1, 8).expand(6, 5, 8), ALL_VALID)["content"].item() == pytest.approx(1)
     sound_BPD = noise(400, 5, 8, seed=2)
-    mixed = features_told(sound_BPD + 3 * position_PD, torch.ones(400, 5, dtype=torch.bool))["content"].item()
+    mixed = feature_statistics(sound_BPD + 3 * position_PD, torch.ones(400, 5, dtype=torch.bool))[
+        "content"
+    ].item()
     spread = 9 * (position_PD - position_PD.mean(0)).square().mean().item()
     assert mixed == pytest.approx(1 / (1 + spread), rel=0.1)
 
@@ -114,7 +116,9 @@ def test_spread_is_the_share_of_the_features_that_is_not_common_to_all():
     noise_BPD = noise(400, 5, 8)
     valid_BP = torch.ones(400, 5, dtype=torch.bool)
     for mean, spread in ((0.0, 1.0), (1.0, 0.5**0.5), (3.0, 0.1**0.5)):
-        assert features_told(noise_BPD + mean, valid_BP)["spread"].item() == pytest.approx(spread, rel=0.03)
+        assert feature_statistics(noise_BPD + mean, valid_BP)["spread"].item() == pytest.approx(
+            spread, rel=0.03
+        )
 
 
 def test_a_dimension_is_dead_if_it_hardly_deviates():
@@ -122,7 +126,7 @@ def test_a_dimension_is_dead_if_it_hardly_deviates():
     x_BPD = noise(6, 5, 8)
     x_BPD[..., 0], x_BPD[..., 1] = 7.0, 0.0
     x_BPD[..., 2] *= 0.1
-    assert features_told(x_BPD, ALL_VALID)["dead"].item() == 2 / 8
+    assert feature_statistics(x_BPD, ALL_VALID)["dead"].item() == 2 / 8
 
 
 def test_tokens_past_a_clips_end_do_not_count():
@@ -132,7 +136,7 @@ def test_tokens_past_a_clips_end_do_not_count():
         torch.arange(5).expand(6, 5) < torch.tensor([[5], [4], [5], [2], [3], [5]]),
     )
     other_BPD = torch.where(valid_BP[..., None], feature_BPD, 1e3 * noise(6, 5, 8, seed=1))
-    one, other = features_told(feature_BPD, valid_BP), features_told(other_BPD, valid_BP)
+    one, other = feature_statistics(feature_BPD, valid_BP), feature_statistics(other_BPD, valid_BP)
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
@@ -140,8 +144,8 @@ def test_looking_changes_nothing_and_says_the_same_twice():
     """Neither weights, nor mode, nor any generator: a run that is watched is the run that is not."""
     model, batch = Jepa(tiny().model), batch_of(valid=40)
     before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
-    told = health(model, batch)
-    assert told == health(model, batch)
+    told = measure_health(model, batch)
+    assert told == measure_health(model, batch)
     assert model.training
     assert model.encoder.training
     assert not model.target.training
@@ -153,14 +157,14 @@ def test_looking_changes_nothing_and_says_the_same_twice():
 def test_what_is_told_of_the_step_is_what_the_model_says_of_these_clips():
     """The loss and its signs are `Jepa`'s own; teacher and student are one at the start, and part with it."""
     model, batch = Jepa(tiny().model), batch_of()
-    told = health(model, batch)
+    told = measure_health(model, batch)
     output = model.eval()(batch.mel_BTF, batch.context_BK, batch.targets_BGQ, batch.n_frames_B)
     for name in ("loss", "explained", "target_std", "prediction_std"):
         assert told[f"health_{name}"] == pytest.approx(getattr(output, name).item())
     assert told["health_teacher_cosine"] == pytest.approx(1)
     with torch.no_grad():
         model.encoder.embed.weight.mul_(-1)
-    assert health(model, batch)["health_teacher_cosine"] < 0.9
+    assert measure_health(model, batch)["health_teacher_cosine"] < 0.9
 
 
 def test_the_masks_are_of_the_kind_that_the_run_ends_with():
@@ -172,7 +176,7 @@ def test_the_masks_are_of_the_kind_that_the_run_ends_with():
 def test_clips_are_held_out_where_there_are_any(store):
     """Measured on what is trained on, memory would pass for understanding."""
     eval_N = store.good_rows(["eval"])
-    assert np.array_equal(health_rows(store, 0), eval_N)
+    assert np.array_equal(draw_health_rows(store, 0), eval_N)
     assert len(eval_N) < HEALTH_CLIPS
 
 
@@ -190,11 +194,11 @@ class TrainOnly:
 def test_without_held_out_clips_a_fixed_batch_of_the_others_is_taken(store):
     """Ascending, no row twice, the same for a seed."""
     only = TrainOnly(store.manifest.filter(store.manifest["split"] != "eval"))
-    rows_N = health_rows(only, 0)
+    rows_N = draw_health_rows(only, 0)
     assert len(set(rows_N.tolist())) == HEALTH_CLIPS
     assert (np.diff(rows_N) > 0).all()
-    assert np.array_equal(rows_N, health_rows(only, 0))
-    assert not np.array_equal(rows_N, health_rows(only, 1))
+    assert np.array_equal(rows_N, draw_health_rows(only, 0))
+    assert not np.array_equal(rows_N, draw_health_rows(only, 1))
 
 
 WATCHED = {"health_every": 4, "probe_every": 8, "probe_clips": 20}
@@ -215,13 +219,13 @@ def whole(store_path, tmp_path_factory) -> Run:
 
 
 def assert_same_weights(one: Run, other: Run) -> None:
-    parts, others = one.load().parts, other.load().parts
+    parts, others = one.load_checkpoint().parts, other.load_checkpoint().parts
     for part, tensors in parts.items():
         assert all(torch.equal(value, others[part][name]) for name, value in tensors.items())
 
 
 def seen(run: Run, name: str) -> dict[int, float]:
-    return {line["step"]: line[name] for line in run.metrics() if name in line}
+    return {line["step"]: line[name] for line in run.read_metrics() if name in line}
 
 
 def test_watching_changes_neither_weights_nor_losses_by_a_bit(store_path, tmp_path, whole):
@@ -230,23 +234,23 @@ def test_watching_changes_neither_weights_nor_losses_by_a_bit(store_path, tmp_pa
     assert_same_weights(alone, whole)
     for name in ("loss", "gradient_norm", "explained"):
         assert seen(alone, name) == seen(whole, name)
-    assert not [key for line in alone.metrics() for key in line if key.startswith(("health", "probe"))]
+    assert not [key for line in alone.read_metrics() for key in line if key.startswith(("health", "probe"))]
 
 
 def test_looks_are_taken_at_their_steps_and_after_the_last(whole):
     """The end of a run is what is kept, so it is measured whatever its length."""
     assert list(seen(whole, "health_rank")) == [4, 8, 12, 16, 20, 24, 28, 30]
     assert list(seen(whole, "probe_linear_raw")) == [8, 16, 24, 30]
-    assert set(seen(whole, SCORE)) == {8, 16, 24, 30}
+    assert set(seen(whole, SCORE_METRIC)) == {8, 16, 24, 30}
 
 
 def test_the_best_checkpoint_is_that_of_the_best_probe(whole):
     """The number that the loop compares is the mean of all that were probed."""
-    scores = seen(whole, SCORE)
-    line = next(line for line in whole.metrics() if SCORE in line)
+    scores = seen(whole, SCORE_METRIC)
+    line = next(line for line in whole.metrics() if SCORE_METRIC in line)
     probes = [value for key, value in line.items() if key.startswith(("probe_linear", "probe_knn"))]
     assert len(probes) == 4  # two probes on two label sets
-    assert line[SCORE] == pytest.approx(np.mean(probes))
+    assert line[SCORE_METRIC] == pytest.approx(np.mean(probes))
     assert whole.best.score == max(scores.values())
     assert scores[whole.best.step] == whole.best.score
 
@@ -256,18 +260,18 @@ def test_the_last_probe_is_that_of_the_last_checkpoint(store, whole):
     recipe = watched()
     encoder = Jepa(recipe.model).target
     encoder.load_state_dict(whole.load("target").parts["target"])
-    probe = open_probe(store, recipe, whole.identity, "raise", print)
-    views = Views(store=store, frames=64, mean=whole.identity["mean"], std=whole.identity["std"])
+    probe = open_training_probe(store, recipe, whole.identity, "raise", print)
+    views = ClipViews(store=store, frames=64, mean=whole.identity["mean"], std=whole.identity["std"])
     assert (len(probe.train_N), len(probe.eval_N)) == (20, 10)
     assert set(probe.eval_N) <= set(store.good_rows(["eval"]))
     assert not set(probe.train_N) & set(probe.eval_N)
-    known, asked = standardised(
-        features(views, probe.train_N, encoder), features(views, probe.eval_N, encoder)
+    known, asked = standardise_features(
+        clip_vectors(views, probe.train_N, encoder), clip_vectors(views, probe.eval_N, encoder)
     )
     for name in ("raw", "unambiguous"):
         train_NC, eval_NC = store.labels_BC(probe.train_N, name), store.labels_BC(probe.eval_N, name)
-        linear = linear_NC(known, train_NC, asked, l2=PROBE_L2)
-        nearest = knn_NC(known, train_NC, asked)
+        linear = linear_probe_scores_NC(known, train_NC, asked, l2=PROBE_L2)
+        nearest = knn_scores_NC(known, train_NC, asked)
         for kind, scores in (("linear", linear), ("knn", nearest)):
             expected = mean_average_precision(eval_NC, scores).value
             assert whole.metrics()[-1][f"probe_{kind}_{name}"] == pytest.approx(expected, abs=1e-6)
@@ -275,23 +279,23 @@ def test_the_last_probe_is_that_of_the_last_checkpoint(store, whole):
 
 def test_an_interrupted_run_sees_the_same_and_has_cost_the_same(store_path, tmp_path, whole, monkeypatch):
     """Health, probes and counts are those of a run that was never stopped; only hours may differ."""
-    log = Run.log
+    log = Run.log_metrics
 
     def log_and_ask(run, line):
         log(run, line)
         if line["step"] == 14:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Run, "log", log_and_ask)
-    with pytest.raises(Interrupted):
+    monkeypatch.setattr(Run, "log_metrics", log_and_ask)
+    with pytest.raises(StopSignal):
         quietly(store_path, tmp_path / "run", watched())
     monkeypatch.undo()
-    assert [spent.step for spent in read(tmp_path / "run")] == [5, 8, 10, 14]
+    assert [spent.step for spent in read_compute_costs(tmp_path / "run")] == [5, 8, 10, 14]
     run = quietly(store_path, tmp_path / "run", watched())
-    for name in ("health_rank", "health_content", SCORE, "probe_knn_raw"):
+    for name in ("health_rank", "health_content", SCORE_METRIC, "probe_knn_raw"):
         assert seen(run, name) == seen(whole, name)
     one, other = (
-        {spent.step: replace(spent, hours=0, peak_memory_gb=0) for spent in read(each.path)}
+        {spent.step: replace(spent, hours=0, peak_memory_gb=0) for spent in read_compute_costs(each.path)}
         for each in (run, whole)
     )
     assert other[30] == one[30]
@@ -315,12 +319,12 @@ def test_counts_after_a_kill_are_those_of_the_checkpoint_that_is_left(store_path
     """compute.json is written before the checkpoint: what it says beyond that never happened."""
     path = tmp_path / "run"
     quietly(store_path, path, watched(), say=lambda line: None)
-    for folder in Run.open(path).checkpoints()[-1:]:
+    for folder in Run.open(path).checkpoint_folders()[-1:]:
         folder.rename(tmp_path / "lost")
-    assert Run.open(path).step < 30
+    assert Run.open(path).newest_step < 30
     run = quietly(store_path, path, watched())
-    assert read(run.path)[-1].flop == read(whole.path)[-1].flop
-    assert [spent.step for spent in read(run.path)].count(30) == 1
+    assert read_compute_costs(run.path)[-1].flop == read_compute_costs(whole.path)[-1].flop
+    assert [spent.step for spent in read_compute_costs(run.path)].count(30) == 1
 
 
 class Unlabelled:
@@ -348,9 +352,11 @@ class Unlabelled:
 def test_a_store_that_cannot_be_probed_is_told_once(store, splits, told):
     """Pre-training needs no labels; that a curve will be missing is said before the first step."""
     lines = []
-    assert open_probe(Unlabelled(store, splits), watched(), {}, "raise", lines.append) is None
+    assert open_training_probe(Unlabelled(store, splits), watched(), {}, "raise", lines.append) is None
     assert lines == [f"here.zarr: no probe while training: {told}"]
-    assert open_probe(Unlabelled(store, splits), tiny(probe_every=0), {}, "raise", lines.append) is None
+    assert (
+        open_training_probe(Unlabelled(store, splits), tiny(probe_every=0), {}, "raise", lines.append) is None
+    )
     assert len(lines) == 1
 
 
@@ -361,17 +367,19 @@ def test_clips_that_cannot_be_read_are_left_out_of_probes_where_that_is_allowed(
 
     def damaged(store, rows_B, **how):
         if bad in rows_B:
-            raise BrokenClip(int(bad), f"row {bad} cannot be read")
+            raise BrokenClipError(int(bad), f"row {bad} cannot be read")
         return read_rows(store, rows_B, **how)
 
     monkeypatch.setattr(FeatureStore, "read", damaged)
     recipe, model = replace(watched(), probe_clips=100), Jepa(tiny().model)
-    strict, lenient = (open_probe(store, recipe, whole.identity, how, print) for how in ("raise", "skip"))
+    strict, lenient = (
+        open_training_probe(store, recipe, whole.identity, how, print) for how in ("raise", "skip")
+    )
     assert bad in strict.eval_N
-    with pytest.raises(BrokenClip):
-        strict.scores(model)
-    told = lenient.scores(model)
-    assert lenient.broken == {bad}
+    with pytest.raises(BrokenClipError):
+        strict.measure_scores(model)
+    told = lenient.measure_scores(model)
+    assert lenient.broken_rows == {bad}
     assert 0 < told["probe_knn_raw"] < 1
 
 
@@ -394,22 +402,24 @@ def test_a_collapse_is_told_then_kept_then_ends_the_run(store_path, tmp_path, mo
         quietly(store_path, tmp_path / "run", collapsing(), say=lines.append)
     run, message = Run.open(tmp_path / "run"), str(refused.value)
     warnings = [line for line in lines if "collapsing: " in line]
-    looks = [line for line in run.metrics() if "health_spread" in line]
+    looks = [line for line in run.read_metrics() if "health_spread" in line]
     assert warnings
     assert all("the run stops if 3 looks in a row find it" in line for line in warnings)
-    assert in_a_row(looks) == PATIENCE
-    assert run.step == looks[-1]["step"] < 200
-    assert message.startswith(f"{run.path}: step {run.step}: collapsed: {signs(looks[-1])[0]}")
-    assert f"seen in the checkpoint of step {run.step}; try a lower schedule.peak_lr" in message
+    assert count_trailing_collapses(looks) == COLLAPSE_PATIENCE
+    assert run.newest_step == looks[-1]["step"] < 200
+    assert message.startswith(
+        f"{run.path}: step {run.newest_step}: collapsed: {collapse_signs(looks[-1])[0]}"
+    )
+    assert f"seen in the checkpoint of step {run.newest_step}; try a lower schedule.peak_lr" in message
     assert "\n" not in message
-    assert read(run.path)[-1].step == run.step
+    assert read_compute_costs(run.path)[-1].step == run.newest_step
     with pytest.raises(RunError, match="run: collapsed: "):
         quietly(store_path, tmp_path / "run", collapsing())
-    assert run.step == looks[-1]["step"]
-    monkeypatch.setattr(Run, "log", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(Interrupted):
+    assert run.newest_step == looks[-1]["step"]
+    monkeypatch.setattr(Run, "log_metrics", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(StopSignal):
         quietly(store_path, tmp_path / "run", collapsing(), on_collapse="warn")
-    assert run.step == looks[-1]["step"] + 1
+    assert run.newest_step == looks[-1]["step"] + 1
 
 
 HEALTHY = {
@@ -437,15 +447,19 @@ def test_healthy_runs_give_no_alarm(store_path, tmp_path, name):
 
 @pytest.mark.parametrize(
     ("name", "least"),
-    [("health_spread", LEAST_SPREAD), ("health_rank", LEAST_RANK), ("health_content", LEAST_CONTENT)],
+    [
+        ("health_spread", MIN_HEALTHY_SPREAD),
+        ("health_rank", MIN_HEALTHY_RANK),
+        ("health_content", MIN_HEALTHY_CONTENT),
+    ],
 )
 def test_each_sign_by_itself_is_enough(name, least):
     """Alike, flat, or blind to the sound: an encoder is lost in each of three ways."""
     well = {"health_spread": 0.6, "health_rank": 20.0, "health_content": 0.5}
-    assert signs(well) == []
-    assert signs({**well, name: least}) == []
-    assert len(signs({**well, name: 0.9 * least})) == 1
-    assert in_a_row([{**well, name: 0.0}, well, {**well, name: 0.0}]) == 1
+    assert collapse_signs(well) == []
+    assert collapse_signs({**well, name: least}) == []
+    assert len(collapse_signs({**well, name: 0.9 * least})) == 1
+    assert count_trailing_collapses([{**well, name: 0.0}, well, {**well, name: 0.0}]) == 1
 
 
 def test_what_to_do_at_a_collapse_is_one_of_two(store_path, tmp_path):
@@ -456,7 +470,7 @@ def test_what_to_do_at_a_collapse_is_one_of_two(store_path, tmp_path):
 
 def test_the_curves_show_rank_and_probes(whole):
     """A picture without them would be of a run that nobody watched."""
-    figure = curves(whole.metrics(), watched())
+    figure = draw_training_curves(whole.metrics(), watched())
     titles = [axes.get_title() for axes in figure.axes]
     assert any("rank" in title for title in titles)
     assert any("mAP" in title for title in titles)
@@ -465,11 +479,17 @@ def test_the_curves_show_rank_and_probes(whole):
 def test_the_progress_line_fits_80_columns():
     """Also in the longest run of the largest model, with time left and a bar."""
     line = {"loss": 0.1234, "health_rank": 1023.7, "clips_per_s": 12345.6, "data_wait": 1.0}
-    assert postfix(line) == "loss 0.123, rank 1024, 12346 clips/s, wait 100%"
+    assert progress_postfix(line) == "loss 0.123, rank 1024, 12346 clips/s, wait 100%"
     drawn = tqdm.format_meter(
-        100_000, 200_000, 100_000, ncols=80, bar_format=PROGRESS, postfix=postfix(line), ascii=True
+        100_000,
+        200_000,
+        100_000,
+        ncols=80,
+        bar_format=PROGRESS_FORMAT,
+        postfix=progress_postfix(line),
+        ascii=True,
     )
     assert drawn == "100000/200000|##  |ETA 27:46:40, loss 0.123, rank 1024, 12346 clips/s, wait 100%"
     assert len(drawn) <= 80
     del line["health_rank"]
-    assert postfix(line) == "loss 0.123, 12346 clips/s, wait 100%"
+    assert progress_postfix(line) == "loss 0.123, 12346 clips/s, wait 100%"

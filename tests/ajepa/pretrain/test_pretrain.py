@@ -16,15 +16,15 @@ from tiny import tiny
 
 from ajepa.model.randomness import step_rng
 from ajepa.pretrain.pretrain import pretrain
-from ajepa.pretrain.trainer import Trainer
-from ajepa.recipes.catalogue import to_json
-from ajepa.recipes.pretrain import audio_jepa
-from ajepa.training.devices import pick_device, precision
-from ajepa.training.loop import train
+from ajepa.pretrain.trainer import PretrainTrainer
+from ajepa.recipes.catalogue import recipe_to_json
+from ajepa.recipes.pretrain import audio_jepa_recipe
+from ajepa.training.devices import hardware_precision, pick_device
+from ajepa.training.loop import run_training_loop
 from ajepa.training.run import Run
-from pipeline.errors import BrokenClip, InputError, Interrupted, RunError
+from pipeline.errors import BrokenClipError, InputError, RunError, StopSignal
 from pipeline.loading.loader import Batch, PlainLoader, View
-from pipeline.loading.sampling import Order
+from pipeline.loading.sampling import RowOrder
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.splits import EVAL_SPLIT, train_splits
 
@@ -38,14 +38,14 @@ def quietly(store_path, run_path, recipe=None, **wishes) -> Run:
 
 
 def logged(run: Run) -> list[dict]:
-    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in run.metrics()]
+    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in run.read_metrics()]
 
 
 def assert_same(run: Run, other: Run) -> None:
     """Weights, moments and metrics bit for bit; only timings may differ."""
-    assert run.step == other.step
+    assert run.newest_step == other.newest_step
     assert logged(run) == logged(other)
-    one, two = run.load().parts, other.load().parts
+    one, two = run.load_checkpoint().parts, other.load_checkpoint().parts
     assert one.keys() == two.keys() == {"encoder", "target", "predictor", "optimiser"}
     for part in one:
         assert one[part].keys() == two[part].keys()
@@ -61,20 +61,20 @@ def whole(store_path, tmp_path_factory) -> Run:
 KILLED_AT_17 = """
 import os, signal, sys
 from pathlib import Path
-from ajepa.training.loop import train
+from ajepa.training.loop import run_training_loop
 from ajepa.pretrain.pretrain import pretrain
 from ajepa.training.run import Run
-from ajepa.pretrain.trainer import Trainer
+from ajepa.pretrain.trainer import PretrainTrainer
 from pipeline.store.splits import EVAL_SPLIT, train_splits
 from tiny import tiny
 
-log = Run.log
+log_metrics = Run.log_metrics
 def log_and_die(run, line):
-    log(run, line)
+    log_metrics(run, line)
     if line["step"] == 17:
         os.kill(os.getpid(), signal.SIGKILL)
 
-Run.log = log_and_die
+Run.log_metrics = log_and_die
 pretrain(Path(sys.argv[1]), tiny(), Path(sys.argv[2]), device="cpu")
 """
 
@@ -89,8 +89,8 @@ def test_thirty_steps_are_fifteen_then_kill_9_then_fifteen_bit_for_bit(store_pat
     killed = subprocess.run(program, env=os.environ | threads, capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     left = Run.open(tmp_path / "run")
-    assert left.step == 15
-    assert left.metrics()[-1]["step"] == 17  # logged but never committed: must be taken back
+    assert left.newest_step == 15
+    assert left.read_metrics()[-1]["step"] == 17  # logged but never committed: must be taken back
     assert_same(quietly(store_path, tmp_path / "run", loader="plain"), whole)
 
 
@@ -99,19 +99,19 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_the_same_command_carries
     store_path, tmp_path, whole, monkeypatch, number
 ):
     """A cluster's time limit costs no step at all."""
-    log = Run.log
+    log = Run.log_metrics
 
     def log_and_ask(run, line):
         log(run, line)
         if line["step"] == 8:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(Run, "log", log_and_ask)
+    monkeypatch.setattr(Run, "log_metrics", log_and_ask)
     before, told = signal.getsignal(number), []
-    with pytest.raises(Interrupted):
+    with pytest.raises(StopSignal):
         pretrain(store_path, tiny(), tmp_path / "run", device="cpu", say=told.append)
     assert signal.getsignal(number) is before
-    assert Run.open(tmp_path / "run").step == 8
+    assert Run.open(tmp_path / "run").newest_step == 8
     assert told[-1].endswith("checkpoint written at step 8 of 30")
     monkeypatch.undo()
     assert_same(quietly(store_path, tmp_path / "run"), whole)
@@ -141,9 +141,9 @@ def test_a_run_is_not_carried_on_with_other_settings(store_path, whole, wishes, 
 
 def test_a_step_leaves_the_teacher_where_the_momentum_says(store):
     """The target is an average of encoders, updated after the optimiser, and never by a gradient."""
-    trainer, batch = Trainer(tiny(), torch.device("cpu")), first_batch(store)
+    trainer, batch = PretrainTrainer(tiny(), torch.device("cpu")), first_batch(store)
     before = {name: value.clone() for name, value in trainer.model.target.named_parameters()}
-    told = trainer.step(20, batch)
+    told = trainer.train_step(20, batch)
     after = dict(trainer.model.encoder.named_parameters())
     for name, value in trainer.model.target.named_parameters():
         expected = told["momentum"] * before[name] + (1 - told["momentum"]) * after[name]
@@ -152,7 +152,7 @@ def test_a_step_leaves_the_teacher_where_the_momentum_says(store):
 
 def test_every_weight_is_trained_and_only_matrices_decay(store):
     """A weight that no group holds, or that gets no gradient, would stay as it was drawn."""
-    trainer = Trainer(tiny(), torch.device("cpu"))
+    trainer = PretrainTrainer(tiny(), torch.device("cpu"))
     decayed, kept = (group["params"] for group in trainer.optimiser.param_groups)
     trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
     assert {id(weight) for weight in trained} == {id(weight) for weight in decayed + kept}
@@ -160,23 +160,23 @@ def test_every_weight_is_trained_and_only_matrices_decay(store):
     assert {weight.ndim for weight in kept} == {1}
     before = [weight.detach().clone() for weight in trained]
     for step in (20, 21):  # at the first step half of them wait for others: norms and biases behind zeros
-        trainer.step(step, first_batch(store))
+        trainer.train_step(step, first_batch(store))
     assert not [weight.shape for weight, old in zip(trained, before, strict=True) if torch.equal(weight, old)]
 
 
 def first_batch(store) -> Batch:
-    order = Order(rows_N=store.good_rows(train_splits(store)), clips=8, seed=0)
+    order = RowOrder(rows_N=store.good_rows(train_splits(store)), clips=8, seed=0)
     stats = store.stats["all"]
-    return PlainLoader(store, order, View(frames=64, mean=stats["mean"], std=stats["std"])).batch(0)
+    return PlainLoader(store, order, View(frames=64, mean=stats["mean"], std=stats["std"])).make_batch(0)
 
 
 def test_a_batch_with_nan_stops_the_run_before_the_update_and_names_the_rows(store):
     """Checked after the update, the weights would be lost with it."""
-    trainer, batch = Trainer(tiny(), torch.device("cpu")), first_batch(store)
+    trainer, batch = PretrainTrainer(tiny(), torch.device("cpu")), first_batch(store)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     batch.mel_BTF[3, 5, 7] = torch.nan
     with pytest.raises(RunError) as refused:
-        trainer.step(4, batch)
+        trainer.train_step(4, batch)
     message = (
         f"step 5: loss is nan, gradient_norm is nan; stopped before the update; rows [{batch.rows_B[3]}] of"
     )
@@ -186,11 +186,11 @@ def test_a_batch_with_nan_stops_the_run_before_the_update_and_names_the_rows(sto
 
 def test_a_diverging_model_is_told_apart_from_broken_data(store):
     """Finite rows, infinite loss: the advice is another one."""
-    trainer, batch = Trainer(tiny(), torch.device("cpu")), first_batch(store)
+    trainer, batch = PretrainTrainer(tiny(), torch.device("cpu")), first_batch(store)
     with torch.no_grad():
         trainer.model.predictor.out.bias.fill_(torch.inf)
     with pytest.raises(RunError, match="its clips are finite: lower the learning rate"):
-        trainer.step(0, batch)
+        trainer.train_step(0, batch)
 
 
 def test_a_step_in_which_no_target_lies_on_sound_is_refused(store):
@@ -198,7 +198,7 @@ def test_a_step_in_which_no_target_lies_on_sound_is_refused(store):
     batch = first_batch(store)
     shortest = replace(batch, n_frames_B=torch.zeros_like(batch.n_frames_B))
     with pytest.raises(RunError, match="step 1: no target lies on sound"):
-        Trainer(tiny(), torch.device("cpu")).step(0, shortest)
+        PretrainTrainer(tiny(), torch.device("cpu")).train_step(0, shortest)
 
 
 def test_eval_clips_are_never_trained_on(store):
@@ -219,11 +219,11 @@ def test_clips_that_cannot_be_read_end_the_run_or_are_skipped_and_counted(store_
 
     def damaged(store, rows_B, **how):
         for row in set(rows_B.tolist()) & bad:
-            raise BrokenClip(row, f"row {row} cannot be read")
+            raise BrokenClipError(row, f"row {row} cannot be read")
         return read(store, rows_B, **how)
 
     monkeypatch.setattr(FeatureStore, "read", damaged)
-    with pytest.raises(BrokenClip, match="cannot be read"):
+    with pytest.raises(BrokenClipError, match="cannot be read"):
         quietly(store_path, tmp_path / "strict")
     told: list[str] = []
     run = pretrain(
@@ -231,7 +231,7 @@ def test_clips_that_cannot_be_read_end_the_run_or_are_skipped_and_counted(store_
     )
     lines = [line for line in told if line.startswith("skipped: row")]
     assert len(set(lines)) == len(lines) == 5
-    assert sum(line["skipped"] for line in run.metrics()) >= 5
+    assert sum(line["skipped"] for line in run.read_metrics()) >= 5
 
 
 def test_a_run_remembers_how_its_features_were_normalised(whole, store):
@@ -244,7 +244,10 @@ def test_a_run_remembers_how_its_features_were_normalised(whole, store):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"recipe": audio_jepa()}, r"holds mel spec a-jepa \(998 x 128, .*needs audio-jepa \(254 x 128"),
+        (
+            {"recipe": audio_jepa_recipe()},
+            r"holds mel spec a-jepa \(998 x 128, .*needs audio-jepa \(254 x 128",
+        ),
         ({"batch": 10_000}, "do not fill one step of 10000 clips"),
         pytest.param({"device": "cuda"}, "no CUDA device here", marks=NO_CUDA),
         ({"on_broken": "ignore"}, "on_broken must be raise or skip, got 'ignore'"),
@@ -261,7 +264,7 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(store_path, tmp_path, c
 
 def test_bf16_is_used_where_the_hardware_has_it_and_the_run_says_which():
     """Emulated bf16 is slower than fp32; a CPU without AMX or AVX512-BF16 stays with fp32."""
-    bf16, told = precision(torch.device("cpu"))
+    bf16, told = hardware_precision(torch.device("cpu"))
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     if flags:
         assert bf16 == ("avx512_bf16" in flags or "amx_tile" in flags)
@@ -282,7 +285,9 @@ def test_masks_are_the_same_on_resume_and_another_at_every_step():
 
     def drawn(step):
         rng = step_rng(recipe.seed, step)
-        return recipe.masks.maker(step, rng).sample(rng, recipe.model.encoder.grid, batch=4).context_BK
+        return (
+            recipe.masks.mask_maker_at(step, rng).sample(rng, recipe.model.encoder.grid, batch=4).context_BK
+        )
 
     assert np.array_equal(drawn(3), drawn(3))
     assert not np.array_equal(drawn(3)[:, :4], drawn(4)[:, :4])
@@ -291,38 +296,38 @@ def test_masks_are_the_same_on_resume_and_another_at_every_step():
 def test_what_a_watch_tells_is_logged_at_its_step(store_path, tmp_path):
     """A probe between two logged steps must not be lost."""
     recipe = tiny(steps=6, masks=replace(tiny().masks, steps=6), log_every=4)
-    run = Run.start(tmp_path / "run", recipe=to_json(recipe), identity={})
+    run = Run.create_or_open(tmp_path / "run", recipe=recipe_to_json(recipe), identity={})
 
     class EveryThird:
-        def after(self, done: int) -> dict:
-            return {} if done % 3 else {"probe_map": done / 10}
+        def after_step(self, steps_done: int) -> dict:
+            return {} if steps_done % 3 else {"probe_map": steps_done / 10}
 
-        def saving(self) -> None: ...
+        def before_checkpoint(self) -> None: ...
 
-        def ill(self) -> None: ...
+        def stop_reason(self) -> None: ...
 
-    trainer, batch = Trainer(recipe, torch.device("cpu")), first_batch(FeatureStore.open(store_path))
-    train(run, trainer, repeat(batch), threading.Event(), progress=False, watch=EveryThird())
-    told = {line["step"]: line.get("probe_map") for line in run.metrics()}
+    trainer, batch = PretrainTrainer(recipe, torch.device("cpu")), first_batch(FeatureStore.open(store_path))
+    run_training_loop(run, trainer, repeat(batch), threading.Event(), progress=False, monitor=EveryThird())
+    told = {line["step"]: line.get("probe_map") for line in run.read_metrics()}
     assert told == {3: 0.3, 4: None, 6: 0.6}
 
 
 def test_the_best_step_by_the_watchs_probe_has_a_checkpoint_that_stays(store_path, tmp_path):
     """Wherever the probe came, and whatever is dropped after it; a tie is not better."""
     recipe = tiny(steps=9, masks=replace(tiny().masks, steps=9), keep_checkpoints=1)
-    run = Run.start(tmp_path / "run", recipe=to_json(recipe), identity={})
+    run = Run.create_or_open(tmp_path / "run", recipe=recipe_to_json(recipe), identity={})
 
     class Probes:
-        def after(self, done: int) -> dict:
+        def after_step(self, steps_done: int) -> dict:
             found = {1: 0.1, 3: 0.4, 6: 0.4, 8: 0.3}
-            return {"probe_map": found[done]} if done in found else {}
+            return {"probe_map": found[steps_done]} if steps_done in found else {}
 
-        def saving(self) -> None: ...
-        def ill(self) -> None: ...
+        def before_checkpoint(self) -> None: ...
+        def stop_reason(self) -> None: ...
 
-    trainer, batch = Trainer(recipe, torch.device("cpu")), first_batch(FeatureStore.open(store_path))
-    how = {"progress": False, "watch": Probes(), "keep_every": 7}
-    assert train(run, trainer, repeat(batch), threading.Event(), **how) == 9
-    assert [folder.name[-1] for folder in run.checkpoints()] == ["3", "7", "9"]
-    assert run.best is not None
-    assert (run.best.step, run.best.score) == (3, 0.4)
+    trainer, batch = PretrainTrainer(recipe, torch.device("cpu")), first_batch(FeatureStore.open(store_path))
+    how = {"progress": False, "monitor": Probes(), "keep_every": 7}
+    assert run_training_loop(run, trainer, repeat(batch), threading.Event(), **how) == 9
+    assert [folder.name[-1] for folder in run.checkpoint_folders()] == ["3", "7", "9"]
+    assert run.best_checkpoint is not None
+    assert (run.best_checkpoint.step, run.best_checkpoint.score) == (3, 0.4)

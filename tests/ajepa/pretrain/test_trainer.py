@@ -10,15 +10,15 @@ from safetensors.torch import load_file
 from tiny import tiny
 
 from ajepa.pretrain.pretrain import pretrain
-from ajepa.pretrain.trainer import Trainer
+from ajepa.pretrain.trainer import PretrainTrainer
 from ajepa.recipes.optimiser import Schedule
 from ajepa.training.devices import Precision, pick_precision
-from ajepa.training.distributed import ALONE, World
+from ajepa.training.distributed import SINGLE_PROCESS, World
 from ajepa.training.run import Run
 from ajepa.training.trainer import BadStep
 from pipeline.errors import RunError
 from pipeline.loading.loader import Batch, PlainLoader, View
-from pipeline.loading.sampling import Order
+from pipeline.loading.sampling import RowOrder
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.splits import train_splits
 
@@ -28,9 +28,9 @@ FP32 = pick_precision("fp32", CPU)
 
 
 def batch_of(store, step: int = 0, frames: int = 64) -> Batch:
-    order = Order(rows_N=store.good_rows(train_splits(store)), clips=8, seed=0)
+    order = RowOrder(rows_N=store.good_rows(train_splits(store)), clips=8, seed=0)
     mean, std = store.mean_and_std(train_splits(store))
-    return PlainLoader(store, order, View(frames=frames, mean=mean, std=std)).batch(step)
+    return PlainLoader(store, order, View(frames=frames, mean=mean, std=std)).make_batch(step)
 
 
 def shortened(batch: Batch) -> Batch:
@@ -52,11 +52,11 @@ def varied(**changes):
 @pytest.mark.parametrize("change", [lambda batch: batch, shortened], ids=["full", "padded"])
 def test_a_step_in_several_passes_is_that_in_one(store, micro_clips, change):
     """The mean over all scored targets is not the mean of the passes' means where clips are short."""
-    whole = Trainer(varied(), CPU, precision=FP32)
-    parts = Trainer(varied(), CPU, precision=FP32, micro_clips=micro_clips)
+    whole = PretrainTrainer(varied(), CPU, precision=FP32)
+    parts = PretrainTrainer(varied(), CPU, precision=FP32, micro_clips=micro_clips)
     for step in (20, 21, 22):
         batch = change(batch_of(store, step))
-        one, several = whole.step(step, batch), parts.step(step, batch)
+        one, several = whole.train_step(step, batch), parts.train_step(step, batch)
         for name in ("loss", "clip_loss", "gradient_norm", "cosine"):
             assert several[name] == pytest.approx(one[name], rel=2e-4), name
     for weight, other in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
@@ -65,35 +65,35 @@ def test_a_step_in_several_passes_is_that_in_one(store, micro_clips, change):
 
 def test_the_mean_of_the_passes_means_would_be_another_loss(store):
     """What the test above would not see, were clips equally long."""
-    trainer, batch = Trainer(tiny(), CPU, precision=FP32), shortened(batch_of(store))
-    draws = trainer.draw(20)
+    trainer, batch = PretrainTrainer(tiny(), CPU, precision=FP32), shortened(batch_of(store))
+    draws = trainer.draw_for_rank(20)
     losses, counts = [], []
     for clip in range(8):
-        mine = draws.of(slice(clip, clip + 1))
+        mine = draws.select_rows(slice(clip, clip + 1))
         masks, n_frames_B = (mine.context_NK, mine.targets_NGQ), batch.n_frames_B[clip : clip + 1]
         output = trainer.model(batch.mel_BTF[clip : clip + 1], *masks, n_frames_B)
         losses.append(output.loss.item())
-        counts.append(trainer.model.counts(*masks, n_frames_B)[0])
+        counts.append(trainer.model.count_scored(*masks, n_frames_B)[0])
         assert counts[-1] == output.scored
     assert min(counts) < 0.5 * max(counts)
     right = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
-    assert trainer.step(20, batch)["loss"] == pytest.approx(right, rel=1e-5)
+    assert trainer.train_step(20, batch)["loss"] == pytest.approx(right, rel=1e-5)
     assert abs(sum(losses) / 8 - right) > 1e-4 * right
 
 
 def test_ranks_draw_different_masks_that_together_are_those_of_one_process():
     """One mask generator shared by all ranks was a published mistake; so would be one that knows its rank."""
     recipe = varied()
-    whole = Trainer(recipe, CPU, precision=FP32).draw(7)
+    whole = PretrainTrainer(recipe, CPU, precision=FP32).draw_for_rank(7)
     parts = []
     for rank in range(4):
-        trainer = Trainer(recipe, CPU, precision=FP32)
-        trainer.world, trainer.clips = World(rank=rank, size=4), 2
-        parts.append(trainer.draw(7))
+        trainer = PretrainTrainer(recipe, CPU, precision=FP32)
+        trainer.world, trainer.clips_of_rank = World(rank=rank, size=4), 2
+        parts.append(trainer.draw_for_rank(7))
     assert torch.equal(torch.cat([part.context_NK for part in parts]), whole.context_NK)
     assert torch.equal(torch.cat([part.targets_NGQ for part in parts]), whole.targets_NGQ)
     for each in range(2):
-        assert torch.equal(torch.cat([part.keep[each] for part in parts], dim=2), whole.keep[each])
+        assert torch.equal(torch.cat([part.keep[each] for part in parts], dim=2), whole.drop_path_keep[each])
     targets = [part.targets_NGQ for part in parts]
     assert not any(torch.equal(targets[0], other) for other in targets[1:])
 
@@ -104,15 +104,15 @@ def test_a_batch_that_cannot_be_dealt_evenly_is_refused(clips, size, told):
     with pytest.raises(
         RunError, match=f"{clips} clips a step cannot be dealt to {size} ranks evenly.*{told}"
     ):
-        World(size=size).share(clips)
-    assert ALONE.share(clips) == clips
+        World(size=size).clips_per_rank(clips)
+    assert SINGLE_PROCESS.clips_per_rank(clips) == clips
 
 
 def test_a_gradient_longer_than_allowed_is_shortened_and_logged_as_it_was(store):
     """Half as long in the same direction: AdamW's first moment is a tenth of (1 - beta1) what it gets."""
-    free, held = (Trainer(tiny(max_gradient_norm=norm), CPU, precision=FP32) for norm in (0.0, 1e-3))
+    free, held = (PretrainTrainer(tiny(max_gradient_norm=norm), CPU, precision=FP32) for norm in (0.0, 1e-3))
     batch = batch_of(store)
-    told, other = free.step(20, batch), held.step(20, batch)
+    told, other = free.train_step(20, batch), held.train_step(20, batch)
     assert told["gradient_norm"] == other["gradient_norm"] > 1e-3
     ratio = 1e-3 / told["gradient_norm"]
     for weight, of_held in zip(free.model.parameters(), held.model.parameters(), strict=True):
@@ -127,13 +127,13 @@ def test_a_gradient_longer_than_allowed_is_shortened_and_logged_as_it_was(store)
 def test_a_base_rate_grows_with_the_clips_of_a_step(store):
     """Papers print the rate for 256 clips; who trains with 8 takes a 32nd of it."""
     schedule = Schedule(peak_lr=1e-3, warmup_share=0.0, base_clips=256)
-    assert schedule.lr(0, 100, clips=256) == pytest.approx(1e-3)
-    assert schedule.lr(0, 100, clips=512) == pytest.approx(2e-3)
-    assert replace(schedule, base_clips=0).lr(0, 100, clips=512) == pytest.approx(1e-3)
-    told = Trainer(tiny(schedule=schedule), CPU).step(0, batch_of(store))
+    assert schedule.learning_rate(0, 100, clips=256) == pytest.approx(1e-3)
+    assert schedule.learning_rate(0, 100, clips=512) == pytest.approx(2e-3)
+    assert replace(schedule, base_clips=0).learning_rate(0, 100, clips=512) == pytest.approx(1e-3)
+    told = PretrainTrainer(tiny(schedule=schedule), CPU).train_step(0, batch_of(store))
     assert told["lr"] == pytest.approx(1e-3 / 32)
     with pytest.raises(ValueError, match="give `clips`"):
-        schedule.lr(0, 100)
+        schedule.learning_rate(0, 100)
     with pytest.raises(ValueError, match="base_clips must not be negative"):
         replace(schedule, base_clips=-1)
 
@@ -144,31 +144,31 @@ def test_fp16_needs_a_gpu_and_names_of_precisions_are_known():
         pick_precision("fp16", CPU)
     with pytest.raises(RunError, match="expected auto, fp32, bf16, fp16"):
         pick_precision("half", CPU)
-    assert pick_precision("fp16", torch.device("cuda")).scaled
-    assert (pick_precision("fp32", CPU).half, pick_precision("bf16", CPU).half) == (False, True)
+    assert pick_precision("fp16", torch.device("cuda")).has_scaled_loss
+    assert (pick_precision("fp32", CPU).is_half, pick_precision("bf16", CPU).is_half) == (False, True)
 
 
-def scaled_trainer() -> Trainer:
+def scaled_trainer() -> PretrainTrainer:
     """What `--precision fp16` makes, on the CPU."""
-    return Trainer(tiny(), CPU, precision=Precision(dtype=torch.float16, told="fp16"))
+    return PretrainTrainer(tiny(), CPU, precision=Precision(dtype=torch.float16, description="fp16"))
 
 
 def test_a_scaled_loss_that_overflows_costs_its_step_and_lowers_the_scale(store):
     """Fp16 ends at 65,504: the scale is found by trying, and no update is made of what does not fit."""
     trainer, batch = scaled_trainer(), batch_of(store)
     first = trainer.scaler.get_scale()
-    trainer.step(20, batch)
+    trainer.train_step(20, batch)
     assert trainer.optimiser.state  # updated
     trainer.scaler.load_state_dict(trainer.scaler.state_dict() | {"scale": 2.0**60})
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    told = trainer.step(21, batch)
+    told = trainer.train_step(21, batch)
     assert told["overflowed"] == 1
     assert "gradient_norm" not in told  # it is no number
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
     assert trainer.scaler.get_scale() == 2.0**59
     carried_on = scaled_trainer()
     assert carried_on.scaler.get_scale() == first
-    carried_on.restore(trainer.checkpoint(22))
+    carried_on.restore_checkpoint(trainer.make_checkpoint(22))
     assert carried_on.scaler.state_dict() == trainer.scaler.state_dict()
 
 
@@ -179,7 +179,7 @@ def test_a_gradient_that_overflows_unscaled_is_a_bad_step(store):
     with torch.no_grad():
         trainer.model.encoder.embed.weight.register_hook(lambda gradient: gradient * math.inf)
     with pytest.raises(BadStep, match="gradient_norm is"):
-        trainer.step(20, batch)
+        trainer.train_step(20, batch)
 
 
 def test_a_store_with_nan_ends_the_run_with_its_rows_and_leaves_what_explains_it(
@@ -206,7 +206,7 @@ def test_a_store_with_nan_ends_the_run_with_its_rows_and_leaves_what_explains_it
     assert (told["step"], told["loss"], told["rows_with_nan_or_inf"]) == (step, "nan", [bad])
     assert kept["rows_B"].tolist() == told["rows"]
     assert kept["mel_BTF"][kept["rows_B"] == bad].isnan().all()
-    draws = Trainer(tiny(), CPU).draw(step - 1)
+    draws = PretrainTrainer(tiny(), CPU).draw_for_rank(step - 1)
     assert torch.equal(kept["context_NK"], draws.context_NK)
     assert torch.equal(kept["targets_NGQ"], draws.targets_NGQ)
-    assert Run.open(tmp_path / "run").step < step
+    assert Run.open(tmp_path / "run").newest_step < step

@@ -11,31 +11,31 @@ from tiny import tiny
 from ajepa.pretrain.pretrain import pretrain
 from ajepa.pretrain.training_set import TrainingSet
 from ajepa.training.run import Run
-from pipeline.audio.mel_spec import mel_spec
-from pipeline.audit.command import record
+from pipeline.audio.mel_spec import preset_mel_spec
+from pipeline.audit.command import record_exclude_lists
 from pipeline.build.build import build_store
-from pipeline.build.plan import Build, Output
-from pipeline.datasets.audioset import audioset
+from pipeline.build.plan import BuildOptions, StoreOutput
+from pipeline.datasets.audioset import audioset_corpus
 from pipeline.errors import RunError
 from pipeline.loading.sampling import FULL_SHUFFLE
 from pipeline.store.feature_store import FeatureStore
-from pipeline.store.splits import eval_splits, splits_told, train_splits
+from pipeline.store.splits import describe_splits, probe_eval_splits, train_splits
 
 CLIPS = 48
 
 
 def order_of(trained_on: TrainingSet, **changes):
     recipe = tiny(**changes)
-    return trained_on.order(trained_on.opened(recipe), recipe)
+    return trained_on.clip_order(trained_on.open_stores(recipe), recipe)
 
 
 def test_one_store_is_a_run_as_it_always_was(store_path):
     """Runs that are under way are carried on with: nothing is added to their identity, nothing is said."""
     trained_on = TrainingSet(stores=(store_path,))
-    store = trained_on.opened(tiny())
-    order = trained_on.order(store, tiny())
+    store = trained_on.open_stores(tiny())
+    order = trained_on.clip_order(store, tiny())
     assert order.sampling is FULL_SHUFFLE
-    assert set(trained_on.identity(store)) == {"store_id", "spec_id", "mel", "mean", "std"}
+    assert set(trained_on.data_identity(store)) == {"store_id", "spec_id", "mel", "mean", "std"}
     assert list(trained_on.told(store, order)) == []
 
 
@@ -48,7 +48,7 @@ def test_one_store_is_a_run_as_it_always_was(store_path):
 )
 def test_a_run_says_what_it_trains_on_and_what_it_keeps(splits, told):
     """What an audit calls held out is held out, whatever else it may be named than eval."""
-    assert splits_told(SimpleNamespace(manifest=pl.DataFrame({"split": splits}))) == told
+    assert describe_splits(SimpleNamespace(manifest=pl.DataFrame({"split": splits}))) == told
 
 
 def test_a_store_of_which_nothing_is_to_train_on_is_refused_with_the_reason():
@@ -56,14 +56,14 @@ def test_a_store_of_which_nothing_is_to_train_on_is_refused_with_the_reason():
     with pytest.raises(
         RunError, match=r"a\.zarr: no split to train on \(eval, test are kept to measure on, by name\)"
     ):
-        train_splits(SimpleNamespace(place="a.zarr", manifest=pl.DataFrame({"split": ["test", "eval"]})))
+        train_splits(SimpleNamespace(location="a.zarr", manifest=pl.DataFrame({"split": ["test", "eval"]})))
 
 
 def test_a_store_of_which_every_clip_is_excluded_is_refused_with_the_reason(store_path, tmp_path):
     """Also whoever excluded them has to be told so."""
     copy = shutil.copytree(store_path, tmp_path / "copy.zarr")
     (tmp_path / "all.csv").write_text("clip_id\n" + "\n".join(FeatureStore.open(copy).manifest["clip_id"]))
-    record(FeatureStore.open(copy), [tmp_path / "all.csv"])
+    record_exclude_lists(FeatureStore.open(copy), [tmp_path / "all.csv"])
     with pytest.raises(RunError, match=r"copy\.zarr: no clip to train on is left in a_train \(not eval\)"):
         order_of(TrainingSet(stores=(copy,)))
 
@@ -71,7 +71,7 @@ def test_a_store_of_which_every_clip_is_excluded_is_refused_with_the_reason(stor
 def test_stores_without_weights_give_every_clip_once_an_epoch(store_path, other_store_path):
     """Each store's share is that of its clips; eval clips of neither are trained on."""
     order = order_of(TrainingSet(stores=(store_path, other_store_path)), clips_per_step=1)
-    rows = [int(order.rows(step)[0]) for step in range(order.steps_per_epoch)]
+    rows = [int(order.rows_at_step(step)[0]) for step in range(order.steps_per_epoch)]
     assert sorted(rows) == list(order.rows_N)
     assert not {row for row in rows if 36 <= row < CLIPS or row >= CLIPS + 18}
 
@@ -81,7 +81,7 @@ def test_weights_decide_a_stores_share_of_the_clips(store_path, other_store_path
     order = order_of(
         TrainingSet(stores=(store_path, other_store_path), weights=(3.0, 7.0)), clips_per_step=20
     )
-    rows_N = np.concatenate([order.rows(step) for step in range(1_000)])
+    rows_N = np.concatenate([order.rows_at_step(step) for step in range(1_000)])
     assert abs((rows_N < CLIPS).mean() - 0.3) < 4 * np.sqrt(0.3 * 0.7 / 20_000)
 
 
@@ -154,8 +154,12 @@ def test_settings_that_contradict_each_other_are_refused(wrong, told):
 
 def test_a_store_without_a_clip_to_train_on_is_refused(store_path, corpus, tmp_path):
     """Its weight would fall to the others, unsaid."""
-    measured = audioset([corpus / "audio"], [corpus / "eval_segments.csv"])
-    build_store(measured, Output(path=tmp_path / "eval.zarr", spec=mel_spec("a-jepa")), Build(workers=0))
+    measured = audioset_corpus([corpus / "audio"], [corpus / "eval_segments.csv"])
+    build_store(
+        measured,
+        StoreOutput(path=tmp_path / "eval.zarr", spec=preset_mel_spec("a-jepa")),
+        BuildOptions(workers=0),
+    )
     trained_on = TrainingSet(stores=(store_path, tmp_path / "eval.zarr"), weights=(1.0, 1.0))
     with pytest.raises(
         RunError, match=r"eval\.zarr: no split to train on \(eval is kept to measure on, by name\)"
@@ -178,11 +182,13 @@ def test_a_store_without_a_clip_to_train_on_is_refused(store_path, corpus, tmp_p
 def test_probes_are_measured_on_eval_or_else_on_what_is_held_out(splits, measured):
     """Speech Commands has no eval, but a test; what is measured on is never trained on."""
     store = SimpleNamespace(manifest=pl.DataFrame({"split": splits}))
-    assert eval_splits(store) == (measured or ["a-test", "b-eval"])
-    assert not set(eval_splits(store)) & set(train_splits(store))
+    assert probe_eval_splits(store) == (measured or ["a-test", "b-eval"])
+    assert not set(probe_eval_splits(store)) & set(train_splits(store))
 
 
 def test_a_store_without_anything_to_measure_on_says_so():
     """Rather than measuring on what was trained on."""
     with pytest.raises(RunError, match=r"a\.zarr: no split to measure on, none of train, val is named"):
-        eval_splits(SimpleNamespace(place="a.zarr", manifest=pl.DataFrame({"split": ["train", "val"]})))
+        probe_eval_splits(
+            SimpleNamespace(location="a.zarr", manifest=pl.DataFrame({"split": ["train", "val"]}))
+        )

@@ -7,17 +7,17 @@ import pytest
 from tiny import tiny
 
 from ajepa.model.masking import Fixed, RandomPatches, mask_plan
-from ajepa.recipes.catalogue import from_json, overridden, to_json
-from ajepa.recipes.pretrain import RECIPES, a_jepa, small
+from ajepa.recipes.catalogue import override_recipe, recipe_from_json, recipe_to_json
+from ajepa.recipes.pretrain import PRETRAIN_RECIPES, a_jepa_recipe, small_recipe
 from pipeline.errors import RunError
 
 
 def test_single_fields_are_replaced_at_any_depth_and_nothing_else_is():
     """Three settings, three differences."""
-    made = overridden(
-        a_jepa(), ["optimiser.weight_decay=0.1", "schedule.peak_lr=1e-4", "model.encoder.depth=4"]
+    made = override_recipe(
+        a_jepa_recipe(), ["optimiser.weight_decay=0.1", "schedule.peak_lr=1e-4", "model.encoder.depth=4"]
     )
-    before = a_jepa()
+    before = a_jepa_recipe()
     by_hand = replace(
         before,
         optimiser=replace(before.optimiser, weight_decay=0.1),
@@ -25,17 +25,17 @@ def test_single_fields_are_replaced_at_any_depth_and_nothing_else_is():
         model=replace(before.model, encoder=replace(before.model.encoder, depth=4)),
     )
     assert made == by_hand
-    assert from_json(json.loads(json.dumps(to_json(made)))) == made
+    assert recipe_from_json(json.loads(json.dumps(recipe_to_json(made)))) == made
 
 
-@pytest.mark.parametrize("name", sorted(RECIPES))
+@pytest.mark.parametrize("name", sorted(PRETRAIN_RECIPES))
 def test_nothing_set_is_the_recipe_itself(name):
     """And every field set to what it is, as its JSON says it, is the recipe again."""
-    recipe = RECIPES[name]()
-    assert overridden(recipe, []) == recipe
-    settings = [line for line in leaves(to_json(recipe)) if not line.startswith("masks.steps=")]
+    recipe = PRETRAIN_RECIPES[name]()
+    assert override_recipe(recipe, []) == recipe
+    settings = [line for line in leaves(recipe_to_json(recipe)) if not line.startswith("masks.steps=")]
     assert len(settings) > 30
-    assert overridden(recipe, settings) == recipe
+    assert override_recipe(recipe, settings) == recipe
 
 
 def leaves(told: dict, path: str = "") -> list[str]:
@@ -48,16 +48,16 @@ def leaves(told: dict, path: str = "") -> list[str]:
 
 def test_the_masks_of_the_ablation_are_set_by_name_and_then_by_field():
     """Later settings see earlier ones; both ends of a range may change at once."""
-    made = overridden(
+    made = override_recipe(
         tiny(), ["masks=patches", "masks.masking.ratio_low=0.7", "masks.masking.ratio_high=0.8"]
     )
     assert made.masks == Fixed(masking=RandomPatches(ratio_low=0.7, ratio_high=0.8))
-    assert overridden(small(), ["masks=inverse", "steps=77"]).masks == mask_plan("inverse", 77)
+    assert override_recipe(small_recipe(), ["masks=inverse", "steps=77"]).masks == mask_plan("inverse", 77)
 
 
 def test_a_curriculum_is_stretched_with_the_steps():
     """Two lengths in one recipe: one would be wrong."""
-    assert overridden(tiny(), ["steps=40"]) == tiny().resized(steps=40)
+    assert override_recipe(tiny(), ["steps=40"]) == tiny().with_counts(steps=40)
 
 
 @pytest.mark.parametrize(
@@ -93,5 +93,5 @@ def test_a_curriculum_is_stretched_with_the_steps():
 def test_a_setting_that_cannot_be_is_one_line(setting, told):
     """What was typed, what is wrong with it, what is expected."""
     with pytest.raises(RunError, match=told) as refused:
-        overridden(tiny(), [setting])
+        override_recipe(tiny(), [setting])
     assert "\n" not in str(refused.value)

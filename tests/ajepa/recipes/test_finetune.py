@@ -6,18 +6,18 @@ from dataclasses import replace
 import pytest
 
 from ajepa.recipes.catalogue import (
-    FINETUNES,
+    FINETUNE_RECIPES,
+    choose_finetune_recipe,
     finetune_recipe,
-    from_json,
-    overridden,
-    recipe_of,
-    to_json,
+    override_recipe,
+    recipe_from_json,
+    recipe_to_json,
 )
-from ajepa.recipes.finetune import resized
-from pipeline.audio.mel_spec import mel_spec
+from ajepa.recipes.finetune import finetune_with_counts
+from pipeline.audio.mel_spec import preset_mel_spec
 from pipeline.errors import RunError
 
-NAMES = sorted(FINETUNES)
+NAMES = sorted(FINETUNE_RECIPES)
 
 TABLE = {  # A-JEPA's: base rate, warm-up and epochs, batch, masks in time and frequency, mixup, loss, frames
     "audioset-2m": (2e-4, 20, 100, 512, 192, 48, 0.5, "bce", 1024),
@@ -50,39 +50,39 @@ def test_a_recipe_comes_back_from_json_and_says_what_it_costs(name):
     """A run folder must rebuild the very model, years later; who starts one wants to know for how long."""
     made = finetune_recipe(name)
     assert made.name == name
-    assert from_json(json.loads(json.dumps(to_json(made)))) == made
-    assert made.model.bands == mel_spec(made.mel).mel_bands
-    assert "Cost" in FINETUNES[name].__doc__
-    assert "Expected" in FINETUNES[name].__doc__
+    assert recipe_from_json(json.loads(json.dumps(recipe_to_json(made)))) == made
+    assert made.model.bands == preset_mel_spec(made.mel).mel_bands
+    assert "Cost" in FINETUNE_RECIPES[name].__doc__
+    assert "Expected" in FINETUNE_RECIPES[name].__doc__
 
 
 def test_the_rate_grows_with_the_clips_of_a_step_and_ends_at_its_floor():
     """1e-3 for 256 clips is 1.25e-4 for 32; half a cosine down to 1e-6 after the warm-up."""
-    made = finetune_recipe("audioset-20k").of_epochs(100)
+    made = finetune_recipe("audioset-20k").with_step_count(100)
     assert made.steps == 6_000
-    rates = [made.lr(step) for step in (0, 200, 400, 3_200, 6_000)]
+    rates = [made.learning_rate(step) for step in (0, 200, 400, 3_200, 6_000)]
     assert rates == pytest.approx([0.0, 6.25e-5, 1.25e-4, (1.25e-4 + 1e-6) / 2, 1e-6])
-    assert resized(made, clips_per_step=64).lr(400) == pytest.approx(2.5e-4)
+    assert finetune_with_counts(made, clips_per_step=64).learning_rate(400) == pytest.approx(2.5e-4)
 
 
 def test_other_epochs_keep_the_share_of_the_warm_up():
-    made = resized(finetune_recipe("audioset-2m"), epochs=10, seed=3)
+    made = finetune_with_counts(finetune_recipe("audioset-2m"), epochs=10, seed=3)
     assert (made.epochs, made.warmup_epochs, made.seed) == (10, 2, 3)
-    assert made.of_epochs(7).steps == 70
+    assert made.with_step_count(7).steps == 70
 
 
 def test_measurements_are_spread_over_the_run_and_the_last_is_its_end():
-    made = replace(finetune_recipe("own-small"), epochs=6, warmup_epochs=1, evaluations=3).of_epochs(5)
+    made = replace(finetune_recipe("own-small"), epochs=6, warmup_epochs=1, evaluations=3).with_step_count(5)
     assert made.steps == 30
-    assert [done for done in range(1, 31) if made.evaluated(done)] == [10, 20, 30]
+    assert [done for done in range(1, 31) if made.is_evaluation_step(done)] == [10, 20, 30]
     uneven = replace(made, evaluations=4)
-    assert [done for done in range(1, 31) if uneven.evaluated(done)] == [8, 15, 23, 30]
+    assert [done for done in range(1, 31) if uneven.is_evaluation_step(done)] == [8, 15, 23, 30]
 
 
 def test_settings_reach_every_piece_and_truth_is_spelt_out():
     """`bool("false")` is true: words are read as words."""
     settings = ["augment.roll=false", "model.masking.reading=tokens", "model.encoder.drop_path=0", "loss=ce"]
-    made = overridden(finetune_recipe("audioset-20k"), settings)
+    made = override_recipe(finetune_recipe("audioset-20k"), settings)
     assert (made.augment.roll, made.model.masking.reading, made.model.encoder.drop_path) == (
         False,
         "tokens",
@@ -90,9 +90,9 @@ def test_settings_reach_every_piece_and_truth_is_spelt_out():
     )
     assert made.loss == "ce"
     with pytest.raises(RunError, match="roll=no: expected true or false"):
-        overridden(made, ["augment.roll=no"])
+        override_recipe(made, ["augment.roll=no"])
     with pytest.raises(RunError, match="a recipe has no field 'masks'"):
-        overridden(made, ["masks=inverse"])
+        override_recipe(made, ["masks=inverse"])
 
 
 @pytest.mark.parametrize(
@@ -100,13 +100,13 @@ def test_settings_reach_every_piece_and_truth_is_spelt_out():
 )
 def test_what_cannot_be_is_refused(setting):
     with pytest.raises(RunError, match=f"--set {setting}: "):
-        overridden(finetune_recipe("audioset-20k"), [setting])
+        override_recipe(finetune_recipe("audioset-20k"), [setting])
 
 
 def test_a_recipe_is_the_tasks_unless_asked_for():
     """And a model that it does not train is refused, rather than left out."""
-    assert recipe_of(None, None, "esc50").name == "esc50"
-    assert recipe_of("vit", None, "esc50").name == "esc50"
-    assert recipe_of("vit", "own-small", "esc50").name == "own-small"
+    assert choose_finetune_recipe(None, None, "esc50").name == "esc50"
+    assert choose_finetune_recipe("vit", None, "esc50").name == "esc50"
+    assert choose_finetune_recipe("vit", "own-small", "esc50").name == "own-small"
     with pytest.raises(RunError, match="model 'lstm' is unknown"):
-        recipe_of("lstm", None, "esc50")
+        choose_finetune_recipe("lstm", None, "esc50")

@@ -9,29 +9,29 @@ import torch
 from tiny import tiny
 
 from ajepa.model.masking import Curriculum, Fixed, RandomPatches
-from ajepa.pretrain.trainer import Trainer
-from ajepa.recipes.catalogue import from_json, recipe, to_json
-from ajepa.recipes.pretrain import RECIPES, a_jepa, audio_jepa, smoke
+from ajepa.pretrain.trainer import PretrainTrainer
+from ajepa.recipes.catalogue import pretrain_recipe, recipe_from_json, recipe_to_json
+from ajepa.recipes.pretrain import PRETRAIN_RECIPES, a_jepa_recipe, audio_jepa_recipe, smoke_recipe
 from ajepa.training.devices import pick_precision
-from pipeline.audio.mel_spec import mel_spec
+from pipeline.audio.mel_spec import preset_mel_spec
 from pipeline.errors import RunError
 from pipeline.loading.loader import Batch
 
-NAMES = sorted(RECIPES)
+NAMES = sorted(PRETRAIN_RECIPES)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_comes_back_from_json_as_it_was(name):
     """A run folder must rebuild the very model and masks that it was trained with, years later."""
-    made = recipe(name)
+    made = pretrain_recipe(name)
     assert made.name == name
-    assert from_json(json.loads(json.dumps(to_json(made)))) == made
+    assert recipe_from_json(json.loads(json.dumps(recipe_to_json(made)))) == made
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_says_what_it_costs_and_what_to_expect(name):
     """Who starts a run wants to know first whether it takes a minute or a month."""
-    told = RECIPES[name].__doc__
+    told = PRETRAIN_RECIPES[name].__doc__
     assert "Cost" in told
     assert "Expected" in told
 
@@ -39,19 +39,21 @@ def test_a_recipe_says_what_it_costs_and_what_to_expect(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_view_of_a_recipe_holds_the_bands_of_its_mel_preset(name):
     """A grid that does not fit its features would fail only at the first batch."""
-    made = recipe(name)
-    assert made.model.encoder.grid.bands == mel_spec(made.mel).mel_bands
+    made = pretrain_recipe(name)
+    assert made.model.encoder.grid.bands == preset_mel_spec(made.mel).mel_bands
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("steps", [1, 30, 1_000_000])
 def test_every_schedule_ends_with_the_run_whatever_its_length(name, steps):
     """--steps must move every horizon with it; tied to another length, the teacher never settles."""
-    made = recipe(name).resized(steps=steps)
+    made = pretrain_recipe(name).with_counts(steps=steps)
     schedule = made.schedule
-    assert schedule.lr(steps, steps) == pytest.approx(schedule.end_lr)
-    assert schedule.momentum(steps, steps) == schedule.ema_end
-    assert max(schedule.lr(step, steps) for step in (0, steps // 50, steps // 10)) <= schedule.peak_lr
+    assert schedule.learning_rate(steps, steps) == pytest.approx(schedule.end_lr)
+    assert schedule.teacher_momentum(steps, steps) == schedule.ema_end
+    assert (
+        max(schedule.learning_rate(step, steps) for step in (0, steps // 50, steps // 10)) <= schedule.peak_lr
+    )
     if isinstance(made.masks, Curriculum):
         assert made.masks.steps == steps
 
@@ -59,19 +61,19 @@ def test_every_schedule_ends_with_the_run_whatever_its_length(name, steps):
 def test_a_curriculum_of_another_length_than_its_run_is_refused():
     """Two lengths in one recipe: one of them would be wrong without a word."""
     with pytest.raises(ValueError, match="a curriculum over 20 steps in a run of 40"):
-        replace(smoke(), steps=40)
+        replace(smoke_recipe(), steps=40)
 
 
 def test_audio_jepa_warms_up_for_a_thousand_steps_to_its_peak():
     """Audio-JEPA (arXiv 2507.02915): 1e-6 to 3e-4 in 1 k steps, then a cosine to 0 at 100 k."""
-    schedule, steps = audio_jepa().schedule, audio_jepa().steps
-    rates = [schedule.lr(step, steps) for step in (0, 1_000, 50_500, 100_000)]
+    schedule, steps = audio_jepa_recipe().schedule, audio_jepa_recipe().steps
+    rates = [schedule.learning_rate(step, steps) for step in (0, 1_000, 50_500, 100_000)]
     assert rates == pytest.approx([1e-6, 3e-4, 1.5e-4, 0.0], abs=1e-12)
 
 
 def test_a_jepa_sees_audioset_24_times():
     """24 epochs of 2,084,320 clips, 512 at a time."""
-    made = a_jepa()
+    made = a_jepa_recipe()
     assert made.steps * made.clips_per_step == pytest.approx(24 * 2_084_320, rel=1e-4)
 
 
@@ -81,23 +83,23 @@ def test_a_jepa_sees_audioset_24_times():
 def test_a_misspelt_recipe_is_answered_with_the_nearest(typed, meant):
     """One line: what was typed, what was probably meant, what there is."""
     with pytest.raises(RunError, match=f"did you mean '{meant}'.*There are: smoke, small"):
-        recipe(typed)
+        pretrain_recipe(typed)
 
 
 def test_a_piece_that_this_version_does_not_know_is_refused():
     """A run of a later version names its missing piece instead of failing somewhere inside."""
-    told = to_json(smoke())
+    told = recipe_to_json(smoke_recipe())
     with pytest.raises(RunError, match="recipe's WholeSpectra cannot be read"):
-        from_json({**told, "masks": {"type": "WholeSpectra"}})
+        recipe_from_json({**told, "masks": {"type": "WholeSpectra"}})
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_masks_of_a_recipe_fit_its_grid_from_the_first_step_to_the_last(name):
     """Every stage of a recipe's masking has to be drawable on its own grid."""
-    made = recipe(name)
+    made = pretrain_recipe(name)
     for step in (0, made.steps // 2, made.steps - 1):
         rng = np.random.default_rng(step)
-        masks = made.masks.maker(step, rng).sample(rng, made.model.encoder.grid, batch=4)
+        masks = made.masks.mask_maker_at(step, rng).sample(rng, made.model.encoder.grid, batch=4)
         assert not set(masks.context_BK[0]) & set(masks.targets_BGQ[0].ravel())
 
 
@@ -107,7 +109,7 @@ def test_three_steps_of_the_tiny_recipe_are_those_of_the_first_version(monkeypat
         "ajepa.pretrain.trainer.step_rng", lambda seed, step: np.random.default_rng([seed, step, 0])
     )
     cpu, generator = torch.device("cpu"), torch.Generator().manual_seed(3)
-    trainer = Trainer(tiny(), cpu, precision=pick_precision("fp32", cpu))
+    trainer = PretrainTrainer(tiny(), cpu, precision=pick_precision("fp32", cpu))
     losses = []
     for step in range(3):
         batch = Batch(
@@ -117,7 +119,7 @@ def test_three_steps_of_the_tiny_recipe_are_those_of_the_first_version(monkeypat
             labels_BC=None,
             weights_B=torch.ones(8),
         )
-        losses.append(trainer.step(step, batch)["loss"])
+        losses.append(trainer.train_step(step, batch)["loss"])
     assert losses == pytest.approx([1.0123282670974731, 1.0111634731292725, 1.0073821544647217], rel=1e-5)
 
 
@@ -139,7 +141,7 @@ def test_several_mask_sets_are_drawn_for_every_clip(monkeypatch):
         labels_BC=None,
         weights_B=torch.ones(4),
     )
-    told = Trainer(made, torch.device("cpu")).step(0, batch)
+    told = PretrainTrainer(made, torch.device("cpu")).train_step(0, batch)
     assert asked == [12]
     assert 0.5 < told["loss"] < 2
     with pytest.raises(ValueError, match="must be at least 1"):
@@ -156,6 +158,9 @@ def test_the_loss_of_the_whole_clip_is_logged_where_there_is_one():
         labels_BC=None,
         weights_B=torch.ones(4),
     )
-    told = [Trainer(tiny(model=made), torch.device("cpu")).step(0, batch) for made in (model, tiny().model)]
+    told = [
+        PretrainTrainer(tiny(model=made), torch.device("cpu")).train_step(0, batch)
+        for made in (model, tiny().model)
+    ]
     assert 0 < told[0]["clip_loss"] < told[0]["loss"]
     assert "clip_loss" not in told[1]

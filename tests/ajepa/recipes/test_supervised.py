@@ -4,19 +4,19 @@ import numpy as np
 import pytest
 import torch
 
-from ajepa.finetune.trainer import layered_adamw
-from ajepa.model.classifier import MODELS, built, of_frames
-from ajepa.recipes.catalogue import finetune_recipe, overridden, recipe_of
-from ajepa.recipes.finetune import resized
+from ajepa.finetune.trainer import layerwise_adamw
+from ajepa.model.classifier import CLASSIFIER_KINDS, build_classifier, spec_for_frames
+from ajepa.recipes.catalogue import choose_finetune_recipe, finetune_recipe, override_recipe
+from ajepa.recipes.finetune import finetune_with_counts
 from ajepa.recipes.optimiser import one_cycle
-from ajepa.recipes.supervised import SUPERVISED
+from ajepa.recipes.supervised import SUPERVISED_RECIPES
 from pipeline.errors import RunError
 
 
 def test_cnn6_is_trained_as_panns():
     """Adam at 1e-3 from the first step to the last, 32 clips, balanced by class, all mixed, 2 x 64 and 2 x 8 masked."""
     made, change = finetune_recipe("cnn6"), finetune_recipe("cnn6").augment
-    assert {made.lr(step) for step in (0, 1, 300_000, 599_999)} == {1e-3}
+    assert {made.learning_rate(step) for step in (0, 1, 300_000, 599_999)} == {1e-3}
     assert (made.mel, made.clips_per_step, made.loss) == ("panns", 32, "bce")
     assert (made.sampling, made.weights) == ("balanced", "panns")
     assert (change.time_mask_frames, change.band_mask_bands, change.masks_each) == (64, 8, 2)
@@ -28,15 +28,15 @@ def test_convnext_is_trained_in_one_cycle():
     """75,000 steps on 224 bands; the rate rises for 30 % of them."""
     made = finetune_recipe("convnext")
     assert (made.steps, made.mel, made.model.bands, made.model.size) == (75_000, "convnext", 224, "tiny")
-    rates = [made.lr(step) for step in range(0, 75_000, 500)]
+    rates = [made.learning_rate(step) for step in range(0, 75_000, 500)]
     assert np.argmax(rates) == 45
     assert rates[0] == pytest.approx(max(rates) / 25)
 
 
 def test_passt_is_trained_with_structured_patchout():
     """AdamW at 2e-5 for 12 clips, decay 1e-4, 40 columns and 4 rows left out, 192/48 masked, mixtures of 0.3."""
-    made = finetune_recipe("passt").of_epochs(100)
-    assert max(made.lr(step) for step in range(made.steps)) == pytest.approx(2e-5)
+    made = finetune_recipe("passt").with_step_count(100)
+    assert max(made.learning_rate(step) for step in range(made.steps)) == pytest.approx(2e-5)
     assert (made.clips_per_step, made.optimiser.weight_decay) == (12, 1e-4)
     assert (made.model.drop_cols, made.model.drop_rows) == (40, 4)
     change = made.augment
@@ -61,40 +61,40 @@ def test_one_cycle_is_torchs():
 
 def test_each_model_has_a_recipe_of_its_name():
     """So that `--model cnn6` is enough."""
-    for name in set(MODELS) - {"vit"}:
-        assert recipe_of(name, None, "audioset-20k").name == name
-    assert recipe_of("cnn6", "cnn6-small", "own").name == "cnn6-small"
+    for name in set(CLASSIFIER_KINDS) - {"vit"}:
+        assert choose_finetune_recipe(name, None, "audioset-20k").name == name
+    assert choose_finetune_recipe("cnn6", "cnn6-small", "own").name == "cnn6-small"
     with pytest.raises(RunError, match="recipe cnn6-small trains a cnn6, not a passt"):
-        recipe_of("passt", "cnn6-small", "own")
+        choose_finetune_recipe("passt", "cnn6-small", "own")
 
 
 def test_steps_take_the_place_of_epochs_and_epochs_that_of_steps():
     """Whoever asks for one gets it; the cycle keeps its shape."""
     made = finetune_recipe("cnn6-small")
-    assert resized(made, steps=60).of_epochs(1_000).steps == 60
-    assert resized(made, epochs=3).of_epochs(28).steps == 84
-    assert resized(made, steps=60).lr(18) == pytest.approx(3e-3)
+    assert finetune_with_counts(made, steps=60).with_step_count(1_000).steps == 60
+    assert finetune_with_counts(made, epochs=3).with_step_count(28).steps == 84
+    assert finetune_with_counts(made, steps=60).learning_rate(18) == pytest.approx(3e-3)
 
 
-@pytest.mark.parametrize("name", sorted(SUPERVISED))
+@pytest.mark.parametrize("name", sorted(SUPERVISED_RECIPES))
 def test_all_layers_learn_at_one_rate(name):
     """Rates that fall with depth are for encoders that are pre-trained."""
     made = finetune_recipe(name)
     assert made.layer_decay == 1
     if name.endswith("small"):
-        groups = layered_adamw(
-            built(made.model, 5, 0).layers(), made.optimiser, made.layer_decay
+        groups = layerwise_adamw(
+            build_classifier(made.model, 5, 0).weights_by_depth(), made.optimiser, made.layer_decay
         ).param_groups
         assert {group["share"] for group in groups} == {1.0}
 
 
 def test_clips_too_short_for_a_model_are_refused():
     """One line, with what the model wants."""
-    assert of_frames(finetune_recipe("passt").model, 500).cols == 49
+    assert spec_for_frames(finetune_recipe("passt").model, 500).cols == 49
     with pytest.raises(RunError, match=r"clips of 98 frames are too short for this model: .*40 columns"):
-        of_frames(finetune_recipe("passt").model, 98)
+        spec_for_frames(finetune_recipe("passt").model, 98)
 
 
 def test_a_field_of_a_model_can_be_set():
-    made = overridden(finetune_recipe("convnext"), ["model.size=atto", "model.drop_path=0"])
+    made = override_recipe(finetune_recipe("convnext"), ["model.size=atto", "model.drop_path=0"])
     assert (made.model.size, made.model.drop_path) == ("atto", 0)

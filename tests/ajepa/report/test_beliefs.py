@@ -5,7 +5,7 @@ import torch
 from tiny import tiny
 
 from ajepa.model.jepa import Jepa
-from ajepa.report.page import distances
+from ajepa.report.page import prediction_distance_BP
 
 MODEL = Jepa(tiny().model, seed=3).eval()
 
@@ -18,7 +18,7 @@ FULL_B = torch.full((3,), GRID.frames)
 
 def test_the_mean_over_a_fold_is_what_the_model_reports_of_the_same_masks():
     """The picture and the logged cosine must be the same quantity."""
-    apart_BP = distances(MODEL, MEL_BTF, FULL_B, folds=2, seed=5)
+    apart_BP = prediction_distance_BP(MODEL, MEL_BTF, FULL_B, hiding_rounds=2, seed=5)
     order_P = np.random.default_rng([5, GRID.tokens]).permutation(GRID.tokens)
     for hidden_Q in np.array_split(order_P, 2):
         hidden_Q, seen_K = np.sort(hidden_Q), np.setdiff1d(order_P, hidden_Q)
@@ -30,7 +30,7 @@ def test_the_mean_over_a_fold_is_what_the_model_reports_of_the_same_masks():
 def test_every_patch_of_sound_has_a_distance_and_no_other_one_has():
     """Padding is not audio: it is neither predicted nor shown."""
     half_B = torch.tensor([GRID.frames, GRID.frames // 2, GRID.patch_frames])
-    apart_BC = distances(MODEL, MEL_BTF, half_B).reshape(3, GRID.cols, GRID.rows)
+    apart_BC = prediction_distance_BP(MODEL, MEL_BTF, half_B).reshape(3, GRID.cols, GRID.rows)
     known_BC = torch.isfinite(apart_BC)
     assert known_BC[0].all()
     assert known_BC[1, : GRID.cols // 2].all()
@@ -55,5 +55,5 @@ def guesses(mel_BTF: torch.Tensor) -> torch.Tensor:
     model = Jepa(tiny().model, seed=3).eval()
     with torch.no_grad():
         target_PD = torch.linspace(-1, 1, GRID.tokens * model.spec.encoder.width).view(GRID.tokens, -1).sin()
-    model.describe = lambda mel_BTF, valid_BP=None: target_PD.expand(len(mel_BTF), -1, -1)
-    return distances(model, mel_BTF, FULL_B)
+    model.target_features = lambda mel_BTF, valid_BP=None: target_PD.expand(len(mel_BTF), -1, -1)
+    return prediction_distance_BP(model, mel_BTF, FULL_B)

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from tiny import tiny, tiny_finetune
 
-from ajepa.evaluate.classifier_scores import held_out
-from ajepa.evaluate.evaluate import evaluate
-from ajepa.evaluate.result import EVALUATION, Evaluation
+from ajepa.evaluate.classifier_scores import held_out_task_data
+from ajepa.evaluate.evaluate import evaluate_run
+from ajepa.evaluate.result import EVALUATION_FILE, Evaluation
 from ajepa.evaluate.tasks import TASKS
 from ajepa.finetune.finetune import finetune
 from ajepa.pretrain.pretrain import pretrain
-from ajepa.recipes.supervised import cnn6_small
-from ajepa.report.charts import nice, step_chart, told
-from ajepa.report.page import SECTIONS, run_page, values_of
-from ajepa.report.pictures import report
+from ajepa.recipes.supervised import cnn6_small_recipe
+from ajepa.report.charts import curves_over_steps, format_three_digits, round_axis_range
+from ajepa.report.page import RUN_PAGE_SECTIONS, logged_values_N, run_page_html
+from ajepa.report.pictures import draw_run_report
 from ajepa.training.run import Run
 from ajepa.training.trained_run import TrainedRun
 from pipeline.errors import RunError
@@ -56,21 +56,21 @@ def run(store_path, tmp_path_factory) -> Run:
 def pages(run, store_path) -> tuple[str, str]:
     """Before it was evaluated, and after."""
     store = FeatureStore.open(store_path)
-    before = run_page(store, run)
-    evaluate(store, run.path, device="cpu", probes=("linear", "knn"))
-    return before, run_page(store, run)
+    before = run_page_html(store, run)
+    evaluate_run(store, run.path, device="cpu", probes=("linear", "knn"))
+    return before, run_page_html(store, run)
 
 
 def test_a_run_that_was_not_evaluated_is_shown_and_says_how_it_would_be(pages):
     """Every section is there, with the command that fills the one that is empty."""
     elements = Elements(pages[0])
-    assert {section["id"] for section in elements.of("section")} == set(SECTIONS)
+    assert {section["id"] for section in elements.of("section")} == set(RUN_PAGE_SECTIONS)
     assert "Not evaluated yet: ajepa-train evaluate" in elements.text
 
 
 def test_the_scores_are_those_of_the_evaluation(pages, run, store_path):
     """Values with their intervals, a table for each label set, a row for each class that was measured."""
-    evaluation, text = Evaluation.read(run.path / EVALUATION), Elements(pages[1]).text
+    evaluation, text = Evaluation.read_json(run.path / EVALUATION_FILE), Elements(pages[1]).text
     for score in evaluation.scores:
         estimate = score.metrics["map"]
         assert f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]" in text
@@ -98,28 +98,30 @@ def test_the_page_asks_nobody_for_anything(pages):
 
 def test_a_curve_leaves_out_the_steps_at_which_nothing_was_measured(run):
     """Health and probes are logged now and then: a line between zeros would be a lie."""
-    ranks_N = values_of(run.metrics(), "health_rank")
+    ranks_N = logged_values_N(run.metrics(), "health_rank")
     assert np.isfinite(ranks_N).sum() == 3
     step_N = np.array([line["step"] for line in run.metrics()])
     assert step_N[np.isfinite(ranks_N)].tolist() == [10, 20, 30]
-    (line,) = re.findall(r'<polyline points="([^"]*)"', step_chart(step_N, [("rank", ranks_N)], "step"))
+    (line,) = re.findall(
+        r'<polyline points="([^"]*)"', curves_over_steps(step_N, [("rank", ranks_N)], "step")
+    )
     assert len(line.split()) == 3
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.9, 0.989), (3e-5, 1e-3), (-2.2, 17.0), (5.0, 5.0)])
 def test_an_axis_holds_its_values_between_round_numbers(low, high):
     """Five lines, of which the outer two enclose everything."""
-    first, last = nice(low, high)
+    first, last = round_axis_range(low, high)
     assert first <= low + 1e-12
     assert last >= high - 1e-12
-    assert all(len(told(number)) <= 8 for number in np.linspace(first, last, 5))
+    assert all(len(format_three_digits(number)) <= 8 for number in np.linspace(first, last, 5))
 
 
 @pytest.fixture(scope="module", params=["vit", "cnn6"])
 def tuned(request, run, store_path, tmp_path_factory) -> Run:
     """A classifier with an encoder that was pre-trained, and one without any."""
     path = tmp_path_factory.mktemp("runs") / request.param
-    recipe, start = replace(cnn6_small(), steps=4, clips_per_step=4, log_every=1), None
+    recipe, start = replace(cnn6_small_recipe(), steps=4, clips_per_step=4, log_every=1), None
     if request.param == "vit":
         start = TrainedRun.open(run.path)
         recipe = start.adapt_recipe(tiny_finetune(steps=4))
@@ -130,10 +132,10 @@ def tuned(request, run, store_path, tmp_path_factory) -> Run:
 def test_a_fine_tuned_run_is_shown_without_what_it_has_not(tuned, store_path, tmp_path):
     """No masks, no predictor; what was learnt, from where, and how it was measured on the way and at the end."""
     page = tmp_path / "page.html"
-    assert report(store_path, tuned.path, html=page) == [page]
+    assert draw_run_report(store_path, tuned.path, html=page) == [page]
     elements = Elements(page.read_text())
     shown = [section["id"] for section in elements.of("section")]
-    assert shown == [name for name in SECTIONS if name not in ("masks", "beliefs")]
+    assert shown == [name for name in RUN_PAGE_SECTIONS if name not in ("masks", "beliefs")]
     assert [link["href"] for link in elements.of("a")] == [f"#{name}" for name in shown]
     text = elements.text
     classes = len(tuned.identity["classes"])
@@ -144,8 +146,8 @@ def test_a_fine_tuned_run_is_shown_without_what_it_has_not(tuned, store_path, tm
     ) in text
     assert f">{'vit' if origin else 'cnn6'}<" in page.read_text()
     assert "Held-out clips while training, mAP" in text
-    score = Evaluation.read(tuned.path / EVALUATION).scores[0]
-    assert f"{score.map:.3f} [" in text
+    score = Evaluation.read_json(tuned.path / EVALUATION_FILE).scores[0]
+    assert f"{score.map_value:.3f} [" in text
     assert "Average precision of every class (classifier, own head)" in text
     assert "by t-SNE of what the classifier says" in text
     assert len([dot for dot in elements.of("circle") if "data-mel" in dot]) == len(
@@ -154,7 +156,7 @@ def test_a_fine_tuned_run_is_shown_without_what_it_has_not(tuned, store_path, tm
 
 
 def held_out_rows(tuned: Run, store_path: Path) -> np.ndarray:
-    return held_out(tuned, FeatureStore.open(store_path)).eval_N
+    return held_out_task_data(tuned, FeatureStore.open(store_path)).eval_N
 
 
 def test_of_a_fine_tuned_run_there_are_no_pictures(tuned, store_path, tmp_path):
@@ -162,12 +164,14 @@ def test_of_a_fine_tuned_run_there_are_no_pictures(tuned, store_path, tmp_path):
     with pytest.raises(
         RunError, match="is fine-tuned, of which there are no pictures to draw; leave out --out"
     ):
-        report(store_path, tuned.path, tmp_path / "pictures")
+        draw_run_report(store_path, tuned.path, tmp_path / "pictures")
     assert not list(tmp_path.iterdir())
 
 
 def test_the_page_is_written_where_it_was_asked_for(run, store_path, tmp_path):
     """With pictures beside it, if both are wanted."""
-    written = report(store_path, run.path, tmp_path / "pictures", html=tmp_path / "deep" / "page.html")
+    written = draw_run_report(
+        store_path, run.path, tmp_path / "pictures", html=tmp_path / "deep" / "page.html"
+    )
     assert written[0] == tmp_path / "deep" / "page.html"
     assert all(Path(file).stat().st_size > 1000 for file in written)

@@ -5,50 +5,50 @@ import polars as pl
 import pytest
 from corpus import BROKEN, MISSING, SILENT, clip_id
 
-from pipeline.store.manifest import REASONS
+from pipeline.store.manifest import FAILURE_REASONS
 from pipeline.store.summary import (
     ClassCounts,
-    Coverage,
-    coverage,
-    examples,
-    histogram,
-    label_table,
-    size,
-    value_counts,
+    ClipCoverage,
+    count_good_values,
+    coverage_table,
+    failure_examples,
+    format_bytes,
+    good_clip_histogram,
+    read_label_table,
 )
 
 
 def test_every_listed_clip_is_good_or_failed_for_a_reason(store):
     """Nothing falls between: listed = good + failed, and failed = the sum of its reasons."""
-    seen = Coverage.of(store.manifest)
+    seen = ClipCoverage.from_manifest(store.manifest)
     assert seen.splits == ("a_train", "eval")
-    assert seen.listed == (36, 12)
-    assert seen.good == (36 - 2, 12 - 1)
-    assert tuple(np.add(seen.good, seen.failed)) == seen.listed
-    assert tuple(np.sum(list(seen.reasons.values()), axis=0)) == seen.failed
-    assert seen.flags["shorter"] == (2, 1)
+    assert seen.listed_counts == (36, 12)
+    assert seen.good_counts == (36 - 2, 12 - 1)
+    assert tuple(np.add(seen.good_counts, seen.failed_counts)) == seen.listed_counts
+    assert tuple(np.sum(list(seen.reason_counts.values()), axis=0)) == seen.failed_counts
+    assert seen.flag_counts["shorter"] == (2, 1)
 
 
 def test_the_table_in_text_gives_the_same_counts(store):
     """Reasons in the manifest's order, those that no clip has left out."""
-    lines = {line[:22].strip(): line[22:].split() for line in coverage(store.manifest).splitlines()}
+    lines = {line[:22].strip(): line[22:].split() for line in coverage_table(store.manifest).splitlines()}
     assert lines["clips listed"] == ["36", "12"]
     assert lines["missing"] == ["1", "0"]
     assert lines["unreadable"] == ["0", "1"]
-    assert [name for name in lines if name in REASONS] == ["missing", "unreadable", "silent"]
+    assert [name for name in lines if name in FAILURE_REASONS] == ["missing", "unreadable", "silent"]
 
 
 def test_long_names_of_splits_stay_apart(store):
     """`unbalanced_train_segments` is longer than a column used to be."""
     long = store.manifest.with_columns(split=pl.lit("unbalanced_train_segments_again") + pl.col("split"))
-    head = coverage(long).splitlines()[0].split()
+    head = coverage_table(long).splitlines()[0].split()
     assert head[1:] == [f"unbalanced_train_segments_again{split}" for split in ("a_train", "eval")]
 
 
 def test_classes_are_counted_as_the_labels_say(store):
     """Two ways that must agree: a pass over all labels, and the 0/1 matrix of each split."""
-    labels, _ = label_table(store)
-    counts = ClassCounts.of(store, labels, ["a_train", "eval"])
+    labels, _ = read_label_table(store)
+    counts = ClassCounts.from_store(store, labels, ["a_train", "eval"])
     for name in ("raw", "unambiguous"):
         for place, split in enumerate(["a_train", "eval"]):
             expected_C = store.labels_BC(store.good_rows([split]), name).sum(0)
@@ -58,7 +58,7 @@ def test_classes_are_counted_as_the_labels_say(store):
 
 def test_failures_are_shown_by_name(store):
     """Who fetches a clip again needs its id."""
-    some = examples(store.manifest)
+    some = failure_examples(store.manifest)
     assert {reason: clips[0]["clip_id"] for reason, clips in some.items()} == {
         "missing": clip_id(MISSING),
         "silent": clip_id(SILENT),
@@ -69,11 +69,11 @@ def test_failures_are_shown_by_name(store):
 def test_distributions_count_every_good_clip_once(store):
     """What lies beyond the outermost bins counts in these."""
     good = len(store.good_rows())
-    assert sum(count for _, count in value_counts(store.manifest, "rate_hz")) == good
-    assert histogram(store.manifest, "seconds", np.array([0.0, 2.5, 5.0])).tolist() == [1, good - 1]
-    assert histogram(store.manifest, "seconds", np.array([20.0, 30.0])).tolist() == [good]
+    assert sum(count for _, count in count_good_values(store.manifest, "rate_hz")) == good
+    assert good_clip_histogram(store.manifest, "seconds", np.array([0.0, 2.5, 5.0])).tolist() == [1, good - 1]
+    assert good_clip_histogram(store.manifest, "seconds", np.array([20.0, 30.0])).tolist() == [good]
 
 
 @pytest.mark.parametrize(("count", "said"), [(0, "0 B"), (1536, "1.5 KiB"), (5 * 2**40, "5.0 TiB")])
 def test_bytes_are_told_in_binary_units(count, said):
-    assert size(count) == said
+    assert format_bytes(count) == said

@@ -5,18 +5,18 @@ import ranks
 import torch
 from ranks import seen, torchrun
 
-from ajepa.training.distributed import ALONE, World, joined, world_here
+from ajepa.training.distributed import SINGLE_PROCESS, World, join_ranks, world_from_environment
 from ajepa.training.run import Run
-from pipeline.errors import Interrupted
+from pipeline.errors import StopSignal
 
 
 def assert_near(run: Run, other: Run, *, at: int | str = "last") -> None:
     """Equal up to the order in which floats are added, which AdamW makes as large as rate times steps at worst."""
-    one, two = run.load(at=at).parts, other.load(at=at).parts
+    one, two = run.load_checkpoint(at=at).parts, other.load_checkpoint(at=at).parts
     for part in ("encoder", "target", "predictor"):
         for name, value in one[part].items():
             torch.testing.assert_close(two[part][name], value, rtol=1e-3, atol=2e-4)
-    for line, of_other in zip(run.metrics(), other.metrics(), strict=False):
+    for line, of_other in zip(run.read_metrics(), other.read_metrics(), strict=False):
         for name in ("loss", "gradient_norm", "cosine"):
             assert of_other[name] == pytest.approx(line[name], rel=1e-3), (line["step"], name)
 
@@ -33,7 +33,7 @@ def test_two_ranks_take_the_steps_of_one_process(store_path, tmp_path, alone):
     assert status == 0, said
     run = Run.open(tmp_path / "run")
     assert_near(alone, run)
-    assert [line["step"] for line in run.metrics()] == list(range(1, 9))
+    assert [line["step"] for line in run.read_metrics()] == list(range(1, 9))
     assert run.recipe == alone.recipe
     for whole, first, second in zip(seen(alone.path, 0), seen(run.path, 0), seen(run.path, 1), strict=True):
         assert whole == [whole[0], first[1] + second[1], first[2] + second[2]]
@@ -47,9 +47,9 @@ def test_two_ranks_take_the_steps_of_one_process(store_path, tmp_path, alone):
 
 def test_one_process_is_carried_on_by_two_in_the_middle_of_an_epoch(store_path, tmp_path, alone):
     """The batch is the recipe's, whoever computes it, and in however many passes."""
-    with pytest.raises(Interrupted):
+    with pytest.raises(StopSignal):
         ranks.train(store_path, tmp_path / "run", "stop")
-    assert Run.open(tmp_path / "run").step == 6
+    assert Run.open(tmp_path / "run").newest_step == 6
     status, said = torchrun(store_path, tmp_path / "run", "micro")
     assert status == 0, said
     assert_near(alone, Run.open(tmp_path / "run"))
@@ -60,7 +60,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_with_a_checkpoint(store
     status, said = torchrun(store_path, tmp_path / "run", "stop")
     assert status != 0
     run = Run.open(tmp_path / "run")
-    assert run.step == run.metrics()[-1]["step"] == 6
+    assert run.newest_step == run.read_metrics()[-1]["step"] == 6
     assert [len(seen(run.path, rank)) for rank in range(2)] == [6, 6]
     assert sum("checkpoint written at step 6 of 8" in line for line in said) == 1
     assert sum("interrupted; nothing is lost" in line for line in said) == 1
@@ -82,7 +82,7 @@ def test_what_ends_one_rank_ends_all_with_one_message(store_path, tmp_path, what
     errors = [line for line in said if "error: " in line]
     assert len(errors) == 1, said
     assert told in errors[0]
-    assert Run.open(tmp_path / "run").step == 4
+    assert Run.open(tmp_path / "run").newest_step == 4
     if what == "nan":
         kept = sorted(file.name for file in (tmp_path / "run" / "bad-step-00000006").iterdir())
         assert kept == [f"rank-{rank}.{kind}" for rank in range(2) for kind in ("json", "safetensors")]
@@ -101,12 +101,12 @@ def test_ranks_refuse_with_one_message_what_none_of_them_can_do(store_path, tmp_
 
 def test_without_torchrun_a_process_is_alone(monkeypatch):
     """No group is made and nothing is waited for; torchrun's variables say who one is."""
-    with joined() as world:
-        assert world == ALONE
-        assert world.sum(3, 0.5) == [3, 0.5]
-        world.wait()
+    with join_ranks() as world:
+        assert world == SINGLE_PROCESS
+        assert world.sum_over_ranks(3, 0.5) == [3, 0.5]
+        world.wait_for_ranks()
     told = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
     for name, value in told.items():
         monkeypatch.setenv(name, value)
-    assert world_here() == World(rank=5, size=8, local_rank=1, local_size=4)
-    assert not world_here().main
+    assert world_from_environment() == World(rank=5, size=8, local_rank=1, local_size=4)
+    assert not world_from_environment().is_main

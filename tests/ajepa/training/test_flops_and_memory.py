@@ -19,7 +19,7 @@ from large_classifiers import larger
 from tiny import tiny, tiny_finetune
 from torch.utils.flop_counter import FlopCounterMode
 
-from ajepa.model.classifier import RegularisedMasking, built
+from ajepa.model.classifier import RegularisedMasking, build_classifier
 from ajepa.model.cnn6 import Cnn6Spec
 from ajepa.model.jepa import Jepa, JepaSpec, TargetName
 from ajepa.model.masking import Fixed, RandomBlocks, RandomPatches
@@ -27,21 +27,21 @@ from ajepa.model.passt import PasstSpec
 from ajepa.model.patches import PatchGrid
 from ajepa.model.transformer import written_out_attention
 from ajepa.model.vit import EncoderSpec, PredictorSpec
-from ajepa.recipes.catalogue import finetune_recipe, overridden
-from ajepa.recipes.pretrain import Pretrain, a_jepa, small
-from ajepa.training.distributed import ALONE, World
-from ajepa.training.flops import StepShape, classifier_step_cost, seen_of, step_flop
+from ajepa.recipes.catalogue import finetune_recipe, override_recipe
+from ajepa.recipes.pretrain import Pretrain, a_jepa_recipe, small_recipe
+from ajepa.training.distributed import SINGLE_PROCESS, World
+from ajepa.training.flops import StepShape, classifier_step_cost, pretrain_step_flop, transformer_shape
 from ajepa.training.memory import (
-    GB,
-    Ways,
-    advice,
+    BYTES_PER_GB,
+    SmallerOptions,
     classifier_memory,
-    encoder_parameters,
-    predictor_parameters,
+    encoder_weight_count,
+    predictor_weight_count,
     pretrain_memory,
     refuse_large_classifier,
-    refuse_large_pretraining,
-    weights_of,
+    refuse_large_pretrain,
+    suggest_smaller_step,
+    transformer_weight_count,
 )
 from pipeline.errors import RunError
 
@@ -54,21 +54,25 @@ def counted(recipe: Pretrain, monkeypatch, *, recompute: bool) -> tuple[int, Ste
     Attention is written out, for torch counts nothing in its fused kernel on CPUs; the signs of health are left
     out, which are products with a vector.
     """
-    monkeypatch.setattr("ajepa.model.transformer.attention_for", lambda device, dtype: written_out_attention)
     monkeypatch.setattr(
-        "ajepa.model.jepa._variance_D", lambda x, share: (x.flatten(0, -2) - 1).square().mean(0)
+        "ajepa.model.transformer.choose_attention", lambda device, dtype: written_out_attention
+    )
+    monkeypatch.setattr(
+        "ajepa.model.jepa._weighted_variance_D", lambda x, share: (x.flatten(0, -2) - 1).square().mean(0)
     )
     model, grid = Jepa(recipe.model), recipe.model.encoder.grid
     if recompute:
-        model.recompute()
+        model.enable_recompute()
     rng = np.random.default_rng(3)
-    masks = recipe.masks.maker(0, rng).sample(rng, grid, batch=CLIPS * recipe.mask_sets)
+    masks = recipe.masks.mask_maker_at(0, rng).sample(rng, grid, batch=CLIPS * recipe.mask_sets)
     mel_BTF = torch.randn(CLIPS, grid.frames, grid.bands)
     context_BK, targets_BGQ = torch.from_numpy(masks.context_BK), torch.from_numpy(masks.targets_BGQ)
     with FlopCounterMode(display=False) as counter:
         model(mel_BTF, context_BK, targets_BGQ, torch.full((CLIPS,), grid.frames), rng).loss.backward()
     _, groups, queries = targets_BGQ.shape
-    shape = StepShape(clips=CLIPS, context=context_BK.shape[1], groups=groups, queries=queries)
+    shape = StepShape(
+        clips=CLIPS, context_tokens=context_BK.shape[1], target_groups=groups, tokens_per_group=queries
+    )
     return counter.get_total_flops(), shape
 
 
@@ -99,7 +103,7 @@ def options(**changes) -> Pretrain:
 def test_the_formula_counts_what_torch_counts(recipe, recompute, monkeypatch):
     """To the last operation, whatever the options: a cost that is off by a third compares nothing."""
     seen, shape = counted(recipe, monkeypatch, recompute=recompute)
-    assert step_flop(recipe, shape, recompute=recompute) == seen
+    assert pretrain_step_flop(recipe, shape, recompute=recompute) == seen
 
 
 LINUX = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc/self/statm")
@@ -110,24 +114,24 @@ MEASURED = """
 import resource, sys
 import numpy as np, torch
 from ajepa.training.devices import pick_precision
-from ajepa.recipes.catalogue import overridden
-from ajepa.recipes.pretrain import small
-from ajepa.pretrain.trainer import Trainer
+from ajepa.recipes.catalogue import override_recipe
+from ajepa.recipes.pretrain import small_recipe
+from ajepa.pretrain.trainer import PretrainTrainer
 from pipeline.loading.loader import Batch
 
 def steps(recipe, bf16, recompute, micro_clips):
     cpu = torch.device("cpu")
     numbers = pick_precision("bf16" if bf16 else "fp32", cpu)
-    trainer = Trainer(recipe, cpu, recompute=recompute, precision=numbers, micro_clips=micro_clips)
+    trainer = PretrainTrainer(recipe, cpu, recompute=recompute, precision=numbers, micro_clips=micro_clips)
     for step in (0, recipe.steps // 2, recipe.steps - 1):
         clips, frames = recipe.clips_per_step, recipe.view_frames
-        trainer.step(step, Batch(mel_BTF=torch.randn(clips, frames, 128), n_frames_B=torch.full((clips,), frames),
+        trainer.train_step(step, Batch(mel_BTF=torch.randn(clips, frames, 128), n_frames_B=torch.full((clips,), frames),
                                  rows_B=np.arange(clips), labels_BC=None, weights_B=torch.ones(clips)))
 
 how = {name: name in sys.argv for name in ("bf16", "recompute")} | {"micro_clips": 8 if "micro" in sys.argv else None}
-steps(small().resized(clips_per_step=1), **how)
+steps(small_recipe().with_counts(clips_per_step=1), **how)
 before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-steps(overridden(small(), [a for a in sys.argv if "=" in a]), **how)
+steps(override_recipe(small_recipe(), [a for a in sys.argv if "=" in a]), **how)
 peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM:"))
 print(int(peak) * 1024 - before)  # not ru_maxrss: a child's begins with the size of who forked it
 """
@@ -146,14 +150,14 @@ def test_the_estimate_is_near_what_a_process_takes(how):
     program = [sys.executable, "-c", MEASURED, *how]
     env = os.environ | ({"MALLOC_MMAP_THRESHOLD_": "65536"} if "micro" in how else {})
     measured = int(subprocess.run(program, capture_output=True, check=True, env=env).stdout)
-    recipe, bf16 = overridden(small(), [one for one in how if "=" in one]), "bf16" in how
+    recipe, bf16 = override_recipe(small_recipe(), [one for one in how if "=" in one]), "bf16" in how
     told = pretrain_memory(
         recipe,
         bf16=bf16,
         written_out=bf16,
         recompute="recompute" in how,
         micro_clips=8 if "micro" in how else None,
-    ).total
+    ).total_bytes
     assert 1 / 1.5 < told / measured < 1.5
 
 
@@ -168,24 +172,24 @@ def test_weights_are_counted_to_the_last_one(options, clip_weight, targets):
     predictor = PredictorSpec(width=24, depth=2, heads=2, **options)
     spec = JepaSpec(encoder=encoder, predictor=predictor, clip_weight=clip_weight, targets=targets)
     jepa = Jepa(spec)
-    assert encoder_parameters(encoder) == sum(p.numel() for p in jepa.encoder.parameters())
-    counted = predictor_parameters(predictor, 48, clip_weight > 0, target_width=spec.target_width)
+    assert encoder_weight_count(encoder) == sum(p.numel() for p in jepa.encoder.parameters())
+    counted = predictor_weight_count(predictor, 48, clip_weight > 0, target_width=spec.target_width)
     assert counted == sum(p.numel() for p in jepa.predictor.parameters())
 
 
 def test_the_sizes_of_the_papers_by_arithmetic():
     """Audio-JEPA (arXiv 2507.02915): 85,253,376 and 11,238,912."""
-    assert encoder_parameters(EncoderSpec(grid=PatchGrid.of(256, 128))) == 85_253_376
-    assert predictor_parameters(PredictorSpec(), 768) == 11_238_912
+    assert encoder_weight_count(EncoderSpec(grid=PatchGrid.from_size(256, 128))) == 85_253_376
+    assert predictor_weight_count(PredictorSpec(), 768) == 11_238_912
 
 
 def test_activations_grow_with_the_clips_and_the_mask_sets_and_shrink_when_recomputed():
     """What to lower, and what lowers what."""
-    recipe = small()
-    one, two = (pretrain_memory(recipe.resized(clips_per_step=clips), bf16=False) for clips in (64, 128))
+    recipe = small_recipe()
+    one, two = (pretrain_memory(recipe.with_counts(clips_per_step=clips), bf16=False) for clips in (64, 128))
     assert two.activations == pytest.approx(2 * one.activations, rel=0.1)
     assert (two.weights, two.gradients, two.moments) == (one.weights, one.gradients, one.moments)
-    sets = pretrain_memory(replace(recipe.resized(clips_per_step=64), mask_sets=2), bf16=False)
+    sets = pretrain_memory(replace(recipe.with_counts(clips_per_step=64), mask_sets=2), bf16=False)
     assert 1.6 * one.activations < sets.activations < 2 * one.activations
     assert pretrain_memory(recipe, bf16=False, recompute=True).activations < 0.7 * (
         pretrain_memory(recipe, bf16=False).activations
@@ -194,35 +198,35 @@ def test_activations_grow_with_the_clips_and_the_mask_sets_and_shrink_when_recom
 
 def test_a_recipe_larger_than_memory_is_refused_with_figures_and_what_to_lower(monkeypatch):
     """Before its first step, and not by the kernel's killer at three in the morning."""
-    monkeypatch.setattr("ajepa.training.memory.free_bytes", lambda device: int(20 * GB))
+    monkeypatch.setattr("ajepa.training.memory.free_memory_bytes", lambda device: int(20 * BYTES_PER_GB))
     with pytest.raises(RunError) as refused:
-        refuse_large_pretraining(a_jepa(), CPU, half=False)
+        refuse_large_pretrain(a_jepa_recipe(), CPU, half=False)
     message = str(refused.value)
     assert "\n" not in message
     assert message.startswith("recipe a-jepa needs about ")
     assert "activations" in message
     assert "for 512 clips at once, cpu has 20.00 GB free; try --recompute, or --micro-batch " in message
     clips = int(message.split("--micro-batch ")[1].split(",")[0])
-    refuse_large_pretraining(a_jepa(), CPU, half=False, micro_clips=clips)
+    refuse_large_pretrain(a_jepa_recipe(), CPU, half=False, micro_clips=clips)
     with pytest.raises(RunError, match=f"for {2 * clips} clips at once"):
-        refuse_large_pretraining(a_jepa(), CPU, half=False, micro_clips=2 * clips)
-    refuse_large_pretraining(small(), CPU, half=False)
+        refuse_large_pretrain(a_jepa_recipe(), CPU, half=False, micro_clips=2 * clips)
+    refuse_large_pretrain(small_recipe(), CPU, half=False)
 
 
 def test_ranks_of_one_machine_share_its_memory(monkeypatch):
     """Four processes that each see all that is free would together need four times as much."""
-    monkeypatch.setattr("ajepa.training.memory.free_bytes", lambda device: int(20 * GB))
-    monkeypatch.setattr(World, "wait", lambda world: None)
-    clips = a_jepa().resized(clips_per_step=64)
-    refuse_large_pretraining(clips, CPU, half=False, micro_clips=1, world=World(size=4, local_size=1))
+    monkeypatch.setattr("ajepa.training.memory.free_memory_bytes", lambda device: int(20 * BYTES_PER_GB))
+    monkeypatch.setattr(World, "wait_for_ranks", lambda world: None)
+    clips = a_jepa_recipe().with_counts(clips_per_step=64)
+    refuse_large_pretrain(clips, CPU, half=False, micro_clips=1, world=World(size=4, local_size=1))
     with pytest.raises(RunError, match=r"cpu has 5\.00 GB free for each of 4 ranks; try --recompute"):
-        refuse_large_pretraining(clips, CPU, half=False, world=World(size=4, local_size=4))
+        refuse_large_pretrain(clips, CPU, half=False, world=World(size=4, local_size=4))
 
 
 def test_a_model_too_large_for_one_clip_is_not_told_to_take_fewer(monkeypatch):
     """`--batch 0` would be no advice."""
-    needed = pretrain_memory(a_jepa(), bf16=False)
-    told = advice(512, needed, int(1.0 * GB), Ways(recompute=False))
+    needed = pretrain_memory(a_jepa_recipe(), bf16=False)
+    told = suggest_smaller_step(512, needed, int(1.0 * BYTES_PER_GB), SmallerOptions(recompute=False))
     assert (
         told == "not one clip would fit: try a smaller model (--set model.encoder.width, model.encoder.depth)"
     )
@@ -230,16 +234,16 @@ def test_a_model_too_large_for_one_clip_is_not_told_to_take_fewer(monkeypatch):
 
 def test_a_device_that_does_not_say_what_is_free_refuses_nothing(monkeypatch, tmp_path):
     """Not every system has /proc/meminfo; a guess would stop runs that fit."""
-    monkeypatch.setattr("ajepa.training.memory.MEMINFO", tmp_path / "none")
-    refuse_large_pretraining(a_jepa(), CPU, half=False)
+    monkeypatch.setattr("ajepa.training.memory.PROC_MEMINFO", tmp_path / "none")
+    refuse_large_pretrain(a_jepa_recipe(), CPU, half=False)
 
 
 def test_free_memory_is_what_linux_calls_available(monkeypatch, tmp_path):
     """Caches count as free, what others use does not."""
     (tmp_path / "meminfo").write_text("MemTotal: 900 kB\nMemFree: 5 kB\nMemAvailable:     300 kB\n")
-    monkeypatch.setattr("ajepa.training.memory.MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr("ajepa.training.memory.PROC_MEMINFO", tmp_path / "meminfo")
     with pytest.raises(RunError, match=r"cpu has 0\.00 GB free; not one clip would fit"):
-        refuse_large_pretraining(small(), CPU, half=False)
+        refuse_large_pretrain(small_recipe(), CPU, half=False)
 
 
 CLASSES = 7
@@ -252,18 +256,18 @@ MEASURED_CLASSIFIERS = """
 import resource, sys
 import numpy as np, torch
 from ajepa.training.devices import pick_precision
-from ajepa.finetune.trainer import Finetuner
+from ajepa.finetune.trainer import FinetuneTrainer
 from pipeline.loading.loader import Batch
 from large_classifiers import larger
 
 def steps(recipe, micro_clips):
     cpu = torch.device("cpu")
     numbers = pick_precision("bf16" if "bf16" in sys.argv else "fp32", cpu)
-    trainer = Finetuner(recipe, torch.eye(50), cpu, single=False, recompute="recompute" in sys.argv,
+    trainer = FinetuneTrainer(recipe, torch.eye(50), cpu, single=False, recompute="recompute" in sys.argv,
                         precision=numbers, micro_clips=micro_clips)
     for step in range(2):
         clips, spec = recipe.clips_per_step, recipe.model
-        trainer.step(step, Batch(mel_BTF=torch.randn(clips, spec.frames, spec.bands), rows_B=np.arange(clips),
+        trainer.train_step(step, Batch(mel_BTF=torch.randn(clips, spec.frames, spec.bands), rows_B=np.arange(clips),
                                  n_frames_B=torch.full((clips,), spec.frames), labels_BC=torch.zeros(clips, 50),
                                  weights_B=torch.ones(clips)))
 
@@ -310,16 +314,16 @@ def test_the_estimate_is_near_what_training_a_classifier_takes(how):
         recompute="recompute" in how,
         micro_clips=4 if "micro" in how else None,
     )
-    assert 1 / 1.5 < needed.total / measured < 1.5, (str(needed), measured / GB)
+    assert 1 / 1.5 < needed.total_bytes / measured < 1.5, (str(needed), measured / BYTES_PER_GB)
 
 
 def test_weights_are_counted_by_arithmetic():
     """All but some single vectors of a PaSST, its positions."""
     for recipe in (tiny_finetune(), replace(tiny_finetune(), model=PASST)):
-        counted = sum(weight.numel() for weight in built(recipe.model, CLASSES, 0).parameters())
-        seen = seen_of(recipe)
+        counted = sum(weight.numel() for weight in build_classifier(recipe.model, CLASSES, 0).parameters())
+        seen = transformer_shape(recipe)
         assert seen is not None
-        assert weights_of(seen, CLASSES) == pytest.approx(counted, rel=0.02)
+        assert transformer_weight_count(seen, CLASSES) == pytest.approx(counted, rel=0.02)
 
 
 TOKENS_MASKED = RegularisedMasking(share=0.2, reading="tokens")
@@ -341,10 +345,12 @@ COUNTED = {
 @pytest.mark.parametrize("kind", COUNTED)
 def test_the_formula_counts_what_torch_counts_of_a_classifier(kind, monkeypatch):
     """To the last operation. Attention is written out, for torch counts nothing in its fused kernel on CPUs."""
-    monkeypatch.setattr("ajepa.model.transformer.attention_for", lambda device, dtype: written_out_attention)
+    monkeypatch.setattr(
+        "ajepa.model.transformer.choose_attention", lambda device, dtype: written_out_attention
+    )
     model, recompute = COUNTED[kind]
     recipe = replace(tiny_finetune(), model=model, clips_per_step=5)
-    made = built(model, CLASSES, 0)
+    made = build_classifier(model, CLASSES, 0)
     if recompute:
         made.encoder.recompute = True
     mel_BTF, n_frames_B = torch.randn(5, model.frames, model.bands), torch.full((5,), model.frames)
@@ -372,9 +378,9 @@ def test_the_formula_counts_what_torch_counts_of_a_classifier(kind, monkeypatch)
 )
 def test_a_recipe_larger_than_memory_is_refused_with_what_to_lower(monkeypatch, model, gb, told):
     """What is offered fits; batch norms cannot do with fewer clips at once, but with fewer a step."""
-    monkeypatch.setattr("ajepa.training.memory.free_bytes", lambda device: int(gb * GB))
+    monkeypatch.setattr("ajepa.training.memory.free_memory_bytes", lambda device: int(gb * BYTES_PER_GB))
     recipe = finetune_recipe(model)
-    how = {"half": False, "recompute": False, "world": ALONE}
+    how = {"half": False, "recompute": False, "world": SINGLE_PROCESS}
     with pytest.raises(RunError) as refused:
         refuse_large_classifier(recipe, 527, CPU, micro_clips=None, **how)
     message = str(refused.value)
@@ -390,8 +396,8 @@ def test_a_recipe_larger_than_memory_is_refused_with_what_to_lower(monkeypatch, 
 
 def test_ranks_of_one_machine_share_its_memory_for_a_classifier(monkeypatch):
     """As in pre-training: each has its own copy of everything but the clips."""
-    monkeypatch.setattr("ajepa.training.memory.free_bytes", lambda device: int(12 * GB))
-    monkeypatch.setattr(World, "wait", lambda world: None)
+    monkeypatch.setattr("ajepa.training.memory.free_memory_bytes", lambda device: int(12 * BYTES_PER_GB))
+    monkeypatch.setattr(World, "wait_for_ranks", lambda world: None)
     how = {"half": False, "recompute": False, "micro_clips": 1}
     refuse_large_classifier(
         finetune_recipe("audioset-20k"), 527, CPU, world=World(size=4, local_size=1), **how

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from ajepa.training.checkpoints import Checkpoint, write_tensors
+from ajepa.training.checkpoints import Checkpoint, write_safetensors
 from ajepa.training.run import Run
 from pipeline.errors import RunError
-from pipeline.files import FULL
+from pipeline.files import DISK_FULL_ERRNOS
 
 RECIPE = {"steps": 30, "optimiser": {"lr": 1e-3, "betas": [0.9, 0.95]}}
 
@@ -18,7 +18,7 @@ IDENTITY = {"store_id": "abc"}
 
 
 def started(path: Path, recipe=RECIPE, identity=IDENTITY) -> Run:
-    return Run.start(path, recipe=recipe, identity=identity)
+    return Run.create_or_open(path, recipe=recipe, identity=identity)
 
 
 def checkpoint(step: int) -> Checkpoint:
@@ -73,7 +73,7 @@ def test_a_folder_that_is_not_a_run_is_refused_and_left_as_it_is(tmp_path):
 def test_the_debris_of_a_crash_before_the_first_write_does_not_block_the_run(tmp_path):
     """Killed between making the folder and naming the recipe, the same command must work again."""
     (tmp_path / "recipe.json.4711.partial").write_text("{")
-    assert started(tmp_path).step == 0
+    assert started(tmp_path).newest_step == 0
 
 
 def test_opening_what_is_no_run_says_what_to_give(tmp_path):
@@ -98,24 +98,24 @@ def test_the_newest_checkpoint_comes_back_bit_for_bit_and_older_ones_go(tmp_path
     """Retention keeps what was asked for; numbers are sorted as numbers."""
     run = started(tmp_path)
     for step in (9, 10, 100):
-        run.save(checkpoint(step), keep=2)
-    assert [folder.name for folder in run.checkpoints()] == ["step-00000010", "step-00000100"]
-    assert run.step == 100
-    loaded = run.load()
+        run.save_checkpoint(checkpoint(step), keep=2)
+    assert [folder.name for folder in run.checkpoint_folders()] == ["step-00000010", "step-00000100"]
+    assert run.newest_step == 100
+    loaded = run.load_checkpoint()
     assert loaded.step == 100
     assert torch.equal(loaded.parts["encoder"]["w"], torch.full((3,), 100.0))
-    assert list(run.load("encoder").parts) == ["encoder"]
+    assert list(run.load_checkpoint("encoder").parts) == ["encoder"]
 
 
 def steps(run: Run) -> list[int]:
-    return [int(folder.name.removeprefix("step-")) for folder in run.checkpoints()]
+    return [int(folder.name.removeprefix("step-")) for folder in run.checkpoint_folders()]
 
 
 def test_checkpoints_at_round_steps_stay_for_good(tmp_path):
     """A curve of probes over training needs its points."""
     run = started(tmp_path)
     for step in (3, 4, 8, 9, 12, 14, 15):
-        run.save(checkpoint(step), keep=2, keep_every=4)
+        run.save_checkpoint(checkpoint(step), keep=2, keep_every=4)
     assert steps(run) == [4, 8, 12, 14, 15]
 
 
@@ -131,13 +131,13 @@ def test_the_best_checkpoint_stays_until_a_better_one_is_there(tmp_path):
         (6, None, [5, 6], 5),
         (7, 0.31, [7], 7),
     ]:
-        run.save(checkpoint(step), keep=1, score=score)
+        run.save_checkpoint(checkpoint(step), keep=1, score=score)
         assert steps(run) == there
-        assert (run.best.step if run.best else None) == best
-    run.save(checkpoint(8), keep=1)
-    assert run.load(at="best").step == 7
-    assert run.load().step == run.load(at="last").step == 8
-    assert run.load(at="7").step == run.load("encoder", at=7).step == 7
+        assert (run.best_checkpoint.step if run.best_checkpoint else None) == best
+    run.save_checkpoint(checkpoint(8), keep=1)
+    assert run.load_checkpoint(at="best").step == 7
+    assert run.load_checkpoint().step == run.load_checkpoint(at="last").step == 8
+    assert run.load_checkpoint(at="7").step == run.load_checkpoint("encoder", at=7).step == 7
 
 
 @pytest.mark.parametrize(
@@ -152,26 +152,26 @@ def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(tmp_path,
     """Another one in its place would be measured under its name."""
     run = started(tmp_path)
     for step in (3, 5):
-        run.save(checkpoint(step), keep=2)
+        run.save_checkpoint(checkpoint(step), keep=2)
     with pytest.raises(RunError, match=told):
-        run.load(at=at)
+        run.load_checkpoint(at=at)
 
 
 def test_a_flipped_bit_in_a_checkpoint_is_refused_by_name(tmp_path):
     """A damaged weight would train on without a word."""
     run = started(tmp_path)
-    run.save(checkpoint(5), keep=2)
-    file = run.checkpoints()[0] / "encoder.safetensors"
+    run.save_checkpoint(checkpoint(5), keep=2)
+    file = run.checkpoint_folders()[0] / "encoder.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(RunError, match=r"step-00000005/encoder\.safetensors: damaged"):
-        run.load()
+        run.load_checkpoint()
 
 
 def test_who_may_read_a_recipe_may_read_the_weights(tmp_path):
     """A lab shares its runs; safetensors by itself shuts out all but the owner."""
-    write_tensors(tmp_path / "weights.safetensors", {"a": torch.ones(2)})
+    write_safetensors(tmp_path / "weights.safetensors", {"a": torch.ones(2)})
     (tmp_path / "other").touch()
     modes = {(tmp_path / name).stat().st_mode for name in ("weights.safetensors", "other")}
     assert len(modes) == 1
@@ -182,44 +182,48 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_written(tm
     run = started(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 8})())
     with pytest.raises(RunError, match=r"no space for the checkpoint \(step 3 needs 0 MB, 0 MB are free\)"):
-        run.save(checkpoint(3), keep=1)
-    assert run.step == 0
+        run.save_checkpoint(checkpoint(3), keep=1)
+    assert run.newest_step == 0
 
 
 def test_a_run_without_a_checkpoint_says_so(tmp_path):
     """Evaluating before the first checkpoint is a user's mistake, not a bug."""
     with pytest.raises(RunError, match="holds no checkpoint yet"):
-        started(tmp_path).load()
+        started(tmp_path).load_checkpoint()
 
 
 def test_lines_past_the_checkpoint_are_forgotten_and_so_is_debris(tmp_path):
     """After a kill the file must end up as if it had never happened."""
     run = started(tmp_path)
-    run.log({"step": 5, "loss": 1.0})
-    run.save(checkpoint(5), keep=2)
-    run.log({"step": 6, "loss": 2.0})
+    run.log_metrics({"step": 5, "loss": 1.0})
+    run.save_checkpoint(checkpoint(5), keep=2)
+    run.log_metrics({"step": 6, "loss": 2.0})
     with (tmp_path / "metrics.jsonl").open("a") as handle:
         handle.write('{"step": 7, "lo')
     (tmp_path / "checkpoints" / "step-00000007.99.partial").mkdir()
-    run.rewind()
-    assert run.metrics() == [{"step": 5, "loss": 1.0}]
+    run.rewind_to_checkpoint()
+    assert run.read_metrics() == [{"step": 5, "loss": 1.0}]
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
 
 
 def test_a_run_without_a_checkpoint_rewinds_to_nothing(tmp_path):
     """Killed before the first checkpoint, a run starts over, and so do its metrics."""
     run = started(tmp_path)
-    run.log({"step": 1, "loss": 1.0})
-    run.rewind()
-    assert run.metrics() == []
+    run.log_metrics({"step": 1, "loss": 1.0})
+    run.rewind_to_checkpoint()
+    assert run.read_metrics() == []
 
 
 def test_two_processes_cannot_train_one_run(tmp_path):
     """Two writers would interleave their metrics and overwrite each other's checkpoints."""
     run = started(tmp_path)
-    with run.locked(), pytest.raises(RunError, match="another process is training this run"), run.locked():
+    with (
+        run.writing_lock(),
+        pytest.raises(RunError, match="another process is training this run"),
+        run.writing_lock(),
+    ):
         pass
-    with run.locked():
+    with run.writing_lock():
         pass
 
 
@@ -231,5 +235,5 @@ def test_a_full_disk_is_the_same_error_for_weights_as_for_other_files(tmp_path, 
 
     monkeypatch.setattr("ajepa.training.checkpoints.save_file", full)
     with pytest.raises(OSError, match="No space left on device") as told:
-        write_tensors(tmp_path / "x.safetensors", {"weight": torch.zeros(2)})
-    assert told.value.errno in FULL
+        write_safetensors(tmp_path / "x.safetensors", {"weight": torch.zeros(2)})
+    assert told.value.errno in DISK_FULL_ERRNOS

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sounds import ENCODERS, SUBTYPES, babble, write
 
-from pipeline.audio.containers import KINDS, Container, recognise
+from pipeline.audio.containers import CONTAINER_KINDS, AudioContainer, recognise_container
 from pipeline.errors import AudioError
 
 KIND_OF = {
@@ -47,19 +47,19 @@ def wav_bytes(*, data_bytes, there_bytes, tag=1, order="<", chunks=b""):
 def test_the_first_bytes_tell_the_container_whatever_the_name(tmp_path, suffix):
     """AudioSet copies are full of flac named wav and mp3 named wav."""
     path = write(tmp_path / f"sound{suffix}", babble(0.3, 48_000), 48_000)
-    kind = KINDS[KIND_OF[suffix]]
-    assert recognise(path).demuxer == kind.demuxer
-    assert not recognise(path).misnamed(path)
+    kind = CONTAINER_KINDS[KIND_OF[suffix]]
+    assert recognise_container(path).demuxer == kind.demuxer
+    assert not recognise_container(path).is_misnamed(path)
     renamed = path.rename(tmp_path / "sound.xyz")
-    assert recognise(renamed).demuxer == kind.demuxer
-    assert not recognise(renamed).misnamed(renamed)
-    assert recognise(renamed).misnamed(renamed.with_suffix(".amr"))
+    assert recognise_container(renamed).demuxer == kind.demuxer
+    assert not recognise_container(renamed).is_misnamed(renamed)
+    assert recognise_container(renamed).is_misnamed(renamed.with_suffix(".amr"))
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", CONTAINER_KINDS)
 def test_ffmpeg_knows_every_demuxer_by_its_name(name):
     """A demuxer that the wheel lacks would make every such file unreadable."""
-    assert av.ContainerFormat(KINDS[name].demuxer, "r").is_input
+    assert av.ContainerFormat(CONTAINER_KINDS[name].demuxer, "r").is_input
 
 
 @pytest.mark.parametrize("suffix", [".mp3", ".flac", ".aac"])
@@ -68,14 +68,14 @@ def test_an_id3_tag_is_looked_past(tmp_path, suffix):
     path = write(tmp_path / f"sound{suffix}", babble(0.3, 48_000), 48_000)
     tag = b"ID3\x04\x00\x00" + bytes([0, 6, 13, 32]) + bytes(100_000)
     path.write_bytes(tag + path.read_bytes())
-    assert recognise(path).demuxer == KINDS[KIND_OF[suffix]].demuxer
+    assert recognise_container(path).demuxer == CONTAINER_KINDS[KIND_OF[suffix]].demuxer
 
 
 def test_zeros_before_an_mp3_are_looked_past(tmp_path):
     """Some recorders pad the beginning."""
     path = write(tmp_path / "sound.mp3", babble(0.3, 48_000), 48_000)
     path.write_bytes(bytes(100) + path.read_bytes())
-    assert recognise(path).demuxer == "mp3"
+    assert recognise_container(path).demuxer == "mp3"
 
 
 @pytest.mark.parametrize(
@@ -94,8 +94,8 @@ def test_a_wav_declares_its_frames_or_says_that_it_does_not_know(tmp_path, heade
     """libsndfile clips a declared length to what is there, and nobody would notice the loss."""
     path = tmp_path / "sound.wav"
     path.write_bytes(wav_bytes(**header))
-    assert recognise(path).declared_frames == expected
-    assert recognise(path).libsndfile
+    assert recognise_container(path).declared_frames == expected
+    assert recognise_container(path).uses_libsndfile
 
 
 def test_an_rf64_declares_its_frames_in_64_bits(tmp_path):
@@ -103,7 +103,7 @@ def test_an_rf64_declares_its_frames_in_64_bits(tmp_path):
     sizes = struct.pack("<4sIQQQI", b"ds64", 28, 0, 8_000, 4_000, 0)
     path = tmp_path / "sound.wav"
     path.write_bytes(b"RF64" + wav_bytes(data_bytes=0xFFFF_FFFF, there_bytes=8_000, chunks=sizes)[4:])
-    assert recognise(path).declared_frames == 4_000
+    assert recognise_container(path).declared_frames == 4_000
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_wav_that_libsndfile_would_misread_goes_to_ffmpeg(tmp_path, header):
     """A size that was never filled in, and mp3 inside a wav."""
     path = tmp_path / "sound.wav"
     path.write_bytes(wav_bytes(**header))
-    assert not recognise(path).libsndfile
+    assert not recognise_container(path).uses_libsndfile
 
 
 def test_a_flac_of_unknown_length_goes_to_ffmpeg(tmp_path):
@@ -124,14 +124,20 @@ def test_a_flac_of_unknown_length_goes_to_ffmpeg(tmp_path):
     content[21] &= 0xF0
     content[22:26] = bytes(4)
     path.write_bytes(content)
-    assert (recognise(path).libsndfile, recognise(path).length) == (False, "guessed")
+    assert (recognise_container(path).uses_libsndfile, recognise_container(path).length_kind) == (
+        False,
+        "guessed",
+    )
 
 
 def test_only_a_lame_header_states_the_length_of_an_mp3(tmp_path):
     """Without it FFmpeg guesses from the bit rate, which means nothing for a variable one."""
     stated = write(tmp_path / "sound.mp3", babble(0.3, 48_000), 48_000)
     unstated = write(tmp_path / "sound.bare.mp3", babble(0.3, 48_000), 48_000)
-    assert (recognise(stated).length, recognise(unstated).length) == ("declared", "guessed")
+    assert (recognise_container(stated).length_kind, recognise_container(unstated).length_kind) == (
+        "declared",
+        "guessed",
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,7 +158,7 @@ def test_what_is_no_audio_is_described(tmp_path, content, says):
     path = tmp_path / "sound.m4a"
     path.write_bytes(content)
     with pytest.raises(AudioError) as error:
-        recognise(path)
+        recognise_container(path)
     assert error.value.reason == "unreadable"
     assert says in str(error.value)
 
@@ -161,7 +167,7 @@ def test_a_chunk_table_without_end_is_given_up(tmp_path):
     """A gigabyte of zeros behind a wav header must not cost a hundred million reads."""
     path = tmp_path / "sound.wav"
     path.write_bytes(b"RIFF\0\0\0\0WAVE" + bytes(1_000_000))
-    assert recognise(path) == KINDS["wav"]
+    assert recognise_container(path) == CONTAINER_KINDS["wav"]
 
 
 def test_an_absent_file_says_how_it_is_absent(tmp_path):
@@ -174,7 +180,7 @@ def test_an_absent_file_says_how_it_is_absent(tmp_path):
         "link.wav": "a link to 'gone.wav'",
     }.items():
         with pytest.raises(AudioError, match=says) as error:
-            recognise(tmp_path / name)
+            recognise_container(tmp_path / name)
         assert error.value.reason == "missing"
 
 
@@ -184,39 +190,39 @@ def test_a_file_that_may_not_be_read_says_so(tmp_path):
     path = write(tmp_path / "sound.wav", np.zeros(100), 8_000)
     path.chmod(0)
     with pytest.raises(AudioError, match="Permission denied") as error:
-        recognise(path)
+        recognise_container(path)
     assert error.value.reason == "unreadable"
 
 
 def test_a_name_without_a_known_extension_names_nothing(tmp_path):
     """`<id>_30.000_40.000` has no extension, though a dot stands in it."""
-    wav = Container(suffixes=(".wav",), demuxer="wav")
-    assert not wav.misnamed(tmp_path / "abcdefghijk_30.000_40.000")
-    assert not wav.misnamed(tmp_path / "abcdefghijk")
-    assert not wav.misnamed(tmp_path / "abcdefghijk.WAV")
-    assert wav.misnamed(tmp_path / "abcdefghijk.FLAC")
+    wav = AudioContainer(suffixes=(".wav",), demuxer="wav")
+    assert not wav.is_misnamed(tmp_path / "abcdefghijk_30.000_40.000")
+    assert not wav.is_misnamed(tmp_path / "abcdefghijk")
+    assert not wav.is_misnamed(tmp_path / "abcdefghijk.WAV")
+    assert wav.is_misnamed(tmp_path / "abcdefghijk.FLAC")
 
 
 @pytest.mark.parametrize(("size", "frames"), [(24 + 2 * 7, 7), (0, None), (2**63 - 1, None)])
 def test_a_w64_declares_its_frames_or_says_that_it_does_not_know(tmp_path, size, frames):
     """FFmpeg's own duration is what is there; a size that was never filled in promises nothing."""
     path = write(tmp_path / "sound.w64", babble(0.1, 8_000), 8_000)
-    assert recognise(path).declared_frames == 800
+    assert recognise_container(path).declared_frames == 800
     content = bytearray(path.read_bytes())
     struct.pack_into("<Q", content, content.index(b"data\xf3\xac\xd3\x11") + 16, size)
     path.write_bytes(content)
-    assert recognise(path).declared_frames == frames
+    assert recognise_container(path).declared_frames == frames
 
 
 @pytest.mark.parametrize(("size", "frames"), [(4 + 2 * 7, 7), (-1, None), (0, None)])
 def test_a_caf_declares_its_frames_or_says_that_it_does_not_know(tmp_path, size, frames):
     """-1 is Apple's word for: to the end of the file."""
     path = write(tmp_path / "sound.caf", babble(0.1, 8_000), 8_000)
-    assert recognise(path).declared_frames == 800
+    assert recognise_container(path).declared_frames == 800
     content = bytearray(path.read_bytes())
     struct.pack_into(">q", content, content.index(b"data") + 4, size)
     path.write_bytes(content)
-    assert recognise(path).declared_frames == frames
+    assert recognise_container(path).declared_frames == frames
 
 
 @pytest.mark.parametrize("suffix", [".w64", ".caf"])
@@ -229,4 +235,4 @@ def test_a_chunk_larger_than_any_file_is_the_last(tmp_path, suffix):
     start = place + (16 if suffix == ".w64" else 4)
     content[start : start + 8] = size
     path.write_bytes(content)
-    assert recognise(path).declared_frames is None
+    assert recognise_container(path).declared_frames is None

@@ -13,13 +13,13 @@ import soundfile
 import torch
 from sounds import babble, write
 
-from pipeline.audio.decode import AudioPolicy, load
+from pipeline.audio.decode import AudioPolicy, load_clip_audio
 from pipeline.audio.mel import log_mel
-from pipeline.audio.mel_spec import mel_spec
-from pipeline.audio.sources import Locator
+from pipeline.audio.mel_spec import preset_mel_spec
+from pipeline.audio.sources import SoundLocator
 from pipeline.errors import AudioError
 
-SPEC = mel_spec("a-jepa")
+SPEC = preset_mel_spec("a-jepa")
 
 CORPUS = Path(__file__).parents[4] / "shared" / "corpus"
 
@@ -29,10 +29,13 @@ LOSSY = (".mp3", ".ogg", ".opus", ".webm", ".m4a", ".mka")
 
 
 def loaded(path, *, start_seconds=30.0, end_seconds=40.0, rate_hz=32_000, **policy):
-    clip = load(
-        Locator.of(path), start_seconds=start_seconds, end_seconds=end_seconds, policy=AudioPolicy(**policy)
+    clip = load_clip_audio(
+        SoundLocator.from_path(path),
+        start_seconds=start_seconds,
+        end_seconds=end_seconds,
+        policy=AudioPolicy(**policy),
     )
-    return replace(clip, wave_S=clip.resampled(rate_hz))
+    return replace(clip, wave_S=clip.resample_wave(rate_hz))
 
 
 def refusal(path, **policy):
@@ -59,7 +62,7 @@ def test_a_full_segment_has_exactly_the_samples_of_the_spec(tmp_path, rate_hz, t
     clip = loaded(write(tmp_path / "sound.wav", tone(440, rate_hz), rate_hz), rate_hz=to_hz)
     assert clip.wave_S.shape == (10 * to_hz,)
     assert clip.wave_S.dtype == np.float32
-    assert (clip.rate_hz, clip.seconds, clip.flags) == (rate_hz, 10.0, ())
+    assert (clip.rate_hz, clip.source_seconds, clip.flags) == (rate_hz, 10.0, ())
 
 
 @pytest.mark.parametrize(
@@ -97,7 +100,7 @@ def test_a_clip_tells_what_it_came_from(tmp_path):
     """The manifest keeps this, so that a strange result can be traced without the audio."""
     path = write(tmp_path / "sound.flac", np.stack([tone(440, 44_100)] * 2, axis=1), 44_100)
     clip = loaded(path)
-    assert (clip.codec, clip.rate_hz, clip.channels, clip.seconds) == ("flac", 44_100, 2, 10.0)
+    assert (clip.codec, clip.rate_hz, clip.channels, clip.source_seconds) == ("flac", 44_100, 2, 10.0)
     assert clip.peak_dbfs == pytest.approx(-6.02, abs=0.01)
     assert clip.rms_dbfs == pytest.approx(-9.03, abs=0.01)
     assert clip.flags == ("mixed_down",)
@@ -134,14 +137,14 @@ def test_what_is_odd_is_used_and_flagged(tmp_path, flag):
 def test_a_shorter_clip_has_the_samples_it_has(tmp_path):
     """Padding is the loader's business, after normalisation."""
     clip = loaded(write(tmp_path / "sound.wav", babble(2.5, 44_100), 44_100))
-    assert (len(clip.wave_S), clip.seconds) == (80_000, 2.5)
+    assert (len(clip.wave_S), clip.source_seconds) == (80_000, 2.5)
 
 
 def test_a_video_is_cut_and_says_so(tmp_path):
     """A tone that sounds in the segment only fills it."""
     wave_S = np.concatenate([np.zeros(30 * 8_000), tone(440, 8_000), np.zeros(20 * 8_000)])
     clip = loaded(write(tmp_path / "video.wav", wave_S, 8_000))
-    assert (clip.flags, clip.seconds, len(clip.wave_S)) == (("cut",), 60.0, 320_000)
+    assert (clip.flags, clip.source_seconds, len(clip.wave_S)) == (("cut",), 60.0, 320_000)
     assert np.abs(clip.wave_S[:200]).max() > 0.4
     assert np.abs(clip.wave_S[-200:]).max() > 0.4
 
@@ -173,8 +176,8 @@ def test_a_truncated_file_is_refused_unless_it_is_accepted(tmp_path, suffix):
     assert "of the declared 10.0" in text
     clip = loaded(path, accept_truncated=True)
     assert clip.flags == ("shorter", "truncated")
-    assert 3 < clip.seconds < 7
-    assert len(clip.wave_S) == pytest.approx(clip.seconds * 32_000, abs=1)
+    assert 3 < clip.source_seconds < 7
+    assert len(clip.wave_S) == pytest.approx(clip.source_seconds * 32_000, abs=1)
 
 
 def test_a_file_that_lacks_less_than_a_twentieth_is_whole(tmp_path):
@@ -301,6 +304,6 @@ def test_every_real_clip_is_read_for_what_it_is():
         clip = loaded(CORPUS / row["file"])
         rate_hz = 48_000 if clip.codec == "opus" else int(row["rate"])  # opus has one rate
         assert (clip.rate_hz, clip.channels) == (rate_hz, int(row["channels"])), row["file"]
-        assert clip.seconds == pytest.approx(10, abs=0.12)
+        assert clip.source_seconds == pytest.approx(10, abs=0.12)
         assert len(clip.wave_S) == 320_000
         assert set(clip.flags) <= {"mixed_down", "beyond_full_scale"}

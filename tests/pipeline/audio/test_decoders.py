@@ -8,9 +8,9 @@ import pytest
 import soundfile
 from sounds import ENCODERS, babble, lag, write
 
-from pipeline.audio.containers import recognise
-from pipeline.audio.decode import Segment, decode, mixed
-from pipeline.audio.decoders import Ffmpeg
+from pipeline.audio.containers import recognise_container
+from pipeline.audio.decode import VideoSegment, decode_segment, mix_down
+from pipeline.audio.decoders import FfmpegDecoder
 from pipeline.errors import AudioError
 
 RATE_HZ = 48_000
@@ -23,8 +23,8 @@ CONTAINERS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", *WITHIN_SAMPLES)
 
 
 def taken(path, start_seconds, end_seconds, **settings):
-    segment = Segment(start_seconds, end_seconds)
-    return decode(path, recognise(path), segment, **{"max_seconds": 1e4} | settings)
+    segment = VideoSegment(start_seconds, end_seconds)
+    return decode_segment(path, recognise_container(path), segment, **{"max_seconds": 1e4} | settings)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_a_whole_video_is_cut_at_its_segment(videos, video_S, suffix, start_seco
     """To the sample, whether the decoder seeks or runs up to it; in matroska to the millisecond."""
     take = taken(videos[suffix], start_seconds, start_seconds + 10)
     first = round(start_seconds * RATE_HZ)
-    assert take.cut
+    assert take.is_cut
     assert take.source_seconds == pytest.approx(VIDEO_SECONDS, abs=0.05)
     assert abs(len(take.wave_S) - 10 * RATE_HZ) <= WITHIN_SAMPLES.get(suffix, 0)
     assert abs(lag(take.wave_S, video_S[first : first + 10 * RATE_HZ])) <= WITHIN_SAMPLES.get(suffix, 0)
@@ -54,7 +54,7 @@ def test_a_whole_video_is_cut_at_its_segment(videos, video_S, suffix, start_seco
 def test_of_a_file_that_does_not_reach_the_segment_the_first_seconds_count(videos, video_S, suffix):
     """A 40 s excerpt from somewhere in an hour: there is no better guess, and the flag `longer` says so."""
     take = taken(videos[suffix], 110, 120)
-    assert not take.cut
+    assert not take.is_cut
     assert lag(take.wave_S, video_S[: 10 * RATE_HZ]) == 0
 
 
@@ -73,14 +73,14 @@ def test_of_a_file_that_does_not_reach_the_segment_the_first_seconds_count(video
 )
 def test_a_whole_video_is_longer_than_the_clip_and_reaches_its_end(start_seconds, source_seconds, whole):
     """Both to within 5 % of the segment."""
-    assert Segment(start_seconds, start_seconds + 10).lies_in(source_seconds) == whole
+    assert VideoSegment(start_seconds, start_seconds + 10).is_part_of(source_seconds) == whole
 
 
 @pytest.mark.parametrize(("start_seconds", "end_seconds"), [(5, 5), (5, 4), (-1, 9), (0, float("nan"))])
 def test_a_segment_that_is_none_is_refused(start_seconds, end_seconds):
     """The lists are checked long before; what comes here is a bug."""
     with pytest.raises(ValueError, match="no segment"):
-        Segment(start_seconds, end_seconds)
+        VideoSegment(start_seconds, end_seconds)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 6])
@@ -106,9 +106,9 @@ def test_samples_arrive_as_they_were_written(tmp_path, subtype, step):
 def test_one_channel_beyond_full_scale_is_noticed_though_the_mean_is_not():
     """The flag is about the source."""
     loud_CS = np.array([[0.5, -1.5], [0.0, 0.0]], np.float32)
-    wave_S, beyond = mixed([loud_CS])
+    wave_S, beyond = mix_down([loud_CS])
     assert (wave_S.tolist(), beyond) == ([0.25, -0.75], True)
-    assert mixed([loud_CS / 2])[1] is False
+    assert mix_down([loud_CS / 2])[1] is False
 
 
 def test_what_precedes_the_damage_of_a_flac_is_kept(tmp_path):
@@ -150,8 +150,8 @@ SUFFIXES = (*ENCODERS, ".mp3", ".ogg")
 
 def wave_of(path, seconds=10):
     """All channels of the first seconds, and the source."""
-    with Ffmpeg.opened(path, recognise(path)) as source:
-        return np.concatenate(list(source.blocks(0, seconds * RATE_HZ)), axis=1), source
+    with FfmpegDecoder.open_file(path, recognise_container(path)) as source:
+        return np.concatenate(list(source.read_blocks(0, seconds * RATE_HZ)), axis=1), source
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -167,7 +167,9 @@ def test_the_length_is_right_whether_declared_or_measured(tmp_path, suffix):
     """To within an encoder's delay and padding, also where FFmpeg alone would guess by the bit rate."""
     _, source = wave_of(write(tmp_path / f"sound{suffix}", babble(2, RATE_HZ), RATE_HZ))
     assert source.seconds == pytest.approx(2, abs=0.06)
-    assert source.declared == (suffix not in {".aac", ".bare.mp3", ".ts", ".opus", ".ogg", ".live.webm"})
+    assert source.has_declared_length == (
+        suffix not in {".aac", ".bare.mp3", ".ts", ".opus", ".ogg", ".live.webm"}
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 2, 6, 16])

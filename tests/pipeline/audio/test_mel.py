@@ -12,13 +12,13 @@ import torch
 
 from bench.mel import mel_spectrogram, reference
 from pipeline.audio.mel import log_mel, mel_filters_NF
-from pipeline.audio.mel_spec import PRESETS
+from pipeline.audio.mel_spec import MEL_PRESETS
 
-SPEC = PRESETS["a-jepa"]
+SPEC = MEL_PRESETS["a-jepa"]
 
-CENTRED = [name for name, spec in PRESETS.items() if spec.framing == "centred"]
+CENTRED = [name for name, spec in MEL_PRESETS.items() if spec.framing == "centred"]
 
-SLANEY = [name for name, spec in PRESETS.items() if spec.filters == "slaney"]
+SLANEY = [name for name, spec in MEL_PRESETS.items() if spec.filters == "slaney"]
 
 TOLERANCE_NAT = 2e-3
 
@@ -86,13 +86,13 @@ def librosa_filters_NF(spec):
 
 
 @pytest.mark.parametrize("signal", SIGNALS)
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", MEL_PRESETS)
 def test_every_value_is_torchaudios(name, signal):
     """Models trained on these features see the same numbers, also beside a full-scale tone near the floor.
 
     The slaney filters are librosa's, as in PANNs; for torchaudio's own see below.
     """
-    spec = PRESETS[name]
+    spec = MEL_PRESETS[name]
     wave_S = SIGNALS[signal](spec)
     expected_TF = reference(wave_S[None], spec)
     if name in SLANEY:
@@ -107,7 +107,7 @@ def test_every_value_is_torchaudios(name, signal):
 @pytest.mark.parametrize("name", SLANEY)
 def test_every_slaney_value_is_librosas(name, signal):
     """An FFT of another library rounds otherwise: values that are nothing but rounding are left out."""
-    spec = PRESETS[name]
+    spec = MEL_PRESETS[name]
     wave_S = SIGNALS[signal](spec)
     power_NT = (
         np.abs(
@@ -126,7 +126,7 @@ def test_every_slaney_value_is_librosas(name, signal):
 @pytest.mark.parametrize("name", SLANEY)
 def test_slaney_filters_are_librosas_and_within_a_percent_torchaudios(name):
     """torchaudio makes them in float32, so the faint ends of its triangles are up to 0.9 % off."""
-    spec = PRESETS[name]
+    spec = MEL_PRESETS[name]
     ours_NF, theirs_NF = mel_filters_NF(spec), mel_spectrogram(spec).mel_scale.fb
     torch.testing.assert_close(ours_NF, librosa_filters_NF(spec), rtol=1e-6, atol=0.0)
     torch.testing.assert_close(ours_NF, theirs_NF, rtol=0.01, atol=0.0)
@@ -140,7 +140,7 @@ def test_every_passt_value_is_that_of_its_own_package(signal):
     front_end = preprocess.AugmentMelSTFT(
         fmin_aug_range=10, fmax_aug_range=2000
     ).eval()  # as its base.py has it
-    spec = PRESETS["passt"]
+    spec = MEL_PRESETS["passt"]
     wave_S = SIGNALS[signal](spec)
     assert_agree(log_mel(wave_S[None], spec)[0], 5 * front_end(wave_S[None])[0].T - 4.5, spec)
 
@@ -194,7 +194,7 @@ def test_a_changed_field_changes_what_it_says(change):
 @pytest.mark.parametrize("name", CENTRED)
 def test_a_wave_shorter_than_its_reflection_goes_back_and_forth(name, samples):
     """As NumPy pads; torch and librosa refuse such a wave."""
-    spec = PRESETS[name]
+    spec = MEL_PRESETS[name]
     wave_S = noise(spec)[: samples + (spec.preemphasis > 0)]
     mel_TF = log_mel(wave_S[None], spec)[0]
     assert mel_TF.shape == (1 + samples // spec.hop_samples, spec.mel_bands)
@@ -206,7 +206,7 @@ def test_a_wave_shorter_than_its_reflection_goes_back_and_forth(name, samples):
 @pytest.mark.parametrize("name", CENTRED)
 def test_a_sample_or_two_make_one_finite_frame(name, samples):
     """The shortest there is, before or after pre-emphasis."""
-    mel_BTF = log_mel(torch.full((1, samples), 0.5), PRESETS[name])
+    mel_BTF = log_mel(torch.full((1, samples), 0.5), MEL_PRESETS[name])
     assert mel_BTF.shape[1] == 1
     assert mel_BTF.isfinite().all()
 
@@ -214,7 +214,7 @@ def test_a_sample_or_two_make_one_finite_frame(name, samples):
 @pytest.mark.parametrize("samples", [0, 1])
 def test_no_sound_has_no_frame(samples):
     """Nor has what pre-emphasis leaves nothing of."""
-    spec = PRESETS["passt"]
+    spec = MEL_PRESETS["passt"]
     assert log_mel(torch.zeros(2, samples), spec).shape == (2, 0, 128)
 
 
@@ -222,7 +222,7 @@ def test_no_sound_has_no_frame(samples):
 @pytest.mark.parametrize("name", ["a-jepa", "passt"])
 def test_the_number_of_threads_changes_nothing(name, threads):
     """A store built on many small machines is the store built on one large one."""
-    before, spec = torch.get_num_threads(), PRESETS[name]
+    before, spec = torch.get_num_threads(), MEL_PRESETS[name]
     wave_BS = noise(spec, seconds=10.0)[None]
     try:
         torch.set_num_threads(threads)
@@ -231,21 +231,21 @@ def test_the_number_of_threads_changes_nothing(name, threads):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", MEL_PRESETS)
 @pytest.mark.parametrize("hz", [440.0, 1_760.0, 7_040.0])
 def test_a_pure_tone_lights_the_band_that_covers_it(name, hz):
     """The loudest band is the one whose filter is highest at the tone."""
-    spec = PRESETS[name]
+    spec = MEL_PRESETS[name]
     nearest_bin = round(hz * spec.fft_samples / spec.sample_rate_hz)
     covering = mel_filters_NF(spec)[nearest_bin].argmax()
     inner_TF = log_mel(tone(hz, spec)[None], spec)[0, 2:-2]  # mirrored at its ends, a tone is none
     assert (inner_TF.argmax(1) - covering).abs().max() <= 1
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", MEL_PRESETS)
 def test_digital_silence_is_the_floor(name):
     """Padding a short clip with `floor_log` is padding it with silence."""
-    spec = PRESETS[name]
+    spec = MEL_PRESETS[name]
     assert (log_mel(torch.zeros(1, spec.clip_samples), spec) == spec.floor_log).all()
 
 
@@ -258,10 +258,10 @@ def test_an_offset_changes_nothing():
 
 
 @pytest.mark.parametrize("gain_db", [-12.0, 6.0, 20.0])
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", MEL_PRESETS)
 def test_a_decibel_is_a_constant_number_of_nats(name, gain_db):
     """Louder by g dB is g / 4.343 more in every band above the floor: values are natural logarithms of power."""
-    spec = PRESETS[name]
+    spec = MEL_PRESETS[name]
     wave_S = noise(spec)
     plain_TF, louder_TF = log_mel(torch.stack([wave_S, 10 ** (gain_db / 20) * wave_S]), spec)
     if spec.flooring == "add":  # without what was added
@@ -272,10 +272,10 @@ def test_a_decibel_is_a_constant_number_of_nats(name, gain_db):
     assert ((louder_TF - plain_TF)[loud_TF] - gain_db / 4.342945).abs().max() < TOLERANCE_NAT
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", MEL_PRESETS)
 def test_a_hop_later_is_a_frame_later(name):
     """Time runs along the frames, and no frame knows where in the clip it lies."""
-    spec = PRESETS[name]
+    spec = MEL_PRESETS[name]
     wave_S = noise(spec)
     early_TF, late_TF = (log_mel(w_S[None], spec)[0] for w_S in (wave_S, wave_S[spec.hop_samples :]))
     inner = slice(3, -3)  # mirrored ends are not shifted
@@ -283,10 +283,10 @@ def test_a_hop_later_is_a_frame_later(name):
     assert_agree(early_TF[1:][inner], late_TF[inner], spec)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", MEL_PRESETS)
 def test_a_clip_in_a_batch_is_the_clip_alone(name):
     """Bit for bit: how clips are grouped into shards must not show in a store."""
-    spec = PRESETS[name]
+    spec = MEL_PRESETS[name]
     waves_BS = torch.stack([noise(spec, seed=seed) for seed in range(3)])
     assert torch.equal(log_mel(waves_BS, spec)[1], log_mel(waves_BS[1:2], spec)[0])
 
@@ -308,7 +308,7 @@ def test_values_are_finite_far_beyond_full_scale():
 
 def test_bands_too_narrow_to_hold_a_bin_are_known():
     """Such a band holds the floor whatever is heard; there is one, among the 128 at 16 kHz."""
-    empty = {name: int((mel_filters_NF(spec).sum(0) == 0).sum()) for name, spec in PRESETS.items()}
+    empty = {name: int((mel_filters_NF(spec).sum(0) == 0).sum()) for name, spec in MEL_PRESETS.items()}
     assert empty == {"a-jepa": 0, "a-jepa-16k": 1, "audio-jepa": 0, "panns": 0, "convnext": 0, "passt": 0}
 
 
@@ -327,22 +327,22 @@ def test_autocast_and_inference_mode_leave_no_trace():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("signal", SIGNALS)
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", MEL_PRESETS)
 def test_a_gpu_gives_the_values_of_the_cpu(name, signal):
     """Embedding on a GPU and building on a CPU use one definition; beyond float32's rounding they may differ."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    spec = PRESETS[name]
+    spec = MEL_PRESETS[name]
     wave_S = SIGNALS[signal](spec)
     on_gpu_TF, on_cpu_TF = log_mel(wave_S[None].cuda(), spec)[0].cpu(), log_mel(wave_S[None], spec)[0]
     assert_agree(on_gpu_TF, on_cpu_TF, spec, on_cpu_TF.max(1, keepdim=True).values - FLOAT32_NAT)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", MEL_PRESETS)
 def test_silence_on_a_gpu_is_the_floor(name):
     """To the bit: short clips are padded with it."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    spec = PRESETS[name]
+    spec = MEL_PRESETS[name]
     assert (log_mel(torch.zeros(1, spec.clip_samples, device="cuda"), spec) == spec.floor_log).all()

@@ -8,21 +8,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline.audio.decode import TOO_SHORT_SECONDS
+from pipeline.audio.decode import MIN_SOUND_SECONDS
 from pipeline.audio.mel import log_mel
 from pipeline.audio.mel_spec import (
-    DECODING,
-    PRESETS,
-    SHORTEST_SECONDS,
+    DECODING_VERSION,
+    MEL_PRESETS,
+    SHORTEST_CLIP_SECONDS,
     MelSpec,
-    mel_spec,
-    mel_spec_file,
-    spec_named,
+    preset_mel_spec,
+    read_mel_spec,
+    resolve_mel_spec,
     with_clip_seconds,
 )
 from pipeline.errors import InputError
 
-SPEC = PRESETS["a-jepa"]
+SPEC = MEL_PRESETS["a-jepa"]
 
 CENTRED = {"framing": "centred", "remove_dc": False}
 
@@ -40,20 +40,20 @@ CENTRED = {"framing": "centred", "remove_dc": False}
 )
 def test_ten_seconds_have_the_published_shape(name, frames, bands):
     """998 is used as 1024, 254 as 256; pre-emphasis costs PaSST the last of 1001."""
-    spec = mel_spec(name)
+    spec = preset_mel_spec(name)
     assert (spec.frames, spec.mel_bands) == (frames, bands)
     assert log_mel(torch.zeros(1, spec.clip_samples), spec).shape == (1, frames, bands)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", MEL_PRESETS)
 def test_a_clip_that_is_long_enough_to_count_has_a_frame(name):
     """A good row without a single frame could not be drawn from."""
-    spec = PRESETS[name]
-    assert SHORTEST_SECONDS == TOO_SHORT_SECONDS
-    assert spec.frames_of(math.ceil(SHORTEST_SECONDS * spec.sample_rate_hz)) >= 1
+    spec = MEL_PRESETS[name]
+    assert SHORTEST_CLIP_SECONDS == MIN_SOUND_SECONDS
+    assert spec.frames_of(math.ceil(SHORTEST_CLIP_SECONDS * spec.sample_rate_hz)) >= 1
 
 
-@pytest.mark.parametrize("spec", [*PRESETS.values(), replace(SPEC, **CENTRED, window_samples=801)])
+@pytest.mark.parametrize("spec", [*MEL_PRESETS.values(), replace(SPEC, **CENTRED, window_samples=801)])
 def test_the_frames_foretold_are_those_made(spec):
     """Around every point where one more begins."""
     hops = [
@@ -71,7 +71,7 @@ def test_the_frames_foretold_are_those_made(spec):
 )
 def test_the_floor_of_a_preset_is_known(name, value):
     """Loaders, reports and uint8 scales start from it."""
-    assert PRESETS[name].floor_log == pytest.approx(value, rel=1e-6)
+    assert MEL_PRESETS[name].floor_log == pytest.approx(value, rel=1e-6)
 
 
 CHANGES = {
@@ -115,8 +115,8 @@ def test_the_id_does_not_depend_on_the_name_or_on_how_a_number_is_written():
 
 def test_the_ids_of_the_presets_stay():
     """Whoever changes these makes every existing store foreign; do it knowingly."""
-    assert DECODING.startswith("1:")
-    ids = {name: spec.spec_id for name, spec in PRESETS.items()}
+    assert DECODING_VERSION.startswith("1:")
+    ids = {name: spec.spec_id for name, spec in MEL_PRESETS.items()}
     assert ids == {
         "a-jepa": "ff4c3612e71f",
         "a-jepa-16k": "b9f7a3829ee3",
@@ -127,10 +127,10 @@ def test_the_ids_of_the_presets_stay():
     }
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", MEL_PRESETS)
 def test_a_spec_survives_json(name):
     """Stores and checkpoints carry it as text."""
-    spec = PRESETS[name]
+    spec = MEL_PRESETS[name]
     assert MelSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
 
@@ -186,8 +186,8 @@ def test_nonsense_is_refused_at_the_door(change):
 def test_an_unknown_preset_is_answered_with_the_nearest():
     """A typing error costs one look."""
     with pytest.raises(InputError, match="did you mean 'a-jepa-16k'") as error:
-        mel_spec("ajepa-16k")
-    assert all(name in str(error.value) for name in PRESETS)
+        preset_mel_spec("ajepa-16k")
+    assert all(name in str(error.value) for name in MEL_PRESETS)
 
 
 def test_dc_removal_belongs_to_whole_frames():
@@ -226,24 +226,24 @@ def written(tmp_path):
 def test_a_file_may_change_a_preset(written):
     """Whole numbers do where any number does; the name is the file's."""
     path = written('base = "passt"\nclip_seconds = 5\nmel_bands = 64\nhigh_hz = 14e3\n')
-    wanted = replace(PRESETS["passt"], name="mine", clip_seconds=5.0, mel_bands=64, high_hz=14_000.0)
-    assert mel_spec_file(path) == spec_named(str(path)) == wanted
+    wanted = replace(MEL_PRESETS["passt"], name="mine", clip_seconds=5.0, mel_bands=64, high_hz=14_000.0)
+    assert read_mel_spec(path) == resolve_mel_spec(str(path)) == wanted
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", MEL_PRESETS)
 def test_a_file_may_say_it_all(written, name):
     """Every preset could have been a user's own."""
-    values = {key: value for key, value in PRESETS[name].to_json().items() if key != "decoding"}
+    values = {key: value for key, value in MEL_PRESETS[name].to_json().items() if key != "decoding"}
     text = "\n".join(f"{key} = {json.dumps(value)}" for key, value in values.items())
     assert tomllib.loads(text) == values
-    assert mel_spec_file(written(text)) == PRESETS[name]
+    assert read_mel_spec(written(text)) == MEL_PRESETS[name]
 
 
 def test_a_name_is_a_preset_unless_it_ends_in_toml():
     """What `--spec` takes."""
-    assert spec_named("panns") is PRESETS["panns"]
+    assert resolve_mel_spec("panns") is MEL_PRESETS["panns"]
     with pytest.raises(InputError, match=r"no\.toml: cannot be read: No such file"):
-        spec_named("no.toml")
+        resolve_mel_spec("no.toml")
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_what_is_wrong_in_a_file_is_named(written, text, told):
     """In one line, after the file."""
     path = written(text)
     with pytest.raises(InputError) as error:
-        mel_spec_file(path)
+        read_mel_spec(path)
     assert str(error.value).startswith(f"{path}: ")
     assert told in str(error.value)
     assert "\n" not in str(error.value)
@@ -286,12 +286,12 @@ def test_a_file_that_is_no_text_is_refused(tmp_path):
     path = tmp_path / "sound.toml"
     path.write_bytes(b"RIFF\xff\xfe\x00")
     with pytest.raises(InputError, match="is not TOML"):
-        mel_spec_file(path)
+        read_mel_spec(path)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", MEL_PRESETS)
 @pytest.mark.parametrize("frames", [1, 2, 100])
 def test_the_fewest_samples_of_some_frames_have_them_and_one_less_has_not(name, frames):
-    spec = PRESETS[name]
+    spec = MEL_PRESETS[name]
     fewest = spec.samples_of(frames)
     assert (spec.frames_of(fewest), spec.frames_of(fewest - 1)) == (frames, frames - 1)

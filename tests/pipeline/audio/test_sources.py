@@ -20,9 +20,9 @@ from archives import AUDIO, write_panns, write_parquet, write_passt, write_tar
 from sounds import ENCODERS, SUBTYPES, babble, write
 
 from pipeline.audio import hdf5, parquet, sources
-from pipeline.audio.decode import load
-from pipeline.audio.sources import SOURCES_SCHEMA, Locator, Sources
-from pipeline.audio.tar import Tar
+from pipeline.audio.decode import load_clip_audio
+from pipeline.audio.sources import SOURCES_SCHEMA, ClipSources, SoundLocator
+from pipeline.audio.tar import TarReader
 from pipeline.errors import AudioError, InputError
 
 FILES = {f"{number:011d}.flac": bytes([number]) * (100 * number + 1) for number in range(8)}
@@ -30,7 +30,7 @@ FILES = {f"{number:011d}.flac": bytes([number]) * (100 * number + 1) for number 
 
 def found(*places):
     """The sounds of some places as dicts, and the notes."""
-    seen = sources.find(places)
+    seen = sources.find_sounds(places)
     return seen.sounds.rows(named=True), seen.notes
 
 
@@ -160,7 +160,7 @@ def test_damaged_pax_records_end_where_they_make_no_sense(tmp_path):
     member.pax_headers = {"comment": "here"}
     content = member.tobuf(tarfile.PAX_FORMAT).replace(b"16 comment=here", b"0 xcomment=here")
     (tmp_path / "x.tar").write_bytes(content + bytes(1024))
-    assert [m.name for m in Tar(tmp_path / "x.tar").members()] == ["a.wav"]
+    assert [m.name for m in TarReader(tmp_path / "x.tar").read_members()] == ["a.wav"]
 
 
 def test_compressed_tars_are_refused_with_what_to_do(tmp_path):
@@ -170,7 +170,7 @@ def test_compressed_tars_are_refused_with_what_to_do(tmp_path):
     with pytest.raises(
         InputError, match=r"x\.tar\.gz: is compressed.*unpack it, or store it as a plain \.tar"
     ):
-        sources.find([tmp_path / "x.tar.gz"])
+        sources.find_sounds([tmp_path / "x.tar.gz"])
     (tmp_path / "b.wav").touch()
     rows, (note,) = found(tmp_path)
     assert [row["name"] for row in rows] == ["b.wav"]
@@ -190,7 +190,7 @@ def test_rows_of_parquet_are_named_by_path_by_id_or_by_place(tmp_path):
     pq.write_table(plain, tmp_path / "b.parquet")
     rows, notes = found(tmp_path / "b.parquet")
     assert [row["source"] for row in rows] == ["b.parquet::one", "b.parquet::row 1 of group 0"]
-    assert [parquet.sound_of(tmp_path / "b.parquet", 0, row) for row in (1, 0)] == [b"y", b"x"]
+    assert [parquet.read_parquet_sound(tmp_path / "b.parquet", 0, row) for row in (1, 0)] == [b"y", b"x"]
     assert notes == ()
 
 
@@ -207,31 +207,35 @@ def test_planning_reads_no_sound_of_a_parquet_file(tmp_path, monkeypatch):
 
 def test_a_row_group_is_read_once_if_its_rows_are_asked_for_in_turn(tmp_path, monkeypatch):
     """A shard of many rows must not read a row group for each; a large group is held in parts."""
-    monkeypatch.setattr(parquet, "HELD_BYTES", 500)
+    monkeypatch.setattr(parquet, "MAX_BATCH_BYTES", 500)
     path = write_parquet(tmp_path / "a.parquet", FILES, group=8)
-    begun, begin = [], parquet.RowGroup._begin_again
-    monkeypatch.setattr(parquet.RowGroup, "_begin_again", lambda self: begun.append(1) or begin(self))
-    assert [parquet.sound_of(path, 0, row) for row in range(8)] == list(FILES.values())
+    begun, begin = [], parquet.RowGroupReader._restart_reading
+    monkeypatch.setattr(
+        parquet.RowGroupReader, "_restart_reading", lambda self: begun.append(1) or begin(self)
+    )
+    assert [parquet.read_parquet_sound(path, 0, row) for row in range(8)] == list(FILES.values())
     assert len(begun) == 1
-    assert parquet.held(path, 0, (path.stat().st_mtime_ns, path.stat().st_size))._rows_a_batch == 1
-    assert parquet.sound_of(path, 0, 2) == FILES["00000000002.flac"]
+    assert (
+        parquet.cached_row_group(path, 0, (path.stat().st_mtime_ns, path.stat().st_size))._rows_per_batch == 1
+    )
+    assert parquet.read_parquet_sound(path, 0, 2) == FILES["00000000002.flac"]
     assert len(begun) == 2
 
 
 def test_a_parquet_file_that_is_replaced_is_read_anew(tmp_path):
     """A worker lives long, and someone may fetch the file again."""
     path = write_parquet(tmp_path / "a.parquet", {"a.wav": b"old"})
-    assert parquet.sound_of(path, 0, 0) == b"old"
+    assert parquet.read_parquet_sound(path, 0, 0) == b"old"
     write_parquet(path, {"a.wav": b"other"})
-    assert parquet.sound_of(path, 0, 0) == b"other"
+    assert parquet.read_parquet_sound(path, 0, 0) == b"other"
 
 
 def test_of_several_columns_of_bytes_the_one_named_audio_holds_the_sounds():
     """Pictures lie beside sounds in some tables."""
     schema = pa.schema([("image", AUDIO), ("thumbnail", pa.binary()), ("audio", pa.binary())])
-    assert parquet.sound_column(schema) == "audio"
-    assert parquet.sound_column(schema.remove(2)) == "image.bytes"
-    assert parquet.sound_column(pa.schema([("label", pa.string())])) is None
+    assert parquet.find_sound_column(schema) == "audio"
+    assert parquet.find_sound_column(schema.remove(2)) == "image.bytes"
+    assert parquet.find_sound_column(pa.schema([("label", pa.string())])) is None
 
 
 def test_hdf5_of_panns_and_passt_is_listed(tmp_path):
@@ -246,7 +250,7 @@ def test_hdf5_of_panns_and_passt_is_listed(tmp_path):
     ]
     assert [row["row"] for row in rows] == [*range(8), *range(8)]
     assert {row["kind"] for row in rows} == {"hdf5"}
-    assert hdf5.sound_of(tmp_path / "b.hdf5", 3) == FILES["00000000003.flac"]
+    assert hdf5.read_hdf5_sound(tmp_path / "b.hdf5", 3) == FILES["00000000003.flac"]
     assert notes == ()
 
 
@@ -255,7 +259,7 @@ def test_the_rate_of_panns_is_the_file_s_own_or_32_khz(tmp_path):
     pytest.importorskip("h5py")
     for rate_hz, said_hz in ((None, 32_000), (8_000, 8_000)):
         path = write_panns(tmp_path / "a.h5", {"a.wav": np.arange(5)}, rate_hz=rate_hz)
-        content = hdf5.sound_of(path, 0)
+        content = hdf5.read_hdf5_sound(path, 0)
         assert struct.unpack_from("<I", content, 24) == (said_hz,)
         assert np.frombuffer(content[44:], "<i2").tolist() == [0, 1, 2, 3, 4]
 
@@ -337,8 +341,8 @@ def test_no_damage_to_an_archive_does_more_than_cost_its_sounds(tmp_path, kind):
 def test_the_table_of_sounds_has_one_schema_for_all_layouts(tmp_path):
     """Empty or not."""
     write_tar(tmp_path / "x.tar", {"notes.txt": b""})
-    assert dict(sources.find([tmp_path]).sounds.schema) == sources.FOUND_SCHEMA
-    assert sources.find([tmp_path]).sounds.schema["offset"] == pl.Int64
+    assert dict(sources.find_sounds([tmp_path]).sounds.schema) == sources.FOUND_SOUNDS_SCHEMA
+    assert sources.find_sounds([tmp_path]).sounds.schema["offset"] == pl.Int64
 
 
 RATE_HZ = 48_000
@@ -348,13 +352,13 @@ CONTAINERS = (*ENCODERS, *SUBTYPES, ".wav")
 
 def locators_of(*places):
     """Of every sound below some places, by the name of the sound."""
-    sounds = sources.find(places).sounds
-    some = Sources(frame=sounds.select(*SOURCES_SCHEMA)).locators(range(sounds.height))
+    sounds = sources.find_sounds(places).sounds
+    some = ClipSources(frame=sounds.select(*SOURCES_SCHEMA)).locators_of_rows(range(sounds.height))
     return {locator.name: locator for locator in some}
 
 
 def heard(locator, start_seconds=1.0, end_seconds=3.0):
-    return load(locator, start_seconds=start_seconds, end_seconds=end_seconds)
+    return load_clip_audio(locator, start_seconds=start_seconds, end_seconds=end_seconds)
 
 
 def refusal(locator):
@@ -387,7 +391,10 @@ def packed(files, tmp_path_factory):
 @pytest.mark.parametrize("segment", [(0.0, 4.0), (1.5, 2.5)])
 def test_a_sound_is_the_same_from_a_file_from_a_tar_and_from_parquet(files, packed, layout, name, segment):
     """Every sample, length, codec and flag: what lies where must not change what is learnt."""
-    loose, member = heard(Locator.of(files[name]), *segment), heard(packed[layout][name], *segment)
+    loose, member = (
+        heard(SoundLocator.from_path(files[name]), *segment),
+        heard(packed[layout][name], *segment),
+    )
     assert np.array_equal(loose.wave_S, member.wave_S)
     facts = ("rate_hz", "channels", "codec", "seconds", "digest", "flags", "peak_dbfs", "rms_dbfs")
     assert [getattr(loose, fact) for fact in facts] == [getattr(member, fact) for fact in facts]
@@ -401,7 +408,7 @@ def test_damage_is_the_same_wherever_it_lies(files, tmp_path, layout, capfd):
     members = locators_of(make(tmp_path / f"x.{layout}", halves))
     for name, content in halves.items():
         (tmp_path / name).write_bytes(content)
-        assert outcome(members[name]) == outcome(Locator.of(tmp_path / name)), name
+        assert outcome(members[name]) == outcome(SoundLocator.from_path(tmp_path / name)), name
     assert capfd.readouterr() == ("", "")
 
 
@@ -432,7 +439,7 @@ def test_a_row_of_passt_is_the_mp3_that_was_packed(files, tmp_path):
     pytest.importorskip("h5py")
     path = write_passt(tmp_path / "x.hdf5", {"sound.mp3": files["sound.mp3"].read_bytes(), "no.mp3": b""})
     there, absent = locators_of(path).values()
-    assert heard(there).digest == heard(Locator.of(files["sound.mp3"])).digest
+    assert heard(there).digest == heard(SoundLocator.from_path(files["sound.mp3"])).digest
     assert refusal(absent)[0] == "missing"
 
 
@@ -475,14 +482,18 @@ def test_a_member_of_gigabytes_is_not_loaded(tmp_path):
     clip = heard(locator, 1.0, 2.0)
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert (clip.seconds, clip.flags) == (40_000.0, ("cut",))
+    assert (clip.source_seconds, clip.flags) == (40_000.0, ("cut",))
     np.testing.assert_allclose(clip.wave_S, wave_S[RATE_HZ:], atol=2**-15)
     assert peak_bytes < 2**23
 
 
 def test_locators_are_small_and_travel(packed, files):
     """A task of a thousand clips goes to a worker through a pipe."""
-    for locator in (*packed["tar"].values(), *packed["parquet"].values(), Locator.of(files["sound.wav"])):
+    for locator in (
+        *packed["tar"].values(),
+        *packed["parquet"].values(),
+        SoundLocator.from_path(files["sound.wav"]),
+    ):
         assert pickle.loads(pickle.dumps(locator)) == locator
         assert len(pickle.dumps(locator)) < 600
 
@@ -497,9 +508,16 @@ def test_sources_give_the_locators_of_some_rows_and_none_for_nowhere():
     frame = pl.DataFrame(rows | {"offset": [None, None, 512], "size": [None, None, 9]}).with_columns(
         group=None, row=None, exact=False
     )
-    _, nowhere, member = Sources(frame=frame.select(*SOURCES_SCHEMA).cast(SOURCES_SCHEMA)).locators(
-        range(0, 3)
-    )
+    _, nowhere, member = ClipSources(
+        frame=frame.select(*SOURCES_SCHEMA).cast(SOURCES_SCHEMA)
+    ).locators_of_rows(range(0, 3))
     assert nowhere is None
     assert (member.kind, member.offset, member.size, member.name) == ("tar", 512, 9, "b.wav")
-    assert len(Sources(frame=frame.select(*SOURCES_SCHEMA).cast(SOURCES_SCHEMA)).locators(range(1, 2))) == 1
+    assert (
+        len(
+            ClipSources(frame=frame.select(*SOURCES_SCHEMA).cast(SOURCES_SCHEMA)).locators_of_rows(
+                range(1, 2)
+            )
+        )
+        == 1
+    )

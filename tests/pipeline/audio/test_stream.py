@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 from sounds import babble, write
 
-from pipeline.audio.decode import AudioPolicy, load, stream
-from pipeline.audio.sources import Locator
+from pipeline.audio.decode import AudioPolicy, load_clip_audio, stream_wave
+from pipeline.audio.sources import SoundLocator
 from pipeline.errors import AudioError
 
 
 def streamed(path, rate_hz=32_000, **policy) -> np.ndarray:
-    return np.concatenate(list(stream(Locator.of(path), rate_hz, policy=AudioPolicy(**policy))))
+    return np.concatenate(
+        list(stream_wave(SoundLocator.from_path(path), rate_hz, policy=AudioPolicy(**policy)))
+    )
 
 
 @pytest.mark.parametrize("rate_hz", [8_000, 32_000, 44_100])
@@ -19,7 +21,9 @@ def test_pieces_are_the_whole(tmp_path, suffix, rate_hz):
     """Decoders and resampler keep their state from one piece to the next."""
     own_hz = 48_000 if suffix == ".webm" else rate_hz
     path = write(tmp_path / f"a{suffix}", np.stack([babble(3.1, own_hz)] * 2, 1), own_hz)
-    at_once = load(Locator.of(path), start_seconds=0, end_seconds=100).resampled(32_000)
+    at_once = load_clip_audio(SoundLocator.from_path(path), start_seconds=0, end_seconds=100).resample_wave(
+        32_000
+    )
     in_pieces = streamed(path)
     assert len(in_pieces) == len(at_once)
     np.testing.assert_allclose(in_pieces, at_once, atol=1e-6)
@@ -28,7 +32,7 @@ def test_pieces_are_the_whole(tmp_path, suffix, rate_hz):
 def test_pieces_are_small_beside_a_long_sound(tmp_path):
     """Ten minutes are never in memory at once."""
     path = write(tmp_path / "long.flac", np.tile(babble(10, 16_000), 60), 16_000)
-    sizes = [len(piece) for piece in stream(Locator.of(path), 32_000)]
+    sizes = [len(piece) for piece in stream_wave(SoundLocator.from_path(path), 32_000)]
     assert sum(sizes) == 600 * 32_000
     assert max(sizes) < 70 * 32_000
 
@@ -46,7 +50,9 @@ def test_what_cannot_be_used_is_refused_for_the_same_reason(tmp_path, reason, wa
     """One judge for both ways."""
     path = write(tmp_path / "a.wav", wave_S, 16_000, subtype="FLOAT")
     with pytest.raises(AudioError, match=r"a\.wav: ") as at_once:
-        load(Locator.of(path), start_seconds=0, end_seconds=100, policy=AudioPolicy(**policy))
+        load_clip_audio(
+            SoundLocator.from_path(path), start_seconds=0, end_seconds=100, policy=AudioPolicy(**policy)
+        )
     with pytest.raises(AudioError, match=r"a\.wav: ") as in_pieces:
         streamed(path, **policy)
     assert in_pieces.value.reason == at_once.value.reason == reason
@@ -57,7 +63,7 @@ def test_a_sound_that_ends_early_is_told_at_its_end(tmp_path):
     """Its header promised more."""
     path = write(tmp_path / "a.wav", babble(4.0, 16_000), 16_000)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    pieces = stream(Locator.of(path), 32_000)
+    pieces = stream_wave(SoundLocator.from_path(path), 32_000)
     assert len(next(pieces))
     with pytest.raises(AudioError, match=r"can be decoded") as told:
         list(pieces)

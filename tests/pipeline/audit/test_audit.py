@@ -7,14 +7,28 @@ import polars as pl
 import pytest
 from scipy.stats import chi2_contingency
 
-from pipeline.audit.audit import Audit, Rows, audit, effective, gini
-from pipeline.audit.class_pairs import BUSIEST, MOST_LABELS, g2, least_g2, pairs_of, shifts_of, together_KK
-from pipeline.audit.copies import recordings
-from pipeline.audit.findings import LEVELS, findings, table, write_json
-from pipeline.audit.implied_labels import Tree
+from pipeline.audit.audit import (
+    AuditedClips,
+    StoreAudit,
+    audit_clips,
+    effective_class_count,
+    gini_coefficient,
+)
+from pipeline.audit.class_pairs import (
+    MAX_PAIRED_CLASSES,
+    MAX_PAIRED_LABELS,
+    count_together_KK,
+    find_class_shifts,
+    find_surprising_pairs,
+    g2_threshold,
+    log_likelihood_ratio,
+)
+from pipeline.audit.copies import clip_recordings
+from pipeline.audit.findings import FINDING_LEVELS, collect_findings, format_audit, write_audit_json
+from pipeline.audit.implied_labels import OntologySubset
 from pipeline.errors import OntologyError
-from pipeline.labels.ontology import ClassList, Node, Ontology, load_class_list, load_ontology
-from pipeline.labels.propagation import propagate, relation_CC
+from pipeline.labels.ontology import ClassList, Ontology, OntologyNode, load_class_list, load_ontology
+from pipeline.labels.propagation import propagate, rule_relation_CC
 from pipeline.report.page_sections import audit_section
 
 NAMES = ("Speech", "Male speech, man speaking", "Music", "Vehicle")
@@ -51,7 +65,9 @@ def clean() -> list[dict]:
     ]
 
 
-def rows_of(clips: list[dict], *, dataset: str | None = "audioset", classes=CLASSES, rules=(), **how) -> Rows:
+def rows_of(
+    clips: list[dict], *, dataset: str | None = "audioset", classes=CLASSES, rules=(), **how
+) -> AuditedClips:
     """The clips as a store would hold them; `how` replaces what follows from that."""
     types = {"flags": pl.List(pl.String), "raw": pl.List(pl.UInt16), "outside": pl.List(pl.String)}
     types |= {"reason": pl.String, "source": pl.String, "digest": pl.String}
@@ -59,30 +75,32 @@ def rows_of(clips: list[dict], *, dataset: str | None = "audioset", classes=CLAS
     labels, provenance = frame.select("raw", "outside"), {"raw": "as listed"}
     for rule in rules:
         provenance[rule] = {"rule": rule, "ontology": load_ontology().digest, "splits": list(SPLITS)}
-        labels = labels.with_columns(propagate(labels["raw"], relation_CC(rule, classes=classes)).alias(rule))
+        labels = labels.with_columns(
+            propagate(labels["raw"], rule_relation_CC(rule, classes=classes)).alias(rule)
+        )
     known = {
         "manifest": frame.drop("raw", "outside"),
         "labels": labels,
         "provenance": provenance,
         "classes": classes,
-        "recording": recordings(frame, dataset),
+        "recording": clip_recordings(frame, dataset),
         "excluded_N": np.zeros(len(clips), bool),
         "lists": (),
         "splits": SPLITS,
         "measured": ("eval",),
         "ontologies": {},
     }
-    return Rows(**known | how)
+    return AuditedClips(**known | how)
 
 
-def told(rows: Rows) -> list[tuple[str, str]]:
-    return [(f.level, f.what) for f in findings(audit(rows, few=FEW), "x.zarr")]
+def told(rows: AuditedClips) -> list[tuple[str, str]]:
+    return [(f.level, f.what) for f in collect_findings(audit_clips(rows, few=FEW), "x.zarr")]
 
 
 def test_clean_clips_are_told_to_be_clean():
     """An audit that always finds something would not be read twice."""
     assert told(rows_of(clean(), rules=["unambiguous", "direct-parent"])) == []
-    seen = audit(rows_of(clean()), few=FEW)
+    seen = audit_clips(rows_of(clean()), few=FEW)
     assert (seen.copies, seen.pairs.more, seen.pairs.less, seen.sides.shifts) == ((), (), (), ())
     assert seen.sides.shift == 0
 
@@ -156,7 +174,7 @@ def test_leaks_come_first():
     alter(2, digest="train10")(clips)
     alter(3, digest="eval11")(clips)
     levels = [level for level, _ in told(rows_of(clips))]
-    assert levels == sorted(levels, key=list(LEVELS).index)
+    assert levels == sorted(levels, key=list(FINDING_LEVELS).index)
     assert levels[0] == "leak"
 
 
@@ -165,9 +183,9 @@ def test_what_mends_a_leak_is_said_for_the_splits_asked_about():
     replaces those before it."""
     clips = clean()
     alter(0, digest="eval8")(clips)
-    leak = findings(audit(rows_of(clips), few=FEW), "x.zarr")[0]
+    leak = collect_findings(audit_clips(rows_of(clips), few=FEW), "x.zarr")[0]
     assert leak.do == "ajepa-data audit-labels x.zarr --suggest leaks.txt"
-    leak = findings(audit(rows_of(clips, measured=("train",)), few=FEW), "x.zarr")[0]
+    leak = collect_findings(audit_clips(rows_of(clips, measured=("train",)), few=FEW), "x.zarr")[0]
     assert leak.do == "ajepa-data audit-labels x.zarr --eval train --suggest leaks.txt"
 
 
@@ -217,8 +235,8 @@ def test_pieces_of_one_recording_in_two_splits_leak_and_in_one_split_do_not():
 def test_the_recording_of_a_missing_piece_is_its_id_without_the_place():
     """`name@1500` begins at 1.5 s of `name`."""
     frame = pl.DataFrame({"clip_id": ["a@0", "a@1500", "b@x"], "source": [None, None, "b.wav"]})
-    assert recordings(frame, "folder").to_list() == ["a", "a", "b.wav"]
-    assert recordings(frame, "audioset").to_list() == ["a@0", "a@1500", "b@x"]
+    assert clip_recordings(frame, "folder").to_list() == ["a", "a", "b.wav"]
+    assert clip_recordings(frame, "audioset").to_list() == ["a@0", "a@1500", "b@x"]
 
 
 def test_without_a_held_out_split_copies_are_checks_and_sides_are_not_compared():
@@ -226,14 +244,14 @@ def test_without_a_held_out_split_copies_are_checks_and_sides_are_not_compared()
     clips = clean()
     alter(0, digest="eval8")(clips)
     rows = rows_of(clips, measured=())
-    assert audit(rows).sides is None
+    assert audit_clips(rows).sides is None
     assert told(rows) == [("check", "1 clip of train with the exact audio of 1 clip of eval")]
 
 
 # propagated sets ------------------------------------------------------------------------------------------------
 
 
-def with_set(rows: Rows, row: int, labels: list[int], rule: str = "unambiguous") -> Rows:
+def with_set(rows: AuditedClips, row: int, labels: list[int], rule: str = "unambiguous") -> AuditedClips:
     """The rows, one of which has other labels in a propagated set."""
     lists = rows.labels[rule].to_list()
     lists[row] = labels
@@ -255,7 +273,7 @@ def test_a_propagated_set_that_is_not_what_its_rule_gives_is_a_fault(labels, wha
     ((level, said),) = told(rows)
     assert level == "fault"
     assert what in said
-    (finding,) = findings(audit(rows, few=FEW), "x.zarr")
+    (finding,) = collect_findings(audit_clips(rows, few=FEW), "x.zarr")
     assert finding.do == "ajepa-data propagate-labels x.zarr --rule unambiguous"
 
 
@@ -299,11 +317,15 @@ def test_a_set_is_judged_by_the_ontology_it_was_made_with():
     """A user's own, kept in the store; raw labels are then held against it, too."""
     vehicle, music = CLASSES.mids[VEHICLE], CLASSES.mids[MUSIC]
     nodes = [
-        Node(mid=mid, name=name) for mid, name in zip(CLASSES.mids, NAMES, strict=True) if mid != vehicle
+        OntologyNode(mid=mid, name=name)
+        for mid, name in zip(CLASSES.mids, NAMES, strict=True)
+        if mid != vehicle
     ]
-    own = Ontology(nodes=(*nodes, Node(mid=vehicle, name="Vehicle", child_mids=(music,))))
+    own = Ontology(nodes=(*nodes, OntologyNode(mid=vehicle, name="Vehicle", child_mids=(music,))))
     rows = rows_of(clean(), rules=["unambiguous"])
-    column = propagate(rows.labels["raw"], relation_CC(ontology=own, classes=CLASSES)).alias("unambiguous")
+    column = propagate(rows.labels["raw"], rule_relation_CC(ontology=own, classes=CLASSES)).alias(
+        "unambiguous"
+    )
     by = rows.provenance["unambiguous"] | {"ontology": own.digest}
     made = replace(
         rows, labels=rows.labels.with_columns(column), provenance={"raw": "as listed", "unambiguous": by}
@@ -321,8 +343,8 @@ def test_what_the_rules_make_is_never_stale(rule):
     for clip in clips:
         clip["raw"] = sorted(rng.choice(527, rng.integers(0, 9), replace=False).tolist())
     rows = rows_of(clips, classes=EVERY, rules=[rule])
-    raw, propagated = audit(rows).contradictions
-    assert not propagated.stale
+    raw, propagated = audit_clips(rows).contradictions
+    assert not propagated.is_stale
     if rule == "unambiguous":
         added = rows.labels[rule].list.len().sum() - rows.labels["raw"].list.len().sum()
         assert raw.labels_lacking == added > 0
@@ -334,15 +356,15 @@ def test_classes_that_no_ontology_knows_are_not_judged():
     own = ClassList(mids=("dog", "cat", "cow", "hen"), names=("dog", "cat", "cow", "hen"))
     rows = rows_of(clean(), classes=own)
     assert told(rows) == []
-    assert audit(rows).contradictions[0].why_not == "the ontology knows none of its classes"
+    assert audit_clips(rows).contradictions[0].why_not == "the ontology knows none of its classes"
 
 
 def test_the_known_part_of_a_mixed_class_list_is_judged():
     """Two of AudioSet's classes among a user's own."""
     mixed = ClassList(mids=("own", CLASSES.mids[MALE], "other", CLASSES.mids[SPEECH]), names=tuple("abcd"))
-    tree = Tree.of(load_ontology(), mixed)
-    assert tree.adds("unambiguous").tolist() == [[1, 3]]
-    assert tree.related().tolist() == [[1, 3]]
+    tree = OntologySubset.of_classes(load_ontology(), mixed)
+    assert tree.implied_pairs("unambiguous").tolist() == [[1, 3]]
+    assert tree.related_pairs().tolist() == [[1, 3]]
 
 
 def test_an_index_that_no_class_has_is_an_error_with_its_row():
@@ -350,7 +372,7 @@ def test_an_index_that_no_class_has_is_an_error_with_its_row():
     clips = clean()
     alter(3, raw=[4])(clips)
     with pytest.raises(OntologyError, match="row 3: class index 4, expected 0 to 3"):
-        audit(rows_of(clips))
+        audit_clips(rows_of(clips))
 
 
 # statistics -----------------------------------------------------------------------------------------------------
@@ -367,7 +389,7 @@ def test_g2_is_the_log_likelihood_ratio_of_the_table():
         table_22 = rng.integers(0, 40, (2, 2)) + np.array([[0, 1], [1, 1]])
         both, one, other = table_22[0, 0], table_22[0].sum(), table_22[:, 0].sum()
         expected = chi2_contingency(table_22, correction=False, lambda_="log-likelihood").statistic
-        got = g2(np.array([both]), np.array([one]), np.array([other]), int(table_22.sum()))
+        got = log_likelihood_ratio(np.array([both]), np.array([one]), np.array([other]), int(table_22.sum()))
         assert got[0] == pytest.approx(expected, abs=1e-9)
 
 
@@ -375,7 +397,7 @@ def test_together_counts_what_a_matrix_product_counts():
     """Two ways that must agree."""
     has_BC = np.random.default_rng(1).random((300, 12)) < 0.3
     counts = has_BC.T.astype(int) @ has_BC
-    assert (together_KK(*entries_of(has_BC), 12) == np.triu(counts, 1)).all()
+    assert (count_together_KK(*entries_of(has_BC), 12) == np.triu(counts, 1)).all()
 
 
 def test_independent_classes_show_no_surprise_and_planted_ones_do():
@@ -385,16 +407,16 @@ def test_independent_classes_show_no_surprise_and_planted_ones_do():
     has_BC[:, 7] = True  # so that no clip is without a label
     names = [f"c{index}" for index in range(8)]
     none = np.zeros((0, 2), int)
-    clean_pairs = pairs_of(*entries_of(has_BC), names, none, top=5)
+    clean_pairs = find_surprising_pairs(*entries_of(has_BC), names, none, top=5)
     assert (clean_pairs.more, clean_pairs.less) == ((), ())
     has_BC[:, 1] = np.where(rng.random(4_000) < 0.7, has_BC[:, 0], has_BC[:, 1])
     has_BC[:, 3] &= ~has_BC[:, 2]
-    found = pairs_of(*entries_of(has_BC), names, none, top=5)
+    found = find_surprising_pairs(*entries_of(has_BC), names, none, top=5)
     assert [(p.one, p.other) for p in found.more] == [("c0", "c1")]
     assert [(p.one, p.other, p.clips) for p in found.less] == [("c2", "c3", 0)]
     clips_C = has_BC.sum(0)
     assert found.less[0].expected == pytest.approx(clips_C[2] * clips_C[3] / 4_000)
-    told_by_ontology = pairs_of(*entries_of(has_BC), names, np.array([[0, 1], [2, 3]]), top=5)
+    told_by_ontology = find_surprising_pairs(*entries_of(has_BC), names, np.array([[0, 1], [2, 3]]), top=5)
     assert (told_by_ontology.more, told_by_ontology.less) == ((), ())
 
 
@@ -407,43 +429,45 @@ def test_sixty_five_thousand_classes_do_not_explode():
     fresh_N = np.diff(row_N * 65_536 + np.sort(class_N, 1).ravel(), prepend=-1) > 0
     flat_N = np.sort(class_N, 1).ravel()[fresh_N]
     names = [str(index) for index in range(65_536)]
-    found = pairs_of(row_N[fresh_N], flat_N, names, np.array([[0, 40_000]]), top=3)
-    assert found.classes == BUSIEST
+    found = find_surprising_pairs(row_N[fresh_N], flat_N, names, np.array([[0, 40_000]]), top=3)
+    assert found.classes == MAX_PAIRED_CLASSES
     assert [(p.one, p.other) for p in found.more] == [("0", "1")]
 
 
 def test_a_clip_with_every_label_is_left_out_of_the_pairs_and_counted():
     """A thousand labels would be half a million pairs."""
     has_BC = np.eye(100, dtype=bool)
-    has_BC[0] = np.arange(100) <= MOST_LABELS
-    found = pairs_of(*entries_of(has_BC), [str(i) for i in range(100)], np.zeros((0, 2), int), top=3)
+    has_BC[0] = np.arange(100) <= MAX_PAIRED_LABELS
+    found = find_surprising_pairs(
+        *entries_of(has_BC), [str(i) for i in range(100)], np.zeros((0, 2), int), top=3
+    )
     assert found.clips_left_out == 1
     assert found.more == ()
 
 
 def test_crowded_clips_make_no_classes_strangers():
     """Counted as clips of either class and not of both, they would make every pair stand together too seldom."""
-    has_BC = np.random.default_rng(0).random((600, MOST_LABELS + 1)) < 0.2
+    has_BC = np.random.default_rng(0).random((600, MAX_PAIRED_LABELS + 1)) < 0.2
     has_BC[:200] = True
     row_N, class_N = np.nonzero(has_BC)
-    names = [str(number) for number in range(MOST_LABELS + 1)]
-    pairs = pairs_of(row_N, class_N, names, np.zeros((0, 2), int), top=10)
+    names = [str(number) for number in range(MAX_PAIRED_LABELS + 1)]
+    pairs = find_surprising_pairs(row_N, class_N, names, np.zeros((0, 2), int), top=10)
     assert (pairs.less_in_all, pairs.clips_left_out) == (0, 200)
 
 
 def test_shifted_classes_are_found_and_equal_ones_are_not():
     """By evidence: the same ratio weighs more with more clips."""
     trained_C, held_C = np.array([5_000, 2_000, 500, 3]), np.array([500, 50, 50, 0])
-    shifts, in_all = shifts_of(trained_C, held_C, 10_000, 1_000, list("abcd"), top=5)
+    shifts, in_all = find_class_shifts(trained_C, held_C, 10_000, 1_000, list("abcd"), top=5)
     assert in_all == 1
     assert (shifts[0].name, shifts[0].trained, shifts[0].held_out) == ("b", 0.2, 0.05)
-    assert shifts_of(trained_C, held_C * 0, 10_000, 0, list("abcd"), top=5) == ((), 0)
+    assert find_class_shifts(trained_C, held_C * 0, 10_000, 0, list("abcd"), top=5) == ((), 0)
 
 
 def test_the_more_draws_the_more_a_surprise_must_surprise():
     """chi-squared at 5 %: 3.84 for one draw."""
-    assert least_g2(1) == pytest.approx(3.841, abs=1e-3)
-    assert least_g2(138_601) > 25
+    assert g2_threshold(1) == pytest.approx(3.841, abs=1e-3)
+    assert g2_threshold(138_601) > 25
 
 
 @pytest.mark.parametrize(
@@ -452,15 +476,15 @@ def test_the_more_draws_the_more_a_surprise_must_surprise():
 )
 def test_how_evenly_classes_are_spread(clips_C, alike, unequal):
     """All alike, one alone, none, half of them."""
-    assert effective(np.array(clips_C)) == pytest.approx(alike)
-    assert gini(np.array(clips_C)) == pytest.approx(unequal)
+    assert effective_class_count(np.array(clips_C)) == pytest.approx(alike)
+    assert gini_coefficient(np.array(clips_C)) == pytest.approx(unequal)
 
 
 # told -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def busy() -> Audit:
+def busy() -> StoreAudit:
     """One of everything."""
     clips = clean() * 40
     for number, clip in enumerate(clips):
@@ -472,13 +496,13 @@ def busy() -> Audit:
     for number in range(1, 200, 2):
         clips[number + 600] = clips[number + 600] | {"raw": [MUSIC, VEHICLE], "split": "train"}
     alter(0, digest="8", raw=[MALE])(clips)
-    return audit(rows_of(clips), few=FEW, top=1)
+    return audit_clips(rows_of(clips), few=FEW, top=1)
 
 
 def test_the_table_tells_what_the_audit_has(busy):
     """Every finding, every split, and how much more there is than is shown."""
-    text = table(busy, "x.zarr")
-    for finding in findings(busy, "x.zarr"):
+    text = format_audit(busy, "x.zarr")
+    for finding in collect_findings(busy, "x.zarr"):
         assert finding.what.split(";")[0][:60] in text
     for split in busy.splits:
         assert split.split in text
@@ -493,9 +517,9 @@ def test_the_json_has_every_figure(busy, tmp_path):
     """A script reads it instead of the table."""
     import json
 
-    write_json(busy, "x.zarr", tmp_path / "new" / "a.json")
+    write_audit_json(busy, "x.zarr", tmp_path / "new" / "a.json")
     read = json.loads((tmp_path / "new" / "a.json").read_text())
-    assert read.pop("findings")[0]["level"] == findings(busy, "x.zarr")[0].level
+    assert read.pop("findings")[0]["level"] == collect_findings(busy, "x.zarr")[0].level
     assert read == json.loads(json.dumps(asdict(busy)))
 
 
@@ -504,7 +528,7 @@ def test_the_section_is_escaped_and_says_the_same(busy):
     text = audit_section(busy, "<b>.zarr")
     assert "<b>.zarr" not in text
     assert "&lt;" in text
-    for finding in findings(busy, "x"):
+    for finding in collect_findings(busy, "x"):
         assert f'class="level {finding.level}"' in text
-    assert text.count("<li>") == len(findings(busy, "x"))
-    assert "Nothing is wrong" in audit_section(audit(rows_of(clean()), few=FEW), "x")
+    assert text.count("<li>") == len(collect_findings(busy, "x"))
+    assert "Nothing is wrong" in audit_section(audit_clips(rows_of(clean()), few=FEW), "x")

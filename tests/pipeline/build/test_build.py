@@ -18,17 +18,17 @@ import zarr
 from corpus import BROKEN, MISSING, SHORT, SILENT, clip_id, tone_in_noise, write_corpus
 from stores import assert_same_bytes, build
 
-from pipeline.audio.decode import load
+from pipeline.audio.decode import load_clip_audio
 from pipeline.audio.mel import log_mel
-from pipeline.audio.mel_spec import mel_spec
-from pipeline.audio.sources import Locator
+from pipeline.audio.mel_spec import preset_mel_spec
+from pipeline.audio.sources import SoundLocator
 from pipeline.build import shard_builder
 from pipeline.build.build import build_store
-from pipeline.build.plan import Output
-from pipeline.build.verify import faults_of
-from pipeline.datasets.audioset import audioset
+from pipeline.build.plan import StoreOutput
+from pipeline.build.verify import find_faults
+from pipeline.datasets.audioset import audioset_corpus
 from pipeline.errors import InputError, StoreError
-from pipeline.files import locked
+from pipeline.files import lock_store
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.shards import ledger_path, shard_path
 
@@ -50,12 +50,12 @@ def fresh(corpus, tmp_path_factory):
 
 def test_a_row_holds_the_log_mel_of_its_clip(corpus, store):
     """The numbers a trainer sees are those of the sound, in the row the list gives it."""
-    spec = mel_spec("a-jepa")
+    spec = preset_mel_spec("a-jepa")
     for row in (0, SHORT[0], 47):
         path = corpus / "audio" / f"{clip_id(row)}.wav"
-        audio = load(Locator.of(path), start_seconds=30, end_seconds=40)
+        audio = load_clip_audio(SoundLocator.from_path(path), start_seconds=30, end_seconds=40)
         expected_TF = (
-            log_mel(torch.from_numpy(audio.resampled(32_000))[None], spec)[0].numpy().astype(np.float16)
+            log_mel(torch.from_numpy(audio.resample_wave(32_000))[None], spec)[0].numpy().astype(np.float16)
         )
         stored_TF = store.read(np.array([row]))[0]
         np.testing.assert_array_equal(stored_TF[: len(expected_TF)], expected_TF)
@@ -134,7 +134,7 @@ def test_workers_and_reruns_change_no_byte(corpus, fresh, tmp_path):
     assert_same_bytes(fresh, tmp_path / "two.zarr")
     build(corpus, tmp_path / "two.zarr", workers=0)
     assert_same_bytes(fresh, tmp_path / "two.zarr")
-    assert not list(faults_of(tmp_path / "two.zarr"))
+    assert not list(find_faults(tmp_path / "two.zarr"))
 
 
 @pytest.mark.parametrize("after_seconds", [0.3, 1.2])
@@ -193,7 +193,7 @@ def test_a_crash_while_a_shard_is_replaced_loses_no_good_row(grown, tmp_path, mo
     target = {
         "shard written": "pipeline.store.shards.write_commit",
         "record waits": "pipeline.files.Path.replace",
-        "shard placed": "pipeline.store.shards.adopt",
+        "shard placed": "pipeline.store.shards.promote_record",
     }
     with monkeypatch.context() as patch:
         replace = Path.replace
@@ -209,7 +209,7 @@ def test_a_crash_while_a_shard_is_replaced_loses_no_good_row(grown, tmp_path, mo
         path.write_bytes(b"gone")
     manifest = build(folder, out)
     assert manifest.filter(pl.col("status") == "good").height == 18 + arrived
-    assert not list(faults_of(out))
+    assert not list(find_faults(out))
 
 
 def test_a_damaged_shard_is_not_given_fresh_checksums(grown):
@@ -224,7 +224,7 @@ def test_a_damaged_shard_is_not_given_fresh_checksums(grown):
 
 def test_a_rerun_that_changes_nothing_leaves_the_store_usable_throughout(corpus, fresh, monkeypatch):
     """Failed clips are tried again, and meanwhile others train from the store."""
-    monkeypatch.setattr("pipeline.build.build.finalise", lambda *_: FeatureStore.open(fresh).manifest)
+    monkeypatch.setattr("pipeline.build.build.finish_store", lambda *_: FeatureStore.open(fresh).manifest)
     assert build(corpus, fresh).height == 48
 
 
@@ -268,25 +268,25 @@ def test_a_store_of_another_kind_is_not_continued(corpus, fresh, change, said):
     before = (fresh / "manifest.parquet").read_bytes()
     with pytest.raises(StoreError, match=said):
         build(corpus, fresh, **change)
-    fewer = audioset([corpus / "audio"], [corpus / "a_train_segments.csv"])
+    fewer = audioset_corpus([corpus / "audio"], [corpus / "a_train_segments.csv"])
     with pytest.raises(StoreError, match="other clips, lists or classes"):
-        build_store(fewer, Output(path=fresh, spec=mel_spec("a-jepa")))
+        build_store(fewer, StoreOutput(path=fresh, spec=preset_mel_spec("a-jepa")))
     assert (fresh / "manifest.parquet").read_bytes() == before
 
 
 def test_wrong_input_leaves_nothing_half_made(corpus, tmp_path):
     """A mistake in the first line must not cost a clean-up."""
     with pytest.raises(InputError, match="no such folder"):
-        audioset([tmp_path / "no"], [corpus / "eval_segments.csv"])
+        audioset_corpus([tmp_path / "no"], [corpus / "eval_segments.csv"])
     assert not list(tmp_path.iterdir())
 
 
 def test_two_builds_of_one_store_do_not_meet(fresh):
     """Two writers in one shard lose data."""
     with (
-        locked(fresh),
+        lock_store(fresh),
         pytest.raises(StoreError, match=f"being written by process {os.getpid()} on"),
-        locked(fresh),
+        lock_store(fresh),
     ):
         pass
 
@@ -316,7 +316,7 @@ def test_the_identity_follows_the_content(fresh, store):
 def test_a_store_of_another_spec_than_expected_is_refused(store_path):
     """A checkpoint names the spec it was trained on."""
     with pytest.raises(StoreError, match=r"expected MelSpec.*audio-jepa"):
-        FeatureStore.open(store_path, expect=mel_spec("audio-jepa"))
+        FeatureStore.open(store_path, expect=preset_mel_spec("audio-jepa"))
 
 
 @pytest.mark.parametrize("path", ["nowhere.zarr", "."])
@@ -348,9 +348,11 @@ def test_a_full_disk_is_said_and_costs_nothing(corpus, fresh, tmp_path):
 def test_sounds_are_read_in_the_order_in_which_they_lie(corpus, tmp_path, monkeypatch):
     """A Parquet row group is read whole for one clip: in the order of rows an archive would be read over and over."""
     heard = []
-    load = shard_builder.load
+    load = shard_builder.load_clip_audio
     monkeypatch.setattr(
-        shard_builder, "load", lambda locator, **how: heard.append(locator.path) or load(locator, **how)
+        shard_builder,
+        "load_clip_audio",
+        lambda locator, **how: heard.append(locator.path) or load(locator, **how),
     )
     shuffled = tmp_path / "lists"
     shuffled.mkdir()

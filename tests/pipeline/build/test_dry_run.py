@@ -4,9 +4,9 @@ import pytest
 from corpus import write_corpus
 from stores import corpus_in
 
-from pipeline.audio.mel_spec import mel_spec
-from pipeline.build.dry_run import forecast
-from pipeline.build.plan import Build, Output
+from pipeline.audio.mel_spec import preset_mel_spec
+from pipeline.build.dry_run import describe_dry_run
+from pipeline.build.plan import BuildOptions, StoreOutput
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +14,9 @@ def said(tmp_path_factory):
     folder = write_corpus(tmp_path_factory.mktemp("dry") / "corpus", clips=20)
     (folder / "audio" / "holiday.wav").write_bytes(b"")
     out = folder.parent / "x.zarr"
-    text = forecast(corpus_in(folder), [Output(path=out, spec=mel_spec("a-jepa"))], Build())
+    text = describe_dry_run(
+        corpus_in(folder), [StoreOutput(path=out, spec=preset_mel_spec("a-jepa"))], BuildOptions()
+    )
     assert not out.exists()
     return [line.split() for line in text.splitlines()], text
 

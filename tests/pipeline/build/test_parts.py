@@ -7,16 +7,16 @@ import pytest
 from killed_build import outputs_in
 from stores import assert_same_bytes, corpus_in
 
-from pipeline.audio.mel_spec import mel_spec
+from pipeline.audio.mel_spec import preset_mel_spec
 from pipeline.build.build import build_store, build_stores
-from pipeline.build.finish import finalise
-from pipeline.build.plan import Blocks, Build, Output, plan_store
-from pipeline.build.verify import faults_of
-from pipeline.build.workers import run_here
+from pipeline.build.finish import finish_store
+from pipeline.build.plan import BuildBlocks, BuildOptions, StoreOutput, plan_store
+from pipeline.build.verify import find_faults
+from pipeline.build.workers import run_in_processes
 from pipeline.errors import InputError, StoreError
-from pipeline.files import WHOLE, Part, gate, locked
+from pipeline.files import WHOLE_BUILD, BuildPart, lock_shared_files, lock_store
 from pipeline.store.feature_store import FeatureStore
-from pipeline.store.header import Header
+from pipeline.store.header import StoreHeader
 
 UNGUARDED = {"workers": 0}
 
@@ -25,14 +25,14 @@ UNGUARDED = {"workers": 0}
 def whole(corpus, tmp_path_factory):
     """Two stores of one decoding pass, built in one go."""
     folder = tmp_path_factory.mktemp("whole")
-    build_stores(corpus_in(corpus), outputs_in(folder), Build(**UNGUARDED))
+    build_stores(corpus_in(corpus), outputs_in(folder), BuildOptions(**UNGUARDED))
     return folder
 
 
 def test_several_stores_of_one_pass_are_each_what_they_would_be_alone(corpus, whole, tmp_path):
     """Decoding dominates the cost; sharing it must not show."""
     for output in outputs_in(tmp_path):
-        build_store(corpus_in(corpus), output, Build(**UNGUARDED))
+        build_store(corpus_in(corpus), output, BuildOptions(**UNGUARDED))
     for one, other in zip(outputs_in(whole), outputs_in(tmp_path), strict=True):
         assert_same_bytes(one.path, other.path)
 
@@ -40,9 +40,9 @@ def test_several_stores_of_one_pass_are_each_what_they_would_be_alone(corpus, wh
 def test_a_second_spec_added_later_leaves_the_first_store_alone(corpus, whole, tmp_path, monkeypatch):
     """Only what is missing is made."""
     first, second = outputs_in(tmp_path)
-    build_store(corpus_in(corpus), first, Build(**UNGUARDED))
+    build_store(corpus_in(corpus), first, BuildOptions(**UNGUARDED))
     before = {path: path.stat().st_mtime_ns for path in first.path.glob("mel/c/*/0/0")}
-    build_stores(corpus_in(corpus), [first, second], Build(**UNGUARDED))
+    build_stores(corpus_in(corpus), [first, second], BuildOptions(**UNGUARDED))
     assert {path: path.stat().st_mtime_ns for path in first.path.glob("mel/c/*/0/0")} == before
     assert_same_bytes(outputs_in(whole)[1].path, second.path)
 
@@ -52,7 +52,7 @@ def test_parts_make_the_bytes_of_the_whole(corpus, whole, tmp_path, order):
     """In any order, the last one to end finishes the stores by itself."""
     for place, index in enumerate(order):
         manifests = build_stores(
-            corpus_in(corpus), outputs_in(tmp_path), Build(part=Part(index, 3), **UNGUARDED)
+            corpus_in(corpus), outputs_in(tmp_path), BuildOptions(part=BuildPart(index, 3), **UNGUARDED)
         )
         assert [manifest is None for manifest in manifests] == [place < 2] * 2
         if place < 2:
@@ -65,18 +65,20 @@ def test_parts_make_the_bytes_of_the_whole(corpus, whole, tmp_path, order):
 def test_a_division_may_change_between_runs(corpus, whole, tmp_path):
     """A job array of other size, then one machine: the ledger is all that counts."""
     corpus, outputs = corpus_in(corpus), outputs_in(tmp_path)
-    build_stores(corpus, outputs, Build(part=Part(1, 2), **UNGUARDED))
-    build_stores(corpus, outputs, Build(part=Part(0, 4), **UNGUARDED))
-    build_stores(corpus, outputs, Build(workers=1))
+    build_stores(corpus, outputs, BuildOptions(part=BuildPart(1, 2), **UNGUARDED))
+    build_stores(corpus, outputs, BuildOptions(part=BuildPart(0, 4), **UNGUARDED))
+    build_stores(corpus, outputs, BuildOptions(workers=1))
     for one, other in zip(outputs_in(whole), outputs, strict=True):
         assert_same_bytes(one.path, other.path)
-        assert not list(faults_of(other.path))
+        assert not list(find_faults(other.path))
 
 
 def test_more_parts_than_blocks_leave_some_with_nothing_to_do(corpus, tmp_path):
     """An array of 64 jobs on a small set is no error."""
     assert (
-        build_stores(corpus_in(corpus), outputs_in(tmp_path), Build(part=Part(63, 64), **UNGUARDED))
+        build_stores(
+            corpus_in(corpus), outputs_in(tmp_path), BuildOptions(part=BuildPart(63, 64), **UNGUARDED)
+        )
         == [None] * 2
     )
 
@@ -85,7 +87,7 @@ def test_a_store_can_be_finished_by_hand(whole, tmp_path):
     """Where the last part died between its last shard and the end."""
     store = shutil.copytree(whole / "a-jepa.zarr", tmp_path / "copy.zarr")
     (store / "stats.json").unlink()
-    finalise(store, Header.read(store))
+    finish_store(store, StoreHeader.read(store))
     assert_same_bytes(whole / "a-jepa.zarr", store)
 
 
@@ -93,14 +95,17 @@ def test_blocks_hold_whole_shards_of_every_store(corpus, tmp_path):
     """Shards of 16 and of 2048 clips from one pass: a shard has one writer, whatever the part."""
     headers = [plan_store(corpus_in(corpus), output) for output in outputs_in(tmp_path)]
     for of in (1, 2, 3):
-        parts = [Blocks.of(headers, Part(index, of)) for index in range(of)]
+        parts = [BuildBlocks.of_part(headers, BuildPart(index, of)) for index in range(of)]
         for header in headers:
             shards = [
-                s for part in parts for block in part.numbers for s in part.shards(block, header.layout)
+                s
+                for part in parts
+                for block in part.block_numbers
+                for s in part.block_shards(block, header.layout)
             ]
-            assert sorted(shards) == list(range(header.layout.shards))
+            assert sorted(shards) == list(range(header.layout.shard_count))
             for shard in shards:
-                assert sum(part.holds(shard, header.layout) for part in parts) == 1
+                assert sum(part.owns_shard(shard, header.layout) for part in parts) == 1
 
 
 def test_tasks_are_made_when_they_are_wanted(corpus):
@@ -108,7 +113,7 @@ def test_tasks_are_made_when_they_are_wanted(corpus):
     made = []
 
     class Nothing:
-        def without(self, row, reason, detail):
+        def with_failed_row(self, row, reason, detail):
             return self
 
     def tasks():
@@ -116,20 +121,28 @@ def test_tasks_are_made_when_they_are_wanted(corpus):
             made.append(number)
             yield Nothing()
 
-    rows = run_here(lambda task: iter([len(made)]), tasks(), workers=0, clip_seconds=1)
+    rows = run_in_processes(lambda task: iter([len(made)]), tasks(), workers=0, clip_limit_seconds=1)
     assert list(rows) == [1, 2, 3, 4, 5]
 
 
 def test_parts_of_one_division_meet_and_all_else_is_refused(tmp_path):
     """Two writers in one shard lose data; a job array's parts never share one."""
-    with locked(tmp_path, Part(0, 3)), locked(tmp_path, Part(1, 3)), gate(tmp_path):
-        for other in (Part(0, 3), Part(1, 4), WHOLE):
+    with (
+        lock_store(tmp_path, BuildPart(0, 3)),
+        lock_store(tmp_path, BuildPart(1, 3)),
+        lock_shared_files(tmp_path),
+    ):
+        for other in (BuildPart(0, 3), BuildPart(1, 4), WHOLE_BUILD):
             with (
                 pytest.raises(StoreError, match=f"written by process {os.getpid()} on"),
-                locked(tmp_path, other),
+                lock_store(tmp_path, other),
             ):
                 pass
-    with locked(tmp_path), pytest.raises(StoreError, match="being written"), locked(tmp_path, Part(0, 3)):
+    with (
+        lock_store(tmp_path),
+        pytest.raises(StoreError, match="being written"),
+        lock_store(tmp_path, BuildPart(0, 3)),
+    ):
         pass
     assert not list(tmp_path.iterdir())
 
@@ -138,7 +151,7 @@ def test_a_lock_that_a_killed_build_left_holds_nobody_up(tmp_path):
     """The kernel frees it; the file is only its name."""
     (tmp_path / "build.0-of-3.lock").write_text("process 1 on another machine")
     (tmp_path / "gate.lock").touch()
-    with locked(tmp_path), gate(tmp_path):
+    with lock_store(tmp_path), lock_shared_files(tmp_path):
         pass
 
 
@@ -146,12 +159,14 @@ def test_a_lock_that_a_killed_build_left_holds_nobody_up(tmp_path):
 def test_a_part_that_is_none_is_said(text):
     """With what it should look like."""
     with pytest.raises(InputError, match="expected i/n with 0 <= i < n"):
-        Part.parse(text)
+        BuildPart.parse(text)
 
 
 def test_two_stores_in_one_place_are_refused(corpus, tmp_path):
     """Before anything is written."""
-    outputs = [Output(path=tmp_path / "x.zarr", spec=mel_spec(name)) for name in ("a-jepa", "audio-jepa")]
+    outputs = [
+        StoreOutput(path=tmp_path / "x.zarr", spec=preset_mel_spec(name)) for name in ("a-jepa", "audio-jepa")
+    ]
     with pytest.raises(InputError, match="two stores with one path"):
         build_stores(corpus_in(corpus), outputs)
     assert not list(tmp_path.iterdir())

@@ -14,18 +14,18 @@ from damage import flip
 from stores import build
 
 from pipeline.audio.decode import AudioPolicy
-from pipeline.audio.mel_spec import mel_spec
-from pipeline.audio.sources import Locator
+from pipeline.audio.mel_spec import preset_mel_spec
+from pipeline.audio.sources import SoundLocator
 from pipeline.build.build import build_store
-from pipeline.build.plan import Build, Output
-from pipeline.build.recompute import TOLERANCE_NAT, compared, on_the_fly
+from pipeline.build.plan import BuildOptions, StoreOutput
+from pipeline.build.recompute import VERSION_TOLERANCE_NAT, compare_with_audio, recomputed_store
 from pipeline.cli import app
-from pipeline.datasets.folder import folder
-from pipeline.errors import BrokenClip, InputError, StoreError
-from pipeline.labels.label_sets import propagate_labels
+from pipeline.datasets.folder import folder_corpus
+from pipeline.errors import BrokenClipError, InputError, StoreError
+from pipeline.labels.label_sets import propagate_store_labels
 from pipeline.loading.dali import DaliLoader
 from pipeline.loading.loader import PlainLoader, View
-from pipeline.loading.sampling import Order
+from pipeline.loading.sampling import RowOrder
 from pipeline.store.feature_store import FeatureStore
 
 
@@ -36,7 +36,7 @@ def whole(tmp_path_factory) -> Path:
     write_corpus(folder / "corpus", clips=20)
     for dtype in ("float16", "uint8"):
         build(folder / "corpus", folder / f"{dtype}.zarr", dtype=dtype, policy=AudioPolicy(keep_silent=True))
-    propagate_labels(folder / "float16.zarr")
+    propagate_store_labels(folder / "float16.zarr")
     return folder
 
 
@@ -58,7 +58,7 @@ def sound(folder: Path, row: int) -> Path:
 def test_every_row_and_crop_is_the_stored_one_bit_for_bit(whole, dtype):
     """Silent clips among them, which another policy would refuse; also in another process."""
     store = FeatureStore.open(whole / f"{dtype}.zarr")
-    heard, rows = on_the_fly(store), store.good_rows()
+    heard, rows = recomputed_store(store), store.good_rows()
     assert 9 in rows
     np.testing.assert_array_equal(heard.read(rows), store.read(rows))
     starts = np.arange(len(rows)) * 7
@@ -72,11 +72,11 @@ def test_every_row_and_crop_is_the_stored_one_bit_for_bit(whole, dtype):
 def test_loaders_train_from_sounds_as_from_the_store(whole, loader, monkeypatch):
     """The same batches, with labels; not one shard is read."""
     store = FeatureStore.open(whole / "float16.zarr")
-    order = Order(rows_N=store.good_rows(), clips=4, seed=0)
+    order = RowOrder(rows_N=store.good_rows(), clips=4, seed=0)
     view = View(frames=64, mean=-8.0, std=4.0, label_set="unambiguous")
     wanted = list(PlainLoader(store, order, view).batches(0, 6))
     monkeypatch.setattr("pipeline.store.reader.ShardReader.read", None)
-    with loader(on_the_fly(store, threads=1), order, view) as batches:
+    with loader(recomputed_store(store, threads=1), order, view) as batches:
         for made, want in zip(batches.batches(0, 6), wanted, strict=True):
             assert made.mel_BTF.equal(want.mel_BTF)
             assert made.labels_BC.equal(want.labels_BC)
@@ -84,7 +84,7 @@ def test_loaders_train_from_sounds_as_from_the_store(whole, loader, monkeypatch)
 
 def test_a_sound_that_is_gone_or_changed_breaks_its_row(own):
     """Never a row of something else; with what to do, in one line."""
-    heard = on_the_fly(FeatureStore.open(own / "float16.zarr"))
+    heard = recomputed_store(FeatureStore.open(own / "float16.zarr"))
     sound(own, 2).unlink()
     soundfile.write(sound(own, 4), tone_in_noise(4, seconds=1.0, rate_hz=32_000), 32_000)
     sound(own, 6).write_bytes(b"no sound")
@@ -93,14 +93,14 @@ def test_a_sound_that_is_gone_or_changed_breaks_its_row(own):
         (4, "its sound has 98 frames, the store 998"),
         (6, "unreadable"),
     ):
-        with pytest.raises(BrokenClip, match=said) as broken:
+        with pytest.raises(BrokenClipError, match=said) as broken:
             heard.read(np.array([0, row]))
         assert broken.value.row == row
         assert f"row {row} (clip {clip_id(row)}" in str(broken.value)
         assert str(broken.value).endswith("--against-audio")
     with pytest.raises(StoreError, match=r"row 5 .* is not good: missing") as refused:
         heard.read(np.array([5]))
-    assert not isinstance(refused.value, BrokenClip)
+    assert not isinstance(refused.value, BrokenClipError)
 
 
 def test_a_server_that_does_not_answer_breaks_no_clip(own, monkeypatch):
@@ -109,10 +109,10 @@ def test_a_server_that_does_not_answer_breaks_no_clip(own, monkeypatch):
     def silent(self):
         raise InputError("s3://b/x.wav: no answer")
 
-    monkeypatch.setattr(Locator, "opened", silent)
+    monkeypatch.setattr(SoundLocator, "open_sound", silent)
     with pytest.raises(StoreError, match="no answer") as gone:
-        on_the_fly(FeatureStore.open(own / "float16.zarr")).read(np.array([0]))
-    assert not isinstance(gone.value, BrokenClip)
+        recomputed_store(FeatureStore.open(own / "float16.zarr")).read(np.array([0]))
+    assert not isinstance(gone.value, BrokenClipError)
 
 
 def test_a_sound_that_the_build_was_told_to_take_is_taken(tmp_path):
@@ -120,12 +120,12 @@ def test_a_sound_that_the_build_was_told_to_take_is_taken(tmp_path):
     (tmp_path / "sounds").mkdir()
     hour = np.tile(np.random.default_rng(0).uniform(-0.1, 0.1, 10_000), 360)
     soundfile.write(tmp_path / "sounds" / "day.wav", np.tile(hour, 13), 1_000, subtype="PCM_U8")
-    output = Output(path=tmp_path / "day.zarr", spec=mel_spec("a-jepa"))
+    output = StoreOutput(path=tmp_path / "day.zarr", spec=preset_mel_spec("a-jepa"))
     policy = AudioPolicy(max_seconds=86_400)
-    build_store(folder(tmp_path / "sounds"), output, Build(policy=policy, workers=0))
+    build_store(folder_corpus(tmp_path / "sounds"), output, BuildOptions(policy=policy, workers=0))
     store = FeatureStore.open(output.path)
     assert len(store.good_rows()) == 1
-    np.testing.assert_array_equal(on_the_fly(store).read(np.array([0])), store.read(np.array([0])))
+    np.testing.assert_array_equal(recomputed_store(store).read(np.array([0])), store.read(np.array([0])))
 
 
 def test_lists_that_have_changed_are_refused(own):
@@ -135,10 +135,10 @@ def test_lists_that_have_changed_are_refused(own):
     (own / "float16.zarr" / "build.json").write_text(json.dumps(told))
     store = FeatureStore.open(own / "float16.zarr")
     with pytest.raises(StoreError, match=r"planned from other clips, .*; put back what .*build.json says"):
-        on_the_fly(store)
+        recomputed_store(store)
     (own / "float16.zarr" / "build.json").unlink()
     with pytest.raises(StoreError, match="does not say what the store was built from"):
-        on_the_fly(store)
+        recomputed_store(store)
 
 
 def verify(monkeypatch, *arguments: object) -> int:
@@ -190,15 +190,15 @@ def test_other_versions_may_round_otherwise_but_not_by_more(own, monkeypatch, ca
     store, far = own / f"{dtype}.zarr", 1.0
     from pipeline.build import recompute as module
 
-    spectrogram = module.spectrogram
+    spectrogram = module.compute_stored_row
 
     def shifted(audio, header):
         mel_TF, result = spectrogram(audio, header)
-        nats = far * TOLERANCE_NAT + (header.scale if dtype == "uint8" else 0)
+        nats = far * VERSION_TOLERANCE_NAT + (header.scale if dtype == "uint8" else 0)
         return (mel_TF + np.asarray(nats / header.scale, mel_TF.dtype)).astype(mel_TF.dtype), result
 
-    monkeypatch.setattr(module, "spectrogram", shifted)
-    assert {bool(one.fault) for one in compared(store)} == {True}
+    monkeypatch.setattr(module, "compute_stored_row", shifted)
+    assert {bool(one.fault) for one in compare_with_audio(store)} == {True}
     told = json.loads((store / "build.json").read_text())
     told["versions"]["soxr"] = "0.0.1"
     (store / "build.json").write_text(json.dumps(told))

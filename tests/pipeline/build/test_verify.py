@@ -14,10 +14,10 @@ from corpus import clip_id, write_corpus
 from stores import assert_same_bytes, build
 
 from pipeline.audio.decode import AudioPolicy
-from pipeline.build.repair import repair
-from pipeline.build.verify import faults_of
+from pipeline.build.repair import repair_store
+from pipeline.build.verify import find_faults
 from pipeline.errors import StoreError
-from pipeline.labels.label_sets import propagate_labels
+from pipeline.labels.label_sets import propagate_store_labels
 from pipeline.labels.ontology import Ontology, load_ontology
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.shards import ledger_path, shard_path
@@ -31,7 +31,7 @@ def damaged(store_path, tmp_path):
 
 def test_a_whole_store_has_no_faults(store_path):
     """Otherwise nobody would believe the others."""
-    assert list(faults_of(store_path)) == []
+    assert list(find_faults(store_path)) == []
 
 
 def flip(store):
@@ -92,10 +92,10 @@ def alter(path, column, value):
 def test_damage_is_found_named_and_mended(damaged, store_path, damage, said):
     """One line that says what and where; then a repair makes the store what it was, byte for byte."""
     damage(damaged)
-    faults = list(faults_of(damaged))
+    faults = list(find_faults(damaged))
     assert any(re.search(said, fault.text) for fault in faults), faults
-    repair(damaged, faults, workers=0)
-    assert list(faults_of(damaged)) == []
+    repair_store(damaged, faults, workers=0)
+    assert list(find_faults(damaged)) == []
     assert_same_bytes(store_path, damaged)
 
 
@@ -103,8 +103,11 @@ def test_a_repair_decodes_nothing_but_the_broken_shards(damaged, monkeypatch):
     """On two million clips one flipped bit must not cost a week."""
     flip(damaged)
     tried = []
-    repair(
-        damaged, list(faults_of(damaged)), workers=0, progress=lambda clips, rows: tried.append(clips) or rows
+    repair_store(
+        damaged,
+        list(find_faults(damaged)),
+        workers=0,
+        progress=lambda clips, rows: tried.append(clips) or rows,
     )
     assert tried == [1]
 
@@ -139,8 +142,8 @@ def test_a_repair_keeps_what_is_intact_where_the_sounds_are_gone(damaged, damage
     damage(damaged)
     without_sounds(damaged)
     before = FeatureStore.open(damaged).good_rows().tolist()
-    assert repair(damaged, list(faults_of(damaged)), workers=0) == len(lost)
-    assert list(faults_of(damaged)) == []
+    assert repair_store(damaged, list(find_faults(damaged)), workers=0) == len(lost)
+    assert list(find_faults(damaged)) == []
     store = FeatureStore.open(damaged)
     assert sorted(set(before) - set(store.good_rows().tolist())) == lost
     store.read(store.good_rows())
@@ -164,11 +167,11 @@ def test_a_repair_whose_lists_have_changed_touches_nothing(damaged):
     told["asked"]["segments"].pop()
     (damaged / "build.json").write_text(json.dumps(told))
     with pytest.raises(StoreError, match=r"planned from other clips, .*; put back what .*build.json says"):
-        repair(damaged, list(faults_of(damaged)), workers=0)
+        repair_store(damaged, list(find_faults(damaged)), workers=0)
     (damaged / "build.json").unlink()
-    assert "build.json: does not say" in "".join(fault.text for fault in faults_of(damaged))
+    assert "build.json: does not say" in "".join(fault.text for fault in find_faults(damaged))
     with pytest.raises(StoreError, match="run its build command again"):
-        repair(damaged, list(faults_of(damaged)), workers=0)
+        repair_store(damaged, list(find_faults(damaged)), workers=0)
     assert all(path.read_bytes() == content for path, content in before.items() if path.name != "build.json")
 
 
@@ -179,7 +182,7 @@ def test_a_damaged_header_is_refused_and_written_anew_by_the_build(damaged, corp
     with pytest.raises(
         StoreError, match=r"zarr.json: does not match its digest; run the build command again"
     ):
-        list(faults_of(damaged))
+        list(find_faults(damaged))
     build(corpus, damaged)
     assert_same_bytes(store_path, damaged)
 
@@ -196,7 +199,7 @@ def test_a_flipped_byte_in_a_table_is_found_or_changes_nothing(damaged, name):
         content = bytearray(whole)
         content[place] ^= int(rng.integers(1, 256))
         path.write_bytes(content)
-        if list(faults_of(damaged, sample=1)):
+        if list(find_faults(damaged, sample=1)):
             found += 1
         else:
             assert read_table(path)[0].equals(table)
@@ -212,7 +215,7 @@ def test_what_was_built_with_a_loose_policy_is_mended_with_it(tmp_path):
     before = shard_path(out, 0).read_bytes()
     append(shard_path(out, 0), b"x")
     shard_path(out, 0).write_bytes(b"")
-    assert repair(out, list(faults_of(out)), workers=0) == 0
+    assert repair_store(out, list(find_faults(out)), workers=0) == 0
     assert shard_path(out, 0).read_bytes() == before
 
 
@@ -222,11 +225,11 @@ def test_a_sample_reads_some_shards_and_checks_the_sizes_of_all(damaged):
         content = bytearray(shard_path(damaged, shard).read_bytes())
         content[300_000] ^= 1
         shard_path(damaged, shard).write_bytes(content)
-    assert len(list(faults_of(damaged))) == 3
-    assert len(list(faults_of(damaged, sample=1))) == 1
+    assert len(list(find_faults(damaged))) == 3
+    assert len(list(find_faults(damaged, sample=1))) == 1
     shard_path(damaged, 0).write_bytes(b"short")
     shard_path(damaged, 1).write_bytes(b"short")
-    assert len(list(faults_of(damaged, sample=1))) >= 2
+    assert len(list(find_faults(damaged, sample=1))) >= 2
 
 
 @pytest.fixture
@@ -237,24 +240,24 @@ def own_set(damaged, tmp_path):
         for node in load_ontology().nodes
     )
     ontology = Ontology(nodes=tuple(nodes))
-    propagate_labels(damaged, "all-ancestors", ontology=ontology)
+    propagate_store_labels(damaged, "all-ancestors", ontology=ontology)
     return damaged / f"ontology-{ontology.digest}.json"
 
 
 def test_a_set_of_ones_own_ontology_is_checked_and_mended_with_it(damaged, own_set):
     """Made again with AudioSet's it would be another set of the same name."""
-    assert list(faults_of(damaged)) == []
+    assert list(find_faults(damaged)) == []
     before = (damaged / "labels.parquet").read_bytes()
     alter(damaged / "labels.parquet", "all-ancestors", [7])
-    faults = list(faults_of(damaged))
+    faults = list(find_faults(damaged))
     assert [fault.label_set for fault in faults] == ["all-ancestors"]
-    repair(damaged, faults, workers=0)
+    repair_store(damaged, faults, workers=0)
     assert (damaged / "labels.parquet").read_bytes() == before
     (damaged / "labels.parquet").unlink()
-    repair(damaged, list(faults_of(damaged)), workers=0)
-    assert list(faults_of(damaged)) == []
+    repair_store(damaged, list(find_faults(damaged)), workers=0)
+    assert list(find_faults(damaged)) == []
     ours = read_table(damaged / "labels.parquet")[0]["all-ancestors"].to_list()
-    propagate_labels(damaged, "all-ancestors")
+    propagate_store_labels(damaged, "all-ancestors")
     assert read_table(damaged / "labels.parquet")[0]["all-ancestors"].to_list() != ours
 
 
@@ -264,15 +267,15 @@ def test_a_set_of_ones_own_ontology_is_checked_and_mended_with_it(damaged, own_s
 def test_a_set_whose_ontology_is_gone_is_not_made_again_by_another(damaged, own_set, damage):
     """Verify says which command makes it, a repair does all else and then says so too."""
     damage(own_set)
-    (fault,) = faults_of(damaged)
+    (fault,) = find_faults(damaged)
     command = f"ajepa-data propagate-labels {damaged} --rule all-ancestors --ontology FILE"
     assert fault.text.endswith(command)
     before = (damaged / "labels.parquet").read_bytes()
-    repair(damaged, [fault], workers=0)
+    repair_store(damaged, [fault], workers=0)
     assert (damaged / "labels.parquet").read_bytes() == before
     (damaged / "labels.parquet").unlink()
     flip(damaged)
     with pytest.raises(StoreError, match=re.escape(command)):
-        repair(damaged, list(faults_of(damaged)), workers=0)
-    assert list(faults_of(damaged)) == []
+        repair_store(damaged, list(find_faults(damaged)), workers=0)
+    assert list(find_faults(damaged)) == []
     assert FeatureStore.open(damaged).label_sets == ("raw", "unambiguous")

@@ -84,7 +84,7 @@ def test_an_interrupted_build_says_that_it_carries_on(corpus, tmp_path, number):
     time.sleep(0.3)
     process.send_signal(number)
     error = process.communicate(timeout=30)[1]
-    assert process.returncode == errors.RUN_AGAIN
+    assert process.returncode == errors.RUN_AGAIN_STATUS
     assert "the same command carries on" in error
     assert "Traceback" not in error
 
@@ -92,13 +92,13 @@ def test_an_interrupted_build_says_that_it_carries_on(corpus, tmp_path, number):
 def test_a_command_may_open_as_many_files_as_the_system_lets_it():
     """Four stores of 256 open shards each end at the 1,024 that a login begins with, in the middle of training."""
     told = (
-        "import resource as r, typer; from pipeline.cli.options import run_app; app = typer.Typer();"
+        "import resource as r, typer; from pipeline.cli.options import run_command_line; app = typer.Typer();"
         "hard = r.getrlimit(r.RLIMIT_NOFILE)[1]; r.setrlimit(r.RLIMIT_NOFILE, (min(hard, 1_024), hard));"
-        "app.command()(lambda: print(r.getrlimit(r.RLIMIT_NOFILE)[0])); run_app(app)"
+        "app.command()(lambda: print(r.getrlimit(r.RLIMIT_NOFILE)[0])); run_command_line(app)"
     )
     done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    assert int(done.stdout) == min(hard, options.OPEN_FILES)
+    assert int(done.stdout) == min(hard, options.MAX_OPEN_FILES)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are tied to their parent by Linux' prctl")

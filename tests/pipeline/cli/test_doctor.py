@@ -10,8 +10,16 @@ import torch
 
 import ajepa.cli.doctor
 import pipeline.cli.doctor
-from ajepa.cli.doctor import train_findings
-from pipeline.cli.doctor import built, data_findings, heard, looked, room, told, trial_store
+from ajepa.cli.doctor import training_findings
+from pipeline.cli.doctor import (
+    build_trial_store,
+    check_codecs,
+    check_data_machine,
+    check_free_space,
+    check_trial_build,
+    run_machine_check,
+    told,
+)
 from pipeline.errors import InputError
 
 Usage = namedtuple("Usage", "total used free")
@@ -21,27 +29,27 @@ Usage = namedtuple("Usage", "total used free")
 def trial(tmp_path_factory) -> Path:
     """A folder in which the small store has been built."""
     folder = tmp_path_factory.mktemp("trial")
-    trial_store(folder)
+    build_trial_store(folder)
     return folder
 
 
 def test_a_machine_that_can_run_these_tests_can_build(trial):
     """A doctor that finds faults with a healthy machine would be sent away."""
-    assert [finding.state for finding in data_findings(Path("."), trial) if finding.name != "room"] == 4 * [
-        "ok"
-    ]
+    assert [
+        finding.state for finding in check_data_machine(Path("."), trial) if finding.name != "room"
+    ] == 4 * ["ok"]
 
 
 def test_a_machine_that_can_run_these_tests_can_train(trial):
     """The same of stage two: DALI and the plain loader agree, steps are taken, a checkpoint is read."""
-    findings = {finding.name: finding for finding in train_findings(trial)}
+    findings = {finding.name: finding for finding in training_findings(trial)}
     assert findings.pop("device").state == ("ok" if torch.cuda.is_available() else "slow")
     assert {finding.state for finding in findings.values()} == {"ok"}
 
 
 def test_a_decoder_that_gives_another_sound_is_named(tmp_path, monkeypatch):
     """A codec that is there and wrong is worse than one that is missing."""
-    load = pipeline.cli.doctor.load
+    load = pipeline.cli.doctor.load_clip_audio
 
     def hurried(*told, **named):
         audio = load(*told, **named)
@@ -49,10 +57,10 @@ def test_a_decoder_that_gives_another_sound_is_named(tmp_path, monkeypatch):
             audio.wave_S[:] = np.sin(np.arange(len(audio.wave_S)))
         return audio
 
-    monkeypatch.setattr(pipeline.cli.doctor, "load", hurried)
-    finding = looked("codecs", lambda: heard(tmp_path), "pip install x")
+    monkeypatch.setattr(pipeline.cli.doctor, "load_clip_audio", hurried)
+    finding = run_machine_check("codecs", lambda: check_codecs(tmp_path), "pip install x")
     assert finding.state == "broken"
-    assert finding.told.startswith("m4a: a tone of 440 Hz comes back as")
+    assert finding.message.startswith("m4a: a tone of 440 Hz comes back as")
 
 
 def test_a_store_that_is_damaged_is_named(trial, tmp_path):
@@ -61,13 +69,13 @@ def test_a_store_that_is_damaged_is_named(trial, tmp_path):
     shard = next((tmp_path / "trial.zarr" / "mel").rglob("c/*/*/*"))
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises((RuntimeError, InputError), match="trial"):
-        built(tmp_path)
+        check_trial_build(tmp_path)
 
 
 def test_a_loader_that_differs_is_named(trial, monkeypatch):
     """Batches that are not those of the plain loader would make results that nobody can repeat."""
-    monkeypatch.setattr(ajepa.cli.doctor, "TOLERANCE", -1.0)
-    findings = {finding.name: finding for finding in train_findings(trial)}
+    monkeypatch.setattr(ajepa.cli.doctor, "LOADER_TOLERANCE", -1.0)
+    findings = {finding.name: finding for finding in training_findings(trial)}
     assert findings["loaders"].state == "broken"
     assert findings["training"].state == "ok"  # one fault does not hide what follows
 
@@ -75,8 +83,8 @@ def test_a_loader_that_differs_is_named(trial, monkeypatch):
 def test_little_room_is_no_fault_but_is_told(monkeypatch, tmp_path):
     """A small store may still fit."""
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(2e9, 1e9, 1e9))
-    assert room(tmp_path).state == "slow"
-    assert "--place" in room(tmp_path).mend
+    assert check_free_space(tmp_path).state == "slow"
+    assert "--place" in check_free_space(tmp_path).remedy
 
 
 def failing() -> str:
@@ -86,8 +94,8 @@ def failing() -> str:
 def test_a_fault_is_told_with_what_mends_it_and_ends_with_status_1():
     """Every line comes out before the command fails, each within 80 columns."""
     findings = [
-        looked("first", lambda: "a word " * 30, "nothing"),
-        looked("second", failing, "apt install thing"),
+        run_machine_check("first", lambda: "a word " * 30, "nothing"),
+        run_machine_check("second", failing, "apt install thing"),
     ]
     lines = told(findings)
     first, second = next(lines), next(lines)

@@ -15,14 +15,14 @@ import ajepa.cli.app
 import pipeline.cli
 import pipeline.cli.app
 from ajepa.evaluate.tasks import TASKS
-from ajepa.model.classifier import MODELS
+from ajepa.model.classifier import CLASSIFIER_KINDS
 from ajepa.recipes import pretrain
-from ajepa.recipes.catalogue import FINETUNES
-from pipeline.audio.mel_spec import PRESETS
-from pipeline.cli.options import to_write, told_of
+from ajepa.recipes.catalogue import FINETUNE_RECIPES
+from pipeline.audio.mel_spec import MEL_PRESETS
+from pipeline.cli.options import check_output_path, describe_os_error
 from pipeline.errors import InputError
-from pipeline.files import scratch_of
-from pipeline.labels.propagation import RULES
+from pipeline.files import scratch_path
+from pipeline.labels.propagation import PROPAGATION_RULES
 
 BIN = Path(sys.executable).parent
 
@@ -133,14 +133,14 @@ def test_the_tab_key_completes_commands_options_and_choices(shell, words, offere
 @pytest.mark.parametrize(
     ("program", "command", "option", "known"),
     [
-        ("ajepa-train", "pretrain", "recipe", pretrain.RECIPES),
-        ("ajepa-train", "masks", "recipe", pretrain.RECIPES),
-        ("ajepa-train", "finetune", "recipe", FINETUNES),
+        ("ajepa-train", "pretrain", "recipe", pretrain.PRETRAIN_RECIPES),
+        ("ajepa-train", "masks", "recipe", pretrain.PRETRAIN_RECIPES),
+        ("ajepa-train", "finetune", "recipe", FINETUNE_RECIPES),
         ("ajepa-train", "finetune", "task", TASKS),
-        ("ajepa-train", "finetune", "model", MODELS),
-        ("ajepa-train", "hlp-study", "rule", RULES),
-        ("ajepa-data", "propagate-labels", "rule", RULES),
-        ("ajepa-data", "build-fsd50k", "spec", PRESETS),
+        ("ajepa-train", "finetune", "model", CLASSIFIER_KINDS),
+        ("ajepa-train", "hlp-study", "rule", PROPAGATION_RULES),
+        ("ajepa-data", "propagate-labels", "rule", PROPAGATION_RULES),
+        ("ajepa-data", "build-fsd50k", "spec", MEL_PRESETS),
     ],
 )
 def test_the_tab_key_offers_every_name_that_there_is(program, command, option, known):
@@ -198,9 +198,9 @@ def test_where_nothing_can_be_written_is_told_before_the_work(tmp_path, monkeypa
     Path("shut").mkdir()
     monkeypatch.setattr(os, "access", lambda folder, mode: folder.name != "shut")  # root may write anywhere
     with pytest.raises(InputError, match=re.escape(said)):
-        to_write(Path(where))
-    assert to_write(Path("new/folder/x.csv")) == Path("new/folder/x.csv")
-    assert to_write(None) is None
+        check_output_path(Path(where))
+    assert check_output_path(Path("new/folder/x.csv")) == Path("new/folder/x.csv")
+    assert check_output_path(None) is None
 
 
 @pytest.mark.parametrize(
@@ -213,11 +213,11 @@ def test_where_nothing_can_be_written_is_told_before_the_work(tmp_path, monkeypa
             "x: Permission denied; check the path and its permissions",
         ),
         (
-            OSError(30, "Read-only file system", str(scratch_of(Path("x")))),
+            OSError(30, "Read-only file system", str(scratch_path(Path("x")))),
             "x: Read-only file system; check the path",
         ),
     ],
 )
 def test_what_the_system_refuses_is_told_in_words(error, said):
     """Of the file that was asked for, whatever the scratch file beside it is called."""
-    assert told_of(error).startswith(said)
+    assert describe_os_error(error).startswith(said)

@@ -7,10 +7,10 @@ import pytest
 from archives import write_parquet, write_passt, write_tar
 
 from pipeline.audio.sources import SOURCES_SCHEMA
-from pipeline.datasets.audioset import audioset, find_sources
-from pipeline.datasets.catalogue import corpus_of
+from pipeline.datasets.audioset import audioset_corpus, match_sounds_to_plan
+from pipeline.datasets.catalogue import recreate_corpus
 from pipeline.errors import InputError
-from pipeline.labels.segment_lists import plan_clips
+from pipeline.labels.segment_lists import plan_segment_lists
 
 HEAD = "# Segments csv created today\n# num_ytids=2\n# YTID, start_seconds, end_seconds, positive_labels\n"
 
@@ -36,66 +36,69 @@ def write(path, *lines, head=HEAD):
 @pytest.mark.parametrize("clip_id", ["abcdefghijk", "-b_defgh_1_", "Yabcdefghij", "___________"])
 def test_every_common_naming_is_found(tmp_path, name, clip_id):
     """14 % of the ids contain an underscore, 3 % begin with a dash, some begin with Y."""
-    plan, _ = plan_clips([write(tmp_path / "x.csv", f'{clip_id}, 30.000, 40.000, ""')])
+    plan, _ = plan_segment_lists([write(tmp_path / "x.csv", f'{clip_id}, 30.000, 40.000, ""')])
     file = tmp_path / "audio" / name.format(clip_id)
     file.parent.mkdir(parents=True)
     file.touch()
-    assert find_sources(plan, [tmp_path / "audio"]).frame["path"].to_list() == [str(file)]
+    assert match_sounds_to_plan(plan, [tmp_path / "audio"]).frame["path"].to_list() == [str(file)]
 
 
 def test_a_file_of_another_segment_of_the_video_is_not_the_clip(tmp_path):
     """AudioSet's strong labels use other segments of the same videos."""
-    plan, _ = plan_clips(
+    plan, _ = plan_segment_lists(
         [write(tmp_path / "x.csv", 'abcdefghijk, 30.000, 40.000, ""', 'bbbbbbbbbbb, 0.000, 1.000, ""')]
     )
     for name in ("abcdefghijk_50000.wav", "bbbbbbbbbbb.wav"):
         (tmp_path / name).touch()
-    assert find_sources(plan, [tmp_path]).frame["path"].to_list() == [None, str(tmp_path / "bbbbbbbbbbb.wav")]
+    assert match_sounds_to_plan(plan, [tmp_path]).frame["path"].to_list() == [
+        None,
+        str(tmp_path / "bbbbbbbbbbb.wav"),
+    ]
 
 
 def test_among_several_files_the_split_then_the_container_decides(tmp_path):
     """Which of two files is used must not depend on the order in which a disk lists them."""
-    plan, _ = plan_clips([write(tmp_path / "eval_segments.csv", 'abcdefghijk, 0.000, 10.000, ""')])
+    plan, _ = plan_segment_lists([write(tmp_path / "eval_segments.csv", 'abcdefghijk, 0.000, 10.000, ""')])
     for name in ("a/abcdefghijk.flac", "eval/abcdefghijk.mp3", "eval/abcdefghijk.wav"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert find_sources(plan, [tmp_path]).frame["source"].to_list() == ["eval/abcdefghijk.wav"]
+    assert match_sounds_to_plan(plan, [tmp_path]).frame["source"].to_list() == ["eval/abcdefghijk.wav"]
 
 
 def test_ids_differ_by_case(tmp_path):
     """YouTube ids do, even where a file system would not."""
-    plan, _ = plan_clips(
+    plan, _ = plan_segment_lists(
         [write(tmp_path / "x.csv", 'abcdefghijk, 0.000, 1.000, ""', 'ABCDEFGHIJK, 0.000, 1.000, ""')]
     )
     (tmp_path / "ABCDEFGHIJK.wav").touch()
-    assert find_sources(plan, [tmp_path]).frame["source"].to_list() == [None, "ABCDEFGHIJK.wav"]
+    assert match_sounds_to_plan(plan, [tmp_path]).frame["source"].to_list() == [None, "ABCDEFGHIJK.wav"]
 
 
 def test_what_matches_nothing_is_told(tmp_path):
     """Five hundred unmatched files are a wrong list, not a detail."""
-    plan, _ = plan_clips([write(tmp_path / "x.csv", 'abcdefghijk, 0.000, 1.000, ""')])
+    plan, _ = plan_segment_lists([write(tmp_path / "x.csv", 'abcdefghijk, 0.000, 1.000, ""')])
     for name in ("abcdefghijk.wav", "zzzzzzzzzzz.wav", "holiday.mp3", "notes.txt"):
         (tmp_path / name).touch()
-    assert find_sources(plan, [tmp_path]).unmatched == ["holiday.mp3", "zzzzzzzzzzz.wav"]
+    assert match_sounds_to_plan(plan, [tmp_path]).unmatched_sources == ["holiday.mp3", "zzzzzzzzzzz.wav"]
 
 
 def test_wrong_folders_say_what_was_looked_for_and_found(tmp_path):
     """The first mistake of a newcomer is the wrong folder."""
-    plan, _ = plan_clips([write(tmp_path / "x.csv", 'abcdefghijk, 0.000, 1.000, ""')])
+    plan, _ = plan_segment_lists([write(tmp_path / "x.csv", 'abcdefghijk, 0.000, 1.000, ""')])
     with pytest.raises(InputError, match="no such folder or file"):
-        find_sources(plan, [tmp_path / "nowhere"])
+        match_sounds_to_plan(plan, [tmp_path / "nowhere"])
     with pytest.raises(InputError, match=r"no audio files .* looked for .*\.flac"):
-        find_sources(plan, [tmp_path])
+        match_sounds_to_plan(plan, [tmp_path])
     (tmp_path / "holiday.mp3").touch()
     with pytest.raises(InputError, match=r"looked for names like abcdefghijk\.wav, found holiday\.mp3"):
-        find_sources(plan, [tmp_path])
+        match_sounds_to_plan(plan, [tmp_path])
 
 
 ID = "abcdefghijk"
 
 
 def plan_of(path, *rows):
-    return plan_clips([write(path, *rows)])[0]
+    return plan_segment_lists([write(path, *rows)])[0]
 
 
 def fill(folder, place):
@@ -139,9 +142,9 @@ def test_among_several_sounds_the_stated_order_decides(tmp_path, places):
     plan = plan_of(tmp_path / "eval_segments.csv", f'{ID}, 30.000, 40.000, ""')
     for place in reversed(places):
         fill(tmp_path / "audio", place)
-    sources = find_sources(plan, [tmp_path / "audio"])
+    sources = match_sounds_to_plan(plan, [tmp_path / "audio"])
     assert sources.frame["source"].to_list() == [places[0]]
-    assert (sources.files, sources.unmatched, sources.notes) == (2, [], ())
+    assert (sources.sound_count, sources.unmatched_sources, sources.notes) == (2, [], ())
 
 
 def test_layouts_mix_freely_and_may_be_single_files(tmp_path):
@@ -152,9 +155,9 @@ def test_layouts_mix_freely_and_may_be_single_files(tmp_path):
         fill(tmp_path, place)
     fill(tmp_path, f"d.h5::Y{ids[3]}.mp3")
     places = [tmp_path / "a", tmp_path / "c.parquet", tmp_path / "d.h5", tmp_path / f"{ids[4]}.mp3"]
-    sources = find_sources(plan, places)
+    sources = match_sounds_to_plan(plan, places)
     assert sources.frame["kind"].to_list() == ["file", "tar", "parquet", "hdf5", "file", None]
-    assert [found and found.name for found in sources.locators(range(6))] == [
+    assert [found and found.name for found in sources.locators_of_rows(range(6))] == [
         f"{ids[0]}.wav",
         f"Y{ids[1]}.wav",
         f"{ids[2]}.wav",
@@ -170,7 +173,7 @@ def test_a_path_names_a_row_of_parquet_and_else_its_id_column(tmp_path):
     files = {f"{ID}_30.flac": b"x", "0a1b.flac": b"y"}
     write_parquet(tmp_path / "x.parquet", files, video_id=["zzzzzzzzzzz", "bbbbbbbbbbb"])
     plan = plan_of(tmp_path / "x.csv", f'{ID}, 30.000, 40.000, ""', 'bbbbbbbbbbb, 0.000, 1.000, ""')
-    assert find_sources(plan, [tmp_path]).frame["row"].to_list() == [0, 1]
+    assert match_sounds_to_plan(plan, [tmp_path]).frame["row"].to_list() == [0, 1]
 
 
 def test_a_sound_of_another_start_is_reported_apart(tmp_path):
@@ -178,10 +181,10 @@ def test_a_sound_of_another_start_is_reported_apart(tmp_path):
     plan = plan_of(tmp_path / "x.csv", f'{ID}, 30.000, 40.000, ""', f'{ID}, 70.000, 80.000, ""')
     for name in (f"{ID}.wav", f"{ID}_50000.wav", f"{ID}_70.wav", "zzzzzzzzzzz_5.wav"):
         (tmp_path / name).touch()
-    sources = find_sources(plan, [tmp_path])
+    sources = match_sounds_to_plan(plan, [tmp_path])
     assert sources.frame["source"].to_list() == [f"{ID}.wav", None]  # the second row is a duplicate
-    assert sources.other_start == [f"{ID}_50000.wav"]
-    assert sources.unmatched == ["zzzzzzzzzzz_5.wav"]
+    assert sources.other_segment_sources == [f"{ID}_50000.wav"]
+    assert sources.unmatched_sources == ["zzzzzzzzzzz_5.wav"]
     (note,) = sources.notes
     assert note.startswith("1 sounds are other segments of listed videos")
 
@@ -191,7 +194,7 @@ def test_starts_agree_to_the_millisecond(tmp_path):
     plan = plan_of(tmp_path / "x.csv", f'{ID}, 4.350, 14.350, ""', 'bbbbbbbbbbb, 8.290, 9.000, ""')
     for name in (f"{ID}_4350_14350.wav", "bbbbbbbbbbb_8.29_9.wav"):
         (tmp_path / name).touch()
-    assert find_sources(plan, [tmp_path]).frame["kind"].to_list() == ["file", "file"]
+    assert match_sounds_to_plan(plan, [tmp_path]).frame["kind"].to_list() == ["file", "file"]
 
 
 def test_the_corpus_carries_its_notes_and_can_be_asked_for_again(tmp_path):
@@ -199,17 +202,17 @@ def test_the_corpus_carries_its_notes_and_can_be_asked_for_again(tmp_path):
     write_tar(tmp_path / "a.tar", {f"{ID}.wav": b"x"})
     (tmp_path / "b.tar").write_bytes(b"<html>")
     segments = write(tmp_path / "x_segments.csv", f'{ID}, 30.000, 40.000, "/m/0174k2"', "#NAME?, 1, 2")
-    corpus = audioset([tmp_path], [segments], lenient=True)
+    corpus = audioset_corpus([tmp_path], [segments], lenient=True)
     assert [text.partition(": ")[2][:17] for text in corpus.notes] == [
         "1 damaged lines l",
         "Washing machine (",
         "is no tar; fetch ",
     ]
-    again = corpus_of(corpus.asked)
+    again = recreate_corpus(corpus.dataset_settings)
     assert again.plan.equals(corpus.plan)
     assert again.sources.frame.equals(corpus.sources.frame)
     with pytest.raises(InputError, match="line 5"):
-        audioset([tmp_path], [segments])
+        audioset_corpus([tmp_path], [segments])
 
 
 def test_only_a_damaged_archive_is_named_in_the_refusal(tmp_path):
@@ -217,7 +220,7 @@ def test_only_a_damaged_archive_is_named_in_the_refusal(tmp_path):
     plan = plan_of(tmp_path / "x.csv", f'{ID}, 30.000, 40.000, ""')
     (tmp_path / "b.tar").write_bytes(b"<html>")
     with pytest.raises(InputError, match=r"no audio files .*b\.tar: is no tar"):
-        find_sources(plan, [tmp_path])
+        match_sounds_to_plan(plan, [tmp_path])
 
 
 def test_the_cost_of_a_row_does_not_grow_with_their_number(tmp_path):
@@ -227,7 +230,7 @@ def test_the_cost_of_a_row_does_not_grow_with_their_number(tmp_path):
     write_tar(tmp_path / "a.tar", {f"{i}.flac": b"" for i in ids[:10_000]}, form=tarfile.USTAR_FORMAT)
     write_parquet(tmp_path / "b.parquet", {f"{i}.flac": b"" for i in ids[10_000:]}, group=1_000)
     began = time.process_time()
-    sources = find_sources(plan, [tmp_path])
+    sources = match_sounds_to_plan(plan, [tmp_path])
     assert time.process_time() - began < 3  # 60 s for two million would be 0.6
     assert sources.frame["kind"].null_count() == 0
     assert sources.frame.estimated_size() < 200 * 20_000

@@ -7,8 +7,8 @@ import polars as pl
 import pytest
 from tones import SPEC, band_of, built, halves, write_seconds
 
-from pipeline.datasets.corpus import Cut
-from pipeline.datasets.folder import folder
+from pipeline.datasets.corpus import CutSettings
+from pipeline.datasets.folder import folder_corpus
 from pipeline.errors import ManifestError
 
 
@@ -37,7 +37,7 @@ def table(clips: Path, text: str) -> Path:
 )
 def test_pieces_end_with_the_sound(length_seconds, clip, hop, spans):
     """No second is cut twice beyond the overlap asked for, and no scrap becomes a clip."""
-    assert list(Cut(clip_seconds=clip, hop_seconds=hop).spans(0.0, length_seconds)) == spans
+    assert list(CutSettings(clip_seconds=clip, hop_seconds=hop).piece_spans(0.0, length_seconds)) == spans
 
 
 def test_every_piece_holds_its_own_seconds(tmp_path):
@@ -52,7 +52,9 @@ def test_every_piece_holds_its_own_seconds(tmp_path):
     }.items():
         write_seconds(tmp_path / "clips" / name, seconds)
     (tmp_path / "clips" / "g.wav").write_text("no sound")
-    store, found = built(folder(tmp_path / "clips", clip_seconds=5, hop_seconds=3), tmp_path / "x.zarr")
+    store, found = built(
+        folder_corpus(tmp_path / "clips", clip_seconds=5, hop_seconds=3), tmp_path / "x.zarr"
+    )
     expected = {}
     for name, last in {"a.wav": 9, "b.mp3": 9, "c.m4a": 12, "d.flac": 3, "e.opus": 0, "f.wav": 3}.items():
         expected |= {f"{name}@{start * 1000}": start for start in range(0, last + 1, 3)}
@@ -76,7 +78,7 @@ def test_the_seconds_of_a_table_are_those_of_the_file(tmp_path):
         "path,start,end,label\na.wav,7,9,x\na.wav,10,15,x\na.wav,20,25,x\nb.wav,0,9,x\nb.wav,0.2,5,x\n"
         "b.wav,3,,x\nnone.wav,3,5,x\n"
     )
-    corpus = folder(tmp_path / "clips", table(tmp_path / "clips", text))
+    corpus = folder_corpus(tmp_path / "clips", table(tmp_path / "clips", text))
     store, found = built(corpus, tmp_path / "x.zarr")
     assert found.pop("b.wav@200") == halves(0, 1, 2, 3, 4)
     row = store.manifest["clip_id"].to_list().index("b.wav@200")
@@ -102,7 +104,7 @@ def test_stretches_of_a_table_are_cut_too(tmp_path):
     """Pieces stay inside the seconds that the table names; an id of one's own gets the piece's start."""
     write_seconds(tmp_path / "clips" / "a.wav", 20)
     path = table(tmp_path / "clips", "path,start,end,id\na.wav,2,13,mine\na.wav,16,,\n")
-    corpus = folder(tmp_path / "clips", path, clip_seconds=5, hop_seconds=5)
+    corpus = folder_corpus(tmp_path / "clips", path, clip_seconds=5, hop_seconds=5)
     assert corpus.plan.select("clip_id", "start_seconds", "end_seconds").rows() == [
         ("mine@2000", 2, 7),
         ("mine@7000", 7, 12),
@@ -110,7 +112,7 @@ def test_stretches_of_a_table_are_cut_too(tmp_path):
     ]
     path = table(tmp_path / "clips", "path,start,end\na.wav,2,13\na.wav,7,12\n")
     with pytest.raises(ManifestError, match="2 clips share their id with another, such as 'a"):
-        folder(tmp_path / "clips", path, clip_seconds=5, hop_seconds=5)
+        folder_corpus(tmp_path / "clips", path, clip_seconds=5, hop_seconds=5)
 
 
 def test_the_stream_of_opened_files_can_be_watched(tmp_path):
@@ -124,5 +126,5 @@ def test_the_stream_of_opened_files_can_be_watched(tmp_path):
             seen.append((number, item))
             yield item
 
-    folder(tmp_path, clip_seconds=1, hop_seconds=1, progress=progress)
+    folder_corpus(tmp_path, clip_seconds=1, hop_seconds=1, progress=progress)
     assert seen == [(2, 1.0), (2, 1.0)]

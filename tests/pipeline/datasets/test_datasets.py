@@ -10,12 +10,12 @@ import pytest
 from sounds import write
 from tones import RATE_HZ, built, halves, tones, write_seconds
 
-from pipeline.datasets.catalogue import DATASETS, corpus_of
-from pipeline.datasets.esc50 import esc50
-from pipeline.datasets.fsd50k import fsd50k
-from pipeline.datasets.speech_commands import WORDS, speech_commands
+from pipeline.datasets.catalogue import DATASETS, recreate_corpus
+from pipeline.datasets.esc50 import esc50_corpus
+from pipeline.datasets.fsd50k import fsd50k_corpus
+from pipeline.datasets.speech_commands import SPEECH_COMMANDS_WORDS, speech_commands_corpus
 from pipeline.errors import InputError, ManifestError, OntologyError
-from pipeline.labels.label_sets import propagate_labels
+from pipeline.labels.label_sets import propagate_store_labels
 from pipeline.labels.ontology import load_ontology
 from pipeline.store.feature_store import FeatureStore
 
@@ -42,9 +42,9 @@ def write_esc50(root: Path) -> Path:
 
 def write_speech_commands(root: Path, version: str = "v2") -> Path:
     """One file a word, two of the first; lists as in the archive, one file of them lacking."""
-    for word in WORDS[version]:
+    for word in SPEECH_COMMANDS_WORDS[version]:
         touch(root / word / "00000000_nohash_0.wav")
-    touch(root / WORDS[version][0] / "11111111_nohash_1.wav")
+    touch(root / SPEECH_COMMANDS_WORDS[version][0] / "11111111_nohash_1.wav")
     touch(root / "_background_noise_" / "white_noise.wav")
     (root / "validation_list.txt").write_text("bed/00000000_nohash_0.wav\nbed/22222222_nohash_0.wav\n")
     (root / "testing_list.txt").write_text("cat/00000000_nohash_0.wav\n\n")
@@ -75,7 +75,7 @@ def test_esc50_becomes_five_folds_of_labelled_clips(tmp_path):
     """Row for row: its own sound, its own class, its own fold."""
     root = write_esc50(tmp_path / "ESC-50-master")
     (root / "audio" / "2-104-A-11.wav").unlink()
-    corpus = esc50(root)
+    corpus = esc50_corpus(root)
     assert corpus.classes.mids == ("dog", "sea_waves", "hand_saw")
     assert corpus.classes.names == ("dog", "sea waves", "hand saw")
     assert corpus.notes == (
@@ -96,7 +96,7 @@ def test_esc50_becomes_five_folds_of_labelled_clips(tmp_path):
     assert store.manifest["reason"].to_list() == [None] * 4 + ["missing"] + [None]
     assert store.labels_BC(np.arange(6)).argmax(1).tolist() == [2, 2, 0, 0, 1, 1]
     with pytest.raises(OntologyError, match="3 of 3 classes are not in the ontology, such as dog"):
-        propagate_labels(tmp_path / "x.zarr")
+        propagate_store_labels(tmp_path / "x.zarr")
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_a_damaged_list_of_esc50_is_refused(tmp_path, line, said):
     with (root / "meta" / "esc50.csv").open("a") as file:
         file.write(f"{line}\n")
     with pytest.raises(ManifestError, match=said):
-        esc50(root)
+        esc50_corpus(root)
 
 
 def test_a_list_without_its_columns_is_refused(tmp_path):
@@ -127,7 +127,7 @@ def test_a_list_without_its_columns_is_refused(tmp_path):
     with pytest.raises(
         ManifestError, match=r"no column filename, fold, target, category; found 'name, label'"
     ):
-        esc50(root)
+        esc50_corpus(root)
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -176,7 +176,7 @@ def test_every_dataset_can_be_made_again_from_what_a_store_tells(tmp_path, name)
     """JSON in, the same plan out."""
     root = WRITERS[name](tmp_path)
     for corpus in (DATASETS[name](root), DATASETS[name](str(root))):
-        again = corpus_of(json.loads(json.dumps(corpus.asked)))
+        again = recreate_corpus(json.loads(json.dumps(corpus.dataset_settings)))
         assert again == replace(corpus, plan=again.plan, sources=again.sources)
         assert again.plan.equals(corpus.plan)
         assert again.sources.frame.equals(corpus.sources.frame)
@@ -185,16 +185,16 @@ def test_every_dataset_can_be_made_again_from_what_a_store_tells(tmp_path, name)
 def test_settings_are_told_and_taken_up_again(tmp_path):
     """A corpus made again with other settings would be another store."""
     asked = {"dataset": "fsd50k", "root": str(write_fsd50k(tmp_path / "a")), "clip_seconds": 4.0, "cut": True}
-    assert corpus_of(asked).asked == asked
+    assert recreate_corpus(asked).dataset_settings == asked
     root = str(write_speech_commands(tmp_path / "b", "v1"))
     asked = {"dataset": "speech_commands", "root": root, "version": "v1"}
-    assert corpus_of(asked).asked == asked
+    assert recreate_corpus(asked).dataset_settings == asked
 
 
 @pytest.mark.parametrize(("version", "words"), [("v1", 30), ("v2", 35)])
 def test_speech_commands_is_split_by_its_lists(tmp_path, version, words):
     """What no list names is for training; background noise is no word."""
-    corpus = speech_commands(write_speech_commands(tmp_path, version), version)
+    corpus = speech_commands_corpus(write_speech_commands(tmp_path, version), version)
     plan = corpus.plan
     assert len(corpus.classes) == words
     assert plan.height == words + 2
@@ -214,25 +214,25 @@ def test_speech_commands_is_split_by_its_lists(tmp_path, version, words):
         corpus.notes[1]
         == "1 recordings of background noise left out, such as _background_noise_/white_noise.wav"
     )
-    assert corpus.sources.unmatched == ["_background_noise_/white_noise.wav"]
+    assert corpus.sources.unmatched_sources == ["_background_noise_/white_noise.wav"]
 
 
 def test_the_versions_of_speech_commands_are_not_mixed_up(tmp_path):
     """Five words would be lost, or be classes without a clip."""
     with pytest.raises(InputError, match=r"holds backward, follow, .* words of v2 only; ask for version v2"):
-        speech_commands(write_speech_commands(tmp_path / "2", "v2"), "v1")
+        speech_commands_corpus(write_speech_commands(tmp_path / "2", "v2"), "v1")
     with pytest.raises(
         InputError, match=r"holds the words of v1 only, none of backward .*; ask for version v1"
     ):
-        speech_commands(write_speech_commands(tmp_path / "1", "v1"), "v2")
+        speech_commands_corpus(write_speech_commands(tmp_path / "1", "v1"), "v2")
     with pytest.raises(InputError, match=r"version '0\.02': expected v1 or v2"):
-        speech_commands(tmp_path / "2", "0.02")
+        speech_commands_corpus(tmp_path / "2", "0.02")
 
 
 def test_folders_that_are_no_words_are_noted(tmp_path):
     """People add their own; whether those were meant to count is theirs to say."""
     touch(write_speech_commands(tmp_path) / "marvni" / "00000000_nohash_0.wav")
-    notes = " ".join(speech_commands(tmp_path).notes)
+    notes = " ".join(speech_commands_corpus(tmp_path).notes)
     assert (
         "1 files in folders that are no words of v2 left out, such as marvni/00000000_nohash_0.wav" in notes
     )
@@ -251,7 +251,7 @@ def test_lists_that_contradict_each_other_are_refused(tmp_path, line, said):
     with (tmp_path / "testing_list.txt").open("a") as file:
         file.write(f"{line}\n")
     with pytest.raises(InputError, match=said):
-        speech_commands(tmp_path)
+        speech_commands_corpus(tmp_path)
 
 
 def test_speech_commands_without_words_is_refused(tmp_path):
@@ -259,12 +259,12 @@ def test_speech_commands_without_words_is_refused(tmp_path):
     for name in ("validation_list.txt", "testing_list.txt"):
         (tmp_path / name).touch()
     with pytest.raises(InputError, match="no sounds in folders of its words, such as backward/"):
-        speech_commands(tmp_path)
+        speech_commands_corpus(tmp_path)
 
 
 def test_fsd50k_keeps_audiosets_ids_and_three_splits(tmp_path):
     """Labels by id: with AudioSet's tree they could be propagated, and are already."""
-    corpus = fsd50k(write_fsd50k(tmp_path))
+    corpus = fsd50k_corpus(write_fsd50k(tmp_path))
     assert corpus.classes.mids == ("/m/05tny_", "/m/07q8k13", "/m/0bt9lr")
     assert corpus.classes.names == ("Bark", "Chink and clink", "Dog")
     assert corpus.plan.select("clip_id", "split", "start_seconds", "end_seconds").rows() == [
@@ -280,7 +280,7 @@ def test_fsd50k_keeps_audiosets_ids_and_three_splits(tmp_path):
 
 def test_long_sounds_of_fsd50k_are_cut_if_asked_to(tmp_path):
     """Every piece holds its own seconds and the labels of the whole; what is missing stays one row."""
-    corpus = fsd50k(write_fsd50k(tmp_path / "FSD50K"), clip_seconds=5.0, cut=True)
+    corpus = fsd50k_corpus(write_fsd50k(tmp_path / "FSD50K"), clip_seconds=5.0, cut=True)
     store, found = built(corpus, tmp_path / "x.zarr")
     assert found == {
         "11@0": [0, 0, 1],
@@ -294,7 +294,7 @@ def test_long_sounds_of_fsd50k_are_cut_if_asked_to(tmp_path):
     assert labels["12@0"] == labels["12@10000"] == [0, 1, 0]
     failed = store.manifest.filter(pl.col("status") == "failed")
     assert failed.select("clip_id", "reason").rows() == [("13@0", "missing")]
-    propagate_labels(tmp_path / "x.zarr")
+    propagate_store_labels(tmp_path / "x.zarr")
     assert FeatureStore.open(tmp_path / "x.zarr").label_sets == ("raw", "unambiguous")
 
 
@@ -312,10 +312,10 @@ def test_damaged_lists_of_fsd50k_are_refused(tmp_path, name, line, said):
     with (write_fsd50k(tmp_path) / "FSD50K.ground_truth" / name).open("a") as file:
         file.write(f"{line}\n")
     with pytest.raises(ManifestError, match=rf"{name}: {said}"):
-        fsd50k(tmp_path)
+        fsd50k_corpus(tmp_path)
 
 
 def test_an_unknown_dataset_names_those_there_are():
     """A store from a newer version, or a hand-made request."""
     with pytest.raises(InputError, match="dataset 'esc10' is unknown; there are: audioset, folder, esc50"):
-        corpus_of({"dataset": "esc10"})
+        recreate_corpus({"dataset": "esc10"})

@@ -11,11 +11,11 @@ import pytest
 from sounds import write
 from tones import built, halves, tones, write_seconds
 
-from pipeline.datasets.catalogue import corpus_of
+from pipeline.datasets.catalogue import recreate_corpus
 from pipeline.datasets.corpus import Corpus
-from pipeline.datasets.folder import folder
+from pipeline.datasets.folder import folder_corpus
 from pipeline.errors import InputError, ManifestError, OntologyError
-from pipeline.labels.label_sets import propagate_labels
+from pipeline.labels.label_sets import propagate_store_labels
 from pipeline.store.feature_store import FeatureStore
 
 
@@ -41,7 +41,7 @@ def plan(corpus: Corpus, *columns: str) -> list[tuple]:
 def test_every_sound_below_the_folder_is_a_clip_named_by_its_path(clips):
     """Extensions in capitals, spaces and umlauts are what people have; a name must not depend on the machine."""
     (clips / "notes.txt").touch()
-    corpus = folder(clips)
+    corpus = folder_corpus(clips)
     names = ["a.wav", "Zürich/b c.WAV", "Zürich/deep/d.Flac"]
     assert plan(corpus, "clip_id", "split", "start_seconds", "end_seconds") == [
         (name, "train", 0.0, 10.0) for name in names
@@ -55,7 +55,7 @@ def test_every_sound_below_the_folder_is_a_clip_named_by_its_path(clips):
 
 def test_the_folder_that_a_file_lies_in_can_be_its_label(clips):
     """One folder a class is the commonest layout there is; what lies outside all has no label."""
-    corpus = folder(clips, label_from="parent", split="mine", clip_seconds=3)
+    corpus = folder_corpus(clips, label_from="parent", split="mine", clip_seconds=3)
     assert corpus.classes.names == ("Zürich", "deep")
     assert plan(corpus, "mids", "split", "end_seconds") == [
         ([], "mine", 3.0),
@@ -67,7 +67,7 @@ def test_the_folder_that_a_file_lies_in_can_be_its_label(clips):
 def test_notes_that_macos_leaves_beside_every_file_are_no_sounds(clips):
     """A drive that has seen a Mac holds a second file for each, which no decoder reads."""
     (clips / "._a.wav").touch()
-    corpus = folder(clips)
+    corpus = folder_corpus(clips)
     assert corpus.plan.height == 3
     assert "1 files named ._*" in corpus.notes[0]
 
@@ -92,27 +92,27 @@ TABLES = {
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_is_read_as_people_write_it(clips, name):
     """Spreadsheets, other machines and macOS each spell the same two lines their own way."""
-    corpus = folder(clips, table(clips, TABLES[name]))
+    corpus = folder_corpus(clips, table(clips, TABLES[name]))
     assert plan(corpus, "clip_id", "mids") == [("a.wav", ["dog"]), ("Zürich/b c.WAV", ["cat"])]
     assert corpus.classes.names == ("cat", "dog")
-    assert corpus.sources.unmatched == ["Zürich/deep/d.Flac"]
+    assert corpus.sources.unmatched_sources == ["Zürich/deep/d.Flac"]
 
 
 def test_a_path_that_is_there_as_written_is_taken_before_any_other_reading(clips):
     """Two names that differ by case only are two files; a container we do not look for may still be named."""
     for name in ("A.wav", "x.wav", "x.wma"):
         (clips / name).touch()
-    corpus = folder(clips, table(clips, "path\nA.wav\na.wav\nx.wma\n"))
+    corpus = folder_corpus(clips, table(clips, "path\nA.wav\na.wav\nx.wma\n"))
     assert corpus.plan["clip_id"].to_list() == ["A.wav", "a.wav", "x.wma"]
     assert not [note for note in corpus.notes if "not there" in note or "matched" in note]
     with pytest.raises(ManifestError, match=r"line 2: 'A.WAV' may be 'A.wav' or 'a.wav'"):
-        folder(clips, table(clips, "path\nA.WAV\n"))
+        folder_corpus(clips, table(clips, "path\nA.WAV\n"))
 
 
 def test_absolute_paths_are_allowed(clips, tmp_path):
     """A table from a search over several disks; a path inside the folder is the same clip as its relative form."""
     (tmp_path / "elsewhere.wav").touch()
-    corpus = folder(clips, table(clips, f"path\n{clips}/a.wav\n{tmp_path}/elsewhere.wav\n"))
+    corpus = folder_corpus(clips, table(clips, f"path\n{clips}/a.wav\n{tmp_path}/elsewhere.wav\n"))
     assert corpus.plan["clip_id"].to_list() == ["a.wav", f"{tmp_path}/elsewhere.wav"]
     assert corpus.sources.frame["path"].to_list() == [f"{clips}/a.wav", f"{tmp_path}/elsewhere.wav"]
 
@@ -125,7 +125,7 @@ def test_a_table_may_tell_everything_of_a_clip(clips):
         ",a.wav,,test,2.5,4\n"
         ",Zürich/b c.WAV,dog,,,3.5\n"
     )
-    corpus = folder(clips, table(clips, text), split="rest")
+    corpus = folder_corpus(clips, table(clips, text), split="rest")
     columns = ("clip_id", "mids", "split", "start_seconds", "end_seconds")
     assert plan(corpus, *columns) == [
         ("one", ["dog", "cat"], "train", 0.0, 10.0),
@@ -136,7 +136,7 @@ def test_a_table_may_tell_everything_of_a_clip(clips):
 
 def test_times_may_have_decimal_commas_where_commas_do_not_separate(clips):
     """A German spreadsheet; labels keep their commas."""
-    corpus = folder(clips, table(clips, "path;start;end;label\na.wav;1,5;2,75;1,5\n"))
+    corpus = folder_corpus(clips, table(clips, "path;start;end;label\na.wav;1,5;2,75;1,5\n"))
     assert plan(corpus, "start_seconds", "end_seconds", "mids") == [(1.5, 2.75, ["1,5"])]
 
 
@@ -145,7 +145,7 @@ def test_numbers_as_labels_are_ordered_as_numbers(clips):
     frame = pl.DataFrame({"path": ["a.wav", "b c.WAV", "d.Flac"], "label": [10.0, 2.0, None]})
     frame.write_parquet(clips.parent / "t.parquet")
     for path in (clips.parent / "t.parquet", table(clips, "path,label\na,10\nb c,2\nd,\n")):
-        corpus = folder(clips, path)
+        corpus = folder_corpus(clips, path)
         assert corpus.classes.names == ("2", "10")
         assert corpus.plan["mids"].to_list() == [["10"], ["2"], []]
 
@@ -154,7 +154,7 @@ def test_parquet_holds_lists_of_labels(clips):
     """What pandas and polars write."""
     frame = pl.DataFrame({"path": ["a.wav", "b c.WAV"], "labels": [["x;y", "z"], None], "start": [0, 3]})
     frame.write_parquet(clips.parent / "t.parquet")
-    corpus = folder(clips, clips.parent / "t.parquet")
+    corpus = folder_corpus(clips, clips.parent / "t.parquet")
     assert plan(corpus, "clip_id", "mids", "start_seconds") == [
         ("a.wav", ["x;y", "z"], 0.0),
         ("Zürich/b c.WAV@3000", [], 3.0),
@@ -163,7 +163,7 @@ def test_parquet_holds_lists_of_labels(clips):
 
 def test_what_is_not_understood_is_noted(clips):
     """A column misspelt is a column lost, and a comma may have been meant to separate labels."""
-    notes = " ".join(folder(clips, table(clips, 'path,labels,Spilt\na.wav,"dog,cat",x\n')).notes)
+    notes = " ".join(folder_corpus(clips, table(clips, 'path,labels,Spilt\na.wav,"dog,cat",x\n')).notes)
     assert "columns left alone: 'spilt'" in notes
     assert "'dog,cat' is taken for one label" in notes
 
@@ -197,7 +197,7 @@ def test_what_is_not_understood_is_noted(clips):
 def test_a_table_that_cannot_be_meant_is_refused_with_its_line(clips, text, said):
     """Twenty thousand lines, one slip: the message must lead there."""
     with pytest.raises(ManifestError, match=said) as caught:
-        folder(clips, table(clips, text))
+        folder_corpus(clips, table(clips, text))
     assert "table.csv" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -205,7 +205,7 @@ def test_a_table_that_cannot_be_meant_is_refused_with_its_line(clips, text, said
 def test_a_table_that_is_no_utf8_says_where_and_what_to_do(clips):
     """Excel's plain CSV: guessing its encoding would give names that no file has."""
     with pytest.raises(ManifestError, match="line 2: not UTF-8 text; save it again"):
-        folder(clips, table(clips, "path\nZürich/b c.WAV\n", encoding="cp1252"))
+        folder_corpus(clips, table(clips, "path\nZürich/b c.WAV\n", encoding="cp1252"))
 
 
 @pytest.mark.parametrize("name", ["none.csv", "none.parquet"])
@@ -213,13 +213,13 @@ def test_a_table_that_is_not_there_has_a_nearest_name(clips, name):
     """A typing error in the command."""
     table(clips, "path\na.wav\n", name=name.replace("none", "nine"))
     with pytest.raises(ManifestError, match=r"none.* cannot be read \(No such file.*did you mean .*nine"):
-        folder(clips, clips.parent / name)
+        folder_corpus(clips, clips.parent / name)
 
 
 def test_what_is_no_parquet_is_refused(clips):
     """A CSV under a wrong name."""
     with pytest.raises(ManifestError, match="no Parquet file"):
-        folder(clips, table(clips, "path\na.wav\n", name="t.parquet"))
+        folder_corpus(clips, table(clips, "path\na.wav\n", name="t.parquet"))
 
 
 @pytest.mark.parametrize(
@@ -239,25 +239,25 @@ def test_what_is_no_parquet_is_refused(clips):
 def test_wishes_that_contradict_themselves_are_refused(clips, wish, said):
     """Before thousands of files are opened."""
     with pytest.raises(InputError, match=said):
-        folder(clips, **wish)
+        folder_corpus(clips, **wish)
 
 
 def test_labels_from_two_places_are_refused(clips):
     """Which of them counts is not ours to guess."""
     with pytest.raises(InputError, match="choose one"):
-        folder(clips, table(clips, "path,label\na.wav,x\n"), label_from="parent")
+        folder_corpus(clips, table(clips, "path,label\na.wav,x\n"), label_from="parent")
 
 
 def test_a_wrong_folder_says_what_is_there(clips):
     """The first mistake of a newcomer."""
     with pytest.raises(InputError, match=r"no such folder; did you mean .*/clips\?"):
-        folder(clips.parent / "clisp")
+        folder_corpus(clips.parent / "clisp")
     with pytest.raises(InputError, match="a file; give the folder"):
-        folder(clips / "a.wav")
+        folder_corpus(clips / "a.wav")
     (clips.parent / "lists" / "x").mkdir(parents=True)
     (clips.parent / "lists" / "x" / "y.MID").touch()
     with pytest.raises(InputError, match=r"no sounds below it; looked for \.flac.*; found 1 \.mid"):
-        folder(clips.parent / "lists")
+        folder_corpus(clips.parent / "lists")
 
 
 def test_labels_and_splits_arrive_in_the_store(tmp_path):
@@ -266,7 +266,7 @@ def test_labels_and_splits_arrive_in_the_store(tmp_path):
         (tmp_path / "clips").mkdir(exist_ok=True)
         write(tmp_path / "clips" / f"{number}.wav", np.tile(tones(number), 3), 16_000)
     text = "path,label,split\n2.wav,dog;cat,train\n0.wav,cat,test\n3.wav,,train\n1.wav,cow,train\n"
-    corpus = folder(tmp_path / "clips", table(tmp_path / "clips", text))
+    corpus = folder_corpus(tmp_path / "clips", table(tmp_path / "clips", text))
     store, found = built(corpus, tmp_path / "x.zarr")
     assert found == {f"{number}.wav": [number] * 6 for number in (2, 0, 3, 1)}
     assert store.good_rows(["test"]).tolist() == [1]
@@ -277,17 +277,20 @@ def test_labels_and_splits_arrive_in_the_store(tmp_path):
 def test_labels_that_are_not_audiosets_cannot_be_propagated(tmp_path):
     """There is no tree above them; the message says so and the store stays as it is."""
     write_seconds(tmp_path / "clips" / "dog" / "a.wav", 2)
-    built(folder(tmp_path / "clips", label_from="parent"), tmp_path / "x.zarr")
+    built(folder_corpus(tmp_path / "clips", label_from="parent"), tmp_path / "x.zarr")
     with pytest.raises(OntologyError, match="1 of 1 classes are not in the ontology, such as dog"):
-        propagate_labels(tmp_path / "x.zarr")
+        propagate_store_labels(tmp_path / "x.zarr")
     assert FeatureStore.open(tmp_path / "x.zarr").label_sets == ("raw",)
 
 
 def test_the_same_corpus_can_be_made_again(clips):
     """From what a store's build.json tells."""
     path = table(clips, "path,label\na.wav,x\nb c.WAV,y\n")
-    for corpus in (folder(clips, path, split="s"), folder(str(clips), clip_seconds=2.0, hop_seconds=1.0)):
-        again = corpus_of(json.loads(json.dumps(corpus.asked)))
+    for corpus in (
+        folder_corpus(clips, path, split="s"),
+        folder_corpus(str(clips), clip_seconds=2.0, hop_seconds=1.0),
+    ):
+        again = recreate_corpus(json.loads(json.dumps(corpus.dataset_settings)))
         assert again == replace(corpus, plan=again.plan, sources=again.sources)
         assert again.plan.equals(corpus.plan)
         assert again.sources.frame.equals(corpus.sources.frame)
@@ -297,7 +300,9 @@ def test_a_file_that_arrives_later_fills_its_row(tmp_path):
     """The other rows stay as they are, and nothing has to be asked for anew."""
     write_seconds(tmp_path / "clips" / "a.wav", 3)
     path = table(tmp_path / "clips", "path,label\nlate.wav,x\na.wav,y\n")
-    assert built(folder(tmp_path / "clips", path), tmp_path / "x.zarr")[1] == {"a.wav": halves(0, 1, 2)}
+    assert built(folder_corpus(tmp_path / "clips", path), tmp_path / "x.zarr")[1] == {
+        "a.wav": halves(0, 1, 2)
+    }
     write_seconds(tmp_path / "clips" / "late.wav", 1)
-    found = built(folder(tmp_path / "clips", path), tmp_path / "x.zarr")[1]
+    found = built(folder_corpus(tmp_path / "clips", path), tmp_path / "x.zarr")[1]
     assert found == {"late.wav": halves(0), "a.wav": halves(0, 1, 2)}

@@ -5,12 +5,12 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from pipeline.audio.mel_spec import mel_spec
+from pipeline.audio.mel_spec import preset_mel_spec
 from pipeline.build.build import build_store
-from pipeline.build.plan import Output
-from pipeline.build.verify import faults_of
-from pipeline.datasets.audioset import audioset
-from pipeline.labels.label_sets import propagate_labels
+from pipeline.build.plan import StoreOutput
+from pipeline.build.verify import find_faults
+from pipeline.datasets.audioset import audioset_corpus
+from pipeline.labels.label_sets import propagate_store_labels
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.tables import read_table
 
@@ -55,7 +55,9 @@ FLAG_OF = {
 def real(tmp_path_factory) -> FeatureStore:
     out = tmp_path_factory.mktemp("real") / "real.zarr"
     segments = [CORPUS / "balanced_train_segments.csv", CORPUS / "eval_segments.csv"]
-    build_store(audioset([CORPUS / "audio"], segments), Output(path=out, spec=mel_spec("a-jepa")))
+    build_store(
+        audioset_corpus([CORPUS / "audio"], segments), StoreOutput(path=out, spec=preset_mel_spec("a-jepa"))
+    )
     return FeatureStore.open(out)
 
 
@@ -114,6 +116,6 @@ def test_labels_outside_the_list_are_kept_aside(real, told):
 
 def test_the_store_is_whole_and_takes_propagated_labels(real):
     """The real path to its end."""
-    propagate_labels(real.path)
-    assert list(faults_of(real.path)) == []
+    propagate_store_labels(real.path)
+    assert list(find_faults(real.path)) == []
     assert FeatureStore.open(real.path).label_sets == ("raw", "unambiguous")

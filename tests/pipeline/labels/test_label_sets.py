@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputError, OntologyError, StoreError
-from pipeline.files import scratch_of
-from pipeline.labels.label_sets import propagate_labels, split_mids
+from pipeline.files import scratch_path
+from pipeline.labels.label_sets import index_class_ids, propagate_store_labels
 from pipeline.labels.ontology import ClassList, load_class_list, load_ontology
-from pipeline.labels.propagation import table
+from pipeline.labels.propagation import propagation_table
 from pipeline.store.tables import read_table
 
 CLASSES = load_class_list()
@@ -63,14 +63,14 @@ def files(store: Path) -> dict[str, bytes]:
 def test_a_label_set_is_added_beside_the_raw_labels(bare_store):
     """Raw labels are what raters said; they stay, whatever is inferred."""
     before = pl.read_parquet(bare_store / "labels.parquet")
-    propagate_labels(bare_store)
+    propagate_store_labels(bare_store)
     assert column(bare_store, "unambiguous") == [indices(row[2]) for row in ROWS]
     assert pl.read_parquet(bare_store / "labels.parquet").drop("unambiguous").equals(before)
 
 
 def test_the_label_set_says_where_it_comes_from(bare_store):
     """Rule, ontology and version travel in the file, beside what others wrote there."""
-    propagate_labels(bare_store)
+    propagate_store_labels(bare_store)
     sources = json.loads(pq.read_schema(bare_store / "labels.parquet").metadata[b"ajepa"])
     assert sources["raw"] == "as listed"
     assert sources["unambiguous"].items() >= {"pairs": 731, "ontology": load_ontology().digest}.items()
@@ -79,11 +79,11 @@ def test_the_label_set_says_where_it_comes_from(bare_store):
 
 def test_propagating_a_store_again_changes_no_byte(bare_store):
     """A command that is run twice by mistake is no event; nothing is left beside the files."""
-    propagate_labels(bare_store)
-    propagate_labels(bare_store, "all-ancestors")
+    propagate_store_labels(bare_store)
+    propagate_store_labels(bare_store, "all-ancestors")
     once = files(bare_store)
-    propagate_labels(bare_store)
-    propagate_labels(bare_store, "all-ancestors")
+    propagate_store_labels(bare_store)
+    propagate_store_labels(bare_store, "all-ancestors")
     assert files(bare_store) == once
     assert len(once) == 5  # the three files of the store, and a report for each rule
 
@@ -91,23 +91,23 @@ def test_propagating_a_store_again_changes_no_byte(bare_store):
 def test_every_rule_keeps_its_own_label_set(bare_store):
     """Rules can be compared on one store, since none overwrites another."""
     for rule in ("unambiguous", "dominators"):
-        propagate_labels(bare_store, rule)
+        propagate_store_labels(bare_store, rule)
     assert column(bare_store, "unambiguous")[2] == indices(["Growling"])
     assert column(bare_store, "dominators")[2] == indices(["Growling", "Animal"])
 
 
 def test_only_the_splits_asked_for_are_propagated(bare_store):
     """The rest of the set holds raw labels, which its provenance and the table say."""
-    done = propagate_labels(bare_store, splits=["eval"])
+    done = propagate_store_labels(bare_store, splits=["eval"])
     wanted = [indices(row[2] if row[0] == "eval" else row[1]) for row in ROWS]
     assert column(bare_store, "unambiguous") == wanted
-    assert "raw labels kept in: train" in table(done)
+    assert "raw labels kept in: train" in propagation_table(done)
     assert done.provenance.splits == ("eval",)
 
 
 def test_the_report_counts_what_changed(bare_store):
     """By hand: two labels added to one of four train clips, three to both eval clips."""
-    done = propagate_labels(bare_store)
+    done = propagate_store_labels(bare_store)
     counted = {
         change.split: (change.clips, change.clips_changed, change.labels_before, change.labels_added)
         for change in done.changes
@@ -122,11 +122,11 @@ def test_the_report_counts_what_changed(bare_store):
 
 def test_the_report_is_kept_and_can_be_read(bare_store):
     """As JSON beside the labels, and as a table with a line per split and the biggest gainers."""
-    done = propagate_labels(bare_store)
+    done = propagate_store_labels(bare_store)
     kept = json.loads((bare_store / "propagation-unambiguous.json").read_text())
     assert kept["provenance"]["rule"] == "unambiguous"
     assert kept["changes"][-1]["mean_after"] == done.changes[-1].mean_after
-    lines = table(done).splitlines()
+    lines = propagation_table(done).splitlines()
     assert lines[0].startswith("label set 'unambiguous': 731 class pairs")
     assert [line.split() for line in lines if line.startswith("train")] == [
         ["train", "4", "0.750000", "->", "1.250000", "2", "1", "2"]
@@ -139,7 +139,7 @@ def test_ids_outside_the_class_list_are_kept_aside():
     """They are reported, not dropped; known ids become sorted unique indices; no labels stay no labels."""
     classes = ClassList(mids=("/m/a", "/m/b", "/m/c"), names=("A", "B", "C"))
     rows = [["/m/c", "/m/x", "/m/a", "/m/x"], [], ["/m/y", "/m/x"], ["/m/b", "/m/b"]]
-    raw, outside = split_mids(pl.Series(rows, dtype=pl.List(pl.String)), classes)
+    raw, outside = index_class_ids(pl.Series(rows, dtype=pl.List(pl.String)), classes)
     assert raw.to_list() == [[0, 2], [], [], [1]]
     assert outside.to_list() == [["/m/x"], [], ["/m/x", "/m/y"], []]
     assert (raw.name, raw.dtype) == ("raw", pl.List(pl.UInt16))
@@ -148,7 +148,7 @@ def test_ids_outside_the_class_list_are_kept_aside():
 
 def test_ids_that_are_all_known_leave_nothing_outside():
     """The usual case, whose list of outside ids has no entry at all."""
-    raw, outside = split_mids(pl.Series([[], [CLASSES.mids[5]]], dtype=pl.List(pl.String)), CLASSES)
+    raw, outside = index_class_ids(pl.Series([[], [CLASSES.mids[5]]], dtype=pl.List(pl.String)), CLASSES)
     assert raw.to_list() == [[], [5]]
     assert outside.to_list() == [[], []]
 
@@ -156,7 +156,7 @@ def test_ids_that_are_all_known_leave_nothing_outside():
 def test_a_null_list_of_ids_is_refused():
     """Unlabelled is an empty list; a null is a mistake of whoever wrote the table."""
     with pytest.raises(OntologyError, match="row 1: a label is null"):
-        split_mids(pl.Series([[], None], dtype=pl.List(pl.String)), CLASSES)
+        index_class_ids(pl.Series([[], None], dtype=pl.List(pl.String)), CLASSES)
 
 
 def damage(store: Path, what: str) -> None:
@@ -201,7 +201,7 @@ def test_a_damaged_store_is_named_and_left_as_it_is(bare_store, what, said):
     damage(bare_store, what)
     before = files(bare_store)
     with pytest.raises(StoreError, match=said) as caught:
-        propagate_labels(bare_store)
+        propagate_store_labels(bare_store)
     assert "\n" not in str(caught.value)
     assert files(bare_store) == before
 
@@ -213,13 +213,13 @@ def test_a_torn_page_is_a_damaged_store(bare_store):
     content[8:30] = bytes(22)
     path.write_bytes(content)
     with pytest.raises(StoreError, match=r"labels\.parquet: not readable as Parquet"):
-        propagate_labels(bare_store)
+        propagate_store_labels(bare_store)
 
 
 def test_a_flipped_bit_of_a_propagated_table_is_told(bare_store):
     """Parquet itself takes a damaged label for another one: what propagation writes has a checksum a page."""
     path = bare_store / "labels.parquet"
-    propagate_labels(bare_store)
+    propagate_store_labels(bare_store)
     written, (labels, _) = path.read_bytes(), read_table(path)
     end = pq.ParquetFile(path).metadata.row_group(0).column(0).data_page_offset
     for place in range(4, end + 40):
@@ -227,18 +227,18 @@ def test_a_flipped_bit_of_a_propagated_table_is_told(bare_store):
         with suppress(StoreError):
             assert read_table(path)[0].equals(labels)
         with suppress(StoreError):
-            propagate_labels(bare_store)
+            propagate_store_labels(bare_store)
             assert column(bare_store, "raw") == labels["raw"].to_list()
 
 
 def test_what_a_killed_propagation_left_is_swept(bare_store):
     """For two million clips it is as large as the labels are."""
-    left = scratch_of(bare_store / "labels.parquet")
+    left = scratch_path(bare_store / "labels.parquet")
     left = left.with_name(
         left.name.replace(f"-{os.getpid()}.", "-999999999.")
     )  # of a process that is no more
     left.write_bytes(b"half")
-    propagate_labels(bare_store)
+    propagate_store_labels(bare_store)
     assert not left.exists()
 
 
@@ -246,21 +246,21 @@ def test_a_pipe_is_not_replaced_by_a_file(tmp_path):
     """As /dev/stdout or /dev/null would be, by whoever may write there."""
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match="pipe: is a device or a pipe; expected the name of a file"):
-        scratch_of(tmp_path / "pipe")
+        scratch_path(tmp_path / "pipe")
 
 
 def test_there_is_no_store_where_there_is_nothing(tmp_path):
     """The first mistake everyone makes is the path."""
     with pytest.raises(StoreError, match=r"absent\.zarr: not a feature store"):
-        propagate_labels(tmp_path / "absent.zarr")
+        propagate_store_labels(tmp_path / "absent.zarr")
 
 
 def test_an_unknown_rule_or_split_is_answered_with_the_nearest(bare_store):
     """Both are names that one types."""
     with pytest.raises(OntologyError, match="'all-ancestor'; did you mean 'all-ancestors'"):
-        propagate_labels(bare_store, "all-ancestor")
+        propagate_store_labels(bare_store, "all-ancestor")
     with pytest.raises(InputError, match="no split 'evals'; did you mean 'eval'"):
-        propagate_labels(bare_store, splits=["evals"])
+        propagate_store_labels(bare_store, splits=["evals"])
 
 
 def test_an_unknown_label_set_is_answered_with_those_there_are(store):

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.errors import InputError, OntologyError
 from pipeline.labels import label_tables, segment_lists
-from pipeline.labels.label_sets import propagate_labels
+from pipeline.labels.label_sets import propagate_store_labels
 from pipeline.labels.label_tables import propagate_inputs
 from pipeline.labels.ontology import fsd50k_classes, load_class_list, load_ontology
 
@@ -167,8 +167,8 @@ def test_the_size_of_the_parts_leaves_no_trace(tmp_path, monkeypatch):
     """Two million rows pass in parts: rows, counts and the numbers in errors are those of the whole."""
     path = segments_list(tmp_path / "eval_segments.csv", [mids(CLIPS[n % 4][0]) for n in range(26)])
     whole = propagate_inputs([path], out=tmp_path / "whole.parquet")
-    monkeypatch.setattr(segment_lists, "BLOCK_BYTES", 100)
-    monkeypatch.setattr(label_tables, "BLOCK_ROWS", 3)
+    monkeypatch.setattr(segment_lists, "LIST_BLOCK_BYTES", 100)
+    monkeypatch.setattr(label_tables, "LABEL_BLOCK_ROWS", 3)
     assert propagate_inputs([path], out=tmp_path / "parts.parquet") == whole
     assert read(tmp_path / "parts.parquet").equals(read(tmp_path / "whole.parquet"))
     propagate_inputs([tmp_path / "whole.parquet"], out=tmp_path / "more.parquet")
@@ -395,7 +395,7 @@ def test_a_list_and_the_store_built_from_it_agree(tmp_path):
     frame.select("clip_id", "split").write_parquet(store / "manifest.parquet")
     frame.select("raw", "outside").write_parquet(store / "labels.parquet")
     assert (
-        propagate_labels(store, "all-ancestors").changes
+        propagate_store_labels(store, "all-ancestors").changes
         == propagate_inputs(
             [tmp_path / "labels.parquet"], "all-ancestors", out=tmp_path / "again.parquet"
         ).changes

@@ -20,14 +20,14 @@ from pipeline.labels.ontology import (
     ClassList,
     ClassMap,
     audioset_strong_classes,
+    describe_outside_ids,
     fsd50k_classes,
-    known_names,
+    known_class_names,
     load_class_list,
     load_ontology,
-    named,
-    outside_note,
+    name_with_id,
 )
-from pipeline.labels.propagation import propagate, relation_CC
+from pipeline.labels.propagation import propagate, rule_relation_CC
 
 ORIGINALS = Path(__file__).parents[4] / "shared" / "audioset"
 
@@ -40,7 +40,7 @@ ONTOLOGY, CLASSES = load_ontology(), load_class_list()
 
 def test_the_class_tree_is_audiosets():
     """The facts in manifests/ are the whole ontology, not an excerpt."""
-    parents_of = ONTOLOGY.parents_of()
+    parents_of = ONTOLOGY.parent_mids()
     counts = len(ONTOLOGY.nodes), sum(map(len, parents_of.values())), len(CLASSES)
     assert counts == (632, 670, 527)
     assert sum(not parents for parents in parents_of.values()) == 7
@@ -260,15 +260,15 @@ def test_audioset_strong_renames_twelve_classes():
 
 def test_every_class_outside_the_527_has_its_name():
     """Ids alone tell a reader nothing."""
-    assert len(known_names()) == 664
-    assert named("/m/0174k2") == "Washing machine (/m/0174k2)"
-    assert named("/m/0bm0k") == "Crash cymbal (/m/0bm0k)"
-    assert named("/m/0") == "/m/0"
+    assert len(known_class_names()) == 664
+    assert name_with_id("/m/0174k2") == "Washing machine (/m/0174k2)"
+    assert name_with_id("/m/0bm0k") == "Crash cymbal (/m/0bm0k)"
+    assert name_with_id("/m/0") == "/m/0"
 
 
 def test_fsd50ks_labels_hold_their_ancestors_but_for_links_that_it_cuts():
     """In these 23 sets the rule adds what four links of the ontology imply; FSD50K does not follow them."""
-    adds_CC = relation_CC(classes=FSD50K)
+    adds_CC = rule_relation_CC(classes=FSD50K)
     index_of = {fact["name"]: fact["index"] for fact in class_facts("fsd50k.json")}
     rows = [[index_of[name] for name in line.split()] for line in FSD50K_SETS.strip().splitlines()]
     done = propagate(pl.Series(rows, dtype=pl.List(pl.UInt16)), adds_CC).to_list()
@@ -291,19 +291,23 @@ def test_a_model_of_audioset_is_scored_on_fsd50k():
     """192 columns change their place, eight get what is asked for and are named."""
     mapped = ClassMap(source=AUDIOSET, target=FSD50K)
     scores_BC = np.arange(2 * 527, dtype=np.float32).reshape(2, 527)
-    ours_BC = mapped.scores(scores_BC, absent=-np.inf)
+    ours_BC = mapped.map_scores(scores_BC, absent_score=-np.inf)
     assert ours_BC.shape == (2, 200)
     assert ours_BC.dtype == np.float32
     assert ours_BC[1, FSD50K.index_of["/m/05tny_"]] == scores_BC[1, AUDIOSET.names.index("Bark")]
-    assert len(mapped.missing) == 8
-    assert {FSD50K.names[index] for index in np.flatnonzero(np.isinf(ours_BC[0]))} == set(mapped.missing)
-    assert torch.equal(mapped.scores(torch.from_numpy(scores_BC), absent=-np.inf), torch.from_numpy(ours_BC))
+    assert len(mapped.missing_names) == 8
+    assert {FSD50K.names[index] for index in np.flatnonzero(np.isinf(ours_BC[0]))} == set(
+        mapped.missing_names
+    )
+    assert torch.equal(
+        mapped.map_scores(torch.from_numpy(scores_BC), absent_score=-np.inf), torch.from_numpy(ours_BC)
+    )
 
 
 def test_mapped_scores_carry_gradients():
     """A head of 527 classes can be trained on FSD50K's labels."""
     scores_BC = torch.zeros(1, 527, requires_grad=True)
-    ClassMap(source=AUDIOSET, target=FSD50K).scores(scores_BC, absent=0.0).sum().backward()
+    ClassMap(source=AUDIOSET, target=FSD50K).map_scores(scores_BC, absent_score=0.0).sum().backward()
     assert scores_BC.grad.sum() == 192
 
 
@@ -313,9 +317,9 @@ def test_labels_survive_the_way_to_audioset_and_back(rows):
     """All but the eight; sorted and unique; no label stays no label."""
     there = ClassMap(source=FSD50K, target=AUDIOSET)
     back = ClassMap(source=AUDIOSET, target=FSD50K)
-    mapped = there.labels(pl.Series("raw", rows, dtype=pl.List(pl.UInt16)))
+    mapped = there.map_labels(pl.Series("raw", rows, dtype=pl.List(pl.UInt16)))
     kept = [sorted({index for index in row if FSD50K.mids[index] in AUDIOSET.index_of}) for row in rows]
-    assert back.labels(mapped).to_list() == kept
+    assert back.map_labels(mapped).to_list() == kept
     assert [[AUDIOSET.mids[index] for index in row] for row in mapped] == [
         sorted((FSD50K.mids[index] for index in row), key=AUDIOSET.index_of.__getitem__) for row in kept
     ]
@@ -330,19 +334,19 @@ def test_what_cannot_be_mapped_is_refused():
         ClassMap(source=AUDIOSET, target=ClassList(mids=("dog",), names=("Dog",)))
     mapped = ClassMap(source=FSD50K, target=AUDIOSET)
     with pytest.raises(OntologyError, match="scores of 527 classes, expected 200"):
-        mapped.scores(np.zeros((1, 527)), absent=0.0)
+        mapped.map_scores(np.zeros((1, 527)), absent_score=0.0)
     with pytest.raises(OntologyError, match="row 1: class index 200, expected 0 to 199"):
-        mapped.labels(pl.Series([[0], [200]], dtype=pl.List(pl.UInt16)))
+        mapped.map_labels(pl.Series([[0], [200]], dtype=pl.List(pl.UInt16)))
 
 
 def test_a_note_tells_what_is_outside_by_name():
     """The most frequent first, five by name; nothing where all ids are known."""
     rows = [["/m/0174k2", "/m/09x0r"], ["/m/0174k2"], ["/m/0"], [], ["/m/0bm0k", *"abcd"]]
-    (note,) = outside_note(pl.Series(rows, dtype=pl.List(pl.String)), AUDIOSET)
-    (one,) = outside_note(pl.Series([["/m/0nowhere"], []]), load_class_list())
+    (note,) = describe_outside_ids(pl.Series(rows, dtype=pl.List(pl.String)), AUDIOSET)
+    (one,) = describe_outside_ids(pl.Series([["/m/0nowhere"], []]), load_class_list())
     assert one == "1 class of labels is outside the class list and kept aside: /m/0nowhere 1 times"
     assert note.startswith("7 classes of labels are outside the class list and kept aside: ")
     assert "Washing machine (/m/0174k2) 2 times, /m/0 1 times, Crash cymbal (/m/0bm0k) 1 times, a" in note
     assert note.endswith(" and 2 more")
-    assert outside_note(pl.Series([["/m/09x0r"], []], dtype=pl.List(pl.String)), AUDIOSET) == ()
-    assert outside_note(pl.Series([[]], dtype=pl.List(pl.String)), AUDIOSET) == ()
+    assert describe_outside_ids(pl.Series([["/m/09x0r"], []], dtype=pl.List(pl.String)), AUDIOSET) == ()
+    assert describe_outside_ids(pl.Series([[]], dtype=pl.List(pl.String)), AUDIOSET) == ()

@@ -18,17 +18,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import OntologyError
-from pipeline.labels.label_sets import split_mids
-from pipeline.labels.ontology import ClassList, Node, Ontology, load_class_list, load_ontology
+from pipeline.labels.label_sets import index_class_ids
+from pipeline.labels.ontology import ClassList, Ontology, OntologyNode, load_class_list, load_ontology
 from pipeline.labels.propagation import (
-    RULES,
-    Change,
-    Provenance,
-    Tally,
+    PROPAGATION_RULES,
+    LabelCounts,
+    LabelProvenance,
+    SplitChange,
     propagate,
     propagate_scores,
-    relation_CC,
-    table,
+    propagation_table,
+    rule_relation_CC,
 )
 
 ORIGINALS = Path(__file__).parents[4] / "shared" / "audioset"
@@ -37,7 +37,7 @@ needs_originals = pytest.mark.skipif(
     not ORIGINALS.exists(), reason="the original AudioSet files are not here"
 )
 
-CLOSED_RULES = [rule for rule in RULES if rule != "direct-parent"]
+CLOSED_RULES = [rule for rule in PROPAGATION_RULES if rule != "direct-parent"]
 
 CLASSES = load_class_list()
 
@@ -51,7 +51,7 @@ def lists_of(rows) -> pl.Series:
 
 def climb(name: str, rule: str = "unambiguous") -> set[str]:
     """The names of the classes that a rule adds to one."""
-    adds_C = relation_CC(rule)[CLASSES.names.index(name)]
+    adds_C = rule_relation_CC(rule)[CLASSES.names.index(name)]
     return {CLASSES.names[index] for index in np.flatnonzero(adds_C)}
 
 
@@ -64,7 +64,7 @@ def trees(draw) -> tuple[Ontology, ClassList]:
         for node in range(count)
     ]
     nodes = [
-        Node(mid=f"n{node}", name=f"N{node}", child_mids=tuple(f"n{c}" for c in sorted(links[node])))
+        OntologyNode(mid=f"n{node}", name=f"N{node}", child_mids=tuple(f"n{c}" for c in sorted(links[node])))
         for node in range(count)
     ]
     mids = draw(st.lists(st.sampled_from([node.mid for node in nodes]), min_size=1, unique=True))
@@ -72,20 +72,20 @@ def trees(draw) -> tuple[Ontology, ClassList]:
 
 
 @st.composite
-def labelled(draw, rules=tuple(RULES)) -> tuple[np.ndarray, list[list[int]], list[list[int]]]:
+def labelled(draw, rules=tuple(PROPAGATION_RULES)) -> tuple[np.ndarray, list[list[int]], list[list[int]]]:
     """A relation on a random tree, and two columns of label lists for it."""
     ontology, classes = draw(trees())
     rows = st.lists(st.integers(0, len(classes) - 1), max_size=4)
     count = draw(st.integers(0, 5))
     columns = [draw(st.lists(rows, min_size=count, max_size=count)) for _ in range(2)]
-    return relation_CC(draw(st.sampled_from(rules)), ontology=ontology, classes=classes), *columns
+    return rule_relation_CC(draw(st.sampled_from(rules)), ontology=ontology, classes=classes), *columns
 
 
 def test_the_default_rule_is_the_authors_table():
     """All 527 x 527 entries of the table that the paper's authors publish: 731 pairs beside the diagonal."""
     theirs_CC = HLP().get_HLP_lookup_table().numpy()
-    assert np.array_equal(relation_CC() | np.eye(527, dtype=bool), theirs_CC)
-    assert relation_CC().sum() == 731
+    assert np.array_equal(rule_relation_CC() | np.eye(527, dtype=bool), theirs_CC)
+    assert rule_relation_CC().sum() == 731
 
 
 @needs_originals
@@ -93,7 +93,9 @@ def test_the_default_rule_gives_the_reference_pairs():
     """The same 731 pairs by class id, which does not lean on the order of the class list."""
     with (ORIGINALS / "hlp_reference_pairs.csv").open() as file:
         pairs = {(row["child_mid"], row["ancestor_mid"]) for row in csv.DictReader(file)}
-    ours = {(CLASSES.mids[child], CLASSES.mids[ancestor]) for child, ancestor in np.argwhere(relation_CC())}
+    ours = {
+        (CLASSES.mids[child], CLASSES.mids[ancestor]) for child, ancestor in np.argwhere(rule_relation_CC())
+    }
     assert ours == pairs
 
 
@@ -103,8 +105,8 @@ def test_the_default_rule_gives_the_reference_pairs():
 )
 def test_each_rule_adds_its_number_of_pairs(rule, pairs):
     """The rules differ on AudioSet, and no class is ever added for itself."""
-    assert relation_CC(rule).sum() == pairs
-    assert not relation_CC(rule).diagonal().any()
+    assert rule_relation_CC(rule).sum() == pairs
+    assert not rule_relation_CC(rule).diagonal().any()
 
 
 @pytest.mark.parametrize(
@@ -159,7 +161,7 @@ def test_the_rules_agree_with_walking_the_tree(tree):
         "direct-parent": nearest,
     }
     for rule, walk in walks.items():
-        adds_CC = relation_CC(rule, ontology=ontology, classes=classes)
+        adds_CC = rule_relation_CC(rule, ontology=ontology, classes=classes)
         for index, mid in enumerate(classes.mids):
             assert {classes.mids[up] for up in np.flatnonzero(adds_CC[index])} == walk(mid)
 
@@ -219,17 +221,17 @@ def test_scores_agree_with_labels_at_every_threshold(case, seed):
 def test_logits_and_probabilities_rank_alike():
     """A maximum commutes with growing functions; the authors' product with a 0/1 table floors logits at 0."""
     logits_BC = torch.randn(8, 527, generator=torch.Generator().manual_seed(0))
-    best_BC = propagate_scores(logits_BC, relation_CC())
-    assert torch.equal(propagate_scores(logits_BC.sigmoid(), relation_CC()), best_BC.sigmoid())
+    best_BC = propagate_scores(logits_BC, rule_relation_CC())
+    assert torch.equal(propagate_scores(logits_BC.sigmoid(), rule_relation_CC()), best_BC.sigmoid())
     assert (best_BC < 0).any()
 
 
 def test_scores_are_the_authors_where_theirs_are_right():
     """On probabilities our maximum over pairs is theirs over the whole table, in numpy and in torch."""
     scores_BC = torch.rand(8, 527, generator=torch.Generator().manual_seed(1))
-    ours_BC = propagate_scores(scores_BC, relation_CC())
+    ours_BC = propagate_scores(scores_BC, rule_relation_CC())
     assert torch.equal(ours_BC, HLP().propagate(scores_BC))
-    assert np.array_equal(ours_BC.numpy(), propagate_scores(scores_BC.numpy(), relation_CC()))
+    assert np.array_equal(ours_BC.numpy(), propagate_scores(scores_BC.numpy(), rule_relation_CC()))
 
 
 def test_labels_are_the_authors():
@@ -240,12 +242,12 @@ def test_labels_are_the_authors():
     for row, indices in enumerate(rows):
         dense_BC[row, torch.as_tensor(indices)] = 1
     theirs = [np.flatnonzero(row_C).tolist() for row_C in HLP().propagate(dense_BC).numpy()]
-    assert propagate(lists_of(rows), relation_CC()).to_list() == theirs
+    assert propagate(lists_of(rows), rule_relation_CC()).to_list() == theirs
 
 
 def test_scores_need_memory_for_the_pairs_only():
     """512 clips take some megabytes; a 527 x 527 table for each clip would take 570."""
-    scores_BC, adds_CC = np.zeros((512, 527), np.float32), relation_CC()
+    scores_BC, adds_CC = np.zeros((512, 527), np.float32), rule_relation_CC()
     tracemalloc.start()
     propagate_scores(scores_BC, adds_CC)
     peak_bytes = tracemalloc.get_traced_memory()[1]
@@ -256,10 +258,10 @@ def test_scores_need_memory_for_the_pairs_only():
 def test_a_part_of_a_column_propagates_like_the_whole():
     """Arrow columns come as slices and in chunks; offsets must not leak between them."""
     labels = lists_of([[1], [], [2, 3], [4], [5]])
-    whole = propagate(labels, relation_CC())
-    assert propagate(labels[1:4], relation_CC()).equals(whole[1:4])
+    whole = propagate(labels, rule_relation_CC())
+    assert propagate(labels[1:4], rule_relation_CC()).equals(whole[1:4])
     chunked = labels[:2].append(labels[2:])
-    assert propagate(chunked, relation_CC()).equals(whole)
+    assert propagate(chunked, rule_relation_CC()).equals(whole)
 
 
 @pytest.mark.parametrize(
@@ -273,25 +275,25 @@ def test_a_part_of_a_column_propagates_like_the_whole():
 def test_labels_that_mean_nothing_are_refused(rows, said):
     """A null is no label list, an index past the classes no class: neither may vanish in silence."""
     with pytest.raises(OntologyError, match=said):
-        propagate(lists_of(rows), relation_CC())
+        propagate(lists_of(rows), rule_relation_CC())
 
 
 def test_scores_of_another_class_list_are_refused():
     """Fifty classes are not AudioSet's."""
     with pytest.raises(OntologyError, match="scores of 50 classes, expected 527"):
-        propagate_scores(np.zeros((1, 50)), relation_CC())
+        propagate_scores(np.zeros((1, 50)), rule_relation_CC())
 
 
 def test_an_unknown_rule_is_answered_with_the_nearest():
     """A typing error costs one line."""
     with pytest.raises(OntologyError, match=r"'unambigous'; did you mean 'unambiguous'\? There are: unamb"):
-        relation_CC("unambigous")
+        rule_relation_CC("unambigous")
 
 
 def test_a_class_outside_the_tree_is_named():
     """A class list from elsewhere would otherwise propagate to nothing."""
     with pytest.raises(OntologyError, match="1 of 2 classes are not in the ontology, such as dog"):
-        relation_CC(classes=ClassList(mids=("/m/09x0r", "dog"), names=("Speech", "Dog")))
+        rule_relation_CC(classes=ClassList(mids=("/m/09x0r", "dog"), names=("Speech", "Dog")))
 
 
 def test_a_tree_of_ones_own_propagates(tmp_path):
@@ -301,12 +303,12 @@ def test_a_tree_of_ones_own_propagates(tmp_path):
     facts = [{"id": mid, "name": mid, "child_ids": children} for mid, children in links.items()]
     path.write_text(json.dumps(facts))
     classes = ClassList(mids=("leaf", "root"), names=("Leaf", "Root"))
-    adds_CC = relation_CC(ontology=load_ontology(path), classes=classes)
+    adds_CC = rule_relation_CC(ontology=load_ontology(path), classes=classes)
     assert propagate(lists_of([[0]]), adds_CC).to_list() == [[0, 1]]
 
 
 @pytest.fixture(scope="module")
-def audioset() -> Tally:
+def audioset() -> LabelCounts:
     """Every clip of AudioSet, as label sets in random order, before and after propagation."""
     with gzip.open(ORIGINALS / "labelset_counts.csv.gz", "rt") as file:
         rows = list(csv.DictReader(file))
@@ -317,13 +319,13 @@ def audioset() -> Tally:
     counts = np.array([[int(row[split]) for row in rows] for split in splits])
     split_N, set_N = (np.repeat(axis, counts.ravel()) for axis in np.indices(counts.shape).reshape(2, -1))
     order = np.random.default_rng(0).permutation(len(set_N))
-    tally = Tally(splits, CLASSES)
+    tally = LabelCounts(splits, CLASSES)
     raw = sets.gather(set_N[order])
-    tally.add(split_N[order], raw, propagate(raw, relation_CC()))
+    tally.count_batch(split_N[order], raw, propagate(raw, rule_relation_CC()))
     return tally
 
 
-def is_the_reference(change: Change) -> bool:
+def is_the_reference(change: SplitChange) -> bool:
     """Whether every figure of the reference for this split is the change's."""
     reference = json.loads((ORIGINALS / "hlp_reference_stats.json").read_text())[change.split]
     fields = {key: key.replace("_raw", "_before").replace("_hlp", "_after") for key in reference}
@@ -345,10 +347,10 @@ def test_the_figures_of_the_official_lists_are_the_references(name):
     path = ORIGINALS / ("eval_segments.csv" if name == "eval" else "balanced_train_segments.csv")
     lines = path.read_text().splitlines()[3:]
     mids = pl.Series([line.split('"')[1].split(",") for line in lines])
-    raw, outside = split_mids(mids, CLASSES)
-    tally = Tally([name], CLASSES)
-    tally.add(np.zeros(len(raw), np.int64), raw, propagate(raw, relation_CC()))
-    assert is_the_reference(tally.change(name, [name]))
+    raw, outside = index_class_ids(mids, CLASSES)
+    tally = LabelCounts([name], CLASSES)
+    tally.count_batch(np.zeros(len(raw), np.int64), raw, propagate(raw, rule_relation_CC()))
+    assert is_the_reference(tally.change_of_splits(name, [name]))
     assert outside.list.len().sum() == 0
 
 
@@ -364,13 +366,17 @@ def test_each_class_gains_what_the_reference_says(audioset):
 
 def told(outside: list[list[str]]) -> str:
     """The table of unlabelled clips with such ids outside the class list."""
-    ontology, adds_CC = load_ontology(), relation_CC()
+    ontology, adds_CC = load_ontology(), rule_relation_CC()
     nothing = pl.Series([[] for _ in outside], dtype=pl.List(pl.UInt16))
-    tally = Tally(["train"], CLASSES)
-    tally.add(
+    tally = LabelCounts(["train"], CLASSES)
+    tally.count_batch(
         np.zeros(len(outside), np.int64), nothing, nothing, pl.Series(outside, dtype=pl.List(pl.String))
     )
-    return table(tally.done(Provenance.of("unambiguous", ontology, CLASSES, adds_CC, ("train",)), ontology))
+    return propagation_table(
+        tally.summary(
+            LabelProvenance.for_rule("unambiguous", ontology, CLASSES, adds_CC, ("train",)), ontology
+        )
+    )
 
 
 def test_the_table_names_what_is_outside_the_class_list():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import ManifestError
 from pipeline.labels import segment_lists
-from pipeline.labels.segment_lists import cells, plan_clips, read_segments
+from pipeline.labels.segment_lists import plan_segment_lists, read_segment_list, segment_line_fields
 
 HEAD = "# Segments csv created today\n# num_ytids=2\n# YTID, start_seconds, end_seconds, positive_labels\n"
 
@@ -21,7 +21,7 @@ def write(path, *lines, head=HEAD):
 
 def test_the_official_list_is_read_as_it_is_written(tmp_path):
     """Comma and space apart, labels quoted, ids that begin with a dash, times with three decimals."""
-    rows, _ = read_segments(
+    rows, _ = read_segment_list(
         write(
             tmp_path / "eval_segments.csv",
             '--4gqARaEJE, 0.000, 10.000, "/m/068hy,/m/0jbk"',
@@ -55,15 +55,15 @@ def test_the_official_list_is_read_as_it_is_written(tmp_path):
 def test_a_damaged_line_is_named(tmp_path, line, said):
     """Spreadsheets turn ids that begin with a dash into `#NAME?`; the clip would be lost without a word."""
     with pytest.raises(ManifestError, match=said):
-        read_segments(write(tmp_path / "x.csv", 'abcdefghijk, 0.000, 10.000, "/m/04rlf"', line))
+        read_segment_list(write(tmp_path / "x.csv", 'abcdefghijk, 0.000, 10.000, "/m/04rlf"', line))
 
 
 def test_an_empty_or_missing_list_is_refused(tmp_path):
     """An empty plan would look like a build that went well."""
     with pytest.raises(ManifestError, match="no rows"):
-        read_segments(write(tmp_path / "x.csv"))
+        read_segment_list(write(tmp_path / "x.csv"))
     with pytest.raises(ManifestError, match=r"y\.csv"):
-        read_segments(tmp_path / "y.csv")
+        read_segment_list(tmp_path / "y.csv")
 
 
 def test_evaluation_keeps_its_clips_and_the_first_of_a_list_counts(tmp_path):
@@ -72,7 +72,7 @@ def test_evaluation_keeps_its_clips_and_the_first_of_a_list_counts(tmp_path):
         tmp_path / "t.csv", *(f'{c * 11}, {start}.000, 10.000, ""' for c, start in ("a0", "b0", "a5"))
     )
     evaluation = write(tmp_path / "eval.csv", 'bbbbbbbbbbb, 0.000, 10.000, ""')
-    plan, _ = plan_clips([train, evaluation])
+    plan, _ = plan_segment_lists([train, evaluation])
     assert plan["duplicate"].is_null().to_list() == [True, False, False, True]
     assert "evaluation" in plan["duplicate"][1]
     assert "same list" in plan["duplicate"][2]
@@ -86,13 +86,13 @@ def test_two_lists_of_one_name_are_refused(tmp_path):
         write(tmp_path / "b" / "x.csv", 'bbbbbbbbbbb, 0.000, 1.000, ""'),
     ]
     with pytest.raises(ManifestError, match="share a name"):
-        plan_clips(paths)
+        plan_segment_lists(paths)
 
 
 def test_the_plan_is_the_lists_in_their_order(tmp_path):
     """Row i is line i, whatever lies on the disk."""
     ids = [f"{n:011d}" for n in (5, 3, 9)]
-    plan, _ = plan_clips([write(tmp_path / "x.csv", *(f'{i}, 0.000, 1.000, ""' for i in ids))])
+    plan, _ = plan_segment_lists([write(tmp_path / "x.csv", *(f'{i}, 0.000, 1.000, ""' for i in ids))])
     assert plan["clip_id"].to_list() == ids
     assert plan.schema["mids"] == pl.List(pl.String)
 
@@ -101,7 +101,9 @@ def test_lenient_leaves_damaged_lines_out_and_tells_of_each_list(tmp_path):
     """Two million rows should not wait for one; what is lost must be said."""
     bad = ["#NAME?, 1, 2", "abcdefghijk, 9, 2", "x", "y", "z"]
     path = write(tmp_path / "x.csv", bad[0], GOOD, *bad[1:])
-    plan, notes = plan_clips([path, write(tmp_path / "eval.csv", GOOD.replace("a", "b"))], lenient=True)
+    plan, notes = plan_segment_lists(
+        [path, write(tmp_path / "eval.csv", GOOD.replace("a", "b"))], lenient=True
+    )
     assert plan["clip_id"].to_list() == ["abcdefghijk", "bbcdefghijk"]
     (note,) = notes
     assert note.startswith(f"{path}: 5 damaged lines left out (line 4: a spreadsheet has damaged the id")
@@ -112,7 +114,7 @@ def test_lenient_leaves_damaged_lines_out_and_tells_of_each_list(tmp_path):
 def test_a_list_without_one_good_line_is_refused_leniently_too(tmp_path):
     """It is another file altogether."""
     with pytest.raises(ManifestError, match="line 4: expected a YouTube id"):
-        read_segments(write(tmp_path / "x.csv", "x", "y"), lenient=True)
+        read_segment_list(write(tmp_path / "x.csv", "x", "y"), lenient=True)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +130,7 @@ def test_what_is_no_text_is_named_by_its_line(tmp_path, content, said):
     path = tmp_path / "x.csv"
     path.write_bytes(content)
     with pytest.raises(ManifestError, match=said):
-        read_segments(path)
+        read_segment_list(path)
 
 
 ROW = r'^\s*([^,]*?)\s*,\s*([^,]*?)\s*,\s*([^,]*?)\s*(?:,\s*"?([^"]*?)"?\s*)?$'
@@ -143,7 +145,7 @@ def test_lines_are_cut_as_the_grammar_has_it(texts):
     groups = pl.col("text").str.extract_groups(ROW).struct.rename_fields(list("abcd"))
     wanted = lines.select(groups).unnest("text").with_columns(pl.col("d").fill_null(""))
     wanted = wanted.with_columns(d=pl.when(pl.col("a").is_not_null()).then(pl.col("d").str.strip_chars()))
-    cut = lines.select(cells()).unnest("cells").with_columns(pl.col("d").str.strip_chars())
+    cut = lines.select(segment_line_fields()).unnest("cells").with_columns(pl.col("d").str.strip_chars())
     assert cut.rows() == wanted.rows()
 
 
@@ -152,11 +154,11 @@ def test_a_list_is_the_same_whatever_is_read_at_a_time(tmp_path, monkeypatch):
     rows = [GOOD.replace("a", letter) for letter in "bcdefgh"]
     path = write(tmp_path / "x.csv", *rows[:3], "# no comment", "", *rows[3:], "#NAME?, 1, 2")
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
-    whole = read_segments(path, lenient=True)
+    whole = read_segment_list(path, lenient=True)
     assert "line 7: " in whole[1][0]
     assert "line 13: " in whole[1][0]
     for size in (1, 40, 70, 1000):
-        monkeypatch.setattr(segment_lists, "BLOCK_BYTES", size)
-        frame, notes = read_segments(path, lenient=True)
+        monkeypatch.setattr(segment_lists, "LIST_BLOCK_BYTES", size)
+        frame, notes = read_segment_list(path, lenient=True)
         assert frame.equals(whole[0])
         assert notes == whole[1]

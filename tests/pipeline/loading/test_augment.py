@@ -8,9 +8,9 @@ import torch
 from scipy import stats
 
 from pipeline.errors import RunError
-from pipeline.loading.augment import Augment, changes_of, draws, neighbours, symmetric_beta
+from pipeline.loading.augment import Augment, draw_changes, draw_uniform_B, mixup_partners, symmetric_beta
 from pipeline.loading.loader import PlainLoader, View
-from pipeline.loading.sampling import Order
+from pipeline.loading.sampling import RowOrder
 from pipeline.store.feature_store import FeatureStore
 
 EVERYTHING = {
@@ -44,21 +44,21 @@ def view_of(store: FeatureStore, **kind) -> View:
     )
 
 
-def order_of(store: FeatureStore, **kind) -> Order:
-    return Order(**{"rows_N": store.good_rows(), "clips": 6, "seed": 1} | kind)
+def order_of(store: FeatureStore, **kind) -> RowOrder:
+    return RowOrder(**{"rows_N": store.good_rows(), "clips": 6, "seed": 1} | kind)
 
 
 def changes(clips: int, *, step: int = 0, n_frames: int = 96, **augment):
-    order = Order(rows_N=np.arange(clips), clips=clips, seed=0)
+    order = RowOrder(rows_N=np.arange(clips), clips=clips, seed=0)
     n_frames_B = np.full(clips, n_frames)
-    return changes_of(Augment(**augment), 0, step, order, n_frames_B=n_frames_B, bands=128)
+    return draw_changes(Augment(**augment), 0, step, order, n_frames_B=n_frames_B, bands=128)
 
 
 def rendered(
     store: FeatureStore, loader: PlainLoader, step: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mel, labels and valid frames of a step, one value after the other in double precision."""
-    view, cuts = loader.feed.view, loader.feed.cuts(step)
+    view, cuts = loader.feed.view, loader.feed.cuts_at_step(step)
     drawn = cuts.changes
     mel_BTF = np.zeros((len(cuts.rows_B), view.frames, store.bands))
     for clip, (row, start, n) in enumerate(zip(cuts.rows_B, cuts.starts_B, cuts.n_frames_B, strict=True)):
@@ -84,11 +84,11 @@ def test_a_batch_is_what_its_changes_say(any_store, augment):
     view = view_of(any_store, augment=Augment(**augment))
     loader = PlainLoader(any_store, order_of(any_store), view)
     for step in range(3):
-        batch, (mel_BTF, labels_BC, n_frames_B) = loader.batch(step), rendered(any_store, loader, step)
+        batch, (mel_BTF, labels_BC, n_frames_B) = loader.make_batch(step), rendered(any_store, loader, step)
         np.testing.assert_allclose(batch.mel_BTF, mel_BTF, rtol=2e-5, atol=4e-6)
         np.testing.assert_allclose(batch.labels_BC, labels_BC, atol=1e-6)
         assert np.array_equal(batch.n_frames_B, n_frames_B)
-        assert np.array_equal(batch.rows_B, loader.feed.order.rows(step))
+        assert np.array_equal(batch.rows_B, loader.feed.order.rows_at_step(step))
 
 
 def test_without_augmentation_not_a_bit_has_changed(any_store):
@@ -98,13 +98,13 @@ def test_without_augmentation_not_a_bit_has_changed(any_store):
     factor = np.float32(1) / np.float32(view.std / store.scale)
     loader = PlainLoader(store, order, view)
     for step in range(5):
-        rows_B = order.rows(step)
+        rows_B = order.rows_at_step(step)
         room_B = np.maximum(store.n_frames_N[rows_B].astype(np.int64) - 250, 0)
         uniform_B = np.random.default_rng([5, step, 0x63726F70]).random(6)
         starts_B = (uniform_B * (1 + room_B)).astype(np.int64)
         mel_BTF = store.read(rows_B, starts_B=starts_B, frames=250).astype(np.float32)
         mel_BTF = (mel_BTF - centre) * factor
-        batch = loader.batch(step)
+        batch = loader.make_batch(step)
         mel_BTF[np.arange(250) >= batch.n_frames_B.numpy()[:, None]] = 0
         assert torch.equal(batch.mel_BTF.view(torch.int32), torch.from_numpy(mel_BTF).view(torch.int32))
 
@@ -123,18 +123,18 @@ def test_one_augmentation_more_leaves_the_draws_of_the_others(store):
 
 def test_draws_of_different_names_are_unrelated():
     """A width that goes with its place, or a gain with a roll, would be another augmentation."""
-    order = Order(rows_N=np.arange(10_000), clips=10_000, seed=0)
+    order = RowOrder(rows_N=np.arange(10_000), clips=10_000, seed=0)
     names = ["crop", "roll", "gain", "time mask width", "time mask start", "mixup", "mixup radius"]
-    correlations = np.corrcoef([draws(name, 0, 0, order) for name in names])
+    correlations = np.corrcoef([draw_uniform_B(name, 0, 0, order) for name in names])
     assert np.abs(correlations - np.eye(len(names))).max() < 0.05
 
 
 def test_changes_do_not_depend_on_the_number_of_ranks(store):
     """Two ranks of 4 clips do to a step what one of 8 does, partners included; a rank counts them from its first."""
     view = view_of(store, augment=Augment(**EVERYTHING))
-    whole = PlainLoader(store, order_of(store, clips=8), view).feed.cuts(4).changes
+    whole = PlainLoader(store, order_of(store, clips=8), view).feed.cuts_at_step(4).changes
     ranks = [
-        PlainLoader(store, order_of(store, clips=4, rank=rank, world=2), view).feed.cuts(4).changes
+        PlainLoader(store, order_of(store, clips=4, rank=rank, world=2), view).feed.cuts_at_step(4).changes
         for rank in (0, 1)
     ]
     for name in ("rolls_B", "gains_B", "time_masks_BN2", "band_masks_BN2", "shares_B"):
@@ -199,7 +199,7 @@ def test_the_asked_share_of_clips_is_mixed_and_nobody_with_themselves():
 @pytest.mark.parametrize("clips", [1, 2, 3, 4, 7, 64])
 def test_neighbours_give_once_and_take_once(clips):
     """Only who is alone mixes with themselves; pairs stay together however evenly they are dealt."""
-    partners_B = neighbours(clips)
+    partners_B = mixup_partners(clips)
     assert sorted(partners_B) == list(range(clips))
     assert clips == 1 or (partners_B != np.arange(clips)).all()
     assert (abs(partners_B - np.arange(clips)) <= 2).all()
@@ -212,8 +212,8 @@ def test_ranks_cannot_tear_a_pair(store):
     with pytest.raises(
         RunError, match=r"3 clips of each of 2 ranks is an odd number; choose --batch a multiple of 4"
     ):
-        PlainLoader(store, Order(rows_N=rows_N, clips=3, seed=0, world=2), view)
-    PlainLoader(store, Order(rows_N=rows_N, clips=3, seed=0), view)
+        PlainLoader(store, RowOrder(rows_N=rows_N, clips=3, seed=0, world=2), view)
+    PlainLoader(store, RowOrder(rows_N=rows_N, clips=3, seed=0), view)
 
 
 def test_a_mixture_with_a_longer_clip_is_valid_as_far_as_that(store):
@@ -221,12 +221,12 @@ def test_a_mixture_with_a_longer_clip_is_valid_as_far_as_that(store):
     rows = store.good_rows()
     short, whole = rows[store.n_frames_N[rows] < 900][0], rows[store.n_frames_N[rows] == 998][0]
     view = view_of(store, augment=Augment(mixup_share=1.0))
-    order = Order(rows_N=np.array([short, whole]), clips=2, seed=0)
-    batch = PlainLoader(store, order, view).batch(0)
-    plain = PlainLoader(store, order, view_of(store)).batch(0)
+    order = RowOrder(rows_N=np.array([short, whole]), clips=2, seed=0)
+    batch = PlainLoader(store, order, view).make_batch(0)
+    plain = PlainLoader(store, order, view_of(store)).make_batch(0)
     (at,), (other,) = np.flatnonzero(batch.rows_B == short), np.flatnonzero(batch.rows_B == whole)
     end = int(store.n_frames_N[short])
-    share = PlainLoader(store, order, view).feed.cuts(0).changes.shares_B[at]
+    share = PlainLoader(store, order, view).feed.cuts_at_step(0).changes.shares_B[at]
     assert batch.n_frames_B.tolist() == [998, 998]
     torch.testing.assert_close(
         batch.mel_BTF[at, end:], plain.mel_BTF[other, end:] * float(np.float32(1) - share)

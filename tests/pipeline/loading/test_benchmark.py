@@ -4,19 +4,19 @@ import pytest
 
 from pipeline.errors import RunError, StoreError
 from pipeline.loading import benchmark
-from pipeline.loading.benchmark import Pace, Stage, pace_of
+from pipeline.loading.benchmark import LoadingSpeed, LoadingStage, measure_loading
 
 
 @pytest.fixture
 def hasty(monkeypatch):
     """Milliseconds instead of seconds: what is tested is the table, not this machine."""
-    monkeypatch.setattr(benchmark, "SECONDS", 0.01)
+    monkeypatch.setattr(benchmark, "MIN_TIMED_SECONDS", 0.01)
 
 
 def test_every_stage_and_both_loaders_are_timed(store, hasty):
     """A stage left out would hide the one that holds up the others."""
     told: list[str] = []
-    found = pace_of(store, batch=4, say=told.append)
+    found = measure_loading(store, batch_clips=4, say=told.append)
     assert [stage.name for stage in found.stages] == [
         "disk, from end to end",
         "random read, from memory",
@@ -24,9 +24,9 @@ def test_every_stage_and_both_loaders_are_timed(store, hasty):
         "cast and normalise",
         "masks and mixup, if asked for",
     ]
-    assert set(found.batches) == {"plain", "dali"}
+    assert set(found.batch_clips_per_s) == {"plain", "dali"}
     assert all(stage.clips_per_s > 0 for stage in found.stages)
-    assert all(speed > 0 for speed in found.batches.values())
+    assert all(speed > 0 for speed in found.batch_clips_per_s.values())
     assert found.clip_bytes == store.frames * store.bands * store.dtype.itemsize
     assert len(told) == 7
 
@@ -34,11 +34,11 @@ def test_every_stage_and_both_loaders_are_timed(store, hasty):
 def test_the_slowest_stage_is_named_with_what_helps():
     """The last line is the one a user acts on."""
     stages = (
-        Stage(name="disk", clips_per_s=50.0, advice="move it"),
-        Stage(name="read", clips_per_s=200.0, advice="x"),
-        Stage(name="mixup", clips_per_s=10.0, advice="y", always=False),
+        LoadingStage(name="disk", clips_per_s=50.0, advice="move it"),
+        LoadingStage(name="read", clips_per_s=200.0, advice="x"),
+        LoadingStage(name="mixup", clips_per_s=10.0, advice="y", is_every_epoch=False),
     )
-    table = Pace(stages=stages, batches={"dali": 40.0}, clip_bytes=1_000_000).table()
+    table = LoadingSpeed(stages=stages, batch_clips_per_s={"dali": 40.0}, clip_bytes=1_000_000).format_table()
     assert table.splitlines()[-1] == "slowest: disk; if a trainer waits, move it"
     assert table.splitlines()[1].split() == ["disk", "50", "50"]
 
@@ -46,12 +46,12 @@ def test_the_slowest_stage_is_named_with_what_helps():
 def test_a_batch_larger_than_the_store_is_refused(store):
     """Rather than timed on the same clips again and again."""
     with pytest.raises(StoreError, match=r"good clips do not fill a batch of 100000; lower --batch"):
-        pace_of(store, batch=100_000)
+        measure_loading(store, batch_clips=100_000)
 
 
 def test_a_device_that_is_not_there_is_told_before_anything_is_timed(store):
     """Half a gigabyte is read from the disk first."""
     told: list[str] = []
     with pytest.raises(RunError, match="device 'tpu': expected cpu, cuda or cuda:N"):
-        pace_of(store, batch=4, device="tpu", say=told.append)
+        measure_loading(store, batch_clips=4, device="tpu", say=told.append)
     assert not told

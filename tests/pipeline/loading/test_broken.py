@@ -8,11 +8,11 @@ from archives import write_parquet, write_tar
 from sounds import ENCODERS, SUBTYPES, babble, write
 
 from pipeline.audio import sources
-from pipeline.audio.decode import AudioPolicy, load
-from pipeline.audio.sources import SOURCES_SCHEMA, Locator, Sources
-from pipeline.datasets.demo.clips import EXTRA_FILES, spoil_file, spoil_wave
+from pipeline.audio.decode import AudioPolicy, load_clip_audio
+from pipeline.audio.sources import SOURCES_SCHEMA, ClipSources, SoundLocator
+from pipeline.datasets.demo.clips import BROKEN_FILE_KINDS, damage_file, damage_wave
 from pipeline.errors import AudioError
-from pipeline.store.manifest import REASONS
+from pipeline.store.manifest import FAILURE_REASONS
 
 RATE_HZ = 48_000
 
@@ -67,7 +67,9 @@ def whole(tmp_path_factory):
 def outcome(locator, **policy):
     """A reason, or how much of the sound there is."""
     try:
-        clip = load(locator, start_seconds=30, end_seconds=30 + SECONDS, policy=AudioPolicy(**policy))
+        clip = load_clip_audio(
+            locator, start_seconds=30, end_seconds=30 + SECONDS, policy=AudioPolicy(**policy)
+        )
     except AudioError as error:
         return error.reason
     assert np.isfinite(clip.wave_S).all()
@@ -80,10 +82,10 @@ def test_a_file_cut_short_has_the_reason_that_its_container_allows(whole, tmp_pa
     content, path, found = whole[suffix], tmp_path / f"sound{suffix}", []
     for size in (*BYTES, *(int(share * len(content)) for share in SHARES)):
         path.write_bytes(content[:size])
-        found.append(outcome(Locator.of(path)))
+        found.append(outcome(SoundLocator.from_path(path)))
     assert tuple(found) == CUTS[suffix]
     path.write_bytes(content)
-    assert outcome(Locator.of(path)) == WHOLE
+    assert outcome(SoundLocator.from_path(path)) == WHOLE
 
 
 def test_every_container_that_the_tests_write_is_cut():
@@ -148,23 +150,23 @@ def test_what_is_broken_has_its_reason_in_every_layout(tmp_path, layout, reason,
         (place / "sound.wav").write_bytes(content)
     else:
         {"tar": write_tar, "parquet": write_parquet}[layout](place / f"x.{layout}", {"sound.wav": content})
-    sounds = sources.find([place]).sounds
-    (locator,) = Sources(frame=sounds.select(*SOURCES_SCHEMA)).locators(range(1))
+    sounds = sources.find_sounds([place]).sounds
+    (locator,) = ClipSources(frame=sounds.select(*SOURCES_SCHEMA)).locators_of_rows(range(1))
     assert (locator.kind, outcome(locator)) == (layout, reason)
 
 
 def test_every_reason_that_decoding_can_give_is_given_here(tmp_path):
     """`missing` is a file that is gone since the folder was searched."""
-    assert outcome(Locator.of(tmp_path / "gone.wav")) == "missing"
-    assert {*BROKEN, "missing"} | ELSEWHERE == set(REASONS)
+    assert outcome(SoundLocator.from_path(tmp_path / "gone.wav")) == "missing"
+    assert {*BROKEN, "missing"} | ELSEWHERE == set(FAILURE_REASONS)
 
 
 @pytest.mark.parametrize(
-    "kind", [kind for kind in EXTRA_FILES if kind.expected in REASONS], ids=lambda k: k.name
+    "kind", [kind for kind in BROKEN_FILE_KINDS if kind.expected in FAILURE_REASONS], ids=lambda k: k.name
 )
 def test_the_demo_corpus_s_broken_files_are_what_they_claim(tmp_path, kind):
     """The same table that the demo is made from, without the demo."""
-    wave_S = spoil_wave(babble(SECONDS, RATE_HZ), kind.name)
+    wave_S = damage_wave(babble(SECONDS, RATE_HZ), kind.name)
     path = write(tmp_path / "sound.wav", wave_S, RATE_HZ, subtype="FLOAT")
-    spoil_file(path, kind.name)
-    assert outcome(Locator.of(path)) == kind.expected
+    damage_file(path, kind.name)
+    assert outcome(SoundLocator.from_path(path)) == kind.expected

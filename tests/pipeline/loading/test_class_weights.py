@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from pipeline.errors import InputError, StoreError
-from pipeline.labels.label_sets import propagate_labels
-from pipeline.loading.class_weights import SCHEMES, balanced
+from pipeline.labels.label_sets import propagate_store_labels
+from pipeline.loading.class_weights import WEIGHT_SCHEMES, balanced_weights
 from pipeline.loading.dali import DaliLoader
 from pipeline.loading.loader import PlainLoader, View
-from pipeline.loading.sampling import Order, Weighted
+from pipeline.loading.sampling import RowOrder, WeightedSampling
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.joined_store import JoinedStore
 
@@ -31,11 +31,11 @@ def by_hand(store, rows_N, label_set, scheme) -> np.ndarray:
 
 
 @pytest.mark.parametrize("label_set", ["raw", "unambiguous"])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", WEIGHT_SCHEMES)
 def test_a_clip_weighs_the_sum_over_its_labels(store, scheme, label_set):
     """Each scheme by its formula, counted over the rows that are drawn from and no others."""
     rows_N = store.good_rows(["a_train"])
-    weights = balanced(store, rows_N, label_set=label_set, scheme=scheme)
+    weights = balanced_weights(store, rows_N, label_set=label_set, scheme=scheme)
     np.testing.assert_allclose(weights.weights_N, by_hand(store, rows_N, label_set, scheme), rtol=1e-6)
     assert weights.clips_C.sum() == store.labels_BC(rows_N, label_set).sum()
     assert ((weights.weights_C > 0) == (weights.clips_C > 0)).all()
@@ -44,18 +44,20 @@ def test_a_clip_weighs_the_sum_over_its_labels(store, scheme, label_set):
 def test_rows_may_come_in_any_order(store):
     """Weights go with them."""
     rows_N = store.good_rows()
-    turned = balanced(store, rows_N[::-1]).weights_N
-    assert np.array_equal(turned[::-1], balanced(store, rows_N).weights_N)
+    turned = balanced_weights(store, rows_N[::-1]).weights_N
+    assert np.array_equal(turned[::-1], balanced_weights(store, rows_N).weights_N)
 
 
 def test_clips_without_labels_are_counted_and_never_drawn(store):
     """A fifth of the corpus has none: a loss on them would teach that nothing sounds."""
     rows_N = store.good_rows()
     bare_N = store.labels_BC(rows_N).sum(1) == 0
-    weights = balanced(store, rows_N)
-    assert weights.unlabelled == bare_N.sum() > 0
+    weights = balanced_weights(store, rows_N)
+    assert weights.unlabelled_clips == bare_N.sum() > 0
     assert np.array_equal(weights.weights_N == 0, bare_N)
-    drawn_N = Weighted(weights_N=weights.weights_N, clips_per_epoch=2_000).places(len(rows_N), 0, 0)
+    drawn_N = WeightedSampling(weights_N=weights.weights_N, clips_per_epoch=2_000).epoch_indices(
+        len(rows_N), 0, 0
+    )
     assert not bare_N[drawn_N].any()
     assert str(weights) == (
         f"weights 'ast' of label set 'raw': {len(rows_N)} clips, of which {bare_N.sum()} have no label and are never "
@@ -72,7 +74,7 @@ def test_panns_weights_are_what_its_sampler_does_in_the_long_run(store):
     counts_N = np.zeros(len(rows_N))
     for clips in clips_of:
         np.add.at(counts_N, [next(clips) for _ in range(turns)], 1)
-    weights_N = balanced(store, rows_N, label_set="unambiguous", scheme="panns").weights_N
+    weights_N = balanced_weights(store, rows_N, label_set="unambiguous", scheme="panns").weights_N
     np.testing.assert_allclose(weights_N, counts_N / counts_N.sum(), rtol=1e-9)
     assert weights_N.sum() == pytest.approx(1)
 
@@ -82,12 +84,12 @@ def test_labels_propagated_anew_count_at_once(store_path, tmp_path):
     shutil.copytree(store_path, tmp_path / "again.zarr")
     before = FeatureStore.open(tmp_path / "again.zarr")
     rows_N = before.good_rows()
-    propagate_labels(tmp_path / "again.zarr", rule="all-ancestors")
+    propagate_store_labels(tmp_path / "again.zarr", rule="all-ancestors")
     after = FeatureStore.open(tmp_path / "again.zarr")
-    clips_C = balanced(after, rows_N, label_set="all-ancestors").clips_C
-    assert clips_C.sum() > balanced(after, rows_N, label_set="raw").clips_C.sum()
+    clips_C = balanced_weights(after, rows_N, label_set="all-ancestors").clips_C
+    assert clips_C.sum() > balanced_weights(after, rows_N, label_set="raw").clips_C.sum()
     with pytest.raises(StoreError, match="no label set 'dominators'"):
-        balanced(after, rows_N, label_set="dominators")
+        balanced_weights(after, rows_N, label_set="dominators")
 
 
 def test_joined_stores_are_counted_together(store, other_store_path):
@@ -95,8 +97,8 @@ def test_joined_stores_are_counted_together(store, other_store_path):
     other = FeatureStore.open(other_store_path)
     joined = JoinedStore([store, other])
     rows_N = joined.good_rows()
-    weights = balanced(joined, rows_N)
-    apart = [balanced(part, part.good_rows()).clips_C for part in (store, other)]
+    weights = balanced_weights(joined, rows_N)
+    apart = [balanced_weights(part, part.good_rows()).clips_C for part in (store, other)]
     assert np.array_equal(weights.clips_C, sum(apart))
     np.testing.assert_allclose(weights.weights_N, by_hand(joined, rows_N, "raw", "ast"), rtol=1e-6)
 
@@ -106,10 +108,10 @@ def test_both_loaders_draw_the_same_balanced_batches(store, replacement):
     """From the store through weights and order to batches: equal, resumable, and rare classes above their share."""
     pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not there: only Linux has it")
     rows_N = store.good_rows(["a_train"])
-    weights_N = balanced(store, rows_N, label_set="unambiguous").weights_N
+    weights_N = balanced_weights(store, rows_N, label_set="unambiguous").weights_N
     clips = 20 if not replacement else 120
-    sampling = Weighted(weights_N=weights_N, clips_per_epoch=clips, replacement=replacement)
-    order = Order(rows_N=rows_N, clips=5, seed=4, sampling=sampling)
+    sampling = WeightedSampling(weights_N=weights_N, clips_per_epoch=clips, replacement=replacement)
+    order = RowOrder(rows_N=rows_N, clips=5, seed=4, sampling=sampling)
     view = View(frames=64, mean=-5.0, std=3.0, label_set="unambiguous")
     plain = PlainLoader(store, order, view)
     steps = 2 * order.steps_per_epoch
@@ -118,7 +120,7 @@ def test_both_loaders_draw_the_same_balanced_batches(store, replacement):
         resumed = next(iter(loader.batches(steps - 1, steps)))
     assert torch.equal(resumed.mel_BTF, batches[-1].mel_BTF)
     for step, batch in enumerate(batches):
-        wanted = plain.batch(step)
+        wanted = plain.make_batch(step)
         assert torch.equal(batch.mel_BTF, wanted.mel_BTF)
         assert torch.equal(batch.labels_BC, wanted.labels_BC)
         assert np.array_equal(batch.rows_B, wanted.rows_B)
@@ -139,9 +141,11 @@ class Labelled:
 )
 def test_draws_even_the_classes_out(scheme, shares):
     """As far as the scheme means to: PaSST's offset of 100 clips leaves rare classes rare. Chi-square over 3 cells."""
-    weights = balanced(Labelled(), np.arange(1_000), scheme=scheme)
+    weights = balanced_weights(Labelled(), np.arange(1_000), scheme=scheme)
     assert weights.weights_C[3] == 0
-    places_N = Weighted(weights_N=weights.weights_N, clips_per_epoch=30_000).places(1_000, 0, 0)
+    places_N = WeightedSampling(weights_N=weights.weights_N, clips_per_epoch=30_000).epoch_indices(
+        1_000, 0, 0
+    )
     counts_C = np.bincount(np.digitize(places_N, [900, 990]), minlength=3)
     expected_C = 30_000 * np.array(shares) / sum(shares)
     assert ((counts_C - expected_C) ** 2 / expected_C).sum() < 13.8  # exceeded once in a thousand
@@ -149,7 +153,7 @@ def test_draws_even_the_classes_out(scheme, shares):
 
 def test_unknown_weights_are_refused_with_the_nearest(store):
     with pytest.raises(InputError, match="weights 'pasta' are unknown; did you mean 'passt'"):
-        balanced(store, store.good_rows(), scheme="pasta")
+        balanced_weights(store, store.good_rows(), scheme="pasta")
 
 
 def test_rows_without_any_label_are_refused(store):
@@ -157,4 +161,4 @@ def test_rows_without_any_label_are_refused(store):
     rows_N = store.good_rows()
     bare_N = rows_N[store.labels_BC(rows_N).sum(1) == 0]
     with pytest.raises(InputError, match=f"none of {len(bare_N)} clips has a label in 'raw'"):
-        balanced(store, bare_N)
+        balanced_weights(store, bare_N)

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.errors import BrokenClip, RunError, StoreError
+from pipeline.errors import BrokenClipError, RunError, StoreError
 from pipeline.loading.augment import Augment
-from pipeline.loading.dali import DaliLoader, ReadAhead, Source, open_loader
-from pipeline.loading.loader import Batch, Feed, PlainLoader, View
-from pipeline.loading.sampling import Order
+from pipeline.loading.dali import BatchPrefetcher, DaliLoader, DaliSource, open_loader
+from pipeline.loading.loader import Batch, BatchMaker, PlainLoader, View
+from pipeline.loading.sampling import RowOrder
 from pipeline.store.feature_store import FeatureStore
 
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not there: only Linux has it")
@@ -57,8 +57,8 @@ def view_of(store: FeatureStore, **kind) -> View:
     return View(**{"frames": 96, "mean": store.stats["all"]["mean"], "std": store.stats["all"]["std"]} | kind)
 
 
-def order_of(store: FeatureStore, **kind) -> Order:
-    return Order(**{"rows_N": store.good_rows(), "clips": 6, "seed": 1} | kind)
+def order_of(store: FeatureStore, **kind) -> RowOrder:
+    return RowOrder(**{"rows_N": store.good_rows(), "clips": 6, "seed": 1} | kind)
 
 
 def assert_equal(fast: Batch, plain: Batch) -> None:
@@ -70,7 +70,7 @@ def assert_equal(fast: Batch, plain: Batch) -> None:
     assert torch.equal(fast.weights_B, plain.weights_B)
     assert (fast.labels_BC is None) == (plain.labels_BC is None)
     assert fast.labels_BC is None or torch.equal(fast.labels_BC, plain.labels_BC)
-    assert fast.skipped == plain.skipped
+    assert fast.skipped_clips == plain.skipped_clips
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_two_epochs_are_the_plain_loaders_bit_for_bit(any_store, frames, crop):
     plain = PlainLoader(store, order, view, weights_N=weights_N)
     assert len(batches) == steps
     for step, batch in enumerate(batches):
-        assert_equal(batch, plain.batch(step))
+        assert_equal(batch, plain.make_batch(step))
 
 
 @pytest.mark.parametrize("augment", SUBSETS, ids="+".join)
@@ -109,7 +109,7 @@ def test_two_augmented_epochs_are_the_plain_loaders_bit_for_bit(any_store, augme
         batches = list(loader.batches(0, steps))
     assert len(batches) == steps
     for step, batch in enumerate(batches):
-        assert_equal(batch, plain.batch(step))
+        assert_equal(batch, plain.make_batch(step))
 
 
 @pytest.mark.parametrize("augment", [{}, EVERYTHING], ids=["plain", "augmented"])
@@ -153,7 +153,9 @@ def test_a_missing_shard_is_told_in_its_turn(store_path, tmp_path):
     store = FeatureStore.open(tmp_path / "damaged.zarr")
     shard_clips = store.header.layout.shard_clips
     orders = (order_of(store, clips=1, seed=seed) for seed in range(1_000))
-    order = next(o for o in orders if [int(o.rows(s)[0]) // shard_clips for s in range(4)] == [0, 2, 0, 1])
+    order = next(
+        o for o in orders if [int(o.rows_at_step(s)[0]) // shard_clips for s in range(4)] == [0, 2, 0, 1]
+    )
     shutil.rmtree(tmp_path / "damaged.zarr" / "mel" / "c" / "1")
     ends = [
         rows_until_the_error(kind(store, order, view_of(store)).batches(0, 20))
@@ -166,7 +168,7 @@ def test_a_missing_shard_is_told_in_its_turn(store_path, tmp_path):
 
 def test_skipped_clips_are_the_plain_loaders(store_path):
     """Met while reading ahead, told once, and the batches before, with and after them equal."""
-    bad, said = set(order_of(FeatureStore.open(store_path)).rows(2)[:3].tolist()), ([], [])
+    bad, said = set(order_of(FeatureStore.open(store_path)).rows_at_step(2)[:3].tolist()), ([], [])
     batches = []
     for kind, lines in zip((PlainLoader, DaliLoader), said, strict=True):
         store = FeatureStore.open(store_path)
@@ -174,7 +176,7 @@ def test_skipped_clips_are_the_plain_loaders(store_path):
         def damaged(rows_B, *, read=store.read, **how):
             for row in rows_B:
                 if row in bad:
-                    raise BrokenClip(int(row), f"row {row} cannot be read")
+                    raise BrokenClipError(int(row), f"row {row} cannot be read")
             return read(rows_B, **how)
 
         store.read = damaged
@@ -192,11 +194,11 @@ def test_skipped_clips_are_the_plain_loaders(store_path):
 def test_a_step_without_a_readable_clip_is_told_in_its_turn(store_path, augment):
     """Two batches come, then the error: no hang in the thread that read ahead."""
     store = FeatureStore.open(store_path)
-    bad, read = set(order_of(store).rows(2).tolist()), store.read
+    bad, read = set(order_of(store).rows_at_step(2).tolist()), store.read
 
     def damaged(rows_B, **how):
         for row in set(rows_B.tolist()) & bad:
-            raise BrokenClip(row, f"row {row} cannot be read")
+            raise BrokenClipError(row, f"row {row} cannot be read")
         return read(rows_B, **how)
 
     store.read = damaged
@@ -210,13 +212,13 @@ def test_a_step_without_a_readable_clip_is_told_in_its_turn(store_path, augment)
 @pytest.mark.timeout(60)
 def test_an_error_of_dalis_is_told_in_one_line(store, monkeypatch):
     """Here its source hands over a batch of another shape; on a GPU it may be memory that is not there."""
-    stored = Source.stored
+    stored = DaliSource.stored_values
 
     def misshapen(self, info):
         given = stored(self, info)
         return [clip[None] for clip in given] if info.iteration == 3 else given
 
-    monkeypatch.setattr(Source, "stored", misshapen)
+    monkeypatch.setattr(DaliSource, "stored_values", misshapen)
     batches = DaliLoader(store, order_of(store), view_of(store)).batches(0, 14)
     with pytest.raises(
         RunError, match=r"DALI failed: .*expected data with 2 dimensions.*--loader plain"
@@ -317,7 +319,7 @@ def test_batches_made_on_a_gpu_are_the_plain_ones(any_store, frames, augment):
         batches = list(loader.batches(0, 14))
     plain = PlainLoader(any_store, order_of(any_store), view)
     for step, batch in enumerate(batches):
-        wanted = plain.batch(step)
+        wanted = plain.make_batch(step)
         assert batch.mel_BTF.is_cuda
         torch.testing.assert_close(batch.mel_BTF.cpu(), wanted.mel_BTF, rtol=1e-6, atol=2e-6)
         assert torch.equal(batch.labels_BC.cpu(), wanted.labels_BC)
@@ -337,7 +339,7 @@ def test_a_gpu_batch_is_not_overwritten_while_it_is_used(store):
             sums.append(batch.mel_BTF.clone())
             del batch
     for step, mel_BTF in enumerate(sums):
-        torch.testing.assert_close(mel_BTF.cpu(), plain.batch(step).mel_BTF, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(mel_BTF.cpu(), plain.make_batch(step).mel_BTF, rtol=1e-6, atol=1e-6)
 
 
 pytestmark = pytest.mark.timeout(60)
@@ -346,22 +348,22 @@ pytestmark = pytest.mark.timeout(60)
 class Maker:
     """Makes mels of zeros, and does `at_step` at the step of that number."""
 
-    def __init__(self, feed: Feed, step: int = 10**9, act: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, feed: BatchMaker, step: int = 10**9, act: Callable[[], None] = lambda: None) -> None:
         self.feed, self.at, self.act, self.step = feed, step, act, 0
 
     def __call__(self):
         if self.step == self.at:
             self.act()
-        cuts = self.feed.cuts(self.step)
+        cuts = self.feed.cuts_at_step(self.step)
         self.step += 1
         return torch.zeros(self.feed.order.clips, self.feed.view.frames, self.feed.store.bands), cuts
 
 
 @pytest.fixture
-def feed(store: FeatureStore) -> Feed:
-    return Feed(
+def feed(store: FeatureStore) -> BatchMaker:
+    return BatchMaker(
         store=store,
-        order=Order(rows_N=store.good_rows(), clips=6, seed=1),
+        order=RowOrder(rows_N=store.good_rows(), clips=6, seed=1),
         view=View(frames=16, mean=0.0, std=1.0),
         device=torch.device("cpu"),
     )
@@ -388,7 +390,7 @@ def failing(error: BaseException) -> Callable[[], None]:
 @pytest.mark.parametrize("prefetch", [1, 4])
 def test_whatever_ends_the_thread_is_raised_in_its_turn(feed, error, prefetch):
     """The batches before it come; the error is the thread's own, not a report of its absence."""
-    batches = ReadAhead(feed, range(10), lambda: Maker(feed, 3, failing(error)), prefetch)
+    batches = BatchPrefetcher(feed, range(10), lambda: Maker(feed, 3, failing(error)), prefetch)
     assert [len(next(batches).rows_B) for _ in range(3)] == [6, 6, 6]
     with pytest.raises(type(error)):
         next(batches)
@@ -398,7 +400,7 @@ def test_whatever_ends_the_thread_is_raised_in_its_turn(feed, error, prefetch):
 
 def test_a_pipeline_that_cannot_be_built_is_told_at_the_first_batch(feed):
     """As when a GPU has no memory left."""
-    batches = ReadAhead(feed, range(10), failing(RunError("no memory")), 2)
+    batches = BatchPrefetcher(feed, range(10), failing(RunError("no memory")), 2)
     with pytest.raises(RunError, match="no memory"):
         next(batches)
     with pytest.raises(RunError, match="closed"):
@@ -414,7 +416,7 @@ def test_closing_ends_a_wait(feed, prefetch):
         reading.set()
         assert go_on.wait(30)
 
-    batches = ReadAhead(feed, range(10), lambda: Maker(feed, 1, stall), prefetch)
+    batches = BatchPrefetcher(feed, range(10), lambda: Maker(feed, 1, stall), prefetch)
     next(batches)
     told: list[RunError] = []
 
@@ -444,11 +446,11 @@ def test_no_more_is_made_than_is_to_be_ahead(feed):
         makers.append(Maker(feed))
         return makers[0]
 
-    batches = ReadAhead(feed, range(100), maker, 3)
+    batches = BatchPrefetcher(feed, range(100), maker, 3)
     assert not makers
     for taken in range(1, 6):
         next(batches)
-        batches._made[-1].result()
+        batches._pending_mels[-1].result()
         assert makers[0].step == taken + 3
     batches.close()
 
@@ -456,7 +458,7 @@ def test_no_more_is_made_than_is_to_be_ahead(feed):
 def test_batches_left_in_the_middle_leave_nothing(feed):
     """Dropped, closed, or closed twice; the fixture looks for threads."""
     for way in range(3):
-        batches = ReadAhead(feed, range(10**6), lambda: Maker(feed), 4)
+        batches = BatchPrefetcher(feed, range(10**6), lambda: Maker(feed), 4)
         next(batches)
         for _ in range(way):
             batches.close()
@@ -465,6 +467,6 @@ def test_batches_left_in_the_middle_leave_nothing(feed):
 
 def test_the_last_batch_ends_the_thread(feed):
     """A finished epoch holds no thread while the next thing is done; asking again is no error."""
-    batches = ReadAhead(feed, range(5, 9), lambda: Maker(feed), 2)
+    batches = BatchPrefetcher(feed, range(5, 9), lambda: Maker(feed), 2)
     assert sum(1 for _ in batches) == 4
     assert list(batches) == []

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.errors import BrokenClip, RunError, StoreError
-from pipeline.loading.augment import draws
-from pipeline.loading.loader import PlainLoader, View, stand_ins
-from pipeline.loading.sampling import Order
+from pipeline.errors import BrokenClipError, RunError, StoreError
+from pipeline.loading.augment import draw_uniform_B
+from pipeline.loading.loader import PlainLoader, View, replace_broken_rows
+from pipeline.loading.sampling import RowOrder
 from pipeline.store.feature_store import FeatureStore
 
 FRAMES = [
@@ -32,8 +32,8 @@ def view_of(store: FeatureStore, **kind) -> View:
     return View(**{"frames": 96, "mean": store.stats["all"]["mean"], "std": store.stats["all"]["std"]} | kind)
 
 
-def order_of(store: FeatureStore, **kind) -> Order:
-    return Order(**{"rows_N": store.good_rows(), "clips": 6, "seed": 1} | kind)
+def order_of(store: FeatureStore, **kind) -> RowOrder:
+    return RowOrder(**{"rows_N": store.good_rows(), "clips": 6, "seed": 1} | kind)
 
 
 def epoch(loader: PlainLoader, steps: int):
@@ -47,7 +47,7 @@ def test_a_batch_is_what_its_formula_says(any_store, frames, crop):
     store, view = any_store, view_of(any_store, frames=frames, crop=crop)
     loader = PlainLoader(store, order_of(store), view)
     for step in range(3):
-        batch, cuts = loader.batch(step), loader.feed.cuts(step)
+        batch, cuts = loader.make_batch(step), loader.feed.cuts_at_step(step)
         wanted_BTF = np.zeros((6, frames, store.bands))
         for clip, (row, start, n_frames) in enumerate(
             zip(cuts.rows_B, cuts.starts_B, cuts.n_frames_B, strict=True)
@@ -57,15 +57,15 @@ def test_a_batch_is_what_its_formula_says(any_store, frames, crop):
             wanted_BTF[clip, :n_frames] = ((mel_TF - view.mean) / view.std)[start : start + n_frames]
         np.testing.assert_allclose(batch.mel_BTF, wanted_BTF, rtol=1e-5, atol=2e-6)
         assert np.array_equal(batch.n_frames_B, cuts.n_frames_B)
-        assert np.array_equal(batch.rows_B, order_of(store).rows(step))
+        assert np.array_equal(batch.rows_B, order_of(store).rows_at_step(step))
 
 
 def test_what_is_not_audio_is_exactly_zero(store):
     """A padded frame is the mean, not the floor: or a model learns the length of a clip from its silence."""
     short = store.good_rows()[store.n_frames_N[store.good_rows()] < store.frames]
     assert len(short) >= 2
-    order = Order(rows_N=short, clips=len(short), seed=0)
-    batch = PlainLoader(store, order, view_of(store, frames=1_024)).batch(0)
+    order = RowOrder(rows_N=short, clips=len(short), seed=0)
+    batch = PlainLoader(store, order, view_of(store, frames=1_024)).make_batch(0)
     for mel_TF, n_frames, row in zip(batch.mel_BTF, batch.n_frames_B, batch.rows_B, strict=True):
         assert n_frames == store.n_frames_N[row]
         assert (mel_TF[n_frames:] == 0).all()
@@ -76,8 +76,8 @@ def test_normalised_audio_has_mean_0_and_std_1(any_store):
     """The statistics of the store are those of what a loader shows."""
     store = any_store
     rows = store.good_rows()
-    loader = PlainLoader(store, Order(rows_N=rows, clips=len(rows), seed=0), view_of(store, frames=998))
-    batch = loader.batch(0)
+    loader = PlainLoader(store, RowOrder(rows_N=rows, clips=len(rows), seed=0), view_of(store, frames=998))
+    batch = loader.make_batch(0)
     audio_N = torch.cat([mel_TF[:n] for mel_TF, n in zip(batch.mel_BTF, batch.n_frames_B, strict=True)])
     assert abs(audio_N.double().mean()) < 1e-4
     assert abs(audio_N.double().std() - 1) < 1e-4
@@ -86,7 +86,7 @@ def test_normalised_audio_has_mean_0_and_std_1(any_store):
 def test_random_crops_lie_within_the_audio_and_reach_both_its_ends(store):
     """With 3 frames to spare a crop starts at 0, 1, 2 or 3; a short clip at 0. Never past the audio's end."""
     loader = PlainLoader(store, order_of(store), view_of(store, frames=995))
-    cuts = [loader.feed.cuts(step) for step in range(60)]
+    cuts = [loader.feed.cuts_at_step(step) for step in range(60)]
     rows_N, starts_N, n_frames_N = (
         np.concatenate([getattr(cut, name) for cut in cuts]) for name in ("rows_B", "starts_B", "n_frames_B")
     )
@@ -98,8 +98,8 @@ def test_random_crops_lie_within_the_audio_and_reach_both_its_ends(store):
 
 def test_draws_are_uniform():
     """Mean 1/2 and variance 1/12 over 40,000 draws, within five standard errors."""
-    order = Order(rows_N=np.arange(400), clips=400, seed=0)
-    draws_N = np.concatenate([draws("crop", 0, step, order) for step in range(100)])
+    order = RowOrder(rows_N=np.arange(400), clips=400, seed=0)
+    draws_N = np.concatenate([draw_uniform_B("crop", 0, step, order) for step in range(100)])
     assert abs(draws_N.mean() - 1 / 2) < 5 * np.sqrt(1 / 12 / 40_000)
     assert abs(draws_N.var() - 1 / 12) < 5 * np.sqrt(1 / 180 / 40_000)
 
@@ -107,15 +107,15 @@ def test_draws_are_uniform():
 def test_crops_differ_from_step_to_step_and_seed_to_seed(store):
     """The same clip is seen at another place the next time."""
     loaders = [PlainLoader(store, order_of(store), view_of(store, seed=seed)) for seed in (0, 1)]
-    starts = {tuple(loader.feed.cuts(step).starts_B) for loader in loaders for step in range(5)}
+    starts = {tuple(loader.feed.cuts_at_step(step).starts_B) for loader in loaders for step in range(5)}
     assert len(starts) == 10
 
 
 def test_batches_do_not_depend_on_the_number_of_ranks(store):
     """Two ranks of 3 clips make of one step what one rank of 6 does, crops included."""
-    whole = PlainLoader(store, order_of(store), view_of(store)).batch(4)
+    whole = PlainLoader(store, order_of(store), view_of(store)).make_batch(4)
     halves = [
-        PlainLoader(store, order_of(store, clips=3, rank=rank, world=2), view_of(store)).batch(4)
+        PlainLoader(store, order_of(store, clips=3, rank=rank, world=2), view_of(store)).make_batch(4)
         for rank in (0, 1)
     ]
     assert torch.equal(whole.mel_BTF, torch.cat([half.mel_BTF for half in halves]))
@@ -135,10 +135,10 @@ def test_labels_and_weights_are_those_of_the_rows(store):
     """Propagated labels where the view asks for them, one weight per row of the store where given."""
     weights_N = np.arange(len(store.n_frames_N)) / 2
     view = view_of(store, label_set="unambiguous")
-    batch = PlainLoader(store, order_of(store), view, weights_N=weights_N).batch(0)
+    batch = PlainLoader(store, order_of(store), view, weights_N=weights_N).make_batch(0)
     assert np.array_equal(batch.labels_BC, store.labels_BC(batch.rows_B, "unambiguous"))
     assert np.array_equal(batch.weights_B, batch.rows_B / 2)
-    bare = PlainLoader(store, order_of(store), view_of(store)).batch(0)
+    bare = PlainLoader(store, order_of(store), view_of(store)).make_batch(0)
     assert bare.labels_BC is None
     assert (bare.weights_B == 1).all()
 
@@ -166,7 +166,7 @@ def broken(path, rows) -> FeatureStore:
     def damaged(rows_B, **how):
         for row in rows_B:
             if row in bad:
-                raise BrokenClip(int(row), f"row {row} cannot be read")
+                raise BrokenClipError(int(row), f"row {row} cannot be read")
         return read(rows_B, **how)
 
     store.read = damaged
@@ -175,48 +175,48 @@ def broken(path, rows) -> FeatureStore:
 
 def test_a_broken_clip_ends_the_batches_unless_skipping_is_asked_for(store_path, store):
     """Leaving clips out is the user's decision."""
-    bad = int(order_of(store).rows(0)[2])
-    with pytest.raises(BrokenClip, match=f"row {bad} cannot"):
-        PlainLoader(broken(store_path, [bad]), order_of(store), view_of(store)).batch(0)
+    bad = int(order_of(store).rows_at_step(0)[2])
+    with pytest.raises(BrokenClipError, match=f"row {bad} cannot"):
+        PlainLoader(broken(store_path, [bad]), order_of(store), view_of(store)).make_batch(0)
 
 
 def test_a_skipped_clip_costs_one_line_and_the_next_of_its_batch_stands_in(store_path, store):
     """Told once in two epochs, counted in every batch, and shown like a clip: labels, frames and crop are its own."""
-    bad, said = [int(row) for row in order_of(store).rows(0)[[2, 3, 5]]], []
+    bad, said = [int(row) for row in order_of(store).rows_at_step(0)[[2, 3, 5]]], []
     damaged, view = broken(store_path, bad), view_of(store, frames=900, label_set="raw")
     loader = PlainLoader(damaged, order_of(store), view, on_broken="skip", say=said.append)
     for step in range(14):
-        batch, asked_B = loader.batch(step), order_of(store).rows(step)
+        batch, asked_B = loader.make_batch(step), order_of(store).rows_at_step(step)
         good_B = ~np.isin(asked_B, bad)
-        assert batch.skipped == (~good_B).sum()
+        assert batch.skipped_clips == (~good_B).sum()
         assert np.array_equal(batch.rows_B[good_B], asked_B[good_B])
         assert not np.isin(batch.rows_B, bad).any()
         assert np.array_equal(batch.labels_BC, store.labels_BC(batch.rows_B))
     assert sorted(said) == sorted(f"skipped: row {row} cannot be read" for row in bad)
-    asked_B = order_of(store).rows(0)
-    assert loader.batch(0).rows_B.tolist() == asked_B[[0, 1, 4, 4, 4, 0]].tolist()
+    asked_B = order_of(store).rows_at_step(0)
+    assert loader.make_batch(0).rows_B.tolist() == asked_B[[0, 1, 4, 4, 4, 0]].tolist()
 
 
 def test_skipping_depends_on_the_store_only_not_on_what_was_met_before(store_path, store):
     """A resumed run has met nothing yet, and must see the same batches."""
-    bad = order_of(store).rows(3)[:2].tolist()
+    bad = order_of(store).rows_at_step(3)[:2].tolist()
     walked, resumed = (
         PlainLoader(broken(store_path, bad), order_of(store), view_of(store), on_broken="skip", say=str)
         for _ in range(2)
     )
     before = list(walked.batches(0, 9))
     for step in (3, 8):
-        assert torch.equal(resumed.batch(step).mel_BTF, before[step].mel_BTF)
+        assert torch.equal(resumed.make_batch(step).mel_BTF, before[step].mel_BTF)
 
 
 def test_a_step_without_a_readable_clip_is_an_error(store_path, store):
     """Never zeros, and never an endless search."""
-    bad = order_of(store).rows(1)
+    bad = order_of(store).rows_at_step(1)
     loader = PlainLoader(broken(store_path, bad), order_of(store), view_of(store), on_broken="skip", say=str)
-    assert loader.batch(0).skipped == 0
+    assert loader.make_batch(0).skipped_clips == 0
     for _ in range(2):
         with pytest.raises(StoreError, match="none of the 6 clips"):
-            loader.batch(1)
+            loader.make_batch(1)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_a_step_without_a_readable_clip_is_an_error(store_path, store):
     [([], "abcd"), ("a", "bbcd"), ("d", "abca"), ("cd", "abaa"), ("abd", "cccc"), ("x", "abcd")],
 )
 def test_the_next_good_row_stands_in_cyclically(bad, stand_in):
-    rows_B, skipped = stand_ins(np.array([ord(row) for row in "abcd"]), {ord(row) for row in bad})
+    rows_B, skipped = replace_broken_rows(np.array([ord(row) for row in "abcd"]), {ord(row) for row in bad})
     assert "".join(map(chr, rows_B)) == stand_in
     assert skipped == len(set(bad) & set("abcd"))
 

@@ -17,14 +17,14 @@ from pipeline.errors import InputError
 from pipeline.loading.sampling import (
     FULL_SHUFFLE,
     BlockShuffle,
-    Order,
-    Weighted,
-    drawn,
-    in_order,
-    mixing_of,
+    RowOrder,
+    WeightedSampling,
+    argsort_packed,
+    draw_with_replacement,
+    draw_without_replacement,
+    measure_mixing,
     natural_log,
-    raced,
-    shuffled,
+    random_permutation,
 )
 
 SEEDS = st.integers(0, 2**32)
@@ -45,12 +45,12 @@ def chi_square(counts_N: np.ndarray, expected_N: np.ndarray) -> float:
 @given(count=st.integers(1, 300), seed=SEEDS, epoch=EPOCHS)
 def test_a_shuffle_is_a_permutation(count, seed, epoch):
     """No place is lost or taken twice, whatever the size."""
-    assert np.array_equal(np.sort(shuffled(count, seed, epoch)), np.arange(count))
+    assert np.array_equal(np.sort(random_permutation(count, seed, epoch)), np.arange(count))
 
 
 def test_every_permutation_is_equally_likely():
     """Chi-square over the 24 permutations of 4 rows."""
-    codes = [shuffled(4, seed, 0) @ [64, 16, 4, 1] for seed in range(4_800)]
+    codes = [random_permutation(4, seed, 0) @ [64, 16, 4, 1] for seed in range(4_800)]
     counts_N = np.unique(codes, return_counts=True)[1]
     assert len(counts_N) == 24
     assert chi_square(counts_N, np.full(24, 200)) < RARE
@@ -58,11 +58,13 @@ def test_every_permutation_is_equally_likely():
 
 def test_the_streams_are_those_of_other_days():
     """A run is resumed by asking for its order again, so a stream that changes breaks every run that is under way."""
-    assert shuffled(10, 1, 2).tolist() == [5, 6, 9, 3, 2, 1, 0, 8, 4, 7]
-    assert FULL_SHUFFLE.places(60, 0, 0)[:8].tolist() == [11, 3, 20, 13, 2, 59, 53, 48]
-    assert BLOCKS.places(60, 3, 1)[:8].tolist() == [34, 10, 22, 24, 13, 33, 26, 25]
-    assert drawn(WEIGHTS_N, 12, 3, 1).tolist() == [5, 6, 6, 5, 3, 1, 6, 5, 5, 3, 5, 3]
-    assert Weighted(weights_N=WEIGHTS_N, clips_per_epoch=4, replacement=False).places(8, 3, 1).tolist() == [
+    assert random_permutation(10, 1, 2).tolist() == [5, 6, 9, 3, 2, 1, 0, 8, 4, 7]
+    assert FULL_SHUFFLE.epoch_indices(60, 0, 0)[:8].tolist() == [11, 3, 20, 13, 2, 59, 53, 48]
+    assert BLOCKS.epoch_indices(60, 3, 1)[:8].tolist() == [34, 10, 22, 24, 13, 33, 26, 25]
+    assert draw_with_replacement(WEIGHTS_N, 12, 3, 1).tolist() == [5, 6, 6, 5, 3, 1, 6, 5, 5, 3, 5, 3]
+    assert WeightedSampling(weights_N=WEIGHTS_N, clips_per_epoch=4, replacement=False).epoch_indices(
+        8, 3, 1
+    ).tolist() == [
         3,
         1,
         6,
@@ -72,7 +74,12 @@ def test_the_streams_are_those_of_other_days():
 
 def test_keys_are_put_in_order_by_all_but_their_lowest_bits():
     """Which hold the place: of keys that differ in these alone the first stays first."""
-    assert in_order(np.array([9 << 8, 3 << 8, 5 << 8, (3 << 8) + 1], np.uint64)).tolist() == [1, 3, 2, 0]
+    assert argsort_packed(np.array([9 << 8, 3 << 8, 5 << 8, (3 << 8) + 1], np.uint64)).tolist() == [
+        1,
+        3,
+        2,
+        0,
+    ]
 
 
 @given(
@@ -84,7 +91,7 @@ def test_keys_are_put_in_order_by_all_but_their_lowest_bits():
 def test_a_block_shuffle_takes_every_row_once(sizes, window, seed, epoch):
     """However unlike the blocks are, and however few; epochs and seeds differ."""
     blocks_N = np.repeat(np.arange(len(sizes)) * 5 + 2, sizes)
-    places_N = BlockShuffle(blocks_N=blocks_N, window_blocks=window).places(len(blocks_N), seed, epoch)
+    places_N = BlockShuffle(blocks_N=blocks_N, window_blocks=window).epoch_indices(len(blocks_N), seed, epoch)
     assert np.array_equal(np.sort(places_N), np.arange(len(blocks_N)))
 
 
@@ -94,7 +101,7 @@ def test_rows_come_from_no_more_blocks_at_a_time_than_the_window_holds(window):
     kept in memory, and nothing is fetched twice but across the epoch's end."""
     blocks, size = 50, 200
     sampling = BlockShuffle(blocks_N=np.arange(blocks * size) // size, window_blocks=window)
-    block_N = sampling.places(blocks * size, 5, 3) // size
+    block_N = sampling.epoch_indices(blocks * size, 5, 3) // size
     held = [len(set(block_N[at : at + size])) for at in range(0, blocks * size, size)]
     assert max(held) <= window + 2  # while 200 rows pass one block begins, or at most two where others lag
     for block in range(blocks):
@@ -107,7 +114,7 @@ def test_rows_come_from_no_more_blocks_at_a_time_than_the_window_holds(window):
 def test_blocks_come_in_another_order_every_epoch():
     """Not only the rows within the window: neighbours of one epoch are strangers in the next, and for another seed."""
     sampling = BlockShuffle(blocks_N=np.arange(2_000) // 20, window_blocks=2)
-    ways = [sampling.places(2_000, seed, epoch) // 20 for seed, epoch in [(0, 0), (0, 1), (1, 0)]]
+    ways = [sampling.epoch_indices(2_000, seed, epoch) // 20 for seed, epoch in [(0, 0), (0, 1), (1, 0)]]
     middle_NB = [[np.median(np.flatnonzero(way_N == block)) for block in range(100)] for way_N in ways]
     likeness = np.corrcoef(middle_NB)[np.triu_indices(3, 1)]
     assert (np.abs(likeness) < 0.4).all()  # 0.1 is the standard deviation of no likeness
@@ -116,7 +123,7 @@ def test_blocks_come_in_another_order_every_epoch():
 def test_a_window_over_all_blocks_is_a_full_shuffle():
     """All 24 orders of two blocks of two rows are equally likely."""
     sampling = BlockShuffle(blocks_N=np.array([0, 0, 1, 1]), window_blocks=64)
-    codes = [sampling.places(4, seed, 0) @ [64, 16, 4, 1] for seed in range(4_800)]
+    codes = [sampling.epoch_indices(4, seed, 0) @ [64, 16, 4, 1] for seed in range(4_800)]
     counts_N = np.unique(codes, return_counts=True)[1]
     assert len(counts_N) == 24
     assert chi_square(counts_N, np.full(24, 200)) < RARE
@@ -125,8 +132,8 @@ def test_a_window_over_all_blocks_is_a_full_shuffle():
 def test_every_block_is_as_likely_at_the_start_of_an_epoch_as_anywhere():
     """A shuffle that fills its window first would begin each epoch with batches of one block."""
     sampling = BlockShuffle(blocks_N=np.arange(1_000) // 20, window_blocks=10)
-    heads = [sampling.places(1_000, seed, 0)[:20] // 20 for seed in range(200)]
-    middles = [sampling.places(1_000, seed, 0)[500:520] // 20 for seed in range(200)]
+    heads = [sampling.epoch_indices(1_000, seed, 0)[:20] // 20 for seed in range(200)]
+    middles = [sampling.epoch_indices(1_000, seed, 0)[500:520] // 20 for seed in range(200)]
     held_at = [np.mean([len(set(block_N)) for block_N in part]) for part in (heads, middles)]
     assert abs(held_at[0] - held_at[1]) < 0.2
     assert 8 < held_at[0] < 11
@@ -136,7 +143,7 @@ def test_every_block_is_as_likely_at_the_start_of_an_epoch_as_anywhere():
 def test_draws_follow_their_weights(weights_N):
     """Chi-square of 40,000 draws over 5 rows that weigh something, in any unit; 18.5 is exceeded once in a thousand."""
     counts_N = np.bincount(
-        Weighted(weights_N=weights_N, clips_per_epoch=40_000).places(8, 11, 0), minlength=8
+        WeightedSampling(weights_N=weights_N, clips_per_epoch=40_000).epoch_indices(8, 11, 0), minlength=8
     )
     expected_N = 40_000 * WEIGHTS_N / WEIGHTS_N.sum()
     some_N = WEIGHTS_N > 0
@@ -146,7 +153,7 @@ def test_draws_follow_their_weights(weights_N):
 
 def test_draws_come_in_no_order():
     """They are looked up sorted; a batch of rising rows would be one class after the other."""
-    places_N = drawn(np.ones(1_000), 20_000, 0, 0)
+    places_N = draw_with_replacement(np.ones(1_000), 20_000, 0, 0)
     rising = np.mean(np.diff(places_N) > 0)
     assert abs(rising - 0.5) < 0.02
 
@@ -162,12 +169,12 @@ def test_without_replacement_no_row_comes_twice_and_none_that_weighs_nothing(wei
     heavy = np.count_nonzero(weights_N)
     if not heavy:
         with pytest.raises(InputError, match="none of"):
-            Weighted(weights_N=weights_N, clips_per_epoch=1, replacement=False)
+            WeightedSampling(weights_N=weights_N, clips_per_epoch=1, replacement=False)
         return
     clips = data.draw(st.integers(1, heavy))
-    sampling = Weighted(weights_N=weights_N, clips_per_epoch=clips, replacement=False)
-    places_N = sampling.places(len(weights_N), seed, 0)
-    assert len(set(places_N)) == len(places_N) == clips == sampling.length(len(weights_N))
+    sampling = WeightedSampling(weights_N=weights_N, clips_per_epoch=clips, replacement=False)
+    places_N = sampling.epoch_indices(len(weights_N), seed, 0)
+    assert len(set(places_N)) == len(places_N) == clips == sampling.epoch_length(len(weights_N))
     assert (weights_N[places_N] > 0).all()
 
 
@@ -177,7 +184,7 @@ def test_without_replacement_rows_are_taken_as_one_by_one_from_an_urn():
     share_N = weights_N / weights_N.sum()
     pairs = [(a, b) for a in range(4) for b in range(a + 1, 4)]
     wanted_N = [share_N[a] * share_N[b] * (1 / (1 - share_N[a]) + 1 / (1 - share_N[b])) for a, b in pairs]
-    found = [tuple(raced(weights_N, 2, seed, 0)) for seed in range(6_000)]
+    found = [tuple(draw_without_replacement(weights_N, 2, seed, 0)) for seed in range(6_000)]
     counts_N = np.array([found.count(pair) for pair in pairs])
     assert sum(wanted_N) == pytest.approx(1)
     assert chi_square(counts_N, 6_000 * np.array(wanted_N)) < 20.5  # once in a thousand over 6 cells
@@ -186,8 +193,8 @@ def test_without_replacement_rows_are_taken_as_one_by_one_from_an_urn():
 def test_without_replacement_every_part_of_an_epoch_is_as_heavy():
     """As they are chosen, heavy rows come first: the last steps of every epoch would see only common classes."""
     weights_N = np.repeat([100.0, 1.0], [100, 900])
-    sampling = Weighted(weights_N=weights_N, clips_per_epoch=400, replacement=False)
-    heavy = np.array([weights_N[sampling.places(1_000, 0, epoch)] == 100.0 for epoch in range(40)])
+    sampling = WeightedSampling(weights_N=weights_N, clips_per_epoch=400, replacement=False)
+    heavy = np.array([weights_N[sampling.epoch_indices(1_000, 0, epoch)] == 100.0 for epoch in range(40)])
     assert heavy.sum(1).min() > 90
     assert abs(heavy[:, :200].sum() / heavy.sum() - 0.5) < 0.03
 
@@ -195,8 +202,8 @@ def test_without_replacement_every_part_of_an_epoch_is_as_heavy():
 def test_weighted_epochs_and_seeds_differ():
     """In both kinds."""
     for replacement in (True, False):
-        sampling = Weighted(weights_N=np.ones(500), clips_per_epoch=50, replacement=replacement)
-        ways = {tuple(sampling.places(500, seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}
+        sampling = WeightedSampling(weights_N=np.ones(500), clips_per_epoch=50, replacement=replacement)
+        ways = {tuple(sampling.epoch_indices(500, seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}
         assert len(ways) == 4
 
 
@@ -219,7 +226,7 @@ def test_the_logarithm_is_right_to_the_last_bits():
 def test_weights_from_which_nothing_can_be_drawn_are_refused(wrong, told):
     """A loader that found out would hang or repeat itself."""
     with pytest.raises(InputError, match=told):
-        Weighted(**{"weights_N": WEIGHTS_N, "clips_per_epoch": 3} | wrong)
+        WeightedSampling(**{"weights_N": WEIGHTS_N, "clips_per_epoch": 3} | wrong)
 
 
 @pytest.mark.parametrize(
@@ -233,10 +240,10 @@ def test_weights_from_which_nothing_can_be_drawn_are_refused(wrong, told):
 )
 def test_weights_that_are_none_are_refused(wrong):
     with pytest.raises(ValueError, match="must be 0 or more"):
-        Weighted(**{"weights_N": WEIGHTS_N, "clips_per_epoch": 3} | wrong)
+        WeightedSampling(**{"weights_N": WEIGHTS_N, "clips_per_epoch": 3} | wrong)
 
 
-@pytest.mark.parametrize("sampling", [BLOCKS, Weighted(weights_N=np.ones(60), clips_per_epoch=5)])
+@pytest.mark.parametrize("sampling", [BLOCKS, WeightedSampling(weights_N=np.ones(60), clips_per_epoch=5)])
 def test_a_sampling_made_for_other_rows_is_refused(sampling):
     """Weights of all rows of a store, with an order over its good ones, would weigh the wrong clips."""
     with pytest.raises(ValueError, match="one of 60 rows, the order has 61"):
@@ -246,20 +253,20 @@ def test_a_sampling_made_for_other_rows_is_refused(sampling):
 ALL_AUDIOSET = """
 from pathlib import Path
 import numpy as np
-from pipeline.loading.sampling import FULL_SHUFFLE, BlockShuffle, Weighted
-from pipeline.loading.sampling import Order
+from pipeline.loading.sampling import FULL_SHUFFLE, BlockShuffle, WeightedSampling
+from pipeline.loading.sampling import RowOrder
 
 rows = 2_084_320
 weights_N = 1 + np.arange(rows) % 1_000 * 1.0
 samplings = [
     FULL_SHUFFLE,
     BlockShuffle(blocks_N=np.arange(rows) // 512),
-    Weighted(weights_N=weights_N, clips_per_epoch=rows),
-    Weighted(weights_N=weights_N, clips_per_epoch=200_000, replacement=False),
+    WeightedSampling(weights_N=weights_N, clips_per_epoch=rows),
+    WeightedSampling(weights_N=weights_N, clips_per_epoch=200_000, replacement=False),
 ]
 rows_N = np.arange(rows)
 for sampling in samplings:
-    order = Order(rows_N=rows_N, clips=512, seed=0, sampling=sampling)
+    order = RowOrder(rows_N=rows_N, clips=512, seed=0, sampling=sampling)
     for epoch in range(3):
         order.rows(epoch * order.steps_per_epoch)
 print(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")))
@@ -282,8 +289,8 @@ LIGHT_AND_HEAVY = np.repeat([1.0, 0.0, 20.0], 20)
 SAMPLINGS = {
     "full": FULL_SHUFFLE,
     "block": BlockShuffle(blocks_N=ROWS_N // 7, window_blocks=3),
-    "drawn": Weighted(weights_N=LIGHT_AND_HEAVY, clips_per_epoch=60),
-    "raced": Weighted(weights_N=LIGHT_AND_HEAVY, clips_per_epoch=36, replacement=False),
+    "drawn": WeightedSampling(weights_N=LIGHT_AND_HEAVY, clips_per_epoch=60),
+    "raced": WeightedSampling(weights_N=LIGHT_AND_HEAVY, clips_per_epoch=36, replacement=False),
 }
 
 ONCE = ["full", "block"]  # those that take every row once an epoch
@@ -297,13 +304,13 @@ def sampling(request):
 def epoch_rows(epoch: int, *, clips: int, world: int = 1, seed: int = 0, sampling=FULL_SHUFFLE) -> list[int]:
     """All rows of one epoch, of all ranks, step by step."""
     known = {"rows_N": ROWS_N, "clips": clips, "seed": seed, "world": world, "sampling": sampling}
-    orders = [Order(rank=rank, **known) for rank in range(world)]
+    orders = [RowOrder(rank=rank, **known) for rank in range(world)]
     steps = orders[0].steps_per_epoch
     return [
         row
         for step in range(epoch * steps, (epoch + 1) * steps)
         for order in orders
-        for row in order.rows(step)
+        for row in order.rows_at_step(step)
     ]
 
 
@@ -336,7 +343,7 @@ def test_what_does_not_fill_a_step_is_dropped_and_differs_by_epoch(name):
 def test_all_ranks_together_see_one_epoch_without_repeats(world, name):
     """A row that two ranks see counts twice in the gradient."""
     rows = epoch_rows(2, clips=5, world=world, sampling=SAMPLINGS[name])
-    length = SAMPLINGS[name].length(60)
+    length = SAMPLINGS[name].epoch_length(60)
     assert len(set(rows)) == len(rows) == length // (5 * world) * 5 * world
 
 
@@ -349,19 +356,19 @@ def test_the_union_over_ranks_does_not_depend_on_their_number(world, sampling):
 
 def test_an_order_remembers_nothing(sampling):
     """A resumed run asks a fresh order for step k alone, and gets what the uninterrupted run got."""
-    whole = Order(rows_N=ROWS_N, clips=8, seed=3, sampling=sampling)
-    walked = [whole.rows(step) for step in range(20)]
+    whole = RowOrder(rows_N=ROWS_N, clips=8, seed=3, sampling=sampling)
+    walked = [whole.rows_at_step(step) for step in range(20)]
     for step in (19, 0, 7, 6):
-        alone = Order(rows_N=ROWS_N, clips=8, seed=3, sampling=sampling)
-        assert np.array_equal(alone.rows(step), walked[step])
+        alone = RowOrder(rows_N=ROWS_N, clips=8, seed=3, sampling=sampling)
+        assert np.array_equal(alone.rows_at_step(step), walked[step])
 
 
 def test_rows_can_be_changed_without_harm(sampling):
     """The epoch is cached; what a caller does to its rows must not reach it."""
-    order = Order(rows_N=ROWS_N, clips=8, seed=0, sampling=sampling)
-    before = order.rows(0).copy()
-    order.rows(0)[:] = -1
-    assert np.array_equal(order.rows(0), before)
+    order = RowOrder(rows_N=ROWS_N, clips=8, seed=0, sampling=sampling)
+    before = order.rows_at_step(0).copy()
+    order.rows_at_step(0)[:] = -1
+    assert np.array_equal(order.rows_at_step(0), before)
 
 
 def test_rows_that_weigh_more_come_more_often():
@@ -373,39 +380,44 @@ def test_rows_that_weigh_more_come_more_often():
 
 def test_an_epoch_may_be_longer_than_its_rows():
     """200,000 draws an epoch, of however few clips: fine-tuning on AudioSet counts epochs so."""
-    order = Order(
-        rows_N=ROWS_N, clips=50, seed=0, sampling=Weighted(weights_N=np.ones(60), clips_per_epoch=200)
+    order = RowOrder(
+        rows_N=ROWS_N, clips=50, seed=0, sampling=WeightedSampling(weights_N=np.ones(60), clips_per_epoch=200)
     )
     assert order.steps_per_epoch == 4
-    assert all(len(order.rows(step)) == 50 for step in range(8))
+    assert all(len(order.rows_at_step(step)) == 50 for step in range(8))
 
 
 def test_two_orders_with_unlike_weights_do_not_share_an_epoch():
     """Epochs are cached, and two samplings of one length differ in what they hold."""
     first, second = (
-        Order(rows_N=ROWS_N, clips=60, seed=0, sampling=Weighted(weights_N=weights_N, clips_per_epoch=60))
+        RowOrder(
+            rows_N=ROWS_N,
+            clips=60,
+            seed=0,
+            sampling=WeightedSampling(weights_N=weights_N, clips_per_epoch=60),
+        )
         for weights_N in (LIGHT_AND_HEAVY, LIGHT_AND_HEAVY[::-1])
     )
-    assert (first.rows(0) >= 1_040).sum() > 48
-    assert (second.rows(0) < 1_020).sum() > 48
+    assert (first.rows_at_step(0) >= 1_040).sum() > 48
+    assert (second.rows_at_step(0) < 1_020).sum() > 48
 
 
 def test_too_few_rows_for_a_step_are_refused():
     """Seen when a batch size meant for AudioSet meets a toy store: said at once, in numbers."""
     with pytest.raises(InputError, match="60 clips do not fill one step of 16 clips on each of 4 ranks"):
-        Order(rows_N=ROWS_N, clips=16, seed=0, world=4)
+        RowOrder(rows_N=ROWS_N, clips=16, seed=0, world=4)
 
 
 def test_a_sampling_of_other_rows_is_refused_with_the_order():
     """Not at the first batch."""
     with pytest.raises(ValueError, match="one of 60 rows, the order has 59"):
-        Order(rows_N=ROWS_N[1:], clips=4, seed=0, sampling=SAMPLINGS["drawn"])
+        RowOrder(rows_N=ROWS_N[1:], clips=4, seed=0, sampling=SAMPLINGS["drawn"])
 
 
 @pytest.mark.parametrize("wrong", [{"clips": 0}, {"rank": 2, "world": 2}, {"rank": -1}])
 def test_a_rank_outside_its_world_is_refused(wrong):
     with pytest.raises(ValueError, match="rank in"):
-        Order(**{"rows_N": ROWS_N, "clips": 4, "seed": 0} | wrong)
+        RowOrder(**{"rows_N": ROWS_N, "clips": 4, "seed": 0} | wrong)
 
 
 ROWS = 40 * 256
@@ -413,50 +425,50 @@ ROWS = 40 * 256
 
 def mixing(window: int, *, clips: int = 64, block: int = 256):
     sampling = BlockShuffle(blocks_N=np.arange(ROWS) // block, window_blocks=window)
-    return mixing_of(sampling, clips, 0, clip_bytes=1_000)
+    return measure_mixing(sampling, clips, 0, clip_bytes=1_000)
 
 
 def test_the_figures_are_those_of_all_batches_counted_one_by_one():
     """40 blocks of 256, batches of 64 from 6 at a time: every pair of every batch, by the definition."""
     sampling = BlockShuffle(blocks_N=np.arange(ROWS) // 256, window_blocks=6)
-    batches = (sampling.places(ROWS, 0, 0) // 256).reshape(-1, 64)
+    batches = (sampling.epoch_indices(ROWS, 0, 0) // 256).reshape(-1, 64)
     pairs = np.mean([(row[:, None] == row)[np.triu_indices(64, 1)].mean() for row in batches])
     told = mixing(6)
-    assert told.pairs == pytest.approx(pairs)
-    assert told.blocks == pytest.approx(np.mean([len(set(row)) for row in batches]))
+    assert told.same_block_pairs == pytest.approx(pairs)
+    assert told.blocks_per_batch == pytest.approx(np.mean([len(set(row)) for row in batches]))
 
 
 @pytest.mark.parametrize("window", [2, 5, 20])
 def test_as_many_pairs_share_a_block_as_there_are_blocks_at_a_time(window):
     """One in `window`: what the window buys can be told beforehand."""
-    assert mixing(window).pairs == pytest.approx(1 / window, rel=0.06)
+    assert mixing(window).same_block_pairs == pytest.approx(1 / window, rel=0.06)
 
 
 def test_the_figures_of_a_full_shuffle_are_what_full_shuffles_have():
     """In closed form, against the mean over 400 batches."""
-    told, batches = mixing(4), [shuffled(ROWS, seed)[:64] // 256 for seed in range(400)]
-    assert told.full_blocks == pytest.approx(np.mean([len(set(row)) for row in batches]), rel=0.01)
-    assert told.full_pairs == pytest.approx((256 - 1) / (ROWS - 1))
+    told, batches = mixing(4), [random_permutation(ROWS, seed)[:64] // 256 for seed in range(400)]
+    assert told.full_blocks_per_batch == pytest.approx(np.mean([len(set(row)) for row in batches]), rel=0.01)
+    assert told.full_same_block_pairs == pytest.approx((256 - 1) / (ROWS - 1))
 
 
 def test_a_window_over_all_blocks_mixes_as_a_full_shuffle_does():
     """So the figures can be compared."""
     told = mixing(64)
     assert told.window_blocks == 40
-    assert told.blocks == pytest.approx(told.full_blocks, rel=0.02)
-    assert told.pairs == pytest.approx(told.full_pairs, rel=0.03)
-    assert told.worth == pytest.approx(told.full_worth, rel=0.02)
+    assert told.blocks_per_batch == pytest.approx(told.full_blocks_per_batch, rel=0.02)
+    assert told.same_block_pairs == pytest.approx(told.full_same_block_pairs, rel=0.03)
+    assert told.effective_clips == pytest.approx(told.full_effective_clips, rel=0.02)
 
 
 def test_a_batch_is_worth_at_least_the_blocks_that_it_draws_on():
     """From one block alone it is worth one clip, if all clips of a block are the same."""
-    assert mixing(1, clips=64).worth < 2
-    assert 3 < mixing(4).worth < 5
-    assert mixing(1, block=1).worth == pytest.approx(64)
+    assert mixing(1, clips=64).effective_clips < 2
+    assert 3 < mixing(4).effective_clips < 5
+    assert mixing(1, block=1).effective_clips == pytest.approx(64)
 
 
 def test_a_step_of_one_clip_has_no_pairs():
-    assert mixing(2, clips=1).pairs == 0
+    assert mixing(2, clips=1).same_block_pairs == 0
 
 
 def test_the_sentence_tells_memory_and_figures():

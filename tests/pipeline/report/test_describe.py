@@ -10,9 +10,9 @@ from corpus import BROKEN, clip_id
 from matplotlib.image import imread
 
 from pipeline.cli import app
-from pipeline.report.describe import describe_store, place_of, rows_of, told
+from pipeline.report.describe import describe_location, describe_rows, describe_store, find_clip_rows
 from pipeline.store.feature_store import FeatureStore
-from pipeline.store.manifest import nearest
+from pipeline.store.manifest import nearest_clip_ids
 from pipeline.store.shards import shard_path
 from pipeline.store.tables import read_table, write_table
 
@@ -41,8 +41,8 @@ def test_the_summary_tells_what_the_store_is(store):
 
 def test_a_good_clip_is_told_in_full(store):
     """What the manifest has, and labels by their names; those that were added are marked."""
-    row = rows_of(store, clip_id(2))[0]
-    text = told(store, [row])
+    row = find_clip_rows(store, clip_id(2))[0]
+    text = describe_rows(store, [row])
     assert "16,000 Hz, 1 channel, 10.000 s" in text
     assert store.manifest["digest"][row] in text
     assert "30.000 to 40.000 s" in text
@@ -54,8 +54,8 @@ def test_a_good_clip_is_told_in_full(store):
 
 def test_the_bytes_of_a_clip_lie_where_it_is_told(store):
     """Anybody's tool can fetch them: offset and length in the shard's file."""
-    row = rows_of(store, clip_id(20))[0]
-    words = place_of(store, row).replace(",", "").split()
+    row = find_clip_rows(store, clip_id(20))[0]
+    words = describe_location(store, row).replace(",", "").split()
     size, offset = (int(words[words.index(word) + step]) for word, step in (("bytes", -1), ("from", 1)))
     content = (store.path / words[-1]).read_bytes()[offset : offset + size]
     mel_TF = np.frombuffer(content[:-4], "<f2").reshape(store.frames, store.bands)
@@ -68,9 +68,9 @@ def test_every_row_of_an_id_is_told(copy):
     twice = pl.when(pl.col("clip_id") == clip_id(47)).then(pl.lit(clip_id(1))).otherwise("clip_id")
     write_table(copy / "manifest.parquet", frame.with_columns(clip_id=twice), metadata)
     store = FeatureStore.open(copy)
-    rows = rows_of(store, clip_id(1))
+    rows = find_clip_rows(store, clip_id(1))
     assert len(rows) == 2
-    blocks = told(store, rows).split("\n\n")
+    blocks = describe_rows(store, rows).split("\n\n")
     assert {block.split("split")[1].split()[0] for block in blocks} == {"a_train", "eval"}
 
 
@@ -91,7 +91,7 @@ def test_a_good_clip_gets_its_picture(store_path, tmp_path, monkeypatch, capsys)
     png = tmp_path / "new" / "x.png"
     assert run("inspect", store_path, "--clip", clip_id(3), "--png", png, monkeypatch=monkeypatch) == 0
     by_id = imread(png)
-    row = rows_of(FeatureStore.open(store_path), clip_id(3))[0]
+    row = find_clip_rows(FeatureStore.open(store_path), clip_id(3))[0]
     assert run("inspect", store_path, "--row", row, "--png", png, monkeypatch=monkeypatch) == 0
     np.testing.assert_array_equal(by_id, imread(png))
     assert clip_id(3) in capsys.readouterr().out
@@ -123,7 +123,7 @@ def test_one_slip_of_the_pen_is_found_among_many():
     right = ids[12_345]
     for place in range(11):
         wrong = right[:place] + "Z" + right[place + 1 :]
-        assert right in nearest(ids, wrong)
+        assert right in nearest_clip_ids(ids, wrong)
 
 
 def test_a_damaged_shard_is_said_in_one_line(copy, monkeypatch, capsys):
@@ -152,4 +152,4 @@ def test_labels_outside_the_class_list_are_told_by_name(copy):
     frame, metadata = read_table(copy / "labels.parquet")
     outside = pl.lit(["/m/0174k2", "x"], dtype=pl.List(pl.String))
     write_table(copy / "labels.parquet", frame.with_columns(outside=outside), metadata)
-    assert "Washing machine (/m/0174k2); x" in told(FeatureStore.open(copy), [0])
+    assert "Washing machine (/m/0174k2); x" in describe_rows(FeatureStore.open(copy), [0])

@@ -10,10 +10,10 @@ import torch
 from matplotlib.image import imread
 
 from pipeline.audio.mel import log_mel
-from pipeline.audio.mel_spec import PRESETS
-from pipeline.report.html import LEVELS, coloured_png, mel_chart
-from pipeline.report.spectrograms import band_centres_hz, band_ticks, contact_sheet, varied_rows
-from pipeline.store.summary import label_table
+from pipeline.audio.mel_spec import MEL_PRESETS
+from pipeline.report.html import COLOUR_LEVELS, palette_png, spectrogram_chart
+from pipeline.report.spectrograms import band_centres_hz, draw_contact_sheet, mel_band_ticks, pick_varied_rows
+from pipeline.store.summary import read_label_table
 
 
 def mel_of_tone(hz: float, spec) -> np.ndarray:
@@ -21,17 +21,17 @@ def mel_of_tone(hz: float, spec) -> np.ndarray:
     return log_mel(0.5 * torch.sin(2 * math.pi * hz * time_S)[None], spec)[0].numpy()
 
 
-@pytest.mark.parametrize("spec", PRESETS.values(), ids=PRESETS)
+@pytest.mark.parametrize("spec", MEL_PRESETS.values(), ids=MEL_PRESETS)
 @pytest.mark.parametrize("hz", [500.0, 1_000.0, 4_000.0])
 def test_a_pure_tone_lights_at_its_own_tick(spec, hz):
     """Within one band, in every spec: the tick's place is computed, the brightest band is heard."""
-    place_of = {label: place for place, label in band_ticks(spec, gap=0.0)}
+    place_of = {label: place for place, label in mel_band_ticks(spec, min_gap=0.0)}
     place = place_of[f"{hz / 1000:g}k" if hz >= 1_000 else f"{hz:g}"]
     loudest = mel_of_tone(hz, spec).mean(0).argmax()
     assert abs(loudest + 0.5 - place) <= 1
 
 
-@pytest.mark.parametrize("spec", PRESETS.values(), ids=PRESETS)
+@pytest.mark.parametrize("spec", MEL_PRESETS.values(), ids=MEL_PRESETS)
 def test_centres_are_those_of_the_filters(spec):
     """Triangles peak at equal distances on their own mel scale: Kaldi's 1127 ln(1 + f / 700), or Slaney's."""
     if spec.filters == "slaney":
@@ -42,10 +42,10 @@ def test_centres_are_those_of_the_filters(spec):
     np.testing.assert_allclose(band_centres_hz(spec), centres_F, atol=1.0)
 
 
-@pytest.mark.parametrize("spec", PRESETS.values(), ids=PRESETS)
+@pytest.mark.parametrize("spec", MEL_PRESETS.values(), ids=MEL_PRESETS)
 def test_ticks_do_not_run_into_each_other(spec):
     """Octaves crowd together at the bottom of a mel axis."""
-    places = [place for place, _ in band_ticks(spec)]
+    places = [place for place, _ in mel_band_ticks(spec)]
     assert len(places) >= 5
     assert min(np.diff(places)) >= 0.07 * spec.mel_bands
 
@@ -54,7 +54,7 @@ def test_the_page_draws_low_bands_below_and_time_to_the_right():
     """The PNG is written by hand; matplotlib reads it back."""
     mel_TF = np.zeros((5, 4), np.float32)
     mel_TF[1, 0], mel_TF[4, 3] = 1.0, 0.5
-    brightness = imread(io.BytesIO(coloured_png(mel_TF, (0.0, 1.0))))[..., :3].sum(-1)
+    brightness = imread(io.BytesIO(palette_png(mel_TF, (0.0, 1.0))))[..., :3].sum(-1)
     assert brightness.shape == (4, 5)
     assert np.unravel_index(brightness.argmax(), brightness.shape) == (3, 1)
     assert brightness[0, 4] > brightness[0, 0]
@@ -62,18 +62,18 @@ def test_the_page_draws_low_bands_below_and_time_to_the_right():
 
 def test_values_beyond_the_colours_are_shown_as_the_outermost():
     """Instead of wrapping round: loud must not look quiet."""
-    picture = imread(io.BytesIO(coloured_png(np.array([[-9.0], [0.0], [1.0], [9.0]]), (0.0, 1.0))))
+    picture = imread(io.BytesIO(palette_png(np.array([[-9.0], [0.0], [1.0], [9.0]]), (0.0, 1.0))))
     assert (picture[0, 0] == picture[0, 1]).all()
     assert (picture[0, 2] == picture[0, 3]).all()
-    assert LEVELS <= 256
+    assert COLOUR_LEVELS <= 256
 
 
 def test_the_end_of_a_clip_is_marked_where_its_frames_end():
     """Half of the frames of 8 s on an axis of 10 s: at 4 s."""
-    drawn = mel_chart(
+    drawn = spectrogram_chart(
         np.zeros((80, 4)), (0.0, 1.0), [(2.0, "1k")], seconds=10, frame_seconds=0.1, valid_frames=40
     )
-    whole = mel_chart(
+    whole = spectrogram_chart(
         np.zeros((80, 4)), (0.0, 1.0), [(2.0, "1k")], seconds=10, frame_seconds=0.1, valid_frames=80
     )
     assert '<line x1="164"' in drawn  # 40 + 4 / 10 of 310
@@ -82,13 +82,13 @@ def test_the_end_of_a_clip_is_marked_where_its_frames_end():
 
 def test_a_sheet_shows_different_classes(store):
     """Twelve clips of one common class would show one kind of sound."""
-    rows_B = varied_rows(store, label_table(store)[0], 4)
+    rows_B = pick_varied_rows(store, read_label_table(store)[0], 4)
     assert store.labels_BC(rows_B).sum(0).max() == 1
     assert store.labels_BC(rows_B).sum(1).min() >= 1
-    assert len(set(varied_rows(store, label_table(store)[0], 30).tolist())) == 30
+    assert len(set(pick_varied_rows(store, read_label_table(store)[0], 30).tolist())) == 30
 
 
 def test_a_sheet_is_a_picture(store, tmp_path):
     """With more clips asked for than there are, it shows all."""
-    contact_sheet(store, tmp_path / "new" / "mels.png", clips=60)
+    draw_contact_sheet(store, tmp_path / "new" / "mels.png", clip_count=60)
     assert imread(tmp_path / "new" / "mels.png").shape[0] > 2_000

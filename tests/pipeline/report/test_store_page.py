@@ -8,8 +8,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from pipeline.report.html import Markup, tag
-from pipeline.report.store_page import page, write_page
+from pipeline.report.html import Markup, html_tag
+from pipeline.report.store_page import render_store_page, write_store_page
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.tables import read_table, write_table
 
@@ -59,7 +59,7 @@ def change(path, name, **columns):
 
 def test_the_numbers_are_those_of_the_manifest(store):
     """Of coverage, of every reason, of every class before and after propagation."""
-    elements = Elements(page(store, clips=2))
+    elements = Elements(render_store_page(store, clip_count=2))
     text, rows = elements.all[0]["text"], elements.rows()
     rows |= {
         e["cells"][0]["text"]: [c["text"] for c in e["cells"][1:]] for e in elements.all if "data-n" in e
@@ -78,15 +78,19 @@ def test_the_numbers_are_those_of_the_manifest(store):
 
 def test_classes_without_a_positive_are_named(store):
     """Their average precision is undefined, and a mean over classes leaves them out."""
-    names = [e["text"] for e in Elements(page(store, clips=1)).all if e.get("class") == "names"]
+    names = [
+        e["text"] for e in Elements(render_store_page(store, clip_count=1)).all if e.get("class") == "names"
+    ]
     empty_C = store.labels_BC(store.good_rows(["a_train"])).sum(0) == 0
-    assert f"{empty_C.sum()} of 527 classes have no positive clip" in page(store, clips=1)
+    assert f"{empty_C.sum()} of 527 classes have no positive clip" in render_store_page(store, clip_count=1)
     assert all(store.classes.names[index] in names[0] for index in np.flatnonzero(empty_C))
 
 
 def test_a_rows_hidden_counts_are_those_of_its_splits(store):
     """What the script shows when a split is chosen."""
-    speech = next(e for e in Elements(page(store, clips=1)).all if e["tag"] == "tr" and "data-n" in e)
+    speech = next(
+        e for e in Elements(render_store_page(store, clip_count=1)).all if e["tag"] == "tr" and "data-n" in e
+    )
     every, train, evaluation = (list(map(int, part.split(","))) for part in speech["data-n"].split(";"))
     assert np.add(train, evaluation).tolist() == every == [int(c["text"]) for c in speech["cells"][1:]]
     assert evaluation[1] == store.labels_BC(store.good_rows(["eval"]))[:, 0].sum()
@@ -94,7 +98,7 @@ def test_a_rows_hidden_counts_are_those_of_its_splits(store):
 
 def test_the_page_needs_nothing_beside_itself(store):
     """It is mailed, archived and opened where there is no network."""
-    text = page(store, clips=3)
+    text = render_store_page(store, clip_count=3)
     elements = Elements(text).all
     sources = [e[key] for e in elements for key in ("src", "href", "action", "poster") if e.get(key)]
     assert len([s for s in sources if s.startswith("data:image/png;base64,")]) == 3 + 1
@@ -105,21 +109,21 @@ def test_the_page_needs_nothing_beside_itself(store):
 
 def test_the_same_store_gives_the_same_bytes(store, tmp_path):
     """A page can be compared with the one of last week."""
-    write_page(store, tmp_path / "new" / "a.html")
-    write_page(FeatureStore.open(store.path), tmp_path / "b.html")
+    write_store_page(store, tmp_path / "new" / "a.html")
+    write_store_page(FeatureStore.open(store.path), tmp_path / "b.html")
     assert (tmp_path / "new" / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
     assert (tmp_path / "b.html").stat().st_size < 2_000_000
 
 
 def test_what_comes_from_files_is_escaped(copy):
     """An id, a path and a label are whatever somebody typed."""
-    before = [e["tag"] for e in Elements(page(FeatureStore.open(copy))).all]
+    before = [e["tag"] for e in Elements(render_store_page(FeatureStore.open(copy))).all]
     nasty = {name: NASTY + pl.col(name) for name in ("clip_id", "detail", "codec", "source", "split")}
     change(copy, "manifest.parquet", **nasty)
     outside = pl.lit([NASTY], dtype=pl.List(pl.String))
     change(copy, "labels.parquet", outside=outside)
     (copy / "build.json").write_text('{"asked": {"<b>": ["<i>"]}, "versions": {"<u>": "<s>"}}')
-    elements = Elements(text := page(FeatureStore.open(copy))).all
+    elements = Elements(text := render_store_page(FeatureStore.open(copy))).all
     assert [e["tag"] for e in elements].count("script") == before.count("script") == 1
     assert not {"b>", "i>", "u>", "img", "s"} & {e["tag"] for e in elements}
     assert NASTY in elements[0]["text"]
@@ -130,7 +134,7 @@ def test_a_store_without_labels_says_so(copy):
     """It serves pre-training."""
     nothing = pl.lit([], dtype=pl.List(pl.UInt16))
     change(copy, "labels.parquet", raw=nothing, unambiguous=nothing)
-    assert "No clip has a label" in page(FeatureStore.open(copy))
+    assert "No clip has a label" in render_store_page(FeatureStore.open(copy))
 
 
 def test_a_split_without_a_good_clip_says_so(copy):
@@ -142,7 +146,7 @@ def test_a_split_without_a_good_clip_says_so(copy):
         status=pl.when(bad).then(pl.lit("failed")).otherwise("status"),
         reason=pl.when(bad).then(pl.lit("missing")).otherwise("reason"),
     )
-    text = page(FeatureStore.open(copy))
+    text = render_store_page(FeatureStore.open(copy))
     assert "no good clip among 12" in text
     assert "eval</b>: no good clip, so no class has a positive" in text
 
@@ -152,7 +156,7 @@ def test_a_store_without_a_good_clip_has_a_page(copy):
     change(copy, "manifest.parquet", status=pl.lit("failed"), reason=pl.lit("unreadable"))
     (copy / "stats.json").write_text('{"all": {"frames": 0}}')
     (copy / "build.json").unlink()
-    text = page(FeatureStore.open(copy))
+    text = render_store_page(FeatureStore.open(copy))
     assert text.count("No clip is good") == 3
     assert "the first 5 of 48" in text
     assert "build.json is not there" in text
@@ -160,13 +164,13 @@ def test_a_store_without_a_good_clip_has_a_page(copy):
 
 def test_uint8_stores_have_pages(uint8_store_path):
     """No propagated label set here, either."""
-    text = page(FeatureStore.open(uint8_store_path), clips=2)
+    text = render_store_page(FeatureStore.open(uint8_store_path), clip_count=2)
     assert "stored as uint8 with an error of 0.0" in text
     assert "good, unambiguous" not in text
 
 
 def test_text_is_escaped_once_and_markup_never_again():
     """`&amp;amp;` is the sign of a page that escapes twice."""
-    assert tag("p", "a & b", tag("b", "<"), 1234) == "<p>a &amp; b<b>&lt;</b>1,234</p>"
-    assert tag("a", "x", href='"&', class_=None) == '<a href="&quot;&amp;">x</a>'
-    assert isinstance(tag("br"), Markup)
+    assert html_tag("p", "a & b", html_tag("b", "<"), 1234) == "<p>a &amp; b<b>&lt;</b>1,234</p>"
+    assert html_tag("a", "x", href='"&', class_=None) == '<a href="&quot;&amp;">x</a>'
+    assert isinstance(html_tag("br"), Markup)

@@ -16,11 +16,11 @@ from stores import BUCKET
 
 from ajepa.cli import app as trainer
 from pipeline.cli import app
-from pipeline.errors import BrokenClip, InputError, StoreError
-from pipeline.labels.label_sets import propagate_labels
+from pipeline.errors import BrokenClipError, InputError, StoreError
+from pipeline.labels.label_sets import propagate_store_labels
 from pipeline.loading.loader import PlainLoader, View
-from pipeline.loading.sampling import Order
-from pipeline.object_store import push, remove
+from pipeline.loading.sampling import RowOrder
+from pipeline.object_store import remove_object, upload_file
 from pipeline.store import cache
 from pipeline.store.feature_store import FeatureStore
 
@@ -33,7 +33,7 @@ ROOMY_GB = 0.1
 
 def pushed(store: Path, url: str) -> str:
     for path in (path for path in store.rglob("*") if path.is_file()):
-        push(path, f"{url}/{path.relative_to(store).as_posix()}")
+        upload_file(path, f"{url}/{path.relative_to(store).as_posix()}")
     return url
 
 
@@ -59,7 +59,7 @@ def bytes_in(folder: Path) -> int:
 
 def shard_gb(store_path: Path, shards: float) -> float:
     """Room for so many of the largest shards."""
-    return shards * max(path.stat().st_size for path in store_path.glob("mel/c/*/0/0")) / cache.GB
+    return shards * max(path.stat().st_size for path in store_path.glob("mel/c/*/0/0")) / cache.BYTES_PER_GB
 
 
 def test_what_comes_from_a_bucket_is_what_was_put_there(store, url, tmp_path):
@@ -68,10 +68,11 @@ def test_what_comes_from_a_bucket_is_what_was_put_there(store, url, tmp_path):
     rows = store.good_rows()
     np.testing.assert_array_equal(there.read(rows), store.read(rows))
     np.testing.assert_array_equal(there.labels_BC(rows, "unambiguous"), store.labels_BC(rows, "unambiguous"))
-    assert (there.stats, there.store_id, there.place) == (store.stats, store.store_id, url)
+    assert (there.stats, there.store_id, there.location) == (store.stats, store.store_id, url)
     view = View(frames=96, mean=0.0, std=1.0, label_set="raw")
     batches = [
-        PlainLoader(one, Order(rows_N=rows, clips=6, seed=0), view).batch(3).mel_BTF for one in (store, there)
+        PlainLoader(one, RowOrder(rows_N=rows, clips=6, seed=0), view).make_batch(3).mel_BTF
+        for one in (store, there)
     ]
     assert batches[0].equal(batches[1])
 
@@ -79,8 +80,10 @@ def test_what_comes_from_a_bucket_is_what_was_put_there(store, url, tmp_path):
 def test_only_the_shards_that_are_asked_for_are_fetched_and_once(url, tmp_path, monkeypatch):
     """A terabyte stays where it is."""
     fetched = []
-    fetch_into = cache.fetch_into
-    monkeypatch.setattr(cache, "fetch_into", lambda at, file: fetched.append(at) or fetch_into(at, file))
+    fetch_into = cache.download_into_file
+    monkeypatch.setattr(
+        cache, "download_into_file", lambda at, file: fetched.append(at) or fetch_into(at, file)
+    )
     for _ in range(2):
         there = FeatureStore.open(url, cache=tmp_path, cache_gb=ROOMY_GB)
         assert there.manifest.height == 48
@@ -93,11 +96,11 @@ def test_tables_are_fetched_again_only_where_they_have_changed(own_url, store_pa
     """New labels are seen at the next opening; the manifest of millions of rows is not fetched for them."""
     FeatureStore.open(own_url, cache=tmp_path)
     local = shutil.copytree(store_path, tmp_path / "local.zarr")
-    propagate_labels(local, "all-ancestors")
-    push(local / "labels.parquet", f"{own_url}/labels.parquet")
+    propagate_store_labels(local, "all-ancestors")
+    upload_file(local / "labels.parquet", f"{own_url}/labels.parquet")
     fetched = []
-    fetch = cache.fetch
-    monkeypatch.setattr(cache, "fetch", lambda at, path: fetched.append(at) or fetch(at, path))
+    fetch = cache.download_object
+    monkeypatch.setattr(cache, "download_object", lambda at, path: fetched.append(at) or fetch(at, path))
     assert "all-ancestors" in FeatureStore.open(own_url, cache=tmp_path).label_sets
     assert fetched == [f"{own_url}/labels.parquet"]
 
@@ -119,7 +122,7 @@ def test_the_cache_stays_under_its_bound_and_drops_what_was_used_least_lately(
     ):
         np.testing.assert_array_equal(there.read(np.array([row])), store.read(np.array([row])))
         assert shards_in(tmp_path) == kept
-        assert bytes_in(tmp_path) <= most_gb * cache.GB
+        assert bytes_in(tmp_path) <= most_gb * cache.BYTES_PER_GB
 
 
 def test_files_that_are_dropped_are_closed(store, store_path, url, tmp_path):
@@ -163,7 +166,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(url, tmp_path, monkeypatch):
     monkeypatch.setattr(cache.os, "posix_fallocate", full)
     with pytest.raises(StoreError, match="no space left; free some, or give a smaller --cache-gb") as refused:
         there.read(np.array([0]))
-    assert not isinstance(refused.value, BrokenClip)
+    assert not isinstance(refused.value, BrokenClipError)
     assert bytes_in(tmp_path) == 0
     monkeypatch.undo()
 
@@ -175,7 +178,7 @@ def reads(url: str, folder: Path, most_gb: float, seed: int, wanted: Path, over)
     for _ in range(12):
         rows = rng.choice(here.good_rows(), 3)
         assert (there.read(rows) == here.read(rows)).all()
-        if bytes_in(folder) > most_gb * cache.GB:
+        if bytes_in(folder) > most_gb * cache.BYTES_PER_GB:
             over.set()
 
 
@@ -217,10 +220,10 @@ def test_what_a_killed_process_left_is_swept(store_path, url, tmp_path):
 def test_a_shard_that_is_damaged_in_the_bucket_is_told_and_not_kept(own_url, tmp_path):
     """By its ledger's SHA-256, when it comes."""
     (tmp_path / "junk").write_bytes(b"junk")
-    push(tmp_path / "junk", f"{own_url}/mel/c/1/0/0")
+    upload_file(tmp_path / "junk", f"{own_url}/mel/c/1/0/0")
     there = FeatureStore.open(own_url, cache=tmp_path)
     with pytest.raises(
-        BrokenClip, match=f"is not what its record tells; delete {own_url}/ledger/000001"
+        BrokenClipError, match=f"is not what its record tells; delete {own_url}/ledger/000001"
     ) as broken:
         there.read(np.array([0, 20]))
     assert broken.value.row == 20
@@ -229,9 +232,9 @@ def test_a_shard_that_is_damaged_in_the_bucket_is_told_and_not_kept(own_url, tmp
 
 
 def test_a_shard_that_is_gone_from_the_bucket_is_told(own_url, tmp_path):
-    remove(f"{own_url}/mel/c/1/0/0")
+    remove_object(f"{own_url}/mel/c/1/0/0")
     with pytest.raises(
-        BrokenClip, match=r"row 20 \(clip clip_000020, shard 1\) .* is gone from there; delete"
+        BrokenClipError, match=r"row 20 \(clip clip_000020, shard 1\) .* is gone from there; delete"
     ):
         FeatureStore.open(own_url, cache=tmp_path).read(np.array([0, 20]))
 
@@ -244,7 +247,7 @@ def test_a_shard_that_is_damaged_here_is_told_with_what_to_delete(url, tmp_path)
     content[1000] ^= 1
     path.write_bytes(content)
     with pytest.raises(
-        BrokenClip, match=r"does not match its checksum; .*, delete .*: it is fetched again"
+        BrokenClipError, match=r"does not match its checksum; .*, delete .*: it is fetched again"
     ) as broken:
         FeatureStore.open(url, cache=tmp_path).read(np.array([0]))
     shutil.rmtree(str(broken.value).rpartition("delete ")[2].partition(":")[0])
@@ -270,7 +273,7 @@ def test_a_server_that_is_gone_breaks_no_clip(url, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(StoreError, match="AWS_ENDPOINT_URL") as gone:
         there.read(np.array([0]))
-    assert not isinstance(gone.value, BrokenClip)
+    assert not isinstance(gone.value, BrokenClipError)
     assert "\n" not in str(gone.value)
 
 
@@ -290,7 +293,7 @@ def test_a_pickled_store_opens_itself_in_the_same_cache(store, url, tmp_path):
     again = pickle.loads(pickle.dumps(there))
     assert again.place == url
     np.testing.assert_array_equal(again.read(np.array([0])), store.read(np.array([0])))
-    assert (again._cache.cache, again._cache.most_bytes) == (tmp_path, there._cache.most_bytes)
+    assert (again._cache.cache, again._cache.most_bytes) == (tmp_path, there._cache.max_bytes)
 
 
 def run(monkeypatch, app, *arguments: object) -> int:

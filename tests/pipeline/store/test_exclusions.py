@@ -13,17 +13,17 @@ from stores import assert_same_bytes, build
 
 from ajepa.pretrain.training_set import TrainingSet
 from ajepa.training.run import Run
-from pipeline.audit.audit import Rows, audit
-from pipeline.audit.command import record, suggest
-from pipeline.audit.findings import findings
-from pipeline.build.repair import repair
-from pipeline.build.verify import faults_of
+from pipeline.audit.audit import AuditedClips, audit_clips
+from pipeline.audit.command import record_exclude_lists, suggest_exclude_list
+from pipeline.audit.findings import collect_findings
+from pipeline.build.repair import repair_store
+from pipeline.build.verify import find_faults
 from pipeline.errors import InputError, RunError, StoreError
-from pipeline.report.describe import describe_store, told
-from pipeline.report.store_page import page
-from pipeline.store.exclusions import EXCLUDED, ExcludeList, Exclusions
+from pipeline.report.describe import describe_rows, describe_store
+from pipeline.report.store_page import render_store_page
+from pipeline.store.exclusions import EXCLUSIONS_FILE, ExcludeList, Exclusions
 from pipeline.store.feature_store import FeatureStore
-from pipeline.store.summary import coverage
+from pipeline.store.summary import coverage_table
 from pipeline.store.tables import read_table, write_table
 
 TRAIN, EVAL = clip_id(2), clip_id(40)
@@ -49,7 +49,7 @@ def manifest_of(*ids: str) -> pl.DataFrame:
 
 
 def identity_of(store: FeatureStore) -> dict:
-    return TrainingSet(stores=(store.path,)).identity(store)
+    return TrainingSet(stores=(store.path,)).data_identity(store)
 
 
 # read -----------------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def test_a_text_is_one_id_a_line(tmp_path, text, found, unknown):
     """Ids are whatever somebody called their files; what the store knows is an id."""
     (path := tmp_path / "list.txt").write_bytes(text.encode())
     manifest = manifest_of("a", "b", "c", "-x", "a#1", *(["a #x"] if text == "a #x\n" else []))
-    frame, missing = ExcludeList.read(path).found(manifest)
+    frame, missing = ExcludeList.read(path).match_clips(manifest)
     assert (sorted(frame["clip_id"]), missing) == (sorted(found), unknown)
     assert frame["split"].null_count() == frame.height
 
@@ -88,9 +88,9 @@ def test_a_table_may_name_the_split(tmp_path, suffix):
         {"clip_id": ["a", "a", "b", "b", "c"], "split": ["train", "eval", "train", "eval", "train"]}
     )
     read = ExcludeList.read(path)
-    found, unknown = read.found(manifest)
+    found, unknown = read.match_clips(manifest)
     assert unknown == ["c"]
-    assert Exclusions(frame=found).marks_N(manifest).tolist() == [False, True, True, True, False]
+    assert Exclusions(frame=found).excluded_mask_N(manifest).tolist() == [False, True, True, True, False]
     assert (read.name, len(read.sha256)) == (path.name, 64)
 
 
@@ -119,7 +119,7 @@ def test_what_is_no_list_is_one_line(tmp_path, name, content, said):
 def test_a_table_written_by_a_spreadsheet_is_read(tmp_path):
     """Byte order mark, Windows line ends, blanks about the names of columns, a suffix in capitals."""
     (path := tmp_path / "LIST.CSV").write_bytes("\ufeffclip_id, split\r\na,eval\r\nb,\r\n".encode())
-    found, unknown = ExcludeList.read(path).found(manifest_of("b", "a"))
+    found, unknown = ExcludeList.read(path).match_clips(manifest_of("b", "a"))
     assert (found.select("clip_id", "split").rows(), unknown) == ([("a", "eval"), ("b", None)], [])
 
 
@@ -128,7 +128,7 @@ def test_a_table_written_by_a_spreadsheet_is_read(tmp_path):
 
 def test_excluded_clips_are_not_drawn_and_all_others_are(copy, store, a_list):
     """From any list of splits; what had failed stays out as it was."""
-    (done,) = record(FeatureStore.open(copy), [a_list])
+    (done,) = record_exclude_lists(FeatureStore.open(copy), [a_list])
     assert str(done) == "noisy.txt: 3 clips excluded"
     after = FeatureStore.open(copy)
     gone = set(store.good_rows()) - set(after.good_rows())
@@ -140,52 +140,52 @@ def test_excluded_clips_are_not_drawn_and_all_others_are(copy, store, a_list):
 def test_a_list_replaces_the_one_before_and_none_takes_all_back(copy, a_list, tmp_path):
     """What counts is what was said last."""
     everything = FeatureStore.open(copy).good_rows().tolist()
-    record(FeatureStore.open(copy), [a_list])
+    record_exclude_lists(FeatureStore.open(copy), [a_list])
     (other := tmp_path / "other.txt").write_text(clip_id(7))
-    record(FeatureStore.open(copy), [other])
+    record_exclude_lists(FeatureStore.open(copy), [other])
     assert set(everything) - set(FeatureStore.open(copy).good_rows().tolist()) == {7}
-    record(FeatureStore.open(copy), [])
+    record_exclude_lists(FeatureStore.open(copy), [])
     store = FeatureStore.open(copy)
     assert store.good_rows().tolist() == everything
-    assert (store.excluded.digest, store.excluded.lists()) == (None, [])
+    assert (store.exclusions.digest, store.exclusions.summarise_lists()) == (None, [])
 
 
 def test_the_digest_is_of_the_clips_and_not_of_how_they_were_listed(copy, a_list, tmp_path):
     """Two runs that drew the same clips may carry on from each other."""
-    record(FeatureStore.open(copy), [a_list])
-    one = FeatureStore.open(copy).excluded.digest
+    record_exclude_lists(FeatureStore.open(copy), [a_list])
+    one = FeatureStore.open(copy).exclusions.digest
     (first := tmp_path / "b.txt").write_text(f"{EVAL}\n{clip_id(5)}\n")
     (second := tmp_path / "a.txt").write_text(f"{TRAIN}\n{EVAL}\n")
-    record(FeatureStore.open(copy), [first, second])
-    assert FeatureStore.open(copy).excluded.digest == one
-    record(FeatureStore.open(copy), [first])
-    assert FeatureStore.open(copy).excluded.digest not in (one, None)
+    record_exclude_lists(FeatureStore.open(copy), [first, second])
+    assert FeatureStore.open(copy).exclusions.digest == one
+    record_exclude_lists(FeatureStore.open(copy), [first])
+    assert FeatureStore.open(copy).exclusions.digest not in (one, None)
 
 
 def test_unknown_ids_are_told_and_refused_only_where_none_is_known(copy, tmp_path):
     """A list for all of AudioSet serves a subset; one for another set is a mistake."""
     (path := tmp_path / "x.txt").write_text(f"{TRAIN}\nclip_00004\nnowhere\n")
-    (done,) = record(FeatureStore.open(copy), [path])
-    assert (done.clips, done.unknown) == (1, 2)
+    (done,) = record_exclude_lists(FeatureStore.open(copy), [path])
+    assert (done.clip_count, done.unknown_count) == (1, 2)
     assert "2 ids are not in the store, such as 'clip_00004'; did you mean" in str(done)
-    before = (copy / EXCLUDED).read_bytes()
+    before = (copy / EXCLUSIONS_FILE).read_bytes()
     path.write_text("clip_0000xx\nnowhere\n")
     with pytest.raises(
         InputError, match=r"names no clip of .*: 2 not there, such as 'clip_0000xx'; did you mean 'clip_0000"
     ):
-        record(FeatureStore.open(copy), [path])
-    assert (copy / EXCLUDED).read_bytes() == before
+        record_exclude_lists(FeatureStore.open(copy), [path])
+    assert (copy / EXCLUSIONS_FILE).read_bytes() == before
 
 
 def test_a_build_and_a_repair_keep_the_lists(copy, corpus, a_list):
     """Clips that arrive later must not bring excluded ones along."""
-    record(FeatureStore.open(copy), [a_list])
-    before, rows = (copy / EXCLUDED).read_bytes(), FeatureStore.open(copy).good_rows().tolist()
+    record_exclude_lists(FeatureStore.open(copy), [a_list])
+    before, rows = (copy / EXCLUSIONS_FILE).read_bytes(), FeatureStore.open(copy).good_rows().tolist()
     build(corpus, copy)
     (copy / "stats.json").unlink()
-    repair(copy, list(faults_of(copy)), workers=0)
-    assert (copy / EXCLUDED).read_bytes() == before
-    assert list(faults_of(copy)) == []
+    repair_store(copy, list(find_faults(copy)), workers=0)
+    assert (copy / EXCLUSIONS_FILE).read_bytes() == before
+    assert list(find_faults(copy)) == []
     assert FeatureStore.open(copy).good_rows().tolist() == rows
 
 
@@ -205,30 +205,30 @@ def other_clip(path):
 )
 def test_damage_is_a_fault_with_its_mend_and_nothing_is_drawn(copy, a_list, damage):
     """A clip that was to be left out must not come back unseen."""
-    record(FeatureStore.open(copy), [a_list])
-    damage(copy / EXCLUDED)
-    (fault,) = faults_of(copy)
+    record_exclude_lists(FeatureStore.open(copy), [a_list])
+    damage(copy / EXCLUSIONS_FILE)
+    (fault,) = find_faults(copy)
     assert (
         "excluded.parquet: not as written; record the lists again with: ajepa-data audit-labels" in fault.text
     )
     with pytest.raises(StoreError, match="--no-exclude"):
         FeatureStore.open(copy).good_rows()
-    record(FeatureStore.open(copy), [a_list])
-    assert list(faults_of(copy)) == []
+    record_exclude_lists(FeatureStore.open(copy), [a_list])
+    assert list(find_faults(copy)) == []
 
 
 def test_a_flipped_byte_changes_nothing_unseen(copy, a_list):
     """Anywhere in the file, the footer included."""
-    record(FeatureStore.open(copy), [a_list])
-    path, rng = copy / EXCLUDED, np.random.default_rng(0)
-    whole, frame = path.read_bytes(), FeatureStore.open(copy).excluded.frame
+    record_exclude_lists(FeatureStore.open(copy), [a_list])
+    path, rng = copy / EXCLUSIONS_FILE, np.random.default_rng(0)
+    whole, frame = path.read_bytes(), FeatureStore.open(copy).exclusions.frame
     found = 0
     for place in rng.integers(0, len(whole), 40):
         content = bytearray(whole)
         content[place] ^= int(rng.integers(1, 256))
         path.write_bytes(content)
         try:
-            assert FeatureStore.open(copy).excluded.frame.equals(frame)
+            assert FeatureStore.open(copy).exclusions.frame.equals(frame)
         except StoreError:
             found += 1
     assert found
@@ -238,32 +238,33 @@ def test_a_run_with_other_lists_is_refused_with_the_difference(copy, store_path,
     """And one without any is as it was before there were lists."""
     plain = identity_of(FeatureStore.open(store_path))
     assert "excluded" not in plain
-    record(FeatureStore.open(copy), [a_list])
+    record_exclude_lists(FeatureStore.open(copy), [a_list])
     listed = identity_of(FeatureStore.open(copy))
-    assert listed == plain | {"excluded": FeatureStore.open(copy).excluded.digest}
-    Run.start(tmp_path / "run", recipe={}, identity=plain)
+    assert listed == plain | {"excluded": FeatureStore.open(copy).exclusions.digest}
+    Run.create_or_open(tmp_path / "run", recipe={}, identity=plain)
     with pytest.raises(RunError, match=r"identity.excluded: was absent, now [0-9a-f]{12}"):
-        Run.start(tmp_path / "run", recipe={}, identity=listed)
-    record(FeatureStore.open(copy), [])
-    Run.start(tmp_path / "run", recipe={}, identity=identity_of(FeatureStore.open(copy)))
+        Run.create_or_open(tmp_path / "run", recipe={}, identity=listed)
+    record_exclude_lists(FeatureStore.open(copy), [])
+    Run.create_or_open(tmp_path / "run", recipe={}, identity=identity_of(FeatureStore.open(copy)))
 
 
 def test_coverage_page_and_inspection_tell_of_it(copy, store, a_list):
     """Whoever wonders where a clip is finds the list that took it."""
-    assert "excluded" not in coverage(
+    assert "excluded" not in coverage_table(
         store.manifest, store.excluded.marks_N(store.manifest)
     ) + describe_store(store)
-    assert "exclude lists" not in page(store, clips=1)
-    record(FeatureStore.open(copy), [a_list])
+    assert "exclude lists" not in render_store_page(store, clip_count=1)
+    record_exclude_lists(FeatureStore.open(copy), [a_list])
     store = FeatureStore.open(copy)
-    lines = coverage(store.manifest, store.excluded.marks_N(store.manifest)).splitlines()
+    lines = coverage_table(store.manifest, store.exclusions.excluded_mask_N(store.manifest)).splitlines()
     assert [line.split()[-2:] for line in lines if "excluded by a list" in line] == [["1", "1"]]
     assert "3 clips by noisy.txt (sha256 " in describe_store(store)
-    assert "excluded" in told(store, [2])
-    assert "by noisy.txt" in told(store, [2])
-    assert "excluded" not in told(store, [3])
-    assert "Good clips that exclude lists keep loaders from drawing: 2 (3 clips by noisy.txt)." in page(
-        store, clips=1
+    assert "excluded" in describe_rows(store, [2])
+    assert "by noisy.txt" in describe_rows(store, [2])
+    assert "excluded" not in describe_rows(store, [3])
+    assert (
+        "Good clips that exclude lists keep loaders from drawing: 2 (3 clips by noisy.txt)."
+        in render_store_page(store, clip_count=1)
     )
 
 
@@ -271,9 +272,11 @@ def test_the_page_of_a_store_of_which_all_is_excluded_says_so(copy, tmp_path):
     """It tells who did it: it must not fail for want of a picture."""
     path = tmp_path / "all.csv"
     FeatureStore.open(copy).manifest.select("clip_id").write_csv(path)
-    record(FeatureStore.open(copy), [path])
-    assert "Every good clip is excluded, so there is nothing to show." in page(FeatureStore.open(copy))
-    found = findings(audit(Rows.of(FeatureStore.open(copy))), "x")
+    record_exclude_lists(FeatureStore.open(copy), [path])
+    assert "Every good clip is excluded, so there is nothing to show." in render_store_page(
+        FeatureStore.open(copy)
+    )
+    found = collect_findings(audit_clips(AuditedClips.of_store(FeatureStore.open(copy))), "x")
     assert not [f for f in found if "pre-training only" in f.what]
 
 
@@ -282,9 +285,9 @@ def test_a_list_of_another_split_is_told_so(copy, tmp_path):
     path = tmp_path / "a.csv"
     path.write_text(f"clip_id,split\n{TRAIN},eval\n")
     with pytest.raises(InputError, match=f"1 not there, such as '{TRAIN}', which is in a_train only"):
-        record(FeatureStore.open(copy), [path])
+        record_exclude_lists(FeatureStore.open(copy), [path])
     path.write_text(f"clip_id,split\n{TRAIN},eval\n{EVAL},eval\n")
-    (done,) = record(FeatureStore.open(copy), [path])
+    (done,) = record_exclude_lists(FeatureStore.open(copy), [path])
     said = f"1 clip excluded, 1 id is not in the store, such as '{TRAIN}', which is in a_train only"
     assert str(done) == f"a.csv: {said}"
 
@@ -298,23 +301,23 @@ def leaking(copy, **ids):
     digests = frame["digest"].to_list()
     digests[2], digests[7] = digests[40], digests[41]
     write_table(copy / "manifest.parquet", frame.with_columns(digest=pl.Series(digests), **ids), metadata)
-    return Rows.of(FeatureStore.open(copy))
+    return AuditedClips.of_store(FeatureStore.open(copy))
 
 
 @pytest.mark.parametrize("name", ["leaks.txt", "new/leaks.csv"])
 def test_what_is_suggested_mends_the_leaks_and_keeps_eval(copy, tmp_path, name):
     """Suggested, recorded, and none is left."""
     rows = leaking(copy)
-    assert [c.leak for c in audit(rows).copies] == [True]
-    assert suggest(rows, tmp_path / name) == 2
+    assert [c.leak for c in audit_clips(rows).copies] == [True]
+    assert suggest_exclude_list(rows, tmp_path / name) == 2
     text = (tmp_path / name).read_text()
     assert f"has the exact audio of {clip_id(40)} in eval" in text
     before, after = FeatureStore.open(copy).good_rows(), FeatureStore.open(copy)
-    record(FeatureStore.open(copy), [tmp_path / name])
+    record_exclude_lists(FeatureStore.open(copy), [tmp_path / name])
     assert set(before) - set(after.good_rows()) == {2, 7}  # row 40 and 41 of eval stay
-    rows = Rows.of(after)
-    assert audit(rows).copies == ()
-    assert suggest(rows, tmp_path / "more.txt") == 0
+    rows = AuditedClips.of_store(after)
+    assert audit_clips(rows).copies == ()
+    assert suggest_exclude_list(rows, tmp_path / "more.txt") == 0
     assert not (tmp_path / "more.txt").exists()
 
 
@@ -322,9 +325,9 @@ def test_ids_that_a_text_cannot_hold_are_asked_for_as_csv(copy, tmp_path):
     """`loop #3` would come back as `loop`."""
     rows = leaking(copy, clip_id=pl.col("clip_id") + " #3")
     with pytest.raises(InputError, match=r"a text cannot name 'clip_000002 #3' alone; .* \.csv"):
-        suggest(rows, tmp_path / "leaks.txt")
-    assert suggest(rows, tmp_path / "leaks.csv") == 2
-    frame, unknown = ExcludeList.read(tmp_path / "leaks.csv").found(rows.manifest)
+        suggest_exclude_list(rows, tmp_path / "leaks.txt")
+    assert suggest_exclude_list(rows, tmp_path / "leaks.csv") == 2
+    frame, unknown = ExcludeList.read(tmp_path / "leaks.csv").match_clips(rows.manifest)
     assert (frame["clip_id"].to_list(), unknown) == (["clip_000002 #3", "clip_000007 #3"], [])
 
 
@@ -334,22 +337,22 @@ def test_one_id_in_two_splits_is_suggested_for_one_of_them(copy, tmp_path):
     ids = frame["clip_id"].to_list()
     ids[2] = ids[40]
     write_table(copy / "manifest.parquet", frame.with_columns(clip_id=pl.Series(ids)), metadata)
-    rows = Rows.of(FeatureStore.open(copy))
+    rows = AuditedClips.of_store(FeatureStore.open(copy))
     with pytest.raises(InputError, match="csv"):
-        suggest(rows, tmp_path / "leaks.txt")
-    assert suggest(rows, tmp_path / "leaks.csv") == 1
-    record(FeatureStore.open(copy), [tmp_path / "leaks.csv"])
+        suggest_exclude_list(rows, tmp_path / "leaks.txt")
+    assert suggest_exclude_list(rows, tmp_path / "leaks.csv") == 1
+    record_exclude_lists(FeatureStore.open(copy), [tmp_path / "leaks.csv"])
     store = FeatureStore.open(copy)
     assert (2 in store.good_rows(), 40 in store.good_rows()) == (False, True)
 
 
 def test_nothing_is_suggested_where_no_split_is_held_out(copy, tmp_path):
     """Folds take turns; the user may name one."""
-    rows = Rows.of(FeatureStore.open(copy), ["a_train", "eval"])
+    rows = AuditedClips.of_store(FeatureStore.open(copy), ["a_train", "eval"])
     with pytest.raises(InputError, match=r"every split is held out, so nothing can leak; .* --eval SPLIT"):
-        suggest(rows, tmp_path / "x.txt")
+        suggest_exclude_list(rows, tmp_path / "x.txt")
     with pytest.raises(StoreError, match="no split 'dev'; it has: a_train, eval"):
-        Rows.of(FeatureStore.open(copy), ["dev"])
+        AuditedClips.of_store(FeatureStore.open(copy), ["dev"])
 
 
 # the command ----------------------------------------------------------------------------------------------------

@@ -10,16 +10,16 @@ import pytest
 import torch
 from stores import build
 
-from pipeline.audio.mel_spec import mel_spec
+from pipeline.audio.mel_spec import preset_mel_spec
 from pipeline.build.build import build_store
-from pipeline.build.plan import Build, Output
-from pipeline.datasets.audioset import audioset
-from pipeline.errors import BrokenClip, StoreError
+from pipeline.build.plan import BuildOptions, StoreOutput
+from pipeline.datasets.audioset import audioset_corpus
+from pipeline.errors import BrokenClipError, StoreError
 from pipeline.loading.dali import DaliLoader
 from pipeline.loading.loader import PlainLoader, View
-from pipeline.loading.sampling import Order
-from pipeline.store.feature_store import FeatureStore, pooled_bands
-from pipeline.store.joined_store import JoinedStore, class_list_told
+from pipeline.loading.sampling import RowOrder
+from pipeline.store.feature_store import FeatureStore, pool_band_mean_and_std
+from pipeline.store.joined_store import JoinedStore, describe_class_list
 
 CLIPS, OTHER_CLIPS = 48, 24
 
@@ -62,10 +62,10 @@ def test_a_broken_clip_is_told_by_its_row_of_them_all(store, other_store_path, m
     other = FeatureStore.open(other_store_path)
 
     def broken(rows_B, **how):
-        raise BrokenClip(int(rows_B[0]), f"{other.path}: row {rows_B[0]} cannot be read")
+        raise BrokenClipError(int(rows_B[0]), f"{other.path}: row {rows_B[0]} cannot be read")
 
     monkeypatch.setattr(other, "read", broken)
-    with pytest.raises(BrokenClip, match=r"other\.zarr: row 3 cannot be read") as told:
+    with pytest.raises(BrokenClipError, match=r"other\.zarr: row 3 cannot be read") as told:
         JoinedStore([store, other]).read(np.array([1, CLIPS + 3]))
     assert told.value.row == CLIPS + 3
 
@@ -107,7 +107,7 @@ def test_mean_and_deviation_are_those_of_all_values(joined):
 def test_a_band_of_one_value_has_a_deviation_to_divide_by():
     """High bands of sounds at 8 kHz hold nothing but the floor."""
     part = {"frames": 10, "mean_F": [1.0, 2.0], "std_F": [0.0, 1.0]}
-    assert pooled_bands([part])[1].tolist() == [0.005, 1.0]
+    assert pool_band_mean_and_std([part])[1].tolist() == [0.005, 1.0]
 
 
 def test_weights_are_shared_out_among_the_rows_of_each_store(joined):
@@ -125,7 +125,7 @@ def test_batches_of_joined_stores_are_those_of_each_store(joined, store, kind):
     """Through both loaders, with labels: a clip of the first store comes as that store alone would give it."""
     pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not there: only Linux has it")
     view = View(frames=96, mean=-5.0, std=3.0, crop="start", label_set="raw")
-    order = Order(rows_N=joined.good_rows(), clips=7, seed=2)
+    order = RowOrder(rows_N=joined.good_rows(), clips=7, seed=2)
     with kind(joined, order, view) as loader:
         batches = list(loader.batches(0, 2 * order.steps_per_epoch))
     rows_N = np.concatenate([batch.rows_B for batch in batches])
@@ -134,7 +134,9 @@ def test_batches_of_joined_stores_are_those_of_each_store(joined, store, kind):
     for batch in batches:
         for clip, row in enumerate(batch.rows_B):
             if row < CLIPS:
-                alone = PlainLoader(store, Order(rows_N=np.array([row]), clips=1, seed=0), view).batch(0)
+                alone = PlainLoader(
+                    store, RowOrder(rows_N=np.array([row]), clips=1, seed=0), view
+                ).make_batch(0)
                 assert torch.equal(batch.mel_BTF[clip], alone.mel_BTF[0])
                 assert torch.equal(batch.labels_BC[clip], alone.labels_BC[0])
 
@@ -176,8 +178,12 @@ def test_a_split_of_one_store_only_is_that_stores_rows(store, corpus, tmp_path):
     """AudioSet has `unbalanced_train`, one's own sounds have `train`."""
     segments = tmp_path / "mine_segments.csv"
     shutil.copy(corpus / "eval_segments.csv", segments)
-    mine = audioset([corpus / "audio"], [segments])
-    build_store(mine, Output(path=tmp_path / "mine.zarr", spec=mel_spec("a-jepa")), Build(workers=0))
+    mine = audioset_corpus([corpus / "audio"], [segments])
+    build_store(
+        mine,
+        StoreOutput(path=tmp_path / "mine.zarr", spec=preset_mel_spec("a-jepa")),
+        BuildOptions(workers=0),
+    )
     both = JoinedStore([store, FeatureStore.open(tmp_path / "mine.zarr")])
     assert (both.good_rows(["mine"]) >= CLIPS).all()
     assert (both.good_rows(["eval"]) < CLIPS).all()
@@ -216,8 +222,8 @@ def test_stores_of_other_classes_are_refused(store, store_path, tmp_path):
 
 def test_the_first_class_that_differs_is_told():
     """Of a longer list, the first that the other lacks."""
-    assert class_list_told(["a", "b", "c"], ["a", "b"]) == "of 3 classes, number 2 is c"
-    assert class_list_told(["a", "b"], ["a", "b", "c"]) == "of 2 classes"
+    assert describe_class_list(["a", "b", "c"], ["a", "b"]) == "of 3 classes, number 2 is c"
+    assert describe_class_list(["a", "b"], ["a", "b", "c"]) == "of 2 classes"
 
 
 def test_a_store_given_twice_is_refused(store, store_path, tmp_path):

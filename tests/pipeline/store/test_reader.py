@@ -14,29 +14,29 @@ import numpy as np
 import pytest
 from damage import DAMAGES, copied, flip
 
-from pipeline.errors import BrokenClip, InputError, StoreError
+from pipeline.errors import BrokenClipError, InputError, StoreError
 from pipeline.loading.dali import DaliLoader
 from pipeline.loading.loader import PlainLoader, View
-from pipeline.loading.sampling import Order
+from pipeline.loading.sampling import RowOrder
 from pipeline.store import reader as reader_module
 from pipeline.store.feature_store import FeatureStore
-from pipeline.store.header import Layout
+from pipeline.store.header import ShardLayout
 from pipeline.store.reader import ShardReader
 from pipeline.store.shards import ShardWriter, shard_path
 
-LAYOUT = Layout(clips=20, frames=60, bands=40, dtype="float16", shard_clips=16)
+LAYOUT = ShardLayout(clips=20, frames=60, bands=40, dtype="float16", shard_clips=16)
 
 IOS = ("pread", "mmap", "direct")
 
 
-def write(folder: Path, layout: Layout, mel_NTF: np.ndarray) -> None:
+def write(folder: Path, layout: ShardLayout, mel_NTF: np.ndarray) -> None:
     """Every shard out of all values; rows of NaN or 0 are not there."""
-    for shard in range(layout.shards):
+    for shard in range(layout.shard_count):
         writer = ShardWriter(folder, layout, shard)
-        for row in layout.rows(shard):
+        for row in layout.rows_of_shard(shard):
             if not np.isnan(mel_NTF[row]).all() and mel_NTF[row].any():
-                writer.add(row, mel_NTF[row])
-        writer.finish()
+                writer.append_clip(row, mel_NTF[row])
+        writer.finish_file()
         writer.place()
 
 
@@ -49,7 +49,7 @@ def written(tmp_path) -> tuple[Path, np.ndarray]:
     return tmp_path, mel_NTF
 
 
-def reader_of(folder: Path, layout: Layout = LAYOUT, **how) -> ShardReader:
+def reader_of(folder: Path, layout: ShardLayout = LAYOUT, **how) -> ShardReader:
     return ShardReader(partial(shard_path, folder), layout, **how)
 
 
@@ -87,7 +87,7 @@ def test_rows_and_crops_of_them_are_read_bit_for_bit(written, io, check, cold):
 @pytest.mark.parametrize("row", [2, 19])
 def test_a_clip_that_is_not_there_is_refused(written, io, row):
     """Zarr gives the fill value for it; a trainer must never see one."""
-    with pytest.raises(BrokenClip, match="does not hold it") as refused:
+    with pytest.raises(BrokenClipError, match="does not hold it") as refused:
         read(reader_of(written[0], io=io), [0, row], [0, 0])
     assert refused.value.row == row
 
@@ -101,14 +101,14 @@ def test_a_shard_cut_while_it_is_open_is_told_and_kills_nobody(written, io):
     os.truncate(shard_path(folder, 0), 3 * 4804 + 17)
     np.testing.assert_array_equal(read(reader, [0, 3], [0, 0]), mel_NTF[[0, 3]])
     for start, frames in ((0, 60), (50, 5)):
-        with pytest.raises(BrokenClip, match="0/0/0: ends early") as refused:
+        with pytest.raises(BrokenClipError, match="0/0/0: ends early") as refused:
             read(reader, [0, 15], [0, start], frames)
         assert refused.value.row == 15
 
 
 def test_a_shard_that_is_replaced_is_read_by_its_new_index(written, monkeypatch):
     """A repair may move clips while a training run has their old places in mind."""
-    monkeypatch.setattr(reader_module, "OPEN_SHARDS", 1)
+    monkeypatch.setattr(reader_module, "MAX_OPEN_SHARDS", 1)
     folder, mel_NTF = written
     reader = reader_of(folder)
     read(reader, [3, 16], [0, 0])
@@ -119,8 +119,8 @@ def test_a_shard_that_is_replaced_is_read_by_its_new_index(written, monkeypatch)
 
 def test_chunks_of_another_length_are_refused(written):
     """A shard of another spec or a compressed one, put in the place of ours."""
-    short = Layout(clips=20, frames=60, bands=30, dtype="float16", shard_clips=16)
-    with pytest.raises(BrokenClip, match="chunks that are not 3600 bytes"):
+    short = ShardLayout(clips=20, frames=60, bands=30, dtype="float16", shard_clips=16)
+    with pytest.raises(BrokenClipError, match="chunks that are not 3600 bytes"):
         reader_of(written[0], short).read(np.zeros(1, int), np.zeros(1, int), np.empty((1, 60, 30), "f2"))
 
 
@@ -148,7 +148,7 @@ def test_a_flipped_bit_is_told_as_often_as_its_check_is_due(store_path, tmp_path
         for row in rows:
             try:
                 store.read(np.array([row]), frames=10)
-            except BrokenClip as broken:
+            except BrokenClipError as broken:
                 told[check].append(broken.row)
     assert told == {"never": [], "first-epoch": [rows[6]], "always": [rows[1], rows[6]]}
 
@@ -159,7 +159,7 @@ def test_one_line_names_store_shard_row_clip_and_what_mends_it(store_path, tmp_p
     """Found at three in the morning, in a log."""
     path = copied(store_path, tmp_path)
     damage(path, 20)
-    with pytest.raises(BrokenClip) as broken:
+    with pytest.raises(BrokenClipError) as broken:
         FeatureStore.open(path, io=io).read(np.array([0, 20]))
     assert broken.value.row == 20
     text = str(broken.value)
@@ -176,7 +176,7 @@ def test_a_row_that_never_was_good_is_the_callers_mistake(store):
         StoreError, match=rf"row {row} \(clip clip_00000{row}\) is not good: missing"
     ) as refused:
         store.read(np.array([row]))
-    assert not isinstance(refused.value, BrokenClip)
+    assert not isinstance(refused.value, BrokenClipError)
 
 
 def test_what_is_no_fault_of_a_clip_condemns_none(store_path, monkeypatch):
@@ -189,7 +189,7 @@ def test_what_is_no_fault_of_a_clip_condemns_none(store_path, monkeypatch):
     monkeypatch.setattr(reader_module.os, "open", refused)
     with pytest.raises(StoreError, match=r"Too many open files; check .* `ulimit -n`") as refusal:
         store.read(store.good_rows()[:2])
-    assert not isinstance(refusal.value, BrokenClip)
+    assert not isinstance(refusal.value, BrokenClipError)
 
 
 def test_a_disk_that_fails_breaks_the_clip(store_path, monkeypatch):
@@ -201,7 +201,7 @@ def test_a_disk_that_fails_breaks_the_clip(store_path, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(reader_module.os, "preadv", failing)
-    with pytest.raises(BrokenClip, match="Input/output error"):
+    with pytest.raises(BrokenClipError, match="Input/output error"):
         store.read(np.array([0]))
     monkeypatch.setattr(reader_module.os, "preadv", preadv)
 
@@ -241,8 +241,8 @@ def test_a_way_of_reading_that_there_is_not_is_refused(store_path, wrong):
 @pytest.mark.parametrize("io", IOS)
 def test_a_reader_keeps_few_files_open(tmp_path, monkeypatch, io):
     """Two million clips are four thousand shards, more than a process may have open."""
-    monkeypatch.setattr(reader_module, "OPEN_SHARDS", 4)
-    layout = Layout(clips=160, frames=60, bands=40, dtype="uint8", shard_clips=16)
+    monkeypatch.setattr(reader_module, "MAX_OPEN_SHARDS", 4)
+    layout = ShardLayout(clips=160, frames=60, bands=40, dtype="uint8", shard_clips=16)
     mel_NTF = np.random.default_rng(0).integers(1, 255, (160, 60, 40)).astype(np.uint8)
     write(tmp_path, layout, mel_NTF)
     before, reader = len(os.listdir("/proc/self/fd")), reader_of(tmp_path, layout, io=io)
@@ -258,7 +258,7 @@ def test_a_reader_keeps_few_files_open(tmp_path, monkeypatch, io):
 @pytest.mark.parametrize("io", IOS)
 def test_threads_read_one_store_at_once(store_path, io, monkeypatch):
     """Each with files of its own, so that none closes what another reads; the checks are due once for all."""
-    monkeypatch.setattr(reader_module, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(reader_module, "MAX_OPEN_SHARDS", 2)
     store = FeatureStore.open(store_path, io=io)
     rows_N = store.good_rows()
     wanted_NTF = store.read(rows_N)
@@ -277,14 +277,14 @@ def view_of(store: FeatureStore, **kind) -> View:
     return View(**{"frames": 96, "mean": store.stats["all"]["mean"], "std": store.stats["all"]["std"]} | kind)
 
 
-def made_by(loader: type, store: FeatureStore, order: Order) -> tuple[list[int], BrokenClip]:
+def made_by(loader: type, store: FeatureStore, order: RowOrder) -> tuple[list[int], BrokenClipError]:
     """The rows of the batches that came, and what ended them."""
     rows: list[int] = []
     try:
         with loader(store, order, view_of(store)) as batches:
             for batch in batches.batches(0, 100):
                 rows.extend(batch.rows_B.tolist())
-    except BrokenClip as broken:
+    except BrokenClipError as broken:
         return rows, broken
     pytest.fail("nothing was told")
 
@@ -296,15 +296,15 @@ def test_what_breaks_is_told_in_its_turn_and_nothing_is_left_running(store_path,
     path = copied(store_path, tmp_path)
     store = FeatureStore.open(path)
     last_shard = 2 * store.header.layout.shard_clips
-    orders = (Order(rows_N=store.good_rows(), clips=2, seed=seed) for seed in range(10_000))
+    orders = (RowOrder(rows_N=store.good_rows(), clips=2, seed=seed) for seed in range(10_000))
     alone = [0, 0, 0, 1]  # how many of each step's rows are in the last shard
-    order = next(o for o in orders if [(o.rows(s) >= last_shard).sum() for s in range(4)] == alone)
-    row = int(order.rows(3).max())
+    order = next(o for o in orders if [(o.rows_at_step(s) >= last_shard).sum() for s in range(4)] == alone)
+    row = int(order.rows_at_step(3).max())
     damage(path, row)
     threads = threading.active_count()
     for loader in (PlainLoader, DaliLoader):
         rows, broken = made_by(loader, FeatureStore.open(path), order)
-        assert rows == np.concatenate([order.rows(s) for s in range(3)]).tolist()
+        assert rows == np.concatenate([order.rows_at_step(s) for s in range(3)]).tolist()
         assert broken.row == row
         assert said in str(broken)
     gc.collect()
@@ -322,7 +322,7 @@ def resources() -> tuple[int, int]:
 def test_two_hundred_epochs_take_no_more_than_twenty(store_path, loader):
     """Memory and descriptors are flat: a run of weeks does not die of the loader."""
     store = FeatureStore.open(store_path, check="always")
-    order = Order(rows_N=store.good_rows(), clips=9, seed=0)
+    order = RowOrder(rows_N=store.good_rows(), clips=9, seed=0)
     steps, seen = order.steps_per_epoch, {}
     with loader(store, order, view_of(store)) as batches:
         for step, _ in enumerate(batches.batches(0, 200 * steps), 1):

@@ -8,17 +8,17 @@ import pytest
 import zarr
 
 from pipeline.errors import StoreError
-from pipeline.store.header import Layout
+from pipeline.store.header import ShardLayout
 from pipeline.store.shards import (
     ShardWriter,
-    array_json,
-    check_array,
-    create_array,
-    shard_clips_for,
+    check_mel_array,
+    choose_shard_clips,
+    create_mel_array,
     shard_path,
+    zarr_array_json,
 )
 
-LAYOUT = Layout(clips=20, frames=6, bands=4, dtype="float16", shard_clips=16)
+LAYOUT = ShardLayout(clips=20, frames=6, bands=4, dtype="float16", shard_clips=16)
 
 
 @pytest.fixture
@@ -26,8 +26,8 @@ def written(tmp_path):
     """Twenty clips in two shards, the third and the last not there; the folder and the values."""
     mel_NTF = np.random.default_rng(0).normal(-8, 4, (20, 6, 4)).astype(np.float16)
     mel_NTF[[2, 19]] = np.nan
-    create_array(tmp_path, LAYOUT, {"ajepa": {}})
-    for shard in range(LAYOUT.shards):
+    create_mel_array(tmp_path, LAYOUT, {"ajepa": {}})
+    for shard in range(LAYOUT.shard_count):
         write(tmp_path, LAYOUT, shard, mel_NTF)
     return tmp_path, mel_NTF
 
@@ -37,8 +37,8 @@ def write(folder, layout, shard, mel_NTF):
     writer = ShardWriter(folder, layout, shard)
     for row in layout.rows(shard):
         if not np.isnan(mel_NTF[row]).all() and mel_NTF[row].any():
-            writer.add(row, mel_NTF[row])
-    digest = writer.finish()
+            writer.append_clip(row, mel_NTF[row])
+    digest = writer.finish_file()
     writer.place()
     return digest, writer
 
@@ -52,11 +52,11 @@ def test_any_zarr_library_reads_the_same_numbers(written):
 @pytest.mark.parametrize("dtype", ["float16", "uint8"])
 def test_a_shard_has_the_bytes_that_zarr_python_would_write(tmp_path, dtype):
     """The standard, byte for byte: written without the copies that zarr-python makes, gaps and a short end included."""
-    layout = Layout(clips=20, frames=6, bands=4, dtype=dtype, shard_clips=16)
+    layout = ShardLayout(clips=20, frames=6, bands=4, dtype=dtype, shard_clips=16)
     mel_NTF = np.random.default_rng(1).integers(1, 200, (20, 6, 4)).astype(dtype)
-    mel_NTF[[2, 15, 19]] = layout.fill
+    mel_NTF[[2, 15, 19]] = layout.fill_value
     for folder in (tmp_path / "ours", tmp_path / "zarr"):
-        create_array(folder, layout, {})
+        create_mel_array(folder, layout, {})
     zarr.open_group(tmp_path / "zarr", mode="r+")["mel"][:] = mel_NTF
     for shard in range(2):
         digest, writer = write(tmp_path / "ours", layout, shard, mel_NTF)
@@ -68,7 +68,7 @@ def test_a_shard_has_the_bytes_that_zarr_python_would_write(tmp_path, dtype):
 def test_a_shard_that_is_dropped_leaves_nothing(tmp_path):
     """An interrupted build must not litter."""
     writer = ShardWriter(tmp_path, LAYOUT, 0)
-    writer.add(0, np.ones((6, 4), np.float16))
+    writer.append_clip(0, np.ones((6, 4), np.float16))
     writer.close()
     assert not list(shard_path(tmp_path, 0).parent.iterdir())
 
@@ -85,7 +85,7 @@ def test_a_shard_that_is_dropped_leaves_nothing(tmp_path):
 )
 def test_shards_are_neither_too_many_nor_too_large(clips, clip_bytes, expected):
     """At most 128 MiB, at least 16 clips, at least 64 shards where the set allows it."""
-    assert shard_clips_for(clips, clip_bytes) == expected
+    assert choose_shard_clips(clips, clip_bytes) == expected
 
 
 def compressed(told):
@@ -120,18 +120,18 @@ def unsharded(told):
 )
 def test_an_array_of_another_form_is_refused_in_one_line(tmp_path, change):
     """Read by offset, compressed chunks would be noise that looks like sound."""
-    create_array(tmp_path, LAYOUT, {})
-    check_array(tmp_path, LAYOUT)
-    told = json.loads(array_json(LAYOUT))
+    create_mel_array(tmp_path, LAYOUT, {})
+    check_mel_array(tmp_path, LAYOUT)
+    told = json.loads(zarr_array_json(LAYOUT))
     change(told)
     (tmp_path / "mel" / "zarr.json").write_text(json.dumps(told))
     with pytest.raises(StoreError, match=r"mel/zarr.json: (tells of|not as written)") as refused:
-        check_array(tmp_path, LAYOUT)
+        check_mel_array(tmp_path, LAYOUT)
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "uint8"])
 def test_the_array_of_every_dtype_is_taken(tmp_path, dtype):
-    layout = Layout(clips=20, frames=6, bands=4, dtype=dtype, shard_clips=16)
-    create_array(tmp_path, layout, {})
-    check_array(tmp_path, layout)
+    layout = ShardLayout(clips=20, frames=6, bands=4, dtype=dtype, shard_clips=16)
+    create_mel_array(tmp_path, layout, {})
+    check_mel_array(tmp_path, layout)

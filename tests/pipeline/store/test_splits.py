@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.store.splits import held_out, measured_splits
+from pipeline.store.splits import evaluation_split_names, held_out_mask_N
 
 LETTERS = np.array(list("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"))
 
@@ -20,7 +20,7 @@ NUMBERED = pl.Series(f"{number}.wav" for number in range(20_000))
 )
 def test_a_split_named_eval_or_test_is_kept_to_measure_on(name):
     """As AudioSet, FSD50K, Speech Commands and most tables of people's own call it."""
-    assert measured_splits(["train", name]) == (name,)
+    assert evaluation_split_names(["train", name]) == (name,)
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_a_split_named_eval_or_test_is_kept_to_measure_on(name):
 )
 def test_any_other_split_is_trained_on(name):
     """Folds are nobody's, and a word may end in the same letters."""
-    assert measured_splits([name]) == ()
+    assert evaluation_split_names([name]) == ()
 
 
 @pytest.mark.parametrize("ids", [VIDEOS, NUMBERED], ids=["videos", "numbered"])
@@ -36,14 +36,14 @@ def test_any_other_split_is_trained_on(name):
 @pytest.mark.parametrize("seed", [0, 1, 2**63])
 def test_the_share_is_what_was_asked_for(ids, share, seed):
     """Within four standard deviations of independent coins, of random ids as of numbers in a row."""
-    held = held_out(ids, share, seed).sum()
+    held = held_out_mask_N(ids, share, seed).sum()
     assert abs(held - 20_000 * share) < 4 * np.sqrt(20_000 * share * (1 - share))
 
 
 @pytest.mark.parametrize("ids", [VIDEOS, NUMBERED], ids=["videos", "numbered"])
 def test_seeds_hold_out_independent_clips(ids):
     """Chi-square over the four cells of two seeds' halves; 16.3 is exceeded once in a thousand."""
-    cells_N = np.bincount(2 * held_out(ids, 0.5, 0) + held_out(ids, 0.5, 1), minlength=4)
+    cells_N = np.bincount(2 * held_out_mask_N(ids, 0.5, 0) + held_out_mask_N(ids, 0.5, 1), minlength=4)
     assert ((cells_N - 5_000) ** 2 / 5_000).sum() < 16.3
 
 
@@ -51,45 +51,45 @@ def test_seeds_hold_out_independent_clips(ids):
 def test_clips_that_are_added_or_lost_move_no_other(kept):
     """A store that has grown is evaluated on what it was not trained on before."""
     some = sorted(kept)
-    assert np.array_equal(held_out(VIDEOS[:1_000], 0.3)[some], held_out(VIDEOS[some], 0.3))
+    assert np.array_equal(held_out_mask_N(VIDEOS[:1_000], 0.3)[some], held_out_mask_N(VIDEOS[some], 0.3))
 
 
 def test_a_greater_share_holds_out_the_same_and_more():
     """None for a share of 0, all for 1."""
-    less, more = held_out(VIDEOS, 0.1), held_out(VIDEOS, 0.2)
+    less, more = held_out_mask_N(VIDEOS, 0.1), held_out_mask_N(VIDEOS, 0.2)
     assert (more | ~less).all()
-    assert not held_out(VIDEOS, 0.0).any()
-    assert held_out(VIDEOS, 1.0).all()
+    assert not held_out_mask_N(VIDEOS, 0.0).any()
+    assert held_out_mask_N(VIDEOS, 1.0).all()
 
 
 def test_pieces_of_a_sound_go_one_way():
     """Else a model is measured on the other half of what it has heard."""
     sounds = [f"hall/{number}.flac" for number in range(200)]
     pieces = pl.Series(f"{sound}@{start}" for sound in sounds for start in (0, 10_000, 20_000))
-    held_NP = held_out(pieces, 0.5).reshape(200, 3)
+    held_NP = held_out_mask_N(pieces, 0.5).reshape(200, 3)
     assert (held_NP.min(1) == held_NP.max(1)).all()
-    assert np.array_equal(held_NP[:, 0], held_out(pl.Series(sounds), 0.5))
+    assert np.array_equal(held_NP[:, 0], held_out_mask_N(pl.Series(sounds), 0.5))
 
 
 def test_segments_of_a_video_go_one_way():
     """AudioSet-strong names them by video and millisecond, the official lists by the video alone."""
     segments = pl.Series(f"{video}_{start}" for video in VIDEOS[:200] for start in (0, 30_000, 120_000))
-    held_NP = held_out(segments, 0.5).reshape(200, 3)
-    assert np.array_equal(held_NP, np.repeat(held_out(VIDEOS[:200], 0.5)[:, None], 3, 1))
+    held_NP = held_out_mask_N(segments, 0.5).reshape(200, 3)
+    assert np.array_equal(held_NP, np.repeat(held_out_mask_N(VIDEOS[:200], 0.5)[:, None], 3, 1))
 
 
 def test_numbered_sounds_are_not_taken_for_segments():
     """Whatever their first 11 characters are: else a set would be held out as a whole, or not at all."""
     numbered = pl.Series(f"mydataset01_{number:06d}" for number in range(1, 1_000))
-    assert 400 < held_out(numbered, 0.5).sum() < 600
+    assert 400 < held_out_mask_N(numbered, 0.5).sum() < 600
 
 
 def test_the_same_clips_are_held_out_on_every_machine_and_day():
     """The hash is written out here, not Python's or polars' own, which change."""
-    assert np.flatnonzero(held_out(NUMBERED[:60], 0.2, 7)).tolist() == [10, 14, 33, 35, 44, 48, 54, 58]
+    assert np.flatnonzero(held_out_mask_N(NUMBERED[:60], 0.2, 7)).tolist() == [10, 14, 33, 35, 44, 48, 54, 58]
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_a_share_that_is_none_is_refused(share):
     with pytest.raises(ValueError, match="share must lie in"):
-        held_out(VIDEOS, share)
+        held_out_mask_N(VIDEOS, share)

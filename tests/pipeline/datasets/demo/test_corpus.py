@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import soundfile
 
-from pipeline.audio.decode import load
-from pipeline.audio.sources import Locator
+from pipeline.audio.decode import load_clip_audio
+from pipeline.audio.sources import SoundLocator
 from pipeline.datasets.demo import audio_files, corpus
-from pipeline.datasets.demo.clips import render
+from pipeline.datasets.demo.clips import render_clip
 from pipeline.datasets.demo.corpus import make_demo_corpus
-from pipeline.datasets.demo.synthesis import FORMULAS, RATE_HZ
+from pipeline.datasets.demo.synthesis import FORMULA_SOUNDS, SYNTHESIS_RATE_HZ
 from pipeline.errors import AudioError, InputError
-from pipeline.store.manifest import REASONS
+from pipeline.store.manifest import FAILURE_REASONS
 
 CLIPS = 40
 
-FORMULA = {sound.name: sound for sound in FORMULAS}
+FORMULA = {sound.name: sound for sound in FORMULA_SOUNDS}
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_every_good_file_decodes_to_what_it_declares(demo_corpus):
 def test_all_containers_and_many_rates_occur(demo_corpus):
     """A build that survives this corpus has met them all."""
     rows = good_clips(demo_corpus)
-    assert {row["container"] for row in rows} == set(audio_files.CONTAINERS)
+    assert {row["container"] for row in rows} == set(audio_files.CONTAINERS_BY_NAME)
     assert len({row["rate_hz"] for row in rows}) >= 5
     assert {row["channels"] for row in rows} == {"1", "2"}
 
@@ -166,8 +166,12 @@ def test_every_class_is_in_both_splits(demo_corpus):
 
 def test_a_file_holds_nothing_above_half_its_rate_folded_back(tmp_path):
     """A 7 kHz tone in an 8 kHz file must be gone, not come back at 1 kHz."""
-    wave_SN = np.sin(2 * np.pi * 7_000 * np.arange(RATE_HZ) / RATE_HZ)[:, None].astype(np.float32)
-    audio_files.write(tmp_path / "x.wav", wave_SN, audio_files.CONTAINERS["wav-16"], rate_hz=8_000)
+    wave_SN = np.sin(2 * np.pi * 7_000 * np.arange(SYNTHESIS_RATE_HZ) / SYNTHESIS_RATE_HZ)[:, None].astype(
+        np.float32
+    )
+    audio_files.write_audio_file(
+        tmp_path / "x.wav", wave_SN, audio_files.CONTAINERS_BY_NAME["wav-16"], rate_hz=8_000
+    )
     assert np.abs(soundfile.read(tmp_path / "x.wav")[0][400:-400]).max() < 1e-3
 
 
@@ -175,7 +179,7 @@ def test_broken_files_are_broken_as_said(demo_corpus):
     """One of each kind, each with the reason that a build must give."""
     rows = {row["kind"]: row for row in truth(demo_corpus) if row["kind"] != "clip"}
     file = {kind: demo_corpus / row["file"] for kind, row in rows.items()}
-    assert {row["expected"] for row in rows.values()} <= {*REASONS, "good", "unlisted"}
+    assert {row["expected"] for row in rows.values()} <= {*FAILURE_REASONS, "good", "unlisted"}
     assert file["empty_file"].stat().st_size == 0
     assert file["html_as_m4a"].read_text().startswith("<!DOCTYPE html>")
     assert not file["missing_file"].exists()
@@ -194,12 +198,14 @@ def test_every_row_decodes_or_fails_as_truth_says(demo_corpus):
     """`expected` is what the one door to audio files really answers; the unlisted file itself is good."""
     for row in truth(demo_corpus):
         try:
-            load(Locator.of(demo_corpus / row["file"]), start_seconds=30.0, end_seconds=40.0)
+            load_clip_audio(
+                SoundLocator.from_path(demo_corpus / row["file"]), start_seconds=30.0, end_seconds=40.0
+            )
             outcome = "good"
         except AudioError as error:
             outcome = error.reason
         assert (
-            outcome == (row["expected"] if row["expected"] in REASONS else "good")
+            outcome == (row["expected"] if row["expected"] in FAILURE_REASONS else "good")
             or row["expected"] == "duplicate"
         )
 
@@ -212,16 +218,16 @@ def test_the_readme_names_every_broken_file(demo_corpus):
 
 def test_the_same_seed_gives_the_same_bytes(demo_corpus, tmp_path):
     """For every container, dates and serial numbers included, and whatever was made before it or beside it."""
-    palette = corpus.formula_palette()
-    planned = corpus.plan_corpus(np.random.default_rng([0, 0]), palette, clips=CLIPS)
+    palette = corpus.formula_split_sounds()
+    planned = corpus.plan_demo_corpus(np.random.default_rng([0, 0]), palette, clips=CLIPS)
     one_each = {clip.container: clip for clip in reversed(planned) if clip.expected == "good"}
-    corpus.write_lists(
-        tmp_path, planned, title=f"source formula, clips {CLIPS}, seed 0, version {corpus.VERSION}"
+    corpus.write_segments_lists(
+        tmp_path, planned, title=f"source formula, clips {CLIPS}, seed 0, version {corpus.DEMO_VERSION}"
     )
-    corpus.write_truth(tmp_path, planned)
-    corpus.make_files(tmp_path, list(one_each.values()), palette, seed=0, quiet=True)
+    corpus.write_truth_table(tmp_path, planned)
+    corpus.write_clip_files(tmp_path, list(one_each.values()), palette, seed=0, quiet=True)
     made = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(made) == 3 + len(audio_files.CONTAINERS)
+    assert len(made) == 3 + len(audio_files.CONTAINERS_BY_NAME)
     assert [
         path for path in made if (tmp_path / path).read_bytes() != (demo_corpus / path).read_bytes()
     ] == []
@@ -229,10 +235,10 @@ def test_the_same_seed_gives_the_same_bytes(demo_corpus, tmp_path):
 
 def test_another_seed_gives_other_sounds():
     """Otherwise `--seed` would only rename the clips."""
-    palette = corpus.formula_palette()
-    first = corpus.plan_corpus(np.random.default_rng(0), palette, clips=20)[0]
+    palette = corpus.formula_split_sounds()
+    first = corpus.plan_demo_corpus(np.random.default_rng(0), palette, clips=20)[0]
     sounds = [FORMULA[name] for name in first.parts]
-    assert not np.array_equal(render(first, sounds, seed=0), render(first, sounds, seed=1))
+    assert not np.array_equal(render_clip(first, sounds, seed=0), render_clip(first, sounds, seed=1))
 
 
 def test_ogg_pages_are_sealed_as_libsndfile_seals_them(tmp_path):
@@ -249,7 +255,7 @@ def test_the_corpus_asked_for_is_left_alone_when_it_is_there(demo_corpus):
     """Running the same command twice costs nothing and changes nothing."""
     before = {path: path.stat().st_mtime_ns for path in demo_corpus.rglob("*")}
     again = make_demo_corpus(demo_corpus, clips=CLIPS, progress=False)
-    assert not again.made
+    assert not again.is_new
     assert "left alone" in str(again)
     assert {path: path.stat().st_mtime_ns for path in demo_corpus.rglob("*")} == before
 
@@ -281,8 +287,10 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
     def interrupted(*_args, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(corpus, "write_truth", interrupted)
-    monkeypatch.setattr(corpus, "make_files", lambda folder, *_args, **_options: (folder / "audio").mkdir())
+    monkeypatch.setattr(corpus, "write_truth_table", interrupted)
+    monkeypatch.setattr(
+        corpus, "write_clip_files", lambda folder, *_args, **_options: (folder / "audio").mkdir()
+    )
     (tmp_path / "corpus.partial" / "audio" / "eval").mkdir(parents=True)
     with pytest.raises(KeyboardInterrupt):
         make_demo_corpus(tmp_path / "corpus", clips=20, progress=False)

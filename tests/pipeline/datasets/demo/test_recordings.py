@@ -12,17 +12,17 @@ import soundfile
 from pipeline.datasets.demo import corpus
 from pipeline.datasets.demo.corpus import make_demo_corpus
 from pipeline.datasets.demo.recordings import (
-    LICENCES,
-    MIDS,
-    Recording,
-    expand,
-    fetch,
-    recordings,
+    MID_OF_CLASS_NAME,
+    PACKAGE_LICENCES,
+    PackageRecording,
+    expand_braces,
+    fetch_packages,
+    list_recordings,
+    load_recorded_sound,
     repeat_with_gaps,
-    sound,
     split_recordings,
 )
-from pipeline.datasets.demo.synthesis import FORMULAS, RATE_HZ
+from pipeline.datasets.demo.synthesis import FORMULA_SOUNDS, SYNTHESIS_RATE_HZ
 from pipeline.errors import InputError
 
 CLASS_LIST = Path(__file__).parents[5] / "shared" / "audioset" / "class_labels_indices.csv"
@@ -33,14 +33,16 @@ def test_every_label_is_the_class_of_that_name():
     """An id mistyped would teach the wrong class in silence."""
     with CLASS_LIST.open(newline="", encoding="utf-8") as file:
         names = {row["mid"]: row["display_name"] for row in csv.DictReader(file)}
-    assert {sound.name: names[sound.mids[0]] for sound in FORMULAS} == {
-        sound.name: sound.name for sound in FORMULAS
+    assert {sound.name: names[sound.mids[0]] for sound in FORMULA_SOUNDS} == {
+        sound.name: sound.name for sound in FORMULA_SOUNDS
     }
-    assert {name: names[mid] for name, mid in MIDS.items()} == {name: name for name in MIDS}
+    assert {name: names[mid] for name, mid in MID_OF_CLASS_NAME.items()} == {
+        name: name for name in MID_OF_CLASS_NAME
+    }
 
 
-def recording(name: str, *classes: str) -> Recording:
-    return Recording(package="fake", path=name, classes=classes)
+def recording(name: str, *classes: str) -> PackageRecording:
+    return PackageRecording(package="fake", path=name, classes=classes)
 
 
 def test_a_recording_is_never_in_both_splits_where_its_class_has_another():
@@ -65,22 +67,24 @@ def test_a_recording_is_never_in_both_splits_where_its_class_has_another():
 
 def test_the_table_of_recordings_is_whole():
     """Each recording once, each class with its id, enough of both for a demonstration."""
-    table = list(recordings())
+    table = list(list_recordings())
     assert len({(each.package, each.path) for each in table}) == len(table) >= 80
-    assert {name for each in table for name in each.classes} == set(MIDS)
+    assert {name for each in table for name in each.classes} == set(MID_OF_CLASS_NAME)
     assert len({each.classes[0] for each in table}) >= 40
 
 
 def test_braces_are_written_out():
     """The short hand of the table."""
-    assert expand("a{1,2}b{,x}") == ["a1b", "a1bx", "a2b", "a2bx"]
-    assert expand("a") == ["a"]
+    assert expand_braces("a{1,2}b{,x}") == ["a1b", "a1bx", "a2b", "a2bx"]
+    assert expand_braces("a") == ["a"]
 
 
 def test_a_short_recording_is_repeated_with_gaps():
     """A bark of 0.2 s fills its event, and pauses keep it a bark."""
-    wave_S = repeat_with_gaps(np.ones(RATE_HZ // 5, dtype=np.float32), np.random.default_rng(0), 10 * RATE_HZ)
-    assert len(wave_S) == 10 * RATE_HZ
+    wave_S = repeat_with_gaps(
+        np.ones(SYNTHESIS_RATE_HZ // 5, dtype=np.float32), np.random.default_rng(0), 10 * SYNTHESIS_RATE_HZ
+    )
+    assert len(wave_S) == 10 * SYNTHESIS_RATE_HZ
     assert set(np.unique(wave_S)) == {0.0, 1.0}
     assert 5 < np.count_nonzero(np.diff(wave_S) > 0) < 34
 
@@ -90,19 +94,19 @@ def test_a_recording_becomes_a_sound_of_its_classes(tmp_path):
     (tmp_path / "fake").mkdir()
     tone_SN = np.repeat(0.5 * np.sin(2 * np.pi * 500 * np.arange(11_025) / 11_025)[:, None], 2, axis=1)
     soundfile.write(tmp_path / "fake" / "bark.wav", tone_SN, 11_025)
-    bark = sound(recording("bark.wav", "Bark", "Dog"), tmp_path)
-    assert bark.mids == (MIDS["Bark"], MIDS["Dog"])
-    first_S = bark.make(np.random.default_rng(0), RATE_HZ)
+    bark = load_recorded_sound(recording("bark.wav", "Bark", "Dog"), tmp_path)
+    assert bark.mids == (MID_OF_CLASS_NAME["Bark"], MID_OF_CLASS_NAME["Dog"])
+    first_S = bark.make_wave(np.random.default_rng(0), SYNTHESIS_RATE_HZ)
     assert np.abs(np.fft.rfft(first_S)).argmax() == pytest.approx(500, abs=2)  # bins of 1 Hz
     with pytest.raises(InputError, match=r"moo\.wav: not in this release"):
-        sound(recording("moo.wav", "Dog"), tmp_path)
+        load_recorded_sound(recording("moo.wav", "Dog"), tmp_path)
 
 
 def test_without_apt_the_other_source_is_named(tmp_path, monkeypatch):
     """Not every Linux is a Debian."""
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(InputError, match=r"apt-get: not on this machine.*--source formula"):
-        fetch(tmp_path / "packages", quiet=True)
+        fetch_packages(tmp_path / "packages", quiet=True)
 
 
 def test_a_failed_download_is_one_line(tmp_path, monkeypatch):
@@ -129,14 +133,16 @@ def test_the_packages_are_gone_from_a_finished_corpus(tmp_path, monkeypatch):
             path.parent.mkdir(parents=True, exist_ok=True)
             soundfile.write(path.with_suffix(".wav"), np.random.default_rng(0).normal(0, 0.1, 9_000), 8_000)
             path.with_suffix(".wav").rename(path)
-        for package in LICENCES:
+        for package in PACKAGE_LICENCES:
             (folder / package / "usr/share/doc" / package).mkdir(parents=True)
             (folder / package / "usr/share/doc" / package / "copyright").write_text("by somebody")
 
-    few = list(recordings())[::8]
-    monkeypatch.setattr(corpus, "recordings", lambda: few)
-    monkeypatch.setattr(corpus, "fetch", fetched)
-    monkeypatch.setattr(corpus, "make_files", lambda folder, *_args, **_options: (folder / "audio").mkdir())
+    few = list(list_recordings())[::8]
+    monkeypatch.setattr(corpus, "list_recordings", lambda: few)
+    monkeypatch.setattr(corpus, "fetch_packages", fetched)
+    monkeypatch.setattr(
+        corpus, "write_clip_files", lambda folder, *_args, **_options: (folder / "audio").mkdir()
+    )
     made = make_demo_corpus(tmp_path / "corpus", clips=20, source="debian", progress=False)
     assert sorted(path.name for path in made.path.iterdir() if path.is_dir()) == ["audio", "licences"]
     assert (made.train_clips, made.eval_clips) == (15, 5)

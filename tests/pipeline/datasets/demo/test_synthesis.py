@@ -6,25 +6,26 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from pipeline.datasets.demo.synthesis import FORMULAS, RATE_HZ
+from pipeline.datasets.demo.synthesis import FORMULA_SOUNDS, SYNTHESIS_RATE_HZ
 
 SEEDS = range(4)
 
 SECONDS = 6
 
-FORMULA = {sound.name: sound for sound in FORMULAS}
+FORMULA = {sound.name: sound for sound in FORMULA_SOUNDS}
 
 
 def heard(name: str, seed: int, seconds: float = SECONDS) -> np.ndarray:
     return np.asarray(
-        FORMULA[name].make(np.random.default_rng(seed), round(seconds * RATE_HZ)), dtype=np.float64
+        FORMULA[name].make_wave(np.random.default_rng(seed), round(seconds * SYNTHESIS_RATE_HZ)),
+        dtype=np.float64,
     )
 
 
 def power_spectrum(wave_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Frequencies and the share of the power at each."""
     power_N = np.abs(np.fft.rfft(wave_S * np.hanning(len(wave_S)))) ** 2
-    return np.fft.rfftfreq(len(wave_S), 1 / RATE_HZ), power_N / power_N.sum()
+    return np.fft.rfftfreq(len(wave_S), 1 / SYNTHESIS_RATE_HZ), power_N / power_N.sum()
 
 
 def share_near(wave_S: np.ndarray, *hz: float, width_hz: float = 3.0) -> float:
@@ -48,7 +49,7 @@ def slope_db_per_octave(wave_S: np.ndarray) -> float:
 
 def envelope(wave_S: np.ndarray, *, step_seconds: float = 0.005) -> np.ndarray:
     """The RMS of each step, the loudest being 1."""
-    step = round(step_seconds * RATE_HZ)
+    step = round(step_seconds * SYNTHESIS_RATE_HZ)
     rms_N = np.sqrt(np.square(wave_S[: len(wave_S) // step * step].reshape(-1, step)).mean(axis=1))
     return rms_N / rms_N.max()
 
@@ -125,7 +126,7 @@ def test_every_dialled_digit_is_one_row_and_one_column(seed):
     assert len(onsets) >= 6
     digits = set()
     for at in onsets[:-1]:
-        burst_S = wave_S[round((at + 0.01) * RATE_HZ) : round((at + 0.055) * RATE_HZ)]
+        burst_S = wave_S[round((at + 0.01) * SYNTHESIS_RATE_HZ) : round((at + 0.055) * SYNTHESIS_RATE_HZ)]
         near = {hz: share_near(burst_S, hz, width_hz=25.0) for hz in (697, 770, 852, 941, 1209, 1336, 1477)}
         row, column = sorted(sorted(near, key=near.__getitem__)[-2:])
         assert row < 1000 < column
@@ -200,6 +201,8 @@ def test_a_clock_ticks_evenly_and_in_two_pitches(seed):
     onsets = onsets_seconds(wave_S, threshold=0.1)
     assert np.diff(onsets).max() - np.diff(onsets).min() < 0.02
     assert 0.19 < np.diff(onsets).mean() < 0.51
-    knocks = [wave_S[round(at * RATE_HZ) : round((at + 0.08) * RATE_HZ)] for at in onsets[1:5]]
+    knocks = [
+        wave_S[round(at * SYNTHESIS_RATE_HZ) : round((at + 0.08) * SYNTHESIS_RATE_HZ)] for at in onsets[1:5]
+    ]
     tick_hz, tock_hz, again_hz, _ = map(loudest_hz, knocks)
     assert abs(tick_hz - again_hz) < 15 < abs(tick_hz - tock_hz)
