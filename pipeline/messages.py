@@ -39,6 +39,14 @@ def closest_word(word: str, known: Iterable[str]) -> str:
     return difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]
 
 
+def suggest_known(word: str, known: Iterable[str], there_are: str = "There are") -> str:
+    """The known word that a misspelt one most resembles, and all there are, as the end of an error message."""
+    words = list(known)
+    if not words:
+        return "there is none"
+    return f"did you mean {closest_word(word, words)!r}? {there_are}: {', '.join(words)}"
+
+
 def did_you_mean(path: Path) -> str:
     """What there is of a like name, as the end of a sentence."""
     beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []

@@ -1,6 +1,7 @@
 """A small store, built once for all tests, and the lists and files that it came from."""
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ from stores import BUCKET, build
 
 from pipeline.labels.label_sets import propagate_store_labels
 from pipeline.store.feature_store import FeatureStore
+
+# Processors differ: some have bf16 in hardware. A test that depends on the precision names it; the others, and the
+# processes that they start, compute in fp32 everywhere.
+os.environ["AJEPA_PRECISION"] = os.environ.get("AJEPA_TEST_PRECISION", "fp32")
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pyarrow as pa
 from ajepa.embed.embedder import Embedder
 from ajepa.embed.pretrained import LAST_CHECKPOINT, load_pretrained
 from ajepa.embed.table import read_table_plan, table_batches
-from ajepa.model.pooling import EncoderLayer
+from ajepa.model.pooling import EncoderLayer, inverse_deviation_D
 from pipeline.errors import RunError
 
 TABLE_ROWS_PER_READ = 8_192  # of the table at a time
@@ -55,7 +55,7 @@ def nearest_sounds(
     )
     query_D = embedder.embed(query)[0].clip_D.double().numpy()
     mean_D, std_D = table_moments(index)
-    scale_D = np.where(std_D > 1e-6, 1 / np.maximum(std_D, 1e-6), 0)
+    scale_D = inverse_deviation_D(std_D)
     asked_D = unit_vectors((query_D - mean_D) * scale_D)
     best: list[NearestSound] = []
     for batch in table_batches(index, (*SHOWN_COLUMNS, VECTOR_COLUMN), TABLE_ROWS_PER_READ):

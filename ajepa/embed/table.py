@@ -45,7 +45,7 @@ from pipeline.files import PARTIAL_SUFFIX, lock_output_file, replacing_file, syn
 from pipeline.messages import print_to_stderr
 from pipeline.object_store import is_remote_url
 from pipeline.store.feature_store import FeatureStore
-from pipeline.store.tables import DAMAGED_TABLE_ERRORS, TABLE_METADATA_KEY
+from pipeline.tables import DAMAGED_TABLE_ERRORS, TABLE_METADATA_KEY
 
 TABLE_PLAN_FILE = "plan.json"
 

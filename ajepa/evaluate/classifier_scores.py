@@ -25,7 +25,7 @@ from ajepa.evaluate.result import (
 from ajepa.evaluate.task_data import TaskData
 from ajepa.evaluate.tasks import TASKS
 from ajepa.model.classifier import Classifier
-from ajepa.training.devices import hardware_precision
+from ajepa.training.devices import pick_precision
 from ajepa.training.run import Json, Run
 from ajepa.training.trained_run import TrainedRun
 from pipeline.errors import RunError
@@ -178,7 +178,7 @@ def classifier_logits_NC(
     mean, std = trained.run.identity["mean"], trained.run.identity["std"]
     views = ClipViews(store=store, frames=trained.finetune_recipe.model.frames, mean=mean, std=std)
     return predict_logits_NC(
-        trained.classifier(device), views, rows_N, device, bf16=hardware_precision(device)[0]
+        trained.classifier(device), views, rows_N, device, bf16=pick_precision("auto", device).is_half
     )
 
 

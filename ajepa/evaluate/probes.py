@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ajepa.evaluate.features import ClipFeatures
 from ajepa.evaluate.metrics import mean_average_precision
+from ajepa.model.pooling import inverse_deviation_D
 from pipeline.errors import RunError
 
 NEIGHBOUR_COUNT = 15
@@ -23,7 +24,7 @@ L2_GRID = (1.0, 0.1, 0.01, 1e-3, 1e-4)  # penalties on squared weights beside th
 def standardise_features(train_ND: np.ndarray, *others_ND: np.ndarray) -> tuple[Tensor, ...]:
     """All with the train rows' mean and deviation taken out; a constant feature becomes 0, not nan."""
     mean_D, std_D = train_ND.mean(0), train_ND.std(0)
-    scale_D = np.where(std_D > 1e-6, 1 / np.maximum(std_D, 1e-6), 0).astype(np.float32)
+    scale_D = inverse_deviation_D(std_D).astype(np.float32)
     return tuple(torch.from_numpy((rows_ND - mean_D) * scale_D) for rows_ND in (train_ND, *others_ND))
 
 
@@ -279,7 +280,7 @@ def token_statistics(train: ClipFeatures) -> tuple[Tensor, Tensor]:
         count += len(held_ND)
     mean_D = total_D / count
     std_D = np.sqrt(np.maximum(square_D / count - np.square(mean_D), 0))
-    scale_D = np.where(std_D > 1e-6, 1 / np.maximum(std_D, 1e-6), 0)
+    scale_D = inverse_deviation_D(std_D)
     return torch.from_numpy(mean_D).float(), torch.from_numpy(scale_D).float()
 
 

@@ -37,7 +37,6 @@ from ajepa.model.classifier import ENCODER_PREFIX, VitClassifier, VitSpec, spec_
 from ajepa.recipes.catalogue import recipe_to_json
 from ajepa.recipes.finetune import Finetune
 from ajepa.training.devices import PrecisionName, pick_device, pick_precision
-from ajepa.training.devices import hardware_precision as hardware_precision
 from ajepa.training.distributed import SINGLE_PROCESS, join_ranks
 from ajepa.training.flops import classifier_step_cost
 from ajepa.training.loop import catch_stop_signals, open_run, run_training_loop, say_nothing
@@ -199,7 +198,7 @@ class FinetuneMonitor:
     def measure_held_out(self) -> HeldOutScores:
         """What the classifier says of them as its weights are now, in the precision that `evaluate` measures in."""
         trainer, rows_N = self.trainer, self.task_data.eval_N
-        bf16, _ = hardware_precision(trainer.device)
+        bf16 = pick_precision("auto", trainer.device).is_half
         logits_NC = predict_logits_NC(trainer.evaluated_model, self.views, rows_N, trainer.device, bf16=bf16)
         return HeldOutScores(task_data=self.task_data, logits_NC=logits_NC)
 

@@ -40,7 +40,7 @@ from pipeline.labels.propagation import propagate_scores, rule_relation_CC
 from pipeline.messages import print_to_stderr
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.splits import probe_eval_splits, train_splits
-from pipeline.store.tables import read_table
+from pipeline.tables import read_table
 
 HLP_STUDY_FILE, HLP_SCORES_FILE = "hlp-study.json", "hlp-scores.json"
 

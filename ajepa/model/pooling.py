@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as nnf
@@ -24,6 +25,8 @@ VECTORS_PER_CLIP: dict[
     "frequency": lambda rows: rows,
     "moments": lambda rows: 2 * rows,
 }
+
+CONSTANT_DEVIATION = 1e-6  # a feature that varies less over all clips is the same in all
 
 MIN_POOLED_VARIANCE = 1e-12  # of what is the same in all columns: the root of 0 has no finite gradient
 
@@ -191,3 +194,8 @@ def pool_views(
 ) -> Tensor:
     """One vector per clip, on the CPU, from any number of views of each (`encoded`, `pool`)."""
     return encode_views(encoder, mel_BVTF, n_frames_BV, layer).pool_per_clip(pooling)
+
+
+def inverse_deviation_D(std_D: np.ndarray) -> np.ndarray:
+    """What a centred feature is multiplied by to have deviation 1; 0, not nan, where it is the same in all clips."""
+    return np.where(std_D > CONSTANT_DEVIATION, 1 / np.maximum(std_D, CONSTANT_DEVIATION), 0)

@@ -1,5 +1,6 @@
 """What computes: the device asked for, and the precision its hardware is fast in."""
 
+import os
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -8,6 +9,8 @@ import torch
 from pipeline.errors import RunError
 
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
+
+PRECISION_VARIABLE = "AJEPA_PRECISION"  # of the environment: what `auto` means, so that unlike machines agree
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,19 +37,26 @@ class Precision:
 
 
 def pick_precision(name: PrecisionName, device: torch.device) -> Precision:
-    """What is asked for, with `auto` what `precision` finds; RunError for fp16 on a CPU, or an unknown name."""
+    """The precision of that name; `auto` is what AJEPA_PRECISION says, else bf16 where the hardware multiplies it.
+
+    RunError for fp16 on a CPU, or an unknown name.
+    """
+    option = f"--precision {name}"
+    if name == "auto" and PRECISION_VARIABLE in os.environ:
+        name = os.environ[PRECISION_VARIABLE]  # type: ignore[assignment]  # checked below
+        option = f"{PRECISION_VARIABLE}={name}"
     if name not in get_args(PrecisionName):
-        raise RunError(f"--precision {name}: expected {', '.join(get_args(PrecisionName))}")
+        raise RunError(f"{option}: expected {', '.join(get_args(PrecisionName))}")
     if name == "fp16" and device.type == "cpu":
-        raise RunError("--precision fp16: computes on CUDA devices only; on a CPU use auto, bf16 or fp32")
+        raise RunError(f"{option}: computes on CUDA devices only; on a CPU use auto, bf16 or fp32")
     if name == "fp32":
         return Precision(dtype=torch.float32, description="fp32, as asked")
     if name == "fp16":
         return Precision(dtype=torch.float16, description="fp16 autocast with a scaled loss, as asked")
-    bf16, told = hardware_precision(device)
-    if name == "bf16" and not bf16:
+    has_bf16, description = hardware_precision(device)
+    if name == "bf16" and not has_bf16:
         return Precision(dtype=torch.bfloat16, description="bf16 autocast, as asked; emulated and slow")
-    return Precision(dtype=torch.bfloat16 if bf16 else torch.float32, description=told)
+    return Precision(dtype=torch.bfloat16 if has_bf16 else torch.float32, description=description)
 
 
 def hardware_precision(device: torch.device) -> tuple[bool, str]:

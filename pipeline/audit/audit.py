@@ -29,7 +29,7 @@ from pipeline.labels.propagation import PROPAGATION_RULES
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.splits import evaluation_split_names
 from pipeline.store.summary import IS_GOOD_CLIP, label_set_names
-from pipeline.store.tables import read_table
+from pipeline.tables import read_table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

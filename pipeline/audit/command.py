@@ -23,7 +23,7 @@ from pipeline.store.exclusions import (
 )
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.manifest import nearest_clip_ids
-from pipeline.store.tables import write_table
+from pipeline.tables import write_table
 
 LEAK_REASONS = {
     "id": "stands in {split} too",

@@ -14,7 +14,7 @@ from pipeline.files import lock_shared_files, replacing_file
 from pipeline.store.header import StoreHeader
 from pipeline.store.manifest import PLAN_SCHEMA
 from pipeline.store.shards import ShardCommit, compute_store_id, read_commit
-from pipeline.store.tables import read_table, write_table
+from pipeline.tables import read_table, write_table
 
 
 def finish_store(

@@ -21,7 +21,7 @@ from pipeline.labels.label_sets import index_class_ids
 from pipeline.store.header import STORED_DTYPES, ShardLayout, StoreHeader
 from pipeline.store.manifest import PLAN_SCHEMA, compute_plan_id
 from pipeline.store.shards import choose_shard_clips, read_commit
-from pipeline.store.tables import frame_digest
+from pipeline.tables import frame_digest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -31,7 +31,7 @@ from pipeline.store.shards import (
     zarr_array_json,
     zarr_group_json,
 )
-from pipeline.store.tables import frame_digest, read_table, read_table_metadata, write_table
+from pipeline.tables import frame_digest, read_table, read_table_metadata, write_table
 
 
 def create_store(out: Path, header: StoreHeader, plan: pl.DataFrame) -> bool:

@@ -20,7 +20,7 @@ from pipeline.store.shards import (
     shard_matches_commit,
     shard_path,
 )
-from pipeline.store.tables import read_table
+from pipeline.tables import read_table
 
 FETCH_CONNECTIONS = 16  # records fetched at a time
 

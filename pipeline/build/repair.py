@@ -24,7 +24,7 @@ from pipeline.store.feature_store import FeatureStore
 from pipeline.store.header import StoreHeader
 from pipeline.store.manifest import MANIFEST_SCHEMA, RESULT_SCHEMA, failure_result
 from pipeline.store.shards import CRC_BYTES, ledger_path, read_commit, shard_path
-from pipeline.store.tables import read_table
+from pipeline.tables import read_table
 
 
 def repair_store(

@@ -33,7 +33,7 @@ from pipeline.store.shards import (
     zarr_array_json,
     zarr_group_json,
 )
-from pipeline.store.tables import frame_digest, read_table
+from pipeline.tables import frame_digest, read_table
 
 ShardRecord = tuple[ShardCommit, pl.DataFrame]
 

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from pipeline.errors import InputError, StoreError, first_error_line
-from pipeline.store.tables import read_table
+from pipeline.tables import read_table
 
 EXCLUSIONS_FILE = "excluded.parquet"  # in a store; without a row where the lists have been taken back
 

@@ -37,7 +37,7 @@ from pipeline.store.header import StoreHeader
 from pipeline.store.manifest import check_manifest_schema
 from pipeline.store.reader import ChecksumMode, ReadMethod, RowReader, ShardReader
 from pipeline.store.shards import check_mel_array, shard_path
-from pipeline.store.tables import read_table
+from pipeline.tables import read_table
 
 
 class FeatureStore:
@@ -207,6 +207,10 @@ class FeatureStore:
             offsets_N = np.concatenate([[0], np.cumsum(lists.list.len().to_numpy(), dtype=np.int64)])
             flat[label_set] = lists.explode(empty_as_null=False).to_numpy(), offsets_N
         return flat[label_set]
+
+    def to_log_mel(self, stored: np.ndarray) -> np.ndarray:
+        """Values as `read` gives them as log-mel, natural logarithm of power, float32, in the same shape."""
+        return self.header.to_log_mel(stored)
 
     def read(
         self,

@@ -64,6 +64,10 @@ class StoreHeader:
     plan_digest: str  # of the manifest's columns of the plan
     labels_digest: str  # of `raw` and `outside` in labels.parquet
 
+    def to_log_mel(self, stored: np.ndarray) -> np.ndarray:
+        """Stored values as log-mel, natural logarithm of power, float32, in the same shape."""
+        return dequantise(stored, self.scale, self.offset)
+
     def to_json(self) -> dict[str, object]:
         values = self._json_values()
         return values | {"digest": _json_digest(values)}
@@ -114,6 +118,11 @@ class StoreHeader:
             plan_digest=header["plan_digest"],
             labels_digest=header["labels_digest"],
         )
+
+
+def dequantise(stored: np.ndarray, scale: float, offset: float) -> np.ndarray:
+    """The numbers that stored ones stand for, `offset + scale * stored`, float32."""
+    return stored.astype(np.float32) * np.float32(scale) + np.float32(offset)
 
 
 def _json_digest(values: dict[str, Any]) -> str:

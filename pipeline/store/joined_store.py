@@ -12,6 +12,7 @@ from pipeline.audio.mel_spec import MelSpec
 from pipeline.errors import BrokenClipError, StoreError
 from pipeline.labels.ontology import ClassList
 from pipeline.store.feature_store import FeatureStore, pool_band_mean_and_std, pool_mean_and_std
+from pipeline.store.header import dequantise
 
 
 class AnyStore(Protocol):
@@ -41,6 +42,8 @@ class AnyStore(Protocol):
     def shard_numbers(self, rows_N: np.ndarray) -> np.ndarray: ...
     def flat_labels(self, label_set: str = "raw") -> tuple[np.ndarray, np.ndarray]: ...
     def labels_BC(self, rows_B: np.ndarray, label_set: str = "raw") -> np.ndarray: ...
+    def to_log_mel(self, stored: np.ndarray) -> np.ndarray: ...
+
     def read(
         self,
         rows_B: np.ndarray,
@@ -153,6 +156,10 @@ class JoinedStore:
         ):  # all of them, for any may lack the label set
             labels_BC[mine_B] = self.stores[number].labels_BC(own_B, label_set)
         return labels_BC
+
+    def to_log_mel(self, stored: np.ndarray) -> np.ndarray:
+        """Values as `read` gives them as log-mel, natural logarithm of power, float32, in the same shape."""
+        return dequantise(stored, self.scale, self.offset)
 
     def read(
         self,

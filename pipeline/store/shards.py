@@ -27,7 +27,7 @@ from pipeline.errors import StoreError
 from pipeline.files import scratch_path, sync_to_disk
 from pipeline.store.header import ShardLayout, StoreHeader
 from pipeline.store.manifest import RESULT_SCHEMA
-from pipeline.store.tables import frame_digest, read_table, write_table
+from pipeline.tables import frame_digest, read_table, write_table
 
 ABSENT_OFFSET = 2**64 - 1
 

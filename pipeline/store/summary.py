@@ -11,7 +11,7 @@ from pipeline.labels.ontology import flatten_label_lists
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.manifest import FAILURE_REASONS
 from pipeline.store.shards import CRC_BYTES
-from pipeline.store.tables import read_table
+from pipeline.tables import read_table
 
 FLAG_MEANINGS: dict[str, str] = {
     "cut": "a whole recording, cut at the segment",

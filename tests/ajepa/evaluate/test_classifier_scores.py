@@ -37,7 +37,6 @@ from ajepa.evaluate.result import (
 from ajepa.evaluate.tasks import TASKS
 from ajepa.finetune.finetune import finetune
 from ajepa.recipes.catalogue import finetune_recipe
-from ajepa.training.devices import hardware_precision
 from ajepa.training.run import Run
 from ajepa.training.trained_run import TrainedRun
 from pipeline.audio.mel_spec import preset_mel_spec
@@ -209,9 +208,7 @@ def test_on_another_store_the_classifier_is_measured_on_what_that_keeps_back(fou
     assert found.protocol["classifier"] == own
     rows_N = other.good_rows(["eval"])
     views = ClipViews(store=other, frames=64, mean=tuned.identity["mean"], std=tuned.identity["std"])
-    logits_NC = predict_logits_NC(
-        TrainedRun.open(tuned).classifier(CPU), views, rows_N, CPU, bf16=hardware_precision(CPU)[0]
-    )
+    logits_NC = predict_logits_NC(TrainedRun.open(tuned).classifier(CPU), views, rows_N, CPU, bf16=False)
     store_place = [other.classes.index_of[mid] for mid in tuned.identity["classes"]]
     kept_N = other.labels_BC(rows_N, "unambiguous")[:, store_place].any(axis=1)
     for score in found.scores:

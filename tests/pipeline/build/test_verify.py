@@ -21,7 +21,7 @@ from pipeline.labels.label_sets import propagate_store_labels
 from pipeline.labels.ontology import Ontology, load_ontology
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.shards import ledger_path, shard_path
-from pipeline.store.tables import read_table
+from pipeline.tables import read_table
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pipeline.build.verify import find_faults
 from pipeline.datasets.audioset import audioset_corpus
 from pipeline.labels.label_sets import propagate_store_labels
 from pipeline.store.feature_store import FeatureStore
-from pipeline.store.tables import read_table
+from pipeline.tables import read_table
 
 CORPUS = Path(__file__).parents[4] / "shared" / "corpus"
 

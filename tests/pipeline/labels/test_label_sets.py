@@ -15,7 +15,7 @@ from pipeline.files import scratch_path
 from pipeline.labels.label_sets import index_class_ids, propagate_store_labels
 from pipeline.labels.ontology import ClassList, load_class_list, load_ontology
 from pipeline.labels.propagation import propagation_table
-from pipeline.store.tables import read_table
+from pipeline.tables import read_table
 
 CLASSES = load_class_list()
 

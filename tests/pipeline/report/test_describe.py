@@ -14,7 +14,7 @@ from pipeline.report.describe import describe_location, describe_rows, describe_
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.manifest import nearest_clip_ids
 from pipeline.store.shards import shard_path
-from pipeline.store.tables import read_table, write_table
+from pipeline.tables import read_table, write_table
 
 
 def run(*arguments, monkeypatch) -> int:

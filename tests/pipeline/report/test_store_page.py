@@ -11,7 +11,7 @@ import pytest
 from pipeline.report.html import Markup, html_tag
 from pipeline.report.store_page import render_store_page, write_store_page
 from pipeline.store.feature_store import FeatureStore
-from pipeline.store.tables import read_table, write_table
+from pipeline.tables import read_table, write_table
 
 NASTY = """<script>alert("x")</script>&'\"><img src=//evil.example/x>$body"""
 

@@ -24,7 +24,7 @@ from pipeline.report.store_page import render_store_page
 from pipeline.store.exclusions import EXCLUSIONS_FILE, ExcludeList, Exclusions
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.summary import coverage_table
-from pipeline.store.tables import read_table, write_table
+from pipeline.tables import read_table, write_table
 
 TRAIN, EVAL = clip_id(2), clip_id(40)
 

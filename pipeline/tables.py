@@ -15,12 +15,15 @@ from pipeline.files import replacing_file
 
 TABLE_METADATA_KEY = b"ajepa"
 
-DAMAGED_TABLE_ERRORS = (
-    OSError,
-    ValueError,
-    pa.ArrowException,
-    pl.exceptions.PanicException,
-)  # what a damaged table may raise
+# What reading a damaged Parquet file may raise.
+DAMAGED_TABLE_ERRORS = (OSError, ValueError, pa.ArrowException, pl.exceptions.PanicException)
+
+
+def describe_table_damage(error: BaseException) -> str:
+    """Why a Parquet file cannot be read, in a few words: `missing`, or the first line of the error."""
+    if isinstance(error, FileNotFoundError):
+        return "missing"
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def write_table(path: Path, frame: pl.DataFrame, metadata: dict[str, Any]) -> None:
@@ -40,9 +43,9 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> tuple[pl.Dat
         assert isinstance(frame, pl.DataFrame)
         return frame, _schema_metadata(table.schema)
     except DAMAGED_TABLE_ERRORS as error:
-        why = "missing" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
+        damage = describe_table_damage(error)
         raise StoreError(
-            f"{path}: cannot be read ({why}); delete it, if it is there, and build again"
+            f"{path}: cannot be read ({damage}); delete it, if it is there, and build again"
         ) from None
 
 
