@@ -1,4 +1,4 @@
-"""Does a recipe learn? Its frozen encoder beside the same at random init and log-mel statistics, over seeds.
+"""Does a recipe learn? Its frozen encoder against one with random weights and log-mel statistics, over seeds.
 
     just bench learning --store STORE [--task STORE ...] [--recipe small] [--seeds 3] [--steps N] [--out DIR]
 
@@ -28,50 +28,54 @@ from bench.machine import machine
 PROBES = ("linear", "knn")
 
 
-def measured(
-    made: Pretrain, store: Path, tasks: Sequence[Path], run: Path, pooling: PoolingName, layer: EncoderLayer
+def pretrain_and_evaluate(
+    recipe: Pretrain, store: Path, tasks: Sequence[Path], run: Path, pooling: PoolingName, layer: EncoderLayer
 ) -> dict[str, Evaluation]:
-    """A run of this recipe, and what was found of it on its own store and on each task."""
+    """Pre-train a run; its evaluations on its own store and on each task, by the store's name."""
     began = time.process_time()
-    pretrain(store, made, run, progress=True)
+    pretrain(store, recipe, run, progress=True)
     minutes = (time.process_time() - began) / 60
     print(f"{run.name}: {minutes:.1f} CPU minutes of pre-training", flush=True)
-    found = {}
-    for each in (store, *tasks):
-        kept = run / f"learning-{each.stem}.json"
-        if not kept.exists():
-            evaluate_run(each, run, pooling=pooling, layer=layer, probes=PROBES, out=kept, progress=True)
-        found[each.stem] = Evaluation.read_json(kept)
-    return found
+
+    # An evaluation that is there is not made again.
+    evaluations = {}
+    for path in (store, *tasks):
+        file = run / f"learning-{path.stem}.json"
+        if not file.exists():
+            evaluate_run(path, run, pooling=pooling, layer=layer, probes=PROBES, out=file, progress=True)
+        evaluations[path.stem] = Evaluation.read_json(file)
+    return evaluations
 
 
-def table(seeds: Sequence[dict[str, Evaluation]]) -> str:
+def format_table(seeds: Sequence[dict[str, Evaluation]]) -> str:
     """A block for each store and label set: mean and deviation over the seeds, by features and probe."""
     lines = []
     for name, first in seeds[0].items():
-        told = first.protocol
-        lines.append(f"\n{name}: {told['eval_clips']} clips of {', '.join(told['eval_splits'])}")
+        protocol = first.protocol
+        lines.append(f"\n{name}: {protocol.eval_clips} clips of {', '.join(protocol.eval_splits)}")
         for label_set in first.label_sets:
-            rows = [score for score in first.scores if score.label_set == label_set]
-            title = METRIC_TITLES[PRIMARY_METRIC[rows[0].kind]]
+            scores = [score for score in first.scores if score.label_set == label_set]
+            metric = METRIC_TITLES[PRIMARY_METRIC[scores[0].kind]]
             lines.append(
-                f"  {label_set} labels, {rows[0].classes} classes; {title}, chance {rows[0].chance:.3f}"
+                f"  {label_set} labels, {scores[0].classes} classes; {metric}, chance {scores[0].chance:.3f}"
             )
             lines.append(f"    {'':22}{'linear':>16}{'kNN':>16}")
-            for features in dict.fromkeys(score.features for score in rows):
-                cells = [spread(seeds, name, features, probe, label_set) for probe in PROBES]
+            for features in dict.fromkeys(score.features for score in scores):
+                cells = [format_spread(seeds, name, features, probe, label_set) for probe in PROBES]
                 lines.append(f"    {features:22}" + "".join(f"{cell:>16}" for cell in cells))
     return "\n".join(lines)
 
 
-def spread(
+def format_spread(
     seeds: Sequence[dict[str, Evaluation]], name: str, features: str, probe: str, label_set: str
 ) -> str:
+    """Mean and standard deviation over the seeds."""
     values = [seed[name].find_score(features, probe, label_set).primary_estimate.value for seed in seeds]
-    return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values) if len(values) > 1 else 0:.3f}"
+    deviation = statistics.stdev(values) if len(values) > 1 else 0
+    return f"{statistics.fmean(values):.3f} ± {deviation:.3f}"
 
 
-def main() -> None:
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--store", type=Path, required=True)
     parser.add_argument("--task", type=Path, action="append", default=[])
@@ -82,25 +86,33 @@ def main() -> None:
     parser.add_argument("--pooling", choices=get_args(PoolingName), default="moments")
     parser.add_argument("--layer", default="last", help="last, mean-K or block-N")
     parser.add_argument("--out", type=Path)
-    told = parser.parse_args()
-    made = override_recipe(pretrain_recipe(told.recipe), told.set)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
+    recipe = override_recipe(pretrain_recipe(options.recipe), options.set)
+
+    # A run for each seed, in a folder that stays if one is named.
     with tempfile.TemporaryDirectory() as scratch:
-        folder = told.out or Path(scratch)
+        folder = options.out or Path(scratch)
         seeds = [
-            measured(
-                made.with_counts(steps=told.steps, seed=seed),
-                told.store,
-                told.task,
+            pretrain_and_evaluate(
+                recipe.with_counts(steps=options.steps, seed=seed),
+                options.store,
+                options.task,
                 folder / f"seed{seed}",
-                told.pooling,
-                EncoderLayer.from_name(told.layer),
+                options.pooling,
+                EncoderLayer.from_name(options.layer),
             )
-            for seed in range(told.seeds)
+            for seed in range(options.seeds)
         ]
+
+    # What was measured, and how.
     print(machine("torch"))
-    length = f"{told.steps or made.steps} steps of {made.clips_per_step}"
-    print(f"recipe {made.name}, {length}; pooling {told.pooling}, layer {told.layer}")
-    print(table(seeds))
+    length = f"{options.steps or recipe.steps} steps of {recipe.clips_per_step}"
+    print(f"recipe {recipe.name}, {length}; pooling {options.pooling}, layer {options.layer}")
+    print(format_table(seeds))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and who may write a store or a file that takes long."""
+"""Files written whole or not at all, and locks that say who is writing a store or a file."""
 
 import errno
 import fcntl
@@ -14,21 +14,25 @@ from typing import BinaryIO, Self
 
 from pipeline.errors import InputError, StoreError
 
-DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: the disk has no room
+# The errnos of an OSError that mean that the disk has no room.
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-PARTIAL_SUFFIX = ".partial"  # suffix of what a crash may leave behind; swept at the next start
+# The suffix of files that a crash may leave behind; the next start removes them.
+PARTIAL_SUFFIX = ".partial"
 
 LOCK_POLL_SECONDS = 0.05
 
-DEFAULT_CACHE_GB = (
-    100.0  # 10^9 bytes that shards fetched from object stores take at most, unless told otherwise
-)
+# The default limit for shards fetched from object stores, in 10^9 bytes.
+DEFAULT_CACHE_GB = 100.0
+
+
+# Files written whole.
 
 
 def scratch_path(path: Path) -> Path:
-    """Where to write what will be `path`; another on every machine and in every process.
+    """The path beside `path` to write to until the file is complete; every process of every machine has its own.
 
-    InputError for `/`, and for what is neither a file nor a folder: a rename would put a file in a device's place.
+    InputError for `/`, and for a device or a pipe: the rename at the end would put a file in its place.
     """
     if not path.name:
         raise InputError(f"{path}: is a folder; expected the name of a file to write")
@@ -38,10 +42,12 @@ def scratch_path(path: Path) -> Path:
 
 
 def check_writable(path: Path) -> None:
-    """InputError where no file could be put at `path` in the end; for before the work, which may take hours."""
+    """Raise InputError if no file can be written at `path`; to be called before work that may take hours."""
     scratch_path(path)
     if path.is_dir():
         raise InputError(f"{path}: is a folder; expected the name of a file to write")
+
+    # Folders that do not exist yet will be made, so the nearest one that exists decides.
     folder = path.absolute().parent
     while not folder.exists():
         folder = folder.parent
@@ -52,10 +58,10 @@ def check_writable(path: Path) -> None:
 
 
 def abandoned_scratch_paths(path: Path) -> Iterator[Path]:
-    """Scratch paths of `path` whose process, on this machine, is no more."""
-    for scratch in path.parent.glob(
-        f"{glob.escape(path.name)}.{glob.escape(socket.gethostname())}-*{PARTIAL_SUFFIX}"
-    ):
+    """Yield the scratch paths of `path` whose process ran on this machine and has ended."""
+    # Processes of other machines cannot be looked up here, so their files stay.
+    pattern = f"{glob.escape(path.name)}.{glob.escape(socket.gethostname())}-*{PARTIAL_SUFFIX}"
+    for scratch in path.parent.glob(pattern):
         pid = scratch.name.removesuffix(PARTIAL_SUFFIX).rpartition("-")[2]
         if pid.isdecimal() and not Path("/proc", pid).exists():
             yield scratch
@@ -70,6 +76,8 @@ def replacing_file(path: Path) -> Iterator[Path]:
     scratch = scratch_path(path)
     try:
         yield scratch
+
+        # First the content reaches the disk, then the name, then the folder that records the name.
         sync_to_disk(scratch)
         scratch.replace(path)
         sync_to_disk(path.parent)
@@ -86,33 +94,37 @@ def sync_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+# Locks: who writes a store, a part of it, or a file.
+
+
 @dataclass(frozen=True, slots=True)
 class BuildPart:
-    """Every `of`-th block of a plan's shards, beginning with number `index`; 0 of 1 is all of them."""
+    """Every `count`-th block of a plan's shards, beginning with block `index`; part 0 of 1 is the whole build."""
 
     index: int = 0
     count: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """`0/3`, `1/3` and `2/3` are the three parts of a plan; raises InputError."""
-        index, _, of = text.partition("/")
-        if not (index.isdecimal() and of.isdecimal() and int(index) < int(of)):
+        """Read `0/3`, `1/3` or `2/3`, the three parts of a plan; raises InputError."""
+        index, _, count = text.partition("/")
+        if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
             raise InputError(f"--part {text}: expected i/n with 0 <= i < n, such as 0/3, 1/3 and 2/3")
-        return cls(int(index), int(of))
+        return cls(int(index), int(count))
 
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"
 
     @property
     def lock_name(self) -> str:
+        """The name of the lock file in the store while this part is being built."""
         return "build.lock" if self.count == 1 else f"build.{self.index}-of-{self.count}.lock"
 
     def overlaps_lock(self, lock_name: str) -> bool:
-        """Whether whoever holds that lock may write where this part does."""
-        return (
-            self.count == 1 or lock_name == self.lock_name or not lock_name.endswith(f"-of-{self.count}.lock")
-        )
+        """Whether the holder of that lock may write the same shards as this part."""
+        if self.count == 1 or lock_name == self.lock_name:
+            return True
+        return not lock_name.endswith(f"-of-{self.count}.lock")
 
 
 WHOLE_BUILD = BuildPart()
@@ -120,38 +132,46 @@ WHOLE_BUILD = BuildPart()
 
 @contextmanager
 def lock_store(store: Path, part: BuildPart = WHOLE_BUILD) -> Iterator[None]:
-    """Hold a store, or a part of it, for writing; raises StoreError that names who holds it.
+    """Hold a store, or one part of it, for writing; raises StoreError that names the process that holds it.
 
-    Parts of one division may be held together, all else excludes each other. The kernel frees a lock with its
-    process. Of two that start in the same instant both may be refused.
+    Parts of the same division may be held together; all other locks exclude each other. The kernel frees the lock
+    when the process ends. If two processes start in the same instant, both may be refused.
     """
-    with _try_exclusive_lock(store / part.lock_name) as lock:
-        if lock is None:
+    with _try_exclusive_lock(store / part.lock_name) as lock_file:
+        if lock_file is None:
             raise _in_use_error(store, store / part.lock_name)
-        for other in sorted(store.glob("build.*lock")):
-            if other.name != part.lock_name and part.overlaps_lock(other.name) and not _is_lock_free(other):
-                raise _in_use_error(store, other)
-        _write_lock_owner(lock)
+
+        # With its own lock in hand, the part looks for others that would write the same shards.
+        for lock_path in sorted(store.glob("build.*lock")):
+            if lock_path.name == part.lock_name or not part.overlaps_lock(lock_path.name):
+                continue
+            if not _is_lock_free(lock_path):
+                raise _in_use_error(store, lock_path)
+
+        _write_lock_owner(lock_file)
         yield
 
 
 @contextmanager
 def lock_output_file(path: Path) -> Iterator[None]:
-    """Hold a file that is long in the making; raises StoreError that names who else makes it. As `locked` else."""
+    """Hold a file that takes long to write; raises StoreError that names the process that writes it.
+
+    As with `lock_store`, the kernel frees the lock when the process ends.
+    """
     lock_path = path.with_name(path.name + ".lock")
-    with _try_exclusive_lock(lock_path) as lock:
-        if lock is None:
+    with _try_exclusive_lock(lock_path) as lock_file:
+        if lock_file is None:
             raise _in_use_error(path, lock_path)
-        _write_lock_owner(lock)
+        _write_lock_owner(lock_file)
         yield
 
 
 @contextmanager
 def lock_shared_files(store: Path) -> Iterator[None]:
-    """Wait for, then hold, what parts share: the files beside the shards. For moments only."""
+    """Wait for the files that all parts of a build write, those beside the shards, then hold them; for moments only."""
     while True:
-        with _try_exclusive_lock(store / "gate.lock") as lock:
-            if lock is not None:
+        with _try_exclusive_lock(store / "gate.lock") as lock_file:
+            if lock_file is not None:
                 yield
                 return
         time.sleep(LOCK_POLL_SECONDS)
@@ -159,31 +179,34 @@ def lock_shared_files(store: Path) -> Iterator[None]:
 
 @contextmanager
 def _try_exclusive_lock(path: Path) -> Iterator[BinaryIO | None]:
-    """An exclusive lock on a file that is gone afterwards; None where somebody else has it."""
-    with path.open("a+b") as lock:
+    """Yield a lock file held exclusively, or None if another process holds it; the file is removed afterwards."""
+    with path.open("a+b") as lock_file:
+        # Between opening and locking, the last holder may have removed the file: a lock on it would exclude nobody.
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = path.stat().st_ino == os.fstat(lock.fileno()).st_ino
-        except (BlockingIOError, FileNotFoundError):  # held, or gone between opening and locking it
-            ours = False
+            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = path.stat().st_ino == os.fstat(lock_file.fileno()).st_ino
+        except (BlockingIOError, FileNotFoundError):
+            is_ours = False
         try:
-            yield lock if ours else None
+            yield lock_file if is_ours else None
         finally:
-            if ours:
-                path.unlink()  # who opened it before now finds it gone, above
+            if is_ours:
+                path.unlink()
 
 
-def _write_lock_owner(lock: BinaryIO) -> None:
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-    lock.flush()
+def _write_lock_owner(lock_file: BinaryIO) -> None:
+    # Another process that is refused quotes this text.
+    lock_file.truncate(0)
+    lock_file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+    lock_file.flush()
 
 
 def _is_lock_free(path: Path) -> bool:
-    """Whether nobody holds that lock: its holder was killed, or has just finished."""
+    """Whether no process holds that lock: its holder was killed, or has just finished."""
+    # A shared lock is refused while another process holds the exclusive one; closing the file gives it back.
     try:
-        with path.open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        with path.open("rb") as lock_file:
+            fcntl.flock(lock_file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return True
     except BlockingIOError:
@@ -191,9 +214,9 @@ def _is_lock_free(path: Path) -> bool:
     return True
 
 
-def _in_use_error(store: Path, path: Path) -> StoreError:
+def _in_use_error(path: Path, lock_path: Path) -> StoreError:
     try:
-        who = path.read_text() or "another process"
+        owner = lock_path.read_text() or "another process"
     except FileNotFoundError:
-        who = "another process"
-    return StoreError(f"{store} is being written by {who}; wait for it")
+        owner = "another process"
+    return StoreError(f"{path} is being written by {owner}; wait for it")

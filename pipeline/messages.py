@@ -1,4 +1,4 @@
-"""Lines told on stderr: at a terminal broken between words, to a file or a pipe left whole."""
+"""Messages for the user: lines on stderr, fitted to a terminal, and the nearest name to one that does not exist."""
 
 import difflib
 import os
@@ -8,39 +8,49 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TextIO
 
-DEFAULT_COLUMNS = 80  # of a terminal that does not know its width
+# The width of a terminal that does not know its own, as some in containers.
+DEFAULT_COLUMNS = 80
 
 
 def print_to_stderr(line: str) -> None:
-    """Where loaders and runs tell what they do, unless they are given another place; not into a progress line."""
-    from tqdm import tqdm  # --help and the tab key need none
+    """Print a line on stderr, beside a progress bar rather than into it: the default `say` of loaders and runs."""
+    # Imported late, because `--help` and the tab key do not need it.
+    from tqdm import tqdm
 
     tqdm.write(wrap_to_terminal(line, sys.stderr), file=sys.stderr)
 
 
 def wrap_to_terminal(text: str, stream: TextIO) -> str:
-    """The text in lines no longer than the terminal that `stream` is; as it is where that is none.
+    """Break the text into lines that fit the terminal `stream`; unchanged if the stream is no terminal.
 
-    Words that are longer, such as paths, stay whole, to be copied.
+    Words longer than a line, such as paths, stay whole, so that they can be copied.
     """
     if not stream.isatty():
         return text
-    columns = os.get_terminal_size(stream.fileno()).columns or DEFAULT_COLUMNS  # shutil's asks stdout
-    return "\n".join(
-        textwrap.fill(
-            line, columns, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False, tabsize=4
-        )
-        for line in text.splitlines()
+
+    # `shutil.get_terminal_size` would ask stdout, which may be a file while stderr is a terminal.
+    columns = os.get_terminal_size(stream.fileno()).columns or DEFAULT_COLUMNS
+    wrapper = textwrap.TextWrapper(
+        width=columns, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False, tabsize=4
     )
+    return "\n".join(wrapper.fill(line) for line in text.splitlines())
+
+
+def count_phrase(count: int, noun: str) -> str:
+    """A number with its noun: `1 clip`, `2,000 clips`, `3 classes`."""
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count:,} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
 def closest_word(word: str, known: Iterable[str]) -> str:
-    """The known word that a misspelt one most resembles."""
+    """The known word that a misspelt one most resembles; `known` holds at least one."""
+    # Without a cutoff there is an answer even if nothing resembles the word.
     return difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]
 
 
 def suggest_known(word: str, known: Iterable[str], there_are: str = "There are") -> str:
-    """The known word that a misspelt one most resembles, and all there are, as the end of an error message."""
+    """The end of an error about a misspelt word: the known word that it most resembles, then all that are known."""
     words = list(known)
     if not words:
         return "there is none"
@@ -48,7 +58,8 @@ def suggest_known(word: str, known: Iterable[str], there_are: str = "There are")
 
 
 def did_you_mean(path: Path) -> str:
-    """What there is of a like name, as the end of a sentence."""
-    beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, beside, n=1)
-    return f"; did you mean {path.parent / near[0]}?" if near else ""
+    """The end of an error about a path that does not exist: the neighbour of a similar name, or nothing."""
+    neighbours = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    # With the usual cutoff: a folder may hold thousands of files, none of which was meant.
+    similar = difflib.get_close_matches(path.name, neighbours, n=1)
+    return f"; did you mean {path.parent / similar[0]}?" if similar else ""

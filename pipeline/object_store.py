@@ -1,8 +1,8 @@
-"""Remote: files on object stores by URL, through fsspec; the only door to them.
+"""Files on object stores such as S3, by URL; the only door to fsspec.
 
-`s3://` is read and written by the S3 client inside pyarrow; credentials, region and profile are found as AWS's own
-tools find them (AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_REGION...), AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL names another
-server that speaks S3. Any other scheme is left to the driver that fsspec knows for it.
+The S3 client inside pyarrow reads and writes `s3://`. It finds credentials, region and profile as AWS's own tools do
+(AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_REGION...); AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL names another server that
+speaks S3. Any other scheme goes to the driver that fsspec knows for it.
 """
 
 import os
@@ -20,31 +20,34 @@ from pyarrow.fs import AwsStandardS3RetryStrategy, FileSelector, S3FileSystem
 from pipeline.errors import AudioError, InputError
 from pipeline.files import replacing_file
 
-CONNECT_TIMEOUT_SECONDS, REQUEST_TIMEOUT_SECONDS = 5, 60
-
-REQUEST_ATTEMPTS = 4  # of one request; the waits between them grow
+# With these limits a wrong URL is reported within seconds; AWS's own retries take minutes.
+CONNECT_TIMEOUT_SECONDS = 5
+REQUEST_TIMEOUT_SECONDS = 60
+REQUEST_ATTEMPTS = 4  # the waits between them grow
 
 COPY_BLOCK_BYTES = 2**24
 
-READ_AHEAD_BYTES = 2**16  # read at least, where headers are looked for
+# The least that one read of a range fetches, because headers are read in small steps.
+READ_AHEAD_BYTES = 2**16
 
-VERSION_KEYS = ("size", "mtime", "created", "LastModified", "ETag", "etag", "md5Hash")  # as drivers name them
+# Keys of an object's entry that change with the object; every driver has other ones.
+VERSION_KEYS = ("size", "mtime", "created", "LastModified", "ETag", "etag", "md5Hash")
 
-MAX_REMOTE_SOUND_BYTES = 2**30  # of one sound, which is held in memory
+# The limit of one sound, which is read into memory whole.
+MAX_REMOTE_SOUND_BYTES = 2**30
 
 
 def is_remote_url(location: object) -> bool:
-    """Whether a place is a URL, not a path of this machine."""
+    """Whether a location is a URL rather than a path of this machine."""
     return "://" in str(location)
 
 
 def filesystem_and_path(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Who reads and writes at a URL, and the path by which; InputError where there is no driver for the scheme."""
+    """The filesystem that reads and writes a URL, and the path in it; InputError if no driver knows the scheme."""
     scheme, _, path = url.partition("://")
     if scheme == "s3":
-        return _s3_filesystem(
-            os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        ), path
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        return _s3_filesystem(endpoint), path
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
@@ -65,9 +68,9 @@ def _s3_filesystem(endpoint: str | None) -> ArrowFSWrapper:
 
 @contextmanager
 def _translate_errors(url: str) -> Iterator[None]:
-    """What the network, the credentials or the server refuse, as an InputError; local errors pass.
+    """Turn errors of the network, the credentials or the server into an InputError; local errors pass unchanged.
 
-    pyarrow's errors of S3 have no errno, but for what is not there.
+    pyarrow's errors from S3 have no errno, except where an object does not exist.
     """
     try:
         yield
@@ -76,6 +79,7 @@ def _translate_errors(url: str) -> Iterator[None]:
             f"{url}: no such object or bucket ({_server_error_line(error)}); check the URL"
         ) from None
     except OSError as error:
+        # An errno means a fault of this machine, such as a full disk; only a PermissionError may come from the server.
         if error.errno is not None and not isinstance(error, PermissionError):
             raise
         raise InputError(
@@ -85,20 +89,22 @@ def _translate_errors(url: str) -> Iterator[None]:
 
 
 def _server_error_line(error: OSError) -> str:
+    # Neither an errno nor the id of a request helps a user.
     text = (str(error) or type(error).__name__).splitlines()[0]
     return text.removeprefix("[Errno 2] ").partition(" (Request ID")[0]
 
 
 def check_reachable(url: str) -> None:
-    """Do nothing if the bucket of a URL is there and answers, else raise InputError."""
-    filesystem_, path = filesystem_and_path(url)
+    """Raise InputError unless the bucket of a URL exists and answers."""
+    filesystem, path = filesystem_and_path(url)
+    # The bucket is asked for, not the path, which need not exist yet; other drivers answer when they are used.
     if url.startswith("s3://"):
         with _translate_errors(url):
-            filesystem_.info(path.partition("/")[0])
+            filesystem.info(path.partition("/")[0])
 
 
 def download_object(url: str, path: Path) -> bool:
-    """Copy an object to a file, whole or not at all; False where there is no such object."""
+    """Copy an object to a file, whole or not at all; False if there is no such object."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _open_object(url) as source:
         if source is None:
@@ -109,7 +115,7 @@ def download_object(url: str, path: Path) -> bool:
 
 
 def download_into_file(url: str, target: BinaryIO) -> bool:
-    """Copy an object to an open file; False where there is no such object."""
+    """Copy an object into an open file; False if there is no such object."""
     with _open_object(url) as source:
         if source is None:
             return False
@@ -119,11 +125,11 @@ def download_into_file(url: str, target: BinaryIO) -> bool:
 
 @contextmanager
 def _open_object(url: str) -> Iterator[BinaryIO | None]:
-    """An object to read; None where there is no such object."""
-    filesystem_, name = filesystem_and_path(url)
+    """Yield an object opened for reading, or None if there is no such object."""
+    filesystem, name = filesystem_and_path(url)
     with _translate_errors(url):
         try:
-            source = filesystem_.open(name, "rb")
+            source = filesystem.open(name, "rb")
         except FileNotFoundError:
             source = None
         with source or nullcontext():
@@ -131,29 +137,29 @@ def _open_object(url: str) -> Iterator[BinaryIO | None]:
 
 
 def upload_file(path: Path, url: str) -> None:
-    """Copy a file to an object; object stores show it when it is whole."""
-    filesystem_, name = filesystem_and_path(url)
-    with path.open("rb") as source, _translate_errors(url), filesystem_.open(name, "wb") as target:
+    """Copy a file to an object, which appears only once it is whole."""
+    filesystem, name = filesystem_and_path(url)
+    with path.open("rb") as source, _translate_errors(url), filesystem.open(name, "wb") as target:
         shutil.copyfileobj(source, target, COPY_BLOCK_BYTES)
 
 
 def remove_object(url: str) -> None:
-    """Remove an object, if it is there."""
-    filesystem_, name = filesystem_and_path(url)
+    """Remove an object, if it exists."""
+    filesystem, name = filesystem_and_path(url)
     with _translate_errors(url):
         try:
-            filesystem_.rm_file(name)
+            filesystem.rm_file(name)
         except FileNotFoundError:
             return
 
 
 def object_sizes(url: str) -> dict[str, int]:
-    """Name and bytes of the objects right below a URL; none where there is nothing."""
+    """Size in bytes of every object right below a URL, by name; empty if there is none."""
     return {name: entry["size"] for name, entry in _list_objects(url).items()}
 
 
 def object_versions(url: str) -> dict[str, str]:
-    """Name of the objects right below a URL, and a text that changes with each; none where there is nothing."""
+    """A text that changes with the object, for every object right below a URL, by name; empty if there is none."""
     return {
         name: " ".join(f"{key}={entry[key]}" for key in VERSION_KEYS if key in entry)
         for name, entry in _list_objects(url).items()
@@ -161,75 +167,83 @@ def object_versions(url: str) -> dict[str, str]:
 
 
 def _list_objects(url: str) -> dict[str, dict[str, Any]]:
-    filesystem_, path = filesystem_and_path(url)
+    filesystem, path = filesystem_and_path(url)
     with _translate_errors(url):
         try:
-            entries: list[dict[str, Any]] = filesystem_.ls(path, detail=True)
+            entries: list[dict[str, Any]] = filesystem.ls(path, detail=True)
         except FileNotFoundError:
             return {}
-    return {e["name"].rpartition("/")[2]: e for e in entries if e["type"] == "file"}
+    return {entry["name"].rpartition("/")[2]: entry for entry in entries if entry["type"] == "file"}
 
 
 def list_files_below(url: str) -> tuple[str, list[str]]:
-    """A folder's URL and all objects below it by their paths in it, sorted; of one object its folder and its name.
+    """The URL of a folder and the sorted paths, in it, of all objects below; for the URL of one object, its folder too.
 
-    InputError where there is nothing.
+    InputError if there is no object.
     """
     check_reachable(url)
     url = url.rstrip("/")
-    filesystem_, path = filesystem_and_path(url)
+    filesystem, path = filesystem_and_path(url)
     with _translate_errors(url):
-        if filesystem_.isfile(path):
+        if filesystem.isfile(path):
             folder, _, name = url.rpartition("/")
             return folder, [name]
-        if isinstance(
-            filesystem_, ArrowFSWrapper
-        ):  # fsspec's own way asks once a folder, this once a thousand objects
-            chosen = FileSelector(path, recursive=True, allow_not_found=True)
-            found = [info.path for info in filesystem_.fs.get_file_info(chosen) if info.is_file]
+
+        # On S3 fsspec's `find` sends a request for each folder, a recursive selector one for a thousand objects.
+        if isinstance(filesystem, ArrowFSWrapper):
+            selector = FileSelector(path, recursive=True, allow_not_found=True)
+            paths = [info.path for info in filesystem.fs.get_file_info(selector) if info.is_file]
         else:
-            found = filesystem_.find(path)
-    if not found:
+            paths = filesystem.find(path)
+    if not paths:
         raise InputError(f"{url}: no object below it; check the URL")
-    return url, sorted(name.removeprefix(path + "/") for name in found)
+    return url, sorted(object_path.removeprefix(path + "/") for object_path in paths)
 
 
 @contextmanager
 def open_range_reader(url: str) -> Iterator[tuple[Callable[[int, int], bytes], int]]:
-    """Reads of (count, offset) of an object as `os.pread` does them of a file, and its size; InputError."""
-    filesystem_, path = filesystem_and_path(url)
-    held, begin = b"", 0
-    with _translate_errors(url), filesystem_.open(path, "rb") as file:
+    """Yield a function of (count, offset) that reads an object as `os.pread` reads a file, and the object's size.
+
+    Raises InputError.
+    """
+    filesystem, path = filesystem_and_path(url)
+    # The last stretch read serves small steps within it without another request.
+    buffer = b""
+    buffer_offset = 0
+    with _translate_errors(url), filesystem.open(path, "rb") as file:
         size: int = file.seek(0, os.SEEK_END)
 
         def read_range(count: int, offset: int) -> bytes:
-            nonlocal held, begin
-            if not begin <= offset <= offset + count <= begin + len(held):
+            nonlocal buffer, buffer_offset
+            if not buffer_offset <= offset <= offset + count <= buffer_offset + len(buffer):
                 file.seek(min(offset, size))
-                held, begin = file.read(max(count, READ_AHEAD_BYTES)), offset
-            return held[offset - begin :][:count]
+                buffer = file.read(max(count, READ_AHEAD_BYTES))
+                buffer_offset = offset
+            return buffer[offset - buffer_offset :][:count]
 
         yield read_range, size
 
 
 def read_remote_sound(url: str, offset: int = 0, size: int | None = None) -> bytes:
-    """The bytes of a sound, all of an object or a part of it; AudioError for what is not there or too large.
+    """Read the bytes of a sound, a whole object or a part of it; AudioError if it is gone or too large.
 
-    InputError where the server fails: no clip is at fault, so none is condemned.
+    A failing server is an InputError: it says nothing about the clip, which must not be recorded as unreadable.
     """
-    filesystem_, path = filesystem_and_path(url)
+    filesystem, path = filesystem_and_path(url)
     with _translate_errors(url):
         try:
-            file = filesystem_.open(path, "rb")
+            file = filesystem.open(path, "rb")
         except FileNotFoundError:
             raise AudioError("missing", f"{path.rpartition('/')[2]} is gone; upload it again") from None
         with file:
-            there = file.seek(0, os.SEEK_END)
-            count = max(0, there - offset if size is None else min(size, there - offset))
+            # The part may reach past the end of the object, or begin after it.
+            object_bytes = file.seek(0, os.SEEK_END)
+            rest_bytes = object_bytes - offset
+            count = max(0, rest_bytes if size is None else min(size, rest_bytes))
             if count > MAX_REMOTE_SOUND_BYTES:
                 raise AudioError(
                     "too_long", f"{count:,} bytes; up to {MAX_REMOTE_SOUND_BYTES:,} are read from a URL"
                 )
-            file.seek(min(offset, there))
+            file.seek(min(offset, object_bytes))
             content: bytes = file.read(count)
     return content

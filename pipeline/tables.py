@@ -1,4 +1,4 @@
-"""Tables: Parquet files written whole, with JSON beside the columns, equal for equal input; checked when read."""
+"""Parquet tables with JSON beside their columns: written whole, equal bytes for equal input, checked when read."""
 
 import hashlib
 import json
@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 from pipeline.errors import StoreError
 from pipeline.files import replacing_file
 
-TABLE_METADATA_KEY = b"ajepa"
+TABLE_METADATA_KEY = b"ajepa"  # of the schema's metadata: the JSON beside the columns
 
-# What reading a damaged Parquet file may raise.
+# Every error that reading a damaged Parquet file may raise.
 DAMAGED_TABLE_ERRORS = (OSError, ValueError, pa.ArrowException, pl.exceptions.PanicException)
 
 
@@ -27,44 +27,48 @@ def describe_table_damage(error: BaseException) -> str:
 
 
 def write_table(path: Path, frame: pl.DataFrame, metadata: dict[str, Any]) -> None:
-    """A Parquet file with `metadata` as JSON in its schema, whole or not at all; equal input gives equal bytes."""
+    """Write a frame as a Parquet file with `metadata` as JSON in its schema, whole or not at all.
+
+    Equal input gives equal bytes; every page has a checksum.
+    """
     table = frame.to_arrow(compat_level=pl.CompatLevel.oldest())
+    text = json.dumps(metadata, separators=(",", ":"))
+    table = table.replace_schema_metadata({TABLE_METADATA_KEY: text})
     with replacing_file(path) as scratch:
-        text = json.dumps(metadata, separators=(",", ":"))
-        table = table.replace_schema_metadata({TABLE_METADATA_KEY: text})
         pq.write_table(table, scratch, compression="zstd", write_page_checksum=True)
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> tuple[pl.DataFrame, dict[str, Any]]:
-    """A frame, or some columns of it, and the metadata that `write_table` put beside it; raises StoreError."""
+    """Read a frame, or some of its columns, and the metadata that `write_table` put beside it; raises StoreError."""
     try:
         table = pq.read_table(path, columns=columns and list(columns), page_checksum_verification=True)
         frame = pl.from_arrow(table)
         assert isinstance(frame, pl.DataFrame)
         return frame, _schema_metadata(table.schema)
     except DAMAGED_TABLE_ERRORS as error:
-        damage = describe_table_damage(error)
-        raise StoreError(
-            f"{path}: cannot be read ({damage}); delete it, if it is there, and build again"
-        ) from None
+        raise _damaged_table_error(path, error) from None
 
 
 def read_table_metadata(path: Path) -> dict[str, Any]:
-    """What `write_table` put beside a frame, without the frame; raises StoreError."""
+    """Read the metadata that `write_table` put beside a frame, without the frame; raises StoreError."""
     try:
         return _schema_metadata(pq.read_schema(path))
     except DAMAGED_TABLE_ERRORS as error:
-        raise StoreError(f"{path}: cannot be read ({error}); delete it and build again") from None
+        raise _damaged_table_error(path, error) from None
 
 
 def frame_digest(frame: pl.DataFrame) -> str:
-    """32 hex digits of what a frame holds, column by column, whatever file it lies in; lists, texts and numbers."""
+    """32 hex digits of the content of a frame: columns of texts, numbers or lists, whatever file they came from."""
     digest = hashlib.sha256()
     for column in frame.iter_columns():
         digest.update(f"{column.name} {len(column)}\n".encode())
+
+        # A list column counts as the lengths of its lists, then as one column of all entries.
         if column.dtype == pl.List:
             digest.update(column.list.len().fill_null(2**32 - 1).cast(pl.UInt32).to_numpy().tobytes())
             column = column.explode(empty_as_null=False, keep_nulls=False)
+
+        # The places of nulls count apart from the values, so that a null is not taken for 0 or an empty text.
         digest.update(column.is_null().to_numpy().tobytes())
         if column.dtype == pl.String:
             digest.update("\0".join(column.drop_nulls()).encode())
@@ -75,3 +79,8 @@ def frame_digest(frame: pl.DataFrame) -> str:
 
 def _schema_metadata(schema: pa.Schema) -> dict[str, Any]:
     return json.loads((schema.metadata or {}).get(TABLE_METADATA_KEY, b"{}"))
+
+
+def _damaged_table_error(path: Path, error: BaseException) -> StoreError:
+    damage = describe_table_damage(error)
+    return StoreError(f"{path}: cannot be read ({damage}); delete it, if it is there, and build again")

@@ -21,6 +21,8 @@ JUSTFILE = (ROOT / "justfile").read_text()
 
 APPS = {"ajepa-data": pipeline.cli.app.app, "ajepa-train": ajepa.cli.app.app}
 
+APPS_FOLDERS = ("pipeline", "ajepa")
+
 COMMANDS = [
     f"{program} {name} "
     for program, app in APPS.items()
@@ -72,3 +74,14 @@ def test_the_tested_versions_satisfy_the_declared_ones():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     asked = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
     assert {re.split(r"[\[><=;\s]", name)[0].lower() for name in asked} <= pinned | {"ajepa"}
+
+
+def test_the_map_is_the_tree():
+    """Every folder of code has its line in the map, and every file that the map or CONTRIBUTING names is there."""
+    map_text = README.split("## The map")[1].split("\n## ")[0]
+    folders = set(re.findall(r"^  ([a-z]+)/ ", map_text, flags=re.MULTILINE))
+    there = {path.parent.name for package in APPS_FOLDERS for path in (ROOT / package).glob("*/__init__.py")}
+    assert folders == there
+    text = map_text + (ROOT / "CONTRIBUTING.md").read_text()
+    for path in re.findall(r"`((?:pipeline|ajepa|tests)/[\w/]+(?:\.py|/)?)`", text):
+        assert (ROOT / path).exists(), path

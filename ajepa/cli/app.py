@@ -5,10 +5,25 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from ajepa.cli import embed, evaluate
+from ajepa.cli.embed import embed_app
+from ajepa.cli.evaluate import evaluate_app
 from ajepa.cli.finetune import finetune, hlp_study
-from ajepa.cli.options import pretrain_recipe_names
-from pipeline.cli.options import CacheFolder, CacheSizeGb, check_output_path, complete_from, run_command_line
+from ajepa.cli.options import (
+    BatchOption,
+    DeviceOption,
+    LoaderOption,
+    MicroBatchOption,
+    NewRunOption,
+    OnBrokenOption,
+    PrecisionOption,
+    PretrainRecipeOption,
+    RecomputeOption,
+    RunOption,
+    SettingsOption,
+    StepsOption,
+    StoreOption,
+)
+from pipeline.cli.options import CacheFolder, CacheSizeGb, check_output_path, run_command_line
 from pipeline.errors import InputError
 from pipeline.files import DEFAULT_CACHE_GB
 
@@ -18,62 +33,29 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="A feature store in, a pre-trained and measured audio encoder out.",
 )
-
-app.add_typer(evaluate.evaluate_app)
-
-app.add_typer(embed.embed_app)
-
-StoreOption = Annotated[str, typer.Option(help="Feature store, NAME.zarr or s3://...", show_default=False)]
-
-StoresOption = Annotated[list[str], typer.Option(help="NAME.zarr or s3://...; repeats.", show_default=False)]
-
-RunOption = Annotated[Path, typer.Option(help="Run folder of pretrain or finetune.", show_default=False)]
-
-RecipeOption = Annotated[
-    str,
-    typer.Option(help="Name in `ajepa-train recipes`.", autocompletion=complete_from(pretrain_recipe_names)),
-]
-
-SettingsOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Recipe field, schedule.peak_lr=1e-4; repeats."),
-]
-
-DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is one.")]
+app.add_typer(evaluate_app)
+app.add_typer(embed_app)
 
 
 @app.command()
 def pretrain(
-    store: StoresOption,
-    run: Annotated[Path, typer.Option(help="Run folder to make or carry on.", show_default=False)],
-    recipe: RecipeOption = "small",
+    store: Annotated[list[str], typer.Option(help="NAME.zarr or s3://...; repeats.", show_default=False)],
+    run: NewRunOption,
+    recipe: PretrainRecipeOption = "small",
     settings: SettingsOption = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps. [default: the recipe's]")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Clips per step. [default: the recipe's]")] = None,
-    micro_batch: Annotated[
-        int | None, typer.Option(min=1, help="Clips at once: less memory, same result. [default: all]")
-    ] = None,
+    steps: StepsOption = None,
+    batch: BatchOption = None,
+    micro_batch: MicroBatchOption = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of weights, order, masks. [default: 0]")] = None,
     device: DeviceOption = "auto",
-    precision: Annotated[
-        Literal["auto", "fp32", "bf16", "fp16"],
-        typer.Option(
-            metavar="TYPE", help="fp32, bf16, fp16 (CUDA only), or auto: bf16 where the hardware has it."
-        ),
-    ] = "auto",
-    loader: Annotated[
-        Literal["dali", "plain"], typer.Option(help="plain: the same batches, slower.")
-    ] = "dali",
-    recompute: Annotated[
-        bool, typer.Option("--recompute", help="Less memory, up to a third slower, same results.")
-    ] = False,
+    precision: PrecisionOption = "auto",
+    loader: LoaderOption = "dali",
+    recompute: RecomputeOption = False,
     compiled: Annotated[
         bool,
         typer.Option("--compile", help="torch.compile: 2 min to start, last bits differ."),
     ] = False,
-    on_broken: Annotated[
-        Literal["raise", "skip"], typer.Option(help="skip: another clip stands in.")
-    ] = "raise",
+    on_broken: OnBrokenOption = "raise",
     on_collapse: Annotated[
         Literal["stop", "warn"], typer.Option(help="When features become all alike.")
     ] = "stop",
@@ -104,25 +86,30 @@ def pretrain(
 
     Example: ajepa-train pretrain --store as20k.zarr --recipe small --run runs/a
     """
-    from ajepa.pretrain import pretrain as stage
+    from ajepa.pretrain import pretrain as pretrain_stage
     from ajepa.pretrain.training_set import TrainingSet
-    from ajepa.recipes.catalogue import override_recipe
-    from ajepa.recipes.catalogue import pretrain_recipe as named
+    from ajepa.recipes import catalogue
     from ajepa.training.distributed import join_ranks
     from pipeline.store.feature_store import FeatureStore
 
     with join_ranks() as world:
-        chosen = override_recipe(named(recipe), settings or [])
-        stores = (FeatureStore.open(s, io=io, check=check, cache=cache, cache_gb=cache_gb) for s in store)
-        trained_on = TrainingSet(
-            stores=tuple(stores),
+        # What is trained, and on which stores
+        chosen_recipe = catalogue.override_recipe(catalogue.pretrain_recipe(recipe), settings or [])
+        chosen_recipe = chosen_recipe.with_counts(steps=steps, clips_per_step=batch, seed=seed)
+        training_set = TrainingSet(
+            stores=tuple(
+                FeatureStore.open(location, io=io, check=check, cache=cache, cache_gb=cache_gb)
+                for location in store
+            ),
             weights=tuple(store_weight or ()),
             shuffle=shuffle,
             window_blocks=window,
         )
-        done = stage.pretrain(
-            trained_on,
-            chosen.with_counts(steps=steps, clips_per_step=batch, seed=seed),
+
+        # The run, from its newest checkpoint to its last step
+        finished_run = pretrain_stage.pretrain(
+            training_set,
+            chosen_recipe,
             run,
             micro_batch=micro_batch,
             device=device,
@@ -134,21 +121,21 @@ def pretrain(
             on_collapse=on_collapse,
             progress=True,
         )
+
+        # Of several ranks one prints
         if world.is_main:
-            there = f"{store[0]} --cache {cache}" if cache else store[0]
-            print(
-                f"{run}: done, {done.newest_step} steps. Next: ajepa-train evaluate --store {there} --run {run}"
-            )
+            store_options = f"{store[0]} --cache {cache}" if cache else store[0]
+            next_command = f"ajepa-train evaluate --store {store_options} --run {run}"
+            print(f"{run}: done, {finished_run.newest_step} steps. Next: {next_command}")
 
 
 app.command()(finetune)
-
 app.command("hlp-study")(hlp_study)
 
 
 @app.command()
 def recipes() -> None:
-    """List the recipes: what each is, needs, costs and should reach.
+    """List the recipes: description, memory, cost and expected scores.
 
     Example: ajepa-train recipes
     """
@@ -160,24 +147,24 @@ def recipes() -> None:
 @app.command()
 def masks(
     png: Annotated[Path, typer.Option(help="Picture to write.", show_default=False)],
-    recipe: RecipeOption = "small",
+    recipe: PretrainRecipeOption = "small",
     settings: SettingsOption = None,
     store: Annotated[
-        str | None, typer.Option(help="Take a clip of this store. [default: a formula's sound]")
+        str | None, typer.Option(help="Take a clip of this store. [default: a synthetic sound]")
     ] = None,
 ) -> None:
-    """Draw what a recipe hides over a clip, first step to last.
+    """Draw the masks of a recipe over a clip, first step to last.
 
     `--set masks=NAME` takes another plan: curriculum, inverse, blocks,
     time-frequency, patches or spans.
 
     Example: ajepa-train masks --recipe a-jepa --png masks.png
     """
-    from ajepa.recipes.catalogue import override_recipe
-    from ajepa.recipes.catalogue import pretrain_recipe as named
+    from ajepa.recipes import catalogue
     from ajepa.report.masks import draw_recipe_masks
 
-    print(draw_recipe_masks(override_recipe(named(recipe), settings or []), png, store))
+    chosen_recipe = catalogue.override_recipe(catalogue.pretrain_recipe(recipe), settings or [])
+    print(draw_recipe_masks(chosen_recipe, png, store))
 
 
 @app.command()
@@ -193,27 +180,27 @@ def report(
 ) -> None:
     """Show a run: curves, masks, probes.
 
-    The page also has what its encoder makes of clips; a fine-tuned run has only
-    the page, with what its classifier was found to know.
+    The page also shows prediction errors and a map of clips. A fine-tuned run has
+    only the page, with the scores of its classifier.
 
     Example: ajepa-train report --store as20k.zarr --run runs/a --html run.html
     """
-    from ajepa.report import pictures as seen
+    from ajepa.report import pictures
     from pipeline.store.feature_store import FeatureStore
 
     if html is None and out is None:
         raise InputError("report: give --html FILE, --out FOLDER, or both")
-    opened = FeatureStore.open(store, cache=cache, cache_gb=cache_gb)
-    for picture in seen.draw_run_report(opened, run, out, html=html):
+    feature_store = FeatureStore.open(store, cache=cache, cache_gb=cache_gb)
+    for picture in pictures.draw_run_report(feature_store, run, out, html=html):
         print(picture)
 
 
 @app.command()
 def doctor() -> None:
-    """Look at what training needs here.
+    """Check what training needs on this machine.
 
     Device, DALI, a few steps on a small store; takes about 15 s. Status 1 where
-    something is broken, with what mends it.
+    something is broken; the line says how to mend it.
 
     Example: ajepa-train doctor
     """

@@ -5,20 +5,11 @@ from typing import Annotated, Literal
 
 import typer
 
+from ajepa.cli.options import CheckpointOption, DeviceOption, ModelOption
 from pipeline.cli.options import CacheFolder, CacheSizeGb, check_output_path
 from pipeline.files import DEFAULT_CACHE_GB
 
 embed_app = typer.Typer(rich_markup_mode=None)
-
-ModelOption = Annotated[
-    str, typer.Option(help="Run, exported folder or file, or ORG/NAME of the hub.", show_default=False)
-]
-
-CheckpointOption = Annotated[
-    str, typer.Option("--checkpoint", help="Of a run: last, best (by probe), or a step that is kept.")
-]
-
-DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is one.")]
 
 
 @embed_app.command()
@@ -45,16 +36,16 @@ def embed(
 ) -> None:
     """Embed sounds as rows of a Parquet table.
 
-    Sounds of any length, rate and container. The same command again carries on. A sound that cannot be used is a row
-    without an embedding, with its reason; status 1 where that is all of them.
+    Sounds may have any length, rate and container. The same command again carries on. A sound that cannot be used
+    gets a row without an embedding, with the reason; status 1 if no sound can be used.
 
     Example: ajepa-train embed sounds/ --model runs/a --out emb.parquet
     """
-    from ajepa.embed import embedder as stage
+    from ajepa.embed import embedder
     from ajepa.embed.table import make_embedding_job, summarise_table, write_embedding_table
     from ajepa.model.pooling import EncoderLayer
 
-    loaded = stage.load(
+    loaded_embedder = embedder.load(
         model,
         at=checkpoint,
         device=device,
@@ -62,9 +53,9 @@ def embed(
         layer=EncoderLayer.from_name(layer),
         overlap=overlap,
     )
-    job = make_embedding_job(sounds, loaded, cache=cache, cache_gb=cache_gb)
+    job = make_embedding_job(sounds, loaded_embedder, cache=cache, cache_gb=cache_gb)
     counts = write_embedding_table(
-        loaded, job, out, frames=frames, batch=batch, workers=workers, progress=True
+        loaded_embedder, job, out, frames=frames, batch=batch, workers=workers, progress=True
     )
     print(summarise_table(out, counts))
 
@@ -78,17 +69,17 @@ def nearest(
     count: Annotated[int, typer.Option("-k", "--count", min=1, help="How many to list.")] = 10,
     device: DeviceOption = "auto",
 ) -> None:
-    """List the sounds of a table that are most like a given one.
+    """List the sounds of a table that are most similar to one.
 
-    Cosine of embeddings, each value standardised over the table.
+    Similarity is the cosine of embeddings, each value standardised over the table.
 
     Example: ajepa-train nearest bird.wav --index emb.parquet --model runs/a
     """
-    from ajepa.embed.nearest import nearest_sounds as search
+    from ajepa.embed.nearest import nearest_sounds
 
-    for one in search(query, index, model, count=count, device=device, at=checkpoint):
-        labels = f"  ({', '.join(one.labels)})" if one.labels else ""
-        print(f"{one.similarity:6.3f}  {one.seconds:8.2f} s  {one.path}{labels}")
+    for sound in nearest_sounds(query, index, model, count=count, device=device, at=checkpoint):
+        labels = f"  ({', '.join(sound.labels)})" if sound.labels else ""
+        print(f"{sound.similarity:6.3f}  {sound.seconds:8.2f} s  {sound.path}{labels}")
 
 
 @embed_app.command()
@@ -112,44 +103,44 @@ def export(
 ) -> None:
     """Write an encoder as safetensors, configuration and model card.
 
-    ONNX and torch.export files take one window of audio, any batch, at --audio-hz
-    (changed to the mel spec's rate inside) and compute the log-mel themselves.
+    ONNX and torch.export files take windows of audio, any batch, at --audio-hz.
+    They resample to the rate of the mel spec and compute the log-mel themselves.
 
     Example: ajepa-train export runs/a --out a-jepa-as20k --licence cc-by-4.0
     """
-    from ajepa.embed import embedder as stage
-    from ajepa.embed import export_graph as graph
-    from ajepa.embed.export import export_encoder as write
+    from ajepa.embed import embedder, export_graph
+    from ajepa.embed.export import export_encoder
 
-    exported = write(model, out, licence=licence, at=checkpoint)
+    # Weights, configuration and card
+    exported = export_encoder(model, out, licence=licence, at=checkpoint)
     print(f"{out}: model {exported.model_id}. Next: ajepa-train push {out} ORG/NAME")
+
+    # One network from audio to embeddings, in the formats that were asked for
     if onnx or torch_export:
-        embedder = stage.load(out, device="cpu", pooling=pooling)
-        network = graph.AudioGraph(embedder, audio_hz)
-        told = f"windows of {network.samples} samples at {audio_hz} Hz, any batch"
+        graph = export_graph.AudioGraph(embedder.load(out, device="cpu", pooling=pooling), audio_hz)
+        inputs = f"windows of {graph.samples} samples at {audio_hz} Hz, any batch"
         if onnx:
-            graph.write_onnx(network, onnx)
-            print(f"{onnx}: ONNX, opset {graph.ONNX_OPSET}, {told}")
+            export_graph.write_onnx(graph, onnx)
+            print(f"{onnx}: ONNX, opset {export_graph.ONNX_OPSET}, {inputs}")
         if torch_export:
-            graph.write_program(network, torch_export)
-            print(f"{torch_export}: torch.export, {told}")
+            export_graph.write_program(graph, torch_export)
+            print(f"{torch_export}: torch.export, {inputs}")
 
 
 @embed_app.command()
 def push(
     folder: Annotated[Path, typer.Argument(help="Folder made by export.", show_default=False)],
     place: Annotated[str, typer.Argument(help="ORG/NAME on the Hugging Face hub.", show_default=False)],
-    private: Annotated[
-        bool, typer.Option("--private", help="If the place is new, show it to nobody.")
-    ] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
 ) -> None:
     """Put an exported model on the Hugging Face hub.
 
     Example: ajepa-train push a-jepa-as20k me/a-jepa-as20k
     """
-    from ajepa.embed.hub import push_to_hub as put
+    from ajepa.embed.hub import push_to_hub
 
-    print(f"{put(folder, place, private=private)}: load it with ajepa.load('{place}')")
+    url = push_to_hub(folder, place, private=private)
+    print(f"{url}: load it with ajepa.load('{place}')")
 
 
 @embed_app.command()
@@ -159,9 +150,9 @@ def load(
     ],
     out: Annotated[Path | None, typer.Option(help="Folder to keep it in.", show_default=False)] = None,
 ) -> None:
-    """Fetch a model and say what it is.
+    """Fetch a model and describe it.
 
-    Safetensors only; no code is run.
+    It reads safetensors only and runs no code of the model's.
 
     Example: ajepa-train load me/a-jepa-as20k --out a-jepa-as20k
     """
@@ -169,9 +160,15 @@ def load(
     from ajepa.embed.hub import copy_from_hub
     from ajepa.embed.pretrained import load_pretrained
 
-    loaded = load_pretrained(model)
-    facts = {"model id": loaded.model_id, "recipe": loaded.recipe_name, "mel spec": loaded.mel.name}
-    for name, value in (facts | encoder_facts(loaded) | {"licence": loaded.licence or "not stated"}).items():
+    pretrained = load_pretrained(model)
+    facts = {
+        "model id": pretrained.model_id,
+        "recipe": pretrained.recipe_name,
+        "mel spec": pretrained.mel.name,
+        **encoder_facts(pretrained),
+        "licence": pretrained.licence or "not stated",
+    }
+    for name, value in facts.items():
         print(f"{name:9} {value}")
     if out is not None:
         print(f"{copy_from_hub(model, out)}: kept")

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from ajepa.cli.options import CheckpointOption, DeviceOption, RunOption, StoreOption
 from pipeline.cli.options import CacheFolder, CacheSizeGb, check_output_path
 from pipeline.files import DEFAULT_CACHE_GB
 
@@ -13,9 +14,9 @@ evaluate_app = typer.Typer()
 
 @evaluate_app.command()
 def evaluate(
-    store: Annotated[str, typer.Option(help="Feature store, NAME.zarr or s3://...", show_default=False)],
-    run: Annotated[Path, typer.Option(help="Run folder of pretrain or finetune.", show_default=False)],
-    checkpoint: Annotated[str, typer.Option(help="last, best (by probe), or a step that is kept.")] = "last",
+    store: StoreOption,
+    run: RunOption,
+    checkpoint: CheckpointOption = "last",
     probe: Annotated[
         list[str] | None,
         typer.Option(help="linear, knn, attentive; repeats. [default: all; fine-tuned: none]"),
@@ -40,28 +41,28 @@ def evaluate(
         Path | None,
         typer.Option(help="CSV file for every class: average precision, recall.", callback=check_output_path),
     ] = None,
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is one.")
-    ] = "auto",
+    device: DeviceOption = "auto",
     cache: CacheFolder = None,
     cache_gb: CacheSizeGb = DEFAULT_CACHE_GB,
 ) -> None:
     """Measure a run on held-out clips of its store, or of another.
 
-    Pre-trained: probes on its frozen encoder, a random one, log-mel statistics.
-    Fine-tuned: its classifier, by the classes that store and run share; with
-    --probe its frozen encoder. On eval, or what is held out, or all folds.
-    Kept as RUN/evaluation.json, of another store as RUN/evaluation-STORE.json,
-    probes of a fine-tuned run beside it as ...-probes.json. A result that was
-    measured otherwise (pooling, checkpoint ...) is not replaced: give --out.
+    A pre-trained run: probes on its frozen encoder, on a random one and on log-mel
+    statistics. A fine-tuned run: its classifier, on the classes that store and run
+    share; with --probe its frozen encoder. The clips are those of eval, or of the
+    splits held out, or of all folds.
+
+    The result is RUN/evaluation.json, for another store RUN/evaluation-STORE.json,
+    for probes of a fine-tuned run ...-probes.json. A result that was measured in
+    another way (pooling, checkpoint ...) is not replaced: give --out.
 
     Example: ajepa-train evaluate --store as20k.zarr --run runs/a
     """
-    from ajepa.evaluate import evaluate as stage
+    from ajepa.evaluate.evaluate import evaluate_run
     from ajepa.model.pooling import DEFAULT_POOLING, EncoderLayer
     from pipeline.store.feature_store import FeatureStore
 
-    found = stage.evaluate_run(
+    evaluation = evaluate_run(
         FeatureStore.open(store, cache=cache, cache_gb=cache_gb),
         run,
         checkpoint=checkpoint,
@@ -76,8 +77,8 @@ def evaluate(
         progress=True,
     )
     if per_class is not None:
-        found.write_class_table(per_class)
-    print(found.format_table())
+        evaluation.write_class_table(per_class)
+    print(evaluation.format_table())
 
 
 @evaluate_app.command()
@@ -89,11 +90,11 @@ def compare(
 ) -> None:
     """Print results beside the published ones, and how they compare.
 
-    Clips, classes, labels, training clips and protocol decide; sources:
-    manifests/published_results.csv.
+    Two results are comparable if clips, classes, labels, training clips and
+    protocol agree; the sources are in manifests/published_results.csv.
 
     Example: ajepa-train compare runs/a runs/finetuned
     """
-    from ajepa.evaluate.compare import compare_results as compared
+    from ajepa.evaluate.compare import compare_results
 
-    print(compared(results))
+    print(compare_results(results))

@@ -1,28 +1,95 @@
-"""Names of recipes, tasks and kinds of classifiers, without loading what they name."""
+"""What the commands of ajepa-train share: their options, and the names that the tab key offers."""
 
 from pathlib import Path
+from typing import Annotated, Literal
 
-from pipeline.cli.options import keys_in_source, names_in_source
+import typer
 
-PACKAGE = Path(__file__).parents[1]
+from pipeline.cli.options import complete_from
 
+# The tab key cannot wait for the modules that define these names; a test holds them to the tables.
+PRETRAIN_RECIPE_NAMES = ("smoke", "small", "audio-jepa", "audio-jepa-repo", "a-jepa", "a-jepa-s", "a-jepa-l")
 
-def pretrain_recipe_names() -> tuple[str, ...]:
-    """Recipes to pre-train with."""
-    return keys_in_source(PACKAGE / "recipes/pretrain.py", "PRETRAIN_RECIPES")
+FINETUNE_RECIPE_NAMES = (
+    "audioset-20k",
+    "audioset-2m",
+    "esc50",
+    "speech-commands-v2",
+    "speech-commands-v1",
+    "voxceleb1-sid",
+    "fsd50k",
+    "own",
+    "own-small",
+    "cnn6",
+    "convnext",
+    "passt",
+    "cnn6-small",
+    "vit-small",
+    "passt-small",
+)
 
+TASK_NAMES = (
+    "audioset",
+    "esc50",
+    "fsd50k",
+    "speech-commands-v1",
+    "speech-commands-v2",
+    "voxceleb1-sid",
+    "own",
+)
 
-def finetune_recipe_names() -> tuple[str, ...]:
-    """Recipes to fine-tune or train classifiers with."""
-    supervised = keys_in_source(PACKAGE / "recipes/supervised.py", "SUPERVISED_RECIPES")
-    return keys_in_source(PACKAGE / "recipes/catalogue.py", "FINETUNE_RECIPES") + supervised
+CLASSIFIER_KIND_NAMES = ("vit", "cnn6", "convnext", "passt")
 
+# What is read and written.
+StoreOption = Annotated[str, typer.Option(help="Feature store, NAME.zarr or s3://...", show_default=False)]
 
-def task_names() -> tuple[str, ...]:
-    """Tasks to fine-tune on."""
-    return names_in_source(PACKAGE / "evaluate/tasks.py")
+RunOption = Annotated[Path, typer.Option(help="Run folder of pretrain or finetune.", show_default=False)]
 
+NewRunOption = Annotated[Path, typer.Option(help="Run folder to make or carry on.", show_default=False)]
 
-def classifier_kind_names() -> tuple[str, ...]:
-    """Kinds of classifiers."""
-    return keys_in_source(PACKAGE / "model/classifier.py", "CLASSIFIER_KINDS")
+ModelOption = Annotated[
+    str, typer.Option(help="Run, exported folder or file, or ORG/NAME of the hub.", show_default=False)
+]
+
+CheckpointOption = Annotated[
+    str, typer.Option("--checkpoint", help="Of a run: last, best (by probe), or a step that is kept.")
+]
+
+# What is trained, and for how long.
+PretrainRecipeOption = Annotated[
+    str,
+    typer.Option(help="Name in `ajepa-train recipes`.", autocompletion=complete_from(PRETRAIN_RECIPE_NAMES)),
+]
+
+SettingsOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Recipe field, schedule.peak_lr=1e-4; repeats."),
+]
+
+StepsOption = Annotated[int | None, typer.Option(min=1, help="Steps. [default: the recipe's]")]
+
+BatchOption = Annotated[int | None, typer.Option(min=1, help="Clips per step. [default: the recipe's]")]
+
+# How a step is computed: the result is the same, but for rounding.
+MicroBatchOption = Annotated[
+    int | None, typer.Option(min=1, help="Clips at once: less memory, same result. [default: all]")
+]
+
+DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is one.")]
+
+PrecisionOption = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16"],
+    typer.Option(
+        metavar="TYPE", help="fp32, bf16, fp16 (CUDA only), or auto: bf16 where the hardware has it."
+    ),
+]
+
+LoaderOption = Annotated[Literal["dali", "plain"], typer.Option(help="plain: the same batches, slower.")]
+
+RecomputeOption = Annotated[
+    bool, typer.Option("--recompute", help="Less memory, up to a third slower, same results.")
+]
+
+OnBrokenOption = Annotated[
+    Literal["raise", "skip"], typer.Option(help="skip: another clip of the step takes its place.")
+]

@@ -1,33 +1,25 @@
-"""Published results: a table of facts with their sources, and the tasks that they are of.
-
-Compare: the project's results beside the published ones, and whether the two may be compared.
-"""
+"""Compare the project's results with published ones: side by side, and whether the two may be compared."""
 
 import csv
 import importlib.resources
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from string import ascii_lowercase
 from textwrap import wrap
 from typing import Any
 
-from ajepa.evaluate.result import (
-    EVALUATION_FILE,
-    HEAD_PROBE,
-    METRIC_TITLES,
-    PRIMARY_METRIC,
-    Evaluation,
-    Score,
-)
+from ajepa.evaluate.protocol import ClassifierTraining, ProbeTraining
+from ajepa.evaluate.result import EVALUATION_FILE, METRIC_TITLES, PRIMARY_METRIC, Evaluation, Score
 from pipeline.datasets.speech_commands import SPEECH_COMMANDS_WORDS
 from pipeline.errors import RunError
 from pipeline.labels.ontology import fsd50k_classes, load_class_list
 
 PUBLISHED_TABLE = importlib.resources.files("manifests") / "published_results.csv"
 
-OFFICIAL_EVAL_CLIPS = {  # what the official split lists, the folds together; manifests/README.md says where each was read
+# Clips that the official split lists, the folds together; manifests/README.md says where each number was read.
+OFFICIAL_EVAL_CLIPS = {
     "audioset-2m": 20_371,
     "audioset-20k": 20_371,
     "esc50": 2_000,
@@ -37,78 +29,24 @@ OFFICIAL_EVAL_CLIPS = {  # what the official split lists, the folds together; ma
     "voxceleb1-sid": 8_251,
 }
 
+# Both sets of AudioSet together; the balanced one.
 OFFICIAL_TRAIN_CLIPS = {
     "audioset-2m": 2_063_949,
     "audioset-20k": 22_160,
-}  # both sets of AudioSet; the balanced one
+}
 
-CHECKED_AT = ("source", "second hand", "no")
+# Share of the official split: AudioSet's is shrinking, results are published on 94 % of it.
+MIN_EVAL_SHARE = 0.9
 
+# Share of the clips to train on: that many of AudioSet's can still be had.
+MIN_TRAIN_SHARE = 0.75
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PublishedResult:
-    """A number that others report; `value` in [0, 1], None or empty where the source does not say.
-
-    checked  where the number was seen: at its source, on a page that quotes it, or (`no`) only in notes on the paper
-    caution  why it is to be compared with care even where all else is equal
-    """
-
-    model: str
-    parameters: int | None
-    pretraining: str
-    task: str
-    protocol: str
-    metric: str
-    value: float
-    classes: int | None
-    eval_clips: int | None
-    source: str
-    where: str
-    checked: str
-    caution: str
-    remark: str
-
-
-@cache
-def published_results() -> tuple[PublishedResult, ...]:
-    """Every row of the table."""
-    return tuple(
-        _parse_published_row(row)
-        for row in csv.DictReader(PUBLISHED_TABLE.read_text(encoding="utf-8").splitlines())
-    )
-
-
-def _parse_published_row(record: dict[str, str]) -> PublishedResult:
-    counts = {
-        name: int(record[name]) if record[name] else None for name in ("parameters", "classes", "eval_clips")
-    }
-    return PublishedResult(**(record | counts | {"value": float(record["value"])}))  # type: ignore[arg-type]
-
-
-def match_public_task(classes: Sequence[str], *, folds: int, train_clips: int) -> str | None:
-    """The public task that a store's class ids are of; None: none of those in the table.
-
-    AudioSet has two: with at most its balanced clips to train on it is `audioset-20k`.
-    """
-    if set(classes) == set(load_class_list().mids):
-        return "audioset-20k" if train_clips <= OFFICIAL_TRAIN_CLIPS["audioset-20k"] else "audioset-2m"
-    if set(classes) == set(fsd50k_classes().mids):
-        return "fsd50k"
-    for version, words in SPEECH_COMMANDS_WORDS.items():
-        if set(classes) == set(words):
-            return f"speech-commands-{version}"
-    return "esc50" if len(classes) == 50 and folds == 5 else None
-
-
-MIN_EVAL_SHARE = 0.9  # of the official split: AudioSet's is shrinking, results are published on 94 % of it
-
-MIN_TRAIN_SHARE = 0.75  # of the clips to train on: that many of AudioSet's can still be had
-
+# Pairs of own and published protocols that both probe a frozen encoder, each with its own settings.
 SIMILAR_PROTOCOLS = {
     ("linear", "xares-mlp"),
     ("linear", "linear"),
     ("knn", "xares-knn"),
-}  # frozen, each with its own settings
+}
 
 PROTOCOL_TITLES = {
     "fine-tuned": "fine-tuned",
@@ -122,13 +60,38 @@ PROTOCOL_TITLES = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OwnResult:
-    """One number of the project; `value` in [0, 1]; `task` None: not a public one.
+class PublishedResult:
+    """A number that others report: a row of the table, without the columns that are for its readers alone.
 
-    spread      sample deviation over folds, where there are some
-    train_clips what a classifier was trained on, or a probe; None: not known
-    from_nothing whether a classifier was trained without a pre-trained encoder
-    tuned       whether an encoder that is probed was fine-tuned, with labels
+    value                in [0, 1]
+    classes, eval_clips  None where the source does not say
+    checked              where the number was seen: `source`, `second hand` (on a page that quotes it), or `no`, only
+                         in notes on the paper
+    caution              why it is to be compared with care even where all else is equal; may be empty
+    """
+
+    model: str
+    pretraining: str
+    task: str
+    protocol: str
+    metric: str
+    value: float
+    classes: int | None
+    eval_clips: int | None
+    checked: str
+    caution: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OwnResult:
+    """One number of the project.
+
+    task            None: no public task
+    value           in [0, 1]
+    train_clips     clips that trained the classifier, or the probe; None: not known
+    fold_deviation  sample deviation over folds; None: there are none
+    from_nothing    whether a classifier was trained without a pre-trained encoder
+    tuned           whether an encoder that is probed was fine-tuned, with labels
     """
 
     name: str
@@ -148,159 +111,237 @@ class OwnResult:
 
 
 def compare_results(result_paths: Sequence[Path]) -> str:
-    """Every result, the published ones of its task below it, in lines of at most 80 columns; RunError."""
-    found = [ours for place in result_paths for ours in find_results(place)]
-    return "\n\n".join("\n".join(comparison_lines(ours)) for ours in found)
+    """Every result with the published ones of its task below it, in lines of at most 80 columns.
+
+    RunError where a path holds no result.
+    """
+    results = [result for path in result_paths for result in find_results(path)]
+    return "\n\n".join("\n".join(comparison_lines(result)) for result in results)
 
 
 def find_results(result_path: Path) -> list[OwnResult]:
-    """Those of a JSON file, or of a run, cross-validated or not: all its evaluations."""
-    files = (
-        [result_path]
-        if result_path.is_file()
-        else sorted(result_path.glob(f"{Path(EVALUATION_FILE).stem}*.json"), key=result_order)
+    """The results of a JSON file; or all results of a run, whether cross-validated or not."""
+    if result_path.is_file():
+        return list(read_results(result_path))
+
+    # The run's own store first
+    files = sorted(
+        result_path.glob(f"{Path(EVALUATION_FILE).stem}*.json"),
+        key=lambda file: (file.name != EVALUATION_FILE, file.name),
     )
     if not files:
-        more = sorted(result_path.glob(f"*/{EVALUATION_FILE}"))
-        told = f"finetune with every fold, or give {more[0].parent}" if more else "evaluate or finetune first"
+        fold_files = sorted(result_path.glob(f"*/{EVALUATION_FILE}"))
+        next_step = "evaluate or finetune first"
+        if fold_files:
+            next_step = f"finetune with every fold, or give {fold_files[0].parent}"
         raise RunError(
-            f"{result_path}: holds no {EVALUATION_FILE}; run ajepa-train {told}, or give a JSON file"
+            f"{result_path}: holds no {EVALUATION_FILE}; run ajepa-train {next_step}, or give a JSON file"
         )
-    return [ours for file in files for ours in read_results(file)]
-
-
-def result_order(file: Path) -> tuple[bool, str]:
-    """What a run is measured by on its own store first."""
-    return file.name != EVALUATION_FILE, file.name
+    return [result for file in files for result in read_results(file)]
 
 
 def read_results(file: Path) -> Iterator[OwnResult]:
-    """What `evaluate` or `finetune` wrote: of probes those on the run's encoder; RunError for any other file."""
+    """Yield the results of a file that `evaluate` or `finetune` wrote; of probes those on the run's own encoder.
+
+    RunError for any other file.
+    """
     evaluation = Evaluation.read_json(file)
-    told, name = evaluation.protocol, evaluation.scores[0].features
+    classifier = evaluation.protocol.classifier
+    probes = evaluation.protocol.probes
+    own_features = evaluation.scores[0].features
     for score in evaluation.scores:
-        if score.features == name:
-            how = (
-                classifier_result_fields(evaluation)
-                if score.probe == HEAD_PROBE
-                else probe_result_fields(evaluation, score)
-            )
-            yield OwnResult(
-                name=str(file),
-                metric=PRIMARY_METRIC[score.kind],
-                value=score.primary_estimate.value,
-                interval=(score.primary_estimate.low, score.primary_estimate.high),
-                fold_deviation=score.fold_deviation,
-                folds=told["folds"],
-                label_set=score.label_set,
-                classes=len(evaluation.classes),
-                eval_clips=told["eval_clips"],
-                **how,
-            )
+        if score.features != own_features:
+            continue
+        if classifier is not None:
+            yield classifier_result(str(file), evaluation, score, classifier)
+        elif probes is not None:
+            yield probe_result(str(file), evaluation, score, probes)
 
 
-def probe_result_fields(evaluation: Evaluation, score: Score) -> dict[str, Any]:
-    """The task that a store is by its classes; what trained the probe."""
-    told = evaluation.protocol
-    train_clips = told["probes"]["train_clips"]
-    mids = [mid for mid, _ in evaluation.classes]
-    task = match_public_task(mids, folds=told["folds"], train_clips=train_clips)
-    return {
-        "task": task,
-        "protocol": score.probe,
-        "train_clips": train_clips,
-        "tuned": told["task"] is not None,
-    }
-
-
-def classifier_result_fields(evaluation: Evaluation) -> dict[str, Any]:
-    """The task that a classifier was trained on, if it is measured on that; where it is trained elsewhere, says so."""
-    told, classifier = evaluation.protocol, evaluation.protocol["classifier"]
-    task, train_clips = classifier["task"], classifier["train_clips"]
+def classifier_result(
+    name: str, evaluation: Evaluation, score: Score, classifier: ClassifierTraining
+) -> OwnResult:
+    """The result of a classifier: of the task that it was trained on, if it is measured on that task."""
+    # AudioSet is two public tasks, by the clips that train
+    task: str | None = classifier.task
+    train_clips = classifier.train_clips
     if task == "audioset":
-        few = train_clips is not None and train_clips <= OFFICIAL_TRAIN_CLIPS["audioset-20k"]
-        task = "audioset-20k" if few else "audioset-2m"
-    own = told["store_id"] == told["trained_on"]
-    if not own and len(evaluation.classes) < classifier["classes"]:
+        is_balanced = train_clips is not None and train_clips <= OFFICIAL_TRAIN_CLIPS["audioset-20k"]
+        task = "audioset-20k" if is_balanced else "audioset-2m"
+
+    # On another store it is measured by the shared classes: fewer of them are another task
+    is_own_store = evaluation.protocol.store_id == evaluation.protocol.training_store_id
+    if not is_own_store and len(evaluation.classes) < classifier.class_count:
         task = None
-    return {
-        "task": task if task in OFFICIAL_EVAL_CLIPS else None,
-        "protocol": "fine-tuned" if own or task in OFFICIAL_EVAL_CLIPS else "elsewhere",
-        "train_clips": train_clips,
-        "from_nothing": classifier["from"] is None,
-    }
+    is_public = task in OFFICIAL_EVAL_CLIPS
+    return _own_result(
+        name,
+        evaluation,
+        score,
+        task=task if is_public else None,
+        protocol="fine-tuned" if is_own_store or is_public else "elsewhere",
+        train_clips=train_clips,
+        from_nothing=classifier.start is None,
+    )
+
+
+def probe_result(name: str, evaluation: Evaluation, score: Score, probes: ProbeTraining) -> OwnResult:
+    """The result of a probe: of the task that the store is of, by its classes."""
+    mids = [mid for mid, _ in evaluation.classes]
+    return _own_result(
+        name,
+        evaluation,
+        score,
+        task=match_public_task(mids, folds=evaluation.protocol.folds, train_clips=probes.train_clips),
+        protocol=score.probe,
+        train_clips=probes.train_clips,
+        tuned=evaluation.protocol.task is not None,
+    )
+
+
+def _own_result(name: str, evaluation: Evaluation, score: Score, **training_facts: Any) -> OwnResult:
+    estimate = score.primary_estimate
+    return OwnResult(
+        name=name,
+        metric=PRIMARY_METRIC[score.kind],
+        value=estimate.value,
+        interval=(estimate.low, estimate.high),
+        fold_deviation=score.fold_deviation,
+        folds=evaluation.protocol.folds,
+        label_set=score.label_set,
+        classes=len(evaluation.classes),
+        eval_clips=evaluation.protocol.eval_clips,
+        **training_facts,
+    )
+
+
+def match_public_task(classes: Sequence[str], *, folds: int, train_clips: int) -> str | None:
+    """The public task that a store's class ids are of; None: no task of the table.
+
+    AudioSet has two: with at most its balanced clips to train on it is `audioset-20k`.
+    """
+    # By the ids of the classes, where a list says which these are
+    if set(classes) == set(load_class_list().mids):
+        return "audioset-20k" if train_clips <= OFFICIAL_TRAIN_CLIPS["audioset-20k"] else "audioset-2m"
+    if set(classes) == set(fsd50k_classes().mids):
+        return "fsd50k"
+    for version, words in SPEECH_COMMANDS_WORDS.items():
+        if set(classes) == set(words):
+            return f"speech-commands-{version}"
+
+    # ESC-50 by its numbers of classes and folds
+    return "esc50" if len(classes) == 50 and folds == 5 else None
 
 
 def comparison_lines(result: OwnResult) -> list[str]:
     """One result, the published ones of its task from the best down, and the reasons against comparing them."""
-    task = result.task or "no task in the table"
+    # The result
+    interval = ""
+    if result.interval is not None:
+        interval = " [{:.3f} {:.3f}]".format(*result.interval)
+    spread = ""
+    if result.fold_deviation is not None:
+        spread = f" ± {result.fold_deviation:.3f} over {result.folds} folds"
     lines = [
         result.name,
-        f"{task}, {result.label_set} labels, {PROTOCOL_TITLES[result.protocol]}, {result.eval_clips} clips",
+        f"{result.task or 'no task in the table'}, {result.label_set} labels, "
+        f"{PROTOCOL_TITLES[result.protocol]}, {result.eval_clips} clips",
+        f"  {'this result':24}{METRIC_TITLES[result.metric]:9} {result.value:.3f}{interval}{spread}",
     ]
-    interval = "" if result.interval is None else " [{:.3f} {:.3f}]".format(*result.interval)
-    spread = (
-        "" if result.fold_deviation is None else f" ± {result.fold_deviation:.3f} over {result.folds} folds"
-    )
-    lines.append(f"  {'this result':24}{METRIC_TITLES[result.metric]:9} {result.value:.3f}{interval}{spread}")
-    told = [row for row in published_results() if row.task == result.task and row.metric == result.metric]
-    reasons: list[str] = []
-    for row in sorted(told, key=lambda row: -row.value):
-        against, with_care = reasons_against(result, row), comparison_caveats(result, row)
-        reasons += [reason for reason in against + with_care if reason not in reasons]
-        marks = ", ".join(ascii_lowercase[reasons.index(reason)] for reason in against + with_care)
-        verdict = "no" if against else "with care" if with_care else "yes"
+
+    # The published ones; reasons are lettered in the order in which they come up
+    rows = [row for row in published_results() if row.task == result.task and row.metric == result.metric]
+    if not rows:
+        lines.append("  nothing is published of it here: see manifests/published_results.csv")
+    letters: dict[str, str] = {}
+    for row in sorted(rows, key=lambda row: -row.value):
+        against = reasons_against(result, row)
+        caveats = comparison_caveats(result, row)
+        for reason in against + caveats:
+            if reason not in letters:
+                letters[reason] = ascii_lowercase[len(letters)]
+        verdict = comparison_verdict(against, caveats)
+        if against or caveats:
+            verdict += f" ({', '.join(letters[reason] for reason in against + caveats)})"
         lines.append(
             f"  {row.model:24}{METRIC_TITLES[row.metric]:9} {row.value:.3f}  {PROTOCOL_TITLES[row.protocol]:12} "
-            f"{verdict}{f' ({marks})' if marks else ''}"
+            f"{verdict}"
         )
-    if not told:
-        lines.append("  nothing is published of it here: see manifests/published_results.csv")
-    for mark, reason in zip(ascii_lowercase, reasons, strict=False):
-        lines += wrap(f"({mark}) {reason}", 78, initial_indent="  ", subsequent_indent="      ")
+    for reason, letter in letters.items():
+        lines += wrap(f"({letter}) {reason}", 78, initial_indent="  ", subsequent_indent="      ")
     return lines
 
 
+def comparison_verdict(against: Sequence[str], caveats: Sequence[str]) -> str:
+    """Whether two numbers may be compared."""
+    if against:
+        return "no"
+    return "with care" if caveats else "yes"
+
+
 def reasons_against(result: OwnResult, row: PublishedResult) -> list[str]:
-    """Why the two numbers say different things; none: they may be compared."""
-    told, official = [], OFFICIAL_EVAL_CLIPS[row.task]
+    """Why the two numbers measure different things; empty: they may be compared."""
+    # The method, the clips and the labels of the measurement
+    reasons = []
     if result.protocol != row.protocol and (result.protocol, row.protocol) not in SIMILAR_PROTOCOLS:
-        told.append(
+        reasons.append(
             f"protocol: that one is {PROTOCOL_TITLES[row.protocol]}, this one {PROTOCOL_TITLES[result.protocol]}"
         )
-    if result.eval_clips < MIN_EVAL_SHARE * official or result.eval_clips > official:
-        told.append(f"clips: measured on {result.eval_clips}, the official split has {official}")
+    official_clips = OFFICIAL_EVAL_CLIPS[row.task]
+    if not MIN_EVAL_SHARE * official_clips <= result.eval_clips <= official_clips:
+        reasons.append(f"clips: measured on {result.eval_clips}, the official split has {official_clips}")
     if result.label_set != "raw":
-        told.append(f"labels: measured on {result.label_set} labels, published are raw ones")
+        reasons.append(f"labels: measured on {result.label_set} labels, published are raw ones")
     if row.classes is not None and row.classes != result.classes:
-        told.append(f"classes: {result.classes} are told apart here, {row.classes} there")
-    wanted = OFFICIAL_TRAIN_CLIPS.get(row.task)
-    if wanted is not None and result.train_clips is None:
-        told.append("training: on how many clips is not told in the run; run ajepa-train finetune to its end")
-    elif (
-        wanted is not None
-        and result.train_clips is not None
-        and result.train_clips < MIN_TRAIN_SHARE * wanted
-    ):
-        told.append(f"training: on {result.train_clips} clips, {row.task} has {wanted}")
-    return told
+        reasons.append(f"classes: {result.classes} are told apart here, {row.classes} there")
+
+    # AudioSet alone has training sets of two sizes
+    train_clips = OFFICIAL_TRAIN_CLIPS.get(row.task)
+    if train_clips is None:
+        return reasons
+    if result.train_clips is None:
+        reasons.append(
+            "training: the run does not say on how many clips; run ajepa-train finetune to its end"
+        )
+    elif result.train_clips < MIN_TRAIN_SHARE * train_clips:
+        reasons.append(f"training: on {result.train_clips} clips, {row.task} has {train_clips}")
+    return reasons
 
 
 def comparison_caveats(result: OwnResult, row: PublishedResult) -> list[str]:
-    """What differs a little."""
-    told = []
+    """Smaller differences, with which the two numbers are compared with care."""
+    # How they were measured
+    caveats = []
     if (result.protocol, row.protocol) in SIMILAR_PROTOCOLS:
-        told.append("recipe: both frozen, the probes are trained with other settings")
+        caveats.append("recipe: both frozen, the probes are trained with other settings")
     if row.eval_clips is not None and row.eval_clips != result.eval_clips:
-        told.append(f"clips: that one was measured on {row.eval_clips}, this one on {result.eval_clips}")
+        caveats.append(f"clips: that one was measured on {row.eval_clips}, this one on {result.eval_clips}")
+
+    # What the networks saw before
     if result.tuned:
-        told.append("pre-training: this one's encoder was fine-tuned, with labels")
+        caveats.append("pre-training: this one's encoder was fine-tuned, with labels")
     if result.from_nothing:
-        told.append("pre-training: this one had none")
+        caveats.append("pre-training: this one had none")
     if "supervised" in row.pretraining:
-        told.append("pre-training: that one was shown labels")
+        caveats.append("pre-training: that one was shown labels")
+
+    # How far the published number is to be trusted
     if row.checked == "no":
-        told.append("value: that one was copied from notes on the paper and not seen there again")
+        caveats.append("value: that one was copied from notes on the paper and not seen there again")
     if row.caution:
-        told.append(f"{row.model}: {row.caution}")
-    return told
+        caveats.append(f"{row.model}: {row.caution}")
+    return caveats
+
+
+@cache
+def published_results() -> tuple[PublishedResult, ...]:
+    """Every row of the table."""
+    records = csv.DictReader(PUBLISHED_TABLE.read_text(encoding="utf-8").splitlines())
+    return tuple(_parse_published_row(record) for record in records)
+
+
+def _parse_published_row(record: dict[str, str]) -> PublishedResult:
+    values: dict[str, Any] = {field.name: record[field.name] for field in fields(PublishedResult)}
+    for name in ("classes", "eval_clips"):
+        values[name] = int(record[name]) if record[name] else None
+    return PublishedResult(**(values | {"value": float(record["value"])}))

@@ -1,7 +1,4 @@
-"""Probe bench: the frozen features of some clips, on which a probe is trained part by part and measured.
-
-What a run is worth on a store: a classifier as it was trained, or probes on a frozen encoder, beside baselines.
-"""
+"""Evaluate a run on a store: its classifier as it was trained, or probes on its frozen encoder beside baselines."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +9,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ajepa.evaluate import probes
 from ajepa.evaluate.classifier_scores import (
     classifier_evaluation,
     classifier_protocol,
@@ -23,6 +19,7 @@ from ajepa.evaluate.classifier_scores import (
 )
 from ajepa.evaluate.features import (
     MAX_CLIP_TOKENS,
+    STATISTICS,
     TO_PROBE,
     ClipFeatures,
     ClipViews,
@@ -32,15 +29,21 @@ from ajepa.evaluate.features import (
 from ajepa.evaluate.metrics import resample_count
 from ajepa.evaluate.probe_splits import VALIDATION_SHARE, ProbeFold, ProbeSplits
 from ajepa.evaluate.probes import (
+    ATTENTIVE_CLIPS_PER_STEP,
+    ATTENTIVE_HEADS,
+    ATTENTIVE_PEAK_LR,
     L2_GRID,
+    MAX_ATTENTIVE_STEPS,
     NEIGHBOUR_COUNT,
     choose_l2,
     knn_scores_NC,
     linear_probe_scores_NC,
     standardise_features,
+    train_attentive_probe,
 )
-from ajepa.evaluate.protocol import protocol_of, refuse_overwriting, result_path
-from ajepa.evaluate.result import PROBE_TITLES, Evaluation, LabelKindOption, Score, TrueLabels
+from ajepa.evaluate.protocol import EvaluationProtocol, ProbeTraining, build_protocol, count_folds
+from ajepa.evaluate.result import PROBE_TITLES, Evaluation, Score, refuse_overwriting, result_path
+from ajepa.evaluate.true_labels import LabelKindOption, TrueLabels
 from ajepa.model.pooling import DEFAULT_POOLING, LAST_LAYER, EncoderLayer, PoolingName
 from ajepa.model.vit import EncoderSpec
 from ajepa.training.devices import pick_device
@@ -48,81 +51,19 @@ from ajepa.training.run import RECIPE_FILE, Json, Run
 from ajepa.training.trained_run import TrainedRun
 from pipeline.audio.mel_spec import MelSpec
 from pipeline.errors import RunError
+from pipeline.messages import suggest_known
 from pipeline.store.feature_store import FeatureStore
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ProbeFit:
-    """The features of a partition's rows and what is true of them: what a probe is put on."""
-
-    features: ClipFeatures
-    probe_splits: ProbeSplits
-    true_labels: TrueLabels
-    seed: int
-    device: torch.device
-
-    def score_probe(self, features_name: str, probe: str, count: int) -> Score:
-        """Train the probe on every part and measure it there; intervals from `count` resamples."""
-        folds, chosen = [], []
-        for place, part in enumerate(self.probe_splits.folds):
-            said_NC, setting = self.fit_and_score(part, probe)
-            chosen += [] if setting is None else [setting]
-            folds.append(
-                self.true_labels.scored_fold(
-                    self.row_positions(part.eval_N), said_NC, count, self.seed + place
-                )
-            )
-        return self.true_labels.summarise_folds(features_name, probe, folds, chosen)
-
-    def fit_and_score(self, fold: ProbeFold, probe: str) -> tuple[np.ndarray, float | None]:
-        """A probe's scores of the clips to measure on, and what was chosen for it."""
-        single = self.true_labels.kind == "single"
-        if probe == "attentive":
-            told = probes.train_attentive_probe(
-                self.features_of_rows(fold.train_N),
-                self.labels_of_rows(fold.train_N),
-                self.features_of_rows(fold.val_N),
-                self.labels_of_rows(fold.val_N),
-                self.features_of_rows(fold.eval_N),
-                seed=self.seed,
-                single=single,
-                device=self.device,
-            )
-            return told.scores_NC, told.steps
-        train_ND, val_ND, fit_ND, eval_ND = self.standardised_vectors(fold)
-        if probe == "knn":
-            return knn_scores_NC(fit_ND, self.labels_of_rows(fold.fit_N), eval_ND), None
-        labels_NC, val_NC = self.labels_of_rows(fold.train_N), self.labels_of_rows(fold.val_N)
-        l2 = choose_l2(train_ND, labels_NC, val_ND, val_NC, single=single)
-        return linear_probe_scores_NC(
-            fit_ND, self.labels_of_rows(fold.fit_N), eval_ND, l2=l2, single=single
-        ), l2
-
-    def standardised_vectors(self, fold: ProbeFold) -> Iterator[Tensor]:
-        """Of the clips to train on, to choose with, to fit in the end and to measure on, all standardised alike."""
-        rows = (fold.fit_N, fold.train_N, fold.val_N, fold.fit_N, fold.eval_N)
-        told = standardise_features(*(self.features_of_rows(rows_N).vectors_ND for rows_N in rows))
-        return (vectors_ND.to(self.device) for vectors_ND in told[1:])
-
-    def features_of_rows(self, rows_N: np.ndarray) -> ClipFeatures:
-        return self.features.select_clips(self.row_positions(rows_N))
-
-    def labels_of_rows(self, rows_N: np.ndarray) -> np.ndarray:
-        return self.true_labels.labels_NC[self.row_positions(rows_N)]
-
-    def row_positions(self, rows_N: np.ndarray) -> np.ndarray:
-        """Where some rows stand among those of the partition."""
-        return np.searchsorted(self.probe_splits.rows_N, rows_N)
-
-
-PROBE_PROTOCOL = {
+PROBE_NOTES: Json = {
     "encoder": "frozen; the whole clip in views of the recipe's length, one after the other",
     "standardised": "with the mean and deviation of the clips that a probe is trained on",
     "choice": "on the val splits, or else on a fifth of the train clips, which then train too (not attentive)",
     "linear": "logistic regression, one per class, of single labels one over all; L2 chosen from l2_grid",
     "knn": f"share of the {NEIGHBOUR_COUNT} most similar (cosine) train clips that carry a class",
-    "attentive": f"{probes.ATTENTIVE_HEADS} queries over at most {MAX_CLIP_TOKENS} tokens (all rows by stretches of time), "
-    f"AdamW {probes.ATTENTIVE_PEAK_LR:g}, {probes.MAX_ATTENTIVE_STEPS} steps of {probes.ATTENTIVE_CLIPS_PER_STEP} clips at most",
+    "attentive": (
+        f"{ATTENTIVE_HEADS} queries over at most {MAX_CLIP_TOKENS} tokens (all rows by stretches of time), "
+        f"AdamW {ATTENTIVE_PEAK_LR:g}, {MAX_ATTENTIVE_STEPS} steps of {ATTENTIVE_CLIPS_PER_STEP} clips at most"
+    ),
     "labels": "each label set trained and measured on itself",
     "l2_grid": list(L2_GRID),
 }
@@ -143,49 +84,74 @@ def evaluate_run(
     out: Path | None = None,
     progress: bool = False,
 ) -> Evaluation:
-    """Measure a checkpoint of a run on a store of its mel spec: its own, or another one.
+    """Measure a checkpoint of a run on a store of its mel spec, the run's own or another; save and return the result.
 
-    A fine-tuned run's classifier, on clips that it was not trained on, by the classes that it and the store share;
-    with `probes`, and of a pre-trained run always (all of them, where none is named), a frozen encoder. `checkpoint`
-    is `Run.load`'s: last, best or a step. Of `labels` (all sets of the store, where none is named) each is measured,
-    and by probes trained, on itself. Labels are `single` where every clip has exactly one, if nothing else is said;
-    a classifier's only if it was trained on such. Kept as `out`, else where `stamp.place_of` says, unless another
-    protocol's result lies there. RunError or StoreError where run, store and labels do not fit.
+    A fine-tuned run is measured by its classifier, on clips that it was not trained on and by the classes that run and
+    store share. With `probes`, and always for a pre-trained run, probes on the frozen encoder are trained instead, at
+    most on `train_clips` clips.
+
+    checkpoint  last, best or a step, as in `Run.load_checkpoint`
+    probes      of linear, knn, attentive; None: all for a pre-trained run, none for a fine-tuned one
+    label_sets  each is measured, and by probes trained, on itself; empty: all of the store
+    kind        auto: single where every clip has exactly one label; a classifier's only if it was trained on such
+    out         where the result is saved, replacing a file; None: at `result_path`, unless the result of another
+                protocol is there
+
+    RunError or StoreError where run, store and labels do not fit.
     """
+    # The run, and a store of its mel spec
     refuse_fold_folder(run_path)
     run = Run.open(run_path)
-    store = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
+    if not isinstance(store, FeatureStore):
+        store = FeatureStore.open(store)
     store.refuse_other_front_end(MelSpec.from_json(run.identity["mel"]), f"{run.path} was trained on")
+
+    # Where the result is saved, and whether it may replace another
     probed = not run.is_finetuned or probes is not None
-    place = out or result_path(run, store, probed=probed)
-    asked = EvaluateOptions(
+    file = out or result_path(run, store, probed=probed)
+    options = EvaluateOptions(
         store=store,
         run=run,
         checkpoint=checkpoint,
         device=pick_device(device),
         label_sets=tuple(label_sets),
         kind=kind,
-        protected_path=None if out else place,
+        protected_path=None if out else file,
     )
-    if not probed:
-        if pooling != DEFAULT_POOLING or layer != LAST_LAYER:
-            raise RunError(
-                f"{run_path}: pooling and layer are the probes' on its encoder; add --probe linear"
-            )
-        found = evaluate_classifier(asked)
-    else:
-        names = tuple(PROBE_TITLES) if probes is None else tuple(probes)
-        how = ProbeOptions(
-            probe_names=names, pooling=pooling, layer=layer, train_clips=train_clips, progress=progress
+
+    # Probes, or the classifier
+    if probed:
+        probing = ProbeOptions(
+            probe_names=tuple(PROBE_TITLES if probes is None else probes),
+            pooling=pooling,
+            layer=layer,
+            train_clips=train_clips,
+            progress=progress,
         )
-        found = evaluate_probes(asked, how)
-    found.save_json(place)
-    return found
+        evaluation = evaluate_probes(options, probing)
+    elif pooling != DEFAULT_POOLING or layer != LAST_LAYER:
+        raise RunError(f"{run_path}: pooling and layer are for probes on its encoder; add --probe linear")
+    else:
+        evaluation = evaluate_classifier(options)
+    evaluation.save_json(file)
+    return evaluation
+
+
+def refuse_fold_folder(path: Path) -> None:
+    """RunError where this is the folder of a cross-validated task."""
+    if not (path / RECIPE_FILE).is_file() and (path / "fold1" / RECIPE_FILE).is_file():
+        raise RunError(
+            f"{path}: holds a run for each fold; give one of them, such as {path / 'fold1'}; "
+            f"all together: ajepa-train compare {path}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateOptions:
-    """What is to be measured on what; `place`: where a result of another protocol is not to be replaced."""
+    """The run to measure, on which store, and how.
+
+    protected_path  a file that a result of another protocol must not replace; None: any file may be replaced
+    """
 
     store: FeatureStore
     run: Run
@@ -195,15 +161,15 @@ class EvaluateOptions:
     kind: LabelKindOption
     protected_path: Path | None
 
-    def refuse_lost_result(self, protocol: Json) -> None:
-        """RunError where that would be lost."""
+    def refuse_lost_result(self, protocol: EvaluationProtocol) -> None:
+        """RunError where a result of this protocol would replace one of another."""
         if self.protected_path is not None:
             refuse_overwriting(self.protected_path, protocol)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProbeOptions:
-    """Which probes, on which features; RunError where one is none."""
+    """Which probes on which features; RunError for a probe that does not exist, or for none at all."""
 
     probe_names: tuple[str, ...]
     pooling: PoolingName
@@ -212,20 +178,20 @@ class ProbeOptions:
     progress: bool
 
     def __post_init__(self) -> None:
-        if not self.probe_names or (
-            unknown := [name for name in self.probe_names if name not in PROBE_TITLES]
-        ):
-            told = ", ".join(unknown if self.probe_names else ["none"])
-            raise RunError(f"probes {told}: expected of {', '.join(PROBE_TITLES)}")
+        if not self.probe_names:
+            raise RunError(f"no probe is named; expected some of {', '.join(PROBE_TITLES)}")
+        for name in self.probe_names:
+            if name not in PROBE_TITLES:
+                raise RunError(f"probe {name!r} is unknown; {suggest_known(name, PROBE_TITLES)}")
 
 
 def evaluate_classifier(options: EvaluateOptions) -> Evaluation:
-    """The classifier of a fine-tuned run on held-out clips."""
+    """Measure the classifier of a fine-tuned run on held-out clips."""
     trained = TrainedRun.open(options.run, options.checkpoint)
-    assignment = held_out_task_data(options.run, options.store)
-    told = classifier_protocol(
+    task_data = held_out_task_data(options.run, options.store)
+    protocol = classifier_protocol(
         options.run,
-        [assignment],
+        [task_data],
         step=trained.step,
         weights=trained.weights,
         weights_name=trained.part,
@@ -234,43 +200,81 @@ def evaluate_classifier(options: EvaluateOptions) -> Evaluation:
         checkpoint=options.checkpoint,
         kind=options.kind,
     )
-    options.refuse_lost_result(told)
-    held = held_out_scores(trained, assignment, options.device)
-    return classifier_evaluation(told, [held], kind=options.kind, label_sets=options.label_sets)
+    options.refuse_lost_result(protocol)
+    scores = held_out_scores(trained, task_data, options.device)
+    return classifier_evaluation(protocol, [scores], kind=options.kind, label_sets=options.label_sets)
 
 
 def evaluate_probes(options: EvaluateOptions, probing: ProbeOptions) -> Evaluation:
-    """Probes on a run's frozen encoder, on the same drawn at random, and on log-mel statistics."""
-    store, run = options.store, options.run
+    """Measure probes on a run's frozen encoder, on one of random weights, and on log-mel statistics."""
+    # The clips, and their labels
+    store = options.store
+    run = options.run
     trained = TrainedRun.open(run, options.checkpoint)
     spec = trained.encoder_spec(TO_PROBE)
-    whole = choose_probe_splits(run, store, trained.recipe.seed, probing.train_clips)
-    partition = whole.drop_unlabelled(store)
-    truths = [
-        TrueLabels.from_labels(name, store.labels_BC(partition.rows_N, name), options.kind, store.location)
+    all_splits = choose_probe_splits(run, store, trained.recipe.seed, probing.train_clips)
+    splits = all_splits.drop_unlabelled(store)
+    label_sets = [
+        TrueLabels.from_labels(name, store.labels_BC(splits.rows_N, name), options.kind, store.location)
         for name in options.label_sets or store.label_sets
     ]
-    count = resample_count(len(partition.eval_N), len(store.classes.mids))
-    told = protocol_of(
+
+    # The protocol, before anything is encoded
+    eval_clips = len(splits.eval_N)
+    protocol = build_protocol(
         run,
         store,
         step=trained.step,
         weights=trained.weights,
         weights_name=trained.part,
-        eval_splits=partition.eval_splits,
-        eval_clips=len(partition.eval_N),
-        unlabelled_clips=len(whole.eval_N) - len(partition.eval_N),
-        resamples=count,
+        eval_splits=splits.eval_splits,
+        eval_clips=eval_clips,
+        unlabelled_clips=len(all_splits.eval_N) - eval_clips,
+        resamples=resample_count(eval_clips, len(store.classes.mids)),
         device=options.device.type,
         checkpoint=options.checkpoint,
         kind=options.kind,
-        folds=len(partition.folds) if len(partition.folds) > 1 else 0,
-        probes=describe_probing(probing, partition, spec),
+        folds=count_folds(splits.folds),
+        probes=describe_probing(probing, splits, spec),
     )
-    options.refuse_lost_result(told)
-    scores = tuple(score_probes(options, probing, trained, partition, truths, count))
-    classes = tuple(zip(store.classes.mids, store.classes.names, strict=True))
-    return Evaluation(protocol=told, classes=classes, scores=scores)
+    options.refuse_lost_result(protocol)
+
+    scores = score_probes(options, probing, trained, splits, label_sets, protocol.resamples)
+    classes = zip(store.classes.mids, store.classes.names, strict=True)
+    return Evaluation(protocol=protocol, classes=tuple(classes), scores=tuple(scores))
+
+
+def choose_probe_splits(run: Run, store: FeatureStore, seed: int, train_clips: int) -> ProbeSplits:
+    """Which clips train, choose and are measured; of a fine-tuned run's own clips it measures those held out."""
+    run_splits = run_splits_in_store(run, store) if run.is_finetuned else None
+    if run_splits is None:
+        return ProbeSplits.from_store(store, seed, train_clips)
+    train_names, eval_names = run_splits
+    return ProbeSplits.from_run_splits(store, train_names, eval_names, seed, train_clips)
+
+
+def describe_probing(probing: ProbeOptions, probe_splits: ProbeSplits, spec: EncoderSpec) -> ProbeTraining:
+    """How the probes are trained, and on which clips; clips are counted in the first fold."""
+    # The encoder's patches: they decide how many tokens there are to pool
+    fold = probe_splits.folds[0]
+    grid = {
+        "rows": spec.grid.rows,
+        "cols": spec.grid.cols,
+        "frames": spec.grid.patch_frames,
+        "bands": spec.grid.patch_bands,
+    }
+    return ProbeTraining(
+        names=probing.probe_names,
+        pooling=probing.pooling,
+        layer=str(probing.layer),
+        grid=grid,
+        train_splits=probe_splits.train_splits,
+        val_splits=probe_splits.val_splits,
+        train_clips=len(fold.fit_N),
+        val_clips=len(fold.val_N),
+        val_share=VALIDATION_SHARE if fold.val_from_train else None,
+        notes=PROBE_NOTES,
+    )
 
 
 def score_probes(
@@ -279,68 +283,113 @@ def score_probes(
     trained: TrainedRun,
     probe_splits: ProbeSplits,
     label_sets: Sequence[TrueLabels],
-    count: int,
+    resamples: int,
 ) -> Iterator[Score]:
-    """Every probe on every kind of features under every label set."""
-    identity, seed = options.run.identity, trained.recipe.seed
-    views = ClipViews(
-        store=options.store,
-        frames=trained.encoder_spec(TO_PROBE).grid.frames,
-        mean=identity["mean"],
-        std=identity["std"],
-    )
-    for name, encoder in compared_encoders(trained, options.device).items():
-        found = extract_features(
+    """Yield the score of every probe on every kind of features under every label set."""
+    # Views of the recipe's length, normalised as the run's own clips were
+    identity = options.run.identity
+    frames = trained.encoder_spec(TO_PROBE).grid.frames
+    views = ClipViews(store=options.store, frames=frames, mean=identity["mean"], std=identity["std"])
+
+    # One pass of each encoder serves all its probes
+    for features_name, encoder in compared_encoders(trained, options.device).items():
+        features = extract_features(
             views,
             probe_splits.rows_N,
             encoder,
             pooling=probing.pooling,
             layer=probing.layer,
             tokens="attentive" in probing.probe_names,
-            progress_label=name if probing.progress else None,
+            progress_label=features_name if probing.progress else None,
         )
-        used = [probe for probe in probing.probe_names if probe != "attentive" or encoder is not None]
-        pairs = [(truth, probe) for truth in label_sets for probe in used]
-        bar = {"desc": f"{name}: probes", "unit": "probes", "leave": False}
-        for truth, probe in tqdm(pairs, disable=None if probing.progress else True, **bar):
-            bench = ProbeFit(
-                features=found, probe_splits=probe_splits, true_labels=truth, seed=seed, device=options.device
+
+        # Log-mel statistics have no tokens to attend to
+        probe_names = [
+            name for name in probing.probe_names if name != "attentive" or features_name != STATISTICS
+        ]
+        bar = tqdm(
+            [(true_labels, probe) for true_labels in label_sets for probe in probe_names],
+            desc=f"{features_name}: probes",
+            disable=None if probing.progress else True,
+            unit="probes",
+            leave=False,
+        )
+        for true_labels, probe in bar:
+            fit = ProbeFit(
+                features=features,
+                probe_splits=probe_splits,
+                true_labels=true_labels,
+                seed=trained.recipe.seed,
+                device=options.device,
             )
-            yield bench.score_probe(name, probe, count)
+            yield fit.score_probe(features_name, probe, resamples)
 
 
-def choose_probe_splits(run: Run, store: FeatureStore, seed: int, train_clips: int) -> ProbeSplits:
-    """What trains, chooses and measures; of a fine-tuned run's own clips those that it held out measure."""
-    mine = run_splits_in_store(run, store) if run.is_finetuned else None
-    if mine is None:
-        return ProbeSplits.from_store(store, seed, train_clips)
-    return ProbeSplits.from_run_splits(store, *mine, seed, train_clips)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProbeFit:
+    """The features and labels of the probe splits' rows, which a probe is trained and measured on."""
 
+    features: ClipFeatures
+    probe_splits: ProbeSplits
+    true_labels: TrueLabels
+    seed: int
+    device: torch.device
 
-def describe_probing(probing: ProbeOptions, probe_splits: ProbeSplits, spec: EncoderSpec) -> Json:
-    """How probes are trained, on what."""
-    part, grid = probe_splits.folds[0], spec.grid
-    return {
-        "names": list(probing.probe_names),
-        "pooling": probing.pooling,
-        "layer": str(probing.layer),
-        "grid": {
-            "rows": grid.rows,
-            "cols": grid.cols,
-            "frames": grid.patch_frames,
-            "bands": grid.patch_bands,
-        },
-        "train_splits": list(probe_splits.train_splits),
-        "val_splits": list(probe_splits.val_splits),
-        "train_clips": len(part.fit_N),
-        "val_clips": len(part.val_N),
-        "val_share": VALIDATION_SHARE if part.val_from_train else None,
-        **PROBE_PROTOCOL,
-    }
+    def score_probe(self, features_name: str, probe: str, resamples: int) -> Score:
+        """Train the probe for every fold and measure it there, with intervals from this many resamples."""
+        scored_folds = []
+        chosen_settings = []
+        for number, fold in enumerate(self.probe_splits.folds):
+            scores_NC, setting = self.fit_and_score(fold, probe)
+            if setting is not None:
+                chosen_settings.append(setting)
+            positions_N = self.row_positions(fold.eval_N)
+            scored_folds.append(
+                self.true_labels.scored_fold(positions_N, scores_NC, resamples, self.seed + number)
+            )
+        return self.true_labels.summarise_folds(features_name, probe, scored_folds, chosen_settings)
 
+    def fit_and_score(self, fold: ProbeFold, probe: str) -> tuple[np.ndarray, float | None]:
+        """A probe's scores of the fold's eval clips, and the setting that was chosen for it."""
+        # The attentive probe standardises tokens by itself, and chooses its number of steps
+        single = self.true_labels.kind == "single"
+        if probe == "attentive":
+            attentive = train_attentive_probe(
+                self.features_of_rows(fold.train_N),
+                self.labels_of_rows(fold.train_N),
+                self.features_of_rows(fold.val_N),
+                self.labels_of_rows(fold.val_N),
+                self.features_of_rows(fold.eval_N),
+                seed=self.seed,
+                single=single,
+                device=self.device,
+            )
+            return attentive.scores_NC, attentive.steps
 
-def refuse_fold_folder(path: Path) -> None:
-    """RunError where this is the folder of a cross-validated task."""
-    if not (path / RECIPE_FILE).is_file() and (path / "fold1" / RECIPE_FILE).is_file():
-        told = f"give one of them, such as {path / 'fold1'}; all together: ajepa-train compare {path}"
-        raise RunError(f"{path}: holds a run for each fold; {told}")
+        # Nearest neighbours have nothing to choose
+        train_ND, val_ND, fit_ND, eval_ND = self.standardised_vectors(fold)
+        fit_NC = self.labels_of_rows(fold.fit_N)
+        if probe == "knn":
+            return knn_scores_NC(fit_ND, fit_NC, eval_ND), None
+
+        # The linear probe's penalty is chosen on the val clips; then all clips of the fit train it
+        train_NC = self.labels_of_rows(fold.train_N)
+        val_NC = self.labels_of_rows(fold.val_N)
+        l2 = choose_l2(train_ND, train_NC, val_ND, val_NC, single=single)
+        return linear_probe_scores_NC(fit_ND, fit_NC, eval_ND, l2=l2, single=single), l2
+
+    def standardised_vectors(self, fold: ProbeFold) -> Iterator[Tensor]:
+        """Yield the vectors of the train, val, fit and eval clips, all standardised by the fit clips."""
+        rows = (fold.fit_N, fold.train_N, fold.val_N, fold.fit_N, fold.eval_N)
+        vectors = standardise_features(*(self.features_of_rows(rows_N).vectors_ND for rows_N in rows))
+        return (vectors_ND.to(self.device) for vectors_ND in vectors[1:])
+
+    def features_of_rows(self, rows_N: np.ndarray) -> ClipFeatures:
+        return self.features.select_clips(self.row_positions(rows_N))
+
+    def labels_of_rows(self, rows_N: np.ndarray) -> np.ndarray:
+        return self.true_labels.labels_NC[self.row_positions(rows_N)]
+
+    def row_positions(self, rows_N: np.ndarray) -> np.ndarray:
+        """Where some rows stand among all rows of the probe splits."""
+        return np.searchsorted(self.probe_splits.rows_N, rows_N)

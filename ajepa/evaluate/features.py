@@ -1,4 +1,4 @@
-"""Frozen features: every clip of some rows as one vector, and as a few tokens to attend to."""
+"""Frozen features: every clip of some rows as one vector and, for the attentive probe, as a few tokens."""
 
 from dataclasses import dataclass, replace
 
@@ -22,16 +22,19 @@ from pipeline.store.joined_store import AnyStore
 
 CLIPS_PER_READ = 32
 
+# How an error ends that names a run without an encoder.
 TO_PROBE = "to probe; leave out --probe to measure the classifier itself"
 
-TRAINED, RANDOM, STATISTICS = "encoder", "random init", "log-mel statistics"  # kinds of features compared
+# The kinds of features that are compared.
+TRAINED, RANDOM, STATISTICS = "encoder", "random init", "log-mel statistics"
 
-MAX_CLIP_TOKENS = 64  # of a clip, for what attends to them: 20,000 clips of ViT-B are then 2 GB
+# Tokens of a clip for the attentive probe: 20,000 clips of ViT-B then take 2 GB.
+MAX_CLIP_TOKENS = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipViews:
-    """A store's clips whole, cut one after the other into normalised views of `frames`."""
+    """The whole clips of a store, each cut into consecutive views of `frames`, normalised by `mean` and `std`."""
 
     store: AnyStore
     frames: int
@@ -39,12 +42,18 @@ class ClipViews:
     std: float
 
     def read_views(self, rows_B: np.ndarray) -> tuple[Tensor, Tensor]:
-        """`mel_BVTF` (zeros past a clip's end, as in training) and valid frames `n_frames_BV`."""
+        """The views of some rows, `mel_BVTF`, and their valid frames, `n_frames_BV`.
+
+        Frames past a clip's end are 0, as in training.
+        """
+        # Whole clips, normalised
         n_frames_B = torch.from_numpy(self.store.n_frames_N[rows_B].astype(np.int64))
-        count = -(-self.store.frames // self.frames)
-        stored_BTF = torch.from_numpy(self.store.read(rows_B)).float()
-        mel_BTF = (self.store.offset + self.store.scale * stored_BTF - self.mean) / self.std
+        log_mel_BTF = torch.from_numpy(self.store.to_log_mel(self.store.read(rows_B)))
+        mel_BTF = (log_mel_BTF - self.mean) / self.std
         mel_BTF[torch.arange(self.store.frames) >= n_frames_B[:, None]] = 0.0
+
+        # Cut into views, the last of them padded
+        count = -(-self.store.frames // self.frames)
         padded_BTF = nnf.pad(mel_BTF, (0, 0, 0, count * self.frames - self.store.frames))
         starts_V = torch.arange(count) * self.frames
         n_frames_BV = (n_frames_B[:, None] - starts_V).clamp(0, self.frames)
@@ -53,10 +62,10 @@ class ClipViews:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipFeatures:
-    """What is known of N clips: a vector each, float32, and without need no tokens.
+    """The features of N clips: a vector each, float32, and M tokens each unless nobody asked for tokens.
 
-    tokens_NMD  float16: the grid's rows by stretches of time, each the mean over its valid tokens
-    valid_NM    which of these hold sound
+    tokens_NMD  float16: the grid's rows by segments of time, each the mean over its valid tokens
+    valid_NM    which of these tokens hold sound
     """
 
     vectors_ND: np.ndarray
@@ -64,7 +73,7 @@ class ClipFeatures:
     valid_NM: np.ndarray | None = None
 
     def select_clips(self, clips_N: np.ndarray) -> "ClipFeatures":
-        """Those of some of the clips."""
+        """The features of some of the clips."""
         if self.tokens_NMD is None or self.valid_NM is None:
             return ClipFeatures(vectors_ND=self.vectors_ND[clips_N])
         return ClipFeatures(
@@ -72,6 +81,25 @@ class ClipFeatures:
             tokens_NMD=self.tokens_NMD[clips_N],
             valid_NM=self.valid_NM[clips_N],
         )
+
+
+def compared_encoders(trained: TrainedRun, device: torch.device) -> dict[str, Encoder | None]:
+    """The encoders to compare, by kind of features: the run's, one of random weights, and none for statistics.
+
+    The random one is that of a pre-trained run before its first step; it standardises bands as the trained one does.
+    """
+    # A pre-trained run drew its first weights by the same seed
+    spec = replace(trained.encoder_spec(TO_PROBE), drop_path=0.0)
+    encoder = Encoder(spec, seed=trained.recipe.seed)
+    random_encoder = Encoder(spec, seed=trained.recipe.seed)
+    encoder.load_state_dict(trained.encoder_weights())
+    if encoder.bands_2F is not None:
+        random_encoder.set_band_statistics(*encoder.bands_2F)
+    return {
+        TRAINED: encoder.to(device).eval(),
+        RANDOM: random_encoder.to(device).eval(),
+        STATISTICS: None,
+    }
 
 
 def clip_vectors(
@@ -82,7 +110,7 @@ def clip_vectors(
     pooling: PoolingName = DEFAULT_POOLING,
     layer: EncoderLayer = LAST_LAYER,
 ) -> np.ndarray:
-    """One vector per clip, float32 `[N, D]`: its tokens, pooled, or without encoder its log-mel statistics."""
+    """One vector per clip, float32 `[N, D]`: its pooled tokens, or its log-mel statistics where there is no encoder."""
     return extract_features(views, rows_N, encoder, pooling=pooling, layer=layer).vectors_ND
 
 
@@ -96,35 +124,48 @@ def extract_features(
     tokens: bool = False,
     progress_label: str | None = None,
 ) -> ClipFeatures:
-    """The vectors, and with `tokens` at most `MOST_TOKENS` of each clip, from one pass of the encoder.
+    """The vector of every clip and, with `tokens`, at most `MAX_CLIP_TOKENS` tokens, from one pass of the encoder.
 
-    `progress` is what a bar is called that shows how far it is, on a terminal.
+    With `progress_label` a progress bar of that name is shown, on a terminal.
     """
-    vectors, kept, valid = [], [], []
-    starts, told = (
+    # A bar that counts reads of the store
+    vectors = []
+    merged_tokens = []
+    valid = []
+    bar = tqdm(
         range(0, len(rows_N), CLIPS_PER_READ),
-        {"unit": f" x {CLIPS_PER_READ} clips", "leave": False},
+        desc=progress_label,
+        disable=True if progress_label is None else None,
+        unit=f" x {CLIPS_PER_READ} clips",
+        leave=False,
     )
-    for start in tqdm(starts, desc=progress_label, disable=True if progress_label is None else None, **told):
+    for start in bar:
         mel_BVTF, n_frames_BV = views.read_views(rows_N[start : start + CLIPS_PER_READ])
         if encoder is None:
             vectors.append(mel_statistics(mel_BVTF, n_frames_BV).numpy())
             continue
-        said = encode_views(encoder, mel_BVTF, n_frames_BV, layer)
-        vectors.append(said.pool_per_clip(pooling).numpy())
+
+        # Tokens are merged read by read: all of them would take many times the memory
+        clip_tokens = encode_views(encoder, mel_BVTF, n_frames_BV, layer)
+        vectors.append(clip_tokens.pool_per_clip(pooling).numpy())
         if tokens:
-            merged_BMD, valid_BM = merge_tokens(said)
-            kept.append(merged_BMD.half().numpy())
+            merged_BMD, valid_BM = merge_tokens(clip_tokens)
+            merged_tokens.append(merged_BMD.half().numpy())
             valid.append(valid_BM.numpy())
-    if not kept:
-        return ClipFeatures(vectors_ND=np.concatenate(vectors))
+
+    vectors_ND = np.concatenate(vectors)
+    if not merged_tokens:
+        return ClipFeatures(vectors_ND=vectors_ND)
     return ClipFeatures(
-        vectors_ND=np.concatenate(vectors), tokens_NMD=np.concatenate(kept), valid_NM=np.concatenate(valid)
+        vectors_ND=vectors_ND, tokens_NMD=np.concatenate(merged_tokens), valid_NM=np.concatenate(valid)
     )
 
 
 def merge_tokens(tokens: ClipTokens) -> tuple[Tensor, Tensor]:
-    """All rows by as many stretches of time as `MOST_TOKENS` allow, `BMD`, and which of them hold sound, `BM`."""
+    """At most `MAX_CLIP_TOKENS` tokens of each clip, `BMD`, and which of them hold sound, `BM`.
+
+    Every row of the grid keeps its own tokens; neighbours in time are averaged.
+    """
     merged_BKRD, valid_BK = tokens.segment_means(max(1, MAX_CLIP_TOKENS // tokens.rows))
     valid_BM = valid_BK[..., None].expand(merged_BKRD.shape[:3]).flatten(1)
     return merged_BKRD.flatten(1, 2).nan_to_num(0.0), valid_BM
@@ -132,21 +173,8 @@ def merge_tokens(tokens: ClipTokens) -> tuple[Tensor, Tensor]:
 
 def mel_statistics(mel_BVTF: Tensor, n_frames_BV: Tensor) -> Tensor:
     """Mean and standard deviation of each mel band over a clip's valid frames, `[B, 2F]`."""
-    mel_BTF, n_frames_B1 = mel_BVTF.flatten(1, 2), n_frames_BV.sum(1, keepdim=True)
+    mel_BTF = mel_BVTF.flatten(1, 2)
+    n_frames_B1 = n_frames_BV.sum(1, keepdim=True)
     mean_BF = mel_BTF.sum(1) / n_frames_B1  # frames past the end are 0
     square_BF = mel_BTF.square().sum(1) / n_frames_B1
     return torch.cat([mean_BF, (square_BF - mean_BF.square()).clamp(min=0).sqrt()], dim=1)
-
-
-def compared_encoders(trained: TrainedRun, device: torch.device) -> dict[str, Encoder | None]:
-    """What is compared: the run's encoder, one of its shape with random weights, and none at all.
-
-    The random one is that of a pre-trained run before its first step, and standardises bands as the trained one does.
-    """
-    spec = replace(trained.encoder_spec(TO_PROBE), drop_path=0.0)
-    encoder = Encoder(spec, seed=trained.recipe.seed)
-    random = Encoder(spec, seed=trained.recipe.seed)
-    encoder.load_state_dict(trained.encoder_weights())
-    if encoder.bands_2F is not None:
-        random.set_band_statistics(*encoder.bands_2F)
-    return {TRAINED: encoder.to(device).eval(), RANDOM: random.to(device).eval(), STATISTICS: None}

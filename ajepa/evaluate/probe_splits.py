@@ -1,6 +1,7 @@
-"""Partition: which clips train a probe, which choose its settings, and which it is measured on."""
+"""ProbeSplits: which clips of a store train a probe, which choose its settings, and which it is measured on."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,14 +15,20 @@ from pipeline.store.splits import (
     train_splits,
 )
 
-VALIDATION_SHARE = 0.2  # of the train clips, to choose with where no split is there for it
+# Share of the train clips that chooses a probe's settings where no split does.
+VALIDATION_SHARE = 0.2
+
+NO_ROWS_N = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProbeFold:
-    """Rows of a store, ascending; nothing is measured on what it was trained or chosen on.
+    """Rows of a store, ascending; no clip is measured that a probe was trained or its settings chosen on.
 
-    drawn  whether `val_N` was drawn from the splits to train on: then both train, once the choice is made
+    train_N         rows that train while settings are chosen
+    val_N           rows that choose the settings
+    eval_N          rows that are measured
+    val_from_train  whether `val_N` was drawn from the splits to train on: once the choice is made it trains too
     """
 
     train_N: np.ndarray
@@ -29,59 +36,93 @@ class ProbeFold:
     eval_N: np.ndarray
     val_from_train: bool
 
-    @property
-    def rows_by_role(self) -> dict[str, np.ndarray]:
-        return {"train_N": self.train_N, "val_N": self.val_N, "eval_N": self.eval_N}
+    @classmethod
+    def from_rows(cls, train_N: np.ndarray, val_N: np.ndarray, eval_N: np.ndarray, seed: int) -> "ProbeFold":
+        """A fold of these rows; without `val_N` the seed draws a fifth of `train_N` for it."""
+        val_from_train = not len(val_N)
+        if val_from_train:
+            order_N = np.random.default_rng([seed, 1]).permutation(train_N)
+            val_N, train_N = np.split(order_N, [int(len(order_N) * VALIDATION_SHARE)])
+        return cls(
+            train_N=np.sort(train_N), val_N=np.sort(val_N), eval_N=eval_N, val_from_train=val_from_train
+        )
 
     @property
     def fit_N(self) -> np.ndarray:
-        """What trains once the choice is made."""
-        return np.sort(np.concatenate([self.train_N, self.val_N])) if self.val_from_train else self.train_N
+        """The rows that train once the choice is made."""
+        if not self.val_from_train:
+            return self.train_N
+        return np.sort(np.concatenate([self.train_N, self.val_N]))
+
+    def keep_rows(self, kept_N: np.ndarray) -> "ProbeFold":
+        """The fold without all rows but these."""
+        return replace(
+            self,
+            train_N=self.train_N[np.isin(self.train_N, kept_N)],
+            val_N=self.val_N[np.isin(self.val_N, kept_N)],
+            eval_N=self.eval_N[np.isin(self.eval_N, kept_N)],
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProbeSplits:
-    """One part, or one for each fold; and the splits that they are of."""
+    """A single fold, or one for each `foldN` of a store; and the names of the splits that their rows are of."""
 
     folds: tuple[ProbeFold, ...]
     train_splits: tuple[str, ...]
     val_splits: tuple[str, ...]
     eval_splits: tuple[str, ...]
 
-    @property
-    def rows_N(self) -> np.ndarray:
-        """Every row of some use, ascending."""
-        return np.unique(
-            np.concatenate([rows for p in self.folds for rows in (p.train_N, p.val_N, p.eval_N)])
-        )
-
-    @property
-    def eval_N(self) -> np.ndarray:
-        """Every row that is measured on, ascending."""
-        return np.unique(np.concatenate([part.eval_N for part in self.folds]))
-
     @classmethod
     def from_store(cls, store: AnyStore, seed: int, train_clips: int) -> "ProbeSplits":
-        """By the names of the splits: `fold1`, `fold2` ... take turns where no split is kept to measure on.
+        """Decide by the names of the splits which clips train, choose and are measured.
 
-        Else what is named val, valid, validation or dev chooses, and the other splits train. Where no split
-        chooses, a fifth of the train clips does, drawn by the seed, and trains thereafter. At most `train_clips`
-        train, and as many choose. RunError where nothing is there to measure on or to train on.
+        `fold1`, `fold2` ... take turns where no split is kept to measure on. Else the splits named val, valid,
+        validation or dev choose, and the other splits train. Where no split chooses, a fifth of the train clips does,
+        drawn by the seed, and trains thereafter. At most `train_clips` train, and as many choose.
+        RunError where there is no clip to measure on or no split to train on.
         """
+        # Folds, where there are no other splits to measure on
         splits = sorted(store.manifest["split"].unique())
-        folds = [split for split in splits if FOLD_PATTERN.fullmatch(split)]
-        if len(folds) > 1 and not evaluation_split_names(splits):
-            return cls.from_folds(store, sorted(folds, key=lambda fold: int(fold[4:])), seed, train_clips)
-        trained = train_splits(store)
-        choosing = tuple(split for split in trained if VALIDATION_PATTERN.search(split))
-        train = tuple(split for split in trained if split not in choosing) or choosing
-        train_N, eval_N = draw_split_rows(store, train, seed, train_clips), good_eval_rows(store)
-        val = choosing if train != choosing else ()
-        val_N = draw_split_rows(store, val, seed, train_clips) if val else np.empty(0, np.int64)
-        part = make_probe_fold(train_N, val_N, eval_N, seed)
+        fold_names = [split for split in splits if FOLD_PATTERN.fullmatch(split)]
+        if len(fold_names) > 1 and not evaluation_split_names(splits):
+            ordered = sorted(fold_names, key=lambda fold: int(fold[4:]))
+            return cls.from_folds(store, ordered, seed, train_clips)
+
+        # Splits that choose do not train, unless there is nothing else to train on
+        candidates = train_splits(store)
+        val_names = tuple(split for split in candidates if VALIDATION_PATTERN.search(split))
+        train_names = tuple(split for split in candidates if split not in val_names)
+        if not train_names:
+            train_names = val_names
+            val_names = ()
+
+        # The clips of all three
+        train_N = draw_split_rows(store, train_names, seed, train_clips)
+        eval_N = good_eval_rows(store)
+        val_N = draw_split_rows(store, val_names, seed, train_clips) if val_names else NO_ROWS_N
         return cls(
-            folds=(part,), train_splits=train, val_splits=val, eval_splits=tuple(probe_eval_splits(store))
+            folds=(ProbeFold.from_rows(train_N, val_N, eval_N, seed),),
+            train_splits=train_names,
+            val_splits=val_names,
+            eval_splits=tuple(probe_eval_splits(store)),
         )
+
+    @classmethod
+    def from_folds(
+        cls, store: AnyStore, fold_names: Sequence[str], seed: int, train_clips: int
+    ) -> "ProbeSplits":
+        """Each fold measured by probes that the others train; RunError where a fold has no good clip."""
+        folds = []
+        for name in fold_names:
+            eval_N = store.good_rows([name])
+            if not len(eval_N):
+                raise RunError(f"{store.location}: {name} has no good clip; see: ajepa-data report")
+            others = [other for other in fold_names if other != name]
+            train_N = draw_split_rows(store, others, seed, train_clips)
+            folds.append(ProbeFold.from_rows(train_N, NO_ROWS_N, eval_N, seed))
+        names = tuple(fold_names)
+        return cls(folds=tuple(folds), train_splits=names, val_splits=(), eval_splits=names)
 
     @classmethod
     def from_run_splits(
@@ -94,58 +135,40 @@ class ProbeSplits:
     ) -> "ProbeSplits":
         """The splits that a run was fine-tuned and measured on; a fifth of the train clips chooses.
 
-        RunError where nothing is there to measure on.
+        RunError where there is no good clip to measure on.
         """
-        if not len(eval_N := store.good_rows(list(eval_names))):
-            told = f"split {' + '.join(eval_names)} has no good clip to measure on"
-            raise RunError(f"{store.location}: {told}; see: ajepa-data report")
+        eval_N = _good_rows_to_measure(store, eval_names)
         train_N = draw_split_rows(store, train_names, seed, train_clips)
-        part = make_probe_fold(train_N, np.empty(0, np.int64), eval_N, seed)
-        return cls(folds=(part,), train_splits=train_names, val_splits=(), eval_splits=eval_names)
+        fold = ProbeFold.from_rows(train_N, NO_ROWS_N, eval_N, seed)
+        return cls(folds=(fold,), train_splits=train_names, val_splits=(), eval_splits=eval_names)
+
+    @property
+    def rows_N(self) -> np.ndarray:
+        """Every row that trains, chooses or is measured, ascending."""
+        return np.unique(
+            np.concatenate([rows for fold in self.folds for rows in (fold.train_N, fold.val_N, fold.eval_N)])
+        )
+
+    @property
+    def eval_N(self) -> np.ndarray:
+        """Every row that is measured, ascending."""
+        return np.unique(np.concatenate([fold.eval_N for fold in self.folds]))
 
     def drop_unlabelled(self, store: AnyStore) -> "ProbeSplits":
-        """Without the clips that have no label: no label is no statement. RunError where none is left."""
+        """The splits without the clips that have no label: no label is no statement. RunError where none is left."""
+        # Labels of other label sets are derived from the raw ones
         rows_N = self.rows_N
-        kept_N = rows_N[store.labels_BC(rows_N, "raw").any(axis=1)]
-        parts = tuple(
-            ProbeFold(
-                **{name: rows_N[np.isin(rows_N, kept_N)] for name, rows_N in part.rows_by_role.items()},
-                val_from_train=part.val_from_train,
-            )
-            for part in self.folds
-        )
-        for part in parts:
-            for what, rows_N in (("train", part.fit_N), ("measure", part.eval_N)):
-                if not len(rows_N):
-                    raise RunError(
-                        f"{store.location}: no clip to {what} on has a label; see: ajepa-data report"
-                    )
-        return ProbeSplits(
-            folds=parts,
-            train_splits=self.train_splits,
-            val_splits=self.val_splits,
-            eval_splits=self.eval_splits,
-        )
+        labelled_N = rows_N[store.labels_BC(rows_N, "raw").any(axis=1)]
+        folds = tuple(fold.keep_rows(labelled_N) for fold in self.folds)
 
-    @classmethod
-    def from_folds(cls, store: AnyStore, folds: list[str], seed: int, train_clips: int) -> "ProbeSplits":
-        """Each fold measured by what the others train; RunError where one has no good clip."""
-        parts = []
+        # Every fold still needs clips to train and to measure
         for fold in folds:
-            if not len(eval_N := store.good_rows([fold])):
-                raise RunError(f"{store.location}: {fold} has no good clip; see: ajepa-data report")
-            others = [other for other in folds if other != fold]
-            train_N = draw_split_rows(store, others, seed, train_clips)
-            parts.append(make_probe_fold(train_N, np.empty(0, np.int64), eval_N, seed))
-        return cls(folds=tuple(parts), train_splits=tuple(folds), val_splits=(), eval_splits=tuple(folds))
-
-
-def make_probe_fold(train_N: np.ndarray, val_N: np.ndarray, eval_N: np.ndarray, seed: int) -> ProbeFold:
-    """A part; without clips to choose with, a fifth of the train clips is kept back for it."""
-    if drawn := not len(val_N):
-        order_N = np.random.default_rng([seed, 1]).permutation(train_N)
-        val_N, train_N = np.split(order_N, [int(len(order_N) * VALIDATION_SHARE)])
-    return ProbeFold(train_N=np.sort(train_N), val_N=np.sort(val_N), eval_N=eval_N, val_from_train=drawn)
+            for purpose, left_N in (("train", fold.fit_N), ("measure", fold.eval_N)):
+                if not len(left_N):
+                    raise RunError(
+                        f"{store.location}: no clip to {purpose} on has a label; see: ajepa-data report"
+                    )
+        return replace(self, folds=folds)
 
 
 def probe_rows(store: AnyStore, seed: int, train_clips: int) -> tuple[np.ndarray, np.ndarray]:
@@ -153,19 +176,22 @@ def probe_rows(store: AnyStore, seed: int, train_clips: int) -> tuple[np.ndarray
     return draw_split_rows(store, train_splits(store), seed, train_clips), good_eval_rows(store)
 
 
-def draw_split_rows(
-    store: AnyStore, splits: list[str] | tuple[str, ...], seed: int, max_clips: int
-) -> np.ndarray:
-    """At most so many good rows of some splits, drawn by the seed, ascending."""
+def draw_split_rows(store: AnyStore, splits: Sequence[str], seed: int, max_clips: int) -> np.ndarray:
+    """At most `max_clips` good rows of some splits, drawn by the seed, ascending."""
     rows_N = store.good_rows(list(splits))
     return np.sort(np.random.default_rng([seed, 0]).permutation(rows_N)[:max_clips])
 
 
 def good_eval_rows(store: AnyStore) -> np.ndarray:
-    """The good rows of what is kept to measure on; RunError where there are none."""
-    eval_N = store.good_rows(measured := probe_eval_splits(store))
-    if not len(eval_N):
+    """The good rows of the splits that are kept to measure on; RunError where there are none."""
+    return _good_rows_to_measure(store, probe_eval_splits(store))
+
+
+def _good_rows_to_measure(store: AnyStore, splits: Sequence[str]) -> np.ndarray:
+    rows_N = store.good_rows(list(splits))
+    if not len(rows_N):
         raise RunError(
-            f"{store.location}: split {' + '.join(measured)} has no good clip to measure on; see: ajepa-data report"
+            f"{store.location}: split {' + '.join(splits)} has no good clip to measure on; "
+            "see: ajepa-data report"
         )
-    return eval_N
+    return rows_N

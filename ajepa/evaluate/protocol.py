@@ -1,20 +1,18 @@
-"""Stamp: what every evaluation says of itself, and where it is kept: enough to tell whether two may be compared."""
+"""EvaluationProtocol: the settings behind an evaluation, enough to tell whether two evaluations may be compared."""
 
 import hashlib
-import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ajepa.evaluate.metrics import CONFIDENCE_LEVEL
-from ajepa.evaluate.result import EVALUATION_FILE, EVALUATION_FORMAT
 from ajepa.training.run import Json, Run, software_versions
-from pipeline.errors import RunError
 from pipeline.store.feature_store import FeatureStore
 
-METRIC_NOTES = {
+METRIC_NOTES: Json = {
     "map": "macro, classes without an eval clip skipped",
     "accuracy": "share of the clips whose highest score is that of their class",
     "clips": "good clips of the eval splits that have a label of the classes measured",
@@ -23,7 +21,8 @@ METRIC_NOTES = {
     "confidence": CONFIDENCE_LEVEL,
 }
 
-PROTOCOL_SETTINGS = (
+# A result may be replaced by one that differs in other keys, such as a later step or another device.
+COMPARED_KEYS = (
     "store_id",
     "excluded",
     "checkpoint",
@@ -34,10 +33,246 @@ PROTOCOL_SETTINGS = (
     "probes",
 )
 
-PROBE_NAMES_KEY = "names"  # of probes: a result may hold more of them than the one whose place it takes
+# Under `probes`: a result may be replaced by one that holds its probes and more.
+PROBE_NAMES_KEY = "names"
 
 
-def protocol_of(
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassifierTraining:
+    """How a classifier was trained before it was measured.
+
+    start         step and digest of the encoder that training started from; None: from random weights
+    ema           decay of the moving average of the weights; 0: none is kept
+    train_clips   None: not known
+    class_count   classes that it tells apart; an evaluation on another store may have fewer
+    views         how a whole clip is brought to the model's length
+    """
+
+    task: str
+    kind: str
+    label_set: str
+    start: Json | None
+    ema: float
+    clips_per_step: int
+    train_splits: tuple[str, ...]
+    train_clips: int | None
+    class_count: int
+    views: str
+
+    def to_json(self) -> Json:
+        """The value under `classifier` in evaluation.json."""
+        return {
+            "task": self.task,
+            "kind": self.kind,
+            "label_set": self.label_set,
+            "from": self.start,
+            "ema": self.ema,
+            "clips_per_step": self.clips_per_step,
+            "train_splits": list(self.train_splits),
+            "train_clips": self.train_clips,
+            "classes": self.class_count,
+            "views": self.views,
+        }
+
+    @classmethod
+    def from_json(cls, record: Json) -> "ClassifierTraining":
+        return cls(
+            task=record["task"],
+            kind=record["kind"],
+            label_set=record["label_set"],
+            start=record["from"],
+            ema=record["ema"],
+            clips_per_step=record["clips_per_step"],
+            train_splits=tuple(record["train_splits"]),
+            train_clips=record["train_clips"],
+            class_count=record["classes"],
+            views=record["views"],
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProbeTraining:
+    """How probes were trained on frozen features, and on which clips.
+
+    grid       the encoder's patches: rows, columns, frames and bands of a patch
+    val_share  share of the train clips that chose a probe's settings; None: the val splits did
+    notes      what holds for every probe, in words
+    """
+
+    names: tuple[str, ...]
+    pooling: str
+    layer: str
+    grid: Json
+    train_splits: tuple[str, ...]
+    val_splits: tuple[str, ...]
+    train_clips: int
+    val_clips: int
+    val_share: float | None
+    notes: Json
+
+    def to_json(self) -> Json:
+        """The value under `probes` in evaluation.json; the notes stand beside the settings."""
+        return {
+            "names": list(self.names),
+            "pooling": self.pooling,
+            "layer": self.layer,
+            "grid": self.grid,
+            "train_splits": list(self.train_splits),
+            "val_splits": list(self.val_splits),
+            "train_clips": self.train_clips,
+            "val_clips": self.val_clips,
+            "val_share": self.val_share,
+            **self.notes,
+        }
+
+    @classmethod
+    def from_json(cls, record: Json) -> "ProbeTraining":
+        settings = {part.name: record[part.name] for part in fields(cls) if part.name != "notes"}
+        lists = {name: tuple(record[name]) for name in ("names", "train_splits", "val_splits")}
+        notes = {name: value for name, value in record.items() if name not in settings}
+        return cls(**(settings | lists), notes=notes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationProtocol:
+    """What was measured, on which clips, and how; `to_json` is its form in evaluation.json.
+
+    seed               that of the run's recipe; it also draws the resamples
+    checkpoint         as it was asked for: last, best or a step
+    weights_name       the part of the checkpoint that is measured
+    weights_sha256     digest of these weights; of folds one for each
+    task               what the run was fine-tuned on; None: it was pre-trained
+    training_store_id  the store that the run was trained on
+    store_name         the store that is measured, without its folder
+    exclusions         digest of the clips that are excluded from that store; None: none are
+    unlabelled_clips   good clips of the eval splits that have no label of the classes measured
+    folds              how many folds the scores are means over; 0: there are none
+    kind               labels a clip, as asked for: auto, single or multi
+    metric_notes       what every metric means, in words
+    classifier         None: only probes are measured
+    probes             None: only a classifier is measured
+    device             cpu or cuda
+    """
+
+    # The run, and its weights at a checkpoint
+    run_path: str
+    recipe_name: str
+    seed: int
+    step: int
+    checkpoint: str
+    weights_name: str
+    weights_sha256: str | tuple[str, ...]
+
+    # What it was trained on, by which software
+    task: str | None
+    training_store_id: str
+    training_versions: Json
+
+    # The store, and which of its clips are measured
+    store_name: str
+    store_id: str
+    exclusions: str | None
+    eval_splits: tuple[str, ...]
+    eval_clips: int
+    unlabelled_clips: int
+
+    # How they are measured
+    folds: int
+    kind: str
+    metric_notes: Json = field(default_factory=METRIC_NOTES.copy)
+    resamples: int
+    classifier: ClassifierTraining | None
+    probes: ProbeTraining | None
+
+    # Where, by which software
+    device: str
+    versions: Json
+
+    def to_json(self) -> Json:
+        """The protocol as it stands in evaluation.json, the same keys whatever was measured."""
+        digests = self.weights_sha256
+        return {
+            # The run
+            "run": self.run_path,
+            "recipe": self.recipe_name,
+            "seed": self.seed,
+            "step": self.step,
+            "checkpoint": self.checkpoint,
+            "weights": self.weights_name,
+            "weights_sha256": digests if isinstance(digests, str) else list(digests),
+            "task": self.task,
+            "trained_on": self.training_store_id,
+            "trained_with": self.training_versions,
+            # The store
+            "store": self.store_name,
+            "store_id": self.store_id,
+            "excluded": self.exclusions,
+            "eval_splits": list(self.eval_splits),
+            "eval_clips": self.eval_clips,
+            "left_out": self.unlabelled_clips,
+            # The measurement
+            "folds": self.folds,
+            "kind": self.kind,
+            **self.metric_notes,
+            "resamples": self.resamples,
+            "classifier": self.classifier and self.classifier.to_json(),
+            "probes": self.probes and self.probes.to_json(),
+            "device": self.device,
+            "versions": self.versions,
+        }
+
+    @classmethod
+    def from_json(cls, record: Json) -> "EvaluationProtocol":
+        """The protocol that `to_json` wrote; KeyError where a key is missing."""
+        digests = record["weights_sha256"]
+        classifier = record["classifier"]
+        probes = record["probes"]
+        return cls(
+            # The run
+            run_path=record["run"],
+            recipe_name=record["recipe"],
+            seed=record["seed"],
+            step=record["step"],
+            checkpoint=record["checkpoint"],
+            weights_name=record["weights"],
+            weights_sha256=digests if isinstance(digests, str) else tuple(digests),
+            task=record["task"],
+            training_store_id=record["trained_on"],
+            training_versions=record["trained_with"],
+            # The store
+            store_name=record["store"],
+            store_id=record["store_id"],
+            exclusions=record["excluded"],
+            eval_splits=tuple(record["eval_splits"]),
+            eval_clips=record["eval_clips"],
+            unlabelled_clips=record["left_out"],
+            # The measurement
+            folds=record["folds"],
+            kind=record["kind"],
+            metric_notes={name: record[name] for name in METRIC_NOTES if name in record},
+            resamples=record["resamples"],
+            classifier=classifier and ClassifierTraining.from_json(classifier),
+            probes=probes and ProbeTraining.from_json(probes),
+            device=record["device"],
+            versions=record["versions"],
+        )
+
+    def differences(self, requested: "EvaluationProtocol") -> list[str]:
+        """The settings in which a requested protocol differs from this one, each as `setting: old, now new`.
+
+        Only settings count that make another measurement: not steps, versions, devices or additional probes.
+        """
+        old_record = self.to_json()
+        new_record = requested.to_json()
+        before = {key: old_record[key] for key in COMPARED_KEYS}
+        after = {key: new_record[key] for key in COMPARED_KEYS}
+        return [
+            f"{key}: {describe_setting(old)}, now {describe_setting(new)}"
+            for key, old, new in protocol_differences(before, after)
+        ]
+
+
+def build_protocol(
     run: Run,
     store: FeatureStore,
     *,
@@ -52,53 +287,52 @@ def protocol_of(
     checkpoint: str | int = "last",
     kind: str = "auto",
     folds: int = 0,
-    classifier: Json | None = None,
-    probes: Json | None = None,
-) -> Json:
-    """The protocol of an evaluation, the same keys whatever was measured.
+    classifier: ClassifierTraining | None = None,
+    probes: ProbeTraining | None = None,
+) -> EvaluationProtocol:
+    """The protocol of measuring these weights of a run on a store; fields and parameters of one name are the same."""
+    return EvaluationProtocol(
+        # The run
+        run_path=str(run.path),
+        recipe_name=run.recipe["name"],
+        seed=run.recipe["seed"],
+        step=step,
+        checkpoint=str(checkpoint),
+        weights_name=weights_name,
+        weights_sha256=weights_digest(weights),
+        task=run.identity.get("task"),
+        training_store_id=run.identity["store_id"],
+        training_versions=run.versions,
+        # The store
+        store_name=Path(store.location).name,
+        store_id=store.store_id,
+        exclusions=store.exclusions.digest,
+        eval_splits=tuple(eval_splits),
+        eval_clips=eval_clips,
+        unlabelled_clips=unlabelled_clips,
+        # The measurement
+        folds=folds,
+        kind=kind,
+        resamples=resamples,
+        classifier=classifier,
+        probes=probes,
+        device=device,
+        versions=software_versions(),
+    )
 
-    weights      what was measured: its digest is told; `part` is what it is called in a checkpoint
-    left_out     good clips of the eval splits that have no label of the classes measured
-    classifier   how a classifier was trained, as it is measured; None: only probes are
-    probes       what was trained on frozen features, and on which clips; None: only a classifier is measured
-    task         what the run was fine-tuned on, None of a pre-trained one
-    """
-    identity = run.identity
-    return {
-        "run": str(run.path),
-        "recipe": run.recipe["name"],
-        "seed": run.recipe["seed"],
-        "step": step,
-        "checkpoint": str(checkpoint),
-        "weights": weights_name,
-        "weights_sha256": weights_digest(weights),
-        "task": identity.get("task"),
-        "trained_on": identity["store_id"],
-        "trained_with": run.versions,
-        "store": Path(store.location).name,
-        "store_id": store.store_id,
-        "excluded": store.exclusions.digest,
-        "eval_splits": list(eval_splits),
-        "eval_clips": eval_clips,
-        "left_out": unlabelled_clips,
-        "folds": folds,
-        "kind": kind,
-        **METRIC_NOTES,
-        "resamples": resamples,
-        "classifier": classifier,
-        "probes": probes,
-        "device": device,
-        "versions": software_versions(),
-    }
+
+def count_folds(folds: Sequence[object]) -> int:
+    """How many folds the scores are means over: 0 where there is only one part, which is no fold."""
+    return len(folds) if len(folds) > 1 else 0
 
 
 def weights_digest(weights: dict[str, Tensor]) -> str:
-    """SHA-256 of named tensors, whatever file they lay in."""
-    told = hashlib.sha256()
+    """SHA-256 of named tensors, the same whatever file holds them."""
+    digest = hashlib.sha256()
     for name in sorted(weights):
-        told.update(f"{name} {tuple(weights[name].shape)} ".encode())
-        told.update(weights[name].contiguous().cpu().flatten().view(torch.uint8).numpy().data)
-    return told.hexdigest()
+        digest.update(f"{name} {tuple(weights[name].shape)} ".encode())
+        digest.update(weights[name].contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def is_training_store(run: Run, store: FeatureStore) -> bool:
@@ -106,63 +340,27 @@ def is_training_store(run: Run, store: FeatureStore) -> bool:
     return store.store_id in {run.identity["store_id"], *run.identity.get("stores", [])}
 
 
-def result_path(run: Run, store: FeatureStore, *, probed: bool) -> Path:
-    """Where an evaluation is kept, one rule for all runs.
-
-    What a run is measured by on its own store lies in evaluation.json, on another one in evaluation-STORE.json. A
-    fine-tuned run is measured by its classifier: probes on its frozen encoder (`probed`) lie beside that, in
-    evaluation-probes.json and evaluation-STORE-probes.json.
-    """
-    more = "" if is_training_store(run, store) else f"-{Path(store.location).stem}"
-    beside = "-probes" if probed and run.is_finetuned else ""
-    return run.path / f"{Path(EVALUATION_FILE).stem}{more}{beside}.json"
-
-
-def read_protocol(file: Path) -> Json | None:
-    """The stamp of the evaluation in a file; None: there is none, or of a format that is not read any more."""
-    told = json.loads(file.read_text()) if file.is_file() else {}
-    found: Json | None = told["protocol"] if told.get("format") == EVALUATION_FORMAT else None
-    return found
-
-
-def refuse_overwriting(file: Path, protocol: Json) -> None:
-    """RunError where `file` holds what was measured otherwise than `asked`, a stamp, says: it would be lost.
-
-    A later step of the run, other versions, another device, or more probes are no reason; nor is a result of a
-    format that is not read any more.
-    """
-    held = read_protocol(file)
-    if held is None:
-        return
-    before, now = ({key: told[key] for key in PROTOCOL_SETTINGS} for told in (held, protocol))
-    changes = [
-        f"{name}: {describe_setting(old)}, now {describe_setting(new)}"
-        for name, old, new in protocol_differences(before, now)
-    ]
-    if changes:
-        raise RunError(
-            f"{file}: holds what was measured otherwise ({'; '.join(changes[:3])}); "
-            "keep this one elsewhere with --out FILE, or replace that one by naming it there"
-        )
-
-
-def protocol_differences(
-    stored: Json, requested: Json, key_prefix: str = ""
-) -> list[tuple[str, object, object]]:
-    """Every setting in which two stamps differ, with both values; what `asked` has more of `names` is none."""
-    found: list[tuple[str, object, object]] = []
+def protocol_differences(stored: Json, requested: Json, prefix: str = "") -> list[tuple[str, object, object]]:
+    """Every setting that differs, as dotted key, old value and new value; additional probes are no difference."""
+    changes: list[tuple[str, object, object]] = []
     for key in dict.fromkeys([*stored, *requested]):
-        old, new = stored.get(key), requested.get(key)
-        old, new = (list(value) if isinstance(value, tuple) else value for value in (old, new))
+        old = stored.get(key)
+        new = requested.get(key)
+
+        # Nested settings are named by their path
         if isinstance(old, dict) and isinstance(new, dict):
-            found += protocol_differences(old, new, f"{key_prefix}{key}.")
+            changes += protocol_differences(old, new, f"{prefix}{key}.")
         elif old != new and not (key == PROBE_NAMES_KEY and set(old or ()) <= set(new or ())):
-            found.append((f"{key_prefix}{key}", old, new))
-    return found
+            changes.append((f"{prefix}{key}", old, new))
+    return changes
 
 
 def describe_setting(value: object) -> str:
     """A setting in a few words."""
+    if value is None:
+        return "none"
+    if isinstance(value, dict):
+        return "some"
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
-    return "some" if isinstance(value, dict) else "none" if value is None else str(value)
+    return str(value)

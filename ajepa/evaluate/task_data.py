@@ -1,7 +1,6 @@
-"""Assignment: a task on a store: which clips are trained on and measured, and what their labels are there."""
+"""TaskData: a task on a store: which clips train and which are measured, their labels, and the classes to learn."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,11 +20,14 @@ SHOWN_CLASSES = 5  # names of classes in an error
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TaskData:
-    """Rows and classes of a task on a store.
+    """The rows and classes of a task on a store.
 
-    merge_SC  which class of the task each class of the store is, 0 or 1; a row of zeros is no class of it
-    left_out  good clips of the splits to measure that have no label of the task
-    notes     what whoever trains should know
+    classes           the task's classes, in the order of the head
+    single            whether each clip has exactly one of them
+    train_N, eval_N   rows to train on and to measure; each has a label of the task
+    merge_SC          1 where class S of the store is class C of the task, else 0; a row of zeros: no class of it
+    unlabelled_clips  good clips of the splits to measure that have no label of the task
+    notes             sentences for the user: what is left out of training
     """
 
     task: Task
@@ -39,17 +41,17 @@ class TaskData:
     eval_N: np.ndarray
     merge_SC: np.ndarray
     unlabelled_clips: int = 0
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     def labels_NC(self, rows_N: np.ndarray, label_set: str | None = None) -> np.ndarray:
-        """1 where a row has a class of the task, else 0, float32."""
+        """1 where a row has a class of the task, else 0, float32; by default in the label set of the training."""
         labels_NS = self.store.labels_BC(rows_N, label_set or self.label_set)
         return np.minimum(labels_NS @ self.merge_SC, 1.0)
 
     def identity(self) -> Json:
-        """What is learnt from what: compared on resume, and needed to use what was learnt."""
+        """What the run learns from which data: compared when a run is resumed, and needed to use its classifier."""
         mean, std = self.store.mean_and_std(self.train_splits)
-        told: Json = {
+        identity: Json = {
             "store_id": self.store.store_id,
             "spec_id": self.store.spec_id,
             "mel": self.store.spec.to_json(),
@@ -63,19 +65,25 @@ class TaskData:
             "classes": list(self.classes.mids),
         }
         if self.store.exclusions.digest is not None:
-            told["excluded"] = self.store.exclusions.digest
-        return told
+            identity["excluded"] = self.store.exclusions.digest
+        return identity
 
     def order(self, recipe: Finetune, world: World = SINGLE_PROCESS) -> RowOrder:
-        """Which clips come when to this rank, as the recipe samples them; InputError where there are too few."""
+        """The order in which training rows come to this rank, as the recipe samples them.
+
+        InputError where there are fewer rows than a step takes.
+        """
+        # Either rare rows are repeated, or rows are drawn by their classes' weights, or all come once an epoch
         rows_N = self.train_N
         sampling: Sampling = FULL_SHUFFLE
         if recipe.sampling == "repeated":
             rows_N = repeat_rare_rows(rows_N, self.labels_NC(rows_N))
         if recipe.sampling.startswith("balanced"):
-            sampling = self._weighted_sampling(recipe, recipe.clips_per_epoch or len(rows_N))
+            sampling = self._balanced_sampling(recipe, recipe.clips_per_epoch or len(rows_N))
         elif recipe.clips_per_epoch:
             raise RunError(f"recipe {recipe.name}: clips_per_epoch is for balanced sampling; set it to 0")
+
+        # Every rank reads its own share of each step's clips
         return RowOrder(
             rows_N=rows_N,
             clips=world.clips_per_rank(recipe.clips_per_step),
@@ -85,164 +93,212 @@ class TaskData:
             sampling=sampling,
         )
 
-    def _weighted_sampling(self, recipe: Finetune, clips: int) -> Sampling:
+    def _balanced_sampling(self, recipe: Finetune, clips_per_epoch: int) -> Sampling:
         weights = balanced_weights(self.store, self.train_N, label_set=self.label_set, scheme=recipe.weights)
         return WeightedSampling(
-            weights_N=weights.weights_N, clips_per_epoch=clips, replacement=recipe.sampling != "balanced-once"
+            weights_N=weights.weights_N,
+            clips_per_epoch=clips_per_epoch,
+            replacement=recipe.sampling != "balanced-once",
         )
 
 
 def select_task_data(
     task: Task, store: FeatureStore, *, label_set: str = "raw", fold: int | None = None
 ) -> TaskData:
-    """The task on the store; `fold` where it has such. RunError or StoreError names what does not fit."""
+    """The task on the store, and on one of its folds where it has folds.
+
+    RunError where the store does not fit the task, StoreError where it lacks the label set.
+    """
+    # Which splits, and which classes
     refuse_other_classes(task, store)
-    train, measured = task_splits(task, store, fold)
-    train_N, eval_N = store.good_rows(train), store.good_rows(measured)
-    classes, merge_SC = task_classes(task, store, train_N, label_set)
-    kept, notes = [], []
-    for rows_N, splits, what in ((train_N, train, "train on"), (eval_N, measured, "measure")):
-        count_N = (store.labels_BC(rows_N, label_set) @ merge_SC > 0).sum(axis=1)
-        kept.append(rows_N[count_N > 0])
-        if not len(kept[-1]):
-            told = f"no clip of {' + '.join(splits)} has a label of the task"
+    train_names, eval_names = task_splits(task, store, fold)
+    train_good_N = store.good_rows(train_names)
+    eval_good_N = store.good_rows(eval_names)
+    classes, merge_SC = task_classes(task, store, train_good_N, label_set)
+
+    # Only clips that have a label of the task train and are measured
+    rows = []
+    notes = []
+    for good_N, splits, purpose in (
+        (train_good_N, train_names, "train on"),
+        (eval_good_N, eval_names, "measure"),
+    ):
+        rows_N = rows_with_labels(store, good_N, label_set, merge_SC)
+        split_names = " + ".join(splits)
+        if not len(rows_N):
             raise RunError(
-                f"{store.location}: nothing to {what}: {told}; see: ajepa-data report {store.location}"
+                f"{store.location}: nothing to {purpose}: no clip of {split_names} has a label of the task; "
+                f"see: ajepa-data report {store.location}"
             )
-        if len(kept[-1]) < len(rows_N):
-            left, where = len(rows_N) - len(kept[-1]), " + ".join(splits)
-            notes.append(f"{left} clips of {where} have no label of the task and are left out")
+        if unlabelled := len(good_N) - len(rows_N):
+            notes.append(f"{unlabelled} clips of {split_names} have no label of the task and are left out")
+        rows.append(rows_N)
     if task.classes is None and len(classes) < len(store.classes):
         notes.append(f"{len(classes)} of the store's {len(store.classes)} classes have a clip to train on")
-    made = TaskData(
-        task=task,
-        store=store,
-        label_set=label_set,
-        classes=classes,
-        single=False,
-        train_splits=train,
-        eval_splits=measured,
-        train_N=kept[0],
-        eval_N=kept[1],
-        merge_SC=merge_SC,
-        unlabelled_clips=len(eval_N) - len(kept[1]),
-        notes=tuple(notes),
+
+    return with_label_kind(
+        TaskData(
+            task=task,
+            store=store,
+            label_set=label_set,
+            classes=classes,
+            single=False,
+            train_splits=train_names,
+            eval_splits=eval_names,
+            train_N=rows[0],
+            eval_N=rows[1],
+            merge_SC=merge_SC,
+            unlabelled_clips=len(eval_good_N) - len(rows[1]),
+            notes=tuple(notes),
+        )
     )
-    return with_label_kind(made)
+
+
+def rows_with_labels(
+    store: FeatureStore, rows_N: np.ndarray, label_set: str, merge_SC: np.ndarray
+) -> np.ndarray:
+    """Those of the rows that have a label of any class of a task (`TaskData.merge_SC`)."""
+    return rows_N[(store.labels_BC(rows_N, label_set) @ merge_SC > 0).any(axis=1)]
+
+
+def refuse_other_classes(task: Task, store: FeatureStore) -> None:
+    """RunError where the store's class list is not the task's: how many both have, and which are missing."""
+    if task.classes is None:
+        return
+    # The classes of one of the two alone
+    task_mids = task.classes.mids
+    store_mids = store.classes.mids
+    known_to_task = set(task_mids)
+    known_to_store = set(store_mids)
+    missing = [mid for mid in task_mids if mid not in known_to_store]
+    additional = [mid for mid in store_mids if mid not in known_to_task]
+
+    # Both kinds of fault in one message
+    faults = []
+    if missing:
+        faults.append(f"{len(missing)} of the task's are missing, such as {_shown_classes(missing)}")
+    if additional:
+        faults.append(
+            f"{len(additional)} of the store's are none of the task, such as {_shown_classes(additional)}"
+        )
+    if faults:
+        raise RunError(
+            f"{store.location}: task {task.name} has {len(task_mids)} classes, the store {len(store_mids)}: "
+            f"{'; '.join(faults)}; use --task own for other labels"
+        )
+
+
+def _shown_classes(mids: list[str]) -> str:
+    return ", ".join(mids[:SHOWN_CLASSES])
 
 
 def task_splits(task: Task, store: FeatureStore, fold: int | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Which splits are trained on, and which are measured; RunError where the store has them not."""
-    there = sorted(store.manifest["split"].unique())
+    """The splits to train on and the splits to measure; RunError where the store lacks one of them."""
+    splits = sorted(store.manifest["split"].unique())
+
+    # Cross-validation: one fold is measured, the others train
     if folds := task_folds(task, store):
-        name = f"fold{fold}"
-        if name not in folds:
+        fold_name = f"fold{fold}"
+        if fold_name not in folds:
             raise RunError(f"{store.location}: fold {fold}: expected one of 1 to {len(folds)}")
-        return tuple(split for split in folds if split != name), (name,)
+        return tuple(split for split in folds if split != fold_name), (fold_name,)
     if fold is not None:
         raise RunError(
-            f"{store.location}: --fold {fold}: its splits are {', '.join(there)}, task {task.name} has no folds"
+            f"{store.location}: --fold {fold}: its splits are {', '.join(splits)}, task {task.name} has no folds"
         )
+
+    # The task's own splits, or else the store's by their names
     for split in (*task.train_splits, *task.eval_splits):
-        if split not in there:
-            told = f"no split {split}, it has {', '.join(there)}"
+        if split not in splits:
             raise RunError(
-                f"{store.location}: task {task.name} needs {told}; build it from the task's own lists"
+                f"{store.location}: task {task.name} needs the split {split}, it has {', '.join(splits)}; "
+                "build it from the task's own lists"
             )
-    measured = task.eval_splits or tuple(probe_eval_splits(store))
-    train = task.train_splits or tuple(split for split in train_splits(store) if split not in measured)
-    return train, measured
+    eval_names = task.eval_splits or tuple(probe_eval_splits(store))
+    train_names = task.train_splits or tuple(
+        split for split in train_splits(store) if split not in eval_names
+    )
+    return train_names, eval_names
 
 
 def task_folds(task: Task, store: FeatureStore) -> tuple[str, ...]:
-    """The splits to cross-validate over, if it is to be; RunError where a task has folds and the store other splits."""
-    there = sorted(store.manifest["split"].unique(), key=lambda split: (len(split), split))
+    """The splits to cross-validate the task over; none where it is not cross-validated on this store.
+
+    RunError where the task has folds and the store has other splits.
+    """
+    splits = sorted(store.manifest["split"].unique(), key=lambda split: (len(split), split))
     if task.fold_count:
-        wanted = [f"fold{number}" for number in range(1, task.fold_count + 1)]
-        if there != wanted:
-            told = f"needs the splits {wanted[0]} to {wanted[-1]}, it has {', '.join(there)}"
-            raise RunError(f"{store.location}: task {task.name} {told}; build it from the task's own lists")
-        return tuple(wanted)
-    all_folds = (
-        task.classes is None and len(there) > 1 and all(FOLD_PATTERN.fullmatch(split) for split in there)
-    )
-    return tuple(there) if all_folds else ()
+        folds = [f"fold{number}" for number in range(1, task.fold_count + 1)]
+        if splits != folds:
+            raise RunError(
+                f"{store.location}: task {task.name} needs the splits {folds[0]} to {folds[-1]}, "
+                f"it has {', '.join(splits)}; build it from the task's own lists"
+            )
+        return tuple(folds)
+    are_folds = len(splits) > 1 and all(FOLD_PATTERN.fullmatch(split) for split in splits)
+    return tuple(splits) if task.classes is None and are_folds else ()
 
 
 def task_classes(
     task: Task, store: FeatureStore, train_N: np.ndarray, label_set: str
 ) -> tuple[ClassList, np.ndarray]:
-    """The task's classes, and which of them each of the store's is, `merge_SC`; RunError where no clip has one."""
-    held = store.classes
+    """The task's classes, and which of them each of the store's classes is, `merge_SC`.
+
+    RunError where the task's classes are those of the training clips and no clip has a label.
+    """
+    store_classes = store.classes
+
+    # Own labels: the classes that a training clip has
     if task.classes is None:
         class_S = np.flatnonzero(store.labels_BC(train_N, label_set).any(axis=0))
         if not len(class_S):
             raise RunError(
                 f"{store.location}: no clip to train on has a label; build the store from labelled clips"
             )
-        names = zip(*((held.mids[index], held.names[index]) for index in class_S), strict=True)
-        mids, spoken = names
-        return ClassList(mids=mids, names=spoken), np.eye(len(held), dtype=np.float32)[:, class_S]
+        mids = tuple(store_classes.mids[index] for index in class_S)
+        names = tuple(store_classes.names[index] for index in class_S)
+        identity_SS = np.eye(len(store_classes), dtype=np.float32)
+        return ClassList(mids=mids, names=names), identity_SS[:, class_S]
+
+    # The store's classes in the order of the task's
     if not task.distinct_classes:
-        place_C = [held.index_of[mid] for mid in task.classes.mids]
-        return task.classes, np.eye(len(held), dtype=np.float32)[:, place_C]
+        place_C = [store_classes.index_of[mid] for mid in task.classes.mids]
+        return task.classes, np.eye(len(store_classes), dtype=np.float32)[:, place_C]
+
+    # Some classes by themselves, all others as one more
     mids = (*task.distinct_classes, task.other_class)
-    merge_SC = np.zeros((len(held), len(mids)), np.float32)
-    for index, mid in enumerate(held.mids):
-        merge_SC[index, mids.index(mid) if mid in task.distinct_classes else -1] = 1.0
+    merge_SC = np.zeros((len(store_classes), len(mids)), np.float32)
+    for index, mid in enumerate(store_classes.mids):
+        name = mid if mid in task.distinct_classes else task.other_class
+        merge_SC[index, mids.index(name)] = 1.0
     return ClassList(mids=mids, names=mids), merge_SC
 
 
-def refuse_other_classes(task: Task, store: FeatureStore) -> None:
-    """RunError where the store's class list is not the task's: how many both have, and what is missing."""
-    if task.classes is None:
-        return
-    wanted, held = task.classes.mids, store.classes.mids
-    missing, more = (
-        [c for c in one if c not in set(other)] for one, other in ((wanted, held), (held, wanted))
-    )
-    if not missing and not more:
-        return
-    told = [
-        f"{len(odd)} of {whose} are {what}, such as {', '.join(odd[:SHOWN_CLASSES])}"
-        for odd, whose, what in (
-            (missing, "the task's", "missing"),
-            (more, "the store's", "none of the task"),
-        )
-        if odd
-    ]
-    raise RunError(
-        f"{store.location}: task {task.name} has {len(wanted)} classes, the store {len(held)}: {'; '.join(told)}; "
-        "use --task own for other labels"
-    )
-
-
 def with_label_kind(task_data: TaskData) -> TaskData:
-    """The assignment with `single` decided; RunError where the task has one class to a clip and a clip has more."""
-    if task_data.task.kind == "multi":
+    """The task data with `single` decided; RunError where a task of one class a clip has a clip of several."""
+    task = task_data.task
+    store = task_data.store
+    if task.kind == "multi":
         return task_data
+
+    # Any clip of several labels decides
     rows_N = np.concatenate([task_data.train_N, task_data.eval_N])
-    labels_NC = task_data.labels_NC(rows_N)
-    several_N = rows_N[labels_NC.sum(axis=1) > 1]
-    if len(several_N) and task_data.task.kind == "single":
-        clip_id = task_data.store.manifest["clip_id"][int(several_N[0])]
-        told = f"{len(several_N)} clips have several labels, such as {clip_id}"
+    several_N = rows_N[task_data.labels_NC(rows_N).sum(axis=1) > 1]
+    if len(several_N) and task.kind == "single":
+        clip_id = store.manifest["clip_id"][int(several_N[0])]
         raise RunError(
-            f"{task_data.store.location}: task {task_data.task.name} has one class to a clip, but {told}"
+            f"{store.location}: task {task.name} has one class to a clip, "
+            f"but {len(several_N)} clips have several labels, such as {clip_id}"
         )
-    return TaskData(
-        **{name: getattr(task_data, name) for name in task_data.__slots__} | {"single": not len(several_N)}
-    )
+    return replace(task_data, single=not len(several_N))
 
 
 def repeat_rare_rows(rows_N: np.ndarray, labels_NC: np.ndarray) -> np.ndarray:
-    """The rows of each class again and again until they are half as many as those of the largest class."""
+    """Each class's rows, repeated until there are half as many as the largest class has; every row at least once."""
     class_N = labels_NC.argmax(axis=1)
-    least = int(np.bincount(class_N).max()) // 2
-    return np.concatenate(list(_rows_of_each_class(rows_N, class_N, least)))
-
-
-def _rows_of_each_class(rows_N: np.ndarray, class_N: np.ndarray, min_rows: int) -> Iterator[np.ndarray]:
+    min_rows = int(np.bincount(class_N).max()) // 2
+    repeated = []
     for index in np.unique(class_N):
-        mine_N = rows_N[class_N == index]
-        yield np.resize(mine_N, max(min_rows, len(mine_N)))
+        class_rows_M = rows_N[class_N == index]
+        repeated.append(np.resize(class_rows_M, max(min_rows, len(class_rows_M))))
+    return np.concatenate(repeated)

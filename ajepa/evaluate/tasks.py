@@ -1,53 +1,30 @@
-"""Task: what is to be told apart in a store's clips, on which of them it is learnt, and how it is measured.
+"""Task: the classes to tell apart in a store's clips, the splits to train and measure on; and every task by name."""
 
-AudioSet (Gemmeke et al. 2017): 527 classes, several to a clip; 2M or 20k is a matter of the store and the recipe.
-
-ESC-50 (Piczak 2015): 50 environmental sounds, cross-validated over its own five folds.
-
-FSD50K (Fonseca et al. 2020, arXiv 2010.00475): 200 of AudioSet's classes, several to a clip; val is left alone.
-
-Your own labels in any store: one or several to a clip, with an eval or test split, or in folds.
-
-Speech Commands v1 (Warden 2018, arXiv 1804.03209): ten commands told apart from each other and from other words.
-
-The published SPC-1 has a twelfth class, silence, cut from recordings of background noise, which a store of the words
-does not hold: accuracies on these 11 classes lie near the published ones and are not the same measure.
-
-Speech Commands v2 (Warden 2018, arXiv 1804.03209): all 35 words told apart.
-
-VoxCeleb1 (Nagrani et al. 2017, arXiv 1706.08612): whose voice is it, of 1,251 speakers.
-
-Build its store with `ajepa-data build-folder` and a table: `label` the speaker (id10001 to id11251), `split` train,
-dev or test after the official iden_split.txt (1, 2, 3).
-
-Every task by name.
-"""
-
-import difflib
 from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.datasets.speech_commands import SPEECH_COMMANDS_WORDS
 from pipeline.errors import RunError
 from pipeline.labels.ontology import ClassList, fsd50k_classes, load_class_list
+from pipeline.messages import suggest_known
 
 TaskLabelKind = Literal["single", "multi", "any"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """A downstream task; its file in this folder says where it is from and what it is comparable with.
+    """A downstream task.
 
-    recipe      its own among the fine-tuning recipes
-    kind        single: each clip has one class, measured by accuracy; multi: any number, measured by mAP;
-                any: single where each clip has exactly one label, else multi
-    classes     what the store must hold, in the order of the head; None: those that its training clips have
-    told_apart  only these are classes of the task, all others are one more; none given: each is its own
-    others      the name of that one more
-    train       splits that are trained on; none given: all but those named eval or test
-    measured    splits that are measured; none given: eval, or else those so named
-    folds       splits fold1 to foldN, each measured once after training on the others; 0: no such. With classes
-                None a store whose splits are all folds is cross-validated too
+    recipe            its name among the fine-tuning recipes
+    kind              single: each clip has one class, measured by accuracy; multi: any number, measured by mAP;
+                      any: single where each clip has exactly one label, else multi
+    classes           the classes that a store must have, in the order of the head; None: those of its training clips
+    distinct_classes  only these are classes of the task, all others are one more; empty: each is its own
+    other_class       the name of that one more
+    train_splits      empty: all splits but those that are measured
+    eval_splits       splits to measure; empty: `eval`, or else the splits that are named after eval or test
+    fold_count        number of splits fold1, fold2, ..., each measured once after training on the others; 0: none.
+                      With `classes` None a store whose splits are all folds is cross-validated too
     """
 
     name: str
@@ -61,12 +38,14 @@ class Task:
     fold_count: int = 0
 
 
-def class_list_from_words(names: str) -> ClassList:
-    """The classes of some words, whose ids are their names."""
-    words = tuple(names.split())
+def class_list_from_words(text: str) -> ClassList:
+    """The classes of these words; a class's id is its word."""
+    words = tuple(text.split())
     return ClassList(mids=words, names=tuple(word.replace("_", " ") for word in words))
 
 
+# AudioSet (Gemmeke et al. 2017): 527 classes, several to a clip. The store and the recipe decide between its training
+# sets of 2M and 20k clips.
 AUDIOSET_TASK = Task(
     name="audioset",
     recipe="audioset-20k",
@@ -75,6 +54,7 @@ AUDIOSET_TASK = Task(
     eval_splits=("eval",),
 )
 
+# ESC-50 (Piczak 2015): 50 environmental sounds, cross-validated over its own five folds.
 ESC50_TASK = Task(
     name="esc50",
     recipe="esc50",
@@ -90,6 +70,8 @@ ESC50_TASK = Task(
     fold_count=5,
 )
 
+# FSD50K (Fonseca et al. 2020, arXiv 2010.00475): 200 of AudioSet's classes, several to a clip. Its split val is neither
+# trained on nor measured.
 FSD50K_TASK = Task(
     name="fsd50k",
     recipe="fsd50k",
@@ -99,8 +81,12 @@ FSD50K_TASK = Task(
     eval_splits=("eval",),
 )
 
+# Your own labels in any store: one or several to a clip, with an eval or test split, or in folds.
 OWN_LABELS_TASK = Task(name="own", recipe="own", kind="any")
 
+# Speech Commands v1 (Warden 2018, arXiv 1804.03209): ten commands told apart from each other and from other words. The
+# published SPC-1 has a twelfth class, silence, cut from recordings of background noise, which a store of the words does
+# not hold: accuracies on these 11 classes lie near the published ones and are not the same measure.
 SPEECH_COMMANDS_V1_TASK = Task(
     name="speech-commands-v1",
     recipe="speech-commands-v1",
@@ -112,6 +98,7 @@ SPEECH_COMMANDS_V1_TASK = Task(
     eval_splits=("test",),
 )
 
+# Speech Commands v2 (Warden 2018, arXiv 1804.03209): all 35 words told apart.
 SPEECH_COMMANDS_V2_TASK = Task(
     name="speech-commands-v2",
     recipe="speech-commands-v2",
@@ -121,6 +108,9 @@ SPEECH_COMMANDS_V2_TASK = Task(
     eval_splits=("test",),
 )
 
+# VoxCeleb1 (Nagrani et al. 2017, arXiv 1706.08612): which of 1,251 speakers is heard. Build its store with
+# `ajepa-data build-folder` and a table: `label` the speaker (id10001 to id11251), `split` train, dev or test after the
+# official iden_split.txt (1, 2, 3).
 VOXCELEB1_SID_TASK = Task(
     name="voxceleb1-sid",
     recipe="voxceleb1-sid",
@@ -145,8 +135,7 @@ TASKS: dict[str, Task] = {
 
 
 def find_task(name: str) -> Task:
-    """The task of that name; RunError names the nearest and all there are."""
-    if name in TASKS:
-        return TASKS[name]
-    nearest = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.0)[0]
-    raise RunError(f"task {name!r} is unknown; did you mean {nearest!r}? There are: {', '.join(TASKS)}")
+    """The task of that name; RunError suggests the nearest name and lists all."""
+    if name not in TASKS:
+        raise RunError(f"task {name!r} is unknown; {suggest_known(name, TASKS)}")
+    return TASKS[name]

@@ -1,4 +1,4 @@
-"""Folds: a task cross-validated: one run for each fold, and what they come to together."""
+"""Cross-validation of a task: a run for each fold, and the mean of their scores."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,7 +21,6 @@ from ajepa.finetune.finetune import finetune, refuse_label_leak
 from ajepa.recipes.finetune import Finetune
 from ajepa.training.devices import pick_device
 from ajepa.training.distributed import join_ranks
-from ajepa.training.loop import say_nothing
 from ajepa.training.run import RECIPE_FILE, Run
 from ajepa.training.trained_run import TrainedRun
 from pipeline.errors import RunError
@@ -40,74 +39,102 @@ def cross_validate(
     label_set: str = "raw",
     device: str = "auto",
     say: Callable[[str], None] = print_to_stderr,
-    **how: Any,
+    **finetune_options: Any,
 ) -> Evaluation | None:
-    """`finetune` for each fold of the store, in RUN/fold1 and so on; folds that are finished are left alone.
+    """Call `finetune` for each fold of the store, in RUN/fold1 and so on; the means over the folds.
 
-    The mean over them and its spread are kept as RUN/evaluation.json. Of several ranks the main one measures, and
-    says; None to the others. RunError where RUN is the run of a single fold.
+    Finished folds are left alone. The means and their spread are kept as RUN/evaluation.json. Of several ranks the
+    main one measures and prints; the others return None. RunError where RUN is the run of a single fold.
     """
-    runs, folds = [], task_folds(task, store)
-    how = how | {"start": start, "label_set": label_set, "device": device, "say": say}
+    folds = task_folds(task, store)
+    runs = []
     with join_ranks() as world:
+        # Refuse what no fold could be trained with.
         if (run_path / RECIPE_FILE).is_file():
             raise RunError(f"{run_path}: is a run by itself; choose another --run for all folds")
         refuse_label_leak(start, store, folds)
+
+        # Train a run for each fold, on all the others.
+        tell = world.main_rank_only(say)
         for number, split in enumerate(folds, start=1):
-            (say if world.is_main else say_nothing)(f"{run_path}: {split}")
-            runs.append(finetune(store, task, recipe, run_path / split, fold=number, **how))
+            tell(f"{run_path}: {split}")
+            run = finetune(
+                store,
+                task,
+                recipe,
+                run_path / split,
+                start=start,
+                label_set=label_set,
+                fold=number,
+                device=device,
+                say=say,
+                **finetune_options,
+            )
+            runs.append(run)
+
+    # Measure every fold by its own run.
     if not world.is_main:
         return None
-    found = evaluate_folds(store, task, runs, label_set=label_set, device=device)
-    found = replace(found, protocol=found.protocol | {"run": str(run_path)})
-    found.save_json(run_path / EVALUATION_FILE)
-    return found
+    evaluation = evaluate_folds(store, task, runs, label_set=label_set, device=device)
+    evaluation = replace(evaluation, protocol=replace(evaluation.protocol, run_path=str(run_path)))
+    evaluation.save_json(run_path / EVALUATION_FILE)
+    return evaluation
 
 
 def evaluate_folds(
     store: FeatureStore, task: Task, runs: Sequence[Run], *, label_set: str, device: str
 ) -> Evaluation:
-    """Every fold measured by its own run: all metrics within it, then their means."""
-    on, held = pick_device(device), []
-    trained = [TrainedRun.open(run) for run in runs]
-    for number, one in enumerate(trained, start=1):
-        held.append(held_out_scores(one, select_task_data(task, store, label_set=label_set, fold=number), on))
-    held = align_fold_classes(held)
-    told = classifier_protocol(
+    """Measure every fold by its own run; the means over the folds of all metrics within one."""
+    torch_device = pick_device(device)
+    trained_runs = [TrainedRun.open(run) for run in runs]
+    fold_scores = [
+        held_out_scores(
+            trained, select_task_data(task, store, label_set=label_set, fold=number), torch_device
+        )
+        for number, trained in enumerate(trained_runs, start=1)
+    ]
+    fold_scores = align_fold_classes(fold_scores)
+
+    # The protocol is the first run's, but for the weights, of which every fold has its own.
+    first = trained_runs[0]
+    protocol = classifier_protocol(
         runs[0],
-        [one.task_data for one in held],
-        step=trained[0].step,
-        weights=trained[0].weights,
-        weights_name=trained[0].part,
-        device=on,
+        [scores.task_data for scores in fold_scores],
+        step=first.step,
+        weights=first.weights,
+        weights_name=first.part,
+        device=torch_device,
     )
-    return classifier_evaluation(
-        told | {"weights_sha256": [weights_digest(one.weights) for one in trained]}, held
-    )
+    digests = tuple(weights_digest(trained.weights) for trained in trained_runs)
+    return classifier_evaluation(replace(protocol, weights_sha256=digests), fold_scores)
 
 
 def align_fold_classes(fold_scores: Sequence[HeldOutScores]) -> list[HeldOutScores]:
-    """All with the same classes: those that any fold's run knows.
+    """The scores of all folds over the same classes: those that any fold's run knows.
 
-    Where labels of one's own are learnt, a class may have no clip but in one fold: that fold's run does not know
-    it, and leaves its clips out. It is then of no account in that fold.
+    In a task without classes of its own, a class may have clips in one fold alone. The run that is measured on that
+    fold does not know the class and leaves its clips out, so the class does not count in that fold.
     """
-    lists = [one.task_data.classes for one in fold_scores]
-    if all(classes.mids == lists[0].mids for classes in lists):
+    class_lists = [scores.task_data.classes for scores in fold_scores]
+    if all(classes.mids == class_lists[0].mids for classes in class_lists):
         return list(fold_scores)
+
+    # The classes that any of them knows, in the order of the store.
     store = fold_scores[0].task_data.store
-    mids = [mid for mid in store.classes.mids if any(mid in classes.index_of for classes in lists)]
+    mids = [mid for mid in store.classes.mids if any(mid in classes.index_of for classes in class_lists)]
     names = dict(zip(store.classes.mids, store.classes.names, strict=True))
-    union = ClassList(mids=tuple(mids), names=tuple(names[mid] for mid in mids))
-    return [widen_to_classes(one, union) for one in fold_scores]
+    all_classes = ClassList(mids=tuple(mids), names=tuple(names[mid] for mid in mids))
+    return [widen_to_classes(scores, all_classes) for scores in fold_scores]
 
 
 def widen_to_classes(fold_scores: HeldOutScores, all_classes: ClassList) -> HeldOutScores:
-    """The same among more classes: labels of those are 0, and no clip is said to have one."""
-    made = fold_scores.task_data
-    places = [all_classes.index_of[mid] for mid in made.classes.mids]
-    merge_SC = np.zeros((len(made.merge_SC), len(all_classes)), np.float32)
-    merge_SC[:, places] = made.merge_SC
+    """The scores of a fold among more classes: no clip has one of the others, and their logits are minus infinity."""
+    task_data = fold_scores.task_data
+    columns = [all_classes.index_of[mid] for mid in task_data.classes.mids]
+    merge_SC = np.zeros((len(task_data.merge_SC), len(all_classes)), np.float32)
+    merge_SC[:, columns] = task_data.merge_SC
     logits_NC = np.full((len(fold_scores.logits_NC), len(all_classes)), -np.inf, np.float32)
-    logits_NC[:, places] = fold_scores.logits_NC
-    return HeldOutScores(task_data=replace(made, classes=all_classes, merge_SC=merge_SC), logits_NC=logits_NC)
+    logits_NC[:, columns] = fold_scores.logits_NC
+    return HeldOutScores(
+        task_data=replace(task_data, classes=all_classes, merge_SC=merge_SC), logits_NC=logits_NC
+    )

@@ -4,11 +4,17 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Self
 
 from ajepa.training.run import Json
 
-RAW_LABELS, PROPAGATED_LABELS, POSTHOC_SCORES = "raw", "propagated", "raw, scores propagated"
+# Kinds of labels, and the arms of the study: trained on the first, on the second, or on the first with the scores
+# propagated afterwards.
+RAW_LABELS = "raw"
+PROPAGATED_LABELS = "propagated"
+POSTHOC_SCORES = "raw, scores propagated"
+
+FSD50K_LABELS = "FSD50K"  # a kind of labels that is only measured
 
 STUDY_ARMS = (RAW_LABELS, PROPAGATED_LABELS, POSTHOC_SCORES)
 
@@ -17,21 +23,17 @@ SHOWN_HLP_CLASSES = 10  # classes in the printed table; all are in the JSON
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HlpScore:
-    """mAP against one kind of labels, over the classes that have a positive there; the others are None."""
+    """mAP against one kind of labels, and the average precision of each class; None where no clip has the class."""
 
     labels: str
     map: float
     chance: float
     per_class: tuple[float | None, ...]
 
-    @property
-    def scored_class_count(self) -> int:
-        return sum(value is not None for value in self.per_class)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HlpTraining:
-    """What one training reached; `arm` says on which labels, or that its scores were propagated afterwards."""
+    """The scores of one training on an arm of the study."""
 
     model: str
     arm: str
@@ -39,6 +41,7 @@ class HlpTraining:
     scores: tuple[HlpScore, ...]
 
     def score_against(self, labels: str) -> HlpScore:
+        """The score by one kind of labels."""
         return next(score for score in self.scores if score.labels == labels)
 
     @classmethod
@@ -49,7 +52,7 @@ class HlpTraining:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SeedSpread:
-    """Mean and sample deviation of one number over seeds, and in how many it is above 0; no deviation of one."""
+    """One number for each seed: mean, sample deviation (nan for a single seed), and how many are above 0."""
 
     values: tuple[float, ...]
 
@@ -66,8 +69,9 @@ class SeedSpread:
         return sum(value > 0 for value in self.values)
 
     def __format__(self, sign: str) -> str:
-        told = f"{self.mean:{sign}.3f}"
-        return told if math.isnan(self.deviation) else f"{told} ± {self.deviation:.3f}"
+        """`mean ± deviation`, the mean with a sign where `sign` is +; the mean alone for a single seed."""
+        mean = f"{self.mean:{sign}.3f}"
+        return mean if math.isnan(self.deviation) else f"{mean} ± {self.deviation:.3f}"
 
     def to_json(self) -> Json:
         deviation = None if math.isnan(self.deviation) else self.deviation
@@ -81,7 +85,7 @@ class SeedSpread:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GainingClass:
-    """A class that propagation gives more clips to train on: what that changes in its average precision."""
+    """A class that propagation gives more clips to train on, and its average precision on either kind of labels."""
 
     name: str
     clips_before: int
@@ -95,8 +99,9 @@ class GainingClass:
 class HlpResult:
     """Every training of a study, with the protocol that produced it.
 
-    classes           names, in the order of each score's classes (of the store, not of FSD50K)
-    clips_before      clips to train on that have each class by their raw labels; `clips_after`: by propagated ones
+    classes       names, in the order of each score's classes (of the store, not of FSD50K)
+    clips_before  clips to train on that have each class by their raw labels
+    clips_after   the same by propagated labels
     """
 
     protocol: Json
@@ -111,33 +116,35 @@ class HlpResult:
 
     @property
     def label_kinds(self) -> list[str]:
-        """The kinds of labels that scores are of."""
+        """The kinds of labels that there are scores for."""
         return [score.labels for score in self.trainings[0].scores]
 
     def arm_trainings(self, model: str, arm: str) -> list[HlpTraining]:
         """Trainings of a model on an arm, by seed."""
-        mine = [t for t in self.trainings if (t.model, t.arm) == (model, arm)]
-        return sorted(mine, key=lambda training: training.seed)
+        of_arm = [training for training in self.trainings if (training.model, training.arm) == (model, arm)]
+        return sorted(of_arm, key=lambda training: training.seed)
 
     def map_spread(self, model: str, arm: str, labels: str) -> SeedSpread:
+        """mAP of an arm, seed by seed."""
         return SeedSpread(
             values=tuple(training.score_against(labels).map for training in self.arm_trainings(model, arm))
         )
 
     def map_difference(self, model: str, arm: str, labels: str) -> SeedSpread:
-        """mAP of an arm less that of training on raw labels, seed by seed: what both share falls out."""
-        pairs = zip(self.arm_trainings(model, arm), self.arm_trainings(model, RAW_LABELS), strict=True)
-        return SeedSpread(
-            values=tuple(one.score_against(labels).map - raw.score_against(labels).map for one, raw in pairs)
+        """mAP of an arm less that of training on raw labels, seed by seed: easy and hard seeds cancel out."""
+        return subtract_spreads(
+            self.map_spread(model, arm, labels), self.map_spread(model, RAW_LABELS, labels)
         )
 
     def has_more_clips(self, index: int) -> bool:
+        """Whether propagation gives the class more clips to train on."""
         return self.clips_after[index] > self.clips_before[index]
 
     def gaining_classes(self, model: str) -> list[GainingClass]:
-        """Classes that gain clips and can be measured, by propagated labels; the greatest difference first."""
-        raw, propagated = (self.class_spreads(model, arm) for arm in (RAW_LABELS, PROPAGATED_LABELS))
-        made = [
+        """The classes that gain clips and can be measured by propagated labels; the greatest difference first."""
+        raw = self.class_spreads(model, RAW_LABELS)
+        propagated = self.class_spreads(model, PROPAGATED_LABELS)
+        gaining = [
             GainingClass(
                 name=self.classes[index],
                 clips_before=self.clips_before[index],
@@ -149,104 +156,110 @@ class HlpResult:
             for index in raw
             if self.has_more_clips(index)
         ]
-        return sorted(made, key=lambda one: -one.difference.mean)
+        return sorted(gaining, key=lambda gained: -gained.difference.mean)
 
     def class_spreads(self, model: str, arm: str) -> dict[int, SeedSpread]:
-        """Average precision of each class that can be measured by propagated labels."""
-        per_class_SC = [
+        """Average precision of each class that can be measured by propagated labels, by the class's index."""
+        per_class_of_seed = [
             training.score_against(PROPAGATED_LABELS).per_class for training in self.arm_trainings(model, arm)
         ]
-        columns = enumerate(zip(*per_class_SC, strict=True))
-        return {index: SeedSpread(values=values) for index, values in columns if None not in values}
+        values_of_class = enumerate(zip(*per_class_of_seed, strict=True))
+        return {index: SeedSpread(values=values) for index, values in values_of_class if None not in values}
 
     def mean_difference(self, model: str, *, gaining: bool) -> SeedSpread | None:
         """Mean over the classes that gain, or over those that do not, seed by seed; None: there are none."""
-        raw, propagated = (self.class_spreads(model, arm) for arm in (RAW_LABELS, PROPAGATED_LABELS))
-        mine = [
+        raw = self.class_spreads(model, RAW_LABELS)
+        propagated = self.class_spreads(model, PROPAGATED_LABELS)
+        differences = [
             subtract_spreads(propagated[index], raw[index])
             for index in raw
             if self.has_more_clips(index) is gaining
         ]
-        if not mine:
+        if not differences:
             return None
-        by_seed = zip(*(difference.values for difference in mine), strict=True)
+        by_seed = zip(*(difference.values for difference in differences), strict=True)
         return SeedSpread(values=tuple(statistics.fmean(values) for values in by_seed))
 
     def format_table(self) -> str:
         """mAP of every model and arm, what propagation changes, and the classes it changes most; 80 columns."""
-        told = self.protocol
+        # Head: how it was measured, and a column for each kind of labels.
+        protocol = self.protocol
         lines = [
-            f"mAP, mean ± deviation over {len(told['seeds'])} seeds; {told['train_clips']} clips to train on, "
-            f"{told['eval_clips']} measured",
+            f"mAP, mean ± deviation over {len(protocol['seeds'])} seeds; {protocol['train_clips']} clips to train on, "
+            f"{protocol['eval_clips']} measured",
             f"{'':26}" + "".join(f"{labels + ' labels':>18}" for labels in self.label_kinds),
         ]
+
+        # mAP of every model, and of guessing.
         for model in self.model_names:
             lines += [model, *self.format_model_rows(model)]
-        lines.append(
-            f"{'chance':26}" + "".join(f"{self.chance_map(labels):18.3f}" for labels in self.label_kinds)
-        )
+        chances = "".join(f"{self.chance_map(labels):18.3f}" for labels in self.label_kinds)
+        lines.append(f"{'chance':26}{chances}")
+
+        # The classes behind the differences.
         for model in self.model_names:
             lines += ["", *self.format_class_rows(model)]
         return "\n".join(lines)
 
     def format_model_rows(self, model: str) -> list[str]:
-        """A model's rows: each arm, and below it how it differs from training on raw labels."""
-        lines = []
+        """A model's rows: each arm, and below it its difference from training on raw labels."""
+        rows = []
         for arm in STUDY_ARMS:
-            cells = [f"{self.map_spread(model, arm, labels):}" for labels in self.label_kinds]
-            lines.append(format_table_row(arm if arm == POSTHOC_SCORES else f"trained on {arm}", cells))
+            spreads = [f"{self.map_spread(model, arm, labels):}" for labels in self.label_kinds]
+            rows.append(format_table_row(arm if arm == POSTHOC_SCORES else f"trained on {arm}", spreads))
             if arm != RAW_LABELS:
                 changes = [self.map_difference(model, arm, labels) for labels in self.label_kinds]
-                lines.append(format_table_row("  difference", [f"{change:+}" for change in changes]))
-                lines.append(
-                    format_table_row(
-                        "  seeds with more", [f"{c.positive_count} of {len(c.values)}" for c in changes]
-                    )
-                )
-        return lines
+                seeds = [f"{change.positive_count} of {len(change.values)}" for change in changes]
+                rows.append(format_table_row("  difference", [f"{change:+}" for change in changes]))
+                rows.append(format_table_row("  seeds with more", seeds))
+        return rows
 
     def format_class_rows(self, model: str) -> list[str]:
-        """Where the difference comes from: classes that gain clips against the others, and the first of them."""
+        """A model's rows about classes: those that gain clips against the others, and the first of those."""
+        # Means over both groups of classes.
+        rows = [f"{model}: difference by propagated labels, mean over"]
+        measured = self.class_spreads(model, RAW_LABELS)
+        for gain, is_gaining in (("gain clips to train on", True), ("gain none", False)):
+            count = sum(self.has_more_clips(index) is is_gaining for index in measured)
+            mean = self.mean_difference(model, gaining=is_gaining)
+            cell = "-" if mean is None else f"{mean:+}"
+            rows.append(format_table_row(f"{count} classes that {gain}", [cell], width=40))
+
+        # Single classes.
         gaining = self.gaining_classes(model)
-        lines = [f"{model}: difference by propagated labels, mean over"]
-        for name, gains in (("gain clips to train on", True), ("gain none", False)):
-            mean = self.mean_difference(model, gaining=gains)
-            count = sum(
-                self.has_more_clips(index) is gains for index in self.class_spreads(model, RAW_LABELS)
-            )
-            lines.append(
-                format_table_row(
-                    f"{count} classes that {name}", ["-" if mean is None else f"{mean:+}"], width=40
-                )
-            )
         if gaining:
-            lines.append(f"  {'class':28}{'clips':>14}{'AP raw':>8}{'prop.':>8}{'difference':>18}")
-        for one in gaining[:SHOWN_HLP_CLASSES]:
-            clips = f"{one.clips_before} -> {one.clips_after}"
-            aps = f"{one.raw.mean:8.3f}{one.propagated.mean:8.3f}"
-            lines.append(f"  {one.name[:27]:28}{clips:>14}{aps}{f'{one.difference:+}':>18}")
-        return lines
+            rows.append(f"  {'class':28}{'clips':>14}{'AP raw':>8}{'prop.':>8}{'difference':>18}")
+        for gained in gaining[:SHOWN_HLP_CLASSES]:
+            clips = f"{gained.clips_before} -> {gained.clips_after}"
+            precisions = f"{gained.raw.mean:8.3f}{gained.propagated.mean:8.3f}"
+            difference = f"{gained.difference:+}"
+            rows.append(f"  {gained.name[:27]:28}{clips:>14}{precisions}{difference:>18}")
+        return rows
 
     def chance_map(self, labels: str) -> float:
+        """mAP of guessing, by one kind of labels."""
         return self.trainings[0].score_against(labels).chance
 
     def to_json(self) -> Json:
-        """Everything, and the summary that the table prints."""
-        summary = {
-            model: {
-                "map": {
-                    a: {m: self.map_spread(model, a, m).to_json() for m in self.label_kinds}
-                    for a in STUDY_ARMS
-                },
-                "difference": {
-                    a: {m: self.map_difference(model, a, m).to_json() for m in self.label_kinds}
-                    for a in STUDY_ARMS[1:]
-                },
-                "gaining_classes": [gaining_class_json(one) for one in self.gaining_classes(model)],
-            }
-            for model in self.model_names
+        """All fields, and the summary that the table prints."""
+        return asdict(self) | {"summary": {model: self.model_summary(model) for model in self.model_names}}
+
+    def model_summary(self, model: str) -> Json:
+        """A model's mAP and differences by arm and kind of labels, and the classes that gain clips."""
+        return {
+            "map": {
+                arm: {labels: self.map_spread(model, arm, labels).to_json() for labels in self.label_kinds}
+                for arm in STUDY_ARMS
+            },
+            "difference": {
+                arm: {
+                    labels: self.map_difference(model, arm, labels).to_json() for labels in self.label_kinds
+                }
+                for arm in STUDY_ARMS
+                if arm != RAW_LABELS
+            },
+            "gaining_classes": [gaining_class_json(gained) for gained in self.gaining_classes(model)],
         }
-        return asdict(self) | {"summary": summary}
 
     @classmethod
     def from_json(cls, record: Json) -> Self:
@@ -259,16 +272,23 @@ class HlpResult:
         )
 
 
-def subtract_spreads(one: SeedSpread, other: SeedSpread) -> SeedSpread:
-    """The difference, seed by seed."""
-    return SeedSpread(values=tuple(a - b for a, b in zip(one.values, other.values, strict=True)))
+def subtract_spreads(spread: SeedSpread, other: SeedSpread) -> SeedSpread:
+    """`spread` less `other`, seed by seed."""
+    pairs = zip(spread.values, other.values, strict=True)
+    return SeedSpread(values=tuple(value - other_value for value, other_value in pairs))
 
 
 def format_table_row(name: str, cells: Sequence[str], *, width: int = 24) -> str:
+    """A row of the table: its name, and cells of 18 columns."""
     return f"  {name:{width}}" + "".join(f"{cell:>18}" for cell in cells)
 
 
-def gaining_class_json(one: GainingClass) -> Json:
-    told: dict[str, Any] = {"name": one.name, "clips": [one.clips_before, one.clips_after]}
-    spreads = {"raw": one.raw, "propagated": one.propagated, "difference": one.difference}
-    return told | {name: spread.to_json() for name, spread in spreads.items()}
+def gaining_class_json(gained: GainingClass) -> Json:
+    """A class that gains clips, for the summary."""
+    return {
+        "name": gained.name,
+        "clips": [gained.clips_before, gained.clips_after],
+        "raw": gained.raw.to_json(),
+        "propagated": gained.propagated.to_json(),
+        "difference": gained.difference.to_json(),
+    }

@@ -1,7 +1,7 @@
 """The study of label propagation: every model trained on raw and on propagated labels, and measured on both.
 
-Each training is a run of its own under OUT/runs; what it scored is kept beside it. Run again, the study trains and
-measures only what is missing, and says the same.
+Each training is a run of its own under OUT/runs, and its scores are kept beside it. A study that is run again trains
+and measures only what is missing, and has the same result.
 """
 
 import json
@@ -18,6 +18,7 @@ from ajepa.evaluate.metrics import mean_average_precision
 from ajepa.evaluate.tasks import Task
 from ajepa.finetune.finetune import finetune
 from ajepa.finetune.hlp_result import (
+    FSD50K_LABELS,
     POSTHOC_SCORES,
     PROPAGATED_LABELS,
     RAW_LABELS,
@@ -42,17 +43,17 @@ from pipeline.store.feature_store import FeatureStore
 from pipeline.store.splits import probe_eval_splits, train_splits
 from pipeline.tables import read_table
 
-HLP_STUDY_FILE, HLP_SCORES_FILE = "hlp-study.json", "hlp-scores.json"
+HLP_STUDY_FILE = "hlp-study.json"
 
-FSD50K_LABELS = "FSD50K"
+HLP_SCORES_FILE = "hlp-scores.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class HlpStudy:
-    """What is compared: some recipes by name, on stores of the same clips, with so many seeds.
+    """The recipes to compare, by name, the stores of the same clips that they need, and the number of seeds.
 
     stores   one for each mel spec that the recipes need
-    rule     which label set of the stores is the propagated one
+    rule     the label set of the stores that is the propagated one
     fsd50k   stores of FSD50K, again one for each mel spec; none: no transfer is measured
     """
 
@@ -63,28 +64,33 @@ class HlpStudy:
     fsd50k: tuple[FeatureStore, ...] = ()
 
     def __post_init__(self) -> None:
+        # Every recipe finds its features, and some of its classes in FSD50K.
         for recipe in self.recipes.values():
             store_of_recipe(recipe, self.stores)
             if self.fsd50k:
                 ClassMap(source=self.stores[0].classes, target=store_of_recipe(recipe, self.fsd50k).classes)
+
+        # All stores have both label sets, the same classes and the same clips.
+        first = self.stores[0]
         for store in self.stores:
             if self.rule not in store.label_sets:
                 raise RunError(
                     f"{store.location}: has no label set {self.rule}, it has {', '.join(store.label_sets)}; "
                     f"make it with: ajepa-data propagate-labels {store.location} --rule {self.rule}"
                 )
-            if store.classes.mids != self.stores[0].classes.mids:
-                raise RunError(f"{store.location}: its classes are not those of {self.stores[0].location}")
-            if has_other_clips(store, self.stores[0]):
+            if store.classes.mids != first.classes.mids:
+                raise RunError(f"{store.location}: its classes are not those of {first.location}")
+            if has_other_clips(store, first):
                 raise RunError(
-                    f"{store.location}: its clips are not those of {self.stores[0].location}; build both at once"
+                    f"{store.location}: its clips are not those of {first.location}; build both at once"
                 )
 
     def label_set_of_arm(self, arm: str) -> str:
+        """The stores' label set that an arm is trained on."""
         return self.rule if arm == PROPAGATED_LABELS else RAW_LABELS
 
     def planned_trainings(self) -> Iterator[tuple[str, str, int]]:
-        """Every model, arm and seed to train: a seed of all models before the next seed."""
+        """Yield every model, arm and seed to train: a seed of all models before the next seed."""
         for seed in range(self.seeds):
             for model in self.recipes:
                 for arm in (RAW_LABELS, PROPAGATED_LABELS):
@@ -100,127 +106,136 @@ def run_hlp_study(
     progress: bool = False,
     say: Callable[[str], None] = print_to_stderr,
 ) -> HlpResult:
-    """Train and measure what is not yet under `out`; the result, kept as OUT/hlp-study.json.
+    """Train and measure whatever is missing under `out`; the result, which is also kept as OUT/hlp-study.json.
 
-    Interrupted and carried on as `pretrain` is. RunError or StoreError where stores and recipes do not fit.
+    A study is interrupted and carried on as a run of `pretrain` is. RunError or StoreError where stores and recipes
+    do not fit.
     """
     if world_from_environment().size > 1:
         raise RunError("hlp-study is one process for all its runs: start it without torchrun")
-    made: list[HlpTraining] = []
-    todo = list(study.planned_trainings())
-    for model, arm, seed in tqdm(todo, unit="training", disable=None if progress else True):
-        recipe, name = (
-            replace(study.recipes[model], seed=seed),
-            f"{model}-{study.label_set_of_arm(arm)}-seed{seed}",
-        )
-        store = store_of_recipe(recipe, study.stores)
+
+    # Train and measure, one run after the other.
+    trainings: list[HlpTraining] = []
+    planned = list(study.planned_trainings())
+    for model, arm, seed in tqdm(planned, unit="training", disable=None if progress else True):
+        recipe = replace(study.recipes[model], seed=seed)
+        label_set = study.label_set_of_arm(arm)
         run = finetune(
-            store,
+            store_of_recipe(recipe, study.stores),
             hlp_study_task(study.stores[0]),
             recipe,
-            out / "runs" / name,
-            label_set=study.label_set_of_arm(arm),
+            out / "runs" / f"{model}-{label_set}-seed{seed}",
+            label_set=label_set,
             device=device,
             loader=loader,
             progress=progress,
             say=say,
         )
-        made += measured(study, run, model, arm, device)
-    result = assemble_hlp_result(study, made)
+        trainings += load_or_measure_trainings(study, run, model, arm, device)
+
+    # Put the scores together.
+    result = assemble_hlp_result(study, trainings)
     with replacing_file(out / HLP_STUDY_FILE) as scratch:
         scratch.write_text(json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
     return result
 
 
 def hlp_study_task(store: FeatureStore) -> Task:
-    """All classes of a store, several to a clip, whatever labels are trained on: so all arms have the same head."""
-    load_or_measure = tuple(probe_eval_splits(store))
-    train = tuple(split for split in train_splits(store) if split not in load_or_measure)
+    """The task of all classes of a store, several to a clip, so that all arms have the same head."""
+    eval_splits = tuple(probe_eval_splits(store))
     return Task(
         name="hlp-study",
         recipe="",
         kind="multi",
         classes=store.classes,
-        train_splits=train,
-        eval_splits=load_or_measure,
+        train_splits=tuple(split for split in train_splits(store) if split not in eval_splits),
+        eval_splits=eval_splits,
     )
 
 
-def measured(study: HlpStudy, run: Run, model: str, arm: str, device: str) -> list[HlpTraining]:
-    """What a finished run scores, from RUN/hlp-scores.json where that was of the same; kept there if not."""
-    told = score_dependencies(study, run)
-    place = run.path / HLP_SCORES_FILE
-    if place.is_file():
-        kept = json.loads(place.read_text())
-        if kept["of"] == told:
-            return [HlpTraining.from_json(training) for training in kept["trainings"]]
-    made = list(measure_trainings(study, run, model, arm, device))
-    with replacing_file(place) as scratch:
-        kept = {"of": told, "trainings": [asdict(training) for training in made]}
-        scratch.write_text(json.dumps(kept, indent=1, allow_nan=False) + "\n")
-    return made
+def load_or_measure_trainings(
+    study: HlpStudy, run: Run, model: str, arm: str, device: str
+) -> list[HlpTraining]:
+    """The scores of a finished run: those in RUN/hlp-scores.json if they are still right, else measured and kept."""
+    dependencies = score_dependencies(study, run)
+    scores_file = run.path / HLP_SCORES_FILE
+    if scores_file.is_file():
+        record = json.loads(scores_file.read_text())
+        if record["of"] == dependencies:
+            return [HlpTraining.from_json(training) for training in record["trainings"]]
+
+    trainings = list(measure_trainings(study, run, model, arm, device))
+    record = {"of": dependencies, "trainings": [asdict(training) for training in trainings]}
+    with replacing_file(scores_file) as scratch:
+        scratch.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    return trainings
 
 
 def score_dependencies(study: HlpStudy, run: Run) -> Json:
-    """What scores depend on beside the run's own recipe and store."""
+    """Everything that scores depend on beside the run's own recipe and store."""
     return {"step": run.newest_step, "rule": study.rule, "fsd50k": [store.store_id for store in study.fsd50k]}
 
 
 def measure_trainings(study: HlpStudy, run: Run, model: str, arm: str, device: str) -> Iterator[HlpTraining]:
-    """A run's scores by raw and by propagated labels; of one trained on raw ones also with propagated scores."""
-    recipe, seed = study.recipes[model], run.recipe["seed"]
+    """Yield a run's scores by raw and by propagated labels; of an arm on raw labels also with propagated scores."""
+    # Logits of the held-out clips, and of FSD50K's.
+    recipe = study.recipes[model]
+    trained = TrainedRun.open(run)
+    torch_device = pick_device(device)
     store = store_of_recipe(recipe, study.stores)
     rows_N = labelled_eval_rows(store)
-    trained = TrainedRun.open(run)
-    on = pick_device(device)
-    logits_NC = classifier_logits_NC(trained, store, rows_N, on)
-    transfer_NC = labels_NT = None
+    logits_NC = classifier_logits_NC(trained, store, rows_N, torch_device)
+    transfer_NC = None
     if study.fsd50k:
-        other = store_of_recipe(recipe, study.fsd50k)
-        other_N = labelled_eval_rows(other)
-        transfer_NC, labels_NT = (
-            classifier_logits_NC(trained, other, other_N, on),
-            other.labels_BC(other_N, RAW_LABELS),
-        )
+        fsd50k = store_of_recipe(recipe, study.fsd50k)
+        fsd50k_N = labelled_eval_rows(fsd50k)
+        transfer_NC = classifier_logits_NC(trained, fsd50k, fsd50k_N, torch_device)
+
     for name in (arm, POSTHOC_SCORES) if arm == RAW_LABELS else (arm,):
+        # Instead of the labels, the scores are propagated.
         if name == POSTHOC_SCORES:
             adds_CC = added_classes_CC(store, study.rule)
             logits_NC = propagate_scores(logits_NC, adds_CC)
-            transfer_NC = None if transfer_NC is None else propagate_scores(transfer_NC, adds_CC)
+            if transfer_NC is not None:
+                transfer_NC = propagate_scores(transfer_NC, adds_CC)
+
+        # Score by both kinds of labels, and by FSD50K's on the classes that it shares.
         scores = [
             score_by_labels(labels, store.labels_BC(rows_N, study.label_set_of_arm(labels)), logits_NC)
             for labels in (RAW_LABELS, PROPAGATED_LABELS)
         ]
-        if transfer_NC is not None and labels_NT is not None:
-            classes = ClassMap(source=store.classes, target=store_of_recipe(recipe, study.fsd50k).classes)
-            shared = classes.target_N
-            mapped_NT = classes.map_scores(transfer_NC, absent_score=-np.inf)
-            scores.append(score_by_labels(FSD50K_LABELS, labels_NT[:, shared], mapped_NT[:, shared]))
-        yield HlpTraining(model=model, arm=name, seed=seed, scores=tuple(scores))
+        if transfer_NC is not None:
+            class_map = ClassMap(source=store.classes, target=fsd50k.classes)
+            shared_N = class_map.target_N
+            labels_NT = fsd50k.labels_BC(fsd50k_N, RAW_LABELS)
+            scores_NT = class_map.map_scores(transfer_NC, absent_score=-np.inf)
+            scores.append(score_by_labels(FSD50K_LABELS, labels_NT[:, shared_N], scores_NT[:, shared_N]))
+        yield HlpTraining(model=model, arm=name, seed=run.recipe["seed"], scores=tuple(scores))
 
 
 def added_classes_CC(store: FeatureStore, rule: str) -> np.ndarray:
-    """What each class of a store adds by a rule, bool `CC`, with the ontology that its label set was made with."""
+    """The classes that each class of a store adds by a rule, bool `CC`, by the ontology of the store's label set."""
     digest = read_table(store.path / "labels.parquet")[1][rule]["ontology"]
-    return rule_relation_CC(
-        rule, ontology=label_set_ontology(store.path, rule, digest), classes=store.classes
-    )
+    ontology = label_set_ontology(store.path, rule, digest)
+    return rule_relation_CC(rule, ontology=ontology, classes=store.classes)
 
 
 def labelled_eval_rows(store: FeatureStore) -> np.ndarray:
-    """The good clips of the splits to measure that have a label."""
+    """The good clips of the splits to measure that have a raw label."""
     rows_N = store.good_rows(probe_eval_splits(store))
     return rows_N[store.labels_BC(rows_N, RAW_LABELS).any(axis=1)]
 
 
 def score_by_labels(labels: str, labels_NC: np.ndarray, logits_NC: np.ndarray) -> HlpScore:
+    """The mAP of logits against one kind of labels."""
     result = mean_average_precision(labels_NC, logits_NC)
     per_class = tuple(float(value) if np.isfinite(value) else None for value in result.per_class_C)
     return HlpScore(labels=labels, map=result.value, chance=result.chance, per_class=per_class)
 
 
 def assemble_hlp_result(study: HlpStudy, trainings: list[HlpTraining]) -> HlpResult:
-    """The result with its protocol: what was trained on what, and how much propagation adds there."""
+    """The result with its protocol: what was trained on which clips, and how many labels propagation adds there."""
+    # Clips of each class, of all clips to train on.
     store = study.stores[0]
     train_N = store.good_rows(hlp_study_task(store).train_splits)
     train_N = train_N[store.labels_BC(train_N, RAW_LABELS).any(axis=1)]
@@ -228,6 +243,7 @@ def assemble_hlp_result(study: HlpStudy, trainings: list[HlpTraining]) -> HlpRes
         store.labels_BC(train_N, label_set).sum(axis=0).astype(int).tolist()
         for label_set in (RAW_LABELS, study.rule)
     )
+
     protocol: Json = {
         "stores": [store.store_id for store in study.stores],
         "rule": study.rule,
@@ -247,18 +263,19 @@ def assemble_hlp_result(study: HlpStudy, trainings: list[HlpTraining]) -> HlpRes
 
 
 def store_of_recipe(recipe: Finetune, stores: tuple[FeatureStore, ...]) -> FeatureStore:
-    """The store that holds a recipe's features, clips of any length; RunError: none does."""
-    wanted = preset_mel_spec(recipe.mel)
+    """The store that holds a recipe's features, its clips of any length; RunError where none does."""
+    wanted_spec = preset_mel_spec(recipe.mel)
     for store in stores:
-        if store.spec.same_front_end(wanted):
+        if store.spec.same_front_end(wanted_spec):
             return store
-    held = ", ".join(f"{store.location} ({store.spec.name})" for store in stores)
+    there_are = ", ".join(f"{store.location} ({store.spec.name})" for store in stores)
     raise RunError(
-        f"recipe {recipe.name} needs mel spec {recipe.mel}, there is {held}; give a store of it with --store"
+        f"recipe {recipe.name} needs mel spec {recipe.mel}, there is {there_are}; give a store of it with --store"
     )
 
 
-def has_other_clips(one: FeatureStore, other: FeatureStore) -> bool:
-    """Whether two stores are not of the same clips with the same splits and labels."""
-    same = one.manifest.select("clip_id", "split").equals(other.manifest.select("clip_id", "split"))
-    return not same or not np.array_equal(one.flat_labels(RAW_LABELS)[0], other.flat_labels(RAW_LABELS)[0])
+def has_other_clips(store: FeatureStore, other: FeatureStore) -> bool:
+    """Whether two stores differ in their clips, or in the splits or raw labels of these."""
+    clips, other_clips = (each.manifest.select("clip_id", "split") for each in (store, other))
+    labels, other_labels = (each.flat_labels(RAW_LABELS)[0] for each in (store, other))
+    return not clips.equals(other_clips) or not np.array_equal(labels, other_labels)

@@ -1,8 +1,7 @@
-"""Regularised masking: in each layer a random share of the tokens is kept from the others, in training only.
+"""Classifiers: the protocol of all kinds, the classifier that is an encoder with a head, and every kind by name.
 
-Classifier: clips in, one logit per class out; and the one that is an encoder with a head.
-
-Every kind of classifier by name: what shapes it, and what makes it.
+The encoder's classifier is A-JEPA's for fine-tuning (arXiv 2311.15830): the mean of the tokens, a linear head, and
+regularised masking in training. The other kinds (`cnn6`, `convnext`, `passt`) are trained from random weights.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -24,59 +23,12 @@ from pipeline.errors import RunError
 
 MaskReading = Literal["keys", "tokens"]
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RegularisedMasking:
-    """What A-JEPA fine-tunes with (arXiv 2311.15830): "a regularized masking [...], instead of input dropping or zero".
-
-    share    of each clip's valid tokens, drawn anew in each layer, rounded down; 0: none, and nothing is drawn
-    reading  the abstract does not say what a masked token still does, so there are two ways to read it.
-             `keys`: it is barred from being attended to, by every token, itself included; it asks the others as
-             ever, so that its own output comes from them. Nothing of the input is dropped or zeroed.
-             `tokens`: it takes no part in that layer's attention at all: neither is it attended to, nor does it
-             attend; its vector passes on by the residual path and through the MLP
-    """
-
-    share: float = 0.1
-    reading: MaskReading = "keys"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.share < 1:
-            raise ValueError(f"the share of tokens that are masked must lie in [0, 1), got {self.share}")
-        if self.reading not in get_args(MaskReading):
-            raise ValueError(f"reading must be {' or '.join(get_args(MaskReading))}, got {self.reading!r}")
-
-    def draw_masked_tokens(self, rng: np.random.Generator, valid_BP: Tensor, *, depth: int) -> Tensor | None:
-        """Which tokens are masked in each layer, bool `LBP` beside `valid_BP`: equally many in every layer of a clip.
-
-        None with share 0; then the generator is left alone. Of the valid tokens at least one is never masked.
-        """
-        if not self.share:
-            return None
-        clips, tokens = valid_BP.shape
-        lottery_LBP = torch.from_numpy(rng.random((clips, depth, tokens))).transpose(0, 1)
-        lottery_LBP = lottery_LBP.to(valid_BP.device).masked_fill(~valid_BP, torch.inf)
-        place_LBP = lottery_LBP.argsort(dim=-1).argsort(dim=-1)  # a token's place in the draw: no ties
-        return place_LBP < (self.share * valid_BP.sum(dim=1)).floor()[:, None]
-
-    def branch_factors(self, masked_LBP: Tensor, keep_L2B: Tensor | None) -> Tensor | None:
-        """What each branch of each block is multiplied by, given what drop path says: under `tokens`, `L2BP`."""
-        if self.reading == "keys":
-            return keep_L2B
-        depth, clips, _ = masked_LBP.shape
-        kept = torch.ones(depth, 2, clips, device=masked_LBP.device) if keep_L2B is None else keep_L2B
-        keep_L2BP = kept[..., None].repeat(1, 1, 1, masked_LBP.shape[-1])
-        keep_L2BP[:, 0].masked_fill_(masked_LBP, 0.0)
-        return keep_L2BP
-
-
-DEFAULT_REGULARISED_MASKING = RegularisedMasking()
-
-ENCODER_PREFIX = "encoder."  # what the names of the encoder's weights begin with in a Vit's
+# The beginning of the names of the encoder's weights in a VitClassifier.
+ENCODER_PREFIX = "encoder."
 
 
 class ClassifierSpec(Protocol):
-    """What shapes a classifier: a frozen dataclass, part of a recipe; how large the clips are that it is shown."""
+    """The shape of a classifier, and how large its clips are: a frozen dataclass, part of a recipe."""
 
     @property
     def frames(self) -> int: ...
@@ -87,7 +39,7 @@ class ClassifierSpec(Protocol):
 class Classifier(Protocol):
     """A `torch.nn.Module` that tells classes apart; its weights are a function of spec, classes and seed.
 
-    What is random about a forward pass (patchout, dropout, masking) comes from `rng`, in training mode only:
+    All that is random about a forward pass (patchout, dropout, masking) comes from `rng`, in training mode only:
     torch's global generators are never drawn from, for a resumed run could not go back in them.
     """
 
@@ -101,7 +53,7 @@ class Classifier(Protocol):
         """
 
     def weights_by_depth(self) -> list[list[nn.Parameter]]:
-        """Every weight once, by depth: what sees the input first, the head last; for rates that fall with depth."""
+        """Every weight once, in groups from the input to the head; for rates that fall with depth."""
 
     def train(self, mode: bool = True) -> Any: ...
     def to(self, device: torch.device) -> Any: ...
@@ -111,10 +63,68 @@ class Classifier(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RegularisedMasking:
+    """In each layer a random share of the tokens is kept from the others, in training only.
+
+    A-JEPA fine-tunes so (arXiv 2311.15830): "a regularized masking [...], instead of input dropping or zero".
+
+    share    of each clip's valid tokens, drawn anew in each layer, rounded down; 0: none, and nothing is drawn
+    reading  the abstract does not say what a masked token still does, so there are two ways to read it.
+             `keys`: no token attends to it, itself included; it attends to the others as ever, so that its own output
+             comes from them. Nothing of the input is dropped or zeroed.
+             `tokens`: it takes no part in that layer's attention at all: no token attends to it and it attends to
+             none; its vector passes on by the residual path and through the MLP
+    """
+
+    share: float = 0.1
+    reading: MaskReading = "keys"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1:
+            raise ValueError(f"the share of tokens that are masked must lie in [0, 1), got {self.share}")
+        if self.reading not in get_args(MaskReading):
+            raise ValueError(f"reading must be {' or '.join(get_args(MaskReading))}, got {self.reading!r}")
+
+    def draw_masked_tokens(self, rng: np.random.Generator, valid_BP: Tensor, *, depth: int) -> Tensor | None:
+        """Draw which tokens are masked in each layer, bool `LBP`: of a clip equally many in every layer.
+
+        Only valid tokens are masked, and at least one of them never is. With share 0 nothing is drawn, and the result
+        is None.
+        """
+        if not self.share:
+            return None
+        clips, tokens = valid_BP.shape
+
+        # A lottery in each layer of each clip, which tokens that are not valid always lose.
+        lottery_LBP = torch.from_numpy(rng.random((clips, depth, tokens))).transpose(0, 1)
+        lottery_LBP = lottery_LBP.to(valid_BP.device).masked_fill(~valid_BP, torch.inf)
+
+        # The lowest numbers are masked; ranks, unlike numbers, have no ties.
+        rank_LBP = lottery_LBP.argsort(dim=-1).argsort(dim=-1)
+        return rank_LBP < (self.share * valid_BP.sum(dim=1)).floor()[:, None]
+
+    def branch_factors(self, masked_LBP: Tensor, keep_L2B: Tensor | None) -> Tensor | None:
+        """Return drop path's factors with those of the masking: under `tokens` one for each token, `L2BP`."""
+        if self.reading == "keys":
+            return keep_L2B
+        depth, clips, tokens = masked_LBP.shape
+        if keep_L2B is None:
+            keep_L2B = torch.ones(depth, 2, clips, device=masked_LBP.device)
+
+        # A masked token loses its attention branch, and keeps its MLP branch.
+        keep_L2BP = keep_L2B[..., None].repeat(1, 1, 1, tokens)
+        keep_L2BP[:, 0].masked_fill_(masked_LBP, 0.0)
+        return keep_L2BP
+
+
+DEFAULT_REGULARISED_MASKING = RegularisedMasking()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class VitSpec:
     """An encoder, one vector of its valid tokens, a linear head; with regularised masking in training.
 
-    pooling  the vector: their mean as in A-JEPA, or another of `pooling.pool`
+    pooling  how the vector is made: the mean of the tokens as in A-JEPA, or another way of `pooling.pool_tokens`
     """
 
     encoder: EncoderSpec
@@ -146,21 +156,29 @@ class VitClassifier(nn.Module):
         initialise_weights(self.head, seed + 1)
 
     def forward(self, mel_BTF: Tensor, n_frames_B: Tensor, rng: np.random.Generator | None = None) -> Tensor:
-        """As the Protocol says."""
-        valid_BP = valid_token_mask(n_frames_B, self.spec.encoder.grid)
-        all_valid, valid_BP = bool(valid_BP.all()), valid_BP.to(mel_BTF.device)
+        """Logits, as `Classifier` promises; `rng` decides drop path and regularised masking."""
+        grid = self.spec.encoder.grid
+        valid_BP = valid_token_mask(n_frames_B, grid)
+        all_valid = bool(valid_BP.all())  # asked on the CPU: a GPU would have to wait
+        valid_BP = valid_BP.to(mel_BTF.device)
+
+        # Which tokens may be attended to: None where all may, which is faster.
         attended, keep = self._draw_masking(rng, valid_BP)
         if attended is None and not all_valid:
             attended = valid_BP
+
+        # Tokens, one vector a clip, logits.
         token_BPD = self.encoder(mel_BTF, valid_BP=attended, keep_L2N=keep)
-        clips, rows = len(mel_BTF), self.spec.encoder.grid.rows
+        clips = len(mel_BTF)
         clip_B = torch.arange(clips, device=mel_BTF.device)
-        clip_BD = pool_tokens(token_BPD, valid_BP, clip_B, clips=clips, rows=rows, pooling=self.spec.pooling)
+        clip_BD = pool_tokens(
+            token_BPD, valid_BP, clip_B, clips=clips, rows=grid.rows, pooling=self.spec.pooling
+        )
         logits_BC: Tensor = self.head(clip_BD).float()
         return logits_BC
 
     def weights_by_depth(self) -> list[list[nn.Parameter]]:
-        """The patch embedding, each block, and norm and head."""
+        """Return the patch embedding's weights, each block's, and those of norm and head."""
         encoder = self.encoder
         groups: list[list[nn.Module]] = [[encoder.embed], *([block] for block in encoder.blocks)]
         groups.append([encoder.norm, self.head])
@@ -169,17 +187,20 @@ class VitClassifier(nn.Module):
     def _draw_masking(
         self, rng: np.random.Generator | None, valid_BP: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Which tokens are attended to in each block (`LBP`; None: masking is off), and what is kept of branches."""
-        stack, masking = self.encoder.transformer_spec, self.spec.masking
-        if not self.training or not (stack.drop_path or masking.share):
+        """Draw which tokens are attended to in each block (`LBP`; None: masking is off), and the branches' factors."""
+        transformer = self.encoder.transformer_spec
+        masking = self.spec.masking
+        if not self.training or not (transformer.drop_path or masking.share):
             return None, None
         if rng is None:
             raise ValueError(
                 "drop path and regularised masking draw from the generator of the step: give `rng`"
             )
-        keep = stack.draw_drop_path(rng, len(valid_BP))
+
+        # Drop path first, then the masking.
+        keep = transformer.draw_drop_path(rng, len(valid_BP))
         keep = None if keep is None else keep.to(valid_BP.device)
-        masked_LBP = masking.draw_masked_tokens(rng, valid_BP, depth=stack.depth)
+        masked_LBP = masking.draw_masked_tokens(rng, valid_BP, depth=transformer.depth)
         if masked_LBP is None:
             return None, keep
         return valid_BP & ~masked_LBP, masking.branch_factors(masked_LBP, keep)
@@ -189,8 +210,8 @@ class VitClassifier(nn.Module):
 class ClassifierKind:
     """A kind of classifier: `build(spec, classes, seed)` makes one of a spec of that type.
 
-    smaller     the fields of a recipe that make it smaller
-    batch_norm  whether what it says of a clip in training depends on the others that pass through with it
+    size_fields     the fields of a recipe that make it smaller
+    has_batch_norm  whether the output for a clip in training depends on the other clips of the pass
     """
 
     spec_type: type
@@ -212,22 +233,27 @@ CLASSIFIER_KINDS: dict[str, ClassifierKind] = {
 
 
 def classifier_kind_name(spec: ClassifierSpec) -> str:
-    """The name of the kind of classifier that a spec shapes."""
-    return next(name for name, model in CLASSIFIER_KINDS.items() if isinstance(spec, model.spec_type))
+    """Return the name of the kind of classifier that a spec shapes."""
+    return next(name for name, kind in CLASSIFIER_KINDS.items() if isinstance(spec, kind.spec_type))
 
 
 def build_classifier(spec: ClassifierSpec, classes: int, seed: int) -> Classifier:
-    """The classifier of a spec, with weights that `seed` decides."""
+    """Return the classifier of a spec, with weights that `seed` decides."""
     return CLASSIFIER_KINDS[classifier_kind_name(spec)].build(spec, classes, seed)
 
 
 def spec_for_frames(spec: ClassifierSpec, frames: int) -> ClassifierSpec:
-    """The same shape for clips of so many frames; a vit's are rounded up to whole patches."""
+    """Return the same shape for clips of so many frames; RunError where they are too short for it.
+
+    For a vit they are rounded up to whole patches.
+    """
     if isinstance(spec, VitSpec):
         grid = spec.encoder.grid
         cols = -(-frames // grid.patch_frames)
         return replace(spec, encoder=replace(spec.encoder, grid=replace(grid, cols=cols)))
+
+    # Every other spec has the frames as a field.
     try:
-        return replace(spec, frames=frames)  # type: ignore[type-var]  # every other has it as a field
+        return replace(spec, frames=frames)  # type: ignore[type-var]
     except ValueError as error:
         raise RunError(f"clips of {frames} frames are too short for this model: {error}") from None

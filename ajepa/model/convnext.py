@@ -15,16 +15,18 @@ from pipeline.errors import RunError
 
 ConvNextSize = Literal["atto", "femto", "pico", "nano", "tiny"]
 
-STEM_PADDING_FRAMES = 4  # at both ends of time: the paper's 1,000 frames become 252 columns
+# Frames of zeros at both ends of time: the paper's 1,000 frames become 252 columns.
+STEM_PADDING_FRAMES = 4
 
-CONVNEXT_REDUCTION = 32  # how much shorter, in frames and bands, what the last stage says is
+# The output of the last stage has so many times fewer frames and bands than the input.
+CONVNEXT_REDUCTION = 32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConvNextSpec:
     """Shape of a ConvNeXt; the defaults are the paper's, 28,222,767 parameters with 527 classes.
 
-    The others have, with 224 bands and 527 classes, 3.5 M (atto), 5.0 M (femto), 8.8 M (pico), 15.3 M (nano).
+    With 224 bands and 527 classes the smaller sizes have 3.5 M (atto), 5.0 M (femto), 8.8 M (pico), 15.3 M (nano).
     """
 
     frames: int = 1001
@@ -44,8 +46,8 @@ class ConvNextSpec:
 class ConvNext(nn.Module):
     """The Classifier of a `ConvNextSpec`: bands normalised, four stages, mean over bands, mean and maximum over time.
 
-    Padding counts for nothing, but in the statistics of the first norm in training: it is 0 before every filter that
-    looks across columns, and in no mean and no maximum. A padded clip has the logits of the clip alone.
+    Padding counts for nothing, except in the statistics of the first norm in training: it is 0 before every filter
+    that looks across columns, and in no mean and no maximum. A padded clip has the logits of the clip alone.
     """
 
     def __init__(self, spec: ConvNextSpec, classes: int, seed: int) -> None:
@@ -58,11 +60,16 @@ class ConvNext(nn.Module):
             )
 
     def forward(self, mel_BTF: Tensor, n_frames_B: Tensor, rng: np.random.Generator | None = None) -> Tensor:
-        """As the Protocol says; `rng` decides drop path."""
+        """Logits, as `Classifier` promises; `rng` decides drop path."""
         spec = self.spec
         refuse_other_clip_size(mel_BTF, spec.frames, spec.bands)
-        x_BDTF = zero_invalid_frames(self.norm(mel_BTF.transpose(1, 2)).transpose(1, 2)[:, None], n_frames_B)
+
+        # Every band normalised by itself, as one channel, with zeros at both ends.
+        x_BDTF = self.norm(mel_BTF.transpose(1, 2)).transpose(1, 2)[:, None]
+        x_BDTF = zero_invalid_frames(x_BDTF, n_frames_B)
         x_BDTF = nnf.pad(x_BDTF, (0, 0, STEM_PADDING_FRAMES, STEM_PADDING_FRAMES))
+
+        # timm's drop path draws from torch's global generators: lend them a seed of the step.
         random = self.training and spec.drop_path > 0
         with fork_seeded_rng(draw_torch_seed(rng), x_BDTF.device) if random else nullcontext():
             x_BD = self._run_stages(x_BDTF, n_frames_B + 2 * STEM_PADDING_FRAMES)
@@ -70,17 +77,22 @@ class ConvNext(nn.Module):
         return logits_BC
 
     def _run_stages(self, x_BDTF: Tensor, n_frames_B: Tensor) -> Tensor:
-        """Through stem and stages, what is not valid cleared before every block."""
-        x_BDTF, n_columns_B = self.network.stem(x_BDTF), n_frames_B // 4
+        """Return one vector a clip, `BD`, from stem and stages; columns past its end are cleared before every block."""
+        x_BDTF = self.network.stem(x_BDTF)
+        n_columns_B = n_frames_B // 4
         for stage in self.network.stages:
             if not isinstance(stage.downsample, nn.Identity):
-                x_BDTF, n_columns_B = stage.downsample(x_BDTF), (n_columns_B // 2).clamp(min=1)
+                x_BDTF = stage.downsample(x_BDTF)
+                n_columns_B = (n_columns_B // 2).clamp(min=1)
             for block in stage.blocks:
                 x_BDTF = block(zero_invalid_frames(x_BDTF, n_columns_B))
         return pool_mean_and_max(x_BDTF.mean(dim=-1), n_columns_B)
 
     def weights_by_depth(self) -> list[list[nn.Parameter]]:
-        """The first norm and the stem, each block (the step down before a stage with its first), and the head."""
+        """Return the weights of the first norm and the stem, of each block, and of the head.
+
+        The step down before a stage belongs to the stage's first block.
+        """
         network = self.network
         groups: list[list[nn.Module]] = [[self.norm, network.stem]]
         for stage in network.stages:
@@ -90,7 +102,7 @@ class ConvNext(nn.Module):
 
 
 def import_timm() -> ModuleType:
-    """The library; RunError where it is not installed."""
+    """Return the library; RunError where it is not installed."""
     try:
         import timm
     except ImportError:

@@ -1,6 +1,18 @@
-"""Losses: how far predictions lie from their targets, token by token.
+"""The joint-embedding predictive architecture: context encoder, target encoder, predictor and loss.
 
-Context encoder, teacher, predictor, loss.
+The method of I-JEPA (arXiv 2301.08243, section 3), on patches of a log-mel spectrogram as in A-JEPA (arXiv 2311.15830)
+and Audio-JEPA (arXiv 2507.02915). For one clip x, with context tokens K and groups G of target tokens q:
+
+    context       z   = f(x, K)                            the encoder sees the patches in K and no others
+    prediction    p_q = g(z, K, G)_q                       the predictor answers for each group by itself
+    targets       h   = f'(x)                              the target encoder sees the whole clip
+                  t_q = (h_q - mean h_q) / sqrt(var h_q + 1e-5)       normalised over the width D of the token
+    loss          L   = 1/|S| sum over S of d(p_q, t_q)    S: all targets of the batch that lie on sound
+                  d(p, t) = |p - t| / sqrt(D)              A-JEPA's; `token_loss` has the others
+    after a step  f' <- m f' + (1 - m) f                   `Jepa.update_target`, momentum m
+
+I-JEPA averages the summed squared distance of each target block; here every scored token counts the same, and the
+division by D makes 1 the loss of a predictor that outputs zeros, at any width.
 """
 
 import copy
@@ -16,56 +28,29 @@ from ajepa.model.patches import slow_cosine_basis, valid_token_mask
 from ajepa.model.transformer import compile_blocks
 from ajepa.model.vit import Encoder, EncoderSpec, Predictor, PredictorSpec, gather_tokens
 
-TokenLossName = Literal["l2", "squared_l2", "smooth_l1", "cosine"]
-
-
-def normalise_features(feature_BGQD: Tensor) -> Tensor:
-    """Each token's vector with mean 0 and variance 1 over its width: the target of the prediction."""
-    return F.layer_norm(feature_BGQD, feature_BGQD.shape[-1:])
-
-
-def token_loss(prediction_BGQD: Tensor, target_BGQD: Tensor, loss: TokenLossName) -> Tensor:
-    """The distance of each token as `BGQ`, with p the prediction and t the target of width D.
-
-    l2          |p - t| / sqrt(D)                    A-JEPA's L2; its gradient is as large near as far
-    squared_l2  |p - t|^2 / D                        Audio-JEPA's paper; I-JEPA's formula
-    smooth_l1   mean over D of e^2 / 2 where |e| < 1, |e| - 1/2 elsewhere, e = p - t
-    cosine      1 - p t / (|p| |t|)                  Audio-JEPA's code
-
-    Dividing by the width makes 1 the score of predicting nothing (p = 0, t normalised) for all but smooth_l1.
-    """
-    match loss:
-        case "l2":
-            return (
-                torch.linalg.vector_norm(prediction_BGQD - target_BGQD, dim=-1) / target_BGQD.shape[-1] ** 0.5
-            )
-        case "squared_l2":
-            return (prediction_BGQD - target_BGQD).square().mean(dim=-1)
-        case "smooth_l1":
-            return F.smooth_l1_loss(prediction_BGQD, target_BGQD, reduction="none").mean(dim=-1)
-        case "cosine":
-            return 1 - F.cosine_similarity(prediction_BGQD, target_BGQD, dim=-1)
-
+TokenLossName = Literal["l2", "squared_l2", "cosine"]
 
 TargetName = Literal["teacher", "cosines"]
 
+# Keeps quotients of variances finite where there is no variance.
 DIVISOR_FLOOR = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JepaSpec:
-    """Everything that shapes the model and its loss; `token_loss` says what each loss is.
+    """The shape of the model, and the loss that it is trained with.
 
-    targets        what is predicted of a hidden patch. `teacher`: what the target encoder says of it (both
-                   papers). `cosines`: its own coarse pattern without its level, as the `target_cosines` slowest
-                   cosines along time times as many along frequency, less the constant one. That leaves out
-                   the grain, which nobody can predict; it costs no second pass and is there from the first
-                   step: for runs too short to raise a teacher
+    loss           the distance between a prediction and its target (`token_loss`)
+    targets        `teacher`: a hidden patch is predicted as the target encoder describes it (the papers).
+                   `cosines`: as its own coarse pattern without its level, the `target_cosines` slowest cosines along
+                   time times as many along frequency, less the constant one. That leaves out the grain, which nobody
+                   can predict; it costs no second pass and is there from the first step: for runs too short to raise
+                   a teacher
     target_layers  1: the teacher's last layer after its norm; K: the mean of its last K blocks, each normalised
                    over the features (data2vec, arXiv 2202.03555)
-    clip_weight    above 0: so many times the distance between a guess at the whole clip, linear in the mean of
-                   the context, and the mean of what is predicted of all its tokens, normalised, is added to
-                   the loss (the utterance objective of EAT, arXiv 2401.03497, without a class token)
+    clip_weight    above 0: a second objective with this weight, the distance between a guess at the whole clip, linear
+                   in the mean of the context, and the normalised mean of the targets of all its tokens (the utterance
+                   objective of EAT, arXiv 2401.03497, without a class token)
     """
 
     encoder: EncoderSpec
@@ -81,16 +66,20 @@ class JepaSpec:
             raise ValueError(f"targets must be {' or '.join(get_args(TargetName))}, got {self.targets!r}")
         if self.loss not in get_args(TokenLossName):
             raise ValueError(f"loss must be one of {', '.join(get_args(TokenLossName))}, got {self.loss!r}")
+
+        # Without a teacher there is no other layer to choose.
         depth = self.encoder.depth if self.targets == "teacher" else 1
         if not 1 <= self.target_layers <= depth:
             raise ValueError(
                 f"target_layers must lie in 1 to {depth}, the depth of the teacher (1 where there is none), "
                 f"got {self.target_layers}"
             )
-        sides = (self.encoder.grid.patch_frames, self.encoder.grid.patch_bands)
-        if self.targets == "cosines" and not 2 <= self.target_cosines <= min(sides):
+
+        # A patch has as many cosines along a side as it has values.
+        shorter_side = min(self.encoder.grid.patch_frames, self.encoder.grid.patch_bands)
+        if self.targets == "cosines" and not 2 <= self.target_cosines <= shorter_side:
             raise ValueError(
-                f"target_cosines must lie in 2 to {min(sides)}, a patch's shorter side, got {self.target_cosines}"
+                f"target_cosines must lie in 2 to {shorter_side}, a patch's shorter side, got {self.target_cosines}"
             )
         if self.clip_weight < 0:
             raise ValueError(f"clip_weight must not be negative, got {self.clip_weight}")
@@ -109,7 +98,7 @@ class JepaOutput:
     clip_loss       mean over the clips that have sound in their context; 0 without `clip_weight`
     scored          how many targets lie on sound; with 0 the loss is 0 and means nothing: refuse such a batch
     target_std      standard deviation of the target encoder's features over the scored tokens, before they
-                    are normalised, mean over the dimensions; 0: the teacher says the same of everything
+                    are normalised, mean over the dimensions; 0: the teacher describes every token the same
     prediction_std  the same of the predictions, which aim at normalised targets
     cosine          between a prediction and its target, mean
     explained       share of the targets' variance about their mean that the predictions account for, up to
@@ -126,25 +115,29 @@ class JepaOutput:
     explained: Tensor
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class BatchTotals:
-    """What a part of a batch is told of the whole, so that the losses of all parts add up to that of the whole."""
-
-    scored_targets: int  # targets on sound in the whole batch
-    rows_with_sound: int  # its rows, clips times mask sets, with sound in their context
-    drop_path_keep: (
-        "DropPathKeep"  # drop path of this part's rows in encoder and predictor, drawn for the whole batch
-    )
-
-
+# Drop path's factors for the encoder's rows and the predictor's rows, `L2N` and `L2M`; None where there is none.
 DropPathKeep = tuple[Tensor | None, Tensor | None]
 
 
-class Jepa(nn.Module):
-    """Predict, from the patches one can see, how a slow copy of the encoder describes those one cannot.
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class BatchTotals:
+    """Counts of a whole batch, for a pass over a part of it: so the losses of all parts add up to the batch's.
 
-    A-JEPA (arXiv 2311.15830) and Audio-JEPA (arXiv 2507.02915). `target` is a moving average of `encoder`: it
-    sees the whole clip, has no gradient and stays in eval mode. Weights are a function of `spec` and `seed`.
+    scored_targets   targets on sound in the whole batch
+    rows_with_sound  rows of the whole batch, clips times mask sets, with sound in their context
+    drop_path_keep   drop path of this part's rows in encoder and predictor, drawn for the whole batch
+    """
+
+    scored_targets: int
+    rows_with_sound: int
+    drop_path_keep: DropPathKeep
+
+
+class Jepa(nn.Module):
+    """Predicts, from the patches that can be seen, how a slow copy of the encoder describes the hidden ones.
+
+    `target`, the teacher, is a moving average of `encoder`: it sees the whole clip, has no gradient and stays in eval
+    mode. Weights are a function of `spec` and `seed`.
     """
 
     cosines_ND: Tensor | None
@@ -153,17 +146,157 @@ class Jepa(nn.Module):
         super().__init__()
         self.spec = spec
         self.encoder = Encoder(spec.encoder, seed=seed)
-        width, grid = spec.encoder.width, spec.encoder.grid
-        clip_head = spec.clip_weight > 0
         self.predictor = Predictor(
-            spec.predictor, width, grid, seed=seed + 1, clip_head=clip_head, target_width=spec.target_width
+            spec.predictor,
+            spec.encoder.width,
+            spec.encoder.grid,
+            seed=seed + 1,
+            clip_head=spec.clip_weight > 0,
+            target_width=spec.target_width,
         )
+
+        # The teacher begins as a copy of the encoder.
         self.target = copy.deepcopy(self.encoder).requires_grad_(False).eval()
-        cosines_ND = slow_cosine_basis(grid, spec.target_cosines) if spec.targets == "cosines" else None
+
+        cosines_ND = None
+        if spec.targets == "cosines":
+            cosines_ND = slow_cosine_basis(spec.encoder.grid, spec.target_cosines)
         self.register_buffer("cosines_ND", cosines_ND, persistent=False)
 
+    def forward(
+        self,
+        mel_BTF: Tensor,
+        context_NK: Tensor,
+        targets_NGQ: Tensor,
+        n_frames_B: Tensor,
+        rng: np.random.Generator | None = None,
+        batch_totals: BatchTotals | None = None,
+    ) -> JepaOutput:
+        """Loss of one batch: normalised `mel_BTF`, int64 masks, and how many frames of each clip are sound.
+
+        N is B, or a multiple: several mask sets of each clip, one after the other, share one pass of the teacher.
+        Tokens past a clip's valid frames are neither attended to nor scored. Leave `n_frames_B` on the CPU: where
+        every token is valid the masks are skipped, and asking a GPU would make it wait. `rng` is the generator that
+        drop path draws from: needed where the spec has one, in training only. With `batch_totals`, which brings drop
+        path along, `loss` and `clip_loss` are the part that these rows add to the batch's; the other figures are of
+        these rows alone.
+        """
+        rows, groups, _ = targets_NGQ.shape
+
+        # Tokens that hold sound, of each clip and of each row; None where all do.
+        valid_BP = self.valid_mask_if_padded(n_frames_B, mel_BTF.device)
+        valid_NP = None if valid_BP is None else valid_BP.repeat_interleave(rows // len(mel_BTF), dim=0)
+
+        # Drop path: drawn for the whole batch, which is this one unless there are totals of a larger one.
+        keep = self.draw_drop_path(rng, rows, groups) if batch_totals is None else batch_totals.drop_path_keep
+        keep_L2N, keep_L2M = (None if factors is None else factors.to(mel_BTF.device) for factors in keep)
+
+        # Context and prediction: z = f(x, K), p = g(z, K, G).
+        context_NKD = self.encoder(mel_BTF, context_NK, valid_NP, keep_L2N)
+        prediction_NGQD = self.predictor(context_NKD, context_NK, targets_NGQ, valid_NP, keep_L2M)
+
+        # Targets: h = f'(x), once for each clip; every row takes its own tokens of it.
+        feature_BPD = self.target_features(mel_BTF, valid_BP)
+        feature_NGQD = gather_tokens(feature_BPD, targets_NGQ.flatten(1)).unflatten(1, targets_NGQ.shape[1:])
+
+        # Loss: the mean distance over the targets that lie on sound.
+        scored_NGQ = torch.ones(targets_NGQ.shape, device=mel_BTF.device)
+        if valid_NP is not None:
+            scored_NGQ = valid_NP.gather(1, targets_NGQ.flatten(1)).view_as(targets_NGQ).float()
+        output = _score_predictions(
+            prediction_NGQD.float(), feature_NGQD.float(), scored_NGQ, self.spec.loss, batch_totals
+        )
+        if self.predictor.clip_head is None:
+            return output
+
+        # The second objective: the whole clip.
+        clip_loss = self._clip_loss(
+            self.predictor.clip_head, context_NKD, context_NK, feature_BPD, valid_BP, batch_totals
+        )
+        loss = output.loss + self.spec.clip_weight * clip_loss
+        return replace(output, loss=loss, clip_loss=clip_loss.detach())
+
+    @torch.no_grad()
+    def target_features(self, mel_BTF: Tensor, valid_BP: Tensor | None = None) -> Tensor:
+        """Return the features of every token that are predicted, from the whole clip: `BPD`, not yet normalised."""
+        if self.cosines_ND is not None:
+            return self.target.input_patches(mel_BTF) @ self.cosines_ND
+        if self.spec.target_layers == 1:
+            return self.target(mel_BTF, valid_BP=valid_BP)
+        layers = self.target.top_block_outputs(mel_BTF, self.spec.target_layers, valid_BP=valid_BP)
+        return torch.stack([normalise_features(layer_BPD.float()) for layer_BPD in layers]).mean(dim=0)
+
+    def _clip_loss(
+        self,
+        clip_head: nn.Linear,
+        context_NKD: Tensor,
+        context_NK: Tensor,
+        feature_BPD: Tensor,
+        valid_BP: Tensor | None,
+        batch_totals: BatchTotals | None,
+    ) -> Tensor:
+        """Return the mean distance between a guess at each clip, from its context, and the mean of its targets."""
+        if valid_BP is None:
+            valid_BP = torch.ones(feature_BPD.shape[:2], dtype=torch.bool, device=feature_BPD.device)
+
+        # The guess: linear in the mean of the context that holds sound.
+        audible_NK = gather_tokens(valid_BP, context_NK)
+        guess_ND = clip_head(mean_valid_tokens(context_NKD.float(), audible_NK))
+
+        # The target: the normalised mean of the clip, the same for each of its mask sets.
+        clip_BD = normalise_features(mean_valid_tokens(feature_BPD.float(), valid_BP))
+        clip_ND = clip_BD.repeat_interleave(len(context_NK) // len(valid_BP), 0)
+
+        # The mean over the rows that have sound in their context.
+        has_sound_N = audible_NK.any(dim=1)
+        loss_N = token_loss(guess_ND.float(), clip_ND, self.spec.loss) * has_sound_N
+        if batch_totals is None:
+            return loss_N.sum() / has_sound_N.sum().clamp(min=1)
+        return loss_N.sum() / max(1, batch_totals.rows_with_sound)
+
+    def valid_mask_if_padded(self, n_frames_B: Tensor, device: torch.device) -> Tensor | None:
+        """Return which tokens hold sound, as bool `BP` on `device`, or None where all do."""
+        valid_BP = valid_token_mask(n_frames_B, self.spec.encoder.grid)
+        return None if valid_BP.all() else valid_BP.to(device)
+
+    def count_scored(self, context_NK: Tensor, targets_NGQ: Tensor, n_frames_B: Tensor) -> tuple[int, int]:
+        """Count the targets on sound, and the rows with sound in their context, for `BatchTotals`; all on the CPU."""
+        valid_BP = valid_token_mask(n_frames_B, self.spec.encoder.grid)
+        if valid_BP.all():
+            return targets_NGQ.numel(), len(context_NK)
+        valid_NP = valid_BP.repeat_interleave(len(context_NK) // len(valid_BP), dim=0)
+        scored = valid_NP.gather(1, targets_NGQ.flatten(1)).sum()
+        has_sound_N = valid_NP.gather(1, context_NK).any(1)
+        return int(scored), int(has_sound_N.sum())
+
+    def draw_drop_path(self, rng: np.random.Generator | None, rows: int, groups: int) -> DropPathKeep:
+        """Draw drop path for so many rows, the encoder's first; nothing is drawn where neither has any.
+
+        ValueError where a training pass needs `rng` and has none.
+        """
+        encoder = self.encoder.transformer_spec
+        predictor = self.predictor.transformer_spec
+        if not self.training or not (encoder.drop_path or predictor.drop_path):
+            return None, None
+        if rng is None:
+            raise ValueError("drop path draws from the generator of the step: give `rng`")
+        return encoder.draw_drop_path(rng, rows), predictor.draw_drop_path(rng, rows * groups)
+
+    @torch.no_grad()
+    def update_target(self, momentum: float) -> None:
+        """Move the teacher: `f' <- momentum f' + (1 - momentum) f`, its buffers likewise, should it have any."""
+        torch._foreach_lerp_(
+            _weights_and_buffers(self.target), _weights_and_buffers(self.encoder), 1.0 - momentum
+        )
+
+    def train(self, mode: bool = True) -> "Jepa":
+        """Set the mode of encoder and predictor; the teacher stays in eval mode."""
+        super().train(mode)
+        self.target.eval()
+        return self
+
     def set_band_statistics(self, mean_F: Tensor, std_F: Tensor) -> None:
-        """`Encoder.know_bands`, of encoder and teacher alike."""
+        """Have encoder and teacher standardise every band (`Encoder.set_band_statistics`)."""
         for encoder in (self.encoder, self.target):
             encoder.set_band_statistics(mean_F, std_F)
 
@@ -184,141 +317,94 @@ class Jepa(nn.Module):
         compile_blocks([*self.encoder.blocks, *self.predictor.blocks], dynamic=True)
         return self
 
-    def train(self, mode: bool = True) -> "Jepa":
-        super().train(mode)
-        self.target.eval()
-        return self
 
-    def forward(
-        self,
-        mel_BTF: Tensor,
-        context_NK: Tensor,
-        targets_NGQ: Tensor,
-        n_frames_B: Tensor,
-        rng: np.random.Generator | None = None,
-        batch_totals: BatchTotals | None = None,
-    ) -> JepaOutput:
-        """Loss of one batch: normalised `mel_BTF`, int64 masks, and how many frames of each clip are sound.
+# The loss.
 
-        N is B, or a multiple: several mask sets of each clip, one after the other, share one pass of the
-        teacher. Tokens past a clip's valid frames are neither attended to nor scored. Leave `n_frames_B` on the
-        CPU: where every token is valid the masks are skipped, and asking a GPU would make it wait. `rng` is
-        what drop path draws from: needed where the spec has one, in training only. With `part`, which brings
-        its own, `loss` and `clip_loss` are what these rows add to those of the whole batch; all else is theirs.
-        """
-        rows, groups, _ = targets_NGQ.shape
-        valid_BP = self.valid_mask_if_padded(n_frames_B, mel_BTF.device)
-        valid_NP = None if valid_BP is None else valid_BP.repeat_interleave(rows // len(mel_BTF), dim=0)
-        keep = self.draw_drop_path(rng, rows, groups) if batch_totals is None else batch_totals.drop_path_keep
-        keep_L2N, keep_L2M = (None if each is None else each.to(mel_BTF.device) for each in keep)
-        context_NKD = self.encoder(mel_BTF, context_NK, valid_NP, keep_L2N)
-        prediction_NGQD = self.predictor(context_NKD, context_NK, targets_NGQ, valid_NP, keep_L2M)
-        feature_BPD = self.target_features(mel_BTF, valid_BP)
-        feature_NGQD = gather_tokens(feature_BPD, targets_NGQ.flatten(1)).unflatten(1, targets_NGQ.shape[1:])
-        scored_NGQ = torch.ones(targets_NGQ.shape, device=mel_BTF.device)
-        if valid_NP is not None:
-            scored_NGQ = valid_NP.gather(1, targets_NGQ.flatten(1)).view_as(targets_NGQ).float()
-        of_all = None if batch_totals is None else batch_totals.scored_targets
-        told = _score_predictions(
-            prediction_NGQD.float(), feature_NGQD.float(), scored_NGQ, self.spec.loss, of_all
-        )
-        if self.predictor.clip_head is None:
-            return told
-        if valid_BP is None:
-            valid_BP = torch.ones(feature_BPD.shape[:2], dtype=torch.bool, device=mel_BTF.device)
-        seen_NK = gather_tokens(valid_BP, context_NK)
-        guess_ND = self.predictor.clip_head(mean_valid_tokens(context_NKD.float(), seen_NK))
-        clip_ND = normalise_features(mean_valid_tokens(feature_BPD.float(), valid_BP)).repeat_interleave(
-            rows // len(mel_BTF), 0
-        )
-        heard_N = seen_NK.any(dim=1)
-        clip_loss_N = token_loss(guess_ND.float(), clip_ND, self.spec.loss) * heard_N
-        clip_loss = clip_loss_N.sum() / (
-            heard_N.sum().clamp(min=1) if batch_totals is None else max(1, batch_totals.rows_with_sound)
-        )
-        return replace(told, loss=told.loss + self.spec.clip_weight * clip_loss, clip_loss=clip_loss.detach())
 
-    def valid_mask_if_padded(self, n_frames_B: Tensor, device: torch.device) -> Tensor | None:
-        """Which tokens hold sound, as bool `BP` on `device`, or None where all do."""
-        valid_BP = valid_token_mask(n_frames_B, self.spec.encoder.grid)
-        return None if valid_BP.all() else valid_BP.to(device)
+def normalise_features(feature_BGQD: Tensor) -> Tensor:
+    """Return the targets of features: each token's vector with mean 0 and variance 1 over its width."""
+    return F.layer_norm(feature_BGQD, feature_BGQD.shape[-1:])
 
-    @torch.no_grad()
-    def target_features(self, mel_BTF: Tensor, valid_BP: Tensor | None = None) -> Tensor:
-        """What is to be predicted of every token, from the whole clip: `BPD`, not yet normalised."""
-        if self.cosines_ND is not None:
-            return self.target.input_patches(mel_BTF) @ self.cosines_ND
-        if self.spec.target_layers == 1:
-            return self.target(mel_BTF, valid_BP=valid_BP)
-        layers = self.target.top_block_outputs(mel_BTF, self.spec.target_layers, valid_BP=valid_BP)
-        return torch.stack([normalise_features(layer_BPD.float()) for layer_BPD in layers]).mean(dim=0)
 
-    def count_scored(self, context_NK: Tensor, targets_NGQ: Tensor, n_frames_B: Tensor) -> tuple[int, int]:
-        """Targets on sound, and rows with sound in their context: what `Part` sums up; all on the CPU."""
-        valid_BP = valid_token_mask(n_frames_B, self.spec.encoder.grid)
-        if valid_BP.all():
-            return targets_NGQ.numel(), len(context_NK)
-        valid_NP = valid_BP.repeat_interleave(len(context_NK) // len(valid_BP), dim=0)
-        scored, heard_N = (
-            valid_NP.gather(1, targets_NGQ.flatten(1)).sum(),
-            valid_NP.gather(1, context_NK).any(1),
-        )
-        return int(scored), int(heard_N.sum())
+def token_loss(prediction_BGQD: Tensor, target_BGQD: Tensor, loss: TokenLossName) -> Tensor:
+    """Return the distance of each prediction p from its target t of width D, as `BGQ`.
 
-    def draw_drop_path(self, rng: np.random.Generator | None, rows: int, groups: int) -> DropPathKeep:
-        """What drop path leaves of each branch for so many rows; nothing is drawn where there is none of it."""
-        encoder, predictor = self.encoder.transformer_spec, self.predictor.transformer_spec
-        if not self.training or not (encoder.drop_path or predictor.drop_path):
-            return None, None
-        if rng is None:
-            raise ValueError("drop path draws from the generator of the step: give `rng`")
-        return encoder.draw_drop_path(rng, rows), predictor.draw_drop_path(rng, rows * groups)
+    l2          |p - t| / sqrt(D)      A-JEPA's L2; its gradient is as large near as far
+    squared_l2  |p - t|^2 / D          Audio-JEPA's paper; I-JEPA's formula
+    cosine      1 - p t / (|p| |t|)    Audio-JEPA's code
 
-    @torch.no_grad()
-    def update_target(self, momentum: float) -> None:
-        """`target = momentum * target + (1 - momentum) * encoder`; buffers, should there be any, likewise."""
-        torch._foreach_lerp_(
-            _weights_and_buffers(self.target), _weights_and_buffers(self.encoder), 1.0 - momentum
-        )
+    Dividing by the width makes 1 the loss of predicting nothing (p = 0, t normalised).
+    """
+    match loss:
+        case "l2":
+            distance_BGQ = torch.linalg.vector_norm(prediction_BGQD - target_BGQD, dim=-1)
+            return distance_BGQ / target_BGQD.shape[-1] ** 0.5
+        case "squared_l2":
+            return (prediction_BGQD - target_BGQD).square().mean(dim=-1)
+        case "cosine":
+            return 1 - F.cosine_similarity(prediction_BGQD, target_BGQD, dim=-1)
 
 
 def mean_valid_tokens(x_NPD: Tensor, valid_NP: Tensor) -> Tensor:
-    """Mean of the valid tokens' vectors, `ND`; 0 where none is valid."""
+    """Return the mean of the valid tokens' vectors, `ND`; 0 where none is valid."""
     share_NP1 = (valid_NP / valid_NP.sum(1, keepdim=True).clamp(min=1))[..., None]
     return torch.where(valid_NP[..., None], x_NPD, 0).mul(share_NP1).sum(dim=1)
 
 
 def _score_predictions(
-    prediction: Tensor, feature: Tensor, scored_BGQ: Tensor, loss: TokenLossName, scored_in_batch: int | None
+    prediction_NGQD: Tensor,
+    feature_NGQD: Tensor,
+    scored_NGQ: Tensor,
+    loss: TokenLossName,
+    batch_totals: BatchTotals | None,
 ) -> JepaOutput:
-    target, count = normalise_features(feature), scored_BGQ.sum()
-    share_BGQ = scored_BGQ / count.clamp(min=1)
-    share_of_all_BGQ = share_BGQ if scored_in_batch is None else scored_BGQ / scored_in_batch
-    loss_value = (token_loss(prediction, target, loss) * share_of_all_BGQ).sum()
+    """Return the loss over the targets that are scored (1, the others 0), and the signs of health beside it."""
+    # The targets, and how many of them count.
+    target_NGQD = normalise_features(feature_NGQD)
+    scored = scored_NGQ.sum()
+
+    # The weight of each target: in the mean over these rows, and in the loss of the whole batch.
+    share_NGQ = scored_NGQ / scored.clamp(min=1)
+    loss_share_NGQ = share_NGQ
+    if batch_totals is not None:
+        loss_share_NGQ = scored_NGQ / batch_totals.scored_targets
+    loss_value = (token_loss(prediction_NGQD, target_NGQD, loss) * loss_share_NGQ).sum()
+
+    # Signs of health, without a graph.
     with torch.no_grad():
         return JepaOutput(
             loss=loss_value,
             clip_loss=torch.zeros_like(loss_value),
-            scored=count,
-            target_std=_weighted_variance_D(feature, share_BGQ).sqrt().mean(),
-            prediction_std=_weighted_variance_D(prediction, share_BGQ).sqrt().mean(),
-            cosine=(share_BGQ * F.cosine_similarity(prediction, target, dim=-1)).sum(),
-            explained=_explained_variance(prediction, target, share_BGQ),
+            scored=scored,
+            target_std=_weighted_variance_D(feature_NGQD, share_NGQ).sqrt().mean(),
+            prediction_std=_weighted_variance_D(prediction_NGQD, share_NGQ).sqrt().mean(),
+            cosine=(share_NGQ * F.cosine_similarity(prediction_NGQD, target_NGQD, dim=-1)).sum(),
+            explained=_explained_variance(prediction_NGQD, target_NGQD, share_NGQ),
         )
 
 
-def _explained_variance(prediction: Tensor, target: Tensor, share_BGQ: Tensor) -> Tensor:
-    pt, pp, tt = (
-        (share_BGQ * (x * y).mean(dim=-1)).sum()
-        for x, y in ((prediction, target), (prediction, prediction), (target, target))
-    )
-    missed = tt - pt.square() / pp.clamp(min=DIVISOR_FLOOR)  # the least of |a p - t|^2 over a
-    return 1 - missed / _weighted_variance_D(target, share_BGQ).mean().clamp(min=DIVISOR_FLOOR)
+# Signs of health.
 
 
-def _weighted_variance_D(x_BGQD: Tensor, share_BGQ: Tensor) -> Tensor:
-    """Variance of each dimension over the tokens, weighted by `share_BGQ`, which sums to 1."""
-    x_ND, share_N = x_BGQD.flatten(0, -2), share_BGQ.flatten()
+def _explained_variance(prediction_NGQD: Tensor, target_NGQD: Tensor, share_NGQ: Tensor) -> Tensor:
+    """Return `1 - min over a of E|a p - t|^2 / Var t`, with p the predictions and t the targets."""
+
+    def mean_product(x_NGQD: Tensor, y_NGQD: Tensor) -> Tensor:
+        return (share_NGQ * (x_NGQD * y_NGQD).mean(dim=-1)).sum()
+
+    pt = mean_product(prediction_NGQD, target_NGQD)
+    pp = mean_product(prediction_NGQD, prediction_NGQD)
+    tt = mean_product(target_NGQD, target_NGQD)
+
+    # The least of E|a p - t|^2 is at a = pt / pp.
+    missed = tt - pt.square() / pp.clamp(min=DIVISOR_FLOOR)
+    return 1 - missed / _weighted_variance_D(target_NGQD, share_NGQ).mean().clamp(min=DIVISOR_FLOOR)
+
+
+def _weighted_variance_D(x_NGQD: Tensor, share_NGQ: Tensor) -> Tensor:
+    """Return the variance of each dimension over the tokens, weighted by `share_NGQ`, which sums to 1."""
+    x_ND = x_NGQD.flatten(0, -2)
+    share_N = share_NGQ.flatten()
     return share_N @ (x_ND - share_N @ x_ND).square()
 
 

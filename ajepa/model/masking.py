@@ -1,32 +1,34 @@
-"""Masks, MaskMaker, and every way of hiding tokens.
+"""Masks: which patches the context encoder sees, and which patches the predictor has to predict.
 
-All randomness comes from the generator handed in and all arrays are NumPy, so masks are the same on every
-device and on resume. Sizes are drawn once per call, for the whole batch; places are drawn for each clip.
+A masking hides tokens in one way: blocks as in I-JEPA (arXiv 2301.08243, section 3), time-frequency aware blocks as in
+A-JEPA (arXiv 2311.15830), single patches as in Audio-JEPA (arXiv 2507.02915), or whole stretches of time. A mask plan
+says which masking each step of a run uses: the same one throughout, or A-JEPA's curriculum from easy to hard.
 
-step -> MaskMaker; the plans that have a name.
+All randomness comes from the generator that is handed in and all arrays are NumPy, so the masks are the same on every
+device and on resume. Sizes are drawn once a call, for the whole batch; places are drawn for each clip.
 """
 
-import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from ajepa.model.patches import PatchGrid
 from pipeline.errors import RunError
+from pipeline.messages import suggest_known
 
-LAYOUT_STRATA = (
-    8  # candidates per clip in `_alike`; twice as many would win one more point of context for twice the work
-)
+# Candidates per clip in `_draw_similar_layouts`; 16 would win one more point of context for twice the work.
+LAYOUT_STRATA = 8
 
-LAYOUT_ROUNDS = 100  # of candidates, before a floor counts as out of reach
+# Rounds of candidates before a floor counts as out of reach.
+LAYOUT_ROUNDS = 100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Masks:
-    """Which tokens the context encoder sees, and which the predictor must tell.
+    """The tokens that the context encoder sees, and the groups of tokens that the predictor predicts, of B clips.
 
     context_BK   int64, ascending, no repeats
     targets_BGQ  int64, ascending within a group; groups may overlap each other, never the context
@@ -37,14 +39,21 @@ class Masks:
 
 
 class MaskMaker(Protocol):
-    """A way of hiding tokens; what it draws depends on the generator, the grid and the batch alone."""
+    """A way of hiding tokens; the masks depend on the generator, the grid and the batch size alone."""
 
     def sample(self, rng: np.random.Generator, grid: PatchGrid, *, batch: int) -> Masks: ...
 
 
+class BlockShape(NamedTuple):
+    """Height and width of a block, in patches."""
+
+    rows: int
+    cols: int
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockSize:
-    """The share of the grid a block covers, and its height by its width: 1 for the grid's proportions."""
+    """The share of the grid that a block covers, and its height by its width: 1 for the grid's proportions."""
 
     area_low: float
     area_high: float
@@ -57,25 +66,97 @@ class BlockSize:
                 f"a block needs 0 < area low <= high <= 1 and 0 < aspect low <= high, got {self}"
             )
 
-    def draw_block_shape(self, rng: np.random.Generator, grid: PatchGrid) -> tuple[int, int]:
-        """Rows and columns of a block: area and aspect uniform, then fitted to whole patches.
+    def draw_block_shape(self, rng: np.random.Generator, grid: PatchGrid) -> BlockShape:
+        """Draw area and aspect, each uniform in its range, and fit a block of whole patches to them.
 
-        Rows follow the aspect and columns then make up the area, so that on a coarse grid it is the shape
-        that gives way. The last line refits the rows where the columns met the edge.
+        On a coarse grid the area is kept as well as whole patches allow, and the aspect gives way.
         """
         tokens = rng.uniform(self.area_low, self.area_high) * grid.tokens
         aspect = rng.uniform(self.aspect_low, self.aspect_high)
+
+        # The rows follow the aspect, then the columns make up the area.
         rows = _clamp_patches(grid.rows * math.sqrt(tokens / grid.tokens * aspect), grid.rows)
         cols = _clamp_patches(tokens / rows, grid.cols)
-        return _clamp_patches(tokens / cols, grid.rows), cols
+
+        # Where the columns met the edge of the grid, the rows make up the rest of the area.
+        return BlockShape(rows=_clamp_patches(tokens / cols, grid.rows), cols=cols)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RandomBlocks:
+    """`count` target blocks anywhere, and one large context block less the patches that they cover.
+
+    The multi-block masks of I-JEPA (arXiv 2301.08243, section 3), where A-JEPA's curriculum begins. Every place of a
+    block inside the grid is equally likely. The context is never less than `floor`, a share of the grid: places that
+    leave less are drawn again (with these sizes fewer than one clip in 10,000).
+    """
+
+    count: int = 4
+    target: BlockSize = BlockSize(area_low=0.15, area_high=0.20)
+    context: BlockSize = BlockSize(area_low=0.85, area_high=1.0, aspect_low=1.0, aspect_high=1.0)
+    floor: float = 1 / 8
+
+    def __post_init__(self) -> None:
+        _check_block_masking(self.count, self.floor)
+
+    def sample(self, rng: np.random.Generator, grid: PatchGrid, *, batch: int) -> Masks:
+        """Draw the masks of `batch` clips; RunError where the floor is out of reach."""
+        target_shape = self.target.draw_block_shape(rng, grid)
+        context_shape = self.context.draw_block_shape(rng, grid)
+
+        def draw_layouts(clips: int) -> _MaskLayouts:
+            target_NG = _draw_corners(rng, grid, target_shape, (clips, self.count))
+            context_N1 = _draw_corners(rng, grid, context_shape, (clips, 1))
+
+            # The context is its block without the patches that a target covers.
+            in_context_NRC = _covered_patches(context_N1, grid, context_shape)
+            in_target_NRC = _covered_patches(target_NG, grid, target_shape)
+            return _MaskLayouts(corner_NG=target_NG, open_NRC=in_context_NRC & ~in_target_NRC)
+
+        return _draw_block_masks(rng, grid, target_shape, draw_layouts, batch=batch, floor=self.floor)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TimeFrequencyAware:
+    """`count` small target blocks; the context loses every time column and every frequency row that they touch.
+
+    The masks where A-JEPA's curriculum ends (arXiv 2311.15830). The paper does not print what its masks remove; this
+    is our reading: neither the same moment nor the same band may help, for neighbours in time and in frequency are
+    highly correlated. The context is never less than `floor`, by default the (1 - 3/4)^2 of the grid that three
+    average targets leave when they share no row and no column: places that leave less are drawn again (1 clip in 80),
+    so every layout that leaves enough is equally likely.
+    """
+
+    count: int = 3
+    target: BlockSize = BlockSize(area_low=0.05, area_high=0.075)
+    floor: float = 1 / 16
+
+    def __post_init__(self) -> None:
+        _check_block_masking(self.count, self.floor)
+
+    def sample(self, rng: np.random.Generator, grid: PatchGrid, *, batch: int) -> Masks:
+        """Draw the masks of `batch` clips; RunError where the floor is out of reach."""
+        target_shape = self.target.draw_block_shape(rng, grid)
+
+        def draw_layouts(clips: int) -> _MaskLayouts:
+            target_NG = _draw_corners(rng, grid, target_shape, (clips, self.count))
+
+            # The context is every patch whose row and column no target touches.
+            rows_NGR, cols_NGC = _touched_rows_cols(target_NG, grid, target_shape)
+            touched_NR = np.logical_or.reduce(rows_NGR, axis=1)
+            touched_NC = np.logical_or.reduce(cols_NGC, axis=1)
+            open_NRC = ~touched_NR[:, :, None] & ~touched_NC[:, None, :]
+            return _MaskLayouts(corner_NG=target_NG, open_NRC=open_NRC)
+
+        return _draw_block_masks(rng, grid, target_shape, draw_layouts, batch=batch, floor=self.floor)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RandomPatches:
-    """Single patches, each equally likely, a share of the grid uniform in [ratio_low, ratio_high].
+    """Single patches, each equally likely: a share of the grid that is uniform in [ratio_low, ratio_high].
 
-    Audio-JEPA (arXiv 2507.02915). The targets are one group, the context is all the rest. `target_share` is the
-    share of the hidden patches that are targets, drawn at random: the predictor is spared the others.
+    The masks of Audio-JEPA (arXiv 2507.02915). The targets are one group, the context is all the rest. `target_share`
+    is the share of the hidden patches that are targets, drawn at random: the predictor is spared the others.
     """
 
     ratio_low: float = 0.4
@@ -89,92 +170,30 @@ class RandomPatches:
             )
 
     def sample(self, rng: np.random.Generator, grid: PatchGrid, *, batch: int) -> Masks:
+        """Draw the masks of `batch` clips."""
+        # One share for the whole batch, so that all its clips have equally many context tokens.
         hidden = _clamp_patches(rng.uniform(self.ratio_low, self.ratio_high) * grid.tokens, grid.tokens - 1)
+
+        # Each clip hides patches of its own: a row of so many ones, shuffled.
         hidden_BP = np.broadcast_to(np.arange(grid.tokens) < hidden, (batch, grid.tokens))
         hidden_BP = rng.permuted(hidden_BP, axis=1)
         context_BK = (~hidden_BP).nonzero()[1].reshape(batch, -1)
-        hidden_BH = hidden_BP.nonzero()[1].reshape(batch, -1)
+        target_BQ = hidden_BP.nonzero()[1].reshape(batch, -1)
+
+        # Of the hidden patches a random part is predicted.
         if self.target_share < 1:
             targets = _clamp_patches(self.target_share * hidden, hidden)
-            hidden_BH = np.sort(rng.permuted(hidden_BH, axis=1)[:, :targets])
-        return Masks(context_BK=context_BK, targets_BGQ=hidden_BH[:, None])
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RandomBlocks:
-    """`count` target blocks anywhere, and one large context block less what they cover.
-
-    The multi-block masks of I-JEPA (arXiv 2301.08243, section 3), where A-JEPA's curriculum begins. Every
-    place of a block inside the grid is equally likely. The context is never less than `floor`, a share of the
-    grid: places that leave less are drawn again (with these sizes fewer than one clip in 10,000).
-    """
-
-    count: int = 4
-    target: BlockSize = BlockSize(area_low=0.15, area_high=0.20)
-    context: BlockSize = BlockSize(area_low=0.85, area_high=1.0, aspect_low=1.0, aspect_high=1.0)
-    floor: float = 1 / 8
-
-    def __post_init__(self) -> None:
-        _check_block_masking(self.count, self.floor)
-
-    def sample(self, rng: np.random.Generator, grid: PatchGrid, *, batch: int) -> Masks:
-        size, context_size = self.target.draw_block_shape(rng, grid), self.context.draw_block_shape(rng, grid)
-
-        def draw_layouts(clips: int) -> _MaskLayouts:
-            corner_NG = _draw_corners(rng, grid, size, (clips, self.count))
-            context_N1 = _draw_corners(rng, grid, context_size, (clips, 1))
-            open_NRC = _covered_patches(context_N1, grid, context_size) & ~_covered_patches(
-                corner_NG, grid, size
-            )
-            return _MaskLayouts(corner_NG=corner_NG, open_NRC=open_NRC)
-
-        layouts = _draw_similar_layouts(
-            rng, draw_layouts, batch=batch, floor_tokens=_min_context_tokens(self.floor, grid)
-        )
-        return _masks_of_layouts(rng, grid, layouts, size)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TimeFrequencyAware:
-    """`count` small target blocks; the context loses every time column and frequency row that they touch.
-
-    Where A-JEPA's curriculum ends (arXiv 2311.15830). The paper does not print what its masks remove; this is
-    our reading: neither the same moment nor the same band may help. The context is never less than `floor`,
-    by default the (1 - 3/4)^2 of the grid that three average targets leave when they share no row and no
-    column: places that leave less are drawn again (1 clip in 80), so every layout that is left is equally
-    likely.
-    """
-
-    count: int = 3
-    target: BlockSize = BlockSize(area_low=0.05, area_high=0.075)
-    floor: float = 1 / 16
-
-    def __post_init__(self) -> None:
-        _check_block_masking(self.count, self.floor)
-
-    def sample(self, rng: np.random.Generator, grid: PatchGrid, *, batch: int) -> Masks:
-        size = self.target.draw_block_shape(rng, grid)
-
-        def draw_layouts(clips: int) -> _MaskLayouts:
-            corner_NG = _draw_corners(rng, grid, size, (clips, self.count))
-            rows_NGR, cols_NGC = _touched_rows_cols(corner_NG, grid, size)
-            touched_NR, touched_NC = (np.logical_or.reduce(lines, axis=1) for lines in (rows_NGR, cols_NGC))
-            open_NRC = ~touched_NR[:, :, None] & ~touched_NC[:, None, :]
-            return _MaskLayouts(corner_NG=corner_NG, open_NRC=open_NRC)
-
-        layouts = _draw_similar_layouts(
-            rng, draw_layouts, batch=batch, floor_tokens=_min_context_tokens(self.floor, grid)
-        )
-        return _masks_of_layouts(rng, grid, layouts, size)
+            target_BQ = np.sort(rng.permuted(target_BQ, axis=1)[:, :targets])
+        return Masks(context_BK=context_BK, targets_BGQ=target_BQ[:, None])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimeSpans:
     """`count` whole stretches of time, every band of them: sound must be carried across a gap.
 
-    A span covers a share of the columns uniform in [share_low, share_high], drawn once per call. Spans never
-    overlap, so the context, all the rest, is equally large in every clip; spans may touch, and every way of
-    placing them is equally likely.
+    A span covers a share of the columns uniform in [share_low, share_high], drawn once a call. Spans never overlap,
+    so the context, all the rest, is equally large in every clip; spans may touch, and every way of placing them is
+    equally likely.
     """
 
     count: int = 3
@@ -188,24 +207,113 @@ class TimeSpans:
             )
 
     def sample(self, rng: np.random.Generator, grid: PatchGrid, *, batch: int) -> Masks:
+        """Draw the masks of `batch` clips; RunError where the spans fill the grid."""
         width = _clamp_patches(rng.uniform(self.share_low, self.share_high) * grid.cols, grid.cols)
         if self.count * width >= grid.cols:
             raise RunError(
                 f"masks: {self.count} spans of {width} of {grid.cols} columns leave no context; lower the number "
                 "of spans or their share"
             )
-        slots = grid.cols - self.count * (width - 1)  # a span shrunk to one column: then none can overlap
-        slot_BG = np.sort(rng.random((batch, slots)).argpartition(self.count - 1, axis=1)[:, : self.count])
-        first_BG = (slot_BG + np.arange(self.count) * (width - 1)) * grid.rows
-        targets_BGQ = first_BG[:, :, None] + np.arange(width * grid.rows)  # tokens are time-major
+
+        # Draw different places for spans of one column, then widen them: so none can overlap another.
+        places = grid.cols - self.count * (width - 1)
+        place_BG = np.sort(rng.random((batch, places)).argpartition(self.count - 1, axis=1)[:, : self.count])
+        first_col_BG = place_BG + np.arange(self.count) * (width - 1)
+
+        # Tokens are time-major: a span is one run of tokens.
+        targets_BGQ = (first_col_BG * grid.rows)[:, :, None] + np.arange(width * grid.rows)
         open_BP = np.ones((batch, grid.tokens), bool)
         np.put_along_axis(open_BP, targets_BGQ.reshape(batch, -1), False, axis=1)
         return Masks(context_BK=open_BP.nonzero()[1].reshape(batch, -1), targets_BGQ=targets_BGQ)
 
 
+# Mask plans: which masking a step uses.
+
+
+class MaskPlan(Protocol):
+    """Says which masking a step uses. `rng` is the generator of that step; the same one then draws the masks."""
+
+    def mask_maker_at(self, step: int, rng: np.random.Generator) -> MaskMaker: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fixed:
+    """The same masking at every step; nothing is drawn from the generator."""
+
+    masking: MaskMaker
+
+    def mask_maker_at(self, step: int, rng: np.random.Generator) -> MaskMaker:
+        """Return the one masking."""
+        return self.masking
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Curriculum:
+    """From one masking to another: step `s` uses the later one with probability `f(s)` (`curriculum_share`).
+
+    The curriculum of A-JEPA (arXiv 2311.15830). `steps` is the length of the whole run, `first_share` is `f(0)`.
+    """
+
+    earlier: MaskMaker
+    later: MaskMaker
+    steps: int
+    first_share: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not 0 <= self.first_share <= 1:
+            raise ValueError(f"a curriculum needs steps >= 1 and a first share in [0, 1], got {self}")
+
+    def mask_maker_at(self, step: int, rng: np.random.Generator) -> MaskMaker:
+        """Draw one of the two maskings: one number of the generator."""
+        share = curriculum_share(step, steps=self.steps, first=self.first_share)
+        return self.later if rng.random() < share else self.earlier
+
+
+def curriculum_share(step: int, *, steps: int, first: float = 0.01) -> float:
+    """Return how often the later masking is used: `f(s) = min(1, sqrt(s (1 - c0^2) / S + c0^2))`, c0 = `first`.
+
+    A-JEPA (arXiv 2311.15830). The share grows fast and early: over a run two steps in three use the later masking.
+    """
+    return min(1.0, math.sqrt(step * (1 - first**2) / steps + first**2))
+
+
+def a_jepa_curriculum(steps: int) -> Curriculum:
+    """Return the curriculum from random blocks to time-frequency aware masks (arXiv 2311.15830)."""
+    return Curriculum(earlier=RandomBlocks(), later=TimeFrequencyAware(), steps=steps)
+
+
+def inverse_curriculum(steps: int) -> Curriculum:
+    """Return A-JEPA's curriculum with its two maskings exchanged: the paper's ablation."""
+    return Curriculum(earlier=TimeFrequencyAware(), later=RandomBlocks(), steps=steps)
+
+
+MASK_PLANS: dict[str, Callable[[int], MaskPlan]] = {
+    "curriculum": a_jepa_curriculum,
+    "inverse": inverse_curriculum,
+    "blocks": lambda steps: Fixed(masking=RandomBlocks()),
+    "time-frequency": lambda steps: Fixed(masking=TimeFrequencyAware()),
+    "patches": lambda steps: Fixed(masking=RandomPatches()),
+    "spans": lambda steps: Fixed(masking=TimeSpans()),
+}
+
+
+def mask_plan(name: str, steps: int) -> MaskPlan:
+    """Return the plan of that name for a run of `steps`; RunError names the nearest and all there are."""
+    if name not in MASK_PLANS:
+        raise RunError(f"masks {name!r} are unknown; {suggest_known(name, MASK_PLANS)}")
+    return MASK_PLANS[name](steps)
+
+
+# How blocks are placed: layouts are drawn until every clip of a batch has one that leaves enough context.
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _MaskLayouts:
-    """Where the targets of N clips begin (the token of their first corner), and what the context may use."""
+    """Where the blocks of N clips lie, and which patches they leave to the context.
+
+    corner_NG  int64: the first token of each target block, its lowest row and earliest column
+    open_NRC   bool: the patches that the context may use
+    """
 
     corner_NG: np.ndarray
     open_NRC: np.ndarray
@@ -224,25 +332,44 @@ class _MaskLayouts:
 LayoutSampler = Callable[[int], _MaskLayouts]
 
 
+def _draw_block_masks(
+    rng: np.random.Generator,
+    grid: PatchGrid,
+    shape: BlockShape,
+    draw_layouts: LayoutSampler,
+    *,
+    batch: int,
+    floor: float,
+) -> Masks:
+    """Draw the masks of `batch` clips from the layouts that leave the share `floor` of the grid to the context."""
+    floor_tokens = _min_context_tokens(floor, grid)
+    layouts = _draw_similar_layouts(rng, draw_layouts, batch=batch, floor_tokens=floor_tokens)
+    return _masks_of_layouts(rng, grid, layouts, shape)
+
+
 def _draw_similar_layouts(
     rng: np.random.Generator, draw_layouts: LayoutSampler, *, batch: int, floor_tokens: int
 ) -> _MaskLayouts:
-    """Independent legal layouts for a batch, of which every one leaves about as much context as the others.
+    """Draw independent legal layouts for a batch, all of which leave about the same amount of context.
 
-    The clips of a batch need equally many context tokens. What is free in the worst case (context block less
-    four targets side by side) is 22 % of the grid, the least of 64 clips 30 %, the average 45 %. So we draw
-    STRATA times as many layouts as clips, sort them by what they leave, and keep one run of neighbours: 43 %.
-    As each run is equally likely, so is each layout, whatever it leaves: the law of any one clip's layout is
-    exactly that of `draw`.
+    The clips of a batch need equally many context tokens, so the clip with the fewest free tokens decides. I-JEPA's
+    blocks leave 45 % of the grid free on average, 30 % in the least of 64 clips, 22 % in the worst case (four targets
+    side by side). So LAYOUT_STRATA times as many layouts as clips are drawn and sorted by the context that they leave,
+    and one run of neighbours is used: 43 %. Each run is equally likely, hence each layout is, whatever context it
+    leaves: the law of any one clip's layout is exactly that of `draw_layouts`.
     """
     layouts = _draw_legal_layouts(draw_layouts, wanted=LAYOUT_STRATA * batch, floor_tokens=floor_tokens)
-    by_room_N = layouts.free_tokens_N().argsort(kind="stable")
-    stratum_B = by_room_N.reshape(LAYOUT_STRATA, batch)[rng.integers(LAYOUT_STRATA)]
+
+    # Sort by free tokens, and take one stratum of as many neighbours as there are clips.
+    by_free_tokens_N = layouts.free_tokens_N().argsort(kind="stable")
+    stratum_B = by_free_tokens_N.reshape(LAYOUT_STRATA, batch)[rng.integers(LAYOUT_STRATA)]
+
+    # Deal the layouts out at random: they are sorted, and no place in a batch may always get the emptiest.
     return layouts.select_clips(rng.permutation(stratum_B))
 
 
 def _draw_legal_layouts(draw_layouts: LayoutSampler, *, wanted: int, floor_tokens: int) -> _MaskLayouts:
-    """The first `wanted` layouts that leave the floor free; RunError where such layouts are too rare."""
+    """Return the first `wanted` layouts that leave the floor free; RunError where such layouts are too rare."""
     legal = draw_layouts(0)
     for _ in range(LAYOUT_ROUNDS):
         more = draw_layouts(wanted)
@@ -256,124 +383,60 @@ def _draw_legal_layouts(draw_layouts: LayoutSampler, *, wanted: int, floor_token
 
 
 def _masks_of_layouts(
-    rng: np.random.Generator, grid: PatchGrid, layouts: _MaskLayouts, size: tuple[int, int]
+    rng: np.random.Generator, grid: PatchGrid, layouts: _MaskLayouts, shape: BlockShape
 ) -> Masks:
-    """Targets as tokens, and as context the count that every clip can fill, the surplus dropped at random."""
+    """Turn layouts into tokens. The context has the number of tokens that every clip can fill."""
+    # Context: of each clip's open patches so many at random, by the lowest numbers of a lottery.
     count = int(layouts.free_tokens_N().min())
     open_BP = layouts.open_NRC.transpose(0, 2, 1).reshape(-1, grid.tokens)
     lottery_BP = np.where(open_BP, rng.random(open_BP.shape), np.inf)
     context_BK = np.sort(lottery_BP.argpartition(count - 1, axis=1)[:, :count])
-    within_CR = np.arange(size[1])[:, None] * grid.rows + np.arange(size[0])
+
+    # Targets: every token of a block, counted from the block's first token.
+    within_CR = np.arange(shape.cols)[:, None] * grid.rows + np.arange(shape.rows)
     return Masks(context_BK=context_BK, targets_BGQ=layouts.corner_NG[:, :, None] + within_CR.ravel())
 
 
 def _draw_corners(
-    rng: np.random.Generator, grid: PatchGrid, size: tuple[int, int], shape: tuple[int, int]
+    rng: np.random.Generator, grid: PatchGrid, shape: BlockShape, count: tuple[int, int]
 ) -> np.ndarray:
-    """First tokens of blocks: every place in the grid is equally likely, last row and column included."""
-    row = rng.integers(grid.rows - size[0] + 1, size=shape)
-    col = rng.integers(grid.cols - size[1] + 1, size=shape)
+    """Draw the first tokens of blocks, `count` of them: every place is equally likely, last row and column included."""
+    row = rng.integers(grid.rows - shape.rows + 1, size=count)
+    col = rng.integers(grid.cols - shape.cols + 1, size=count)
     return col * grid.rows + row
 
 
 def _touched_rows_cols(
-    corner_NG: np.ndarray, grid: PatchGrid, size: tuple[int, int]
+    corner_NG: np.ndarray, grid: PatchGrid, shape: BlockShape
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The frequency rows (bool NGR) and the time columns (bool NGC) that each block touches."""
-    col, row = (first[:, :, None] for first in np.divmod(corner_NG, grid.rows))
-    rows, cols = np.arange(grid.rows), np.arange(grid.cols)
-    return (rows >= row) & (rows < row + size[0]), (cols >= col) & (cols < col + size[1])
+    """Return the frequency rows (bool NGR) and the time columns (bool NGC) that each block touches."""
+    first_col_NG1, first_row_NG1 = np.divmod(corner_NG[:, :, None], grid.rows)
+    row_R = np.arange(grid.rows)
+    col_C = np.arange(grid.cols)
+    rows_NGR = (row_R >= first_row_NG1) & (row_R < first_row_NG1 + shape.rows)
+    cols_NGC = (col_C >= first_col_NG1) & (col_C < first_col_NG1 + shape.cols)
+    return rows_NGR, cols_NGC
 
 
-def _covered_patches(corner_NG: np.ndarray, grid: PatchGrid, size: tuple[int, int]) -> np.ndarray:
-    """The patches that lie in at least one of a clip's blocks, as bool [clip, row, column]."""
-    rows_NGR, cols_NGC = _touched_rows_cols(corner_NG, grid, size)
-    return (rows_NGR[:, :, :, None] & cols_NGC[:, :, None, :]).any(axis=1)  # time innermost: 3 times as fast
+def _covered_patches(corner_NG: np.ndarray, grid: PatchGrid, shape: BlockShape) -> np.ndarray:
+    """Return the patches that lie in at least one of a clip's blocks, as bool [clip, row, column]."""
+    rows_NGR, cols_NGC = _touched_rows_cols(corner_NG, grid, shape)
+
+    # Time innermost: three times as fast as the other way round.
+    return (rows_NGR[:, :, :, None] & cols_NGC[:, :, None, :]).any(axis=1)
 
 
 def _clamp_patches(patches: float, limit: int) -> int:
+    """Round to whole patches, between 1 and `limit`."""
     return min(limit, max(1, round(patches)))
 
 
 def _min_context_tokens(floor: float, grid: PatchGrid) -> int:
-    return max(1, math.ceil(round(floor * grid.tokens, 6)))  # 7 % of 100 is 7, not 8
+    """Return the fewest tokens that are the share `floor` of the grid, at least 1."""
+    # Rounded first, for 0.07 * 100 is a little above 7: seven tokens are enough, not eight.
+    return max(1, math.ceil(round(floor * grid.tokens, 6)))
 
 
 def _check_block_masking(count: int, floor: float) -> None:
     if count < 1 or not 0 <= floor < 1:
         raise ValueError(f"masks need at least one target and a floor in [0, 1), got {count} and {floor}")
-
-
-def curriculum_share(step: int, *, steps: int, first: float = 0.01) -> float:
-    """How often the later masking is drawn: `f(s) = min(1, sqrt(s (1 - c0^2) / S + c0^2))`, c0 = `first`.
-
-    A-JEPA (arXiv 2311.15830). It grows fast and early: over a run two steps in three are the later masking.
-    """
-    return min(1.0, math.sqrt(step * (1 - first**2) / steps + first**2))
-
-
-class MaskPlan(Protocol):
-    """Which masking a step uses. `rng` is the generator of that step; the same one then draws the masks."""
-
-    def mask_maker_at(self, step: int, rng: np.random.Generator) -> MaskMaker: ...
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Fixed:
-    """The same masking at every step; draws nothing from the generator."""
-
-    masking: MaskMaker
-
-    def mask_maker_at(self, step: int, rng: np.random.Generator) -> MaskMaker:
-        return self.masking
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Curriculum:
-    """From one masking to another: at step `s` the later one with probability `f(s)`.
-
-    `f` is `schedules.curriculum_share`, `steps` the length of the whole run.
-    """
-
-    earlier: MaskMaker
-    later: MaskMaker
-    steps: int
-    first_share: float = 0.01
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or not 0 <= self.first_share <= 1:
-            raise ValueError(f"a curriculum needs steps >= 1 and a first share in [0, 1], got {self}")
-
-    def mask_maker_at(self, step: int, rng: np.random.Generator) -> MaskMaker:
-        share = curriculum_share(step, steps=self.steps, first=self.first_share)
-        return self.later if rng.random() < share else self.earlier
-
-
-def a_jepa_curriculum(steps: int) -> Curriculum:
-    """Random blocks that give way to time-frequency aware masks (arXiv 2311.15830)."""
-    return Curriculum(earlier=RandomBlocks(), later=TimeFrequencyAware(), steps=steps)
-
-
-def inverse_curriculum(steps: int) -> Curriculum:
-    """The same with the two exchanged: the paper's ablation."""
-    return Curriculum(earlier=TimeFrequencyAware(), later=RandomBlocks(), steps=steps)
-
-
-MASK_PLANS: dict[str, Callable[[int], MaskPlan]] = {
-    "curriculum": a_jepa_curriculum,
-    "inverse": inverse_curriculum,
-    "blocks": lambda steps: Fixed(masking=RandomBlocks()),
-    "time-frequency": lambda steps: Fixed(masking=TimeFrequencyAware()),
-    "patches": lambda steps: Fixed(masking=RandomPatches()),
-    "spans": lambda steps: Fixed(masking=TimeSpans()),
-}
-
-
-def mask_plan(name: str, steps: int) -> MaskPlan:
-    """The plan of that name for a run of `steps`; RunError names the nearest and all there are."""
-    if name in MASK_PLANS:
-        return MASK_PLANS[name](steps)
-    nearest = difflib.get_close_matches(name, MASK_PLANS, n=1, cutoff=0.0)[0]
-    raise RunError(
-        f"masks {name!r} are unknown; did you mean {nearest!r}? There are: {', '.join(MASK_PLANS)}"
-    )

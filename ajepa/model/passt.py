@@ -10,7 +10,8 @@ from ajepa.model.cnn6 import refuse_other_clip_size
 from ajepa.model.randomness import fork_seeded_rng
 from ajepa.model.transformer import NORM_EPSILON, TransformerBlock, initialise_weights, run_blocks
 
-SPECIAL_TOKENS = 2  # beside the patches: the class token and DeiT's distillation token
+# Beside the patches: the class token and DeiT's distillation token.
+SPECIAL_TOKENS = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,7 +19,7 @@ class PasstSpec:
     """Shape of a PaSST; the defaults are the paper's PaSST-S, 85,748,495 parameters with 527 classes.
 
     Of 12 rows and 99 columns of patches, `drop_rows` and `drop_cols` are left out in training, drawn for each clip:
-    structured patchout. Frames and bands that do not fill another patch are not looked at.
+    structured patchout. Frames and bands that do not fill another patch are left out.
     """
 
     frames: int = 1000
@@ -37,8 +38,9 @@ class PasstSpec:
         if min(self.frames, self.bands) < self.patch:
             raise ValueError(f"not one patch of {self.patch} fits into {self.frames} x {self.bands}")
         if not (0 <= self.drop_rows < self.rows and 0 <= self.drop_cols < self.cols):
-            told = f"{self.drop_rows} rows and {self.drop_cols} columns"
-            raise ValueError(f"{told} cannot be left out of {self.rows} and {self.cols}")
+            raise ValueError(
+                f"{self.drop_rows} rows and {self.drop_cols} columns cannot be left out of {self.rows} and {self.cols}"
+            )
 
     @property
     def rows(self) -> int:
@@ -54,21 +56,25 @@ class PasstSpec:
 class Passt(nn.Module):
     """The Classifier of a `PasstSpec`: the mean of two tokens after the last block, a norm, a linear layer.
 
-    A patch has the sum of a learnt vector of its row and one of its column, so that a shorter clip needs only the
-    first columns of a longer one. No token attends to a patch that is not wholly inside the clip (but for the first
-    column, which every clip has): a padded clip has the logits of the clip alone. DeiT's second head, which PaSST
-    keeps and never uses (405,263 parameters), is left out.
+    The position of a patch is the sum of a learnt vector of its row and one of its column, so that a shorter clip needs
+    only the first columns of a longer one. No token attends to a patch that is not wholly inside the clip (except those
+    of the first column, which every clip has): a padded clip has the logits of the clip alone. DeiT's second head,
+    which PaSST keeps and never uses (405,263 parameters), is left out.
     """
 
     def __init__(self, spec: PasstSpec, classes: int, seed: int) -> None:
         super().__init__()
-        self.spec, width = spec, spec.width
-        with fork_seeded_rng(seed):  # what torch draws here `initialise` draws again
+        self.spec = spec
+        width = spec.width
+
+        # torch draws weights here that `initialise_weights` draws again.
+        with fork_seeded_rng(seed):
             self.embed = nn.Linear(spec.patch**2, width)
             self.blocks = nn.ModuleList(TransformerBlock(width, spec.heads) for _ in range(spec.depth))
             self.norm = nn.LayerNorm(width, eps=NORM_EPSILON)
             self.head_norm = nn.LayerNorm(width)
             self.head = nn.Linear(width, classes)
+
         self.tokens_ND = nn.Parameter(torch.zeros(SPECIAL_TOKENS, width))
         self.token_positions_ND = nn.Parameter(torch.zeros(SPECIAL_TOKENS, width))
         self.row_positions_ND = nn.Parameter(torch.zeros(spec.rows, width))
@@ -76,67 +82,84 @@ class Passt(nn.Module):
         initialise_weights(self, seed)
 
     def forward(self, mel_BTF: Tensor, n_frames_B: Tensor, rng: np.random.Generator | None = None) -> Tensor:
-        """As the Protocol says; `rng` decides patchout. Fewer frames than the spec's will do, for the first columns."""
+        """Logits, as `Classifier` promises; `rng` decides patchout.
+
+        Fewer frames than the spec's will do: they use its first columns.
+        """
         spec = self.spec
         refuse_other_clip_size(mel_BTF, min(mel_BTF.shape[1], spec.frames), spec.bands)
+
+        # Overlapping patches, and the rows and columns of them that patchout leaves.
         patches_BTFN = (
             mel_BTF.unfold(1, spec.patch, spec.stride).unfold(2, spec.patch, spec.stride).flatten(3)
         )
         cols_BT, rows_BF = self._draw_patchout(n_frames_B, patches_BTFN.shape[1], rng)
         valid_BT = cols_BT < self._valid_columns(n_frames_B)[:, None]
-        cols_BT, rows_BF = cols_BT.to(mel_BTF.device), rows_BF.to(mel_BTF.device)
+
+        # Embed these patches and add their positions.
+        cols_BT = cols_BT.to(mel_BTF.device)
+        rows_BF = rows_BF.to(mel_BTF.device)
         clip_B11 = torch.arange(len(mel_BTF), device=mel_BTF.device)[:, None, None]
         x_BTFD = self.embed(patches_BTFN[clip_B11, cols_BT[:, :, None], rows_BF[:, None]])
         x_BTFD = x_BTFD + self.col_positions_ND[cols_BT][:, :, None] + self.row_positions_ND[rows_BF][:, None]
+
+        # The two special tokens go before them through the blocks.
         tokens_BND = (self.tokens_ND + self.token_positions_ND).expand(len(mel_BTF), -1, -1)
         x_BND = torch.cat((tokens_BND, x_BTFD.flatten(1, 2)), dim=1)
-        (x_BND,) = run_blocks(
-            self.blocks, x_BND, passt_attention_mask(valid_BT, rows_BF.shape[1], mel_BTF.device), None
-        )
+        valid_BN = passt_attention_mask(valid_BT, rows_BF.shape[1], mel_BTF.device)
+        (x_BND,) = run_blocks(self.blocks, x_BND, valid_BN, None)
+
+        # Logits from the mean of the two.
         x_BD = self.norm(x_BND[:, :SPECIAL_TOKENS]).mean(dim=1)
         logits_BC: Tensor = self.head(self.head_norm(x_BD)).float()
         return logits_BC
 
     def weights_by_depth(self) -> list[list[nn.Parameter]]:
-        """Embedding, tokens and positions; each block; norms and head."""
-        own = [self.tokens_ND, self.token_positions_ND, self.row_positions_ND, self.col_positions_ND]
-        first = [*self.embed.parameters(), *own]
+        """Return the weights of embedding, tokens and positions, of each block, and of norms and head."""
+        vectors = [self.tokens_ND, self.token_positions_ND, self.row_positions_ND, self.col_positions_ND]
+        first = [*self.embed.parameters(), *vectors]
         last = [weight for part in (self.norm, self.head_norm, self.head) for weight in part.parameters()]
         return [first, *(list(block.parameters()) for block in self.blocks), last]
 
     def _draw_patchout(
         self, n_frames_B: Tensor, cols: int, rng: np.random.Generator | None
     ) -> tuple[Tensor, Tensor]:
-        """Of `cols` columns and all rows those that each clip is seen by, ascending: every one, but in training."""
-        spec, clips = self.spec, len(n_frames_B)
+        """Draw which of `cols` columns and of all rows each clip keeps, ascending; all of them in evaluation."""
+        spec = self.spec
+        clips = len(n_frames_B)
         if not self.training or not (spec.drop_rows or spec.drop_cols):
             return torch.arange(cols).expand(clips, -1), torch.arange(spec.rows).expand(clips, -1)
         if rng is None:
             raise ValueError("patchout draws from the generator of the step: give `rng`")
         if spec.drop_cols >= cols:
             raise ValueError(f"of {cols} columns {spec.drop_cols} cannot be left out: lower drop_cols")
-        cols_BT, rows_BF = rng.random((clips, cols)), rng.random((clips, spec.rows))
-        kept_B = (rng.random((clips,)) * self._valid_columns(n_frames_B).numpy()).astype(np.int64)
-        cols_BT[np.arange(clips), kept_B] = -1  # one with sound stays
-        return indices_of_lowest(cols_BT, cols - spec.drop_cols), indices_of_lowest(
-            rows_BF, spec.rows - spec.drop_rows
-        )
+
+        # A lottery for columns and one for rows, drawn in this order.
+        col_lottery_BT = rng.random((clips, cols))
+        row_lottery_BF = rng.random((clips, spec.rows))
+
+        # One column with sound always stays: drawn among the valid ones, it wins.
+        winner_B = (rng.random((clips,)) * self._valid_columns(n_frames_B).numpy()).astype(np.int64)
+        col_lottery_BT[np.arange(clips), winner_B] = -1
+
+        cols_BT = indices_of_lowest(col_lottery_BT, cols - spec.drop_cols)
+        rows_BF = indices_of_lowest(row_lottery_BF, spec.rows - spec.drop_rows)
+        return cols_BT, rows_BF
 
     def _valid_columns(self, n_frames_B: Tensor) -> Tensor:
-        """How many columns, one or more, are inside each clip."""
+        """Return how many columns, one or more, are inside each clip."""
         return (1 + (n_frames_B - self.spec.patch) // self.spec.stride).clamp(min=1)
 
 
 def indices_of_lowest(lottery_BN: np.ndarray, count: int) -> Tensor:
-    """The places of the `count` lowest of each clip, ascending."""
+    """Return the places of the `count` lowest numbers of each clip, ascending."""
     return torch.from_numpy(np.sort(np.argsort(lottery_BN, axis=1)[:, :count], axis=1))
 
 
 def passt_attention_mask(valid_BT: Tensor, rows: int, device: torch.device) -> Tensor | None:
-    """Which tokens may be attended to, as `BN`: both tokens, and the patches of valid columns; None: all."""
+    """Return which tokens may be attended to, as `BN`: both special tokens, and patches of valid columns; None: all."""
     if bool(valid_BT.all()):
         return None
     valid_BN = valid_BT.repeat_interleave(rows, dim=1)
-    return torch.cat((torch.ones(len(valid_BT), SPECIAL_TOKENS, dtype=torch.bool), valid_BN), dim=1).to(
-        device
-    )
+    special_BN = torch.ones(len(valid_BT), SPECIAL_TOKENS, dtype=torch.bool)
+    return torch.cat((special_BN, valid_BN), dim=1).to(device)

@@ -1,4 +1,4 @@
-"""PatchGrid; spectrogram to tokens; positions."""
+"""Patches: the grid that cuts a spectrogram into tokens, the positions of tokens, and which of them hold sound."""
 
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ class PatchGrid:
 
     @classmethod
     def from_size(cls, frames: int, bands: int, patch: int = 16) -> "PatchGrid":
-        """The grid of square patches over `frames` x `bands`; ValueError where they do not fit exactly."""
+        """Return the grid of square patches over `frames` x `bands`; ValueError where they do not fit exactly."""
         if frames % patch or bands % patch:
             raise ValueError(f"{frames} frames x {bands} bands cannot be cut into {patch} x {patch} patches")
         return cls(rows=bands // patch, cols=frames // patch, patch_frames=patch, patch_bands=patch)
@@ -49,7 +49,7 @@ class PatchGrid:
 
 
 def patchify(mel_BTF: Tensor, grid: PatchGrid) -> Tensor:
-    """Spectrograms as `patches_BPN`, the values of a patch frame by frame (N = patch_frames * patch_bands).
+    """Return the patches of spectrograms, `BPN`: the values of a patch frame by frame (N = patch_frames * patch_bands).
 
     ValueError where the spectrogram is not exactly as large as the grid.
     """
@@ -59,20 +59,22 @@ def patchify(mel_BTF: Tensor, grid: PatchGrid) -> Tensor:
             f"a {grid.cols} x {grid.rows} grid takes {grid.frames} frames x {grid.bands} bands, "
             f"got {got_frames} x {got_bands}"
         )
+    # [clip, column, frame, row, band], then rows before frames, so that each patch is in one piece.
     cut = mel_BTF.unflatten(2, (grid.rows, grid.patch_bands)).unflatten(1, (grid.cols, grid.patch_frames))
     return cut.transpose(2, 3).reshape(mel_BTF.shape[0], grid.tokens, grid.patch_values)
 
 
 def sincos_positions(grid: PatchGrid, width: int) -> Tensor:
-    """Fixed positions `PD`: the first half of the width tells the frequency row, the second the time column.
+    """Return fixed positions `PD`: the first half of the width encodes the frequency row, the second the time column.
 
     Each half is the code of Vaswani et al. (arXiv 1706.03762): sines, then cosines, wavelengths from 2 pi.
     """
     if width % 4:
         raise ValueError(f"2-D sin-cos positions need a width divisible by 4, got {width}")
     token_P = torch.arange(grid.tokens)
-    halves = (_sincos_code(token_P % grid.rows, width // 2), _sincos_code(token_P // grid.rows, width // 2))
-    return torch.cat(halves, dim=-1).float()
+    row_PD = _sincos_code(token_P % grid.rows, width // 2)
+    col_PD = _sincos_code(token_P // grid.rows, width // 2)
+    return torch.cat((row_PD, col_PD), dim=-1).float()
 
 
 def _sincos_code(coordinate_P: Tensor, width: int) -> Tensor:
@@ -82,7 +84,7 @@ def _sincos_code(coordinate_P: Tensor, width: int) -> Tensor:
 
 
 def rotary_positions(grid: PatchGrid, head_width: int) -> Tensor:
-    """Cosine and sine of every token's angles, `2PE`: one half of them tells the row, the other the column.
+    """Return cosine and sine of every token's angles, `2PE`: the first half encodes the row, the second the column.
 
     Rates fall from 1 to 1/100 a patch: wavelengths from 6 to 600 patches, for grids are some tens of patches
     wide (with the 10,000 of text half of the angles would hardly move).
@@ -91,24 +93,29 @@ def rotary_positions(grid: PatchGrid, head_width: int) -> Tensor:
         raise ValueError(f"2-D RoPE needs a head width divisible by 4, got {head_width}")
     rate_N = 100.0 ** -torch.linspace(0, 1, head_width // 4 + 1, dtype=torch.float64)[:-1]
     token_P = torch.arange(grid.tokens)
-    row_P1, col_P1 = (token_P % grid.rows)[:, None], (token_P // grid.rows)[:, None]
+    row_P1 = (token_P % grid.rows)[:, None]
+    col_P1 = (token_P // grid.rows)[:, None]
     angle_PE = torch.cat((row_P1 * rate_N, col_P1 * rate_N), dim=1)
     return torch.stack((angle_PE.cos(), angle_PE.sin())).float()
 
 
 def valid_token_mask(n_frames_B: Tensor, grid: PatchGrid) -> Tensor:
-    """Which tokens hold sound, as bool `BP`: those whose time column starts inside the valid frames."""
+    """Return which tokens hold sound, as bool `BP`: those whose time column starts inside the valid frames."""
     start_P = torch.arange(grid.tokens, device=n_frames_B.device) // grid.rows * grid.patch_frames
     return start_P < n_frames_B[:, None]
 
 
 def slow_cosine_basis(grid: PatchGrid, count: int) -> Tensor:
-    """The `count` slowest cosines along time times those along frequency, but the constant, as columns `ND`."""
-    along_TK, along_FL = (_dct_basis(side, count) for side in (grid.patch_frames, grid.patch_bands))
+    """Return the `count` slowest cosines along time times those along frequency, as columns `ND`.
+
+    The constant one, the level of the patch, is left out.
+    """
+    along_TK = _dct_basis(grid.patch_frames, count)
+    along_FL = _dct_basis(grid.patch_bands, count)
     return torch.einsum("tk,fl->tfkl", along_TK, along_FL).reshape(grid.patch_values, count**2)[:, 1:]
 
 
 def _dct_basis(side: int, count: int) -> Tensor:
-    """The first columns of the orthonormal DCT-II of so many values."""
+    """Return the first `count` columns of the orthonormal DCT-II of `side` values."""
     angle_SK = (torch.arange(side)[:, None] + 0.5) * torch.arange(count) * (torch.pi / side)
     return angle_SK.cos() * torch.where(torch.arange(count) > 0, 2 / side, 1 / side).sqrt()

@@ -1,6 +1,7 @@
-"""Multi-head self-attention: which keys count, how positions turn queries and keys, which kernel runs.
+"""The transformer blocks of every encoder and predictor: their spec, one block, its attention, and a stack of them.
 
-Transformer blocks: one of them, a stack of them, and what a stack may be told to do.
+Pre-norm blocks as in ViT (arXiv 2010.11929). Drop path is drawn before the forward pass and handed in, so that a
+pass over a part of a batch, or a second one for the backward pass, drops the same branches.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,91 +15,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ajepa.model.patches import PatchGrid, rotary_positions, sincos_positions
-
-
-class SelfAttention(nn.Module):
-    """Multi-head self-attention with biases everywhere."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-
-    def forward(
-        self,
-        x_BND: Tensor,
-        valid_BN: Tensor | None = None,
-        turns_2BNE: Tensor | None = None,
-        last_tokens: int | None = None,
-    ) -> Tensor:
-        """No token attends to one that is not valid; `turns_2BNE` are the cosines and sines of `turned`.
-
-        With `last` only so many tokens at the end ask, and come out; all are attended to.
-        """
-        q, k, v = (
-            self._project_qkv(x_BND)
-            if last_tokens is None
-            else self._project_last_queries(x_BND, last_tokens)
-        )
-        if turns_2BNE is not None:
-            q, k = rotate_pairs(q, turns_2BNE[:, :, -q.shape[2] :]), rotate_pairs(k, turns_2BNE)
-        attend = choose_attention(q.device.type, q.dtype)
-        return self.out(attend(q, k, v, valid_BN).transpose(1, 2).flatten(2))
-
-    def _project_qkv(self, x_BND: Tensor) -> Iterable[Tensor]:
-        return self.qkv(x_BND).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-
-    def _project_last_queries(self, x_BND: Tensor, last_tokens: int) -> Iterable[Tensor]:
-        width = x_BND.shape[-1]
-        (for_q, for_kv), (q_bias, kv_bias) = (x.split((width, 2 * width)) for x in self.qkv.parameters())
-        q_BQD, kv_BND = F.linear(x_BND[:, -last_tokens:], for_q, q_bias), F.linear(x_BND, for_kv, kv_bias)
-        k, v = kv_BND.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return q_BQD.unflatten(-1, (self.heads, -1)).transpose(1, 2), k, v
-
-
-def rotate_pairs(x_BHND: Tensor, turns_2BNE: Tensor) -> Tensor:
-    """Each pair of values of a token turned by that token's angles: pair e is the values e and e + D/2.
-
-    The product of a turned query and a turned key depends on the difference of their angles alone (RoFormer,
-    arXiv 2104.09864). Computed in float32, returned in the type of `x`.
-    """
-    left, right = x_BHND.float().chunk(2, dim=-1)
-    cos, sin = turns_2BNE[:, :, None]
-    return torch.cat((left * cos - right * sin, left * sin + right * cos), dim=-1).type_as(x_BHND)
-
-
-AttentionOp = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-
-
-def choose_attention(device: str, dtype: torch.dtype) -> AttentionOp:
-    """The faster of two equal ways, as measured: written out for bf16 on CPUs, the fused kernel elsewhere.
-
-    In bf16 on a CPU with AMX the fused kernel's backward took 31 % of a ViT-S step, and writing it out made the
-    step 1.4x faster. In fp32 on an AVX2 CPU the fused kernel made it 1.02 to 1.15x faster (128 to 512 tokens).
-    """
-    return written_out_attention if (device, dtype) == ("cpu", torch.bfloat16) else fused_attention
-
-
-def fused_attention(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, valid_BN: Tensor | None) -> Tensor:
-    """`softmax(q k^T / sqrt(D)) v` over the valid keys, by the device's own kernel."""
-    bias = None if valid_BN is None else _attention_bias(valid_BN, q_BHND.dtype)
-    return F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, attn_mask=bias)
-
-
-def written_out_attention(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, valid_BN: Tensor | None) -> Tensor:
-    """The same as two products and a softmax."""
-    scores_BHNN = (q_BHND * q_BHND.shape[-1] ** -0.5) @ k_BHND.transpose(-2, -1)
-    if valid_BN is not None:
-        scores_BHNN += _attention_bias(valid_BN, scores_BHNN.dtype)
-    return scores_BHNN.softmax(dim=-1) @ v_BHND
-
-
-def _attention_bias(valid_BN: Tensor, dtype: torch.dtype) -> Tensor:
-    """What to add to the scores, `B11N`. Finite, so that a clip without a single valid key yields no NaN."""
-    bias = torch.zeros(valid_BN.shape, dtype=dtype, device=valid_BN.device)
-    return bias.masked_fill(~valid_BN, torch.finfo(dtype).min)[:, None, None]
-
 
 NORM_EPSILON = 1e-6
 
@@ -143,29 +59,32 @@ class TransformerSpec:
             )
 
     def build_blocks(self) -> nn.ModuleList:
-        """The blocks; `initialise` gives them their weights."""
+        """Return the blocks; `initialise_weights` gives them their weights."""
         return nn.ModuleList(
             TransformerBlock(self.width, self.heads, self.layer_scale) for _ in range(self.depth)
         )
 
     def additive_positions(self, grid: PatchGrid) -> Tensor:
-        """What is added to the tokens, float32 `PD`: under `rope` zeros, which still make the sum float32."""
+        """Return the code that is added to the tokens, float32 `PD`."""
+        # Under rope there is none, but adding zeros still makes the sum float32, as the code does.
         if self.positions == "rope":
             return torch.zeros(grid.tokens, self.width)
         return sincos_positions(grid, self.width)
 
     def rotary_angles(self, grid: PatchGrid) -> Tensor | None:
-        """Cosine and sine of the angles by which queries and keys are turned, `2PE`; None without `rope`."""
+        """Return cosine and sine of the angles by which queries and keys are turned, `2PE`; None without `rope`."""
         return rotary_positions(grid, self.width // self.heads) if self.positions == "rope" else None
 
     def draw_drop_path(self, rng: np.random.Generator, clips: int) -> Tensor | None:
-        """What each branch of each block is multiplied by for each clip, `L2B`: 0, or 1 over how often it stays.
+        """Draw the factors by which each branch of each block is multiplied for each clip, `L2B`.
 
-        None without drop path; then the generator is left alone.
+        A factor is 0, or 1 over how often the branch stays. Without drop path nothing is drawn, and the result is
+        None.
         """
         if not self.drop_path:
             return None
         drop_L11 = np.linspace(0.0, self.drop_path, self.depth)[:, None, None]
+        # Drawn clip by clip, so that a part of a batch can draw its own (`randomness.MicroBatchRng`).
         stays_L2B = np.moveaxis(rng.random((clips, self.depth, 2)), 0, 2) >= drop_L11
         return torch.from_numpy((stays_L2B / (1 - drop_L11)).astype(np.float32))
 
@@ -194,22 +113,124 @@ class TransformerBlock(nn.Module):
         keep_2B: Tensor | None = None,
         last_tokens: int | None = None,
     ) -> Tensor:
-        """What becomes of each token; with `last`, of so many at the end, to which all the others still speak."""
+        """Return the block's output for each token, or for the last `last_tokens` alone, which attend to all.
+
+        Arguments as in `SelfAttention.forward`; `keep_2B` (or `2BN`) holds drop path's factors of the two branches.
+        """
         attention_keep_B, mlp_keep_B = (None, None) if keep_2B is None else keep_2B
+
+        # Attention branch.
         mixed_BND = self.attention(self.attention_norm(x_BND), valid_BN, turns_2BNE, last_tokens)
         if last_tokens is not None:
             x_BND = x_BND[:, -last_tokens:]
         x_BND = x_BND + scale_branch(mixed_BND, self.attention_scale_D, attention_keep_B)
+
+        # MLP branch.
         return x_BND + scale_branch(self.mlp(self.mlp_norm(x_BND)), self.mlp_scale_D, mlp_keep_B)
 
 
 def scale_branch(branch_BND: Tensor, scale_D: Tensor | None, keep_B: Tensor | None) -> Tensor:
-    """A branch times its layer scale, and times what is left of it for each clip, or each token (`keep_BN`)."""
+    """Multiply a branch by its layer scale, and by drop path's factor of each clip, or of each token (`keep_BN`)."""
     if scale_D is not None:
         branch_BND = branch_BND * scale_D
-    return (
-        branch_BND if keep_B is None else branch_BND * keep_B.reshape(*keep_B.shape, *[1] * (3 - keep_B.ndim))
-    )
+    if keep_B is None:
+        return branch_BND
+    return branch_BND * keep_B.reshape(*keep_B.shape, *[1] * (3 - keep_B.ndim))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with biases everywhere."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(
+        self,
+        x_BND: Tensor,
+        valid_BN: Tensor | None = None,
+        turns_2BNE: Tensor | None = None,
+        last_tokens: int | None = None,
+    ) -> Tensor:
+        """Return the attention's output for each token, or for the last `last_tokens` alone.
+
+        No token attends to a token that is not valid. `turns_2BNE` are the cosines and sines of `rotate_pairs`. With
+        `last_tokens` only so many tokens at the end have queries; they attend to all.
+        """
+        # Project the input to queries, keys and values, each `BHND`.
+        if last_tokens is None:
+            q, k, v = self._project_qkv(x_BND)
+        else:
+            q, k, v = self._project_last_queries(x_BND, last_tokens)
+
+        # Rotary positions: the queries are those of the last tokens.
+        if turns_2BNE is not None:
+            q = rotate_pairs(q, turns_2BNE[:, :, -q.shape[2] :])
+            k = rotate_pairs(k, turns_2BNE)
+
+        # Attend, and put the heads side by side again.
+        attend = choose_attention(q.device.type, q.dtype)
+        return self.out(attend(q, k, v, valid_BN).transpose(1, 2).flatten(2))
+
+    def _project_qkv(self, x_BND: Tensor) -> Iterable[Tensor]:
+        return self.qkv(x_BND).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+
+    def _project_last_queries(self, x_BND: Tensor, last_tokens: int) -> Iterable[Tensor]:
+        # One layer projects to all three: take the rows of the queries and those of keys and values apart.
+        width = x_BND.shape[-1]
+        q_weight, kv_weight = self.qkv.weight.split((width, 2 * width))
+        q_bias, kv_bias = self.qkv.bias.split((width, 2 * width))
+
+        q_BQD = F.linear(x_BND[:, -last_tokens:], q_weight, q_bias)
+        kv_BND = F.linear(x_BND, kv_weight, kv_bias)
+        k, v = kv_BND.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return q_BQD.unflatten(-1, (self.heads, -1)).transpose(1, 2), k, v
+
+
+def rotate_pairs(x_BHND: Tensor, turns_2BNE: Tensor) -> Tensor:
+    """Turn each pair of values of a token by that token's angles: pair e is the values e and e + D/2.
+
+    The product of a turned query and a turned key depends on the difference of their angles alone (RoFormer,
+    arXiv 2104.09864). Computed in float32, returned in the type of `x_BHND`.
+    """
+    left, right = x_BHND.float().chunk(2, dim=-1)
+    cos, sin = turns_2BNE[:, :, None]
+    return torch.cat((left * cos - right * sin, left * sin + right * cos), dim=-1).type_as(x_BHND)
+
+
+AttentionOp = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+def choose_attention(device: str, dtype: torch.dtype) -> AttentionOp:
+    """Return the faster of two equal ways, as measured: written out for bf16 on CPUs, the fused kernel elsewhere.
+
+    In bf16 on a CPU with AMX the fused kernel's backward took 31 % of a ViT-S step, and writing it out made the
+    step 1.4x faster. In fp32 on an AVX2 CPU the fused kernel made it 1.02 to 1.15x faster (128 to 512 tokens).
+    """
+    return written_out_attention if (device, dtype) == ("cpu", torch.bfloat16) else fused_attention
+
+
+def fused_attention(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, valid_BN: Tensor | None) -> Tensor:
+    """Return `softmax(q k^T / sqrt(D)) v` over the valid keys, by the device's own kernel."""
+    bias = None if valid_BN is None else _attention_bias(valid_BN, q_BHND.dtype)
+    return F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, attn_mask=bias)
+
+
+def written_out_attention(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, valid_BN: Tensor | None) -> Tensor:
+    """Return the same as `fused_attention`, by two products and a softmax."""
+    scores_BHNN = (q_BHND * q_BHND.shape[-1] ** -0.5) @ k_BHND.transpose(-2, -1)
+    if valid_BN is not None:
+        scores_BHNN += _attention_bias(valid_BN, scores_BHNN.dtype)
+    return scores_BHNN.softmax(dim=-1) @ v_BHND
+
+
+def _attention_bias(valid_BN: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a bias for the scores, `B11N`, that rules out the keys that are not valid."""
+    # Finite, so that a clip without a single valid key yields no NaN.
+    bias = torch.zeros(valid_BN.shape, dtype=dtype, device=valid_BN.device)
+    return bias.masked_fill(~valid_BN, torch.finfo(dtype).min)[:, None, None]
 
 
 def run_blocks(
@@ -223,24 +244,26 @@ def run_blocks(
     top_blocks: int = 1,
     last_tokens: int | None = None,
 ) -> list[Tensor]:
-    """What the last `top` blocks say, lowest first; with `last` the last block of so many tokens at the end alone.
+    """Return the outputs of the last `top_blocks` blocks, lowest first.
 
-    `valid_LBN` instead of `valid_BN` has another for each block, `keep_L2BN` instead of `keep_L2B` for each token.
+    With `last_tokens` the last block answers for so many tokens at the end alone. Instead of `valid_BN` a mask
+    `valid_LBN` holds for each block its own, and instead of `keep_L2B` factors `keep_L2BN` for each token its own.
     With `recompute` a block's activations are thrown away and computed again in the backward pass, to the bit:
     all that is random was drawn before and handed in.
     """
     outputs: list[Tensor] = []
     for layer, block in enumerate(blocks):
-        keep, asked = (
-            None if keep_L2B is None else keep_L2B[layer],
-            last_tokens if block is blocks[-1] else None,
-        )
+        # The block's own share of the arguments.
         valid = valid_BN if valid_BN is None or valid_BN.ndim == 2 else valid_BN[layer]
-        told = (x_BND, valid, turns_2BNE, keep, asked)
+        keep = None if keep_L2B is None else keep_L2B[layer]
+        block_last_tokens = last_tokens if block is blocks[-1] else None
+        arguments = (x_BND, valid, turns_2BNE, keep, block_last_tokens)
+
+        # There is nothing to compute again where there will be no backward pass.
         if recompute and torch.is_grad_enabled():
-            x_BND = checkpoint(block, *told, use_reentrant=False, preserve_rng_state=False)
+            x_BND = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
-            x_BND = block(*told)
+            x_BND = block(*arguments)
         outputs = [*outputs, x_BND][-top_blocks:]
     return outputs
 
@@ -252,7 +275,7 @@ def compile_blocks(blocks: Iterable[nn.Module], *, dynamic: bool) -> None:
 
 
 def initialise_weights(module: nn.Module, seed: int) -> None:
-    """ViT's weights: matrices and mask tokens truncated normal (std 0.02), biases zero, norms' scales one.
+    """Give a module ViT's weights: matrices and mask tokens truncated normal (std 0.02), biases 0, norms' scales 1.
 
     Layer scales keep the value that they were made with.
     """

@@ -1,7 +1,7 @@
-"""Encoder; predictor.
+"""Encoder and predictor: vision transformers over the patches of a spectrogram.
 
-Vision transformers (arXiv 2010.11929) with what I-JEPA changes (arXiv 2301.08243): no class token, fixed
-positions, and an encoder that takes any subset of the patches.
+ViT (arXiv 2010.11929) with the changes of I-JEPA (arXiv 2301.08243): no class token, fixed positions, an encoder that
+takes any subset of the patches, and a narrow predictor that answers at mask tokens.
 """
 
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ from ajepa.model.transformer import (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncoderSpec:
-    """Shape of an encoder (`blocks.Stack`); the defaults are ViT-B, 85,253,376 parameters with 16 x 16 patches.
+    """Shape of an encoder (`TransformerSpec`); the defaults are ViT-B, 85,253,376 parameters with 16 x 16 patches.
 
-    band_norm  whether every mel band is standardised by itself (`Encoder.know_bands`): high bands, which are
+    band_norm  whether every mel band is standardised by itself (`Encoder.set_band_statistics`): high bands, which are
                faint, then count as much as low ones
     """
 
@@ -43,7 +43,7 @@ class EncoderSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PredictorSpec:
-    """Shape of a predictor; the defaults are Audio-JEPA's, 11,238,912 parameters on a ViT-B."""
+    """Shape of a predictor (`TransformerSpec`); the defaults are Audio-JEPA's, 11,238,912 parameters on a ViT-B."""
 
     width: int = 384
     depth: int = 6
@@ -57,7 +57,7 @@ class PredictorSpec:
 
 
 def transformer_spec_of(spec: EncoderSpec | PredictorSpec) -> TransformerSpec:
-    """The blocks that a spec asks for; ValueError where they cannot be."""
+    """Return the spec of the blocks; ValueError where no blocks can have that shape."""
     return TransformerSpec(
         width=spec.width,
         depth=spec.depth,
@@ -69,18 +69,19 @@ def transformer_spec_of(spec: EncoderSpec | PredictorSpec) -> TransformerSpec:
 
 
 def a_jepa_encoder(size: Literal["s", "b", "l"], grid: PatchGrid) -> EncoderSpec:
-    """The three encoders of A-JEPA (arXiv 2311.15830): ViT-S, ViT-B and ViT-L."""
+    """Return one of the three encoders of A-JEPA (arXiv 2311.15830): ViT-S, ViT-B and ViT-L."""
     width, depth, heads = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16)}[size]
     return EncoderSpec(grid=grid, width=width, depth=depth, heads=heads)
 
 
-A_JEPA_PREDICTOR = PredictorSpec(width=512, depth=16, heads=16)  # the paper gives no heads: 32 values each
+# A-JEPA (arXiv 2311.15830) gives width and depth; it gives no heads: here 32 values each.
+A_JEPA_PREDICTOR = PredictorSpec(width=512, depth=16, heads=16)
 
 
 class Encoder(nn.Module):
-    """Patches in, one vector per token out. Weights are a function of `spec` and `seed` alone.
+    """A vision transformer: patches in, one vector per token out. Weights are a function of `spec` and `seed` alone.
 
-    recompute  trade time for memory: see `blocks.through`
+    recompute  whether the backward pass computes activations again, to save memory (`run_blocks`)
     """
 
     positions_PD: Tensor
@@ -89,25 +90,32 @@ class Encoder(nn.Module):
 
     def __init__(self, spec: EncoderSpec, *, seed: int = 0) -> None:
         super().__init__()
-        self.spec, self.transformer_spec, self.recompute = spec, transformer_spec_of(spec), False
+        self.spec = spec
+        self.transformer_spec = transformer_spec_of(spec)
+        self.recompute = False
         self.embed = nn.Linear(spec.grid.patch_values, spec.width)
+
+        # Mean 0 and deviation 1 of every band, until they are known.
         bands_2F = torch.tensor([[0.0], [1.0]]).repeat(1, spec.grid.bands) if spec.band_norm else None
         self.register_buffer("bands_2F", bands_2F)
+
+        # Positions follow from the grid: a checkpoint holds none, and fits clips of every length.
         self.register_buffer(
             "positions_PD", self.transformer_spec.additive_positions(spec.grid), persistent=False
         )
         self.register_buffer("turns_2PE", self.transformer_spec.rotary_angles(spec.grid), persistent=False)
+
         self.blocks = self.transformer_spec.build_blocks()
         self.norm = nn.LayerNorm(spec.width, eps=NORM_EPSILON)
         initialise_weights(self, seed)
 
     def set_band_statistics(self, mean_F: Tensor, std_F: Tensor) -> None:
-        """Standardise every band with these from now on, where the spec says so; checkpoints hold them."""
+        """Standardise every band with these from now on, if the spec has `band_norm`; checkpoints hold them."""
         if self.bands_2F is not None:
             self.bands_2F.copy_(torch.stack((mean_F, std_F)))
 
     def input_patches(self, mel_BTF: Tensor) -> Tensor:
-        """The patches as the first layer sees them, `BPN`."""
+        """Return the patches as the first layer sees them, `BPN`."""
         if self.bands_2F is not None:
             mel_BTF = (mel_BTF - self.bands_2F[0]) / self.bands_2F[1]
         return patchify(mel_BTF, self.spec.grid)
@@ -119,13 +127,13 @@ class Encoder(nn.Module):
         valid_BP: Tensor | None = None,
         keep_L2N: Tensor | None = None,
     ) -> Tensor:
-        """Every token's vector as `BPD`, or with `tokens_NK` those tokens' alone as `NKD`.
+        """Return every token's vector as `BPD`, or with `tokens_NK` the vectors of those tokens alone as `NKD`.
 
-        N is B, or a multiple of it: several sets of tokens for each clip, one after the other. Tokens not asked
-        for are left out before the patch embedding: nothing of them can reach the output. No token attends to
-        one that is not in `valid_BP` (N rows, if N is more), and what comes out *at* such a one means nothing.
-        `mel_BTF` is normalised and exactly as large as the grid (ValueError); `keep_L2N` is drop path's. With every
-        token, `valid_LBP` and `keep_L2NP` may stand for them: others in each block, for each token.
+        N is B, or a multiple of it: several sets of tokens for each clip, one after the other. All other tokens are
+        left out before the patch embedding: nothing of them can reach the output. No token attends to a token that is
+        not in `valid_BP` (N rows, if N is more), and the output *at* such a token means nothing. `mel_BTF` is
+        normalised and exactly as large as the grid (ValueError). `keep_L2N` holds drop path's factors. Without
+        `tokens_NK`, masks `valid_LBP` may differ from block to block, and factors `keep_L2NP` from token to token.
         """
         return self.norm(self.top_block_outputs(mel_BTF, 1, tokens_NK, valid_BP, keep_L2N)[0])
 
@@ -137,16 +145,18 @@ class Encoder(nn.Module):
         valid_BP: Tensor | None = None,
         keep_L2N: Tensor | None = None,
     ) -> list[Tensor]:
-        """What the last `count` blocks say, lowest first, before the final norm."""
-        x, positions, turns = (
-            self.input_patches(mel_BTF),
-            self.positions_PD,
-            _rotations_of_all(self.turns_2PE),
-        )
+        """Return the outputs of the last `block_count` blocks, lowest first, before the final norm."""
+        # Patches, their positions, and which of them hold sound: of all tokens, or of the chosen ones.
+        x = self.input_patches(mel_BTF)
+        positions = self.positions_PD
+        turns = _rotations_of_all(self.turns_2PE)
         if tokens_NK is not None:
-            x, positions = gather_tokens(x, tokens_NK), positions[tokens_NK]
+            x = gather_tokens(x, tokens_NK)
+            positions = positions[tokens_NK]
             turns = _rotations_at(self.turns_2PE, tokens_NK)
             valid_BP = None if valid_BP is None else valid_BP.gather(1, tokens_NK)
+
+        # Embed them, and pass them through the blocks.
         x = self.embed(x) + positions
         return run_blocks(
             self.blocks, x, valid_BP, turns, keep_L2N, recompute=self.recompute, top_blocks=block_count
@@ -154,10 +164,10 @@ class Encoder(nn.Module):
 
 
 class Predictor(nn.Module):
-    """From the vectors of the context to a guess at those of hidden tokens, each group by itself.
+    """A narrow transformer: the vectors of the context in, predictions for hidden tokens out, each group by itself.
 
-    With `clip_head` also to a guess at the whole clip. A guess has `target_width` values, by default those of the
-    encoder. `recompute` as in Encoder.
+    With `clip_head` it holds a layer that predicts the whole clip too. A prediction has `target_width` values, by
+    default as many as the encoder's vectors. `recompute` as in Encoder.
     """
 
     positions_PD: Tensor
@@ -174,13 +184,19 @@ class Predictor(nn.Module):
         target_width: int | None = None,
     ) -> None:
         super().__init__()
-        self.spec, self.transformer_spec, self.recompute = spec, transformer_spec_of(spec), False
+        self.spec = spec
+        self.transformer_spec = transformer_spec_of(spec)
+        self.recompute = False
         self.embed = nn.Linear(encoder_width, spec.width)
         self.mask_token_D = nn.Parameter(torch.zeros(spec.width))
+
+        # Positions follow from the grid, as the encoder's.
         self.register_buffer("positions_PD", self.transformer_spec.additive_positions(grid), persistent=False)
         self.register_buffer("turns_2PE", self.transformer_spec.rotary_angles(grid), persistent=False)
         self.blocks = self.transformer_spec.build_blocks()
         self.norm = nn.LayerNorm(spec.width, eps=NORM_EPSILON)
+
+        # The heads: for the tokens, and for the whole clip.
         target_width = target_width or encoder_width
         self.out = nn.Linear(spec.width, target_width)
         self.clip_head = nn.Linear(encoder_width, target_width) if clip_head else None
@@ -194,21 +210,28 @@ class Predictor(nn.Module):
         valid_NP: Tensor | None = None,
         keep_L2M: Tensor | None = None,
     ) -> Tensor:
-        """Predictions `NGQD` for the tokens `targets_NGQ`, from `context_NKD` at the tokens `context_NK`.
+        """Return predictions `NGQD` for the tokens `targets_NGQ`, from `context_NKD` at the tokens `context_NK`.
 
-        A target is a mask token at its position; it sees the context and the other targets of its group, of
-        both only the valid ones. `keep_L2M` is drop path's, for M = N G.
+        A target is a mask token at its position; it attends to the valid tokens of the context and of its own group.
+        `keep_L2M` holds drop path's factors, for M = N G.
         """
         rows, groups, queries = targets_NGQ.shape
+
+        # A sequence for each group: the context, then a mask token at each target's position.
         context = self.embed(context_NKD) + self.positions_PD[context_NK]
         targets = self.mask_token_D + self.positions_PD[targets_NGQ.flatten(0, 1)]
         x = torch.cat((context.repeat_interleave(groups, dim=0), targets), dim=1)
-        valid, turns = None, None
+
+        # Which of its tokens are valid, and by which angles they are turned.
+        valid = None
+        turns = None
         if valid_NP is not None or self.turns_2PE is not None:
             tokens = torch.cat((context_NK[:, None].expand(-1, groups, -1), targets_NGQ), dim=2)
             turns = _rotations_at(self.turns_2PE, tokens.flatten(0, 1))
             if valid_NP is not None:
                 valid = valid_NP.gather(1, tokens.flatten(1)).view(rows * groups, -1)
+
+        # The last block is computed for the targets alone: nobody reads the context any more.
         (x,) = run_blocks(
             self.blocks, x, valid, turns, keep_L2M, recompute=self.recompute, last_tokens=queries
         )
@@ -224,7 +247,7 @@ def _rotations_at(turns_2PE: Tensor | None, tokens_NK: Tensor) -> Tensor | None:
 
 
 def gather_tokens(x_BPD: Tensor, tokens_NK: Tensor) -> Tensor:
-    """The vectors of the given tokens of each clip, as `NKD`; N a multiple of B, the sets of one clip together."""
+    """Return the vectors of the given tokens of each clip, as `NKD`; N a multiple of B, a clip's sets together."""
     sets = len(tokens_NK) // len(x_BPD)
     clip_N1 = torch.arange(len(tokens_NK), device=x_BPD.device)[:, None] // sets
     return x_BPD[clip_N1, tokens_NK]

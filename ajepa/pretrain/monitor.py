@@ -1,10 +1,7 @@
-"""Signs of health: what an encoder says of a fixed batch of held-out clips, in numbers that a loss does not show.
+"""The monitor of a pre-training run: health of the encoder, collapse, probes on labelled clips, and cost.
 
-Collapse: an encoder that says nearly the same of everything, told from its signs of health.
-
-The probe of a run that is under way: the target encoder on some labelled clips, small enough to be asked often.
-
-Watching a run learn: its health, its probes, collapse, and what it costs; nothing of it is changed.
+The monitor looks at the model as it learns and changes nothing of it: a monitored run has the same weights, bit for
+bit, as one without a monitor.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,13 +34,15 @@ from pipeline.store.splits import evaluation_splits, train_splits
 
 HEALTH_CLIPS = 32
 
-DEAD_SHARE = (
-    0.01  # a dimension is dead if it deviates by less than this share of the features' root mean square
-)
+# A dimension is dead if it deviates by less than this share of the features' root mean square.
+DEAD_SHARE = 0.01
 
 RANK_EPSILON = 1e-7  # of RankMe (arXiv 2210.02885), added to each share
 
-FIXED_DRAW_STEP = 2**31  # stands for the step in the generator of what is fixed: no run gets there
+# Takes the place of the step in the generator of draws that are the same for a whole run: no run gets that far.
+FIXED_DRAW_STEP = 2**31
+
+EVAL_DRAW = 2  # the stream of a recipe's seed that draws the clips to measure a probe on
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -51,16 +50,16 @@ class HealthBatch:
     """Clips and masks that stay the same for a whole run, on the model's device."""
 
     mel_BTF: Tensor
-    n_frames_B: Tensor  # on the CPU, as the model asks for it
+    n_frames_B: Tensor  # on the CPU, where the model wants it
     context_BK: Tensor
     targets_BGQ: Tensor
 
     @classmethod
     def from_batch(cls, batch: Batch, recipe: Pretrain) -> "HealthBatch":
-        """The clips of a batch under masks of the kind that the run ends with."""
+        """The clips of a batch, under masks of the kind that the run ends with."""
         rng = np.random.default_rng([recipe.seed, FIXED_DRAW_STEP])
-        maker = recipe.masks.mask_maker_at(recipe.steps - 1, rng)
-        masks = maker.sample(rng, recipe.model.encoder.grid, batch=len(batch.rows_B))
+        mask_maker = recipe.masks.mask_maker_at(recipe.steps - 1, rng)
+        masks = mask_maker.sample(rng, recipe.model.encoder.grid, batch=len(batch.rows_B))
         device = batch.mel_BTF.device
         return cls(
             mel_BTF=batch.mel_BTF,
@@ -71,9 +70,9 @@ class HealthBatch:
 
 
 def draw_health_rows(store: AnyStore, seed: int) -> np.ndarray:
-    """At most HEALTH_CLIPS good rows, drawn by `seed`: of the splits kept to measure on, or else of the others."""
-    kept = evaluation_splits(store)
-    rows_N = store.good_rows(kept) if kept else np.empty(0, np.int64)
+    """At most HEALTH_CLIPS good rows, drawn by `seed`: held-out clips, or training clips where there are none."""
+    held_out_splits = evaluation_splits(store)
+    rows_N = store.good_rows(held_out_splits) if held_out_splits else np.empty(0, np.int64)
     if not len(rows_N):
         rows_N = store.good_rows(train_splits(store))
     return np.sort(np.random.default_rng([seed, FIXED_DRAW_STEP]).permutation(rows_N)[:HEALTH_CLIPS])
@@ -81,7 +80,7 @@ def draw_health_rows(store: AnyStore, seed: int) -> np.ndarray:
 
 @torch.no_grad()
 def measure_health(model: Jepa, batch: HealthBatch) -> Json:
-    """How the model stands on `batch`, in fp32 and without compiled code; nothing of the model is changed.
+    """The model's health on `batch`, as metrics, in fp32 and without compiled code; the model is not changed.
 
     health_loss            the loss, on clips and masks that never change
     health_explained       share of the targets' variance that the predictions account for
@@ -90,15 +89,16 @@ def measure_health(model: Jepa, batch: HealthBatch) -> Json:
     health_rank            effective rank of the target encoder's features, one for each valid token of the whole
                            clips: RankMe (arXiv 2210.02885), at most the encoder's width
     health_rank_clips      the same of each clip's mean, at most the number of clips
-    health_spread          how far these features lie from their mean, as a share of how far from 0 (root mean
-                           squares): 0 if all are alike
+    health_spread          root mean square of the features about their mean, as a share of that about 0: 0 if all
+                           features are alike
     health_content         share of the features' variance that is left once each position's mean is taken
-                           away: 0 if a token tells where it lies and nothing of the sound
+                           away: 0 if a token tells its position and nothing of the sound
     health_dead            share of the features' dimensions that deviate by less than DEAD_SHARE of their root
                            mean square
-    health_teacher_cosine  between target and context encoder, token by token, of the whole clips
+    health_teacher_cosine  cosine between target and context encoder, token by token, of the whole clips
     """
-    training = model.training
+    # Loss under the masks, and both encoders' features of the whole clips.
+    was_training = model.training
     model.eval()
     with force_eager_mode(model):
         output = model(batch.mel_BTF, batch.context_BK, batch.targets_BGQ, batch.n_frames_B)
@@ -106,11 +106,13 @@ def measure_health(model: Jepa, batch: HealthBatch) -> Json:
         teacher_BPD, student_BPD = (
             encoder(batch.mel_BTF, valid_BP=valid_BP).float() for encoder in (model.target, model.encoder)
         )
-    model.train(training)
+    model.train(was_training)
+
+    # Numbers that the loss does not show, over the tokens that hold sound.
     if valid_BP is None:
         valid_BP = torch.ones(teacher_BPD.shape[:2], dtype=torch.bool, device=teacher_BPD.device)
     cosine_BP = F.cosine_similarity(teacher_BPD, student_BPD, dim=-1)
-    told = {
+    metrics = {
         "loss": output.loss,
         "explained": output.explained,
         "target_std": output.target_std,
@@ -118,31 +120,34 @@ def measure_health(model: Jepa, batch: HealthBatch) -> Json:
         **feature_statistics(teacher_BPD, valid_BP),
         "teacher_cosine": cosine_BP[valid_BP].mean(),
     }
-    return {f"health_{name}": float(value) for name, value in told.items()}
+    return {f"health_{name}": float(value) for name, value in metrics.items()}
 
 
 def force_eager_mode(model: nn.Module) -> AbstractContextManager[object]:
-    """Where its blocks run as they are written: another batch size would be compiled for in vain."""
+    """The context in which a model's blocks run uncompiled: its own batch size would cost a compilation."""
     if any(module._compiled_call_impl is not None for module in model.modules()):
         return torch.compiler.set_stance("force_eager")
-    return nullcontext()  # the other one takes seconds to import
+    return nullcontext()  # torch.compiler takes seconds to import
 
 
 def feature_statistics(feature_BPD: Tensor, valid_BP: Tensor) -> dict[str, Tensor]:
-    """What is told of the features of the valid tokens; see `health`."""
+    """Spread, ranks, content and dead share of the valid tokens' features; `measure_health` says what they mean."""
+    # Means over all valid tokens, over a clip's, and over those of a position.
     feature_BPD = torch.where(valid_BP[..., None], feature_BPD.double(), 0.0)
     token_ND = feature_BPD[valid_BP]
     clip_BD = feature_BPD.sum(1) / valid_BP.sum(1, keepdim=True)
     position_PD = feature_BPD.sum(0) / valid_BP.sum(0).clamp(min=1)[:, None]
-    about_D = token_ND - token_ND.mean(0)
-    within = (feature_BPD - position_PD)[valid_BP].square().sum()
-    deviation_D = about_D.square().mean(0).sqrt()
+
+    # Deviations from them.
+    centred_ND = token_ND - token_ND.mean(0)
+    square_within_positions = (feature_BPD - position_PD)[valid_BP].square().sum()
+    deviation_D = centred_ND.square().mean(0).sqrt()
     size = token_ND.square().mean().sqrt()
     return {
-        "spread": about_D.square().mean().sqrt() / size.clamp(min=DIVISOR_FLOOR),
+        "spread": centred_ND.square().mean().sqrt() / size.clamp(min=DIVISOR_FLOOR),
         "rank": effective_rank(token_ND),
         "rank_clips": effective_rank(clip_BD),
-        "content": within / about_D.square().sum().clamp(min=DIVISOR_FLOOR),
+        "content": square_within_positions / centred_ND.square().sum().clamp(min=DIVISOR_FLOOR),
         "dead": (deviation_D < DEAD_SHARE * size).double().mean(),
     }
 
@@ -150,7 +155,8 @@ def feature_statistics(feature_BPD: Tensor, valid_BP: Tensor) -> dict[str, Tenso
 def effective_rank(x_ND: Tensor) -> Tensor:
     """RankMe (arXiv 2210.02885): the exponential of the entropy of the singular values' shares of their sum.
 
-    From the eigenvalues of the smaller Gram matrix, in float64: those of a value of 1e-7 of the largest count still.
+    Singular values are the roots of the eigenvalues of the smaller Gram matrix, in float64, which resolves values
+    down to 1e-7 of the largest.
     """
     x_ND = x_ND.double()
     gram = x_ND @ x_ND.T if len(x_ND) < x_ND.shape[1] else x_ND.T @ x_ND
@@ -159,7 +165,10 @@ def effective_rank(x_ND: Tensor) -> Tensor:
     return (-(share_D * share_D.log()).sum()).exp()
 
 
-MIN_HEALTHY_SPREAD, MIN_HEALTHY_RANK, MIN_HEALTHY_CONTENT = 0.2, 4.0, 0.02
+# `collapse_signs` says which runs these thresholds come from.
+MIN_HEALTHY_SPREAD = 0.2
+MIN_HEALTHY_RANK = 4.0
+MIN_HEALTHY_CONTENT = 0.02
 
 COLLAPSE_PATIENCE = 3  # looks in a row: healthy runs may pass through a dip
 
@@ -170,48 +179,48 @@ COLLAPSE_ADVICE = (
 
 
 def collapse_signs(health_line: Json) -> list[str]:
-    """What of `health.health` means collapse, in words; nothing where all is well.
+    """The metrics of `measure_health` that mean collapse, in words; an empty list for a healthy encoder.
 
-    Seen in some dozen runs of 120 to 300 steps, of widths 32 and 64 (one of 96), on the tests' clips and on 2,000
-    others (L2, squared L2 and cosine, teacher and fixed targets, random patches and curricula, seeds 0 to 2). Wider
-    encoders were not tried: of a large run that is stopped, look at the curves, and use `--on-collapse warn`.
+    The thresholds come from some dozen runs of 120 to 300 steps, of widths 32 and 64 (one of 96), on the tests' clips
+    and on 2,000 others (L2, squared L2 and cosine, teacher and fixed targets, random patches and curricula, seeds 0
+    to 2). Wider encoders were not tried: if a large run is stopped, look at its curves, and use `--on-collapse warn`.
 
     health_spread   random init 0.60 to 0.91, healthy 0.33 or more (the least is a dip of the tests' `tiny`),
                     collapsed 0.09 to 0.2 (no lag between teacher and student, squared L2, lr 3e-3)
-    health_rank     random init 12 to 34, healthy 8.4 or more, collapsed 2.7 to 5; it still tells when a
-                    collapsed run has found its size again (0.3 to 0.5), at 2.8 to 3.8
+    health_rank     random init 12 to 34, healthy 8.4 or more, collapsed 2.7 to 5; when a collapsed run's features
+                    have grown again (spread 0.3 to 0.5), the rank still shows the collapse, at 2.8 to 3.8
     health_content  random init 0.28 to 0.95, healthy 0.20 or more; no run was made that lost the sound and kept
                     the positions, so this threshold is a tenth of the least seen and no more
     """
-    found = []
+    signs = []
     if (spread := health_line["health_spread"]) < MIN_HEALTHY_SPREAD:
-        found.append(
+        signs.append(
             f"features deviate by {spread:.0%} of their size (healthy: over {MIN_HEALTHY_SPREAD:.0%})"
         )
     if (rank := health_line["health_rank"]) < MIN_HEALTHY_RANK:
-        found.append(f"their effective rank is {rank:.1f} (over {MIN_HEALTHY_RANK:g})")
+        signs.append(f"their effective rank is {rank:.1f} (over {MIN_HEALTHY_RANK:g})")
     if (content := health_line["health_content"]) < MIN_HEALTHY_CONTENT:
-        found.append(f"{content:.1%} of their variance is not position (over {MIN_HEALTHY_CONTENT:.0%})")
-    return found
+        signs.append(f"{content:.1%} of their variance is not position (over {MIN_HEALTHY_CONTENT:.0%})")
+    return signs
 
 
 def count_trailing_collapses(health_history: Sequence[Json]) -> int:
-    """How many of the last looks at a run's health, without a break, found it collapsed."""
+    """How many looks at a run's health found it collapsed, counted back from the last one without a break."""
     return len(list(takewhile(collapse_signs, reversed(health_history))))
 
 
-PROBE_L2 = 0.1  # the second of `probes.L2_GRID`: one stated penalty, where a search would cost ten fits
+PROBE_L2 = 0.1  # the second of `probes.L2_GRID`: a fixed penalty, where a search would cost ten fits
 
-PROBE_EVAL_SHARE = 0.5  # clips that are measured on, at most, for each that is trained on
+PROBE_EVAL_SHARE = 0.5  # clips to measure on, at most, for each clip to train on
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TrainingProbe:
-    """Clips that stay the same for a whole run, and every label set that can be measured on them.
+    """Labelled clips that stay the same for a whole run, few enough to be probed often, and their label sets.
 
     probe_linear_SET  mAP of a linear probe with the penalty PROBE_L2, trained and measured on that label set
-    probe_knn_SET     mAP of `probes.knn_NC`
-    probe_map         the mean of them all: by it the best checkpoint is told (`loop.SCORE`)
+    probe_knn_SET     mAP of nearest neighbours on that label set
+    probe_map         the mean of them all, by which the best checkpoint is chosen (`loop.SCORE_METRIC`)
     """
 
     views: ClipViews
@@ -222,23 +231,27 @@ class TrainingProbe:
     broken_rows: set[int] = field(default_factory=set)  # rows that turned out to be unreadable
 
     def measure_scores(self, model: Jepa) -> Json:
-        """mAP of the model's target encoder as it is now; nothing is drawn and nothing of it is changed."""
+        """mAP of the model's target encoder as it is now; no generator is drawn from, and the model is not changed."""
+        # Frozen features of both parts.
         with force_eager_mode(model):
-            train_N, train_ND = self.readable_features(model, self.train_N)
-            eval_N, eval_ND = self.readable_features(model, self.eval_N)
-        known, asked = standardise_features(train_ND, eval_ND)
-        store, told = self.views.store, {}
+            train_N, plain_train_ND = self.readable_features(model, self.train_N)
+            eval_N, plain_eval_ND = self.readable_features(model, self.eval_N)
+        train_ND, eval_ND = standardise_features(plain_train_ND, plain_eval_ND)
+
+        # Both probes on every label set.
+        store = self.views.store
+        scores: Json = {}
         for name in self.label_sets:
-            train_NC, eval_NC = store.labels_BC(train_N, name), store.labels_BC(eval_N, name)
-            linear = linear_probe_scores_NC(known, train_NC, asked, l2=PROBE_L2)
-            told[f"probe_linear_{name}"] = mean_average_precision(eval_NC, linear).value
-            told[f"probe_knn_{name}"] = mean_average_precision(
-                eval_NC, knn_scores_NC(known, train_NC, asked)
-            ).value
-        return {**told, SCORE_METRIC: float(np.mean(list(told.values())))}
+            train_NC = store.labels_BC(train_N, name)
+            eval_NC = store.labels_BC(eval_N, name)
+            linear_NC = linear_probe_scores_NC(train_ND, train_NC, eval_ND, l2=PROBE_L2)
+            knn_NC = knn_scores_NC(train_ND, train_NC, eval_ND)
+            scores[f"probe_linear_{name}"] = mean_average_precision(eval_NC, linear_NC).value
+            scores[f"probe_knn_{name}"] = mean_average_precision(eval_NC, knn_NC).value
+        return {**scores, SCORE_METRIC: float(np.mean(list(scores.values())))}
 
     def readable_features(self, model: Jepa, rows_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The rows that can be read, and a vector for each; BrokenClip where none may be left out."""
+        """The rows that can be read, and a vector for each; BrokenClipError where none may be left out."""
         while True:
             rows_N = rows_N[~np.isin(rows_N, list(self.broken_rows))]
             try:
@@ -256,16 +269,23 @@ def open_training_probe(
     on_broken: Literal["raise", "skip"],
     say: Callable[[str], None],
 ) -> TrainingProbe | None:
-    """The recipe's probe; None where it has none, or the store nothing to measure on, which is said once."""
+    """The recipe's probe; None where it has none. Also None, with a line that says why, where the store has no labels.
+
+    Clips to train on and to measure on are drawn by the recipe's seed.
+    """
     if not recipe.probe_every:
         return None
-    kept = evaluation_splits(store)
-    if not kept or not len(store.good_rows(kept)):
+    held_out_splits = evaluation_splits(store)
+    if not held_out_splits or not len(store.good_rows(held_out_splits)):
         say(f"{store.location}: no probe while training: no clip of a split named eval or test")
         return None
+
+    # Draw the clips.
     train_N, eval_N = probe_rows(store, recipe.seed, recipe.probe_clips)
     most = int(PROBE_EVAL_SHARE * recipe.probe_clips)
-    eval_N = np.sort(np.random.default_rng([recipe.seed, 2]).permutation(eval_N)[:most])
+    eval_N = np.sort(np.random.default_rng([recipe.seed, EVAL_DRAW]).permutation(eval_N)[:most])
+
+    # Keep the label sets that these clips can be measured by.
     label_sets = tuple(name for name in store.label_sets if store.labels_BC(eval_N, name).any())
     if not label_sets:
         say(f"{store.location}: no probe while training: no clip to measure on has a label")
@@ -281,7 +301,7 @@ OnCollapse = Literal["stop", "warn"]
 
 @dataclass(kw_only=True, slots=True)
 class PretrainMonitor:
-    """What `loop.train` is watched by: the same is told on resume, to the bit, and no generator is drawn from."""
+    """The `loop.TrainingMonitor` of pre-training; on resume its metrics are the same to the bit."""
 
     run: Run
     trainer: PretrainTrainer
@@ -290,50 +310,50 @@ class PretrainMonitor:
     probe: TrainingProbe | None
     on_collapse: OnCollapse
     say: Callable[[str], None]
-    health_history: list[Json]  # the last PATIENCE at the model's health
+    health_history: list[Json]  # the last COLLAPSE_PATIENCE looks at the model's health
 
     def after_step(self, steps_done: int) -> Json:
-        """What is seen after `done` steps, every so often and after the last one; else nothing."""
-        recipe, model = self.trainer.recipe, self.trainer.model
-        self.meter.count_step(
-            pretrain_step_cost(recipe, self.trainer.step_shape, recompute=model.encoder.recompute)
-        )
-        told: Json = {}
+        """Health and probes, at their steps and after the last one; else an empty line."""
+        recipe = self.trainer.recipe
+        model = self.trainer.model
+        recompute = model.encoder.recompute
+        self.meter.count_step(pretrain_step_cost(recipe, self.trainer.step_shape, recompute=recompute))
+        metrics: Json = {}
         if self.health_batch is not None and self.is_due(steps_done, recipe.health_every):
-            told |= measure_health(model, self.health_batch)
-            self.check_collapse({"step": steps_done, **told})
+            metrics |= measure_health(model, self.health_batch)
+            self.check_collapse({"step": steps_done, **metrics})
         if self.probe is not None and self.is_due(steps_done, recipe.probe_every):
-            told |= self.probe.measure_scores(model)
-        return told
+            metrics |= self.probe.measure_scores(model)
+        return metrics
 
     def is_due(self, steps_done: int, every: int) -> bool:
+        """Whether something that is measured every so often is measured now; always after the last step."""
         return steps_done % every == 0 or steps_done == self.trainer.recipe.steps
 
     def check_collapse(self, health_line: Json) -> None:
         """Remember a look at the model's health, and warn if it is the first to find a collapse."""
         self.health_history = [*self.health_history, health_line][-COLLAPSE_PATIENCE:]
-        if count_trailing_collapses(self.health_history) == 1:
-            then = (
-                f"; the run stops if {COLLAPSE_PATIENCE} looks in a row find it"
-                if self.on_collapse == "stop"
-                else ""
-            )
-            self.say(
-                f"{self.run.path}: step {health_line['step']}: collapsing: {', '.join(collapse_signs(health_line))}{then}"
-            )
+        if count_trailing_collapses(self.health_history) != 1:
+            return
+        signs = ", ".join(collapse_signs(health_line))
+        warning = f"{self.run.path}: step {health_line['step']}: collapsing: {signs}"
+        if self.on_collapse == "stop":
+            warning += f"; the run stops if {COLLAPSE_PATIENCE} looks in a row find it"
+        self.say(warning)
 
     def before_checkpoint(self) -> None:
-        """Write down what the run has cost up to the checkpoint that is about to be written."""
+        """Write the cost of the run up to the checkpoint that is about to be written."""
         self.meter.save_costs(self.run.path)
 
     def stop_reason(self) -> str | None:
-        """That the run has collapsed, what was seen, and what to try."""
+        """That the run has collapsed, by which signs, and what to try; None while it may go on."""
         if self.on_collapse == "warn" or count_trailing_collapses(self.health_history) < COLLAPSE_PATIENCE:
             return None
-        look = self.health_history[-1]
+        last_look = self.health_history[-1]
+        signs = ", ".join(collapse_signs(last_look))
         return (
-            f"collapsed: {', '.join(collapse_signs(look))}, at {COLLAPSE_PATIENCE} looks in a row; seen in the checkpoint of step "
-            f"{look['step']}; {COLLAPSE_ADVICE}, in another --run, or go on with --on-collapse warn"
+            f"collapsed: {signs}, at {COLLAPSE_PATIENCE} looks in a row; seen in the checkpoint of step "
+            f"{last_look['step']}; {COLLAPSE_ADVICE}, in another --run, or go on with --on-collapse warn"
         )
 
 
@@ -347,27 +367,35 @@ def open_pretrain_monitor(
     on_collapse: OnCollapse,
     say: Callable[[str], None],
 ) -> PretrainMonitor:
-    """Everything that a run is watched with, from its newest checkpoint on; RunError where that has collapsed."""
+    """The monitor of a run from its newest checkpoint on; RunError where that has collapsed."""
     if on_collapse not in ("stop", "warn"):
         raise RunError(f"on_collapse must be stop or warn, got {on_collapse!r}")
-    recipe, fixed = trainer.recipe, None
+    recipe = trainer.recipe
+
+    # Clips and masks to look at the model's health with.
+    health_batch = None
     if recipe.health_every:
         rows_N = draw_health_rows(store, recipe.seed)
         order = RowOrder(rows_N=rows_N, clips=len(rows_N), seed=recipe.seed)
         loader = PlainLoader(store, order, view, trainer.device, on_broken=on_broken, say=say)
-        fixed = HealthBatch.from_batch(loader.make_batch(0), recipe)
+        health_batch = HealthBatch.from_batch(loader.make_batch(0), recipe)
+
+    # Costs and looks so far.
     meter = ComputeMeter(trainer.device, ranks=trainer.world.size)
     meter.resume_counts(run.path, run.newest_step)
-    made = PretrainMonitor(
+    looks = [line for line in run.read_metrics() if "health_spread" in line]
+    monitor = PretrainMonitor(
         run=run,
         trainer=trainer,
         meter=meter,
-        health_batch=fixed,
+        health_batch=health_batch,
         probe=open_training_probe(store, recipe, run.identity, on_broken, say),
         on_collapse=on_collapse,
         say=say,
-        health_history=[line for line in run.read_metrics() if "health_spread" in line][-COLLAPSE_PATIENCE:],
+        health_history=looks[-COLLAPSE_PATIENCE:],
     )
-    if why := made.stop_reason():
-        raise RunError(f"{run.path}: {why}")
-    return made
+
+    # A run that has collapsed does not go on by being started again.
+    if reason := monitor.stop_reason():
+        raise RunError(f"{run.path}: {reason}")
+    return monitor

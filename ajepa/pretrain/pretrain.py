@@ -1,4 +1,4 @@
-"""Pre-training: what must fit before the first step, and the run from there to its last."""
+"""Pre-training: a recipe trained on stores, from the checks before the first step to the last one."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,14 +11,16 @@ from ajepa.recipes.catalogue import recipe_to_json
 from ajepa.recipes.pretrain import Pretrain
 from ajepa.training.devices import PrecisionName, pick_device, pick_precision
 from ajepa.training.distributed import join_ranks
-from ajepa.training.loop import catch_stop_signals, open_run, run_training_loop, say_nothing
+from ajepa.training.loop import catch_stop_signals, open_run, run_training_loop
 from ajepa.training.memory import refuse_large_pretrain
 from ajepa.training.run import Json, Run
 from pipeline.errors import StopSignal
 from pipeline.loading.dali import open_loader
 from pipeline.loading.loader import View
+from pipeline.loading.sampling import RowOrder
 from pipeline.messages import print_to_stderr
 from pipeline.store.feature_store import FeatureStore
+from pipeline.store.joined_store import AnyStore
 from pipeline.store.splits import describe_splits
 
 
@@ -40,61 +42,81 @@ def pretrain(
     progress: bool = False,
     say: Callable[[str], None] = print_to_stderr,
 ) -> Run:
-    """Train `recipe` on every split of a store, or of a training set's, but `eval`; the finished run at `run_path`.
+    """Train `recipe` on the training splits of a store or of a training set; the finished run at `run_path`.
 
-    A run that is there is carried on with, exactly: on a CPU, in one process and with equal versions, weights and
-    metrics are bit for bit those of a run that was never interrupted. Under torchrun every rank calls this: the
-    clips of a step are dealt to them, and rank 0 writes. `steps` and `batch` (clips per step, of all ranks)
-    replace the recipe's; `micro_batch` is how many of its clips a rank takes at once: less memory, the same
-    result but for rounding. `precision` is `pick_precision`'s; `recompute` and `compiled` are `Jepa`'s. With
-    `on_broken="skip"` another clip of its rank's step stands in for one that cannot be read; `skipped` in the
-    metrics counts them, since the line before. A run that collapses (`collapse.py`) writes a checkpoint
-    and ends with RunError, unless `on_collapse` is warn. SIGINT, SIGTERM and SIGUSR1 to any rank end the step at
-    hand, write a checkpoint and raise Interrupted. Nothing is written before store, recipe, device and memory fit:
-    RunError or StoreError says what does not.
+    A run that is there is carried on exactly: on a CPU, in one process and with equal versions, weights and metrics
+    are bit for bit those of a run that was never interrupted. Under torchrun every rank calls this: the clips of a
+    step are dealt to them, and rank 0 writes.
+
+    steps, batch  replace the recipe's steps, and its clips per step (of all ranks)
+    micro_batch   clips of its share that a rank takes at once: less memory, the same result but for rounding
+    precision     see `pick_precision`
+    recompute     see `Jepa.enable_recompute`
+    compiled      see `Jepa.compile_stacks`
+    on_broken     skip: another clip of its rank's step stands in for one that cannot be read; `skipped` in the
+                  metrics counts them since the line before
+    on_collapse   stop: a run that collapses (see `collapse_signs`) writes a checkpoint and ends with RunError
+
+    SIGINT, SIGTERM and SIGUSR1 to any rank end the step at hand, write a checkpoint and raise StopSignal. RunError
+    or StoreError says where store, recipe, device and memory do not fit, before anything is written.
     """
     with join_ranks() as world:
+        tell = world.main_rank_only(say)
         recipe = recipe.with_counts(steps=steps, clips_per_step=batch)
-        on = pick_device(device, world.local_rank if world.size > 1 else None)
-        numbers = pick_precision(precision, on)
-        tell = say if world.is_main else say_nothing
-        asked = (
-            training_data if isinstance(training_data, TrainingSet) else TrainingSet(stores=(training_data,))
-        )
-        store = asked.open_stores(recipe)
-        order, identity = asked.clip_order(store, recipe, world), asked.data_identity(store)
+
+        # Choose what computes: a device, one for each rank, and the numbers that it is fast in.
+        torch_device = pick_device(device, world.local_rank if world.size > 1 else None)
+        numbers = pick_precision(precision, torch_device)
+
+        # Open the stores; they decide the order of the clips, and how clips are normalised.
+        if not isinstance(training_data, TrainingSet):
+            training_data = TrainingSet(stores=(training_data,))
+        store = training_data.open_stores(recipe)
+        order = training_data.clip_order(store, recipe, world)
+        identity = training_data.data_identity(store)
         view = pretrain_view(identity, recipe)
-        with open_loader(store, order, view, kind=loader, device=on, on_broken=on_broken, say=say) as batches:
+
+        with open_loader(
+            store, order, view, kind=loader, device=torch_device, on_broken=on_broken, say=say
+        ) as batches:
+            # Refuse what cannot fit, before the run's folder is made.
             refuse_large_pretrain(
-                recipe, on, half=numbers.is_half, recompute=recompute, micro_clips=micro_batch, world=world
+                recipe,
+                torch_device,
+                half=numbers.is_half,
+                recompute=recompute,
+                micro_clips=micro_batch,
+                world=world,
             )
-            with open_run(world, run_path, recipe_to_json(recipe), identity) as (run, first):
-                if first >= recipe.steps:
-                    tell(f"{run.path}: already at its last step, {first}")
+            with open_run(world, run_path, recipe_to_json(recipe), identity) as (run, first_step):
+                if first_step >= recipe.steps:
+                    tell(f"{run.path}: already at its last step, {first_step}")
                     return run
+
+                # Build model and optimiser: as the checkpoint left them, or new ones that know the bands.
                 trainer = PretrainTrainer(
                     recipe,
-                    on,
+                    torch_device,
                     world=world,
                     micro_clips=micro_batch,
                     precision=numbers,
                     recompute=recompute,
                     compiled=compiled,
                 )
-                if first:
-                    trainer.restore_checkpoint(run.load_checkpoint(at=first))
+                if first_step:
+                    trainer.restore_checkpoint(run.load_checkpoint(at=first_step))
                 else:
-                    trainer.model.set_band_statistics(*asked.band_statistics(store))
-                for line in asked.told(store, order):
+                    trainer.model.set_band_statistics(*training_data.band_statistics(store))
+
+                # Say what is trained on which clips.
+                for line in training_data.describe_order(store, order):
                     tell(line)
-                ranks = f" on {world.size} ranks" if world.size > 1 else ""
-                tell(
-                    f"{run.path}: step {first} of {recipe.steps}, {len(order.rows_N)} clips of "
-                    f"{describe_splits(store)}, {numbers.description}{ranks}"
-                )
-                watch = None
+                tell(describe_start(run, trainer, first_step, order, store))
+
+                # Train, and look at the model on the way.
+                monitor = None
                 if world.is_main:
-                    watch = open_pretrain_monitor(
+                    monitor = open_pretrain_monitor(
                         run,
                         trainer,
                         store,
@@ -104,28 +126,41 @@ def pretrain(
                         say=say,
                     )
                 with catch_stop_signals() as stop:
-                    done = run_training_loop(
+                    steps_done = run_training_loop(
                         run,
                         trainer,
-                        batches.batches(first, recipe.steps),
+                        batches.batches(first_step, recipe.steps),
                         stop,
                         progress=progress,
-                        monitor=watch,
+                        monitor=monitor,
                         keep_every=recipe.keep_every,
                         world=world,
                     )
-        if done < recipe.steps:
-            tell(f"{run.path}: checkpoint written at step {done} of {recipe.steps}")
+
+        # A run that was interrupted ends as one, once its folder is unlocked.
+        if steps_done < recipe.steps:
+            tell(f"{run.path}: checkpoint written at step {steps_done} of {recipe.steps}")
             raise StopSignal
         return run
 
 
 def pretrain_view(identity: Json, recipe: Pretrain) -> View:
-    """How the recipe looks at clips, normalised as the run will remember."""
+    """How the recipe looks at clips, normalised by the mean and deviation in the run's identity."""
     return View(
         frames=recipe.view_frames,
         crop=recipe.crop,
         mean=identity["mean"],
         std=identity["std"],
         seed=recipe.seed,
+    )
+
+
+def describe_start(
+    run: Run, trainer: PretrainTrainer, first_step: int, order: RowOrder, store: AnyStore
+) -> str:
+    """The line that says where training starts, on which clips, and in which precision."""
+    ranks = f" on {trainer.world.size} ranks" if trainer.world.size > 1 else ""
+    return (
+        f"{run.path}: step {first_step} of {trainer.recipe.steps}, {len(order.rows_N)} clips of "
+        f"{describe_splits(store)}, {trainer.precision.description}{ranks}"
     )

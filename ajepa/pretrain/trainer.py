@@ -1,4 +1,4 @@
-"""Trainer: one step of pre-training, on one of several ranks and in one or several passes."""
+"""One step of pre-training: masks, teacher, predictor, loss; on one of several ranks, in one or several passes."""
 
 from dataclasses import dataclass
 
@@ -17,21 +17,26 @@ from ajepa.training.trainer import Trainer
 from pipeline.errors import RunError
 from pipeline.loading.loader import Batch
 
-JEPA_PARTS = ("encoder", "target", "predictor")
+JEPA_PARTS = ("encoder", "target", "predictor")  # of a checkpoint
 
-HEALTH_FIELDS = ("target_std", "prediction_std", "cosine", "explained")  # of health, see JepaOutput
+HEALTH_FIELDS = (
+    "target_std",
+    "prediction_std",
+    "cosine",
+    "explained",
+)  # of `JepaOutput`, logged with the loss
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class StepDraws:
-    """What is drawn for some rows (clips times mask sets): masks on the CPU, and drop path."""
+    """The random draws for some rows (clips times mask sets): masks, on the CPU, and drop path."""
 
     context_NK: Tensor
     targets_NGQ: Tensor
     drop_path_keep: DropPathKeep
 
     def select_rows(self, rows: slice) -> "StepDraws":
-        """Those of the rows."""
+        """The draws of these rows alone. The predictor has a row for each target group of each of them."""
         groups = self.targets_NGQ.shape[1]
         encoder_L2N, predictor_L2M = self.drop_path_keep
         if encoder_L2N is not None:
@@ -48,8 +53,8 @@ class StepDraws:
 class PretrainTrainer(Trainer):
     """Model and optimiser of one recipe on one device: what a step changes, and what a checkpoint holds.
 
-    Masks and drop path are drawn for the global batch, and every loss is divided by the targets scored in all of
-    it. `shape` is that of the last step.
+    Masks and drop path are drawn for the global batch, and every loss is divided by the number of targets scored in
+    all of it. `step_shape` is the shape of the last step.
     """
 
     recipe: Pretrain
@@ -68,11 +73,14 @@ class PretrainTrainer(Trainer):
         recompute: bool = False,
         compiled: bool = False,
     ) -> None:
+        # The model: encoder, predictor, and the teacher, a copy of the encoder.
         model = Jepa(recipe.model, seed=recipe.seed).to(device)
         if recompute:
             model.enable_recompute()
         if compiled:
             model.compile_stacks()
+
+        # Its optimiser, and the parts of a checkpoint.
         super().__init__(
             recipe,
             model,
@@ -86,74 +94,97 @@ class PretrainTrainer(Trainer):
         self.max_gradient_norm = recipe.max_gradient_norm
 
     def train_step(self, step: int, batch: Batch) -> Json:
-        """One update, from `step` to `step + 1`; what there is to log. BadStep instead of a bad update."""
+        """Take one update, from `step` to `step + 1`; its metrics. BadStep instead of a bad update."""
         recipe = self.recipe
-        draws, n_frames_B = self.draw_for_rank(step), batch.n_frames_B.cpu()
+
+        # Draw masks and drop path, a function of seed and step.
+        draws = self.draw_for_rank(step)
+
+        # Count the targets on sound in the global batch: every loss is divided by their number.
+        n_frames_B = batch.n_frames_B.cpu()
         counts = self.model.count_scored(draws.context_NK, draws.targets_NGQ, n_frames_B)
-        scored, heard = (int(count) for count in self.world.sum_over_ranks(*counts))
-        if not scored:
-            short = f"rows {batch.rows_B.tolist()} are too short for the masks"
-            raise RunError(f"step {step + 1}: no target lies on sound; {short}: raise --batch")
-        told = self.compute_gradients(batch, n_frames_B, draws, scored, heard)
+        scored_targets, rows_with_sound = (int(count) for count in self.world.sum_over_ranks(*counts))
+        if not scored_targets:
+            rows = batch.rows_B.tolist()
+            raise RunError(
+                f"step {step + 1}: no target lies on sound; rows {rows} are too short for the masks: raise --batch"
+            )
+
+        # Forward and backward, pass by pass.
+        metrics = self.compute_gradients(batch, n_frames_B, draws, scored_targets, rows_with_sound)
+
+        # Update encoder and predictor; the masks go with a bad step.
         lr = recipe.schedule.learning_rate(step, recipe.steps, clips=recipe.clips_per_step)
-        momentum = recipe.schedule.teacher_momentum(step, recipe.steps)
         masks = {"context_NK": draws.context_NK, "targets_NGQ": draws.targets_NGQ}
-        made = self.update_weights(step, batch, told, lr, masks)
-        if "overflowed" not in made:
+        update_metrics = self.update_weights(step, batch, metrics, lr, masks)
+
+        # The teacher follows the encoder, unless an overflow of fp16 has left that as it was.
+        momentum = recipe.schedule.teacher_momentum(step, recipe.steps)
+        if "overflowed" not in update_metrics:
             self.model.update_target(momentum)
-        return {**told, **made, "momentum": momentum}
+        return {**metrics, **update_metrics, "momentum": momentum}
 
     def draw_for_rank(self, step: int) -> StepDraws:
         """Masks and drop path of this rank: its slice of those of the global batch."""
-        recipe, rng = self.recipe, step_rng(self.recipe.seed, step)
+        recipe = self.recipe
+        rng = step_rng(recipe.seed, step)
+
+        # Draw for all clips of the step, whoever computes them.
         rows_of_all = recipe.clips_per_step * recipe.mask_sets
-        masks = recipe.masks.mask_maker_at(step, rng).sample(
-            rng, recipe.model.encoder.grid, batch=rows_of_all
-        )
-        of_all = StepDraws(
+        mask_maker = recipe.masks.mask_maker_at(step, rng)
+        masks = mask_maker.sample(rng, recipe.model.encoder.grid, batch=rows_of_all)
+        _, context_tokens = masks.context_BK.shape
+        _, groups, tokens_per_group = masks.targets_BGQ.shape
+        draws_of_all = StepDraws(
             context_NK=torch.from_numpy(masks.context_BK),
             targets_NGQ=torch.from_numpy(masks.targets_BGQ),
-            drop_path_keep=self.model.draw_drop_path(rng, rows_of_all, masks.targets_BGQ.shape[1]),
+            drop_path_keep=self.model.draw_drop_path(rng, rows_of_all, groups),
         )
-        (_, context), (_, groups, queries) = masks.context_BK.shape, masks.targets_BGQ.shape
         self.step_shape = StepShape(
             clips=recipe.clips_per_step,
-            context_tokens=context,
+            context_tokens=context_tokens,
             target_groups=groups,
-            tokens_per_group=queries,
+            tokens_per_group=tokens_per_group,
         )
+
+        # Take this rank's rows.
         rows = self.clips_of_rank * recipe.mask_sets
-        return of_all.select_rows(slice(self.world.rank * rows, (self.world.rank + 1) * rows))
+        return draws_of_all.select_rows(slice(self.world.rank * rows, (self.world.rank + 1) * rows))
 
     def compute_gradients(
         self, batch: Batch, n_frames_B: Tensor, draws: StepDraws, scored_targets: int, rows_with_sound: int
     ) -> Json:
-        """Gradients of the global batch's loss, and what there is to log of it.
+        """Compute the gradients of the global batch's loss; the metrics of the loss.
 
-        Loss and clip loss are the global batch's; the signs of health are means over ranks and passes, weighted
-        by their scored targets.
+        Loss and clip loss are those of the global batch. The signs of health are means over ranks and passes,
+        weighted by their scored targets.
         """
+        mask_sets = self.recipe.mask_sets
 
         def loss_of_pass(clips: slice) -> tuple[Tensor, Tensor]:
-            mine = draws.select_rows(
-                slice(clips.start * self.recipe.mask_sets, clips.stop * self.recipe.mask_sets)
+            # Forward, on these clips and their rows of the masks.
+            pass_draws = draws.select_rows(slice(clips.start * mask_sets, clips.stop * mask_sets))
+            batch_totals = BatchTotals(
+                scored_targets=scored_targets,
+                rows_with_sound=rows_with_sound,
+                drop_path_keep=pass_draws.drop_path_keep,
             )
             with self.precision.autocast(self.device):
                 output: JepaOutput = self.ddp_model(
                     batch.mel_BTF[clips],
-                    mine.context_NK.to(self.device),
-                    mine.targets_NGQ.to(self.device),
+                    pass_draws.context_NK.to(self.device),
+                    pass_draws.targets_NGQ.to(self.device),
                     n_frames_B[clips],
-                    batch_totals=BatchTotals(
-                        scored_targets=scored_targets,
-                        rows_with_sound=rows_with_sound,
-                        drop_path_keep=mine.drop_path_keep,
-                    ),
+                    batch_totals=batch_totals,
                 )
-            signs_N = torch.stack([getattr(output, name) for name in HEALTH_FIELDS])
-            losses_N = torch.stack([output.loss.detach(), output.clip_loss])
-            return output.loss, torch.cat([losses_N, signs_N * (output.scored / scored_targets)])
 
-        loss, clip_loss, *signs = self.accumulate_gradients(loss_of_pass)
-        told = {"loss": loss, **dict(zip(HEALTH_FIELDS, signs, strict=True))}
-        return {**told, "clip_loss": clip_loss} if self.recipe.model.clip_weight else told
+            # What the pass adds to the metrics of the step.
+            losses_N = torch.stack([output.loss.detach(), output.clip_loss])
+            health_N = torch.stack([getattr(output, name) for name in HEALTH_FIELDS])
+            return output.loss, torch.cat([losses_N, health_N * (output.scored / scored_targets)])
+
+        loss, clip_loss, *health = self.accumulate_gradients(loss_of_pass)
+        metrics = {"loss": loss, **dict(zip(HEALTH_FIELDS, health, strict=True))}
+        if self.recipe.model.clip_weight:
+            metrics["clip_loss"] = clip_loss
+        return metrics

@@ -1,4 +1,4 @@
-"""TrainingSet: what a run is asked to train on: which stores, how much of each, in what order."""
+"""The training set of a pre-training run: which stores, how much of each, and in which order."""
 
 import math
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from torch import Tensor
 from ajepa.recipes.pretrain import Pretrain
 from ajepa.training.distributed import SINGLE_PROCESS, World
 from ajepa.training.run import Json
-from pipeline.audio.mel_spec import preset_mel_spec
+from pipeline.audio.mel_spec import MelSpec, preset_mel_spec
 from pipeline.errors import RunError
 from pipeline.loading.sampling import (
     FULL_SHUFFLE,
@@ -31,11 +31,11 @@ from pipeline.store.splits import describe_splits, train_splits
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingSet:
-    """Every split of some stores that its name does not keep to measure on, and how the clips follow each other.
+    """The training splits of some stores, and the order of their clips; RunError for settings that contradict.
 
     Without weights every clip comes once an epoch. With one for each store, clips are drawn with replacement so
-    that a store's share of them is that of its weight, whatever its size; an epoch is as many as there are.
-    Raises RunError where the settings contradict each other.
+    that a store's share of them is that of its weight, whatever its size; an epoch has as many draws as there are
+    clips. Splits that are named eval or test are kept to measure on.
     """
 
     stores: tuple[Path | str | FeatureStore, ...]
@@ -44,20 +44,24 @@ class TrainingSet:
     window_blocks: int | None = None  # shards that a block shuffle mixes at a time; None: 64
 
     def __post_init__(self) -> None:
-        stores, weights = len(self.stores), len(self.weights)
-        if weights and (weights != stores or stores < 2):
+        # Weights: one for each of two stores or more.
+        store_count = len(self.stores)
+        weight_count = len(self.weights)
+        if weight_count and (weight_count != store_count or store_count < 2):
             raise RunError(
-                f"{weights} store weights for {stores} stores; give one for each of two or more, or none"
+                f"{weight_count} store weights for {store_count} stores; give one for each of two or more, or none"
             )
         if not all(weight > 0 for weight in self.weights) or not math.isfinite(sum(self.weights)):
-            describe_mixing = ", ".join(f"{weight:g}" for weight in self.weights)
+            weights = ", ".join(f"{weight:g}" for weight in self.weights)
             raise RunError(
-                f"store weights {describe_mixing}: expected numbers above 0 with a finite sum; "
+                f"store weights {weights}: expected numbers above 0 with a finite sum; "
                 "leave out a store that is not wanted"
             )
+
+        # The order: shuffled whole, or in blocks, which weights and windows exclude or need.
         if self.shuffle not in ("full", "block"):
             raise RunError(f"shuffle must be full or block, got {self.shuffle!r}")
-        if weights and self.shuffle == "block":
+        if weight_count and self.shuffle == "block":
             raise RunError(
                 "store weights draw clips with replacement, shuffle block takes each once: choose one"
             )
@@ -75,9 +79,11 @@ class TrainingSet:
         return stores[0] if len(stores) == 1 else JoinedStore(stores)
 
     def clip_order(self, store: AnyStore, recipe: Pretrain, world: World = SINGLE_PROCESS) -> RowOrder:
-        """Which clips come when to this rank; raises InputError where there are too few."""
+        """The order in which clips come to this rank; InputError where there are too few."""
         rows_N = store.good_rows(train_splits(store))
         refuse_empty_store(store, rows_N)
+
+        # Every clip once an epoch, a share of each store, or a few shards at a time.
         sampling: Sampling = FULL_SHUFFLE
         if isinstance(store, JoinedStore) and self.weights:
             weights_N = store.row_weights(rows_N, self.weights)
@@ -94,28 +100,35 @@ class TrainingSet:
         )
 
     def data_identity(self, store: AnyStore) -> Json:
-        """What a run was trained on: it is compared on resume, and says how to normalise ever after."""
+        """The data that a run is trained on: compared on resume, and needed later to normalise other clips alike."""
         mean, std = store.mean_and_std(train_splits(store))
-        told: Json = {"store_id": store.store_id, "spec_id": store.spec_id, "mel": store.spec.to_json()}
-        told |= {"mean": mean, "std": std}
+        identity: Json = {
+            "store_id": store.store_id,
+            "spec_id": store.spec_id,
+            "mel": store.spec.to_json(),
+            "mean": mean,
+            "std": std,
+        }
+
+        # Keys that only some runs have: one store, all its clips, shuffled whole, is the identity above.
         if isinstance(store, JoinedStore):
-            told["stores"] = [part.store_id for part in store.stores]
-        if any(excluded := _exclusion_digests(store)):
-            told["excluded"] = excluded if isinstance(store, JoinedStore) else excluded[0]
+            identity["stores"] = [part.store_id for part in store.stores]
+        if any(digests := _exclusion_digests(store)):
+            identity["excluded"] = digests if isinstance(store, JoinedStore) else digests[0]
         if self.weights:
-            told["store_weights"] = list(self.weights)
+            identity["store_weights"] = list(self.weights)
         if self.shuffle == "block":
-            told["block_shuffle"] = {"blocks": "shards", "window_blocks": self.shuffle_window}
-        return told
+            identity["block_shuffle"] = {"blocks": "shards", "window_blocks": self.shuffle_window}
+        return identity
 
     def band_statistics(self, store: AnyStore) -> tuple[Tensor, Tensor]:
-        """Mean and std of each band, `F`, of clips that are normalised as `identity` says."""
+        """Mean and deviation of each band, both `F`, of clips that are normalised as `data_identity` says."""
         mean, std = store.mean_and_std(train_splits(store))
         mean_F, std_F = store.band_mean_and_std(train_splits(store))
         return torch.from_numpy((mean_F - mean) / std).float(), torch.from_numpy(std_F / std).float()
 
-    def told(self, store: AnyStore, order: RowOrder) -> Iterator[str]:
-        """Lines on what is out of the ordinary: each of several stores, and how well a block shuffle mixes."""
+    def describe_order(self, store: AnyStore, order: RowOrder) -> Iterator[str]:
+        """Yield lines for the user: each store's share, where there are several, and how well a block shuffle mixes."""
         if isinstance(store, JoinedStore):
             rows_of_each = store.rows_per_store(order.rows_N)
             weights_N = np.asarray(self.weights or rows_of_each, np.float64)
@@ -128,33 +141,40 @@ class TrainingSet:
 
 
 def _exclusion_digests(store: AnyStore) -> list[str | None]:
-    """Of each store the digest of what exclude lists leave out; None where they leave out nothing."""
+    """The digest of the clips that exclude lists leave out of each store; None where they leave out nothing."""
     return [part.exclusions.digest for part in _member_stores(store)]
 
 
 def _member_stores(store: AnyStore) -> list[FeatureStore]:
-    """The stores that this one is of."""
+    """The stores that a store consists of: its parts, or itself."""
     parts = store.stores if isinstance(store, JoinedStore) else (store,)
     return [part for part in parts if isinstance(part, FeatureStore)]
 
 
 def open_training_store(store: Path | str | FeatureStore, recipe: Pretrain) -> FeatureStore:
-    """The store, opened; RunError where it does not hold the features that the recipe was made for."""
-    store = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
-    wanted = preset_mel_spec(recipe.mel)
-    if store.spec_id != wanted.spec_id:
-        held, asked = (f"{s.name} ({s.frames} x {s.mel_bands}, {s.spec_id})" for s in (store.spec, wanted))
-        told = f"holds mel spec {held}, recipe {recipe.name} needs {asked}"
-        raise RunError(f"{store.location}: {told}; build a store with --spec {wanted.name}")
+    """The store, opened; RunError where its features are not those that the recipe needs."""
+    if not isinstance(store, FeatureStore):
+        store = FeatureStore.open(store)
+    wanted_spec = preset_mel_spec(recipe.mel)
+    if store.spec_id != wanted_spec.spec_id:
+        raise RunError(
+            f"{store.location}: holds mel spec {_describe_spec(store.spec)}, "
+            f"recipe {recipe.name} needs {_describe_spec(wanted_spec)}; build a store with --spec {wanted_spec.name}"
+        )
     return store
 
 
+def _describe_spec(spec: MelSpec) -> str:
+    """A mel spec in an error: name, frames and bands, and the digest that tells specs of one name apart."""
+    return f"{spec.name} ({spec.frames} x {spec.mel_bands}, {spec.spec_id})"
+
+
 def refuse_empty_store(store: AnyStore, rows_N: np.ndarray) -> None:
-    """RunError naming a store of which nothing is among the rows to train on, and why."""
+    """RunError, naming the store, where no row of one of the stores is left to train on."""
     rows_of_each = store.rows_per_store(rows_N) if isinstance(store, JoinedStore) else [len(rows_N)]
     for part, rows in zip(_member_stores(store), rows_of_each, strict=True):
         if not rows:
-            told = f"no clip to train on is left in {describe_splits(part)}"
             raise RunError(
-                f"{part.location}: {told}; leave it out, or see: ajepa-data report {part.location}"
+                f"{part.location}: no clip to train on is left in {describe_splits(part)}; "
+                f"leave it out, or see: ajepa-data report {part.location}"
             )

@@ -1,9 +1,8 @@
-"""Finetune: what decides a run that trains a classifier, from a pre-trained encoder or from nothing.
+"""Recipes of fine-tuning: everything that decides a run which trains a classifier, as one frozen value with a name.
 
-Every named recipe of fine-tuning: what decides such a run, as one frozen value.
-
-The papers' are A-JEPA's, which follows Audio-MAE (arXiv 2207.06405); its table gives no layer decay, 0.75 is the
-default of Audio-MAE's released program. Costs are reckoned as in `recipes.py`, for a ViT-B.
+The papers' recipes are A-JEPA's (arXiv 2311.15830), which follows Audio-MAE (arXiv 2207.06405); its table gives no
+layer decay, 0.75 is the default of Audio-MAE's released program. Costs are estimated as in `recipes/pretrain.py`, for a
+ViT-B.
 """
 
 from dataclasses import dataclass, replace
@@ -26,28 +25,30 @@ RateName = Literal["cosine", "one-cycle", "constant"]
 
 ClassWeightsName = Literal["ast", "passt", "panns"]
 
-BASE_RATE_CLIPS = 256  # a base rate is for so many clips a step, and grows in proportion
+# A base rate is for so many clips a step, and grows in proportion.
+BASE_RATE_CLIPS = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finetune:
-    """What decides a fine-tuning run, beside its task, its store and what it starts from.
+    """The recipe of a fine-tuning run; task, store and the encoder that it starts from are arguments.
 
     base_lr      peak rate for 256 clips a step
     rate         cosine: straight up during `warmup_epochs`, then down by half a cosine; one-cycle: half a cosine up,
                  from a 25th, and one down; constant: the peak from the first step to the last
-    layer_decay  the rate of each layer below the head is so many times that of the one above it
+    layer_decay  the rate of each layer below the head is so many times that of the layer above it
     head         random: drawn anew; probe: where training starts from an encoder, the linear probe on it, so that the
                  first step stands where `ajepa-train evaluate` ends
     loss         bce: of every class by itself; ce: cross-entropy over all; auto: ce where clips have one label each
-    sampling     shuffle: every clip once an epoch. balanced: drawn with replacement, a clip as often as the sum over
-                 its labels says (`weights`, a scheme of `pipeline.weights`); balanced-once: so, but none twice an
-                 epoch. repeated: the clips of each class repeated until they are half as many as the largest class's
+    sampling     shuffle: every clip once an epoch. balanced: drawn with replacement, a clip in proportion to the sum
+                 of its labels' weights (`weights`, a scheme of `pipeline.loading.class_weights`); balanced-once: the
+                 same, but no clip twice an epoch. repeated: the clips of each class repeated until they are half as
+                 many as the largest class's
     clips_per_epoch  0: as many as there are to train on
-    ema          above 0: what is measured is a moving average of the weights that keeps so much of itself a step,
-                 less in the first steps: (1 + step) / (10 + step) at most
-    steps        0: as many as `epochs` take, which is known when the store is; written into the run
-    evaluations  times at which the held-out clips are measured, evenly spread; the last one is the end
+    ema          above 0: a moving average of the weights is evaluated; it keeps so much of itself a step, less in the
+                 first steps: (1 + step) / (10 + step) at most
+    steps        0: as many as `epochs` take, which is known once the store is; written into the run
+    evaluations  how often the held-out clips are measured, evenly spread over the run; the last time is its end
     """
 
     name: str
@@ -77,6 +78,7 @@ class Finetune:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
+        # Counts.
         counts = (self.epochs, self.clips_per_step, self.evaluations, self.log_every, self.checkpoint_every)
         if min(*counts, self.keep_checkpoints) < 1 or min(self.steps, self.clips_per_epoch) < 0:
             raise ValueError(
@@ -86,22 +88,32 @@ class Finetune:
             raise ValueError(
                 f"the warm-up must end before the run: {self.warmup_epochs} of {self.epochs} epochs"
             )
+
+        # Rates.
         if not (min(self.base_lr, self.end_lr) >= 0 and 0 < self.layer_decay <= 1 and 0 <= self.ema < 1):
-            told = f"{self.base_lr}, {self.end_lr}, {self.layer_decay} and {self.ema}"
             raise ValueError(
-                f"rates of 0 or more, layer_decay in (0, 1], ema in [0, 1) are expected, got {told}"
+                "rates of 0 or more, layer_decay in (0, 1], ema in [0, 1) are expected, "
+                f"got {self.base_lr}, {self.end_lr}, {self.layer_decay} and {self.ema}"
             )
-        words = ((self.loss, ClassLossName), (self.sampling, SamplingName), (self.weights, ClassWeightsName))
-        for value, known in (*words, (self.rate, RateName), (self.crop, CropName), (self.head, HeadInitName)):
+
+        # Choices.
+        for value, known in (
+            (self.loss, ClassLossName),
+            (self.sampling, SamplingName),
+            (self.weights, ClassWeightsName),
+            (self.rate, RateName),
+            (self.crop, CropName),
+            (self.head, HeadInitName),
+        ):
             if value not in get_args(known):
                 raise ValueError(f"expected one of {', '.join(get_args(known))}, got {value!r}")
 
     def with_step_count(self, steps_per_epoch: int) -> "Finetune":
-        """The recipe with as many steps as its epochs take, unless it says how many."""
+        """Return the recipe with as many steps as its epochs take, unless it has a number of its own."""
         return self if self.steps else replace(self, steps=self.epochs * steps_per_epoch)
 
     def learning_rate(self, step: int) -> float:
-        """The head's rate of the update after `step` steps; `of_epochs` comes first."""
+        """Return the head's rate of the update after `step` steps; `with_step_count` comes first."""
         peak = self.base_lr * self.clips_per_step / BASE_RATE_CLIPS
         if self.rate == "constant":
             return peak
@@ -111,12 +123,12 @@ class Finetune:
         return warmup_cosine(step, steps=self.steps, warmup_steps=warmup_steps, peak=peak, end=self.end_lr)
 
     def is_evaluation_step(self, done: int) -> bool:
-        """Whether the held-out clips are measured after so many steps."""
+        """Say whether the held-out clips are measured after so many steps."""
         return done * self.evaluations // self.steps > (done - 1) * self.evaluations // self.steps
 
 
 def vit_b_spec(frames: int) -> VitSpec:
-    """A ViT-B on so many frames of 128 bands, drop path 0.1, a tenth of the tokens masked in each layer."""
+    """Return a ViT-B on so many frames of 128 bands, drop path 0.1, a tenth of the tokens masked in each layer."""
     return VitSpec(encoder=replace(a_jepa_encoder("b", PatchGrid.from_size(frames, 128)), drop_path=0.1))
 
 
@@ -194,8 +206,13 @@ def speech_commands_v1_recipe() -> Finetune:
     Cost: 10 epochs of 195,000 clips with repetitions, 6e16 FLOP, 5 H100 minutes. Expected (paper, ViT-B, 12 classes):
     accuracy 97.7; not reproduced here yet.
     """
-    made = speech_commands_v2_recipe()
-    return replace(made, name="speech-commands-v1", epochs=10, warmup_epochs=1, sampling="repeated")
+    return replace(
+        speech_commands_v2_recipe(),
+        name="speech-commands-v1",
+        epochs=10,
+        warmup_epochs=1,
+        sampling="repeated",
+    )
 
 
 def voxceleb1_sid_recipe() -> Finetune:
@@ -214,7 +231,7 @@ def voxceleb1_sid_recipe() -> Finetune:
 
 
 def fsd50k_recipe() -> Finetune:
-    """FSD50K, 1024 frames, as AudioSet's 20k clips, to which it is nearest: A-JEPA does not report it.
+    """FSD50K, 1024 frames, trained as AudioSet's 20k clips, which are most like it: A-JEPA does not report FSD50K.
 
     Cost: 60 epochs of 36,796 clips, 5.8e17 FLOP, 50 H100 minutes. Expected: nothing published with this recipe.
     """
@@ -226,17 +243,17 @@ def own_labels_recipe() -> Finetune:
 
     Pooled by moments, which probes of small encoders gained most from (`bench/finetune.py`).
     Cost: a ViT-B needs a GPU; 1,000 clips of 10 s take 1.6e16 FLOP, two H100 minutes. Expected: depends on the clips;
-    measure against `ajepa-train evaluate`, which trains nothing but probes.
+    compare with `ajepa-train evaluate`, which trains nothing but probes.
     """
     model = replace(vit_b_spec(1024), pooling="moments")
     return replace(audioset_20k_recipe(), name="own", model=model, loss="auto", head="probe")
 
 
 def own_small_recipe() -> Finetune:
-    """The same for the encoder of `small` and two CPU cores, on 2.5 s at a time, as that was pre-trained.
+    """The `own` recipe for the encoder of `small` and two CPU cores, on 2.5 s at a time, as `small` pre-trains it.
 
-    Cost: 4 CPU minutes for 450 clips of 10 s. Expected: mAP .785 on the demo corpus, where the probe it starts from has
-    .771 and the same from random weights .761 (`bench/finetune.py`).
+    Cost: 4 CPU minutes for 450 clips of 10 s. Expected: mAP .785 on the demo corpus, where the probe that it starts
+    from has .771 and the same recipe from random weights .761 (`bench/finetune.py`).
     """
     encoder = EncoderSpec(grid=PatchGrid.from_size(256, 128), width=128, depth=4, heads=2)
     return Finetune(
@@ -263,14 +280,20 @@ def finetune_with_counts(
     clips_per_step: int | None = None,
     seed: int | None = None,
 ) -> Finetune:
-    """The same recipe with other counts: the warm-up keeps its share, and the rate follows the clips of a step.
+    """Return the recipe with other counts: the warm-up keeps its share, and the rate follows the clips of a step.
 
-    Epochs take the place of a recipe's steps, steps that of its epochs.
+    Epochs take the place of a recipe's steps, and steps that of its epochs.
     """
-    seed, clips = recipe.seed if seed is None else seed, clips_per_step or recipe.clips_per_step
+    # Other epochs replace a number of steps, even where the epochs stay the same.
     if epochs and (epochs != recipe.epochs or recipe.steps):
         warmup = recipe.warmup_epochs * epochs // recipe.epochs
         recipe = replace(recipe, epochs=epochs, warmup_epochs=warmup, steps=0)
     if steps:
         recipe = replace(recipe, steps=steps)
-    return replace(recipe, seed=seed, clips_per_step=clips)
+
+    # Clips a step change the rate by `learning_rate`, not here.
+    return replace(
+        recipe,
+        seed=recipe.seed if seed is None else seed,
+        clips_per_step=clips_per_step or recipe.clips_per_step,
+    )

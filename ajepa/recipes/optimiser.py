@@ -1,6 +1,6 @@
-"""step -> number.
+"""AdamW and the schedules of a run: its fields in a recipe, the functions of the step, and torch's optimiser.
 
-AdamW and the schedule of its rate: what they are told in a recipe, and the optimiser itself.
+A schedule is a pure function of the step, so that a resumed run needs no counters.
 """
 
 import math
@@ -11,41 +11,9 @@ import torch
 from torch import Tensor, nn
 
 
-def warmup_cosine(
-    step: int, *, steps: int, warmup_steps: int, peak: float, start: float = 0.0, end: float = 0.0
-) -> float:
-    """Linear from `start` to `peak` over the warm-up, then half a cosine down to `end`, reached at `steps`.
-
-    Audio-JEPA (arXiv 2507.02915): 1e-6 to 3e-4 in 1,000 steps, then to 0 at step 100,000.
-    """
-    if not 0 <= warmup_steps < steps:
-        raise ValueError(f"the warm-up must end before the run: {warmup_steps} of {steps} steps")
-    if step < warmup_steps:
-        return start + (peak - start) * step / warmup_steps
-    done = min(1.0, (step - warmup_steps) / (steps - warmup_steps))
-    return end + (peak - end) * (1 + math.cos(math.pi * done)) / 2
-
-
-def one_cycle(step: int, *, steps: int, warmup_steps: int, peak: float, end: float = 0.0) -> float:
-    """Half a cosine from a 25th of `peak` up to it over the warm-up, then half a cosine down to `end` at `steps`.
-
-    Smith and Topin (arXiv 1708.07120), in the shape that torch's OneCycleLR gives it.
-    """
-    if not 0 <= warmup_steps < steps:
-        raise ValueError(f"the warm-up must end before the run: {warmup_steps} of {steps} steps")
-    if step < warmup_steps:
-        return peak / 25 + (peak - peak / 25) * (1 - math.cos(math.pi * step / warmup_steps)) / 2
-    return warmup_cosine(step, steps=steps, warmup_steps=warmup_steps, peak=peak, end=end)
-
-
-def ema_momentum(step: int, *, steps: int, start: float = 0.996, end: float = 1.0) -> float:
-    """The share of itself that the target encoder keeps: linear from `start` to `end` over *all* steps."""
-    return start + (end - start) * min(1.0, step / steps)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdamW:
-    """Decoupled weight decay; biases, norms and mask tokens are never decayed."""
+    """Decoupled weight decay (arXiv 1711.05101); biases, norms and mask tokens are never decayed."""
 
     beta1: float = 0.9
     beta2: float = 0.95
@@ -61,7 +29,7 @@ class Schedule:
     """Learning rate and teacher momentum over a run of any length: in shares, not counts, of its steps.
 
     base_clips  above 0: `peak_lr` is for so many clips a step and grows in proportion with their number, as the
-                "base learning rates" of papers do (256); 0: it is the same for any
+                "base learning rates" of papers do (256); 0: it is the same for any number
     """
 
     peak_lr: float
@@ -81,30 +49,61 @@ class Schedule:
             raise ValueError(f"the teacher's momentum must lie in [0, 1], got {self}")
 
     def learning_rate(self, step: int, steps: int, *, clips: int | None = None) -> float:
-        """Learning rate of the update after `step` steps of `steps`: linear warm-up, then half a cosine.
+        """Return the learning rate of the update after `step` of `steps` steps (`warmup_cosine`).
 
-        `clips` per step: needed where the peak grows with them.
+        `clips` is the number of clips in a step: needed where the peak grows with it.
         """
         if self.base_clips and clips is None:
             raise ValueError(f"the rate grows with the clips of a step: give `clips` to {self}")
         factor = clips / self.base_clips if self.base_clips and clips else 1.0
-        warmup_steps = int(self.warmup_share * steps)
         return warmup_cosine(
             step,
             steps=steps,
-            warmup_steps=warmup_steps,
+            warmup_steps=int(self.warmup_share * steps),
             peak=self.peak_lr * factor,
             start=self.start_lr,
             end=self.end_lr,
         )
 
     def teacher_momentum(self, step: int, steps: int) -> float:
-        """Share of itself that the target encoder keeps at that update."""
+        """Return the share of itself that the target encoder keeps at that update."""
         return ema_momentum(step, steps=steps, start=self.ema_start, end=self.ema_end)
 
 
+def warmup_cosine(
+    step: int, *, steps: int, warmup_steps: int, peak: float, start: float = 0.0, end: float = 0.0
+) -> float:
+    """Linear from `start` to `peak` over the warm-up, then half a cosine down to `end`, reached at `steps`.
+
+    Audio-JEPA (arXiv 2507.02915): 1e-6 to 3e-4 in 1,000 steps, then to 0 at step 100,000.
+    """
+    if not 0 <= warmup_steps < steps:
+        raise ValueError(f"the warm-up must end before the run: {warmup_steps} of {steps} steps")
+    if step < warmup_steps:
+        return start + (peak - start) * step / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / (steps - warmup_steps))
+    return end + (peak - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def one_cycle(step: int, *, steps: int, warmup_steps: int, peak: float, end: float = 0.0) -> float:
+    """Half a cosine from a 25th of `peak` up to it over the warm-up, then half a cosine down to `end` at `steps`.
+
+    Smith and Topin (arXiv 1708.07120), in the shape that torch's OneCycleLR gives it.
+    """
+    if not 0 <= warmup_steps < steps:
+        raise ValueError(f"the warm-up must end before the run: {warmup_steps} of {steps} steps")
+    if step < warmup_steps:
+        return peak / 25 + (peak - peak / 25) * (1 - math.cos(math.pi * step / warmup_steps)) / 2
+    return warmup_cosine(step, steps=steps, warmup_steps=warmup_steps, peak=peak, end=end)
+
+
+def ema_momentum(step: int, *, steps: int, start: float = 0.996, end: float = 1.0) -> float:
+    """The share of itself that the target encoder keeps: linear from `start` to `end` over *all* steps."""
+    return start + (end - start) * min(1.0, step / steps)
+
+
 def build_adamw(weights: Iterable[nn.Parameter], settings: AdamW) -> torch.optim.AdamW:
-    """Fused AdamW over the weights that are trained; biases, norms and single vectors are not decayed."""
+    """Return fused AdamW over the weights that are trained; biases, norms and single vectors are not decayed."""
     trained = [weight for weight in weights if weight.requires_grad]
     groups = [
         {"params": [weight for weight in trained if weight.ndim > 1], "weight_decay": settings.weight_decay},
@@ -114,13 +113,13 @@ def build_adamw(weights: Iterable[nn.Parameter], settings: AdamW) -> torch.optim
 
 
 def optimiser_moments(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What an optimiser knows of each weight, by `NUMBER.KEY`: one part of a checkpoint."""
+    """Return the state that an optimiser keeps of each weight, by `NUMBER.KEY`: one part of a checkpoint."""
     state = optimiser.state_dict()["state"]
     return {f"{index}.{key}": value for index, moments in state.items() for key, value in moments.items()}
 
 
 def restore_moments(optimiser: torch.optim.Optimizer, moments: dict[str, Tensor]) -> None:
-    """Have the optimiser know what `moments_of` told."""
+    """Put back the state that `optimiser_moments` returned."""
     packed = optimiser.state_dict()
     for name, value in moments.items():
         index, key = name.split(".")

@@ -1,7 +1,7 @@
-"""Every named recipe: what decides a pre-training run, as one frozen value.
+"""Recipes of pre-training: everything that decides a run, as one frozen value with a name.
 
-Costs are estimates unless they say measured: the matrix products of `compute.step_flop` over the whole run; GPU hours
-at 200 TFLOP/s, a fifth of an H100's bf16 peak.
+Costs are estimates unless they say measured: the matrix products of a step (`training/flops.py`) over the whole run;
+GPU hours at 200 TFLOP/s, a fifth of an H100's bf16 peak.
 """
 
 from collections.abc import Callable
@@ -16,34 +16,47 @@ from ajepa.recipes.optimiser import AdamW, Schedule
 
 CropName = Literal["random", "start"]
 
-CLIPS_AS2M = 2_084_320  # rows of AudioSet's segment lists; what can still be downloaded is fewer
+# Rows of AudioSet's segment lists; fewer clips can still be downloaded.
+CLIPS_AS2M = 2_084_320
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pretrain:
-    """What decides a pre-training run; where store and run lie, and what computes them, are arguments."""
+    """The recipe of a pre-training run; the paths of store and run, and the device, are arguments.
+
+    mel                name of the log-mel preset that the store must hold
+    mask_sets          masks of each clip for one pass of the teacher
+    crop               where a view is cut from a longer clip
+    keep_checkpoints   so many of the newest; the best by probe is kept beside them
+    keep_every         steps; checkpoints written at these are never deleted; 0: none
+    max_gradient_norm  longer gradients are shortened to it; 0: any length
+    health_every       steps between measurements of health, and one after the last; 0: never
+    probe_every        steps between probes, and one after the last; 0: never
+    probe_clips        clips that these probes are trained on, at most; half as many are measured
+    """
 
     name: str
-    mel: str  # preset that the store must hold
+    mel: str
     model: JepaSpec
     masks: MaskPlan
     schedule: Schedule
     steps: int
     clips_per_step: int
-    mask_sets: int = 1  # of each clip, for one pass of the teacher
+    mask_sets: int = 1
     optimiser: AdamW = AdamW()
     crop: CropName = "random"
     seed: int = 0
     log_every: int = 10  # steps
     checkpoint_every: int = 1_000  # steps
-    keep_checkpoints: int = 2  # the newest; the best by probe is kept beside them
-    keep_every: int = 0  # steps; checkpoints written at these are never deleted; 0: no such
-    max_gradient_norm: float = 0.0  # longer gradients are shortened to it; 0: any length
-    health_every: int = 100  # steps, and after the last; 0: never
-    probe_every: int = 0  # steps, and after the last; 0: never
-    probe_clips: int = 2_000  # that probes under way are trained on, at most; half as many are measured on
+    keep_checkpoints: int = 2
+    keep_every: int = 0
+    max_gradient_norm: float = 0.0
+    health_every: int = 100
+    probe_every: int = 0
+    probe_clips: int = 2_000
 
     def __post_init__(self) -> None:
+        # Counts.
         counts = (
             self.steps,
             self.clips_per_step,
@@ -55,11 +68,16 @@ class Pretrain:
         if min(counts) < 1:
             raise ValueError(f"steps, clips and intervals must be at least 1, got {counts}")
         if not (self.keep_every >= 0 and self.max_gradient_norm >= 0):
-            told = f"{self.keep_every} and {self.max_gradient_norm}"
-            raise ValueError(f"keep_every and max_gradient_norm must be 0 or more, got {told}")
-        watched = (self.health_every, self.probe_every, self.probe_clips - 2)
-        if min(watched) < 0:
-            raise ValueError(f"health_every and probe_every must be 0 or more and probe_clips 2, got {self}")
+            raise ValueError(
+                "keep_every and max_gradient_norm must be 0 or more, "
+                f"got {self.keep_every} and {self.max_gradient_norm}"
+            )
+        if min(self.health_every, self.probe_every, self.probe_clips - 2) < 0:
+            raise ValueError(
+                f"health_every and probe_every must be 0 or more and probe_clips 2 or more, got {self}"
+            )
+
+        # Choices.
         if self.crop not in get_args(CropName):
             raise ValueError(f"crop must be {' or '.join(get_args(CropName))}, got {self.crop!r}")
         if isinstance(self.masks, Curriculum) and self.masks.steps != self.steps:
@@ -73,11 +91,18 @@ class Pretrain:
     def with_counts(
         self, *, steps: int | None = None, clips_per_step: int | None = None, seed: int | None = None
     ) -> "Pretrain":
-        """The same recipe with other counts: every schedule is stretched to the new length."""
-        steps, clips = steps or self.steps, clips_per_step or self.clips_per_step
-        masks = replace(self.masks, steps=steps) if isinstance(self.masks, Curriculum) else self.masks
-        seed = self.seed if seed is None else seed
-        return replace(self, steps=steps, clips_per_step=clips, masks=masks, seed=seed)
+        """Return the recipe with other counts: every schedule is stretched to the new length."""
+        steps = steps or self.steps
+        masks = self.masks
+        if isinstance(masks, Curriculum):
+            masks = replace(masks, steps=steps)
+        return replace(
+            self,
+            steps=steps,
+            clips_per_step=clips_per_step or self.clips_per_step,
+            masks=masks,
+            seed=self.seed if seed is None else seed,
+        )
 
 
 def smoke_recipe() -> Pretrain:
@@ -98,6 +123,7 @@ def smoke_recipe() -> Pretrain:
         schedule=Schedule(peak_lr=1e-3, warmup_share=0.1),
         steps=20,
         clips_per_step=8,
+        # So often that a run of 20 steps logs, saves, measures and probes.
         log_every=1,
         checkpoint_every=10,
         health_every=10,
@@ -107,11 +133,12 @@ def smoke_recipe() -> Pretrain:
 
 
 def small_recipe() -> Pretrain:
-    """A tiny encoder that learns from any `a-jepa` store on a laptop: the coarse pattern of hidden patches, 25 % seen.
+    """A tiny encoder that learns from any `a-jepa` store on a laptop.
 
-    Cost: 7 to 8 CPU minutes measured (fp32, AVX2), on 1,617 clips as on any. Expected, with moments pooled (README):
-    on its store's labels linear and kNN probes above a random encoder's and above log-mel statistics, by an eighth to
-    a half; on other sounds that differ in the levels of bands, which its targets leave out, such as vowels, below.
+    It sees 25 % of the patches and predicts the coarse pattern of hidden ones.
+    Cost: 7 to 8 CPU minutes measured (fp32, AVX2), on 1,617 clips as on any. Expected, pooled by moments (README): on
+    its store's labels, linear and kNN probes above a random encoder's and above log-mel statistics, by an eighth to a
+    half; on sounds that differ in the levels of bands, which its targets leave out, such as vowels, below them.
     """
     grid = PatchGrid.from_size(256, 128)
     model = JepaSpec(
@@ -124,6 +151,7 @@ def small_recipe() -> Pretrain:
         name="small",
         mel="a-jepa",
         model=model,
+        # A quarter of the patches is context, another quarter is predicted.
         masks=Fixed(masking=RandomPatches(ratio_low=0.75, ratio_high=0.75, target_share=1 / 3)),
         schedule=Schedule(peak_lr=1e-3, warmup_share=0.1, ema_start=0.9, ema_end=0.99),
         steps=2_000,
@@ -160,13 +188,13 @@ def audio_jepa_recipe() -> Pretrain:
 
 
 def audio_jepa_repo_recipe() -> Pretrain:
-    """Audio-JEPA as its code has it: the same, with the cosine distance for a loss.
+    """Audio-JEPA as its code has it: audio-jepa with the cosine distance for a loss.
 
-    Cost: that of audio-jepa. Expected: near audio-jepa; not tried here yet. What its code does by mistake (one
-    mask generator on all ranks, weights that are never initialised) is not copied.
+    Cost: that of audio-jepa. Expected: near audio-jepa; not tried here yet. The mistakes of its code (one mask
+    generator on all ranks, weights that are never initialised) are not copied.
     """
-    made = audio_jepa_recipe()
-    return replace(made, name="audio-jepa-repo", model=replace(made.model, loss="cosine"))
+    recipe = audio_jepa_recipe()
+    return replace(recipe, name="audio-jepa-repo", model=replace(recipe.model, loss="cosine"))
 
 
 def a_jepa_recipe(size: Literal["s", "b", "l"] = "b") -> Pretrain:
@@ -186,6 +214,7 @@ def a_jepa_recipe(size: Literal["s", "b", "l"] = "b") -> Pretrain:
             loss="l2",
         ),
         masks=a_jepa_curriculum(steps),
+        # The rate is the paper's, the rest of the schedule Audio-JEPA's.
         schedule=Schedule(peak_lr=2e-4),
         steps=steps,
         clips_per_step=512,
@@ -196,12 +225,12 @@ def a_jepa_recipe(size: Literal["s", "b", "l"] = "b") -> Pretrain:
 
 
 def a_jepa_s_recipe() -> Pretrain:
-    """A-JEPA with ViT-S, see a-jepa. Cost: two thirds of it. Expected: 46.1 on AS-2M, 33.7 on AS-20K."""
+    """A-JEPA with ViT-S, see a-jepa. Cost: two thirds of a-jepa's. Expected: mAP 46.1 on AS-2M, 33.7 on AS-20K."""
     return a_jepa_recipe("s")
 
 
 def a_jepa_l_recipe() -> Pretrain:
-    """A-JEPA with ViT-L, see a-jepa. Cost: twice that. Expected: 48.8 on AS-2M, 38.8 on AS-20K."""
+    """A-JEPA with ViT-L, see a-jepa. Cost: twice a-jepa's. Expected: mAP 48.8 on AS-2M, 38.8 on AS-20K."""
     return a_jepa_recipe("l")
 
 

@@ -1,7 +1,7 @@
-"""The recipes of supervised training: CNN6, ConvNeXt and PaSST on AudioSet as their papers train them; small ones.
+"""Recipes of supervised training: CNN6, ConvNeXt and PaSST on AudioSet as their papers train them, and small ones.
 
-They are the models that Hierarchical Label Propagation was tried with (arXiv 2503.21826). What a paper does not say
-is said here to be ours. Inputs are normalised as everywhere here, by the mean and deviation of the clips trained on.
+These are the models of the study of Hierarchical Label Propagation (arXiv 2503.21826). Settings that a paper does not
+give are marked as ours. Inputs are normalised as everywhere here, by the mean and deviation of the clips trained on.
 """
 
 from collections.abc import Callable
@@ -36,12 +36,15 @@ def cnn6_recipe() -> Finetune:
         steps=600_000,
         clips_per_step=32,
         loss="bce",
+        # One class after the other, as PANNs' sampler.
         sampling="balanced",
         weights="panns",
         augment=Augment(
             time_mask_frames=64, band_mask_bands=8, masks_each=2, mixup_share=1.0, mixup_alpha=1.0
         ),
+        # One rate for all layers, as none is pre-trained.
         layer_decay=1.0,
+        # Without decay AdamW is Adam.
         optimiser=AdamW(beta2=0.999, weight_decay=0.0),
         checkpoint_every=10_000,
     )
@@ -60,6 +63,7 @@ def convnext_recipe() -> Finetune:
         mel="convnext",
         model=ConvNextSpec(drop_path=0.1),
         base_lr=1e-3,
+        # The rate rises for three of ten epochs, 30 % of the steps.
         rate="one-cycle",
         warmup_epochs=3,
         steps=75_000,
@@ -86,6 +90,7 @@ def passt_recipe() -> Finetune:
         model=PasstSpec(),
         base_lr=to_base_rate(2e-5, 12),
         rate="cosine",
+        # As many steps as the epochs take.
         epochs=120,
         warmup_epochs=5,
         steps=0,
@@ -106,7 +111,7 @@ def passt_recipe() -> Finetune:
 
 
 def cnn6_small_recipe() -> Finetune:
-    """A CNN6 an eighth as wide on 1.3 s of any `a-jepa` store at a time, for two CPU cores.
+    """A CNN6 an eighth as wide, on 1.3 s at a time of the clips of any `a-jepa` store, for two CPU cores.
 
     Cost: 47 s on one core, 240 steps of 16 clips. Expected: mAP .276 ± .022 on the demo corpus (three seeds),
     chance .135.
@@ -146,19 +151,20 @@ def vit_small_recipe() -> Finetune:
 
 
 def passt_small_recipe() -> Finetune:
-    """A PaSST of width 96 and depth 3 on 1.3 s at a time, half of its patches left out, as cnn6-small.
+    """A PaSST of width 96 and depth 3 on 1.3 s at a time, half of its patches left out; the rest as in cnn6-small.
 
     Cost: 20 CPU seconds. Expected: mAP .23 on the demo corpus, chance .135 (one seed).
     """
     return replace(
         vit_small_recipe(),
         name="passt-small",
+        # 12 x 12 patches, of which 8 x 8 are left: a little under half.
         model=PasstSpec(frames=128, width=96, depth=3, heads=3, drop_cols=4),
     )
 
 
 def to_base_rate(rate: float, clips: int) -> float:
-    """The base rate of a recipe whose paper has `rate` for so many clips a step."""
+    """Return the base rate of a recipe whose paper has `rate` for so many clips a step."""
     return rate * BASE_RATE_CLIPS / clips
 
 

@@ -1,4 +1,4 @@
-"""A recipe's masks over a clip, from its first step to its last; PNG files."""
+"""Pictures of a recipe's masks over a clip, from the first step of the run to the last."""
 
 from pathlib import Path
 
@@ -26,82 +26,110 @@ HIDDEN_COLOUR = "#14141e"
 
 TARGET_COLOURS = ("#4cc9f0", "#f72585", "#ffd166", "#80ed99")
 
-SHOWN_RUN_SHARES = (0.0, 0.05, 0.25, 0.5, 1.0)  # of the run; a plan that never changes is shown at its first
+SHOWN_RUN_SHARES = (0.0, 0.05, 0.25, 0.5, 1.0)  # of the run; masks that never change are shown at the first
 
-MAX_MASKED_CLIPS = 32  # of a batch, whose masks are equally large: what is shown is what a step would use
+MAX_MASKED_CLIPS = 32  # a mask is drawn as one of a batch, as a step would draw it; this many are enough
+
+COMPARED_CLIPS = 32  # of a store, among which the one with most sound is shown
+
+NORMALISED_RANGE = (-2.5, 2.5)  # of normalised log-mel: the darkest and the brightest colour
+
+PNG_DPI = 120
 
 
 def draw_recipe_masks(recipe: Pretrain, png: Path, store: Path | str | None = None) -> Path:
-    """Draw the masks of a recipe over a clip of the store, or without one over a formula's sound."""
+    """Draw the masks of a recipe over a clip of the store, or without one over a formula's sound; returns `png`."""
     if png.suffix.lower() != ".png":
         raise RunError(f"--png {png}: expected a file name that ends in .png")
     if store is None:
         spec = preset_mel_spec(recipe.mel)
-        figure = mask_figure(formula_sound_view(spec, recipe), recipe, spec)
+        mel_TF = formula_sound_view(spec, recipe)
     else:
-        opened = open_training_store(store, recipe)
-        mean, std = opened.mean_and_std(train_splits(opened))
-        figure = mask_figure(busiest_stored_view(opened, recipe, mean, std), recipe, opened.spec)
+        training_store = open_training_store(store, recipe)
+        spec = training_store.spec
+        mean, std = training_store.mean_and_std(train_splits(training_store))
+        mel_TF = busiest_stored_view(training_store, recipe, mean, std)
+
+    figure = mask_figure(mel_TF, recipe, spec)
     png.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(png, dpi=120)
+    figure.savefig(png, dpi=PNG_DPI)
     return png
 
 
 def mask_figure(mel_TF: np.ndarray, recipe: Pretrain, spec: MelSpec, *, draws: int = 3) -> Figure:
-    """One clip, and what the context encoder sees of it at points of the run, `draws` masks each."""
+    """One clip, and the part of it that the context encoder sees at points of the run, `draws` masks each."""
     grid = recipe.model.encoder.grid
-    points = SHOWN_RUN_SHARES if isinstance(recipe.masks, Curriculum) else SHOWN_RUN_SHARES[:1]
-    figure = Figure(figsize=(3.0 * (draws + 1) + 0.6, 1.9 * len(points) + 0.6), layout="constrained")
-    axes_RC = figure.subplots(len(points), draws + 1, squeeze=False)
-    for axes_C, point in zip(axes_RC, points, strict=True):
-        step = min(recipe.steps - 1, round(point * recipe.steps))
+    batch = min(MAX_MASKED_CLIPS, recipe.clips_per_step)
+    run_shares = SHOWN_RUN_SHARES if isinstance(recipe.masks, Curriculum) else SHOWN_RUN_SHARES[:1]
+
+    # A row for each point of the run: the clip, then its masks.
+    size_inches = (3.0 * (draws + 1) + 0.6, 1.9 * len(run_shares) + 0.6)
+    figure = Figure(figsize=size_inches, layout="constrained")
+    axes_RC = figure.subplots(len(run_shares), draws + 1, squeeze=False)
+    for axes_C, run_share in zip(axes_RC, run_shares, strict=True):
+        step = min(recipe.steps - 1, round(run_share * recipe.steps))
         show_spectrogram(axes_C[0], mel_TF)
         axes_C[0].set_title("the clip", fontsize=8)
-        axes_C[0].set_ylabel(f"step {step:,}" if len(points) > 1 else "every step", fontsize=9)
+        axes_C[0].set_ylabel(f"step {step:,}" if len(run_shares) > 1 else "every step", fontsize=9)
+
+        # Several draws: masks of one step differ from clip to clip.
         for draw, axes in enumerate(axes_C[1:]):
             rng = np.random.default_rng([recipe.seed, step, draw])
-            maker = recipe.masks.mask_maker_at(step, rng)
-            drawn = maker.sample(rng, grid, batch=min(MAX_MASKED_CLIPS, recipe.clips_per_step))
-            show_spectrogram(axes, mel_TF, mask_colours_RC4(drawn, grid))
-            seen = drawn.context_BK.shape[1] / grid.tokens
-            axes.set_title(f"{type(maker).__name__}, context {seen:.0%}", fontsize=8)
+            mask_maker = recipe.masks.mask_maker_at(step, rng)
+            masks = mask_maker.sample(rng, grid, batch=batch)
+            show_spectrogram(axes, mel_TF, mask_colours_RC4(masks, grid))
+            context_share = masks.context_BK.shape[1] / grid.tokens
+            axes.set_title(f"{type(mask_maker).__name__}, context {context_share:.0%}", fontsize=8)
+
     seconds = recipe.view_frames * spec.hop_samples / spec.sample_rate_hz
     figure.suptitle(
-        f"{recipe.name}: {seconds:.2f} s of a clip, low bands below. Visible: the context; colours: targets;"
-        " dark: hidden from both",
+        f"{recipe.name}: {seconds:.2f} s of a clip, low bands below. "
+        "Visible: the context; colours: targets; dark: hidden from both",
         fontsize=10,
     )
     return figure
 
 
 def busiest_stored_view(store: FeatureStore, recipe: Pretrain, mean: float, std: float) -> np.ndarray:
-    """The first view, normalised `[T, F]`, of the train clip among 32 in which most goes on."""
+    """The first view, normalised `[T, F]`, of the clip whose bands vary most, among 32 train clips of full length."""
+    # Clips of full length, so that no part of the picture is padding.
     rows_N = store.good_rows(train_splits(store))
     full_N = rows_N[store.n_frames_N[rows_N] == store.n_frames_N[rows_N].max()]
     frames = min(recipe.view_frames, store.frames)
-    mel_BTF = store.offset + store.scale * store.read(full_N[:32])[:, :frames].astype(np.float32)
+    mel_BTF = store.to_log_mel(store.read(full_N[:COMPARED_CLIPS])[:, :frames])
     mel_BTF = (mel_BTF - mean) / std
+
+    # The deviation over time, mean over bands.
     busiest = mel_BTF.std(axis=1).mean(axis=1).argmax()
-    return np.pad(mel_BTF[busiest], ((0, recipe.view_frames - frames), (0, 0)))
+    return pad_to_frames(mel_BTF[busiest], recipe.view_frames)
 
 
 def formula_sound_view(spec: MelSpec, recipe: Pretrain) -> np.ndarray:
     """A siren through crackle in the recipe's features, normalised `[T, F]`; always the same."""
-    rng, samples = np.random.default_rng(2), round(spec.clip_seconds * SYNTHESIS_RATE_HZ)
+    rng = np.random.default_rng(2)
+    samples = round(spec.clip_seconds * SYNTHESIS_RATE_HZ)
     wave_S = 0.1 * siren_tone(rng, samples) + 0.3 * crackling_static(rng, samples)
-    at_N = np.arange(round(spec.clip_seconds * spec.sample_rate_hz)) * (
-        SYNTHESIS_RATE_HZ / spec.sample_rate_hz
-    )
-    wave_S = np.interp(at_N, np.arange(samples), wave_S).astype(np.float32)
+
+    # At the rate of the spec, by interpolation: good enough for a picture.
+    spec_samples = round(spec.clip_seconds * spec.sample_rate_hz)
+    position_N = np.arange(spec_samples) * (SYNTHESIS_RATE_HZ / spec.sample_rate_hz)
+    wave_S = np.interp(position_N, np.arange(samples), wave_S).astype(np.float32)
+
     mel_TF = log_mel(torch.from_numpy(wave_S)[None], spec)[0].numpy()[: recipe.view_frames]
     mel_TF = (mel_TF - mel_TF.mean()) / mel_TF.std()
-    return np.pad(mel_TF, ((0, recipe.view_frames - len(mel_TF)), (0, 0)))
+    return pad_to_frames(mel_TF, recipe.view_frames)
+
+
+def pad_to_frames(mel_TF: np.ndarray, frames: int) -> np.ndarray:
+    """The spectrogram with frames of 0 at its end, so that it has as many as asked for."""
+    return np.pad(mel_TF, ((0, frames - len(mel_TF)), (0, 0)))
 
 
 def show_spectrogram(axes: Axes, mel_TF: np.ndarray, overlay_RC4: np.ndarray | None = None) -> None:
-    """A spectrogram, low bands below, with patch colours over it."""
+    """Draw a normalised spectrogram, low bands below, with patch colours over it."""
+    low, high = NORMALISED_RANGE
     extent = (0, mel_TF.shape[0], 0, mel_TF.shape[1])
-    axes.imshow(mel_TF.T, origin="lower", aspect="auto", extent=extent, cmap="magma", vmin=-2.5, vmax=2.5)
+    axes.imshow(mel_TF.T, origin="lower", aspect="auto", extent=extent, cmap="magma", vmin=low, vmax=high)
     if overlay_RC4 is not None:
         axes.imshow(overlay_RC4, origin="lower", aspect="auto", extent=extent, interpolation="nearest")
     axes.set_xticks([])
@@ -109,9 +137,12 @@ def show_spectrogram(axes: Axes, mel_TF: np.ndarray, overlay_RC4: np.ndarray | N
 
 
 def mask_colours_RC4(masks: Masks, grid: PatchGrid) -> np.ndarray:
-    """Colours `[row, col, rgba]` of a batch's first clip's patches: context clear, targets tinted, the rest dark."""
+    """Colours `[row, col, rgba]` of the patches of a batch's first clip: context clear, targets tinted, rest dark."""
+    # Dark, unless a target or the context says otherwise.
     colour_P4 = np.tile(to_rgba(HIDDEN_COLOUR, 0.92), (grid.tokens, 1))
     for group, targets_Q in enumerate(masks.targets_BGQ[0]):
         colour_P4[targets_Q] = to_rgba(TARGET_COLOURS[group % len(TARGET_COLOURS)], 0.75)
     colour_P4[masks.context_BK[0]] = 0.0
-    return colour_P4.reshape(grid.cols, grid.rows, 4).swapaxes(0, 1)  # tokens count rows first
+
+    # Tokens count up the rows of a column first.
+    return colour_P4.reshape(grid.cols, grid.rows, 4).swapaxes(0, 1)

@@ -1,35 +1,20 @@
-"""What a predictor believes: how far its guess at every patch lies from what the teacher says of it.
-
-Seen: a run with the store that its page shows it on, and what it says of clips that it never saw.
-
-A run on one page: what it was told, how it went, what it hides, believes and finds alike; needs nothing beside.
-"""
+"""A run on one HTML page that needs nothing beside it: curves, masks, predictions, a map of clips, scores, recipe."""
 
 import importlib.resources
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Template
 from typing import Any
 
 import numpy as np
-import polars as pl
-import torch
 from sklearn.manifold import TSNE
-from torch import Tensor
-from torch.nn import functional as F
 
-from ajepa.evaluate.classifier_scores import held_out_scores, held_out_task_data
-from ajepa.evaluate.features import TRAINED, ClipViews, clip_vectors, compared_encoders
-from ajepa.evaluate.probe_splits import good_eval_rows
-from ajepa.evaluate.probes import standardise_features
 from ajepa.evaluate.result import EVALUATION_FILE, METRIC_TITLES
 from ajepa.model.classifier import VitSpec, classifier_kind_name
-from ajepa.model.jepa import Jepa, JepaSpec, normalise_features
+from ajepa.model.jepa import JepaSpec
 from ajepa.model.patches import PatchGrid
-from ajepa.recipes.catalogue import recipe_from_json
 from ajepa.recipes.finetune import Finetune
 from ajepa.recipes.pretrain import Pretrain
 from ajepa.report.charts import (
@@ -42,110 +27,49 @@ from ajepa.report.charts import (
     mel_data_url,
     scores_section,
 )
-from ajepa.report.masks import busiest_stored_view, mask_figure
+from ajepa.report.masks import NORMALISED_RANGE, busiest_stored_view, mask_figure
+from ajepa.report.model_outputs import (
+    HIDING_ROUNDS,
+    PageData,
+    load_pretrained_model,
+    prediction_distance_BP,
+    pretrained_views,
+)
+from ajepa.training.meter import COMPUTE_COST_FILE
 from ajepa.training.run import Json, Run
-from ajepa.training.trained_run import TrainedRun
 from pipeline.files import replacing_file
-from pipeline.report.html import Markup, html_tag, join_markup
-from pipeline.report.spectrograms import colour_range, label_title, read_log_mel
+from pipeline.report.html import Markup, escape_markup, html_tag, join_markup
+from pipeline.report.spectrograms import colour_range, read_log_mel
 from pipeline.report.store_page import definition_list, html_figure
 from pipeline.store.feature_store import FeatureStore
-from pipeline.store.summary import read_label_table
-
-HIDING_ROUNDS = 4  # a quarter of the patches is hidden at a time
-
-
-@torch.inference_mode()
-def prediction_distance_BP(
-    model: Jepa, mel_BTF: Tensor, n_frames_B: Tensor, *, hiding_rounds: int = HIDING_ROUNDS, seed: int = 0
-) -> Tensor:
-    """Cosine distance of prediction and target of every token, `BP` in [0, 2]; nan where a token holds no sound.
-
-    Every token is predicted once, from all that lie in other folds; which lie together is drawn by `seed`.
-    """
-    grid, device = model.spec.encoder.grid, mel_BTF.device
-    valid_BP = model.valid_mask_if_padded(n_frames_B, device)
-    target_BPD = normalise_features(model.target_features(mel_BTF, valid_BP).float())
-    order_P = np.random.default_rng([seed, grid.tokens]).permutation(grid.tokens)
-    apart_BP = torch.full((len(mel_BTF), grid.tokens), float("nan"), device=device)
-    for hidden_Q in np.array_split(order_P, hiding_rounds):
-        targets_BGQ = repeat_tokens_BN(np.sort(hidden_Q), mel_BTF)[:, None]
-        context_BK = repeat_tokens_BN(np.setdiff1d(order_P, hidden_Q), mel_BTF)
-        context_BKD = model.encoder(mel_BTF, context_BK, valid_BP)
-        guess_BQD = model.predictor(context_BKD, context_BK, targets_BGQ, valid_BP)[:, 0].float()
-        tokens_Q = targets_BGQ[0, 0]
-        apart_BP[:, tokens_Q] = 1 - F.cosine_similarity(guess_BQD, target_BPD[:, tokens_Q], dim=-1)
-    return apart_BP if valid_BP is None else apart_BP.masked_fill(~valid_BP, float("nan"))
-
-
-def repeat_tokens_BN(tokens_N: np.ndarray, mel_BTF: Tensor) -> Tensor:
-    """The same tokens for every clip, `BN`."""
-    return torch.from_numpy(tokens_N).to(mel_BTF.device).expand(len(mel_BTF), -1).contiguous()
-
-
-MAX_MAP_CLIPS = 300
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PageData:
-    """A run with the store that it is shown on, and what it says of some clips that it never saw."""
-
-    run: Run
-    recipe: Pretrain | Finetune
-    store: FeatureStore
-    labels: pl.DataFrame
-    rows_N: np.ndarray  # eval clips
-    features_ND: np.ndarray  # of those, standardised: its encoder's, or its classifier's logits
-
-    @classmethod
-    def from_run(cls, store: FeatureStore, run: Run) -> "PageData":
-        """RunError where the run has no checkpoint, StoreError or RunError where the store has nothing to show."""
-        cpu = torch.device("cpu")
-        recipe: Pretrain | Finetune
-        if run.is_finetuned:
-            trained = TrainedRun.open(run)
-            assignment = held_out_task_data(run, store)
-            recipe = trained.recipe
-            rows_N = draw_map_rows(assignment.eval_N, recipe.seed)
-            said_ND = held_out_scores(trained, replace(assignment, eval_N=rows_N), cpu).logits_NC
-        else:
-            recipe = pretrained = recipe_from_json(run.recipe)
-            rows_N = draw_map_rows(good_eval_rows(store), recipe.seed)
-            mean, std = run.identity["mean"], run.identity["std"]
-            views = ClipViews(store=store, frames=pretrained.view_frames, mean=mean, std=std)
-            said_ND = clip_vectors(views, rows_N, compared_encoders(TrainedRun.open(run), cpu)[TRAINED])
-        features_ND = standardise_features(said_ND, said_ND)[0].numpy()
-        labels = read_label_table(store)[0]
-        return cls(run=run, recipe=recipe, store=store, labels=labels, rows_N=rows_N, features_ND=features_ND)
-
-    @property
-    def model_description(self) -> str:
-        """Who says what is said of the clips."""
-        return "classifier" if self.run.is_finetuned else "frozen encoder"
-
-    def clip_title(self, row: int) -> str:
-        return label_title(self.store, self.labels, row, max_letters=60)
-
-
-def draw_map_rows(rows_N: np.ndarray, seed: int) -> np.ndarray:
-    """As many of the rows as a map can hold, in their order."""
-    return np.sort(np.random.default_rng([seed, 2]).permutation(rows_N)[:MAX_MAP_CLIPS])
-
 
 RUN_PAGE_SECTIONS = {
-    "curves": "How it went",
-    "masks": "What it hides",
-    "beliefs": "What the predictor believes",
-    "map": "What it finds alike",
+    "curves": "Training curves",
+    "masks": "Masks",
+    "predictions": "Predictions of hidden patches",
+    "map": "Map of held-out clips",
     "neighbours": "Nearest neighbours",
     "scores": "Scores",
     "recipe": "Recipe, compute, environment",
 }
 
-QUERY_CLIPS, NEIGHBOURS_PER_QUERY, PREDICTED_CLIPS = 6, 5, 4
+PREDICTED_CLIPS = 4
+
+MIN_MAP_CLIPS = 5
+
+MAX_PERPLEXITY = 30  # of t-SNE
+
+QUERY_CLIPS = 6
+
+NEIGHBOURS_PER_QUERY = 5
 
 SHOWN_DISTANCE_RANGE = (0.0, 1.5)  # cosine distances; 1: no better than an unrelated guess
 
+PREDICTED_MEL_FRAMES = 256  # columns of the spectrogram above the distances
+
+PROBE_KEY_PREFIXES = ("probe_linear_", "probe_knn_")
+
+# The title of each chart; its curves: key of the log, name in the legend.
 LOGGED_CURVES: tuple[tuple[str, dict[str, str]], ...] = (
     ("Loss", {"loss": "loss"}),
     ("Predictions against targets", {"explained": "explained share", "cosine": "cosine"}),
@@ -160,6 +84,7 @@ LOGGED_CURVES: tuple[tuple[str, dict[str, str]], ...] = (
 
 def write_run_page(store: FeatureStore, run: Run, path: Path) -> None:
     """Write the page about a run to `path`, whole or not at all."""
+    # The text first: a run that cannot be shown leaves no file.
     content = run_page_html(store, run)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing_file(path) as scratch:
@@ -167,230 +92,276 @@ def write_run_page(store: FeatureStore, run: Run, path: Path) -> None:
 
 
 def run_page_html(store: FeatureStore, run: Run) -> str:
-    """The page as text, about 2 MB: 300 clips' spectrograms are most of it.
+    """The page as text, about 2 MB: the spectrograms of 300 clips are most of it.
 
-    Of a fine-tuned run without masks and beliefs: it has no predictor.
+    The page of a fine-tuned run has neither masks nor predictions: the run has no predictor.
     """
-    seen = PageData.from_run(store, run)
+    # The body of each section, in the order of the page.
+    page_data = PageData.from_run(store, run)
     bodies = {"curves": curves_section(run.read_metrics())}
-    if isinstance(seen.recipe, Pretrain):
-        bodies |= {
-            "masks": masks_section(seen, seen.recipe),
-            "beliefs": predictions_section(seen, seen.recipe),
-        }
-    bodies |= {
-        "map": clip_map_section(seen),
-        "neighbours": neighbours_section(seen),
-        "scores": scores_section(run.path / EVALUATION_FILE),
-        "recipe": recipe_section(run),
-    }
-    parts = [
-        html_tag("section", html_tag("h2", RUN_PAGE_SECTIONS[key]), body, id=key)
-        for key, body in bodies.items()
+    if isinstance(page_data.recipe, Pretrain):
+        bodies["masks"] = masks_section(page_data, page_data.recipe)
+        bodies["predictions"] = predictions_section(page_data, page_data.recipe)
+    bodies["map"] = clip_map_section(page_data)
+    bodies["neighbours"] = neighbours_section(page_data)
+    bodies["scores"] = scores_section(run.path / EVALUATION_FILE)
+    bodies["recipe"] = recipe_section(run)
+
+    # All of them in the frame that the page about a store has too.
+    sections = [
+        html_tag("section", html_tag("h2", RUN_PAGE_SECTIONS[name]), body, id=name)
+        for name, body in bodies.items()
     ]
+    header = run_page_header(page_data, list(bodies))
     frame = importlib.resources.files("pipeline.report").joinpath("page.html").read_text(encoding="utf-8")
-    body = join_markup(run_page_header(seen, list(bodies)), html_tag("main", *parts))
-    return Template(frame).substitute(title=html_tag("title", run.path.name)[7:-8], body=body)
+    return Template(frame).substitute(
+        title=escape_markup(run.path.name), body=join_markup(header, html_tag("main", *sections))
+    )
 
 
 def run_page_header(page_data: PageData, sections: Sequence[str]) -> Markup:
-    """What was trained, on what, how far."""
-    run, recipe = page_data.run, page_data.recipe
-    done = join_markup(
+    """The name of the run, how far it is, the facts behind it, and links to the sections."""
+    # How far the run is.
+    run = page_data.run
+    recipe = page_data.recipe
+    progress = join_markup(
         html_tag("b", f"step {run.newest_step:,}"),
         f" of {recipe.steps:,}, {recipe.clips_per_step} clips each",
     )
-    facts = {"recipe": recipe.name} | (finetune_task_facts(run) if isinstance(recipe, Finetune) else {})
+
+    # The network, and the length of a clip that it takes.
+    mel_spec = page_data.store.spec
     frames = recipe.view_frames if isinstance(recipe, Pretrain) else recipe.model.frames
-    views = (
-        f"views of {frames * page_data.store.spec.hop_samples / page_data.store.spec.sample_rate_hz:.2f} s"
-    )
+    network = f"views of {frames * mel_spec.hop_samples / mel_spec.sample_rate_hz:.2f} s"
     if isinstance(recipe.model, JepaSpec | VitSpec):
-        spec = recipe.model.encoder
-        views = f"width {spec.width}, depth {spec.depth}, {spec.heads} heads, {views}"
+        encoder = recipe.model.encoder
+        network = f"width {encoder.width}, depth {encoder.depth}, {encoder.heads} heads, {network}"
+    network_kind = "encoder" if isinstance(recipe, Pretrain) else classifier_kind_name(recipe.model)
+
+    # The other facts that decide the run: task, features, data, software.
+    facts = {"recipe": recipe.name}
+    if isinstance(recipe, Finetune):
+        facts |= finetune_task_facts(run)
     facts |= {
-        "encoder" if isinstance(recipe, Pretrain) else classifier_kind_name(recipe.model): views,
-        "mel spec": f"{page_data.store.spec.name} ({page_data.store.spec_id})",
+        network_kind: network,
+        "mel spec": f"{mel_spec.name} ({page_data.store.spec_id})",
         "trained on": run.identity["store_id"],
         "shown on": f"{page_data.store.location} ({page_data.store.store_id})",
         "versions": ", ".join(f"{name} {number}" for name, number in run.versions.items()),
     }
-    links = html_tag("nav", *(html_tag("a", RUN_PAGE_SECTIONS[key], href=f"#{key}") for key in sections))
+    links = (html_tag("a", RUN_PAGE_SECTIONS[name], href=f"#{name}") for name in sections)
     return html_tag(
         "header",
         html_tag("h1", run.path.name),
-        html_tag("p", done, class_="lead"),
+        html_tag("p", progress, class_="lead"),
         definition_list(facts.items()),
-        links,
+        html_tag("nav", *links),
     )
 
 
 def finetune_task_facts(run: Run) -> dict[str, str]:
-    """What a classifier learnt, and where it started."""
-    told, start = run.identity, run.identity["from"]
-    several = "one" if told["kind"] == "single" else "several"
-    origin = f"the encoder of step {start['step']:,} ({start['sha256'][:12]})" if start else "random weights"
+    """The task of a fine-tuned run, its splits, and the weights that it started from."""
+    identity = run.identity
+    labels_per_clip = "one" if identity["kind"] == "single" else "several"
+    start = identity["from"]
+    origin = "random weights"
+    if start:
+        origin = f"the encoder of step {start['step']:,} ({start['sha256'][:12]})"
     return {
-        "task": f"{told['task']}, {len(told['classes'])} classes, {several} to a clip, by {told['label_set']} labels",
-        "splits": f"{', '.join(told['train_splits'])}; measured on {', '.join(told['eval_splits'])}",
+        "task": (
+            f"{identity['task']}, {len(identity['classes'])} classes, {labels_per_clip} to a clip, "
+            f"by {identity['label_set']} labels"
+        ),
+        "splits": f"{', '.join(identity['train_splits'])}; measured on {', '.join(identity['eval_splits'])}",
         "started from": origin,
     }
 
 
 def curves_section(lines: list[Json]) -> Markup:
-    """Every value that the run logged, over its steps; in-run probes, and what was measured, together."""
-    step_N = np.array([line["step"] for line in lines])
-    probes = {
+    """Every value that the run logged, over its steps; all probes share a chart, and all label sets of a metric."""
+    # Charts whose curves depend on what the run measured.
+    keys = list(dict.fromkeys(key for line in lines for key in line))
+    probe_names = {
         key: key.removeprefix("probe_").replace("_", " ")
-        for line in lines
-        for key in line
-        if key.startswith(("probe_linear_", "probe_knn_"))
+        for key in keys
+        if key.startswith(PROBE_KEY_PREFIXES)
     }
-    measured = dict.fromkeys(key for line in lines for key in line if key.startswith("eval_"))
-    looks = [("Probes while training, mAP", probes)]
-    for metric, title_ in METRIC_TITLES.items():
-        mine = {
-            key: key.removeprefix(f"eval_{metric}_") for key in measured if key.startswith(f"eval_{metric}_")
-        }
-        looks.append((f"Held-out clips while training, {title_}", mine))
-    tiles = []
-    for name, wanted in (*LOGGED_CURVES, *looks):
-        curves = [(label, logged_values_N(lines, key)) for key, label in wanted.items()]
-        curves = [(label, values_N) for label, values_N in curves if np.isfinite(values_N).any()]
+    charts = [*LOGGED_CURVES, ("Probes while training, mAP", probe_names)]
+    for metric, metric_title in METRIC_TITLES.items():
+        prefix = f"eval_{metric}_"
+        label_sets = {key: key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
+        charts.append((f"Held-out clips while training, {metric_title}", label_sets))
+
+    # Charts without a value are left out.
+    step_N = np.array([line["step"] for line in lines])
+    figures = []
+    for title, name_by_key in charts:
+        curves = [(name, logged_values_N(lines, key)) for key, name in name_by_key.items()]
+        curves = [(name, values_N) for name, values_N in curves if np.isfinite(values_N).any()]
         if curves:
-            keys = curve_legend([label for label, _ in curves]) if len(curves) > 1 else ""
-            tiles.append(html_figure(join_markup(keys, curves_over_steps(step_N, curves, "step")), name, ""))
-    return html_tag("div", *tiles, class_="grid")
+            legend = curve_legend([name for name, _ in curves]) if len(curves) > 1 else ""
+            chart = curves_over_steps(step_N, curves, "step")
+            figures.append(html_figure(join_markup(legend, chart), title, ""))
+    return html_tag("div", *figures, class_="grid")
 
 
 def logged_values_N(lines: list[Json], key: str) -> np.ndarray:
-    """What was logged under a key; nan where it was not."""
-    return np.array([line[key] if line.get(key) is not None else np.nan for line in lines], float)
+    """The values that were logged under a key, one a line; nan where there is none."""
+    values = (line.get(key) for line in lines)
+    return np.array([np.nan if value is None else value for value in values], float)
 
 
 def masks_section(page_data: PageData, recipe: Pretrain) -> Markup:
     """The recipe's masks over a real clip, at points of the run."""
-    mel_TF = busiest_stored_view(
-        page_data.store, recipe, page_data.run.identity["mean"], page_data.run.identity["std"]
-    )
-    drawn = figure_data_url(mask_figure(mel_TF, recipe, page_data.store.spec))
-    return html_tag("img", src=drawn, alt="masks over a clip, at several steps", class_="full")
+    store = page_data.store
+    identity = page_data.run.identity
+    mel_TF = busiest_stored_view(store, recipe, identity["mean"], identity["std"])
+    picture = figure_data_url(mask_figure(mel_TF, recipe, store.spec))
+    return html_tag("img", src=picture, alt="masks over a clip, at several steps", class_="full")
 
 
 def predictions_section(page_data: PageData, recipe: Pretrain) -> Markup:
-    """Some clips, and how far the predictor's guess at each patch lies from what the teacher says of it."""
-    run, store = page_data.run, page_data.store
-    rows_B, frames = (
-        page_data.rows_N[:: max(1, len(page_data.rows_N) // PREDICTED_CLIPS)][:PREDICTED_CLIPS],
-        recipe.view_frames,
-    )
-    views = ClipViews(store=store, frames=frames, mean=run.identity["mean"], std=run.identity["std"])
+    """Some clips, and the distance between the prediction of each patch and its target."""
+    # The first view of some clips, spread over all that the page shows.
+    step = max(1, len(page_data.rows_N) // PREDICTED_CLIPS)
+    rows_B = page_data.rows_N[::step][:PREDICTED_CLIPS]
+    views = pretrained_views(page_data.store, page_data.run, recipe)
     mel_BVTF, n_frames_BV = views.read_views(rows_B)
-    model, parts = (
-        Jepa(recipe.model, seed=recipe.seed).eval(),
-        run.load_checkpoint("encoder", "predictor", "target").parts,
-    )
-    for name, tensors in parts.items():
-        getattr(model, name).load_state_dict(tensors)
-    apart_BP = prediction_distance_BP(model, mel_BVTF[:, 0], n_frames_BV[:, 0]).numpy()
-    grid, tiles = recipe.model.encoder.grid, []
-    for row, mel_TF, apart_P in zip(rows_B.tolist(), mel_BVTF[:, 0].numpy(), apart_BP, strict=True):
-        spectrogram = html_tag(
-            "img", src=mel_data_url(mel_TF, (-2.5, 2.5), frames=256), alt="log mel", class_="full"
-        )
-        heat = html_tag(
-            "img",
-            src=heat_map_data_url(tokens_on_grid(apart_P, grid), SHOWN_DISTANCE_RANGE),
-            alt="distance",
-            class_="full",
-        )
-        tiles.append(
-            html_figure(
-                join_markup(spectrogram, heat),
-                page_data.clip_title(row),
-                f"mean distance {np.nanmean(apart_P):.2f}",
-            )
-        )
+    mel_BTF = mel_BVTF[:, 0]
+
+    # The distance of each patch, and a figure of each clip.
+    model = load_pretrained_model(page_data.run, recipe)
+    distance_BP = prediction_distance_BP(model, mel_BTF, n_frames_BV[:, 0]).numpy()
+
+    figures = [
+        prediction_figure(page_data.clip_title(row), mel_TF, distance_P, recipe.model.encoder.grid)
+        for row, mel_TF, distance_P in zip(rows_B.tolist(), mel_BTF.numpy(), distance_BP, strict=True)
+    ]
+    low, high = SHOWN_DISTANCE_RANGE
     note = (
-        f"Below each clip: the cosine distance of prediction and target of every patch, hidden one time in {HIDING_ROUNDS}. "
-        f"Dark: {SHOWN_DISTANCE_RANGE[0]:g}, as predicted; bright: {SHOWN_DISTANCE_RANGE[1]:g} or more; 1 is a guess that has nothing to do with it."
+        "Below each clip: the cosine distance of prediction and target of every patch, "
+        f"hidden one time in {HIDING_ROUNDS}. "
+        f"Dark: {low:g}, as predicted; bright: {high:g} or more; 1: unrelated to the target."
     )
-    return join_markup(html_tag("p", note, class_="soft"), html_tag("div", *tiles, class_="grid"))
+    return join_markup(html_tag("p", note, class_="soft"), html_tag("div", *figures, class_="grid"))
+
+
+def prediction_figure(title: str, mel_TF: np.ndarray, distance_P: np.ndarray, grid: PatchGrid) -> Markup:
+    """A clip's spectrogram above the distances of its patches."""
+    spectrogram = html_tag(
+        "img",
+        src=mel_data_url(mel_TF, NORMALISED_RANGE, frames=PREDICTED_MEL_FRAMES),
+        alt="log mel",
+        class_="full",
+    )
+    heat_map = html_tag(
+        "img",
+        src=heat_map_data_url(tokens_on_grid(distance_P, grid), SHOWN_DISTANCE_RANGE),
+        alt="distance",
+        class_="full",
+    )
+    mean_distance = f"mean distance {np.nanmean(distance_P):.2f}"
+    return html_figure(join_markup(spectrogram, heat_map), title, mean_distance)
 
 
 def tokens_on_grid(values_P: np.ndarray, grid: PatchGrid) -> np.ndarray:
-    """Tokens as they lie, `[col, row]`: columns follow each other, rows of a column from low bands up."""
+    """The values of tokens in their places, `[col, row]`: tokens count up a column of patches, low bands first."""
     return values_P.reshape(grid.cols, grid.rows)
 
 
 def clip_map_section(page_data: PageData) -> Markup:
-    """Clips placed so that those which the model finds alike lie together (t-SNE), coloured by label."""
+    """Clips placed so that those with similar vectors lie together (t-SNE), coloured by label."""
     count = len(page_data.rows_N)
-    if count < 5:
+    if count < MIN_MAP_CLIPS:
         return html_tag("p", f"{count} eval clips are too few for a map.", class_="warn")
-    placer = TSNE(perplexity=min(30, (count - 1) / 3), init="pca", random_state=0)
-    place_N2 = placer.fit_transform(page_data.features_ND)
+
+    # t-SNE needs three times as many points as its perplexity.
+    tsne = TSNE(perplexity=min(MAX_PERPLEXITY, (count - 1) / 3), init="pca", random_state=0)
+    position_N2 = tsne.fit_transform(page_data.features_ND)
     group_N, names = common_label_groups(page_data)
+
+    # A small spectrogram and a title for each clip.
     mel_BTF = read_log_mel(page_data.store, page_data.rows_N)
     span = colour_range(mel_BTF)
     mels = [mel_data_url(mel_TF, span) for mel_TF in mel_BTF]
     titles = [page_data.clip_title(row) for row in page_data.rows_N.tolist()]
-    note = f"{count} clips of the eval splits, by t-SNE of what the {page_data.model_description} says. Point at a clip to see it."
-    return join_markup(
-        html_tag("p", note, class_="soft"), clip_map_chart(place_N2, group_N, names, titles, mels)
+
+    note = (
+        f"{count} clips of the eval splits, placed by t-SNE of the {page_data.vector_description}. "
+        "Point at a clip to see it."
     )
+    chart = clip_map_chart(position_N2, group_N, names, titles, mels)
+    return join_markup(html_tag("p", note, class_="soft"), chart)
 
 
 def common_label_groups(page_data: PageData) -> tuple[np.ndarray, list[str]]:
-    """Of each clip the place of its commonest label among the commonest labels, -1 for none of these; their names."""
-    of_clips = [page_data.labels["raw"][row].to_list() for row in page_data.rows_N.tolist()]
-    common = [
-        index
-        for index, _ in Counter(index for one in of_clips for index in one).most_common(CLIP_MAP_COLOURS)
+    """The commonest label of each clip as its place among the commonest of all, -1 for none of them; their names."""
+    # Raw labels: propagated ones would put most clips under a few roots of the tree.
+    labels_of_clips = [page_data.labels["raw"][row].to_list() for row in page_data.rows_N.tolist()]
+    label_counts = Counter(label for labels in labels_of_clips for label in labels)
+    common_labels = [label for label, _ in label_counts.most_common(CLIP_MAP_COLOURS)]
+    place_of_label = {label: place for place, label in enumerate(common_labels)}
+    group_N = [
+        min((place_of_label[label] for label in labels if label in place_of_label), default=-1)
+        for labels in labels_of_clips
     ]
-    group_N = [min((common.index(index) for index in one if index in common), default=-1) for one in of_clips]
-    return np.array(group_N), [page_data.store.classes.names[index] for index in common]
+    return np.array(group_N), [page_data.store.classes.names[label] for label in common_labels]
 
 
 def neighbours_section(page_data: PageData) -> Markup:
-    """Some clips, each with those that the model finds most alike, by the cosine of standardised features."""
-    unit_ND = page_data.features_ND / np.maximum(
-        np.linalg.norm(page_data.features_ND, axis=1, keepdims=True), 1e-9
-    )
-    queries_Q = np.linspace(0, len(page_data.rows_N) - 1, min(QUERY_CLIPS, len(page_data.rows_N))).astype(int)
-    lines = []
-    for query in queries_Q:
-        alike_N = unit_ND @ unit_ND[query]
-        alike_N[query] = -np.inf
-        best = np.argsort(-alike_N, kind="stable")[: min(NEIGHBOURS_PER_QUERY, len(alike_N) - 1)]
-        mel_BTF = read_log_mel(page_data.store, page_data.rows_N[[query, *best]])
-        span = colour_range(mel_BTF)
-        cells = [
-            html_tag(
-                "div",
-                html_tag("img", src=mel_data_url(mel_TF, span), alt="log mel"),
-                html_tag("span", "asked" if place == query else f"{alike_N[place]:.2f}", class_="soft"),
-                html_tag("span", page_data.clip_title(int(page_data.rows_N[place]))),
-                class_="alike",
-            )
-            for place, mel_TF in zip([query, *best], mel_BTF, strict=True)
-        ]
-        lines.append(html_tag("div", *cells, class_="row"))
-    return html_tag("div", *lines, class_="scroll")
+    """Some clips, each with those whose vectors are most alike, by the cosine of standardised features."""
+    # Vectors of length 1: their products are cosines.
+    norm_N1 = np.linalg.norm(page_data.features_ND, axis=1, keepdims=True)
+    unit_ND = page_data.features_ND / np.maximum(norm_N1, 1e-9)
+
+    # Clips spread over all that the page shows.
+    count = len(page_data.rows_N)
+    query_places = np.linspace(0, count - 1, min(QUERY_CLIPS, count)).astype(int)
+    rows = [neighbours_row(page_data, unit_ND, int(query)) for query in query_places]
+    return html_tag("div", *rows, class_="scroll")
+
+
+def neighbours_row(page_data: PageData, unit_ND: np.ndarray, query: int) -> Markup:
+    """The clip at one place among those of the page, and its nearest neighbours beside it."""
+    # The clip itself is not its own neighbour.
+    cosine_N = unit_ND @ unit_ND[query]
+    cosine_N[query] = -np.inf
+    neighbour_count = min(NEIGHBOURS_PER_QUERY, len(cosine_N) - 1)
+    nearest = np.argsort(-cosine_N, kind="stable")[:neighbour_count]
+    places = [query, *nearest]
+
+    # One range of colours for the whole row.
+    mel_BTF = read_log_mel(page_data.store, page_data.rows_N[places])
+    span = colour_range(mel_BTF)
+    cells = [
+        html_tag(
+            "div",
+            html_tag("img", src=mel_data_url(mel_TF, span), alt="log mel"),
+            html_tag("span", "this clip" if place == query else f"{cosine_N[place]:.2f}", class_="soft"),
+            html_tag("span", page_data.clip_title(int(page_data.rows_N[place]))),
+            class_="alike",
+        )
+        for place, mel_TF in zip(places, mel_BTF, strict=True)
+    ]
+    return html_tag("div", *cells, class_="row")
 
 
 def recipe_section(run: Run) -> Markup:
-    """Every field of the recipe, what it cost, what the run is identified by."""
-    told: dict[str, Any] = {"recipe": run.recipe, "identity": run.identity, "versions": run.versions}
-    if (run.path / "compute.json").exists():
-        told = {"compute": json.loads((run.path / "compute.json").read_text())} | told
+    """Every field of the recipe, the cost of the run, the identity of its data, the versions of its software."""
+    records: dict[str, Any] = {}
+    compute_file = run.path / COMPUTE_COST_FILE
+    if compute_file.exists():
+        records["compute"] = json.loads(compute_file.read_text())
+    records |= {"recipe": run.recipe, "identity": run.identity, "versions": run.versions}
+
+    # Only the first is unfolded.
     parts = [
         html_tag(
             "details",
             html_tag("summary", name),
-            html_tag("pre", json.dumps(value, indent=1)),
+            html_tag("pre", json.dumps(record, indent=1)),
             open=number == 0 or None,
         )
-        for number, (name, value) in enumerate(told.items())
+        for number, (name, record) in enumerate(records.items())
     ]
     return join_markup(*parts)

@@ -1,5 +1,6 @@
-"""A run, seen: its curves, its masks over a real clip, its probes; PNG files, or one page."""
+"""A run as PNG files: its training curves, its masks over a real clip, the scores of its probes; or as one page."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -13,8 +14,8 @@ from ajepa.evaluate.result import EVALUATION_FILE, METRIC_TITLES, PRIMARY_METRIC
 from ajepa.pretrain.training_set import open_training_store
 from ajepa.recipes.catalogue import recipe_from_json
 from ajepa.recipes.pretrain import Pretrain
-from ajepa.report.masks import busiest_stored_view, mask_figure
-from ajepa.report.page import write_run_page
+from ajepa.report.masks import PNG_DPI, busiest_stored_view, mask_figure
+from ajepa.report.page import PROBE_KEY_PREFIXES, write_run_page
 from ajepa.training.run import Json, Run
 from pipeline.audio.mel_spec import MelSpec
 from pipeline.errors import RunError
@@ -26,111 +27,172 @@ CURVE_COLOURS = ("#4361ee", "#f72585", "#2a9d8f", "#f4a261", "#7b2cbf", "#6c757d
 
 FEATURE_COLOURS = {TRAINED: "#4361ee", RANDOM: "#9aa0b5", STATISTICS: "#f4a261"}
 
+MAX_DOTTED_VALUES = 30  # a curve of fewer values shows each as a dot
+
+BAR_STEP = 0.27  # from one kind of features to the next, where probes are 1 apart
+
+BAR_WIDTH = 0.25
+
 
 def draw_run_report(
     store: Path | str | FeatureStore, run_path: Path, out: Path | None = None, *, html: Path | None = None
 ) -> list[Path]:
-    """Draw `curves.png`, `masks.png` and of each evaluation `probes.png` into `out`; returns what was drawn.
+    """Draw a run into the folder `out`, as a page to the file `html`, or both; returns the files that were written.
 
-    Evaluations on stores that the run was not trained on are drawn as `probes-STORE.png`. With `html` all of it,
-    and what the encoder makes of clips that it never saw, on one page; of a fine-tuned run there is the page alone.
-    RunError where there is nothing to show.
+    `out` gets `curves.png`, `masks.png` and for each evaluation `probes.png`, or `probes-STORE.png` where the store
+    is not the run's own. A fine-tuned run has a page alone. RunError where there is nothing to show.
     """
+    # The run and its store, refused where they do not fit before anything is drawn.
     run = Run.open(run_path)
     if run.is_finetuned and out is not None:
-        raise RunError(f"{run.path}: is fine-tuned, of which there are no pictures to draw; leave out --out")
+        raise RunError(
+            f"{run.path}: was fine-tuned, and such a run has a page but no pictures; give --html, leave out --out"
+        )
     recipe = recipe_from_json(run.recipe)
-    if run.is_finetuned:
-        store = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
-        store.refuse_other_front_end(MelSpec.from_json(run.identity["mel"]), f"{run.path} was trained on")
-    else:
-        store = open_training_store(store, recipe)
+    store = open_report_store(store, run, recipe)
     if not run.read_metrics():
         raise RunError(f"{run.path}: nothing is logged yet; let its training take some steps first")
+
+    # The page, then the pictures.
+    written = []
     if html is not None:
         write_run_page(store, run, html)
-    if out is None:
-        return [] if html is None else [html]
-    out.mkdir(parents=True, exist_ok=True)
+        written.append(html)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, figure in run_figures(store, run, recipe).items():
+            figure.savefig(out / name, dpi=PNG_DPI)
+            written.append(out / name)
+    return written
+
+
+def open_report_store(store: Path | str | FeatureStore, run: Run, recipe: Pretrain) -> FeatureStore:
+    """The store, opened; an error where its features are not those that the run was trained on."""
+    if not run.is_finetuned:
+        return open_training_store(store, recipe)
+    if not isinstance(store, FeatureStore):
+        store = FeatureStore.open(store)
+    store.refuse_other_front_end(MelSpec.from_json(run.identity["mel"]), f"{run.path} was trained on")
+    return store
+
+
+def run_figures(store: FeatureStore, run: Run, recipe: Pretrain) -> dict[str, Figure]:
+    """The pictures of a pre-trained run, by the names of their files."""
     mel_TF = busiest_stored_view(store, recipe, run.identity["mean"], run.identity["std"])
-    masks = mask_figure(mel_TF, recipe, store.spec)
-    figures = {"curves.png": draw_training_curves(run.read_metrics(), recipe), "masks.png": masks}
-    for file in sorted(run.path.glob(f"{Path(EVALUATION_FILE).stem}*.json")):
-        name = file.name.replace(Path(EVALUATION_FILE).stem, "probes").replace(".json", ".png")
-        figures[name] = draw_probe_scores(Evaluation.read_json(file))
-    for name, figure in figures.items():
-        figure.savefig(out / name, dpi=120)
-    return [*([] if html is None else [html]), *(out / name for name in figures)]
+    figures = {
+        "curves.png": draw_training_curves(run.read_metrics(), recipe),
+        "masks.png": mask_figure(mel_TF, recipe, store.spec),
+    }
+
+    # evaluation.json, and evaluation-STORE.json for other stores.
+    evaluation_stem = Path(EVALUATION_FILE).stem
+    for file in sorted(run.path.glob(f"{evaluation_stem}*.json")):
+        name = file.stem.replace(evaluation_stem, "probes")
+        figures[f"{name}.png"] = draw_probe_scores(Evaluation.read_json(file))
+    return figures
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CurvePanel:
+    """One chart of logged values over steps."""
+
+    title: str
+    label_of_key: dict[str, str]  # key of the log: name in the legend
+    smooth: bool = False
+    starts_at_zero: bool = False
 
 
 def draw_training_curves(lines: list[Json], recipe: Pretrain) -> Figure:
     """Loss, explained share of the targets, spreads, rank, probes, rate, momentum, speed."""
+    # The charts, in the order of reading: down a column, then to the next.
+    waiting_share = np.mean([line["data_wait"] for line in lines])
+    panels = (
+        CurvePanel(title=f"loss ({recipe.model.loss})", label_of_key={"loss": "loss"}, smooth=True),
+        CurvePanel(
+            title="predictions against targets",
+            label_of_key={"explained": "explained", "cosine": "cosine"},
+            smooth=True,
+        ),
+        CurvePanel(
+            title="spread over tokens (0: collapsed)",
+            label_of_key={"target_std": "targets, before norm", "prediction_std": "predictions"},
+            smooth=True,
+            starts_at_zero=True,
+        ),
+        CurvePanel(
+            title=f"effective rank on held-out clips (of {recipe.model.encoder.width})",
+            label_of_key={"health_rank": "of tokens", "health_rank_clips": "of clips"},
+            starts_at_zero=True,
+        ),
+        CurvePanel(
+            title="mAP of probes while training",
+            label_of_key={
+                key: key.removeprefix("probe_").replace("_", ", ") for key in logged_probe_keys(lines)
+            },
+            starts_at_zero=True,
+        ),
+        CurvePanel(title="learning rate", label_of_key={"lr": "learning rate"}),
+        CurvePanel(title="target encoder's momentum", label_of_key={"momentum": "momentum"}),
+        CurvePanel(
+            title=f"clips/s (waiting for data: {waiting_share:.1%})",
+            label_of_key={"clips_per_s": "clips/s"},
+            starts_at_zero=True,
+        ),
+    )
+
+    # Two panels a column.
     figure = Figure(figsize=(15, 6), layout="constrained")
-    axes = figure.subplots(2, 4).T.flat
+    axes_of_panels = figure.subplots(2, len(panels) // 2).T.flat
     figure.suptitle(f"{recipe.name}: {lines[-1]['step']} steps of {recipe.clips_per_step} clips", fontsize=12)
-    draw_logged_curve(axes[0], lines, {"loss": "loss"}, smooth=True)
-    axes[0].set_title(f"loss ({recipe.model.loss})")
-    draw_logged_curve(axes[1], lines, {"explained": "explained", "cosine": "cosine"}, smooth=True)
-    axes[1].set_title("predictions against targets")
-    draw_logged_curve(
-        axes[2], lines, {"target_std": "targets, before norm", "prediction_std": "predictions"}, smooth=True
-    )
-    axes[2].set_title("spread over tokens (0: collapsed)")
-    axes[2].set_ylim(bottom=0)
-    draw_logged_curve(axes[3], lines, {"health_rank": "of tokens", "health_rank_clips": "of clips"})
-    axes[3].set_title(f"effective rank on held-out clips (of {recipe.model.encoder.width})")
-    axes[3].set_ylim(bottom=0)
-    draw_logged_curve(
-        axes[4],
-        lines,
-        {name: name.removeprefix("probe_").replace("_", ", ") for name in logged_probe_keys(lines)},
-    )
-    axes[4].set_title("mAP of probes under way")
-    axes[4].set_ylim(bottom=0)
-    draw_logged_curve(axes[5], lines, {"lr": "learning rate"})
-    axes[5].set_title("learning rate")
-    draw_logged_curve(axes[6], lines, {"momentum": "momentum"})
-    axes[6].set_title("target encoder's momentum")
-    draw_logged_curve(axes[7], lines, {"clips_per_s": "clips/s"})
-    waited = np.mean([line["data_wait"] for line in lines])
-    axes[7].set_title(f"clips/s (waiting for data: {waited:.1%})")
-    axes[7].set_ylim(bottom=0)
-    for each in axes:
-        each.set_xlabel("step")
+    for axes, panel in zip(axes_of_panels, panels, strict=True):
+        draw_logged_curves(axes, lines, panel.label_of_key, smooth=panel.smooth)
+        axes.set_title(panel.title)
+        axes.set_xlabel("step")
+        if panel.starts_at_zero:
+            axes.set_ylim(bottom=0)
     return figure
 
 
 def logged_probe_keys(lines: list[Json]) -> list[str]:
-    """The probes of a run, each of a kind and a label set."""
-    return sorted({key for line in lines for key in line if key.startswith(("probe_knn_", "probe_linear_"))})
+    """The keys of a run's probes, each of a kind and a label set."""
+    return sorted({key for line in lines for key in line if key.startswith(PROBE_KEY_PREFIXES)})
 
 
-def draw_logged_curve(
+def draw_logged_curves(
     axes: Axes, lines: list[Json], label_of_key: dict[str, str], *, smooth: bool = False
 ) -> None:
-    """Logged values over steps, as dots where they are few, or the words that there are none.
+    """Draw logged values over steps, as dots where they are few, or the words that there are none.
 
-    With `smooth` faint, under their running mean over a twentieth of the run.
+    With `smooth` they are faint, under their running mean over a twentieth of the run.
     """
     axes.grid(alpha=0.25)
-    for number, (name, label) in enumerate(label_of_key.items()):
+    for number, (key, label) in enumerate(label_of_key.items()):
         colour = CURVE_COLOURS[number % len(CURVE_COLOURS)]
-        step_N, value_N = (
-            np.array([(line["step"], line[name]) for line in lines if name in line]).reshape(-1, 2).T
-        )
-        dots = "." if len(step_N) < 30 else None
-        faint = 0.25 if smooth else 1.0
-        axes.plot(step_N, value_N, color=colour, alpha=faint, marker=dots, label=None if smooth else label)
-        if smooth:
-            axes.plot(step_N, running_mean(value_N, max(1, len(step_N) // 20)), color=colour, label=label)
-    if not any(name in line for line in lines for name in label_of_key):
-        axes.text(0.5, 0.5, "not looked at", ha="center", va="center", transform=axes.transAxes)
+        # Few values are dots: a line through them would hide how few.
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        point_N2 = np.array(points, float).reshape(-1, 2)
+        step_N = point_N2[:, 0]
+        value_N = point_N2[:, 1]
+        marker = "." if len(step_N) < MAX_DOTTED_VALUES else None
+        if not smooth:
+            axes.plot(step_N, value_N, color=colour, alpha=1.0, marker=marker, label=label)
+            continue
+
+        # The values faint, their mean over them.
+        axes.plot(step_N, value_N, color=colour, alpha=0.25, marker=marker)
+        mean_N = running_mean(value_N, max(1, len(step_N) // 20))
+        axes.plot(step_N, mean_N, color=colour, label=label)
+
+    # Probes and health are logged by some runs only.
+    if not any(key in line for line in lines for key in label_of_key):
+        axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes)
     elif len(label_of_key) > 1:
         axes.legend(fontsize=8)
 
 
 def running_mean(value_N: np.ndarray, width: int) -> np.ndarray:
     """The mean of each value and up to `width` before it."""
+    # Differences of running totals: the cost does not grow with the width.
     total_N = np.cumsum(np.concatenate([[0.0], value_N]))
     end_N = np.arange(1, len(value_N) + 1)
     start_N = np.maximum(0, end_N - width - 1)
@@ -139,42 +201,47 @@ def running_mean(value_N: np.ndarray, width: int) -> np.ndarray:
 
 def draw_probe_scores(evaluation: Evaluation) -> Figure:
     """Bars of mAP or accuracy with their intervals: encoder, random one, log-mel statistics; a line at chance."""
-    sets = evaluation.label_sets
-    asked = list(dict.fromkeys(score.probe for score in evaluation.scores))
-    figure = Figure(figsize=((1.6 + len(asked)) * 1.4 * len(sets), 3.6), layout="constrained")
-    panes = figure.subplots(1, len(sets), sharey=True, squeeze=False)[0]
-    for axes, label_set in zip(panes, sets, strict=True):
-        for place, (name, colour) in enumerate(FEATURE_COLOURS.items()):
-            told = [
-                (i, s)
-                for i, probe in enumerate(asked)
-                for s in evaluation.scores
-                if (s.features, s.probe, s.label_set) == (name, probe, label_set)
+    # A chart for each label set.
+    label_sets = evaluation.label_sets
+    probes = list(dict.fromkeys(score.probe for score in evaluation.scores))
+    size_inches = ((1.6 + len(probes)) * 1.4 * len(label_sets), 3.6)
+    figure = Figure(figsize=size_inches, layout="constrained")
+    axes_of_sets = figure.subplots(1, len(label_sets), sharey=True, squeeze=False)[0]
+    for axes, label_set in zip(axes_of_sets, label_sets, strict=True):
+        scores = [score for score in evaluation.scores if score.label_set == label_set]
+
+        # A group of bars for each probe, in it one for each kind of features that was probed.
+        for number, (features, colour) in enumerate(FEATURE_COLOURS.items()):
+            shift = BAR_STEP * (number - 1)
+            placed_estimates = [
+                (place + shift, score.primary_estimate)
+                for place, probe in enumerate(probes)
+                for score in scores
+                if (score.features, score.probe) == (features, probe)
             ]
-            draw_score_bars(
-                axes, [(i + 0.27 * (place - 1), s.primary_estimate) for i, s in told], colour, name
-            )
-        one = next(score for score in evaluation.scores if score.label_set == label_set)
-        axes.axhline(one.chance, color="black", linestyle=":", label="chance")
-        axes.set_xticks(range(len(asked)), [PROBE_TITLES[probe] for probe in asked])
-        axes.set_title(f"{label_set} labels: {METRIC_TITLES[PRIMARY_METRIC[one.kind]]}", fontsize=10)
+            draw_score_bars(axes, placed_estimates, colour, features)
+
+        # Chance depends on the clips, not on features or probe.
+        first = scores[0]
+        axes.axhline(first.chance, color="black", linestyle=":", label="chance")
+        axes.set_xticks(range(len(probes)), [PROBE_TITLES[probe] for probe in probes])
+        axes.set_title(f"{label_set} labels: {METRIC_TITLES[PRIMARY_METRIC[first.kind]]}", fontsize=10)
         axes.set_ylim(0, 1.05)
-    panes[0].legend(fontsize=8, loc="upper left")
-    step, store = evaluation.protocol["step"], evaluation.protocol["store"]
-    figure.suptitle(f"Frozen features at step {step} on {store}", fontsize=11)
+    axes_of_sets[0].legend(fontsize=8, loc="upper left")
+    protocol = evaluation.protocol
+    figure.suptitle(f"Frozen features at step {protocol.step} on {protocol.store_name}", fontsize=11)
     return figure
 
 
 def draw_score_bars(
     axes: Axes, placed_estimates: list[tuple[float, MetricEstimate]], colour: str, label: str
 ) -> None:
-    """A bar for each place and estimate, its interval as a line, its value above that."""
-    values = [estimate.value for _, estimate in placed_estimates]
-    ends = [
-        [max(0.0, e.value - e.low) for _, e in placed_estimates],
-        [max(0.0, e.high - e.value) for _, e in placed_estimates],
-    ]
-    drawn = axes.bar(
-        [place for place, _ in placed_estimates], values, 0.25, color=colour, label=label, yerr=ends
-    )
-    axes.bar_label(drawn, fmt="%.3f", fontsize=7, padding=2)
+    """Draw a bar for each place and estimate, its interval as a line, its value above that."""
+    places = [place for place, _ in placed_estimates]
+    estimates = [estimate for _, estimate in placed_estimates]
+    values = [estimate.value for estimate in estimates]
+    # The interval may lie beside the value: a bar's line has no negative ends.
+    below = [max(0.0, estimate.value - estimate.low) for estimate in estimates]
+    above = [max(0.0, estimate.high - estimate.value) for estimate in estimates]
+    bars = axes.bar(places, values, BAR_WIDTH, color=colour, label=label, yerr=[below, above])
+    axes.bar_label(bars, fmt="%.3f", fontsize=7, padding=2)

@@ -10,32 +10,38 @@ from ajepa.training.memory import BYTES_PER_GB, pretrain_memory
 
 
 def list_recipes() -> str:
-    """Each recipe's name, steps and clips per step, what a step needs in memory, and its docstring."""
+    """Each recipe's name, steps and clips per step, docstring, and the memory that a step of pre-training needs."""
     blocks = ["To pre-train:"]
-    for name, made in ((name, make()) for name, make in PRETRAIN_RECIPES.items()):
-        head = f"{name}: {made.steps:,} steps of {made.clips_per_step} clips, mel spec {made.mel}"
-        blocks.append(f"{head}\n{wrapped_docstring(PRETRAIN_RECIPES[name])}\n  {step_memory_line(made)}")
+    for name, make_pretrain in PRETRAIN_RECIPES.items():
+        pretrain = make_pretrain()
+        head = f"{name}: {pretrain.steps:,} steps of {pretrain.clips_per_step} clips, mel spec {pretrain.mel}"
+        blocks.append(f"{head}\n{wrapped_docstring(make_pretrain)}\n  {step_memory_line(pretrain)}")
+
+    # Recipes without a number of steps count epochs: the steps depend on the store.
     blocks.append("To fine-tune (ajepa-train finetune):")
-    for name, tune in ((name, make()) for name, make in FINETUNE_RECIPES.items()):
-        length = f"{tune.steps:,} steps" if tune.steps else f"{tune.epochs} epochs in steps"
-        counts = f"{length} of {tune.clips_per_step} clips"
-        blocks.append(
-            f"{name}: {classifier_kind_name(tune.model)}, {counts}, mel spec {tune.mel}\n{wrapped_docstring(FINETUNE_RECIPES[name])}"
+    for name, make_finetune in FINETUNE_RECIPES.items():
+        finetune = make_finetune()
+        length = f"{finetune.steps:,} steps" if finetune.steps else f"{finetune.epochs} epochs in steps"
+        head = (
+            f"{name}: {classifier_kind_name(finetune.model)}, {length} of {finetune.clips_per_step} clips, "
+            f"mel spec {finetune.mel}"
         )
+        blocks.append(f"{head}\n{wrapped_docstring(make_finetune)}")
     return "\n\n".join(blocks)
 
 
 def wrapped_docstring(recipe: Callable[[], object]) -> str:
-    """What its docstring says, filled to the width of a terminal."""
+    """The docstring of a recipe, filled to the width of a terminal."""
     lines = (line.strip() for line in (recipe.__doc__ or "").strip().splitlines())
     text = " ".join(line for line in lines if line)
     return textwrap.fill(text, width=78, initial_indent="  ", subsequent_indent="  ")
 
 
 def step_memory_line(recipe: Pretrain) -> str:
-    """What a step of it needs, in each precision, and the least."""
-    fp32, bf16, least = (
-        pretrain_memory(recipe, bf16=half, recompute=recompute).total_bytes / BYTES_PER_GB
-        for half, recompute in ((False, False), (True, False), (True, True))
+    """The memory that a step needs in each precision, and the least that it can do with."""
+    fp32_gb = pretrain_memory(recipe, bf16=False).total_bytes / BYTES_PER_GB
+    bf16_gb = pretrain_memory(recipe, bf16=True).total_bytes / BYTES_PER_GB
+    least_gb = pretrain_memory(recipe, bf16=True, recompute=True).total_bytes / BYTES_PER_GB
+    return (
+        f"Memory: {fp32_gb:.3g} GB in fp32, {bf16_gb:.3g} in bf16, {least_gb:.3g} in bf16 with --recompute."
     )
-    return f"Memory: {fp32:.3g} GB in fp32, {bf16:.3g} in bf16, {least:.3g} in bf16 with --recompute."

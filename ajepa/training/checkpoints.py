@@ -1,4 +1,4 @@
-"""Checkpoint: a folder of safetensors with digests, whole or absent; which of them stay."""
+"""Checkpoints: folders of safetensors with digests, each whole or absent, and the rule which of them stay."""
 
 import errno
 import hashlib
@@ -23,7 +23,7 @@ STATE_FILE = "state.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """What training stands on after `step` steps: named tensors, one safetensors file per part."""
+    """Everything that training needs to go on after `step` steps: named tensors, one safetensors file per part."""
 
     step: int
     parts: dict[str, dict[str, Tensor]]
@@ -38,6 +38,7 @@ class BestCheckpoint:
 
 
 def step_of_folder(folder: Path) -> int:
+    """The step in the name of a checkpoint's folder."""
     return int(folder.name.removeprefix("step-"))
 
 
@@ -47,40 +48,40 @@ def complete_checkpoints(parent: Path) -> list[Path]:
 
 
 def find_best_checkpoint(folders: Sequence[Path]) -> BestCheckpoint | None:
-    """The highest score that any was written with, of equal ones the latest."""
-    scores = (
-        (step_of_folder(folder), json.loads((folder / STATE_FILE).read_text()).get("score"))
-        for folder in folders
-    )
-    return max(
-        (BestCheckpoint(score=score, step=step) for step, score in scores if score is not None), default=None
-    )
+    """The checkpoint with the highest score, of equal ones the latest; None where none was written with a score."""
+    scored = []
+    for folder in folders:
+        score = json.loads((folder / STATE_FILE).read_text()).get("score")
+        if score is not None:
+            scored.append(BestCheckpoint(score=score, step=step_of_folder(folder)))
+    return max(scored, default=None)
 
 
 def read_checkpoint(folder: Path, parts: Sequence[str] = ()) -> Checkpoint:
-    """The parts named, or all; RunError where their bytes are not those that were written."""
+    """The named parts of a checkpoint, or all of them; RunError where a file's bytes have changed."""
     state = json.loads((folder / STATE_FILE).read_text())
     names = parts or tuple(state["sha256"])
+
+    # Check every part before the first is loaded.
     for name in names:
         refuse_damaged_part(folder / f"{name}.safetensors", state["sha256"][name])
-    return Checkpoint(
-        step=state["step"], parts={name: load_file(folder / f"{name}.safetensors") for name in names}
-    )
+    tensors = {name: load_file(folder / f"{name}.safetensors") for name in names}
+    return Checkpoint(step=state["step"], parts=tensors)
 
 
 def write_checkpoint(parent: Path, checkpoint: Checkpoint, score: float | None) -> None:
-    """Write `checkpoint` into a folder of its own, whole or not at all, its score with it."""
-    place = parent / f"step-{checkpoint.step:08d}"
+    """Write `checkpoint` and its score into a folder of its own, whole or not at all."""
+    folder = parent / f"step-{checkpoint.step:08d}"
     parent.mkdir(exist_ok=True)
-    scratch = place.with_name(f"{place.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    scratch = folder.with_name(f"{folder.name}.{os.getpid()}{PARTIAL_SUFFIX}")
     scratch.mkdir()
     write_checkpoint_parts(scratch, checkpoint, score)
-    scratch.rename(place)
+    scratch.rename(folder)
     sync_to_disk(parent)
 
 
 def write_checkpoint_parts(folder: Path, checkpoint: Checkpoint, score: float | None) -> None:
-    """Every part and then `state.json` with their digests, each forced to the disk."""
+    """Write every part and then `state.json` with the digests, each forced to the disk."""
     digests = {}
     for name, tensors in checkpoint.parts.items():
         file = folder / f"{name}.safetensors"
@@ -94,11 +95,13 @@ def write_checkpoint_parts(folder: Path, checkpoint: Checkpoint, score: float | 
 
 
 def write_safetensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file, readable by whom other files are; OSError where the disk is full, as of any other file."""
+    """Write a safetensors file with the permissions of any other file; OSError where the disk is full."""
+    # safetensors would let only the owner read it: take the permissions that an empty file gets.
     file.touch()
-    mode = file.stat().st_mode  # safetensors would shut out all but its owner
+    mode = file.stat().st_mode
+    contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     try:
-        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, file, metadata)
+        save_file(contiguous, file, metadata)
     except SafetensorError as error:
         if "No space left" not in str(error):
             raise
@@ -111,20 +114,21 @@ def remove_old_checkpoints(folders: Sequence[Path], *, keep: int, keep_every: in
     best = find_best_checkpoint(folders)
     for folder in folders[:-keep]:
         step = step_of_folder(folder)
-        if (best and step == best.step) or (keep_every and step % keep_every == 0):
+        is_best = best is not None and step == best.step
+        if is_best or (keep_every and step % keep_every == 0):
             continue
-        # renamed first: a crash halfway through must not leave a folder that looks like a checkpoint
+        # Rename first: a crash halfway through must not leave a folder that looks like a checkpoint.
         shutil.rmtree(folder.rename(folder.with_name(folder.name + PARTIAL_SUFFIX)))
 
 
 def refuse_full_disk(path: Path, checkpoint: Checkpoint) -> None:
     """RunError where `checkpoint` does not fit beside the older ones, which go only once it is whole."""
-    needed = sum(tensor.nbytes for part in checkpoint.parts.values() for tensor in part.values())
-    free = shutil.disk_usage(path).free
-    if needed > free:
-        told = f"step {checkpoint.step} needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free"
+    needed_bytes = sum(tensor.nbytes for part in checkpoint.parts.values() for tensor in part.values())
+    free_bytes = shutil.disk_usage(path).free
+    if needed_bytes > free_bytes:
         raise RunError(
-            f"{path}: no space for the checkpoint ({told}); make room, then run the same command again"
+            f"{path}: no space for the checkpoint (step {checkpoint.step} needs {needed_bytes / 1e6:.0f} MB, "
+            f"{free_bytes / 1e6:.0f} MB are free); make room, then run the same command again"
         )
 
 
@@ -135,8 +139,8 @@ def checkpoint_file_sha256(file: Path) -> str:
 
 
 def refuse_damaged_part(file: Path, expected: str) -> None:
-    """RunError where the bytes of `file` are not those that were written."""
+    """RunError where `file` is missing, or its digest is not the one that was written with it."""
     if not file.is_file() or checkpoint_file_sha256(file) != expected:
         raise RunError(
-            f"{file}: damaged (its digest differs); remove {file.parent} to go back to the one before"
+            f"{file}: damaged (its digest differs); remove {file.parent} to go back to the checkpoint before it"
         )

@@ -1,4 +1,4 @@
-"""What computes: the device asked for, and the precision its hardware is fast in."""
+"""The device that computes, and the precision that its hardware is fast in."""
 
 import os
 from dataclasses import dataclass
@@ -10,12 +10,17 @@ from pipeline.errors import RunError
 
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
 
-PRECISION_VARIABLE = "AJEPA_PRECISION"  # of the environment: what `auto` means, so that unlike machines agree
+PRECISION_VARIABLE = (
+    "AJEPA_PRECISION"  # environment variable: what `auto` means, so that unlike machines agree
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Precision:
-    """The numbers that most of a step is computed in (weights and their updates are float32), and that in words."""
+    """The numbers that most of a step is computed in, and their description for the user.
+
+    Weights and their updates are float32 in every precision.
+    """
 
     dtype: torch.dtype
     description: str
@@ -31,16 +36,18 @@ class Precision:
         return self.dtype == torch.float16
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        return torch.autocast(
-            device.type, self.dtype if self.is_half else torch.bfloat16, enabled=self.is_half
-        )
+        """The context in which a model computes in this precision; it changes nothing in fp32."""
+        # A disabled autocast has no use for its type, but refuses float32 all the same.
+        half_dtype = self.dtype if self.is_half else torch.bfloat16
+        return torch.autocast(device.type, half_dtype, enabled=self.is_half)
 
 
 def pick_precision(name: PrecisionName, device: torch.device) -> Precision:
-    """The precision of that name; `auto` is what AJEPA_PRECISION says, else bf16 where the hardware multiplies it.
+    """The precision of that name. `auto` is AJEPA_PRECISION if it is set, else bf16 where the hardware has it.
 
-    RunError for fp16 on a CPU, or an unknown name.
+    RunError for fp16 on a CPU, or for an unknown name.
     """
+    # Find the name that counts, and where it comes from: an error says so.
     option = f"--precision {name}"
     if name == "auto" and PRECISION_VARIABLE in os.environ:
         name = os.environ[PRECISION_VARIABLE]  # type: ignore[assignment]  # checked below
@@ -49,46 +56,58 @@ def pick_precision(name: PrecisionName, device: torch.device) -> Precision:
         raise RunError(f"{option}: expected {', '.join(get_args(PrecisionName))}")
     if name == "fp16" and device.type == "cpu":
         raise RunError(f"{option}: computes on CUDA devices only; on a CPU use auto, bf16 or fp32")
+
+    # A named precision is used as it is, `auto` asks the hardware.
     if name == "fp32":
         return Precision(dtype=torch.float32, description="fp32, as asked")
     if name == "fp16":
         return Precision(dtype=torch.float16, description="fp16 autocast with a scaled loss, as asked")
     has_bf16, description = hardware_precision(device)
-    if name == "bf16" and not has_bf16:
+    if has_bf16:
+        return Precision(dtype=torch.bfloat16, description=description)
+    if name == "bf16":
         return Precision(dtype=torch.bfloat16, description="bf16 autocast, as asked; emulated and slow")
-    return Precision(dtype=torch.bfloat16 if has_bf16 else torch.float32, description=description)
+    return Precision(dtype=torch.float32, description=description)
 
 
 def hardware_precision(device: torch.device) -> tuple[bool, str]:
-    """Whether to run in bf16 autocast (only where the hardware multiplies it), and that in words."""
+    """Whether the hardware multiplies bf16 itself, and a description of the precision that follows from it."""
     if device.type == "cuda":
+        gpu_name = torch.cuda.get_device_name(device)
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return True, f"bf16 autocast on {torch.cuda.get_device_name(device)}"
-        return False, f"fp32: {torch.cuda.get_device_name(device)} has no bf16"
+            return True, f"bf16 autocast on {gpu_name}"
+        return False, f"fp32: {gpu_name} has no bf16"
     if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
         return True, "bf16 autocast on the CPU (AMX or AVX512-BF16)"
     return False, "fp32: this CPU has neither AMX nor AVX512-BF16"
 
 
 def pick_device(name: str, gpu_index: int | None = None) -> torch.device:
-    """`cpu`, `cuda` or `auto` (CUDA where there is one); RunError where CUDA is asked for and absent.
+    """The device of that name, `cpu`, `cuda`, or `auto`: CUDA where there is a GPU. RunError where CUDA is absent.
 
-    `number`: which GPU, where several processes of this machine take one each; it becomes the current one.
+    `gpu_index`: the GPU of this process, where several processes of a machine take one each. It becomes torch's
+    current device.
     """
+    # Refuse what is not there.
     if name not in ("auto", "cpu", "cuda"):
         raise RunError(f"--device {name}: expected auto, cpu or cuda")
-    found = torch.cuda.is_available()
-    if name == "cuda" and not found:
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
         raise RunError(
             "--device cuda: torch finds no CUDA device here; check nvidia-smi, or use --device cpu"
         )
-    if name == "cpu" or not found:
+
+    # One process on the CPU, or on the first GPU.
+    if name == "cpu" or not has_cuda:
         return torch.device("cpu")
     if gpu_index is None:
         return torch.device("cuda")
-    if gpu_index >= torch.cuda.device_count():
+
+    # One of several processes, each on a GPU of its own.
+    gpu_count = torch.cuda.device_count()
+    if gpu_index >= gpu_count:
         raise RunError(
-            f"{torch.cuda.device_count()} GPUs here; give torchrun as many --nproc-per-node, or fewer"
+            f"this machine has {gpu_count} GPUs; give torchrun that number as --nproc-per-node, or a smaller one"
         )
     torch.cuda.set_device(gpu_index)
     return torch.device("cuda", gpu_index)

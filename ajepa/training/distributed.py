@@ -1,10 +1,10 @@
-"""Rank, number of ranks, what they agree on, and how they end together: the processes of `torchrun`."""
+"""The processes that torchrun starts: their ranks, the sums that they agree on, and how they end together."""
 
 import inspect
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,14 +17,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.errors import RUN_AGAIN_STATUS, STOP_SIGNALS, InputError, RunError, StopSignal
 
-RANK_TIMEOUT = timedelta(hours=2)  # of ranks that wait for one that probes, or writes a checkpoint
+RANK_TIMEOUT = timedelta(hours=2)  # how long ranks wait for one that probes, or writes a checkpoint
+
+REPORTED_KEY = "ajepa/reported"  # in the store that all ranks share: how many of them have met an error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class World:
-    """Which of `size` processes this one is; each takes an equal share of every step.
+    """Which of `size` processes this one is. Each takes an equal share of every step.
 
-    `local_rank` and `local_size` count those of this machine.
+    `local_rank` and `local_size` count the processes of this machine alone.
     """
 
     rank: int = 0
@@ -34,61 +36,70 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process is the one that writes and tells."""
+        """Whether this process is the one that writes and prints."""
         return self.rank == 0
 
+    def main_rank_only(self, say: Callable[[str], None]) -> Callable[[str], None]:
+        """`say` on the main rank; on the others a function that does nothing, so that a line appears once."""
+        return say if self.is_main else lambda line: None
+
     def clips_per_rank(self, clips: int) -> int:
-        """Clips of each rank; RunError where they cannot be dealt evenly."""
+        """How many clips of a step each rank takes; RunError where they cannot be dealt evenly."""
         if clips % self.size:
-            near = clips // self.size * self.size
-            told = f"{clips} clips a step cannot be dealt to {self.size} ranks evenly"
-            fits = f"{near} or {near + self.size}" if near else f"{self.size}"
-            raise RunError(f"{told}; choose --batch {fits}, or another number of ranks")
+            lower = clips // self.size * self.size
+            batches = f"{lower} or {lower + self.size}" if lower else f"{self.size}"
+            raise RunError(
+                f"{clips} clips a step cannot be dealt to {self.size} ranks evenly; "
+                f"choose --batch {batches}, or another number of ranks"
+            )
         return clips // self.size
 
     def sum_over_ranks(self, *values: float) -> list[float]:
-        """Each value summed over all ranks, exact for whole numbers; RunError where a rank is no more."""
+        """Each value summed over all ranks, exact for whole numbers; RunError where a rank has ended."""
         if self.size == 1:
             return list(values)
-        total_N = torch.tensor(values, dtype=torch.float64)  # on the CPU: no GPU is waited for
+        total_N = torch.tensor(values, dtype=torch.float64)  # on the CPU: no rank waits for its GPU
         with naming_lost_ranks():
             dist.all_reduce(total_N)
         return total_N.tolist()
 
     def copy_from_main_rank(self, model: nn.Module) -> None:
-        """Have the model of every rank hold what the main rank's holds; RunError where that is no more."""
-        for value in model.state_dict().values() if self.size > 1 else ():
+        """Give the model of every rank the main rank's weights and buffers; RunError where a rank has ended."""
+        if self.size == 1:
+            return
+        for value in model.state_dict().values():
             with naming_lost_ranks():
                 dist.broadcast(value, 0)
 
     def wait_for_ranks(self) -> None:
-        """Until every rank is here."""
+        """Wait until every rank has come to this line."""
         self.sum_over_ranks(0)
 
     def wrap_in_ddp(self, model: nn.Module) -> nn.Module:
         """The model, with gradients that are means over the ranks after each backward pass.
 
-        DistributedDataParallel rather than one all-reduce after it: the same result, but it sums each 25 MB of
-        gradients while the rest is still being computed, which on GPUs hides most of the time it takes. One
-        process needs no wrapper, and buffers are constants.
+        DistributedDataParallel rather than one all-reduce afterwards: the same result, but it sums each 25 MB of
+        gradients while the rest is still being computed, which on GPUs hides most of the time that it takes.
         """
         if self.size == 1:
             return model
-        # torch 2.14 has another name for it, and warns of the old one
-        named = inspect.signature(DistributedDataParallel).parameters
-        synced = "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers"
-        how: dict[str, Any] = {synced: False, "gradient_as_bucket_view": True}
-        return DistributedDataParallel(model, **how)
+
+        # Buffers are constants here. torch 2.14 renamed the option that says so, and warns of the old name.
+        parameters = inspect.signature(DistributedDataParallel).parameters
+        sync_option = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
+        options: dict[str, Any] = {sync_option: False, "gradient_as_bucket_view": True}
+        return DistributedDataParallel(model, **options)
 
 
 @contextmanager
 def naming_lost_ranks() -> Iterator[None]:
-    """RunError where a rank that others wait for is no more."""
+    """Turn torch's error about a rank that has ended into a RunError that says where to look."""
     try:
         yield
-    except RuntimeError:  # gloo's only kind
+    except RuntimeError:  # gloo has no other kind
         raise RunError(
-            "another rank is no more: its message says why, without one it was killed; run the same command again"
+            "another rank has ended: its own message says why, without one it was killed; "
+            "run the same command again"
         ) from None
 
 
@@ -96,47 +107,53 @@ SINGLE_PROCESS = World()
 
 
 def world_from_environment() -> World:
-    """What torchrun's environment variables say; without them, one process alone."""
-    names = {
+    """The world that torchrun's environment variables describe; without them a single process."""
+    variables = {
         "rank": "RANK",
         "size": "WORLD_SIZE",
         "local_rank": "LOCAL_RANK",
         "local_size": "LOCAL_WORLD_SIZE",
     }
-    if not all(name in os.environ for name in names.values()):
+    if not all(variable in os.environ for variable in variables.values()):
         return SINGLE_PROCESS
-    return World(**{field: int(os.environ[name]) for field, name in names.items()})
+    return World(**{field: int(os.environ[variable]) for field, variable in variables.items()})
 
 
 @contextmanager
 def join_ranks() -> Iterator[World]:
-    """The ranks that torchrun started, connected: gloo between CPUs, NCCL between GPUs; within it, itself.
+    """Connect the ranks that torchrun started, by gloo between CPUs and NCCL between GPUs, for a `with` block.
 
-    The first rank that ends with an error of ours, or interrupted, says so; the others end without a word and
-    with the same status.
+    The first rank that meets an error of ours, or a stop signal, raises it; the others end without a message and
+    with the same exit status. Within another such block, and in a single process, nothing is connected.
     """
     world = world_from_environment()
     if world.size == 1 or dist.is_initialized():
         yield world
         return
+
+    # Connect.
     store, _, _ = next(dist.rendezvous("env://"))
     backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(
         backends, store=store, rank=world.rank, world_size=world.size, timeout=RANK_TIMEOUT
     )
+
+    # Run the block; of all ranks that fail, one reports.
     try:
         yield world
-    except (InputError, OSError, StopSignal) as end:
+    except (InputError, OSError, StopSignal) as error:
         ignore_stop_signals()
-        if store.add("ajepa/told", 1) == 1:
+        is_first = store.add(REPORTED_KEY, 1) == 1
+        if is_first:
             raise
-        raise SystemExit(RUN_AGAIN_STATUS if isinstance(end, StopSignal) else 1) from None
-    # only here: after an error it could wait for what others will never send; the process ends anyway
+        raise SystemExit(RUN_AGAIN_STATUS if isinstance(error, StopSignal) else 1) from None
+
+    # Only here: after an error this could wait for messages that no rank will send, and the process ends anyway.
     dist.destroy_process_group()
 
 
 def ignore_stop_signals() -> None:
-    """This process ends by itself now; torchrun, which terminates all ranks when one has ended, need not."""
+    """Ignore stop signals from now on: torchrun terminates all ranks when one ends, and this one ends by itself."""
     if threading.current_thread() is threading.main_thread():
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,10 @@
-"""What a step of a classifier takes: operations, and memory before its first step."""
+"""The cost of a training step: tokens, and floating-point operations by formula, of every kind of model.
+
+Counted are the matrix products, a multiplication and an addition each: those of the forward pass, attention's two
+among them, and two of the same size for each in the backward pass. Not counted are norms, activations, softmax,
+loss, optimiser and moving averages, which are no matrix products, and the scores that a fused attention kernel
+computes a second time.
+"""
 
 from dataclasses import dataclass
 from functools import cache
@@ -17,49 +23,58 @@ from ajepa.recipes.finetune import Finetune
 from ajepa.recipes.pretrain import Pretrain
 from ajepa.training.meter import ComputeCost
 
+MATMUL_PASSES = 3  # forward, and in the backward pass a gradient for each of the two factors
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepShape:
-    """How many tokens a step handles: `clips` of all ranks, and the masks of each of their mask sets."""
+    """How many tokens a step of pre-training handles: its clips, of all ranks, and the masks of each mask set."""
 
     clips: int
-    context_tokens: int  # tokens that the context encoder sees of a row
-    target_groups: int  # of targets
+    context_tokens: int  # that the context encoder sees of a row
+    target_groups: int
     tokens_per_group: int  # targets in a group
 
 
-def pretrain_step_flop(recipe: Pretrain, shape: StepShape, *, recompute: bool = False) -> int:
-    """Floating-point operations of the matrix products of a step, a multiplication and an addition each.
-
-    Attention's two products are among them, and those of the backward pass: two for each of the forward pass,
-    but one for the patch embedding, whose input needs no gradient. With `recompute`, blocks run forward once
-    more, but for their last product, which nothing needs. Left out are norms, activations, softmax, loss,
-    optimiser and moving average, which are no such products, and the scores that a fused attention kernel
-    computes a second time.
-    """
-    model, rows = recipe.model, shape.clips * recipe.mask_sets
-    encoder, predictor, grid = (
-        transformer_spec_of(model.encoder),
-        transformer_spec_of(model.predictor),
-        model.encoder.grid,
+def pretrain_step_cost(recipe: Pretrain, shape: StepShape, *, recompute: bool) -> ComputeCost:
+    """The cost of one step of pre-training."""
+    rows = shape.clips * recipe.mask_sets
+    has_teacher = recipe.model.targets == "teacher"
+    return ComputeCost(
+        step=1,
+        clips=shape.clips,
+        context_tokens=rows * shape.context_tokens,
+        predicted_tokens=rows * shape.target_groups * shape.tokens_per_group,
+        teacher_tokens=shape.clips * recipe.model.encoder.grid.tokens if has_teacher else 0,
+        flop=pretrain_step_flop(recipe, shape, recompute=recompute),
     )
-    sequences, length = rows * shape.target_groups, shape.context_tokens + shape.tokens_per_group
-    passes = 3  # forward, and a gradient for each of the two that a product is of
-    flop = passes * matmul_flop(rows * shape.context_tokens, encoder.width, predictor.width)
-    flop += passes * matmul_flop(sequences * shape.tokens_per_group, predictor.width, model.target_width)
-    flop += (passes - 1) * matmul_flop(rows * shape.context_tokens, grid.patch_values, encoder.width)
-    for stack, count, tokens, last in (
-        (encoder, rows, shape.context_tokens, shape.context_tokens),
-        (predictor, sequences, length, shape.tokens_per_group),
-    ):
-        flop += (passes + recompute) * blocks_flop(stack, count, tokens, last)
-        if recompute:
-            flop -= skipped_product_flop(stack, count * (tokens * (stack.depth - 1) + last))
+
+
+def pretrain_step_flop(recipe: Pretrain, shape: StepShape, *, recompute: bool = False) -> int:
+    """Floating-point operations of a step of pre-training, forward and backward; see the top of this file."""
+    model = recipe.model
+    grid = model.encoder.grid
+    encoder = transformer_spec_of(model.encoder)
+    predictor = transformer_spec_of(model.predictor)
+    rows = shape.clips * recipe.mask_sets
+    groups = rows * shape.target_groups
+
+    # Context encoder. The patch embedding has one gradient less: its input needs none.
+    flop = (MATMUL_PASSES - 1) * matmul_flop(rows * shape.context_tokens, grid.patch_values, encoder.width)
+    flop += trained_blocks_flop(
+        encoder, rows, shape.context_tokens, shape.context_tokens, recompute=recompute
+    )
+
+    # Predictor: its way in, blocks over context and targets together, and the targets' way out.
+    length = shape.context_tokens + shape.tokens_per_group
+    flop += MATMUL_PASSES * matmul_flop(rows * shape.context_tokens, encoder.width, predictor.width)
+    flop += trained_blocks_flop(predictor, groups, length, shape.tokens_per_group, recompute=recompute)
+    flop += MATMUL_PASSES * matmul_flop(groups * shape.tokens_per_group, predictor.width, model.target_width)
     if model.clip_weight:
-        flop += passes * matmul_flop(rows, encoder.width, model.target_width)
-    flop += matmul_flop(
-        shape.clips * grid.tokens, grid.patch_values, model.target_width
-    )  # teacher or cosines
+        flop += MATMUL_PASSES * matmul_flop(rows, encoder.width, model.target_width)
+
+    # Targets, forward alone: the teacher on whole clips, or cosines of their patches.
+    flop += matmul_flop(shape.clips * grid.tokens, grid.patch_values, model.target_width)
     if model.targets == "teacher":
         flop += blocks_flop(encoder, shape.clips, grid.tokens, grid.tokens)
     return flop
@@ -71,68 +86,71 @@ def matmul_flop(rows: int, inner: int, columns: int) -> int:
 
 
 def blocks_flop(stack: TransformerSpec, sequences: int, length: int, last_tokens: int) -> int:
-    """Operations of all blocks, forward, on so many sequences of `length` tokens; of the last block `last` come out.
+    """Operations of all blocks, forward, on `sequences` of `length` tokens; the last block outputs `last_tokens` each.
 
-    A block has four square matrices in attention and eight in its MLP, and the two products of each token with
-    every token of its sequence. Two of the matrices, keys and values, see all tokens of the last block.
+    A block has four square matrices in attention and eight in its MLP, and two products of each token with every
+    token of its sequence. Two of the matrices, keys and values, see all tokens of the last block.
     """
 
-    def one_block_flop(asking: int) -> int:
-        seen = 2 * matmul_flop(sequences * length, stack.width, stack.width)
-        matrices = 10 * matmul_flop(sequences * asking, stack.width, stack.width)
-        return seen + matrices + 2 * matmul_flop(sequences * asking, stack.width, length)
+    def one_block_flop(output_tokens: int) -> int:
+        keys_and_values = 2 * matmul_flop(sequences * length, stack.width, stack.width)
+        other_matrices = 10 * matmul_flop(sequences * output_tokens, stack.width, stack.width)
+        attention = 2 * matmul_flop(sequences * output_tokens, stack.width, length)
+        return keys_and_values + other_matrices + attention
 
     return (stack.depth - 1) * one_block_flop(length) + one_block_flop(last_tokens)
 
 
-def skipped_product_flop(stack: TransformerSpec, tokens: int) -> int:
-    """The last product of the blocks: autograd does not ask for it again unless something multiplies it."""
-    multiplied = stack.layer_scale or stack.drop_path
-    return 0 if multiplied else matmul_flop(tokens, 4 * stack.width, stack.width)
+def trained_blocks_flop(
+    stack: TransformerSpec,
+    sequences: int,
+    length: int,
+    last_tokens: int,
+    *,
+    recompute: bool,
+    is_output_masked: bool = False,
+) -> int:
+    """Operations of all blocks in a training step: forward, backward, and with `recompute` forward once more.
 
-
-def pretrain_step_cost(recipe: Pretrain, shape: StepShape, *, recompute: bool) -> ComputeCost:
-    """What one step of pre-training takes."""
-    rows, tokens = shape.clips * recipe.mask_sets, recipe.model.encoder.grid.tokens
-    return ComputeCost(
-        step=1,
-        clips=shape.clips,
-        context_tokens=rows * shape.context_tokens,
-        predicted_tokens=rows * shape.target_groups * shape.tokens_per_group,
-        teacher_tokens=shape.clips * tokens if recipe.model.targets == "teacher" else 0,
-        flop=pretrain_step_flop(recipe, shape, recompute=recompute),
-    )
-
-
-MATMUL_PASSES = 3  # forward, and a gradient for each of the two that a product is of
+    A recomputed block leaves out its last product, whose result no gradient needs, unless that result is multiplied
+    by something: a layer's scale, drop path, or a mask (`is_output_masked`).
+    """
+    flop = (MATMUL_PASSES + recompute) * blocks_flop(stack, sequences, length, last_tokens)
+    is_output_multiplied = stack.layer_scale or stack.drop_path or is_output_masked
+    if recompute and not is_output_multiplied:
+        output_tokens = sequences * (length * (stack.depth - 1) + last_tokens)
+        flop -= matmul_flop(output_tokens, 4 * stack.width, stack.width)
+    return flop
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TransformerShape:
-    """What a transformer makes of a clip in training: its blocks, patches, tokens with others, inputs of its head."""
+    """A classifier's transformer on one clip in training."""
 
     stack: TransformerSpec
     patches: int
     patch_values: int
-    tokens: int
+    tokens: int  # patches, and special tokens beside them
     head_inputs: int
 
 
 def transformer_shape(recipe: Finetune) -> TransformerShape | None:
-    """None for what is no transformer."""
+    """The transformer of a ViT or PaSST; None for a convolutional network."""
     spec = recipe.model
     if isinstance(spec, VitSpec):
         grid = spec.encoder.grid
-        values = grid.patch_values
         return TransformerShape(
             stack=transformer_spec_of(spec.encoder),
             patches=grid.tokens,
-            patch_values=values,
+            patch_values=grid.patch_values,
             tokens=grid.tokens,
             head_inputs=spec.clip_vector_width,
         )
     if not isinstance(spec, PasstSpec):
         return None
+
+    # PaSST drops whole rows and columns of patches while it trains.
+    patches = (spec.rows - spec.drop_rows) * (spec.cols - spec.drop_cols)
     stack = TransformerSpec(
         width=spec.width,
         depth=spec.depth,
@@ -141,39 +159,45 @@ def transformer_shape(recipe: Finetune) -> TransformerShape | None:
         layer_scale=0.0,
         drop_path=0.0,
     )
-    shown = (spec.rows - spec.drop_rows) * (spec.cols - spec.drop_cols)
     return TransformerShape(
         stack=stack,
-        patches=shown,
+        patches=patches,
         patch_values=spec.patch**2,
-        tokens=shown + SPECIAL_TOKENS,
+        tokens=patches + SPECIAL_TOKENS,
         head_inputs=spec.width,
     )
 
 
 def classifier_step_cost(recipe: Finetune, classes: int, *, recompute: bool = False) -> ComputeCost:
-    """What one step takes; operations as `compute.step_flop` counts them, of what is no transformer as torch does."""
-    clips, seen = recipe.clips_per_step, transformer_shape(recipe)
-    if seen is None:
+    """The cost of one step of a classifier; a convolutional network's operations are counted by torch."""
+    clips = recipe.clips_per_step
+    shape = transformer_shape(recipe)
+    if shape is None:
         return ComputeCost(step=1, clips=clips, flop=clips * measure_clip_cost(recipe, classes).flop)
-    stack, width = seen.stack, seen.stack.width
-    flop = (MATMUL_PASSES - 1) * matmul_flop(clips * seen.patches, seen.patch_values, width)
-    flop += (MATMUL_PASSES + recompute) * blocks_flop(stack, clips, seen.tokens, seen.tokens)
-    flop += MATMUL_PASSES * matmul_flop(clips, seen.head_inputs, classes)
-    if recompute and not has_token_masking(recipe):
-        flop -= skipped_product_flop(stack, clips * seen.tokens * stack.depth)
-    return ComputeCost(step=1, clips=clips, context_tokens=clips * seen.tokens, flop=flop)
+
+    # Patch embedding (its input needs no gradient), blocks, head.
+    flop = (MATMUL_PASSES - 1) * matmul_flop(clips * shape.patches, shape.patch_values, shape.stack.width)
+    flop += trained_blocks_flop(
+        shape.stack,
+        clips,
+        shape.tokens,
+        shape.tokens,
+        recompute=recompute,
+        is_output_masked=has_token_masking(recipe),
+    )
+    flop += MATMUL_PASSES * matmul_flop(clips, shape.head_inputs, classes)
+    return ComputeCost(step=1, clips=clips, context_tokens=clips * shape.tokens, flop=flop)
 
 
 def has_token_masking(recipe: Finetune) -> bool:
-    """Whether masking multiplies what blocks compute."""
+    """Whether masking multiplies the output of blocks."""
     spec = recipe.model
     return isinstance(spec, VitSpec) and spec.masking.share > 0 and spec.masking.reading == "tokens"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipCost:
-    """What a clip takes of a model that has no formula: what autograd keeps of it, and the largest piece of that."""
+    """The measured cost of one clip: operations, bytes that autograd keeps, and the largest tensor among them."""
 
     weights: int
     saved_bytes: int
@@ -183,27 +207,31 @@ class ClipCost:
 
 @cache
 def measure_clip_cost(recipe: Finetune, classes: int) -> ClipCost:
-    """Seen by running one forward and backward on the CPU in fp32."""
-    spec, kept = recipe.model, dict[int, int]()
+    """The cost of a clip for a model without a formula, from one forward and backward pass on the CPU in fp32."""
+    spec = recipe.model
     model = build_classifier(spec, classes, 0)
-    own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    mel_BTF = torch.zeros(1, spec.frames, spec.bands)
+    n_frames_B = torch.tensor([spec.frames])
+
+    # Note every piece of memory that autograd keeps, but not the weights, which are there anyway.
+    weight_addresses = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    saved_bytes: dict[int, int] = {}
 
     def record_storage(value: Tensor) -> Tensor:
         storage = value.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in weight_addresses:
+            saved_bytes[storage.data_ptr()] = storage.nbytes()
         return value
 
-    mel_BTF, n_frames_B = torch.zeros(1, spec.frames, spec.bands), torch.tensor([spec.frames])
+    # Forward and backward, counted by torch.
     model.train()
     with FlopCounterMode(display=False) as counter:
         with saved_tensors_hooks(record_storage, lambda value: value):
             logits_BC = model(mel_BTF, n_frames_B, np.random.default_rng(0))
         logits_BC.sum().backward()
-    weights = sum(weight.numel() for weight in model.parameters())
     return ClipCost(
-        weights=weights,
-        saved_bytes=sum(kept.values()),
-        largest_saved_bytes=max(kept.values()),
+        weights=sum(weight.numel() for weight in model.parameters()),
+        saved_bytes=sum(saved_bytes.values()),
+        largest_saved_bytes=max(saved_bytes.values()),
         flop=counter.get_total_flops(),
     )

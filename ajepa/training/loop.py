@@ -1,11 +1,11 @@
-"""The training loop of every stage: steps taken in order, metrics and checkpoints out, signals heard."""
+"""The training loop of every stage: steps in order, metrics and checkpoints written, stop signals obeyed."""
 
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -15,81 +15,60 @@ from tqdm import tqdm
 from ajepa.training.checkpoints import Checkpoint
 from ajepa.training.distributed import SINGLE_PROCESS, World
 from ajepa.training.run import Json, Run
-from ajepa.training.tensorboard import EventFileWriter
-from ajepa.training.trainer import BadStep
+from ajepa.training.tensorboard import open_event_writer, write_scalars
+from ajepa.training.trainer import BadStep, TrainRecipe
 from pipeline.errors import STOP_SIGNALS, RunError
 from pipeline.loading.loader import Batch
 
-
-class TrainRecipe(Protocol):
-    """What a recipe says of the length of its run, and of what is written when."""
-
-    @property
-    def steps(self) -> int: ...
-    @property
-    def log_every(self) -> int: ...
-    @property
-    def checkpoint_every(self) -> int: ...
-    @property
-    def keep_checkpoints(self) -> int: ...
-
-
-class StageTrainer(Protocol):
-    """What a step changes, and what a checkpoint holds."""
-
-    @property
-    def recipe(self) -> TrainRecipe: ...
-
-    def train_step(self, step: int, batch: Batch) -> Json:
-        """One update, from `step` to `step + 1`; what there is to log, `loss` among it. RunError: a bad one."""
-
-    def make_checkpoint(self, step: int) -> Checkpoint:
-        """Everything that the next step stands on."""
-
-    def restore_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Stand where `checkpoint` was written."""
-
-
-class TrainingMonitor(Protocol):
-    """What looks at the model beside the loop."""
-
-    def after_step(self, steps_done: int) -> Json:
-        """What there is to log after `done` steps: called after every step, empty most of the time."""
-
-    def before_checkpoint(self) -> None:
-        """Called just before each checkpoint is written."""
-
-    def stop_reason(self) -> str | None:
-        """Why the run must not go on, once it must not: a checkpoint is written, and it ends."""
-
-
-SCORE_METRIC = "probe_map"  # what a watch tells of a step, by which checkpoints are compared
+SCORE_METRIC = "probe_map"  # the logged metric by which checkpoints are compared; the higher, the better
 
 EVENTS_FOLDER = "tensorboard"
 
 PROGRESS_FORMAT = "{n_fmt}/{total_fmt}|{bar}|ETA {remaining}{postfix}"
 
 
+class StageTrainer(Protocol):
+    """A stage's trainer as the loop sees it."""
+
+    @property
+    def recipe(self) -> TrainRecipe: ...
+
+    def train_step(self, step: int, batch: Batch) -> Json:
+        """Take one update, from `step` to `step + 1`; its metrics, `loss` among them. BadStep for a bad one."""
+
+    def make_checkpoint(self, step: int) -> Checkpoint:
+        """Everything that the next step depends on."""
+
+
+class TrainingMonitor(Protocol):
+    """Looks at the model beside the loop, on the main rank."""
+
+    def after_step(self, steps_done: int) -> Json:
+        """Metrics of the model after a step; called after every step, and empty most of the time."""
+
+    def before_checkpoint(self) -> None:
+        """Called just before each checkpoint is written."""
+
+    def stop_reason(self) -> str | None:
+        """Why the run must not go on, or None. The loop then writes a checkpoint and ends with this reason."""
+
+
 @contextmanager
 def open_run(world: World, path: Path, recipe: Json, identity: Json) -> Iterator[tuple[Run, int]]:
-    """The run, held and rewound by the main rank, and the step at which all ranks carry it on.
+    """The run, locked and rewound by the main rank, and the step at which all ranks carry on.
 
-    The others are told that step: on a network disk they may see yet another one.
+    The main rank tells the others that step: on a network disk they may still see an older one.
     """
     if not world.is_main:
-        (first,) = map(int, world.sum_over_ranks(0))
-        yield Run.open(path), first
+        (first_step,) = map(int, world.sum_over_ranks(0))
+        yield Run.open(path), first_step
         return
     run = Run.create_or_open(path, recipe=recipe, identity=identity)
     with run.writing_lock():
         run.rewind_to_checkpoint()
-        first = run.newest_step
-        world.sum_over_ranks(first)
-        yield run, first
-
-
-def say_nothing(line: str) -> None:
-    """What all ranks would say, one says."""
+        first_step = run.newest_step
+        world.sum_over_ranks(first_step)
+        yield run, first_step
 
 
 def run_training_loop(
@@ -103,126 +82,172 @@ def run_training_loop(
     keep_every: int = 0,
     world: World = SINGLE_PROCESS,
 ) -> int:
-    """Every step after the run's checkpoint, up to the recipe's last or until asked to stop; the steps done.
+    """Take every step after the run's checkpoint, to the recipe's last or until `stop` is set; the steps done.
 
-    A step of which `watch` has something to tell is logged whenever it comes, and where its `probe_map` is the
-    highest so far, there is a checkpoint of it. All ranks call this and stop at the same step; the main one
-    alone has a watch, writes, and shows progress. Checkpoints at multiples of `keep_every` are never deleted.
-    RunError where `watch` finds the run ill, a checkpoint of that behind it.
+    A step at which the monitor has metrics is logged whenever it comes, and where its `probe_map` is the highest
+    so far, a checkpoint is written. All ranks call this and stop at the same step; the main rank alone has a
+    monitor, writes, and shows progress. Checkpoints at multiples of `keep_every` are never deleted. RunError where
+    the monitor has a reason to stop, after a checkpoint of that step.
     """
-    recipe, clock = trainer.recipe, ThroughputClock()
+    recipe = trainer.recipe
+    clock = ThroughputClock()
     shown: Json = {}
-    (first,) = map(int, world.sum_over_ranks(run.newest_step if world.is_main else 0))
-    events = EventFileWriter(run.path / EVENTS_FOLDER, first + 1) if world.is_main else None
-    done = first
-    with progress_bar(first, recipe.steps, shown=progress and world.is_main) as bar:
-        for step in range(first, recipe.steps):
+    (first_step,) = map(int, world.sum_over_ranks(run.newest_step if world.is_main else 0))
+    steps_done = first_step
+    event_writer = open_event_writer(run.path / EVENTS_FOLDER, first_step + 1) if world.is_main else None
+    bar = progress_bar(first_step, recipe.steps, shown=progress and world.is_main)
+    with event_writer or nullcontext(), bar:
+        for step in range(first_step, recipe.steps):
+            # Wait for the clips of the step, and take it.
             with clock.measure_waiting():
                 batch = next(batches)
-            line = take_step(run, trainer, step, batch)
-            done, last = step + 1, step + 1 == recipe.steps
-            seen = monitor.after_step(done) if monitor else {}
+            metrics = take_step(run, trainer, step, batch)
+            steps_done = step + 1
+            is_last = steps_done == recipe.steps
             clock.clips += len(batch.rows_B) * world.size
             clock.skipped += int(*world.sum_over_ranks(batch.skipped_clips))
-            if events and (seen or done % recipe.log_every == 0 or last):
-                line = {"step": done, **line, **clock.read_and_reset(), **seen}
+
+            # Look at the model: health, probes, held-out clips.
+            observed = monitor.after_step(steps_done) if monitor else {}
+            ill_because = monitor.stop_reason() if monitor else None
+
+            # Log, at the recipe's steps and wherever the monitor has seen something.
+            is_logged = bool(observed) or steps_done % recipe.log_every == 0 or is_last
+            if event_writer is not None and is_logged:
+                line = {"step": steps_done, **metrics, **clock.read_and_reset(), **observed}
                 run.log_metrics(line)
-                events.write_scalars(done, line)
+                write_scalars(event_writer, steps_done, line)
                 shown |= line
                 bar.set_postfix_str(progress_postfix(shown), refresh=False)
             bar.update()
-            (stops,) = world.sum_over_ranks(stop.is_set())
-            better = SCORE_METRIC in seen and (
-                run.best_checkpoint is None or seen[SCORE_METRIC] > run.best_checkpoint.score
+
+            # Agree with the other ranks on whether this step is the last: a signal may have reached only one.
+            (stop_requests,) = world.sum_over_ranks(stop.is_set())
+
+            # Write a checkpoint, if it is time for one or the run ends here.
+            is_due = steps_done % recipe.checkpoint_every == 0 or (
+                keep_every and steps_done % keep_every == 0
             )
-            due = done % recipe.checkpoint_every == 0 or (keep_every and done % keep_every == 0)
-            ill = monitor.stop_reason() if monitor else None
-            if world.is_main and (due or better or last or stops or ill):
-                score = seen.get(SCORE_METRIC)
-                if monitor:
-                    monitor.before_checkpoint()
-                checkpoint = trainer.make_checkpoint(done)
-                run.save_checkpoint(
-                    checkpoint, keep=recipe.keep_checkpoints, keep_every=keep_every, score=score
-                )
-            if ill:
-                raise RunError(f"{run.path}: step {done}: {ill}")
-            if stops:
+            is_end = is_last or stop_requests or ill_because
+            if event_writer is not None and (is_due or is_end or is_best_score(run, observed)):
+                event_writer.flush()
+                score = observed.get(SCORE_METRIC)
+                save_step(run, trainer, steps_done, monitor=monitor, keep_every=keep_every, score=score)
+            if ill_because:
+                raise RunError(f"{run.path}: step {steps_done}: {ill_because}")
+            if stop_requests:
                 break
-    world.wait_for_ranks()  # who ends first has the others terminated, also from writing a checkpoint
-    return done
+
+    # torchrun terminates all ranks as soon as one ends: the main one may still be writing its checkpoint.
+    world.wait_for_ranks()
+    return steps_done
 
 
 def take_step(run: Run, trainer: StageTrainer, step: int, batch: Batch) -> Json:
-    """One step; what explains a bad one is kept in the run, and its message says where."""
+    """Take one step; its metrics. A bad step is kept in the run's folder, and its RunError says where."""
     try:
         return trainer.train_step(step, batch)
     except BadStep as bad:
-        raise RunError(f"{bad}; its clips and draws are kept in {bad.write_to_run(run.path)}") from None
+        folder = bad.write_to_run(run.path)
+        raise RunError(f"{bad}; its clips and draws are kept in {folder}") from None
 
 
-def progress_bar(first: int, steps: int, *, shown: bool) -> tqdm:
-    """A progress line with time left, within 80 columns; where stderr is a file, one line in 15 seconds."""
-    every = 0.2 if sys.stderr.isatty() else 15.0
+def save_step(
+    run: Run,
+    trainer: StageTrainer,
+    steps_done: int,
+    *,
+    monitor: TrainingMonitor | None,
+    keep_every: int,
+    score: float | None,
+) -> None:
+    """Write a checkpoint of the trainer as it is after `steps_done` steps."""
+    if monitor:
+        monitor.before_checkpoint()
+    run.save_checkpoint(
+        trainer.make_checkpoint(steps_done),
+        keep=trainer.recipe.keep_checkpoints,
+        keep_every=keep_every,
+        score=score,
+    )
+
+
+def is_best_score(run: Run, observed: Json) -> bool:
+    """Whether the monitor has just measured a higher score than that of any checkpoint so far."""
+    if SCORE_METRIC not in observed:
+        return False
+    best = run.best_checkpoint
+    return best is None or observed[SCORE_METRIC] > best.score
+
+
+def progress_bar(first_step: int, steps: int, *, shown: bool) -> tqdm:
+    """A progress line with the time left, within 80 columns; where stderr is a file, one line in 15 seconds."""
+    seconds_between = 0.2 if sys.stderr.isatty() else 15.0
     return tqdm(
         total=steps,
-        initial=first,
+        initial=first_step,
         disable=not shown,
         dynamic_ncols=True,
-        mininterval=every,
+        mininterval=seconds_between,
         bar_format=PROGRESS_FORMAT,
     )
 
 
 def progress_postfix(line: Json) -> str:
-    """What the progress line shows beside steps and time left; the effective rank once it is known."""
+    """The end of the progress line, after steps and time left; with the effective rank once it is known."""
     rank = f"rank {line['health_rank']:.0f}, " if "health_rank" in line else ""
     return f"loss {line['loss']:.3f}, {rank}{line['clips_per_s']:.0f} clips/s, wait {line['data_wait']:.0%}"
 
 
 @contextmanager
 def catch_stop_signals() -> Iterator[threading.Event]:
-    """An event that STOP_SIGNALS set; a second signal acts at once. Only in the main thread."""
+    """An event that is set by the first of STOP_SIGNALS; a second one acts at once. Only in the main thread."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    old_handlers: dict[int, Any] = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def request_stop(number: int, frame: FrameType | None) -> None:
         stop.set()
-        signal.signal(number, before[number])
+        signal.signal(number, old_handlers[number])
 
-    for number in before:
+    for number in old_handlers:
         signal.signal(number, request_stop)
     try:
         yield stop
     finally:
-        for number, handler in before.items():
+        for number, handler in old_handlers.items():
             signal.signal(number, handler)
 
 
 class ThroughputClock:
-    """Clips per second, how many were skipped, and the share of time spent waiting for data, since last read."""
+    """Clips per second, skipped clips, and the share of time spent waiting for data, since it was last read."""
 
     def __init__(self) -> None:
         self.reset_counts()
 
     def reset_counts(self) -> None:
-        self.start_seconds, self.waited_seconds, self.clips, self.skipped = time.perf_counter(), 0.0, 0, 0
+        """Count from 0, from now on."""
+        self.start_seconds = time.perf_counter()
+        self.waited_seconds = 0.0
+        self.clips = 0
+        self.skipped = 0
 
     @contextmanager
     def measure_waiting(self) -> Iterator[None]:
+        """Count the time of a `with` block as time spent waiting."""
         began = time.perf_counter()
         yield
         self.waited_seconds += time.perf_counter() - began
 
     def read_and_reset(self) -> Json:
+        """The counts as metrics; they start again from 0."""
         seconds = time.perf_counter() - self.start_seconds
-        told = {
+        metrics = {
             "clips_per_s": round(self.clips / seconds, 2),
             "data_wait": round(self.waited_seconds / seconds, 4),
             "skipped": self.skipped,
         }
         self.reset_counts()
-        return told
+        return metrics

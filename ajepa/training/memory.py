@@ -1,7 +1,14 @@
-"""How much memory a recipe needs, before its first step: an estimate, and the refusal of what cannot fit."""
+"""The memory that a step needs, estimated before the first one, and the refusal of recipes that cannot fit.
 
+Estimates follow the sizes of the tensors that autograd keeps. The tests compare them with the resident peak of real
+processes, and find them within a factor of 1.5.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -17,31 +24,105 @@ from pipeline.errors import RunError
 
 BYTES_PER_GB = 1e9
 
-FP32_BYTES, BF16_BYTES = 4, 2  # bytes
+FP32_BYTES = 4
+
+BF16_BYTES = 2
 
 PROC_MEMINFO = Path("/proc/meminfo")
 
-MASK_DRAWS = 20  # of masks, to see how many tokens they may leave
+MASK_DRAWS = 20  # draws of the masks, to see how many tokens they may leave
+
+# Memory that passes through while a block's gradients are computed, in what a block keeps; measured.
+PASSING_BLOCKS = 0.5
+PASSING_BLOCKS_PRETRAIN_RECOMPUTED = 2.25
+PASSING_BLOCKS_CLASSIFIER_RECOMPUTED = 1.75
+
+HALF_SHARE_CONVOLUTIONS = (
+    0.6  # of the fp32 activations of a convolutional network, in bf16: norms stay in fp32
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepMemory:
     """Bytes at the peak of a step. `activations` grows with the clips of a pass, the rest does not."""
 
-    weights: int  # of all models: encoder, teacher, predictor; a classifier and its average
+    weights: int  # of all models: encoder, teacher and predictor, or a classifier and its average
     gradients: int
     moments: int  # AdamW's two
     batch: int  # spectrograms of all the clips of this rank's step
     activations: int  # kept for the backward pass, and the largest that is passing through
+
+    @classmethod
+    def from_counts(
+        cls, *, trained: int, averaged: int, batch_values: int, activations: int, bf16: bool
+    ) -> Self:
+        """The memory of a step that trains `trained` weights by AdamW, beside `averaged` ones without a gradient.
+
+        In bf16, autocast keeps the weights that it has cast until the backward pass.
+        """
+        cast_bytes = BF16_BYTES * trained if bf16 else 0
+        return cls(
+            weights=FP32_BYTES * (trained + averaged),
+            gradients=FP32_BYTES * trained,
+            moments=2 * FP32_BYTES * trained,
+            batch=FP32_BYTES * batch_values,
+            activations=activations + cast_bytes,
+        )
 
     @property
     def total_bytes(self) -> int:
         return self.weights + self.gradients + self.moments + self.batch + self.activations
 
     def __str__(self) -> str:
-        parts = ("weights", "gradients", "moments", "batch", "activations")
-        told = ", ".join(f"{name} {getattr(self, name) / BYTES_PER_GB:.2f}" for name in parts)
-        return f"{self.total_bytes / BYTES_PER_GB:.2f} GB ({told})"
+        """In GB, all and each."""
+        names = ("weights", "gradients", "moments", "batch", "activations")
+        parts = ", ".join(f"{name} {getattr(self, name) / BYTES_PER_GB:.2f}" for name in names)
+        return f"{self.total_bytes / BYTES_PER_GB:.2f} GB ({parts})"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ActivationSizes:
+    """How a step computes, as far as it decides how much autograd keeps.
+
+    bf16         or fp16: most activations are half as large
+    written_out  attention keeps its probabilities, as it does in bf16 on CPUs
+    recompute    a block keeps only its input, and is computed again in the backward pass
+    """
+
+    bf16: bool
+    written_out: bool
+    recompute: bool
+
+    def block_bytes(self, stack: TransformerSpec, length: int, output_tokens: int) -> int:
+        """Bytes kept of one sequence of `length` tokens in one block that outputs `output_tokens` of them.
+
+        In fp32, in widths. Of every token: its input (1), normalised (1), keys and values (2). Of every output
+        token: query (1), attention's result (1), the sum (1), normalised (1), the MLP before and after GELU (8).
+        In bf16 all but input and sum is half as large, and attention written out keeps the scaled queries, and
+        each probability in fp32 and in bf16.
+        """
+        size = BF16_BYTES if self.bf16 else FP32_BYTES
+        rotation = 2 * FP32_BYTES if stack.positions == "rope" else 0  # halves of queries, and of keys
+        scales = 2 * size if stack.layer_scale else 0
+        per_token = FP32_BYTES + 3 * size + rotation
+        per_output = FP32_BYTES + 11 * size + rotation + scales
+        total = stack.width * (length * per_token + output_tokens * per_output)
+        if self.written_out:
+            probabilities = stack.heads * length * (FP32_BYTES + BF16_BYTES)
+            total += output_tokens * (probabilities + stack.width * size)
+        return total
+
+    def stack_bytes(self, stack: TransformerSpec, length: int, last_tokens: int) -> tuple[int, int]:
+        """Bytes kept of one sequence by all blocks, embedding and last norm; and by the largest of the blocks.
+
+        The last block outputs `last_tokens` of the `length` tokens.
+        """
+        input_bytes = length * FP32_BYTES * stack.width
+        full_block = self.block_bytes(stack, length, length)
+        last_block = self.block_bytes(stack, length, last_tokens)
+        blocks = stack.depth * input_bytes if self.recompute else (stack.depth - 1) * full_block + last_block
+        largest_block = full_block if stack.depth > 1 else last_block
+        return blocks + 3 * input_bytes, largest_block
 
 
 def pretrain_memory(
@@ -53,218 +134,105 @@ def pretrain_memory(
     clips: int | None = None,
     micro_clips: int | None = None,
 ) -> StepMemory:
-    """What a step of the recipe needs at most, from the sizes of what autograd keeps.
+    """The most memory that a step of pre-training needs; `ActivationSizes` says what the first three options are.
 
-    `clips`: of a step on one rank; None: the recipe's. `micro_clips`: of those that pass through the model at
-    once. `bf16`: or fp16. `written_out`: attention keeps its probabilities (bf16 on CPUs). Token counts are
-    the most that some draws of the masks gave, from the first step to the last.
+    `clips`: of a step on one rank; None: the recipe's. `micro_clips`: the clips that pass through the model at once.
+    Token counts are the largest that some draws of the masks gave, from the first step to the last.
     """
-    encoder, predictor = recipe.model.encoder, recipe.model.predictor
-    clips = clips or recipe.clips_per_step
-    encoder_count = encoder_weight_count(encoder)
     model = recipe.model
-    trained = encoder_count + predictor_weight_count(
-        predictor, encoder.width, model.clip_weight > 0, target_width=model.target_width
+    grid = model.encoder.grid
+    clips = clips or recipe.clips_per_step
+    clips_at_once = min(micro_clips or clips, clips)
+    sizes = ActivationSizes(bf16=bf16, written_out=written_out, recompute=recompute)
+    encoder_weights = encoder_weight_count(model.encoder)
+    predictor_weights = predictor_weight_count(
+        model.predictor, model.encoder.width, model.clip_weight > 0, target_width=model.target_width
     )
-    kept = max(
-        _activation_bytes(
-            recipe,
-            *shape,
-            clips=min(micro_clips or clips, clips),
-            bf16=bf16,
-            written_out=written_out,
-            recompute=recompute,
-        )
-        for shape in mask_shapes(recipe)
-    )
-    copies = (
-        BF16_BYTES * trained if bf16 else 0
-    )  # autocast keeps the weights it has cast until the backward pass
-    return StepMemory(
-        weights=FP32_BYTES * (trained + encoder_count),
-        gradients=FP32_BYTES * trained,
-        moments=2 * FP32_BYTES * trained,
-        batch=clips * encoder.grid.tokens * encoder.grid.patch_values * FP32_BYTES,
-        activations=kept + copies,
+    return StepMemory.from_counts(
+        trained=encoder_weights + predictor_weights,
+        averaged=encoder_weights,
+        batch_values=clips * grid.tokens * grid.patch_values,
+        activations=max(
+            _pretrain_activation_bytes(recipe, *shape, clips=clips_at_once, sizes=sizes)
+            for shape in mask_shapes(recipe)
+        ),
+        bf16=bf16,
     )
 
 
 def mask_shapes(recipe: Pretrain) -> set[tuple[int, int, int]]:
     """Context tokens, target groups and tokens of a group that some draws over the whole run gave."""
-    shapes, grid = set(), recipe.model.encoder.grid
+    grid = recipe.model.encoder.grid
+    clips = min(recipe.clips_per_step, 16)
+    shapes = set()
     for draw in range(MASK_DRAWS):
         step = draw * (recipe.steps - 1) // (MASK_DRAWS - 1)
         rng = np.random.default_rng([recipe.seed, step, draw])
-        masks = recipe.masks.mask_maker_at(step, rng).sample(rng, grid, batch=min(recipe.clips_per_step, 16))
+        masks = recipe.masks.mask_maker_at(step, rng).sample(rng, grid, batch=clips)
         shapes.add((masks.context_BK.shape[1], *masks.targets_BGQ.shape[1:]))
     return shapes
 
 
-def _activation_bytes(
-    recipe: Pretrain,
-    context: int,
-    groups: int,
-    queries: int,
-    *,
-    clips: int,
-    bf16: bool,
-    written_out: bool,
-    recompute: bool,
+def _pretrain_activation_bytes(
+    recipe: Pretrain, context: int, groups: int, queries: int, *, clips: int, sizes: ActivationSizes
 ) -> int:
+    """Bytes of a pass of `clips` with these masks: kept for the backward pass, and the most that passes through."""
     model = recipe.model
-    grid, rows = model.encoder.grid, clips * recipe.mask_sets
-    encoder, predictor = transformer_spec_of(model.encoder), transformer_spec_of(model.predictor)
-    numbers, blocks, kept = {"bf16": bf16, "written_out": written_out}, list[int](), 0
-    length = context + queries
-    for stack, sequences, tokens, last in (
-        (encoder, rows, context, context),
-        (predictor, rows * groups, length, queries),
-    ):
-        inputs = sequences * tokens * FP32_BYTES * stack.width
-        whole = sequences * block_activation_bytes(stack, tokens, tokens, **numbers)
-        final = sequences * block_activation_bytes(stack, tokens, last, **numbers)
-        kept += stack.depth * inputs if recompute else (stack.depth - 1) * whole + final
-        kept += 3 * inputs  # embedding and last norm
-        blocks.append(whole if stack.depth > 1 else final)
-    scored = rows * groups * queries * model.target_width * FP32_BYTES
-    kept += 5 * scored + 2 * clips * grid.tokens * grid.patch_values * FP32_BYTES  # loss; patches
-    again = 2.25 if recompute else 0.5  # a block computed again, and gradients: measured
-    passing = max(blocks) * again
-    teacher = (
-        clips * grid.tokens * encoder.width * (8 * BF16_BYTES + 3 * FP32_BYTES if bf16 else 11 * FP32_BYTES)
+    grid = model.encoder.grid
+    rows = clips * recipe.mask_sets
+    targets = rows * groups * queries
+
+    # Encoder on the context, predictor on context and targets of each group.
+    encoder_kept, encoder_block = sizes.stack_bytes(transformer_spec_of(model.encoder), context, context)
+    predictor_kept, predictor_block = sizes.stack_bytes(
+        transformer_spec_of(model.predictor), context + queries, queries
     )
+    kept_bytes = rows * encoder_kept + rows * groups * predictor_kept
+
+    # The loss, and the patches of the clips.
+    kept_bytes += 5 * targets * model.target_width * FP32_BYTES
+    kept_bytes += 2 * clips * grid.tokens * grid.patch_values * FP32_BYTES
+
+    # Either a block's gradients pass through, or the teacher's pass, never both at once.
+    largest_block = max(rows * encoder_block, rows * groups * predictor_block)
+    passing_blocks = PASSING_BLOCKS_PRETRAIN_RECOMPUTED if sizes.recompute else PASSING_BLOCKS
+    passing_bytes = largest_block * passing_blocks
+    return int(kept_bytes + max(passing_bytes, _teacher_bytes(recipe, clips, bf16=sizes.bf16)))
+
+
+def _teacher_bytes(recipe: Pretrain, clips: int, *, bf16: bool) -> int:
+    """Bytes of the targets' forward pass on whole clips, nothing of which is kept."""
+    model = recipe.model
+    tokens = clips * model.encoder.grid.tokens
     if model.targets == "cosines":
-        teacher = clips * grid.tokens * model.target_width * FP32_BYTES
-    elif model.target_layers > 1:
-        teacher += 2 * model.target_layers * clips * grid.tokens * encoder.width * FP32_BYTES
-    return int(kept + max(passing, teacher))
-
-
-def block_activation_bytes(
-    stack: TransformerSpec, length: int, query_tokens: int, *, bf16: bool, written_out: bool
-) -> int:
-    """What autograd keeps of one sequence of `length` tokens in one block, of which so many ask and come out.
-
-    In fp32, in widths. Of every token: what enters (1), normalised (1), keys and values (2). Of those that ask:
-    queries (1), mixed (1), the sum (1), normalised (1), the MLP before and after GELU (8). In bf16 all but what
-    enters and the sum is half as large, and attention written out keeps the scaled queries, and each probability
-    in fp32 and in bf16.
-    """
-    size, rope = (
-        BF16_BYTES if bf16 else FP32_BYTES,
-        2 * FP32_BYTES if stack.positions == "rope" else 0,
-    )  # halves of queries, of keys
-    seen = FP32_BYTES + 3 * size + rope
-    asked = FP32_BYTES + 11 * size + rope + (2 * size if stack.layer_scale else 0)
-    probabilities = (
-        stack.heads * length * (FP32_BYTES + BF16_BYTES) + stack.width * size if written_out else 0
-    )
-    return stack.width * (length * seen + query_tokens * asked) + query_tokens * probabilities
+        return tokens * model.target_width * FP32_BYTES
+    value_bytes = 8 * BF16_BYTES + 3 * FP32_BYTES if bf16 else 11 * FP32_BYTES
+    teacher_bytes = tokens * model.encoder.width * value_bytes
+    if model.target_layers > 1:
+        teacher_bytes += 2 * model.target_layers * tokens * model.encoder.width * FP32_BYTES
+    return teacher_bytes
 
 
 def block_weight_count(stack: TransformerSpec) -> int:
     """Weights of one block: four matrices of attention, eight of the MLP, their biases, two norms, scales."""
-    return 12 * stack.width**2 + 13 * stack.width + (2 * stack.width if stack.layer_scale else 0)
+    scales = 2 * stack.width if stack.layer_scale else 0
+    return 12 * stack.width**2 + 13 * stack.width + scales
 
 
 def encoder_weight_count(spec: EncoderSpec) -> int:
     """Weights of an encoder."""
-    return (spec.grid.patch_values + 3) * spec.width + spec.depth * block_weight_count(
-        transformer_spec_of(spec)
-    )
+    blocks = spec.depth * block_weight_count(transformer_spec_of(spec))
+    return (spec.grid.patch_values + 3) * spec.width + blocks
 
 
 def predictor_weight_count(
     spec: PredictorSpec, encoder_width: int, clip_head: bool = False, *, target_width: int | None = None
 ) -> int:
-    """Weights of a predictor on an encoder of that width, of targets as wide unless told otherwise."""
+    """Weights of a predictor on an encoder of that width; targets are as wide, if no `target_width` is given."""
     target_width = target_width or encoder_width
     ends = (encoder_width + target_width) * spec.width + 4 * spec.width + target_width
     head = (encoder_width + 1) * target_width if clip_head else 0
     return ends + head + spec.depth * block_weight_count(transformer_spec_of(spec))
-
-
-def free_memory_bytes(device: torch.device) -> int | None:
-    """What the device has free, on CPUs what Linux says is available; None where nobody says."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if not PROC_MEMINFO.exists():
-        return None
-    lines = dict(line.split(":", 1) for line in PROC_MEMINFO.read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024
-
-
-def refuse_large_pretrain(
-    recipe: Pretrain,
-    device: torch.device,
-    *,
-    half: bool,
-    recompute: bool = False,
-    micro_clips: int | None = None,
-    world: World = SINGLE_PROCESS,
-) -> None:
-    """RunError where a pass of `micro_clips` (None: a rank's whole share) needs more than is free.
-
-    It has the figures, and what to lower. Ranks of one machine share its memory, but each has a GPU of its own.
-    All ranks have looked before this returns in any.
-    """
-    clips = world.clips_per_rank(recipe.clips_per_step)
-    passed = min(micro_clips or clips, clips)
-    needed = pretrain_memory(
-        recipe,
-        bf16=half,
-        written_out=half and device.type == "cpu",
-        recompute=recompute,
-        clips=clips,
-        micro_clips=passed,
-    )
-    refuse_over_free_memory(
-        f"recipe {recipe.name}", needed, passed, device, world, SmallerOptions(recompute=not recompute)
-    )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SmallerOptions:
-    """What there is to make a step smaller: its options, and the fields of its model."""
-
-    recompute: bool
-    batch_option: str = "--micro-batch"
-    model_fields: str = "model.encoder.width, model.encoder.depth"
-
-
-def refuse_over_free_memory(
-    recipe_label: str,
-    needed: StepMemory,
-    clips: int,
-    device: torch.device,
-    world: World,
-    options: SmallerOptions,
-) -> None:
-    """RunError where `clips` at once need more than is free to this rank, after all ranks have looked."""
-    free = free_memory_bytes(device)
-    world.wait_for_ranks()
-    if free is None:
-        return
-    sharing = world.local_size if device.type == "cpu" else 1
-    free //= sharing
-    if needed.total_bytes <= free:
-        return
-    each = f" for each of {sharing} ranks" if sharing > 1 else ""
-    told = f"{recipe_label} needs about {needed} for {clips} clips at once"
-    raise RunError(
-        f"{told}, {device.type} has {free / BYTES_PER_GB:.2f} GB free{each}; {suggest_smaller_step(clips, needed, free, options)}"
-    )
-
-
-def suggest_smaller_step(clips: int, needed: StepMemory, free: int, options: SmallerOptions) -> str:
-    """What would fit."""
-    room = free - (needed.total_bytes - needed.activations)
-    fewer = int(clips * room / needed.activations)
-    smaller = f"a smaller model (--set {options.model_fields})"
-    again = "--recompute, or " if options.recompute else ""
-    if fewer < 1:
-        return f"not one clip would fit: try {again}{smaller}"
-    return f"try {again}{options.batch_option} {fewer}, or {smaller}"
 
 
 def classifier_memory(
@@ -277,41 +245,73 @@ def classifier_memory(
     clips: int | None = None,
     micro_clips: int | None = None,
 ) -> StepMemory:
-    """What a step needs at most; the options are those of `memory.estimate`."""
+    """The most memory that a step of a classifier needs; the options are those of `pretrain_memory`."""
     clips = clips or recipe.clips_per_step
-    passed, seen, spec = min(micro_clips or clips, clips), transformer_shape(recipe), recipe.model
-    if seen is None:
-        one = measure_clip_cost(recipe, classes)
-        weights, size = one.weights, 0.6 if bf16 else 1.0  # norms stay as they are
-        activations = int((passed * (one.saved_bytes + 2 * one.largest_saved_bytes)) * size)
+    clips_at_once = min(micro_clips or clips, clips)
+    shape = transformer_shape(recipe)
+    if shape is None:
+        # A convolutional network: one clip is measured.
+        cost = measure_clip_cost(recipe, classes)
+        weights = cost.weights
+        share = HALF_SHARE_CONVOLUTIONS if bf16 else 1.0
+        activations = int((clips_at_once * (cost.saved_bytes + 2 * cost.largest_saved_bytes)) * share)
     else:
-        weights = transformer_weight_count(seen, classes)
-        activations = passed * clip_activation_bytes(
-            seen, bf16=bf16, written_out=written_out, recompute=recompute
-        )
-    return StepMemory(
-        weights=FP32_BYTES * weights * (2 if recipe.ema else 1),
-        gradients=FP32_BYTES * weights,
-        moments=2 * FP32_BYTES * weights,
-        batch=clips * spec.frames * spec.bands * FP32_BYTES,
-        activations=activations + (BF16_BYTES * weights if bf16 else 0),
+        # A transformer: by formula.
+        sizes = ActivationSizes(bf16=bf16, written_out=written_out, recompute=recompute)
+        weights = transformer_weight_count(shape, classes)
+        activations = clips_at_once * _classifier_activation_bytes(shape, sizes)
+    return StepMemory.from_counts(
+        trained=weights,
+        averaged=weights if recipe.ema else 0,
+        batch_values=clips * recipe.model.frames * recipe.model.bands,
+        activations=activations,
+        bf16=bf16,
     )
 
 
 def transformer_weight_count(shape: TransformerShape, classes: int) -> int:
-    """Weights of a transformer, but for single vectors."""
+    """Weights of a classifier's transformer, without some single vectors."""
     ends = (shape.patch_values + 3) * shape.stack.width + (shape.head_inputs + 1) * classes
     return ends + shape.stack.depth * block_weight_count(shape.stack)
 
 
-def clip_activation_bytes(shape: TransformerShape, *, bf16: bool, written_out: bool, recompute: bool) -> int:
-    """What autograd keeps of one clip, and the most that is passing through."""
-    stack = shape.stack
-    inputs = shape.tokens * FP32_BYTES * stack.width
-    block = block_activation_bytes(stack, shape.tokens, shape.tokens, bf16=bf16, written_out=written_out)
-    kept = stack.depth * (inputs if recompute else block) + 3 * inputs  # embedding and last norm
-    kept += shape.patches * shape.patch_values * FP32_BYTES
-    return kept + int(block * (1.75 if recompute else 0.5))  # a block computed again, and gradients: measured
+def _classifier_activation_bytes(shape: TransformerShape, sizes: ActivationSizes) -> int:
+    """Bytes of one clip: kept for the backward pass, and the most that passes through."""
+    kept_bytes, block_bytes = sizes.stack_bytes(shape.stack, shape.tokens, shape.tokens)
+    kept_bytes += shape.patches * shape.patch_values * FP32_BYTES
+    passing_blocks = PASSING_BLOCKS_CLASSIFIER_RECOMPUTED if sizes.recompute else PASSING_BLOCKS
+    return kept_bytes + int(block_bytes * passing_blocks)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SmallerOptions:
+    """The options that make a step of a recipe smaller, for the error that advises them."""
+
+    recompute: bool  # whether --recompute would help
+    batch_option: str = "--micro-batch"
+    model_fields: str = "model.encoder.width, model.encoder.depth"
+
+
+def refuse_large_pretrain(
+    recipe: Pretrain,
+    device: torch.device,
+    *,
+    half: bool,
+    recompute: bool = False,
+    micro_clips: int | None = None,
+    world: World = SINGLE_PROCESS,
+) -> None:
+    """RunError where a pass of `micro_clips` (None: a rank's whole share) needs more memory than is free."""
+    refuse_over_free_memory(
+        recipe,
+        partial(pretrain_memory, recipe),
+        device,
+        SmallerOptions(recompute=not recompute),
+        half=half,
+        recompute=recompute,
+        micro_clips=micro_clips,
+        world=world,
+    )
 
 
 def refuse_large_classifier(
@@ -324,24 +324,87 @@ def refuse_large_classifier(
     micro_clips: int | None,
     world: World,
 ) -> None:
-    """RunError where a pass of `micro_clips` (None: a rank's whole share) needs more than is free; as in `memory`."""
-    clips, model = (
-        world.clips_per_rank(recipe.clips_per_step),
-        CLASSIFIER_KINDS[classifier_kind_name(recipe.model)],
+    """RunError where a pass of `micro_clips` (None: a rank's whole share) needs more memory than is free."""
+    kind = CLASSIFIER_KINDS[classifier_kind_name(recipe.model)]
+    options = SmallerOptions(
+        recompute=isinstance(recipe.model, VitSpec) and not recompute,
+        batch_option="--batch" if kind.has_batch_norm else "--micro-batch",
+        model_fields=kind.size_fields,
     )
-    passed = min(micro_clips or clips, clips)
-    needed = classifier_memory(
+    refuse_over_free_memory(
         recipe,
-        classes,
+        partial(classifier_memory, recipe, classes),
+        device,
+        options,
+        half=half,
+        recompute=recompute,
+        micro_clips=micro_clips,
+        world=world,
+    )
+
+
+def refuse_over_free_memory(
+    recipe: Pretrain | Finetune,
+    estimate: Callable[..., StepMemory],
+    device: torch.device,
+    options: SmallerOptions,
+    *,
+    half: bool,
+    recompute: bool,
+    micro_clips: int | None,
+    world: World,
+) -> None:
+    """RunError, with figures and the options to lower, where a pass needs more memory than is free to this rank.
+
+    Ranks of one machine share its memory, but each has a GPU of its own. All ranks have looked at their memory
+    before any of them goes on, and takes some.
+    """
+    # Estimate.
+    clips = world.clips_per_rank(recipe.clips_per_step)
+    clips_at_once = min(micro_clips or clips, clips)
+    needed = estimate(
         bf16=half,
         written_out=half and device.type == "cpu",
         recompute=recompute,
         clips=clips,
-        micro_clips=passed,
+        micro_clips=clips_at_once,
     )
-    ways = SmallerOptions(
-        recompute=isinstance(recipe.model, VitSpec) and not recompute,
-        batch_option="--batch" if model.has_batch_norm else "--micro-batch",
-        model_fields=model.size_fields,
+
+    # Look.
+    free = free_memory_bytes(device)
+    world.wait_for_ranks()
+    if free is None:
+        return
+    sharing_ranks = world.local_size if device.type == "cpu" else 1
+    free //= sharing_ranks
+    if needed.total_bytes <= free:
+        return
+
+    # Refuse.
+    for_each = f" for each of {sharing_ranks} ranks" if sharing_ranks > 1 else ""
+    raise RunError(
+        f"recipe {recipe.name} needs about {needed} for {clips_at_once} clips at once, "
+        f"{device.type} has {free / BYTES_PER_GB:.2f} GB free{for_each}; "
+        f"{suggest_smaller_step(clips_at_once, needed, free, options)}"
     )
-    refuse_over_free_memory(f"recipe {recipe.name}", needed, passed, device, world, ways)
+
+
+def free_memory_bytes(device: torch.device) -> int | None:
+    """The free memory of a GPU, or the memory that Linux calls available; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if not PROC_MEMINFO.exists():
+        return None
+    lines = dict(line.split(":", 1) for line in PROC_MEMINFO.read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
+
+
+def suggest_smaller_step(clips: int, needed: StepMemory, free: int, options: SmallerOptions) -> str:
+    """The end of the error: the options, and the number of clips, with which a step would fit."""
+    room = free - (needed.total_bytes - needed.activations)
+    fitting_clips = int(clips * room / needed.activations)
+    smaller_model = f"a smaller model (--set {options.model_fields})"
+    recompute = "--recompute, or " if options.recompute else ""
+    if fitting_clips < 1:
+        return f"not one clip would fit: try {recompute}{smaller_model}"
+    return f"try {recompute}{options.batch_option} {fitting_clips}, or {smaller_model}"

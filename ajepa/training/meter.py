@@ -1,4 +1,4 @@
-"""What a run has cost: clips, tokens, hours, memory, and floating-point operations by an exact formula."""
+"""The cost of a run: clips, tokens, hours, memory, and floating-point operations by an exact formula."""
 
 import json
 import resource
@@ -18,14 +18,14 @@ PROC_STATUS = Path("/proc/self/status")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ComputeCost:
-    """What the weights behind `step` steps have cost; what a kill threw away is not in it, nor is watching.
+    """The cost of the weights after `step` steps, without steps that a kill threw away and without the monitor.
 
-    clips             as often as they were seen, of all ranks
-    context_tokens    that the encoder saw, of all mask sets; 0 where a classifier has no tokens
-    predicted_tokens  in all groups, those past a clip's end among them; 0 in fine-tuning
-    teacher_tokens    that the target encoder saw; 0 where there is no teacher
-    flop              `step_flop`, or `classifier_cost.step_cost`, summed
-    hours             of the wall, from the first batch, checkpoints and watching included
+    clips             each as often as it was seen, of all ranks
+    context_tokens    tokens that the encoder saw, of all mask sets; 0 where a classifier has no tokens
+    predicted_tokens  tokens in all target groups, also past a clip's end; 0 in fine-tuning
+    teacher_tokens    tokens that the target encoder saw; 0 where there is no teacher
+    flop              the sum of `pretrain_step_cost` or `classifier_step_cost` over the steps
+    hours             by the clock, from the first batch, with checkpoints and the monitor
     peak_memory_gb    10^9 bytes, of one process: resident on a CPU, allocated by torch on a GPU
     """
 
@@ -39,73 +39,78 @@ class ComputeCost:
     peak_memory_gb: float = 0.0
 
     def plus_step(self, step_cost: "ComputeCost") -> "ComputeCost":
-        """The cost of a step added; the clock's and the memory's are the meter's own."""
+        """The cost with the counts of a step added; hours and memory stay, for the meter measures them."""
         counts = ("step", "clips", "context_tokens", "predicted_tokens", "teacher_tokens", "flop")
         return replace(self, **{name: getattr(self, name) + getattr(step_cost, name) for name in counts})
 
 
 class ComputeMeter:
-    """Counts a run's steps as they are taken, and keeps the counts in its folder, one for each checkpoint.
+    """Counts a run's steps as they are taken, and keeps the counts in its folder, one record for each checkpoint.
 
-    compute.json  {"device", "ranks", then the fields of `Spent` at the newest checkpoint, "flop_per_s",
-                  "earlier": `Spent` at those before}
+    compute.json  {"device", "ranks", the fields of `ComputeCost` at the newest checkpoint, "flop_per_s",
+                  "earlier": a `ComputeCost` for each checkpoint before it}
     """
 
     def __init__(self, device: torch.device, *, ranks: int = 1) -> None:
-        self.device, self.ranks = device, ranks
+        self.device = device
+        self.ranks = ranks
         self.earlier_costs: list[ComputeCost] = []
         self.count_from(ComputeCost())
 
     def count_from(self, cost: ComputeCost) -> None:
-        """Count on from `spent`, its clock beginning now."""
-        self.cost, self.cost_at_start, self.start_seconds = cost, cost, time.perf_counter()
+        """Count on from `cost`; its clock begins now."""
+        self.cost = cost
+        self.cost_at_start = cost
+        self.start_seconds = time.perf_counter()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def resume_counts(self, folder: Path, step: int) -> None:
-        """Count on from what the run's folder says of its checkpoint at `step`; from 0 if it says nothing."""
-        kept = read_compute_costs(folder)
-        self.earlier_costs = [spent for spent in kept if spent.step <= step]
-        self.count_from(next((spent for spent in kept if spent.step == step), ComputeCost(step=step)))
+        """Count on from the cost that the run's folder has for the checkpoint at `step`; from 0 if it has none."""
+        costs = read_compute_costs(folder)
+        self.earlier_costs = [cost for cost in costs if cost.step <= step]
+        self.count_from(next((cost for cost in costs if cost.step == step), ComputeCost(step=step)))
 
     def count_step(self, cost: ComputeCost) -> None:
-        """One step was taken."""
+        """Add the cost of a step that was taken."""
         self.cost = self.cost.plus_step(cost)
 
     def current_cost(self) -> ComputeCost:
-        """What has been spent so far."""
+        """The cost up to now, with hours and memory."""
         hours = self.cost_at_start.hours + (time.perf_counter() - self.start_seconds) / 3600
         peak_gb = max(self.cost_at_start.peak_memory_gb, peak_memory_bytes(self.device) / 1e9)
         return replace(self.cost, hours=hours, peak_memory_gb=peak_gb)
 
     def save_costs(self, folder: Path) -> None:
-        """Write what was spent up to now, beside what it was at earlier checkpoints."""
-        now = self.current_cost()
-        told: Json = {"device": describe_device(self.device), "ranks": self.ranks, **asdict(now)}
-        told["flop_per_s"] = now.flop / (3600 * now.hours)
-        told["earlier"] = [asdict(spent) for spent in self.earlier_costs]
+        """Write the cost up to now, beside the costs at earlier checkpoints."""
+        cost = self.current_cost()
+        record: Json = {"device": describe_device(self.device), "ranks": self.ranks, **asdict(cost)}
+        record["flop_per_s"] = cost.flop / (3600 * cost.hours)
+        record["earlier"] = [asdict(earlier) for earlier in self.earlier_costs]
         with replacing_file(folder / COMPUTE_COST_FILE) as scratch:
-            scratch.write_text(json.dumps(told, indent=1) + "\n")
-        self.earlier_costs.append(now)
+            scratch.write_text(json.dumps(record, indent=1) + "\n")
+        self.earlier_costs.append(cost)
 
 
 def read_compute_costs(folder: Path) -> list[ComputeCost]:
-    """What a run had spent at each of its checkpoints, oldest first; nothing where it has none."""
+    """The cost of a run at each of its checkpoints, oldest first; an empty list where its folder has none."""
     if not (folder / COMPUTE_COST_FILE).exists():
         return []
-    told = json.loads((folder / COMPUTE_COST_FILE).read_text())
+    record = json.loads((folder / COMPUTE_COST_FILE).read_text())
     fields = ComputeCost.__dataclass_fields__
-    return [ComputeCost(**{name: each[name] for name in fields}) for each in (*told["earlier"], told)]
+    return [ComputeCost(**{name: entry[name] for name in fields}) for entry in (*record["earlier"], record)]
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this process has held: on a GPU of torch's own, else resident."""
+    """The most memory that this process has held: on a GPU as allocated by torch, on a CPU resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if not PROC_STATUS.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts in bytes
+
+    # Not ru_maxrss, which begins with the size of the process that started this one.
     lines = dict(line.split(":", 1) for line in PROC_STATUS.read_text().splitlines())
-    return int(lines["VmHWM"].split()[0]) * 1024  # not ru_maxrss: it begins with the size of who started us
+    return int(lines["VmHWM"].split()[0]) * 1024
 
 
 def describe_device(device: torch.device) -> str:

@@ -1,4 +1,4 @@
-"""Run: one folder with recipe, metrics and checkpoints, from which training carries on exactly."""
+"""The run folder: recipe, metrics and checkpoints, from which training carries on exactly."""
 
 import contextlib
 import fcntl
@@ -30,25 +30,26 @@ Json = dict[str, Any]
 
 RUN_FORMAT = 1
 
-RECIPE_FILE, METRICS_FILE, CHECKPOINTS_FOLDER, RUN_LOCK_FILE = (
-    "recipe.json",
-    "metrics.jsonl",
-    "checkpoints",
-    "lock",
-)
+RECIPE_FILE = "recipe.json"
+
+METRICS_FILE = "metrics.jsonl"
+
+CHECKPOINTS_FOLDER = "checkpoints"
+
+RUN_LOCK_FILE = "lock"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """A folder that says what was trained on what, how it went, and where it stands.
+    """A folder that says what was trained on which data, how training went, and where it stands.
 
-    recipe.json                   recipe; identity of store and features; versions: what `start` compares
+    recipe.json                   recipe, identity of the data, versions; `create_or_open` compares the first two
     metrics.jsonl                 one JSON object per logged step, ascending
     tensorboard/                  the same for TensorBoard, a file for each time that the run was carried on
-    checkpoints/step-00001000/    PART.safetensors for each part, state.json with step, score, sha256 digests
-    bad-step-00001000/            what explains a step that ended the run, see `bad_step.py`
-    compute.json                  what it has cost up to each checkpoint, see `compute.py`
-    evaluation.json               what finetune or evaluate found on its own store, see `stamp.place_of`
+    checkpoints/step-00001000/    PART.safetensors for each part; state.json with step, score and SHA-256 digests
+    bad-step-00001000/            the clips and draws of a step that ended the run, see `BadStep`
+    compute.json                  the cost of the run up to each checkpoint, see `ComputeMeter`
+    evaluation.json               scores on the run's own store, written by finetune or evaluate
 
     A checkpoint folder is complete or absent; no file needs pickle.
     """
@@ -61,49 +62,53 @@ class Run:
     @classmethod
     def open(cls, path: Path) -> Self:
         """The run at `path` as it was started; RunError where there is none."""
-        if not (path / RECIPE_FILE).is_file():
+        recipe_path = path / RECIPE_FILE
+        if not recipe_path.is_file():
             raise RunError(
                 f"{path}: not a run (no {RECIPE_FILE}); give the --run folder of `ajepa-train pretrain`"
             )
         try:
-            told = json.loads((path / RECIPE_FILE).read_text())
+            record = json.loads(recipe_path.read_text())
         except ValueError:
+            raise RunError(f"{recipe_path}: damaged (not JSON); restore it, or start another --run") from None
+        if record["format"] != RUN_FORMAT:
             raise RunError(
-                f"{path / RECIPE_FILE}: damaged (not JSON); restore it, or start another --run"
-            ) from None
-        if told["format"] != RUN_FORMAT:
-            raise RunError(
-                f"{path}: run format {told['format']}, this version reads {RUN_FORMAT}; update ajepa"
+                f"{path}: run format {record['format']}, this version reads {RUN_FORMAT}; update ajepa"
             )
-        return cls(path=path, recipe=told["recipe"], identity=told["identity"], versions=told["versions"])
+        return cls(
+            path=path, recipe=record["recipe"], identity=record["identity"], versions=record["versions"]
+        )
 
     @classmethod
     def create_or_open(cls, path: Path, *, recipe: Json, identity: Json) -> Self:
-        """Make the run at `path`, or open the one there if recipe and identity are equal to it.
+        """Make the run at `path`, or open the run that is there if it has the same recipe and identity.
 
         RunError: another recipe or store (the differences, in one line), or a folder of something else.
         """
+        # Carry on with the run that is there.
         if (path / RECIPE_FILE).is_file():
             run = cls.open(path)
             run.refuse_other_settings({"recipe": recipe, "identity": identity})
             return run
+
+        # Start a new one.
         refuse_foreign_folder(path)
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path=path, recipe=recipe, identity=identity, versions=software_versions())
-        told = {"format": RUN_FORMAT, "recipe": recipe, "identity": identity, "versions": run.versions}
+        record = {"format": RUN_FORMAT, "recipe": recipe, "identity": identity, "versions": run.versions}
         with replacing_file(path / RECIPE_FILE) as scratch:
-            scratch.write_text(json.dumps(told, indent=1) + "\n")
+            scratch.write_text(json.dumps(record, indent=1) + "\n")
         return run
 
     def refuse_other_settings(self, requested: Json) -> None:
-        """RunError naming every value in which `asked` differs from what this run was started with."""
+        """RunError, naming the differences, where `requested` is not the recipe and identity of this run."""
         changes = setting_differences({"recipe": self.recipe, "identity": self.identity}, requested)
         if changes:
             raise RunError(f"{self.path}: is another run ({'; '.join(changes)}); choose another --run")
 
     @property
     def is_finetuned(self) -> bool:
-        """Whether it trained a classifier on a task."""
+        """Whether the run trained a classifier on a task."""
         return bool(self.recipe["type"] != "Pretrain")
 
     @contextmanager
@@ -118,32 +123,27 @@ class Run:
 
     @property
     def newest_step(self) -> int:
-        """Steps behind the newest checkpoint; 0 where there is none."""
+        """The step of the newest checkpoint; 0 where there is none."""
         return max((step_of_folder(folder) for folder in self.checkpoint_folders()), default=0)
 
     @property
     def best_checkpoint(self) -> BestCheckpoint | None:
-        """The checkpoint with the highest score of those that were saved with one."""
+        """The checkpoint with the highest score of all that were saved with one."""
         return find_best_checkpoint(self.checkpoint_folders())
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the newest checkpoint stands at the recipe's last step."""
-        return self.newest_step >= self.recipe["steps"]
 
     def checkpoint_folders(self) -> list[Path]:
         """Folders of complete checkpoints, oldest first."""
         return complete_checkpoints(self.path / CHECKPOINTS_FOLDER)
 
     def load_checkpoint(self, *parts: str, at: str | int = "last") -> Checkpoint:
-        """A checkpoint (all its parts or those named), on the CPU: `last`, `best`, or that of a step.
+        """A checkpoint on the CPU, all its parts or the named ones; `at` is `last`, `best`, or a step.
 
-        RunError: no such checkpoint, or a damaged one.
+        RunError: there is no such checkpoint, or it is damaged.
         """
         return read_checkpoint(self.checkpoint_folder(at), parts)
 
     def checkpoint_folder(self, at: str | int) -> Path:
-        """Where that checkpoint lies; RunError says which there are."""
+        """The folder of a checkpoint; RunError, with the steps that there are, where it does not exist."""
         folders = {step_of_folder(folder): folder for folder in self.checkpoint_folders()}
         if not folders:
             raise RunError(f"{self.path}: holds no checkpoint yet; train it first")
@@ -155,21 +155,22 @@ class Run:
             return folders[self.best_checkpoint.step]
         step = int(at) if str(at).isdecimal() else None
         if step not in folders:
-            there = ", ".join(map(str, folders))
-            raise RunError(f"{self.path}: no checkpoint {at!r}; expected last, best, or a step of {there}")
+            steps = ", ".join(map(str, folders))
+            raise RunError(f"{self.path}: no checkpoint {at!r}; expected last, best, or a step of {steps}")
         return folders[step]
 
     def save_checkpoint(
         self, checkpoint: Checkpoint, *, keep: int, keep_every: int = 0, score: float | None = None
     ) -> None:
-        """Write `checkpoint` whole or not at all, then drop all but the newest `keep`.
+        """Write `checkpoint` whole or not at all, then remove all but the newest `keep`.
 
-        Those at multiples of `keep_every` stay for good, and that with the highest `score` until another has
-        a higher one.
+        Checkpoints at multiples of `keep_every` stay for good; the one with the highest `score` stays until another
+        has a higher one.
         """
         refuse_full_disk(self.path, checkpoint)
+        # The logged lines must not reach the disk after the checkpoint. A run may not have logged any yet.
         with contextlib.suppress(FileNotFoundError):
-            sync_to_disk(self.path / METRICS_FILE)  # its lines must not be younger than the checkpoint
+            sync_to_disk(self.path / METRICS_FILE)
         write_checkpoint(self.path / CHECKPOINTS_FOLDER, checkpoint, score)
         remove_old_checkpoints(self.checkpoint_folders(), keep=keep, keep_every=keep_every)
 
@@ -179,14 +180,14 @@ class Run:
             handle.write(json.dumps(line, allow_nan=False) + "\n")
 
     def read_metrics(self) -> list[Json]:
-        """Every logged line so far; a last line that a crash cut short does not count."""
+        """Every logged line so far, without a last line that a crash cut short."""
         if not (self.path / METRICS_FILE).exists():
             return []
         text = (self.path / METRICS_FILE).read_text()
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     def rewind_to_checkpoint(self) -> None:
-        """Forget what lies past the newest checkpoint, lines and debris, as if it had never been logged."""
+        """Remove logged lines past the newest checkpoint, and half-written checkpoints."""
         lines = [line for line in self.read_metrics() if line["step"] <= self.newest_step]
         with replacing_file(self.path / METRICS_FILE) as scratch:
             scratch.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -196,31 +197,34 @@ class Run:
 
 def refuse_foreign_folder(path: Path) -> None:
     """RunError where `path` is a file, or a folder that holds anything but a crash's debris."""
-    if path.exists() and not path.is_dir():
+    if not path.exists():
+        return
+    if not path.is_dir():
         raise RunError(f"{path}: is a file; choose another --run")
-    held = (
-        sorted(file.name for file in path.iterdir() if not file.name.endswith(PARTIAL_SUFFIX))
-        if path.exists()
-        else []
-    )
-    if held:
+    names = sorted(file.name for file in path.iterdir() if not file.name.endswith(PARTIAL_SUFFIX))
+    if names:
         raise RunError(
-            f"{path}: not a run (no {RECIPE_FILE}) and not empty (holds {held[0]}); choose another --run"
+            f"{path}: not a run (no {RECIPE_FILE}) and not empty (holds {names[0]}); choose another --run"
         )
 
 
 def software_versions() -> Json:
-    """What computed this run: results are bit for bit only between equal versions."""
+    """The versions that a run depends on: results are equal bit for bit only between equal versions."""
     packages = {name: version(name) for name in ("ajepa", "torch", "numpy")}
     return {"python": platform.python_version(), **packages}
 
 
 def setting_differences(old: Json, new: Json, *, most: int = 4) -> list[str]:
-    """What changed from `old` to `new`, each as `path: was X, now Y`; after `most` only how many more."""
-    before, after = flatten_to_paths(old), flatten_to_paths(new)
-    keys = [key for key in before | after if before.get(key) != after.get(key)]
-    told = [f"{key}: was {before.get(key, 'absent')}, now {after.get(key, 'absent')}" for key in keys]
-    return told if len(told) <= most else [*told[:most], f"and {len(told) - most} more"]
+    """The changes from `old` to `new`, each as `path: was X, now Y`; past `most` of them only how many more."""
+    old_values = flatten_to_paths(old)
+    new_values = flatten_to_paths(new)
+    changed = [key for key in old_values | new_values if old_values.get(key) != new_values.get(key)]
+    lines = [
+        f"{key}: was {old_values.get(key, 'absent')}, now {new_values.get(key, 'absent')}" for key in changed
+    ]
+    if len(lines) > most:
+        return [*lines[:most], f"and {len(lines) - most} more"]
+    return lines
 
 
 def flatten_to_paths(value: Any, path: str = "") -> Json:
@@ -229,8 +233,7 @@ def flatten_to_paths(value: Any, path: str = "") -> Json:
         value = {str(index): item for index, item in enumerate(value)}
     if not isinstance(value, dict):
         return {path: value}
-    return {
-        leaf: item
-        for key, inner in value.items()
-        for leaf, item in flatten_to_paths(inner, f"{path}.{key}" if path else key).items()
-    }
+    leaves: Json = {}
+    for key, inner in value.items():
+        leaves |= flatten_to_paths(inner, f"{path}.{key}" if path else key)
+    return leaves

@@ -1,4 +1,4 @@
-"""TrainedRun: a run opened at one of its checkpoints, with the weights that count; its encoder, its classifier."""
+"""A trained run, opened at one of its checkpoints: the weights that it is measured by, its encoder, its classifier."""
 
 import json
 from dataclasses import dataclass, replace
@@ -18,15 +18,18 @@ from ajepa.training.run import Json, Run
 from pipeline.audio.mel_spec import MelSpec
 from pipeline.errors import RunError
 
-CLASSIFIER_PART, AVERAGE_PART, TARGET_PART = "classifier", "average", "target"  # parts of a checkpoint
+# Parts of a checkpoint that may be the one to measure.
+CLASSIFIER_PART = "classifier"
+AVERAGE_PART = "average"
+TARGET_PART = "target"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TrainedRun:
-    """A run at a checkpoint: the weights that it is measured by, and how to make networks of them.
+    """A run at a checkpoint: the weights that it is measured by, and the networks that they make.
 
-    part     of the checkpoint that counts: `target`, the EMA encoder of a pre-trained run; of a fine-tuned run the
-             moving `average` of the classifier, or the `classifier` where the recipe keeps no average
+    part     the part of the checkpoint that is measured: `target`, the EMA encoder of a pre-trained run; the moving
+             `average` of a fine-tuned run's classifier, or the `classifier` where the recipe keeps no average
     weights  of that part, on the CPU
     """
 
@@ -38,28 +41,28 @@ class TrainedRun:
 
     @classmethod
     def open(cls, run: Run | Path, at: str | int = "last") -> Self:
-        """Read the checkpoint `at`: last, best (by probe), or a step that is kept. RunError where there is none."""
+        """The run at a checkpoint: last, best (by probe), or a step that was kept. RunError where there is none."""
         if isinstance(run, Path):
             run = Run.open(run)
         recipe = recipe_from_json(run.recipe)
-        part = part_that_counts(recipe)
+        part = measured_part(recipe)
         checkpoint = run.load_checkpoint(part, at=at)
         return cls(run=run, recipe=recipe, step=checkpoint.step, part=part, weights=checkpoint.parts[part])
 
     @property
     def mel(self) -> MelSpec:
-        """How the clips were made that the run was trained on."""
+        """The mel spec of the clips that the run was trained on."""
         return MelSpec.from_json(self.run.identity["mel"])
 
     @property
     def finetune_recipe(self) -> Finetune:
-        """The recipe of a fine-tuned run; RunError where the run is a pre-trained one."""
+        """The recipe of a fine-tuned run; RunError where the run was pre-trained."""
         if not isinstance(self.recipe, Finetune):
             raise RunError(f"{self.run.path}: was pre-trained and has no classifier; fine-tune it first")
         return self.recipe
 
     def encoder_spec(self, purpose: str) -> EncoderSpec:
-        """The encoder's shape; RunError, ending with the purpose, where the run trained another kind of network."""
+        """The encoder's shape; RunError, naming the purpose, where the run trained another kind of network."""
         model = self.recipe.model
         if isinstance(self.recipe, Finetune) and not isinstance(model, VitSpec):
             raise RunError(f"{self.run.path}: its {type(model).__name__} has no encoder {purpose}")
@@ -67,7 +70,7 @@ class TrainedRun:
         return spec
 
     def encoder_weights(self) -> dict[str, Tensor]:
-        """The encoder's weights, named as in an `Encoder`."""
+        """The encoder's weights, by their names in an `Encoder`."""
         if self.part == TARGET_PART:
             return self.weights
         return {
@@ -84,7 +87,7 @@ class TrainedRun:
         return model
 
     def checkpoint_identity(self) -> Json:
-        """Step and digest of the weights: a run that was started from them is not carried on from others."""
+        """Step and digest of the weights, which are part of the identity of a run that starts from them."""
         state = json.loads((self.run.checkpoint_folder(self.step) / STATE_FILE).read_text())
         return {"step": state["step"], "sha256": state["sha256"][self.part]}
 
@@ -98,15 +101,17 @@ class TrainedRun:
                 f"recipe {recipe.name} trains a {type(recipe.model).__name__}: it cannot start from {self.run.path}; "
                 "leave out --from"
             )
-        its = self.encoder_spec("to start from")
-        mine = recipe.model.encoder
-        cols = -(-mine.grid.frames // its.grid.patch_frames)
-        encoder = replace(its, grid=replace(its.grid, cols=cols), drop_path=mine.drop_path)
+        trained = self.encoder_spec("to start from")
+        wanted = recipe.model.encoder
+
+        # As many columns of the trained encoder's patches as the recipe's views need.
+        cols = -(-wanted.grid.frames // trained.grid.patch_frames)
+        encoder = replace(trained, grid=replace(trained.grid, cols=cols), drop_path=wanted.drop_path)
         return replace(recipe, mel=self.recipe.mel, model=replace(recipe.model, encoder=encoder))
 
 
-def part_that_counts(recipe: Pretrain | Finetune) -> str:
-    """Which part of a checkpoint is measured, embedded with and started from: a moving average where there is one."""
+def measured_part(recipe: Pretrain | Finetune) -> str:
+    """The part of a checkpoint to measure, to embed with, and to start from: a moving average where there is one."""
     if isinstance(recipe, Pretrain):
         return TARGET_PART
     return AVERAGE_PART if recipe.ema else CLASSIFIER_PART

@@ -1,7 +1,4 @@
-"""A step without a usable loss or gradient: what is said of it, and what is kept to look at.
-
-Stepper: one update of the weights from a step's clips, dealt to ranks and passes; what every stage's trainer is.
-"""
+"""One update of the weights from a step's clips, dealt to ranks and passes: the part that all stages share."""
 
 import json
 import math
@@ -24,18 +21,29 @@ from pipeline.errors import RunError
 from pipeline.files import replacing_file
 from pipeline.loading.loader import Batch
 
+OPTIMISER_PART = "optimiser"  # of a checkpoint
+
+SCALER_PART = "scaler"  # of a checkpoint, in fp16 alone
+
+SCALER_FIELDS = ("scale", "_growth_tracker")  # of torch's GradScaler: the two that change from step to step
+
+SMALLEST_LOSS_SCALE = 1.0  # in fp16: gradients that overflow at this scale would overflow without any
+
 
 class BadStep(RunError):
-    """The update of a step must not happen; `told` and `tensors` are what explains it, of this rank."""
+    """A step whose update must not happen; `record` and `tensors` of this rank explain it."""
 
     def __init__(
         self, text: str, *, step: int, rank: int, record: dict[str, Any], tensors: dict[str, Tensor]
     ):
         super().__init__(text)
-        self.step, self.rank, self.record, self.tensors = step, rank, record, tensors
+        self.step = step
+        self.rank = rank
+        self.record = record
+        self.tensors = tensors
 
     def write_to_run(self, run_path: Path) -> Path:
-        """Write it to `bad-step-STEP/` of the run, a pair of files for each rank; returns that folder."""
+        """Write record and tensors to the run's `bad-step-STEP/`, a pair of files for each rank; that folder."""
         folder = run_path / f"bad-step-{self.step + 1:08d}"
         folder.mkdir(exist_ok=True)
         with replacing_file(folder / f"rank-{self.rank}.safetensors") as scratch:
@@ -45,29 +53,32 @@ class BadStep(RunError):
         return folder
 
 
-SMALLEST_LOSS_SCALE = 1.0  # of a loss in fp16: if gradients overflow even unscaled, it is not the scale
-
-OPTIMISER_PART, SCALER_PART = "optimiser", "scaler"  # parts of a checkpoint
-
-
-class StepRecipe(Protocol):
-    """What a recipe says of its steps."""
+class TrainRecipe(Protocol):
+    """The fields of a recipe that every stage needs: its steps, and when something is written."""
 
     @property
     def seed(self) -> int: ...
     @property
     def clips_per_step(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def log_every(self) -> int: ...
+    @property
+    def checkpoint_every(self) -> int: ...
+    @property
+    def keep_checkpoints(self) -> int: ...
 
 
 class Trainer:
-    """Model and optimiser of a recipe on one device: the half of `loop.Trainer` that no stage has for itself.
+    """Model and optimiser of a recipe on one device: the half of `loop.StageTrainer` that is the same in every stage.
 
-    The global batch is the recipe's; this rank has its share of the clips and takes `micro_clips` of them at a
-    time. A stage draws what is random for the global batch and divides every loss by all of it, so that neither
+    The global batch is the recipe's. This rank has its share of the clips and takes `micro_clips` of them at a
+    time. A stage draws its random numbers for the global batch and divides every loss by all of it, so that neither
     ranks nor passes change a step by more than rounding.
 
-    parts              whose weights a checkpoint holds under which name
-    remedy             what to do about a step that is no number on finite clips
+    parts              the modules whose weights a checkpoint holds, by the name of the part
+    remedy             advice for a step whose loss or gradient is no number although its clips are finite
     max_gradient_norm  longer gradients are shortened to this; 0: none is
     """
 
@@ -76,7 +87,7 @@ class Trainer:
 
     def __init__(
         self,
-        recipe: StepRecipe,
+        recipe: TrainRecipe,
         model: nn.Module,
         optimiser: torch.optim.Optimizer,
         device: torch.device,
@@ -86,129 +97,153 @@ class Trainer:
         micro_clips: int | None,
         precision: Precision | None,
     ) -> None:
-        self.recipe, self.model, self.device, self.world = recipe, model, device, world
+        self.recipe = recipe
+        self.model = model
+        self.optimiser = optimiser
+        self.device = device
         self.parts = parts
+
+        # This rank's share of a step, and how much of it passes through the model at once.
+        self.world = world
         self.clips_of_rank = world.clips_per_rank(recipe.clips_per_step)
         self.micro_clips = min(micro_clips or self.clips_of_rank, self.clips_of_rank)
-        self.precision = precision or pick_precision("auto", device)
         self.ddp_model = world.wrap_in_ddp(model)
-        self.optimiser = optimiser
+
+        # The numbers of its forward and backward pass.
+        self.precision = precision or pick_precision("auto", device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision.has_scaled_loss)
 
     def accumulate_gradients(self, loss_of_pass: Callable[[slice], tuple[Tensor, Tensor]]) -> list[float]:
-        """Have the weights' gradients be those of the global batch's loss; what is told of it.
+        """Give the weights the gradients of the global batch's loss; values to log, summed over passes and ranks.
 
-        `part` is given the clips of a pass, of this rank's, and says what they add to the loss of the global batch,
-        and to all that is told, a vector.
+        `loss_of_pass` takes the clips of a pass, a slice of this rank's, and returns two things: their share of the
+        global batch's loss, and a vector of values to sum.
         """
-        told_N = torch.zeros(())
-        for clips, last in micro_batches(self.clips_of_rank, self.micro_clips):
-            with self.gradient_sync(last):
-                loss, added_N = loss_of_pass(clips)
-                # DistributedDataParallel divides what it sums by the number of ranks
+        sum_N = torch.zeros(())
+        for clips, is_last in micro_batches(self.clips_of_rank, self.micro_clips):
+            with self.gradient_sync(is_last):
+                loss, value_N = loss_of_pass(clips)
+                # DistributedDataParallel divides the sum of the gradients by the number of ranks: undo that.
                 self.scaler.scale(loss * self.world.size).backward()
-            told_N = added_N if clips.start == 0 else told_N + added_N
-        return self.world.sum_over_ranks(*told_N.tolist())
+            sum_N = value_N if clips.start == 0 else sum_N + value_N
+        return self.world.sum_over_ranks(*sum_N.tolist())
 
-    def gradient_sync(self, last: bool) -> AbstractContextManager[None]:
-        """Ranks exchange gradients once a step, in its last pass."""
-        if isinstance(self.ddp_model, DistributedDataParallel) and not last:
+    def gradient_sync(self, is_last_pass: bool) -> AbstractContextManager[None]:
+        """The context of a backward pass: ranks exchange gradients once a step, in its last pass."""
+        if isinstance(self.ddp_model, DistributedDataParallel) and not is_last_pass:
             return self.ddp_model.no_sync()
         return nullcontext()
 
     def update_weights(
         self, step: int, batch: Batch, metrics: Json, lr: float, debug_tensors: dict[str, Tensor]
     ) -> Json:
-        """Change the weights by their gradients; what there is to log of that. BadStep instead of a bad update.
+        """Change the weights by their gradients at rate `lr`; metrics of the update. BadStep instead of a bad update.
 
-        `told` of the step, `loss` among it; `kept` is what a BadStep keeps beside the batch. With `overflowed` in
-        what is returned, nothing was changed.
+        `metrics` of the step hold its `loss`. A BadStep keeps `debug_tensors` beside the batch. Where the returned
+        metrics hold `overflowed`, nothing was changed.
         """
+        # Measure the gradient, as it is without the scale of the loss.
         self.scaler.unscale_(self.optimiser)
         trained = [weight for weight in self.model.parameters() if weight.grad is not None]
         norm = torch.nn.utils.get_total_norm([weight.grad for weight in trained if weight.grad is not None])
         metrics = {**metrics, "gradient_norm": norm.item()}
-        has_overflowed = self.scaler.is_enabled() and self.overflowed(metrics)
+
+        # Refuse a step without a usable loss or gradient. An overflow of fp16 only costs this step.
+        has_overflowed = self.scaler.is_enabled() and self.has_scale_overflow(metrics)
         if not has_overflowed:
             self.refuse_bad_step(metrics, step, batch, debug_tensors)
+
+        # Shorten the gradient.
         if self.max_gradient_norm and not has_overflowed:
             torch.nn.utils.clip_grads_with_norm_(trained, self.max_gradient_norm, norm)
+
+        # Take the step; the scaler passes over one that overflowed.
         for group in self.optimiser.param_groups:
             group["lr"] = lr * group.get("share", 1.0)
-        self.scaler.step(self.optimiser)  # which passes over a step that overflowed
+        self.scaler.step(self.optimiser)
         self.scaler.update()
         self.optimiser.zero_grad()
-        return {"overflowed": 1, "lr": lr} if has_overflowed else {"gradient_norm": norm.item(), "lr": lr}
+        if has_overflowed:
+            return {"overflowed": 1, "lr": lr}
+        return {"gradient_norm": norm.item(), "lr": lr}
 
-    def overflowed(self, told: Json) -> bool:
+    def has_scale_overflow(self, metrics: Json) -> bool:
         """Whether the scaled gradients, and they alone, left the range of fp16: the scale is lowered then."""
-        lost = math.isfinite(told["loss"]) and not math.isfinite(told["gradient_norm"])
-        return lost and self.scaler.get_scale() > SMALLEST_LOSS_SCALE
+        is_gradient_lost = math.isfinite(metrics["loss"]) and not math.isfinite(metrics["gradient_norm"])
+        return is_gradient_lost and self.scaler.get_scale() > SMALLEST_LOSS_SCALE
 
     def refuse_bad_step(
         self, metrics: Json, step: int, batch: Batch, debug_tensors: dict[str, Tensor]
     ) -> None:
         """BadStep, naming step and rows, where loss or gradient is no number."""
-        bad = [
-            f"{name} is {metrics[name]}"
-            for name in ("loss", "gradient_norm")
-            if not math.isfinite(metrics[name])
-        ]
-        if not bad:
+        not_finite = [name for name in ("loss", "gradient_norm") if not math.isfinite(metrics[name])]
+        if not not_finite:
             return
-        finite_B = torch.isfinite(batch.mel_BTF).flatten(1).all(1).cpu().numpy()
-        broken = self.rows_of_all_ranks(batch.rows_B[~finite_B])
-        if broken:
-            cause = f"rows {broken} of the store hold nan or inf: build it again"
+
+        # Tell broken data from a diverging model.
+        is_finite_B = torch.isfinite(batch.mel_BTF).flatten(1).all(1).cpu().numpy()
+        broken_rows = self.rows_of_all_ranks(batch.rows_B[~is_finite_B])
+        if broken_rows:
+            cause = f"rows {broken_rows} of the store hold nan or inf: build it again"
         else:
             cause = f"its clips are finite: {self.remedy} (the steps before: metrics.jsonl)"
-        shown = {"mel_BTF": batch.mel_BTF, "n_frames_B": batch.n_frames_B}
+
+        # Keep everything that computes this loss again. JSON has no nan: such values are written as words.
+        numbers = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
+        record = {
+            "step": step + 1,
+            "seed": self.recipe.seed,
+            "first_clip": self.world.rank * self.clips_of_rank,
+            "clips_per_step": self.recipe.clips_per_step,
+            **numbers,
+            "rows": batch.rows_B.tolist(),
+            "rows_with_nan_or_inf": broken_rows,
+        }
+        tensors = {
+            "mel_BTF": batch.mel_BTF,
+            "n_frames_B": batch.n_frames_B,
+            "rows_B": torch.from_numpy(batch.rows_B),
+            **debug_tensors,
+        }
+        values = ", ".join(f"{name} is {metrics[name]}" for name in not_finite)
         raise BadStep(
-            f"step {step + 1}: {', '.join(bad)}; stopped before the update; {cause}",
+            f"step {step + 1}: {values}; stopped before the update; {cause}",
             step=step,
             rank=self.world.rank,
-            record={
-                "step": step + 1,
-                "seed": self.recipe.seed,
-                "first_clip": self.world.rank * self.clips_of_rank,
-                "clips_per_step": self.recipe.clips_per_step,
-                **{name: value if math.isfinite(value) else str(value) for name, value in metrics.items()},
-                "rows": batch.rows_B.tolist(),
-                "rows_with_nan_or_inf": broken,
-            },
-            tensors={**shown, "rows_B": torch.from_numpy(batch.rows_B), **debug_tensors},
+            record=record,
+            tensors=tensors,
         )
 
     def rows_of_all_ranks(self, rows_N: np.ndarray) -> list[int]:
-        """The rows of the store that any rank names."""
-        places_N = np.zeros(self.world.size * self.clips_of_rank)
+        """The rows of the store that any rank names; every rank calls this with its own."""
+        # Each rank fills its own slots of a vector. 0 is an empty slot, so rows are counted from 1 in it.
+        slots_N = np.zeros(self.world.size * self.clips_of_rank)
         first = self.world.rank * self.clips_of_rank
-        places_N[first : first + len(rows_N)] = rows_N + 1
-        return [int(place) - 1 for place in self.world.sum_over_ranks(*places_N.tolist()) if place]
+        slots_N[first : first + len(rows_N)] = rows_N + 1
+        return [int(slot) - 1 for slot in self.world.sum_over_ranks(*slots_N.tolist()) if slot]
 
     def make_checkpoint(self, step: int) -> Checkpoint:
-        """Everything that the next step stands on; the same on every rank."""
-        held = {name: model.state_dict() for name, model in self.parts.items()}
-        held[OPTIMISER_PART] = optimiser_moments(self.optimiser)
+        """Everything that the next step depends on; the same on every rank."""
+        tensors = {name: model.state_dict() for name, model in self.parts.items()}
+        tensors[OPTIMISER_PART] = optimiser_moments(self.optimiser)
         if self.scaler.is_enabled():
             state = self.scaler.state_dict()
-            held[SCALER_PART] = {
-                name: torch.tensor(float(state[name])) for name in ("scale", "_growth_tracker")
-            }
-        return Checkpoint(step=step, parts=held)
+            tensors[SCALER_PART] = {name: torch.tensor(float(state[name])) for name in SCALER_FIELDS}
+        return Checkpoint(step=step, parts=tensors)
 
     def restore_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Stand where `checkpoint` was written, by however many ranks."""
+        """Go back to where `checkpoint` was written, by any number of ranks."""
         for name, model in self.parts.items():
             model.load_state_dict(checkpoint.parts[name])
         restore_moments(self.optimiser, checkpoint.parts[OPTIMISER_PART])
         if self.scaler.is_enabled() and SCALER_PART in checkpoint.parts:
-            told = checkpoint.parts[SCALER_PART]
-            state = {"scale": told["scale"].item(), "_growth_tracker": int(told["_growth_tracker"])}
+            saved = checkpoint.parts[SCALER_PART]
+            state = {"scale": saved["scale"].item(), "_growth_tracker": int(saved["_growth_tracker"])}
             self.scaler.load_state_dict(self.scaler.state_dict() | state)
 
 
 def micro_batches(clips: int, micro_clips: int) -> Iterator[tuple[slice, bool]]:
-    """The clips of each pass, `most` at a time, and whether it is the last."""
+    """Yield the clips of each pass, `micro_clips` at a time, and whether the pass is the last."""
     for first in range(0, clips, micro_clips):
-        yield slice(first, min(first + micro_clips, clips)), first + micro_clips >= clips
+        end = first + micro_clips
+        yield slice(first, min(end, clips)), end >= clips

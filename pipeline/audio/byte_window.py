@@ -1,4 +1,4 @@
-"""Window: some bytes of a file, or of memory, as a file of their own that is only read."""
+"""Part of a file, or of a buffer in memory, as a read-only file of its own: how decoders see a member of a tar."""
 
 import os
 from collections.abc import Iterator
@@ -9,19 +9,22 @@ from typing import Any, Self
 
 
 class ByteWindow(RawIOBase):
-    """Bytes [offset, offset + size) of an open file or of memory; nothing is held but the place.
+    """Bytes [offset, offset + size) of an open file or of memory. They are read on demand, never copied as a whole.
 
     A seek before the first byte leads to the first byte: libsndfile asks for such places in damaged files, and
-    an exception there would be printed, not raised.
+    would print an exception instead of raising it.
     """
 
     def __init__(self, source: int | memoryview, offset: int, size: int) -> None:
-        self._source, self._offset, self._size, self._position = source, offset, size, 0
+        self._source = source  # a file descriptor, or a buffer
+        self._offset = offset
+        self._size = size
+        self._position = 0
 
     @classmethod
     @contextmanager
     def open_range(cls, path: Path, offset: int, size: int) -> Iterator[Self]:
-        """Part of the file at `path`; OSError where there is none."""
+        """Open `size` bytes from `offset` on of the file at `path`; OSError if the file cannot be opened."""
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             yield cls(file, offset, size)
@@ -29,38 +32,41 @@ class ByteWindow(RawIOBase):
             os.close(file)
 
     def duplicate(self) -> "ByteWindow":
-        """The same bytes with a place of its own."""
+        """A window on the same bytes with a position of its own, at the first byte."""
         return ByteWindow(self._source, self._offset, self._size)
 
     def readinto(self, buffer: Any) -> int:
-        """Fill the buffer as far as there are bytes; the file may end before the window does."""
+        """Fill the buffer and return how many bytes it got: fewer at the end of the window, or of the file."""
         target = memoryview(buffer).cast("B")
-        begin = self._offset + self._position
         count = max(0, min(len(target), self._size - self._position))
         if not count:
             return 0
+
+        begin = self._offset + self._position
         if isinstance(self._source, int):
             piece: bytes | memoryview = os.pread(self._source, count, begin)
         else:
             piece = self._source[begin : begin + count]
+
+        # The file may end before the window does: then the piece is shorter than `count`.
         target[: len(piece)] = piece
         self._position += len(piece)
         return len(piece)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """As any file's."""
+        """Move as in any file and return the new position, which is never negative."""
         origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
         self._position = max(0, origin + offset)
         return self._position
 
     def tell(self) -> int:
-        """As any file's."""
+        """The position, counted from the first byte of the window."""
         return self._position
 
     def readable(self) -> bool:
-        """It is."""
+        """Always True."""
         return True
 
     def seekable(self) -> bool:
-        """It is."""
+        """Always True."""
         return True

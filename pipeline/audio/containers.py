@@ -1,4 +1,4 @@
-"""Container: what a file is by its first bytes, whatever it is called, and what its header says of its length."""
+"""Containers: the kind of a sound file by its first bytes, whatever its name, and the length that its header states."""
 
 import struct
 from collections.abc import Iterator
@@ -14,37 +14,41 @@ from pipeline.errors import AudioError
 
 ReadableFile = BinaryIO | ByteWindow
 
-HEAD_BYTES = 4096
+HEAD_BYTES = 4096  # read of a file to recognise it
 
-UNKNOWN_WAV_BYTES = (
-    0x7FFF_F000  # a wav size from here up was never filled in: sox writes this, ffmpeg 2^32 - 1
-)
+# A wav whose size is this or more was never finished: sox writes this size, FFmpeg writes 2^32 - 1.
+UNKNOWN_WAV_BYTES = 0x7FFF_F000
 
-UNKNOWN_W64_BYTES = 2**42  # the same of a w64 (FFmpeg writes 2^63 - 1); ext4 cannot even seek beyond 2^44
+# Likewise for w64, where FFmpeg writes 2^63 - 1; on ext4 no seek leads beyond 2^44.
+UNKNOWN_W64_BYTES = 2**42
 
-MAX_RIFF_CHUNKS = 1000  # a file of zeros would go on for ever
+MAX_RIFF_CHUNKS = 1000  # a file of zeros would have chunks for ever
 
-LIBSNDFILE_TAGS = (1, 3, 6, 7, 0xFFFE)  # PCM, float, A-law, mu-law, extensible; ADPCM and mp3 in wav: PyAV
+# Format tags of wav that libsndfile decodes: PCM, float, A-law, mu-law, extensible. ADPCM and mp3 are left to FFmpeg.
+LIBSNDFILE_TAGS = (1, 3, 6, 7, 0xFFFE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AudioContainer:
-    """One kind of file, and what its header states.
+    """One kind of sound file, and what the header of a file states.
 
-    demuxer FFmpeg's name of it, given outright: probing could take a text for a playlist and follow its links
-    length  what FFmpeg's duration is: declared by the header, found at the end of what is there (so it cannot
-            show that anything is missing), or guessed from the bit rate (so it means nothing)
+    demuxer      FFmpeg's name of the kind, given outright: probing could take a text for a playlist and follow its
+                 links
+    length_kind  where FFmpeg's duration comes from: declared by the header; found at the end of the file, so that it
+                 cannot show that anything is missing; or guessed from the bit rate, so that it means nothing
     """
 
     suffixes: tuple[str, ...]
     demuxer: str
-    uses_libsndfile: bool = False  # decode with libsndfile instead
-    is_seekable: bool = False  # has time stamps to find a second by, without decoding what lies before
+    uses_libsndfile: bool = False  # decoded by libsndfile, not by FFmpeg
+    is_seekable: bool = False  # has time stamps: a second can be found without decoding the sound before it
     length_kind: Literal["declared", "found", "guessed"] = "declared"
-    declared_frames: int | None = None  # where the decoder would hide it
+    declared_frames: int | None = (
+        None  # samples of each channel, if the decoder would hide what the header declares
+    )
 
     def is_misnamed(self, name: str) -> bool:
-        """True where the extension names another kind of file; an unknown one or none names nothing."""
+        """Whether the extension of `name` belongs to another kind; an unknown extension belongs to none."""
         return Path(name).suffix.lower() in CONTAINER_SUFFIXES - set(self.suffixes)
 
 
@@ -81,7 +85,8 @@ CONTAINER_KINDS = {
 
 CONTAINER_SUFFIXES = {suffix for kind in CONTAINER_KINDS.values() for suffix in kind.suffixes}
 
-CONTAINER_SIGNATURES = (  # offset, bytes, kind
+# Offset, bytes at this offset, kind.
+CONTAINER_SIGNATURES = (
     (0, b"fLaC", "flac"),
     (0, b"OggS", "ogg"),
     (0, b"\x1aE\xdf\xa3", "matroska"),
@@ -106,14 +111,18 @@ CONTAINER_SIGNATURES = (  # offset, bytes, kind
 
 
 def recognise_container(sound: SoundInput) -> AudioContainer:
-    """The container of a sound; AudioError missing where there is none, unreadable where it is no known one."""
+    """The container of a sound. AudioError: missing if there is no file, unreadable if it is of no known kind."""
     try:
         with open_from_start(sound) as file:
-            head, tagged = read_after_tags(file)
-            container = match_signature(head, file) or (mp3_container(head) if tagged and head else None)
+            head, has_tag = read_after_tags(file)
+            container = match_signature(head, file)
     except OSError as error:
         reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
         raise AudioError(reason, f"cannot be read ({error.strerror})") from None
+
+    # Only mp3 files begin with an ID3 tag, so damage after the tag does not hide the kind.
+    if container is None and has_tag and head:
+        container = mp3_container(head)
     if container is None:
         raise AudioError("unreadable", f"{describe_unknown_head(head)}, no known audio; fetch it again")
     return container
@@ -121,31 +130,34 @@ def recognise_container(sound: SoundInput) -> AudioContainer:
 
 @contextmanager
 def open_from_start(sound: SoundInput) -> Iterator[ReadableFile]:
-    """The sound from its first byte on, with a place of its own: a sound may be open twice at a time."""
+    """Open the sound at its first byte, with a position of its own: a sound may be open twice at a time."""
     if isinstance(sound, Path):
         if not sound.is_file():
             raise AudioError("missing", f"{describe_absence(sound)}; fetch it, or correct its path")
         with sound.open("rb") as file:
             yield file
+    elif isinstance(sound, ByteWindow):
+        yield sound.duplicate()
     else:
-        yield (
-            sound.duplicate()
-            if isinstance(sound, ByteWindow)
-            else ByteWindow(sound.getbuffer(), 0, sound.getbuffer().nbytes)
-        )
+        buffer = sound.getbuffer()
+        yield ByteWindow(buffer, 0, buffer.nbytes)
 
 
 def describe_absence(path: Path) -> str:
-    """Why there is no file at a path."""
+    """Why there is no file at a path, in a few words."""
     if path.is_symlink():
         return f"a link to {str(path.readlink())!a}, where there is no file"
-    return "a folder, not a file" if path.is_dir() else "no such file"
+    if path.is_dir():
+        return "a folder, not a file"
+    return "no such file"
 
 
 def read_after_tags(file: ReadableFile) -> tuple[bytes, bool]:
-    """The first bytes after ID3 tags (pictures may make them megabytes long), and whether there was one."""
-    position, head = 0, file.read(HEAD_BYTES)
+    """The first bytes after ID3 tags (pictures may make them megabytes long), and whether there was a tag."""
+    position = 0
+    head = file.read(HEAD_BYTES)
     while head[:3] == b"ID3" and len(head) >= 10:
+        # The size of a tag: four bytes of seven bits each, without the ten bytes of its header.
         size = (head[6] & 127) << 21 | (head[7] & 127) << 14 | (head[8] & 127) << 7 | head[9] & 127
         position += 10 + size
         file.seek(position)
@@ -154,36 +166,47 @@ def read_after_tags(file: ReadableFile) -> tuple[bytes, bool]:
 
 
 def match_signature(head: bytes, file: ReadableFile) -> AudioContainer | None:
-    """The kind by signature, completed from its header."""
+    """The container by its signature, with what its header states; None if no signature fits."""
+    # A wav comes in four variants; RIFX has the other order of bytes.
     if head[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64") and head[8:12] == b"WAVE":
         return wav_container(file, ">" if head[:4] == b"RIFX" else "<")
+
+    # Kinds with a signature of their own; some headers state more.
     for offset, signature, name in CONTAINER_SIGNATURES:
         if head.startswith(signature, offset):
-            if name in ("w64", "caf"):
-                return replace(
-                    CONTAINER_KINDS[name],
-                    declared_frames=read_w64_frames(file) if name == "w64" else read_caf_frames(file),
-                )
-            return flac_container(head) if name == "flac" else CONTAINER_KINDS[name]
+            kind = CONTAINER_KINDS[name]
+            if name == "w64":
+                return replace(kind, declared_frames=read_w64_frames(file))
+            if name == "caf":
+                return replace(kind, declared_frames=read_caf_frames(file))
+            if name == "flac":
+                return flac_container(head)
+            return kind
+
+    # MPEG-TS has packets of 188 bytes, each with the same first byte; an mp3 or AAC may begin with zeros.
     if head[:1] == b"G" and head[188:189] == b"G":
         return CONTAINER_KINDS["mpegts"]
     return mpeg_audio_container(head.lstrip(b"\0"))
 
 
 def flac_container(head: bytes) -> AudioContainer:
-    """Encoders that write to a pipe leave the number of samples 0; libsndfile then offers 2^63 - 1."""
+    """A flac, which goes to FFmpeg if it states no length.
+
+    Encoders that write to a pipe leave the number of samples 0, and libsndfile would make 2^63 - 1 of it.
+    """
     samples = int.from_bytes(head[18:26]) % 2**36
-    return (
-        CONTAINER_KINDS["flac"]
-        if samples
-        else replace(CONTAINER_KINDS["flac"], uses_libsndfile=False, length_kind="guessed")
-    )
+    if samples:
+        return CONTAINER_KINDS["flac"]
+    return replace(CONTAINER_KINDS["flac"], uses_libsndfile=False, length_kind="guessed")
 
 
 def mpeg_audio_container(head: bytes) -> AudioContainer | None:
-    """mp3 (or layer 2) and bare AAC begin with the same sync word; the layer bits tell them apart."""
+    """An mp3 (or layer 2) or bare AAC; None if it is neither."""
+    # Both begin with the same eleven bits.
     if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0:
         return None
+
+    # The layer tells them apart. Of mp3, some values of layer, bit rate and sampling rate do not exist.
     layer = head[1] >> 1 & 3
     if layer == 0:
         return CONTAINER_KINDS["aac"] if head[1] & 0xF0 == 0xF0 else None
@@ -193,17 +216,20 @@ def mpeg_audio_container(head: bytes) -> AudioContainer | None:
 
 
 def mp3_container(head: bytes) -> AudioContainer:
-    """An mp3 states its length in a Xing, Info or VBRI frame, or not at all."""
-    stated = any(name in head for name in (b"Xing", b"Info", b"VBRI"))
-    return CONTAINER_KINDS["mp3"] if stated else replace(CONTAINER_KINDS["mp3"], length_kind="guessed")
+    """An mp3, whose length is stated in a Xing, Info or VBRI frame, or guessed."""
+    if any(name in head for name in (b"Xing", b"Info", b"VBRI")):
+        return CONTAINER_KINDS["mp3"]
+    return replace(CONTAINER_KINDS["mp3"], length_kind="guessed")
 
 
 def wav_container(file: ReadableFile, byte_order: str) -> AudioContainer:
-    """A wav with the frames its header declares: libsndfile only tells how many there are."""
+    """A wav with the frames that its header declares: libsndfile only tells how many there are."""
     header = read_riff_header(file, byte_order)
     if header.format_tag not in LIBSNDFILE_TAGS:
         return replace(CONTAINER_KINDS["wav"], uses_libsndfile=False)
-    if header.sound_bytes == 0 and header.remaining_bytes:  # the writer died; libsndfile would see no sound
+
+    # A size of 0 before sound: the writer was interrupted. libsndfile would see no sound.
+    if header.sound_bytes == 0 and header.remaining_bytes:
         return replace(CONTAINER_KINDS["wav"], uses_libsndfile=False, length_kind="guessed")
     if header.sound_bytes is None or not header.frame_bytes:
         return CONTAINER_KINDS["wav"]
@@ -211,17 +237,17 @@ def wav_container(file: ReadableFile, byte_order: str) -> AudioContainer:
 
 
 class RiffHeader(NamedTuple):
-    """`sound_bytes` as declared, None where the header does not know; `rest_bytes` are there from `data` on."""
+    """What the header of a wav states; a frame is one sample of every channel."""
 
     format_tag: int = 1
     frame_bytes: int = 0
-    sound_bytes: int | None = None
-    remaining_bytes: int = 0
+    sound_bytes: int | None = None  # as declared; None if the header does not know
+    remaining_bytes: int = 0  # of the file, after the head of the chunk `data`
 
 
 def read_riff_header(file: ReadableFile, byte_order: str) -> RiffHeader:
-    """Walk the chunks of a wav up to the sound."""
-    found = RiffHeader()
+    """Walk the chunks of a wav up to the sound and return what they state."""
+    header = RiffHeader()
     position = 12
     for _ in range(MAX_RIFF_CHUNKS):
         file.seek(position)
@@ -229,55 +255,77 @@ def read_riff_header(file: ReadableFile, byte_order: str) -> RiffHeader:
         if len(chunk) < 8:
             break
         name, size = struct.unpack_from(f"{byte_order}4sI", chunk)
+
+        # The sound: here the walk ends. A size that was never filled in may be known from `ds64`.
         if name == b"data":
-            rest_bytes = file.seek(0, SEEK_END) - position - 8
-            known = size if size < UNKNOWN_WAV_BYTES else found.sound_bytes
-            return found._replace(sound_bytes=known, remaining_bytes=rest_bytes)
+            remaining_bytes = file.seek(0, SEEK_END) - position - 8
+            sound_bytes = size if size < UNKNOWN_WAV_BYTES else header.sound_bytes
+            return header._replace(sound_bytes=sound_bytes, remaining_bytes=remaining_bytes)
+
+        # The form of the samples, and in an RF64 the size of the sound in 64 bits.
         if name == b"fmt " and len(chunk) == 24:
             tag, frame_bytes = struct.unpack_from(f"{byte_order}H10xH", chunk, 8)
-            found = found._replace(format_tag=tag, frame_bytes=frame_bytes)
-        if name == b"ds64" and len(chunk) == 24:  # the 64-bit size of an RF64
-            found = found._replace(sound_bytes=struct.unpack_from(f"{byte_order}8xQ", chunk, 8)[0])
+            header = header._replace(format_tag=tag, frame_bytes=frame_bytes)
+        if name == b"ds64" and len(chunk) == 24:
+            (sound_bytes,) = struct.unpack_from(f"{byte_order}8xQ", chunk, 8)
+            header = header._replace(sound_bytes=sound_bytes)
+
+        # Chunks begin at even bytes.
         position += 8 + size + size % 2
-    return found._replace(sound_bytes=None)
+    return header._replace(sound_bytes=None)
 
 
 def read_w64_frames(file: ReadableFile) -> int | None:
-    """The frames that a w64 declares; FFmpeg tells only how many are there. Chunks are named by 16 bytes."""
-    position, frame_bytes = 40, 0
+    """The frames that a w64 declares, None if it declares none: FFmpeg only tells how many there are."""
+    position = 40
+    frame_bytes = 0
     for _ in range(MAX_RIFF_CHUNKS):
         file.seek(position)
         chunk = file.read(40)
         if len(chunk) < 40:
             break
+
+        # The head of a chunk: a name of 16 bytes, of which four tell, and a size that counts the head's 24 bytes.
+        name = chunk[:4]
         size = int.from_bytes(chunk[16:24], "little")
-        if chunk[:4] == b"data":
-            return (size - 24) // frame_bytes if frame_bytes and 24 <= size < UNKNOWN_W64_BYTES else None
-        if chunk[:4] == b"fmt ":
+        if name == b"data":
+            if not frame_bytes or not 24 <= size < UNKNOWN_W64_BYTES:
+                return None
+            return (size - 24) // frame_bytes
+        if name == b"fmt ":
             frame_bytes = int.from_bytes(chunk[36:38], "little")
+
+        # Chunks begin at multiples of eight bytes. A damaged size leads no further than a seek can.
         position = min(position + max(24, size + -size % 8), UNKNOWN_W64_BYTES)
     return None
 
 
 def read_caf_frames(file: ReadableFile) -> int | None:
-    """The frames that a caf of constant packets declares; FFmpeg tells only how many are there."""
-    position, packet_bytes, packet_frames = 8, 0, 0
+    """The frames that a caf with constant packets declares, else None: FFmpeg only tells how many there are."""
+    position = 8
+    packet_bytes = 0
+    packet_frames = 0
     for _ in range(MAX_RIFF_CHUNKS):
         file.seek(position)
         chunk = file.read(36)
         if len(chunk) < 12:
             break
+
+        # The sound begins after four other bytes; its size may be -1, which stands for: to the end of the file.
+        name = chunk[:4]
         size = int.from_bytes(chunk[4:12], signed=True)
-        if chunk[:4] == b"data":  # begins with 4 bytes that are no sound; -1: up to the end of the file
-            return (size - 4) // packet_bytes * packet_frames if packet_bytes and size >= 4 else None
-        if chunk[:4] == b"desc" and len(chunk) == 36:
+        if name == b"data":
+            if not packet_bytes or size < 4:
+                return None
+            return (size - 4) // packet_bytes * packet_frames
+        if name == b"desc" and len(chunk) == 36:
             packet_bytes, packet_frames = struct.unpack(">II", chunk[28:36])
         position = min(position + 12 + max(0, size), UNKNOWN_W64_BYTES)
     return None
 
 
 def describe_unknown_head(head: bytes) -> str:
-    """What a file without a known signature looks like to a human."""
+    """What a file without a known signature looks like, in a few words."""
     if not head:
         return "is empty"
     start = head[:40]

@@ -1,9 +1,13 @@
-"""Ffmpeg: a file opened by FFmpeg through PyAV, which carries it; the only door to both.
+"""Decoders: a sound file opened by libsndfile or by FFmpeg (through PyAV), behind one Protocol; the only door to both.
 
-Where sound begins: what a container states of its encoder's delay is honoured (LAME header in mp3, pre-skip in
+Measured on 10 s stereo clips, PyAV takes this multiple of libsndfile's time: wav 4.8, flac 1.1, mp3 1.2, vorbis 0.7,
+opus 0.4. So libsndfile decodes wav and flac, PyAV all other kinds. mp3 too: libsndfile's mpg123 writes to stderr
+about every damaged frame, and PyAV steps over it.
+
+Where sound begins: FFmpeg honours an encoder's delay that the container states (LAME header in mp3, pre-skip in
 opus, codec delay in matroska, edit list in mp4), and then the start is exact to the sample. AAC without such a
-statement (ADTS, MPEG-TS, many mp4) begins with that delay, 1024 samples for FFmpeg's encoder: it cannot be
-known from the file and is left in. Likewise mp3 without a LAME header, 1105 samples.
+statement (ADTS, MPEG-TS, many mp4) begins with that delay, 1024 samples for FFmpeg's encoder; it cannot be known
+from the file and is left in. So is the delay of mp3 without a LAME header, 1105 samples.
 """
 
 import itertools
@@ -26,230 +30,28 @@ from pipeline.audio.containers import AudioContainer, ReadableFile, open_from_st
 from pipeline.audio.sources import SoundInput
 from pipeline.errors import AudioError
 
-__all__ = ["FFmpegError", "FfmpegDecoder"]
+DECODER_ERRORS = (soundfile.LibsndfileError, FFmpegError, OSError)  # of a file that cannot be opened
+
+# Samples of all channels that libsndfile reads at a time: ten seconds at once, since soundfile seeks after every piece.
+SNDFILE_BLOCK_SAMPLES = 2**20
+
+FLAC_BLOCK_FRAMES = 2**14  # read at a time of a flac: damage loses the block in which it lies
 
 FFMPEG_BLOCK_SAMPLES = 2**14
 
-PRE_ROLL_SECONDS = 1.0  # decoded before a cut and thrown away: opus needs 0.08, AAC one frame
+PRE_ROLL_SECONDS = 1.0  # decoded before a segment and thrown away: opus needs 0.08 s, AAC one frame
 
-MAX_PLANES = 8  # with more, PyAV 18 runs past the end of FFmpeg's table of planes, and sometimes crashes
+MAX_PLANES = 8  # with more, PyAV 18 reads beyond FFmpeg's table of planes, and sometimes crashes
 
+# Bad text in tags is replaced; from version 19 on PyAV does so by itself.
 PYAV_MAJOR_VERSION = int(av.__version__.split(".")[0])
+TAG_OPTIONS: dict[str, Any] = {"metadata_errors": "replace"} if PYAV_MAJOR_VERSION < 19 else {}
 
-TAG_OPTIONS: dict[str, Any] = (
-    {"metadata_errors": "replace"} if PYAV_MAJOR_VERSION < 19 else {}
-)  # of itself from 19 on
-
-FAILED_SEEK_SAMPLE = 2**62  # a sample number behind every sound: where a seek led that failed
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FfmpegDecoder:
-    """The best audio stream of a file opened by FFmpeg, its first frame decoded."""
-
-    sound: SoundInput
-    container: AudioContainer
-    demuxer: InputContainer
-    stream: AudioStream
-    first_frame: AudioFrame
-    later_frames: Iterator[AudioFrame]  # those after the first
-    rate_hz: int
-    channels: int
-    codec: str
-    seconds: float
-    has_declared_length: bool
-
-    @classmethod
-    @contextmanager
-    def open_file(cls, sound: SoundInput, container: AudioContainer) -> Iterator[Self]:
-        """The file; FFmpegError where it is none, AudioError unreadable where it holds no sound."""
-        with open_demuxer(sound, container) as (demuxer, stream):
-            told = None if container.length_kind == "guessed" else stream_seconds(demuxer, stream)
-            frames = decode_frames(demuxer, stream)
-            first = next(frames, None)
-            if first is None:
-                raise AudioError("unreadable", "not one frame of its sound decodes; fetch it again")
-            stated = container.declared_frames
-            length = told if stated is None or not first.sample_rate else stated / first.sample_rate
-            yield cls(
-                sound=sound,
-                container=container,
-                demuxer=demuxer,
-                stream=stream,
-                first_frame=first,
-                later_frames=frames,
-                rate_hz=first.sample_rate,  # HE-AAC headers tell half of it
-                channels=first.layout.nb_channels,
-                codec=stream.codec_context.codec.canonical_name,
-                seconds=scan_stream_seconds(sound, container) if length is None else length,
-                has_declared_length=length is not None and container.length_kind == "declared",
-            )
-
-    def read_blocks(self, first_sample: int, sample_count: int) -> Iterator[np.ndarray]:
-        """As `Source` says; damaged packets are left out."""
-        begin, frames = self.seek_before(first_sample)
-        if begin <= first_sample:
-            steady = itertools.takewhile(lambda frame: frame.sample_rate == self.rate_hz, frames)
-            yield from join_frame_samples(
-                overlapping_frames(steady, begin, first_sample, first_sample + sample_count),
-                first_sample,
-                first_sample + sample_count,
-            )
-            return
-        with self.open_file(
-            self.sound, replace(self.container, is_seekable=False)
-        ) as again:  # the index misled
-            yield from again.read_blocks(first_sample, sample_count)
-
-    def seek_before(self, sample: int) -> tuple[int, Iterator[AudioFrame]]:
-        """Frames from somewhere before `sample` on, with the number of the first one's first sample."""
-        origin_seconds, unit = self.first_frame.time, self.stream.time_base
-        ahead_seconds = sample / self.rate_hz - PRE_ROLL_SECONDS if self.container.is_seekable else 0.0
-        if origin_seconds is None or unit is None or ahead_seconds < PRE_ROLL_SECONDS:
-            return 0, itertools.chain([self.first_frame], self.later_frames)
-        try:
-            self.demuxer.seek(int((origin_seconds + ahead_seconds) / unit), stream=self.stream)
-        except FFmpegError:
-            return FAILED_SEEK_SAMPLE, iter(())
-        frames = decode_frames(self.demuxer, self.stream)
-        landed = next(frames, None)
-        if landed is None or landed.time is None:
-            return FAILED_SEEK_SAMPLE, iter(())
-        begin = round((landed.time - origin_seconds) * self.rate_hz)
-        return begin, itertools.chain([landed], frames)
-
-
-@contextmanager
-def open_for_ffmpeg(sound: SoundInput) -> Iterator[str | ReadableFile]:
-    """What FFmpeg can open: a path it opens itself; beginning with a slash, no name is taken for a protocol."""
-    if isinstance(sound, Path):
-        yield str(sound.absolute())
-    else:
-        with open_from_start(sound) as file:
-            yield file
-
-
-@contextmanager
-def open_demuxer(
-    sound: SoundInput, container: AudioContainer
-) -> Iterator[tuple[InputContainer, AudioStream]]:
-    """The file and its best audio stream."""
-    with (
-        open_for_ffmpeg(sound) as file,
-        av.open(file, mode="r", format=container.demuxer, **TAG_OPTIONS) as demuxer,
-    ):
-        stream = demuxer.streams.best("audio")
-        if not isinstance(stream, AudioStream):
-            raise AudioError("unreadable", "holds no stream of sound; fetch its audio")
-        if stream.codec_context is None:
-            raise AudioError("unreadable", "FFmpeg has no decoder for its sound; convert it")
-        yield demuxer, stream
-
-
-def stream_seconds(demuxer: InputContainer, stream: AudioStream) -> float | None:
-    """The track's length, or the movie's where an edit list makes that shorter; None where neither is known."""
-    track_seconds = float((stream.duration or 0) * (stream.time_base or 0))
-    movie_seconds = (demuxer.duration or 0) / av.time_base
-    return min((seconds for seconds in (track_seconds, movie_seconds) if seconds > 0), default=None)
-
-
-def scan_stream_seconds(sound: SoundInput, container: AudioContainer) -> float:
-    """The length of what is there by the time stamps of all packets; nothing is decoded."""
-    begins, ends, unit_seconds = [], [0], 0.0
-    with open_demuxer(sound, container) as (demuxer, stream):
-        for packet in demux_packets(demuxer, stream):
-            if packet.pts is not None:
-                begins.append(packet.pts)
-                ends.append(packet.pts + (packet.duration or 0))
-                unit_seconds = float(packet.time_base)
-    return (max(ends) - min(begins, default=0)) * unit_seconds
-
-
-def demux_packets(demuxer: InputContainer, stream: AudioStream) -> Iterator[av.Packet]:
-    """Every packet up to the end, or to where the container is damaged; the declared length will tell.
-
-    PyAV ends with an IndexError where damage has looked like a further stream in the middle of a file.
-    """
-    try:
-        yield from demuxer.demux(stream)
-    except (FFmpegError, IndexError):
-        return
-
-
-def decode_frames(demuxer: InputContainer, stream: AudioStream) -> Iterator[AudioFrame]:
-    """Every frame that decodes: a damaged packet costs itself, not the rest."""
-    for packet in demux_packets(demuxer, stream):
-        try:
-            frames = stream.decode(packet)
-        except FFmpegError:
-            continue
-        yield from frames
-
-
-def overlapping_frames(
-    frames: Iterable[AudioFrame], begin_sample: int, first_sample: int, stop_sample: int
-) -> Iterator[tuple[int, AudioFrame]]:
-    """The frames that reach into [first, stop), each with the number of its first sample; `begin` numbers one."""
-    for frame in frames:
-        end = begin_sample + frame.samples
-        if end > first_sample and frame.samples:
-            yield begin_sample, frame
-        if end >= stop_sample:
-            return
-        begin_sample = end
-
-
-def join_frame_samples(
-    numbered_frames: Iterable[tuple[int, AudioFrame]], first_sample: int, stop_sample: int
-) -> Iterator[np.ndarray]:
-    """Samples [first, stop) of numbered frames as float32 [channel, sample], in blocks of one kind each."""
-    for _, run in itertools.groupby(numbered_frames, key=frame_format):
-        for begin, block in merge_frames(run):
-            yield frame_samples_CS(block)[:, max(0, first_sample - begin) : stop_sample - begin]
-
-
-def merge_frames(numbered_frames: Iterable[tuple[int, AudioFrame]]) -> Iterator[tuple[int, AudioFrame]]:
-    """Frames of one kind, joined to blocks by FFmpeg's own queue: an array for every frame took 5 times longer."""
-    fifo, begin = av.AudioFifo(), None
-    for position, frame in numbered_frames:
-        begin = position if begin is None else begin
-        frame.pts = None  # the queue would refuse the least gap between time stamps
-        fifo.write(frame)
-        if fifo.samples >= FFMPEG_BLOCK_SAMPLES and (block := fifo.read()):
-            yield begin, block
-            begin += block.samples
-    if begin is not None and (rest := fifo.read()):
-        yield begin, rest
-
-
-def frame_format(numbered_frame: tuple[int, AudioFrame]) -> tuple[str, int]:
-    """What frames must share to be joined."""
-    frame = numbered_frame[1]
-    return frame.format.name, frame.layout.nb_channels
-
-
-def frame_samples_CS(frame: AudioFrame) -> np.ndarray:
-    """A frame of any sample format as float32 [channel, sample], full scale 1."""
-    if frame.format.is_planar and frame.layout.nb_channels > MAX_PLANES:
-        (frame,) = av.AudioResampler(format="flt").resample(frame)
-    samples = frame.to_ndarray()
-    if not frame.format.is_planar:
-        samples = samples.reshape(-1, frame.layout.nb_channels).T
-    if samples.dtype.kind == "f":
-        return samples.astype(np.float32, copy=False)
-    middle = 128 if samples.dtype == np.uint8 else 0  # only 8 bits are unsigned
-    return (samples.astype(np.float32) - np.float32(middle)) / np.float32(2 ** (8 * samples.itemsize - 1))
-
-
-SNDFILE_BLOCK_SAMPLES = (
-    2**20
-)  # of all channels: ten seconds in one go, since soundfile seeks after every piece
-
-FLAC_BLOCK_FRAMES = 2**14  # what damage may cost beyond itself
+FAILED_SEEK_SAMPLE = 2**62  # the position that a failed seek reports: beyond every sound
 
 
 class AudioDecoder(Protocol):
-    """A file that a decoder has opened."""
+    """A sound file that is open for decoding."""
 
     @property
     def rate_hz(self) -> int: ...
@@ -259,24 +61,21 @@ class AudioDecoder(Protocol):
     def codec(self) -> str: ...
     @property
     def seconds(self) -> float:
-        """As declared, else as there."""
+        """The length that the file declares, else the length that was found."""
 
     @property
     def has_declared_length(self) -> bool:
-        """Whether `seconds` is a promise to be held against what decodes."""
+        """Whether `seconds` is declared, so that a shorter sound lacks something."""
 
     def read_blocks(self, first_sample: int, sample_count: int) -> Iterator[np.ndarray]:
-        """Float32 [channel, sample] pieces of samples [first, first + wanted), as far as they decode."""
+        """Yield samples [first, first + count) in float32 blocks `[channel, sample]`, as far as they decode."""
 
 
-@contextmanager
-def open_for_sndfile(sound: SoundInput) -> Iterator[bytes | ReadableFile]:
-    """What libsndfile can open: a path it opens itself."""
-    if isinstance(sound, Path):
-        yield os.fsencode(sound)
-    else:
-        with open_from_start(sound) as file:
-            yield file
+def describe_decoder_error(error: BaseException) -> str:
+    """What one of DECODER_ERRORS says, without the file's path."""
+    if isinstance(error, OSError | FFmpegError):
+        return str(error.strerror)
+    return str(error)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -293,8 +92,8 @@ class SndfileDecoder:
     @classmethod
     @contextmanager
     def open_file(cls, sound: SoundInput, container: AudioContainer) -> Iterator[Self]:
-        """The file; LibsndfileError where it is none."""
-        with open_for_sndfile(sound) as what, soundfile.SoundFile(what) as file:
+        """Open the sound; LibsndfileError if libsndfile cannot read it."""
+        with open_for_sndfile(sound) as source, soundfile.SoundFile(source) as file:
             frames = file.frames if container.declared_frames is None else container.declared_frames
             yield cls(
                 file=file,
@@ -305,19 +104,261 @@ class SndfileDecoder:
             )
 
     def read_blocks(self, first_sample: int, sample_count: int) -> Iterator[np.ndarray]:
-        """As `Source` says; what lies behind damage is out of reach."""
+        """Yield blocks as `AudioDecoder` says, up to the first damage: libsndfile cannot get past it."""
+        frames_per_block = max(1, SNDFILE_BLOCK_SAMPLES // self.channels)
+        if self.codec == "flac":
+            frames_per_block = FLAC_BLOCK_FRAMES
+
         try:
             self.file.seek(min(first_sample, self.file.frames))
             while sample_count > 0:
-                frames = (
-                    FLAC_BLOCK_FRAMES
-                    if self.codec == "flac"
-                    else max(1, SNDFILE_BLOCK_SAMPLES // self.channels)
-                )
-                block_SC = self.file.read(min(sample_count, frames), dtype="float32", always_2d=True)
+                frames = min(sample_count, frames_per_block)
+                block_SC = self.file.read(frames, dtype="float32", always_2d=True)
                 if not len(block_SC):
                     return
                 yield block_SC.T
                 sample_count -= len(block_SC)
         except soundfile.LibsndfileError:
             return
+
+
+@contextmanager
+def open_for_sndfile(sound: SoundInput) -> Iterator[bytes | ReadableFile]:
+    """The sound in a form that libsndfile opens: a path in the bytes of the file system, or an open file."""
+    if isinstance(sound, Path):
+        yield os.fsencode(sound)
+    else:
+        with open_from_start(sound) as file:
+            yield file
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FfmpegDecoder:
+    """The best audio stream of a file opened by FFmpeg, its first frame decoded."""
+
+    sound: SoundInput
+    container: AudioContainer
+    demuxer: InputContainer
+    stream: AudioStream
+    first_frame: AudioFrame
+    later_frames: Iterator[AudioFrame]  # all after the first
+    rate_hz: int
+    channels: int
+    codec: str
+    seconds: float
+    has_declared_length: bool
+
+    @classmethod
+    @contextmanager
+    def open_file(cls, sound: SoundInput, container: AudioContainer) -> Iterator[Self]:
+        """Open the sound; FFmpegError if FFmpeg cannot read it, AudioError (unreadable) if it holds no sound."""
+        with open_demuxer(sound, container) as (demuxer, stream):
+            # FFmpeg's own length, asked for before decoding begins.
+            ffmpeg_seconds = None
+            if container.length_kind != "guessed":
+                ffmpeg_seconds = stream_seconds(demuxer, stream)
+
+            # The first frame tells rate and channels: headers of HE-AAC state half the rate.
+            frames = decode_frames(demuxer, stream)
+            first_frame = next(frames, None)
+            if first_frame is None:
+                raise AudioError("unreadable", "not one frame of its sound decodes; fetch it again")
+
+            # The length: the header's, else FFmpeg's, else that of all packets.
+            known_seconds = ffmpeg_seconds
+            if container.declared_frames is not None and first_frame.sample_rate:
+                known_seconds = container.declared_frames / first_frame.sample_rate
+            yield cls(
+                sound=sound,
+                container=container,
+                demuxer=demuxer,
+                stream=stream,
+                first_frame=first_frame,
+                later_frames=frames,
+                rate_hz=first_frame.sample_rate,
+                channels=first_frame.layout.nb_channels,
+                codec=stream.codec_context.codec.canonical_name,
+                seconds=scan_stream_seconds(sound, container) if known_seconds is None else known_seconds,
+                has_declared_length=known_seconds is not None and container.length_kind == "declared",
+            )
+
+    def read_blocks(self, first_sample: int, sample_count: int) -> Iterator[np.ndarray]:
+        """Yield blocks as `AudioDecoder` says; damaged packets are left out."""
+        stop_sample = first_sample + sample_count
+        begin_sample, frames = self.seek_before(first_sample)
+        if begin_sample <= first_sample:
+            same_rate = itertools.takewhile(lambda frame: frame.sample_rate == self.rate_hz, frames)
+            numbered_frames = overlapping_frames(same_rate, begin_sample, first_sample, stop_sample)
+            yield from join_frame_samples(numbered_frames, first_sample, stop_sample)
+            return
+
+        # The seek led too far: the file is opened again and decoded from its beginning.
+        unseekable = replace(self.container, is_seekable=False)
+        with self.open_file(self.sound, unseekable) as decoder:
+            yield from decoder.read_blocks(first_sample, sample_count)
+
+    def seek_before(self, sample: int) -> tuple[int, Iterator[AudioFrame]]:
+        """Frames from somewhere before `sample` on, with the number of the first sample of the first frame.
+
+        A number beyond `sample` says that the seek failed.
+        """
+        # Near the beginning, and without time stamps, decode from the first frame on.
+        origin_seconds = self.first_frame.time
+        unit_seconds = self.stream.time_base
+        target_seconds = sample / self.rate_hz - PRE_ROLL_SECONDS
+        is_near_beginning = target_seconds < PRE_ROLL_SECONDS or not self.container.is_seekable
+        if is_near_beginning or origin_seconds is None or unit_seconds is None:
+            return 0, itertools.chain([self.first_frame], self.later_frames)
+
+        try:
+            self.demuxer.seek(int((origin_seconds + target_seconds) / unit_seconds), stream=self.stream)
+        except FFmpegError:
+            return FAILED_SEEK_SAMPLE, iter(())
+
+        # The time stamp of the first frame says where the seek led.
+        frames = decode_frames(self.demuxer, self.stream)
+        landing_frame = next(frames, None)
+        if landing_frame is None or landing_frame.time is None:
+            return FAILED_SEEK_SAMPLE, iter(())
+        begin_sample = round((landing_frame.time - origin_seconds) * self.rate_hz)
+        return begin_sample, itertools.chain([landing_frame], frames)
+
+
+@contextmanager
+def open_for_ffmpeg(sound: SoundInput) -> Iterator[str | ReadableFile]:
+    """The sound in a form that FFmpeg opens: a path, or an open file.
+
+    A path is absolute: one that begins with a slash is never taken for a protocol.
+    """
+    if isinstance(sound, Path):
+        yield str(sound.absolute())
+    else:
+        with open_from_start(sound) as file:
+            yield file
+
+
+@contextmanager
+def open_demuxer(
+    sound: SoundInput, container: AudioContainer
+) -> Iterator[tuple[InputContainer, AudioStream]]:
+    """Open a file and its best audio stream; AudioError (unreadable) if there is none that FFmpeg decodes."""
+    with (
+        open_for_ffmpeg(sound) as file,
+        av.open(file, mode="r", format=container.demuxer, **TAG_OPTIONS) as demuxer,
+    ):
+        stream = demuxer.streams.best("audio")
+        if not isinstance(stream, AudioStream):
+            raise AudioError("unreadable", "holds no stream of sound; fetch its audio")
+        if stream.codec_context is None:
+            raise AudioError("unreadable", "FFmpeg has no decoder for its sound; convert it")
+        yield demuxer, stream
+
+
+def stream_seconds(demuxer: InputContainer, stream: AudioStream) -> float | None:
+    """The length of the track, or of the movie if an edit list makes it shorter; None if neither is known."""
+    track_seconds = float((stream.duration or 0) * (stream.time_base or 0))
+    movie_seconds = (demuxer.duration or 0) / av.time_base
+    return min((seconds for seconds in (track_seconds, movie_seconds) if seconds > 0), default=None)
+
+
+def scan_stream_seconds(sound: SoundInput, container: AudioContainer) -> float:
+    """The length of the sound by the time stamps of all packets; nothing is decoded."""
+    begins: list[int] = []
+    ends = [0]
+    unit_seconds = 0.0
+    with open_demuxer(sound, container) as (demuxer, stream):
+        for packet in demux_packets(demuxer, stream):
+            if packet.pts is not None:
+                begins.append(packet.pts)
+                ends.append(packet.pts + (packet.duration or 0))
+                unit_seconds = float(packet.time_base)
+    return (max(ends) - min(begins, default=0)) * unit_seconds
+
+
+def demux_packets(demuxer: InputContainer, stream: AudioStream) -> Iterator[av.Packet]:
+    """Yield every packet up to the end, or up to damage of the container, which the declared length will show."""
+    # PyAV raises IndexError when damage looks like a further stream in the middle of a file.
+    try:
+        yield from demuxer.demux(stream)
+    except (FFmpegError, IndexError):
+        return
+
+
+def decode_frames(demuxer: InputContainer, stream: AudioStream) -> Iterator[AudioFrame]:
+    """Yield every frame that decodes: a damaged packet loses its own frames, not the rest."""
+    for packet in demux_packets(demuxer, stream):
+        try:
+            frames = stream.decode(packet)
+        except FFmpegError:
+            continue
+        yield from frames
+
+
+def overlapping_frames(
+    frames: Iterable[AudioFrame], begin_sample: int, first_sample: int, stop_sample: int
+) -> Iterator[tuple[int, AudioFrame]]:
+    """Yield the frames that reach into [first, stop), each with the number of its first sample.
+
+    `begin_sample` is the number of the first sample of the first frame.
+    """
+    for frame in frames:
+        end_sample = begin_sample + frame.samples
+        if end_sample > first_sample and frame.samples:
+            yield begin_sample, frame
+        if end_sample >= stop_sample:
+            return
+        begin_sample = end_sample
+
+
+def join_frame_samples(
+    numbered_frames: Iterable[tuple[int, AudioFrame]], first_sample: int, stop_sample: int
+) -> Iterator[np.ndarray]:
+    """Yield samples [first, stop) of numbered frames as float32 `[channel, sample]`.
+
+    A block holds many frames, all of one format.
+    """
+    for _, same_format in itertools.groupby(numbered_frames, key=frame_format):
+        for begin_sample, block in merge_frames(same_format):
+            wanted = slice(max(0, first_sample - begin_sample), stop_sample - begin_sample)
+            yield frame_samples_CS(block)[:, wanted]
+
+
+def frame_format(numbered_frame: tuple[int, AudioFrame]) -> tuple[str, int]:
+    """Sample format and number of channels of a frame; only equal ones can be joined."""
+    frame = numbered_frame[1]
+    return frame.format.name, frame.layout.nb_channels
+
+
+def merge_frames(numbered_frames: Iterable[tuple[int, AudioFrame]]) -> Iterator[tuple[int, AudioFrame]]:
+    """Yield frames of one format joined to blocks, each with the number of its first sample.
+
+    FFmpeg's own queue joins them: an array for every frame took 5 times longer.
+    """
+    queue = av.AudioFifo()
+    block_begin = None
+    for begin_sample, frame in numbered_frames:
+        if block_begin is None:
+            block_begin = begin_sample
+        frame.pts = None  # with time stamps, the queue would refuse the smallest gap between frames
+        queue.write(frame)
+        if queue.samples >= FFMPEG_BLOCK_SAMPLES and (block := queue.read()):
+            yield block_begin, block
+            block_begin += block.samples
+
+    if block_begin is not None and (rest := queue.read()):
+        yield block_begin, rest
+
+
+def frame_samples_CS(frame: AudioFrame) -> np.ndarray:
+    """The samples of a frame of any format as float32 `[channel, sample]`, full scale 1."""
+    if frame.format.is_planar and frame.layout.nb_channels > MAX_PLANES:
+        (frame,) = av.AudioResampler(format="flt").resample(frame)
+    samples = frame.to_ndarray()
+    if not frame.format.is_planar:
+        samples = samples.reshape(-1, frame.layout.nb_channels).T
+    if samples.dtype.kind == "f":
+        return samples.astype(np.float32, copy=False)
+
+    # Integers: full scale is half their range. Only those of 8 bits are unsigned, with 128 for silence.
+    silence = 128 if samples.dtype == np.uint8 else 0
+    return (samples.astype(np.float32) - np.float32(silence)) / np.float32(2 ** (8 * samples.itemsize - 1))

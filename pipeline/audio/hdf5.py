@@ -1,4 +1,4 @@
-"""Hdf5: the packed clips of the PANNs and PaSST code bases; the only door to h5py, which is an optional extra."""
+"""Clips packed in HDF5, as the code bases of PANNs and PaSST pack them; the only door to h5py, an optional extra."""
 
 import struct
 from pathlib import Path
@@ -9,24 +9,20 @@ import polars as pl
 
 from pipeline.errors import AudioError, InputError, archive_error, first_error_line
 
-PANNS_RATE_HZ = 32_000  # PANNs' own, where the file states none
+PANNS_RATE_HZ = 32_000  # where the file states no rate
 
-HDF5_FAULTS = (
-    OSError,
-    KeyError,
-    RuntimeError,
-    ValueError,
-    TypeError,
-)  # h5py's, for what HDF5's library complains of
+# Datasets that may hold the sounds, and the form that each must have.
+SOUND_DATASETS = {"waveform": "int16 [clip, sample]", "mp3": "bytes [clip]"}
 
-SOUND_DATASETS = {
-    "waveform": "int16 [clip, sample]",
-    "mp3": "bytes [clip]",
-}  # dataset of the sounds: what it must be
+# Errors that h5py raises for a file which HDF5's library cannot read.
+HDF5_FAULTS = (OSError, KeyError, RuntimeError, ValueError, TypeError)
 
 
 def open_hdf5(path: Path) -> Any:
-    """The file; InputError where h5py is not installed. Unlocked: copies often lie on disks that cannot lock."""
+    """Open the file for reading, without a lock: copies often lie on disks that cannot lock.
+
+    InputError if h5py is not installed.
+    """
     try:
         import h5py
     except ModuleNotFoundError:
@@ -35,65 +31,73 @@ def open_hdf5(path: Path) -> Any:
 
 
 def list_hdf5_rows(path: Path) -> tuple[pl.DataFrame, str | None]:
-    """`member` (its name) and `row` of every row, and what is wrong with the file."""
+    """The name (`member`) and number (`row`) of every row, and what is wrong with the file, or None."""
     schema = {"member": pl.String, "row": pl.Int64}
+    no_rows = pl.DataFrame(schema=schema)
     try:
         with open_hdf5(path) as file:
-            kind = find_sound_dataset(file)
-            if kind is None or "audio_name" not in file:
-                there = ", ".join(file)
-                return pl.DataFrame(schema=schema), (
-                    f"is not packed as PANNs or PaSST do it (datasets: {there}; expected audio_name, and waveform "
-                    f"as {SOUND_DATASETS['waveform']} or mp3 as {SOUND_DATASETS['mp3']}); its rows are not used"
+            dataset = find_sound_dataset(file)
+            if dataset is None or "audio_name" not in file:
+                return no_rows, (
+                    f"is not packed as PANNs or PaSST do it (datasets: {', '.join(file)}; expected audio_name, and "
+                    f"waveform as {SOUND_DATASETS['waveform']} or mp3 as {SOUND_DATASETS['mp3']}); "
+                    "its rows are not used"
                 )
-            rows = min(len(file["audio_name"]), len(file[kind]))
-            names = [decode_name(name) for name in file["audio_name"][:rows]]
+            row_count = min(len(file["audio_name"]), len(file[dataset]))
+            names = [decode_name(name) for name in file["audio_name"][:row_count]]
     except HDF5_FAULTS as error:
-        fault = f"is no HDF5 file that can be read ({first_error_line(error, path)}); fetch it again"
-        return pl.DataFrame(schema=schema), fault
-    return pl.DataFrame({"member": names, "row": range(rows)}, schema=schema), None
+        reason = first_error_line(error, path)
+        return no_rows, f"is no HDF5 file that can be read ({reason}); fetch it again"
+    return pl.DataFrame({"member": names, "row": range(row_count)}, schema=schema), None
 
 
 def find_sound_dataset(file: Any) -> str | None:
-    """Which dataset holds the sounds; None where there is none of the kinds known."""
+    """The name of the dataset that holds the sounds (a key of SOUND_DATASETS); None if there is none in that form."""
     if "waveform" in file and file["waveform"].dtype == np.int16 and file["waveform"].ndim == 2:
         return "waveform"
     if "mp3" in file and file["mp3"].ndim == 1:
-        inner = (file["mp3"].dtype.metadata or {}).get("vlen")
-        return "mp3" if inner is not None and np.dtype(inner).itemsize == 1 else None
+        # A file of bytes a clip is a row of variable length.
+        element = (file["mp3"].dtype.metadata or {}).get("vlen")
+        return "mp3" if element is not None and np.dtype(element).itemsize == 1 else None
     return None
 
 
 def decode_name(name: bytes | str) -> str:
-    """A name as it can be shown."""
+    """A name as text; bytes that are no UTF-8 come out as `\\xff`."""
     return name.decode(errors="backslashreplace") if isinstance(name, bytes) else str(name)
 
 
 def read_hdf5_sound(path: Path, row: int) -> bytes:
     """One row as the bytes of a wav or mp3 file.
 
-    AudioError missing where the row was never filled (the packers leave zeros for a clip they could not find),
-    unreadable where the file is damaged.
+    AudioError: missing if the row was never filled (the packers leave zeros for a clip that they could not find),
+    unreadable if the file is damaged.
     """
+    # The row, as a wave or as a file.
     try:
         with open_hdf5(path) as file:
-            kind = find_sound_dataset(file)
-            if kind is None:
+            dataset = find_sound_dataset(file)
+            if dataset is None:
                 raise ValueError("no sounds")
-            sound_S = np.asarray(file[kind][row])
+            sound_S = np.asarray(file[dataset][row])
             rate_hz = int(file.attrs.get("sample_rate", PANNS_RATE_HZ))
     except HDF5_FAULTS as error:
         raise archive_error(path, error) from None
+
+    # Zeros stand for a clip that the packer could not find; a silent clip would have the same samples.
     if not sound_S.any():
         raise AudioError(
             "missing", f"row {row} of {path.name} holds zeros only: the clip was missing when packed"
         )
-    return wav_file_bytes(sound_S, rate_hz) if kind == "waveform" else sound_S.tobytes()
+    if dataset == "waveform":
+        return wav_file_bytes(sound_S, rate_hz)
+    return sound_S.tobytes()
 
 
 def wav_file_bytes(wave_S: np.ndarray, rate_hz: int) -> bytes:
-    """Mono 16-bit samples as a file."""
-    sound = wave_S.astype("<i2").tobytes()
-    fmt = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, rate_hz % 2**32, 2 * rate_hz % 2**32, 2, 16)
-    head = struct.pack("<4sI4s", b"RIFF", 36 + len(sound), b"WAVE")
-    return head + fmt + struct.pack("<4sI", b"data", len(sound)) + sound
+    """Mono 16-bit samples as a wav file."""
+    # Three chunks: the head of the file, the form of the samples (PCM, one channel, 16 bits), the samples.
+    samples = wave_S.astype("<i2").tobytes()
+    form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, rate_hz % 2**32, 2 * rate_hz % 2**32, 2, 16)
+    head = struct.pack("<4sI4s", b"RIFF", 36 + len(samples), b"WAVE")
+    return head + form + struct.pack("<4sI", b"data", len(samples)) + samples

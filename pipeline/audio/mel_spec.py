@@ -1,4 +1,4 @@
-"""MelSpec: what the numbers in a spectrogram mean; the presets, and a user's own in a TOML file."""
+"""MelSpec: the meaning of the numbers in a spectrogram; the presets, and specs that users write as TOML files."""
 
 import hashlib
 import json
@@ -12,31 +12,33 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 
 from pipeline.errors import InputError
-from pipeline.messages import closest_word
+from pipeline.messages import closest_word, suggest_known
 
-DECODING_VERSION = (
-    "1: mean of the channels, soxr HQ"  # how pipeline.audio makes a wave; new when its samples change
-)
+# How `pipeline.audio.decode` makes a wave of a sound. It is part of every spec: change it when samples change.
+DECODING_VERSION = "1: mean of the channels, soxr HQ"
 
-LONGEST_CLIP_SECONDS = 600.0  # of a clip: 16 of them make the smallest shard
+LONGEST_CLIP_SECONDS = 600.0  # 16 such clips make the smallest shard
 
-FLOAT32_EPSILON = 2.0**-23  # Kaldi's floor under the log
+# `pipeline.audio.decode` refuses shorter clips, so a spec whose frames fit into this gives every clip a frame.
+SHORTEST_CLIP_SECONDS = 0.1
 
-SHORTEST_CLIP_SECONDS = 0.1  # pipeline.audio refuses what is shorter; what it lets through must have a frame
+FLOAT32_EPSILON = 2.0**-23  # Kaldi's floor under the logarithm
+
+POSITIVE_FIELDS = ("sample_rate_hz", "window_samples", "hop_samples", "mel_bands", "clip_seconds", "floor")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MelSpec:
-    """What the numbers in a spectrogram mean: everything that changes a value, and a name that does not.
+    """The meaning of the numbers in a spectrogram: everything that changes a value, and a name that does not.
 
     A wave is mono float32 in [-1, 1], unscaled (Kaldi's own programs use 16-bit integers: their values are
     `2 ln 32768` higher). No clip mean is subtracted. Values are natural logarithms of power; decibels are
-    `10 / ln 10 = 4.3429` times as much. A value outside what is implemented is refused with ValueError.
+    `10 / ln 10 = 4.3429` times as much. ValueError for a value that is not implemented.
 
     framing   kaldi     whole frames only; DC removal and pre-emphasis inside each frame
-              centred   pre-emphasis over the whole wave, which costs it one sample; then frame t is centred on sample
-                        t * hop and the wave goes on beyond its ends as its mirror image
-    window    Hann; symmetric: its first and last samples are 0; periodic: the sample after its last would be
+              centred   pre-emphasis over the whole wave, which shortens the wave by one sample; then frame t is
+                        centred on sample t * hop, and beyond its ends the wave goes on as its mirror image
+    window    Hann. symmetric: the first and the last sample are 0; periodic: a sample after the last would be 0
     filters   kaldi     triangles on the scale 1127 ln(1 + f/700), peak 1; no Nyquist bin
               slaney    triangles over Hz, even on Slaney's scale (linear to 1 kHz, then logarithmic), area 1 Hz
     flooring  max       ln(max(power, floor))
@@ -62,63 +64,86 @@ class MelSpec:
     decoding: str = DECODING_VERSION
 
     def __post_init__(self) -> None:
+        self._check_each_field()
+        self._check_fields_together()
+
+    def _check_each_field(self) -> None:
+        """Raise ValueError for a value that its field cannot have."""
+        # Choices.
         for field in fields(self):
-            known, value = get_args(field.type), getattr(self, field.name)
+            known = get_args(field.type)
+            value = getattr(self, field.name)
             if known and value not in known:
                 raise ValueError(f"{field.name} must be one of {', '.join(known)}, got {value!r}")
+
+        # Numbers and their ranges.
         for name in POSITIVE_FIELDS:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
-        if self.window_samples < 2 or self.fft_samples < self.window_samples or self.fft_samples % 2:
-            told = f"window_samples {self.window_samples}, fft_samples {self.fft_samples}"
-            raise ValueError(f"a window has 2 samples or more, its FFT as many or more, and even: got {told}")
-        if not 0 <= self.low_hz < self.high_hz <= self.sample_rate_hz / 2:
-            raise ValueError(
-                f"{self.low_hz}-{self.high_hz} Hz is no range below {self.sample_rate_hz / 2} Hz"
-            )
         if not 0 <= self.preemphasis < 1:
             raise ValueError(f"preemphasis must lie in [0, 1), got {self.preemphasis}")
-        if self.remove_dc and self.framing != "kaldi":
-            raise ValueError(
-                f"remove_dc = true belongs to framing kaldi, with {self.framing} it must be false"
-            )
-        if self.mel_bands > self.fft_samples:
-            raise ValueError(
-                f"mel_bands {self.mel_bands} are more than an FFT of {self.fft_samples} can fill"
-            )
         if self.clip_seconds > LONGEST_CLIP_SECONDS:
             raise ValueError(
                 f"clip_seconds must be at most {LONGEST_CLIP_SECONDS:g}, got {self.clip_seconds:g}"
             )
+
+    def _check_fields_together(self) -> None:
+        """Raise ValueError for values that exclude each other."""
+        # Window and range of frequencies.
+        nyquist_hz = self.sample_rate_hz / 2
+        if self.window_samples < 2 or self.fft_samples < self.window_samples or self.fft_samples % 2:
+            raise ValueError(
+                "window_samples must be 2 or more, and fft_samples even and no less than window_samples; "
+                f"got window_samples {self.window_samples}, fft_samples {self.fft_samples}"
+            )
+        if not 0 <= self.low_hz < self.high_hz <= nyquist_hz:
+            raise ValueError(
+                f"low_hz and high_hz must be a range within 0 to {nyquist_hz} Hz (half of sample_rate_hz), "
+                f"got {self.low_hz} to {self.high_hz}"
+            )
+
+        # Options that need others.
+        if self.remove_dc and self.framing != "kaldi":
+            raise ValueError(f"remove_dc must be false with framing {self.framing}, only kaldi removes DC")
+        if self.mel_bands > self.fft_samples:
+            raise ValueError(
+                f"mel_bands must be at most fft_samples, {self.fft_samples}, got {self.mel_bands}"
+            )
+
+        # Every clip must have a frame.
         if self.frames < 1:
-            raise ValueError(f"a clip of {self.clip_seconds} s is shorter than one window")
+            raise ValueError(f"clip_seconds must be at least one window, got {self.clip_seconds}")
         if self.frames_of(math.ceil(SHORTEST_CLIP_SECONDS * self.sample_rate_hz)) < 1:
             raise ValueError(
-                f"window_samples {self.window_samples} are more than {SHORTEST_CLIP_SECONDS} s, the shortest clip"
+                f"window_samples must fit into {SHORTEST_CLIP_SECONDS} s, the shortest clip that is used, "
+                f"got {self.window_samples}"
             )
 
     @property
     def clip_samples(self) -> int:
-        """Samples of a full clip at `sample_rate_hz`."""
+        """The number of samples of a full clip, at `sample_rate_hz`."""
         return round(self.clip_seconds * self.sample_rate_hz)
 
     @property
     def frames(self) -> int:
-        """Frames of a full clip."""
+        """The number of frames of a full clip."""
         return self.frames_of(self.clip_samples)
 
     def frames_of(self, samples: int) -> int:
-        """Frames of so many samples: those that lie wholly inside, or those centred on one of them; 0 if none.
+        """The number of frames of a wave: windows wholly inside (kaldi), or centred on one of the samples (centred).
 
-        Never 0 for `SHORTEST_SECONDS` or more.
+        At least 1 for `SHORTEST_CLIP_SECONDS` or more.
         """
         if self.framing == "kaldi":
             return max(0, 1 + (samples - self.window_samples) // self.hop_samples)
+
         emphasised_samples = samples - (self.preemphasis > 0)
-        return 1 + emphasised_samples // self.hop_samples if emphasised_samples > 0 else 0
+        if emphasised_samples <= 0:
+            return 0
+        return 1 + emphasised_samples // self.hop_samples
 
     def samples_of(self, frames: int) -> int:
-        """The fewest samples that have so many frames, of which there is at least one."""
+        """The smallest number of samples that has `frames` frames; `frames` is 1 or more."""
         if self.framing == "kaldi":
             return (frames - 1) * self.hop_samples + self.window_samples
         return max(1, (frames - 1) * self.hop_samples) + (self.preemphasis > 0)
@@ -126,29 +151,30 @@ class MelSpec:
     @property
     def spec_id(self) -> str:
         """12 hex digits: equal for specs that give equal values, whatever their names."""
-        values = {
-            key: float(value) if isinstance(value, int | float) else value
-            for key, value in self.to_json().items()
-            if key != "name"
-        }
+        # Numbers count as floats, so that 10 and 10.0 seconds are one spec.
+        values = self.to_json()
+        del values["name"]
+        for key, value in values.items():
+            if isinstance(value, int | float):
+                values[key] = float(value)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
     def same_front_end(self, other: "MelSpec") -> bool:
-        """Whether equal sounds have equal values in both; clips may be of any length."""
+        """Whether equal sounds have equal values in both specs; the lengths of their clips may differ."""
         return replace(other, clip_seconds=self.clip_seconds).spec_id == self.spec_id
 
     @property
     def floor_log(self) -> float:
-        """The value of every band of digital silence, the least there is; exact in float32."""
+        """The value of every band of digital silence, which is the lowest value; exact in float32."""
         return float(np.float32(math.log(self.floor)))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, for `from_json`."""
+        """All fields as plain values, for `from_json`."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """The spec that `to_json` wrote; InputError where this version cannot make those values."""
+        """The spec that `to_json` wrote; InputError if this version cannot compute it."""
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
             raise InputError(
@@ -160,8 +186,7 @@ class MelSpec:
             raise InputError(f"mel spec {values.get('name')!r}: {error}") from None
 
 
-POSITIVE_FIELDS = ("sample_rate_hz", "window_samples", "hop_samples", "mel_bands", "clip_seconds", "floor")
-
+# The front end of A-JEPA: Kaldi's fbank at 32 kHz, 25 ms windows every 10 ms.
 A_JEPA = MelSpec(
     name="a-jepa",
     sample_rate_hz=32_000,
@@ -171,6 +196,7 @@ A_JEPA = MelSpec(
     high_hz=16_000.0,
 )
 
+# The same at 16 kHz.
 A_JEPA_16K = MelSpec(
     name="a-jepa-16k",
     sample_rate_hz=16_000,
@@ -180,6 +206,7 @@ A_JEPA_16K = MelSpec(
     high_hz=8_000.0,
 )
 
+# Windows of 98 ms every 39 ms: 10 s are 254 frames.
 AUDIO_JEPA = MelSpec(
     name="audio-jepa",
     sample_rate_hz=32_000,
@@ -189,7 +216,8 @@ AUDIO_JEPA = MelSpec(
     high_hz=16_000.0,
 )
 
-PANNS = MelSpec(  # PANNs' own values are decibels, 10 log10(max(power, 1e-10)): 4.3429 times these
+# PANNs' own values are decibels, 10 log10(max(power, 1e-10)): 4.3429 times these.
+PANNS = MelSpec(
     name="panns",
     sample_rate_hz=32_000,
     window_samples=1024,
@@ -206,9 +234,11 @@ PANNS = MelSpec(  # PANNs' own values are decibels, 10 log10(max(power, 1e-10)):
     floor=1e-10,
 )
 
-CONVNEXT = replace(PANNS, name="convnext", mel_bands=224)  # below 1 kHz a band holds a single bin
+# Below 1 kHz, each of these bands holds a single bin of the FFT.
+CONVNEXT = replace(PANNS, name="convnext", mel_bands=224)
 
-PASST = replace(  # without PaSST's `(x + 4.5) / 5`: that is a model's business, after the store
+# PaSST's own values are `(x + 4.5) / 5` of these: normalisation belongs to the model.
+PASST = replace(
     A_JEPA,
     name="passt",
     low_hz=0.0,
@@ -223,42 +253,47 @@ MEL_PRESETS = {spec.name: spec for spec in (A_JEPA, A_JEPA_16K, AUDIO_JEPA, PANN
 
 
 def preset_mel_spec(name: str) -> MelSpec:
-    """The preset of that name; InputError names the nearest and all there are."""
-    if name in MEL_PRESETS:
-        return MEL_PRESETS[name]
-    told = f"mel spec {name!r} is unknown; did you mean {closest_word(name, MEL_PRESETS)!r}?"
-    raise InputError(f"{told} There are: {', '.join(MEL_PRESETS)}; or a file of your own, NAME.toml")
+    """The preset of this name; InputError for any other name, with the nearest one and all that there are."""
+    if name not in MEL_PRESETS:
+        suggestion = suggest_known(name, MEL_PRESETS)
+        raise InputError(f"mel spec {name!r} is unknown; {suggestion}; or a file of your own, NAME.toml")
+    return MEL_PRESETS[name]
 
 
 def resolve_mel_spec(name_or_path: str) -> MelSpec:
-    """What a user means by `text`: a preset's name, or the path of a `.toml` file (`mel_spec_file`)."""
-    return (
-        read_mel_spec(Path(name_or_path)) if name_or_path.endswith(".toml") else preset_mel_spec(name_or_path)
-    )
+    """The spec that `--spec` names: a preset, or a file if the text ends in `.toml` (see `read_mel_spec`)."""
+    if name_or_path.endswith(".toml"):
+        return read_mel_spec(Path(name_or_path))
+    return preset_mel_spec(name_or_path)
 
 
 def read_mel_spec(path: Path) -> MelSpec:
     """The spec that a TOML file describes; InputError names the file and what is wrong in it.
 
-    Keys are the fields of MelSpec but `decoding`, which is this version's; `base = "a-jepa"` starts from a preset;
-    the name, if not given, is the file's own. A preset's name is refused for other values than the preset's.
+    Keys are the fields of MelSpec except `decoding`, which is always this version's; `base = "a-jepa"` starts from
+    a preset; the name defaults to the file's. A preset's name is refused for a spec with other values.
     """
     known = {field.name: field for field in fields(MelSpec) if field.name != "decoding"}
     values = _read_toml_table(path)
     try:
-        told: dict[str, Any] = {"name": path.stem}
+        # The starting point: the fields of a preset, or nothing but a name.
+        settings: dict[str, Any] = {"name": path.stem}
         if "base" in values:
-            told = asdict(preset_mel_spec(_coerce_value("base", values.pop("base"), str))) | told
+            base_name = _coerce_value("base", values.pop("base"), str)
+            settings = asdict(preset_mel_spec(base_name)) | settings
+
+        # The fields of the file, each as its type.
         for key, value in values.items():
             if key not in known:
-                raise ValueError(
-                    f"unknown key {key!r}; did you mean {closest_word(key, [*known, 'base'])!r}?"
-                )
-            told[key] = _coerce_value(key, value, known[key].type)
-        missing = [key for key, field in known.items() if field.default is MISSING and key not in told]
+                nearest = closest_word(key, [*known, "base"])
+                raise ValueError(f"unknown key {key!r}; did you mean {nearest!r}?")
+            settings[key] = _coerce_value(key, value, known[key].type)
+        missing = [key for key, field in known.items() if field.default is MISSING and key not in settings]
         if missing:
             raise ValueError(f'lacks {", ".join(missing)}; or start from a preset: base = "{A_JEPA.name}"')
-        spec = MelSpec(**told)
+
+        # Stores show the name of a spec: one name must not stand for two specs.
+        spec = MelSpec(**settings)
         if spec.name in MEL_PRESETS and spec.spec_id != MEL_PRESETS[spec.name].spec_id:
             raise ValueError(f"{spec.name!r} is the name of a preset with other values; choose another name")
     except (ValueError, InputError) as error:
@@ -267,7 +302,7 @@ def read_mel_spec(path: Path) -> MelSpec:
 
 
 def with_clip_seconds(spec: MelSpec, seconds: float) -> MelSpec:
-    """The same front end on clips of another length; InputError where that is no length."""
+    """The same front end on clips of another length; InputError for a length that no clip can have."""
     try:
         return replace(spec, clip_seconds=float(seconds))
     except ValueError as error:
@@ -279,16 +314,19 @@ def _read_toml_table(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}; expected a mel spec, TOML") from None
-    except ValueError as error:  # of TOML's grammar, or of UTF-8
+    except ValueError as error:  # bad TOML, or bad UTF-8
         raise InputError(f"{path}: is not TOML: {error}") from None
 
 
 def _coerce_value(key: str, value: object, field_type: Any) -> Any:
-    """A value as its field has it: whole numbers do for floats, truth values for nothing else."""
+    """A value of a TOML file as its field's type. Whole numbers pass for floats, nothing passes for another type."""
     if field_type is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    wanted = str if get_args(field_type) else field_type
-    if type(value) is not wanted:
+
+    # A field with a list of choices holds texts. Types are compared as they are: True is an instance of int, but no
+    # number.
+    value_type = str if get_args(field_type) else field_type
+    if type(value) is not value_type:
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text in quotes"}
-        raise ValueError(f"{key} must be {words[wanted]}, got {value!r}")
+        raise ValueError(f"{key} must be {words[value_type]}, got {value!r}")
     return value

@@ -1,4 +1,4 @@
-"""Parquet: tables with a column of sounds, as Hugging Face's datasets have it; which rows, and the bytes of one."""
+"""Sounds in a column of a Parquet table, as Hugging Face's datasets have them: which rows, and the bytes of one."""
 
 import functools
 from collections.abc import Iterator
@@ -12,85 +12,92 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import AudioError, archive_error, first_error_line
 
+# Names of columns that hold the id of a sound; the first that a table has counts.
 SOUND_ID_COLUMNS = ("video_id", "youtube_id", "ytid", "clip_id", "id", "audio_name", "file_name", "filename")
 
-MAX_BATCH_BYTES = 2**28  # of one row group's sounds; of a larger one a part at a time is read
+ROW_TABLE_SCHEMA: dict[str, pl.DataType] = {
+    "id": pl.String(),  # in SOUND_ID_COLUMNS; null if the table has none
+    "group": pl.Int32(),  # row group
+    "row": pl.Int64(),  # in the row group
+    "member": pl.String(),  # name to show: the path beside the sound, else the id, else the place
+}
+
+MAX_BATCH_BYTES = 2**28  # of sounds in memory: a larger row group is read in parts
 
 READ_BUFFER_BYTES = 2**20
 
-PARQUET_FAULTS = (pa.ArrowException, OSError)
+PARQUET_FAULTS = (pa.ArrowException, OSError)  # errors of a damaged file
 
 
 def list_parquet_rows(path: Path) -> tuple[pl.DataFrame, str | None]:
-    """`member` (its path, else its id, else its place), `id` (of a column, or null), `group` and `row` of every row;
-    and what is wrong with the file.
+    """The name and place of every row (ROW_TABLE_SCHEMA), and what is wrong with the file, or None.
 
-    Only the columns of names are read.
+    Only the columns of names are read, no sound.
     """
+    no_rows = pl.DataFrame(schema=ROW_TABLE_SCHEMA)
     try:
         with pq.ParquetFile(path) as file:
-            sound = find_sound_column(file.schema_arrow)
-            if sound is None:
+            sound_column = find_sound_column(file.schema_arrow)
+            if sound_column is None:
                 columns = ", ".join(file.schema_arrow.names)
-                return (
-                    empty_row_table(),
-                    f"has no column of sounds (there are: {columns}); its rows are not used",
-                )
-            return read_row_names(file, sound.partition(".")[0]), None
+                return no_rows, f"has no column of sounds (there are: {columns}); its rows are not used"
+            return read_row_names(file, sound_column.partition(".")[0]), None
     except PARQUET_FAULTS as error:
-        return (
-            empty_row_table(),
-            f"is no Parquet file that can be read ({first_error_line(error, path)}); fetch it again",
-        )
-
-
-def empty_row_table() -> pl.DataFrame:
-    """No rows."""
-    return pl.DataFrame(schema={"member": pl.String, "id": pl.String, "group": pl.Int32, "row": pl.Int64})
+        reason = first_error_line(error, path)
+        return no_rows, f"is no Parquet file that can be read ({reason}); fetch it again"
 
 
 def read_row_names(file: pq.ParquetFile, column: str) -> pl.DataFrame:
-    """The names and places of all rows."""
+    """The names and places of all rows; `column` holds the sounds."""
+    # Which columns of names there are: a path beside the sound, and an id.
     schema = file.schema_arrow
-    within = schema.field(column).type
-    has_path = pa.types.is_struct(within) and any(field.name == "path" for field in within)
-    id_column = next(
-        (name for name in SOUND_ID_COLUMNS if name in schema.names and is_text_type(schema.field(name).type)),
-        None,
+    sound_type = schema.field(column).type
+    has_path = pa.types.is_struct(sound_type) and any(field.name == "path" for field in sound_type)
+    text_columns = (
+        name for name in SOUND_ID_COLUMNS if name in schema.names and is_text_type(schema.field(name).type)
     )
-    wanted = ([f"{column}.path"] if has_path else []) + ([id_column] if id_column else [])
+    id_column = next(text_columns, None)
+
+    # Read these columns, if there is one: to read none would still read the table.
+    wanted = []
+    if has_path:
+        wanted.append(f"{column}.path")
+    if id_column:
+        wanted.append(id_column)
     table = file.read(columns=wanted) if wanted else None
-    counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-    absent = pl.Series([None] * sum(counts), dtype=pl.String)
-    path, named = absent, absent
+
+    # Names as texts, null where there is none.
+    group_sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    paths = ids = pl.Series([None] * sum(group_sizes), dtype=pl.String)
     if table is not None and has_path:
-        path = pl.Series(pc.struct_field(table[column], "path").cast(pa.large_string()))
+        paths = pl.Series(pc.struct_field(table[column], "path").cast(pa.large_string()))
     if table is not None and id_column:
-        named = pl.Series(table[id_column].cast(pa.large_string()))
-    row = np.concatenate([np.arange(count) for count in counts]) if counts else np.zeros(0, int)
-    rows = pl.DataFrame(
-        {
-            "path": path,
-            "id": named,
-            "group": pl.Series(np.repeat(np.arange(len(counts)), counts), dtype=pl.Int32),
-            "row": pl.Series(row, dtype=pl.Int64),
-        }
-    )
+        ids = pl.Series(table[id_column].cast(pa.large_string()))
+
+    # Rows are numbered within their row group.
+    row_N = np.concatenate([np.zeros(0, np.int64), *(np.arange(size) for size in group_sizes)])
+    group_N = np.repeat(np.arange(len(group_sizes)), group_sizes)
+    rows = pl.DataFrame({"path": paths, "id": ids, "group": group_N, "row": row_N})
     place = pl.format("row {} of group {}", "row", "group")
-    return rows.select("id", "group", "row", member=pl.coalesce("path", "id", place))
+    member = pl.coalesce("path", "id", place)
+    columns = rows.with_columns(member=member)
+    return columns.select(pl.col(name).cast(dtype) for name, dtype in ROW_TABLE_SCHEMA.items())
 
 
 def find_sound_column(schema: pa.Schema) -> str | None:
-    """The leaf that holds the bytes: `bytes` of a struct, else a column of bytes; one named `audio` before others."""
-    found = []
+    """The leaf that holds the sounds: a column of bytes, or `bytes` in a struct; None if there is none.
+
+    A column named `audio` goes before others, then a struct before a plain column.
+    """
+    leaves = []
     for field in schema:
         if is_bytes_type(field.type):
-            found.append(field.name)
+            leaves.append(field.name)
         elif pa.types.is_struct(field.type) and any(
-            f.name == "bytes" and is_bytes_type(f.type) for f in field.type
+            part.name == "bytes" and is_bytes_type(part.type) for part in field.type
         ):
-            found.append(f"{field.name}.bytes")
-    return min(found, key=lambda leaf: (leaf.partition(".")[0] != "audio", "." not in leaf), default=None)
+            leaves.append(f"{field.name}.bytes")
+    return min(leaves, key=lambda leaf: (leaf.partition(".")[0] != "audio", "." not in leaf), default=None)
 
 
 def is_bytes_type(arrow_type: pa.DataType) -> bool:
@@ -104,13 +111,14 @@ def is_text_type(arrow_type: pa.DataType) -> bool:
 
 
 def read_parquet_sound(path: Path, group: int, row: int) -> bytes:
-    """The bytes of one row; AudioError missing where it has none, unreadable where the file is damaged.
+    """The bytes of one row. AudioError: missing if the row is null, unreadable if the file is damaged.
 
-    The row group that was read last is kept, so rows asked for in their order are read once.
+    The row group that was read last stays open, so rows that are read in their order are read once.
     """
     try:
-        found = path.stat()
-        content = cached_row_group(path, group, (found.st_mtime_ns, found.st_size)).read_sound(row)
+        status = path.stat()
+        version = (status.st_mtime_ns, status.st_size)  # a file that is replaced is read anew
+        content = cached_row_group(path, group, version).read_sound(row)
     except PARQUET_FAULTS as error:
         cached_row_group.cache_clear()
         raise archive_error(path, error) from None
@@ -120,18 +128,24 @@ def read_parquet_sound(path: Path, group: int, row: int) -> bytes:
 
 
 class RowGroupReader:
-    """The sounds of one row group in their order; to go back is to begin again."""
+    """The sounds of one row group, read in their order; going back to an earlier row starts again at the first."""
 
     def __init__(self, path: Path, group: int) -> None:
         self._file = pq.ParquetFile(path, buffer_size=READ_BUFFER_BYTES)
-        leaf = find_sound_column(self._file.schema_arrow)
-        if leaf is None:
+        sound_column = find_sound_column(self._file.schema_arrow)
+        if sound_column is None:
             raise pa.ArrowInvalid("no column of sounds")
-        self._column_path, self._group = leaf, group
-        told = self._file.metadata.row_group(group)
-        columns = [told.column(index) for index in range(told.num_columns)]
-        size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == leaf)
-        self._rows_per_batch = max(1, min(told.num_rows, told.num_rows * MAX_BATCH_BYTES // max(size, 1)))
+        self._column_path = sound_column
+        self._group = group
+
+        # As many rows at a time as fit into MAX_BATCH_BYTES, by the mean size of a sound.
+        metadata = self._file.metadata.row_group(group)
+        columns = [metadata.column(index) for index in range(metadata.num_columns)]
+        size = sum(
+            column.total_uncompressed_size for column in columns if column.path_in_schema == sound_column
+        )
+        rows_that_fit = metadata.num_rows * MAX_BATCH_BYTES // max(size, 1)
+        self._rows_per_batch = max(1, min(metadata.num_rows, rows_that_fit))
         self._restart_reading()
 
     def _restart_reading(self) -> None:
@@ -141,23 +155,27 @@ class RowGroupReader:
             columns=[self._column_path],
             use_threads=False,
         )
-        self._first_row, self._sounds = 0, pa.array([], pa.binary())
+        self._first_row = 0
+        self._sounds = pa.array([], pa.binary())
 
     def read_sound(self, row: int) -> bytes | None:
-        """The bytes of one row, None where it is null."""
+        """The bytes of one row, None if it is null."""
         if row < self._first_row:
             self._restart_reading()
+
+        # Read on, batch by batch, up to the one that holds the row.
         while row >= self._first_row + len(self._sounds):
             batch = next(self._batches, None)
             if batch is None:
                 raise pa.ArrowInvalid(f"row group {self._group} ends before row {row}")
             self._first_row += len(self._sounds)
-            (self._sounds,) = batch.columns if "." not in self._column_path else batch.column(0).flatten()
-        value: bytes | None = self._sounds[row - self._first_row].as_py()
-        return value
+            in_struct = "." in self._column_path
+            (self._sounds,) = batch.column(0).flatten() if in_struct else batch.columns
+        content: bytes | None = self._sounds[row - self._first_row].as_py()
+        return content
 
 
 @functools.lru_cache(maxsize=1)
 def cached_row_group(path: Path, group: int, version: tuple[int, int]) -> RowGroupReader:
-    """The row group that was asked for last."""
+    """The reader of a row group, kept until another one is read; `version` tells a file from its successor."""
     return RowGroupReader(path, group)

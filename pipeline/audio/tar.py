@@ -1,4 +1,4 @@
-"""Tar: where the members of an uncompressed tar lie, from its headers alone."""
+"""Members of an uncompressed tar: where each lies, from the headers alone, and how to open one."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -11,17 +11,18 @@ from pipeline.audio.byte_window import ByteWindow
 from pipeline.errors import archive_error
 from pipeline.object_store import is_remote_url, open_range_reader
 
+COMPRESSED_TAR_ADVICE = "is compressed, so no member can be sought; unpack it, or store it as a plain .tar"
+
 TAR_BLOCK_BYTES = 512
 
 END_BLOCK = bytes(TAR_BLOCK_BYTES)  # a block of zeros follows the last member
 
 MAX_NAME_BYTES = 2**20  # of a name or of a PAX header; a damaged size must not be allocated
 
-REGULAR_TYPES, LONG_NAME_TYPE, PAX_TYPE = (
-    (b"0", b"\0", b"7"),
-    b"L",
-    b"x",
-)  # types of member: POSIX 1003.1, GNU tar's manual
+# Types of member, by POSIX 1003.1 and GNU tar's manual.
+REGULAR_TYPES = (b"0", b"\0", b"7")
+LONG_NAME_TYPE = b"L"
+PAX_TYPE = b"x"
 
 
 class TarMember(NamedTuple):
@@ -33,11 +34,11 @@ class TarMember(NamedTuple):
 
 
 class TarReader:
-    """The members of a tar in their order; where it is damaged, those before the damage, and `fault` says so.
+    """The members of a tar in their order. If it is damaged, the members before the damage, and `fault` says so.
 
-    One header is read at a time and the bytes of the members are sought over, so a tar of gigabytes costs as
-    many small reads as it has members. Names may be GNU's or PAX's long ones; bytes that are no UTF-8 come
-    out as `\\xff`. Links and sparse members are left out.
+    One header is read at a time and the contents are skipped, so a tar of gigabytes costs as many small reads as
+    it has members. Long names are read in GNU's form and in PAX's; bytes that are no UTF-8 come out as `\\xff`.
+    Links and sparse members are left out.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -45,11 +46,12 @@ class TarReader:
         self.fault: str | None = None
 
     def read_members(self) -> Iterator[TarMember]:
-        """Every member; afterwards `fault` is known. OSError where the file cannot be read, InputError at a URL."""
+        """Yield every member, then set `fault`. OSError for a file that cannot be read, InputError for a URL."""
         if is_remote_url(self._path):
             with open_range_reader(str(self._path)) as (read, file_bytes):
                 yield from self._parse_members(read, file_bytes)
             return
+
         file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             yield from self._parse_members(partial(os.pread, file), os.fstat(file).st_size)
@@ -57,50 +59,64 @@ class TarReader:
             os.close(file)
 
     def _parse_members(self, read: Callable[[int, int], bytes], file_bytes: int) -> Iterator[TarMember]:
-        place, count, long_name, pax = 0, 0, b"", dict[bytes, bytes]()
-        while (head := read(TAR_BLOCK_BYTES, place)) != END_BLOCK:
-            if self._note_damage(head, place, count):
-                return
-            kind, size = head[156:157], parse_header_number(head[124:136])
-            if kind in REGULAR_TYPES and b"size" in pax:
-                size = parse_digits(pax[b"size"], 10)
-            data = place + TAR_BLOCK_BYTES
-            if size < 0 or (kind in (LONG_NAME_TYPE, PAX_TYPE) and size > MAX_NAME_BYTES):
-                self.fault = f"is damaged at byte {place:,}; the {count:,} members before it are used"
-                return
-            if kind == LONG_NAME_TYPE:
-                long_name = read(size, data).rstrip(b"\0")
-            elif kind == PAX_TYPE:
-                pax = parse_pax_records(read(size, data))
-            else:
-                sparse = any(key.startswith(b"GNU.sparse") for key in pax)
-                if kind in REGULAR_TYPES and not sparse:
-                    name = pax.get(b"path") or long_name or name_in_header(head)
-                    count += 1
-                    yield TarMember(name.decode(errors="backslashreplace"), data, size)
-                long_name, pax = b"", {}
-            place = data + -(-size // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
-            if data + size > file_bytes:
-                self.fault = f"is cut short in its member {count:,}; fetch it again"
+        """Walk from header to header; `read` takes a number of bytes and a position."""
+        position = 0
+        member_count = 0
+        long_name = b""  # of the member that comes next
+        pax: dict[bytes, bytes] = {}  # likewise
+        while (header := read(TAR_BLOCK_BYTES, position)) != END_BLOCK:
+            if self._note_damage(header, position, member_count):
                 return
 
-    def _note_damage(self, head: bytes, position: int, member_count: int) -> bool:
-        """Whether this is no header; notes what it is instead."""
-        if head[:2] == b"\x1f\x8b" and not position:
-            self.fault = "is compressed, so no member can be sought; unpack it, or store it as a plain .tar"
-        elif len(head) < TAR_BLOCK_BYTES and member_count:
+            # A regular file too large for a header's digits has its size in the PAX records before it.
+            kind = header[156:157]
+            size = parse_header_number(header[124:136])
+            if kind in REGULAR_TYPES and b"size" in pax:
+                size = parse_digits(pax[b"size"], 10)
+            if size < 0 or (kind in (LONG_NAME_TYPE, PAX_TYPE) and size > MAX_NAME_BYTES):
+                self.fault = describe_tar_damage(position, member_count)
+                return
+
+            # A long name and PAX records belong to the next member, and to no other.
+            content_position = position + TAR_BLOCK_BYTES
+            if kind == LONG_NAME_TYPE:
+                long_name = read(size, content_position).rstrip(b"\0")
+            elif kind == PAX_TYPE:
+                pax = parse_pax_records(read(size, content_position))
+            else:
+                is_sparse = any(key.startswith(b"GNU.sparse") for key in pax)
+                if kind in REGULAR_TYPES and not is_sparse:
+                    name = pax.get(b"path") or long_name or name_in_header(header)
+                    member_count += 1
+                    yield TarMember(name.decode(errors="backslashreplace"), content_position, size)
+                long_name = b""
+                pax = {}
+
+            # Contents fill whole blocks; the next header follows.
+            position = content_position + -(-size // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
+            if content_position + size > file_bytes:
+                self.fault = f"is cut short in its member {member_count:,}; fetch it again"
+                return
+
+    def _note_damage(self, header: bytes, position: int, member_count: int) -> bool:
+        """Set `fault` if the block is no header of a member; True if it is set."""
+        if header[:2] == b"\x1f\x8b" and not position:
+            self.fault = COMPRESSED_TAR_ADVICE
+        elif len(header) < TAR_BLOCK_BYTES and member_count:
             self.fault = (
                 f"ends after {member_count:,} members without a tar's end mark; cut short? Fetch it again"
             )
-        elif len(head) < TAR_BLOCK_BYTES or not has_valid_checksum(head):
-            where = f"is damaged at byte {position:,}; the {member_count:,} members before it are used"
-            self.fault = where if member_count else "is no tar; fetch it again"
+        elif len(header) < TAR_BLOCK_BYTES or not has_valid_checksum(header):
+            self.fault = describe_tar_damage(position, member_count)
+            if not member_count:
+                self.fault = "is no tar; fetch it again"
         return self.fault is not None
 
 
 @contextmanager
 def open_tar_member(path: Path, offset: int, size: int) -> Iterator[ByteWindow]:
-    """A member's bytes; AudioError missing or unreadable where the tar cannot be opened."""
+    """Open the bytes of a member; AudioError (missing or unreadable) if the tar cannot be opened."""
+    # Only errors of opening are translated: one that the caller raises inside the block passes through.
     with ExitStack() as stack:
         try:
             window = stack.enter_context(ByteWindow.open_range(path, offset, size))
@@ -109,41 +125,56 @@ def open_tar_member(path: Path, offset: int, size: int) -> Iterator[ByteWindow]:
         yield window
 
 
-def has_valid_checksum(head: bytes) -> bool:
-    """Whether a header has the checksum that it states; some old writers added signed bytes."""
-    stated = parse_header_number(head[148:156])
-    plain = sum(head) - sum(head[148:156]) + 8 * ord(" ")
-    rest = head[:148] + head[156:]
-    return stated == plain or stated == plain - 256 * sum(byte > 127 for byte in rest)
+def describe_tar_damage(position: int, member_count: int) -> str:
+    """Where a tar is damaged and what is used of it, as the end of a sentence."""
+    return f"is damaged at byte {position:,}; the {member_count:,} members before it are used"
+
+
+def has_valid_checksum(header: bytes) -> bool:
+    """Whether a header has the checksum that it states: a sum of unsigned bytes or, in old tars, of signed ones."""
+    stated = parse_header_number(header[148:156])
+
+    # The checksum field itself counts as eight spaces.
+    unsigned = sum(header) - sum(header[148:156]) + 8 * ord(" ")
+    rest = header[:148] + header[156:]
+    return stated == unsigned or stated == unsigned - 256 * sum(byte > 127 for byte in rest)
 
 
 def parse_header_number(field: bytes) -> int:
-    """Octal digits, or GNU's base 256 where the first bit is set; -1 where it is neither."""
-    if field[:1] >= b"\x80":
-        return int.from_bytes(field[1:]) if field[0] == 0x80 else -1
+    """The number in a header's field: octal digits, or base 256 (GNU) if the first bit is set; -1 if it is neither."""
+    if field[:1] == b"\x80":
+        return int.from_bytes(field[1:])
+    if field[:1] > b"\x80":
+        return -1
     return parse_digits(field.strip(b" \0") or b"0", 8)
 
 
 def parse_digits(text: bytes, base: int) -> int:
-    """A number, -1 where it is none."""
-    return int(text, base) if text.isdigit() and (base == 10 or not text.strip(b"01234567")) else -1
+    """The number that a text of digits stands for, base 8 or 10; -1 if the text is no number."""
+    is_number = text.isdigit() and (base == 10 or not text.strip(b"01234567"))
+    return int(text, base) if is_number else -1
 
 
-def name_in_header(head: bytes) -> bytes:
-    """The name in a header itself, in the two parts of POSIX where it says so."""
-    name = head[:100].partition(b"\0")[0]
-    prefix = head[345:500].partition(b"\0")[0] if head[257:263] == b"ustar\0" else b""
-    return prefix + b"/" + name if prefix else name
+def name_in_header(header: bytes) -> bytes:
+    """The name in a header itself; in a POSIX header a prefix may stand before it."""
+    name = header[:100].partition(b"\0")[0]
+    if header[257:263] == b"ustar\0" and (prefix := header[345:500].partition(b"\0")[0]):
+        return prefix + b"/" + name
+    return name
 
 
 def parse_pax_records(text: bytes) -> dict[bytes, bytes]:
-    """The `length key=value` lines of a PAX header, up to the first that is none."""
-    found = {}
+    """The `length key=value` lines of a PAX header, up to the first that has no such form."""
+    records = {}
     while text:
-        length, _, _ = text.partition(b" ")
-        line, text = text[: max(0, parse_digits(length, 10))], text[max(0, parse_digits(length, 10)) :]
-        key, equals, value = line[len(length) + 1 :].removesuffix(b"\n").partition(b"=")
-        if not equals:
+        # The length counts the whole line, with its own digits and the line break.
+        digits = text.partition(b" ")[0]
+        length = max(0, parse_digits(digits, 10))
+        line = text[:length]
+        text = text[length:]
+
+        key, equals_sign, value = line[len(digits) + 1 :].removesuffix(b"\n").partition(b"=")
+        if not equals_sign:
             break
-        found[key] = value
-    return found
+        records[key] = value
+    return records

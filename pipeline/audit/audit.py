@@ -1,7 +1,4 @@
-"""Rows: what an audit looks at: every clip of a store, which of them are in use, and which splits are held out.
-
-An audit: what is wrong or surprising about the clips and labels of a store.
-"""
+"""The audit of a store: which clips are in use, and every figure on their splits, copies, labels and classes."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -26,34 +23,48 @@ from pipeline.errors import StoreError
 from pipeline.labels.label_sets import MissingOntologyError, label_set_ontology
 from pipeline.labels.ontology import ClassList, Ontology, load_ontology
 from pipeline.labels.propagation import PROPAGATION_RULES
+from pipeline.messages import suggest_known
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.splits import evaluation_split_names
 from pipeline.store.summary import IS_GOOD_CLIP, label_set_names
 from pipeline.tables import read_table
 
+# With fewer positives a class's average precision is mostly luck.
+FEW_POSITIVES = 10
+
+SURPRISES_KEPT = 10  # of each kind
+
+OUTSIDE_CLASSES_KEPT = 20
+
+
+# The clips that an audit looks at.
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class AuditedClips:
-    """A manifest, labels.parquet beside it, and what each row counts as."""
+    """A manifest, the labels.parquet beside it, and what decides which rows are in use."""
 
     manifest: pl.DataFrame
     labels: pl.DataFrame
-    provenance: dict[str, Any]  # of the label sets, as labels.parquet has it
+    provenance: dict[str, Any]  # of the label sets, from labels.parquet
     classes: ClassList
-    recording: pl.Series  # what each clip was cut from
-    excluded_N: np.ndarray  # marked by an exclude list
-    exclude_lists: tuple[tuple[str, str, int], ...]  # the exclude lists: name, sha256, clips
+    recording: pl.Series  # the recording that each clip was cut from
+    excluded_N: np.ndarray  # true for rows marked by an exclude list
+    exclude_lists: tuple[tuple[str, str, int], ...]  # name, sha256, clips
     splits: tuple[str, ...]  # in the order of the manifest
-    held_out_names: tuple[str, ...]  # those held out
-    ontologies: dict[str, Ontology]  # of the propagated sets, where they can be had
+    held_out_names: tuple[str, ...]  # of the splits that are measured on
+    ontologies: dict[str, Ontology]  # of the propagated label sets, as far as they are still there
 
     @classmethod
     def of_store(cls, store: FeatureStore, held_out_names: Sequence[str] = ()) -> Self:
-        """All of a store; held out are the splits named, or else those named eval or test. StoreError."""
+        """All clips of a store; held out are the splits named, or else those named eval or test. Raises StoreError."""
         labels, provenance = read_table(store.path / "labels.parquet")
         splits = tuple(store.manifest["split"].unique(maintain_order=True))
         if unknown := sorted(set(held_out_names) - set(splits)):
-            raise StoreError(f"{store.path}: no split {unknown[0]!r}; it has: {', '.join(splits)}")
+            suggestion = suggest_known(unknown[0], splits, there_are="It has")
+            raise StoreError(f"{store.path}: no split {unknown[0]!r}; {suggestion}")
+
+        # Everything that decides which rows count is read now, so that the audit itself reads no file.
         return cls(
             manifest=store.manifest,
             labels=labels,
@@ -69,11 +80,12 @@ class AuditedClips:
 
     @property
     def good_N(self) -> np.ndarray:
+        """Whether each row has usable audio."""
         return self.manifest.select(IS_GOOD_CLIP).to_series().to_numpy()
 
     @property
     def in_use_N(self) -> np.ndarray:
-        """Good, and not excluded: what loaders draw from."""
+        """Whether each row is good and not excluded, so that loaders draw it."""
         return self.good_N & ~self.excluded_N
 
     @property
@@ -88,7 +100,10 @@ class AuditedClips:
         return np.isin(self.splits, self.held_out_names)
 
     def clips_in_use(self) -> pl.DataFrame:
-        """The clips in use, as `audit_copies.copies` wants them. One silence is like another: it is not compared."""
+        """The clips in use, with the columns that `copies.find_copies` takes.
+
+        The audio of a silent clip is null: one silence equals another without being a copy of it.
+        """
         audio = pl.when(~pl.col("flags").list.contains("silent")).then("digest")
         return self.manifest.select(
             "clip_id",
@@ -101,32 +116,29 @@ class AuditedClips:
 
 
 def _label_set_ontologies(store: Path, provenance: dict[str, Any]) -> Iterator[tuple[str, Ontology]]:
-    """Of each propagated label set; a set that does not say which, or whose is gone, is left out."""
-    for name, by in provenance.items():
-        if isinstance(by, dict) and by.get("rule") in PROPAGATION_RULES and "ontology" in by:
+    """Yield the ontology of each propagated label set, except of sets that name none or whose ontology is gone."""
+    for label_set, source in provenance.items():
+        if isinstance(source, dict) and source.get("rule") in PROPAGATION_RULES and "ontology" in source:
             with suppress(MissingOntologyError):
-                yield name, label_set_ontology(store, by["rule"], by["ontology"])
+                yield label_set, label_set_ontology(store, source["rule"], source["ontology"])
 
 
 def _source_dataset(store: FeatureStore) -> str | None:
-    """What build.json says the store was built from; None where it does not say."""
+    """The data set that the store was built from, according to build.json; None if that does not say."""
+    # `asked` is the key under which a build records its settings.
     try:
-        asked = json.loads((store.path / "build.json").read_text())["asked"]
-        return asked["dataset"] if isinstance(asked, dict) else None
+        settings = json.loads((store.path / "build.json").read_text())["asked"]
+        return settings["dataset"] if isinstance(settings, dict) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-FEW_POSITIVES = 10  # positives, under which a class's average precision is mostly luck
-
-SURPRISES_KEPT = 10  # shown of each kind of surprise
-
-OUTSIDE_CLASSES_KEPT = 20
+# The figures of an audit.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SplitAudit:
-    """The clips of a split; from `unlabelled` on by the raw labels of clips in use: good, and not excluded."""
+    """The clips of a split; the fields from `unlabelled` on count raw labels of clips in use."""
 
     split: str
     held_out: bool
@@ -135,11 +147,11 @@ class SplitAudit:
     excluded: int  # good ones
     in_use: int
     unlabelled: int
-    outside: int  # clips with a label that the class list does not know
+    outside: int  # clips with a label that the class list lacks
     labels_a_clip: float
     most_labels: int
     classes: int  # with a clip
-    effective_classes: float  # so many equally frequent classes would have the same entropy
+    effective_classes: float  # the number of equally frequent classes with the same entropy
     gini: float  # of clips a class: 0 where all are equally frequent, near 1 where one has all
 
 
@@ -150,14 +162,14 @@ class RareClasses:
     split: str
     label_set: str
     none: tuple[str, ...]  # without a clip: average precision is undefined
-    few: tuple[tuple[str, int], ...]  # with fewer than `Audit.few`, and how many
+    few: tuple[tuple[str, int], ...]  # with fewer clips than `StoreAudit.few`, and how many
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainEvalShift:
     """The splits to train on against those held out, by raw labels.
 
-    shift  total variation of the class frequencies: 0 where they are equal, 1 where they share no class
+    shift  total variation of the class frequencies: 0 where they are equal, 1 where no class is on both sides
     """
 
     trained: tuple[str, ...]
@@ -171,7 +183,7 @@ class TrainEvalShift:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreAudit:
-    """What is wrong or surprising about the clips in use."""
+    """Everything that is wrong or surprising about the clips in use."""
 
     few: int
     classes: int
@@ -181,7 +193,7 @@ class StoreAudit:
     copies: tuple[ClipCopies, ...]
     contradictions: tuple[LabelContradictions, ...]  # one a label set
     gaps: tuple[RareClasses, ...]  # one a split and label set
-    outside: tuple[tuple[str, int], ...]  # labels that the class list does not know, and their clips
+    outside: tuple[tuple[str, int], ...]  # ids that the class list lacks, and their clips
     outside_in_all: int
     pairs: SurprisingPairs
     sides: TrainEvalShift | None  # None where no split, or every split, is held out
@@ -194,80 +206,101 @@ def audit_clips(
     few: int = FEW_POSITIVES,
     top: int = SURPRISES_KEPT,
 ) -> StoreAudit:
-    """Look at every clip; seconds for two million. OntologyError where a label is null or no class.
+    """Look at every clip; two million take seconds. OntologyError: a label that is null or no class.
 
-    A propagated set is judged by the ontology it was made with; what raw labels imply, and which classes are related,
-    by `ontology`, else by that of the first propagated set, else by AudioSet's.
-    `few` positives make a class measurable; `top` of each kind of surprise are kept.
+    Each propagated set is judged by the ontology that it was made with. `ontology` says what raw labels imply and which
+    classes are related; it defaults to that of the first propagated set, and to AudioSet's if there is none. `few`
+    positives make a class measurable; `top` of each kind of surprise are kept.
     """
+    # The labels as arrays, and the classes that the ontology knows.
     common = ontology or next(iter(rows.ontologies.values()), None) or load_ontology()
-    tree, counted = OntologySubset.of_classes(common, rows.classes), _AuditedLabels.of_clips(rows)
-    row_N, class_N = np.divmod(counted.keys_in_use["raw"], len(rows.classes))
+    subset = OntologySubset.of_classes(common, rows.classes)
+    labels = _AuditedLabels.of_clips(rows)
+    row_N, class_N = np.divmod(labels.keys_in_use["raw"], len(rows.classes))
+
+    # Labels that the class list lacks: the most frequent first.
     outside = rows.labels.select("outside").filter(rows.in_use_N).to_series().explode().drop_nulls()
-    odd = outside.value_counts().sort(["count", "outside"], descending=[True, False])
+    outside_counts = outside.value_counts().sort(["count", "outside"], descending=[True, False])
+
     return StoreAudit(
         few=few,
         classes=len(rows.classes),
-        splits=tuple(_audit_splits(rows, counted)),
+        splits=tuple(_audit_splits(rows, labels)),
         listed_again=rows.manifest.select((pl.col("reason") == "duplicate").sum()).item(),
         exclude_lists=rows.exclude_lists,
         copies=find_copies(rows.clips_in_use(), rows.splits, rows.held_out_names),
-        contradictions=tuple(_check_label_sets(rows, counted, tree, top)),
-        gaps=tuple(_rare_classes(rows, counted, few)),
-        outside=tuple(odd.head(OUTSIDE_CLASSES_KEPT).rows()),
-        outside_in_all=odd.height,
-        pairs=find_surprising_pairs(row_N, class_N, rows.classes.names, tree.related_pairs(), top=top),
-        sides=_train_eval_shift(rows, counted, top),
+        contradictions=tuple(_check_label_sets(rows, labels, subset, top)),
+        gaps=tuple(_rare_classes(rows, labels, few)),
+        outside=tuple(outside_counts.head(OUTSIDE_CLASSES_KEPT).rows()),
+        outside_in_all=outside_counts.height,
+        pairs=find_surprising_pairs(row_N, class_N, rows.classes.names, subset.related_pairs(), top=top),
+        sides=_train_eval_shift(rows, labels, top),
     )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _AuditedLabels:
-    """The labels of the clips in use, by label set."""
+    """The labels of each label set, as ascending keys row * classes + class, and their counts in use."""
 
-    keys_in_use: dict[str, np.ndarray]  # ascending: row * classes + class
-    all_keys: dict[str, np.ndarray]  # of every clip, in use or not
-    clips_SC: dict[str, np.ndarray]  # of each split and class
-    labelled_S: np.ndarray  # clips of each split with a raw label
+    all_keys: dict[str, np.ndarray]
+    keys_in_use: dict[str, np.ndarray]  # of the clips in use
+    clips_SC: dict[str, np.ndarray]  # clips in use of each split and class
+    labelled_S: np.ndarray  # clips in use of each split with a raw label
 
     @classmethod
-    def of_clips(cls, rows: AuditedClips) -> "_AuditedLabels":
-        use_N, split_N, classes = rows.in_use_N, rows.split_N, len(rows.classes)
-        keys, clips_SC = {}, {}
-        all_keys = {name: label_keys(rows.labels[name], classes) for name in label_set_names(rows.labels)}
-        for name, all_N in all_keys.items():
-            keys[name] = all_N[use_N[all_N // classes]]
-            row_N, class_N = np.divmod(keys[name], classes)
-            flat_N = np.bincount(split_N[row_N] * classes + class_N, minlength=len(rows.splits) * classes)
-            clips_SC[name] = flat_N.reshape(len(rows.splits), classes)
-        row_N = keys["raw"] // classes
-        first_N = row_N[np.diff(row_N, prepend=-1) > 0]
+    def of_clips(cls, rows: AuditedClips) -> Self:
+        in_use_N = rows.in_use_N
+        split_N = rows.split_N
+        class_count = len(rows.classes)
+        split_count = len(rows.splits)
+
+        # Every label set as keys, and how many of them lie in each split and class.
+        all_keys = {name: label_keys(rows.labels[name], class_count) for name in label_set_names(rows.labels)}
+        keys_in_use = {}
+        clips_SC = {}
+        for name, keys_N in all_keys.items():
+            used_keys_N = keys_N[in_use_N[keys_N // class_count]]
+            row_N, class_N = np.divmod(used_keys_N, class_count)
+            cells_N = split_N[row_N] * class_count + class_N
+            counts_N = np.bincount(cells_N, minlength=split_count * class_count)
+            keys_in_use[name] = used_keys_N
+            clips_SC[name] = counts_N.reshape(split_count, class_count)
+
+        # Keys ascend, so that a clip's first label is where the row changes.
+        row_N = keys_in_use["raw"] // class_count
+        labelled_rows_N = row_N[np.diff(row_N, prepend=-1) > 0]
         return cls(
-            keys_in_use=keys,
             all_keys=all_keys,
+            keys_in_use=keys_in_use,
             clips_SC=clips_SC,
-            labelled_S=np.bincount(split_N[first_N], minlength=len(rows.splits)),
+            labelled_S=np.bincount(split_N[labelled_rows_N], minlength=split_count),
         )
 
 
-def _audit_splits(rows: AuditedClips, label_totals: _AuditedLabels) -> Iterator[SplitAudit]:
-    good_N, use_N, split_N = rows.good_N, rows.in_use_N, rows.split_N
-    odd_N = (rows.labels["outside"].list.len() > 0).to_numpy()
-    labels_N = np.bincount(label_totals.keys_in_use["raw"] // len(rows.classes), minlength=len(use_N))
-    for place, split in enumerate(rows.splits):
-        ours_N, clips_C = split_N == place, label_totals.clips_SC["raw"][place]
-        in_use = int((ours_N & use_N).sum())
+def _audit_splits(rows: AuditedClips, labels: _AuditedLabels) -> Iterator[SplitAudit]:
+    # Figures of every row.
+    good_N = rows.good_N
+    in_use_N = rows.in_use_N
+    split_N = rows.split_N
+    has_outside_N = (rows.labels["outside"].list.len() > 0).to_numpy()
+    label_count_N = np.bincount(labels.keys_in_use["raw"] // len(rows.classes), minlength=len(in_use_N))
+
+    # The same, split by split.
+    for index, split in enumerate(rows.splits):
+        in_split_N = split_N == index
+        clips_C = labels.clips_SC["raw"][index]
+        in_use = int((in_split_N & in_use_N).sum())
         yield SplitAudit(
             split=split,
             held_out=split in rows.held_out_names,
-            listed=int(ours_N.sum()),
-            good=int((ours_N & good_N).sum()),
-            excluded=int((ours_N & good_N & ~use_N).sum()),
+            listed=int(in_split_N.sum()),
+            good=int((in_split_N & good_N).sum()),
+            excluded=int((in_split_N & good_N & ~in_use_N).sum()),
             in_use=in_use,
-            unlabelled=in_use - int(label_totals.labelled_S[place]),
-            outside=int((ours_N & use_N & odd_N).sum()),
+            unlabelled=in_use - int(labels.labelled_S[index]),
+            outside=int((in_split_N & in_use_N & has_outside_N).sum()),
             labels_a_clip=float(clips_C.sum() / max(in_use, 1)),
-            most_labels=int(labels_N[ours_N].max(initial=0)),
+            most_labels=int(label_count_N[in_split_N].max(initial=0)),
             classes=int((clips_C > 0).sum()),
             effective_classes=effective_class_count(clips_C),
             gini=gini_coefficient(clips_C),
@@ -275,76 +308,95 @@ def _audit_splits(rows: AuditedClips, label_totals: _AuditedLabels) -> Iterator[
 
 
 def effective_class_count(clips_C: np.ndarray) -> float:
-    """How many equally frequent classes have the entropy of these; 0 where there is none."""
+    """The number of equally frequent classes with the same entropy; 0 if no class has a clip."""
+    # The exponential of the entropy, also called perplexity.
     share_C = clips_C[clips_C > 0] / max(clips_C.sum(), 1)
     return float(np.exp(-(share_C * np.log(share_C)).sum())) if len(share_C) else 0.0
 
 
 def gini_coefficient(clips_C: np.ndarray) -> float:
-    """Inequality of the counts: 0 where all are equal, (C - 1) / C where one class has all."""
-    ascending_C, classes = np.sort(clips_C), len(clips_C)
-    if not ascending_C.sum():
+    """The inequality of the counts: 0 if all are equal, (C - 1) / C if one class has all."""
+    total = clips_C.sum()
+    if not total:
         return 0.0
+
+    # In ascending order, each count is weighted by its rank.
+    classes = len(clips_C)
     rank_C = np.arange(1, classes + 1)
-    return float(2 * (rank_C * ascending_C).sum() / (classes * ascending_C.sum()) - (classes + 1) / classes)
+    return float(2 * (rank_C * np.sort(clips_C)).sum() / (classes * total) - (classes + 1) / classes)
 
 
 def _check_label_sets(
-    rows: AuditedClips, label_totals: _AuditedLabels, ontology_subset: OntologySubset, top: int
+    rows: AuditedClips, labels: _AuditedLabels, common_subset: OntologySubset, top: int
 ) -> Iterator[LabelContradictions]:
-    """The raw set by what the clips in use lack, any other by what its rule gives in the splits it was made for."""
-    split_N, classes = rows.split_N, len(rows.classes)
-    for name, all_N in label_totals.all_keys.items():
-        own = (
-            OntologySubset.of_classes(rows.ontologies[name], rows.classes)
-            if name in rows.ontologies
-            else ontology_subset
-        )
-        rule, why_not = rule_to_check(name, rows.provenance.get(name), own)
+    """Compare the raw set with what its own labels imply, every other set with what its rule makes of the raw set."""
+    split_N = rows.split_N
+    class_count = len(rows.classes)
+    for name, all_keys_N in labels.all_keys.items():
+        # The rule and the ontology to judge by: the set's own, if they are known.
+        subset = common_subset
+        if name in rows.ontologies:
+            subset = OntologySubset.of_classes(rows.ontologies[name], rows.classes)
+        rule, why_not = rule_to_check(name, rows.provenance.get(name), subset)
         if rule is None:
             yield LabelContradictions(label_set=name, rule=None, why_not=why_not)
             continue
-        raw_N, held_N = label_totals.keys_in_use["raw"], label_totals.keys_in_use["raw"]
-        if name != "raw":
-            done_S = np.isin(rows.splits, rows.provenance[name]["splits"])
-            raw_N, held_N = (k[done_S[split_N[k // classes]]] for k in (label_totals.all_keys["raw"], all_N))
+
+        # Raw labels count in the clips in use, a propagated set in all clips of the splits that it covers.
+        if name == "raw":
+            raw_N = present_N = labels.keys_in_use["raw"]
+        else:
+            is_covered_S = np.isin(rows.splits, rows.provenance[name]["splits"])
+            raw_keys_N = labels.all_keys["raw"]
+            raw_N = raw_keys_N[is_covered_S[split_N[raw_keys_N // class_count]]]
+            present_N = all_keys_N[is_covered_S[split_N[all_keys_N // class_count]]]
+        implied_pairs = subset.implied_pairs(rule)
         yield find_contradictions(
-            name, raw_N, held_N, own.implied_pairs(rule), rows.classes.names, rule=rule, top=top
+            name, raw_N, present_N, implied_pairs, rows.classes.names, rule=rule, top=top
         )
 
 
-def _rare_classes(rows: AuditedClips, label_totals: _AuditedLabels, few: int) -> Iterator[RareClasses]:
+def _rare_classes(rows: AuditedClips, labels: _AuditedLabels, few: int) -> Iterator[RareClasses]:
     names = np.array(rows.classes.names, object)
-    for place, split in enumerate(rows.splits):
-        for name, clips_SC in label_totals.clips_SC.items():
-            clips_C = clips_SC[place]
+    for index, split in enumerate(rows.splits):
+        for label_set, clips_SC in labels.clips_SC.items():
+            clips_C = clips_SC[index]
+
+            # Classes without a clip are named apart: their average precision is not even defined.
             rare = np.flatnonzero((clips_C > 0) & (clips_C < few))
             yield RareClasses(
                 split=split,
-                label_set=name,
+                label_set=label_set,
                 none=tuple(names[clips_C == 0]),
                 few=tuple((names[i], int(clips_C[i])) for i in rare),
             )
 
 
-def _train_eval_shift(rows: AuditedClips, label_totals: _AuditedLabels, top: int) -> TrainEvalShift | None:
-    measured_S, clips_SC = rows.held_out_S, label_totals.clips_SC["raw"]
-    if measured_S.all() or not measured_S.any():
+def _train_eval_shift(rows: AuditedClips, labels: _AuditedLabels, top: int) -> TrainEvalShift | None:
+    held_out_S = rows.held_out_S
+    if held_out_S.all() or not held_out_S.any():
         return None
-    trained_C, held_C = clips_SC[~measured_S].sum(0), clips_SC[measured_S].sum(0)
-    trained, held = (
-        int(label_totals.labelled_S[~measured_S].sum()),
-        int(label_totals.labelled_S[measured_S].sum()),
+
+    # Clips of each class, and labelled clips, on both sides.
+    clips_SC = labels.clips_SC["raw"]
+    train_C = clips_SC[~held_out_S].sum(0)
+    held_out_C = clips_SC[held_out_S].sum(0)
+    train_clips = int(labels.labelled_S[~held_out_S].sum())
+    held_out_clips = int(labels.labelled_S[held_out_S].sum())
+
+    # Class by class, and all classes together.
+    shifts, shifts_in_all = find_class_shifts(
+        train_C, held_out_C, train_clips, held_out_clips, rows.classes.names, top=top
     )
+    train_share_C = train_C / max(train_C.sum(), 1)
+    held_out_share_C = held_out_C / max(held_out_C.sum(), 1)
     names = np.array(rows.classes.names, object)
-    shifts, shifts_in_all = find_class_shifts(trained_C, held_C, trained, held, rows.classes.names, top=top)
-    shares = (clips_C / max(clips_C.sum(), 1) for clips_C in (trained_C, held_C))
     return TrainEvalShift(
-        trained=tuple(s for s in rows.splits if s not in rows.held_out_names),
+        trained=tuple(split for split in rows.splits if split not in rows.held_out_names),
         held_out=rows.held_out_names,
-        only_trained=tuple(names[(trained_C > 0) & (held_C == 0)]),
-        only_held_out=tuple(names[(trained_C == 0) & (held_C > 0)]),
-        shift=float(abs(next(shares) - next(shares)).sum() / 2),
+        only_trained=tuple(names[(train_C > 0) & (held_out_C == 0)]),
+        only_held_out=tuple(names[(train_C == 0) & (held_out_C > 0)]),
+        shift=float(abs(train_share_C - held_out_share_C).sum() / 2),
         shifts=shifts,
         shifts_in_all=shifts_in_all,
     )

@@ -1,4 +1,4 @@
-"""Surprises among classes: which stand together, and which one side of the splits has, more or less than chance."""
+"""Surprises among classes: pairs that share clips more or less than by chance, and shifts between the splits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,31 +6,33 @@ from statistics import NormalDist
 
 import numpy as np
 
-MAX_PAIRED_CLASSES = (
-    1_024  # classes that are paired, those with most clips: a square table of counts stays under 10 MB
-)
+# Only the classes with most clips are paired: the square table of their counts stays under 10 MB.
+MAX_PAIRED_CLASSES = 1_024
 
-MAX_PAIRED_LABELS = 64  # of a clip that is paired: n labels are n(n-1)/2 pairs
+# A clip with more labels is left out: n labels are n (n - 1) / 2 pairs.
+MAX_PAIRED_LABELS = 64
 
-MIN_CLIPS_TOGETHER = 5  # clips, seen or expected: below, the statistic means little
+# With fewer clips, observed or expected, the statistic means little.
+MIN_CLIPS_TOGETHER = 5
 
-SIGNIFICANCE_LEVEL = 0.05  # that a set without any surprise shows one: every pair is one more draw
+# The chance that clips without any surprise show one, over all pairs together.
+SIGNIFICANCE_LEVEL = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class ClassPair:
-    """Two classes that are not related, and in how many clips they stand together."""
+    """Two unrelated classes, and the number of clips that have both."""
 
     one: str
     other: str
     clips: int
-    expected: float  # if they had nothing to do with each other
+    expected: float  # if the classes were independent
     g2: float  # log-likelihood ratio of the 2 x 2 table
 
 
 @dataclass(frozen=True, slots=True)
 class SurprisingPairs:
-    """The pairs of classes that surprise most, and what was not looked at."""
+    """The most surprising pairs of classes, and how much of the labels was not compared."""
 
     more: tuple[ClassPair, ...]
     less: tuple[ClassPair, ...]
@@ -50,98 +52,94 @@ class ClassShift:
     g2: float
 
 
-def log_likelihood_ratio(
-    both_N: np.ndarray, one_N: np.ndarray, other_N: np.ndarray, total: int
-) -> np.ndarray:
-    """Log-likelihood ratio (Dunning 1993) of tables of clips with both, either or neither of two marks.
-
-    Chi-squared with one degree of freedom where the marks are independent; holds for rare ones better than
-    Pearson's sum, and ranks by evidence rather than by ratio, as mutual information would.
-    """
-    one_N, other_N = one_N.astype(float), other_N.astype(float)
-    seen_4N = np.stack([both_N, one_N - both_N, other_N - both_N, total - one_N - other_N + both_N])
-    due_4N = np.stack(
-        [
-            one_N * other_N,
-            one_N * (total - other_N),
-            (total - one_N) * other_N,
-            (total - one_N) * (total - other_N),
-        ]
-    ) / max(total, 1)
-    there_4N = seen_4N > 0
-    return 2 * np.where(
-        there_4N, seen_4N * np.log(np.where(there_4N, seen_4N / np.maximum(due_4N, 1e-300), 1)), 0
-    ).sum(0)
-
-
-def g2_threshold(draws: int) -> float:
-    """What the largest of so many independent draws exceeds with probability CHANCE (Bonferroni)."""
-    return NormalDist().inv_cdf(1 - SIGNIFICANCE_LEVEL / (2 * max(draws, 1))) ** 2
-
-
-def count_together_KK(row_N: np.ndarray, position_N: np.ndarray, position_count: int) -> np.ndarray:
-    """Rows in which two of `places` stand together, at [one, other] with one < other; entries by row, then place."""
-    count_KK = np.zeros(position_count * position_count, np.int64)
-    for apart in range(1, MAX_PAIRED_LABELS):
-        same_N = row_N[apart:] == row_N[:-apart]
-        if not same_N.any():
-            break
-        count_KK += np.bincount(
-            position_N[:-apart][same_N] * position_count + position_N[apart:][same_N],
-            minlength=position_count * position_count,
-        )
-    return count_KK.reshape(position_count, position_count)
-
-
 def find_surprising_pairs(
     row_N: np.ndarray, class_N: np.ndarray, names: Sequence[str], related_pairs: np.ndarray, *, top: int
 ) -> SurprisingPairs:
-    """Classes that stand together more or less often than chance, among clips that have a label.
+    """The classes that stand together more or less often than chance, among clips that have a label.
 
-    Where clips have few labels each, any two classes keep each other away a little: look at what stands first.
+    Where clips have few labels each, any two classes keep each other away a little: the first pairs count most.
 
-    Entries come by row, then class, each once. `related` are pairs [N, 2] of classes, smaller index first, of which
-    the ontology says something, so that they cannot surprise.
+    row_N, class_N  the labels, by row, then class, each once
+    related_pairs   pairs [N, 2] of classes, smaller index first, that the ontology relates: they cannot surprise
+    top             how many pairs of each kind to return
     """
-    crowded_N = np.bincount(row_N, minlength=1) > MAX_PAIRED_LABELS
-    kept_N = ~crowded_N[row_N]  # of what a clip counts for: one class, a pair, or the total
-    row_N, class_N = row_N[kept_N], class_N[kept_N]
+    # A crowded clip counts for nothing: neither for its classes, nor for a pair, nor for the total.
+    is_crowded_R = np.bincount(row_N, minlength=1) > MAX_PAIRED_LABELS
+    is_kept_N = ~is_crowded_R[row_N]
+    row_N = row_N[is_kept_N]
+    class_N = class_N[is_kept_N]
     total = int(np.count_nonzero(np.diff(row_N, prepend=-1)))
+
+    # The classes with most clips get a place in the table of pairs.
     clips_C = np.bincount(class_N, minlength=len(names))
-    busy_K = np.sort(np.argsort(-clips_C, kind="stable")[:MAX_PAIRED_CLASSES])
-    busy_K = busy_K[clips_C[busy_K] > 0]
+    busy_K = _busiest_classes(clips_C)
+    clips_K = clips_C[busy_K]
     place_C = np.full(len(names), -1)
     place_C[busy_K] = np.arange(len(busy_K))
-    paired_N = place_C[class_N] >= 0
-    seen_KK = count_together_KK(row_N[paired_N], place_C[class_N[paired_N]], len(busy_K))
-    open_KK = np.triu(np.ones(seen_KK.shape, bool), 1)
-    one_N, other_N = place_C[related_pairs].T if len(related_pairs) else np.zeros((2, 0), int)
-    there_N = (one_N >= 0) & (other_N >= 0)
-    open_KK[one_N[there_N], other_N[there_N]] = False
-    one_N, other_N = np.nonzero(open_KK)
-    seen_N, clips_K = seen_KK[one_N, other_N], clips_C[busy_K]
-    due_N = clips_K[one_N] * clips_K[other_N] / max(total, 1)
-    score_N = log_likelihood_ratio(seen_N, clips_K[one_N], clips_K[other_N], total)
-    odd_N = score_N > g2_threshold(len(score_N))
+    has_place_N = place_C[class_N] >= 0
+    together_KK = count_together_KK(row_N[has_place_N], place_C[class_N[has_place_N]], len(busy_K))
 
-    def strongest_pairs(candidate_N: np.ndarray) -> tuple[tuple[ClassPair, ...], int]:
-        some = np.flatnonzero(candidate_N)
-        order = some[np.argsort(-score_N[some], kind="stable")][:top]
-        told = tuple(
+    # Every unrelated pair, with the clips that have both and the clips expected to.
+    one_N, other_N = np.nonzero(_unrelated_mask_KK(place_C, related_pairs, len(busy_K)))
+    together_N = together_KK[one_N, other_N]
+    expected_N = clips_K[one_N] * clips_K[other_N] / max(total, 1)
+    g2_N = log_likelihood_ratio(together_N, clips_K[one_N], clips_K[other_N], total)
+    is_significant_N = g2_N > g2_threshold(len(g2_N))
+
+    def strongest_pairs(candidates_N: np.ndarray) -> tuple[tuple[ClassPair, ...], int]:
+        indices = np.flatnonzero(candidates_N)
+        strongest = indices[np.argsort(-g2_N[indices], kind="stable")][:top]
+        pairs = tuple(
             ClassPair(
                 names[busy_K[one_N[i]]],
                 names[busy_K[other_N[i]]],
-                int(seen_N[i]),
-                float(due_N[i]),
-                float(score_N[i]),
+                int(together_N[i]),
+                float(expected_N[i]),
+                float(g2_N[i]),
             )
-            for i in order
+            for i in strongest
         )
-        return told, len(some)
+        return pairs, len(indices)
 
-    more, more_in_all = strongest_pairs(odd_N & (seen_N > due_N) & (seen_N >= MIN_CLIPS_TOGETHER))
-    less, less_in_all = strongest_pairs(odd_N & (seen_N < due_N) & (due_N >= MIN_CLIPS_TOGETHER))
-    return SurprisingPairs(more, less, more_in_all, less_in_all, len(busy_K), int(crowded_N.sum()))
+    # More than expected counts where enough clips are seen, fewer where enough are expected.
+    enough_seen_N = together_N >= MIN_CLIPS_TOGETHER
+    enough_expected_N = expected_N >= MIN_CLIPS_TOGETHER
+    more, more_in_all = strongest_pairs(is_significant_N & (together_N > expected_N) & enough_seen_N)
+    less, less_in_all = strongest_pairs(is_significant_N & (together_N < expected_N) & enough_expected_N)
+    return SurprisingPairs(more, less, more_in_all, less_in_all, len(busy_K), int(is_crowded_R.sum()))
+
+
+def _busiest_classes(clips_C: np.ndarray) -> np.ndarray:
+    """The classes with most clips, at most MAX_PAIRED_CLASSES and none without a clip, in ascending order."""
+    busy_K = np.sort(np.argsort(-clips_C, kind="stable")[:MAX_PAIRED_CLASSES])
+    return busy_K[clips_C[busy_K] > 0]
+
+
+def _unrelated_mask_KK(place_C: np.ndarray, related_pairs: np.ndarray, place_count: int) -> np.ndarray:
+    """True at [one, other], one < other, of every two places whose classes the ontology does not relate."""
+    mask_KK = np.triu(np.ones((place_count, place_count), bool), 1)
+    if len(related_pairs):
+        one_N, other_N = place_C[related_pairs].T
+        both_N = (one_N >= 0) & (other_N >= 0)
+        mask_KK[one_N[both_N], other_N[both_N]] = False
+    return mask_KK
+
+
+def count_together_KK(row_N: np.ndarray, position_N: np.ndarray, position_count: int) -> np.ndarray:
+    """The number of rows that have two positions together, at [one, other] with one < other.
+
+    Entries come by row, then position, each once.
+    """
+    # Entries of one row lie side by side, so that each meets the entry `distance` places further on.
+    count_KK = np.zeros(position_count * position_count, np.int64)
+    for distance in range(1, MAX_PAIRED_LABELS):
+        same_row_N = row_N[distance:] == row_N[:-distance]
+        if not same_row_N.any():
+            break
+        one_N = position_N[:-distance][same_row_N]
+        other_N = position_N[distance:][same_row_N]
+        count_KK += np.bincount(one_N * position_count + other_N, minlength=position_count * position_count)
+    return count_KK.reshape(position_count, position_count)
 
 
 def find_class_shifts(
@@ -153,25 +151,61 @@ def find_class_shifts(
     *,
     top: int,
 ) -> tuple[tuple[ClassShift, ...], int]:
-    """The classes whose shares of clips to train on and held out differ most, by evidence; how many differ."""
+    """The classes whose shares of the clips to train on and held out differ most, by evidence; and how many differ.
+
+    `train_clips` and `held_out_clips` are labelled clips, so that a class's share is of these.
+    """
     if not train_clips or not held_out_clips:
         return (), 0
-    score_C = log_likelihood_ratio(
-        train_clips_C,
-        train_clips_C + held_out_clips_C,
-        np.full(len(names), train_clips),
-        train_clips + held_out_clips,
-    )
-    there_C = train_clips_C + held_out_clips_C >= MIN_CLIPS_TOGETHER
-    odd = np.flatnonzero(there_C & (score_C > g2_threshold(int(there_C.sum()))))
-    order = odd[np.argsort(-score_C[odd], kind="stable")]
-    told = tuple(
+    clips_C = train_clips_C + held_out_clips_C
+    total = train_clips + held_out_clips
+    g2_C = log_likelihood_ratio(train_clips_C, clips_C, np.full(len(names), train_clips), total)
+
+    # Rare classes are not compared, so that they do not raise the threshold either.
+    enough_C = clips_C >= MIN_CLIPS_TOGETHER
+    shifted = np.flatnonzero(enough_C & (g2_C > g2_threshold(int(enough_C.sum()))))
+    strongest = shifted[np.argsort(-g2_C[shifted], kind="stable")][:top]
+    shifts = tuple(
         ClassShift(
             names[i],
             float(train_clips_C[i] / train_clips),
             float(held_out_clips_C[i] / held_out_clips),
-            float(score_C[i]),
+            float(g2_C[i]),
         )
-        for i in order[:top]
+        for i in strongest
     )
-    return told, len(odd)
+    return shifts, len(shifted)
+
+
+def log_likelihood_ratio(
+    both_N: np.ndarray, one_N: np.ndarray, other_N: np.ndarray, total: int
+) -> np.ndarray:
+    """Log-likelihood ratio (Dunning 1993) of tables of clips with both, either or neither of two marks.
+
+    Chi-squared with one degree of freedom if the marks are independent. It holds for rare marks better than Pearson's
+    sum, and ranks by evidence rather than by ratio, as mutual information would.
+    """
+    one_N = one_N.astype(float)
+    other_N = other_N.astype(float)
+
+    # The four cells of every table: both marks, the one alone, the other alone, neither.
+    observed_4N = np.stack([both_N, one_N - both_N, other_N - both_N, total - one_N - other_N + both_N])
+    products_4N = np.stack(
+        [
+            one_N * other_N,
+            one_N * (total - other_N),
+            (total - one_N) * other_N,
+            (total - one_N) * (total - other_N),
+        ]
+    )
+    expected_4N = products_4N / max(total, 1)
+
+    # An empty cell adds nothing, as x log x does at zero.
+    is_filled_4N = observed_4N > 0
+    ratio_4N = np.where(is_filled_4N, observed_4N / np.maximum(expected_4N, 1e-300), 1)
+    return 2 * np.where(is_filled_4N, observed_4N * np.log(ratio_4N), 0).sum(0)
+
+
+def g2_threshold(draws: int) -> float:
+    """The ratio that the largest of `draws` independent ones exceeds with chance SIGNIFICANCE_LEVEL (Bonferroni)."""
+    return NormalDist().inv_cdf(1 - SIGNIFICANCE_LEVEL / (2 * max(draws, 1))) ** 2

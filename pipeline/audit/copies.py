@@ -1,4 +1,4 @@
-"""Copies: clips that share their id, their recording or their very audio, within a split and across splits."""
+"""Clips that share their id, their recording or their exact audio, within a split and across splits."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,136 +8,156 @@ import polars as pl
 
 COPY_EXAMPLES_KEPT = 5
 
-COPY_KIND_COLUMNS = {"audio": "audio", "id": "clip_id", "recording": "recording"}  # kind: column of the clips
+# Each kind of copy with the column of the clips that copies share.
+COPY_KIND_COLUMNS = {"audio": "audio", "id": "clip_id", "recording": "recording"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipCopies:
     """Clips that share something with others, in one split (named twice) or in two."""
 
-    kind: str  # a key of KEYS
+    kind: str  # a key of COPY_KIND_COLUMNS
     splits: tuple[str, str]
     leak: bool  # exactly one of the two splits is held out
-    groups: int  # ids, recordings or waves that are shared
+    groups: int  # ids, recordings or sounds that are shared
     clips: tuple[int, int]  # of each split; in one split both count the same clips
     labels_differ: int  # groups whose raw labels are not all the same
     examples: tuple[tuple[str, str], ...]  # ids of two clips of a group, one of each split
 
 
 def clip_recordings(manifest: pl.DataFrame, dataset: str | None) -> pl.Series:
-    """What each clip was cut from: in AudioSet the video, which its id names; else the sound's file.
+    """The recording that each clip was cut from: AudioSet's video, which its id names, else the sound's file.
 
-    Where no file was found, the id without the place that a piece of a long sound has in it.
+    If no file was found, the id without the position that a piece of a long sound has in it.
     """
     if dataset == "audioset":
         return manifest["clip_id"].alias("recording")
-    whole = pl.col("clip_id").str.replace(r"@\d+$", "")
-    return manifest.select(recording=pl.coalesce("source", whole)).to_series()
+    whole_id = pl.col("clip_id").str.replace(r"@\d+$", "")
+    return manifest.select(recording=pl.coalesce("source", whole_id)).to_series()
 
 
 def find_copies(
     clips: pl.DataFrame, splits: Sequence[str], held_out_names: Sequence[str]
 ) -> tuple[ClipCopies, ...]:
-    """Everything that clips share, leaks first, then by kind and by how many there are.
+    """Everything that clips share, leaks first, then by kind and by the number of groups.
 
-    `clips` are those in use: `row`, `split` (index into `splits`), clip_id, recording, audio (null: not to be
-    compared) and raw. Pieces of one recording in one split are as they should be, and so not told.
+    `clips` are those in use: `row`, `split` (index into `splits`), clip_id, recording, audio (null: not to be compared)
+    and raw. Pieces of one recording in one split are as they should be, and are not reported.
     """
-    found = [
-        c
+    # Every kind, in every pair of splits.
+    copies = [
+        copy
         for kind in COPY_KIND_COLUMNS
-        for c in _copies_by_split(_clips_sharing_key(clips, kind), kind, splits, held_out_names)
+        for copy in _copies_by_split(_clips_sharing_key(clips, kind), kind, splits, held_out_names)
+        if kind != "recording" or copy.splits[0] != copy.splits[1]
     ]
-    found = [c for c in found if c.kind != "recording" or c.splits[0] != c.splits[1]]
+
+    # Leaks first, then copies across two splits, then copies within one.
     kinds = list(COPY_KIND_COLUMNS)
     return tuple(
         sorted(
-            found,
-            key=lambda c: (not c.leak, len(set(c.splits)) == 1, kinds.index(c.kind), -c.groups, c.splits),
+            copies,
+            key=lambda copy: (
+                not copy.leak,
+                copy.splits[0] == copy.splits[1],
+                kinds.index(copy.kind),
+                -copy.groups,
+                copy.splits,
+            ),
         )
     )
-
-
-def _clips_sharing_key(clips: pl.DataFrame, kind: str) -> pl.DataFrame:
-    """The clips that share their `key` of a kind with others; none where ids say as much as recordings.
-
-    Two million texts are compared by their hashes first, which is five times as fast.
-    """
-    key = clips[COPY_KIND_COLUMNS[kind]]
-    if kind == "recording" and key.equals(clips["clip_id"], check_names=False):
-        return clips.clear().with_columns(key=key.clear())
-    hash_N = key.hash().to_numpy()
-    sorted_N = np.sort(hash_N)
-    again_N = np.unique(sorted_N[1:][sorted_N[1:] == sorted_N[:-1]])
-    if len(again_N):
-        place_N = np.minimum(np.searchsorted(again_N, hash_N), len(again_N) - 1)
-        marks = pl.Series(again_N[place_N] == hash_N)
-    else:
-        marks = pl.repeat(False, clips.height, eager=True)
-    some = clips.with_columns(key=key).filter(marks & key.is_not_null())
-    return some.filter(pl.col("key").is_duplicated())
-
-
-def _copies_by_split(
-    rows: pl.DataFrame, kind: str, splits: Sequence[str], held_out_names: Sequence[str]
-) -> Iterator[ClipCopies]:
-    """One kind of copies, for every pair of splits that has some."""
-    labels = pl.col("raw").cast(pl.List(pl.String)).list.join(" ")
-    rows = rows.select("row", "split", "clip_id", "key", labels=labels).sort("row")
-    rows = rows.with_columns(differ=pl.col("labels").n_unique().over("key") > 1)
-    in_split = rows.group_by("key", "split", maintain_order=True).agg(
-        clips=pl.len(),
-        first=pl.col("clip_id").first(),
-        second=pl.col("clip_id").get(1, null_on_oob=True),
-        differ=pl.col("differ").first(),
-    )
-    within = in_split.filter(pl.col("clips") > 1).select(
-        "split", "clips", "differ", first="first", other="second", split_right="split", clips_right="clips"
-    )
-    across = in_split.join(in_split, on="key", maintain_order="left").filter(
-        pl.col("split") < pl.col("split_right")
-    )
-    pairs = pl.concat([within, across.select(*within.columns[:4], *_OTHER_SPLIT_COLUMNS)], how="diagonal")
-    told = pairs.group_by("split", "split_right", maintain_order=True).agg(
-        pl.len().alias("groups"),
-        pl.col("clips", "clips_right", "differ").sum(),
-        pl.col("first", "other").head(COPY_EXAMPLES_KEPT),
-    )
-    for pair in told.rows(named=True):
-        names = splits[pair["split"]], splits[pair["split_right"]]
-        yield ClipCopies(
-            kind=kind,
-            splits=names,
-            leak=(names[0] in held_out_names) != (names[1] in held_out_names),
-            groups=pair["groups"],
-            clips=(pair["clips"], pair["clips_right"]),
-            labels_differ=pair["differ"],
-            examples=tuple(zip(pair["first"], pair["other"], strict=True)),
-        )
-
-
-_OTHER_SPLIT_COLUMNS = (pl.col("first_right").alias("other"), "split_right", "clips_right")
 
 
 def find_leaking_clips(
     clips: pl.DataFrame, splits: Sequence[str], held_out_names: Sequence[str]
 ) -> pl.DataFrame:
-    """The clips to train on that share something with one held out: `row`, `kind`, and of the first such clip
-    `other` (its id) and `other_split`; a clip once, with the kind that weighs most.
+    """The clips to train on that share something with one held out, each once, with the kind that weighs most.
 
-    `clips` as in `copies`.
+    Columns: `row`, `kind`, and of the first such held-out clip `other` (its id) and `other_split`. `clips` as in
+    `find_copies`.
     """
-    is_measured = pl.col("split").is_in(
-        [place for place, name in enumerate(splits) if name in held_out_names]
-    )
-    names = pl.DataFrame(
+    held_out_indices = [index for index, name in enumerate(splits) if name in held_out_names]
+    is_held_out = pl.col("split").is_in(held_out_indices)
+    split_names = pl.DataFrame(
         {"split": range(len(splits)), "other_split": splits}, schema_overrides={"split": pl.Int64}
     )
-    found = []
+    leaks = []
     for kind in ("id", "audio", "recording"):
-        rows = _clips_sharing_key(clips, kind).sort("row")
-        kept = rows.filter(is_measured).unique("key", keep="first", maintain_order=True)
-        other = kept.join(names, on="split").select("key", "other_split", other="clip_id")
-        told = rows.filter(~is_measured).join(other, on="key", how="inner")
-        found.append(told.select("row", "other", "other_split", kind=pl.lit(kind)))
-    return pl.concat(found).unique("row", keep="first", maintain_order=True).sort("row")
+        sharing = _clips_sharing_key(clips, kind).sort("row")
+
+        # The first held-out clip of every key, then the clips to train on that have its key.
+        firsts = sharing.filter(is_held_out).unique("key", keep="first", maintain_order=True)
+        firsts = firsts.join(split_names, on="split").select("key", "other_split", other="clip_id")
+        trained = sharing.filter(~is_held_out).join(firsts, on="key", how="inner")
+        leaks.append(trained.select("row", "other", "other_split", kind=pl.lit(kind)))
+    return pl.concat(leaks).unique("row", keep="first", maintain_order=True).sort("row")
+
+
+def _clips_sharing_key(clips: pl.DataFrame, kind: str) -> pl.DataFrame:
+    """The clips whose `key`, their value of a kind, other clips have too.
+
+    None for recordings if these are the ids: the kind `id` has reported them all.
+    """
+    key = clips[COPY_KIND_COLUMNS[kind]]
+    if kind == "recording" and key.equals(clips["clip_id"], check_names=False):
+        return clips.clear().with_columns(key=key.clear())
+
+    # Two million texts are compared by their hashes first, which is five times as fast.
+    hash_N = key.hash().to_numpy()
+    sorted_N = np.sort(hash_N)
+    repeated = np.unique(sorted_N[1:][sorted_N[1:] == sorted_N[:-1]])
+    if len(repeated):
+        place_N = np.minimum(np.searchsorted(repeated, hash_N), len(repeated) - 1)
+        may_share = pl.Series(repeated[place_N] == hash_N)
+    else:
+        may_share = pl.repeat(False, clips.height, eager=True)
+
+    # Two texts may have one hash, so the few that are left are compared themselves.
+    candidates = clips.with_columns(key=key).filter(may_share & key.is_not_null())
+    return candidates.filter(pl.col("key").is_duplicated())
+
+
+def _copies_by_split(
+    clips: pl.DataFrame, kind: str, splits: Sequence[str], held_out_names: Sequence[str]
+) -> Iterator[ClipCopies]:
+    """Yield one kind of copies, for every pair of splits that has some; `clips` have a `key` that others share."""
+    # Every clip, with whether the labels of its group differ.
+    labels = pl.col("raw").cast(pl.List(pl.String)).list.join(" ")
+    clips = clips.select("row", "split", "clip_id", "key", labels=labels).sort("row")
+    clips = clips.with_columns(differ=pl.col("labels").n_unique().over("key") > 1)
+
+    # A row for each key and split.
+    in_split = clips.group_by("key", "split", maintain_order=True).agg(
+        clips=pl.len(),
+        first=pl.col("clip_id").first(),
+        second=pl.col("clip_id").get(1, null_on_oob=True),
+        differ=pl.col("differ").first(),
+    )
+
+    # A row for each group: two clips in one split, or the same key in two splits.
+    within = in_split.filter(pl.col("clips") > 1).select(
+        "split", "clips", "differ", first="first", other="second", split_right="split", clips_right="clips"
+    )
+    across = in_split.join(in_split, on="key", maintain_order="left")
+    across = across.filter(pl.col("split") < pl.col("split_right")).select(
+        "split", "clips", "differ", "first", "split_right", "clips_right", other="first_right"
+    )
+    groups = pl.concat([within, across], how="diagonal")
+
+    # A row for each pair of splits.
+    pairs = groups.group_by("split", "split_right", maintain_order=True).agg(
+        pl.len().alias("groups"),
+        pl.col("clips", "clips_right", "differ").sum(),
+        pl.col("first", "other").head(COPY_EXAMPLES_KEPT),
+    )
+    for pair in pairs.rows(named=True):
+        one, other = splits[pair["split"]], splits[pair["split_right"]]
+        yield ClipCopies(
+            kind=kind,
+            splits=(one, other),
+            leak=(one in held_out_names) != (other in held_out_names),
+            groups=pair["groups"],
+            clips=(pair["clips"], pair["clips_right"]),
+            labels_differ=pair["differ"],
+            examples=tuple(zip(pair["first"], pair["other"], strict=True)),
+        )

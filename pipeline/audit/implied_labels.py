@@ -1,4 +1,4 @@
-"""What labels imply, and which label sets lack it."""
+"""The labels that labels imply by an ontology, and the label sets that lack them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,18 +6,17 @@ from typing import Any, Self
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
 
-from pipeline.errors import OntologyError
-from pipeline.labels.ontology import ClassList, Ontology, flatten_label_lists, sorted_unique_keys
+from pipeline.labels.ontology import ClassList, Ontology, flatten_class_indices, sorted_unique_keys
 from pipeline.labels.propagation import PROPAGATION_RULES, all_ancestors, nearest_parents_CC
 
-MAX_COMPARED_CLASSES = 4_096  # of an ontology's that are compared with each other: their table is square
+# More classes are not compared with each other, because the table is square.
+MAX_COMPARED_CLASSES = 4_096
 
 
 @dataclass(frozen=True, slots=True)
 class UnmetImplication:
-    """A class, one that it implies, and the clips that have the former alone."""
+    """A class, a class that it implies, and the number of clips that have the first without the second."""
 
     name: str
     implied: str
@@ -26,9 +25,9 @@ class UnmetImplication:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LabelContradictions:
-    """Where a label set lacks what raw labels imply by a rule; `why_not` where that cannot be told.
+    """Where a label set lacks labels that raw ones imply by a rule; `why_not` if that cannot be judged.
 
-    Of `raw` the clips in use count, of a propagated set all: it is a fault there, whoever draws the clip.
+    In the raw set the clips in use count; in a propagated set all count, because a lack is a fault of the file.
     """
 
     label_set: str
@@ -37,18 +36,22 @@ class LabelContradictions:
     pairs: tuple[UnmetImplication, ...] = ()  # most clips first
     pairs_in_all: int = 0
     clips: int = 0
-    labels_lacking: int = 0  # raw ones included, should a propagated set have lost some
-    labels_beyond: int = 0  # in a propagated set, and in neither the raw one nor implied by it
+    labels_lacking: int = 0  # including raw labels that a propagated set has lost
+    labels_beyond: int = 0  # in a propagated set, but neither raw nor implied by a raw label
 
     @property
     def is_stale(self) -> bool:
-        """Whether it is a propagated set that is not what its rule gives."""
+        """Whether this is a propagated set that differs from the result of its rule."""
         return self.label_set != "raw" and bool(self.labels_lacking or self.labels_beyond)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OntologySubset:
-    """The part of an ontology that a class list knows: `parents_KK` among its classes `at_K`."""
+    """The K classes of a class list that an ontology knows.
+
+    class_K     their indices in the class list
+    parents_KK  true at [k, p] if p is a nearest class above k
+    """
 
     digest: str
     class_K: np.ndarray
@@ -56,37 +59,55 @@ class OntologySubset:
 
     @classmethod
     def of_classes(cls, ontology: Ontology, classes: ClassList) -> Self:
-        """Empty where the class list is of another vocabulary, or too long for a square table."""
-        known = {node.mid for node in ontology.nodes}
-        at_K = np.array([place for place, mid in enumerate(classes.mids) if mid in known], np.int64)
-        if not 0 < len(at_K) <= MAX_COMPARED_CLASSES:
-            return cls(ontology.digest, at_K[:0], np.zeros((0, 0), bool))
-        some = ClassList(
-            mids=tuple(classes.mids[i] for i in at_K), names=tuple(classes.names[i] for i in at_K)
+        """Empty if the class list is of another vocabulary, or too long for a square table."""
+        known_mids = {node.mid for node in ontology.nodes}
+        class_K = np.array([index for index, mid in enumerate(classes.mids) if mid in known_mids], np.int64)
+        if not 0 < len(class_K) <= MAX_COMPARED_CLASSES:
+            return cls(ontology.digest, class_K[:0], np.zeros((0, 0), bool))
+
+        # The ontology's rules apply to a class list of which it knows every class.
+        known_classes = ClassList(
+            mids=tuple(classes.mids[index] for index in class_K),
+            names=tuple(classes.names[index] for index in class_K),
         )
-        return cls(ontology.digest, at_K, nearest_parents_CC(ontology, some))
+        return cls(ontology.digest, class_K, nearest_parents_CC(ontology, known_classes))
 
     def implied_pairs(self, rule: str) -> np.ndarray:
-        """Pairs [N, 2]: a class, and one that `rule` adds to it."""
+        """Pairs [N, 2]: a class, and a class that `rule` adds to it."""
         return self.class_K[np.argwhere(PROPAGATION_RULES[rule](self.parents_KK))]
 
     def related_pairs(self) -> np.ndarray:
-        """Pairs [N, 2], smaller index first: one lies above the other, or one class is the nearest above both."""
+        """Pairs [N, 2], smaller index first: one class lies above the other, or both share a nearest parent."""
         if not len(self.class_K):
             return np.zeros((0, 2), np.int64)
-        above_KK, shared = all_ancestors(self.parents_KK), self.parents_KK.astype(np.float32)
-        pairs = np.argwhere(np.triu(above_KK | above_KK.T | (shared @ shared.T > 0), 1))
-        return self.class_K[pairs]
+        above_KK = all_ancestors(self.parents_KK)
+
+        # BLAS multiplies floats, ten times faster than booleans.
+        parents_KK = self.parents_KK.astype(np.float32)
+        share_parent_KK = parents_KK @ parents_KK.T > 0
+        return self.class_K[np.argwhere(np.triu(above_KK | above_KK.T | share_parent_KK, 1))]
 
 
 def label_keys(labels: pl.Series, classes: int) -> np.ndarray:
     """Ascending numbers row * classes + class, one for each label. OntologyError: an index that no class has."""
-    row_N, values = flatten_label_lists(labels)
-    class_N = values.cast(pa.int64()).to_numpy(zero_copy_only=False)
-    if len(class_N) and class_N.max() >= classes:
-        at = int(class_N.argmax())
-        raise OntologyError(f"row {row_N[at]}: class index {class_N[at]}, expected 0 to {classes - 1}")
+    row_N, class_N = flatten_class_indices(labels, classes)
     return sorted_unique_keys(row_N * classes + class_N)
+
+
+def rule_to_check(
+    label_set: str, provenance: Any, ontology_subset: OntologySubset
+) -> tuple[str | None, str | None]:
+    """The rule by which a label set is to be judged, or None and why there is none."""
+    if not len(ontology_subset.class_K):
+        return None, "the ontology knows none of its classes"
+    # Raw labels follow no rule; the default one says what they leave out.
+    if label_set == "raw":
+        return "unambiguous", None
+    if not isinstance(provenance, dict) or provenance.get("rule") not in PROPAGATION_RULES:
+        return None, "it does not say by which rule it was made"
+    if provenance.get("ontology") != ontology_subset.digest:
+        return None, f"it was made with ontology {provenance.get('ontology')}, which is gone"
+    return provenance["rule"], None
 
 
 def find_contradictions(
@@ -99,67 +120,73 @@ def find_contradictions(
     rule: str,
     top: int,
 ) -> LabelContradictions:
-    """What of the labels `raw_N`, and of those that they imply by `adds`, is not among `held_N`; both as `keys_of`."""
+    """The labels among `raw_N`, and among those that they imply, that are missing from `present_N`.
+
+    raw_N, present_N  keys of labels, as `label_keys` gives them
+    implied_pairs     pairs [N, 2] of a class and a class that it implies, sorted
+    top               how many pairs of classes to name
+    """
     classes = len(names)
-    lacking, wanted, pair = [raw_N[~_isin_sorted(raw_N, present_N)]], [raw_N], [raw_N[:0]]
+
+    # Raw labels must be present, and so must every label that they imply.
+    wanted = [raw_N]
+    lacking = [raw_N[~_isin_sorted(raw_N, present_N)]]
+    lacking_pairs = [raw_N[:0]]
     for class_N, implied_N in _implied_keys(raw_N, implied_pairs, classes):
-        there_N = _isin_sorted(implied_N, present_N)
+        is_absent_N = ~_isin_sorted(implied_N, present_N)
         wanted.append(implied_N)
-        lacking.append(implied_N[~there_N])
-        pair.append(class_N[~there_N] * classes + implied_N[~there_N] % classes)
+        lacking.append(implied_N[is_absent_N])
+        lacking_pairs.append(class_N[is_absent_N] * classes + implied_N[is_absent_N] % classes)
     lacking_N = sorted_unique_keys(np.concatenate(lacking))
-    pair_N, clips_N = np.unique(np.concatenate(pair), return_counts=True)
+
+    # The pairs of classes with most clips get names.
+    pair_N, clips_N = np.unique(np.concatenate(lacking_pairs), return_counts=True)
     order = np.argsort(-clips_N, kind="stable")[:top]
-    told = (
+    pairs = tuple(
         UnmetImplication(names[pair_N[i] // classes], names[pair_N[i] % classes], int(clips_N[i]))
         for i in order
     )
-    beyond = 0
+
+    # A propagated set must not have more labels than wanted either.
+    labels_beyond = 0
     if label_set != "raw":
-        beyond = int((~_isin_sorted(present_N, sorted_unique_keys(np.concatenate(wanted)))).sum())
+        wanted_N = sorted_unique_keys(np.concatenate(wanted))
+        labels_beyond = int((~_isin_sorted(present_N, wanted_N)).sum())
     return LabelContradictions(
         label_set=label_set,
         rule=rule,
-        pairs=tuple(told),
+        pairs=pairs,
         pairs_in_all=len(pair_N),
         clips=len(sorted_unique_keys(lacking_N // classes)),
         labels_lacking=len(lacking_N),
-        labels_beyond=beyond,
+        labels_beyond=labels_beyond,
     )
 
 
 def _implied_keys(
     keys_N: np.ndarray, implied_pairs: np.ndarray, classes: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The class of each label that implies something, and the key of what it implies: the first, then the second ..."""
+    """Yield the class of every label that implies another, with the key of its first implied label.
+
+    Then yield the same for its second implied label, and so on.
+    """
+    # The pairs are sorted: those of class c are first_C[c] to first_C[c + 1].
     first_C = np.searchsorted(implied_pairs[:, 0], np.arange(classes + 1))
-    keys_N = keys_N[np.diff(first_C)[keys_N % classes] > 0]
+    implied_count_C = np.diff(first_C)
+
+    # Labels that imply no more classes drop out from round to round.
+    keys_N = keys_N[implied_count_C[keys_N % classes] > 0]
     nth = 0
     while len(keys_N):
         class_N = keys_N % classes
         yield class_N, keys_N - class_N + implied_pairs[first_C[class_N] + nth, 1]
         nth += 1
-        keys_N = keys_N[np.diff(first_C)[class_N] > nth]
+        keys_N = keys_N[implied_count_C[class_N] > nth]
 
 
 def _isin_sorted(keys_N: np.ndarray, sorted_keys_N: np.ndarray) -> np.ndarray:
-    """Which keys are among ascending others."""
+    """Whether each key is among ascending other keys."""
     if not len(sorted_keys_N):
         return np.zeros(len(keys_N), bool)
     place_N = np.minimum(np.searchsorted(sorted_keys_N, keys_N), len(sorted_keys_N) - 1)
     return sorted_keys_N[place_N] == keys_N
-
-
-def rule_to_check(
-    label_set: str, provenance: Any, ontology_subset: OntologySubset
-) -> tuple[str | None, str | None]:
-    """The rule by which a label set is to be judged, or None and why it cannot be."""
-    if not len(ontology_subset.class_K):
-        return None, "the ontology knows none of its classes"
-    if label_set == "raw":
-        return "unambiguous", None
-    if not isinstance(provenance, dict) or provenance.get("rule") not in PROPAGATION_RULES:
-        return None, "it does not say by which rule it was made"
-    if provenance.get("ontology") != ontology_subset.digest:
-        return None, f"it was made with ontology {provenance.get('ontology')}, which is gone"
-    return provenance["rule"], None

@@ -1,13 +1,12 @@
-"""A corpus -> plan -> stores; run again it carries on; statistics at the end."""
+"""Build stores from a corpus: plan them, open them, decode and write their clips, finish them."""
 
 import shutil
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import polars as pl
 
@@ -31,12 +30,74 @@ from pipeline.build.prepare import (
     restore_tables,
 )
 from pipeline.build.remote_store import RemoteStore
-from pipeline.build.shard_builder import BlockTask, ShardBuilder
+from pipeline.build.shard_builder import BlockTask, ShardBuilder, StoreTarget
 from pipeline.build.workers import run_in_processes, run_on_ray_cluster
 from pipeline.datasets.corpus import Corpus
 from pipeline.errors import InputError, StoreError
-from pipeline.files import WHOLE_BUILD, lock_shared_files, lock_store
+from pipeline.files import WHOLE_BUILD, BuildPart, lock_shared_files, lock_store
 from pipeline.store.header import StoreHeader
+
+
+@dataclass(kw_only=True, slots=True)
+class OpenStore:
+    """One store of a build, from its creation to its manifest; a store at a URL takes its remote side along."""
+
+    target: StoreTarget
+    plan: pl.DataFrame
+    is_new: bool = False  # this build created the store, so it holds nothing to clean up
+
+    @classmethod
+    def from_output(cls, corpus: Corpus, output: StoreOutput) -> Self:
+        """The store that `output` asks for; touches neither the disk nor the network."""
+        remote_store = None
+        if output.remote:
+            remote_store = RemoteStore(url=output.remote, staging=output.path)
+        target = StoreTarget(path=output.path, header=plan_store(corpus, output), remote_store=remote_store)
+        return cls(target=target, plan=corpus.plan)
+
+    def create(self) -> None:
+        """Create the store where there is none; raises StoreError if the URL holds a store of another plan."""
+        path, header, remote_store = self.target.path, self.target.header, self.target.remote_store
+        if remote_store is not None and (remote_header := remote_store.read_header()) is not None:
+            refuse_other_plan(remote_store.url, remote_header, header)
+        if not path.exists() and create_store(path, header, self.plan):
+            # A new staging folder still has to fetch the ledger of its remote store.
+            self.is_new = remote_store is None
+
+    @contextmanager
+    def lock(self, part: BuildPart) -> Iterator[None]:
+        """Hold the store for writing; raises StoreError if it was planned otherwise or somebody else writes it."""
+        path, header = self.target.path, self.target.header
+        restore_header(path, header)
+        refuse_other_plan(path, StoreHeader.read(path), header)
+        # Parts of a remote build have staging folders of their own, so each holds all of its folder.
+        held_part = part if self.target.remote_store is None else WHOLE_BUILD
+        with lock_store(path, held_part):
+            yield
+
+    def clean_up(self, blocks: BuildBlocks) -> None:
+        """Remove what a crash left, fetch the remote ledger, and restore the tables that follow from the plan."""
+        if self.is_new:
+            return
+        path, header, remote_store = self.target.path, self.target.header, self.target.remote_store
+        with lock_shared_files(path):
+            remove_crash_debris(path, header.layout, blocks)
+            if remote_store is not None:
+                remote_store.sync_ledger(partial(blocks.owns_shard, layout=header.layout))
+            restore_tables(path, header, self.plan)
+
+    def mark_unfinished(self, open_row_counts: dict[int, int], blocks: BuildBlocks) -> None:
+        """Make the manifest, here and at the URL, say that the store is unfinished where shards are to be built."""
+        remote_store = self.target.remote_store
+        is_unfinished = mark_unfinished(
+            self.target.path, self.target.header, self.plan, open_row_counts, blocks
+        )
+        if is_unfinished and remote_store is not None:
+            remote_store.push_tables()
+
+    def finish(self, build_record: dict[str, Any] | None) -> pl.DataFrame | None:
+        """Write, and push, manifest and statistics; returns the manifest, None while shards are missing."""
+        return finish_store(self.target.path, self.target.header, build_record, self.target.remote_store)
 
 
 def build_stores(
@@ -48,58 +109,91 @@ def build_stores(
     only_shards: Collection[int] | None = None,
     write_record: bool = True,
 ) -> list[pl.DataFrame | None]:
-    """Build or continue stores in one decoding pass; returns their manifests, None while parts are missing.
+    """Build or continue stores in one decoding pass; returns their manifests, None while other parts are missing.
 
-    What is good already is kept; what is missing or failed is tried again where there is a sound for it. With
-    `shards` only the blocks that hold these are looked at; without `tell` build.json stays as it is. Raises
-    InputError with nothing half-made.
+    Good rows stay as they are; missing and failed ones are tried again where the corpus has a sound for them. With
+    `only_shards` a build of a single store looks at these shards only. With `write_record=False` build.json stays as
+    it is. Raises InputError before anything is half-made.
     """
+    # Plan: nothing is written until all places have been checked.
     began = time.monotonic()
-    headers = [plan_store(corpus, output) for output in outputs]
-    stores = [(output.path, header) for output, header in zip(outputs, headers, strict=True)]
-    mirrors = {
-        output.path: RemoteStore(url=output.remote, staging=output.path)
-        for output in outputs
-        if output.remote
-    }
-    _check_outputs(corpus, stores, mirrors)
-    created = []
-    for out, header in stores:
-        if out in mirrors and (there := mirrors[out].read_header()) is not None:
-            refuse_other_plan(mirrors[out].url, there, header)
-        if not out.exists() and create_store(out, header, corpus.plan) and out not in mirrors:
-            created.append(out)
-    with ExitStack() as stack:
-        for out, header in stores:
-            restore_header(out, header)
-            refuse_other_plan(out, StoreHeader.read(out), header)
-            stack.enter_context(lock_store(out, WHOLE_BUILD if out in mirrors else options.part))
-        blocks = BuildBlocks.of_part(headers, options.part)
-        for out, header in stores:
-            if out not in created:
-                with lock_shared_files(out):
-                    remove_crash_debris(out, header.layout, blocks)
-                    if out in mirrors:
-                        mirrors[out].sync_ledger(partial(blocks.owns_shard, layout=header.layout))
-                    restore_tables(out, header, corpus.plan)
-        work = count_open_rows(stores, corpus, blocks, only_shards)
-        for out, header in stores:
-            if mark_unfinished(out, header, corpus.plan, work, blocks) and out in mirrors:
-                mirrors[out].push_tables()
-        maker = ShardBuilder(stores=tuple(stores), policy=options.policy, remote_stores=mirrors)
-        rows = run_build_tasks(maker, block_tasks(corpus, work, blocks), options)
-        tried = sum(1 for _ in (progress(sum(work.values()), rows) if progress else rows))
-        told = _build_record(corpus, options, clips_tried=tried, seconds=time.monotonic() - began)
-        return [
-            finish_store(out, header, told if write_record else None, mirrors.get(out))
-            for out, header in stores
-        ]
+    stores = [OpenStore.from_output(corpus, output) for output in outputs]
+    _check_places([store.target for store in stores], corpus)
+
+    # Open; leaving the block unlocks the stores.
+    with open_stores(stores, options.part) as blocks:
+        clips_tried = _decode_and_write(
+            corpus, stores, blocks, options, only_blocks=only_shards, progress=progress
+        )
+
+        # Finish: the last part to end finds all shards in the ledger.
+        record = None
+        if write_record:
+            record = _build_record(corpus, options, clips_tried=clips_tried, seconds=time.monotonic() - began)
+        return [store.finish(record) for store in stores]
 
 
-def run_build_tasks(
+def build_store(
+    corpus: Corpus,
+    output: StoreOutput,
+    options: BuildOptions = BuildOptions(),
+    *,
+    progress: RowProgress | None = None,
+) -> pl.DataFrame:
+    """Build or continue a single store as `build_stores` does; returns its manifest.
+
+    Raises StoreError where other parts of the store are missing.
+    """
+    (manifest,) = build_stores(corpus, [output], options, progress=progress)
+    if manifest is None:
+        raise StoreError(
+            f"{output.path}: part {options.part} is built, other parts are not; run the build of these too"
+        )
+    return manifest
+
+
+@contextmanager
+def open_stores(stores: Sequence[OpenStore], part: BuildPart) -> Iterator[BuildBlocks]:
+    """Create, lock and clean up all stores; yields the blocks of `part`, and unlocks the stores in the end."""
+    for store in stores:
+        store.create()
+    with ExitStack() as locks:
+        for store in stores:
+            locks.enter_context(store.lock(part))
+        blocks = BuildBlocks.of_part([store.target.header for store in stores], part)
+        for store in stores:
+            store.clean_up(blocks)
+        yield blocks
+
+
+def _decode_and_write(
+    corpus: Corpus,
+    stores: Sequence[OpenStore],
+    blocks: BuildBlocks,
+    options: BuildOptions,
+    *,
+    only_blocks: Collection[int] | None,
+    progress: RowProgress | None,
+) -> int:
+    """Try every open row and commit the shards that it changes; returns how many rows were tried."""
+    # From here on readers must not take the stores for finished.
+    targets = tuple(store.target for store in stores)
+    open_row_counts = count_open_rows(targets, corpus, blocks, only_blocks)
+    for store in stores:
+        store.mark_unfinished(open_row_counts, blocks)
+
+    # The tasks are made, and the rows tried, while the loop at the end asks for them.
+    builder = ShardBuilder(stores=targets, policy=options.policy)
+    tried_rows = _run_build_tasks(builder, block_tasks(corpus, open_row_counts, blocks), options)
+    if progress is not None:
+        tried_rows = progress(sum(open_row_counts.values()), tried_rows)
+    return sum(1 for _ in tried_rows)
+
+
+def _run_build_tasks(
     builder: ShardBuilder, tasks: Iterator[BlockTask], options: BuildOptions
 ) -> Iterator[int]:
-    """The rows of all tasks, as they are tried by the engine that is asked for."""
+    """Run the tasks in the engine of `options`; yields each row that was tried."""
     if options.engine == "ray":
         return run_on_ray_cluster(
             builder,
@@ -113,46 +207,29 @@ def run_build_tasks(
     )
 
 
-def build_store(
-    corpus: Corpus,
-    output: StoreOutput,
-    options: BuildOptions = BuildOptions(),
-    *,
-    progress: RowProgress | None = None,
-) -> pl.DataFrame:
-    """`build_stores` for a single one, whole; returns its manifest."""
-    (manifest,) = build_stores(corpus, [output], options, progress=progress)
-    if manifest is None:
-        raise StoreError(f"{output.path}: part {options.part} is done, others are not; run them too")
-    return manifest
-
-
-def _check_outputs(
-    corpus: Corpus, stores: Sequence[tuple[Path, StoreHeader]], remote_paths: Collection[Path]
-) -> None:
-    """Refuse two stores in one place, and one for which there is no room."""
-    paths = [out.resolve() for out, _ in stores]
+def _check_places(targets: Sequence[StoreTarget], corpus: Corpus) -> None:
+    """Raise InputError for two stores in one place, StoreError where a disk has no room for the new stores."""
+    paths = [target.path.resolve() for target in targets]
     if len(set(paths)) < len(paths):
         raise InputError("two stores with one path; give every --spec an --out of its own")
+
     clips = corpus.sources.frame.height - corpus.sources.frame["kind"].null_count()
-    needed = sum(
-        clips * header.layout.clip_bytes
-        for out, header in stores
-        if out not in remote_paths and not out.exists()
-    )
-    for out in (out.resolve() for out, _ in stores if out not in remote_paths and not out.exists()):
-        folder = next(parent for parent in out.parents if parent.exists())
-        free = shutil.disk_usage(folder).free
-        if needed > free:
+    new = [target for target in targets if target.remote_store is None and not target.path.exists()]
+    needed_bytes = sum(clips * target.header.layout.clip_bytes for target in new)
+    for target in new:
+        folder = next(parent for parent in target.path.resolve().parents if parent.exists())
+        free_bytes = shutil.disk_usage(folder).free
+        if needed_bytes > free_bytes:
             raise StoreError(
-                f"{folder}: {free / 2**20:,.0f} MiB free, {clips:,} clips need {needed / 2**20:,.0f} MiB; "
-                "free some, or choose another --out or --dtype uint8"
+                f"{folder}: {free_bytes / 2**20:,.0f} MiB free, {clips:,} clips need "
+                f"{needed_bytes / 2**20:,.0f} MiB; free some, or choose another --out or --dtype uint8"
             )
 
 
 def _build_record(
     corpus: Corpus, options: BuildOptions, *, clips_tried: int, seconds: float
 ) -> dict[str, Any]:
+    """The content of build.json: what the store was built from, how, and by which versions."""
     sources = corpus.sources
     return {
         "asked": corpus.dataset_settings,

@@ -1,4 +1,4 @@
-"""A build foretold: how many clips, how large, how long; nothing is written."""
+"""A dry run: how many clips a build would decode, how large its stores and how long it would take; writes nothing."""
 
 import shutil
 import time
@@ -17,102 +17,120 @@ from pipeline.datasets.corpus import Corpus
 from pipeline.errors import AudioError
 from pipeline.store.header import StoreHeader
 
-TIMED_CLIPS = 48  # clips timed
+TIMED_CLIPS = 48
 
-UNMATCHED_EXAMPLES = 5
+MAX_EXAMPLES = 5  # of sounds that match no row
 
 
 def describe_dry_run(
     corpus: Corpus, outputs: Sequence[StoreOutput], options: BuildOptions, *, seed: int = 0
 ) -> str:
-    """What `build_stores` would do with the same arguments, as text; some clips are decoded to time it."""
+    """What `build_stores` would do with these arguments, as text; `seed` draws the clips that are timed."""
+    # Clips.
+    has_sound = corpus.sources.frame["kind"].is_not_null()
+    lines = [*_split_count_lines(corpus, has_sound), *corpus.notes, ""]
+    rows_N = np.flatnonzero((has_sound & corpus.plan["duplicate"].is_null()).to_numpy())
+
+    # Bytes.
     headers = [plan_store(corpus, output) for output in outputs]
-    there = corpus.sources.frame["kind"].is_not_null()
-    lines = [*_split_count_lines(corpus, there), *corpus.notes, ""]
-    clips = int((there & corpus.plan["duplicate"].is_null()).sum())
     for output, header in zip(outputs, headers, strict=True):
-        size = clips * header.layout.clip_bytes
+        size = len(rows_N) * header.layout.clip_bytes
         state = "continues" if output.path.exists() else "new"
         lines.append(
             f"{output.location} ({state}): {header.spec.name} {output.dtype}, {header.layout.shard_count:,} shards, "
             f"up to {_describe_size(size)}; {_describe_size(_free_disk_bytes(output.path))} free"
         )
-    return "\n".join([*lines, *_timing_lines(corpus, headers, options, clips, seed)])
+
+    # Time.
+    return "\n".join([*lines, *_timing_lines(corpus, headers, options, rows_N, seed)])
 
 
 def _split_count_lines(corpus: Corpus, has_sound: pl.Series) -> list[str]:
-    frame = corpus.plan.select("split", "duplicate").with_columns(there=has_sound)
+    """A table of the clips of each split, then the sounds that match no row."""
+    frame = corpus.plan.select("split", "duplicate").with_columns(has_sound=has_sound)
     lines = [f"{'split':<24}{'listed':>12}{'with sound':>12}{'duplicate':>12}"]
-    for (split,), part in frame.group_by("split", maintain_order=True):
-        duplicate = part["duplicate"].is_not_null()
-        found = int((part["there"] & ~duplicate).sum())
-        lines.append(f"{split!s:<24}{part.height:>12,}{found:>12,}{int(duplicate.sum()):>12,}")
-    unmatched = corpus.sources.unmatched_sources
-    if unmatched:
-        some = ", ".join(unmatched[:UNMATCHED_EXAMPLES])
+    for (split,), clips in frame.group_by("split", maintain_order=True):
+        is_duplicate = clips["duplicate"].is_not_null()
+        with_sound = int((clips["has_sound"] & ~is_duplicate).sum())
+        lines.append(f"{split!s:<24}{clips.height:>12,}{with_sound:>12,}{int(is_duplicate.sum()):>12,}")
+
+    # Sounds that match no row often show that the wrong folder or list was given.
+    if unmatched := corpus.sources.unmatched_sources:
+        examples = ", ".join(unmatched[:MAX_EXAMPLES])
         lines.append(
-            f"{len(unmatched):,} of {corpus.sources.sound_count:,} sounds match no row, such as {some}"
+            f"{len(unmatched):,} of {corpus.sources.sound_count:,} sounds match no row, such as {examples}"
         )
-    if other := corpus.sources.other_segment_sources:
-        some = ", ".join(other[:UNMATCHED_EXAMPLES])
-        lines.append(f"{len(other):,} are of a listed video but of another segment, such as {some}")
+    if other_segments := corpus.sources.other_segment_sources:
+        examples = ", ".join(other_segments[:MAX_EXAMPLES])
+        lines.append(
+            f"{len(other_segments):,} are of a listed video but of another segment, such as {examples}"
+        )
     return lines
 
 
 def _timing_lines(
-    corpus: Corpus, headers: Sequence[StoreHeader], options: BuildOptions, clips: int, seed: int
+    corpus: Corpus, headers: Sequence[StoreHeader], options: BuildOptions, rows_N: np.ndarray, seed: int
 ) -> list[str]:
-    """Decode a few clips on this core, as the build would, and count."""
-    rows_N = np.flatnonzero(
-        (corpus.sources.frame["kind"].is_not_null() & corpus.plan["duplicate"].is_null()).to_numpy()
-    )
+    """Decode a few of the rows on one core, as a worker would; returns their mean time and that of the whole build."""
     if not len(rows_N):
         return ["nothing to decode"]
+
+    # Time a sample; the first clip also builds the mel filters, so it is left out of the mean.
     drawn_N = np.sort(np.random.default_rng(seed).permutation(rows_N)[:TIMED_CLIPS])
-    torch.set_num_threads(1)  # as a worker has it
-    reasons: Counter[str] = Counter()
-    seconds_N = [_time_row_seconds(corpus, headers, options, int(row), reasons) for row in drawn_N]
-    mean_seconds = float(np.mean(seconds_N[1:] or seconds_N))  # the first one also builds the filters
-    total_seconds = clips * mean_seconds / max(1, options.workers)
-    said = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items())) or "none failed"
+    torch.set_num_threads(1)
+    failures: Counter[str] = Counter()
+    seconds_N = [_time_row_seconds(corpus, headers, options, int(row), failures) for row in drawn_N]
+    mean_seconds = float(np.mean(seconds_N[1:] or seconds_N))
+
+    # Extrapolate.
+    total_seconds = len(rows_N) * mean_seconds / max(1, options.workers)
+    failure_counts = ", ".join(f"{count} {reason}" for reason, count in sorted(failures.items()))
     return [
-        f"{len(drawn_N)} clips tried: {1000 * mean_seconds:.1f} ms a clip on one core; {said}",
-        f"{clips:,} clips on {options.workers} workers: about {_describe_duration(total_seconds)}, if there are as many cores",
+        f"{len(drawn_N)} clips tried: {1000 * mean_seconds:.1f} ms a clip on one core; "
+        f"{failure_counts or 'none failed'}",
+        f"{len(rows_N):,} clips on {options.workers} workers: about {_describe_duration(total_seconds)}, "
+        "if there are as many cores",
     ]
 
 
 def _time_row_seconds(
-    corpus: Corpus, headers: Sequence[StoreHeader], options: BuildOptions, row: int, reasons: Counter[str]
+    corpus: Corpus, headers: Sequence[StoreHeader], options: BuildOptions, row: int, failures: Counter[str]
 ) -> float:
-    fact = corpus.plan.row(row, named=True)
+    """Seconds of decoding a row and transforming it for every store; counts the reason of a failure."""
+    clip = corpus.plan.row(row, named=True)
     (locator,) = corpus.sources.locators_of_rows(range(row, row + 1))
     assert locator is not None
     began = time.perf_counter()
     try:
         audio = load_clip_audio(
             locator,
-            start_seconds=fact["start_seconds"],
-            end_seconds=fact["end_seconds"],
+            start_seconds=clip["start_seconds"],
+            end_seconds=clip["end_seconds"],
             policy=options.policy,
         )
         for header in headers:
             compute_stored_row(audio, header)
     except AudioError as error:
-        reasons[error.reason] += 1
+        failures[error.reason] += 1
     return time.perf_counter() - began
 
 
 def _free_disk_bytes(path: Path) -> int:
+    """Free bytes on the disk where `path` is, or would be created."""
     absolute = path.absolute()
     folder = next(parent for parent in (absolute, *absolute.parents) if parent.exists())
     return shutil.disk_usage(folder).free
 
 
 def _describe_size(size: int) -> str:
-    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
+    if size < 2**30:
+        return f"{size / 2**20:,.1f} MiB"
+    return f"{size / 2**30:,.1f} GiB"
 
 
 def _describe_duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5_400 else f"{seconds / 3600:.1f} h"
+    if seconds < 5_400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

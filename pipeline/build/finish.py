@@ -1,4 +1,4 @@
-"""The ledger -> manifest, statistics, identity: what makes a store finished."""
+"""Finish a store: write the manifest, the statistics and the identity that follow from its ledger."""
 
 import json
 import math
@@ -23,10 +23,10 @@ def finish_store(
     build_record: dict[str, Any] | None = None,
     remote_store: RemoteStore | None = None,
 ) -> pl.DataFrame | None:
-    """Write the manifest and the statistics that the ledger gives; returns the manifest, None while shards are open.
+    """Write manifest and statistics from the ledger; returns the manifest, None while shards are missing.
 
-    `told` goes into build.json. A store that lies elsewhere is finished there, with what other machines
-    have built of it. Raises StoreError for a damaged record.
+    `build_record` becomes build.json. A remote store is finished at its URL too, with the shards that other machines
+    have pushed. Raises StoreError for a damaged record.
     """
     with lock_shared_files(out):
         if remote_store is not None:
@@ -34,23 +34,27 @@ def finish_store(
         if unbuilt_shards(out, header):
             _write_build_record(out, build_record)
             return None
+
+        # Everything follows from the records of all shards.
         records = [read_commit(out, shard) for shard in range(header.layout.shard_count)]
-        done = [record for record in records if record is not None]
-        commits, results = [commit for commit, _ in done], pl.concat([results for _, results in done])
-        table = out / "manifest.parquet"
-        plan, before = read_table(table, list(PLAN_SCHEMA))
+        commits = [record[0] for record in records if record is not None]
+        results = pl.concat([record[1] for record in records if record is not None])
         identity = {"store_id": compute_store_id(header, commits)}
-        if before != identity or _recorded_request(out) != (build_record or {}).get("asked"):
-            _write_build_record(
-                out, build_record
-            )  # a run that changed nothing leaves what the one said that built it
-        manifest = pl.concat([plan, results], how="horizontal")
+
+        # A build that changes nothing keeps the build.json of the one that built the store.
+        manifest_file = out / "manifest.parquet"
+        plan, old_identity = read_table(manifest_file, list(PLAN_SCHEMA))
+        if old_identity != identity or _recorded_settings(out) != (build_record or {}).get("asked"):
+            _write_build_record(out, build_record)
+
+        # The manifest comes last: with its store_id the store is finished.
         with replacing_file(out / "stats.json") as scratch:
             scratch.write_text(json.dumps(store_statistics(commits, results), indent=1) + "\n")
-        write_table(table, manifest, identity)
-        if (
-            remote_store is not None
-        ):  # not while shards are open: whoever ends last may have pushed them already
+        manifest = pl.concat([plan, results], how="horizontal")
+        write_table(manifest_file, manifest, identity)
+
+        # Only a finished store pushes its tables: the part that ends last may have pushed its own already.
+        if remote_store is not None:
             remote_store.push_tables()
         return manifest
 
@@ -61,8 +65,8 @@ def _write_build_record(out: Path, build_record: dict[str, Any] | None) -> None:
             scratch.write_text(json.dumps(build_record, indent=1) + "\n")
 
 
-def _recorded_request(out: Path) -> object:
-    """What build.json says was asked; None where it says nothing."""
+def _recorded_settings(out: Path) -> object:
+    """The dataset's settings by build.json; None where it does not hold them."""
     try:
         return json.loads((out / "build.json").read_text())["asked"]
     except (OSError, ValueError, KeyError):
@@ -70,21 +74,27 @@ def _recorded_request(out: Path) -> object:
 
 
 def unbuilt_shards(out: Path, header: StoreHeader) -> list[int]:
-    """The shards that no record tells of."""
+    """The shards without a record, ascending."""
     known = {int(path.stem) for path in out.glob("ledger/[0-9]*.parquet")}
     return sorted(set(range(header.layout.shard_count)) - known)
 
 
 def store_statistics(commits: Sequence[ShardCommit], results: pl.DataFrame) -> dict[str, dict[str, Any]]:
-    """`all` and each split: frames, mean, std, mean_F, std_F from the moments of all shards; what storing cost."""
+    """The content of stats.json: frames, mean, std, mean_F and std_F of `all` clips and of each split, in log-mel.
+
+    `all` also has the error of the stored dtype, `quantisation_rms_nat` and `quantisation_max_nat`.
+    """
     splits = sorted({split for commit in commits for split in commit.moments})
-    parts = {split: [c.moments[split] for c in commits if split in c.moments] for split in splits}
-    return {
-        "all": _merge_moments([m for part in parts.values() for m in part]) | _quantisation_error(results)
-    } | {split: _merge_moments(part) for split, part in parts.items()}
+    moments = {
+        split: [commit.moments[split] for commit in commits if split in commit.moments] for split in splits
+    }
+    all_moments = [shard for shards in moments.values() for shard in shards]
+    statistics = {"all": _merge_moments(all_moments) | _quantisation_error(results)}
+    return statistics | {split: _merge_moments(shards) for split, shards in moments.items()}
 
 
 def _merge_moments(moments: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and deviation over all frames, from the moments of shards as in `SplitMoments`."""
     frames = sum(m["frames"] for m in moments)
     if not frames:
         return {"frames": 0}
@@ -101,7 +111,7 @@ def _merge_moments(moments: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _quantisation_error(results: pl.DataFrame) -> dict[str, float]:
-    """Stored against computed log-mel, over valid frames of good clips, in nats."""
+    """The difference of stored and computed log-mel over the valid frames of good clips, in nats."""
     good = results.filter(pl.col("status") == "good")
     if good.is_empty():
         return {}

@@ -1,4 +1,4 @@
-"""A store before and between builds: created, mended, swept of what a crash left, marked as unfinished."""
+"""Prepare a store for a build: create it, restore damaged files, remove what a crash left, mark it as unfinished."""
 
 import json
 import shutil
@@ -35,10 +35,13 @@ from pipeline.tables import frame_digest, read_table, read_table_metadata, write
 
 
 def create_store(out: Path, header: StoreHeader, plan: pl.DataFrame) -> bool:
-    """A store in which nothing is built yet, whole or not at all; False where another process was first."""
+    """Create a store without shards, whole or not at all; returns False if another process has created it first."""
+    # Scratch folders of processes that died.
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     for debris in abandoned_scratch_paths(out):
         shutil.rmtree(debris, ignore_errors=True)
+
+    # The store is made beside its place and renamed when it is complete.
     scratch = scratch_path(out)
     try:
         create_mel_array(scratch, header.layout, {"ajepa": header.to_json()})
@@ -56,18 +59,22 @@ def create_store(out: Path, header: StoreHeader, plan: pl.DataFrame) -> bool:
 
 
 def restore_header(out: Path, header: StoreHeader) -> None:
-    """Write a zarr.json that is not as written anew where the ledger says that the store is the one now asked for.
+    """Write a damaged zarr.json again if the ledger belongs to the store that `header` describes.
 
-    Raises StoreError where it is not, or where `out` is there and is no store.
+    A readable header of another store is left alone. Raises StoreError if the ledger belongs to another store, or
+    `out` exists and is no store.
     """
-    told = zarr_group_json({"ajepa": header.to_json()})
+    # Nothing to do for an intact header, or for one that `refuse_other_plan` can read.
+    expected_json = zarr_group_json({"ajepa": header.to_json()})
     try:
-        if StoreHeader.read(out) != header or (out / "zarr.json").read_bytes() == told:
+        if StoreHeader.read(out) != header or (out / "zarr.json").read_bytes() == expected_json:
             return
     except StoreError as error:
         damage = error
     else:
         damage = StoreError(f"{out}/zarr.json: not as written")
+
+    # Every record names the spec and the plan of its store.
     records = sorted(out.glob("ledger/[0-9]*.parquet"))
     if not records:
         raise StoreError(f"{out}: is there already and is no store; choose another --out, or remove it")
@@ -75,24 +82,29 @@ def restore_header(out: Path, header: StoreHeader) -> None:
     if (commit.spec_id, commit.plan_id) != (header.spec.spec_id, header.plan_id):
         raise damage
     with replacing_file(out / "zarr.json") as scratch:
-        scratch.write_bytes(told)
+        scratch.write_bytes(expected_json)
 
 
 def restore_tables(out: Path, header: StoreHeader, plan: pl.DataFrame) -> None:
-    """Write what follows from the plan alone where it is not there, or not as it should be."""
+    """Write the files that follow from the plan alone where they are missing or damaged."""
     (out / "ledger").mkdir(exist_ok=True)
-    array, told = out / "mel" / "zarr.json", zarr_array_json(header.layout)
-    if not array.is_file() or array.read_bytes() != told:
-        array.parent.mkdir(exist_ok=True)
-        with replacing_file(array) as scratch:
-            scratch.write_bytes(told)
+
+    # The array's metadata.
+    array_file = out / "mel" / "zarr.json"
+    expected_json = zarr_array_json(header.layout)
+    if not array_file.is_file() or array_file.read_bytes() != expected_json:
+        array_file.parent.mkdir(exist_ok=True)
+        with replacing_file(array_file) as scratch:
+            scratch.write_bytes(expected_json)
+
+    # The manifest, in which every row is pending.
     manifest = _read_valid_table(out / "manifest.parquet", tuple(PLAN_SCHEMA))
     if manifest is None or not manifest.equals(plan.select(*PLAN_SCHEMA)):
         write_table(out / "manifest.parquet", pending_manifest(plan), {})
+
+    # The raw labels; a table that is written again loses the propagated label sets.
     labels = _read_valid_table(out / "labels.parquet", ("raw", "outside"))
-    if (
-        labels is None or frame_digest(labels) != header.labels_digest
-    ):  # written anew: loses the propagated sets and no more
+    if labels is None or frame_digest(labels) != header.labels_digest:
         write_table(
             out / "labels.parquet",
             pl.DataFrame(index_class_ids(plan["mids"], header.classes)),
@@ -101,7 +113,7 @@ def restore_tables(out: Path, header: StoreHeader, plan: pl.DataFrame) -> None:
 
 
 def _read_valid_table(path: Path, columns: Sequence[str]) -> pl.DataFrame | None:
-    """Some columns of a table; None where it is not there, or not as it should be."""
+    """Some columns of a table; None where the table is missing or damaged, or lacks one."""
     try:
         table = read_table(path, columns)[0] if path.exists() else pl.DataFrame()
     except StoreError:
@@ -110,10 +122,10 @@ def _read_valid_table(path: Path, columns: Sequence[str]) -> pl.DataFrame | None
 
 
 def read_build_record(store: Path) -> dict[str, Any]:
-    """What build.json tells; StoreError where it does not say what the store was built from."""
+    """The content of build.json; raises StoreError if it lacks the dataset's settings or the audio policy."""
     try:
-        told = json.loads((store / "build.json").read_text())
-        return {**told, "asked": told["asked"], "policy": told["policy"]}
+        record = json.loads((store / "build.json").read_text())
+        return {**record, "asked": record["asked"], "policy": record["policy"]}
     except (OSError, ValueError, KeyError, TypeError):
         raise StoreError(
             f"{store}/build.json: does not say what the store was built from; run its build command again"
@@ -121,7 +133,7 @@ def read_build_record(store: Path) -> dict[str, Any]:
 
 
 def refuse_other_plan(out: Path | str, stored_header: StoreHeader, header: StoreHeader) -> None:
-    """Refuse to continue a store that is not the one now asked for."""
+    """Raise StoreError if the stored header is not that of the store to build."""
     if stored_header.spec.spec_id != header.spec.spec_id:
         raise StoreError(
             f"{out} holds mel spec {stored_header.spec.name}, not {header.spec.name}; choose another --out"
@@ -132,26 +144,30 @@ def refuse_other_plan(out: Path | str, stored_header: StoreHeader, header: Store
         )
     if stored_header != header:
         raise StoreError(
-            f"{out} was planned from other clips, lists or classes; give the same, or another --out"
+            f"{out} was planned from other clips, lists or classes; give the same, or choose another --out"
         )
 
 
 def remove_crash_debris(out: Path, layout: ShardLayout, blocks: BuildBlocks) -> None:
-    """Settle what a crash left: records that wait for their shard, unfinished files, shards without a record."""
+    """Resolve pending records, and delete unfinished files and shards without a record, in the blocks of this part."""
+    # Records that wait for their shard.
     for path in out.glob(f"ledger/*{PENDING_SUFFIX}"):
         if blocks.owns_shard(int(path.name[:6]), layout):
             resolve_pending_record(out, path)
-    for path in [
-        *out.glob(f"*{PARTIAL_SUFFIX}"),
-        *out.glob(f"mel/*{PARTIAL_SUFFIX}"),
-    ]:  # written at the gate, which is ours
+
+    # Unfinished tables: the caller holds the lock of the shared files, so nobody is writing one.
+    for path in [*out.glob(f"*{PARTIAL_SUFFIX}"), *out.glob(f"mel/*{PARTIAL_SUFFIX}")]:
         path.unlink()
+
+    # Unfinished records and shards, each named by its shard.
     for path in out.glob(f"ledger/*{PARTIAL_SUFFIX}"):
         if blocks.owns_shard(int(path.name[:6]), layout):
             path.unlink()
     for path in list(out.glob(f"mel/c/**/*{PARTIAL_SUFFIX}")):
         if blocks.owns_shard(int(path.relative_to(out / "mel" / "c").parts[0]), layout):
             path.unlink()
+
+    # Whole shards that were not committed.
     for path in uncommitted_shards(out):
         if not path.parts[-3].isdecimal() or blocks.owns_shard(int(path.parts[-3]), layout):
             path.unlink()
@@ -160,7 +176,7 @@ def remove_crash_debris(out: Path, layout: ShardLayout, blocks: BuildBlocks) -> 
 def mark_unfinished(
     out: Path, header: StoreHeader, plan: pl.DataFrame, open_row_counts: dict[int, int], blocks: BuildBlocks
 ) -> bool:
-    """Make the manifest say that the build has not finished, where a shard has no record; whether there is one."""
+    """Make the manifest say that the store is unfinished, and return True, if a shard to build has no record."""
     shards = (shard for block in open_row_counts for shard in blocks.block_shards(block, header.layout))
     if all(ledger_path(out, shard).exists() for shard in shards):
         return False

@@ -1,4 +1,4 @@
-"""Mirror: a store on an object store, and the folder from which a build feeds it, shard by shard."""
+"""A store on an object store, and the staging folder from which a build pushes its shards."""
 
 import shutil
 import tempfile
@@ -24,42 +24,40 @@ from pipeline.tables import read_table
 
 FETCH_CONNECTIONS = 16  # records fetched at a time
 
-FETCHED_FOLDER = (
-    "kept"  # folder below the staging one, for shards that come back because rows of them are kept
-)
+FETCHED_FOLDER = "kept"  # below the staging folder: shards that are fetched to keep some of their rows
 
-PUSHED_TABLES = (  # the manifest last: with its store_id the store is finished
-    *(
-        "zarr.json",
-        "mel/zarr.json",
-        "labels.parquet",
-        EXCLUSIONS_FILE,
-        "stats.json",
-        "build.json",
-        "manifest.parquet",
-    ),
+# In the order of the pushes, the manifest last: with its store_id the store is finished.
+PUSHED_TABLES = (
+    "zarr.json",
+    "mel/zarr.json",
+    "labels.parquet",
+    EXCLUSIONS_FILE,
+    "stats.json",
+    "build.json",
+    "manifest.parquet",
 )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RemoteStore:
-    """The store at `url`, of which `staging` holds tables and ledger, and each shard until it is pushed.
+    """The store at `url`; the folder `staging` holds its tables and ledger, and each shard until it is pushed.
 
-    A shard is pushed as it is placed locally: its record as `.next`, the shard, the record (THE commit point), and
-    `.next` removed. So whenever a build dies, the old shard with its record or the new one can be had, and a lost
-    staging folder costs what was not pushed yet. Object stores know no locks: two builds of the same part on two
-    machines are not kept apart, and may leave a shard that its record does not match; `verify` of a copy tells.
+    A shard is pushed in the order of a local commit: its record as `.next`, the shard, the record (the commit point);
+    then `.next` is removed. So whenever a build dies, either the old shard and record or the new ones can be
+    restored, and a lost staging folder costs only the shards that were not pushed yet. Object stores have no locks:
+    two builds of the same part on two machines may leave a shard that does not match its record, which `verify` of a
+    copy finds.
     """
 
     url: str
     staging: Path
 
     def file_url(self, path: Path) -> str:
-        """Of what lies at `path` in the staging folder."""
+        """The URL of the object that `path` in the staging folder becomes."""
         return f"{self.url}/{path.relative_to(self.staging).as_posix()}"
 
     def read_header(self) -> StoreHeader | None:
-        """What the remote store is, None where there is none yet; InputError where the bucket does not answer."""
+        """The header of the remote store, None if there is no store yet; InputError if the bucket does not answer."""
         check_reachable(self.url)
         with tempfile.TemporaryDirectory() as folder:
             if not download_object(f"{self.url}/zarr.json", Path(folder, "zarr.json")):
@@ -70,27 +68,34 @@ class RemoteStore:
                 raise StoreError(str(error).replace(folder, self.url)) from None
 
     def sync_ledger(self, is_ours: Callable[[int], bool]) -> None:
-        """Make the ledger here that of the remote store, after pushing those of our shards that have not been.
+        """Push the shards of this part that were not pushed yet, then fetch the ledger of the remote store.
 
-        Labels come along if they know more label sets than those here, exclude lists if there are none here.
+        Labels are fetched if the remote table has more label sets, exclude lists if the staging folder has none.
         """
+        # Shards that were built but not pushed; the others are of a part that this build no longer has.
         shutil.rmtree(self.staging / FETCHED_FOLDER, ignore_errors=True)
         for path in self.staging.glob("mel/c/*/0/0"):
             if is_ours(shard := int(path.parts[-3])):
                 self.push_shard(shard)
             else:
                 path.unlink()
-        there = object_sizes(f"{self.url}/ledger")
-        for name in (name for name in there if name.endswith(PENDING_SUFFIX)):
-            if is_ours(int(name[:6])):
+
+        # Pushes that were cut off between two of their steps.
+        remote_records = object_sizes(f"{self.url}/ledger")
+        for name in remote_records:
+            if name.endswith(PENDING_SUFFIX) and is_ours(int(name[:6])):
                 self._resolve_pending_record(self.staging / "ledger" / name)
+
+        # Records that are only here: a shard without a good clip has no file, so its record alone is pushed.
         for record in self.staging.glob("ledger/[0-9]*.parquet"):
-            if record.name in there:
+            if record.name in remote_records:
                 continue
             if is_ours(int(record.stem)) and not read_commit_file(record)[0].size_bytes:
                 upload_file(record, self.file_url(record))
             else:
                 record.unlink()
+
+        # The ledger of all parts, then what people may have changed beside it.
         with ThreadPoolExecutor(FETCH_CONNECTIONS) as threads:
             records = [self.staging / "ledger" / name for name in object_sizes(f"{self.url}/ledger")]
             list(threads.map(self._fetch_file, (path for path in records if path.suffix != PENDING_SUFFIX)))
@@ -99,30 +104,32 @@ class RemoteStore:
             self._fetch_file(self.staging / EXCLUSIONS_FILE)
 
     def _fetch_file(self, path: Path) -> bool:
+        """Fetch the object of `path`; returns False where there is none."""
         return download_object(self.file_url(path), path)
 
     def _resolve_pending_record(self, pending_record: Path) -> None:
-        """Adopt a remote record that waits if its shard is in place, else drop it: the old record holds."""
+        """Adopt a pending remote record if its shard is in place, else remove it: then the old record counts."""
         if not self._fetch_file(pending_record):
             return
         commit, _ = read_commit_file(pending_record)
-        with self.fetched_shard(commit.shard) as home:
-            if shard_matches_commit(home, commit):
+        with self.fetched_shard(commit.shard) as folder:
+            if shard_matches_commit(folder, commit):
                 upload_file(pending_record, self.file_url(pending_record.with_suffix("")))
         remove_object(self.file_url(pending_record))
         pending_record.unlink()
 
     def _sync_labels(self) -> None:
+        """Replace the labels here by the remote ones if these have more label sets."""
         labels = self.staging / "labels.parquet"
-        theirs = self.staging / FETCHED_FOLDER / "labels.parquet"
-        if download_object(self.file_url(labels), theirs):
-            if not labels.exists() or read_table(theirs)[0].width > read_table(labels)[0].width:
-                theirs.replace(labels)
-            shutil.rmtree(theirs.parent)
+        remote_labels = self.staging / FETCHED_FOLDER / "labels.parquet"
+        if download_object(self.file_url(labels), remote_labels):
+            if not labels.exists() or read_table(remote_labels)[0].width > read_table(labels)[0].width:
+                remote_labels.replace(labels)
+            shutil.rmtree(remote_labels.parent)
 
     @contextmanager
     def fetched_shard(self, shard: int) -> Iterator[Path]:
-        """Fetch a shard; yields the folder in which it lies as in a store, if it is there. It goes afterwards."""
+        """Fetch a shard, if the remote store has it; yields a folder that holds it as a store would, and deletes it."""
         path = shard_path(self.staging / FETCHED_FOLDER, shard)
         try:
             download_object(self.file_url(shard_path(self.staging, shard)), path)
@@ -131,26 +138,29 @@ class RemoteStore:
             path.unlink(missing_ok=True)
 
     def push_shard(self, shard: int) -> None:
-        """Push what is committed here of a shard, and keep only its record."""
-        record, shard_file = ledger_path(self.staging, shard), shard_path(self.staging, shard)
+        """Push a committed shard and its record, and keep only the record here."""
+        record = ledger_path(self.staging, shard)
+        shard_file = shard_path(self.staging, shard)
         if not shard_file.exists():  # no clip of it is good
             upload_file(record, self.file_url(record))
             return
-        waiting = self.file_url(record) + PENDING_SUFFIX
-        upload_file(record, waiting)
+        pending_url = self.file_url(record) + PENDING_SUFFIX
+        upload_file(record, pending_url)
         upload_file(shard_file, self.file_url(shard_file))
         upload_file(record, self.file_url(record))
-        remove_object(waiting)
+        remove_object(pending_url)
         shard_file.unlink()
 
     def push_tables(self) -> None:
-        """Push what lies beside the shards."""
+        """Push the files beside the shards."""
         for path in (self.staging / name for name in PUSHED_TABLES):
             if path.exists():
                 upload_file(path, self.file_url(path))
 
 
 def staging_folder(url: str, folder: Path, part: BuildPart) -> Path:
-    """Where below `folder` a store at `url`, or a part of it, is staged."""
+    """The staging folder below `folder` of a store at `url`, or of a part of it."""
     name = url.rstrip("/").rpartition("/")[2]
-    return folder / (f"{name}.staging" if part.count == 1 else f"{name}.{part.index}-of-{part.count}.staging")
+    if part.count > 1:
+        name += f".{part.index}-of-{part.count}"
+    return folder / f"{name}.staging"

@@ -1,4 +1,4 @@
-"""Repair: make what is broken in a store again, from what its build.json says it was built from."""
+"""Repair a store: make its damaged parts again, from the corpus that its build.json describes."""
 
 import json
 from collections.abc import Iterator, Sequence, Set
@@ -30,125 +30,148 @@ from pipeline.tables import read_table
 def repair_store(
     store: Path, faults: Sequence[StoreFault], *, workers: int = 2, progress: RowProgress | None = None
 ) -> int:
-    """Mend what `faults_of` found. Of a broken shard the clips that match their own checksum are kept and the others
-    decoded again; the rest follows from plan and ledger, propagated labels from their rule. Returns how many clips
-    are lost: damaged in the store, and their sounds gone or no longer good.
+    """Repair the faults that `find_faults` has found; returns how many clips are lost.
 
-    Raises StoreError, with nothing changed, where build.json is gone, or its lists are no longer those of the store;
-    with all else mended, where a label set's own ontology is gone.
+    The clips of a damaged shard that match their own checksum are kept, its other clips are decoded again; all else
+    follows from plan and ledger, and propagated labels from their rule. A clip is lost if it is damaged in the store
+    and its sound is gone or no longer good.
+
+    Raises StoreError with nothing changed if build.json is gone or its lists are no longer those of the store, and
+    with all else repaired if the ontology of a label set is gone.
     """
-    header, told = StoreHeader.read(store), read_build_record(store)
+    header = StoreHeader.read(store)
+    build_policy = AudioPolicy(**read_build_record(store)["policy"])
     corpus = corpus_as_built(store, header)
-    output = StoreOutput(path=store, spec=header.spec, dtype=header.layout.dtype)
     shards = sorted({fault.shard for fault in faults if fault.shard is not None})
-    policies: dict[AudioPolicy, list[int]] = {AudioPolicy(**told["policy"]): []}
-    was_good = [row for shard in shards for row in _recorded_good_rows(store, header, shard)]
+    good_before = [row for shard in shards for row in _recorded_good_rows(store, header, shard)]
+
+    # Keep the intact rows of damaged shards; each shard is built again with the policy that it was built with.
+    shards_by_policy: dict[AudioPolicy, list[int]] = {build_policy: []}
     with lock_store(store):
         for shard in shards:
-            policy = _rewrite_intact_rows(store, header, corpus, shard)
-            policies.setdefault(policy or AudioPolicy(**told["policy"]), []).append(shard)
-    for policy, some in policies.items():
+            shard_policy = _rewrite_intact_rows(store, header, corpus, shard)
+            shards_by_policy.setdefault(shard_policy or build_policy, []).append(shard)
+
+    # Decode the other rows. A build without shards also restores the tables, so there is always one.
+    output = StoreOutput(path=store, spec=header.spec, dtype=header.layout.dtype)
+    for policy, policy_shards in shards_by_policy.items():
         build_stores(
             corpus,
             [output],
             BuildOptions(policy=policy, workers=workers),
             progress=progress,
-            only_shards=some,
+            only_shards=policy_shards,
             write_record=False,
         )
+
+    # Propagate the damaged label sets again, then count.
     opened = FeatureStore.open(store)
     _restore_label_sets(store, set(opened.label_sets) - {fault.label_set for fault in faults})
-    return sum(opened.manifest["status"][row] != "good" for row in was_good)
+    return sum(opened.manifest["status"][row] != "good" for row in good_before)
 
 
 def _restore_label_sets(store: Path, intact_sets: Set[str]) -> None:
-    """Make the label sets anew that the store had and that are not sound, each with its own ontology."""
-    gone = []
+    """Propagate each label set that the store had and that is not intact again, with the ontology it was made by.
+
+    Raises MissingOntologyError for the first set whose ontology is gone, once all others are restored.
+    """
+    errors = []
     for path in sorted(store.glob("propagation-*.json")):
         rule = path.stem.removeprefix("propagation-")
-        by = json.loads(path.read_text())["provenance"]
+        provenance = json.loads(path.read_text())["provenance"]
         if rule in intact_sets:
             continue
         try:
-            ontology = label_set_ontology(store, rule, by["ontology"])
+            ontology = label_set_ontology(store, rule, provenance["ontology"])
         except MissingOntologyError as error:
-            gone.append(error)
+            errors.append(error)
         else:
-            propagate_store_labels(store, rule, by["splits"], ontology=ontology)
-    if gone:
-        raise gone[0]
+            propagate_store_labels(store, rule, provenance["splits"], ontology=ontology)
+    if errors:
+        raise errors[0]
 
 
 def _rewrite_intact_rows(store: Path, header: StoreHeader, corpus: Corpus, shard: int) -> AudioPolicy | None:
-    """Put a broken shard in place anew with the clips that are intact, the others failed; the policy it was built with.
+    """Write a damaged shard again with its intact clips, all others failed; returns the policy it was built with.
 
-    Where neither the ledger nor the manifest tells of its clips there is nothing to keep: its record goes.
+    If neither the ledger nor the manifest records its clips, nothing can be kept: deletes shard and record and
+    returns None.
     """
-    told = _recorded_results(store, header, shard)
-    if told is None:
-        for path in (ledger_path(store, shard), shard_path(store, shard)):
-            path.unlink(missing_ok=True)
+    # Without a record of its clips the shard cannot be read.
+    recorded = _recorded_results(store, header, shard)
+    if recorded is None:
+        ledger_path(store, shard).unlink(missing_ok=True)
+        shard_path(store, shard).unlink(missing_ok=True)
         return None
-    results, policy = told
-    good = []
-    for number, mel_TF in enumerate(_intact_spectrograms(store, header, shard, results)):
+
+    # Damaged clips become failed ones, which the next build tries again.
+    results, policy = recorded
+    rows = header.layout.rows_of_shard(shard)
+    intact_rows = []
+    for index, mel_TF in enumerate(_intact_spectrograms(store, header, shard, results)):
         if mel_TF is not None:
-            good.append((header.layout.rows_of_shard(shard)[number], mel_TF))
-        elif results[number]["status"] == "good":
-            results[number] = failure_result(
+            intact_rows.append((rows[index], mel_TF))
+        elif results[index]["status"] == "good":
+            results[index] = failure_result(
                 "missing", "its spectrogram was damaged in the store, its sound is gone"
             )
-    splits = {row: corpus.plan["split"][row] for row, _ in good}
-    write_shard(store, header, shard, results, good, splits, policy)
+    splits = {row: corpus.plan["split"][row] for row, _ in intact_rows}
+    write_shard(store, header, shard, results, intact_rows, splits, policy)
     return AudioPolicy(**policy)
 
 
 def _recorded_good_rows(store: Path, header: StoreHeader, shard: int) -> list[int]:
-    told = _recorded_results(store, header, shard)
+    """The rows of a shard that were good by the ledger or the manifest."""
+    recorded = _recorded_results(store, header, shard)
+    if recorded is None:
+        return []
     rows = header.layout.rows_of_shard(shard)
-    return (
-        []
-        if told is None
-        else [r for r, result in zip(rows, told[0], strict=True) if result["status"] == "good"]
-    )
+    return [row for row, result in zip(rows, recorded[0], strict=True) if result["status"] == "good"]
 
 
 def _recorded_results(
     store: Path, header: StoreHeader, shard: int
 ) -> tuple[list[dict[str, Any]], dict[str, Any]] | None:
-    """The results of a shard's rows and the policy they were built with, by the ledger, else by the manifest."""
+    """The results of a shard's rows and the policy of their build, by the ledger, else by the manifest, else None."""
+    # A record of this store.
     rows = header.layout.rows_of_shard(shard)
     try:
         record = read_commit(store, shard)
         if record and len(record[1]) == len(rows) and record[0].plan_id == header.plan_id:
             return record[1].to_dicts(), record[0].policy
     except StoreError:
-        pass  # damaged: the manifest may tell
+        pass  # damaged: the manifest may hold the same results
+
+    # The manifest of a finished store.
     try:
         manifest, metadata = read_table(store / "manifest.parquet")
     except StoreError:
         return None
     if manifest.schema != pl.Schema(MANIFEST_SCHEMA) or "store_id" not in metadata:
         return None
-    return manifest[rows.start : rows.stop].select(*RESULT_SCHEMA).to_dicts(), read_build_record(store)[
-        "policy"
-    ]
+    results = manifest[rows.start : rows.stop].select(*RESULT_SCHEMA).to_dicts()
+    return results, read_build_record(store)["policy"]
 
 
 def _intact_spectrograms(
     store: Path, header: StoreHeader, shard: int, results: Sequence[dict[str, Any]]
 ) -> Iterator[np.ndarray | None]:
-    """The spectrograms of a shard's rows that match the checksum that was recorded for them, others None.
+    """Yield, for each row of a shard, the spectrogram if it matches its recorded checksum, else None."""
+    layout = header.layout
+    path = shard_path(store, shard)
+    shard_bytes = b""
+    if path.is_file():
+        shard_bytes = path.read_bytes()
 
-    Where they lie follows from which rows are good, so that a damaged index loses none.
-    """
-    layout, path = header.layout, shard_path(store, shard)
-    content, offset = path.read_bytes() if path.is_file() else b"", 0
+    # The good rows lie one after the other: the shard's index is not needed, and may be damaged.
+    offset = 0
     for result in results:
-        chunk = content[offset : offset + layout.clip_bytes]
         if result["status"] != "good":
             yield None
             continue
+        chunk = shard_bytes[offset : offset + layout.clip_bytes]
         offset += layout.clip_bytes + CRC_BYTES
-        whole = len(chunk) == layout.clip_bytes and google_crc32c.value(chunk) == result["crc32c"]
-        yield np.frombuffer(bytearray(chunk), layout.dtype).reshape(layout.frames, -1) if whole else None
+        if len(chunk) == layout.clip_bytes and google_crc32c.value(chunk) == result["crc32c"]:
+            yield np.frombuffer(bytearray(chunk), layout.dtype).reshape(layout.frames, -1)
+        else:
+            yield None

@@ -1,4 +1,4 @@
-"""ShardMaker: a block of clips -> decoded once, transformed for every store, written, committed."""
+"""The shard builder: the clips of a block are decoded once, transformed for every store, written and committed."""
 
 import hashlib
 import math
@@ -38,65 +38,84 @@ from pipeline.store.shards import (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StoreTarget:
+    """A store that a build fills: its folder on this machine, its header, and its remote side if it has one."""
+
+    path: Path  # of a store at a URL: the staging folder
+    header: StoreHeader
+    remote_store: RemoteStore | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedClip:
-    """One row to fill: where its sound lies, and which seconds of it count."""
+    """One row to fill: where its sound lies, and which seconds of the sound it takes."""
 
     row: int
     split: str
     start_seconds: float
     end_seconds: float
-    locator: SoundLocator | None
-    duplicate: str | None
+    locator: SoundLocator | None  # None: the corpus has no sound for the row
+    duplicate: str | None  # why the row is a duplicate of another, if it is
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockTask:
-    """The clips of one block: whole shards of every store. Some may be known to fail."""
+    """The clips of one block, which is whole shards of every store; rows that killed a worker fail without a trial."""
 
     clips: tuple[PlannedClip, ...]
-    known_failures: dict[int, tuple[str, str]] = field(default_factory=dict)
+    known_failures: dict[int, tuple[str, str]] = field(default_factory=dict)  # row -> reason, detail
 
     def with_failed_row(self, row: int, reason: str, detail: str) -> "BlockTask":
+        """The same task, in which `row` fails for `reason` without being decoded."""
         return replace(self, known_failures=self.known_failures | {row: (reason, detail)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardBuilder:
-    """Turns blocks into committed shards of one or more stores of the same plan: one shard, one writer."""
+    """Turns blocks into committed shards of one or more stores of the same plan; each shard has one writer."""
 
-    stores: tuple[tuple[Path, StoreHeader], ...]
+    stores: tuple[StoreTarget, ...]
     policy: AudioPolicy
-    remote_stores: dict[Path, RemoteStore] = field(default_factory=dict)  # of the stores that lie elsewhere
 
     def __call__(self, task: BlockTask) -> Iterator[int | None]:
-        """Fill, write and commit the block's shards; yields each row before it is decoded, None before the writing.
+        """Decode the block's clips and commit its shards; yields each row before its trial, None before the writing.
 
-        Sounds are decoded in the order in which they lie in their archives, rows are written in their own. Rows that
-        are good already are kept; where no other changes, a shard is left alone. StoreError if it is damaged: keeping
-        its rows would give them fresh checksums.
+        Good rows are kept, and a shard in which no row changes is left alone. Raises StoreError if a shard with rows
+        to keep is damaged: writing these again would give damaged rows fresh checksums.
         """
-        first, last = task.clips[0].row, task.clips[-1].row
         with ExitStack() as stack:
-            hands = [
-                stack.enter_context(
-                    closing(_OpenShard(store, header, shard, self.policy, self.remote_stores.get(store)))
-                )
-                for store, header in self.stores
-                for shard in range(first // header.layout.shard_clips, last // header.layout.shard_clips + 1)
-            ]
+            open_shards = self._open_shards(task, stack)
+
+            # Clips are decoded in the order of their archives, which are then read from beginning to end.
             for clip in sorted(task.clips, key=_archive_order):
-                if wanting := [hand for hand in hands if hand.needs_row(clip.row)]:
+                takers = [shard for shard in open_shards if shard.needs_row(clip.row)]
+                if takers:
                     yield clip.row
-                    heard = self._decode_clip(clip, task)
-                    for hand in wanting:
-                        hand.add_clip(clip, heard)
+                    outcome = self._decode_clip(clip, task)
+                    for shard in takers:
+                        shard.add_clip(clip, outcome)
+
+            # The shards are written in the order of their rows.
             yield None
             splits = {clip.row: clip.split for clip in task.clips}
-            for hand in hands:
-                hand.commit_changes(splits)
+            for shard in open_shards:
+                shard.commit_changes(splits)
+
+    def _open_shards(self, task: BlockTask, stack: ExitStack) -> "list[_OpenShard]":
+        """The block's shards in every store; `stack` closes them."""
+        first_row = task.clips[0].row
+        last_row = task.clips[-1].row
+        open_shards = []
+        for store in self.stores:
+            shard_clips = store.header.layout.shard_clips
+            for number in range(first_row // shard_clips, last_row // shard_clips + 1):
+                shard = _OpenShard(store, number, self.policy)
+                open_shards.append(stack.enter_context(closing(shard)))
+        return open_shards
 
     def _decode_clip(self, clip: PlannedClip, task: BlockTask) -> "ClipAudio | dict[str, Any]":
-        """The clip's sound, or the result columns that say why there is none."""
+        """The clip's sound, or the result columns that say why it has none."""
+        # Rows that need no trial to fail.
         if clip.duplicate is not None:
             return failure_result("duplicate", clip.duplicate)
         if clip.locator is None:
@@ -105,8 +124,10 @@ class ShardBuilder:
             )
         if clip.row in task.known_failures:
             return failure_result(*task.known_failures[clip.row], source=clip.locator.source)
-        longest = max(header.spec.clip_seconds for _, header in self.stores)
-        seconds = min(clip.end_seconds - clip.start_seconds, longest)
+
+        # One decoding serves all stores, so it is as long as the longest of their clips.
+        max_seconds = max(store.header.spec.clip_seconds for store in self.stores)
+        seconds = min(clip.end_seconds - clip.start_seconds, max_seconds)
         try:
             return load_clip_audio(
                 clip.locator,
@@ -119,100 +140,114 @@ class ShardBuilder:
 
 
 def _archive_order(clip: PlannedClip) -> tuple[str, int, int, int]:
-    """Where a clip's sound lies, so that an archive is read from its beginning to its end."""
-    where = clip.locator
-    if where is None:
+    """A key that sorts clips by where their sounds lie: archive, row group, place in it."""
+    locator = clip.locator
+    if locator is None:
         return "", 0, 0, clip.row
-    return where.path, where.group or 0, where.row or where.offset or 0, clip.row
+    return locator.path, locator.group or 0, locator.row or locator.offset or 0, clip.row
 
 
 class _OpenShard:
-    """One shard in the making: new spectrograms wait in a file without a name, one place a row, until all are there."""
+    """A shard that is being built; its new spectrograms wait in a nameless file, each at the place of its row."""
 
-    def __init__(
-        self,
-        store: Path,
-        header: StoreHeader,
-        shard: int,
-        policy: AudioPolicy,
-        remote_store: RemoteStore | None,
-    ) -> None:
-        self.store, self.header, self.shard = store, header, shard
-        self.policy, self._remote_store = policy, remote_store
-        self.rows = header.layout.rows_of_shard(shard)
-        record = read_commit(store, shard)
-        self._old_commit = None if record is None else record[0]
-        self._old_results = (
-            [failure_result("missing", "")] * len(self.rows) if record is None else record[1].to_dicts()
-        )
-        self._new_results = list(self._old_results)
+    def __init__(self, store: StoreTarget, shard: int, policy: AudioPolicy) -> None:
+        self.store = store
+        self.shard = shard
+        self.policy = policy
+        self.rows = store.header.layout.rows_of_shard(shard)
         self._scratch_file: IO[bytes] | None = None
-        for debris in shard_path(store, shard).parent.glob(f"*{PARTIAL_SUFFIX}"):  # of a process that died
+
+        # The shard as it was: without a record, all of its rows are missing.
+        self._old_commit: ShardCommit | None = None
+        self._old_results = [failure_result("missing", "")] * len(self.rows)
+        record = read_commit(store.path, shard)
+        if record is not None:
+            self._old_commit, results = record
+            self._old_results = results.to_dicts()
+        self._new_results = list(self._old_results)
+
+        # Unfinished files of a process that died.
+        for debris in shard_path(store.path, shard).parent.glob(f"*{PARTIAL_SUFFIX}"):
             debris.unlink()
 
     def close(self) -> None:
-        """Forget what was not committed."""
+        """Discard the spectrograms that were not committed."""
         if self._scratch_file is not None:
             self._scratch_file.close()
 
     def needs_row(self, row: int) -> bool:
+        """Whether the shard holds this row, and not a good one."""
         return row in self.rows and self._old_results[row - self.rows[0]]["status"] != "good"
 
     def add_clip(self, clip: PlannedClip, outcome: "ClipAudio | dict[str, Any]") -> None:
-        """Take in what became of a clip."""
-        number = clip.row - self.rows[0]
+        """Record a clip's failure, or its spectrogram and results."""
+        index = clip.row - self.rows[0]
         if not isinstance(outcome, ClipAudio):
-            self._new_results[number] = outcome
+            self._new_results[index] = outcome
             return
+
         assert clip.locator is not None
-        mel_TF, result = compute_stored_row(outcome, self.header)
-        self._new_results[number] = {"source": clip.locator.source} | result
-        with _explaining_full_disk(self.store, self.shard):
+        mel_TF, result = compute_stored_row(outcome, self.store.header)
+        self._new_results[index] = {"source": clip.locator.source} | result
+        with _explaining_full_disk(self.store.path, self.shard):
             if self._scratch_file is None:
-                self._scratch_file = tempfile.TemporaryFile(dir=self.store)  # noqa: SIM115  (closed by `close`)
-            self._scratch_file.seek(number * mel_TF.nbytes)
+                self._scratch_file = tempfile.TemporaryFile(dir=self.store.path)  # noqa: SIM115  (closed by `close`)
+            self._scratch_file.seek(index * mel_TF.nbytes)
             self._scratch_file.write(mel_TF.data)
             self._scratch_file.flush()
 
     def commit_changes(self, splits: Mapping[int, str]) -> None:
-        """Write the shard and its record, if anything has changed."""
+        """Write and push the shard and its record if a row has changed; `splits` has the split of every row."""
         if self._old_commit is not None and self._new_results == self._old_results:
             return
-        policy = union_of_policies(self.policy, None if self._old_commit is None else self._old_commit.policy)
-        with ExitStack() as stack, _explaining_full_disk(self.store, self.shard):
-            good = self._good_rows(stack)
-            write_shard(self.store, self.header, self.shard, self._new_results, good, splits, policy)
-        if self._remote_store is not None:
-            self._remote_store.push_shard(self.shard)
+        old_policy = None if self._old_commit is None else self._old_commit.policy
+        policy = union_of_policies(self.policy, old_policy)
+        with ExitStack() as stack, _explaining_full_disk(self.store.path, self.shard):
+            good_rows = self._good_rows(stack)
+            write_shard(
+                self.store.path, self.store.header, self.shard, self._new_results, good_rows, splits, policy
+            )
+        if self.store.remote_store is not None:
+            self.store.remote_store.push_shard(self.shard)
 
     def _good_rows(self, stack: ExitStack) -> Iterator[tuple[int, np.ndarray]]:
-        """The good rows in their order with their spectrograms: those that wait, and those kept of the old shard."""
-        layout, reader = self.header.layout, None
-        for number, (row, old, new) in enumerate(
-            zip(self.rows, self._old_results, self._new_results, strict=True)
-        ):
+        """Yield the good rows in their order with their spectrograms, new ones and those of the old shard."""
+        layout = self.store.header.layout
+        reader: ShardReader | None = None
+        results = zip(self.rows, self._old_results, self._new_results, strict=True)
+        for index, (row, old_result, new_result) in enumerate(results):
             mel_TF = np.empty((layout.frames, layout.bands), layout.dtype)
-            if old["status"] == "good":
+            if old_result["status"] == "good":
                 if reader is None:
                     reader = self._open_old_shard(stack)
                 reader.read(np.array([row]), np.zeros(1, np.int64), mel_TF[None])
                 yield row, mel_TF
-            elif new["status"] == "good":
+            elif new_result["status"] == "good":
                 assert self._scratch_file is not None
-                self._scratch_file.seek(number * mel_TF.nbytes)
+                self._scratch_file.seek(index * mel_TF.nbytes)
                 self._scratch_file.readinto(mel_TF.data.cast("B"))  # type: ignore[attr-defined]
                 yield row, mel_TF
 
     def _open_old_shard(self, stack: ExitStack) -> ShardReader:
-        """Of the shard as it was, brought here if it lies elsewhere; StoreError where it is not what was committed."""
-        mirror, record = self._remote_store, ledger_path(self.store, self.shard)
-        home = stack.enter_context(mirror.fetched_shard(self.shard)) if mirror else self.store
-        if self._old_commit is not None and shard_matches_commit(home, self._old_commit):
-            return ShardReader(partial(shard_path, home), self.header.layout)
-        how = f"run: ajepa-data verify {self.store} --repair (or delete {record} and build again)"
-        if mirror:
-            how = f"delete {mirror.file_url(record)} and build again"
-        raise StoreError(f"{mirror.url if mirror else self.store}: shard {self.shard} is damaged; {how}")
+        """A reader of the shard as it was, fetched if it lies at a URL; StoreError if it is not what was committed."""
+        path, remote_store = self.store.path, self.store.remote_store
+        folder = path
+        if remote_store is not None:
+            folder = stack.enter_context(remote_store.fetched_shard(self.shard))
+        if self._old_commit is not None and shard_matches_commit(folder, self._old_commit):
+            return ShardReader(partial(shard_path, folder), self.store.header.layout)
+
+        # The advice depends on where the record lies that has to go.
+        record = ledger_path(path, self.shard)
+        if remote_store is not None:
+            raise StoreError(
+                f"{remote_store.url}: shard {self.shard} is damaged; "
+                f"delete {remote_store.file_url(record)} and build again"
+            )
+        raise StoreError(
+            f"{path}: shard {self.shard} is damaged; "
+            f"run: ajepa-data verify {path} --repair (or delete {record} and build again)"
+        )
 
 
 def write_shard(
@@ -224,33 +259,43 @@ def write_shard(
     splits: Mapping[int, str],
     policy: dict[str, Any],
 ) -> None:
-    """Write and commit a shard: the results of all its rows, and in their order the good ones' spectrograms."""
-    moments, first, writer = SplitMoments(), header.layout.rows_of_shard(shard)[0], None
+    """Write and commit a shard: the results of all its rows, and the spectrograms of its good rows in their order."""
+    first_row = header.layout.rows_of_shard(shard)[0]
+    moments = SplitMoments()
+    writer: ShardWriter | None = None
     with ExitStack() as stack:
         for row, mel_TF in good_rows:
             if writer is None:
                 writer = stack.enter_context(closing(ShardWriter(store, header.layout, shard)))
             writer.append_clip(row, mel_TF)
-            moments.add_frames(
-                splits[row], dequantise_mel(mel_TF[: results[row - first]["n_frames"]], header)
-            )
+            # Statistics are of the values that a reader gets, over valid frames only.
+            valid_TF = header.to_log_mel(mel_TF[: results[row - first_row]["n_frames"]])
+            moments.add_frames(splits[row], torch.from_numpy(valid_TF))
+
+        # A shard without a good row has no file.
+        sha256 = hashlib.sha256().hexdigest()
+        size_bytes = 0
+        if writer is not None:
+            sha256 = writer.finish_file()
+            size_bytes = writer.size_bytes
+        else:
+            shard_path(store, shard).unlink(missing_ok=True)
+
         commit = ShardCommit(
             shard=shard,
             spec_id=header.spec.spec_id,
             plan_id=header.plan_id,
-            sha256=hashlib.sha256().hexdigest() if writer is None else writer.finish_file(),
-            size_bytes=0 if writer is None else writer.size_bytes,
+            sha256=sha256,
+            size_bytes=size_bytes,
             policy=policy,
             moments=moments.to_json(),
         )
-        if writer is None:  # what lies there holds no good clip any more
-            shard_path(store, shard).unlink(missing_ok=True)
         commit_shard(store, commit, pl.DataFrame(results, schema=RESULT_SCHEMA, orient="row"), writer)
 
 
 @contextmanager
 def _explaining_full_disk(store: Path, shard: int) -> Iterator[None]:
-    """Say which shard found the disk full, and that nothing is lost."""
+    """Turn the OSError of a full disk into a StoreError that names the shard and says that nothing is lost."""
     try:
         yield
     except OSError as error:
@@ -262,15 +307,20 @@ def _explaining_full_disk(store: Path, shard: int) -> Iterator[None]:
 
 
 def compute_stored_row(audio: ClipAudio, header: StoreHeader) -> tuple[np.ndarray, dict[str, Any]]:
-    """A clip as stored, `[T, F]`, and its result columns but for `source`."""
+    """A clip as its store holds it, `mel_TF` in the store's dtype, and its result columns without `source`."""
+    # From sound to log-mel.
     spec = header.spec
     wave_S = audio.resample_wave(spec.sample_rate_hz)[: spec.clip_samples]
     clip_TF = log_mel(torch.from_numpy(wave_S)[None], spec)[0]
     frames = len(clip_TF)
+
+    # From log-mel to stored values; a short clip is followed by silence.
     mel_TF = np.empty((header.layout.frames, header.layout.bands), header.layout.dtype)
     mel_TF[:frames] = quantise_mel(clip_TF, header).numpy()
     mel_TF[frames:] = quantise_mel(torch.tensor(spec.floor_log), header).numpy()
-    error_N = (dequantise_mel(mel_TF[:frames], header) - clip_TF).flatten()
+
+    # The error is that of the values that a reader gets.
+    error_N = (torch.from_numpy(header.to_log_mel(mel_TF[:frames])) - clip_TF).flatten()
     return mel_TF, {
         "status": "good",
         "reason": None,
@@ -291,18 +341,18 @@ def compute_stored_row(audio: ClipAudio, header: StoreHeader) -> tuple[np.ndarra
 
 
 def quantise_mel(mel: Tensor, header: StoreHeader) -> Tensor:
-    """Log-mel as stored; uint8 keeps 0 for what is not there. Rounds as NumPy does, in a twentieth of its time."""
+    """Log-mel as stored values; uint8 keeps 0 for absent clips.
+
+    PyTorch rounds as NumPy does, in a twentieth of its time.
+    """
     if header.layout.dtype == "float16":
         return mel.half()
     return ((mel - header.offset) / header.scale).round().clamp(1, 255).to(torch.uint8)
 
 
-def dequantise_mel(stored_TF: np.ndarray, header: StoreHeader) -> Tensor:
-    """Stored values as log-mel, float32."""
-    return torch.from_numpy(stored_TF).float().mul_(header.scale).add_(header.offset)
-
-
 def union_of_policies(policy: AudioPolicy, old_policy: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A policy that takes what either takes: rows of a shard may come from builds with different ones."""
-    now = asdict(policy)
-    return now if old_policy is None else {name: max(now[name], old_policy[name]) for name in now}
+    """A policy that accepts all clips that either accepts: builds with different ones may fill rows of one shard."""
+    accepted = asdict(policy)
+    if old_policy is None:
+        return accepted
+    return {name: max(value, old_policy[name]) for name, value in accepted.items()}

@@ -1,4 +1,4 @@
-"""Faults of a store: ledger against objects against checksums against manifest against statistics."""
+"""Find every fault of a store by comparing its header, ledger, shards, checksums, labels, manifest and statistics."""
 
 import hashlib
 import json
@@ -40,7 +40,7 @@ ShardRecord = tuple[ShardCommit, pl.DataFrame]
 
 @dataclass(frozen=True, slots=True)
 class StoreFault:
-    """What is wrong, in a line; `shard` or `label_set` where these have to be made again."""
+    """One fault as a line of text; `shard` or `label_set` names what a repair has to make again."""
 
     text: str
     shard: int | None = None
@@ -48,14 +48,16 @@ class StoreFault:
 
 
 def find_faults(store: Path, sample: int | None = None, seed: int = 0) -> Iterator[StoreFault]:
-    """What is wrong with a store, nothing for one that is whole. Raises StoreError if there is none.
+    """Yield the faults of a store; a whole store has none. Raises StoreError where there is no store.
 
-    The content of every shard is read, or with `sample` that of as many drawn by `seed`; ledger, sizes, labels,
-    manifest and statistics are always checked in full.
+    The content of every shard is read, or with `sample` that of as many shards, drawn by `seed`; ledger, sizes,
+    labels, manifest and statistics are always checked in full.
     """
     header = StoreHeader.read(store)
     yield from _find_metadata_faults(store, header)
     yield from _find_label_faults(store, header)
+
+    # Shards against their records.
     shards = header.layout.shard_count
     drawn = set(range(shards))
     if sample is not None:
@@ -70,21 +72,26 @@ def find_faults(store: Path, sample: int | None = None, seed: int = 0) -> Iterat
         if record is None:
             yield StoreFault(f"shard {shard}: not committed", shard)
             continue
-        if why := _describe_shard_fault(store, header, *record, content=shard in drawn):
-            yield StoreFault(f"shard {shard}: {why}", shard)
+        if fault := _describe_shard_fault(store, header, *record, content=shard in drawn):
+            yield StoreFault(f"shard {shard}: {fault}", shard)
         records.append(record)
+
+    # The manifest follows from the records, so all of them are needed to check it.
     if len(records) == shards:
         yield from _find_manifest_faults(store, header, records)
 
 
 def _find_metadata_faults(store: Path, header: StoreHeader) -> Iterator[StoreFault]:
-    """What is wrong beside the shards: headers, what was asked, leftovers."""
-    for path, told in (
+    """Yield the faults of the headers, build.json and the exclude lists, and the files that a crash left."""
+    # Headers.
+    for path, expected_json in (
         (store / "zarr.json", zarr_group_json({"ajepa": header.to_json()})),
         (store / "mel" / "zarr.json", zarr_array_json(header.layout)),
     ):
-        if not path.is_file() or path.read_bytes() != told:
+        if not path.is_file() or path.read_bytes() != expected_json:
             yield StoreFault(f"{path}: not as written")
+
+    # Records of the build and of the user.
     try:
         json.loads((store / "build.json").read_text())["asked"]
     except (OSError, ValueError, KeyError):
@@ -95,16 +102,20 @@ def _find_metadata_faults(store: Path, header: StoreHeader) -> Iterator[StoreFau
         Exclusions.read_from_store(store)
     except StoreError as error:
         yield StoreFault(str(error))
+
+    # Debris.
     leftovers = [
         *store.rglob(f"*{PARTIAL_SUFFIX}"),
         *store.glob(f"ledger/*{PENDING_SUFFIX}"),
         *uncommitted_shards(store),
     ]
-    yield from (StoreFault(f"{path}: left by a build that was cut off") for path in leftovers)
+    for path in leftovers:
+        yield StoreFault(f"{path}: left by a build that was cut off")
 
 
 def _find_label_faults(store: Path, header: StoreHeader) -> Iterator[StoreFault]:
-    """Raw labels against the digest of the plan's, propagated ones against what their rule gives."""
+    """Yield the faults of labels.parquet: raw labels that are not the plan's, label sets that are not their rule's."""
+    # Raw labels; without them no label set can be checked.
     try:
         labels, sources = read_table(store / "labels.parquet")
     except StoreError as error:
@@ -116,15 +127,20 @@ def _find_label_faults(store: Path, header: StoreHeader) -> Iterator[StoreFault]
     if frame_digest(labels.select("raw", "outside")) != header.labels_digest:
         yield StoreFault("labels.parquet: raw labels are not those that the store was built with")
         return
-    for name in (name for name in labels.columns if name not in ("raw", "outside")):
-        if (fault := _find_label_set_fault(store, header, labels, name, sources.get(name))) is not None:
-            yield fault
+
+    # Propagated label sets.
+    for name in labels.columns:
+        if name not in ("raw", "outside"):
+            fault = _find_label_set_fault(store, header, labels, name, sources.get(name))
+            if fault is not None:
+                yield fault
 
 
 def _find_label_set_fault(
     store: Path, header: StoreHeader, labels: pl.DataFrame, name: str, provenance: dict[str, Any] | None
 ) -> StoreFault | None:
-    """A propagated set against what its rule gives; one whose ontology is gone cannot be made again by a repair."""
+    """The fault of a propagated label set, None if it has none; a repair needs the ontology that made the set."""
+    # How the set was made.
     if not provenance or set(provenance) != {field.name for field in fields(LabelProvenance)}:
         return StoreFault(
             f"labels.parquet: label set {name} does not say where it comes from", label_set=name
@@ -135,7 +151,9 @@ def _find_label_set_fault(
     except MissingOntologyError as error:
         return StoreFault(f"labels.parquet: {error}")
     except (StoreError, pl.exceptions.ColumnNotFoundError):
-        return None  # told of where the manifest is looked at
+        return None  # a fault of the manifest, which `_find_manifest_faults` reports
+
+    # The set made again.
     adds_CC = rule_relation_CC(name, ontology=ontology, classes=header.classes)
     expected = propagate(labels["raw"], adds_CC).zip_with(splits.is_in(provenance["splits"]), labels["raw"])
     if expected.equals(labels[name]):
@@ -148,11 +166,14 @@ def _find_label_set_fault(
 def _describe_shard_fault(
     store: Path, header: StoreHeader, commit: ShardCommit, results: pl.DataFrame, *, content: bool
 ) -> str | None:
-    """What is wrong with one shard's object, its chunks or its ledger record; None if nothing is."""
+    """The fault of a shard's record or file, None if it has none; only with `content` the file is read."""
+    # The record.
     if len(results) != len(header.layout.rows_of_shard(commit.shard)):
         return "its ledger record has another number of rows"
     if (commit.spec_id, commit.plan_id) != (header.spec.spec_id, header.plan_id):
         return "its ledger record is of another spec or plan"
+
+    # The file's size.
     path = shard_path(store, commit.shard)
     if not commit.size_bytes:
         return f"{path} should not exist, no clip of it is good" if path.exists() else None
@@ -162,19 +183,22 @@ def _describe_shard_fault(
         return f"{path} has {path.stat().st_size} bytes, expected {commit.size_bytes}"
     if not content:
         return None
-    whole = path.read_bytes()
-    if hashlib.sha256(whole).hexdigest() != commit.sha256:
-        return f"{path} does not match its digest{_describe_damaged_rows(path, whole, header, commit)}"
+
+    # The file's bytes, and which clips its index holds.
+    shard_bytes = path.read_bytes()
+    if hashlib.sha256(shard_bytes).hexdigest() != commit.sha256:
+        return f"{path} does not match its digest{_describe_damaged_rows(path, shard_bytes, header, commit)}"
     try:
-        there = _read_shard_index(path, header)[: len(results), 0] != ABSENT_OFFSET
+        is_present_N = _read_shard_index(path, header)[: len(results), 0] != ABSENT_OFFSET
     except ValueError as error:
         return f"{path}: {error}"
-    if (there != (results["status"] == "good").to_numpy()).any():
+    if (is_present_N != (results["status"] == "good").to_numpy()).any():
         return f"{path} holds other clips than the ledger says"
     return None
 
 
 def _read_shard_index(path: Path, header: StoreHeader) -> np.ndarray:
+    """Offset and size of each chunk of a shard; raises ValueError if the index fails its checksum."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         return read_shard_index(descriptor, header.layout.shard_clips)
@@ -182,26 +206,28 @@ def _read_shard_index(path: Path, header: StoreHeader) -> np.ndarray:
         os.close(descriptor)
 
 
-def _describe_damaged_rows(path: Path, content: bytes, header: StoreHeader, commit: ShardCommit) -> str:
+def _describe_damaged_rows(path: Path, shard_bytes: bytes, header: StoreHeader, commit: ShardCommit) -> str:
     """The rows whose chunk fails its own checksum, as the end of a sentence."""
     try:
         index_N2 = _read_shard_index(path, header)
     except ValueError as error:
         return f" ({error})"
-    rows, bad = header.layout.rows_of_shard(commit.shard), []
+    rows = header.layout.rows_of_shard(commit.shard)
+    damaged = []
     for row, (offset, size) in zip(rows, index_N2[: len(rows)].tolist(), strict=True):
-        chunk = content[offset : offset + size]
-        if offset != ABSENT_OFFSET and google_crc32c.value(chunk[:-CRC_BYTES]) != int.from_bytes(
-            chunk[-CRC_BYTES:], "little"
-        ):
-            bad.append(row)
-    return f" (rows {bad[:5]} are damaged)" if bad else ""
+        if offset == ABSENT_OFFSET:
+            continue
+        chunk = shard_bytes[offset : offset + size]
+        checksum = int.from_bytes(chunk[-CRC_BYTES:], "little")
+        if google_crc32c.value(chunk[:-CRC_BYTES]) != checksum:
+            damaged.append(row)
+    return f" (rows {damaged[:5]} are damaged)" if damaged else ""
 
 
 def _find_manifest_faults(
     store: Path, header: StoreHeader, records: list[ShardRecord]
 ) -> Iterator[StoreFault]:
-    """What does not follow from the ledger: manifest, identity, statistics."""
+    """Yield what does not follow from the ledger in the manifest, the store's identity and its statistics."""
     commits = [commit for commit, _ in records]
     results = pl.concat([results for _, results in records])
     try:
@@ -210,15 +236,19 @@ def _find_manifest_faults(
     except (StoreError, ManifestError) as error:
         yield StoreFault(str(error))
         return
+
+    # The manifest and its id.
     if frame_digest(manifest.select(*PLAN_SCHEMA)) != header.plan_digest:
         yield StoreFault("manifest.parquet: ids, splits or times are not those that the store was built with")
     if not manifest.select(*RESULT_SCHEMA).equals(results):
-        odd = manifest.height != results.height or (manifest["status"] != results["status"]).arg_max()
-        yield StoreFault(
-            f"manifest.parquet: it and the ledger differ{'' if odd is True else f', as in row {odd}'}"
-        )
+        example = ""
+        if manifest.height == results.height:
+            example = f", as in row {(manifest['status'] != results['status']).arg_max()}"
+        yield StoreFault(f"manifest.parquet: it and the ledger differ{example}")
     if metadata.get("store_id") != compute_store_id(header, commits):
         yield StoreFault("manifest.parquet: the store's id does not follow from its shards")
+
+    # Statistics.
     try:
         stats = json.loads((store / "stats.json").read_text())
     except (OSError, ValueError):

@@ -1,7 +1,4 @@
-"""Who runs the shards: worker processes of this machine, which may hang or die without taking the build along.
-
-Ray: the same tasks on the machines of a Ray cluster; the only door to it.
-"""
+"""Run the tasks of a build in processes, which may hang or die, or on a Ray cluster; only this file uses Ray."""
 
 import ctypes
 import logging
@@ -24,13 +21,19 @@ from pipeline.errors import InputError, StoreError
 
 POLL_SECONDS = 0.5
 
+SUSPENDED_SECONDS = 4 * POLL_SECONDS  # a poll that took longer: Ctrl-Z, or the machine slept
+
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
-MAX_IDLE_DEATHS = 3  # of workers with no clip in hand: not a clip's fault
+MAX_IDLE_DEATHS = 3  # deaths of workers outside any row, for which no clip can be blamed
+
+CONNECT_TIMEOUT_SECONDS = 10  # for the first answer of a Ray cluster
+
+TASK_DONE = "done"  # a worker's message at the end of a task
 
 
 class RowTask(Protocol):
-    """Some clips to work through, of which one may turn out to be deadly."""
+    """Rows to work through; any of them may kill the process that tries it."""
 
     def with_failed_row(self, row: int, reason: str, detail: str) -> Self:
         """The same task, with one row failed instead of tried."""
@@ -39,15 +42,17 @@ class RowTask(Protocol):
 
 T = TypeVar("T", bound=RowTask)
 
-TaskFunction = Callable[
-    [T], Iterator[int | None]
-]  # yields each row before it is tried, None before what is no clip
+# Works through a task; yields each row before it tries the row, None before work that belongs to no row.
+TaskFunction = Callable[[T], Iterator[int | None]]
 
 
 def run_in_processes(
     task_function: TaskFunction[T], tasks: Iterable[T], *, workers: int, clip_limit_seconds: float
 ) -> Iterator[int]:
-    """Do all tasks in `workers` spawned processes, see `Pool`; with 0 in this one, without that protection."""
+    """Run all tasks and yield each row that is tried.
+
+    The tasks run in `workers` processes as in `WorkerPool`; with 0 they run in this process, without its protection.
+    """
     if workers == 0:
         for task in tasks:
             yield from (row for row in task_function(task) if row is not None)
@@ -60,111 +65,143 @@ def run_in_processes(
 
 
 class WorkerPool(Generic[T]):
-    """Up to `workers` spawned processes that do one kind of work, and stay for more of it."""
+    """Up to `workers` spawned processes that run tasks with one function and stay for the next task."""
 
     def __init__(self, task_function: TaskFunction[T], workers: int) -> None:
-        self._task_function, self._worker_limit = task_function, workers
+        self._task_function = task_function
+        self._worker_limit = workers
         self._workers: list[_WorkerProcess[T]] = []
 
     def run_tasks(self, tasks: Iterable[T], *, clip_limit_seconds: float) -> Iterator[int]:
-        """Do tasks, drawn when there is somebody to do them; yields each row when it is tried.
+        """Run tasks, each drawn when a worker is free for it; yields each row when it is tried.
 
-        A row on which a process dies, or which takes over `clip_seconds` of wall time, is failed by `task.without`
-        and the task done again. Errors in a worker end the run: an InputError as it is, anything else as a
-        RuntimeError with its traceback.
+        A row that kills its process, or takes more than `clip_limit_seconds` of wall time, is failed by
+        `with_failed_row`, and its task runs again. An error in a worker ends the run: an InputError is raised as it
+        is, any other error as a RuntimeError with its traceback.
         """
-        waiting, again, deaths = iter(tasks), list[T](), 0
+        new_tasks = iter(tasks)
+        retries: list[T] = []
+        idle_deaths = 0
         while True:
+            # Every worker gets a task: those of killed workers first, then new ones.
             while len(self._busy_workers()) < self._worker_limit:
-                if (task := again.pop() if again else next(waiting, None)) is None:
+                task = retries.pop() if retries else next(new_tasks, None)
+                if task is None:
                     break
                 self._idle_worker().assign_task(task)
-            if not (busy := self._busy_workers()):
+            busy = self._busy_workers()
+            if not busy:
                 return
-            began = time.monotonic()
-            ready = wait([worker.pipe for worker in busy], timeout=POLL_SECONDS)
-            slept = time.monotonic() - began
-            if slept > 4 * POLL_SECONDS:  # stopped by Ctrl-Z, or the machine slept
-                for worker in busy:
-                    worker.extend_deadline(slept)
+
+            # Pass rows on; kill workers that are stuck, and retry the tasks of dead ones without the row.
+            ready = _wait_for_messages(busy)
             for worker in busy:
-                if worker.pipe in ready and (row := worker.receive_row()) is not None:
-                    yield row
+                if worker.pipe in ready:
+                    row = worker.receive_row()
+                    if row is not None:
+                        yield row
                 if worker.is_dead or worker.is_overdue(clip_limit_seconds):
                     self._workers.remove(worker)
-                    deaths += worker.current_row is None
-                    again.append(worker.kill_for_retry(clip_limit_seconds))
-            if deaths >= MAX_IDLE_DEATHS:
+                    idle_deaths += worker.current_row is None
+                    retries.append(worker.kill_for_retry(clip_limit_seconds))
+
+            # A task that kills its worker before any row would be retried for ever.
+            if idle_deaths >= MAX_IDLE_DEATHS:
                 raise StoreError(
-                    f"worker processes died {deaths} times; out of memory? Try again with fewer --workers"
+                    f"worker processes died {idle_deaths} times; out of memory? Try again with fewer --workers"
                 )
 
     def _busy_workers(self) -> "list[_WorkerProcess[T]]":
         return [worker for worker in self._workers if worker.current_task is not None]
 
     def _idle_worker(self) -> "_WorkerProcess[T]":
-        """A worker without a task, a new one if there is none."""
-        free = next((worker for worker in self._workers if worker.current_task is None), None)
-        if free is None:
-            self._workers.append(free := _WorkerProcess(self._task_function))
-        return free
+        """A worker without a task; starts one if there is none."""
+        for worker in self._workers:
+            if worker.current_task is None:
+                return worker
+        worker = _WorkerProcess(self._task_function)
+        self._workers.append(worker)
+        return worker
 
     def close(self) -> None:
-        """End the processes, whatever they are at."""
+        """Kill the processes, busy or not."""
         while self._workers:
             self._workers.pop().kill_process()
 
 
+def _wait_for_messages(workers: "list[_WorkerProcess[T]]") -> list[Any]:
+    """Wait for a moment; returns the pipes on which a message, or their end, can be read."""
+    began = time.monotonic()
+    ready = wait([worker.pipe for worker in workers], timeout=POLL_SECONDS)
+    waited_seconds = time.monotonic() - began
+    # While all processes stood still no row could advance.
+    if waited_seconds > SUSPENDED_SECONDS:
+        for worker in workers:
+            worker.extend_deadline(waited_seconds)
+    return ready
+
+
 class _WorkerProcess(Generic[T]):
-    """One spawned process: the task it has, the row it is at, and since when."""
+    """One spawned process, with its current task, its current row, and the time at which it began the row."""
 
     def __init__(self, task_function: TaskFunction[T]) -> None:
-        context = mp.get_context("spawn")  # a fork after torch or polars are up may hang
-        self.pipe, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_serve_tasks, args=(theirs, task_function, os.getpid()), daemon=True
-        )
-        signal.pthread_sigmask(
-            signal.SIG_BLOCK, [signal.SIGINT]
-        )  # inherited: Ctrl-C is for the parent to handle
-        self._process.start()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-        theirs.close()  # so that the worker's death reads as the end of the pipe
         self.current_task: T | None = None
         self.current_row: int | None = None
-        self._row_started = 0.0
         self.is_dead = False
+        self._row_started = 0.0
+
+        # Spawned: a fork may hang once torch or polars have threads.
+        context = mp.get_context("spawn")
+        self.pipe, worker_pipe = context.Pipe()
+        self._process = context.Process(
+            target=_serve_tasks, args=(worker_pipe, task_function, os.getpid()), daemon=True
+        )
+
+        # The worker inherits the mask: Ctrl-C is for the parent to handle.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        self._process.start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+
+        # With the worker as its only holder, the pipe ends when the worker dies.
+        worker_pipe.close()
 
     def assign_task(self, task: T) -> None:
-        self.current_task, self.current_row = task, None
+        """Send the process a task."""
+        self.current_task = task
+        self.current_row = None
         try:
             self.pipe.send(task)
         except OSError:
             self.is_dead = True
 
     def receive_row(self) -> int | None:
-        """The row now tried, if that is the news; raises what the worker raised."""
+        """Read one message; returns the row that it announces, if any, and raises the error that it carries."""
         try:
-            news = self.pipe.recv()
+            message = self.pipe.recv()
         except (EOFError, ConnectionResetError):
             self.is_dead = True
             return None
-        if isinstance(news, Exception):
-            raise news
-        self.current_row, self._row_started = (None if news == "done" else news), time.monotonic()
-        if news == "done":
+        if isinstance(message, Exception):
+            raise message
+        self._row_started = time.monotonic()
+        if message == TASK_DONE:
+            self.current_row = None
             self.current_task = None
+        else:
+            self.current_row = message
         return self.current_row
 
     def extend_deadline(self, seconds: float) -> None:
-        """Do not count this time, in which nobody worked, against the clip."""
+        """Allow the current row this much more time."""
         self._row_started += seconds
 
     def is_overdue(self, clip_limit_seconds: float) -> bool:
+        """Whether the current row takes longer than a clip may."""
         return self.current_row is not None and time.monotonic() - self._row_started > clip_limit_seconds
 
     def kill_for_retry(self, clip_limit_seconds: float) -> T:
-        """The task to do again, without the row that took the process down."""
+        """Kill the process; returns its task, in which the current row is failed."""
+        # A process that still lives was overdue.
         timed_out = not self.is_dead
         self.kill_process()
         assert self.current_task is not None
@@ -193,21 +230,24 @@ def _describe_exit(exitcode: int | None) -> str:
 def _serve_tasks(
     pipe: Connection, task_function: Callable[[Any], Iterator[int | None]], parent_pid: int
 ) -> None:
-    """A worker's life: tasks come in; rows, None, and at the end "done" or an exception go out."""
-    if sys.platform == "linux":  # a worker that outlives a killed build would write beside the next one
+    """Run the tasks that come through the pipe; send their rows and None, and after each task TASK_DONE or an error."""
+    # A worker that outlived a killed build would write beside the next one. The parent may have died before `prctl`.
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
     if os.getppid() != parent_pid:
         return
-    os.dup2(
-        os.open(os.devnull, os.O_WRONLY), 2
-    )  # decoders complain there; what matters comes back as a reason
-    torch.set_num_threads(1)  # one process a core: more threads would only fight
+
+    # Decoders complain on stderr; the reason of a failed row says all that matters.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    # One process on each core: more threads would only compete.
+    torch.set_num_threads(1)
+
     while True:
         try:
             for row in task_function(pipe.recv()):
                 pipe.send(row)
-            pipe.send("done")
-        except (EOFError, BrokenPipeError):  # the build is gone
+            pipe.send(TASK_DONE)
+        except (EOFError, BrokenPipeError):  # the build has ended
             return
         except InputError as error:
             pipe.send(error)
@@ -224,15 +264,17 @@ def run_on_ray_cluster(
     clip_limit_seconds: float,
     address: str | None = None,
 ) -> Iterator[int]:
-    """Do all tasks on a Ray cluster, `workers` at a time; yields their rows as tasks end.
+    """Run all tasks on a Ray cluster, `workers` at a time; yields their rows as tasks end.
 
-    `address` as `ray.init` takes it; None starts Ray on this machine. Every machine must see the same paths. Ray
-    does the tasks of a lost machine again on another; what a worker process survives is as in `Pool`.
+    `address` is that of `ray.init`; None starts Ray on this machine. All machines must see the same paths. Ray runs
+    the tasks of a lost machine again on another; a row that kills its process fails as in `WorkerPool`.
     """
     try:
         import ray
     except ImportError:
         raise InputError("--engine ray: Ray is not installed; run: pip install 'ajepa[ray]'") from None
+
+    # Connect.
     _check_cluster_answers(address)
     try:
         ray.init(
@@ -243,29 +285,33 @@ def run_on_ray_cluster(
         )
     except ConnectionError as error:
         raise _no_cluster_error(address, error) from None
+
+    # Keep `workers` tasks running; tasks are drawn as others end.
     try:
-        do: Any = ray.remote(num_cpus=1)(run_ray_task)
-        there, waiting, running = ray.put(task_function), iter(tasks), list[Any]()
+        remote_task: Any = ray.remote(num_cpus=1)(run_ray_task)
+        function_reference = ray.put(task_function)
+        new_tasks = iter(tasks)
+        running: list[Any] = []
         while True:
-            while len(running) < workers and (task := next(waiting, None)) is not None:
-                running.append(do.remote(there, task, clip_limit_seconds))
+            while len(running) < workers and (task := next(new_tasks, None)) is not None:
+                running.append(remote_task.remote(function_reference, task, clip_limit_seconds))
             if not running:
                 return
-            done, running = ray.wait(running)
-            for rows in ray.get(done):
-                if isinstance(rows, InputError):
-                    raise rows
-                yield from rows
+            ended, running = ray.wait(running)
+            for result in ray.get(ended):
+                if isinstance(result, InputError):
+                    raise result
+                yield from result
     finally:
         ray.shutdown()
 
 
 def _check_cluster_answers(address: str | None) -> None:
-    """Ray itself tries for minutes to reach a host that refuses."""
+    """Raise InputError where nothing listens at the address; Ray itself would try for minutes."""
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
         try:
-            socket.create_connection((host, int(port)), timeout=10).close()
+            socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_SECONDS).close()
         except OSError as error:
             raise _no_cluster_error(address, error) from None
 
@@ -279,16 +325,19 @@ def _no_cluster_error(address: str | None, error: Exception) -> InputError:
 def run_ray_task(
     task_function: TaskFunction[T], task: T, clip_limit_seconds: float
 ) -> list[int] | InputError:
-    """One task in a guarded process of this machine, which stays for the next."""
+    """Run one task in a worker process of this machine; returns its rows, or the InputError that ended it.
+
+    The error is returned because Ray would wrap one that is raised.
+    """
     pool = cached_worker_pool(pickle.dumps(task_function))
     try:
         return list(pool.run_tasks([task], clip_limit_seconds=clip_limit_seconds))
-    except InputError as error:  # as a value: Ray would wrap it
+    except InputError as error:
         pool.close()
         return error
 
 
 @lru_cache(maxsize=1)
 def cached_worker_pool(pickled_function: bytes) -> WorkerPool[Any]:
-    """The process of this Ray worker."""
+    """The pool of this Ray worker, with one process that stays from task to task."""
     return WorkerPool(pickle.loads(pickled_function), workers=1)

@@ -1,4 +1,4 @@
-"""ajepa-data: sound files in, a checked feature store out."""
+"""ajepa-data, the command line of `pipeline`: its app, and the commands that are not in `build.py` or `store.py`."""
 
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -7,14 +7,15 @@ import typer
 
 from pipeline.cli import build, store
 from pipeline.cli.options import (
+    PROPAGATION_RULE_NAMES,
     StorePath,
     complete_from,
-    propagation_rule_names,
     require_local_store,
     run_command_line,
 )
 from pipeline.errors import InputError
 
+# Without rich: it takes long to load, also for the tab key.
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -59,7 +60,7 @@ def propagate_labels(
         str,
         typer.Option(
             help="unambiguous (the paper's), all-ancestors, dominators or direct-parent.",
-            autocompletion=complete_from(propagation_rule_names),
+            autocompletion=complete_from(PROPAGATION_RULE_NAMES),
         ),
     ] = "unambiguous",
     splits: Annotated[
@@ -83,17 +84,18 @@ def propagate_labels(
 
     Example: ajepa-data propagate-labels as20k.zarr
     """
-    from pipeline.labels import label_tables
-    from pipeline.labels import propagation as tally
+    from pipeline.labels.label_tables import propagate_inputs
+    from pipeline.labels.propagation import propagation_table
 
-    asked = [split.strip() for part in splits for split in part.split(",")] if splits else None
-    done = label_tables.propagate_inputs(inputs, rule, asked, ontology=ontology, classes=classes, out=out)
-    print(tally.propagation_table(done))
+    # --splits may be repeated, and may hold several names with commas between them.
+    split_names = [name.strip() for part in splits or () for name in part.split(",")] or None
+    changes = propagate_inputs(inputs, rule, split_names, ontology=ontology, classes=classes, out=out)
+    print(propagation_table(changes))
 
 
 @app.command()
 def finalize(store: StorePath) -> None:
-    """Finish a store whose parts are all built. The last to end does so by itself.
+    """Finish a store whose parts are all built. The last part does so by itself.
 
     Example: ajepa-data finalize as2m.zarr
     """
@@ -101,12 +103,14 @@ def finalize(store: StorePath) -> None:
     from pipeline.store.header import StoreHeader
     from pipeline.store.summary import coverage_table
 
-    manifest = finish_store(store, header := StoreHeader.read(store))
+    # None: some shards are not committed.
+    header = StoreHeader.read(store)
+    manifest = finish_store(store, header)
     if manifest is None:
-        some = unbuilt_shards(store, header)
+        unbuilt = unbuilt_shards(store, header)
         raise InputError(
-            f"{store}: {len(some)} of {header.layout.shard_count} shards are not built, the first is {some[0]}; "
-            "run the parts that are missing"
+            f"{store}: {len(unbuilt)} of {header.layout.shard_count} shards are not built, the first is "
+            f"{unbuilt[0]}; run the parts that are missing"
         )
     print(coverage_table(manifest))
 
@@ -119,8 +123,8 @@ def doctor(
 ) -> None:
     """Look at what building needs here.
 
-    Packages, codecs, room, a small trial; takes about 10 s. Status 1 where
-    something is broken, with what mends it.
+    Packages, codecs, free space, a small trial; takes about 10 s. Status 1 where
+    something is broken; the line about it says how to mend it.
 
     Example: ajepa-data doctor --place stores/
     """
@@ -128,11 +132,12 @@ def doctor(
 
     from pipeline.cli.doctor import check_data_machine, told
 
-    with TemporaryDirectory() as trial:
-        for line in told(check_data_machine(place, Path(trial))):
+    # Each line is printed as soon as its check is done.
+    with TemporaryDirectory() as trial_folder:
+        for line in told(check_data_machine(place, Path(trial_folder))):
             print(line, flush=True)
 
 
 def main() -> NoReturn:
-    """Run ajepa-data."""
+    """Run ajepa-data and exit with its status."""
     run_command_line(app)

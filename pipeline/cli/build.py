@@ -1,45 +1,59 @@
-"""The commands of ajepa-data that build stores: one a dataset, all with the same further options."""
+"""The commands of ajepa-data that build stores: one per dataset, and all with the same options for the build."""
 
 import sys
 from collections.abc import Callable, Iterator
 from inspect import signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.cli.options import complete_from, mel_spec_names
+from pipeline.cli.options import MEL_SPEC_NAMES, complete_from
 from pipeline.errors import InputError
 from pipeline.messages import print_to_stderr
+
+if TYPE_CHECKING:  # at run time they would load every heavy library before --help
+    import polars as pl
+
+    from pipeline.build.plan import StoreOutput
+    from pipeline.datasets.corpus import Corpus
+    from pipeline.files import BuildPart
 
 app = typer.Typer(rich_markup_mode=None)
 
 
-def build_command(corpus_of: Callable[..., Any]) -> Callable[..., None]:
-    """A build command: the parameters and the docstring of `corpus_of`, and the options of `run`."""
-    own = signature(corpus_of)
-    shared = [
+def build_command(corpus_from_options: "Callable[..., Corpus]") -> Callable[..., None]:
+    """Add a build command: name, docstring and options of a dataset's function, and those of `build_from_options`."""
+    # The dataset's own options come first, then the shared ones.
+    dataset_signature = signature(corpus_from_options)
+    dataset_parameters = dataset_signature.parameters
+    shared_parameters = [
         parameter.replace(kind=parameter.POSITIONAL_OR_KEYWORD)
         for name, parameter in signature(build_from_options).parameters.items()
         if name != "corpus"
     ]
 
+    # The command takes all options by name and hands each on to the function that it belongs to.
     def build(**values: Any) -> None:
-        asked = {name: values.pop(name) for name in own.parameters}
-        build_from_options(corpus_of(**asked), **values)
+        dataset_values = {name: values.pop(name) for name in dataset_parameters}
+        build_from_options(corpus_from_options(**dataset_values), **values)
 
-    ordered = sorted(
-        [*own.parameters.values(), *shared],
+    # Typer reads the options off the signature. Python wants the parameters without a default first.
+    parameters = sorted(
+        [*dataset_parameters.values(), *shared_parameters],
         key=lambda parameter: parameter.default is not parameter.empty,
     )
-    build.__signature__ = own.replace(parameters=ordered, return_annotation=None)  # type: ignore[attr-defined]
-    build.__annotations__ = {parameter.name: parameter.annotation for parameter in ordered}
-    build.__name__, build.__doc__ = corpus_of.__name__, corpus_of.__doc__
+    build.__signature__ = dataset_signature.replace(  # type: ignore[attr-defined]
+        parameters=parameters, return_annotation=None
+    )
+    build.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    build.__name__ = corpus_from_options.__name__
+    build.__doc__ = corpus_from_options.__doc__
     return app.command()(build)
 
 
 def build_from_options(
-    corpus: Any,
+    corpus: "Corpus",
     *,
     out: Annotated[
         list[str],
@@ -54,9 +68,9 @@ def build_from_options(
         typer.Option(
             metavar="TEXT",
             help="Mel spec: a name, or a TOML file. Repeats with --out: one decoding pass for all.",
-            autocompletion=complete_from(mel_spec_names),
+            autocompletion=complete_from(MEL_SPEC_NAMES),
         ),
-    ] = ["a-jepa"],  # noqa: B006  (typer wants a list, and nobody writes to it)
+    ] = ["a-jepa"],  # noqa: B006  (typer wants a list, and nothing writes to it)
     dtype: Annotated[str, typer.Option(help="float16, or uint8: half the size, 0.12 nat steps.")] = "float16",
     workers: Annotated[int, typer.Option(min=0, help="Decoding processes; 0: this one, unguarded.")] = 2,
     part: Annotated[
@@ -85,42 +99,45 @@ def build_from_options(
         bool, typer.Option("--dry-run", help="Only say what would be built, how large, how long.")
     ] = False,
 ) -> None:
-    """Build, or foretell, what the options ask for, and print what came of it."""
+    """Build the stores that the options describe, or only predict their size and time, and print the result."""
     from pipeline.audio.decode import AudioPolicy
     from pipeline.build.build import build_stores
     from pipeline.build.dry_run import describe_dry_run
     from pipeline.build.plan import BuildOptions
     from pipeline.files import BuildPart
 
-    outputs = outputs_from_options(
-        corpus, out, spec, dtype=dtype, staging=staging, part=BuildPart.parse(part)
-    )
+    # Options become values, which refuse nonsense.
+    build_part = BuildPart.parse(part)
+    outputs = outputs_from_options(corpus, out, spec, dtype=dtype, staging=staging, part=build_part)
     policy = AudioPolicy(accept_truncated=accept_truncated, keep_silent=keep_silent, max_seconds=max_seconds)
-    build = BuildOptions(
+    options = BuildOptions(
         policy=policy,
         workers=workers,
         clip_limit_seconds=limit_seconds,
-        part=BuildPart.parse(part),
+        part=build_part,
         engine=engine,
         address=address,
     )
     if dry_run:
-        print(describe_dry_run(corpus, outputs, build))
+        print(describe_dry_run(corpus, outputs, options))
         return
+
+    # Notes come before the work, which may take hours.
     for output in outputs:
         if output.remote:
             print_to_stderr(f"{output.remote}: tables, and shards until they are pushed, in {output.path}")
     for note in corpus.notes:
         print_to_stderr(note)
-    manifests = build_stores(corpus, outputs, build, progress=decoding_progress)
+
+    manifests = build_stores(corpus, outputs, options, progress=decoding_progress)
     for output, manifest in zip(outputs, manifests, strict=True):
         print_build_result(corpus, output, manifest, part)
 
 
 def outputs_from_options(
-    corpus: Any, out: list[str], spec: list[str], *, dtype: str, staging: Path, part: Any
-) -> list[Any]:
-    """The stores that are asked for, in rows as long as the corpus has them."""
+    corpus: "Corpus", out: list[str], spec: list[str], *, dtype: str, staging: Path, part: "BuildPart"
+) -> "list[StoreOutput]":
+    """Return the stores to build, one for each --out; their rows are as long as the corpus has its clips."""
     from pipeline.audio.mel_spec import resolve_mel_spec, with_clip_seconds
     from pipeline.build.plan import StoreOutput
     from pipeline.build.remote_store import staging_folder
@@ -129,36 +146,51 @@ def outputs_from_options(
     if len(out) != len(spec):
         raise InputError(f"{len(spec)} --spec and {len(out)} --out: every store needs one of each")
     outputs = []
-    for place, name in zip(out, spec, strict=True):
-        each = resolve_mel_spec(name)
+    for location, spec_name in zip(out, spec, strict=True):
+        mel_spec = resolve_mel_spec(spec_name)
         if corpus.clip_seconds is not None:
-            each = with_clip_seconds(each, corpus.clip_seconds)
-        remote = place.rstrip("/") if is_remote_url(place) else None
-        path = staging_folder(remote, staging, part) if remote else Path(place)
-        outputs.append(StoreOutput(path=path, spec=each, dtype=dtype, remote=remote))
+            mel_spec = with_clip_seconds(mel_spec, corpus.clip_seconds)
+
+        # A store at a URL is built in a staging folder and pushed from there.
+        remote = None
+        path = Path(location)
+        if is_remote_url(location):
+            remote = location.rstrip("/")
+            path = staging_folder(remote, staging, part)
+        outputs.append(StoreOutput(path=path, spec=mel_spec, dtype=dtype, remote=remote))
     return outputs
 
 
-def print_build_result(corpus: Any, output: Any, manifest: Any, part: str) -> None:
-    """What became of a store, and what to do next."""
+def print_build_result(
+    corpus: "Corpus", output: "StoreOutput", manifest: "pl.DataFrame | None", part: str
+) -> None:
+    """Print how many clips of a store are good, and the next command; or that other parts are still missing."""
     from pipeline.store.summary import coverage_table
 
     if manifest is None:
-        print(f"{output.place}: part {part} is done; the store is finished when the other parts are")
+        print(f"{output.location}: part {part} is done; the store is finished when the other parts are")
         return
     print(coverage_table(manifest))
-    again = ", then the same build command, to push what changed" if output.remote else ""
-    step = "propagate-labels" if corpus.asked["dataset"] == "audioset" else "inspect"
-    print(f"{output.place}: done. Next: ajepa-data {step} {output.path}{again}")
+    # Only AudioSet has a class tree along which labels can be propagated.
+    next_command = "propagate-labels" if corpus.dataset_settings["dataset"] == "audioset" else "inspect"
+    push_again = ", then the same build command, to push what changed" if output.remote else ""
+    print(f"{output.location}: done. Next: ajepa-data {next_command} {output.path}{push_again}")
 
 
 def decoding_progress(clips: int, rows: Iterator[int]) -> Iterator[int]:
-    """A bar on a terminal, a line now and then in a log."""
+    """Yield the rows, with a progress bar on a terminal, or a line every 30 s in a log."""
     from tqdm import tqdm
 
-    seldom = 0.1 if sys.stderr.isatty() else 30
+    # In a log every line stays.
+    seconds_between = 0.1 if sys.stderr.isatty() else 30
     yield from tqdm(
-        rows, total=clips, unit="clip", desc="decode", smoothing=0.05, dynamic_ncols=True, mininterval=seldom
+        rows,
+        total=clips,
+        unit="clip",
+        desc="decode",
+        smoothing=0.05,
+        dynamic_ncols=True,
+        mininterval=seconds_between,
     )
 
 
@@ -181,7 +213,7 @@ def build_audioset(
     lenient: Annotated[
         bool, typer.Option("--lenient", help="Leave out damaged lines of the lists, and name them.")
     ] = False,
-) -> Any:
+) -> "Corpus":
     """Decode AudioSet's clips into feature stores. Run again, it carries on.
 
     Example: ajepa-data build-audioset --audio clips/ --segments balanced_train_segments.csv --out as20k.zarr
@@ -208,14 +240,14 @@ def build_folder(
     label_from: Annotated[
         str, typer.Option(help="none, or parent: label by the folder a sound is in.")
     ] = "none",
-) -> Any:
+) -> "Corpus":
     """Decode your own clips into feature stores. Run again, it carries on.
 
     Example: ajepa-data build-folder --folder sounds/ --table labels.csv --out mine.zarr
     """
-    from pipeline.datasets.folder import folder_corpus as own
+    from pipeline.datasets.folder import folder_corpus
 
-    return own(
+    return folder_corpus(
         folder,
         table,
         clip_seconds=clip_seconds,
@@ -229,7 +261,7 @@ def build_folder(
 @build_command
 def build_esc50(
     folder: Annotated[Path, typer.Option(help="ESC-50 as unpacked: audio/, meta/.", show_default=False)],
-) -> Any:
+) -> "Corpus":
     """Decode ESC-50 into feature stores. 5-s clips, a split for each fold.
 
     Example: ajepa-data build-esc50 --folder ESC-50-master --out esc50.zarr
@@ -243,7 +275,7 @@ def build_esc50(
 def build_speech_commands(
     folder: Annotated[Path, typer.Option(help="Speech Commands as unpacked.", show_default=False)],
     version: Annotated[str, typer.Option(help="v1 (30 words) or v2 (35 words).")] = "v2",
-) -> Any:
+) -> "Corpus":
     """Decode Speech Commands into feature stores. 1-s clips, the standard splits.
 
     Example: ajepa-data build-speech-commands --folder speech_commands_v0.02 --out spc2.zarr
@@ -258,7 +290,7 @@ def build_fsd50k(
     folder: Annotated[Path, typer.Option(help="FSD50K as unpacked: FSD50K.*/.", show_default=False)],
     clip_seconds: Annotated[float, typer.Option(min=0.1, help="Seconds of a clip.")] = 10.0,
     cut: Annotated[bool, typer.Option("--cut", help="Cut longer sounds into several clips.")] = False,
-) -> Any:
+) -> "Corpus":
     """Decode FSD50K into feature stores. Splits train, val and eval.
 
     Example: ajepa-data build-fsd50k --folder FSD50K --cut --out fsd50k.zarr
@@ -269,7 +301,7 @@ def build_fsd50k(
 
 
 def opening_progress(files: int, stream: Iterator[Any]) -> Iterator[Any]:
-    """The bar while sounds are opened to see how long they are."""
+    """Yield the sounds of a stream that opens them for their length; a progress bar on a terminal only."""
     from tqdm import tqdm
 
     yield from tqdm(stream, total=files, unit="file", desc="open", disable=None)

@@ -1,4 +1,4 @@
-"""What this machine has and can do: versions, codecs, room, and a build of a small store, looked at one by one."""
+"""The doctor: checks of what this machine has and can do, from versions and codecs to a build of a small store."""
 
 import os
 import platform
@@ -22,28 +22,40 @@ from pipeline.datasets.demo.audio_files import DEMO_CONTAINERS, write_audio_file
 from pipeline.datasets.demo.synthesis import SYNTHESIS_RATE_HZ
 from pipeline.datasets.folder import folder_corpus
 from pipeline.errors import InputError
+from pipeline.store.cache import BYTES_PER_GB
 from pipeline.store.feature_store import FeatureStore
 
-BYTES_PER_GB = 1e9
-
-MIN_FREE_DISK_GB = 10.0  # on the disk: AudioSet-20k as float16 takes 5
+MIN_FREE_DISK_GB = 10.0  # AudioSet-20k as float16 takes 5
 
 SHARED_MEMORY = Path("/dev/shm")
 
 MIN_SHARED_MEMORY_GB = 0.5
 
-TONE_HZ, TONE_SECONDS, TOLERANCE_HZ = 440.0, 1.0, 3.0
+# The tone that each codec has to bring back.
+TONE_HZ = 440.0
 
-TRIAL_SECONDS, TRIAL_CLIPS = 2.0, 48
+TONE_SECONDS = 1.0
+
+TOLERANCE_HZ = 3.0
+
+# The trial store: tones, a semitone apart.
+TRIAL_CLIPS = 48
+
+TRIAL_SECONDS = 2.0
+
+TRIAL_LOWEST_HZ = 200.0
 
 DATA_PACKAGES = ("ajepa", "numpy", "polars", "pyarrow", "zarr", "soundfile", "av", "soxr", "torch")
 
 INSTALL_COMMAND = "pip install --upgrade --force-reinstall ajepa"
 
+# Everything that a check may raise because of the machine and not because of a bug.
+CHECK_ERRORS = (ImportError, OSError, RuntimeError, ValueError, PackageNotFoundError, InputError)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MachineCheck:
-    """One thing that was looked at. `slow` works, but not as well as it might; `mend` is what to do then."""
+    """The result of one check. `slow` works, but not as well as it might; `remedy` says what to do then."""
 
     name: str
     state: Literal["ok", "slow", "broken"]
@@ -52,21 +64,25 @@ class MachineCheck:
 
     def __str__(self) -> str:
         text = f"{self.state:7}{self.name}: {self.message}"
+        # Lines within 80 columns, further ones indented.
         lines = textwrap.wrap(text, 79, subsequent_indent=" " * 9, break_on_hyphens=False)
-        return "\n".join([*lines, *([f"       -> {self.remedy}"] if self.remedy else [])])
+        if self.remedy:
+            lines.append(f"       -> {self.remedy}")
+        return "\n".join(lines)
 
 
 def run_machine_check(name: str, check: Callable[[], str], remedy: str) -> MachineCheck:
-    """What `look` tells, or how it failed and what mends that."""
+    """Return the message of `check`, or how it failed together with the remedy."""
     try:
         return MachineCheck(name=name, state="ok", message=check())
-    except (ImportError, OSError, RuntimeError, ValueError, PackageNotFoundError, InputError) as error:
+    except CHECK_ERRORS as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return MachineCheck(name=name, state="broken", message=lines[0], remedy=remedy)
 
 
 def check_data_machine(store_folder: Path, trial_folder: Path) -> Iterator[MachineCheck]:
-    """All that stage one needs; stores are to lie below `place`, a small one is built below `trial`."""
+    """Yield the checks of all that building needs: stores are to lie in `store_folder`, a trial in `trial_folder`."""
+    # The later checks need what the earlier ones look at.
     yield run_machine_check("system", describe_system, "Linux is needed, and Python 3.11 or newer")
     yield run_machine_check("packages", lambda: package_versions(DATA_PACKAGES), INSTALL_COMMAND)
     yield run_machine_check("codecs", lambda: check_codecs(trial_folder), INSTALL_COMMAND)
@@ -79,26 +95,27 @@ def check_data_machine(store_folder: Path, trial_folder: Path) -> Iterator[Machi
 
 
 def describe_system() -> str:
-    """The system, its cores and its memory."""
+    """Return Python, the system, its cores and its memory in words."""
     memory_gb = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / BYTES_PER_GB
+    # The cores that this process may use: in a container fewer than there are.
     cores = len(os.sched_getaffinity(0))
     return f"Python {platform.python_version()}, {platform.platform()}, {cores} cores, {memory_gb:.0f} GB"
 
 
 def package_versions(packages: Iterable[str]) -> str:
-    """What is installed; PackageNotFoundError names what is not."""
+    """Return the installed versions; PackageNotFoundError names a package that is not installed."""
     return ", ".join(f"{package} {version(package)}" for package in packages)
 
 
 def check_codecs(trial_folder: Path) -> str:
-    """A tone written as each kind of file and decoded again; RuntimeError names one that is another then."""
-    wave_S = (
-        np.sin(2 * np.pi * TONE_HZ * np.arange(int(SYNTHESIS_RATE_HZ * TONE_SECONDS)) / SYNTHESIS_RATE_HZ) / 2
-    )
+    """Write a tone as each kind of file and decode it again; RuntimeError where another tone comes back."""
+    wave_SC = _tone_SC(TONE_HZ, TONE_SECONDS, amplitude=0.5)
     for container in DEMO_CONTAINERS:
-        file = trial_folder / f"tone-{container.name}.{container.extension}"
-        write_audio_file(file, wave_S[:, None].astype(np.float32), container, rate_hz=container.rates_hz[0])
-        audio = load_clip_audio(SoundLocator.from_path(file), start_seconds=0.0, end_seconds=TONE_SECONDS)
+        path = trial_folder / f"tone-{container.name}.{container.extension}"
+        write_audio_file(path, wave_SC, container, rate_hz=container.rates_hz[0])
+        audio = load_clip_audio(SoundLocator.from_path(path), start_seconds=0.0, end_seconds=TONE_SECONDS)
+
+        # The loudest frequency of the decoded sound is the tone.
         power_N = np.abs(np.fft.rfft(audio.wave_S * np.hanning(len(audio.wave_S)))) ** 2
         loudest_hz = power_N.argmax() * audio.rate_hz / len(audio.wave_S)
         if abs(loudest_hz - TONE_HZ) > TOLERANCE_HZ:
@@ -109,26 +126,30 @@ def check_codecs(trial_folder: Path) -> str:
 
 
 def check_free_space(store_folder: Path) -> MachineCheck:
-    """Free space where stores are to lie, and in shared memory."""
+    """Check the free space in the folder of the stores, and in shared memory."""
     disk_gb = shutil.disk_usage(store_folder).free / BYTES_PER_GB
-    report_checks = f"{disk_gb:.1f} GB free in {store_folder.resolve()}"
-    short = disk_gb < MIN_FREE_DISK_GB
-    mend = "20 k clips take 5 GB, 2 M clips 533: look for another folder with --place FOLDER"
+    message = f"{disk_gb:.1f} GB free in {store_folder.resolve()}"
+    remedy = ""
+    if disk_gb < MIN_FREE_DISK_GB:
+        remedy = "20 k clips take 5 GB, 2 M clips 533: look for another folder with --place FOLDER"
+
+    # Containers start with 64 MB of shared memory, too little for batches.
     if SHARED_MEMORY.exists():
-        shm_gb = shutil.disk_usage(SHARED_MEMORY).free / BYTES_PER_GB
-        report_checks += f", {shm_gb:.1f} GB in {SHARED_MEMORY}"
-        if shm_gb < MIN_SHARED_MEMORY_GB:
-            short, mend = True, "in a container: docker run --shm-size 2g"
-    return MachineCheck(
-        name="room", state="slow" if short else "ok", message=report_checks, remedy=mend if short else ""
-    )
+        shared_memory_gb = shutil.disk_usage(SHARED_MEMORY).free / BYTES_PER_GB
+        message += f", {shared_memory_gb:.1f} GB in {SHARED_MEMORY}"
+        if shared_memory_gb < MIN_SHARED_MEMORY_GB:
+            remedy = "in a container: docker run --shm-size 2g"
+    return MachineCheck(name="room", state="slow" if remedy else "ok", message=message, remedy=remedy)
 
 
 def check_trial_build(trial_folder: Path) -> str:
-    """A store of tones, built by two processes, verified, with a labelled split; RuntimeError where it is wrong."""
+    """Build a store of tones, verify it and read it again; RuntimeError where it is not as expected."""
     store = build_trial_store(trial_folder)
-    if faults := list(find_faults(store)):
+    faults = list(find_faults(store))
+    if faults:
         raise RuntimeError(f"the store of the trial: {faults[0].text}")
+
+    # The tones rise from row to row, so their loudest bands must too.
     opened = FeatureStore.open(store)
     loudest_B = opened.read(opened.good_rows()).astype(np.float32).mean(1).argmax(1)
     if not (np.diff(loudest_B) >= 0).all() or loudest_B[0] == loudest_B[-1]:
@@ -137,40 +158,47 @@ def check_trial_build(trial_folder: Path) -> str:
 
 
 def build_trial_store(trial_folder: Path) -> Path:
-    """The store of TRIAL_CLIPS rising tones below `trial`, split train and eval; built unless it is there."""
-    out = trial_folder / "trial.zarr"
-    if out.exists():
-        return out
-    sounds = trial_folder / "sounds"
-    sounds.mkdir()
-    seconds_S = np.arange(int(SYNTHESIS_RATE_HZ * TRIAL_SECONDS)) / SYNTHESIS_RATE_HZ
-    rows = ["path,label,split"]
+    """Return the store of TRIAL_CLIPS rising tones, splits train and eval; built unless it is there."""
+    store = trial_folder / "trial.zarr"
+    if store.exists():
+        return store
+
+    # The sounds and their table: the lower half of the tones is one class, the upper half another.
+    sounds_folder = trial_folder / "sounds"
+    sounds_folder.mkdir()
+    lines = ["path,label,split"]
     for number in range(TRIAL_CLIPS):
-        hz = 200 * 2 ** (number / 12)
-        wave_S = 0.3 * np.sin(2 * np.pi * hz * seconds_S)
         name = f"tone-{number:02d}.wav"
-        write_audio_file(
-            sounds / name, wave_S[:, None].astype(np.float32), DEMO_CONTAINERS[0], rate_hz=SYNTHESIS_RATE_HZ
-        )
-        rows.append(
-            f"{name},{'high' if 2 * number >= TRIAL_CLIPS else 'low'},{'eval' if number % 4 == 3 else 'train'}"
-        )
+        wave_SC = _tone_SC(TRIAL_LOWEST_HZ * 2 ** (number / 12), TRIAL_SECONDS, amplitude=0.3)
+        write_audio_file(sounds_folder / name, wave_SC, DEMO_CONTAINERS[0], rate_hz=SYNTHESIS_RATE_HZ)
+        label = "low" if 2 * number < TRIAL_CLIPS else "high"
+        split = "eval" if number % 4 == 3 else "train"
+        lines.append(f"{name},{label},{split}")
     table = trial_folder / "table.csv"
-    table.write_text("\n".join(rows) + "\n")
+    table.write_text("\n".join(lines) + "\n")
+
+    # Two processes, as a real build has several.
     build_store(
-        folder_corpus(sounds, table),
-        StoreOutput(path=out, spec=preset_mel_spec("a-jepa")),
+        folder_corpus(sounds_folder, table),
+        StoreOutput(path=store, spec=preset_mel_spec("a-jepa")),
         BuildOptions(workers=2),
     )
-    return out
+    return store
 
 
-def told(findings: Iterable[MachineCheck]) -> Iterator[str]:
-    """A line for each finding as it is made; InputError at the end where something is broken."""
+def _tone_SC(hz: float, seconds: float, *, amplitude: float) -> np.ndarray:
+    """Return a sine of one channel at SYNTHESIS_RATE_HZ, float32."""
+    seconds_S = np.arange(int(SYNTHESIS_RATE_HZ * seconds)) / SYNTHESIS_RATE_HZ
+    return (amplitude * np.sin(2 * np.pi * hz * seconds_S))[:, None].astype(np.float32)
+
+
+def told(checks: Iterable[MachineCheck]) -> Iterator[str]:
+    """Yield the text of each check as it is made; InputError at the end where one is broken."""
+    # All lines come before the error, so that one fault hides no other.
     broken = []
-    for finding in findings:
-        if finding.state == "broken":
-            broken.append(finding.name)
-        yield str(finding)
+    for check in checks:
+        if check.state == "broken":
+            broken.append(check.name)
+        yield str(check)
     if broken:
-        raise InputError(f"broken: {', '.join(broken)}; each line above says what mends it")
+        raise InputError(f"broken: {', '.join(broken)}; the lines above say how to mend each of them")

@@ -1,9 +1,5 @@
-"""Names that options take, read off the source of what defines them: the tab key cannot wait for it to load.
+"""What ajepa-data and ajepa-train share: options, the names that the tab key offers, and how a command ends."""
 
-What both command lines share: their arguments for stores, and how a run of them ends.
-"""
-
-import ast
 import os
 import resource
 import signal
@@ -20,50 +16,26 @@ from pipeline.errors import RUN_AGAIN_STATUS, STOP_SIGNALS, InputError, StopSign
 from pipeline.files import DISK_FULL_ERRNOS, PARTIAL_SUFFIX, check_writable
 from pipeline.messages import wrap_to_terminal
 
-PACKAGE = Path(__file__).parents[1]
+MAX_OPEN_FILES = 65_536  # the most that a command asks the system for
+
+# The tab key cannot wait for the modules that define these names; a test holds them to the tables.
+MEL_SPEC_NAMES = ("a-jepa", "a-jepa-16k", "audio-jepa", "panns", "convnext", "passt")
+
+PROPAGATION_RULE_NAMES = ("unambiguous", "all-ancestors", "dominators", "direct-parent")
 
 
-def keys_in_source(file: Path, table: str) -> tuple[str, ...]:
-    """The keys that a module writes out in its dict `table`, in their order; not those of dicts unpacked there."""
-    for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        match node:
-            case ast.AnnAssign(target=ast.Name(id=name), value=ast.Dict(keys=keys)) if name == table:
-                return tuple(str(key.value) for key in keys if isinstance(key, ast.Constant))
-    raise LookupError(f"{file}: has no dict {table}")
-
-
-def names_in_source(file: Path) -> tuple[str, ...]:
-    """Every text that a module gives as `name=`."""
-    calls = (
-        node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)
-    )
-    given = (word.value for call in calls for word in call.keywords if word.arg == "name")
-    return tuple(str(value.value) for value in given if isinstance(value, ast.Constant))
-
-
-def complete_from(names: Callable[[], Sequence[str]]) -> Callable[[str], list[str]]:
-    """What the tab key offers for an option: those of the names that begin as what is typed."""
+def complete_from(names: Sequence[str]) -> Callable[[str], list[str]]:
+    """Return a function for `autocompletion=`: the names that begin with the text typed so far."""
 
     def matching_names(incomplete: str) -> list[str]:
-        return [name for name in names() if name.startswith(incomplete)]
+        return [name for name in names if name.startswith(incomplete)]
 
     return matching_names
 
 
-def mel_spec_names() -> tuple[str, ...]:
-    """Mel specs."""
-    return names_in_source(PACKAGE / "audio/mel_spec.py")
-
-
-def propagation_rule_names() -> tuple[str, ...]:
-    """Rules of propagation."""
-    return keys_in_source(PACKAGE / "labels/propagation.py", "PROPAGATION_RULES")
-
-
-MAX_OPEN_FILES = 65_536  # asked for at most
-
-
 def require_local_store(store: Path) -> Path:
+    """Return the path of a store on a disk, for a callback; InputError for a URL."""
+    # Of the two slashes of a URL `Path` leaves one.
     if str(store).startswith(("s3:/", "gs:/", "http:/", "https:/")):
         raise InputError(
             f"{store}: lies on an object store; copy it to a disk first, or give its staging folder"
@@ -71,6 +43,14 @@ def require_local_store(store: Path) -> Path:
     return store
 
 
+def check_output_path(path: Path | None) -> Path | None:
+    """Return the path of a file to write, for a callback: InputError before the work and not after it."""
+    if path is not None:
+        check_writable(path)
+    return path
+
+
+# The options that commands share.
 StorePath = Annotated[
     Path, typer.Argument(help="Feature store, NAME.zarr.", show_default=False, callback=require_local_store)
 ]
@@ -78,14 +58,6 @@ StorePath = Annotated[
 StoreLocation = Annotated[
     str, typer.Argument(help="Feature store, NAME.zarr or s3://...", show_default=False)
 ]
-
-
-def check_output_path(path: Path | None) -> Path | None:
-    """Callback of options that name a file to write: told at once, and not after the work."""
-    if path is not None:
-        check_writable(path)
-    return path
-
 
 CacheFolder = Annotated[
     Path | None, typer.Option(help="Folder that keeps what was read from s3://.", show_default=False)
@@ -95,7 +67,8 @@ CacheSizeGb = Annotated[float, typer.Option(min=0.001, help="Most that --cache m
 
 
 def run_command_line(app: typer.Typer) -> NoReturn:
-    """Run a command line: our own errors become one line and exit status 1, an interruption one and status 75."""
+    """Run a command line: an error of ours is one line and exit status 1, an interruption one line and status 75."""
+    # A signal becomes an exception, so that files are closed and locks freed on the way out.
     for number in STOP_SIGNALS:
         signal.signal(number, _raise_interrupted)
     raise_open_file_limit()
@@ -103,10 +76,12 @@ def run_command_line(app: typer.Typer) -> NoReturn:
         app()
     except InputError as error:
         _exit_with_message(f"error: {error}", 1)
-    except BrokenPipeError:  # whoever reads what is printed, such as head, has read enough
+    except BrokenPipeError:
+        # The reader of our output, such as head, has read enough. Python would complain once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    except OSError as error:  # a read-only folder, a full disk, a file where a folder should be
+    except OSError as error:
+        # A full disk, a read-only folder, a file where a folder should be. Without a file name it is a bug.
         if error.errno in DISK_FULL_ERRNOS:
             _exit_with_message(
                 "error: no space left on the disk; free some and run the same command again", 1
@@ -120,10 +95,13 @@ def run_command_line(app: typer.Typer) -> NoReturn:
 
 
 def describe_os_error(error: OSError) -> str:
-    """What the system refused, where (scratch files by the name that they were to have), and what to look at."""
+    """Return in one line what the system refused, where, and what to do."""
     name = str(error.filename)
+    # A scratch file goes by the name that it was to have.
     if name.endswith(PARTIAL_SUFFIX):
         name = name.removesuffix(PARTIAL_SUFFIX).removesuffix(f".{socket.gethostname()}-{os.getpid()}")
+
+    # In the words of the user's mistake where the kind of error shows it.
     if isinstance(error, FileExistsError | NotADirectoryError):
         return f"{name}: is a file, or lies below one; expected a folder"
     if isinstance(error, IsADirectoryError):
@@ -132,10 +110,12 @@ def describe_os_error(error: OSError) -> str:
 
 
 def raise_open_file_limit() -> None:
-    """Let this process open more files: each store read from holds 256 shards, and most systems begin with 1,024."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(OSError, ValueError):  # macOS has lower limits than it tells
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, MAX_OPEN_FILES)), hard))
+    """Let this process open more files: a store that is read keeps 256 shards open, and most systems allow 1,024."""
+    # Up to the hard limit no rights are needed.
+    soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = max(soft_limit, min(hard_limit, MAX_OPEN_FILES))
+    with suppress(OSError, ValueError):  # macOS allows less than its hard limit says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard_limit))
 
 
 def _raise_interrupted(number: int, frame: object) -> NoReturn:

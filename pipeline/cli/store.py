@@ -1,15 +1,18 @@
-"""The commands that look at a store: verify, audit-labels, bench, report, inspect."""
+"""The commands of ajepa-data that look at a store: verify, audit-labels, bench, report, inspect."""
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli import build
+from pipeline.cli.build import decoding_progress
 from pipeline.cli.options import CacheFolder, CacheSizeGb, StoreLocation, StorePath, check_output_path
 from pipeline.errors import InputError
 from pipeline.files import DEFAULT_CACHE_GB
+
+if TYPE_CHECKING:  # at run time it would load every heavy library before --help
+    from pipeline.build.verify import StoreFault
 
 app = typer.Typer()
 
@@ -19,10 +22,12 @@ def verify(
     store: StorePath,
     sample: Annotated[
         int | None,
-        typer.Option(min=1, help="Only so many, drawn at random: shards to read, or rows --against-audio."),
+        typer.Option(
+            min=1, help="Check only so many, drawn at random: shards, or rows with --against-audio."
+        ),
     ] = None,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Make broken shards again from the sounds they came from.")
+        bool, typer.Option("--repair", help="Build broken shards again from their sounds.")
     ] = False,
     against_audio: Annotated[
         bool,
@@ -37,7 +42,7 @@ def verify(
     Example: ajepa-data verify as20k.zarr --repair
     """
     if against_audio and repair:
-        raise InputError("verify: --against-audio only tells; give --repair by itself")
+        raise InputError("verify: --against-audio repairs nothing; give --repair without it")
     if against_audio:
         _verify_against_audio(store, sample)
     else:
@@ -45,30 +50,41 @@ def verify(
 
 
 def _verify_store(store: Path, sample: int | None, *, repair: bool, workers: int) -> None:
-    from pipeline.build.repair import repair_store as mend
+    """Print the faults of a store, and repair them if asked to; InputError where faults or lost clips are left."""
     from pipeline.build.verify import find_faults
 
+    # A sample is another one each time, so that repeated calls see more of the store.
     faults = list(find_faults(store, sample, seed=time.time_ns()))
     for fault in faults:
         print(fault.text)
-    if faults and repair:
-        lost = mend(store, faults, workers=workers, progress=build.decoding_progress)
-        left = list(find_faults(store))
-        for fault in left:
-            print(f"still: {fault.text}")
-        if left:
-            raise InputError(f"{store}: left after the repair: {_fault_count_text(len(left))}")
-        print(f"{store}: {_fault_count_text(len(faults))} mended")
-        if lost:
-            raise InputError(
-                f"{store}: {lost} clips are lost: damaged here, and their sounds can no longer be had"
-            )
-    elif faults:
+    if not faults:
+        print(f"{store}: every shard, row and checksum is as it should be")
+    elif repair:
+        _repair_store(store, faults, workers)
+    else:
         raise InputError(
             f"{store}: {_fault_count_text(len(faults))}; mend with: ajepa-data verify {store} --repair"
         )
-    else:
-        print(f"{store}: every shard, row and checksum is as it should be")
+
+
+def _repair_store(store: Path, faults: "list[StoreFault]", workers: int) -> None:
+    """Repair a store and print how it went; InputError where faults are left or clips are lost."""
+    from pipeline.build.repair import repair_store
+    from pipeline.build.verify import find_faults
+
+    lost_clips = repair_store(store, faults, workers=workers, progress=decoding_progress)
+
+    # Only another look at the whole store shows whether the repair has mended everything.
+    remaining = list(find_faults(store))
+    for fault in remaining:
+        print(f"still: {fault.text}")
+    if remaining:
+        raise InputError(f"{store}: left after the repair: {_fault_count_text(len(remaining))}")
+    print(f"{store}: {_fault_count_text(len(faults))} mended")
+    if lost_clips:
+        raise InputError(
+            f"{store}: {lost_clips} clips are lost: damaged here, and their sounds can no longer be had"
+        )
 
 
 def _fault_count_text(count: int) -> str:
@@ -76,33 +92,44 @@ def _fault_count_text(count: int) -> str:
 
 
 def _verify_against_audio(store: Path, sample: int | None) -> None:
+    """Print which rows differ from their sounds; InputError where one does, or where no sound could be had."""
     from pipeline.build.recompute import VERSION_TOLERANCE_NAT, changed_versions, compare_with_audio
 
-    rows = faults = gone = 0
-    apart_nat = 0.0
-    for one in compare_with_audio(store, sample, seed=time.time_ns()):
-        rows, faults, gone = rows + 1, faults + bool(one.fault), gone + bool(one.missing_sound)
-        if one.fault or one.missing_sound:
-            print(f"row {one.row} (clip {one.clip_id}): {one.fault or f'not compared, {one.missing_sound}'}")
+    # A line for each row that differs, or whose sound is gone.
+    compared = 0
+    faults = 0
+    largest_difference_nat = 0.0
+    for row in compare_with_audio(store, sample, seed=time.time_ns()):
+        if row.missing_sound:
+            print(f"row {row.row} (clip {row.clip_id}): not compared, {row.missing_sound}")
+            continue
+        compared += 1
+        if row.fault:
+            faults += 1
+            print(f"row {row.row} (clip {row.clip_id}): {row.fault}")
         else:
-            apart_nat = max(apart_nat, one.difference_nat)
+            largest_difference_nat = max(largest_difference_nat, row.difference_nat)
+
+    # Other versions explain small differences.
     changed = changed_versions(store)
     if changed:
         print(
             f"built with {'; '.join(changed)}: values may differ by {VERSION_TOLERANCE_NAT} nat and one stored step"
         )
     if faults:
-        raise InputError(f"{store}: {faults} of {rows - gone} rows are not what their sounds give")
-    if gone == rows:
-        raise InputError(f"{store}: nothing could be compared, no sound is there; mount its audio folders")
-    told = f"up to {apart_nat:.3g} nat apart" if apart_nat else "bit for bit"
-    print(f"{store}: {rows - gone} rows are what their sounds give, {told}")
+        raise InputError(f"{store}: {faults} of {compared} rows are not what their sounds give")
+    if not compared:
+        raise InputError(
+            f"{store}: nothing could be compared, no sound is there; mount its audio folders and try again"
+        )
+    precision = f"up to {largest_difference_nat:.3g} nat apart" if largest_difference_nat else "bit for bit"
+    print(f"{store}: {compared} rows are what their sounds give, {precision}")
 
 
 @app.command()
 def audit_labels(
     store: StorePath,
-    json_: Annotated[Path | None, typer.Option("--json", help="File for everything that was found.")] = None,
+    json_: Annotated[Path | None, typer.Option("--json", help="File to write all findings to.")] = None,
     suggest: Annotated[
         Path | None, typer.Option(help="Exclude list to write: training clips that leak; text, or .csv.")
     ] = None,
@@ -119,12 +146,12 @@ def audit_labels(
             "--eval", metavar="TEXT", help="Split to measure on. Repeats. [default: those named eval or test]"
         ),
     ] = None,
-    few: Annotated[int, typer.Option(min=1, help="Clips, under which a class is told.")] = 10,
+    few: Annotated[int, typer.Option(min=1, help="Clips; a class with fewer is reported.")] = 10,
     top: Annotated[int, typer.Option(min=1, max=1000, help="Surprises of a kind to show.")] = 10,
 ) -> None:
-    """Tell what is wrong about clips and labels.
+    """List faults of clips and labels.
 
-    Leaks, copies, gaps, contradictions, shifts, and what else may surprise.
+    Leaks, copies, gaps, contradictions, shifts, and other surprises.
 
     An exclude list replaces those recorded before: loaders then draw none of
     its clips, and a run trained with other lists will not carry on.
@@ -150,11 +177,11 @@ def audit_labels(
 def bench(
     store: StorePath,
     batch: Annotated[int, typer.Option(min=1, help="Clips in a batch.")] = 64,
-    device: Annotated[str, typer.Option(help="Where batches are to be: cpu, cuda or cuda:N.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Device that batches go to: cpu, cuda or cuda:N.")] = "cpu",
 ) -> None:
     """Time every stage from the disk to the batch.
 
-    On this machine, in clips/s; the one that holds up the others is named.
+    On this machine, in clips/s; the slowest stage is named.
 
     Example: ajepa-data bench as20k.zarr --device cuda
     """
@@ -163,24 +190,25 @@ def bench(
     from pipeline.loading.benchmark import measure_loading
     from pipeline.store.feature_store import FeatureStore
 
+    # Checksums are a stage of their own, so the store reads without them. The bar shows the stage and the time.
     with tqdm(bar_format="{elapsed} {postfix}", leave=False, disable=None) as bar:
-        pace = measure_loading(
+        speed = measure_loading(
             FeatureStore.open(store, check="never"),
             batch_clips=batch,
             device=device,
             say=lambda stage: bar.set_postfix_str(stage),
         )
-    print(pace.format_table())
+    print(speed.format_table())
 
 
 @app.command()
 def report(
     store: StoreLocation,
     html: Annotated[
-        Path | None, typer.Option(help="Page to write: all of the store.", callback=check_output_path)
+        Path | None, typer.Option(help="HTML page to write, on all of the store.", callback=check_output_path)
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="PNG file to write: spectrograms.", callback=check_output_path)
+        Path | None, typer.Option(help="PNG file to write, with spectrograms.", callback=check_output_path)
     ] = None,
     clips: Annotated[int, typer.Option(min=1, max=60, help="Spectrograms to show.")] = 12,
     cache: CacheFolder = None,
@@ -200,6 +228,8 @@ def report(
             "report: nothing to write; give --html FILE for a page, --out FILE for a PNG, or both"
         )
     opened = FeatureStore.open(store, cache=cache, cache_gb=cache_gb)
+
+    # The table is printed in any case.
     print(coverage_table(opened.manifest, opened.exclusions.excluded_mask_N(opened.manifest)))
     if html is not None:
         write_store_page(opened, html, clip_count=clips)
@@ -212,27 +242,30 @@ def report(
 @app.command()
 def inspect(
     store: StoreLocation,
-    clip: Annotated[str | None, typer.Option(help="Id of a clip: all its rows are told.")] = None,
-    row: Annotated[int | None, typer.Option(help="A row's number instead, or one of the clip's.")] = None,
-    png: Annotated[Path | None, typer.Option(help="PNG file for the spectrogram.")] = None,
+    clip: Annotated[str | None, typer.Option(help="Id of a clip; all its rows are described.")] = None,
+    row: Annotated[int | None, typer.Option(help="Number of a row; with --clip, one of the clip's.")] = None,
+    png: Annotated[Path | None, typer.Option(help="PNG file to write, with the spectrogram.")] = None,
     cache: CacheFolder = None,
     cache_gb: CacheSizeGb = DEFAULT_CACHE_GB,
 ) -> None:
-    """Tell what a store is, or all about one clip.
+    """Describe a store, or one clip of it.
 
     Example: ajepa-data inspect as20k.zarr --clip=-0RWZT-miFs --png clip.png
     """
-    from pipeline.report import describe as inspection
+    from pipeline.report.describe import describe_rows, describe_store, select_clip_rows, write_rows_picture
     from pipeline.store.feature_store import FeatureStore
 
     opened = FeatureStore.open(store, cache=cache, cache_gb=cache_gb)
+    # Without a clip or a row, the store as a whole.
     if clip is None and row is None:
         if png is not None:
             raise InputError(f"{store}: --png needs a clip; add --clip ID or --row N")
-        print(inspection.describe_store(opened))
+        print(describe_store(opened))
         return
-    rows = inspection.select_clip_rows(opened, clip, row)
-    print(inspection.describe_rows(opened, rows))
+
+    # Of a clip or a row, every fact and maybe the picture.
+    rows = select_clip_rows(opened, clip, row)
+    print(describe_rows(opened, rows))
     if png is not None:
-        inspection.write_rows_picture(opened, rows, png)
+        write_rows_picture(opened, rows, png)
         print(png)

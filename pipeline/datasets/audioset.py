@@ -1,4 +1,4 @@
-"""AudioSet as people have it: segments lists, and sounds in any mixture of layouts -> a corpus."""
+"""AudioSet as people have it: official segments lists, and sounds in any mixture of folders and archives."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,25 +18,32 @@ from pipeline.errors import InputError
 from pipeline.labels.ontology import describe_outside_ids, load_class_list
 from pipeline.labels.segment_lists import plan_segment_lists
 
-SOUND_NAME_PATTERN = (  # [Y]<id>[_<start>[_<end>]][.<extension>]; never split on "_": 14 % of the ids contain one
+# [Y]<id>[_<start>[_<end>]][.<extension>]; never split on "_": 14 % of the ids contain one.
+SOUND_NAME_PATTERN = (
     r"^(?P<y>Y?)(?P<id>[A-Za-z0-9_-]{11})(?:_(?P<start>\d+(?:\.\d+)?)(?:_\d+(?:\.\d+)?)?)?"
     rf"(?:\.(?i:{'|'.join(SOUND_EXTENSIONS)}))?$"
 )
 
-SHARD_NAME_PATTERN = rf"(?:[-_.](?:part)?[0-9][^/]*)?\.(?i:tar|parquet|h5|hdf5){MEMBER_SEPARATOR}"  # eval-00003.tar:: is of eval
+# The end of an archive's name, with the number of a shard: eval-00003.tar:: belongs to eval.
+SHARD_NAME_PATTERN = rf"(?:[-_.](?:part)?[0-9][^/]*)?\.(?i:tar|parquet|h5|hdf5){MEMBER_SEPARATOR}"
 
-PREFERRED_KINDS = ("file", "tar", "parquet", "hdf5")  # kinds of locator, the one preferred first
+PREFERRED_KINDS = ("file", "tar", "parquet", "hdf5")  # of `SoundLocator.kind`, the one preferred first
 
-SHOWN_SOUND_NAMES = 5
+START_TOLERANCE_SECONDS = 1e-3  # decimal fractions are not exact in binary
+
+SHOWN_SOUND_NAMES = 5  # in an error or a note
 
 
 def audioset_corpus(
     audio: Sequence[Path | str], segments: Sequence[Path | str], *, lenient: bool = False
 ) -> Corpus:
-    """AudioSet, or any set in its shape: folders, archives or URLs of sounds and official segments lists.
+    """The corpus of AudioSet, or of any set in its shape; raises InputError.
 
-    `lenient` leaves damaged lines of the lists out, with a note. Raises InputError.
+    audio     folders, archives or URLs of sounds
+    segments  official segments lists
+    lenient   leave damaged lines of the lists out, with a note
     """
+    # The lists decide the rows, whether or not their sounds are there.
     plan, notes = plan_segment_lists([Path(path) for path in segments], lenient=lenient)
     sources = match_sounds_to_plan(plan, audio)
     classes = load_class_list()
@@ -63,103 +70,128 @@ def match_sounds_to_plan(plan: pl.DataFrame, audio_roots: Sequence[Path | str]) 
     2. one whose name states the start; 3. the container that loses least; 4. a loose file before one in a tar, in
     Parquet, in HDF5; 5. the first by name.
     """
+    # All sounds, with the ids and starts that their names state.
     found = find_sounds(audio_roots)
-    where = ", ".join(map(str, audio_roots))
+    roots = ", ".join(map(str, audio_roots))
     if found.sounds.is_empty():
-        looked = f"looked for {', '.join('.' + end for end in SOUND_EXTENSIONS)} and .tar, .parquet, .h5"
-        raise InputError(f"no audio files below {where}; {looked}{quote_first_note(found)}")
+        extensions = ", ".join("." + extension for extension in SOUND_EXTENSIONS)
+        raise InputError(
+            f"no audio files below {roots}; looked for {extensions} and .tar, .parquet, .h5{quote_first_note(found)}"
+        )
     sounds = parse_sound_names(found.sounds)
-    counting = plan.with_row_index("row").filter(pl.col("duplicate").is_null())
-    best = choose_best_sounds(counting, sounds)
-    if best.is_empty():
+
+    # One sound for each row that counts.
+    counting_rows = plan.with_row_index("row").filter(pl.col("duplicate").is_null())
+    matches = choose_best_sounds(counting_rows, sounds)
+    if matches.is_empty():
         shown = ", ".join(sounds["source"].head(SHOWN_SOUND_NAMES))
         raise InputError(
-            f"none of {sounds.height} audio files below {where} belongs to a clip of the lists; "
+            f"none of {sounds.height} audio files below {roots} belongs to a clip of the lists; "
             f"looked for names like {plan['clip_id'][0]}.wav, found {shown}{quote_first_note(found)}"
         )
+
+    # The plan's order; null where a row has no sound.
     rows = pl.DataFrame({"row_of_plan": range(plan.height)}, schema={"row_of_plan": pl.UInt32})
-    rows = rows.join(best, on="row_of_plan", how="left", maintain_order="left")
-    places_of = sounds.select("sound", *SOURCES_SCHEMA)
-    other_start = sounds_of_other_segments(plan, sounds)
+    frame = rows.join(matches, on="row_of_plan", how="left", maintain_order="left").join(
+        sounds.select("sound", *SOURCES_SCHEMA), on="sound", how="left", maintain_order="left"
+    )
+
+    # The sounds of no row: those of unknown ids, and those of other segments of listed videos.
     listed = sounds.join(plan.select(id="clip_id"), on="id", how="semi")
+    unmatched = sounds.join(listed, on="sound", how="anti", maintain_order="left")
+    other_segment_sources = sounds_of_other_segments(plan, sounds)
     return ClipSources(
-        frame=rows.join(places_of, on="sound", how="left", maintain_order="left").select(*SOURCES_SCHEMA),
+        frame=frame.select(*SOURCES_SCHEMA),
         sound_count=sounds.height,
-        unmatched_sources=sounds.join(listed, on="sound", how="anti", maintain_order="left")[
-            "source"
-        ].to_list(),
-        other_segment_sources=other_start,
-        notes=found.notes + note_other_starts(other_start),
+        unmatched_sources=unmatched["source"].to_list(),
+        other_segment_sources=other_segment_sources,
+        notes=found.notes + note_other_segments(other_segment_sources),
     )
 
 
 def quote_first_note(found: FoundSounds) -> str:
-    """The first note, for an error that it may explain."""
+    """The first note on what could not be read, in brackets, for an error that the note may explain."""
     return f" ({found.notes[0]})" if found.notes else ""
 
 
-def note_other_starts(other_start: list[str]) -> tuple[str, ...]:
-    """The note on sounds of other segments."""
-    if not other_start:
+def note_other_segments(sources: list[str]) -> tuple[str, ...]:
+    """A note on the sounds of other segments, if any."""
+    if not sources:
         return ()
-    shown = ", ".join(other_start[:SHOWN_SOUND_NAMES])
+    shown = ", ".join(sources[:SHOWN_SOUND_NAMES])
     return (
-        f"{len(other_start)} sounds are other segments of listed videos, by the start in their name: {shown}",
+        f"{len(sources)} sounds are other segments of listed videos, by the start in their name: {shown}",
     )
 
 
 def parse_sound_names(sounds: pl.DataFrame) -> pl.DataFrame:
-    """The sounds numbered, with `id`, `start` and `extension` as their names tell; `id` null where they tell none."""
-    parts = pl.col("name").str.extract_groups(SOUND_NAME_PATTERN)
-    beside = pl.col("id").str.extract_groups(SOUND_NAME_PATTERN)
+    """The sounds numbered, with `id`, `start` and `extension` from their names; null where a name has none."""
+    # An id column counts where the name holds no id.
+    name_parts = pl.col("name").str.extract_groups(SOUND_NAME_PATTERN)
+    id_column_parts = pl.col("id").str.extract_groups(SOUND_NAME_PATTERN)
     return sounds.with_row_index("sound").with_columns(
         extension=pl.col("name").str.extract(r"\.([^./]+)$").str.to_lowercase(),
-        id=pl.coalesce(parts.struct.field("id"), beside.struct.field("id")),
-        start=parts.struct.field("start").cast(pl.Float64),
+        id=pl.coalesce(name_parts.struct.field("id"), id_column_parts.struct.field("id")),
+        start=name_parts.struct.field("start").cast(pl.Float64),
     )
 
 
 def matches_row_start() -> pl.Expr:
-    """Whether the start in a name, in seconds or milliseconds, is that of the row; it may be absent."""
-    start, wanted = pl.col("start"), pl.col("start_seconds")
-    in_seconds = (start - wanted).abs() < 1e-3
-    return start.is_null() | in_seconds | ((start - 1000 * wanted).abs() < 1)
+    """Whether the start in a name, in seconds or milliseconds, is the row's; true where the name states none."""
+    start = pl.col("start")
+    row_start = pl.col("start_seconds")
+    agrees_in_seconds = (start - row_start).abs() < START_TOLERANCE_SECONDS
+    agrees_in_milliseconds = (start - 1000 * row_start).abs() < 1
+    return start.is_null() | agrees_in_seconds | agrees_in_milliseconds
 
 
 def choose_best_sounds(rows: pl.DataFrame, sounds: pl.DataFrame) -> pl.DataFrame:
-    """`row_of_plan` and the `sound` that `find_sources` prefers for it, of those rows that have one."""
-    order = {end: place for place, end in enumerate(SOUND_EXTENSIONS)}
-    below = (
-        pl.lit("/") + pl.col("folder") + pl.lit("/") + pl.col("source").str.replace(SHARD_NAME_PATTERN, "/")
-    )
-    matched = (
+    """`row_of_plan` and `sound`, the one that `match_sounds_to_plan` prefers, of each row that has a sound."""
+    # All sounds with the id and the start of a row.
+    candidates = (
         rows.select("clip_id", "split", "start_seconds", row_of_plan="row")
         .join(sounds.drop("row", "path", "name"), left_on="clip_id", right_on="id", how="inner")
         .filter(matches_row_start())
     )
-    several = pl.col("row_of_plan").is_duplicated()
+
+    # The folders above a sound, with an archive as one of them, between slashes.
+    split_folder = pl.lit("/") + pl.col("split") + pl.lit("/")
+    folders_above = (
+        pl.lit("/") + pl.col("folder") + pl.lit("/") + pl.col("source").str.replace(SHARD_NAME_PATTERN, "/")
+    )
+    rank_of_extension = {extension: rank for rank, extension in enumerate(SOUND_EXTENSIONS)}
+    rank_of_kind = {kind: rank for rank, kind in enumerate(PREFERRED_KINDS)}
+
+    # Rows with several sounds take the first in the order of preference; of most sets these are few.
+    has_several = pl.col("row_of_plan").is_duplicated()
     preferred = (
-        matched.filter(several)
+        candidates.filter(has_several)
         .select(
             "row_of_plan",
             "sound",
-            other_split=~below.str.contains(pl.lit("/") + pl.col("split") + pl.lit("/"), literal=True),
-            no_start=pl.col("start").is_null(),
-            loses=pl.col("extension").replace_strict(order, default=len(SOUND_EXTENSIONS)),
-            layout=pl.col("kind").replace_strict({kind: place for place, kind in enumerate(PREFERRED_KINDS)}),
+            is_of_other_split=~folders_above.str.contains(split_folder, literal=True),
+            has_no_start=pl.col("start").is_null(),
+            extension_rank=pl.col("extension").replace_strict(
+                rank_of_extension, default=len(SOUND_EXTENSIONS)
+            ),
+            kind_rank=pl.col("kind").replace_strict(rank_of_kind),
             source="source",
         )
-        .sort("row_of_plan", "other_split", "no_start", "loses", "layout", "source", "sound")
+        .sort(
+            *("row_of_plan", "is_of_other_split", "has_no_start"),
+            *("extension_rank", "kind_rank", "source", "sound"),
+        )
         .unique("row_of_plan", keep="first", maintain_order=True)
     )
-    pairs = ("row_of_plan", "sound")
-    return pl.concat([matched.filter(~several).select(pairs), preferred.select(pairs)])
+    columns = ("row_of_plan", "sound")
+    return pl.concat([candidates.filter(~has_several).select(columns), preferred.select(columns)])
 
 
 def sounds_of_other_segments(plan: pl.DataFrame, sounds: pl.DataFrame) -> list[str]:
     """The sounds of listed videos whose start is that of no row."""
     rows = plan.select("clip_id", "start_seconds")
-    stated = sounds.select("sound", "id", "start").drop_nulls("start")
-    matched = stated.join(rows, left_on="id", right_on="clip_id", how="inner")
-    other = matched.group_by("sound").agg(matches_row_start().any().alias("wanted")).filter(~pl.col("wanted"))
-    return sounds.join(other, on="sound", how="semi", maintain_order="left")["source"].to_list()
+    sounds_with_start = sounds.select("sound", "id", "start").drop_nulls("start")
+    candidates = sounds_with_start.join(rows, left_on="id", right_on="clip_id", how="inner")
+    sounds_of_videos = candidates.group_by("sound").agg(is_listed=matches_row_start().any())
+    of_other_segments = sounds_of_videos.filter(~pl.col("is_listed"))
+    return sounds.join(of_other_segments, on="sound", how="semi", maintain_order="left")["source"].to_list()

@@ -1,4 +1,4 @@
-"""Every dataset by name: what `asked` in a store's build.json names, and how to make its corpus again."""
+"""Every dataset by name, and its corpus made again from the settings in a store's build.json."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +10,7 @@ from pipeline.datasets.folder import folder_corpus
 from pipeline.datasets.fsd50k import fsd50k_corpus
 from pipeline.datasets.speech_commands import speech_commands_corpus
 from pipeline.errors import InputError
+from pipeline.messages import suggest_known
 
 DATASETS: dict[str, Callable[..., Corpus]] = {
     "audioset": audioset_corpus,
@@ -21,9 +22,9 @@ DATASETS: dict[str, Callable[..., Corpus]] = {
 
 
 def recreate_corpus(dataset_settings: dict[str, Any]) -> Corpus:
-    """The corpus that `Corpus.asked` tells of, as the folders and lists are now; raises InputError."""
-    values = dict(dataset_settings)
-    name = values.pop("dataset", None)
+    """Make the corpus of these `Corpus.dataset_settings` again, from its files as they are now; raises InputError."""
+    options = dict(dataset_settings)
+    name = options.pop("dataset", None)
     if name not in DATASETS:
-        raise InputError(f"dataset {name!r} is unknown; there are: {', '.join(DATASETS)}")
-    return DATASETS[name](**values)
+        raise InputError(f"dataset {name!r} is unknown; {suggest_known(str(name), DATASETS)}")
+    return DATASETS[name](**options)

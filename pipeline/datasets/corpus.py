@@ -1,8 +1,7 @@
-"""Corpus: what stores are built from: which clip is row i, where its sound lies, what the classes are.
+"""Corpus: which clip is row i of a store, where its sound lies and what the classes are, from a dataset's own lists.
 
-Listed: one clip as a dataset's own list tells of it; clips so listed -> plan and sources, and where they lie.
-
-How long sounds are, told from their headers, and clips cut out of long ones.
+A function for each dataset lists its clips as `ListedClip`, cuts long sounds with `cut_clips`, and puts the corpus
+together with `plan_from_clips` and `sources_from_clips`. The checks of folders and lists that they share are here too.
 """
 
 import csv
@@ -23,21 +22,46 @@ from pipeline.labels.ontology import ClassList
 from pipeline.messages import did_you_mean
 from pipeline.store.manifest import PLAN_SCHEMA
 
+ARCHIVE_SUFFIXES = (".zip", ".z01", ".tar", ".gz", ".tgz", ".7z", ".rar")
 
-def absolute_path_or_url(path: Path | str) -> str:
-    """A path as `Corpus.asked` holds it: the same from any folder; URLs stay as they are."""
-    return str(path) if "://" in str(path) else str(Path(path).absolute())
+SHOWN_FILE_NAMES = 8  # names of a folder's content in an error
+
+SHOWN_HEADER_LETTERS = 200  # of the first line of a list, in an error
+
+SHOWN_LINE_LETTERS = 60  # of any other line
+
+FIRST_ROW_LINE = 2  # of a CSV list: below the names of its columns
+
+MIN_CLIP_SECONDS = 0.1  # the build takes no shorter sound
+
+MAX_SOUND_SECONDS = AudioPolicy().max_seconds
+
+MIN_LAST_PIECE_SHARE = 0.5  # of a clip: the piece that a file ends with is kept from here up
+
+MIN_HOP_SHARE = 0.1  # of a clip: with less, every sound would be stored over ten times
+
+HOP_TOLERANCE_SHARE = 0.01  # of a hop: a sound that exceeds a piece by less than this counts as no longer
+
+LENGTH_CHECK_SECONDS = 0.01  # decoded to learn the length of a sound
+
+# Sounds opened at a time: no gain on files in memory (1 ms a wav, 5 an m4a), much where a network answers late.
+LENGTH_CHECK_THREADS = 8
+
+# Wraps the stream of opened sounds in a progress bar; the number is how many there will be.
+ProgressWrapper = Callable[[int, Iterator[Any]], Iterator[Any]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Corpus:
-    """What a dataset's own folders and lists come to; made by one function a dataset, in `pipeline/datasets/`.
+    """The clips of a dataset; made by one function a dataset, in `pipeline/datasets/`.
 
-    plan     columns of `pipeline.manifest.PLAN_SCHEMA`, `mids` (lists of class ids) and `duplicate` (why the row does
-             not count, or null), in an order that depends on the lists alone
-    asked    JSON values from which `pipeline.datasets.catalogue.corpus_of` makes the same corpus again; key `dataset`
-    clip_seconds  length of a row; None where the mel spec decides
-    notes    sentences that whoever builds should read, such as lines of a list that were left out
+    plan     columns of `pipeline.store.manifest.PLAN_SCHEMA`, `mids` (lists of class ids) and `duplicate` (why the row
+             does not count, or null), in an order that depends on the lists alone
+    sources  where the sound of each row of the plan lies
+    dataset_settings  JSON values from which `pipeline.datasets.catalogue.recreate_corpus` makes the same corpus again;
+                      the key `dataset` names the function
+    clip_seconds      length of a row; None where the mel spec decides
+    notes    sentences that whoever builds should read, such as how many lines of a list were left out
     """
 
     plan: pl.DataFrame
@@ -48,43 +72,26 @@ class Corpus:
     notes: tuple[str, ...] = ()
 
 
-ARCHIVE_SUFFIXES = (".zip", ".z01", ".tar", ".gz", ".tgz", ".7z", ".rar")
-
-SHOWN_FILE_NAMES = 8  # names of a folder in an error
+def absolute_path_or_url(path: Path | str) -> str:
+    """The path as `Corpus.dataset_settings` holds it: the same from any folder; URLs stay as they are."""
+    return str(path) if "://" in str(path) else str(Path(path).absolute())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ListedClip:
-    """One clip: seconds [start, end) of a sound. `path` is None where its sound lies nowhere."""
+    """One clip as a dataset lists it: seconds [start, end) of a sound."""
 
     clip_id: str
-    path: str | None
-    source: str  # what the manifest tells of the path
+    path: str | None  # None: the clip has no sound
+    source: str  # the path as the manifest shows it
     split: str
     mids: tuple[str, ...] = ()
     start_seconds: float = 0.0
-    end_seconds: float | None = None  # None: as the sound, or the length of clips, has it
-
-
-def loose_file_sources(
-    paths: Sequence[str | None], sources: Sequence[str], **source_facts: object
-) -> ClipSources:
-    """Sources of files that lie loose: row i is the file `paths[i]`, told of as `sources[i]`, to be cut exactly."""
-    there = pl.col("path").is_not_null()
-    frame = pl.DataFrame(
-        {"path": paths, "source": sources}, schema={"path": pl.String, "source": pl.String}
-    ).select(
-        kind=pl.when(there).then(pl.lit("file")),
-        path="path",
-        source=pl.when(there).then("source"),
-        exact=pl.lit(True),
-    )
-    absent = [pl.lit(None, dtype=t).alias(n) for n, t in SOURCES_SCHEMA.items() if n not in frame.columns]
-    return ClipSources(frame=frame.select(*frame.columns, *absent).select(*SOURCES_SCHEMA), **source_facts)  # type: ignore[arg-type]
+    end_seconds: float | None = None  # None: at the end of the sound, or after the length of a clip
 
 
 def plan_from_clips(clips: Sequence[ListedClip]) -> pl.DataFrame:
-    """The plan of clips in their order; ManifestError where two share an id."""
+    """The plan of the clips, in their order; ManifestError where two share an id."""
     plan = pl.DataFrame(
         {
             "clip_id": [clip.clip_id for clip in clips],
@@ -96,10 +103,12 @@ def plan_from_clips(clips: Sequence[ListedClip]) -> pl.DataFrame:
         },
         schema={**PLAN_SCHEMA, "mids": pl.List(pl.String), "duplicate": pl.String},
     )
-    twice = plan.filter(pl.col("clip_id").is_duplicated())
-    if twice.height:
+
+    # Results are told apart by id.
+    repeated = plan.filter(pl.col("clip_id").is_duplicated())
+    if repeated.height:
         raise ManifestError(
-            f"{twice.height} clips share their id with another, such as {twice.item(0, 'clip_id')!r}; "
+            f"{repeated.height} clips share their id with another, such as {repeated.item(0, 'clip_id')!r}; "
             "every clip needs its own: list the same seconds of a sound once"
         )
     return plan
@@ -108,80 +117,126 @@ def plan_from_clips(clips: Sequence[ListedClip]) -> pl.DataFrame:
 def sources_from_clips(
     clips: Sequence[ListedClip], *, files: int, unmatched: Sequence[str] = ()
 ) -> ClipSources:
-    """Where the clips of a plan lie."""
-    paths, sources = [clip.path for clip in clips], [clip.source for clip in clips]
-    return loose_file_sources(paths, sources, files=files, unmatched=list(unmatched))
+    """Where the sounds of a plan's clips lie: all of them loose files, to be cut exactly.
+
+    `files` counts the sounds that were found, `unmatched` are those of them that no clip names.
+    """
+    listed = pl.DataFrame(
+        {"path": [clip.path for clip in clips], "source": [clip.source for clip in clips]},
+        schema={"path": pl.String, "source": pl.String},
+    )
+
+    # A clip without a path has nulls all over.
+    has_sound = pl.col("path").is_not_null()
+    frame = listed.select(
+        kind=pl.when(has_sound).then(pl.lit("file")),
+        path="path",
+        source=pl.when(has_sound).then("source"),
+        exact=pl.lit(True),
+    )
+
+    # The other columns of the schema say where in an archive a sound lies.
+    archive_columns = [
+        pl.lit(None, dtype=dtype).alias(name)
+        for name, dtype in SOURCES_SCHEMA.items()
+        if name not in frame.columns
+    ]
+    frame = frame.with_columns(archive_columns).select(*SOURCES_SCHEMA)
+    return ClipSources(frame=frame, sound_count=files, unmatched_sources=list(unmatched))
 
 
 def check_dataset_folder(root: Path, dataset: str, required_names: Sequence[str]) -> None:
-    """InputError where `root` is not the dataset's own folder: what was expected, what is there, what to give."""
-    if all((root / name).exists() for name in required_names):
+    """Raise InputError where `root` is not the dataset's own folder; it says what was expected, found and is to do."""
+    if _holds_all(root, required_names):
         return
-    wanted = f"no folder of {dataset}: expected {', '.join(required_names)}"
+    required = ", ".join(required_names)
+
+    # A file, most likely the archive as it was downloaded.
     if root.is_file():
-        what = "an archive: unpack it and" if root.suffix.lower() in ARCHIVE_SUFFIXES else "a file:"
-        raise InputError(f"{root}: {what} give the folder that holds {', '.join(required_names)}")
+        mistake = "a file:"
+        if root.suffix.lower() in ARCHIVE_SUFFIXES:
+            mistake = "an archive: unpack it and"
+        raise InputError(f"{root}: {mistake} give the folder that holds {required}")
+
+    # A misspelt path.
     if not root.exists():
         raise InputError(f"{root}: no such folder{did_you_mean(root)}")
-    for near in nearby_folders(root):
-        if all((near / name).exists() for name in required_names):
-            raise InputError(f"{root}: {wanted}; these are in {near}: give that")
-    there = sorted(path.name + "/" * path.is_dir() for path in root.iterdir())
-    shown = ", ".join(there[:SHOWN_FILE_NAMES]) + f" and {len(there) - SHOWN_FILE_NAMES} more" * (
-        len(there) > SHOWN_FILE_NAMES
-    )
-    packed = [name for name in there if name.lower().endswith(ARCHIVE_SUFFIXES)]
-    hint = f"unpack {packed[0]} first" if packed else "give the folder as it was unpacked"
-    raise InputError(f"{root}: {wanted}; found {shown or 'nothing'}; {hint}")
+
+    # A folder above or below the right one.
+    mismatch = f"not the folder of {dataset}: expected {required}"
+    for folder in nearby_folders(root):
+        if _holds_all(folder, required_names):
+            raise InputError(f"{root}: {mismatch}; these are in {folder}: give that folder")
+
+    # Some other folder.
+    names = sorted(path.name + "/" * path.is_dir() for path in root.iterdir())
+    shown = ", ".join(names[:SHOWN_FILE_NAMES]) or "nothing"
+    if len(names) > SHOWN_FILE_NAMES:
+        shown += f" and {len(names) - SHOWN_FILE_NAMES} more"
+    archives = [name for name in names if name.lower().endswith(ARCHIVE_SUFFIXES)]
+    hint = f"unpack {archives[0]} first" if archives else "give the folder as it was unpacked"
+    raise InputError(f"{root}: {mismatch}; found {shown}; {hint}")
+
+
+def _holds_all(folder: Path, names: Sequence[str]) -> bool:
+    return all((folder / name).exists() for name in names)
 
 
 def nearby_folders(root: Path) -> Iterator[Path]:
-    """The folders in which those who give the wrong one mean to be: two levels up, two down."""
+    """Yield the folders two levels up and two levels down, where a wrong path most likely should have led."""
     yield from (root.absolute().parent, root.absolute().parent.parent)
+
+    # Sorted: the folder that an error names must not depend on the disk.
     for pattern in ("*/", "*/*/"):
         yield from sorted(path for path in root.glob(pattern) if path.is_dir())
 
 
 def read_csv_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of an official CSV list that must have these columns; ManifestError."""
+    """Read the rows of an official CSV list, at least one; ManifestError where one of `columns` is missing."""
+    # The first line names the columns, in any order.
     lines = csv.reader(io.StringIO(read_list_text(path), newline=""))
     header = next(lines, [])
     if missing := [name for name in columns if name not in header]:
+        found = ", ".join(header)[:SHOWN_HEADER_LETTERS]
         raise ManifestError(
-            f"{path}: line 1: no column {', '.join(missing)}; found {', '.join(header)[:200]!r}: fetch it again"
+            f"{path}: line 1: no column {', '.join(missing)}; found {found!r}: fetch it again"
         )
+
+    # The other lines; a blank one has no cells.
     rows = []
     for cells in lines:
-        if cells and len(cells) != len(header):
+        if not cells:
+            continue
+        if len(cells) != len(header):
             raise ManifestError(
                 f"{path}: line {lines.line_num}: {len(cells)} cells, expected {len(header)}: fetch it again"
             )
-        if cells:
-            rows.append(dict(zip(header, cells, strict=True)))
+        rows.append(dict(zip(header, cells, strict=True)))
     if not rows:
         raise ManifestError(f"{path}: no rows; fetch it again")
     return rows
 
 
 def read_list_text(path: Path) -> str:
-    """A list as text, with or without a byte order mark; ManifestError."""
+    """Read a list as text, with or without a byte order mark; ManifestError where that fails."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise ManifestError(f"{path}: cannot be read ({error.strerror}){did_you_mean(path)}") from None
     except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
+        line_number = error.object.count(b"\n", 0, error.start) + 1
         raise ManifestError(
-            f"{path}: line {line}: not UTF-8 text; save it again as CSV in UTF-8 (Excel: 'CSV UTF-8')"
+            f"{path}: line {line_number}: not UTF-8 text; save it again as CSV in UTF-8 (Excel: 'CSV UTF-8')"
         ) from None
 
 
 def note_missing_files(clips: Sequence[ListedClip], folder: Path) -> list[str]:
-    """A note on files that are listed and not there, if any; InputError where not one is there."""
+    """A note on listed files that do not exist, if any; InputError where none of them exists."""
     missing = [clip.source for clip in clips if clip.path is None or not Path(clip.path).is_file()]
     if len(missing) == len(clips):
         raise InputError(
-            f"{folder}: not one of {len(clips)} listed files is there, such as {missing[0]}; unpacked elsewhere?"
+            f"{folder}: not one of {len(clips)} listed files is there, such as {missing[0]}; "
+            "unpack the sounds here, beside their lists"
         )
     if not missing:
         return []
@@ -189,35 +244,20 @@ def note_missing_files(clips: Sequence[ListedClip], folder: Path) -> list[str]:
 
 
 def compare_with_release(counts: Iterable[tuple[str, int, int]]) -> list[str]:
-    """Notes on what (a word, how many there are, how many there should be) is not as in the official release."""
-    return [f"{is_} {what}, the official release has {be}" for what, is_, be in counts if is_ != be]
-
-
-ProgressWrapper = Callable[[int, Iterator[Any]], Iterator[Any]]  # their number, and the stream to wrap
-
-MIN_CLIP_SECONDS = 0.1  # of a clip: the build takes no shorter sound
-
-MIN_LAST_PIECE_SHARE = 0.5  # of a clip: the piece that a file ends with is kept from here up
-
-MIN_HOP_SHARE = 0.1  # of a clip: with less, every sound would be stored over ten times
-
-HOP_TOLERANCE_SHARE = 0.01  # of a hop: what is less than this longer than a piece is not longer
-
-LENGTH_CHECK_SECONDS = 0.01
-
-LENGTH_CHECK_THREADS = (
-    8  # at a time: no gain on files in memory (1 ms a wav, 5 an m4a), much where a network answers late
-)
-
-MAX_SOUND_SECONDS = AudioPolicy().max_seconds
+    """A note on each count (its noun, the number here, the number in the official release) that differs."""
+    return [
+        f"{number} {noun}, the official release has {official_number}"
+        for noun, number, official_number in counts
+        if number != official_number
+    ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CutSettings:
-    """How clips are cut: pieces [k hop, k hop + clip) of a sound; without a hop its first piece only.
+    """How clips are cut: pieces [k hop, k hop + clip) of a sound; without a hop the first piece alone.
 
-    The pieces end with the first that reaches the sound's end. That one is as long as there is sound, and is kept
-    if it is at least half a clip long, or the only one.
+    The pieces end with the first that reaches the end of the sound. That piece is as long as there is sound; it is
+    kept if it is at least half a clip long, or the only one.
     """
 
     clip_seconds: float = 10.0
@@ -228,22 +268,28 @@ class CutSettings:
             raise InputError(
                 f"clip_seconds {self.clip_seconds:g}: expected {MIN_CLIP_SECONDS} to {MAX_SOUND_SECONDS:g}"
             )
-        if self.hop_seconds is not None and not (
-            MIN_HOP_SHARE * self.clip_seconds <= self.hop_seconds <= MAX_SOUND_SECONDS
-        ):
+
+        # Neither so short that every sound is stored many times, nor longer than any sound.
+        min_hop_seconds = MIN_HOP_SHARE * self.clip_seconds
+        if self.hop_seconds is not None and not min_hop_seconds <= self.hop_seconds <= MAX_SOUND_SECONDS:
             raise InputError(
                 f"hop_seconds {self.hop_seconds:g}: expected at least {MIN_HOP_SHARE:g} of clip_seconds, "
-                f"{MIN_HOP_SHARE * self.clip_seconds:g}; {self.clip_seconds:g} cuts without overlap"
+                f"{min_hop_seconds:g}; {self.clip_seconds:g} cuts without overlap"
             )
 
     def piece_spans(self, begin_seconds: float, stop_seconds: float) -> Iterator[tuple[float, float]]:
-        """The pieces of a sound between two of its seconds, to the millisecond; at least one."""
+        """Yield start and end of each piece of a sound between two of its seconds, to the millisecond; at least one."""
         assert self.hop_seconds is not None
-        start_seconds, number = begin_seconds, 0
+        number = 0
+        start_seconds = begin_seconds
+
+        # Pieces that end before the sound does.
         while stop_seconds - start_seconds > self.clip_seconds + HOP_TOLERANCE_SHARE * self.hop_seconds:
             yield start_seconds, round(start_seconds + self.clip_seconds, 3)
             number += 1
             start_seconds = round(begin_seconds + number * self.hop_seconds, 3)
+
+        # The last piece.
         if number == 0 or stop_seconds - start_seconds >= MIN_LAST_PIECE_SHARE * self.clip_seconds:
             yield start_seconds, round(min(start_seconds + self.clip_seconds, stop_seconds), 3)
 
@@ -251,64 +297,78 @@ class CutSettings:
 def cut_clips(
     clips: Sequence[ListedClip], cut_settings: CutSettings, *, progress: ProgressWrapper | None = None
 ) -> tuple[list[ListedClip], list[str]]:
-    """The clips with their ends, cut where a hop says so, and notes on what could not be as listed.
+    """The clips with their ends, cut into pieces where the settings have a hop, and a note on clips without sound.
 
-    A piece's id is the clip's with `@` and the millisecond of the sound that it starts at. A sound whose length
-    cannot be told, or that ends before the clip starts, stays one clip; the build will say why.
+    The id of a piece is the clip's with `@` and the millisecond of the sound that the piece starts at. A clip stays
+    whole where the length of its sound is unknown, or where it starts after the end; the build will say why.
     """
-    opened = [clip.path for clip in clips if clip.path and cut_settings.hop_seconds is not None]
-    seconds_of = measure_sound_lengths(list(dict.fromkeys(opened)), progress=progress)
-    done, behind = list[ListedClip](), list[ListedClip]()
+    # Only a hop needs the lengths: it decides how many pieces there are.
+    paths = [clip.path for clip in clips if clip.path and cut_settings.hop_seconds is not None]
+    seconds_by_path = measure_sound_lengths(list(dict.fromkeys(paths)), progress=progress)
+
+    # A clip that starts after the end of its sound stays as it is: the build refuses it with the reason.
+    pieces: list[ListedClip] = []
+    clips_past_end: list[ListedClip] = []
     for clip in clips:
-        length_seconds = seconds_of.get(clip.path) if clip.path else None
+        length_seconds = seconds_by_path.get(clip.path) if clip.path else None
         if length_seconds is not None and clip.start_seconds >= round(length_seconds, 3):
-            behind.append(clip)
+            clips_past_end.append(clip)
             length_seconds = None
-        done.extend(_cut_one_clip(clip, cut_settings, length_seconds))
-    return done, _note_on_clips(behind, "start behind the end of their sound")
+        pieces.extend(_cut_one_clip(clip, cut_settings, length_seconds))
+    return pieces, _note_clips_past_end(clips_past_end)
 
 
 def _cut_one_clip(
     clip: ListedClip, cut_settings: CutSettings, length_seconds: float | None
 ) -> Iterator[ListedClip]:
-    begin_seconds, end_seconds = clip.start_seconds, clip.end_seconds
+    # Without knowledge of the sound a clip ends where its list says so, or else after the length of a clip.
+    stop_seconds = clip.end_seconds
+    if stop_seconds is None:
+        stop_seconds = clip.start_seconds + cut_settings.clip_seconds
+
     if cut_settings.hop_seconds is None:
-        stop_seconds = begin_seconds + cut_settings.clip_seconds if end_seconds is None else end_seconds
         yield replace(clip, end_seconds=round(stop_seconds, 3))
         return
-    known = length_seconds is not None and length_seconds <= MAX_SOUND_SECONDS and clip.path is not None
-    stop_seconds = length_seconds if known and length_seconds else begin_seconds + cut_settings.clip_seconds
-    if end_seconds is not None:
-        stop_seconds = min(stop_seconds, end_seconds) if known else end_seconds
-    for start_seconds, end_seconds in cut_settings.piece_spans(begin_seconds, stop_seconds):
+
+    # With it, all of the sound is cut, or as much of it as the list names.
+    if length_seconds is not None and length_seconds <= MAX_SOUND_SECONDS:
+        stop_seconds = length_seconds if clip.end_seconds is None else min(length_seconds, clip.end_seconds)
+    for start_seconds, end_seconds in cut_settings.piece_spans(clip.start_seconds, stop_seconds):
         clip_id = f"{clip.clip_id}@{round(start_seconds * 1000)}"
         yield replace(clip, clip_id=clip_id, start_seconds=start_seconds, end_seconds=end_seconds)
 
 
-def _note_on_clips(clips: Sequence[ListedClip], problem: str) -> list[str]:
+def _note_clips_past_end(clips: Sequence[ListedClip]) -> list[str]:
     if not clips:
         return []
-    return [f"{len(clips)} clips {problem}, such as {clips[0].source} from {clips[0].start_seconds:g} s on"]
+    first = clips[0]
+    return [
+        f"{len(clips)} clips start after the end of their sound, "
+        f"such as {first.source} from {first.start_seconds:g} s on"
+    ]
 
 
 def measure_sound_lengths(
     paths: Sequence[str], *, progress: ProgressWrapper | None = None
 ) -> dict[str, float]:
-    """Seconds of each sound that can be opened."""
+    """Seconds of each sound that can be opened, by its path."""
+    # No `with`: that would wait for all sounds, also after Ctrl-C.
     pool = ThreadPoolExecutor(LENGTH_CHECK_THREADS)
     try:
-        found = pool.map(measure_sound_length, paths)
-        told = list(progress(len(paths), found) if progress and paths else found)
+        lengths = pool.map(measure_sound_length, paths)
+        if progress and paths:
+            lengths = progress(len(paths), lengths)
+        seconds = list(lengths)
     finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
-    return {path: length for path, length in zip(paths, told, strict=True) if length is not None}
+        pool.shutdown(cancel_futures=True)
+    return {path: length for path, length in zip(paths, seconds, strict=True) if length is not None}
 
 
 def measure_sound_length(path: str) -> float | None:
-    """Seconds of a sound as the build will see them; a hundredth of a second is decoded. None: it cannot be used."""
+    """Seconds of a sound as the build will find them, by decoding a little of it; None where it cannot be used."""
     try:
         with SoundLocator.from_path(Path(path)).open_sound() as sound:
-            take = decode_segment(
+            segment = decode_segment(
                 sound,
                 recognise_container(sound),
                 VideoSegment(0.0, LENGTH_CHECK_SECONDS),
@@ -316,4 +376,4 @@ def measure_sound_length(path: str) -> float | None:
             )
     except AudioError:
         return None
-    return take.source_seconds or None
+    return segment.source_seconds or None

@@ -1,9 +1,9 @@
 """ESC-50 (Piczak 2015): 2,000 environmental sounds of 5 s, 50 classes, five folds to cross-validate over."""
 
-from collections import Counter
 from pathlib import Path
 
 from pipeline.datasets.corpus import (
+    FIRST_ROW_LINE,
     Corpus,
     ListedClip,
     absolute_path_or_url,
@@ -23,14 +23,17 @@ ESC50_CLIP_SECONDS = 5.0
 
 
 def esc50_corpus(root: Path | str) -> Corpus:
-    """ESC-50 as unpacked: the folder that holds `audio/` and `meta/esc50.csv`; raises InputError.
+    """The corpus of ESC-50 as unpacked: `root` holds `audio/` and `meta/esc50.csv`; raises InputError.
 
     Splits fold1 to fold5, classes in the order of `target`; a clip is its file's name without `.wav`, 5 s long.
     Folds keep the pieces of one recording together: test on whole folds only.
     """
     folder = Path(root)
     check_dataset_folder(folder, "ESC-50", ESC50_REQUIRED)
-    rows = read_csv_rows(folder / "meta" / "esc50.csv", ["filename", "fold", "target", "category"])
+    list_path = folder / "meta" / "esc50.csv"
+    rows = read_csv_rows(list_path, ["filename", "fold", "target", "category"])
+
+    # A clip for each row, whether or not its file is there.
     clips = [
         ListedClip(
             clip_id=row["filename"].removesuffix(".wav"),
@@ -42,8 +45,10 @@ def esc50_corpus(root: Path | str) -> Corpus:
         )
         for row in rows
     ]
-    classes = _esc50_classes(folder / "meta" / "esc50.csv", rows)
-    folds = Counter(clip.split for clip in clips)
+
+    # Classes and folds, which the official release has in fixed numbers.
+    classes = _esc50_classes(list_path, rows)
+    folds = {clip.split for clip in clips}
     return Corpus(
         plan=plan_from_clips(clips),
         sources=sources_from_clips(clips, files=len(clips)),
@@ -60,16 +65,24 @@ def esc50_corpus(root: Path | str) -> Corpus:
 
 
 def _esc50_classes(path: Path, rows: list[dict[str, str]]) -> ClassList:
-    named: dict[int, str] = {}
-    for number, row in enumerate(rows, start=2):
+    """The classes in the order of `target`; ManifestError where a row contradicts another."""
+    category_by_target: dict[int, str] = {}
+    for line_number, row in enumerate(rows, start=FIRST_ROW_LINE):
+        # The numbers that order the classes and name the splits.
         if not row["target"].isdecimal() or not row["fold"].isdecimal():
             raise ManifestError(
-                f"{path}: line {number}: target and fold must be whole numbers; fetch it again"
+                f"{path}: line {line_number}: target and fold must be whole numbers; fetch it again"
             )
-        target, category = int(row["target"]), row["category"]
-        if named.setdefault(target, category) != category:
+
+        # Each target has one category.
+        target = int(row["target"])
+        category = row["category"]
+        earlier_category = category_by_target.setdefault(target, category)
+        if category != earlier_category:
             raise ManifestError(
-                f"{path}: line {number}: target {target} is {category!r}, above {named[target]!r}; fetch it again"
+                f"{path}: line {line_number}: target {target} is {category!r}, above {earlier_category!r}; "
+                "fetch it again"
             )
-    mids = tuple(named[target] for target in sorted(named))
+
+    mids = tuple(category_by_target[target] for target in sorted(category_by_target))
     return ClassList(mids=mids, names=tuple(mid.replace("_", " ") for mid in mids))

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.datasets.corpus import (
+    FIRST_ROW_LINE,
+    SHOWN_LINE_LETTERS,
     Corpus,
     CutSettings,
     ListedClip,
@@ -31,7 +33,10 @@ FSD50K_REQUIRED = (*FSD50K_AUDIO_FOLDERS.values(), GROUND_TRUTH_FOLDER)
 
 DEV_SPLITS = ("train", "val")
 
+# Of the official release.
 FSD50K_SOUND_COUNTS = {"dev": 40_966, "eval": 10_231}
+
+FSD50K_CLASS_COUNT = 200
 
 
 def fsd50k_corpus(
@@ -41,28 +46,38 @@ def fsd50k_corpus(
     *,
     progress: ProgressWrapper | None = None,
 ) -> Corpus:
-    """FSD50K as unpacked: the folder that holds FSD50K.dev_audio, .eval_audio, .ground_truth; raises InputError.
+    """The corpus of FSD50K as unpacked: `root` holds FSD50K.dev_audio, .eval_audio, .ground_truth; raises InputError.
 
     clip_seconds  the first that many seconds of a sound are its clip
-    cut           make of what follows clips too, each with the labels of the whole sound. Those are weak labels:
-                  a piece need not hold what its sound is labelled with; for scores on eval leave it off
+    cut           make clips of the rest of a sound too, each with the labels of the whole sound. Those labels are
+                  weak: a piece need not hold what its sound is labelled with; for scores on eval leave it off
 
     Splits train, val (both from dev.csv) and eval. A clip is its Freesound number, and `@` and its first millisecond
     where sounds are cut. Labels are AudioSet's ids and hold their ancestors already, but where FSD50K follows no
     link of the ontology: a tap is at no door, a church bell no instrument. Propagation adds these.
     """
-    how = CutSettings(clip_seconds=clip_seconds, hop_seconds=clip_seconds if cut else None)
+    cut_settings = CutSettings(clip_seconds=clip_seconds, hop_seconds=clip_seconds if cut else None)
+
+    # The classes, in the order of their numbers.
     folder = Path(root)
     check_dataset_folder(folder, "FSD50K", FSD50K_REQUIRED)
     classes = _read_vocabulary(folder / GROUND_TRUTH_FOLDER / "vocabulary.csv")
-    part = {name: list(_read_sound_list(folder, name, classes)) for name in FSD50K_AUDIO_FOLDERS}
-    sounds = [sound for sounds in part.values() for sound in sounds]
-    missing = [
-        note
-        for name, sounds in part.items()
-        for note in note_missing_files(sounds, folder / FSD50K_AUDIO_FOLDERS[name])
-    ]
-    clips, notes = cut_clips(sounds, how, progress=progress)
+
+    # The listed sounds of both lists, and a note on those that are missing.
+    sounds: list[ListedClip] = []
+    missing_notes: list[str] = []
+    count_notes: list[str] = []
+    for list_name, audio_folder in FSD50K_AUDIO_FOLDERS.items():
+        listed = list(_read_sound_list(folder, list_name, classes))
+        sounds += listed
+        missing_notes += note_missing_files(listed, folder / audio_folder)
+        count_notes += compare_with_release(
+            [(f"{list_name} sounds", len(listed), FSD50K_SOUND_COUNTS[list_name])]
+        )
+    count_notes += compare_with_release([("classes", len(classes), FSD50K_CLASS_COUNT)])
+
+    # The clips of these sounds: one of each, or all that a sound is long enough for.
+    clips, cut_notes = cut_clips(sounds, cut_settings, progress=progress)
     return Corpus(
         plan=plan_from_clips(clips),
         sources=sources_from_clips(clips, files=len(sounds)),
@@ -74,34 +89,8 @@ def fsd50k_corpus(
             "cut": cut,
         },
         clip_seconds=clip_seconds,
-        notes=(
-            *missing,
-            *notes,
-            *compare_with_release(
-                (f"{name} sounds", len(part[name]), count) for name, count in FSD50K_SOUND_COUNTS.items()
-            ),
-            *compare_with_release([("classes", len(classes), 200)]),
-        ),
+        notes=(*missing_notes, *cut_notes, *count_notes),
     )
-
-
-def _read_sound_list(folder: Path, name: str, classes: ClassList) -> Iterator[ListedClip]:
-    path = folder / GROUND_TRUTH_FOLDER / f"{name}.csv"
-    for number, row in enumerate(
-        read_csv_rows(path, ["fname", "mids", *["split"] * (name == "dev")]), start=2
-    ):
-        mids = tuple(mid.strip() for mid in row["mids"].split(",") if mid.strip())
-        if unknown := [mid for mid in mids if mid not in classes.index_of]:
-            raise ManifestError(
-                f"{path}: line {number}: {unknown[0]} is not in vocabulary.csv; fetch it again"
-            )
-        split = row["split"] if name == "dev" else "eval"
-        if name == "dev" and split not in DEV_SPLITS:
-            raise ManifestError(f"{path}: line {number}: split {split!r}, expected {' or '.join(DEV_SPLITS)}")
-        source = f"{FSD50K_AUDIO_FOLDERS[name]}/{row['fname']}.wav"
-        yield ListedClip(
-            clip_id=row["fname"], path=str(folder / source), source=source, split=split, mids=mids
-        )
 
 
 def _read_vocabulary(path: Path) -> ClassList:
@@ -110,7 +99,35 @@ def _read_vocabulary(path: Path) -> ClassList:
     for index, cells in enumerate(rows):
         if len(cells) != 3 or cells[0] != str(index):
             raise ManifestError(
-                f"{path}: line {index + 1}: {','.join(cells)[:60]!r}, expected {index},name,mid; fetch it again"
+                f"{path}: line {index + 1}: {','.join(cells)[:SHOWN_LINE_LETTERS]!r}, expected {index},name,mid; "
+                "fetch it again"
             )
-    mids, names = (tuple(cells[place].strip() for cells in rows) for place in (2, 1))
-    return ClassList(mids=mids, names=tuple(name.replace("_", " ") for name in names))
+    return ClassList(
+        mids=tuple(mid.strip() for _, _, mid in rows),
+        names=tuple(name.strip().replace("_", " ") for _, name, _ in rows),
+    )
+
+
+def _read_sound_list(folder: Path, list_name: str, classes: ClassList) -> Iterator[ListedClip]:
+    """Yield each sound of dev.csv or eval.csv as a clip; ManifestError where a line makes no sense."""
+    is_dev = list_name == "dev"
+    path = folder / GROUND_TRUTH_FOLDER / f"{list_name}.csv"
+    columns = ["fname", "mids", "split"] if is_dev else ["fname", "mids"]
+    for line_number, row in enumerate(read_csv_rows(path, columns), start=FIRST_ROW_LINE):
+        # Labels are ids of the vocabulary.
+        mids = tuple(mid.strip() for mid in row["mids"].split(",") if mid.strip())
+        if unknown := [mid for mid in mids if mid not in classes.index_of]:
+            raise ManifestError(
+                f"{path}: line {line_number}: {unknown[0]} is not in vocabulary.csv; fetch it again"
+            )
+
+        # dev.csv holds two splits, eval.csv one.
+        split = row["split"] if is_dev else "eval"
+        if is_dev and split not in DEV_SPLITS:
+            raise ManifestError(
+                f"{path}: line {line_number}: split {split!r}, expected {' or '.join(DEV_SPLITS)}; fetch it again"
+            )
+        source = f"{FSD50K_AUDIO_FOLDERS[list_name]}/{row['fname']}.wav"
+        yield ListedClip(
+            clip_id=row["fname"], path=str(folder / source), source=source, split=split, mids=mids
+        )

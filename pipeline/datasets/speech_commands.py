@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pipeline.audio.sources import sounds
 from pipeline.datasets.corpus import (
+    SHOWN_LINE_LETTERS,
     Corpus,
     ListedClip,
     absolute_path_or_url,
@@ -14,12 +15,14 @@ from pipeline.datasets.corpus import (
     read_list_text,
     sources_from_clips,
 )
+from pipeline.datasets.sound_folder import MACOS_NOTE_PREFIX
 from pipeline.errors import InputError
 from pipeline.labels.ontology import ClassList
-
-SPEECH_COMMANDS_REQUIRED = ("validation_list.txt", "testing_list.txt")
+from pipeline.messages import suggest_known
 
 SPLIT_LIST_FILES = {"validation": "validation_list.txt", "test": "testing_list.txt"}
+
+SPEECH_COMMANDS_REQUIRED = tuple(SPLIT_LIST_FILES.values())
 
 NOISE_FOLDER = "_background_noise_"
 
@@ -37,11 +40,11 @@ SPEECH_COMMANDS_WORDS = {
     "v2": sorted(f"{WORDS_IN_BOTH} {WORDS_ONLY_IN_V2}".split()),
 }
 
-SPEECH_COMMANDS_CLIP_COUNTS = {"v2": 105_829}
+SPEECH_COMMANDS_CLIP_COUNTS = {"v2": 105_829}  # of the official release
 
 
 def speech_commands_corpus(root: Path | str, version: str = "v2") -> Corpus:
-    """Speech Commands as unpacked: the folder that holds the words' folders and both lists; raises InputError.
+    """The corpus of Speech Commands as unpacked: `root` holds the words' folders and both lists; raises InputError.
 
     version  v1 (30 words, 0.01 in the archive's name) or v2 (35 words, 0.02): the task of telling all words apart
 
@@ -49,37 +52,39 @@ def speech_commands_corpus(root: Path | str, version: str = "v2") -> Corpus:
     in `_background_noise_` are no clips.
     """
     if version not in SPEECH_COMMANDS_WORDS:
-        raise InputError(f"version {version!r}: expected {' or '.join(SPEECH_COMMANDS_WORDS)}")
+        raise InputError(f"version {version!r} is unknown; {suggest_known(version, SPEECH_COMMANDS_WORDS)}")
+
+    # The sounds in the folder and in the lists.
     folder = Path(root)
     check_dataset_folder(folder, "Speech Commands", SPEECH_COMMANDS_REQUIRED)
-    split_of = _read_split_lists(folder)
-    there = [
-        name
-        for name in sounds(folder)
-        if name.count("/") == 1 and not name.rpartition("/")[2].startswith("._")
-    ]
+    split_by_name = _read_split_lists(folder)
+    found_names = _find_sounds_in_folders(folder)
+    _refuse_other_version(folder, version, {_word_of(name) for name in found_names})
+
+    # A clip is a file in the folder of a word, found or listed.
     words = SPEECH_COMMANDS_WORDS[version]
-    _refuse_other_version(folder, version, {name.partition("/")[0] for name in there})
-    names = sorted({name for name in [*there, *split_of] if name.partition("/")[0] in words})
+    clip_names = sorted(name for name in {*found_names, *split_by_name} if _word_of(name) in words)
     clips = [
         ListedClip(
             clip_id=name.removesuffix(".wav"),
             path=str(folder / name),
             source=name,
-            split=split_of.get(name, "train"),
-            mids=(name.partition("/")[0],),
+            split=split_by_name.get(name, "train"),
+            mids=(_word_of(name),),
             end_seconds=SPEECH_COMMANDS_CLIP_SECONDS,
         )
-        for name in names
+        for name in clip_names
     ]
-    missing = note_missing_files(clips, folder) if clips else []
     if not clips:
         raise InputError(f"{folder}: no sounds in folders of its words, such as {words[0]}/; unpack it whole")
-    noise = [name for name in there if name.startswith(f"{NOISE_FOLDER}/")]
-    other = [name for name in there if name.partition("/")[0] not in [*words, NOISE_FOLDER]]
+
+    # The sounds that become no clips.
+    noise_names = [name for name in found_names if _word_of(name) == NOISE_FOLDER]
+    other_names = [name for name in found_names if _word_of(name) not in [*words, NOISE_FOLDER]]
+    official_count = SPEECH_COMMANDS_CLIP_COUNTS.get(version, len(clips))
     return Corpus(
         plan=plan_from_clips(clips),
-        sources=sources_from_clips(clips, files=len(there), unmatched=[*noise, *other]),
+        sources=sources_from_clips(clips, files=len(found_names), unmatched=[*noise_names, *other_names]),
         classes=ClassList(mids=tuple(words), names=tuple(words)),
         dataset_settings={
             "dataset": "speech_commands",
@@ -88,46 +93,70 @@ def speech_commands_corpus(root: Path | str, version: str = "v2") -> Corpus:
         },
         clip_seconds=SPEECH_COMMANDS_CLIP_SECONDS,
         notes=(
-            *missing,
-            *_note_left_out(noise, "recordings of background noise"),
-            *_note_left_out(other, f"files in folders that are no words of {version}"),
-            *compare_with_release(
-                [("clips", len(clips), SPEECH_COMMANDS_CLIP_COUNTS.get(version, len(clips)))]
-            ),
+            *note_missing_files(clips, folder),
+            *_note_left_out(noise_names, "recordings of background noise"),
+            *_note_left_out(other_names, f"files in folders that are no words of {version}"),
+            *compare_with_release([("clips", len(clips), official_count)]),
         ),
     )
 
 
+def _word_of(name: str) -> str:
+    """The folder of `<word>/<file>`."""
+    return name.partition("/")[0]
+
+
+def _find_sounds_in_folders(folder: Path) -> list[str]:
+    """The sounds in the folders of words, as `<word>/<file>`, without the files that macOS leaves beside them."""
+    return [
+        name
+        for name in sounds(folder)
+        if name.count("/") == 1 and not name.rpartition("/")[2].startswith(MACOS_NOTE_PREFIX)
+    ]
+
+
 def _read_split_lists(folder: Path) -> dict[str, str]:
     """The split of every listed file; InputError where the lists disagree."""
-    split_of: dict[str, str] = {}
-    for split, name in SPLIT_LIST_FILES.items():
-        for number, line in enumerate(read_list_text(folder / name).splitlines(), start=1):
-            file = line.strip().removeprefix("./")
-            if not file:
+    split_by_name: dict[str, str] = {}
+    for split, list_file in SPLIT_LIST_FILES.items():
+        path = folder / list_file
+        for line_number, line in enumerate(read_list_text(path).splitlines(), start=1):
+            name = line.strip().removeprefix("./")
+            if not name:
                 continue
-            if file.count("/") != 1:
+            if name.count("/") != 1:
                 raise InputError(
-                    f"{folder / name}: line {number}: expected word/file.wav, found {file[:60]!r}"
+                    f"{path}: line {line_number}: expected word/file.wav, found {name[:SHOWN_LINE_LETTERS]!r}; "
+                    "fetch it again"
                 )
-            if split_of.setdefault(file, split) != split:
+
+            # A file in two splits would be trained on and tested on.
+            other_split = split_by_name.setdefault(name, split)
+            if other_split != split:
                 raise InputError(
-                    f"{folder / name}: line {number}: {file} is also in {SPLIT_LIST_FILES[split_of[file]]}"
+                    f"{path}: line {line_number}: {name} is also in {SPLIT_LIST_FILES[other_split]}; "
+                    "fetch both again"
                 )
-    return split_of
+    return split_by_name
 
 
 def _refuse_other_version(folder: Path, version: str, found_words: set[str]) -> None:
     """Refuse the other version: its words would be left out, or be classes without a clip."""
-    both, only_v2 = set(WORDS_IN_BOTH.split()), set(WORDS_ONLY_IN_V2.split())
-    if version == "v1" and found_words & only_v2:
-        found = ", ".join(sorted(found_words & only_v2))
-        raise InputError(f"{folder}: holds {found}, words of v2 only; ask for version v2")
-    if version == "v2" and both <= found_words and not found_words & only_v2:
+    found_only_v2 = found_words & set(WORDS_ONLY_IN_V2.split())
+    # v1 is asked for, v2 is there.
+    if version == "v1" and found_only_v2:
+        raise InputError(
+            f"{folder}: holds {', '.join(sorted(found_only_v2))}, words of v2 only; ask for version v2"
+        )
+
+    # v2 is asked for, v1 is there: all of its words and none of the others.
+    if version == "v2" and not found_only_v2 and found_words >= set(WORDS_IN_BOTH.split()):
         raise InputError(
             f"{folder}: holds the words of v1 only, none of {WORDS_ONLY_IN_V2}; ask for version v1"
         )
 
 
 def _note_left_out(names: list[str], description: str) -> list[str]:
-    return [f"{len(names)} {description} left out, such as {names[0]}"] if names else []
+    if not names:
+        return []
+    return [f"{len(names)} {description} left out, such as {names[0]}"]

@@ -1,9 +1,5 @@
-"""Label inputs: the rows of segments lists and Parquet tables with their labels, part by part.
+"""Propagation without a store: segments lists and Parquet tables in, one Parquet table of label sets out."""
 
-Label tables: propagation without a store, from lists and tables of clips to a Parquet table of label sets.
-"""
-
-import difflib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -29,26 +25,27 @@ from pipeline.labels.ontology import ClassList, Ontology, known_class_names, loa
 from pipeline.labels.propagation import (
     LabelCounts,
     LabelProvenance,
+    LabelSetMaker,
     PropagationSummary,
     propagate,
     rule_relation_CC,
 )
-from pipeline.labels.segment_lists import check_damaged_lines, read_segment_blocks, split_from_filename
-from pipeline.messages import did_you_mean
+from pipeline.labels.segment_lists import (
+    check_damaged_lines,
+    check_distinct_names,
+    read_segment_blocks,
+    split_from_filename,
+)
+from pipeline.messages import closest_word, did_you_mean
+from pipeline.tables import DAMAGED_TABLE_ERRORS, describe_table_damage
 
 LABEL_BLOCK_ROWS = 2**17
 
 LABEL_PARQUET_SUFFIXES = (".parquet", ".pq")
 
-LABEL_READ_ERRORS = (OSError, pa.ArrowException)
+LABEL_TABLE_SUFFIXES = (*LABEL_PARQUET_SUFFIXES, ".csv", ".tsv", ".txt")
 
-CLIP_COLUMN_ALIASES = {  # of what a table tells -> names under which it may stand, the preferred first
-    "clip_id": ("clip_id", "video_id", "ytid", "id", "fname"),
-    "split": ("split",),
-    "start_seconds": ("start_seconds", "start"),
-    "end_seconds": ("end_seconds", "end"),
-}
-
+# The columns of clips that are written, in this order.
 CLIP_COLUMN_TYPES = {
     "clip_id": pl.String(),
     "split": pl.String(),
@@ -56,153 +53,15 @@ CLIP_COLUMN_TYPES = {
     "end_seconds": pl.Float64(),
 }
 
+# The names under which an input may have these columns, the preferred first.
+CLIP_COLUMN_ALIASES = {
+    "clip_id": ("clip_id", "video_id", "ytid", "id", "fname"),
+    "split": ("split",),
+    "start_seconds": ("start_seconds", "start"),
+    "end_seconds": ("end_seconds", "end"),
+}
+
 LABEL_COLUMN_ALIASES = ("raw", "mids", "labels", "label", "positive_labels")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LabelInput:
-    """A file of rows with labels. Its blocks have its `columns` and `labels`: lists of class ids or of indices."""
-
-    path: Path
-    splits: tuple[str, ...]
-    columns: tuple[str, ...]  # of TYPES; `split` always
-    read_blocks: Callable[
-        [], Iterator[pl.DataFrame]
-    ]  # may be called again; memory does not grow with the file
-
-
-def open_label_input(path: Path, classes: ClassList) -> LabelInput:
-    """A Parquet table if it is called so, else a segments list; InputError.
-
-    Of a table are read: ids of classes as lists or as text with `;` between them, or lists of indices into `classes`
-    (column raw, mids, labels, label or positive_labels), and where they are there clip_id (or video_id, ytid, id,
-    fname), split (else the file's name), start and end. Capitals do not matter; other columns are left alone.
-    """
-    if path.is_dir():
-        raise InputError(
-            f"{path}: a folder and no store; expected a store, a segments list or a Parquet table"
-        )
-    if not path.exists():
-        raise InputError(f"{path}: no such file{did_you_mean(path)}")
-    if path.suffix.lower() in LABEL_PARQUET_SUFFIXES:
-        return _open_label_table(path, classes)
-    return LabelInput(
-        path=path,
-        splits=(split_from_filename(path),),
-        columns=tuple(CLIP_COLUMN_TYPES),
-        read_blocks=lambda: _segment_list_blocks(path),
-    )
-
-
-def _segment_list_blocks(path: Path) -> Iterator[pl.DataFrame]:
-    good, damaged = 0, []
-    for rows, bad in read_segment_blocks(path):
-        good += rows.height
-        damaged.append(bad)
-        yield rows.rename({"mids": "labels"})
-    check_damaged_lines(path, good, pl.concat(damaged), lenient=False)
-
-
-def _open_label_table(path: Path, classes: ClassList) -> LabelInput:
-    try:
-        with pq.ParquetFile(path) as file:
-            schema = file.schema_arrow
-    except LABEL_READ_ERRORS as error:
-        raise _damaged_table_error(path, error) from None
-    labels = _find_column(schema, LABEL_COLUMN_ALIASES)
-    if labels is None:
-        raise ManifestError(
-            f"{path}: no column of labels; expected one of {', '.join(LABEL_COLUMN_ALIASES)}, it has {', '.join(schema.names)}"
-        )
-    _check_label_column(path, schema.field(labels), schema, classes)
-    found = {what: _find_column(schema, names) for what, names in CLIP_COLUMN_ALIASES.items()}
-    named = {what: name for what, name in found.items() if name is not None}
-
-    def read_blocks() -> Iterator[pl.DataFrame]:
-        split = pl.col(named["split"]) if "split" in named else pl.lit(split_from_filename(path))
-        others = [(what, name) for what, name in named.items() if what != "split"]
-        for frame in _read_table_blocks(path, [*named.values(), labels]):
-            try:
-                read = frame.select(
-                    *(pl.col(name).cast(CLIP_COLUMN_TYPES[what]).alias(what) for what, name in others),
-                    split.cast(pl.String).alias("split"),
-                    _label_lists_expr(frame.schema[labels], labels).alias("labels"),
-                )
-            except pl.exceptions.PolarsError as error:
-                raise ManifestError(
-                    f"{path}: {first_error_line(error, path)}; mend the column or leave it out"
-                ) from None
-            yield read
-
-    return LabelInput(
-        path=path,
-        splits=_table_splits(path, named.get("split")),
-        columns=tuple(what for what in CLIP_COLUMN_TYPES if what in named or what == "split"),
-        read_blocks=read_blocks,
-    )
-
-
-def _find_column(schema: pa.Schema, names: Sequence[str]) -> str | None:
-    there = {name.strip().lower(): name for name in schema.names}
-    return next((there[name] for name in names if name in there), None)
-
-
-def _check_label_column(path: Path, column: pa.Field, schema: pa.Schema, classes: ClassList) -> None:
-    """ManifestError unless the column can hold labels, and its indices, if such, are into this class list."""
-    kind = column.type
-    inner = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
-    inner = inner.value_type if pa.types.is_dictionary(inner) else inner
-    text = pa.types.is_string(inner) or pa.types.is_large_string(inner)
-    if not text and (inner == kind or not pa.types.is_integer(inner)):
-        raise ManifestError(
-            f"{path}: column {column.name!r} holds {kind}; expected lists of class ids, lists of class indices, "
-            "or ids as text with ; between them"
-        )
-    sources = json.loads((schema.metadata or {}).get(PROVENANCE_KEY, b"{}"))
-    lists = {by["classes"] for by in sources.values() if isinstance(by, dict) and "classes" in by}
-    if not text and lists - {classes.digest}:
-        raise ManifestError(
-            f"{path}: its indices are of another class list than the {len(classes)} classes given; "
-            "give the list that it was made with as --classes"
-        )
-
-
-def _label_lists_expr(kind: pl.DataType, name: str) -> pl.Expr:
-    if isinstance(kind, pl.List):
-        return pl.col(name) if kind.inner.is_integer() else pl.col(name).cast(pl.List(pl.String))
-    return pl.col(name).cast(pl.String).str.extract_all(r"[^;\s](?:[^;]*[^;\s])?")
-
-
-def _table_splits(path: Path, column: str | None) -> tuple[str, ...]:
-    """The splits of a table in the order of their first rows."""
-    if column is None:
-        return (split_from_filename(path),)
-    splits: dict[str, None] = {}
-    for frame in _read_table_blocks(path, [column]):
-        if frame[column].null_count():
-            raise ManifestError(f"{path}: column {column!r} is null in some rows; every clip is of a split")
-        splits.update(dict.fromkeys(frame[column].cast(pl.String).unique(maintain_order=True)))
-    return tuple(splits)
-
-
-def _read_table_blocks(path: Path, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
-    with pq.ParquetFile(path) as file:
-        try:
-            for batch in file.iter_batches(LABEL_BLOCK_ROWS, columns=list(columns)):
-                frame = pl.from_arrow(pa.Table.from_batches([batch]))
-                assert isinstance(frame, pl.DataFrame)
-                yield frame
-        except LABEL_READ_ERRORS as error:
-            raise _damaged_table_error(path, error) from None
-
-
-def _damaged_table_error(path: Path, error: BaseException) -> ManifestError:
-    return ManifestError(
-        f"{path}: not readable as Parquet ({str(error).splitlines()[0]}); fetch or make it again"
-    )
-
-
-LABEL_TABLE_SUFFIXES = (*LABEL_PARQUET_SUFFIXES, ".csv", ".tsv", ".txt")
 
 
 def propagate_inputs(
@@ -214,21 +73,28 @@ def propagate_inputs(
     classes: Path | None = None,
     out: Path | None = None,
 ) -> PropagationSummary:
-    """Propagate in a store, or from lists and tables to `out`, with files of one's own; raises InputError."""
+    """Propagate in a store, or from lists and tables to `out`; raises InputError.
+
+    `ontology` and `classes` are files of the user's own, in place of AudioSet's.
+    """
     paths = [Path(path) for path in inputs]
     tree = load_ontology(ontology)
-    listed = None if classes is None else load_class_list(classes)
+    class_list = None if classes is None else load_class_list(classes)
+
+    # Files become a table.
     if any(path.suffix.lower() in LABEL_TABLE_SUFFIXES or path.is_file() for path in paths):
         if out is None:
             raise InputError(
                 f"{paths[0]}: no store, so the labels need a file of their own: add --out FILE.parquet"
             )
-        return propagate_tables(paths, out, rule, splits, ontology=tree, classes=listed)
+        return propagate_tables(paths, out, rule, splits, ontology=tree, classes=class_list)
+
+    # A folder is a store, which takes the label set itself.
     if len(paths) != 1:
         raise InputError(f"{len(paths)} stores; propagate one at a time")
     if out is not None:
         raise InputError(f"{paths[0]}: a store keeps its label sets itself; leave --out {out} out")
-    return propagate_store_labels(paths[0], rule, splits, ontology=tree, expect=listed)
+    return propagate_store_labels(paths[0], rule, splits, ontology=tree, expect=class_list)
 
 
 def propagate_tables(
@@ -242,141 +108,137 @@ def propagate_tables(
 ) -> PropagationSummary:
     """Write `out`: the rows of all inputs in their order, with `raw` and the label set `rule` as class indices.
 
-    Columns: clip_id, start_seconds, end_seconds where an input has them, split, raw, the rule's name, and `outside`:
-    ids that the ontology or another list knows and the class list has not. Provenance as in a store's
-    labels.parquet; what changed is returned, and saved as `<out>.propagation.json`. Nothing is written unless all
-    is right; again gives the same bytes; memory does not grow with the inputs. Raises InputError: an id that no
-    list knows, with its row and the nearest that one does; a split, rule or class that is not there.
+    Columns: clip_id, start_seconds and end_seconds if an input has them, split, raw, the rule's name, and `outside`:
+    ids that the ontology or another list knows and the class list lacks. The provenance is written as in a store's
+    labels.parquet; the summary of the changes is returned, and saved as `<out>.propagation.json`. Nothing is written
+    unless every input is right; a second call gives the same bytes; memory does not grow with the inputs. Raises
+    InputError: an id that no list knows, with its row and the nearest known one; a split, rule or class that does not
+    exist.
     """
-    ontology, classes = ontology or load_ontology(), classes or load_class_list()
+    # Everything that can be refused without reading labels comes first.
+    ontology = ontology or load_ontology()
+    classes = classes or load_class_list()
     adds_CC = rule_relation_CC(rule, ontology=ontology, classes=classes)
-    _check_table_path(inputs, out)
+    _check_output_path(inputs, out)
     tables = [open_label_input(path, classes) for path in inputs]
-    _check_distinct_splits(tables)
-    known = tuple(dict.fromkeys(split for table in tables for split in table.splits))
-    by = LabelProvenance.for_rule(
-        rule, ontology, classes, adds_CC, requested_splits(str(inputs[0]), known, splits)
-    )
-    making = _LabelSetBuilder(
-        provenance=by,
+    check_distinct_names([table.splits[0] for table in tables if not _is_parquet(table.path)])
+    known_splits = tuple(dict.fromkeys(split for table in tables for split in table.splits))
+    propagated_splits = requested_splits(str(inputs[0]), known_splits, splits)
+
+    maker = LabelSetMaker(
+        provenance=LabelProvenance.for_rule(rule, ontology, classes, adds_CC, propagated_splits),
         adds_CC=adds_CC,
-        ontology=ontology,
-        classes=classes,
-        label_counts=LabelCounts(known, classes),
+        counts=LabelCounts(known_splits, classes),
     )
+    propagator = _BlockPropagator(maker, ontology, classes)
     columns = [name for name in CLIP_COLUMN_TYPES if any(name in table.columns for table in tables)]
-    schema = _label_table_schema(columns, by)
+    schema = _output_schema(columns, maker.provenance)
+
+    # All labels are read before `out` takes its name, and the summary is saved after it.
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with (
-        replacing_file(out) as scratch,
-        scratch.open("wb") as file,  # not pyarrow's own, whose errors do not name the file
-        pq.ParquetWriter(file, schema, **LABEL_PARQUET_OPTIONS) as writer,
-    ):
+    with replacing_file(out) as scratch:
+        _write_rows(scratch, schema, tables, propagator)
+    summary = maker.counts.summary(maker.provenance, ontology)
+    summary.save_json(out.with_suffix(".propagation.json"))
+    return summary
+
+
+def _write_rows(
+    path: Path, schema: pa.Schema, tables: Sequence["LabelInput"], propagator: "_BlockPropagator"
+) -> None:
+    """Write the rows of all inputs, block by block."""
+    # The file is opened here, because pyarrow's own errors would not name it.
+    with path.open("wb") as file, pq.ParquetWriter(file, schema, **LABEL_PARQUET_OPTIONS) as writer:
         for table in tables:
             first_row = 0
             for block in table.read_blocks():
-                writer.write_table(
-                    _conform_to_schema(schema, making.propagate_block(table.path, block, first_row))
-                )
+                rows = propagator.propagate_block(table.path, block, first_row)
+                writer.write_table(_conform_to_schema(schema, rows))
                 first_row += block.height
-    done = making.label_counts.summary(by, ontology)
-    done.save_json(out.with_suffix(".propagation.json"))
-    return done
 
 
-class _LabelSetBuilder:
-    """Makes and counts label sets, block by block."""
+class _BlockPropagator:
+    """Turns blocks of an input into rows of the output."""
 
-    def __init__(
-        self,
-        *,
-        provenance: LabelProvenance,
-        adds_CC: np.ndarray,
-        ontology: Ontology,
-        classes: ClassList,
-        label_counts: LabelCounts,
-    ) -> None:
-        self.provenance, self.adds_CC, self.classes, self.label_counts = (
-            provenance,
-            adds_CC,
-            classes,
-            label_counts,
-        )
+    def __init__(self, maker: LabelSetMaker, ontology: Ontology, classes: ClassList) -> None:
+        self.maker = maker
+        self.classes = classes
         self.class_names = known_class_names() | {node.mid: node.name for node in ontology.nodes}
 
     def propagate_block(self, path: Path, block: pl.DataFrame, first_row: int) -> pl.DataFrame:
-        """The block with `raw`, the label set and `outside` in place of `labels`."""
+        """The block with `raw`, the label set and `outside` in place of `labels`; raises ManifestError."""
         try:
             raw, outside = self._raw_labels(block["labels"], first_row)
-            labels = propagate(raw, self.adds_CC)
         except OntologyError as error:
             raise ManifestError(f"{path}: {error}") from None
         self._check_known_ids(path, block, outside, first_row)
-        asked = block["split"].is_in(list(self.provenance.splits))
-        labels = labels.zip_with(asked, raw)
-        split_B = block["split"].replace_strict(
-            {split: index for index, split in enumerate(self.label_counts.splits)}, return_dtype=pl.Int64
-        )
-        self.label_counts.count_batch(split_B.to_numpy(), raw, labels, outside)
+
+        # Splits become indices for the counts.
+        index_of_split = {split: index for index, split in enumerate(self.maker.counts.splits)}
+        split_B = block["split"].replace_strict(index_of_split, return_dtype=pl.Int64)
+        labels = self.maker.propagate_batch(raw, split_B.to_numpy(), outside)
         return block.drop("labels").with_columns(
-            raw.alias("raw"), labels.alias(self.provenance.rule), outside.alias("outside")
+            raw.alias("raw"), labels.alias(self.maker.provenance.rule), outside.alias("outside")
         )
 
     def _raw_labels(self, labels: pl.Series, first_row: int) -> tuple[pl.Series, pl.Series]:
+        """Class indices, sorted and unique, and ids outside the class list."""
         if labels.dtype == pl.List(pl.String):
             return index_class_ids(labels, self.classes, first_row=first_row)
+
+        # Indices are already in the class list; a relation without pairs sorts and checks them.
         nothing_CC = np.zeros((len(self.classes),) * 2, dtype=bool)
         raw = propagate(labels, nothing_CC, first_row=first_row)
         return raw, pl.Series([[]], dtype=pl.List(pl.String)).new_from_index(0, len(raw))
 
     def _check_known_ids(self, path: Path, block: pl.DataFrame, outside: pl.Series, first_row: int) -> None:
-        """ManifestError for an id that no list knows: a typing error, or the ids of another set."""
+        """Raise ManifestError for an id that no list knows: a typing error, or the ids of another data set."""
         rows = pl.DataFrame({"row": range(len(outside)), "mid": outside}).explode("mid").drop_nulls()
-        odd = rows.filter(~pl.col("mid").is_in(list(self.class_names)))
-        if odd.is_empty():
+        unknown = rows.filter(~pl.col("mid").is_in(list(self.class_names)))
+        if unknown.is_empty():
             return
-        row, mid = odd.row(0)
+
+        # One error, about the first of them.
+        row, mid = unknown.row(0)
         clip = f" (clip {block['clip_id'][row]})" if "clip_id" in block.columns else ""
         raise ManifestError(
             f"{path}: row {first_row + row}{clip}: unknown class {mid!r}; {self._suggest_class_id(mid)}"
         )
 
     def _suggest_class_id(self, mid: str) -> str:
+        """The end of an error about an unknown id; it names one class only, of the 664 and more that are known."""
+        # Ids with the wrong separator look like one long id.
         if any(part in self.class_names for part in re.split(r"[,|\s]+", mid)):
             return "several ids are separated by ;"
-        of_name = {name.lower(): known for known, name in self.class_names.items()}
-        nearest = (
-            of_name.get(mid.lower()) or difflib.get_close_matches(mid, self.class_names, n=1, cutoff=0.0)[0]
+
+        # A class may be given by its name instead.
+        mid_of_name = {name.lower(): known for known, name in self.class_names.items()}
+        nearest = mid_of_name.get(mid.lower()) or closest_word(mid, self.class_names)
+        return (
+            f"did you mean {nearest} ({self.class_names[nearest]})? "
+            "Other lists are given by --classes and --ontology"
         )
-        return f"did you mean {nearest} ({self.class_names[nearest]})? Other lists are given by --classes and --ontology"
 
 
-def _check_table_path(inputs: Sequence[Path], out: Path) -> None:
-    if out.suffix.lower() not in LABEL_PARQUET_SUFFIXES or out.is_dir():
+def _check_output_path(inputs: Sequence[Path], out: Path) -> None:
+    """Raise InputError unless `out` can be a Parquet file beside the inputs, each of which is given once."""
+    if not _is_parquet(out) or out.is_dir():
         raise InputError(f"--out {out}: expected the name of a Parquet file, such as labels.parquet")
-    there = [path.resolve() for path in inputs]
-    if twice := [path for path in inputs if there.count(path.resolve()) > 1]:
-        raise InputError(f"{twice[0]}: is given twice; its clips would be too")
-    if out.resolve() in there:
+
+    # Two paths may lead to one file.
+    resolved = [path.resolve() for path in inputs]
+    if repeated := [path for path in inputs if resolved.count(path.resolve()) > 1]:
+        raise InputError(f"{repeated[0]}: is given twice; its clips would be too")
+    if out.resolve() in resolved:
         raise InputError(
             f"--out {out}: is an input too, and would lose its other columns; choose another name"
         )
 
 
-def _check_distinct_splits(tables: Sequence[LabelInput]) -> None:
-    """ManifestError for two segments lists of one name, whose splits would be mixed."""
-    lists = [table for table in tables if table.path.suffix.lower() not in LABEL_PARQUET_SUFFIXES]
-    names = [table.splits[0] for table in lists]
-    if len(set(names)) < len(names):
-        raise ManifestError(
-            f"two segments lists share a name, which names the split: {sorted(names)}; rename one"
-        )
-
-
-def _label_table_schema(columns: Sequence[str], provenance: LabelProvenance) -> pa.Schema:
+def _output_schema(columns: Sequence[str], provenance: LabelProvenance) -> pa.Schema:
     types = {"split": pa.string(), "clip_id": pa.string()}
-    fields = [(name, types.get(name, pa.float64())) for name in columns]
-    fields += [
+    fields = [
+        *((name, types.get(name, pa.float64())) for name in columns),
         ("raw", LABEL_LIST_TYPE),
         (provenance.rule, LABEL_LIST_TYPE),
         ("outside", pa.list_(pa.string())),
@@ -386,11 +248,185 @@ def _label_table_schema(columns: Sequence[str], provenance: LabelProvenance) -> 
 
 
 def _conform_to_schema(schema: pa.Schema, block: pl.DataFrame) -> pa.Table:
-    """The block with exactly the columns of a schema; null where it has none."""
-    columns = [
-        block[field.name].to_arrow().cast(field.type)
-        if field.name in block.columns
-        else pa.nulls(block.height, field.type)
-        for field in schema
-    ]
+    """The block with exactly the columns of a schema; null where the block lacks one."""
+    columns = []
+    for field in schema:
+        if field.name in block.columns:
+            columns.append(block[field.name].to_arrow().cast(field.type))
+        else:
+            columns.append(pa.nulls(block.height, field.type))
     return pa.Table.from_arrays(columns, schema=schema)
+
+
+# The inputs.
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelInput:
+    """A file of rows with labels.
+
+    Its blocks have the columns `columns` and `labels`: lists of class ids or of class indices.
+    """
+
+    path: Path
+    splits: tuple[str, ...]
+    columns: tuple[str, ...]  # keys of CLIP_COLUMN_TYPES, always `split`
+    read_blocks: Callable[
+        [], Iterator[pl.DataFrame]
+    ]  # may be called again; memory does not grow with the file
+
+
+def open_label_input(path: Path, classes: ClassList) -> LabelInput:
+    """Open a Parquet table if the file's name says so, else a segments list; raises InputError.
+
+    A table has its labels in column raw, mids, labels, label or positive_labels: class ids as lists or as text with `;`
+    between them, or lists of indices into `classes`. Also read, if present: clip_id (or video_id, ytid, id, fname),
+    split (else the file's name is the split), start and end. Capitals do not matter; other columns are ignored.
+    """
+    if path.is_dir():
+        raise InputError(
+            f"{path}: a folder and no store; expected a store, a segments list or a Parquet table"
+        )
+    if not path.exists():
+        raise InputError(f"{path}: no such file{did_you_mean(path)}")
+    if _is_parquet(path):
+        return _open_label_table(path, classes)
+
+    # A segments list has all columns, and its name is its one split.
+    return LabelInput(
+        path=path,
+        splits=(split_from_filename(path),),
+        columns=tuple(CLIP_COLUMN_TYPES),
+        read_blocks=lambda: _segment_list_blocks(path),
+    )
+
+
+def _is_parquet(path: Path) -> bool:
+    return path.suffix.lower() in LABEL_PARQUET_SUFFIXES
+
+
+def _segment_list_blocks(path: Path) -> Iterator[pl.DataFrame]:
+    # The list is read to its end before damaged lines are refused, so that the error says how many there are.
+    row_count = 0
+    damaged_blocks = []
+    for rows, damaged in read_segment_blocks(path):
+        row_count += rows.height
+        damaged_blocks.append(damaged)
+        yield rows.rename({"mids": "labels"})
+    check_damaged_lines(path, row_count, pl.concat(damaged_blocks), lenient=False)
+
+
+def _open_label_table(path: Path, classes: ClassList) -> LabelInput:
+    """Find the columns of a table by their names; ManifestError if there is no column of labels."""
+    try:
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+    except DAMAGED_TABLE_ERRORS as error:
+        raise _damaged_input_error(path, error) from None
+
+    label_column = _find_column(schema, LABEL_COLUMN_ALIASES)
+    if label_column is None:
+        raise ManifestError(
+            f"{path}: no column of labels; expected one of {', '.join(LABEL_COLUMN_ALIASES)}, "
+            f"it has {', '.join(schema.names)}"
+        )
+    _check_label_column(path, schema.field(label_column), schema, classes)
+
+    # The other columns are optional.
+    candidates = {column: _find_column(schema, names) for column, names in CLIP_COLUMN_ALIASES.items()}
+    name_of = {column: name for column, name in candidates.items() if name is not None}
+    return LabelInput(
+        path=path,
+        splits=_table_splits(path, name_of.get("split")),
+        columns=tuple(column for column in CLIP_COLUMN_TYPES if column in name_of or column == "split"),
+        read_blocks=lambda: _label_table_blocks(path, name_of, label_column),
+    )
+
+
+def _find_column(schema: pa.Schema, names: Sequence[str]) -> str | None:
+    """The first of these names that a schema has, as the schema spells it."""
+    spelling_of = {name.strip().lower(): name for name in schema.names}
+    return next((spelling_of[name] for name in names if name in spelling_of), None)
+
+
+def _check_label_column(path: Path, column: pa.Field, schema: pa.Schema, classes: ClassList) -> None:
+    """ManifestError unless the column can hold labels, and indices, if it holds any, are into this class list."""
+    # Ids are texts, single or in lists; indices are integers in lists.
+    column_type = column.type
+    is_list = pa.types.is_list(column_type) or pa.types.is_large_list(column_type)
+    value_type = column_type.value_type if is_list else column_type
+    if pa.types.is_dictionary(value_type):
+        value_type = value_type.value_type
+    is_text = pa.types.is_string(value_type) or pa.types.is_large_string(value_type)
+    if not is_text and (value_type == column_type or not pa.types.is_integer(value_type)):
+        raise ManifestError(
+            f"{path}: column {column.name!r} holds {column_type}; expected lists of class ids, "
+            "lists of class indices, or ids as text with ; between them"
+        )
+
+    # A table that was made here says which class list its indices point into.
+    sources = json.loads((schema.metadata or {}).get(PROVENANCE_KEY, b"{}"))
+    digests = {
+        source["classes"] for source in sources.values() if isinstance(source, dict) and "classes" in source
+    }
+    if not is_text and digests - {classes.digest}:
+        raise ManifestError(
+            f"{path}: its indices are of another class list than the {len(classes)} classes given; "
+            "give the list that it was made with as --classes"
+        )
+
+
+def _table_splits(path: Path, column: str | None) -> tuple[str, ...]:
+    """The splits of a table in the order of their first rows."""
+    if column is None:
+        return (split_from_filename(path),)
+    # The keys of a dict keep the order in which they first came.
+    splits: dict[str, None] = {}
+    for frame in _read_table_blocks(path, [column]):
+        if frame[column].null_count():
+            raise ManifestError(f"{path}: column {column!r} is null in some rows; every clip is of a split")
+        splits.update(dict.fromkeys(frame[column].cast(pl.String).unique(maintain_order=True)))
+    return tuple(splits)
+
+
+def _label_table_blocks(path: Path, name_of: dict[str, str], label_column: str) -> Iterator[pl.DataFrame]:
+    """Yield a table's rows under our column names; `name_of` says what the table calls them."""
+    split = pl.col(name_of["split"]) if "split" in name_of else pl.lit(split_from_filename(path))
+    others = [
+        pl.col(name).cast(CLIP_COLUMN_TYPES[column]).alias(column)
+        for column, name in name_of.items()
+        if column != "split"
+    ]
+    for frame in _read_table_blocks(path, [*name_of.values(), label_column]):
+        labels = _label_lists_expr(frame.schema[label_column], label_column)
+        try:
+            rows = frame.select(*others, split.cast(pl.String).alias("split"), labels.alias("labels"))
+        except pl.exceptions.PolarsError as error:
+            raise ManifestError(
+                f"{path}: {first_error_line(error, path)}; mend the column or leave it out"
+            ) from None
+        yield rows
+
+
+def _label_lists_expr(column_type: pl.DataType, name: str) -> pl.Expr:
+    # A list holds indices or ids; a text holds ids with `;` between them.
+    if isinstance(column_type, pl.List):
+        is_index = column_type.inner.is_integer()
+        return pl.col(name) if is_index else pl.col(name).cast(pl.List(pl.String))
+    return pl.col(name).cast(pl.String).str.extract_all(r"[^;\s](?:[^;]*[^;\s])?")
+
+
+def _read_table_blocks(path: Path, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+    with pq.ParquetFile(path) as file:
+        try:
+            for batch in file.iter_batches(LABEL_BLOCK_ROWS, columns=list(columns)):
+                frame = pl.from_arrow(pa.Table.from_batches([batch]))
+                assert isinstance(frame, pl.DataFrame)
+                yield frame
+        except DAMAGED_TABLE_ERRORS as error:
+            raise _damaged_input_error(path, error) from None
+
+
+def _damaged_input_error(path: Path, error: BaseException) -> ManifestError:
+    damage = describe_table_damage(error)
+    return ManifestError(f"{path}: cannot be read ({damage}); fetch or make it again")

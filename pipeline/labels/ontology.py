@@ -1,7 +1,4 @@
-"""Ontology: the class tree, and the classes of a store or model; AudioSet's own, or a user's files.
-
-Vocabularies: the class lists of other sets, names of classes outside the 527, and maps from one list to another.
-"""
+"""Class trees and class lists, AudioSet's own and others; scores mapped between lists; labels as lists of indices."""
 
 import csv
 import hashlib
@@ -23,13 +20,19 @@ import pyarrow as pa
 
 from pipeline.errors import InputError, ManifestError, OntologyError
 
-if TYPE_CHECKING:  # stage one needs no torch, and it takes seconds to import
+if TYPE_CHECKING:  # stage one needs no torch, which takes seconds to import
     from torch import Tensor
 
+MappedScores = TypeVar("MappedScores", np.ndarray, "Tensor")
 
 CLASS_LIST_HEADER = ["index", "mid", "display_name"]
 
 MAX_CLASSES = 2**16  # a label is stored as uint16
+
+OUTSIDE_IDS_SHOWN = 5  # class ids that a note names
+
+
+# A class tree and a class list.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,17 +48,20 @@ class OntologyNode:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ontology:
-    """What is a kind of what: an acyclic graph rather than a tree, since a class may have several parents."""
+    """Which class is a kind of which: an acyclic graph rather than a tree, since a class may have several parents."""
 
     nodes: tuple[OntologyNode, ...]
 
     def __post_init__(self) -> None:
-        if twice := _first_duplicate([node.mid for node in self.nodes]):
-            raise OntologyError(f"class {twice} is defined twice; every id may stand once")
-        known = {node.mid for node in self.nodes}
+        # Every id stands once, and every child is defined.
+        if duplicate := _first_duplicate([node.mid for node in self.nodes]):
+            raise OntologyError(f"class {duplicate} is defined twice; every id may stand once")
+        known_mids = {node.mid for node in self.nodes}
         for node in self.nodes:
-            for unknown in (mid for mid in node.child_mids if mid not in known):
+            for unknown in (mid for mid in node.child_mids if mid not in known_mids):
                 raise OntologyError(f"class {node.mid} ({node.name}) has an undefined child {unknown}")
+
+        # No class is its own ancestor.
         try:
             TopologicalSorter(self.parent_mids()).prepare()
         except CycleError as error:
@@ -68,19 +74,20 @@ class Ontology:
         """The parents of every node, in the order of the nodes; roots have none."""
         parents: dict[str, list[str]] = {node.mid: [] for node in self.nodes}
         for node in self.nodes:
+            # A child that is listed twice is one link.
             for child_mid in dict.fromkeys(node.child_mids):
                 parents[child_mid].append(node.mid)
         return parents
 
     @property
     def digest(self) -> str:
-        """12 hex digits that change with the nodes or links, and not with names or the order of the file."""
-        facts = sorted((node.mid, sorted(node.child_mids)) for node in self.nodes)
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+        """12 hex digits that change with the nodes or links, but not with names or the order of the file."""
+        links = sorted((node.mid, sorted(node.child_mids)) for node in self.nodes)
+        return hashlib.sha256(json.dumps(links).encode()).hexdigest()[:12]
 
     def to_json(self) -> str:
-        """What `load_ontology` reads, one node a line."""
-        facts = (
+        """The ontology in the form that `load_ontology` reads, one node a line."""
+        entries = (
             {
                 "id": node.mid,
                 "name": node.name,
@@ -90,7 +97,7 @@ class Ontology:
             }
             for node in self.nodes
         )
-        lines = ",\n".join(json.dumps(fact, ensure_ascii=False) for fact in facts)
+        lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
         return f"[\n{lines}\n]\n"
 
 
@@ -106,8 +113,9 @@ class ClassList:
         if not 0 < len(self.mids) == len(self.names) <= MAX_CLASSES:
             counts = f"{len(self.mids)} ids and {len(self.names)} names"
             raise ManifestError(f"a class list of {counts}; expected as many of both, 1 to {MAX_CLASSES}")
-        if twice := _first_duplicate(self.mids):
-            raise ManifestError(f"class {twice} is listed twice; every id may stand once")
+        if duplicate := _first_duplicate(self.mids):
+            raise ManifestError(f"class {duplicate} is listed twice; every id may stand once")
+        # This is how a frozen dataclass sets a field that follows from others.
         object.__setattr__(self, "index_of", {mid: index for index, mid in enumerate(self.mids)})
 
     def __len__(self) -> int:
@@ -115,15 +123,16 @@ class ClassList:
 
     @property
     def digest(self) -> str:
-        """12 hex digits that change with the ids or their order, which is what indices mean."""
+        """12 hex digits that change with the ids or their order, which decide what an index means."""
         return hashlib.sha256(json.dumps(self.mids).encode()).hexdigest()[:12]
 
 
 def load_ontology(path: Path | None = None) -> Ontology:
-    """AudioSet's class tree (632 nodes), or that of a file in the form of AudioSet's `ontology.json`."""
+    """Read AudioSet's class tree (632 nodes), or the one in a file of the form of AudioSet's `ontology.json`."""
     text = _read_utf8_text(path or importlib.resources.files("manifests") / "audioset.json", OntologyError)
+    # Whatever is wrong with the content, the error names the file.
     try:
-        nodes = tuple(_parse_node(place, fact) for place, fact in enumerate(json.loads(text)))
+        nodes = tuple(_parse_node(index, entry) for index, entry in enumerate(json.loads(text)))
         if not nodes:
             raise OntologyError("it has no entry")
         return Ontology(nodes=nodes)
@@ -134,21 +143,26 @@ def load_ontology(path: Path | None = None) -> Ontology:
 
 
 def load_class_list(path: Path | None = None) -> ClassList:
-    """AudioSet's 527 classes, or those of a file in the form of AudioSet's `class_labels_indices.csv`."""
+    """Read AudioSet's 527 classes, or those in a file of the form of AudioSet's `class_labels_indices.csv`."""
+    # AudioSet's own list is part of its class tree.
     if path is None:
-        listed = {node.index: node for node in load_ontology().nodes if node.index is not None}
-        nodes = [listed[index] for index in sorted(listed)]
+        node_at = {node.index: node for node in load_ontology().nodes if node.index is not None}
+        nodes = [node_at[index] for index in sorted(node_at)]
         return ClassList(mids=tuple(node.mid for node in nodes), names=tuple(node.name for node in nodes))
+
+    # The header must be AudioSet's own.
     lines = csv.reader(io.StringIO(_read_utf8_text(path, ManifestError)))
     if (header := next(lines, [])) != CLASS_LIST_HEADER:
         raise ManifestError(
             f"{path}: line 1 is {','.join(header)!r}, expected {','.join(CLASS_LIST_HEADER)!r}"
         )
+
+    # Rows must be numbered without a gap: a gap would shift the meaning of every later index.
     rows = [row for row in lines if row]
     for index, row in enumerate(rows):
         if len(row) != 3 or row[0] != str(index):
-            got = ",".join(row)
-            raise ManifestError(f"{path}: class row {index} is {got!r}, expected '{index},mid,display_name'")
+            text = ",".join(row)
+            raise ManifestError(f"{path}: class row {index} is {text!r}, expected '{index},mid,display_name'")
     try:
         return ClassList(mids=tuple(row[1] for row in rows), names=tuple(row[2] for row in rows))
     except ManifestError as error:
@@ -157,24 +171,25 @@ def load_class_list(path: Path | None = None) -> ClassList:
 
 def _read_utf8_text(path: Path | Traversable, error_type: type[InputError]) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")  # spreadsheets begin a file with a byte order mark
     except OSError as error:
         raise error_type(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise error_type(f"{path}: not UTF-8 text") from None
 
 
-def _parse_node(entry_index: int, fact: Any) -> OntologyNode:
+def _parse_node(entry_index: int, entry: Any) -> OntologyNode:
     try:
-        mid, name, child_mids = fact["id"], fact["name"], fact["child_ids"]
+        mid, name, child_mids = entry["id"], entry["name"], entry["child_ids"]
+        # A text is a sequence of texts too, so `child_ids` must not be one.
         if not all(isinstance(text, str) for text in (mid, name, *child_mids)) or isinstance(child_mids, str):
             raise TypeError
         return OntologyNode(
             mid=mid,
             name=name,
             child_mids=tuple(child_mids),
-            restrictions=tuple(fact.get("restrictions", ())),
-            index=fact.get("index"),
+            restrictions=tuple(entry.get("restrictions", ())),
+            index=entry.get("index"),
         )
     except (KeyError, TypeError, AttributeError):
         raise OntologyError(
@@ -186,86 +201,69 @@ def _first_duplicate(mids: Sequence[str]) -> str | None:
     return next((mid for mid, times in Counter(mids).items() if times > 1), None)
 
 
-def flatten_label_lists(label_lists: pl.Series, *, first_row: int = 0) -> tuple[np.ndarray, pa.Array]:
-    """Row number and value of every entry of a list column. OntologyError: a null, with its row."""
-    array = label_lists.to_arrow()
-    values = array.flatten()
-    rows_N = np.repeat(np.arange(len(array)), np.diff(array.offsets.to_numpy()))
-    if array.null_count or values.null_count:
-        null_N = (array if array.null_count else values).is_null().to_numpy(zero_copy_only=False).argmax()
-        row = null_N if array.null_count else rows_N[null_N]
-        raise OntologyError(
-            f"row {first_row + row}: a label is null; expected a list, empty where a clip has no labels"
-        )
-    return rows_N, values
-
-
-def build_label_lists(rows_N: np.ndarray, values: pa.Array, *, count: int) -> pl.Series:
-    """The list column of `count` rows with these entries, which come row after row."""
-    ends_N = np.bincount(rows_N, minlength=count).cumsum()
-    offsets = pa.array(np.concatenate([[0], ends_N]), pa.int64())
-    return pl.Series(values=pa.LargeListArray.from_arrays(offsets, values))
-
-
-def sorted_unique_keys(keys_N: np.ndarray) -> np.ndarray:
-    """The distinct of these non-negative keys in ascending order; sorts them in place."""
-    keys_N.sort()
-    return keys_N[np.diff(keys_N, prepend=-1) > 0]
-
-
-MappedScores = TypeVar("MappedScores", np.ndarray, "Tensor")
-
-OUTSIDE_IDS_SHOWN = 5  # ids in a note
+# Class lists of other data sets, and names for classes outside the 527.
 
 
 def fsd50k_classes() -> ClassList:
-    """FSD50K's 200 classes in its order, under its names with blanks; 192 of them are among AudioSet's 527."""
-    facts = _read_bundled_json("fsd50k.json")
+    """FSD50K's 200 classes in its order, blanks in place of `_` in their names; 192 of them are among the 527."""
+    entries = _read_bundled_json("fsd50k.json")
     return ClassList(
-        mids=tuple(fact["id"] for fact in facts),
-        names=tuple(fact["name"].replace("_", " ") for fact in facts),
+        mids=tuple(entry["id"] for entry in entries),
+        names=tuple(entry["name"].replace("_", " ") for entry in entries),
     )
 
 
 def audioset_strong_classes() -> ClassList:
     """The 456 classes of AudioSet's strong labels, sorted by id; 382 of them are among the 527."""
-    facts = _read_bundled_json("audioset_strong.json")
-    return ClassList(mids=tuple(fact["id"] for fact in facts), names=tuple(fact["name"] for fact in facts))
+    entries = _read_bundled_json("audioset_strong.json")
+    return ClassList(
+        mids=tuple(entry["id"] for entry in entries), names=tuple(entry["name"] for entry in entries)
+    )
 
 
 @cache
 def known_class_names() -> dict[str, str]:
-    """Id -> name of every class known here: the ontology's 632, and 32 that only the strong labels have."""
+    """Id -> name of every class in these lists: the ontology's 632, and 32 that only the strong labels have."""
+    # The strong labels rename twelve classes; the ontology's names win.
     strong = audioset_strong_classes()
     names = dict(zip(strong.mids, strong.names, strict=True))
     return names | {node.mid: node.name for node in load_ontology().nodes}
 
 
 def name_with_id(mid: str) -> str:
-    """An id with its name, to be read: `Washing machine (/m/0174k2)`; an unknown one alone."""
+    """A class id with its name, for a reader: `Washing machine (/m/0174k2)`; the id alone if it has no name."""
     return f"{known_class_names()[mid]} ({mid})" if mid in known_class_names() else mid
 
 
 def describe_outside_ids(mids: pl.Series, classes: ClassList) -> tuple[str, ...]:
-    """The sentence on ids of labels that a class list has not, if there are any: how many, and the most frequent."""
-    odd = mids.explode().drop_nulls()
-    odd = odd.filter(~odd.is_in(list(classes.mids)))
-    if odd.is_empty():
+    """One sentence on label ids outside a class list, their number and the most frequent; empty if there are none."""
+    outside = mids.explode().drop_nulls()
+    outside = outside.filter(~outside.is_in(list(classes.mids)))
+    if outside.is_empty():
         return ()
-    often = odd.value_counts(name="times").sort("times", odd.name, descending=[True, False])
-    shown = ", ".join(
-        f"{name_with_id(mid)} {times:,} times" for mid, times in often.head(OUTSIDE_IDS_SHOWN).iter_rows()
+
+    # The most frequent come first; equally frequent ones in the order of their ids.
+    counts = outside.value_counts(name="times").sort("times", outside.name, descending=[True, False])
+    examples = ", ".join(
+        f"{name_with_id(mid)} {times:,} times" for mid, times in counts.head(OUTSIDE_IDS_SHOWN).iter_rows()
     )
-    more = f" and {often.height - OUTSIDE_IDS_SHOWN} more" if often.height > OUTSIDE_IDS_SHOWN else ""
-    these = "1 class of labels is" if often.height == 1 else f"{often.height} classes of labels are"
-    return (f"{these} outside the class list and kept aside: {shown}{more}",)
+    if counts.height > OUTSIDE_IDS_SHOWN:
+        examples += f" and {counts.height - OUTSIDE_IDS_SHOWN} more"
+    subject = "1 class of labels is" if counts.height == 1 else f"{counts.height} classes of labels are"
+    return (f"{subject} outside the class list and kept aside: {examples}",)
+
+
+def _read_bundled_json(name: str) -> list[dict[str, Any]]:
+    path = importlib.resources.files("manifests") / name
+    entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return entries
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassMap:
-    """From one class list to another by id: what a model of `source` says in the words of `target`.
+    """A map from one class list to another by id: what a model of `source` predicts for the classes of `target`.
 
-    source_N, target_N  indices of the classes that both have
+    source_N, target_N  indices of the classes that both lists have
     """
 
     source: ClassList
@@ -287,30 +285,11 @@ class ClassMap:
         for name, indices in zip(("source_N", "target_N"), zip(*pairs, strict=True), strict=True):
             object.__setattr__(self, name, np.array(indices))
 
-    @property
-    def missing_names(self) -> tuple[str, ...]:
-        """The names of target classes that the source lacks: no score, so to be left out of a mean."""
-        there = set(self.target_N.tolist())
-        return tuple(name for index, name in enumerate(self.target.names) if index not in there)
-
-    def map_labels(self, labels: pl.Series) -> pl.Series:
-        """Lists of source indices as lists of target indices, sorted, unique; classes without a counterpart go."""
-        rows_N, indices = flatten_label_lists(labels)
-        target_C = np.full(len(self.source), -1)
-        target_C[self.source_N] = self.target_N
-        class_N = indices.cast(pa.int64()).to_numpy(zero_copy_only=False)
-        if (odd_N := np.flatnonzero((class_N < 0) | (class_N >= len(self.source)))).size:
-            row, index = rows_N[odd_N[0]], class_N[odd_N[0]]
-            raise OntologyError(f"row {row}: class index {index}, expected 0 to {len(self.source) - 1}")
-        kept_N = target_C[class_N] >= 0
-        keys_N = sorted_unique_keys(rows_N[kept_N] * len(self.target) + target_C[class_N[kept_N]])
-        values = pa.array((keys_N % len(self.target)).astype(np.uint16))
-        return build_label_lists(keys_N // len(self.target), values, count=len(labels)).alias(labels.name)
-
     def map_scores(self, scores_BC: MappedScores, *, absent_score: float) -> MappedScores:
-        """Scores of the target's classes; `absent` where the source has none: 0 for probabilities, -inf for logits.
+        """The scores of the target's classes; classes that the source lacks get `absent_score`.
 
-        A numpy array, or a torch tensor on any device (differentiable).
+        Fitting values are 0 for probabilities and -inf for logits. Takes a numpy array, or a torch tensor on any
+        device (differentiable).
         """
         if scores_BC.shape[1] != len(self.source):
             raise OntologyError(f"scores of {scores_BC.shape[1]} classes, expected {len(self.source)}")
@@ -319,11 +298,62 @@ class ClassMap:
             mapped_BC = np.full(shape, absent_score, scores_BC.dtype)
         else:
             mapped_BC = scores_BC.new_full(shape, absent_score)
+        # One assignment of columns serves both, and carries gradients in torch.
         mapped_BC[:, self.target_N] = scores_BC[:, self.source_N]
         return mapped_BC
 
 
-def _read_bundled_json(name: str) -> list[dict[str, Any]]:
-    path = importlib.resources.files("manifests") / name
-    facts: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    return facts
+# Columns of label lists: as flat arrays for numpy, and back. A label's key is row * classes + class.
+
+
+def flatten_label_lists(label_lists: pl.Series, *, first_row: int = 0) -> tuple[np.ndarray, pa.Array]:
+    """The row number and the value of every entry of a list column.
+
+    OntologyError: a null, named by its row; `first_row` is the number of the column's first row.
+    """
+    array = label_lists.to_arrow()
+    values = array.flatten()
+    rows_N = np.repeat(np.arange(len(array)), np.diff(array.offsets.to_numpy()))
+
+    # A null may stand for a whole list, or in one; the row is named in both cases.
+    if array.null_count or values.null_count:
+        null_N = (array if array.null_count else values).is_null().to_numpy(zero_copy_only=False).argmax()
+        row = null_N if array.null_count else rows_N[null_N]
+        raise OntologyError(
+            f"row {first_row + row}: a label is null; expected a list, empty where a clip has no labels"
+        )
+    return rows_N, values
+
+
+def flatten_class_indices(
+    label_lists: pl.Series, class_count: int, *, first_row: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """The row number and the class index, both int64, of every label of a column.
+
+    OntologyError: a null, or an index that no class has, named by its row as in `flatten_label_lists`.
+    """
+    rows_N, values = flatten_label_lists(label_lists, first_row=first_row)
+    class_N = values.cast(pa.int64()).to_numpy(zero_copy_only=False)
+    if (wrong_N := np.flatnonzero((class_N < 0) | (class_N >= class_count))).size:
+        row = first_row + rows_N[wrong_N[0]]
+        raise OntologyError(f"row {row}: class index {class_N[wrong_N[0]]}, expected 0 to {class_count - 1}")
+    return rows_N, class_N
+
+
+def sorted_unique_keys(keys_N: np.ndarray) -> np.ndarray:
+    """The distinct of these non-negative keys in ascending order; sorts `keys_N` in place."""
+    keys_N.sort()
+    return keys_N[np.diff(keys_N, prepend=-1) > 0]
+
+
+def build_label_lists(rows_N: np.ndarray, values: pa.Array, *, row_count: int) -> pl.Series:
+    """The list column of `row_count` rows that holds these entries, which come row after row."""
+    ends_N = np.bincount(rows_N, minlength=row_count).cumsum()
+    offsets = pa.array(np.concatenate([[0], ends_N]), pa.int64())
+    return pl.Series(values=pa.LargeListArray.from_arrays(offsets, values))
+
+
+def label_lists_from_keys(keys_N: np.ndarray, class_count: int, *, row_count: int) -> pl.Series:
+    """The column list<uint16> of `row_count` rows that holds the labels with these ascending keys."""
+    class_N = pa.array((keys_N % class_count).astype(np.uint16))
+    return build_label_lists(keys_N // class_count, class_N, row_count=row_count)

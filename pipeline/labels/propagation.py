@@ -1,9 +1,5 @@
-"""Propagation: what a label implies about the classes above it, by rule; labels and scores so completed.
+"""Label propagation: rules by which labels imply the classes above them, applied to labels and scores, and counted."""
 
-Tally: what propagation changed, counted split by split and class by class, and told as a table.
-"""
-
-import difflib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -14,84 +10,93 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
 
 from pipeline.errors import OntologyError
 from pipeline.files import replacing_file
 from pipeline.labels.ontology import (
     ClassList,
     Ontology,
-    build_label_lists,
+    flatten_class_indices,
     flatten_label_lists,
     known_class_names,
+    label_lists_from_keys,
     load_class_list,
     load_ontology,
     sorted_unique_keys,
 )
+from pipeline.messages import suggest_known
 
-if TYPE_CHECKING:  # stage one needs no torch, and it takes seconds to import
+if TYPE_CHECKING:  # stage one needs no torch, which takes seconds to import
     from torch import Tensor
 
-
 PropagatedScores = TypeVar("PropagatedScores", np.ndarray, "Tensor")
+
+GAINING_CLASSES_SHOWN = 15
+
+OUTSIDE_CLASSES_SHOWN = 10
+
+
+# Rules: which classes a label implies.
 
 
 def rule_relation_CC(
     rule: str = "unambiguous", *, ontology: Ontology | None = None, classes: ClassList | None = None
 ) -> np.ndarray:
-    """What `rule` adds: true at [c, a] where class a (never c itself) is added to a clip labelled c.
+    """The relation of a rule, bool `[C, C]`: true at [c, a] if class a (never c itself) is added to a clip labelled c.
 
-    AudioSet's own tree and class list, unless others are given. OntologyError: an unknown rule, or a class
-    that the tree lacks.
+    AudioSet's own tree and class list, unless others are given. OntologyError: an unknown rule, or a class that the
+    tree lacks.
     """
     if rule not in PROPAGATION_RULES:
-        nearest = (difflib.get_close_matches(rule, PROPAGATION_RULES, n=1, cutoff=0.0) or [""])[0]
-        raise OntologyError(
-            f"unknown rule {rule!r}; did you mean {nearest!r}? There are: {', '.join(PROPAGATION_RULES)}"
-        )
-    return PROPAGATION_RULES[rule](
-        nearest_parents_CC(ontology or load_ontology(), classes or load_class_list())
-    )
+        raise OntologyError(f"unknown rule {rule!r}; {suggest_known(rule, PROPAGATION_RULES)}")
+    parents_CC = nearest_parents_CC(ontology or load_ontology(), classes or load_class_list())
+    return PROPAGATION_RULES[rule](parents_CC)
 
 
 def nearest_parents_CC(ontology: Ontology, classes: ClassList) -> np.ndarray:
-    """True at [c, p] where p is a nearest class above c; nodes that are no classes are looked through."""
+    """True at [c, p] if p is a nearest class above c; nodes outside the class list are stepped over."""
     parents_of = ontology.parent_mids()
     if missing := [mid for mid in classes.mids if mid not in parents_of]:
         raise OntologyError(
             f"{len(missing)} of {len(classes)} classes are not in the ontology, such as {missing[0]}; "
             "propagation needs the ontology that the class list was drawn from"
         )
+
+    # From every class the walk goes up until it meets a class on each way.
     parents_CC = np.zeros((len(classes), len(classes)), dtype=bool)
     for index, mid in enumerate(classes.mids):
-        above = list(parents_of[mid])
-        while above:
-            nearest = above.pop()
-            if nearest in classes.index_of:
-                parents_CC[index, classes.index_of[nearest]] = True
+        to_visit = list(parents_of[mid])
+        while to_visit:
+            above = to_visit.pop()
+            if above in classes.index_of:
+                parents_CC[index, classes.index_of[above]] = True
             else:
-                above.extend(parents_of[nearest])
+                to_visit.extend(parents_of[above])
     return parents_CC
 
 
 def unambiguous_ancestors(parents_CC: np.ndarray) -> np.ndarray:
     """Climb while there is exactly one parent, stop at none or several (arXiv 2503.21826; 731 pairs)."""
+    # A class with several parents loses them all; the closure of the other links is the climb.
     return all_ancestors(parents_CC & (parents_CC.sum(1, keepdims=True) == 1))
 
 
 def all_ancestors(parents_CC: np.ndarray) -> np.ndarray:
-    """Every class on any way up: each parent counts, even where the sound is only one of them (835 pairs)."""
-    reach_CC = parents_CC.astype(np.float32)  # BLAS multiplies floats, ten times faster than booleans
+    """Every class on any way up: each parent counts, even if the sound belongs to only one of them (835 pairs)."""
+    # BLAS multiplies floats, ten times faster than booleans; squaring doubles the length of the ways.
+    reach_CC = parents_CC.astype(np.float32)
     for _ in range(len(parents_CC).bit_length()):
-        reach_CC = np.minimum(reach_CC + reach_CC @ reach_CC, 1)  # squaring doubles how far up we see
+        reach_CC = np.minimum(reach_CC + reach_CC @ reach_CC, 1)
     return reach_CC > 0
 
 
 def dominators(parents_CC: np.ndarray) -> np.ndarray:
-    """The classes that every way up passes: what holds whichever of its parents is meant (739 pairs)."""
+    """The classes that lie on every way up, so that they hold whichever parent is meant (739 pairs)."""
     itself_CC = np.eye(len(parents_CC), dtype=bool)
     dominators_CC = np.zeros_like(parents_CC)
-    for index in np.argsort(all_ancestors(parents_CC).sum(1)):  # parents come before their children
+
+    # Sorted by the number of ancestors, parents come before their children.
+    for index in np.argsort(all_ancestors(parents_CC).sum(1)):
         if parents_CC[index].any():
             dominators_CC[index] = (dominators_CC | itself_CC)[parents_CC[index]].all(0)
     return dominators_CC
@@ -102,6 +107,7 @@ def direct_parents(parents_CC: np.ndarray) -> np.ndarray:
     return parents_CC
 
 
+# The names stand on the command line and in the provenance of label sets, which are named after their rules.
 PROPAGATION_RULES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "unambiguous": unambiguous_ancestors,
     "all-ancestors": all_ancestors,
@@ -110,45 +116,50 @@ PROPAGATION_RULES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def propagate(labels: pl.Series, relation_CC: np.ndarray, *, first_row: int = 0) -> pl.Series:
-    """Each row's classes and what the relation adds to them: list<uint16>, sorted, unique, empty if it was.
+# Labels and scores completed by a rule.
 
-    Two million rows take about a second: entries become numbers row * C + class, sorted once.
-    OntologyError: a null, or an index outside the relation, with its row; `first_row` is the number of the first.
+
+def propagate(labels: pl.Series, relation_CC: np.ndarray, *, first_row: int = 0) -> pl.Series:
+    """Add to each row's classes all that the relation implies: list<uint16>, sorted, unique; no labels stay none.
+
+    Two million rows take about a second: labels become keys row * classes + class, which are sorted once.
+    OntologyError: a null, or an index outside the relation, named by its row; `first_row` is the number of the first.
     """
-    rows_N, indices = flatten_label_lists(labels, first_row=first_row)
-    class_N = indices.cast(pa.int64()).to_numpy(zero_copy_only=False)
-    classes = len(relation_CC)
-    if (odd_N := np.flatnonzero((class_N < 0) | (class_N >= classes))).size:
-        row, index = first_row + rows_N[odd_N[0]], class_N[odd_N[0]]
-        raise OntologyError(f"row {row}: class index {index}, expected 0 to {classes - 1}")
-    keys = [rows_N * classes + class_N]
+    class_count = len(relation_CC)
+    rows_N, class_N = flatten_class_indices(labels, class_count, first_row=first_row)
+    keys = [rows_N * class_count + class_N]
+
+    # The n-th round adds the n-th implied class of every label that implies as many.
     for added_C in _nth_added_classes(relation_CC):
-        more_N = added_C[class_N] >= 0
-        rows_N, class_N = rows_N[more_N], class_N[more_N]
-        keys.append(rows_N * classes + added_C[class_N])
+        implies_N = added_C[class_N] >= 0
+        rows_N = rows_N[implies_N]
+        class_N = class_N[implies_N]
+        keys.append(rows_N * class_count + added_C[class_N])
+
     keys_N = sorted_unique_keys(np.concatenate(keys))
-    propagated = build_label_lists(
-        keys_N // classes, pa.array((keys_N % classes).astype(np.uint16)), count=len(labels)
-    )
-    return propagated.alias(labels.name)
+    return label_lists_from_keys(keys_N, class_count, row_count=len(labels)).alias(labels.name)
 
 
 def propagate_scores(scores_BC: PropagatedScores, relation_CC: np.ndarray) -> PropagatedScores:
-    """Each class's score, or that of the best class that implies it: right for probabilities and logits.
+    """The maximum of each class's own score and the scores of the classes that imply it.
 
-    A numpy array, or a torch tensor on any device (differentiable); needs memory for B x (C + pairs).
+    Right for probabilities and for logits. Takes a numpy array, or a torch tensor on any device (differentiable);
+    needs memory for B x (C + pairs).
     """
     if scores_BC.shape[1] != len(relation_CC):
         raise OntologyError(f"scores of {scores_BC.shape[1]} classes, expected {len(relation_CC)}")
     ancestor_N, child_N = np.nonzero(relation_CC.T)
+
+    # numpy: the pairs of one ancestor lie side by side, so that `reduceat` takes the maximum of each stretch.
     if isinstance(scores_BC, np.ndarray):
         best_BC = scores_BC.copy()
         ancestors, first_N = np.unique(ancestor_N, return_index=True)
-        if ancestors.size:  # reduceat knows no empty list
+        if ancestors.size:  # reduceat refuses an empty list of stretches
             implied_BN = np.maximum.reduceat(scores_BC[:, child_N], first_N, axis=1)
             best_BC[:, ancestors] = np.maximum(best_BC[:, ancestors], implied_BN)
         return best_BC
+
+    # torch: the same maximum as one scatter.
     import torch
 
     index_N = torch.as_tensor(ancestor_N, device=scores_BC.device)
@@ -156,19 +167,44 @@ def propagate_scores(scores_BC: PropagatedScores, relation_CC: np.ndarray) -> Pr
 
 
 def _nth_added_classes(relation_CC: np.ndarray) -> Iterator[np.ndarray]:
-    """The first class that is added to each class (-1: none), then the second, and so on."""
+    """Yield the first class that is added to each class (-1: none), then the second, and so on."""
+    # In descending order each row begins with the classes that it adds; -1 fills the rest.
     added_CC = np.sort(np.where(relation_CC, np.arange(len(relation_CC)), -1), axis=1)[:, ::-1]
     yield from added_CC[:, : relation_CC.sum(1).max()].T
 
 
-GAINING_CLASSES_SHOWN = 15
+# Where a label set comes from, and what it changed.
 
-OUTSIDE_CLASSES_SHOWN = 10
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelProvenance:
+    """Where a propagated label set comes from."""
+
+    rule: str
+    ontology: str  # its digest
+    classes: str  # the digest of the class list that indices point into
+    pairs: int  # (class, class added for it)
+    splits: tuple[str, ...]  # the splits propagated; the clips of others keep their raw labels in this set
+    version: str
+
+    @classmethod
+    def for_rule(
+        cls, rule: str, ontology: Ontology, classes: ClassList, adds_CC: np.ndarray, splits: tuple[str, ...]
+    ) -> Self:
+        """The provenance of a label set that this version of the program makes."""
+        return cls(
+            rule=rule,
+            ontology=ontology.digest,
+            classes=classes.digest,
+            pairs=int(adds_CC.sum()),
+            splits=splits,
+            version=f"ajepa {version('ajepa')}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SplitChange:
-    """What propagation did to the clips of one split, those without audio included, or of `all` splits."""
+    """How propagation changed the clips of one split, including those without audio, or of `all` splits."""
 
     split: str
     clips: int
@@ -193,37 +229,11 @@ class ClassGain:
 
 @dataclass(frozen=True, slots=True)
 class OutsideClass:
-    """A class id that labels have and the class list has not: kept aside, in no label set."""
+    """A class id that labels name and the class list lacks: kept aside, in no label set."""
 
     mid: str
-    name: str | None  # where the ontology or a list of other classes knows it
+    name: str | None  # None if neither the ontology nor a list of other classes knows the id
     clips: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LabelProvenance:
-    """Where a propagated label set comes from."""
-
-    rule: str
-    ontology: str  # its digest
-    classes: str  # the digest of the class list that indices point into
-    pairs: int  # (class, class added for it)
-    splits: tuple[str, ...]  # those propagated; the clips of others keep their raw labels in this set
-    version: str
-
-    @classmethod
-    def for_rule(
-        cls, rule: str, ontology: Ontology, classes: ClassList, adds_CC: np.ndarray, splits: tuple[str, ...]
-    ) -> Self:
-        """Of a label set that this version makes."""
-        return cls(
-            rule=rule,
-            ontology=ontology.digest,
-            classes=classes.digest,
-            pairs=int(adds_CC.sum()),
-            splits=splits,
-            version=f"ajepa {version('ajepa')}",
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -236,16 +246,17 @@ class PropagationSummary:
     outside: tuple[OutsideClass, ...]  # on most clips first
 
     def save_json(self, path: Path) -> None:
-        """As JSON, whole or not at all."""
+        """Write the summary as JSON, whole or not at all."""
         with replacing_file(path) as scratch:
             scratch.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
 
 class LabelCounts:
-    """Counts labels before and after, split by split, over any number of batches."""
+    """Counts clips and labels before and after propagation, split by split, over any number of batches."""
 
     def __init__(self, splits: Sequence[str], classes: ClassList) -> None:
-        self.splits, self.classes = tuple(splits), classes
+        self.splits = tuple(splits)
+        self.classes = classes
         self.clips_N, self.changed_clips_N = np.zeros((2, len(splits)), dtype=np.int64)
         self.labels_before_NC, self.labels_after_NC = np.zeros((2, len(splits), len(classes)), dtype=np.int64)
         self.outside_counts: Counter[str] = Counter()
@@ -253,76 +264,125 @@ class LabelCounts:
     def count_batch(
         self, split_B: np.ndarray, before: pl.Series, after: pl.Series, outside: pl.Series | None = None
     ) -> None:
-        """Count clips: the index of each one's split, its classes, each once, before and after, and ids outside."""
+        """Count the clips of a batch.
+
+        split_B        the index of each clip's split
+        before, after  each clip's class indices, every class once
+        outside        each clip's class ids that the class list lacks
+        """
+        # Ids outside the class list are counted over all splits together.
         if outside is not None:
-            counted = outside.explode().drop_nulls().value_counts()
-            self.outside_counts.update(dict(counted.iter_rows()))
+            id_counts = outside.explode().drop_nulls().value_counts()
+            self.outside_counts.update(dict(id_counts.iter_rows()))
+
+        # Propagation only adds labels, so that a clip has changed if it has more of them.
         changed_B = (before.list.len() != after.list.len()).to_numpy()
         self.clips_N += np.bincount(split_B, minlength=len(self.splits))
         self.changed_clips_N += np.bincount(split_B[changed_B], minlength=len(self.splits))
+
+        # Labels, split by split and class by class.
         for count_NC, labels in ((self.labels_before_NC, before), (self.labels_after_NC, after)):
             rows_N, class_N = flatten_label_lists(labels)
             cells_N = split_B[rows_N] * len(self.classes) + class_N.to_numpy(zero_copy_only=False)
             count_NC += np.bincount(cells_N, minlength=count_NC.size).reshape(count_NC.shape)
 
-    def change_of_splits(self, name: str, splits: Sequence[str]) -> SplitChange:
-        """The counts of some splits together."""
-        picked = [self.splits.index(split) for split in splits]
-        clips = int(self.clips_N[picked].sum())
-        before_C, after_C = self.labels_before_NC[picked].sum(0), self.labels_after_NC[picked].sum(0)
-        before, after = int(before_C.sum()), int(after_C.sum())
-        return SplitChange(
-            split=name,
-            clips=clips,
-            clips_changed=int(self.changed_clips_N[picked].sum()),
-            labels_before=before,
-            labels_after=after,
-            labels_added=after - before,
-            mean_before=round(before / max(clips, 1), 6),
-            mean_after=round(after / max(clips, 1), 6),
-            classes_gaining=int((after_C > before_C).sum()),
-        )
-
     def summary(self, provenance: LabelProvenance, ontology: Ontology) -> PropagationSummary:
-        """What was counted, told: of each split, and of all."""
+        """All counts as one summary; `ontology` names the classes outside the class list."""
         changes = [self.change_of_splits(split, [split]) for split in self.splits]
         names = known_class_names() | {node.mid: node.name for node in ontology.nodes}
-        often = sorted(self.outside_counts.items(), key=lambda item: (-item[1], item[0]))
+        most_frequent = sorted(self.outside_counts.items(), key=lambda item: (-item[1], item[0]))
         return PropagationSummary(
             provenance=provenance,
             changes=(*changes, self.change_of_splits("all", self.splits)),
             gainers=self.gaining_classes(),
-            outside=tuple(OutsideClass(mid, names.get(mid), clips) for mid, clips in often),
+            outside=tuple(OutsideClass(mid, names.get(mid), clips) for mid, clips in most_frequent),
+        )
+
+    def change_of_splits(self, name: str, splits: Sequence[str]) -> SplitChange:
+        """The counts of some splits together, under a name."""
+        places = [self.splits.index(split) for split in splits]
+        clips = int(self.clips_N[places].sum())
+        before_C = self.labels_before_NC[places].sum(0)
+        after_C = self.labels_after_NC[places].sum(0)
+        labels_before, labels_after = int(before_C.sum()), int(after_C.sum())
+        return SplitChange(
+            split=name,
+            clips=clips,
+            clips_changed=int(self.changed_clips_N[places].sum()),
+            labels_before=labels_before,
+            labels_after=labels_after,
+            labels_added=labels_after - labels_before,
+            mean_before=round(labels_before / max(clips, 1), 6),
+            mean_after=round(labels_after / max(clips, 1), 6),
+            classes_gaining=int((after_C > before_C).sum()),
         )
 
     def gaining_classes(self) -> tuple[ClassGain, ...]:
         """The classes that stand on more clips than before, the biggest gain first."""
-        before_C, after_C = self.labels_before_NC.sum(0), self.labels_after_NC.sum(0)
-        order = [
-            index
-            for index in np.argsort(before_C - after_C, kind="stable")
+        before_C = self.labels_before_NC.sum(0)
+        after_C = self.labels_after_NC.sum(0)
+
+        # The stable sort leaves equal gains in the order of the classes.
+        order = np.argsort(before_C - after_C, kind="stable")
+        return tuple(
+            ClassGain(
+                self.classes.mids[index], self.classes.names[index], int(before_C[index]), int(after_C[index])
+            )
+            for index in order
             if after_C[index] > before_C[index]
-        ]
-        mids, names = self.classes.mids, self.classes.names
-        return tuple(ClassGain(mids[i], names[i], int(before_C[i]), int(after_C[i])) for i in order)
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class LabelSetMaker:
+    """Makes one label set batch by batch, and counts what changes."""
+
+    provenance: LabelProvenance
+    adds_CC: np.ndarray  # the relation of the rule
+    counts: LabelCounts
+
+    def propagate_batch(
+        self,
+        raw: pl.Series,
+        split_B: np.ndarray,
+        outside: pl.Series | None = None,
+        *,
+        first_row: int = 0,
+    ) -> pl.Series:
+        """The labels of a batch after propagation: raw ones in splits that are not to be propagated.
+
+        Arguments as in `LabelCounts.count_batch` and `propagate`, whose OntologyError passes.
+        """
+        # Everything is propagated, which is fast, and then raw labels are put back in the other splits.
+        requested = [self.counts.splits.index(split) for split in self.provenance.splits]
+        is_requested_B = pl.Series(np.isin(split_B, requested))
+        labels = propagate(raw, self.adds_CC, first_row=first_row).zip_with(is_requested_B, raw)
+        self.counts.count_batch(split_B, raw, labels, outside)
+        return labels
+
+
+# What changed, as a table.
 
 
 def propagation_table(summary: PropagationSummary) -> str:
-    """What changed, to be read: a line per split, then the biggest gainers by name."""
-    by = summary.provenance
-    head = f"label set {by.rule!r}: {by.pairs} class pairs of ontology {by.ontology}"
-    if untouched := [change.split for change in summary.changes[:-1] if change.split not in by.splits]:
+    """The changes as text for a reader: a line a split, then the classes that gained most, then unknown ids."""
+    provenance = summary.provenance
+    head = f"label set {provenance.rule!r}: {provenance.pairs} class pairs of ontology {provenance.ontology}"
+    if untouched := [
+        change.split for change in summary.changes[:-1] if change.split not in provenance.splits
+    ]:
         head += f"; raw labels kept in: {', '.join(untouched)}"
-    return "\n".join(
-        [
-            head,
-            "",
-            *_change_lines(summary.changes),
-            "",
-            *_gaining_class_lines(summary.gainers),
-            *_outside_class_lines(summary.outside),
-        ]
-    )
+
+    # Three tables, with a blank line between them.
+    lines = [
+        head,
+        "",
+        *_change_lines(summary.changes),
+        "",
+        *_gaining_class_lines(summary.gainers),
+        *_outside_class_lines(summary.outside),
+    ]
+    return "\n".join(lines)
 
 
 def _change_lines(changes: Sequence[SplitChange]) -> Iterator[str]:
@@ -349,8 +409,8 @@ def _outside_class_lines(outside: Sequence[OutsideClass]) -> Iterator[str]:
         return
     yield ""
     yield f"{'outside the class list, kept aside':<50}{'clips':>11}"
-    for odd in outside[:OUTSIDE_CLASSES_SHOWN]:
-        told = f"{odd.name} ({odd.mid})" if odd.name else f"{odd.mid}, known to no list"
-        yield f"{told[:49]:<50}{odd.clips:>11,}"
+    for entry in outside[:OUTSIDE_CLASSES_SHOWN]:
+        label = f"{entry.name} ({entry.mid})" if entry.name else f"{entry.mid}, known to no list"
+        yield f"{label[:49]:<50}{entry.clips:>11,}"
     if len(outside) > OUTSIDE_CLASSES_SHOWN:
         yield f"and {len(outside) - OUTSIDE_CLASSES_SHOWN} more ids"

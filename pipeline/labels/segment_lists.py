@@ -1,6 +1,6 @@
-"""Segments list: AudioSet's official CSV files, as published and as damaged -> the rows of a plan.
+"""AudioSet's segments lists: the official CSV files, as published and as spreadsheets damage them, read as a plan.
 
-A plan is a frame with the columns of `pipeline.manifest.PLAN_SCHEMA` plus `mids` (list of class ids) and
+A plan is a frame with the columns of `pipeline.store.manifest.PLAN_SCHEMA` plus `mids` (list of class ids) and
 `duplicate` (why the row does not count, or null), in the order of the lists.
 """
 
@@ -12,36 +12,96 @@ import polars as pl
 
 from pipeline.errors import ManifestError
 
+# A class id between commas, without the blanks around it.
 MID_PATTERN = r"[^,\s](?:[^,]*[^,\s])?"
 
-MAX_END_SECONDS = 1e6  # a list with later ends is damaged, or in other units
+# A list with later ends is damaged, or in other units.
+MAX_END_SECONDS = 1e6
 
 YOUTUBE_ID_PATTERN = r"^[A-Za-z0-9_-]{11}$"
 
-DAMAGED_LINES_SHOWN = 3  # damaged lines that a note shows
+DAMAGED_LINES_SHOWN = 3  # in a note
 
-LIST_BLOCK_BYTES = 2**22  # of a list, read at a time: some 80,000 rows
+# The part of a list that is read at a time: some 80,000 rows.
+LIST_BLOCK_BYTES = 2**22
+
+
+# All lists of a data set.
+
+
+def plan_segment_lists(
+    segments: Sequence[Path], *, lenient: bool = False
+) -> tuple[pl.DataFrame, tuple[str, ...]]:
+    """The rows of all lists in their order, with rows that do not count marked in `duplicate`; and notes on the lists.
+
+    Of an id twice in one list, the first row counts. Of an id in an evaluation list and in another list, the
+    evaluation row counts.
+    """
+    check_distinct_names([path.stem for path in segments])
+    lists = [read_segment_list(path, lenient=lenient) for path in segments]
+    plan = pl.concat([rows for rows, _ in lists]).with_row_index("row")
+
+    # Only ids that stand more than once are looked at, and joined back to their rows.
+    duplicates = mark_duplicate_rows(plan.filter(pl.col("clip_id").is_duplicated()))
+    plan = plan.join(duplicates, on="row", how="left", maintain_order="left").drop("row")
+    return plan, tuple(note for _, notes in lists for note in notes)
+
+
+def check_distinct_names(names: Sequence[str]) -> None:
+    """Raise ManifestError if two segments lists share a name: their splits would be mixed."""
+    if len(set(names)) < len(names):
+        raise ManifestError(
+            f"two segments lists share a name, which names the split: {sorted(names)}; rename one"
+        )
+
+
+def mark_duplicate_rows(rows: pl.DataFrame) -> pl.DataFrame:
+    """For rows whose id stands more than once: `row`, and in `duplicate` why it does not count, or null if it does."""
+    is_evaluation = pl.col("split").str.contains("(^|_)eval")
+    is_first_in_list = pl.int_range(pl.len()).over("clip_id", "split") == 0
+    evaluation_elsewhere = is_evaluation.any().over("clip_id") & ~is_evaluation
+    first_split = pl.col("split").first().over("clip_id")
+
+    # The first reason that applies is given.
+    return rows.select(
+        "row",
+        duplicate=pl.when(evaluation_elsewhere)
+        .then(pl.lit("the id is also in the evaluation list, where it counts"))
+        .when(~is_first_in_list)
+        .then(pl.lit("the id stands earlier in the same list, where it counts"))
+        .when(first_split != pl.col("split"))
+        .then(
+            pl.when(is_evaluation)
+            .then(pl.lit(None))
+            .otherwise("the id stands in list " + first_split + ", where it counts")
+        ),
+    )
+
+
+# One list: its rows, and its damaged lines.
 
 
 def read_segment_list(path: Path, *, lenient: bool = False) -> tuple[pl.DataFrame, tuple[str, ...]]:
-    """One official segments list as clip_id, split, start_seconds, end_seconds, mids; and notes on it.
+    """Read one official list as clip_id, split, start_seconds, end_seconds, mids; and notes on it.
 
-    The split is the file's name without `_segments`. Lines starting with `# ` count as comments only before
-    the first row. A line that is none is a ManifestError which names it and says why; `lenient` leaves such
-    lines out instead, and a note tells how many there are and shows the first.
+    The split is the file's name without `_segments`. Lines starting with `# ` count as comments only before the first
+    row. A damaged line is a ManifestError that names it and says why; with `lenient` damaged lines are left out, and a
+    note says how many there are and shows the first.
     """
-    blocks = list(read_segment_blocks(path))
-    rows, bad = (pl.concat(parts) for parts in zip(*blocks, strict=True))
-    return rows, check_damaged_lines(path, rows.height, bad, lenient=lenient)
+    row_blocks, damaged_blocks = zip(*read_segment_blocks(path), strict=True)
+    rows = pl.concat(row_blocks)
+    return rows, check_damaged_lines(path, rows.height, pl.concat(damaged_blocks), lenient=lenient)
 
 
 def read_segment_blocks(path: Path) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
-    """The same list part by part, each with its damaged lines (`line`, `text`, `why`), which are not among its rows.
+    """Yield the good rows of a list part by part, each part with its damaged lines (`line`, `text`, `why`).
 
-    Memory does not grow with the list. Raises ManifestError for a list that cannot be read or has no line of a row.
+    Memory does not grow with the list. Raises ManifestError for a list that cannot be read or has no line at all.
     """
     for lines in read_line_blocks(path):
         rows = lines.select("line", segment_line_fields()).unnest("cells")
+
+        # A time that is no number becomes null, by which the line is found to be damaged.
         rows = rows.select(
             "line",
             clip_id="a",
@@ -50,57 +110,35 @@ def read_segment_blocks(path: Path) -> Iterator[tuple[pl.DataFrame, pl.DataFrame
             end_seconds=pl.col("c").cast(pl.Float64, strict=False),
             mids=pl.col("d").fill_null("").str.extract_all(MID_PATTERN),
         )
-        bad = find_damaged_lines(rows, lines)
-        if not bad.is_empty():
-            rows = rows.join(bad, on="line", how="anti", maintain_order="left")
-        yield rows.drop("line"), bad
-
-
-def segment_line_fields() -> pl.Expr:
-    """Id, start, end and labels of each `text` as `cells`, fields a to d; all null where it is no such line.
-
-    Blanks around each and quotes around the labels go. A line may have no labels, and no quote within them. Split
-    rather than matched by a regular expression, which takes six times as long.
-    """
-    parts = pl.col("text").str.splitn(",", 4)
-    a, b, c, d = (parts.struct.field(f"field_{place}").str.strip_chars() for place in range(4))
-    d = d.str.strip_prefix('"').str.strip_suffix('"').fill_null("")
-    whole = c.is_not_null() & ~d.str.contains('"', literal=True)
-    return pl.when(whole).then(pl.struct(a=a, b=b, c=c, d=d)).alias("cells")
+        damaged = find_damaged_lines(rows, lines)
+        if not damaged.is_empty():
+            rows = rows.join(damaged, on="line", how="anti", maintain_order="left")
+        yield rows.drop("line"), damaged
 
 
 def split_from_filename(path: Path) -> str:
-    """The split that a list's name gives."""
+    """The split that a list's file name gives: `eval` of `eval_segments.csv`."""
     return path.stem.removesuffix("_segments")
 
 
-def check_damaged_lines(
-    path: Path, good_row_count: int, damaged_lines: pl.DataFrame, *, lenient: bool
-) -> tuple[str, ...]:
-    """The note on a list's damaged lines, if it has any; ManifestError unless `lenient`, and where none is good."""
-    if damaged_lines.is_empty():
-        return ()
-    if lenient and good_row_count:
-        return (damaged_lines_note(path, damaged_lines),)
-    line, text, why = damaged_lines.select("line", "text", "why").row(0)
-    raise ManifestError(
-        f"{path}: line {line}: {why}, found {text!r} ({damaged_lines.height} of {good_row_count + damaged_lines.height} rows are bad)"
-    )
-
-
 def read_line_blocks(path: Path) -> Iterator[pl.DataFrame]:
-    """The lines that should be rows: `line` from 1, and `text`; raises ManifestError where there are none.
+    """Yield the lines that should be rows, `line` from 1 and `text`; ManifestError if there are none.
 
-    Bytes that are no UTF-8 become the replacement character, and so damage no more than their line.
+    Bytes that are no UTF-8 become the replacement character, so that they damage no more than their line.
     """
-    first, rows_begun = 1, False
+    first_line = 1
+    rows_begun = False
     for content in _read_byte_blocks(path):
-        text = content.removeprefix(codecs.BOM_UTF8 if first == 1 else b"").decode(errors="replace")
+        # Bytes to numbered lines.
+        byte_order_mark = codecs.BOM_UTF8 if first_line == 1 else b""
+        text = content.removeprefix(byte_order_mark).decode(errors="replace")
         lines = pl.DataFrame({"text": [text]}, schema={"text": pl.String}).select(
             pl.col("text").str.split("\n").explode().str.strip_suffix("\r")
         )
-        lines = lines.with_row_index("line", offset=first)
-        first += content.count(b"\n")
+        lines = lines.with_row_index("line", offset=first_line)
+        first_line += content.count(b"\n")
+
+        # Blank lines are no rows, nor are the comments at the top.
         lines = lines.filter(pl.col("text").str.strip_chars() != "")
         if not rows_begun:
             lines = lines.filter((~pl.col("text").str.starts_with("# ")).cum_sum() > 0)
@@ -114,7 +152,7 @@ def read_line_blocks(path: Path) -> Iterator[pl.DataFrame]:
 
 
 def _read_byte_blocks(path: Path) -> Iterator[bytes]:
-    """A file's bytes in blocks that end with a line."""
+    """Yield a file's bytes in blocks that end with a line."""
     try:
         with path.open("rb") as file:
             while block := file.read(LIST_BLOCK_BYTES):
@@ -123,16 +161,32 @@ def _read_byte_blocks(path: Path) -> Iterator[bytes]:
         raise ManifestError(f"{path}: not a readable segments list ({error.strerror})") from None
 
 
+def segment_line_fields() -> pl.Expr:
+    """Id, start, end and labels of each `text` as `cells`, a struct of a to d; all null if the line has no such form.
+
+    Blanks around each field and quotes around the labels are removed. A line may lack labels; no quote may stand within
+    them. Splitting takes a sixth of the time of a regular expression.
+    """
+    parts = pl.col("text").str.splitn(",", 4)
+    a, b, c, d = (parts.struct.field(f"field_{place}").str.strip_chars() for place in range(4))
+    d = d.str.strip_prefix('"').str.strip_suffix('"').fill_null("")
+    is_whole = c.is_not_null() & ~d.str.contains('"', literal=True)
+    return pl.when(is_whole).then(pl.struct(a=a, b=b, c=c, d=d)).alias("cells")
+
+
 def find_damaged_lines(rows: pl.DataFrame, lines: pl.DataFrame) -> pl.DataFrame:
-    """The rows that are none: `line`, its `text`, and `why`."""
+    """The lines without a good id or good times: `line`, the first 60 characters as `text`, and `why`."""
     good_id = pl.col("clip_id").str.contains(YOUTUBE_ID_PATTERN).fill_null(False)
-    start, end = pl.col("start_seconds"), pl.col("end_seconds")
+    start = pl.col("start_seconds")
+    end = pl.col("end_seconds")
     good_times = ((start >= 0) & (end > start) & (end < MAX_END_SECONDS)).fill_null(False)
-    bad = rows.select("line", good_id=good_id, good_times=good_times).filter(
+    damaged = rows.select("line", good_id=good_id, good_times=good_times).filter(
         ~pl.col("good_id") | ~pl.col("good_times")
     )
+
+    # The reason is the first that applies; a damaged id says more than damaged times.
     text = pl.col("text")
-    return bad.join(lines, on="line", how="left", maintain_order="left").select(
+    return damaged.join(lines, on="line", how="left", maintain_order="left").select(
         "line",
         text=text.str.slice(0, 60),
         why=pl.when("good_id")
@@ -147,55 +201,29 @@ def find_damaged_lines(rows: pl.DataFrame, lines: pl.DataFrame) -> pl.DataFrame:
     )
 
 
+def check_damaged_lines(
+    path: Path, good_row_count: int, damaged_lines: pl.DataFrame, *, lenient: bool
+) -> tuple[str, ...]:
+    """A note on a list's damaged lines, if it has any; ManifestError unless `lenient`, and if no row is good."""
+    if damaged_lines.is_empty():
+        return ()
+    if lenient and good_row_count:
+        return (damaged_lines_note(path, damaged_lines),)
+
+    # A list without one good row is another file altogether, also for `lenient`.
+    line, text, why = damaged_lines.select("line", "text", "why").row(0)
+    row_count = good_row_count + damaged_lines.height
+    raise ManifestError(
+        f"{path}: line {line}: {why}, found {text!r} ({damaged_lines.height} of {row_count} rows are bad)"
+    )
+
+
 def damaged_lines_note(path: Path, damaged_lines: pl.DataFrame) -> str:
     """The sentence on lines that are left out."""
-    shown = "; ".join(
+    examples = "; ".join(
         f"line {line}: {why}, found {text!r}"
         for line, text, why in damaged_lines.head(DAMAGED_LINES_SHOWN).rows()
     )
-    more = (
-        f"; and {damaged_lines.height - DAMAGED_LINES_SHOWN} more"
-        if damaged_lines.height > DAMAGED_LINES_SHOWN
-        else ""
-    )
-    return f"{path}: {damaged_lines.height} damaged lines left out ({shown}{more})"
-
-
-def plan_segment_lists(
-    segments: Sequence[Path], *, lenient: bool = False
-) -> tuple[pl.DataFrame, tuple[str, ...]]:
-    """The rows of all lists in their order, those that do not count marked in `duplicate`; and notes on the lists.
-
-    An id twice in one list: the first row counts. An id in a list for evaluation and another: evaluation counts.
-    """
-    names = [path.stem for path in segments]
-    if len(set(names)) < len(names):
-        raise ManifestError(
-            f"two segments lists share a name, which names the split: {sorted(names)}; rename one"
-        )
-    read = [read_segment_list(path, lenient=lenient) for path in segments]
-    plan = pl.concat([rows for rows, _ in read])
-    again = mark_duplicate_rows(plan.with_row_index("row").filter(pl.col("clip_id").is_duplicated()))
-    plan = plan.with_row_index("row").join(again, on="row", how="left", maintain_order="left").drop("row")
-    return plan, tuple(note for _, notes in read for note in notes)
-
-
-def mark_duplicate_rows(rows: pl.DataFrame) -> pl.DataFrame:
-    """`row` and `duplicate` of the rows whose id stands more than once."""
-    evaluation = pl.col("split").str.contains("(^|_)eval")
-    first = pl.int_range(pl.len()).over("clip_id", "split") == 0
-    elsewhere = evaluation.any().over("clip_id") & ~evaluation
-    earlier = pl.col("split").first().over("clip_id")
-    return rows.select(
-        "row",
-        duplicate=pl.when(elsewhere)
-        .then(pl.lit("the id is also in the evaluation list, where it counts"))
-        .when(~first)
-        .then(pl.lit("the id stands earlier in the same list, where it counts"))
-        .when(earlier != pl.col("split"))
-        .then(
-            pl.when(evaluation)
-            .then(pl.lit(None))
-            .otherwise("the id stands in list " + earlier + ", where it counts")
-        ),
-    )
+    if damaged_lines.height > DAMAGED_LINES_SHOWN:
+        examples += f"; and {damaged_lines.height - DAMAGED_LINES_SHOWN} more"
+    return f"{path}: {damaged_lines.height} damaged lines left out ({examples})"

@@ -1,14 +1,14 @@
-"""Augment: what may be changed about a clip whenever it is shown, and the draws that decide it.
+"""Augmentation: how clips are changed whenever they are shown, and the random draws that decide it.
 
-Every loader does this, in this order; what is off costs nothing and changes no bit:
+Every loader applies these in this order; an augmentation that is off costs nothing and changes no bit:
 
 crop       as the view says
-roll       the valid frames turn in time: what leaves them at the end comes back at the start
+roll       the valid frames are rotated in time: frames that leave at the end come back at the start
 gain       decibels, the same on every value of a clip
 normalise  (log-mel - mean) / std, gain included
 masks      SpecAugment (arXiv 1904.08779): spans of frames and spans of bands become 0, the mean
-padding    what is not audio becomes 0
-mixup      (arXiv 1710.09412) share * clip + (1 - share) * its neighbour in the step, which is as random as any
+padding    frames that are not audio become 0
+mixup      (arXiv 1710.09412) share * clip + (1 - share) * its neighbour in the step, which is a random clip
 """
 
 import math
@@ -19,30 +19,32 @@ from torch import Tensor
 
 from pipeline.loading.sampling import RowOrder
 
-NATS_PER_DB = math.log(10) / 10  # of power, which a mel is the logarithm of
+NATS_PER_DB = math.log(10) / 10  # decibels of power, of which a log-mel is the natural logarithm
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Augment:
-    """How much clips may be changed; by default not at all.
+    """How much clips are changed; by default not at all.
 
     Audio-MAE fine-tunes AudioSet with masks of up to 192 frames and 48 bands and mixup of share 0.5, alpha 10;
     PANNs train with two masks of up to 64 frames and two of up to 8 bands.
     """
 
     roll: bool = False
-    gain_db: float = 0.0  # drawn from [-gain_db, gain_db)
-    time_mask_frames: int = 0  # widths are drawn from 0 to this, or to the valid frames where they are fewer
+    gain_db: float = 0.0  # the gain is drawn from [-gain_db, gain_db)
+    time_mask_frames: int = 0  # widths are drawn from 0 to this, or to the valid frames if these are fewer
     band_mask_bands: int = 0
-    masks_each: int = 1  # of frames, and as many of bands, which may overlap
-    mixup_share: float = 0.0  # of the clips, which are mixed with another
-    mixup_alpha: float = 10.0  # the clip's own share of its mixture is Beta(alpha, alpha)
+    masks_each: int = 1  # masks of frames, and as many of bands; they may overlap
+    mixup_share: float = 0.0  # share of the clips that are mixed with another
+    mixup_alpha: float = 10.0  # a clip's share of its mixture is Beta(alpha, alpha)
 
     def __post_init__(self) -> None:
         if not 0 <= self.gain_db < math.inf or min(self.time_mask_frames, self.band_mask_bands) < 0:
             raise ValueError(f"gain and masks must be finite and 0 or more, got {self}")
         if self.masks_each < 1:
-            raise ValueError(f"masks_each must be 1 or more, got {self.masks_each}; no mask: a width of 0")
+            raise ValueError(
+                f"masks_each must be 1 or more, got {self.masks_each}; for no masks set their widths to 0"
+            )
         if not 0 <= self.mixup_share <= 1 or not 0 < self.mixup_alpha < math.inf:
             raise ValueError(f"mixup_share must lie in [0, 1] and mixup_alpha above 0, got {self}")
 
@@ -57,40 +59,41 @@ class Augment:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ClipChanges:
-    """What one step does to each of its clips; nothing, where an augmentation is off."""
+    """The augmentation of each clip of a step; neutral values for augmentations that are off."""
 
-    rolls_B: np.ndarray  # frames by which the audio turns: frame 0 comes to stand here
+    rolls_B: np.ndarray  # frames by which the audio is rotated: the new place of frame 0
     gains_B: np.ndarray  # nat, added to the log-mel
     time_masks_BN2: np.ndarray  # frames [start, stop)
     band_masks_BN2: np.ndarray  # bands [start, stop)
     partners_B: np.ndarray  # places in the batch; a clip that is not mixed is its own partner
-    shares_B: np.ndarray  # float32, a clip's own share of its mixture; 1 where it is not mixed
+    shares_B: np.ndarray  # float32, a clip's share of its mixture; 1 for a clip that is not mixed
 
 
 def draw_uniform_B(name: str, seed: int, step: int, order: RowOrder) -> np.ndarray:
-    """One number in [0, 1) for each clip of this rank's step, as if all ranks' clips were drawn at once.
+    """A number in [0, 1) for each clip of this rank's step.
 
-    So what is drawn, like a row, does not depend on how many ranks the step was dealt to. Each name has a
-    stream of its own: turning one augmentation on leaves the others as they were. `random` is the raw stream
-    in its upper 53 bits; the other methods of `Generator` may change with NumPy (NEP 19).
+    The numbers of all ranks are drawn at once, so a clip's number does not depend on how many ranks share the step.
+    Each name has a stream of its own: turning one augmentation on leaves the others as they were. `random` is the raw
+    stream in its upper 53 bits; other methods of `Generator` may change with NumPy (NEP 19).
     """
     rng = np.random.default_rng([seed, step, int.from_bytes(name.encode())])
-    mine = slice(order.rank * order.clips, (order.rank + 1) * order.clips)
-    return rng.random(order.clips_per_step)[mine]
+    first = order.rank * order.clips
+    return rng.random(order.clips_per_step)[first : first + order.clips]
 
 
 def draw_changes(
     augment: Augment, seed: int, step: int, order: RowOrder, *, n_frames_B: np.ndarray, bands: int
 ) -> ClipChanges:
-    """The changes to a step whose clips have so many valid frames: a pure function of all this.
+    """Draw the changes of a step's clips, which depend on nothing but these arguments.
 
-    They are the same for equal clips x world; partners only where every rank has an even number of clips.
+    The changes of a step are the same however many ranks share it; partners only if each has an even number of clips.
     """
 
     def draw_named_B(name: str) -> np.ndarray:
         return draw_uniform_B(name, seed, step, order)
 
     def draw_spans_B2(name: str, max_width: int, room_B: np.ndarray) -> np.ndarray:
+        """One span [start, stop) for each clip, as wide as `max_width` at most and within `room_B`."""
         widths_B = (draw_named_B(f"{name} width") * (1 + np.minimum(max_width, room_B))).astype(np.int64)
         starts_B = (draw_named_B(f"{name} start") * (1 + room_B - widths_B)).astype(np.int64)
         return np.stack([starts_B, starts_B + widths_B], axis=1)
@@ -99,10 +102,17 @@ def draw_changes(
         names = [name, *(f"{name} {number}" for number in range(2, augment.masks_each + 1))]
         return np.stack([draw_spans_B2(each, max_width, room_B) for each in names], axis=1)
 
+    # Neutral values.
     clips = len(n_frames_B)
-    nothing_B, no_spans_BN2 = np.zeros(clips, np.int64), np.zeros((clips, augment.masks_each, 2), np.int64)
-    rolls_B, gains_B, time_BN2, bands_BN2 = nothing_B, nothing_B * 0.0, no_spans_BN2, no_spans_BN2
-    partners_B, shares_B = np.arange(clips), np.ones(clips, np.float32)
+    no_spans_BN2 = np.zeros((clips, augment.masks_each, 2), np.int64)
+    rolls_B = np.zeros(clips, np.int64)
+    gains_B = np.zeros(clips)
+    time_BN2 = no_spans_BN2
+    bands_BN2 = no_spans_BN2
+    partners_B = np.arange(clips)
+    shares_B = np.ones(clips, np.float32)
+
+    # Draws of the augmentations that are on, each from streams of its own.
     if augment.roll:
         rolls_B = (draw_named_B("roll") * n_frames_B).astype(np.int64)
     if augment.gain_db:
@@ -129,9 +139,10 @@ def draw_changes(
 
 
 def mixup_partners(clips: int) -> np.ndarray:
-    """The other of each pair of places, (0, 1), (2, 3) and so on; of an odd number the last three go round.
+    """The partner of each place: the pairs are (0, 1), (2, 3) and so on; of an odd number the last three form a cycle.
 
-    Places are dealt at random, so a neighbour is anyone; and no pair is torn by dealing even numbers to ranks.
+    The clips of a step are in random order, so a neighbour is a random clip. Ranks with even numbers of clips split no
+    pair.
     """
     places_B = np.arange(clips)
     if clips % 2 == 0:
@@ -141,18 +152,19 @@ def mixup_partners(clips: int) -> np.ndarray:
 
 
 def symmetric_beta(alpha: float, radius_B: np.ndarray, angle_B: np.ndarray) -> np.ndarray:
-    """Beta(alpha, alpha) from two uniform numbers each, without rejection.
+    """Beta(alpha, alpha) variates, each from two uniform numbers without rejection.
 
-    A Student t of 2 alpha degrees by the polar method (Bailey 1994), mapped to [0, 1] (Devroye 1996). Not
-    `Generator.beta`, whose stream may change with NumPy.
+    A Student t of 2 alpha degrees by the polar method (Bailey 1994), mapped to [0, 1] (Devroye 1996); the stream of
+    `Generator.beta` may change with NumPy.
     """
-    with np.errstate(over="ignore"):  # tiny alphas: infinite t, which is a share of 0 or 1
+    # A tiny alpha overflows to an infinite t, which is a share of 0 or 1.
+    with np.errstate(over="ignore"):
         t_B = np.sqrt((1 - radius_B) ** (-1 / alpha) - 1) * np.cos(2 * np.pi * angle_B)
     return (1 + np.sin(np.arctan(t_B))) / 2
 
 
 def copy_rolled(stored_BTF: Tensor, mel_BTF: Tensor, rolls_B: np.ndarray, n_frames_B: np.ndarray) -> None:
-    """Copy stored values, rolled, to where they are normalised; what is not audio may be left as it was."""
+    """Copy stored values to `mel_BTF`, rolled; frames of it that are not audio may keep their old values."""
     if not rolls_B.any():
         mel_BTF[:, : stored_BTF.shape[1]].copy_(stored_BTF)
         return
@@ -164,7 +176,7 @@ def copy_rolled(stored_BTF: Tensor, mel_BTF: Tensor, rolls_B: np.ndarray, n_fram
 
 
 def zero_masked_spans(mel_BTF: Tensor, changes: ClipChanges) -> None:
-    """Set to 0, in place, each clip's masked frames and bands."""
+    """Set each clip's masked frames and bands to 0, in place."""
     masks_BN2 = zip(changes.time_masks_BN2.tolist(), changes.band_masks_BN2.tolist(), strict=True)
     for mel_TF, (frames_N2, bands_N2) in zip(mel_BTF, masks_BN2, strict=True):
         for frames, bands in zip(frames_N2, bands_N2, strict=True):

@@ -1,5 +1,6 @@
-"""How fast batches can come out of a store on this machine: stage by stage, and which stage holds up the others."""
+"""Measure how fast a store can be loaded on this machine, stage by stage, and which stage limits the others."""
 
+import itertools
 import os
 import statistics
 import time
@@ -19,19 +20,18 @@ from pipeline.loading.sampling import RowOrder
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.shards import shard_path
 
-MIN_TIMED_SECONDS = 1.0  # at least, that a stage is timed
+MIN_TIMED_SECONDS = 1.0  # for which a stage is timed
 
-MIN_ROUNDS = 5  # at least; their median counts
+MIN_ROUNDS = 5  # calls of a stage, whose median counts
 
-MAX_DISK_BYTES = 512 * 2**20  # read at most
+MAX_DISK_BYTES = 512 * 2**20  # read in the disk stage
 
-READ_CHUNK_BYTES = 2**20  # at a time
+READ_CHUNK_BYTES = 2**20
 
 WARMUP_STEPS = 8
 
-AUDIO_MAE_AUGMENT = Augment(
-    time_mask_frames=192, band_mask_bands=48, mixup_share=0.5
-)  # Audio-MAE's fine-tuning
+# The fine-tuning of Audio-MAE.
+AUDIO_MAE_AUGMENT = Augment(time_mask_frames=192, band_mask_bands=48, mixup_share=0.5)
 
 FASTER_DISK_ADVICE = (
     "hold it in memory (a copy in /dev/shm), on a faster disk, or in half the bytes: build with --dtype uint8"
@@ -40,7 +40,7 @@ FASTER_DISK_ADVICE = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadingStage:
-    """What happens to every clip on its way into a batch, by itself, and what helps where it is too slow."""
+    """One step of a clip's way into a batch, timed by itself, and advice for where the step is too slow."""
 
     name: str
     clips_per_s: float
@@ -50,21 +50,20 @@ class LoadingStage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadingSpeed:
-    """A store's stages on one machine, in the order of the way, and finished batches of each loader."""
+    """The speed of each stage on one machine, in the order of a clip's way, and of whole batches of each loader."""
 
     stages: tuple[LoadingStage, ...]
-    batch_clips_per_s: dict[Literal["plain", "dali"], float]  # clips/s
+    batch_clips_per_s: dict[Literal["plain", "dali"], float]
     clip_bytes: int
 
     @property
     def bottleneck(self) -> LoadingStage:
-        """The slowest of the stages that every clip goes through in every epoch."""
-        return min(
-            (stage for stage in self.stages if stage.is_every_epoch), key=lambda stage: stage.clips_per_s
-        )
+        """The slowest of the stages that every clip passes in every epoch."""
+        every_epoch = [stage for stage in self.stages if stage.is_every_epoch]
+        return min(every_epoch, key=lambda stage: stage.clips_per_s)
 
     def format_table(self) -> str:
-        """A line for each stage and loader, then the bottleneck and what to do about it."""
+        """A line for each stage and loader, then the bottleneck with its advice."""
         rows = [(stage.name, stage.clips_per_s) for stage in self.stages]
         rows += [(f"whole batches, {kind} loader", speed) for kind, speed in self.batch_clips_per_s.items()]
         lines = [f"{'':36}{'clips/s':>9}{'MB/s':>8}"]
@@ -81,13 +80,14 @@ def measure_loading(
     device: str = "cpu",
     say: Callable[[str], None] = lambda stage: None,
 ) -> LoadingSpeed:
-    """Time every stage with batches of `batch` whole clips, each by itself, and whole batches; half a minute.
+    """Time each stage by itself with batches of `batch_clips` whole clips, and whole batches; takes half a minute.
 
-    Whole batches are those of pre-training: normalised, without masks and mixup.
-    The disk is timed from end to end of shards that the system was asked to forget (one that lies in memory stays
-    there); all else works in memory. Checksums are a stage of their own if `store` was opened with check="never".
-    StoreError: fewer good clips than a batch, or a store that is not on a disk here.
+    Whole batches are those of pre-training: normalised, without masks and mixup. The disk stage reads shards that the
+    system was asked to drop from its cache (a disk in memory cannot); all other stages work in memory. Checksums are
+    only a stage of their own if `store` was opened with check="never"; `say` gets the name of each stage before it.
+    Raises StoreError if the store has fewer good clips than a batch or does not lie on a disk of this machine.
     """
+    # Refuse before anything is read.
     if store.location != str(store.path):
         raise StoreError(
             f"{store.location}: only a store on a disk of this machine can be timed; copy it here"
@@ -97,34 +97,40 @@ def measure_loading(
         raise StoreError(
             f"{store.path}: {len(rows_N)} good clips do not fill a batch of {batch_clips}; lower --batch"
         )
+    torch_device = resolve_device(device)
+
+    # Stages.
     mean, std = store.mean_and_std(sorted(set(store.manifest["split"])))
-    on = resolve_device(device)
     order = RowOrder(rows_N=rows_N, clips=batch_clips, seed=0)
     view = View(frames=store.frames, mean=mean, std=std)
-    stages = [time_disk(store, say), *time_memory_stages(store, order, view, on, say)]
-    batches: dict[Literal["plain", "dali"], float] = {}
+    stages = [time_disk(store, say), *time_memory_stages(store, order, view, torch_device, say)]
+
+    # Whole batches.
+    clips_per_s: dict[Literal["plain", "dali"], float] = {}
     for kind in ("plain", "dali"):
         say(f"{kind} loader")
         with open_loader(store, order, view, kind=kind, device=device) as loader:
-            batches[kind] = batch_clips * measure_batches_per_s(loader)
+            clips_per_s[kind] = batch_clips * measure_batches_per_s(loader)
     return LoadingSpeed(
-        stages=tuple(stages), batch_clips_per_s=batches, clip_bytes=store.header.layout.clip_bytes
+        stages=tuple(stages), batch_clips_per_s=clips_per_s, clip_bytes=store.header.layout.clip_bytes
     )
 
 
 def time_disk(store: FeatureStore, say: Callable[[str], None]) -> LoadingStage:
-    """Shards read from end to end, of at most 512 MiB, after the system was asked to forget them."""
+    """Read shards from end to end, 512 MiB at most, after asking the system to drop them from its cache."""
     say("disk")
-    seen, began = 0, time.perf_counter()
-    for shard in {row // store.header.layout.shard_clips: None for row in store.good_rows().tolist()}:
-        file = os.open(shard_path(store.path, shard), os.O_RDONLY)
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-        while piece := os.read(file, READ_CHUNK_BYTES):
-            seen += len(piece)
-        os.close(file)
-        if seen > MAX_DISK_BYTES:
+    read_bytes = 0
+    began = time.perf_counter()
+    shards = sorted({row // store.header.layout.shard_clips for row in store.good_rows().tolist()})
+    for shard in shards:
+        descriptor = os.open(shard_path(store.path, shard), os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        while chunk := os.read(descriptor, READ_CHUNK_BYTES):
+            read_bytes += len(chunk)
+        os.close(descriptor)
+        if read_bytes > MAX_DISK_BYTES:
             break
-    clips = seen / store.header.layout.clip_bytes
+    clips = read_bytes / store.header.layout.clip_bytes
     return LoadingStage(
         name="disk, from end to end",
         clips_per_s=clips / (time.perf_counter() - began),
@@ -135,13 +141,14 @@ def time_disk(store: FeatureStore, say: Callable[[str], None]) -> LoadingStage:
 def time_memory_stages(
     store: FeatureStore, order: RowOrder, view: View, device: torch.device, say: Callable[[str], None]
 ) -> list[LoadingStage]:
-    """What is done to a batch once the disk has given it."""
+    """Time the stages of a batch that follow the disk."""
+    # The arrays that the stages work on, and an endless count of steps.
     stored_BTF = np.empty((order.clips, store.frames, store.bands), store.dtype)
     mel_BTF = torch.empty(stored_BTF.shape)
-    step = iter(range(1_000_000_000))
+    steps = itertools.count()
 
     def read_batch() -> None:
-        store.read(order.rows_at_step(next(step) % order.steps_per_epoch), out=stored_BTF)
+        store.read(order.rows_at_step(next(steps) % order.steps_per_epoch), out=stored_BTF)
 
     def compute_checksums() -> None:
         for stored_TF in stored_BTF:
@@ -154,7 +161,7 @@ def time_memory_stages(
         changes = draw_changes(
             AUDIO_MAE_AUGMENT,
             0,
-            next(step),
+            next(steps),
             order,
             n_frames_B=np.full(order.clips, store.frames),
             bands=store.bands,
@@ -167,6 +174,7 @@ def time_memory_stages(
         torch.from_numpy(stored_BTF).to(device)
         torch.cuda.synchronize(device)
 
+    # Name, function and advice of each, in the order of a clip's way.
     works = [
         (
             "random read, from memory",
@@ -183,39 +191,38 @@ def time_memory_stages(
     ]
     if device.type == "cuda":
         works.append(("host to device", upload_batch, "send fewer bytes: build with --dtype uint8"))
+
     stages = []
     for name, work, advice in works:
         say(name)
-        pace = order.clips / median_seconds(work)
+        clips_per_s = order.clips / median_seconds(work)
+        is_every_epoch = work not in (compute_checksums, augment_batch)
         stages.append(
-            LoadingStage(
-                name=name,
-                clips_per_s=pace,
-                advice=advice,
-                is_every_epoch=work not in (compute_checksums, augment_batch),
-            )
+            LoadingStage(name=name, clips_per_s=clips_per_s, advice=advice, is_every_epoch=is_every_epoch)
         )
     return stages
 
 
 def median_seconds(timed_function: Callable[[], None]) -> float:
-    """Median time of a call, over several and at least a second."""
-    took: list[float] = []
+    """Median time of a call, over MIN_ROUNDS calls and MIN_TIMED_SECONDS at least, after one that is not timed."""
+    seconds: list[float] = []
     timed_function()
-    while len(took) < MIN_ROUNDS or sum(took) < MIN_TIMED_SECONDS:
+    while len(seconds) < MIN_ROUNDS or sum(seconds) < MIN_TIMED_SECONDS:
         began = time.perf_counter()
         timed_function()
-        took.append(time.perf_counter() - began)
-    return statistics.median(took)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
 
 
 def measure_batches_per_s(loader: Loader) -> float:
-    """Over a few seconds, the first batches left out."""
+    """Batches a second over a few seconds, without the first WARMUP_STEPS batches."""
     began = 0.0
-    for made, batch in enumerate(loader.batches(0, 1_000_000), start=1):
-        if made == WARMUP_STEPS:
+    for count, batch in enumerate(loader.batches(0, 1_000_000), start=1):
+        if count == WARMUP_STEPS:
             began = time.perf_counter()
-        if made > WARMUP_STEPS and (passed := time.perf_counter() - began) > 2 * MIN_TIMED_SECONDS:
-            return (made - WARMUP_STEPS) / passed
-        del batch
+        if count > WARMUP_STEPS:
+            seconds = time.perf_counter() - began
+            if seconds > 2 * MIN_TIMED_SECONDS:
+                return (count - WARMUP_STEPS) / seconds
+        del batch  # the loader may use its memory again
     raise AssertionError("a loader has no last batch")

@@ -1,7 +1,7 @@
-"""Weights: how often to draw a clip, so that rare classes come more often than they lie in the store.
+"""Weights of clips by their classes, with which a sampling draws rare classes more often than the store has them.
 
-They are counted anew wherever a sampling is made, from the very rows that it draws from, in under a second for all of
-AudioSet: what is not stored cannot be stale when labels are propagated again, rows repaired, or clips excluded.
+Weights are computed whenever a sampling is made, from the rows that it draws from, in under a second for all of
+AudioSet. A stored table would be out of date as soon as labels are propagated, rows repaired or clips excluded.
 """
 
 from collections.abc import Callable
@@ -10,25 +10,32 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.errors import InputError
-from pipeline.messages import closest_word
+from pipeline.messages import suggest_known
 from pipeline.store.joined_store import AnyStore
 
 
 def ast_weights(clips_C: np.ndarray) -> np.ndarray:
-    """AST (arXiv 2104.01778, gen_weight_file.py), and after it Audio-MAE and A-JEPA; AST draws with replacement,
-    Audio-MAE 200,000 clips an epoch without."""
+    """Class weights of AST (arXiv 2104.01778, gen_weight_file.py), which Audio-MAE and A-JEPA took over.
+
+    AST draws with replacement, Audio-MAE 200,000 clips an epoch without.
+    """
     return 1000 / (clips_C + 0.01)
 
 
 def passt_weights(clips_C: np.ndarray) -> np.ndarray:
-    """PaSST (arXiv 2110.05069, audioset/dataset.py), summed over labels too; 100,000 clips an epoch without
-    replacement."""
+    """Class weights of PaSST (arXiv 2110.05069, audioset/dataset.py).
+
+    PaSST draws 100,000 clips an epoch without replacement.
+    """
     return 1000 / (clips_C + 100)
 
 
 def panns_weights(clips_C: np.ndarray) -> np.ndarray:
-    """PANNs' balanced sampler (arXiv 1912.10211, data_generator.py) takes each class in turn, then the next of its
-    clips: in the long run each clip as often as this sums to over its labels, of all draws."""
+    """Class weights that draw as often as the balanced sampler of PANNs (arXiv 1912.10211, data_generator.py).
+
+    The sampler takes each class in turn and the next of its clips. In the long run the share of a clip among all draws
+    is the sum of these weights over its labels.
+    """
     return 1 / (np.count_nonzero(clips_C) * np.maximum(clips_C, 1))
 
 
@@ -41,42 +48,44 @@ WEIGHT_SCHEMES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ClassWeights:
-    """Of classes, by how many of some clips have them, and of these clips: the sum over their labels."""
+    """Weights of classes, by how many of some clips have them, and of these clips: the sum over their labels."""
 
     scheme: str
     label_set: str
     clips_C: np.ndarray  # int64, clips with each class
     weights_C: np.ndarray  # float64; 0 where no clip has the class
-    weights_N: np.ndarray  # float64, one of each row that was counted; 0 without labels: it is never drawn
+    weights_N: np.ndarray  # float64, one for each row; 0 for a row without labels, which is never drawn
     unlabelled_clips: int
 
     def __str__(self) -> str:
         classes = np.count_nonzero(self.clips_C)
         return (
             f"weights {self.scheme!r} of label set {self.label_set!r}: {len(self.weights_N):,} clips, of which "
-            f"{self.unlabelled_clips:,} have no label and are never drawn; {classes} of {len(self.clips_C)} classes occur"
+            f"{self.unlabelled_clips:,} have no label and are never drawn; "
+            f"{classes} of {len(self.clips_C)} classes occur"
         )
 
 
 def balanced_weights(
     store: AnyStore, rows_N: np.ndarray, *, label_set: str = "raw", scheme: str = "ast"
 ) -> ClassWeights:
-    """The weights of some rows of a store, those that are to be drawn from, for `sampling.Weighted`.
+    """The weights of the rows that a `WeightedSampling` draws from.
 
-    InputError where the scheme is unknown or no row has a label, StoreError where the label set is not there.
+    Raises InputError if the scheme is unknown or no row has a label, StoreError if there is no such label set.
     """
     if scheme not in WEIGHT_SCHEMES:
-        known = ", ".join(WEIGHT_SCHEMES)
-        raise InputError(
-            f"weights {scheme!r} are unknown; did you mean {closest_word(scheme, WEIGHT_SCHEMES)!r}? There are: {known}"
-        )
-    class_N, begins_N = store.flat_labels(label_set)
-    labels_N = begins_N[rows_N + 1] - begins_N[rows_N]
-    owner_N = np.repeat(np.arange(len(rows_N)), labels_N)  # of each label of these rows
-    first_N = np.cumsum(labels_N) - labels_N
-    class_N = class_N[np.arange(len(owner_N)) + (begins_N[rows_N] - first_N)[owner_N]]
+        raise InputError(f"weights {scheme!r} are unknown; {suggest_known(scheme, WEIGHT_SCHEMES)}")
+
+    # The labels of these rows, one after the other: the class of each, and the place of its row in `rows_N`.
+    store_class_N, begins_N = store.flat_labels(label_set)
+    label_count_N = begins_N[rows_N + 1] - begins_N[rows_N]
+    place_N = np.repeat(np.arange(len(rows_N)), label_count_N)
+    first_label_N = np.cumsum(label_count_N) - label_count_N
+    class_N = store_class_N[np.arange(len(place_N)) + (begins_N[rows_N] - first_label_N)[place_N]]
     if not len(class_N):
         raise InputError(f"none of {len(rows_N)} clips has a label in {label_set!r}; draw without weights")
+
+    # Weights of classes, then their sums over the labels of each row.
     clips_C = np.bincount(class_N, minlength=len(store.classes))
     weights_C = np.where(clips_C > 0, WEIGHT_SCHEMES[scheme](clips_C), 0.0)
     return ClassWeights(
@@ -84,6 +93,6 @@ def balanced_weights(
         label_set=label_set,
         clips_C=clips_C,
         weights_C=weights_C,
-        weights_N=np.bincount(owner_N, weights_C[class_N], minlength=len(rows_N)),
-        unlabelled_clips=int(np.count_nonzero(labels_N == 0)),
+        weights_N=np.bincount(place_N, weights_C[class_N], minlength=len(rows_N)),
+        unlabelled_clips=int(np.count_nonzero(label_count_N == 0)),
     )

@@ -1,12 +1,9 @@
-"""Sampling: which clips an epoch takes, and in what order; a pure function of seed and epoch.
+"""Sampling: which clips an epoch takes in which order, how they are dealt to steps and ranks, and how well they mix.
 
-All that is random comes from the raw stream of a NumPy bit generator, which never changes (NEP 19 guarantees it, and
-does not for the methods of `Generator`), and is worked on with whole numbers, or with arithmetic of which IEEE 754
-fixes the last bit: a run can be resumed under another NumPy, and ranks on unlike CPUs agree.
-
-Order: which rows in which order, a pure function of seed, step, rank and world.
-
-Mixing: how well a block shuffle mixes, in figures, beside a full shuffle of the same rows.
+An epoch depends on seed and epoch alone, a step's rows also on rank and world. All randomness comes from the raw stream
+of a NumPy bit generator, which never changes (NEP 19 guarantees that for the raw stream, not for the methods of
+`Generator`). The draws are processed with whole numbers, or with arithmetic whose last bit IEEE 754 fixes. So a run can
+be resumed under another NumPy, and ranks on different CPUs agree.
 """
 
 import math
@@ -19,7 +16,7 @@ import numpy as np
 
 from pipeline.errors import InputError
 
-# What is drawn, after seed and epoch in a stream's name. None is 0: NumPy takes [1, 2] and [1, 2, 0] for one name.
+# The last number of a stream's name, after seed and epoch. None is 0: NumPy takes [1, 2] and [1, 2, 0] for one name.
 (
     BLOCK_ORDER_STREAM,
     ROW_SPREAD_STREAM,
@@ -30,15 +27,17 @@ from pipeline.errors import InputError
 
 WINDOW_BLOCKS = 64
 
+MEASURED_BATCHES = 256  # batches that `measure_mixing` looks at, spread evenly over an epoch
+
 
 class Sampling(Hashable, Protocol):
-    """Which of some rows an epoch takes, and in what order; a frozen value, for its epochs are cached."""
+    """A way to choose and order the rows of an epoch; a frozen value, because its epochs are cached."""
 
     def epoch_length(self, row_count: int) -> int:
-        """Clips of an epoch over so many rows; ValueError where the sampling is one of another number."""
+        """How many clips an epoch over `row_count` rows has; ValueError if the sampling was made for another number."""
 
     def epoch_indices(self, row_count: int, seed: int, epoch: int) -> np.ndarray:
-        """The places among the rows, int64, in the order of the epoch."""
+        """The indices of the epoch's rows among all rows, int64, in the order of the epoch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +56,15 @@ FULL_SHUFFLE = FullShuffle()
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class BlockShuffle:
-    """Every row once an epoch, and at any time from few blocks of the disk: for stores much larger than memory.
+    """Every row once an epoch, at any time from few blocks of the disk: for stores much larger than memory.
 
-    The blocks begin one after the other, in random order, and each spreads its rows at random over the time in
-    which `window_blocks` of them begin. So rows always come from that many blocks, each as likely as its size, and
-    as one begins another ends: no moment at which many must be fetched at once, but for the start of an epoch.
-    The last to begin end where the epoch starts. With a window as long as the epoch this is a full shuffle.
+    The blocks begin one after the other in random order, and each spreads its rows at random over the time in which
+    `window_blocks` blocks begin. So rows always come from that many blocks, each as likely as its size, and as one
+    block begins another ends: only at the start of an epoch must many blocks be fetched at once. The blocks that begin
+    last end at the start of the epoch. With a window as long as the epoch this is a full shuffle.
     """
 
-    blocks_N: np.ndarray  # of each row its block's number (shard, `row // 256`); a block's rows lie together
+    blocks_N: np.ndarray  # block number of each row, such as its shard; the rows of a block are adjacent
     window_blocks: int = WINDOW_BLOCKS
 
     def __post_init__(self) -> None:
@@ -74,7 +73,7 @@ class BlockShuffle:
 
     @property
     def block_index_N(self) -> np.ndarray:
-        """Of each row its block, counted from 0 in the order of the rows."""
+        """The block of each row, counted from 0 in the order of the rows."""
         return np.cumsum(np.diff(self.blocks_N, prepend=self.blocks_N[:1]) != 0)
 
     def epoch_length(self, row_count: int) -> int:
@@ -82,32 +81,35 @@ class BlockShuffle:
         return row_count
 
     def epoch_indices(self, row_count: int, seed: int, epoch: int) -> np.ndarray:
-        numbers_N = self.block_index_N
-        blocks = int(numbers_N[-1]) + 1
-        begins_N = np.empty(blocks, np.uint64)  # in blocks since the epoch's start
-        begins_N[random_permutation(blocks, seed, epoch, BLOCK_ORDER_STREAM)] = np.arange(
-            blocks, dtype=np.uint64
-        )
+        # The time at which each block begins, in blocks since the start of the epoch.
+        block_of_row_N = self.block_index_N
+        blocks = int(block_of_row_N[-1]) + 1
+        order_N = random_permutation(blocks, seed, epoch, BLOCK_ORDER_STREAM)
+        begins_N = np.empty(blocks, np.uint64)
+        begins_N[order_N] = np.arange(blocks, dtype=np.uint64)
+
+        # The time of each row, a fixed-point number in the upper bits of a word: its block's beginning and a wait
+        # within the window, modulo the epoch.
         low_bits = index_bits(row_count)
         fraction_bits = 64 - low_bits - (blocks - 1).bit_length()
         waits_N = _random_words(row_count, seed, epoch, ROW_SPREAD_STREAM) >> np.uint64(64 - fraction_bits)
         waits_N *= np.uint64(min(self.window_blocks, blocks))
-        times_N = (begins_N << np.uint64(fraction_bits))[numbers_N] + waits_N
+        times_N = (begins_N << np.uint64(fraction_bits))[block_of_row_N] + waits_N
         times_N %= np.uint64(blocks << fraction_bits)
         return argsort_packed(times_N << np.uint64(low_bits))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class WeightedSampling:
-    """Rows drawn in proportion to their weights, so many an epoch; a row that weighs 0 never comes.
+    """Draws `clips_per_epoch` rows in proportion to their weights; a row of weight 0 is never drawn.
 
-    With replacement, every draw is for itself. Without, no row comes twice an epoch: they are chosen as if one by
-    one, each in proportion to its weight among those left (Efraimidis and Spirakis 2006, Information Processing
-    Letters 97), then shuffled, for the first chosen are heavier than the last.
-    Raises InputError where no row weighs anything, or fewer do than an epoch takes without replacement.
+    With replacement, draws are independent. Without, no row comes twice an epoch: rows are chosen as if one by one, in
+    proportion to their weights among the rows left (Efraimidis and Spirakis 2006, Information Processing Letters 97),
+    then shuffled, because the first chosen are heavier than the last.
+    Raises InputError if no row has a weight above 0, or fewer rows have than an epoch takes without replacement.
     """
 
-    weights_N: np.ndarray  # one of each row of the order, in any unit
+    weights_N: np.ndarray  # one for each row of the order, in any unit
     clips_per_epoch: int
     replacement: bool = True
 
@@ -135,6 +137,8 @@ class WeightedSampling:
         weights_N = np.asarray(self.weights_N, np.float64)
         if self.replacement:
             return draw_with_replacement(weights_N, self.clips_per_epoch, seed, epoch)
+
+        # Chosen rows are ascending, so they still have to be shuffled.
         chosen_N = draw_without_replacement(weights_N, self.clips_per_epoch, seed, epoch)
         return chosen_N[random_permutation(len(chosen_N), seed, epoch, CHOSEN_SHUFFLE_STREAM)]
 
@@ -145,9 +149,9 @@ def random_permutation(count: int, *stream: int) -> np.ndarray:
 
 
 def argsort_packed(keys_N: np.ndarray) -> np.ndarray:
-    """The places of the keys, that of the smallest first; their lowest `place_bits` do not count.
+    """The indices of the keys in ascending order of the keys, whose lowest `index_bits` are ignored.
 
-    Sorts (key, place) pairs packed into one word, three times as fast as argsort, and without ties.
+    Sorts (key, index) pairs packed into one word: three times as fast as argsort, and without ties.
     """
     bits = np.uint64(index_bits(len(keys_N)))
     keys_N = keys_N >> bits << bits
@@ -157,53 +161,68 @@ def argsort_packed(keys_N: np.ndarray) -> np.ndarray:
 
 
 def draw_with_replacement(weights_N: np.ndarray, clips: int, seed: int, epoch: int) -> np.ndarray:
-    """Places drawn with replacement: those of uniform draws among the cumulative weights.
+    """Indices drawn with replacement: uniform draws, looked up among the cumulative weights.
 
-    The draws are sorted first: looked up as they come, 2 M of them among 2 M weights take 3 s.
+    The draws are sorted first: unsorted, looking 2 M of them up among 2 M weights takes 3 s.
     """
     bits = index_bits(clips)
     draws_N = _random_words(clips, seed, epoch, WEIGHTED_DRAW_STREAM) >> np.uint64(bits)
     order_N = argsort_packed(draws_N << np.uint64(bits))
-    ends_N = np.cumsum(weights_N)  # one by one, and so to the last bit the same anywhere; np.sum is not
-    levels_N = (ends_N / ends_N[-1] * 2.0 ** (64 - bits)).astype(np.uint64)
-    times_N = np.diff(np.searchsorted(draws_N[order_N], levels_N), prepend=0)  # that each row is drawn
-    places_N = np.empty(clips, np.int64)
-    places_N[order_N] = np.repeat(np.arange(len(weights_N)), times_N)
-    return places_N
+
+    # cumsum adds one by one, so it gives the same last bit everywhere; np.sum does not.
+    cumulative_N = np.cumsum(weights_N)
+    levels_N = (cumulative_N / cumulative_N[-1] * 2.0 ** (64 - bits)).astype(np.uint64)
+
+    # How often each row is drawn, then the rows in the order of the draws.
+    draw_count_N = np.diff(np.searchsorted(draws_N[order_N], levels_N), prepend=0)
+    indices_N = np.empty(clips, np.int64)
+    indices_N[order_N] = np.repeat(np.arange(len(weights_N)), draw_count_N)
+    return indices_N
 
 
 def draw_without_replacement(weights_N: np.ndarray, clips: int, seed: int, epoch: int) -> np.ndarray:
-    """Places chosen without replacement, ascending: the first of exponential clocks that run at the weights' rates."""
+    """Indices chosen without replacement, ascending.
+
+    Each row has an exponential clock whose rate is its weight; the rows whose clocks end first are chosen.
+    """
+    # The end of each clock; uniform numbers lie in (0, 1), and the lightest clock may end at infinity.
     heavy_N = np.flatnonzero(weights_N)
-    uniform_N = (
-        (_random_words(len(weights_N), seed, epoch, EXPONENTIAL_CLOCK_STREAM)[heavy_N] >> np.uint64(12)) + 0.5
-    ) * 2.0**-52  # in (0, 1)
-    with np.errstate(over="ignore"):  # the lightest of all may finish at infinity
-        finish_N = -natural_log(uniform_N) / weights_N[heavy_N]
-    last = np.partition(finish_N, clips - 1)[clips - 1]
-    ahead_N, level_N = np.flatnonzero(finish_N < last), np.flatnonzero(finish_N == last)
-    return heavy_N[np.sort(np.concatenate([ahead_N, level_N[: clips - len(ahead_N)]]))]
+    words_N = _random_words(len(weights_N), seed, epoch, EXPONENTIAL_CLOCK_STREAM)[heavy_N]
+    uniform_N = ((words_N >> np.uint64(12)) + 0.5) * 2.0**-52
+    with np.errstate(over="ignore"):
+        ends_N = -natural_log(uniform_N) / weights_N[heavy_N]
+
+    # The first `clips` of them; of clocks that end together with the last, the first in the order of the rows.
+    last_end = np.partition(ends_N, clips - 1)[clips - 1]
+    before_N = np.flatnonzero(ends_N < last_end)
+    tied_N = np.flatnonzero(ends_N == last_end)
+    return heavy_N[np.sort(np.concatenate([before_N, tied_N[: clips - len(before_N)]]))]
 
 
 def natural_log(values_N: np.ndarray) -> np.ndarray:
-    """To 1e-15 of itself, and everywhere the same: np.log may round otherwise on the next rank's CPU."""
+    """The natural logarithm to a relative 1e-15, equal on all machines; np.log may round otherwise on another CPU."""
+    # A mantissa in [sqrt(1/2), sqrt(2)), so that the series converges fast.
     mantissa_N, exponent_N = np.frexp(values_N)
-    low_N = mantissa_N < math.sqrt(0.5)
-    mantissa_N, exponent_N = np.where(low_N, 2 * mantissa_N, mantissa_N), exponent_N - low_N
+    is_low_N = mantissa_N < math.sqrt(0.5)
+    mantissa_N = np.where(is_low_N, 2 * mantissa_N, mantissa_N)
+    exponent_N = exponent_N - is_low_N
+
+    # log(mantissa) = 2 artanh(ratio); the first term that is left out is under 1e-20.
     ratio_N = (mantissa_N - 1) / (mantissa_N + 1)
-    square_N, series_N = ratio_N * ratio_N, np.zeros_like(ratio_N)
-    for odd in range(23, 0, -2):  # 2 artanh; its next term is under 1e-20
+    square_N = ratio_N * ratio_N
+    series_N = np.zeros_like(ratio_N)
+    for odd in range(23, 0, -2):
         series_N = series_N * square_N + 1 / odd
     return 2 * ratio_N * series_N + exponent_N * math.log(2)
 
 
 def index_bits(count: int) -> int:
-    """Bits that hold any place of 0..count-1."""
+    """How many bits hold any index of 0..count-1."""
     return max(1, (count - 1).bit_length())
 
 
 def _random_words(count: int, *stream: int) -> np.ndarray:
-    """Random 64-bit words of the stream of that name."""
+    """Random 64-bit words of the stream with this name."""
     return np.random.PCG64(list(stream)).random_raw(count)
 
 
@@ -214,11 +233,11 @@ def _refuse_other_row_count(row_count: int, expected_count: int) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class RowOrder:
-    """Epochs of `rows_N` as `sampling` takes them, dealt to `world` ranks, `clips` rows to each a step.
+    """The rows of every step: epochs of `rows_N` as `sampling` orders them, dealt to `world` ranks, `clips` rows each.
 
-    One step of all ranks takes `clips * world` places of the epoch, whoever they are dealt to: worlds with equal
-    products see the same rows at the same step. What does not fill a last step is dropped, other rows each epoch.
-    Raises InputError where an epoch does not fill a single step.
+    One step of all ranks takes `clips * world` rows of the epoch, so numbers of ranks with equal products see the same
+    rows at the same step. Rows that do not fill a last step are dropped, other rows in each epoch.
+    Raises InputError if an epoch does not fill a single step.
     """
 
     rows_N: np.ndarray
@@ -234,14 +253,15 @@ class RowOrder:
                 f"clips must be 1 or more and rank in [0, {self.world}), got {self.clips}, {self.rank}"
             )
         if not self.steps_per_epoch:
+            on_ranks = f" on each of {self.world} ranks" if self.world > 1 else ""
             raise InputError(
-                f"{self.clips_per_epoch} clips do not fill one step of {self.clips} clips"
-                f"{f' on each of {self.world} ranks' if self.world > 1 else ''}; "
+                f"{self.clips_per_epoch} clips do not fill one step of {self.clips} clips{on_ranks}; "
                 "choose fewer clips per step (--batch), or more splits"
             )
 
     @property
     def clips_per_step(self) -> int:
+        """Clips of a step on all ranks."""
         return self.clips * self.world
 
     @property
@@ -254,71 +274,74 @@ class RowOrder:
 
     def rows_at_step(self, step: int) -> np.ndarray:
         """The rows of this rank at a step counted from the start of training, int64 `rows_B`."""
+        # Ranks take consecutive parts of the step's rows.
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
         first = step_of_epoch * self.clips_per_step + self.rank * self.clips
-        places_N = _cached_epoch_indices(self.sampling, len(self.rows_N), self.seed, epoch)
-        return np.asarray(self.rows_N, np.int64)[places_N[first : first + self.clips]]
+        indices_N = _cached_epoch_indices(self.sampling, len(self.rows_N), self.seed, epoch)
+        return np.asarray(self.rows_N, np.int64)[indices_N[first : first + self.clips]]
 
 
-# Four: training and validation, each with the epoch that the prefetch has begun; 16 MB at 2 M rows
+# Four: training and validation, each with the epoch that the prefetch has begun; 16 MB each at 2 M rows.
 @lru_cache(maxsize=4)
 def _cached_epoch_indices(sampling: Sampling, row_count: int, seed: int, epoch: int) -> np.ndarray:
-    places_N = sampling.epoch_indices(row_count, seed, epoch)
-    places_N.flags.writeable = False  # the cache hands out the same array again
-    return places_N
-
-
-MEASURED_BATCHES = 256  # looked at, evenly over an epoch
+    indices_N = sampling.epoch_indices(row_count, seed, epoch)
+    indices_N.flags.writeable = False  # the cache returns the same array again
+    return indices_N
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MixingQuality:
-    """What batches of `clips` hold of how many blocks.
+    """How well a block shuffle mixes blocks in its batches, beside a full shuffle of the same rows.
 
-    Clips of one block may be alike: of one folder, one recorder, one day. Where the gradients of two such clips
-    correlate by r, those of a batch vary (clips - 1) * pairs * r more than independent ones (Kish's design effect);
-    `worth` is what is left of the batch if r is 1, so a bound on the harm.
+    Clips of one block may be alike: from one folder, one recorder, one day. If the gradients of two clips of a block
+    correlate by r, those of a batch vary (batch_clips - 1) * same_block_pairs * r more than those of independent clips
+    (Kish's design effect); `effective_clips` is the size that is left of the batch if r is 1, so a bound on the harm.
     """
 
     batch_clips: int
-    block_clips: int  # of the largest block
+    block_clips: int  # rows of the largest block
     window_blocks: int
-    window_bytes: int  # that are read over and over while the window lasts, so should stay in memory
-    blocks_per_batch: float  # distinct ones in a batch
+    window_bytes: int  # read over and over while the window lasts, so they should stay in memory
+    blocks_per_batch: float  # distinct blocks in a batch
     same_block_pairs: float  # share of a batch's pairs of clips that come from one block
-    full_blocks_per_batch: float  # the same of a full shuffle
+    full_blocks_per_batch: float  # both for a full shuffle
     full_same_block_pairs: float
 
     @property
     def effective_clips(self) -> float:
-        """Clips of unlike blocks that a batch is worth at least."""
+        """How many independent clips a batch is worth at least."""
         return self.batch_clips / (1 + (self.batch_clips - 1) * self.same_block_pairs)
 
     @property
     def full_effective_clips(self) -> float:
+        """The same for a full shuffle."""
         return self.batch_clips / (1 + (self.batch_clips - 1) * self.full_same_block_pairs)
 
     def __str__(self) -> str:
         return (
             f"block shuffle: {self.window_blocks} blocks of up to {self.block_clips} clips at a time, "
             f"{self.window_bytes / 1e6:,.0f} MB to keep in memory; a batch of {self.batch_clips} draws on "
-            f"{self.blocks_per_batch:.1f} blocks (full shuffle: {self.full_blocks_per_batch:.1f}), {self.same_block_pairs:.2%} of its pairs share "
-            f"one ({self.full_same_block_pairs:.2%}): worth at least {self.effective_clips:.0f} unlike clips ({self.full_effective_clips:.0f})"
+            f"{self.blocks_per_batch:.1f} blocks (full shuffle: {self.full_blocks_per_batch:.1f}), "
+            f"{self.same_block_pairs:.2%} of its pairs share one ({self.full_same_block_pairs:.2%}): "
+            f"worth at least {self.effective_clips:.0f} unlike clips ({self.full_effective_clips:.0f})"
         )
 
 
 def measure_mixing(sampling: BlockShuffle, batch_clips: int, seed: int, *, clip_bytes: int) -> MixingQuality:
-    """Of batches of `clips` (of all ranks) from epoch 0: exact for those looked at, and for the full shuffle."""
-    numbers_N = sampling.block_index_N
-    rows = len(numbers_N)
-    places_N = sampling.epoch_indices(rows, seed, 0)
+    """The mixing of batches of epoch 0, `batch_clips` clips on all ranks; that of a full shuffle is exact."""
+    # How many clips of each block the measured batches hold.
+    block_of_row_N = sampling.block_index_N
+    rows = len(block_of_row_N)
+    blocks_N = block_of_row_N[sampling.epoch_indices(rows, seed, 0)]
     steps = rows // batch_clips
-    looked_at = np.unique(np.linspace(0, steps - 1, min(steps, MEASURED_BATCHES)).astype(int))
-    counts = [
-        np.unique(numbers_N[places_N[s * batch_clips : (s + 1) * batch_clips]], return_counts=True)[1]
-        for s in looked_at
-    ]
-    sizes_N = np.bincount(numbers_N)
+    measured_steps = np.unique(np.linspace(0, steps - 1, min(steps, MEASURED_BATCHES)).astype(int))
+    counts = []
+    for step in measured_steps:
+        batch_B = blocks_N[step * batch_clips : (step + 1) * batch_clips]
+        counts.append(np.unique(batch_B, return_counts=True)[1])
+
+    # The rows that are read again and again while the window lasts.
+    sizes_N = np.bincount(block_of_row_N)
     window_blocks = min(sampling.window_blocks, len(sizes_N))
     return MixingQuality(
         batch_clips=batch_clips,
@@ -333,14 +356,15 @@ def measure_mixing(sampling: BlockShuffle, batch_clips: int, seed: int, *, clip_
 
 
 def _same_block_share(count_N: np.ndarray) -> float:
-    """Share of the pairs of clips that are of one block, of so many from each block."""
+    """Share of the pairs of clips that are of one block, with this many clips from each block."""
     clips = int(count_N.sum())
     return float((count_N * (count_N - 1)).sum() / max(clips * (clips - 1), 1))
 
 
 def _expected_distinct_blocks(sizes_N: np.ndarray, clips: int) -> float:
-    """Expected distinct blocks of `clips` rows that are drawn without replacement from all."""
-    sizes, times = np.unique(sizes_N, return_counts=True)
-    left_N = sizes_N.sum() - np.arange(clips)  # rows left before each draw
-    missed = [np.prod(np.maximum(left_N - size, 0) / left_N) for size in sizes]
-    return float(((1 - np.array(missed)) * times).sum())
+    """How many distinct blocks to expect of `clips` rows that are drawn without replacement."""
+    # The probability that every draw misses a block, for each size of blocks.
+    sizes, block_counts = np.unique(sizes_N, return_counts=True)
+    rows_left_N = sizes_N.sum() - np.arange(clips)
+    missed = [np.prod(np.maximum(rows_left_N - size, 0) / rows_left_N) for size in sizes]
+    return float(((1 - np.array(missed)) * block_counts).sum())

@@ -1,4 +1,4 @@
-"""Spectrograms as pictures, with axes in seconds and Hz."""
+"""Spectrograms as pictures, with axes in seconds and Hz; which clips of a store to show, and under which titles."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,104 +16,126 @@ from pipeline.audio.mel_spec import MelSpec
 from pipeline.errors import StoreError
 from pipeline.files import replacing_file
 from pipeline.labels.ontology import flatten_label_lists
+from pipeline.report.html import COLOUR_MAP
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.summary import read_label_table
 
-FINE_FFT_SAMPLES = 2**16  # an FFT whose bins lie under 1 Hz apart: the filters' peaks can be read off
+FINE_FFT_SAMPLES = (
+    2**16
+)  # the bins of this FFT lie under 1 Hz apart, so that the peaks of filters can be read off
 
 OCTAVE_TICKS_HZ = tuple(31.25 * 2**octave for octave in range(11))
 
-COLOUR_MAP = "magma"
-
-
-@lru_cache(maxsize=32)
-def band_centres_hz(spec: MelSpec) -> tuple[float, ...]:
-    """Where each band's filter peaks, to half a Hz; read off the filters themselves, on a finer grid."""
-    fine = replace(spec, fft_samples=max(FINE_FFT_SAMPLES, spec.fft_samples))
-    peaks_F = mel_filters_NF(fine).argmax(0)
-    return tuple((peaks_F * (spec.sample_rate_hz / fine.fft_samples)).tolist())
-
-
-def mel_band_ticks(spec: MelSpec, *, min_gap: float = 0.07) -> list[tuple[float, str]]:
-    """Octaves of 1 kHz as (place, label), at least `gap` of the height apart; band i lies from i to i + 1."""
-    centres_hz = band_centres_hz(spec)
-    middles_F = np.arange(len(centres_hz)) + 0.5
-    ticks: list[tuple[float, str]] = []
-    for hz in reversed(OCTAVE_TICKS_HZ):
-        place = float(np.interp(hz, centres_hz, middles_F))
-        free = not ticks or ticks[-1][0] - place >= min_gap * len(centres_hz)
-        if centres_hz[0] <= hz <= centres_hz[-1] and free:
-            ticks.append((place, f"{hz / 1000:g}k" if hz >= 1000 else f"{hz:g}"))
-    return ticks[::-1]
-
 
 def read_log_mel(store: FeatureStore, rows_B: np.ndarray) -> np.ndarray:
-    """Natural log of mel power of some good rows, float32 `[B, T, F]`."""
-    return store.offset + store.scale * store.read(rows_B).astype(np.float32)
+    """Log-mel of some good rows, natural logarithm of power, float32 `[B, T, F]`."""
+    return store.to_log_mel(store.read(rows_B))
 
 
 def colour_range(mel_BTF: np.ndarray) -> tuple[float, float]:
-    """The values that the darkest and the brightest colour stand for."""
+    """The values that the darkest and the brightest colour stand for, at least 1 nat apart."""
+    # The quantiles leave out digital silence and single loud values.
     low, high = np.quantile(mel_BTF, [0.02, 0.999])
-    return float(low), float(max(high, low + 1))  # a constant has colours too
+    return float(low), float(max(high, low + 1))
 
 
 def frame_step_seconds(spec: MelSpec) -> float:
-    """From one frame to the next."""
+    """The time from one frame to the next."""
     return spec.hop_samples / spec.sample_rate_hz
 
 
 def time_axis_seconds(spec: MelSpec) -> float:
-    """A full clip: its last window ends a little before."""
+    """The length of the time axis: that of a full clip, or of its frames if these reach further."""
     return max(spec.clip_seconds, spec.frames * frame_step_seconds(spec))
+
+
+@lru_cache(maxsize=32)
+def band_centres_hz(spec: MelSpec) -> tuple[float, ...]:
+    """The frequency at which the filter of each band peaks, to half a Hz."""
+    # The filters themselves are asked, on a finer grid of bins: so every scale is right.
+    fine_spec = replace(spec, fft_samples=max(FINE_FFT_SAMPLES, spec.fft_samples))
+    peak_bin_F = mel_filters_NF(fine_spec).argmax(0)
+    return tuple((peak_bin_F * (spec.sample_rate_hz / fine_spec.fft_samples)).tolist())
+
+
+def mel_band_ticks(spec: MelSpec, *, min_gap: float = 0.07) -> list[tuple[float, str]]:
+    """Ticks at octaves of 1 kHz as (place, label), at least `min_gap` of the height apart.
+
+    Band i lies from place i to i + 1.
+    """
+    centres_hz = band_centres_hz(spec)
+    middle_F = np.arange(len(centres_hz)) + 0.5
+
+    # From the top down: octaves crowd at the bottom, and there some are left out.
+    ticks: list[tuple[float, str]] = []
+    for hz in reversed(OCTAVE_TICKS_HZ):
+        place = float(np.interp(hz, centres_hz, middle_F))
+        has_room = not ticks or ticks[-1][0] - place >= min_gap * len(centres_hz)
+        if centres_hz[0] <= hz <= centres_hz[-1] and has_room:
+            label = f"{hz:g}"
+            if hz >= 1000:
+                label = f"{hz / 1000:g}k"
+            ticks.append((place, label))
+    return ticks[::-1]
 
 
 def pick_varied_rows(
     store: FeatureStore, labels: pl.DataFrame, clip_count: int, *, seed: int = 0
 ) -> np.ndarray:
-    """Good rows from classes as different as there are, ascending; raises StoreError where none is good."""
-    good_N, rng = store.good_rows(), np.random.default_rng(seed)
+    """Rows of good clips from as many classes as possible, ascending; StoreError if no clip is good."""
+    good_N = store.good_rows()
     if not len(good_N):
         raise StoreError(
             f"{store.location}: no good clip to show that no list excludes; see why: "
             f"ajepa-data report {store.location} --html report.html"
         )
-    good_M = np.zeros(store.manifest.height, bool)
-    good_M[good_N] = True
-    rows_N, classes = flatten_label_lists(labels["raw"])
-    class_N = classes.to_numpy(zero_copy_only=False)[good_M[rows_N]]
-    rows_N, chosen, shown = rows_N[good_M[rows_N]], list[int](), set[int]()
-    for number in rng.permutation(np.unique(class_N)).tolist():
-        if number in shown:
+    rng = np.random.default_rng(seed)
+
+    # Row and class of every label of a good row (axis L).
+    is_good_N = np.zeros(store.manifest.height, bool)
+    is_good_N[good_N] = True
+    row_L, classes = flatten_label_lists(labels["raw"])
+    is_good_L = is_good_N[row_L]
+    class_L = classes.to_numpy(zero_copy_only=False)[is_good_L]
+    row_L = row_L[is_good_L]
+
+    # In random order, a row of every class that no chosen row has yet.
+    chosen_rows: list[int] = []
+    shown_classes: set[int] = set()
+    for class_index in rng.permutation(np.unique(class_L)).tolist():
+        if class_index in shown_classes:
             continue
-        if len(chosen) == clip_count:
+        if len(chosen_rows) == clip_count:
             break
-        chosen.append(int(rng.choice(rows_N[class_N == number])))
-        shown |= set(class_N[rows_N == chosen[-1]].tolist())
-    left_N = np.setdiff1d(good_N, chosen)
-    more_N = rng.choice(left_N, min(clip_count - len(chosen), len(left_N)), replace=False)
-    return np.sort(np.concatenate([np.array(chosen, np.int64), more_N]))
+        chosen_rows.append(int(rng.choice(row_L[class_L == class_index])))
+        shown_classes |= set(class_L[row_L == chosen_rows[-1]].tolist())
+
+    # If classes do not suffice, any other rows.
+    left_N = np.setdiff1d(good_N, chosen_rows)
+    more_N = rng.choice(left_N, min(clip_count - len(chosen_rows), len(left_N)), replace=False)
+    return np.sort(np.concatenate([np.array(chosen_rows, np.int64), more_N]))
 
 
 def label_title(store: FeatureStore, labels: pl.DataFrame, row: int, *, max_letters: int = 48) -> str:
-    """The names of a row's raw labels."""
+    """The names of a row's raw labels, cut to `max_letters`."""
     names = ", ".join(store.classes.names[index] for index in labels["raw"][row]) or "no label"
-    return names if len(names) <= max_letters else names[: max_letters - 1] + "…"
+    if len(names) <= max_letters:
+        return names
+    return names[: max_letters - 1] + "…"
 
 
 def draw_contact_sheet(store: FeatureStore, path: Path, *, clip_count: int = 12) -> None:
-    """A PNG of some good clips' spectrograms with their ids and labels."""
+    """Write a PNG of some good clips' spectrograms, three in a row, with their ids and labels."""
     labels = read_label_table(store)[0]
     rows_B = pick_varied_rows(store, labels, clip_count)
-    across = min(3, len(rows_B))
-    draw_spectrograms(store, labels, rows_B, path, columns=across, clip_inches=(4.6, 2.3))
+    columns = min(3, len(rows_B))
+    draw_spectrograms(store, labels, rows_B, path, columns=columns, clip_inches=(4.6, 2.3))
 
 
 def draw_clip_rows(store: FeatureStore, rows: Sequence[int], path: Path) -> None:
-    """A PNG of some good rows, one below the other."""
-    draw_spectrograms(
-        store, read_label_table(store)[0], np.array(rows), path, columns=1, clip_inches=(10.0, 3.6)
-    )
+    """Write a PNG of some good rows, one below the other."""
+    labels = read_label_table(store)[0]
+    draw_spectrograms(store, labels, np.array(rows), path, columns=1, clip_inches=(10.0, 3.6))
 
 
 def draw_spectrograms(
@@ -125,19 +147,25 @@ def draw_spectrograms(
     columns: int,
     clip_inches: tuple[float, float],
 ) -> None:
-    """One colour scale for all; a line marks where a clip's own frames end."""
+    """Write a PNG of good rows in a grid, all on one colour scale; `clip_inches` is the size of one (width, height)."""
     mel_BTF = read_log_mel(store, rows_B)
-    down, span = -(-len(rows_B) // columns), colour_range(mel_BTF)
-    figure = Figure(figsize=(clip_inches[0] * columns, clip_inches[1] * down), layout="constrained")
+    value_range = colour_range(mel_BTF)
+    lines = -(-len(rows_B) // columns)
+    figure = Figure(figsize=(clip_inches[0] * columns, clip_inches[1] * lines), layout="constrained")
     for place, (row, mel_TF) in enumerate(zip(rows_B.tolist(), mel_BTF, strict=True)):
-        axes = figure.add_subplot(down, columns, place + 1)
-        image = plot_spectrogram(axes, store, row, mel_TF, span)
-        named = f"{store.manifest['clip_id'][row]}: {label_title(store, labels, row)}"
-        axes.set_title(named.replace("$", r"\$"), fontsize=8)  # no formula
+        axes = figure.add_subplot(lines, columns, place + 1)
+        image = plot_spectrogram(axes, store, row, mel_TF, value_range)
+
+        # matplotlib would read what stands between two dollar signs as a formula.
+        title = f"{store.manifest['clip_id'][row]}: {label_title(store, labels, row)}"
+        axes.set_title(title.replace("$", r"\$"), fontsize=8)
+
+        # Axes are labelled at the left and at the bottom of the grid.
         if place % columns == 0:
             axes.set_ylabel("Hz", fontsize=8)
         if place + columns >= len(rows_B):
             axes.set_xlabel("seconds", fontsize=8)
+
     figure.colorbar(image, ax=figure.axes, shrink=0.8, label="log mel power, nat", pad=0.01)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing_file(path) as scratch:
@@ -147,23 +175,29 @@ def draw_spectrograms(
 def plot_spectrogram(
     axes: Axes, store: FeatureStore, row: int, mel_TF: np.ndarray, value_range: tuple[float, float]
 ) -> AxesImage:
-    """One row: what is not its own is dimmed."""
-    whole, valid = (int(n) * frame_step_seconds(store.spec) for n in (store.frames, store.n_frames_N[row]))
+    """Draw one row into `axes` and return its image; frames beyond the clip's end are dimmed behind a line."""
+    # The picture: band i lies from i to i + 1, a frame fills the time to the next one.
+    stored_seconds = store.frames * frame_step_seconds(store.spec)
+    valid_seconds = int(store.n_frames_N[row]) * frame_step_seconds(store.spec)
     low, high = value_range
     image = axes.imshow(
         mel_TF.T,
         origin="lower",
         aspect="auto",
-        extent=(0, whole, 0, store.bands),
+        extent=(0, stored_seconds, 0, store.bands),
         vmin=low,
         vmax=high,
         cmap=COLOUR_MAP,
     )
-    if valid < whole:
-        axes.axvspan(valid, whole, color="white", alpha=0.35, linewidth=0)
-        axes.axvline(valid, color="white", linewidth=1.5)
+
+    # Where a shorter clip ends.
+    if valid_seconds < stored_seconds:
+        axes.axvspan(valid_seconds, stored_seconds, color="white", alpha=0.35, linewidth=0)
+        axes.axvline(valid_seconds, color="white", linewidth=1.5)
+
+    # Axes in seconds and Hz.
     axes.set_xlim(0, time_axis_seconds(store.spec))
-    places, names = zip(*mel_band_ticks(store.spec), strict=True)
-    axes.set_yticks(places, names)
+    places, labels = zip(*mel_band_ticks(store.spec), strict=True)
+    axes.set_yticks(places, labels)
     axes.tick_params(labelsize=7)
     return image

@@ -6,7 +6,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> object:
-    """Import `FeatureStore` when it is asked for: its files may then import each other in any order."""
+    """Import `FeatureStore` when it is first used, so that the files of this folder may import one another."""
     if name != "FeatureStore":
         raise AttributeError(f"module 'pipeline.store' has no attribute {name!r}")
     from pipeline.store.feature_store import FeatureStore

@@ -1,11 +1,11 @@
-"""Cache: of a store on an object store, its tables and the shards used last, as files of this machine.
+"""The cache of stores that lie on an object store: their tables and the shards last read, as files of this machine.
 
-    CACHE/HASH/NAME.zarr/       what lies beside the shards, and `seen.json`: which versions of it these are
-    CACHE/HASH/STORE_ID/        ledger/ and mel/c/ as in a store, as far as they have been asked for
-    CACHE/*.lock                held while room is made, or one shard fetched
+    CACHE/HASH/NAME.zarr/       the files that lie beside the shards, and `seen.json`: which versions of them these are
+    CACHE/HASH/STORE_ID/        ledger/ and mel/c/ as in a store, as far as they have been read
+    CACHE/*.lock                held while room is made, or while one shard is fetched
 
-Any number of processes may share one, also for several stores: a shard is fetched once, and all of them together
-stay under the bound. Whoever is killed leaves a part that is swept when room is made.
+Any number of processes may share one cache, also for several stores: a shard is fetched once, and all processes
+together stay under the bound. A process that is killed leaves a partial file, which is removed when room is made next.
 """
 
 import fcntl
@@ -30,130 +30,156 @@ from pipeline.files import (
     scratch_path,
 )
 from pipeline.object_store import check_reachable, download_into_file, download_object, object_versions
-from pipeline.store.header import ShardLayout
+from pipeline.store.header import ShardLayout, no_store_error
 from pipeline.store.manifest import RESULT_SCHEMA
 from pipeline.store.shards import ShardCommit, file_matches_commit, ledger_path, read_commit_file, shard_path
 
-SHARD_FETCH_THREADS = 8  # shards of a batch fetched at a time
+# Gigabytes are decimal everywhere, as disks are sold.
+BYTES_PER_GB = 10**9
+
+SHARD_FETCH_THREADS = 8  # shards of a batch that are fetched at a time
 
 ROOM_POLL_SECONDS = 0.05
-
-BYTES_PER_GB = 10**9
 
 VERSIONS_FILE = "seen.json"
 
 
 def fetch_store_tables(url: str, cache: Path) -> Path:
-    """Bring what lies beside the shards of a store, where it is not here as it is there; returns the folder.
+    """Bring the cached files that lie beside a store's shards up to date; returns the folder that holds them.
 
-    InputError where the bucket does not answer, StoreError where nothing is there.
+    InputError where the bucket does not answer, StoreError where no store lies at the URL.
     """
     url = url.rstrip("/")
     check_reachable(url)
     folder = cache / hashlib.sha256(url.encode()).hexdigest()[:12] / url.rpartition("/")[2]
-    there = {name: told for name, told in object_versions(url).items() if not name.endswith(".lock")}
-    there |= {
-        f"mel/{name}": told for name, told in object_versions(f"{url}/mel").items() if name == "zarr.json"
-    }
-    if "zarr.json" not in there:
-        raise StoreError(f"{url}: not a feature store; make one with: ajepa-data build-audioset")
+    versions = _remote_table_versions(url)
+    if "zarr.json" not in versions:
+        raise no_store_error(url)
+
+    # One process at a time compares the versions and fetches the files that have changed.
     folder.mkdir(parents=True, exist_ok=True)
     with _exclusive_lock(folder.parent / "tables.lock"):
-        seen_path = folder / VERSIONS_FILE
-        seen = json.loads(seen_path.read_text()) if seen_path.exists() else {}
-        for name in seen.keys() - there.keys():
+        versions_path = folder / VERSIONS_FILE
+        cached_versions = json.loads(versions_path.read_text()) if versions_path.exists() else {}
+        for name in cached_versions.keys() - versions.keys():
             (folder / name).unlink(missing_ok=True)
-        for name, told in there.items():
-            if seen.get(name) != told or not (folder / name).exists():
+        for name, version in versions.items():
+            if cached_versions.get(name) != version or not (folder / name).exists():
                 download_object(f"{url}/{name}", folder / name)
-        if seen != there:
-            with replacing_file(seen_path) as scratch:
-                scratch.write_text(json.dumps(there))
+
+        # The record of versions comes last: after a crash the files are fetched again.
+        if cached_versions != versions:
+            with replacing_file(versions_path) as scratch:
+                scratch.write_text(json.dumps(versions))
     return folder
+
+
+def _remote_table_versions(url: str) -> dict[str, str]:
+    """Return the files beside the shards by their path in the store, each with its version in the bucket."""
+    # Locks are of processes that write there, and of no use here.
+    versions = {name: version for name, version in object_versions(url).items() if not name.endswith(".lock")}
+
+    # Below `mel` only the array's metadata is a table; the rest are shards.
+    mel_versions = object_versions(f"{url}/mel")
+    if "zarr.json" in mel_versions:
+        versions["mel/zarr.json"] = mel_versions["zarr.json"]
+    return versions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ShardCache:
-    """Shards of the store at `url` below `cache`, which keeps to `most_bytes`; `manifest` is the store's."""
+    """Shards of the store at `url`, kept below `cache_folder`, which holds at most `max_bytes` of them."""
 
     url: str
     cache_folder: Path
     max_bytes: int
-    snapshot_folder: Path  # of this state of the store
+    snapshot_folder: Path  # below the cache: the shards of this build of the store
     layout: ShardLayout
-    manifest: pl.DataFrame
+    manifest: pl.DataFrame  # of the store
 
     def local_path(self, shard: int) -> Path:
-        """Where a shard lies here, fetched if need be; a path to nothing if it is not there either.
+        """Return where a shard lies on this machine, fetched if need be; no file where no clip of it is good.
 
-        Raises ValueError where it is damaged there, StoreError where none can be had: no answer, or no room.
+        Raises ValueError where the shard is damaged in the bucket, StoreError where no shard can be fetched: the
+        server does not answer, or there is no room.
         """
+        # The lock is taken only for a fetch: shards that are here are found without waiting.
         path = shard_path(self.snapshot_folder, shard)
         if not _touch_if_present(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with _exclusive_lock(self.cache_folder / f"{self.snapshot_folder.name}-{shard:06d}.lock"):
+                # Another process may have fetched the shard while this one waited for the lock.
                 if not _touch_if_present(path):
                     self._fetch_shard(shard, path)
         return path
 
     def fetch_missing_shards(self, shards: Iterable[int]) -> bool:
-        """Fetch those that are not here, some at a time; whether there were any. What fails is told by `path`."""
+        """Fetch the shards that are not on this machine, several at a time; returns whether there were any.
+
+        Nothing is raised: a shard that could not be fetched raises when `local_path` is called for it.
+        """
         missing = [
             shard for shard in shards if not _touch_if_present(shard_path(self.snapshot_folder, shard))
         ]
         if missing:
             with ThreadPoolExecutor(SHARD_FETCH_THREADS) as threads:
-                for done in [threads.submit(self.local_path, shard) for shard in missing]:
-                    done.exception()
+                for future in [threads.submit(self.local_path, shard) for shard in missing]:
+                    future.exception()
         return bool(missing)
 
     def _fetch_shard(self, shard: int, path: Path) -> None:
         try:
-            commit, scratch = self._fetch_commit(shard), scratch_path(path)
+            # An empty commit has no object: no clip of the shard is good.
+            commit = self._fetch_commit(shard)
+            scratch = scratch_path(path)
             if commit.size_bytes:
                 with self._reserve_room(commit.size_bytes, scratch):
                     self._download_shard(commit, scratch)
                     scratch.replace(path)
         except StoreError:
             raise
-        except InputError as error:  # what the server says, as a fault of the store
+        except InputError as error:  # the server's own words, as a fault of the store
             raise StoreError(str(error)) from None
 
     def _download_shard(self, commit: ShardCommit, scratch: Path) -> None:
-        """Fill a file with the shard; ValueError where that is not the one that was committed."""
+        """Fill a file with the shard; ValueError where its bytes are not the committed ones."""
+        # The file has its full size already: `_reserve_room` made it.
         with scratch.open("r+b") as file:
-            there = download_into_file(f"{self.url}/{shard_path(Path(), commit.shard)}", file)
+            exists = download_into_file(f"{self.url}/{shard_path(Path(), commit.shard)}", file)
             file.flush()
             os.fsync(file.fileno())
-        if not there or not file_matches_commit(scratch, commit):
-            why = "is not what its record tells" if there else "is gone from there"
-            raise ValueError(f"{why}; delete {self._record_url(commit.shard)} and build again")
+        if not exists or not file_matches_commit(scratch, commit):
+            fault = "does not match its record in the bucket" if exists else "is gone from the bucket"
+            raise ValueError(f"{fault}; delete {self._record_url(commit.shard)} and build again")
 
     def _record_url(self, shard: int) -> str:
         return f"{self.url}/{ledger_path(Path(), shard)}"
 
     def _fetch_commit(self, shard: int) -> ShardCommit:
-        """The record of a shard; StoreError where it is not that of the manifest."""
+        """Return the record of a shard; StoreError where it does not agree with the manifest."""
         record = ledger_path(self.snapshot_folder, shard)
         if not record.exists() and not download_object(self._record_url(shard), record):
-            raise StoreError(f"{self._record_url(shard)}: not there; build again")
+            raise StoreError(f"{self._record_url(shard)}: is not in the bucket; build the store again")
+
+        # The manifest was read when the store was opened. A record of a later build has other results.
         commit, results = read_commit_file(record)
         rows = self.layout.rows_of_shard(shard)
         if not results.equals(self.manifest[rows.start : rows.stop].select(*RESULT_SCHEMA)):
             record.unlink()
-            raise StoreError(f"{self.url}: has been built anew since it was opened; start again")
+            raise StoreError(f"{self.url}: has been built anew since it was opened; start this command again")
         return commit
 
     @contextmanager
-    def _reserve_room(self, count: int, scratch: Path) -> Iterator[None]:
-        """Hold `count` bytes of the cache as a scratch file, which goes if it is not moved; StoreError."""
-        if count > self.max_bytes:
-            told = f"holds {self.max_bytes:,} bytes at most, a shard has {count:,}; give a larger --cache-gb"
-            raise StoreError(f"{self.cache_folder}: {told}")
+    def _reserve_room(self, needed_bytes: int, scratch: Path) -> Iterator[None]:
+        """Hold room in the cache as a scratch file, which is removed unless it is moved; StoreError if too large."""
+        if needed_bytes > self.max_bytes:
+            raise StoreError(
+                f"{self.cache_folder}: holds {self.max_bytes:,} bytes at most, a shard has {needed_bytes:,}; "
+                "give a larger --cache-gb"
+            )
         try:
-            while not self._try_reserve_room(
-                count, scratch
-            ):  # others are fetching; what they fetch can go in a moment
+            # What other processes are fetching now cannot be dropped, but in a moment it can.
+            while not self._try_reserve_room(needed_bytes, scratch):
                 time.sleep(ROOM_POLL_SECONDS)
             yield
         except OSError as error:
@@ -165,34 +191,47 @@ class ShardCache:
         finally:
             scratch.unlink(missing_ok=True)
 
-    def _try_reserve_room(self, count: int, scratch: Path) -> bool:
-        """Drop the shards used least lately until there is room, and take it; False where too little can go."""
+    def _try_reserve_room(self, needed_bytes: int, scratch: Path) -> bool:
+        """Drop the shards used least lately until there is room, and take it; False where too little can be dropped."""
         with _exclusive_lock(self.cache_folder / "room.lock"):
-            files = []
-            for path in self.cache_folder.glob("*/*/mel/c/*/0/0*"):
-                for debris in abandoned_scratch_paths(path.with_name("0")) if path.name != "0" else ():
-                    debris.unlink(missing_ok=True)
-                try:
-                    status = path.stat()
-                except FileNotFoundError:
-                    continue
-                files.append((path.name.endswith(PARTIAL_SUFFIX), status.st_atime_ns, status.st_size, path))
-            held = sum(size for _, _, size, _ in files)
-            for unfinished, _, size, path in sorted(files):
-                if held + count <= self.max_bytes or unfinished:
+            # Drop finished shards, the one that was used longest ago first. Scratch files sort behind them.
+            files = self._list_cached_files()
+            total_bytes = sum(size for _, _, size, _ in files)
+            for is_scratch, _, size, path in sorted(files):
+                if total_bytes + needed_bytes <= self.max_bytes or is_scratch:
                     break
                 path.unlink(missing_ok=True)
-                held -= size
-            if held + count > self.max_bytes:
+                total_bytes -= size
+            if total_bytes + needed_bytes > self.max_bytes:
                 return False
+
+            # Take the room while the lock is held, so that nobody else counts on it.
             with scratch.open("wb") as file:
-                if count:
-                    os.posix_fallocate(file.fileno(), 0, count)
+                if needed_bytes:
+                    os.posix_fallocate(file.fileno(), 0, needed_bytes)
             return True
+
+    def _list_cached_files(self) -> list[tuple[bool, int, int, Path]]:
+        """List all files that count against the bound: is it a scratch file, when last used (ns), bytes, path.
+
+        Scratch files of processes that are no more are removed on the way.
+        """
+        files = []
+        for path in self.cache_folder.glob("*/*/mel/c/*/0/0*"):
+            if path.name != "0":
+                for abandoned in abandoned_scratch_paths(path.with_name("0")):
+                    abandoned.unlink(missing_ok=True)
+            try:
+                status = path.stat()
+            except FileNotFoundError:  # just removed, here or by another process
+                continue
+            files.append((path.name.endswith(PARTIAL_SUFFIX), status.st_atime_ns, status.st_size, path))
+        return files
 
 
 def _touch_if_present(path: Path) -> bool:
-    """Whether a file is there; if so, it has been used just now."""
+    """Return whether a file exists; if so, record that it has been used just now."""
+    # The time of access is set by hand: most file systems are mounted with `relatime` or `noatime`.
     try:
         status = path.stat()
         os.utime(path, ns=(time.time_ns(), status.st_mtime_ns))
@@ -203,7 +242,7 @@ def _touch_if_present(path: Path) -> bool:
 
 @contextmanager
 def _exclusive_lock(path: Path) -> Iterator[None]:
-    """Wait for, then hold, an exclusive lock; the kernel frees it with its process."""
+    """Wait for an exclusive lock and hold it; the kernel frees it when the process ends."""
     with path.open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -1,4 +1,4 @@
-"""Exclude lists: clips of a store that nobody is to draw; as users write them, and as a store keeps them."""
+"""Exclude lists, which name clips that nobody is to draw: as users write them, and as a store keeps them."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -12,12 +12,12 @@ import polars as pl
 from pipeline.errors import InputError, StoreError, first_error_line
 from pipeline.tables import read_table
 
-EXCLUSIONS_FILE = "excluded.parquet"  # in a store; without a row where the lists have been taken back
+EXCLUSIONS_FILE = "excluded.parquet"  # in a store; a table without rows once the lists have been taken back
 
 EXCLUSIONS_SCHEMA: dict[str, pl.DataType] = {
     "clip_id": pl.String(),
-    "split": pl.String(),  # null: wherever the id stands
-    "list": pl.String(),  # name of the file that said so
+    "split": pl.String(),  # null: in every split that has the id
+    "list": pl.String(),  # name of the file that names the clip
     "sha256": pl.String(),  # of that file
 }
 
@@ -27,12 +27,18 @@ EXCLUDE_TABLE_SUFFIXES = (*EXCLUDE_PARQUET_SUFFIXES, ".csv")
 
 COMMENT_PATTERN = r"\s#.*$"
 
+# Everything that parsing a damaged list may raise.
 EXCLUDE_LIST_ERRORS = (OSError, ValueError, pl.exceptions.PolarsError)
+
+IN_EVERY_SPLIT = pl.col("split").is_null()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ExcludeList:
-    """A file that names clips: `asked` has their `clip_id`, what of it stands before a comment, and `split` or null."""
+    """A file that names clips.
+
+    `requested_clips` has `clip_id`, the words of the file; `bare`, the same without a comment; and `split`, or null.
+    """
 
     name: str
     sha256: str
@@ -40,73 +46,82 @@ class ExcludeList:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """A CSV or Parquet file with a column clip_id and maybe split, or else a text, one id a line.
+        """Read a CSV or Parquet file with a column clip_id and maybe split, or else a text of one id a line.
 
-        In a text, `#` begins a comment at the start of a line or after a space. InputError: not to be read, or
-        without a clip.
+        In a text, `#` begins a comment at the start of a line or after a space. InputError where the file cannot be
+        read, or names no clip.
         """
+        # The content is read once, so that the digest is of what was parsed.
         try:
             content = path.read_bytes()
-            asked = (
-                _parse_exclude_table(path, content)
-                if path.suffix.lower() in EXCLUDE_TABLE_SUFFIXES
-                else _parse_exclude_lines(content)
-            )
+            if path.suffix.lower() in EXCLUDE_TABLE_SUFFIXES:
+                requested_clips = _parse_exclude_table(path, content)
+            else:
+                requested_clips = _parse_exclude_lines(content)
         except EXCLUDE_LIST_ERRORS as error:
             raise InputError(
                 f"{path}: not a readable exclude list ({_error_reason(error, path)}); "
                 "expected a text of one clip id a line, or CSV or Parquet with a column clip_id"
             ) from None
-        if asked.is_empty():
+        if requested_clips.is_empty():
             raise InputError(f"{path}: names no clip; to take back what is recorded, give --no-exclude")
-        return cls(name=path.name, sha256=hashlib.sha256(content).hexdigest(), requested_clips=asked)
+        digest = hashlib.sha256(content).hexdigest()
+        return cls(name=path.name, sha256=digest, requested_clips=requested_clips)
 
     def match_clips(self, manifest: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
-        """What it names of a manifest's clips, in EXCLUDED_SCHEMA; and the ids that are not there."""
+        """Return the clips of a manifest that the list names, in EXCLUSIONS_SCHEMA, and the ids that are not there."""
         known = manifest.select("clip_id", "split").unique()
-        whole = self.requested_clips.join(known, on="clip_id", how="semi")
-        cut = self.requested_clips.join(known, on="clip_id", how="anti").with_columns(clip_id="bare")
-        asked = (
-            pl.concat([whole, cut]).unique(["clip_id", "split"], maintain_order=True).with_row_index("line")
-        )
-        somewhere = pl.col("split").is_null()
-        there = pl.concat(
+
+        # A line that is an id as it stands has no comment: ids may contain ` #`.
+        whole_ids = self.requested_clips.join(known, on="clip_id", how="semi")
+        bare_ids = self.requested_clips.join(known, on="clip_id", how="anti").with_columns(clip_id="bare")
+        requests = pl.concat([whole_ids, bare_ids]).unique(["clip_id", "split"], maintain_order=True)
+        requests = requests.with_row_index("line")
+
+        # A request without a split is met by the id in any split.
+        met = pl.concat(
             [
-                asked.filter(somewhere).join(known, on="clip_id", how="semi"),
-                asked.filter(~somewhere).join(known, on=["clip_id", "split"], how="semi"),
+                requests.filter(IN_EVERY_SPLIT).join(known, on="clip_id", how="semi"),
+                requests.filter(~IN_EVERY_SPLIT).join(known, on=["clip_id", "split"], how="semi"),
             ]
         )
-        unknown = asked.join(there, on="line", how="anti", maintain_order="left")
-        told = there.select("clip_id", "split", list=pl.lit(self.name), sha256=pl.lit(self.sha256))
-        return told.sort("clip_id", "split"), unknown["clip_id"].to_list()
+        unmet = requests.join(met, on="line", how="anti", maintain_order="left")
+        matched = met.select("clip_id", "split", list=pl.lit(self.name), sha256=pl.lit(self.sha256))
+        return matched.sort("clip_id", "split"), unmet["clip_id"].to_list()
 
 
 def _error_reason(error: Exception, path: Path) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or first_error_line(error, path)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return first_error_line(error, path)
 
 
 def _parse_exclude_table(path: Path, content: bytes) -> pl.DataFrame:
     if path.suffix.lower() in EXCLUDE_PARQUET_SUFFIXES:
         frame = pl.read_parquet(BytesIO(content))
     else:
+        # Ids such as 007 stay texts.
         frame = pl.read_csv(BytesIO(content), infer_schema=False).rename(str.strip)
     if "clip_id" not in frame.columns:
         raise ValueError(f"no column clip_id, it has {', '.join(frame.columns)}")
+
+    # Spreadsheets write an empty cell where a table has null.
     split = pl.col("split").cast(pl.String).replace("", None) if "split" in frame.columns else pl.lit(None)
     clip_id = pl.col("clip_id").cast(pl.String)
     return frame.select(clip_id, bare=clip_id, split=split.cast(pl.String)).drop_nulls("clip_id")
 
 
 def _parse_exclude_lines(content: bytes) -> pl.DataFrame:
+    # `utf-8-sig` drops the byte order mark that Windows programs write.
     lines = pl.Series("clip_id", content.decode("utf-8-sig").splitlines(), dtype=pl.String).str.strip_chars()
-    kept = lines.to_frame().filter((pl.col("clip_id") != "") & ~pl.col("clip_id").str.starts_with("#"))
+    clip_lines = lines.to_frame().filter((pl.col("clip_id") != "") & ~pl.col("clip_id").str.starts_with("#"))
     bare = pl.col("clip_id").str.replace(COMMENT_PATTERN, "").str.strip_chars_end()
-    return kept.select("clip_id", bare=bare, split=pl.lit(None, dtype=pl.String))
+    return clip_lines.select("clip_id", bare=bare, split=pl.lit(None, dtype=pl.String))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Exclusions:
-    """What a store's exclude lists come to; `frame` has EXCLUDED_SCHEMA. Empty where none is recorded.
+    """The clips that a store's exclude lists name; `frame` has EXCLUSIONS_SCHEMA, and no row where none is recorded.
 
     The statistics of a store (stats.json) are those of its good clips, excluded ones included: they follow from the
     ledger alone, and a handful of clips moves no mean. So normalisation stays as it is when a list changes.
@@ -116,7 +131,7 @@ class Exclusions:
 
     @classmethod
     def read_from_store(cls, store: Path) -> Self:
-        """What a store says; StoreError where that is not as it was written."""
+        """Read the exclusions that a store records; StoreError where their file is not as it was written."""
         path = store / EXCLUSIONS_FILE
         if not path.exists():
             return cls()
@@ -124,45 +139,49 @@ class Exclusions:
             frame, metadata = read_table(path)
         except StoreError:
             raise damaged_exclusions_error(path) from None
-        done = cls(frame=frame)
-        if dict(frame.schema) != EXCLUSIONS_SCHEMA or metadata != done.metadata:
+        exclusions = cls(frame=frame)
+        if dict(frame.schema) != EXCLUSIONS_SCHEMA or metadata != exclusions.metadata:
             raise damaged_exclusions_error(path)
-        return done
+        return exclusions
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What stands beside the table in the store."""
+        """The values that stand beside the table in the store."""
         return {"digest": _exclusions_digest(self.frame)}
 
     @property
     def digest(self) -> str | None:
-        """12 hex digits of which clips are left out, whatever list says so; None where none is."""
+        """12 hex digits of which clips are excluded, whatever list names them; None where no clip is."""
+        # Without the lists' names, so that the same clips from other files are the same exclusions.
         clips = self.frame.select("clip_id", "split").unique().sort("clip_id", "split")
         return _exclusions_digest(clips)[:12] if len(clips) else None
 
     def excluded_mask_N(self, manifest: pl.DataFrame) -> np.ndarray:
-        """True at the rows of a manifest that are left out, good or not."""
+        """Return which rows of a manifest are excluded, good or not, bool `[N]`."""
+        # Entries without a split exclude the id everywhere, the others in their split only.
         rows = manifest.select("clip_id", "split").with_row_index("row")
-        somewhere = pl.col("split").is_null()
-        marks_N = np.zeros(manifest.height, bool)
-        for some, on in ((somewhere, ["clip_id"]), (~somewhere, ["clip_id", "split"])):
-            left_out = rows.join(self.frame.filter(some), on=on, how="semi")
-            marks_N[left_out["row"].to_numpy()] = True
-        return marks_N
+        mask_N = np.zeros(manifest.height, bool)
+        for kind, columns in (
+            (IN_EVERY_SPLIT, ["clip_id"]),
+            (~IN_EVERY_SPLIT, ["clip_id", "split"]),
+        ):
+            excluded = rows.join(self.frame.filter(kind), on=columns, how="semi")
+            mask_N[excluded["row"].to_numpy()] = True
+        return mask_N
 
     def lists_excluding(self, clip: pl.DataFrame) -> list[str]:
-        """The names of the lists that leave a clip out, a row of a manifest."""
+        """Return the names of the lists that exclude a clip, given as a row of a manifest."""
         clip_id, split = clip.select("clip_id", "split").row(0)
-        named = (pl.col("clip_id") == clip_id) & (pl.col("split").is_null() | (pl.col("split") == split))
-        return self.frame.filter(named)["list"].unique().sort().to_list()
+        names_clip = (pl.col("clip_id") == clip_id) & (IN_EVERY_SPLIT | (pl.col("split") == split))
+        return self.frame.filter(names_clip)["list"].unique().sort().to_list()
 
     def summarise_lists(self) -> list[tuple[str, str, int]]:
-        """Name, sha256 and number of clips of every list."""
+        """Return name, sha256 and number of clips of every list."""
         return self.frame.group_by("list", "sha256").len().sort("list", "sha256").rows()
 
 
 def damaged_exclusions_error(path: Path) -> StoreError:
-    """The error of a table of exclusions that cannot be read, or is not as written."""
+    """Return the error for a table of exclusions that cannot be read, or is not as it was written."""
     return StoreError(
         f"{path}: not as written; record the lists again with: ajepa-data audit-labels {path.parent} "
         "--exclude FILE, or take them back with: --no-exclude"
@@ -170,7 +189,7 @@ def damaged_exclusions_error(path: Path) -> StoreError:
 
 
 def _exclusions_digest(frame: pl.DataFrame) -> str:
-    """Of texts and nulls, row by row; no text holds the two characters."""
+    """Digest texts and nulls row by row. The two control characters stand in no text."""
     lines = frame.select(
         pl.concat_str([pl.col(name).fill_null("\x02") for name in frame.columns], separator="\x01")
     )

@@ -1,25 +1,27 @@
-"""FeatureStore: the on-disk schema, in full, and how to read it.
+"""FeatureStore: how a store is read, and every file of it on disk.
 
 NAME.zarr/              a Zarr v3 group: any Zarr v3 library opens it
-  zarr.json             attributes["ajepa"]: the `Header`
-  mel/                  (clip, frame, band), float16 or uint8; one inner chunk per clip, sharded (`shards.py`);
-                        frames past a clip's own are the spec's floor; clips that are not there read as NaN (uint8: 0)
+  zarr.json             attributes["ajepa"]: the `StoreHeader` (`header.py`)
+  mel/                  (clip, frame, band), float16 or uint8; one inner chunk per clip, sharded (`shards.py`); frames
+                        past a clip's own are the spec's floor; absent clips read as NaN (uint8: 0)
   manifest.parquet      row i describes mel[i] (`manifest.py`)
   labels.parquet        row i: `raw` and one column per propagated label set, lists of class indices; `outside`:
                         class ids that are not in the class list. Provenance in the schema metadata
   ledger/N.parquet      shard N is committed: the manifest columns of its rows and, in the schema metadata, the
-                        `Commit`. THE commit point: what is not in the ledger does not exist. N.parquet.next: its
-                        shard is about to be placed; the next build adopts it if the shard matches, or drops it
-  excluded.parquet      maybe: clips that exclude lists keep out of `good_rows` (`exclusions.py`)
+                        `ShardCommit` (`shards.py`). THE commit point: a shard without a record does not exist.
+                        N.parquet.next: its shard is about to be placed; the next build adopts the record if the shard
+                        matches, or drops it
+  excluded.parquet      optional: clips that exclude lists keep out of `good_rows` (`exclusions.py`)
   stats.json            mean and std over valid frames of good clips, global and per band: all, and per split
-  build*.lock, gate.lock    who is writing, while somebody is
-  build.json            what was asked, versions, time taken: of the run, so the one file in which equal builds differ
+  build*.lock, gate.lock    held by a process while it writes
+  build.json            options, versions, time taken: it describes the run, and so is the one file in which equal
+                        builds differ
 """
 
 import json
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
@@ -30,6 +32,7 @@ import polars as pl
 from pipeline.audio.mel_spec import MelSpec
 from pipeline.errors import BrokenClipError, RunError, StoreError
 from pipeline.files import DEFAULT_CACHE_GB
+from pipeline.messages import suggest_known
 from pipeline.object_store import is_remote_url
 from pipeline.store.cache import BYTES_PER_GB, ShardCache, fetch_store_tables
 from pipeline.store.exclusions import Exclusions
@@ -43,8 +46,8 @@ from pipeline.tables import read_table
 class FeatureStore:
     """Spectrograms and labels, row for row with their manifest; open one with `FeatureStore.open`.
 
-    Reads are thread-safe; a pickled store opens itself again by its place, in the same way. With a `reader` its
-    values come from there, and not from the shards.
+    Reads are thread-safe. A pickled store opens itself again, by its location and in the same way. With a `reader`,
+    values come from that reader and not from the shards.
     """
 
     def __init__(
@@ -59,16 +62,31 @@ class FeatureStore:
         cache: ShardCache | None = None,
         reader: RowReader | None = None,
     ) -> None:
-        self.path, self.header, self.manifest, self.store_id = path, header, manifest, store_id
+        self.path = path
         self.location = str(path) if cache is None else cache.url
-        self.spec, self.classes = header.spec, header.classes
-        self.scale, self.offset = header.scale, header.offset
-        self.frames, self.bands = header.layout.frames, header.layout.bands
+        self.header = header
+        self.manifest = manifest
+        self.store_id = store_id
+
+        # Loaders read these of every batch.
+        self.spec = header.spec
+        self.classes = header.classes
+        self.scale = header.scale
+        self.offset = header.offset
+        self.frames = header.layout.frames
+        self.bands = header.layout.bands
         self.dtype = np.dtype(header.layout.dtype)
         self.n_frames_N = manifest["n_frames"].to_numpy()
-        self._cache, self._io, self._check, self._custom_reader = cache, io, check, reader
-        self._checked_rows, self._thread_local = bytearray(header.layout.clips), threading.local()
-        self._own_shard_reader()  # refuses an `io` or a `check` that there is not
+
+        # Each thread has a reader of its own; which rows have been checked is known to all of them.
+        self._cache = cache
+        self._io = io
+        self._check = check
+        self._custom_reader = reader
+        self._checked_rows = bytearray(header.layout.clips)
+        self._flat_labels: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # by label set, filled at first use
+        self._thread_local = threading.local()
+        self._own_shard_reader()  # refuses an unknown `io` or `check` at once
 
     @classmethod
     def open(
@@ -83,97 +101,116 @@ class FeatureStore:
     ) -> Self:
         """Open a finished store; raises StoreError where it is none, unfinished, or of another spec than `expect`.
 
-        `io` and `check` as `ShardReader` has them. Of a store at a URL the shards last read lie in the folder
-        `cache`, up to `cache_gb` of them (10^9 bytes); other processes may use the same one.
+        `io` and `check` are those of `ShardReader`. The shards last read of a store at a URL are kept in the folder
+        `cache`, up to `cache_gb` of them (10^9 bytes); other processes may use the same folder.
         """
-        if is_remote_url(location) and cache is None:
-            raise StoreError(
-                f"{location}: lies on an object store; give --cache DIR, a folder for its last shards"
-            )
-        path = (
-            fetch_store_tables(str(location), Path(cache))
-            if is_remote_url(location) and cache is not None
-            else Path(location)
-        )
+        # Bring the tables of a store at a URL to this machine.
+        path = Path(location)
+        cache_folder = None
+        if is_remote_url(location):
+            if cache is None:
+                raise StoreError(
+                    f"{location}: lies on an object store; give --cache DIR, a folder for its last shards"
+                )
+            cache_folder = Path(cache)
+            path = fetch_store_tables(str(location), cache_folder)
+
+        # The header and the form of the array say whether the values can be read, and as what.
         header = StoreHeader.read(path)
         if expect is not None and expect.spec_id != header.spec.spec_id:
             raise StoreError(
                 f"{location} holds {header.spec}, expected {expect}; build a store with --spec {expect.name}"
             )
         check_mel_array(path, header.layout)
+
+        # The store's id is written last: without it the build has not finished.
         manifest, metadata = read_table(path / "manifest.parquet")
         if "store_id" not in metadata:
             raise StoreError(
                 f"{location}: its build has not finished; run the same ajepa-data build command again"
             )
-        manifest, shards = check_manifest_schema(manifest, path / "manifest.parquet"), None
-        if is_remote_url(location) and cache is not None:
-            shards = ShardCache(
+        manifest = check_manifest_schema(manifest, path / "manifest.parquet")
+
+        shard_cache = None
+        if cache_folder is not None:
+            shard_cache = ShardCache(
                 url=str(location).rstrip("/"),
-                cache_folder=Path(cache),
+                cache_folder=cache_folder,
                 max_bytes=int(cache_gb * BYTES_PER_GB),
                 snapshot_folder=path.parent / metadata["store_id"],
                 layout=header.layout,
                 manifest=manifest,
             )
-        return cls(path, header, manifest, metadata["store_id"], io=io, check=check, cache=shards)
+        return cls(path, header, manifest, metadata["store_id"], io=io, check=check, cache=shard_cache)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        # Open files and the locks of threads cannot be pickled; the arguments of `open` can.
         if self._custom_reader is not None:
-            whole = partial(FeatureStore, reader=self._custom_reader)
-            return whole, (self.path, self.header, self.manifest, self.store_id)
-        how: dict[str, Any] = {"io": self._io, "check": self._check}
-        if self._cache is not None:
-            how |= {"cache": self._cache.cache_folder, "cache_gb": self._cache.max_bytes / BYTES_PER_GB}
-        return partial(FeatureStore.open, **how), (self.location if self._cache else self.path,)
+            rebuild = partial(FeatureStore, reader=self._custom_reader)
+            return rebuild, (self.path, self.header, self.manifest, self.store_id)
+        options: dict[str, Any] = {"io": self._io, "check": self._check}
+        if self._cache is None:
+            return partial(FeatureStore.open, **options), (self.path,)
+        options["cache"] = self._cache.cache_folder
+        options["cache_gb"] = self._cache.max_bytes / BYTES_PER_GB
+        return partial(FeatureStore.open, **options), (self.location,)
 
     def refuse_other_front_end(self, required_spec: MelSpec, required_by: str) -> None:
-        """RunError where values mean something else than in `wanted`, which `who` was made for."""
+        """Raise RunError where values mean something else than under `required_spec`; `required_by` says who needs it.
+
+        The message reads `STORE: holds mel spec A, REQUIRED_BY B`.
+        """
         if self.spec.same_front_end(required_spec):
             return
-        held, asked = (
+        stored, required = (
             f"{spec.name} ({spec.mel_bands} bands, {spec.spec_id})" for spec in (self.spec, required_spec)
         )
-        told = f"holds mel spec {held}, {required_by} {asked}"
-        raise RunError(f"{self.location}: {told}; build a store with --spec {required_spec.name}")
+        raise RunError(
+            f"{self.location}: holds mel spec {stored}, {required_by} {required}; "
+            f"build a store with --spec {required_spec.name}"
+        )
 
     @property
     def spec_id(self) -> str:
+        """The id of the mel spec."""
         return self.spec.spec_id
 
     @cached_property
     def stats(self) -> dict[str, dict[str, Any]]:
-        """`all` and each split: frames, mean, std, mean_F, std_F of log-mel over valid frames of good clips."""
+        """For `all` and each split: frames, mean, std, mean_F, std_F of log-mel over valid frames of good clips."""
         return json.loads((self.path / "stats.json").read_text())
 
     def mean_and_std(self, splits: Sequence[str]) -> tuple[float, float]:
-        """Of log-mel over the valid frames of good clips of some splits; StoreError: none, or all one value."""
+        """Return mean and std of log-mel over the valid frames of good clips of some splits.
+
+        StoreError where there is no such frame, or all values are equal.
+        """
         parts = [self.stats[split] for split in splits if split in self.stats]
         return pool_mean_and_std(parts, self.location, splits)
 
     def band_mean_and_std(self, splits: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The same of each band by itself, float64 `F`; the std is at least a hundredth of the mean one."""
+        """Return the same of each band by itself, float64 `F`; no std is below a hundredth of the mean std."""
         return pool_band_mean_and_std([self.stats[split] for split in splits if split in self.stats])
 
     def good_rows(self, splits: Sequence[str] | None = None) -> np.ndarray:
-        """Ascending rows (int64) of good, not excluded clips of the given splits or all; StoreError on unknown ones."""
-        known = set(self.manifest["split"].unique())
-        if splits is not None and set(splits) - known:
-            raise StoreError(
-                f"{self.location}: no split {sorted(set(splits) - known)}; it has {sorted(known)}"
-            )
-        wanted = (pl.col("status") == "good") & ~pl.Series(self.exclusions.excluded_mask_N(self.manifest))
+        """Return the rows of good, not excluded clips of some splits or of all, int64, ascending.
+
+        StoreError where a split is unknown.
+        """
         if splits is not None:
-            wanted &= pl.col("split").is_in(list(splits))
-        return self.manifest.select(wanted).to_series().arg_true().to_numpy().astype(np.int64)
+            refuse_unknown_splits(splits, self.manifest["split"].unique(), self.location)
+        is_wanted = (pl.col("status") == "good") & ~pl.Series(self.exclusions.excluded_mask_N(self.manifest))
+        if splits is not None:
+            is_wanted &= pl.col("split").is_in(list(splits))
+        return self.manifest.select(is_wanted).to_series().arg_true().to_numpy().astype(np.int64)
 
     def shard_numbers(self, rows_N: np.ndarray) -> np.ndarray:
-        """The shard that each row lies in."""
+        """Return the number of the shard that each row lies in."""
         return rows_N // self.header.layout.shard_clips
 
     @cached_property
     def exclusions(self) -> Exclusions:
-        """What exclude lists are recorded; StoreError where they are damaged."""
+        """The clips that exclude lists keep out; StoreError where their record is damaged."""
         return Exclusions.read_from_store(self.path)
 
     @cached_property
@@ -182,34 +219,37 @@ class FeatureStore:
 
     @property
     def label_sets(self) -> tuple[str, ...]:
-        """`raw` and the rules by which labels have been propagated."""
+        """`raw` and the names of the rules by which labels have been propagated."""
         return tuple(name for name in self._label_table.columns if name != "outside")
 
     def labels_BC(self, rows_B: np.ndarray, label_set: str = "raw") -> np.ndarray:
-        """1 where a row has a class, else 0, float32; raises StoreError where the label set is not there."""
-        indices_N, offsets_N = self.flat_labels(label_set)
-        labels_BC = np.zeros((len(rows_B), len(self.classes.mids)), np.float32)
+        """Return 1 where a row has a class, else 0, float32; StoreError where the store lacks the label set."""
+        class_N, offsets_N = self.flat_labels(label_set)
+        labels_BC = np.zeros((len(rows_B), len(self.classes)), np.float32)
         for clip, row in enumerate(rows_B):
-            labels_BC[clip, indices_N[offsets_N[row] : offsets_N[row + 1]]] = 1
+            labels_BC[clip, class_N[offsets_N[row] : offsets_N[row + 1]]] = 1
         return labels_BC
 
     def flat_labels(self, label_set: str = "raw") -> tuple[np.ndarray, np.ndarray]:
-        """The classes of all rows, row after row, and where each row's begin, with the end of the last; StoreError."""
+        """Return the class indices of all rows, row after row, and where those of each row begin.
+
+        The second array has one more entry, the end of the last row. StoreError where the store lacks the label set.
+        """
         if label_set not in self.label_sets:
-            have = ", ".join(self.label_sets)
-            hint = f"ajepa-data propagate-labels {self.location} --rule {label_set}"
             raise StoreError(
-                f"{self.location}: no label set {label_set!r}, it has {have}; add it with: {hint}"
+                f"{self.location}: no label set {label_set!r}, it has {', '.join(self.label_sets)}; "
+                f"add it with: ajepa-data propagate-labels {self.location} --rule {label_set}"
             )
-        flat = self.__dict__.setdefault("_flat", {})
-        if label_set not in flat:
+
+        # Flattened once per label set: a batch needs it every time.
+        if label_set not in self._flat_labels:
             lists = self._label_table[label_set]
             offsets_N = np.concatenate([[0], np.cumsum(lists.list.len().to_numpy(), dtype=np.int64)])
-            flat[label_set] = lists.explode(empty_as_null=False).to_numpy(), offsets_N
-        return flat[label_set]
+            self._flat_labels[label_set] = (lists.explode(empty_as_null=False).to_numpy(), offsets_N)
+        return self._flat_labels[label_set]
 
     def to_log_mel(self, stored: np.ndarray) -> np.ndarray:
-        """Values as `read` gives them as log-mel, natural logarithm of power, float32, in the same shape."""
+        """Return values that `read` gave as log-mel, natural logarithm of power, float32, in the same shape."""
         return self.header.to_log_mel(stored)
 
     def read(
@@ -220,20 +260,16 @@ class FeatureStore:
         starts_B: np.ndarray | None = None,
         frames: int | None = None,
     ) -> np.ndarray:
-        """The stored values of rows as `[B, T, F]`, with `frames` only those in [start, start + frames) of each.
+        """Return the stored values of rows as `[B, T, F]`; with `frames`, only those in [start, start + frames).
 
         Reads just these bytes where no check is due, into `out` (C-contiguous, stored dtype) if given. Raises
-        BrokenClip for a clip that cannot be read as it was written, StoreError for a row that is not good; a crop
-        beyond the stored frames is a ValueError.
+        BrokenClipError for a clip that cannot be read as it was written, StoreError for a row that is not good,
+        ValueError for a crop beyond the stored frames.
         """
-        frames = self.frames if frames is None else frames
-        starts_B = np.zeros(len(rows_B), np.int64) if starts_B is None else starts_B
-        if len(rows_B) and (starts_B.min() < 0 or starts_B.max() + frames > self.frames):
-            raise ValueError(f"crops of {frames} frames from {starts_B} leave the stored 0..{self.frames}")
-        mel_BTF = np.empty((len(rows_B), frames, self.bands), self.dtype) if out is None else out
-        if self._cache and self._cache.fetch_missing_shards(
-            np.unique(rows_B // self.header.layout.shard_clips).tolist()
-        ):
+        starts_B, mel_BTF = self.prepare_read(rows_B, out, starts_B, frames)
+
+        # To make room for the fetched shards the cache may have dropped others, which are still open here.
+        if self._cache and self._cache.fetch_missing_shards(np.unique(self.shard_numbers(rows_B)).tolist()):
             self._own_shard_reader().close_missing_files()
         try:
             self._active_reader().read(rows_B, starts_B, mel_BTF)
@@ -241,32 +277,55 @@ class FeatureStore:
             raise self._explain_broken_clip(broken) from None
         return mel_BTF
 
+    def prepare_read(
+        self, rows_B: np.ndarray, out: np.ndarray | None, starts_B: np.ndarray | None, frames: int | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the crops' starts and the array to read into, with the defaults of `read` filled in.
+
+        ValueError where a crop leaves the stored frames.
+        """
+        # By default whole clips, from their first frame.
+        frames = self.frames if frames is None else frames
+        starts_B = np.zeros(len(rows_B), np.int64) if starts_B is None else starts_B
+        if len(rows_B) and (starts_B.min() < 0 or starts_B.max() + frames > self.frames):
+            raise ValueError(f"crops of {frames} frames from {starts_B} leave the stored 0..{self.frames}")
+        mel_BTF = np.empty((len(rows_B), frames, self.bands), self.dtype) if out is None else out
+        return starts_B, mel_BTF
+
     def local_shard_path(self, shard: int) -> Path:
-        """Where a shard lies on this machine, fetched if need be; a path to nothing where no clip of it is good."""
+        """Return where a shard lies on this machine, fetched if need be; no file where no clip of it is good."""
         try:
             return self._cache.local_path(shard) if self._cache else shard_path(self.path, shard)
         except ValueError as error:
             raise StoreError(f"{self.location}: shard {shard} {error}") from None
 
     def _explain_broken_clip(self, broken: BrokenClipError) -> StoreError:
-        """What a user is told of a row that could not be read."""
-        row, shard = broken.row, broken.row // self.header.layout.shard_clips
+        """Return the error for a row that could not be read, with the clip, the shard and the remedy."""
+        row = broken.row
         clip_id, status, reason = self.manifest.select("clip_id", "status", "reason").row(row)
         if status != "good":
-            why = f"is not good: {reason}; draw rows from good_rows()"
-            return StoreError(f"{self.location}: row {row} (clip {clip_id}) {why}")
-        mends = f"run: ajepa-data verify {self.location} --repair"
-        if self._custom_reader is not None:
-            mends = f"its sound is not what it was; see: ajepa-data verify {self.location} --against-audio"
+            return StoreError(
+                f"{self.location}: row {row} (clip {clip_id}) is not good: {reason}; draw rows from good_rows()"
+            )
+
+        # The remedy depends on where the values come from.
         if self._cache is not None:
-            mends = f"where the copy is at fault, delete {self._cache.snapshot_folder}: it is fetched again"
-        what = f"row {row} (clip {clip_id}, shard {shard}) cannot be read"
-        return BrokenClipError(row, f"{self.location}: {what}: {broken}; {mends}")
+            remedy = f"where the copy is at fault, delete {self._cache.snapshot_folder}: it is fetched again"
+        elif self._custom_reader is not None:
+            remedy = f"its sound is not what it was; see: ajepa-data verify {self.location} --against-audio"
+        else:
+            remedy = f"run: ajepa-data verify {self.location} --repair"
+        shard = row // self.header.layout.shard_clips
+        return BrokenClipError(
+            row,
+            f"{self.location}: row {row} (clip {clip_id}, shard {shard}) cannot be read: {broken}; {remedy}",
+        )
 
     def _active_reader(self) -> RowReader:
         return self._own_shard_reader() if self._custom_reader is None else self._custom_reader
 
     def _own_shard_reader(self) -> ShardReader:
+        # Made at a thread's first read: a reader's buffers and files are for one thread.
         if not hasattr(self._thread_local, "reader"):
             locate = self._cache.local_path if self._cache else partial(shard_path, self.path)
             self._thread_local.reader = ShardReader(
@@ -275,27 +334,50 @@ class FeatureStore:
         return self._thread_local.reader
 
 
+def refuse_unknown_splits(splits: Iterable[str], known: Iterable[str], location: str) -> None:
+    """Raise StoreError where one of the splits is not known at the location, with the name it may have meant."""
+    unknown = sorted(set(splits) - set(known))
+    if unknown:
+        raise StoreError(f"{location}: no split {unknown[0]!r}; {suggest_known(unknown[0], sorted(known))}")
+
+
 def pool_mean_and_std(
     split_stats: Sequence[Mapping[str, Any]], location: str, splits: Sequence[str]
 ) -> tuple[float, float]:
-    """Mean and std of all frames of parts of `stats`; StoreError where there are none, or nothing to divide by."""
+    """Return mean and std of all frames of some entries of `stats`.
+
+    StoreError where there are no frames, or where the std is zero and nothing can be divided by it.
+    """
     frames = sum(part["frames"] for part in split_stats)
     if not frames:
         raise StoreError(f"{location}: no good clip in {', '.join(splits)}; see: ajepa-data report")
+
+    # This order of operations stays: a run that is carried on compares the result to the last bit.
     mean = sum(part["frames"] * part["mean"] for part in split_stats) / frames
     square = sum(part["frames"] * (part["std"] ** 2 + part["mean"] ** 2) for part in split_stats) / frames
-    variance = square - mean**2  # to the last bit as ever: a run compares it when it is carried on
-    if variance <= 1e-9 * square:  # what rounding leaves of none
-        told = f"every value of the good clips in {', '.join(splits)} is {mean:g}, nothing to learn from"
-        raise StoreError(f"{location}: {told}; build it from sounds that are not silent")
+    variance = square - mean**2
+
+    # The variance of equal values is zero but for rounding.
+    if variance <= 1e-9 * square:
+        raise StoreError(
+            f"{location}: every value of the good clips in {', '.join(splits)} is {mean:g}, nothing to learn from; "
+            "build it from sounds that are not silent"
+        )
     return mean, math.sqrt(variance)
 
 
 def pool_band_mean_and_std(split_stats: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """`pooled`, of each band by itself; where a band is one value its std is a hundredth of the mean one."""
+    """Return the same of each band by itself, float64 `F`.
+
+    Where all values of a band are equal, its std is a hundredth of the mean std.
+    """
+    # The axis S is that of the entries; each counts by its share of the frames.
     frames_S = np.array([part["frames"] for part in split_stats], np.float64)
     share_S1 = (frames_S / frames_S.sum())[:, None]
-    mean_SF, std_SF = (np.array([part[name] for part in split_stats]) for name in ("mean_F", "std_F"))
+    mean_SF = np.array([part["mean_F"] for part in split_stats])
+    std_SF = np.array([part["std_F"] for part in split_stats])
+
+    # The variance within the entries, and that of their means.
     mean_F = (share_S1 * mean_SF).sum(0)
     std_F = np.sqrt((share_S1 * (std_SF**2 + (mean_SF - mean_F) ** 2)).sum(0))
     return mean_F, np.maximum(std_F, 0.01 * std_F.mean())

@@ -1,4 +1,4 @@
-"""Header: what a store is, everything that is known of it before the first clip is decoded."""
+"""The header of a store: everything that is known about it before the first clip is decoded."""
 
 import hashlib
 import json
@@ -13,12 +13,17 @@ from pipeline.audio.mel_spec import MelSpec
 from pipeline.errors import StoreError
 from pipeline.labels.ontology import ClassList
 
+STORE_FORMAT = 1
+
 STORED_DTYPES = ("float16", "uint8")
+
+# Everything that reading a `zarr.json` which is absent, cut short or of another program may raise.
+UNREADABLE_HEADER_ERRORS = (OSError, KeyError, ValueError, TypeError, AttributeError)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardLayout:
-    """The array `mel`: clips x frames x bands, one chunk a clip, `shard_clips` chunks a shard."""
+    """The shape of the array `mel`: clips x frames x bands, one chunk per clip, `shard_clips` chunks per shard."""
 
     clips: int
     frames: int
@@ -32,28 +37,27 @@ class ShardLayout:
 
     @property
     def fill_value(self) -> float | int:
-        """What an absent clip reads as in zarr-python; no clip that is there holds it throughout."""
+        """The value that zarr-python returns for an absent clip; no stored clip consists of it alone."""
         return 0 if self.dtype == "uint8" else math.nan
 
     @property
     def clip_bytes(self) -> int:
+        """The size of one clip's chunk without its checksum."""
         return self.frames * self.bands * np.dtype(self.dtype).itemsize
 
     @property
     def shard_count(self) -> int:
+        """The number of shards; the last one may have fewer clips."""
         return -(-self.clips // self.shard_clips)
 
     def rows_of_shard(self, shard: int) -> range:
-        """The rows of `mel` that a shard holds."""
+        """Return the rows of `mel` that a shard holds."""
         return range(shard * self.shard_clips, min((shard + 1) * self.shard_clips, self.clips))
-
-
-STORE_FORMAT = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreHeader:
-    """What a store is: everything that is known before the first clip is decoded."""
+    """The facts that a build writes into the store's `zarr.json`, and that every reader takes from there."""
 
     spec: MelSpec
     layout: ShardLayout
@@ -65,10 +69,12 @@ class StoreHeader:
     labels_digest: str  # of `raw` and `outside` in labels.parquet
 
     def to_log_mel(self, stored: np.ndarray) -> np.ndarray:
-        """Stored values as log-mel, natural logarithm of power, float32, in the same shape."""
+        """Return stored values as log-mel, natural logarithm of power, float32, in the same shape."""
         return dequantise(stored, self.scale, self.offset)
 
     def to_json(self) -> dict[str, object]:
+        """Return the header as JSON values, with a digest of them."""
+        # JSON in another order of keys has the same digest: other programs may rewrite `zarr.json`.
         values = self._json_values()
         return values | {"digest": _json_digest(values)}
 
@@ -89,20 +95,24 @@ class StoreHeader:
 
     @classmethod
     def read(cls, store: Path) -> Self:
-        """The header of the store at `store`; raises StoreError where there is none of this format."""
+        """Read the header of the store at `store`; raises StoreError where there is none, or none of this format."""
         path = store / "zarr.json"
         try:
             header = json.loads(path.read_text())["attributes"]["ajepa"]
-            known, digest = header["format"], header.pop("digest", None)
-        except (OSError, KeyError, ValueError, TypeError, AttributeError):
+            store_format = header["format"]
+            digest = header.pop("digest", None)
+        except UNREADABLE_HEADER_ERRORS:
+            raise no_store_error(store) from None
+
+        # The format comes first: another version may compute its digest in another way.
+        if store_format != STORE_FORMAT:
             raise StoreError(
-                f"{store}: not a feature store; make one with: ajepa-data build-audioset"
-            ) from None
-        if known != STORE_FORMAT:
-            raise StoreError(f"{store}: has store format {known}, this version reads format {STORE_FORMAT}")
+                f"{store}: has store format {store_format}, this version reads format {STORE_FORMAT}; "
+                "build the store again"
+            )
         if digest != _json_digest(header):
             raise StoreError(
-                f"{path}: does not match its digest; run the build command again: it writes it anew"
+                f"{path}: does not match its digest; run the build command again, which writes it anew"
             )
         return cls._from_json(header)
 
@@ -120,8 +130,13 @@ class StoreHeader:
         )
 
 
+def no_store_error(location: Path | str) -> StoreError:
+    """Return the error for a path or URL at which no feature store lies."""
+    return StoreError(f"{location}: not a feature store; make one with: ajepa-data build-audioset")
+
+
 def dequantise(stored: np.ndarray, scale: float, offset: float) -> np.ndarray:
-    """The numbers that stored ones stand for, `offset + scale * stored`, float32."""
+    """Return the log-mel that stored values stand for, `offset + scale * stored`, float32."""
     return stored.astype(np.float32) * np.float32(scale) + np.float32(offset)
 
 

@@ -1,9 +1,9 @@
-"""Joined: several stores read as one; AnyStore: what loaders and trainers ask of one store or of several."""
+"""JoinedStore, several stores read as one; and AnyStore, what loaders and trainers need of one store or of several."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import polars as pl
@@ -11,12 +11,17 @@ import polars as pl
 from pipeline.audio.mel_spec import MelSpec
 from pipeline.errors import BrokenClipError, StoreError
 from pipeline.labels.ontology import ClassList
-from pipeline.store.feature_store import FeatureStore, pool_band_mean_and_std, pool_mean_and_std
+from pipeline.store.feature_store import (
+    FeatureStore,
+    pool_band_mean_and_std,
+    pool_mean_and_std,
+    refuse_unknown_splits,
+)
 from pipeline.store.header import dequantise
 
 
 class AnyStore(Protocol):
-    """Spectrograms and labels by row; `FeatureStore` says what each of these is."""
+    """Spectrograms and labels by row; `FeatureStore` documents each of these members."""
 
     spec: MelSpec
     classes: ClassList
@@ -61,104 +66,131 @@ class JoinedStore:
     """
 
     def __init__(self, stores: Sequence[FeatureStore]) -> None:
+        # Only stores of one kind, each of them once.
+        first = stores[0]
         for store in stores[1:]:
-            refuse_different_stores(stores[0], store)
-        for place, store in enumerate(stores):
-            for other in stores[:place]:
-                if other.store_id == store.store_id:
-                    raise StoreError(f"{store.location}: is the same store as {other.location}; give it once")
-        one = stores[0]
+            refuse_different_stores(first, store)
+        for number, store in enumerate(stores):
+            for earlier in stores[:number]:
+                if earlier.store_id == store.store_id:
+                    raise StoreError(
+                        f"{store.location}: is the same store as {earlier.location}; give it once"
+                    )
+
+        # What all stores have in common.
         self.stores = tuple(stores)
-        self.spec, self.classes, self.dtype = one.spec, one.classes, one.dtype
-        self.scale, self.offset, self.frames, self.bands = one.scale, one.offset, one.frames, one.bands
+        self.spec = first.spec
+        self.classes = first.classes
+        self.scale = first.scale
+        self.offset = first.offset
+        self.frames = first.frames
+        self.bands = first.bands
+        self.dtype = first.dtype
+
+        # What is joined: rows, their first numbers (and the end of the last store), and the ids.
         self.n_frames_N = np.concatenate([store.n_frames_N for store in stores])
-        self.first_rows_N = np.cumsum(
-            [0, *(len(store.n_frames_N) for store in stores)]
-        )  # and the end of the last
+        self.first_rows_N = np.cumsum([0, *(len(store.n_frames_N) for store in stores)])
         ids = " ".join(["joined", *(store.store_id for store in stores)])
         self.store_id = hashlib.sha256(ids.encode()).hexdigest()[:12]
 
     @property
+    def location(self) -> str:
+        """Where the stores lie, for messages."""
+        return " + ".join(store.location for store in self.stores)
+
+    @property
     def spec_id(self) -> str:
+        """The id of the mel spec that all stores have."""
         return self.spec.spec_id
 
     @cached_property
     def manifest(self) -> pl.DataFrame:
-        """Row i describes row i of them all."""
+        """The manifests of all stores, one below the other: row i describes row i of the joined store."""
         return pl.concat([store.manifest for store in self.stores])
 
     @property
     def label_sets(self) -> tuple[str, ...]:
-        """Those that all stores have."""
+        """The label sets that all stores have."""
         shared = set.intersection(*(set(store.label_sets) for store in self.stores))
         return tuple(name for name in self.stores[0].label_sets if name in shared)
 
     def mean_and_std(self, splits: Sequence[str]) -> tuple[float, float]:
-        """Of log-mel over the valid frames of good clips of some splits, all stores pooled; StoreError as of one."""
-        parts = [store.stats[split] for store in self.stores for split in splits if split in store.stats]
-        return pool_mean_and_std(parts, self.location, splits)
+        """Return mean and std of log-mel over the valid frames of good clips of some splits, all stores pooled.
+
+        StoreError where there is no such frame, or all values are equal.
+        """
+        return pool_mean_and_std(self._split_stats(splits), self.location, splits)
 
     def band_mean_and_std(self, splits: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The same of each band by itself, float64 `F`."""
-        return pool_band_mean_and_std(
-            [store.stats[split] for store in self.stores for split in splits if split in store.stats]
-        )
+        """Return the same of each band by itself, float64 `F`."""
+        return pool_band_mean_and_std(self._split_stats(splits))
+
+    def _split_stats(self, splits: Sequence[str]) -> list[dict[str, Any]]:
+        return [store.stats[split] for store in self.stores for split in splits if split in store.stats]
 
     def good_rows(self, splits: Sequence[str] | None = None) -> np.ndarray:
-        """Ascending rows (int64) whose clips are there, of the splits of that name in any store, or of all.
+        """Return the rows of good, not excluded clips, int64, ascending: of some splits in any store, or of all.
 
-        StoreError where no store has such a split.
+        StoreError where no store has one of the splits.
         """
-        splits_of = [set(store.manifest["split"].unique()) for store in self.stores]
-        known = set().union(*splits_of)
-        if splits is not None and set(splits) - known:
-            raise StoreError(
-                f"{self.location}: no split {sorted(set(splits) - known)}; they have {sorted(known)}"
-            )
+        # A split may be in some of the stores only: each is asked for those of the splits that it has.
+        splits_by_store = [set(store.manifest["split"].unique()) for store in self.stores]
+        if splits is not None:
+            refuse_unknown_splits(splits, set().union(*splits_by_store), self.location)
         rows = []
-        for first, store, own in zip(self.first_rows_N, self.stores, splits_of, strict=False):
-            rows.append(first + store.good_rows(None if splits is None else sorted(own.intersection(splits))))
+        for first_row, store, own_splits in zip(
+            self.first_rows_N, self.stores, splits_by_store, strict=False
+        ):
+            wanted = None if splits is None else sorted(own_splits.intersection(splits))
+            rows.append(first_row + store.good_rows(wanted))
         return np.concatenate(rows)
 
     def store_numbers(self, rows_N: np.ndarray) -> np.ndarray:
-        """Which store each row is of, by its number."""
+        """Return the number of the store that each row belongs to."""
         return np.searchsorted(self.first_rows_N[1:], rows_N, side="right")
 
     def rows_per_store(self, rows_N: np.ndarray) -> list[int]:
-        """How many of these rows each store has."""
+        """Return how many of these rows each store has."""
         return np.bincount(self.store_numbers(rows_N), minlength=len(self.stores)).tolist()
 
     def row_weights(self, rows_N: np.ndarray, weights: Sequence[float]) -> np.ndarray:
-        """A weight for each of these rows, so that those of each store weigh together what is given for it."""
-        rows_of_each = np.maximum(self.rows_per_store(rows_N), 1)
-        return (np.asarray(weights, np.float64) / rows_of_each)[self.store_numbers(rows_N)]
+        """Return a weight for each of these rows, float64 `[N]`.
+
+        The rows of a store share its entry of `weights` equally.
+        """
+        # A store without one of these rows divides by one, and no row takes the result.
+        row_counts = np.maximum(self.rows_per_store(rows_N), 1)
+        return (np.asarray(weights, np.float64) / row_counts)[self.store_numbers(rows_N)]
 
     def shard_numbers(self, rows_N: np.ndarray) -> np.ndarray:
-        """The shard that each row lies in, counted through all stores."""
-        counts = [store.header.layout.shard_count for store in self.stores]
+        """Return the number of the shard that each row lies in, counted through all stores."""
+        # A store's first shard follows the last shard of the store before it.
+        shard_counts = [store.header.layout.shard_count for store in self.stores]
         shards_N = np.empty(len(rows_N), np.int64)
-        for number, mine_N, own_N in self._split_by_store(rows_N):
-            shards_N[mine_N] = sum(counts[:number]) + self.stores[number].shard_numbers(own_N)
+        for number, places_N, own_rows_N in self._split_by_store(rows_N):
+            own_shards_N = self.stores[number].shard_numbers(own_rows_N)
+            shards_N[places_N] = sum(shard_counts[:number]) + own_shards_N
         return shards_N
 
     def flat_labels(self, label_set: str = "raw") -> tuple[np.ndarray, np.ndarray]:
-        """As of one store."""
-        flat = [store.flat_labels(label_set) for store in self.stores]
-        before = np.cumsum([0, *(len(class_N) for class_N, _ in flat)])
-        begins = [first + begin_N[:-1] for first, (_, begin_N) in zip(before, flat, strict=False)]
-        return np.concatenate([class_N for class_N, _ in flat]), np.concatenate([*begins, before[-1:]])
+        """Return the class indices of all rows and where those of each row begin, as `FeatureStore.flat_labels`."""
+        # The offsets of each store begin where the labels of the stores before it end.
+        parts = [store.flat_labels(label_set) for store in self.stores]
+        first_offsets = np.cumsum([0, *(len(class_N) for class_N, _ in parts)])
+        offsets = [first + offset_N[:-1] for first, (_, offset_N) in zip(first_offsets, parts, strict=False)]
+        classes_N = np.concatenate([class_N for class_N, _ in parts])
+        return classes_N, np.concatenate([*offsets, first_offsets[-1:]])
 
     def labels_BC(self, rows_B: np.ndarray, label_set: str = "raw") -> np.ndarray:
-        """1 where a row has a class, else 0, float32; raises StoreError where a store lacks the label set."""
+        """Return 1 where a row has a class, else 0, float32; StoreError where a store lacks the label set."""
         labels_BC = np.zeros((len(rows_B), len(self.classes)), np.float32)
-        for number, mine_B, own_B in self._split_by_store(
-            rows_B
-        ):  # all of them, for any may lack the label set
-            labels_BC[mine_B] = self.stores[number].labels_BC(own_B, label_set)
+        # Every store is asked, also for no rows: any of them may lack the label set.
+        for number, places_B, own_rows_B in self._split_by_store(rows_B):
+            labels_BC[places_B] = self.stores[number].labels_BC(own_rows_B, label_set)
         return labels_BC
 
     def to_log_mel(self, stored: np.ndarray) -> np.ndarray:
-        """Values as `read` gives them as log-mel, natural logarithm of power, float32, in the same shape."""
+        """Return values that `read` gave as log-mel, natural logarithm of power, float32, in the same shape."""
         return dequantise(stored, self.scale, self.offset)
 
     def read(
@@ -169,56 +201,59 @@ class JoinedStore:
         starts_B: np.ndarray | None = None,
         frames: int | None = None,
     ) -> np.ndarray:
-        """The stored values of rows as `[B, T, F]`, as of one store; raises StoreError, BrokenClip (row as here)."""
-        frames = self.frames if frames is None else frames
-        starts_B = np.zeros(len(rows_B), np.int64) if starts_B is None else starts_B
-        mel_BTF = np.empty((len(rows_B), frames, self.bands), self.dtype) if out is None else out
-        for number, mine_B, own_B in self._split_by_store(
-            rows_B
-        ):  # at once all of a store: its disk is quicker so
-            place_BTF = mel_BTF if len(mine_B) == len(rows_B) else None
+        """Return the stored values of rows as `[B, T, F]`, as `FeatureStore.read` does.
+
+        Raises what that raises; the row of a BrokenClipError is that of the joined store.
+        """
+        starts_B, mel_BTF = self.stores[0].prepare_read(rows_B, out, starts_B, frames)
+        # All rows of one store at once: its disk is faster so.
+        for number, places_B, own_rows_B in self._split_by_store(rows_B):
+            # Where all rows are of one store they are read in place, else copied to their places.
+            whole_BTF = mel_BTF if len(places_B) == len(rows_B) else None
             try:
-                read = self.stores[number].read
-                part_BTF = read(own_B, out=place_BTF, starts_B=starts_B[mine_B], frames=frames)
+                part_BTF = self.stores[number].read(
+                    own_rows_B, out=whole_BTF, starts_B=starts_B[places_B], frames=mel_BTF.shape[1]
+                )
             except BrokenClipError as broken:
                 raise BrokenClipError(int(self.first_rows_N[number]) + broken.row, str(broken)) from None
-            if place_BTF is None:
-                mel_BTF[mine_B] = part_BTF
+            if whole_BTF is None:
+                mel_BTF[places_B] = part_BTF
         return mel_BTF
 
     def _split_by_store(self, rows_N: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Of each store its number, which of the rows are its own, and what it calls them itself."""
+        """Yield for each store its number, the places of its rows among these rows, and its own numbers of them."""
         store_N = self.store_numbers(rows_N)
         for number in range(len(self.stores)):
-            mine_N = np.flatnonzero(store_N == number)
-            yield number, mine_N, rows_N[mine_N] - self.first_rows_N[number]
-
-    @property
-    def location(self) -> str:
-        """Where the stores lie, for people."""
-        return " + ".join(store.location for store in self.stores)
+            places_N = np.flatnonzero(store_N == number)
+            yield number, places_N, rows_N[places_N] - self.first_rows_N[number]
 
 
-def refuse_different_stores(one: FeatureStore, other: FeatureStore) -> None:
-    """StoreError where a stored number or a class index means one thing here and another there, both told."""
-    facts = {
-        "mel spec": [f"{s.spec.name} ({s.frames} x {s.bands}, {s.spec_id})" for s in (one, other)],
-        "dtype": [str(s.dtype) for s in (one, other)],
-        "scale and offset": [f"{s.scale:g} and {s.offset:g}" for s in (one, other)],
-        "class list": [
-            describe_class_list(s.classes.mids, o.classes.mids) for s, o in ((one, other), (other, one))
-        ],
-    }
-    for what, (here, there) in facts.items():
-        if here != there:
+def refuse_different_stores(first: FeatureStore, second: FeatureStore) -> None:
+    """Raise StoreError where a stored number or a class index means one thing in one store and another in the other."""
+    # Both sides are described in words, so that the message shows the difference.
+    first_facts = _describe_meaning(first, second)
+    second_facts = _describe_meaning(second, first)
+    for fact, first_text in first_facts.items():
+        if first_text != second_facts[fact]:
             raise StoreError(
-                f"{other.location}: has {what} {there}, but {one.location} has {here}; only stores of one kind are "
-                "trained on together: build one of them again"
+                f"{second.location}: has {fact} {second_facts[fact]}, but {first.location} has {first_text}; "
+                "only stores of one kind are trained on together: build one of them again"
             )
 
 
+def _describe_meaning(store: FeatureStore, compared_with: FeatureStore) -> dict[str, str]:
+    """Return in words what decides the meaning of a store's numbers and class indices."""
+    return {
+        "mel spec": f"{store.spec.name} ({store.frames} x {store.bands}, {store.spec_id})",
+        "dtype": str(store.dtype),
+        "scale and offset": f"{store.scale:g} and {store.offset:g}",
+        "class list": describe_class_list(store.classes.mids, compared_with.classes.mids),
+    }
+
+
 def describe_class_list(mids: Sequence[str], other_mids: Sequence[str]) -> str:
-    """How many classes there are, and the first that stands elsewhere, or nowhere, in the other list."""
-    pairs = zip(mids, [*other_mids, *[None] * len(mids)], strict=False)
-    odd = next((f", number {place} is {mid}" for place, (mid, other) in enumerate(pairs) if mid != other), "")
-    return f"of {len(mids)} classes{odd}"
+    """Return how many classes a list has, and its first class that the other list does not have at that place."""
+    for number, mid in enumerate(mids):
+        if number >= len(other_mids) or other_mids[number] != mid:
+            return f"of {len(mids)} classes, number {number} is {mid}"
+    return f"of {len(mids)} classes"

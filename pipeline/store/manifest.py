@@ -1,4 +1,4 @@
-"""The manifest: one row per clip, what was planned for it and what became of it."""
+"""The manifest: a table with one row per clip, which says what was planned for the clip and what became of it."""
 
 import difflib
 import hashlib
@@ -7,6 +7,7 @@ import polars as pl
 
 from pipeline.errors import ManifestError
 
+# Why a clip could not be used, and how that is explained to people.
 FAILURE_REASONS: dict[str, str] = {
     "missing": "no file was found for the clip",
     "unreadable": "no decoder makes sense of the file",
@@ -20,6 +21,7 @@ FAILURE_REASONS: dict[str, str] = {
     "duplicate": "the id stands elsewhere in the lists and counts there",
 }
 
+# The columns that are known before the build.
 PLAN_SCHEMA: dict[str, pl.DataType] = {
     "clip_id": pl.String(),
     "split": pl.String(),
@@ -27,13 +29,14 @@ PLAN_SCHEMA: dict[str, pl.DataType] = {
     "end_seconds": pl.Float64(),
 }
 
+# The columns that a build fills in; the ledger holds the same ones, shard by shard.
 RESULT_SCHEMA: dict[str, pl.DataType] = {
     "source": pl.String(),  # where the sound was found, relative to its --audio folder
-    "status": pl.String(),  # good, failed; pending until its shard is committed
-    "reason": pl.String(),  # a key of REASONS where failed
+    "status": pl.String(),  # good or failed; pending until its shard is committed
+    "reason": pl.String(),  # a key of FAILURE_REASONS where the clip failed
     "detail": pl.String(),  # a sentence
-    "flags": pl.List(pl.String()),  # what is odd but used
-    "n_frames": pl.Int32(),  # frames that are audio; 0 where not good
+    "flags": pl.List(pl.String()),  # oddities that did not keep the clip from use
+    "n_frames": pl.Int32(),  # frames that are audio; 0 where the clip is not good
     "codec": pl.String(),
     "rate_hz": pl.Int32(),
     "channels": pl.Int32(),
@@ -41,7 +44,7 @@ RESULT_SCHEMA: dict[str, pl.DataType] = {
     "peak_dbfs": pl.Float64(),
     "rms_dbfs": pl.Float64(),
     "digest": pl.String(),  # of the mono waveform before resampling
-    "error_rms_nat": pl.Float64(),  # of the stored log-mel against the computed one: rounding, clipping
+    "error_rms_nat": pl.Float64(),  # of the stored log-mel against the computed one, by rounding and clipping
     "error_max_nat": pl.Float64(),
     "crc32c": pl.UInt32(),  # of the stored spectrogram, little-endian
 }
@@ -50,7 +53,7 @@ MANIFEST_SCHEMA = PLAN_SCHEMA | RESULT_SCHEMA
 
 
 def failure_result(reason: str, detail: str, source: str | None = None) -> dict[str, object]:
-    """The result columns of a clip that could not be used; `reason` is a key of REASONS."""
+    """Return the result columns of a clip that could not be used; `reason` is a key of FAILURE_REASONS."""
     assert reason in FAILURE_REASONS, reason
     empty: dict[str, object] = dict.fromkeys(RESULT_SCHEMA)
     return empty | {
@@ -64,7 +67,7 @@ def failure_result(reason: str, detail: str, source: str | None = None) -> dict[
 
 
 def pending_manifest(plan: pl.DataFrame) -> pl.DataFrame:
-    """The manifest of a store in which nothing is built yet."""
+    """Return the manifest of a store in which nothing is built yet."""
     empty = [pl.lit(None, dtype=dtype).alias(name) for name, dtype in RESULT_SCHEMA.items()]
     return plan.select(*PLAN_SCHEMA, *empty).with_columns(
         status=pl.lit("pending"),
@@ -74,7 +77,8 @@ def pending_manifest(plan: pl.DataFrame) -> pl.DataFrame:
 
 
 def compute_plan_id(plan: pl.DataFrame, *, shard_clips: int) -> str:
-    """12 hex digits that change with which clip is row i, what is expected of it, or which rows are shard s."""
+    """Return 12 hex digits of the plan: which clip is row i, what is expected of it, and which rows are shard s."""
+    # One line of text per clip; times in whole milliseconds, which every machine rounds alike.
     lines = plan.select(
         pl.concat_str(
             "clip_id",
@@ -85,6 +89,8 @@ def compute_plan_id(plan: pl.DataFrame, *, shard_clips: int) -> str:
             separator="\t",
         )
     ).to_series()
+
+    # Hashed in slices: the text of two million clips is never in memory at once.
     digest = hashlib.sha256(f"plan 1, {shard_clips} clips a shard\n".encode())
     for part in lines.to_frame().iter_slices(65_536):
         digest.update("".join(f"{line}\n" for line in part.to_series()).encode())
@@ -92,26 +98,34 @@ def compute_plan_id(plan: pl.DataFrame, *, shard_clips: int) -> str:
 
 
 def check_manifest_schema(frame: pl.DataFrame, where: object) -> pl.DataFrame:
-    """`frame` itself, if it has exactly the columns of a manifest; raises ManifestError."""
+    """Return `frame` itself if it has exactly the columns of a manifest; raises ManifestError otherwise."""
     if dict(frame.schema) != MANIFEST_SCHEMA:
-        odd = sorted(set(frame.schema.items()) ^ set(MANIFEST_SCHEMA.items()), key=str)
-        raise ManifestError(f"{where}: not a manifest of this version; columns that differ: {odd[:4]}")
+        different_columns = sorted(set(frame.schema.items()) ^ set(MANIFEST_SCHEMA.items()), key=str)
+        raise ManifestError(
+            f"{where}: not a manifest of this version; columns that differ: {different_columns[:4]}; "
+            "build the store again"
+        )
     return frame
 
 
-MAX_COMPARED_IDS = 1_000  # ids that are compared letter by letter with one that is not there
+MAX_COMPARED_IDS = 1_000  # ids that are compared letter by letter with the one that was not found
 
 
 def nearest_clip_ids(ids: pl.Series, wanted: str) -> list[str]:
-    """Up to three ids like one that is not there.
+    """Return up to three of the ids that resemble `wanted`, which is not among them.
 
-    One slip of the pen leaves two thirds of an id as they were: of two million ids, only those that share most
-    thirds are compared.
+    One slip of the pen leaves two thirds of an id as they were. So of two million ids only those that share most
+    thirds with `wanted` are compared letter by letter.
     """
+    # Count how many thirds of the wanted id stand somewhere in each id.
     third = max(1, -(-len(wanted) // 3))
-    parts = [wanted[at : at + third].lower() for at in range(0, len(wanted), third)]
-    lower = pl.col("id").str.to_lowercase()
-    shared = pl.sum_horizontal([lower.str.contains(part, literal=True).cast(pl.Int32) for part in parts])
-    found = ids.unique().to_frame("id").with_columns(shared=shared).filter(pl.col("shared") > 0)
-    some = found.sort("shared", "id", descending=[True, False])["id"].head(MAX_COMPARED_IDS).to_list()
-    return difflib.get_close_matches(wanted, some, n=3, cutoff=0.5)
+    parts = [wanted[begin : begin + third].lower() for begin in range(0, len(wanted), third)]
+    lowercase_id = pl.col("id").str.to_lowercase()
+    shared = pl.sum_horizontal(
+        [lowercase_id.str.contains(part, literal=True).cast(pl.Int32) for part in parts]
+    )
+    similar = ids.unique().to_frame("id").with_columns(shared=shared).filter(pl.col("shared") > 0)
+
+    # Compare the most similar ones in full.
+    most_similar = similar.sort("shared", "id", descending=[True, False])["id"].head(MAX_COMPARED_IDS)
+    return difflib.get_close_matches(wanted, most_similar.to_list(), n=3, cutoff=0.5)

@@ -1,13 +1,13 @@
-"""Reading: the stored values of rows, out of their shards, into the caller's memory."""
+"""Reading: the stored values of rows go out of their shards into the caller's memory, checked against their crc32c."""
 
 import errno
 import fcntl
 import mmap
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import google_crc32c
 import numpy as np
@@ -20,46 +20,47 @@ ReadMethod = Literal["pread", "mmap", "direct"]
 
 ChecksumMode = Literal["first-epoch", "always", "never"]
 
-MAX_OPEN_SHARDS = 256  # file descriptors a reader keeps
+MAX_OPEN_SHARDS = 256  # files that a reader keeps open; a mapped file counts twice
 
-DISK_BLOCK_BYTES = 4096  # what places, lengths and memory of direct reads are multiples of
+DISK_BLOCK_BYTES = 4096  # offsets, lengths and memory of direct reads are multiples of it
 
 NO_WAIT_FLAG = getattr(os, "RWF_NOWAIT", 0)  # only Linux can say what is in memory already
 
-OPEN_ATTEMPTS = 3  # to open a shard before it is gone for good
+OPEN_ATTEMPTS = 3  # to open a shard before it counts as gone
 
-BROKEN_FILE_ERRNOS = (
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EIO,
-    errno.ESTALE,
-)  # of an OSError: this file, not this process
+# An OSError with one of these is the fault of the file, not of this process.
+BROKEN_FILE_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.EIO, errno.ESTALE)
+
+# An OSError with one of these answers NO_WAIT_FLAG: not in memory, or the file system does not know the flag.
+NOT_IN_MEMORY_ERRNOS = (errno.EAGAIN, errno.EOPNOTSUPP)
 
 
 class RowReader(Protocol):
-    """Where a store has its values from."""
+    """The seam between a store and the source of its values."""
 
     def read(self, rows_B: np.ndarray, starts_B: np.ndarray, out_BTF: np.ndarray) -> None:
-        """Frames [start, start + T) of each row, as stored; raises BrokenClip for what cannot be had."""
+        """Read frames [start, start + T) of each row as stored; raises BrokenClipError for a clip that fails."""
 
 
 class _ShardFile:
     """An open shard; its file is closed with the last reference."""
 
-    chunk_offsets: memoryview  # of each clip's chunk
+    chunk_offsets: memoryview  # u64, by the clip's place in the shard
 
     def __init__(self, path: Path) -> None:
-        self.path, self.descriptor = path, -1
+        self.path = path
+        self.descriptor = -1  # for `__del__`, where opening fails
         self.descriptor = os.open(path, os.O_RDONLY)
         self.file_identity = _file_identity(os.fstat(self.descriptor))
 
     def map_into_memory(self) -> None:
-        """Read from mapped memory from now on."""
+        """Map the whole file, for `_read_from_mmap`."""
         self.mapped_file = mmap.mmap(self.descriptor, 0, prot=mmap.PROT_READ)
-        self.mapped_bytes_N, self.probe_byte = np.frombuffer(self.mapped_file, np.uint8), bytearray(1)
+        self.mapped_bytes_N = np.frombuffer(self.mapped_file, np.uint8)
+        self.probe_byte = bytearray(1)
 
     def bypass_page_cache(self) -> None:
-        """Read directly from now on; raises StoreError where the file system does not have it."""
+        """Read directly from now on; raises StoreError where the file system refuses."""
         try:
             fcntl.fcntl(self.descriptor, fcntl.F_SETFL, os.O_RDONLY | os.O_DIRECT)
         except OSError:
@@ -68,7 +69,7 @@ class _ShardFile:
             ) from None
 
     def is_still_on_disk(self) -> bool:
-        """Whether its path still leads to it."""
+        """Return whether its path still leads to this file."""
         try:
             return _file_identity(self.path.stat()) == self.file_identity
         except FileNotFoundError:
@@ -79,20 +80,30 @@ class _ShardFile:
             os.close(self.descriptor)
 
 
-ReadRequest = tuple[
-    int, _ShardFile, int, int, memoryview
-]  # row, where, offset of its chunk, bytes to skip, where to
+class _ReadRequest(NamedTuple):
+    """One row of a batch: which bytes of which shard go where."""
+
+    row: int
+    shard: _ShardFile
+    offset: int  # of the clip's chunk in the shard
+    skipped_bytes: int  # of the chunk, before the crop begins
+    out: memoryview
+
+
+# Reads into buffers from an offset of a shard, as `preadv` does; returns the number of bytes that came.
+_ReadBytes = Callable[[_ShardFile, list[memoryview], int, int], int]
 
 
 class ShardReader:
-    """Clips of a store by row; `locate` says where a shard lies. For one thread; BrokenClip is what it raises.
+    """Reads clips of a store by row, for one thread; a clip that cannot be read raises BrokenClipError.
 
-    io     pread: what is not in memory is asked for at once, so that a disk has all of a batch to do (measured:
-           22 instead of 46 ms for 64 clips); mmap: what is in memory is copied from the mapped file, a quarter
-           faster, but counted as the process's own memory; direct: past the page cache, for stores that would
-           only wash it out, one clip after the other
-    check  whether a clip's own crc32c is compared: the first time that this process reads its row (`checked` is
-           shared by the readers of a store), always, or never. A check reads the whole clip, also for a crop of it
+    locate_shard  says where a shard lies; it may fetch the shard first
+    io            pread: all that is not in memory is requested at once, so that the disk can work on the whole batch
+                  (measured: 22 instead of 46 ms for 64 clips); mmap: bytes in memory are copied from the mapped file,
+                  a quarter faster, but they count as the process's own memory; direct: past the page cache, one clip
+                  after the other, for stores that would only displace everything else in it
+    check         when a clip's own crc32c is compared: the first time that this process reads its row (`checked_rows`
+                  is shared by the readers of a store), always, or never. A check reads the whole clip, also for a crop
     """
 
     def __init__(
@@ -104,112 +115,135 @@ class ShardReader:
         check: ChecksumMode = "never",
         checked_rows: bytearray | None = None,
     ) -> None:
-        for name, value, known in (
-            ("io", io, get_args(ReadMethod)),
-            ("check", check, get_args(ChecksumMode)),
-        ):
-            if value not in known:
-                raise InputError(f"{name} {value!r}: expected {', '.join(known)}")
-        self._locate_shard, self._layout, self._io = locate_shard, layout, io
-        self._checked_rows = (
-            bytearray(layout.clips) if checked_rows is None or check != "first-epoch" else checked_rows
-        )
+        _check_choice("io", io, get_args(ReadMethod))
+        _check_choice("check", check, get_args(ChecksumMode))
+        self._locate_shard = locate_shard
+        self._layout = layout
+        self._io = io
+
+        # One byte per row: 0 while its check is due. With `always` a row's byte is never set.
+        if checked_rows is None or check != "first-epoch":
+            checked_rows = bytearray(layout.clips)
+        self._checked_rows = checked_rows
         if check == "never":
             self._checked_rows[:] = bytes([1]) * layout.clips
-        self._checked_mark = 0 if check == "always" else 1  # of a row whose check is done
+        self._checked_mark = 0 if check == "always" else 1
+
+        # Files are closed again, the one used longest ago first; what was read of their indices stays.
         self._open_shards: OrderedDict[int, _ShardFile] = OrderedDict()
-        self._offsets_by_shard: dict[
-            int, tuple[tuple[int, ...], memoryview]
-        ] = {}  # of every shard that was ever open
-        self._clip_buffer, self._checksum_buffer = (
-            memoryview(bytearray(layout.clip_bytes)),
-            memoryview(bytearray(CRC_BYTES)),
-        )
-        self._read_bytes = {"pread": _read_with_pread, "mmap": _read_from_mmap, "direct": self._read_direct}[
-            io
-        ]
-        if io == "direct":  # anonymous memory begins at a page
-            self._block_buffer = memoryview(
-                mmap.mmap(-1, (layout.clip_bytes // DISK_BLOCK_BYTES + 3) * DISK_BLOCK_BYTES)
-            )
+        self._max_open_shards = MAX_OPEN_SHARDS // 2 if io == "mmap" else MAX_OPEN_SHARDS
+        self._offsets_by_shard: dict[int, tuple[tuple[int, ...], memoryview]] = {}
+
+        # Buffers for whole clips of which a crop is wanted, for their checksums, and for whole blocks of the disk.
+        self._clip_buffer = memoryview(bytearray(layout.clip_bytes))
+        self._checksum_buffer = memoryview(bytearray(CRC_BYTES))
+        if io == "direct":
+            blocks = layout.clip_bytes // DISK_BLOCK_BYTES + 3
+            self._block_buffer = memoryview(mmap.mmap(-1, blocks * DISK_BLOCK_BYTES))  # begins at a page
+        read_methods: dict[ReadMethod, _ReadBytes] = {
+            "pread": _read_with_pread,
+            "mmap": _read_from_mmap,
+            "direct": self._read_direct,
+        }
+        self._read_bytes = read_methods[io]
 
     def read(self, rows_B: np.ndarray, starts_B: np.ndarray, out_BTF: np.ndarray) -> None:
-        """Frames [start, start + T) of each row; raises BrokenClip where a clip is not there as it was written."""
+        """Read frames [start, start + T) of each row; BrokenClipError where a clip is not there as it was written."""
         if not out_BTF.size:
             return
-        layout, out, size = self._layout, out_BTF.data.cast("B"), out_BTF[0].nbytes
-        skips_B = starts_B * (layout.bands * out_BTF.itemsize)
-        shards_B, chunks_B = np.divmod(rows_B, layout.shard_clips)
-        parts = zip(rows_B.tolist(), shards_B.tolist(), chunks_B.tolist(), skips_B.tolist(), strict=True)
-        waiting, begin = [], 0
-        for row, number, chunk, skip in parts:
+
+        # Take at once every clip that is in memory already.
+        waiting = []
+        for request in self._plan_requests(rows_B, starts_B, out_BTF):
+            if not self._try_request(request, NO_WAIT_FLAG):
+                waiting.append(request)
+
+        # Ask the disk for all the others before waiting for the first of them.
+        if self._io == "pread":
+            for request in waiting:
+                os.posix_fadvise(
+                    request.shard.descriptor, request.offset, self._layout.clip_bytes, os.POSIX_FADV_WILLNEED
+                )
+        for request in waiting:
+            if not self._try_request(request, 0):
+                raise BrokenClipError(request.row, f"{request.shard.path}: ends early")
+
+    def _plan_requests(
+        self, rows_B: np.ndarray, starts_B: np.ndarray, out_BTF: np.ndarray
+    ) -> Iterator[_ReadRequest]:
+        """Yield a request for each row, its shard opened; BrokenClipError where the shard lacks the clip."""
+        # The output in bytes: one stretch of it for each row.
+        out = out_BTF.data.cast("B")
+        size = out_BTF[0].nbytes
+        skips_B = starts_B * (self._layout.bands * out_BTF.itemsize)
+        shards_B, places_B = np.divmod(rows_B, self._layout.shard_clips)
+        columns = (rows_B, shards_B, places_B, skips_B)
+        lines = zip(*(column.tolist() for column in columns), strict=True)
+        for clip, (row, number, place, skip) in enumerate(lines):
             shard = self._shard_file(number, row)
-            offset = shard.chunk_offsets[chunk]
+            offset = shard.chunk_offsets[place]
             if offset == ABSENT_OFFSET:
                 raise BrokenClipError(row, f"{shard.path}: does not hold it")
-            part = (row, shard, offset, skip, out[begin : begin + size])
-            begin += size
-            if not self._try_request(part, NO_WAIT_FLAG):
-                waiting.append(part)
-        for _, shard, offset, _, _ in (
-            waiting if self._io == "pread" else ()
-        ):  # ask for all, then wait for the first
-            os.posix_fadvise(shard.descriptor, offset, layout.clip_bytes, os.POSIX_FADV_WILLNEED)
-        for part in waiting:
-            if not self._try_request(part, 0):
-                raise BrokenClipError(part[0], f"{part[1].path}: ends early")
+            yield _ReadRequest(row, shard, offset, skip, out[clip * size : (clip + 1) * size])
 
-    def _try_request(self, request: ReadRequest, flags: int) -> bool:
-        """Whether all of a part came, and is right if its check is due."""
-        row, shard, offset, skip, out = request
+    def _try_request(self, request: _ReadRequest, flags: int) -> bool:
+        """Return whether all bytes came; raises BrokenClipError where a check is due and fails."""
+        row, shard, offset, skipped_bytes, out = request
         try:
             if self._checked_rows[row]:
-                return self._read_bytes(shard, [out], offset + skip, flags) == len(out)
+                return self._read_bytes(shard, [out], offset + skipped_bytes, flags) == len(out)
+
+            # A check needs the whole clip and its checksum.
             clip = out if len(out) == len(self._clip_buffer) else self._clip_buffer
-            if self._read_bytes(shard, [clip, self._checksum_buffer], offset, flags) != len(clip) + CRC_BYTES:
+            count = self._read_bytes(shard, [clip, self._checksum_buffer], offset, flags)
+            if count != len(clip) + CRC_BYTES:
                 return False
         except OSError as error:
-            if flags and error.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
+            if flags and error.errno in NOT_IN_MEMORY_ERRNOS:
                 return False
             raise _read_error(error, row, shard.path) from None
-        if google_crc32c.value(np.frombuffer(clip, np.uint8)) != int.from_bytes(
-            self._checksum_buffer, "little"
-        ):
+
+        expected_crc = int.from_bytes(self._checksum_buffer, "little")
+        if google_crc32c.value(np.frombuffer(clip, np.uint8)) != expected_crc:
             raise BrokenClipError(row, f"{shard.path}: its spectrogram does not match its checksum")
+
+        # Of a clip that was read whole for its check, hand over the crop.
         if clip is not out:
-            out[:] = clip[skip : skip + len(out)]
+            out[:] = clip[skipped_bytes : skipped_bytes + len(out)]
         self._checked_rows[row] = self._checked_mark
         return True
 
     def _read_direct(self, shard: _ShardFile, buffers: list[memoryview], offset: int, flags: int) -> int:
-        """As `preadv` past the page cache: whole blocks into a buffer of whole blocks, then what is wanted of them."""
-        first, count = offset // DISK_BLOCK_BYTES * DISK_BLOCK_BYTES, sum(map(len, buffers))
-        blocks = self._block_buffer[: -(-(offset + count - first) // DISK_BLOCK_BYTES) * DISK_BLOCK_BYTES]
-        came = os.preadv(shard.descriptor, [blocks], first) - (offset - first)
-        return _copy_into_buffers(blocks[offset - first :][: max(came, 0)], buffers)
+        """Read as `preadv` does, past the page cache: whole blocks, of which the wanted bytes are copied."""
+        # The blocks from the one with the first wanted byte to the one with the last.
+        count = sum(map(len, buffers))
+        first = offset // DISK_BLOCK_BYTES * DISK_BLOCK_BYTES
+        block_count = -(-(offset + count - first) // DISK_BLOCK_BYTES)
+        blocks = self._block_buffer[: block_count * DISK_BLOCK_BYTES]
+
+        # At the end of a file fewer bytes come than were asked for.
+        wanted_count = os.preadv(shard.descriptor, [blocks], first) - (offset - first)
+        return _copy_into_buffers(blocks[offset - first :][: max(wanted_count, 0)], buffers)
 
     def _shard_file(self, number: int, row: int) -> _ShardFile:
+        """Return a shard's file, opened if need be; the file that was used longest ago is closed for it."""
         shard = self._open_shards.get(number)
-        if shard is None:
-            self._open_shards[number] = shard = self._open_shard_file(number, row)
-            if len(self._open_shards) > (
-                MAX_OPEN_SHARDS // 2 if self._io == "mmap" else MAX_OPEN_SHARDS
-            ):  # a map holds one too
-                self._open_shards.popitem(last=False)
-        else:
-            self._open_shards.move_to_end(number)  # the last used is the last closed
+        if shard is not None:
+            self._open_shards.move_to_end(number)
+            return shard
+        shard = self._open_shard_file(number, row)
+        self._open_shards[number] = shard
+        if len(self._open_shards) > self._max_open_shards:
+            self._open_shards.popitem(last=False)
         return shard
 
     def _open_shard_file(self, number: int, row: int) -> _ShardFile:
+        # Errors name the path, or the number where no path could be had.
         path = Path(f"shard {number}")
         try:
             path = self._locate_shard(number)
             shard = self._open_with_retries(number, path)
-            before = self._offsets_by_shard.get(number)
-            if before is None or before[0] != shard.file_identity:  # never seen, or another by now
-                before = shard.file_identity, _read_chunk_offsets(shard.descriptor, self._layout)
-                self._offsets_by_shard[number] = before
-            shard.chunk_offsets = before[1]
+            shard.chunk_offsets = self._chunk_offsets(number, shard)
             if self._io == "mmap":
                 shard.map_into_memory()
             elif self._io == "direct":
@@ -220,6 +254,14 @@ class ShardReader:
             raise BrokenClipError(row, f"{path}: {error}") from None
         return shard
 
+    def _chunk_offsets(self, number: int, shard: _ShardFile) -> memoryview:
+        """Return the offsets of a shard's chunks; its index is read again only if it is another file by now."""
+        remembered = self._offsets_by_shard.get(number)
+        if remembered is None or remembered[0] != shard.file_identity:
+            remembered = (shard.file_identity, _read_chunk_offsets(shard.descriptor, self._layout))
+            self._offsets_by_shard[number] = remembered
+        return remembered[1]
+
     def _open_with_retries(self, number: int, path: Path) -> _ShardFile:
         for _ in range(OPEN_ATTEMPTS):
             try:
@@ -229,12 +271,19 @@ class ShardReader:
         return _ShardFile(path)
 
     def close_missing_files(self) -> None:
-        """Close the files that are gone: what a cache has dropped takes room until then."""
-        for number in [number for number, shard in self._open_shards.items() if not shard.is_still_on_disk()]:
+        """Close the files that are gone: a file that a cache has dropped takes room on the disk until then."""
+        missing = [number for number, shard in self._open_shards.items() if not shard.is_still_on_disk()]
+        for number in missing:
             del self._open_shards[number]
 
     def close(self) -> None:
+        """Close all files; the next read opens them again."""
         self._open_shards.clear()
+
+
+def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise InputError(f"{name} {value!r}: expected {', '.join(known)}")
 
 
 def _read_with_pread(shard: _ShardFile, buffers: list[memoryview], offset: int, flags: int) -> int:
@@ -242,45 +291,46 @@ def _read_with_pread(shard: _ShardFile, buffers: list[memoryview], offset: int, 
 
 
 def _read_from_mmap(shard: _ShardFile, buffers: list[memoryview], offset: int, flags: int) -> int:
-    """As `preadv`, copied from mapped memory where the last of it is there already.
+    """Read as `preadv` does, copied from mapped memory where the last byte is in memory already.
 
-    Else a disk that fails would kill the process, as would a file that has been cut: so it is measured first.
+    Otherwise a disk that fails, or a file that has been cut, would kill the process: the file is looked at first.
     """
     count = sum(map(len, buffers))
     if not flags or shard.mapped_file.size() < offset + count:
         return os.preadv(shard.descriptor, buffers, offset)
-    os.preadv(
-        shard.descriptor, [shard.probe_byte], offset + count - 1, flags
-    )  # BlockingIOError: not in memory
+
+    # Raises BlockingIOError where the last byte is not in memory.
+    os.preadv(shard.descriptor, [shard.probe_byte], offset + count - 1, flags)
     return _copy_into_buffers(shard.mapped_bytes_N[offset : offset + count], buffers)
 
 
 def _copy_into_buffers(content: "np.ndarray | memoryview", buffers: list[memoryview]) -> int:
-    """Copy to where it is wanted; how many bytes that were."""
-    done = 0
-    for out in buffers:
-        some = min(len(out), len(content) - done)
-        np.copyto(np.frombuffer(out, np.uint8)[:some], content[done : done + some])  # lets other threads run
-        done += some
-    return done
+    """Fill the buffers one after the other with the content; returns how many bytes were copied."""
+    copied = 0
+    for buffer in buffers:
+        count = min(len(buffer), len(content) - copied)
+        # numpy's copy lets other threads run meanwhile.
+        np.copyto(np.frombuffer(buffer, np.uint8)[:count], content[copied : copied + count])
+        copied += count
+    return copied
 
 
 def _read_chunk_offsets(descriptor: int, layout: ShardLayout) -> memoryview:
-    """Of the chunk of every clip of a shard; ValueError where these are not the ones that this package writes."""
+    """Return the offset of every clip's chunk in a shard; ValueError where a chunk has another length than ours."""
     index_N2 = read_shard_index(descriptor, layout.shard_clips)
-    there_N = index_N2[:, 0] != ABSENT_OFFSET
-    if (index_N2[there_N, 1] != layout.clip_bytes + CRC_BYTES).any():
+    present_N = index_N2[:, 0] != ABSENT_OFFSET
+    if (index_N2[present_N, 1] != layout.clip_bytes + CRC_BYTES).any():
         raise ValueError(f"holds chunks that are not {layout.clip_bytes} bytes and a checksum")
     return np.ascontiguousarray(index_N2[:, 0], np.uint64).data
 
 
 def _file_identity(status: os.stat_result) -> tuple[int, ...]:
-    """What changes with a file."""
+    """Return values of which one at least differs between any two files, or states of a file."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _read_error(error: OSError, row: int, path: Path) -> StoreError:
-    """What a failed read means: for this clip, or for all."""
+    """Return the error that a failed read means: for this clip only, or for all."""
     if error.errno in BROKEN_FILE_ERRNOS:
         return BrokenClipError(row, f"{path}: {error.strerror}")
     return StoreError(f"{path}: {error.strerror}; check its permissions, the disk and `ulimit -n`")

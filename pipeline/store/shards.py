@@ -1,12 +1,12 @@
-"""Shards: the standard Zarr v3 objects that hold the spectrograms, written whole and read by offset.
+"""Shards, the standard Zarr v3 objects that hold the spectrograms, and the ledger, which says which shards count.
 
-zarr-python creates the array and reads it; shards are written by `ShardWriter`, which needs no second copy of them in
-memory, and read for training by `reading.ShardReader`, because zarr-python's random access is an order of
-magnitude slower. Layout of `mel/c/<shard>/0/0`: one chunk per clip that is there (little-endian
-values, then their crc32c), then one (offset, bytes) pair of u64 per clip of the shard, then the crc32c of these.
-A clip that is not there has the pair (2^64-1, 2^64-1) and reads as the fill value through zarr-python.
+zarr-python creates the array. Shards are written by `ShardWriter`, which needs no second copy of them in memory, and
+read for training by `reader.ShardReader`, because zarr-python's random access is an order of magnitude slower. Layout
+of `mel/c/<shard>/0/0`: one chunk per clip that is there (little-endian values, then their crc32c), then one
+(offset, bytes) pair of u64 per clip of the shard, then the crc32c of these pairs. An absent clip has the pair
+(2^64-1, 2^64-1), and zarr-python reads it as the fill value.
 
-The ledger: one record a shard, the commit point; how a shard and its record are put in place.
+The ledger has one record per shard. The record is the commit point: a shard without one does not exist.
 """
 
 import hashlib
@@ -33,21 +33,33 @@ ABSENT_OFFSET = 2**64 - 1
 
 CRC_BYTES = 4
 
+MAX_SHARD_BYTES = 128 * 2**20
+
+MIN_SHARD_CLIPS = 16
+
+MIN_SHARDS = 64  # where the set allows it: so many processes can build at once
+
+PENDING_SUFFIX = ".next"  # suffix of a record whose shard is about to be placed
+
 
 def choose_shard_clips(clips: int, clip_bytes: int) -> int:
-    """A power of two: at most 128 MiB, at least 16 clips, and at least 64 shards where the set allows it."""
-    most = min(128 * 2**20 // clip_bytes, clips // 64)
-    return max(16, 2 ** int(math.log2(max(most, 1))))
+    """Return how many clips a shard holds, a power of two.
+
+    A shard has at most 128 MiB and at least 16 clips, and a store at least 64 shards where the set allows it.
+    """
+    # Large shards are quick to read and few files; small ones spread the work and cost little when they break.
+    most = min(MAX_SHARD_BYTES // clip_bytes, clips // MIN_SHARDS)
+    return max(MIN_SHARD_CLIPS, 2 ** int(math.log2(max(most, 1))))
 
 
 def shard_path(store: Path, shard: int) -> Path:
-    """Where Zarr keeps a shard of `mel`."""
+    """Return where Zarr keeps a shard of `mel`."""
     return store / "mel" / "c" / str(shard) / "0" / "0"
 
 
 def create_mel_array(store: Path, layout: ShardLayout, attributes: dict[str, object]) -> None:
     """Write the group's and the array's `zarr.json` below the folder `store`."""
-    import zarr  # takes a second, and those who only read or write shards need none of it
+    import zarr  # takes a second, and reading or writing shards needs none of it
 
     folder = zarr.storage.LocalStore(store)
     zarr.create_group(folder, attributes=attributes)
@@ -55,16 +67,17 @@ def create_mel_array(store: Path, layout: ShardLayout, attributes: dict[str, obj
 
 
 def zarr_group_json(attributes: dict[str, object]) -> bytes:
-    """What the store's own `zarr.json` holds."""
+    """Return the content of the store's own `zarr.json`."""
     import zarr
 
+    # zarr-python writes it into a dict in memory.
     objects: dict[str, Any] = {}
     zarr.create_group(zarr.storage.MemoryStore(objects), attributes=attributes)
     return objects["zarr.json"].to_bytes()
 
 
 def zarr_array_json(layout: ShardLayout) -> bytes:
-    """What `mel/zarr.json` holds."""
+    """Return the content of `mel/zarr.json`."""
     from zarr.storage import MemoryStore
 
     objects: dict[str, Any] = {}
@@ -73,30 +86,51 @@ def zarr_array_json(layout: ShardLayout) -> bytes:
 
 
 def check_mel_array(store: Path, layout: ShardLayout) -> None:
-    """Raise StoreError where `mel/zarr.json` tells of another array than `create_array` makes: it cannot be read."""
+    """Raise StoreError where `mel/zarr.json` describes another array than the layout's: it could not be read."""
     path = store / "mel" / "zarr.json"
     try:
-        told = json.loads(path.read_text())
-        outer, (sharding,) = told["chunk_grid"]["configuration"]["chunk_shape"], told["codecs"]
-        inner, form = sharding["configuration"], (told["shape"], told["data_type"], sharding["name"])
-        there = (
-            *form,
-            outer,
-            inner["chunk_shape"],
-            _codec_names(inner["codecs"]),
-            inner.get("index_location", "end"),
-        )
+        described = _described_form(json.loads(path.read_text()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "not as written"
-        raise StoreError(f"{path}: {why}; run: ajepa-data verify {store} --repair") from None
-    clip = [layout.frames, layout.bands]
-    form = [layout.clips, *clip], layout.dtype, "sharding_indexed"
-    wanted = (*form, [layout.shard_clips, *clip], [1, *clip], ["bytes", "crc32c"], "end")
-    if there != wanted:
-        raise StoreError(f"{path}: tells of {there}, expected {wanted}; only stores as built can be read")
+        reason = error.strerror if isinstance(error, OSError) else "not as written"
+        raise StoreError(f"{path}: {reason}; run: ajepa-data verify {store} --repair") from None
+    expected = _expected_form(layout)
+    if described != expected:
+        raise StoreError(
+            f"{path}: describes an array {described}, expected {expected}; only stores as built can be read"
+        )
+
+
+def _described_form(array: dict[str, Any]) -> tuple[Any, ...]:
+    """Return everything in the JSON of a Zarr array that decides at which offset a value lies."""
+    (sharding,) = array["codecs"]
+    inner = sharding["configuration"]
+    return (
+        array["shape"],
+        array["data_type"],
+        sharding["name"],
+        array["chunk_grid"]["configuration"]["chunk_shape"],
+        inner["chunk_shape"],
+        _codec_names(inner["codecs"]),
+        inner.get("index_location", "end"),
+    )
+
+
+def _expected_form(layout: ShardLayout) -> tuple[Any, ...]:
+    """Return the same of the array that `create_mel_array` makes."""
+    clip_shape = [layout.frames, layout.bands]
+    return (
+        [layout.clips, *clip_shape],
+        layout.dtype,
+        "sharding_indexed",
+        [layout.shard_clips, *clip_shape],
+        [1, *clip_shape],
+        ["bytes", "crc32c"],
+        "end",
+    )
 
 
 def _codec_names(codecs: list[dict[str, Any]]) -> list[str]:
+    """Return the names of codecs; ValueError where one stores big-endian values."""
     if any(codec.get("configuration", {}).get("endian", "little") != "little" for codec in codecs):
         raise ValueError("big-endian")
     return [codec["name"] for codec in codecs]
@@ -106,16 +140,16 @@ def _create_zarr_array(store: Any, layout: ShardLayout) -> None:
     import zarr
     from zarr.codecs import BytesCodec, Crc32cCodec
 
-    one_clip = (1, layout.frames, layout.bands)
+    clip_shape = (layout.frames, layout.bands)
     zarr.create_array(
         store,
         name="mel",
-        shape=(layout.clips, layout.frames, layout.bands),
-        chunks=one_clip,
-        shards=(layout.shard_clips, *one_clip[1:]),
+        shape=(layout.clips, *clip_shape),
+        chunks=(1, *clip_shape),
+        shards=(layout.shard_clips, *clip_shape),
         dtype=layout.dtype,
         fill_value=layout.fill_value,
-        filters=None,
+        filters=None,  # values as they are: a crop is read by its offset
         serializer=BytesCodec() if layout.dtype == "uint8" else BytesCodec(endian="little"),
         compressors=[Crc32cCodec()],
         dimension_names=("clip", "frame", "band"),
@@ -123,25 +157,26 @@ def _create_zarr_array(store: Any, layout: ShardLayout) -> None:
 
 
 class ShardWriter:
-    """One shard, written clip by clip beside its place: the bytes that zarr-python would write, without a copy of them.
+    """One shard, written clip by clip to a scratch file: the bytes that zarr-python would write.
 
-    A shard of 512 clips is 128 MiB; zarr-python holds it three times to write it once.
+    A shard of 512 clips is 128 MiB; zarr-python holds it three times to write it once, this writer not at all.
     """
 
     def __init__(self, store: Path, layout: ShardLayout, shard: int) -> None:
-        self.path, self._layout, self._shard_number = shard_path(store, shard), layout, shard
+        self.path = shard_path(store, shard)
+        self.size_bytes = 0
+        self._first_row = layout.rows_of_shard(shard).start
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._scratch_path = scratch_path(self.path)
         self._file = self._scratch_path.open("wb", buffering=0)
         self._digest = hashlib.sha256()
         self._index_N2 = np.full((layout.shard_clips, 2), ABSENT_OFFSET, "<u8")
-        self.size_bytes = 0
 
     def append_clip(self, row: int, mel_TF: np.ndarray) -> None:
         """Append a clip of the layout's shape and dtype; rows come in ascending order."""
+        # The index has the place of the chunk in the file and its length, checksum included.
         chunk = mel_TF.tobytes()
-        move_into_place = row - self._layout.rows_of_shard(self._shard_number).start
-        self._index_N2[move_into_place] = self.size_bytes, len(chunk) + CRC_BYTES
+        self._index_N2[row - self._first_row] = self.size_bytes, len(chunk) + CRC_BYTES
         self._append_bytes(chunk)
         self._append_bytes(crc32c_bytes(chunk))
 
@@ -149,11 +184,12 @@ class ShardWriter:
         self._digest.update(content)
         self.size_bytes += len(content)
         rest = memoryview(content)
-        while rest:  # a disk that is almost full takes a part
+        # A disk that is almost full takes a part, and raises at the next attempt.
+        while rest:
             rest = rest[self._file.write(rest) :]
 
     def finish_file(self) -> str:
-        """Write the index and force all to the disk; returns the hex SHA-256 of the whole."""
+        """Write the index and force the file to the disk; returns the hex SHA-256 of the whole file."""
         index = self._index_N2.tobytes()
         self._append_bytes(index)
         self._append_bytes(crc32c_bytes(index))
@@ -163,25 +199,29 @@ class ShardWriter:
 
     def place(self) -> None:
         """Move the finished shard to its place."""
+        # The rename itself reaches the disk only with the folder.
         self._scratch_path.replace(self.path)
         sync_to_disk(self.path.parent)
 
     def close(self) -> None:
-        """Leave nothing of an unfinished shard; does nothing after `place`."""
+        """Remove the scratch file of an unfinished shard; does nothing after `place`."""
         self._file.close()
         self._scratch_path.unlink(missing_ok=True)
 
 
 def crc32c_bytes(content: bytes) -> bytes:
-    """As Zarr's codec of that name writes it."""
+    """Return the crc32c of the content as Zarr's codec of that name writes it."""
     return google_crc32c.value(content).to_bytes(CRC_BYTES, "little")
 
 
 def read_shard_index(descriptor: int, shard_clips: int) -> np.ndarray:
-    """(offset, bytes) of every clip of an open shard as `[shard_clips, 2]` u64; raises ValueError if damaged."""
+    """Return (offset, bytes) of every clip of an open shard, u64 `[shard_clips, 2]`; ValueError if damaged."""
+    # The index is the footer of the file.
     footer_bytes = shard_clips * 16 + CRC_BYTES
     size = os.fstat(descriptor).st_size
     footer = os.pread(descriptor, footer_bytes, max(0, size - footer_bytes))
+
+    # A shard that was cut, or of other clips, has another footer.
     if len(footer) < footer_bytes:
         raise ValueError(f"has {size} bytes, too few for an index of {shard_clips} clips")
     if google_crc32c.value(footer[:-CRC_BYTES]) != int.from_bytes(footer[-CRC_BYTES:], "little"):
@@ -189,29 +229,28 @@ def read_shard_index(descriptor: int, shard_clips: int) -> np.ndarray:
     return np.frombuffer(footer[:-CRC_BYTES], "<u8").reshape(shard_clips, 2)
 
 
-PENDING_SUFFIX = ".next"  # suffix of a record whose shard is about to be placed
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardCommit:
-    """What the ledger says of one shard beside the results of its rows."""
+    """The facts that the ledger records about one shard, beside the results of its rows."""
 
     shard: int
     spec_id: str
     plan_id: str
     size_bytes: int  # 0: no clip of the shard is good, and Zarr keeps no object
     sha256: str
-    policy: dict[str, Any]  # `AudioPolicy` of the clips: the loosest of those with which its rows were built
+    policy: dict[str, Any]  # `AudioPolicy` of the clips: the loosest one with which any row was built
     moments: dict[str, dict[str, Any]]  # per split: frames, sum_F, square_F over valid frames of good clips
 
 
 class SplitMoments:
-    """Per split: how many valid frames, and the sums and sums of squares of their stored log-mel per band."""
+    """Per split: the number of valid frames, and the sums and sums of squares of their stored log-mel per band."""
 
     def __init__(self) -> None:
         self._sums_by_split: dict[str, tuple[int, Any, Any]] = {}
 
     def add_frames(self, split: str, values_TF: Tensor) -> None:
+        """Count the valid frames of one clip of a split."""
+        # float64: the sums of a million clips would lose digits in float32.
         frames, sum_F, square_F = self._sums_by_split.get(split, (0, 0.0, 0.0))
         values_TF = values_TF.double()
         self._sums_by_split[split] = (
@@ -221,6 +260,7 @@ class SplitMoments:
         )
 
     def to_json(self) -> dict[str, dict[str, Any]]:
+        """Return frames, sum_F and square_F by split."""
         return {
             split: {"frames": frames, "sum_F": sum_F.tolist(), "square_F": square_F.tolist()}
             for split, (frames, sum_F, square_F) in self._sums_by_split.items()
@@ -228,23 +268,25 @@ class SplitMoments:
 
 
 def ledger_path(store: Path, shard: int) -> Path:
+    """Return where the ledger keeps the record of a shard."""
     return store / "ledger" / f"{shard:06d}.parquet"
 
 
 def uncommitted_shards(store: Path) -> list[Path]:
-    """Objects below `mel/c` that no record of the ledger tells of."""
+    """Return the objects below `mel/c` of which the ledger has no record, sorted."""
     known = {shard_path(store, int(path.stem)) for path in store.glob("ledger/[0-9]*.parquet")}
     return sorted(set(store.glob("mel/c/*/0/0")) - known)
 
 
 def write_commit(path: Path, commit: ShardCommit, results: pl.DataFrame) -> None:
-    """Write what the ledger says of a shard."""
-    results, values = results.select(*RESULT_SCHEMA), asdict(commit)
+    """Write the record of a shard, with its digest."""
+    results = results.select(*RESULT_SCHEMA)
+    values = asdict(commit)
     write_table(path, results, {"commit": values, "digest": _commit_digest(results, values)})
 
 
 def read_commit(store: Path, shard: int) -> tuple[ShardCommit, pl.DataFrame] | None:
-    """A shard's commit and the results of its rows, or None where it is not committed."""
+    """Return a shard's commit and the results of its rows, or None where it is not committed."""
     path = ledger_path(store, shard)
     if not path.exists():
         return None
@@ -255,7 +297,8 @@ def read_commit(store: Path, shard: int) -> tuple[ShardCommit, pl.DataFrame] | N
 
 
 def read_commit_file(path: Path) -> tuple[ShardCommit, pl.DataFrame]:
-    """The record in one file of the ledger; raises StoreError, also where it does not match its own digest."""
+    """Return the record in one file of the ledger; raises StoreError where it is damaged."""
+    # The digest is over results and commit together, so that no record is half of one and half of another.
     frame, metadata = read_table(path)
     values = metadata.get("commit")
     if (
@@ -273,32 +316,33 @@ def _commit_digest(results: pl.DataFrame, values: dict[str, Any]) -> str:
 
 
 def compute_store_id(header: StoreHeader, commits: Sequence[ShardCommit]) -> str:
-    """12 hex digits of plan, spec, and every shard's digest."""
+    """Return 12 hex digits of the plan, the mel spec and every shard's digest."""
     text = " ".join([header.plan_id, header.spec.spec_id, *(commit.sha256 for commit in commits)])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def commit_shard(store: Path, commit: ShardCommit, results: pl.DataFrame, writer: ShardWriter | None) -> None:
-    """Put a shard and its record in place so that at every instant the old pair or the new one can be had.
+    """Put a shard and its record in place so that at every instant either the old pair or the new pair can be had.
 
-    The new record waits as `.next` while the shard is renamed; `settle` decides by the shard's digest.
+    The new record waits as `.next` while the shard is renamed. After a crash in between, `resolve_pending_record`
+    decides by the shard's digest which record counts.
     """
     record = ledger_path(store, commit.shard)
-    waiting = record.with_name(record.name + PENDING_SUFFIX)
-    write_commit(waiting, commit, results)
+    pending_record = record.with_name(record.name + PENDING_SUFFIX)
+    write_commit(pending_record, commit, results)
     if writer is not None:
         writer.place()
-    promote_record(waiting)
+    promote_record(pending_record)
 
 
 def promote_record(pending_record: Path) -> None:
-    """Let the record count whose shard is in place."""
+    """Make a pending record, whose shard is in place, the one that counts."""
     pending_record.replace(pending_record.with_suffix(""))
     sync_to_disk(pending_record.parent)
 
 
 def resolve_pending_record(store: Path, pending_record: Path) -> None:
-    """Adopt a waiting record if the shard it tells of is in place, else drop it: the old record holds."""
+    """Adopt a pending record if its shard is in place, else remove it, so that the old record holds."""
     if shard_matches_commit(store, read_commit_file(pending_record)[0]):
         promote_record(pending_record)
     else:
@@ -306,13 +350,15 @@ def resolve_pending_record(store: Path, pending_record: Path) -> None:
 
 
 def shard_matches_commit(store: Path, commit: ShardCommit) -> bool:
-    """Whether the shard on disk is the one that was committed, byte for byte."""
+    """Return whether the shard on disk is the committed one, byte for byte; an empty commit wants no file."""
     path = shard_path(store, commit.shard)
-    return file_matches_commit(path, commit) if commit.size_bytes else not path.exists()
+    if not commit.size_bytes:
+        return not path.exists()
+    return file_matches_commit(path, commit)
 
 
 def file_matches_commit(path: Path, commit: ShardCommit) -> bool:
-    """Whether a file is the shard that was committed, byte for byte."""
+    """Return whether a file is the committed shard, byte for byte."""
     if not path.is_file() or path.stat().st_size != commit.size_bytes:
         return False
     with path.open("rb") as file:

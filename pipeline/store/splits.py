@@ -1,4 +1,10 @@
-"""Holdout: what is kept back to measure on: splits by their names, and clips while training by a hash of theirs."""
+"""Splits and their roles: which split trains, which measures and which chooses, by the names of the splits alone.
+
+A split measures, and nobody trains on it, if a word of its name begins with `eval` or `test`. Every other split
+trains; of these, the ones named `val`, `valid`, `validation` or `dev` choose settings where a stage has settings to
+choose. Splits named `fold1`, `fold2` ... take turns at measuring where no split measures by its name. Where a share of
+the clips is to be held out instead of a split, a hash of each clip's id decides.
+"""
 
 import re
 import zlib
@@ -10,84 +16,100 @@ import polars as pl
 from pipeline.errors import RunError
 from pipeline.store.joined_store import AnyStore
 
+# A word that begins with eval or test: `test`, `my-test`, `evaluation`, but not `contest` or `latest`.
 EVALUATION_PATTERN = re.compile(r"(?:^|[^a-z])(?:eval|test)", re.IGNORECASE)
 
-PIECE_ID_PATTERNS = {  # ids of parts of one sound -> what they share
-    r"@\d+$": "",  # `pipeline.datasets.cutting`: the millisecond that a piece starts at
-    r"^([A-Za-z0-9_-]{11})_(?:0|[1-9]\d*000)$": "${1}",  # AudioSet-strong: video and millisecond
-}
+# A whole word: `val`, `a_dev`, but not `valley` or `device`.
+VALIDATION_PATTERN = re.compile(r"(?:^|[^a-z])(?:val|valid|validation|dev)(?:$|[^a-z])", re.IGNORECASE)
+
+# The whole name.
+FOLD_PATTERN = re.compile(r"fold[1-9]\d*")
+
+EVAL_SPLIT = "eval"  # the split that probes are measured on where it exists
 
 
 def evaluation_split_names(splits: Sequence[str]) -> tuple[str, ...]:
-    """The splits that nobody trains on: those with a word in their names that begins with eval or test."""
+    """Return the splits that measure: a word of their names begins with eval or test."""
     return tuple(split for split in splits if EVALUATION_PATTERN.search(split))
 
 
-def held_out_mask_N(clip_ids: pl.Series, share: float, seed: int = 0) -> np.ndarray:
-    """Whether each clip is held out, bool `[N]`: about `share` of the sounds, others for another seed.
-
-    Decided by the id alone: clips that are added or lost move no other, and a greater share holds out the same ones
-    and more. Pieces of one sound go one way, and so do segments of one video of AudioSet.
-    """
-    if not 0 <= share <= 1:
-        raise ValueError(f"share must lie in [0, 1], got {share}")
-    sounds_N = clip_ids.cast(pl.String)
-    for pattern, shared in PIECE_ID_PATTERNS.items():
-        sounds_N = sounds_N.str.replace(pattern, shared)
-    sounds = sounds_N.cast(pl.Binary).to_list()
-    checks_N = np.fromiter(map(zlib.crc32, sounds), np.uint64, len(sounds))
-    hashes_N = mix_bits(checks_N ^ mix_bits(np.array([seed], np.uint64)))
-    return (hashes_N >> np.uint64(11)) * 2.0**-53 < share
-
-
-def mix_bits(words_N: np.ndarray) -> np.ndarray:
-    """Words of which every bit depends on every bit of those given (the finaliser of SplitMix64)."""
-    words_N = words_N + np.uint64(0x9E3779B97F4A7C15)
-    words_N = (words_N ^ (words_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words_N = (words_N ^ (words_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words_N ^ (words_N >> np.uint64(31))
-
-
-EVAL_SPLIT = "eval"  # what probes are measured on
-
-
 def train_splits(store: AnyStore) -> list[str]:
-    """Every split but those that are kept to measure on; RunError where there is no other."""
-    splits = sorted(store.manifest["split"].unique())
-    kept = evaluation_split_names(splits)
-    if len(kept) == len(splits):
-        told = f"{', '.join(kept)} {'is' if len(kept) == 1 else 'are'} kept to measure on, by name"
+    """Return the splits that train, sorted: all that do not measure; RunError where every split measures."""
+    splits = _split_names(store)
+    measuring = evaluation_split_names(splits)
+    if len(measuring) == len(splits):
+        verb = "is" if len(measuring) == 1 else "are"
         raise RunError(
-            f"{store.location}: no split to train on ({told}); leave it out, or build one with another split"
+            f"{store.location}: no split to train on ({', '.join(measuring)} {verb} kept to measure on, by name); "
+            "leave the store out, or build one with another split"
         )
-    return [split for split in splits if split not in kept]
+    return [split for split in splits if split not in measuring]
+
+
+def evaluation_splits(store: AnyStore) -> list[str]:
+    """Return the splits that measure, sorted; there may be none."""
+    return list(evaluation_split_names(_split_names(store)))
 
 
 def probe_eval_splits(store: AnyStore) -> list[str]:
-    """What probes are measured on: `eval` where there is one, else all that are kept for it; RunError: none."""
-    splits = sorted(store.manifest["split"].unique())
+    """Return the splits that probes are measured on; RunError where no split measures.
+
+    They are `eval` alone where a split has that name, else all splits that measure.
+    """
+    splits = _split_names(store)
     if EVAL_SPLIT in splits:
         return [EVAL_SPLIT]
-    if not (kept := evaluation_split_names(splits)):
+    measuring = evaluation_splits(store)
+    if not measuring:
         raise RunError(
             f"{store.location}: no split to measure on, none of {', '.join(splits)} is named eval or test; "
             "build a store with one"
         )
-    return list(kept)
-
-
-def evaluation_splits(store: AnyStore) -> list[str]:
-    """The splits that are kept to measure on; there may be none."""
-    return list(evaluation_split_names(sorted(store.manifest["split"].unique())))
+    return measuring
 
 
 def describe_splits(store: AnyStore) -> str:
-    """Which splits are trained on, and which are kept to measure on: `train, val (not test)`."""
-    trained = train_splits(store)
-    kept = sorted(set(store.manifest["split"].unique()) - set(trained))
-    return ", ".join(trained) + (f" (not {', '.join(kept)})" if kept else "")
+    """Return the splits that train, and in brackets the splits that measure: `train, val (not test)`."""
+    trained = ", ".join(train_splits(store))
+    measuring = evaluation_splits(store)
+    return f"{trained} (not {', '.join(measuring)})" if measuring else trained
 
 
-FOLD_PATTERN = re.compile(r"fold[1-9]\d*")
+def _split_names(store: AnyStore) -> list[str]:
+    return sorted(store.manifest["split"].unique())
 
-VALIDATION_PATTERN = re.compile(r"(?:^|[^a-z])(?:val|valid|validation|dev)(?:$|[^a-z])", re.IGNORECASE)
+
+# Ids of parts of one sound -> the id that the parts share.
+PIECE_ID_PATTERNS = {
+    r"@\d+$": "",  # `pipeline.datasets.corpus` appends the millisecond at which a piece starts
+    r"^([A-Za-z0-9_-]{11})_(?:0|[1-9]\d*000)$": "${1}",  # AudioSet-strong: video and millisecond
+}
+
+
+def held_out_mask_N(clip_ids: pl.Series, share: float, seed: int = 0) -> np.ndarray:
+    """Return which clips are held out, bool `[N]`: about `share` of the sounds, and others for another seed.
+
+    The id alone decides: clips that are added or lost move no other clip, and a greater share holds out the same
+    clips and more. Pieces of one sound share their fate, and so do segments of one video of AudioSet.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must lie in [0, 1], got {share}")
+
+    # Pieces of one sound get one id.
+    sounds_N = clip_ids.cast(pl.String)
+    for pattern, shared_id in PIECE_ID_PATTERNS.items():
+        sounds_N = sounds_N.str.replace(pattern, shared_id)
+
+    # Every id becomes a number that is uniform in [0, 1); 53 bits are the precision of float64.
+    sound_ids = sounds_N.cast(pl.Binary).to_list()
+    checksums_N = np.fromiter(map(zlib.crc32, sound_ids), np.uint64, len(sound_ids))
+    hashes_N = _mix_bits(checksums_N ^ _mix_bits(np.array([seed], np.uint64)))
+    return (hashes_N >> np.uint64(11)) * 2.0**-53 < share
+
+
+def _mix_bits(words_N: np.ndarray) -> np.ndarray:
+    """Return words of which every bit depends on every bit of the given ones (the finaliser of SplitMix64)."""
+    words_N = words_N + np.uint64(0x9E3779B97F4A7C15)
+    words_N = (words_N ^ (words_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words_N = (words_N ^ (words_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words_N ^ (words_N >> np.uint64(31))

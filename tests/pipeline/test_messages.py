@@ -1,4 +1,4 @@
-"""What is told on stderr: readable at a terminal, one line wherever a program reads it."""
+"""Messages on stderr: readable at a terminal, one line wherever a program reads them; suggestions for typing errors."""
 
 import fcntl
 import io
@@ -15,7 +15,13 @@ from tqdm import tqdm
 
 from pipeline.cli.options import run_command_line
 from pipeline.errors import STOP_SIGNALS, InputError
-from pipeline.messages import print_to_stderr, wrap_to_terminal
+from pipeline.messages import (
+    count_phrase,
+    did_you_mean,
+    print_to_stderr,
+    suggest_known,
+    wrap_to_terminal,
+)
 
 LONG = (
     "error: /data/stores/as20k.zarr: holds mel spec panns (64 bands, 0f1e2d3c4b5a), recipe a-jepa needs a-jepa "
@@ -25,7 +31,7 @@ LONG = (
 
 @pytest.fixture
 def terminal():
-    """Both ends of a terminal: what a program writes to, and what the screen is given."""
+    """Both ends of a terminal: the stream that a program writes to, and the descriptor of the screen."""
     screen, inner = pty.openpty()
     with open(inner, "w", buffering=1) as stream:
         yield stream, screen
@@ -34,7 +40,7 @@ def terminal():
 
 @pytest.fixture
 def own_signals():
-    """run_app takes these; pytest wants them back."""
+    """`run_command_line` takes these signals; pytest wants them back."""
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     for number, handler in before.items():
@@ -45,8 +51,8 @@ def resize(screen: int, columns: int) -> None:
     fcntl.ioctl(screen, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
 
 
-def on_the_screen(screen: int, lines: int) -> str:
-    """What was written to the terminal, so many lines of it; less where no more comes within ten seconds."""
+def read_screen(screen: int, lines: int) -> str:
+    """Read so many lines from the screen; fewer if no more come within ten seconds."""
     shown = b""
     while shown.count(b"\n") < lines and select.select([screen], [], [], 10.0)[0]:
         shown += os.read(screen, 4096)
@@ -73,13 +79,13 @@ def test_a_path_longer_than_the_terminal_stays_whole(terminal):
 
 
 def test_a_terminal_that_does_not_know_its_width_has_80_columns(terminal):
-    """As some have in containers: 0 is what they answer."""
+    """In containers some terminals answer 0."""
     stream, screen = terminal
     resize(screen, 0)
     assert 70 < max(map(len, wrap_to_terminal(LONG, stream).splitlines())) <= 80
 
 
-def test_what_fits_stays_as_it_is(terminal):
+def test_text_that_fits_stays_as_it_is(terminal):
     stream, screen = terminal
     resize(screen, 80)
     assert wrap_to_terminal("short:  two  spaces\nand more", stream) == "short:  two  spaces\nand more"
@@ -90,8 +96,8 @@ def test_a_file_or_a_pipe_is_given_one_line():
     assert wrap_to_terminal(LONG, io.StringIO()) == LONG
 
 
-def test_errors_and_told_lines_are_fitted_alike(terminal, monkeypatch, own_signals):
-    """The command line's last word, and what runs and loaders say."""
+def test_errors_and_messages_are_fitted_alike(terminal, monkeypatch, own_signals):
+    """The command line's last word, and the messages of runs and loaders."""
     stream, screen = terminal
     resize(screen, 60)
     monkeypatch.setattr(sys, "stderr", stream)
@@ -102,10 +108,10 @@ def test_errors_and_told_lines_are_fitted_alike(terminal, monkeypatch, own_signa
 
     with pytest.raises(SystemExit):
         run_command_line(failing)  # type: ignore[arg-type]
-    told = 2 * (wrap_to_terminal(LONG, stream) + "\n")
-    shown = on_the_screen(screen, told.count("\n"))
-    assert shown.replace("\x1b[31m", "").replace("\x1b[0m", "").strip() == told.strip()
-    assert told.count("\n") == 6
+    expected = 2 * (wrap_to_terminal(LONG, stream) + "\n")
+    shown = read_screen(screen, expected.count("\n"))
+    assert shown.replace("\x1b[31m", "").replace("\x1b[0m", "").strip() == expected.strip()
+    assert expected.count("\n") == 6
 
 
 def test_a_line_stands_alone_beside_a_progress_bar(capsys):
@@ -113,3 +119,23 @@ def test_a_line_stands_alone_beside_a_progress_bar(capsys):
     with tqdm(total=10, file=sys.stderr):
         print_to_stderr("skipped: row 3")
     assert "skipped: row 3\n" in capsys.readouterr().err.split("\r")
+
+
+def test_a_number_and_its_noun_agree():
+    """Findings and summaries are sentences."""
+    phrases = [count_phrase(count, noun) for count, noun in ((1, "class"), (0, "class"), (2_000, "clip"))]
+    assert phrases == ["1 class", "0 classes", "2,000 clips"]
+
+
+def test_a_misspelt_word_is_answered_with_the_nearest_and_with_all():
+    """Also if nothing resembles it, and if there is nothing to choose from."""
+    assert suggest_known("evals", ["train", "eval"]) == "did you mean 'eval'? There are: train, eval"
+    assert suggest_known("?", ["train"], there_are="It has") == "did you mean 'train'? It has: train"
+    assert suggest_known("evals", []) == "there is none"
+
+
+def test_a_path_that_does_not_exist_is_answered_with_a_similar_neighbour(tmp_path):
+    """And with nothing if no neighbour is similar, or the folder does not exist either."""
+    (tmp_path / "eval.csv").touch()
+    assert did_you_mean(tmp_path / "evil.csv") == f"; did you mean {tmp_path / 'eval.csv'}?"
+    assert did_you_mean(tmp_path / "xyz") == did_you_mean(tmp_path / "no" / "x") == ""

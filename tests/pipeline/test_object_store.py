@@ -1,4 +1,4 @@
-"""Stores and sounds on s3://, against a server of the same protocol on this machine: not a byte may differ."""
+"""Stores and sounds on s3://, against a server of the same protocol on this machine: every byte is as on the disk."""
 
 import itertools
 import shutil
@@ -35,7 +35,7 @@ from pipeline.store.feature_store import FeatureStore
 
 pytestmark = pytest.mark.usefixtures("bucket_server")
 
-LATE = "audio/clip_000003.wav"  # of the first shard
+LATE_CLIP = "audio/clip_000003.wav"  # of the first shard
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +54,17 @@ def whole(small, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def url(tmp_path) -> str:
-    """A place of this test's own."""
+    """A URL of this test's own."""
     return f"s3://{BUCKET}/{tmp_path.name}/x.zarr"
 
 
-def build_there(folder: Path, url: str, staging: Path, *, workers: int = 0, part: BuildPart = BuildPart()):
+def build_remote(folder: Path, url: str, staging: Path, *, workers: int = 0, part: BuildPart = BuildPart()):
     output = StoreOutput(path=staging, spec=preset_mel_spec("a-jepa"), remote=url)
     return build_stores(corpus_in(folder), [output], BuildOptions(workers=workers, part=part))[0]
 
 
-def downloaded(url: str, folder: Path) -> Path:
-    """Every object below a URL as a file."""
+def download_all(url: str, folder: Path) -> Path:
+    """Copy every object below a URL into a folder."""
     client, path = filesystem_and_path(url)
     for entry in client.fs.get_file_info(FileSelector(path, recursive=True)):
         if entry.is_file:
@@ -73,14 +73,14 @@ def downloaded(url: str, folder: Path) -> Path:
 
 
 class Death(BaseException):
-    """As a kill: nothing on the way up handles it."""
+    """Stands for a kill: nothing on the way up handles it."""
 
 
-def dying(monkeypatch, last: int) -> None:
-    """Let every step to the remote, before and after it is taken, count one; die at number `last`."""
+def die_at_step(monkeypatch, last: int) -> None:
+    """Die at step `last`; every upload and removal is two steps, one before it and one after."""
     counter = itertools.count()
 
-    def deadly(step):
+    def may_die(step):
         def counted(*values):
             if next(counter) == last:
                 raise Death
@@ -90,49 +90,51 @@ def dying(monkeypatch, last: int) -> None:
 
         return counted
 
-    monkeypatch.setattr(remote_store, "upload_file", deadly(upload_file))
-    monkeypatch.setattr(remote_store, "remove_object", deadly(remove_object))
+    monkeypatch.setattr(remote_store, "upload_file", may_die(upload_file))
+    monkeypatch.setattr(remote_store, "remove_object", may_die(remove_object))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_store_on_s3_holds_the_bytes_of_one_on_the_disk(small, whole, url, tmp_path, workers):
-    """Where a store lies is no part of what it is; the shards do not stay here."""
-    manifest = build_there(small, url, tmp_path / "staging", workers=workers)
+    """The place of a store is no part of its content; the shards do not stay in the staging folder."""
+    manifest = build_remote(small, url, tmp_path / "staging", workers=workers)
     assert (manifest["status"] == "good").sum() == 30
-    assert_same_bytes(whole, downloaded(url, tmp_path / "there"))
+    assert_same_bytes(whole, download_all(url, tmp_path / "there"))
     assert FeatureStore.open(tmp_path / "there").manifest.equals(manifest)
     assert not list((tmp_path / "staging").glob("mel/c/*/0/0"))
     assert not (tmp_path / "staging" / "kept").exists()
 
 
 @pytest.mark.parametrize("last", [1, 9, 10, 11, 12, 13, 14, 20, 27, 34])
-def test_dead_at_any_step_it_carries_on_to_the_same_bytes(small, whole, url, tmp_path, monkeypatch, last):
+def test_a_build_killed_at_any_step_carries_on_to_the_same_bytes(
+    small, whole, url, tmp_path, monkeypatch, last
+):
     """Tables first, eight steps to each shard, tables again; whether the staging folder is still there or not."""
     staging = tmp_path / "staging"
     with monkeypatch.context() as patch:
-        dying(patch, last)
+        die_at_step(patch, last)
         with pytest.raises(Death):
-            build_there(small, url, staging)
+            build_remote(small, url, staging)
     if last % 4 < 2:
         shutil.rmtree(staging)
-    build_there(small, url, staging)
-    assert_same_bytes(whole, downloaded(url, tmp_path / "there"))
+    build_remote(small, url, staging)
+    assert_same_bytes(whole, download_all(url, tmp_path / "there"))
 
 
 @pytest.fixture(scope="module")
 def shorter(small, tmp_path_factory) -> Path:
     """The corpus without one clip."""
     folder = shutil.copytree(small, tmp_path_factory.mktemp("shorter") / "corpus")
-    (folder / LATE).unlink()
+    (folder / LATE_CLIP).unlink()
     return folder
 
 
 @pytest.fixture(scope="module")
 def late(small, tmp_path_factory) -> Path:
-    """The corpus with that one clip and no other: what is good already needs no sound any more."""
+    """The corpus with that one clip and no other: clips that are good already need no sound any more."""
     folder = tmp_path_factory.mktemp("late")
     (folder / "audio").mkdir()
-    for name in (LATE, "a_train_segments.csv", "eval_segments.csv"):
+    for name in (LATE_CLIP, "a_train_segments.csv", "eval_segments.csv"):
         shutil.copy(small / name, folder / name)
     return folder
 
@@ -154,11 +156,11 @@ def test_a_late_clip_fills_its_row_and_the_others_come_from_the_remote_shard(
         upload_file(path, f"{url}/{path.relative_to(short_store).as_posix()}")
     if last is not None:
         with monkeypatch.context() as patch:
-            dying(patch, last)
+            die_at_step(patch, last)
             with pytest.raises(Death):
-                build_there(late, url, tmp_path / "lost")
-    manifest = build_there(late, url, tmp_path / "staging")
-    there = downloaded(url, tmp_path / "there")
+                build_remote(late, url, tmp_path / "lost")
+    manifest = build_remote(late, url, tmp_path / "staging")
+    there = download_all(url, tmp_path / "there")
     assert (there / "mel/c/0/0/0").read_bytes() == (whole / "mel/c/0/0/0").read_bytes()
     assert object_sizes(f"{url}/ledger").keys() == {"000000.parquet", "000001.parquet"}
     assert FeatureStore.open(there).manifest.equals(manifest)
@@ -168,71 +170,71 @@ def test_a_late_clip_fills_its_row_and_the_others_come_from_the_remote_shard(
 def test_parts_on_two_machines_finish_to_the_same_bytes(small, whole, url, tmp_path):
     """They share nothing but the bucket."""
     for index in (1, 0):
-        manifest = build_there(small, url, tmp_path / f"machine-{index}", part=BuildPart(index, 2))
+        manifest = build_remote(small, url, tmp_path / f"machine-{index}", part=BuildPart(index, 2))
         assert (manifest is None) == (index == 1)
-    assert_same_bytes(whole, downloaded(url, tmp_path / "there"))
+    assert_same_bytes(whole, download_all(url, tmp_path / "there"))
 
 
 def test_labels_propagated_in_the_staging_folder_reach_the_remote_store(small, url, tmp_path):
     """And a fresh staging folder does not undo them."""
-    build_there(small, url, tmp_path / "staging")
+    build_remote(small, url, tmp_path / "staging")
     propagate_store_labels(tmp_path / "staging")
-    build_there(small, url, tmp_path / "staging")
-    build_there(small, url, tmp_path / "other")
-    there = FeatureStore.open(downloaded(url, tmp_path / "there"))
+    build_remote(small, url, tmp_path / "staging")
+    build_remote(small, url, tmp_path / "other")
+    there = FeatureStore.open(download_all(url, tmp_path / "there"))
     assert there.label_sets == ("raw", "unambiguous")
 
 
 def test_exclude_lists_reach_the_remote_store_and_outlive_the_staging_folder(small, url, tmp_path):
-    """What nobody is to draw must not come back with a new machine; what is taken back stays taken back."""
-    build_there(small, url, tmp_path / "staging")
+    """Excluded clips do not come back with a new machine; a list that is taken back stays taken back."""
+    build_remote(small, url, tmp_path / "staging")
     (path := tmp_path / "a.txt").write_text("clip_000002")
     record_exclude_lists(FeatureStore.open(tmp_path / "staging"), [path])
-    build_there(small, url, tmp_path / "staging")
-    build_there(small, url, tmp_path / "other")
+    build_remote(small, url, tmp_path / "staging")
+    build_remote(small, url, tmp_path / "other")
     assert FeatureStore.open(tmp_path / "other").exclusions.frame["clip_id"].to_list() == ["clip_000002"]
     record_exclude_lists(FeatureStore.open(tmp_path / "other"), [])
-    build_there(small, url, tmp_path / "other")
-    assert FeatureStore.open(downloaded(url, tmp_path / "there")).exclusions.digest is None
+    build_remote(small, url, tmp_path / "other")
+    assert FeatureStore.open(download_all(url, tmp_path / "there")).exclusions.digest is None
 
 
-def test_a_remote_store_of_another_spec_is_refused_with_nothing_made(small, url, tmp_path):
+def test_a_remote_store_of_another_spec_is_refused_and_no_folder_is_made(small, url, tmp_path):
     """As on the disk."""
-    build_there(small, url, tmp_path / "staging")
+    build_remote(small, url, tmp_path / "staging")
     output = StoreOutput(path=tmp_path / "new", spec=preset_mel_spec("audio-jepa"), remote=url)
     with pytest.raises(StoreError, match=f"{url} holds mel spec a-jepa, not audio-jepa"):
         build_store(corpus_in(small), output, BuildOptions(workers=0))
     assert not (tmp_path / "new").exists()
 
 
-def test_a_damaged_remote_shard_is_not_kept_from(small, shorter, url, tmp_path):
+def test_rows_of_a_damaged_remote_shard_are_not_reused(small, shorter, url, tmp_path):
     """Its rows would get fresh checksums; the message says how to go on, and that works."""
-    build_there(shorter, url, tmp_path / "staging")
+    build_remote(shorter, url, tmp_path / "staging")
     (tmp_path / "junk").write_bytes(b"junk")
     upload_file(tmp_path / "junk", f"{url}/mel/c/0/0/0")
     with pytest.raises(StoreError, match=f"shard 0 is damaged; delete {url}/ledger/000000.parquet and build"):
-        build_there(small, url, tmp_path / "staging")
+        build_remote(small, url, tmp_path / "staging")
     remove_object(f"{url}/ledger/000000.parquet")
-    assert (build_there(small, url, tmp_path / "staging")["status"] == "good").sum() == 30
+    assert (build_remote(small, url, tmp_path / "staging")["status"] == "good").sum() == 30
 
 
-def test_what_does_not_answer_is_one_line_within_seconds(small, tmp_path, monkeypatch):
+def test_a_server_that_does_not_answer_is_one_line_within_seconds(small, tmp_path, monkeypatch):
     """A typing error must not cost the minutes that AWS's own retries take."""
     began = time.monotonic()
     with pytest.raises(InputError, match="no such object or bucket") as absent:
-        build_there(small, "s3://no-such-bucket/x.zarr", tmp_path / "staging")
+        build_remote(small, "s3://no-such-bucket/x.zarr", tmp_path / "staging")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(InputError, match="AWS_ENDPOINT_URL") as silent:
-        build_there(small, f"s3://{BUCKET}/x.zarr", tmp_path / "staging")
+        build_remote(small, f"s3://{BUCKET}/x.zarr", tmp_path / "staging")
     with pytest.raises(InputError, match="Protocol not known: nonsense"):
-        build_there(small, "nonsense://x/x.zarr", tmp_path / "staging")
+        build_remote(small, "nonsense://x/x.zarr", tmp_path / "staging")
     assert "\n" not in str(absent.value) + str(silent.value)
     assert time.monotonic() - began < 20
     assert not (tmp_path / "staging").exists()
 
 
 def test_the_command_takes_a_url(small, whole, url, tmp_path, monkeypatch, capsys):
-    """And says where the rest lies meanwhile."""
+    """And it says where tables and pending shards lie meanwhile."""
     lists = [f"--segments={small / name}" for name in ("a_train_segments.csv", "eval_segments.csv")]
     arguments = ["build-audioset", f"--audio={small / 'audio'}", *lists, f"--out={url}/"]
     monkeypatch.setattr(
@@ -240,11 +242,11 @@ def test_the_command_takes_a_url(small, whole, url, tmp_path, monkeypatch, capsy
     )
     with pytest.raises(SystemExit) as stop:
         app.main()
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     assert not stop.value.code
-    assert f"in {tmp_path / 'here' / 'x.zarr.staging'}" in said.err
-    assert f"{url}: done" in said.out
-    assert_same_bytes(whole, downloaded(url, tmp_path / "there"))
+    assert f"in {tmp_path / 'here' / 'x.zarr.staging'}" in printed.err
+    assert f"{url}: done" in printed.out
+    assert_same_bytes(whole, download_all(url, tmp_path / "there"))
 
 
 def test_every_part_has_its_own_staging_folder():
@@ -257,7 +259,7 @@ def test_every_part_has_its_own_staging_folder():
 
 
 def test_other_schemes_are_left_to_fsspec(whole, tmp_path):
-    """One driver for S3, the rest as fsspec has it."""
+    """S3 has a client of its own, all other schemes have fsspec's drivers."""
     url = "memory://bucket/x.zarr"
     assert RemoteStore(url=url, staging=tmp_path).read_header() is None
     upload_file(whole / "zarr.json", f"{url}/zarr.json")
@@ -270,7 +272,7 @@ def test_other_schemes_are_left_to_fsspec(whole, tmp_path):
 
 @pytest.fixture(scope="module")
 def audio_url(small, tmp_path_factory) -> str:
-    """The clips' sounds in a bucket: every other one in a tar, one of them in both, and a file of no use."""
+    """The clips' sounds in a bucket, every other one in a tar; and two files that are no sounds."""
     url, archive = f"s3://{BUCKET}/audio", tmp_path_factory.mktemp("tar") / "some-0001.tar"
     with tarfile.open(archive, "w") as tar:
         for number, path in enumerate(sorted((small / "audio").iterdir())):
@@ -312,7 +314,7 @@ def test_one_tar_in_a_bucket_can_be_given_by_itself(small, audio_url):
 def test_an_object_that_is_gone_costs_its_clip_and_a_server_that_is_gone_none(
     small, url, tmp_path, monkeypatch
 ):
-    """A network that fails for an hour must not leave a hundred thousand clips for unreadable."""
+    """A network that fails for an hour must not make a hundred thousand clips unreadable."""
     for path in (small / "audio").iterdir():
         upload_file(path, f"{url}/{path.name}")
     corpus = corpus_at(url, small)

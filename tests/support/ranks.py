@@ -28,50 +28,60 @@ from pipeline.loading.loader import Batch
 from pipeline.store.feature_store import FeatureStore
 
 
-def happening(trainer: type, run: Path, what: str, drawn: Callable[[Any, int], Any]) -> Callable[..., Json]:
-    """The trainer's step, in which `what` happens; what it saw is written beside the run."""
-    world, taken = world_from_environment(), trainer.step
+def with_event(
+    train_step: Callable[..., Json], run: Path, event: str, describe_draws: Callable[[Any, int], Any]
+) -> Callable[..., Json]:
+    """A trainer's step in which `event` happens to the last rank; rows and draws are written beside the run."""
+    world = world_from_environment()
 
-    def step(trainer: Any, at: int, batch: Batch) -> Json:
-        if (at, world.rank) == (5, world.size - 1):
-            if what in ("stop", "die"):
-                os.kill(os.getpid(), signal.SIGTERM if what == "stop" else signal.SIGKILL)
-            if what == "nan":
+    def step_with_event(trainer: Any, step: int, batch: Batch) -> Json:
+        if (step, world.rank) == (5, world.size - 1):
+            if event in ("stop", "die"):
+                os.kill(os.getpid(), signal.SIGTERM if event == "stop" else signal.SIGKILL)
+            if event == "nan":
                 batch.mel_BTF[2, 3, 4] = float("nan")
-            if what == "broken":
+            if event == "broken":
                 raise BrokenClipError(7, "row 7 cannot be read")
-        with (run / f"seen-{world.rank}.jsonl").open("a") as handle:
-            handle.write(f"{[at, batch.rows_B.tolist(), drawn(trainer, at)]}\n")
-        return taken(trainer, at, batch)
+        with (run / f"steps-{world.rank}.jsonl").open("a") as handle:
+            handle.write(f"{[step, batch.rows_B.tolist(), describe_draws(trainer, step)]}\n")
+        return train_step(trainer, step, batch)
 
-    return step
+    return step_with_event
 
 
-def train(store: Path | str, run: Path, what: str = "train") -> Run:
-    """`what` happens: train (nothing), micro (passes of three clips), stop, die, nan or broken."""
+def train(store: Path | str, run: Path, event: str = "train") -> Run:
+    """Pre-train; `event` is train (nothing happens), micro (passes of three clips), stop, die, nan or broken."""
     recipe = replace(tiny().with_counts(steps=8), mask_sets=2, checkpoint_every=4)
-    micro = 3 if what == "micro" else None
-    step = happening(PretrainTrainer, run, what, lambda trainer, at: trainer.draw(at).targets_NGQ.tolist())
+    micro_batch = 3 if event == "micro" else None
+
+    def targets(trainer: PretrainTrainer, step: int) -> list:
+        return trainer.draw_for_rank(step).targets_NGQ.tolist()
+
+    train_step = with_event(PretrainTrainer.train_step, run, event, targets)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PretrainTrainer, "train_step", step)
-        return pretrain(store, recipe, run, device="cpu", precision="fp32", micro_batch=micro)
+        patch.setattr(PretrainTrainer, "train_step", train_step)
+        return pretrain(store, recipe, run, device="cpu", precision="fp32", micro_batch=micro_batch)
 
 
-def train_classifier(store: Path | str, run: Path, what: str = "train", start: str = "") -> Run:
-    """The same of fine-tuning, with all that is random, from a probed head if there is a start."""
+def train_classifier(store: Path | str, run: Path, event: str = "train", start: str = "") -> Run:
+    """Fine-tune with all random augmentation, from a probed head if there is a start; the same events as in `train`."""
     recipe = tiny_finetune(steps=8, checkpoint_every=4, head="probe" if start else "random")
-    micro = 3 if what == "micro" else None
-    step = happening(FinetuneTrainer, run, what, lambda trainer, at: trainer.first)
     started = TrainedRun.open(Path(start)) if start else None
-    recipe = started.adapt_recipe(recipe) if started else recipe
-    how: dict[str, Any] = {"start": started, "precision": "fp32", "micro_batch": micro}
+    if started:
+        recipe = started.adapt_recipe(recipe)
+    options: dict[str, Any] = {
+        "start": started,
+        "precision": "fp32",
+        "micro_batch": 3 if event == "micro" else None,
+    }
+    train_step = with_event(FinetuneTrainer.train_step, run, event, lambda trainer, step: trainer.first_clip)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FinetuneTrainer, "train_step", step)
-        return finetune(store, TASKS["own"], recipe, run, device="cpu", **how)
+        patch.setattr(FinetuneTrainer, "train_step", train_step)
+        return finetune(store, TASKS["own"], recipe, run, device="cpu", **options)
 
 
 def train_folds(store: Path | str, run: Path) -> None:
-    """Every fold of a store, four steps each; the main rank says what came of it."""
+    """Cross-validate with four steps a fold; the main rank prints the scores."""
     recipe = tiny_finetune(1024, steps=4, clips_per_step=8)
     folds = cross_validate(
         FeatureStore.open(store), TASKS["own"], recipe, run, device="cpu", precision="fp32"
@@ -88,14 +98,14 @@ STAGES: dict[str, Callable[..., Any]] = {
 
 
 def torchrun(
-    store: Path | str, run: Path, what: str = "train", *more: str, stage: str = "pretrain", ranks: int = 2
+    store: Path | str, run: Path, event: str = "train", *more: str, stage: str = "pretrain", ranks: int = 2
 ) -> tuple[int, list[str]]:
-    """This file on so many ranks; its status, and what all of them said."""
+    """Run this file on several ranks; the exit status, and the lines that all of them printed."""
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
-    asked = [stage, str(store), str(run), *([] if stage == "folds" else [what, *more])]
-    done = subprocess.run(
-        [*program, __file__, *asked],
+    arguments = [stage, str(store), str(run), *([] if stage == "folds" else [event, *more])]
+    process = subprocess.run(
+        [*program, __file__, *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -103,14 +113,14 @@ def torchrun(
         check=False,
         timeout=240,
     )
-    return done.returncode, done.stdout.splitlines()
+    return process.returncode, process.stdout.splitlines()
+
+
+def steps_of_rank(run_path: Path, rank: int) -> list:
+    """Step, rows and draws of each step that a rank took."""
+    return [json.loads(line) for line in (run_path / f"steps-{rank}.jsonl").read_text().splitlines()]
 
 
 if __name__ == "__main__":
     stage, store, run, *more = sys.argv[1:]
     run_command_line(lambda: STAGES[stage](store, Path(run), *more))
-
-
-def seen(run_path: Path, rank: int) -> list:
-    """Step, rows and targets of each step of a rank."""
-    return [json.loads(line) for line in (run_path / f"seen-{rank}.jsonl").read_text().splitlines()]

@@ -21,7 +21,7 @@ def tiny(**changes: Any) -> Pretrain:
         encoder=EncoderSpec(grid=grid, width=32, depth=1, heads=2),
         predictor=PredictorSpec(width=16, depth=1, heads=2),
     )
-    made = Pretrain(
+    recipe = Pretrain(
         name="tiny",
         mel="a-jepa",
         model=model,
@@ -32,13 +32,13 @@ def tiny(**changes: Any) -> Pretrain:
         log_every=1,
         checkpoint_every=5,
     )
-    return replace(made, **changes)
+    return replace(recipe, **changes)
 
 
 def tiny_finetune(frames: int = 64, **changes: Any) -> Finetune:
-    """`tiny`'s encoder in a classifier, with everything on that is random; 20 steps, a checkpoint every fifth."""
+    """`tiny`'s encoder in a classifier, with augmentation and masking; 20 steps, a checkpoint every fifth."""
     encoder = replace(tiny().model.encoder, grid=PatchGrid.from_size(frames, 128), drop_path=0.1, depth=2)
-    made = Finetune(
+    recipe = Finetune(
         name="tiny",
         mel="a-jepa",
         model=VitSpec(encoder=encoder, masking=RegularisedMasking(share=0.2)),
@@ -53,4 +53,4 @@ def tiny_finetune(frames: int = 64, **changes: Any) -> Finetune:
         log_every=1,
         checkpoint_every=5,
     )
-    return replace(made, **changes)
+    return replace(recipe, **changes)

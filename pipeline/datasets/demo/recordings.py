@@ -1,6 +1,6 @@
-"""Which recordings of three Debian packages are of which AudioSet class: a table of facts, read from their names.
+"""The real recordings of the demo corpus: three Debian packages, fetched, dealt to the splits, made into sounds.
 
-The demo corpus's real recordings: fetched from the Debian archive, dealt to the splits, made into sounds.
+`RECORDING_TABLE` says which recording is of which AudioSet class; it was read from the names of the files.
 """
 
 import re
@@ -19,17 +19,15 @@ from pipeline.datasets.demo.audio_files import read_recording
 from pipeline.datasets.demo.synthesis import SYNTHESIS_RATE_HZ, DemoSound, add_event
 from pipeline.errors import InputError
 
+DEMO_SPLITS = ("balanced_train", "eval")
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PackageRecording:
-    """One file of a package and the names of its classes, the first the one that it is dealt for."""
+DEMO_EVAL_SHARE = 0.25
 
-    package: str
-    path: str  # as the package unpacks it
-    classes: tuple[str, ...]
+PACKAGE_COMMANDS = ("apt-get", "dpkg-deb")
 
+PAUSE_SECONDS = (0.1, 1.5)  # between the repetitions of a short recording
 
-# package: where its recordings lie and whose they are
+# Whose recordings a package holds, and on which terms.
 PACKAGE_LICENCES = {
     "scratch": "CC BY-SA 3.0, (c) 2011 Massachusetts Institute of Technology (Scratch 1.4)",
     "sonic-pi-samples": "CC0 1.0, recordings of freesound.org users collected by Sonic Pi",
@@ -121,7 +119,7 @@ MID_OF_CLASS_NAME = {
     "Wood": "/m/083vt",
 }
 
-# Class | another class : recordings. {a,b} is either; the rest of a path is in `RECORDING_PATHS`.
+# Class | another class : recordings. {a,b} stands for both; `RECORDING_PATHS` has the rest of each path.
 RECORDING_TABLE = """
 Baby cry, infant cry: scratch/Human/BabyCry.mp3
 Bark | Dog: scratch/Animal/Dog{1,2}.wav
@@ -206,64 +204,76 @@ RECORDING_PATHS = {
 }
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackageRecording:
+    """One file of a package and its classes."""
+
+    package: str
+    path: str  # as the package unpacks it
+    classes: tuple[str, ...]  # names; the first is the class that the recording is dealt for
+
+
 def list_recordings() -> Iterator[PackageRecording]:
-    """Every recording of the table."""
-    for line in RECORDING_TABLE.replace("\n   ", "").strip().splitlines():
+    """Yield every recording of the table."""
+    # A line that is indented continues the one above.
+    lines = RECORDING_TABLE.replace("\n   ", "").strip().splitlines()
+    for line in lines:
         classes, short_paths = line.split(": ")
         for short_path in short_paths.split():
-            for start, *folder, name in (each.split("/") for each in expand_braces(short_path)):
-                package, path = RECORDING_PATHS[start]
-                path = path.format(folder=" ".join(folder).replace("Music_Loops", "Music Loops"), name=name)
+            for full_path in expand_braces(short_path):
+                start, *folders, name = full_path.split("/")
+                package, template = RECORDING_PATHS[start]
+
+                # The table has no spaces in paths, one folder has.
+                folder = " ".join(folders).replace("Music_Loops", "Music Loops")
+                path = template.format(folder=folder, name=name)
                 yield PackageRecording(package=package, path=path, classes=tuple(classes.split(" | ")))
 
 
 def expand_braces(text: str) -> list[str]:
-    """Every way to take one of each `{a,b}`."""
-    found = re.search(r"\{([^{}]*)\}", text)
-    if not found:
+    """The texts that take one alternative of each `{a,b}`, in every combination."""
+    match = re.search(r"\{([^{}]*)\}", text)
+    if not match:
         return [text]
-    before, after = text[: found.start()], text[found.end() :]
-    return [each for choice in found[1].split(",") for each in expand_braces(before + choice + after)]
-
-
-DEMO_SPLITS = ("balanced_train", "eval")
-
-DEMO_EVAL_SHARE = 0.25
+    before = text[: match.start()]
+    after = text[match.end() :]
+    return [expanded for choice in match[1].split(",") for expanded in expand_braces(before + choice + after)]
 
 
 def fetch_packages(folder: Path, *, quiet: bool | None) -> None:
     """Download the packages (49 MB) with apt and unpack each into `folder`/its name, without installing it."""
-    for command in ("apt-get", "dpkg-deb"):
+    # Commands that are missing are found out before anything is downloaded.
+    for command in PACKAGE_COMMANDS:
         if not shutil.which(command):
             raise InputError(
                 f"{command}: not on this machine; --source debian needs Debian or Ubuntu, "
                 "--source formula downloads nothing"
             )
+
     folder.mkdir(parents=True)
     for package in tqdm(PACKAGE_LICENCES, desc="fetch packages", unit="package", disable=quiet):
         run_package_command(["apt-get", "download", "--quiet", package], folder)
-        (file,) = folder.glob(f"{package}_*.deb")
-        run_package_command(["dpkg-deb", "--extract", str(file), package], folder)
-        file.unlink()
+        (archive,) = folder.glob(f"{package}_*.deb")
+        run_package_command(["dpkg-deb", "--extract", str(archive), package], folder)
+        archive.unlink()
 
 
 def run_package_command(command: list[str], folder: Path) -> None:
-    """Run a command in a folder; where it fails its last line of complaint becomes the error."""
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    if done.returncode:
-        complaint = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+    """Run a command in a folder; InputError with the last line of its complaint where it fails."""
+    completed = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if completed.returncode:
+        complaint = (completed.stderr.strip() or f"exit status {completed.returncode}").splitlines()[-1]
         raise InputError(
             f"{' '.join(command)}: {complaint} (try apt-get update, or --source formula, which downloads nothing)"
         )
 
 
 def copy_licences(packages: Path, folder: Path) -> None:
-    """Copy each package's own statement of who made what."""
+    """Copy each package's own statement of who made which recording."""
     folder.mkdir()
     for package in PACKAGE_LICENCES:
-        shutil.copyfile(
-            packages / package / "usr/share/doc" / package / "copyright", folder / f"{package}.txt"
-        )
+        statement = packages / package / "usr/share/doc" / package / "copyright"
+        shutil.copyfile(statement, folder / f"{package}.txt")
 
 
 def split_recordings(
@@ -274,37 +284,48 @@ def split_recordings(
     A recording that is the only one of all its classes serves in both splits, so that no class is missing from
     one; every other recording is in one split only.
     """
-    carriers = Counter(name for recording in recordings for name in recording.classes)
-    by_class: defaultdict[str, list[PackageRecording]] = defaultdict(list)
+    # The recordings that are dealt for each class, and of all classes how many recordings have them.
+    recordings_per_class = Counter(name for recording in recordings for name in recording.classes)
+    recordings_by_class: defaultdict[str, list[PackageRecording]] = defaultdict(list)
     for recording in recordings:
-        by_class[recording.classes[0]].append(recording)
-    split: dict[str, list[PackageRecording]] = {name: [] for name in DEMO_SPLITS}
-    for group in by_class.values():
-        shuffled = [group[at] for at in rng.permutation(len(group))]
-        evals = max(1, round(DEMO_EVAL_SHARE * len(group))) if len(group) > 1 else 0
-        alone = all(carriers[name] == 1 for name in group[0].classes)
-        split["eval"] += group if alone else shuffled[:evals]
-        split["balanced_train"] += group if alone else shuffled[evals:]
-    return {name: tuple(chosen) for name, chosen in split.items()}
+        recordings_by_class[recording.classes[0]].append(recording)
+
+    train: list[PackageRecording] = []
+    evaluation: list[PackageRecording] = []
+    for group in recordings_by_class.values():
+        shuffled = [group[index] for index in rng.permutation(len(group))]
+
+        # The only recording of all its classes.
+        if all(recordings_per_class[name] == 1 for name in group[0].classes):
+            evaluation += group
+            train += group
+            continue
+
+        eval_count = 0
+        if len(group) > 1:
+            eval_count = max(1, round(DEMO_EVAL_SHARE * len(group)))
+        evaluation += shuffled[:eval_count]
+        train += shuffled[eval_count:]
+    return dict(zip(DEMO_SPLITS, (tuple(train), tuple(evaluation)), strict=True))
 
 
 def load_recorded_sound(recording: PackageRecording, folder: Path) -> DemoSound:
-    """The recording, read from its unpacked package, as something that can be heard in a clip."""
+    """Read the recording from its unpacked package, as a sound of its classes."""
     path = folder / recording.package / recording.path
     if not path.exists():
         raise InputError(
             f"{path}: not in this release of {recording.package}, which Debian 12 has; use --source formula"
         )
     mids = tuple(MID_OF_CLASS_NAME[name] for name in recording.classes)
-    make = partial(repeat_with_gaps, read_recording(path))
-    return DemoSound(name=f"{recording.package}/{recording.path}", mids=mids, make_wave=make)
+    make_wave = partial(repeat_with_gaps, read_recording(path))
+    return DemoSound(name=f"{recording.package}/{recording.path}", mids=mids, make_wave=make_wave)
 
 
 def repeat_with_gaps(wave_S: np.ndarray, rng: np.random.Generator, samples: int) -> np.ndarray:
-    """As many samples of a recording: a short one again and again with pauses, of a long one the beginning."""
+    """So many samples of a recording: the beginning of a long one; a short one again and again, with pauses."""
     repeated_S = np.zeros(samples, dtype=np.float32)
-    at = 0
-    while at < samples:
-        add_event(repeated_S, wave_S, at)
-        at += len(wave_S) + int(SYNTHESIS_RATE_HZ * rng.uniform(0.1, 1.5))
+    start = 0
+    while start < samples:
+        add_event(repeated_S, wave_S, start)
+        start += len(wave_S) + int(SYNTHESIS_RATE_HZ * rng.uniform(*PAUSE_SECONDS))
     return repeated_S

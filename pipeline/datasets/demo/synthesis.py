@@ -1,7 +1,7 @@
-"""Sounds whose AudioSet class is a formula: one function per class, all at 48 kHz.
+"""Sounds whose AudioSet class is a formula: one function per class, each gives `wave_S` at 48 kHz.
 
-Pitch is drawn from one range for every class that leaves it open, so that pitch alone tells nothing; it stays
-under 3.4 kHz, where an 8 kHz file still has it. Levels are set by whoever mixes: a formula's own is free.
+Every class that leaves the pitch open draws it from one range, so that pitch alone tells nothing; the range ends
+at 3.4 kHz, which an 8 kHz file still holds. Whoever mixes the sounds sets their levels: a formula may have any.
 """
 
 from collections.abc import Callable
@@ -15,9 +15,10 @@ PITCH_RANGE_HZ = (120.0, 3_400.0)
 
 GATE_RAMP_SECONDS = 0.003  # edge of a switched tone: short enough to be abrupt, long enough not to click
 
-# ITU-T E.180 and its list of national tones: frequencies, seconds on, seconds off.
-DIAL_TONES_HZ = ((350.0, 440.0), (350.0, 450.0))  # North America; United Kingdom
+# North America; United Kingdom (ITU-T E.180, list of national tones).
+DIAL_TONES_HZ = ((350.0, 440.0), (350.0, 450.0))
 
+# Frequencies in Hz, seconds on, seconds off, from the same list.
 BUSY_TONES = (
     ((480.0, 620.0), 0.5, 0.5),  # North America, subscriber busy
     ((480.0, 620.0), 0.25, 0.25),  # North America, all circuits busy
@@ -25,24 +26,21 @@ BUSY_TONES = (
     ((400.0,), 0.375, 0.375),  # United Kingdom
 )
 
-DTMF_ROWS_HZ = np.array([697.0, 770.0, 852.0, 941.0])  # ITU-T Q.23
+# The keypad of ITU-T Q.23, without its fourth column.
+DTMF_ROWS_HZ = np.array([697.0, 770.0, 852.0, 941.0])
 
 DTMF_COLUMNS_HZ = np.array([1_209.0, 1_336.0, 1_477.0])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoSound:
-    """Something that can be heard in a clip, and the classes it stands for.
-
-    `make(rng, samples)` gives `wave_S` at RATE_HZ; `level_dbfs` is the range of its loudest tenth of a
-    second in a clip; `alone` sounds share their clip with nothing, not even a noise bed.
-    """
+    """Something that can be heard in a clip, and the classes it stands for."""
 
     name: str
-    mids: tuple[str, ...]
-    make_wave: Callable[[np.random.Generator, int], np.ndarray]
-    level_dbfs: tuple[float, float] = (-36.0, -15.0)
-    is_alone: bool = False
+    mids: tuple[str, ...]  # the first is the class that the sound is dealt for
+    make_wave: Callable[[np.random.Generator, int], np.ndarray]  # so many samples, at SYNTHESIS_RATE_HZ
+    level_dbfs: tuple[float, float] = (-36.0, -15.0)  # range of the loudest tenth of a second in a clip
+    is_alone: bool = False  # shares its clip with nothing, not even a noise bed
 
 
 def sine_wave(rng: np.random.Generator, samples: int) -> np.ndarray:
@@ -52,6 +50,7 @@ def sine_wave(rng: np.random.Generator, samples: int) -> np.ndarray:
 
 def harmonic_tone(rng: np.random.Generator, samples: int) -> np.ndarray:
     """Sine tones at several integer multiples of one fundamental, which itself may be absent."""
+    # The second and third partial are always there, the others by chance.
     weights_N = rng.uniform(0.2, 1.0, 10) * (rng.random(10) < 0.6)
     weights_N[[1, 2]] = rng.uniform(0.5, 1.0, 2)
     return sum_partials(running_phase_S(draw_pitch_hz(rng, high_hz=700.0), samples), weights_N)
@@ -59,13 +58,18 @@ def harmonic_tone(rng: np.random.Generator, samples: int) -> np.ndarray:
 
 def chirp_tone(rng: np.random.Generator, samples: int) -> np.ndarray:
     """A tone that sweeps up or down by an octave at least, once or again and again."""
+    # The range and the length of a sweep.
     low_hz = draw_pitch_hz(rng, high_hz=PITCH_RANGE_HZ[1] / 2.5)
     high_hz = draw_pitch_hz(rng, low_hz=2 * low_hz)
     sweep_seconds = rng.choice([samples / SYNTHESIS_RATE_HZ, rng.uniform(0.3, 3.0)])
+
+    # Up or down, in equal steps of hertz or of octaves.
     rise_S = fractional_part(sample_times_S(samples) / sweep_seconds)
-    rise_S = rise_S if rng.random() < 0.5 else 1.0 - rise_S
-    linear = rng.random() < 0.5
-    hz_S = low_hz + (high_hz - low_hz) * rise_S if linear else low_hz * (high_hz / low_hz) ** rise_S
+    if rng.random() >= 0.5:
+        rise_S = 1.0 - rise_S
+    hz_S = low_hz + (high_hz - low_hz) * rise_S
+    if rng.random() >= 0.5:
+        hz_S = low_hz * (high_hz / low_hz) ** rise_S
     return np.sin(running_phase_S(hz_S, samples))
 
 
@@ -99,34 +103,49 @@ def busy_signal(rng: np.random.Generator, samples: int) -> np.ndarray:
 
 def dtmf_dialing(rng: np.random.Generator, samples: int) -> np.ndarray:
     """Random digits, each one tone of the keypad's row and one of its column."""
-    on_seconds, off_seconds = rng.uniform(0.06, 0.18), rng.uniform(0.05, 0.2)
+    on_seconds = rng.uniform(0.06, 0.18)
+    off_seconds = rng.uniform(0.05, 0.2)
+
+    # The place of each digit on the keypad, and of each sample the digit that it belongs to.
     digit_S = (sample_times_S(samples) / (on_seconds + off_seconds)).astype(int)
-    row_N, column_N = rng.integers(4, size=digit_S[-1] + 1), rng.integers(3, size=digit_S[-1] + 1)
-    row_S, column_S = DTMF_ROWS_HZ[row_N][digit_S], DTMF_COLUMNS_HZ[column_N][digit_S]
-    wave_S = np.sin(running_phase_S(row_S, samples)) + np.sin(running_phase_S(column_S, samples))
+    digits = digit_S[-1] + 1
+    row_N = rng.integers(len(DTMF_ROWS_HZ), size=digits)
+    column_N = rng.integers(len(DTMF_COLUMNS_HZ), size=digits)
+
+    row_hz_S = DTMF_ROWS_HZ[row_N][digit_S]
+    column_hz_S = DTMF_COLUMNS_HZ[column_N][digit_S]
+    wave_S = np.sin(running_phase_S(row_hz_S, samples)) + np.sin(running_phase_S(column_hz_S, samples))
     return wave_S * on_off_gate(sample_times_S(samples), on_seconds, off_seconds)
 
 
 def repeated_beeps(rng: np.random.Generator, samples: int) -> np.ndarray:
     """Short tones of one pitch, some with the third harmonic of a cheap buzzer, up to six a second."""
-    wave_S = sum_partials(
-        running_phase_S(draw_pitch_hz(rng), samples), np.array([1.0, 0.0, rng.choice([0.0, 0.3])])
-    )
+    phase_S = running_phase_S(draw_pitch_hz(rng), samples)
+    third_harmonic = rng.choice([0.0, 0.3])
+    wave_S = sum_partials(phase_S, np.array([1.0, 0.0, third_harmonic]))
     return wave_S * random_phase_gate(rng, samples, rng.uniform(0.05, 0.3), rng.uniform(0.1, 0.9))
 
 
 def siren_tone(rng: np.random.Generator, samples: int) -> np.ndarray:
     """A rich tone that wails (3-6 s), yelps (a third of a second) or alternates a fourth apart."""
+    # All three periods are drawn, whatever the kind: the order of the draws decides the bytes of every corpus.
     kind = rng.choice(["wail", "yelp", "two-tone"])
-    period_seconds = {
+    period_seconds_of_kind = {
         "wail": rng.uniform(3, 6),
         "yelp": rng.uniform(0.25, 0.4),
         "two-tone": rng.uniform(1, 2),
-    }[kind]
+    }
+    period_seconds = period_seconds_of_kind[kind]
+
+    # The pitch between 0 (low) and 1 (high): a triangle, or a step up and down.
     turn_S = fractional_part(sample_times_S(samples) / period_seconds + rng.random())
-    triangle_S = 1.0 - np.abs(2.0 * turn_S - 1.0)
-    rise_S = (turn_S < 0.5).astype(float) if kind == "two-tone" else triangle_S
-    low_hz, ratio = rng.uniform(400, 700), np.float32(4 / 3 if kind == "two-tone" else rng.uniform(2.0, 2.6))
+    low_hz = rng.uniform(400, 700)
+    if kind == "two-tone":
+        rise_S = (turn_S < 0.5).astype(float)
+        ratio = np.float32(4 / 3)
+    else:
+        rise_S = 1.0 - np.abs(2.0 * turn_S - 1.0)
+        ratio = np.float32(rng.uniform(2.0, 2.6))
     return sum_partials(running_phase_S(low_hz * ratio**rise_S, samples), np.arange(1.0, 8.0) ** -1.3)
 
 
@@ -140,31 +159,39 @@ def mains_hum(rng: np.random.Generator, samples: int) -> np.ndarray:
 
 def swelling_pulse(rng: np.random.Generator, samples: int) -> np.ndarray:
     """A tone or a noise that swells and fades about once a second."""
-    carrier = (sine_wave, sawtooth_buzz, pink_noise)[rng.integers(3)]
-    swell_S = np.cos(running_phase_S(rng.uniform(0.7, 1.6), samples) + np.float32(rng.uniform(0, 2 * np.pi)))
-    return carrier(rng, samples) * (swell_S + np.float32(rng.uniform(-0.3, 0.1))).clip(min=0.0) ** 2
+    make_carrier = (sine_wave, sawtooth_buzz, pink_noise)[rng.integers(3)]
+    swell_hz = rng.uniform(0.7, 1.6)
+    swell_S = np.cos(running_phase_S(swell_hz, samples) + np.float32(rng.uniform(0, 2 * np.pi)))
+    carrier_S = make_carrier(rng, samples)
+    offset = np.float32(rng.uniform(-0.3, 0.1))
+    return carrier_S * (swell_S + offset).clip(min=0.0) ** 2
 
 
 def crackling_static(rng: np.random.Generator, samples: int) -> np.ndarray:
     """Crackle: sparks at random moments, their heights spread over 30 dB, on a little hiss."""
+    # Sixteen shapes of sparks, and the heights.
     sparks = rng.poisson(samples / SYNTHESIS_RATE_HZ * rng.uniform(15, 120))
     heights = np.exp(rng.normal(-1.5, 1.0, sparks)).clip(max=1.5)
     shapes_NS = rng.standard_normal((16, 96)) * np.exp(-np.arange(96) / rng.uniform(3, 24))
+
+    # The hiss, with each spark at its own moment.
     wave_S = np.float32(0.01) * rng.standard_normal(samples, dtype=np.float32)
-    for at, shape, height in zip(
-        rng.integers(samples, size=sparks), rng.integers(16, size=sparks), heights, strict=True
-    ):
-        add_event(wave_S, height * shapes_NS[shape], at)
+    starts = rng.integers(samples, size=sparks)
+    shape_numbers = rng.integers(len(shapes_NS), size=sparks)
+    for start, shape_number, height in zip(starts, shape_numbers, heights, strict=True):
+        add_event(wave_S, height * shapes_NS[shape_number], start)
     return wave_S
 
 
 def clock_tick_tock(rng: np.random.Generator, samples: int) -> np.ndarray:
     """A clock: two knocks of different pitch in turn, at an even pace of two to five a second."""
-    tick_N, tock_N = damped_knock(rng, rng.uniform(1_800, 3_400)), damped_knock(rng, rng.uniform(900, 1_700))
+    tick_N = damped_knock(rng, rng.uniform(1_800, 3_400))
+    tock_N = damped_knock(rng, rng.uniform(900, 1_700))
     step_samples = int(SYNTHESIS_RATE_HZ * rng.uniform(0.2, 0.5))
+    first_start = rng.integers(step_samples)
     wave_S = np.zeros(samples, dtype=np.float32)
-    for number, at in enumerate(range(rng.integers(step_samples), samples, step_samples)):
-        add_event(wave_S, tock_N if number % 2 else tick_N, at)
+    for number, start in enumerate(range(first_start, samples, step_samples)):
+        add_event(wave_S, tock_N if number % 2 else tick_N, start)
     return wave_S
 
 
@@ -190,27 +217,26 @@ FORMULA_SOUNDS = (
 
 
 def sample_times_S(samples: int) -> np.ndarray:
-    """The time of each sample."""
+    """The time of each sample in seconds."""
     return np.arange(samples, dtype=np.float64) * (1 / SYNTHESIS_RATE_HZ)
 
 
 def draw_pitch_hz(
     rng: np.random.Generator, *, low_hz: float = PITCH_RANGE_HZ[0], high_hz: float = PITCH_RANGE_HZ[1]
 ) -> float:
-    """A frequency, equally likely in every octave of the range."""
+    """A random frequency, equally likely in every octave of the range."""
     return float(np.exp(rng.uniform(np.log(low_hz), np.log(high_hz))))
 
 
 def fractional_part(turns_S: np.ndarray) -> np.ndarray:
-    """What is left of each number above its whole part, float32. (`%` says the same at 20 times the cost.)"""
+    """The part of each number after the decimal point, float32."""
+    # `%` gives the same at 20 times the cost.
     return (turns_S - np.floor(turns_S)).astype(np.float32)
 
 
 def running_phase_S(hz: float | np.ndarray, samples: int) -> np.ndarray:
-    """The running phase in [0, 2 pi) of a frequency that may change from sample to sample.
-
-    It is wrapped before it is rounded to float32, so that the last second is as exact as the first.
-    """
+    """The running phase in [0, 2 pi) of a frequency that may change from sample to sample."""
+    # Wrapped before it is rounded to float32, so that the last second is as exact as the first.
     turns_S = np.cumsum(np.broadcast_to(hz, samples), dtype=np.float64) / SYNTHESIS_RATE_HZ
     return (2 * np.pi) * fractional_part(turns_S)
 
@@ -230,28 +256,32 @@ def sum_partials(phase_S: np.ndarray, weights_N: np.ndarray) -> np.ndarray:
 
 def sawtooth_buzz(rng: np.random.Generator, samples: int) -> np.ndarray:
     """A low tone with the partials of a sawtooth."""
-    return sum_partials(running_phase_S(draw_pitch_hz(rng, high_hz=500.0), samples), 1 / np.arange(1.0, 7.0))
+    phase_S = running_phase_S(draw_pitch_hz(rng, high_hz=500.0), samples)
+    return sum_partials(phase_S, 1 / np.arange(1.0, 7.0))
 
 
 def on_off_gate(seconds_S: np.ndarray, on_seconds: float, off_seconds: float) -> np.ndarray:
     """1 while on and 0 while off, with short ramps; the first period begins at 0 s."""
     period_seconds = on_seconds + off_seconds
-    since_S = period_seconds * fractional_part(seconds_S / period_seconds)
-    return (np.minimum(since_S, on_seconds - since_S) / GATE_RAMP_SECONDS).clip(0.0, 1.0)
+    since_on_S = period_seconds * fractional_part(seconds_S / period_seconds)
+    to_nearest_edge_S = np.minimum(since_on_S, on_seconds - since_on_S)
+    return (to_nearest_edge_S / GATE_RAMP_SECONDS).clip(0.0, 1.0)
 
 
 def random_phase_gate(
     rng: np.random.Generator, samples: int, on_seconds: float, off_seconds: float
 ) -> np.ndarray:
-    """A gate that may begin anywhere in its period."""
-    return on_off_gate(
-        sample_times_S(samples) + rng.uniform(0.0, on_seconds + off_seconds), on_seconds, off_seconds
-    )
+    """The gate of `on_off_gate`, begun anywhere in its period."""
+    shift_seconds = rng.uniform(0.0, on_seconds + off_seconds)
+    return on_off_gate(sample_times_S(samples) + shift_seconds, on_seconds, off_seconds)
 
 
 def coloured_noise(rng: np.random.Generator, samples: int, *, db_per_octave: float) -> np.ndarray:
     """Gaussian noise whose spectrum falls by a constant slope above 20 Hz; its level is about 1."""
-    padded_samples = 1 << (samples - 1).bit_length()  # powers of two: the quick lengths of the FFT
+    # The FFT is quickest at powers of two.
+    padded_samples = 1 << (samples - 1).bit_length()
+
+    # Random complex amplitudes, weighted by frequency.
     hz_N = np.fft.rfftfreq(padded_samples, 1 / SYNTHESIS_RATE_HZ).clip(min=20.0).astype(np.float32)
     gain_N = (hz_N / 1_000) ** np.float32(db_per_octave / (20 * np.log10(2)))
     white_N = rng.standard_normal((len(hz_N), 2), dtype=np.float32).view(np.complex64)[:, 0]
@@ -262,13 +292,18 @@ def coloured_noise(rng: np.random.Generator, samples: int, *, db_per_octave: flo
 def damped_knock(rng: np.random.Generator, hz: float) -> np.ndarray:
     """A tenth of a second of three damped resonances, the lowest at `hz`."""
     seconds_N = sample_times_S(SYNTHESIS_RATE_HZ // 10)
+
+    # Higher resonances die away sooner.
     ratios = np.array([1.0, rng.uniform(1.3, 1.8), rng.uniform(2.1, 2.9)])
     decays_seconds = rng.uniform(0.004, 0.015, 3) / np.sqrt(ratios)
-    modes = zip(ratios, decays_seconds, strict=True)
-    return np.sum([np.sin(2 * np.pi * hz * r * seconds_N) * np.exp(-seconds_N / d) for r, d in modes], axis=0)
+    resonances = [
+        np.sin(2 * np.pi * hz * ratio * seconds_N) * np.exp(-seconds_N / decay_seconds)
+        for ratio, decay_seconds in zip(ratios, decays_seconds, strict=True)
+    ]
+    return np.sum(resonances, axis=0)
 
 
-def add_event(wave_S: np.ndarray, event_N: np.ndarray, at: int) -> None:
-    """Add an event in place from sample `at` on; what reaches past the end is lost."""
-    end = min(at + len(event_N), len(wave_S))
-    wave_S[at:end] += event_N[: end - at]
+def add_event(wave_S: np.ndarray, event_N: np.ndarray, start: int) -> None:
+    """Add an event in place from sample `start` on; the part past the end of the wave is lost."""
+    end = min(start + len(event_N), len(wave_S))
+    wave_S[start:end] += event_N[: end - start]

@@ -161,7 +161,7 @@ def test_an_encoder_is_fine_tuned_from_its_run(store_path, tmp_path, monkeypatch
             ["own", "--recipe", "a-jepa"],
             "recipe 'a-jepa' pre-trains: ajepa-train pretrain --recipe a-jepa; to",
         ),
-        (["own", "--model", "cnn7"], "model 'cnn7' is unknown; there are: vit"),
+        (["own", "--model", "cnn7"], "model 'cnn7' is unknown; did you mean 'cnn6'?"),
         (["own", "--set", "base_l=1"], "did you mean 'base_lr'?"),
         (["own", "--from", tmp_path / "c"], "c: not a run (no recipe.json)"),
         (["esc50"], "task esc50 has 50 classes, the store 527"),

@@ -1,15 +1,18 @@
-"""Beside the literature: what is printed, and what is called comparable."""
+"""Results beside the literature: the printed lines, and which numbers are called comparable."""
 
+import csv
 from dataclasses import replace
 
 import pytest
+from evaluations import classifier_training, evaluation_protocol, probe_training
 
 from ajepa.evaluate.compare import (
-    CHECKED_AT,
     OFFICIAL_EVAL_CLIPS,
     OFFICIAL_TRAIN_CLIPS,
+    PUBLISHED_TABLE,
     OwnResult,
-    classifier_result_fields,
+    PublishedResult,
+    classifier_result,
     compare_results,
     comparison_caveats,
     comparison_lines,
@@ -18,6 +21,7 @@ from ajepa.evaluate.compare import (
     reasons_against,
 )
 from ajepa.evaluate.metrics import MetricEstimate
+from ajepa.evaluate.protocol import ClassifierTraining, ProbeTraining
 from ajepa.evaluate.result import Evaluation, Score
 from pipeline.datasets.speech_commands import SPEECH_COMMANDS_WORDS
 from pipeline.errors import RunError
@@ -37,28 +41,28 @@ OURS = OwnResult(
 )
 
 
-def row(model: str, task: str, protocol: str = "fine-tuned"):
-    return next(r for r in published_results() if (r.model, r.task, r.protocol) == (model, task, protocol))
+def published(model: str, task: str, protocol: str = "fine-tuned") -> PublishedResult:
+    wanted = (model, task, protocol)
+    return next(row for row in published_results() if (row.model, row.task, row.protocol) == wanted)
 
 
 def test_every_published_number_has_its_source_and_its_place_in_it():
     """A number that nobody can look up is a rumour."""
     assert len(published_results()) == len(set(published_results())) > 50
-    for fact in published_results():
-        assert fact.source
-        assert fact.where
-        assert fact.checked in CHECKED_AT
-        assert 0 < fact.value < 1
-        assert fact.task in OFFICIAL_EVAL_CLIPS
-        assert fact.protocol in ("fine-tuned", "linear", "xares-mlp", "xares-knn")
-        assert fact.metric == (
-            "map" if fact.task in ("audioset-2m", "audioset-20k", "fsd50k") else "accuracy"
-        )
+    for record in csv.DictReader(PUBLISHED_TABLE.read_text(encoding="utf-8").splitlines()):
+        assert record["source"]
+        assert record["where"]
+    for row in published_results():
+        assert row.checked in ("source", "second hand", "no")
+        assert 0 < row.value < 1
+        assert row.task in OFFICIAL_EVAL_CLIPS
+        assert row.protocol in ("fine-tuned", "linear", "xares-mlp", "xares-knn")
+        assert row.metric == ("map" if row.task in ("audioset-2m", "audioset-20k", "fsd50k") else "accuracy")
 
 
-def test_the_models_that_users_ask_about_are_there():
-    """Those of the project's issue."""
-    models = " ".join({fact.model for fact in published_results()})
+def test_the_models_that_users_ask_about_are_in_the_table():
+    """Each by its name in the literature."""
+    models = " ".join({row.model for row in published_results()})
     for name in (
         "A-JEPA",
         "Audio-JEPA",
@@ -77,12 +81,12 @@ def test_the_models_that_users_ask_about_are_there():
 
 def test_the_whole_official_split_with_the_same_protocol_is_comparable():
     """A-JEPA's own number is what a run of its recipe is to reach."""
-    assert reasons_against(OURS, row("A-JEPA ViT-B", "audioset-2m")) == []
-    assert comparison_caveats(OURS, row("A-JEPA ViT-B", "audioset-2m")) == []
+    assert reasons_against(OURS, published("A-JEPA ViT-B", "audioset-2m")) == []
+    assert comparison_caveats(OURS, published("A-JEPA ViT-B", "audioset-2m")) == []
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "beginning"),
     [
         ({"protocol": "linear"}, "protocol: that one is fine-tuned, this one linear probe"),
         ({"eval_clips": 401}, "clips: measured on 401, the official split has 20371"),
@@ -95,10 +99,10 @@ def test_the_whole_official_split_with_the_same_protocol_is_comparable():
         ),
     ],
 )
-def test_what_makes_a_number_another_one_is_told(change, said):
-    """Each by itself is reason enough."""
-    (reason,) = reasons_against(replace(OURS, **change), row("A-JEPA ViT-B", "audioset-2m"))
-    assert reason.startswith(said)
+def test_every_reason_against_comparing_is_given(change, beginning):
+    """Each by itself is enough."""
+    (reason,) = reasons_against(replace(OURS, **change), published("A-JEPA ViT-B", "audioset-2m"))
+    assert reason.startswith(beginning)
 
 
 def test_two_frozen_probes_are_compared_with_care():
@@ -113,32 +117,35 @@ def test_two_frozen_probes_are_compared_with_care():
         train_clips=1_600,
     )
     for protocol, model in (("linear", "MSM-MAE"), ("xares-mlp", "Dasheng")):
-        assert reasons_against(ours, row(model, "esc50", protocol)) == []
+        assert reasons_against(ours, published(model, "esc50", protocol)) == []
         assert any(
-            "other settings" in told for told in comparison_caveats(ours, row(model, "esc50", protocol))
+            "other settings" in caveat
+            for caveat in comparison_caveats(ours, published(model, "esc50", protocol))
         )
-    assert reasons_against(ours, row("AST", "esc50"))
-    assert reasons_against(replace(ours, protocol="knn"), row("Dasheng", "esc50", "xares-mlp"))
+    assert reasons_against(ours, published("AST", "esc50"))
+    assert reasons_against(replace(ours, protocol="knn"), published("Dasheng", "esc50", "xares-mlp"))
 
 
 def test_what_had_labels_or_is_an_ensembles_is_compared_with_care():
     """Neither is a reason not to look, both are reasons to know."""
-    assert comparison_caveats(OURS, row("AST", "audioset-2m")) == ["pre-training: that one was shown labels"]
-    assert comparison_caveats(OURS, row("BEATs", "audioset-2m")) == [
+    assert comparison_caveats(OURS, published("AST", "audioset-2m")) == [
+        "pre-training: that one was shown labels"
+    ]
+    assert comparison_caveats(OURS, published("BEATs", "audioset-2m")) == [
         "BEATs: the paper's best, of one model or several"
     ]
 
 
 def test_a_number_that_was_not_seen_at_its_source_is_compared_with_care():
     """Whoever leans on it looks it up first."""
-    (told,) = comparison_caveats(OURS, row("A-JEPA ViT-L", "audioset-2m"))
-    assert told.startswith("value: that one was copied from notes on the paper")
+    (caveat,) = comparison_caveats(OURS, published("A-JEPA ViT-L", "audioset-2m"))
+    assert caveat.startswith("value: that one was copied from notes on the paper")
 
 
 def test_a_result_on_other_clips_of_the_same_split_is_compared_with_care():
     """Clips vanish from AudioSet: Audio-MAE was measured on 19,148."""
     assert "clips: that one was measured on 19148, this one on 20000" in comparison_caveats(
-        OURS, row("Audio-MAE", "audioset-2m")
+        OURS, published("Audio-MAE", "audioset-2m")
     )
 
 
@@ -166,15 +173,15 @@ def evaluation(
     clips: int,
     kind: str = "multi",
     folds: int = 0,
-    classifier: dict | None = None,
-    probes: dict | None = None,
-    store_id: str = "here",
+    classifier: ClassifierTraining | None = None,
+    probes: ProbeTraining | None = None,
+    store_id: str = "own",
 ) -> Evaluation:
-    """One of which only the first number, its folds and its protocol matter."""
+    """An evaluation of which only the first number, its folds and its protocol matter."""
     names = tuple(f"c{i}" for i in range(classes)) if isinstance(classes, int) else classes
     estimate = MetricEstimate(value=metric, low=metric - 0.015, high=metric + 0.015)
     first = "accuracy" if kind == "single" else "map"
-    one = Score(
+    score = Score(
         features="encoder" if probes else "classifier",
         probe="linear" if probes else "head",
         label_set="raw",
@@ -188,17 +195,20 @@ def evaluation(
         per_class_ap=(0.1,) * len(names),
         per_class_recall=(),
     )
-    scores = (one, replace(one, probe="knn"), replace(one, features="random init")) if probes else (one,)
-    told = {"folds": folds, "eval_clips": clips, "classifier": classifier, "probes": probes}
-    told |= {"task": classifier and classifier["task"], "store_id": store_id, "trained_on": "here"}
-    return Evaluation(protocol=told, classes=tuple((mid, mid) for mid in names), scores=scores)
+    scores = (score,)
+    if probes:
+        scores = (score, replace(score, probe="knn"), replace(score, features="random init"))
+    protocol = evaluation_protocol(
+        folds=folds, eval_clips=clips, classifier=classifier, probes=probes, store_id=store_id
+    )
+    return Evaluation(protocol=protocol, classes=tuple((mid, mid) for mid in names), scores=scores)
 
 
-def trained(task: str, clips: int | None, classes: int, *, start: dict | None) -> dict:
-    return {"task": task, "train_clips": clips, "classes": classes, "from": start}
+def trained(task: str, clips: int, classes: int, *, start: dict | None) -> ClassifierTraining:
+    return classifier_training(task=task, train_clips=clips, class_count=classes, start=start)
 
 
-def narrow(text: str, *names: object) -> bool:
+def is_narrow(text: str, *names: object) -> bool:
     """Lines are at most 80 columns, but for paths."""
     return max(len(line) for line in text.splitlines() if not any(str(n) in line for n in names)) <= 80
 
@@ -206,40 +216,40 @@ def narrow(text: str, *names: object) -> bool:
 def test_folds_that_were_fine_tuned_are_one_result(tmp_path):
     """Five runs of 400 clips: their mean on 2,000, with its spread."""
     classifier = trained("esc50", 1_600, 50, start={"step": 9})
-    made = evaluation(50, 0.93, clips=2_000, kind="single", folds=5, classifier=classifier)
-    made.save_json(tmp_path / "evaluation.json")
+    result = evaluation(50, 0.93, clips=2_000, kind="single", folds=5, classifier=classifier)
+    result.save_json(tmp_path / "evaluation.json")
     text = compare_results([tmp_path])
     assert "this result             accuracy  0.930 [0.915 0.945] ± 0.016 over 5 folds" in text
     assert "A-JEPA ViT-B            accuracy  0.963  fine-tuned   yes" in text
-    assert narrow(text, tmp_path)
+    assert is_narrow(text, tmp_path)
 
 
 def test_an_evaluation_of_frozen_features_is_shown_probe_by_probe(tmp_path):
-    """The trained encoder's alone; each reason is told once, below its table."""
-    made = evaluation(load_class_list().mids, 0.145, clips=401, probes={"train_clips": 1_617})
-    made.save_json(tmp_path / "evaluation.json")
+    """Of the trained encoder alone; each reason is given once, below its table."""
+    result = evaluation(load_class_list().mids, 0.145, clips=401, probes=probe_training(train_clips=1_617))
+    result.save_json(tmp_path / "evaluation.json")
     text = compare_results([tmp_path])
     assert text.count("this result") == 2
     assert "audioset-20k, raw labels, linear probe, 401 clips" in text
     assert "mAP       0.145 [0.130 0.160]" in text
     assert text.count("protocol: that one is fine-tuned, this one linear probe") == 1
     assert " yes" not in text
-    assert narrow(text, tmp_path)
+    assert is_narrow(text, tmp_path)
 
 
 def test_runs_of_both_kinds_stand_side_by_side(tmp_path):
-    """A probe's number is no fine-tuned one's, and a classifier from nothing is told from one with a start."""
-    audioset, kept = load_class_list().mids, []
+    """A probe's number is not a fine-tuned one's; a classifier that had no pre-training is marked."""
+    audioset = load_class_list().mids
+    paths = []
     classifier = trained("audioset", 20_000, 527, start=None)
-    for name, made in (
-        ("probed", evaluation(audioset, 0.145, clips=20_000, probes={"train_clips": 20_000})),
+    for name, result in (
+        ("probed", evaluation(audioset, 0.145, clips=20_000, probes=probe_training(train_clips=20_000))),
         ("tuned", evaluation(audioset, 0.3, clips=20_000, classifier=classifier)),
     ):
         (tmp_path / name).mkdir()
-        made.save_json(tmp_path / name / "evaluation.json")
-        kept.append(tmp_path / name)
-    blocks = compare_results(kept).split("\n\n")
-    linear, nearest, tuned = blocks
+        result.save_json(tmp_path / name / "evaluation.json")
+        paths.append(tmp_path / name)
+    linear, nearest, tuned = compare_results(paths).split("\n\n")
     assert "audioset-20k, raw labels, fine-tuned, 20000 clips" in tuned
     assert "with care" in tuned
     assert "pre-training: this one had none" in tuned
@@ -248,36 +258,41 @@ def test_runs_of_both_kinds_stand_side_by_side(tmp_path):
     assert " yes" not in linear + nearest
 
 
-def test_a_classifier_on_another_stores_clips_is_what_it_is():
+def test_a_classifier_on_another_stores_clips_is_of_its_task_while_all_classes_are_there():
     """AudioSet's on all 527 classes of another copy is AudioSet; on some of its classes it is no task of the table."""
     classifier = trained("audioset", 2_000_000, 527, start={"step": 9})
-    whole, some = (
-        evaluation(names, 0.4, clips=19_000, classifier=classifier, store_id="there")
+    evaluations = (
+        evaluation(names, 0.4, clips=19_000, classifier=classifier, store_id="other")
         for names in (load_class_list().mids, load_class_list().mids[:192])
     )
-    assert classifier_result_fields(whole)["task"] == "audioset-2m"
-    assert classifier_result_fields(whole)["protocol"] == "fine-tuned"
-    assert classifier_result_fields(some)["task"] is None
+    whole, some = (classifier_result("a.json", each, each.scores[0], classifier) for each in evaluations)
+    assert (whole.task, whole.protocol) == ("audioset-2m", "fine-tuned")
+    assert (some.task, some.protocol) == (None, "elsewhere")
+
+
+def test_a_run_that_does_not_say_on_how_many_clips_it_was_trained_is_not_comparable():
+    """AudioSet has two training sets."""
     unknown = replace(OURS, train_clips=None)
-    assert "is not told" in reasons_against(unknown, row("A-JEPA ViT-B", "audioset-2m"))[0]
+    (reason,) = reasons_against(unknown, published("A-JEPA ViT-B", "audioset-2m"))
+    assert reason.startswith("training: the run does not say on how many clips")
 
 
 def test_a_task_of_ones_own_has_nothing_beside_it():
-    """And says so."""
+    """One line says so."""
     assert "nothing is published of it" in "\n".join(comparison_lines(replace(OURS, task=None)))
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("{", "is not JSON"), ("[1]", "holds no scores"), ("{}", "holds no scores")]
+    ("text", "message"), [("{", "is not JSON"), ("[1]", "holds no scores"), ("{}", "holds no scores")]
 )
-def test_a_file_that_is_no_result_is_refused_in_one_line(tmp_path, text, said):
-    """With what to give instead."""
+def test_a_file_that_is_no_result_is_refused_in_one_line(tmp_path, text, message):
+    """The message says which file to give instead."""
     (tmp_path / "some.json").write_text(text)
-    with pytest.raises(RunError, match=said):
+    with pytest.raises(RunError, match=message):
         compare_results([tmp_path / "some.json"])
 
 
 def test_a_run_that_was_not_measured_is_refused(tmp_path):
-    """With the command that is missing."""
+    """The message names the command to run first."""
     with pytest.raises(RunError, match="run ajepa-train evaluate or finetune first"):
         compare_results([tmp_path])

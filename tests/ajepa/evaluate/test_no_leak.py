@@ -31,8 +31,8 @@ each_precision = pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf
 each_way = pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 
 
-def compiled(test):
-    """torch.compile needs a compiler, and itself looks at `.grad` of what is no leaf, with a warning."""
+def needs_compiler(test):
+    """Skip a test without a compiler for torch.compile, which itself reads `.grad` of a non-leaf, with a warning."""
     test = pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")(test)
     return pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ here")(test)
 
@@ -49,14 +49,14 @@ def encoder_of(positions: PositionName, *, recompute: bool = False) -> Encoder:
     return encoder
 
 
-def mel(seed: int) -> torch.Tensor:
+def random_mel(seed: int) -> torch.Tensor:
     return torch.randn(CLIPS, GRID.frames, GRID.bands, generator=torch.Generator().manual_seed(seed))
 
 
-def told(
+def outputs_and_gradients(
     encoder: Encoder, mel_BTF: torch.Tensor, context_NK: torch.Tensor, *, bf16: bool
 ) -> list[torch.Tensor]:
-    """The context's vectors, and all gradients of a loss on them: the spectrogram's first."""
+    """The gradient of the spectrogram, the context's vectors, and the gradients of the weights."""
     mel_BTF = mel_BTF.clone().requires_grad_()
     keep_L2N = encoder.transformer_spec.draw_drop_path(np.random.default_rng(0), len(context_NK))
     encoder.zero_grad()
@@ -67,29 +67,30 @@ def told(
 
 
 def context_and_hidden(maker: MaskMaker) -> tuple[torch.Tensor, torch.Tensor]:
-    """Visible tokens of two mask sets a clip, `NK`, and where none of its sets looks, bool `BTF`."""
-    drawn = maker.sample(np.random.default_rng(0), GRID, batch=CLIPS * SETS)
-    context_NK = torch.from_numpy(drawn.context_BK)
-    seen_BP = torch.zeros(CLIPS, GRID.tokens, dtype=torch.bool)
-    seen_BP.scatter_(1, context_NK.view(CLIPS, -1), True)
-    hidden_BTF = ~seen_BP.view(CLIPS, GRID.cols, GRID.rows).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    """Visible tokens of two mask sets a clip, `NK`, and what neither of its sets shows, bool `BTF`."""
+    masks = maker.sample(np.random.default_rng(0), GRID, batch=CLIPS * SETS)
+    context_NK = torch.from_numpy(masks.context_BK)
+    visible_BP = torch.zeros(CLIPS, GRID.tokens, dtype=torch.bool)
+    visible_BP.scatter_(1, context_NK.view(CLIPS, -1), True)
+    hidden_BTF = ~visible_BP.view(CLIPS, GRID.cols, GRID.rows).repeat_interleave(4, 1).repeat_interleave(4, 2)
     assert hidden_BTF.any()
     return context_NK, hidden_BTF
 
 
 def clean_and_changed(hidden_BTF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A batch, and the same with noise a hundred times as loud wherever it is hidden."""
-    return mel(0), torch.where(hidden_BTF, 100 * mel(1), mel(0))
+    return random_mel(0), torch.where(hidden_BTF, 100 * random_mel(1), random_mel(0))
 
 
 def assert_no_leak(encoder: Encoder, maker: MaskMaker, *, bf16: bool) -> None:
     context_NK, hidden_BTF = context_and_hidden(maker)
     clean, changed = (
-        told(encoder, mel_BTF, context_NK, bf16=bf16) for mel_BTF in clean_and_changed(hidden_BTF)
+        outputs_and_gradients(encoder, mel_BTF, context_NK, bf16=bf16)
+        for mel_BTF in clean_and_changed(hidden_BTF)
     )
     assert clean[0][hidden_BTF].eq(0).all()
     assert clean[0][~hidden_BTF].ne(0).any()
-    assert all(torch.equal(one, other) for one, other in zip(clean, changed, strict=True))
+    assert all(torch.equal(before, after) for before, after in zip(clean, changed, strict=True))
 
 
 @each_maker
@@ -101,7 +102,7 @@ def test_nothing_hidden_reaches_the_context_or_a_gradient(maker, positions, reco
     assert_no_leak(encoder_of(positions, recompute=recompute), maker, bf16=bf16)
 
 
-@compiled
+@needs_compiler
 @each_position
 @each_precision
 def test_nothing_hidden_reaches_the_context_once_compiled(positions, bf16):
@@ -114,7 +115,7 @@ def test_nothing_hidden_reaches_the_context_once_compiled(positions, bf16):
         assert_no_leak(encoder, maker, bf16=bf16)
 
 
-@compiled
+@needs_compiler
 def test_nothing_hidden_reaches_the_context_through_generated_code():
     """The same with the compiler's own kernels, forwards: to generate them takes half a minute."""
     torch._dynamo.reset()
@@ -124,13 +125,15 @@ def test_nothing_hidden_reaches_the_context_through_generated_code():
         context_NK, hidden_BTF = context_and_hidden(maker)
         with torch.no_grad():
             clean, changed = (encoder(mel_BTF, context_NK) for mel_BTF in clean_and_changed(hidden_BTF))
-            torch.testing.assert_close(clean, encoder_of("rope")(mel(0), context_NK), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                clean, encoder_of("rope")(random_mel(0), context_NK), atol=1e-4, rtol=1e-4
+            )
         assert torch.equal(clean, changed)
 
 
-@compiled
+@needs_compiler
 def test_one_compilation_serves_every_block_and_every_number_of_tokens():
-    """Counts change from step to step: compiled for each, a run would do little else."""
+    """Counts change from step to step: a run that compiled for each would do little else."""
     torch._dynamo.reset()
     compilations, encoder = [], encoder_of("sincos")
 
@@ -141,7 +144,7 @@ def test_one_compilation_serves_every_block_and_every_number_of_tokens():
     for block in encoder.blocks:
         block.compile(dynamic=True, backend=backend)
     for count in range(CLIPS + 1, GRID.tokens):  # as many tokens as clips would be compiled by themselves
-        encoder(mel(0), torch.arange(count).expand(CLIPS, -1))
+        encoder(random_mel(0), torch.arange(count).expand(CLIPS, -1))
     assert len(compilations) == 1
 
 
@@ -149,8 +152,9 @@ def test_one_compilation_serves_every_block_and_every_number_of_tokens():
 @each_position
 def test_two_mask_sets_of_a_clip_do_not_see_each_other(maker, positions):
     """What one set shows the other may hide: a set alone gives what it gives in company."""
-    drawn = maker.sample(np.random.default_rng(0), GRID, batch=CLIPS * SETS)
-    context_NK, encoder = torch.from_numpy(drawn.context_BK), encoder_of(positions)
-    together_NKD = encoder(mel(0), context_NK)
-    for one in range(SETS):
-        torch.testing.assert_close(encoder(mel(0), context_NK[one::SETS]), together_NKD[one::SETS])
+    masks = maker.sample(np.random.default_rng(0), GRID, batch=CLIPS * SETS)
+    context_NK, encoder = torch.from_numpy(masks.context_BK), encoder_of(positions)
+    together_NKD = encoder(random_mel(0), context_NK)
+    for place in range(SETS):
+        alone_NKD = encoder(random_mel(0), context_NK[place::SETS])
+        torch.testing.assert_close(alone_NKD, together_NKD[place::SETS])

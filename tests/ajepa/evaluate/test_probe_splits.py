@@ -1,6 +1,4 @@
-"""Who trains, who chooses and who is measured: by the names of the splits, and never the same clip twice."""
-
-from types import SimpleNamespace
+"""Which clips train, choose and are measured: by the names of the splits, and never one clip for two of these."""
 
 import numpy as np
 import polars as pl
@@ -11,20 +9,18 @@ from pipeline.errors import RunError
 
 
 class Splits:
-    """What a partition asks of a store: 100 clips in splits of these sizes, every tenth of them not good."""
+    """As much of a store as `ProbeSplits` reads: splits of these sizes, every tenth clip of them not good."""
 
-    place = "made.zarr"
+    location = "some.zarr"
 
     def __init__(self, **sizes: int) -> None:
         names = [name for name, size in sizes.items() for _ in range(size)]
         self.manifest = pl.DataFrame({"split": names})
-        self.excluded = SimpleNamespace(digest=None)
 
     def good_rows(self, splits):
-        there_N = self.manifest["split"].is_in(list(splits)).to_numpy() & (
-            np.arange(len(self.manifest)) % 10 > 0
-        )
-        return np.flatnonzero(there_N)
+        in_splits_N = self.manifest["split"].is_in(list(splits)).to_numpy()
+        good_N = np.arange(len(self.manifest)) % 10 > 0
+        return np.flatnonzero(in_splits_N & good_N)
 
     def split_of(self, rows_N) -> set[str]:
         return set(self.manifest["split"].to_numpy()[rows_N])
@@ -33,41 +29,41 @@ class Splits:
 def test_folds_take_turns_and_each_is_measured_by_what_the_others_train():
     """ESC-50 as `build-esc50` makes it; fold10 comes after fold2."""
     store = Splits(fold1=20, fold10=20, fold2=20)
-    partition = ProbeSplits.from_store(store, 0, 1_000)
-    assert partition.eval_splits == ("fold1", "fold2", "fold10")
-    for part, fold in zip(partition.folds, partition.eval_splits, strict=True):
-        assert store.split_of(part.eval_N) == {fold}
-        assert store.split_of(part.fit_N) == {"fold1", "fold2", "fold10"} - {fold}
-    assert len(partition.eval_N) == len(partition.rows_N) == 54
+    splits = ProbeSplits.from_store(store, 0, 1_000)
+    assert splits.eval_splits == ("fold1", "fold2", "fold10")
+    for fold, name in zip(splits.folds, splits.eval_splits, strict=True):
+        assert store.split_of(fold.eval_N) == {name}
+        assert store.split_of(fold.fit_N) == {"fold1", "fold2", "fold10"} - {name}
+    assert len(splits.eval_N) == len(splits.rows_N) == 54
 
 
 @pytest.mark.parametrize("name", ["val", "validation", "fsd_val", "dev", "Valid-2"])
-def test_a_split_to_choose_with_never_trains(name):
+def test_a_split_that_chooses_never_trains(name):
     """Settings are chosen on it, and it stays out of the fit."""
     store = Splits(train=40, test=20, **{name: 20})
-    (part,) = ProbeSplits.from_store(store, 0, 1_000).folds
-    assert store.split_of(part.val_N) == {name}
-    assert store.split_of(part.fit_N) == {"train"}
-    assert store.split_of(part.eval_N) == {"test"}
+    (fold,) = ProbeSplits.from_store(store, 0, 1_000).folds
+    assert store.split_of(fold.val_N) == {name}
+    assert store.split_of(fold.fit_N) == {"train"}
+    assert store.split_of(fold.eval_N) == {"test"}
 
 
-def test_without_one_a_fifth_of_the_train_clips_chooses_and_then_trains():
+def test_without_such_a_split_a_fifth_of_the_train_clips_chooses_and_then_trains():
     """Drawn by the seed."""
     store = Splits(balanced=100, eval=20)
-    (part,), (again,), (other,) = (ProbeSplits.from_store(store, seed, 1_000).folds for seed in (0, 0, 1))
-    assert len(part.val_N) == 18
-    assert not set(part.val_N) & set(part.train_N)
-    assert np.array_equal(part.fit_N, store.good_rows(["balanced"]))
-    assert np.array_equal(part.val_N, again.val_N)
-    assert not np.array_equal(part.val_N, other.val_N)
+    (fold,), (again,), (other,) = (ProbeSplits.from_store(store, seed, 1_000).folds for seed in (0, 0, 1))
+    assert len(fold.val_N) == 18
+    assert not set(fold.val_N) & set(fold.train_N)
+    assert np.array_equal(fold.fit_N, store.good_rows(["balanced"]))
+    assert np.array_equal(fold.val_N, again.val_N)
+    assert not np.array_equal(fold.val_N, other.val_N)
 
 
 def test_a_store_whose_only_other_split_is_named_val_trains_on_it():
     """There is nothing else; a fifth of it chooses."""
     store = Splits(val=50, eval=20)
-    (part,) = ProbeSplits.from_store(store, 0, 1_000).folds
-    assert store.split_of(part.fit_N) == {"val"}
-    assert len(part.val_N) == 9
+    (fold,) = ProbeSplits.from_store(store, 0, 1_000).folds
+    assert store.split_of(fold.fit_N) == {"val"}
+    assert len(fold.val_N) == 9
 
 
 @pytest.mark.parametrize(
@@ -75,34 +71,34 @@ def test_a_store_whose_only_other_split_is_named_val_trains_on_it():
 )
 def test_no_clip_is_measured_that_trained_or_chose(sizes):
     """The mistake that makes a result worthless."""
-    for part in ProbeSplits.from_store(Splits(**sizes), 0, 20).folds:
-        assert not set(part.eval_N) & (set(part.train_N) | set(part.val_N))
-        assert not set(part.train_N) & set(part.val_N)
+    for fold in ProbeSplits.from_store(Splits(**sizes), 0, 20).folds:
+        assert not set(fold.eval_N) & (set(fold.train_N) | set(fold.val_N))
+        assert not set(fold.train_N) & set(fold.val_N)
         assert all(
-            (np.diff(rows_N) > 0).all() for rows_N in (part.train_N, part.val_N, part.eval_N, part.fit_N)
+            (np.diff(rows_N) > 0).all() for rows_N in (fold.train_N, fold.val_N, fold.eval_N, fold.fit_N)
         )
 
 
 def test_no_more_train_than_asked_for_and_all_are_measured():
     """A cap draws the same rows every time."""
     store = Splits(train=80, eval=20)
-    (part,) = ProbeSplits.from_store(store, 0, 10).folds
-    assert len(part.fit_N) == 10
-    assert len(part.eval_N) == 18
-    assert np.array_equal(part.fit_N, probe_rows(store, 0, 10)[0])
+    (fold,) = ProbeSplits.from_store(store, 0, 10).folds
+    assert len(fold.fit_N) == 10
+    assert len(fold.eval_N) == 18
+    assert np.array_equal(fold.fit_N, probe_rows(store, 0, 10)[0])
 
 
 def test_a_fold_without_a_good_clip_is_named():
     """A mean over folds of which one is empty is a mean over others."""
     store = Splits(fold1=30, fold2=1, fold3=30)
     store.manifest = pl.DataFrame({"split": ["fold2"] + ["fold1"] * 30 + ["fold3"] * 30})
-    with pytest.raises(RunError, match=r"made\.zarr: fold2 has no good clip"):
+    with pytest.raises(RunError, match=r"some\.zarr: fold2 has no good clip"):
         ProbeSplits.from_store(store, 0, 1_000)
 
 
 def test_a_kept_split_wins_over_folds():
     """Where both are there, what is named for it is measured."""
     store = Splits(fold1=30, fold2=30, test=20)
-    partition = ProbeSplits.from_store(store, 0, 1_000)
-    assert partition.eval_splits == ("test",)
-    assert partition.train_splits == ("fold1", "fold2")
+    splits = ProbeSplits.from_store(store, 0, 1_000)
+    assert splits.eval_splits == ("test",)
+    assert splits.train_splits == ("fold1", "fold2")

@@ -1,4 +1,4 @@
-"""Tasks on stores: which clips, which classes, which labels."""
+"""Tasks on stores: which clips train and are measured, by which classes and which labels."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -19,8 +19,8 @@ OWN = TASKS["own"]
 COUNTS = {"audioset": 527, "esc50": 50, "fsd50k": 200, "speech-commands-v1": 30, "speech-commands-v2": 35}
 
 
-def held(*mids: str, splits: tuple[str, ...] = ("train", "test")) -> SimpleNamespace:
-    """What an assignment asks of a store of these classes, before any clip of it."""
+def store_of(*mids: str, splits: tuple[str, ...] = ("train", "test")) -> SimpleNamespace:
+    """As much of a store of these classes as is read before any clip of it."""
     manifest = pl.DataFrame({"split": splits})
     return SimpleNamespace(location="some.zarr", classes=ClassList(mids=mids, names=mids), manifest=manifest)
 
@@ -28,11 +28,11 @@ def held(*mids: str, splits: tuple[str, ...] = ("train", "test")) -> SimpleNames
 @pytest.mark.parametrize("name", sorted(TASKS))
 def test_every_task_has_its_classes_and_a_recipe_of_its_name(name):
     """As many as their publications say; 1,251 speakers."""
-    known = TASKS[name]
-    assert known.recipe in FINETUNE_RECIPES
+    task = TASKS[name]
+    assert task.recipe in FINETUNE_RECIPES
     if name != "own":
-        assert len(known.classes) == {**COUNTS, "voxceleb1-sid": 1251}[name]
-        assert set(known.distinct_classes) <= set(known.classes.mids)
+        assert len(task.classes) == {**COUNTS, "voxceleb1-sid": 1251}[name]
+        assert set(task.distinct_classes) <= set(task.classes.mids)
 
 
 def test_a_misspelt_task_is_answered_with_the_nearest():
@@ -40,48 +40,52 @@ def test_a_misspelt_task_is_answered_with_the_nearest():
         find_task("esc-50")
 
 
-def test_clips_without_a_label_are_left_out_and_told(store):
+def test_clips_without_a_label_are_left_out_with_a_note(store):
     """No label is no statement: a network would learn that such clips hold nothing."""
-    made = select_task_data(OWN, store)
-    for rows_N in (made.train_N, made.eval_N):
-        assert made.labels_NC(rows_N).any(axis=1).all()
-    assert set(made.train_N) < set(store.good_rows(["a_train"]))
-    assert any("clips of a_train have no label of the task and are left out" in note for note in made.notes)
-    assert (made.train_splits, made.eval_splits) == (("a_train",), ("eval",))
-    assert not made.single
+    task_data = select_task_data(OWN, store)
+    for rows_N in (task_data.train_N, task_data.eval_N):
+        assert task_data.labels_NC(rows_N).any(axis=1).all()
+    assert set(task_data.train_N) < set(store.good_rows(["a_train"]))
+    assert any(
+        "clips of a_train have no label of the task and are left out" in note for note in task_data.notes
+    )
+    assert (task_data.train_splits, task_data.eval_splits) == (("a_train",), ("eval",))
+    assert not task_data.single
 
 
 def test_own_has_the_classes_that_its_training_clips_have(store):
-    """527 outputs for five classes would be 522 that nothing is learnt of."""
-    made = select_task_data(OWN, store)
-    assert len(made.classes) == int(store.labels_BC(made.train_N).any(axis=0).sum())
-    places_C = [store.classes.index_of[mid] for mid in made.classes.mids]
-    assert np.array_equal(made.labels_NC(made.eval_N), store.labels_BC(made.eval_N)[:, places_C])
+    """527 outputs for five classes would be 522 that learn nothing."""
+    task_data = select_task_data(OWN, store)
+    assert len(task_data.classes) == int(store.labels_BC(task_data.train_N).any(axis=0).sum())
+    places_C = [store.classes.index_of[mid] for mid in task_data.classes.mids]
+    assert np.array_equal(
+        task_data.labels_NC(task_data.eval_N), store.labels_BC(task_data.eval_N)[:, places_C]
+    )
     assert len(select_task_data(TASKS["audioset"], store).classes) == 527
 
 
 def test_the_heads_order_is_the_tasks_whatever_the_stores():
     """Two stores of one task must mean the same by a logit."""
-    some = replace(OWN, classes=class_list_from_words("b a c"))
-    classes, merge_SC = task_classes(some, held("a", "b", "c"), np.arange(0), "raw")
+    task = replace(OWN, classes=class_list_from_words("b a c"))
+    classes, merge_SC = task_classes(task, store_of("a", "b", "c"), np.arange(0), "raw")
     assert classes.mids == ("b", "a", "c")
     assert (np.array([[1.0, 0.0, 0.0]]) @ merge_SC).tolist() == [[0.0, 1.0, 0.0]]
 
 
-def test_words_that_are_not_told_apart_are_one_class():
+def test_words_that_a_task_does_not_tell_apart_are_one_class():
     """Speech Commands v1: ten commands, and twenty words that are unknown."""
     v1 = TASKS["speech-commands-v1"]
-    classes, merge_SC = task_classes(v1, held(*v1.classes.mids), np.arange(0), "raw")
+    classes, merge_SC = task_classes(v1, store_of(*v1.classes.mids), np.arange(0), "raw")
     assert classes.mids == (*v1.distinct_classes, "unknown")
     assert merge_SC.sum(axis=1).tolist() == [1.0] * 30
     assert merge_SC.sum(axis=0).tolist() == [1.0] * 10 + [20.0]
 
 
 def test_a_store_of_other_classes_is_refused_with_both_sizes_and_what_is_missing():
-    some = replace(OWN, name="some", classes=class_list_from_words("a b c"))
-    with pytest.raises(RunError) as refused:
-        select_task_data(some, held("a", "d"))
-    assert str(refused.value) == (
+    task = replace(OWN, name="some", classes=class_list_from_words("a b c"))
+    with pytest.raises(RunError) as refusal:
+        select_task_data(task, store_of("a", "d"))
+    assert str(refusal.value) == (
         "some.zarr: task some has 3 classes, the store 2: 2 of the task's are missing, such as b, c; "
         "1 of the store's are none of the task, such as d; use --task own for other labels"
     )
@@ -89,14 +93,14 @@ def test_a_store_of_other_classes_is_refused_with_both_sizes_and_what_is_missing
 
 def test_a_task_takes_its_own_splits_and_folds():
     """Validation clips are neither trained on nor measured; a fold is measured once."""
-    words = held("a", splits=("train", "validation", "test"))
+    words = store_of("a", splits=("train", "validation", "test"))
     assert task_splits(TASKS["speech-commands-v2"], words, None) == (("train",), ("test",))
-    folds = held("a", splits=tuple(f"fold{number}" for number in range(1, 6)))
+    folds = store_of("a", splits=tuple(f"fold{number}" for number in range(1, 6)))
     assert task_splits(TASKS["esc50"], folds, 2) == (("fold1", "fold3", "fold4", "fold5"), ("fold2",))
     with pytest.raises(RunError, match="task esc50 needs the splits fold1 to fold5, it has test, train"):
-        task_splits(TASKS["esc50"], held("a"), 1)
-    with pytest.raises(RunError, match="task fsd50k needs no split eval, it has test, train"):
-        task_splits(TASKS["fsd50k"], held("a"), None)
+        task_splits(TASKS["esc50"], store_of("a"), 1)
+    with pytest.raises(RunError, match="task fsd50k needs the split eval, it has test, train"):
+        task_splits(TASKS["fsd50k"], store_of("a"), None)
 
 
 def test_a_task_of_one_class_to_a_clip_refuses_a_clip_of_two(store):
@@ -115,10 +119,10 @@ def test_rare_classes_are_repeated_until_they_are_half_as_many_as_the_largest():
 
 def test_balanced_sampling_draws_rare_classes_as_often(store):
     """With replacement: an epoch of as many clips as there are; once: none twice."""
-    made = select_task_data(OWN, store)
-    with_replacement = made.order(tiny_finetune(sampling="balanced"))
-    assert with_replacement.clips_per_epoch == len(made.train_N)
-    once = made.order(tiny_finetune(sampling="balanced-once", clips_per_epoch=16))
+    task_data = select_task_data(OWN, store)
+    with_replacement = task_data.order(tiny_finetune(sampling="balanced"))
+    assert with_replacement.clips_per_epoch == len(task_data.train_N)
+    once = task_data.order(tiny_finetune(sampling="balanced-once", clips_per_epoch=16))
     assert once.steps_per_epoch == 2
     epoch_N = np.concatenate([once.rows_at_step(step) for step in range(2)])
     assert len(set(epoch_N)) == 16

@@ -1,7 +1,4 @@
-"""Folds together: runs that know different classes are measured on those that any of them knows.
-
-A cross-validated task with one label to a clip, from sounds to the table, by a run that was trained elsewhere.
-"""
+"""Cross-validation: folds whose runs know different classes, and probes on a task in folds, up to the table."""
 
 import csv
 import json
@@ -37,7 +34,7 @@ CLASS_N = np.array(
 )  # clips 0 to 2 are fold 1, the others fold 2; only fold 2 has a clip of c
 
 
-def held(mids: tuple[str, ...], rows_N: np.ndarray, logits_NC: np.ndarray) -> HeldOutScores:
+def held_out_scores(mids: tuple[str, ...], rows_N: np.ndarray, logits_NC: np.ndarray) -> HeldOutScores:
     """A fold's clips, and what a run that knows these classes says of them."""
     store = SimpleNamespace(
         location="some.zarr",
@@ -45,7 +42,7 @@ def held(mids: tuple[str, ...], rows_N: np.ndarray, logits_NC: np.ndarray) -> He
         label_sets=("raw",),
         labels_BC=lambda rows_N, label_set: np.eye(3, dtype=np.float32)[CLASS_N[rows_N]],
     )
-    made = TaskData(
+    task_data = TaskData(
         task=TASKS["own"],
         store=store,
         label_set="raw",
@@ -57,24 +54,24 @@ def held(mids: tuple[str, ...], rows_N: np.ndarray, logits_NC: np.ndarray) -> He
         eval_N=rows_N,
         merge_SC=np.eye(3, dtype=np.float32)[:, [store.classes.index_of[mid] for mid in mids]],
     )
-    return HeldOutScores(task_data=made, logits_NC=logits_NC.astype(np.float32))
+    return HeldOutScores(task_data=task_data, logits_NC=logits_NC.astype(np.float32))
 
 
 def test_a_class_of_one_fold_alone_is_of_account_where_a_run_knows_it():
     """Fold 2's own run never saw c, and leaves that clip out; fold 1's knows c, and has no clip of it."""
-    first = held(("a", "b", "c"), np.array([0, 1, 2]), np.array([[2, 1, 0], [0, 2, 1], [0, 1, 2]]))
-    second = held(("a", "b"), np.array([3, 5]), np.array([[0, 1], [1, 0]]))
+    first = held_out_scores(("a", "b", "c"), np.array([0, 1, 2]), np.array([[2, 1, 0], [0, 2, 1], [0, 1, 2]]))
+    second = held_out_scores(("a", "b"), np.array([3, 5]), np.array([[0, 1], [1, 0]]))
     one, two = align_fold_classes([first, second])
     assert one.task_data.classes.mids == two.task_data.classes.mids == ("a", "b", "c")
     assert two.task_data.classes.names == ("A", "B", "C")
     assert two.task_data.labels_NC(two.task_data.eval_N).tolist() == [[0, 1, 0], [1, 0, 0]]
-    (score,) = classifier_evaluation({"resamples": 20, "seed": 0}, [one, two]).scores
+    (score,) = classifier_evaluation(SimpleNamespace(resamples=20, seed=0), [one, two]).scores
     assert score.by_fold["accuracy"] == (np.float32(2 / 3), 1.0)
     assert (score.classes, score.skipped, score.per_class_recall) == (2, 1, (0.75, 1.0, None))
 
 
 def test_folds_of_the_same_classes_stay_as_they_are():
-    both = [held(("a", "b", "c"), np.array([place]), np.eye(3)[[place]]) for place in (0, 1)]
+    both = [held_out_scores(("a", "b", "c"), np.array([place]), np.eye(3)[[place]]) for place in (0, 1)]
     assert align_fold_classes(both) == both
 
 
@@ -114,86 +111,86 @@ def run(store_path, tmp_path_factory) -> Run:
 
 
 @pytest.fixture(scope="module")
-def found(folds_path, run) -> Evaluation:
+def evaluation(folds_path, run) -> Evaluation:
     return evaluate_run(folds_path, run.path, device="cpu")
 
 
-def test_each_clip_is_measured_once_and_metrics_are_means_over_folds(found):
+def test_each_clip_is_measured_once_and_metrics_are_means_over_folds(evaluation):
     """36 clips in three folds; single labels are found by themselves."""
-    told = found.protocol
-    assert (told["folds"], told["eval_clips"], told["probes"]["train_clips"]) == (3, 36, 24)
-    assert told["eval_splits"] == ["fold1", "fold2", "fold3"]
-    assert all(score.kind == "single" for score in found.scores)
-    linear = found.of(TRAINED, "linear", "raw")
+    protocol = evaluation.protocol
+    assert (protocol.folds, protocol.eval_clips, protocol.probes.train_clips) == (3, 36, 24)
+    assert protocol.eval_splits == ("fold1", "fold2", "fold3")
+    assert all(score.kind == "single" for score in evaluation.scores)
+    linear = evaluation.find_score(TRAINED, "linear", "raw")
     assert set(linear.metrics) == {"accuracy", "f1", "map", "auc", "d_prime"}
     assert len(linear.chosen) == 3
     assert linear.chance == pytest.approx(1 / 3)
-    assert np.mean(linear.by_fold["accuracy"]) == pytest.approx(linear.primary.value)
-    assert linear.spread == pytest.approx(np.std(linear.by_fold["accuracy"], ddof=1))
+    assert np.mean(linear.by_fold["accuracy"]) == pytest.approx(linear.primary_estimate.value)
+    assert linear.fold_deviation == pytest.approx(np.std(linear.by_fold["accuracy"], ddof=1))
 
 
-def test_tones_are_told_apart_by_their_statistics(found):
+def test_tones_are_told_apart_by_their_statistics(evaluation):
     """Three frequencies that no probe can miss: the whole path is right."""
-    assert found.of(STATISTICS, "linear", "raw").primary.value > 0.9
-    assert found.of(STATISTICS, "knn", "raw").primary.value > 0.9
+    assert evaluation.find_score(STATISTICS, "linear", "raw").primary_estimate.value > 0.9
+    assert evaluation.find_score(STATISTICS, "knn", "raw").primary_estimate.value > 0.9
 
 
-def test_another_stores_result_stands_beside_the_runs_own(found, folds_path, run, tmp_path):
+def test_another_stores_result_stands_beside_the_runs_own(evaluation, folds_path, run, tmp_path):
     """Neither overwrites the other, and each has its picture."""
-    assert Evaluation.read_json(run.path / "evaluation-esc50.json").scores == found.scores
+    assert Evaluation.read_json(run.path / "evaluation-esc50.json").scores == evaluation.scores
     assert not (run.path / "evaluation.json").exists()
     store = FeatureStore.open(folds_path)
-    assert found.protocol["store_id"] == store.store_id != run.identity["store_id"]
-    assert found.protocol["trained_on"] == run.identity["store_id"]
+    assert evaluation.protocol.store_id == store.store_id != run.identity["store_id"]
+    assert evaluation.protocol.training_store_id == run.identity["store_id"]
 
 
-def test_the_table_tells_accuracy_first_in_80_columns(found):
+def test_the_table_tells_accuracy_first_in_80_columns(evaluation):
     """With intervals, then F1 and mAP."""
-    text = found.table()
+    text = evaluation.format_table()
     assert text.startswith("36 eval clips of esc50.zarr, mean over 3 folds; run at step 6\n")
     assert text.index("accuracy") < text.index("deviation over 3 folds") < text.index("macro F1 / mAP")
     assert max(len(line) for line in text.splitlines()) <= 80
 
 
-def test_every_class_has_its_line_in_the_csv(found, tmp_path):
+def test_every_class_has_its_line_in_the_csv(evaluation, tmp_path):
     """Named, with two columns for each probe on each kind of features: precision, and recall of single labels."""
-    found.write_classes(tmp_path / "classes.csv")
+    evaluation.write_class_table(tmp_path / "classes.csv")
     with (tmp_path / "classes.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["class"] for row in rows] == ["dog", "sea_waves", "hand_saw"]
-    for score in found.scores:
+    for score in evaluation.scores:
         column = [float(row[f"{score.features} {score.probe}"]) for row in rows]
         assert column == pytest.approx(list(score.per_class_ap), abs=1e-6)
         recalls = [float(row[f"recall, {score.features} {score.probe}"]) for row in rows]
         assert recalls == pytest.approx(list(score.per_class_recall), abs=1e-6)
         assert np.mean(recalls) == pytest.approx(
-            score.primary.value
+            score.primary_estimate.value
         )  # classes are of one size, in every fold
 
 
 def test_what_is_asked_for_is_done_and_stamped(folds_path, run, tmp_path):
     """Pooling, layer, probes and file; the grid and the weights are told, too."""
-    asked = {
+    options = {
         "pooling": "frequency",
         "layer": EncoderLayer(block_number=1),
         "probes": ("knn",),
         "out": tmp_path / "some.json",
     }
-    found = evaluate_run(folds_path, run.path, device="cpu", kind="multi", checkpoint=5, **asked)
-    told = json.loads((tmp_path / "some.json").read_text())["protocol"]
-    probes = told["probes"]
+    evaluation = evaluate_run(folds_path, run.path, device="cpu", kind="multi", checkpoint=5, **options)
+    protocol = json.loads((tmp_path / "some.json").read_text())["protocol"]
+    probes = protocol["probes"]
     assert (probes["pooling"], probes["layer"], probes["names"]) == ("frequency", "block-1", ["knn"])
-    assert (told["checkpoint"], told["step"]) == ("5", 5)
+    assert (protocol["checkpoint"], protocol["step"]) == ("5", 5)
     assert probes["grid"] == {"rows": 8, "cols": 4, "frames": 16, "bands": 16}
-    assert len(told["weights_sha256"]) == 64
+    assert len(protocol["weights_sha256"]) == 64
     assert probes["l2_grid"][0] == 1.0
-    assert told["versions"]["torch"]
-    assert {(score.probe, score.kind) for score in found.scores} == {("knn", "multi")}
+    assert protocol["versions"]["torch"]
+    assert {(score.probe, score.kind) for score in evaluation.scores} == {("knn", "multi")}
 
 
 def test_probes_labels_and_kinds_that_do_not_fit_are_refused(folds_path, store_path, run):
     """In one line, before anything is encoded."""
-    with pytest.raises(RunError, match="probes svm: expected of linear, knn, attentive"):
+    with pytest.raises(RunError, match=r"probe 'svm' is unknown; .* There are: linear, knn, attentive"):
         evaluate_run(folds_path, run.path, probes=("svm",))
     with pytest.raises(StoreError, match="no label set 'dominators'"):
         evaluate_run(folds_path, run.path, label_sets=("dominators",))
@@ -203,7 +200,7 @@ def test_probes_labels_and_kinds_that_do_not_fit_are_refused(folds_path, store_p
         evaluate_run(folds_path, run.path, checkpoint="best")
 
 
-def test_evaluations_of_both_stores_are_drawn(found, store_path, run, tmp_path):
+def test_evaluations_of_both_stores_are_drawn(evaluation, store_path, run, tmp_path):
     """Bars with intervals; a probe that has no features of a kind is left out."""
     evaluate_run(store_path, run.path, device="cpu", probes=("linear", "attentive"))
     names = [path.name for path in draw_run_report(store_path, run.path, tmp_path / "out")]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from ranks import seen, torchrun
+from ranks import steps_of_rank, torchrun
 from tiny import tiny
 
 from ajepa.evaluate.result import EVALUATION_FILE, Evaluation
@@ -37,76 +37,83 @@ def pretrained(store_path, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(store_path, pretrained, tmp_path_factory) -> Run:
+def single_process(store_path, pretrained, tmp_path_factory) -> Run:
     """Eight steps in one process, this one."""
     path = tmp_path_factory.mktemp("ranks") / "alone"
     return ranks.train_classifier(store_path, path, "train", str(pretrained))
 
 
-def test_two_ranks_take_the_steps_of_one_process(store_path, tmp_path, alone, pretrained):
+def test_two_ranks_take_the_steps_of_one_process(store_path, tmp_path, single_process, pretrained):
     """Rows, mixtures, masks: all of them from the same probed head. One of them measures, writes and tells."""
-    status, said = torchrun(store_path, tmp_path / "run", "train", str(pretrained), stage="finetune")
-    assert status == 0, said
+    status, lines = torchrun(store_path, tmp_path / "run", "train", str(pretrained), stage="finetune")
+    assert status == 0, lines
     run = Run.open(tmp_path / "run")
-    assert_near(alone, run)
-    assert run.recipe == alone.recipe
-    for whole, first, second in zip(seen(alone.path, 0), seen(run.path, 0), seen(run.path, 1), strict=True):
-        assert whole == [whole[0], first[1] + second[1], 0]
+    assert_near(single_process, run)
+    assert run.recipe == single_process.recipe
+    for both, first, second in zip(
+        steps_of_rank(single_process.path, 0),
+        steps_of_rank(run.path, 0),
+        steps_of_rank(run.path, 1),
+        strict=True,
+    ):
+        assert both == [both[0], first[1] + second[1], 0]
         assert (first[2], second[2]) == (0, 4)
-    *notes, told = [line for line in said if line]  # no warning, and no word of the other rank
+    *notes, start_line = [line for line in lines if line]  # no warning, and no word of the other rank
     assert [str(store_path) in note for note in notes] == [True] * len(set(notes))
-    assert told.startswith(f"{run.path}: step 0 of 8")
-    assert told.endswith("on 2 ranks")
-    cost, of_alone = (json.loads((path / "compute.json").read_text()) for path in (run.path, alone.path))
+    assert start_line.startswith(f"{run.path}: step 0 of 8")
+    assert start_line.endswith("on 2 ranks")
+    cost, of_alone = (
+        json.loads((path / "compute.json").read_text()) for path in (run.path, single_process.path)
+    )
     assert (cost["ranks"], of_alone["ranks"]) == (2, 1)
     assert (cost["step"], cost["clips"], cost["flop"]) == (8, 64, of_alone["flop"])
 
 
-def test_one_process_is_carried_on_by_two_in_passes(store_path, tmp_path, alone, pretrained):
+def test_one_process_is_carried_on_by_two_in_passes(store_path, tmp_path, single_process, pretrained):
     """The batch is the recipe's, whoever computes it, and in however many passes."""
     with pytest.raises(StopSignal):
         ranks.train_classifier(store_path, tmp_path / "run", "stop", str(pretrained))
     assert Run.open(tmp_path / "run").newest_step == 6
-    status, said = torchrun(store_path, tmp_path / "run", "micro", str(pretrained), stage="finetune")
-    assert status == 0, said
-    assert_near(alone, Run.open(tmp_path / "run"))
+    status, lines = torchrun(store_path, tmp_path / "run", "micro", str(pretrained), stage="finetune")
+    assert status == 0, lines
+    assert_near(single_process, Run.open(tmp_path / "run"))
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step_with_a_checkpoint(
-    store_path, tmp_path, alone, pretrained
+    store_path, tmp_path, single_process, pretrained
 ):
     """And one process carries on; nothing was measured that is not the end."""
-    status, said = torchrun(store_path, tmp_path / "run", "stop", str(pretrained), stage="finetune")
+    status, lines = torchrun(store_path, tmp_path / "run", "stop", str(pretrained), stage="finetune")
     assert status != 0
     run = Run.open(tmp_path / "run")
     assert run.newest_step == run.read_metrics()[-1]["step"] == 6
-    assert [len(seen(run.path, rank)) for rank in range(2)] == [6, 6]
-    assert sum("checkpoint written at step 6 of 8" in line for line in said) == 1
-    assert sum("interrupted; nothing is lost" in line for line in said) == 1
+    assert [len(steps_of_rank(run.path, rank)) for rank in range(2)] == [6, 6]
+    assert sum("checkpoint written at step 6 of 8" in line for line in lines) == 1
+    assert sum("interrupted; nothing is lost" in line for line in lines) == 1
     assert not (run.path / "evaluation.json").exists()
-    assert_near(alone, ranks.train_classifier(store_path, run.path, "train", str(pretrained)))
+    assert_near(single_process, ranks.train_classifier(store_path, run.path, "train", str(pretrained)))
 
 
 def test_nan_on_one_rank_ends_all_with_one_message_and_is_kept(store_path, tmp_path):
     """By every rank its own clips."""
-    status, said = torchrun(store_path, tmp_path / "run", "nan", stage="finetune")
+    status, lines = torchrun(store_path, tmp_path / "run", "nan", stage="finetune")
     assert status != 0
-    (error,) = [line for line in said if "error: " in line]
-    rows = seen(tmp_path / "run", 1)[5][1]
+    (error,) = [line for line in lines if "error: " in line]
+    rows = steps_of_rank(tmp_path / "run", 1)[5][1]
     assert "error: step 6: loss is nan, gradient_norm is nan; stopped before the update; rows [" in error
     assert error.endswith(f"its clips and draws are kept in {tmp_path / 'run' / 'bad-step-00000006'}")
-    kept = sorted(file.name for file in (tmp_path / "run" / "bad-step-00000006").iterdir())
-    assert kept == [f"rank-{rank}.{kind}" for rank in range(2) for kind in ("json", "safetensors")]
-    told = json.loads((tmp_path / "run" / "bad-step-00000006" / "rank-1.json").read_text())
-    assert (told["first_clip"], told["rows"]) == (4, rows)
+    files = sorted(file.name for file in (tmp_path / "run" / "bad-step-00000006").iterdir())
+    assert files == [f"rank-{rank}.{kind}" for rank in range(2) for kind in ("json", "safetensors")]
+    record = json.loads((tmp_path / "run" / "bad-step-00000006" / "rank-1.json").read_text())
+    assert (record["first_clip"], record["rows"]) == (4, rows)
     assert Run.open(tmp_path / "run").newest_step == 4
 
 
-def test_folds_are_trained_by_all_ranks_and_told_by_one(folds_path, tmp_path):
+def test_folds_are_trained_by_all_ranks_and_reported_by_one(folds_path, tmp_path):
     """One after the other, each with the scores of one process; finished ones are left alone."""
-    status, said = torchrun(folds_path, tmp_path / "run", stage="folds")
-    assert status == 0, said
-    assert sum("mean over 2 folds" in line for line in said) == 1
+    status, lines = torchrun(folds_path, tmp_path / "run", stage="folds")
+    assert status == 0, lines
+    assert sum("mean over 2 folds" in line for line in lines) == 1
     assert (tmp_path / "run" / EVALUATION_FILE).exists()
     ranks.train_folds(folds_path, tmp_path / "alone")
     for fold in ("fold1", "fold2"):
@@ -117,8 +124,8 @@ def test_folds_are_trained_by_all_ranks_and_told_by_one(folds_path, tmp_path):
 
 def test_ranks_refuse_with_one_message_what_cannot_be_dealt(store_path, tmp_path):
     """Three ranks for eight clips; nothing is written."""
-    status, said = torchrun(store_path, tmp_path / "run", stage="finetune", ranks=3)
+    status, lines = torchrun(store_path, tmp_path / "run", stage="finetune", ranks=3)
     assert status != 0
-    (error,) = [line for line in said if "error: " in line]
+    (error,) = [line for line in lines if "error: " in line]
     assert "8 clips a step cannot be dealt to 3 ranks evenly" in error
     assert not (tmp_path / "run").exists()

@@ -54,9 +54,9 @@ OWN, TIMINGS = TASKS["own"], ("clips_per_s", "data_wait")
 CPU = torch.device("cpu")
 
 
-def quietly(store_path, run_path, recipe=None, task=OWN, **wishes) -> Run:
+def finetune_quietly(store_path, run_path, recipe=None, task=OWN, **options) -> Run:
     recipe = recipe or tiny_finetune()
-    return finetune(store_path, task, recipe, run_path, device="cpu", say=lambda line: None, **wishes)
+    return finetune(store_path, task, recipe, run_path, device="cpu", say=lambda line: None, **options)
 
 
 def logged(run: Run) -> list[dict]:
@@ -82,9 +82,9 @@ def start(pretrained) -> TrainedRun:
 
 
 @pytest.fixture(scope="module")
-def whole(store_path, start, tmp_path_factory) -> Run:
+def uninterrupted(store_path, start, tmp_path_factory) -> Run:
     """Twenty steps without a break, from a pre-trained encoder."""
-    return quietly(store_path, tmp_path_factory.mktemp("runs") / "whole", start=start)
+    return finetune_quietly(store_path, tmp_path_factory.mktemp("runs") / "whole", start=start)
 
 
 KILLED_AT_12 = """
@@ -110,7 +110,7 @@ finetune(store, TASKS["own"], tiny_finetune(), run, start=TrainedRun.open(start)
 
 
 def test_twenty_steps_are_ten_then_kill_9_then_ten_bit_for_bit(
-    store_path, tmp_path, whole, pretrained, start
+    store_path, tmp_path, uninterrupted, pretrained, start
 ):
     """With mixup, masking, drop path, masks and an average of the weights: all of it drawn anew, the same."""
     threads = {
@@ -124,35 +124,35 @@ def test_twenty_steps_are_ten_then_kill_9_then_ten_bit_for_bit(
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     left = Run.open(tmp_path / "run")
     assert left.newest_step == 10
-    run = quietly(store_path, tmp_path / "run", start=start, loader="plain")
-    assert logged(run) == logged(whole)
-    assert scores_of(run) == scores_of(whole)
-    one, two = run.load_checkpoint().parts, whole.load().parts
+    run = finetune_quietly(store_path, tmp_path / "run", start=start, loader="plain")
+    assert logged(run) == logged(uninterrupted)
+    assert scores_of(run) == scores_of(uninterrupted)
+    one, two = run.load_checkpoint().parts, uninterrupted.load_checkpoint().parts
     assert one.keys() == two.keys() == {"classifier", "average", "optimiser"}
     for part in one:
         assert one[part].keys() == two[part].keys()
         assert all(torch.equal(one[part][name], two[part][name]) for name in one[part])
 
 
-@pytest.mark.parametrize("wishes", [{"micro_batch": 3}, {"recompute": True}, {"precision": "bf16"}], ids=str)
+@pytest.mark.parametrize("options", [{"micro_batch": 3}, {"recompute": True}, {"precision": "bf16"}], ids=str)
 def test_a_run_in_parts_or_other_numbers_is_carried_on_with_bit_for_bit(
-    store_path, tmp_path, monkeypatch, wishes
+    store_path, tmp_path, monkeypatch, options
 ):
     """Stopped between two checkpoints, with the same options; what it cost is counted as if it had never been."""
-    recipe, taken = tiny_finetune(steps=8, checkpoint_every=3), FinetuneTrainer.train_step
+    recipe, train_step = tiny_finetune(steps=8, checkpoint_every=3), FinetuneTrainer.train_step
 
     def step(trainer: FinetuneTrainer, at: int, batch: Batch) -> dict:
         if at == 5:
             raise RunError("stopped")
-        return taken(trainer, at, batch)
+        return train_step(trainer, at, batch)
 
-    undisturbed = quietly(store_path, tmp_path / "whole", recipe, **wishes)
+    undisturbed = finetune_quietly(store_path, tmp_path / "whole", recipe, **options)
     with monkeypatch.context() as patch:
         patch.setattr(FinetuneTrainer, "train_step", step)
         with pytest.raises(RunError, match="stopped"):
-            quietly(store_path, tmp_path / "run", recipe, **wishes)
+            finetune_quietly(store_path, tmp_path / "run", recipe, **options)
     assert Run.open(tmp_path / "run").newest_step == 3
-    run = quietly(store_path, tmp_path / "run", recipe, **wishes)
+    run = finetune_quietly(store_path, tmp_path / "run", recipe, **options)
     assert logged(run) == logged(undisturbed)
     one, two = run.load_checkpoint().parts, undisturbed.load_checkpoint().parts
     assert all(torch.equal(one[part][name], two[part][name]) for part in one for name in one[part])
@@ -172,49 +172,55 @@ def test_what_does_not_fit_into_memory_is_refused_before_anything_is_written(
     with pytest.raises(
         RunError, match=r"recipe tiny needs about .* for 8 clips at once, cpu has 0\.00 GB free"
     ):
-        quietly(store_path, tmp_path / "run")
+        finetune_quietly(store_path, tmp_path / "run")
     monkeypatch.undo()
     recipe = finetune_with_counts(finetune_recipe("cnn6-small"), steps=1, clips_per_step=8)
     with pytest.raises(RunError, match="--micro-batch 2: a cnn6 normalises each clip by all 8 of its step"):
-        quietly(store_path, tmp_path / "run", recipe, micro_batch=2)
+        finetune_quietly(store_path, tmp_path / "run", recipe, micro_batch=2)
     with pytest.raises(RunError, match="--precision fp16: computes on CUDA devices only"):
-        quietly(store_path, tmp_path / "run", precision="fp16")
+        finetune_quietly(store_path, tmp_path / "run", precision="fp16")
     assert not (tmp_path / "run").exists()
-    run = quietly(store_path, tmp_path / "run", recipe, micro_batch=8)
+    run = finetune_quietly(store_path, tmp_path / "run", recipe, micro_batch=8)
     assert read_compute_costs(run.path)[-1].flop > 0 == read_compute_costs(run.path)[-1].context_tokens
 
 
 def test_a_finished_run_is_left_alone_and_measured_again_only_where_its_scores_are_gone(
-    store_path, whole, start, tmp_path
+    store_path, uninterrupted, start, tmp_path
 ):
     """A crash between the last checkpoint and the scores costs nothing: they are what they would have been."""
-    shutil.copytree(whole.path, tmp_path / "run")
-    told = []
-    finetune(store_path, OWN, tiny_finetune(), tmp_path / "run", start=start, device="cpu", say=told.append)
-    assert told == [f"{tmp_path / 'run'}: already at its last step, 20"]
+    shutil.copytree(uninterrupted.path, tmp_path / "run")
+    lines = []
+    finetune(store_path, OWN, tiny_finetune(), tmp_path / "run", start=start, device="cpu", say=lines.append)
+    assert lines == [f"{tmp_path / 'run'}: already at its last step, 20"]
     (tmp_path / "run" / "evaluation.json").unlink()
-    assert scores_of(quietly(store_path, tmp_path / "run", start=start)) == scores_of(whole)
+    assert scores_of(finetune_quietly(store_path, tmp_path / "run", start=start)) == scores_of(uninterrupted)
 
 
-def test_what_is_measured_on_the_way_is_logged_and_the_end_is_kept(whole, store):
+def test_what_is_measured_on_the_way_is_logged_and_the_end_is_kept(uninterrupted, store):
     """Twice in twenty steps; the last line and the file say the same."""
     names = [f"eval_map_{label_set}" for label_set in store.label_sets]
-    measured = {line["step"]: [line[name] for name in names] for line in whole.metrics() if names[0] in line}
+    measured = {
+        line["step"]: [line[name] for name in names]
+        for line in uninterrupted.read_metrics()
+        if names[0] in line
+    }
     assert list(measured) == [10, 20]
-    assert measured[20] == pytest.approx([score.map_value for score in scores_of(whole)], rel=1e-5)
-    told = Evaluation.read_json(whole.path / EVALUATION_FILE).protocol["classifier"]
-    assert told["from"] == whole.identity["from"]
-    assert set(told["from"]) == {"step", "sha256"}
+    assert measured[20] == pytest.approx(
+        [score.primary_estimate.value for score in scores_of(uninterrupted)], rel=1e-5
+    )
+    start = Evaluation.read_json(uninterrupted.path / EVALUATION_FILE).protocol.classifier.start
+    assert start == uninterrupted.identity["from"]
+    assert set(start) == {"step", "sha256"}
 
 
-def test_what_is_measured_is_the_average_of_the_weights(store, whole, start):
+def test_what_is_measured_is_the_average_of_the_weights(store, uninterrupted, start):
     """The checkpoint's average gives the scores in the file; the weights themselves give others."""
     recipe = replace(tiny_finetune(), steps=20)
-    assignment = select_task_data(OWN, store)
-    trainer = build_finetune_trainer(whole, recipe, assignment, CPU, start, at=20)
-    measuring = FinetuneMonitor(whole, trainer, assignment, whole.identity)
-    assert measuring.final_evaluation().scores == scores_of(whole)
-    rows_N = assignment.eval_N
+    task_data = select_task_data(OWN, store)
+    trainer = build_finetune_trainer(uninterrupted, recipe, task_data, CPU, start, at=20)
+    measuring = FinetuneMonitor(uninterrupted, trainer, task_data, uninterrupted.identity)
+    assert measuring.final_evaluation().scores == scores_of(uninterrupted)
+    rows_N = task_data.eval_N
     averaged_NC = predict_logits_NC(trainer.evaluated_model, measuring.views, rows_N, CPU, bf16=False)
     trainer.weight_average = None
     assert not np.allclose(
@@ -222,22 +228,24 @@ def test_what_is_measured_is_the_average_of_the_weights(store, whole, start):
     )
 
 
-def test_training_starts_from_the_pre_trained_encoder_and_its_average_too(store, start, whole, tmp_path):
+def test_training_starts_from_the_pre_trained_encoder_and_its_average_too(
+    store, start, uninterrupted, tmp_path
+):
     """The EMA encoder, which is what probes are made on; a head of its own."""
-    assignment, recipe = select_task_data(OWN, store), start.adapt_recipe(tiny_finetune())
-    new = Run(path=tmp_path, recipe={}, identity=assignment.identity(), versions={})
+    task_data, recipe = select_task_data(OWN, store), start.adapt_recipe(tiny_finetune())
+    new = Run(path=tmp_path, recipe={}, identity=task_data.identity(), versions={})
     trainer, untrained = (
-        build_finetune_trainer(new, recipe, assignment, CPU, one, at=0) for one in (start, None)
+        build_finetune_trainer(new, recipe, task_data, CPU, one, at=0) for one in (start, None)
     )
-    target = start.run.load("target").parts["target"]
+    target = start.run.load_checkpoint("target").parts["target"]
     for model in (trainer.model, trainer.weight_average):
-        held = model.encoder.state_dict()
-        assert all(torch.equal(value, held[name]) for name, value in target.items())
+        encoder = model.encoder.state_dict()
+        assert all(torch.equal(value, encoder[name]) for name, value in target.items())
         assert torch.equal(model.head.weight, untrained.model.head.weight)
     assert not torch.equal(untrained.model.encoder.embed.weight, target["embed.weight"])
-    again = TrainedRun.open(whole.path)
+    again = TrainedRun.open(uninterrupted.path)
     assert again.part == "average"
-    average = whole.load("average").parts["average"]
+    average = uninterrupted.load_checkpoint("average").parts["average"]
     assert all(
         torch.equal(value, average[f"encoder.{name}"]) for name, value in again.encoder_weights().items()
     )
@@ -247,36 +255,39 @@ def test_training_starts_from_the_pre_trained_encoder_and_its_average_too(store,
 @pytest.mark.parametrize("pooling", ["mean", "moments"])
 def test_a_probed_head_is_the_linear_probe_before_the_first_step(store, start, tmp_path, pooling):
     """What it says of held-out clips is what the probe on frozen features says: the same logits, the same mAP."""
-    assignment = select_task_data(OWN, store)
+    task_data = select_task_data(OWN, store)
     recipe = start.adapt_recipe(
         tiny_finetune(1024, head="probe")
     )  # one view: means over views weigh by frames
     recipe = replace(recipe, model=replace(recipe.model, pooling=pooling))
-    new = Run(path=tmp_path, recipe={}, identity=assignment.identity(), versions={})
-    trainer = build_finetune_trainer(new, recipe, assignment, CPU, start, at=0)
-    views = whole_clip_views(assignment, recipe, new.identity)
+    new = Run(path=tmp_path, recipe={}, identity=task_data.identity(), versions={})
+    trainer = build_finetune_trainer(new, recipe, task_data, CPU, start, at=0)
+    views = whole_clip_views(task_data, recipe, new.identity)
     pairs = (
         clip_vectors(views, rows_N, trainer.model.encoder, pooling=pooling)
-        for rows_N in (assignment.train_N, assignment.eval_N)
+        for rows_N in (task_data.train_N, task_data.eval_N)
     )
     train_ND, eval_ND = standardise_features(*pairs)
-    labels_NC = assignment.labels_NC(assignment.train_N)
+    labels_NC = task_data.labels_NC(task_data.train_N)
     probed_NC = linear_probe_scores_NC(
         train_ND, labels_NC, eval_ND, l2=choose_head_penalty(train_ND, labels_NC, recipe.seed, single=False)
     )
-    told_NC = predict_logits_NC(trainer.evaluated_model, views, assignment.eval_N, CPU, bf16=False)
+    told_NC = predict_logits_NC(trainer.evaluated_model, views, task_data.eval_N, CPU, bf16=False)
     np.testing.assert_allclose(told_NC, probed_NC, rtol=1e-3, atol=2e-2)
 
 
 def test_a_class_that_the_probe_did_not_see_is_still_to_be_learnt(store, start):
     """Of many clips a few are probed on; what lies far below all that these say would never come up again."""
-    whole, recipe = select_task_data(OWN, store), start.adapt_recipe(tiny_finetune(1024))
-    some = replace(whole, train_N=whole.train_N[whole.labels_NC(whole.train_N)[:, 0] == 0])
-    model, views = (
-        build_classifier(recipe.model, len(whole.classes), 0),
-        whole_clip_views(whole, recipe, whole.identity()),
+    uninterrupted, recipe = select_task_data(OWN, store), start.adapt_recipe(tiny_finetune(1024))
+    some = replace(
+        uninterrupted,
+        train_N=uninterrupted.train_N[uninterrupted.labels_NC(uninterrupted.train_N)[:, 0] == 0],
     )
-    model.encoder.load_state_dict(start.run.load("target").parts["target"])
+    model, views = (
+        build_classifier(recipe.model, len(uninterrupted.classes), 0),
+        whole_clip_views(uninterrupted, recipe, uninterrupted.identity()),
+    )
+    model.encoder.load_state_dict(start.run.load_checkpoint("target").parts["target"])
     weight_CD, bias_C = fit_probed_head(model, views, some, 0, single=False)
     vectors_ND = torch.from_numpy(clip_vectors(views, some.train_N, model.encoder))
     told_NC = vectors_ND @ weight_CD.T + bias_C
@@ -289,27 +300,27 @@ def test_an_encoder_of_64_frames_is_fine_tuned_on_other_lengths(store_path, star
     """Positions are made for the length of the task; weights know none. Views cover the whole clip either way."""
     recipe = start.adapt_recipe(tiny_finetune(frames, steps=2, checkpoint_every=2))
     assert recipe.model.encoder.grid.frames == frames
-    run = quietly(store_path, tmp_path / "run", recipe, start=start)
-    assert 0 < scores_of(run)[0].map_value < 1
+    run = finetune_quietly(store_path, tmp_path / "run", recipe, start=start)
+    assert 0 < scores_of(run)[0].primary_estimate.value < 1
 
 
 def test_propagated_labels_are_trained_on_and_both_sets_are_measured(store_path, tmp_path):
     """What is trained on stands first; the run says which it was."""
-    run = quietly(store_path, tmp_path / "run", tiny_finetune(steps=2), label_set="unambiguous")
+    run = finetune_quietly(store_path, tmp_path / "run", tiny_finetune(steps=2), label_set="unambiguous")
     assert [score.label_set for score in scores_of(run)] == ["unambiguous", "raw"]
     assert run.identity["label_set"] == "unambiguous"
     with pytest.raises(RunError, match=r"identity.label_set: was unambiguous, now raw"):
-        quietly(store_path, tmp_path / "run", tiny_finetune(steps=2))
+        finetune_quietly(store_path, tmp_path / "run", tiny_finetune(steps=2))
 
 
-def test_a_run_is_not_carried_on_from_another_start(store_path, whole):
+def test_a_run_is_not_carried_on_from_another_start(store_path, uninterrupted):
     """Nor with another task; both would make one name stand for two things."""
     with pytest.raises(RunError, match=r"is another run \(identity.from.step: was 6, now absent"):
-        quietly(store_path, whole.path)
+        finetune_quietly(store_path, uninterrupted.path)
 
 
 @pytest.mark.parametrize(
-    ("task", "wishes", "told"),
+    ("task", "options", "message_part"),
     [
         (
             "esc50",
@@ -338,10 +349,10 @@ def test_a_run_is_not_carried_on_from_another_start(store_path, whole):
         ),
     ],
 )
-def test_what_does_not_fit_is_one_line_and_leaves_nothing(store_path, tmp_path, task, wishes, told):
+def test_what_does_not_fit_is_one_line_and_leaves_nothing(store_path, tmp_path, task, options, message_part):
     """Task, store, recipe: looked at before the first file is written."""
-    with pytest.raises(InputError, match=told) as refused:
-        quietly(store_path, tmp_path / "run", task=TASKS[task], **wishes)
+    with pytest.raises(InputError, match=message_part) as refused:
+        finetune_quietly(store_path, tmp_path / "run", task=TASKS[task], **options)
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "run").exists()
 
@@ -358,14 +369,16 @@ def test_band_norm_without_a_start_is_refused(store, tmp_path):
 def test_a_start_of_other_features_is_refused(store_path, pretrained, tmp_path):
     """A network fed with other mels answers, and answers wrongly; the length of a clip is no matter."""
     shutil.copytree(pretrained, tmp_path / "start")
-    told = json.loads((pretrained / "recipe.json").read_text())
-    told["identity"]["mel"] = preset_mel_spec("audio-jepa").to_json()
-    (tmp_path / "start" / "recipe.json").write_text(json.dumps(told))
+    record = json.loads((pretrained / "recipe.json").read_text())
+    record["identity"]["mel"] = preset_mel_spec("audio-jepa").to_json()
+    (tmp_path / "start" / "recipe.json").write_text(json.dumps(record))
     with pytest.raises(RunError, match=r"holds mel spec a-jepa .*start was trained on audio-jepa"):
-        quietly(store_path, tmp_path / "run", start=TrainedRun.open(tmp_path / "start"))
-    told["identity"]["mel"] = replace(preset_mel_spec("a-jepa"), clip_seconds=3.0).to_json()
-    (tmp_path / "start" / "recipe.json").write_text(json.dumps(told))
-    quietly(store_path, tmp_path / "run", tiny_finetune(steps=1), start=TrainedRun.open(tmp_path / "start"))
+        finetune_quietly(store_path, tmp_path / "run", start=TrainedRun.open(tmp_path / "start"))
+    record["identity"]["mel"] = replace(preset_mel_spec("a-jepa"), clip_seconds=3.0).to_json()
+    (tmp_path / "start" / "recipe.json").write_text(json.dumps(record))
+    finetune_quietly(
+        store_path, tmp_path / "run", tiny_finetune(steps=1), start=TrainedRun.open(tmp_path / "start")
+    )
 
 
 def test_a_start_without_a_checkpoint_is_refused(pretrained, tmp_path):
@@ -393,9 +406,9 @@ def fresh(store) -> FinetuneTrainer:
 
 
 def first_batch(store) -> Batch:
-    assignment = select_task_data(OWN, store)
-    view = finetune_view(tiny_finetune(), assignment.identity())
-    return PlainLoader(store, assignment.order(tiny_finetune()), view).make_batch(0)
+    task_data = select_task_data(OWN, store)
+    view = finetune_view(tiny_finetune(), task_data.identity())
+    return PlainLoader(store, task_data.order(tiny_finetune()), view).make_batch(0)
 
 
 @pytest.fixture(scope="module")
@@ -420,9 +433,11 @@ def folds_path(tmp_path_factory) -> Path:
 
 def test_a_pre_trained_run_is_probed_on_clips_of_another_length(folds_path, pretrained, tmp_path):
     """It was trained on ten seconds, these last one: the same features, so the same encoder hears them."""
-    found = evaluate_run(folds_path, pretrained, device="cpu", probes=("knn",), out=tmp_path / "some.json")
-    assert (found.protocol["folds"], found.protocol["eval_clips"]) == (2, 40)
-    assert found.find_score(STATISTICS, "knn", "raw").primary_estimate.value > 0.9
+    evaluation = evaluate_run(
+        folds_path, pretrained, device="cpu", probes=("knn",), out=tmp_path / "some.json"
+    )
+    assert (evaluation.protocol.folds, evaluation.protocol.eval_clips) == (2, 40)
+    assert evaluation.find_score(STATISTICS, "knn", "raw").primary_estimate.value > 0.9
 
 
 def test_tones_are_learnt_fold_by_fold(folds_path, tmp_path):
@@ -431,28 +446,28 @@ def test_tones_are_learnt_fold_by_fold(folds_path, tmp_path):
     recipe = tiny_finetune(
         1024, steps=40, clips_per_step=10, base_lr=0.1, augment=Augment(), checkpoint_every=40
     )
-    done = cross_validate(store, OWN, recipe, tmp_path / "run", device="cpu", say=lambda line: None)
+    evaluation = cross_validate(store, OWN, recipe, tmp_path / "run", device="cpu", say=lambda line: None)
     runs = [Run.open(tmp_path / "run" / fold) for fold in ("fold1", "fold2")]
     assert [run.identity["eval_splits"] for run in runs] == [["fold1"], ["fold2"]]
     assert all(run.identity["kind"] == "single" for run in runs)
     assert runs[0].recipe["model"]["encoder"]["grid"]["cols"] == 7  # 98 frames, not 1024
-    assert Evaluation.read_json(tmp_path / "run" / EVALUATION_FILE).scores == done.scores
-    (score,), each = done.scores, [scores_of(run)[0] for run in runs]
+    assert Evaluation.read_json(tmp_path / "run" / EVALUATION_FILE).scores == evaluation.scores
+    (score,), each = evaluation.scores, [scores_of(run)[0] for run in runs]
     assert score.by_fold["accuracy"] == pytest.approx([one.primary_estimate.value for one in each])
     assert score.primary_estimate.value == pytest.approx(np.mean(score.by_fold["accuracy"]))
     assert min(score.by_fold["accuracy"]) > 0.9 > 0.5 == score.chance
-    assert (done.protocol["folds"], done.protocol["eval_clips"]) == (2, 40)
-    assert done.protocol["eval_splits"] == ["fold1", "fold2"]
+    assert (evaluation.protocol.folds, evaluation.protocol.eval_clips) == (2, 40)
+    assert evaluation.protocol.eval_splits == ("fold1", "fold2")
     again = evaluate_run(folds_path, runs[0].path, device="cpu")
-    assert (again.protocol["eval_splits"], again.scores) == (["fold1"], scores_of(runs[0]))
+    assert (again.protocol.eval_splits, again.scores) == (("fold1",), scores_of(runs[0]))
     probed = evaluate_run(folds_path, runs[0].path, device="cpu", probes=("knn",)).protocol
-    assert (probed["probes"]["train_splits"], probed["eval_splits"]) == (["fold2"], ["fold1"])
-    assert f"{score.fold_deviation:5.3f}" in done.format_table().split("deviation over 2 folds")[1]
+    assert (probed.probes.train_splits, probed.eval_splits) == (("fold2",), ("fold1",))
+    assert f"{score.fold_deviation:5.3f}" in evaluation.format_table().split("deviation over 2 folds")[1]
     with pytest.raises(RunError, match="fold 3: expected one of 1 to 2"):
-        quietly(folds_path, tmp_path / "other", recipe, fold=3)
+        finetune_quietly(folds_path, tmp_path / "other", recipe, fold=3)
     start, leak = TrainedRun.open(runs[0].path), tmp_path / "leak"  # it learnt fold 2 by heart
     with pytest.raises(RunError, match="fold1: was fine-tuned on fold2, which is to be measured here"):
-        quietly(folds_path, leak, start.adapt_recipe(recipe), start=start, fold=2)
+        finetune_quietly(folds_path, leak, start.adapt_recipe(recipe), start=start, fold=2)
     with pytest.raises(RunError, match="fold1: was fine-tuned on fold2, which is to be measured here"):
         cross_validate(store, OWN, start.adapt_recipe(recipe), leak, start=start, device="cpu")
     assert not leak.exists()

@@ -1,4 +1,4 @@
-"""The study of label propagation: differences are paired, spreads are over seeds, classes are told apart."""
+"""The study of label propagation: differences are paired, spreads are over seeds, gaining classes are apart."""
 
 import json
 import math
@@ -54,16 +54,16 @@ def test_a_difference_is_paired_by_seed():
     assert result().map_difference("cnn6", PROPAGATED_LABELS, RAW_LABELS).values == (0, 0, 0)
 
 
-def test_classes_that_gain_are_told_from_those_that_do_not():
+def test_classes_that_gain_clips_are_separated_from_those_that_do_not():
     """Car gains clips too, but no clip measures it; Dog gains none."""
-    made = result()
-    assert [one.name for one in made.gaining_classes("cnn6")] == ["Animal", "Vehicle"]
-    animal, vehicle = made.gaining_classes("cnn6")
+    study = result()
+    assert [one.name for one in study.gaining_classes("cnn6")] == ["Animal", "Vehicle"]
+    animal, vehicle = study.gaining_classes("cnn6")
     assert animal.difference.values == pytest.approx([0.2] * 3)
     assert (animal.clips_before, animal.clips_after) == (2, 7)
     assert vehicle.difference.values == pytest.approx([0.05, 0.1, 0.15])
-    assert made.mean_difference("cnn6", gaining=True).values == pytest.approx([0.125, 0.15, 0.175])
-    assert made.mean_difference("cnn6", gaining=False).values == pytest.approx([0] * 3)
+    assert study.mean_difference("cnn6", gaining=True).values == pytest.approx([0.125, 0.15, 0.175])
+    assert study.mean_difference("cnn6", gaining=False).values == pytest.approx([0] * 3)
 
 
 def test_the_table_says_what_was_found():
@@ -83,19 +83,19 @@ def test_the_table_says_what_was_found():
 
 def test_one_seed_has_no_deviation():
     """Rather no number than a wrong one; in the file it is null."""
-    one = result(seeds=1)
-    assert math.isnan(one.map_spread("cnn6", RAW_LABELS, RAW_LABELS).deviation)
-    assert " ± 0" not in one.format_table()
-    told = json.loads(json.dumps(one.to_json(), allow_nan=False))
-    assert told["summary"]["cnn6"]["map"]["raw"]["raw"]["deviation"] is None
+    study = result(seeds=1)
+    assert math.isnan(study.map_spread("cnn6", RAW_LABELS, RAW_LABELS).deviation)
+    assert " ± 0" not in study.format_table()
+    record = json.loads(json.dumps(study.to_json(), allow_nan=False))
+    assert record["summary"]["cnn6"]["map"]["raw"]["raw"]["deviation"] is None
 
 
 def test_a_result_comes_back_from_its_file():
     """With the same table."""
-    made = result()
-    again = HlpResult.from_json(json.loads(json.dumps(made.to_json(), allow_nan=False)))
-    assert again == made
-    assert again.format_table() == made.format_table()
+    study = result()
+    again = HlpResult.from_json(json.loads(json.dumps(study.to_json(), allow_nan=False)))
+    assert again == study
+    assert again.format_table() == study.format_table()
 
 
 def test_a_spread_is_a_sample_deviation():

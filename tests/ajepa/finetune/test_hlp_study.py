@@ -28,30 +28,32 @@ FEW = {"steps": 3, "clips_per_step": 4, "checkpoint_every": 3, "log_every": 1}
 
 def recipe(name: str = "cnn6-small"):
     """The smallest run of a small recipe."""
-    made = finetune_recipe(name)
-    return replace(made, model=replace(made.model, width=2) if name == "cnn6-small" else made.model, **FEW)
+    settings = finetune_recipe(name)
+    return replace(
+        settings, model=replace(settings.model, width=2) if name == "cnn6-small" else settings.model, **FEW
+    )
 
 
 def study_of(store: FeatureStore, **kind) -> HlpStudy:
     return HlpStudy(**{"recipes": {"cnn6": recipe()}, "stores": (store,), "seeds": 2} | kind)
 
 
-def run(study: HlpStudy, out, said: list | None = None) -> HlpResult:
-    say = [].append if said is None else said.append
+def run(study: HlpStudy, out, lines: list | None = None) -> HlpResult:
+    say = [].append if lines is None else lines.append
     return run_hlp_study(study, out, device="cpu", loader="plain", say=say)
 
 
 @pytest.fixture(scope="module")
-def done(store, tmp_path_factory):
+def finished_study(store, tmp_path_factory):
     """A study of one model and two seeds; FSD50K's part is played by the store itself."""
     out = tmp_path_factory.mktemp("study")
     study = study_of(store, fsd50k=(store,))
     return study, out, run(study, out)
 
 
-def test_every_model_is_trained_on_both_label_sets_with_every_seed(done):
+def test_every_model_is_trained_on_both_label_sets_with_every_seed(finished_study):
     """And of each run the folder says so."""
-    _, out, result = done
+    _, out, result = finished_study
     assert sorted(path.name for path in (out / "runs").iterdir()) == [
         f"cnn6-{labels}-seed{seed}" for labels in ("raw", "unambiguous") for seed in (0, 1)
     ]
@@ -65,32 +67,36 @@ def test_every_model_is_trained_on_both_label_sets_with_every_seed(done):
     )
 
 
-def test_scores_are_those_that_the_runs_found_themselves(done):
+def test_scores_are_those_that_the_runs_found_themselves(finished_study):
     """The study measures as fine-tuning does: same clips, same views, same metric."""
-    _, out, result = done
+    _, out, result = finished_study
     for arm, labels in ((RAW_LABELS, "raw"), (PROPAGATED_LABELS, "unambiguous")):
-        kept = Evaluation.read_json(out / "runs" / f"cnn6-{labels}-seed0" / EVALUATION_FILE)
-        found = {score.label_set: score for score in kept.scores}
-        (training,) = (t for t in result.arm("cnn6", arm) if t.seed == 0)
+        evaluation = Evaluation.read_json(out / "runs" / f"cnn6-{labels}-seed0" / EVALUATION_FILE)
+        score_of = {score.label_set: score for score in evaluation.scores}
+        (training,) = (t for t in result.arm_trainings("cnn6", arm) if t.seed == 0)
         for name, label_set in ((RAW_LABELS, "raw"), (PROPAGATED_LABELS, "unambiguous")):
-            assert training.of(name).map == pytest.approx(found[label_set].map_value)
-            assert training.of(name).counted == found[label_set].classes
+            assert training.score_against(name).map == pytest.approx(score_of[label_set].metrics["map"].value)
+            assert (
+                len([value for value in training.score_against(name).per_class if value is not None])
+                == score_of[label_set].classes
+            )
 
 
-def test_transfer_is_measured_on_the_shared_classes(done):
+def test_transfer_is_measured_on_the_shared_classes(finished_study):
     """Here the other store has the very same classes: all are shared, and its raw labels are ours."""
-    _, _, result = done
+    _, _, result = finished_study
     for training in result.trainings:
-        assert training.of("FSD50K").map == pytest.approx(training.of(RAW_LABELS).map)
+        assert training.score_against("FSD50K").map == pytest.approx(training.score_against(RAW_LABELS).map)
 
 
-def test_propagated_scores_differ_from_raw_ones_only_above_what_is_implied(done, store):
+def test_propagated_scores_differ_from_raw_ones_only_above_what_is_implied(finished_study, store):
     """A class that nothing implies keeps its average precision."""
-    _, _, result = done
+    _, _, result = finished_study
     adds_CC = added_classes_CC(store, "unambiguous")
     implied_C = adds_CC.any(axis=0)
     raw, posthoc = (
-        result.arm("cnn6", arm)[0].of(RAW_LABELS).per_class for arm in (RAW_LABELS, POSTHOC_SCORES)
+        result.arm_trainings("cnn6", arm)[0].score_against(RAW_LABELS).per_class
+        for arm in (RAW_LABELS, POSTHOC_SCORES)
     )
     assert [a for a, gains in zip(raw, implied_C, strict=True) if not gains] == [
         b for b, gains in zip(posthoc, implied_C, strict=True) if not gains
@@ -99,45 +105,45 @@ def test_propagated_scores_differ_from_raw_ones_only_above_what_is_implied(done,
     assert len(labelled_eval_rows(store)) > 0
 
 
-def test_the_counts_are_of_the_clips_trained_on(done, store):
+def test_the_counts_are_of_the_clips_trained_on(finished_study, store):
     """What propagation adds there decides which classes gain."""
-    _, _, result = done
+    _, _, result = finished_study
     train_N = store.good_rows([s for s in store.manifest["split"].unique() if s != "eval"])
     assert result.protocol["train_clips"] == int(store.labels_BC(train_N).any(axis=1).sum())
     assert list(result.clips_after) == store.labels_BC(train_N, "unambiguous").sum(axis=0).tolist()
-    assert any(result.gains(index) for index in range(527))
+    assert any(result.has_more_clips(index) for index in range(527))
     assert not any(a < b for a, b in zip(result.clips_after, result.clips_before, strict=True))
 
 
-def test_a_study_run_again_trains_and_measures_nothing(done, monkeypatch):
+def test_a_study_run_again_trains_and_measures_nothing(finished_study, monkeypatch):
     """And ends with the same result, byte for byte."""
-    study, out, result = done
+    study, out, result = finished_study
     before = (out / HLP_STUDY_FILE).read_bytes()
     times = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/checkpoints/*/*")}
     monkeypatch.setattr("ajepa.finetune.hlp_study.measure_trainings", None)
-    said = []
-    assert run(study, out, said) == result
+    lines = []
+    assert run(study, out, lines) == result
     assert (out / HLP_STUDY_FILE).read_bytes() == before
     assert {path: path.stat().st_mtime_ns for path in out.glob("runs/*/checkpoints/*/*")} == times
-    assert sum("already at its last step" in line for line in said) == 4
+    assert sum("already at its last step" in line for line in lines) == 4
     assert HlpResult.from_json(json.loads(before)) == result
 
 
-def test_one_more_seed_trains_only_that(done):
+def test_one_more_seed_trains_only_that(finished_study):
     """Two runs more, and the old ones as they were."""
-    study, out, result = done
-    said = []
-    more = run(replace(study, seeds=3), out, said)
-    assert sum("already at its last step" in line for line in said) == 4
+    study, out, result = finished_study
+    lines = []
+    more = run(replace(study, seeds=3), out, lines)
+    assert sum("already at its last step" in line for line in lines) == 4
     assert [t for t in more.trainings if t.seed < 2] == list(result.trainings)
 
 
-def test_other_labels_to_transfer_to_are_measured_anew(done):
+def test_other_labels_to_transfer_to_are_measured_anew(finished_study):
     """Scores that were of something else are not shown as of this."""
-    study, out, _ = done
+    study, out, _ = finished_study
     assert run(replace(study, fsd50k=(), seeds=1), out).label_kinds == [RAW_LABELS, PROPAGATED_LABELS]
-    kept = json.loads((out / "runs" / "cnn6-raw-seed0" / HLP_SCORES_FILE).read_text())
-    assert kept["of"]["fsd50k"] == []
+    record = json.loads((out / "runs" / "cnn6-raw-seed0" / HLP_SCORES_FILE).read_text())
+    assert record["of"]["fsd50k"] == []
 
 
 def test_each_model_takes_the_store_of_its_mel_spec(store, corpus, tmp_path):

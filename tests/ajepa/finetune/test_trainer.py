@@ -37,13 +37,14 @@ def batch(classes: int = 3, clips: int = 8) -> Batch:
         n_frames_B=torch.full((clips,), 64),
         rows_B=np.arange(clips),
         labels_BC=torch.eye(classes)[torch.arange(clips) % classes],
-        weights_B=torch.ones(clips),
     )
 
 
 def trainer(classes: int = 3, *, single: bool = True, **changes) -> FinetuneTrainer:
-    how = {name: changes.pop(name) for name in ("micro_clips", "precision", "recompute") if name in changes}
-    return FinetuneTrainer(tiny_finetune(**changes), torch.eye(classes), CPU, single_label=single, **how)
+    options = {
+        name: changes.pop(name) for name in ("micro_clips", "precision", "recompute") if name in changes
+    }
+    return FinetuneTrainer(tiny_finetune(**changes), torch.eye(classes), CPU, single_label=single, **options)
 
 
 def test_the_rate_falls_with_the_distance_from_the_head():
@@ -52,7 +53,7 @@ def test_the_rate_falls_with_the_distance_from_the_head():
     made.train_step(10, batch())
     lr = made.recipe.learning_rate(10)
     rate_of = {id(w): group["lr"] for group in made.optimiser.param_groups for w in group["params"]}
-    for depth, layer in enumerate(made.model.layers()):
+    for depth, layer in enumerate(made.model.weights_by_depth()):
         assert [rate_of[id(weight)] for weight in layer] == pytest.approx(
             [lr * 0.75 ** (3 - depth)] * len(layer)
         )
@@ -61,14 +62,14 @@ def test_the_rate_falls_with_the_distance_from_the_head():
 def test_every_weight_is_trained_and_only_matrices_decay():
     """A weight in no group would stay as it was drawn."""
     made = trainer(optimiser=AdamW(weight_decay=0.3))
-    held = [weight for group in made.optimiser.param_groups for weight in group["params"]]
-    assert sorted(map(id, held)) == sorted(map(id, made.model.parameters()))
+    weights = [weight for group in made.optimiser.param_groups for weight in group["params"]]
+    assert sorted(map(id, weights)) == sorted(map(id, made.model.parameters()))
     for group in made.optimiser.param_groups:
         assert {group["weight_decay"]} == {0.3 if weight.ndim > 1 else 0.0 for weight in group["params"]}
-    before = [weight.detach().clone() for weight in held]
+    before = [weight.detach().clone() for weight in weights]
     for step in (5, 6, 7):
         made.train_step(step, batch())
-    assert not [w.shape for w, old in zip(held, before, strict=True) if torch.equal(w, old)]
+    assert not [w.shape for w, old in zip(weights, before, strict=True) if torch.equal(w, old)]
 
 
 def test_the_average_follows_the_weights_slower_and_is_what_is_measured():
@@ -77,10 +78,10 @@ def test_the_average_follows_the_weights_slower_and_is_what_is_measured():
     for step in (0, 1, 200):
         old = {name: value.clone() for name, value in made.weight_average.named_parameters()}
         made.train_step(step, batch())
-        kept = min(0.9, (1 + step) / (10 + step))
+        momentum = min(0.9, (1 + step) / (10 + step))
         new = dict(made.model.named_parameters())
         for name, value in made.weight_average.named_parameters():
-            torch.testing.assert_close(value, kept * old[name] + (1 - kept) * new[name])
+            torch.testing.assert_close(value, momentum * old[name] + (1 - momentum) * new[name])
     assert made.evaluated_model is made.weight_average
     assert trainer(ema=0.0).evaluated_model is not None
     assert "average" not in trainer(ema=0.0).make_checkpoint(1).parts
@@ -166,7 +167,7 @@ def test_a_step_in_several_passes_is_that_in_one(kind, micro_clips, single):
     whole = trainer(single=single, model=MODELS[kind], precision=FP32)
     parts = trainer(single=single, model=MODELS[kind], precision=FP32, micro_clips=micro_clips)
     for step in (3, 4, 5):
-        one, several = (made.train_step(step, shortened(batch())) for made in (whole, parts))
+        one, several = (each.train_step(step, shortened(batch())) for each in (whole, parts))
         assert several == pytest.approx(one, rel=2e-4)
     for weight, other in zip(
         whole.weight_average.parameters(), parts.weight_average.parameters(), strict=True
@@ -177,13 +178,15 @@ def test_a_step_in_several_passes_is_that_in_one(kind, micro_clips, single):
 @pytest.mark.parametrize("kind", MODELS)
 def test_ranks_draw_what_one_process_draws_for_their_clips(kind):
     """The logits of each half, in training, are those of the whole; with draws of their own they would not be."""
-    made, whole = build_classifier(MODELS[kind], 3, 0).train(), shortened(batch())
-    logits_BC = made(whole.mel_BTF, whole.n_frames_B, step_rng(0, 7))
+    classifier, whole = build_classifier(MODELS[kind], 3, 0).train(), shortened(batch())
+    logits_BC = classifier(whole.mel_BTF, whole.n_frames_B, step_rng(0, 7))
     for first in (0, 4):
-        mine = slice(first, first + 4)
-        told_BC = made(whole.mel_BTF[mine], whole.n_frames_B[mine], MicroBatchRng(step_rng(0, 7), first, 8))
-        torch.testing.assert_close(told_BC, logits_BC[mine], rtol=1e-4, atol=1e-5)
-    own_BC = made(whole.mel_BTF[4:], whole.n_frames_B[4:], step_rng(0, 7))
+        clips = slice(first, first + 4)
+        rank_logits_BC = classifier(
+            whole.mel_BTF[clips], whole.n_frames_B[clips], MicroBatchRng(step_rng(0, 7), first, 8)
+        )
+        torch.testing.assert_close(rank_logits_BC, logits_BC[clips], rtol=1e-4, atol=1e-5)
+    own_BC = classifier(whole.mel_BTF[4:], whole.n_frames_B[4:], step_rng(0, 7))
     assert not torch.allclose(own_BC, logits_BC[4:], rtol=1e-2)
 
 
@@ -192,9 +195,9 @@ def test_of_a_passes_generator_comes_what_comes_of_the_whole_steps():
     plain = np.random.default_rng(5)
     of_all = [plain.random((8, 3)), plain.random((8,)), plain.random((8, 2, 5))]
     for first, clips in ((0, 8), (0, 3), (3, 4), (7, 1)):
-        mine = MicroBatchRng(np.random.default_rng(5), first, 8)
+        pass_rng = MicroBatchRng(np.random.default_rng(5), first, 8)
         for shape, whole in zip(((3,), (), (2, 5)), of_all, strict=True):
-            assert np.array_equal(mine.random((clips, *shape)), whole[first : first + clips])
+            assert np.array_equal(pass_rng.random((clips, *shape)), whole[first : first + clips])
 
 
 def test_recomputing_changes_nothing_but_memory():
@@ -209,11 +212,11 @@ def test_recomputing_changes_nothing_but_memory():
 @pytest.mark.parametrize("name", ["cnn6", "convnext"])
 def test_batch_norms_are_trained_whole_or_not_at_all(name):
     """Their statistics are those of all clips of a step; a part has others, and another gradient."""
-    recipe, how = finetune_recipe(name), {"world": SINGLE_PROCESS, "recompute": False}
-    refuse_unsplittable_model(recipe, micro_clips=None, **how)
-    refuse_unsplittable_model(recipe, micro_clips=recipe.clips_per_step, **how)
+    recipe, options = finetune_recipe(name), {"world": SINGLE_PROCESS, "recompute": False}
+    refuse_unsplittable_model(recipe, micro_clips=None, **options)
+    refuse_unsplittable_model(recipe, micro_clips=recipe.clips_per_step, **options)
     with pytest.raises(RunError, match=f"--micro-batch 4: a {name} normalises each clip by all"):
-        refuse_unsplittable_model(recipe, micro_clips=4, **how)
+        refuse_unsplittable_model(recipe, micro_clips=4, **options)
     with pytest.raises(RunError, match=f"2 ranks: a {name} normalises each clip by all .* use one process"):
         refuse_unsplittable_model(recipe, micro_clips=None, world=World(size=2), recompute=False)
     with pytest.raises(RunError, match=f"--recompute: a {name} keeps what its blocks compute"):
@@ -226,8 +229,8 @@ def test_batch_norms_are_trained_whole_or_not_at_all(name):
 def test_what_may_be_trained_in_parts_has_no_batch_norm(name):
     """Of every other recipe's kind, by looking at the modules."""
     refuse_unsplittable_model(finetune_recipe(name), world=World(size=2), micro_clips=1, recompute=False)
-    made = finetune_recipe(name).model
-    small = {"vit": tiny_finetune().model, "passt": PASST}[classifier_kind_name(made)]
+    spec = finetune_recipe(name).model
+    small = {"vit": tiny_finetune().model, "passt": PASST}[classifier_kind_name(spec)]
     assert not [
         m
         for m in build_classifier(small, 3, 0).modules()
@@ -241,12 +244,12 @@ def test_a_scaled_loss_that_overflows_costs_its_step_and_lowers_the_scale():
     made, again = trainer(precision=fp16), trainer(precision=fp16)
     made.scaler.load_state_dict(made.scaler.state_dict() | {"scale": 2.0**60})
     before = copy.deepcopy(made.make_checkpoint(3).parts)
-    told = made.train_step(3, batch())
-    assert told["overflowed"] == 1
-    assert "gradient_norm" not in told
+    metrics = made.train_step(3, batch())
+    assert metrics["overflowed"] == 1
+    assert "gradient_norm" not in metrics
     for part in ("classifier", "average"):
-        held = made.make_checkpoint(4).parts[part]
-        assert all(torch.equal(value, held[name]) for name, value in before[part].items())
+        tensors = made.make_checkpoint(4).parts[part]
+        assert all(torch.equal(value, tensors[name]) for name, value in before[part].items())
     again.restore_checkpoint(made.make_checkpoint(4))
     assert again.scaler.get_scale() == made.scaler.get_scale() == 2.0**59
 
@@ -261,12 +264,14 @@ def test_a_bad_step_keeps_what_computes_its_loss_again(precision):
         BadStep, match=r"step 5: gradient_norm is .*its clips are finite: lower the learning"
     ) as bad:
         made.train_step(4, batch())
-    told, kept = bad.value.record, bad.value.tensors
-    rng = MicroBatchRng(step_rng(told["seed"], told["step"] - 1), told["first_clip"], told["clips_per_step"])
+    record, tensors = bad.value.record, bad.value.tensors
+    rng = MicroBatchRng(
+        step_rng(record["seed"], record["step"] - 1), record["first_clip"], record["clips_per_step"]
+    )
     with made.precision.autocast(CPU):
-        logits_BC = made.model(kept["mel_BTF"], kept["n_frames_B"], rng)
-        loss = made.loss(logits_BC, kept["labels_BC"])
-    assert loss.item() == told["loss"]
+        logits_BC = made.model(tensors["mel_BTF"], tensors["n_frames_B"], rng)
+        loss = made.loss(logits_BC, tensors["labels_BC"])
+    assert loss.item() == record["loss"]
 
 
 def test_layers_that_are_empty_make_no_group():

@@ -1,7 +1,4 @@
-"""What is hidden, where, and how often.
-
-Which masking a step uses.
-"""
+"""Masks: which patches are hidden, where and how often, and which masking a step uses."""
 
 import itertools
 from dataclasses import replace
@@ -25,7 +22,8 @@ from ajepa.model.masking import (
 from ajepa.model.patches import PatchGrid
 from pipeline.errors import RunError
 
-LONG, SHORT = PatchGrid(rows=8, cols=64), PatchGrid(rows=8, cols=16)
+LONG = PatchGrid(rows=8, cols=64)
+SHORT = PatchGrid(rows=8, cols=16)
 
 MAKERS = [RandomPatches(), RandomBlocks(), TimeFrequencyAware(), TimeSpans()]
 
@@ -39,24 +37,26 @@ for_every_block_maker = pytest.mark.parametrize("maker", BLOCKS, ids=lambda make
 
 
 def many(maker: MaskMaker, grid: PatchGrid, *, steps: int, batch: int, seed: int = 0) -> list[Masks]:
+    """Return the masks of so many steps, each from a generator of its own."""
     return [maker.sample(np.random.default_rng([seed, step]), grid, batch=batch) for step in range(steps)]
 
 
 def fixed(area: float) -> BlockSize:
-    """One size of block, in the proportions of the grid."""
+    """Return a size that does not vary, in the proportions of the grid."""
     return BlockSize(area_low=area, area_high=area, aspect_low=1.0, aspect_high=1.0)
 
 
 def surprise(counts: np.ndarray) -> float:
-    """How far counts are from uniform: chi-square in standard deviations from what chance gives."""
-    expected, freedom = counts.mean(), counts.size - 1
+    """Return how far counts are from uniform: chi-square less its mean, in its standard deviations."""
+    expected = counts.mean()
+    freedom = counts.size - 1
     return float((((counts - expected) ** 2 / expected).sum() - freedom) / np.sqrt(2 * freedom))
 
 
 @on_both_grids
 @for_every_maker
 def test_context_and_targets_never_overlap(maker, grid):
-    """A target that the context encoder sees is not predicted but copied."""
+    """A target that the context encoder sees would be copied, not predicted."""
     for masks in many(maker, grid, steps=30, batch=16):
         seen_BP = np.zeros((16, grid.tokens), bool)
         np.put_along_axis(seen_BP, masks.context_BK, True, axis=1)
@@ -66,7 +66,7 @@ def test_context_and_targets_never_overlap(maker, grid):
 @on_both_grids
 @for_every_maker
 def test_tokens_are_in_the_grid_ascending_and_never_twice(maker, grid):
-    """What the model gathers by; equal counts per clip come with the arrays."""
+    """The model gathers by these indices; equal counts per clip follow from the arrays."""
     for masks in many(maker, grid, steps=10, batch=8):
         for tokens in (masks.context_BK, masks.targets_BGQ):
             assert tokens.dtype == np.int64
@@ -78,7 +78,7 @@ def test_tokens_are_in_the_grid_ascending_and_never_twice(maker, grid):
 
 @for_every_maker
 def test_masks_are_a_function_of_the_generator(maker):
-    """Resume draws the same; another step and another clip draw others."""
+    """A resumed run draws the same masks; another step and another clip get others."""
     first, again, other = (many(maker, SHORT, steps=1, batch=4, seed=seed)[0] for seed in (1, 1, 2))
     assert np.array_equal(first.context_BK, again.context_BK)
     assert np.array_equal(first.targets_BGQ, again.targets_BGQ)
@@ -88,7 +88,7 @@ def test_masks_are_a_function_of_the_generator(maker):
 
 @for_every_maker
 def test_a_batch_of_one_is_a_batch(maker):
-    """The last laptop has room for one clip."""
+    """A small machine may have room for one clip."""
     (masks,) = many(maker, SHORT, steps=1, batch=1)
     assert masks.context_BK.size > 0
     assert masks.targets_BGQ.size > 0
@@ -96,7 +96,7 @@ def test_a_batch_of_one_is_a_batch(maker):
 
 @on_both_grids
 def test_random_patches_hide_a_share_between_two_fifths_and_three(grid):
-    """One ratio a step, U(0.4, 0.6); what is not target is context."""
+    """One ratio a step, U(0.4, 0.6); every other patch is context."""
     shares = []
     for masks in many(RandomPatches(), grid, steps=200, batch=2):
         assert masks.targets_BGQ.shape[1] == 1
@@ -143,7 +143,7 @@ def test_a_target_is_a_whole_rectangle_and_all_of_a_batch_are_the_same_size(make
 
 @on_both_grids
 @for_every_block_maker
-def test_targets_cover_the_area_they_are_said_to(maker, grid):
+def test_targets_cover_the_area_of_their_spec(maker, grid):
     """Within 2 points of the range for each, of its middle on average: whole patches are coarse on 8 rows."""
     low, high = maker.target.area_low, maker.target.area_high
     areas = [m.targets_BGQ.shape[2] / grid.tokens for m in many(maker, grid, steps=400, batch=1)]
@@ -153,8 +153,8 @@ def test_targets_cover_the_area_they_are_said_to(maker, grid):
 
 
 @on_both_grids
-def test_spans_cover_the_share_of_time_they_are_said_to(grid):
-    """Three of 12.5 to 20 % each, every band, within 2 points; what is not target is context."""
+def test_spans_cover_the_share_of_time_of_their_spec(grid):
+    """Three of 12.5 to 20 % each, every band, within 2 points; every other patch is context."""
     shares = []
     for masks in many(TimeSpans(), grid, steps=400, batch=2):
         _, count, tokens = masks.targets_BGQ.shape
@@ -170,8 +170,9 @@ def test_spans_cover_the_share_of_time_they_are_said_to(grid):
 
 def test_every_way_of_placing_spans_is_equally_likely():
     """Two spans of three columns among ten, counted: 15 pairs that do not overlap, touching ones included."""
-    maker, grid = TimeSpans(count=2, share_low=0.3, share_high=0.3), PatchGrid(rows=2, cols=10)
-    legal = {(one, other): 0 for one in range(8) for other in range(one + 3, 8)}
+    maker = TimeSpans(count=2, share_low=0.3, share_high=0.3)
+    grid = PatchGrid(rows=2, cols=10)
+    legal = {(first, second): 0 for first in range(8) for second in range(first + 3, 8)}
     for masks in many(maker, grid, steps=400, batch=8):
         for firsts in masks.targets_BGQ[:, :, 0] // grid.rows:
             legal[tuple(firsts.tolist())] += 1
@@ -179,7 +180,7 @@ def test_every_way_of_placing_spans_is_equally_likely():
     assert abs(surprise(np.array(list(legal.values())))) < 4
 
 
-def test_spans_that_leave_no_context_are_refused_with_what_to_change():
+def test_spans_that_leave_no_context_are_refused_with_the_settings_to_change():
     """On four columns three spans of at least one leave one; on three they leave none."""
     assert many(TimeSpans(), PatchGrid(rows=2, cols=4), steps=1, batch=1)[0].context_BK.shape == (1, 2)
     with pytest.raises(RunError, match=r"masks: 3 spans of 1 of 3 columns leave no context; lower"):
@@ -187,7 +188,7 @@ def test_spans_that_leave_no_context_are_refused_with_what_to_change():
 
 
 @on_both_grids
-def test_the_context_block_covers_the_area_it_is_said_to(grid):
+def test_the_context_block_covers_the_area_of_its_spec(grid):
     """The published sampler clamps its sides on a 64 x 8 grid and leaves 30 % instead of 85 to 100."""
     rng = np.random.default_rng(0)
     areas = [np.prod(RandomBlocks().context.draw_block_shape(rng, grid)) / grid.tokens for _ in range(400)]
@@ -235,26 +236,27 @@ def test_no_patch_is_never_a_target_and_none_never_context(maker, grid):
 
 @on_both_grids
 @for_every_block_maker
-def test_a_patch_is_target_as_often_as_its_place_says(grid, maker):
-    """Every place of a block equally likely: a patch is in it as often as places cover it, corners least."""
+def test_a_patch_is_target_as_often_as_blocks_can_cover_it(grid, maker):
+    """Every place of a block is equally likely: a patch is in as many of them as cover it, corners in the fewest."""
     size = fixed(maker.target.area_high)
     rows, cols = size.draw_block_shape(np.random.default_rng(0), grid)
     places_CR = np.zeros((grid.cols, grid.rows))
     for col, row in itertools.product(range(grid.cols - cols + 1), range(grid.rows - rows + 1)):
         places_CR[col : col + cols, row : row + rows] += 1
     law_P = places_CR.ravel() / ((grid.cols - cols + 1) * (grid.rows - rows + 1))
-    hits_P, drawn = np.zeros(grid.tokens), 0
+    hits_P = np.zeros(grid.tokens)
+    blocks = 0
     for masks in many(replace(maker, count=1, target=size, floor=0.0), grid, steps=100, batch=64):
         hits_P += np.bincount(masks.targets_BGQ.ravel(), minlength=grid.tokens)
-        drawn += len(masks.targets_BGQ)
-    surprise_P = (hits_P - drawn * law_P) / np.sqrt(drawn * law_P * (1 - law_P) + 1e-9)
-    assert abs(surprise_P).max() < 5
+        blocks += len(masks.targets_BGQ)
+    deviation_P = (hits_P - blocks * law_P) / np.sqrt(blocks * law_P * (1 - law_P) + 1e-9)
+    assert abs(deviation_P).max() < 5
     assert law_P.min() > 0
 
 
 @on_both_grids
 def test_a_visible_patch_is_context_as_often_as_every_other_that_may_be(grid):
-    """Of what the targets leave free the surplus is dropped at random: chi-square over those patches."""
+    """The context drops a random part of the patches that the targets leave free: chi-square over these patches."""
     maker = TimeFrequencyAware(count=1, target=fixed(0.06))
     counts_P, free_P = np.zeros(grid.tokens), np.zeros(grid.tokens)
     for masks in many(maker, grid, steps=100, batch=64):
@@ -287,7 +289,7 @@ def test_the_context_favours_no_side_of_the_grid(maker, grid):
 @pytest.mark.parametrize(
     ("maker", "least", "mean"), [(RandomBlocks(), 1 / 8, 0.43), (TimeFrequencyAware(), 1 / 16, 0.18)]
 )
-def test_the_context_keeps_its_floor_and_most_of_what_is_free(maker, grid, least, mean):
+def test_the_context_keeps_its_floor_and_most_of_the_free_patches(maker, grid, least, mean):
     """On average 45 % and 19 % of the grid are free. Batches lose little of it, and never fall under the floor."""
     shares = [m.context_BK.shape[1] / grid.tokens for m in many(maker, grid, steps=400, batch=32)]
     assert min(shares) >= least
@@ -296,7 +298,7 @@ def test_the_context_keeps_its_floor_and_most_of_what_is_free(maker, grid, least
 
 @on_both_grids
 def test_time_frequency_aware_context_shares_no_row_and_no_column_with_a_target(grid):
-    """Neither the same moment nor the same band helps, and the floor does not bend that."""
+    """Neither the same moment nor the same band helps, and the floor makes no exception."""
     for masks in many(TimeFrequencyAware(), grid, steps=100, batch=16):
         for context_K, targets_GQ in zip(masks.context_BK, masks.targets_BGQ, strict=True):
             assert not set(context_K // grid.rows) & set(targets_GQ.ravel() // grid.rows)
@@ -321,7 +323,7 @@ def test_every_legal_layout_is_equally_likely(floor_tokens):
     assert abs(surprise(np.array(list(legal.values())))) < 4
 
 
-def test_a_floor_out_of_reach_is_refused_with_what_to_change():
+def test_a_floor_out_of_reach_is_refused_with_the_settings_to_change():
     """No layout leaves nine tenths; the loop must end, and say why."""
     with pytest.raises(RunError, match=r"masks: 0 of 1600 layouts leave 116 context tokens.*lower the floor"):
         RandomBlocks(floor=0.9).sample(np.random.default_rng(0), SHORT, batch=2)
@@ -362,6 +364,7 @@ A_JEPA = Curriculum(earlier=RandomBlocks(), later=TimeFrequencyAware(), steps=1_
 
 
 def share_of_later(plan: Curriculum, step: int) -> float:
+    """Return how often 4,000 draws at one step give the later masking."""
     rng = np.random.default_rng(step)
     return float(np.mean([plan.mask_maker_at(step, rng) is plan.later for _ in range(4_000)]))
 
@@ -376,8 +379,8 @@ def test_the_inverse_curriculum_is_the_same_with_the_two_exchanged():
     """The ablation differs in the order of difficulty and in nothing else."""
     inverse = mask_plan("inverse", 1_000)
     for step in range(0, 1_000, 50):
-        forth, back = (plan.mask_maker_at(step, np.random.default_rng(step)) for plan in (A_JEPA, inverse))
-        assert {forth, back} == {A_JEPA.earlier, A_JEPA.later}
+        makers = {plan.mask_maker_at(step, np.random.default_rng(step)) for plan in (A_JEPA, inverse)}
+        assert makers == {A_JEPA.earlier, A_JEPA.later}
 
 
 def test_the_same_generator_gives_the_same_masking():
@@ -390,7 +393,7 @@ def test_the_same_generator_gives_the_same_masking():
 
 
 def test_a_fixed_plan_leaves_the_generator_alone():
-    """So its masks are those of the masking by itself."""
+    """Its masks are those of the masking by itself."""
     rng = np.random.default_rng(0)
     assert Fixed(masking=RandomPatches()).mask_maker_at(3, rng) == RandomPatches()
     assert rng.random() == np.random.default_rng(0).random()

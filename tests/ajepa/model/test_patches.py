@@ -1,4 +1,4 @@
-"""The grid over a spectrogram: where each token lies, what it holds, how it is told from the others."""
+"""The grid over a spectrogram: the place of each token, its values and its position."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def test_the_grids_of_the_two_papers(frames, rows, cols):
 
 
 def test_a_token_holds_the_patch_at_its_row_and_column():
-    """Masks and positions speak of rows and columns; a transposed patch would make both lie."""
+    """Masks and positions are in rows and columns; with a transposed patch both would be wrong."""
     mel_BTF = torch.randn(2, GRID.frames, GRID.bands)
     patches_BPN = patchify(mel_BTF, GRID)
     for col in range(GRID.cols):
@@ -36,7 +36,7 @@ def test_a_prefix_of_the_tokens_is_a_prefix_of_the_sound():
 
 
 def test_no_two_tokens_share_a_position():
-    """Attention is blind to order: two equal positions would be one place."""
+    """Attention does not know order: two tokens with equal positions would be at the same place."""
     positions_PD = sincos_positions(PatchGrid.from_size(1024, 128), 192)
     assert torch.cdist(positions_PD, positions_PD).add(torch.eye(512)).min() > 0.5
 
@@ -71,13 +71,13 @@ def test_a_spectrogram_must_be_as_large_as_its_grid():
 
 @pytest.mark.parametrize(("frames", "bands"), [(1000, 128), (1024, 100)])
 def test_patches_must_tile_the_spectrogram(frames, bands):
-    """1000 frames are 62 and a half patches: which half is lost is not for us to choose."""
+    """1000 frames are 62 and a half patches: no frame is dropped without a word."""
     with pytest.raises(ValueError, match="cannot be cut into 16 x 16"):
         PatchGrid.from_size(frames, bands)
 
 
 def test_positions_need_a_width_of_four_quarters():
-    """Sine and cosine, twice."""
+    """Sine and cosine, of the row and of the column."""
     with pytest.raises(ValueError, match="divisible by 4"):
         sincos_positions(GRID, 6)
 

@@ -1,4 +1,4 @@
-"""From tokens to a clip's vector: over what is sound alone, row by row, from any layer."""
+"""The vector of a clip: from tokens that hold sound alone, row by row, from any layer."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from tiny import tiny
 from torch.nn import functional as nnf
 
 from ajepa.model.patches import PatchGrid, valid_token_mask
-from ajepa.model.pooling import LAST_LAYER, EncoderLayer, pool_tokens, pool_views
+from ajepa.model.pooling import DEFAULT_POOLING, LAST_LAYER, EncoderLayer, encode_views, pool_tokens
 from ajepa.model.vit import Encoder, EncoderSpec
 from pipeline.errors import RunError
 
@@ -19,8 +19,13 @@ def encoder() -> Encoder:
     return Encoder(EncoderSpec(grid=PatchGrid.from_size(64, 128), width=32, depth=3, heads=2), seed=1).eval()
 
 
-def views_of(frames: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A clip of so many valid frames in each of its views, as `mel_BVTF` and `n_frames_BV`."""
+def pool_views(encoder, mel_BVTF, n_frames_BV, *, pooling=DEFAULT_POOLING, layer=LAST_LAYER) -> torch.Tensor:
+    """Return one vector per clip, from any number of views of each."""
+    return encode_views(encoder, mel_BVTF, n_frames_BV, layer).pool_per_clip(pooling)
+
+
+def make_views(frames: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a clip of so many valid frames in each of its views, as `mel_BVTF` and `n_frames_BV`."""
     generator = torch.Generator().manual_seed(3)
     mel_BVTF = torch.randn(1, len(frames), 64, 128, generator=generator)
     return mel_BVTF, torch.tensor([frames])
@@ -28,7 +33,7 @@ def views_of(frames: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_frequency_pooling_gives_each_row_of_patches_the_mean_over_its_valid_columns(encoder):
     """Token p lies in row p % 8: of 64 and 20 valid frames, 4 and 2 columns count, over both views alike."""
-    mel_BVTF, n_frames_BV = views_of([64, 20])
+    mel_BVTF, n_frames_BV = make_views([64, 20])
     with torch.inference_mode():
         valid_BP = valid_token_mask(n_frames_BV[0], encoder.spec.grid)
         tokens_VPD = encoder(mel_BVTF[0], valid_BP=valid_BP)
@@ -41,14 +46,14 @@ def test_frequency_pooling_gives_each_row_of_patches_the_mean_over_its_valid_col
 
 def test_mean_pooling_is_the_mean_of_the_rows_of_frequency_pooling(encoder):
     """Every valid column holds every row, so both count each token alike."""
-    mel_BVTF, n_frames_BV = views_of([64, 33, 0])
+    mel_BVTF, n_frames_BV = make_views([64, 33, 0])
     rows_BRD = pool_views(encoder, mel_BVTF, n_frames_BV, pooling="frequency").unflatten(1, (ROWS, 32))
     torch.testing.assert_close(pool_views(encoder, mel_BVTF, n_frames_BV), rows_BRD.mean(1))
 
 
 def test_moments_add_the_deviation_over_time_of_each_row(encoder):
     """Population deviation over the valid columns of both views alike, after the means of frequency pooling."""
-    mel_BVTF, n_frames_BV = views_of([64, 20])
+    mel_BVTF, n_frames_BV = make_views([64, 20])
     with torch.inference_mode():
         valid_BP = valid_token_mask(n_frames_BV[0], encoder.spec.grid)
         tokens_VPD = encoder(mel_BVTF[0], valid_BP=valid_BP)
@@ -60,31 +65,33 @@ def test_moments_add_the_deviation_over_time_of_each_row(encoder):
 
 @pytest.mark.parametrize("pooling", ["mean", "frequency", "moments"])
 @pytest.mark.parametrize("layer", ["last", "mean-2", "block-1"])
-def test_what_is_not_valid_reaches_no_pooling_of_no_layer(encoder, pooling, layer):
+def test_frames_that_are_not_valid_reach_no_pooling_of_any_layer(encoder, pooling, layer):
     """Neither the rest of a view nor a view past the clip's end, not even as nan."""
-    mel_BVTF, n_frames_BV = views_of([64, 16, 0])
-    asked = {"pooling": pooling, "layer": EncoderLayer.from_name(layer)}
-    expected_BD = pool_views(encoder, mel_BVTF, n_frames_BV, **asked)
+    mel_BVTF, n_frames_BV = make_views([64, 16, 0])
+    options = {"pooling": pooling, "layer": EncoderLayer.from_name(layer)}
+    expected_BD = pool_views(encoder, mel_BVTF, n_frames_BV, **options)
     mel_BVTF[0, 1, 16:] = 9e3
     mel_BVTF[0, 2] = float("nan")
-    assert torch.equal(pool_views(encoder, mel_BVTF, n_frames_BV, **asked), expected_BD)
+    assert torch.equal(pool_views(encoder, mel_BVTF, n_frames_BV, **options), expected_BD)
 
 
 def test_tokens_that_are_not_valid_are_left_out_even_where_they_are_nan():
-    """What comes out of an encoder at such a token means nothing, so it may be anything."""
+    """The output of an encoder at such a token means nothing, so it may be anything."""
     tokens_NPD = torch.arange(12.0).reshape(1, 6, 2)
     tokens_NPD[0, 4:] = float("nan")
     valid_NP = torch.tensor([[True, True, True, True, False, False]])
-    one = {"clip_N": torch.tensor([0]), "clips": 1, "rows": 2}
-    assert pool_tokens(tokens_NPD, valid_NP, pooling="mean", **one).tolist() == [[3.0, 4.0]]
-    assert pool_tokens(tokens_NPD, valid_NP, pooling="frequency", **one).tolist() == [[2.0, 3.0, 4.0, 5.0]]
+    one_clip = {"clip_N": torch.tensor([0]), "clips": 1, "rows": 2}
+    mean_BD = pool_tokens(tokens_NPD, valid_NP, pooling="mean", **one_clip)
+    rows_BD = pool_tokens(tokens_NPD, valid_NP, pooling="frequency", **one_clip)
+    assert mean_BD.tolist() == [[3.0, 4.0]]
+    assert rows_BD.tolist() == [[2.0, 3.0, 4.0, 5.0]]
 
 
 def test_a_layer_is_the_last_norm_or_the_normalised_blocks_that_it_names(encoder):
     """Blocks count from 1; the mean is over the last ones; the last block has no final norm of its own."""
-    mel_BTF = views_of([64])[0][:, 0]
+    mel_BTF = make_views([64])[0][:, 0]
     with torch.inference_mode():
-        blocks = [nnf.layer_norm(said, (32,)) for said in encoder.top_layers(mel_BTF, 3)]
+        blocks = [nnf.layer_norm(output, (32,)) for output in encoder.top_block_outputs(mel_BTF, 3)]
         assert torch.equal(LAST_LAYER.encode_tokens(encoder, mel_BTF), encoder(mel_BTF))
         for number in (1, 2, 3):
             torch.testing.assert_close(
@@ -96,8 +103,8 @@ def test_a_layer_is_the_last_norm_or_the_normalised_blocks_that_it_names(encoder
 
 
 @pytest.mark.parametrize("name", ["last", "mean-4", "block-11"])
-def test_a_layers_name_is_how_it_is_told(name):
-    """The protocol of a result and the option that made it say the same."""
+def test_a_layer_prints_as_the_name_that_it_was_made_from(name):
+    """The protocol of a result and the option that made it use the same word."""
     assert str(EncoderLayer.from_name(name)) == name
 
 
@@ -109,8 +116,8 @@ def test_a_layer_that_there_is_not_is_refused(name):
 
 
 def test_more_blocks_than_there_are_and_an_unknown_pooling_are_refused(encoder):
-    """Silence here would be a result under another name."""
-    mel_BVTF, n_frames_BV = views_of([64])
+    """Without an error, the result of another layer would stand under this name."""
+    mel_BVTF, n_frames_BV = make_views([64])
     with pytest.raises(RunError, match="block-4: the encoder has 3 blocks"):
         pool_views(encoder, mel_BVTF, n_frames_BV, layer=EncoderLayer(block_number=4))
     with pytest.raises(RunError, match="mean or frequency or moments, got 'max'"):
@@ -119,8 +126,8 @@ def test_more_blocks_than_there_are_and_an_unknown_pooling_are_refused(encoder):
 
 def test_gradients_pass_a_pooling():
     """Fine-tuning pools with the same function."""
-    model = tiny().model.encoder
-    tokens_NPD = torch.ones(2, model.grid.tokens, 4, requires_grad=True)
-    valid_NP = valid_token_mask(torch.tensor([64, 20]), model.grid)
+    grid = tiny().model.encoder.grid
+    tokens_NPD = torch.ones(2, grid.tokens, 4, requires_grad=True)
+    valid_NP = valid_token_mask(torch.tensor([64, 20]), grid)
     pool_tokens(tokens_NPD, valid_NP, torch.arange(2), clips=2, rows=ROWS, pooling="mean").sum().backward()
     assert torch.equal(tokens_NPD.grad.abs().sum(-1) > 0, valid_NP)

@@ -1,4 +1,4 @@
-"""CNN6, ConvNeXt and PaSST: the sizes their papers print, and what every classifier promises."""
+"""CNN6, ConvNeXt and PaSST: the sizes in their papers, and the promises of every classifier."""
 
 import sys
 from dataclasses import dataclass, replace
@@ -13,7 +13,9 @@ from ajepa.model.passt import Passt, PasstSpec
 from ajepa.model.randomness import apply_dropout, fork_seeded_rng
 from pipeline.errors import RunError
 
-FRAMES, BANDS, CLASSES = 160, 32, 7
+FRAMES = 160
+BANDS = 32
+CLASSES = 7
 
 SMALL = {
     Cnn6: Cnn6Spec(frames=FRAMES, bands=BANDS, width=4),
@@ -39,7 +41,7 @@ def clips() -> Clips:
     return Clips(mel_BTF, torch.tensor([FRAMES, FRAMES // 2, FRAMES]))
 
 
-def made(model, seed: int = 0):
+def build(model, seed: int = 0):
     return model(SMALL[model], CLASSES, seed)
 
 
@@ -64,7 +66,7 @@ def test_a_cnn6_has_the_weights_of_the_papers():
 
 
 @pytest.mark.parametrize(
-    ("of", "weights"),
+    ("model_size", "weights"),
     [
         ("tiny", 28_222_767),
         ("nano", 15_288_255),
@@ -73,15 +75,18 @@ def test_a_cnn6_has_the_weights_of_the_papers():
         ("atto", 3_542_855),
     ],
 )
-def test_a_convnext_has_the_weights_of_the_published_model(of, weights):
+def test_a_convnext_has_the_weights_of_the_published_model(model_size, weights):
     """ConvNeXt-Tiny-AT's model card says 28,222,767 parameters; the others are timm's, and 448 for 224 bands."""
-    assert size(ConvNext(ConvNextSpec(size=of), 527, 0)) == weights
+    assert size(ConvNext(ConvNextSpec(size=model_size), 527, 0)) == weights
 
 
-def test_a_convnext_looks_at_columns_as_the_published_model_does():
+def test_the_stem_of_a_convnext_has_the_columns_of_the_published_model():
     """1,000 frames x 224 bands leave its stem as 252 x 56."""
-    model, shapes = ConvNext(ConvNextSpec(frames=1000, size="atto"), 2, 0), []
-    model.network.stem.register_forward_hook(lambda module, given, out: shapes.append(tuple(out.shape[2:])))
+    model = ConvNext(ConvNextSpec(frames=1000, size="atto"), 2, 0)
+    shapes = []
+    model.network.stem.register_forward_hook(
+        lambda module, inputs, output: shapes.append(tuple(output.shape[2:]))
+    )
     model.eval()(torch.zeros(1, 1000, 224), torch.tensor([1000]))
     assert shapes == [(252, 56)]
 
@@ -102,67 +107,70 @@ def test_a_passt_cuts_ten_seconds_as_the_published_model_does(frames):
 
 @EACH
 def test_weights_are_a_function_of_the_seed_alone(model):
-    """Whatever was drawn before, and nothing of it is drawn from."""
+    """Torch's global generator has no influence, and is left as it was."""
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    one = made(model).state_dict()
+    first = build(model).state_dict()
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(6)
-    same, other = made(model).state_dict(), made(model, seed=1).state_dict()
-    assert all(torch.equal(one[name], same[name]) for name in one)
-    assert any(not torch.equal(one[name], other[name]) for name in one)
+    again = build(model).state_dict()
+    other = build(model, seed=1).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
 @EACH
 def test_a_forward_pass_is_a_function_of_the_generator_handed_in(model, clips):
-    """Or a resumed run could not draw what the undisturbed one drew."""
-    one = made(model).train()
+    """Otherwise a resumed run could not draw the numbers of the undisturbed one."""
+    classifier = build(model).train()
     before = torch.get_rng_state()
-    first, again, other = (one(clips.mel_BTF, clips.n_frames_B, rng(seed)) for seed in (1, 1, 2))
+    first, again, other = (classifier(clips.mel_BTF, clips.n_frames_B, rng(seed)) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     with pytest.raises(ValueError, match="give `rng`"):
-        one(clips.mel_BTF, clips.n_frames_B)
+        classifier(clips.mel_BTF, clips.n_frames_B)
 
 
 @EACH
 def test_evaluation_draws_nothing(model, clips):
     """The same clip has the same logits, with any generator or none."""
-    one, generator = made(model).eval(), rng()
+    classifier = build(model).eval()
+    generator = rng()
     with torch.inference_mode():
-        assert torch.equal(
-            one(clips.mel_BTF, clips.n_frames_B), one(clips.mel_BTF, clips.n_frames_B, generator)
-        )
+        without = classifier(clips.mel_BTF, clips.n_frames_B)
+        assert torch.equal(without, classifier(clips.mel_BTF, clips.n_frames_B, generator))
     assert generator.random() == rng().random()
 
 
 @EACH
 def test_every_weight_lies_in_one_layer_and_is_trained(model, clips):
     """Rates that fall with depth must reach every weight once; a weight without a gradient is dead."""
-    one = made(model).train()
-    listed = [weight for layer in one.layers() for weight in layer]
+    classifier = build(model).train()
+    listed = [weight for layer in classifier.weights_by_depth() for weight in layer]
     assert len(listed) == len({id(weight) for weight in listed})
-    assert {id(weight) for weight in listed} == {id(weight) for weight in one.parameters()}
-    one(clips.mel_BTF, clips.n_frames_B, rng()).square().sum().backward()
-    quiet = {
+    assert {id(weight) for weight in listed} == {id(weight) for weight in classifier.parameters()}
+    classifier(clips.mel_BTF, clips.n_frames_B, rng()).square().sum().backward()
+    without_gradient = {
         name
-        for name, weight in one.named_parameters()
+        for name, weight in classifier.named_parameters()
         if weight.grad is None or not weight.grad.abs().sum() > 0
     }
-    skipped = {name for name in quiet if model is ConvNext and name.startswith("network.stages")}
-    assert quiet == skipped  # drop path may skip a block for all three clips
+    # Drop path may skip a block of a ConvNeXt for all three clips.
+    if model is ConvNext:
+        without_gradient = {name for name in without_gradient if not name.startswith("network.stages")}
+    assert not without_gradient
 
 
 @EACH
 @pytest.mark.parametrize("n_frames", [2, 64, 96])
-def test_a_padded_clip_is_judged_as_the_clip_alone(model, n_frames):
-    """Padding is no sound: else short clips would be told by their length."""
+def test_a_padded_clip_has_the_logits_of_the_clip_alone(model, n_frames):
+    """Padding is no sound: otherwise short clips would be recognised by their length."""
     shown = max(n_frames, 64)
     sound_BTF = torch.randn(2, shown, BANDS, generator=torch.Generator().manual_seed(1))
     sound_BTF[:, n_frames:] = 0
     padded_BTF = torch.nn.functional.pad(sound_BTF, (0, 0, 0, FRAMES - shown))
-    longer = made(model).eval()
+    longer = build(model).eval()
     spec = replace(SMALL[model], frames=shown, **({"drop_cols": 0} if model is Passt else {}))
     shorter = model(spec, CLASSES, 0).eval()
     weights = longer.state_dict()
@@ -179,32 +187,33 @@ def test_a_padded_clip_is_judged_as_the_clip_alone(model, n_frames):
 
 @EACH
 def test_clips_of_another_size_are_refused(model):
-    """A spec says what a model takes."""
+    """A batch that does not fit the spec is a bug of the caller, to be named."""
     with pytest.raises(ValueError, match=f"expected {FRAMES} frames x {BANDS} bands, got {FRAMES} x 16"):
-        made(model)(torch.zeros(1, FRAMES, 16), torch.tensor([FRAMES]), rng())
+        build(model)(torch.zeros(1, FRAMES, 16), torch.tensor([FRAMES]), rng())
 
 
 @EACH
-def test_a_model_learns_what_it_is_shown(model):
-    """Two kinds of clip, loud below or loud above: told apart after some steps, in evaluation too."""
+def test_a_model_learns_its_training_clips(model):
+    """Two kinds of clip, loud below or loud above: after some steps it tells them apart, in evaluation too."""
     generator = torch.Generator().manual_seed(0)
     mel_BTF = torch.randn(16, FRAMES, BANDS, generator=generator)
     label_B = torch.arange(16) % 2
     mel_BTF[label_B == 0, :, : BANDS // 2] += 1
     mel_BTF[label_B == 1, :, BANDS // 2 :] += 1
-    one, n_frames_B = made(model).train(), torch.full((16,), FRAMES)
-    optimiser = torch.optim.AdamW(one.parameters(), lr=3e-3)
+    classifier = build(model).train()
+    n_frames_B = torch.full((16,), FRAMES)
+    optimiser = torch.optim.AdamW(classifier.parameters(), lr=3e-3)
     for step in range(25):
-        loss = torch.nn.functional.cross_entropy(one(mel_BTF, n_frames_B, rng(step)), label_B)
+        loss = torch.nn.functional.cross_entropy(classifier(mel_BTF, n_frames_B, rng(step)), label_B)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
     with torch.inference_mode():
-        assert (one.eval()(mel_BTF, n_frames_B).argmax(1) == label_B).all()
+        assert (classifier.eval()(mel_BTF, n_frames_B).argmax(1) == label_B).all()
 
 
 def test_a_short_clip_keeps_a_column_with_sound_through_patchout(clips):
-    """However many columns are left out: else a model would be shown nothing but zeros."""
+    """However many columns are left out: otherwise the model would get nothing but zeros."""
     spec = replace(SMALL[Passt], drop_cols=14)
     model, n_frames_B = Passt(spec, CLASSES, 0).train(), torch.tensor([3, 16, 26, 160])
     assert spec.cols - spec.drop_cols == 1
@@ -217,15 +226,15 @@ def test_a_short_clip_keeps_a_column_with_sound_through_patchout(clips):
 
 def test_patchout_leaves_out_every_column_equally_often():
     """The column that is kept for its sound takes no place from the others."""
-    model, n_frames_B = made(Passt).train(), torch.full((4000,), FRAMES)
+    model, n_frames_B = build(Passt).train(), torch.full((4000,), FRAMES)
     cols_BT, _ = model._draw_patchout(n_frames_B, 15, rng())
     assert cols_BT.shape == (4000, 10)
-    seen = torch.bincount(cols_BT.flatten(), minlength=15) / 4000
-    assert (seen - 10 / 15).abs().max() < 0.03
+    share = torch.bincount(cols_BT.flatten(), minlength=15) / 4000
+    assert (share - 10 / 15).abs().max() < 0.03
 
 
 def test_pooling_over_time_knows_no_padding():
-    """Mean and maximum of what is valid, also where all of it is negative."""
+    """Mean and maximum of the valid frames, also where all of them are negative."""
     x_BDT = torch.tensor([[[-3.0, -1.0, 9.0, 9.0]], [[1.0, 2.0, 3.0, 6.0]]])
     assert pool_mean_and_max(x_BDT, torch.tensor([2, 4])).flatten().tolist() == [-3.0, 9.0]
 
@@ -233,14 +242,14 @@ def test_pooling_over_time_knows_no_padding():
 def test_dropout_keeps_the_mean():
     """A share becomes 0, the rest grows; without a generator nothing happens."""
     x = torch.ones(100_000)
-    out = apply_dropout(x, 0.2, torch.Generator().manual_seed(0))
-    assert set(out.unique().tolist()) == {0.0, 1.25}
-    assert abs(out.mean() - 1) < 0.01
+    output = apply_dropout(x, 0.2, torch.Generator().manual_seed(0))
+    assert set(output.unique().tolist()) == {0.0, 1.25}
+    assert abs(output.mean() - 1) < 0.01
     assert apply_dropout(x, 0.2, None) is x
 
 
 def test_lent_generators_are_given_back_after_an_error():
-    """Whatever happens meanwhile."""
+    """A seed that leaked would change every later draw."""
     before = torch.get_rng_state()
     with pytest.raises(IndexError), fork_seeded_rng(1):
         torch.rand(3)[3]
@@ -251,11 +260,11 @@ def test_timm_is_asked_for_by_name_where_it_is_missing(monkeypatch):
     """One line with the command that brings it."""
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(RunError, match=r"pip install 'ajepa\[supervised\]'"):
-        made(ConvNext)
+        build(ConvNext)
 
 
 @pytest.mark.parametrize(
-    ("spec", "told"),
+    ("spec", "message"),
     [
         (lambda: Cnn6Spec(frames=15), "16 frames and bands"),
         (lambda: Cnn6Spec(head_dropout=1.0), "dropout"),
@@ -267,7 +276,7 @@ def test_timm_is_asked_for_by_name_where_it_is_missing(monkeypatch):
         (lambda: PasstSpec(drop_rows=12), "cannot be left out of 12 and 99"),
     ],
 )
-def test_a_model_that_cannot_be_is_refused(spec, told):
-    """At the door, in words."""
-    with pytest.raises(ValueError, match=told):
+def test_a_model_that_cannot_be_is_refused(spec, message):
+    """At the construction of its spec, with the value that is wrong."""
+    with pytest.raises(ValueError, match=message):
         spec()

@@ -1,4 +1,4 @@
-"""Encoder and predictor: size, initial weights, attention, and what may not reach what."""
+"""Encoder and predictor: sizes, initial weights, attention, and which tokens may influence which."""
 
 from dataclasses import replace
 from typing import get_args
@@ -44,7 +44,7 @@ def masks(clips: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def rough(module: nn.Module) -> nn.Module:
-    """Weights large enough that every token matters to every other."""
+    """Give a module weights so large that every token matters to every other."""
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
     return module
@@ -120,7 +120,7 @@ def test_written_out_attention_agrees_with_the_fused_kernel(padded):
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "way"),
+    ("device", "dtype", "attention"),
     [
         ("cpu", torch.bfloat16, written_out_attention),
         ("cpu", torch.float32, fused_attention),
@@ -128,9 +128,9 @@ def test_written_out_attention_agrees_with_the_fused_kernel(padded):
         ("cuda", torch.float32, fused_attention),
     ],
 )
-def test_each_device_gets_the_attention_that_is_faster_there(device, dtype, way):
+def test_each_device_gets_the_attention_that_is_faster_there(device, dtype, attention):
     """The choice is a table of measurements, so it is pinned as one."""
-    assert choose_attention(device, dtype) is way
+    assert choose_attention(device, dtype) is attention
 
 
 @pytest.mark.parametrize("attend", [written_out_attention, fused_attention])
@@ -142,7 +142,7 @@ def test_a_clip_without_one_valid_key_gives_numbers(attend):
 
 @for_every_position
 def test_every_visible_patch_reaches_all_of_the_context(positions):
-    """The counterpart of test_no_leak.py, which could pass on a model that looks at nothing."""
+    """The counterpart of test_no_leak.py, which a model that ignores its input would pass."""
     encoder, (context_BK, _) = rough(Encoder(replace(SPEC, positions=positions))), masks(clips=1)
     before_BKD = encoder(mel(1), context_BK)
     for token in context_BK[0].tolist():
@@ -153,7 +153,7 @@ def test_every_visible_patch_reaches_all_of_the_context(positions):
 
 
 @for_every_position
-def test_asking_for_all_tokens_is_asking_for_none_in_particular(positions):
+def test_all_tokens_by_number_are_all_tokens_by_default(positions):
     """Two paths through the encoder that must agree."""
     encoder = rough(Encoder(replace(SPEC, positions=positions)))
     all_BK = torch.arange(GRID.tokens).expand(3, -1)
@@ -169,23 +169,21 @@ def test_the_order_of_the_tokens_only_orders_the_output(positions):
 
 def test_the_order_of_the_clips_only_orders_the_output():
     """No clip sees another, in the encoder or in the predictor."""
-    encoder, predictor, (context_BK, targets_BGQ) = (
-        rough(Encoder(SPEC)),
-        rough(Predictor(GUESS, 32, GRID)),
-        masks(),
-    )
+    encoder = rough(Encoder(SPEC))
+    predictor = rough(Predictor(GUESS, 32, GRID))
+    context_BK, targets_BGQ = masks()
 
-    def guess(order: list[int]) -> torch.Tensor:
+    def predict(order: list[int]) -> torch.Tensor:
         context_BKD = encoder(mel()[order], context_BK[order])
         return predictor(context_BKD, context_BK[order], targets_BGQ[order])
 
-    torch.testing.assert_close(guess([2, 0, 1]), guess([0, 1, 2])[[2, 0, 1]])
+    torch.testing.assert_close(predict([2, 0, 1]), predict([0, 1, 2])[[2, 0, 1]])
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @for_every_position
 def test_padding_reaches_no_valid_token(bf16, positions):
-    """What lies past the end of a clip may be anything: valid tokens do not change by a bit."""
+    """Padding may hold anything: valid tokens do not change by a bit."""
     encoder = rough(Encoder(replace(SPEC, positions=positions, layer_scale=0.5)))
     valid_BP = torch.arange(GRID.tokens).expand(3, -1) < torch.tensor([[24], [16], [4]])
     padding_BTF = ~valid_BP.view(3, GRID.cols, GRID.rows).repeat_interleave(4, 1).repeat_interleave(4, 2)
@@ -196,23 +194,23 @@ def test_padding_reaches_no_valid_token(bf16, positions):
 
 
 @for_every_position
-def test_a_padded_clip_is_described_as_the_short_clip_it_is(positions):
+def test_a_padded_clip_has_the_tokens_of_the_short_clip(positions):
     """Padding to the length of the model changes nothing: the same weights on a shorter grid agree."""
-    short, spec = PatchGrid(rows=4, cols=3, patch_frames=4, patch_bands=4), replace(SPEC, positions=positions)
-    encoder, small = rough(Encoder(spec)), Encoder(replace(spec, grid=short))
+    short = PatchGrid(rows=4, cols=3, patch_frames=4, patch_bands=4)
+    spec = replace(SPEC, positions=positions)
+    encoder = rough(Encoder(spec))
+    small = Encoder(replace(spec, grid=short))
     small.load_state_dict(encoder.state_dict())
     valid_BP = (torch.arange(GRID.tokens) < short.tokens).expand(3, -1)
-    described = encoder(mel(), valid_BP=valid_BP)[:, : short.tokens]
-    torch.testing.assert_close(described, small(mel()[:, : short.frames]))
+    padded_BPD = encoder(mel(), valid_BP=valid_BP)[:, : short.tokens]
+    torch.testing.assert_close(padded_BPD, small(mel()[:, : short.frames]))
 
 
 @for_every_position
 def test_a_group_of_targets_is_predicted_by_itself(positions):
     """One target block learns nothing from where another lies."""
-    predictor, (context_BK, targets_BGQ) = (
-        rough(Predictor(replace(GUESS, positions=positions), 32, GRID)),
-        masks(),
-    )
+    predictor = rough(Predictor(replace(GUESS, positions=positions), 32, GRID))
+    context_BK, targets_BGQ = masks()
     context_BKD = torch.randn(3, context_BK.shape[1], 32)
     together = predictor(context_BKD, context_BK, targets_BGQ)
     for group in range(targets_BGQ.shape[1]):
@@ -222,22 +220,23 @@ def test_a_group_of_targets_is_predicted_by_itself(positions):
 
 @for_every_position
 @pytest.mark.parametrize("padded", [False, True], ids=["all valid", "some barred"])
-def test_a_block_asked_for_its_last_tokens_says_of_them_what_it_always_says(positions, padded):
-    """What the predictor's last block skips, nobody reads: values and gradients are those of the whole block."""
+def test_a_block_gives_the_same_output_for_its_last_tokens_alone(positions, padded):
+    """The predictor's last block skips outputs that nobody reads: values and gradients stay those of the whole."""
     stack = TransformerSpec(width=16, depth=1, heads=2, positions=positions, layer_scale=0.5, drop_path=0.0)
-    block, turns = rough(stack.build_blocks()[0]), stack.rotary_angles(GRID)
-    told = (
+    block = rough(stack.build_blocks()[0])
+    turns = stack.rotary_angles(GRID)
+    arguments = (
         (torch.arange(GRID.tokens) < 20).expand(3, -1) if padded else None,
         None if turns is None else turns[:, None],
         torch.tensor([[1.0, 0.0, 2.0], [0.5, 1.0, 0.0]]),
     )
     outcomes = []
-    for last in (None, 7):
+    for last_tokens in (None, 7):
         x_BND = torch.randn(3, GRID.tokens, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
         block.zero_grad()
-        said_BQD = block(x_BND, *told, last)[:, -7:]
-        said_BQD.square().sum().backward()
-        outcomes.append([said_BQD, x_BND.grad, *(weight.grad for weight in block.parameters())])
+        output_BQD = block(x_BND, *arguments, last_tokens)[:, -7:]
+        output_BQD.square().sum().backward()
+        outcomes.append([output_BQD, x_BND.grad, *(weight.grad for weight in block.parameters())])
     assert outcomes[1][1][:, :-7].any()
     torch.testing.assert_close(*outcomes, atol=1e-3, rtol=1e-4)
 
@@ -245,28 +244,25 @@ def test_a_block_asked_for_its_last_tokens_says_of_them_what_it_always_says(posi
 @for_every_position
 def test_the_predictor_ignores_context_that_is_padding(positions):
     """The vectors of padded tokens are meaningless and may not count."""
-    predictor, (context_BK, targets_BGQ) = (
-        rough(Predictor(replace(GUESS, positions=positions), 32, GRID)),
-        masks(),
-    )
+    predictor = rough(Predictor(replace(GUESS, positions=positions), 32, GRID))
+    context_BK, targets_BGQ = masks()
     valid_BP = (torch.arange(GRID.tokens) < 16).expand(3, -1)
     context_BKD = torch.randn(3, context_BK.shape[1], 32)
     changed_BKD = torch.where((context_BK < 16)[..., None], context_BKD, torch.tensor(9.0))
-    guesses = [
-        predictor(x, context_BK, targets_BGQ, valid_BP)[targets_BGQ < 16] for x in (context_BKD, changed_BKD)
-    ]
-    assert torch.equal(*guesses)
+    before, after = (
+        predictor(x_BKD, context_BK, targets_BGQ, valid_BP)[targets_BGQ < 16]
+        for x_BKD in (context_BKD, changed_BKD)
+    )
+    assert torch.equal(before, after)
 
 
 @for_every_position
 def test_a_prediction_depends_on_where_its_target_lies(positions):
-    """The mask token is one vector; the position is all that tells targets apart."""
-    predictor, (context_BK, targets_BGQ) = (
-        rough(Predictor(replace(GUESS, positions=positions), 32, GRID)),
-        masks(),
-    )
-    guess_BGQD = predictor(torch.randn(3, context_BK.shape[1], 32), context_BK, targets_BGQ)
-    assert (guess_BGQD[:, :, 1:] - guess_BGQD[:, :, :-1]).norm(dim=-1).min() > 1e-3
+    """The mask token is one vector; only the positions of targets differ."""
+    predictor = rough(Predictor(replace(GUESS, positions=positions), 32, GRID))
+    context_BK, targets_BGQ = masks()
+    prediction_BGQD = predictor(torch.randn(3, context_BK.shape[1], 32), context_BK, targets_BGQ)
+    assert (prediction_BGQD[:, :, 1:] - prediction_BGQD[:, :, :-1]).norm(dim=-1).min() > 1e-3
 
 
 @pytest.mark.parametrize("wrong", [{"heads": 5}, {"width": 30, "heads": 3}, {"depth": 0}])
@@ -278,7 +274,7 @@ def test_a_shape_that_cannot_be_is_refused(wrong):
 
 
 def test_under_rope_only_distances_count():
-    """The same patches one column later: the same vectors. Added positions know where they are."""
+    """The same patches one column later: the same vectors. Added positions depend on the place itself."""
     later_BTF = mel().roll(4, dims=1)
     tokens_BK = torch.arange(GRID.tokens - 2 * GRID.rows).expand(3, -1)
     for positions, same in (("rope", True), ("sincos", False)):
@@ -287,7 +283,7 @@ def test_under_rope_only_distances_count():
         assert torch.allclose(before, after, atol=1e-4) is same
 
 
-def test_under_rope_rows_and_columns_are_told_apart():
+def test_under_rope_rows_and_columns_differ():
     """Two grids with the same patches in the same order, one turned on its side: not the same sound."""
     spec = replace(SPEC, positions="rope")
     encoder = rough(Encoder(spec))
@@ -313,17 +309,17 @@ def test_options_that_are_off_add_no_weight_and_layer_scale_adds_two_vectors_a_b
 
 
 def test_a_layer_scale_near_zero_makes_every_block_nearly_nothing():
-    """It multiplies both branches: what is left is the embedding."""
+    """It multiplies both branches: only the embedding is left."""
     encoder = rough(Encoder(replace(SPEC, layer_scale=1.0)))
     for block in encoder.blocks:
         nn.init.zeros_(block.attention_scale_D)
         nn.init.zeros_(block.mlp_scale_D)
-    (last_BPD,) = encoder.top_layers(mel(), 1)
+    (last_BPD,) = encoder.top_block_outputs(mel(), 1)
     torch.testing.assert_close(last_BPD, encoder.embed(patchify(mel(), GRID)) + encoder.positions_PD)
 
 
 def test_drop_path_keeps_the_mean_and_drops_later_blocks_more():
-    """Whole branches of whole clips; what stays is enlarged, so that evaluation without it is in scale."""
+    """Whole branches of whole clips; the others are enlarged, so that evaluation without drop path is in scale."""
     stack = TransformerSpec(width=32, depth=3, heads=4, positions="sincos", layer_scale=0.0, drop_path=0.4)
     keep_L2B = stack.draw_drop_path(np.random.default_rng(0), 20_000)
     assert keep_L2B.shape == (3, 2, 20_000)
@@ -348,7 +344,7 @@ def test_a_clip_that_skips_every_branch_leaves_as_it_came():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "message"),
     [
         ({"positions": "learnt"}, "positions must be sincos or rope, got 'learnt'"),
         ({"width": 24, "heads": 4, "positions": "rope"}, "heads whose width is a multiple of 4"),
@@ -356,19 +352,20 @@ def test_a_clip_that_skips_every_branch_leaves_as_it_came():
         ({"layer_scale": -1.0}, "layer_scale not be negative"),
     ],
 )
-def test_an_option_that_cannot_be_is_refused(wrong, told):
-    """At its construction, and for encoder and predictor alike."""
+def test_an_option_that_cannot_be_is_refused(wrong, message):
+    """At the construction of the spec, for encoder and predictor alike."""
     for spec in (lambda: EncoderSpec(grid=GRID, **wrong), lambda: PredictorSpec(**wrong)):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             spec()
 
 
-def test_with_band_norm_an_encoder_hears_every_band_as_standardised_by_itself():
-    """It says of a raw spectrogram what it says without band norm of the standardised one; checkpoints hold how."""
+def test_with_band_norm_an_encoder_standardises_every_band_by_itself():
+    """A raw spectrogram gives the output of the standardised one without band norm; checkpoints hold the statistics."""
     mean_F, std_F = torch.linspace(-2, 3, GRID.bands), torch.linspace(0.5, 2, GRID.bands)
     plain, normed = Encoder(SPEC).eval(), Encoder(replace(SPEC, band_norm=True)).eval()
     raw_BTF = mel()
-    assert torch.equal(normed(raw_BTF), plain(raw_BTF))  # until it knows its bands
+    # Until it has statistics, bands pass unchanged.
+    assert torch.equal(normed(raw_BTF), plain(raw_BTF))
     normed.set_band_statistics(mean_F, std_F)
     torch.testing.assert_close(normed(raw_BTF), plain((raw_BTF - mean_F) / std_F))
     again = Encoder(replace(SPEC, band_norm=True), seed=1)
@@ -376,9 +373,9 @@ def test_with_band_norm_an_encoder_hears_every_band_as_standardised_by_itself():
     assert torch.equal(again.eval()(raw_BTF), normed(raw_BTF))
 
 
-def test_an_encoder_without_band_norm_knows_no_bands():
-    """Nothing is added to its checkpoint, and nothing changes what it says."""
-    encoder, untold = Encoder(SPEC).eval(), Encoder(SPEC).eval()
+def test_an_encoder_without_band_norm_ignores_band_statistics():
+    """Its checkpoint holds none, and its output does not change."""
+    encoder, unchanged = Encoder(SPEC).eval(), Encoder(SPEC).eval()
     encoder.set_band_statistics(torch.ones(GRID.bands), torch.full((GRID.bands,), 2.0))
-    assert torch.equal(encoder(mel()), untold(mel()))
+    assert torch.equal(encoder(mel()), unchanged(mel()))
     assert "bands_2F" not in encoder.state_dict()

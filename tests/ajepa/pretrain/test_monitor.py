@@ -1,7 +1,4 @@
-"""Signs of health: numbers that mean what their names say, on clips that a run never trains on.
-
-A run that is watched is the run that is not; a collapse ends it, and nothing else does.
-"""
+"""The monitor: health, probes and cost mean what their names say, change nothing, and a collapse ends the run."""
 
 import json
 import os
@@ -57,14 +54,13 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 def batch_of(clips: int = 6, valid: int = 64) -> HealthBatch:
     mel_BTF = noise(clips, 64, 128)
     mel_BTF[:, valid:] = 0.0
-    made = Batch(
+    batch = Batch(
         mel_BTF=mel_BTF,
         n_frames_B=torch.full((clips,), valid),
         rows_B=np.arange(clips),
         labels_BC=None,
-        weights_B=torch.ones(clips),
     )
-    return HealthBatch.from_batch(made, tiny())
+    return HealthBatch.from_batch(batch, tiny())
 
 
 @pytest.mark.parametrize("directions", [1, 3, 8])
@@ -89,11 +85,11 @@ def test_the_rank_is_that_of_the_singular_values():
 def test_features_that_are_all_alike_have_rank_1_and_no_dimension_that_lives():
     """Collapse as it is drawn in papers; what rounding leaves counts as nothing."""
     alike_BPD = noise(8).expand(6, 5, 8) + 1e-6 * noise(6, 5, 8, seed=1)
-    told = feature_statistics(alike_BPD, ALL_VALID)
-    assert told["rank"].item() == pytest.approx(1, abs=1e-3)
-    assert told["spread"].item() == pytest.approx(0, abs=1e-5)
-    assert told["rank_clips"].item() == pytest.approx(1, abs=1e-3)
-    assert told["dead"].item() == 1.0
+    statistics = feature_statistics(alike_BPD, ALL_VALID)
+    assert statistics["rank"].item() == pytest.approx(1, abs=1e-3)
+    assert statistics["spread"].item() == pytest.approx(0, abs=1e-5)
+    assert statistics["rank_clips"].item() == pytest.approx(1, abs=1e-3)
+    assert statistics["dead"].item() == 1.0
 
 
 def test_content_is_what_position_does_not_tell():
@@ -140,12 +136,12 @@ def test_tokens_past_a_clips_end_do_not_count():
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def test_looking_changes_nothing_and_says_the_same_twice():
-    """Neither weights, nor mode, nor any generator: a run that is watched is the run that is not."""
+def test_measuring_health_changes_nothing_and_gives_the_same_twice():
+    """Neither weights, nor mode, nor any generator: a monitored run is the run without a monitor."""
     model, batch = Jepa(tiny().model), batch_of(valid=40)
     before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
-    told = measure_health(model, batch)
-    assert told == measure_health(model, batch)
+    metrics = measure_health(model, batch)
+    assert metrics == measure_health(model, batch)
     assert model.training
     assert model.encoder.training
     assert not model.target.training
@@ -154,14 +150,14 @@ def test_looking_changes_nothing_and_says_the_same_twice():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_what_is_told_of_the_step_is_what_the_model_says_of_these_clips():
+def test_health_holds_the_models_own_loss_and_signs_on_the_fixed_clips():
     """The loss and its signs are `Jepa`'s own; teacher and student are one at the start, and part with it."""
     model, batch = Jepa(tiny().model), batch_of()
-    told = measure_health(model, batch)
+    metrics = measure_health(model, batch)
     output = model.eval()(batch.mel_BTF, batch.context_BK, batch.targets_BGQ, batch.n_frames_B)
     for name in ("loss", "explained", "target_std", "prediction_std"):
-        assert told[f"health_{name}"] == pytest.approx(getattr(output, name).item())
-    assert told["health_teacher_cosine"] == pytest.approx(1)
+        assert metrics[f"health_{name}"] == pytest.approx(getattr(output, name).item())
+    assert metrics["health_teacher_cosine"] == pytest.approx(1)
     with torch.no_grad():
         model.encoder.embed.weight.mul_(-1)
     assert measure_health(model, batch)["health_teacher_cosine"] < 0.9
@@ -201,21 +197,21 @@ def test_without_held_out_clips_a_fixed_batch_of_the_others_is_taken(store):
     assert not np.array_equal(rows_N, draw_health_rows(only, 1))
 
 
-WATCHED = {"health_every": 4, "probe_every": 8, "probe_clips": 20}
+MONITORED = {"health_every": 4, "probe_every": 8, "probe_clips": 20}
 
 
-def watched(**changes) -> Pretrain:
-    return tiny(**WATCHED, **changes)
+def monitored_recipe(**changes) -> Pretrain:
+    return tiny(**MONITORED, **changes)
 
 
-def quietly(store_path, run_path, recipe, **wishes) -> Run:
-    return pretrain(store_path, recipe, run_path, device="cpu", **{"say": lambda line: None} | wishes)
+def pretrain_quietly(store_path, run_path, recipe, **options) -> Run:
+    return pretrain(store_path, recipe, run_path, device="cpu", **{"say": lambda line: None} | options)
 
 
 @pytest.fixture(scope="module")
-def whole(store_path, tmp_path_factory) -> Run:
-    """Thirty steps, watched, without a break."""
-    return quietly(store_path, tmp_path_factory.mktemp("runs") / "whole", watched())
+def uninterrupted(store_path, tmp_path_factory) -> Run:
+    """Thirty steps, monitored, without a break."""
+    return pretrain_quietly(store_path, tmp_path_factory.mktemp("runs") / "whole", monitored_recipe())
 
 
 def assert_same_weights(one: Run, other: Run) -> None:
@@ -228,56 +224,62 @@ def seen(run: Run, name: str) -> dict[int, float]:
     return {line["step"]: line[name] for line in run.read_metrics() if name in line}
 
 
-def test_watching_changes_neither_weights_nor_losses_by_a_bit(store_path, tmp_path, whole):
-    """Else nobody could say what a watched run would have been."""
-    alone = quietly(store_path, tmp_path / "run", tiny(health_every=0))
-    assert_same_weights(alone, whole)
+def test_monitoring_changes_neither_weights_nor_losses_by_a_bit(store_path, tmp_path, uninterrupted):
+    """Else nobody could say how the run would have gone without a monitor."""
+    alone = pretrain_quietly(store_path, tmp_path / "run", tiny(health_every=0))
+    assert_same_weights(alone, uninterrupted)
     for name in ("loss", "gradient_norm", "explained"):
-        assert seen(alone, name) == seen(whole, name)
+        assert seen(alone, name) == seen(uninterrupted, name)
     assert not [key for line in alone.read_metrics() for key in line if key.startswith(("health", "probe"))]
 
 
-def test_looks_are_taken_at_their_steps_and_after_the_last(whole):
+def test_looks_are_taken_at_their_steps_and_after_the_last(uninterrupted):
     """The end of a run is what is kept, so it is measured whatever its length."""
-    assert list(seen(whole, "health_rank")) == [4, 8, 12, 16, 20, 24, 28, 30]
-    assert list(seen(whole, "probe_linear_raw")) == [8, 16, 24, 30]
-    assert set(seen(whole, SCORE_METRIC)) == {8, 16, 24, 30}
+    assert list(seen(uninterrupted, "health_rank")) == [4, 8, 12, 16, 20, 24, 28, 30]
+    assert list(seen(uninterrupted, "probe_linear_raw")) == [8, 16, 24, 30]
+    assert set(seen(uninterrupted, SCORE_METRIC)) == {8, 16, 24, 30}
 
 
-def test_the_best_checkpoint_is_that_of_the_best_probe(whole):
+def test_the_best_checkpoint_is_that_of_the_best_probe(uninterrupted):
     """The number that the loop compares is the mean of all that were probed."""
-    scores = seen(whole, SCORE_METRIC)
-    line = next(line for line in whole.metrics() if SCORE_METRIC in line)
+    scores = seen(uninterrupted, SCORE_METRIC)
+    line = next(line for line in uninterrupted.read_metrics() if SCORE_METRIC in line)
     probes = [value for key, value in line.items() if key.startswith(("probe_linear", "probe_knn"))]
     assert len(probes) == 4  # two probes on two label sets
     assert line[SCORE_METRIC] == pytest.approx(np.mean(probes))
-    assert whole.best.score == max(scores.values())
-    assert scores[whole.best.step] == whole.best.score
+    assert uninterrupted.best_checkpoint.score == max(scores.values())
+    assert scores[uninterrupted.best_checkpoint.step] == uninterrupted.best_checkpoint.score
 
 
-def test_the_last_probe_is_that_of_the_last_checkpoint(store, whole):
+def test_the_last_probe_is_that_of_the_last_checkpoint(store, uninterrupted):
     """Two ways that must agree: under way, and from the weights that were kept."""
-    recipe = watched()
+    recipe = monitored_recipe()
     encoder = Jepa(recipe.model).target
-    encoder.load_state_dict(whole.load("target").parts["target"])
-    probe = open_training_probe(store, recipe, whole.identity, "raise", print)
-    views = ClipViews(store=store, frames=64, mean=whole.identity["mean"], std=whole.identity["std"])
+    encoder.load_state_dict(uninterrupted.load_checkpoint("target").parts["target"])
+    probe = open_training_probe(store, recipe, uninterrupted.identity, "raise", print)
+    views = ClipViews(
+        store=store, frames=64, mean=uninterrupted.identity["mean"], std=uninterrupted.identity["std"]
+    )
     assert (len(probe.train_N), len(probe.eval_N)) == (20, 10)
     assert set(probe.eval_N) <= set(store.good_rows(["eval"]))
     assert not set(probe.train_N) & set(probe.eval_N)
-    known, asked = standardise_features(
+    train_ND, eval_ND = standardise_features(
         clip_vectors(views, probe.train_N, encoder), clip_vectors(views, probe.eval_N, encoder)
     )
     for name in ("raw", "unambiguous"):
         train_NC, eval_NC = store.labels_BC(probe.train_N, name), store.labels_BC(probe.eval_N, name)
-        linear = linear_probe_scores_NC(known, train_NC, asked, l2=PROBE_L2)
-        nearest = knn_scores_NC(known, train_NC, asked)
+        linear = linear_probe_scores_NC(train_ND, train_NC, eval_ND, l2=PROBE_L2)
+        nearest = knn_scores_NC(train_ND, train_NC, eval_ND)
         for kind, scores in (("linear", linear), ("knn", nearest)):
             expected = mean_average_precision(eval_NC, scores).value
-            assert whole.metrics()[-1][f"probe_{kind}_{name}"] == pytest.approx(expected, abs=1e-6)
+            assert uninterrupted.read_metrics()[-1][f"probe_{kind}_{name}"] == pytest.approx(
+                expected, abs=1e-6
+            )
 
 
-def test_an_interrupted_run_sees_the_same_and_has_cost_the_same(store_path, tmp_path, whole, monkeypatch):
+def test_an_interrupted_run_sees_the_same_and_has_cost_the_same(
+    store_path, tmp_path, uninterrupted, monkeypatch
+):
     """Health, probes and counts are those of a run that was never stopped; only hours may differ."""
     log = Run.log_metrics
 
@@ -288,49 +290,50 @@ def test_an_interrupted_run_sees_the_same_and_has_cost_the_same(store_path, tmp_
 
     monkeypatch.setattr(Run, "log_metrics", log_and_ask)
     with pytest.raises(StopSignal):
-        quietly(store_path, tmp_path / "run", watched())
+        pretrain_quietly(store_path, tmp_path / "run", monitored_recipe())
     monkeypatch.undo()
     assert [spent.step for spent in read_compute_costs(tmp_path / "run")] == [5, 8, 10, 14]
-    run = quietly(store_path, tmp_path / "run", watched())
+    run = pretrain_quietly(store_path, tmp_path / "run", monitored_recipe())
     for name in ("health_rank", "health_content", SCORE_METRIC, "probe_knn_raw"):
-        assert seen(run, name) == seen(whole, name)
+        assert seen(run, name) == seen(uninterrupted, name)
     one, other = (
         {spent.step: replace(spent, hours=0, peak_memory_gb=0) for spent in read_compute_costs(each.path)}
-        for each in (run, whole)
+        for each in (run, uninterrupted)
     )
     assert other[30] == one[30]
     assert all(one[step] == other[step] for step in other if step in one)
 
 
-def test_what_a_run_has_cost_is_in_its_folder(whole):
+def test_what_a_run_has_cost_is_in_its_folder(uninterrupted):
     """Clips and tokens are the recipe's arithmetic; the newest checkpoint's counts come first."""
-    told = json.loads((whole.path / "compute.json").read_text())
-    assert (told["step"], told["clips"], told["teacher_tokens"]) == (30, 240, 240 * 32)
-    assert 0 < told["context_tokens"] < 240 * 32
-    assert told["flop_per_s"] == pytest.approx(told["flop"] / told["hours"] / 3600)
-    assert 0.05 < told["peak_memory_gb"] < 50
-    assert told["device"] == f"CPU, {torch.get_num_threads()} threads"
-    steps = [spent["step"] for spent in told["earlier"]]
+    record = json.loads((uninterrupted.path / "compute.json").read_text())
+    assert (record["step"], record["clips"], record["teacher_tokens"]) == (30, 240, 240 * 32)
+    assert 0 < record["context_tokens"] < 240 * 32
+    assert record["flop_per_s"] == pytest.approx(record["flop"] / record["hours"] / 3600)
+    assert 0.05 < record["peak_memory_gb"] < 50
+    assert record["device"] == f"CPU, {torch.get_num_threads()} threads"
+    steps = [spent["step"] for spent in record["earlier"]]
     assert steps == sorted(steps)
     assert {5, 10, 15, 20, 25} <= set(steps)
 
 
-def test_counts_after_a_kill_are_those_of_the_checkpoint_that_is_left(store_path, tmp_path, whole):
+def test_counts_after_a_kill_are_those_of_the_checkpoint_that_is_left(store_path, tmp_path, uninterrupted):
     """compute.json is written before the checkpoint: what it says beyond that never happened."""
     path = tmp_path / "run"
-    quietly(store_path, path, watched(), say=lambda line: None)
+    pretrain_quietly(store_path, path, monitored_recipe(), say=lambda line: None)
     for folder in Run.open(path).checkpoint_folders()[-1:]:
         folder.rename(tmp_path / "lost")
     assert Run.open(path).newest_step < 30
-    run = quietly(store_path, path, watched())
-    assert read_compute_costs(run.path)[-1].flop == read_compute_costs(whole.path)[-1].flop
+    run = pretrain_quietly(store_path, path, monitored_recipe())
+    assert read_compute_costs(run.path)[-1].flop == read_compute_costs(uninterrupted.path)[-1].flop
     assert [spent.step for spent in read_compute_costs(run.path)].count(30) == 1
 
 
 class Unlabelled:
-    """What `open_probe` asks of a store: train clips, perhaps eval clips, and no label."""
+    """A store as `open_training_probe` reads it: train clips, perhaps eval clips, and no label."""
 
-    place, label_sets = "here.zarr", ("raw",)
+    location = "here.zarr"
+    label_sets = ("raw",)
 
     def __init__(self, store, splits) -> None:
         self.manifest = store.manifest.filter(store.manifest["split"].is_in(splits))
@@ -343,44 +346,49 @@ class Unlabelled:
 
 
 @pytest.mark.parametrize(
-    ("splits", "told"),
+    ("splits", "message_part"),
     [
         (["a_train"], "no clip of a split named eval or test"),
         (["a_train", "eval"], "no clip to measure on has a label"),
     ],
 )
-def test_a_store_that_cannot_be_probed_is_told_once(store, splits, told):
+def test_a_store_that_cannot_be_probed_is_reported_once(store, splits, message_part):
     """Pre-training needs no labels; that a curve will be missing is said before the first step."""
     lines = []
-    assert open_training_probe(Unlabelled(store, splits), watched(), {}, "raise", lines.append) is None
-    assert lines == [f"here.zarr: no probe while training: {told}"]
+    assert (
+        open_training_probe(Unlabelled(store, splits), monitored_recipe(), {}, "raise", lines.append) is None
+    )
+    assert lines == [f"here.zarr: no probe while training: {message_part}"]
     assert (
         open_training_probe(Unlabelled(store, splits), tiny(probe_every=0), {}, "raise", lines.append) is None
     )
     assert len(lines) == 1
 
 
-def test_clips_that_cannot_be_read_are_left_out_of_probes_where_that_is_allowed(store, whole, monkeypatch):
+def test_clips_that_cannot_be_read_are_left_out_of_probes_where_that_is_allowed(
+    store, uninterrupted, monkeypatch
+):
     """As the loaders do; and only then."""
     read_rows = FeatureStore.read
     bad = store.good_rows(["eval"])[1]
 
-    def damaged(store, rows_B, **how):
+    def damaged(store, rows_B, **options):
         if bad in rows_B:
             raise BrokenClipError(int(bad), f"row {bad} cannot be read")
-        return read_rows(store, rows_B, **how)
+        return read_rows(store, rows_B, **options)
 
     monkeypatch.setattr(FeatureStore, "read", damaged)
-    recipe, model = replace(watched(), probe_clips=100), Jepa(tiny().model)
+    recipe, model = replace(monitored_recipe(), probe_clips=100), Jepa(tiny().model)
     strict, lenient = (
-        open_training_probe(store, recipe, whole.identity, how, print) for how in ("raise", "skip")
+        open_training_probe(store, recipe, uninterrupted.identity, options, print)
+        for options in ("raise", "skip")
     )
     assert bad in strict.eval_N
     with pytest.raises(BrokenClipError):
         strict.measure_scores(model)
-    told = lenient.measure_scores(model)
+    scores = lenient.measure_scores(model)
     assert lenient.broken_rows == {bad}
-    assert 0 < told["probe_knn_raw"] < 1
+    assert 0 < scores["probe_knn_raw"] < 1
 
 
 def collapsing() -> Pretrain:
@@ -395,11 +403,11 @@ def collapsing() -> Pretrain:
     )
 
 
-def test_a_collapse_is_told_then_kept_then_ends_the_run(store_path, tmp_path, monkeypatch):
+def test_a_collapse_is_reported_then_saved_then_ends_the_run(store_path, tmp_path, monkeypatch):
     """The rest of it would be heat; the same command does not go on, unless it is told to."""
     lines: list[str] = []
     with pytest.raises(RunError) as refused:
-        quietly(store_path, tmp_path / "run", collapsing(), say=lines.append)
+        pretrain_quietly(store_path, tmp_path / "run", collapsing(), say=lines.append)
     run, message = Run.open(tmp_path / "run"), str(refused.value)
     warnings = [line for line in lines if "collapsing: " in line]
     looks = [line for line in run.read_metrics() if "health_spread" in line]
@@ -414,11 +422,11 @@ def test_a_collapse_is_told_then_kept_then_ends_the_run(store_path, tmp_path, mo
     assert "\n" not in message
     assert read_compute_costs(run.path)[-1].step == run.newest_step
     with pytest.raises(RunError, match="run: collapsed: "):
-        quietly(store_path, tmp_path / "run", collapsing())
+        pretrain_quietly(store_path, tmp_path / "run", collapsing())
     assert run.newest_step == looks[-1]["step"]
     monkeypatch.setattr(Run, "log_metrics", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(StopSignal):
-        quietly(store_path, tmp_path / "run", collapsing(), on_collapse="warn")
+        pretrain_quietly(store_path, tmp_path / "run", collapsing(), on_collapse="warn")
     assert run.newest_step == looks[-1]["step"] + 1
 
 
@@ -440,7 +448,7 @@ def test_healthy_runs_give_no_alarm(store_path, tmp_path, name):
         **HEALTHY[name],
     }
     lines: list[str] = []
-    run = quietly(store_path, tmp_path / "run", tiny(**changes, health_every=2), say=lines.append)
+    run = pretrain_quietly(store_path, tmp_path / "run", tiny(**changes, health_every=2), say=lines.append)
     assert not [line for line in lines if "collapsing" in line]
     assert len(seen(run, "health_spread")) == 12
 
@@ -465,12 +473,12 @@ def test_each_sign_by_itself_is_enough(name, least):
 def test_what_to_do_at_a_collapse_is_one_of_two(store_path, tmp_path):
     """A third word is no silent default."""
     with pytest.raises(RunError, match="on_collapse must be stop or warn, got 'cry'"):
-        quietly(store_path, tmp_path / "run", tiny(), on_collapse="cry")
+        pretrain_quietly(store_path, tmp_path / "run", tiny(), on_collapse="cry")
 
 
-def test_the_curves_show_rank_and_probes(whole):
-    """A picture without them would be of a run that nobody watched."""
-    figure = draw_training_curves(whole.metrics(), watched())
+def test_the_curves_show_rank_and_probes(uninterrupted):
+    """A picture without them would be of a run without a monitor."""
+    figure = draw_training_curves(uninterrupted.read_metrics(), monitored_recipe())
     titles = [axes.get_title() for axes in figure.axes]
     assert any("rank" in title for title in titles)
     assert any("mAP" in title for title in titles)
@@ -480,7 +488,7 @@ def test_the_progress_line_fits_80_columns():
     """Also in the longest run of the largest model, with time left and a bar."""
     line = {"loss": 0.1234, "health_rank": 1023.7, "clips_per_s": 12345.6, "data_wait": 1.0}
     assert progress_postfix(line) == "loss 0.123, rank 1024, 12346 clips/s, wait 100%"
-    drawn = tqdm.format_meter(
+    text = tqdm.format_meter(
         100_000,
         200_000,
         100_000,
@@ -489,7 +497,7 @@ def test_the_progress_line_fits_80_columns():
         postfix=progress_postfix(line),
         ascii=True,
     )
-    assert drawn == "100000/200000|##  |ETA 27:46:40, loss 0.123, rank 1024, 12346 clips/s, wait 100%"
-    assert len(drawn) <= 80
+    assert text == "100000/200000|##  |ETA 27:46:40, loss 0.123, rank 1024, 12346 clips/s, wait 100%"
+    assert len(text) <= 80
     del line["health_rank"]
     assert progress_postfix(line) == "loss 0.123, 12346 clips/s, wait 100%"

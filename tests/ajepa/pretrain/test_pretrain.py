@@ -33,8 +33,8 @@ TIMINGS = ("clips_per_s", "data_wait")
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 
 
-def quietly(store_path, run_path, recipe=None, **wishes) -> Run:
-    return pretrain(store_path, recipe or tiny(), run_path, device="cpu", say=lambda line: None, **wishes)
+def pretrain_quietly(store_path, run_path, recipe=None, **options) -> Run:
+    return pretrain(store_path, recipe or tiny(), run_path, device="cpu", say=lambda line: None, **options)
 
 
 def logged(run: Run) -> list[dict]:
@@ -53,9 +53,9 @@ def assert_same(run: Run, other: Run) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(store_path, tmp_path_factory) -> Run:
+def uninterrupted(store_path, tmp_path_factory) -> Run:
     """Thirty steps without a break."""
-    return quietly(store_path, tmp_path_factory.mktemp("runs") / "whole")
+    return pretrain_quietly(store_path, tmp_path_factory.mktemp("runs") / "whole")
 
 
 KILLED_AT_17 = """
@@ -79,7 +79,7 @@ pretrain(Path(sys.argv[1]), tiny(), Path(sys.argv[2]), device="cpu")
 """
 
 
-def test_thirty_steps_are_fifteen_then_kill_9_then_fifteen_bit_for_bit(store_path, tmp_path, whole):
+def test_thirty_steps_are_fifteen_then_kill_9_then_fifteen_bit_for_bit(store_path, tmp_path, uninterrupted):
     """What a power cut takes is the time since the last checkpoint, and nothing else; across loaders too."""
     threads = {
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
@@ -91,12 +91,12 @@ def test_thirty_steps_are_fifteen_then_kill_9_then_fifteen_bit_for_bit(store_pat
     left = Run.open(tmp_path / "run")
     assert left.newest_step == 15
     assert left.read_metrics()[-1]["step"] == 17  # logged but never committed: must be taken back
-    assert_same(quietly(store_path, tmp_path / "run", loader="plain"), whole)
+    assert_same(pretrain_quietly(store_path, tmp_path / "run", loader="plain"), uninterrupted)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_ends_the_step_writes_a_checkpoint_and_the_same_command_carries_on(
-    store_path, tmp_path, whole, monkeypatch, number
+    store_path, tmp_path, uninterrupted, monkeypatch, number
 ):
     """A cluster's time limit costs no step at all."""
     log = Run.log_metrics
@@ -107,57 +107,57 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_the_same_command_carries
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(Run, "log_metrics", log_and_ask)
-    before, told = signal.getsignal(number), []
+    handler, lines = signal.getsignal(number), []
     with pytest.raises(StopSignal):
-        pretrain(store_path, tiny(), tmp_path / "run", device="cpu", say=told.append)
-    assert signal.getsignal(number) is before
+        pretrain(store_path, tiny(), tmp_path / "run", device="cpu", say=lines.append)
+    assert signal.getsignal(number) is handler
     assert Run.open(tmp_path / "run").newest_step == 8
-    assert told[-1].endswith("checkpoint written at step 8 of 30")
+    assert lines[-1].endswith("checkpoint written at step 8 of 30")
     monkeypatch.undo()
-    assert_same(quietly(store_path, tmp_path / "run"), whole)
+    assert_same(pretrain_quietly(store_path, tmp_path / "run"), uninterrupted)
 
 
-def test_a_finished_run_says_so_and_is_left_alone(store_path, whole):
+def test_a_finished_run_says_so_and_is_left_alone(store_path, uninterrupted):
     """The same command once more must neither train on nor complain."""
-    files = {path: path.stat().st_mtime_ns for path in whole.path.rglob("*.safetensors")}
-    told = []
-    pretrain(store_path, tiny(), whole.path, device="cpu", say=told.append)
-    assert told == [f"{whole.path}: already at its last step, 30"]
-    assert {path: path.stat().st_mtime_ns for path in whole.path.rglob("*.safetensors")} == files
+    files = {path: path.stat().st_mtime_ns for path in uninterrupted.path.rglob("*.safetensors")}
+    lines = []
+    pretrain(store_path, tiny(), uninterrupted.path, device="cpu", say=lines.append)
+    assert lines == [f"{uninterrupted.path}: already at its last step, 30"]
+    assert {path: path.stat().st_mtime_ns for path in uninterrupted.path.rglob("*.safetensors")} == files
 
 
 @pytest.mark.parametrize(
-    ("wishes", "told"),
+    ("options", "message_part"),
     [
         ({"steps": 40}, "recipe.masks.steps: was 30, now 40; recipe.steps: was 30, now 40"),
         ({"batch": 4}, "recipe.clips_per_step: was 8, now 4"),
     ],
 )
-def test_a_run_is_not_carried_on_with_other_settings(store_path, whole, wishes, told):
+def test_a_run_is_not_carried_on_with_other_settings(store_path, uninterrupted, options, message_part):
     """Its schedules would jump, and its name would stand for two things."""
-    with pytest.raises(RunError, match=told):
-        quietly(store_path, whole.path, **wishes)
+    with pytest.raises(RunError, match=message_part):
+        pretrain_quietly(store_path, uninterrupted.path, **options)
 
 
 def test_a_step_leaves_the_teacher_where_the_momentum_says(store):
     """The target is an average of encoders, updated after the optimiser, and never by a gradient."""
     trainer, batch = PretrainTrainer(tiny(), torch.device("cpu")), first_batch(store)
     before = {name: value.clone() for name, value in trainer.model.target.named_parameters()}
-    told = trainer.train_step(20, batch)
+    metrics = trainer.train_step(20, batch)
     after = dict(trainer.model.encoder.named_parameters())
     for name, value in trainer.model.target.named_parameters():
-        expected = told["momentum"] * before[name] + (1 - told["momentum"]) * after[name]
+        expected = metrics["momentum"] * before[name] + (1 - metrics["momentum"]) * after[name]
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_every_weight_is_trained_and_only_matrices_decay(store):
     """A weight that no group holds, or that gets no gradient, would stay as it was drawn."""
     trainer = PretrainTrainer(tiny(), torch.device("cpu"))
-    decayed, kept = (group["params"] for group in trainer.optimiser.param_groups)
+    decayed, not_decayed = (group["params"] for group in trainer.optimiser.param_groups)
     trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
-    assert {id(weight) for weight in trained} == {id(weight) for weight in decayed + kept}
+    assert {id(weight) for weight in trained} == {id(weight) for weight in decayed + not_decayed}
     assert {weight.ndim for weight in decayed} == {2}
-    assert {weight.ndim for weight in kept} == {1}
+    assert {weight.ndim for weight in not_decayed} == {1}
     before = [weight.detach().clone() for weight in trained]
     for step in (20, 21):  # at the first step half of them wait for others: norms and biases behind zeros
         trainer.train_step(step, first_batch(store))
@@ -184,7 +184,7 @@ def test_a_batch_with_nan_stops_the_run_before_the_update_and_names_the_rows(sto
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
 
 
-def test_a_diverging_model_is_told_apart_from_broken_data(store):
+def test_a_diverging_model_is_distinguished_from_broken_data(store):
     """Finite rows, infinite loss: the advice is another one."""
     trainer, batch = PretrainTrainer(tiny(), torch.device("cpu")), first_batch(store)
     with torch.no_grad():
@@ -207,42 +207,46 @@ def test_eval_clips_are_never_trained_on(store):
     assert not set(store.good_rows(train_splits(store))) & set(store.good_rows([EVAL_SPLIT]))
 
 
-def test_what_a_run_logs_says_where_the_time_went(whole):
+def test_what_a_run_logs_says_where_the_time_went(uninterrupted):
     """Waiting for data is a share of the step, and speed is positive; both stand in every line."""
-    assert [line["step"] for line in whole.metrics()] == list(range(1, 31))
-    assert all(0 <= line["data_wait"] <= 1 and line["clips_per_s"] > 0 for line in whole.metrics())
+    assert [line["step"] for line in uninterrupted.read_metrics()] == list(range(1, 31))
+    assert all(
+        0 <= line["data_wait"] <= 1 and line["clips_per_s"] > 0 for line in uninterrupted.read_metrics()
+    )
 
 
 def test_clips_that_cannot_be_read_end_the_run_or_are_skipped_and_counted(store_path, tmp_path, monkeypatch):
     """Whether a run may leave clips out is asked of its user; if so, its metrics say how many."""
     read, bad = FeatureStore.read, set(FeatureStore.open(store_path).good_rows()[:5].tolist())
 
-    def damaged(store, rows_B, **how):
+    def damaged(store, rows_B, **options):
         for row in set(rows_B.tolist()) & bad:
             raise BrokenClipError(row, f"row {row} cannot be read")
-        return read(store, rows_B, **how)
+        return read(store, rows_B, **options)
 
     monkeypatch.setattr(FeatureStore, "read", damaged)
     with pytest.raises(BrokenClipError, match="cannot be read"):
-        quietly(store_path, tmp_path / "strict")
-    told: list[str] = []
+        pretrain_quietly(store_path, tmp_path / "strict")
+    lines: list[str] = []
     run = pretrain(
-        store_path, tiny(), tmp_path / "run", device="cpu", on_broken="skip", say=told.append, steps=8
+        store_path, tiny(), tmp_path / "run", device="cpu", on_broken="skip", say=lines.append, steps=8
     )
-    lines = [line for line in told if line.startswith("skipped: row")]
-    assert len(set(lines)) == len(lines) == 5
+    skipped_lines = [line for line in lines if line.startswith("skipped: row")]
+    assert len(set(skipped_lines)) == len(skipped_lines) == 5
     assert sum(line["skipped"] for line in run.read_metrics()) >= 5
 
 
-def test_a_run_remembers_how_its_features_were_normalised(whole, store):
+def test_a_run_remembers_how_its_features_were_normalised(uninterrupted, store):
     """Embedding other clips years later needs the mel spec and the two numbers, not the store."""
-    assert whole.identity["mel"] == store.spec.to_json()
-    assert whole.identity["store_id"] == store.store_id
-    assert (whole.identity["mean"], whole.identity["std"]) == store.mean_and_std(train_splits(store))
+    assert uninterrupted.identity["mel"] == store.spec.to_json()
+    assert uninterrupted.identity["store_id"] == store.store_id
+    assert (uninterrupted.identity["mean"], uninterrupted.identity["std"]) == store.mean_and_std(
+        train_splits(store)
+    )
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message_part"),
     [
         (
             {"recipe": audio_jepa_recipe()},
@@ -254,21 +258,21 @@ def test_a_run_remembers_how_its_features_were_normalised(whole, store):
         ({"loader": "fast"}, "loader must be dali or plain, got 'fast'"),
     ],
 )
-def test_what_does_not_fit_is_refused_and_leaves_nothing(store_path, tmp_path, change, told):
+def test_what_does_not_fit_is_refused_and_leaves_nothing(store_path, tmp_path, change, message_part):
     """Store, recipe, counts and device are looked at before the first file is written."""
-    wishes = {"recipe": tiny(), "device": "cpu", **change}
-    with pytest.raises(InputError, match=told):
-        pretrain(store_path, wishes.pop("recipe"), tmp_path / "run", **wishes)
+    options = {"recipe": tiny(), "device": "cpu", **change}
+    with pytest.raises(InputError, match=message_part):
+        pretrain(store_path, options.pop("recipe"), tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
 
 
 def test_bf16_is_used_where_the_hardware_has_it_and_the_run_says_which():
     """Emulated bf16 is slower than fp32; a CPU without AMX or AVX512-BF16 stays with fp32."""
-    bf16, told = hardware_precision(torch.device("cpu"))
+    bf16, description = hardware_precision(torch.device("cpu"))
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     if flags:
         assert bf16 == ("avx512_bf16" in flags or "amx_tile" in flags)
-    assert told.startswith("bf16 autocast" if bf16 else "fp32: this CPU has neither")
+    assert description.startswith("bf16 autocast" if bf16 else "fp32: this CPU has neither")
 
 
 @pytest.mark.parametrize("name", ["auto", "cpu"])
@@ -293,7 +297,7 @@ def test_masks_are_the_same_on_resume_and_another_at_every_step():
     assert not np.array_equal(drawn(3)[:, :4], drawn(4)[:, :4])
 
 
-def test_what_a_watch_tells_is_logged_at_its_step(store_path, tmp_path):
+def test_metrics_of_the_monitor_are_logged_at_their_step(store_path, tmp_path):
     """A probe between two logged steps must not be lost."""
     recipe = tiny(steps=6, masks=replace(tiny().masks, steps=6), log_every=4)
     run = Run.create_or_open(tmp_path / "run", recipe=recipe_to_json(recipe), identity={})
@@ -308,26 +312,26 @@ def test_what_a_watch_tells_is_logged_at_its_step(store_path, tmp_path):
 
     trainer, batch = PretrainTrainer(recipe, torch.device("cpu")), first_batch(FeatureStore.open(store_path))
     run_training_loop(run, trainer, repeat(batch), threading.Event(), progress=False, monitor=EveryThird())
-    told = {line["step"]: line.get("probe_map") for line in run.read_metrics()}
-    assert told == {3: 0.3, 4: None, 6: 0.6}
+    probe_maps = {line["step"]: line.get("probe_map") for line in run.read_metrics()}
+    assert probe_maps == {3: 0.3, 4: None, 6: 0.6}
 
 
-def test_the_best_step_by_the_watchs_probe_has_a_checkpoint_that_stays(store_path, tmp_path):
+def test_the_best_step_by_the_monitors_probe_has_a_checkpoint_that_stays(store_path, tmp_path):
     """Wherever the probe came, and whatever is dropped after it; a tie is not better."""
     recipe = tiny(steps=9, masks=replace(tiny().masks, steps=9), keep_checkpoints=1)
     run = Run.create_or_open(tmp_path / "run", recipe=recipe_to_json(recipe), identity={})
 
     class Probes:
         def after_step(self, steps_done: int) -> dict:
-            found = {1: 0.1, 3: 0.4, 6: 0.4, 8: 0.3}
-            return {"probe_map": found[steps_done]} if steps_done in found else {}
+            score_at = {1: 0.1, 3: 0.4, 6: 0.4, 8: 0.3}
+            return {"probe_map": score_at[steps_done]} if steps_done in score_at else {}
 
         def before_checkpoint(self) -> None: ...
         def stop_reason(self) -> None: ...
 
     trainer, batch = PretrainTrainer(recipe, torch.device("cpu")), first_batch(FeatureStore.open(store_path))
-    how = {"progress": False, "monitor": Probes(), "keep_every": 7}
-    assert run_training_loop(run, trainer, repeat(batch), threading.Event(), **how) == 9
+    options = {"progress": False, "monitor": Probes(), "keep_every": 7}
+    assert run_training_loop(run, trainer, repeat(batch), threading.Event(), **options) == 9
     assert [folder.name[-1] for folder in run.checkpoint_folders()] == ["3", "7", "9"]
     assert run.best_checkpoint is not None
     assert (run.best_checkpoint.step, run.best_checkpoint.score) == (3, 0.4)

@@ -69,8 +69,8 @@ def test_the_mean_of_the_passes_means_would_be_another_loss(store):
     draws = trainer.draw_for_rank(20)
     losses, counts = [], []
     for clip in range(8):
-        mine = draws.select_rows(slice(clip, clip + 1))
-        masks, n_frames_B = (mine.context_NK, mine.targets_NGQ), batch.n_frames_B[clip : clip + 1]
+        clip_draws = draws.select_rows(slice(clip, clip + 1))
+        masks, n_frames_B = (clip_draws.context_NK, clip_draws.targets_NGQ), batch.n_frames_B[clip : clip + 1]
         output = trainer.model(batch.mel_BTF[clip : clip + 1], *masks, n_frames_B)
         losses.append(output.loss.item())
         counts.append(trainer.model.count_scored(*masks, n_frames_B)[0])
@@ -93,16 +93,20 @@ def test_ranks_draw_different_masks_that_together_are_those_of_one_process():
     assert torch.equal(torch.cat([part.context_NK for part in parts]), whole.context_NK)
     assert torch.equal(torch.cat([part.targets_NGQ for part in parts]), whole.targets_NGQ)
     for each in range(2):
-        assert torch.equal(torch.cat([part.keep[each] for part in parts], dim=2), whole.drop_path_keep[each])
+        assert torch.equal(
+            torch.cat([part.drop_path_keep[each] for part in parts], dim=2), whole.drop_path_keep[each]
+        )
     targets = [part.targets_NGQ for part in parts]
     assert not any(torch.equal(targets[0], other) for other in targets[1:])
 
 
-@pytest.mark.parametrize(("clips", "size", "told"), [(60, 8, "--batch 56 or 64"), (3, 8, "--batch 8")])
-def test_a_batch_that_cannot_be_dealt_evenly_is_refused(clips, size, told):
+@pytest.mark.parametrize(
+    ("clips", "size", "message_part"), [(60, 8, "--batch 56 or 64"), (3, 8, "--batch 8")]
+)
+def test_a_batch_that_cannot_be_dealt_evenly_is_refused(clips, size, message_part):
     """A rank with fewer clips would weigh them more, or wait for ever."""
     with pytest.raises(
-        RunError, match=f"{clips} clips a step cannot be dealt to {size} ranks evenly.*{told}"
+        RunError, match=f"{clips} clips a step cannot be dealt to {size} ranks evenly.*{message_part}"
     ):
         World(size=size).clips_per_rank(clips)
     assert SINGLE_PROCESS.clips_per_rank(clips) == clips
@@ -110,18 +114,20 @@ def test_a_batch_that_cannot_be_dealt_evenly_is_refused(clips, size, told):
 
 def test_a_gradient_longer_than_allowed_is_shortened_and_logged_as_it_was(store):
     """Half as long in the same direction: AdamW's first moment is a tenth of (1 - beta1) what it gets."""
-    free, held = (PretrainTrainer(tiny(max_gradient_norm=norm), CPU, precision=FP32) for norm in (0.0, 1e-3))
+    free, limited = (
+        PretrainTrainer(tiny(max_gradient_norm=norm), CPU, precision=FP32) for norm in (0.0, 1e-3)
+    )
     batch = batch_of(store)
-    told, other = free.train_step(20, batch), held.train_step(20, batch)
-    assert told["gradient_norm"] == other["gradient_norm"] > 1e-3
-    ratio = 1e-3 / told["gradient_norm"]
-    for weight, of_held in zip(free.model.parameters(), held.model.parameters(), strict=True):
+    metrics, limited_metrics = free.train_step(20, batch), limited.train_step(20, batch)
+    assert metrics["gradient_norm"] == limited_metrics["gradient_norm"] > 1e-3
+    ratio = 1e-3 / metrics["gradient_norm"]
+    for weight, limited_weight in zip(free.model.parameters(), limited.model.parameters(), strict=True):
         if weight.requires_grad:
-            moment, moment_of_held = (
+            moment, limited_moment = (
                 trainer.optimiser.state[each]["exp_avg"]
-                for trainer, each in ((free, weight), (held, of_held))
+                for trainer, each in ((free, weight), (limited, limited_weight))
             )
-            torch.testing.assert_close(moment_of_held, ratio * moment, rtol=1e-3, atol=1e-9)
+            torch.testing.assert_close(limited_moment, ratio * moment, rtol=1e-3, atol=1e-9)
 
 
 def test_a_base_rate_grows_with_the_clips_of_a_step(store):
@@ -130,8 +136,8 @@ def test_a_base_rate_grows_with_the_clips_of_a_step(store):
     assert schedule.learning_rate(0, 100, clips=256) == pytest.approx(1e-3)
     assert schedule.learning_rate(0, 100, clips=512) == pytest.approx(2e-3)
     assert replace(schedule, base_clips=0).learning_rate(0, 100, clips=512) == pytest.approx(1e-3)
-    told = PretrainTrainer(tiny(schedule=schedule), CPU).train_step(0, batch_of(store))
-    assert told["lr"] == pytest.approx(1e-3 / 32)
+    metrics = PretrainTrainer(tiny(schedule=schedule), CPU).train_step(0, batch_of(store))
+    assert metrics["lr"] == pytest.approx(1e-3 / 32)
     with pytest.raises(ValueError, match="give `clips`"):
         schedule.learning_rate(0, 100)
     with pytest.raises(ValueError, match="base_clips must not be negative"):
@@ -161,9 +167,9 @@ def test_a_scaled_loss_that_overflows_costs_its_step_and_lowers_the_scale(store)
     assert trainer.optimiser.state  # updated
     trainer.scaler.load_state_dict(trainer.scaler.state_dict() | {"scale": 2.0**60})
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    told = trainer.train_step(21, batch)
-    assert told["overflowed"] == 1
-    assert "gradient_norm" not in told  # it is no number
+    metrics = trainer.train_step(21, batch)
+    assert metrics["overflowed"] == 1
+    assert "gradient_norm" not in metrics  # it is no number
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
     assert trainer.scaler.get_scale() == 2.0**59
     carried_on = scaled_trainer()
@@ -188,8 +194,8 @@ def test_a_store_with_nan_ends_the_run_with_its_rows_and_leaves_what_explains_it
     """Rows, masks and spectrograms of the step, without pickle; the weights are those before it."""
     read, bad = FeatureStore.read, int(FeatureStore.open(store_path).good_rows()[3])
 
-    def with_nan(store, rows_B, **how):
-        stored_BTF = read(store, rows_B, **how)
+    def with_nan(store, rows_B, **options):
+        stored_BTF = read(store, rows_B, **options)
         stored_BTF[rows_B == bad] = math.nan
         return stored_BTF
 
@@ -202,11 +208,14 @@ def test_a_store_with_nan_ends_the_run_with_its_rows_and_leaves_what_explains_it
     assert message.endswith(f"its clips and draws are kept in {folder}")
     step = int(folder.name.removeprefix("bad-step-"))
     assert message.startswith(f"step {step}: loss is nan")
-    told, kept = json.loads((folder / "rank-0.json").read_text()), load_file(folder / "rank-0.safetensors")
-    assert (told["step"], told["loss"], told["rows_with_nan_or_inf"]) == (step, "nan", [bad])
-    assert kept["rows_B"].tolist() == told["rows"]
-    assert kept["mel_BTF"][kept["rows_B"] == bad].isnan().all()
+    record, tensors = (
+        json.loads((folder / "rank-0.json").read_text()),
+        load_file(folder / "rank-0.safetensors"),
+    )
+    assert (record["step"], record["loss"], record["rows_with_nan_or_inf"]) == (step, "nan", [bad])
+    assert tensors["rows_B"].tolist() == record["rows"]
+    assert tensors["mel_BTF"][tensors["rows_B"] == bad].isnan().all()
     draws = PretrainTrainer(tiny(), CPU).draw_for_rank(step - 1)
-    assert torch.equal(kept["context_NK"], draws.context_NK)
-    assert torch.equal(kept["targets_NGQ"], draws.targets_NGQ)
+    assert torch.equal(tensors["context_NK"], draws.context_NK)
+    assert torch.equal(tensors["targets_NGQ"], draws.targets_NGQ)
     assert Run.open(tmp_path / "run").newest_step < step

@@ -1,4 +1,4 @@
-"""What a run is asked to train on."""
+"""The training set: which clips of which stores come how often, and which settings are refused."""
 
 import shutil
 from types import SimpleNamespace
@@ -36,19 +36,19 @@ def test_one_store_is_a_run_as_it_always_was(store_path):
     order = trained_on.clip_order(store, tiny())
     assert order.sampling is FULL_SHUFFLE
     assert set(trained_on.data_identity(store)) == {"store_id", "spec_id", "mel", "mean", "std"}
-    assert list(trained_on.told(store, order)) == []
+    assert list(trained_on.describe_order(store, order)) == []
 
 
 @pytest.mark.parametrize(
-    ("splits", "told"),
+    ("splits", "message_part"),
     [
         (["train", "val", "Test", "test_b"], "train, val (not Test, test_b)"),
         (["fold1", "fold2"], "fold1, fold2"),
     ],
 )
-def test_a_run_says_what_it_trains_on_and_what_it_keeps(splits, told):
+def test_a_run_says_what_it_trains_on_and_what_it_keeps(splits, message_part):
     """What an audit calls held out is held out, whatever else it may be named than eval."""
-    assert describe_splits(SimpleNamespace(manifest=pl.DataFrame({"split": splits}))) == told
+    assert describe_splits(SimpleNamespace(manifest=pl.DataFrame({"split": splits}))) == message_part
 
 
 def test_a_store_of_which_nothing_is_to_train_on_is_refused_with_the_reason():
@@ -88,39 +88,39 @@ def test_weights_decide_a_stores_share_of_the_clips(store_path, other_store_path
 def test_a_run_on_two_stores_resumes_and_refuses_others(store_path, other_store_path, tmp_path):
     """Its identity holds both stores and their weights; a change of either is another run."""
     both = (store_path, other_store_path)
-    said: list[str] = []
-    wishes = {"device": "cpu", "steps": 6, "loader": "plain"}
+    lines: list[str] = []
+    options = {"device": "cpu", "steps": 6, "loader": "plain"}
     mixed = TrainingSet(stores=both, weights=(0.7, 0.3))
-    run = pretrain(mixed, tiny(), tmp_path / "run", say=said.append, **wishes)
-    assert said[0].endswith("tiny.zarr: 34 clips, 70.0% of those trained on")
-    assert said[1].endswith("other.zarr: 16 clips, 30.0% of those trained on")
+    run = pretrain(mixed, tiny(), tmp_path / "run", say=lines.append, **options)
+    assert lines[0].endswith("tiny.zarr: 34 clips, 70.0% of those trained on")
+    assert lines[1].endswith("other.zarr: 16 clips, 30.0% of those trained on")
     assert len(run.identity["stores"]) == 2
     assert run.identity["store_weights"] == [0.7, 0.3]
-    said.clear()
-    pretrain(mixed, tiny(), tmp_path / "run", say=said.append, **wishes)
-    assert said == [f"{tmp_path / 'run'}: already at its last step, 6"]
-    for other, told in [
+    lines.clear()
+    pretrain(mixed, tiny(), tmp_path / "run", say=lines.append, **options)
+    assert lines == [f"{tmp_path / 'run'}: already at its last step, 6"]
+    for other, message_part in [
         (TrainingSet(stores=both, weights=(0.6, 0.4)), "identity.store_weights.0: was 0.7, now 0.6"),
         (TrainingSet(stores=both), "identity.store_weights.0: was 0.7, now absent"),
         (TrainingSet(stores=both[::-1], weights=(0.7, 0.3)), "identity.store_id: was"),
         (TrainingSet(stores=both[:1]), "identity.stores.0: was"),
     ]:
-        with pytest.raises(RunError, match=told):
-            pretrain(other, tiny(), tmp_path / "run", **wishes)
+        with pytest.raises(RunError, match=message_part):
+            pretrain(other, tiny(), tmp_path / "run", **options)
 
 
-def test_a_block_shuffled_run_tells_how_it_mixes_and_remembers_its_window(store_path, tmp_path):
+def test_a_block_shuffled_run_says_how_it_mixes_and_remembers_its_window(store_path, tmp_path):
     """Its order is another one: a run is not carried on with a full shuffle, nor with another window."""
-    said: list[str] = []
-    wishes = {"device": "cpu", "steps": 3, "loader": "plain"}
+    lines: list[str] = []
+    options = {"device": "cpu", "steps": 3, "loader": "plain"}
     block = TrainingSet(stores=(store_path,), shuffle="block", window_blocks=2)
-    run: Run = pretrain(block, tiny(), tmp_path / "run", say=said.append, **wishes)
-    assert said[0].startswith(
+    run: Run = pretrain(block, tiny(), tmp_path / "run", say=lines.append, **options)
+    assert lines[0].startswith(
         "block shuffle: 2 blocks of up to 16 clips at a time, 8 MB to keep in memory; a batch"
     )
     assert run.identity["block_shuffle"] == {"blocks": "shards", "window_blocks": 2}
     with pytest.raises(RunError, match=r"block_shuffle\.window_blocks: was 2, now 64"):
-        pretrain(TrainingSet(stores=(store_path,), shuffle="block"), tiny(), tmp_path / "run", **wishes)
+        pretrain(TrainingSet(stores=(store_path,), shuffle="block"), tiny(), tmp_path / "run", **options)
 
 
 def test_blocks_are_the_shards_of_each_store(store_path, other_store_path):
@@ -131,7 +131,7 @@ def test_blocks_are_the_shards_of_each_store(store_path, other_store_path):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "message_part"),
     [
         ({"weights": (1.0,)}, "1 store weights for 2 stores"),
         (
@@ -146,9 +146,9 @@ def test_blocks_are_the_shards_of_each_store(store_path, other_store_path):
         ({"window_blocks": 8}, "window 8 is of no use to a full shuffle; add --shuffle block"),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(wrong, told):
+def test_settings_that_contradict_each_other_are_refused(wrong, message_part):
     """Before anything is opened."""
-    with pytest.raises(RunError, match=told):
+    with pytest.raises(RunError, match=message_part):
         TrainingSet(**{"stores": ("a.zarr", "b.zarr")} | wrong)
 
 

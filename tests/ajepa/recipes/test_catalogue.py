@@ -1,4 +1,4 @@
-"""--set: the recipe it makes, and what it says of what it cannot make."""
+"""`--set`: the recipe that it makes, and its messages about settings that cannot be."""
 
 import json
 from dataclasses import replace
@@ -14,7 +14,7 @@ from pipeline.errors import RunError
 
 def test_single_fields_are_replaced_at_any_depth_and_nothing_else_is():
     """Three settings, three differences."""
-    made = override_recipe(
+    recipe = override_recipe(
         a_jepa_recipe(), ["optimiser.weight_decay=0.1", "schedule.peak_lr=1e-4", "model.encoder.depth=4"]
     )
     before = a_jepa_recipe()
@@ -24,13 +24,13 @@ def test_single_fields_are_replaced_at_any_depth_and_nothing_else_is():
         schedule=replace(before.schedule, peak_lr=1e-4),
         model=replace(before.model, encoder=replace(before.model.encoder, depth=4)),
     )
-    assert made == by_hand
-    assert recipe_from_json(json.loads(json.dumps(recipe_to_json(made)))) == made
+    assert recipe == by_hand
+    assert recipe_from_json(json.loads(json.dumps(recipe_to_json(recipe)))) == recipe
 
 
 @pytest.mark.parametrize("name", sorted(PRETRAIN_RECIPES))
 def test_nothing_set_is_the_recipe_itself(name):
-    """And every field set to what it is, as its JSON says it, is the recipe again."""
+    """And with every field set to its own value, as in its JSON, it is the recipe again."""
     recipe = PRETRAIN_RECIPES[name]()
     assert override_recipe(recipe, []) == recipe
     settings = [line for line in leaves(recipe_to_json(recipe)) if not line.startswith("masks.steps=")]
@@ -38,30 +38,33 @@ def test_nothing_set_is_the_recipe_itself(name):
     assert override_recipe(recipe, settings) == recipe
 
 
-def leaves(told: dict, path: str = "") -> list[str]:
-    values = {key: value for key, value in told.items() if key != "type"}
-    nested = [leaves(value, f"{path}{key}.") for key, value in values.items() if isinstance(value, dict)]
-    said = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
-    flat = [f"{path}{key}={said[key]}" for key, value in values.items() if not isinstance(value, dict)]
-    return flat + [line for lines in nested for line in lines]
+def leaves(recipe_json: dict, path: str = "") -> list[str]:
+    """Return every single value of a recipe as a setting, `KEY=VALUE`."""
+    settings = []
+    for key, value in recipe_json.items():
+        if isinstance(value, dict):
+            settings += leaves(value, f"{path}{key}.")
+        elif key != "type":
+            settings.append(f"{path}{key}={value if isinstance(value, str) else json.dumps(value)}")
+    return settings
 
 
 def test_the_masks_of_the_ablation_are_set_by_name_and_then_by_field():
     """Later settings see earlier ones; both ends of a range may change at once."""
-    made = override_recipe(
+    recipe = override_recipe(
         tiny(), ["masks=patches", "masks.masking.ratio_low=0.7", "masks.masking.ratio_high=0.8"]
     )
-    assert made.masks == Fixed(masking=RandomPatches(ratio_low=0.7, ratio_high=0.8))
+    assert recipe.masks == Fixed(masking=RandomPatches(ratio_low=0.7, ratio_high=0.8))
     assert override_recipe(small_recipe(), ["masks=inverse", "steps=77"]).masks == mask_plan("inverse", 77)
 
 
 def test_a_curriculum_is_stretched_with_the_steps():
-    """Two lengths in one recipe: one would be wrong."""
+    """With two lengths in one recipe, one would be wrong."""
     assert override_recipe(tiny(), ["steps=40"]) == tiny().with_counts(steps=40)
 
 
 @pytest.mark.parametrize(
-    ("setting", "told"),
+    ("setting", "message"),
     [
         (
             "schedule.peak_l=1",
@@ -79,19 +82,22 @@ def test_a_curriculum_is_stretched_with_the_steps():
         ("model.encoder.depth=2.5", "depth=2.5: expected a whole number"),
         ("schedule.peak_lr=fast", "peak_lr=fast: expected a number"),
         ("schedule.peak_lr=nan", "peak_lr=nan: expected a number, and a finite one"),
-        ("model.loss=l3", "loss=l3: expected one of l2, squared_l2, smooth_l1, cosine"),
+        ("model.loss=l3", "loss=l3: expected one of l2, squared_l2, cosine"),
         ("crop=middle", "crop=middle: expected one of random, start"),
         ("model.encoder.heads=5", "width must be a multiple of heads"),
         ("schedule.warmup_share=1.5", "a warm-up share in \\[0, 1\\)"),
         ("optimiser.beta2=2", "betas in \\[0, 1\\)"),
         ("masks.earlier.count=0", "masks need at least one target"),
         ("masks.steps=3", "masks.steps: follows steps; set that"),
-        ("masks=invers", "masks 'invers' are unknown; did you mean 'inverse'"),
+        (
+            "masks=invers",
+            r"masks 'invers' are unknown; did you mean 'inverse'\? There are: curriculum, inverse",
+        ),
         ("steps", "--set steps: expected KEY=VALUE, such as"),
     ],
 )
-def test_a_setting_that_cannot_be_is_one_line(setting, told):
-    """What was typed, what is wrong with it, what is expected."""
-    with pytest.raises(RunError, match=told) as refused:
+def test_a_setting_that_cannot_be_is_refused_in_one_line(setting, message):
+    """The setting as it was typed, the mistake, and the expectation."""
+    with pytest.raises(RunError, match=message) as refusal:
         override_recipe(tiny(), [setting])
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(refusal.value)

@@ -1,4 +1,4 @@
-"""Numbers that depend on the step alone."""
+"""Schedules: learning rate, teacher momentum and curriculum depend on the step alone."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def test_the_learning_rate_of_audio_jepa(step, lr):
 
 
 def test_the_learning_rate_rises_once_and_falls_once():
-    """No jump where warm-up meets cosine."""
+    """There is no jump where warm-up meets cosine."""
     rates = [warmup_cosine(step, steps=200, warmup_steps=20, peak=1.0, end=0.1) for step in range(201)]
     assert rates[:21] == sorted(rates[:21])
     assert rates[20:] == sorted(rates[20:], reverse=True)
@@ -32,7 +32,7 @@ def test_a_run_without_warm_up_starts_at_the_peak():
 
 
 def test_a_warm_up_longer_than_the_run_is_refused():
-    """It would never reach the rate it was asked for, and say nothing."""
+    """It would never reach its peak, without a word."""
     with pytest.raises(ValueError, match="warm-up must end before the run: 10 of 10"):
         warmup_cosine(0, steps=10, warmup_steps=10, peak=1.0)
 

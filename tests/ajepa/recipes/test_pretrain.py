@@ -1,4 +1,4 @@
-"""Recipes: values that survive JSON, stretch to any length, and say what they cost."""
+"""Pre-training recipes: values that survive JSON, stretch to any length, and give their cost."""
 
 import json
 from dataclasses import replace
@@ -23,43 +23,42 @@ NAMES = sorted(PRETRAIN_RECIPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_comes_back_from_json_as_it_was(name):
     """A run folder must rebuild the very model and masks that it was trained with, years later."""
-    made = pretrain_recipe(name)
-    assert made.name == name
-    assert recipe_from_json(json.loads(json.dumps(recipe_to_json(made)))) == made
+    recipe = pretrain_recipe(name)
+    assert recipe.name == name
+    assert recipe_from_json(json.loads(json.dumps(recipe_to_json(recipe)))) == recipe
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_says_what_it_costs_and_what_to_expect(name):
-    """Who starts a run wants to know first whether it takes a minute or a month."""
-    told = PRETRAIN_RECIPES[name].__doc__
-    assert "Cost" in told
-    assert "Expected" in told
+def test_the_docstring_of_a_recipe_has_its_cost_and_its_expected_result(name):
+    """Whoever starts a run wants to know first whether it takes a minute or a month."""
+    docstring = PRETRAIN_RECIPES[name].__doc__
+    assert "Cost" in docstring
+    assert "Expected" in docstring
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_view_of_a_recipe_holds_the_bands_of_its_mel_preset(name):
     """A grid that does not fit its features would fail only at the first batch."""
-    made = pretrain_recipe(name)
-    assert made.model.encoder.grid.bands == preset_mel_spec(made.mel).mel_bands
+    recipe = pretrain_recipe(name)
+    assert recipe.model.encoder.grid.bands == preset_mel_spec(recipe.mel).mel_bands
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("steps", [1, 30, 1_000_000])
 def test_every_schedule_ends_with_the_run_whatever_its_length(name, steps):
     """--steps must move every horizon with it; tied to another length, the teacher never settles."""
-    made = pretrain_recipe(name).with_counts(steps=steps)
-    schedule = made.schedule
+    recipe = pretrain_recipe(name).with_counts(steps=steps)
+    schedule = recipe.schedule
     assert schedule.learning_rate(steps, steps) == pytest.approx(schedule.end_lr)
     assert schedule.teacher_momentum(steps, steps) == schedule.ema_end
-    assert (
-        max(schedule.learning_rate(step, steps) for step in (0, steps // 50, steps // 10)) <= schedule.peak_lr
-    )
-    if isinstance(made.masks, Curriculum):
-        assert made.masks.steps == steps
+    rates = [schedule.learning_rate(step, steps) for step in (0, steps // 50, steps // 10)]
+    assert max(rates) <= schedule.peak_lr
+    if isinstance(recipe.masks, Curriculum):
+        assert recipe.masks.steps == steps
 
 
 def test_a_curriculum_of_another_length_than_its_run_is_refused():
-    """Two lengths in one recipe: one of them would be wrong without a word."""
+    """With two lengths in one recipe, one of them would be wrong without a word."""
     with pytest.raises(ValueError, match="a curriculum over 20 steps in a run of 40"):
         replace(smoke_recipe(), steps=40)
 
@@ -73,42 +72,43 @@ def test_audio_jepa_warms_up_for_a_thousand_steps_to_its_peak():
 
 def test_a_jepa_sees_audioset_24_times():
     """24 epochs of 2,084,320 clips, 512 at a time."""
-    made = a_jepa_recipe()
-    assert made.steps * made.clips_per_step == pytest.approx(24 * 2_084_320, rel=1e-4)
+    recipe = a_jepa_recipe()
+    assert recipe.steps * recipe.clips_per_step == pytest.approx(24 * 2_084_320, rel=1e-4)
 
 
 @pytest.mark.parametrize(
     ("typed", "meant"), [("smal", "small"), ("ajepa", "a-jepa"), ("audiojepa", "audio-jepa")]
 )
 def test_a_misspelt_recipe_is_answered_with_the_nearest(typed, meant):
-    """One line: what was typed, what was probably meant, what there is."""
+    """One line: the word as typed, the nearest recipe, and all there are."""
     with pytest.raises(RunError, match=f"did you mean '{meant}'.*There are: smoke, small"):
         pretrain_recipe(typed)
 
 
 def test_a_piece_that_this_version_does_not_know_is_refused():
     """A run of a later version names its missing piece instead of failing somewhere inside."""
-    told = recipe_to_json(smoke_recipe())
+    recipe_json = recipe_to_json(smoke_recipe())
     with pytest.raises(RunError, match="recipe's WholeSpectra cannot be read"):
-        recipe_from_json({**told, "masks": {"type": "WholeSpectra"}})
+        recipe_from_json({**recipe_json, "masks": {"type": "WholeSpectra"}})
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_masks_of_a_recipe_fit_its_grid_from_the_first_step_to_the_last(name):
-    """Every stage of a recipe's masking has to be drawable on its own grid."""
-    made = pretrain_recipe(name)
-    for step in (0, made.steps // 2, made.steps - 1):
+    """At every stage of a run the masks can be drawn on the recipe's own grid."""
+    recipe = pretrain_recipe(name)
+    for step in (0, recipe.steps // 2, recipe.steps - 1):
         rng = np.random.default_rng(step)
-        masks = made.masks.mask_maker_at(step, rng).sample(rng, made.model.encoder.grid, batch=4)
+        masks = recipe.masks.mask_maker_at(step, rng).sample(rng, recipe.model.encoder.grid, batch=4)
         assert not set(masks.context_BK[0]) & set(masks.targets_BGQ[0].ravel())
 
 
 def test_three_steps_of_the_tiny_recipe_are_those_of_the_first_version(monkeypatch):
-    """Options that are off change nothing: losses as they were before there were any, in fp32, for its masks."""
+    """Options that are off change nothing: the losses, in fp32 and for the same masks, are as before there were any."""
     monkeypatch.setattr(
         "ajepa.pretrain.trainer.step_rng", lambda seed, step: np.random.default_rng([seed, step, 0])
     )
-    cpu, generator = torch.device("cpu"), torch.Generator().manual_seed(3)
+    cpu = torch.device("cpu")
+    generator = torch.Generator().manual_seed(3)
     trainer = PretrainTrainer(tiny(), cpu, precision=pick_precision("fp32", cpu))
     losses = []
     for step in range(3):
@@ -117,7 +117,6 @@ def test_three_steps_of_the_tiny_recipe_are_those_of_the_first_version(monkeypat
             n_frames_B=torch.tensor([64] * 6 + [32, 20]),
             rows_B=np.arange(8),
             labels_BC=None,
-            weights_B=torch.ones(8),
         )
         losses.append(trainer.train_step(step, batch)["loss"])
     assert losses == pytest.approx([1.0123282670974731, 1.0111634731292725, 1.0073821544647217], rel=1e-5)
@@ -125,25 +124,24 @@ def test_three_steps_of_the_tiny_recipe_are_those_of_the_first_version(monkeypat
 
 def test_several_mask_sets_are_drawn_for_every_clip(monkeypatch):
     """`mask_sets` of a recipe reaches the step; one is the default, and none is refused."""
-    asked = []
+    batches = []
     sample = RandomPatches.sample
 
-    def counted(maker, rng, grid, *, batch):
-        asked.append(batch)
+    def record_batch(maker, rng, grid, *, batch):
+        batches.append(batch)
         return sample(maker, rng, grid, batch=batch)
 
-    monkeypatch.setattr(RandomPatches, "sample", counted)
-    made = tiny(masks=Fixed(masking=RandomPatches()), mask_sets=3, clips_per_step=4)
+    monkeypatch.setattr(RandomPatches, "sample", record_batch)
+    recipe = tiny(masks=Fixed(masking=RandomPatches()), mask_sets=3, clips_per_step=4)
     batch = Batch(
         mel_BTF=torch.randn(4, 64, 128),
         n_frames_B=torch.full((4,), 64),
         rows_B=np.arange(4),
         labels_BC=None,
-        weights_B=torch.ones(4),
     )
-    told = PretrainTrainer(made, torch.device("cpu")).train_step(0, batch)
-    assert asked == [12]
-    assert 0.5 < told["loss"] < 2
+    metrics = PretrainTrainer(recipe, torch.device("cpu")).train_step(0, batch)
+    assert batches == [12]
+    assert 0.5 < metrics["loss"] < 2
     with pytest.raises(ValueError, match="must be at least 1"):
         tiny(mask_sets=0)
 
@@ -156,11 +154,10 @@ def test_the_loss_of_the_whole_clip_is_logged_where_there_is_one():
         n_frames_B=torch.full((4,), 64),
         rows_B=np.arange(4),
         labels_BC=None,
-        weights_B=torch.ones(4),
     )
-    told = [
-        PretrainTrainer(tiny(model=made), torch.device("cpu")).train_step(0, batch)
-        for made in (model, tiny().model)
-    ]
-    assert 0 < told[0]["clip_loss"] < told[0]["loss"]
-    assert "clip_loss" not in told[1]
+    with_clip_loss, without = (
+        PretrainTrainer(tiny(model=spec), torch.device("cpu")).train_step(0, batch)
+        for spec in (model, tiny().model)
+    )
+    assert 0 < with_clip_loss["clip_loss"] < with_clip_loss["loss"]
+    assert "clip_loss" not in without

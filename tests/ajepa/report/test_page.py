@@ -1,4 +1,4 @@
-"""A run's page: what was measured and logged, nothing from outside, for runs evaluated or not."""
+"""A run's page shows everything that was measured and logged and loads nothing, for runs evaluated or not."""
 
 import re
 from dataclasses import replace
@@ -61,7 +61,7 @@ def pages(run, store_path) -> tuple[str, str]:
     return before, run_page_html(store, run)
 
 
-def test_a_run_that_was_not_evaluated_is_shown_and_says_how_it_would_be(pages):
+def test_the_page_of_a_run_without_evaluation_names_the_command_for_it(pages):
     """Every section is there, with the command that fills the one that is empty."""
     elements = Elements(pages[0])
     assert {section["id"] for section in elements.of("section")} == set(RUN_PAGE_SECTIONS)
@@ -86,7 +86,7 @@ def test_every_eval_clip_has_a_dot_with_its_spectrogram(pages, store_path):
     assert all(dot["data-mel"].startswith("data:image/png;base64,") for dot in dots)
 
 
-def test_the_page_asks_nobody_for_anything(pages):
+def test_the_page_loads_nothing_from_outside(pages):
     """It is mailed, archived and opened without a network."""
     for page in pages:
         addresses = [
@@ -98,9 +98,9 @@ def test_the_page_asks_nobody_for_anything(pages):
 
 def test_a_curve_leaves_out_the_steps_at_which_nothing_was_measured(run):
     """Health and probes are logged now and then: a line between zeros would be a lie."""
-    ranks_N = logged_values_N(run.metrics(), "health_rank")
+    ranks_N = logged_values_N(run.read_metrics(), "health_rank")
     assert np.isfinite(ranks_N).sum() == 3
-    step_N = np.array([line["step"] for line in run.metrics()])
+    step_N = np.array([line["step"] for line in run.read_metrics()])
     assert step_N[np.isfinite(ranks_N)].tolist() == [10, 20, 30]
     (line,) = re.findall(
         r'<polyline points="([^"]*)"', curves_over_steps(step_N, [("rank", ranks_N)], "step")
@@ -125,17 +125,17 @@ def tuned(request, run, store_path, tmp_path_factory) -> Run:
     if request.param == "vit":
         start = TrainedRun.open(run.path)
         recipe = start.adapt_recipe(tiny_finetune(steps=4))
-    how = {"label_set": "unambiguous", "device": "cpu", "say": lambda line: None}
-    return finetune(store_path, TASKS["own"], recipe, path, start=start, **how)
+    options = {"label_set": "unambiguous", "device": "cpu", "say": lambda line: None}
+    return finetune(store_path, TASKS["own"], recipe, path, start=start, **options)
 
 
-def test_a_fine_tuned_run_is_shown_without_what_it_has_not(tuned, store_path, tmp_path):
-    """No masks, no predictor; what was learnt, from where, and how it was measured on the way and at the end."""
+def test_the_page_of_a_fine_tuned_run_has_neither_masks_nor_predictions(tuned, store_path, tmp_path):
+    """The rest is there: the task, the start, the scores on the way and at the end."""
     page = tmp_path / "page.html"
     assert draw_run_report(store_path, tuned.path, html=page) == [page]
     elements = Elements(page.read_text())
     shown = [section["id"] for section in elements.of("section")]
-    assert shown == [name for name in RUN_PAGE_SECTIONS if name not in ("masks", "beliefs")]
+    assert shown == [name for name in RUN_PAGE_SECTIONS if name not in ("masks", "predictions")]
     assert [link["href"] for link in elements.of("a")] == [f"#{name}" for name in shown]
     text = elements.text
     classes = len(tuned.identity["classes"])
@@ -147,9 +147,9 @@ def test_a_fine_tuned_run_is_shown_without_what_it_has_not(tuned, store_path, tm
     assert f">{'vit' if origin else 'cnn6'}<" in page.read_text()
     assert "Held-out clips while training, mAP" in text
     score = Evaluation.read_json(tuned.path / EVALUATION_FILE).scores[0]
-    assert f"{score.map_value:.3f} [" in text
+    assert f"{score.primary_estimate.value:.3f} [" in text
     assert "Average precision of every class (classifier, own head)" in text
-    assert "by t-SNE of what the classifier says" in text
+    assert "placed by t-SNE of the classifier's logits" in text
     assert len([dot for dot in elements.of("circle") if "data-mel" in dot]) == len(
         held_out_rows(tuned, store_path)
     )
@@ -159,17 +159,18 @@ def held_out_rows(tuned: Run, store_path: Path) -> np.ndarray:
     return held_out_task_data(tuned, FeatureStore.open(store_path)).eval_N
 
 
-def test_of_a_fine_tuned_run_there_are_no_pictures(tuned, store_path, tmp_path):
-    """Told at once; on another front end's store neither is there a page."""
+def test_pictures_of_a_fine_tuned_run_are_refused(tuned, store_path, tmp_path):
+    """The error comes before anything is written."""
     with pytest.raises(
-        RunError, match="is fine-tuned, of which there are no pictures to draw; leave out --out"
+        RunError,
+        match="was fine-tuned, and such a run has a page but no pictures; give --html, leave out --out",
     ):
         draw_run_report(store_path, tuned.path, tmp_path / "pictures")
     assert not list(tmp_path.iterdir())
 
 
 def test_the_page_is_written_where_it_was_asked_for(run, store_path, tmp_path):
-    """With pictures beside it, if both are wanted."""
+    """With pictures in another folder, where both are asked for."""
     written = draw_run_report(
         store_path, run.path, tmp_path / "pictures", html=tmp_path / "deep" / "page.html"
     )

@@ -3,7 +3,7 @@
 import pytest
 import ranks
 import torch
-from ranks import seen, torchrun
+from ranks import steps_of_rank, torchrun
 
 from ajepa.training.distributed import SINGLE_PROCESS, World, join_ranks, world_from_environment
 from ajepa.training.run import Run
@@ -22,80 +22,88 @@ def assert_near(run: Run, other: Run, *, at: int | str = "last") -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(store_path, tmp_path_factory) -> Run:
+def single_process(store_path, tmp_path_factory) -> Run:
     """Eight steps in one process, this one."""
     return ranks.train(store_path, tmp_path_factory.mktemp("ranks") / "alone")
 
 
-def test_two_ranks_take_the_steps_of_one_process(store_path, tmp_path, alone):
+def test_two_ranks_take_the_steps_of_one_process(store_path, tmp_path, single_process):
     """The same rows and masks, half on each, and so the same weights; one of them writes and tells."""
-    status, said = torchrun(store_path, tmp_path / "run")
-    assert status == 0, said
+    status, lines = torchrun(store_path, tmp_path / "run")
+    assert status == 0, lines
     run = Run.open(tmp_path / "run")
-    assert_near(alone, run)
+    assert_near(single_process, run)
     assert [line["step"] for line in run.read_metrics()] == list(range(1, 9))
-    assert run.recipe == alone.recipe
-    for whole, first, second in zip(seen(alone.path, 0), seen(run.path, 0), seen(run.path, 1), strict=True):
-        assert whole == [whole[0], first[1] + second[1], first[2] + second[2]]
+    assert run.recipe == single_process.recipe
+    for both, first, second in zip(
+        steps_of_rank(single_process.path, 0),
+        steps_of_rank(run.path, 0),
+        steps_of_rank(run.path, 1),
+        strict=True,
+    ):
+        assert both == [both[0], first[1] + second[1], first[2] + second[2]]
         assert first[2] != second[2]
         assert not set(first[1]) & set(second[1])
-    (told,) = [line for line in said if line]  # no warning, and no word of the other rank
-    assert told.startswith(f"{run.path}: step 0 of 8")
-    assert told.endswith("on 2 ranks")
+    (start_line,) = [line for line in lines if line]  # no warning, and no word of the other rank
+    assert start_line.startswith(f"{run.path}: step 0 of 8")
+    assert start_line.endswith("on 2 ranks")
     assert len(list((run.path / "tensorboard").iterdir())) == 1
 
 
-def test_one_process_is_carried_on_by_two_in_the_middle_of_an_epoch(store_path, tmp_path, alone):
+def test_one_process_is_carried_on_by_two_in_the_middle_of_an_epoch(store_path, tmp_path, single_process):
     """The batch is the recipe's, whoever computes it, and in however many passes."""
     with pytest.raises(StopSignal):
         ranks.train(store_path, tmp_path / "run", "stop")
     assert Run.open(tmp_path / "run").newest_step == 6
-    status, said = torchrun(store_path, tmp_path / "run", "micro")
-    assert status == 0, said
-    assert_near(alone, Run.open(tmp_path / "run"))
+    status, lines = torchrun(store_path, tmp_path / "run", "micro")
+    assert status == 0, lines
+    assert_near(single_process, Run.open(tmp_path / "run"))
 
 
-def test_a_signal_to_one_rank_stops_all_at_the_same_step_with_a_checkpoint(store_path, tmp_path, alone):
+def test_a_signal_to_one_rank_stops_all_at_the_same_step_with_a_checkpoint(
+    store_path, tmp_path, single_process
+):
     """A rank that stopped by itself would leave the others waiting for its gradients."""
-    status, said = torchrun(store_path, tmp_path / "run", "stop")
+    status, lines = torchrun(store_path, tmp_path / "run", "stop")
     assert status != 0
     run = Run.open(tmp_path / "run")
     assert run.newest_step == run.read_metrics()[-1]["step"] == 6
-    assert [len(seen(run.path, rank)) for rank in range(2)] == [6, 6]
-    assert sum("checkpoint written at step 6 of 8" in line for line in said) == 1
-    assert sum("interrupted; nothing is lost" in line for line in said) == 1
-    assert_near(alone, ranks.train(store_path, run.path))
+    assert [len(steps_of_rank(run.path, rank)) for rank in range(2)] == [6, 6]
+    assert sum("checkpoint written at step 6 of 8" in line for line in lines) == 1
+    assert sum("interrupted; nothing is lost" in line for line in lines) == 1
+    assert_near(single_process, ranks.train(store_path, run.path))
 
 
 @pytest.mark.parametrize(
-    ("what", "told"),
+    ("event", "message_part"),
     [
         ("broken", "error: row 7 cannot be read"),
         ("nan", "error: step 6: loss is nan, gradient_norm is nan; stopped before the update; rows ["),
-        ("die", "error: another rank is no more"),
+        ("die", "error: another rank has ended"),
     ],
 )
-def test_what_ends_one_rank_ends_all_with_one_message(store_path, tmp_path, what, told):
+def test_what_ends_one_rank_ends_all_with_one_message(store_path, tmp_path, event, message_part):
     """Whoever met the error says it; the others neither hang nor add theirs."""
-    status, said = torchrun(store_path, tmp_path / "run", what)
+    status, lines = torchrun(store_path, tmp_path / "run", event)
     assert status != 0
-    errors = [line for line in said if "error: " in line]
-    assert len(errors) == 1, said
-    assert told in errors[0]
+    errors = [line for line in lines if "error: " in line]
+    assert len(errors) == 1, lines
+    assert message_part in errors[0]
     assert Run.open(tmp_path / "run").newest_step == 4
-    if what == "nan":
-        kept = sorted(file.name for file in (tmp_path / "run" / "bad-step-00000006").iterdir())
-        assert kept == [f"rank-{rank}.{kind}" for rank in range(2) for kind in ("json", "safetensors")]
-        rows = seen(tmp_path / "run", 1)[5][1]
+    if event == "nan":
+        files = sorted(file.name for file in (tmp_path / "run" / "bad-step-00000006").iterdir())
+        assert files == [f"rank-{rank}.{kind}" for rank in range(2) for kind in ("json", "safetensors")]
+        rows = steps_of_rank(tmp_path / "run", 1)[5][1]
         assert f"rows [{rows[2]}] of the store hold nan or inf" in errors[0]
 
 
 def test_ranks_refuse_with_one_message_what_none_of_them_can_do(store_path, tmp_path):
     """All find the same fault at the same time."""
-    status, said = torchrun(store_path, tmp_path / "run", ranks=3)
+    status, lines = torchrun(store_path, tmp_path / "run", ranks=3)
     assert status != 0
-    told = "error: 8 clips a step cannot be dealt to 3 ranks evenly; choose --batch 6 or 9, or another number of ranks"
-    assert [line for line in said if "error: " in line] == [told]
+    advice = "choose --batch 6 or 9, or another number of ranks"
+    message = f"error: 8 clips a step cannot be dealt to 3 ranks evenly; {advice}"
+    assert [line for line in lines if "error: " in line] == [message]
     assert not (tmp_path / "run").exists()
 
 
@@ -105,8 +113,8 @@ def test_without_torchrun_a_process_is_alone(monkeypatch):
         assert world == SINGLE_PROCESS
         assert world.sum_over_ranks(3, 0.5) == [3, 0.5]
         world.wait_for_ranks()
-    told = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
-    for name, value in told.items():
+    variables = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert world_from_environment() == World(rank=5, size=8, local_rank=1, local_size=4)
     assert not world_from_environment().is_main

@@ -1,9 +1,4 @@
-"""What a run has cost: operations as torch counts them, and counts that survive a kill.
-
-What a step needs, known before it: against what models are, and against what a process really took.
-
-What a step of a classifier takes: operations as torch counts them, memory as a process really took it.
-"""
+"""The cost of a step by formula: operations as torch counts them, memory as a process really takes it."""
 
 import os
 import subprocess
@@ -15,7 +10,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from large_classifiers import larger
+from large_classifiers import large_recipe
 from tiny import tiny, tiny_finetune
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -48,7 +43,7 @@ from pipeline.errors import RunError
 CLIPS = 6
 
 
-def counted(recipe: Pretrain, monkeypatch, *, recompute: bool) -> tuple[int, StepShape]:
+def count_step_flop(recipe: Pretrain, monkeypatch, *, recompute: bool) -> tuple[int, StepShape]:
     """What torch counts in a step's forward and backward pass, and the step's shape.
 
     Attention is written out, for torch counts nothing in its fused kernel on CPUs; the signs of health are left
@@ -102,8 +97,8 @@ def options(**changes) -> Pretrain:
 )
 def test_the_formula_counts_what_torch_counts(recipe, recompute, monkeypatch):
     """To the last operation, whatever the options: a cost that is off by a third compares nothing."""
-    seen, shape = counted(recipe, monkeypatch, recompute=recompute)
-    assert pretrain_step_flop(recipe, shape, recompute=recompute) == seen
+    flop, shape = count_step_flop(recipe, monkeypatch, recompute=recompute)
+    assert pretrain_step_flop(recipe, shape, recompute=recompute) == flop
 
 
 LINUX = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc/self/statm")
@@ -126,7 +121,7 @@ def steps(recipe, bf16, recompute, micro_clips):
     for step in (0, recipe.steps // 2, recipe.steps - 1):
         clips, frames = recipe.clips_per_step, recipe.view_frames
         trainer.train_step(step, Batch(mel_BTF=torch.randn(clips, frames, 128), n_frames_B=torch.full((clips,), frames),
-                                 rows_B=np.arange(clips), labels_BC=None, weights_B=torch.ones(clips)))
+                                 rows_B=np.arange(clips), labels_BC=None))
 
 how = {name: name in sys.argv for name in ("bf16", "recompute")} | {"micro_clips": 8 if "micro" in sys.argv else None}
 steps(small_recipe().with_counts(clips_per_step=1), **how)
@@ -139,26 +134,31 @@ print(int(peak) * 1024 - before)  # not ru_maxrss: a child's begins with the siz
 
 @LINUX
 @pytest.mark.parametrize(
-    "how", [[], ["bf16"], ["recompute"], ["micro"], ["model.targets=teacher", "masks=curriculum"]], ids=str
+    "arguments",
+    [[], ["bf16"], ["recompute"], ["micro"], ["model.targets=teacher", "masks=curriculum"]],
+    ids=str,
 )
-def test_the_estimate_is_near_what_a_process_takes(how):
+def test_the_estimate_is_near_what_a_process_takes(arguments):
     """`small` in a process of its own: the resident peak of three steps, within a factor of 1.5.
 
     A pass of a few clips takes some MB, of which glibc has more or less in hand from the steps before, as it happens
     (the ratio went from 1.20 to 1.57): there it is told to give them back, as it does larger ones.
     """
-    program = [sys.executable, "-c", MEASURED, *how]
-    env = os.environ | ({"MALLOC_MMAP_THRESHOLD_": "65536"} if "micro" in how else {})
-    measured = int(subprocess.run(program, capture_output=True, check=True, env=env).stdout)
-    recipe, bf16 = override_recipe(small_recipe(), [one for one in how if "=" in one]), "bf16" in how
-    told = pretrain_memory(
+    program = [sys.executable, "-c", MEASURED, *arguments]
+    env = os.environ | ({"MALLOC_MMAP_THRESHOLD_": "65536"} if "micro" in arguments else {})
+    measured_bytes = int(subprocess.run(program, capture_output=True, check=True, env=env).stdout)
+    recipe, bf16 = (
+        override_recipe(small_recipe(), [setting for setting in arguments if "=" in setting]),
+        "bf16" in arguments,
+    )
+    estimate = pretrain_memory(
         recipe,
         bf16=bf16,
         written_out=bf16,
-        recompute="recompute" in how,
-        micro_clips=8 if "micro" in how else None,
+        recompute="recompute" in arguments,
+        micro_clips=8 if "micro" in arguments else None,
     ).total_bytes
-    assert 1 / 1.5 < told / measured < 1.5
+    assert 1 / 1.5 < estimate / measured_bytes < 1.5
 
 
 @pytest.mark.parametrize(
@@ -226,9 +226,10 @@ def test_ranks_of_one_machine_share_its_memory(monkeypatch):
 def test_a_model_too_large_for_one_clip_is_not_told_to_take_fewer(monkeypatch):
     """`--batch 0` would be no advice."""
     needed = pretrain_memory(a_jepa_recipe(), bf16=False)
-    told = suggest_smaller_step(512, needed, int(1.0 * BYTES_PER_GB), SmallerOptions(recompute=False))
+    advice = suggest_smaller_step(512, needed, int(1.0 * BYTES_PER_GB), SmallerOptions(recompute=False))
     assert (
-        told == "not one clip would fit: try a smaller model (--set model.encoder.width, model.encoder.depth)"
+        advice
+        == "not one clip would fit: try a smaller model (--set model.encoder.width, model.encoder.depth)"
     )
 
 
@@ -258,21 +259,20 @@ import numpy as np, torch
 from ajepa.training.devices import pick_precision
 from ajepa.finetune.trainer import FinetuneTrainer
 from pipeline.loading.loader import Batch
-from large_classifiers import larger
+from large_classifiers import large_recipe
 
 def steps(recipe, micro_clips):
     cpu = torch.device("cpu")
     numbers = pick_precision("bf16" if "bf16" in sys.argv else "fp32", cpu)
-    trainer = FinetuneTrainer(recipe, torch.eye(50), cpu, single=False, recompute="recompute" in sys.argv,
+    trainer = FinetuneTrainer(recipe, torch.eye(50), cpu, single_label=False, recompute="recompute" in sys.argv,
                         precision=numbers, micro_clips=micro_clips)
     for step in range(2):
         clips, spec = recipe.clips_per_step, recipe.model
         trainer.train_step(step, Batch(mel_BTF=torch.randn(clips, spec.frames, spec.bands), rows_B=np.arange(clips),
-                                 n_frames_B=torch.full((clips,), spec.frames), labels_BC=torch.zeros(clips, 50),
-                                 weights_B=torch.ones(clips)))
+                                 n_frames_B=torch.full((clips,), spec.frames), labels_BC=torch.zeros(clips, 50)))
 
-recipe, micro_clips = larger(sys.argv[1]), 4 if "micro" in sys.argv else None
-steps(larger(sys.argv[1], clips_per_step=1), micro_clips)
+recipe, micro_clips = large_recipe(sys.argv[1]), 4 if "micro" in sys.argv else None
+steps(large_recipe(sys.argv[1], clips_per_step=1), micro_clips)
 before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 steps(recipe, micro_clips)
 peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM:"))
@@ -282,7 +282,7 @@ print(int(peak) * 1024 - before)  # not ru_maxrss: a child's begins with the siz
 
 @LINUX
 @pytest.mark.parametrize(
-    "how",
+    "arguments",
     [
         ["vit"],
         ["vit", "bf16"],
@@ -295,35 +295,35 @@ print(int(peak) * 1024 - before)  # not ru_maxrss: a child's begins with the siz
     ],
     ids=str,
 )
-def test_the_estimate_is_near_what_training_a_classifier_takes(how):
+def test_the_estimate_is_near_what_training_a_classifier_takes(arguments):
     """In a process of its own: the resident peak of two steps, within a factor of 1.5.
 
     Recomputed blocks and filters come and go in pieces of some MB, which glibc keeps for the process: up to twice of
     what is in use. There it is told to give them back, as it does larger ones, such as those of larger models.
     """
-    program = [sys.executable, "-c", MEASURED_CLASSIFIERS, *how]
+    program = [sys.executable, "-c", MEASURED_CLASSIFIERS, *arguments]
     path = {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
-    if {"recompute", "cnn6"} & set(how):
+    if {"recompute", "cnn6"} & set(arguments):
         path["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    measured = int(subprocess.run(program, capture_output=True, check=True, env=path).stdout)
+    measured_bytes = int(subprocess.run(program, capture_output=True, check=True, env=path).stdout)
     needed = classifier_memory(
-        larger(how[0]),
+        large_recipe(arguments[0]),
         50,
-        bf16="bf16" in how,
-        written_out="bf16" in how,
-        recompute="recompute" in how,
-        micro_clips=4 if "micro" in how else None,
+        bf16="bf16" in arguments,
+        written_out="bf16" in arguments,
+        recompute="recompute" in arguments,
+        micro_clips=4 if "micro" in arguments else None,
     )
-    assert 1 / 1.5 < needed.total_bytes / measured < 1.5, (str(needed), measured / BYTES_PER_GB)
+    assert 1 / 1.5 < needed.total_bytes / measured_bytes < 1.5, (str(needed), measured_bytes / BYTES_PER_GB)
 
 
 def test_weights_are_counted_by_arithmetic():
     """All but some single vectors of a PaSST, its positions."""
     for recipe in (tiny_finetune(), replace(tiny_finetune(), model=PASST)):
         counted = sum(weight.numel() for weight in build_classifier(recipe.model, CLASSES, 0).parameters())
-        seen = transformer_shape(recipe)
-        assert seen is not None
-        assert transformer_weight_count(seen, CLASSES) == pytest.approx(counted, rel=0.02)
+        shape = transformer_shape(recipe)
+        assert shape is not None
+        assert transformer_weight_count(shape, CLASSES) == pytest.approx(counted, rel=0.02)
 
 
 TOKENS_MASKED = RegularisedMasking(share=0.2, reading="tokens")
@@ -350,12 +350,12 @@ def test_the_formula_counts_what_torch_counts_of_a_classifier(kind, monkeypatch)
     )
     model, recompute = COUNTED[kind]
     recipe = replace(tiny_finetune(), model=model, clips_per_step=5)
-    made = build_classifier(model, CLASSES, 0)
+    classifier = build_classifier(model, CLASSES, 0)
     if recompute:
-        made.encoder.recompute = True
+        classifier.encoder.recompute = True
     mel_BTF, n_frames_B = torch.randn(5, model.frames, model.bands), torch.full((5,), model.frames)
     with FlopCounterMode(display=False) as counter:
-        made(mel_BTF, n_frames_B, np.random.default_rng(0)).sum().backward()
+        classifier(mel_BTF, n_frames_B, np.random.default_rng(0)).sum().backward()
     cost = classifier_step_cost(recipe, CLASSES, recompute=recompute)
     assert cost.flop == counter.get_total_flops()
     assert (cost.step, cost.clips, cost.predicted_tokens) == (1, 5, 0)
@@ -364,7 +364,7 @@ def test_the_formula_counts_what_torch_counts_of_a_classifier(kind, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("model", "gb", "told"),
+    ("model", "gb", "advice"),
     [
         ("audioset-20k", 8, "try --recompute, or --micro-batch "),
         (
@@ -376,33 +376,33 @@ def test_the_formula_counts_what_torch_counts_of_a_classifier(kind, monkeypatch)
         ("cnn6-small", 0.02, "try --batch "),
     ],
 )
-def test_a_recipe_larger_than_memory_is_refused_with_what_to_lower(monkeypatch, model, gb, told):
+def test_a_recipe_larger_than_memory_is_refused_with_what_to_lower(monkeypatch, model, gb, advice):
     """What is offered fits; batch norms cannot do with fewer clips at once, but with fewer a step."""
     monkeypatch.setattr("ajepa.training.memory.free_memory_bytes", lambda device: int(gb * BYTES_PER_GB))
     recipe = finetune_recipe(model)
-    how = {"half": False, "recompute": False, "world": SINGLE_PROCESS}
+    options = {"half": False, "recompute": False, "world": SINGLE_PROCESS}
     with pytest.raises(RunError) as refused:
-        refuse_large_classifier(recipe, 527, CPU, micro_clips=None, **how)
+        refuse_large_classifier(recipe, 527, CPU, micro_clips=None, **options)
     message = str(refused.value)
     assert "\n" not in message
     assert message.startswith(f"recipe {model} needs about ")
-    assert told in message
+    assert advice in message
     assert f"for {recipe.clips_per_step} clips at once, cpu has {gb:.2f} GB free; " in message
-    if told.endswith("batch "):
-        fewer = int(message.split(told)[1].split(",")[0])
-        changed = replace(recipe, clips_per_step=fewer) if "--batch" in told else recipe
-        refuse_large_classifier(changed, 527, CPU, micro_clips=fewer, **how)
+    if advice.endswith("batch "):
+        fewer = int(message.split(advice)[1].split(",")[0])
+        changed = replace(recipe, clips_per_step=fewer) if "--batch" in advice else recipe
+        refuse_large_classifier(changed, 527, CPU, micro_clips=fewer, **options)
 
 
 def test_ranks_of_one_machine_share_its_memory_for_a_classifier(monkeypatch):
     """As in pre-training: each has its own copy of everything but the clips."""
     monkeypatch.setattr("ajepa.training.memory.free_memory_bytes", lambda device: int(12 * BYTES_PER_GB))
     monkeypatch.setattr(World, "wait_for_ranks", lambda world: None)
-    how = {"half": False, "recompute": False, "micro_clips": 1}
+    options = {"half": False, "recompute": False, "micro_clips": 1}
     refuse_large_classifier(
-        finetune_recipe("audioset-20k"), 527, CPU, world=World(size=4, local_size=1), **how
+        finetune_recipe("audioset-20k"), 527, CPU, world=World(size=4, local_size=1), **options
     )
     with pytest.raises(RunError, match=r"free for each of 8 ranks; not one clip"):
         refuse_large_classifier(
-            finetune_recipe("audioset-20k"), 527, CPU, world=World(size=8, local_size=8), **how
+            finetune_recipe("audioset-20k"), 527, CPU, world=World(size=8, local_size=8), **options
         )

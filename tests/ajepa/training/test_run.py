@@ -32,7 +32,7 @@ def test_a_run_that_exists_is_opened_again_by_the_same_recipe_and_store(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("recipe", "identity", "told"),
+    ("recipe", "identity", "message_part"),
     [
         ({**RECIPE, "steps": 40}, IDENTITY, "recipe.steps: was 30, now 40"),
         (
@@ -44,12 +44,14 @@ def test_a_run_that_exists_is_opened_again_by_the_same_recipe_and_store(tmp_path
         (RECIPE, {"store_id": "xyz"}, "identity.store_id: was abc, now xyz"),
     ],
 )
-def test_another_recipe_or_store_is_refused_with_the_difference_in_one_line(tmp_path, recipe, identity, told):
+def test_another_recipe_or_store_is_refused_with_the_difference_in_one_line(
+    tmp_path, recipe, identity, message_part
+):
     """A run continued with other settings would be neither the old one nor the new."""
     started(tmp_path)
     with pytest.raises(RunError) as refused:
         started(tmp_path, recipe, identity)
-    assert told in str(refused.value)
+    assert message_part in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
@@ -88,8 +90,8 @@ def test_opening_what_is_no_run_says_what_to_give(tmp_path):
 def test_a_run_written_by_a_later_format_is_refused(tmp_path):
     """Half-understood files are worse than none."""
     started(tmp_path)
-    told = json.loads((tmp_path / "recipe.json").read_text())
-    (tmp_path / "recipe.json").write_text(json.dumps({**told, "format": 2}))
+    record = json.loads((tmp_path / "recipe.json").read_text())
+    (tmp_path / "recipe.json").write_text(json.dumps({**record, "format": 2}))
     with pytest.raises(RunError, match="run format 2, this version reads 1"):
         Run.open(tmp_path)
 
@@ -122,7 +124,7 @@ def test_checkpoints_at_round_steps_stay_for_good(tmp_path):
 def test_the_best_checkpoint_stays_until_a_better_one_is_there(tmp_path):
     """Which is best is written with it, whole or not at all; of two equal ones it is the later."""
     run = started(tmp_path)
-    for step, score, there, best in [
+    for step, score, steps_left, best_step in [
         (1, None, [1], None),
         (2, 0.30, [2], 2),
         (3, None, [2, 3], 2),
@@ -132,28 +134,28 @@ def test_the_best_checkpoint_stays_until_a_better_one_is_there(tmp_path):
         (7, 0.31, [7], 7),
     ]:
         run.save_checkpoint(checkpoint(step), keep=1, score=score)
-        assert steps(run) == there
-        assert (run.best_checkpoint.step if run.best_checkpoint else None) == best
+        assert steps(run) == steps_left
+        assert (run.best_checkpoint.step if run.best_checkpoint else None) == best_step
     run.save_checkpoint(checkpoint(8), keep=1)
-    assert run.load_checkpoint(at="best").step == 7
+    assert run.load_checkpoint(at="best_step").step == 7
     assert run.load_checkpoint().step == run.load_checkpoint(at="last").step == 8
     assert run.load_checkpoint(at="7").step == run.load_checkpoint("encoder", at=7).step == 7
 
 
 @pytest.mark.parametrize(
-    ("at", "told"),
+    ("at", "message_part"),
     [
         ("best", "no checkpoint was probed, so none is the best; take last"),
         (4, "no checkpoint 4; expected last, best, or a step of 3, 5"),
         ("frist", "no checkpoint 'frist'; expected last, best, or a step of 3, 5"),
     ],
 )
-def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(tmp_path, at, told):
+def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(tmp_path, at, message_part):
     """Another one in its place would be measured under its name."""
     run = started(tmp_path)
     for step in (3, 5):
         run.save_checkpoint(checkpoint(step), keep=2)
-    with pytest.raises(RunError, match=told):
+    with pytest.raises(RunError, match=message_part):
         run.load_checkpoint(at=at)
 
 
@@ -234,6 +236,6 @@ def test_a_full_disk_is_the_same_error_for_weights_as_for_other_files(tmp_path, 
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("ajepa.training.checkpoints.save_file", full)
-    with pytest.raises(OSError, match="No space left on device") as told:
+    with pytest.raises(OSError, match="No space left on device") as refused:
         write_safetensors(tmp_path / "x.safetensors", {"weight": torch.zeros(2)})
-    assert told.value.errno in DISK_FULL_ERRNOS
+    assert refused.value.errno in DISK_FULL_ERRNOS

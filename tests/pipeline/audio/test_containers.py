@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes."""
+"""A file is recognised by its first bytes, and its header says how long it is."""
 
 import os
 import struct
@@ -35,10 +35,10 @@ KIND_OF = {
 }
 
 
-def wav_bytes(*, data_bytes, there_bytes, tag=1, order="<", chunks=b""):
+def wav_bytes(*, data_bytes, actual_bytes, tag=1, order="<", chunks=b""):
     """A mono 16-bit wav at 8 kHz whose header declares `data_bytes`."""
     fmt = struct.pack(f"{order}4sIHHIIHH", b"fmt ", 16, tag, 1, 8_000, 16_000, 2, 16)
-    data = struct.pack(f"{order}4sI", b"data", data_bytes) + bytes(there_bytes)
+    data = struct.pack(f"{order}4sI", b"data", data_bytes) + bytes(actual_bytes)
     name = b"RIFF" if order == "<" else b"RIFX"
     return struct.pack(f"{order}4sI4s", name, 36 + data_bytes & 0xFFFF_FFFF, b"WAVE") + chunks + fmt + data
 
@@ -63,7 +63,7 @@ def test_ffmpeg_knows_every_demuxer_by_its_name(name):
 
 
 @pytest.mark.parametrize("suffix", [".mp3", ".flac", ".aac"])
-def test_an_id3_tag_is_looked_past(tmp_path, suffix):
+def test_an_id3_tag_is_skipped(tmp_path, suffix):
     """A cover picture of 100 kB stands before the sound."""
     path = write(tmp_path / f"sound{suffix}", babble(0.3, 48_000), 48_000)
     tag = b"ID3\x04\x00\x00" + bytes([0, 6, 13, 32]) + bytes(100_000)
@@ -71,7 +71,7 @@ def test_an_id3_tag_is_looked_past(tmp_path, suffix):
     assert recognise_container(path).demuxer == CONTAINER_KINDS[KIND_OF[suffix]].demuxer
 
 
-def test_zeros_before_an_mp3_are_looked_past(tmp_path):
+def test_zeros_before_an_mp3_are_skipped(tmp_path):
     """Some recorders pad the beginning."""
     path = write(tmp_path / "sound.mp3", babble(0.3, 48_000), 48_000)
     path.write_bytes(bytes(100) + path.read_bytes())
@@ -81,13 +81,13 @@ def test_zeros_before_an_mp3_are_looked_past(tmp_path):
 @pytest.mark.parametrize(
     ("header", "expected"),
     [
-        ({"data_bytes": 8_000, "there_bytes": 2_000}, 4_000),
-        ({"data_bytes": 2_000, "there_bytes": 2_000}, 1_000),
-        ({"data_bytes": 0xFFFF_FFFF, "there_bytes": 2_000}, None),
-        ({"data_bytes": 0x7FFF_F000, "there_bytes": 2_000}, None),
-        ({"data_bytes": 0, "there_bytes": 0}, 0),
-        ({"data_bytes": 8_000, "there_bytes": 2_000, "order": ">"}, 4_000),
-        ({"data_bytes": 8_000, "there_bytes": 2_000, "chunks": b"LIST\x03\0\0\0abc\0"}, 4_000),
+        ({"data_bytes": 8_000, "actual_bytes": 2_000}, 4_000),
+        ({"data_bytes": 2_000, "actual_bytes": 2_000}, 1_000),
+        ({"data_bytes": 0xFFFF_FFFF, "actual_bytes": 2_000}, None),
+        ({"data_bytes": 0x7FFF_F000, "actual_bytes": 2_000}, None),
+        ({"data_bytes": 0, "actual_bytes": 0}, 0),
+        ({"data_bytes": 8_000, "actual_bytes": 2_000, "order": ">"}, 4_000),
+        ({"data_bytes": 8_000, "actual_bytes": 2_000, "chunks": b"LIST\x03\0\0\0abc\0"}, 4_000),
     ],
 )
 def test_a_wav_declares_its_frames_or_says_that_it_does_not_know(tmp_path, header, expected):
@@ -102,13 +102,13 @@ def test_an_rf64_declares_its_frames_in_64_bits(tmp_path):
     """Long recordings do not fit the 32 bits of a wav."""
     sizes = struct.pack("<4sIQQQI", b"ds64", 28, 0, 8_000, 4_000, 0)
     path = tmp_path / "sound.wav"
-    path.write_bytes(b"RF64" + wav_bytes(data_bytes=0xFFFF_FFFF, there_bytes=8_000, chunks=sizes)[4:])
+    path.write_bytes(b"RF64" + wav_bytes(data_bytes=0xFFFF_FFFF, actual_bytes=8_000, chunks=sizes)[4:])
     assert recognise_container(path).declared_frames == 4_000
 
 
 @pytest.mark.parametrize(
     "header",
-    [{"data_bytes": 0, "there_bytes": 2_000}, {"data_bytes": 2_000, "there_bytes": 2_000, "tag": 0x55}],
+    [{"data_bytes": 0, "actual_bytes": 2_000}, {"data_bytes": 2_000, "actual_bytes": 2_000, "tag": 0x55}],
 )
 def test_a_wav_that_libsndfile_would_misread_goes_to_ffmpeg(tmp_path, header):
     """A size that was never filled in, and mp3 inside a wav."""
@@ -124,24 +124,20 @@ def test_a_flac_of_unknown_length_goes_to_ffmpeg(tmp_path):
     content[21] &= 0xF0
     content[22:26] = bytes(4)
     path.write_bytes(content)
-    assert (recognise_container(path).uses_libsndfile, recognise_container(path).length_kind) == (
-        False,
-        "guessed",
-    )
+    container = recognise_container(path)
+    assert (container.uses_libsndfile, container.length_kind) == (False, "guessed")
 
 
 def test_only_a_lame_header_states_the_length_of_an_mp3(tmp_path):
-    """Without it FFmpeg guesses from the bit rate, which means nothing for a variable one."""
+    """Without such a header FFmpeg guesses from the bit rate, which means nothing if the rate varies."""
     stated = write(tmp_path / "sound.mp3", babble(0.3, 48_000), 48_000)
     unstated = write(tmp_path / "sound.bare.mp3", babble(0.3, 48_000), 48_000)
-    assert (recognise_container(stated).length_kind, recognise_container(unstated).length_kind) == (
-        "declared",
-        "guessed",
-    )
+    assert recognise_container(stated).length_kind == "declared"
+    assert recognise_container(unstated).length_kind == "guessed"
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (b"", "is empty"),
         (b"<!DOCTYPE html><html>Not Found</html>", "is text (begins '<!DOCTYPE html>"),
@@ -153,14 +149,14 @@ def test_only_a_lame_header_states_the_length_of_an_mp3(tmp_path):
         (b"RIFF", "is text"),
     ],
 )
-def test_what_is_no_audio_is_described(tmp_path, content, says):
+def test_a_file_that_is_no_audio_is_described(tmp_path, content, message):
     """A web page saved as m4a is the commonest broken download; a playlist must never be followed."""
     path = tmp_path / "sound.m4a"
     path.write_bytes(content)
     with pytest.raises(AudioError) as error:
         recognise_container(path)
     assert error.value.reason == "unreadable"
-    assert says in str(error.value)
+    assert message in str(error.value)
 
 
 def test_a_chunk_table_without_end_is_given_up(tmp_path):
@@ -174,12 +170,12 @@ def test_an_absent_file_says_how_it_is_absent(tmp_path):
     """No file, a folder and a link to nowhere have different cures."""
     (tmp_path / "folder.wav").mkdir()
     (tmp_path / "link.wav").symlink_to("gone.wav")
-    for name, says in {
+    for name, message in {
         "none.wav": "no such file",
         "folder.wav": "a folder",
         "link.wav": "a link to 'gone.wav'",
     }.items():
-        with pytest.raises(AudioError, match=says) as error:
+        with pytest.raises(AudioError, match=message) as error:
             recognise_container(tmp_path / name)
         assert error.value.reason == "missing"
 
@@ -205,7 +201,7 @@ def test_a_name_without_a_known_extension_names_nothing(tmp_path):
 
 @pytest.mark.parametrize(("size", "frames"), [(24 + 2 * 7, 7), (0, None), (2**63 - 1, None)])
 def test_a_w64_declares_its_frames_or_says_that_it_does_not_know(tmp_path, size, frames):
-    """FFmpeg's own duration is what is there; a size that was never filled in promises nothing."""
+    """FFmpeg's own duration is of the sound that is there; a size that was never filled in declares nothing."""
     path = write(tmp_path / "sound.w64", babble(0.1, 8_000), 8_000)
     assert recognise_container(path).declared_frames == 800
     content = bytearray(path.read_bytes())
@@ -216,7 +212,7 @@ def test_a_w64_declares_its_frames_or_says_that_it_does_not_know(tmp_path, size,
 
 @pytest.mark.parametrize(("size", "frames"), [(4 + 2 * 7, 7), (-1, None), (0, None)])
 def test_a_caf_declares_its_frames_or_says_that_it_does_not_know(tmp_path, size, frames):
-    """-1 is Apple's word for: to the end of the file."""
+    """A size of -1 stands for: to the end of the file."""
     path = write(tmp_path / "sound.caf", babble(0.1, 8_000), 8_000)
     assert recognise_container(path).declared_frames == 800
     content = bytearray(path.read_bytes())

@@ -1,4 +1,4 @@
-"""One file becomes one clip, or one reason why not."""
+"""A file becomes one clip, or one reason why it cannot be used."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ LOSSLESS = (".wav", ".flac", ".alac.m4a", ".aiff")
 LOSSY = (".mp3", ".ogg", ".opus", ".webm", ".m4a", ".mka")
 
 
-def loaded(path, *, start_seconds=30.0, end_seconds=40.0, rate_hz=32_000, **policy):
+def load(path, *, start_seconds=30.0, end_seconds=40.0, rate_hz=32_000, **policy):
     clip = load_clip_audio(
         SoundLocator.from_path(path),
         start_seconds=start_seconds,
@@ -41,7 +41,7 @@ def loaded(path, *, start_seconds=30.0, end_seconds=40.0, rate_hz=32_000, **poli
 def refusal(path, **policy):
     """Reason and sentence of a file that cannot be used."""
     with pytest.raises(AudioError) as error:
-        loaded(path, **policy)
+        load(path, **policy)
     return error.value.reason, str(error.value)
 
 
@@ -59,7 +59,7 @@ def level_db(wave_S, reference=0.5):
 @pytest.mark.parametrize("to_hz", [32_000, 16_000])
 def test_a_full_segment_has_exactly_the_samples_of_the_spec(tmp_path, rate_hz, to_hz):
     """One sample less would be one frame less."""
-    clip = loaded(write(tmp_path / "sound.wav", tone(440, rate_hz), rate_hz), rate_hz=to_hz)
+    clip = load(write(tmp_path / "sound.wav", tone(440, rate_hz), rate_hz), rate_hz=to_hz)
     assert clip.wave_S.shape == (10 * to_hz,)
     assert clip.wave_S.dtype == np.float32
     assert (clip.rate_hz, clip.source_seconds, clip.flags) == (rate_hz, 10.0, ())
@@ -70,14 +70,14 @@ def test_a_full_segment_has_exactly_the_samples_of_the_spec(tmp_path, rate_hz, t
 )
 def test_a_tone_keeps_its_level_or_is_gone(tmp_path, hz, least_db, most_db):
     """From 48 to 32 kHz an 18 kHz tone must not come back at 14 kHz, as it does from a resampler without filter."""
-    clip = loaded(write(tmp_path / "sound.wav", tone(hz, 48_000), 48_000, subtype="FLOAT"))
+    clip = load(write(tmp_path / "sound.wav", tone(hz, 48_000), 48_000, subtype="FLOAT"))
     assert least_db <= max(level_db(clip.wave_S), -250) <= most_db
 
 
 def test_the_right_rate_is_not_resampled(tmp_path):
-    """Bit for bit."""
+    """The wave stays the same bit for bit."""
     wave_S = babble(10, 32_000)
-    clip = loaded(write(tmp_path / "sound.wav", wave_S, 32_000, subtype="FLOAT"))
+    clip = load(write(tmp_path / "sound.wav", wave_S, 32_000, subtype="FLOAT"))
     assert np.array_equal(clip.wave_S, wave_S)
 
 
@@ -86,7 +86,7 @@ def test_one_sound_has_one_spectrogram_in_every_container(tmp_path):
     sound_S = babble(10, 48_000)
     mels = {}
     for suffix in (*LOSSLESS, *LOSSY):
-        clip = loaded(write(tmp_path / f"sound{suffix}", sound_S, 48_000))
+        clip = load(write(tmp_path / f"sound{suffix}", sound_S, 48_000))
         mels[suffix] = log_mel(torch.from_numpy(clip.wave_S)[None], SPEC)[0]
         assert mels[suffix].shape == (998, 128)
     voiced = mels[".wav"] > SPEC.floor_log + 8
@@ -96,10 +96,10 @@ def test_one_sound_has_one_spectrogram_in_every_container(tmp_path):
         assert (mels[suffix] - mels[".wav"])[voiced].abs().mean() < 0.3
 
 
-def test_a_clip_tells_what_it_came_from(tmp_path):
+def test_a_clip_records_its_source(tmp_path):
     """The manifest keeps this, so that a strange result can be traced without the audio."""
     path = write(tmp_path / "sound.flac", np.stack([tone(440, 44_100)] * 2, axis=1), 44_100)
-    clip = loaded(path)
+    clip = load(path)
     assert (clip.codec, clip.rate_hz, clip.channels, clip.source_seconds) == ("flac", 44_100, 2, 10.0)
     assert clip.peak_dbfs == pytest.approx(-6.02, abs=0.01)
     assert clip.rms_dbfs == pytest.approx(-9.03, abs=0.01)
@@ -112,7 +112,7 @@ def test_the_digest_is_of_the_sound_not_of_the_file(tmp_path):
     for name in ("a.wav", "b.flac"):
         soundfile.write(tmp_path / name, sound_S, 32_000)
     soundfile.write(tmp_path / "c.wav", sound_S[::-1], 32_000)
-    first, second, third = (loaded(tmp_path / name).digest for name in ("a.wav", "b.flac", "c.wav"))
+    first, second, third = (load(tmp_path / name).digest for name in ("a.wav", "b.flac", "c.wav"))
     assert first == second != third
     assert len(first) == 32
     assert int(first, 16)
@@ -127,23 +127,23 @@ FLAGGED = {
 
 
 @pytest.mark.parametrize("flag", FLAGGED)
-def test_what_is_odd_is_used_and_flagged(tmp_path, flag):
-    """The clip counts; the report says how many were odd."""
+def test_an_odd_clip_is_used_and_flagged(tmp_path, flag):
+    """The clip counts, and the report says how many were odd."""
     suffix, wave_SC = FLAGGED[flag]
     subtype = "FLOAT" if "float" in suffix else "PCM_16"
-    assert loaded(write(tmp_path / f"sound{suffix}", wave_SC, 32_000, subtype=subtype)).flags == (flag,)
+    assert load(write(tmp_path / f"sound{suffix}", wave_SC, 32_000, subtype=subtype)).flags == (flag,)
 
 
 def test_a_shorter_clip_has_the_samples_it_has(tmp_path):
     """Padding is the loader's business, after normalisation."""
-    clip = loaded(write(tmp_path / "sound.wav", babble(2.5, 44_100), 44_100))
+    clip = load(write(tmp_path / "sound.wav", babble(2.5, 44_100), 44_100))
     assert (len(clip.wave_S), clip.source_seconds) == (80_000, 2.5)
 
 
 def test_a_video_is_cut_and_says_so(tmp_path):
     """A tone that sounds in the segment only fills it."""
     wave_S = np.concatenate([np.zeros(30 * 8_000), tone(440, 8_000), np.zeros(20 * 8_000)])
-    clip = loaded(write(tmp_path / "video.wav", wave_S, 8_000))
+    clip = load(write(tmp_path / "video.wav", wave_S, 8_000))
     assert (clip.flags, clip.source_seconds, len(clip.wave_S)) == (("cut",), 60.0, 320_000)
     assert np.abs(clip.wave_S[:200]).max() > 0.4
     assert np.abs(clip.wave_S[-200:]).max() > 0.4
@@ -152,16 +152,16 @@ def test_a_video_is_cut_and_says_so(tmp_path):
 def test_samples_beyond_full_scale_are_not_clipped(tmp_path):
     """Clipping would add harmonics that nobody recorded."""
     path = write(tmp_path / "sound.wav", tone(440, 32_000, level=8.0), 32_000, subtype="FLOAT")
-    assert np.abs(loaded(path).wave_S).max() == pytest.approx(8, rel=1e-3)
+    assert np.abs(load(path).wave_S).max() == pytest.approx(8, rel=1e-3)
 
 
 def test_a_wrong_extension_is_flagged_and_content_decides(tmp_path):
     """A flac named wav is a flac."""
     path = write(tmp_path / "sound.flac", babble(10, 32_000), 32_000).rename(tmp_path / "sound.wav")
-    assert (loaded(path).codec, loaded(path).flags) == ("flac", ("wrong_extension",))
+    assert (load(path).codec, load(path).flags) == ("flac", ("wrong_extension",))
 
 
-def cut_to(path, share):
+def cut_file(path, share):
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
     return path
@@ -169,12 +169,12 @@ def cut_to(path, share):
 
 @pytest.mark.parametrize("suffix", [".wav", ".flac", ".mp3", ".webm", ".fast.m4a", ".aiff"])
 def test_a_truncated_file_is_refused_unless_it_is_accepted(tmp_path, suffix):
-    """Decoders hand out what is there and say nothing; only the declared length tells."""
-    path = cut_to(write(tmp_path / f"sound{suffix}", babble(10, 48_000), 48_000), 0.5)
+    """Decoders return the samples that are there and say nothing; only the declared length shows the loss."""
+    path = cut_file(write(tmp_path / f"sound{suffix}", babble(10, 48_000), 48_000), 0.5)
     reason, text = refusal(path)
     assert reason == "truncated"
     assert "of the declared 10.0" in text
-    clip = loaded(path, accept_truncated=True)
+    clip = load(path, accept_truncated=True)
     assert clip.flags == ("shorter", "truncated")
     assert 3 < clip.source_seconds < 7
     assert len(clip.wave_S) == pytest.approx(clip.source_seconds * 32_000, abs=1)
@@ -182,27 +182,27 @@ def test_a_truncated_file_is_refused_unless_it_is_accepted(tmp_path, suffix):
 
 def test_a_file_that_lacks_less_than_a_twentieth_is_whole(tmp_path):
     """Many tools drop the last packet."""
-    assert loaded(cut_to(write(tmp_path / "sound.wav", babble(10, 48_000), 48_000), 0.96)).flags == (
-        "shorter",
-    )
-    assert refusal(cut_to(write(tmp_path / "sound.wav", babble(10, 48_000), 48_000), 0.94))[0] == "truncated"
+    nearly_whole = cut_file(write(tmp_path / "a.wav", babble(10, 48_000), 48_000), 0.96)
+    assert load(nearly_whole).flags == ("shorter",)
+    shorter = cut_file(write(tmp_path / "b.wav", babble(10, 48_000), 48_000), 0.94)
+    assert refusal(shorter)[0] == "truncated"
 
 
 def test_a_video_that_ends_before_its_segment_is_truncated_whatever_the_policy(tmp_path):
-    """There is nothing to accept."""
-    path = cut_to(write(tmp_path / "video.wav", babble(60, 8_000), 8_000), 0.4)
+    """No sample of the clip is there to accept."""
+    path = cut_file(write(tmp_path / "video.wav", babble(60, 8_000), 8_000), 0.4)
     assert refusal(path)[0] == "truncated"
     assert refusal(path, accept_truncated=True)[0] == "unreadable"
-    assert loaded(path, start_seconds=5, end_seconds=15).flags == ("cut",)
+    assert load(path, start_seconds=5, end_seconds=15).flags == ("cut",)
 
 
 def not_finite(value):
-    def made(path):
+    def write_clip(path):
         wave_S = babble(10, 32_000)
         wave_S[1_000:1_005] = value
         return write(path, wave_S, 32_000, subtype="FLOAT")
 
-    return made
+    return write_clip
 
 
 REFUSED = {
@@ -221,13 +221,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_used_says_why_in_one_line(tmp_path, case):
-    """The word is counted in the report, the sentence read by whoever fetches it again."""
-    make, reason, says = REFUSED[case]
-    found, text = refusal(make(tmp_path / "sound.wav"))
-    assert found == reason
+def test_an_unusable_file_says_why_in_one_line(tmp_path, case):
+    """The report counts the reason; the sentence is for whoever fetches the file again."""
+    make, reason, message = REFUSED[case]
+    actual_reason, text = refusal(make(tmp_path / "sound.wav"))
+    assert actual_reason == reason
     assert text.startswith("sound.wav: ")
-    assert says in text
+    assert message in text
     assert "\n" not in text
 
 
@@ -243,14 +243,14 @@ def test_the_first_hundred_bytes_alone_are_unreadable(tmp_path, suffix):
 
 def test_silence_can_be_kept(tmp_path):
     """A silent clip is a constant; every normalisation per clip survives it."""
-    clip = loaded(write(tmp_path / "sound.wav", np.zeros(80_000), 8_000), keep_silent=True)
+    clip = load(write(tmp_path / "sound.wav", np.zeros(80_000), 8_000), keep_silent=True)
     assert (clip.flags, clip.peak_dbfs, clip.rms_dbfs) == (("silent",), -200.0, -200.0)
     assert not clip.wave_S.any()
 
 
 def test_a_whisper_of_minus_80_db_is_not_silence(tmp_path):
     """The border is -90 dBFS."""
-    assert loaded(write(tmp_path / "a.wav", tone(440, 8_000, level=1e-4), 8_000, subtype="FLOAT")).flags == ()
+    assert load(write(tmp_path / "a.wav", tone(440, 8_000, level=1e-4), 8_000, subtype="FLOAT")).flags == ()
     quiet = write(tmp_path / "b.wav", tone(440, 8_000, level=3e-5), 8_000, subtype="FLOAT")
     assert refusal(quiet)[0] == "silent"
 
@@ -273,12 +273,12 @@ def test_any_name_a_file_system_allows_is_read(tmp_path, name):
     plain = write(tmp_path / f"plain{Path(os.fsdecode(name)).suffix}", babble(10, 32_000), 32_000)
     path = tmp_path / os.fsdecode(name)
     shutil.copy(plain, path)
-    here = Path.cwd()
+    folder_before = Path.cwd()
     try:
         os.chdir(tmp_path)
-        assert loaded(Path(path.name)).digest == loaded(plain).digest
+        assert load(Path(path.name)).digest == load(plain).digest
     finally:
-        os.chdir(here)
+        os.chdir(folder_before)
     path.write_bytes(b"nothing")
     text = refusal(path)[1]
     assert text.isascii()
@@ -288,20 +288,20 @@ def test_any_name_a_file_system_allows_is_read(tmp_path, name):
 def test_a_wav_in_a_stream_without_sizes_is_read_to_its_end(tmp_path):
     """ffmpeg and sox write such headers to a pipe."""
     path = write(tmp_path / "sound.wav", babble(10, 32_000), 32_000)
-    plain = loaded(path).digest
+    plain = load(path).digest
     content = bytearray(path.read_bytes())
     for size in (0xFFFF_FFFF, 0x7FFF_F000, 0):
         struct.pack_into("<I", content, content.index(b"data") + 4, size)
         path.write_bytes(content)
-        assert (loaded(path).digest, loaded(path).flags) == (plain, ())
+        assert (load(path).digest, load(path).flags) == (plain, ())
 
 
 @pytest.mark.skipif(not CORPUS.exists(), reason="the corpus of real clips is not beside the project")
-def test_every_real_clip_is_read_for_what_it_is():
-    """Eighty recordings in eight containers: rate, channels and length as they were made, none of them odd."""
+def test_every_real_clip_is_read_as_it_was_made():
+    """Eighty recordings in eight containers have the rate, channels and length they were made with, and no odd flag."""
     truth = pl.read_csv(CORPUS / "truth.csv").filter(pl.col("kind") == "clip")
     for row in truth.iter_rows(named=True):
-        clip = loaded(CORPUS / row["file"])
+        clip = load(CORPUS / row["file"])
         rate_hz = 48_000 if clip.codec == "opus" else int(row["rate"])  # opus has one rate
         assert (clip.rate_hz, clip.channels) == (rate_hz, int(row["channels"])), row["file"]
         assert clip.source_seconds == pytest.approx(10, abs=0.12)

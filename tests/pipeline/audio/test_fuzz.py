@@ -1,4 +1,4 @@
-"""No damage does more than cost the clip; `python tests/fuzz.py 2000` goes on where this stops."""
+"""Damage to a file costs its clip and no more; `python tests/support/fuzz.py 2000` tries more of it."""
 
 import warnings
 
@@ -19,8 +19,8 @@ ONCE_FATAL = (65,)  # an MPEG-TS in which a further stream appears: PyAV raises 
 @pytest.mark.parametrize("seed", [*range(3 * len(SUFFIXES)), *ONCE_FATAL])
 def test_damage_costs_a_clip_and_no_more(whole, tmp_path, seed, capfd):
     """A finite clip or a reason, without a warning and without a word on the terminal."""
-    suffix, how, content = spoilt(seed, whole)
-    (path := tmp_path / f"{how}{suffix}").write_bytes(content)
+    suffix, damage, content = spoilt(seed, whole)
+    (path := tmp_path / f"{damage}{suffix}").write_bytes(content)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert outcome(path, seed) in {"good", *FAILURE_REASONS}

@@ -1,4 +1,4 @@
-"""What a log-mel value means, against torchaudio, librosa and PaSST's own package."""
+"""Log-mel values are those of torchaudio, librosa and PaSST's own package."""
 
 import functools
 import math
@@ -22,9 +22,8 @@ SLANEY = [name for name, spec in MEL_PRESETS.items() if spec.filters == "slaney"
 
 TOLERANCE_NAT = 2e-3
 
-FLOAT32_NAT = (
-    24  # below a frame's strongest bin: what lies deeper is rounding of the float32 FFT, each library's own
-)
+# So far below a frame's strongest bin, a value is the rounding of a float32 FFT, different in each library.
+FLOAT32_NAT = 24
 
 
 def noise(spec, *, level=0.1, seconds=2.0, seed=0):
@@ -72,7 +71,7 @@ def assert_agree(mel_TF, reference_TF, spec, floor_T1=-math.inf):
 
 @functools.cache
 def librosa_filters_NF(spec):
-    """Of which some are empty, and librosa warns of it."""
+    """Librosa's filters, without its warning that some are empty."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Empty filters", UserWarning)
         filters_FN = librosa.filters.mel(
@@ -101,9 +100,8 @@ def test_every_value_is_torchaudios(name, signal):
     assert_agree(log_mel(wave_S[None], spec)[0], expected_TF, spec)
 
 
-@pytest.mark.parametrize(
-    "signal", sorted(SIGNALS.keys() - {"faint noise on a large offset"})
-)  # all noise is rounding
+# The values of faint noise on a large offset are nothing but rounding.
+@pytest.mark.parametrize("signal", sorted(SIGNALS.keys() - {"faint noise on a large offset"}))
 @pytest.mark.parametrize("name", SLANEY)
 def test_every_slaney_value_is_librosas(name, signal):
     """An FFT of another library rounds otherwise: values that are nothing but rounding are left out."""
@@ -127,7 +125,8 @@ def test_every_slaney_value_is_librosas(name, signal):
 def test_slaney_filters_are_librosas_and_within_a_percent_torchaudios(name):
     """torchaudio makes them in float32, so the faint ends of its triangles are up to 0.9 % off."""
     spec = MEL_PRESETS[name]
-    ours_NF, theirs_NF = mel_filters_NF(spec), mel_spectrogram(spec).mel_scale.fb
+    ours_NF = mel_filters_NF(spec)
+    theirs_NF = mel_spectrogram(spec).mel_scale.fb
     torch.testing.assert_close(ours_NF, librosa_filters_NF(spec), rtol=1e-6, atol=0.0)
     torch.testing.assert_close(ours_NF, theirs_NF, rtol=0.01, atol=0.0)
 
@@ -146,7 +145,7 @@ def test_every_passt_value_is_that_of_its_own_package(signal):
 
 
 def by_definition(wave_S, spec):
-    """MelSpec's docstring in float64, a frame at a time."""
+    """The log-mel that MelSpec's docstring defines, in float64, a frame at a time."""
     wave_S, samples = wave_S.double().numpy(), spec.window_samples
     if spec.framing == "centred":
         wave_S = wave_S[1:] - spec.preemphasis * wave_S[:-1] if spec.preemphasis else wave_S
@@ -180,8 +179,8 @@ def by_definition(wave_S, spec):
         {"framing": "centred", "remove_dc": False, "window_samples": 801, "hop_samples": 333},
     ],
 )
-def test_a_changed_field_changes_what_it_says(change):
-    """A spec is honoured beyond the presets, in any combination."""
+def test_a_changed_field_changes_the_values_as_its_docstring_says(change):
+    """Specs other than the presets are computed too, in any combination."""
     spec = replace(SPEC, **change)
     wave_S = 0.01 + noise(spec, seconds=0.5)
     mel_TF = log_mel(wave_S[None], spec)[0]
@@ -193,7 +192,7 @@ def test_a_changed_field_changes_what_it_says(change):
 @pytest.mark.parametrize("samples", [3, 100, 401, 512, 513, 640])
 @pytest.mark.parametrize("name", CENTRED)
 def test_a_wave_shorter_than_its_reflection_goes_back_and_forth(name, samples):
-    """As NumPy pads; torch and librosa refuse such a wave."""
+    """NumPy pads like this; torch and librosa refuse such a wave."""
     spec = MEL_PRESETS[name]
     wave_S = noise(spec)[: samples + (spec.preemphasis > 0)]
     mel_TF = log_mel(wave_S[None], spec)[0]
@@ -213,7 +212,7 @@ def test_a_sample_or_two_make_one_finite_frame(name, samples):
 
 @pytest.mark.parametrize("samples", [0, 1])
 def test_no_sound_has_no_frame(samples):
-    """Nor has what pre-emphasis leaves nothing of."""
+    """Nor has a single sample, of which pre-emphasis leaves nothing."""
     spec = MEL_PRESETS["passt"]
     assert log_mel(torch.zeros(2, samples), spec).shape == (2, 0, 128)
 
@@ -222,13 +221,14 @@ def test_no_sound_has_no_frame(samples):
 @pytest.mark.parametrize("name", ["a-jepa", "passt"])
 def test_the_number_of_threads_changes_nothing(name, threads):
     """A store built on many small machines is the store built on one large one."""
-    before, spec = torch.get_num_threads(), MEL_PRESETS[name]
+    spec = MEL_PRESETS[name]
+    threads_before = torch.get_num_threads()
     wave_BS = noise(spec, seconds=10.0)[None]
     try:
         torch.set_num_threads(threads)
         assert_agree(log_mel(wave_BS, spec)[0], reference(wave_BS, spec), spec)
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads_before)
 
 
 @pytest.mark.parametrize("name", MEL_PRESETS)
@@ -334,7 +334,8 @@ def test_a_gpu_gives_the_values_of_the_cpu(name, signal):
         pytest.skip("needs a CUDA device")
     spec = MEL_PRESETS[name]
     wave_S = SIGNALS[signal](spec)
-    on_gpu_TF, on_cpu_TF = log_mel(wave_S[None].cuda(), spec)[0].cpu(), log_mel(wave_S[None], spec)[0]
+    on_gpu_TF = log_mel(wave_S[None].cuda(), spec)[0].cpu()
+    on_cpu_TF = log_mel(wave_S[None], spec)[0]
     assert_agree(on_gpu_TF, on_cpu_TF, spec, on_cpu_TF.max(1, keepdim=True).values - FLOAT32_NAT)
 
 

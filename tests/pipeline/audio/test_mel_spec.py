@@ -1,4 +1,4 @@
-"""What a mel spec is: identity, presets, and files of a user's own."""
+"""A mel spec is identified by its values; presets stay as they are, and users may write their own in a file."""
 
 import json
 import math
@@ -54,8 +54,8 @@ def test_a_clip_that_is_long_enough_to_count_has_a_frame(name):
 
 
 @pytest.mark.parametrize("spec", [*MEL_PRESETS.values(), replace(SPEC, **CENTRED, window_samples=801)])
-def test_the_frames_foretold_are_those_made(spec):
-    """Around every point where one more begins."""
+def test_a_wave_has_as_many_frames_as_its_spec_says(spec):
+    """Tried around every number of samples where one more frame begins."""
     hops = [
         spec.window_samples,
         spec.hop_samples,
@@ -102,19 +102,19 @@ def test_the_id_depends_on_everything_that_changes_a_value(field):
     assert changed.spec_id != plain.spec_id
 
 
-def test_every_field_is_tried_above():
+def test_every_field_is_in_the_table_of_changes():
     """A field added later must be added to the list."""
     assert set(SPEC.to_json()) == set(CHANGES) | {"name"}
 
 
-def test_the_id_does_not_depend_on_the_name_or_on_how_a_number_is_written():
+def test_the_id_does_not_depend_on_the_name_or_on_how_a_number_is_write_spec():
     """10 and 10.0 seconds are the same clip."""
     other = replace(SPEC, name="mine", clip_seconds=10, high_hz=16_000, low_hz=20)
     assert other.spec_id == SPEC.spec_id
 
 
 def test_the_ids_of_the_presets_stay():
-    """Whoever changes these makes every existing store foreign; do it knowingly."""
+    """A change of these makes every existing store unusable; it must be made knowingly."""
     assert DECODING_VERSION.startswith("1:")
     ids = {name: spec.spec_id for name, spec in MEL_PRESETS.items()}
     assert ids == {
@@ -177,7 +177,7 @@ def test_a_spec_that_lacks_a_field_is_refused():
         {**CENTRED, "clip_seconds": 1e-5},
     ],
 )
-def test_nonsense_is_refused_at_the_door(change):
+def test_impossible_values_are_refused_by_the_constructor(change):
     """Past the constructor nothing is checked again."""
     with pytest.raises(ValueError, match=str(next(reversed(change.values())))):
         replace(SPEC, **change)
@@ -205,15 +205,15 @@ def test_other_clip_lengths_have_the_same_front_end():
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, 0.01, math.nan, math.inf])
-def test_no_clip_length_is_refused(seconds):
-    """It comes from a command line."""
+def test_an_impossible_clip_length_is_refused(seconds):
+    """The length comes from a command line."""
     with pytest.raises(InputError, match=rf"mel spec 'a-jepa' on clips of {seconds} s: "):
         with_clip_seconds(SPEC, seconds)
 
 
 @pytest.fixture
-def written(tmp_path):
-    """A function that writes a spec file and says where."""
+def write_spec(tmp_path):
+    """A function that writes a spec file and returns its path."""
 
     def write(text, name="mine.toml"):
         path = tmp_path / name
@@ -223,31 +223,31 @@ def written(tmp_path):
     return write
 
 
-def test_a_file_may_change_a_preset(written):
+def test_a_file_may_change_a_preset(write_spec):
     """Whole numbers do where any number does; the name is the file's."""
-    path = written('base = "passt"\nclip_seconds = 5\nmel_bands = 64\nhigh_hz = 14e3\n')
+    path = write_spec('base = "passt"\nclip_seconds = 5\nmel_bands = 64\nhigh_hz = 14e3\n')
     wanted = replace(MEL_PRESETS["passt"], name="mine", clip_seconds=5.0, mel_bands=64, high_hz=14_000.0)
     assert read_mel_spec(path) == resolve_mel_spec(str(path)) == wanted
 
 
 @pytest.mark.parametrize("name", MEL_PRESETS)
-def test_a_file_may_say_it_all(written, name):
+def test_a_file_may_state_every_field(write_spec, name):
     """Every preset could have been a user's own."""
     values = {key: value for key, value in MEL_PRESETS[name].to_json().items() if key != "decoding"}
     text = "\n".join(f"{key} = {json.dumps(value)}" for key, value in values.items())
     assert tomllib.loads(text) == values
-    assert read_mel_spec(written(text)) == MEL_PRESETS[name]
+    assert read_mel_spec(write_spec(text)) == MEL_PRESETS[name]
 
 
 def test_a_name_is_a_preset_unless_it_ends_in_toml():
-    """What `--spec` takes."""
+    """`--spec` takes either."""
     assert resolve_mel_spec("panns") is MEL_PRESETS["panns"]
     with pytest.raises(InputError, match=r"no\.toml: cannot be read: No such file"):
         resolve_mel_spec("no.toml")
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ('base = "a-jepa"\nhop = 160', "unknown key 'hop'; did you mean 'hop_samples'"),
         ('base = "a-jepa"\nbasis = 1', "unknown key 'basis'; did you mean 'base'"),
@@ -265,19 +265,19 @@ def test_a_name_is_a_preset_unless_it_ends_in_toml():
             "window must be one of hann_symmetric, hann_periodic, got 'hamming'",
         ),
         ('base = "a-jepa"\nfloor = nan', "floor must be positive"),
-        ('base = "a-jepa"\nhigh_hz = 20000', "is no range below 16000.0 Hz"),
+        ('base = "a-jepa"\nhigh_hz = 20000', "must be a range within 0 to 16000.0 Hz"),
         ('base = "a-jepa"\nname = "passt"', "'passt' is the name of a preset with other values"),
         ("sample_rate_hz = 32000\nhigh_hz = 16e3", "lacks window_samples, hop_samples, fft_samples"),
         ("sample_rate_hz: 32000", "is not TOML"),
     ],
 )
-def test_what_is_wrong_in_a_file_is_named(written, text, told):
-    """In one line, after the file."""
-    path = written(text)
+def test_an_error_in_a_file_is_named(write_spec, text, message):
+    """The message is one line and begins with the file."""
+    path = write_spec(text)
     with pytest.raises(InputError) as error:
         read_mel_spec(path)
     assert str(error.value).startswith(f"{path}: ")
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 

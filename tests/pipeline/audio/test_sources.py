@@ -1,7 +1,4 @@
-"""How sounds lie below a folder, and what a damaged archive costs.
-
-One sound is the same sound wherever it lies.
-"""
+"""Sounds are found in every layout, decode to the same samples wherever they lie, and damage costs only its clips."""
 
 import builtins
 import io
@@ -28,10 +25,10 @@ from pipeline.errors import AudioError, InputError
 FILES = {f"{number:011d}.flac": bytes([number]) * (100 * number + 1) for number in range(8)}
 
 
-def found(*places):
-    """The sounds of some places as dicts, and the notes."""
-    seen = sources.find_sounds(places)
-    return seen.sounds.rows(named=True), seen.notes
+def find_rows(*locations):
+    """The sounds below some locations as dicts, and the notes."""
+    result = sources.find_sounds(locations)
+    return result.sounds.rows(named=True), result.notes
 
 
 def member_bytes(row):
@@ -41,11 +38,10 @@ def member_bytes(row):
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_every_member_of_a_tar_lies_where_it_is_said_to(tmp_path, form):
-    """In each of the three formats, with names too long for the header, companions left out."""
-    deep = (
-        "/".join(["folder"] * 15) + "/abcdefghijk.flac"
-    )  # 121 characters: ustar splits it, GNU and PAX add one
+def test_every_member_of_a_tar_lies_where_its_row_says(tmp_path, form):
+    """In each of the three formats, with names too long for a header; members that are no sounds are left out."""
+    # 121 characters: ustar splits the name, GNU and PAX add a member for it.
+    deep = "/".join(["folder"] * 15) + "/abcdefghijk.flac"
     files = {
         **FILES,
         "00000000001.json": b"{}",
@@ -54,7 +50,7 @@ def test_every_member_of_a_tar_lies_where_it_is_said_to(tmp_path, form):
         "../../etc/b.wav": b"up",
         "/c.wav": b"",
     }
-    rows, notes = found(write_tar(tmp_path / "x.tar", files, form=form))
+    rows, notes = find_rows(write_tar(tmp_path / "x.tar", files, form=form))
     sounds = {name: content for name, content in files.items() if not name.endswith((".json", ".cls"))}
     assert {row["source"].removeprefix("x.tar::"): member_bytes(row) for row in rows} == sounds
     assert notes == ()
@@ -64,7 +60,9 @@ def test_every_member_of_a_tar_lies_where_it_is_said_to(tmp_path, form):
 def test_names_that_are_no_text_or_very_long_are_read(tmp_path, form):
     """Nothing is unpacked, so a name only has to be shown; the bytes are found by their place."""
     long = "n" * 300 + ".wav"
-    rows, notes = found(write_tar(tmp_path / "x.tar", {"a\udcff/b.wav": b"odd", long: b"long"}, form=form))
+    rows, notes = find_rows(
+        write_tar(tmp_path / "x.tar", {"a\udcff/b.wav": b"odd", long: b"long"}, form=form)
+    )
     assert [member_bytes(row) for row in rows] == [b"odd", b"long"]
     assert [row["name"] for row in rows] == ["b.wav", long]
     assert rows[0]["source"] == "x.tar::a\\xff/b.wav"
@@ -72,7 +70,7 @@ def test_names_that_are_no_text_or_very_long_are_read(tmp_path, form):
 
 
 def test_a_tar_is_not_read_through(tmp_path):
-    """Of a tar with a gigabyte of sound only the headers are touched."""
+    """Only the headers are read of a tar with gigabytes of sound."""
     path = tmp_path / "big.tar"
     with path.open("wb") as file:
         for name in ("a.wav", "b.wav"):
@@ -81,13 +79,13 @@ def test_a_tar_is_not_read_through(tmp_path):
             file.write(member.tobuf(tarfile.GNU_FORMAT))
             file.seek(-(-member.size // 512) * 512, os.SEEK_CUR)
         file.write(bytes(1024))
-    rows, notes = found(path)
+    rows, notes = find_rows(path)
     assert [(row["name"], row["size"]) for row in rows] == [("a.wav", 2**33 + 1), ("b.wav", 2**33 + 1)]
     assert notes == ()
 
 
 def test_links_folders_and_sparse_members_are_no_sounds(tmp_path):
-    """Their bytes are elsewhere."""
+    """Their bytes lie elsewhere."""
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for name, kind in (
             ("a.wav", tarfile.SYMTYPE),
@@ -101,25 +99,25 @@ def test_links_folders_and_sparse_members_are_no_sounds(tmp_path):
         sparse.pax_headers = {"GNU.sparse.major": "1"}
         tar.addfile(sparse)
         tar.addfile(tarfile.TarInfo("d.wav"), io.BytesIO())
-    assert [row["name"] for row in found(tmp_path)[0]] == ["d.wav"]
+    assert [row["name"] for row in find_rows(tmp_path)[0]] == ["d.wav"]
 
 
-def cut(path, size):
+def cut_file(path, size):
     path.write_bytes(path.read_bytes()[:size])
     return path
 
 
-def test_of_a_tar_cut_short_the_members_before_the_cut_are_used(tmp_path):
-    """The one that is cut is there too, for the decoder to judge; the tar is named once."""
-    whole, _ = found(write_tar(tmp_path / "x.tar", FILES))
+def test_the_members_before_the_cut_of_a_short_tar_are_used(tmp_path):
+    """The member that is cut is there too, for the decoder to judge; the tar is noted once."""
+    whole, _ = find_rows(write_tar(tmp_path / "x.tar", FILES))
     middle = whole[5]["offset"] + 200
-    rows, notes = found(cut(tmp_path / "x.tar", middle))
+    rows, notes = find_rows(cut_file(tmp_path / "x.tar", middle))
     assert [row["name"] for row in rows] == list(FILES)[:6]
     assert notes == (f"{tmp_path}/x.tar: is cut short in its member 6; fetch it again",)
 
 
 @pytest.mark.parametrize(
-    ("spoil", "count", "said"),
+    ("damage", "count", "message"),
     [
         (lambda content: content[:0], 0, "is no tar"),
         (lambda content: b"<html>" * 200, 0, "is no tar"),
@@ -137,17 +135,17 @@ def test_of_a_tar_cut_short_the_members_before_the_cut_are_used(tmp_path):
         (lambda content: with_size(content, b"77777777777", kind=b"L"), 0, "is damaged at byte 0"),
     ],
 )
-def test_a_damaged_tar_says_where_and_gives_what_precedes(tmp_path, spoil, count, said):
+def test_a_damaged_tar_says_where_and_gives_the_members_before(tmp_path, damage, count, message):
     """Never an exception: the archives beside it are whole."""
     path = write_tar(tmp_path / "x.tar", {name: b"1" for name in FILES}, form=tarfile.USTAR_FORMAT)
-    path.write_bytes(spoil(path.read_bytes()))
-    rows, (note,) = found(path)
+    path.write_bytes(damage(path.read_bytes()))
+    rows, (note,) = find_rows(path)
     assert [row["name"] for row in rows] == list(FILES)[:count]
-    assert said in note
+    assert message in note
 
 
 def with_size(content, size, kind=b"0"):
-    """The first header with another size, its checksum made right."""
+    """The tar with another size in its first header, whose checksum is made right."""
     head = bytearray(content[:512])
     head[124:135], head[156:157], head[148:156] = size, kind, b" " * 8
     head[148:156] = b"%06o\0 " % sum(head)
@@ -155,7 +153,7 @@ def with_size(content, size, kind=b"0"):
 
 
 def test_damaged_pax_records_end_where_they_make_no_sense(tmp_path):
-    """A length of nought would never end."""
+    """A record of length 0 would never end."""
     member = tarfile.TarInfo("a.wav")
     member.pax_headers = {"comment": "here"}
     content = member.tobuf(tarfile.PAX_FORMAT).replace(b"16 comment=here", b"0 xcomment=here")
@@ -163,8 +161,8 @@ def test_damaged_pax_records_end_where_they_make_no_sense(tmp_path):
     assert [m.name for m in TarReader(tmp_path / "x.tar").read_members()] == ["a.wav"]
 
 
-def test_compressed_tars_are_refused_with_what_to_do(tmp_path):
-    """Alone it is an error; among others a note."""
+def test_compressed_tars_are_refused_with_advice(tmp_path):
+    """A compressed tar is an error alone, and a note among other files."""
     with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("a.wav"))
     with pytest.raises(
@@ -172,23 +170,23 @@ def test_compressed_tars_are_refused_with_what_to_do(tmp_path):
     ):
         sources.find_sounds([tmp_path / "x.tar.gz"])
     (tmp_path / "b.wav").touch()
-    rows, (note,) = found(tmp_path)
+    rows, (note,) = find_rows(tmp_path)
     assert [row["name"] for row in rows] == ["b.wav"]
     assert "unpack it" in note
 
 
 def test_rows_of_parquet_are_named_by_path_by_id_or_by_place(tmp_path):
-    """Hugging Face fills any of them."""
+    """Any of these may be absent in tables from Hugging Face."""
     files = {f"{name}.flac": b"x" for name in "abcd"}
     write_parquet(tmp_path / "a.parquet", files, group=3, video_id=["id_a", "id_b", None, "id_d"])
-    rows, notes = found(tmp_path)
+    rows, notes = find_rows(tmp_path)
     assert [(row["name"], row["id"]) for row in rows] == list(
         zip(files, ["id_a", "id_b", None, "id_d"], strict=True)
     )
     assert [(row["group"], row["row"]) for row in rows] == [(0, 0), (0, 1), (0, 2), (1, 0)]
     plain = pa.table({"id": ["one", None], "audio": pa.array([b"x", b"y"], pa.binary())})
     pq.write_table(plain, tmp_path / "b.parquet")
-    rows, notes = found(tmp_path / "b.parquet")
+    rows, notes = find_rows(tmp_path / "b.parquet")
     assert [row["source"] for row in rows] == ["b.parquet::one", "b.parquet::row 1 of group 0"]
     assert [parquet.read_parquet_sound(tmp_path / "b.parquet", 0, row) for row in (1, 0)] == [b"y", b"x"]
     assert notes == ()
@@ -197,40 +195,43 @@ def test_rows_of_parquet_are_named_by_path_by_id_or_by_place(tmp_path):
 def test_planning_reads_no_sound_of_a_parquet_file(tmp_path, monkeypatch):
     """Two terabytes would take a day."""
     write_parquet(tmp_path / "a.parquet", FILES, video_id=[name[:11] for name in FILES])
-    asked, read = [], pq.ParquetFile.read
+    columns_read = []
+    read = pq.ParquetFile.read
     monkeypatch.setattr(
-        pq.ParquetFile, "read", lambda self, columns: asked.append(columns) or read(self, columns=columns)
+        pq.ParquetFile,
+        "read",
+        lambda self, columns: columns_read.append(columns) or read(self, columns=columns),
     )
-    assert len(found(tmp_path)[0]) == 8
-    assert asked == [["audio.path", "video_id"]]
+    assert len(find_rows(tmp_path)[0]) == 8
+    assert columns_read == [["audio.path", "video_id"]]
 
 
-def test_a_row_group_is_read_once_if_its_rows_are_asked_for_in_turn(tmp_path, monkeypatch):
+def test_a_row_group_is_read_once_if_its_rows_are_read_in_order(tmp_path, monkeypatch):
     """A shard of many rows must not read a row group for each; a large group is held in parts."""
     monkeypatch.setattr(parquet, "MAX_BATCH_BYTES", 500)
     path = write_parquet(tmp_path / "a.parquet", FILES, group=8)
-    begun, begin = [], parquet.RowGroupReader._restart_reading
+    restarts = []
+    restart = parquet.RowGroupReader._restart_reading
     monkeypatch.setattr(
-        parquet.RowGroupReader, "_restart_reading", lambda self: begun.append(1) or begin(self)
+        parquet.RowGroupReader, "_restart_reading", lambda self: restarts.append(1) or restart(self)
     )
     assert [parquet.read_parquet_sound(path, 0, row) for row in range(8)] == list(FILES.values())
-    assert len(begun) == 1
-    assert (
-        parquet.cached_row_group(path, 0, (path.stat().st_mtime_ns, path.stat().st_size))._rows_per_batch == 1
-    )
+    assert len(restarts) == 1
+    version = (path.stat().st_mtime_ns, path.stat().st_size)
+    assert parquet.cached_row_group(path, 0, version)._rows_per_batch == 1
     assert parquet.read_parquet_sound(path, 0, 2) == FILES["00000000002.flac"]
-    assert len(begun) == 2
+    assert len(restarts) == 2
 
 
 def test_a_parquet_file_that_is_replaced_is_read_anew(tmp_path):
-    """A worker lives long, and someone may fetch the file again."""
+    """A worker lives long, and a user may fetch the file again meanwhile."""
     path = write_parquet(tmp_path / "a.parquet", {"a.wav": b"old"})
     assert parquet.read_parquet_sound(path, 0, 0) == b"old"
     write_parquet(path, {"a.wav": b"other"})
     assert parquet.read_parquet_sound(path, 0, 0) == b"other"
 
 
-def test_of_several_columns_of_bytes_the_one_named_audio_holds_the_sounds():
+def test_among_columns_of_bytes_the_one_named_audio_holds_the_sounds():
     """Pictures lie beside sounds in some tables."""
     schema = pa.schema([("image", AUDIO), ("thumbnail", pa.binary()), ("audio", pa.binary())])
     assert parquet.find_sound_column(schema) == "audio"
@@ -239,11 +240,11 @@ def test_of_several_columns_of_bytes_the_one_named_audio_holds_the_sounds():
 
 
 def test_hdf5_of_panns_and_passt_is_listed(tmp_path):
-    """Names as bytes, one row each."""
+    """Each row has a name, stored as bytes."""
     pytest.importorskip("h5py")
     write_panns(tmp_path / "a.h5", {f"Y{name[:11]}.wav": np.arange(9) for name in FILES})
     write_passt(tmp_path / "b.hdf5", FILES)
-    rows, notes = found(tmp_path)
+    rows, notes = find_rows(tmp_path)
     assert [row["source"] for row in rows[:1] + rows[8:9]] == [
         "a.h5::Y00000000000.wav",
         "b.hdf5::00000000000.flac",
@@ -255,28 +256,28 @@ def test_hdf5_of_panns_and_passt_is_listed(tmp_path):
 
 
 def test_the_rate_of_panns_is_the_file_s_own_or_32_khz(tmp_path):
-    """The header of the wav that a row is handed over as."""
+    """A row reaches the decoder as a wav, whose header states the rate."""
     pytest.importorskip("h5py")
-    for rate_hz, said_hz in ((None, 32_000), (8_000, 8_000)):
+    for rate_hz, expected_hz in ((None, 32_000), (8_000, 8_000)):
         path = write_panns(tmp_path / "a.h5", {"a.wav": np.arange(5)}, rate_hz=rate_hz)
         content = hdf5.read_hdf5_sound(path, 0)
-        assert struct.unpack_from("<I", content, 24) == (said_hz,)
+        assert struct.unpack_from("<I", content, 24) == (expected_hz,)
         assert np.frombuffer(content[44:], "<i2").tolist() == [0, 1, 2, 3, 4]
 
 
 def test_without_h5py_one_line_says_what_to_install(tmp_path, monkeypatch):
-    """It is an optional extra."""
+    """h5py is an optional extra."""
     (tmp_path / "a.h5").touch()
-    real = builtins.__import__
+    real_import = builtins.__import__
 
-    def without(name, *rest):
+    def import_without_h5py(name, *rest):
         if name == "h5py":
             raise ModuleNotFoundError(name)
-        return real(name, *rest)
+        return real_import(name, *rest)
 
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setattr(builtins, "__import__", import_without_h5py)
     with pytest.raises(InputError, match=r"a\.h5: reading HDF5 needs h5py; pip install 'ajepa\[hdf5\]'"):
-        found(tmp_path)
+        find_rows(tmp_path)
 
 
 def other_table(path):
@@ -291,55 +292,56 @@ def other_hdf5(path):
 
 
 @pytest.mark.parametrize(
-    ("name", "make", "said"),
+    ("name", "make", "message"),
     [
         ("x.parquet", lambda path: path.write_bytes(b"<html>"), "is no Parquet file that can be read"),
         ("x.parquet", lambda path: path.touch(), "is no Parquet file that can be read"),
         (
             "x.parquet",
-            lambda path: cut(write_parquet(path, FILES), 2_000),
+            lambda path: cut_file(write_parquet(path, FILES), 2_000),
             "is no Parquet file that can be read",
         ),
         ("x.parquet", other_table, "has no column of sounds (there are: label)"),
         ("x.parquet", lambda path: path.symlink_to("gone"), "is no Parquet file that can be read"),
         ("x.h5", lambda path: path.write_bytes(b"<html>"), "is no HDF5 file that can be read"),
-        ("x.h5", lambda path: cut(write_passt(path, FILES), 2_000), "is no HDF5 file that can be read"),
+        ("x.h5", lambda path: cut_file(write_passt(path, FILES), 2_000), "is no HDF5 file that can be read"),
         ("x.hdf5", other_hdf5, "is not packed as PANNs or PaSST do it (datasets: waveform"),
         ("x.tar", lambda path: path.write_bytes(b"<html>"), "is no tar; fetch it again"),
         ("x.tar", lambda path: path.symlink_to("gone"), "cannot be read (No such file or directory)"),
     ],
 )
-def test_an_archive_that_is_none_is_told_and_the_rest_is_used(tmp_path, name, make, said):
+def test_a_file_that_is_no_archive_is_noted_and_the_rest_is_used(tmp_path, name, make, message):
     """One bad download must not stop a build of two million clips."""
     pytest.importorskip("h5py")
     make(tmp_path / name)
     write_tar(tmp_path / "whole.tar", FILES)
-    rows, notes = found(tmp_path)
+    rows, notes = find_rows(tmp_path)
     assert len(rows) == 8
-    assert [note.removeprefix(f"{tmp_path}/{name}: ").startswith(said) for note in notes] == [True], notes
-    assert not any("\n" in note for note in notes)
+    (note,) = notes
+    assert note.removeprefix(f"{tmp_path}/{name}: ").startswith(message)
+    assert "\n" not in note
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet", "h5"])
 def test_no_damage_to_an_archive_does_more_than_cost_its_sounds(tmp_path, kind):
-    """Bytes flipped and cut at random: a note or nothing, in planning and in reading."""
+    """Bytes flipped and cut at random give a note or nothing while a build is planned, never an exception."""
     if kind == "h5":
         pytest.importorskip("h5py")
     make = {"tar": write_tar, "parquet": write_parquet, "h5": write_passt}[kind]
     content = make(tmp_path / f"x.{kind}", FILES).read_bytes()
     rng = np.random.default_rng(0)
     for attempt in range(60):
-        spoilt = bytearray(content)
+        damaged = bytearray(content)
         for place in rng.integers(0, len(content), 4):
-            spoilt[place] = rng.integers(256)
+            damaged[place] = rng.integers(256)
         path = tmp_path / f"{attempt}.{kind}"
-        path.write_bytes(spoilt[: rng.integers(len(content))] if attempt % 4 == 0 else spoilt)
-        _, notes = found(path)
+        path.write_bytes(damaged[: rng.integers(len(content))] if attempt % 4 == 0 else damaged)
+        _, notes = find_rows(path)
         assert len(notes) <= 1
 
 
 def test_the_table_of_sounds_has_one_schema_for_all_layouts(tmp_path):
-    """Empty or not."""
+    """The schema does not depend on what is found."""
     write_tar(tmp_path / "x.tar", {"notes.txt": b""})
     assert dict(sources.find_sounds([tmp_path]).sounds.schema) == sources.FOUND_SOUNDS_SCHEMA
     assert sources.find_sounds([tmp_path]).sounds.schema["offset"] == pl.Int64
@@ -350,20 +352,20 @@ RATE_HZ = 48_000
 CONTAINERS = (*ENCODERS, *SUBTYPES, ".wav")
 
 
-def locators_of(*places):
-    """Of every sound below some places, by the name of the sound."""
-    sounds = sources.find_sounds(places).sounds
-    some = ClipSources(frame=sounds.select(*SOURCES_SCHEMA)).locators_of_rows(range(sounds.height))
-    return {locator.name: locator for locator in some}
+def locators_by_name(*locations):
+    """The locators of all sounds below some locations, by the name of the sound."""
+    sounds = sources.find_sounds(locations).sounds
+    clip_sources = ClipSources(frame=sounds.select(*SOURCES_SCHEMA))
+    return {locator.name: locator for locator in clip_sources.locators_of_rows(range(sounds.height))}
 
 
-def heard(locator, start_seconds=1.0, end_seconds=3.0):
+def load(locator, start_seconds=1.0, end_seconds=3.0):
     return load_clip_audio(locator, start_seconds=start_seconds, end_seconds=end_seconds)
 
 
 def refusal(locator):
     with pytest.raises(AudioError) as error:
-        heard(locator)
+        load(locator)
     return error.value.reason, str(error.value)
 
 
@@ -381,8 +383,8 @@ def packed(files, tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed")
     content = {name: path.read_bytes() for name, path in files.items()}
     return {
-        "tar": locators_of(write_tar(folder / "x.tar", content)),
-        "parquet": locators_of(write_parquet(folder / "x.parquet", content)),
+        "tar": locators_by_name(write_tar(folder / "x.tar", content)),
+        "parquet": locators_by_name(write_parquet(folder / "x.parquet", content)),
     }
 
 
@@ -390,22 +392,20 @@ def packed(files, tmp_path_factory):
 @pytest.mark.parametrize("name", [f"sound{suffix}" for suffix in CONTAINERS])
 @pytest.mark.parametrize("segment", [(0.0, 4.0), (1.5, 2.5)])
 def test_a_sound_is_the_same_from_a_file_from_a_tar_and_from_parquet(files, packed, layout, name, segment):
-    """Every sample, length, codec and flag: what lies where must not change what is learnt."""
-    loose, member = (
-        heard(SoundLocator.from_path(files[name]), *segment),
-        heard(packed[layout][name], *segment),
-    )
+    """Every sample, length, codec and flag is the same: a layout must not change what is learnt."""
+    loose = load(SoundLocator.from_path(files[name]), *segment)
+    member = load(packed[layout][name], *segment)
     assert np.array_equal(loose.wave_S, member.wave_S)
-    facts = ("rate_hz", "channels", "codec", "seconds", "digest", "flags", "peak_dbfs", "rms_dbfs")
+    facts = ("rate_hz", "channels", "codec", "source_seconds", "digest", "flags", "peak_dbfs", "rms_dbfs")
     assert [getattr(loose, fact) for fact in facts] == [getattr(member, fact) for fact in facts]
 
 
 @pytest.mark.parametrize("layout", ["tar", "parquet"])
 def test_damage_is_the_same_wherever_it_lies(files, tmp_path, layout, capfd):
-    """Half of every file: the same reason and the same words, and nothing on the terminal."""
+    """Half of a file gives the same reason and the same words in every layout, and nothing on the terminal."""
     halves = {name: path.read_bytes()[: path.stat().st_size // 2] for name, path in files.items()}
     make = {"tar": write_tar, "parquet": write_parquet}[layout]
-    members = locators_of(make(tmp_path / f"x.{layout}", halves))
+    members = locators_by_name(make(tmp_path / f"x.{layout}", halves))
     for name, content in halves.items():
         (tmp_path / name).write_bytes(content)
         assert outcome(members[name]) == outcome(SoundLocator.from_path(tmp_path / name)), name
@@ -414,49 +414,49 @@ def test_damage_is_the_same_wherever_it_lies(files, tmp_path, layout, capfd):
 
 def outcome(locator):
     try:
-        return heard(locator, 0.0, 4.0).digest
+        return load(locator, 0.0, 4.0).digest
     except AudioError as error:
         return error.reason, str(error)
 
 
 def test_a_row_of_panns_is_the_wave_that_was_packed(tmp_path):
-    """int16 samples go through the one decoding path as a wav in memory."""
+    """int16 samples go through the common decoding path as a wav in memory."""
     pytest.importorskip("h5py")
     wave_S = np.round(babble(10, 32_000) * 32767).astype(np.int16)
     path = write_panns(tmp_path / "eval.h5", {"Yabcdefghijk.wav": wave_S, "Ybcdefghijkl.wav": 0 * wave_S})
-    there, absent = locators_of(path).values()
-    clip = heard(there, 30.0, 40.0)
+    filled, empty = locators_by_name(path).values()
+    clip = load(filled, 30.0, 40.0)
     assert np.array_equal(clip.wave_S, wave_S / np.float32(2**15))
     assert (clip.rate_hz, clip.codec, clip.flags) == (32_000, "pcm_16", ())
-    assert refusal(absent) == (
+    assert refusal(empty) == (
         "missing",
         "Ybcdefghijkl.wav: row 1 of eval.h5 holds zeros only: the clip was missing when packed",
     )
 
 
 def test_a_row_of_passt_is_the_mp3_that_was_packed(files, tmp_path):
-    """A row that was never filled is a clip that is missing."""
+    """A row that was never filled is a missing clip."""
     pytest.importorskip("h5py")
     path = write_passt(tmp_path / "x.hdf5", {"sound.mp3": files["sound.mp3"].read_bytes(), "no.mp3": b""})
-    there, absent = locators_of(path).values()
-    assert heard(there).digest == heard(SoundLocator.from_path(files["sound.mp3"])).digest
-    assert refusal(absent)[0] == "missing"
+    filled, empty = locators_by_name(path).values()
+    assert load(filled).digest == load(SoundLocator.from_path(files["sound.mp3"])).digest
+    assert refusal(empty)[0] == "missing"
 
 
 def test_a_row_of_parquet_without_bytes_is_missing(tmp_path):
-    """Hugging Face writes null where a file could not be had."""
-    (locator,) = locators_of(write_parquet(tmp_path / "x.parquet", {"a.wav": None})).values()
+    """Hugging Face writes null for a file that could not be fetched."""
+    (locator,) = locators_by_name(write_parquet(tmp_path / "x.parquet", {"a.wav": None})).values()
     assert refusal(locator) == ("missing", "a.wav: row 0 of row group 0 of x.parquet holds no sound")
 
 
 @pytest.mark.parametrize("suffix", ["tar", "parquet", "h5"])
 def test_an_archive_that_changes_under_a_build_costs_its_clips(files, tmp_path, suffix):
-    """Removed it is missing, overwritten unreadable; neither is an exception that ends the build."""
+    """A removed archive is missing, an overwritten one unreadable; neither ends the build with an exception."""
     if suffix == "h5":
         pytest.importorskip("h5py")
     make = {"tar": write_tar, "parquet": write_parquet, "h5": write_passt}[suffix]
     path = make(tmp_path / f"x.{suffix}", {"sound.mp3": files["sound.mp3"].read_bytes()})
-    (locator,) = locators_of(path).values()
+    (locator,) = locators_by_name(path).values()
     path.write_bytes(b"<html>" * 20_000)
     assert refusal(locator)[0] == "unreadable"
     path.unlink()
@@ -467,7 +467,7 @@ def test_an_archive_that_changes_under_a_build_costs_its_clips(files, tmp_path, 
 
 
 def test_a_member_of_gigabytes_is_not_loaded(tmp_path):
-    """Ten seconds are cut from a day of sound in a tar with no more memory than they need."""
+    """A segment of a day of sound in a tar takes no more memory than the segment needs."""
     wave_S = babble(2, RATE_HZ)
     day_bytes = 2 * RATE_HZ * 40_000
     head = bytearray(write(tmp_path / "a.wav", wave_S, RATE_HZ).read_bytes())
@@ -477,9 +477,9 @@ def test_a_member_of_gigabytes_is_not_loaded(tmp_path):
     with (tmp_path / "x.tar").open("wb") as file:  # sparse: 3.8 GB of nothing behind the sound
         file.write(member.tobuf() + head)
         file.truncate(512 + -(-member.size // 512) * 512 + 1024)
-    (locator,) = locators_of(tmp_path / "x.tar").values()
+    (locator,) = locators_by_name(tmp_path / "x.tar").values()
     tracemalloc.start()
-    clip = heard(locator, 1.0, 2.0)
+    clip = load(locator, 1.0, 2.0)
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (clip.source_seconds, clip.flags) == (40_000.0, ("cut",))
@@ -487,7 +487,7 @@ def test_a_member_of_gigabytes_is_not_loaded(tmp_path):
     assert peak_bytes < 2**23
 
 
-def test_locators_are_small_and_travel(packed, files):
+def test_locators_are_small_and_can_be_pickled(packed, files):
     """A task of a thousand clips goes to a worker through a pipe."""
     for locator in (
         *packed["tar"].values(),
@@ -498,26 +498,17 @@ def test_locators_are_small_and_travel(packed, files):
         assert len(pickle.dumps(locator)) < 600
 
 
-def test_sources_give_the_locators_of_some_rows_and_none_for_nowhere():
+def test_sources_give_the_locators_of_some_rows_and_none_for_a_clip_without_sound():
     """Two million rows are columns; objects are made for a shard at a time."""
     rows = {
         "kind": ["file", None, "tar"],
         "path": ["a", None, "x.tar"],
         "source": ["a", None, "x.tar::m/b.wav"],
     }
-    frame = pl.DataFrame(rows | {"offset": [None, None, 512], "size": [None, None, 9]}).with_columns(
-        group=None, row=None, exact=False
-    )
-    _, nowhere, member = ClipSources(
-        frame=frame.select(*SOURCES_SCHEMA).cast(SOURCES_SCHEMA)
-    ).locators_of_rows(range(0, 3))
+    frame = pl.DataFrame(rows | {"offset": [None, None, 512], "size": [None, None, 9]})
+    frame = frame.with_columns(group=None, row=None, exact=False).select(*SOURCES_SCHEMA).cast(SOURCES_SCHEMA)
+    clip_sources = ClipSources(frame=frame)
+    _, nowhere, member = clip_sources.locators_of_rows(range(0, 3))
     assert nowhere is None
     assert (member.kind, member.offset, member.size, member.name) == ("tar", 512, 9, "b.wav")
-    assert (
-        len(
-            ClipSources(frame=frame.select(*SOURCES_SCHEMA).cast(SOURCES_SCHEMA)).locators_of_rows(
-                range(1, 2)
-            )
-        )
-        == 1
-    )
+    assert len(clip_sources.locators_of_rows(range(1, 2))) == 1

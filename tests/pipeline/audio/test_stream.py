@@ -1,4 +1,4 @@
-"""A whole sound in pieces: sample for sample what is decoded at once, and judged as strictly."""
+"""A sound decoded in pieces is the sound decoded at once, sample for sample, and is checked as strictly."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from pipeline.audio.sources import SoundLocator
 from pipeline.errors import AudioError
 
 
-def streamed(path, rate_hz=32_000, **policy) -> np.ndarray:
+def stream(path, rate_hz=32_000, **policy) -> np.ndarray:
     return np.concatenate(
         list(stream_wave(SoundLocator.from_path(path), rate_hz, policy=AudioPolicy(**policy)))
     )
@@ -17,14 +17,14 @@ def streamed(path, rate_hz=32_000, **policy) -> np.ndarray:
 
 @pytest.mark.parametrize("rate_hz", [8_000, 32_000, 44_100])
 @pytest.mark.parametrize("suffix", [".wav", ".flac", ".mp3", ".m4a", ".webm", ".aac", ".ogg"])
-def test_pieces_are_the_whole(tmp_path, suffix, rate_hz):
+def test_pieces_joined_are_the_whole_sound(tmp_path, suffix, rate_hz):
     """Decoders and resampler keep their state from one piece to the next."""
     own_hz = 48_000 if suffix == ".webm" else rate_hz
     path = write(tmp_path / f"a{suffix}", np.stack([babble(3.1, own_hz)] * 2, 1), own_hz)
     at_once = load_clip_audio(SoundLocator.from_path(path), start_seconds=0, end_seconds=100).resample_wave(
         32_000
     )
-    in_pieces = streamed(path)
+    in_pieces = stream(path)
     assert len(in_pieces) == len(at_once)
     np.testing.assert_allclose(in_pieces, at_once, atol=1e-6)
 
@@ -46,26 +46,26 @@ def test_pieces_are_small_beside_a_long_sound(tmp_path):
         ("too_long", babble(2.0, 16_000), {"max_seconds": 1.0}),
     ],
 )
-def test_what_cannot_be_used_is_refused_for_the_same_reason(tmp_path, reason, wave_S, policy):
-    """One judge for both ways."""
+def test_an_unusable_sound_is_refused_for_the_same_reason(tmp_path, reason, wave_S, policy):
+    """Both ways check a sound with the same function."""
     path = write(tmp_path / "a.wav", wave_S, 16_000, subtype="FLOAT")
     with pytest.raises(AudioError, match=r"a\.wav: ") as at_once:
         load_clip_audio(
             SoundLocator.from_path(path), start_seconds=0, end_seconds=100, policy=AudioPolicy(**policy)
         )
     with pytest.raises(AudioError, match=r"a\.wav: ") as in_pieces:
-        streamed(path, **policy)
+        stream(path, **policy)
     assert in_pieces.value.reason == at_once.value.reason == reason
     assert str(in_pieces.value) == str(at_once.value)
 
 
-def test_a_sound_that_ends_early_is_told_at_its_end(tmp_path):
-    """Its header promised more."""
+def test_a_sound_that_ends_early_is_refused_at_its_end(tmp_path):
+    """Only then it is known that the header declared more."""
     path = write(tmp_path / "a.wav", babble(4.0, 16_000), 16_000)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     pieces = stream_wave(SoundLocator.from_path(path), 32_000)
     assert len(next(pieces))
-    with pytest.raises(AudioError, match=r"can be decoded") as told:
+    with pytest.raises(AudioError, match=r"can be decoded") as error:
         list(pieces)
-    assert told.value.reason == "truncated"
-    assert len(streamed(path, accept_truncated=True)) == pytest.approx(64_000, rel=0.01)
+    assert error.value.reason == "truncated"
+    assert len(stream(path, accept_truncated=True)) == pytest.approx(64_000, rel=0.01)

@@ -1,5 +1,6 @@
-"""An audit finds what is planted, tells it once, and invents nothing on clean clips."""
+"""An audit finds every planted fault, reports it once, and reports nothing on clean clips."""
 
+import json
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -46,8 +47,8 @@ SPLITS = ("train", "eval")
 FEW = 2
 
 
-def clean() -> list[dict]:
-    """32 clips of which nothing can be said: every class in both splits alike, no pair more than by chance."""
+def clean_clips() -> list[dict]:
+    """32 clips without a fault: every class is alike in both splits, no pair stands together more than by chance."""
     return [
         {
             "clip_id": f"{split}{number:02}",
@@ -65,10 +66,10 @@ def clean() -> list[dict]:
     ]
 
 
-def rows_of(
-    clips: list[dict], *, dataset: str | None = "audioset", classes=CLASSES, rules=(), **how
+def audited_clips(
+    clips: list[dict], *, dataset: str | None = "audioset", classes=CLASSES, rules=(), **fields
 ) -> AuditedClips:
-    """The clips as a store would hold them; `how` replaces what follows from that."""
+    """The clips as a store would hold them; `fields` replace fields of the result."""
     types = {"flags": pl.List(pl.String), "raw": pl.List(pl.UInt16), "outside": pl.List(pl.String)}
     types |= {"reason": pl.String, "source": pl.String, "digest": pl.String}
     frame = pl.DataFrame(clips, schema_overrides=types)
@@ -85,28 +86,29 @@ def rows_of(
         "classes": classes,
         "recording": clip_recordings(frame, dataset),
         "excluded_N": np.zeros(len(clips), bool),
-        "lists": (),
+        "exclude_lists": (),
         "splits": SPLITS,
-        "measured": ("eval",),
+        "held_out_names": ("eval",),
         "ontologies": {},
     }
-    return AuditedClips(**known | how)
+    return AuditedClips(**known | fields)
 
 
-def told(rows: AuditedClips) -> list[tuple[str, str]]:
+def findings_of(rows: AuditedClips) -> list[tuple[str, str]]:
+    """The level and the sentence of every finding."""
     return [(f.level, f.what) for f in collect_findings(audit_clips(rows, few=FEW), "x.zarr")]
 
 
-def test_clean_clips_are_told_to_be_clean():
+def test_clean_clips_give_no_finding():
     """An audit that always finds something would not be read twice."""
-    assert told(rows_of(clean(), rules=["unambiguous", "direct-parent"])) == []
-    seen = audit_clips(rows_of(clean()), few=FEW)
-    assert (seen.copies, seen.pairs.more, seen.pairs.less, seen.sides.shifts) == ((), (), (), ())
-    assert seen.sides.shift == 0
+    assert findings_of(audited_clips(clean_clips(), rules=["unambiguous", "direct-parent"])) == []
+    audit = audit_clips(audited_clips(clean_clips()), few=FEW)
+    assert (audit.copies, audit.pairs.more, audit.pairs.less, audit.sides.shifts) == ((), (), (), ())
+    assert audit.sides.shift == 0
 
 
 def alter(number: int, **values):
-    """Clip `number` (16 to 31 are eval) with other values."""
+    """A plant that gives clip `number` (16 to 31 are eval) other values."""
 
     def plant(clips):
         clips[number] |= values
@@ -115,11 +117,11 @@ def alter(number: int, **values):
 
 
 def without_class(split: str, index: int, keep: int = 0):
-    """All but `keep` clips of a split that have a class are there without it."""
+    """A plant that takes a class from all but `keep` clips of a split."""
 
     def plant(clips):
-        ours = [clip for clip in clips if clip["split"] == split and index in clip["raw"]]
-        for clip in ours[keep:]:
+        having = [clip for clip in clips if clip["split"] == split and index in clip["raw"]]
+        for clip in having[keep:]:
             clip["raw"] = [i for i in clip["raw"] if i not in (index, MALE)] or [SPEECH]
 
     return plant
@@ -141,27 +143,27 @@ PLANTED = [
 ]
 
 
-@pytest.mark.parametrize(("plant", "level", "what"), PLANTED)
-def test_what_is_planted_is_told_and_nothing_else(plant, level, what):
-    """One finding for one plant: neither missed nor told in two ways."""
-    clips = clean()
+@pytest.mark.parametrize(("plant", "level", "sentence"), PLANTED)
+def test_a_planted_fault_is_reported_and_nothing_else(plant, level, sentence):
+    """One finding for one plant: neither missed nor reported in two ways."""
+    clips = clean_clips()
     plant(clips)
-    (found,) = told(rows_of(clips))
+    (found,) = findings_of(audited_clips(clips))
     assert found[0] == level
-    assert what.replace("; labels differ in 0", "") in found[1]
+    assert sentence.replace("; labels differ in 0", "") in found[1]
 
 
-def test_a_class_that_one_side_lacks_is_told_of_split_and_of_side():
+def test_a_class_that_one_side_lacks_is_reported_for_the_split_and_for_the_side():
     """In eval its average precision is undefined; without a clip to train on nobody can learn it."""
-    clips = clean()
+    clips = clean_clips()
     without_class("eval", MALE)(clips)
-    assert told(rows_of(clips)) == [
+    assert findings_of(audited_clips(clips)) == [
         ("check", "1 of 4 classes without a clip in eval"),
         ("note", "1 class with clips to train on, and none in eval"),
     ]
-    clips = clean()
+    clips = clean_clips()
     without_class("train", MALE)(clips)
-    assert told(rows_of(clips)) == [
+    assert findings_of(audited_clips(clips)) == [
         ("check", "1 class in eval, without a clip to train on"),
         ("note", "1 of 4 classes without a clip in train"),
     ]
@@ -169,23 +171,24 @@ def test_a_class_that_one_side_lacks_is_told_of_split_and_of_side():
 
 def test_leaks_come_first():
     """Whoever reads only the top of the list must have read of them."""
-    clips = clean()
+    clips = clean_clips()
     alter(1, raw=[])(clips)
     alter(2, digest="train10")(clips)
     alter(3, digest="eval11")(clips)
-    levels = [level for level, _ in told(rows_of(clips))]
+    levels = [level for level, _ in findings_of(audited_clips(clips))]
     assert levels == sorted(levels, key=list(FINDING_LEVELS).index)
     assert levels[0] == "leak"
 
 
-def test_what_mends_a_leak_is_said_for_the_splits_asked_about():
-    """Without --eval the command would look at others; how to record what it writes it says itself, for a list
-    replaces those before it."""
-    clips = clean()
+def test_the_command_against_a_leak_names_the_splits_that_were_audited():
+    """Without --eval the command would look at other splits."""
+    clips = clean_clips()
     alter(0, digest="eval8")(clips)
-    leak = collect_findings(audit_clips(rows_of(clips), few=FEW), "x.zarr")[0]
+    leak = collect_findings(audit_clips(audited_clips(clips), few=FEW), "x.zarr")[0]
     assert leak.do == "ajepa-data audit-labels x.zarr --suggest leaks.txt"
-    leak = collect_findings(audit_clips(rows_of(clips, measured=("train",)), few=FEW), "x.zarr")[0]
+    leak = collect_findings(audit_clips(audited_clips(clips, held_out_names=("train",)), few=FEW), "x.zarr")[
+        0
+    ]
     assert leak.do == "ajepa-data audit-labels x.zarr --eval train --suggest leaks.txt"
 
 
@@ -199,37 +202,39 @@ def test_what_mends_a_leak_is_said_for_the_splits_asked_about():
 )
 def test_clips_that_are_not_in_use_do_not_leak(plant):
     """A row that the build has set aside is never drawn."""
-    clips = clean()
+    clips = clean_clips()
     plant(clips)
-    assert told(rows_of(clips)) == []
+    assert findings_of(audited_clips(clips)) == []
 
 
 def test_an_excluded_clip_does_not_leak():
-    """That is what the list is for."""
-    clips = clean()
+    """An exclude list is made for exactly that."""
+    clips = clean_clips()
     alter(0, digest="eval8")(clips)
     marked_N = np.arange(32) == 0
-    found = told(rows_of(clips, excluded_N=marked_N, lists=(("a.txt", "0" * 64, 1),)))
+    found = findings_of(audited_clips(clips, excluded_N=marked_N, exclude_lists=(("a.txt", "0" * 64, 1),)))
     assert found == [("note", "1 clip excluded by a.txt")]
 
 
 def test_kept_silences_are_not_copies_of_each_other():
     """All zeros have one digest."""
-    clips = clean()
+    clips = clean_clips()
     for number in (0, 5, 20):
         alter(number, digest="zeros", flags=["silent"])(clips)
-    assert told(rows_of(clips)) == []
+    assert findings_of(audited_clips(clips)) == []
 
 
 def test_pieces_of_one_recording_in_two_splits_leak_and_in_one_split_do_not():
-    """A table that splits by clip instead of by file."""
-    clips = clean()
+    """Such a leak comes from a table that splits by clip instead of by file."""
+    clips = clean_clips()
     for number in (0, 1, 2):
         alter(number, source="long.wav")(clips)
-    assert told(rows_of(clips, dataset="folder")) == []
+    assert findings_of(audited_clips(clips, dataset="folder")) == []
     alter(16, source="long.wav")(clips)
-    assert told(rows_of(clips, dataset="folder")) == [("leak", "1 recording with clips in train and in eval")]
-    assert told(rows_of(clips, dataset="audioset")) == []  # there the video is what counts
+    assert findings_of(audited_clips(clips, dataset="folder")) == [
+        ("leak", "1 recording with clips in train and in eval")
+    ]
+    assert findings_of(audited_clips(clips, dataset="audioset")) == []  # there the video is what counts
 
 
 def test_the_recording_of_a_missing_piece_is_its_id_without_the_place():
@@ -239,20 +244,22 @@ def test_the_recording_of_a_missing_piece_is_its_id_without_the_place():
     assert clip_recordings(frame, "audioset").to_list() == ["a@0", "a@1500", "b@x"]
 
 
-def test_without_a_held_out_split_copies_are_checks_and_sides_are_not_compared():
+def test_without_a_held_out_split_copies_are_checks_and_no_shift_is_measured():
     """ESC-50's folds take turns."""
-    clips = clean()
+    clips = clean_clips()
     alter(0, digest="eval8")(clips)
-    rows = rows_of(clips, measured=())
+    rows = audited_clips(clips, held_out_names=())
     assert audit_clips(rows).sides is None
-    assert told(rows) == [("check", "1 clip of train with the exact audio of 1 clip of eval")]
+    assert findings_of(rows) == [("check", "1 clip of train with the exact audio of 1 clip of eval")]
 
 
-# propagated sets ------------------------------------------------------------------------------------------------
+# Propagated label sets.
 
 
-def with_set(rows: AuditedClips, row: int, labels: list[int], rule: str = "unambiguous") -> AuditedClips:
-    """The rows, one of which has other labels in a propagated set."""
+def with_other_labels(
+    rows: AuditedClips, row: int, labels: list[int], rule: str = "unambiguous"
+) -> AuditedClips:
+    """The rows with other labels for one row in a propagated set."""
     lists = rows.labels[rule].to_list()
     lists[row] = labels
     column = pl.Series(rule, lists, dtype=rows.labels[rule].dtype)
@@ -260,61 +267,64 @@ def with_set(rows: AuditedClips, row: int, labels: list[int], rule: str = "unamb
 
 
 @pytest.mark.parametrize(
-    ("labels", "what"),
+    ("labels", "sentence"),
     [
         ([MALE, MUSIC, VEHICLE], "stale: 1 label of its rule missing"),
         ([SPEECH, MALE, VEHICLE], "stale: 1 label of its rule missing"),  # a raw one
         ([SPEECH, MALE], "stale: 2 labels of its rule missing"),
     ],
 )
-def test_a_propagated_set_that_is_not_what_its_rule_gives_is_a_fault(labels, what):
+def test_a_propagated_set_that_is_not_what_its_rule_gives_is_a_fault(labels, sentence):
     """Whoever trains on it believes that every implied class is there."""
-    rows = with_set(rows_of(clean(), rules=["unambiguous"]), 7, labels)  # raw: all four
-    ((level, said),) = told(rows)
+    rows = with_other_labels(audited_clips(clean_clips(), rules=["unambiguous"]), 7, labels)  # raw: all four
+    ((level, said),) = findings_of(rows)
     assert level == "fault"
-    assert what in said
+    assert sentence in said
     (finding,) = collect_findings(audit_clips(rows, few=FEW), "x.zarr")
     assert finding.do == "ajepa-data propagate-labels x.zarr --rule unambiguous"
 
 
 def test_a_label_that_no_rule_gives_is_a_fault_too():
     """It came from somewhere else."""
-    ((level, said),) = told(with_set(rows_of(clean(), rules=["unambiguous"]), 1, [MUSIC, VEHICLE]))
+    ((level, said),) = findings_of(
+        with_other_labels(audited_clips(clean_clips(), rules=["unambiguous"]), 1, [MUSIC, VEHICLE])
+    )
     assert level == "fault"
     assert said.endswith("is stale: 0 labels of its rule missing, 1 label beyond it")
 
 
-def test_a_stale_set_is_told_of_also_where_nobody_draws_the_clip():
-    """The file is wrong, whatever the clip is."""
-    clips = clean()
+def test_a_set_is_stale_also_if_the_clip_is_not_in_use():
+    """The file is wrong, whatever became of the clip."""
+    clips = clean_clips()
     alter(1, status="failed")(clips)
-    assert [level for level, _ in told(with_set(rows_of(clips, rules=["unambiguous"]), 1, [MALE]))] == [
-        "fault"
-    ]
+    assert [
+        level
+        for level, _ in findings_of(with_other_labels(audited_clips(clips, rules=["unambiguous"]), 1, [MALE]))
+    ] == ["fault"]
 
 
 def test_a_set_is_judged_in_the_splits_it_was_made_for():
     """In the others it holds the raw labels."""
-    clips = clean()
+    clips = clean_clips()
     alter(17, raw=[MALE])(clips)
-    rows = with_set(rows_of(clips, rules=["unambiguous"]), 17, [MALE])
+    rows = with_other_labels(audited_clips(clips, rules=["unambiguous"]), 17, [MALE])
     provenance = rows.provenance["unambiguous"]
-    assert "fault" in [level for level, _ in told(rows)]
+    assert "fault" in [level for level, _ in findings_of(rows)]
     some = rows.provenance | {"unambiguous": provenance | {"splits": ["train"]}}
-    assert [level for level, _ in told(replace(rows, provenance=some))] == ["note"]
+    assert [level for level, _ in findings_of(replace(rows, provenance=some))] == ["note"]
 
 
 def test_a_set_of_another_ontology_is_not_called_stale():
-    """It cannot be judged by this one, and that is said."""
-    rows = with_set(rows_of(clean(), rules=["unambiguous"]), 1, [MALE])
+    """It cannot be judged by this one, and the finding says so."""
+    rows = with_other_labels(audited_clips(clean_clips(), rules=["unambiguous"]), 1, [MALE])
     other = {"unambiguous": rows.provenance["unambiguous"] | {"ontology": "other"}}
-    ((level, said),) = told(replace(rows, provenance=rows.provenance | other))
+    ((level, said),) = findings_of(replace(rows, provenance=rows.provenance | other))
     assert level == "check"
     assert "cannot be judged: it was made with ontology other, which is gone" in said
 
 
 def test_a_set_is_judged_by_the_ontology_it_was_made_with():
-    """A user's own, kept in the store; raw labels are then held against it, too."""
+    """A user's own ontology, kept in the store, judges the raw labels too."""
     vehicle, music = CLASSES.mids[VEHICLE], CLASSES.mids[MUSIC]
     nodes = [
         OntologyNode(mid=mid, name=name)
@@ -322,27 +332,30 @@ def test_a_set_is_judged_by_the_ontology_it_was_made_with():
         if mid != vehicle
     ]
     own = Ontology(nodes=(*nodes, OntologyNode(mid=vehicle, name="Vehicle", child_mids=(music,))))
-    rows = rows_of(clean(), rules=["unambiguous"])
+    rows = audited_clips(clean_clips(), rules=["unambiguous"])
     column = propagate(rows.labels["raw"], rule_relation_CC(ontology=own, classes=CLASSES)).alias(
         "unambiguous"
     )
-    by = rows.provenance["unambiguous"] | {"ontology": own.digest}
-    made = replace(
-        rows, labels=rows.labels.with_columns(column), provenance={"raw": "as listed", "unambiguous": by}
+    source = rows.provenance["unambiguous"] | {"ontology": own.digest}
+    audited = replace(
+        rows, labels=rows.labels.with_columns(column), provenance={"raw": "as listed", "unambiguous": source}
     )
-    found = told(replace(made, ontologies={"unambiguous": own}))
+    found = findings_of(replace(audited, ontologies={"unambiguous": own}))
     assert found == [("note", "8 clips without 8 labels that raw ones imply by rule unambiguous")]
-    assert told(with_set(replace(made, ontologies={"unambiguous": own}), 1, [MUSIC]))[0][0] == "fault"
+    assert (
+        findings_of(with_other_labels(replace(audited, ontologies={"unambiguous": own}), 1, [MUSIC]))[0][0]
+        == "fault"
+    )
 
 
 @pytest.mark.parametrize("rule", ["unambiguous", "all-ancestors", "dominators", "direct-parent"])
-def test_what_the_rules_make_is_never_stale(rule):
-    """On random label sets of all 527 classes; and what raw lacks is exactly what the rule adds."""
+def test_a_set_made_by_its_rule_is_never_stale(rule):
+    """On random labels of all 527 classes; and raw lacks exactly the labels that the rule adds."""
     rng = np.random.default_rng(0)
-    clips = clean()
+    clips = clean_clips()
     for clip in clips:
         clip["raw"] = sorted(rng.choice(527, rng.integers(0, 9), replace=False).tolist())
-    rows = rows_of(clips, classes=EVERY, rules=[rule])
+    rows = audited_clips(clips, classes=EVERY, rules=[rule])
     raw, propagated = audit_clips(rows).contradictions
     assert not propagated.is_stale
     if rule == "unambiguous":
@@ -354,8 +367,8 @@ def test_what_the_rules_make_is_never_stale(rule):
 def test_classes_that_no_ontology_knows_are_not_judged():
     """ESC-50 has its own."""
     own = ClassList(mids=("dog", "cat", "cow", "hen"), names=("dog", "cat", "cow", "hen"))
-    rows = rows_of(clean(), classes=own)
-    assert told(rows) == []
+    rows = audited_clips(clean_clips(), classes=own)
+    assert findings_of(rows) == []
     assert audit_clips(rows).contradictions[0].why_not == "the ontology knows none of its classes"
 
 
@@ -369,16 +382,17 @@ def test_the_known_part_of_a_mixed_class_list_is_judged():
 
 def test_an_index_that_no_class_has_is_an_error_with_its_row():
     """It would be counted as a class of the next clip."""
-    clips = clean()
+    clips = clean_clips()
     alter(3, raw=[4])(clips)
     with pytest.raises(OntologyError, match="row 3: class index 4, expected 0 to 3"):
-        audit_clips(rows_of(clips))
+        audit_clips(audited_clips(clips))
 
 
-# statistics -----------------------------------------------------------------------------------------------------
+# Statistics.
 
 
 def entries_of(has_BC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Row and class of every label, by row, then class."""
     return tuple(np.nonzero(has_BC))
 
 
@@ -393,7 +407,7 @@ def test_g2_is_the_log_likelihood_ratio_of_the_table():
         assert got[0] == pytest.approx(expected, abs=1e-9)
 
 
-def test_together_counts_what_a_matrix_product_counts():
+def test_pairs_are_counted_as_a_matrix_product_counts_them():
     """Two ways that must agree."""
     has_BC = np.random.default_rng(1).random((300, 12)) < 0.3
     counts = has_BC.T.astype(int) @ has_BC
@@ -416,12 +430,12 @@ def test_independent_classes_show_no_surprise_and_planted_ones_do():
     assert [(p.one, p.other, p.clips) for p in found.less] == [("c2", "c3", 0)]
     clips_C = has_BC.sum(0)
     assert found.less[0].expected == pytest.approx(clips_C[2] * clips_C[3] / 4_000)
-    told_by_ontology = find_surprising_pairs(*entries_of(has_BC), names, np.array([[0, 1], [2, 3]]), top=5)
-    assert (told_by_ontology.more, told_by_ontology.less) == ((), ())
+    related = find_surprising_pairs(*entries_of(has_BC), names, np.array([[0, 1], [2, 3]]), top=5)
+    assert (related.more, related.less) == ((), ())
 
 
-def test_sixty_five_thousand_classes_do_not_explode():
-    """Only the busiest are paired: their table is square."""
+def test_of_sixty_five_thousand_classes_only_the_busiest_are_paired():
+    """The table of pairs is square: all of them would not fit into memory."""
     rng = np.random.default_rng(3)
     row_N = np.repeat(np.arange(50_000), 3)
     class_N = np.sort(rng.integers(0, 65_536, (50_000, 3)), 1)
@@ -445,7 +459,7 @@ def test_a_clip_with_every_label_is_left_out_of_the_pairs_and_counted():
     assert found.more == ()
 
 
-def test_crowded_clips_make_no_classes_strangers():
+def test_crowded_clips_do_not_make_classes_look_apart():
     """Counted as clips of either class and not of both, they would make every pair stand together too seldom."""
     has_BC = np.random.default_rng(0).random((600, MAX_PAIRED_LABELS + 1)) < 0.2
     has_BC[:200] = True
@@ -457,11 +471,12 @@ def test_crowded_clips_make_no_classes_strangers():
 
 def test_shifted_classes_are_found_and_equal_ones_are_not():
     """By evidence: the same ratio weighs more with more clips."""
-    trained_C, held_C = np.array([5_000, 2_000, 500, 3]), np.array([500, 50, 50, 0])
-    shifts, in_all = find_class_shifts(trained_C, held_C, 10_000, 1_000, list("abcd"), top=5)
-    assert in_all == 1
+    train_C = np.array([5_000, 2_000, 500, 3])
+    held_out_C = np.array([500, 50, 50, 0])
+    shifts, total = find_class_shifts(train_C, held_out_C, 10_000, 1_000, list("abcd"), top=5)
+    assert total == 1
     assert (shifts[0].name, shifts[0].trained, shifts[0].held_out) == ("b", 0.2, 0.05)
-    assert find_class_shifts(trained_C, held_C * 0, 10_000, 0, list("abcd"), top=5) == ((), 0)
+    assert find_class_shifts(train_C, held_out_C * 0, 10_000, 0, list("abcd"), top=5) == ((), 0)
 
 
 def test_the_more_draws_the_more_a_surprise_must_surprise():
@@ -471,64 +486,62 @@ def test_the_more_draws_the_more_a_surprise_must_surprise():
 
 
 @pytest.mark.parametrize(
-    ("clips_C", "alike", "unequal"),
+    ("clips_C", "effective", "gini"),
     [([5, 5, 5, 5], 4.0, 0.0), ([0, 0, 7, 0], 1.0, 0.75), ([0, 0, 0, 0], 0.0, 0.0), ([1, 1, 0, 0], 2.0, 0.5)],
 )
-def test_how_evenly_classes_are_spread(clips_C, alike, unequal):
+def test_the_evenness_of_classes_has_its_textbook_values(clips_C, effective, gini):
     """All alike, one alone, none, half of them."""
-    assert effective_class_count(np.array(clips_C)) == pytest.approx(alike)
-    assert gini_coefficient(np.array(clips_C)) == pytest.approx(unequal)
+    assert effective_class_count(np.array(clips_C)) == pytest.approx(effective)
+    assert gini_coefficient(np.array(clips_C)) == pytest.approx(gini)
 
 
-# told -----------------------------------------------------------------------------------------------------------
+# The audit as text, as JSON and as HTML.
 
 
 @pytest.fixture(scope="module")
-def busy() -> StoreAudit:
-    """One of everything."""
-    clips = clean() * 40
+def eventful() -> StoreAudit:
+    """An audit with one of every finding."""
+    clips = clean_clips() * 40
     for number, clip in enumerate(clips):
         clips[number] = clip | {"clip_id": f"<{number}>", "digest": str(number)}
     for number, (plant, _, _) in enumerate(PLANTED):
-        some = [dict(clip) for clip in clips[32 * number : 32 * number + 32]]
-        plant(some)
-        clips[32 * number : 32 * number + 32] = some
+        block = [dict(clip) for clip in clips[32 * number : 32 * number + 32]]
+        plant(block)
+        clips[32 * number : 32 * number + 32] = block
     for number in range(1, 200, 2):
         clips[number + 600] = clips[number + 600] | {"raw": [MUSIC, VEHICLE], "split": "train"}
     alter(0, digest="8", raw=[MALE])(clips)
-    return audit_clips(rows_of(clips), few=FEW, top=1)
+    return audit_clips(audited_clips(clips), few=FEW, top=1)
 
 
-def test_the_table_tells_what_the_audit_has(busy):
-    """Every finding, every split, and how much more there is than is shown."""
-    text = format_audit(busy, "x.zarr")
-    for finding in collect_findings(busy, "x.zarr"):
+def test_the_text_has_every_finding_and_every_split(eventful):
+    """And no line is wider than a terminal, but for commands, which must be copied."""
+    text = format_audit(eventful, "x.zarr")
+    for finding in collect_findings(eventful, "x.zarr"):
         assert finding.what.split(";")[0][:60] in text
-    for split in busy.splits:
+    for split in eventful.splits:
         assert split.split in text
         assert f"{split.in_use:,}" in text
-    assert busy.pairs.more
+    assert eventful.pairs.more
     assert "stand together more often than chance" in text
     assert all(len(line) <= 80 or "ajepa-data" in line for line in text.splitlines())
     assert not any(line != line.rstrip() for line in text.splitlines())
 
 
-def test_the_json_has_every_figure(busy, tmp_path):
+def test_the_json_has_every_figure(eventful, tmp_path):
     """A script reads it instead of the table."""
-    import json
-
-    write_audit_json(busy, "x.zarr", tmp_path / "new" / "a.json")
-    read = json.loads((tmp_path / "new" / "a.json").read_text())
-    assert read.pop("findings")[0]["level"] == collect_findings(busy, "x.zarr")[0].level
-    assert read == json.loads(json.dumps(asdict(busy)))
+    write_audit_json(eventful, "x.zarr", tmp_path / "new" / "a.json")
+    record = json.loads((tmp_path / "new" / "a.json").read_text())
+    assert record.pop("findings")[0]["level"] == collect_findings(eventful, "x.zarr")[0].level
+    assert record == json.loads(json.dumps(asdict(eventful)))
 
 
-def test_the_section_is_escaped_and_says_the_same(busy):
+def test_the_html_section_is_escaped_and_has_every_finding(eventful):
     """Ids come from files."""
-    text = audit_section(busy, "<b>.zarr")
+    text = audit_section(eventful, "<b>.zarr")
     assert "<b>.zarr" not in text
     assert "&lt;" in text
-    for finding in collect_findings(busy, "x"):
+    for finding in collect_findings(eventful, "x"):
         assert f'class="level {finding.level}"' in text
-    assert text.count("<li>") == len(collect_findings(busy, "x"))
-    assert "Nothing is wrong" in audit_section(audit_clips(rows_of(clean()), few=FEW), "x")
+    assert text.count("<li>") == len(collect_findings(eventful, "x"))
+    assert "Nothing is wrong" in audit_section(audit_clips(audited_clips(clean_clips()), few=FEW), "x")

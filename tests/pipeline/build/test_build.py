@@ -1,4 +1,4 @@
-"""From files to a store: what comes out, and that nothing that happens on the way changes it."""
+"""From files to a store: its content, and that restarts, crashes and full disks do not change it."""
 
 import itertools
 import json
@@ -34,7 +34,7 @@ from pipeline.store.shards import ledger_path, shard_path
 
 BUILD = """
 from pathlib import Path
-from conftest import assert_same_bytes, build
+from stores import build
 if __name__ == "__main__":
     build(Path({corpus!r}), Path({out!r}), workers=1)
 """
@@ -64,7 +64,7 @@ def test_a_row_holds_the_log_mel_of_its_clip(corpus, store):
 
 
 def test_zarr_python_reads_the_same_numbers(store):
-    """The store needs nothing of this package; what is not there reads as NaN."""
+    """The store can be read without this package; absent clips read as NaN."""
     mel = zarr.open_group(store.path, mode="r")["mel"]
     good_N = store.good_rows()
     np.testing.assert_array_equal(mel.oindex[good_N], store.read(good_N))
@@ -114,7 +114,7 @@ def test_uint8_is_float16_but_for_its_steps(store, uint8_store_path):
     assert small.store_id != store.store_id
 
 
-def test_labels_are_those_of_the_list_and_what_they_imply(store):
+def test_labels_are_those_of_the_list_and_the_ones_they_imply(store):
     """Raw labels stay as listed; Bell adds Musical instrument and Music beside them."""
 
     def names_of(row, label_set):
@@ -162,7 +162,7 @@ def test_a_killed_build_carries_on_to_the_same_bytes(corpus, fresh, tmp_path, af
 
 
 def test_a_shard_written_but_not_in_the_ledger_is_built_again(corpus, fresh, tmp_path):
-    """The window between rename and commit: what is not in the ledger does not exist."""
+    """A crash between rename and commit: a shard that is not in the ledger does not count."""
     out = tmp_path / "window.zarr"
     build(corpus, out)
     ledger_path(out, 1).unlink()
@@ -172,7 +172,7 @@ def test_a_shard_written_but_not_in_the_ledger_is_built_again(corpus, fresh, tmp
 
 
 @pytest.fixture
-def grown(tmp_path):
+def grown_corpus(tmp_path):
     """A corpus whose one missing clip has arrived, and the store built before that."""
     folder = write_corpus(tmp_path / "corpus", clips=20)
     build(folder, tmp_path / "x.zarr")
@@ -182,10 +182,10 @@ def grown(tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["shard written", "record waits", "shard placed"])
-def test_a_crash_while_a_shard_is_replaced_loses_no_good_row(grown, tmp_path, monkeypatch, moment):
+def test_a_crash_while_a_shard_is_replaced_loses_no_good_row(grown_corpus, tmp_path, monkeypatch, moment):
     """The old pair of shard and record holds until the new one is whole, even if the sounds are gone by then."""
-    folder, out = grown
-    before = shard_path(out, 0).read_bytes()
+    folder, out = grown_corpus
+    old_bytes = shard_path(out, 0).read_bytes()
 
     def crash(*arguments):
         raise KeyboardInterrupt
@@ -203,18 +203,18 @@ def test_a_crash_while_a_shard_is_replaced_loses_no_good_row(grown, tmp_path, mo
             patch.setattr(target[moment], crash)
         with pytest.raises(KeyboardInterrupt):
             build(folder, out)
-    arrived = moment == "shard placed"
-    assert (shard_path(out, 0).read_bytes() != before) == arrived
+    has_new_shard = moment == "shard placed"
+    assert (shard_path(out, 0).read_bytes() != old_bytes) == has_new_shard
     for path in (folder / "audio").glob("*.wav"):
         path.write_bytes(b"gone")
     manifest = build(folder, out)
-    assert manifest.filter(pl.col("status") == "good").height == 18 + arrived
+    assert manifest.filter(pl.col("status") == "good").height == 18 + has_new_shard
     assert not list(find_faults(out))
 
 
-def test_a_damaged_shard_is_not_given_fresh_checksums(grown):
-    """Filling a gap must not launder a flipped bit in the clip beside it."""
-    folder, out = grown
+def test_a_damaged_shard_is_not_given_fresh_checksums(grown_corpus):
+    """Filling a gap must not make a flipped bit in the clip beside it look right."""
+    folder, out = grown_corpus
     content = bytearray(shard_path(out, 0).read_bytes())
     content[300_000] ^= 1
     shard_path(out, 0).write_bytes(content)
@@ -257,16 +257,16 @@ def test_a_clip_that_arrives_later_fills_its_row_and_only_that(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"spec": "audio-jepa"}, "holds mel spec a-jepa, not audio-jepa"),
         ({"dtype": "uint8"}, "holds float16, not uint8"),
     ],
 )
-def test_a_store_of_another_kind_is_not_continued(corpus, fresh, change, said):
+def test_a_store_of_another_kind_is_not_continued(corpus, fresh, change, message):
     """Two specs in one store would train on nonsense."""
     before = (fresh / "manifest.parquet").read_bytes()
-    with pytest.raises(StoreError, match=said):
+    with pytest.raises(StoreError, match=message):
         build(corpus, fresh, **change)
     fewer = audioset_corpus([corpus / "audio"], [corpus / "a_train_segments.csv"])
     with pytest.raises(StoreError, match="other clips, lists or classes"):
@@ -291,7 +291,7 @@ def test_two_builds_of_one_store_do_not_meet(fresh):
         pass
 
 
-def test_too_little_space_is_said_before_the_first_clip(corpus, tmp_path, monkeypatch):
+def test_too_little_space_is_an_error_before_the_first_clip(corpus, tmp_path, monkeypatch):
     """Not after a night of decoding."""
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 2**20})())
     with pytest.raises(StoreError, match="47 clips need"):
@@ -320,39 +320,39 @@ def test_a_store_of_another_spec_than_expected_is_refused(store_path):
 
 
 @pytest.mark.parametrize("path", ["nowhere.zarr", "."])
-def test_what_is_no_store_is_refused(tmp_path, path):
+def test_a_folder_that_is_no_store_is_refused(tmp_path, path):
     """With the command that makes one."""
     with pytest.raises(StoreError, match="not a feature store; make one with"):
         FeatureStore.open(tmp_path / path)
 
 
-def test_a_full_disk_is_said_and_costs_nothing(corpus, fresh, tmp_path):
+def test_a_full_disk_is_an_error_that_costs_nothing(corpus, fresh, tmp_path):
     """Simulated by a limit on the size of files; the same command carries on."""
     out = tmp_path / "full.zarr"
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))"
     code = BUILD.format(corpus=str(corpus), out=str(out)).replace("build(", f"{limit}; build(")
-    said = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parents[2] / "support",
         capture_output=True,
         text=True,
     )
-    assert "StoreError" in said.stderr
-    assert "no space left for shard 0; free some and run the same command again" in said.stderr
+    assert "StoreError" in process.stderr
+    assert "no space left for shard 0; free some and run the same command again" in process.stderr
     assert not [path for path in out.rglob("*") if path.is_file() and path.stat().st_size > 2**19]
     build(corpus, out)
     assert_same_bytes(fresh, out)
 
 
-def test_sounds_are_read_in_the_order_in_which_they_lie(corpus, tmp_path, monkeypatch):
+def test_sounds_are_read_in_the_order_of_their_archives(corpus, tmp_path, monkeypatch):
     """A Parquet row group is read whole for one clip: in the order of rows an archive would be read over and over."""
-    heard = []
+    read_paths = []
     load = shard_builder.load_clip_audio
     monkeypatch.setattr(
         shard_builder,
         "load_clip_audio",
-        lambda locator, **how: heard.append(locator.path) or load(locator, **how),
+        lambda locator, **options: read_paths.append(locator.path) or load(locator, **options),
     )
     shuffled = tmp_path / "lists"
     shuffled.mkdir()
@@ -361,7 +361,6 @@ def test_sounds_are_read_in_the_order_in_which_they_lie(corpus, tmp_path, monkey
         (shuffled / name).write_text("\n".join([*head, *np.random.default_rng(0).permutation(rows)]) + "\n")
     (shuffled / "audio").symlink_to(corpus / "audio")
     build(shuffled, tmp_path / "x.zarr")
-    assert len(heard) == 47
-    assert (
-        sum(later < earlier for earlier, later in itertools.pairwise(heard)) <= 2
-    )  # between the three shards
+    assert len(read_paths) == 47
+    # The order may only begin again between the three shards.
+    assert sum(later < earlier for earlier, later in itertools.pairwise(read_paths)) <= 2

@@ -1,4 +1,4 @@
-"""A dry run tells what would be built, and builds nothing."""
+"""A dry run describes the build and builds nothing."""
 
 import pytest
 from corpus import write_corpus
@@ -10,7 +10,7 @@ from pipeline.build.plan import BuildOptions, StoreOutput
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory):
+def dry_run_text(tmp_path_factory) -> str:
     folder = write_corpus(tmp_path_factory.mktemp("dry") / "corpus", clips=20)
     (folder / "audio" / "holiday.wav").write_bytes(b"")
     out = folder.parent / "x.zarr"
@@ -18,21 +18,20 @@ def said(tmp_path_factory):
         corpus_in(folder), [StoreOutput(path=out, spec=preset_mel_spec("a-jepa"))], BuildOptions()
     )
     assert not out.exists()
-    return [line.split() for line in text.splitlines()], text
+    return text
 
 
-def test_it_counts_what_is_listed_and_what_is_there(said):
+def test_it_counts_the_clips_listed_and_those_with_a_sound(dry_run_text):
     """One of fifteen training clips has no file."""
-    lines, text = said
+    lines = [line.split() for line in dry_run_text.splitlines()]
     assert ["a_train", "15", "14", "0"] in lines
     assert ["eval", "5", "5", "0"] in lines
-    assert "1 of 20 sounds match no row, such as holiday.wav" in text
+    assert "1 of 20 sounds match no row, such as holiday.wav" in dry_run_text
 
 
-def test_it_tells_the_size_and_the_reasons_of_a_sample(said):
-    """19 clips of 998 x 128 float16 values; a silent one among those tried."""
-    _, text = said
-    assert f"up to {19 * 998 * 128 * 2 / 2**20:,.1f} MiB" in text
-    assert "19 clips tried" in text
-    assert "1 silent" in text
-    assert "on 2 workers: about" in text
+def test_it_gives_the_size_of_the_store_and_the_failures_of_a_sample(dry_run_text):
+    """19 clips of 998 x 128 float16 values; one of the clips tried is silent."""
+    assert f"up to {19 * 998 * 128 * 2 / 2**20:,.1f} MiB" in dry_run_text
+    assert "19 clips tried" in dry_run_text
+    assert "1 silent" in dry_run_text
+    assert "on 2 workers: about" in dry_run_text

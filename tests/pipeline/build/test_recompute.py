@@ -1,4 +1,4 @@
-"""What is computed from the sounds is what the store holds, and where it is not, that is told."""
+"""Rows recomputed from their sounds are the stored ones; a row that differs is reported."""
 
 import json
 import pickle
@@ -16,6 +16,7 @@ from stores import build
 from pipeline.audio.decode import AudioPolicy
 from pipeline.audio.mel_spec import preset_mel_spec
 from pipeline.audio.sources import SoundLocator
+from pipeline.build import recompute
 from pipeline.build.build import build_store
 from pipeline.build.plan import BuildOptions, StoreOutput
 from pipeline.build.recompute import VERSION_TOLERANCE_NAT, compare_with_audio, recomputed_store
@@ -30,7 +31,7 @@ from pipeline.store.feature_store import FeatureStore
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
+def shared_stores(tmp_path_factory) -> Path:
     """A folder with a corpus, and a store of each dtype built from it; nobody changes it."""
     folder = tmp_path_factory.mktemp("sounds")
     write_corpus(folder / "corpus", clips=20)
@@ -41,81 +42,82 @@ def whole(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def own(whole, tmp_path) -> Path:
-    """The same in a folder of this test's own."""
-    folder = shutil.copytree(whole, tmp_path / "own")
+def own_stores(shared_stores, tmp_path) -> Path:
+    """A copy of them that a test may change."""
+    folder = shutil.copytree(shared_stores, tmp_path / "own")
     for store in folder.glob("*.zarr"):
-        told = (store / "build.json").read_text().replace(str(whole), str(folder))
-        (store / "build.json").write_text(told)
+        record = (store / "build.json").read_text().replace(str(shared_stores), str(folder))
+        (store / "build.json").write_text(record)
     return folder
 
 
-def sound(folder: Path, row: int) -> Path:
+def sound_path(folder: Path, row: int) -> Path:
     return folder / "corpus" / "audio" / f"{clip_id(row)}.wav"
 
 
 @pytest.mark.parametrize("dtype", ["float16", "uint8"])
-def test_every_row_and_crop_is_the_stored_one_bit_for_bit(whole, dtype):
+def test_every_row_and_crop_is_the_stored_one_bit_for_bit(shared_stores, dtype):
     """Silent clips among them, which another policy would refuse; also in another process."""
-    store = FeatureStore.open(whole / f"{dtype}.zarr")
-    heard, rows = recomputed_store(store), store.good_rows()
+    store = FeatureStore.open(shared_stores / f"{dtype}.zarr")
+    recomputed = recomputed_store(store)
+    rows = store.good_rows()
     assert 9 in rows
-    np.testing.assert_array_equal(heard.read(rows), store.read(rows))
+    np.testing.assert_array_equal(recomputed.read(rows), store.read(rows))
     starts = np.arange(len(rows)) * 7
-    again = pickle.loads(pickle.dumps(heard))
+    unpickled = pickle.loads(pickle.dumps(recomputed))
     np.testing.assert_array_equal(
-        again.read(rows, starts_B=starts, frames=50), store.read(rows, starts_B=starts, frames=50)
+        unpickled.read(rows, starts_B=starts, frames=50), store.read(rows, starts_B=starts, frames=50)
     )
 
 
 @pytest.mark.parametrize("loader", [PlainLoader, DaliLoader])
-def test_loaders_train_from_sounds_as_from_the_store(whole, loader, monkeypatch):
+def test_loaders_train_from_sounds_as_from_the_store(shared_stores, loader, monkeypatch):
     """The same batches, with labels; not one shard is read."""
-    store = FeatureStore.open(whole / "float16.zarr")
+    store = FeatureStore.open(shared_stores / "float16.zarr")
     order = RowOrder(rows_N=store.good_rows(), clips=4, seed=0)
     view = View(frames=64, mean=-8.0, std=4.0, label_set="unambiguous")
-    wanted = list(PlainLoader(store, order, view).batches(0, 6))
+    expected = list(PlainLoader(store, order, view).batches(0, 6))
     monkeypatch.setattr("pipeline.store.reader.ShardReader.read", None)
-    with loader(recomputed_store(store, threads=1), order, view) as batches:
-        for made, want in zip(batches.batches(0, 6), wanted, strict=True):
-            assert made.mel_BTF.equal(want.mel_BTF)
-            assert made.labels_BC.equal(want.labels_BC)
+    with loader(recomputed_store(store, threads=1), order, view) as opened:
+        for batch, expected_batch in zip(opened.batches(0, 6), expected, strict=True):
+            assert batch.mel_BTF.equal(expected_batch.mel_BTF)
+            assert batch.labels_BC.equal(expected_batch.labels_BC)
 
 
-def test_a_sound_that_is_gone_or_changed_breaks_its_row(own):
-    """Never a row of something else; with what to do, in one line."""
-    heard = recomputed_store(FeatureStore.open(own / "float16.zarr"))
-    sound(own, 2).unlink()
-    soundfile.write(sound(own, 4), tone_in_noise(4, seconds=1.0, rate_hz=32_000), 32_000)
-    sound(own, 6).write_bytes(b"no sound")
-    for row, said in (
+def test_a_sound_that_is_gone_or_changed_breaks_its_row(own_stores):
+    """Never another row; the message says what to do, in one line."""
+    recomputed = recomputed_store(FeatureStore.open(own_stores / "float16.zarr"))
+    sound_path(own_stores, 2).unlink()
+    soundfile.write(sound_path(own_stores, 4), tone_in_noise(4, seconds=1.0, rate_hz=32_000), 32_000)
+    sound_path(own_stores, 6).write_bytes(b"no sound")
+    for row, message in (
         (2, "missing: .* is gone|missing"),
         (4, "its sound has 98 frames, the store 998"),
         (6, "unreadable"),
     ):
-        with pytest.raises(BrokenClipError, match=said) as broken:
-            heard.read(np.array([0, row]))
+        with pytest.raises(BrokenClipError, match=message) as broken:
+            recomputed.read(np.array([0, row]))
         assert broken.value.row == row
         assert f"row {row} (clip {clip_id(row)}" in str(broken.value)
         assert str(broken.value).endswith("--against-audio")
     with pytest.raises(StoreError, match=r"row 5 .* is not good: missing") as refused:
-        heard.read(np.array([5]))
+        recomputed.read(np.array([5]))
     assert not isinstance(refused.value, BrokenClipError)
 
 
-def test_a_server_that_does_not_answer_breaks_no_clip(own, monkeypatch):
+def test_a_server_that_does_not_answer_breaks_no_clip(own_stores, monkeypatch):
     """A loader that skips broken clips must not skip all of them."""
 
-    def silent(self):
+    def raise_no_answer(self):
         raise InputError("s3://b/x.wav: no answer")
 
-    monkeypatch.setattr(SoundLocator, "open_sound", silent)
-    with pytest.raises(StoreError, match="no answer") as gone:
-        recomputed_store(FeatureStore.open(own / "float16.zarr")).read(np.array([0]))
-    assert not isinstance(gone.value, BrokenClipError)
+    monkeypatch.setattr(SoundLocator, "open_sound", raise_no_answer)
+    with pytest.raises(StoreError, match="no answer") as caught:
+        recomputed_store(FeatureStore.open(own_stores / "float16.zarr")).read(np.array([0]))
+    assert not isinstance(caught.value, BrokenClipError)
 
 
-def test_a_sound_that_the_build_was_told_to_take_is_taken(tmp_path):
+def test_a_sound_that_only_a_loose_policy_accepts_is_recomputed(tmp_path):
     """13 hours, more than is taken by default: --max-seconds was the build's to decide."""
     (tmp_path / "sounds").mkdir()
     hour = np.tile(np.random.default_rng(0).uniform(-0.1, 0.1, 10_000), 360)
@@ -128,47 +130,48 @@ def test_a_sound_that_the_build_was_told_to_take_is_taken(tmp_path):
     np.testing.assert_array_equal(recomputed_store(store).read(np.array([0])), store.read(np.array([0])))
 
 
-def test_lists_that_have_changed_are_refused(own):
+def test_lists_that_have_changed_are_refused(own_stores):
     """Row 7 would be another clip."""
-    told = json.loads((own / "float16.zarr" / "build.json").read_text())
-    told["asked"]["segments"].pop()
-    (own / "float16.zarr" / "build.json").write_text(json.dumps(told))
-    store = FeatureStore.open(own / "float16.zarr")
+    record = json.loads((own_stores / "float16.zarr" / "build.json").read_text())
+    record["asked"]["segments"].pop()
+    (own_stores / "float16.zarr" / "build.json").write_text(json.dumps(record))
+    store = FeatureStore.open(own_stores / "float16.zarr")
     with pytest.raises(StoreError, match=r"planned from other clips, .*; put back what .*build.json says"):
         recomputed_store(store)
-    (own / "float16.zarr" / "build.json").unlink()
+    (own_stores / "float16.zarr" / "build.json").unlink()
     with pytest.raises(StoreError, match="does not say what the store was built from"):
         recomputed_store(store)
 
 
 def verify(monkeypatch, *arguments: object) -> int:
+    """Run the verify command; returns its exit status."""
     monkeypatch.setattr(sys, "argv", ["ajepa-data", "verify", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
         app.main()
     return int(stop.value.code or 0)
 
 
-def test_a_store_and_its_sounds_agree_bit_for_bit(whole, monkeypatch, capsys):
-    assert verify(monkeypatch, whole / "uint8.zarr", "--against-audio") == 0
+def test_a_store_and_its_sounds_agree_bit_for_bit(shared_stores, monkeypatch, capsys):
+    assert verify(monkeypatch, shared_stores / "uint8.zarr", "--against-audio") == 0
     assert (
         capsys.readouterr().out
-        == f"{whole / 'uint8.zarr'}: 19 rows are what their sounds give, bit for bit\n"
+        == f"{shared_stores / 'uint8.zarr'}: 19 rows are what their sounds give, bit for bit\n"
     )
-    assert verify(monkeypatch, whole / "float16.zarr", "--against-audio", "--sample", 4) == 0
+    assert verify(monkeypatch, shared_stores / "float16.zarr", "--against-audio", "--sample", 4) == 0
     assert ": 4 rows are" in capsys.readouterr().out
 
 
-def test_faults_are_told_line_by_line_and_a_lost_sound_is_none(own, monkeypatch, capsys):
+def test_faults_are_printed_line_by_line_and_a_lost_sound_is_none(own_stores, monkeypatch, capsys):
     """A flipped bit, another sound of the same length, a sound that decodes no more; and one that is gone."""
-    store = own / "float16.zarr"
+    store = own_stores / "float16.zarr"
     flip(store, 1)
-    soundfile.write(sound(own, 4), 0.9 * tone_in_noise(4, seconds=10.0, rate_hz=44_100), 44_100)
-    sound(own, 6).write_bytes(b"no sound")
-    sound(own, 8).unlink()
-    soundfile.write(sound(own, 10), tone_in_noise(10, seconds=9.0, rate_hz=44_100), 44_100)
+    soundfile.write(sound_path(own_stores, 4), 0.9 * tone_in_noise(4, seconds=10.0, rate_hz=44_100), 44_100)
+    sound_path(own_stores, 6).write_bytes(b"no sound")
+    sound_path(own_stores, 8).unlink()
+    soundfile.write(sound_path(own_stores, 10), tone_in_noise(10, seconds=9.0, rate_hz=44_100), 44_100)
     assert verify(monkeypatch, store, "--against-audio") == 1
-    said = capsys.readouterr()
-    lines = said.out.splitlines()
+    output = capsys.readouterr()
+    lines = output.out.splitlines()
     assert [line.partition(" (clip")[0] for line in lines] == ["row 1", "row 4", "row 6", "row 8", "row 10"]
     assert "does not match its checksum" in lines[0]
     assert "nat from what its sound gives" in lines[1]
@@ -176,40 +179,43 @@ def test_faults_are_told_line_by_line_and_a_lost_sound_is_none(own, monkeypatch,
     assert "its sound cannot be used any more" in lines[2]
     assert "not compared" in lines[3]
     assert "998 frames, its sound gives 898" in lines[4]
-    assert f"{store}: 4 of 18 rows are not what their sounds give" in said.err
-    (own / "corpus" / "audio").rename(own / "elsewhere")
-    (own / "corpus" / "audio").mkdir()
-    soundfile.write(sound(own, 5), tone_in_noise(5, seconds=10.0, rate_hz=16_000), 16_000)  # of no good row
-    assert verify(monkeypatch, own / "uint8.zarr", "--against-audio", "--sample", 3) == 1
+    assert f"{store}: 4 of 18 rows are not what their sounds give" in output.err
+    (own_stores / "corpus" / "audio").rename(own_stores / "elsewhere")
+    (own_stores / "corpus" / "audio").mkdir()
+    soundfile.write(
+        sound_path(own_stores, 5), tone_in_noise(5, seconds=10.0, rate_hz=16_000), 16_000
+    )  # of no good row
+    assert verify(monkeypatch, own_stores / "uint8.zarr", "--against-audio", "--sample", 3) == 1
     assert "nothing could be compared, no sound is there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", ["float16", "uint8"])
-def test_other_versions_may_round_otherwise_but_not_by_more(own, monkeypatch, capsys, dtype):
-    """Equal versions must give equal bytes; others are given a tenth of a nat and one stored step."""
-    store, far = own / f"{dtype}.zarr", 1.0
-    from pipeline.build import recompute as module
+def test_other_versions_may_differ_within_the_tolerance_and_no_more(own_stores, monkeypatch, capsys, dtype):
+    """Equal versions must give equal bytes; others may differ by a tenth of a nat and one stored step."""
+    store = own_stores / f"{dtype}.zarr"
+    shift = 1.0
+    compute_stored_row = recompute.compute_stored_row
 
-    spectrogram = module.compute_stored_row
-
-    def shifted(audio, header):
-        mel_TF, result = spectrogram(audio, header)
-        nats = far * VERSION_TOLERANCE_NAT + (header.scale if dtype == "uint8" else 0)
+    def compute_shifted_row(audio, header):
+        mel_TF, result = compute_stored_row(audio, header)
+        nats = shift * VERSION_TOLERANCE_NAT + (header.scale if dtype == "uint8" else 0)
         return (mel_TF + np.asarray(nats / header.scale, mel_TF.dtype)).astype(mel_TF.dtype), result
 
-    monkeypatch.setattr(module, "compute_stored_row", shifted)
-    assert {bool(one.fault) for one in compare_with_audio(store)} == {True}
-    told = json.loads((store / "build.json").read_text())
-    told["versions"]["soxr"] = "0.0.1"
-    (store / "build.json").write_text(json.dumps(told))
+    monkeypatch.setattr(recompute, "compute_stored_row", compute_shifted_row)
+    comparisons = list(compare_with_audio(store))
+    assert len(comparisons) > 0
+    assert all(comparison.fault for comparison in comparisons)
+    record = json.loads((store / "build.json").read_text())
+    record["versions"]["soxr"] = "0.0.1"
+    (store / "build.json").write_text(json.dumps(record))
     assert verify(monkeypatch, store, "--against-audio", "--sample", 5) == 0
-    said = capsys.readouterr().out
-    assert "built with soxr 0.0.1, now " in said
-    assert "5 rows are what their sounds give, up to 0." in said
-    far = 4.0
+    stdout = capsys.readouterr().out
+    assert "built with soxr 0.0.1, now " in stdout
+    assert "5 rows are what their sounds give, up to 0." in stdout
+    shift = 4.0
     assert verify(monkeypatch, store, "--against-audio", "--sample", 5) == 1
 
 
-def test_telling_and_mending_are_not_asked_for_at_once(own, monkeypatch, capsys):
-    assert verify(monkeypatch, own / "uint8.zarr", "--against-audio", "--repair") == 1
-    assert "give --repair by itself" in capsys.readouterr().err
+def test_comparing_and_repairing_at_once_is_refused(own_stores, monkeypatch, capsys):
+    assert verify(monkeypatch, own_stores / "uint8.zarr", "--against-audio", "--repair") == 1
+    assert "give --repair without it" in capsys.readouterr().err

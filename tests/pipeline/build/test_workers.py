@@ -1,7 +1,4 @@
-"""Workers that hang, die or find a bug.
-
-Ray runs the same tasks elsewhere: the same bytes, the same protection, the same errors.
-"""
+"""Workers that hang, die or meet a bug; Ray runs the same tasks with the same bytes, protection and errors."""
 
 import os
 from pathlib import Path
@@ -45,7 +42,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
 
 
 def test_a_store_built_on_ray_has_the_same_bytes(corpus, tmp_path):
-    """The engine must not show."""
+    """The engine must not change the store."""
     build(corpus, tmp_path / "ray.zarr", engine="ray", workers=2)
     build(corpus, tmp_path / "local.zarr")
     assert_same_bytes(tmp_path / "local.zarr", tmp_path / "ray.zarr")
@@ -61,7 +58,7 @@ def test_a_clip_that_kills_its_process_costs_itself_on_ray_too(tmp_path, monkeyp
         list(run_on_ray_cluster(work, [Numbers(tmp_path, ("is full",))], workers=1, clip_limit_seconds=30))
 
 
-def test_a_cluster_that_does_not_answer_is_said(tmp_path):
-    """One line, with how to start one."""
+def test_a_cluster_that_does_not_answer_is_an_error_in_one_line(tmp_path):
+    """The line says how to start one."""
     with pytest.raises(InputError, match=r"no Ray cluster answers.*ray start --head"):
         list(run_on_ray_cluster(work, [], workers=1, clip_limit_seconds=30, address="127.0.0.1:1"))

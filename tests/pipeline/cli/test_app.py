@@ -1,4 +1,4 @@
-"""ajepa-data as a newcomer meets it: what it prints, and what it says of mistakes."""
+"""ajepa-data as a newcomer meets it: its output, and its messages about mistakes."""
 
 import resource
 import shutil
@@ -21,17 +21,20 @@ from pipeline.store.shards import shard_path
 PROGRAM = [sys.executable, "-c", "if __name__ == '__main__':\n    from pipeline.cli.app import main; main()"]
 
 
-def wish(corpus, out, *more):
+def build_arguments(corpus, out, *more):
+    """The words of a command that builds a store of the corpus."""
     lists = [f"--segments={corpus / name}" for name in ("a_train_segments.csv", "eval_segments.csv")]
     return ["build-audioset", "--audio", corpus / "audio", *lists, "--out", out, "--workers", 0, *more]
 
 
 def test_a_store_is_built_propagated_verified_and_shown(tmp_path, monkeypatch, capsys):
     """The whole of stage one, by its own commands."""
-    corpus, out = write_corpus(tmp_path / "corpus", clips=20), tmp_path / "x.zarr"
-    assert run(*wish(corpus, out), monkeypatch=monkeypatch) == 0
-    assert "missing" in (said := capsys.readouterr().out)
-    assert f"Next: ajepa-data propagate-labels {out}" in said
+    corpus = write_corpus(tmp_path / "corpus", clips=20)
+    out = tmp_path / "x.zarr"
+    assert run(*build_arguments(corpus, out), monkeypatch=monkeypatch) == 0
+    output = capsys.readouterr().out
+    assert "missing" in output
+    assert f"Next: ajepa-data propagate-labels {out}" in output
     assert run("propagate-labels", out, monkeypatch=monkeypatch) == 0
     assert run("verify", out, monkeypatch=monkeypatch) == 0
     assert run("report", out, "--out", tmp_path / "mels.png", monkeypatch=monkeypatch) == 0
@@ -48,8 +51,8 @@ def test_a_store_is_built_propagated_verified_and_shown(tmp_path, monkeypatch, c
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(corpus, tmp_path, monkeypatch, capsys, more, said):
-    """What, where, what was expected; status 1; nothing half-made."""
-    assert run(*wish(corpus, tmp_path / "x.zarr", *more), monkeypatch=monkeypatch) == 1
+    """It says what, where and what was expected; the status is 1, and nothing is half-made."""
+    assert run(*build_arguments(corpus, tmp_path / "x.zarr", *more), monkeypatch=monkeypatch) == 1
     error = capsys.readouterr().err
     assert said in error
     assert error.startswith("error: ")
@@ -58,8 +61,8 @@ def test_a_mistake_is_one_line_and_leaves_nothing(corpus, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("command", ["propagate-labels", "verify"])
-def test_what_is_no_store_is_said_in_one_line(tmp_path, monkeypatch, capsys, command):
-    """With the command that makes one."""
+def test_a_folder_that_is_no_store_is_refused_in_one_line(tmp_path, monkeypatch, capsys, command):
+    """The line names the command that makes one."""
     assert run(command, tmp_path, monkeypatch=monkeypatch) == 1
     assert "ajepa-data build-audioset" in capsys.readouterr().err
 
@@ -75,7 +78,7 @@ def test_faults_end_in_status_1(store_path, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_an_interrupted_build_says_that_it_carries_on(corpus, tmp_path, number):
     """Ctrl-C, a batch system's SIGTERM and its warning: one line, status 75, and no worker left behind."""
-    arguments = [str(a) for a in wish(corpus, tmp_path / "x.zarr", "--workers", 1)]
+    arguments = [str(a) for a in build_arguments(corpus, tmp_path / "x.zarr", "--workers", 1)]
     process = subprocess.Popen(
         [*PROGRAM, *arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
@@ -91,25 +94,23 @@ def test_an_interrupted_build_says_that_it_carries_on(corpus, tmp_path, number):
 
 def test_a_command_may_open_as_many_files_as_the_system_lets_it():
     """Four stores of 256 open shards each end at the 1,024 that a login begins with, in the middle of training."""
-    told = (
+    program = (
         "import resource as r, typer; from pipeline.cli.options import run_command_line; app = typer.Typer();"
         "hard = r.getrlimit(r.RLIMIT_NOFILE)[1]; r.setrlimit(r.RLIMIT_NOFILE, (min(hard, 1_024), hard));"
         "app.command()(lambda: print(r.getrlimit(r.RLIMIT_NOFILE)[0])); run_command_line(app)"
     )
-    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    assert int(done.stdout) == min(hard, options.MAX_OPEN_FILES)
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    assert int(process.stdout) == min(hard_limit, options.MAX_OPEN_FILES)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are tied to their parent by Linux' prctl")
 def test_workers_do_not_outlive_a_killed_build(corpus, tmp_path):
     """An orphan would write into the store beside the next build, outside its lock."""
-    arguments = [str(a) for a in wish(corpus, tmp_path / "x.zarr", "--workers", 2)]
+    arguments = [str(a) for a in build_arguments(corpus, tmp_path / "x.zarr", "--workers", 2)]
     process = subprocess.Popen([*PROGRAM, *arguments], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    ledger, children = (
-        tmp_path / "x.zarr" / "ledger",
-        Path(f"/proc/{process.pid}/task/{process.pid}/children"),
-    )
+    ledger = tmp_path / "x.zarr" / "ledger"
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while not list(ledger.glob("*.parquet")):
         time.sleep(0.02)
     workers = children.read_text().split()
@@ -133,24 +134,29 @@ def test_one_pass_makes_a_store_for_every_spec(corpus, tmp_path, monkeypatch, ca
     """A preset and a file of one's own; each --spec has its --out."""
     (tmp_path / "mine.toml").write_text('base = "a-jepa"\nmel_bands = 40\n')
     more = ["--spec", "audio-jepa", "--spec", tmp_path / "mine.toml", "--out", tmp_path / "b.zarr"]
-    assert run(*wish(corpus, tmp_path / "a.zarr", *more), monkeypatch=monkeypatch) == 0
+    assert run(*build_arguments(corpus, tmp_path / "a.zarr", *more), monkeypatch=monkeypatch) == 0
     assert FeatureStore.open(tmp_path / "a.zarr").spec.name == "audio-jepa"
     assert FeatureStore.open(tmp_path / "b.zarr").spec.mel_bands == 40
     assert (
-        run(*wish(corpus, tmp_path / "c.zarr", *more), "--out", tmp_path / "d.zarr", monkeypatch=monkeypatch)
+        run(
+            *build_arguments(corpus, tmp_path / "c.zarr", *more),
+            "--out",
+            tmp_path / "d.zarr",
+            monkeypatch=monkeypatch,
+        )
         == 1
     )
     assert "2 --spec and 3 --out: every store needs one of each" in capsys.readouterr().err
 
 
 def test_parts_and_finalize_by_their_commands(corpus, tmp_path, monkeypatch, capsys):
-    """A job array of two; what is missing is named, the last part finishes."""
+    """A job array of two: shards that are missing are named, and the last part finishes the store."""
     out = tmp_path / "x.zarr"
-    assert run(*wish(corpus, out, "--part", "1/2"), monkeypatch=monkeypatch) == 0
+    assert run(*build_arguments(corpus, out, "--part", "1/2"), monkeypatch=monkeypatch) == 0
     assert "part 1/2 is done" in capsys.readouterr().out
     assert run("finalize", out, monkeypatch=monkeypatch) == 1
     assert "2 of 3 shards are not built, the first is 0" in capsys.readouterr().err
-    assert run(*wish(corpus, out, "--part", "0/2"), monkeypatch=monkeypatch) == 0
+    assert run(*build_arguments(corpus, out, "--part", "0/2"), monkeypatch=monkeypatch) == 0
     assert run("finalize", out, monkeypatch=monkeypatch) == 0
     assert run("verify", out, "--sample", "1", monkeypatch=monkeypatch) == 0
 
@@ -176,19 +182,19 @@ def test_a_repair_is_one_command(store_path, tmp_path, monkeypatch, capsys):
     assert run("verify", copy, monkeypatch=monkeypatch) == 0
 
 
-def test_what_is_there_and_no_store_is_left_alone(corpus, tmp_path, monkeypatch, capsys):
+def test_a_path_that_exists_and_is_no_store_is_left_alone(corpus, tmp_path, monkeypatch, capsys):
     """A folder of somebody's, or a file, given for --out by mistake."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("mine")
     for name in ("folder", "file"):
-        assert run(*wish(corpus, tmp_path / name), monkeypatch=monkeypatch) == 1
+        assert run(*build_arguments(corpus, tmp_path / name), monkeypatch=monkeypatch) == 1
         assert "is there already and is no store; choose another --out" in capsys.readouterr().err
     assert not list((tmp_path / "folder").iterdir())
     assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_page_needs_the_name_of_a_file(store_path, monkeypatch, capsys):
-    """`/` has none."""
+    """The folder `/` is no file."""
     assert run("report", store_path, "--html", "/", monkeypatch=monkeypatch) == 1
     assert "/: is a folder; expected the name of a file" in capsys.readouterr().err
 

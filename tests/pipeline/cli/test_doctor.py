@@ -1,4 +1,4 @@
-"""The doctor: what is well is said to be, and what is not is named with what mends it."""
+"""The doctor: a healthy machine passes every check, and a fault is named together with its remedy."""
 
 import shutil
 from collections import namedtuple
@@ -51,20 +51,20 @@ def test_a_decoder_that_gives_another_sound_is_named(tmp_path, monkeypatch):
     """A codec that is there and wrong is worse than one that is missing."""
     load = pipeline.cli.doctor.load_clip_audio
 
-    def hurried(*told, **named):
-        audio = load(*told, **named)
+    def load_wrong_aac(*arguments, **options):
+        audio = load(*arguments, **options)
         if audio.codec == "aac":
             audio.wave_S[:] = np.sin(np.arange(len(audio.wave_S)))
         return audio
 
-    monkeypatch.setattr(pipeline.cli.doctor, "load_clip_audio", hurried)
+    monkeypatch.setattr(pipeline.cli.doctor, "load_clip_audio", load_wrong_aac)
     finding = run_machine_check("codecs", lambda: check_codecs(tmp_path), "pip install x")
     assert finding.state == "broken"
     assert finding.message.startswith("m4a: a tone of 440 Hz comes back as")
 
 
 def test_a_store_that_is_damaged_is_named(trial, tmp_path):
-    """The trial compares what was written with what is read."""
+    """The trial compares the values that were written with the values that are read."""
     shutil.copytree(trial / "trial.zarr", tmp_path / "trial.zarr")
     shard = next((tmp_path / "trial.zarr" / "mel").rglob("c/*/*/*"))
     shard.write_bytes(shard.read_bytes()[:-100])
@@ -80,22 +80,22 @@ def test_a_loader_that_differs_is_named(trial, monkeypatch):
     assert findings["training"].state == "ok"  # one fault does not hide what follows
 
 
-def test_little_room_is_no_fault_but_is_told(monkeypatch, tmp_path):
+def test_little_free_space_is_reported_but_is_no_fault(monkeypatch, tmp_path):
     """A small store may still fit."""
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(2e9, 1e9, 1e9))
     assert check_free_space(tmp_path).state == "slow"
     assert "--place" in check_free_space(tmp_path).remedy
 
 
-def failing() -> str:
+def raise_two_lines() -> str:
     raise OSError("no such\nthing")
 
 
-def test_a_fault_is_told_with_what_mends_it_and_ends_with_status_1():
+def test_a_fault_is_reported_with_its_remedy_and_ends_with_status_1():
     """Every line comes out before the command fails, each within 80 columns."""
     findings = [
         run_machine_check("first", lambda: "a word " * 30, "nothing"),
-        run_machine_check("second", failing, "apt install thing"),
+        run_machine_check("second", raise_two_lines, "apt install thing"),
     ]
     lines = told(findings)
     first, second = next(lines), next(lines)

@@ -1,4 +1,4 @@
-"""What both command lines owe to whoever types: help that fits a screen, keys that complete, an answer at once."""
+"""Both command lines at the keyboard: help that fits a screen, a tab key that completes, an answer at once."""
 
 import os
 import re
@@ -19,7 +19,12 @@ from ajepa.model.classifier import CLASSIFIER_KINDS
 from ajepa.recipes import pretrain
 from ajepa.recipes.catalogue import FINETUNE_RECIPES
 from pipeline.audio.mel_spec import MEL_PRESETS
-from pipeline.cli.options import check_output_path, describe_os_error
+from pipeline.cli.options import (
+    MEL_SPEC_NAMES,
+    PROPAGATION_RULE_NAMES,
+    check_output_path,
+    describe_os_error,
+)
 from pipeline.errors import InputError
 from pipeline.files import scratch_path
 from pipeline.labels.propagation import PROPAGATION_RULES
@@ -41,18 +46,19 @@ UNITS = re.compile(
 )
 
 
-def helped(program: str, *command: str) -> list[str]:
-    done = CliRunner().invoke(
+def help_lines(program: str, *command: str) -> list[str]:
+    """The lines that --help prints on a terminal of 80 columns."""
+    result = CliRunner().invoke(
         PROGRAMS[program], [*command, "--help"], env={"COLUMNS": "80"}, prog_name=program
     )
-    assert done.exit_code == 0
-    return done.stdout.splitlines()
+    assert result.exit_code == 0
+    return result.stdout.splitlines()
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_the_list_of_commands_says_what_each_does_in_a_whole_sentence(program):
     """One that breaks off with dots hides what would tell it from its neighbour."""
-    lines = helped(program)
+    lines = help_lines(program)
     assert max(map(len, lines)) <= 80
     assert len(lines) <= 30
     assert not [line for line in lines[1:] if line.endswith("...")]
@@ -60,8 +66,8 @@ def test_the_list_of_commands_says_what_each_does_in_a_whole_sentence(program):
 
 @pytest.mark.parametrize(("program", "name", "command"), COMMANDS)
 def test_help_fits_a_screen_and_has_an_example(program, name, command):
-    """80 columns, and 45 lines at most; who asks for help wants something to copy."""
-    lines = helped(program, name)
+    """80 columns, and 45 lines at most; a reader of help wants something to copy."""
+    lines = help_lines(program, name)
     assert max(map(len, lines)) <= 80
     assert len(lines) <= 45
     assert f"Example: {program} {name}" in " ".join(" ".join(lines).split())
@@ -69,46 +75,48 @@ def test_help_fits_a_screen_and_has_an_example(program, name, command):
 
 @pytest.mark.parametrize(("program", "name", "command"), COMMANDS)
 def test_the_example_can_be_typed(program, name, command, tmp_path, monkeypatch):
-    """Its options are there, and all that are required are given."""
+    """Its options exist, and all required ones are given."""
     monkeypatch.chdir(tmp_path)
     words = command.help.partition("Example: ")[2].split()[2:]
     for word in (word for word in words if "." not in word):
-        Path(word).mkdir(parents=True, exist_ok=True)  # some commands look whether their folders are there
+        Path(word).mkdir(parents=True, exist_ok=True)  # some commands check that their folders exist
     command.make_context(name, words)
 
 
-def told_of_options(program: str, name: str) -> dict[str, str]:
-    """What the help says of each option: its kind, and its lines joined."""
-    text = "\n".join(helped(program, name)).partition("Options:\n")[2]
+def help_by_option(program: str, name: str) -> dict[str, str]:
+    """The help of each option on one line, with its kind."""
+    text = "\n".join(help_lines(program, name)).partition("Options:\n")[2]
     entries = re.split(r"^  (?=-)", text, flags=re.MULTILINE)[1:]
     return {entry.split()[0].rstrip(","): " ".join(entry.split()) for entry in entries}
 
 
 @pytest.mark.parametrize(("program", "name", "command"), COMMANDS)
-def test_every_option_says_what_it_is_its_default_and_its_unit(program, name, command):
+def test_every_option_has_a_text_its_default_and_its_unit(program, name, command):
     """A number without a unit, or an option that hides what happens without it, sends its reader to the source."""
-    told = told_of_options(program, name)
+    texts = help_by_option(program, name)
     assert all(parameter.help for parameter in command.params)
     for parameter in command.params:
-        said = told.get(parameter.opts[0], "")
-        if re.search(r"^\S+ <(int|float|list\[(int|float))", said):
-            assert UNITS.search(said), said
-        if said and parameter.default not in (None, False, ""):
-            assert "[default: " in said, said
+        text = texts.get(parameter.opts[0], "")
+        if re.search(r"^\S+ <(int|float|list\[(int|float))", text):
+            assert UNITS.search(text), text
+        if text and parameter.default not in (None, False, ""):
+            assert "[default: " in text, text
 
 
-def answer(program: str, shell: str, *words: str) -> str:
-    """What the shell is told while the last of these words is being typed."""
-    asked = {
+def completions(program: str, shell: str, *words: str) -> str:
+    """The program's answer to the shell while the last of these words is being typed."""
+    variables = {
         f"_{program.upper().replace('-', '_')}_COMPLETE": f"complete_{shell}",
         "COMP_WORDS": " ".join([program, *words]),
         "COMP_CWORD": str(len(words)),
         "_TYPER_COMPLETE_ARGS": " ".join([program, *words]),
         "_TYPER_COMPLETE_FISH_ACTION": "get-args",
     }
-    done = subprocess.run([BIN / program], env=os.environ | asked, capture_output=True, text=True, check=True)
-    assert not done.stderr
-    return done.stdout
+    process = subprocess.run(
+        [BIN / program], env=os.environ | variables, capture_output=True, text=True, check=True
+    )
+    assert not process.stderr
+    return process.stdout
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -124,10 +132,10 @@ def answer(program: str, shell: str, *words: str) -> str:
     ],
 )
 def test_the_tab_key_completes_commands_options_and_choices(shell, words, offered, other):
-    """What fits what is typed so far, and nothing else."""
-    told = answer(words[0], shell, *words[1:])
-    assert offered in told
-    assert other not in told
+    """Words that begin with the text typed so far, and no others."""
+    answer = completions(words[0], shell, *words[1:])
+    assert offered in answer
+    assert other not in answer
 
 
 @pytest.mark.parametrize(
@@ -144,16 +152,22 @@ def test_the_tab_key_completes_commands_options_and_choices(shell, words, offere
     ],
 )
 def test_the_tab_key_offers_every_name_that_there_is(program, command, option, known):
-    """Names are read off the files that define them: none is missing, and none is left of what was renamed."""
+    """No name is missing, and none is offered that no longer exists."""
     command = typer.main.get_command(PROGRAMS[program]).commands[command]
-    (asked,) = (parameter for parameter in command.params if parameter.name == option)
+    (parameter,) = (parameter for parameter in command.params if parameter.name == option)
     context = command.make_context(command.name, [], resilient_parsing=True)
 
     def offered(typed: str) -> list[str]:
-        return sorted(item.value for item in asked.shell_complete(context, typed))
+        return sorted(item.value for item in parameter.shell_complete(context, typed))
 
     assert offered("") == sorted(known)
     assert offered("a") == sorted(name for name in known if name.startswith("a"))
+
+
+def test_the_names_that_options_list_are_those_of_the_tables():
+    """They are written twice, because the tab key cannot wait for the modules that define them."""
+    assert tuple(MEL_PRESETS) == MEL_SPEC_NAMES
+    assert tuple(PROPAGATION_RULES) == PROPAGATION_RULE_NAMES
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -162,16 +176,16 @@ def test_bash_completes_with_the_script_that_it_is_given(program):
     typed = f"{BIN / program} --show-completion; exit $?"  # the shell that is detected is the one that asks
     script = subprocess.run(["bash", "-c", typed], capture_output=True, text=True, check=True)
     name = f"_{program.replace('-', '_')}_completion"
-    pressed = f"COMP_WORDS=({program} rep); COMP_CWORD=1; {name} {program}; echo ${{COMPREPLY[@]}}"
+    press_tab = f"COMP_WORDS=({program} rep); COMP_CWORD=1; {name} {program}; echo ${{COMPREPLY[@]}}"
     path = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-    told = subprocess.run(
-        ["bash", "-c", f"{script.stdout}\n{pressed}"],
+    pressed_tab = subprocess.run(
+        ["bash", "-c", f"{script.stdout}\n{press_tab}"],
         env=os.environ | path,
         capture_output=True,
         text=True,
         check=True,
     )
-    assert told.stdout == "report\n"
+    assert pressed_tab.stdout == "report\n"
 
 
 @pytest.mark.parametrize("module", ["pipeline.cli.app", "ajepa.cli.app"])
@@ -190,8 +204,8 @@ def test_help_and_the_tab_key_do_not_wait_for_heavy_libraries(module):
         ("shut/x.csv", "shut/x.csv: nothing can be written in "),
     ],
 )
-def test_where_nothing_can_be_written_is_told_before_the_work(tmp_path, monkeypatch, where, said):
-    """And not after hours of it; a folder that is not there yet is made in the end."""
+def test_a_path_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch, where, said):
+    """And not after hours of it. A missing folder is no mistake: it is made in the end."""
     monkeypatch.chdir(tmp_path)
     Path("there").mkdir()
     Path("file").write_text("")
@@ -218,6 +232,6 @@ def test_where_nothing_can_be_written_is_told_before_the_work(tmp_path, monkeypa
         ),
     ],
 )
-def test_what_the_system_refuses_is_told_in_words(error, said):
-    """Of the file that was asked for, whatever the scratch file beside it is called."""
+def test_an_error_of_the_system_is_explained_in_words(error, said):
+    """It names the file that the user gave, not the scratch file beside it."""
     assert describe_os_error(error).startswith(said)

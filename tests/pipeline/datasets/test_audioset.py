@@ -74,7 +74,7 @@ def test_ids_differ_by_case(tmp_path):
     assert match_sounds_to_plan(plan, [tmp_path]).frame["source"].to_list() == [None, "ABCDEFGHIJK.wav"]
 
 
-def test_what_matches_nothing_is_told(tmp_path):
+def test_sounds_that_match_no_clip_are_listed(tmp_path):
     """Five hundred unmatched files are a wrong list, not a detail."""
     plan, _ = plan_segment_lists([write(tmp_path / "x.csv", 'abcdefghijk, 0.000, 1.000, ""')])
     for name in ("abcdefghijk.wav", "zzzzzzzzzzz.wav", "holiday.mp3", "notes.txt"):
@@ -98,11 +98,12 @@ ID = "abcdefghijk"
 
 
 def plan_of(path, *rows):
+    """The plan of a segments list with these rows."""
     return plan_segment_lists([write(path, *rows)])[0]
 
 
-def fill(folder, place):
-    """A sound at a place such as `a/b.tar::c.wav`, in whatever that is."""
+def write_sound(folder, place):
+    """Write a sound at a place such as `a/b.tar::c.wav`: a loose file, or an archive with it."""
     path, _, member = place.partition("::")
     file = folder / path
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +142,7 @@ def test_among_several_sounds_the_stated_order_decides(tmp_path, places):
     """Split, start, container, layout, name: whatever a disk lists first."""
     plan = plan_of(tmp_path / "eval_segments.csv", f'{ID}, 30.000, 40.000, ""')
     for place in reversed(places):
-        fill(tmp_path / "audio", place)
+        write_sound(tmp_path / "audio", place)
     sources = match_sounds_to_plan(plan, [tmp_path / "audio"])
     assert sources.frame["source"].to_list() == [places[0]]
     assert (sources.sound_count, sources.unmatched_sources, sources.notes) == (2, [], ())
@@ -150,14 +151,14 @@ def test_among_several_sounds_the_stated_order_decides(tmp_path, places):
 def test_layouts_mix_freely_and_may_be_single_files(tmp_path):
     """A little of the set in each, some of it given by name."""
     ids = [f"{number:011d}" for number in range(6)]
-    plan = plan_of(tmp_path / "x.csv", *(f'{i}, 30.000, 40.000, ""' for i in ids))
+    plan = plan_of(tmp_path / "x.csv", *(f'{clip_id}, 30.000, 40.000, ""' for clip_id in ids))
     for place in (f"a/{ids[0]}.wav", f"a/b.tar::Y{ids[1]}.wav", f"c.parquet::{ids[2]}.wav", f"{ids[4]}.mp3"):
-        fill(tmp_path, place)
-    fill(tmp_path, f"d.h5::Y{ids[3]}.mp3")
+        write_sound(tmp_path, place)
+    write_sound(tmp_path, f"d.h5::Y{ids[3]}.mp3")
     places = [tmp_path / "a", tmp_path / "c.parquet", tmp_path / "d.h5", tmp_path / f"{ids[4]}.mp3"]
     sources = match_sounds_to_plan(plan, places)
     assert sources.frame["kind"].to_list() == ["file", "tar", "parquet", "hdf5", "file", None]
-    assert [found and found.name for found in sources.locators_of_rows(range(6))] == [
+    assert [locator and locator.name for locator in sources.locators_of_rows(range(6))] == [
         f"{ids[0]}.wav",
         f"Y{ids[1]}.wav",
         f"{ids[2]}.wav",
@@ -198,7 +199,7 @@ def test_starts_agree_to_the_millisecond(tmp_path):
 
 
 def test_the_corpus_carries_its_notes_and_can_be_asked_for_again(tmp_path):
-    """A damaged tar, a damaged line and an odd label cost themselves, and are told."""
+    """A damaged tar, a damaged line and an odd label cost themselves, and each has a note."""
     write_tar(tmp_path / "a.tar", {f"{ID}.wav": b"x"})
     (tmp_path / "b.tar").write_bytes(b"<html>")
     segments = write(tmp_path / "x_segments.csv", f'{ID}, 30.000, 40.000, "/m/0174k2"', "#NAME?, 1, 2")
@@ -226,11 +227,13 @@ def test_only_a_damaged_archive_is_named_in_the_refusal(tmp_path):
 def test_the_cost_of_a_row_does_not_grow_with_their_number(tmp_path):
     """20,000 clips in four layouts: planned in seconds, held in columns."""
     ids = [f"{number:011d}" for number in range(20_000)]
-    plan = plan_of(tmp_path / "x.csv", *(f'{i}, 30.000, 40.000, "/m/04rlf"' for i in ids))
-    write_tar(tmp_path / "a.tar", {f"{i}.flac": b"" for i in ids[:10_000]}, form=tarfile.USTAR_FORMAT)
-    write_parquet(tmp_path / "b.parquet", {f"{i}.flac": b"" for i in ids[10_000:]}, group=1_000)
-    began = time.process_time()
+    plan = plan_of(tmp_path / "x.csv", *(f'{clip_id}, 30.000, 40.000, "/m/04rlf"' for clip_id in ids))
+    write_tar(
+        tmp_path / "a.tar", {f"{clip_id}.flac": b"" for clip_id in ids[:10_000]}, form=tarfile.USTAR_FORMAT
+    )
+    write_parquet(tmp_path / "b.parquet", {f"{clip_id}.flac": b"" for clip_id in ids[10_000:]}, group=1_000)
+    start_seconds = time.process_time()
     sources = match_sounds_to_plan(plan, [tmp_path])
-    assert time.process_time() - began < 3  # 60 s for two million would be 0.6
+    assert time.process_time() - start_seconds < 3  # 60 s for two million would be 0.6
     assert sources.frame["kind"].null_count() == 0
     assert sources.frame.estimated_size() < 200 * 20_000

@@ -12,7 +12,7 @@ from pipeline.datasets.folder import folder_corpus
 from pipeline.errors import ManifestError
 
 
-def table(clips: Path, text: str) -> Path:
+def write_table(clips: Path, text: str) -> Path:
     path = clips.parent / "table.csv"
     path.write_bytes(text.encode())
     return path
@@ -52,18 +52,18 @@ def test_every_piece_holds_its_own_seconds(tmp_path):
     }.items():
         write_seconds(tmp_path / "clips" / name, seconds)
     (tmp_path / "clips" / "g.wav").write_text("no sound")
-    store, found = built(
+    store, tones_by_clip = built(
         folder_corpus(tmp_path / "clips", clip_seconds=5, hop_seconds=3), tmp_path / "x.zarr"
     )
     expected = {}
     for name, last in {"a.wav": 9, "b.mp3": 9, "c.m4a": 12, "d.flac": 3, "e.opus": 0, "f.wav": 3}.items():
         expected |= {f"{name}@{start * 1000}": start for start in range(0, last + 1, 3)}
     expected.pop("d.flac@3000")  # 2.2 of 5 s: under half a clip
-    assert set(found) == set(expected)
-    for clip_id, tones_heard in found.items():
+    assert set(tones_by_clip) == set(expected)
+    for clip_id, tones_heard in tones_by_clip.items():
         start = expected[clip_id]
         assert tones_heard == halves(*range(start, start + 5))[: len(tones_heard)], clip_id
-    lengths = {clip_id: len(tones_heard) / 2 for clip_id, tones_heard in found.items()}
+    lengths = {clip_id: len(tones_heard) / 2 for clip_id, tones_heard in tones_by_clip.items()}
     assert lengths["a.wav@6000"] == lengths["d.flac@0"] == 5
     assert (lengths["a.wav@9000"], lengths["e.opus@0"], lengths["f.wav@3000"]) == (3, 3, 4.5)
     failed = store.manifest.filter(pl.col("status") == "failed")
@@ -78,13 +78,13 @@ def test_the_seconds_of_a_table_are_those_of_the_file(tmp_path):
         "path,start,end,label\na.wav,7,9,x\na.wav,10,15,x\na.wav,20,25,x\nb.wav,0,9,x\nb.wav,0.2,5,x\n"
         "b.wav,3,,x\nnone.wav,3,5,x\n"
     )
-    corpus = folder_corpus(tmp_path / "clips", table(tmp_path / "clips", text))
-    store, found = built(corpus, tmp_path / "x.zarr")
-    assert found.pop("b.wav@200") == halves(0, 1, 2, 3, 4)
+    corpus = folder_corpus(tmp_path / "clips", write_table(tmp_path / "clips", text))
+    store, tones_by_clip = built(corpus, tmp_path / "x.zarr")
+    assert tones_by_clip.pop("b.wav@200") == halves(0, 1, 2, 3, 4)
     row = store.manifest["clip_id"].to_list().index("b.wav@200")
     loudest_T = store.read(np.array([row]))[0].argmax(axis=1)
     assert (loudest_T == band_of(0, SPEC)).sum() == pytest.approx(80, abs=3)  # 0.8 s of tone 0 are left
-    assert found == {
+    assert tones_by_clip == {
         "a.wav@7000": halves(7, 8),
         "a.wav@10000": halves(10, 11),
         "b.wav": halves(0, 1, 2, 3, 4),
@@ -103,14 +103,14 @@ def test_the_seconds_of_a_table_are_those_of_the_file(tmp_path):
 def test_stretches_of_a_table_are_cut_too(tmp_path):
     """Pieces stay inside the seconds that the table names; an id of one's own gets the piece's start."""
     write_seconds(tmp_path / "clips" / "a.wav", 20)
-    path = table(tmp_path / "clips", "path,start,end,id\na.wav,2,13,mine\na.wav,16,,\n")
+    path = write_table(tmp_path / "clips", "path,start,end,id\na.wav,2,13,mine\na.wav,16,,\n")
     corpus = folder_corpus(tmp_path / "clips", path, clip_seconds=5, hop_seconds=5)
     assert corpus.plan.select("clip_id", "start_seconds", "end_seconds").rows() == [
         ("mine@2000", 2, 7),
         ("mine@7000", 7, 12),
         ("a.wav@16000", 16, 20),
     ]
-    path = table(tmp_path / "clips", "path,start,end\na.wav,2,13\na.wav,7,12\n")
+    path = write_table(tmp_path / "clips", "path,start,end\na.wav,2,13\na.wav,7,12\n")
     with pytest.raises(ManifestError, match="2 clips share their id with another, such as 'a"):
         folder_corpus(tmp_path / "clips", path, clip_seconds=5, hop_seconds=5)
 
@@ -119,12 +119,12 @@ def test_the_stream_of_opened_files_can_be_watched(tmp_path):
     """Opening a hundred thousand files takes minutes, in which something should move."""
     for name in ("a.wav", "b.wav"):
         write_seconds(tmp_path / name, 1)
-    seen = []
+    lengths = []
 
     def progress(number, stream):
         for item in stream:
-            seen.append((number, item))
+            lengths.append((number, item))
             yield item
 
     folder_corpus(tmp_path, clip_seconds=1, hop_seconds=1, progress=progress)
-    assert seen == [(2, 1.0), (2, 1.0)]
+    assert lengths == [(2, 1.0), (2, 1.0)]

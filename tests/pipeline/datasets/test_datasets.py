@@ -84,8 +84,8 @@ def test_esc50_becomes_five_folds_of_labelled_clips(tmp_path):
         "3 classes, the official release has 50",
         "3 folds, the official release has 5",
     )
-    store, found = built(corpus, tmp_path / "x.zarr")
-    assert found == {
+    store, tones_by_clip = built(corpus, tmp_path / "x.zarr")
+    assert tones_by_clip == {
         "1-100-A-49": [0] * 10,
         "2-101-A-49": [1] * 10,
         "3-102-A-0": [2] * 10,
@@ -100,7 +100,7 @@ def test_esc50_becomes_five_folds_of_labelled_clips(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("1-1-A-0.wav,1,0,cat,False,1,A", "line 8: target 0 is 'cat', above 'dog'"),
         ("1-1-A-0.wav,1,dog,0,False,1,A", "line 8: target and fold must be whole numbers"),
@@ -111,12 +111,12 @@ def test_esc50_becomes_five_folds_of_labelled_clips(tmp_path):
         ),
     ],
 )
-def test_a_damaged_list_of_esc50_is_refused(tmp_path, line, said):
+def test_a_damaged_list_of_esc50_is_refused(tmp_path, line, message):
     """A class under two names would silently be two."""
     root = write_esc50(tmp_path)
     with (root / "meta" / "esc50.csv").open("a") as file:
         file.write(f"{line}\n")
-    with pytest.raises(ManifestError, match=said):
+    with pytest.raises(ManifestError, match=message):
         esc50_corpus(root)
 
 
@@ -142,7 +142,7 @@ def test_the_folder_above_or_below_is_recognised(tmp_path, name):
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_an_archive_must_be_unpacked_first(tmp_path, name):
-    """Said of the file itself, and of a folder that holds nothing else."""
+    """For the file itself, and for a folder that holds nothing else, the error says so."""
     archive = touch(tmp_path / "a" / "it.tar.gz")
     with pytest.raises(InputError, match="an archive: unpack it and give the folder that holds"):
         DATASETS[name](archive)
@@ -152,7 +152,7 @@ def test_an_archive_must_be_unpacked_first(tmp_path, name):
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_wrong_folder_says_what_was_expected_and_found(tmp_path, name):
-    """And a misspelt one what it may have been meant to be."""
+    """For a misspelt one the error names the nearest folder."""
     for number in range(10):
         (tmp_path / "data" / f"{number}").mkdir(parents=True)
     with pytest.raises(InputError, match=r"expected .*; found 0/, 1/, .*7/ and 2 more; give the folder"):
@@ -172,7 +172,7 @@ def test_lists_without_any_sound_are_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_every_dataset_can_be_made_again_from_what_a_store_tells(tmp_path, name):
+def test_every_dataset_can_be_made_again_from_its_settings(tmp_path, name):
     """JSON in, the same plan out."""
     root = WRITERS[name](tmp_path)
     for corpus in (DATASETS[name](root), DATASETS[name](str(root))):
@@ -182,18 +182,23 @@ def test_every_dataset_can_be_made_again_from_what_a_store_tells(tmp_path, name)
         assert again.sources.frame.equals(corpus.sources.frame)
 
 
-def test_settings_are_told_and_taken_up_again(tmp_path):
+def test_a_corpus_made_again_has_the_same_settings(tmp_path):
     """A corpus made again with other settings would be another store."""
-    asked = {"dataset": "fsd50k", "root": str(write_fsd50k(tmp_path / "a")), "clip_seconds": 4.0, "cut": True}
-    assert recreate_corpus(asked).dataset_settings == asked
+    settings = {
+        "dataset": "fsd50k",
+        "root": str(write_fsd50k(tmp_path / "a")),
+        "clip_seconds": 4.0,
+        "cut": True,
+    }
+    assert recreate_corpus(settings).dataset_settings == settings
     root = str(write_speech_commands(tmp_path / "b", "v1"))
-    asked = {"dataset": "speech_commands", "root": root, "version": "v1"}
-    assert recreate_corpus(asked).dataset_settings == asked
+    settings = {"dataset": "speech_commands", "root": root, "version": "v1"}
+    assert recreate_corpus(settings).dataset_settings == settings
 
 
 @pytest.mark.parametrize(("version", "words"), [("v1", 30), ("v2", 35)])
 def test_speech_commands_is_split_by_its_lists(tmp_path, version, words):
-    """What no list names is for training; background noise is no word."""
+    """A file that no list names is for training; background noise is no word."""
     corpus = speech_commands_corpus(write_speech_commands(tmp_path, version), version)
     plan = corpus.plan
     assert len(corpus.classes) == words
@@ -225,7 +230,9 @@ def test_the_versions_of_speech_commands_are_not_mixed_up(tmp_path):
         InputError, match=r"holds the words of v1 only, none of backward .*; ask for version v1"
     ):
         speech_commands_corpus(write_speech_commands(tmp_path / "1", "v1"), "v2")
-    with pytest.raises(InputError, match=r"version '0\.02': expected v1 or v2"):
+    with pytest.raises(
+        InputError, match=r"version '0\.02' is unknown; did you mean 'v2'\? There are: v1, v2"
+    ):
         speech_commands_corpus(tmp_path / "2", "0.02")
 
 
@@ -239,18 +246,18 @@ def test_folders_that_are_no_words_are_noted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("00000000_nohash_0.wav", "line 3: expected word/file.wav, found '00000000_nohash_0.wav'"),
         ("bed/00000000_nohash_0.wav", "line 3: bed/00000000_nohash_0.wav is also in validation_list.txt"),
     ],
 )
-def test_lists_that_contradict_each_other_are_refused(tmp_path, line, said):
+def test_lists_that_contradict_each_other_are_refused(tmp_path, line, message):
     """A clip to tune on and to test on would make the score a lie."""
     write_speech_commands(tmp_path)
     with (tmp_path / "testing_list.txt").open("a") as file:
         file.write(f"{line}\n")
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         speech_commands_corpus(tmp_path)
 
 
@@ -279,10 +286,10 @@ def test_fsd50k_keeps_audiosets_ids_and_three_splits(tmp_path):
 
 
 def test_long_sounds_of_fsd50k_are_cut_if_asked_to(tmp_path):
-    """Every piece holds its own seconds and the labels of the whole; what is missing stays one row."""
+    """Every piece holds its own seconds and the labels of the whole; a missing sound stays one row."""
     corpus = fsd50k_corpus(write_fsd50k(tmp_path / "FSD50K"), clip_seconds=5.0, cut=True)
-    store, found = built(corpus, tmp_path / "x.zarr")
-    assert found == {
+    store, tones_by_clip = built(corpus, tmp_path / "x.zarr")
+    assert tones_by_clip == {
         "11@0": [0, 0, 1],
         "12@0": halves(*range(5)),
         "12@5000": halves(*range(5, 10)),
@@ -299,7 +306,7 @@ def test_long_sounds_of_fsd50k_are_cut_if_asked_to(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "line", "said"),
+    ("name", "line", "message"),
     [
         ("dev.csv", "14,Cat,/m/01yrx,train", "line 5: /m/01yrx is not in vocabulary.csv"),
         ("dev.csv", "14,Dog,/m/0bt9lr,test", "line 5: split 'test', expected train or val"),
@@ -307,15 +314,17 @@ def test_long_sounds_of_fsd50k_are_cut_if_asked_to(tmp_path):
         ("vocabulary.csv", "4,Cat,/m/01yrx", "line 4: '4,Cat,/m/01yrx', expected 3,name,mid"),
     ],
 )
-def test_damaged_lists_of_fsd50k_are_refused(tmp_path, name, line, said):
+def test_damaged_lists_of_fsd50k_are_refused(tmp_path, name, line, message):
     """A label that no class stands for, or a split nobody evaluates, is a damaged copy."""
     with (write_fsd50k(tmp_path) / "FSD50K.ground_truth" / name).open("a") as file:
         file.write(f"{line}\n")
-    with pytest.raises(ManifestError, match=rf"{name}: {said}"):
+    with pytest.raises(ManifestError, match=rf"{name}: {message}"):
         fsd50k_corpus(tmp_path)
 
 
-def test_an_unknown_dataset_names_those_there_are():
+def test_an_unknown_dataset_is_refused_with_the_known_names():
     """A store from a newer version, or a hand-made request."""
-    with pytest.raises(InputError, match="dataset 'esc10' is unknown; there are: audioset, folder, esc50"):
+    with pytest.raises(
+        InputError, match=r"dataset 'esc10' is unknown; did you mean 'esc50'\? There are: audioset, folder"
+    ):
         recreate_corpus({"dataset": "esc10"})

@@ -1,4 +1,4 @@
-"""A user's own folder and table, as people have them."""
+"""A user's own folder and table become a corpus, however people write them."""
 
 import json
 import unicodedata
@@ -21,20 +21,20 @@ from pipeline.store.feature_store import FeatureStore
 
 @pytest.fixture
 def clips(tmp_path) -> Path:
-    """Three empty files in nested folders: enough for all that only names decide."""
+    """Three empty files in nested folders: enough where only names decide."""
     for name in ("a.wav", "Zürich/b c.WAV", "Zürich/deep/d.Flac"):
         (tmp_path / "clips" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "clips" / name).touch()
     return tmp_path / "clips"
 
 
-def table(clips: Path, text: str, *, encoding: str = "utf-8", name: str = "table.csv") -> Path:
+def write_table(clips: Path, text: str, *, encoding: str = "utf-8", name: str = "table.csv") -> Path:
     path = clips.parent / name
     path.write_bytes(text.encode(encoding))
     return path
 
 
-def plan(corpus: Corpus, *columns: str) -> list[tuple]:
+def plan_rows(corpus: Corpus, *columns: str) -> list[tuple]:
     return corpus.plan.select(columns).rows()
 
 
@@ -43,7 +43,7 @@ def test_every_sound_below_the_folder_is_a_clip_named_by_its_path(clips):
     (clips / "notes.txt").touch()
     corpus = folder_corpus(clips)
     names = ["a.wav", "Zürich/b c.WAV", "Zürich/deep/d.Flac"]
-    assert plan(corpus, "clip_id", "split", "start_seconds", "end_seconds") == [
+    assert plan_rows(corpus, "clip_id", "split", "start_seconds", "end_seconds") == [
         (name, "train", 0.0, 10.0) for name in names
     ]
     assert corpus.sources.frame["path"].to_list() == [str(clips / name) for name in names]
@@ -54,10 +54,10 @@ def test_every_sound_below_the_folder_is_a_clip_named_by_its_path(clips):
 
 
 def test_the_folder_that_a_file_lies_in_can_be_its_label(clips):
-    """One folder a class is the commonest layout there is; what lies outside all has no label."""
+    """One folder a class is the commonest layout there is; a file outside all of them has no label."""
     corpus = folder_corpus(clips, label_from="parent", split="mine", clip_seconds=3)
     assert corpus.classes.names == ("Zürich", "deep")
-    assert plan(corpus, "mids", "split", "end_seconds") == [
+    assert plan_rows(corpus, "mids", "split", "end_seconds") == [
         ([], "mine", 3.0),
         (["Zürich"], "mine", 3.0),
         (["deep"], "mine", 3.0),
@@ -92,8 +92,8 @@ TABLES = {
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_is_read_as_people_write_it(clips, name):
     """Spreadsheets, other machines and macOS each spell the same two lines their own way."""
-    corpus = folder_corpus(clips, table(clips, TABLES[name]))
-    assert plan(corpus, "clip_id", "mids") == [("a.wav", ["dog"]), ("Zürich/b c.WAV", ["cat"])]
+    corpus = folder_corpus(clips, write_table(clips, TABLES[name]))
+    assert plan_rows(corpus, "clip_id", "mids") == [("a.wav", ["dog"]), ("Zürich/b c.WAV", ["cat"])]
     assert corpus.classes.names == ("cat", "dog")
     assert corpus.sources.unmatched_sources == ["Zürich/deep/d.Flac"]
 
@@ -102,22 +102,22 @@ def test_a_path_that_is_there_as_written_is_taken_before_any_other_reading(clips
     """Two names that differ by case only are two files; a container we do not look for may still be named."""
     for name in ("A.wav", "x.wav", "x.wma"):
         (clips / name).touch()
-    corpus = folder_corpus(clips, table(clips, "path\nA.wav\na.wav\nx.wma\n"))
+    corpus = folder_corpus(clips, write_table(clips, "path\nA.wav\na.wav\nx.wma\n"))
     assert corpus.plan["clip_id"].to_list() == ["A.wav", "a.wav", "x.wma"]
     assert not [note for note in corpus.notes if "not there" in note or "matched" in note]
     with pytest.raises(ManifestError, match=r"line 2: 'A.WAV' may be 'A.wav' or 'a.wav'"):
-        folder_corpus(clips, table(clips, "path\nA.WAV\n"))
+        folder_corpus(clips, write_table(clips, "path\nA.WAV\n"))
 
 
 def test_absolute_paths_are_allowed(clips, tmp_path):
     """A table from a search over several disks; a path inside the folder is the same clip as its relative form."""
     (tmp_path / "elsewhere.wav").touch()
-    corpus = folder_corpus(clips, table(clips, f"path\n{clips}/a.wav\n{tmp_path}/elsewhere.wav\n"))
+    corpus = folder_corpus(clips, write_table(clips, f"path\n{clips}/a.wav\n{tmp_path}/elsewhere.wav\n"))
     assert corpus.plan["clip_id"].to_list() == ["a.wav", f"{tmp_path}/elsewhere.wav"]
     assert corpus.sources.frame["path"].to_list() == [f"{clips}/a.wav", f"{tmp_path}/elsewhere.wav"]
 
 
-def test_a_table_may_tell_everything_of_a_clip(clips):
+def test_a_table_may_give_ids_splits_labels_and_times(clips):
     """Own ids, splits, several labels, none, and several stretches of one file."""
     text = (
         "id,path,labels,split,start,end\n"
@@ -125,9 +125,9 @@ def test_a_table_may_tell_everything_of_a_clip(clips):
         ",a.wav,,test,2.5,4\n"
         ",Zürich/b c.WAV,dog,,,3.5\n"
     )
-    corpus = folder_corpus(clips, table(clips, text), split="rest")
+    corpus = folder_corpus(clips, write_table(clips, text), split="rest")
     columns = ("clip_id", "mids", "split", "start_seconds", "end_seconds")
-    assert plan(corpus, *columns) == [
+    assert plan_rows(corpus, *columns) == [
         ("one", ["dog", "cat"], "train", 0.0, 10.0),
         ("a.wav@2500", [], "test", 2.5, 4.0),
         ("Zürich/b c.WAV", ["dog"], "rest", 0.0, 3.5),
@@ -136,15 +136,15 @@ def test_a_table_may_tell_everything_of_a_clip(clips):
 
 def test_times_may_have_decimal_commas_where_commas_do_not_separate(clips):
     """A German spreadsheet; labels keep their commas."""
-    corpus = folder_corpus(clips, table(clips, "path;start;end;label\na.wav;1,5;2,75;1,5\n"))
-    assert plan(corpus, "start_seconds", "end_seconds", "mids") == [(1.5, 2.75, ["1,5"])]
+    corpus = folder_corpus(clips, write_table(clips, "path;start;end;label\na.wav;1,5;2,75;1,5\n"))
+    assert plan_rows(corpus, "start_seconds", "end_seconds", "mids") == [(1.5, 2.75, ["1,5"])]
 
 
 def test_numbers_as_labels_are_ordered_as_numbers(clips):
     """Class 10 after class 2: so that index and label agree where labels are 0, 1, 2, ..."""
     frame = pl.DataFrame({"path": ["a.wav", "b c.WAV", "d.Flac"], "label": [10.0, 2.0, None]})
     frame.write_parquet(clips.parent / "t.parquet")
-    for path in (clips.parent / "t.parquet", table(clips, "path,label\na,10\nb c,2\nd,\n")):
+    for path in (clips.parent / "t.parquet", write_table(clips, "path,label\na,10\nb c,2\nd,\n")):
         corpus = folder_corpus(clips, path)
         assert corpus.classes.names == ("2", "10")
         assert corpus.plan["mids"].to_list() == [["10"], ["2"], []]
@@ -155,21 +155,21 @@ def test_parquet_holds_lists_of_labels(clips):
     frame = pl.DataFrame({"path": ["a.wav", "b c.WAV"], "labels": [["x;y", "z"], None], "start": [0, 3]})
     frame.write_parquet(clips.parent / "t.parquet")
     corpus = folder_corpus(clips, clips.parent / "t.parquet")
-    assert plan(corpus, "clip_id", "mids", "start_seconds") == [
+    assert plan_rows(corpus, "clip_id", "mids", "start_seconds") == [
         ("a.wav", ["x;y", "z"], 0.0),
         ("Zürich/b c.WAV@3000", [], 3.0),
     ]
 
 
-def test_what_is_not_understood_is_noted(clips):
+def test_unknown_columns_and_labels_with_commas_are_noted(clips):
     """A column misspelt is a column lost, and a comma may have been meant to separate labels."""
-    notes = " ".join(folder_corpus(clips, table(clips, 'path,labels,Spilt\na.wav,"dog,cat",x\n')).notes)
+    notes = " ".join(folder_corpus(clips, write_table(clips, 'path,labels,Spilt\na.wav,"dog,cat",x\n')).notes)
     assert "columns left alone: 'spilt'" in notes
     assert "'dog,cat' is taken for one label" in notes
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("filename,label\na.wav,x\n", r"no column path; found filename, label; rename 'filename' to 'path'"),
         ("", "no column path; found nothing"),
@@ -190,14 +190,14 @@ def test_what_is_not_understood_is_noted(clips):
         ),
         (
             "path\nZürich/b d.WAV\n",
-            r"line 2: 'Zürich/b d.WAV', the nearest is 'Zürich/b c.WAV'; paths are taken",
+            r"line 2: 'Zürich/b d.WAV' \(did you mean 'Zürich/b c.WAV'\?\); paths are taken",
         ),
     ],
 )
-def test_a_table_that_cannot_be_meant_is_refused_with_its_line(clips, text, said):
+def test_a_table_that_makes_no_sense_is_refused_with_its_line(clips, text, message):
     """Twenty thousand lines, one slip: the message must lead there."""
-    with pytest.raises(ManifestError, match=said) as caught:
-        folder_corpus(clips, table(clips, text))
+    with pytest.raises(ManifestError, match=message) as caught:
+        folder_corpus(clips, write_table(clips, text))
     assert "table.csv" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -205,25 +205,25 @@ def test_a_table_that_cannot_be_meant_is_refused_with_its_line(clips, text, said
 def test_a_table_that_is_no_utf8_says_where_and_what_to_do(clips):
     """Excel's plain CSV: guessing its encoding would give names that no file has."""
     with pytest.raises(ManifestError, match="line 2: not UTF-8 text; save it again"):
-        folder_corpus(clips, table(clips, "path\nZürich/b c.WAV\n", encoding="cp1252"))
+        folder_corpus(clips, write_table(clips, "path\nZürich/b c.WAV\n", encoding="cp1252"))
 
 
 @pytest.mark.parametrize("name", ["none.csv", "none.parquet"])
 def test_a_table_that_is_not_there_has_a_nearest_name(clips, name):
     """A typing error in the command."""
-    table(clips, "path\na.wav\n", name=name.replace("none", "nine"))
+    write_table(clips, "path\na.wav\n", name=name.replace("none", "nine"))
     with pytest.raises(ManifestError, match=r"none.* cannot be read \(No such file.*did you mean .*nine"):
         folder_corpus(clips, clips.parent / name)
 
 
-def test_what_is_no_parquet_is_refused(clips):
+def test_a_csv_named_parquet_is_refused(clips):
     """A CSV under a wrong name."""
     with pytest.raises(ManifestError, match="no Parquet file"):
-        folder_corpus(clips, table(clips, "path\na.wav\n", name="t.parquet"))
+        folder_corpus(clips, write_table(clips, "path\na.wav\n", name="t.parquet"))
 
 
 @pytest.mark.parametrize(
-    ("wish", "said"),
+    ("options", "message"),
     [
         ({"hop_seconds": 5}, "hop_seconds without clip_seconds"),
         ({"clip_seconds": 0}, "clip_seconds 0: expected 0.1"),
@@ -233,19 +233,22 @@ def test_what_is_no_parquet_is_refused(clips):
             "hop_seconds 0.5: expected at least 0.1 of clip_seconds, 1",
         ),
         ({"split": " "}, "the split has no name"),
-        ({"label_from": "Parent"}, "label_from 'Parent': expected none or parent"),
+        (
+            {"label_from": "Parent"},
+            r"label_from 'Parent' is unknown; did you mean 'parent'\? There are: none, parent",
+        ),
     ],
 )
-def test_wishes_that_contradict_themselves_are_refused(clips, wish, said):
+def test_options_that_contradict_each_other_are_refused(clips, options, message):
     """Before thousands of files are opened."""
-    with pytest.raises(InputError, match=said):
-        folder_corpus(clips, **wish)
+    with pytest.raises(InputError, match=message):
+        folder_corpus(clips, **options)
 
 
 def test_labels_from_two_places_are_refused(clips):
-    """Which of them counts is not ours to guess."""
+    """Nobody can guess which of them counts."""
     with pytest.raises(InputError, match="choose one"):
-        folder_corpus(clips, table(clips, "path,label\na.wav,x\n"), label_from="parent")
+        folder_corpus(clips, write_table(clips, "path,label\na.wav,x\n"), label_from="parent")
 
 
 def test_a_wrong_folder_says_what_is_there(clips):
@@ -266,9 +269,9 @@ def test_labels_and_splits_arrive_in_the_store(tmp_path):
         (tmp_path / "clips").mkdir(exist_ok=True)
         write(tmp_path / "clips" / f"{number}.wav", np.tile(tones(number), 3), 16_000)
     text = "path,label,split\n2.wav,dog;cat,train\n0.wav,cat,test\n3.wav,,train\n1.wav,cow,train\n"
-    corpus = folder_corpus(tmp_path / "clips", table(tmp_path / "clips", text))
-    store, found = built(corpus, tmp_path / "x.zarr")
-    assert found == {f"{number}.wav": [number] * 6 for number in (2, 0, 3, 1)}
+    corpus = folder_corpus(tmp_path / "clips", write_table(tmp_path / "clips", text))
+    store, tones_by_clip = built(corpus, tmp_path / "x.zarr")
+    assert tones_by_clip == {f"{number}.wav": [number] * 6 for number in (2, 0, 3, 1)}
     assert store.good_rows(["test"]).tolist() == [1]
     assert store.classes.names == ("cat", "cow", "dog")
     assert store.labels_BC(store.good_rows()).tolist() == [[1, 0, 1], [1, 0, 0], [0, 0, 0], [0, 1, 0]]
@@ -284,8 +287,8 @@ def test_labels_that_are_not_audiosets_cannot_be_propagated(tmp_path):
 
 
 def test_the_same_corpus_can_be_made_again(clips):
-    """From what a store's build.json tells."""
-    path = table(clips, "path,label\na.wav,x\nb c.WAV,y\n")
+    """From the settings in a store's build.json."""
+    path = write_table(clips, "path,label\na.wav,x\nb c.WAV,y\n")
     for corpus in (
         folder_corpus(clips, path, split="s"),
         folder_corpus(str(clips), clip_seconds=2.0, hop_seconds=1.0),
@@ -299,10 +302,10 @@ def test_the_same_corpus_can_be_made_again(clips):
 def test_a_file_that_arrives_later_fills_its_row(tmp_path):
     """The other rows stay as they are, and nothing has to be asked for anew."""
     write_seconds(tmp_path / "clips" / "a.wav", 3)
-    path = table(tmp_path / "clips", "path,label\nlate.wav,x\na.wav,y\n")
+    path = write_table(tmp_path / "clips", "path,label\nlate.wav,x\na.wav,y\n")
     assert built(folder_corpus(tmp_path / "clips", path), tmp_path / "x.zarr")[1] == {
         "a.wav": halves(0, 1, 2)
     }
     write_seconds(tmp_path / "clips" / "late.wav", 1)
-    found = built(folder_corpus(tmp_path / "clips", path), tmp_path / "x.zarr")[1]
-    assert found == {"late.wav": halves(0), "a.wav": halves(0, 1, 2)}
+    tones_by_clip = built(folder_corpus(tmp_path / "clips", path), tmp_path / "x.zarr")[1]
+    assert tones_by_clip == {"late.wav": halves(0), "a.wav": halves(0, 1, 2)}

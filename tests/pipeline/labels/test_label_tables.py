@@ -48,16 +48,17 @@ def segments_list(path: Path, label_lists=None) -> Path:
     return path
 
 
-def table(path: Path, **columns) -> Path:
+def write_parquet(path: Path, **columns) -> Path:
     pq.write_table(pa.table(columns), path)
     return path
 
 
-def read(path: Path) -> pl.DataFrame:
+def read_frame(path: Path) -> pl.DataFrame:
     return pl.read_parquet(path)
 
 
-def propagated() -> list[list[int]]:
+def propagated_indices() -> list[list[int]]:
+    """The label lists of CLIPS after propagation."""
     return [indices(after) for _, after in CLIPS]
 
 
@@ -65,28 +66,33 @@ def test_a_bare_list_becomes_a_table_of_label_sets(tmp_path):
     """Who has no store yet still repairs the labels: ids, splits, times, raw and propagated indices."""
     out = tmp_path / "labels.parquet"
     propagate_inputs([segments_list(tmp_path / "eval_segments.csv")], out=out)
-    assert read(out).to_dict(as_series=False) == {
+    assert read_frame(out).to_dict(as_series=False) == {
         "clip_id": [letter * 11 for letter in "abcd"],
         "split": ["eval"] * 4,
         "start_seconds": [0.0, 1.0, 2.0, 3.0],
         "end_seconds": [10.0, 11.0, 12.0, 13.0],
         "raw": [indices(names) for names, _ in CLIPS],
-        "unambiguous": propagated(),
+        "unambiguous": propagated_indices(),
         "outside": [[]] * 4,
     }
-    assert read(out).schema["raw"] == pl.List(pl.UInt16)
+    assert read_frame(out).schema["raw"] == pl.List(pl.UInt16)
 
 
 def test_a_table_says_where_its_label_set_comes_from(tmp_path):
-    """As a store does: rule, ontology, class list, splits and version; and what changed lies beside it."""
+    """As in a store: rule, ontology, class list, splits and version; the summary of the changes lies beside it."""
     out = tmp_path / "labels.parquet"
-    done = propagate_inputs([segments_list(tmp_path / "eval_segments.csv")], out=out)
-    by = json.loads(pq.read_schema(out).metadata[b"ajepa"])["unambiguous"]
-    wanted = {"pairs": 731, "ontology": load_ontology().digest, "classes": CLASSES.digest, "splits": ["eval"]}
-    assert by.items() >= wanted.items()
-    kept = json.loads((tmp_path / "labels.propagation.json").read_text())
-    assert kept["provenance"] == by
-    assert kept["changes"][-1] == {
+    summary = propagate_inputs([segments_list(tmp_path / "eval_segments.csv")], out=out)
+    source = json.loads(pq.read_schema(out).metadata[b"ajepa"])["unambiguous"]
+    expected = {
+        "pairs": 731,
+        "ontology": load_ontology().digest,
+        "classes": CLASSES.digest,
+        "splits": ["eval"],
+    }
+    assert source.items() >= expected.items()
+    record = json.loads((tmp_path / "labels.propagation.json").read_text())
+    assert record["provenance"] == source
+    assert record["changes"][-1] == {
         "split": "all",
         "clips": 4,
         "clips_changed": 2,
@@ -97,17 +103,17 @@ def test_a_table_says_where_its_label_set_comes_from(tmp_path):
         "mean_after": 2.25,
         "classes_gaining": 5,
     }
-    assert done.changes[-1].labels_added == 5
+    assert summary.changes[-1].labels_added == 5
 
 
 def test_several_lists_are_several_splits(tmp_path):
-    """In their order; a split that is not asked for keeps its raw labels in the set."""
+    """In their order; a split that is not requested keeps its raw labels in the set."""
     lists = [segments_list(tmp_path / f"{name}_segments.csv") for name in ("balanced_train", "eval")]
-    done = propagate_inputs(lists, splits=["eval"], out=tmp_path / "labels.parquet")
-    frame = read(tmp_path / "labels.parquet")
+    summary = propagate_inputs(lists, splits=["eval"], out=tmp_path / "labels.parquet")
+    frame = read_frame(tmp_path / "labels.parquet")
     assert frame["split"].to_list() == ["balanced_train"] * 4 + ["eval"] * 4
-    assert frame["unambiguous"].to_list() == frame["raw"].to_list()[:4] + propagated()
-    assert [change.labels_added for change in done.changes] == [0, 5, 5]
+    assert frame["unambiguous"].to_list() == frame["raw"].to_list()[:4] + propagated_indices()
+    assert [change.labels_added for change in summary.changes] == [0, 5, 5]
 
 
 @pytest.mark.parametrize(
@@ -123,28 +129,30 @@ def test_several_lists_are_several_splits(tmp_path):
 )
 def test_tables_are_read_as_people_write_them(tmp_path, column, cells):
     """Ids as lists or as text with semicolons, or indices; in any order, also twice; under any of five names."""
-    path = table(tmp_path / "mine.parquet", video_id=list("abcd"), **{column: cells}, beside=[1, 2, 3, 4])
+    path = write_parquet(
+        tmp_path / "mine.parquet", video_id=list("abcd"), **{column: cells}, beside=[1, 2, 3, 4]
+    )
     propagate_inputs([path], out=tmp_path / "labels.parquet")
-    frame = read(tmp_path / "labels.parquet")
+    frame = read_frame(tmp_path / "labels.parquet")
     assert frame.columns == ["clip_id", "split", "raw", "unambiguous", "outside"]
     assert frame["clip_id"].to_list() == list("abcd")
     assert frame["split"].to_list() == ["mine"] * 4
     assert frame["raw"].to_list() == [indices(names) for names, _ in CLIPS]
-    assert frame["unambiguous"].to_list() == propagated()
+    assert frame["unambiguous"].to_list() == propagated_indices()
 
 
-def test_a_table_tells_its_own_splits_and_times(tmp_path):
+def test_a_table_may_have_its_own_splits_and_times(tmp_path):
     """Splits come in the order of their first rows; whole seconds are seconds; a list beside it has what it has."""
-    path = table(
+    path = write_parquet(
         tmp_path / "mine.parquet",
         raw=[indices(names) for names, _ in CLIPS],
         split=["b", "a", "b", "a"],
         start=[0, 1, 2, 3],
     )
-    done = propagate_inputs([path, segments_list(tmp_path / "eval.csv")], out=tmp_path / "labels.parquet")
-    frame = read(tmp_path / "labels.parquet")
-    assert [change.split for change in done.changes] == ["b", "a", "eval", "all"]
-    assert [change.labels_added for change in done.changes] == [2, 3, 5, 10]
+    summary = propagate_inputs([path, segments_list(tmp_path / "eval.csv")], out=tmp_path / "labels.parquet")
+    frame = read_frame(tmp_path / "labels.parquet")
+    assert [change.split for change in summary.changes] == ["b", "a", "eval", "all"]
+    assert [change.labels_added for change in summary.changes] == [2, 3, 5, 10]
     assert frame["start_seconds"].to_list() == [0.0, 1.0, 2.0, 3.0] * 2
     assert frame["end_seconds"].to_list() == [None] * 4 + [10.0, 11.0, 12.0, 13.0]
     assert frame["clip_id"].null_count() == 4
@@ -160,23 +168,23 @@ def test_again_gives_the_same_bytes_and_again_of_its_own_output_the_same_sets(tm
     propagate_inputs([path], out=out)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
     propagate_inputs([out], out=again)
-    assert read(again).equals(read(out))
+    assert read_frame(again).equals(read_frame(out))
 
 
-def test_the_size_of_the_parts_leaves_no_trace(tmp_path, monkeypatch):
+def test_the_size_of_the_blocks_leaves_no_trace(tmp_path, monkeypatch):
     """Two million rows pass in parts: rows, counts and the numbers in errors are those of the whole."""
     path = segments_list(tmp_path / "eval_segments.csv", [mids(CLIPS[n % 4][0]) for n in range(26)])
     whole = propagate_inputs([path], out=tmp_path / "whole.parquet")
     monkeypatch.setattr(segment_lists, "LIST_BLOCK_BYTES", 100)
     monkeypatch.setattr(label_tables, "LABEL_BLOCK_ROWS", 3)
     assert propagate_inputs([path], out=tmp_path / "parts.parquet") == whole
-    assert read(tmp_path / "parts.parquet").equals(read(tmp_path / "whole.parquet"))
+    assert read_frame(tmp_path / "parts.parquet").equals(read_frame(tmp_path / "whole.parquet"))
     propagate_inputs([tmp_path / "whole.parquet"], out=tmp_path / "more.parquet")
-    assert read(tmp_path / "more.parquet").equals(read(tmp_path / "whole.parquet"))
+    assert read_frame(tmp_path / "more.parquet").equals(read_frame(tmp_path / "whole.parquet"))
     rows = [mids(["Bell"])] * 7 + [["/m/nothing"]]
     with pytest.raises(InputError, match=r"row 7 \(clip h+\): unknown class '/m/nothing'"):
         propagate_inputs([segments_list(tmp_path / "x.csv", rows)], out=tmp_path / "y.parquet")
-    odd = table(tmp_path / "odd.parquet", raw=[[1]] * 7 + [[999]])
+    odd = write_parquet(tmp_path / "odd.parquet", raw=[[1]] * 7 + [[999]])
     with pytest.raises(InputError, match=r"odd\.parquet: row 7: class index 999, expected 0 to 526"):
         propagate_inputs([odd], out=tmp_path / "y.parquet")
 
@@ -199,23 +207,23 @@ def test_memory_does_not_grow_with_the_list(tmp_path):
     for rows in (100_000, 1_000_000):
         path = tmp_path / f"{rows}.csv"
         path.write_text(GROWN * rows)
-        told = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", PEAK, path, tmp_path / "labels.parquet"],
             check=True,
             capture_output=True,
             text=True,
         )
-        peaks_mb.append(int(told.stdout) / 1000)
+        peaks_mb.append(int(process.stdout) / 1000)
     assert peaks_mb[1] < peaks_mb[0] + 100, peaks_mb
 
 
 def test_ids_that_another_list_knows_are_kept_aside_by_name(tmp_path):
     """AudioSet's strong labels have washing machines; these are no typing error, and not among the 527."""
     path = segments_list(tmp_path / "eval.csv", [["/m/0174k2", *mids(["Bark"])], ["/m/0bm0k"]])
-    done = propagate_inputs([path], out=tmp_path / "labels.parquet")
-    assert read(tmp_path / "labels.parquet")["outside"].to_list() == [["/m/0174k2"], ["/m/0bm0k"]]
-    assert read(tmp_path / "labels.parquet")["raw"].to_list() == [indices(["Bark"]), []]
-    assert {odd.name for odd in done.outside} == {"Washing machine", "Crash cymbal"}
+    summary = propagate_inputs([path], out=tmp_path / "labels.parquet")
+    assert read_frame(tmp_path / "labels.parquet")["outside"].to_list() == [["/m/0174k2"], ["/m/0bm0k"]]
+    assert read_frame(tmp_path / "labels.parquet")["raw"].to_list() == [indices(["Bark"]), []]
+    assert {entry.name for entry in summary.outside} == {"Washing machine", "Crash cymbal"}
 
 
 def own_files(folder: Path) -> dict[str, Path]:
@@ -228,19 +236,19 @@ def own_files(folder: Path) -> dict[str, Path]:
 
 
 def test_ones_own_ontology_and_classes_are_used(tmp_path):
-    """Any vocabulary with parents; its digests are in the provenance, its names in what is told."""
-    path = table(tmp_path / "mine.parquet", mids=[["leaf"], ["top", "mid"], []])
-    done = propagate_inputs([path], out=tmp_path / "labels.parquet", **own_files(tmp_path))
-    frame = read(tmp_path / "labels.parquet")
+    """Any vocabulary with parents; its digest is in the provenance, its names in the summary."""
+    path = write_parquet(tmp_path / "mine.parquet", mids=[["leaf"], ["top", "mid"], []])
+    summary = propagate_inputs([path], out=tmp_path / "labels.parquet", **own_files(tmp_path))
+    frame = read_frame(tmp_path / "labels.parquet")
     assert frame["unambiguous"].to_list() == [[0, 1], [1], []]
     assert frame["outside"].to_list() == [[], ["top"], []]
-    assert [(odd.mid, odd.name) for odd in done.outside] == [("top", "Top")]
-    assert done.provenance.ontology == load_ontology(tmp_path / "tree.json").digest
+    assert [(entry.mid, entry.name) for entry in summary.outside] == [("top", "Top")]
+    assert summary.provenance.ontology == load_ontology(tmp_path / "tree.json").digest
 
 
 def test_a_class_list_needs_the_ontology_it_is_from(tmp_path):
     """Half of a pair of files would propagate to nothing."""
-    path = table(tmp_path / "mine.parquet", mids=[["leaf"]])
+    path = write_parquet(tmp_path / "mine.parquet", mids=[["leaf"]])
     with pytest.raises(OntologyError, match="2 of 2 classes are not in the ontology, such as leaf"):
         propagate_inputs([path], out=tmp_path / "x.parquet", classes=own_files(tmp_path)["classes"])
 
@@ -252,41 +260,51 @@ def test_fsd50ks_list_is_a_class_list_like_any(tmp_path):
         f'{n},{mid},"{name}"' for n, (mid, name) in enumerate(zip(fsd50k.mids, fsd50k.names, strict=True))
     ]
     (tmp_path / "classes.csv").write_text("index,mid,display_name\n" + "\n".join(lines) + "\n")
-    path = table(tmp_path / "mine.parquet", label=["/m/05tny_"])
+    path = write_parquet(tmp_path / "mine.parquet", label=["/m/05tny_"])
     propagate_inputs([path], out=tmp_path / "labels.parquet", classes=tmp_path / "classes.csv")
-    (row,) = read(tmp_path / "labels.parquet")["unambiguous"].to_list()
+    (row,) = read_frame(tmp_path / "labels.parquet")["unambiguous"].to_list()
     assert {fsd50k.names[index] for index in row} == {"Bark", "Dog", "Domestic animals and pets", "Animal"}
 
 
-def wrong(tmp_path: Path, what: str) -> dict:
+def wrong_call(tmp_path: Path, mistake: str) -> dict:
     """The arguments of a call that is a mistake."""
-    good, out = segments_list(tmp_path / "eval.csv"), tmp_path / "out.parquet"
-    typing_error = "/m/09x0z" if what == "an id" else "speech"
-    match what:
+    good = segments_list(tmp_path / "eval.csv")
+    out = tmp_path / "out.parquet"
+    typing_error = "/m/09x0z" if mistake == "an id" else "speech"
+    match mistake:
         case "no out":
             return {"inputs": [good]}
         case "no Parquet name":
             return {"inputs": [good], "out": tmp_path / "labels.csv"}
         case "onto an input":
-            return {"inputs": [table(out, label=["/m/09x0r"])], "out": out}
+            return {"inputs": [write_parquet(out, label=["/m/09x0r"])], "out": out}
         case "twice":
             return {"inputs": [good, tmp_path / "." / "eval.csv"], "out": out}
         case "an id" | "a name":
             return {"inputs": [segments_list(tmp_path / "x.csv", [[], [typing_error]])], "out": out}
         case "commas":
-            return {"inputs": [table(tmp_path / "x.parquet", label=["/m/09x0r,/m/04rlf"])], "out": out}
+            return {
+                "inputs": [write_parquet(tmp_path / "x.parquet", label=["/m/09x0r,/m/04rlf"])],
+                "out": out,
+            }
         case "a null":
-            return {"inputs": [table(tmp_path / "x.parquet", mids=[["/m/09x0r"], None])], "out": out}
+            return {"inputs": [write_parquet(tmp_path / "x.parquet", mids=[["/m/09x0r"], None])], "out": out}
         case "no labels":
-            return {"inputs": [table(tmp_path / "x.parquet", clip_id=["a"], score=[0.5])], "out": out}
+            return {"inputs": [write_parquet(tmp_path / "x.parquet", clip_id=["a"], score=[0.5])], "out": out}
         case "numbers":
-            return {"inputs": [table(tmp_path / "x.parquet", label=[0.5])], "out": out}
+            return {"inputs": [write_parquet(tmp_path / "x.parquet", label=[0.5])], "out": out}
         case "one index":
-            return {"inputs": [table(tmp_path / "x.parquet", label=[3])], "out": out}
+            return {"inputs": [write_parquet(tmp_path / "x.parquet", label=[3])], "out": out}
         case "no split":
-            return {"inputs": [table(tmp_path / "x.parquet", label=["", ""], split=["a", None])], "out": out}
+            return {
+                "inputs": [write_parquet(tmp_path / "x.parquet", label=["", ""], split=["a", None])],
+                "out": out,
+            }
         case "no seconds":
-            return {"inputs": [table(tmp_path / "x.parquet", label=["/m/09x0r"], start=["soon"])], "out": out}
+            return {
+                "inputs": [write_parquet(tmp_path / "x.parquet", label=["/m/09x0r"], start=["soon"])],
+                "out": out,
+            }
         case "no Parquet":
             (tmp_path / "x.parquet").write_text("labels")
             return {"inputs": [tmp_path / "x.parquet"], "out": out}
@@ -305,11 +323,11 @@ def wrong(tmp_path: Path, what: str) -> dict:
         case "another list":
             propagate_inputs([good], out=tmp_path / "x.parquet")
             return {"inputs": [tmp_path / "x.parquet"], "out": out, **own_files(tmp_path)}
-    raise AssertionError(what)
+    raise AssertionError(mistake)
 
 
 @pytest.mark.parametrize(
-    ("what", "said"),
+    ("mistake", "message"),
     [
         ("no out", r"eval\.csv: no store, so the labels need a file of their own: add --out FILE\.parquet"),
         ("no Parquet name", r"--out .*labels\.csv: expected the name of a Parquet file"),
@@ -327,7 +345,7 @@ def wrong(tmp_path: Path, what: str) -> dict:
             "no seconds",
             r"x\.parquet: conversion from `str` to `f64` failed in column 'start' .*; mend the column",
         ),
-        ("no Parquet", r"x\.parquet: not readable as Parquet"),
+        ("no Parquet", r"x\.parquet: cannot be read \(.*; fetch or make it again"),
         ("absent", r"evil\.csv: no such file; did you mean .*eval\.csv\?"),
         ("two of a name", r"two segments lists share a name, which names the split: \['eval', 'eval'\]"),
         (
@@ -339,12 +357,12 @@ def wrong(tmp_path: Path, what: str) -> dict:
         ("another list", r"x\.parquet: its indices are of another class list than the 2 classes given"),
     ],
 )
-def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, what, said):
-    """What, where, what to do; no table half made."""
-    asked = wrong(tmp_path, what)
+def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, mistake, message):
+    """It says what, where and what to do; no half of a table is left."""
+    arguments = wrong_call(tmp_path, mistake)
     before = {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
-    with pytest.raises(InputError, match=said) as caught:
-        propagate_inputs(**asked)
+    with pytest.raises(InputError, match=message) as caught:
+        propagate_inputs(**arguments)
     assert "\n" not in str(caught.value)
     assert {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == before
 
@@ -357,7 +375,7 @@ def test_folders_for_the_table_are_made(tmp_path):
 
 
 def test_a_place_where_nothing_can_be_written_is_named(tmp_path):
-    """The command line tells of an OSError by the file that it names."""
+    """The command line reports an OSError by the file that it names."""
     out = tmp_path / ("x" * 250 + ".parquet")
     with pytest.raises(OSError, match="File name too long") as caught:
         propagate_inputs([segments_list(tmp_path / "eval.csv")], out=out)
@@ -370,18 +388,18 @@ def test_a_store_keeps_its_own_label_sets(tmp_path, store_path):
         propagate_inputs([store_path], out=Path("x.parquet"))
     with pytest.raises(InputError, match="2 stores; propagate one at a time"):
         propagate_inputs([store_path, store_path])
-    said = (
+    message = (
         r"its 527 classes are not the 2 given \(class 0 is /m/09x0r, given is leaf\); a store keeps the list"
     )
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         propagate_inputs([store_path], **own_files(tmp_path))
 
 
 def test_a_stores_labels_are_a_table_too(tmp_path, store_path):
     """Its labels.parquet, without the store, gives the label set that the store has."""
     propagate_inputs([store_path / "labels.parquet"], out=tmp_path / "labels.parquet")
-    theirs = read(store_path / "labels.parquet")["unambiguous"]
-    assert read(tmp_path / "labels.parquet")["unambiguous"].to_list() == theirs.to_list()
+    stored = read_frame(store_path / "labels.parquet")["unambiguous"]
+    assert read_frame(tmp_path / "labels.parquet")["unambiguous"].to_list() == stored.to_list()
 
 
 def test_a_list_and_the_store_built_from_it_agree(tmp_path):
@@ -391,7 +409,7 @@ def test_a_list_and_the_store_built_from_it_agree(tmp_path):
     header = {"attributes": {"ajepa": {"classes": list(CLASSES.mids)}}}
     (store / "zarr.json").write_text(json.dumps(header))
     propagate_inputs([segments_list(tmp_path / "eval.csv")], "all-ancestors", out=tmp_path / "labels.parquet")
-    frame = read(tmp_path / "labels.parquet")
+    frame = read_frame(tmp_path / "labels.parquet")
     frame.select("clip_id", "split").write_parquet(store / "manifest.parquet")
     frame.select("raw", "outside").write_parquet(store / "labels.parquet")
     assert (
@@ -400,19 +418,19 @@ def test_a_list_and_the_store_built_from_it_agree(tmp_path):
             [tmp_path / "labels.parquet"], "all-ancestors", out=tmp_path / "again.parquet"
         ).changes
     )
-    assert read(store / "labels.parquet")["all-ancestors"].to_list() == frame["all-ancestors"].to_list()
+    assert read_frame(store / "labels.parquet")["all-ancestors"].to_list() == frame["all-ancestors"].to_list()
 
 
 @pytest.mark.skipif(not ORIGINALS.exists(), reason="the original AudioSet files are not here")
 def test_the_official_lists_give_the_references_figures(tmp_path):
     """From the two CSV files as Google published them to the saved table, by the one call."""
     lists = [ORIGINALS / "balanced_train_segments.csv", ORIGINALS / "eval_segments.csv"]
-    done = propagate_inputs(lists, out=tmp_path / "labels.parquet")
+    summary = propagate_inputs(lists, out=tmp_path / "labels.parquet")
     reference = json.loads((ORIGINALS / "hlp_reference_stats.json").read_text())
-    for change, name in zip(done.changes, ("balanced", "eval"), strict=False):
+    for change, name in zip(summary.changes, ("balanced", "eval"), strict=False):
         figures = {
             key: getattr(change, key.replace("_raw", "_before").replace("_hlp", "_after"))
             for key in reference[name]
         }
         assert figures == reference[name]
-    assert not done.outside
+    assert not summary.outside

@@ -1,7 +1,4 @@
-"""The rules, and what propagation does to labels and scores.
-
-What propagation changes in all of AudioSet, against the reference; and the table that tells it.
-"""
+"""The rules, labels and scores completed by them, and the changes in all of AudioSet against the reference."""
 
 import csv
 import gzip
@@ -45,11 +42,12 @@ quick = settings(max_examples=60, deadline=None)
 
 
 def lists_of(rows) -> pl.Series:
+    """Rows of class indices as a column."""
     rows = [row.tolist() if isinstance(row, np.ndarray) else row for row in rows]
     return pl.Series(rows, dtype=pl.List(pl.UInt16))
 
 
-def climb(name: str, rule: str = "unambiguous") -> set[str]:
+def implied_names(name: str, rule: str = "unambiguous") -> set[str]:
     """The names of the classes that a rule adds to one."""
     adds_C = rule_relation_CC(rule)[CLASSES.names.index(name)]
     return {CLASSES.names[index] for index in np.flatnonzero(adds_C)}
@@ -72,7 +70,9 @@ def trees(draw) -> tuple[Ontology, ClassList]:
 
 
 @st.composite
-def labelled(draw, rules=tuple(PROPAGATION_RULES)) -> tuple[np.ndarray, list[list[int]], list[list[int]]]:
+def labelled_rows(
+    draw, rules=tuple(PROPAGATION_RULES)
+) -> tuple[np.ndarray, list[list[int]], list[list[int]]]:
     """A relation on a random tree, and two columns of label lists for it."""
     ontology, classes = draw(trees())
     rows = st.lists(st.integers(0, len(classes) - 1), max_size=4)
@@ -125,14 +125,14 @@ def test_each_rule_adds_its_number_of_pairs(rule, pairs):
 )
 def test_a_class_climbs_until_its_parent_is_ambiguous(name, added):
     """The paper's rule in its named cases; a class below an ambiguous one climbs to it and stops."""
-    assert climb(name) == added
+    assert implied_names(name) == added
 
 
 def test_the_other_rules_differ_where_parents_are_several():
     """Whatever growls is an animal; that it is a dog is only one of the possibilities."""
-    assert climb("Growling", "dominators") == {"Animal"}
-    assert climb("Growling", "all-ancestors") >= {"Dog", "Cat", "Animal"}
-    assert climb("Bark", "direct-parent") == {"Dog"}
+    assert implied_names("Growling", "dominators") == {"Animal"}
+    assert implied_names("Growling", "all-ancestors") >= {"Dog", "Cat", "Animal"}
+    assert implied_names("Bark", "direct-parent") == {"Dog"}
 
 
 @quick
@@ -140,7 +140,7 @@ def test_the_other_rules_differ_where_parents_are_several():
 def test_the_rules_agree_with_walking_the_tree(tree):
     """Matrix arithmetic, against a walk from parent to parent."""
     ontology, classes = tree
-    parents_of = ontology.parents_of()
+    parents_of = ontology.parent_mids()
 
     def nearest(mid):
         return {up for p in parents_of[mid] for up in ([p] if p in classes.mids else nearest(p))}
@@ -167,7 +167,7 @@ def test_the_rules_agree_with_walking_the_tree(tree):
 
 
 @quick
-@given(labelled(rules=CLOSED_RULES))
+@given(labelled_rows(rules=CLOSED_RULES))
 def test_propagating_twice_changes_nothing(case):
     """A label set that was propagated is recognised as done."""
     adds_CC, rows, _ = case
@@ -176,17 +176,18 @@ def test_propagating_twice_changes_nothing(case):
 
 
 @quick
-@given(labelled(), st.data())
+@given(labelled_rows(), st.data())
 def test_more_labels_never_give_fewer(case, data):
     """Monotone: a label that one rater adds takes none of another's away."""
     adds_CC, rows, _ = case
     fewer = [data.draw(st.lists(st.sampled_from(row), unique=True)) if row else [] for row in rows]
-    some, all_ = (propagate(lists_of(some), adds_CC).to_list() for some in (fewer, rows))
-    assert all(set(a) <= set(b) for a, b in zip(some, all_, strict=True))
+    from_fewer = propagate(lists_of(fewer), adds_CC).to_list()
+    from_all = propagate(lists_of(rows), adds_CC).to_list()
+    assert all(set(a) <= set(b) for a, b in zip(from_fewer, from_all, strict=True))
 
 
 @quick
-@given(labelled())
+@given(labelled_rows())
 def test_propagation_commutes_with_union(case):
     """Labels of two raters can be joined before or after; so more labels never give fewer (monotone)."""
     adds_CC, ours, theirs = case
@@ -196,18 +197,18 @@ def test_propagation_commutes_with_union(case):
 
 
 @quick
-@given(labelled())
+@given(labelled_rows())
 def test_propagated_lists_are_sorted_unique_and_hold_the_raw_labels(case):
     """Nothing is lost, nothing counts twice, a clip without labels stays without."""
     adds_CC, rows, _ = case
-    for raw, done in zip(rows, propagate(lists_of(rows), adds_CC).to_list(), strict=True):
-        assert done == sorted(set(done))
-        assert set(raw) <= set(done)
-        assert bool(raw) == bool(done)
+    for raw, after in zip(rows, propagate(lists_of(rows), adds_CC).to_list(), strict=True):
+        assert after == sorted(set(after))
+        assert set(raw) <= set(after)
+        assert bool(raw) == bool(after)
 
 
 @quick
-@given(labelled(), st.integers(0, 2**32 - 1))
+@given(labelled_rows(), st.integers(0, 2**32 - 1))
 def test_scores_agree_with_labels_at_every_threshold(case, seed):
     """Thresholding propagated scores is propagating thresholded scores: labels and scores mean the same."""
     adds_CC = case[0]
@@ -265,16 +266,16 @@ def test_a_part_of_a_column_propagates_like_the_whole():
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "message"),
     [
         ([[0], None], "row 1: a label is null"),
         ([[], [0, None], [1]], "row 1: a label is null"),
         ([[0], [], [3, 527]], "row 2: class index 527, expected 0 to 526"),
     ],
 )
-def test_labels_that_mean_nothing_are_refused(rows, said):
-    """A null is no label list, an index past the classes no class: neither may vanish in silence."""
-    with pytest.raises(OntologyError, match=said):
+def test_a_null_or_an_unknown_index_is_refused(rows, message):
+    """Neither is a label, and neither may vanish in silence."""
+    with pytest.raises(OntologyError, match=message):
         propagate(lists_of(rows), rule_relation_CC())
 
 
@@ -316,16 +317,16 @@ def audioset() -> LabelCounts:
     sets = pl.Series(
         [[int(i) for i in row["label_indices"].split()] for row in rows], dtype=pl.List(pl.UInt16)
     )
-    counts = np.array([[int(row[split]) for row in rows] for split in splits])
-    split_N, set_N = (np.repeat(axis, counts.ravel()) for axis in np.indices(counts.shape).reshape(2, -1))
+    clips_SN = np.array([[int(row[split]) for row in rows] for split in splits])
+    split_N, set_N = (np.repeat(axis, clips_SN.ravel()) for axis in np.indices(clips_SN.shape).reshape(2, -1))
     order = np.random.default_rng(0).permutation(len(set_N))
-    tally = LabelCounts(splits, CLASSES)
+    counts = LabelCounts(splits, CLASSES)
     raw = sets.gather(set_N[order])
-    tally.count_batch(split_N[order], raw, propagate(raw, rule_relation_CC()))
-    return tally
+    counts.count_batch(split_N[order], raw, propagate(raw, rule_relation_CC()))
+    return counts
 
 
-def is_the_reference(change: SplitChange) -> bool:
+def equals_reference(change: SplitChange) -> bool:
     """Whether every figure of the reference for this split is the change's."""
     reference = json.loads((ORIGINALS / "hlp_reference_stats.json").read_text())[change.split]
     fields = {key: key.replace("_raw", "_before").replace("_hlp", "_after") for key in reference}
@@ -337,7 +338,7 @@ def is_the_reference(change: SplitChange) -> bool:
 def test_the_figures_of_all_of_audioset_are_the_references(audioset, name):
     """2,084,320 clips: means, labels added, clips changed and classes gaining, all exactly."""
     parts = {"train": ("unbalanced", "balanced"), "all": audioset.splits}.get(name, (name,))
-    assert is_the_reference(audioset.change(name, parts))
+    assert equals_reference(audioset.change_of_splits(name, parts))
 
 
 @needs_originals
@@ -348,9 +349,9 @@ def test_the_figures_of_the_official_lists_are_the_references(name):
     lines = path.read_text().splitlines()[3:]
     mids = pl.Series([line.split('"')[1].split(",") for line in lines])
     raw, outside = index_class_ids(mids, CLASSES)
-    tally = LabelCounts([name], CLASSES)
-    tally.count_batch(np.zeros(len(raw), np.int64), raw, propagate(raw, rule_relation_CC()))
-    assert is_the_reference(tally.change_of_splits(name, [name]))
+    counts = LabelCounts([name], CLASSES)
+    counts.count_batch(np.zeros(len(raw), np.int64), raw, propagate(raw, rule_relation_CC()))
+    assert equals_reference(counts.change_of_splits(name, [name]))
     assert outside.list.len().sum() == 0
 
 
@@ -359,21 +360,22 @@ def test_each_class_gains_what_the_reference_says(audioset):
     """Not only the sums: the positives of all 527 classes, before and after."""
     with (ORIGINALS / "class_counts.csv").open() as file:
         rows = list(csv.DictReader(file))
-    for when, ours_NC in (("raw", audioset.before_NC), ("hlp", audioset.after_NC)):
+    for when, ours_NC in (("raw", audioset.labels_before_NC), ("hlp", audioset.labels_after_NC)):
         reference_NC = [[int(row[f"{split}_{when}"]) for row in rows] for split in audioset.splits]
         assert np.array_equal(ours_NC, reference_NC)
 
 
-def told(outside: list[list[str]]) -> str:
-    """The table of unlabelled clips with such ids outside the class list."""
-    ontology, adds_CC = load_ontology(), rule_relation_CC()
-    nothing = pl.Series([[] for _ in outside], dtype=pl.List(pl.UInt16))
-    tally = LabelCounts(["train"], CLASSES)
-    tally.count_batch(
-        np.zeros(len(outside), np.int64), nothing, nothing, pl.Series(outside, dtype=pl.List(pl.String))
+def table_of_outside_ids(outside: list[list[str]]) -> str:
+    """The table of what changed, for unlabelled clips with these ids outside the class list."""
+    ontology = load_ontology()
+    adds_CC = rule_relation_CC()
+    unlabelled = pl.Series([[] for _ in outside], dtype=pl.List(pl.UInt16))
+    counts = LabelCounts(["train"], CLASSES)
+    counts.count_batch(
+        np.zeros(len(outside), np.int64), unlabelled, unlabelled, pl.Series(outside, dtype=pl.List(pl.String))
     )
     return propagation_table(
-        tally.summary(
+        counts.summary(
             LabelProvenance.for_rule("unambiguous", ontology, CLASSES, adds_CC, ("train",)), ontology
         )
     )
@@ -381,7 +383,7 @@ def told(outside: list[list[str]]) -> str:
 
 def test_the_table_names_what_is_outside_the_class_list():
     """An id alone tells nobody that washing machines are not among the 527; the most frequent comes first."""
-    lines = told([["/m/0174k2"], ["/m/0174k2", "/m/0bm0k"], ["/m/0"], []]).splitlines()
+    lines = table_of_outside_ids([["/m/0174k2"], ["/m/0174k2", "/m/0bm0k"], ["/m/0"], []]).splitlines()
     place = next(i for i, line in enumerate(lines) if line.startswith("outside the class list"))
     assert [line.rsplit(maxsplit=1) for line in lines[place + 1 :]] == [
         ["Washing machine (/m/0174k2)", "2"],
@@ -392,5 +394,5 @@ def test_the_table_names_what_is_outside_the_class_list():
 
 def test_the_table_is_silent_where_nothing_is_outside():
     """The usual case gets no heading; many ids get ten lines and a count."""
-    assert "outside" not in told([[], []])
-    assert told([[f"/m/{n}" for n in range(12)]]).endswith("and 2 more ids")
+    assert "outside" not in table_of_outside_ids([[], []])
+    assert table_of_outside_ids([[f"/m/{n}" for n in range(12)]]).endswith("and 2 more ids")

@@ -1,4 +1,4 @@
-"""AudioSet's lists, as published and as spreadsheets leave them."""
+"""AudioSet's segments lists, as published and as spreadsheets damage them."""
 
 import polars as pl
 import pytest
@@ -14,7 +14,8 @@ HEAD = "# Segments csv created today\n# num_ytids=2\n# YTID, start_seconds, end_
 GOOD = 'abcdefghijk, 0.000, 10.000, "/m/04rlf"'
 
 
-def write(path, *lines, head=HEAD):
+def write_list(path, *lines, head=HEAD):
+    """Write a segments list."""
     path.write_text(head + "".join(f"{line}\n" for line in lines))
     return path
 
@@ -22,7 +23,7 @@ def write(path, *lines, head=HEAD):
 def test_the_official_list_is_read_as_it_is_written(tmp_path):
     """Comma and space apart, labels quoted, ids that begin with a dash, times with three decimals."""
     rows, _ = read_segment_list(
-        write(
+        write_list(
             tmp_path / "eval_segments.csv",
             '--4gqARaEJE, 0.000, 10.000, "/m/068hy,/m/0jbk"',
             'abc_EFG-hij, 30.000, 35.500, ""',
@@ -41,7 +42,7 @@ def test_the_official_list_is_read_as_it_is_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         (
             '#NAME?, 30.000, 40.000, "/m/04rlf"',
@@ -52,26 +53,26 @@ def test_the_official_list_is_read_as_it_is_written(tmp_path):
         ("abcdefghijk", "line 5: expected"),
     ],
 )
-def test_a_damaged_line_is_named(tmp_path, line, said):
+def test_a_damaged_line_is_named(tmp_path, line, message):
     """Spreadsheets turn ids that begin with a dash into `#NAME?`; the clip would be lost without a word."""
-    with pytest.raises(ManifestError, match=said):
-        read_segment_list(write(tmp_path / "x.csv", 'abcdefghijk, 0.000, 10.000, "/m/04rlf"', line))
+    with pytest.raises(ManifestError, match=message):
+        read_segment_list(write_list(tmp_path / "x.csv", 'abcdefghijk, 0.000, 10.000, "/m/04rlf"', line))
 
 
 def test_an_empty_or_missing_list_is_refused(tmp_path):
     """An empty plan would look like a build that went well."""
     with pytest.raises(ManifestError, match="no rows"):
-        read_segment_list(write(tmp_path / "x.csv"))
+        read_segment_list(write_list(tmp_path / "x.csv"))
     with pytest.raises(ManifestError, match=r"y\.csv"):
         read_segment_list(tmp_path / "y.csv")
 
 
 def test_evaluation_keeps_its_clips_and_the_first_of_a_list_counts(tmp_path):
     """A clip in training and in evaluation would make every score a lie."""
-    train = write(
+    train = write_list(
         tmp_path / "t.csv", *(f'{c * 11}, {start}.000, 10.000, ""' for c, start in ("a0", "b0", "a5"))
     )
-    evaluation = write(tmp_path / "eval.csv", 'bbbbbbbbbbb, 0.000, 10.000, ""')
+    evaluation = write_list(tmp_path / "eval.csv", 'bbbbbbbbbbb, 0.000, 10.000, ""')
     plan, _ = plan_segment_lists([train, evaluation])
     assert plan["duplicate"].is_null().to_list() == [True, False, False, True]
     assert "evaluation" in plan["duplicate"][1]
@@ -82,8 +83,8 @@ def test_two_lists_of_one_name_are_refused(tmp_path):
     """The name is the split; two of a name would be mixed."""
     (tmp_path / "b").mkdir()
     paths = [
-        write(tmp_path / "x.csv", 'abcdefghijk, 0.000, 1.000, ""'),
-        write(tmp_path / "b" / "x.csv", 'bbbbbbbbbbb, 0.000, 1.000, ""'),
+        write_list(tmp_path / "x.csv", 'abcdefghijk, 0.000, 1.000, ""'),
+        write_list(tmp_path / "b" / "x.csv", 'bbbbbbbbbbb, 0.000, 1.000, ""'),
     ]
     with pytest.raises(ManifestError, match="share a name"):
         plan_segment_lists(paths)
@@ -92,17 +93,17 @@ def test_two_lists_of_one_name_are_refused(tmp_path):
 def test_the_plan_is_the_lists_in_their_order(tmp_path):
     """Row i is line i, whatever lies on the disk."""
     ids = [f"{n:011d}" for n in (5, 3, 9)]
-    plan, _ = plan_segment_lists([write(tmp_path / "x.csv", *(f'{i}, 0.000, 1.000, ""' for i in ids))])
+    plan, _ = plan_segment_lists([write_list(tmp_path / "x.csv", *(f'{i}, 0.000, 1.000, ""' for i in ids))])
     assert plan["clip_id"].to_list() == ids
     assert plan.schema["mids"] == pl.List(pl.String)
 
 
-def test_lenient_leaves_damaged_lines_out_and_tells_of_each_list(tmp_path):
+def test_lenient_leaves_damaged_lines_out_with_a_note_for_each_list(tmp_path):
     """Two million rows should not wait for one; what is lost must be said."""
     bad = ["#NAME?, 1, 2", "abcdefghijk, 9, 2", "x", "y", "z"]
-    path = write(tmp_path / "x.csv", bad[0], GOOD, *bad[1:])
+    path = write_list(tmp_path / "x.csv", bad[0], GOOD, *bad[1:])
     plan, notes = plan_segment_lists(
-        [path, write(tmp_path / "eval.csv", GOOD.replace("a", "b"))], lenient=True
+        [path, write_list(tmp_path / "eval.csv", GOOD.replace("a", "b"))], lenient=True
     )
     assert plan["clip_id"].to_list() == ["abcdefghijk", "bbcdefghijk"]
     (note,) = notes
@@ -114,22 +115,22 @@ def test_lenient_leaves_damaged_lines_out_and_tells_of_each_list(tmp_path):
 def test_a_list_without_one_good_line_is_refused_leniently_too(tmp_path):
     """It is another file altogether."""
     with pytest.raises(ManifestError, match="line 4: expected a YouTube id"):
-        read_segment_list(write(tmp_path / "x.csv", "x", "y"), lenient=True)
+        read_segment_list(write_list(tmp_path / "x.csv", "x", "y"), lenient=True)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (GOOD.encode() + b"\nabcdefghij\xff, 0, 1\n", "line 2: is not UTF-8"),
         (GOOD.encode("utf-16"), "line 1: holds NUL bytes"),
         (GOOD.encode() + b"\n" + bytes(40), "line 2: holds NUL bytes"),
     ],
 )
-def test_what_is_no_text_is_named_by_its_line(tmp_path, content, said):
+def test_bytes_that_are_no_text_are_named_by_their_line(tmp_path, content, message):
     """A download that broke off leaves zeros; spreadsheets save as UTF-16."""
     path = tmp_path / "x.csv"
     path.write_bytes(content)
-    with pytest.raises(ManifestError, match=said):
+    with pytest.raises(ManifestError, match=message):
         read_segment_list(path)
 
 
@@ -143,22 +144,22 @@ def test_lines_are_cut_as_the_grammar_has_it(texts):
     """The quick cut, against the regular expression that says what a line is."""
     lines = pl.DataFrame({"text": texts})
     groups = pl.col("text").str.extract_groups(ROW).struct.rename_fields(list("abcd"))
-    wanted = lines.select(groups).unnest("text").with_columns(pl.col("d").fill_null(""))
-    wanted = wanted.with_columns(d=pl.when(pl.col("a").is_not_null()).then(pl.col("d").str.strip_chars()))
+    expected = lines.select(groups).unnest("text").with_columns(pl.col("d").fill_null(""))
+    expected = expected.with_columns(d=pl.when(pl.col("a").is_not_null()).then(pl.col("d").str.strip_chars()))
     cut = lines.select(segment_line_fields()).unnest("cells").with_columns(pl.col("d").str.strip_chars())
-    assert cut.rows() == wanted.rows()
+    assert cut.rows() == expected.rows()
 
 
 def test_a_list_is_the_same_whatever_is_read_at_a_time(tmp_path, monkeypatch):
     """Lists of 101 MB are read in parts; lines, and the numbers in notes on them, are those of the whole."""
     rows = [GOOD.replace("a", letter) for letter in "bcdefgh"]
-    path = write(tmp_path / "x.csv", *rows[:3], "# no comment", "", *rows[3:], "#NAME?, 1, 2")
+    path = write_list(tmp_path / "x.csv", *rows[:3], "# no comment", "", *rows[3:], "#NAME?, 1, 2")
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
-    whole = read_segment_list(path, lenient=True)
-    assert "line 7: " in whole[1][0]
-    assert "line 13: " in whole[1][0]
+    whole, (note,) = read_segment_list(path, lenient=True)
+    assert "line 7: " in note
+    assert "line 13: " in note
     for size in (1, 40, 70, 1000):
         monkeypatch.setattr(segment_lists, "LIST_BLOCK_BYTES", size)
         frame, notes = read_segment_list(path, lenient=True)
-        assert frame.equals(whole[0])
-        assert notes == whole[1]
+        assert frame.equals(whole)
+        assert notes == (note,)

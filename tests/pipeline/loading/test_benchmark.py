@@ -1,4 +1,4 @@
-"""Where the time of a batch goes."""
+"""The measurement of a store's loading speed, stage by stage."""
 
 import pytest
 
@@ -8,30 +8,30 @@ from pipeline.loading.benchmark import LoadingSpeed, LoadingStage, measure_loadi
 
 
 @pytest.fixture
-def hasty(monkeypatch):
-    """Milliseconds instead of seconds: what is tested is the table, not this machine."""
+def brief_timing(monkeypatch):
+    """Milliseconds instead of seconds: these tests are about the table, not about this machine."""
     monkeypatch.setattr(benchmark, "MIN_TIMED_SECONDS", 0.01)
 
 
-def test_every_stage_and_both_loaders_are_timed(store, hasty):
-    """A stage left out would hide the one that holds up the others."""
-    told: list[str] = []
-    found = measure_loading(store, batch_clips=4, say=told.append)
-    assert [stage.name for stage in found.stages] == [
+def test_every_stage_and_both_loaders_are_timed(store, brief_timing):
+    """A stage that is left out would hide the one that limits the others."""
+    lines: list[str] = []
+    speed = measure_loading(store, batch_clips=4, say=lines.append)
+    assert [stage.name for stage in speed.stages] == [
         "disk, from end to end",
         "random read, from memory",
         "checksum, when first read",
         "cast and normalise",
         "masks and mixup, if asked for",
     ]
-    assert set(found.batch_clips_per_s) == {"plain", "dali"}
-    assert all(stage.clips_per_s > 0 for stage in found.stages)
-    assert all(speed > 0 for speed in found.batch_clips_per_s.values())
-    assert found.clip_bytes == store.frames * store.bands * store.dtype.itemsize
-    assert len(told) == 7
+    assert set(speed.batch_clips_per_s) == {"plain", "dali"}
+    assert all(stage.clips_per_s > 0 for stage in speed.stages)
+    assert all(clips_per_s > 0 for clips_per_s in speed.batch_clips_per_s.values())
+    assert speed.clip_bytes == store.frames * store.bands * store.dtype.itemsize
+    assert len(lines) == 7
 
 
-def test_the_slowest_stage_is_named_with_what_helps():
+def test_the_slowest_stage_is_named_with_its_advice():
     """The last line is the one a user acts on."""
     stages = (
         LoadingStage(name="disk", clips_per_s=50.0, advice="move it"),
@@ -49,9 +49,9 @@ def test_a_batch_larger_than_the_store_is_refused(store):
         measure_loading(store, batch_clips=100_000)
 
 
-def test_a_device_that_is_not_there_is_told_before_anything_is_timed(store):
+def test_an_unknown_device_is_refused_before_anything_is_timed(store):
     """Half a gigabyte is read from the disk first."""
-    told: list[str] = []
+    lines: list[str] = []
     with pytest.raises(RunError, match="device 'tpu': expected cpu, cuda or cuda:N"):
-        measure_loading(store, batch_clips=4, device="tpu", say=told.append)
-    assert not told
+        measure_loading(store, batch_clips=4, device="tpu", say=lines.append)
+    assert not lines

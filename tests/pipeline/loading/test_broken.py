@@ -1,4 +1,4 @@
-"""Every kind of broken input, and the one word that the manifest has for it."""
+"""Every kind of broken input, and the reason that the manifest gives for it."""
 
 import struct
 
@@ -18,7 +18,7 @@ RATE_HZ = 48_000
 
 SECONDS = 3.0
 
-ELSEWHERE = {"timed_out", "crashed", "duplicate"}  # given by the pool of workers and by the plan
+GIVEN_ELSEWHERE = {"timed_out", "crashed", "duplicate"}  # by the pool of workers and by the plan
 
 BYTES, SHARES = (40, 200), (0.3, 0.6, 0.9, 0.99)
 
@@ -32,7 +32,8 @@ RAW = (UNREADABLE, TRUNCATED, TRUNCATED, TRUNCATED, TRUNCATED, WHOLE)  # the fir
 
 STREAM = (UNREADABLE, UNREADABLE, SHORTER, SHORTER, SHORTER, WHOLE)  # nothing tells that there was more
 
-CUTS = {  # what is left of three seconds: 40 and 200 bytes, then shares of the file
+# The outcome of three seconds cut to 40 and 200 bytes, then to shares of the file.
+CUTS = {
     ".wav": RAW,
     ".aiff": RAW,
     ".w64": RAW,
@@ -64,8 +65,8 @@ def whole(tmp_path_factory):
     return {suffix: write(folder / f"sound{suffix}", wave_S, RATE_HZ).read_bytes() for suffix in CUTS}
 
 
-def outcome(locator, **policy):
-    """A reason, or how much of the sound there is."""
+def decode_outcome(locator, **policy):
+    """The reason of the failure, or whether the clip is whole or shorter."""
     try:
         clip = load_clip_audio(
             locator, start_seconds=30, end_seconds=30 + SECONDS, policy=AudioPolicy(**policy)
@@ -79,13 +80,15 @@ def outcome(locator, **policy):
 @pytest.mark.parametrize("suffix", CUTS)
 def test_a_file_cut_short_has_the_reason_that_its_container_allows(whole, tmp_path, suffix):
     """A length that is declared is held against what decodes; where none is, the flag `shorter` is all there is."""
-    content, path, found = whole[suffix], tmp_path / f"sound{suffix}", []
+    content = whole[suffix]
+    path = tmp_path / f"sound{suffix}"
+    outcomes = []
     for size in (*BYTES, *(int(share * len(content)) for share in SHARES)):
         path.write_bytes(content[:size])
-        found.append(outcome(SoundLocator.from_path(path)))
-    assert tuple(found) == CUTS[suffix]
+        outcomes.append(decode_outcome(SoundLocator.from_path(path)))
+    assert tuple(outcomes) == CUTS[suffix]
     path.write_bytes(content)
-    assert outcome(SoundLocator.from_path(path)) == WHOLE
+    assert decode_outcome(SoundLocator.from_path(path)) == WHOLE
 
 
 def test_every_container_that_the_tests_write_is_cut():
@@ -107,7 +110,7 @@ def cut_wav(path):
     return pcm_wav(path, -1)[:50_000]
 
 
-def of_a_day(path):
+def day_long_wav(path):
     """A header that declares 24 hours."""
     content = bytearray(pcm_wav(path, -1))
     struct.pack_into("<I", content, content.index(b"data") + 4, 2 * 8_000 * 86_400)
@@ -133,7 +136,7 @@ BROKEN = {
         "infinity": lambda path: float_wav(path, -np.inf),
         "absurdly loud": lambda path: float_wav(path, 1e30),
     },
-    "too_long": {"a day": of_a_day},
+    "too_long": {"a day": day_long_wav},
 }
 
 CASES = [(reason, case) for reason, cases in BROKEN.items() for case in cases]
@@ -141,24 +144,24 @@ CASES = [(reason, case) for reason, cases in BROKEN.items() for case in cases]
 
 @pytest.mark.parametrize("layout", ["file", "tar", "parquet"])
 @pytest.mark.parametrize(("reason", "case"), CASES)
-def test_what_is_broken_has_its_reason_in_every_layout(tmp_path, layout, reason, case):
+def test_broken_sounds_have_the_same_reason_in_every_layout(tmp_path, layout, reason, case):
     """The words of the manifest, by what is wrong and not by where it lies."""
     content = BROKEN[reason][case](tmp_path / "made.wav")
-    place = tmp_path / "clips"
-    place.mkdir()
+    folder = tmp_path / "clips"
+    folder.mkdir()
     if layout == "file":
-        (place / "sound.wav").write_bytes(content)
+        (folder / "sound.wav").write_bytes(content)
     else:
-        {"tar": write_tar, "parquet": write_parquet}[layout](place / f"x.{layout}", {"sound.wav": content})
-    sounds = sources.find_sounds([place]).sounds
+        {"tar": write_tar, "parquet": write_parquet}[layout](folder / f"x.{layout}", {"sound.wav": content})
+    sounds = sources.find_sounds([folder]).sounds
     (locator,) = ClipSources(frame=sounds.select(*SOURCES_SCHEMA)).locators_of_rows(range(1))
-    assert (locator.kind, outcome(locator)) == (layout, reason)
+    assert (locator.kind, decode_outcome(locator)) == (layout, reason)
 
 
 def test_every_reason_that_decoding_can_give_is_given_here(tmp_path):
     """`missing` is a file that is gone since the folder was searched."""
-    assert outcome(SoundLocator.from_path(tmp_path / "gone.wav")) == "missing"
-    assert {*BROKEN, "missing"} | ELSEWHERE == set(FAILURE_REASONS)
+    assert decode_outcome(SoundLocator.from_path(tmp_path / "gone.wav")) == "missing"
+    assert {*BROKEN, "missing"} | GIVEN_ELSEWHERE == set(FAILURE_REASONS)
 
 
 @pytest.mark.parametrize(
@@ -169,4 +172,4 @@ def test_the_demo_corpus_s_broken_files_are_what_they_claim(tmp_path, kind):
     wave_S = damage_wave(babble(SECONDS, RATE_HZ), kind.name)
     path = write(tmp_path / "sound.wav", wave_S, RATE_HZ, subtype="FLOAT")
     damage_file(path, kind.name)
-    assert outcome(SoundLocator.from_path(path)) == kind.expected
+    assert decode_outcome(SoundLocator.from_path(path)) == kind.expected

@@ -1,4 +1,4 @@
-"""How often to draw a clip."""
+"""Weights that draw rare classes more often."""
 
 import itertools
 import shutil
@@ -17,8 +17,8 @@ from pipeline.store.feature_store import FeatureStore
 from pipeline.store.joined_store import JoinedStore
 
 
-def by_hand(store, rows_N, label_set, scheme) -> np.ndarray:
-    """The weights clip by clip, from dense labels."""
+def weights_by_formula(store, rows_N, label_set, scheme) -> np.ndarray:
+    """The weights computed clip by clip, from dense labels."""
     labels_NC = store.labels_BC(rows_N, label_set)
     clips_C = labels_NC.sum(0)
     classes = (clips_C > 0).sum()
@@ -36,7 +36,8 @@ def test_a_clip_weighs_the_sum_over_its_labels(store, scheme, label_set):
     """Each scheme by its formula, counted over the rows that are drawn from and no others."""
     rows_N = store.good_rows(["a_train"])
     weights = balanced_weights(store, rows_N, label_set=label_set, scheme=scheme)
-    np.testing.assert_allclose(weights.weights_N, by_hand(store, rows_N, label_set, scheme), rtol=1e-6)
+    expected_N = weights_by_formula(store, rows_N, label_set, scheme)
+    np.testing.assert_allclose(weights.weights_N, expected_N, rtol=1e-6)
     assert weights.clips_C.sum() == store.labels_BC(rows_N, label_set).sum()
     assert ((weights.weights_C > 0) == (weights.clips_C > 0)).all()
 
@@ -44,28 +45,28 @@ def test_a_clip_weighs_the_sum_over_its_labels(store, scheme, label_set):
 def test_rows_may_come_in_any_order(store):
     """Weights go with them."""
     rows_N = store.good_rows()
-    turned = balanced_weights(store, rows_N[::-1]).weights_N
-    assert np.array_equal(turned[::-1], balanced_weights(store, rows_N).weights_N)
+    reversed_N = balanced_weights(store, rows_N[::-1]).weights_N
+    assert np.array_equal(reversed_N[::-1], balanced_weights(store, rows_N).weights_N)
 
 
 def test_clips_without_labels_are_counted_and_never_drawn(store):
     """A fifth of the corpus has none: a loss on them would teach that nothing sounds."""
     rows_N = store.good_rows()
-    bare_N = store.labels_BC(rows_N).sum(1) == 0
+    is_unlabelled_N = store.labels_BC(rows_N).sum(1) == 0
     weights = balanced_weights(store, rows_N)
-    assert weights.unlabelled_clips == bare_N.sum() > 0
-    assert np.array_equal(weights.weights_N == 0, bare_N)
+    assert weights.unlabelled_clips == is_unlabelled_N.sum() > 0
+    assert np.array_equal(weights.weights_N == 0, is_unlabelled_N)
     drawn_N = WeightedSampling(weights_N=weights.weights_N, clips_per_epoch=2_000).epoch_indices(
         len(rows_N), 0, 0
     )
-    assert not bare_N[drawn_N].any()
+    assert not is_unlabelled_N[drawn_N].any()
     assert str(weights) == (
-        f"weights 'ast' of label set 'raw': {len(rows_N)} clips, of which {bare_N.sum()} have no label and are never "
-        f"drawn; 5 of 527 classes occur"
+        f"weights 'ast' of label set 'raw': {len(rows_N)} clips, of which {is_unlabelled_N.sum()} have no label "
+        f"and are never drawn; 5 of 527 classes occur"
     )
 
 
-def test_panns_weights_are_what_its_sampler_does_in_the_long_run(store):
+def test_panns_weights_draw_as_its_sampler_does_in_the_long_run(store):
     """Each class in turn, then the next clip of its own round: counted over 20 rounds of all classes' clips."""
     rows_N = store.good_rows()
     labels_NC = store.labels_BC(rows_N, "unambiguous")
@@ -80,7 +81,7 @@ def test_panns_weights_are_what_its_sampler_does_in_the_long_run(store):
 
 
 def test_labels_propagated_anew_count_at_once(store_path, tmp_path):
-    """Nothing is stored that could be of yesterday."""
+    """Nothing is stored that could be out of date."""
     shutil.copytree(store_path, tmp_path / "again.zarr")
     before = FeatureStore.open(tmp_path / "again.zarr")
     rows_N = before.good_rows()
@@ -100,7 +101,8 @@ def test_joined_stores_are_counted_together(store, other_store_path):
     weights = balanced_weights(joined, rows_N)
     apart = [balanced_weights(part, part.good_rows()).clips_C for part in (store, other)]
     assert np.array_equal(weights.clips_C, sum(apart))
-    np.testing.assert_allclose(weights.weights_N, by_hand(joined, rows_N, "raw", "ast"), rtol=1e-6)
+    expected_N = weights_by_formula(joined, rows_N, "raw", "ast")
+    np.testing.assert_allclose(weights.weights_N, expected_N, rtol=1e-6)
 
 
 @pytest.mark.parametrize("replacement", [True, False])
@@ -120,15 +122,15 @@ def test_both_loaders_draw_the_same_balanced_batches(store, replacement):
         resumed = next(iter(loader.batches(steps - 1, steps)))
     assert torch.equal(resumed.mel_BTF, batches[-1].mel_BTF)
     for step, batch in enumerate(batches):
-        wanted = plain.make_batch(step)
-        assert torch.equal(batch.mel_BTF, wanted.mel_BTF)
-        assert torch.equal(batch.labels_BC, wanted.labels_BC)
-        assert np.array_equal(batch.rows_B, wanted.rows_B)
+        expected = plain.make_batch(step)
+        assert torch.equal(batch.mel_BTF, expected.mel_BTF)
+        assert torch.equal(batch.labels_BC, expected.labels_BC)
+        assert np.array_equal(batch.rows_B, expected.rows_B)
         assert (batch.labels_BC.sum(1) > 0).all()
 
 
-class Labelled:
-    """No store, but what weights ask of one: 900, 90 and 10 clips of a class each, and a class without."""
+class LabelledStore:
+    """The labels of a store: 900, 90 and 10 clips of a class each, and a class without clips."""
 
     classes = ("common", "rare", "rarest", "never")
 
@@ -140,8 +142,8 @@ class Labelled:
     ("scheme", "shares"), [("ast", [1, 1, 1]), ("panns", [1, 1, 1]), ("passt", [0.9, 9 / 19, 1 / 11])]
 )
 def test_draws_even_the_classes_out(scheme, shares):
-    """As far as the scheme means to: PaSST's offset of 100 clips leaves rare classes rare. Chi-square over 3 cells."""
-    weights = balanced_weights(Labelled(), np.arange(1_000), scheme=scheme)
+    """As far as the scheme does: PaSST's offset of 100 clips leaves rare classes rare. Chi-square over 3 cells."""
+    weights = balanced_weights(LabelledStore(), np.arange(1_000), scheme=scheme)
     assert weights.weights_C[3] == 0
     places_N = WeightedSampling(weights_N=weights.weights_N, clips_per_epoch=30_000).epoch_indices(
         1_000, 0, 0
@@ -159,6 +161,6 @@ def test_unknown_weights_are_refused_with_the_nearest(store):
 def test_rows_without_any_label_are_refused(store):
     """Nothing could be drawn."""
     rows_N = store.good_rows()
-    bare_N = rows_N[store.labels_BC(rows_N).sum(1) == 0]
-    with pytest.raises(InputError, match=f"none of {len(bare_N)} clips has a label in 'raw'"):
-        balanced_weights(store, bare_N)
+    unlabelled_N = rows_N[store.labels_BC(rows_N).sum(1) == 0]
+    with pytest.raises(InputError, match=f"none of {len(unlabelled_N)} clips has a label in 'raw'"):
+        balanced_weights(store, unlabelled_N)

@@ -1,7 +1,4 @@
-"""The fast loader gives the plain loader's batches, whatever happens on the way.
-
-Whatever ends the making of batches ahead ends it with an error that says what, and with nothing left behind.
-"""
+"""The fast loader makes the plain loader's batches; an error ends the reading ahead, says why and leaves no thread."""
 
 import gc
 import itertools
@@ -16,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from loading_inputs import order_of, store_with_broken_rows, view_of
 
-from pipeline.errors import BrokenClipError, RunError, StoreError
+from pipeline.errors import RunError, StoreError
 from pipeline.loading.augment import Augment
 from pipeline.loading.dali import BatchPrefetcher, DaliLoader, DaliSource, open_loader
 from pipeline.loading.loader import Batch, BatchMaker, PlainLoader, View
@@ -28,6 +26,7 @@ pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not there: only Linux 
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA device")
 
+pytestmark = pytest.mark.timeout(60)
 
 EVERYTHING = {
     "roll": True,
@@ -46,28 +45,12 @@ SUBSETS = [
 SUBSETS.append({**EVERYTHING, "masks_each": 2})
 
 
-@pytest.fixture(scope="session", params=["float16", "uint8"])
-def any_store(request) -> FeatureStore:
-    fixture = {"float16": "store_path", "uint8": "uint8_store_path"}[request.param]
-    return FeatureStore.open(request.getfixturevalue(fixture))
-
-
-def view_of(store: FeatureStore, **kind) -> View:
-    """Normalised by the store's own statistics."""
-    return View(**{"frames": 96, "mean": store.stats["all"]["mean"], "std": store.stats["all"]["std"]} | kind)
-
-
-def order_of(store: FeatureStore, **kind) -> RowOrder:
-    return RowOrder(**{"rows_N": store.good_rows(), "clips": 6, "seed": 1} | kind)
-
-
 def assert_equal(fast: Batch, plain: Batch) -> None:
     """Bit for bit in every field."""
     assert fast.mel_BTF.dtype == plain.mel_BTF.dtype == torch.float32
     assert torch.equal(fast.mel_BTF.view(torch.int32), plain.mel_BTF.view(torch.int32))
     assert torch.equal(fast.n_frames_B, plain.n_frames_B)
     assert np.array_equal(fast.rows_B, plain.rows_B)
-    assert torch.equal(fast.weights_B, plain.weights_B)
     assert (fast.labels_BC is None) == (plain.labels_BC is None)
     assert fast.labels_BC is None or torch.equal(fast.labels_BC, plain.labels_BC)
     assert fast.skipped_clips == plain.skipped_clips
@@ -77,15 +60,14 @@ def assert_equal(fast: Batch, plain: Batch) -> None:
     ("frames", "crop"), [(96, "random"), (250, "start"), (998, "random"), (1_100, "random")]
 )
 def test_two_epochs_are_the_plain_loaders_bit_for_bit(any_store, frames, crop):
-    """Crops, short clips, padding beyond the stored frames, labels and weights, kept until the end: none is reused."""
+    """Crops, short clips, padding beyond the stored frames, labels; kept until the end, so that no memory is reused."""
     store = any_store
     view = view_of(store, frames=frames, crop=crop, label_set="raw")
-    weights_N = np.random.default_rng(0).random(len(store.n_frames_N))
     order = order_of(store)
     steps = 2 * order.steps_per_epoch
-    with DaliLoader(store, order, view, weights_N=weights_N) as loader:
+    with DaliLoader(store, order, view) as loader:
         batches = list(loader.batches(0, steps))
-    plain = PlainLoader(store, order, view, weights_N=weights_N)
+    plain = PlainLoader(store, order, view)
     assert len(batches) == steps
     for step, batch in enumerate(batches):
         assert_equal(batch, plain.make_batch(step))
@@ -93,19 +75,14 @@ def test_two_epochs_are_the_plain_loaders_bit_for_bit(any_store, frames, crop):
 
 @pytest.mark.parametrize("augment", SUBSETS, ids="+".join)
 def test_two_augmented_epochs_are_the_plain_loaders_bit_for_bit(any_store, augment):
-    """Every augmentation on and off; half of the cases with crops, labels and weights, half with padding."""
-    store, full = any_store, len(augment) % 2 == 0
-    view = view_of(
-        store,
-        frames=96 if full else 1_024,
-        label_set="raw" if full else None,
-        augment=Augment(**augment),
-    )
-    weights_N = np.random.default_rng(0).random(len(store.n_frames_N)) if full else None
+    """Every augmentation on and off; half of the cases with crops and labels, half with padding."""
+    store = any_store
+    case = {"frames": 96, "label_set": "raw"} if len(augment) % 2 == 0 else {"frames": 1_024}
+    view = view_of(store, augment=Augment(**augment), **case)
     order = order_of(store)
     steps = 2 * order.steps_per_epoch
-    plain = PlainLoader(store, order, view, weights_N=weights_N)
-    with DaliLoader(store, order, view, weights_N=weights_N) as loader:
+    plain = PlainLoader(store, order, view)
+    with DaliLoader(store, order, view) as loader:
         batches = list(loader.batches(0, steps))
     assert len(batches) == steps
     for step, batch in enumerate(batches):
@@ -118,8 +95,8 @@ def test_a_run_resumes_at_any_step(store, first, augment):
     """A resumed run sees what the uninterrupted one saw; 7 steps are an epoch here."""
     loader = DaliLoader(store, order_of(store), view_of(store, augment=Augment(**augment)))
     whole = list(loader.batches(0, 10))
-    for resumed, walked in zip(loader.batches(first, 10), whole[first:], strict=True):
-        assert_equal(resumed, walked)
+    for resumed, uninterrupted in zip(loader.batches(first, 10), whole[first:], strict=True):
+        assert_equal(resumed, uninterrupted)
 
 
 @pytest.mark.parametrize(("prefetch", "threads"), [(1, 1), (1, 3), (5, 2), (50, 1)])
@@ -137,7 +114,7 @@ def test_no_steps_are_no_batches(store):
 
 
 def rows_until_the_error(batches: Iterator[Batch]) -> tuple[list[int], str]:
-    """The rows that came, and what the StoreError said."""
+    """The rows of the batches before a StoreError, and its message."""
     rows: list[int] = []
     try:
         for batch in batches:
@@ -147,7 +124,7 @@ def rows_until_the_error(batches: Iterator[Batch]) -> tuple[list[int], str]:
     pytest.fail("no StoreError came")
 
 
-def test_a_missing_shard_is_told_in_its_turn(store_path, tmp_path):
+def test_a_missing_shard_is_an_error_at_its_batch(store_path, tmp_path):
     """The batches before it come, then the plain loader's error at the plain loader's step: no hang, no zeros."""
     shutil.copytree(store_path, tmp_path / "damaged.zarr")
     store = FeatureStore.open(tmp_path / "damaged.zarr")
@@ -167,69 +144,54 @@ def test_a_missing_shard_is_told_in_its_turn(store_path, tmp_path):
 
 
 def test_skipped_clips_are_the_plain_loaders(store_path):
-    """Met while reading ahead, told once, and the batches before, with and after them equal."""
-    bad, said = set(order_of(FeatureStore.open(store_path)).rows_at_step(2)[:3].tolist()), ([], [])
+    """They are met while reading ahead, reported once, and the batches before, with and after them are equal."""
+    broken_rows = order_of(FeatureStore.open(store_path)).rows_at_step(2)[:3].tolist()
+    lines: tuple[list[str], list[str]] = ([], [])
     batches = []
-    for kind, lines in zip((PlainLoader, DaliLoader), said, strict=True):
-        store = FeatureStore.open(store_path)
-
-        def damaged(rows_B, *, read=store.read, **how):
-            for row in rows_B:
-                if row in bad:
-                    raise BrokenClipError(int(row), f"row {row} cannot be read")
-            return read(rows_B, **how)
-
-        store.read = damaged
+    for kind, kind_lines in zip((PlainLoader, DaliLoader), lines, strict=True):
+        store = store_with_broken_rows(store_path, broken_rows)
         view = view_of(store, augment=Augment(**EVERYTHING), label_set="raw")
-        with kind(store, order_of(store), view, on_broken="skip", say=lines.append) as loader:
+        with kind(store, order_of(store), view, on_broken="skip", say=kind_lines.append) as loader:
             batches.append(list(loader.batches(0, 14)))
     for plain, fast in zip(*batches, strict=True):
         assert_equal(fast, plain)
-    assert sum(batch.skipped for batch in batches[0]) >= 3
-    assert sorted(said[0]) == sorted(said[1])
-    assert len(said[0]) == 3
+    assert sum(batch.skipped_clips for batch in batches[0]) >= 3
+    assert sorted(lines[0]) == sorted(lines[1])
+    assert len(lines[0]) == 3
 
 
 @pytest.mark.parametrize("augment", [{}, EVERYTHING], ids=["plain", "augmented"])
-def test_a_step_without_a_readable_clip_is_told_in_its_turn(store_path, augment):
+def test_a_step_without_a_readable_clip_is_an_error_at_its_batch(store_path, augment):
     """Two batches come, then the error: no hang in the thread that read ahead."""
-    store = FeatureStore.open(store_path)
-    bad, read = set(order_of(store).rows_at_step(2).tolist()), store.read
-
-    def damaged(rows_B, **how):
-        for row in set(rows_B.tolist()) & bad:
-            raise BrokenClipError(row, f"row {row} cannot be read")
-        return read(rows_B, **how)
-
-    store.read = damaged
+    broken_rows = order_of(FeatureStore.open(store_path)).rows_at_step(2)
+    store = store_with_broken_rows(store_path, broken_rows)
     view = view_of(store, augment=Augment(**augment))
     loader = DaliLoader(store, order_of(store), view, on_broken="skip", say=str)
-    rows, told = rows_until_the_error(loader.batches(0, 14))
+    rows, message = rows_until_the_error(loader.batches(0, 14))
     assert len(rows) == 12
-    assert "none of the 6 clips" in told
+    assert "none of the 6 clips" in message
 
 
-@pytest.mark.timeout(60)
-def test_an_error_of_dalis_is_told_in_one_line(store, monkeypatch):
-    """Here its source hands over a batch of another shape; on a GPU it may be memory that is not there."""
-    stored = DaliSource.stored_values
+def test_an_error_in_dali_becomes_one_line(store, monkeypatch):
+    """Here its source returns a batch of another shape; on a GPU the memory may be too small."""
+    stored_values = DaliSource.stored_values
 
-    def misshapen(self, info):
-        given = stored(self, info)
-        return [clip[None] for clip in given] if info.iteration == 3 else given
+    def misshapen_values(self, info):
+        values = stored_values(self, info)
+        return [clip[None] for clip in values] if info.iteration == 3 else values
 
-    monkeypatch.setattr(DaliSource, "stored_values", misshapen)
+    monkeypatch.setattr(DaliSource, "stored_values", misshapen_values)
     batches = DaliLoader(store, order_of(store), view_of(store)).batches(0, 14)
     with pytest.raises(
         RunError, match=r"DALI failed: .*expected data with 2 dimensions.*--loader plain"
-    ) as told:
+    ) as caught:
         list(batches)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
     with pytest.raises(RunError, match="closed"):
         next(batches)
 
 
-def resources() -> tuple[int, int]:
+def count_resources() -> tuple[int, int]:
     """Threads of this process, Python's and others, and its open files."""
     gc.collect()
     return len(list(Path("/proc/self/task").iterdir())), len(os.listdir("/proc/self/fd"))
@@ -239,7 +201,7 @@ def test_a_hundred_loaders_broken_off_leave_nothing_behind(store):
     """A sweep over settings opens many loaders in one process; each is left after a batch, by every way there is."""
     rows: list[np.ndarray] = []
 
-    def one_batch(way: int) -> None:
+    def take_one_batch(way: int) -> None:
         loader = DaliLoader(store, order_of(store), view_of(store, frames=16))
         batches = loader.batches(0, 1_000_000)
         rows.append(next(batches).rows_B)
@@ -249,11 +211,11 @@ def test_a_hundred_loaders_broken_off_leave_nothing_behind(store):
             batches.close()
 
     for cycle in range(3):
-        one_batch(cycle)
-    before = resources()
+        take_one_batch(cycle)
+    before = count_resources()
     for cycle in range(100):
-        one_batch(cycle % 3)
-    assert resources() == before
+        take_one_batch(cycle % 3)
+    assert count_resources() == before
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
 
 
@@ -284,14 +246,14 @@ def test_where_dali_is_absent_the_plain_loader_says_so(store, monkeypatch, capsy
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     loader = open_loader(store, order_of(store), view_of(store))
     assert isinstance(loader, PlainLoader)
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert "plain loader" in told
+    stderr = capsys.readouterr().err
+    assert stderr.count("\n") == 1
+    assert "plain loader" in stderr
 
 
-@pytest.mark.parametrize(("kind", "wanted"), [("dali", DaliLoader), ("plain", PlainLoader)])
-def test_a_loader_is_opened_by_name(store, kind, wanted, capsys):
-    assert isinstance(open_loader(store, order_of(store), view_of(store), kind=kind), wanted)
+@pytest.mark.parametrize(("kind", "loader"), [("dali", DaliLoader), ("plain", PlainLoader)])
+def test_a_loader_is_opened_by_name(store, kind, loader, capsys):
+    assert isinstance(open_loader(store, order_of(store), view_of(store), kind=kind), loader)
     assert capsys.readouterr().err == ""
 
 
@@ -319,11 +281,11 @@ def test_batches_made_on_a_gpu_are_the_plain_ones(any_store, frames, augment):
         batches = list(loader.batches(0, 14))
     plain = PlainLoader(any_store, order_of(any_store), view)
     for step, batch in enumerate(batches):
-        wanted = plain.make_batch(step)
+        expected = plain.make_batch(step)
         assert batch.mel_BTF.is_cuda
-        torch.testing.assert_close(batch.mel_BTF.cpu(), wanted.mel_BTF, rtol=1e-6, atol=2e-6)
-        assert torch.equal(batch.labels_BC.cpu(), wanted.labels_BC)
-        assert torch.equal(batch.n_frames_B.cpu(), wanted.n_frames_B)
+        torch.testing.assert_close(batch.mel_BTF.cpu(), expected.mel_BTF, rtol=1e-6, atol=2e-6)
+        assert torch.equal(batch.labels_BC.cpu(), expected.labels_BC)
+        assert torch.equal(batch.n_frames_B.cpu(), expected.n_frames_B)
 
 
 @pytest.mark.gpu
@@ -342,25 +304,28 @@ def test_a_gpu_batch_is_not_overwritten_while_it_is_used(store):
         torch.testing.assert_close(mel_BTF.cpu(), plain.make_batch(step).mel_BTF, rtol=1e-6, atol=1e-6)
 
 
-pytestmark = pytest.mark.timeout(60)
+class ZeroMels:
+    """Makes mels of zeros step by step, and calls `action` at step `action_step`."""
 
-
-class Maker:
-    """Makes mels of zeros, and does `at_step` at the step of that number."""
-
-    def __init__(self, feed: BatchMaker, step: int = 10**9, act: Callable[[], None] = lambda: None) -> None:
-        self.feed, self.at, self.act, self.step = feed, step, act, 0
+    def __init__(
+        self, batch_maker: BatchMaker, action_step: int = 10**9, action: Callable[[], None] = lambda: None
+    ) -> None:
+        self.batch_maker = batch_maker
+        self.action_step = action_step
+        self.action = action
+        self.step = 0
 
     def __call__(self):
-        if self.step == self.at:
-            self.act()
-        cuts = self.feed.cuts_at_step(self.step)
+        if self.step == self.action_step:
+            self.action()
+        cuts = self.batch_maker.cuts_at_step(self.step)
         self.step += 1
-        return torch.zeros(self.feed.order.clips, self.feed.view.frames, self.feed.store.bands), cuts
+        frames, bands = self.batch_maker.view.frames, self.batch_maker.store.bands
+        return torch.zeros(self.batch_maker.order.clips, frames, bands), cuts
 
 
 @pytest.fixture
-def feed(store: FeatureStore) -> BatchMaker:
+def batch_maker(store: FeatureStore) -> BatchMaker:
     return BatchMaker(
         store=store,
         order=RowOrder(rows_N=store.good_rows(), clips=6, seed=1),
@@ -376,11 +341,11 @@ def no_thread_is_left():
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
 
 
-def failing(error: BaseException) -> Callable[[], None]:
-    def act() -> None:
+def raise_when_called(error: BaseException) -> Callable[[], None]:
+    def action() -> None:
         raise error
 
-    return act
+    return action
 
 
 @pytest.mark.parametrize(
@@ -388,9 +353,11 @@ def failing(error: BaseException) -> Callable[[], None]:
     [StoreError("gone"), MemoryError("full"), ZeroDivisionError(), SystemExit(3), KeyboardInterrupt()],
 )
 @pytest.mark.parametrize("prefetch", [1, 4])
-def test_whatever_ends_the_thread_is_raised_in_its_turn(feed, error, prefetch):
+def test_an_error_in_the_thread_is_raised_at_its_batch(batch_maker, error, prefetch):
     """The batches before it come; the error is the thread's own, not a report of its absence."""
-    batches = BatchPrefetcher(feed, range(10), lambda: Maker(feed, 3, failing(error)), prefetch)
+    batches = BatchPrefetcher(
+        batch_maker, range(10), lambda: ZeroMels(batch_maker, 3, raise_when_called(error)), prefetch
+    )
     assert [len(next(batches).rows_B) for _ in range(3)] == [6, 6, 6]
     with pytest.raises(type(error)):
         next(batches)
@@ -398,9 +365,9 @@ def test_whatever_ends_the_thread_is_raised_in_its_turn(feed, error, prefetch):
         next(batches)
 
 
-def test_a_pipeline_that_cannot_be_built_is_told_at_the_first_batch(feed):
+def test_a_pipeline_that_cannot_be_built_is_an_error_at_the_first_batch(batch_maker):
     """As when a GPU has no memory left."""
-    batches = BatchPrefetcher(feed, range(10), failing(RunError("no memory")), 2)
+    batches = BatchPrefetcher(batch_maker, range(10), raise_when_called(RunError("no memory")), 2)
     with pytest.raises(RunError, match="no memory"):
         next(batches)
     with pytest.raises(RunError, match="closed"):
@@ -408,7 +375,7 @@ def test_a_pipeline_that_cannot_be_built_is_told_at_the_first_batch(feed):
 
 
 @pytest.mark.parametrize("prefetch", [1, 3])
-def test_closing_ends_a_wait(feed, prefetch):
+def test_closing_ends_a_wait(batch_maker, prefetch):
     """A trainer's other thread closes the loader while a batch is awaited: the wait ends, with an error."""
     reading, go_on = threading.Event(), threading.Event()
 
@@ -416,15 +383,15 @@ def test_closing_ends_a_wait(feed, prefetch):
         reading.set()
         assert go_on.wait(30)
 
-    batches = BatchPrefetcher(feed, range(10), lambda: Maker(feed, 1, stall), prefetch)
+    batches = BatchPrefetcher(batch_maker, range(10), lambda: ZeroMels(batch_maker, 1, stall), prefetch)
     next(batches)
-    told: list[RunError] = []
+    errors: list[RunError] = []
 
     def consume() -> None:
         try:
             next(batches)
         except RunError as error:
-            told.append(error)
+            errors.append(error)
 
     consumer = threading.Thread(target=consume)
     consumer.start()
@@ -435,38 +402,38 @@ def test_closing_ends_a_wait(feed, prefetch):
     for thread in (consumer, closer):
         thread.join(30)
         assert not thread.is_alive()
-    assert "closed" in str(told[0])
+    assert "closed" in str(errors[0])
 
 
-def test_no_more_is_made_than_is_to_be_ahead(feed):
+def test_no_more_than_prefetch_batches_are_made_ahead(batch_maker):
     """A slow trainer must not fill the memory; what is ahead of its last batch is `prefetch`."""
-    makers: list[Maker] = []
+    started: list[ZeroMels] = []
 
-    def maker() -> Maker:
-        makers.append(Maker(feed))
-        return makers[0]
+    def start_mels() -> ZeroMels:
+        started.append(ZeroMels(batch_maker))
+        return started[0]
 
-    batches = BatchPrefetcher(feed, range(100), maker, 3)
-    assert not makers
+    batches = BatchPrefetcher(batch_maker, range(100), start_mels, 3)
+    assert not started
     for taken in range(1, 6):
         next(batches)
         batches._pending_mels[-1].result()
-        assert makers[0].step == taken + 3
+        assert started[0].step == taken + 3
     batches.close()
 
 
-def test_batches_left_in_the_middle_leave_nothing(feed):
+def test_batches_left_in_the_middle_leave_nothing(batch_maker):
     """Dropped, closed, or closed twice; the fixture looks for threads."""
     for way in range(3):
-        batches = BatchPrefetcher(feed, range(10**6), lambda: Maker(feed), 4)
+        batches = BatchPrefetcher(batch_maker, range(10**6), lambda: ZeroMels(batch_maker), 4)
         next(batches)
         for _ in range(way):
             batches.close()
         del batches
 
 
-def test_the_last_batch_ends_the_thread(feed):
+def test_the_last_batch_ends_the_thread(batch_maker):
     """A finished epoch holds no thread while the next thing is done; asking again is no error."""
-    batches = BatchPrefetcher(feed, range(5, 9), lambda: Maker(feed), 2)
+    batches = BatchPrefetcher(batch_maker, range(5, 9), lambda: ZeroMels(batch_maker), 2)
     assert sum(1 for _ in batches) == 4
     assert list(batches) == []

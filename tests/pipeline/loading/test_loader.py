@@ -1,10 +1,11 @@
-"""What a right batch is."""
+"""The plain loader: its batches are the reference of every other loader."""
 
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from loading_inputs import order_of, store_with_broken_rows, view_of
 
 from pipeline.errors import BrokenClipError, RunError, StoreError
 from pipeline.loading.augment import draw_uniform_B
@@ -12,32 +13,8 @@ from pipeline.loading.loader import PlainLoader, View, replace_broken_rows
 from pipeline.loading.sampling import RowOrder
 from pipeline.store.feature_store import FeatureStore
 
-FRAMES = [
-    96,
-    250,
-    998,
-    1024,
-    1500,
-]  # far below, about, exactly and beyond the clips' own; short clips have 198 or more
-
-
-@pytest.fixture(scope="session", params=["float16", "uint8"])
-def any_store(request) -> FeatureStore:
-    fixture = {"float16": "store_path", "uint8": "uint8_store_path"}[request.param]
-    return FeatureStore.open(request.getfixturevalue(fixture))
-
-
-def view_of(store: FeatureStore, **kind) -> View:
-    """Normalised by the store's own statistics."""
-    return View(**{"frames": 96, "mean": store.stats["all"]["mean"], "std": store.stats["all"]["std"]} | kind)
-
-
-def order_of(store: FeatureStore, **kind) -> RowOrder:
-    return RowOrder(**{"rows_N": store.good_rows(), "clips": 6, "seed": 1} | kind)
-
-
-def epoch(loader: PlainLoader, steps: int):
-    return list(loader.batches(0, steps))
+# Far below, below, exactly and beyond the frames of a whole clip; short clips have 198 or more.
+FRAMES = [96, 250, 998, 1024, 1500]
 
 
 @pytest.mark.parametrize("frames", FRAMES)
@@ -47,7 +24,8 @@ def test_a_batch_is_what_its_formula_says(any_store, frames, crop):
     store, view = any_store, view_of(any_store, frames=frames, crop=crop)
     loader = PlainLoader(store, order_of(store), view)
     for step in range(3):
-        batch, cuts = loader.make_batch(step), loader.feed.cuts_at_step(step)
+        batch = loader.make_batch(step)
+        cuts = loader.batch_maker.cuts_at_step(step)
         wanted_BTF = np.zeros((6, frames, store.bands))
         for clip, (row, start, n_frames) in enumerate(
             zip(cuts.rows_B, cuts.starts_B, cuts.n_frames_B, strict=True)
@@ -60,7 +38,7 @@ def test_a_batch_is_what_its_formula_says(any_store, frames, crop):
         assert np.array_equal(batch.rows_B, order_of(store).rows_at_step(step))
 
 
-def test_what_is_not_audio_is_exactly_zero(store):
+def test_padding_is_exactly_zero(store):
     """A padded frame is the mean, not the floor: or a model learns the length of a clip from its silence."""
     short = store.good_rows()[store.n_frames_N[store.good_rows()] < store.frames]
     assert len(short) >= 2
@@ -86,7 +64,7 @@ def test_normalised_audio_has_mean_0_and_std_1(any_store):
 def test_random_crops_lie_within_the_audio_and_reach_both_its_ends(store):
     """With 3 frames to spare a crop starts at 0, 1, 2 or 3; a short clip at 0. Never past the audio's end."""
     loader = PlainLoader(store, order_of(store), view_of(store, frames=995))
-    cuts = [loader.feed.cuts_at_step(step) for step in range(60)]
+    cuts = [loader.batch_maker.cuts_at_step(step) for step in range(60)]
     rows_N, starts_N, n_frames_N = (
         np.concatenate([getattr(cut, name) for cut in cuts]) for name in ("rows_B", "starts_B", "n_frames_B")
     )
@@ -107,7 +85,9 @@ def test_draws_are_uniform():
 def test_crops_differ_from_step_to_step_and_seed_to_seed(store):
     """The same clip is seen at another place the next time."""
     loaders = [PlainLoader(store, order_of(store), view_of(store, seed=seed)) for seed in (0, 1)]
-    starts = {tuple(loader.feed.cuts_at_step(step).starts_B) for loader in loaders for step in range(5)}
+    starts = {
+        tuple(loader.batch_maker.cuts_at_step(step).starts_B) for loader in loaders for step in range(5)
+    }
     assert len(starts) == 10
 
 
@@ -131,16 +111,13 @@ def test_a_step_alone_is_the_step_of_the_whole_run(store):
         assert torch.equal(before.mel_BTF, after.mel_BTF)
 
 
-def test_labels_and_weights_are_those_of_the_rows(store):
-    """Propagated labels where the view asks for them, one weight per row of the store where given."""
-    weights_N = np.arange(len(store.n_frames_N)) / 2
+def test_labels_are_those_of_the_rows(store):
+    """Propagated labels if the view names their label set, none if it names no set."""
     view = view_of(store, label_set="unambiguous")
-    batch = PlainLoader(store, order_of(store), view, weights_N=weights_N).make_batch(0)
+    batch = PlainLoader(store, order_of(store), view).make_batch(0)
     assert np.array_equal(batch.labels_BC, store.labels_BC(batch.rows_B, "unambiguous"))
-    assert np.array_equal(batch.weights_B, batch.rows_B / 2)
-    bare = PlainLoader(store, order_of(store), view_of(store)).make_batch(0)
-    assert bare.labels_BC is None
-    assert (bare.weights_B == 1).all()
+    unlabelled = PlainLoader(store, order_of(store), view_of(store)).make_batch(0)
+    assert unlabelled.labels_BC is None
 
 
 def test_a_label_set_that_is_not_there_is_refused_before_the_first_batch(store):
@@ -158,61 +135,56 @@ def test_a_missing_shard_is_named_and_never_read_as_silence(store_path, tmp_path
         list(PlainLoader(damaged, order_of(damaged), view_of(damaged)).batches(0, 7))
 
 
-def broken(path, rows) -> FeatureStore:
-    """A store some of whose rows cannot be read."""
-    store = FeatureStore.open(path)
-    read, bad = store.read, set(rows)
-
-    def damaged(rows_B, **how):
-        for row in rows_B:
-            if row in bad:
-                raise BrokenClipError(int(row), f"row {row} cannot be read")
-        return read(rows_B, **how)
-
-    store.read = damaged
-    return store
-
-
 def test_a_broken_clip_ends_the_batches_unless_skipping_is_asked_for(store_path, store):
     """Leaving clips out is the user's decision."""
-    bad = int(order_of(store).rows_at_step(0)[2])
-    with pytest.raises(BrokenClipError, match=f"row {bad} cannot"):
-        PlainLoader(broken(store_path, [bad]), order_of(store), view_of(store)).make_batch(0)
+    row = int(order_of(store).rows_at_step(0)[2])
+    damaged = store_with_broken_rows(store_path, [row])
+    with pytest.raises(BrokenClipError, match=f"row {row} cannot"):
+        PlainLoader(damaged, order_of(store), view_of(store)).make_batch(0)
 
 
 def test_a_skipped_clip_costs_one_line_and_the_next_of_its_batch_stands_in(store_path, store):
     """Told once in two epochs, counted in every batch, and shown like a clip: labels, frames and crop are its own."""
-    bad, said = [int(row) for row in order_of(store).rows_at_step(0)[[2, 3, 5]]], []
-    damaged, view = broken(store_path, bad), view_of(store, frames=900, label_set="raw")
-    loader = PlainLoader(damaged, order_of(store), view, on_broken="skip", say=said.append)
+    broken_rows = [int(row) for row in order_of(store).rows_at_step(0)[[2, 3, 5]]]
+    damaged = store_with_broken_rows(store_path, broken_rows)
+    view = view_of(store, frames=900, label_set="raw")
+    lines: list[str] = []
+    loader = PlainLoader(damaged, order_of(store), view, on_broken="skip", say=lines.append)
     for step in range(14):
-        batch, asked_B = loader.make_batch(step), order_of(store).rows_at_step(step)
-        good_B = ~np.isin(asked_B, bad)
-        assert batch.skipped_clips == (~good_B).sum()
-        assert np.array_equal(batch.rows_B[good_B], asked_B[good_B])
-        assert not np.isin(batch.rows_B, bad).any()
+        batch = loader.make_batch(step)
+        rows_B = order_of(store).rows_at_step(step)
+        is_good_B = ~np.isin(rows_B, broken_rows)
+        assert batch.skipped_clips == (~is_good_B).sum()
+        assert np.array_equal(batch.rows_B[is_good_B], rows_B[is_good_B])
+        assert not np.isin(batch.rows_B, broken_rows).any()
         assert np.array_equal(batch.labels_BC, store.labels_BC(batch.rows_B))
-    assert sorted(said) == sorted(f"skipped: row {row} cannot be read" for row in bad)
-    asked_B = order_of(store).rows_at_step(0)
-    assert loader.make_batch(0).rows_B.tolist() == asked_B[[0, 1, 4, 4, 4, 0]].tolist()
+    assert sorted(lines) == sorted(f"skipped: row {row} cannot be read" for row in broken_rows)
+    rows_B = order_of(store).rows_at_step(0)
+    assert loader.make_batch(0).rows_B.tolist() == rows_B[[0, 1, 4, 4, 4, 0]].tolist()
 
 
 def test_skipping_depends_on_the_store_only_not_on_what_was_met_before(store_path, store):
     """A resumed run has met nothing yet, and must see the same batches."""
-    bad = order_of(store).rows_at_step(3)[:2].tolist()
-    walked, resumed = (
-        PlainLoader(broken(store_path, bad), order_of(store), view_of(store), on_broken="skip", say=str)
+    broken_rows = order_of(store).rows_at_step(3)[:2].tolist()
+    uninterrupted, resumed = (
+        PlainLoader(
+            store_with_broken_rows(store_path, broken_rows),
+            order_of(store),
+            view_of(store),
+            on_broken="skip",
+            say=str,
+        )
         for _ in range(2)
     )
-    before = list(walked.batches(0, 9))
+    batches = list(uninterrupted.batches(0, 9))
     for step in (3, 8):
-        assert torch.equal(resumed.make_batch(step).mel_BTF, before[step].mel_BTF)
+        assert torch.equal(resumed.make_batch(step).mel_BTF, batches[step].mel_BTF)
 
 
 def test_a_step_without_a_readable_clip_is_an_error(store_path, store):
     """Never zeros, and never an endless search."""
-    bad = order_of(store).rows_at_step(1)
-    loader = PlainLoader(broken(store_path, bad), order_of(store), view_of(store), on_broken="skip", say=str)
+    damaged = store_with_broken_rows(store_path, order_of(store).rows_at_step(1))
+    loader = PlainLoader(damaged, order_of(store), view_of(store), on_broken="skip", say=str)
     assert loader.make_batch(0).skipped_clips == 0
     for _ in range(2):
         with pytest.raises(StoreError, match="none of the 6 clips"):
@@ -220,16 +192,16 @@ def test_a_step_without_a_readable_clip_is_an_error(store_path, store):
 
 
 @pytest.mark.parametrize(
-    ("bad", "stand_in"),
+    ("broken", "stand_in"),
     [([], "abcd"), ("a", "bbcd"), ("d", "abca"), ("cd", "abaa"), ("abd", "cccc"), ("x", "abcd")],
 )
-def test_the_next_good_row_stands_in_cyclically(bad, stand_in):
-    rows_B, skipped = replace_broken_rows(np.array([ord(row) for row in "abcd"]), {ord(row) for row in bad})
+def test_the_next_good_row_stands_in_cyclically(broken, stand_in):
+    rows_B, skipped = replace_broken_rows(np.array([ord(row) for row in "abcd"]), set(map(ord, broken)))
     assert "".join(map(chr, rows_B)) == stand_in
-    assert skipped == len(set(bad) & set("abcd"))
+    assert skipped == len(set(broken) & set("abcd"))
 
 
-def test_a_way_to_treat_broken_clips_that_is_none_is_refused(store):
+def test_an_unknown_treatment_of_broken_clips_is_refused(store):
     with pytest.raises(RunError, match="on_broken must be raise or skip"):
         PlainLoader(store, order_of(store), view_of(store), on_broken="ignore")
 
@@ -240,7 +212,7 @@ def test_cuda_where_there_is_none_is_refused_in_one_line(store, monkeypatch):
         PlainLoader(store, order_of(store), view_of(store), device="cuda")
 
 
-def test_a_device_that_is_none_is_refused_in_one_line(store):
+def test_an_unknown_device_is_refused_in_one_line(store):
     with pytest.raises(RunError, match="device 'gpu': expected cpu, cuda or cuda:N"):
         PlainLoader(store, order_of(store), view_of(store), device="gpu")
 

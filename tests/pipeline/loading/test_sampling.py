@@ -1,9 +1,4 @@
-"""Which clips an epoch takes, and in what order.
-
-Which rows come when.
-
-How well a block shuffle mixes.
-"""
+"""Which clips an epoch takes in which order, which rows a step has, and how well a block shuffle mixes."""
 
 import subprocess
 import sys
@@ -56,30 +51,20 @@ def test_every_permutation_is_equally_likely():
     assert chi_square(counts_N, np.full(24, 200)) < RARE
 
 
-def test_the_streams_are_those_of_other_days():
-    """A run is resumed by asking for its order again, so a stream that changes breaks every run that is under way."""
+def test_the_streams_are_those_of_earlier_versions():
+    """A run is resumed by drawing its order again, so a stream that changes breaks every run that is under way."""
     assert random_permutation(10, 1, 2).tolist() == [5, 6, 9, 3, 2, 1, 0, 8, 4, 7]
     assert FULL_SHUFFLE.epoch_indices(60, 0, 0)[:8].tolist() == [11, 3, 20, 13, 2, 59, 53, 48]
     assert BLOCKS.epoch_indices(60, 3, 1)[:8].tolist() == [34, 10, 22, 24, 13, 33, 26, 25]
     assert draw_with_replacement(WEIGHTS_N, 12, 3, 1).tolist() == [5, 6, 6, 5, 3, 1, 6, 5, 5, 3, 5, 3]
-    assert WeightedSampling(weights_N=WEIGHTS_N, clips_per_epoch=4, replacement=False).epoch_indices(
-        8, 3, 1
-    ).tolist() == [
-        3,
-        1,
-        6,
-        5,
-    ]
+    without = WeightedSampling(weights_N=WEIGHTS_N, clips_per_epoch=4, replacement=False)
+    assert without.epoch_indices(8, 3, 1).tolist() == [3, 1, 6, 5]
 
 
 def test_keys_are_put_in_order_by_all_but_their_lowest_bits():
     """Which hold the place: of keys that differ in these alone the first stays first."""
-    assert argsort_packed(np.array([9 << 8, 3 << 8, 5 << 8, (3 << 8) + 1], np.uint64)).tolist() == [
-        1,
-        3,
-        2,
-        0,
-    ]
+    keys_N = np.array([9 << 8, 3 << 8, 5 << 8, (3 << 8) + 1], np.uint64)
+    assert argsort_packed(keys_N).tolist() == [1, 3, 2, 0]
 
 
 @given(
@@ -102,11 +87,12 @@ def test_rows_come_from_no_more_blocks_at_a_time_than_the_window_holds(window):
     blocks, size = 50, 200
     sampling = BlockShuffle(blocks_N=np.arange(blocks * size) // size, window_blocks=window)
     block_N = sampling.epoch_indices(blocks * size, 5, 3) // size
-    held = [len(set(block_N[at : at + size])) for at in range(0, blocks * size, size)]
-    assert max(held) <= window + 2  # while 200 rows pass one block begins, or at most two where others lag
+    # While 200 rows pass one block begins, or at most two where others lag.
+    block_counts = [len(set(block_N[first : first + size])) for first in range(0, blocks * size, size)]
+    assert max(block_counts) <= window + 2
     for block in range(blocks):
-        at_N = np.flatnonzero(block_N == block)
-        gaps_N = np.diff(at_N, append=at_N[0] + blocks * size)
+        place_N = np.flatnonzero(block_N == block)
+        gaps_N = np.diff(place_N, append=place_N[0] + blocks * size)
         spread = blocks * size - gaps_N.max()
         assert spread <= (window + 1.5) * size
 
@@ -114,10 +100,10 @@ def test_rows_come_from_no_more_blocks_at_a_time_than_the_window_holds(window):
 def test_blocks_come_in_another_order_every_epoch():
     """Not only the rows within the window: neighbours of one epoch are strangers in the next, and for another seed."""
     sampling = BlockShuffle(blocks_N=np.arange(2_000) // 20, window_blocks=2)
-    ways = [sampling.epoch_indices(2_000, seed, epoch) // 20 for seed, epoch in [(0, 0), (0, 1), (1, 0)]]
-    middle_NB = [[np.median(np.flatnonzero(way_N == block)) for block in range(100)] for way_N in ways]
-    likeness = np.corrcoef(middle_NB)[np.triu_indices(3, 1)]
-    assert (np.abs(likeness) < 0.4).all()  # 0.1 is the standard deviation of no likeness
+    epochs = [sampling.epoch_indices(2_000, seed, epoch) // 20 for seed, epoch in [(0, 0), (0, 1), (1, 0)]]
+    middles = [[np.median(np.flatnonzero(epoch_N == block)) for block in range(100)] for epoch_N in epochs]
+    correlations = np.corrcoef(middles)[np.triu_indices(3, 1)]
+    assert (np.abs(correlations) < 0.4).all()  # unrelated orders have a standard deviation of 0.1
 
 
 def test_a_window_over_all_blocks_is_a_full_shuffle():
@@ -134,9 +120,11 @@ def test_every_block_is_as_likely_at_the_start_of_an_epoch_as_anywhere():
     sampling = BlockShuffle(blocks_N=np.arange(1_000) // 20, window_blocks=10)
     heads = [sampling.epoch_indices(1_000, seed, 0)[:20] // 20 for seed in range(200)]
     middles = [sampling.epoch_indices(1_000, seed, 0)[500:520] // 20 for seed in range(200)]
-    held_at = [np.mean([len(set(block_N)) for block_N in part]) for part in (heads, middles)]
-    assert abs(held_at[0] - held_at[1]) < 0.2
-    assert 8 < held_at[0] < 11
+    at_start, in_the_middle = (
+        np.mean([len(set(block_N)) for block_N in batches]) for batches in (heads, middles)
+    )
+    assert abs(at_start - in_the_middle) < 0.2
+    assert 8 < at_start < 11
 
 
 @pytest.mark.parametrize("weights_N", [WEIGHTS_N, WEIGHTS_N * 1e-30, WEIGHTS_N * 1e30])
@@ -146,9 +134,9 @@ def test_draws_follow_their_weights(weights_N):
         WeightedSampling(weights_N=weights_N, clips_per_epoch=40_000).epoch_indices(8, 11, 0), minlength=8
     )
     expected_N = 40_000 * WEIGHTS_N / WEIGHTS_N.sum()
-    some_N = WEIGHTS_N > 0
-    assert (counts_N[~some_N] == 0).all()
-    assert chi_square(counts_N[some_N], expected_N[some_N]) < 18.5
+    is_heavy_N = WEIGHTS_N > 0
+    assert (counts_N[~is_heavy_N] == 0).all()
+    assert chi_square(counts_N[is_heavy_N], expected_N[is_heavy_N]) < 18.5
 
 
 def test_draws_come_in_no_order():
@@ -183,11 +171,11 @@ def test_without_replacement_rows_are_taken_as_one_by_one_from_an_urn():
     weights_N = np.array([1.0, 2.0, 3.0, 6.0])
     share_N = weights_N / weights_N.sum()
     pairs = [(a, b) for a in range(4) for b in range(a + 1, 4)]
-    wanted_N = [share_N[a] * share_N[b] * (1 / (1 - share_N[a]) + 1 / (1 - share_N[b])) for a, b in pairs]
-    found = [tuple(draw_without_replacement(weights_N, 2, seed, 0)) for seed in range(6_000)]
-    counts_N = np.array([found.count(pair) for pair in pairs])
-    assert sum(wanted_N) == pytest.approx(1)
-    assert chi_square(counts_N, 6_000 * np.array(wanted_N)) < 20.5  # once in a thousand over 6 cells
+    expected_N = [share_N[a] * share_N[b] * (1 / (1 - share_N[a]) + 1 / (1 - share_N[b])) for a, b in pairs]
+    drawn_pairs = [tuple(draw_without_replacement(weights_N, 2, seed, 0)) for seed in range(6_000)]
+    counts_N = np.array([drawn_pairs.count(pair) for pair in pairs])
+    assert sum(expected_N) == pytest.approx(1)
+    assert chi_square(counts_N, 6_000 * np.array(expected_N)) < 20.5  # once in a thousand over 6 cells
 
 
 def test_without_replacement_every_part_of_an_epoch_is_as_heavy():
@@ -203,8 +191,8 @@ def test_weighted_epochs_and_seeds_differ():
     """In both kinds."""
     for replacement in (True, False):
         sampling = WeightedSampling(weights_N=np.ones(500), clips_per_epoch=50, replacement=replacement)
-        ways = {tuple(sampling.epoch_indices(500, seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}
-        assert len(ways) == 4
+        epochs = {tuple(sampling.epoch_indices(500, seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}
+        assert len(epochs) == 4
 
 
 def test_the_logarithm_is_right_to_the_last_bits():
@@ -214,7 +202,7 @@ def test_the_logarithm_is_right_to_the_last_bits():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "message"),
     [
         ({"weights_N": np.zeros(5)}, "none of 5 clips weighs more than 0"),
         (
@@ -223,9 +211,9 @@ def test_the_logarithm_is_right_to_the_last_bits():
         ),
     ],
 )
-def test_weights_from_which_nothing_can_be_drawn_are_refused(wrong, told):
-    """A loader that found out would hang or repeat itself."""
-    with pytest.raises(InputError, match=told):
+def test_weights_from_which_nothing_can_be_drawn_are_refused(wrong, message):
+    """A loader that tried would hang or repeat itself."""
+    with pytest.raises(InputError, match=message):
         WeightedSampling(**{"weights_N": WEIGHTS_N, "clips_per_epoch": 3} | wrong)
 
 
@@ -238,7 +226,7 @@ def test_weights_from_which_nothing_can_be_drawn_are_refused(wrong, told):
         {"clips_per_epoch": 0},
     ],
 )
-def test_weights_that_are_none_are_refused(wrong):
+def test_weights_that_are_no_weights_are_refused(wrong):
     with pytest.raises(ValueError, match="must be 0 or more"):
         WeightedSampling(**{"weights_N": WEIGHTS_N, "clips_per_epoch": 3} | wrong)
 
@@ -247,7 +235,7 @@ def test_weights_that_are_none_are_refused(wrong):
 def test_a_sampling_made_for_other_rows_is_refused(sampling):
     """Weights of all rows of a store, with an order over its good ones, would weigh the wrong clips."""
     with pytest.raises(ValueError, match="one of 60 rows, the order has 61"):
-        sampling.length(61)
+        sampling.epoch_length(61)
 
 
 ALL_AUDIOSET = """
@@ -268,7 +256,7 @@ rows_N = np.arange(rows)
 for sampling in samplings:
     order = RowOrder(rows_N=rows_N, clips=512, seed=0, sampling=sampling)
     for epoch in range(3):
-        order.rows(epoch * order.steps_per_epoch)
+        order.rows_at_step(epoch * order.steps_per_epoch)
 print(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")))
 """
 
@@ -289,11 +277,11 @@ LIGHT_AND_HEAVY = np.repeat([1.0, 0.0, 20.0], 20)
 SAMPLINGS = {
     "full": FULL_SHUFFLE,
     "block": BlockShuffle(blocks_N=ROWS_N // 7, window_blocks=3),
-    "drawn": WeightedSampling(weights_N=LIGHT_AND_HEAVY, clips_per_epoch=60),
-    "raced": WeightedSampling(weights_N=LIGHT_AND_HEAVY, clips_per_epoch=36, replacement=False),
+    "with replacement": WeightedSampling(weights_N=LIGHT_AND_HEAVY, clips_per_epoch=60),
+    "without replacement": WeightedSampling(weights_N=LIGHT_AND_HEAVY, clips_per_epoch=36, replacement=False),
 }
 
-ONCE = ["full", "block"]  # those that take every row once an epoch
+ONCE = ["full", "block"]  # samplings that take every row once an epoch
 
 
 @pytest.fixture(params=SAMPLINGS)
@@ -303,8 +291,8 @@ def sampling(request):
 
 def epoch_rows(epoch: int, *, clips: int, world: int = 1, seed: int = 0, sampling=FULL_SHUFFLE) -> list[int]:
     """All rows of one epoch, of all ranks, step by step."""
-    known = {"rows_N": ROWS_N, "clips": clips, "seed": seed, "world": world, "sampling": sampling}
-    orders = [RowOrder(rank=rank, **known) for rank in range(world)]
+    settings = {"rows_N": ROWS_N, "clips": clips, "seed": seed, "world": world, "sampling": sampling}
+    orders = [RowOrder(rank=rank, **settings) for rank in range(world)]
     steps = orders[0].steps_per_epoch
     return [
         row
@@ -323,22 +311,22 @@ def test_an_epoch_takes_every_row_once(epoch, name):
 
 def test_epochs_and_seeds_differ(sampling):
     """A shuffle that repeats is learnt by heart."""
-    ways = [
+    epochs = [
         epoch_rows(epoch, clips=12, seed=seed, sampling=sampling) for epoch, seed in [(0, 0), (1, 0), (0, 1)]
     ]
-    assert len({tuple(way) for way in ways}) == 3
+    assert len({tuple(rows) for rows in epochs}) == 3
 
 
 @pytest.mark.parametrize("name", ONCE)
-def test_what_does_not_fill_a_step_is_dropped_and_differs_by_epoch(name):
+def test_rows_that_do_not_fill_a_step_are_dropped_and_differ_by_epoch(name):
     """7 rows a step leave 4 of 60 over; the same four left out always would never be learnt."""
-    kept = [set(epoch_rows(epoch, clips=7, sampling=SAMPLINGS[name])) for epoch in range(4)]
-    left_over = [set(ROWS_N) - rows for rows in kept]
-    assert [len(rows) for rows in left_over] == [4, 4, 4, 4]
-    assert len(set.union(*left_over)) > 4
+    epochs = [set(epoch_rows(epoch, clips=7, sampling=SAMPLINGS[name])) for epoch in range(4)]
+    dropped = [set(ROWS_N) - rows for rows in epochs]
+    assert [len(rows) for rows in dropped] == [4, 4, 4, 4]
+    assert len(set.union(*dropped)) > 4
 
 
-@pytest.mark.parametrize("name", [*ONCE, "raced"])
+@pytest.mark.parametrize("name", [*ONCE, "without replacement"])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_all_ranks_together_see_one_epoch_without_repeats(world, name):
     """A row that two ranks see counts twice in the gradient."""
@@ -357,10 +345,10 @@ def test_the_union_over_ranks_does_not_depend_on_their_number(world, sampling):
 def test_an_order_remembers_nothing(sampling):
     """A resumed run asks a fresh order for step k alone, and gets what the uninterrupted run got."""
     whole = RowOrder(rows_N=ROWS_N, clips=8, seed=3, sampling=sampling)
-    walked = [whole.rows_at_step(step) for step in range(20)]
+    steps = [whole.rows_at_step(step) for step in range(20)]
     for step in (19, 0, 7, 6):
         alone = RowOrder(rows_N=ROWS_N, clips=8, seed=3, sampling=sampling)
-        assert np.array_equal(alone.rows_at_step(step), walked[step])
+        assert np.array_equal(alone.rows_at_step(step), steps[step])
 
 
 def test_rows_can_be_changed_without_harm(sampling):
@@ -373,7 +361,7 @@ def test_rows_can_be_changed_without_harm(sampling):
 
 def test_rows_that_weigh_more_come_more_often():
     """Weights go with the rows of the order, place by place, not with the store's."""
-    rows = epoch_rows(0, clips=12, sampling=SAMPLINGS["drawn"])
+    rows = epoch_rows(0, clips=12, sampling=SAMPLINGS["with replacement"])
     assert not set(rows) & set(range(1_020, 1_040))
     assert sum(row >= 1_040 for row in rows) > 48
 
@@ -411,7 +399,7 @@ def test_too_few_rows_for_a_step_are_refused():
 def test_a_sampling_of_other_rows_is_refused_with_the_order():
     """Not at the first batch."""
     with pytest.raises(ValueError, match="one of 60 rows, the order has 59"):
-        RowOrder(rows_N=ROWS_N[1:], clips=4, seed=0, sampling=SAMPLINGS["drawn"])
+        RowOrder(rows_N=ROWS_N[1:], clips=4, seed=0, sampling=SAMPLINGS["with replacement"])
 
 
 @pytest.mark.parametrize("wrong", [{"clips": 0}, {"rank": 2, "world": 2}, {"rank": -1}])
@@ -433,31 +421,33 @@ def test_the_figures_are_those_of_all_batches_counted_one_by_one():
     sampling = BlockShuffle(blocks_N=np.arange(ROWS) // 256, window_blocks=6)
     batches = (sampling.epoch_indices(ROWS, 0, 0) // 256).reshape(-1, 64)
     pairs = np.mean([(row[:, None] == row)[np.triu_indices(64, 1)].mean() for row in batches])
-    told = mixing(6)
-    assert told.same_block_pairs == pytest.approx(pairs)
-    assert told.blocks_per_batch == pytest.approx(np.mean([len(set(row)) for row in batches]))
+    quality = mixing(6)
+    assert quality.same_block_pairs == pytest.approx(pairs)
+    assert quality.blocks_per_batch == pytest.approx(np.mean([len(set(row)) for row in batches]))
 
 
 @pytest.mark.parametrize("window", [2, 5, 20])
 def test_as_many_pairs_share_a_block_as_there_are_blocks_at_a_time(window):
-    """One in `window`: what the window buys can be told beforehand."""
+    """One in `window`: the gain of a window can be computed beforehand."""
     assert mixing(window).same_block_pairs == pytest.approx(1 / window, rel=0.06)
 
 
 def test_the_figures_of_a_full_shuffle_are_what_full_shuffles_have():
     """In closed form, against the mean over 400 batches."""
-    told, batches = mixing(4), [random_permutation(ROWS, seed)[:64] // 256 for seed in range(400)]
-    assert told.full_blocks_per_batch == pytest.approx(np.mean([len(set(row)) for row in batches]), rel=0.01)
-    assert told.full_same_block_pairs == pytest.approx((256 - 1) / (ROWS - 1))
+    quality = mixing(4)
+    batches = [random_permutation(ROWS, seed)[:64] // 256 for seed in range(400)]
+    mean_blocks = np.mean([len(set(batch)) for batch in batches])
+    assert quality.full_blocks_per_batch == pytest.approx(mean_blocks, rel=0.01)
+    assert quality.full_same_block_pairs == pytest.approx((256 - 1) / (ROWS - 1))
 
 
 def test_a_window_over_all_blocks_mixes_as_a_full_shuffle_does():
     """So the figures can be compared."""
-    told = mixing(64)
-    assert told.window_blocks == 40
-    assert told.blocks_per_batch == pytest.approx(told.full_blocks_per_batch, rel=0.02)
-    assert told.same_block_pairs == pytest.approx(told.full_same_block_pairs, rel=0.03)
-    assert told.effective_clips == pytest.approx(told.full_effective_clips, rel=0.02)
+    quality = mixing(64)
+    assert quality.window_blocks == 40
+    assert quality.blocks_per_batch == pytest.approx(quality.full_blocks_per_batch, rel=0.02)
+    assert quality.same_block_pairs == pytest.approx(quality.full_same_block_pairs, rel=0.03)
+    assert quality.effective_clips == pytest.approx(quality.full_effective_clips, rel=0.02)
 
 
 def test_a_batch_is_worth_at_least_the_blocks_that_it_draws_on():

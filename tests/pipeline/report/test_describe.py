@@ -1,4 +1,4 @@
-"""One clip, told: all its rows, its labels by name, where its bytes lie; and what is said of mistakes."""
+"""A description of a store or clip has its facts: rows, labels by name, the place of its bytes; mistakes are named."""
 
 import shutil
 import sys
@@ -29,7 +29,7 @@ def copy(store_path, tmp_path):
     return shutil.copytree(store_path, tmp_path / "copy.zarr")
 
 
-def test_the_summary_tells_what_the_store_is(store):
+def test_the_summary_has_the_facts_of_the_store(store):
     """Its identities, its numbers, where its labels come from."""
     text = describe_store(store)
     for fact in (store.store_id, store.header.plan_id, store.spec_id, "hop_samples 320", "float16"):
@@ -39,8 +39,8 @@ def test_the_summary_tells_what_the_store_is(store):
     assert "as listed" in text
 
 
-def test_a_good_clip_is_told_in_full(store):
-    """What the manifest has, and labels by their names; those that were added are marked."""
+def test_a_good_clip_is_described_in_full(store):
+    """The manifest's values, and labels by their names; propagated labels are marked."""
     row = find_clip_rows(store, clip_id(2))[0]
     text = describe_rows(store, [row])
     assert "16,000 Hz, 1 channel, 10.000 s" in text
@@ -52,8 +52,8 @@ def test_a_good_clip_is_told_in_full(store):
     assert "labels unambiguous + Music; + Musical instrument; Bell" in lines
 
 
-def test_the_bytes_of_a_clip_lie_where_it_is_told(store):
-    """Anybody's tool can fetch them: offset and length in the shard's file."""
+def test_the_bytes_of_a_clip_lie_at_the_described_place(store):
+    """Any tool can fetch them by offset and length in the shard's file."""
     row = find_clip_rows(store, clip_id(20))[0]
     words = describe_location(store, row).replace(",", "").split()
     size, offset = (int(words[words.index(word) + step]) for word, step in (("bytes", -1), ("from", 1)))
@@ -62,11 +62,11 @@ def test_the_bytes_of_a_clip_lie_where_it_is_told(store):
     np.testing.assert_array_equal(mel_TF, store.read(np.array([row]))[0])
 
 
-def test_every_row_of_an_id_is_told(copy):
+def test_every_row_of_an_id_is_described(copy):
     """An id stands in two splits, or a recording in several pieces."""
     frame, metadata = read_table(copy / "manifest.parquet")
-    twice = pl.when(pl.col("clip_id") == clip_id(47)).then(pl.lit(clip_id(1))).otherwise("clip_id")
-    write_table(copy / "manifest.parquet", frame.with_columns(clip_id=twice), metadata)
+    repeated_id = pl.when(pl.col("clip_id") == clip_id(47)).then(pl.lit(clip_id(1))).otherwise("clip_id")
+    write_table(copy / "manifest.parquet", frame.with_columns(clip_id=repeated_id), metadata)
     store = FeatureStore.open(copy)
     rows = find_clip_rows(store, clip_id(1))
     assert len(rows) == 2
@@ -74,10 +74,10 @@ def test_every_row_of_an_id_is_told(copy):
     assert {block.split("split")[1].split()[0] for block in blocks} == {"a_train", "eval"}
 
 
-def test_a_failed_clip_tells_its_reason_and_gets_no_picture(store_path, tmp_path, monkeypatch, capsys):
-    """Status 1 and one line: the file that was asked for is not there."""
-    asked = ["inspect", store_path, "--clip", clip_id(BROKEN), "--png", tmp_path / "x.png"]
-    assert run(*asked, monkeypatch=monkeypatch) == 1
+def test_a_failed_clip_has_its_reason_and_no_picture(store_path, tmp_path, monkeypatch, capsys):
+    """The picture that the command names is not written, so it ends with status 1 and one line."""
+    arguments = ["inspect", store_path, "--clip", clip_id(BROKEN), "--png", tmp_path / "x.png"]
+    assert run(*arguments, monkeypatch=monkeypatch) == 1
     out, error = capsys.readouterr()
     assert "unreadable: no decoder makes sense of the file" in out
     assert "not there" in out
@@ -98,7 +98,7 @@ def test_a_good_clip_gets_its_picture(store_path, tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("arguments", "message"),
     [
         (["--clip", "clip_0000020"], f"did you mean '{clip_id(20)}'"),
         (["--clip", "CLIP_000007"], f"did you mean '{clip_id(7)}'"),
@@ -108,16 +108,16 @@ def test_a_good_clip_gets_its_picture(store_path, tmp_path, monkeypatch, capsys)
         (["--png", "x.png"], "--clip ID or --row N"),
     ],
 )
-def test_a_mistake_is_one_line(store_path, monkeypatch, capsys, more, said):
-    """What, where, what there is instead."""
-    assert run("inspect", store_path, *more, monkeypatch=monkeypatch) == 1
+def test_a_mistake_is_one_line(store_path, monkeypatch, capsys, arguments, message):
+    """The line says what is wrong, where, and what there is instead."""
+    assert run("inspect", store_path, *arguments, monkeypatch=monkeypatch) == 1
     error = capsys.readouterr().err
-    assert said in error
+    assert message in error
     assert error.count("\n") == 1
 
 
 def test_one_slip_of_the_pen_is_found_among_many():
-    """Whichever letter it is, and however many ids are alike."""
+    """Whichever letter is wrong, and however many ids are alike."""
     letters_N11 = np.random.default_rng(0).integers(97, 123, (20_000, 11), dtype=np.uint8)
     ids = pl.Series([row.tobytes().decode() for row in letters_N11])
     right = ids[12_345]
@@ -126,8 +126,8 @@ def test_one_slip_of_the_pen_is_found_among_many():
         assert right in nearest_clip_ids(ids, wrong)
 
 
-def test_a_damaged_shard_is_said_in_one_line(copy, monkeypatch, capsys):
-    """With the command that tells more."""
+def test_a_damaged_shard_is_named_in_one_line(copy, monkeypatch, capsys):
+    """The line names the command that finds the damage."""
     path = shard_path(copy, 0)
     path.write_bytes(path.read_bytes()[:-1])
     assert run("inspect", copy, "--row", 0, monkeypatch=monkeypatch) == 1
@@ -135,7 +135,7 @@ def test_a_damaged_shard_is_said_in_one_line(copy, monkeypatch, capsys):
 
 
 def test_a_report_of_nothing_is_refused(store_path, monkeypatch, capsys):
-    """A page, a picture or both."""
+    """The command needs a page, a picture or both to write."""
     assert run("report", store_path, monkeypatch=monkeypatch) == 1
     assert "--html FILE" in capsys.readouterr().err
 
@@ -147,8 +147,8 @@ def test_a_report_is_a_page(store_path, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
 
 
-def test_labels_outside_the_class_list_are_told_by_name(copy):
-    """AudioSet's strong labels have washing machines; an id would tell nobody."""
+def test_labels_outside_the_class_list_are_named(copy):
+    """AudioSet's strong labels have washing machines; an id would mean nothing to a reader."""
     frame, metadata = read_table(copy / "labels.parquet")
     outside = pl.lit(["/m/0174k2", "x"], dtype=pl.List(pl.String))
     write_table(copy / "labels.parquet", frame.with_columns(outside=outside), metadata)

@@ -1,4 +1,4 @@
-"""A picture that lies about Hz or seconds is worse than none."""
+"""Pictures of spectrograms are right about Hz and seconds, and show clips of different classes."""
 
 import io
 import math
@@ -24,7 +24,7 @@ def mel_of_tone(hz: float, spec) -> np.ndarray:
 @pytest.mark.parametrize("spec", MEL_PRESETS.values(), ids=MEL_PRESETS)
 @pytest.mark.parametrize("hz", [500.0, 1_000.0, 4_000.0])
 def test_a_pure_tone_lights_at_its_own_tick(spec, hz):
-    """Within one band, in every spec: the tick's place is computed, the brightest band is heard."""
+    """The brightest band lies within one band of the tick, in every spec."""
     place_of = {label: place for place, label in mel_band_ticks(spec, min_gap=0.0)}
     place = place_of[f"{hz / 1000:g}k" if hz >= 1_000 else f"{hz:g}"]
     loudest = mel_of_tone(hz, spec).mean(0).argmax()
@@ -61,7 +61,7 @@ def test_the_page_draws_low_bands_below_and_time_to_the_right():
 
 
 def test_values_beyond_the_colours_are_shown_as_the_outermost():
-    """Instead of wrapping round: loud must not look quiet."""
+    """Colours do not wrap around: a loud value must not look quiet."""
     picture = imread(io.BytesIO(palette_png(np.array([[-9.0], [0.0], [1.0], [9.0]]), (0.0, 1.0))))
     assert (picture[0, 0] == picture[0, 1]).all()
     assert (picture[0, 2] == picture[0, 3]).all()
@@ -70,13 +70,13 @@ def test_values_beyond_the_colours_are_shown_as_the_outermost():
 
 def test_the_end_of_a_clip_is_marked_where_its_frames_end():
     """Half of the frames of 8 s on an axis of 10 s: at 4 s."""
-    drawn = spectrogram_chart(
+    short = spectrogram_chart(
         np.zeros((80, 4)), (0.0, 1.0), [(2.0, "1k")], seconds=10, frame_seconds=0.1, valid_frames=40
     )
     whole = spectrogram_chart(
         np.zeros((80, 4)), (0.0, 1.0), [(2.0, "1k")], seconds=10, frame_seconds=0.1, valid_frames=80
     )
-    assert '<line x1="164"' in drawn  # 40 + 4 / 10 of 310
+    assert '<line x1="164"' in short  # 40 + 4 / 10 of 310
     assert 'class="dimmed"' not in whole
 
 

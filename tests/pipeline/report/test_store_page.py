@@ -1,4 +1,4 @@
-"""The page: right numbers, nothing from outside, nothing unescaped, for stores of every kind."""
+"""The page of a store has the right numbers, needs no other file and escapes every text, for stores of every kind."""
 
 import re
 import shutil
@@ -43,8 +43,8 @@ class Elements(HTMLParser):
             element["text"] += data
 
     def rows(self) -> dict[str, list[str]]:
-        found = [[cell["text"] for cell in e["cells"]] for e in self.all if e["tag"] == "tr" and e["cells"]]
-        return {first: rest for first, *rest in found}
+        rows = [[cell["text"] for cell in e["cells"]] for e in self.all if e["tag"] == "tr" and e["cells"]]
+        return {first: rest for first, *rest in rows}
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def change(path, name, **columns):
 
 
 def test_the_numbers_are_those_of_the_manifest(store):
-    """Of coverage, of every reason, of every class before and after propagation."""
+    """Coverage, reasons, and every class before and after propagation."""
     elements = Elements(render_store_page(store, clip_count=2))
     text, rows = elements.all[0]["text"], elements.rows()
     rows |= {
@@ -87,7 +87,7 @@ def test_classes_without_a_positive_are_named(store):
 
 
 def test_a_rows_hidden_counts_are_those_of_its_splits(store):
-    """What the script shows when a split is chosen."""
+    """The script shows these when a split is chosen."""
     speech = next(
         e for e in Elements(render_store_page(store, clip_count=1)).all if e["tag"] == "tr" and "data-n" in e
     )
@@ -115,7 +115,7 @@ def test_the_same_store_gives_the_same_bytes(store, tmp_path):
     assert (tmp_path / "b.html").stat().st_size < 2_000_000
 
 
-def test_what_comes_from_files_is_escaped(copy):
+def test_text_from_files_is_escaped(copy):
     """An id, a path and a label are whatever somebody typed."""
     before = [e["tag"] for e in Elements(render_store_page(FeatureStore.open(copy))).all]
     nasty = {name: NASTY + pl.col(name) for name in ("clip_id", "detail", "codec", "source", "split")}
@@ -131,7 +131,7 @@ def test_what_comes_from_files_is_escaped(copy):
 
 
 def test_a_store_without_labels_says_so(copy):
-    """It serves pre-training."""
+    """Such a store serves pre-training."""
     nothing = pl.lit([], dtype=pl.List(pl.UInt16))
     change(copy, "labels.parquet", raw=nothing, unambiguous=nothing)
     assert "No clip has a label" in render_store_page(FeatureStore.open(copy))
@@ -152,7 +152,7 @@ def test_a_split_without_a_good_clip_says_so(copy):
 
 
 def test_a_store_without_a_good_clip_has_a_page(copy):
-    """That is when one looks for reasons most."""
+    """It is then that reasons matter most."""
     change(copy, "manifest.parquet", status=pl.lit("failed"), reason=pl.lit("unreadable"))
     (copy / "stats.json").write_text('{"all": {"frames": 0}}')
     (copy / "build.json").unlink()
@@ -163,7 +163,7 @@ def test_a_store_without_a_good_clip_has_a_page(copy):
 
 
 def test_uint8_stores_have_pages(uint8_store_path):
-    """No propagated label set here, either."""
+    """This store has no propagated label set, either."""
     text = render_store_page(FeatureStore.open(uint8_store_path), clip_count=2)
     assert "stored as uint8 with an error of 0.0" in text
     assert "good, unambiguous" not in text

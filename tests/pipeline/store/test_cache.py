@@ -31,7 +31,8 @@ SPAWN = multiprocessing.get_context("spawn")
 ROOMY_GB = 0.1
 
 
-def pushed(store: Path, url: str) -> str:
+def push_store(store: Path, url: str) -> str:
+    """Copy a store into the bucket; returns the URL."""
     for path in (path for path in store.rglob("*") if path.is_file()):
         upload_file(path, f"{url}/{path.relative_to(store).as_posix()}")
     return url
@@ -40,20 +41,20 @@ def pushed(store: Path, url: str) -> str:
 @pytest.fixture(scope="module")
 def url(store_path) -> str:
     """The store of three shards in the bucket; nobody changes it."""
-    return pushed(store_path, f"s3://{BUCKET}/shared/tiny.zarr")
+    return push_store(store_path, f"s3://{BUCKET}/shared/tiny.zarr")
 
 
 @pytest.fixture
 def own_url(store_path, tmp_path) -> str:
     """The same in a place of this test's own."""
-    return pushed(store_path, f"s3://{BUCKET}/{tmp_path.name}/tiny.zarr")
+    return push_store(store_path, f"s3://{BUCKET}/{tmp_path.name}/tiny.zarr")
 
 
-def shards_in(folder: Path) -> list[int]:
+def cached_shards(folder: Path) -> list[int]:
     return sorted(int(path.parts[-3]) for path in folder.glob("*/*/mel/c/*/0/0"))
 
 
-def bytes_in(folder: Path) -> int:
+def cached_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*/*/mel/c/*/0/*"))
 
 
@@ -62,17 +63,17 @@ def shard_gb(store_path: Path, shards: float) -> float:
     return shards * max(path.stat().st_size for path in store_path.glob("mel/c/*/0/0")) / cache.BYTES_PER_GB
 
 
-def test_what_comes_from_a_bucket_is_what_was_put_there(store, url, tmp_path):
+def test_a_store_in_a_bucket_reads_like_the_same_store_on_the_disk(store, url, tmp_path):
     """Rows, labels, statistics and batches; a URL with a slash at its end is the same store."""
-    there = FeatureStore.open(url + "/", cache=tmp_path, cache_gb=ROOMY_GB)
+    remote = FeatureStore.open(url + "/", cache=tmp_path, cache_gb=ROOMY_GB)
     rows = store.good_rows()
-    np.testing.assert_array_equal(there.read(rows), store.read(rows))
-    np.testing.assert_array_equal(there.labels_BC(rows, "unambiguous"), store.labels_BC(rows, "unambiguous"))
-    assert (there.stats, there.store_id, there.location) == (store.stats, store.store_id, url)
+    np.testing.assert_array_equal(remote.read(rows), store.read(rows))
+    np.testing.assert_array_equal(remote.labels_BC(rows, "unambiguous"), store.labels_BC(rows, "unambiguous"))
+    assert (remote.stats, remote.store_id, remote.location) == (store.stats, store.store_id, url)
     view = View(frames=96, mean=0.0, std=1.0, label_set="raw")
     batches = [
         PlainLoader(one, RowOrder(rows_N=rows, clips=6, seed=0), view).make_batch(3).mel_BTF
-        for one in (store, there)
+        for one in (store, remote)
     ]
     assert batches[0].equal(batches[1])
 
@@ -85,10 +86,10 @@ def test_only_the_shards_that_are_asked_for_are_fetched_and_once(url, tmp_path, 
         cache, "download_into_file", lambda at, file: fetched.append(at) or fetch_into(at, file)
     )
     for _ in range(2):
-        there = FeatureStore.open(url, cache=tmp_path, cache_gb=ROOMY_GB)
-        assert there.manifest.height == 48
-        there.read(np.array([33, 0, 34, 1]))
-    assert shards_in(tmp_path) == [0, 2]
+        remote = FeatureStore.open(url, cache=tmp_path, cache_gb=ROOMY_GB)
+        assert remote.manifest.height == 48
+        remote.read(np.array([33, 0, 34, 1]))
+    assert cached_shards(tmp_path) == [0, 2]
     assert sorted(fetched) == [f"{url}/mel/c/0/0/0", f"{url}/mel/c/2/0/0"]
 
 
@@ -110,7 +111,7 @@ def test_the_cache_stays_under_its_bound_and_drops_what_was_used_least_lately(
 ):
     """Room for two shards of three: the one that was read long ago goes, and comes again when it is asked for."""
     most_gb = shard_gb(store_path, 2.5)
-    there = FeatureStore.open(url, cache=tmp_path, cache_gb=most_gb)
+    remote = FeatureStore.open(url, cache=tmp_path, cache_gb=most_gb)
     for row, kept in (
         (0, [0]),
         (16, [0, 1]),
@@ -120,20 +121,22 @@ def test_the_cache_stays_under_its_bound_and_drops_what_was_used_least_lately(
         (33, [1, 2]),
         (2, [0, 2]),
     ):
-        np.testing.assert_array_equal(there.read(np.array([row])), store.read(np.array([row])))
-        assert shards_in(tmp_path) == kept
-        assert bytes_in(tmp_path) <= most_gb * cache.BYTES_PER_GB
+        np.testing.assert_array_equal(remote.read(np.array([row])), store.read(np.array([row])))
+        assert cached_shards(tmp_path) == kept
+        assert cached_bytes(tmp_path) <= most_gb * cache.BYTES_PER_GB
 
 
 def test_files_that_are_dropped_are_closed(store, store_path, url, tmp_path):
     """An open file that is deleted takes its room on the disk all the same."""
-    there = FeatureStore.open(url, cache=tmp_path, cache_gb=shard_gb(store_path, 1.5))
+    remote = FeatureStore.open(url, cache=tmp_path, cache_gb=shard_gb(store_path, 1.5))
     for row in (0, 16, 32, 1, 17, 33):
-        there.read(np.array([row]))
-        held = [
+        remote.read(np.array([row]))
+        open_paths = [
             os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if _is_link(name)
         ]
-        assert not [path for path in held if path.startswith(str(tmp_path)) and path.endswith("(deleted)")]
+        assert not [
+            path for path in open_paths if path.startswith(str(tmp_path)) and path.endswith("(deleted)")
+        ]
 
 
 def _is_link(name: str) -> bool:
@@ -142,105 +145,107 @@ def _is_link(name: str) -> bool:
 
 def test_a_batch_of_more_shards_than_there_is_room_for_is_read(store, store_path, url, tmp_path):
     """Slowly, as every shard comes anew, but right."""
-    there = FeatureStore.open(url, cache=tmp_path, cache_gb=shard_gb(store_path, 1.01))
+    remote = FeatureStore.open(url, cache=tmp_path, cache_gb=shard_gb(store_path, 1.01))
     rows = store.good_rows()
     for _ in range(2):
-        np.testing.assert_array_equal(there.read(rows), store.read(rows))
-    assert len(shards_in(tmp_path)) == 1
+        np.testing.assert_array_equal(remote.read(rows), store.read(rows))
+    assert len(cached_shards(tmp_path)) == 1
 
 
-def test_a_shard_that_has_no_room_at_all_is_told(url, tmp_path):
+def test_a_shard_that_has_no_room_at_all_is_reported(url, tmp_path):
     with pytest.raises(
         StoreError, match=r"holds 1,000 bytes at most, a shard has [\d,]+; give a larger --cache-gb"
     ):
         FeatureStore.open(url, cache=tmp_path, cache_gb=1e-6).read(np.array([0]))
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(url, tmp_path, monkeypatch):
-    """The bound may be more than there is."""
-    there = FeatureStore.open(url, cache=tmp_path)
+def test_a_full_disk_is_reported_and_leaves_nothing(url, tmp_path, monkeypatch):
+    """The bound may be larger than the disk."""
+    remote = FeatureStore.open(url, cache=tmp_path)
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(cache.os, "posix_fallocate", full)
     with pytest.raises(StoreError, match="no space left; free some, or give a smaller --cache-gb") as refused:
-        there.read(np.array([0]))
+        remote.read(np.array([0]))
     assert not isinstance(refused.value, BrokenClipError)
-    assert bytes_in(tmp_path) == 0
+    assert cached_bytes(tmp_path) == 0
     monkeypatch.undo()
 
 
-def reads(url: str, folder: Path, most_gb: float, seed: int, wanted: Path, over) -> None:
-    """Random rows for some seconds, compared with the store on the disk."""
-    there, here = FeatureStore.open(url, cache=folder, cache_gb=most_gb), FeatureStore.open(wanted)
+def read_random_rows(url: str, folder: Path, most_gb: float, seed: int, local_path: Path, exceeded) -> None:
+    """Compare random rows with the store on the disk; sets the event `exceeded` if the cache grows too large."""
+    remote = FeatureStore.open(url, cache=folder, cache_gb=most_gb)
+    local = FeatureStore.open(local_path)
     rng = np.random.default_rng(seed)
     for _ in range(12):
-        rows = rng.choice(here.good_rows(), 3)
-        assert (there.read(rows) == here.read(rows)).all()
-        if bytes_in(folder) > most_gb * cache.BYTES_PER_GB:
-            over.set()
+        rows = rng.choice(local.good_rows(), 3)
+        assert (remote.read(rows) == local.read(rows)).all()
+        if cached_bytes(folder) > most_gb * cache.BYTES_PER_GB:
+            exceeded.set()
 
 
 def test_processes_share_one_cache_within_its_bound(store_path, url, tmp_path):
     """Eight ranks of one machine, each of which drops what another is about to read; one is killed on the way."""
-    over, most_gb = SPAWN.Event(), shard_gb(store_path, 2.2)
-    several = [
-        SPAWN.Process(target=reads, args=(url, tmp_path, most_gb, seed, store_path, over))
+    exceeded = SPAWN.Event()
+    most_gb = shard_gb(store_path, 2.2)
+    processes = [
+        SPAWN.Process(target=read_random_rows, args=(url, tmp_path, most_gb, seed, store_path, exceeded))
         for seed in range(3)
     ]
-    for process in several:
+    for process in processes:
         process.start()
-    while not shards_in(tmp_path):
+    while not cached_shards(tmp_path):
         time.sleep(0.01)
-    os.kill(several[0].pid, signal.SIGKILL)
-    for process in several:
+    os.kill(processes[0].pid, signal.SIGKILL)
+    for process in processes:
         process.join(100)
-    assert [process.exitcode for process in several] == [-signal.SIGKILL, 0, 0]
-    assert not over.is_set()
+    assert [process.exitcode for process in processes] == [-signal.SIGKILL, 0, 0]
+    assert not exceeded.is_set()
 
 
-def test_what_a_killed_process_left_is_swept(store_path, url, tmp_path):
-    """Half a shard counts against the bound until then, and is never taken for one."""
+def test_the_partial_file_of_a_killed_process_is_removed(store_path, url, tmp_path):
+    """Half a shard counts against the bound until then, and is never taken for a whole one."""
     most_gb = shard_gb(store_path, 1.2)
     FeatureStore.open(url, cache=tmp_path, cache_gb=most_gb).read(np.array([0]))
     (path,) = tmp_path.glob("*/*/mel/c/0/0/0")
     ended = SPAWN.Process(target=time.sleep, args=(0,))
     ended.start()
     ended.join()
-    left = path.with_name(f"0.{os.uname().nodename}-{ended.pid}.partial")
-    path.rename(left)
-    there = FeatureStore.open(url, cache=tmp_path, cache_gb=most_gb)
+    partial = path.with_name(f"0.{os.uname().nodename}-{ended.pid}.partial")
+    path.rename(partial)
+    remote = FeatureStore.open(url, cache=tmp_path, cache_gb=most_gb)
     np.testing.assert_array_equal(
-        there.read(np.array([0])), FeatureStore.open(store_path).read(np.array([0]))
+        remote.read(np.array([0])), FeatureStore.open(store_path).read(np.array([0]))
     )
-    assert not left.exists()
+    assert not partial.exists()
 
 
-def test_a_shard_that_is_damaged_in_the_bucket_is_told_and_not_kept(own_url, tmp_path):
+def test_a_shard_that_is_damaged_in_the_bucket_is_reported_and_not_kept(own_url, tmp_path):
     """By its ledger's SHA-256, when it comes."""
     (tmp_path / "junk").write_bytes(b"junk")
     upload_file(tmp_path / "junk", f"{own_url}/mel/c/1/0/0")
-    there = FeatureStore.open(own_url, cache=tmp_path)
+    remote = FeatureStore.open(own_url, cache=tmp_path)
     with pytest.raises(
-        BrokenClipError, match=f"is not what its record tells; delete {own_url}/ledger/000001"
+        BrokenClipError, match=f"does not match its record in the bucket; delete {own_url}/ledger/000001"
     ) as broken:
-        there.read(np.array([0, 20]))
+        remote.read(np.array([0, 20]))
     assert broken.value.row == 20
-    assert shards_in(tmp_path) == [0]
-    there.read(np.array([0]))
+    assert cached_shards(tmp_path) == [0]
+    remote.read(np.array([0]))
 
 
-def test_a_shard_that_is_gone_from_the_bucket_is_told(own_url, tmp_path):
+def test_a_shard_that_is_gone_from_the_bucket_is_reported(own_url, tmp_path):
     remove_object(f"{own_url}/mel/c/1/0/0")
     with pytest.raises(
-        BrokenClipError, match=r"row 20 \(clip clip_000020, shard 1\) .* is gone from there; delete"
+        BrokenClipError, match=r"row 20 \(clip clip_000020, shard 1\) .* is gone from the bucket; delete"
     ):
         FeatureStore.open(own_url, cache=tmp_path).read(np.array([0, 20]))
 
 
-def test_a_shard_that_is_damaged_here_is_told_with_what_to_delete(url, tmp_path):
-    """What is deleted comes again."""
+def test_a_shard_that_is_damaged_in_the_cache_is_reported_with_the_folder_to_delete(url, tmp_path):
+    """The deleted folder is fetched again."""
     FeatureStore.open(url, cache=tmp_path).read(np.array([0]))
     (path,) = tmp_path.glob("*/*/mel/c/0/0/0")
     content = bytearray(path.read_bytes())
@@ -256,11 +261,11 @@ def test_a_shard_that_is_damaged_here_is_told_with_what_to_delete(url, tmp_path)
 
 def test_a_store_that_is_built_anew_meanwhile_is_not_mixed_with_the_old(own_url, uint8_store_path, tmp_path):
     """Rows of two builds in one batch would be noise."""
-    there = FeatureStore.open(own_url, cache=tmp_path)
-    there.read(np.array([0]))
-    pushed(uint8_store_path, own_url)
+    remote = FeatureStore.open(own_url, cache=tmp_path)
+    remote.read(np.array([0]))
+    push_store(uint8_store_path, own_url)
     with pytest.raises(StoreError, match="has been built anew since it was opened"):
-        there.read(np.array([20]))
+        remote.read(np.array([20]))
     again = FeatureStore.open(own_url, cache=tmp_path)
     np.testing.assert_array_equal(
         again.read(np.array([20])), FeatureStore.open(uint8_store_path).read(np.array([20]))
@@ -269,15 +274,15 @@ def test_a_store_that_is_built_anew_meanwhile_is_not_mixed_with_the_old(own_url,
 
 def test_a_server_that_is_gone_breaks_no_clip(url, tmp_path, monkeypatch):
     """A loader that skips broken clips must not skip all of a store for a network that fails."""
-    there = FeatureStore.open(url, cache=tmp_path)
+    remote = FeatureStore.open(url, cache=tmp_path)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(StoreError, match="AWS_ENDPOINT_URL") as gone:
-        there.read(np.array([0]))
+        remote.read(np.array([0]))
     assert not isinstance(gone.value, BrokenClipError)
     assert "\n" not in str(gone.value)
 
 
-def test_what_cannot_be_opened_is_one_line(url, tmp_path):
+def test_a_store_that_cannot_be_opened_is_reported_in_one_line(url, tmp_path):
     """Before anything is made."""
     with pytest.raises(StoreError, match="lies on an object store; give --cache DIR"):
         FeatureStore.open(url)
@@ -289,11 +294,11 @@ def test_what_cannot_be_opened_is_one_line(url, tmp_path):
 
 
 def test_a_pickled_store_opens_itself_in_the_same_cache(store, url, tmp_path):
-    there = FeatureStore.open(url, cache=tmp_path, cache_gb=ROOMY_GB, io="mmap", check="always")
-    again = pickle.loads(pickle.dumps(there))
-    assert again.place == url
+    remote = FeatureStore.open(url, cache=tmp_path, cache_gb=ROOMY_GB, io="mmap", check="always")
+    again = pickle.loads(pickle.dumps(remote))
+    assert again.location == url
     np.testing.assert_array_equal(again.read(np.array([0])), store.read(np.array([0])))
-    assert (again._cache.cache, again._cache.most_bytes) == (tmp_path, there._cache.max_bytes)
+    assert (again._cache.cache_folder, again._cache.max_bytes) == (tmp_path, remote._cache.max_bytes)
 
 
 def run(monkeypatch, app, *arguments: object) -> int:
@@ -304,15 +309,15 @@ def run(monkeypatch, app, *arguments: object) -> int:
 
 
 def test_every_command_that_reads_takes_a_url(url, tmp_path, monkeypatch, capsys):
-    """Told, drawn, trained on and measured, without a copy of the store."""
-    there = ("--cache", tmp_path / "cache", "--cache-gb", ROOMY_GB)
+    """Described, drawn, trained on and measured, without a copy of the store."""
+    cache_options = ("--cache", tmp_path / "cache", "--cache-gb", ROOMY_GB)
     png, page = tmp_path / "clip.png", tmp_path / "page.html"
-    assert not run(monkeypatch, app, "inspect", url, "--row", 20, "--png", png, *there)
+    assert not run(monkeypatch, app, "inspect", url, "--row", 20, "--png", png, *cache_options)
     assert "in mel/c/1/0/0" in capsys.readouterr().out
-    assert not run(monkeypatch, app, "report", url, "--html", page, *there)
+    assert not run(monkeypatch, app, "report", url, "--html", page, *cache_options)
     assert png.stat().st_size > 1000
     assert "tiny.zarr" in page.read_text()
-    stage = ("--store", url, "--run", tmp_path / "run", *there)
+    stage = ("--store", url, "--run", tmp_path / "run", *cache_options)
     small = (
         "--recipe",
         "small",
@@ -334,12 +339,12 @@ def test_every_command_that_reads_takes_a_url(url, tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("command", ["verify", "propagate-labels", "finalize"])
-def test_what_writes_or_reads_all_wants_a_store_on_a_disk(url, monkeypatch, capsys, command):
+def test_commands_that_write_or_read_all_want_a_store_on_a_disk(url, monkeypatch, capsys, command):
     assert run(monkeypatch, app, command, url) == 1
     assert "copy it to a disk first" in capsys.readouterr().err
 
 
-def test_a_url_without_a_cache_is_refused_with_what_to_give(url, tmp_path, monkeypatch, capsys):
+def test_a_url_without_a_cache_is_refused_with_the_missing_option(url, tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, trainer, "pretrain", "--store", url, "--run", tmp_path / "run") == 1
     assert "give --cache DIR" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

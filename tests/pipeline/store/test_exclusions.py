@@ -52,7 +52,7 @@ def identity_of(store: FeatureStore) -> dict:
     return TrainingSet(stores=(store.path,)).data_identity(store)
 
 
-# read -----------------------------------------------------------------------------------------------------------
+# reading -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -106,8 +106,8 @@ def test_a_table_may_name_the_split(tmp_path, suffix):
         ("a.csv", b"clip_id\n", "names no clip"),
     ],
 )
-def test_what_is_no_list_is_one_line(tmp_path, name, content, said):
-    """What, where, what was expected."""
+def test_a_file_that_is_no_list_is_refused_in_one_line(tmp_path, name, content, said):
+    """The line says what, where and what was expected."""
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=said) as caught:
@@ -123,7 +123,7 @@ def test_a_table_written_by_a_spreadsheet_is_read(tmp_path):
     assert (found.select("clip_id", "split").rows(), unknown) == ([("a", "eval"), ("b", None)], [])
 
 
-# recorded -------------------------------------------------------------------------------------------------------
+# recording -------------------------------------------------------------------------------------------------------
 
 
 def test_excluded_clips_are_not_drawn_and_all_others_are(copy, store, a_list):
@@ -162,7 +162,7 @@ def test_the_digest_is_of_the_clips_and_not_of_how_they_were_listed(copy, a_list
     assert FeatureStore.open(copy).exclusions.digest not in (one, None)
 
 
-def test_unknown_ids_are_told_and_refused_only_where_none_is_known(copy, tmp_path):
+def test_unknown_ids_are_reported_and_refused_only_where_none_is_known(copy, tmp_path):
     """A list for all of AudioSet serves a subset; one for another set is a mistake."""
     (path := tmp_path / "x.txt").write_text(f"{TRAIN}\nclip_00004\nnowhere\n")
     (done,) = record_exclude_lists(FeatureStore.open(copy), [path])
@@ -203,7 +203,7 @@ def other_clip(path):
         lambda path: pq.write_table(pq.read_table(path).drop_columns("split"), path),
     ],
 )
-def test_damage_is_a_fault_with_its_mend_and_nothing_is_drawn(copy, a_list, damage):
+def test_damage_is_a_fault_with_its_remedy_and_nothing_is_drawn(copy, a_list, damage):
     """A clip that was to be left out must not come back unseen."""
     record_exclude_lists(FeatureStore.open(copy), [a_list])
     damage(copy / EXCLUSIONS_FILE)
@@ -248,10 +248,10 @@ def test_a_run_with_other_lists_is_refused_with_the_difference(copy, store_path,
     Run.create_or_open(tmp_path / "run", recipe={}, identity=identity_of(FeatureStore.open(copy)))
 
 
-def test_coverage_page_and_inspection_tell_of_it(copy, store, a_list):
-    """Whoever wonders where a clip is finds the list that took it."""
+def test_coverage_page_and_inspection_mention_excluded_clips(copy, store, a_list):
+    """A user who misses a clip finds the list that excludes it."""
     assert "excluded" not in coverage_table(
-        store.manifest, store.excluded.marks_N(store.manifest)
+        store.manifest, store.exclusions.excluded_mask_N(store.manifest)
     ) + describe_store(store)
     assert "exclude lists" not in render_store_page(store, clip_count=1)
     record_exclude_lists(FeatureStore.open(copy), [a_list])
@@ -280,8 +280,8 @@ def test_the_page_of_a_store_of_which_all_is_excluded_says_so(copy, tmp_path):
     assert not [f for f in found if "pre-training only" in f.what]
 
 
-def test_a_list_of_another_split_is_told_so(copy, tmp_path):
-    """`did you mean` the very same id would drive people mad."""
+def test_an_id_of_another_split_is_reported_with_that_split(copy, tmp_path):
+    """`did you mean` with the very same id would help nobody."""
     path = tmp_path / "a.csv"
     path.write_text(f"clip_id,split\n{TRAIN},eval\n")
     with pytest.raises(InputError, match=f"1 not there, such as '{TRAIN}', which is in a_train only"):
@@ -292,11 +292,11 @@ def test_a_list_of_another_split_is_told_so(copy, tmp_path):
     assert str(done) == f"a.csv: {said}"
 
 
-# suggested ------------------------------------------------------------------------------------------------------
+# suggesting ------------------------------------------------------------------------------------------------------
 
 
-def leaking(copy, **ids):
-    """The store, with the audio of two eval clips in train."""
+def with_leaks(copy, **ids):
+    """The clips of the store, with the audio of two eval clips in train."""
     frame, metadata = read_table(copy / "manifest.parquet")
     digests = frame["digest"].to_list()
     digests[2], digests[7] = digests[40], digests[41]
@@ -305,9 +305,9 @@ def leaking(copy, **ids):
 
 
 @pytest.mark.parametrize("name", ["leaks.txt", "new/leaks.csv"])
-def test_what_is_suggested_mends_the_leaks_and_keeps_eval(copy, tmp_path, name):
-    """Suggested, recorded, and none is left."""
-    rows = leaking(copy)
+def test_a_suggested_list_mends_the_leaks_and_keeps_eval(copy, tmp_path, name):
+    """Once the list is recorded, no leak is left."""
+    rows = with_leaks(copy)
     assert [c.leak for c in audit_clips(rows).copies] == [True]
     assert suggest_exclude_list(rows, tmp_path / name) == 2
     text = (tmp_path / name).read_text()
@@ -323,7 +323,7 @@ def test_what_is_suggested_mends_the_leaks_and_keeps_eval(copy, tmp_path, name):
 
 def test_ids_that_a_text_cannot_hold_are_asked_for_as_csv(copy, tmp_path):
     """`loop #3` would come back as `loop`."""
-    rows = leaking(copy, clip_id=pl.col("clip_id") + " #3")
+    rows = with_leaks(copy, clip_id=pl.col("clip_id") + " #3")
     with pytest.raises(InputError, match=r"a text cannot name 'clip_000002 #3' alone; .* \.csv"):
         suggest_exclude_list(rows, tmp_path / "leaks.txt")
     assert suggest_exclude_list(rows, tmp_path / "leaks.csv") == 2
@@ -351,20 +351,25 @@ def test_nothing_is_suggested_where_no_split_is_held_out(copy, tmp_path):
     rows = AuditedClips.of_store(FeatureStore.open(copy), ["a_train", "eval"])
     with pytest.raises(InputError, match=r"every split is held out, so nothing can leak; .* --eval SPLIT"):
         suggest_exclude_list(rows, tmp_path / "x.txt")
-    with pytest.raises(StoreError, match="no split 'dev'; it has: a_train, eval"):
+    with pytest.raises(StoreError, match=r"no split 'dev'; did you mean .*It has: a_train, eval"):
         AuditedClips.of_store(FeatureStore.open(copy), ["dev"])
 
 
 # the command ----------------------------------------------------------------------------------------------------
 
 
-def test_the_command_tells_writes_and_records(copy, tmp_path, monkeypatch, capsys, store_path):
+def test_the_command_prints_writes_and_records(copy, tmp_path, monkeypatch, capsys, store_path):
     """As a user goes about it: look, write the list, record it, take it back."""
-    leaking(copy)
-    wish = ["audit-labels", copy]
+    with_leaks(copy)
+    command = ["audit-labels", copy]
     assert (
         run(
-            *wish, "--suggest", tmp_path / "leaks.txt", "--json", tmp_path / "a.json", monkeypatch=monkeypatch
+            *command,
+            "--suggest",
+            tmp_path / "leaks.txt",
+            "--json",
+            tmp_path / "a.json",
+            monkeypatch=monkeypatch,
         )
         == 0
     )
@@ -372,13 +377,13 @@ def test_the_command_tells_writes_and_records(copy, tmp_path, monkeypatch, capsy
     assert "leak   2 clips of a_train with the exact audio of 2 clips of eval" in said
     assert f"ajepa-data audit-labels {copy} --exclude {tmp_path / 'leaks.txt'}" in said
     assert json.loads((tmp_path / "a.json").read_text())["findings"][0]["level"] == "leak"
-    assert run(*wish, "--exclude", tmp_path / "leaks.txt", monkeypatch=monkeypatch) == 0
+    assert run(*command, "--exclude", tmp_path / "leaks.txt", monkeypatch=monkeypatch) == 0
     said = capsys.readouterr().out
     assert "leaks.txt: 2 clips excluded" in said
     assert "0 leaks" in said
-    assert run(*wish, "--suggest", tmp_path / "more.txt", monkeypatch=monkeypatch) == 0
+    assert run(*command, "--suggest", tmp_path / "more.txt", monkeypatch=monkeypatch) == 0
     assert "more.txt: not written" in capsys.readouterr().out
-    assert run(*wish, "--no-exclude", monkeypatch=monkeypatch) == 0
+    assert run(*command, "--no-exclude", monkeypatch=monkeypatch) == 0
     assert "1 leak" in capsys.readouterr().out
 
 

@@ -57,17 +57,17 @@ def test_a_batch_of_both_stores_keeps_its_order(joined, store, other):
         assert np.array_equal(clip_TF, owner.read(np.array([own]))[0, start : start + 50])
 
 
-def test_a_broken_clip_is_told_by_its_row_of_them_all(store, other_store_path, monkeypatch):
+def test_a_broken_clip_is_reported_by_its_row_of_the_joined_store(store, other_store_path, monkeypatch):
     """A loader that may skip it knows no other number; the text names the store and its own."""
     other = FeatureStore.open(other_store_path)
 
-    def broken(rows_B, **how):
+    def broken(rows_B, **options):
         raise BrokenClipError(int(rows_B[0]), f"{other.path}: row {rows_B[0]} cannot be read")
 
     monkeypatch.setattr(other, "read", broken)
-    with pytest.raises(BrokenClipError, match=r"other\.zarr: row 3 cannot be read") as told:
+    with pytest.raises(BrokenClipError, match=r"other\.zarr: row 3 cannot be read") as caught:
         JoinedStore([store, other]).read(np.array([1, CLIPS + 3]))
-    assert told.value.row == CLIPS + 3
+    assert caught.value.row == CLIPS + 3
 
 
 def test_no_rows_are_read_as_no_rows(joined):
@@ -87,7 +87,7 @@ def test_flat_labels_are_those_of_every_row(joined):
 
 def test_shards_are_counted_through(joined, store):
     """The last rows of one store and the first of the next lie in two shards."""
-    shards_N = joined.shards_of(np.arange(CLIPS + OTHER_CLIPS))
+    shards_N = joined.shard_numbers(np.arange(CLIPS + OTHER_CLIPS))
     assert store.header.layout.shard_clips == 16
     assert shards_N.tolist() == [0] * 16 + [1] * 16 + [2] * 16 + [3] * 16 + [4] * 8
 
@@ -148,7 +148,7 @@ def test_a_joined_store_goes_to_other_processes(joined):
     assert np.array_equal(again.read(rows_B), joined.read(rows_B))
 
 
-def test_its_id_tells_which_stores_in_which_order(store, other, joined):
+def test_the_id_depends_on_the_stores_and_their_order(store, other, joined):
     """A run is resumed on the same rows or not at all."""
     assert JoinedStore([store, other]).store_id == joined.store_id
     assert len({joined.store_id, JoinedStore([other, store]).store_id, store.store_id}) == 3
@@ -156,7 +156,9 @@ def test_its_id_tells_which_stores_in_which_order(store, other, joined):
 
 def test_a_split_that_no_store_has_is_refused(joined):
     """One that a single store has is that store's rows."""
-    with pytest.raises(StoreError, match=r"no split \['a_tarin'\]; they have \['a_train', 'eval'\]"):
+    with pytest.raises(
+        StoreError, match=r"no split 'a_tarin'; did you mean 'a_train'\? There are: a_train, eval"
+    ):
         joined.good_rows(["a_tarin"])
     with pytest.raises(StoreError, match="no good clip in nothing"):
         joined.mean_and_std(["nothing"])
@@ -168,9 +170,9 @@ def test_a_store_of_silence_cannot_be_normalised(store, other):
     silent = [FeatureStore(one.path, one.header, one.manifest, one.store_id) for one in (store, other)]
     for one in silent:
         one.stats = {"a_train": flat, "eval": flat}
-    told = r"every value of the good clips in a_train, eval is -15\.9424, nothing to learn from; build it"
+    message = r"every value of the good clips in a_train, eval is -15\.9424, nothing to learn from; build it"
     for place, one in (("tiny", silent[0]), ("other.zarr", JoinedStore(silent))):
-        with pytest.raises(StoreError, match=rf"{place}.*: {told}"):
+        with pytest.raises(StoreError, match=rf"{place}.*: {message}"):
             one.mean_and_std(["a_train", "eval"])
 
 
@@ -178,9 +180,9 @@ def test_a_split_of_one_store_only_is_that_stores_rows(store, corpus, tmp_path):
     """AudioSet has `unbalanced_train`, one's own sounds have `train`."""
     segments = tmp_path / "mine_segments.csv"
     shutil.copy(corpus / "eval_segments.csv", segments)
-    mine = audioset_corpus([corpus / "audio"], [segments])
+    own_corpus = audioset_corpus([corpus / "audio"], [segments])
     build_store(
-        mine,
+        own_corpus,
         StoreOutput(path=tmp_path / "mine.zarr", spec=preset_mel_spec("a-jepa")),
         BuildOptions(workers=0),
     )
@@ -194,16 +196,18 @@ def test_a_split_of_one_store_only_is_that_stores_rows(store, corpus, tmp_path):
 
 def test_stores_of_another_dtype_are_refused(store, uint8_store_path):
     """Stored numbers would mean two things."""
-    told = r"tiny-uint8.zarr: has dtype uint8, but .*tiny.zarr has float16; .* build one of them again"
-    with pytest.raises(StoreError, match=told):
+    message = r"tiny-uint8.zarr: has dtype uint8, but .*tiny.zarr has float16; .* build one of them again"
+    with pytest.raises(StoreError, match=message):
         JoinedStore([store, FeatureStore.open(uint8_store_path)])
 
 
 def test_stores_of_another_mel_spec_are_refused(store, corpus, tmp_path):
-    """Both are told, by name, shape and id."""
+    """The message describes both, by name, shape and id."""
     build(corpus, tmp_path / "panns.zarr", spec="panns")
-    told = r"panns.zarr: has mel spec panns \(1001 x 64, \w+\), but .*tiny.zarr has a-jepa \(998 x 128, \w+\)"
-    with pytest.raises(StoreError, match=told):
+    message = (
+        r"panns.zarr: has mel spec panns \(1001 x 64, \w+\), but .*tiny.zarr has a-jepa \(998 x 128, \w+\)"
+    )
+    with pytest.raises(StoreError, match=message):
         JoinedStore([store, FeatureStore.open(tmp_path / "panns.zarr")])
 
 
@@ -213,14 +217,14 @@ def test_stores_of_other_classes_are_refused(store, store_path, tmp_path):
     swapped = FeatureStore.open(tmp_path / "swapped.zarr")
     mids = swapped.classes.mids
     swapped.classes = replace(swapped.classes, mids=(mids[1], mids[0], *mids[2:]))
-    told = (
+    message = (
         f"has class list of 527 classes, number 0 is {mids[1]}, but .* of 527 classes, number 0 is {mids[0]}"
     )
-    with pytest.raises(StoreError, match=told):
+    with pytest.raises(StoreError, match=message):
         JoinedStore([store, swapped])
 
 
-def test_the_first_class_that_differs_is_told():
+def test_the_first_class_that_differs_is_named():
     """Of a longer list, the first that the other lacks."""
     assert describe_class_list(["a", "b", "c"], ["a", "b"]) == "of 3 classes, number 2 is c"
     assert describe_class_list(["a", "b"], ["a", "b", "c"]) == "of 2 classes"

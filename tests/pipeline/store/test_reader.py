@@ -1,4 +1,4 @@
-"""Clips read out of shards: bit for bit, whichever way, and never as anything but what was written."""
+"""Clips read out of shards: bit for bit by every method, and an error instead of any other value."""
 
 import errno
 import gc
@@ -26,7 +26,7 @@ from pipeline.store.shards import ShardWriter, shard_path
 
 LAYOUT = ShardLayout(clips=20, frames=60, bands=40, dtype="float16", shard_clips=16)
 
-IOS = ("pread", "mmap", "direct")
+READ_METHODS = ("pread", "mmap", "direct")
 
 
 def write(folder: Path, layout: ShardLayout, mel_NTF: np.ndarray) -> None:
@@ -49,8 +49,8 @@ def written(tmp_path) -> tuple[Path, np.ndarray]:
     return tmp_path, mel_NTF
 
 
-def reader_of(folder: Path, layout: ShardLayout = LAYOUT, **how) -> ShardReader:
-    return ShardReader(partial(shard_path, folder), layout, **how)
+def reader_of(folder: Path, layout: ShardLayout = LAYOUT, **options) -> ShardReader:
+    return ShardReader(partial(shard_path, folder), layout, **options)
 
 
 def read(reader: ShardReader, rows: list[int], starts: list[int], frames: int = 60) -> np.ndarray:
@@ -67,13 +67,14 @@ def forget_pages(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-@pytest.mark.parametrize("io", IOS)
+@pytest.mark.parametrize("io", READ_METHODS)
 @pytest.mark.parametrize("check", ["first-epoch", "always", "never"])
 @pytest.mark.parametrize("cold", [False, True])
 def test_rows_and_crops_of_them_are_read_bit_for_bit(written, io, check, cold):
     """An offset wrong by one frame would shift every label; each row twice, as its check is due once."""
     folder, mel_NTF = written
-    reader, rows = reader_of(folder, io=io, check=check), [18, 0, 16, 1, 3, 15, 0]
+    reader = reader_of(folder, io=io, check=check)
+    rows = [18, 0, 16, 1, 3, 15, 0]
     for frames in (60, 7, 1):
         starts = np.random.default_rng(frames).integers(0, 61 - frames, len(rows)).tolist()
         for _ in range(2):
@@ -83,7 +84,7 @@ def test_rows_and_crops_of_them_are_read_bit_for_bit(written, io, check, cold):
             np.testing.assert_array_equal(read(reader, rows, starts, frames), wanted)
 
 
-@pytest.mark.parametrize("io", IOS)
+@pytest.mark.parametrize("io", READ_METHODS)
 @pytest.mark.parametrize("row", [2, 19])
 def test_a_clip_that_is_not_there_is_refused(written, io, row):
     """Zarr gives the fill value for it; a trainer must never see one."""
@@ -92,8 +93,8 @@ def test_a_clip_that_is_not_there_is_refused(written, io, row):
     assert refused.value.row == row
 
 
-@pytest.mark.parametrize("io", IOS)
-def test_a_shard_cut_while_it_is_open_is_told_and_kills_nobody(written, io):
+@pytest.mark.parametrize("io", READ_METHODS)
+def test_a_shard_cut_while_it_is_open_is_reported_and_kills_no_process(written, io):
     """Mapped memory past a file's end is a SIGBUS."""
     folder, mel_NTF = written
     reader = reader_of(folder, io=io, check="never")
@@ -124,8 +125,8 @@ def test_chunks_of_another_length_are_refused(written):
         reader_of(written[0], short).read(np.zeros(1, int), np.zeros(1, int), np.empty((1, 60, 30), "f2"))
 
 
-@pytest.mark.parametrize("io", IOS)
-def test_a_flipped_bit_is_told_as_often_as_its_check_is_due(store_path, tmp_path, io):
+@pytest.mark.parametrize("io", READ_METHODS)
+def test_a_flipped_bit_is_reported_as_often_as_its_check_is_due(store_path, tmp_path, io):
     """never: not at all; first-epoch: until the row was right once; always: whenever it is read; crops as well."""
     path = copied(store_path, tmp_path)
     rows = FeatureStore.open(path).good_rows()[:8]
@@ -141,30 +142,30 @@ def test_a_flipped_bit_is_told_as_often_as_its_check_is_due(store_path, tmp_path
             stores["never"].read(rows[6:7])[0, -1, -1]
             != FeatureStore.open(store_path).read(rows[6:7])[0, -1, -1]
         )
-    told = {}
+    broken_rows = {}
     for check, store in stores.items():
         store = pickle.loads(pickle.dumps(store)) if check == "always" else store
-        told[check] = []
+        broken_rows[check] = []
         for row in rows:
             try:
                 store.read(np.array([row]), frames=10)
             except BrokenClipError as broken:
-                told[check].append(broken.row)
-    assert told == {"never": [], "first-epoch": [rows[6]], "always": [rows[1], rows[6]]}
+                broken_rows[check].append(broken.row)
+    assert broken_rows == {"never": [], "first-epoch": [rows[6]], "always": [rows[1], rows[6]]}
 
 
 @pytest.mark.parametrize(("damage", "said"), DAMAGES.values(), ids=DAMAGES)
-@pytest.mark.parametrize("io", IOS)
-def test_one_line_names_store_shard_row_clip_and_what_mends_it(store_path, tmp_path, damage, said, io):
-    """Found at three in the morning, in a log."""
+@pytest.mark.parametrize("io", READ_METHODS)
+def test_one_line_names_store_shard_row_clip_and_remedy(store_path, tmp_path, damage, said, io):
+    """It is read at three in the morning, in a log."""
     path = copied(store_path, tmp_path)
     damage(path, 20)
     with pytest.raises(BrokenClipError) as broken:
         FeatureStore.open(path, io=io).read(np.array([0, 20]))
     assert broken.value.row == 20
     text = str(broken.value)
-    what = f"{path}: row 20 (clip clip_000020, shard 1) cannot be read: {path}/mel/c/1/0/0: {said}"
-    assert text == f"{what}; run: ajepa-data verify {path} --repair"
+    fault = f"{path}: row 20 (clip clip_000020, shard 1) cannot be read: {path}/mel/c/1/0/0: {said}"
+    assert text == f"{fault}; run: ajepa-data verify {path} --repair"
     again = pickle.loads(pickle.dumps(broken.value))
     assert (again.row, str(again)) == (20, text)
 
@@ -179,7 +180,7 @@ def test_a_row_that_never_was_good_is_the_callers_mistake(store):
     assert not isinstance(refused.value, BrokenClipError)
 
 
-def test_what_is_no_fault_of_a_clip_condemns_none(store_path, monkeypatch):
+def test_an_error_of_the_process_condemns_no_clip(store_path, monkeypatch):
     """A process out of descriptors would skip all of a store."""
     store = FeatureStore.open(store_path)
 
@@ -207,7 +208,7 @@ def test_a_disk_that_fails_breaks_the_clip(store_path, monkeypatch):
 
 
 def test_a_file_system_without_direct_reads_says_so(store_path, monkeypatch):
-    """Never in silence through the page cache."""
+    """It does not read through the page cache in silence."""
 
     def refused(*_):
         raise OSError(errno.EINVAL, "Invalid argument")
@@ -217,7 +218,7 @@ def test_a_file_system_without_direct_reads_says_so(store_path, monkeypatch):
         FeatureStore.open(store_path, io="direct").read(np.array([0]))
 
 
-def test_where_the_kernel_cannot_say_what_is_in_memory_all_is_read(written, monkeypatch):
+def test_all_is_read_where_the_kernel_cannot_say_what_is_in_memory(written, monkeypatch):
     """Some file systems refuse the question."""
     folder, mel_NTF = written
     preadv = os.preadv
@@ -233,19 +234,20 @@ def test_where_the_kernel_cannot_say_what_is_in_memory_all_is_read(written, monk
 
 
 @pytest.mark.parametrize("wrong", [{"io": "zarr"}, {"check": "sometimes"}])
-def test_a_way_of_reading_that_there_is_not_is_refused(store_path, wrong):
+def test_an_unknown_method_of_reading_is_refused(store_path, wrong):
     with pytest.raises(InputError, match=r"expected (pread, mmap, direct|first-epoch, always, never)"):
         FeatureStore.open(store_path, **wrong)
 
 
-@pytest.mark.parametrize("io", IOS)
+@pytest.mark.parametrize("io", READ_METHODS)
 def test_a_reader_keeps_few_files_open(tmp_path, monkeypatch, io):
     """Two million clips are four thousand shards, more than a process may have open."""
     monkeypatch.setattr(reader_module, "MAX_OPEN_SHARDS", 4)
     layout = ShardLayout(clips=160, frames=60, bands=40, dtype="uint8", shard_clips=16)
     mel_NTF = np.random.default_rng(0).integers(1, 255, (160, 60, 40)).astype(np.uint8)
     write(tmp_path, layout, mel_NTF)
-    before, reader = len(os.listdir("/proc/self/fd")), reader_of(tmp_path, layout, io=io)
+    before = len(os.listdir("/proc/self/fd"))
+    reader = reader_of(tmp_path, layout, io=io)
     for rows_B in np.random.default_rng(1).integers(0, 160, (20, 10)):
         out_BTF = np.empty((10, 60, 40), np.uint8)
         reader.read(rows_B, np.zeros(10, int), out_BTF)
@@ -255,7 +257,7 @@ def test_a_reader_keeps_few_files_open(tmp_path, monkeypatch, io):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-@pytest.mark.parametrize("io", IOS)
+@pytest.mark.parametrize("io", READ_METHODS)
 def test_threads_read_one_store_at_once(store_path, io, monkeypatch):
     """Each with files of its own, so that none closes what another reads; the checks are due once for all."""
     monkeypatch.setattr(reader_module, "MAX_OPEN_SHARDS", 2)
@@ -277,8 +279,8 @@ def view_of(store: FeatureStore, **kind) -> View:
     return View(**{"frames": 96, "mean": store.stats["all"]["mean"], "std": store.stats["all"]["std"]} | kind)
 
 
-def made_by(loader: type, store: FeatureStore, order: RowOrder) -> tuple[list[int], BrokenClipError]:
-    """The rows of the batches that came, and what ended them."""
+def read_until_error(loader: type, store: FeatureStore, order: RowOrder) -> tuple[list[int], BrokenClipError]:
+    """The rows of the batches that came, and the error that ended them."""
     rows: list[int] = []
     try:
         with loader(store, order, view_of(store)) as batches:
@@ -286,13 +288,15 @@ def made_by(loader: type, store: FeatureStore, order: RowOrder) -> tuple[list[in
                 rows.extend(batch.rows_B.tolist())
     except BrokenClipError as broken:
         return rows, broken
-    pytest.fail("nothing was told")
+    pytest.fail("no error was raised")
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(("damage", "said"), DAMAGES.values(), ids=DAMAGES)
-def test_what_breaks_is_told_in_its_turn_and_nothing_is_left_running(store_path, tmp_path, damage, said):
-    """By either loader: the batches before it come, at its step the error, no hang, no thread, no zeros."""
+def test_a_broken_clip_is_reported_in_its_turn_and_nothing_is_left_running(
+    store_path, tmp_path, damage, said
+):
+    """With either loader the batches before it come, and at its step the error: no hang, no thread, no zeros."""
     path = copied(store_path, tmp_path)
     store = FeatureStore.open(path)
     last_shard = 2 * store.header.layout.shard_clips
@@ -303,7 +307,7 @@ def test_what_breaks_is_told_in_its_turn_and_nothing_is_left_running(store_path,
     damage(path, row)
     threads = threading.active_count()
     for loader in (PlainLoader, DaliLoader):
-        rows, broken = made_by(loader, FeatureStore.open(path), order)
+        rows, broken = read_until_error(loader, FeatureStore.open(path), order)
         assert rows == np.concatenate([order.rows_at_step(s) for s in range(3)]).tolist()
         assert broken.row == row
         assert said in str(broken)
@@ -323,11 +327,12 @@ def test_two_hundred_epochs_take_no_more_than_twenty(store_path, loader):
     """Memory and descriptors are flat: a run of weeks does not die of the loader."""
     store = FeatureStore.open(store_path, check="always")
     order = RowOrder(rows_N=store.good_rows(), clips=9, seed=0)
-    steps, seen = order.steps_per_epoch, {}
+    steps = order.steps_per_epoch
+    measured = {}
     with loader(store, order, view_of(store)) as batches:
         for step, _ in enumerate(batches.batches(0, 200 * steps), 1):
             if step in (20 * steps, 200 * steps):
-                seen[step] = resources()
-    (before_kb, before_files), (after_kb, after_files) = seen.values()
+                measured[step] = resources()
+    (before_kb, before_files), (after_kb, after_files) = measured.values()
     assert after_files == before_files
     assert after_kb - before_kb < 4_000, f"{after_kb - before_kb} kB in 180 epochs"

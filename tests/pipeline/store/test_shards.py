@@ -35,7 +35,7 @@ def written(tmp_path):
 def write(folder, layout, shard, mel_NTF):
     """One shard out of all values; rows of the fill value are not there. Its digest, and the writer."""
     writer = ShardWriter(folder, layout, shard)
-    for row in layout.rows(shard):
+    for row in layout.rows_of_shard(shard):
         if not np.isnan(mel_NTF[row]).all() and mel_NTF[row].any():
             writer.append_clip(row, mel_NTF[row])
     digest = writer.finish_file()
@@ -65,7 +65,7 @@ def test_a_shard_has_the_bytes_that_zarr_python_would_write(tmp_path, dtype):
         assert (digest, writer.size_bytes) == (hashlib.sha256(content).hexdigest(), len(content))
 
 
-def test_a_shard_that_is_dropped_leaves_nothing(tmp_path):
+def test_an_unfinished_shard_leaves_nothing(tmp_path):
     """An interrupted build must not litter."""
     writer = ShardWriter(tmp_path, LAYOUT, 0)
     writer.append_clip(0, np.ones((6, 4), np.float16))
@@ -88,20 +88,20 @@ def test_shards_are_neither_too_many_nor_too_large(clips, clip_bytes, expected):
     assert choose_shard_clips(clips, clip_bytes) == expected
 
 
-def compressed(told):
-    told["codecs"][0]["configuration"]["codecs"].append({"name": "zstd", "configuration": {"level": 3}})
+def compressed(array):
+    array["codecs"][0]["configuration"]["codecs"].append({"name": "zstd", "configuration": {"level": 3}})
 
 
-def index_first(told):
-    told["codecs"][0]["configuration"]["index_location"] = "start"
+def index_first(array):
+    array["codecs"][0]["configuration"]["index_location"] = "start"
 
 
-def big_endian(told):
-    told["codecs"][0]["configuration"]["codecs"][0]["configuration"]["endian"] = "big"
+def big_endian(array):
+    array["codecs"][0]["configuration"]["codecs"][0]["configuration"]["endian"] = "big"
 
 
-def unsharded(told):
-    told["codecs"] = told["codecs"][0]["configuration"]["codecs"]
+def unsharded(array):
+    array["codecs"] = array["codecs"][0]["configuration"]["codecs"]
 
 
 @pytest.mark.parametrize(
@@ -111,27 +111,27 @@ def unsharded(told):
         index_first,
         big_endian,
         unsharded,
-        lambda told: told.update(data_type="float32"),
-        lambda told: told["chunk_grid"]["configuration"].update(chunk_shape=[8, 6, 4]),
-        lambda told: told["codecs"][0]["configuration"].update(chunk_shape=[2, 6, 4]),
-        lambda told: told.update(shape=[21, 6, 4]),
-        lambda told: told.clear(),
+        lambda array: array.update(data_type="float32"),
+        lambda array: array["chunk_grid"]["configuration"].update(chunk_shape=[8, 6, 4]),
+        lambda array: array["codecs"][0]["configuration"].update(chunk_shape=[2, 6, 4]),
+        lambda array: array.update(shape=[21, 6, 4]),
+        lambda array: array.clear(),
     ],
 )
 def test_an_array_of_another_form_is_refused_in_one_line(tmp_path, change):
     """Read by offset, compressed chunks would be noise that looks like sound."""
     create_mel_array(tmp_path, LAYOUT, {})
     check_mel_array(tmp_path, LAYOUT)
-    told = json.loads(zarr_array_json(LAYOUT))
-    change(told)
-    (tmp_path / "mel" / "zarr.json").write_text(json.dumps(told))
-    with pytest.raises(StoreError, match=r"mel/zarr.json: (tells of|not as written)") as refused:
+    array = json.loads(zarr_array_json(LAYOUT))
+    change(array)
+    (tmp_path / "mel" / "zarr.json").write_text(json.dumps(array))
+    with pytest.raises(StoreError, match=r"mel/zarr.json: (describes an array|not as written)") as refused:
         check_mel_array(tmp_path, LAYOUT)
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "uint8"])
-def test_the_array_of_every_dtype_is_taken(tmp_path, dtype):
+def test_the_array_of_every_dtype_is_accepted(tmp_path, dtype):
     layout = ShardLayout(clips=20, frames=6, bands=4, dtype=dtype, shard_clips=16)
     create_mel_array(tmp_path, layout, {})
     check_mel_array(tmp_path, layout)

@@ -1,4 +1,4 @@
-"""Which clips are held out."""
+"""Splits have their roles by name, and clips are held out by their ids."""
 
 import numpy as np
 import polars as pl
@@ -6,7 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.store.splits import evaluation_split_names, held_out_mask_N
+from pipeline.store.splits import (
+    FOLD_PATTERN,
+    VALIDATION_PATTERN,
+    evaluation_split_names,
+    held_out_mask_N,
+)
 
 LETTERS = np.array(list("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"))
 
@@ -31,13 +36,30 @@ def test_any_other_split_is_trained_on(name):
     assert evaluation_split_names([name]) == ()
 
 
+@pytest.mark.parametrize(
+    ("name", "chooses"),
+    [("val", True), ("a_dev", True), ("Validation", True), ("valley", False), ("device", False)],
+)
+def test_a_split_named_by_a_whole_word_for_validation_chooses(name, chooses):
+    """Unlike eval and test, `val` and `dev` begin many other words."""
+    assert bool(VALIDATION_PATTERN.search(name)) == chooses
+
+
+@pytest.mark.parametrize(
+    ("name", "is_fold"), [("fold1", True), ("fold10", True), ("fold0", False), ("my-fold1", False)]
+)
+def test_folds_are_numbered_from_one(name, is_fold):
+    """Folds that take turns are told apart from other splits by the whole name."""
+    assert bool(FOLD_PATTERN.fullmatch(name)) == is_fold
+
+
 @pytest.mark.parametrize("ids", [VIDEOS, NUMBERED], ids=["videos", "numbered"])
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5])
 @pytest.mark.parametrize("seed", [0, 1, 2**63])
-def test_the_share_is_what_was_asked_for(ids, share, seed):
+def test_about_the_wanted_share_is_held_out(ids, share, seed):
     """Within four standard deviations of independent coins, of random ids as of numbers in a row."""
-    held = held_out_mask_N(ids, share, seed).sum()
-    assert abs(held - 20_000 * share) < 4 * np.sqrt(20_000 * share * (1 - share))
+    count = held_out_mask_N(ids, share, seed).sum()
+    assert abs(count - 20_000 * share) < 4 * np.sqrt(20_000 * share * (1 - share))
 
 
 @pytest.mark.parametrize("ids", [VIDEOS, NUMBERED], ids=["videos", "numbered"])
@@ -47,10 +69,10 @@ def test_seeds_hold_out_independent_clips(ids):
     assert ((cells_N - 5_000) ** 2 / 5_000).sum() < 16.3
 
 
-@given(kept=st.sets(st.integers(0, 999), min_size=1))
-def test_clips_that_are_added_or_lost_move_no_other(kept):
+@given(places=st.sets(st.integers(0, 999), min_size=1))
+def test_clips_that_are_added_or_lost_move_no_other(places):
     """A store that has grown is evaluated on what it was not trained on before."""
-    some = sorted(kept)
+    some = sorted(places)
     assert np.array_equal(held_out_mask_N(VIDEOS[:1_000], 0.3)[some], held_out_mask_N(VIDEOS[some], 0.3))
 
 
@@ -90,6 +112,6 @@ def test_the_same_clips_are_held_out_on_every_machine_and_day():
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
-def test_a_share_that_is_none_is_refused(share):
+def test_a_share_outside_zero_to_one_is_refused(share):
     with pytest.raises(ValueError, match="share must lie in"):
         held_out_mask_N(VIDEOS, share)

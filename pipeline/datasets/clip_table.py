@@ -1,0 +1,243 @@
+"""A user's own table of clips (CSV or Parquet), read and checked cell by cell."""
+
+import csv
+import difflib
+import io
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from pipeline.datasets.corpus import SHOWN_HEADER_LETTERS, read_list_text
+from pipeline.errors import InputError, ManifestError
+from pipeline.messages import did_you_mean
+from pipeline.tables import DAMAGED_TABLE_ERRORS, describe_table_damage
+
+CLIP_TABLE_COLUMNS = ("path", "label", "labels", "split", "start", "end", "id")
+
+LABEL_COLUMNS = {"label", "labels"}
+
+PARQUET_SUFFIXES = (".parquet", ".pq")
+
+CSV_SEPARATORS = (",", ";", "\t")
+
+LIKELY_PATH_COLUMNS = (
+    *("file", "filename", "file_name", "fname", "filepath", "file_path", "wav", "audio", "name"),
+)
+
+SHOWN_CELL_LETTERS = 40  # of a cell in an error
+
+# Where in the table a row stands ("line 7"), and its cells.
+TableRecord = tuple[str, Sequence[Any]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipTableRow:
+    """One line of a table; None, or no labels, where a cell is empty or the table has no such column."""
+
+    location: str  # "line 7"
+    path: str
+    labels: tuple[str, ...]
+    split: str | None
+    start_seconds: float | None
+    end_seconds: float | None
+    clip_id: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipTable:
+    """The rows of a table, at least one, and notes for its author."""
+
+    rows: tuple[ClipTableRow, ...]
+    has_label_column: bool
+    notes: tuple[str, ...]
+
+
+def load_clip_table(path: Path) -> ClipTable:
+    """Read a table with the column `path`, and maybe label or labels, split, start, end, id; raises ManifestError.
+
+    Several labels of a clip are separated by `;`, or are a list in Parquet. Times are seconds of the file. CSV is
+    UTF-8 with any of the separators , ; tab; with ; or tab numbers may have a decimal comma. Names of columns may
+    have capitals; other columns are left alone, and noted. A file is Parquet if its name says so.
+    """
+    if path.is_dir():
+        raise InputError(f"{path}: a folder, expected a table (CSV or Parquet) with a column path")
+
+    # The names of the columns, and the rows one after another.
+    if path.suffix.lower() in PARQUET_SUFFIXES:
+        columns, records = _read_parquet_table(path)
+    else:
+        columns, records = _read_csv_table(path)
+    _check_table_columns(path, columns)
+
+    # Each row, checked; an error says where the row stands.
+    rows = []
+    for location, cells in records:
+        try:
+            rows.append(_parse_table_row(location, dict(zip(columns, cells, strict=True))))
+        except ValueError as error:
+            raise ManifestError(f"{path}: {location}: {error}") from None
+    if not rows:
+        raise ManifestError(f"{path}: no rows below the names of its columns")
+    return ClipTable(
+        rows=tuple(rows),
+        has_label_column=bool(LABEL_COLUMNS & set(columns)),
+        notes=tuple(_table_notes(path, columns, rows)),
+    )
+
+
+def _read_csv_table(path: Path) -> tuple[list[str], Iterator[TableRecord]]:
+    """The names of the columns, in lower case, and the rows; the separator is told from the first line."""
+    text = read_list_text(path)
+    first_line = next((line for line in text.splitlines() if line.strip()), "")
+
+    # The separator that gives a column `path`, or else the one that occurs most often.
+    separator = max(
+        CSV_SEPARATORS,
+        key=lambda sign: ("path" in _parse_column_names(first_line, sign), first_line.count(sign)),
+    )
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
+    header = next((cells for cells in lines if any(cells)), [])
+    columns = _plain_column_names(header)
+    return columns, _read_csv_records(path, lines, columns, separator)
+
+
+def _parse_column_names(line: str, separator: str) -> list[str]:
+    return _plain_column_names(next(csv.reader([line], delimiter=separator), []))
+
+
+def _plain_column_names(names: Sequence[str]) -> list[str]:
+    return [name.strip().lower() for name in names]
+
+
+def _read_csv_records(
+    path: Path, lines: Any, columns: Sequence[str], separator: str
+) -> Iterator[TableRecord]:
+    """Yield the first line of each row, whatever line breaks its cells hold, and the cells; skip blank lines."""
+    last_line = lines.line_num
+    try:
+        for cells in lines:
+            # A row begins after the last line of the row before.
+            location = f"line {last_line + 1}"
+            last_line = lines.line_num
+            if not any(cell.strip() for cell in cells):
+                continue
+            if len(cells) != len(columns):
+                raise ManifestError(
+                    f"{path}: {location}: {len(cells)} cells, the first line has {len(columns)}; "
+                    f"put cells that hold {separator!r} in double quotes"
+                )
+
+            # A comma that separates no cells may be a decimal comma.
+            if separator != ",":
+                cells = [
+                    _with_decimal_point(cell) if name in ("start", "end") else cell
+                    for name, cell in zip(columns, cells, strict=True)
+                ]
+            yield location, cells
+    except csv.Error as error:
+        raise ManifestError(f"{path}: line {lines.line_num}: no CSV ({error})") from None
+
+
+def _with_decimal_point(cell: str) -> str:
+    return cell.replace(",", ".") if cell.count(",") == 1 else cell
+
+
+def _read_parquet_table(path: Path) -> tuple[list[str], Iterator[TableRecord]]:
+    """The names of the columns, in lower case, and the rows."""
+    try:
+        frame = pl.read_parquet(path)
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror or error})"
+        raise ManifestError(f"{path}: {problem}{did_you_mean(path)}") from None
+    except (pl.exceptions.PolarsError, *DAMAGED_TABLE_ERRORS) as error:
+        raise ManifestError(f"{path}: no Parquet file ({describe_table_damage(error)})") from None
+    records = ((f"row {number}", cells) for number, cells in enumerate(frame.iter_rows(), start=1))
+    return _plain_column_names(frame.columns), records
+
+
+def _check_table_columns(path: Path, columns: Sequence[str]) -> None:
+    # Without the column of paths: the one most likely meant.
+    if "path" not in columns:
+        likely = difflib.get_close_matches("path", columns, n=1)
+        likely += [name for name in columns if name in LIKELY_PATH_COLUMNS]
+        hint = f"rename {likely[0]!r} to 'path'" if likely else "name the column of file paths so"
+        found = ", ".join(columns)[:SHOWN_HEADER_LETTERS] or "nothing"
+        raise ManifestError(f"{path}: no column path; found {found}; {hint}")
+
+    # Two columns for one thing.
+    repeated = [name for name in CLIP_TABLE_COLUMNS if columns.count(name) > 1]
+    if repeated:
+        raise ManifestError(f"{path}: column {repeated[0]} stands twice; rename or remove one")
+    if set(columns) >= LABEL_COLUMNS:
+        raise ManifestError(f"{path}: columns label and labels; which counts? Rename or remove one")
+
+
+def _parse_table_row(location: str, cells: dict[str, Any]) -> ClipTableRow:
+    """The row as values; ValueError where a cell makes no sense."""
+    path = _cell_text(cells["path"])
+    if not path:
+        raise ValueError("no path")
+
+    # Without a start the clip begins with the file.
+    start_seconds = _cell_seconds("start", cells.get("start"))
+    end_seconds = _cell_seconds("end", cells.get("end"))
+    if end_seconds is not None and end_seconds <= (start_seconds or 0):
+        raise ValueError(f"start {start_seconds or 0:g} is not before end {end_seconds:g}; both are seconds")
+
+    return ClipTableRow(
+        location=location,
+        path=path,
+        labels=_cell_labels(cells.get("label", cells.get("labels"))),
+        split=_cell_text(cells.get("split")) or None,
+        start_seconds=start_seconds,
+        end_seconds=end_seconds,
+        clip_id=_cell_text(cells.get("id")) or None,
+    )
+
+
+def _cell_text(cell: Any) -> str:
+    """The cell as text: whole numbers without a point, whatever type the table gave them; empty for None and NaN."""
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return ""
+    if isinstance(cell, float) and cell.is_integer():
+        cell = int(cell)
+    return str(cell).strip()
+
+
+def _cell_labels(cell: Any) -> tuple[str, ...]:
+    """The labels of a cell in their order, each once."""
+    parts = cell if isinstance(cell, list) else _cell_text(cell).split(";")
+    return tuple(dict.fromkeys(name for part in parts if (name := _cell_text(part))))
+
+
+def _cell_seconds(name: str, cell: Any) -> float | None:
+    """The seconds of a cell, to the millisecond; None where it is empty."""
+    text = _cell_text(cell)
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} is {text[:SHOWN_CELL_LETTERS]!r}, expected seconds from 0 on")
+    return round(value, 3)
+
+
+def _table_notes(path: Path, columns: Sequence[str], rows: Sequence[ClipTableRow]) -> Iterator[str]:
+    # One of these may be a known column, misspelt.
+    unknown = [name for name in columns if name not in CLIP_TABLE_COLUMNS]
+    if unknown:
+        yield (
+            f"{path}: columns left alone: {', '.join(map(repr, unknown))}; "
+            f"known are {', '.join(CLIP_TABLE_COLUMNS)}"
+        )
+
+    # Labels with commas are suspicious where no clip has several labels.
+    with_comma = [label for row in rows for label in row.labels if "," in label]
+    if with_comma and not any(len(row.labels) > 1 for row in rows):
+        yield f"{path}: {with_comma[0]!r} is taken for one label; several are separated by ;"

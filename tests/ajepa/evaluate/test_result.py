@@ -1,0 +1,125 @@
+"""Evaluations on disk: one place for each, read as written, and never replaced by one of another protocol."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from evaluations import evaluation_protocol, probe_training
+
+from ajepa.evaluate.metrics import MetricEstimate
+from ajepa.evaluate.result import EVALUATION_FILE, Evaluation, Score, refuse_overwriting, result_path
+from pipeline.errors import RunError
+
+ESTIMATE = MetricEstimate(value=0.5, low=0.4, high=0.6)
+
+SCORE = Score(
+    features="encoder",
+    probe="knn",
+    label_set="raw",
+    kind="single",
+    metrics={"accuracy": ESTIMATE, "f1": ESTIMATE},
+    chance=0.25,
+    classes=1,
+    skipped=1,
+    chosen=(0.1, 1.0),
+    by_fold={"accuracy": (0.4, 0.6), "f1": (0.5, 0.5)},
+    per_class_ap=(0.75, None),
+    per_class_recall=(1.0, None),
+)
+
+EVALUATION = Evaluation(
+    protocol=evaluation_protocol(folds=2, probes=probe_training()),
+    classes=(("a", "A"), ("b", "B")),
+    scores=(SCORE,),
+)
+
+
+def test_an_evaluation_is_read_as_it_was_saved(tmp_path):
+    """In folders that are made for it."""
+    file = tmp_path / "some" / "folder" / "result.json"
+    EVALUATION.save_json(file)
+    assert Evaluation.read_json(file) == EVALUATION
+    assert list(json.loads(file.read_text())) == ["format", "protocol", "classes", "scores"]
+
+
+def test_the_table_shows_a_metric_that_a_score_lacks_as_a_dash():
+    """One block a kind of labels: interval, chance, deviation over folds, two other metrics."""
+    assert EVALUATION.format_table().splitlines() == [
+        "5 eval clips of some.zarr, mean over 2 folds; run at step 6",
+        "probes trained on 10 clips",
+        "pooling mean, layer last",
+        "[95 % of 50 resamples of the clips]",
+        "                                   raw",
+        "                                   1 classes, 1 not",
+        "accuracy",
+        "  encoder              kNN         0.500 [0.400 0.600]",
+        "  chance                           0.250",
+        "deviation over 2 folds",
+        "  encoder              kNN         0.141",
+        "macro F1 / mAP",
+        "  encoder              kNN         0.500 / -",
+    ]
+
+
+def test_the_class_table_has_a_line_for_every_class(tmp_path):
+    """A class without an eval clip has empty cells."""
+    EVALUATION.write_class_table(tmp_path / "classes.csv")
+    assert (tmp_path / "classes.csv").read_text().splitlines() == [
+        'label_set,class,name,encoder knn,"recall, encoder knn"',
+        "raw,a,A,0.750000,1.000000",
+        "raw,b,B,,",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("finetuned", "own_store", "probed", "name"),
+    [
+        (False, True, True, "evaluation.json"),
+        (False, False, True, "evaluation-there.json"),
+        (True, True, False, "evaluation.json"),
+        (True, False, False, "evaluation-there.json"),
+        (True, True, True, "evaluation-probes.json"),
+        (True, False, True, "evaluation-there-probes.json"),
+    ],
+)
+def test_one_rule_says_where_a_result_is_kept(tmp_path, finetuned, own_store, probed, name):
+    """A run's own measure on its own store is evaluation.json, and everything else is kept beside it."""
+    run = SimpleNamespace(path=tmp_path, identity={"store_id": "a"}, is_finetuned=finetuned)
+    store = SimpleNamespace(store_id="a" if own_store else "b", location="some/there.zarr")
+    assert result_path(run, store, probed=probed) == tmp_path / name
+
+
+def test_a_result_of_another_protocol_is_not_replaced(tmp_path):
+    """More probes, or a later step, may take its place; where there is no file nothing is lost."""
+    file = tmp_path / EVALUATION_FILE
+    other = evaluation_protocol(folds=2, probes=probe_training(pooling="moments"))
+    refuse_overwriting(file, other)
+    EVALUATION.save_json(file)
+    refuse_overwriting(
+        file, evaluation_protocol(folds=2, step=9, probes=probe_training(names=("knn", "linear")))
+    )
+    with pytest.raises(
+        RunError, match=r"measured otherwise \(probes.pooling: mean, now moments\); keep .* --out FILE"
+    ):
+        refuse_overwriting(file, other)
+
+
+def test_a_result_of_an_older_format_may_be_replaced(tmp_path):
+    """Nobody can read it any more."""
+    file = tmp_path / EVALUATION_FILE
+    EVALUATION.save_json(file)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 2}))
+    refuse_overwriting(file, evaluation_protocol(store_id="abc"))
+
+
+def test_a_protocol_that_lacks_a_key_is_refused_with_its_file(tmp_path):
+    """Somebody edited it; the run can be measured again."""
+    file = tmp_path / EVALUATION_FILE
+    EVALUATION.save_json(file)
+    record = json.loads(file.read_text())
+    del record["protocol"]["eval_clips"]
+    file.write_text(json.dumps(record))
+    with pytest.raises(
+        RunError, match="its protocol lacks 'eval_clips'; delete it and run ajepa-train evaluate"
+    ):
+        Evaluation.read_json(file)
