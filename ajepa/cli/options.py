@@ -7,7 +7,8 @@ import typer
 
 from pipeline.cli.options import complete_from
 
-# The tab key cannot wait for the modules that define these names; a test holds them to the tables.
+# Repeated here because importing the modules that define these names would slow tab completion down; a test checks that
+# both lists agree.
 PRETRAIN_RECIPE_NAMES = ("smoke", "small", "audio-jepa", "audio-jepa-repo", "a-jepa", "a-jepa-s", "a-jepa-l")
 
 FINETUNE_RECIPE_NAMES = (
@@ -52,7 +53,7 @@ ModelOption = Annotated[
 ]
 
 CheckpointOption = Annotated[
-    str, typer.Option("--checkpoint", help="Of a run: last, best (by probe), or a step that is kept.")
+    str, typer.Option("--checkpoint", help="Checkpoint of a run: last, best (by probe), or a kept step.")
 ]
 
 # What is trained, and for how long.
@@ -70,7 +71,7 @@ StepsOption = Annotated[int | None, typer.Option(min=1, help="Steps. [default: t
 
 BatchOption = Annotated[int | None, typer.Option(min=1, help="Clips per step. [default: the recipe's]")]
 
-# How a step is computed: the result is the same, but for rounding.
+# How a step is computed: the result is the same but for rounding.
 MicroBatchOption = Annotated[
     int | None, typer.Option(min=1, help="Clips at once: less memory, same result. [default: all]")
 ]
@@ -90,6 +91,7 @@ RecomputeOption = Annotated[
     bool, typer.Option("--recompute", help="Less memory, up to a third slower, same results.")
 ]
 
+# What becomes of a clip that cannot be read.
 OnBrokenOption = Annotated[
     Literal["raise", "skip"], typer.Option(help="skip: another clip of the step takes its place.")
 ]

@@ -1,4 +1,4 @@
-"""Export: a trained encoder as files for others: safetensors, its configuration, a card that says what it is."""
+"""An encoder exported for others: safetensors, its configuration, and a model card that says what it is."""
 
 import json
 import re
@@ -18,31 +18,41 @@ from ajepa.training.run import RECIPE_FILE, Json, flatten_to_paths
 from pipeline.errors import RunError
 from pipeline.files import replacing_file
 
-CONFIG_FILE, CARD_FILE = "config.json", "README.md"
+CONFIG_FILE = "config.json"
+CARD_FILE = "README.md"
 
-COMPUTE_FILE, EVALUATION_GLOB = "compute.json", "evaluation*.json"  # of a run, where they are there
+# Files of a run whose content goes into the card, if they are there.
+COMPUTE_FILE = "compute.json"
+EVALUATION_GLOB = "evaluation*.json"
 
-UNSTATED_LICENCE = "not stated; ask those who made it before you build on it"
+# The fields of the recipe that the card states.
+CARD_RECIPE_FIELDS = ("name", "clips_per_step", "steps", "seed")
+
+UNSTATED_LICENCE = "not stated; ask those who made the model before you build on it"
 
 
 def export_encoder(
     location: Path | str, out: Path, *, licence: str | None = None, at: str | int = LAST_CHECKPOINT
 ) -> PretrainedEncoder:
-    """Write `model.safetensors`, `config.json` and `README.md` into the folder `out`; what was exported.
+    """Write `model.safetensors`, `config.json` and `README.md` into the folder `out`; return the exported encoder.
 
-    The configuration also stands in the header of the safetensors file, which therefore is enough by itself;
-    nothing in it needs pickle or code. `licence` is that of the weights, and its user's to state; `at` as in
-    `trained`. RunError where `place` holds no encoder, or `out` something else than an export.
+    The configuration also stands in the header of the safetensors file, which is enough by itself therefore; nothing
+    in it needs pickle or code. `licence` is that of the weights, which only the user can state; `at` is as in
+    `load_pretrained`. RunError where `location` holds no encoder, or `out` other files than an export.
     """
     model = load_pretrained(location, at)
     model = replace(model, licence=licence or model.licence)
     refuse_other_files(out)
     out.mkdir(parents=True, exist_ok=True)
+
+    # Weights and configuration.
     config = model.to_json()
     with replacing_file(out / WEIGHTS_FILE) as scratch:
         write_safetensors(scratch, model.weights, {EXPORT_METADATA_KEY: json.dumps(config)})
     with replacing_file(out / CONFIG_FILE) as scratch:
         scratch.write_text(json.dumps(config, indent=1) + "\n")
+
+    # Only a run has figures for the card; an export that is exported again has none.
     run = Path(location) if (Path(location) / RECIPE_FILE).is_file() else None
     with replacing_file(out / CARD_FILE) as scratch:
         scratch.write_text(model_card(model, run))
@@ -50,69 +60,93 @@ def export_encoder(
 
 
 def refuse_other_files(out: Path) -> None:
-    """RunError where `out` holds anything that is no export's, which a push would leave behind or lose."""
+    """Raise RunError where `out` holds a file that belongs to no export: a push would leave it behind, or lose it."""
     if out.is_file():
         raise RunError(f"{out}: is a file; expected a folder")
-    others = [path.name for path in out.iterdir() if path.name not in EXPORT_FILES] if out.is_dir() else []
+    if not out.is_dir():
+        return
+    others = [path.name for path in out.iterdir() if path.name not in EXPORT_FILES]
     if others:
-        raise RunError(f"{out}: holds {sorted(others)[0]}, which is no export's; choose another --out")
+        raise RunError(f"{out}: holds {min(others)}, which belongs to no export; choose another --out")
 
 
 def model_card(model: PretrainedEncoder, run: Path | None) -> str:
-    """The model card: front matter for the hub, then every fact as a line."""
-    spec, mel, grid, origin = model.spec, model.mel, model.spec.grid, model.origin
-    count = sum(weight.numel() for weight in model.weights.values())
-    view_seconds = mel.samples_of(grid.frames) / mel.sample_rate_hz
-    column_ms = grid.patch_frames * mel.hop_samples / mel.sample_rate_hz * 1e3
-    recipe = origin.get("recipe", {})
-    head = ["---", "library_name: ajepa", "pipeline_tag: feature-extraction"]
-    head += ["tags: [audio, self-supervised-learning, JEPA]"]
-    head += licence_lines(model.licence)
-    lines = [
-        *[*head, "---", "", f"# {model.recipe_name}, an audio encoder", ""],
-        f"Sound of any length and rate in, one vector a clip and one every {column_ms:g} ms out:",
-        *["", "```python", "import ajepa", "", 'model = ajepa.load("THIS FOLDER OR ORG/NAME")'],
-        'told = model.embed(["a.mp3", "b.wav"])',
-        f"told.clips_BD         # float32 [2, {spec.width}]",
-        f"told[0].frames_TD     # float32 [T, {spec.width}]",
-        *["told[0].times_ms_T    # centres, ms", "```", ""],
-        *card_section(
-            "What it is", {"model id": model.model_id, "parameters": f"{count:,}"} | encoder_facts(model)
-        ),
-        f"It sees {view_seconds:.3f} s at a time; what is longer goes through it in windows that overlap.",
+    """Return the model card: front matter for the hub, an example, then every fact as a row of a table."""
+    weights = sum(weight.numel() for weight in model.weights.values())
+    view_seconds = model.mel.samples_of(model.spec.grid.frames) / model.mel.sample_rate_hz
+
+    # What the encoder is, and how to call it.
+    lines = front_matter(model.licence)
+    lines += [f"# {model.recipe_name}, an audio encoder", "", *usage_lines(model)]
+    network = {"model id": model.model_id, "parameters": f"{weights:,}"} | encoder_facts(model)
+    lines += card_section("The encoder", network)
+    lines += [
+        f"The encoder sees {view_seconds:.3f} s at a time; longer sounds go through it in overlapping windows.",
         "",
-        *card_section("Licence of the weights", {"licence": model.licence or UNSTATED_LICENCE}),
-        *card_section("Mel spec", mel.to_json() | {"mean": model.mean, "std": model.std}),
-        *card_section("Data", origin.get("identity", {})),
-        *card_section(
-            "Training",
-            {key: recipe[key] for key in ("name", "clips_per_step", "steps", "seed") if key in recipe}
-            | {"checkpoint": f"step {origin.get('step')}"}
-            | origin.get("versions", {}),
-        ),
-        *card_section(
-            "Compute", read_run_json(run / COMPUTE_FILE) if run and (run / COMPUTE_FILE).is_file() else {}
-        ),
     ]
-    for file in sorted(run.glob(EVALUATION_GLOB)) if run else ():
-        told = read_run_json(file)
-        if (
-            told.get("protocol", {}).get("step") == origin["step"]
-        ):  # another checkpoint's scores are not its own
-            lines += evaluation_lines(file.name, told)
+    lines += card_section("Licence of the weights", {"licence": model.licence or UNSTATED_LICENCE})
+    lines += card_section("Mel spec", model.mel.to_json() | {"mean": model.mean, "std": model.std})
+
+    # How it was made.
+    recipe = model.origin.get("recipe", {})
+    training = {key: recipe[key] for key in CARD_RECIPE_FIELDS if key in recipe}
+    training |= {"checkpoint": f"step {model.origin.get('step')}"} | model.origin.get("versions", {})
+    lines += card_section("Data", model.origin.get("identity", {}))
+    lines += card_section("Training", training)
+
+    # What it cost, and what it is worth.
+    if run is not None:
+        lines += run_lines(run, model.origin["step"])
     return "\n".join(lines).rstrip() + "\n"
 
 
+def front_matter(licence: str | None) -> list[str]:
+    """Return the lines of YAML by which the hub lists the model."""
+    return [
+        "---",
+        "library_name: ajepa",
+        "pipeline_tag: feature-extraction",
+        "tags: [audio, self-supervised-learning, JEPA]",
+        *licence_lines(licence),
+        "---",
+        "",
+    ]
+
+
 def licence_lines(licence: str | None) -> list[str]:
-    """For the hub, which knows licences by their short names and every other as `other` with a name."""
-    if licence is None or re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
-        return [f"license: {licence}"] if licence else []
+    """Return the licence as the hub reads it: known ones by their short names, every other as `other` with a name."""
+    if licence is None:
+        return []
+    if re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
+        return [f"license: {licence}"]
     return ["license: other", f"license_name: {json.dumps(licence)}"]
 
 
+def usage_lines(model: PretrainedEncoder) -> list[str]:
+    """Return what goes in and comes out, and an example in Python."""
+    mel = model.mel
+    width = model.spec.width
+    column_ms = model.spec.grid.patch_frames * mel.hop_samples / mel.sample_rate_hz * 1e3
+    return [
+        f"This encoder turns a sound of any length and rate into one vector, and into one every {column_ms:g} ms:",
+        "",
+        "```python",
+        "import ajepa",
+        "",
+        'model = ajepa.load("THIS FOLDER OR ORG/NAME")',
+        'sounds = model.embed(["a.mp3", "b.wav"])',
+        f"sounds.clips_BD         # float32 [2, {width}]",
+        f"sounds[0].frames_TD     # float32 [T, {width}]",
+        "sounds[0].times_ms_T    # centres, ms",
+        "```",
+        "",
+    ]
+
+
 def encoder_facts(model: PretrainedEncoder) -> Json:
-    """Shape of the network."""
-    spec, grid = model.spec, model.spec.grid
+    """Return the shape of the network in words."""
+    spec = model.spec
+    grid = spec.grid
     return {
         "encoder": f"ViT, width {spec.width}, depth {spec.depth}, heads {spec.heads}, {spec.positions} positions",
         "patches": f"{grid.patch_frames} frames x {grid.patch_bands} bands, "
@@ -120,34 +154,44 @@ def encoder_facts(model: PretrainedEncoder) -> Json:
     }
 
 
-def card_section(title: str, facts: Json) -> list[str]:
-    """A heading and a table of what is known, nested values by their paths; nothing where nothing is known."""
-    if not facts:
-        return []
-    rows = [f"| {key} | {value} |" for key, value in flatten_to_paths(facts).items()]
-    return [f"## {title}", "", "| | |", "| --- | --- |", *rows, ""]
+def run_lines(run: Path, step: int) -> list[str]:
+    """Return the cost of a run, and the scores of its checkpoint at `step`, from the files of the run."""
+    lines = []
+    if (run / COMPUTE_FILE).is_file():
+        lines += card_section("Compute", json.loads((run / COMPUTE_FILE).read_text()))
+    for file in sorted(run.glob(EVALUATION_GLOB)):
+        evaluation = json.loads(file.read_text())
+
+        # The scores of another checkpoint are not those of this model.
+        if evaluation.get("protocol", {}).get("step") == step:
+            lines += evaluation_lines(file.name, evaluation)
+    return lines
 
 
 def evaluation_lines(name: str, evaluation: Json) -> list[str]:
-    """Every score of an evaluation as a row, with the protocol that it was measured by."""
-    kept = [score_cells(score) for score in evaluation.get("scores", ())]
-    columns = list(dict.fromkeys(key for score in kept for key in score))
+    """Return every score of an evaluation as a row, then the protocol by which it was measured."""
+    # Scores may have different columns: the table has all of them.
+    rows = [score_cells(score) for score in evaluation.get("scores", ())]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = [f"## Scores ({name})", "", f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
-    for score in kept:
-        cells = [score.get(key, "") for key in columns]
-        told_cells = (f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells)
-        lines.append(f"| {' | '.join(told_cells)} |")
+    for row in rows:
+        cells = [row.get(key, "") for key in columns]
+        texts = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells]
+        lines.append(f"| {' | '.join(texts)} |")
     return [*lines, "", *card_section(f"Protocol ({name})", evaluation.get("protocol", {}))]
 
 
 def score_cells(score: Json) -> Json:
-    """What fits a row: plain values, and each metric with its interval."""
-    plain = {key: value for key, value in score.items() if isinstance(value, str | int | float)}
-    for name, one in score.get("metrics", {}).items():
-        plain[name] = f"{one['value']:.4g} ({one['low']:.4g} to {one['high']:.4g})"
-    return plain
+    """Return the part of a score that fits a row: plain values, and each metric with its interval."""
+    cells = {key: value for key, value in score.items() if isinstance(value, str | int | float)}
+    for name, metric in score.get("metrics", {}).items():
+        cells[name] = f"{metric['value']:.4g} ({metric['low']:.4g} to {metric['high']:.4g})"
+    return cells
 
 
-def read_run_json(file: Path) -> Json:
-    """A file of the run, as it is."""
-    return json.loads(file.read_text())
+def card_section(title: str, facts: Json) -> list[str]:
+    """Return a heading and a table of facts, nested values by their paths; nothing where no fact is known."""
+    if not facts:
+        return []
+    rows = [f"| {key} | {value} |" for key, value in flatten_to_paths(facts).items()]
+    return [f"## {title}", "", "| | |", "| --- | --- |", *rows, ""]

@@ -8,43 +8,49 @@ from types import ModuleType
 from pipeline.errors import RunError
 from pipeline.files import replacing_file
 
-EXPORT_FILES = (
-    "model.safetensors",
-    "config.json",
-    "README.md",
-)  # of a model: what is pushed and fetched, and nothing else
+# The files of a model: no others are pushed or fetched.
+EXPORT_FILES = ("model.safetensors", "config.json", "README.md")
 
+# ORG/NAME, or ORG/NAME@REVISION.
 HUB_ID_PATTERN = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
+
+# Errors of the hub's client go on for a paragraph; messages repeat so much of the first line.
+MAX_ERROR_CHARACTERS = 160
 
 
 def is_hub_id(location: str) -> bool:
-    """Whether that may be ORG/NAME or ORG/NAME@REVISION: where a folder ORG lies here, it is a mistyped path."""
-    told = HUB_ID_PATTERN.fullmatch(location)
-    return told is not None and not Path(location).parent.exists()
+    """Whether a location may be ORG/NAME or ORG/NAME@REVISION; not where a folder ORG exists: a mistyped path then."""
+    return HUB_ID_PATTERN.fullmatch(location) is not None and not Path(location).parent.exists()
 
 
 def fetch_from_hub(hub_id: str) -> Path:
-    """A folder of this machine with the model's files, from the hub or its cache; raises RunError."""
-    told = HUB_ID_PATTERN.fullmatch(hub_id)
-    if told is None:
+    """Return a folder of this machine with the model's files, from the hub or its cache; raises RunError."""
+    match = HUB_ID_PATTERN.fullmatch(hub_id)
+    if match is None:
         raise RunError(f"{hub_id}: expected ORG/NAME, or ORG/NAME@REVISION")
+
+    # Without the client, a name of the hub is most likely a mistyped path.
     try:
         hub = _import_hub_client()
     except RunError as error:
         raise RunError(f"{hub_id}: no such run or file here, and {error}") from None
+
+    # Download, unless the cache of this machine has the files.
     try:
-        folder = hub.snapshot_download(told[1], revision=told[2], allow_patterns=list(EXPORT_FILES))
+        folder = hub.snapshot_download(match[1], revision=match[2], allow_patterns=list(EXPORT_FILES))
     except (hub.errors.HfHubHTTPError, hub.errors.LocalEntryNotFoundError, OSError) as error:
         raise RunError(
-            f"{hub_id}: neither here nor to be had from the hub ({_first_error_line(error)})"
+            f"{hub_id}: no such run or file here, and the hub did not give it ({_first_error_line(error)})"
         ) from None
     if not (Path(folder) / EXPORT_FILES[0]).is_file():
-        raise RunError(f"{hub_id}: holds no {EXPORT_FILES[0]}; expected what `ajepa-train push` put there")
+        raise RunError(
+            f"{hub_id}: holds no {EXPORT_FILES[0]}; expected a model that `ajepa-train push` put there"
+        )
     return Path(folder)
 
 
 def copy_from_hub(hub_id: str, out: Path) -> Path:
-    """The model's files in a folder of one's own; RunError where that holds files already."""
+    """Copy the model's files into a folder of the user's, and return it; RunError where it holds files already."""
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise RunError(f"{out}: is there already and not empty; choose another --out")
     folder = fetch_from_hub(hub_id)
@@ -57,28 +63,33 @@ def copy_from_hub(hub_id: str, out: Path) -> Path:
 
 
 def push_to_hub(folder: Path, hub_id: str, *, private: bool = False) -> str:
-    """Put an exported folder on the hub, made there if need be; its address. Raises RunError.
+    """Put an exported folder on the hub, in a repository that is made if need be; return its address.
 
-    Who may write is asked of huggingface_hub: `hf auth login`, or HF_TOKEN.
+    RunError where the folder is no export or the hub refuses it. The right to write comes from huggingface_hub: `hf
+    auth login`, or HF_TOKEN.
     """
+    # Refuse what can be refused before the hub is asked.
     if HUB_ID_PATTERN.fullmatch(hub_id) is None or "@" in hub_id:
         raise RunError(f"{hub_id}: expected ORG/NAME, the model's place on the hub")
     missing = [name for name in EXPORT_FILES if not (folder / name).is_file()]
     if missing:
         raise RunError(f"{folder}: lacks {', '.join(missing)}; give the --out folder of `ajepa-train export`")
+
     hub = _import_hub_client()
     try:
-        place = hub.create_repo(hub_id, private=private, exist_ok=True)
+        url = hub.create_repo(hub_id, private=private, exist_ok=True)
         hub.upload_folder(repo_id=hub_id, folder_path=folder, allow_patterns=list(EXPORT_FILES))
-    except ValueError as error:  # a name or a card that the hub knows better than we
+    except ValueError as error:
+        # The client's rules for names, the hub's for cards.
         raise RunError(
-            f"{hub_id}: the hub does not take that ({_first_error_line(error)}); export again"
+            f"{hub_id}: the hub refuses the name or the model card ({_first_error_line(error)}); "
+            "choose another name, or export again"
         ) from None
     except (hub.errors.HfHubHTTPError, hub.errors.LocalTokenNotFoundError, OSError) as error:
         raise RunError(
-            f"{hub_id}: the hub did not take it ({_first_error_line(error)}); see: hf auth login"
+            f"{hub_id}: the upload failed ({_first_error_line(error)}); run `hf auth login` if you have not"
         ) from None
-    return str(place)
+    return str(url)
 
 
 def _import_hub_client() -> ModuleType:
@@ -90,5 +101,4 @@ def _import_hub_client() -> ModuleType:
 
 
 def _first_error_line(error: BaseException) -> str:
-    """The first line of what the hub's client says: it goes on for a paragraph."""
-    return str(error).strip().partition("\n")[0][:160].rstrip(".")
+    return str(error).strip().partition("\n")[0][:MAX_ERROR_CHARACTERS].rstrip(".")

@@ -1,4 +1,4 @@
-"""Nearest: which sounds of a table of embeddings are most like one that is given."""
+"""Nearest sounds: the sounds of a table of embeddings that are most similar to a given one."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +12,17 @@ from ajepa.embed.table import read_table_plan, table_batches
 from ajepa.model.pooling import EncoderLayer, inverse_deviation_D
 from pipeline.errors import RunError
 
-TABLE_ROWS_PER_READ = 8_192  # of the table at a time
+# The table is read so many rows at a time, so that it may be of any length.
+TABLE_ROWS_PER_READ = 8_192
 
-SHOWN_COLUMNS, VECTOR_COLUMN = ("path", "clip_id", "seconds", "labels"), "embedding"
+# The columns of the table that are shown, and the one that is searched.
+SHOWN_COLUMNS = ("path", "clip_id", "seconds", "labels")
+VECTOR_COLUMN = "embedding"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NearestSound:
-    """One sound of the table: cosine with the one asked for, once the table's mean and deviation are taken out."""
+    """One sound of the table, and its similarity to the query: the cosine of standardised embeddings, 1 at most."""
 
     similarity: float
     path: str
@@ -37,61 +40,78 @@ def nearest_sounds(
     device: str = "auto",
     at: str | int = LAST_CHECKPOINT,
 ) -> list[NearestSound]:
-    """The most similar sounds of a table, the nearest first; read in pieces, so that it may be of any length.
+    """Return the `count` most similar sounds of a table, the nearest first.
 
-    Each value is standardised over the table, as in `evaluate`'s kNN: what all sounds share tells none apart.
-    `at` as in `trained`. RunError where the table was made by another model; AudioError where the query cannot be used.
+    Each value of the embeddings is standardised over the table, as in the kNN probe of `evaluate`: values that are
+    alike for all sounds say nothing about one. `at` is the checkpoint of a run, as in `load_pretrained`. RunError where
+    the table was made by another model; AudioError where the query cannot be used.
     """
-    plan, loaded = read_table_plan(index), load_pretrained(model, at)
-    if plan["model_id"] != loaded.model_id:
-        told = f"was made by model {plan['model_id']} ({plan['recipe']}), --model is {loaded.model_id}"
-        raise RunError(f"{index}: {told} ({loaded.recipe_name}); give its own, or embed again")
+    # The query must be embedded as the table was.
+    plan = read_table_plan(index)
+    pretrained = load_pretrained(model, at)
+    if plan["model_id"] != pretrained.model_id:
+        raise RunError(
+            f"{index}: was made by model {plan['model_id']} ({plan['recipe']}), but --model is "
+            f"{pretrained.model_id} ({pretrained.recipe_name}); give the table's model, or embed again"
+        )
     embedder = Embedder(
-        loaded,
+        pretrained,
         device=device,
         pooling=plan["pooling"],
         layer=EncoderLayer.from_name(plan["layer"]),
         overlap=plan["overlap"],
     )
     query_D = embedder.embed(query)[0].clip_D.double().numpy()
+
+    # A first pass over the table finds the mean and the deviation of each value.
     mean_D, std_D = table_moments(index)
     scale_D = inverse_deviation_D(std_D)
-    asked_D = unit_vectors((query_D - mean_D) * scale_D)
+    direction_D = unit_vectors((query_D - mean_D) * scale_D)
+
+    # A second pass compares, and keeps the best so far.
     best: list[NearestSound] = []
     for batch in table_batches(index, (*SHOWN_COLUMNS, VECTOR_COLUMN), TABLE_ROWS_PER_READ):
-        there_N, vectors_ND = valid_vectors(batch)
-        similarity_N = unit_vectors((vectors_ND - mean_D) * scale_D) @ asked_D
+        valid_N, vectors_ND = valid_vectors(batch)
+        similarity_N = unit_vectors((vectors_ND - mean_D) * scale_D) @ direction_D
         nearest_N = np.argsort(-similarity_N, kind="stable")[:count]
-        rows = batch.select(list(SHOWN_COLUMNS)).take(pa.array(there_N[nearest_N])).to_pylist()
-        found = [
-            NearestSound(**row | {"similarity": float(similarity), "labels": tuple(row["labels"] or ())})
-            for row, similarity in zip(rows, similarity_N[nearest_N], strict=True)
-        ]
-        best = sorted([*best, *found], key=lambda one: -one.similarity)[:count]
+        rows = batch.select(list(SHOWN_COLUMNS)).take(pa.array(valid_N[nearest_N])).to_pylist()
+        for row, similarity in zip(rows, similarity_N[nearest_N].tolist(), strict=True):
+            row["labels"] = tuple(row["labels"] or ())
+            best.append(NearestSound(similarity=similarity, **row))
+
+        # The sort is stable: of equally similar sounds the earlier row comes first.
+        best = sorted(best, key=lambda sound: -sound.similarity)[:count]
     return best
 
 
 def table_moments(index: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation of each value over the table; RunError where it has no embedding."""
-    rows, sum_D, square_D = 0, np.zeros(1), np.zeros(1)
+    """Return the mean and the deviation of each value over the table; RunError where it has no embedding."""
+    # Sums of the values and of their squares, in float64.
+    rows = 0
+    sum_D = np.zeros(1)
+    square_D = np.zeros(1)
     for batch in table_batches(index, (VECTOR_COLUMN,), TABLE_ROWS_PER_READ):
         _, vectors_ND = valid_vectors(batch)
         rows += len(vectors_ND)
-        sum_D, square_D = sum_D + vectors_ND.sum(0), square_D + np.square(vectors_ND).sum(0)
+        sum_D = sum_D + vectors_ND.sum(0)
+        square_D = square_D + np.square(vectors_ND).sum(0)
     if not rows:
         raise RunError(f"{index}: holds no embedding; every row says why in `reason`")
+
+    # Rounding may make the variance of a constant value negative.
     mean_D = sum_D / rows
-    return mean_D, np.sqrt(np.maximum(square_D / rows - mean_D**2, 0))
+    variance_D = np.maximum(square_D / rows - mean_D**2, 0)
+    return mean_D, np.sqrt(variance_D)
 
 
 def valid_vectors(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
-    """Which rows have an embedding, and these as float64 `ND`."""
+    """Return the numbers of the rows that have an embedding, and these embeddings as float64 `ND`."""
     column = batch.column(VECTOR_COLUMN)
-    there_N = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
-    flat_N = column.drop_null().flatten().to_numpy()
-    return there_N, flat_N.reshape(len(there_N), column.type.list_size).astype(np.float64)
+    valid_N = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
+    values_N = column.drop_null().flatten().to_numpy()
+    return valid_N, values_N.reshape(len(valid_N), column.type.list_size).astype(np.float64)
 
 
 def unit_vectors(x_ND: np.ndarray) -> np.ndarray:
-    """Of length 1; what has no length stays 0."""
+    """Return vectors scaled to length 1; vectors without length stay 0."""
     return x_ND / np.maximum(np.linalg.norm(x_ND, axis=-1, keepdims=True), 1e-12)

@@ -1,4 +1,4 @@
-"""Trained: an encoder as a run left it, with all that is needed to feed it; from a run, an export or the hub."""
+"""A pretrained encoder, with all that is needed to feed it: loaded from a run, an export or the hub."""
 
 import hashlib
 import json
@@ -21,21 +21,26 @@ from pipeline.errors import RunError
 
 WEIGHTS_FILE = "model.safetensors"
 
-LAST_CHECKPOINT = "last"  # of a run, where nothing is said
-
-EXPORT_METADATA_KEY = "ajepa"  # in the header of that file: the configuration, as JSON
+# The header of this file holds the configuration as JSON, under this key.
+EXPORT_METADATA_KEY = "ajepa"
 
 EXPORT_FORMAT = 1
+
+# The checkpoint of a run that is loaded by default.
+LAST_CHECKPOINT = "last"
+
+# A message repeats so much of torch's error about weights, which lists every tensor.
+MAX_ERROR_CHARACTERS = 200
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PretrainedEncoder:
     """A frozen encoder: its shape and weights, the features that it was trained on, and where it came from.
 
-    mel         front end of its features; `clip_seconds` is that of its store and bounds nothing
-    mean, std   of log-mel, by which features are normalised
-    origin      what made it: recipe, step, identity of the data, versions; plain JSON values
-    licence     of the weights, as whoever exported them stated it
+    mel        the front end of its features; `clip_seconds` is that of the training store and limits nothing
+    mean, std  of log-mel, by which features are normalised
+    origin     how it was made: recipe, step, identity of the data, versions; plain JSON values
+    licence    of the weights, as whoever exported them stated it
     """
 
     spec: EncoderSpec
@@ -47,10 +52,11 @@ class PretrainedEncoder:
     licence: str | None = None
 
     @classmethod
-    def of_run(cls, path: Path, at: str | int = LAST_CHECKPOINT) -> Self:
-        """At a checkpoint of a run (`Run.load`): the target (EMA) encoder of a pre-trained one, or a fine-tuned one's.
+    def from_run(cls, path: Path, at: str | int = LAST_CHECKPOINT) -> Self:
+        """Load the encoder of a run at a checkpoint (`TrainedRun.open`).
 
-        RunError where there is none, such as in a run of a convolutional network.
+        Of a pre-trained run it is the target (EMA) encoder; of a fine-tuned one that of its classifier. RunError where
+        there is none, as in a run of a convolutional network.
         """
         trained = TrainedRun.open(path, at)
         run = trained.run
@@ -70,20 +76,23 @@ class PretrainedEncoder:
 
     @classmethod
     def from_export(cls, file: Path) -> Self:
-        """What `ajepa-train export` wrote; RunError where it is something else, or not what was written."""
+        """Load the file that `ajepa-train export` wrote; RunError where the file is another or was changed."""
+        # The weights, and the configuration in the header.
         try:
             with safe_open(file, framework="pt") as opened:
-                told = (opened.metadata() or {}).get(EXPORT_METADATA_KEY)
+                text = (opened.metadata() or {}).get(EXPORT_METADATA_KEY)
             weights = load_file(file)
         except (SafetensorError, OSError) as error:
             raise RunError(f"{file}: cannot be read as safetensors ({error}); fetch it again") from None
-        if told is None:
-            raise RunError(f"{file}: no encoder of ajepa's; give what `ajepa-train export` wrote")
-        config = json.loads(told)
+        if text is None:
+            raise RunError(f"{file}: holds no encoder of ajepa; give a file that `ajepa-train export` wrote")
+        config = json.loads(text)
         if config["format"] != EXPORT_FORMAT:
             raise RunError(
                 f"{file}: export format {config['format']}, this version reads {EXPORT_FORMAT}; update ajepa"
             )
+
+        # The digest covers the weights and all that decides the embeddings.
         loaded = cls(
             spec=recipe_from_json(config["encoder"]),
             mel=MelSpec.from_json(config["mel"]),
@@ -99,9 +108,9 @@ class PretrainedEncoder:
 
     @property
     def model_id(self) -> str:
-        """16 hex digits: equal for what gives equal embeddings, wherever it lies."""
-        shown = [recipe_to_json(self.spec), self.mel.spec_id, self.mean, self.std]
-        digest = hashlib.sha256(json.dumps(shown, sort_keys=True).encode())
+        """16 hex digits, equal for encoders that give equal embeddings, wherever they come from."""
+        settings = [recipe_to_json(self.spec), self.mel.spec_id, self.mean, self.std]
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for name, weight in sorted(self.weights.items()):
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
             digest.update(weight.detach().cpu().contiguous().numpy().data)
@@ -109,11 +118,11 @@ class PretrainedEncoder:
 
     @property
     def recipe_name(self) -> str:
-        """Of the recipe that made it, for messages."""
+        """The name of the recipe that trained it, for messages."""
         return str(self.origin.get("recipe", {}).get("name", "unnamed"))
 
     def to_json(self) -> Json:
-        """All but the weights."""
+        """Return all but the weights: the configuration of an export."""
         return {
             "format": EXPORT_FORMAT,
             "model_id": self.model_id,
@@ -126,36 +135,40 @@ class PretrainedEncoder:
         }
 
     def build_encoder(self, device: torch.device) -> Encoder:
-        """The network in eval mode, without gradients; RunError where the weights are of another shape."""
+        """Return the network in eval mode, without gradients; RunError where the weights do not fit its shape."""
         encoder = Encoder(self.spec)
         try:
             encoder.load_state_dict(self.weights)
         except RuntimeError as error:
-            told = " ".join(str(error).split())[:200]
-            raise RunError(f"the weights are not those of {self.spec}: {told}; export them again") from None
+            mismatch = " ".join(str(error).split())[:MAX_ERROR_CHARACTERS]
+            raise RunError(f"the weights do not fit {self.spec}: {mismatch}; export them again") from None
         return encoder.requires_grad_(False).eval().to(device)
 
 
 def load_pretrained(location: Path | str, at: str | int = LAST_CHECKPOINT) -> PretrainedEncoder:
-    """From a run folder, an exported folder or file, or ORG/NAME[@REVISION] on the Hugging Face hub.
+    """Load an encoder from a run folder, an exported folder or file, or ORG/NAME[@REVISION] on the Hugging Face hub.
 
-    `at` is a run's checkpoint: last, best or a step; of anything else there is one (RunError). What lies on this
-    machine comes first. Weights are safetensors: no pickle, and no code but this package's.
+    `at` is the checkpoint of a run: last, best or a step. An export has a single one: RunError where another is asked
+    for. Paths on this machine come before names on the hub. Weights are safetensors: no pickle, and no code but this
+    package's.
     """
     path = Path(location)
     if (path / RECIPE_FILE).is_file():
-        return PretrainedEncoder.of_run(path, at)
+        return PretrainedEncoder.from_run(path, at)
     if at != LAST_CHECKPOINT:
         raise RunError(
-            f"{location}: is no run, and holds one checkpoint alone; leave out {at!r}, or give the run"
+            f"{location}: is no run, and only a run has several checkpoints; leave out {at!r}, or give the run"
         )
+
+    # An export as a folder, as a single file, or on the hub.
     if (path / WEIGHTS_FILE).is_file():
         return PretrainedEncoder.from_export(path / WEIGHTS_FILE)
     if path.is_file():
         return PretrainedEncoder.from_export(path)
     if not path.exists() and is_hub_id(str(location)):
         return PretrainedEncoder.from_export(fetch_from_hub(str(location)) / WEIGHTS_FILE)
-    told = f"holds neither {RECIPE_FILE} nor {WEIGHTS_FILE}" if path.exists() else "no such run or file"
+
+    fault = f"holds neither {RECIPE_FILE} nor {WEIGHTS_FILE}" if path.exists() else "no such run or file"
     raise RunError(
-        f"{location}: {told}; expected a run, what `ajepa-train export` wrote, or ORG/NAME on the hub"
+        f"{location}: {fault}; expected a run, an export of `ajepa-train export`, or ORG/NAME on the hub"
     )

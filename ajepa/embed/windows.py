@@ -1,12 +1,9 @@
-"""Sound: its log-mel in pieces, however long it is; sounds opened by threads before their turn.
-
-Windows: a sound of any length as log-mel, cut into overlapping views of an encoder's length, in bounded memory.
-"""
+"""A sound of any length as log-mel in pieces, and as overlapping windows of an encoder's length, in bounded memory."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 
 import numpy as np
@@ -17,22 +14,23 @@ from ajepa.model.patches import PatchGrid
 from pipeline.audio.mel import log_mel
 from pipeline.audio.mel_spec import MelSpec
 
+# Waves are transformed in pieces of at least so many samples; decoders give as little as 0.02 s at a time.
 MIN_PIECE_SAMPLES = 2**18
 
-READ_AHEAD_FRAMES = (
-    3_000  # of a sound that a thread makes before its turn comes: whole clips, the beginning of hours
-)
+# A thread computes so many frames of a sound before its turn comes: all of most clips, the beginning of hours.
+READ_AHEAD_FRAMES = 3_000
 
 
 class SoundStream:
-    """A sound on its way through: its log-mel in pieces and, once they are all taken, its length in seconds."""
+    """A sound being read: its log-mel in pieces `TF` and, once they are all taken, its length in seconds."""
 
     def __init__(self, mels: Iterable[Tensor], seconds: float = 0.0) -> None:
-        self.mels, self.seconds = iter(mels), seconds
+        self.mels = iter(mels)
+        self.seconds = seconds
 
     @classmethod
     def from_waves(cls, waves: Iterable[np.ndarray], spec: MelSpec) -> "SoundStream":
-        """Of a wave in pieces, at the spec's rate."""
+        """Return the stream of a wave in pieces, at the spec's rate."""
         sound = cls(())
 
         def count_seconds() -> Iterator[np.ndarray]:
@@ -45,77 +43,57 @@ class SoundStream:
 
 
 def stream_log_mel(waves: Iterable[np.ndarray], spec: MelSpec) -> Iterator[Tensor]:
-    """Log-mel of a wave in pieces, as pieces `TF`: frame for frame that of the whole wave (`mel.log_mel`)."""
-    # A centred frame reaches back half a window; `ready` waits a whole one, which is more than it reaches ahead.
+    """Yield the log-mel of a wave in pieces, as pieces `TF`: frame for frame that of the whole wave (`mel.log_mel`)."""
+    # A centred frame reaches back half a window. `ready` waits for a whole one, which is more than it reaches ahead.
     margin = 0 if spec.framing == "kaldi" else -(-spec.window_samples // spec.hop_samples)
-    held_S, told = torch.zeros(0), 0  # frames of the held samples that have been told
+
+    # The end of the wave so far, and how many of the frames that begin in it have been given.
+    tail_S = torch.zeros(0)
+    given = 0
     for wave_S in join_short_pieces(waves):
-        held_S = torch.cat((held_S, torch.from_numpy(wave_S)))
-        ready = 1 + (len(held_S) - spec.window_samples) // spec.hop_samples
-        if ready > told:
-            yield log_mel(held_S[None], spec)[0, told:ready]
-            gone = max(0, ready - margin)
-            held_S, told = held_S[gone * spec.hop_samples :], ready - gone
-    last_TF = log_mel(held_S[None], spec)[0, told:]
+        tail_S = torch.cat((tail_S, torch.from_numpy(wave_S)))
+        ready = 1 + (len(tail_S) - spec.window_samples) // spec.hop_samples
+        if ready > given:
+            yield log_mel(tail_S[None], spec)[0, given:ready]
+
+            # Forget the samples to which no later frame reaches back.
+            forgotten = max(0, ready - margin)
+            tail_S = tail_S[forgotten * spec.hop_samples :]
+            given = ready - forgotten
+
+    # The frames at the end of the wave.
+    last_TF = log_mel(tail_S[None], spec)[0, given:]
     if len(last_TF):
         yield last_TF
 
 
 def join_short_pieces(waves: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Pieces joined to some seconds each: decoders give as little as 0.02 s at a time."""
-    some: list[np.ndarray] = []
+    """Yield the same wave in pieces of some seconds each."""
+    pieces: list[np.ndarray] = []
     for wave_S in waves:
-        some.append(wave_S)
-        if sum(map(len, some)) >= MIN_PIECE_SAMPLES:
-            yield np.concatenate(some)
-            some = []
-    if some:
-        yield np.concatenate(some)
+        pieces.append(wave_S)
+        if sum(map(len, pieces)) >= MIN_PIECE_SAMPLES:
+            yield np.concatenate(pieces)
+            pieces = []
+    if pieces:
+        yield np.concatenate(pieces)
 
 
 def drop_frames(mels: Iterable[Tensor], frames: int) -> Iterator[Tensor]:
-    """A spectrogram in pieces without its first frames."""
+    """Yield a spectrogram in pieces without its first frames."""
     for mel_TF in mels:
         yield mel_TF[frames:]
         frames = max(0, frames - len(mel_TF))
 
 
-def open_ahead(
-    openers: Iterable[Callable[[], SoundStream]], workers: int
-) -> Iterator[Callable[[], SoundStream]]:
-    """The same, each opened and begun by one of `workers` threads before its turn; 0: when its turn comes."""
-    if not workers:
-        yield from openers
-        return
-    coming, threads = iter(openers), ThreadPoolExecutor(workers, thread_name_prefix="sounds")
-    try:
-        begun = deque(threads.submit(open_and_prefetch, opening) for opening in islice(coming, 2 * workers))
-        while begun:
-            yield begun.popleft().result
-            begun.extend(threads.submit(open_and_prefetch, opening) for opening in islice(coming, 1))
-    finally:
-        threads.shutdown(cancel_futures=True)
-
-
-def open_and_prefetch(opener: Callable[[], SoundStream]) -> SoundStream:
-    """A sound of which the first half minute is there: for most, all."""
-    sound, head, frames = opener(), list[Tensor](), 0
-    for mel_TF in sound.mels:
-        head.append(mel_TF)
-        frames += len(mel_TF)
-        if frames >= READ_AHEAD_FRAMES:
-            break
-    sound.mels = chain(head, sound.mels)
-    return sound
-
-
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class SoundWindow:
-    """One view of a sound: at most a grid's frames of it, and which of its time columns it tells.
+    """One view of a sound: at most a grid's frames of it, and the time columns of the sound that are taken from it.
 
-    mel_TF       log-mel as computed; fewer frames than the grid has where the sound ends
-    start        the sound's column at which it begins
-    first, last  columns [first, last) of the sound are told by this window: in it they have the most context
+    mel_TF        log-mel as computed; fewer frames than the grid has where the sound ends
+    start_column  the column of the sound at which the window begins
+    first_column  first of the sound's columns that the window owns: those that have more context in it than in others
+    end_column    one past the last of these columns
     """
 
     mel_TF: Tensor
@@ -124,60 +102,102 @@ class SoundWindow:
     end_column: int
 
 
-def cut_windows(mels: Iterable[Tensor], grid: PatchGrid, hop_columns: int) -> Iterator[SoundWindow]:
-    """The views of a sound, `hop_columns` apart, and its last as far back as it is then full; none of no frame.
-
-    With as many columns as the grid has there is no overlap, and the last is as long as there is sound. What two
-    windows share is told by each up to the middle. Two windows of frames are held at a time.
-    """
-    size, reach = grid.patch_frames, grid.cols
-    held_TF, at, start = (
-        torch.zeros(0, grid.bands),
-        0,
-        0,
-    )  # held from column `at` on; the next begins at `start`
-    before: tuple[int, int, Tensor] | None = None  # a window whose end waits for the next one's start
-    for mel_TF in mels:
-        held_TF = torch.cat((held_TF, mel_TF))
-        while len(held_TF) > (start + reach - at) * size:
-            view_TF = held_TF[(start - at) * size :][: grid.frames]
-            if before is not None:
-                yield finish_window(before, start, reach)
-            before = (start, first_own_column(before, start, reach), view_TF)
-            held_TF, at, start = held_TF[(start - at) * size :], start, start + hop_columns
-    if not len(held_TF):
-        return
-    columns = at + -(-len(held_TF) // size)
-    if before is not None:
-        if hop_columns < reach:
-            start = columns - reach
-        yield finish_window(before, start, reach)
-    view_TF = held_TF[(start - at) * size :]
-    yield SoundWindow(
-        mel_TF=view_TF,
-        start_column=start,
-        first_column=first_own_column(before, start, reach),
-        end_column=columns,
-    )
-
-
-def first_own_column(previous: tuple[int, int, Tensor] | None, start: int, window_columns: int) -> int:
-    """The first column that a window tells, beside the one before it."""
-    return start if previous is None else (previous[0] + window_columns + start) // 2
-
-
-def finish_window(window: tuple[int, int, Tensor], next_start: int, window_columns: int) -> SoundWindow:
-    start, first, view_TF = window
-    return SoundWindow(
-        mel_TF=view_TF,
-        start_column=start,
-        first_column=first,
-        end_column=first_own_column(window, next_start, window_columns),
-    )
-
-
 def window_hop_columns(grid: PatchGrid, overlap: float) -> int:
-    """Columns between windows that share `overlap` of their length; ValueError outside [0, 1)."""
+    """Return the columns from one window to the next where they share `overlap` of their length.
+
+    ValueError where `overlap` lies outside [0, 1).
+    """
     if not 0 <= overlap < 1:
         raise ValueError(f"overlap must lie in [0, 1), got {overlap}")
     return max(1, round(grid.cols * (1 - overlap)))
+
+
+def cut_windows(mels: Iterable[Tensor], grid: PatchGrid, hop_columns: int) -> Iterator[SoundWindow]:
+    """Yield the windows of a sound, `hop_columns` apart; none where it has no frame.
+
+    The last window begins early enough to be full. Only if windows do not overlap (`hop_columns` is the number of the
+    grid's columns) is it as long as there is sound. Of the columns that two windows share each owns the half nearer to
+    its middle. Frames of at most two windows are in memory.
+    """
+    # Frames from column `tail_column` on; the next window begins at column `start`.
+    tail_TF = torch.zeros(0, grid.bands)
+    tail_column = 0
+    start = 0
+
+    # The window before it, which owns columns up to the first one of the next window.
+    previous: SoundWindow | None = None
+    for mel_TF in mels:
+        tail_TF = torch.cat((tail_TF, mel_TF))
+
+        # Cut windows as long as frames remain after them: the last window is cut below.
+        while len(tail_TF) > (start + grid.cols - tail_column) * grid.patch_frames:
+            first_column = first_own_column(previous, start, grid.cols)
+            if previous is not None:
+                yield replace(previous, end_column=first_column)
+            tail_TF = tail_TF[(start - tail_column) * grid.patch_frames :]
+            tail_column = start
+            previous = SoundWindow(
+                mel_TF=tail_TF[: grid.frames],
+                start_column=start,
+                first_column=first_column,
+                end_column=start + grid.cols,
+            )
+            start += hop_columns
+    if not len(tail_TF):
+        return
+
+    # The last window, with the one before it.
+    end_column = tail_column + -(-len(tail_TF) // grid.patch_frames)
+    if previous is not None and hop_columns < grid.cols:
+        start = end_column - grid.cols
+    first_column = first_own_column(previous, start, grid.cols)
+    if previous is not None:
+        yield replace(previous, end_column=first_column)
+    yield SoundWindow(
+        mel_TF=tail_TF[(start - tail_column) * grid.patch_frames :],
+        start_column=start,
+        first_column=first_column,
+        end_column=end_column,
+    )
+
+
+def first_own_column(previous: SoundWindow | None, start_column: int, window_columns: int) -> int:
+    """Return the first column that a window owns: the middle of the columns that it shares with the one before it."""
+    if previous is None:
+        return start_column
+    return (previous.start_column + window_columns + start_column) // 2
+
+
+def open_ahead(
+    openers: Iterable[Callable[[], SoundStream]], workers: int
+) -> Iterator[Callable[[], SoundStream]]:
+    """Yield the same openers, each called by one of `workers` threads before its turn; with 0, when its turn comes."""
+    if not workers:
+        yield from openers
+        return
+    remaining = iter(openers)
+    threads = ThreadPoolExecutor(workers, thread_name_prefix="sounds")
+    try:
+        # Two sounds a thread are on their way: for each that is taken, one more is begun.
+        started = deque(
+            threads.submit(open_and_prefetch, opener) for opener in islice(remaining, 2 * workers)
+        )
+        while started:
+            yield started.popleft().result
+            started.extend(threads.submit(open_and_prefetch, opener) for opener in islice(remaining, 1))
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def open_and_prefetch(opener: Callable[[], SoundStream]) -> SoundStream:
+    """Open a sound and compute its first half minute: for most sounds, all."""
+    sound = opener()
+    prefetched: list[Tensor] = []
+    frames = 0
+    for mel_TF in sound.mels:
+        prefetched.append(mel_TF)
+        frames += len(mel_TF)
+        if frames >= READ_AHEAD_FRAMES:
+            break
+    sound.mels = chain(prefetched, sound.mels)
+    return sound

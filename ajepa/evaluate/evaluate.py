@@ -93,7 +93,7 @@ def evaluate_run(
     checkpoint  last, best or a step, as in `Run.load_checkpoint`
     probes      of linear, knn, attentive; None: all for a pre-trained run, none for a fine-tuned one
     label_sets  each is measured, and by probes trained, on itself; empty: all of the store
-    kind        auto: single where every clip has exactly one label; a classifier's only if it was trained on such
+    kind        auto: single where every clip has exactly one label (and the classifier was trained on single labels)
     out         where the result is saved, replacing a file; None: at `result_path`, unless the result of another
                 protocol is there
 

@@ -28,7 +28,7 @@ LARGEST_AREA = 1 - 1e-9
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MetricEstimate:
-    """A metric and its interval of `CONFIDENCE_LEVEL`: where its mean over many such sets of clips may lie."""
+    """A metric and its interval of `CONFIDENCE_LEVEL`: where its mean over many sets of clips may lie."""
 
     value: float
     low: float

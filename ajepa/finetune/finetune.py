@@ -92,13 +92,14 @@ def finetune(
         tell = world.main_rank_only(say)
 
         # Open the store: its features must be those of the start, or of the recipe.
-        store = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
+        if not isinstance(store, FeatureStore):
+            store = FeatureStore.open(store)
         mel_spec = start.mel if start else preset_mel_spec(recipe.mel)
         needed_by = f"{start.run.path} was trained on" if start else f"recipe {recipe.name} needs"
         store.refuse_other_front_end(mel_spec, needed_by)
 
         # Choose what computes: a device, one for each rank, and the numbers that it is fast in.
-        torch_device = pick_device(device, world.local_rank if world.size > 1 else None)
+        torch_device = pick_device(device, world.gpu_index)
         numbers = pick_precision(precision, torch_device)
 
         # Find the task's clips and classes on the store, and fit the recipe to them.
@@ -339,13 +340,12 @@ def log_training_start(
     """Say what is unusual about the task's data, then what is trained on which clips."""
     for note in task_data.notes:
         say(f"{task_data.store.location}: {note}")
-    ranks = f" on {trainer.world.size} ranks" if trainer.world.size > 1 else ""
     say(
         f"{run.path}: step {steps_done} of {trainer.recipe.steps}, "
         f"{len(task_data.train_N)} clips of {', '.join(task_data.train_splits)}, "
         f"{len(task_data.eval_N)} of {', '.join(task_data.eval_splits)} to measure, "
         f"{len(task_data.classes)} classes, {'one' if task_data.single else 'several'} to a clip, "
-        f"{trainer.precision.description}{ranks}"
+        f"{trainer.precision.description}{trainer.world.ranks_note}"
     )
 
 

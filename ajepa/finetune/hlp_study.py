@@ -191,7 +191,8 @@ def measure_trainings(study: HlpStudy, run: Run, model: str, arm: str, device: s
         fsd50k_N = labelled_eval_rows(fsd50k)
         transfer_NC = classifier_logits_NC(trained, fsd50k, fsd50k_N, torch_device)
 
-    for name in (arm, POSTHOC_SCORES) if arm == RAW_LABELS else (arm,):
+    arms = [arm, POSTHOC_SCORES] if arm == RAW_LABELS else [arm]
+    for name in arms:
         # Instead of the labels, the scores are propagated.
         if name == POSTHOC_SCORES:
             adds_CC = added_classes_CC(store, study.rule)

@@ -65,7 +65,7 @@ def pretrain(
         recipe = recipe.with_counts(steps=steps, clips_per_step=batch)
 
         # Choose what computes: a device, one for each rank, and the numbers that it is fast in.
-        torch_device = pick_device(device, world.local_rank if world.size > 1 else None)
+        torch_device = pick_device(device, world.gpu_index)
         numbers = pick_precision(precision, torch_device)
 
         # Open the stores; they decide the order of the clips, and how clips are normalised.
@@ -159,8 +159,7 @@ def describe_start(
     run: Run, trainer: PretrainTrainer, first_step: int, order: RowOrder, store: AnyStore
 ) -> str:
     """The line that says where training starts, on which clips, and in which precision."""
-    ranks = f" on {trainer.world.size} ranks" if trainer.world.size > 1 else ""
     return (
         f"{run.path}: step {first_step} of {trainer.recipe.steps}, {len(order.rows_N)} clips of "
-        f"{describe_splits(store)}, {trainer.precision.description}{ranks}"
+        f"{describe_splits(store)}, {trainer.precision.description}{trainer.world.ranks_note}"
     )

@@ -39,6 +39,16 @@ class World:
         """Whether this process is the one that writes and prints."""
         return self.rank == 0
 
+    @property
+    def gpu_index(self) -> int | None:
+        """The GPU of this process, where several processes of a machine take one each; None for a single process."""
+        return self.local_rank if self.size > 1 else None
+
+    @property
+    def ranks_note(self) -> str:
+        """The end of the line about a run that starts: ` on 8 ranks`, or nothing for a single process."""
+        return f" on {self.size} ranks" if self.size > 1 else ""
+
     def main_rank_only(self, say: Callable[[str], None]) -> Callable[[str], None]:
         """`say` on the main rank; on the others a function that does nothing, so that a line appears once."""
         return say if self.is_main else lambda line: None

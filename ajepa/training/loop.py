@@ -89,11 +89,14 @@ def run_training_loop(
     monitor, writes, and shows progress. Checkpoints at multiples of `keep_every` are never deleted. RunError where
     the monitor has a reason to stop, after a checkpoint of that step.
     """
+    # Find where the run stands: on a network disk only the main rank is sure to see the newest checkpoint.
     recipe = trainer.recipe
-    clock = ThroughputClock()
-    shown: Json = {}
     (first_step,) = map(int, world.sum_over_ranks(run.newest_step if world.is_main else 0))
     steps_done = first_step
+
+    # Open what is written to.
+    clock = ThroughputClock()
+    shown: Json = {}
     event_writer = open_event_writer(run.path / EVENTS_FOLDER, first_step + 1) if world.is_main else None
     bar = progress_bar(first_step, recipe.steps, shown=progress and world.is_main)
     with event_writer or nullcontext(), bar:
@@ -125,9 +128,8 @@ def run_training_loop(
             (stop_requests,) = world.sum_over_ranks(stop.is_set())
 
             # Write a checkpoint, if it is time for one or the run ends here.
-            is_due = steps_done % recipe.checkpoint_every == 0 or (
-                keep_every and steps_done % keep_every == 0
-            )
+            is_kept_for_good = keep_every and steps_done % keep_every == 0
+            is_due = is_kept_for_good or steps_done % recipe.checkpoint_every == 0
             is_end = is_last or stop_requests or ill_because
             if event_writer is not None and (is_due or is_end or is_best_score(run, observed)):
                 event_writer.flush()

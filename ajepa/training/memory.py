@@ -120,8 +120,12 @@ class ActivationSizes:
         input_bytes = length * FP32_BYTES * stack.width
         full_block = self.block_bytes(stack, length, length)
         last_block = self.block_bytes(stack, length, last_tokens)
-        blocks = stack.depth * input_bytes if self.recompute else (stack.depth - 1) * full_block + last_block
         largest_block = full_block if stack.depth > 1 else last_block
+
+        # A block that is computed again keeps its input alone.
+        blocks = (stack.depth - 1) * full_block + last_block
+        if self.recompute:
+            blocks = stack.depth * input_bytes
         return blocks + 3 * input_bytes, largest_block
 
 
@@ -139,11 +143,14 @@ def pretrain_memory(
     `clips`: of a step on one rank; None: the recipe's. `micro_clips`: the clips that pass through the model at once.
     Token counts are the largest that some draws of the masks gave, from the first step to the last.
     """
+    # How many clips, and how they are computed.
     model = recipe.model
     grid = model.encoder.grid
     clips = clips or recipe.clips_per_step
     clips_at_once = min(micro_clips or clips, clips)
     sizes = ActivationSizes(bf16=bf16, written_out=written_out, recompute=recompute)
+
+    # How many weights: encoder and predictor are trained, the teacher follows.
     encoder_weights = encoder_weight_count(model.encoder)
     predictor_weights = predictor_weight_count(
         model.predictor, model.encoder.width, model.clip_weight > 0, target_width=model.target_width
@@ -250,13 +257,12 @@ def classifier_memory(
     clips_at_once = min(micro_clips or clips, clips)
     shape = transformer_shape(recipe)
     if shape is None:
-        # A convolutional network: one clip is measured.
+        # A convolutional network has no formula: one clip is measured.
         cost = measure_clip_cost(recipe, classes)
         weights = cost.weights
         share = HALF_SHARE_CONVOLUTIONS if bf16 else 1.0
         activations = int((clips_at_once * (cost.saved_bytes + 2 * cost.largest_saved_bytes)) * share)
     else:
-        # A transformer: by formula.
         sizes = ActivationSizes(bf16=bf16, written_out=written_out, recompute=recompute)
         weights = transformer_weight_count(shape, classes)
         activations = clips_at_once * _classifier_activation_bytes(shape, sizes)

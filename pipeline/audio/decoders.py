@@ -206,8 +206,8 @@ class FfmpegDecoder:
         origin_seconds = self.first_frame.time
         unit_seconds = self.stream.time_base
         target_seconds = sample / self.rate_hz - PRE_ROLL_SECONDS
-        is_near_beginning = target_seconds < PRE_ROLL_SECONDS or not self.container.is_seekable
-        if is_near_beginning or origin_seconds is None or unit_seconds is None:
+        decode_from_start = target_seconds < PRE_ROLL_SECONDS or not self.container.is_seekable
+        if decode_from_start or origin_seconds is None or unit_seconds is None:
             return 0, itertools.chain([self.first_frame], self.later_frames)
 
         try:

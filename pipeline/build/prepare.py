@@ -64,7 +64,7 @@ def restore_header(out: Path, header: StoreHeader) -> None:
     A readable header of another store is left alone. Raises StoreError if the ledger belongs to another store, or
     `out` exists and is no store.
     """
-    # Nothing to do for an intact header, or for one that `refuse_other_plan` can read.
+    # An intact header stays; the intact header of another store is left to `refuse_other_plan`.
     expected_json = zarr_group_json({"ajepa": header.to_json()})
     try:
         if StoreHeader.read(out) != header or (out / "zarr.json").read_bytes() == expected_json:

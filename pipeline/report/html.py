@@ -206,12 +206,12 @@ def curve_chart(
 
     # The outline of the spread runs along its lower curve and back along its upper one.
     x_F = x_in_plot(np.arange(bands) + 0.5, 0, bands)
-    there = svg_points(x_F, y_in_plot(lower_F, low, high))
-    back = svg_points(x_F[::-1], y_in_plot(upper_F, low, high)[::-1])
+    lower_points = svg_points(x_F, y_in_plot(lower_F, low, high))
+    upper_points = svg_points(x_F[::-1], y_in_plot(upper_F, low, high)[::-1])
     area = html_tag(
         "polygon",
         html_tag("title", "mean ± standard deviation"),
-        points=" ".join([*there, *back]),
+        points=" ".join([*lower_points, *upper_points]),
         class_="spread",
     )
 

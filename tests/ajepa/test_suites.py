@@ -1,4 +1,4 @@
-"""HEAR and X-ARES: every check of their own validators, and what these do not check."""
+"""HEAR and X-ARES: every check of their own validators, and checks that these lack."""
 
 import io
 import os
@@ -29,21 +29,23 @@ from pipeline.errors import RunError
 
 
 @pytest.fixture(scope="module", params=[A_JEPA, A_JEPA_16K, AUDIO_JEPA], ids=lambda spec: spec.name)
-def place(request, tmp_path_factory):
-    """An exported encoder of each front end, at its first step."""
+def exported(request, tmp_path_factory):
+    """The folder of an exported, untrained encoder of each front end."""
     spec = tiny().model.encoder
     weights = Encoder(spec, seed=1).state_dict()
-    model = PretrainedEncoder(spec=spec, mel=request.param, mean=-7.0, std=4.0, weights=weights, origin={})
+    pretrained = PretrainedEncoder(
+        spec=spec, mel=request.param, mean=-7.0, std=4.0, weights=weights, origin={}
+    )
     folder = tmp_path_factory.mktemp("models") / "model"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("ajepa.embed.export.load_pretrained", lambda place, at: model)
+        patched.setattr("ajepa.embed.export.load_pretrained", lambda location, at: pretrained)
         export_encoder("unused", folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def model(place) -> hear.HearModel:
-    return hear.load_model(str(place))
+def model(exported) -> hear.HearModel:
+    return hear.load_model(str(exported))
 
 
 def noise(batch: int, seconds: float, rate_hz: int) -> torch.Tensor:
@@ -60,10 +62,10 @@ def test_hear_finds_a_torch_module_with_its_attributes(model):
 
 @pytest.mark.parametrize("seconds", [1.07, 1.98, 2.74, 4.0])
 def test_hears_timestamps_are_even_and_inside_the_sound(model, seconds):
-    """float32, one time a vector, centred in what the vector tells, in ms, never past the end, at most 50 ms apart."""
-    told_BTD, times_ms_BT = hear.get_timestamp_embeddings(noise(3, seconds, model.sample_rate), model)
-    assert told_BTD.dtype == torch.float32
-    assert told_BTD.shape == (3, times_ms_BT.shape[1], model.timestamp_embedding_size)
+    """float32, one time a vector, the centre of its column, in ms, never past the end, at most 50 ms apart."""
+    frames_BTD, times_ms_BT = hear.get_timestamp_embeddings(noise(3, seconds, model.sample_rate), model)
+    assert frames_BTD.dtype == torch.float32
+    assert frames_BTD.shape == (3, times_ms_BT.shape[1], model.timestamp_embedding_size)
     gaps_ms = times_ms_BT.diff()
     assert (gaps_ms - gaps_ms.mean()).abs().max() < 1e-3
     assert 0 < gaps_ms.mean() <= 50
@@ -74,13 +76,13 @@ def test_hears_timestamps_are_even_and_inside_the_sound(model, seconds):
 
 @pytest.mark.parametrize("seconds", [0.6, 3.74])
 def test_hears_scenes_are_a_vector_a_sound_whatever_else_is_in_the_batch(model, seconds):
-    """float32, as many as sounds, as wide as told; alone as in company."""
+    """float32, as many as sounds, as wide as the model says; alone as in company."""
     audio_BS = noise(4, seconds, model.sample_rate)
-    told_BD = hear.get_scene_embeddings(audio_BS, model)
-    assert told_BD.dtype == torch.float32
-    assert told_BD.shape == (4, model.scene_embedding_size)
+    scenes_BD = hear.get_scene_embeddings(audio_BS, model)
+    assert scenes_BD.dtype == torch.float32
+    assert scenes_BD.shape == (4, model.scene_embedding_size)
     alone_BD = hear.get_scene_embeddings(audio_BS[1:2], model)
-    torch.testing.assert_close(alone_BD, told_BD[1:2], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(alone_BD, scenes_BD[1:2], atol=1e-4, rtol=1e-4)
 
 
 def test_a_click_is_found_at_its_time(model):
@@ -94,31 +96,31 @@ def test_a_click_is_found_at_its_time(model):
     assert abs(times_ms_BT[0, loudest] - 1_500) < model.embedder.column_ms
 
 
-def test_hears_own_validator_agrees(place, monkeypatch, capsys):
-    """The package hearvalidator, if it is there; TensorFlow, of which it asks one class, need not be."""
+def test_hears_own_validator_agrees(exported, monkeypatch, capsys):
+    """The package hearvalidator, if it is installed; TensorFlow, of which it uses one class, need not be."""
     pytest.importorskip("hearvalidator", reason="hearvalidator is not installed")
     tensorflow = ModuleType("tensorflow")
     tensorflow.Module = type("Module", (), {})  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "tensorflow", tensorflow)
     from hearvalidator.validate import ValidateModel
 
-    ValidateModel("ajepa.hear", str(place), device="cpu")()
+    ValidateModel("ajepa.hear", str(exported), device="cpu")()
     assert "Received embedding of shape" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
-def encoder(place) -> AjepaEncoder:
-    return AjepaEncoder(str(place))
+def encoder(exported) -> AjepaEncoder:
+    return AjepaEncoder(str(exported))
 
 
 def test_xares_finds_an_encoder_with_its_attributes(encoder):
-    """What `check_audio_encoder` asks for; the hop says how many vectors come."""
+    """Those that `check_audio_encoder` asks for; the hop says how many vectors come."""
     assert type(encoder).__name__.endswith("Encoder")
     assert isinstance(encoder, torch.nn.Module)
-    told_BTD = encoder(torch.randn(2, 50_000) * 0.1)
-    assert told_BTD.shape[::2] == (2, encoder.output_dim)
+    frames_BTD = encoder(torch.randn(2, 50_000) * 0.1)
+    assert frames_BTD.shape[::2] == (2, encoder.output_dim)
     seconds = 50_000 / encoder.sampling_rate
-    assert abs(told_BTD.shape[1] - seconds * 1e3 / encoder.hop_size_in_ms) <= 1
+    assert abs(frames_BTD.shape[1] - seconds * 1e3 / encoder.hop_size_in_ms) <= 1
 
 
 def test_xares_mean_over_a_padded_batch_is_that_of_the_sound(encoder):
@@ -137,19 +139,19 @@ def test_xares_mean_over_a_padded_batch_is_that_of_the_sound(encoder):
 def test_xares_may_ask_for_minutes_and_for_silence(encoder):
     """Long sounds go through in windows; a silent one has vectors, too, and a very short one has one."""
     long_S = np.tile(babble(5.0, encoder.sampling_rate), 12)
-    told_BTD = encoder(torch.from_numpy(long_S)[None])
-    assert abs(told_BTD.shape[1] - 60_000 / encoder.hop_size_in_ms) <= 1
-    assert told_BTD.isfinite().all()
+    frames_BTD = encoder(torch.from_numpy(long_S)[None])
+    assert abs(frames_BTD.shape[1] - 60_000 / encoder.hop_size_in_ms) <= 1
+    assert frames_BTD.isfinite().all()
     assert encoder(torch.zeros(2, encoder.sampling_rate)).isfinite().all()
     for samples in (encoder.shortest_samples, 100, 1):
-        told_BTD = encoder(torch.full((1, samples), 0.1))
-        assert told_BTD.shape[1] == 1
-        assert told_BTD.isfinite().all()
+        frames_BTD = encoder(torch.full((1, samples), 0.1))
+        assert frames_BTD.shape[1] == 1
+        assert frames_BTD.isfinite().all()
 
 
-def test_xares_makes_its_encoder_without_arguments(place, monkeypatch):
-    """Where the model lies is told by the environment, or the mistake by one line."""
-    monkeypatch.setenv(MODEL, str(place))
+def test_xares_makes_its_encoder_without_arguments(exported, monkeypatch):
+    """The environment says where the model lies, or one line says that it does not."""
+    monkeypatch.setenv(MODEL, str(exported))
     assert AjepaEncoder().output_dim == 32
     monkeypatch.delenv(MODEL)
     with pytest.raises(RunError, match="AJEPA_MODEL is not set"):
@@ -162,14 +164,14 @@ def hisses(count: int, seed: int, rates_hz: Sequence[int]) -> Iterator[tuple[str
     for number in range(count):
         label, rate_hz = number % 4, rates_hz[number // 4 % len(rates_hz)]
         wave_S = 0.2 * 0.1**label * rng.standard_normal(round(rng.uniform(0.5, 2) * rate_hz))
-        held = io.BytesIO()
-        soundfile.write(held, wave_S.astype(np.float32), rate_hz, format="WAV", subtype="FLOAT")
-        yield f"{seed}-{number}", held.getvalue(), label
+        file = io.BytesIO()
+        soundfile.write(file, wave_S.astype(np.float32), rate_hz, format="WAV", subtype="FLOAT")
+        yield f"{seed}-{number}", file.getvalue(), label
 
 
-@pytest.mark.parametrize("place", [A_JEPA], indirect=True, ids=["a-jepa"])
-def test_xares_runs_a_task_from_its_tars_to_its_scores(place, tmp_path):
-    """`python -m xares.run` as a user types it; what it scores are the vectors that `ajepa.load` gives."""
+@pytest.mark.parametrize("exported", [A_JEPA], indirect=True, ids=["a-jepa"])
+def test_xares_runs_a_task_from_its_tars_to_its_scores(exported, tmp_path):
+    """`python -m xares.run` as a user types it; it scores the vectors that `ajepa.load` gives."""
     pytest.importorskip("xares", reason="xares is not installed")
     torchaudio = pytest.importorskip(
         "torchaudio", reason="torchaudio, by which xares reads sounds, is missing"
@@ -179,7 +181,9 @@ def test_xares_runs_a_task_from_its_tars_to_its_scores(place, tmp_path):
         torchaudio.load(tmp_path / "a.wav")
     except (ImportError, RuntimeError):
         pytest.skip("torchaudio, by which xares reads sounds, reads none here: it lacks torchcodec or FFmpeg")
-    model = ajepa.load(place, device="cpu")
+
+    # Train, valid and test sounds at two rates, and a run of the task on them.
+    model = ajepa.load(exported, device="cpu")
     rates_hz = (model.sample_rate_hz, 44_100)
     sounds = {
         split: list(hisses(count, seed, rates_hz))
@@ -189,41 +193,47 @@ def test_xares_runs_a_task_from_its_tars_to_its_scores(place, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "xares.run", "ajepa/xares_encoder.py", task.name, "--max-jobs", "0"],
         cwd=tmp_path,
-        env={**os.environ, MODEL: str(place)},
+        env={**os.environ, MODEL: str(exported)},
         capture_output=True,
         text=True,
         check=False,
     )
-    told = re.search(r"^ *hiss +([\d.]+) +([\d.]+) ", done.stdout, flags=re.MULTILINE)
-    assert told, (done.stdout + done.stderr)[-2_000:]
-    assert min(map(float, told.groups())) >= 0.7  # chance: 0.25
+
+    # Both probes tell the four levels apart, far above the chance of 0.25.
+    scores = re.search(r"^ *hiss +([\d.]+) +([\d.]+) ", done.stdout, flags=re.MULTILINE)
+    assert scores, (done.stdout + done.stderr)[-2_000:]
+    assert min(map(float, scores.groups())) >= 0.7
+
+    # X-ARES has a resampler of its own: only sounds at the model's rate have the same vectors.
     scored = stored_means(tmp_path / "env" / "hiss" / "embeddings" / "AjepaEncoder")
     for key, wav, _ in sounds["test"]:
         wave_S, rate_hz = soundfile.read(io.BytesIO(wav), dtype="float32")
-        if rate_hz == model.sample_rate_hz:  # of others, its resampler and ours are not the same
-            ours_D = model.embed_audio(wave_S, rate_hz)[0].frames_TD.mean(0)
-            np.testing.assert_allclose(scored[key], ours_D, atol=1e-4)
+        if rate_hz == model.sample_rate_hz:
+            expected_D = model.embed_audio(wave_S, rate_hz)[0].frames_TD.mean(0)
+            np.testing.assert_allclose(scored[key], expected_D, atol=1e-4)
 
 
 def stored_means(folder: Path) -> dict[str, np.ndarray]:
-    """Of each sound that X-ARES has encoded, the mean over time that it scores."""
+    """The mean over time of each sound that X-ARES has encoded, which it scores."""
     means = {}
-    for tar in folder.glob("wds-encoded-test*.tar"):
-        with tarfile.open(tar) as opened:
-            for member in opened:
-                if member.name.endswith(".npy"):
-                    frames_TD = np.load(io.BytesIO(opened.extractfile(member).read()))
-                    means[member.name.removesuffix(".npy")[:-1]] = frames_TD.mean(
-                        0
-                    )  # its batch is the last digit
+    for path in folder.glob("wds-encoded-test*.tar"):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if not member.name.endswith(".npy"):
+                    continue
+                frames_TD = np.load(io.BytesIO(tar.extractfile(member).read()))
+
+                # The last digit of the name is the batch.
+                key = member.name.removesuffix(".npy")[:-1]
+                means[key] = frames_TD.mean(0)
     return means
 
 
-def test_xares_own_checker_agrees(place, monkeypatch):
-    """The package xares, if it is there; it takes the one class of the file whose name ends with Encoder."""
+def test_xares_own_checker_agrees(exported, monkeypatch):
+    """The package xares, if it is installed; it takes the one class of the file whose name ends with Encoder."""
     checker = pytest.importorskip("xares.audio_encoder_checker", reason="xares is not installed")
     from xares.utils import attr_from_py_path
 
-    monkeypatch.setenv(MODEL, str(place))
-    found = attr_from_py_path("ajepa/xares_encoder.py", endswith="Encoder")
-    assert checker.check_audio_encoder(found())
+    monkeypatch.setenv(MODEL, str(exported))
+    encoder_class = attr_from_py_path("ajepa/xares_encoder.py", endswith="Encoder")
+    assert checker.check_audio_encoder(encoder_class())

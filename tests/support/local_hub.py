@@ -1,4 +1,4 @@
-"""A hub of this machine: as much of the Hugging Face hub's HTTP interface as pushing and fetching a model take."""
+"""A hub on this machine, with the part of the Hugging Face hub's HTTP interface that pushing and fetching need."""
 
 import base64
 import hashlib
@@ -13,42 +13,40 @@ COMMIT = "0" * 40
 
 
 class Repository(BaseHTTPRequestHandler):
-    """One of any name, which keeps what is committed in `server.files` and what is asked in `server.asked`."""
+    """A repository of any name: committed files are in `server.files`, the paths of requests in `server.requests`."""
 
     server: Any
 
     def do_POST(self) -> None:
-        body = (
-            self.rfile.read(int(self.headers["Content-Length"])) if "Content-Length" in self.headers else b""
-        )
-        while "Content-Length" not in self.headers and (size := int(self.rfile.readline(), 16)):  # chunks
-            body += self.rfile.read(size)
-            self.rfile.readline()
-        self.server.asked.append(self.path)
-        here = f"http://{self.headers['Host']}/org/tiny"
+        body = self.read_body()
+        self.server.requests.append(self.path)
+        url = f"http://{self.headers['Host']}/org/tiny"
         if self.path == "/api/repos/create":
-            self.answer({"url": here})
+            self.answer({"url": url})
         elif self.path == "/api/validate-yaml":
-            known = "license: my own" not in json.loads(body)["content"]
-            self.answer(
-                {"errors": [] if known else [{"message": '"license" must be one of'}]}, 200 if known else 400
-            )
+            if "license: my own" in json.loads(body)["content"]:
+                self.answer({"errors": [{"message": '"license" must be one of'}]}, 400)
+            else:
+                self.answer({"errors": []})
         elif "/preupload/" in self.path:
             paths = [file["path"] for file in json.loads(body)["files"]]
-            told = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]
-            self.answer({"files": told})
+            modes = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]
+            self.answer({"files": modes})
         else:
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            self.answer({"commitUrl": f"{here}/commit/{COMMIT}", "commitOid": COMMIT})
+            self.answer({"commitUrl": f"{url}/commit/{COMMIT}", "commitOid": COMMIT})
 
     def do_GET(self) -> None:
-        files, name = self.server.files, self.path.rpartition("/")[2]
+        files = self.server.files
+        name = self.path.rpartition("/")[2]
         if "/tree/" in self.path:
-            self.answer(
-                [{"type": "file", "path": n, "size": len(b), "oid": digest(b)} for n, b in files.items()]
-            )
+            entries = [
+                {"type": "file", "path": path, "size": len(content), "oid": digest(content)}
+                for path, content in files.items()
+            ]
+            self.answer(entries)
         elif "/revision/" in self.path and files:
             siblings = [{"rfilename": name} for name in files]
             self.answer({"id": "org/tiny", "sha": COMMIT, "siblings": siblings})
@@ -59,21 +57,29 @@ class Repository(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def answer(self, told: Any, status: int = 200) -> None:
-        body = told if isinstance(told, bytes) else json.dumps(told).encode()
+    def read_body(self) -> bytes:
+        """The body of a request, whole or in chunks."""
+        if "Content-Length" in self.headers:
+            return self.rfile.read(int(self.headers["Content-Length"]))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        return body
+
+    def answer(self, content: Any, status: int = 200) -> None:
+        """Send bytes as they are, and everything else as JSON."""
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
-        for key, value in {
-            "Content-Length": len(body),
-            "X-Repo-Commit": COMMIT,
-            "ETag": digest(body),
-        }.items():
-            self.send_header(key, str(value))
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", digest(body))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def log_message(self, *told: object) -> None:
-        """Nothing: the tests look at `asked`."""
+    def log_message(self, *arguments: object) -> None:
+        """Print nothing: `requests` has it all."""
 
 
 def digest(body: bytes) -> str:
@@ -82,9 +88,11 @@ def digest(body: bytes) -> str:
 
 @contextmanager
 def local_hub() -> Iterator[Any]:
-    """A server at `address`, empty."""
+    """An empty server at `address`, on the loopback interface."""
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Repository)
-    server.files, server.asked, server.address = {}, [], f"http://127.0.0.1:{server.server_port}"
+    server.files = {}
+    server.requests = []
+    server.address = f"http://127.0.0.1:{server.server_port}"
     Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield server

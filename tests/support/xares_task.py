@@ -15,7 +15,7 @@ def {name}_config(encoder) -> TaskConfig:
         name="{name}",
         eval_weight=1,
         private=True,  # its sounds lie here; nothing is fetched
-        label_processor=lambda told: told["label"],
+        label_processor=lambda description: description["label"],
         output_dim={classes},
         epochs={epochs},
     )
@@ -30,17 +30,23 @@ def write_task(
     classes: int,
     epochs: int = 10,
 ) -> Path:
-    """The task's file in `folder`, for `python -m xares.run` there; of train, valid and test names, sounds, labels."""
-    place = folder / "env" / name
-    place.mkdir(parents=True)
+    """Write a task into `folder`, for `python -m xares.run` there, and return its file.
+
+    `splits` are train, valid and test: names, WAV files and labels.
+    """
+    # The sounds, where X-ARES would have put its downloads.
+    sound_folder = folder / "env" / name
+    sound_folder.mkdir(parents=True)
     for split, sounds in splits.items():
-        with tarfile.open(place / f"{split}-000000.tar", "w") as tar:
+        with tarfile.open(sound_folder / f"{split}-000000.tar", "w") as tar:
             for key, wav, label in sounds:
                 for suffix, data in (("wav", wav), ("json", json.dumps({"label": label}).encode())):
                     member = tarfile.TarInfo(f"{key}.{suffix}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
-    (place / ".audio_tar_ready").touch()
+    (sound_folder / ".audio_tar_ready").touch()
+
+    # The description.
     file = folder / f"{name}_task.py"
     file.write_text(TASK.format(name=name, classes=classes, epochs=epochs))
     return file

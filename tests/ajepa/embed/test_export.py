@@ -1,4 +1,4 @@
-"""Exports: the same model wherever it lies, whichever checkpoint it is, without pickle."""
+"""Exports: the same model from a run, a folder, a file and the hub, at any checkpoint, without pickle."""
 
 import json
 import os
@@ -38,8 +38,8 @@ def run_path(store_path, tmp_path_factory):
 def folder(run_path, tmp_path_factory):
     metrics = {"map": {"value": 0.25, "low": 0.2, "high": 0.31}}
     scores = [{"probe": "linear", "metrics": metrics, "chance": 0.125, "per_class_ap": [0.25, None]}]
-    told = {"protocol": {"step": 10, "train_clips": 30}, "scores": scores}
-    (run_path / "evaluation.json").write_text(json.dumps(told))
+    evaluation = {"protocol": {"step": 10, "train_clips": 30}, "scores": scores}
+    (run_path / "evaluation.json").write_text(json.dumps(evaluation))
     (run_path / "compute.json").write_text(json.dumps({"clips": 16, "flop": 1e12}))
     out = tmp_path_factory.mktemp("export") / "model"
     export_encoder(run_path, out, licence="cc-by-4.0")
@@ -48,72 +48,71 @@ def folder(run_path, tmp_path_factory):
 
 def test_an_export_is_the_run_wherever_it_lies(run_path, folder, tmp_path):
     """Folder, single file and run: one identity, one vector."""
-    alone = tmp_path / "renamed.safetensors"
-    shutil.copy(folder / "model.safetensors", alone)
+    single_file = tmp_path / "renamed.safetensors"
+    shutil.copy(folder / "model.safetensors", single_file)
     wave_S = babble(2.0, RATE_HZ)
-    models = [ajepa.load(place, device="cpu") for place in (run_path, folder, alone)]
-    assert len({model.model.model_id for model in models}) == 1
+    models = [ajepa.load(location, device="cpu") for location in (run_path, folder, single_file)]
+    assert len({model.pretrained.model_id for model in models}) == 1
     vectors = [model.embed_audio(wave_S, RATE_HZ).clips_BD for model in models]
     assert all(torch.equal(vectors[0], vector) for vector in vectors)
-    assert models[2].model.licence == "cc-by-4.0"
+    assert models[2].pretrained.licence == "cc-by-4.0"
 
 
 def test_a_run_is_loaded_at_the_checkpoint_that_is_asked_for(run_path, folder, tmp_path):
-    """The words of `evaluate --checkpoint`; an export tells its step and shows no other step's scores."""
+    """In the words of `evaluate --checkpoint`; an export states its step and shows no other step's scores."""
     run = Run.open(run_path)
     for at, step in (("last", 10), (5, 5), ("5", 5)):
-        model = ajepa.load(run_path, at=at, device="cpu").model
-        assert model.origin["step"] == step
-        assert all(
-            torch.equal(model.weights[n], w)
-            for n, w in run.load_checkpoint("target", at=step).parts["target"].items()
-        )
+        pretrained = ajepa.load(run_path, at=at, device="cpu").pretrained
+        assert pretrained.origin["step"] == step
+        target = run.load_checkpoint("target", at=step).parts["target"]
+        assert all(torch.equal(pretrained.weights[name], weight) for name, weight in target.items())
     with pytest.raises(RunError, match="no checkpoint was probed, so none is the best"):
         ajepa.load(run_path, at="best")
     with pytest.raises(RunError, match="no checkpoint 7; expected last, best, or a step of 5, 10"):
         ajepa.load(run_path, at=7)
-    with pytest.raises(RunError, match="is no run, and holds one checkpoint alone; leave out 'best'"):
+    with pytest.raises(RunError, match="is no run, and only a run has several checkpoints; leave out 'best'"):
         ajepa.load(folder, at="best")
     earlier = export_encoder(run_path, tmp_path / "earlier", at=5)
+    assert load_pretrained(tmp_path / "earlier").model_id == earlier.model_id
+    assert load_pretrained(run_path).model_id != earlier.model_id
     card = (tmp_path / "earlier" / "README.md").read_text()
-    assert (
-        load_pretrained(tmp_path / "earlier").model_id
-        == earlier.model_id
-        != load_pretrained(run_path).model_id
-    )
     assert "| checkpoint | step 5 |" in card
     assert "## Scores" not in card
 
 
 def test_the_best_checkpoint_is_that_of_the_highest_score(run_path, tmp_path):
     """Not the newest, nor the first."""
-    before = Run.open(run_path)
-    weights = before.load_checkpoint("target").parts["target"]
-    run = Run.create_or_open(tmp_path / "run", recipe=before.recipe, identity=before.identity)
+    source = Run.open(run_path)
+    weights = source.load_checkpoint("target").parts["target"]
+    run = Run.create_or_open(tmp_path / "run", recipe=source.recipe, identity=source.identity)
     for step, score in ((1, 0.1), (2, 0.3), (3, 0.2)):
-        told = {name: weight + step for name, weight in weights.items()}
-        run.save_checkpoint(Checkpoint(step=step, parts={"target": told}), keep=3, score=score)
-    assert ajepa.load(run.path, at="best", device="cpu").model.origin["step"] == 2
+        target = {name: weight + step for name, weight in weights.items()}
+        run.save_checkpoint(Checkpoint(step=step, parts={"target": target}), keep=3, score=score)
+    assert ajepa.load(run.path, at="best", device="cpu").pretrained.origin["step"] == 2
 
 
 def test_a_fine_tuned_run_gives_its_encoder(run_path, tmp_path):
-    """The average of the classifier where there is one, without its head; another network is refused by name."""
-    before = Run.open(run_path)
-    weights = before.load_checkpoint("target").parts["target"]
-    encoder = recipe_from_json(before.recipe["model"]["encoder"])
+    """From the average of the classifier where there is one, without its head; another network is refused by name."""
+    # A fine-tuned run whose average has the encoder of the pre-trained one.
+    source = Run.open(run_path)
+    weights = source.load_checkpoint("target").parts["target"]
+    encoder = recipe_from_json(source.recipe["model"]["encoder"])
     recipe = finetune_recipe("own")
     recipe = replace(recipe, ema=0.9, model=replace(recipe.model, encoder=encoder))
-    run = Run.create_or_open(tmp_path / "fine", recipe=recipe_to_json(recipe), identity=before.identity)
-    named = {f"encoder.{name}": weight for name, weight in weights.items()} | {"head.bias": torch.zeros(3)}
-    other = {name: weight + 1 for name, weight in named.items()}
-    run.save_checkpoint(Checkpoint(step=3, parts={"classifier": other, "average": named}), keep=1)
+    run = Run.create_or_open(tmp_path / "fine", recipe=recipe_to_json(recipe), identity=source.identity)
+    average = {f"encoder.{name}": weight for name, weight in weights.items()} | {"head.bias": torch.zeros(3)}
+    classifier = {name: weight + 1 for name, weight in average.items()}
+    checkpoint = Checkpoint(step=3, parts={"classifier": classifier, "average": average})
+    run.save_checkpoint(checkpoint, keep=1)
     loaded = load_pretrained(run.path)
     assert loaded.model_id == load_pretrained(run_path).model_id
     assert loaded.recipe_name == "own"
+
+    # A run of a CNN.
     cnn = Run.create_or_open(
-        tmp_path / "cnn", recipe=recipe_to_json(finetune_recipe("cnn6-small")), identity=before.identity
+        tmp_path / "cnn", recipe=recipe_to_json(finetune_recipe("cnn6-small")), identity=source.identity
     )
-    cnn.save_checkpoint(Checkpoint(step=3, parts={"classifier": other, "average": named}), keep=1)
+    cnn.save_checkpoint(checkpoint, keep=1)
     with pytest.raises(RunError, match="Cnn6Spec has no encoder"):
         load_pretrained(tmp_path / "cnn")
 
@@ -122,7 +121,7 @@ def test_the_card_states_what_a_user_must_know(folder, run_path):
     """Licence, mel spec, data, training, compute, scores; nothing that the run does not know."""
     card = (folder / "README.md").read_text()
     identity = json.loads((run_path / "recipe.json").read_text())["identity"]
-    for told in (
+    for line in (
         "license: cc-by-4.0",
         f"| store_id | {identity['store_id']} |",
         f"| mean | {identity['mean']} |",
@@ -132,7 +131,7 @@ def test_the_card_states_what_a_user_must_know(folder, run_path):
         "| probe | chance | map |\n| --- | --- | --- |\n| linear | 0.125 | 0.25 (0.2 to 0.31) |",
         "| train_clips | 30 |",
     ):
-        assert told in card
+        assert line in card
     config = json.loads((folder / "config.json").read_text())
     assert config["model_id"] == load_pretrained(folder).model_id
 
@@ -147,11 +146,11 @@ def test_a_licence_that_is_not_stated_is_not_invented(run_path, folder, tmp_path
     assert load_pretrained(tmp_path / "again").licence == "cc-by-4.0"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").touch()
-    with pytest.raises(RunError, match=r"holds notes\.txt, which is no export's"):
+    with pytest.raises(RunError, match=r"holds notes\.txt, which belongs to no export"):
         export_encoder(run_path, tmp_path / "other")
 
 
-def test_what_is_no_encoder_is_refused(folder, tmp_path, store_path):
+def test_anything_but_an_encoder_is_refused(folder, tmp_path, store_path):
     """Changed weights, another's safetensors, a file of anything, a folder of anything."""
     weights = load_file(folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
@@ -159,15 +158,15 @@ def test_what_is_no_encoder_is_refused(folder, tmp_path, store_path):
     save_file(weights, tmp_path / "changed.safetensors", metadata={EXPORT_METADATA_KEY: json.dumps(config)})
     save_file(weights, tmp_path / "other.safetensors")
     (tmp_path / "text.safetensors").write_text("no weights")
-    for place, told in (
+    for location, message in (
         (tmp_path / "changed.safetensors", "damaged"),
-        (tmp_path / "other.safetensors", "no encoder of ajepa's"),
+        (tmp_path / "other.safetensors", "holds no encoder of ajepa"),
         (tmp_path / "text.safetensors", "cannot be read as safetensors"),
         (store_path, r"holds neither recipe\.json nor model\.safetensors"),
         (tmp_path / "absent", "no such run or file"),
     ):
-        with pytest.raises(RunError, match=told):
-            ajepa.load(place)
+        with pytest.raises(RunError, match=message):
+            ajepa.load(location)
 
 
 @pytest.fixture
@@ -176,10 +175,10 @@ def hub_cache(folder, tmp_path, monkeypatch):
     pytest.importorskip("huggingface_hub", reason="the hub is an extra: pip install 'ajepa[export]'")
     from huggingface_hub import constants
 
-    place = tmp_path / "cache" / "models--org--tiny"
-    shutil.copytree(folder, place / "snapshots" / ("0" * 40))
-    (place / "refs").mkdir()
-    (place / "refs" / "main").write_text("0" * 40)
+    cached = tmp_path / "cache" / "models--org--tiny"
+    shutil.copytree(folder, cached / "snapshots" / ("0" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
@@ -187,27 +186,27 @@ def hub_cache(folder, tmp_path, monkeypatch):
 
 
 def test_a_model_comes_from_the_hubs_cache_without_a_network(hub_cache, folder):
-    """ORG/NAME, and with a revision; what is not there is one line."""
-    assert ajepa.load("org/tiny", device="cpu").model.model_id == load_pretrained(folder).model_id
+    """ORG/NAME, and with a revision; the error of an absent model is one line."""
+    assert ajepa.load("org/tiny", device="cpu").pretrained.model_id == load_pretrained(folder).model_id
     assert load_pretrained("org/tiny@main").model_id == load_pretrained(folder).model_id
-    with pytest.raises(RunError, match="org/absent: neither here nor to be had from the hub"):
+    with pytest.raises(RunError, match="org/absent: no such run or file here, and the hub did not give it"):
         ajepa.load("org/absent")
     (hub_cache / "runs").mkdir()
     with pytest.raises(RunError, match="runs/b: no such run or file"):
         ajepa.load("runs/b")
 
 
-def test_the_load_command_tells_and_keeps(hub_cache, monkeypatch, capsys):
-    """What it is, its licence, and its three files."""
+def test_the_load_command_describes_a_model_and_keeps_its_files(hub_cache, monkeypatch, capsys):
+    """With its licence; the three files of an export."""
     monkeypatch.setattr(sys, "argv", ["ajepa-train", "load", "org/tiny", "--out", "mine"])
-    monkeypatch.setattr("signal.signal", lambda *told: None)
+    monkeypatch.setattr("signal.signal", lambda *arguments: None)
     with pytest.raises(SystemExit) as stop:
         app.main()
     assert not stop.value.code
-    said = capsys.readouterr().out
-    assert "licence   cc-by-4.0" in said
+    printed = capsys.readouterr().out
+    assert "licence   cc-by-4.0" in printed
     assert sorted(path.name for path in (hub_cache / "mine").iterdir()) == sorted(hub.EXPORT_FILES)
-    assert ajepa.load("mine", device="cpu").model.licence == "cc-by-4.0"
+    assert ajepa.load("mine", device="cpu").pretrained.licence == "cc-by-4.0"
 
 
 def test_a_model_that_is_pushed_can_be_loaded_by_its_name(folder, tmp_path, monkeypatch):
@@ -224,23 +223,24 @@ def test_a_model_that_is_pushed_can_be_loaded_by_its_name(folder, tmp_path, monk
         }
         program = [sys.executable, "-c", "from ajepa.cli.app import main; main()"]
 
-        def typed(*words: str) -> subprocess.CompletedProcess[str]:
-            how = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True, "check": False}
-            return subprocess.run([*program, *words], **how)
+        def run_command(*words: str) -> subprocess.CompletedProcess[str]:
+            return subprocess.run(
+                [*program, *words], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+            )
 
-        pushed = typed("push", "model", "org/tiny", "--private")
+        pushed = run_command("push", "model", "org/tiny", "--private")
         assert pushed.stdout == f"{server.address}/org/tiny: load it with ajepa.load('org/tiny')\n", (
             pushed.stderr
         )
         assert sorted(server.files) == sorted(hub.EXPORT_FILES)
-        loaded = typed("load", "org/tiny", "--out", "mine")
+        loaded = run_command("load", "org/tiny", "--out", "mine")
         assert f"model id  {load_pretrained(folder).model_id}" in loaded.stdout, loaded.stderr
         for name in hub.EXPORT_FILES:
             assert (tmp_path / "mine" / name).read_bytes() == (folder / name).read_bytes()
         (tmp_path / "model" / "README.md").write_text("---\nlicense: my own\n---\n")
-        refused = typed("push", "model", "org/tiny")
+        refused = run_command("push", "model", "org/tiny")
         assert refused.stderr.startswith(
-            "error: org/tiny: the hub does not take that (Invalid metadata in README.md"
+            "error: org/tiny: the hub refuses the name or the model card (Invalid metadata in README.md"
         )
         assert refused.stderr.count("\n") == 1
 
@@ -254,33 +254,35 @@ def test_a_push_of_something_else_is_refused(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("licence", "told"),
+    ("licence", "lines"),
     [
         (None, []),
         ("cc-by-4.0", ["license: cc-by-4.0"]),
         ('Mine: "all rights"', ["license: other", r'license_name: "Mine: \"all rights\""']),
     ],
 )
-def test_a_licence_is_told_as_the_hub_reads_it(licence, told):
+def test_a_licence_is_written_as_the_hub_reads_it(licence, lines):
     """A short name as it is; any other text under a name of its own, and never as broken YAML."""
-    assert licence_lines(licence) == told
+    assert licence_lines(licence) == lines
 
 
-@pytest.mark.parametrize("name", ["huggingface_hub"])
-def test_an_extra_that_is_missing_is_named(folder, monkeypatch, name):
+def test_a_missing_extra_is_named(folder, monkeypatch):
     """With the command that installs it."""
-    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(RunError, match=r"pip install 'ajepa\[export\]'"):
         hub.push_to_hub(folder, "org/tiny")
 
 
-def test_the_export_command_writes_them_all(run_path, tmp_path, monkeypatch, capsys):
-    """One command, each file told with what it takes."""
-    told = []
+def test_the_export_command_writes_every_kind_of_file(run_path, tmp_path, monkeypatch, capsys):
+    """One command, and a line for each file with the inputs that it takes."""
+    written = []
+
+    def record_graph(graph, out):
+        written.append((graph.pooling, graph.samples, out.name))
+
     for name in ("write_onnx", "write_program"):
-        write = lambda made, out: told.append((made.pooling, made.samples, out.name))  # noqa: E731
-        monkeypatch.setattr(export_graph, name, write)
-    monkeypatch.setattr("signal.signal", lambda *told: None)
+        monkeypatch.setattr(export_graph, name, record_graph)
+    monkeypatch.setattr("signal.signal", lambda *arguments: None)
     files = ["--onnx", "a.onnx", "--torch-export", "a.pt2", "--pooling", "frequency"]
     files += ["--audio-hz", "16000", "--checkpoint", "5"]
     monkeypatch.setattr(
@@ -289,8 +291,8 @@ def test_the_export_command_writes_them_all(run_path, tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit) as stop:
         app.main()
     assert not stop.value.code
-    assert told == [("frequency", 10480, "a.onnx"), ("frequency", 10480, "a.pt2")]
+    assert written == [("frequency", 10480, "a.onnx"), ("frequency", 10480, "a.pt2")]
     assert load_pretrained(tmp_path / "model").origin["step"] == 5
-    said = capsys.readouterr().out
-    assert "windows of 10480 samples at 16000 Hz, any batch" in said
-    assert f"Next: ajepa-train push {tmp_path / 'model'} ORG/NAME" in said
+    printed = capsys.readouterr().out
+    assert "windows of 10480 samples at 16000 Hz, any batch" in printed
+    assert f"Next: ajepa-train push {tmp_path / 'model'} ORG/NAME" in printed

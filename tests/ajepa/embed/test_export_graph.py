@@ -1,7 +1,4 @@
-"""Graphs: from 32 kHz audio to embeddings in one file, for every kind of mel spec, as the model itself gives them.
-
-The front end of graphs: every mel spec's values, at every length and rate, from convolutions alone.
-"""
+"""Graphs: the model's own embeddings and log-mel, from one file, for every mel spec, at every length and rate."""
 
 from dataclasses import replace
 
@@ -24,24 +21,25 @@ from pipeline.errors import RunError
 
 RATE_HZ = 32_000
 
-SHAPES = {"panns": {"band_norm": True}, "passt": {"positions": "rope"}}  # all that encoders can be, too
+# Every kind of encoder is used with some mel spec.
+ENCODER_OPTIONS = {"panns": {"band_norm": True}, "passt": {"positions": "rope"}}
 
 
-def embedder(mel: MelSpec, **how: object) -> Embedder:
+def make_embedder(mel: MelSpec, **options: object) -> Embedder:
     grid = PatchGrid.from_size(64, mel.mel_bands)
-    spec = EncoderSpec(grid=grid, width=32, depth=1, heads=2, **SHAPES.get(mel.name, {}))
+    spec = EncoderSpec(grid=grid, width=32, depth=1, heads=2, **ENCODER_OPTIONS.get(mel.name, {}))
     encoder = Encoder(spec, seed=1)
     encoder.set_band_statistics(
         torch.linspace(-0.5, 0.5, mel.mel_bands), torch.linspace(0.5, 1.5, mel.mel_bands)
     )
-    trained = PretrainedEncoder(
+    pretrained = PretrainedEncoder(
         spec=spec, mel=mel, mean=-9.0, std=4.0, weights=encoder.state_dict(), origin={}
     )
-    return Embedder(trained, device="cpu", **how)
+    return Embedder(pretrained, device="cpu", **options)
 
 
-def waves(samples: int) -> np.ndarray:
-    """Three kinds of sound; beside a full-scale tone lie values that hang on rounding alone."""
+def three_waves(samples: int) -> np.ndarray:
+    """Three kinds of sound; in the bands beside a full-scale tone the values are rounding alone."""
     noise_S = np.random.default_rng(0).uniform(-1, 1, samples)
     tone_S = np.sin(2 * np.pi * 440 / RATE_HZ * np.arange(samples))
     return np.stack([babble(4.0, RATE_HZ)[:samples], noise_S, tone_S]).astype(np.float32)
@@ -53,58 +51,68 @@ def test_onnx_gives_what_the_model_gives(name, tmp_path):
     pytest.importorskip("onnxscript", reason="ONNX is an extra: pip install 'ajepa[export]'")
     onnx = pytest.importorskip("onnx", reason="ONNX is an extra")
     runtime = pytest.importorskip("onnxruntime", reason="ONNX is an extra")
-    model = embedder(MEL_PRESETS.get(name) or own_spec(name, tmp_path))
-    made, file = AudioGraph(model), tmp_path / "a.onnx"
-    write_onnx(made, file)
-    assert [one.version for one in onnx.load(file).opset_import if not one.domain] == [ONNX_OPSET]
+    model = make_embedder(MEL_PRESETS.get(name) or own_spec(name, tmp_path))
+    graph = AudioGraph(model)
+    file = tmp_path / "a.onnx"
+    write_onnx(graph, file)
+
+    # The file says which opset, model, rate and window it has.
+    assert [opset.version for opset in onnx.load(file).opset_import if not opset.domain] == [ONNX_OPSET]
     session = runtime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    facts = session.get_modelmeta().custom_metadata_map
-    assert facts["model_id"] == model.model.model_id
-    assert (int(facts["sample_rate_hz"]), int(facts["samples"])) == (RATE_HZ, made.samples)
-    audio_BS, lengths_B = waves(made.samples), np.array([made.samples, 12_345, made.samples], np.int64)
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert metadata["model_id"] == model.pretrained.model_id
+    assert (int(metadata["sample_rate_hz"]), int(metadata["samples"])) == (RATE_HZ, graph.samples)
+
+    # A batch of full windows and a short one.
+    audio_BS = three_waves(graph.samples)
+    lengths_B = np.array([graph.samples, 12_345, graph.samples], np.int64)
     expected = model.embed_audio(audio_BS, RATE_HZ, samples_B=lengths_B.tolist())
     audio_BS[1, 12_345:] = np.nan
     clip_BD, frames_BCD, count_B = session.run(None, {"audio": audio_BS, "samples": lengths_B})
     np.testing.assert_allclose(clip_BD, expected.clips_BD, atol=1e-3)
     np.testing.assert_allclose(clip_BD[:2], expected.clips_BD[:2], atol=2e-5)
-    for frames_CD, count, one in zip(frames_BCD, count_B, expected.per_sound, strict=True):
-        assert 0 <= count - len(one.frames_TD) <= 1  # a last column whose centre lies past the end
-        np.testing.assert_allclose(frames_CD[: len(one.frames_TD)], one.frames_TD, atol=1e-3)
-    again_BD = session.run(["clip"], {"audio": audio_BS[1:2], "samples": lengths_B[1:2]})[0]
-    np.testing.assert_allclose(again_BD[0], clip_BD[1], atol=1e-6)
+    for frames_CD, count, embedding in zip(frames_BCD, count_B, expected.per_sound, strict=True):
+        # The centre of a last column may lie past the end of the sound.
+        frames = len(embedding.frames_TD)
+        assert 0 <= count - frames <= 1
+        np.testing.assert_allclose(frames_CD[:frames], embedding.frames_TD, atol=1e-3)
+
+    # The short one alone.
+    alone_BD = session.run(["clip"], {"audio": audio_BS[1:2], "samples": lengths_B[1:2]})[0]
+    np.testing.assert_allclose(alone_BD[0], clip_BD[1], atol=1e-6)
 
 
 def test_a_torch_program_gives_what_the_model_gives(tmp_path):
-    """Loaded without this package's code; a view of a centred front end, of audio at a rate of one's own."""
-    model = embedder(MEL_PRESETS["panns"], pooling="frequency")
-    made = AudioGraph(model, 48_000)
-    write_program(made, tmp_path / "a.pt2")
+    """Loaded without this package's code; a view of a centred front end, of audio at another rate."""
+    model = make_embedder(MEL_PRESETS["panns"], pooling="frequency")
+    graph = AudioGraph(model, 48_000)
+    write_program(graph, tmp_path / "a.pt2")
     program = torch.export.load(tmp_path / "a.pt2").module()
-    audio_BS = torch.from_numpy(babble(1.0, 48_000)[None, : made.samples])
+    audio_BS = torch.from_numpy(babble(1.0, 48_000)[None, : graph.samples])
     with torch.inference_mode():
-        clip_BD, _, _ = program(audio_BS, torch.tensor([made.samples]))
+        clip_BD, _, _ = program(audio_BS, torch.tensor([graph.samples]))
     torch.testing.assert_close(clip_BD, model.embed_audio(audio_BS, 48_000).clips_BD, atol=1e-4, rtol=0)
 
 
-def test_a_graph_that_onnx_cannot_hold_is_refused_by_its_size(tmp_path, monkeypatch):
-    """Before anything is written; torch.export knows no such limit."""
+def test_a_graph_too_large_for_onnx_is_refused(tmp_path, monkeypatch):
+    """Before anything is written; torch.export has no limit."""
     pytest.importorskip("onnxscript", reason="ONNX is an extra: pip install 'ajepa[export]'")
     monkeypatch.setattr("ajepa.embed.export_graph.MAX_ONNX_BYTES", 1e5)
     with pytest.raises(RunError, match="GB of weights do not fit an ONNX file; use --torch-export"):
-        write_onnx(AudioGraph(embedder(MEL_PRESETS["a-jepa"])), tmp_path / "a.onnx")
+        write_onnx(AudioGraph(make_embedder(MEL_PRESETS["a-jepa"])), tmp_path / "a.onnx")
     assert not list(tmp_path.iterdir())
 
 
 def test_the_graph_of_a_recipe_sees_as_much_as_its_encoder():
     """998 frames of A-JEPA are cut to whole patches, and the window to these."""
-    assert AudioGraph(embedder(MEL_PRESETS["a-jepa"])).samples == (tiny().view_frames - 1) * 320 + 800
+    assert AudioGraph(make_embedder(MEL_PRESETS["a-jepa"])).samples == (tiny().view_frames - 1) * 320 + 800
 
 
-FRAMES, FRONT_END_RATE_HZ = 24, 32_000
+FRAMES = 24
 
 
-def expected_TF(wave_S: np.ndarray, spec: MelSpec, rate_hz: int) -> torch.Tensor:
-    """As files and arrays are embedded."""
+def expected_mel_TF(wave_S: np.ndarray, spec: MelSpec, rate_hz: int) -> torch.Tensor:
+    """The log-mel with which files and arrays are embedded."""
     if rate_hz != spec.sample_rate_hz:
         wave_S = np.concatenate(list(resample_blocks(iter([wave_S]), rate_hz, spec.sample_rate_hz)))
     return log_mel(torch.from_numpy(wave_S)[None], spec)[0]
@@ -112,40 +120,42 @@ def expected_TF(wave_S: np.ndarray, spec: MelSpec, rate_hz: int) -> torch.Tensor
 
 @pytest.mark.parametrize("name", [*MEL_PRESETS, *OWN])
 def test_every_mel_spec_has_its_values_at_every_length(name, tmp_path):
-    """Full windows, part of one, a single frame and none; what lies past the end, even nan, is not heard."""
+    """Full windows, part of one, a single frame and none; what lies past the end, even nan, has no influence."""
     spec = MEL_PRESETS.get(name) or own_spec(name, tmp_path)
-    made = FrontEnd(spec, FRAMES, FRONT_END_RATE_HZ)
-    noise_S = np.random.default_rng(0).uniform(-1, 1, made.samples).astype(np.float32)
-    shortest = next(n for n in range(1, 9_999) if len(expected_TF(noise_S[:n], spec, FRONT_END_RATE_HZ)))
-    lengths = [made.samples, made.samples, made.samples * 2 // 3 + 1, shortest, shortest - 1]
-    audio_BS = np.stack([noise_S, babble(4.0, FRONT_END_RATE_HZ)[: made.samples], *[noise_S] * 3])
+    front_end = FrontEnd(spec, FRAMES, RATE_HZ)
+    noise_S = np.random.default_rng(0).uniform(-1, 1, front_end.samples).astype(np.float32)
+    shortest = next(n for n in range(1, 9_999) if len(expected_mel_TF(noise_S[:n], spec, RATE_HZ)))
+    window = front_end.samples
+    lengths = [window, window, window * 2 // 3 + 1, shortest, shortest - 1]
+    audio_BS = np.stack([noise_S, babble(4.0, RATE_HZ)[:window], *[noise_S] * 3])
     for wave_S, length in zip(audio_BS, lengths, strict=True):
         wave_S[length:] = np.nan
-    mel_BTF, frames_B = made(torch.from_numpy(audio_BS), torch.tensor(lengths))
+    mel_BTF, frames_B = front_end(torch.from_numpy(audio_BS), torch.tensor(lengths))
     assert mel_BTF.shape == (5, FRAMES, spec.mel_bands)
     assert frames_B[[0, 1, -2, -1]].tolist() == [FRAMES, FRAMES, 1, 0]
     for mel_TF, frames, wave_S, length in zip(mel_BTF, frames_B, audio_BS, lengths, strict=True):
-        told_TF = expected_TF(wave_S[:length], spec, FRONT_END_RATE_HZ)[:FRAMES]
-        assert len(told_TF) == frames
+        expected_TF = expected_mel_TF(wave_S[:length], spec, RATE_HZ)[:FRAMES]
+        assert len(expected_TF) == frames
         if frames:
-            apart_TF = (mel_TF[:frames] - told_TF).abs()
-            assert apart_TF.quantile(0.98) < 1e-2
-            assert apart_TF.max() < 0.1  # in bands without sound, beside loud ones, all is rounding
+            # In bands without sound, beside loud ones, all is rounding.
+            difference_TF = (mel_TF[:frames] - expected_TF).abs()
+            assert difference_TF.quantile(0.98) < 1e-2
+            assert difference_TF.max() < 0.1
 
 
 @pytest.mark.parametrize(
     ("from_hz", "to_hz"), [(32_000, 16_000), (8_000, 32_000), (44_100, 32_000), (32_000, 44_100)]
 )
-def test_another_rate_is_the_resamplers_own(from_hz, to_hz):
+def test_audio_at_another_rate_is_resampled_as_soxr_does(from_hz, to_hz):
     """No other filter: sample for sample what soxr gives, beginning and end included."""
     spec = replace(A_JEPA, sample_rate_hz=to_hz, high_hz=to_hz / 2)
-    made = FrontEnd(spec, FRAMES, from_hz)
-    wave_S = np.random.default_rng(0).uniform(-1, 1, made.samples).astype(np.float32)
-    for length in (made.samples, made.samples // 2 + 1):
-        resampled_S = np.concatenate(list(resample_blocks(iter([wave_S[:length]]), from_hz, to_hz)))
-        told_BS, samples_B = made.resampler(torch.from_numpy(wave_S)[None], torch.tensor([length]))
-        assert samples_B.tolist() == [len(resampled_S)]
-        np.testing.assert_allclose(told_BS[0, : len(resampled_S)], resampled_S, atol=2e-6)
+    front_end = FrontEnd(spec, FRAMES, from_hz)
+    wave_S = np.random.default_rng(0).uniform(-1, 1, front_end.samples).astype(np.float32)
+    for length in (front_end.samples, front_end.samples // 2 + 1):
+        expected_S = np.concatenate(list(resample_blocks(iter([wave_S[:length]]), from_hz, to_hz)))
+        actual_BS, samples_B = front_end.resampler(torch.from_numpy(wave_S)[None], torch.tensor([length]))
+        assert samples_B.tolist() == [len(expected_S)]
+        np.testing.assert_allclose(actual_BS[0, : len(expected_S)], expected_S, atol=2e-6)
 
 
 def test_a_window_is_the_shortest_sound_that_fills_the_view():

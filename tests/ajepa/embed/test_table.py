@@ -1,4 +1,4 @@
-"""The table of embeddings: every sound a row, carried on to the same bytes, searched by its own model alone."""
+"""The table of embeddings: a row for every sound, resumed to the same bytes, searched by its own model alone."""
 
 import signal
 import subprocess
@@ -52,16 +52,15 @@ def folder(tmp_path_factory):
     return folder
 
 
-def embedded(model, places, out, **how) -> pl.DataFrame:
-    write_embedding_table(
-        model, make_embedding_job([str(p) for p in places], model), out, say=lambda line: None, **how
-    )
+def write_and_read(model, locations, out, **options) -> pl.DataFrame:
+    job = make_embedding_job([str(location) for location in locations], model)
+    write_embedding_table(model, job, out, say=lambda line: None, **options)
     return pl.read_parquet(out)
 
 
 def test_every_sound_is_a_row_and_a_bad_one_says_why(model, folder, tmp_path):
-    """Nothing is left out in silence; what cannot be used has a reason instead of a vector."""
-    rows = embedded(model, [folder], tmp_path / "emb.parquet")
+    """Nothing is left out in silence; an unusable sound has a reason instead of a vector."""
+    rows = write_and_read(model, [folder], tmp_path / "emb.parquet")
     assert rows.height == 11
     assert rows.schema["embedding"] == pl.Array(pl.Float32, model.width)
     bad = rows.filter(pl.col("embedding").is_null()).sort("path")
@@ -76,33 +75,34 @@ def test_every_sound_is_a_row_and_a_bad_one_says_why(model, folder, tmp_path):
     assert rows["path"].str.contains("more.tar::a.flac").sum() == 1
 
 
-def test_the_first_that_cannot_be_embedded_are_told_with_their_reasons(model, folder, tmp_path, monkeypatch):
-    """And no more than a few: the table has them all."""
-    out, said = tmp_path / "emb.parquet", []
-    counts = write_embedding_table(model, make_embedding_job([str(folder)], model), out, say=said.append)
-    told = summarise_table(out, counts, say=said.append)
-    assert told == f"{out}: 9 of 11 sounds embedded; without: 1 truncated, 1 unreadable"
-    assert [line.partition(" (")[0] for line in said] == [
+def test_a_summary_names_the_first_unusable_sounds_with_their_reasons(model, folder, tmp_path, monkeypatch):
+    """No more than a few: the table has them all."""
+    out = tmp_path / "emb.parquet"
+    lines = []
+    counts = write_embedding_table(model, make_embedding_job([str(folder)], model), out, say=lines.append)
+    summary = summarise_table(out, counts, say=lines.append)
+    assert summary == f"{out}: 9 of 11 sounds embedded; without: 1 truncated, 1 unreadable"
+    assert [line.partition(" (")[0] for line in lines] == [
         f"without embedding: {folder / '7.wav'}: unreadable",
         f"without embedding: {folder / '8.wav'}: truncated",
     ]
-    assert not any("(7.wav" in line or "(8.wav" in line for line in said)
+    assert not any("(7.wav" in line or "(8.wav" in line for line in lines)
     monkeypatch.setattr(table, "FAILURES_SHOWN", 1)
-    summarise_table(out, counts, say=said.append)
-    assert len(said) == 3
+    summarise_table(out, counts, say=lines.append)
+    assert len(lines) == 3
 
 
-def test_where_nothing_could_be_embedded_the_command_fails_in_one_line(
+def test_the_command_fails_in_one_line_where_no_sound_can_be_embedded(
     folder, run_path, tmp_path, monkeypatch, capsys
 ):
     """A script that goes on with an empty table would find out much later."""
     out = tmp_path / "emb.parquet"
-    asked = ["embed", folder / "7.wav", "--model", run_path, "--out", out, "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["ajepa-train", *map(str, asked)])
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    arguments = ["embed", folder / "7.wav", "--model", run_path, "--out", out, "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["ajepa-train", *map(str, arguments)])
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     with pytest.raises(SystemExit) as stop:
         app.main()
-    for number, handler in before.items():
+    for number, handler in handlers.items():
         signal.signal(number, handler)
     assert stop.value.code == 1
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "error: " in line)
@@ -111,8 +111,8 @@ def test_where_nothing_could_be_embedded_the_command_fails_in_one_line(
 
 
 def test_frames_come_with_their_times(model, folder, tmp_path):
-    """One list a row, as long as the list of times; none for what cannot be used."""
-    rows = embedded(model, [folder], tmp_path / "emb.parquet", frames=True)
+    """One list a row, as long as the list of times; none for an unusable sound."""
+    rows = write_and_read(model, [folder], tmp_path / "emb.parquet", frames=True)
     assert rows["frames"].list.len().to_list() == rows["frame_ms"].list.len().to_list()
     row = rows.filter(pl.col("path").str.ends_with("/5.wav"))
     expected = model.embed(folder / "5.wav")[0]
@@ -125,32 +125,32 @@ def test_frames_come_with_their_times(model, folder, tmp_path):
 def test_a_table_that_was_interrupted_ends_with_the_same_bytes(
     model, folder, tmp_path, monkeypatch, parts_before
 ):
-    """What is written stays, what is not is done again, and nobody can tell from the result."""
+    """Written parts stay, the others are made again, and nobody can tell from the result."""
     monkeypatch.setattr(table, "PART_CLIPS", 3)
-    embedded(model, [folder], tmp_path / "whole.parquet", workers=2)
-    written = []
-    write_part = table.EmbeddingTable.write_rows
+    write_and_read(model, [folder], tmp_path / "whole.parquet", workers=2)
+    first_rows = []
+    write_rows = table.EmbeddingTable.write_rows
 
-    def dying(table, *told):
-        if len(written) == parts_before:
+    def write_or_die(table, first, rows, results):
+        if len(first_rows) == parts_before:
             raise KeyboardInterrupt
-        written.append(told[0])
-        write_part(table, *told)
+        first_rows.append(first)
+        write_rows(table, first, rows, results)
 
     out = tmp_path / "emb.parquet"
     with monkeypatch.context() as broken:
-        broken.setattr(table.EmbeddingTable, "write_rows", dying)
+        broken.setattr(table.EmbeddingTable, "write_rows", write_or_die)
         with pytest.raises(KeyboardInterrupt):
-            embedded(model, [folder], out)
+            write_and_read(model, [folder], out)
     assert not out.exists()
-    said = []
+    lines = []
     counts = write_embedding_table(
-        model, make_embedding_job([str(folder)], model), out, workers=0, say=said.append
+        model, make_embedding_job([str(folder)], model), out, workers=0, say=lines.append
     )
-    assert said == [f"{out}: carrying on after {3 * parts_before} of 11 rows"]
+    assert lines == [f"{out}: carrying on after {3 * parts_before} of 11 rows"]
     assert counts == {"good": 9, "unreadable": 1, "truncated": 1}
     assert out.read_bytes() == (tmp_path / "whole.parquet").read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["emb.parquet", "whole.parquet"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["emb.parquet", "whole.parquet"]
 
 
 def test_a_long_sound_ends_a_part(model, tmp_path, monkeypatch):
@@ -159,52 +159,54 @@ def test_a_long_sound_ends_a_part(model, tmp_path, monkeypatch):
     for number, seconds in enumerate((1.0, 2.0, 1.0, 4.0, 0.5)):
         write(tmp_path / f"{number}.wav", babble(seconds, 16_000), 16_000)
     parts = []
-    write_part = table.EmbeddingTable.write_rows
-    monkeypatch.setattr(
-        table.EmbeddingTable,
-        "write",
-        lambda table, first, rows, told: (parts.append(len(rows)), write_part(table, first, rows, told)),
-    )
-    assert embedded(model, [tmp_path], tmp_path / "emb.parquet").height == 5
+    write_rows = table.EmbeddingTable.write_rows
+
+    def write_and_count(table, first, rows, results):
+        parts.append(len(rows))
+        write_rows(table, first, rows, results)
+
+    monkeypatch.setattr(table.EmbeddingTable, "write_rows", write_and_count)
+    assert write_and_read(model, [tmp_path], tmp_path / "emb.parquet").height == 5
     assert parts == [2, 2, 1]
 
 
 def test_a_table_is_not_carried_on_as_another(model, run_path, folder, store_path, tmp_path):
     """Another model, pooling or set of sounds: named, and nothing is touched."""
     out = tmp_path / "emb.parquet"
-    before = embedded(model, [folder], out)
+    before = write_and_read(model, [folder], out)
     other = ajepa.load(run_path, device="cpu", pooling="frequency")
     with pytest.raises(RunError, match="pooling: was mean, now frequency"):
-        embedded(other, [folder], out)
+        write_and_read(other, [folder], out)
     with pytest.raises(RunError, match="rows: was 11, now 1"):
-        embedded(model, [folder / "0.wav"], out)
-    said = []
-    write_embedding_table(model, make_embedding_job([str(folder)], model), out, say=said.append)
-    assert said == [f"{out}: already whole, 11 rows"]
+        write_and_read(model, [folder / "0.wav"], out)
+    lines = []
+    write_embedding_table(model, make_embedding_job([str(folder)], model), out, say=lines.append)
+    assert lines == [f"{out}: already complete, 11 rows"]
     assert pl.read_parquet(out).equals(before)
     with pytest.raises(InputError, match="no such file or folder"):
         make_embedding_job([str(folder / "9.wav")], model)
-    with pytest.raises(InputError, match="is a store, and goes alone"):
+    with pytest.raises(InputError, match="is a store; embed each store in a command of its own"):
         make_embedding_job([str(store_path), str(folder)], model)
 
 
 def test_a_table_has_one_writer(model, folder, tmp_path):
-    """Two at once would write the same parts; the second is told who has it, and the first goes on unharmed."""
+    """Two would write the same parts; the second learns which process has the table, and the first goes on unharmed."""
     out = tmp_path / "new" / "emb.parquet"
-    told = []
+    lines = []
 
-    def opening(number):
+    def second_writer(number):
         if number == 5:
             with pytest.raises(
                 StoreError, match=r"emb\.parquet is being written by process \d+ on .*; wait for it"
             ):
-                write_embedding_table(model, job, out, say=told.append)
-            told.append("refused")
+                write_embedding_table(model, job, out, say=lines.append)
+            lines.append("refused")
         return job.row_opener(number)
 
     job = make_embedding_job([str(folder)], model)
-    counts = write_embedding_table(model, replace(job, opening=opening), out, say=told.append, workers=0)
-    assert told == ["refused"]
+    disturbed_job = replace(job, row_opener=second_writer)
+    counts = write_embedding_table(model, disturbed_job, out, say=lines.append, workers=0)
+    assert lines == ["refused"]
     assert counts["good"] == 9
     assert [path.name for path in out.parent.iterdir()] == ["emb.parquet"]
 
@@ -212,31 +214,70 @@ def test_a_table_has_one_writer(model, folder, tmp_path):
 def test_a_table_killed_at_its_very_end_leaves_nothing_behind(model, folder, tmp_path):
     """Between its last two steps the table is whole and its parts are still there."""
     out = tmp_path / "emb.parquet"
-    embedded(model, [folder], out)
+    write_and_read(model, [folder], out)
     (tmp_path / "emb.parquet.partial").mkdir()
-    embedded(model, [folder], out)
+    write_and_read(model, [folder], out)
     assert [path.name for path in tmp_path.iterdir()] == ["emb.parquet"]
+
+
+def flip_last_value(path):
+    """Change a byte of the last page of a Parquet file, ahead of its footer."""
+    content = bytearray(path.read_bytes())
+    footer = int.from_bytes(content[-8:-4], "little") + 8
+    content[-footer - 1] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_table_or_part_is_one_line(model, folder, tmp_path, monkeypatch):
+    """With the file and the next step; a damaged part is not copied into the table with a new checksum."""
+    out = tmp_path / "emb.parquet"
+    write_and_read(model, [folder], out)
+    flip_last_value(out)
+    with pytest.raises(RunError, match=r"emb\.parquet: cannot be read \(.*\); delete it and embed again"):
+        list(table.table_batches(out, ("labels",), 100))
+    out.write_bytes(b"PAR1")
+    with pytest.raises(
+        RunError, match=r"emb\.parquet: cannot be read \(.*\); make it with `ajepa-train embed`"
+    ):
+        table.read_table_plan(out)
+    with pytest.raises(RunError, match=r"absent\.parquet: cannot be read \(missing\)"):
+        table.read_table_plan(tmp_path / "absent.parquet")
+
+    # The first part is damaged before the parts are merged.
+    out.unlink()
+    merge_parts = table.EmbeddingTable.merge_parts
+
+    def merge_damaged_parts(whole):
+        flip_last_value(whole.parts_folder / f"{0:010d}.parquet")
+        merge_parts(whole)
+
+    monkeypatch.setattr(table.EmbeddingTable, "merge_parts", merge_damaged_parts)
+    with pytest.raises(
+        RunError, match=r"0000000000\.parquet: cannot be read \(.*\); delete .*emb\.parquet\.partial"
+    ):
+        write_and_read(model, [folder], out)
+    assert not out.exists()
 
 
 def test_a_stores_clips_bring_their_ids_and_labels(model, store, store_path, tmp_path):
     """Its good clips, in their order, without decoding a sound."""
-    rows = embedded(model, [store_path], tmp_path / "emb.parquet")
+    rows = write_and_read(model, [store_path], tmp_path / "emb.parquet")
     good_N = store.good_rows()
     assert rows["clip_id"].to_list() == store.manifest["clip_id"][good_N].to_list()
     labels_BC = store.labels_BC(good_N)
     assert [len(names) for names in rows["labels"]] == labels_BC.sum(1).astype(int).tolist()
-    (first,) = model.embed_store(store, good_N[:1])
+    (first,) = model.iterate_embeddings([model.row_opener(store, int(good_N[0]))])
     np.testing.assert_allclose(rows["embedding"].to_numpy()[0], first.clip_D, atol=1e-5)
 
 
-def test_the_nearest_sound_is_the_sound_itself_and_then_what_is_like_it(model, folder, run_path, tmp_path):
+def test_the_nearest_sound_is_the_sound_itself_and_then_similar_ones(model, folder, run_path, tmp_path):
     """Cosine over the table, best first; labels and seconds come along."""
     index = tmp_path / "emb.parquet"
-    embedded(model, [folder], index)
+    write_and_read(model, [folder], index)
     found = nearest_sounds(folder / "2.wav", index, run_path, count=4, device="cpu")
     assert found[0].path == str(folder / "2.wav")
     assert found[0].similarity == pytest.approx(1.0, abs=1e-4)
-    similarities = [one.similarity for one in found]
+    similarities = [sound.similarity for sound in found]
     assert similarities == sorted(similarities, reverse=True)
     assert len(nearest_sounds(folder / "2.wav", index, run_path, count=100, device="cpu")) == 9
 
@@ -244,9 +285,11 @@ def test_the_nearest_sound_is_the_sound_itself_and_then_what_is_like_it(model, f
 def test_an_index_is_searched_by_the_model_that_made_it(model, folder, store_path, tmp_path):
     """Vectors of two models have nothing to do with each other, and would be compared all the same."""
     index = tmp_path / "emb.parquet"
-    embedded(model, [folder], index)
+    write_and_read(model, [folder], index)
     other = pretrain(store_path, tiny(seed=1), tmp_path / "run", steps=1, device="cpu", say=lambda line: None)
-    with pytest.raises(RunError, match=f"was made by model {model.model.model_id} .*; give its own"):
+    with pytest.raises(
+        RunError, match=f"was made by model {model.pretrained.model_id} .*; give the table's model"
+    ):
         nearest_sounds(folder / "2.wav", index, other.path)
     pl.DataFrame({"a": [1]}).write_parquet(tmp_path / "a.parquet")
     with pytest.raises(RunError, match="no table of embeddings"):
@@ -257,19 +300,21 @@ def test_the_commands_embed_stop_carry_on_and_search(folder, run_path, tmp_path)
     """As a user types them; SIGTERM in the middle costs nothing."""
     command = [sys.executable, "-c", "from ajepa.cli.app import main; main()"]
     out = tmp_path / "emb.parquet"
-    asked = ["embed", str(folder), "--model", str(run_path), "--out", str(out), "--device", "cpu"]
-    with subprocess.Popen([*command, *asked], stderr=subprocess.DEVNULL) as first:
+    arguments = ["embed", str(folder), "--model", str(run_path), "--out", str(out), "--device", "cpu"]
+    with subprocess.Popen([*command, *arguments], stderr=subprocess.DEVNULL) as stopped:
         for _ in range(600):
-            if (tmp_path / "emb.parquet.partial").exists() or first.poll() is not None:
+            if (tmp_path / "emb.parquet.partial").exists() or stopped.poll() is not None:
                 break
             time.sleep(0.05)
-        first.send_signal(signal.SIGTERM)
-    assert first.returncode in (0, 75)
-    done = subprocess.run([*command, *asked], capture_output=True, text=True, check=True)
+        stopped.send_signal(signal.SIGTERM)
+    assert stopped.returncode in (0, 75)
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("9 of 11 sounds embedded; without: 1 truncated, 1 unreadable")
     assert f"without embedding: {folder / '7.wav'}: unreadable (" in done.stderr
+
+    # Step 2 is the last one of the run.
     search = ["nearest", str(folder / "1.wav"), "--index", str(out), "--model", str(run_path), "-k", "3"]
-    search += ["--checkpoint", "2"]  # the last
+    search += ["--checkpoint", "2"]
     found = subprocess.run([*command, *search], capture_output=True, text=True, check=True).stdout
     assert len(found.splitlines()) == 3
     assert found.splitlines()[0].split()[-1] == str(folder / "1.wav")

@@ -137,7 +137,7 @@ def test_the_best_checkpoint_stays_until_a_better_one_is_there(tmp_path):
         assert steps(run) == steps_left
         assert (run.best_checkpoint.step if run.best_checkpoint else None) == best_step
     run.save_checkpoint(checkpoint(8), keep=1)
-    assert run.load_checkpoint(at="best_step").step == 7
+    assert run.load_checkpoint(at="best").step == 7
     assert run.load_checkpoint().step == run.load_checkpoint(at="last").step == 8
     assert run.load_checkpoint(at="7").step == run.load_checkpoint("encoder", at=7).step == 7
 

@@ -63,7 +63,7 @@ def test_curves_of_an_older_version_come_before_those_of_this_one(tmp_path):
         for step in (1, 2, 3):
             write_scalars(events, step, {"loss": 0.9})
     (file,) = (tmp_path / "old").iterdir()
-    file.rename(tmp_path / "events.out.tfevents.00001795991059123456789.host.4711")
+    file.rename(tmp_path / "events.out.tfevents.01795993526358202430.host.4711")
     (tmp_path / "old").rmdir()
     with open_event_writer(tmp_path, 2) as events:
         write_scalars(events, 2, {"loss": 0.2})

@@ -62,8 +62,8 @@ def real(tmp_path_factory) -> FeatureStore:
 
 
 @pytest.fixture(scope="module")
-def told(real) -> pl.DataFrame:
-    """The manifest beside what every line really is; both are in the order of the lists."""
+def joined_manifest(real) -> pl.DataFrame:
+    """The manifest beside the truth about every line; both are in the order of the lists."""
     truth = pl.read_csv(CORPUS / "truth.csv", schema_overrides={"positive": pl.String})
     truth = truth.filter(pl.col("kind") != "unlisted_file").select(
         "ytid", "kind", "positive", truth_split="split"
@@ -77,38 +77,42 @@ def told(real) -> pl.DataFrame:
     return joined
 
 
-def test_every_good_clip_is_in_and_every_bad_one_says_why(told):
+def test_every_good_clip_is_in_and_every_bad_one_says_why(joined_manifest):
     """The right reason for each, and nothing else lost."""
     expected = pl.col("kind").replace_strict(REASON_OF, default=None, return_dtype=pl.String)
-    second = (pl.col("kind") == "duplicate_id") & (pl.col("n") == 1)
-    elsewhere = (pl.col("kind") == "in_both_csvs") & (pl.col("split") != "eval")
-    expected = pl.when(second | elsewhere).then(pl.lit("duplicate")).otherwise(expected)
+    is_second_row = (pl.col("kind") == "duplicate_id") & (pl.col("n") == 1)
+    is_in_other_list = (pl.col("kind") == "in_both_csvs") & (pl.col("split") != "eval")
+    expected = pl.when(is_second_row | is_in_other_list).then(pl.lit("duplicate")).otherwise(expected)
     wrong = (
-        told.filter(expected.is_null() != (pl.col("status") == "good"))
+        joined_manifest.filter(expected.is_null() != (pl.col("status") == "good"))
         .select("kind", "reason", "detail")
         .rows()
     )
     assert wrong == []
-    assert told.filter(expected != pl.col("reason")).select("kind", "reason", "detail").rows() == []
+    assert (
+        joined_manifest.filter(expected != pl.col("reason")).select("kind", "reason", "detail").rows() == []
+    )
 
 
-def test_what_is_odd_but_usable_is_used_and_flagged(told):
+def test_odd_but_usable_clips_are_used_and_flagged(joined_manifest):
     """Users must be able to leave such clips out, or to look at them."""
     for kind, flag in FLAG_OF.items():
-        assert flag in told.filter(pl.col("kind") == kind)["flags"][0], kind
+        assert flag in joined_manifest.filter(pl.col("kind") == kind)["flags"][0], kind
 
 
-def test_a_short_clip_says_how_much_of_it_is_sound(told):
+def test_a_short_clip_says_how_much_of_it_is_sound(joined_manifest):
     """Two seconds are 198 frames; the rest is padding and must not train anybody."""
-    assert told.filter(pl.col("kind") == "short_2s")["n_frames"].to_list() == [198]
-    full = told.filter(pl.col("kind").is_in(["stereo", "long_30s", "rate_8k", "rate_96k"]))
+    assert joined_manifest.filter(pl.col("kind") == "short_2s")["n_frames"].to_list() == [198]
+    full = joined_manifest.filter(pl.col("kind").is_in(["stereo", "long_30s", "rate_8k", "rate_96k"]))
     assert full["n_frames"].to_list() == [998] * 4
 
 
-def test_labels_outside_the_list_are_kept_aside(real, told):
+def test_labels_outside_the_list_are_kept_aside(real, joined_manifest):
     """An unknown id costs neither the clip nor its other labels; no labels at all are fine for pre-training."""
     labels = read_table(real.path / "labels.parquet")[0]
-    unknown, empty = (told.filter(pl.col("kind") == k)["row"][0] for k in ("unknown_label", "empty_labels"))
+    unknown, empty = (
+        joined_manifest.filter(pl.col("kind") == kind)["row"][0] for kind in ("unknown_label", "empty_labels")
+    )
     assert labels["outside"][unknown].to_list() == ["/m/0nosuch"]
     assert len(labels["raw"][unknown]) == 2
     assert labels["raw"][empty].to_list() == []

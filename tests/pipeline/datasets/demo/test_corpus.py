@@ -32,16 +32,16 @@ def demo_corpus(tmp_path_factory) -> Path:
     return out
 
 
-def truth(corpus: Path) -> list[dict[str, str]]:
+def truth_rows(corpus: Path) -> list[dict[str, str]]:
     with (corpus / "truth.csv").open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
 def good_clips(corpus: Path) -> list[dict[str, str]]:
-    return [row for row in truth(corpus) if row["expected"] == "good"]
+    return [row for row in truth_rows(corpus) if row["expected"] == "good"]
 
 
-def decoded(path: Path) -> tuple[np.ndarray, int]:
+def decode_file(path: Path) -> tuple[np.ndarray, int]:
     """Wave (sample, channel) and rate: content decides, libsndfile first, FFmpeg where it does not know."""
     try:
         return soundfile.read(path, always_2d=True)
@@ -86,10 +86,10 @@ def test_the_lists_say_what_truth_says(demo_corpus):
         for split in ("balanced_train", "eval")
         for row in read_list(demo_corpus / f"{split}_segments.csv")[1]
     ]
-    listed = [row for row in truth(demo_corpus) if row["expected"] != "unlisted"]
+    listed = [row for row in truth_rows(demo_corpus) if row["expected"] != "unlisted"]
     fields = "clip_id", "start_seconds", "end_seconds", "labels"
     assert [",".join(row) for row in rows] == [
-        ",".join(row[f].replace(";", ",") for f in fields) for row in listed
+        ",".join(row[field].replace(";", ",") for field in fields) for row in listed
     ]
 
 
@@ -103,7 +103,7 @@ def test_a_quarter_of_the_good_clips_is_for_evaluation(demo_corpus):
 
 def test_ids_look_like_those_of_youtube(demo_corpus):
     """Eleven characters; some begin with a dash or hold an underscore, which trips path and option parsers."""
-    ids = [row["clip_id"] for row in truth(demo_corpus)]
+    ids = [row["clip_id"] for row in truth_rows(demo_corpus)]
     assert all(re.fullmatch(r"[A-Za-z0-9_-]{11}", clip_id) for clip_id in ids)
     assert any(clip_id.startswith("-") for clip_id in ids)
     assert any("_" in clip_id for clip_id in ids)
@@ -122,7 +122,7 @@ def test_segments_do_not_begin_at_zero_and_last_ten_seconds_but_for_a_few(demo_c
 def test_every_good_file_decodes_to_what_it_declares(demo_corpus):
     """Rate, channels and length, for every container; AAC may add up to 2048 samples of priming and padding."""
     for row in good_clips(demo_corpus):
-        wave_SN, rate_hz = decoded(demo_corpus / row["file"])
+        wave_SN, rate_hz = decode_file(demo_corpus / row["file"])
         slack = 2_500 if row["container"] == "m4a" else 1
         assert (rate_hz, wave_SN.shape[1]) == (int(row["rate_hz"]), int(row["channels"])), row
         assert 0 <= len(wave_SN) - int(float(row["seconds"]) * rate_hz) <= slack, row
@@ -139,7 +139,8 @@ def test_all_containers_and_many_rates_occur(demo_corpus):
 def test_levels_vary_and_nothing_clips(demo_corpus):
     """Loudness must not give the class away, and no sample may touch full scale."""
     peaks = {
-        row["clip_id"]: np.abs(decoded(demo_corpus / row["file"])[0]).max() for row in good_clips(demo_corpus)
+        row["clip_id"]: np.abs(decode_file(demo_corpus / row["file"])[0]).max()
+        for row in good_clips(demo_corpus)
     }
     sounding = [
         20 * np.log10(peaks[row["clip_id"]]) for row in good_clips(demo_corpus) if row["parts"] != "Silence"
@@ -152,7 +153,7 @@ def test_silence_is_faint_but_not_digital(demo_corpus):
     """Under -90 dBFS a clip is refused as silent; the class Silence must pass, through lossy codecs too."""
     rows = [row for row in good_clips(demo_corpus) if row["parts"] == "Silence"]
     peaks_dbfs = [
-        20 * np.log10(np.abs(decoded(demo_corpus / row["file"])[0].mean(axis=1)).max()) for row in rows
+        20 * np.log10(np.abs(decode_file(demo_corpus / row["file"])[0].mean(axis=1)).max()) for row in rows
     ]
     assert rows
     assert all(-80 < peak < -35 for peak in peaks_dbfs)
@@ -177,7 +178,7 @@ def test_a_file_holds_nothing_above_half_its_rate_folded_back(tmp_path):
 
 def test_broken_files_are_broken_as_said(demo_corpus):
     """One of each kind, each with the reason that a build must give."""
-    rows = {row["kind"]: row for row in truth(demo_corpus) if row["kind"] != "clip"}
+    rows = {row["kind"]: row for row in truth_rows(demo_corpus) if row["kind"] != "clip"}
     file = {kind: demo_corpus / row["file"] for kind, row in rows.items()}
     assert {row["expected"] for row in rows.values()} <= {*FAILURE_REASONS, "good", "unlisted"}
     assert file["empty_file"].stat().st_size == 0
@@ -191,12 +192,12 @@ def test_broken_files_are_broken_as_said(demo_corpus):
     assert file["truncated_wav"].stat().st_size < 0.5 * declared
     assert file["unlisted_file"].exists()
     assert rows["unknown_label"]["labels"].endswith(";/m/0unknown")
-    assert Counter(row["clip_id"] for row in truth(demo_corpus))[rows["duplicate_id"]["clip_id"]] == 2
+    assert Counter(row["clip_id"] for row in truth_rows(demo_corpus))[rows["duplicate_id"]["clip_id"]] == 2
 
 
 def test_every_row_decodes_or_fails_as_truth_says(demo_corpus):
-    """`expected` is what the one door to audio files really answers; the unlisted file itself is good."""
-    for row in truth(demo_corpus):
+    """`expected` is the reason that decoding really gives; the unlisted file itself is good."""
+    for row in truth_rows(demo_corpus):
         try:
             load_clip_audio(
                 SoundLocator.from_path(demo_corpus / row["file"]), start_seconds=30.0, end_seconds=40.0
@@ -213,30 +214,30 @@ def test_every_row_decodes_or_fails_as_truth_says(demo_corpus):
 def test_the_readme_names_every_broken_file(demo_corpus):
     """Whoever wonders why a clip failed finds its id there."""
     text = (demo_corpus / "README.txt").read_text()
-    assert all(row["clip_id"] in text for row in truth(demo_corpus) if row["kind"] != "clip")
+    assert all(row["clip_id"] in text for row in truth_rows(demo_corpus) if row["kind"] != "clip")
 
 
 def test_the_same_seed_gives_the_same_bytes(demo_corpus, tmp_path):
-    """For every container, dates and serial numbers included, and whatever was made before it or beside it."""
-    palette = corpus.formula_split_sounds()
-    planned = corpus.plan_demo_corpus(np.random.default_rng([0, 0]), palette, clips=CLIPS)
-    one_each = {clip.container: clip for clip in reversed(planned) if clip.expected == "good"}
+    """For every container, dates and serial numbers included, whichever files are written before it or beside it."""
+    split_sounds = corpus.formula_split_sounds()
+    clips = corpus.plan_demo_corpus(np.random.default_rng([0, 0]), split_sounds, clips=CLIPS)
+    one_each = {clip.container: clip for clip in reversed(clips) if clip.expected == "good"}
     corpus.write_segments_lists(
-        tmp_path, planned, title=f"source formula, clips {CLIPS}, seed 0, version {corpus.DEMO_VERSION}"
+        tmp_path, clips, title=f"source formula, clips {CLIPS}, seed 0, version {corpus.DEMO_VERSION}"
     )
-    corpus.write_truth_table(tmp_path, planned)
-    corpus.write_clip_files(tmp_path, list(one_each.values()), palette, seed=0, quiet=True)
-    made = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(made) == 3 + len(audio_files.CONTAINERS_BY_NAME)
+    corpus.write_truth_table(tmp_path, clips)
+    corpus.write_clip_files(tmp_path, list(one_each.values()), split_sounds, seed=0, quiet=True)
+    files = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 3 + len(audio_files.CONTAINERS_BY_NAME)
     assert [
-        path for path in made if (tmp_path / path).read_bytes() != (demo_corpus / path).read_bytes()
+        path for path in files if (tmp_path / path).read_bytes() != (demo_corpus / path).read_bytes()
     ] == []
 
 
 def test_another_seed_gives_other_sounds():
     """Otherwise `--seed` would only rename the clips."""
-    palette = corpus.formula_split_sounds()
-    first = corpus.plan_demo_corpus(np.random.default_rng(0), palette, clips=20)[0]
+    split_sounds = corpus.formula_split_sounds()
+    first = corpus.plan_demo_corpus(np.random.default_rng(0), split_sounds, clips=20)[0]
     sounds = [FORMULA[name] for name in first.parts]
     assert not np.array_equal(render_clip(first, sounds, seed=0), render_clip(first, sounds, seed=1))
 

@@ -41,19 +41,19 @@ def test_every_label_is_the_class_of_that_name():
     }
 
 
-def recording(name: str, *classes: str) -> PackageRecording:
+def fake_recording(name: str, *classes: str) -> PackageRecording:
     return PackageRecording(package="fake", path=name, classes=classes)
 
 
 def test_a_recording_is_never_in_both_splits_where_its_class_has_another():
     """Else the evaluation would ask for what was heard in training."""
-    table = [recording(f"dog{n}", "Bark", "Dog") for n in range(2)] + [
-        recording(f"cat{n}", "Meow") for n in range(9)
+    table = [fake_recording(f"dog{n}", "Bark", "Dog") for n in range(2)] + [
+        fake_recording(f"cat{n}", "Meow") for n in range(9)
     ]
     table += [
-        recording("gong", "Gong"),
-        recording("tap", "Tap", "Water"),
-        recording("stream", "Stream", "Water"),
+        fake_recording("gong", "Gong"),
+        fake_recording("tap", "Tap", "Water"),
+        fake_recording("stream", "Stream", "Water"),
     ]
     for seed in range(20):
         split = split_recordings(np.random.default_rng(seed), table)
@@ -94,12 +94,12 @@ def test_a_recording_becomes_a_sound_of_its_classes(tmp_path):
     (tmp_path / "fake").mkdir()
     tone_SN = np.repeat(0.5 * np.sin(2 * np.pi * 500 * np.arange(11_025) / 11_025)[:, None], 2, axis=1)
     soundfile.write(tmp_path / "fake" / "bark.wav", tone_SN, 11_025)
-    bark = load_recorded_sound(recording("bark.wav", "Bark", "Dog"), tmp_path)
+    bark = load_recorded_sound(fake_recording("bark.wav", "Bark", "Dog"), tmp_path)
     assert bark.mids == (MID_OF_CLASS_NAME["Bark"], MID_OF_CLASS_NAME["Dog"])
     first_S = bark.make_wave(np.random.default_rng(0), SYNTHESIS_RATE_HZ)
     assert np.abs(np.fft.rfft(first_S)).argmax() == pytest.approx(500, abs=2)  # bins of 1 Hz
     with pytest.raises(InputError, match=r"moo\.wav: not in this release"):
-        load_recorded_sound(recording("moo.wav", "Dog"), tmp_path)
+        load_recorded_sound(fake_recording("moo.wav", "Dog"), tmp_path)
 
 
 def test_without_apt_the_other_source_is_named(tmp_path, monkeypatch):
@@ -127,9 +127,9 @@ def test_a_failed_download_is_one_line(tmp_path, monkeypatch):
 def test_the_packages_are_gone_from_a_finished_corpus(tmp_path, monkeypatch):
     """Left there, a build would take every recording for a clip that no list names; the licences stay."""
 
-    def fetched(folder: Path, *, quiet: bool | None) -> None:
-        for each in few:
-            path = folder / each.package / each.path
+    def fetch_few(folder: Path, *, quiet: bool | None) -> None:
+        for recording in few_recordings:
+            path = folder / recording.package / recording.path
             path.parent.mkdir(parents=True, exist_ok=True)
             soundfile.write(path.with_suffix(".wav"), np.random.default_rng(0).normal(0, 0.1, 9_000), 8_000)
             path.with_suffix(".wav").rename(path)
@@ -137,13 +137,13 @@ def test_the_packages_are_gone_from_a_finished_corpus(tmp_path, monkeypatch):
             (folder / package / "usr/share/doc" / package).mkdir(parents=True)
             (folder / package / "usr/share/doc" / package / "copyright").write_text("by somebody")
 
-    few = list(list_recordings())[::8]
-    monkeypatch.setattr(corpus, "list_recordings", lambda: few)
-    monkeypatch.setattr(corpus, "fetch_packages", fetched)
+    few_recordings = list(list_recordings())[::8]
+    monkeypatch.setattr(corpus, "list_recordings", lambda: few_recordings)
+    monkeypatch.setattr(corpus, "fetch_packages", fetch_few)
     monkeypatch.setattr(
         corpus, "write_clip_files", lambda folder, *_args, **_options: (folder / "audio").mkdir()
     )
-    made = make_demo_corpus(tmp_path / "corpus", clips=20, source="debian", progress=False)
-    assert sorted(path.name for path in made.path.iterdir() if path.is_dir()) == ["audio", "licences"]
-    assert (made.train_clips, made.eval_clips) == (15, 5)
-    assert "CC BY-SA 3.0" in (made.path / "README.txt").read_text()
+    demo = make_demo_corpus(tmp_path / "corpus", clips=20, source="debian", progress=False)
+    assert sorted(path.name for path in demo.path.iterdir() if path.is_dir()) == ["audio", "licences"]
+    assert (demo.train_clips, demo.eval_clips) == (15, 5)
+    assert "CC BY-SA 3.0" in (demo.path / "README.txt").read_text()

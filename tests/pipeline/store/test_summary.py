@@ -1,4 +1,4 @@
-"""What the numbers about a store are must be what its manifest and labels say."""
+"""The numbers of a store's summary agree with its manifest and labels."""
 
 import numpy as np
 import polars as pl
@@ -20,13 +20,13 @@ from pipeline.store.summary import (
 
 def test_every_listed_clip_is_good_or_failed_for_a_reason(store):
     """Nothing falls between: listed = good + failed, and failed = the sum of its reasons."""
-    seen = ClipCoverage.from_manifest(store.manifest)
-    assert seen.splits == ("a_train", "eval")
-    assert seen.listed_counts == (36, 12)
-    assert seen.good_counts == (36 - 2, 12 - 1)
-    assert tuple(np.add(seen.good_counts, seen.failed_counts)) == seen.listed_counts
-    assert tuple(np.sum(list(seen.reason_counts.values()), axis=0)) == seen.failed_counts
-    assert seen.flag_counts["shorter"] == (2, 1)
+    coverage = ClipCoverage.from_manifest(store.manifest)
+    assert coverage.splits == ("a_train", "eval")
+    assert coverage.listed_counts == (36, 12)
+    assert coverage.good_counts == (36 - 2, 12 - 1)
+    assert tuple(np.add(coverage.good_counts, coverage.failed_counts)) == coverage.listed_counts
+    assert tuple(np.sum(list(coverage.reason_counts.values()), axis=0)) == coverage.failed_counts
+    assert coverage.flag_counts["shorter"] == (2, 1)
 
 
 def test_the_table_in_text_gives_the_same_counts(store):
@@ -58,8 +58,8 @@ def test_classes_are_counted_as_the_labels_say(store):
 
 def test_failures_are_shown_by_name(store):
     """Who fetches a clip again needs its id."""
-    some = failure_examples(store.manifest)
-    assert {reason: clips[0]["clip_id"] for reason, clips in some.items()} == {
+    examples = failure_examples(store.manifest)
+    assert {reason: clips[0]["clip_id"] for reason, clips in examples.items()} == {
         "missing": clip_id(MISSING),
         "silent": clip_id(SILENT),
         "unreadable": clip_id(BROKEN),
@@ -74,6 +74,6 @@ def test_distributions_count_every_good_clip_once(store):
     assert good_clip_histogram(store.manifest, "seconds", np.array([20.0, 30.0])).tolist() == [good]
 
 
-@pytest.mark.parametrize(("count", "said"), [(0, "0 B"), (1536, "1.5 KiB"), (5 * 2**40, "5.0 TiB")])
-def test_bytes_are_told_in_binary_units(count, said):
-    assert format_bytes(count) == said
+@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1536, "1.5 KiB"), (5 * 2**40, "5.0 TiB")])
+def test_bytes_are_shown_in_binary_units(count, text):
+    assert format_bytes(count) == text
