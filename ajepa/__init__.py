@@ -7,12 +7,13 @@ if TYPE_CHECKING:
     from ajepa.embed.embedder import Embedder
 
 
-def load(place: "str | Path", *, at: str | int = "last", **how: object) -> "Embedder":
-    """The encoder of a run, an export or ORG/NAME on the hub, ready for sounds (`ajepa.embed.embedder`).
+def load(place: "str | Path", *, at: str | int = "last", **options: object) -> "Embedder":
+    """Load the encoder of a run, an export or ORG/NAME on the hub, ready for sounds.
 
-    `at` is a run's checkpoint: last, best (by probe), or a step that is kept. All else is imported when this is
-    called: `import ajepa` costs nothing, and torch is loaded by who needs it.
+    `at` is the checkpoint of a run: last, best (by probe), or the number of a kept step. `options` are those of
+    `ajepa.embed.embedder.load`: device, pooling, layer, overlap. Torch is imported when this is called, so that
+    `import ajepa` costs nothing.
     """
     from ajepa.embed.embedder import load
 
-    return load(place, at=at, **how)
+    return load(place, at=at, **options)

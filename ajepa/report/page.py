@@ -138,7 +138,7 @@ def run_page_header(page_data: PageData, sections: Sequence[str]) -> Markup:
         network = f"width {encoder.width}, depth {encoder.depth}, {encoder.heads} heads, {network}"
     network_kind = "encoder" if isinstance(recipe, Pretrain) else classifier_kind_name(recipe.model)
 
-    # The other facts that decide the run: task, features, data, software.
+    # Task, features, data and software.
     facts = {"recipe": recipe.name}
     if isinstance(recipe, Finetune):
         facts |= finetune_task_facts(run)

@@ -119,10 +119,10 @@ def test_compilation_and_recomputation_reach_the_model(store_path, tmp_path, mon
     """Two switches of the command line, off unless asked for."""
     asked = wish(store_path, tmp_path / "run", "--recipe", "smoke", "--steps", 1)
     called = []
-    for name in ("compiled", "recompute"):
+    for name in ("compile_stacks", "enable_recompute"):
         monkeypatch.setattr(Jepa, name, lambda model, name=name: called.append(name))
     assert run(*asked, "--compile", "--recompute", monkeypatch=monkeypatch) == 0
-    assert sorted(called) == ["compiled", "recompute"]
+    assert sorted(called) == ["compile_stacks", "enable_recompute"]
     assert run(*asked[:4], tmp_path / "other", *asked[5:], monkeypatch=monkeypatch) == 0
     assert len(called) == 2
 
