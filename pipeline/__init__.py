@@ -1,12 +1,12 @@
-"""Sound files in, training batches out; knows nothing of models. `pipeline.FeatureStore` reads a store."""
+"""Turn sound files into training batches; this package needs no model. `pipeline.FeatureStore` reads a store."""
 
-TYPE_CHECKING = False  # true for type checkers, as in `typing`, whose import would be most of this one's time
+TYPE_CHECKING = False  # type checkers take it as true, as in `typing`, which is slow to import
 if TYPE_CHECKING:
     from pipeline.store.feature_store import FeatureStore as FeatureStore
 
 
 def __getattr__(name: str) -> object:
-    """Import `FeatureStore` when it is asked for: `import pipeline` costs nothing."""
+    """Import `FeatureStore` when it is first used, so that `import pipeline` stays fast."""
     if name != "FeatureStore":
         raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
     from pipeline.store.feature_store import FeatureStore

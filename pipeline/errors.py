@@ -1,24 +1,24 @@
-"""The errors that a user can act on: InputError and its kinds; the signals that stop a run, and what it exits with."""
+"""Errors that a user can act on (InputError and its subclasses), signals that stop a run, and its exit status."""
 
 import signal
 from pathlib import Path
 
-# Ctrl-C, `kill`, and the signal by which batch systems warn that the time is nearly over.
+# Ctrl-C, `kill`, and the signal by which batch systems warn that a job's time is nearly over.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
-# EX_TEMPFAIL of sysexits.h: interrupted with nothing lost; the same command carries on.
+# EX_TEMPFAIL of sysexits.h: the run was interrupted, nothing is lost, and the same command continues it.
 RUN_AGAIN_STATUS = 75
 
 
 class InputError(Exception):
-    """Something outside the program is wrong; the text is one line: what, where, expected, what to do next.
+    """Something outside the program is wrong; one line says what, where, what was expected and what to do next.
 
-    The command lines print it as `error: ...` and exit with status 1; a traceback is for bugs only.
+    The commands print the line as `error: ...` and exit with status 1; tracebacks are for bugs only.
     """
 
 
 class AudioError(InputError):
-    """One clip could not be used: `reason` is a key of `pipeline.store.manifest.FAILURE_REASONS`, the text says why."""
+    """One clip cannot be used: `reason` is a key of `pipeline.store.manifest.FAILURE_REASONS`, the text explains it."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -26,7 +26,7 @@ class AudioError(InputError):
 
 
 class ManifestError(InputError):
-    """A segments list, class list or manifest is not in the form that is expected of it."""
+    """A segments list, class list or manifest does not have the expected form."""
 
 
 class OntologyError(InputError):
@@ -38,14 +38,14 @@ class StoreError(InputError):
 
 
 class BrokenClipError(StoreError):
-    """A clip that a store should hold cannot be read as it was written; `row` is its row of the store."""
+    """A clip of a store cannot be read, or differs from what was written; `row` is its row in the store."""
 
     def __init__(self, row: int, text: str) -> None:
         super().__init__(text)
         self.row = row
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Loading processes pickle this error, and by default pickle would call the class with the text alone.
+        # Loader processes pickle this error; without this method, pickle would call the class with the text alone.
         return BrokenClipError, (self.row, str(self))
 
 
@@ -54,11 +54,11 @@ class RunError(InputError):
 
 
 class StopSignal(BaseException):
-    """One of STOP_SIGNALS has come: stop as soon as nothing is lost. Not an error, so only a command catches it."""
+    """One of STOP_SIGNALS arrived: stop as soon as nothing would be lost. It is no error; only commands catch it."""
 
 
 def archive_error(path: Path, error: BaseException) -> AudioError:
-    """The error of one clip whose archive cannot be read."""
+    """Return the error for a clip whose archive cannot be read."""
     if isinstance(error, FileNotFoundError):
         return AudioError("missing", f"{path.name} is gone; fetch it again")
     return AudioError(
@@ -67,7 +67,7 @@ def archive_error(path: Path, error: BaseException) -> AudioError:
 
 
 def first_error_line(error: BaseException, path: Path) -> str:
-    """The first line of a library's error about a file, with the file's name in place of its whole path."""
+    """Return the first line of a library's error about a file, with the file's name in place of its whole path."""
     # Later lines are guesses and advice for the library's own users; some errors have no text at all.
     lines = str(error).replace(str(path), path.name).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__

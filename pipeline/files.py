@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and locks that say who is writing a store or a file."""
+"""Write files whole or not at all, and lock a store or a file while one process writes it."""
 
 import errno
 import fcntl
@@ -30,9 +30,9 @@ DEFAULT_CACHE_GB = 100.0
 
 
 def scratch_path(path: Path) -> Path:
-    """The path beside `path` to write to until the file is complete; every process of every machine has its own.
+    """Return a path in the folder of `path`, to write to until the file is complete; each process has its own.
 
-    InputError for `/`, and for a device or a pipe: the rename at the end would put a file in its place.
+    InputError for `/`, and for a device or a pipe, because the final rename would replace it by a file.
     """
     if not path.name:
         raise InputError(f"{path}: is a folder; expected the name of a file to write")
@@ -42,12 +42,12 @@ def scratch_path(path: Path) -> Path:
 
 
 def check_writable(path: Path) -> None:
-    """Raise InputError if no file can be written at `path`; to be called before work that may take hours."""
+    """Raise InputError if no file can be written at `path`; call this before work that may take hours."""
     scratch_path(path)
     if path.is_dir():
         raise InputError(f"{path}: is a folder; expected the name of a file to write")
 
-    # Folders that do not exist yet will be made, so the nearest one that exists decides.
+    # Missing folders will be created, so the nearest existing folder decides.
     folder = path.absolute().parent
     while not folder.exists():
         folder = folder.parent
@@ -59,7 +59,7 @@ def check_writable(path: Path) -> None:
 
 def abandoned_scratch_paths(path: Path) -> Iterator[Path]:
     """Yield the scratch paths of `path` whose process ran on this machine and has ended."""
-    # Processes of other machines cannot be looked up here, so their files stay.
+    # Processes of other machines cannot be checked from here, so their files stay.
     pattern = f"{glob.escape(path.name)}.{glob.escape(socket.gethostname())}-*{PARTIAL_SUFFIX}"
     for scratch in path.parent.glob(pattern):
         pid = scratch.name.removesuffix(PARTIAL_SUFFIX).rpartition("-")[2]
@@ -69,15 +69,15 @@ def abandoned_scratch_paths(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """Yield a scratch path beside `path`; on success it is fsynced and renamed to `path`, else removed.
+    """Yield a scratch path in the folder of `path`; on success it is fsynced and renamed to `path`, else removed.
 
-    After the block either the old file or the whole new one is there, also after a power cut.
+    After the block, `path` is either the old file or the complete new file, even after a power cut.
     """
     scratch = scratch_path(path)
     try:
         yield scratch
 
-        # First the content reaches the disk, then the name, then the folder that records the name.
+        # Force the content to the disk, then rename the file, then force the folder, which records the name.
         sync_to_disk(scratch)
         scratch.replace(path)
         sync_to_disk(path.parent)
@@ -94,7 +94,7 @@ def sync_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-# Locks: who writes a store, a part of it, or a file.
+# Locks of a store, of a part of a store, or of a file.
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class BuildPart:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read `0/3`, `1/3` or `2/3`, the three parts of a plan; raises InputError."""
+        """Parse a text such as `0/3`, the first of three parts; raises InputError."""
         index, _, count = text.partition("/")
         if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
             raise InputError(f"--part {text}: expected i/n with 0 <= i < n, such as 0/3, 1/3 and 2/3")
@@ -121,7 +121,7 @@ class BuildPart:
         return "build.lock" if self.count == 1 else f"build.{self.index}-of-{self.count}.lock"
 
     def overlaps_lock(self, lock_name: str) -> bool:
-        """Whether the holder of that lock may write the same shards as this part."""
+        """Return whether the holder of the lock `lock_name` may write the same shards as this part."""
         if self.count == 1 or lock_name == self.lock_name:
             return True
         return not lock_name.endswith(f"-of-{self.count}.lock")
@@ -132,16 +132,16 @@ WHOLE_BUILD = BuildPart()
 
 @contextmanager
 def lock_store(store: Path, part: BuildPart = WHOLE_BUILD) -> Iterator[None]:
-    """Hold a store, or one part of it, for writing; raises StoreError that names the process that holds it.
+    """Lock a store, or one part of it, for writing; if it is locked, the StoreError names the owner of the lock.
 
-    Parts of the same division may be held together; all other locks exclude each other. The kernel frees the lock
-    when the process ends. If two processes start in the same instant, both may be refused.
+    Different parts of the same division can be locked at the same time; all other locks exclude each other. The
+    kernel releases the lock when the process ends. If two processes start at the same instant, both may be refused.
     """
     with _try_exclusive_lock(store / part.lock_name) as lock_file:
         if lock_file is None:
             raise _in_use_error(store, store / part.lock_name)
 
-        # With its own lock in hand, the part looks for others that would write the same shards.
+        # After taking its own lock, check for locks of parts that would write the same shards.
         for lock_path in sorted(store.glob("build.*lock")):
             if lock_path.name == part.lock_name or not part.overlaps_lock(lock_path.name):
                 continue
@@ -154,9 +154,9 @@ def lock_store(store: Path, part: BuildPart = WHOLE_BUILD) -> Iterator[None]:
 
 @contextmanager
 def lock_output_file(path: Path) -> Iterator[None]:
-    """Hold a file that takes long to write; raises StoreError that names the process that writes it.
+    """Lock a file that takes long to write; if it is locked, the StoreError names the process that writes it.
 
-    As with `lock_store`, the kernel frees the lock when the process ends.
+    As with `lock_store`, the kernel releases the lock when the process ends.
     """
     lock_path = path.with_name(path.name + ".lock")
     with _try_exclusive_lock(lock_path) as lock_file:
@@ -168,7 +168,7 @@ def lock_output_file(path: Path) -> Iterator[None]:
 
 @contextmanager
 def lock_shared_files(store: Path) -> Iterator[None]:
-    """Wait for the files that all parts of a build write, those beside the shards, then hold them; for moments only."""
+    """Wait for the lock on the files that every part of a build writes, such as `zarr.json`; hold it only briefly."""
     while True:
         with _try_exclusive_lock(store / "gate.lock") as lock_file:
             if lock_file is not None:
@@ -179,9 +179,9 @@ def lock_shared_files(store: Path) -> Iterator[None]:
 
 @contextmanager
 def _try_exclusive_lock(path: Path) -> Iterator[BinaryIO | None]:
-    """Yield a lock file held exclusively, or None if another process holds it; the file is removed afterwards."""
+    """Yield an exclusively locked file, or None if another process holds the lock; the file is removed afterwards."""
     with path.open("a+b") as lock_file:
-        # Between opening and locking, the last holder may have removed the file: a lock on it would exclude nobody.
+        # Between opening and locking, the last holder may have removed the file; a lock on it would exclude nobody.
         try:
             fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             is_ours = path.stat().st_ino == os.fstat(lock_file.fileno()).st_ino
@@ -195,15 +195,15 @@ def _try_exclusive_lock(path: Path) -> Iterator[BinaryIO | None]:
 
 
 def _write_lock_owner(lock_file: BinaryIO) -> None:
-    # Another process that is refused quotes this text.
+    # The error of a process that is refused quotes this text.
     lock_file.truncate(0)
     lock_file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
     lock_file.flush()
 
 
 def _is_lock_free(path: Path) -> bool:
-    """Whether no process holds that lock: its holder was killed, or has just finished."""
-    # A shared lock is refused while another process holds the exclusive one; closing the file gives it back.
+    """Return whether no process holds the lock `path`: its holder was killed, or has just finished."""
+    # A shared lock is refused while another process holds the exclusive lock; closing the file releases it.
     try:
         with path.open("rb") as lock_file:
             fcntl.flock(lock_file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -1,8 +1,8 @@
-"""Files on object stores such as S3, by URL; the only door to fsspec.
+"""Files on object stores such as S3, by URL; the only module that uses fsspec.
 
 The S3 client inside pyarrow reads and writes `s3://`. It finds credentials, region and profile as AWS's own tools do
 (AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_REGION...); AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL names another server that
-speaks S3. Any other scheme goes to the driver that fsspec knows for it.
+speaks S3. For any other scheme, fsspec's driver is used.
 """
 
 import os
@@ -27,23 +27,23 @@ REQUEST_ATTEMPTS = 4  # the waits between them grow
 
 COPY_BLOCK_BYTES = 2**24
 
-# The least that one read of a range fetches, because headers are read in small steps.
+# The minimum number of bytes that one request fetches, because headers are read in small steps.
 READ_AHEAD_BYTES = 2**16
 
-# Keys of an object's entry that change with the object; every driver has other ones.
+# Keys of an object's entry that change with the object; each driver has some of them.
 VERSION_KEYS = ("size", "mtime", "created", "LastModified", "ETag", "etag", "md5Hash")
 
-# The limit of one sound, which is read into memory whole.
+# The maximum size of one sound, which is read into memory as a whole.
 MAX_REMOTE_SOUND_BYTES = 2**30
 
 
 def is_remote_url(location: object) -> bool:
-    """Whether a location is a URL rather than a path of this machine."""
+    """Return whether a location is a URL rather than a path of this machine."""
     return "://" in str(location)
 
 
 def filesystem_and_path(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The filesystem that reads and writes a URL, and the path in it; InputError if no driver knows the scheme."""
+    """Return the filesystem of a URL and the path in it; InputError if no driver supports the scheme."""
     scheme, _, path = url.partition("://")
     if scheme == "s3":
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
@@ -70,7 +70,7 @@ def _s3_filesystem(endpoint: str | None) -> ArrowFSWrapper:
 def _translate_errors(url: str) -> Iterator[None]:
     """Turn errors of the network, the credentials or the server into an InputError; local errors pass unchanged.
 
-    pyarrow's errors from S3 have no errno, except where an object does not exist.
+    pyarrow's errors from S3 have no errno, unless an object does not exist.
     """
     try:
         yield
@@ -97,7 +97,7 @@ def _server_error_line(error: OSError) -> str:
 def check_reachable(url: str) -> None:
     """Raise InputError unless the bucket of a URL exists and answers."""
     filesystem, path = filesystem_and_path(url)
-    # The bucket is asked for, not the path, which need not exist yet; other drivers answer when they are used.
+    # Request the bucket, not the path, which need not exist yet. Other drivers report errors at first use.
     if url.startswith("s3://"):
         with _translate_errors(url):
             filesystem.info(path.partition("/")[0])
@@ -137,7 +137,7 @@ def _open_object(url: str) -> Iterator[BinaryIO | None]:
 
 
 def upload_file(path: Path, url: str) -> None:
-    """Copy a file to an object, which appears only once it is whole."""
+    """Copy a file to an object, which becomes visible only when it is complete."""
     filesystem, name = filesystem_and_path(url)
     with path.open("rb") as source, _translate_errors(url), filesystem.open(name, "wb") as target:
         shutil.copyfileobj(source, target, COPY_BLOCK_BYTES)
@@ -154,12 +154,12 @@ def remove_object(url: str) -> None:
 
 
 def object_sizes(url: str) -> dict[str, int]:
-    """Size in bytes of every object right below a URL, by name; empty if there is none."""
+    """Return the size in bytes of every object directly below a URL, by name; empty if there is none."""
     return {name: entry["size"] for name, entry in _list_objects(url).items()}
 
 
 def object_versions(url: str) -> dict[str, str]:
-    """A text that changes with the object, for every object right below a URL, by name; empty if there is none."""
+    """Return a version for every object directly below a URL, by name: a text that changes with the object."""
     return {
         name: " ".join(f"{key}={entry[key]}" for key in VERSION_KEYS if key in entry)
         for name, entry in _list_objects(url).items()
@@ -177,9 +177,9 @@ def _list_objects(url: str) -> dict[str, dict[str, Any]]:
 
 
 def list_files_below(url: str) -> tuple[str, list[str]]:
-    """The URL of a folder and the sorted paths, in it, of all objects below; for the URL of one object, its folder too.
+    """Return the URL of a folder, and the sorted paths in it of all objects below.
 
-    InputError if there is no object.
+    For the URL of a single object, return its folder and its name. InputError if there is no object.
     """
     check_reachable(url)
     url = url.rstrip("/")
@@ -189,7 +189,7 @@ def list_files_below(url: str) -> tuple[str, list[str]]:
             folder, _, name = url.rpartition("/")
             return folder, [name]
 
-        # On S3 fsspec's `find` sends a request for each folder, a recursive selector one for a thousand objects.
+        # On S3 fsspec's `find` sends one request per folder, a recursive selector one per thousand objects.
         if isinstance(filesystem, ArrowFSWrapper):
             selector = FileSelector(path, recursive=True, allow_not_found=True)
             paths = [info.path for info in filesystem.fs.get_file_info(selector) if info.is_file]
@@ -207,7 +207,7 @@ def open_range_reader(url: str) -> Iterator[tuple[Callable[[int, int], bytes], i
     Raises InputError.
     """
     filesystem, path = filesystem_and_path(url)
-    # The last stretch read serves small steps within it without another request.
+    # Small reads within the bytes fetched last need no other request.
     buffer = b""
     buffer_offset = 0
     with _translate_errors(url), filesystem.open(path, "rb") as file:
@@ -225,9 +225,9 @@ def open_range_reader(url: str) -> Iterator[tuple[Callable[[int, int], bytes], i
 
 
 def read_remote_sound(url: str, offset: int = 0, size: int | None = None) -> bytes:
-    """Read the bytes of a sound, a whole object or a part of it; AudioError if it is gone or too large.
+    """Read the bytes of a sound, a whole object or a part of one; AudioError if the object is missing or too large.
 
-    A failing server is an InputError: it says nothing about the clip, which must not be recorded as unreadable.
+    A failing server raises InputError: the clip may be good and must not be recorded as unreadable.
     """
     filesystem, path = filesystem_and_path(url)
     with _translate_errors(url):
@@ -236,7 +236,7 @@ def read_remote_sound(url: str, offset: int = 0, size: int | None = None) -> byt
         except FileNotFoundError:
             raise AudioError("missing", f"{path.rpartition('/')[2]} is gone; upload it again") from None
         with file:
-            # The part may reach past the end of the object, or begin after it.
+            # The requested part may reach past the end of the object, or begin after it.
             object_bytes = file.seek(0, os.SEEK_END)
             rest_bytes = object_bytes - offset
             count = max(0, rest_bytes if size is None else min(size, rest_bytes))

@@ -1,4 +1,4 @@
-"""Parquet tables with JSON beside their columns: written whole, equal bytes for equal input, checked when read."""
+"""Parquet tables with JSON metadata: written whole, with equal bytes for equal input, and checked when read."""
 
 import hashlib
 import json
@@ -13,14 +13,14 @@ import pyarrow.parquet as pq
 from pipeline.errors import StoreError
 from pipeline.files import replacing_file
 
-TABLE_METADATA_KEY = b"ajepa"  # of the schema's metadata: the JSON beside the columns
+TABLE_METADATA_KEY = b"ajepa"  # the key of our JSON in the metadata of the schema
 
 # Every error that reading a damaged Parquet file may raise.
 DAMAGED_TABLE_ERRORS = (OSError, ValueError, pa.ArrowException, pl.exceptions.PanicException)
 
 
 def describe_table_damage(error: BaseException) -> str:
-    """Why a Parquet file cannot be read, in a few words: `missing`, or the first line of the error."""
+    """Return why a Parquet file cannot be read: `missing`, or the first line of the error."""
     if isinstance(error, FileNotFoundError):
         return "missing"
     return (str(error).splitlines() or [type(error).__name__])[0]
@@ -39,7 +39,7 @@ def write_table(path: Path, frame: pl.DataFrame, metadata: dict[str, Any]) -> No
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> tuple[pl.DataFrame, dict[str, Any]]:
-    """Read a frame, or some of its columns, and the metadata that `write_table` put beside it; raises StoreError."""
+    """Read a frame, or some of its columns, and the metadata that `write_table` wrote with it; raises StoreError."""
     try:
         table = pq.read_table(path, columns=columns and list(columns), page_checksum_verification=True)
         frame = pl.from_arrow(table)
@@ -50,7 +50,7 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> tuple[pl.Dat
 
 
 def read_table_metadata(path: Path) -> dict[str, Any]:
-    """Read the metadata that `write_table` put beside a frame, without the frame; raises StoreError."""
+    """Read only the metadata that `write_table` wrote with a frame; raises StoreError."""
     try:
         return _schema_metadata(pq.read_schema(path))
     except DAMAGED_TABLE_ERRORS as error:
@@ -58,17 +58,17 @@ def read_table_metadata(path: Path) -> dict[str, Any]:
 
 
 def frame_digest(frame: pl.DataFrame) -> str:
-    """32 hex digits of the content of a frame: columns of texts, numbers or lists, whatever file they came from."""
+    """Return 32 hex digits of a frame's content: columns of texts, numbers or lists. The file does not matter."""
     digest = hashlib.sha256()
     for column in frame.iter_columns():
         digest.update(f"{column.name} {len(column)}\n".encode())
 
-        # A list column counts as the lengths of its lists, then as one column of all entries.
+        # For a list column, digest the lengths of its lists, then all entries as one column.
         if column.dtype == pl.List:
             digest.update(column.list.len().fill_null(2**32 - 1).cast(pl.UInt32).to_numpy().tobytes())
             column = column.explode(empty_as_null=False, keep_nulls=False)
 
-        # The places of nulls count apart from the values, so that a null is not taken for 0 or an empty text.
+        # Digest the positions of nulls separately, so that a null differs from 0 and from an empty text.
         digest.update(column.is_null().to_numpy().tobytes())
         if column.dtype == pl.String:
             digest.update("\0".join(column.drop_nulls()).encode())

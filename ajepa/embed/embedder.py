@@ -1,4 +1,4 @@
-"""Embedder: a frozen encoder that turns sounds of any length and rate into embeddings, window by window."""
+"""Embedder: a frozen encoder that computes embeddings of sounds of any length and sample rate, window by window."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,17 +34,17 @@ from pipeline.audio.sources import SoundLocator
 from pipeline.errors import AudioError, RunError
 from pipeline.store.feature_store import FeatureStore
 
-# The share of a window that the next one repeats: every column of a long sound then has a quarter of a window on
-# either side of it, or the sound's end.
+# The share of a window that the next window repeats. With one half, every column of a long sound has a quarter of a
+# window of context on either side, or the sound ends there.
 WINDOW_OVERLAP = 0.5
 
-# So many windows are encoded at a time.
+# The number of windows that are encoded in one forward pass.
 WINDOWS_PER_BATCH = 32
 
-# An array is resampled and transformed in pieces of so many samples.
+# An array is resampled and transformed to log-mel in pieces of this many samples.
 ARRAY_PIECE_SAMPLES = 2**20
 
-# Which files can be embedded: silent ones too, and of any length.
+# Checks on files that are embedded: silent files are accepted, and any length.
 EMBEDDING_POLICY = AudioPolicy(keep_silent=True, max_seconds=float("inf"))
 
 
@@ -53,10 +53,10 @@ class Embedding:
     """The vectors of one sound, float32 on the CPU.
 
     clip_D      mean of the vectors of all time columns that begin inside the sound
-    frames_TD   one vector for each column whose centre lies inside the sound; at least one
-    times_ms_T  where these centres lie, float64, evenly spaced. A sound that ends before its first centre has one
-                frame, placed at the middle of the sound
-    seconds     length of the sound
+    frames_TD   one vector for each column whose centre is inside the sound; at least one
+    times_ms_T  times of these centres in milliseconds, float64, evenly spaced. A sound that ends before the first
+                centre has one frame, at the middle of the sound
+    seconds     length of the sound in seconds
     """
 
     clip_D: Tensor
@@ -67,14 +67,14 @@ class Embedding:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Embeddings:
-    """The embeddings of several sounds: an `Embedding` for each, and all clips as `clips_BD`, `width` values wide."""
+    """The embeddings of several sounds: an `Embedding` for each, and the clip vectors together as `clips_BD`."""
 
     per_sound: tuple[Embedding, ...]
     width: int
 
     @property
     def clips_BD(self) -> Tensor:
-        """One vector a sound, float32 on the CPU; `[0, D]` where there is no sound."""
+        """One vector per sound, float32 on the CPU; shape `[0, D]` if there are no sounds."""
         if not self.per_sound:
             return torch.zeros(0, self.width)
         return torch.stack([embedding.clip_D for embedding in self.per_sound])
@@ -89,9 +89,9 @@ class Embeddings:
 def load(location: str | Path, *, at: str | int = LAST_CHECKPOINT, **options: Any) -> "Embedder":
     """Load the encoder of a run folder, an exported folder or file, or ORG/NAME[@REVISION] of the Hugging Face hub.
 
-    `at` is the checkpoint of a run: last, best (by probe), or a step that was kept. The other keywords are those of
-    `Embedder`: device, pooling, layer, overlap. RunError where nothing is found there, the files are damaged, or
-    there is no such checkpoint or device.
+    `at` is the checkpoint of a run: last, best (by probe), or the step of a kept checkpoint. The other keywords are
+    those of `Embedder`: device, pooling, layer, overlap. RunError if the location has no encoder, the files are
+    damaged, or the checkpoint or device does not exist.
     """
     return Embedder(load_pretrained(location, at), **options)
 
@@ -99,14 +99,14 @@ def load(location: str | Path, *, at: str | int = LAST_CHECKPOINT, **options: An
 class Embedder:
     """A frozen encoder that embeds sounds; `ajepa.load` makes one.
 
-    Sounds are mixed to mono, resampled to `sample_rate_hz` by soxr, turned into the log-mel that the encoder was
-    trained on, and normalised with the mean and deviation of its run. Sounds longer than the encoder's view go
-    through it in windows that share `overlap` of their length (0: one after the other, as in `evaluate`). Frames past
-    the end of a sound are not attended to and enter no mean, so that the other sounds of a batch do not matter.
-    All is computed in float32; results differ in the last bits between devices and batch sizes.
+    Sounds are mixed to mono, resampled to `sample_rate_hz` by soxr, transformed to the log-mel that the encoder was
+    trained on, and normalised with the mean and deviation of its run. Sounds longer than the encoder's view are encoded
+    in windows that share `overlap` of their length (0: windows do not overlap, as in `evaluate`). Frames past the end
+    of a sound are not attended to and are in no mean, so the other sounds of a batch have no influence.
+    Everything is computed in float32; results differ in the last bits between devices and batch sizes.
 
-    pooling  of the tokens of a column: `mean`, or `frequency`, band by band, `grid.rows` times as wide
-    layer    the layer that gives the tokens (`pooling.EncoderLayer`, or its name: last, mean-4, block-2)
+    pooling  pooling of the tokens of a column: `mean`, or `frequency` (rows concatenated, `grid.rows` times as wide)
+    layer    the layer whose output is used (`pooling.EncoderLayer`, or its name: last, mean-4, block-2)
     """
 
     def __init__(
@@ -123,14 +123,14 @@ class Embedder:
                 "pooling moments describes whole clips and has no frames; embed with mean or frequency"
             )
 
-        # The network, and the features that it takes.
+        # The network, and its input features.
         self.pretrained = pretrained
         self.device = pick_device(device)
         self.encoder = pretrained.build_encoder(self.device)
         self.grid = pretrained.spec.grid
         self.mel = pretrained.mel
 
-        # How its tokens become vectors.
+        # The layer and the pooling that turn tokens into vectors.
         self.pooling = pooling
         self.layer = EncoderLayer.from_name(layer) if isinstance(layer, str) else layer
         self.overlap = overlap
@@ -138,7 +138,7 @@ class Embedder:
 
     @property
     def sample_rate_hz(self) -> int:
-        """The rate of the front end, to which all sounds are resampled."""
+        """The sample rate of the front end in Hz; all sounds are resampled to it."""
         return self.mel.sample_rate_hz
 
     @property
@@ -149,12 +149,12 @@ class Embedder:
 
     @property
     def column_ms(self) -> float:
-        """The time from one frame's embedding to the next."""
+        """The time between the centres of adjacent frames of an embedding, in milliseconds."""
         return self.grid.patch_frames * self.mel.hop_samples / self.sample_rate_hz * 1e3
 
     @property
     def first_centre_ms(self) -> float:
-        """The middle of the first column, which reaches from the first sample that it sees to its last."""
+        """The middle of the first column in milliseconds: half-way between its first and its last sample."""
         reach_samples = self.mel.window_samples if self.mel.framing == "kaldi" else 0
         samples = (self.grid.patch_frames - 1) * self.mel.hop_samples + reach_samples
         return samples / 2 / self.sample_rate_hz * 1e3
@@ -162,9 +162,9 @@ class Embedder:
     def embed(
         self, sounds: str | Path | Sequence[str | Path], *, batch: int = WINDOWS_PER_BATCH, workers: int = 2
     ) -> Embeddings:
-        """Embed files of any container, rate, channels and length; AudioError names the first unusable one.
+        """Return the embeddings of files of any format and length; AudioError names the first unusable file.
 
-        `batch` windows are encoded at a time; `workers` threads decode ahead.
+        `batch` windows are encoded per forward pass; `workers` threads decode files in advance.
         """
         paths = [sounds] if isinstance(sounds, str | Path) else sounds
         locators = [SoundLocator.from_path(Path(path)) for path in paths]
@@ -180,14 +180,15 @@ class Embedder:
         shifts: int = 1,
         batch: int = WINDOWS_PER_BATCH,
     ) -> Embeddings:
-        """Embed mono waves `[B, S]` or `[S]`, floats in [-1, 1]: the first `samples_B` samples of each, or all.
+        """Return the embeddings of mono waves `[B, S]` or `[S]`, floats in [-1, 1].
 
-        With `shifts` of K (a divisor of the grid's patch_frames) every sound goes through the encoder K times, each
-        time starting 1/K of a column later. There are then K frames a column; the vector of the clip stays the same.
-        AudioError where a wave is shorter than one frame of the spectrogram, not finite or absurdly loud; RunError
-        where the shapes, lengths, rate or shifts are impossible.
+        Only the first `samples_B` samples of each wave are embedded; by default all. With `shifts` = K (a divisor of
+        the grid's patch_frames), every sound is encoded K times, each time starting 1/K of a column later. The result
+        then has K frames per column; the clip vector is the same.
+        AudioError if a wave is shorter than one frame of the spectrogram, not finite or absurdly loud; RunError if
+        the shapes, lengths, rate or shifts are impossible.
         """
-        # Check what was given.
+        # Check the arguments.
         wave_BS = float_waves_BS(wave_BS)
         if not rate_hz > 0:
             raise RunError(f"audio at {rate_hz} Hz: expected a rate above 0")
@@ -195,7 +196,7 @@ class Embedder:
             raise RunError(f"shifts {shifts}: expected a divisor of {self.grid.patch_frames}")
         waves = cut_waves(wave_BS, samples_B)
 
-        # Embed all sounds, once for each shift.
+        # Embed all sounds once for each shift.
         shift_frames = self.grid.patch_frames // shifts
         results_by_shift = []
         for shift in range(shifts):
@@ -211,22 +212,22 @@ class Embedder:
         batch: int = WINDOWS_PER_BATCH,
         workers: int = 0,
     ) -> Iterator[Embedding | AudioError]:
-        """Yield the embedding of each sound in order, or why there is none; windows of several are encoded together.
+        """Yield, in order, each sound's embedding or its AudioError; windows of several sounds are encoded together.
 
         Without `frames` the vectors of columns are not kept, and memory does not grow with the length of a sound.
-        `workers` threads open sounds ahead of their turn.
+        `workers` threads open sounds in advance.
         """
         if batch < 1:
             raise RunError(f"batch {batch}: expected 1 window or more at a time")
 
-        # Sounds that are not handed out yet, and their windows that are not encoded yet.
+        # Sounds that are not yielded yet, and their windows that are not encoded yet.
         builders: deque[EmbeddingBuilder] = deque()
         pending: list[tuple[EmbeddingBuilder, SoundWindow]] = []
         for opener in open_ahead(openers, workers):
             builder = EmbeddingBuilder(frames)
             builders.append(builder)
 
-            # Cut the sound into windows; a batch is encoded as soon as it is full.
+            # Cut the sound into windows, and encode a batch as soon as it is full.
             try:
                 sound = opener()
                 for window in cut_windows(sound.mels, self.grid, self._hop_columns):
@@ -243,18 +244,18 @@ class Embedder:
                 builder.failure = error
             builder.is_open = False
 
-            # Hand out the sounds whose windows are all encoded, in order.
+            # Yield, in order, the sounds whose windows are all encoded.
             while builders and builders[0].is_done:
                 yield self._embedding_or_error(builders.popleft())
 
-        # The last batch may be smaller.
+        # Encode the last batch, which may be smaller.
         if pending:
             self._encode_windows(pending)
         for builder in builders:
             yield self._embedding_or_error(builder)
 
     def file_opener(self, locator: SoundLocator) -> Callable[[], SoundStream]:
-        """Return the function that opens a file."""
+        """Return a function that opens the file as a stream."""
 
         def open_file() -> SoundStream:
             waves = stream_wave(locator, self.sample_rate_hz, policy=EMBEDDING_POLICY)
@@ -263,27 +264,27 @@ class Embedder:
         return open_file
 
     def row_opener(self, store: FeatureStore, row: int) -> Callable[[], SoundStream]:
-        """Return the function that opens a row of a store."""
+        """Return a function that opens a row of a store as a stream."""
 
         def open_row() -> SoundStream:
             frames = int(store.n_frames_N[row])
             stored_TF = store.read(np.array([row]))[0, :frames]
             mel_TF = torch.from_numpy(store.to_log_mel(stored_TF))
 
-            # The sound ended here, or less than a hop later.
+            # The length of the sound follows from its frames; the true end is here or less than a hop later.
             seconds = self.mel.samples_of(frames) / self.sample_rate_hz
             return SoundStream([mel_TF], seconds)
 
         return open_row
 
     def _array_opener(self, wave_S: np.ndarray, rate_hz: int, skip_frames: int) -> Callable[[], SoundStream]:
-        """Return the function that opens a wave at its frame number `skip_frames`."""
+        """Return a function that opens a wave as a stream without its first `skip_frames` frames."""
 
         def open_array() -> SoundStream:
             if len(wave_S) and not peak_magnitude(wave_S) <= MAX_USABLE_PEAK:
                 raise AudioError("non_finite", f"{describe_bad_samples(wave_S)}; expected floats in [-1, 1]")
 
-            # The wave in pieces, at the encoder's rate.
+            # Resample the wave to the encoder's rate, in pieces.
             starts = range(0, len(wave_S), ARRAY_PIECE_SAMPLES)
             pieces: Iterator[np.ndarray] = (wave_S[start : start + ARRAY_PIECE_SAMPLES] for start in starts)
             if rate_hz != self.sample_rate_hz:
@@ -297,15 +298,15 @@ class Embedder:
 
     @torch.inference_mode()
     def _encode_windows(self, pending: Sequence[tuple["EmbeddingBuilder", SoundWindow]]) -> None:
-        """Encode windows, and give each sound the columns that its windows own."""
-        # Normalised views, padded with zeros to the encoder's length.
+        """Encode windows, and add to each sound the columns that its windows own."""
+        # Normalise the views, and pad them with zeros to the encoder's length.
         mel_NTF = torch.zeros(len(pending), self.grid.frames, self.grid.bands)
         n_frames_N = torch.tensor([len(window.mel_TF) for _, window in pending])
         for view_TF, (_, window) in zip(mel_NTF, pending, strict=True):
             normalised_TF = (window.mel_TF - self.pretrained.mean) / self.pretrained.std
             view_TF[: len(window.mel_TF)] = normalised_TF
 
-        # Neighbouring windows overlap: each gives its own columns alone.
+        # Windows overlap: each window contributes only the columns that it owns.
         columns_NCD = self.encode_columns(mel_NTF, n_frames_N).cpu()
         for (builder, window), columns_CD in zip(pending, columns_NCD, strict=True):
             first = window.first_column - window.start_column
@@ -313,10 +314,10 @@ class Embedder:
             builder.add_columns(columns_CD[first:end])
 
     def encode_columns(self, mel_NTF: Tensor, n_frames_N: Tensor) -> Tensor:
-        """Return one vector for each time column of normalised views, `NCD`; those past a view's frames are void."""
+        """Return one vector for each time column of normalised views, `NCD`; those of padding are meaningless."""
         valid_NP = valid_token_mask(n_frames_N, self.grid)
 
-        # Full windows need no mask.
+        # If all windows are full, attention needs no mask.
         mask_NP = None if valid_NP.all() else valid_NP.to(self.device)
         tokens_NPD = self.layer.encode_tokens(self.encoder, mel_NTF.to(self.device), mask_NP)
         return pool_columns(tokens_NPD, self.grid.rows, self.pooling)
@@ -327,7 +328,7 @@ class Embedder:
         return builder.build_embedding(self.first_centre_ms, self.column_ms)
 
     def _interleave_shifts(self, results_by_shift: Sequence[Sequence[Embedding | AudioError]]) -> Embeddings:
-        """Return the frames of all shifts in the order of their times, with the unshifted sound's clip vector."""
+        """Return embeddings with the frames of all shifts sorted by time, and the unshifted sound's clip vector."""
         unshifted = require_embeddings(results_by_shift[0], self.width)
         interleaved = []
         for index, base in enumerate(unshifted.per_sound):
@@ -336,11 +337,11 @@ class Embedder:
             for shift, results in enumerate(results_by_shift[1:], start=1):
                 shifted = results[index]
 
-                # The sound may end before the shifted one has a frame.
+                # A short sound may have no frame after the shift.
                 if isinstance(shifted, AudioError) or base.seconds * 1e3 < self.first_centre_ms:
                     continue
 
-                # The times of the shifted sound count from its own beginning.
+                # The times of a shifted sound are relative to its own start: add the shift.
                 later_ms_T = shifted.times_ms_T + self.column_ms * shift / len(results_by_shift)
                 inside_T = later_ms_T <= base.seconds * 1e3
                 frames.append(shifted.frames_TD[inside_T])
@@ -352,17 +353,17 @@ class Embedder:
 
 
 class EmbeddingBuilder:
-    """The embedding of one sound in the making; `is_open` until the last window of the sound has been cut."""
+    """Collects the columns of one sound for its embedding; `is_open` until the last window of the sound is cut."""
 
     def __init__(self, keep_frames: bool) -> None:
-        # The sound, and how many of its windows were cut and encoded.
+        # The state of the sound, and the numbers of its windows that were cut and encoded.
         self.is_open = True
         self.seconds = 0.0
         self.failure: AudioError | None = None
         self.expected_windows = 0
         self.received_windows = 0
 
-        # The columns of these windows: their sum in float64, and each one where frames are wanted.
+        # The columns of these windows: their sum in float64, and every column if frames are kept.
         self.keep_frames = keep_frames
         self.column_count = 0
         self.sum_D: Tensor | float = 0.0
@@ -370,7 +371,7 @@ class EmbeddingBuilder:
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing more can come: all windows are encoded, or the sound has failed."""
+        """Whether the result is final: all windows are encoded, or the sound has failed."""
         if self.is_open:
             return False
         return self.failure is not None or self.received_windows == self.expected_windows
@@ -384,15 +385,15 @@ class EmbeddingBuilder:
             self.frames.append(columns_CD)
 
     def build_embedding(self, first_centre_ms: float, column_ms: float) -> Embedding:
-        """Return the embedding, given the centre of the first column and the time from one column to the next."""
+        """Return the embedding; the arguments are the centre of the first column and the time between columns."""
         clip_D = torch.as_tensor(self.sum_D / self.column_count).float()
 
-        # Frames whose centre lies inside the sound; none where they were not kept.
+        # Select the frames whose centre is inside the sound; there are none if frames were not kept.
         frames_TD = torch.cat([*self.frames, clip_D.new_zeros(0, len(clip_D))])
         times_ms_T = first_centre_ms + column_ms * torch.arange(len(frames_TD), dtype=torch.float64)
         inside_T = times_ms_T <= self.seconds * 1e3
         if self.keep_frames and not inside_T.any():
-            # The sound ends before its first centre: one frame, at the middle of the sound.
+            # The sound ends before the first centre: keep one frame, at the middle of the sound.
             frames_TD = frames_TD[:1]
             times_ms_T = torch.tensor([self.seconds * 1e3 / 2], dtype=torch.float64)
         else:
@@ -402,7 +403,7 @@ class EmbeddingBuilder:
 
 
 def require_embeddings(results: Iterable[Embedding | AudioError], width: int) -> Embeddings:
-    """Return the embeddings of all sounds; raises the AudioError of the first sound that could not be used."""
+    """Return the embeddings of all sounds; raise the AudioError of the first sound that could not be used."""
     embeddings = []
     for result in results:
         if isinstance(result, AudioError):
@@ -412,11 +413,11 @@ def require_embeddings(results: Iterable[Embedding | AudioError], width: int) ->
 
 
 def float_waves_BS(wave_BS: np.ndarray | Tensor) -> Tensor:
-    """Return waves `[B, S]` or `[S]` as float32 `[B, S]` on the CPU; RunError where they are no mono floats."""
+    """Return waves `[B, S]` or `[S]` as float32 `[B, S]` on the CPU; RunError if they are not mono floats."""
     if not isinstance(wave_BS, Tensor):
         wave_BS = torch.from_numpy(np.ascontiguousarray(wave_BS))
 
-    # Nobody can know the full scale of whole numbers.
+    # The full scale of integer samples is not known.
     if not wave_BS.is_floating_point():
         raise RunError(
             f"audio of {wave_BS.dtype}: expected floats in [-1, 1]; divide 16-bit samples by 32768"
@@ -430,7 +431,7 @@ def float_waves_BS(wave_BS: np.ndarray | Tensor) -> Tensor:
 
 
 def cut_waves(wave_BS: Tensor, samples_B: Sequence[int] | None) -> list[np.ndarray]:
-    """Return each wave up to its length in samples, all of it by default; RunError where the lengths do not fit."""
+    """Return each wave cut to its length in samples, by default uncut; RunError if the lengths do not fit the waves."""
     waves, samples = wave_BS.shape
     lengths = [samples] * waves if samples_B is None else list(samples_B)
     if len(lengths) != waves or not all(0 <= length <= samples for length in lengths):
@@ -441,7 +442,7 @@ def cut_waves(wave_BS: Tensor, samples_B: Sequence[int] | None) -> list[np.ndarr
 
 
 def pool_columns(tokens_NPD: Tensor, rows: int, pooling: PoolingName) -> Tensor:
-    """Return each time column of each view pooled by itself, `NCD`, as the pooling of a clip of one column."""
+    """Return one vector for each time column of each view, `NCD`; a column is pooled like a clip of one column."""
     columns_MRD = tokens_NPD.unflatten(1, (-1, rows)).flatten(0, 1)
     clip_M = torch.arange(len(columns_MRD), device=columns_MRD.device)
     valid_MR = torch.ones(columns_MRD.shape[:2], dtype=torch.bool, device=columns_MRD.device)

@@ -1,4 +1,4 @@
-"""An encoder exported for others: safetensors, its configuration, and a model card that says what it is."""
+"""Export of an encoder for other users: weights as safetensors, the configuration, and a model card."""
 
 import json
 import re
@@ -21,11 +21,11 @@ from pipeline.files import replacing_file
 CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
 
-# Files of a run whose content goes into the card, if they are there.
+# Files of a run whose content is copied into the model card if they exist.
 COMPUTE_FILE = "compute.json"
 EVALUATION_GLOB = "evaluation*.json"
 
-# The fields of the recipe that the card states.
+# The recipe fields that the model card lists.
 CARD_RECIPE_FIELDS = ("name", "clips_per_step", "steps", "seed")
 
 UNSTATED_LICENCE = "not stated; ask those who made the model before you build on it"
@@ -36,23 +36,23 @@ def export_encoder(
 ) -> PretrainedEncoder:
     """Write `model.safetensors`, `config.json` and `README.md` into the folder `out`; return the exported encoder.
 
-    The configuration also stands in the header of the safetensors file, which is enough by itself therefore; nothing
-    in it needs pickle or code. `licence` is that of the weights, which only the user can state; `at` is as in
-    `load_pretrained`. RunError where `location` holds no encoder, or `out` other files than an export.
+    The header of the safetensors file also contains the configuration, so this file alone is a complete export.
+    It needs neither pickle nor code. `licence` is the licence of the weights, which only the user can state; `at` is
+    as in `load_pretrained`. RunError if `location` has no encoder, or if `out` contains other files than an export.
     """
     model = load_pretrained(location, at)
     model = replace(model, licence=licence or model.licence)
     refuse_other_files(out)
     out.mkdir(parents=True, exist_ok=True)
 
-    # Weights and configuration.
+    # Write the weights and the configuration.
     config = model.to_json()
     with replacing_file(out / WEIGHTS_FILE) as scratch:
         write_safetensors(scratch, model.weights, {EXPORT_METADATA_KEY: json.dumps(config)})
     with replacing_file(out / CONFIG_FILE) as scratch:
         scratch.write_text(json.dumps(config, indent=1) + "\n")
 
-    # Only a run has figures for the card; an export that is exported again has none.
+    # Write the model card. Only a run has figures for it; an export that is exported again has none.
     run = Path(location) if (Path(location) / RECIPE_FILE).is_file() else None
     with replacing_file(out / CARD_FILE) as scratch:
         scratch.write_text(model_card(model, run))
@@ -60,7 +60,7 @@ def export_encoder(
 
 
 def refuse_other_files(out: Path) -> None:
-    """Raise RunError where `out` holds a file that belongs to no export: a push would leave it behind, or lose it."""
+    """Raise RunError if `out` contains a file that is not part of an export: a push would omit or lose it."""
     if out.is_file():
         raise RunError(f"{out}: is a file; expected a folder")
     if not out.is_dir():
@@ -71,11 +71,11 @@ def refuse_other_files(out: Path) -> None:
 
 
 def model_card(model: PretrainedEncoder, run: Path | None) -> str:
-    """Return the model card: front matter for the hub, an example, then every fact as a row of a table."""
+    """Return the text of the model card: front matter for the hub, an example, then tables with one row per fact."""
     weights = sum(weight.numel() for weight in model.weights.values())
     view_seconds = model.mel.samples_of(model.spec.grid.frames) / model.mel.sample_rate_hz
 
-    # What the encoder is, and how to call it.
+    # The encoder: what it is, and how to call it.
     lines = front_matter(model.licence)
     lines += [f"# {model.recipe_name}, an audio encoder", "", *usage_lines(model)]
     network = {"model id": model.model_id, "parameters": f"{weights:,}"} | encoder_facts(model)
@@ -87,21 +87,21 @@ def model_card(model: PretrainedEncoder, run: Path | None) -> str:
     lines += card_section("Licence of the weights", {"licence": model.licence or UNSTATED_LICENCE})
     lines += card_section("Mel spec", model.mel.to_json() | {"mean": model.mean, "std": model.std})
 
-    # How it was made.
+    # Provenance: how the encoder was made.
     recipe = model.origin.get("recipe", {})
     training = {key: recipe[key] for key in CARD_RECIPE_FIELDS if key in recipe}
     training |= {"checkpoint": f"step {model.origin.get('step')}"} | model.origin.get("versions", {})
     lines += card_section("Data", model.origin.get("identity", {}))
     lines += card_section("Training", training)
 
-    # What it cost, and what it is worth.
+    # The cost of its training, and its scores.
     if run is not None:
         lines += run_lines(run, model.origin["step"])
     return "\n".join(lines).rstrip() + "\n"
 
 
 def front_matter(licence: str | None) -> list[str]:
-    """Return the lines of YAML by which the hub lists the model."""
+    """Return the YAML lines with the metadata that the hub lists the model by."""
     return [
         "---",
         "library_name: ajepa",
@@ -114,7 +114,7 @@ def front_matter(licence: str | None) -> list[str]:
 
 
 def licence_lines(licence: str | None) -> list[str]:
-    """Return the licence as the hub reads it: known ones by their short names, every other as `other` with a name."""
+    """Return the YAML lines of the licence: licences listed by the hub by short name, others as `other` with a name."""
     if licence is None:
         return []
     if re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
@@ -123,7 +123,7 @@ def licence_lines(licence: str | None) -> list[str]:
 
 
 def usage_lines(model: PretrainedEncoder) -> list[str]:
-    """Return what goes in and comes out, and an example in Python."""
+    """Return the lines about input and output, with an example in Python."""
     mel = model.mel
     width = model.spec.width
     column_ms = model.spec.grid.patch_frames * mel.hop_samples / mel.sample_rate_hz * 1e3
@@ -144,7 +144,7 @@ def usage_lines(model: PretrainedEncoder) -> list[str]:
 
 
 def encoder_facts(model: PretrainedEncoder) -> Json:
-    """Return the shape of the network in words."""
+    """Return the facts about the shape of the network, as text."""
     spec = model.spec
     grid = spec.grid
     return {
@@ -155,22 +155,22 @@ def encoder_facts(model: PretrainedEncoder) -> Json:
 
 
 def run_lines(run: Path, step: int) -> list[str]:
-    """Return the cost of a run, and the scores of its checkpoint at `step`, from the files of the run."""
+    """Return the lines about the cost of a run and the scores of its checkpoint at `step`, from the run's files."""
     lines = []
     if (run / COMPUTE_FILE).is_file():
         lines += card_section("Compute", json.loads((run / COMPUTE_FILE).read_text()))
     for file in sorted(run.glob(EVALUATION_GLOB)):
         evaluation = json.loads(file.read_text())
 
-        # The scores of another checkpoint are not those of this model.
+        # Scores of another checkpoint do not describe this model.
         if evaluation.get("protocol", {}).get("step") == step:
             lines += evaluation_lines(file.name, evaluation)
     return lines
 
 
 def evaluation_lines(name: str, evaluation: Json) -> list[str]:
-    """Return every score of an evaluation as a row, then the protocol by which it was measured."""
-    # Scores may have different columns: the table has all of them.
+    """Return a table with one row per score of an evaluation, then the protocol of the evaluation."""
+    # Scores may have different columns: the table has the columns of all scores.
     rows = [score_cells(score) for score in evaluation.get("scores", ())]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = [f"## Scores ({name})", "", f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
@@ -182,7 +182,7 @@ def evaluation_lines(name: str, evaluation: Json) -> list[str]:
 
 
 def score_cells(score: Json) -> Json:
-    """Return the part of a score that fits a row: plain values, and each metric with its interval."""
+    """Return the values of a score that fit a table row: plain values, and each metric with its interval."""
     cells = {key: value for key, value in score.items() if isinstance(value, str | int | float)}
     for name, metric in score.get("metrics", {}).items():
         cells[name] = f"{metric['value']:.4g} ({metric['low']:.4g} to {metric['high']:.4g})"
@@ -190,7 +190,7 @@ def score_cells(score: Json) -> Json:
 
 
 def card_section(title: str, facts: Json) -> list[str]:
-    """Return a heading and a table of facts, nested values by their paths; nothing where no fact is known."""
+    """Return a heading and a table of facts; nested values are named by their paths. Empty if there are no facts."""
     if not facts:
         return []
     rows = [f"| {key} | {value} |" for key, value in flatten_to_paths(facts).items()]

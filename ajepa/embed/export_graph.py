@@ -1,4 +1,4 @@
-"""Audio to embeddings as one network, log-mel and resampling inside, for ONNX and torch.export; the door to onnx."""
+"""Audio to embeddings as one network with resampling and log-mel, for ONNX and torch.export; the only user of onnx."""
 
 import math
 from pathlib import Path
@@ -15,7 +15,7 @@ from pipeline.audio.mel_spec import MelSpec
 from pipeline.errors import RunError
 from pipeline.files import replacing_file
 
-# The rate of the audio that a graph takes, unless another is asked for.
+# The default sample rate of a graph's input audio.
 GRAPH_RATE_HZ = 32_000
 
 GRAPH_INPUTS = ("audio", "samples")
@@ -24,32 +24,32 @@ GRAPH_OUTPUTS = ("clip", "frames", "frame_count")
 # The first opset with GELU: onnxruntime 1.17 and newer.
 ONNX_OPSET = 20
 
-# An ONNX file is one protobuf message, which ends at 2 GiB.
+# An ONNX file is one protobuf message, whose maximum size is 2 GiB.
 MAX_ONNX_BYTES = 1.9e9
 
-# soxr's filter reaches so far to either side, in samples of the lower rate: 1e-7 is left beyond.
+# Reach of soxr's filter to either side, in samples of the lower rate; only 1e-7 of the response is beyond it.
 FILTER_REACH_SAMPLES = 128
 
-# The largest resampler: 64 MB.
+# Maximum number of weights of a resampler; they take 64 MB.
 MAX_RESAMPLER_WEIGHTS = 2**24
 
-# The beginning of a sound changes at most so many samples of the resampled one.
+# soxr's response to the start of a sound differs from its steady response in at most this many output samples.
 ONSET_SAMPLES = 64
 
 
 class AudioGraph(nn.Module):
-    """A network from one window of sound to its embeddings, those of `Embedder.embed_audio`; for any mel spec.
+    """A network from one window of audio to the embeddings of `Embedder.embed_audio`; for any mel spec.
 
-    The window's length is fixed, because the encoder's positions are: `samples` of mono audio at `rate_hz`, in batches
-    of any size. Shorter sounds are padded with anything. The caller cuts longer ones into windows; each is then a sound
-    of its own, with an end at either side.
+    The input is a batch of any size of windows with `samples` samples of mono audio at `rate_hz`. The length is fixed,
+    because the positions of the encoder are fixed. Shorter sounds may be padded with any values. The caller cuts longer
+    sounds into windows; each window is then treated as a separate sound.
 
-    metadata  what a caller must know: model, rate, window, where columns lie
+    metadata  facts for the caller: model, sample rate, window length, times of the columns
     """
 
     def __init__(self, embedder: Embedder, rate_hz: int = GRAPH_RATE_HZ) -> None:
         super().__init__()
-        # From audio to normalised log-mel.
+        # Parts from audio to normalised log-mel.
         self.grid = embedder.grid
         self.front_end = FrontEnd(embedder.mel, embedder.grid.frames, rate_hz)
         self.rate_hz = rate_hz
@@ -57,7 +57,7 @@ class AudioGraph(nn.Module):
         self.mean = embedder.pretrained.mean
         self.std = embedder.pretrained.std
 
-        # From log-mel to vectors.
+        # Parts from log-mel to vectors.
         self.encoder = embedder.encoder
         self.layer = embedder.layer
         self.pooling = embedder.pooling
@@ -73,23 +73,23 @@ class AudioGraph(nn.Module):
         self.to(embedder.device)
 
     def forward(self, audio_BS: Tensor, samples_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return `clip_BD`, `frames_BCD` and how many of these frames are sound, for the first `samples_B` of each row.
+        """Return `clip_BD`, `frames_BCD` and the number of valid frames, for the first `samples_B` samples of each row.
 
         A sound shorter than one frame of its spectrogram has no frames, and its `clip_BD` is nan.
         """
-        # Normalised log-mel, 0 past the end of the sound.
+        # Normalised log-mel; padding is 0.
         mel_BTF, n_frames_B = self.front_end(audio_BS, samples_B)
         frame_T = torch.arange(self.grid.frames, device=audio_BS.device)
         is_sound_BT1 = frame_T[:, None] < n_frames_B[:, None, None]
         mel_BTF = torch.where(is_sound_BT1, (mel_BTF - self.mean) / self.std, 0.0)
 
-        # Tokens, pooled column by column.
+        # Encode the tokens, and pool them column by column.
         valid_BP = valid_token_mask(n_frames_B, self.grid)
         tokens_BPD = self.layer.encode_tokens(self.encoder, mel_BTF, valid_BP)
         columns_BCRD = tokens_BPD.unflatten(1, (self.grid.cols, self.grid.rows))
         frames_BCD = columns_BCRD.flatten(2) if self.pooling == "frequency" else columns_BCRD.mean(2)
 
-        # The mean over the columns that begin inside the sound.
+        # Clip vector: the mean over the columns that begin inside the sound.
         valid_BC = valid_BP[:, :: self.grid.rows]
         frames_BCD = torch.where(valid_BC[..., None], frames_BCD, 0.0)
         count_B = valid_BC.sum(1)
@@ -97,12 +97,12 @@ class AudioGraph(nn.Module):
 
 
 def write_onnx(graph: AudioGraph, out: Path) -> None:
-    """Write an ONNX file of opset ONNX_OPSET that takes GRAPH_INPUTS and gives GRAPH_OUTPUTS.
+    """Write an ONNX file of opset ONNX_OPSET with inputs GRAPH_INPUTS and outputs GRAPH_OUTPUTS.
 
-    `audio` is float32 [batch, samples], `samples` int64 [batch]; the graph's metadata become those of the file.
-    RunError where onnx and onnxscript are not installed, or the file would be larger than ONNX allows.
+    `audio` is float32 [batch, samples], `samples` int64 [batch]; the graph's metadata are written into the file.
+    RunError if onnx or onnxscript is not installed, or if the file would be larger than ONNX allows.
     """
-    # torch.onnx writes with onnxscript.
+    # torch.onnx needs onnxscript.
     try:
         import onnx
         import onnxscript  # noqa: F401
@@ -114,7 +114,7 @@ def write_onnx(graph: AudioGraph, out: Path) -> None:
             f"{out}: {weight_bytes / 1e9:.1f} GB of weights do not fit an ONNX file; use --torch-export"
         )
 
-    # Translate the network.
+    # Convert the network to ONNX.
     program = torch.onnx.export(
         export_program(graph),
         dynamo=True,
@@ -125,7 +125,7 @@ def write_onnx(graph: AudioGraph, out: Path) -> None:
     )
     assert program is not None
 
-    # Say what it is, check it, and write it whole.
+    # Add the metadata, check the model, and write the file in one step.
     proto = program.model_proto
     for key, value in graph.metadata.items():
         proto.metadata_props.add(key=key, value=str(value))
@@ -135,7 +135,7 @@ def write_onnx(graph: AudioGraph, out: Path) -> None:
 
 
 def write_program(graph: AudioGraph, out: Path) -> None:
-    """Write a `.pt2` file for `torch.export.load`."""
+    """Write the graph as a `.pt2` file for `torch.export.load`."""
     program = export_program(graph)
     with replacing_file(out) as scratch, scratch.open("wb") as handle:
         torch.export.save(program, handle)
@@ -155,13 +155,13 @@ def export_program(graph: AudioGraph) -> torch.export.ExportedProgram:
 
 
 class FrontEnd(nn.Module):
-    """The first `frames` frames of `pipeline.audio.mel.log_mel`, for any mel spec, of products and sums alone.
+    """Computes the first `frames` frames of `pipeline.audio.mel.log_mel` for any mel spec, without an FFT.
 
-    Spectra come from one convolution, whose kernels are the DFT and all linear steps before it. Sounds begin with
-    their first sample and end with the last of their `samples_B`: samples after that have no influence, and a centred
-    frame meets a mirror there. Audio at another rate than the spec's is resampled first (`Resampler`).
+    Spectra are computed by one convolution, whose kernels combine the DFT and all linear steps before it. A sound ends
+    after `samples_B` samples: later samples have no influence, and centred frames use the sound's mirror image beyond
+    the end. Audio at another rate than the spec's is resampled first (`Resampler`).
 
-    samples  of audio at `rate_hz` that fill `frames` frames
+    samples  number of audio samples at `rate_hz` that fill `frames` frames
     """
 
     kernels_K1N: Tensor
@@ -176,7 +176,7 @@ class FrontEnd(nn.Module):
         if rate_hz != spec.sample_rate_hz:
             self.resampler = Resampler(rate_hz, spec.sample_rate_hz, self.samples)
 
-        # Only the bins that a filter uses are computed: their real parts, then their imaginary parts.
+        # Only the bins that a mel filter uses are computed: first all real parts, then all imaginary parts.
         filters_NF = mel_filters_NF(spec)
         used_N = filters_NF.any(1)
         kernels_KN = spectrum_kernels(spec)[:, used_N].flatten(0, 1)
@@ -184,12 +184,12 @@ class FrontEnd(nn.Module):
         self.register_buffer("filters_NF", filters_NF[used_N])
 
     def forward(self, audio_BS: Tensor, samples_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Return `mel_BTF`, and how many of its frames are sound; the values of the others are void."""
+        """Return `mel_BTF` and the number of its valid frames; the values of later frames are meaningless."""
         samples_B = samples_B.clamp(0, self.samples)
         if self.resampler is not None:
             audio_BS, samples_B = self.resampler(audio_BS, samples_B)
 
-        # Kaldi's frames lie inside the sound, centred ones reach past its ends.
+        # Kaldi's frames are inside the sound; centred frames extend past its ends.
         if self.spec.framing == "kaldi":
             frames_B = (1 + (samples_B - self.spec.window_samples) // self.spec.hop_samples).clamp(min=0)
         else:
@@ -199,26 +199,26 @@ class FrontEnd(nn.Module):
         return self.compute_log_mel(audio_BS), frames_B.clamp(max=self.frames)
 
     def apply_preemphasis(self, audio_BS: Tensor, samples_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the wave after pre-emphasis, which makes it a sample shorter."""
+        """Return the wave after pre-emphasis (one sample shorter) and its length; unchanged if the spec has none."""
         if not self.spec.preemphasis:
             return audio_BS, samples_B
         emphasised_BS = audio_BS[:, 1:] - self.spec.preemphasis * audio_BS[:, :-1]
         return emphasised_BS, (samples_B - 1).clamp(min=0)
 
     def mirror_ends(self, audio_BS: Tensor, samples_B: Tensor) -> Tensor:
-        """Return the samples of all frames, with the wave's mirror image at both ends (`mel.emphasise_and_pad`)."""
-        # The place in the wave of every sample; those before the wave are negative.
+        """Return the wave extended by its mirror image at both ends, for centred frames (`mel.emphasise_and_pad`)."""
+        # The index in the wave of each output sample; negative before the start of the wave.
         window = self.spec.window_samples
         samples = (self.frames - 1) * self.spec.hop_samples + window
         place_N = torch.arange(samples, device=audio_BS.device) - (window + 1) // 2
 
-        # A mirrored wave repeats after going there and back.
+        # A mirrored wave is periodic: once forwards and once backwards.
         period_B1 = (2 * (samples_B - 1)).clamp(min=1)[:, None]
         place_BN = place_N % period_B1
         return audio_BS.gather(1, torch.minimum(place_BN, period_B1 - place_BN))
 
     def compute_log_mel(self, audio_BS: Tensor) -> Tensor:
-        """Return the log-mel of frames that lie one hop after the other in the audio."""
+        """Return the log-mel of frames that start one hop apart in the audio."""
         parts_BKT = nn.functional.conv1d(audio_BS[:, None], self.kernels_K1N, stride=self.spec.hop_samples)
         power_BNT = parts_BKT[:, :, : self.frames].square().unflatten(1, (2, -1)).sum(1)
         mel_BTF = power_BNT.transpose(1, 2) @ self.filters_NF
@@ -230,8 +230,8 @@ class FrontEnd(nn.Module):
 def spectrum_kernels(spec: MelSpec) -> Tensor:
     """Return the kernels of the real and imaginary parts of a raw frame's spectrum, `[2, bin, sample]`, float64.
 
-    They hold all linear steps of a frame: the mean subtracted, pre-emphasis, window, DFT. As a product of matrices it
-    is made from its left, the last step first.
+    They combine all linear steps of a frame: subtraction of the mean, pre-emphasis, window, DFT. The steps are matrix
+    products, multiplied from the left: the last step comes first.
     """
     # Window and DFT.
     bin_K = torch.arange(spec.fft_samples // 2 + 1).double()
@@ -241,23 +241,24 @@ def spectrum_kernels(spec: MelSpec) -> Tensor:
     window_N = hann_window_N(spec.window_samples, is_periodic, torch.device("cpu")).double()
     kernels_2KN = torch.stack((angle_KN.cos(), -angle_KN.sin())) * window_N
 
-    # Kaldi's pre-emphasis within the frame: the window's first sample is 0, so that the one before it does not matter.
+    # Kaldi's pre-emphasis within the frame. The window's first value is 0, so the first sample needs no special case.
     if spec.framing == "kaldi":
         kernels_2KN = kernels_2KN - spec.preemphasis * nn.functional.pad(kernels_2KN[..., 1:], (0, 1))
 
-    # The frame's mean.
+    # Subtraction of the frame's mean.
     if spec.remove_dc:
         kernels_2KN = kernels_2KN - kernels_2KN.mean(-1, keepdim=True)
     return kernels_2KN
 
 
 class Resampler(nn.Module):
-    """A convolution that resamples `samples` of audio, sample for sample as soxr does, to 2e-6 of full scale.
+    """A convolution that resamples `samples` samples of audio as soxr does, to within 2e-6 of full scale per sample.
 
-    soxr is linear, and does the same again every `down` samples in, `up` samples out: its responses to single impulses
-    are the weights. Only the beginning of a sound differs: soxr has two filters in a row, and the second does not hear
-    what the first makes before the sound, which changes some first samples by a hundredth of a step there.
-    RunError where the rates have so little in common that the network would be very large.
+    soxr is linear and periodic: a shift of the input by `down` samples shifts the output by `up` samples. So its
+    responses to single impulses are the weights of the convolution. Only the start of a sound differs. soxr has two
+    filters in sequence, and the second does not get the output of the first from before the start. If a sound starts
+    with a step, this changes the first output samples by a hundredth of the step; a correction is added.
+    RunError if the network would be very large because the rates have only a small common divisor.
     """
 
     kernels_L1K: Tensor
@@ -269,7 +270,7 @@ class Resampler(nn.Module):
         self.to_hz = to_hz
         self.samples = samples
 
-        # `up` kernels, each of which sees `down` samples and the filter's reach on either side.
+        # `up` kernels, each over `down` input samples and the filter's reach on either side.
         common = math.gcd(from_hz, to_hz)
         self.up = to_hz // common
         self.down = from_hz // common
@@ -283,12 +284,12 @@ class Resampler(nn.Module):
         self.register_buffer("start_FE", self._onset_correction())
 
     def forward(self, audio_BS: Tensor, samples_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the audio at the other rate, and how many of its samples are sound; zeros lie around it."""
-        # Silence after the end of each sound.
+        """Return the resampled audio and its number of valid samples; the audio counts as 0 outside the sound."""
+        # Set the samples after the end of each sound to 0.
         place_S = torch.arange(audio_BS.shape[1], device=audio_BS.device)
         sound_BS = torch.where(place_S < samples_B[:, None], audio_BS, 0.0)
 
-        # The steady response, with the correction of the first samples.
+        # The steady response, plus the correction of the first samples.
         steady_BS = self._convolve_steady(sound_BS, round(self.samples * self.up / self.down))
         inputs, outputs = self.start_FE.shape
         onset_BE = sound_BS[:, :inputs] @ self.start_FE[: sound_BS.shape[1]]
@@ -296,22 +297,22 @@ class Resampler(nn.Module):
         return resampled_BS, ((samples_B * self.up).double() / self.down).round().long()
 
     def _convolve_steady(self, audio_BS: Tensor, output_samples: int) -> Tensor:
-        """Return the response of soxr far from the beginning of a sound."""
+        """Return soxr's steady response, which holds far from the start of a sound."""
         after = -(-output_samples // self.up) * self.down + self.reach_samples - audio_BS.shape[1]
         padded_BS = nn.functional.pad(audio_BS, (self.reach_samples, after))
         phases_BLN = nn.functional.conv1d(padded_BS[:, None], self.kernels_L1K, stride=self.down)
         return phases_BLN.transpose(1, 2).flatten(1)[:, :output_samples]
 
     def _filter_kernels(self) -> Tensor:
-        """Return what each of `up` samples out takes of the samples in around it, `[up, 1, down + 2 reach]`."""
-        # So many groups of `down` samples lie before and after the impulse.
+        """Return the weights of the input samples for each of `up` output samples, `[up, 1, down + 2 reach]`."""
+        # The number of groups of `down` input samples before and after the impulse.
         groups = -(-self.reach_samples // self.down) + 1
         kernels_LK = torch.zeros(self.up, self.down + 2 * self.reach_samples)
         for place in range(self.down):
             impulse_S = np.zeros((2 * groups + 1) * self.down, np.float32)
             impulse_S[groups * self.down + place] = 1
 
-            # A later group of samples out sees the impulse further back.
+            # For a later group of output samples, the impulse is further back in the input.
             for group, response_L in enumerate(self._soxr_response(impulse_S).split(self.up)):
                 index = place + (groups - group) * self.down + self.reach_samples
                 if 0 <= index < kernels_LK.shape[1]:
@@ -319,7 +320,7 @@ class Resampler(nn.Module):
         return kernels_LK[:, None]
 
     def _onset_correction(self) -> Tensor:
-        """Return what the first samples out take of the first in besides, `[reach, ONSET_SAMPLES or fewer]`."""
+        """Return the correction at the start: soxr's minus the steady response, `[reach, ONSET_SAMPLES or fewer]`."""
         impulses_FS = np.eye(self.reach_samples, 2 * self.reach_samples + self.down, dtype=np.float32)
         actual_FS = torch.stack([self._soxr_response(impulse_S) for impulse_S in impulses_FS])
         all_outputs = round(self.samples * self.up / self.down)

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: exported models pushed to it and fetched from it; the only door to huggingface_hub."""
+"""The Hugging Face hub: exported models are pushed to it and fetched from it; the only user of huggingface_hub."""
 
 import re
 import shutil
@@ -8,34 +8,34 @@ from types import ModuleType
 from pipeline.errors import RunError
 from pipeline.files import replacing_file
 
-# The files of a model: no others are pushed or fetched.
+# The files of an exported model; only these are pushed and fetched.
 EXPORT_FILES = ("model.safetensors", "config.json", "README.md")
 
-# ORG/NAME, or ORG/NAME@REVISION.
+# Matches ORG/NAME and ORG/NAME@REVISION.
 HUB_ID_PATTERN = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
 
-# Errors of the hub's client go on for a paragraph; messages repeat so much of the first line.
+# Errors of the hub's client are a paragraph long; messages quote at most this many characters of the first line.
 MAX_ERROR_CHARACTERS = 160
 
 
 def is_hub_id(location: str) -> bool:
-    """Whether a location may be ORG/NAME or ORG/NAME@REVISION; not where a folder ORG exists: a mistyped path then."""
+    """Return whether a location may be a hub id. If a folder ORG exists it is not: then it is a mistyped path."""
     return HUB_ID_PATTERN.fullmatch(location) is not None and not Path(location).parent.exists()
 
 
 def fetch_from_hub(hub_id: str) -> Path:
-    """Return a folder of this machine with the model's files, from the hub or its cache; raises RunError."""
+    """Return a local folder with the model's files, from the hub or its cache; raises RunError."""
     match = HUB_ID_PATTERN.fullmatch(hub_id)
     if match is None:
         raise RunError(f"{hub_id}: expected ORG/NAME, or ORG/NAME@REVISION")
 
-    # Without the client, a name of the hub is most likely a mistyped path.
+    # If the hub's client is not installed, the location is most likely a mistyped path: the message says so.
     try:
         hub = _import_hub_client()
     except RunError as error:
         raise RunError(f"{hub_id}: no such run or file here, and {error}") from None
 
-    # Download, unless the cache of this machine has the files.
+    # Download the files, unless the local cache has them.
     try:
         folder = hub.snapshot_download(match[1], revision=match[2], allow_patterns=list(EXPORT_FILES))
     except (hub.errors.HfHubHTTPError, hub.errors.LocalEntryNotFoundError, OSError) as error:
@@ -50,7 +50,7 @@ def fetch_from_hub(hub_id: str) -> Path:
 
 
 def copy_from_hub(hub_id: str, out: Path) -> Path:
-    """Copy the model's files into a folder of the user's, and return it; RunError where it holds files already."""
+    """Copy the model's files into the folder `out`, and return `out`; RunError if it already contains files."""
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise RunError(f"{out}: is there already and not empty; choose another --out")
     folder = fetch_from_hub(hub_id)
@@ -63,12 +63,12 @@ def copy_from_hub(hub_id: str, out: Path) -> Path:
 
 
 def push_to_hub(folder: Path, hub_id: str, *, private: bool = False) -> str:
-    """Put an exported folder on the hub, in a repository that is made if need be; return its address.
+    """Upload an exported folder to the hub, create the repository if needed, and return its address.
 
-    RunError where the folder is no export or the hub refuses it. The right to write comes from huggingface_hub: `hf
-    auth login`, or HF_TOKEN.
+    RunError if the folder is not an export or the hub refuses it. huggingface_hub provides the credentials, from `hf
+    auth login` or HF_TOKEN.
     """
-    # Refuse what can be refused before the hub is asked.
+    # Check the name and the files before contacting the hub.
     if HUB_ID_PATTERN.fullmatch(hub_id) is None or "@" in hub_id:
         raise RunError(f"{hub_id}: expected ORG/NAME, the model's place on the hub")
     missing = [name for name in EXPORT_FILES if not (folder / name).is_file()]
@@ -80,7 +80,7 @@ def push_to_hub(folder: Path, hub_id: str, *, private: bool = False) -> str:
         url = hub.create_repo(hub_id, private=private, exist_ok=True)
         hub.upload_folder(repo_id=hub_id, folder_path=folder, allow_patterns=list(EXPORT_FILES))
     except ValueError as error:
-        # The client's rules for names, the hub's for cards.
+        # The client checks the name, and the hub checks the model card.
         raise RunError(
             f"{hub_id}: the hub refuses the name or the model card ({_first_error_line(error)}); "
             "choose another name, or export again"

@@ -12,17 +12,17 @@ from ajepa.embed.table import read_table_plan, table_batches
 from ajepa.model.pooling import EncoderLayer, inverse_deviation_D
 from pipeline.errors import RunError
 
-# The table is read so many rows at a time, so that it may be of any length.
+# The table is read in batches of this many rows, so that it may have any length.
 TABLE_ROWS_PER_READ = 8_192
 
-# The columns of the table that are shown, and the one that is searched.
+# The columns of the table that are shown, and the column that is searched.
 SHOWN_COLUMNS = ("path", "clip_id", "seconds", "labels")
 VECTOR_COLUMN = "embedding"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NearestSound:
-    """One sound of the table, and its similarity to the query: the cosine of standardised embeddings, 1 at most."""
+    """A sound of the table, and its similarity to the query: the cosine of the standardised embeddings, at most 1."""
 
     similarity: float
     path: str
@@ -42,11 +42,11 @@ def nearest_sounds(
 ) -> list[NearestSound]:
     """Return the `count` most similar sounds of a table, the nearest first.
 
-    Each value of the embeddings is standardised over the table, as in the kNN probe of `evaluate`: values that are
-    alike for all sounds say nothing about one. `at` is the checkpoint of a run, as in `load_pretrained`. RunError where
-    the table was made by another model; AudioError where the query cannot be used.
+    Each dimension of the embeddings is standardised over the table, as in the kNN probe of `evaluate`, so that a large
+    offset common to all sounds does not dominate. `at` is the checkpoint of a run, as in `load_pretrained`. RunError if
+    the table was made by another model; AudioError if the query cannot be used.
     """
-    # The query must be embedded as the table was.
+    # Embed the query with the model and the options of the table.
     plan = read_table_plan(index)
     pretrained = load_pretrained(model, at)
     if plan["model_id"] != pretrained.model_id:
@@ -63,12 +63,12 @@ def nearest_sounds(
     )
     query_D = embedder.embed(query)[0].clip_D.double().numpy()
 
-    # A first pass over the table finds the mean and the deviation of each value.
+    # First pass over the table: the mean and the deviation of each dimension.
     mean_D, std_D = table_moments(index)
     scale_D = inverse_deviation_D(std_D)
     direction_D = unit_vectors((query_D - mean_D) * scale_D)
 
-    # A second pass compares, and keeps the best so far.
+    # Second pass: compare each row with the query, and keep the most similar rows so far.
     best: list[NearestSound] = []
     for batch in table_batches(index, (*SHOWN_COLUMNS, VECTOR_COLUMN), TABLE_ROWS_PER_READ):
         valid_N, vectors_ND = valid_vectors(batch)
@@ -79,13 +79,13 @@ def nearest_sounds(
             row["labels"] = tuple(row["labels"] or ())
             best.append(NearestSound(similarity=similarity, **row))
 
-        # The sort is stable: of equally similar sounds the earlier row comes first.
+        # The sort is stable: among equally similar sounds the earlier row comes first.
         best = sorted(best, key=lambda sound: -sound.similarity)[:count]
     return best
 
 
 def table_moments(index: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean and the deviation of each value over the table; RunError where it has no embedding."""
+    """Return the mean and the deviation of each dimension over the table; RunError if it has no embedding."""
     # Sums of the values and of their squares, in float64.
     rows = 0
     sum_D = np.zeros(1)
@@ -98,14 +98,14 @@ def table_moments(index: Path) -> tuple[np.ndarray, np.ndarray]:
     if not rows:
         raise RunError(f"{index}: holds no embedding; every row says why in `reason`")
 
-    # Rounding may make the variance of a constant value negative.
+    # Rounding may make the variance of a constant dimension negative.
     mean_D = sum_D / rows
     variance_D = np.maximum(square_D / rows - mean_D**2, 0)
     return mean_D, np.sqrt(variance_D)
 
 
 def valid_vectors(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
-    """Return the numbers of the rows that have an embedding, and these embeddings as float64 `ND`."""
+    """Return the indices in the batch of the rows that have an embedding, and these embeddings as float64 `ND`."""
     column = batch.column(VECTOR_COLUMN)
     valid_N = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
     values_N = column.drop_null().flatten().to_numpy()
@@ -113,5 +113,5 @@ def valid_vectors(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
 
 
 def unit_vectors(x_ND: np.ndarray) -> np.ndarray:
-    """Return vectors scaled to length 1; vectors without length stay 0."""
+    """Return the vectors scaled to length 1; zero vectors stay 0."""
     return x_ND / np.maximum(np.linalg.norm(x_ND, axis=-1, keepdims=True), 1e-12)

@@ -1,4 +1,4 @@
-"""A pretrained encoder, with all that is needed to feed it: loaded from a run, an export or the hub."""
+"""A pretrained encoder with the front end and normalisation of its input, loaded from a run, an export or the hub."""
 
 import hashlib
 import json
@@ -21,26 +21,26 @@ from pipeline.errors import RunError
 
 WEIGHTS_FILE = "model.safetensors"
 
-# The header of this file holds the configuration as JSON, under this key.
+# The header of this file contains the configuration as JSON, under this key.
 EXPORT_METADATA_KEY = "ajepa"
 
 EXPORT_FORMAT = 1
 
-# The checkpoint of a run that is loaded by default.
+# The default checkpoint of a run.
 LAST_CHECKPOINT = "last"
 
-# A message repeats so much of torch's error about weights, which lists every tensor.
+# Messages quote at most this many characters of torch's error about weights, which lists every tensor.
 MAX_ERROR_CHARACTERS = 200
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PretrainedEncoder:
-    """A frozen encoder: its shape and weights, the features that it was trained on, and where it came from.
+    """A frozen encoder: its shape and weights, its input features, and its origin.
 
-    mel        the front end of its features; `clip_seconds` is that of the training store and limits nothing
-    mean, std  of log-mel, by which features are normalised
-    origin     how it was made: recipe, step, identity of the data, versions; plain JSON values
-    licence    of the weights, as whoever exported them stated it
+    mel        front end of the input features; its `clip_seconds` is that of the training store and is not a limit here
+    mean, std  mean and deviation of log-mel that normalise the features
+    origin     how the encoder was made: recipe, step, identity of the data, versions; plain JSON values
+    licence    licence of the weights, as stated at the export
     """
 
     spec: EncoderSpec
@@ -53,31 +53,31 @@ class PretrainedEncoder:
 
     @classmethod
     def from_run(cls, path: Path, at: str | int = LAST_CHECKPOINT) -> Self:
-        """Load the encoder of a run at a checkpoint (`TrainedRun.open`).
+        """Return the encoder of a run at a checkpoint (`TrainedRun.open`).
 
-        Of a pre-trained run it is the target (EMA) encoder; of a fine-tuned one that of its classifier. RunError where
-        there is none, as in a run of a convolutional network.
+        A pre-training run gives the target (EMA) encoder, a fine-tuning run the encoder of its classifier. RunError if
+        the run has no encoder, for example if its model is a convolutional network.
         """
         trained = TrainedRun.open(path, at)
         run = trained.run
         return cls(
             spec=trained.encoder_spec("that embeds; give another run"),
             mel=trained.mel,
-            mean=run.identity["mean"],
-            std=run.identity["std"],
+            mean=run.identity.mean,
+            std=run.identity.std,
             weights=trained.encoder_weights(),
             origin={
                 "recipe": run.recipe,
                 "step": trained.step,
-                "identity": {key: value for key, value in run.identity.items() if key != "mel"},
+                "identity": {key: value for key, value in run.identity.to_json().items() if key != "mel"},
                 "versions": run.versions,
             },
         )
 
     @classmethod
     def from_export(cls, file: Path) -> Self:
-        """Load the file that `ajepa-train export` wrote; RunError where the file is another or was changed."""
-        # The weights, and the configuration in the header.
+        """Return the encoder in a file of `ajepa-train export`; RunError if it is another file or was changed."""
+        # Read the weights, and the configuration in the header.
         try:
             with safe_open(file, framework="pt") as opened:
                 text = (opened.metadata() or {}).get(EXPORT_METADATA_KEY)
@@ -92,7 +92,7 @@ class PretrainedEncoder:
                 f"{file}: export format {config['format']}, this version reads {EXPORT_FORMAT}; update ajepa"
             )
 
-        # The digest covers the weights and all that decides the embeddings.
+        # Compare the digest, which covers the weights and every setting that affects the embeddings.
         loaded = cls(
             spec=recipe_from_json(config["encoder"]),
             mel=MelSpec.from_json(config["mel"]),
@@ -108,7 +108,7 @@ class PretrainedEncoder:
 
     @property
     def model_id(self) -> str:
-        """16 hex digits, equal for encoders that give equal embeddings, wherever they come from."""
+        """16 hex digits; equal for encoders that give equal embeddings, whether from a run, an export or the hub."""
         settings = [recipe_to_json(self.spec), self.mel.spec_id, self.mean, self.std]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for name, weight in sorted(self.weights.items()):
@@ -118,11 +118,11 @@ class PretrainedEncoder:
 
     @property
     def recipe_name(self) -> str:
-        """The name of the recipe that trained it, for messages."""
+        """The name of the recipe that trained the encoder, for messages."""
         return str(self.origin.get("recipe", {}).get("name", "unnamed"))
 
     def to_json(self) -> Json:
-        """Return all but the weights: the configuration of an export."""
+        """Return the configuration of an export: everything except the weights."""
         return {
             "format": EXPORT_FORMAT,
             "model_id": self.model_id,
@@ -135,7 +135,7 @@ class PretrainedEncoder:
         }
 
     def build_encoder(self, device: torch.device) -> Encoder:
-        """Return the network in eval mode, without gradients; RunError where the weights do not fit its shape."""
+        """Return the network in eval mode, without gradients; RunError if the weights do not fit the shape."""
         encoder = Encoder(self.spec)
         try:
             encoder.load_state_dict(self.weights)
@@ -148,9 +148,9 @@ class PretrainedEncoder:
 def load_pretrained(location: Path | str, at: str | int = LAST_CHECKPOINT) -> PretrainedEncoder:
     """Load an encoder from a run folder, an exported folder or file, or ORG/NAME[@REVISION] on the Hugging Face hub.
 
-    `at` is the checkpoint of a run: last, best or a step. An export has a single one: RunError where another is asked
-    for. Paths on this machine come before names on the hub. Weights are safetensors: no pickle, and no code but this
-    package's.
+    `at` is the checkpoint of a run: last, best or a step. An export has a single checkpoint: RunError if `at` names
+    another. A local path takes precedence over a name on the hub. Weights are safetensors: loading needs no pickle and
+    runs no code from the export.
     """
     path = Path(location)
     if (path / RECIPE_FILE).is_file():
@@ -160,7 +160,7 @@ def load_pretrained(location: Path | str, at: str | int = LAST_CHECKPOINT) -> Pr
             f"{location}: is no run, and only a run has several checkpoints; leave out {at!r}, or give the run"
         )
 
-    # An export as a folder, as a single file, or on the hub.
+    # Load an export: a folder, a single file, or an id on the hub.
     if (path / WEIGHTS_FILE).is_file():
         return PretrainedEncoder.from_export(path / WEIGHTS_FILE)
     if path.is_file():

@@ -1,14 +1,14 @@
-"""The table of embeddings that `ajepa-train embed` writes: which sounds, the file, carrying on after a kill, reading.
+"""The table of embeddings of `ajepa-train embed`: the sounds, the Parquet file, resuming after a kill, and reading.
 
-NAME.parquet            one row a sound; the schema's metadata says which model made the table, and with which options:
-  clip_id               text: the id of a store's clip; of a file, the same as `path`
-  path                  text: of the sound, absolute; of a member of an archive, ARCHIVE::MEMBER
-  seconds               float64: length of the sound; null where the sound could not be used
-  embedding             fixed-size list of float32; null where the sound could not be used
-  reason, detail        text: why not (a key of `pipeline.store.manifest.FAILURE_REASONS`, and a sentence); else null
-  labels                list of text: a store's raw labels; null where none are known
-  frames, frame_ms      with frames: list of fixed-size lists of float32, and list of float64; empty where unusable
-NAME.parquet.partial/   until the table is complete: plan.json, and the rows so far in files that are each written whole
+NAME.parquet            one row per sound; the schema's metadata name the model and the options that made the table:
+  clip_id               text: the clip's id in the store; for a file the same as `path`
+  path                  text: absolute path of the sound; for a member of an archive ARCHIVE::MEMBER
+  seconds               float64: length of the sound; null if the sound could not be used
+  embedding             fixed-size list of float32; null if the sound could not be used
+  reason, detail        text: key of `pipeline.store.manifest.FAILURE_REASONS`, and a sentence; null for usable sounds
+  labels                list of text: the clip's raw labels in the store; null for files
+  frames, frame_ms      if requested: list of fixed-size lists of float32, and list of float64; empty if unusable
+NAME.parquet.partial/   until the table is complete: plan.json, and part files with the rows so far
 """
 
 import hashlib
@@ -50,17 +50,17 @@ from pipeline.tables import DAMAGED_TABLE_ERRORS, TABLE_METADATA_KEY, describe_t
 TABLE_FORMAT = 1
 TABLE_PLAN_FILE = "plan.json"
 
-# Rows are written together once there are so many sounds, or so many frames of them: three hours.
+# A part file is written after PART_CLIPS sounds or PART_FRAMES mel frames (about three hours), whichever comes first.
 PART_CLIPS = 512
 PART_FRAMES = 1_000_000
 
-# A summary names so many of the sounds that have no embedding.
+# At most this many failed sounds are named in the summary.
 FAILURES_SHOWN = 3
 
-# A whole table is read so many rows at a time, where they are small.
+# Columns with small values are read in batches of this many rows.
 SMALL_ROWS_PER_READ = 65_536
 
-# A folder that holds this file is a store.
+# A folder that contains this file is a store.
 STORE_MARKER_FILE = "zarr.json"
 
 PARQUET_OPTIONS: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
@@ -68,7 +68,7 @@ PARQUET_OPTIONS: dict[str, Any] = {"compression": "zstd", "write_page_checksum":
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SoundRow:
-    """The columns of one sound that are known before it is read."""
+    """The columns of a sound's row that are known before the sound is read."""
 
     clip_id: str
     path: str
@@ -77,7 +77,7 @@ class SoundRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class EmbeddingJob:
-    """The rows of a table in order, the function that opens the sound of each, and what identifies all the sounds."""
+    """The rows of a table in order, a function that opens the sound of a row, and the identity of all sounds."""
 
     rows: Sequence[SoundRow]
     row_opener: Callable[[int], Callable[[], SoundStream]]
@@ -85,13 +85,13 @@ class EmbeddingJob:
 
     @classmethod
     def from_store(cls, store: FeatureStore, model: Embedder) -> "EmbeddingJob":
-        """Return the job for every good clip of a store; RunError: it has none, or another mel spec."""
+        """Return the job for all good clips of a store; RunError if there are none or the mel spec does not match."""
         store.refuse_other_front_end(model.mel, "the model needs")
         rows_N = store.good_rows()
         if not len(rows_N):
             raise RunError(f"{store.location}: has no good clip to embed; ajepa-data report tells why")
 
-        # The raw labels of every clip, by name.
+        # Collect the names of each clip's raw labels.
         clips = store.manifest[rows_N]
         indices_N, offsets_N = store.flat_labels()
         labels = [
@@ -99,7 +99,7 @@ class EmbeddingJob:
             for row in rows_N.tolist()
         ]
 
-        # Clips that are excluded later make another table.
+        # The exclusion list is part of the identity: a table begun before an exclusion is not carried on.
         identity = {"store_id": store.store_id, "rows": len(rows_N)}
         if store.exclusions.digest is not None:
             identity["excluded"] = store.exclusions.digest
@@ -112,7 +112,7 @@ class EmbeddingJob:
 
     @classmethod
     def from_locations(cls, locations: Sequence[str], model: Embedder) -> "EmbeddingJob":
-        """Return the job for single files, and every sound of folders and archives; InputError where there is none."""
+        """Return the job for files and all sounds in folders and archives; InputError if a location has none."""
         locators = [locator for location in locations for locator in sounds_at_location(location)]
         paths = [sound_path(locator) for locator in locators]
         digest = hashlib.sha256("\n".join(paths).encode()).hexdigest()[:16]
@@ -134,7 +134,7 @@ def make_embedding_job(locations: Sequence[str], model: Embedder, **store_option
 
 
 def is_store(location: str) -> bool:
-    """Whether a location is a feature store, by its name or by the file that every store has."""
+    """Return whether a location is a feature store: its name ends in .zarr, or it contains STORE_MARKER_FILE."""
     return location.rstrip("/").endswith(".zarr") or (Path(location) / STORE_MARKER_FILE).is_file()
 
 
@@ -145,12 +145,12 @@ def sounds_at_location(location: str) -> Iterator[SoundLocator]:
     if not is_remote and not path.exists():
         raise InputError(f"{location}: no such file or folder; expected sounds, or a store")
 
-    # A single file is taken for a sound, whatever its extension.
+    # A single file is treated as a sound, whatever its extension.
     if not is_remote and path.is_file() and file_extension(location) not in ARCHIVE_KINDS:
         yield SoundLocator.from_path(path.absolute())
         return
 
-    # Folders and archives are listed.
+    # List the sounds in folders and archives.
     found = find_sounds([location if is_remote else path.absolute()])
     for note in found.notes:
         print_to_stderr(note)
@@ -161,7 +161,7 @@ def sounds_at_location(location: str) -> Iterator[SoundLocator]:
 
 
 def sound_path(locator: SoundLocator) -> str:
-    """Return the path of a sound, with the name of its member where it lies in an archive."""
+    """Return the path of a sound; for a sound in an archive ARCHIVE::MEMBER."""
     if locator.kind == "file":
         return locator.path
     member = locator.source.rpartition(MEMBER_SEPARATOR)[2]
@@ -179,19 +179,19 @@ def write_embedding_table(
     progress: bool = False,
     say: Callable[[str], None] = print_to_stderr,
 ) -> Counter[str]:
-    """Write the table of embeddings `out`, or carry on with it; return how many rows are `good`, and of each reason.
+    """Write or resume the table of embeddings `out`; return the numbers of `good` rows and of failed rows by reason.
 
-    A run that is killed and started again gives the same rows, and the same bytes on the same machine: sounds whose
-    rows are written together are encoded together, wherever the run began. A sound that cannot be used becomes a row
-    with its reason and without an embedding. RunError where `out` holds other embeddings or is damaged; StoreError
-    where another process is writing it.
+    A run that is killed and started again gives the same rows, and on the same machine the same bytes: the sounds of
+    a part file are always encoded together, wherever the run resumed. A sound that cannot be used gets a row with a
+    reason and without an embedding. RunError if `out` contains other embeddings or is damaged; StoreError if another
+    process is writing it.
     """
     plan = table_plan(model, job, frames, batch)
     table = EmbeddingTable(path=out, plan=plan, width=model.width, frames=frames)
     out.parent.mkdir(parents=True, exist_ok=True)
     total = len(job.rows)
     with lock_output_file(out):
-        # Find out how far an earlier run came.
+        # Count the rows that an earlier run wrote.
         written = table.start_or_resume()
         if out.exists():
             say(f"{out}: already complete, {total} rows")
@@ -199,7 +199,7 @@ def write_embedding_table(
         if written:
             say(f"{out}: carrying on after {written} of {total} rows")
 
-        # Embed and write the other sounds, part by part.
+        # Embed and write the remaining sounds, part by part.
         openers = open_ahead((job.row_opener(number) for number in range(written, total)), workers)
         bar_options = {"unit": "sound", "disable": not progress, "dynamic_ncols": True, "mininterval": 0.5}
         with tqdm(total=total, initial=written, **bar_options) as bar:
@@ -216,7 +216,7 @@ def write_embedding_table(
 
 
 def table_plan(model: Embedder, job: EmbeddingJob, frames: bool, batch: int) -> Json:
-    """Return all that decides the values of a table."""
+    """Return everything that determines the values in a table: format, model, options, and identity of the sounds."""
     return {
         "format": TABLE_FORMAT,
         "model_id": model.pretrained.model_id,
@@ -231,7 +231,7 @@ def table_plan(model: Embedder, job: EmbeddingJob, frames: bool, batch: int) -> 
 
 
 def openers_of_part(openers: Iterable[Callable[[], SoundStream]]) -> Iterator[Callable[[], SoundStream]]:
-    """Yield the next openers: those of the sounds whose rows are written together."""
+    """Yield the openers of the sounds of the next part file."""
     frame_count = 0
 
     def count_frames(mels: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -245,7 +245,7 @@ def openers_of_part(openers: Iterable[Callable[[], SoundStream]]) -> Iterator[Ca
         sound.mels = count_frames(sound.mels)
         return sound
 
-    # The frames are counted while the caller takes them, between one opener and the next.
+    # The frames of a sound are counted while the caller reads them, before it takes the next opener.
     for number, opener in enumerate(openers, start=1):
         yield partial(open_and_count, opener)
         if number == PART_CLIPS or frame_count >= PART_FRAMES:
@@ -253,9 +253,9 @@ def openers_of_part(openers: Iterable[Callable[[], SoundStream]]) -> Iterator[Ca
 
 
 def summarise_table(out: Path, counts: Counter[str], say: Callable[[str], None] = print_to_stderr) -> str:
-    """Return in one line how many sounds have an embedding; `say` prints the first of those that have none.
+    """Return one line with the number of sounds that have an embedding; `say` prints the first failed sounds.
 
-    RunError where no sound has one.
+    RunError if no sound has an embedding.
     """
     failures = describe_failures(out, FAILURES_SHOWN)
     if not counts["good"]:
@@ -271,7 +271,7 @@ def summarise_table(out: Path, counts: Counter[str], say: Callable[[str], None] 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EmbeddingTable:
-    """A table in the making, at `path`; `plan` says from which sounds and by which model, and is compared on resume."""
+    """The table at `path` while it is written. `plan` (`table_plan`) must be unchanged on resume."""
 
     path: Path
     plan: Json
@@ -299,18 +299,18 @@ class EmbeddingTable:
         return pa.schema(fields, metadata={TABLE_METADATA_KEY: json.dumps(self.plan, separators=(",", ":"))})
 
     def start_or_resume(self) -> int:
-        """Return how many rows are there already, of a complete table or of an interrupted one.
+        """Return the number of rows that are already written, in a complete or an interrupted table.
 
-        RunError where they belong to another table, or are damaged.
+        RunError if they have another plan, or are damaged.
         """
         if self.path.exists():
             self._refuse_other_plan(read_table_plan(self.path), self.path)
 
-            # A run that was killed between its last two steps leaves the parts.
+            # If a run was killed after it merged the parts and before it deleted them, delete them now.
             shutil.rmtree(self.parts_folder, ignore_errors=True)
             return int(pq.read_metadata(self.path).num_rows)
 
-        # The plan is written before the first part.
+        # Write the plan, or compare it; it is always written before the first part.
         self.parts_folder.mkdir(parents=True, exist_ok=True)
         plan_file = self.parts_folder / TABLE_PLAN_FILE
         if plan_file.exists():
@@ -327,13 +327,13 @@ class EmbeddingTable:
     def write_rows(
         self, first: int, rows: Sequence[SoundRow], results: Sequence[Embedding | AudioError]
     ) -> None:
-        """Write rows from number `first` on, whole or not at all."""
+        """Write the rows from number `first` on as one part file, completely or not at all."""
         table = pa.table(self._table_columns(rows, results), schema=self.schema)
         with replacing_file(self.parts_folder / f"{first:010d}.parquet") as scratch:
             pq.write_table(table, scratch, **PARQUET_OPTIONS)
 
     def merge_parts(self) -> None:
-        """Write all rows into one file, a row group for each part, and delete the parts."""
+        """Write all rows into one file with one row group per part, and delete the parts."""
         with (
             replacing_file(self.path) as scratch,
             pq.ParquetWriter(scratch, self.schema, **PARQUET_OPTIONS) as writer,
@@ -346,7 +346,7 @@ class EmbeddingTable:
         sync_to_disk(self.path.parent)
 
     def count_reasons(self) -> Counter[str]:
-        """Return how many rows of the complete table are good, and how many have each reason."""
+        """Return the number of good rows in the complete table, and of failed rows by reason."""
         counts: Counter[str] = Counter()
         for batch in table_batches(self.path, ("reason",), SMALL_ROWS_PER_READ):
             counts.update(reason or "good" for reason in batch.column("reason").to_pylist())
@@ -365,7 +365,7 @@ class EmbeddingTable:
     def _table_columns(
         self, rows: Sequence[SoundRow], results: Sequence[Embedding | AudioError]
     ) -> dict[str, pa.Array]:
-        """Return the columns of some rows; of each row there is an embedding or an error, never both."""
+        """Return the table columns of some rows; the result of a row is either an embedding or an error."""
         embeddings = [result if isinstance(result, Embedding) else None for result in results]
         errors = [result if isinstance(result, AudioError) else None for result in results]
         columns = {
@@ -382,7 +382,7 @@ class EmbeddingTable:
         return columns
 
     def _clip_vectors(self, embeddings: Sequence[Embedding | None]) -> pa.Array:
-        """Return the vector of every clip, null where there is none."""
+        """Return the vector of every clip; null for a failed sound."""
         values_ND = np.zeros((len(embeddings), self.width), np.float32)
         for row_D, embedding in zip(values_ND, embeddings, strict=True):
             if embedding is not None:
@@ -391,8 +391,8 @@ class EmbeddingTable:
         return pa.FixedSizeListArray.from_arrays(pa.array(values_ND.ravel()), self.width, mask=missing)
 
     def _frame_columns(self, embeddings: Sequence[Embedding | None]) -> dict[str, pa.Array]:
-        """Return the vectors of every clip's frames and their times, empty where there are none."""
-        # The frames of all clips one after the other, and the offsets at which each clip's begin.
+        """Return the columns with the frame vectors of every clip and their times; empty lists for a failed sound."""
+        # Concatenate the frames of all clips; the offsets mark where the frames of each clip begin.
         lengths = [0 if embedding is None else len(embedding.frames_TD) for embedding in embeddings]
         offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
         present = [embedding for embedding in embeddings if embedding is not None]
@@ -411,7 +411,7 @@ class EmbeddingTable:
 
 @contextmanager
 def refusing_damage(path: Path, next_step: str) -> Iterator[None]:
-    """Turn every error that reading a damaged Parquet file may raise into a RunError that ends with the next step."""
+    """Turn every error that reading a damaged Parquet file may raise into a RunError that ends with `next_step`."""
     try:
         yield
     except DAMAGED_TABLE_ERRORS as error:
@@ -419,7 +419,7 @@ def refusing_damage(path: Path, next_step: str) -> Iterator[None]:
 
 
 def read_table_plan(path: Path) -> Json:
-    """Return the plan by which a table of embeddings was made; RunError where the file is no such table."""
+    """Return the plan (`table_plan`) of a table of embeddings; RunError if the file is not a table of embeddings."""
     with refusing_damage(path, "make it with `ajepa-train embed`"):
         metadata = pq.read_schema(path).metadata or {}
     text = metadata.get(TABLE_METADATA_KEY)
@@ -430,7 +430,7 @@ def read_table_plan(path: Path) -> Json:
 
 
 def table_batches(path: Path, columns: Sequence[str], rows_per_batch: int) -> Iterator[pa.RecordBatch]:
-    """Yield the columns of some rows of a complete table at a time; RunError where the table is damaged."""
+    """Yield batches of rows of a complete table, with the given columns; RunError if the table is damaged."""
     with (
         refusing_damage(path, "delete it and embed again"),
         pq.ParquetFile(path, page_checksum_verification=True) as file,
@@ -439,12 +439,12 @@ def table_batches(path: Path, columns: Sequence[str], rows_per_batch: int) -> It
 
 
 def describe_failures(path: Path, limit: int) -> list[str]:
-    """Return the path and the reason of the first rows of a complete table that have no embedding, at most `limit`."""
+    """Return path and reason of the first failed sounds of a complete table, at most `limit`."""
     lines: list[str] = []
     for batch in table_batches(path, ("path", "reason", "detail"), SMALL_ROWS_PER_READ):
         failed = (row for row in batch.to_pylist() if row["reason"])
         for row in islice(failed, limit - len(lines)):
-            # The detail may begin with the name of the file, which the path has.
+            # The detail may begin with the name of the file, which the path already contains.
             detail = row["detail"].removeprefix(Path(row["path"]).name + ": ")
             lines.append(f"{row['path']}: {row['reason']} ({detail})")
     return lines

@@ -1,4 +1,4 @@
-"""A sound of any length as log-mel in pieces, and as overlapping windows of an encoder's length, in bounded memory."""
+"""Sounds of any length as pieces of log-mel and as overlapping windows of the encoder's length, in bounded memory."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -14,15 +14,15 @@ from ajepa.model.patches import PatchGrid
 from pipeline.audio.mel import log_mel
 from pipeline.audio.mel_spec import MelSpec
 
-# Waves are transformed in pieces of at least so many samples; decoders give as little as 0.02 s at a time.
+# Waves are transformed in pieces of at least this many samples; pieces from decoders may be as short as 0.02 s.
 MIN_PIECE_SAMPLES = 2**18
 
-# A thread computes so many frames of a sound before its turn comes: all of most clips, the beginning of hours.
+# A thread computes this many frames of a sound in advance: all of most clips, the beginning of very long sounds.
 READ_AHEAD_FRAMES = 3_000
 
 
 class SoundStream:
-    """A sound being read: its log-mel in pieces `TF` and, once they are all taken, its length in seconds."""
+    """A sound being read: its log-mel in pieces `TF`; its length in seconds is final once all are read."""
 
     def __init__(self, mels: Iterable[Tensor], seconds: float = 0.0) -> None:
         self.mels = iter(mels)
@@ -30,7 +30,7 @@ class SoundStream:
 
     @classmethod
     def from_waves(cls, waves: Iterable[np.ndarray], spec: MelSpec) -> "SoundStream":
-        """Return the stream of a wave in pieces, at the spec's rate."""
+        """Return the stream of a wave, which comes in pieces at the spec's sample rate."""
         sound = cls(())
 
         def count_seconds() -> Iterator[np.ndarray]:
@@ -43,11 +43,11 @@ class SoundStream:
 
 
 def stream_log_mel(waves: Iterable[np.ndarray], spec: MelSpec) -> Iterator[Tensor]:
-    """Yield the log-mel of a wave in pieces, as pieces `TF`: frame for frame that of the whole wave (`mel.log_mel`)."""
-    # A centred frame reaches back half a window. `ready` waits for a whole one, which is more than it reaches ahead.
+    """Yield the log-mel of a wave piece by piece, `TF`; the frames equal those of the whole wave (`mel.log_mel`)."""
+    # A centred frame needs half a window on either side of its centre. `ready` waits for a whole window, which is more.
     margin = 0 if spec.framing == "kaldi" else -(-spec.window_samples // spec.hop_samples)
 
-    # The end of the wave so far, and how many of the frames that begin in it have been given.
+    # The end of the wave so far, and the number of frames beginning in it that are already yielded.
     tail_S = torch.zeros(0)
     given = 0
     for wave_S in join_short_pieces(waves):
@@ -56,19 +56,19 @@ def stream_log_mel(waves: Iterable[np.ndarray], spec: MelSpec) -> Iterator[Tenso
         if ready > given:
             yield log_mel(tail_S[None], spec)[0, given:ready]
 
-            # Forget the samples to which no later frame reaches back.
+            # Drop the samples that no later frame needs.
             forgotten = max(0, ready - margin)
             tail_S = tail_S[forgotten * spec.hop_samples :]
             given = ready - forgotten
 
-    # The frames at the end of the wave.
+    # Yield the frames at the end of the wave.
     last_TF = log_mel(tail_S[None], spec)[0, given:]
     if len(last_TF):
         yield last_TF
 
 
 def join_short_pieces(waves: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Yield the same wave in pieces of some seconds each."""
+    """Yield the same wave in longer pieces, of some seconds each."""
     pieces: list[np.ndarray] = []
     for wave_S in waves:
         pieces.append(wave_S)
@@ -80,7 +80,7 @@ def join_short_pieces(waves: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 def drop_frames(mels: Iterable[Tensor], frames: int) -> Iterator[Tensor]:
-    """Yield a spectrogram in pieces without its first frames."""
+    """Yield the pieces of a spectrogram without its first frames."""
     for mel_TF in mels:
         yield mel_TF[frames:]
         frames = max(0, frames - len(mel_TF))
@@ -88,12 +88,14 @@ def drop_frames(mels: Iterable[Tensor], frames: int) -> Iterator[Tensor]:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class SoundWindow:
-    """One view of a sound: at most a grid's frames of it, and the time columns of the sound that are taken from it.
+    """One view of a sound: at most as many frames as the grid has, and the range of columns that the window owns.
 
-    mel_TF        log-mel as computed; fewer frames than the grid has where the sound ends
-    start_column  the column of the sound at which the window begins
-    first_column  first of the sound's columns that the window owns: those that have more context in it than in others
-    end_column    one past the last of these columns
+    A window owns the columns of the sound that have more context in this window than in its neighbours.
+
+    mel_TF        log-mel, not normalised; fewer frames than the grid if the sound ends here
+    start_column  column of the sound at which the window begins
+    first_column  first column of the sound that the window owns
+    end_column    one past the last column that the window owns
     """
 
     mel_TF: Tensor
@@ -103,9 +105,9 @@ class SoundWindow:
 
 
 def window_hop_columns(grid: PatchGrid, overlap: float) -> int:
-    """Return the columns from one window to the next where they share `overlap` of their length.
+    """Return the distance in columns between the starts of windows that share `overlap` of their length.
 
-    ValueError where `overlap` lies outside [0, 1).
+    ValueError if `overlap` is outside [0, 1).
     """
     if not 0 <= overlap < 1:
         raise ValueError(f"overlap must lie in [0, 1), got {overlap}")
@@ -113,23 +115,23 @@ def window_hop_columns(grid: PatchGrid, overlap: float) -> int:
 
 
 def cut_windows(mels: Iterable[Tensor], grid: PatchGrid, hop_columns: int) -> Iterator[SoundWindow]:
-    """Yield the windows of a sound, `hop_columns` apart; none where it has no frame.
+    """Yield the windows of a sound, which start `hop_columns` apart; no window if the sound has no frame.
 
-    The last window begins early enough to be full. Only if windows do not overlap (`hop_columns` is the number of the
-    grid's columns) is it as long as there is sound. Of the columns that two windows share each owns the half nearer to
-    its middle. Frames of at most two windows are in memory.
+    The last window of a long sound starts early enough to be full. If windows do not overlap (`hop_columns` equals the
+    columns of the grid), the last window ends with the sound and may be shorter. Of the columns that two windows share,
+    each window owns the half that is nearer to its middle. Frames of at most two windows are in memory.
     """
-    # Frames from column `tail_column` on; the next window begins at column `start`.
+    # The frames from column `tail_column` on; the next window starts at column `start`.
     tail_TF = torch.zeros(0, grid.bands)
     tail_column = 0
     start = 0
 
-    # The window before it, which owns columns up to the first one of the next window.
+    # The previous window waits here until the next window sets the end of its own columns.
     previous: SoundWindow | None = None
     for mel_TF in mels:
         tail_TF = torch.cat((tail_TF, mel_TF))
 
-        # Cut windows as long as frames remain after them: the last window is cut below.
+        # Cut a window only if frames remain after it: the last window is cut below.
         while len(tail_TF) > (start + grid.cols - tail_column) * grid.patch_frames:
             first_column = first_own_column(previous, start, grid.cols)
             if previous is not None:
@@ -146,7 +148,7 @@ def cut_windows(mels: Iterable[Tensor], grid: PatchGrid, hop_columns: int) -> It
     if not len(tail_TF):
         return
 
-    # The last window, with the one before it.
+    # Yield the previous window and the last window.
     end_column = tail_column + -(-len(tail_TF) // grid.patch_frames)
     if previous is not None and hop_columns < grid.cols:
         start = end_column - grid.cols
@@ -162,7 +164,7 @@ def cut_windows(mels: Iterable[Tensor], grid: PatchGrid, hop_columns: int) -> It
 
 
 def first_own_column(previous: SoundWindow | None, start_column: int, window_columns: int) -> int:
-    """Return the first column that a window owns: the middle of the columns that it shares with the one before it."""
+    """Return the first column that a window owns: the middle of the columns that it shares with the previous window."""
     if previous is None:
         return start_column
     return (previous.start_column + window_columns + start_column) // 2
@@ -171,14 +173,14 @@ def first_own_column(previous: SoundWindow | None, start_column: int, window_col
 def open_ahead(
     openers: Iterable[Callable[[], SoundStream]], workers: int
 ) -> Iterator[Callable[[], SoundStream]]:
-    """Yield the same openers, each called by one of `workers` threads before its turn; with 0, when its turn comes."""
+    """Yield functions that return the opened sounds; `workers` threads open them in advance (0: opened when called)."""
     if not workers:
         yield from openers
         return
     remaining = iter(openers)
     threads = ThreadPoolExecutor(workers, thread_name_prefix="sounds")
     try:
-        # Two sounds a thread are on their way: for each that is taken, one more is begun.
+        # Two sounds per thread are opened in advance; when the caller takes one, the next is started.
         started = deque(
             threads.submit(open_and_prefetch, opener) for opener in islice(remaining, 2 * workers)
         )
@@ -190,7 +192,7 @@ def open_ahead(
 
 
 def open_and_prefetch(opener: Callable[[], SoundStream]) -> SoundStream:
-    """Open a sound and compute its first half minute: for most sounds, all."""
+    """Return the opened sound with the log-mel of its first half minute already computed: most sounds are shorter."""
     sound = opener()
     prefetched: list[Tensor] = []
     frames = 0

@@ -1,4 +1,4 @@
-"""Scores of a fine-tuned run's classifier on whole held-out clips of any store, and the evaluation made of them."""
+"""Logits of a fine-tuned run's classifier for the held-out clips of any store, and the evaluation based on them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ from ajepa.evaluate.true_labels import LabelKindOption, TrueLabels
 from ajepa.model.classifier import Classifier
 from ajepa.training.devices import pick_precision
 from ajepa.training.run import Json, Run
+from ajepa.training.run_identity import TaskIdentity
 from ajepa.training.trained_run import TrainedRun
 from pipeline.errors import RunError
 from pipeline.labels.ontology import ClassList
@@ -49,9 +50,10 @@ class HeldOutScores:
     logits_NC: np.ndarray
 
     def true_labels(self, kind: LabelKindOption = "auto", label_sets: Sequence[str] = ()) -> list[TrueLabels]:
-        """The clips' labels: of the label set that was trained, then of every other of the store; or of those named.
+        """The clips' labels in each of `label_sets`; by default in the trained label set, then in the store's others.
 
-        `auto`: single where the classifier was trained on single labels and these are single, else multi.
+        With kind `auto`, labels are single if the classifier was trained on single labels and every clip has exactly
+        one label of the set; else they are multi.
         """
         task_data = self.task_data
         names = label_sets or dict.fromkeys((task_data.label_set, *task_data.store.label_sets))
@@ -65,7 +67,7 @@ class HeldOutScores:
         ]
 
     def primary_metrics(self) -> Json:
-        """The primary metric on each label set, under its name in the metrics of a run."""
+        """The primary metric on each label set, with the keys `eval_METRIC_LABELSET` of a run's metrics."""
         return {
             f"eval_{PRIMARY_METRIC[truth.kind]}_{truth.label_set}": truth.primary_value(self.logits_NC)
             for truth in self.true_labels()
@@ -73,12 +75,13 @@ class HeldOutScores:
 
 
 def held_out_task_data(run: Run, store: FeatureStore) -> TaskData:
-    """The clips of a store that a fine-tuned run's classifier is measured on, and the classes that both have.
+    """The clips of a store that measure a fine-tuned run's classifier, and the classes that run and store share.
 
-    They are those of the run's own splits where the store has these (`run_splits_in_store`); in another store those
-    kept to measure on, or all folds. RunError where run and store share no class, or no clip has a shared one.
+    If the store has the run's own splits (`run_splits_in_store`), the clips are those of the run's eval splits.
+    In another store they are those of the store's evaluation splits, or of all folds. RunError if run and store share
+    no class, or if no clip has a shared class.
     """
-    # Which splits
+    # The splits to train on and to measure
     splits = sorted(store.manifest["split"].unique())
     train_names: tuple[str, ...] = ()
     run_splits = run_splits_in_store(run, store)
@@ -89,9 +92,9 @@ def held_out_task_data(run: Run, store: FeatureStore) -> TaskData:
     else:
         eval_names = tuple(probe_eval_splits(store))
 
-    # Which of their clips
-    identity = run.identity
-    label_set = identity["label_set"] if identity["label_set"] in store.label_sets else "raw"
+    # The shared classes, and the clips that have one of them
+    identity = run.task_identity
+    label_set = identity.label_set if identity.label_set in store.label_sets else "raw"
     classes, merge_SC = shared_classes(identity, store)
     eval_good_N = store.good_rows(list(eval_names))
     eval_N = rows_with_labels(store, eval_good_N, label_set, merge_SC)
@@ -101,11 +104,11 @@ def held_out_task_data(run: Run, store: FeatureStore) -> TaskData:
             f"see: ajepa-data report {store.location}"
         )
     return TaskData(
-        task=TASKS.get(identity["task"], TASKS["own"]),
+        task=TASKS.get(identity.task, TASKS["own"]),
         store=store,
         label_set=label_set,
         classes=classes,
-        single=identity["kind"] == "single",
+        single=identity.single_label,
         train_splits=train_names,
         eval_splits=eval_names,
         train_N=rows_with_labels(store, store.good_rows(list(train_names)), label_set, merge_SC),
@@ -116,12 +119,12 @@ def held_out_task_data(run: Run, store: FeatureStore) -> TaskData:
 
 
 def run_splits_in_store(run: Run, store: FeatureStore) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
-    """The splits that a fine-tuned run was trained and measured on, where they mean the same in this store.
+    """The train and eval splits of a fine-tuned run, if their names mean the same clips in this store; else None.
 
-    They do in the run's own store, and where both stores are cut into the same folds; else None.
+    They do in the run's own store, and in a store that has all folds (`fold1`, `fold2`, ...) of the run.
     """
-    train_names = tuple(run.identity["train_splits"])
-    eval_names = tuple(run.identity["eval_splits"])
+    train_names = run.task_identity.train_splits
+    eval_names = run.task_identity.eval_splits
     names = {*train_names, *eval_names}
     are_folds = all(FOLD_PATTERN.fullmatch(split) for split in names)
     has_folds = are_folds and names <= set(store.manifest["split"].unique())
@@ -130,19 +133,19 @@ def run_splits_in_store(run: Run, store: FeatureStore) -> tuple[tuple[str, ...],
     return None
 
 
-def shared_classes(identity: Json, store: FeatureStore) -> tuple[ClassList, np.ndarray]:
-    """The classifier's classes that a store has, in the classifier's order, and `merge_SC` (`TaskData`).
+def shared_classes(identity: TaskIdentity, store: FeatureStore) -> tuple[ClassList, np.ndarray]:
+    """The classes that classifier and store share, in the classifier's order, and `merge_SC` (see `TaskData`).
 
-    A word that the classifier's task does not tell apart belongs to the task's `other_class`. RunError where the
-    store has no class of the classifier's.
+    A word of the classifier's task that is not one of its `distinct_classes` belongs to its `other_class`. RunError
+    if classifier and store share no class.
     """
-    # The words that the classifier knows as one class
-    task = TASKS.get(identity["task"])
+    # The words that the classifier's task merges into one class
+    task = TASKS.get(identity.task)
     other_class = task.other_class if task and task.distinct_classes else None
     task_words = set(task.classes.mids) if task and task.classes else set()
 
-    # Which class of the classifier each class of the store is
-    mids = identity["classes"]
+    # The classifier's class for each class of the store
+    mids = identity.classes
     place_of = {mid: place for place, mid in enumerate(mids)}
     merge_SC = np.zeros((len(store.classes), len(mids)), np.float32)
     for index, mid in enumerate(store.classes.mids):
@@ -151,7 +154,7 @@ def shared_classes(identity: Json, store: FeatureStore) -> tuple[ClassList, np.n
         elif other_class is not None and mid in task_words:
             merge_SC[index, place_of[other_class]] = 1.0
 
-    # Only classes of both
+    # Keep the classes that classifier and store share
     shared_C = np.flatnonzero(merge_SC.any(axis=0))
     if not len(shared_C):
         raise RunError(
@@ -165,11 +168,11 @@ def shared_classes(identity: Json, store: FeatureStore) -> tuple[ClassList, np.n
 
 
 def held_out_scores(trained: TrainedRun, task_data: TaskData, device: torch.device) -> HeldOutScores:
-    """The logits of a run's classifier for the clips to measure, of the task data's classes alone."""
+    """The logits of a run's classifier for the eval clips of the task data, restricted to the task data's classes."""
     logits_NC = classifier_logits_NC(trained, task_data.store, task_data.eval_N, device)
 
     # The network has an output for every class of the run; the store may lack some
-    place_of = {mid: place for place, mid in enumerate(trained.run.identity["classes"])}
+    place_of = {mid: place for place, mid in enumerate(trained.run.task_identity.classes)}
     places = [place_of[mid] for mid in task_data.classes.mids]
     return HeldOutScores(task_data=task_data, logits_NC=logits_NC[:, places])
 
@@ -177,10 +180,10 @@ def held_out_scores(trained: TrainedRun, task_data: TaskData, device: torch.devi
 def classifier_logits_NC(
     trained: TrainedRun, store: FeatureStore, rows_N: np.ndarray, device: torch.device
 ) -> np.ndarray:
-    """Logits of a run's classifier for some clips of a store, whole, normalised as the run's own clips were."""
+    """Logits of a run's classifier for whole clips of a store, normalised by the run's own mean and deviation."""
     identity = trained.run.identity
     frames = trained.finetune_recipe.model.frames
-    views = ClipViews(store=store, frames=frames, mean=identity["mean"], std=identity["std"])
+    views = ClipViews(store=store, frames=frames, mean=identity.mean, std=identity.std)
     bf16 = pick_precision("auto", device).is_half
     return predict_logits_NC(trained.classifier(device), views, rows_N, device, bf16=bf16)
 
@@ -188,7 +191,7 @@ def classifier_logits_NC(
 def predict_logits_NC(
     model: Classifier, views: ClipViews, rows_N: np.ndarray, device: torch.device, *, bf16: bool
 ) -> np.ndarray:
-    """One logit per class for each clip, float32 `NC`; the model is in evaluation mode, so nothing is random."""
+    """One logit per class for each clip, float32 `NC`; the model is set to evaluation mode, so nothing is random."""
     model.train(False)
     logits = []
     for start in range(0, len(rows_N), CLIPS_PER_READ):
@@ -202,13 +205,13 @@ def average_view_logits_BC(
     model: Classifier, mel_BVTF: Tensor, n_frames_BV: Tensor, device: torch.device, *, bf16: bool
 ) -> Tensor:
     """Mean of the logits of a clip's views, weighted by their valid frames; views past the clip's end are left out."""
-    # Only views that hold sound go through the model
+    # Only views with valid frames go through the model
     clip_N, view_N = torch.nonzero(n_frames_BV, as_tuple=True)
     frames_N = n_frames_BV[clip_N, view_N]
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         logits_NC = model(mel_BVTF[clip_N, view_N].to(device), frames_N)
 
-    # A last view of few frames weighs as much less as it is shorter
+    # Each view is weighted by its valid frames, because the last view may be short
     weighted_NC = logits_NC.float().cpu() * frames_N[:, None]
     sums_BC = torch.zeros(len(mel_BVTF), weighted_NC.shape[1]).index_add_(0, clip_N, weighted_NC)
     return sums_BC / n_frames_BV.sum(dim=1, keepdim=True)
@@ -226,16 +229,16 @@ def classifier_protocol(
     checkpoint: str | int = "last",
     kind: LabelKindOption = "auto",
 ) -> EvaluationProtocol:
-    """The protocol of measuring a classifier on its held-out clips, or one classifier a fold on each fold's.
+    """The protocol of an evaluation of one classifier on its held-out clips, or of one classifier for each fold.
 
-    Where there are folds, run, weights and step are those of the first. `train_clips` is how many clips the classifier
-    was trained on, where that is known and the task data are of another store.
+    With folds, `run`, `weights` and `step` are those of the first fold. `train_clips` is the number of clips that
+    trained the classifier; it is ignored if the task data are of the run's own store, which contains these clips.
     """
     first = data_by_fold[0]
     folds = count_folds(data_by_fold)
     eval_clips = sum(len(task_data.eval_N) for task_data in data_by_fold)
 
-    # On the run's own store the task data say on how many clips it was trained
+    # The run's own store contains the clips that trained the classifier
     if is_training_store(run, first.store):
         train_clips = len(first.train_N)
     return build_protocol(
@@ -257,20 +260,21 @@ def classifier_protocol(
 
 
 def describe_training(run: Run, *, folds: int, train_clips: int | None) -> ClassifierTraining:
-    """How the run's classifier was trained; of folds, how all of them were."""
-    train_splits = run.identity["train_splits"]
+    """How the run's classifier was trained; with folds, how the classifiers of all folds were trained."""
+    identity = run.task_identity
+    train_splits = identity.train_splits
     if folds:
-        train_splits = ["all folds but the one measured"]
+        train_splits = ("all folds but the one measured",)
     return ClassifierTraining(
-        task=run.identity["task"],
-        kind=run.identity["kind"],
-        label_set=run.identity["label_set"],
-        start=run.identity["from"],
+        task=identity.task,
+        kind=identity.kind,
+        label_set=identity.label_set,
+        start=None if identity.start is None else identity.start.to_json(),
         ema=run.recipe["ema"],
         clips_per_step=run.recipe["clips_per_step"],
-        train_splits=tuple(train_splits),
+        train_splits=train_splits,
         train_clips=train_clips,
-        class_count=len(run.identity["classes"]),
+        class_count=len(identity.classes),
         views=VIEWS_NOTE,
     )
 
@@ -282,8 +286,8 @@ def classifier_evaluation(
     kind: LabelKindOption = "auto",
     label_sets: Sequence[str] = (),
 ) -> Evaluation:
-    """The evaluation of a protocol from the logits for each fold's held-out clips, label set by label set."""
-    # Each fold is resampled by a seed of its own
+    """The evaluation under a protocol: a score per label set, from the logits for each fold's held-out clips."""
+    # Each fold is resampled with its own seed
     labels_by_fold = [fold.true_labels(kind, label_sets) for fold in fold_scores]
     scores = []
     for fold_labels in zip(*labels_by_fold, strict=True):
@@ -311,7 +315,7 @@ def has_final_evaluation(run: Run) -> bool:
 
 
 def count_train_clips(run: Run) -> int | None:
-    """How many clips the run's classifier was trained on, if the run was measured at its end; else None."""
+    """The number of clips that trained the run's classifier, read from evaluation.json; None if it is not recorded."""
     protocol = read_protocol(run.path / EVALUATION_FILE)
     if protocol is None or protocol.classifier is None:
         return None

@@ -1,4 +1,4 @@
-"""Compare the project's results with published ones: side by side, and whether the two may be compared."""
+"""Compare the project's results with published ones: print both, and state whether the numbers are comparable."""
 
 import csv
 import importlib.resources
@@ -18,7 +18,7 @@ from pipeline.labels.ontology import fsd50k_classes, load_class_list
 
 PUBLISHED_TABLE = importlib.resources.files("manifests") / "published_results.csv"
 
-# Clips that the official split lists, the folds together; manifests/README.md says where each number was read.
+# Clips of the official eval split, or of all folds together; manifests/README.md names the source of each number.
 OFFICIAL_EVAL_CLIPS = {
     "audioset-2m": 20_371,
     "audioset-20k": 20_371,
@@ -29,16 +29,17 @@ OFFICIAL_EVAL_CLIPS = {
     "voxceleb1-sid": 8_251,
 }
 
-# Both sets of AudioSet together; the balanced one.
+# AudioSet's official train clips: the balanced and the unbalanced set together, and the balanced set alone.
 OFFICIAL_TRAIN_CLIPS = {
     "audioset-2m": 2_063_949,
     "audioset-20k": 22_160,
 }
 
-# Share of the official split: AudioSet's is shrinking, results are published on 94 % of it.
+# Smallest share of the official eval split that is comparable. AudioSet loses clips over time: results are published
+# on 94 % of its eval split.
 MIN_EVAL_SHARE = 0.9
 
-# Share of the clips to train on: that many of AudioSet's can still be had.
+# Smallest share of the official train clips that is comparable; this share of AudioSet can still be downloaded.
 MIN_TRAIN_SHARE = 0.75
 
 # Pairs of own and published protocols that both probe a frozen encoder, each with its own settings.
@@ -61,13 +62,13 @@ PROTOCOL_TITLES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PublishedResult:
-    """A number that others report: a row of the table, without the columns that are for its readers alone.
+    """A published number: a row of manifests/published_results.csv, without the columns that the program does not use.
 
     value                in [0, 1]
-    classes, eval_clips  None where the source does not say
-    checked              where the number was seen: `source`, `second hand` (on a page that quotes it), or `no`, only
-                         in notes on the paper
-    caution              why it is to be compared with care even where all else is equal; may be empty
+    classes, eval_clips  None if the source does not state them
+    checked              where the number was read: `source`; `second hand`, on a page that quotes the source; or `no`,
+                         in notes on the paper only
+    caution              reason to compare the number with care even if all else is equal; may be empty
     """
 
     model: str
@@ -84,14 +85,14 @@ class PublishedResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OwnResult:
-    """One number of the project.
+    """One result of this project.
 
-    task            None: no public task
+    task            public task that was measured; None: none of the table
     value           in [0, 1]
-    train_clips     clips that trained the classifier, or the probe; None: not known
-    fold_deviation  sample deviation over folds; None: there are none
+    train_clips     number of clips that trained the classifier or the probe; None: not recorded
+    fold_deviation  sample deviation over folds; None: no folds
     from_nothing    whether a classifier was trained without a pre-trained encoder
-    tuned           whether an encoder that is probed was fine-tuned, with labels
+    tuned           whether the probed encoder was fine-tuned with labels
     """
 
     name: str
@@ -111,20 +112,20 @@ class OwnResult:
 
 
 def compare_results(result_paths: Sequence[Path]) -> str:
-    """Every result with the published ones of its task below it, in lines of at most 80 columns.
+    """A table of every result, followed by the published results of its task, in lines of at most 80 columns.
 
-    RunError where a path holds no result.
+    RunError if a path contains no result.
     """
     results = [result for path in result_paths for result in find_results(path)]
     return "\n\n".join("\n".join(comparison_lines(result)) for result in results)
 
 
 def find_results(result_path: Path) -> list[OwnResult]:
-    """The results of a JSON file; or all results of a run, whether cross-validated or not."""
+    """The results in a JSON file, or all results in a folder of a run or of a cross-validated task."""
     if result_path.is_file():
         return list(read_results(result_path))
 
-    # The run's own store first
+    # The result on the run's own store comes first
     files = sorted(
         result_path.glob(f"{Path(EVALUATION_FILE).stem}*.json"),
         key=lambda file: (file.name != EVALUATION_FILE, file.name),
@@ -141,7 +142,7 @@ def find_results(result_path: Path) -> list[OwnResult]:
 
 
 def read_results(file: Path) -> Iterator[OwnResult]:
-    """Yield the results of a file that `evaluate` or `finetune` wrote; of probes those on the run's own encoder.
+    """Yield the results of a file that `evaluate` or `finetune` wrote; for probes, only those on the trained encoder.
 
     RunError for any other file.
     """
@@ -161,15 +162,15 @@ def read_results(file: Path) -> Iterator[OwnResult]:
 def classifier_result(
     name: str, evaluation: Evaluation, score: Score, classifier: ClassifierTraining
 ) -> OwnResult:
-    """The result of a classifier: of the task that it was trained on, if it is measured on that task."""
-    # AudioSet is two public tasks, by the clips that train
+    """The result of a classifier. Its task is the task of its training, or None if fewer classes were measured."""
+    # AudioSet is two public tasks, which differ in the number of train clips
     task: str | None = classifier.task
     train_clips = classifier.train_clips
     if task == "audioset":
         is_balanced = train_clips is not None and train_clips <= OFFICIAL_TRAIN_CLIPS["audioset-20k"]
         task = "audioset-20k" if is_balanced else "audioset-2m"
 
-    # On another store it is measured by the shared classes: fewer of them are another task
+    # On another store only shared classes are measured; if some are missing, the task is a different one
     is_own_store = evaluation.protocol.store_id == evaluation.protocol.training_store_id
     if not is_own_store and len(evaluation.classes) < classifier.class_count:
         task = None
@@ -186,7 +187,7 @@ def classifier_result(
 
 
 def probe_result(name: str, evaluation: Evaluation, score: Score, probes: ProbeTraining) -> OwnResult:
-    """The result of a probe: of the task that the store is of, by its classes."""
+    """The result of a probe. Its task is recognised by the classes of the store."""
     mids = [mid for mid, _ in evaluation.classes]
     return _own_result(
         name,
@@ -216,11 +217,11 @@ def _own_result(name: str, evaluation: Evaluation, score: Score, **training_fact
 
 
 def match_public_task(classes: Sequence[str], *, folds: int, train_clips: int) -> str | None:
-    """The public task that a store's class ids are of; None: no task of the table.
+    """The public task that has these class ids; None if the table has no such task.
 
-    AudioSet has two: with at most its balanced clips to train on it is `audioset-20k`.
+    AudioSet is two tasks: `audioset-20k` if there are no more train clips than in its balanced set, else `audioset-2m`.
     """
-    # By the ids of the classes, where a list says which these are
+    # AudioSet, FSD50K and Speech Commands are recognised by their class ids
     if set(classes) == set(load_class_list().mids):
         return "audioset-20k" if train_clips <= OFFICIAL_TRAIN_CLIPS["audioset-20k"] else "audioset-2m"
     if set(classes) == set(fsd50k_classes().mids):
@@ -229,12 +230,12 @@ def match_public_task(classes: Sequence[str], *, folds: int, train_clips: int) -
         if set(classes) == set(words):
             return f"speech-commands-{version}"
 
-    # ESC-50 by its numbers of classes and folds
+    # ESC-50 is recognised by its numbers of classes and folds
     return "esc50" if len(classes) == 50 and folds == 5 else None
 
 
 def comparison_lines(result: OwnResult) -> list[str]:
-    """One result, the published ones of its task from the best down, and the reasons against comparing them."""
+    """The lines of one result: its number, the published numbers of its task from the best down, and all reasons."""
     # The result
     interval = ""
     if result.interval is not None:
@@ -249,10 +250,10 @@ def comparison_lines(result: OwnResult) -> list[str]:
         f"  {'this result':24}{METRIC_TITLES[result.metric]:9} {result.value:.3f}{interval}{spread}",
     ]
 
-    # The published ones; reasons are lettered in the order in which they come up
+    # The published results; each reason gets a letter when it is first used
     rows = [row for row in published_results() if row.task == result.task and row.metric == result.metric]
     if not rows:
-        lines.append("  nothing is published of it here: see manifests/published_results.csv")
+        lines.append("  no published result of this task is listed in published_results.csv")
     letters: dict[str, str] = {}
     for row in sorted(rows, key=lambda row: -row.value):
         against = reasons_against(result, row)
@@ -273,35 +274,35 @@ def comparison_lines(result: OwnResult) -> list[str]:
 
 
 def comparison_verdict(against: Sequence[str], caveats: Sequence[str]) -> str:
-    """Whether two numbers may be compared."""
+    """Whether two numbers are comparable: no, with care, or yes."""
     if against:
         return "no"
     return "with care" if caveats else "yes"
 
 
 def reasons_against(result: OwnResult, row: PublishedResult) -> list[str]:
-    """Why the two numbers measure different things; empty: they may be compared."""
+    """The reasons why the two numbers measure different things; empty if they are comparable."""
     # The method, the clips and the labels of the measurement
     reasons = []
     if result.protocol != row.protocol and (result.protocol, row.protocol) not in SIMILAR_PROTOCOLS:
         reasons.append(
-            f"protocol: that one is {PROTOCOL_TITLES[row.protocol]}, this one {PROTOCOL_TITLES[result.protocol]}"
+            f"protocol: published {PROTOCOL_TITLES[row.protocol]}, here {PROTOCOL_TITLES[result.protocol]}"
         )
     official_clips = OFFICIAL_EVAL_CLIPS[row.task]
     if not MIN_EVAL_SHARE * official_clips <= result.eval_clips <= official_clips:
         reasons.append(f"clips: measured on {result.eval_clips}, the official split has {official_clips}")
     if result.label_set != "raw":
-        reasons.append(f"labels: measured on {result.label_set} labels, published are raw ones")
+        reasons.append(f"labels: measured on {result.label_set} labels, published on raw labels")
     if row.classes is not None and row.classes != result.classes:
-        reasons.append(f"classes: {result.classes} are told apart here, {row.classes} there")
+        reasons.append(f"classes: published {row.classes}, here {result.classes}")
 
-    # AudioSet alone has training sets of two sizes
+    # Only AudioSet has training sets of two sizes
     train_clips = OFFICIAL_TRAIN_CLIPS.get(row.task)
     if train_clips is None:
         return reasons
     if result.train_clips is None:
         reasons.append(
-            "training: the run does not say on how many clips; run ajepa-train finetune to its end"
+            "training: the run records no number of train clips; complete it with ajepa-train finetune"
         )
     elif result.train_clips < MIN_TRAIN_SHARE * train_clips:
         reasons.append(f"training: on {result.train_clips} clips, {row.task} has {train_clips}")
@@ -309,25 +310,25 @@ def reasons_against(result: OwnResult, row: PublishedResult) -> list[str]:
 
 
 def comparison_caveats(result: OwnResult, row: PublishedResult) -> list[str]:
-    """Smaller differences, with which the two numbers are compared with care."""
-    # How they were measured
+    """Smaller differences, for which the two numbers are to be compared with care."""
+    # Differences in the measurement
     caveats = []
     if (result.protocol, row.protocol) in SIMILAR_PROTOCOLS:
-        caveats.append("recipe: both frozen, the probes are trained with other settings")
+        caveats.append("recipe: both encoders are frozen, but the probes are trained with other settings")
     if row.eval_clips is not None and row.eval_clips != result.eval_clips:
-        caveats.append(f"clips: that one was measured on {row.eval_clips}, this one on {result.eval_clips}")
+        caveats.append(f"clips: published on {row.eval_clips}, here on {result.eval_clips}")
 
-    # What the networks saw before
+    # Differences in pre-training
     if result.tuned:
-        caveats.append("pre-training: this one's encoder was fine-tuned, with labels")
+        caveats.append("pre-training: the encoder here was fine-tuned with labels")
     if result.from_nothing:
-        caveats.append("pre-training: this one had none")
+        caveats.append("pre-training: the network here had none")
     if "supervised" in row.pretraining:
-        caveats.append("pre-training: that one was shown labels")
+        caveats.append("pre-training: the published network was pre-trained with labels")
 
-    # How far the published number is to be trusted
+    # How reliable the published number is
     if row.checked == "no":
-        caveats.append("value: that one was copied from notes on the paper and not seen there again")
+        caveats.append("value: the published number comes from notes, not from the paper itself")
     if row.caution:
         caveats.append(f"{row.model}: {row.caution}")
     return caveats

@@ -1,4 +1,4 @@
-"""Evaluate a run on a store: its classifier as it was trained, or probes on its frozen encoder beside baselines."""
+"""Evaluate a run on a store: its trained classifier, or probes on its frozen encoder and on two baselines."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -49,7 +49,6 @@ from ajepa.model.vit import EncoderSpec
 from ajepa.training.devices import pick_device
 from ajepa.training.run import RECIPE_FILE, Json, Run
 from ajepa.training.trained_run import TrainedRun
-from pipeline.audio.mel_spec import MelSpec
 from pipeline.errors import RunError
 from pipeline.messages import suggest_known
 from pipeline.store.feature_store import FeatureStore
@@ -84,27 +83,28 @@ def evaluate_run(
     out: Path | None = None,
     progress: bool = False,
 ) -> Evaluation:
-    """Measure a checkpoint of a run on a store of its mel spec, the run's own or another; save and return the result.
+    """Measure a checkpoint of a run on a store, its own or another of the same mel spec; save and return the result.
 
-    A fine-tuned run is measured by its classifier, on clips that it was not trained on and by the classes that run and
-    store share. With `probes`, and always for a pre-trained run, probes on the frozen encoder are trained instead, at
-    most on `train_clips` clips.
+    The classifier of a fine-tuned run is measured on clips that did not train it, and on the classes that run and
+    store share. With `probes`, and always for a pre-trained run, probes are trained on the frozen encoder instead, on
+    at most `train_clips` clips.
 
     checkpoint  last, best or a step, as in `Run.load_checkpoint`
-    probes      of linear, knn, attentive; None: all for a pre-trained run, none for a fine-tuned one
-    label_sets  each is measured, and by probes trained, on itself; empty: all of the store
-    kind        auto: single where every clip has exactly one label (and the classifier was trained on single labels)
-    out         where the result is saved, replacing a file; None: at `result_path`, unless the result of another
-                protocol is there
+    probes      some of linear, knn, attentive; None: all for a pre-trained run, none for a fine-tuned run
+    label_sets  label sets to measure; the probes of a label set are also trained on it; empty: all of the store
+    kind        labels per clip: single, multi or auto; auto: single if every clip has exactly one label (and the
+                classifier was trained on single labels), else multi
+    out         file to save the result in, replaced if it exists; None: `result_path`, where a result of another
+                protocol is not replaced
 
-    RunError or StoreError where run, store and labels do not fit.
+    RunError or StoreError if run, store and labels do not fit together.
     """
     # The run, and a store of its mel spec
     refuse_fold_folder(run_path)
     run = Run.open(run_path)
     if not isinstance(store, FeatureStore):
         store = FeatureStore.open(store)
-    store.refuse_other_front_end(MelSpec.from_json(run.identity["mel"]), f"{run.path} was trained on")
+    store.refuse_other_front_end(run.identity.mel, f"{run.path} was trained on")
 
     # Where the result is saved, and whether it may replace another
     probed = not run.is_finetuned or probes is not None
@@ -138,17 +138,17 @@ def evaluate_run(
 
 
 def refuse_fold_folder(path: Path) -> None:
-    """RunError where this is the folder of a cross-validated task."""
+    """RunError if `path` is the folder of a cross-validated task."""
     if not (path / RECIPE_FILE).is_file() and (path / "fold1" / RECIPE_FILE).is_file():
         raise RunError(
             f"{path}: holds a run for each fold; give one of them, such as {path / 'fold1'}; "
-            f"all together: ajepa-train compare {path}"
+            f"for all folds together: ajepa-train compare {path}"
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateOptions:
-    """The run to measure, on which store, and how.
+    """The run to measure, the store to measure it on, and the options of the evaluation.
 
     protected_path  a file that a result of another protocol must not replace; None: any file may be replaced
     """
@@ -162,14 +162,14 @@ class EvaluateOptions:
     protected_path: Path | None
 
     def refuse_lost_result(self, protocol: EvaluationProtocol) -> None:
-        """RunError where a result of this protocol would replace one of another."""
+        """RunError if saving a result of this protocol would replace a result of another protocol."""
         if self.protected_path is not None:
             refuse_overwriting(self.protected_path, protocol)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProbeOptions:
-    """Which probes on which features; RunError for a probe that does not exist, or for none at all."""
+    """The probes to train, and the features to train them on; RunError for an unknown probe, or if there is none."""
 
     probe_names: tuple[str, ...]
     pooling: PoolingName
@@ -206,7 +206,7 @@ def evaluate_classifier(options: EvaluateOptions) -> Evaluation:
 
 
 def evaluate_probes(options: EvaluateOptions, probing: ProbeOptions) -> Evaluation:
-    """Measure probes on a run's frozen encoder, on one of random weights, and on log-mel statistics."""
+    """Measure probes on a run's frozen encoder, on an encoder of random weights, and on log-mel statistics."""
     # The clips, and their labels
     store = options.store
     run = options.run
@@ -219,7 +219,7 @@ def evaluate_probes(options: EvaluateOptions, probing: ProbeOptions) -> Evaluati
         for name in options.label_sets or store.label_sets
     ]
 
-    # The protocol, before anything is encoded
+    # The protocol is checked before clips are encoded, which takes long
     eval_clips = len(splits.eval_N)
     protocol = build_protocol(
         run,
@@ -245,7 +245,7 @@ def evaluate_probes(options: EvaluateOptions, probing: ProbeOptions) -> Evaluati
 
 
 def choose_probe_splits(run: Run, store: FeatureStore, seed: int, train_clips: int) -> ProbeSplits:
-    """Which clips train, choose and are measured; of a fine-tuned run's own clips it measures those held out."""
+    """The clips that train, validate and measure probes; of a fine-tuned run's own clips, the held-out ones measure."""
     run_splits = run_splits_in_store(run, store) if run.is_finetuned else None
     if run_splits is None:
         return ProbeSplits.from_store(store, seed, train_clips)
@@ -254,8 +254,8 @@ def choose_probe_splits(run: Run, store: FeatureStore, seed: int, train_clips: i
 
 
 def describe_probing(probing: ProbeOptions, probe_splits: ProbeSplits, spec: EncoderSpec) -> ProbeTraining:
-    """How the probes are trained, and on which clips; clips are counted in the first fold."""
-    # The encoder's patches: they decide how many tokens there are to pool
+    """The training settings of the probes, and their clips; clips are counted in the first fold."""
+    # The encoder's patches determine how many tokens are pooled
     fold = probe_splits.folds[0]
     grid = {
         "rows": spec.grid.rows,
@@ -289,7 +289,7 @@ def score_probes(
     # Views of the recipe's length, normalised as the run's own clips were
     identity = options.run.identity
     frames = trained.encoder_spec(TO_PROBE).grid.frames
-    views = ClipViews(store=options.store, frames=frames, mean=identity["mean"], std=identity["std"])
+    views = ClipViews(store=options.store, frames=frames, mean=identity.mean, std=identity.std)
 
     # One pass of each encoder serves all its probes
     for features_name, encoder in compared_encoders(trained, options.device).items():
@@ -327,7 +327,7 @@ def score_probes(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProbeFit:
-    """The features and labels of the probe splits' rows, which a probe is trained and measured on."""
+    """The features and labels of all rows of the probe splits, with which probes are trained and measured."""
 
     features: ClipFeatures
     probe_splits: ProbeSplits
@@ -350,8 +350,8 @@ class ProbeFit:
         return self.true_labels.summarise_folds(features_name, probe, scored_folds, chosen_settings)
 
     def fit_and_score(self, fold: ProbeFold, probe: str) -> tuple[np.ndarray, float | None]:
-        """A probe's scores of the fold's eval clips, and the setting that was chosen for it."""
-        # The attentive probe standardises tokens by itself, and chooses its number of steps
+        """A trained probe's scores of the fold's eval clips, and the selected setting (None for nearest neighbours)."""
+        # The attentive probe standardises its tokens itself, and selects its own number of steps
         single = self.true_labels.kind == "single"
         if probe == "attentive":
             attentive = train_attentive_probe(
@@ -366,13 +366,13 @@ class ProbeFit:
             )
             return attentive.scores_NC, attentive.steps
 
-        # Nearest neighbours have nothing to choose
+        # Nearest neighbours have no setting to select
         train_ND, val_ND, fit_ND, eval_ND = self.standardised_vectors(fold)
         fit_NC = self.labels_of_rows(fold.fit_N)
         if probe == "knn":
             return knn_scores_NC(fit_ND, fit_NC, eval_ND), None
 
-        # The linear probe's penalty is chosen on the val clips; then all clips of the fit train it
+        # The val clips select the penalty of the linear probe; then all fit clips train the probe
         train_NC = self.labels_of_rows(fold.train_N)
         val_NC = self.labels_of_rows(fold.val_N)
         l2 = choose_l2(train_ND, train_NC, val_ND, val_NC, single=single)
@@ -391,5 +391,5 @@ class ProbeFit:
         return self.true_labels.labels_NC[self.row_positions(rows_N)]
 
     def row_positions(self, rows_N: np.ndarray) -> np.ndarray:
-        """Where some rows stand among all rows of the probe splits."""
+        """The positions of some rows among all rows of the probe splits."""
         return np.searchsorted(self.probe_splits.rows_N, rows_N)

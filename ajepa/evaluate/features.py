@@ -1,4 +1,4 @@
-"""Frozen features: every clip of some rows as one vector and, for the attentive probe, as a few tokens."""
+"""Frozen features: each clip as one vector and, for the attentive probe, as at most 64 tokens."""
 
 from dataclasses import dataclass, replace
 
@@ -22,13 +22,13 @@ from pipeline.store.joined_store import AnyStore
 
 CLIPS_PER_READ = 32
 
-# How an error ends that names a run without an encoder.
+# End of the error message about a run without an encoder.
 TO_PROBE = "to probe; leave out --probe to measure the classifier itself"
 
 # The kinds of features that are compared.
 TRAINED, RANDOM, STATISTICS = "encoder", "random init", "log-mel statistics"
 
-# Tokens of a clip for the attentive probe: 20,000 clips of ViT-B then take 2 GB.
+# Tokens per clip for the attentive probe: 20,000 clips of ViT-B then take 2 GB of memory.
 MAX_CLIP_TOKENS = 64
 
 
@@ -62,10 +62,10 @@ class ClipViews:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipFeatures:
-    """The features of N clips: a vector each, float32, and M tokens each unless nobody asked for tokens.
+    """The features of N clips: a float32 vector per clip and, if requested, M tokens per clip.
 
-    tokens_NMD  float16: the grid's rows by segments of time, each the mean over its valid tokens
-    valid_NM    which of these tokens hold sound
+    tokens_NMD  float16, one token for each grid row and segment of time: the mean over the segment's valid tokens
+    valid_NM    False where a token is padding
     """
 
     vectors_ND: np.ndarray
@@ -84,11 +84,12 @@ class ClipFeatures:
 
 
 def compared_encoders(trained: TrainedRun, device: torch.device) -> dict[str, Encoder | None]:
-    """The encoders to compare, by kind of features: the run's, one of random weights, and none for statistics.
+    """The encoder of each kind of features: the run's own, one of random weights, and None for log-mel statistics.
 
-    The random one is that of a pre-trained run before its first step; it standardises bands as the trained one does.
+    The random encoder is a pre-trained run's encoder before its first step. It standardises mel bands as the trained
+    encoder does.
     """
-    # A pre-trained run drew its first weights by the same seed
+    # A pre-trained run drew its initial weights with the same seed
     spec = replace(trained.encoder_spec(TO_PROBE), drop_path=0.0)
     encoder = Encoder(spec, seed=trained.recipe.seed)
     random_encoder = Encoder(spec, seed=trained.recipe.seed)
@@ -110,7 +111,7 @@ def clip_vectors(
     pooling: PoolingName = DEFAULT_POOLING,
     layer: EncoderLayer = LAST_LAYER,
 ) -> np.ndarray:
-    """One vector per clip, float32 `[N, D]`: its pooled tokens, or its log-mel statistics where there is no encoder."""
+    """One vector per clip, float32 `[N, D]`: its pooled tokens, or its log-mel statistics if `encoder` is None."""
     return extract_features(views, rows_N, encoder, pooling=pooling, layer=layer).vectors_ND
 
 
@@ -126,9 +127,9 @@ def extract_features(
 ) -> ClipFeatures:
     """The vector of every clip and, with `tokens`, at most `MAX_CLIP_TOKENS` tokens, from one pass of the encoder.
 
-    With `progress_label` a progress bar of that name is shown, on a terminal.
+    `progress_label` is the name of a progress bar, which is shown on a terminal only.
     """
-    # A bar that counts reads of the store
+    # A progress bar that counts reads of the store
     vectors = []
     merged_tokens = []
     valid = []
@@ -145,7 +146,7 @@ def extract_features(
             vectors.append(mel_statistics(mel_BVTF, n_frames_BV).numpy())
             continue
 
-        # Tokens are merged read by read: all of them would take many times the memory
+        # Tokens are merged after each read: keeping all of them would take many times the memory
         clip_tokens = encode_views(encoder, mel_BVTF, n_frames_BV, layer)
         vectors.append(clip_tokens.pool_per_clip(pooling).numpy())
         if tokens:
@@ -162,7 +163,7 @@ def extract_features(
 
 
 def merge_tokens(tokens: ClipTokens) -> tuple[Tensor, Tensor]:
-    """At most `MAX_CLIP_TOKENS` tokens of each clip, `BMD`, and which of them hold sound, `BM`.
+    """At most `MAX_CLIP_TOKENS` tokens of each clip, `BMD`, and which of them are valid, `BM`.
 
     Every row of the grid keeps its own tokens; neighbours in time are averaged.
     """

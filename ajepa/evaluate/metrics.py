@@ -1,8 +1,8 @@
 """Metrics of scored clips (mAP, area under the ROC curve, d', accuracy, macro F1), each with its confidence interval.
 
-Every metric is computed for many weightings of the clips at once: weight 1 for every clip gives its value, and the
-weightings of a bootstrap give its interval. With weight 1 the metrics are scikit-learn's, ties included; with whole
-numbers they are those of a sample that holds each clip so many times. All lie in [0, 1] but d', in [-8.5, 8.5].
+Every metric is computed for many weightings of the clips at once. Weight 1 for every clip gives the metric's value,
+which equals scikit-learn's, ties included. The weightings of a bootstrap give its interval: a clip of weight 3 counts
+as 3 clips. All metrics are in [0, 1], except d', which is in [-8.5, 8.5].
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 from scipy.sparse import csr_matrix
-from scipy.stats import norm
+from scipy.special import ndtri  # scipy.stats has it too, and takes a second to import
 
 from pipeline.errors import InputError
 
@@ -19,16 +19,16 @@ CONFIDENCE_LEVEL = 0.95
 
 MAX_RESAMPLES, MIN_RESAMPLES = 1_000, 200
 
-# Resamples x clips x classes: 20,000 clips of 527 classes are drawn 200 times.
+# Largest resamples x clips x classes: with it, 20,000 clips of 527 classes are resampled 200 times.
 RESAMPLING_BUDGET = 2_000_000_000
 
-# A perfect area has no d'; it counts as this one, whose d' is 8.5.
+# An area of 1 would have an infinite d'; it is replaced by this area, whose d' is 8.5.
 LARGEST_AREA = 1 - 1e-9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MetricEstimate:
-    """A metric and its interval of `CONFIDENCE_LEVEL`: where its mean over many sets of clips may lie."""
+    """A metric's value, and the interval of `CONFIDENCE_LEVEL` for its mean over many sets of clips."""
 
     value: float
     low: float
@@ -36,13 +36,13 @@ class MetricEstimate:
 
     @classmethod
     def from_resamples(cls, values_B: np.ndarray) -> "MetricEstimate":
-        """The estimate of a metric in [0, 1] from its value on the clips, `values_B[0]`, and on resamples of them.
+        """The estimate of a metric in [0, 1]: `values_B[0]` is its value on the clips, the rest those on resamples.
 
-        The interval is made of percentiles of the resamples, moved so that the mean of the resamples is the value:
-        a positive that is drawn twice is ranked high together with itself, so average precision rises with every
-        resampling. On AudioSet's 527 classes the percentiles alone lie above the value that they are to enclose.
+        The interval ends are percentiles of the resamples, shifted so that the mean of the resamples equals the value.
+        The shift is needed because resampling raises average precision: a positive that is drawn twice is ranked high
+        twice. On AudioSet's 527 classes even the lower percentile is above the value without the shift.
         """
-        # A resample in which the metric has no value does not count
+        # Resamples in which the metric is undefined (nan) are left out
         value = float(values_B[0])
         resampled_B = values_B[1:][~np.isnan(values_B[1:])]
         tail_percent = 50 * (1 - CONFIDENCE_LEVEL)
@@ -57,7 +57,7 @@ class ScoredFold:
     """The scores that a probe or classifier gives to the clips of one fold, or to all clips where there are no folds.
 
     labels_NC   1 where a clip has a class, else 0
-    scores_NC   how sure the probe is that a clip has a class
+    scores_NC   score of each class for each clip: the higher, the more likely the clip has the class
     weights_NB  weightings of the clips (`resample_weights_NB`)
     single      whether every clip has exactly one class
     """
@@ -73,10 +73,10 @@ class ScoredFold:
         return precisions_and_areas_CB(self.labels_NC, self.scores_NC, self.weights_NB)
 
     def metric_values(self) -> dict[str, np.ndarray]:
-        """Every metric under every weighting, `[B]`, by its name.
+        """Every metric under every weighting, `[B]`, by name.
 
-        A class without a positive of any weight is left out of the mean. Where every clip has every class there is
-        no area, and no `auc`.
+        The mean over classes leaves out a class whose positives all have weight 0. If every clip has every class,
+        no area is defined, and `auc` is missing.
         """
         precision_CB, area_CB = self.precision_and_area_CB
         values = {"map": class_mean_B(precision_CB)}
@@ -91,11 +91,11 @@ class ScoredFold:
 
 
 def estimate_metrics(folds: Sequence[ScoredFold]) -> dict[str, MetricEstimate]:
-    """Estimate every metric as its mean over folds, with clips resampled within each fold; d' of the mean area."""
+    """Estimate every metric as its mean over folds, resampling clips within each fold; d' is that of the mean area."""
     fold_values = metrics_of_all_folds(folds)
     means = {name: np.mean(values, axis=0) for name, values in fold_values.items()}
     estimates = {name: MetricEstimate.from_resamples(values_B) for name, values_B in means.items()}
-    # d' grows with the area, so its interval is that of the area
+    # d' grows with the area, so its interval follows from the interval of the area
     if "auc" in estimates:
         area = estimates["auc"]
         value, low, high = d_prime(np.array([area.value, area.low, area.high])).tolist()
@@ -115,7 +115,7 @@ class MeanAveragePrecision:
     """The macro mean of average precision over the classes that have a positive clip.
 
     per_class_C   average precision in [0, 1], nan where a class has no positive clip
-    chance        the mean that random scores reach in expectation, over the same classes
+    chance        expected value of the mean for random scores, over the same classes
     """
 
     value: float
@@ -126,17 +126,17 @@ class MeanAveragePrecision:
 def mean_average_precision(labels_NC: np.ndarray, scores_NC: np.ndarray) -> MeanAveragePrecision:
     """mAP of `scores_NC` against 0/1 `labels_NC`: the mean of scikit-learn's average precision of every class.
 
-    A class without positives would be nan and make the mean nan too, so it is skipped.
-    InputError where no class has a positive: there is nothing to rank.
+    A class without positives has no average precision (nan), so the mean leaves it out. InputError if no class has a
+    positive.
     """
-    # Which classes can be scored
+    # Classes with a positive clip
     clips, classes = labels_NC.shape
     positives_C = (labels_NC > 0).sum(axis=0)
     scored = np.flatnonzero(positives_C)
     if not len(scored):
         raise InputError(f"none of {classes} classes has a positive among {clips} clips")
 
-    # Every clip once is the only weighting
+    # The only weighting counts every clip once
     per_class_C = precisions_and_areas_CB(labels_NC, scores_NC, np.ones((clips, 1)))[0][:, 0]
     return MeanAveragePrecision(
         value=float(per_class_C[scored].mean()),
@@ -146,11 +146,11 @@ def mean_average_precision(labels_NC: np.ndarray, scores_NC: np.ndarray) -> Mean
 
 
 def random_precision_C(positives_C: np.ndarray, clips: int) -> np.ndarray:
-    """Expected average precision of a random order of `clips`, exactly, for classes of `positives_C` positives.
+    """The exact expected average precision of `clips` clips in random order, for classes of `positives_C` positives.
 
-    A clip at rank k is positive with probability R/N and then has (k - 1)(R - 1)/(N - 1) other positives above it;
-    the result is the sum over k. Rare classes reach well more than their share: 5 positives of 400 reach 0.026,
-    not 0.0125.
+    With R positives among N clips, the clip at rank k is positive with probability R/N; then (k - 1)(R - 1)/(N - 1)
+    other positives are expected above it. The result is the sum over k. For rare classes it is well above their share
+    of the clips: 0.026 for 5 positives of 400, not 0.0125.
     """
     harmonic = (1 / np.arange(1, clips + 1)).sum()
     others_C = (positives_C - 1) / max(clips - 1, 1)
@@ -158,7 +158,7 @@ def random_precision_C(positives_C: np.ndarray, clips: int) -> np.ndarray:
 
 
 def class_mean_B(value_CB: np.ndarray) -> np.ndarray:
-    """Mean over the classes that have a value; nan where none has."""
+    """Mean over the classes that have a value; nan if no class has one."""
     has_value_CB = ~np.isnan(value_CB)
     with np.errstate(invalid="ignore"):  # 0/0 is nan, as promised
         return np.where(has_value_CB, value_CB, 0).sum(axis=0) / has_value_CB.sum(axis=0)
@@ -169,16 +169,16 @@ def d_prime(area: np.ndarray) -> np.ndarray:
 
     Papers on AudioSet apply it to the macro mean of the areas (AST, arXiv 2104.01778).
     """
-    return np.sqrt(2) * norm.ppf(np.clip(area, 1 - LARGEST_AREA, LARGEST_AREA))
+    return np.sqrt(2) * ndtri(np.clip(area, 1 - LARGEST_AREA, LARGEST_AREA))
 
 
 def accuracy_B(true_N: np.ndarray, predicted_N: np.ndarray, weights_NB: np.ndarray) -> np.ndarray:
-    """The share of the weight that lies on clips whose class is predicted, under every weighting."""
+    """Accuracy under every weighting: the weight of the correctly predicted clips over the weight of all clips."""
     return (true_N == predicted_N).astype(weights_NB.dtype) @ weights_NB / weights_NB.sum(axis=0)
 
 
 def macro_f1_B(true_N: np.ndarray, predicted_N: np.ndarray, weights_NB: np.ndarray) -> np.ndarray:
-    """Mean F1 over the classes that are true or predicted of a clip of any weight (scikit-learn's, with weights)."""
+    """Mean F1 over the classes that are true or predicted for a clip of non-zero weight, as in scikit-learn."""
     classes = int(max(true_N.max(), predicted_N.max())) + 1
     ones_N = np.ones(len(true_N), np.float32)
     clips_N = np.arange(len(true_N))
@@ -186,7 +186,7 @@ def macro_f1_B(true_N: np.ndarray, predicted_N: np.ndarray, weights_NB: np.ndarr
     def weight_per_class_CB(class_N: np.ndarray, clip_weights_NB: np.ndarray) -> np.ndarray:
         return csr_matrix((ones_N, (class_N, clips_N)), shape=(classes, len(class_N))) @ clip_weights_NB
 
-    # F1 is twice the hits over all that is true or predicted; a class that is neither counts as 0 of 1
+    # F1 = 2 hits / (true + predicted). A class of count 0 gets 0/1, and the mean leaves it out
     right_N1 = (true_N == predicted_N)[:, None]
     counted_CB = weight_per_class_CB(true_N, weights_NB) + weight_per_class_CB(predicted_N, weights_NB)
     hits_CB = 2 * weight_per_class_CB(true_N, weights_NB * right_N1)
@@ -212,15 +212,15 @@ def precisions_and_areas_CB(
 
 @dataclass(frozen=True, kw_only=True)
 class ClassRanking:
-    """The clips in the order of one class's scores. Clips of equal scores form a tie; G ties hold a positive clip.
+    """The clips in the order of one class's scores. Clips of equal score form a tie; G ties contain a positive clip.
 
-    Clips are sorted once; every weighting then needs only the weight above, at and below each of the G ties.
+    Clips are sorted once; every weighting then needs only the weight above, in and below each of the G ties.
 
     order_N          clips from the highest score down to the end of the last of the G ties
-    tie_bounds       where the ties start and end in `order_N`: `[0, start, end, start, end, ...]`, 2G + 1 places
+    tie_bounds       positions in `order_N`: `[0, start, end, start, end, ...]` of the G ties, 2G + 1 values
     positives_R      the positive clips, tie after tie
     positive_ends_G  where the positives of each tie end in `positives_R`
-    clip_count       how many clips there are
+    clip_count       number of clips
     """
 
     order_N: np.ndarray
@@ -231,14 +231,14 @@ class ClassRanking:
 
     @classmethod
     def from_scores(cls, labels_N: np.ndarray, scores_N: np.ndarray) -> "ClassRanking":
-        """Rank the clips by their scores; those with `labels_N` above 0 are positive, and there is at least one."""
-        # Every run of equal scores is one of T ties.
+        """Rank the clips by their scores. Clips with `labels_N` above 0 are positive; there must be at least one."""
+        # Consecutive clips of equal score form one of T ties.
         order_N = np.argsort(-scores_N, kind="stable")
         sorted_N = scores_N[order_N]
         starts_T = np.flatnonzero(np.concatenate([[True], sorted_N[1:] != sorted_N[:-1]]))
         ends_T = np.append(starts_T[1:], len(order_N))
 
-        # Of these the G ties that hold a positive are kept.
+        # Keep the G ties that contain a positive.
         places_R = np.flatnonzero(labels_N[order_N] > 0)
         tie_R = np.searchsorted(ends_T, places_R, side="right")
         ties_G, count_G = np.unique(tie_R, return_counts=True)
@@ -254,9 +254,9 @@ class ClassRanking:
     def precision_and_area(self, weights_NB: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Average precision and area under the ROC curve, both `[B]`.
 
-        Both are nan where no positive has weight, the area also where no negative has.
+        Both are nan if no positive has weight; the area is also nan if no negative has weight.
         """
-        # The weight of all clips above each tie, and down to its end; the same of positives alone.
+        # The weight of all clips above each tie, and up to the end of the tie; then the same for positives only.
         cumulated_2GB = np.cumsum(self._segment_matrix @ weights_NB, axis=0)
         above_GB, to_end_GB = cumulated_2GB[::2], cumulated_2GB[1::2]
         positive_GB = self._positive_matrix @ weights_NB
@@ -264,7 +264,7 @@ class ClassRanking:
         positives_B = positive_to_end_GB[-1]
         negatives_B = weights_NB.sum(axis=0) - positives_B
 
-        # Each positive counts the precision at its tie, and the negatives below it: half of those in its tie.
+        # Each positive adds the precision at its tie, and the negatives below it with half of those in its tie.
         precision_GB = positive_to_end_GB / np.maximum(to_end_GB, 1)  # a tie without weight counts 0 times
         below_GB = negatives_B - (to_end_GB - positive_to_end_GB) + (to_end_GB - above_GB - positive_GB) / 2
         with np.errstate(invalid="ignore"):  # 0/0 is nan, as promised
@@ -274,7 +274,7 @@ class ClassRanking:
 
     @cached_property
     def _segment_matrix(self) -> csr_matrix:
-        """`[2G, clips]`: adds up the weight between the last tie and each tie, then that of the tie, in turns."""
+        """`[2G, clips]`, two rows per tie: one adds up the weight since the previous tie, one the weight in the tie."""
         return _segment_sum_matrix(self.order_N, self.tie_bounds, self.clip_count)
 
     @cached_property
@@ -285,18 +285,18 @@ class ClassRanking:
 
 
 def _segment_sum_matrix(clips_M: np.ndarray, bounds: np.ndarray, clip_count: int) -> csr_matrix:
-    """A 0/1 matrix that adds up the weights of the clips between each two bounds."""
+    """A 0/1 matrix that adds up the weights of the clips between consecutive bounds."""
     shape = (len(bounds) - 1, clip_count)
     return csr_matrix((np.ones(len(clips_M), np.float32), clips_M, bounds), shape=shape)
 
 
 def resample_count(clips: int, classes: int) -> int:
-    """How many resamples an interval is made of: 1,000, down to 200 where that would take minutes."""
+    """The number of resamples for an interval: 1,000, or as few as 200 where 1,000 would take minutes."""
     return int(np.clip(RESAMPLING_BUDGET // max(1, clips * classes), MIN_RESAMPLES, MAX_RESAMPLES))
 
 
 def resample_weights_NB(clips: int, count: int, seed: int) -> np.ndarray:
-    """How often each clip lies in each sample, float32: once in the first, then `count` samples with replacement."""
+    """How often each sample contains each clip, float32: once in the first, then `count` samples with replacement."""
     rng = np.random.default_rng([seed, 2])
     resamples = [np.bincount(rng.integers(clips, size=clips), minlength=clips) for _ in range(count)]
     return np.stack([np.ones(clips, np.int64), *resamples], axis=1).astype(np.float32)

@@ -1,4 +1,4 @@
-"""ProbeSplits: which clips of a store train a probe, which choose its settings, and which it is measured on."""
+"""ProbeSplits: the clips of a store that train a probe, that select its settings, and that measure it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from pipeline.store.splits import (
     train_splits,
 )
 
-# Share of the train clips that chooses a probe's settings where no split does.
+# Share of the train clips that selects a probe's settings if the store has no validation split.
 VALIDATION_SHARE = 0.2
 
 NO_ROWS_N = np.empty(0, np.int64)
@@ -23,12 +23,12 @@ NO_ROWS_N = np.empty(0, np.int64)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProbeFold:
-    """Rows of a store, ascending; no clip is measured that a probe was trained or its settings chosen on.
+    """Rows of a store, ascending. The rows that measure a probe are never among those that train it or select settings.
 
-    train_N         rows that train while settings are chosen
-    val_N           rows that choose the settings
-    eval_N          rows that are measured
-    val_from_train  whether `val_N` was drawn from the splits to train on: once the choice is made it trains too
+    train_N         rows that train the probe while its settings are selected
+    val_N           rows that select the settings
+    eval_N          rows that measure the probe
+    val_from_train  whether `val_N` was drawn from the train splits; then it also trains the final probe
     """
 
     train_N: np.ndarray
@@ -38,7 +38,7 @@ class ProbeFold:
 
     @classmethod
     def from_rows(cls, train_N: np.ndarray, val_N: np.ndarray, eval_N: np.ndarray, seed: int) -> "ProbeFold":
-        """A fold of these rows; without `val_N` the seed draws a fifth of `train_N` for it."""
+        """A fold of these rows; if `val_N` is empty, the seed draws a fifth of `train_N` for it."""
         val_from_train = not len(val_N)
         if val_from_train:
             order_N = np.random.default_rng([seed, 1]).permutation(train_N)
@@ -49,13 +49,13 @@ class ProbeFold:
 
     @property
     def fit_N(self) -> np.ndarray:
-        """The rows that train once the choice is made."""
+        """The rows that train the final probe, after its settings are selected."""
         if not self.val_from_train:
             return self.train_N
         return np.sort(np.concatenate([self.train_N, self.val_N]))
 
     def keep_rows(self, kept_N: np.ndarray) -> "ProbeFold":
-        """The fold without all rows but these."""
+        """The fold restricted to the rows of `kept_N`."""
         return replace(
             self,
             train_N=self.train_N[np.isin(self.train_N, kept_N)],
@@ -66,7 +66,7 @@ class ProbeFold:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProbeSplits:
-    """A single fold, or one for each `foldN` of a store; and the names of the splits that their rows are of."""
+    """A single fold, or one for each split `foldN` of a store, with the names of the splits that its rows come from."""
 
     folds: tuple[ProbeFold, ...]
     train_splits: tuple[str, ...]
@@ -75,21 +75,21 @@ class ProbeSplits:
 
     @classmethod
     def from_store(cls, store: AnyStore, seed: int, train_clips: int) -> "ProbeSplits":
-        """Decide by the names of the splits which clips train, choose and are measured.
+        """Select the clips that train, validate and measure probes by the names of the store's splits.
 
-        `fold1`, `fold2` ... take turns where no split is kept to measure on. Else the splits named val, valid,
-        validation or dev choose, and the other splits train. Where no split chooses, a fifth of the train clips does,
-        drawn by the seed, and trains thereafter. At most `train_clips` train, and as many choose.
-        RunError where there is no clip to measure on or no split to train on.
+        A store without an evaluation split is cross-validated over `fold1`, `fold2`, ... In any other store the splits
+        named val, valid, validation or dev select settings, and the other splits train. If there are no such splits,
+        the seed draws a fifth of the train clips for selection, and these clips also train the final probe.
+        At most `train_clips` clips train, and as many select. RunError if no clip measures, or no split trains.
         """
-        # Folds, where there are no other splits to measure on
+        # Folds, if there is no evaluation split
         splits = sorted(store.manifest["split"].unique())
         fold_names = [split for split in splits if FOLD_PATTERN.fullmatch(split)]
         if len(fold_names) > 1 and not evaluation_split_names(splits):
             ordered = sorted(fold_names, key=lambda fold: int(fold[4:]))
             return cls.from_folds(store, ordered, seed, train_clips)
 
-        # Splits that choose do not train, unless there is nothing else to train on
+        # Validation splits do not train, unless there is no other split to train on
         candidates = train_splits(store)
         val_names = tuple(split for split in candidates if VALIDATION_PATTERN.search(split))
         train_names = tuple(split for split in candidates if split not in val_names)
@@ -97,7 +97,7 @@ class ProbeSplits:
             train_names = val_names
             val_names = ()
 
-        # The clips of all three
+        # The clips that train, measure and validate
         train_N = draw_split_rows(store, train_names, seed, train_clips)
         eval_N = good_eval_rows(store)
         val_N = draw_split_rows(store, val_names, seed, train_clips) if val_names else NO_ROWS_N
@@ -112,7 +112,7 @@ class ProbeSplits:
     def from_folds(
         cls, store: AnyStore, fold_names: Sequence[str], seed: int, train_clips: int
     ) -> "ProbeSplits":
-        """Each fold measured by probes that the others train; RunError where a fold has no good clip."""
+        """One fold per split, which measures a probe that the other splits train. RunError if one has no good clip."""
         folds = []
         for name in fold_names:
             eval_N = store.good_rows([name])
@@ -133,9 +133,9 @@ class ProbeSplits:
         seed: int,
         train_clips: int,
     ) -> "ProbeSplits":
-        """The splits that a run was fine-tuned and measured on; a fifth of the train clips chooses.
+        """A fold of a fine-tuned run's train and eval splits; a fifth of the train clips selects settings.
 
-        RunError where there is no good clip to measure on.
+        RunError if the eval splits have no good clip.
         """
         eval_N = _good_rows_to_measure(store, eval_names)
         train_N = draw_split_rows(store, train_names, seed, train_clips)
@@ -144,24 +144,27 @@ class ProbeSplits:
 
     @property
     def rows_N(self) -> np.ndarray:
-        """Every row that trains, chooses or is measured, ascending."""
+        """Every row that trains, selects or measures, ascending."""
         return np.unique(
             np.concatenate([rows for fold in self.folds for rows in (fold.train_N, fold.val_N, fold.eval_N)])
         )
 
     @property
     def eval_N(self) -> np.ndarray:
-        """Every row that is measured, ascending."""
+        """Every row that measures a probe, ascending."""
         return np.unique(np.concatenate([fold.eval_N for fold in self.folds]))
 
     def drop_unlabelled(self, store: AnyStore) -> "ProbeSplits":
-        """The splits without the clips that have no label: no label is no statement. RunError where none is left."""
-        # Labels of other label sets are derived from the raw ones
+        """The splits without unlabelled clips: a missing label does not show that a class is absent.
+
+        RunError if no clip is left to train or to measure.
+        """
+        # A clip without raw labels has no label of any set: other label sets are derived from the raw one
         rows_N = self.rows_N
         labelled_N = rows_N[store.labels_BC(rows_N, "raw").any(axis=1)]
         folds = tuple(fold.keep_rows(labelled_N) for fold in self.folds)
 
-        # Every fold still needs clips to train and to measure
+        # Every fold still needs clips that train and clips that measure
         for fold in folds:
             for purpose, left_N in (("train", fold.fit_N), ("measure", fold.eval_N)):
                 if not len(left_N):
@@ -172,7 +175,7 @@ class ProbeSplits:
 
 
 def probe_rows(store: AnyStore, seed: int, train_clips: int) -> tuple[np.ndarray, np.ndarray]:
-    """Good rows to train probes on (at most `train_clips`, drawn by `seed`) and to measure them on."""
+    """The good rows that train probes (at most `train_clips`, drawn by `seed`), and those that measure them."""
     return draw_split_rows(store, train_splits(store), seed, train_clips), good_eval_rows(store)
 
 
@@ -183,7 +186,7 @@ def draw_split_rows(store: AnyStore, splits: Sequence[str], seed: int, max_clips
 
 
 def good_eval_rows(store: AnyStore) -> np.ndarray:
-    """The good rows of the splits that are kept to measure on; RunError where there are none."""
+    """The good rows of the store's evaluation splits; RunError if there are none."""
     return _good_rows_to_measure(store, probe_eval_splits(store))
 
 

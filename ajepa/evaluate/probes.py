@@ -1,4 +1,4 @@
-"""Probes on frozen features: a linear one, nearest neighbours, and an attentive one over tokens; all deterministic."""
+"""Probes on frozen features: a linear probe, nearest neighbours, an attentive probe over tokens; all deterministic."""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from ajepa.evaluate.metrics import mean_average_precision
 from ajepa.model.pooling import inverse_deviation_D
 from pipeline.errors import RunError
 
-# Penalties of the linear probe on squared weights, beside the mean loss of a clip.
+# Penalties on the squared weights of the linear probe, relative to the mean loss per clip.
 L2_GRID = (1.0, 0.1, 0.01, 1e-3, 1e-4)
 
 NEIGHBOUR_COUNT = 15
@@ -26,21 +26,21 @@ MAX_ATTENTIVE_STEPS, MIN_ATTENTIVE_STEPS, MAX_ATTENTIVE_EPOCHS = 600, 120, 150
 
 ATTENTIVE_PEAK_LR, ATTENTIVE_WEIGHT_DECAY = 3e-3, 0.01
 
-# How often the attentive probe is measured on the clips that choose its number of steps.
-VALIDATION_COUNT = 12
+# Validation passes spread over the attentive probe's training; the best one sets the number of steps.
+ATTENTIVE_VALIDATIONS = 12
 
 CLIPS_PER_FORWARD = 1_024
 
 
 def standardise_features(train_ND: np.ndarray, *others_ND: np.ndarray) -> tuple[Tensor, ...]:
-    """All features, centred and scaled by the train rows' mean and deviation; a constant feature becomes 0, not nan."""
+    """Standardise all features by the train rows' mean and deviation; a constant feature becomes 0, not nan."""
     mean_D = train_ND.mean(0)
     scale_D = inverse_deviation_D(train_ND.std(0)).astype(np.float32)
     return tuple(torch.from_numpy((rows_ND - mean_D) * scale_D) for rows_ND in (train_ND, *others_ND))
 
 
 def selection_metric(labels_NC: np.ndarray, scores_NC: np.ndarray, *, single: bool) -> float:
-    """The metric that settings are chosen by: accuracy where every clip has one class, else mAP."""
+    """The metric that selects settings: accuracy if every clip has exactly one class (`single`), else mAP."""
     if single:
         return float((labels_NC.argmax(1) == scores_NC.argmax(1)).mean())
     return mean_average_precision(labels_NC, scores_NC).value
@@ -49,7 +49,7 @@ def selection_metric(labels_NC: np.ndarray, scores_NC: np.ndarray, *, single: bo
 def choose_l2(
     train_ND: Tensor, train_NC: np.ndarray, val_ND: Tensor, val_NC: np.ndarray, *, single: bool = False
 ) -> float:
-    """The penalty of `L2_GRID` whose probe, trained on the train clips, predicts the val clips best."""
+    """The penalty of `L2_GRID` with which a probe of the train clips predicts the val clips best."""
     probe = LinearProbe.from_train_clips(train_ND, train_NC, single=single)
     values = [selection_metric(val_NC, probe.fit_scores_NC(val_ND, l2=l2), single=single) for l2 in L2_GRID]
     return L2_GRID[int(np.argmax(values))]
@@ -58,21 +58,22 @@ def choose_l2(
 def linear_probe_scores_NC(
     train_ND: Tensor, train_NC: np.ndarray, eval_ND: Tensor, *, l2: float, single: bool = False
 ) -> np.ndarray:
-    """The scores that a linear probe of this penalty, trained on the train clips, gives to the eval clips."""
+    """The eval clips' scores from a linear probe that is trained on the train clips with this penalty."""
     return LinearProbe.from_train_clips(train_ND, train_NC, single=single).fit_scores_NC(eval_ND, l2=l2)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearProbe:
-    """Logistic regressions, one per class, or one over all classes where every clip has one class (`single`).
+    """Logistic regressions: one per class, or one over all classes if every clip has exactly one class (`single`).
 
-    The train clips are turned once, for all penalties, along their principal axes.
+    The features of the train clips are rotated to their principal axes once, for all penalties.
 
-    rotated_NR  the train clips along these axes
-    axes_DR     the axes
-    variance_R  the train clips' variance along each
-    present_C   the classes that a train clip has, of `classes` in all
-    labels_NC   the train clips' labels of these classes
+    rotated_NR  the rotated features of the train clips
+    axes_DR     the principal axes
+    variance_R  the train clips' variance along each axis
+    classes     number of classes
+    present_C   indices of the classes that a train clip has
+    labels_NC   the train clips' labels of the present classes
     """
 
     rotated_NR: Tensor
@@ -87,7 +88,7 @@ class LinearProbe:
     def from_train_clips(
         cls, train_ND: Tensor, train_NC: np.ndarray, *, single: bool = False
     ) -> "LinearProbe":
-        """The probe of these train clips, not yet fitted."""
+        """The probe of these train clips, without fitted weights."""
         present_C = np.flatnonzero(train_NC.any(axis=0))
         axes_DR, variance_R = principal_axes(train_ND)
         return cls(
@@ -104,18 +105,18 @@ class LinearProbe:
         """Scores of the probe with this penalty, fitted to all train clips at once by L-BFGS.
 
         The fit minimises the mean over clips of the (summed binary) cross-entropy plus `l2`/2 times the squared
-        weights (in scikit-learn's terms C = 1/(l2 N)). A class that no train clip has gets the lowest score of all,
-        everywhere: it can neither rank nor be predicted.
+        weights (in scikit-learn's terms C = 1/(l2 N)). A class without a train clip gets the lowest score for every
+        eval clip, so it neither ranks clips nor is predicted.
         """
-        # Weights are sought along the principal axes, each divided by the root of its curvature (variance times
-        # p (1 - p), about 1/8, plus l2), so that the loss curves about alike in every direction.
+        # Weights are optimised along the principal axes. Each is divided by the root of the curvature along its axis
+        # (variance times p (1 - p), about 1/8, plus l2), so that the loss has about equal curvature in all directions.
         scale_R1 = (self.variance_R / 8 + l2).rsqrt()[:, None]
         device = self.rotated_NR.device
         weight_RC = torch.zeros(len(scale_R1), len(self.present_C), device=device, requires_grad=True)
         bias_C = torch.zeros(len(self.present_C), device=device, requires_grad=True)
 
-        # They are sought to the end: stopped at a hundred times this gradient, mAP of 150 clips by 2,048 features
-        # moved by .006 with the number of threads.
+        # The tolerance is deliberately tight: at a hundred times this gradient mAP (150 clips, 2,048 features) still
+        # varied by .006 with the number of threads.
         solver = torch.optim.LBFGS(
             [weight_RC, bias_C],
             max_iter=1000,
@@ -135,7 +136,7 @@ class LinearProbe:
             mean_loss.backward()
             return mean_loss
 
-        # A class without a train clip gets the lowest score
+        # Fit, then score the eval clips; a class without a train clip gets the lowest score
         solver.step(penalised_loss)
         with torch.no_grad():
             present_NC = eval_ND @ (self.axes_DR @ (scale_R1 * weight_RC)) + bias_C
@@ -145,25 +146,25 @@ class LinearProbe:
 
 
 def linear_probe_loss(scores_NC: Tensor, labels_NC: Tensor, *, single: bool) -> Tensor:
-    """Mean over clips of the cross-entropy: over all classes, or of each class by itself, summed over classes."""
+    """Mean loss per clip: the cross-entropy over all classes (`single`), or the sum of the classes' binary ones."""
     if single:
         return nnf.cross_entropy(scores_NC, labels_NC)
     return nnf.binary_cross_entropy_with_logits(scores_NC, labels_NC, reduction="sum") / len(scores_NC)
 
 
 def principal_axes(train_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal axes `DR` that the rows lie along, and the rows' variance along each, `R`.
+    """The principal axes of the training rows, orthonormal, `DR`, and the rows' variance along each axis, `R`.
 
-    Weights have no reason to leave the rows' span: with fewer rows than features there are as many axes as rows.
-    Either way the smaller of the two products is decomposed.
+    The optimal weights lie in the span of the training rows, so with N < D rows at most N axes are needed.
+    The smaller of the two product matrices, `D x D` or `N x N`, is decomposed.
     """
-    # Enough rows: as many axes as features
+    # At least as many rows as features: D axes
     count, width = train_ND.shape
     if count >= width:
         variance_R, axes_DR = torch.linalg.eigh(train_ND.T @ train_ND / count)
         return axes_DR, variance_R.clamp(min=0)
 
-    # Fewer rows: as many axes as rows, without those along which the rows do not vary
+    # Fewer rows than features: N axes, without those along which the rows do not vary
     variance_R, clips_NR = torch.linalg.eigh(train_ND @ train_ND.T / count)
     is_spanned = variance_R > 1e-6 * variance_R[-1]
     variance_R, clips_NR = variance_R[is_spanned], clips_NR[:, is_spanned]
@@ -173,7 +174,7 @@ def principal_axes(train_ND: Tensor) -> tuple[Tensor, Tensor]:
 def knn_scores_NC(
     train_ND: Tensor, train_NC: np.ndarray, eval_ND: Tensor, *, neighbours: int = NEIGHBOUR_COUNT
 ) -> np.ndarray:
-    """Share of the most similar train clips (by the cosine of standardised features) that have each class."""
+    """For each class, its share among the most similar train clips (by the cosine of standardised features)."""
     train_unit_ND = nnf.normalize(train_ND, dim=1)
     count = min(neighbours, len(train_ND))
     scores = []
@@ -187,17 +188,18 @@ def knn_scores_NC(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentiveScores:
-    """Scores of an attentive probe after `steps` steps, at which it predicted the val clips best."""
+    """Scores of an attentive probe after `steps` steps, the number at which it predicted the val clips best."""
 
     scores_NC: np.ndarray
     steps: int
 
 
 class AttentiveProbe(nn.Module):
-    """Each head has a learnt query: its share of the features is averaged over the valid tokens of a clip.
+    """A probe whose heads average tokens by attention; each head has a learnt query and its own share of the features.
 
-    The weights of this average are softmax(tokens . query); a linear layer over the averages gives the logits.
-    All parameters start at 0: the probe starts as a linear one on the mean of the tokens, and draws no random number.
+    A head's weights over a clip's valid tokens are softmax(tokens . query). A linear layer over the averages of all
+    heads gives the logits. All parameters start at 0: the probe starts as a linear probe on the mean token, and its
+    initial weights need no random numbers.
     """
 
     def __init__(self, width: int, classes: int) -> None:
@@ -207,12 +209,12 @@ class AttentiveProbe(nn.Module):
         self.bias_C = nn.Parameter(torch.zeros(classes))
 
     def forward(self, tokens_BMD: Tensor, valid_BM: Tensor) -> Tensor:
-        """Logits `BC` of clips of M tokens, of which some are valid."""
-        # Every head has its own weights over the tokens
+        """Logits `BC` of clips of M tokens, of which only the valid ones count."""
+        # Each head's weights over the tokens
         affinity_BMH = tokens_BMD @ self.query_HD.T / math.sqrt(tokens_BMD.shape[-1])
         attention_BMH = affinity_BMH.masked_fill(~valid_BM[..., None], -torch.inf).softmax(1)
 
-        # ... with which it averages its share of the features
+        # Each head averages its share of the features by its weights
         parts_BMHE = tokens_BMD.unflatten(2, (ATTENTIVE_HEADS, -1))
         pooled_BD = torch.einsum("bmh,bmhe->bhe", attention_BMH, parts_BMHE).flatten(1)
         return pooled_BD @ self.weight_DC + self.bias_C
@@ -220,7 +222,7 @@ class AttentiveProbe(nn.Module):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _TokenScorer:
-    """An attentive probe with the standardisation of its tokens, on its device."""
+    """An attentive probe, the standardisation of its tokens, and its device."""
 
     probe: AttentiveProbe
     mean_D: Tensor
@@ -250,12 +252,12 @@ def train_attentive_probe(
     single: bool,
     device: torch.device,
 ) -> AttentiveScores:
-    """Train the probe with AdamW for `attentive_steps`; the val clips choose after how many steps it is measured.
+    """Train the probe with AdamW for `attentive_steps`; the val clips select the step whose scores are returned.
 
     Tokens are standardised with the mean and deviation of the train clips' valid tokens. Deterministic on a CPU.
     """
     if train_features.tokens_NMD is None or train_features.tokens_NMD.shape[-1] % ATTENTIVE_HEADS:
-        raise RunError(f"an attentive probe needs tokens of a width that {ATTENTIVE_HEADS} divides")
+        raise RunError(f"an attentive probe needs tokens whose width is a multiple of {ATTENTIVE_HEADS}")
 
     # The probe, its optimiser, and the clips' order
     clips, classes = train_NC.shape
@@ -278,8 +280,8 @@ def train_attentive_probe(
         loss.backward()
         solver.step()
 
-        # The eval clips are scored whenever the val clips are predicted better than before
-        if step % (steps // VALIDATION_COUNT) == 0:
+        # If the probe predicts the val clips better than before, its scores of the eval clips are kept
+        if step % (steps // ATTENTIVE_VALIDATIONS) == 0:
             value = selection_metric(val_NC, scorer.scores_NC(val_features), single=single)
             if value > best_value:
                 best_value = value
@@ -288,22 +290,22 @@ def train_attentive_probe(
 
 
 def attentive_steps(clips: int) -> int:
-    """Steps of 150 epochs over so many clips, within 120 to 600; a multiple of `VALIDATION_COUNT`."""
+    """The steps of 150 epochs over `clips` clips, limited to 120 to 600; a multiple of `ATTENTIVE_VALIDATIONS`."""
     steps = MAX_ATTENTIVE_EPOCHS * -(-clips // ATTENTIVE_CLIPS_PER_STEP)
     bounded_steps = int(np.clip(steps, MIN_ATTENTIVE_STEPS, MAX_ATTENTIVE_STEPS))
-    return bounded_steps // VALIDATION_COUNT * VALIDATION_COUNT
+    return bounded_steps // ATTENTIVE_VALIDATIONS * ATTENTIVE_VALIDATIONS
 
 
 def attentive_probe_loss(scores_BC: Tensor, labels_BC: Tensor, *, single: bool) -> Tensor:
-    """Mean cross-entropy: of the one class of a clip, or of every class by itself."""
+    """Mean cross-entropy over all classes (`single`), or mean binary cross-entropy of every class."""
     if single:
         return nnf.cross_entropy(scores_BC, labels_BC.argmax(1))
     return nnf.binary_cross_entropy_with_logits(scores_BC, labels_BC)
 
 
 def token_statistics(train: ClipFeatures) -> tuple[Tensor, Tensor]:
-    """Mean `[D]` of every feature over the valid tokens, and one over its deviation (0 where it is constant)."""
-    # Sums over all valid tokens, in float64 and some clips at a time
+    """Mean and inverse deviation of every feature over the valid tokens, `[D]`; 0 for the inverse if it is constant."""
+    # Sum over all valid tokens in float64, some clips at a time
     clips_N = np.arange(len(train.vectors_ND))
     total_D = 0.0
     square_D = 0.0
@@ -315,7 +317,7 @@ def token_statistics(train: ClipFeatures) -> tuple[Tensor, Tensor]:
         square_D = square_D + np.square(valid_ND).sum(0)
         count += len(valid_ND)
 
-    # Their mean and deviation
+    # Mean and deviation
     mean_D = total_D / count
     std_D = np.sqrt(np.maximum(square_D / count - np.square(mean_D), 0))
     scale_D = inverse_deviation_D(std_D)

@@ -21,7 +21,7 @@ METRIC_NOTES: Json = {
     "confidence": CONFIDENCE_LEVEL,
 }
 
-# A result may be replaced by one that differs in other keys, such as a later step or another device.
+# Keys in which two results must agree for one to replace the other; step and device, for example, may differ.
 COMPARED_KEYS = (
     "store_id",
     "excluded",
@@ -33,7 +33,7 @@ COMPARED_KEYS = (
     "probes",
 )
 
-# Under `probes`: a result may be replaced by one that holds its probes and more.
+# Key under `probes`: a result may be replaced by a result of the same and additional probes.
 PROBE_NAMES_KEY = "names"
 
 
@@ -43,9 +43,9 @@ class ClassifierTraining:
 
     start         step and digest of the encoder that training started from; None: from random weights
     ema           decay of the moving average of the weights; 0: none is kept
-    train_clips   None: not known
-    class_count   classes that it tells apart; an evaluation on another store may have fewer
-    views         how a whole clip is brought to the model's length
+    train_clips   number of clips that trained the classifier; None: not recorded
+    class_count   number of classes of the classifier; an evaluation on another store may measure fewer
+    views         how a whole clip is cut to the model's length, in words
     """
 
     task: str
@@ -95,8 +95,8 @@ class ProbeTraining:
     """How probes were trained on frozen features, and on which clips.
 
     grid       the encoder's patches: rows, columns, frames and bands of a patch
-    val_share  share of the train clips that chose a probe's settings; None: the val splits did
-    notes      what holds for every probe, in words
+    val_share  share of the train clips that selected settings; None: the val splits selected them
+    notes      settings of every probe, in words
     """
 
     names: tuple[str, ...]
@@ -111,7 +111,7 @@ class ProbeTraining:
     notes: Json
 
     def to_json(self) -> Json:
-        """The value under `probes` in evaluation.json; the notes stand beside the settings."""
+        """The value under `probes` in evaluation.json; each note is a key next to the settings."""
         return {
             "names": list(self.names),
             "pooling": self.pooling,
@@ -135,23 +135,23 @@ class ProbeTraining:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationProtocol:
-    """What was measured, on which clips, and how; `to_json` is its form in evaluation.json.
+    """The run, the clips and the settings of an evaluation; `to_json` is its form in evaluation.json.
 
-    seed               that of the run's recipe; it also draws the resamples
-    checkpoint         as it was asked for: last, best or a step
-    weights_name       the part of the checkpoint that is measured
-    weights_sha256     digest of these weights; of folds one for each
-    task               what the run was fine-tuned on; None: it was pre-trained
-    training_store_id  the store that the run was trained on
-    store_name         the store that is measured, without its folder
-    exclusions         digest of the clips that are excluded from that store; None: none are
-    unlabelled_clips   good clips of the eval splits that have no label of the classes measured
-    folds              how many folds the scores are means over; 0: there are none
-    kind               labels a clip, as asked for: auto, single or multi
-    metric_notes       what every metric means, in words
-    classifier         None: only probes are measured
-    probes             None: only a classifier is measured
-    device             cpu or cuda
+    seed               seed of the run's recipe, which also draws the resamples
+    checkpoint         requested checkpoint: last, best or a step
+    weights_name       part of the checkpoint that is measured
+    weights_sha256     digest of these weights; with folds, one digest per fold
+    task               task that the run was fine-tuned on; None: the run was only pre-trained
+    training_store_id  id of the store that the run was trained on
+    store_name         file name of the measured store
+    exclusions         digest of the clips that are excluded from the measured store; None: no clip is excluded
+    unlabelled_clips   number of good clips of the eval splits that have no label of the measured classes
+    folds              number of folds that the scores are means over; 0: no folds
+    kind               requested number of labels per clip: auto, single or multi
+    metric_notes       definition of every metric, in words
+    classifier         training of the measured classifier; None: only probes are measured
+    probes             training of the measured probes; None: only a classifier is measured
+    device             device of the evaluation, cpu or cuda
     """
 
     # The run, and its weights at a checkpoint
@@ -163,7 +163,7 @@ class EvaluationProtocol:
     weights_name: str
     weights_sha256: str | tuple[str, ...]
 
-    # What it was trained on, by which software
+    # The run's training data, and the software versions of its training
     task: str | None
     training_store_id: str
     training_versions: Json
@@ -176,7 +176,7 @@ class EvaluationProtocol:
     eval_clips: int
     unlabelled_clips: int
 
-    # How they are measured
+    # The settings of the measurement
     folds: int
     kind: str
     metric_notes: Json = field(default_factory=METRIC_NOTES.copy)
@@ -184,12 +184,12 @@ class EvaluationProtocol:
     classifier: ClassifierTraining | None
     probes: ProbeTraining | None
 
-    # Where, by which software
+    # The device and the software versions of the evaluation
     device: str
     versions: Json
 
     def to_json(self) -> Json:
-        """The protocol as it stands in evaluation.json, the same keys whatever was measured."""
+        """The protocol as stored in evaluation.json; the keys are the same for classifiers and probes."""
         digests = self.weights_sha256
         return {
             # The run
@@ -260,7 +260,7 @@ class EvaluationProtocol:
     def differences(self, requested: "EvaluationProtocol") -> list[str]:
         """The settings in which a requested protocol differs from this one, each as `setting: old, now new`.
 
-        Only settings count that make another measurement: not steps, versions, devices or additional probes.
+        Only settings that change the measurement count, not steps, versions, devices or additional probes.
         """
         old_record = self.to_json()
         new_record = requested.to_json()
@@ -290,7 +290,7 @@ def build_protocol(
     classifier: ClassifierTraining | None = None,
     probes: ProbeTraining | None = None,
 ) -> EvaluationProtocol:
-    """The protocol of measuring these weights of a run on a store; fields and parameters of one name are the same."""
+    """The protocol of an evaluation of these weights on a store; EvaluationProtocol's fields explain the parameters."""
     return EvaluationProtocol(
         # The run
         run_path=str(run.path),
@@ -300,8 +300,8 @@ def build_protocol(
         checkpoint=str(checkpoint),
         weights_name=weights_name,
         weights_sha256=weights_digest(weights),
-        task=run.identity.get("task"),
-        training_store_id=run.identity["store_id"],
+        task=None if run.identity.task_identity is None else run.identity.task_identity.task,
+        training_store_id=run.identity.store_id,
         training_versions=run.versions,
         # The store
         store_name=Path(store.location).name,
@@ -322,12 +322,12 @@ def build_protocol(
 
 
 def count_folds(folds: Sequence[object]) -> int:
-    """How many folds the scores are means over: 0 where there is only one part, which is no fold."""
+    """The number of folds that the scores are means over; a single entry is not cross-validated and counts as 0."""
     return len(folds) if len(folds) > 1 else 0
 
 
 def weights_digest(weights: dict[str, Tensor]) -> str:
-    """SHA-256 of named tensors, the same whatever file holds them."""
+    """SHA-256 of named tensors, independent of the file that stores them."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(f"{name} {tuple(weights[name].shape)} ".encode())
@@ -337,11 +337,11 @@ def weights_digest(weights: dict[str, Tensor]) -> str:
 
 def is_training_store(run: Run, store: FeatureStore) -> bool:
     """Whether the run was trained on this store, alone or among others."""
-    return store.store_id in {run.identity["store_id"], *run.identity.get("stores", [])}
+    return store.store_id in {run.identity.store_id, *run.identity.stores}
 
 
 def protocol_differences(stored: Json, requested: Json, prefix: str = "") -> list[tuple[str, object, object]]:
-    """Every setting that differs, as dotted key, old value and new value; additional probes are no difference."""
+    """Every setting that differs, as dotted key, old value and new value; additional probes do not count."""
     changes: list[tuple[str, object, object]] = []
     for key in dict.fromkeys([*stored, *requested]):
         old = stored.get(key)

@@ -1,4 +1,4 @@
-"""Evaluation: every score of a run on a store with the protocol behind it; its JSON file, its tables, its place."""
+"""Evaluation: every score of a run on a store, with its protocol; its JSON file, its tables, and its path."""
 
 import csv
 import json
@@ -30,7 +30,7 @@ METRIC_TITLES = {"map": "mAP", "accuracy": "accuracy", "auc": "AUC", "d_prime": 
 
 PROBE_TITLES = {"linear": "linear", "knn": "kNN", "attentive": "attentive"}
 
-# The features and the probe of a score that a classifier reached as it was trained.
+# Values of the fields `features` and `probe` in the score of a trained classifier.
 CLASSIFIER_FEATURES, HEAD_PROBE = "classifier", "head"
 
 METHOD_TITLES = PROBE_TITLES | {HEAD_PROBE: "own head"}
@@ -40,17 +40,17 @@ LABEL_SETS_PER_BLOCK = 2  # label sets side by side in 80 columns
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
-    """The score of a probe on one kind of features, or of a classifier as it was trained, on one label set.
+    """The score of a probe on one kind of features, or of a trained classifier, on one label set.
 
     kind              single: every clip has exactly one label; multi: any number
-    metrics           of single labels `accuracy` and `f1`, of all labels `map`, `auc` and `d_prime`
-    chance            of the primary metric: mAP of a random order, accuracy of always saying the commonest class
-    classes           classes that a measured clip has
-    skipped           classes that no measured clip has
-    chosen            what was chosen for a probe, once for each fold: its penalty, or its number of steps
-    by_fold           each metric's value on every fold, but for d'; empty where there are no folds
-    per_class_ap      average precision, mean over the folds that have the class; None where it is skipped
-    per_class_recall  the share of a class's clips that is found, likewise; empty unless labels are single
+    metrics           `map`, `auc` and `d_prime`; for single labels also `accuracy` and `f1`
+    chance            chance level of the primary metric: mAP of a random order, or accuracy of the commonest class
+    classes           number of classes that a measured clip has
+    skipped           number of classes that no measured clip has
+    chosen            setting selected for a probe, one per fold: its penalty, or its number of steps
+    by_fold           each metric's value on every fold, except d'; empty without folds
+    per_class_ap      average precision of each class, mean over the folds that have the class; None if no fold has it
+    per_class_recall  recall of each class, averaged in the same way; empty unless labels are single
     """
 
     features: str
@@ -68,7 +68,7 @@ class Score:
 
     @property
     def primary_estimate(self) -> MetricEstimate:
-        """The metric to compare by: accuracy of single labels, else mAP."""
+        """The metric that results are compared by: accuracy for single labels, else mAP."""
         return self.metrics[PRIMARY_METRIC[self.kind]]
 
     @property
@@ -79,7 +79,7 @@ class Score:
 
     @classmethod
     def from_json(cls, record: Json) -> "Score":
-        """The score whose `asdict` stands in evaluation.json."""
+        """The score from its `asdict` in evaluation.json."""
         lists = {name: tuple(record[name]) for name in ("chosen", "per_class_ap", "per_class_recall")}
         metrics = {name: MetricEstimate(**estimate) for name, estimate in record["metrics"].items()}
         by_fold = {name: tuple(values) for name, values in record["by_fold"].items()}
@@ -88,9 +88,9 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """Every score, with the protocol behind it.
+    """Every score of a run on a store, with its protocol.
 
-    classes  id and name of every class, in the order of the scores' values of each class
+    classes  id and name of every class, in the order of the scores' per-class values
     """
 
     protocol: EvaluationProtocol
@@ -121,13 +121,13 @@ class Evaluation:
 
     @classmethod
     def read_json(cls, file: Path) -> "Evaluation":
-        """The evaluation that `save_json` wrote; RunError where the file is something else, or of another format."""
+        """The evaluation that `save_json` wrote; RunError if the file is no evaluation, or of another format."""
         record = _read_json_file(file)
         if not isinstance(record, dict) or not {"protocol", "scores"} <= set(record):
             raise RunError(f"{file}: holds no scores; give a file that evaluate or finetune wrote")
         if record.get("format") != EVALUATION_FORMAT:
             raise RunError(
-                f"{file}: evaluation format {record.get('format', 1)}, this version reads {EVALUATION_FORMAT}; "
+                f"{file}: has evaluation format {record.get('format', 1)}, this version reads {EVALUATION_FORMAT}; "
                 "delete it and run ajepa-train evaluate again"
             )
         return cls(
@@ -137,7 +137,7 @@ class Evaluation:
         )
 
     def describe_protocol(self) -> Iterator[str]:
-        """Yield phrases on what was measured, on which clips, and how it was trained."""
+        """Yield phrases that describe the measured clips, the run and its training."""
         # The clips and the run
         protocol = self.protocol
         folds = f", mean over {protocol.folds} folds" if protocol.folds else ""
@@ -173,7 +173,7 @@ class Evaluation:
         second, third = OTHER_METRICS[kind]
         first_scores = [self._first_score(name) for name in label_sets]
 
-        # The primary metric with its interval, beside chance
+        # The primary metric with its interval, then its chance level
         lines = [
             _table_line("", [_shorten_name(name, 20) for name in label_sets]),
             _table_line("", [_class_count_text(score) for score in first_scores]),
@@ -256,11 +256,11 @@ def _shorten_name(name: str, width: int) -> str:
 
 
 def result_path(run: Run, store: FeatureStore, *, probed: bool) -> Path:
-    """Where an evaluation of this run on this store is kept.
+    """The file in the run folder that an evaluation of this run on this store is saved to.
 
-    On the run's own store it is evaluation.json, on another store evaluation-STORE.json. A fine-tuned run is measured
-    by its classifier; probes on its frozen encoder (`probed`) are kept beside that, in evaluation-probes.json and
-    evaluation-STORE-probes.json.
+    It is evaluation.json for the run's own store, and evaluation-STORE.json for another store. For probes on the
+    encoder of a fine-tuned run (`probed`) it is evaluation-probes.json or evaluation-STORE-probes.json, because the
+    other names belong to the run's classifier.
     """
     store_suffix = "" if is_training_store(run, store) else f"-{Path(store.location).stem}"
     probe_suffix = "-probes" if probed and run.is_finetuned else ""
@@ -268,7 +268,7 @@ def result_path(run: Run, store: FeatureStore, *, probed: bool) -> Path:
 
 
 def read_protocol(file: Path) -> EvaluationProtocol | None:
-    """The protocol of the evaluation in a file; None where there is no file, or one of an unread format."""
+    """The protocol of the evaluation in a file; None if the file does not exist, or has a format that is not read."""
     if not file.is_file():
         return None
     record = _read_json_file(file)
@@ -278,17 +278,17 @@ def read_protocol(file: Path) -> EvaluationProtocol | None:
 
 
 def refuse_overwriting(file: Path, protocol: EvaluationProtocol) -> None:
-    """RunError where `file` holds a result of another protocol: saving the new one would lose it.
+    """RunError if `file` contains a result of another protocol, which saving the new result would lose.
 
-    A later step of the run, other versions, another device, or additional probes are no reason to refuse; nor is a
-    result of a format that is no longer read.
+    A later step of the run, other versions, another device or additional probes do not count as another protocol.
+    A result of a format that is no longer read may be replaced too.
     """
     stored = read_protocol(file)
     changes = stored.differences(protocol) if stored else []
     if changes:
         raise RunError(
-            f"{file}: holds a result that was measured otherwise ({'; '.join(changes[:3])}); "
-            "keep this result elsewhere with --out FILE, or name that file there to replace it"
+            f"{file}: holds a result of another protocol ({'; '.join(changes[:3])}); "
+            "save the new result elsewhere with --out FILE, or give this file as FILE to replace it"
         )
 
 
@@ -304,5 +304,5 @@ def _parse_protocol(file: Path, record: Json) -> EvaluationProtocol:
         return EvaluationProtocol.from_json(record["protocol"])
     except KeyError as error:
         raise RunError(
-            f"{file}: its protocol lacks {error}; delete it and run ajepa-train evaluate again"
+            f"{file}: its protocol lacks {error}; delete the file and run ajepa-train evaluate again"
         ) from None

@@ -1,4 +1,4 @@
-"""TaskData: a task on a store: which clips train and which are measured, their labels, and the classes to learn."""
+"""TaskData: a task on a store: its train clips, its eval clips, their labels, and the classes to learn."""
 
 from dataclasses import dataclass, replace
 
@@ -7,7 +7,7 @@ import numpy as np
 from ajepa.evaluate.tasks import Task
 from ajepa.recipes.finetune import Finetune
 from ajepa.training.distributed import SINGLE_PROCESS, World
-from ajepa.training.run import Json
+from ajepa.training.run_identity import RunIdentity, StartCheckpoint, TaskIdentity
 from pipeline.errors import RunError
 from pipeline.labels.ontology import ClassList
 from pipeline.loading.class_weights import balanced_weights
@@ -23,11 +23,11 @@ class TaskData:
     """The rows and classes of a task on a store.
 
     classes           the task's classes, in the order of the head
-    single            whether each clip has exactly one of them
-    train_N, eval_N   rows to train on and to measure; each has a label of the task
-    merge_SC          1 where class S of the store is class C of the task, else 0; a row of zeros: no class of it
-    unlabelled_clips  good clips of the splits to measure that have no label of the task
-    notes             sentences for the user: what is left out of training
+    single            whether each clip has exactly one of the classes
+    train_N, eval_N   rows that train the classifier and rows that measure it; each has a label of the task
+    merge_SC          1 where class S of the store is class C of the task, else 0; a row of zeros: not in the task
+    unlabelled_clips  number of good clips of the eval splits that have no label of the task
+    notes             sentences for the user about clips and classes that are left out
     """
 
     task: Task
@@ -44,36 +44,37 @@ class TaskData:
     notes: tuple[str, ...] = ()
 
     def labels_NC(self, rows_N: np.ndarray, label_set: str | None = None) -> np.ndarray:
-        """1 where a row has a class of the task, else 0, float32; by default in the label set of the training."""
+        """Labels of some rows, float32: 1 where a row has a class, else 0; by default in the trained label set."""
         labels_NS = self.store.labels_BC(rows_N, label_set or self.label_set)
         return np.minimum(labels_NS @ self.merge_SC, 1.0)
 
-    def identity(self) -> Json:
-        """What the run learns from which data: compared when a run is resumed, and needed to use its classifier."""
+    def identity(self, start: StartCheckpoint | None = None) -> RunIdentity:
+        """The identity of a run that learns the task from these clips, from a start or from random weights."""
         mean, std = self.store.mean_and_std(self.train_splits)
-        identity: Json = {
-            "store_id": self.store.store_id,
-            "spec_id": self.store.spec_id,
-            "mel": self.store.spec.to_json(),
-            "mean": mean,
-            "std": std,
-            "task": self.task.name,
-            "kind": "single" if self.single else "multi",
-            "label_set": self.label_set,
-            "train_splits": list(self.train_splits),
-            "eval_splits": list(self.eval_splits),
-            "classes": list(self.classes.mids),
-        }
-        if self.store.exclusions.digest is not None:
-            identity["excluded"] = self.store.exclusions.digest
-        return identity
+        return RunIdentity(
+            store_id=self.store.store_id,
+            spec_id=self.store.spec_id,
+            mel=self.store.spec,
+            mean=mean,
+            std=std,
+            excluded=self.store.exclusions.digest,
+            task_identity=TaskIdentity(
+                task=self.task.name,
+                kind="single" if self.single else "multi",
+                label_set=self.label_set,
+                train_splits=tuple(self.train_splits),
+                eval_splits=tuple(self.eval_splits),
+                classes=tuple(self.classes.mids),
+                start=start,
+            ),
+        )
 
     def order(self, recipe: Finetune, world: World = SINGLE_PROCESS) -> RowOrder:
-        """The order in which training rows come to this rank, as the recipe samples them.
+        """The order in which this rank reads training rows, sampled as the recipe requires.
 
-        InputError where there are fewer rows than a step takes.
+        InputError if there are fewer rows than one step needs.
         """
-        # Either rare rows are repeated, or rows are drawn by their classes' weights, or all come once an epoch
+        # Rows of rare classes are repeated, or rows are drawn by class weights, or each row is read once per epoch
         rows_N = self.train_N
         sampling: Sampling = FULL_SHUFFLE
         if recipe.sampling == "repeated":
@@ -105,18 +106,18 @@ class TaskData:
 def select_task_data(
     task: Task, store: FeatureStore, *, label_set: str = "raw", fold: int | None = None
 ) -> TaskData:
-    """The task on the store, and on one of its folds where it has folds.
+    """The clips and classes of a task on a store; `fold` is the number of the fold to measure, if the task has folds.
 
-    RunError where the store does not fit the task, StoreError where it lacks the label set.
+    RunError if the store does not fit the task, StoreError if it lacks the label set.
     """
-    # Which splits, and which classes
+    # The splits and the classes
     refuse_other_classes(task, store)
     train_names, eval_names = task_splits(task, store, fold)
     train_good_N = store.good_rows(train_names)
     eval_good_N = store.good_rows(eval_names)
     classes, merge_SC = task_classes(task, store, train_good_N, label_set)
 
-    # Only clips that have a label of the task train and are measured
+    # Clips without a label of the task neither train nor measure
     rows = []
     notes = []
     for good_N, splits, purpose in (
@@ -157,15 +158,15 @@ def select_task_data(
 def rows_with_labels(
     store: FeatureStore, rows_N: np.ndarray, label_set: str, merge_SC: np.ndarray
 ) -> np.ndarray:
-    """Those of the rows that have a label of any class of a task (`TaskData.merge_SC`)."""
+    """The rows that have a label of any class of a task; `merge_SC` as in `TaskData`."""
     return rows_N[(store.labels_BC(rows_N, label_set) @ merge_SC > 0).any(axis=1)]
 
 
 def refuse_other_classes(task: Task, store: FeatureStore) -> None:
-    """RunError where the store's class list is not the task's: how many both have, and which are missing."""
+    """RunError if the store's classes are not the task's; the message gives both numbers and the missing classes."""
     if task.classes is None:
         return
-    # The classes of one of the two alone
+    # The classes that only the task or only the store has
     task_mids = task.classes.mids
     store_mids = store.classes.mids
     known_to_task = set(task_mids)
@@ -179,7 +180,7 @@ def refuse_other_classes(task: Task, store: FeatureStore) -> None:
         faults.append(f"{len(missing)} of the task's are missing, such as {_shown_classes(missing)}")
     if additional:
         faults.append(
-            f"{len(additional)} of the store's are none of the task, such as {_shown_classes(additional)}"
+            f"{len(additional)} of the store's are not in the task, such as {_shown_classes(additional)}"
         )
     if faults:
         raise RunError(
@@ -204,14 +205,15 @@ def task_splits(task: Task, store: FeatureStore, fold: int | None) -> tuple[tupl
         return tuple(split for split in folds if split != fold_name), (fold_name,)
     if fold is not None:
         raise RunError(
-            f"{store.location}: --fold {fold}: its splits are {', '.join(splits)}, task {task.name} has no folds"
+            f"{store.location}: --fold {fold}: task {task.name} has no folds; "
+            f"the store's splits are {', '.join(splits)}"
         )
 
-    # The task's own splits, or else the store's by their names
+    # The task's own splits; a task without own splits uses those of the store, chosen by name
     for split in (*task.train_splits, *task.eval_splits):
         if split not in splits:
             raise RunError(
-                f"{store.location}: task {task.name} needs the split {split}, it has {', '.join(splits)}; "
+                f"{store.location}: task {task.name} needs the split {split}, the store has {', '.join(splits)}; "
                 "build it from the task's own lists"
             )
     eval_names = task.eval_splits or tuple(probe_eval_splits(store))
@@ -222,9 +224,9 @@ def task_splits(task: Task, store: FeatureStore, fold: int | None) -> tuple[tupl
 
 
 def task_folds(task: Task, store: FeatureStore) -> tuple[str, ...]:
-    """The splits to cross-validate the task over; none where it is not cross-validated on this store.
+    """The splits that cross-validate the task; empty if the task is not cross-validated on this store.
 
-    RunError where the task has folds and the store has other splits.
+    RunError if the task has folds and the store has other splits.
     """
     splits = sorted(store.manifest["split"].unique(), key=lambda split: (len(split), split))
     if task.fold_count:
@@ -232,7 +234,7 @@ def task_folds(task: Task, store: FeatureStore) -> tuple[str, ...]:
         if splits != folds:
             raise RunError(
                 f"{store.location}: task {task.name} needs the splits {folds[0]} to {folds[-1]}, "
-                f"it has {', '.join(splits)}; build it from the task's own lists"
+                f"the store has {', '.join(splits)}; build it from the task's own lists"
             )
         return tuple(folds)
     are_folds = len(splits) > 1 and all(FOLD_PATTERN.fullmatch(split) for split in splits)
@@ -242,9 +244,9 @@ def task_folds(task: Task, store: FeatureStore) -> tuple[str, ...]:
 def task_classes(
     task: Task, store: FeatureStore, train_N: np.ndarray, label_set: str
 ) -> tuple[ClassList, np.ndarray]:
-    """The task's classes, and which of them each of the store's classes is, `merge_SC`.
+    """The task's classes, and `merge_SC`, which assigns the store's classes to them (see `TaskData`).
 
-    RunError where the task's classes are those of the training clips and no clip has a label.
+    RunError if the task's classes are those of the training clips and no such clip has a label.
     """
     store_classes = store.classes
 
@@ -265,7 +267,7 @@ def task_classes(
         place_C = [store_classes.index_of[mid] for mid in task.classes.mids]
         return task.classes, np.eye(len(store_classes), dtype=np.float32)[:, place_C]
 
-    # Some classes by themselves, all others as one more
+    # The distinct classes as they are, all others merged into one class
     mids = (*task.distinct_classes, task.other_class)
     merge_SC = np.zeros((len(store_classes), len(mids)), np.float32)
     for index, mid in enumerate(store_classes.mids):
@@ -275,26 +277,26 @@ def task_classes(
 
 
 def with_label_kind(task_data: TaskData) -> TaskData:
-    """The task data with `single` decided; RunError where a task of one class a clip has a clip of several."""
+    """The task data with `single` set; RunError if a task of single labels has a clip with several."""
     task = task_data.task
     store = task_data.store
     if task.kind == "multi":
         return task_data
 
-    # Any clip of several labels decides
+    # Labels are single unless some clip has several
     rows_N = np.concatenate([task_data.train_N, task_data.eval_N])
     several_N = rows_N[task_data.labels_NC(rows_N).sum(axis=1) > 1]
     if len(several_N) and task.kind == "single":
         clip_id = store.manifest["clip_id"][int(several_N[0])]
         raise RunError(
-            f"{store.location}: task {task.name} has one class to a clip, "
+            f"{store.location}: task {task.name} has one class per clip, "
             f"but {len(several_N)} clips have several labels, such as {clip_id}"
         )
     return replace(task_data, single=not len(several_N))
 
 
 def repeat_rare_rows(rows_N: np.ndarray, labels_NC: np.ndarray) -> np.ndarray:
-    """Each class's rows, repeated until there are half as many as the largest class has; every row at least once."""
+    """All rows, those of rare classes repeated: each class gets at least half as many rows as the largest class has."""
     class_N = labels_NC.argmax(axis=1)
     min_rows = int(np.bincount(class_N).max()) // 2
     repeated = []

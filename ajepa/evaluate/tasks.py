@@ -1,4 +1,4 @@
-"""Task: the classes to tell apart in a store's clips, the splits to train and measure on; and every task by name."""
+"""Task: the classes, the train splits and the eval splits of a downstream task; and every task by name."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,16 +15,17 @@ TaskLabelKind = Literal["single", "multi", "any"]
 class Task:
     """A downstream task.
 
-    recipe            its name among the fine-tuning recipes
+    recipe            name of the task's fine-tuning recipe
     kind              single: each clip has one class, measured by accuracy; multi: any number, measured by mAP;
-                      any: single where each clip has exactly one label, else multi
-    classes           the classes that a store must have, in the order of the head; None: those of its training clips
-    distinct_classes  only these are classes of the task, all others are one more; empty: each is its own
-    other_class       the name of that one more
-    train_splits      empty: all splits but those that are measured
-    eval_splits       splits to measure; empty: `eval`, or else the splits that are named after eval or test
-    fold_count        number of splits fold1, fold2, ..., each measured once after training on the others; 0: none.
-                      With `classes` None a store whose splits are all folds is cross-validated too
+                      any: single if each clip has exactly one label, else multi
+    classes           classes that a store must have, in the order of the head; None: those of its training clips
+    distinct_classes  classes that are predicted separately; all other classes of the store are merged into
+                      `other_class`; empty: no class is merged
+    other_class       name of the merged class
+    train_splits      splits to train on; empty: all splits except the measured ones
+    eval_splits       splits to measure; empty: `eval`, or else the splits whose names contain eval or test
+    fold_count        number of folds (splits fold1, fold2, ...); each fold is measured once, after training on the
+                      others; 0: no folds. If `classes` is None, a store that has only folds is cross-validated too
     """
 
     name: str
@@ -39,13 +40,13 @@ class Task:
 
 
 def class_list_from_words(text: str) -> ClassList:
-    """The classes of these words; a class's id is its word."""
+    """The classes named in `text`, separated by spaces; a class's id is its word, with underscores for spaces."""
     words = tuple(text.split())
     return ClassList(mids=words, names=tuple(word.replace("_", " ") for word in words))
 
 
-# AudioSet (Gemmeke et al. 2017): 527 classes, several to a clip. The store and the recipe decide between its training
-# sets of 2M and 20k clips.
+# AudioSet (Gemmeke et al. 2017): 527 classes, several per clip. The choice of store and recipe decides whether
+# training uses 2M or 20k clips.
 AUDIOSET_TASK = Task(
     name="audioset",
     recipe="audioset-20k",
@@ -70,8 +71,8 @@ ESC50_TASK = Task(
     fold_count=5,
 )
 
-# FSD50K (Fonseca et al. 2020, arXiv 2010.00475): 200 of AudioSet's classes, several to a clip. Its split val is neither
-# trained on nor measured.
+# FSD50K (Fonseca et al. 2020, arXiv 2010.00475): 200 of AudioSet's classes, several per clip. Its split val neither
+# trains nor measures.
 FSD50K_TASK = Task(
     name="fsd50k",
     recipe="fsd50k",
@@ -81,12 +82,12 @@ FSD50K_TASK = Task(
     eval_splits=("eval",),
 )
 
-# Your own labels in any store: one or several to a clip, with an eval or test split, or in folds.
+# Your own labels in any store: one or several per clip; the store has an eval or test split, or folds.
 OWN_LABELS_TASK = Task(name="own", recipe="own", kind="any")
 
-# Speech Commands v1 (Warden 2018, arXiv 1804.03209): ten commands told apart from each other and from other words. The
-# published SPC-1 has a twelfth class, silence, cut from recordings of background noise, which a store of the words does
-# not hold: accuracies on these 11 classes lie near the published ones and are not the same measure.
+# Speech Commands v1 (Warden 2018, arXiv 1804.03209): ten commands, and one class for all other words. The published
+# SPC-1 has a twelfth class, silence, cut from recordings of background noise. A store of the words does not contain it,
+# so accuracies on these 11 classes are close to the published ones but not the same measure.
 SPEECH_COMMANDS_V1_TASK = Task(
     name="speech-commands-v1",
     recipe="speech-commands-v1",
@@ -98,7 +99,7 @@ SPEECH_COMMANDS_V1_TASK = Task(
     eval_splits=("test",),
 )
 
-# Speech Commands v2 (Warden 2018, arXiv 1804.03209): all 35 words told apart.
+# Speech Commands v2 (Warden 2018, arXiv 1804.03209): each of the 35 words is a class.
 SPEECH_COMMANDS_V2_TASK = Task(
     name="speech-commands-v2",
     recipe="speech-commands-v2",
@@ -108,9 +109,9 @@ SPEECH_COMMANDS_V2_TASK = Task(
     eval_splits=("test",),
 )
 
-# VoxCeleb1 (Nagrani et al. 2017, arXiv 1706.08612): which of 1,251 speakers is heard. Build its store with
-# `ajepa-data build-folder` and a table: `label` the speaker (id10001 to id11251), `split` train, dev or test after the
-# official iden_split.txt (1, 2, 3).
+# VoxCeleb1 (Nagrani et al. 2017, arXiv 1706.08612): 1,251 speakers, one per clip. Build its store with
+# `ajepa-data build-folder` and a table of two columns: `label` is the speaker (id10001 to id11251), `split` is train,
+# dev or test for 1, 2 or 3 in the official iden_split.txt.
 VOXCELEB1_SID_TASK = Task(
     name="voxceleb1-sid",
     recipe="voxceleb1-sid",
@@ -120,6 +121,7 @@ VOXCELEB1_SID_TASK = Task(
     eval_splits=("test",),
 )
 
+# The names are repeated in ajepa/cli/options.py, `TASK_NAMES`; a test checks that both agree.
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (

@@ -1,4 +1,4 @@
-"""TrueLabels: the labels of some clips under one label set, and the score that predictions of them reach."""
+"""TrueLabels: the labels of some clips in one label set, and the scoring of predictions against them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ LabelKindOption = Literal["auto", "single", "multi"]
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TrueLabels:
-    """One label set of N clips.
+    """The labels of N clips in one label set.
 
     labels_NC  1 where a clip has a class, else 0
-    kind       single: predictions are measured as one class a clip; multi: as any number of classes
+    kind       single: predictions are measured as one class per clip; multi: as any number of classes
     """
 
     label_set: str
@@ -35,15 +35,15 @@ class TrueLabels:
     def from_labels(
         cls, label_set: str, labels_NC: np.ndarray, kind: LabelKindOption, store_location: str
     ) -> "TrueLabels":
-        """These labels as `kind`, where `auto` is single if every clip has exactly one label, else multi.
+        """These labels as `kind`; `auto` is single if every clip has exactly one label, else multi.
 
-        RunError, naming the store, where single labels are asked for and a clip has none or several.
+        RunError, which names the store, if `kind` is single and a clip has no label or several.
         """
         other_clips = int((labels_NC.sum(axis=1) != 1).sum())
         if kind == "single" and other_clips:
             raise RunError(
                 f"{store_location}: {other_clips} of {len(labels_NC)} clips have no {label_set} label or several, "
-                "single labels were asked for; leave out --kind single"
+                "but single labels were requested; leave out --kind single"
             )
         if kind == "auto":
             kind = "multi" if other_clips else "single"
@@ -52,7 +52,7 @@ class TrueLabels:
     def scored_fold(
         self, clips_M: np.ndarray, scores_MC: np.ndarray, resamples: int, seed: int
     ) -> ScoredFold:
-        """Scores of M of the clips beside their labels, with the weights of that many resamples."""
+        """The scores of M of the clips, with their labels and the weights of `resamples` resamples."""
         return ScoredFold(
             labels_NC=self.labels_NC[clips_M],
             scores_NC=scores_MC,
@@ -87,13 +87,13 @@ class TrueLabels:
         )
 
     def primary_value(self, scores_NC: np.ndarray) -> float:
-        """The primary metric of scores of all the clips, without its interval."""
+        """The primary metric of scores for all clips, without an interval."""
         fold = self.scored_fold(np.arange(len(scores_NC)), scores_NC, resamples=0, seed=0)
         return float(fold.metric_values()[PRIMARY_METRIC[self.kind]][0])
 
 
 def chance_level(labels_NC: np.ndarray, kind: LabelKind) -> float:
-    """The primary metric without any knowledge: mAP of a random order, or accuracy of the commonest class."""
+    """The chance level of the primary metric: mAP of a random order, or accuracy of the commonest class."""
     positives_C = (labels_NC > 0).sum(axis=0)
     if PRIMARY_METRIC[kind] == "accuracy":
         return float(positives_C.max() / len(labels_NC))
@@ -101,20 +101,20 @@ def chance_level(labels_NC: np.ndarray, kind: LabelKind) -> float:
 
 
 def class_recall_C(labels_NC: np.ndarray, scores_NC: np.ndarray) -> np.ndarray:
-    """The share of each class's clips whose highest score is that of the class; nan where it has no clip."""
+    """The recall of each class: the share of its clips for which it has the highest score; nan if it has no clip."""
     predicted_NC = np.eye(scores_NC.shape[1])[scores_NC.argmax(axis=1)]
     with np.errstate(invalid="ignore"):  # 0/0 is nan, as promised
         return (labels_NC * predicted_NC).sum(axis=0) / labels_NC.sum(axis=0)
 
 
 def metrics_by_fold(folds: Sequence[ScoredFold]) -> dict[str, tuple[float, ...]]:
-    """Every metric that all folds have, fold by fold, on the clips themselves."""
+    """Every metric that all folds have, one value per fold, computed on the clips without resampling."""
     fold_values = metrics_of_all_folds(folds)
     return {name: tuple(float(values_B[0]) for values_B in values) for name, values in fold_values.items()}
 
 
 def mean_over_folds(value_FC: np.ndarray) -> tuple[float | None, ...]:
-    """The mean of every column's values but nan, to 6 decimals; None where a column has none."""
+    """The mean of every column without its nan values, to 6 decimals; None if all values are nan."""
     has_value_FC = ~np.isnan(value_FC)
     total_C = np.where(has_value_FC, value_FC, 0).sum(0)
     count_C = has_value_FC.sum(0)

@@ -43,6 +43,7 @@ from ajepa.training.loop import catch_stop_signals, open_run, run_training_loop
 from ajepa.training.memory import refuse_large_classifier
 from ajepa.training.meter import ComputeMeter
 from ajepa.training.run import Json, Run
+from ajepa.training.run_identity import RunIdentity
 from ajepa.training.trained_run import AVERAGE_PART, CLASSIFIER_PART, TrainedRun
 from pipeline.audio.mel_spec import preset_mel_spec
 from pipeline.errors import RunError, StopSignal
@@ -109,8 +110,8 @@ def finetune(
         refuse_unsplittable_model(recipe, world=world, micro_clips=micro_batch, recompute=recompute)
         order = task_data.order(recipe, world)
         recipe = recipe.with_step_count(order.steps_per_epoch)
-        identity = task_data.identity() | {"from": start.checkpoint_identity() if start else None}
-        view = finetune_view(recipe, identity)
+        identity = task_data.identity(start.checkpoint_identity() if start else None)
+        view = finetune_view(task_data, recipe, identity)
 
         with open_loader(
             store, order, view, kind=loader, device=torch_device, on_broken=on_broken, say=say
@@ -176,7 +177,9 @@ def finetune(
 class FinetuneMonitor:
     """The `loop.TrainingMonitor` of fine-tuning: measures the held-out clips on the way, and counts the cost."""
 
-    def __init__(self, run: Run, trainer: FinetuneTrainer, task_data: TaskData, identity: Json) -> None:
+    def __init__(
+        self, run: Run, trainer: FinetuneTrainer, task_data: TaskData, identity: RunIdentity
+    ) -> None:
         self.run = run
         self.trainer = trainer
         self.task_data = task_data
@@ -314,21 +317,19 @@ def choose_head_penalty(train_ND: Tensor, labels_NC: np.ndarray, seed: int, *, s
     return min(L2_GRID, key=validation_loss)
 
 
-def whole_clip_views(task_data: TaskData, recipe: Finetune, identity: Json) -> ClipViews:
+def whole_clip_views(task_data: TaskData, recipe: Finetune, identity: RunIdentity) -> ClipViews:
     """The store's clips, each whole, in views of the model's length."""
-    return ClipViews(
-        store=task_data.store, frames=recipe.model.frames, mean=identity["mean"], std=identity["std"]
-    )
+    return ClipViews(store=task_data.store, frames=recipe.model.frames, mean=identity.mean, std=identity.std)
 
 
-def finetune_view(recipe: Finetune, identity: Json) -> View:
+def finetune_view(task_data: TaskData, recipe: Finetune, identity: RunIdentity) -> View:
     """How clips are shown in training: cut, augmented, mixed; normalised as the run's identity says."""
     return View(
         frames=recipe.model.frames,
-        mean=identity["mean"],
-        std=identity["std"],
+        mean=identity.mean,
+        std=identity.std,
         crop=recipe.crop,
-        label_set=identity["label_set"],
+        label_set=task_data.label_set,
         seed=recipe.seed,
         augment=recipe.augment,
     )

@@ -1,4 +1,4 @@
-"""Classifiers: the protocol of all kinds, the classifier that is an encoder with a head, and every kind by name.
+"""Classifiers: the protocol that every kind fulfils, the encoder with a linear head, and the table of kinds.
 
 The encoder's classifier is A-JEPA's for fine-tuning (arXiv 2311.15830): the mean of the tokens, a linear head, and
 regularised masking in training. The other kinds (`cnn6`, `convnext`, `passt`) are trained from random weights.
@@ -23,12 +23,12 @@ from pipeline.errors import RunError
 
 MaskReading = Literal["keys", "tokens"]
 
-# The beginning of the names of the encoder's weights in a VitClassifier.
+# Prefix of the names of the encoder's weights in a VitClassifier's state dict.
 ENCODER_PREFIX = "encoder."
 
 
 class ClassifierSpec(Protocol):
-    """The shape of a classifier, and how large its clips are: a frozen dataclass, part of a recipe."""
+    """The shape of a classifier and the size of its input clips: a frozen dataclass, part of a recipe."""
 
     @property
     def frames(self) -> int: ...
@@ -37,23 +37,24 @@ class ClassifierSpec(Protocol):
 
 
 class Classifier(Protocol):
-    """A `torch.nn.Module` that tells classes apart; its weights are a function of spec, classes and seed.
+    """A `torch.nn.Module` that classifies clips; its weights are a function of spec, classes and seed.
 
-    All that is random about a forward pass (patchout, dropout, masking) comes from `rng`, in training mode only:
-    torch's global generators are never drawn from, for a resumed run could not go back in them.
+    All randomness of a forward pass (patchout, dropout, masking) comes from `rng`, in training mode only. Nothing is
+    drawn from torch's global generators, because a resumed run could not restore their state.
     """
 
     @property
     def training(self) -> bool: ...
 
     def __call__(self, mel_BTF: Tensor, n_frames_B: Tensor, rng: np.random.Generator | None = None) -> Tensor:
-        """Logits `BC`, float32, of normalised `mel_BTF` as large as the spec says, zeros past `n_frames_B`.
+        """Return the logits `BC`, float32, of normalised `mel_BTF`.
 
-        `n_frames_B` (int64, at least 1) lies on the CPU. ValueError where training needs `rng` and has none.
+        `mel_BTF` has the size in the spec. `n_frames_B` (int64, at least 1, on the CPU) is the number of valid frames
+        of each clip; later frames are padding and must be 0. ValueError when training needs `rng` and it is None.
         """
 
     def weights_by_depth(self) -> list[list[nn.Parameter]]:
-        """Every weight once, in groups from the input to the head; for rates that fall with depth."""
+        """Return every weight once, in groups ordered from the input to the head; layer decay uses the groups."""
 
     def train(self, mode: bool = True) -> Any: ...
     def to(self, device: torch.device) -> Any: ...
@@ -64,16 +65,17 @@ class Classifier(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RegularisedMasking:
-    """In each layer a random share of the tokens is kept from the others, in training only.
+    """Masks a random share of the tokens in the attention of each layer, in training only.
 
-    A-JEPA fine-tunes so (arXiv 2311.15830): "a regularized masking [...], instead of input dropping or zero".
+    A-JEPA fine-tunes with it (arXiv 2311.15830): "a regularized masking [...], instead of input dropping or zero".
 
-    share    of each clip's valid tokens, drawn anew in each layer, rounded down; 0: none, and nothing is drawn
-    reading  the abstract does not say what a masked token still does, so there are two ways to read it.
-             `keys`: no token attends to it, itself included; it attends to the others as ever, so that its own output
-             comes from them. Nothing of the input is dropped or zeroed.
-             `tokens`: it takes no part in that layer's attention at all: no token attends to it and it attends to
-             none; its vector passes on by the residual path and through the MLP
+    share    share of each clip's valid tokens that is masked, rounded down; drawn anew in each layer. With 0 no token
+             is masked and nothing is drawn
+    reading  interpretation of the abstract, which does not say whether a masked token still attends to other tokens.
+             `keys`: no token attends to a masked token, and it does not attend to itself. It attends to the other
+             tokens as usual, so its output is computed from them. Nothing of the input is dropped or zeroed.
+             `tokens`: a masked token takes no part in that layer's attention: no token attends to it and it attends
+             to no token. Its vector passes through the residual path and the MLP
     """
 
     share: float = 0.1
@@ -86,32 +88,32 @@ class RegularisedMasking:
             raise ValueError(f"reading must be {' or '.join(get_args(MaskReading))}, got {self.reading!r}")
 
     def draw_masked_tokens(self, rng: np.random.Generator, valid_BP: Tensor, *, depth: int) -> Tensor | None:
-        """Draw which tokens are masked in each layer, bool `LBP`: of a clip equally many in every layer.
+        """Draw which tokens are masked in each layer, bool `LBP`; a clip has the same number of them in every layer.
 
-        Only valid tokens are masked, and at least one of them never is. With share 0 nothing is drawn, and the result
-        is None.
+        Only valid tokens are masked. In every layer at least one valid token of a clip stays unmasked. With share 0
+        nothing is drawn, and the result is None.
         """
         if not self.share:
             return None
         clips, tokens = valid_BP.shape
 
-        # A lottery in each layer of each clip, which tokens that are not valid always lose.
+        # One random number for each token in each layer; tokens that are not valid get infinity and are never masked.
         lottery_LBP = torch.from_numpy(rng.random((clips, depth, tokens))).transpose(0, 1)
         lottery_LBP = lottery_LBP.to(valid_BP.device).masked_fill(~valid_BP, torch.inf)
 
-        # The lowest numbers are masked; ranks, unlike numbers, have no ties.
+        # The tokens with the lowest numbers are masked. Ranks are compared, because numbers may be equal.
         rank_LBP = lottery_LBP.argsort(dim=-1).argsort(dim=-1)
         return rank_LBP < (self.share * valid_BP.sum(dim=1)).floor()[:, None]
 
     def branch_factors(self, masked_LBP: Tensor, keep_L2B: Tensor | None) -> Tensor | None:
-        """Return drop path's factors with those of the masking: under `tokens` one for each token, `L2BP`."""
+        """Return drop path's factors; with reading `tokens` they are combined with the masking, per token, `L2BP`."""
         if self.reading == "keys":
             return keep_L2B
         depth, clips, tokens = masked_LBP.shape
         if keep_L2B is None:
             keep_L2B = torch.ones(depth, 2, clips, device=masked_LBP.device)
 
-        # A masked token loses its attention branch, and keeps its MLP branch.
+        # The attention branch of a masked token is 0; its MLP branch is kept.
         keep_L2BP = keep_L2B[..., None].repeat(1, 1, 1, tokens)
         keep_L2BP[:, 0].masked_fill_(masked_LBP, 0.0)
         return keep_L2BP
@@ -122,9 +124,9 @@ DEFAULT_REGULARISED_MASKING = RegularisedMasking()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VitSpec:
-    """An encoder, one vector of its valid tokens, a linear head; with regularised masking in training.
+    """Shape of an encoder with pooling and a linear head, and its regularised masking in training.
 
-    pooling  how the vector is made: the mean of the tokens as in A-JEPA, or another way of `pooling.pool_tokens`
+    pooling  how the vector of a clip is made from its valid tokens (`pooling.pool_tokens`); A-JEPA uses the mean
     """
 
     encoder: EncoderSpec
@@ -141,7 +143,7 @@ class VitSpec:
 
     @property
     def clip_vector_width(self) -> int:
-        """Values of the vector of a clip."""
+        """The number of values in the vector of a clip."""
         return self.encoder.width * VECTORS_PER_CLIP[self.pooling](self.encoder.grid.rows)
 
 
@@ -156,18 +158,18 @@ class VitClassifier(nn.Module):
         initialise_weights(self.head, seed + 1)
 
     def forward(self, mel_BTF: Tensor, n_frames_B: Tensor, rng: np.random.Generator | None = None) -> Tensor:
-        """Logits, as `Classifier` promises; `rng` decides drop path and regularised masking."""
+        """Return the logits (see `Classifier`); drop path and regularised masking draw from `rng`."""
         grid = self.spec.encoder.grid
         valid_BP = valid_token_mask(n_frames_B, grid)
-        all_valid = bool(valid_BP.all())  # asked on the CPU: a GPU would have to wait
+        all_valid = bool(valid_BP.all())  # checked on the CPU: a GPU would have to synchronise
         valid_BP = valid_BP.to(mel_BTF.device)
 
-        # Which tokens may be attended to: None where all may, which is faster.
+        # The attention mask; None if every token may be attended to, because attention without a mask is faster.
         attended, keep = self._draw_masking(rng, valid_BP)
         if attended is None and not all_valid:
             attended = valid_BP
 
-        # Tokens, one vector a clip, logits.
+        # Encode the tokens, pool them to one vector per clip, and compute the logits.
         token_BPD = self.encoder(mel_BTF, valid_BP=attended, keep_L2N=keep)
         clips = len(mel_BTF)
         clip_B = torch.arange(clips, device=mel_BTF.device)
@@ -178,7 +180,7 @@ class VitClassifier(nn.Module):
         return logits_BC
 
     def weights_by_depth(self) -> list[list[nn.Parameter]]:
-        """Return the patch embedding's weights, each block's, and those of norm and head."""
+        """Return the weights of the patch embedding, of each block, and of the norm with the head."""
         encoder = self.encoder
         groups: list[list[nn.Module]] = [[encoder.embed], *([block] for block in encoder.blocks)]
         groups.append([encoder.norm, self.head])
@@ -187,7 +189,7 @@ class VitClassifier(nn.Module):
     def _draw_masking(
         self, rng: np.random.Generator | None, valid_BP: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Draw which tokens are attended to in each block (`LBP`; None: masking is off), and the branches' factors."""
+        """Draw the attention mask of each block (`LBP`; None: masking is off), and the factors of the branches."""
         transformer = self.encoder.transformer_spec
         masking = self.spec.masking
         if not self.training or not (transformer.drop_path or masking.share):
@@ -197,7 +199,7 @@ class VitClassifier(nn.Module):
                 "drop path and regularised masking draw from the generator of the step: give `rng`"
             )
 
-        # Drop path first, then the masking.
+        # The order of the draws is fixed: drop path first, then the masking.
         keep = transformer.draw_drop_path(rng, len(valid_BP))
         keep = None if keep is None else keep.to(valid_BP.device)
         masked_LBP = masking.draw_masked_tokens(rng, valid_BP, depth=transformer.depth)
@@ -208,10 +210,10 @@ class VitClassifier(nn.Module):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassifierKind:
-    """A kind of classifier: `build(spec, classes, seed)` makes one of a spec of that type.
+    """A kind of classifier: `build(spec, classes, seed)` makes a classifier from a spec of type `spec_type`.
 
-    size_fields     the fields of a recipe that make it smaller
-    has_batch_norm  whether the output for a clip in training depends on the other clips of the pass
+    size_fields     the recipe fields that reduce the size of the model, for messages
+    has_batch_norm  whether, in training, the output for a clip depends on the other clips of the forward pass
     """
 
     spec_type: type
@@ -233,26 +235,26 @@ CLASSIFIER_KINDS: dict[str, ClassifierKind] = {
 
 
 def classifier_kind_name(spec: ClassifierSpec) -> str:
-    """Return the name of the kind of classifier that a spec shapes."""
+    """Return the name of the kind of classifier that the spec belongs to (a key of `CLASSIFIER_KINDS`)."""
     return next(name for name, kind in CLASSIFIER_KINDS.items() if isinstance(spec, kind.spec_type))
 
 
 def build_classifier(spec: ClassifierSpec, classes: int, seed: int) -> Classifier:
-    """Return the classifier of a spec, with weights that `seed` decides."""
+    """Return the classifier of a spec; its initial weights are drawn from `seed`."""
     return CLASSIFIER_KINDS[classifier_kind_name(spec)].build(spec, classes, seed)
 
 
 def spec_for_frames(spec: ClassifierSpec, frames: int) -> ClassifierSpec:
-    """Return the same shape for clips of so many frames; RunError where they are too short for it.
+    """Return the spec for clips of `frames` frames; RunError if the clips are too short for the model.
 
-    For a vit they are rounded up to whole patches.
+    For a vit the frames are rounded up to whole patches.
     """
     if isinstance(spec, VitSpec):
         grid = spec.encoder.grid
         cols = -(-frames // grid.patch_frames)
         return replace(spec, encoder=replace(spec.encoder, grid=replace(grid, cols=cols)))
 
-    # Every other spec has the frames as a field.
+    # Every other spec has a field `frames`.
     try:
         return replace(spec, frames=frames)  # type: ignore[type-var]
     except ValueError as error:

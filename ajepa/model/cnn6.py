@@ -11,7 +11,7 @@ from ajepa.model.randomness import apply_dropout, fork_seeded_rng, torch_generat
 
 CNN6_BLOCKS = 4
 
-# The output of the last block has so many times fewer frames and bands than the input.
+# The input has this many times the frames and bands of the last block's output.
 CNN6_REDUCTION = 2**CNN6_BLOCKS
 
 
@@ -19,7 +19,7 @@ CNN6_REDUCTION = 2**CNN6_BLOCKS
 class Cnn6Spec:
     """Shape of a CNN6; the defaults are the paper's, 4,837,455 parameters with 527 classes.
 
-    width  channels of the first block; every later block has twice as many as the one before
+    width  channels of the first block; each later block has twice the channels of the previous block
     """
 
     frames: int = 1001
@@ -40,9 +40,9 @@ class Cnn6Spec:
 class Cnn6(nn.Module):
     """The Classifier of a `Cnn6Spec`: bands normalised, four blocks, mean over bands, mean and maximum over time.
 
-    In evaluation padding counts for nothing: it is 0 before every convolution, like everything beyond the edges, and
-    in no mean and no maximum; a padded clip has the logits of the clip alone. In training the batch norms count it,
-    as zeros.
+    In evaluation padding has no influence: it is set to 0 before every convolution, like the values beyond the edges,
+    and is excluded from means and maxima. A padded clip has the same logits as the clip without padding. In training
+    the statistics of the batch norms include the padding, as zeros.
     """
 
     def __init__(self, spec: Cnn6Spec, classes: int, seed: int) -> None:
@@ -57,28 +57,28 @@ class Cnn6(nn.Module):
             initialise_xavier(self)
 
     def forward(self, mel_BTF: Tensor, n_frames_B: Tensor, rng: np.random.Generator | None = None) -> Tensor:
-        """Logits, as `Classifier` promises; `rng` decides dropout."""
+        """Return the logits (see `Classifier`); dropout draws from `rng`."""
         spec = self.spec
         refuse_other_clip_size(mel_BTF, spec.frames, spec.bands)
         generator = torch_generator(rng, mel_BTF.device) if self.training else None
 
-        # Every band normalised by itself, as one channel.
+        # Normalise each band separately; the spectrogram is one channel.
         x_BDTF = self.norm(mel_BTF.transpose(1, 2)).transpose(1, 2)[:, None]
 
-        # Each block halves frames and bands.
+        # Run the blocks; each block halves the frames and the bands.
         for block in self.blocks:
             x_BDTF = block(zero_invalid_frames(x_BDTF, n_frames_B))
             x_BDTF = apply_dropout(x_BDTF, spec.block_dropout, generator)
             n_frames_B = (n_frames_B // 2).clamp(min=1)
 
-        # One vector a clip, a hidden layer, logits.
+        # Pool to one vector per clip; then the hidden layer and the logits.
         x_BD = pool_mean_and_max(x_BDTF.mean(dim=-1), n_frames_B)
         x_BD = torch.relu(self.hidden(apply_dropout(x_BD, spec.head_dropout, generator)))
         logits_BC: Tensor = self.head(apply_dropout(x_BD, spec.head_dropout, generator)).float()
         return logits_BC
 
     def weights_by_depth(self) -> list[list[nn.Parameter]]:
-        """Return the weights of the first norm, of each block, and of the two layers of the head."""
+        """Return the weights of the first norm, of each block, and of the two layers of the head, in this order."""
         groups: list[list[nn.Module]] = [
             [self.norm],
             *([block] for block in self.blocks),
@@ -88,7 +88,7 @@ class Cnn6(nn.Module):
 
 
 def convolution_block(in_channels: int, out_channels: int) -> nn.Sequential:
-    """Return a block: 5 x 5 convolution, batch norm, ReLU, mean of every 2 x 2."""
+    """Return a block: 5 x 5 convolution, batch norm, ReLU, 2 x 2 average pooling."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size=5, padding=2, bias=False),
         nn.BatchNorm2d(out_channels),
@@ -98,7 +98,7 @@ def convolution_block(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 def initialise_xavier(network: nn.Module) -> None:
-    """Give a network PANNs' weights: matrices and filters uniform after Glorot, biases zero; norms keep theirs."""
+    """Initialise a network as PANNs does: Glorot-uniform matrices and filters, zero biases; norms are unchanged."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -107,14 +107,14 @@ def initialise_xavier(network: nn.Module) -> None:
 
 
 def refuse_other_clip_size(mel_BTF: Tensor, frames: int, bands: int) -> None:
-    """Raise ValueError where clips are not as large as a spec says."""
+    """Raise ValueError if the clips do not have the frames and bands of the spec."""
     if mel_BTF.shape[1:] != (frames, bands):
         got_frames, got_bands = mel_BTF.shape[1:]
         raise ValueError(f"expected {frames} frames x {bands} bands, got {got_frames} x {got_bands}")
 
 
 def zero_invalid_frames(x_BDTF: Tensor, n_frames_B: Tensor) -> Tensor:
-    """Return the same with 0 past the valid frames of each clip."""
+    """Return the tensor with the padding of each clip (its frames past the valid ones) set to 0."""
     frames = x_BDTF.shape[2]
     if int(n_frames_B.min()) >= frames:
         return x_BDTF
@@ -123,7 +123,7 @@ def zero_invalid_frames(x_BDTF: Tensor, n_frames_B: Tensor) -> Tensor:
 
 
 def pool_mean_and_max(x_BDT: Tensor, n_frames_B: Tensor) -> Tensor:
-    """Return PANNs' pooling: mean plus maximum over the valid frames, of which each clip has one or more."""
+    """Return the mean plus the maximum over the valid frames, as in PANNs; each clip needs at least one valid frame."""
     invalid_BT = (torch.arange(x_BDT.shape[2]) >= n_frames_B[:, None]).to(x_BDT.device)
     counts_B = (~invalid_BT).sum(dim=1)
     mean_BD = x_BDT.masked_fill(invalid_BT[:, None], 0.0).sum(dim=2) / counts_B[:, None]

@@ -1,4 +1,4 @@
-"""ConvNeXt on spectrograms (arXiv 2306.00830), its blocks from timm: the one file that talks to timm."""
+"""ConvNeXt on spectrograms (arXiv 2306.00830), built from timm's blocks; the only file that imports timm."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from pipeline.errors import RunError
 
 ConvNextSize = Literal["atto", "femto", "pico", "nano", "tiny"]
 
-# Frames of zeros at both ends of time: the paper's 1,000 frames become 252 columns.
+# Zero frames that are added at the start and at the end: the paper's 1,000 frames become 252 columns.
 STEM_PADDING_FRAMES = 4
 
-# The output of the last stage has so many times fewer frames and bands than the input.
+# The input has this many times the frames and bands of the last stage's output.
 CONVNEXT_REDUCTION = 32
 
 
@@ -26,7 +26,8 @@ CONVNEXT_REDUCTION = 32
 class ConvNextSpec:
     """Shape of a ConvNeXt; the defaults are the paper's, 28,222,767 parameters with 527 classes.
 
-    With 224 bands and 527 classes the smaller sizes have 3.5 M (atto), 5.0 M (femto), 8.8 M (pico), 15.3 M (nano).
+    Parameters of the smaller sizes with 224 bands and 527 classes: 3.5 M (atto), 5.0 M (femto), 8.8 M (pico),
+    15.3 M (nano).
     """
 
     frames: int = 1001
@@ -46,8 +47,9 @@ class ConvNextSpec:
 class ConvNext(nn.Module):
     """The Classifier of a `ConvNextSpec`: bands normalised, four stages, mean over bands, mean and maximum over time.
 
-    Padding counts for nothing, except in the statistics of the first norm in training: it is 0 before every filter
-    that looks across columns, and in no mean and no maximum. A padded clip has the logits of the clip alone.
+    Padding has no influence, except on the statistics of the first norm in training: it is set to 0 before every
+    filter that spans several columns, and is excluded from means and maxima. A padded clip has the same logits as the
+    clip without padding.
     """
 
     def __init__(self, spec: ConvNextSpec, classes: int, seed: int) -> None:
@@ -60,16 +62,16 @@ class ConvNext(nn.Module):
             )
 
     def forward(self, mel_BTF: Tensor, n_frames_B: Tensor, rng: np.random.Generator | None = None) -> Tensor:
-        """Logits, as `Classifier` promises; `rng` decides drop path."""
+        """Return the logits (see `Classifier`); drop path draws from `rng`."""
         spec = self.spec
         refuse_other_clip_size(mel_BTF, spec.frames, spec.bands)
 
-        # Every band normalised by itself, as one channel, with zeros at both ends.
+        # Normalise each band separately; the spectrogram is one channel, with zero frames at both ends.
         x_BDTF = self.norm(mel_BTF.transpose(1, 2)).transpose(1, 2)[:, None]
         x_BDTF = zero_invalid_frames(x_BDTF, n_frames_B)
         x_BDTF = nnf.pad(x_BDTF, (0, 0, STEM_PADDING_FRAMES, STEM_PADDING_FRAMES))
 
-        # timm's drop path draws from torch's global generators: lend them a seed of the step.
+        # timm's drop path draws from torch's global generators: seed them from the step's generator for this pass.
         random = self.training and spec.drop_path > 0
         with fork_seeded_rng(draw_torch_seed(rng), x_BDTF.device) if random else nullcontext():
             x_BD = self._run_stages(x_BDTF, n_frames_B + 2 * STEM_PADDING_FRAMES)
@@ -77,7 +79,7 @@ class ConvNext(nn.Module):
         return logits_BC
 
     def _run_stages(self, x_BDTF: Tensor, n_frames_B: Tensor) -> Tensor:
-        """Return one vector a clip, `BD`, from stem and stages; columns past its end are cleared before every block."""
+        """Return one vector per clip, `BD`, from stem and stages; padding columns are set to 0 before every block."""
         x_BDTF = self.network.stem(x_BDTF)
         n_columns_B = n_frames_B // 4
         for stage in self.network.stages:
@@ -91,7 +93,7 @@ class ConvNext(nn.Module):
     def weights_by_depth(self) -> list[list[nn.Parameter]]:
         """Return the weights of the first norm and the stem, of each block, and of the head.
 
-        The step down before a stage belongs to the stage's first block.
+        The downsampling layer before a stage is in the group of the stage's first block.
         """
         network = self.network
         groups: list[list[nn.Module]] = [[self.norm, network.stem]]
@@ -102,7 +104,7 @@ class ConvNext(nn.Module):
 
 
 def import_timm() -> ModuleType:
-    """Return the library; RunError where it is not installed."""
+    """Return the module `timm`; RunError if it is not installed."""
     try:
         import timm
     except ImportError:

@@ -3,16 +3,16 @@
 The method of I-JEPA (arXiv 2301.08243, section 3), on patches of a log-mel spectrogram as in A-JEPA (arXiv 2311.15830)
 and Audio-JEPA (arXiv 2507.02915). For one clip x, with context tokens K and groups G of target tokens q:
 
-    context       z   = f(x, K)                            the encoder sees the patches in K and no others
-    prediction    p_q = g(z, K, G)_q                       the predictor answers for each group by itself
+    context       z   = f(x, K)                            the encoder sees only the patches in K
+    prediction    p_q = g(z, K, G)_q                       the predictor predicts each group separately
     targets       h   = f'(x)                              the target encoder sees the whole clip
                   t_q = (h_q - mean h_q) / sqrt(var h_q + 1e-5)       normalised over the width D of the token
-    loss          L   = 1/|S| sum over S of d(p_q, t_q)    S: all targets of the batch that lie on sound
-                  d(p, t) = |p - t| / sqrt(D)              A-JEPA's; `token_loss` has the others
+    loss          L   = 1/|S| sum over S of d(p_q, t_q)    S: all targets of the batch that are not padding
+                  d(p, t) = |p - t| / sqrt(D)              A-JEPA's; for the other distances see `token_loss`
     after a step  f' <- m f' + (1 - m) f                   `Jepa.update_target`, momentum m
 
-I-JEPA averages the summed squared distance of each target block; here every scored token counts the same, and the
-division by D makes 1 the loss of a predictor that outputs zeros, at any width.
+I-JEPA averages the summed squared distance of each target block. Here every scored token has the same weight. Because
+of the division by D, a predictor that outputs zeros has loss 1 at any width.
 """
 
 import copy
@@ -32,25 +32,26 @@ TokenLossName = Literal["l2", "squared_l2", "cosine"]
 
 TargetName = Literal["teacher", "cosines"]
 
-# Keeps quotients of variances finite where there is no variance.
+# Keeps quotients of variances finite when the variance is 0.
 DIVISOR_FLOOR = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JepaSpec:
-    """The shape of the model, and the loss that it is trained with.
+    """The shape of the model, and its training loss.
 
-    loss           the distance between a prediction and its target (`token_loss`)
-    targets        `teacher`: a hidden patch is predicted as the target encoder describes it (the papers).
-                   `cosines`: as its own coarse pattern without its level, the `target_cosines` slowest cosines along
-                   time times as many along frequency, less the constant one. That leaves out the grain, which nobody
-                   can predict; it costs no second pass and is there from the first step: for runs too short to raise
-                   a teacher
-    target_layers  1: the teacher's last layer after its norm; K: the mean of its last K blocks, each normalised
-                   over the features (data2vec, arXiv 2202.03555)
-    clip_weight    above 0: a second objective with this weight, the distance between a guess at the whole clip, linear
-                   in the mean of the context, and the normalised mean of the targets of all its tokens (the utterance
-                   objective of EAT, arXiv 2401.03497, without a class token)
+    loss           distance between a prediction and its target (`token_loss`)
+    targets        what the predictor predicts for a hidden patch.
+                   `teacher`: the target encoder's features of the patch, as in the papers.
+                   `cosines`: coefficients of the patch's own log-mel values on slow cosines: the `target_cosines`
+                   slowest along time times the same number along frequency, without the constant cosine (the level).
+                   They leave out fine detail, which cannot be predicted. They need no forward pass of the teacher and
+                   are useful from the first step, so they suit runs that are too short to train a teacher
+    target_layers  teacher layers that give the targets. 1: the last layer, after its norm. K: the mean of the last K
+                   blocks, each normalised over the features (data2vec, arXiv 2202.03555)
+    clip_weight    weight of a second objective; 0: none. It is the distance between a prediction for the whole clip
+                   and the normalised mean of the targets of all tokens of the clip. The prediction is linear in the
+                   mean of the context (utterance objective of EAT, arXiv 2401.03497, without a class token)
     """
 
     encoder: EncoderSpec
@@ -67,7 +68,7 @@ class JepaSpec:
         if self.loss not in get_args(TokenLossName):
             raise ValueError(f"loss must be one of {', '.join(get_args(TokenLossName))}, got {self.loss!r}")
 
-        # Without a teacher there is no other layer to choose.
+        # Cosine targets do not use the teacher, so its layers cannot be chosen.
         depth = self.encoder.depth if self.targets == "teacher" else 1
         if not 1 <= self.target_layers <= depth:
             raise ValueError(
@@ -75,7 +76,7 @@ class JepaSpec:
                 f"got {self.target_layers}"
             )
 
-        # A patch has as many cosines along a side as it has values.
+        # A patch has one cosine for each of its frames and one for each of its bands.
         shorter_side = min(self.encoder.grid.patch_frames, self.encoder.grid.patch_bands)
         if self.targets == "cosines" and not 2 <= self.target_cosines <= shorter_side:
             raise ValueError(
@@ -86,24 +87,25 @@ class JepaSpec:
 
     @property
     def target_width(self) -> int:
-        """Values of a target."""
+        """The number of values in a target."""
         return self.encoder.width if self.targets == "teacher" else self.target_cosines**2 - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class JepaOutput:
-    """Loss and signs of health of one batch: scalar tensors on the model's device, all but `loss` detached.
+    """Loss and health figures of one batch: scalar tensors on the model's device, all but `loss` detached.
 
-    loss            mean over the scored targets, of all mask sets alike, plus the weighted `clip_loss`
-    clip_loss       mean over the clips that have sound in their context; 0 without `clip_weight`
-    scored          how many targets lie on sound; with 0 the loss is 0 and means nothing: refuse such a batch
-    target_std      standard deviation of the target encoder's features over the scored tokens, before they
-                    are normalised, mean over the dimensions; 0: the teacher describes every token the same
-    prediction_std  the same of the predictions, which aim at normalised targets
-    cosine          between a prediction and its target, mean
-    explained       share of the targets' variance about their mean that the predictions account for, up to
-                    one factor for all (the cosine loss leaves their scale open); 1: all of it, 0: no more
-                    than a constant would
+    loss            mean loss over the scored targets of all mask sets, plus the weighted `clip_loss`
+    clip_loss       mean over the clips whose context is not all padding; 0 without `clip_weight`
+    scored          number of scored targets: those that are not padding. With 0 the loss is 0 without a meaning;
+                    the caller must refuse that batch
+    target_std      standard deviation of the target features over the scored tokens, before normalisation, mean over
+                    the dimensions. 0: the features of all tokens are equal
+    prediction_std  the same figure of the predictions, whose targets are normalised
+    cosine          mean cosine similarity between a prediction and its target
+    explained       share of the targets' variance about their mean that the predictions explain, after all
+                    predictions are scaled by one best factor (the cosine loss does not fix their scale).
+                    1: all variance; 0: no more than a constant prediction explains
     """
 
     loss: Tensor
@@ -115,17 +117,18 @@ class JepaOutput:
     explained: Tensor
 
 
-# Drop path's factors for the encoder's rows and the predictor's rows, `L2N` and `L2M`; None where there is none.
+# Drop path's factors for the rows of encoder and predictor, `L2N` and `L2M`; None without drop path.
 DropPathKeep = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class BatchTotals:
-    """Counts of a whole batch, for a pass over a part of it: so the losses of all parts add up to the batch's.
+    """Counts of a whole batch, for a pass over a part of it; with them the losses of all parts add up to the batch's.
 
-    scored_targets   targets on sound in the whole batch
-    rows_with_sound  rows of the whole batch, clips times mask sets, with sound in their context
-    drop_path_keep   drop path of this part's rows in encoder and predictor, drawn for the whole batch
+    scored_targets   number of targets in the whole batch that are not padding
+    rows_with_sound  number of rows (clips times mask sets) of the whole batch whose context is not all padding
+    drop_path_keep   drop path's factors for the rows of this part in encoder and predictor; they are drawn for the
+                     whole batch and then cut
     """
 
     scored_targets: int
@@ -134,10 +137,10 @@ class BatchTotals:
 
 
 class Jepa(nn.Module):
-    """Predicts, from the patches that can be seen, how a slow copy of the encoder describes the hidden ones.
+    """Predicts the features of hidden patches, computed by a moving average of the encoder, from the visible patches.
 
-    `target`, the teacher, is a moving average of `encoder`: it sees the whole clip, has no gradient and stays in eval
-    mode. Weights are a function of `spec` and `seed`.
+    `target`, the teacher, is that moving average of `encoder`. It sees the whole clip, has no gradient and stays in
+    eval mode. The initial weights are a function of `spec` and `seed`.
     """
 
     cosines_ND: Tensor | None
@@ -155,7 +158,7 @@ class Jepa(nn.Module):
             target_width=spec.target_width,
         )
 
-        # The teacher begins as a copy of the encoder.
+        # The teacher starts as a copy of the encoder.
         self.target = copy.deepcopy(self.encoder).requires_grad_(False).eval()
 
         cosines_ND = None
@@ -172,22 +175,22 @@ class Jepa(nn.Module):
         rng: np.random.Generator | None = None,
         batch_totals: BatchTotals | None = None,
     ) -> JepaOutput:
-        """Loss of one batch: normalised `mel_BTF`, int64 masks, and how many frames of each clip are sound.
+        """Return the loss of one batch: normalised `mel_BTF`, int64 masks, and the number of valid frames of each clip.
 
-        N is B, or a multiple: several mask sets of each clip, one after the other, share one pass of the teacher.
-        Tokens past a clip's valid frames are neither attended to nor scored. Leave `n_frames_B` on the CPU: where
-        every token is valid the masks are skipped, and asking a GPU would make it wait. `rng` is the generator that
-        drop path draws from: needed where the spec has one, in training only. With `batch_totals`, which brings drop
-        path along, `loss` and `clip_loss` are the part that these rows add to the batch's; the other figures are of
-        these rows alone.
+        N is B or a multiple of B: several mask sets of a clip, one after the other, share one pass of the teacher.
+        Padding tokens (past a clip's valid frames) are neither attended to nor scored. Keep `n_frames_B` on the CPU:
+        attention masks are skipped if every token is valid, and checking that on a GPU would synchronise it.
+        Drop path draws from `rng`, which is needed only in training and only if the spec has drop path.
+        `batch_totals` already contains drop path's factors. With it, `loss` and `clip_loss` are the contributions of
+        these rows to the loss of the whole batch; the other figures describe these rows only.
         """
         rows, groups, _ = targets_NGQ.shape
 
-        # Tokens that hold sound, of each clip and of each row; None where all do.
+        # Valid tokens (not padding) of each clip and of each row; None if all are valid.
         valid_BP = self.valid_mask_if_padded(n_frames_B, mel_BTF.device)
         valid_NP = None if valid_BP is None else valid_BP.repeat_interleave(rows // len(mel_BTF), dim=0)
 
-        # Drop path: drawn for the whole batch, which is this one unless there are totals of a larger one.
+        # Drop path: drawn here, or taken from the totals when this pass is a part of a larger batch.
         keep = self.draw_drop_path(rng, rows, groups) if batch_totals is None else batch_totals.drop_path_keep
         keep_L2N, keep_L2M = (None if factors is None else factors.to(mel_BTF.device) for factors in keep)
 
@@ -195,11 +198,11 @@ class Jepa(nn.Module):
         context_NKD = self.encoder(mel_BTF, context_NK, valid_NP, keep_L2N)
         prediction_NGQD = self.predictor(context_NKD, context_NK, targets_NGQ, valid_NP, keep_L2M)
 
-        # Targets: h = f'(x), once for each clip; every row takes its own tokens of it.
+        # Targets: h = f'(x), computed once for each clip; each row selects its own target tokens from h.
         feature_BPD = self.target_features(mel_BTF, valid_BP)
         feature_NGQD = gather_tokens(feature_BPD, targets_NGQ.flatten(1)).unflatten(1, targets_NGQ.shape[1:])
 
-        # Loss: the mean distance over the targets that lie on sound.
+        # Loss: the mean distance over the targets that are not padding.
         scored_NGQ = torch.ones(targets_NGQ.shape, device=mel_BTF.device)
         if valid_NP is not None:
             scored_NGQ = valid_NP.gather(1, targets_NGQ.flatten(1)).view_as(targets_NGQ).float()
@@ -218,7 +221,7 @@ class Jepa(nn.Module):
 
     @torch.no_grad()
     def target_features(self, mel_BTF: Tensor, valid_BP: Tensor | None = None) -> Tensor:
-        """Return the features of every token that are predicted, from the whole clip: `BPD`, not yet normalised."""
+        """Return the features of every token that the predictor must predict, `BPD`, not yet normalised."""
         if self.cosines_ND is not None:
             return self.target.input_patches(mel_BTF) @ self.cosines_ND
         if self.spec.target_layers == 1:
@@ -235,19 +238,19 @@ class Jepa(nn.Module):
         valid_BP: Tensor | None,
         batch_totals: BatchTotals | None,
     ) -> Tensor:
-        """Return the mean distance between a guess at each clip, from its context, and the mean of its targets."""
+        """Return the mean distance between the prediction for each clip and the normalised mean of its targets."""
         if valid_BP is None:
             valid_BP = torch.ones(feature_BPD.shape[:2], dtype=torch.bool, device=feature_BPD.device)
 
-        # The guess: linear in the mean of the context that holds sound.
+        # The prediction: linear in the mean of the context tokens that are not padding.
         audible_NK = gather_tokens(valid_BP, context_NK)
         guess_ND = clip_head(mean_valid_tokens(context_NKD.float(), audible_NK))
 
-        # The target: the normalised mean of the clip, the same for each of its mask sets.
+        # The target: the normalised mean of the clip's features; all mask sets of a clip have the same target.
         clip_BD = normalise_features(mean_valid_tokens(feature_BPD.float(), valid_BP))
         clip_ND = clip_BD.repeat_interleave(len(context_NK) // len(valid_BP), 0)
 
-        # The mean over the rows that have sound in their context.
+        # The mean over the rows whose context is not all padding.
         has_sound_N = audible_NK.any(dim=1)
         loss_N = token_loss(guess_ND.float(), clip_ND, self.spec.loss) * has_sound_N
         if batch_totals is None:
@@ -255,12 +258,12 @@ class Jepa(nn.Module):
         return loss_N.sum() / max(1, batch_totals.rows_with_sound)
 
     def valid_mask_if_padded(self, n_frames_B: Tensor, device: torch.device) -> Tensor | None:
-        """Return which tokens hold sound, as bool `BP` on `device`, or None where all do."""
+        """Return which tokens are valid (not padding), as bool `BP` on `device`, or None if all are valid."""
         valid_BP = valid_token_mask(n_frames_B, self.spec.encoder.grid)
         return None if valid_BP.all() else valid_BP.to(device)
 
     def count_scored(self, context_NK: Tensor, targets_NGQ: Tensor, n_frames_B: Tensor) -> tuple[int, int]:
-        """Count the targets on sound, and the rows with sound in their context, for `BatchTotals`; all on the CPU."""
+        """Return `scored_targets` and `rows_with_sound` of `BatchTotals`; all tensors are on the CPU."""
         valid_BP = valid_token_mask(n_frames_B, self.spec.encoder.grid)
         if valid_BP.all():
             return targets_NGQ.numel(), len(context_NK)
@@ -270,9 +273,9 @@ class Jepa(nn.Module):
         return int(scored), int(has_sound_N.sum())
 
     def draw_drop_path(self, rng: np.random.Generator | None, rows: int, groups: int) -> DropPathKeep:
-        """Draw drop path for so many rows, the encoder's first; nothing is drawn where neither has any.
+        """Draw drop path's factors for `rows` rows: first the encoder's, then the predictor's for each group.
 
-        ValueError where a training pass needs `rng` and has none.
+        Nothing is drawn if neither has drop path. ValueError if a training pass needs `rng` and it is None.
         """
         encoder = self.encoder.transformer_spec
         predictor = self.predictor.transformer_spec
@@ -284,34 +287,34 @@ class Jepa(nn.Module):
 
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:
-        """Move the teacher: `f' <- momentum f' + (1 - momentum) f`, its buffers likewise, should it have any."""
+        """Update the teacher's weights and buffers: `f' <- momentum f' + (1 - momentum) f`."""
         torch._foreach_lerp_(
             _weights_and_buffers(self.target), _weights_and_buffers(self.encoder), 1.0 - momentum
         )
 
     def train(self, mode: bool = True) -> "Jepa":
-        """Set the mode of encoder and predictor; the teacher stays in eval mode."""
+        """Set training or eval mode of encoder and predictor; the teacher stays in eval mode."""
         super().train(mode)
         self.target.eval()
         return self
 
     def set_band_statistics(self, mean_F: Tensor, std_F: Tensor) -> None:
-        """Have encoder and teacher standardise every band (`Encoder.set_band_statistics`)."""
+        """Set the band statistics of encoder and teacher (`Encoder.set_band_statistics`)."""
         for encoder in (self.encoder, self.target):
             encoder.set_band_statistics(mean_F, std_F)
 
     def enable_recompute(self) -> "Jepa":
-        """Keep one vector per token and block for the backward pass and compute the rest again; same results."""
+        """Keep one vector per token and block for the backward pass and recompute the rest; results do not change."""
         self.encoder.recompute = self.predictor.recompute = True
         return self
 
     def compile_stacks(self) -> "Jepa":
-        """Compile the blocks: the teacher's for its one shape, the others for any number of tokens.
+        """Compile the teacher's blocks for their single shape, the other blocks for any number of tokens.
 
-        How many tokens are visible and predicted changes from step to step: `a_jepa` has 125 shapes in 150 steps,
-        so a compilation for each would never end, and padded to one shape six tenths of the context (of random
-        patches a sixth) would be computed for nothing. One dynamic graph for each stack takes any count. On two
-        CPU cores `small` started after 137 s and then took 458 ms a step instead of 517.
+        The numbers of visible and predicted tokens change from step to step: `a_jepa` has 125 shapes in 150 steps,
+        too many to compile each of them. Padding to one shape would waste six tenths of the computed context (one
+        sixth with random patches). One dynamic graph for each stack accepts any number of tokens. On two CPU cores
+        `small` started after 137 s and then took 458 ms a step instead of 517.
         """
         compile_blocks(self.target.blocks, dynamic=False)
         compile_blocks([*self.encoder.blocks, *self.predictor.blocks], dynamic=True)
@@ -322,18 +325,18 @@ class Jepa(nn.Module):
 
 
 def normalise_features(feature_BGQD: Tensor) -> Tensor:
-    """Return the targets of features: each token's vector with mean 0 and variance 1 over its width."""
+    """Return the features normalised to targets: each token's vector has mean 0 and variance 1 over its width."""
     return F.layer_norm(feature_BGQD, feature_BGQD.shape[-1:])
 
 
 def token_loss(prediction_BGQD: Tensor, target_BGQD: Tensor, loss: TokenLossName) -> Tensor:
     """Return the distance of each prediction p from its target t of width D, as `BGQ`.
 
-    l2          |p - t| / sqrt(D)      A-JEPA's L2; its gradient is as large near as far
+    l2          |p - t| / sqrt(D)      A-JEPA's L2; its gradient has the same length at any distance
     squared_l2  |p - t|^2 / D          Audio-JEPA's paper; I-JEPA's formula
     cosine      1 - p t / (|p| |t|)    Audio-JEPA's code
 
-    Dividing by the width makes 1 the loss of predicting nothing (p = 0, t normalised).
+    Because of the division by the width, the prediction p = 0 has loss 1 (t is normalised).
     """
     match loss:
         case "l2":
@@ -346,7 +349,7 @@ def token_loss(prediction_BGQD: Tensor, target_BGQD: Tensor, loss: TokenLossName
 
 
 def mean_valid_tokens(x_NPD: Tensor, valid_NP: Tensor) -> Tensor:
-    """Return the mean of the valid tokens' vectors, `ND`; 0 where none is valid."""
+    """Return the mean vector of the valid tokens of each row, `ND`; 0 if a row has no valid token."""
     share_NP1 = (valid_NP / valid_NP.sum(1, keepdim=True).clamp(min=1))[..., None]
     return torch.where(valid_NP[..., None], x_NPD, 0).mul(share_NP1).sum(dim=1)
 
@@ -358,19 +361,19 @@ def _score_predictions(
     loss: TokenLossName,
     batch_totals: BatchTotals | None,
 ) -> JepaOutput:
-    """Return the loss over the targets that are scored (1, the others 0), and the signs of health beside it."""
-    # The targets, and how many of them count.
+    """Return the loss and the health figures over the scored targets (1 in `scored_NGQ`; 0: not scored)."""
+    # The normalised targets, and the number of scored ones.
     target_NGQD = normalise_features(feature_NGQD)
     scored = scored_NGQ.sum()
 
-    # The weight of each target: in the mean over these rows, and in the loss of the whole batch.
+    # The weight of each target in the mean over these rows, and its weight in the loss of the whole batch.
     share_NGQ = scored_NGQ / scored.clamp(min=1)
     loss_share_NGQ = share_NGQ
     if batch_totals is not None:
         loss_share_NGQ = scored_NGQ / batch_totals.scored_targets
     loss_value = (token_loss(prediction_NGQD, target_NGQD, loss) * loss_share_NGQ).sum()
 
-    # Signs of health, without a graph.
+    # Health figures, without gradients.
     with torch.no_grad():
         return JepaOutput(
             loss=loss_value,
@@ -383,7 +386,7 @@ def _score_predictions(
         )
 
 
-# Signs of health.
+# Health figures.
 
 
 def _explained_variance(prediction_NGQD: Tensor, target_NGQD: Tensor, share_NGQ: Tensor) -> Tensor:
@@ -396,7 +399,7 @@ def _explained_variance(prediction_NGQD: Tensor, target_NGQD: Tensor, share_NGQ:
     pp = mean_product(prediction_NGQD, prediction_NGQD)
     tt = mean_product(target_NGQD, target_NGQD)
 
-    # The least of E|a p - t|^2 is at a = pt / pp.
+    # E|a p - t|^2 has its minimum at a = pt / pp.
     missed = tt - pt.square() / pp.clamp(min=DIVISOR_FLOOR)
     return 1 - missed / _weighted_variance_D(target_NGQD, share_NGQ).mean().clamp(min=DIVISOR_FLOOR)
 

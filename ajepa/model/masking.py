@@ -1,11 +1,11 @@
 """Masks: which patches the context encoder sees, and which patches the predictor has to predict.
 
-A masking hides tokens in one way: blocks as in I-JEPA (arXiv 2301.08243, section 3), time-frequency aware blocks as in
-A-JEPA (arXiv 2311.15830), single patches as in Audio-JEPA (arXiv 2507.02915), or whole stretches of time. A mask plan
-says which masking each step of a run uses: the same one throughout, or A-JEPA's curriculum from easy to hard.
+A masking is one way to hide tokens: blocks as in I-JEPA (arXiv 2301.08243, section 3), time-frequency aware blocks as
+in A-JEPA (arXiv 2311.15830), single patches as in Audio-JEPA (arXiv 2507.02915), or whole stretches of time. A mask
+plan chooses the masking of each step of a run: always the same masking, or A-JEPA's curriculum from easy to hard.
 
-All randomness comes from the generator that is handed in and all arrays are NumPy, so the masks are the same on every
-device and on resume. Sizes are drawn once a call, for the whole batch; places are drawn for each clip.
+All randomness comes from the generator in the arguments and all arrays are NumPy, so the masks are the same on every
+device and on resume. Sizes are drawn once per call, for the whole batch; positions are drawn for each clip.
 """
 
 import math
@@ -19,10 +19,10 @@ from ajepa.model.patches import PatchGrid
 from pipeline.errors import RunError
 from pipeline.messages import suggest_known
 
-# Candidates per clip in `_draw_similar_layouts`; 16 would win one more point of context for twice the work.
+# Candidates per clip in `_draw_similar_layouts`; 16 would give one percentage point more context at twice the cost.
 LAYOUT_STRATA = 8
 
-# Rounds of candidates before a floor counts as out of reach.
+# After this many rounds of candidates the floor counts as unreachable (RunError).
 LAYOUT_ROUNDS = 100
 
 
@@ -30,8 +30,8 @@ LAYOUT_ROUNDS = 100
 class Masks:
     """The tokens that the context encoder sees, and the groups of tokens that the predictor predicts, of B clips.
 
-    context_BK   int64, ascending, no repeats
-    targets_BGQ  int64, ascending within a group; groups may overlap each other, never the context
+    context_BK   int64, ascending, no duplicates
+    targets_BGQ  int64, ascending within a group; groups may overlap each other but never the context
     """
 
     context_BK: np.ndarray
@@ -39,7 +39,7 @@ class Masks:
 
 
 class MaskMaker(Protocol):
-    """A way of hiding tokens; the masks depend on the generator, the grid and the batch size alone."""
+    """A way to hide tokens; the masks depend only on the generator, the grid and the batch size."""
 
     def sample(self, rng: np.random.Generator, grid: PatchGrid, *, batch: int) -> Masks: ...
 
@@ -53,7 +53,7 @@ class BlockShape(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockSize:
-    """The share of the grid that a block covers, and its height by its width: 1 for the grid's proportions."""
+    """Ranges of a block's area (share of the grid) and aspect (height by width; 1: the proportions of the grid)."""
 
     area_low: float
     area_high: float
@@ -69,26 +69,26 @@ class BlockSize:
     def draw_block_shape(self, rng: np.random.Generator, grid: PatchGrid) -> BlockShape:
         """Draw area and aspect, each uniform in its range, and fit a block of whole patches to them.
 
-        On a coarse grid the area is kept as well as whole patches allow, and the aspect gives way.
+        If whole patches cannot match both, the area is matched as closely as possible and the aspect changes.
         """
         tokens = rng.uniform(self.area_low, self.area_high) * grid.tokens
         aspect = rng.uniform(self.aspect_low, self.aspect_high)
 
-        # The rows follow the aspect, then the columns make up the area.
+        # The rows follow from the aspect, then the columns from the area.
         rows = _clamp_patches(grid.rows * math.sqrt(tokens / grid.tokens * aspect), grid.rows)
         cols = _clamp_patches(tokens / rows, grid.cols)
 
-        # Where the columns met the edge of the grid, the rows make up the rest of the area.
+        # If the columns are limited by the grid, more rows make up the missing area.
         return BlockShape(rows=_clamp_patches(tokens / cols, grid.rows), cols=cols)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RandomBlocks:
-    """`count` target blocks anywhere, and one large context block less the patches that they cover.
+    """`count` target blocks anywhere, and one large context block without the patches of the targets.
 
-    The multi-block masks of I-JEPA (arXiv 2301.08243, section 3), where A-JEPA's curriculum begins. Every place of a
-    block inside the grid is equally likely. The context is never less than `floor`, a share of the grid: places that
-    leave less are drawn again (with these sizes fewer than one clip in 10,000).
+    The multi-block masks of I-JEPA (arXiv 2301.08243, section 3); A-JEPA's curriculum begins with them. Every position
+    of a block inside the grid is equally likely. The context is at least `floor`, a share of the grid: positions that
+    leave less are drawn again (with the default sizes in fewer than one clip of 10,000).
     """
 
     count: int = 4
@@ -100,7 +100,7 @@ class RandomBlocks:
         _check_block_masking(self.count, self.floor)
 
     def sample(self, rng: np.random.Generator, grid: PatchGrid, *, batch: int) -> Masks:
-        """Draw the masks of `batch` clips; RunError where the floor is out of reach."""
+        """Draw the masks of `batch` clips; RunError if too few layouts leave `floor` as context."""
         target_shape = self.target.draw_block_shape(rng, grid)
         context_shape = self.context.draw_block_shape(rng, grid)
 
@@ -108,7 +108,7 @@ class RandomBlocks:
             target_NG = _draw_corners(rng, grid, target_shape, (clips, self.count))
             context_N1 = _draw_corners(rng, grid, context_shape, (clips, 1))
 
-            # The context is its block without the patches that a target covers.
+            # The context is the context block without the patches that a target covers.
             in_context_NRC = _covered_patches(context_N1, grid, context_shape)
             in_target_NRC = _covered_patches(target_NG, grid, target_shape)
             return _MaskLayouts(corner_NG=target_NG, open_NRC=in_context_NRC & ~in_target_NRC)
@@ -120,11 +120,12 @@ class RandomBlocks:
 class TimeFrequencyAware:
     """`count` small target blocks; the context loses every time column and every frequency row that they touch.
 
-    The masks where A-JEPA's curriculum ends (arXiv 2311.15830). The paper does not print what its masks remove; this
-    is our reading: neither the same moment nor the same band may help, for neighbours in time and in frequency are
-    highly correlated. The context is never less than `floor`, by default the (1 - 3/4)^2 of the grid that three
-    average targets leave when they share no row and no column: places that leave less are drawn again (1 clip in 80),
-    so every layout that leaves enough is equally likely.
+    A-JEPA's curriculum ends with these masks (arXiv 2311.15830). The paper does not state which patches its masks
+    remove. Our interpretation: the context contains no patch at the same time or in the same band as a target, because
+    neighbours in time and in frequency are highly correlated.
+    The context is at least `floor`, a share of the grid. The default is (1 - 3/4)^2: three average targets that share
+    no row and no column leave this share. Positions that leave less are drawn again (1 clip in 80), so all layouts
+    that leave enough are equally likely.
     """
 
     count: int = 3
@@ -135,7 +136,7 @@ class TimeFrequencyAware:
         _check_block_masking(self.count, self.floor)
 
     def sample(self, rng: np.random.Generator, grid: PatchGrid, *, batch: int) -> Masks:
-        """Draw the masks of `batch` clips; RunError where the floor is out of reach."""
+        """Draw the masks of `batch` clips; RunError if too few layouts leave `floor` as context."""
         target_shape = self.target.draw_block_shape(rng, grid)
 
         def draw_layouts(clips: int) -> _MaskLayouts:
@@ -153,10 +154,11 @@ class TimeFrequencyAware:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RandomPatches:
-    """Single patches, each equally likely: a share of the grid that is uniform in [ratio_low, ratio_high].
+    """Hides single patches, each equally likely; the hidden share is uniform in [ratio_low, ratio_high].
 
-    The masks of Audio-JEPA (arXiv 2507.02915). The targets are one group, the context is all the rest. `target_share`
-    is the share of the hidden patches that are targets, drawn at random: the predictor is spared the others.
+    The masks of Audio-JEPA (arXiv 2507.02915). The targets are one group; the context is every patch that is not
+    hidden. Only the share `target_share` of the hidden patches, drawn at random, are targets; the predictor
+    does not process the others.
     """
 
     ratio_low: float = 0.4
@@ -171,16 +173,16 @@ class RandomPatches:
 
     def sample(self, rng: np.random.Generator, grid: PatchGrid, *, batch: int) -> Masks:
         """Draw the masks of `batch` clips."""
-        # One share for the whole batch, so that all its clips have equally many context tokens.
+        # One hidden share for the whole batch, so that all its clips have the same number of context tokens.
         hidden = _clamp_patches(rng.uniform(self.ratio_low, self.ratio_high) * grid.tokens, grid.tokens - 1)
 
-        # Each clip hides patches of its own: a row of so many ones, shuffled.
+        # Draw the hidden patches of each clip: shuffle a row that contains one True per hidden patch.
         hidden_BP = np.broadcast_to(np.arange(grid.tokens) < hidden, (batch, grid.tokens))
         hidden_BP = rng.permuted(hidden_BP, axis=1)
         context_BK = (~hidden_BP).nonzero()[1].reshape(batch, -1)
         target_BQ = hidden_BP.nonzero()[1].reshape(batch, -1)
 
-        # Of the hidden patches a random part is predicted.
+        # Select at random the hidden patches that are targets.
         if self.target_share < 1:
             targets = _clamp_patches(self.target_share * hidden, hidden)
             target_BQ = np.sort(rng.permuted(target_BQ, axis=1)[:, :targets])
@@ -189,11 +191,11 @@ class RandomPatches:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimeSpans:
-    """`count` whole stretches of time, every band of them: sound must be carried across a gap.
+    """Hides `count` stretches of time in all bands: the predictor must bridge gaps in time.
 
-    A span covers a share of the columns uniform in [share_low, share_high], drawn once a call. Spans never overlap,
-    so the context, all the rest, is equally large in every clip; spans may touch, and every way of placing them is
-    equally likely.
+    The share of the columns that a span covers is uniform in [share_low, share_high], drawn once per call. Spans never
+    overlap, so the context (all other patches) has the same size in every clip. Spans may touch, and all placements
+    are equally likely.
     """
 
     count: int = 3
@@ -207,7 +209,7 @@ class TimeSpans:
             )
 
     def sample(self, rng: np.random.Generator, grid: PatchGrid, *, batch: int) -> Masks:
-        """Draw the masks of `batch` clips; RunError where the spans fill the grid."""
+        """Draw the masks of `batch` clips; RunError if the spans fill the grid."""
         width = _clamp_patches(rng.uniform(self.share_low, self.share_high) * grid.cols, grid.cols)
         if self.count * width >= grid.cols:
             raise RunError(
@@ -215,23 +217,23 @@ class TimeSpans:
                 "of spans or their share"
             )
 
-        # Draw different places for spans of one column, then widen them: so none can overlap another.
+        # Draw distinct positions for spans of one column, then widen the spans: this way no two spans overlap.
         places = grid.cols - self.count * (width - 1)
         place_BG = np.sort(rng.random((batch, places)).argpartition(self.count - 1, axis=1)[:, : self.count])
         first_col_BG = place_BG + np.arange(self.count) * (width - 1)
 
-        # Tokens are time-major: a span is one run of tokens.
+        # Tokens are time-major: a span is one consecutive run of tokens.
         targets_BGQ = (first_col_BG * grid.rows)[:, :, None] + np.arange(width * grid.rows)
         open_BP = np.ones((batch, grid.tokens), bool)
         np.put_along_axis(open_BP, targets_BGQ.reshape(batch, -1), False, axis=1)
         return Masks(context_BK=open_BP.nonzero()[1].reshape(batch, -1), targets_BGQ=targets_BGQ)
 
 
-# Mask plans: which masking a step uses.
+# Mask plans choose the masking of each step.
 
 
 class MaskPlan(Protocol):
-    """Says which masking a step uses. `rng` is the generator of that step; the same one then draws the masks."""
+    """Chooses the masking of a step. `rng` is the generator of that step; the masks are drawn from it afterwards."""
 
     def mask_maker_at(self, step: int, rng: np.random.Generator) -> MaskMaker: ...
 
@@ -243,13 +245,13 @@ class Fixed:
     masking: MaskMaker
 
     def mask_maker_at(self, step: int, rng: np.random.Generator) -> MaskMaker:
-        """Return the one masking."""
+        """Return the masking, which is the same at every step."""
         return self.masking
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Curriculum:
-    """From one masking to another: step `s` uses the later one with probability `f(s)` (`curriculum_share`).
+    """Changes from a first to a later masking: step `s` uses the later with probability `f(s)` (`curriculum_share`).
 
     The curriculum of A-JEPA (arXiv 2311.15830). `steps` is the length of the whole run, `first_share` is `f(0)`.
     """
@@ -264,15 +266,15 @@ class Curriculum:
             raise ValueError(f"a curriculum needs steps >= 1 and a first share in [0, 1], got {self}")
 
     def mask_maker_at(self, step: int, rng: np.random.Generator) -> MaskMaker:
-        """Draw one of the two maskings: one number of the generator."""
+        """Draw one of the two maskings; this takes one number from the generator."""
         share = curriculum_share(step, steps=self.steps, first=self.first_share)
         return self.later if rng.random() < share else self.earlier
 
 
 def curriculum_share(step: int, *, steps: int, first: float = 0.01) -> float:
-    """Return how often the later masking is used: `f(s) = min(1, sqrt(s (1 - c0^2) / S + c0^2))`, c0 = `first`.
+    """Return the probability of the later masking: `f(s) = min(1, sqrt(s (1 - c0^2) / S + c0^2))`, c0 = `first`.
 
-    A-JEPA (arXiv 2311.15830). The share grows fast and early: over a run two steps in three use the later masking.
+    A-JEPA (arXiv 2311.15830). It grows fastest at the start: over a run two steps in three use the later masking.
     """
     return min(1.0, math.sqrt(step * (1 - first**2) / steps + first**2))
 
@@ -298,21 +300,21 @@ MASK_PLANS: dict[str, Callable[[int], MaskPlan]] = {
 
 
 def mask_plan(name: str, steps: int) -> MaskPlan:
-    """Return the plan of that name for a run of `steps`; RunError names the nearest and all there are."""
+    """Return the plan with this name for a run of `steps` steps; RunError names the most similar name and all names."""
     if name not in MASK_PLANS:
         raise RunError(f"masks {name!r} are unknown; {suggest_known(name, MASK_PLANS)}")
     return MASK_PLANS[name](steps)
 
 
-# How blocks are placed: layouts are drawn until every clip of a batch has one that leaves enough context.
+# Placement of blocks: layouts are drawn until every clip of a batch has a layout that leaves enough context.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _MaskLayouts:
-    """Where the blocks of N clips lie, and which patches they leave to the context.
+    """Positions of the target blocks of N clips, and the patches that remain for the context.
 
-    corner_NG  int64: the first token of each target block, its lowest row and earliest column
-    open_NRC   bool: the patches that the context may use
+    corner_NG  int64: the first token of each target block (lowest row, earliest column)
+    open_NRC   bool: True for the patches that the context may use
     """
 
     corner_NG: np.ndarray
@@ -341,7 +343,7 @@ def _draw_block_masks(
     batch: int,
     floor: float,
 ) -> Masks:
-    """Draw the masks of `batch` clips from the layouts that leave the share `floor` of the grid to the context."""
+    """Draw the masks of `batch` clips from the layouts that leave at least the share `floor` of the grid as context."""
     floor_tokens = _min_context_tokens(floor, grid)
     layouts = _draw_similar_layouts(rng, draw_layouts, batch=batch, floor_tokens=floor_tokens)
     return _masks_of_layouts(rng, grid, layouts, shape)
@@ -350,26 +352,27 @@ def _draw_block_masks(
 def _draw_similar_layouts(
     rng: np.random.Generator, draw_layouts: LayoutSampler, *, batch: int, floor_tokens: int
 ) -> _MaskLayouts:
-    """Draw independent legal layouts for a batch, all of which leave about the same amount of context.
+    """Draw legal layouts for a batch that all leave about the same amount of context.
 
-    The clips of a batch need equally many context tokens, so the clip with the fewest free tokens decides. I-JEPA's
-    blocks leave 45 % of the grid free on average, 30 % in the least of 64 clips, 22 % in the worst case (four targets
-    side by side). So LAYOUT_STRATA times as many layouts as clips are drawn and sorted by the context that they leave,
-    and one run of neighbours is used: 43 %. Each run is equally likely, hence each layout is, whatever context it
-    leaves: the law of any one clip's layout is exactly that of `draw_layouts`.
+    All clips of a batch must have the same number of context tokens, so the clip with the fewest free tokens limits
+    all of them. I-JEPA's blocks leave 45 % of the grid free on average, 30 % in the lowest of 64 clips and 22 % in the
+    worst case (four targets side by side). Therefore LAYOUT_STRATA times as many independent layouts as clips are drawn
+    and sorted by the context that they leave, and one stratum of consecutive layouts is used: this leaves 43 %.
+    Every stratum is equally likely, and therefore every layout. The distribution of a single clip's layout is exactly
+    that of `draw_layouts`.
     """
     layouts = _draw_legal_layouts(draw_layouts, wanted=LAYOUT_STRATA * batch, floor_tokens=floor_tokens)
 
-    # Sort by free tokens, and take one stratum of as many neighbours as there are clips.
+    # Sort the layouts by their free tokens, and take one stratum: a consecutive run with one layout for each clip.
     by_free_tokens_N = layouts.free_tokens_N().argsort(kind="stable")
     stratum_B = by_free_tokens_N.reshape(LAYOUT_STRATA, batch)[rng.integers(LAYOUT_STRATA)]
 
-    # Deal the layouts out at random: they are sorted, and no place in a batch may always get the emptiest.
+    # Shuffle the sorted layouts, so that no position in the batch always gets the layout with the least context.
     return layouts.select_clips(rng.permutation(stratum_B))
 
 
 def _draw_legal_layouts(draw_layouts: LayoutSampler, *, wanted: int, floor_tokens: int) -> _MaskLayouts:
-    """Return the first `wanted` layouts that leave the floor free; RunError where such layouts are too rare."""
+    """Return the first `wanted` drawn layouts that leave at least the floor free; RunError if they are too rare."""
     legal = draw_layouts(0)
     for _ in range(LAYOUT_ROUNDS):
         more = draw_layouts(wanted)
@@ -385,14 +388,14 @@ def _draw_legal_layouts(draw_layouts: LayoutSampler, *, wanted: int, floor_token
 def _masks_of_layouts(
     rng: np.random.Generator, grid: PatchGrid, layouts: _MaskLayouts, shape: BlockShape
 ) -> Masks:
-    """Turn layouts into tokens. The context has the number of tokens that every clip can fill."""
-    # Context: of each clip's open patches so many at random, by the lowest numbers of a lottery.
+    """Return the masks of layouts. The clip with the fewest open patches sets the number of context tokens."""
+    # Context: this number of open patches of each clip, chosen at random (those with the lowest random numbers).
     count = int(layouts.free_tokens_N().min())
     open_BP = layouts.open_NRC.transpose(0, 2, 1).reshape(-1, grid.tokens)
     lottery_BP = np.where(open_BP, rng.random(open_BP.shape), np.inf)
     context_BK = np.sort(lottery_BP.argpartition(count - 1, axis=1)[:, :count])
 
-    # Targets: every token of a block, counted from the block's first token.
+    # Targets: every token of a block, computed from the block's first token.
     within_CR = np.arange(shape.cols)[:, None] * grid.rows + np.arange(shape.rows)
     return Masks(context_BK=context_BK, targets_BGQ=layouts.corner_NG[:, :, None] + within_CR.ravel())
 
@@ -400,7 +403,7 @@ def _masks_of_layouts(
 def _draw_corners(
     rng: np.random.Generator, grid: PatchGrid, shape: BlockShape, count: tuple[int, int]
 ) -> np.ndarray:
-    """Draw the first tokens of blocks, `count` of them: every place is equally likely, last row and column included."""
+    """Draw the first tokens of blocks; every position that keeps the block inside the grid is equally likely."""
     row = rng.integers(grid.rows - shape.rows + 1, size=count)
     col = rng.integers(grid.cols - shape.cols + 1, size=count)
     return col * grid.rows + row
@@ -419,10 +422,10 @@ def _touched_rows_cols(
 
 
 def _covered_patches(corner_NG: np.ndarray, grid: PatchGrid, shape: BlockShape) -> np.ndarray:
-    """Return the patches that lie in at least one of a clip's blocks, as bool [clip, row, column]."""
+    """Return the patches that at least one block of a clip covers, as bool [clip, row, column]."""
     rows_NGR, cols_NGC = _touched_rows_cols(corner_NG, grid, shape)
 
-    # Time innermost: three times as fast as the other way round.
+    # With time as the innermost axis this is three times as fast as with frequency innermost.
     return (rows_NGR[:, :, :, None] & cols_NGC[:, :, None, :]).any(axis=1)
 
 
@@ -432,8 +435,8 @@ def _clamp_patches(patches: float, limit: int) -> int:
 
 
 def _min_context_tokens(floor: float, grid: PatchGrid) -> int:
-    """Return the fewest tokens that are the share `floor` of the grid, at least 1."""
-    # Rounded first, for 0.07 * 100 is a little above 7: seven tokens are enough, not eight.
+    """Return the smallest number of tokens that is at least the share `floor` of the grid, and at least 1."""
+    # Round before the ceiling: 0.07 * 100 is slightly above 7 in floating point, but seven tokens are enough.
     return max(1, math.ceil(round(floor * grid.tokens, 6)))
 
 

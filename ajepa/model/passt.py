@@ -10,7 +10,7 @@ from ajepa.model.cnn6 import refuse_other_clip_size
 from ajepa.model.randomness import fork_seeded_rng
 from ajepa.model.transformer import NORM_EPSILON, TransformerBlock, initialise_weights, run_blocks
 
-# Beside the patches: the class token and DeiT's distillation token.
+# Tokens besides the patches: the class token and DeiT's distillation token.
 SPECIAL_TOKENS = 2
 
 
@@ -18,8 +18,8 @@ SPECIAL_TOKENS = 2
 class PasstSpec:
     """Shape of a PaSST; the defaults are the paper's PaSST-S, 85,748,495 parameters with 527 classes.
 
-    Of 12 rows and 99 columns of patches, `drop_rows` and `drop_cols` are left out in training, drawn for each clip:
-    structured patchout. Frames and bands that do not fill another patch are left out.
+    In training, structured patchout leaves out `drop_rows` of the 12 rows and `drop_cols` of the 99 columns of patches,
+    drawn for each clip. Frames and bands at the end that do not fill a patch are not used.
     """
 
     frames: int = 1000
@@ -44,22 +44,22 @@ class PasstSpec:
 
     @property
     def rows(self) -> int:
-        """Patches one above the other."""
+        """The number of patches along frequency."""
         return 1 + (self.bands - self.patch) // self.stride
 
     @property
     def cols(self) -> int:
-        """Patches one after the other."""
+        """The number of patches along time."""
         return 1 + (self.frames - self.patch) // self.stride
 
 
 class Passt(nn.Module):
-    """The Classifier of a `PasstSpec`: the mean of two tokens after the last block, a norm, a linear layer.
+    """The Classifier of a `PasstSpec`: the mean of the two special tokens after the last block, a norm, a linear layer.
 
-    The position of a patch is the sum of a learnt vector of its row and one of its column, so that a shorter clip needs
-    only the first columns of a longer one. No token attends to a patch that is not wholly inside the clip (except those
-    of the first column, which every clip has): a padded clip has the logits of the clip alone. DeiT's second head,
-    which PaSST keeps and never uses (405,263 parameters), is left out.
+    The position code of a patch is the sum of a learnt vector for its row and a learnt vector for its column, so a
+    shorter clip uses only the vectors of the first columns. No token attends to a patch that is partly outside the
+    clip, except in the first column, which every clip has. A padded clip has the same logits as without padding.
+    DeiT's second head, which PaSST contains but never uses (405,263 parameters), is omitted.
     """
 
     def __init__(self, spec: PasstSpec, classes: int, seed: int) -> None:
@@ -67,7 +67,7 @@ class Passt(nn.Module):
         self.spec = spec
         width = spec.width
 
-        # torch draws weights here that `initialise_weights` draws again.
+        # torch draws initial weights here, which `initialise_weights` replaces below.
         with fork_seeded_rng(seed):
             self.embed = nn.Linear(spec.patch**2, width)
             self.blocks = nn.ModuleList(TransformerBlock(width, spec.heads) for _ in range(spec.depth))
@@ -82,14 +82,14 @@ class Passt(nn.Module):
         initialise_weights(self, seed)
 
     def forward(self, mel_BTF: Tensor, n_frames_B: Tensor, rng: np.random.Generator | None = None) -> Tensor:
-        """Logits, as `Classifier` promises; `rng` decides patchout.
+        """Return the logits (see `Classifier`); patchout draws from `rng`.
 
-        Fewer frames than the spec's will do: they use its first columns.
+        Clips may have fewer frames than the spec: they use the position codes of its first columns.
         """
         spec = self.spec
         refuse_other_clip_size(mel_BTF, min(mel_BTF.shape[1], spec.frames), spec.bands)
 
-        # Overlapping patches, and the rows and columns of them that patchout leaves.
+        # Cut overlapping patches, and draw the rows and columns that patchout keeps.
         patches_BTFN = (
             mel_BTF.unfold(1, spec.patch, spec.stride).unfold(2, spec.patch, spec.stride).flatten(3)
         )
@@ -103,19 +103,19 @@ class Passt(nn.Module):
         x_BTFD = self.embed(patches_BTFN[clip_B11, cols_BT[:, :, None], rows_BF[:, None]])
         x_BTFD = x_BTFD + self.col_positions_ND[cols_BT][:, :, None] + self.row_positions_ND[rows_BF][:, None]
 
-        # The two special tokens go before them through the blocks.
+        # Put the two special tokens before the patches, and run the blocks.
         tokens_BND = (self.tokens_ND + self.token_positions_ND).expand(len(mel_BTF), -1, -1)
         x_BND = torch.cat((tokens_BND, x_BTFD.flatten(1, 2)), dim=1)
         valid_BN = passt_attention_mask(valid_BT, rows_BF.shape[1], mel_BTF.device)
         (x_BND,) = run_blocks(self.blocks, x_BND, valid_BN, None)
 
-        # Logits from the mean of the two.
+        # Compute the logits from the mean of the two special tokens.
         x_BD = self.norm(x_BND[:, :SPECIAL_TOKENS]).mean(dim=1)
         logits_BC: Tensor = self.head(self.head_norm(x_BD)).float()
         return logits_BC
 
     def weights_by_depth(self) -> list[list[nn.Parameter]]:
-        """Return the weights of embedding, tokens and positions, of each block, and of norms and head."""
+        """Return the weights of embedding, tokens and positions, then of each block, then of norms and head."""
         vectors = [self.tokens_ND, self.token_positions_ND, self.row_positions_ND, self.col_positions_ND]
         first = [*self.embed.parameters(), *vectors]
         last = [weight for part in (self.norm, self.head_norm, self.head) for weight in part.parameters()]
@@ -124,7 +124,7 @@ class Passt(nn.Module):
     def _draw_patchout(
         self, n_frames_B: Tensor, cols: int, rng: np.random.Generator | None
     ) -> tuple[Tensor, Tensor]:
-        """Draw which of `cols` columns and of all rows each clip keeps, ascending; all of them in evaluation."""
+        """Draw the columns (of `cols`) and the rows that each clip keeps, ascending; in evaluation all are kept."""
         spec = self.spec
         clips = len(n_frames_B)
         if not self.training or not (spec.drop_rows or spec.drop_cols):
@@ -134,11 +134,11 @@ class Passt(nn.Module):
         if spec.drop_cols >= cols:
             raise ValueError(f"of {cols} columns {spec.drop_cols} cannot be left out: lower drop_cols")
 
-        # A lottery for columns and one for rows, drawn in this order.
+        # Random numbers for the columns, then for the rows; the order of the draws is fixed.
         col_lottery_BT = rng.random((clips, cols))
         row_lottery_BF = rng.random((clips, spec.rows))
 
-        # One column with sound always stays: drawn among the valid ones, it wins.
+        # Each clip keeps at least one valid column: one is drawn and gets the lowest number.
         winner_B = (rng.random((clips,)) * self._valid_columns(n_frames_B).numpy()).astype(np.int64)
         col_lottery_BT[np.arange(clips), winner_B] = -1
 
@@ -147,17 +147,17 @@ class Passt(nn.Module):
         return cols_BT, rows_BF
 
     def _valid_columns(self, n_frames_B: Tensor) -> Tensor:
-        """Return how many columns, one or more, are inside each clip."""
+        """Return the number of columns that are inside each clip, at least 1."""
         return (1 + (n_frames_B - self.spec.patch) // self.spec.stride).clamp(min=1)
 
 
 def indices_of_lowest(lottery_BN: np.ndarray, count: int) -> Tensor:
-    """Return the places of the `count` lowest numbers of each clip, ascending."""
+    """Return the indices of the `count` lowest numbers of each clip, ascending."""
     return torch.from_numpy(np.sort(np.argsort(lottery_BN, axis=1)[:, :count], axis=1))
 
 
 def passt_attention_mask(valid_BT: Tensor, rows: int, device: torch.device) -> Tensor | None:
-    """Return which tokens may be attended to, as `BN`: both special tokens, and patches of valid columns; None: all."""
+    """Return the attention mask `BN`: special tokens and patches of valid columns; None if all columns are valid."""
     if bool(valid_BT.all()):
         return None
     valid_BN = valid_BT.repeat_interleave(rows, dim=1)

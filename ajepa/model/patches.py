@@ -1,4 +1,4 @@
-"""Patches: the grid that cuts a spectrogram into tokens, the positions of tokens, and which of them hold sound."""
+"""Patches: the grid that cuts a spectrogram into tokens, the positions of tokens, and the mask of valid tokens."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PatchGrid:
-    """How a spectrogram is cut: `rows` frequency patches by `cols` time patches.
+    """The grid of patches of a spectrogram: `rows` frequency patches by `cols` time patches.
 
     Token `p` is patch `(row, col)` with `p = col * rows + row`: time-major, so that a prefix of the tokens is
-    a prefix of the sound. Row 0 holds the lowest bands.
+    a prefix of the sound. Row 0 contains the lowest bands.
     """
 
     rows: int
@@ -25,7 +25,7 @@ class PatchGrid:
 
     @classmethod
     def from_size(cls, frames: int, bands: int, patch: int = 16) -> "PatchGrid":
-        """Return the grid of square patches over `frames` x `bands`; ValueError where they do not fit exactly."""
+        """Return the grid of square patches over `frames` x `bands`; ValueError if they do not fit exactly."""
         if frames % patch or bands % patch:
             raise ValueError(f"{frames} frames x {bands} bands cannot be cut into {patch} x {patch} patches")
         return cls(rows=bands // patch, cols=frames // patch, patch_frames=patch, patch_bands=patch)
@@ -44,14 +44,14 @@ class PatchGrid:
 
     @property
     def patch_values(self) -> int:
-        """Values in one patch."""
+        """The number of values in one patch."""
         return self.patch_frames * self.patch_bands
 
 
 def patchify(mel_BTF: Tensor, grid: PatchGrid) -> Tensor:
     """Return the patches of spectrograms, `BPN`: the values of a patch frame by frame (N = patch_frames * patch_bands).
 
-    ValueError where the spectrogram is not exactly as large as the grid.
+    ValueError if the spectrograms do not have exactly the frames and bands of the grid.
     """
     if mel_BTF.shape[1:] != (grid.frames, grid.bands):
         got_frames, got_bands = mel_BTF.shape[1:]
@@ -59,7 +59,7 @@ def patchify(mel_BTF: Tensor, grid: PatchGrid) -> Tensor:
             f"a {grid.cols} x {grid.rows} grid takes {grid.frames} frames x {grid.bands} bands, "
             f"got {got_frames} x {got_bands}"
         )
-    # [clip, column, frame, row, band], then rows before frames, so that each patch is in one piece.
+    # From [clip, column, frame, row, band] to rows before frames, so that the values of a patch are adjacent.
     cut = mel_BTF.unflatten(2, (grid.rows, grid.patch_bands)).unflatten(1, (grid.cols, grid.patch_frames))
     return cut.transpose(2, 3).reshape(mel_BTF.shape[0], grid.tokens, grid.patch_values)
 
@@ -67,7 +67,7 @@ def patchify(mel_BTF: Tensor, grid: PatchGrid) -> Tensor:
 def sincos_positions(grid: PatchGrid, width: int) -> Tensor:
     """Return fixed positions `PD`: the first half of the width encodes the frequency row, the second the time column.
 
-    Each half is the code of Vaswani et al. (arXiv 1706.03762): sines, then cosines, wavelengths from 2 pi.
+    Each half is the encoding of Vaswani et al. (arXiv 1706.03762): sines, then cosines, with wavelengths from 2 pi up.
     """
     if width % 4:
         raise ValueError(f"2-D sin-cos positions need a width divisible by 4, got {width}")
@@ -86,8 +86,8 @@ def _sincos_code(coordinate_P: Tensor, width: int) -> Tensor:
 def rotary_positions(grid: PatchGrid, head_width: int) -> Tensor:
     """Return cosine and sine of every token's angles, `2PE`: the first half encodes the row, the second the column.
 
-    Rates fall from 1 to 1/100 a patch: wavelengths from 6 to 600 patches, for grids are some tens of patches
-    wide (with the 10,000 of text half of the angles would hardly move).
+    The rates fall from 1 to 1/100 radian per patch, which gives wavelengths from 6 to 600 patches. Grids are only some
+    tens of patches wide: with the base 10,000 that is usual for text, half of the angles would be almost constant.
     """
     if head_width % 4:
         raise ValueError(f"2-D RoPE needs a head width divisible by 4, got {head_width}")
@@ -100,15 +100,15 @@ def rotary_positions(grid: PatchGrid, head_width: int) -> Tensor:
 
 
 def valid_token_mask(n_frames_B: Tensor, grid: PatchGrid) -> Tensor:
-    """Return which tokens hold sound, as bool `BP`: those whose time column starts inside the valid frames."""
+    """Return which tokens are valid, as bool `BP`: their time column starts inside the clip's valid frames."""
     start_P = torch.arange(grid.tokens, device=n_frames_B.device) // grid.rows * grid.patch_frames
     return start_P < n_frames_B[:, None]
 
 
 def slow_cosine_basis(grid: PatchGrid, count: int) -> Tensor:
-    """Return the `count` slowest cosines along time times those along frequency, as columns `ND`.
+    """Return the products of the `count` slowest cosines along time and along frequency, as columns `ND`.
 
-    The constant one, the level of the patch, is left out.
+    The constant product, which is the level of the patch, is left out.
     """
     along_TK = _dct_basis(grid.patch_frames, count)
     along_FL = _dct_basis(grid.patch_bands, count)

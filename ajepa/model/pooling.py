@@ -1,4 +1,4 @@
-"""Pooling: one vector for a clip, from the tokens of its views that hold sound."""
+"""Pooling: one vector for each clip, from the valid tokens (not padding) of its views."""
 
 import re
 from collections.abc import Callable
@@ -18,29 +18,29 @@ PoolingName = Literal["mean", "frequency", "moments"]
 
 DEFAULT_POOLING: PoolingName = "mean"
 
-# The vector of a clip is as long as so many vectors of tokens, given the grid's rows.
+# Length of a clip's vector divided by the encoder's width, as a function of the rows of the grid.
 VECTORS_PER_CLIP: dict[PoolingName, Callable[[int], int]] = {
     "mean": lambda rows: 1,
     "frequency": lambda rows: rows,
     "moments": lambda rows: 2 * rows,
 }
 
-# A feature whose deviation over all clips is no larger is the same in all of them.
+# A feature whose standard deviation over all clips is at most this counts as constant.
 CONSTANT_DEVIATION = 1e-6
 
-# The least variance over columns: the root of 0 has no finite gradient.
+# Lower limit of the variance over columns: the square root has no finite gradient at 0.
 MIN_POOLED_VARIANCE = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncoderLayer:
-    """The layer of an encoder whose tokens are pooled: by default its output, the last block after the final norm.
+    """The layer of an encoder whose tokens are pooled. Default: the encoder's output (the last block, final norm).
 
-    last_blocks   above 0: the mean of so many blocks, the last ones
-    block_number  above 0: the output of the block with that number; the first is 1
+    last_blocks   above 0: the mean of the last `last_blocks` blocks
+    block_number  above 0: the output of the block with this number, counted from 1
 
-    The output of a block is normalised over its features, as where it is a target (`jepa.JepaSpec`): later blocks have
-    larger values. RunError where both are given.
+    The output of each block is normalised over its features, as for targets (`jepa.JepaSpec`), because later blocks
+    have larger values. RunError if both fields are above 0.
     """
 
     last_blocks: int = 0
@@ -52,7 +52,7 @@ class EncoderLayer:
 
     @classmethod
     def from_name(cls, name: str) -> "EncoderLayer":
-        """Return the layer of a name: `last`, `mean-K` (the last K blocks) or `block-N`; RunError for any other."""
+        """Return the layer named `last`, `mean-K` (mean of the last K blocks) or `block-N`; else RunError."""
         if name == "last":
             return cls()
         match = re.fullmatch(r"(mean|block)-([1-9]\d*)", name)
@@ -69,14 +69,14 @@ class EncoderLayer:
         return "last"
 
     def encode_tokens(self, encoder: Encoder, mel_BTF: Tensor, valid_BP: Tensor | None = None) -> Tensor:
-        """Return every token's vector as `BPD` (`Encoder`); RunError where there are not so many blocks."""
+        """Return the vector of every token, `BPD` (`Encoder`); RunError if the encoder has too few blocks."""
         depth = encoder.spec.depth
         if max(self.last_blocks, self.block_number) > depth:
             raise RunError(f"layer {self}: the encoder has {depth} blocks; ask for no more")
         if not (self.last_blocks or self.block_number):
             return encoder(mel_BTF, valid_BP=valid_BP)
 
-        # The blocks from the lowest one on, of which a single one is the first.
+        # The outputs from the lowest block that is needed; a single block is the first of them.
         block_count = self.last_blocks or depth - self.block_number + 1
         outputs = encoder.top_block_outputs(mel_BTF, block_count, valid_BP=valid_BP)
         if self.block_number:
@@ -89,10 +89,10 @@ LAST_LAYER = EncoderLayer()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipTokens:
-    """The tokens of B clips, from N views that hold sound.
+    """The tokens of B clips, from N views that have valid frames.
 
-    View n is the `view_N[n]`th of clip `clip_N[n]`. There are `clips` clips with at most `views` views each, and the
-    grid has `rows` rows.
+    View n is view number `view_N[n]` of clip `clip_N[n]`. There are `clips` clips with at most `views` views each, and
+    the grid has `rows` rows.
     """
 
     tokens_NPD: Tensor
@@ -115,21 +115,21 @@ class ClipTokens:
         )
 
     def segment_means(self, count: int) -> tuple[Tensor, Tensor]:
-        """Return the means of at most `count` segments of each clip, `BKRD`, and which segments hold sound, bool `BK`.
+        """Return the means of at most `count` segments of each clip, `BKRD`, and which segments are valid, bool `BK`.
 
-        A segment is a run of time columns, over the views one after the other; each row of the grid has its own mean,
-        nan where the segment has no valid column.
+        A segment is a run of consecutive time columns; the views of a clip are joined one after the other. Each row of
+        the grid has its own mean. A segment without a valid column is not valid, and its means are nan.
         """
-        # So many columns make a segment, and so many segments a clip.
+        # The number of columns in a segment, and the number of segments in a clip.
         columns = self.tokens_NPD.shape[1] // self.rows
         width = -(-self.views * columns // count)
         segments = -(-self.views * columns // width)
 
-        # The segment of each column of each view, numbered over all clips.
+        # The segment number of each column of each view, counted over all clips.
         place_NL = self.view_N[:, None] * columns + torch.arange(columns)
         group_M = (self.clip_N[:, None] * segments + place_NL // width).flatten()
 
-        # A column of a view is pooled as a view of one column.
+        # Each column is treated as a view with one column.
         mean_GRD, columns_G = group_row_means(
             self.tokens_NPD.unflatten(1, (columns, self.rows)).flatten(0, 1),
             self.valid_NP.unflatten(1, (columns, self.rows)).flatten(0, 1),
@@ -144,13 +144,13 @@ class ClipTokens:
 def group_row_means(
     tokens_NPD: Tensor, valid_NP: Tensor, group_N: Tensor, *, groups: int, rows: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the mean of every row over a group's valid columns, float32 `GRD`, and the count of these columns, `G`."""
-    # Sums over the valid columns of each view, and how many there are: a column is valid in all its rows or in none.
+    """Return the mean of each grid row over the valid columns of a group, float32 `GRD`, and the column counts, `G`."""
+    # Sums over the valid columns of each view, and their number; a column is valid in all its rows or in none.
     valid_NKRD = tokens_NPD.float().masked_fill(~valid_NP[..., None], 0.0).unflatten(1, (-1, rows))
     sums_NRD = valid_NKRD.sum(1)
     columns_N = valid_NP.unflatten(1, (-1, rows))[..., 0].sum(1).float()
 
-    # The same of each group of views.
+    # The same sums and numbers for each group of views.
     sums_GRD = sums_NRD.new_zeros(groups, *sums_NRD.shape[1:]).index_add(0, group_N, sums_NRD)
     columns_G = columns_N.new_zeros(groups).index_add(0, group_N, columns_N)
     return sums_GRD / columns_G[:, None, None], columns_G
@@ -159,27 +159,27 @@ def group_row_means(
 def pool_tokens(
     tokens_NPD: Tensor, valid_NP: Tensor, clip_N: Tensor, *, clips: int, rows: int, pooling: PoolingName
 ) -> Tensor:
-    """Return one vector for each of `clips` clips, float32, from the tokens of N views; view n is of clip `clip_N[n]`.
+    """Return one vector for each of `clips` clips, float32, from the tokens of N views; `clip_N[n]` is view n's clip.
 
-    mean       over all valid tokens of all its views, `[B, D]`
-    frequency  the same for each of the grid's `rows` by itself, one after the other from the lowest bands up,
+    mean       mean over all valid tokens of all views of the clip, `[B, D]`
+    frequency  mean over time for each of the grid's `rows` separately, concatenated from the lowest bands up,
                `[B, rows D]`: regions of the spectrum are not mixed (MSM-MAE, arXiv 2204.12260)
-    moments    the same, and then the standard deviation over time of each row, `[B, 2 rows D]`: how much it
-               changes, like the deviations of bands in log-mel statistics
+    moments    the vector of `frequency`, then the standard deviation over time of each row, `[B, 2 rows D]`; the
+               deviations measure change over time, like those of bands in log-mel statistics
 
-    A clip without a valid token becomes nan: it has no mean. Gradients pass.
+    The vector of a clip without a valid token is nan. Gradients are propagated.
     """
     if pooling not in get_args(PoolingName):
         raise RunError(f"pooling must be {' or '.join(get_args(PoolingName))}, got {pooling!r}")
 
-    # The mean of each row; rows have equally many valid columns, so that their mean is the mean of all tokens.
+    # The mean of each row. All rows have the same number of valid columns, so the mean of rows is the mean of tokens.
     mean_BRD, _ = group_row_means(tokens_NPD, valid_NP, clip_N, groups=clips, rows=rows)
     if pooling == "mean":
         return mean_BRD.mean(1)
     if pooling == "frequency":
         return mean_BRD.flatten(1)
 
-    # Moments: the mean square of the distances from a clip's means is the variance.
+    # Moments: the variance is the mean squared distance from the clip's row means.
     columns = tokens_NPD.shape[1] // rows
     centred_NPD = tokens_NPD.float() - mean_BRD[clip_N].repeat(1, columns, 1)
     variance_BRD, _ = group_row_means(centred_NPD.square(), valid_NP, clip_N, groups=clips, rows=rows)
@@ -191,8 +191,8 @@ def pool_tokens(
 def encode_views(
     encoder: Encoder, mel_BVTF: Tensor, n_frames_BV: Tensor, layer: EncoderLayer = LAST_LAYER
 ) -> ClipTokens:
-    """Return the tokens of any number of views of each clip, on the CPU; views past a clip's end are left out."""
-    # The views that hold sound, and their valid tokens.
+    """Return the tokens of all views of each clip, on the CPU; views without a valid frame are left out."""
+    # Select the views that have valid frames, and their valid tokens.
     clip_N, view_N = torch.nonzero(n_frames_BV, as_tuple=True)
     valid_NP = valid_token_mask(n_frames_BV[clip_N, view_N], encoder.spec.grid)
 
@@ -211,5 +211,5 @@ def encode_views(
 
 
 def inverse_deviation_D(std_D: np.ndarray) -> np.ndarray:
-    """Return the factors that give centred features deviation 1; 0, not nan, for features that are constant."""
+    """Return the factors that scale centred features to standard deviation 1; the factor of a constant feature is 0."""
     return np.where(std_D > CONSTANT_DEVIATION, 1 / np.maximum(std_D, CONSTANT_DEVIATION), 0)

@@ -1,7 +1,7 @@
-"""The transformer blocks of every encoder and predictor: their spec, one block, its attention, and a stack of them.
+"""The transformer blocks of encoders and predictors: their spec, the block, its attention, and the stack of blocks.
 
-Pre-norm blocks as in ViT (arXiv 2010.11929). Drop path is drawn before the forward pass and handed in, so that a
-pass over a part of a batch, or a second one for the backward pass, drops the same branches.
+Pre-norm blocks as in ViT (arXiv 2010.11929). Drop path is drawn before the forward pass and is an argument. So a pass
+over a part of a batch, or a recomputation for the backward pass, drops the same branches.
 """
 
 from collections.abc import Callable, Iterable
@@ -27,12 +27,11 @@ PositionName = Literal["sincos", "rope"]
 class TransformerSpec:
     """Shape and options of the blocks of an encoder or predictor.
 
-    positions    `sincos`: a fixed code is added to each token (both papers); `rope`: queries and keys are
-                 turned by row and column, so that attention knows distances (arXiv 2104.09864, in 2-D)
-    layer_scale  each branch is multiplied by a learnt vector that starts at this value (arXiv 2103.17239);
-                 0: no such vector
-    drop_path    how often a clip skips a branch of the last block in training; the first block's are never
-                 skipped, those between linearly more often (arXiv 1603.09382)
+    positions    position encoding. `sincos`: a fixed code is added to each token, as in both papers. `rope`: queries
+                 and keys are rotated by row and column, so attention depends on distances (arXiv 2104.09864, in 2-D)
+    layer_scale  initial value of a learnt vector that multiplies each branch (arXiv 2103.17239); 0: no layer scale
+    drop_path    probability that a clip skips a branch of the last block, in training. It grows linearly from 0 in
+                 the first block (arXiv 1603.09382)
     """
 
     width: int
@@ -59,32 +58,32 @@ class TransformerSpec:
             )
 
     def build_blocks(self) -> nn.ModuleList:
-        """Return the blocks; `initialise_weights` gives them their weights."""
+        """Return the blocks; call `initialise_weights` afterwards to set their weights."""
         return nn.ModuleList(
             TransformerBlock(self.width, self.heads, self.layer_scale) for _ in range(self.depth)
         )
 
     def additive_positions(self, grid: PatchGrid) -> Tensor:
-        """Return the code that is added to the tokens, float32 `PD`."""
-        # Under rope there is none, but adding zeros still makes the sum float32, as the code does.
+        """Return the position code that is added to the tokens, float32 `PD`; zeros with `rope`."""
+        # Adding zeros makes the sum float32, as adding the code does.
         if self.positions == "rope":
             return torch.zeros(grid.tokens, self.width)
         return sincos_positions(grid, self.width)
 
     def rotary_angles(self, grid: PatchGrid) -> Tensor | None:
-        """Return cosine and sine of the angles by which queries and keys are turned, `2PE`; None without `rope`."""
+        """Return cosine and sine of the rotation angles of queries and keys, `2PE`; None without `rope`."""
         return rotary_positions(grid, self.width // self.heads) if self.positions == "rope" else None
 
     def draw_drop_path(self, rng: np.random.Generator, clips: int) -> Tensor | None:
-        """Draw the factors by which each branch of each block is multiplied for each clip, `L2B`.
+        """Draw a factor for each branch of each block and each clip, `L2B`; it multiplies the branch.
 
-        A factor is 0, or 1 over how often the branch stays. Without drop path nothing is drawn, and the result is
-        None.
+        A factor is 0, or 1 / (probability that the branch is kept). Without drop path nothing is drawn, and the result
+        is None.
         """
         if not self.drop_path:
             return None
         drop_L11 = np.linspace(0.0, self.drop_path, self.depth)[:, None, None]
-        # Drawn clip by clip, so that a part of a batch can draw its own (`randomness.MicroBatchRng`).
+        # Clips are the first axis of the draw: a part of a batch can draw its share (`randomness.MicroBatchRng`).
         stays_L2B = np.moveaxis(rng.random((clips, self.depth, 2)), 0, 2) >= drop_L11
         return torch.from_numpy((stays_L2B / (1 - drop_L11)).astype(np.float32))
 
@@ -113,9 +112,9 @@ class TransformerBlock(nn.Module):
         keep_2B: Tensor | None = None,
         last_tokens: int | None = None,
     ) -> Tensor:
-        """Return the block's output for each token, or for the last `last_tokens` alone, which attend to all.
+        """Return the block's output for each token, or only for the last `last_tokens` tokens, which attend to all.
 
-        Arguments as in `SelfAttention.forward`; `keep_2B` (or `2BN`) holds drop path's factors of the two branches.
+        Arguments as in `SelfAttention.forward`; `keep_2B` (or `2BN`) contains drop path's factors of the two branches.
         """
         attention_keep_B, mlp_keep_B = (None, None) if keep_2B is None else keep_2B
 
@@ -130,7 +129,7 @@ class TransformerBlock(nn.Module):
 
 
 def scale_branch(branch_BND: Tensor, scale_D: Tensor | None, keep_B: Tensor | None) -> Tensor:
-    """Multiply a branch by its layer scale, and by drop path's factor of each clip, or of each token (`keep_BN`)."""
+    """Return a branch times its layer scale and drop path's factor of each clip, or of each token (`keep_BN`)."""
     if scale_D is not None:
         branch_BND = branch_BND * scale_D
     if keep_B is None:
@@ -139,7 +138,7 @@ def scale_branch(branch_BND: Tensor, scale_D: Tensor | None, keep_B: Tensor | No
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with biases everywhere."""
+    """Multi-head self-attention; all projections have biases."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -154,10 +153,10 @@ class SelfAttention(nn.Module):
         turns_2BNE: Tensor | None = None,
         last_tokens: int | None = None,
     ) -> Tensor:
-        """Return the attention's output for each token, or for the last `last_tokens` alone.
+        """Return the attention's output for each token, or only for the last `last_tokens` tokens.
 
-        No token attends to a token that is not valid. `turns_2BNE` are the cosines and sines of `rotate_pairs`. With
-        `last_tokens` only so many tokens at the end have queries; they attend to all.
+        No token attends to a token that is not valid. `turns_2BNE` contains the cosines and sines for `rotate_pairs`.
+        With `last_tokens`, queries are computed only for the last `last_tokens` tokens; they attend to all tokens.
         """
         # Project the input to queries, keys and values, each `BHND`.
         if last_tokens is None:
@@ -165,12 +164,12 @@ class SelfAttention(nn.Module):
         else:
             q, k, v = self._project_last_queries(x_BND, last_tokens)
 
-        # Rotary positions: the queries are those of the last tokens.
+        # Rotary positions: rotate the keys of all tokens, and the queries, which may belong to the last tokens only.
         if turns_2BNE is not None:
             q = rotate_pairs(q, turns_2BNE[:, :, -q.shape[2] :])
             k = rotate_pairs(k, turns_2BNE)
 
-        # Attend, and put the heads side by side again.
+        # Attend, and concatenate the heads.
         attend = choose_attention(q.device.type, q.dtype)
         return self.out(attend(q, k, v, valid_BN).transpose(1, 2).flatten(2))
 
@@ -178,7 +177,7 @@ class SelfAttention(nn.Module):
         return self.qkv(x_BND).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
     def _project_last_queries(self, x_BND: Tensor, last_tokens: int) -> Iterable[Tensor]:
-        # One layer projects to all three: take the rows of the queries and those of keys and values apart.
+        # One linear layer computes all three: split its rows into those of the queries and those of keys and values.
         width = x_BND.shape[-1]
         q_weight, kv_weight = self.qkv.weight.split((width, 2 * width))
         q_bias, kv_bias = self.qkv.bias.split((width, 2 * width))
@@ -190,10 +189,10 @@ class SelfAttention(nn.Module):
 
 
 def rotate_pairs(x_BHND: Tensor, turns_2BNE: Tensor) -> Tensor:
-    """Turn each pair of values of a token by that token's angles: pair e is the values e and e + D/2.
+    """Rotate each pair of values of a token by the token's angles; pair e is the values e and e + D/2.
 
-    The product of a turned query and a turned key depends on the difference of their angles alone (RoFormer,
-    arXiv 2104.09864). Computed in float32, returned in the type of `x_BHND`.
+    The dot product of a rotated query and a rotated key depends only on the difference of their angles (RoFormer,
+    arXiv 2104.09864). The rotation is computed in float32; the result has the dtype of `x_BHND`.
     """
     left, right = x_BHND.float().chunk(2, dim=-1)
     cos, sin = turns_2BNE[:, :, None]
@@ -204,22 +203,23 @@ AttentionOp = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def choose_attention(device: str, dtype: torch.dtype) -> AttentionOp:
-    """Return the faster of two equal ways, as measured: written out for bf16 on CPUs, the fused kernel elsewhere.
+    """Return the faster of two equivalent functions: written-out attention for bf16 on CPUs, else the fused kernel.
 
-    In bf16 on a CPU with AMX the fused kernel's backward took 31 % of a ViT-S step, and writing it out made the
-    step 1.4x faster. In fp32 on an AVX2 CPU the fused kernel made it 1.02 to 1.15x faster (128 to 512 tokens).
+    Measured: in bf16 on a CPU with AMX, the backward pass of the fused kernel took 31 % of a ViT-S step, and
+    written-out attention made the step 1.4x faster. In fp32 on an AVX2 CPU the fused kernel made the step 1.02 to
+    1.15x faster (128 to 512 tokens).
     """
     return written_out_attention if (device, dtype) == ("cpu", torch.bfloat16) else fused_attention
 
 
 def fused_attention(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, valid_BN: Tensor | None) -> Tensor:
-    """Return `softmax(q k^T / sqrt(D)) v` over the valid keys, by the device's own kernel."""
+    """Return `softmax(q k^T / sqrt(D)) v` over the valid keys, computed by torch's fused kernel of the device."""
     bias = None if valid_BN is None else _attention_bias(valid_BN, q_BHND.dtype)
     return F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, attn_mask=bias)
 
 
 def written_out_attention(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, valid_BN: Tensor | None) -> Tensor:
-    """Return the same as `fused_attention`, by two products and a softmax."""
+    """Return the same as `fused_attention`, computed by two matrix products and a softmax."""
     scores_BHNN = (q_BHND * q_BHND.shape[-1] ** -0.5) @ k_BHND.transpose(-2, -1)
     if valid_BN is not None:
         scores_BHNN += _attention_bias(valid_BN, scores_BHNN.dtype)
@@ -227,8 +227,8 @@ def written_out_attention(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, valid_
 
 
 def _attention_bias(valid_BN: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a bias for the scores, `B11N`, that rules out the keys that are not valid."""
-    # Finite, so that a clip without a single valid key yields no NaN.
+    """Return a bias for the attention scores, `B11N`, that excludes the keys that are not valid."""
+    # The bias is finite, so that a clip without a valid key gives no NaN.
     bias = torch.zeros(valid_BN.shape, dtype=dtype, device=valid_BN.device)
     return bias.masked_fill(~valid_BN, torch.finfo(dtype).min)[:, None, None]
 
@@ -246,20 +246,20 @@ def run_blocks(
 ) -> list[Tensor]:
     """Return the outputs of the last `top_blocks` blocks, lowest first.
 
-    With `last_tokens` the last block answers for so many tokens at the end alone. Instead of `valid_BN` a mask
-    `valid_LBN` holds for each block its own, and instead of `keep_L2B` factors `keep_L2BN` for each token its own.
-    With `recompute` a block's activations are thrown away and computed again in the backward pass, to the bit:
-    all that is random was drawn before and handed in.
+    With `last_tokens`, the last block computes outputs only for the last `last_tokens` tokens. A mask `valid_LBN` in
+    place of `valid_BN` gives each block its own mask; factors `keep_L2BN` in place of `keep_L2B` give each token its
+    own factor. With `recompute`, the activations inside a block are dropped and computed again in the backward pass.
+    They are identical to the bit, because all random numbers are arguments.
     """
     outputs: list[Tensor] = []
     for layer, block in enumerate(blocks):
-        # The block's own share of the arguments.
+        # Select this block's mask and factors.
         valid = valid_BN if valid_BN is None or valid_BN.ndim == 2 else valid_BN[layer]
         keep = None if keep_L2B is None else keep_L2B[layer]
         block_last_tokens = last_tokens if block is blocks[-1] else None
         arguments = (x_BND, valid, turns_2BNE, keep, block_last_tokens)
 
-        # There is nothing to compute again where there will be no backward pass.
+        # Without a backward pass nothing needs recomputation.
         if recompute and torch.is_grad_enabled():
             x_BND = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -269,15 +269,15 @@ def run_blocks(
 
 
 def compile_blocks(blocks: Iterable[nn.Module], *, dynamic: bool) -> None:
-    """Have torch compile each block; equal blocks share one compilation. `dynamic`: for any token count."""
+    """Compile each block with torch; equal blocks share one compilation. `dynamic`: for any number of tokens."""
     for block in blocks:
         block.compile(dynamic=dynamic)
 
 
 def initialise_weights(module: nn.Module, seed: int) -> None:
-    """Give a module ViT's weights: matrices and mask tokens truncated normal (std 0.02), biases 0, norms' scales 1.
+    """Initialise a module as ViT: matrices and mask tokens truncated normal (std 0.02), biases 0, norms' scales 1.
 
-    Layer scales keep the value that they were made with.
+    Layer scales keep the initial value from the spec.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():

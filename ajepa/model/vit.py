@@ -1,7 +1,7 @@
 """Encoder and predictor: vision transformers over the patches of a spectrogram.
 
-ViT (arXiv 2010.11929) with the changes of I-JEPA (arXiv 2301.08243): no class token, fixed positions, an encoder that
-takes any subset of the patches, and a narrow predictor that answers at mask tokens.
+ViT (arXiv 2010.11929) with the changes of I-JEPA (arXiv 2301.08243): no class token, fixed position codes, an encoder
+that takes any subset of the patches, and a narrow predictor whose predictions are its outputs at mask tokens.
 """
 
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ from ajepa.model.transformer import (
 class EncoderSpec:
     """Shape of an encoder (`TransformerSpec`); the defaults are ViT-B, 85,253,376 parameters with 16 x 16 patches.
 
-    band_norm  whether every mel band is standardised by itself (`Encoder.set_band_statistics`): high bands, which are
-               faint, then count as much as low ones
+    band_norm  whether each mel band is standardised separately (`Encoder.set_band_statistics`), so that high bands,
+               which are faint, have the same weight as low bands
     """
 
     grid: PatchGrid
@@ -57,7 +57,7 @@ class PredictorSpec:
 
 
 def transformer_spec_of(spec: EncoderSpec | PredictorSpec) -> TransformerSpec:
-    """Return the spec of the blocks; ValueError where no blocks can have that shape."""
+    """Return the spec of the blocks; ValueError if the shape is impossible."""
     return TransformerSpec(
         width=spec.width,
         depth=spec.depth,
@@ -74,14 +74,14 @@ def a_jepa_encoder(size: Literal["s", "b", "l"], grid: PatchGrid) -> EncoderSpec
     return EncoderSpec(grid=grid, width=width, depth=depth, heads=heads)
 
 
-# A-JEPA (arXiv 2311.15830) gives width and depth; it gives no heads: here 32 values each.
+# A-JEPA (arXiv 2311.15830) states width and depth but not the number of heads; here each head has 32 values.
 A_JEPA_PREDICTOR = PredictorSpec(width=512, depth=16, heads=16)
 
 
 class Encoder(nn.Module):
-    """A vision transformer: patches in, one vector per token out. Weights are a function of `spec` and `seed` alone.
+    """A vision transformer: patches in, one vector per token out. Initial weights depend only on `spec` and `seed`.
 
-    recompute  whether the backward pass computes activations again, to save memory (`run_blocks`)
+    recompute  whether the backward pass recomputes activations to save memory (`run_blocks`); off by default
     """
 
     positions_PD: Tensor
@@ -95,11 +95,11 @@ class Encoder(nn.Module):
         self.recompute = False
         self.embed = nn.Linear(spec.grid.patch_values, spec.width)
 
-        # Mean 0 and deviation 1 of every band, until they are known.
+        # Mean 0 and deviation 1 of every band, until `set_band_statistics` is called.
         bands_2F = torch.tensor([[0.0], [1.0]]).repeat(1, spec.grid.bands) if spec.band_norm else None
         self.register_buffer("bands_2F", bands_2F)
 
-        # Positions follow from the grid: a checkpoint holds none, and fits clips of every length.
+        # Positions are computed from the grid and not saved, so a checkpoint fits clips of any length.
         self.register_buffer(
             "positions_PD", self.transformer_spec.additive_positions(spec.grid), persistent=False
         )
@@ -110,12 +110,12 @@ class Encoder(nn.Module):
         initialise_weights(self, seed)
 
     def set_band_statistics(self, mean_F: Tensor, std_F: Tensor) -> None:
-        """Standardise every band with these from now on, if the spec has `band_norm`; checkpoints hold them."""
+        """Set the statistics that standardise each band, if the spec has `band_norm`; checkpoints contain them."""
         if self.bands_2F is not None:
             self.bands_2F.copy_(torch.stack((mean_F, std_F)))
 
     def input_patches(self, mel_BTF: Tensor) -> Tensor:
-        """Return the patches as the first layer sees them, `BPN`."""
+        """Return the input of the first layer: patches, standardised by band with `band_norm`, `BPN`."""
         if self.bands_2F is not None:
             mel_BTF = (mel_BTF - self.bands_2F[0]) / self.bands_2F[1]
         return patchify(mel_BTF, self.spec.grid)
@@ -127,13 +127,14 @@ class Encoder(nn.Module):
         valid_BP: Tensor | None = None,
         keep_L2N: Tensor | None = None,
     ) -> Tensor:
-        """Return every token's vector as `BPD`, or with `tokens_NK` the vectors of those tokens alone as `NKD`.
+        """Return the vector of every token, `BPD`, or with `tokens_NK` only the vectors of these tokens, `NKD`.
 
-        N is B, or a multiple of it: several sets of tokens for each clip, one after the other. All other tokens are
-        left out before the patch embedding: nothing of them can reach the output. No token attends to a token that is
-        not in `valid_BP` (N rows, if N is more), and the output *at* such a token means nothing. `mel_BTF` is
-        normalised and exactly as large as the grid (ValueError). `keep_L2N` holds drop path's factors. Without
-        `tokens_NK`, masks `valid_LBP` may differ from block to block, and factors `keep_L2NP` from token to token.
+        N is B or a multiple of B: several sets of tokens for each clip, one after the other. All other tokens are
+        left out before the patch embedding and cannot influence the output. No token attends to a token that is not
+        valid in `valid_BP` (N rows if N > B); the output *at* a token that is not valid is meaningless. `mel_BTF` is
+        normalised and has exactly the size of the grid (else ValueError). `keep_L2N` contains drop path's factors.
+        Without `tokens_NK`, each block may have its own mask (`valid_LBP`), and each token its own factors
+        (`keep_L2NP`).
         """
         return self.norm(self.top_block_outputs(mel_BTF, 1, tokens_NK, valid_BP, keep_L2N)[0])
 
@@ -146,7 +147,7 @@ class Encoder(nn.Module):
         keep_L2N: Tensor | None = None,
     ) -> list[Tensor]:
         """Return the outputs of the last `block_count` blocks, lowest first, before the final norm."""
-        # Patches, their positions, and which of them hold sound: of all tokens, or of the chosen ones.
+        # Patches, their positions and the mask of valid tokens: of all tokens, or of those in `tokens_NK`.
         x = self.input_patches(mel_BTF)
         positions = self.positions_PD
         turns = _rotations_of_all(self.turns_2PE)
@@ -156,7 +157,7 @@ class Encoder(nn.Module):
             turns = _rotations_at(self.turns_2PE, tokens_NK)
             valid_BP = None if valid_BP is None else valid_BP.gather(1, tokens_NK)
 
-        # Embed them, and pass them through the blocks.
+        # Embed the patches, add the positions, and run the blocks.
         x = self.embed(x) + positions
         return run_blocks(
             self.blocks, x, valid_BP, turns, keep_L2N, recompute=self.recompute, top_blocks=block_count
@@ -164,10 +165,10 @@ class Encoder(nn.Module):
 
 
 class Predictor(nn.Module):
-    """A narrow transformer: the vectors of the context in, predictions for hidden tokens out, each group by itself.
+    """A narrow transformer: context vectors in, predictions for hidden tokens out, for each group separately.
 
-    With `clip_head` it holds a layer that predicts the whole clip too. A prediction has `target_width` values, by
-    default as many as the encoder's vectors. `recompute` as in Encoder.
+    With `clip_head` it also contains a layer that predicts the mean target of the whole clip. A prediction has
+    `target_width` values, by default the encoder's width. `recompute` as in Encoder.
     """
 
     positions_PD: Tensor
@@ -190,13 +191,13 @@ class Predictor(nn.Module):
         self.embed = nn.Linear(encoder_width, spec.width)
         self.mask_token_D = nn.Parameter(torch.zeros(spec.width))
 
-        # Positions follow from the grid, as the encoder's.
+        # Positions are computed from the grid and not saved, as in the encoder.
         self.register_buffer("positions_PD", self.transformer_spec.additive_positions(grid), persistent=False)
         self.register_buffer("turns_2PE", self.transformer_spec.rotary_angles(grid), persistent=False)
         self.blocks = self.transformer_spec.build_blocks()
         self.norm = nn.LayerNorm(spec.width, eps=NORM_EPSILON)
 
-        # The heads: for the tokens, and for the whole clip.
+        # Output layers: for the tokens, and for the whole clip.
         target_width = target_width or encoder_width
         self.out = nn.Linear(spec.width, target_width)
         self.clip_head = nn.Linear(encoder_width, target_width) if clip_head else None
@@ -212,17 +213,17 @@ class Predictor(nn.Module):
     ) -> Tensor:
         """Return predictions `NGQD` for the tokens `targets_NGQ`, from `context_NKD` at the tokens `context_NK`.
 
-        A target is a mask token at its position; it attends to the valid tokens of the context and of its own group.
-        `keep_L2M` holds drop path's factors, for M = N G.
+        The input for a target is a mask token with the target's position; it attends to the valid tokens of the
+        context and of its own group. `keep_L2M` contains drop path's factors, M = N G.
         """
         rows, groups, queries = targets_NGQ.shape
 
-        # A sequence for each group: the context, then a mask token at each target's position.
+        # One sequence for each group: the context, then a mask token with the position of each target.
         context = self.embed(context_NKD) + self.positions_PD[context_NK]
         targets = self.mask_token_D + self.positions_PD[targets_NGQ.flatten(0, 1)]
         x = torch.cat((context.repeat_interleave(groups, dim=0), targets), dim=1)
 
-        # Which of its tokens are valid, and by which angles they are turned.
+        # The valid tokens of each sequence, and their rotary angles.
         valid = None
         turns = None
         if valid_NP is not None or self.turns_2PE is not None:
@@ -231,7 +232,7 @@ class Predictor(nn.Module):
             if valid_NP is not None:
                 valid = valid_NP.gather(1, tokens.flatten(1)).view(rows * groups, -1)
 
-        # The last block is computed for the targets alone: nobody reads the context any more.
+        # The last block computes only the targets, because the outputs at context tokens are not used.
         (x,) = run_blocks(
             self.blocks, x, valid, turns, keep_L2M, recompute=self.recompute, last_tokens=queries
         )
@@ -247,7 +248,7 @@ def _rotations_at(turns_2PE: Tensor | None, tokens_NK: Tensor) -> Tensor | None:
 
 
 def gather_tokens(x_BPD: Tensor, tokens_NK: Tensor) -> Tensor:
-    """Return the vectors of the given tokens of each clip, as `NKD`; N a multiple of B, a clip's sets together."""
+    """Return the vectors of the given tokens, `NKD`; N is a multiple of B, and the sets of a clip are adjacent."""
     sets = len(tokens_NK) // len(x_BPD)
     clip_N1 = torch.arange(len(tokens_NK), device=x_BPD.device)[:, None] // sets
     return x_BPD[clip_N1, tokens_NK]

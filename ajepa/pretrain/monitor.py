@@ -26,6 +26,7 @@ from ajepa.training.flops import pretrain_step_cost
 from ajepa.training.loop import SCORE_METRIC
 from ajepa.training.meter import ComputeMeter
 from ajepa.training.run import Json, Run
+from ajepa.training.run_identity import RunIdentity
 from pipeline.errors import BrokenClipError, RunError
 from pipeline.loading.loader import Batch, PlainLoader, View
 from pipeline.loading.sampling import RowOrder
@@ -265,7 +266,7 @@ class TrainingProbe:
 def open_training_probe(
     store: AnyStore,
     recipe: Pretrain,
-    identity: Json,
+    identity: RunIdentity,
     on_broken: Literal["raise", "skip"],
     say: Callable[[str], None],
 ) -> TrainingProbe | None:
@@ -290,7 +291,7 @@ def open_training_probe(
     if not label_sets:
         say(f"{store.location}: no probe while training: no clip to measure on has a label")
         return None
-    views = ClipViews(store=store, frames=recipe.view_frames, mean=identity["mean"], std=identity["std"])
+    views = ClipViews(store=store, frames=recipe.view_frames, mean=identity.mean, std=identity.std)
     return TrainingProbe(
         views=views, train_N=train_N, eval_N=eval_N, label_sets=label_sets, on_broken=on_broken
     )

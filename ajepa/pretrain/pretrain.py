@@ -13,7 +13,8 @@ from ajepa.training.devices import PrecisionName, pick_device, pick_precision
 from ajepa.training.distributed import join_ranks
 from ajepa.training.loop import catch_stop_signals, open_run, run_training_loop
 from ajepa.training.memory import refuse_large_pretrain
-from ajepa.training.run import Json, Run
+from ajepa.training.run import Run
+from ajepa.training.run_identity import RunIdentity
 from pipeline.errors import StopSignal
 from pipeline.loading.dali import open_loader
 from pipeline.loading.loader import View
@@ -144,13 +145,13 @@ def pretrain(
         return run
 
 
-def pretrain_view(identity: Json, recipe: Pretrain) -> View:
+def pretrain_view(identity: RunIdentity, recipe: Pretrain) -> View:
     """How the recipe looks at clips, normalised by the mean and deviation in the run's identity."""
     return View(
         frames=recipe.view_frames,
         crop=recipe.crop,
-        mean=identity["mean"],
-        std=identity["std"],
+        mean=identity.mean,
+        std=identity.std,
         seed=recipe.seed,
     )
 

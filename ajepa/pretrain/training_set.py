@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ajepa.recipes.pretrain import Pretrain
 from ajepa.training.distributed import SINGLE_PROCESS, World
-from ajepa.training.run import Json
+from ajepa.training.run_identity import BlockShuffleIdentity, RunIdentity
 from pipeline.audio.mel_spec import MelSpec, preset_mel_spec
 from pipeline.errors import RunError
 from pipeline.loading.sampling import (
@@ -99,27 +99,31 @@ class TrainingSet:
             sampling=sampling,
         )
 
-    def data_identity(self, store: AnyStore) -> Json:
+    def data_identity(self, store: AnyStore) -> RunIdentity:
         """The data that a run is trained on: compared on resume, and needed later to normalise other clips alike."""
         mean, std = store.mean_and_std(train_splits(store))
-        identity: Json = {
-            "store_id": store.store_id,
-            "spec_id": store.spec_id,
-            "mel": store.spec.to_json(),
-            "mean": mean,
-            "std": std,
-        }
+        is_joined = isinstance(store, JoinedStore)
 
-        # Keys that only some runs have: one store, all its clips, shuffled whole, is the identity above.
-        if isinstance(store, JoinedStore):
-            identity["stores"] = [part.store_id for part in store.stores]
-        if any(digests := _exclusion_digests(store)):
-            identity["excluded"] = digests if isinstance(store, JoinedStore) else digests[0]
-        if self.weights:
-            identity["store_weights"] = list(self.weights)
+        # The clips that exclude lists leave out: None where they leave out none, whatever the number of stores.
+        digests = _exclusion_digests(store)
+        excluded: str | tuple[str | None, ...] | None = None
+        if any(digests):
+            excluded = digests if is_joined else digests[0]
+
+        block_shuffle = None
         if self.shuffle == "block":
-            identity["block_shuffle"] = {"blocks": "shards", "window_blocks": self.shuffle_window}
-        return identity
+            block_shuffle = BlockShuffleIdentity(window_blocks=self.shuffle_window)
+        return RunIdentity(
+            store_id=store.store_id,
+            spec_id=store.spec_id,
+            mel=store.spec,
+            mean=mean,
+            std=std,
+            stores=tuple(part.store_id for part in _member_stores(store)) if is_joined else (),
+            excluded=excluded,
+            store_weights=tuple(self.weights),
+            block_shuffle=block_shuffle,
+        )
 
     def band_statistics(self, store: AnyStore) -> tuple[Tensor, Tensor]:
         """Mean and deviation of each band, both `F`, of clips that are normalised as `data_identity` says."""
@@ -140,9 +144,9 @@ class TrainingSet:
             yield str(measure_mixing(order.sampling, order.clips_per_step, order.seed, clip_bytes=clip_bytes))
 
 
-def _exclusion_digests(store: AnyStore) -> list[str | None]:
+def _exclusion_digests(store: AnyStore) -> tuple[str | None, ...]:
     """The digest of the clips that exclude lists leave out of each store; None where they leave out nothing."""
-    return [part.exclusions.digest for part in _member_stores(store)]
+    return tuple(part.exclusions.digest for part in _member_stores(store))
 
 
 def _member_stores(store: AnyStore) -> list[FeatureStore]:

@@ -1,4 +1,4 @@
-"""Recipes by name, as JSON, and with single fields replaced (`--set KEY=VALUE`)."""
+"""Recipes: looked up by name, converted to and from JSON, and with single fields replaced (`--set KEY=VALUE`)."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -55,7 +55,7 @@ FINETUNE_RECIPES: dict[str, Callable[[], Finetune]] = {
 
 
 def pretrain_recipe(name: str) -> Pretrain:
-    """Return the pre-training recipe of that name; RunError names the nearest and all there are."""
+    """Return the pre-training recipe with this name; RunError names the most similar name and all names."""
     if name in PRETRAIN_RECIPES:
         return PRETRAIN_RECIPES[name]()
     if name in FINETUNE_RECIPES:
@@ -67,7 +67,7 @@ def pretrain_recipe(name: str) -> Pretrain:
 
 
 def finetune_recipe(name: str) -> Finetune:
-    """Return the fine-tuning recipe of that name; RunError names the nearest and all there are."""
+    """Return the fine-tuning recipe with this name; RunError names the most similar name and all names."""
     if name in FINETUNE_RECIPES:
         return FINETUNE_RECIPES[name]()
     if name in PRETRAIN_RECIPES:
@@ -79,10 +79,10 @@ def finetune_recipe(name: str) -> Finetune:
 
 
 def choose_finetune_recipe(model: str | None, name: str | None, task_recipe: str) -> Finetune:
-    """Return the recipe of a training: that of the given name, or the default of the task or of the kind of model.
+    """Return the recipe with the given name, or the default recipe of the task or of the kind of model.
 
-    A vit is trained by the task's own recipe, every other kind by the recipe that has its name. RunError where there
-    is no such model, or the recipe trains another.
+    The default for a vit is the task's recipe; for every other kind of model it is the recipe named like the kind.
+    RunError if the kind does not exist, or if the named recipe trains another kind.
     """
     if model is not None and model not in CLASSIFIER_KINDS:
         raise RunError(f"model {model!r} is unknown; {suggest_known(model, CLASSIFIER_KINDS)}")
@@ -91,14 +91,14 @@ def choose_finetune_recipe(model: str | None, name: str | None, task_recipe: str
     default_name = task_recipe if model in (None, "vit") else model
     recipe = finetune_recipe(name or default_name or task_recipe)
 
-    # A recipe of another kind is refused, not trained in silence.
+    # Refuse a recipe that trains another kind of model.
     recipe_model = classifier_kind_name(recipe.model)
     if model not in (None, recipe_model):
         raise RunError(f"recipe {recipe.name} trains a {recipe_model}, not a {model}; leave out one of them")
     return recipe
 
 
-# Recipes as JSON: every class that may stand in a recipe.json, by name.
+# Recipes as JSON: every class that a recipe.json may contain, by name.
 
 RECIPE_PIECES: dict[str, type] = {
     piece.__name__: piece
@@ -111,7 +111,7 @@ RECIPE_PIECES: dict[str, type] = {
 
 
 def recipe_to_json(piece: Any) -> Any:
-    """Return a recipe, or any piece of one, as plain JSON values; an object names its class under `type`."""
+    """Return a recipe, or a piece of a recipe, as plain JSON values; the key `type` of an object names its class."""
     if not is_dataclass(piece):
         return piece
     values = {field.name: recipe_to_json(getattr(piece, field.name)) for field in fields(piece)}
@@ -119,9 +119,9 @@ def recipe_to_json(piece: Any) -> Any:
 
 
 def recipe_from_json(json_value: Any) -> Any:
-    """Return the recipe, or the piece of one, that `recipe_to_json` described.
+    """Return the recipe, or piece of a recipe, from the JSON values of `recipe_to_json`.
 
-    RunError where this version knows no such piece, or the piece cannot have these values.
+    RunError if this version has no class of that name, or if the class refuses the values.
     """
     if not isinstance(json_value, Mapping):
         return json_value
@@ -134,9 +134,9 @@ def recipe_from_json(json_value: Any) -> Any:
         ) from None
 
 
-# Recipes with single fields replaced: a change of the JSON, of which the recipe is built again.
+# Single fields are replaced in the JSON of a recipe; then the recipe is built again from the JSON.
 
-# Fields that follow another.
+# Fields whose values are derived from other fields.
 DEPENDENT_FIELDS = {"masks.steps": "steps"}
 
 TYPE_DESCRIPTIONS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
@@ -150,10 +150,10 @@ def override_recipe(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     """Return the recipe with each `KEY=VALUE` of `settings` set, in their order.
 
     KEY is a path of field names (`model.encoder.depth`); `masks` takes the name of a plan (`masking.MASK_PLANS`).
-    The new recipe is built when all are set, for two settings may make sense only together. RunError: an unknown
-    field, a value of another type, or the constructor's complaint about a value.
+    The new recipe is built after all fields are set, because two settings may be valid only together. RunError for an
+    unknown field, for a value of another type, and for a value that a constructor refuses.
     """
-    # Set the fields in the recipe's JSON, where values that do not fit together may stand for a moment.
+    # Set the fields in the recipe's JSON, which is not checked before all fields are set.
     recipe_json = recipe_to_json(recipe)
     for setting in settings:
         key, equals, value = setting.partition("=")
@@ -161,11 +161,11 @@ def override_recipe(recipe: Recipe, settings: Sequence[str]) -> Recipe:
             raise RunError(f"--set {setting}: expected KEY=VALUE, such as schedule.peak_lr=1e-4")
         _set_field(recipe_json, key.strip(), value.strip())
 
-    # A curriculum is as long as its run.
+    # A curriculum has the length of its run.
     if "steps" in recipe_json.get("masks", {}):
         recipe_json["masks"]["steps"] = recipe_json["steps"]
 
-    # Its constructors check the whole.
+    # Build the recipe; the constructors check the values.
     try:
         changed_recipe: Recipe = _build_piece(recipe_json)
         return changed_recipe
@@ -174,14 +174,14 @@ def override_recipe(recipe: Recipe, settings: Sequence[str]) -> Recipe:
 
 
 def _set_field(recipe_json: dict[str, Any], key: str, value: str) -> None:
-    """Put a value in its place in the JSON of a recipe."""
+    """Set the field at the path `key` in the JSON of a recipe to a value."""
     if key in DEPENDENT_FIELDS:
         raise RunError(f"--set {key}: follows {DEPENDENT_FIELDS[key]}; set that")
     if key == "masks" and key in recipe_json:
         recipe_json["masks"] = recipe_to_json(mask_plan(value, recipe_json["steps"]))
         return
 
-    # Walk down to the piece that has the field.
+    # Follow the path to the piece that has the field.
     *path, name = key.split(".")
     piece = recipe_json
     for depth, step in enumerate(path):
@@ -189,7 +189,7 @@ def _set_field(recipe_json: dict[str, Any], key: str, value: str) -> None:
         piece = piece[step]
     _check_field(piece, name, key, owner=".".join(path))
 
-    # The field must hold a single value.
+    # The field must contain a single value, not a piece.
     if isinstance(piece[name], dict):
         nested_keys = ", ".join(f"{key}.{field}" for field in piece[name] if field != "type")
         raise RunError(
@@ -199,7 +199,7 @@ def _set_field(recipe_json: dict[str, Any], key: str, value: str) -> None:
 
 
 def _check_field(piece: Any, name: str, key: str, *, owner: str) -> None:
-    """Raise RunError where `piece`, which stands at the path `owner` of a recipe, has no field of that name."""
+    """Raise RunError if `piece`, at the path `owner` of a recipe, has no field with this name."""
     if not isinstance(piece, dict):
         raise RunError(f"--set {key}: {owner} is a single value, {piece!r}; it has no field {name!r}")
     known = [field for field in piece if field != "type"]
@@ -209,7 +209,7 @@ def _check_field(piece: Any, name: str, key: str, *, owner: str) -> None:
 
 
 def _parse_field_value(key: str, value: str, field_type: Any) -> int | float | str | bool:
-    """Return a value in the type of its field; RunError names the values that are expected."""
+    """Return a value converted to the type of its field; RunError names the values that are expected."""
     if get_origin(field_type) is Literal:
         if value not in get_args(field_type):
             raise RunError(f"--set {key}={value}: expected one of {', '.join(get_args(field_type))}")
@@ -224,7 +224,7 @@ def _parse_field_value(key: str, value: str, field_type: Any) -> int | float | s
 
 
 def _build_piece(json_value: Any) -> Any:
-    """Return the piece of a recipe, as `recipe_from_json` does; the constructors' ValueErrors pass."""
+    """Return the piece of a recipe, as `recipe_from_json` does, but do not catch the constructors' ValueErrors."""
     if not isinstance(json_value, dict):
         return json_value
     values = {name: _build_piece(value) for name, value in json_value.items() if name != "type"}

@@ -1,7 +1,7 @@
-"""Recipes of fine-tuning: everything that decides a run which trains a classifier, as one frozen value with a name.
+"""Recipes of fine-tuning: a recipe is a frozen value with a name that sets everything about training a classifier.
 
-The papers' recipes are A-JEPA's (arXiv 2311.15830), which follows Audio-MAE (arXiv 2207.06405); its table gives no
-layer decay, 0.75 is the default of Audio-MAE's released program. Costs are estimated as in `recipes/pretrain.py`, for a
+The papers' recipes are A-JEPA's (arXiv 2311.15830), which follow Audio-MAE (arXiv 2207.06405). A-JEPA's table gives no
+layer decay; 0.75 is the default of Audio-MAE's released code. Costs are estimated as in `recipes/pretrain.py`, for a
 ViT-B.
 """
 
@@ -25,30 +25,33 @@ RateName = Literal["cosine", "one-cycle", "constant"]
 
 ClassWeightsName = Literal["ast", "passt", "panns"]
 
-# A base rate is for so many clips a step, and grows in proportion.
+# A base rate is the rate for this many clips per step; the rate is proportional to the clips per step.
 BASE_RATE_CLIPS = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finetune:
-    """The recipe of a fine-tuning run; task, store and the encoder that it starts from are arguments.
+    """The recipe of a fine-tuning run; the task, the store and the pretrained encoder are arguments, not part of it.
 
-    base_lr      peak rate for 256 clips a step
-    rate         cosine: straight up during `warmup_epochs`, then down by half a cosine; one-cycle: half a cosine up,
-                 from a 25th, and one down; constant: the peak from the first step to the last
-    layer_decay  the rate of each layer below the head is so many times that of the layer above it
-    head         random: drawn anew; probe: where training starts from an encoder, the linear probe on it, so that the
-                 first step stands where `ajepa-train evaluate` ends
-    loss         bce: of every class by itself; ce: cross-entropy over all; auto: ce where clips have one label each
-    sampling     shuffle: every clip once an epoch. balanced: drawn with replacement, a clip in proportion to the sum
-                 of its labels' weights (`weights`, a scheme of `pipeline.loading.class_weights`); balanced-once: the
-                 same, but no clip twice an epoch. repeated: the clips of each class repeated until they are half as
-                 many as the largest class's
-    clips_per_epoch  0: as many as there are to train on
-    ema          above 0: a moving average of the weights is evaluated; it keeps so much of itself a step, less in the
-                 first steps: (1 + step) / (10 + step) at most
-    steps        0: as many as `epochs` take, which is known once the store is; written into the run
-    evaluations  how often the held-out clips are measured, evenly spread over the run; the last time is its end
+    base_lr      peak learning rate for 256 clips per step
+    rate         schedule of the learning rate. cosine: linear up during `warmup_epochs`, then half a cosine down.
+                 one-cycle: half a cosine up from a 25th of the peak, then half a cosine down. constant: always the
+                 peak
+    layer_decay  factor of the learning rate from each layer to the layer below it, starting at the head
+    head         initial weights of the head. random: drawn anew. probe: the weights of a linear probe on the
+                 pretrained encoder, so that training starts from the result of `ajepa-train evaluate`
+    loss         bce: binary cross-entropy of each class. ce: cross-entropy over all classes. auto: ce if every clip
+                 has one label, else bce
+    sampling     order of the clips. shuffle: every clip once per epoch. balanced: drawn with replacement; the
+                 probability of a clip is proportional to the sum of its labels' weights (`weights`, a scheme of
+                 `pipeline.loading.class_weights`). balanced-once: the same, but no clip twice per epoch. repeated:
+                 the clips of each class are repeated until the class has half the clips of the largest class
+    clips_per_epoch  clips in an epoch; 0: the number of training clips
+    ema          momentum per step of a moving average of the weights, which is then evaluated in their place; 0: no
+                 average. In the first steps the momentum is at most (1 + step) / (10 + step)
+    steps        training steps; 0: the steps of `epochs` epochs, computed when the store is opened and written into
+                 the run
+    evaluations  number of evaluations on the held-out clips, evenly spaced over the run; the last is at its end
     """
 
     name: str
@@ -109,11 +112,11 @@ class Finetune:
                 raise ValueError(f"expected one of {', '.join(get_args(known))}, got {value!r}")
 
     def with_step_count(self, steps_per_epoch: int) -> "Finetune":
-        """Return the recipe with as many steps as its epochs take, unless it has a number of its own."""
+        """Return the recipe with `steps` set to the steps of its epochs, unless `steps` is already set."""
         return self if self.steps else replace(self, steps=self.epochs * steps_per_epoch)
 
     def learning_rate(self, step: int) -> float:
-        """Return the head's rate of the update after `step` steps; `with_step_count` comes first."""
+        """Return the head's learning rate of the update after `step` steps; call `with_step_count` before."""
         peak = self.base_lr * self.clips_per_step / BASE_RATE_CLIPS
         if self.rate == "constant":
             return peak
@@ -123,12 +126,12 @@ class Finetune:
         return warmup_cosine(step, steps=self.steps, warmup_steps=warmup_steps, peak=peak, end=self.end_lr)
 
     def is_evaluation_step(self, done: int) -> bool:
-        """Say whether the held-out clips are measured after so many steps."""
+        """Return whether the model is evaluated on the held-out clips after `done` steps."""
         return done * self.evaluations // self.steps > (done - 1) * self.evaluations // self.steps
 
 
 def vit_b_spec(frames: int) -> VitSpec:
-    """Return a ViT-B on so many frames of 128 bands, drop path 0.1, a tenth of the tokens masked in each layer."""
+    """Return a ViT-B for `frames` frames of 128 bands: drop path 0.1, a tenth of the tokens masked in each layer."""
     return VitSpec(encoder=replace(a_jepa_encoder("b", PatchGrid.from_size(frames, 128)), drop_path=0.1))
 
 
@@ -152,9 +155,9 @@ def audioset_20k_recipe() -> Finetune:
 
 
 def audioset_2m_recipe() -> Finetune:
-    """All of AudioSet (A-JEPA's AS-2M): epochs of 200,000 clips drawn by class weights, none twice.
+    """All of AudioSet (A-JEPA's AS-2M): epochs of 200,000 clips drawn by class weights, no clip twice per epoch.
 
-    Cost: 100 epochs, 5.2e18 FLOP, 7 H100 hours. Expected (paper, ViT-B): mAP 48.6, without regularised masking 48.1;
+    Cost: 100 epochs, 5.2e18 FLOP, 7 H100 hours. Expected (paper, ViT-B): mAP 48.6 (48.1 without regularised masking);
     not reproduced here yet.
     """
     return replace(
@@ -201,7 +204,7 @@ def speech_commands_v2_recipe() -> Finetune:
 
 
 def speech_commands_v1_recipe() -> Finetune:
-    """Speech Commands v1, ten commands and unknown (A-JEPA's SPC-1, but for its silence), 128 frames.
+    """Speech Commands v1, ten commands and `unknown` (A-JEPA's SPC-1 without its class `silence`), 128 frames.
 
     Cost: 10 epochs of 195,000 clips with repetitions, 6e16 FLOP, 5 H100 minutes. Expected (paper, ViT-B, 12 classes):
     accuracy 97.7; not reproduced here yet.
@@ -231,7 +234,7 @@ def voxceleb1_sid_recipe() -> Finetune:
 
 
 def fsd50k_recipe() -> Finetune:
-    """FSD50K, 1024 frames, trained as AudioSet's 20k clips, which are most like it: A-JEPA does not report FSD50K.
+    """FSD50K, 1024 frames, with the settings of AudioSet-20k, the most similar task: A-JEPA does not report FSD50K.
 
     Cost: 60 epochs of 36,796 clips, 5.8e17 FLOP, 50 H100 minutes. Expected: nothing published with this recipe.
     """
@@ -239,21 +242,21 @@ def fsd50k_recipe() -> Finetune:
 
 
 def own_labels_recipe() -> Finetune:
-    """Any labels of your own: AudioSet's 20k recipe on views as long as the store's clips, from a probed head.
+    """Your own labels: the AudioSet-20k recipe on views as long as the store's clips; the head starts as a probe.
 
-    Pooled by moments, which probes of small encoders gained most from (`bench/finetune.py`).
+    Pooling is by moments, which improved probes of small encoders most (`bench/finetune.py`).
     Cost: a ViT-B needs a GPU; 1,000 clips of 10 s take 1.6e16 FLOP, two H100 minutes. Expected: depends on the clips;
-    compare with `ajepa-train evaluate`, which trains nothing but probes.
+    compare with `ajepa-train evaluate`, which trains only probes.
     """
     model = replace(vit_b_spec(1024), pooling="moments")
     return replace(audioset_20k_recipe(), name="own", model=model, loss="auto", head="probe")
 
 
 def own_small_recipe() -> Finetune:
-    """The `own` recipe for the encoder of `small` and two CPU cores, on 2.5 s at a time, as `small` pre-trains it.
+    """The `own` recipe for the encoder of `small` and two CPU cores, on views of 2.5 s as in its pre-training.
 
-    Cost: 4 CPU minutes for 450 clips of 10 s. Expected: mAP .785 on the demo corpus, where the probe that it starts
-    from has .771 and the same recipe from random weights .761 (`bench/finetune.py`).
+    Cost: 4 CPU minutes for 450 clips of 10 s. Expected: mAP .785 on the demo corpus; the probe at its start has .771,
+    and the same recipe from random weights .761 (`bench/finetune.py`).
     """
     encoder = EncoderSpec(grid=PatchGrid.from_size(256, 128), width=128, depth=4, heads=2)
     return Finetune(
@@ -280,18 +283,18 @@ def finetune_with_counts(
     clips_per_step: int | None = None,
     seed: int | None = None,
 ) -> Finetune:
-    """Return the recipe with other counts: the warm-up keeps its share, and the rate follows the clips of a step.
+    """Return the recipe with other counts: the warm-up keeps its share, and the rate is scaled by the clips per step.
 
-    Epochs take the place of a recipe's steps, and steps that of its epochs.
+    Given epochs replace a number of steps in the recipe, and given steps replace its epochs.
     """
-    # Other epochs replace a number of steps, even where the epochs stay the same.
+    # Given epochs replace a number of steps, even if they equal the recipe's epochs.
     if epochs and (epochs != recipe.epochs or recipe.steps):
         warmup = recipe.warmup_epochs * epochs // recipe.epochs
         recipe = replace(recipe, epochs=epochs, warmup_epochs=warmup, steps=0)
     if steps:
         recipe = replace(recipe, steps=steps)
 
-    # Clips a step change the rate by `learning_rate`, not here.
+    # `learning_rate` scales the rate by the clips per step; nothing to change here.
     return replace(
         recipe,
         seed=recipe.seed if seed is None else seed,

@@ -1,6 +1,6 @@
-"""AdamW and the schedules of a run: its fields in a recipe, the functions of the step, and torch's optimiser.
+"""AdamW and schedules: their fields in a recipe, the schedule functions, and torch's optimiser with its state.
 
-A schedule is a pure function of the step, so that a resumed run needs no counters.
+A schedule is a pure function of the step, so a resumed run needs no counters.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdamW:
-    """Decoupled weight decay (arXiv 1711.05101); biases, norms and mask tokens are never decayed."""
+    """AdamW, Adam with decoupled weight decay (arXiv 1711.05101); biases, norms and mask tokens are not decayed."""
 
     beta1: float = 0.9
     beta2: float = 0.95
@@ -26,10 +26,10 @@ class AdamW:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:
-    """Learning rate and teacher momentum over a run of any length: in shares, not counts, of its steps.
+    """Learning rate and teacher momentum over a run of any length: lengths are shares of its steps, not counts.
 
-    base_clips  above 0: `peak_lr` is for so many clips a step and grows in proportion with their number, as the
-                "base learning rates" of papers do (256); 0: it is the same for any number
+    base_clips  number of clips per step to which `peak_lr` refers: the peak is proportional to the clips per step,
+                like the "base learning rates" of papers (256). 0: the peak does not depend on the clips per step
     """
 
     peak_lr: float
@@ -51,7 +51,7 @@ class Schedule:
     def learning_rate(self, step: int, steps: int, *, clips: int | None = None) -> float:
         """Return the learning rate of the update after `step` of `steps` steps (`warmup_cosine`).
 
-        `clips` is the number of clips in a step: needed where the peak grows with it.
+        `clips` is the number of clips per step; it is required if `base_clips` is above 0.
         """
         if self.base_clips and clips is None:
             raise ValueError(f"the rate grows with the clips of a step: give `clips` to {self}")
@@ -66,14 +66,14 @@ class Schedule:
         )
 
     def teacher_momentum(self, step: int, steps: int) -> float:
-        """Return the share of itself that the target encoder keeps at that update."""
+        """Return the momentum of the target encoder at the update after `step` of `steps` steps (`ema_momentum`)."""
         return ema_momentum(step, steps=steps, start=self.ema_start, end=self.ema_end)
 
 
 def warmup_cosine(
     step: int, *, steps: int, warmup_steps: int, peak: float, start: float = 0.0, end: float = 0.0
 ) -> float:
-    """Linear from `start` to `peak` over the warm-up, then half a cosine down to `end`, reached at `steps`.
+    """Return the rate: linear from `start` to `peak` over the warm-up, then half a cosine down to `end` at `steps`.
 
     Audio-JEPA (arXiv 2507.02915): 1e-6 to 3e-4 in 1,000 steps, then to 0 at step 100,000.
     """
@@ -86,9 +86,9 @@ def warmup_cosine(
 
 
 def one_cycle(step: int, *, steps: int, warmup_steps: int, peak: float, end: float = 0.0) -> float:
-    """Half a cosine from a 25th of `peak` up to it over the warm-up, then half a cosine down to `end` at `steps`.
+    """Return the rate: half a cosine from `peak`/25 up to `peak` over the warm-up, then one down to `end` at `steps`.
 
-    Smith and Topin (arXiv 1708.07120), in the shape that torch's OneCycleLR gives it.
+    Smith and Topin (arXiv 1708.07120), in the form of torch's OneCycleLR.
     """
     if not 0 <= warmup_steps < steps:
         raise ValueError(f"the warm-up must end before the run: {warmup_steps} of {steps} steps")
@@ -98,12 +98,12 @@ def one_cycle(step: int, *, steps: int, warmup_steps: int, peak: float, end: flo
 
 
 def ema_momentum(step: int, *, steps: int, start: float = 0.996, end: float = 1.0) -> float:
-    """The share of itself that the target encoder keeps: linear from `start` to `end` over *all* steps."""
+    """Return the momentum of the target encoder: linear from `start` to `end` over *all* steps."""
     return start + (end - start) * min(1.0, step / steps)
 
 
 def build_adamw(weights: Iterable[nn.Parameter], settings: AdamW) -> torch.optim.AdamW:
-    """Return fused AdamW over the weights that are trained; biases, norms and single vectors are not decayed."""
+    """Return fused AdamW over the trainable weights; biases, norms and single vectors are not decayed."""
     trained = [weight for weight in weights if weight.requires_grad]
     groups = [
         {"params": [weight for weight in trained if weight.ndim > 1], "weight_decay": settings.weight_decay},
@@ -113,13 +113,13 @@ def build_adamw(weights: Iterable[nn.Parameter], settings: AdamW) -> torch.optim
 
 
 def optimiser_moments(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the state that an optimiser keeps of each weight, by `NUMBER.KEY`: one part of a checkpoint."""
+    """Return the optimiser's state of each weight by `NUMBER.KEY` (weight number, state key), for a checkpoint."""
     state = optimiser.state_dict()["state"]
     return {f"{index}.{key}": value for index, moments in state.items() for key, value in moments.items()}
 
 
 def restore_moments(optimiser: torch.optim.Optimizer, moments: dict[str, Tensor]) -> None:
-    """Put back the state that `optimiser_moments` returned."""
+    """Restore the optimiser's state from the tensors that `optimiser_moments` returned."""
     packed = optimiser.state_dict()
     for name, value in moments.items():
         index, key = name.split(".")

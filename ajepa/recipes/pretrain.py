@@ -1,7 +1,7 @@
-"""Recipes of pre-training: everything that decides a run, as one frozen value with a name.
+"""Recipes of pre-training: a recipe is a frozen value with a name that sets everything about a run.
 
-Costs are estimates unless they say measured: the matrix products of a step (`training/flops.py`) over the whole run;
-GPU hours at 200 TFLOP/s, a fifth of an H100's bf16 peak.
+Costs marked as measured are measured; all others are estimates. The FLOP are those of the matrix products of a step
+(`training/flops.py`) times the steps; GPU hours assume 200 TFLOP/s, a fifth of an H100's bf16 peak.
 """
 
 from collections.abc import Callable
@@ -16,23 +16,23 @@ from ajepa.recipes.optimiser import AdamW, Schedule
 
 CropName = Literal["random", "start"]
 
-# Rows of AudioSet's segment lists; fewer clips can still be downloaded.
+# Rows in AudioSet's segment lists; not all of these clips can still be downloaded.
 CLIPS_AS2M = 2_084_320
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pretrain:
-    """The recipe of a pre-training run; the paths of store and run, and the device, are arguments.
+    """The recipe of a pre-training run; the paths of store and run, and the device, are arguments, not part of it.
 
-    mel                name of the log-mel preset that the store must hold
-    mask_sets          masks of each clip for one pass of the teacher
-    crop               where a view is cut from a longer clip
-    keep_checkpoints   so many of the newest; the best by probe is kept beside them
-    keep_every         steps; checkpoints written at these are never deleted; 0: none
-    max_gradient_norm  longer gradients are shortened to it; 0: any length
-    health_every       steps between measurements of health, and one after the last; 0: never
-    probe_every        steps between probes, and one after the last; 0: never
-    probe_clips        clips that these probes are trained on, at most; half as many are measured
+    mel                name of the log-mel preset that the store must have
+    mask_sets          number of mask sets per clip that share one forward pass of the teacher
+    crop               how the position of a view in a longer clip is chosen
+    keep_checkpoints   number of newest checkpoints that are kept; the best checkpoint by probe is kept as well
+    keep_every         interval in steps of checkpoints that are never deleted; 0: none
+    max_gradient_norm  gradients with a larger norm are scaled down to this norm; 0: no limit
+    health_every       steps between measurements of the model's health, with one at the end; 0: never
+    probe_every        steps between probes, with one at the end; 0: never
+    probe_clips        maximum number of clips that train a probe; half as many test it
     """
 
     name: str
@@ -85,13 +85,13 @@ class Pretrain:
 
     @property
     def view_frames(self) -> int:
-        """Frames of a clip that the model sees at once."""
+        """The number of frames in a view: the length of the model's input."""
         return self.model.encoder.grid.frames
 
     def with_counts(
         self, *, steps: int | None = None, clips_per_step: int | None = None, seed: int | None = None
     ) -> "Pretrain":
-        """Return the recipe with other counts: every schedule is stretched to the new length."""
+        """Return the recipe with other counts; every schedule is scaled to the new length."""
         steps = steps or self.steps
         masks = self.masks
         if isinstance(masks, Curriculum):
@@ -106,9 +106,9 @@ class Pretrain:
 
 
 def smoke_recipe() -> Pretrain:
-    """The whole path with any `a-jepa` store, to see that it runs.
+    """A test that the whole training runs, with any `a-jepa` store.
 
-    Cost: seconds on two CPU cores. Expected: nothing learnt.
+    Cost: seconds on two CPU cores. Expected: the model learns nothing.
     """
     grid = PatchGrid.from_size(256, 128)
     model = JepaSpec(
@@ -123,7 +123,7 @@ def smoke_recipe() -> Pretrain:
         schedule=Schedule(peak_lr=1e-3, warmup_share=0.1),
         steps=20,
         clips_per_step=8,
-        # So often that a run of 20 steps logs, saves, measures and probes.
+        # Short intervals, so that a run of 20 steps logs, saves, measures health and probes.
         log_every=1,
         checkpoint_every=10,
         health_every=10,
@@ -135,10 +135,11 @@ def smoke_recipe() -> Pretrain:
 def small_recipe() -> Pretrain:
     """A tiny encoder that learns from any `a-jepa` store on a laptop.
 
-    It sees 25 % of the patches and predicts the coarse pattern of hidden ones.
-    Cost: 7 to 8 CPU minutes measured (fp32, AVX2), on 1,617 clips as on any. Expected, pooled by moments (README): on
-    its store's labels, linear and kNN probes above a random encoder's and above log-mel statistics, by an eighth to a
-    half; on sounds that differ in the levels of bands, which its targets leave out, such as vowels, below them.
+    It sees 25 % of the patches and predicts the coarse pattern of hidden patches.
+    Cost: 7 to 8 CPU minutes measured (fp32, AVX2) on 1,617 clips; the number of clips does not matter.
+    Expected, pooled by moments (README): on the store's labels, linear and kNN probes score an eighth to a half above
+    those of a random encoder and of log-mel statistics. On sounds that differ in the levels of bands, such as vowels,
+    they score below both, because the targets leave the levels out.
     """
     grid = PatchGrid.from_size(256, 128)
     model = JepaSpec(
@@ -151,7 +152,7 @@ def small_recipe() -> Pretrain:
         name="small",
         mel="a-jepa",
         model=model,
-        # A quarter of the patches is context, another quarter is predicted.
+        # A quarter of the patches is context; another quarter is predicted.
         masks=Fixed(masking=RandomPatches(ratio_low=0.75, ratio_high=0.75, target_share=1 / 3)),
         schedule=Schedule(peak_lr=1e-3, warmup_share=0.1, ema_start=0.9, ema_end=0.99),
         steps=2_000,
@@ -164,7 +165,7 @@ def small_recipe() -> Pretrain:
 
 
 def audio_jepa_recipe() -> Pretrain:
-    """Audio-JEPA as its paper has it (arXiv 2507.02915), ViT-B on 256 x 128 at 39 ms hop.
+    """Audio-JEPA as in its paper (arXiv 2507.02915), ViT-B on 256 frames x 128 bands at 39 ms hop.
 
     Cost: about 1.6e18 FLOP for 100,000 steps of 256 clips, 2.3 H100 hours.
     Expected: the X-ARES probe scores of the paper; not reproduced here yet.
@@ -188,9 +189,9 @@ def audio_jepa_recipe() -> Pretrain:
 
 
 def audio_jepa_repo_recipe() -> Pretrain:
-    """Audio-JEPA as its code has it: audio-jepa with the cosine distance for a loss.
+    """Audio-JEPA as in its code: audio-jepa with the cosine distance as loss.
 
-    Cost: that of audio-jepa. Expected: near audio-jepa; not tried here yet. The mistakes of its code (one mask
+    Cost: that of audio-jepa. Expected: close to audio-jepa; not tried here yet. The errors of its code (one mask
     generator on all ranks, weights that are never initialised) are not copied.
     """
     recipe = audio_jepa_recipe()
@@ -200,9 +201,9 @@ def audio_jepa_repo_recipe() -> Pretrain:
 def a_jepa_recipe(size: Literal["s", "b", "l"] = "b") -> Pretrain:
     """A-JEPA (arXiv 2311.15830), ViT-B on 1024 x 128: 24 epochs of AudioSet-2M in steps of 512 clips.
 
-    Cost: about 1.9e19 FLOP, 26 H100 hours, over half of it the predictor, which sees each target by itself.
-    Expected after fine-tuning (paper): mAP 48.6 on AS-2M, 38.4 on AS-20K; not reproduced here yet. Warm-up,
-    momentum and decay are Audio-JEPA's: the paper gives none.
+    Cost: about 1.9e19 FLOP, 26 H100 hours, more than half of it for the predictor, which processes each target group
+    separately. Expected after fine-tuning (paper): mAP 48.6 on AS-2M, 38.4 on AS-20K; not reproduced here yet. Warm-up,
+    momentum and decay are Audio-JEPA's, because the paper does not state them.
     """
     steps = 24 * CLIPS_AS2M // 512
     return Pretrain(
@@ -214,7 +215,7 @@ def a_jepa_recipe(size: Literal["s", "b", "l"] = "b") -> Pretrain:
             loss="l2",
         ),
         masks=a_jepa_curriculum(steps),
-        # The rate is the paper's, the rest of the schedule Audio-JEPA's.
+        # The learning rate is the paper's; the rest of the schedule is Audio-JEPA's.
         schedule=Schedule(peak_lr=2e-4),
         steps=steps,
         clips_per_step=512,

@@ -1,7 +1,7 @@
-"""Recipes of supervised training: CNN6, ConvNeXt and PaSST on AudioSet as their papers train them, and small ones.
+"""Recipes of supervised training: CNN6, ConvNeXt and PaSST on AudioSet as in their papers, and small versions.
 
 These are the models of the study of Hierarchical Label Propagation (arXiv 2503.21826). Settings that a paper does not
-give are marked as ours. Inputs are normalised as everywhere here, by the mean and deviation of the clips trained on.
+state are marked as ours. Inputs are normalised by the mean and deviation of the training clips, as in all recipes.
 """
 
 from collections.abc import Callable
@@ -19,11 +19,11 @@ from pipeline.loading.augment import Augment
 
 
 def cnn6_recipe() -> Finetune:
-    """CNN6 (PANNs, arXiv 1912.10211) on all of AudioSet: 600,000 steps of 32 clips, one class after the other.
+    """CNN6 (PANNs, arXiv 1912.10211) on all of AudioSet: 600,000 steps of 32 clips, class by class in turn.
 
-    Cost: 4.8 M weights, 20 GFLOP to run a clip of 10 s forward: 1.2e18 FLOP, 2 H100 hours. Expected (paper): mAP 34.3;
+    Cost: 4.8 M weights, 20 GFLOP for a forward pass of 10 s: 1.2e18 FLOP, 2 H100 hours. Expected (paper): mAP 34.3;
     not reproduced here yet. Adam at 1e-3 throughout, two masks of up to 64 frames and two of up to 8 bands; every
-    clip mixed (Beta(1, 1): ours).
+    clip is mixed with another (mixup; Beta(1, 1) is ours).
     """
     return Finetune(
         name="cnn6",
@@ -36,15 +36,15 @@ def cnn6_recipe() -> Finetune:
         steps=600_000,
         clips_per_step=32,
         loss="bce",
-        # One class after the other, as PANNs' sampler.
+        # Sample class by class in turn, as PANNs' sampler does.
         sampling="balanced",
         weights="panns",
         augment=Augment(
             time_mask_frames=64, band_mask_bands=8, masks_each=2, mixup_share=1.0, mixup_alpha=1.0
         ),
-        # One rate for all layers, as none is pre-trained.
+        # All layers have the same rate, because no layer is pre-trained.
         layer_decay=1.0,
-        # Without decay AdamW is Adam.
+        # AdamW without weight decay is Adam.
         optimiser=AdamW(beta2=0.999, weight_decay=0.0),
         checkpoint_every=10_000,
     )
@@ -53,9 +53,9 @@ def cnn6_recipe() -> Finetune:
 def convnext_recipe() -> Finetune:
     """ConvNeXt-Tiny (arXiv 2306.00830) on all of AudioSet, 224 bands: one cycle of 75,000 steps.
 
-    Cost: 28 M weights, 40 GFLOP to run a clip forward: 2.3e18 FLOP, 3 H100 hours. Expected (paper): mAP 47.1; not
-    reproduced here yet. Two masks of up to 64 frames and two of up to 28 bands, PANNs' share of 224; 256 clips a step,
-    the peak of 1e-3, weight decay 0.05 and drop path 0.1 are ours.
+    Cost: 28 M weights, 40 GFLOP for a forward pass of a clip: 2.3e18 FLOP, 3 H100 hours. Expected (paper): mAP 47.1;
+    not reproduced here yet. Two masks of up to 64 frames and two of up to 28 bands, the same share of 224 bands as
+    PANNs' masks have. Ours: 256 clips a step, the peak of 1e-3, weight decay 0.05, drop path 0.1.
     """
     return replace(
         cnn6_recipe(),
@@ -63,7 +63,7 @@ def convnext_recipe() -> Finetune:
         mel="convnext",
         model=ConvNextSpec(drop_path=0.1),
         base_lr=1e-3,
-        # The rate rises for three of ten epochs, 30 % of the steps.
+        # The rate rises during three of ten epochs: 30 % of the steps.
         rate="one-cycle",
         warmup_epochs=3,
         steps=75_000,
@@ -77,11 +77,11 @@ def convnext_recipe() -> Finetune:
 
 
 def passt_recipe() -> Finetune:
-    """PaSST-S (arXiv 2110.05069) on all of AudioSet: 120 epochs of 100,000 clips, none twice an epoch.
+    """PaSST-S (arXiv 2110.05069) on all of AudioSet: 120 epochs of 100,000 clips, no clip twice per epoch.
 
-    Cost: 86 M weights on the 474 tokens that patchout leaves of 1,190, 3e18 FLOP, 4 H100 hours. Expected (paper): mAP
-    47.1, from a DeiT-B/384 trained on images; from random weights, as here, less; not reproduced here yet. Mixtures
-    are of Beta(0.3, 0.3); the rate falls by half a cosine (ours).
+    Cost: 86 M weights; patchout keeps 474 of 1,190 tokens; 3e18 FLOP, 4 H100 hours. Expected (paper): mAP 47.1 when
+    training starts from a DeiT-B/384 trained on images. Here it starts from random weights, so less is expected; not
+    reproduced here yet. Mixup weights are from Beta(0.3, 0.3); the rate falls by half a cosine (ours).
     """
     return replace(
         cnn6_recipe(),
@@ -90,7 +90,7 @@ def passt_recipe() -> Finetune:
         model=PasstSpec(),
         base_lr=to_base_rate(2e-5, 12),
         rate="cosine",
-        # As many steps as the epochs take.
+        # The number of steps in all epochs.
         epochs=120,
         warmup_epochs=5,
         steps=0,
@@ -111,7 +111,7 @@ def passt_recipe() -> Finetune:
 
 
 def cnn6_small_recipe() -> Finetune:
-    """A CNN6 an eighth as wide, on 1.3 s at a time of the clips of any `a-jepa` store, for two CPU cores.
+    """A CNN6 with an eighth of the width, on views of 1.3 s of any `a-jepa` store, for two CPU cores.
 
     Cost: 47 s on one core, 240 steps of 16 clips. Expected: mAP .276 ± .022 on the demo corpus (three seeds),
     chance .135.
@@ -151,20 +151,20 @@ def vit_small_recipe() -> Finetune:
 
 
 def passt_small_recipe() -> Finetune:
-    """A PaSST of width 96 and depth 3 on 1.3 s at a time, half of its patches left out; the rest as in cnn6-small.
+    """A PaSST of width 96 and depth 3 on views of 1.3 s; patchout drops half of the patches; the rest as in cnn6-small.
 
     Cost: 20 CPU seconds. Expected: mAP .23 on the demo corpus, chance .135 (one seed).
     """
     return replace(
         vit_small_recipe(),
         name="passt-small",
-        # 12 x 12 patches, of which 8 x 8 are left: a little under half.
+        # Patchout keeps 8 x 8 of 12 x 12 patches: a little less than half.
         model=PasstSpec(frames=128, width=96, depth=3, heads=3, drop_cols=4),
     )
 
 
 def to_base_rate(rate: float, clips: int) -> float:
-    """Return the base rate of a recipe whose paper has `rate` for so many clips a step."""
+    """Return the base rate of a recipe from the paper's `rate` and its number of clips per step."""
     return rate * BASE_RATE_CLIPS / clips
 
 

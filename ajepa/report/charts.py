@@ -1,4 +1,4 @@
-"""Parts of a run's page: curves over steps and a map of clips as inline SVG, pictures, and tables of scores."""
+"""Parts of a run's HTML page: curves over steps and a map of clips as inline SVG, pictures, and tables of scores."""
 
 import base64
 import io
@@ -29,23 +29,23 @@ from pipeline.report.html import (
     svg_points,
 )
 
-MAX_CURVE_POINTS = 400  # of a curve: more cannot be seen
+MAX_CURVE_POINTS = 400  # points drawn of a curve: more cannot be seen
 
 AXIS_PARTS = 4
 
-ROUND_STEP_FACTORS = (1, 2, 2.5, 5, 10)  # times a power of ten: the length of a part
+ROUND_STEP_FACTORS = (1, 2, 2.5, 5, 10)  # the length of an axis part is one of these times a power of ten
 
 CLIP_MAP_SIDE = 340.0
 
 CLIP_MAP_MARGIN = 8
 
-CLIP_MAP_COLOURS = 10  # labels with a colour of their own; clips of rarer ones are grey
+CLIP_MAP_COLOURS = 10  # number of labels with their own colour; clips of rarer labels are grey
 
 DOT_RADIUS = 3.4
 
 
 def curves_over_steps(step_N: np.ndarray, curves: Sequence[tuple[str, np.ndarray]], unit: str) -> Markup:
-    """Values over steps, a line for each name; a curve may have nan where nothing was measured."""
+    """Return a chart of values over steps, a line for each name; nan marks steps at which nothing was measured."""
     # The axes.
     finite_N = np.concatenate([values_N[np.isfinite(values_N)] for _, values_N in curves])
     low, high = round_axis_range(float(finite_N.min()), float(finite_N.max()))
@@ -59,7 +59,7 @@ def curves_over_steps(step_N: np.ndarray, curves: Sequence[tuple[str, np.ndarray
         for step in np.linspace(0, last, AXIS_PARTS + 1)
     ]
 
-    # The lines, each through the values that there are, or through some of them where they are many.
+    # The lines, each through the finite values of a curve, or through a part of them if there are many.
     polylines = []
     for number, (name, values_N) in enumerate(curves):
         known_N = np.flatnonzero(np.isfinite(values_N))
@@ -80,8 +80,8 @@ def curves_over_steps(step_N: np.ndarray, curves: Sequence[tuple[str, np.ndarray
 
 
 def round_axis_range(low: float, high: float) -> tuple[float, float]:
-    """The smallest range in round numbers that holds this one in four equal parts."""
-    # A single value has no range of its own.
+    """Return the smallest range that contains [low, high] and whose four equal parts begin at round numbers."""
+    # For a single value, invent a range.
     span = (high - low) or abs(high) or 1.0
     power_of_ten = 10.0 ** np.floor(np.log10(span / AXIS_PARTS))
     for factor in ROUND_STEP_FACTORS:
@@ -93,8 +93,8 @@ def round_axis_range(low: float, high: float) -> tuple[float, float]:
 
 
 def format_three_digits(number: float) -> str:
-    """The number with at most three digits, and a minus as wide as a plus."""
-    # Small numbers as powers of ten: 3.0e-5.
+    """Return the number with at most three digits, and with a minus sign as wide as a plus sign."""
+    # Small numbers get an exponent: 3.0e-5.
     if 0 < abs(number) < 0.01:
         digits, power = f"{number:.1e}".split("e")
         return f"{signed_number(float(digits))}e{signed_number(int(power))}"
@@ -104,12 +104,12 @@ def format_three_digits(number: float) -> str:
 
 
 def curve_legend(names: Sequence[str]) -> Markup:
-    """The names of curves beside their colours."""
+    """Return a legend of the curves: each name with its colour."""
     return colour_legend("key", names)
 
 
 def colour_legend(css_class: str, names: Sequence[str]) -> Markup:
-    """Names beside the colours that the page's style sheet gives to a class and a number."""
+    """Return a legend of names; the page's style sheet has the colour of each CSS class and number."""
     keys = (
         html_tag("span", html_tag("i", class_=f"{css_class} {css_class}{number}"), name)
         for number, name in enumerate(names)
@@ -124,19 +124,20 @@ def clip_map_chart(
     titles: Sequence[str],
     mels: Sequence[str],
 ) -> Markup:
-    """Clips as dots: `group_N` chooses the colour (-1: none); pointing at one shows its title and its mel.
+    """Return a map of clips as dots; pointing at a dot shows the title and the spectrogram of its clip.
 
-    names   of the groups, for the legend
-    titles  one a clip
-    mels    the picture of each clip, as a data URL
+    group_N  group of each clip, which decides its colour; -1: no group
+    names    name of each group, for the legend
+    titles   title of each clip
+    mels     spectrogram of each clip, as a data URL
     """
-    # Positions in the units of the view box.
+    # The positions in the units of the view box.
     low_2 = position_N2.min(0)
     high_2 = position_N2.max(0)
     share_N2 = (position_N2 - low_2) / np.maximum(high_2 - low_2, 1e-9)
     place_N2 = CLIP_MAP_MARGIN + share_N2 * (CLIP_MAP_SIDE - 2 * CLIP_MAP_MARGIN)
 
-    # A dot carries its title and its spectrogram.
+    # The dots; each has the title and the spectrogram of its clip as attributes.
     dots = [
         html_tag(
             "circle",
@@ -153,14 +154,14 @@ def clip_map_chart(
     box = f"0 0 {CLIP_MAP_SIDE:g} {CLIP_MAP_SIDE:g}"
     chart = html_tag("svg", *dots, viewBox=box, role="img", aria_label="map of clips", class_="map")
 
-    # The page's script fills the output when a dot is pointed at.
+    # The page's script fills the output element when the pointer is on a dot.
     pointed_at = html_tag("output", class_="shown")
     return join_markup(colour_legend("spot", names), html_tag("div", chart, pointed_at, class_="mapped"))
 
 
 def mel_data_url(mel_TF: np.ndarray, span: tuple[float, float], *, frames: int = 80) -> str:
-    """A small spectrogram as a data URL, low bands below: means over some frames and over pairs of bands."""
-    # At least `frames` columns, if there are as many.
+    """Return a small spectrogram as a data URL, low bands below; a pixel is the mean of some frames and two bands."""
+    # At least `frames` columns, if the spectrogram has that many frames.
     frames_per_column = max(1, len(mel_TF) // frames)
     used_frames = len(mel_TF) - len(mel_TF) % frames_per_column
     mel_TF = mel_TF[:used_frames].reshape(-1, frames_per_column, mel_TF.shape[1]).mean(1)
@@ -171,24 +172,24 @@ def mel_data_url(mel_TF: np.ndarray, span: tuple[float, float], *, frames: int =
 
 
 def figure_data_url(figure: Figure, *, dpi: int = 110) -> str:
-    """A figure as a data URL."""
+    """Return a figure as a data URL."""
     file = io.BytesIO()
     figure.savefig(file, dpi=dpi, format="png")
     return png_data_url(file.getvalue())
 
 
 def png_data_url(png: bytes) -> str:
-    """A PNG as a URL that holds all of it."""
+    """Return the PNG as a data URL."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def heat_map_data_url(values_XY: np.ndarray, span: tuple[float, float], *, scale: int = 8) -> str:
-    """A grid as a picture, the first axis to the right, the second upwards, `scale` pixels a cell; nan is clear."""
+    """Return a grid as a picture: first axis to the right, second upwards, `scale` pixels a cell, nan transparent."""
     low, high = span
     colour_XY4 = matplotlib.colormaps["viridis"](np.clip((values_XY - low) / (high - low), 0, 1))
     colour_XY4[~np.isfinite(values_XY)] = 0.0
 
-    # Pictures count their rows from the top.
+    # The rows of a picture are counted from the top.
     pixels = np.kron(colour_XY4.swapaxes(0, 1)[::-1], np.ones((scale, scale, 1)))
     file = io.BytesIO()
     matplotlib.image.imsave(file, pixels, format="png")
@@ -196,7 +197,7 @@ def heat_map_data_url(values_XY: np.ndarray, span: tuple[float, float], *, scale
 
 
 def scores_section(file: Path) -> Markup:
-    """The scores that `ajepa-train evaluate` saved in a file, or the command that computes them."""
+    """Return the scores that `ajepa-train evaluate` saved in a file, or, without a file, the command to run."""
     if not file.exists():
         command = html_tag("code", f"ajepa-train evaluate --store STORE --run {file.parent}")
         return html_tag("p", "Not evaluated yet: ", command, class_="warn")
@@ -207,10 +208,10 @@ def scores_section(file: Path) -> Markup:
 
 
 def probe_scores_table(evaluation: Evaluation, label_set: str) -> Markup:
-    """Every probe on every kind of features, a column for each metric."""
+    """Return a table with a row for each probe and kind of features, and a column for each metric."""
     scores = [score for score in evaluation.scores if score.label_set == label_set]
 
-    # The title, with numbers that all scores share.
+    # The title, with the numbers that all scores have in common.
     first = scores[0]
     facts = f"{first.classes} classes"
     if first.skipped:
@@ -238,12 +239,12 @@ def probe_scores_table(evaluation: Evaluation, label_set: str) -> Markup:
 
 
 def format_estimate(estimate: MetricEstimate) -> str:
-    """A value with its interval."""
+    """Return the value with its interval."""
     return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
 
 
 def class_scores_table(evaluation: Evaluation) -> Markup:
-    """Average precision of the encoder's first probe class by class, a column for each label set."""
+    """Return a table of the average precision of each class: the encoder's first probe, a column for each label set."""
     first = evaluation.scores[0]
     title = html_tag(
         "h3", f"Average precision of every class ({first.features}, {METHOD_TITLES[first.probe]})"
@@ -254,13 +255,13 @@ def class_scores_table(evaluation: Evaluation) -> Markup:
     }
     scores = list(score_by_label_set.values())
 
-    # A head is a button that sorts by its column; all but the first are right-aligned, as numbers.
+    # Each column head is a button that sorts by the column. All heads but the first are right-aligned, like numbers.
     heads = [
         html_tag("th", html_tag("button", name, type="button"), scope="col", class_="n" if column else None)
         for column, name in enumerate(["class", *score_by_label_set])
     ]
 
-    # Classes that no score measured are left out.
+    # Classes without a score are left out.
     rows = [
         html_tag(
             "tr", html_tag("th", name, scope="row"), *(class_score_cell(score, index) for score in scores)
@@ -274,6 +275,6 @@ def class_scores_table(evaluation: Evaluation) -> Markup:
 
 
 def class_score_cell(score: Score, index: int) -> Markup:
-    """The average precision of one class, empty where it was not measured."""
+    """Return a table cell with the average precision of one class; empty if it was not measured."""
     value = score.per_class_ap[index]
     return html_tag("td", "" if value is None else f"{value:.3f}", class_="n")

@@ -26,19 +26,20 @@ HIDDEN_COLOUR = "#14141e"
 
 TARGET_COLOURS = ("#4cc9f0", "#f72585", "#ffd166", "#80ed99")
 
-SHOWN_RUN_SHARES = (0.0, 0.05, 0.25, 0.5, 1.0)  # of the run; masks that never change are shown at the first
+# Shares of the run at which masks are shown; masks that never change are shown only at the first.
+SHOWN_RUN_SHARES = (0.0, 0.05, 0.25, 0.5, 1.0)
 
-MAX_MASKED_CLIPS = 32  # a mask is drawn as one of a batch, as a step would draw it; this many are enough
+MAX_MASKED_CLIPS = 32  # largest batch for which masks are drawn; a step of the run draws them for a batch too
 
-COMPARED_CLIPS = 32  # of a store, among which the one with most sound is shown
+COMPARED_CLIPS = 32  # number of clips of a store from which the picture's clip is chosen
 
-NORMALISED_RANGE = (-2.5, 2.5)  # of normalised log-mel: the darkest and the brightest colour
+NORMALISED_RANGE = (-2.5, 2.5)  # values of normalised log-mel with the darkest and the brightest colour
 
 PNG_DPI = 120
 
 
 def draw_recipe_masks(recipe: Pretrain, png: Path, store: Path | str | None = None) -> Path:
-    """Draw the masks of a recipe over a clip of the store, or without one over a formula's sound; returns `png`."""
+    """Draw a recipe's masks over a clip of the store, or, without a store, over a synthetic sound; returns `png`."""
     if png.suffix.lower() != ".png":
         raise RunError(f"--png {png}: expected a file name that ends in .png")
     if store is None:
@@ -57,7 +58,7 @@ def draw_recipe_masks(recipe: Pretrain, png: Path, store: Path | str | None = No
 
 
 def mask_figure(mel_TF: np.ndarray, recipe: Pretrain, spec: MelSpec, *, draws: int = 3) -> Figure:
-    """One clip, and the part of it that the context encoder sees at points of the run, `draws` masks each."""
+    """Return a figure of a clip and of the context encoder's part of it: `draws` masks at each point of the run."""
     grid = recipe.model.encoder.grid
     batch = min(MAX_MASKED_CLIPS, recipe.clips_per_step)
     run_shares = SHOWN_RUN_SHARES if isinstance(recipe.masks, Curriculum) else SHOWN_RUN_SHARES[:1]
@@ -72,7 +73,7 @@ def mask_figure(mel_TF: np.ndarray, recipe: Pretrain, spec: MelSpec, *, draws: i
         axes_C[0].set_title("the clip", fontsize=8)
         axes_C[0].set_ylabel(f"step {step:,}" if len(run_shares) > 1 else "every step", fontsize=9)
 
-        # Several draws: masks of one step differ from clip to clip.
+        # Several draws, because the masks of one step differ from clip to clip.
         for draw, axes in enumerate(axes_C[1:]):
             rng = np.random.default_rng([recipe.seed, step, draw])
             mask_maker = recipe.masks.mask_maker_at(step, rng)
@@ -91,26 +92,29 @@ def mask_figure(mel_TF: np.ndarray, recipe: Pretrain, spec: MelSpec, *, draws: i
 
 
 def busiest_stored_view(store: FeatureStore, recipe: Pretrain, mean: float, std: float) -> np.ndarray:
-    """The first view, normalised `[T, F]`, of the clip whose bands vary most, among 32 train clips of full length."""
-    # Clips of full length, so that no part of the picture is padding.
+    """Return the normalised view `[T, F]`, from frame 0, of the clip whose bands vary most over time.
+
+    The clip is one of COMPARED_CLIPS train clips of full length.
+    """
+    # Only clips of full length, so that no part of the picture is padding.
     rows_N = store.good_rows(train_splits(store))
     full_N = rows_N[store.n_frames_N[rows_N] == store.n_frames_N[rows_N].max()]
     frames = min(recipe.view_frames, store.frames)
     mel_BTF = store.to_log_mel(store.read(full_N[:COMPARED_CLIPS])[:, :frames])
     mel_BTF = (mel_BTF - mean) / std
 
-    # The deviation over time, mean over bands.
+    # The clip with the largest deviation over time, as the mean over bands.
     busiest = mel_BTF.std(axis=1).mean(axis=1).argmax()
     return pad_to_frames(mel_BTF[busiest], recipe.view_frames)
 
 
 def formula_sound_view(spec: MelSpec, recipe: Pretrain) -> np.ndarray:
-    """A siren through crackle in the recipe's features, normalised `[T, F]`; always the same."""
+    """Return a siren with crackle in the recipe's features, normalised `[T, F]`; it is always the same sound."""
     rng = np.random.default_rng(2)
     samples = round(spec.clip_seconds * SYNTHESIS_RATE_HZ)
     wave_S = 0.1 * siren_tone(rng, samples) + 0.3 * crackling_static(rng, samples)
 
-    # At the rate of the spec, by interpolation: good enough for a picture.
+    # Resample to the rate of the spec by interpolation, which is good enough for a picture.
     spec_samples = round(spec.clip_seconds * spec.sample_rate_hz)
     position_N = np.arange(spec_samples) * (SYNTHESIS_RATE_HZ / spec.sample_rate_hz)
     wave_S = np.interp(position_N, np.arange(samples), wave_S).astype(np.float32)
@@ -121,12 +125,12 @@ def formula_sound_view(spec: MelSpec, recipe: Pretrain) -> np.ndarray:
 
 
 def pad_to_frames(mel_TF: np.ndarray, frames: int) -> np.ndarray:
-    """The spectrogram with frames of 0 at its end, so that it has as many as asked for."""
+    """Return the spectrogram, padded with frames of 0 at its end to `frames` frames."""
     return np.pad(mel_TF, ((0, frames - len(mel_TF)), (0, 0)))
 
 
 def show_spectrogram(axes: Axes, mel_TF: np.ndarray, overlay_RC4: np.ndarray | None = None) -> None:
-    """Draw a normalised spectrogram, low bands below, with patch colours over it."""
+    """Draw a normalised spectrogram, low bands below, and the patch colours of `overlay_RC4` over it."""
     low, high = NORMALISED_RANGE
     extent = (0, mel_TF.shape[0], 0, mel_TF.shape[1])
     axes.imshow(mel_TF.T, origin="lower", aspect="auto", extent=extent, cmap="magma", vmin=low, vmax=high)
@@ -137,12 +141,12 @@ def show_spectrogram(axes: Axes, mel_TF: np.ndarray, overlay_RC4: np.ndarray | N
 
 
 def mask_colours_RC4(masks: Masks, grid: PatchGrid) -> np.ndarray:
-    """Colours `[row, col, rgba]` of the patches of a batch's first clip: context clear, targets tinted, rest dark."""
-    # Dark, unless a target or the context says otherwise.
+    """Return colours `[row, col, rgba]` of the first clip's patches: context clear, targets tinted, the rest dark."""
+    # Every patch is dark first; targets and context are coloured below.
     colour_P4 = np.tile(to_rgba(HIDDEN_COLOUR, 0.92), (grid.tokens, 1))
     for group, targets_Q in enumerate(masks.targets_BGQ[0]):
         colour_P4[targets_Q] = to_rgba(TARGET_COLOURS[group % len(TARGET_COLOURS)], 0.75)
     colour_P4[masks.context_BK[0]] = 0.0
 
-    # Tokens count up the rows of a column first.
+    # Tokens are numbered column by column, and upwards within a column.
     return colour_P4.reshape(grid.cols, grid.rows, 4).swapaxes(0, 1)

@@ -1,4 +1,4 @@
-"""What a trained model says of held-out clips: a vector for each, and how well it predicts each patch."""
+"""Outputs of a trained model for held-out clips: a vector for each clip, and the prediction error of each patch."""
 
 from dataclasses import dataclass, replace
 
@@ -21,30 +21,29 @@ from pipeline.report.spectrograms import label_title
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.summary import read_label_table
 
-MAX_MAP_CLIPS = 300  # each with its spectrogram on the page
+MAX_MAP_CLIPS = 300  # clips on the map; the page holds a spectrogram of each
 
 MAX_TITLE_LETTERS = 60
 
-HIDING_ROUNDS = 4  # a quarter of the patches is hidden at a time
+HIDING_ROUNDS = 4  # each round hides another quarter of the patches
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PageData:
-    """A run, the store that it is shown on, and the model's vectors of some clips that it never saw."""
+    """A run, a store, and the model's vectors of eval clips of the store, on which the run was not trained."""
 
     run: Run
     recipe: Pretrain | Finetune
     store: FeatureStore
     labels: pl.DataFrame
     rows_N: np.ndarray  # eval clips
-    features_ND: (
-        np.ndarray
-    )  # of these clips, standardised: features of the encoder, or logits of the classifier
+    # Standardised vectors of these clips: features of the encoder, or logits of the classifier.
+    features_ND: np.ndarray
 
     @classmethod
     def from_run(cls, store: FeatureStore, run: Run) -> "PageData":
-        """Compute the vectors; RunError where the run has no checkpoint, or where it or the store has no such clips."""
-        # The clips, and the vectors of a kind that the run has: logits, or features.
+        """Compute the vectors; RunError if the run has no checkpoint, or if the run or the store has no eval clips."""
+        # The clips and their vectors: logits of a fine-tuned run, else features.
         cpu = torch.device("cpu")
         trained = TrainedRun.open(run)
         recipe = trained.recipe
@@ -57,36 +56,36 @@ class PageData:
             encoder = compared_encoders(trained, cpu)[TRAINED]
             vectors_ND = clip_vectors(pretrained_views(store, run, recipe), rows_N, encoder)
 
-        # Standardised by themselves: no dimension of a vector outweighs the others.
+        # Standardise the vectors by their own statistics, so that no dimension outweighs the others.
         features_ND = standardise_features(vectors_ND, vectors_ND)[0].numpy()
         labels = read_label_table(store)[0]
         return cls(run=run, recipe=recipe, store=store, labels=labels, rows_N=rows_N, features_ND=features_ND)
 
     @property
     def vector_description(self) -> str:
-        """The kind of the vectors, in words."""
+        """The kind of the vectors, as text."""
         return "classifier's logits" if self.run.is_finetuned else "frozen encoder's features"
 
     def clip_title(self, row: int) -> str:
-        """The labels of a clip, shortened."""
+        """Return the labels of a clip as a short text."""
         return label_title(self.store, self.labels, row, max_letters=MAX_TITLE_LETTERS)
 
 
 def draw_map_rows(rows_N: np.ndarray, seed: int) -> np.ndarray:
-    """As many of the rows as a map can show, drawn at random, in their order."""
+    """Return at most MAX_MAP_CLIPS of the rows, drawn at random, in their original order."""
     return np.sort(np.random.default_rng([seed, 2]).permutation(rows_N)[:MAX_MAP_CLIPS])
 
 
 def pretrained_views(store: FeatureStore, run: Run, recipe: Pretrain) -> ClipViews:
-    """The clips of a store as a pre-trained run saw those that it learnt from."""
-    mean = run.identity["mean"]
-    std = run.identity["std"]
+    """Return views of the store's clips, with the frames, mean and std of the run's training views."""
+    mean = run.identity.mean
+    std = run.identity.std
     return ClipViews(store=store, frames=recipe.view_frames, mean=mean, std=std)
 
 
 def load_pretrained_model(run: Run, recipe: Pretrain) -> Jepa:
-    """The whole model of a pre-trained run: encoder, predictor and teacher of its last checkpoint."""
-    # The parts of a checkpoint are named as the model's modules.
+    """Return the whole model of a pre-trained run: encoder, predictor and teacher of its last checkpoint."""
+    # The parts of a checkpoint have the names of the model's modules.
     model = Jepa(recipe.model, seed=recipe.seed).eval()
     parts = run.load_checkpoint("encoder", "predictor", "target").parts
     for name, tensors in parts.items():
@@ -98,17 +97,17 @@ def load_pretrained_model(run: Run, recipe: Pretrain) -> Jepa:
 def prediction_distance_BP(
     model: Jepa, mel_BTF: Tensor, n_frames_B: Tensor, *, hiding_rounds: int = HIDING_ROUNDS, seed: int = 0
 ) -> Tensor:
-    """Cosine distance of prediction and target of every token, `BP` in [0, 2]; nan where a token holds no sound.
+    """Return the cosine distance of prediction and target of every token, `BP` in [0, 2]; nan for padding tokens.
 
-    In each round one share of the tokens is hidden and predicted from the others; `seed` draws the shares.
+    Each round hides one share of the tokens and predicts them from the others; `seed` draws the shares.
     """
-    # The targets, from the whole clip.
+    # The targets, computed from the whole clip.
     grid = model.spec.encoder.grid
     device = mel_BTF.device
     valid_BP = model.valid_mask_if_padded(n_frames_B, device)
     target_BPD = normalise_features(model.target_features(mel_BTF, valid_BP).float())
 
-    # The predictions, a share of the tokens at a time.
+    # The predictions, one share of the tokens in each round.
     order_P = np.random.default_rng([seed, grid.tokens]).permutation(grid.tokens)
     distance_BP = torch.full((len(mel_BTF), grid.tokens), float("nan"), device=device)
     for hidden_Q in np.array_split(order_P, hiding_rounds):
@@ -125,5 +124,5 @@ def prediction_distance_BP(
 
 
 def repeat_tokens_BN(tokens_N: np.ndarray, mel_BTF: Tensor) -> Tensor:
-    """The same tokens for every clip of a batch, `BN`, on its device."""
+    """Return the token numbers repeated for every clip of a batch, `BN`, on the device of the batch."""
     return torch.from_numpy(tokens_N).to(mel_BTF.device).expand(len(mel_BTF), -1).contiguous()

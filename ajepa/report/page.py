@@ -1,4 +1,4 @@
-"""A run on one HTML page that needs nothing beside it: curves, masks, predictions, a map of clips, scores, recipe."""
+"""One self-contained HTML page about a run: curves, masks, predictions, a map of clips, scores and recipe."""
 
 import importlib.resources
 import json
@@ -63,13 +63,13 @@ QUERY_CLIPS = 6
 
 NEIGHBOURS_PER_QUERY = 5
 
-SHOWN_DISTANCE_RANGE = (0.0, 1.5)  # cosine distances; 1: no better than an unrelated guess
+SHOWN_DISTANCE_RANGE = (0.0, 1.5)  # of the colours, in cosine distance; 1 is that of unrelated vectors
 
 PREDICTED_MEL_FRAMES = 256  # columns of the spectrogram above the distances
 
 PROBE_KEY_PREFIXES = ("probe_linear_", "probe_knn_")
 
-# The title of each chart; its curves: key of the log, name in the legend.
+# The title of each chart, and its curves: key in the log, name in the legend.
 LOGGED_CURVES: tuple[tuple[str, dict[str, str]], ...] = (
     ("Loss", {"loss": "loss"}),
     ("Predictions against targets", {"explained": "explained share", "cosine": "cosine"}),
@@ -84,7 +84,7 @@ LOGGED_CURVES: tuple[tuple[str, dict[str, str]], ...] = (
 
 def write_run_page(store: FeatureStore, run: Run, path: Path) -> None:
     """Write the page about a run to `path`, whole or not at all."""
-    # The text first: a run that cannot be shown leaves no file.
+    # Make the whole text first, so that a run that cannot be shown leaves no file.
     content = run_page_html(store, run)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing_file(path) as scratch:
@@ -92,9 +92,9 @@ def write_run_page(store: FeatureStore, run: Run, path: Path) -> None:
 
 
 def run_page_html(store: FeatureStore, run: Run) -> str:
-    """The page as text, about 2 MB: the spectrograms of 300 clips are most of it.
+    """Return the page as text, about 2 MB, most of it the spectrograms of 300 clips.
 
-    The page of a fine-tuned run has neither masks nor predictions: the run has no predictor.
+    The page of a fine-tuned run has neither masks nor predictions, because the run has no predictor.
     """
     # The body of each section, in the order of the page.
     page_data = PageData.from_run(store, run)
@@ -107,7 +107,7 @@ def run_page_html(store: FeatureStore, run: Run) -> str:
     bodies["scores"] = scores_section(run.path / EVALUATION_FILE)
     bodies["recipe"] = recipe_section(run)
 
-    # All of them in the frame that the page about a store has too.
+    # The sections, in the same frame as a page about a store.
     sections = [
         html_tag("section", html_tag("h2", RUN_PAGE_SECTIONS[name]), body, id=name)
         for name, body in bodies.items()
@@ -120,8 +120,8 @@ def run_page_html(store: FeatureStore, run: Run) -> str:
 
 
 def run_page_header(page_data: PageData, sections: Sequence[str]) -> Markup:
-    """The name of the run, how far it is, the facts behind it, and links to the sections."""
-    # How far the run is.
+    """Return the name, the progress and the facts of the run, and links to the sections."""
+    # The progress of the run.
     run = page_data.run
     recipe = page_data.recipe
     progress = join_markup(
@@ -129,7 +129,7 @@ def run_page_header(page_data: PageData, sections: Sequence[str]) -> Markup:
         f" of {recipe.steps:,}, {recipe.clips_per_step} clips each",
     )
 
-    # The network, and the length of a clip that it takes.
+    # The network, and the length of its input clips.
     mel_spec = page_data.store.spec
     frames = recipe.view_frames if isinstance(recipe, Pretrain) else recipe.model.frames
     network = f"views of {frames * mel_spec.hop_samples / mel_spec.sample_rate_hz:.2f} s"
@@ -145,7 +145,7 @@ def run_page_header(page_data: PageData, sections: Sequence[str]) -> Markup:
     facts |= {
         network_kind: network,
         "mel spec": f"{mel_spec.name} ({page_data.store.spec_id})",
-        "trained on": run.identity["store_id"],
+        "trained on": run.identity.store_id,
         "shown on": f"{page_data.store.location} ({page_data.store.store_id})",
         "versions": ", ".join(f"{name} {number}" for name, number in run.versions.items()),
     }
@@ -160,26 +160,25 @@ def run_page_header(page_data: PageData, sections: Sequence[str]) -> Markup:
 
 
 def finetune_task_facts(run: Run) -> dict[str, str]:
-    """The task of a fine-tuned run, its splits, and the weights that it started from."""
-    identity = run.identity
-    labels_per_clip = "one" if identity["kind"] == "single" else "several"
-    start = identity["from"]
+    """Return the task of a fine-tuned run, its splits, and the weights from which it started."""
+    identity = run.task_identity
+    labels_per_clip = "one" if identity.single_label else "several"
     origin = "random weights"
-    if start:
-        origin = f"the encoder of step {start['step']:,} ({start['sha256'][:12]})"
+    if identity.start:
+        origin = f"the encoder of step {identity.start.step:,} ({identity.start.sha256[:12]})"
     return {
         "task": (
-            f"{identity['task']}, {len(identity['classes'])} classes, {labels_per_clip} to a clip, "
-            f"by {identity['label_set']} labels"
+            f"{identity.task}, {len(identity.classes)} classes, {labels_per_clip} to a clip, "
+            f"by {identity.label_set} labels"
         ),
-        "splits": f"{', '.join(identity['train_splits'])}; measured on {', '.join(identity['eval_splits'])}",
+        "splits": f"{', '.join(identity.train_splits)}; measured on {', '.join(identity.eval_splits)}",
         "started from": origin,
     }
 
 
 def curves_section(lines: list[Json]) -> Markup:
-    """Every value that the run logged, over its steps; all probes share a chart, and all label sets of a metric."""
-    # Charts whose curves depend on what the run measured.
+    """Return charts of every logged value over the steps; all probes share a chart, and all label sets of a metric."""
+    # The charts whose curves depend on the keys that the run logged.
     keys = list(dict.fromkeys(key for line in lines for key in line))
     probe_names = {
         key: key.removeprefix("probe_").replace("_", " ")
@@ -206,30 +205,30 @@ def curves_section(lines: list[Json]) -> Markup:
 
 
 def logged_values_N(lines: list[Json], key: str) -> np.ndarray:
-    """The values that were logged under a key, one a line; nan where there is none."""
+    """Return the value under a key in each line of the log; nan for lines without the key."""
     values = (line.get(key) for line in lines)
     return np.array([np.nan if value is None else value for value in values], float)
 
 
 def masks_section(page_data: PageData, recipe: Pretrain) -> Markup:
-    """The recipe's masks over a real clip, at points of the run."""
+    """Return a picture of the recipe's masks over a stored clip, at several points of the run."""
     store = page_data.store
     identity = page_data.run.identity
-    mel_TF = busiest_stored_view(store, recipe, identity["mean"], identity["std"])
+    mel_TF = busiest_stored_view(store, recipe, identity.mean, identity.std)
     picture = figure_data_url(mask_figure(mel_TF, recipe, store.spec))
     return html_tag("img", src=picture, alt="masks over a clip, at several steps", class_="full")
 
 
 def predictions_section(page_data: PageData, recipe: Pretrain) -> Markup:
-    """Some clips, and the distance between the prediction of each patch and its target."""
-    # The first view of some clips, spread over all that the page shows.
+    """Return figures of some clips, with the distance between prediction and target of each patch."""
+    # The first view of some clips, spread evenly over the clips of the page.
     step = max(1, len(page_data.rows_N) // PREDICTED_CLIPS)
     rows_B = page_data.rows_N[::step][:PREDICTED_CLIPS]
     views = pretrained_views(page_data.store, page_data.run, recipe)
     mel_BVTF, n_frames_BV = views.read_views(rows_B)
     mel_BTF = mel_BVTF[:, 0]
 
-    # The distance of each patch, and a figure of each clip.
+    # The distances of all patches, and a figure of each clip.
     model = load_pretrained_model(page_data.run, recipe)
     distance_BP = prediction_distance_BP(model, mel_BTF, n_frames_BV[:, 0]).numpy()
 
@@ -247,7 +246,7 @@ def predictions_section(page_data: PageData, recipe: Pretrain) -> Markup:
 
 
 def prediction_figure(title: str, mel_TF: np.ndarray, distance_P: np.ndarray, grid: PatchGrid) -> Markup:
-    """A clip's spectrogram above the distances of its patches."""
+    """Return a figure of a clip's spectrogram, with the distances of its patches below."""
     spectrogram = html_tag(
         "img",
         src=mel_data_url(mel_TF, NORMALISED_RANGE, frames=PREDICTED_MEL_FRAMES),
@@ -265,12 +264,12 @@ def prediction_figure(title: str, mel_TF: np.ndarray, distance_P: np.ndarray, gr
 
 
 def tokens_on_grid(values_P: np.ndarray, grid: PatchGrid) -> np.ndarray:
-    """The values of tokens in their places, `[col, row]`: tokens count up a column of patches, low bands first."""
+    """Return token values on the grid, `[col, row]`; tokens are numbered column by column, low bands first."""
     return values_P.reshape(grid.cols, grid.rows)
 
 
 def clip_map_section(page_data: PageData) -> Markup:
-    """Clips placed so that those with similar vectors lie together (t-SNE), coloured by label."""
+    """Return a t-SNE map of the clips, coloured by label; clips with similar vectors are close to each other."""
     count = len(page_data.rows_N)
     if count < MIN_MAP_CLIPS:
         return html_tag("p", f"{count} eval clips are too few for a map.", class_="warn")
@@ -295,8 +294,11 @@ def clip_map_section(page_data: PageData) -> Markup:
 
 
 def common_label_groups(page_data: PageData) -> tuple[np.ndarray, list[str]]:
-    """The commonest label of each clip as its place among the commonest of all, -1 for none of them; their names."""
-    # Raw labels: propagated ones would put most clips under a few roots of the tree.
+    """Return the group of each clip and the names of the groups; a group is one of the most frequent labels.
+
+    A clip belongs to its most frequent label; its group is -1 if it has none of these labels.
+    """
+    # Raw labels, because propagated labels would put most clips under a few roots of the tree.
     labels_of_clips = [page_data.labels["raw"][row].to_list() for row in page_data.rows_N.tolist()]
     label_counts = Counter(label for labels in labels_of_clips for label in labels)
     common_labels = [label for label, _ in label_counts.most_common(CLIP_MAP_COLOURS)]
@@ -309,12 +311,12 @@ def common_label_groups(page_data: PageData) -> tuple[np.ndarray, list[str]]:
 
 
 def neighbours_section(page_data: PageData) -> Markup:
-    """Some clips, each with those whose vectors are most alike, by the cosine of standardised features."""
-    # Vectors of length 1: their products are cosines.
+    """Return some clips, each with its nearest neighbours by the cosine of the standardised vectors."""
+    # Vectors of length 1, so that their products are cosines.
     norm_N1 = np.linalg.norm(page_data.features_ND, axis=1, keepdims=True)
     unit_ND = page_data.features_ND / np.maximum(norm_N1, 1e-9)
 
-    # Clips spread over all that the page shows.
+    # The query clips, spread evenly over the clips of the page.
     count = len(page_data.rows_N)
     query_places = np.linspace(0, count - 1, min(QUERY_CLIPS, count)).astype(int)
     rows = [neighbours_row(page_data, unit_ND, int(query)) for query in query_places]
@@ -322,15 +324,15 @@ def neighbours_section(page_data: PageData) -> Markup:
 
 
 def neighbours_row(page_data: PageData, unit_ND: np.ndarray, query: int) -> Markup:
-    """The clip at one place among those of the page, and its nearest neighbours beside it."""
-    # The clip itself is not its own neighbour.
+    """Return a row of the page: the clip with index `query` among the page's clips, then its nearest neighbours."""
+    # Exclude the clip itself from its neighbours.
     cosine_N = unit_ND @ unit_ND[query]
     cosine_N[query] = -np.inf
     neighbour_count = min(NEIGHBOURS_PER_QUERY, len(cosine_N) - 1)
     nearest = np.argsort(-cosine_N, kind="stable")[:neighbour_count]
     places = [query, *nearest]
 
-    # One range of colours for the whole row.
+    # The spectrograms; the whole row has one range of colours.
     mel_BTF = read_log_mel(page_data.store, page_data.rows_N[places])
     span = colour_range(mel_BTF)
     cells = [
@@ -347,14 +349,14 @@ def neighbours_row(page_data: PageData, unit_ND: np.ndarray, query: int) -> Mark
 
 
 def recipe_section(run: Run) -> Markup:
-    """Every field of the recipe, the cost of the run, the identity of its data, the versions of its software."""
+    """Return all fields of the recipe, the cost of the run, the identity of its data, and the software versions."""
     records: dict[str, Any] = {}
     compute_file = run.path / COMPUTE_COST_FILE
     if compute_file.exists():
         records["compute"] = json.loads(compute_file.read_text())
-    records |= {"recipe": run.recipe, "identity": run.identity, "versions": run.versions}
+    records |= {**run.settings(), "versions": run.versions}
 
-    # Only the first is unfolded.
+    # Only the first part is open at the start.
     parts = [
         html_tag(
             "details",

@@ -1,4 +1,4 @@
-"""A run as PNG files: its training curves, its masks over a real clip, the scores of its probes; or as one page."""
+"""The report of a run as PNG files (training curves, masks over a stored clip, probe scores) or as one HTML page."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,6 @@ from ajepa.recipes.pretrain import Pretrain
 from ajepa.report.masks import PNG_DPI, busiest_stored_view, mask_figure
 from ajepa.report.page import PROBE_KEY_PREFIXES, write_run_page
 from ajepa.training.run import Json, Run
-from pipeline.audio.mel_spec import MelSpec
 from pipeline.errors import RunError
 from pipeline.store.feature_store import FeatureStore
 
@@ -27,9 +26,9 @@ CURVE_COLOURS = ("#4361ee", "#f72585", "#2a9d8f", "#f4a261", "#7b2cbf", "#6c757d
 
 FEATURE_COLOURS = {TRAINED: "#4361ee", RANDOM: "#9aa0b5", STATISTICS: "#f4a261"}
 
-MAX_DOTTED_VALUES = 30  # a curve of fewer values shows each as a dot
+MAX_DOTTED_VALUES = 30  # a curve with at most this many values shows each as a dot
 
-BAR_STEP = 0.27  # from one kind of features to the next, where probes are 1 apart
+BAR_STEP = 0.27  # distance between the bars of two kinds of features; the distance between two probes is 1
 
 BAR_WIDTH = 0.25
 
@@ -37,12 +36,13 @@ BAR_WIDTH = 0.25
 def draw_run_report(
     store: Path | str | FeatureStore, run_path: Path, out: Path | None = None, *, html: Path | None = None
 ) -> list[Path]:
-    """Draw a run into the folder `out`, as a page to the file `html`, or both; returns the files that were written.
+    """Draw pictures of a run into the folder `out`, a page into the file `html`, or both; returns the written files.
 
-    `out` gets `curves.png`, `masks.png` and for each evaluation `probes.png`, or `probes-STORE.png` where the store
-    is not the run's own. A fine-tuned run has a page alone. RunError where there is nothing to show.
+    `out` gets `curves.png` and `masks.png`. It also gets a picture of each evaluation: `probes.png`, or
+    `probes-STORE.png` if the store of the evaluation is not the run's own. A fine-tuned run has only a page. Raises
+    RunError if there is nothing to show.
     """
-    # The run and its store, refused where they do not fit before anything is drawn.
+    # Open the run and its store; a store that does not fit the run is refused before anything is drawn.
     run = Run.open(run_path)
     if run.is_finetuned and out is not None:
         raise RunError(
@@ -67,24 +67,24 @@ def draw_run_report(
 
 
 def open_report_store(store: Path | str | FeatureStore, run: Run, recipe: Pretrain) -> FeatureStore:
-    """The store, opened; an error where its features are not those that the run was trained on."""
+    """Return the opened store; raises an error if its features differ from those on which the run was trained."""
     if not run.is_finetuned:
         return open_training_store(store, recipe)
     if not isinstance(store, FeatureStore):
         store = FeatureStore.open(store)
-    store.refuse_other_front_end(MelSpec.from_json(run.identity["mel"]), f"{run.path} was trained on")
+    store.refuse_other_front_end(run.identity.mel, f"{run.path} was trained on")
     return store
 
 
 def run_figures(store: FeatureStore, run: Run, recipe: Pretrain) -> dict[str, Figure]:
-    """The pictures of a pre-trained run, by the names of their files."""
-    mel_TF = busiest_stored_view(store, recipe, run.identity["mean"], run.identity["std"])
+    """Return the pictures of a pre-trained run by file name."""
+    mel_TF = busiest_stored_view(store, recipe, run.identity.mean, run.identity.std)
     figures = {
         "curves.png": draw_training_curves(run.read_metrics(), recipe),
         "masks.png": mask_figure(mel_TF, recipe, store.spec),
     }
 
-    # evaluation.json, and evaluation-STORE.json for other stores.
+    # The evaluations: evaluation.json, and evaluation-STORE.json for each other store.
     evaluation_stem = Path(EVALUATION_FILE).stem
     for file in sorted(run.path.glob(f"{evaluation_stem}*.json")):
         name = file.stem.replace(evaluation_stem, "probes")
@@ -97,14 +97,14 @@ class CurvePanel:
     """One chart of logged values over steps."""
 
     title: str
-    label_of_key: dict[str, str]  # key of the log: name in the legend
-    smooth: bool = False
+    label_of_key: dict[str, str]  # key in the log: name in the legend
+    smooth: bool = False  # add a running mean, as in `draw_logged_curves`
     starts_at_zero: bool = False
 
 
 def draw_training_curves(lines: list[Json], recipe: Pretrain) -> Figure:
-    """Loss, explained share of the targets, spreads, rank, probes, rate, momentum, speed."""
-    # The charts, in the order of reading: down a column, then to the next.
+    """Draw loss, explained share of the targets, spreads, rank, probes, learning rate, momentum and speed."""
+    # The charts, in the order of reading: down a column, then the next column.
     waiting_share = np.mean([line["data_wait"] for line in lines])
     panels = (
         CurvePanel(title=f"loss ({recipe.model.loss})", label_of_key={"loss": "loss"}, smooth=True),
@@ -140,7 +140,7 @@ def draw_training_curves(lines: list[Json], recipe: Pretrain) -> Figure:
         ),
     )
 
-    # Two panels a column.
+    # The figure has two panels in a column.
     figure = Figure(figsize=(15, 6), layout="constrained")
     axes_of_panels = figure.subplots(2, len(panels) // 2).T.flat
     figure.suptitle(f"{recipe.name}: {lines[-1]['step']} steps of {recipe.clips_per_step} clips", fontsize=12)
@@ -154,21 +154,21 @@ def draw_training_curves(lines: list[Json], recipe: Pretrain) -> Figure:
 
 
 def logged_probe_keys(lines: list[Json]) -> list[str]:
-    """The keys of a run's probes, each of a kind and a label set."""
+    """Return the log keys of a run's probes; each key names a kind of probe and a label set."""
     return sorted({key for line in lines for key in line if key.startswith(PROBE_KEY_PREFIXES)})
 
 
 def draw_logged_curves(
     axes: Axes, lines: list[Json], label_of_key: dict[str, str], *, smooth: bool = False
 ) -> None:
-    """Draw logged values over steps, as dots where they are few, or the words that there are none.
+    """Draw logged values over steps, as dots if they are few; without any value, draw a text that says so.
 
-    With `smooth` they are faint, under their running mean over a twentieth of the run.
+    With `smooth`, the values are faint, and their running mean over a twentieth of the run is drawn on top.
     """
     axes.grid(alpha=0.25)
     for number, (key, label) in enumerate(label_of_key.items()):
         colour = CURVE_COLOURS[number % len(CURVE_COLOURS)]
-        # Few values are dots: a line through them would hide how few.
+        # Few values are drawn as dots, because a line would hide how few they are.
         points = [(line["step"], line[key]) for line in lines if key in line]
         point_N2 = np.array(points, float).reshape(-1, 2)
         step_N = point_N2[:, 0]
@@ -178,12 +178,12 @@ def draw_logged_curves(
             axes.plot(step_N, value_N, color=colour, alpha=1.0, marker=marker, label=label)
             continue
 
-        # The values faint, their mean over them.
+        # The faint values, then their running mean.
         axes.plot(step_N, value_N, color=colour, alpha=0.25, marker=marker)
         mean_N = running_mean(value_N, max(1, len(step_N) // 20))
         axes.plot(step_N, mean_N, color=colour, label=label)
 
-    # Probes and health are logged by some runs only.
+    # Only some runs log probes and health.
     if not any(key in line for line in lines for key in label_of_key):
         axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes)
     elif len(label_of_key) > 1:
@@ -191,8 +191,8 @@ def draw_logged_curves(
 
 
 def running_mean(value_N: np.ndarray, width: int) -> np.ndarray:
-    """The mean of each value and up to `width` before it."""
-    # Differences of running totals: the cost does not grow with the width.
+    """Return the running mean: the mean of each value and of up to `width` values before it."""
+    # Differences of cumulative sums, so that the cost does not grow with the width.
     total_N = np.cumsum(np.concatenate([[0.0], value_N]))
     end_N = np.arange(1, len(value_N) + 1)
     start_N = np.maximum(0, end_N - width - 1)
@@ -200,7 +200,7 @@ def running_mean(value_N: np.ndarray, width: int) -> np.ndarray:
 
 
 def draw_probe_scores(evaluation: Evaluation) -> Figure:
-    """Bars of mAP or accuracy with their intervals: encoder, random one, log-mel statistics; a line at chance."""
+    """Draw bars of mAP or accuracy with intervals for the kinds of features, and a line at chance level."""
     # A chart for each label set.
     label_sets = evaluation.label_sets
     probes = list(dict.fromkeys(score.probe for score in evaluation.scores))
@@ -210,7 +210,7 @@ def draw_probe_scores(evaluation: Evaluation) -> Figure:
     for axes, label_set in zip(axes_of_sets, label_sets, strict=True):
         scores = [score for score in evaluation.scores if score.label_set == label_set]
 
-        # A group of bars for each probe, in it one for each kind of features that was probed.
+        # A group of bars for each probe, with one bar for each kind of features.
         for number, (features, colour) in enumerate(FEATURE_COLOURS.items()):
             shift = BAR_STEP * (number - 1)
             placed_estimates = [
@@ -221,7 +221,7 @@ def draw_probe_scores(evaluation: Evaluation) -> Figure:
             ]
             draw_score_bars(axes, placed_estimates, colour, features)
 
-        # Chance depends on the clips, not on features or probe.
+        # The chance level depends only on the clips, so every score has the same one.
         first = scores[0]
         axes.axhline(first.chance, color="black", linestyle=":", label="chance")
         axes.set_xticks(range(len(probes)), [PROBE_TITLES[probe] for probe in probes])
@@ -236,11 +236,11 @@ def draw_probe_scores(evaluation: Evaluation) -> Figure:
 def draw_score_bars(
     axes: Axes, placed_estimates: list[tuple[float, MetricEstimate]], colour: str, label: str
 ) -> None:
-    """Draw a bar for each place and estimate, its interval as a line, its value above that."""
+    """Draw a bar for each position and estimate, with its interval as a line and its value above the line."""
     places = [place for place, _ in placed_estimates]
     estimates = [estimate for _, estimate in placed_estimates]
     values = [estimate.value for estimate in estimates]
-    # The interval may lie beside the value: a bar's line has no negative ends.
+    # The interval may not contain the value; error bars must not be negative.
     below = [max(0.0, estimate.value - estimate.low) for estimate in estimates]
     above = [max(0.0, estimate.high - estimate.value) for estimate in estimates]
     bars = axes.bar(places, values, BAR_WIDTH, color=colour, label=label, yerr=[below, above])

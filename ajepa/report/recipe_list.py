@@ -1,4 +1,4 @@
-"""Every recipe as the command line lists it: steps, memory, cost, and what to expect."""
+"""The list of all recipes for the command line: steps, memory, cost, and expected result."""
 
 import textwrap
 from collections.abc import Callable
@@ -10,14 +10,14 @@ from ajepa.training.memory import BYTES_PER_GB, pretrain_memory
 
 
 def list_recipes() -> str:
-    """Each recipe's name, steps and clips per step, docstring, and the memory that a step of pre-training needs."""
+    """Return each recipe's name, steps, clips per step and docstring, and the memory of a pre-training step."""
     blocks = ["To pre-train:"]
     for name, make_pretrain in PRETRAIN_RECIPES.items():
         pretrain = make_pretrain()
         head = f"{name}: {pretrain.steps:,} steps of {pretrain.clips_per_step} clips, mel spec {pretrain.mel}"
         blocks.append(f"{head}\n{wrapped_docstring(make_pretrain)}\n  {step_memory_line(pretrain)}")
 
-    # Recipes without a number of steps count epochs: the steps depend on the store.
+    # A recipe without a number of steps has a number of epochs; its steps then depend on the store.
     blocks.append("To fine-tune (ajepa-train finetune):")
     for name, make_finetune in FINETUNE_RECIPES.items():
         finetune = make_finetune()
@@ -31,14 +31,14 @@ def list_recipes() -> str:
 
 
 def wrapped_docstring(recipe: Callable[[], object]) -> str:
-    """The docstring of a recipe, filled to the width of a terminal."""
+    """Return the docstring of a recipe, wrapped to the width of a terminal."""
     lines = (line.strip() for line in (recipe.__doc__ or "").strip().splitlines())
     text = " ".join(line for line in lines if line)
     return textwrap.fill(text, width=78, initial_indent="  ", subsequent_indent="  ")
 
 
 def step_memory_line(recipe: Pretrain) -> str:
-    """The memory that a step needs in each precision, and the least that it can do with."""
+    """Return the memory of a step in each precision, and the least memory, which is bf16 with `--recompute`."""
     fp32_gb = pretrain_memory(recipe, bf16=False).total_bytes / BYTES_PER_GB
     bf16_gb = pretrain_memory(recipe, bf16=True).total_bytes / BYTES_PER_GB
     least_gb = pretrain_memory(recipe, bf16=True, recompute=True).total_bytes / BYTES_PER_GB

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
 from ajepa.model.classifier import VitSpec, build_classifier
 from ajepa.model.passt import SPECIAL_TOKENS, PasstSpec
@@ -223,7 +222,9 @@ def measure_clip_cost(recipe: Finetune, classes: int) -> ClipCost:
             saved_bytes[storage.data_ptr()] = storage.nbytes()
         return value
 
-    # Forward and backward, counted by torch.
+    # Forward and backward, counted by torch. Its counter imports triton, which takes half a second.
+    from torch.utils.flop_counter import FlopCounterMode
+
     model.train()
     with FlopCounterMode(display=False) as counter:
         with saved_tensors_hooks(record_storage, lambda value: value):

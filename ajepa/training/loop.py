@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ajepa.training.checkpoints import Checkpoint
 from ajepa.training.distributed import SINGLE_PROCESS, World
 from ajepa.training.run import Json, Run
+from ajepa.training.run_identity import RunIdentity
 from ajepa.training.tensorboard import open_event_writer, write_scalars
 from ajepa.training.trainer import BadStep, TrainRecipe
 from pipeline.errors import STOP_SIGNALS, RunError
@@ -54,7 +55,7 @@ class TrainingMonitor(Protocol):
 
 
 @contextmanager
-def open_run(world: World, path: Path, recipe: Json, identity: Json) -> Iterator[tuple[Run, int]]:
+def open_run(world: World, path: Path, recipe: Json, identity: RunIdentity) -> Iterator[tuple[Run, int]]:
     """The run, locked and rewound by the main rank, and the step at which all ranks carry on.
 
     The main rank tells the others that step: on a network disk they may still see an older one.

@@ -23,7 +23,8 @@ from ajepa.training.checkpoints import (
     step_of_folder,
     write_checkpoint,
 )
-from pipeline.errors import RunError
+from ajepa.training.run_identity import RunIdentity, TaskIdentity
+from pipeline.errors import InputError, RunError
 from pipeline.files import PARTIAL_SUFFIX, replacing_file, sync_to_disk
 
 Json = dict[str, Any]
@@ -56,7 +57,7 @@ class Run:
 
     path: Path
     recipe: Json
-    identity: Json
+    identity: RunIdentity
     versions: Json
 
     @classmethod
@@ -75,12 +76,14 @@ class Run:
             raise RunError(
                 f"{path}: run format {record['format']}, this version reads {RUN_FORMAT}; update ajepa"
             )
-        return cls(
-            path=path, recipe=record["recipe"], identity=record["identity"], versions=record["versions"]
-        )
+        try:
+            identity = RunIdentity.from_json(record["identity"])
+        except InputError as error:
+            raise RunError(f"{recipe_path}: {error}") from None
+        return cls(path=path, recipe=record["recipe"], identity=identity, versions=record["versions"])
 
     @classmethod
-    def create_or_open(cls, path: Path, *, recipe: Json, identity: Json) -> Self:
+    def create_or_open(cls, path: Path, *, recipe: Json, identity: RunIdentity) -> Self:
         """Make the run at `path`, or open the run that is there if it has the same recipe and identity.
 
         RunError: another recipe or store (the differences, in one line), or a folder of something else.
@@ -88,21 +91,25 @@ class Run:
         # Carry on with the run that is there.
         if (path / RECIPE_FILE).is_file():
             run = cls.open(path)
-            run.refuse_other_settings({"recipe": recipe, "identity": identity})
+            run.refuse_other_settings(recipe, identity)
             return run
 
         # Start a new one.
         refuse_foreign_folder(path)
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path=path, recipe=recipe, identity=identity, versions=software_versions())
-        record = {"format": RUN_FORMAT, "recipe": recipe, "identity": identity, "versions": run.versions}
+        record = {"format": RUN_FORMAT, **run.settings(), "versions": run.versions}
         with replacing_file(path / RECIPE_FILE) as scratch:
             scratch.write_text(json.dumps(record, indent=1) + "\n")
         return run
 
-    def refuse_other_settings(self, requested: Json) -> None:
-        """RunError, naming the differences, where `requested` is not the recipe and identity of this run."""
-        changes = setting_differences({"recipe": self.recipe, "identity": self.identity}, requested)
+    def settings(self) -> Json:
+        """Recipe and identity as plain values, as they stand in recipe.json."""
+        return {"recipe": self.recipe, "identity": self.identity.to_json()}
+
+    def refuse_other_settings(self, recipe: Json, identity: RunIdentity) -> None:
+        """RunError, naming the differences, where this run has another recipe or identity."""
+        changes = setting_differences(self.settings(), {"recipe": recipe, "identity": identity.to_json()})
         if changes:
             raise RunError(f"{self.path}: is another run ({'; '.join(changes)}); choose another --run")
 
@@ -110,6 +117,13 @@ class Run:
     def is_finetuned(self) -> bool:
         """Whether the run trained a classifier on a task."""
         return bool(self.recipe["type"] != "Pretrain")
+
+    @property
+    def task_identity(self) -> TaskIdentity:
+        """The task of a fine-tuned run; RunError where the run was pre-trained."""
+        if self.identity.task_identity is None:
+            raise RunError(f"{self.path}: was pre-trained and has no task; fine-tune it first")
+        return self.identity.task_identity
 
     @contextmanager
     def writing_lock(self) -> Iterator[None]:

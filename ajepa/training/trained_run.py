@@ -14,7 +14,8 @@ from ajepa.recipes.catalogue import recipe_from_json
 from ajepa.recipes.finetune import Finetune
 from ajepa.recipes.pretrain import Pretrain
 from ajepa.training.checkpoints import STATE_FILE
-from ajepa.training.run import Json, Run
+from ajepa.training.run import Run
+from ajepa.training.run_identity import StartCheckpoint
 from pipeline.audio.mel_spec import MelSpec
 from pipeline.errors import RunError
 
@@ -52,7 +53,7 @@ class TrainedRun:
     @property
     def mel(self) -> MelSpec:
         """The mel spec of the clips that the run was trained on."""
-        return MelSpec.from_json(self.run.identity["mel"])
+        return self.run.identity.mel
 
     @property
     def finetune_recipe(self) -> Finetune:
@@ -82,14 +83,14 @@ class TrainedRun:
     def classifier(self, device: torch.device) -> Classifier:
         """The classifier of a fine-tuned run, on that device."""
         recipe = self.finetune_recipe
-        model = build_classifier(recipe.model, len(self.run.identity["classes"]), recipe.seed).to(device)
+        model = build_classifier(recipe.model, len(self.run.task_identity.classes), recipe.seed).to(device)
         model.load_state_dict(self.weights)
         return model
 
-    def checkpoint_identity(self) -> Json:
+    def checkpoint_identity(self) -> StartCheckpoint:
         """Step and digest of the weights, which are part of the identity of a run that starts from them."""
         state = json.loads((self.run.checkpoint_folder(self.step) / STATE_FILE).read_text())
-        return {"step": state["step"], "sha256": state["sha256"][self.part]}
+        return StartCheckpoint(step=state["step"], sha256=state["sha256"][self.part])
 
     def adapt_recipe(self, recipe: Finetune) -> Finetune:
         """The recipe with this run's encoder and mel spec; views, drop path and masking stay the recipe's.

@@ -1,4 +1,4 @@
-"""Part of a file, or of a buffer in memory, as a read-only file of its own: how decoders see a member of a tar."""
+"""Part of a file, or of a buffer in memory, as a read-only file: decoders read members of a tar through it."""
 
 import os
 from collections.abc import Iterator
@@ -11,8 +11,8 @@ from typing import Any, Self
 class ByteWindow(RawIOBase):
     """Bytes [offset, offset + size) of an open file or of memory. They are read on demand, never copied as a whole.
 
-    A seek before the first byte leads to the first byte: libsndfile asks for such places in damaged files, and
-    would print an exception instead of raising it.
+    A seek to a negative position goes to the first byte. libsndfile requests negative positions in damaged files, and
+    an exception raised inside its callback would be printed, not raised.
     """
 
     def __init__(self, source: int | memoryview, offset: int, size: int) -> None:
@@ -36,7 +36,7 @@ class ByteWindow(RawIOBase):
         return ByteWindow(self._source, self._offset, self._size)
 
     def readinto(self, buffer: Any) -> int:
-        """Fill the buffer and return how many bytes it got: fewer at the end of the window, or of the file."""
+        """Fill the buffer and return the number of bytes read, which is smaller at the end of the window or file."""
         target = memoryview(buffer).cast("B")
         count = max(0, min(len(target), self._size - self._position))
         if not count:

@@ -1,4 +1,4 @@
-"""Containers: the kind of a sound file by its first bytes, whatever its name, and the length that its header states."""
+"""Containers: the kind of a sound file, recognised by its first bytes, and the length that its header declares."""
 
 import struct
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from pipeline.errors import AudioError
 
 ReadableFile = BinaryIO | ByteWindow
 
-HEAD_BYTES = 4096  # read of a file to recognise it
+HEAD_BYTES = 4096  # read from the start of a file to recognise its container
 
 # A wav whose size is this or more was never finished: sox writes this size, FFmpeg writes 2^32 - 1.
 UNKNOWN_WAV_BYTES = 0x7FFF_F000
@@ -22,7 +22,7 @@ UNKNOWN_WAV_BYTES = 0x7FFF_F000
 # Likewise for w64, where FFmpeg writes 2^63 - 1; on ext4 no seek leads beyond 2^44.
 UNKNOWN_W64_BYTES = 2**42
 
-MAX_RIFF_CHUNKS = 1000  # a file of zeros would have chunks for ever
+MAX_RIFF_CHUNKS = 1000  # stops the walk through a file of zeros, whose chunks never end
 
 # Format tags of wav that libsndfile decodes: PCM, float, A-law, mu-law, extensible. ADPCM and mp3 are left to FFmpeg.
 LIBSNDFILE_TAGS = (1, 3, 6, 7, 0xFFFE)
@@ -30,22 +30,23 @@ LIBSNDFILE_TAGS = (1, 3, 6, 7, 0xFFFE)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AudioContainer:
-    """One kind of sound file, and what the header of a file states.
+    """One kind of sound file, with the facts that the header of a file states.
 
-    demuxer      FFmpeg's name of the kind, given outright: probing could take a text for a playlist and follow its
-                 links
-    length_kind  where FFmpeg's duration comes from: declared by the header; found at the end of the file, so that it
-                 cannot show that anything is missing; or guessed from the bit rate, so that it means nothing
+    demuxer          FFmpeg's name of the kind. FFmpeg is not left to probe: it could take a text for a playlist and
+                     follow its links
+    uses_libsndfile  True: libsndfile decodes the file; False: FFmpeg
+    is_seekable      True: the file has time stamps, so a second is found without decoding the sound before it
+    length_kind      source of FFmpeg's duration. declared: the header; found: the end of the file, so that a missing
+                     end is not noticed; guessed: the bit rate, so that the duration is useless
+    declared_frames  samples per channel that the header declares; None: unknown, or reported by the decoder anyway
     """
 
     suffixes: tuple[str, ...]
     demuxer: str
-    uses_libsndfile: bool = False  # decoded by libsndfile, not by FFmpeg
-    is_seekable: bool = False  # has time stamps: a second can be found without decoding the sound before it
+    uses_libsndfile: bool = False
+    is_seekable: bool = False
     length_kind: Literal["declared", "found", "guessed"] = "declared"
-    declared_frames: int | None = (
-        None  # samples of each channel, if the decoder would hide what the header declares
-    )
+    declared_frames: int | None = None
 
     def is_misnamed(self, name: str) -> bool:
         """Whether the extension of `name` belongs to another kind; an unknown extension belongs to none."""
@@ -111,7 +112,7 @@ CONTAINER_SIGNATURES = (
 
 
 def recognise_container(sound: SoundInput) -> AudioContainer:
-    """The container of a sound. AudioError: missing if there is no file, unreadable if it is of no known kind."""
+    """The container of a sound. AudioError: missing if there is no file, unreadable if its kind is unknown."""
     try:
         with open_from_start(sound) as file:
             head, has_tag = read_after_tags(file)
@@ -130,7 +131,7 @@ def recognise_container(sound: SoundInput) -> AudioContainer:
 
 @contextmanager
 def open_from_start(sound: SoundInput) -> Iterator[ReadableFile]:
-    """Open the sound at its first byte, with a position of its own: a sound may be open twice at a time."""
+    """Open the sound at its first byte, with a position of its own: a sound may be open twice at the same time."""
     if isinstance(sound, Path):
         if not sound.is_file():
             raise AudioError("missing", f"{describe_absence(sound)}; fetch it, or correct its path")
@@ -166,12 +167,12 @@ def read_after_tags(file: ReadableFile) -> tuple[bytes, bool]:
 
 
 def match_signature(head: bytes, file: ReadableFile) -> AudioContainer | None:
-    """The container by its signature, with what its header states; None if no signature fits."""
-    # A wav comes in four variants; RIFX has the other order of bytes.
+    """The container that the signature names, with the facts of its header; None if no signature fits."""
+    # A wav comes in four variants; RIFX is big-endian.
     if head[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64") and head[8:12] == b"WAVE":
         return wav_container(file, ">" if head[:4] == b"RIFX" else "<")
 
-    # Kinds with a signature of their own; some headers state more.
+    # Kinds with a signature of their own; some headers also declare a length.
     for offset, signature, name in CONTAINER_SIGNATURES:
         if head.startswith(signature, offset):
             kind = CONTAINER_KINDS[name]
@@ -190,9 +191,9 @@ def match_signature(head: bytes, file: ReadableFile) -> AudioContainer | None:
 
 
 def flac_container(head: bytes) -> AudioContainer:
-    """A flac, which goes to FFmpeg if it states no length.
+    """A flac; FFmpeg decodes it if its header states no length.
 
-    Encoders that write to a pipe leave the number of samples 0, and libsndfile would make 2^63 - 1 of it.
+    Encoders that write to a pipe leave the number of samples at 0, which libsndfile reports as 2^63 - 1.
     """
     samples = int.from_bytes(head[18:26]) % 2**36
     if samples:
@@ -206,7 +207,7 @@ def mpeg_audio_container(head: bytes) -> AudioContainer | None:
     if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0:
         return None
 
-    # The layer tells them apart. Of mp3, some values of layer, bit rate and sampling rate do not exist.
+    # The layer distinguishes them. For mp3, some values of layer, bit rate and sampling rate are not defined.
     layer = head[1] >> 1 & 3
     if layer == 0:
         return CONTAINER_KINDS["aac"] if head[1] & 0xF0 == 0xF0 else None
@@ -223,12 +224,12 @@ def mp3_container(head: bytes) -> AudioContainer:
 
 
 def wav_container(file: ReadableFile, byte_order: str) -> AudioContainer:
-    """A wav with the frames that its header declares: libsndfile only tells how many there are."""
+    """A wav with the frames that its header declares: libsndfile only reports the frames that are present."""
     header = read_riff_header(file, byte_order)
     if header.format_tag not in LIBSNDFILE_TAGS:
         return replace(CONTAINER_KINDS["wav"], uses_libsndfile=False)
 
-    # A size of 0 before sound: the writer was interrupted. libsndfile would see no sound.
+    # A size of 0 before sound: the writer was interrupted. libsndfile would find no sound.
     if header.sound_bytes == 0 and header.remaining_bytes:
         return replace(CONTAINER_KINDS["wav"], uses_libsndfile=False, length_kind="guessed")
     if header.sound_bytes is None or not header.frame_bytes:
@@ -237,16 +238,16 @@ def wav_container(file: ReadableFile, byte_order: str) -> AudioContainer:
 
 
 class RiffHeader(NamedTuple):
-    """What the header of a wav states; a frame is one sample of every channel."""
+    """The facts that the header of a wav states; a frame is one sample of every channel."""
 
     format_tag: int = 1
     frame_bytes: int = 0
-    sound_bytes: int | None = None  # as declared; None if the header does not know
-    remaining_bytes: int = 0  # of the file, after the head of the chunk `data`
+    sound_bytes: int | None = None  # as declared; None if the header does not declare it
+    remaining_bytes: int = 0  # from the start of the sound to the end of the file
 
 
 def read_riff_header(file: ReadableFile, byte_order: str) -> RiffHeader:
-    """Walk the chunks of a wav up to the sound and return what they state."""
+    """Read the chunks of a wav up to the sound and return the facts that they state."""
     header = RiffHeader()
     position = 12
     for _ in range(MAX_RIFF_CHUNKS):
@@ -256,13 +257,13 @@ def read_riff_header(file: ReadableFile, byte_order: str) -> RiffHeader:
             break
         name, size = struct.unpack_from(f"{byte_order}4sI", chunk)
 
-        # The sound: here the walk ends. A size that was never filled in may be known from `ds64`.
+        # The sound: the last chunk to read. If its size was never filled in, `ds64` may state it.
         if name == b"data":
             remaining_bytes = file.seek(0, SEEK_END) - position - 8
             sound_bytes = size if size < UNKNOWN_WAV_BYTES else header.sound_bytes
             return header._replace(sound_bytes=sound_bytes, remaining_bytes=remaining_bytes)
 
-        # The form of the samples, and in an RF64 the size of the sound in 64 bits.
+        # The sample format, and in an RF64 the size of the sound in 64 bits.
         if name == b"fmt " and len(chunk) == 24:
             tag, frame_bytes = struct.unpack_from(f"{byte_order}H10xH", chunk, 8)
             header = header._replace(format_tag=tag, frame_bytes=frame_bytes)
@@ -276,7 +277,7 @@ def read_riff_header(file: ReadableFile, byte_order: str) -> RiffHeader:
 
 
 def read_w64_frames(file: ReadableFile) -> int | None:
-    """The frames that a w64 declares, None if it declares none: FFmpeg only tells how many there are."""
+    """The frames that a w64 declares, None if it declares none: FFmpeg only reports the frames that are present."""
     position = 40
     frame_bytes = 0
     for _ in range(MAX_RIFF_CHUNKS):
@@ -285,7 +286,7 @@ def read_w64_frames(file: ReadableFile) -> int | None:
         if len(chunk) < 40:
             break
 
-        # The head of a chunk: a name of 16 bytes, of which four tell, and a size that counts the head's 24 bytes.
+        # The head of a chunk: a name of 16 bytes, of which four suffice, and a size that includes the head's 24 bytes.
         name = chunk[:4]
         size = int.from_bytes(chunk[16:24], "little")
         if name == b"data":
@@ -295,13 +296,13 @@ def read_w64_frames(file: ReadableFile) -> int | None:
         if name == b"fmt ":
             frame_bytes = int.from_bytes(chunk[36:38], "little")
 
-        # Chunks begin at multiples of eight bytes. A damaged size leads no further than a seek can.
+        # Chunks begin at multiples of eight bytes. A damaged size is cut to the range of a seek.
         position = min(position + max(24, size + -size % 8), UNKNOWN_W64_BYTES)
     return None
 
 
 def read_caf_frames(file: ReadableFile) -> int | None:
-    """The frames that a caf with constant packets declares, else None: FFmpeg only tells how many there are."""
+    """The frames that a caf of constant packets declares, else None: FFmpeg only reports the frames present."""
     position = 8
     packet_bytes = 0
     packet_frames = 0
@@ -311,7 +312,7 @@ def read_caf_frames(file: ReadableFile) -> int | None:
         if len(chunk) < 12:
             break
 
-        # The sound begins after four other bytes; its size may be -1, which stands for: to the end of the file.
+        # Four other bytes precede the sound. A size of -1 means that the sound extends to the end of the file.
         name = chunk[:4]
         size = int.from_bytes(chunk[4:12], signed=True)
         if name == b"data":
@@ -325,7 +326,7 @@ def read_caf_frames(file: ReadableFile) -> int | None:
 
 
 def describe_unknown_head(head: bytes) -> str:
-    """What a file without a known signature looks like, in a few words."""
+    """Describe the first bytes of a file without a known signature, in a few words."""
     if not head:
         return "is empty"
     start = head[:40]

@@ -24,11 +24,11 @@ from pipeline.audio.decoders import (
 from pipeline.audio.sources import SoundInput, SoundLocator
 from pipeline.errors import AudioError
 
-LENGTH_SLACK = 0.02  # of the segment: a source that differs by less is neither shorter nor longer
+LENGTH_SLACK = 0.02  # of the segment: a source whose length differs by less is not flagged
 
-COMPLETE_SHARE = 0.95  # a clip that lacks less than 5 % of its samples is whole
+COMPLETE_SHARE = 0.95  # a clip that lacks less than 5 % of its samples counts as whole
 
-PACKET_SECONDS = 0.02  # one opus packet: a declared length may be rounded up by so much
+PACKET_SECONDS = 0.02  # one opus packet: a declared length may be rounded up by this much
 
 PLAUSIBLE_RATES_HZ = range(1_000, 1_000_000)
 
@@ -38,7 +38,7 @@ SILENCE_DBFS = -90.0
 
 DIGITAL_SILENCE_DBFS = -200.0  # reported for digital silence, whose level is minus infinity
 
-MAX_USABLE_PEAK = 1e6  # +120 dBFS is no sound, and power far above it exceeds float32
+MAX_USABLE_PEAK = 1e6  # +120 dBFS: no sound is louder, and the power of far larger samples exceeds float32
 
 ALL_SAMPLES = 2**62  # more samples than any sound has
 
@@ -54,14 +54,15 @@ class AudioPolicy:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipAudio:
-    """One clip, decoded.
+    """One decoded clip.
 
     wave_S               float32, mono (plain mean of the channels), never clipped, at the source's own `rate_hz`
-    source_seconds       length of the whole source: as declared, or as found if it is shorter or none is declared
-    peak_dbfs, rms_dbfs  of the mono wave before resampling; digital silence is -200
+    source_seconds       length of the whole source: the declared length, or the decoded length if that is shorter or
+                         no length is declared
+    peak_dbfs, rms_dbfs  levels of the mono wave before resampling; -200 for digital silence
     digest               32 hex digits of SHA-256 over that wave as little-endian float32
-    flags                cut (from a whole video, at the segment), longer (the first seconds count), shorter, truncated,
-                         silent, mixed_down, beyond_full_scale, wrong_extension
+    flags                cut (the segment, from a whole video), longer (only the first seconds are used), shorter,
+                         truncated, silent, mixed_down, beyond_full_scale, wrong_extension
     """
 
     wave_S: np.ndarray
@@ -88,11 +89,11 @@ class ClipAudio:
 
 @dataclass(frozen=True, slots=True)
 class VideoSegment:
-    """The seconds of a video that are a clip."""
+    """The part of a video that is a clip, in seconds."""
 
     start_seconds: float
     end_seconds: float
-    is_exact: bool = False  # seconds of the sound that is decoded; else this sound may be the clip alone
+    is_exact: bool = False  # True: seconds of the decoded sound; False: that sound may be the clip alone
 
     def __post_init__(self) -> None:
         if not 0 <= self.start_seconds < self.end_seconds:
@@ -103,7 +104,7 @@ class VideoSegment:
         return self.end_seconds - self.start_seconds
 
     def is_part_of(self, source_seconds: float) -> bool:
-        """Whether a source of this length is the whole video: longer than the clip and reaching its end, to 5 %."""
+        """Whether a source of this length is the whole video: longer than the clip, and reaching its end to 5 %."""
         if self.is_exact:
             return True
         tolerance = (1 - COMPLETE_SHARE) * self.seconds
@@ -112,13 +113,14 @@ class VideoSegment:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodedSegment:
-    """The samples of a segment at the source's own rate, as far as they decode; maybe none.
+    """The samples of a segment that could be decoded, at the source's own rate; there may be none.
 
     wave_S              float32, plain mean of the channels
-    source_seconds      length of the whole source: as declared, or as found if it ended early
-    expected_samples    of the segment, by the declared length; None if the source declares none
-    is_cut              the samples are from a whole video, at the segment's start; else from the first sample on
-    exceeds_full_scale  in any channel
+    source_seconds      length of the whole source: the declared length, or the decoded length if it ended early
+    expected_samples    samples of the segment by the declared length; None if the source declares none
+    is_cut              True: the samples were cut from a whole video at the segment's start; False: they begin with
+                        the first sample of the source
+    exceeds_full_scale  whether any channel exceeds full scale
     """
 
     wave_S: np.ndarray
@@ -132,7 +134,7 @@ class DecodedSegment:
 
     @property
     def seconds(self) -> float:
-        """The length of the samples that are there."""
+        """The length of the decoded samples."""
         return len(self.wave_S) / self.rate_hz
 
 
@@ -143,12 +145,13 @@ def load_clip_audio(
     end_seconds: float,
     policy: AudioPolicy = AudioPolicy(),
 ) -> ClipAudio:
-    """Decode the segment of a sound; AudioError(reason, sentence) if the policy cannot use it.
+    """Decode the segment of a sound; AudioError(reason, sentence) if the sound is unusable under the policy.
 
-    A file longer than the segment that reaches its end (to 5 %) is a whole video: it is cut at [start, end). Of any
-    other file the first `end - start` seconds count. If the locator is exact, the segment is always cut.
+    A file that is longer than the segment and reaches its end (to within 5 %) is a whole video: [start, end) is cut
+    from it. From any other file the first `end - start` seconds are used. If the locator is exact, the segment is
+    always cut.
     """
-    # Whatever fails, the error begins with the name of the sound.
+    # Every error begins with the name of the sound.
     segment = VideoSegment(start_seconds, end_seconds, is_exact=bool(locator.exact))
     try:
         with locator.open_sound() as sound:
@@ -190,7 +193,7 @@ def decode_segment(
 
 @contextmanager
 def open_decoder(sound: SoundInput, container: AudioContainer) -> Iterator[AudioDecoder]:
-    """Open the sound with its decoder; AudioError (unreadable) if that fails, or if no sound has such a rate."""
+    """Open the sound with its decoder; AudioError (unreadable) if that fails, or if its sampling rate is impossible."""
     open_file = SndfileDecoder.open_file if container.uses_libsndfile else FfmpegDecoder.open_file
     try:
         with open_file(sound, container) as decoder:
@@ -205,13 +208,13 @@ def open_decoder(sound: SoundInput, container: AudioContainer) -> Iterator[Audio
 
 
 def read_segment(decoder: AudioDecoder, segment: VideoSegment, max_seconds: float) -> DecodedSegment:
-    """Choose the samples, decode them and mix them down.
+    """Decode the samples of the segment and mix them down.
 
-    The memory it takes is bounded by the segment, whatever length a header declares.
+    Memory use is limited by the length of the segment, whatever length the header declares.
     """
     refuse_long_sound(decoder, max_seconds)
 
-    # Which samples: those of the segment in a whole video, else the first ones.
+    # The samples to decode: those of the segment in a whole video, else the first samples.
     is_whole_video = segment.is_part_of(decoder.seconds)
     first = 0
     if is_whole_video:
@@ -224,7 +227,7 @@ def read_segment(decoder: AudioDecoder, segment: VideoSegment, max_seconds: floa
             f"the clip starts at {segment.start_seconds:g} s of a sound of {decoder.seconds:.2f} s; correct its list",
         )
 
-    # What decodes of them may be less than the declared length promises.
+    # Fewer samples may be decoded than the declared length promises.
     wave_S, exceeds_full_scale = mix_down(decoder.read_blocks(first, wanted))
     source_seconds = (first + len(wave_S)) / decoder.rate_hz
     if len(wave_S) >= wanted:
@@ -252,7 +255,7 @@ def refuse_long_sound(decoder: AudioDecoder, max_seconds: float) -> None:
 
 
 def mix_down(blocks_CS: Iterable[np.ndarray]) -> tuple[np.ndarray, bool]:
-    """Blocks of channels as one mono wave, and whether any channel exceeds full scale."""
+    """The blocks joined to one mono wave, and whether any channel exceeds full scale."""
     pieces = [np.zeros(0, np.float32)]
     exceeds_full_scale = False
     for block_CS in blocks_CS:
@@ -278,7 +281,7 @@ def mean_of_channels(block_CS: np.ndarray) -> np.ndarray:
 
 def check_usable(decoded: DecodedSegment, policy: AudioPolicy) -> None:
     """Raise AudioError for a segment that is truncated, empty, broken, too short or silent, in this order."""
-    # A clip without a single sample counts as unreadable; of a whole video at least the part before the clip is there.
+    # A clip without a single sample is unreadable, unless it is cut from a video, whose other samples are readable.
     is_readable = len(decoded.wave_S) or decoded.is_cut
     if is_truncated(decoded) and is_readable and not policy.accept_truncated:
         shortfall = describe_shortfall(decoded)
@@ -297,7 +300,7 @@ def check_usable(decoded: DecodedSegment, policy: AudioPolicy) -> None:
 
 
 def checked_peak(wave_S: np.ndarray) -> float:
-    """The largest magnitude; AudioError (non_finite) for samples that no microphone gives."""
+    """The largest magnitude; AudioError (non_finite) if it is NaN, infinite or absurdly large."""
     peak = peak_magnitude(wave_S)
     if not peak <= MAX_USABLE_PEAK:  # a NaN compares as False
         raise AudioError("non_finite", f"{describe_bad_samples(wave_S)}; damaged or no sound, fetch it again")
@@ -305,7 +308,7 @@ def checked_peak(wave_S: np.ndarray) -> float:
 
 
 def is_truncated(decoded: DecodedSegment) -> bool:
-    """Whether the source declares more samples than decode."""
+    """Whether the source declares more samples than could be decoded."""
     if decoded.expected_samples is None:
         return False
     missing = decoded.expected_samples - len(decoded.wave_S)
@@ -323,7 +326,7 @@ def describe_shortfall(decoded: DecodedSegment) -> str:
 
 
 def describe_bad_samples(wave_S: np.ndarray) -> str:
-    """What is wrong with samples that no microphone gives, in words."""
+    """Describe samples that are NaN, infinite or absurdly large, in words."""
     is_bad_S = ~np.isfinite(wave_S)
     if not is_bad_S.any():
         return f"samples up to {peak_magnitude(wave_S):.3g} times full scale"
@@ -331,7 +334,7 @@ def describe_bad_samples(wave_S: np.ndarray) -> str:
 
 
 def segment_flags(decoded: DecodedSegment, segment: VideoSegment, *, is_misnamed: bool) -> tuple[str, ...]:
-    """The flags of `ClipAudio` that hold for a segment which is used."""
+    """The flags of a usable segment, as listed at `ClipAudio`."""
     wanted = round(segment.seconds * decoded.rate_hz)
     is_longer = decoded.source_seconds > (1 + LENGTH_SLACK) * segment.seconds
     conditions = {
@@ -350,10 +353,10 @@ def segment_flags(decoded: DecodedSegment, segment: VideoSegment, *, is_misnamed
 def stream_wave(
     locator: SoundLocator, rate_hz: int, *, policy: AudioPolicy = AudioPolicy()
 ) -> Iterator[np.ndarray]:
-    """Yield a whole sound, mono at `rate_hz`, in pieces: sample for sample as `load_clip_audio` and `resample_wave`.
+    """Yield a whole sound, mono at `rate_hz`, in pieces; samples equal those of `load_clip_audio` and `resample_wave`.
 
-    Only a few seconds are in memory at a time. AudioError(reason, sentence) if the policy cannot use the sound; it
-    comes after the last piece if only the end of the sound shows it (truncated, too short, silent).
+    Only a few seconds are in memory at a time. AudioError(reason, sentence) if the sound is unusable under the policy.
+    The error comes after the last piece if only the end of the sound shows the fault (truncated, too short, silent).
     """
     try:
         with locator.open_sound() as sound, open_decoder(sound, recognise_container(sound)) as decoder:
@@ -375,7 +378,7 @@ def checked_blocks(decoder: AudioDecoder, policy: AudioPolicy) -> Iterator[np.nd
         samples += len(wave_S)
         yield wave_S
 
-    # The pieces are gone: a constant wave as long and as loud stands for them, in four bytes.
+    # The pieces are no longer in memory: a constant wave of their length and peak, four bytes in memory, replaces them.
     whole = DecodedSegment(
         wave_S=np.broadcast_to(np.float32(peak), (samples,)),
         rate_hz=decoder.rate_hz,
@@ -401,7 +404,7 @@ def resample_blocks(blocks: Iterator[np.ndarray], from_hz: int, to_hz: int) -> I
         if len(resampled_S):
             yield resampled_S
 
-    # The resampler still holds the last samples.
+    # The last samples are still in the resampler.
     last_S = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
     yield fit_length(last_S, max(0, round(samples_in * to_hz / from_hz) - samples_out))
 

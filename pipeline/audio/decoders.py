@@ -1,13 +1,13 @@
 """Decoders: a sound file opened by libsndfile or by FFmpeg (through PyAV), behind one Protocol; the only door to both.
 
 Measured on 10 s stereo clips, PyAV takes this multiple of libsndfile's time: wav 4.8, flac 1.1, mp3 1.2, vorbis 0.7,
-opus 0.4. So libsndfile decodes wav and flac, PyAV all other kinds. mp3 too: libsndfile's mpg123 writes to stderr
-about every damaged frame, and PyAV steps over it.
+opus 0.4. So libsndfile decodes wav and flac, PyAV all other kinds, mp3 included: libsndfile's mpg123 writes
+a line to stderr for every damaged frame, while PyAV skips the frame.
 
-Where sound begins: FFmpeg honours an encoder's delay that the container states (LAME header in mp3, pre-skip in
-opus, codec delay in matroska, edit list in mp4), and then the start is exact to the sample. AAC without such a
-statement (ADTS, MPEG-TS, many mp4) begins with that delay, 1024 samples for FFmpeg's encoder; it cannot be known
-from the file and is left in. So is the delay of mp3 without a LAME header, 1105 samples.
+Start of the sound: if the container states the encoder's delay (LAME header in mp3, pre-skip in opus, codec delay in
+matroska, edit list in mp4), FFmpeg removes it, and the start is exact to the sample. AAC often does not state it (ADTS,
+MPEG-TS, many mp4). The delay is then unknown and is left in: 1024 samples for FFmpeg's encoder. The delay of mp3
+without a LAME header is left in too: 1105 samples.
 """
 
 import itertools
@@ -30,16 +30,16 @@ from pipeline.audio.containers import AudioContainer, ReadableFile, open_from_st
 from pipeline.audio.sources import SoundInput
 from pipeline.errors import AudioError
 
-DECODER_ERRORS = (soundfile.LibsndfileError, FFmpegError, OSError)  # of a file that cannot be opened
+DECODER_ERRORS = (soundfile.LibsndfileError, FFmpegError, OSError)  # raised for a file that cannot be opened
 
-# Samples of all channels that libsndfile reads at a time: ten seconds at once, since soundfile seeks after every piece.
+# Samples per read of libsndfile, over all channels: ten seconds at once, because soundfile seeks after every read.
 SNDFILE_BLOCK_SAMPLES = 2**20
 
-FLAC_BLOCK_FRAMES = 2**14  # read at a time of a flac: damage loses the block in which it lies
+FLAC_BLOCK_FRAMES = 2**14  # per read of a flac: damage costs the block that contains it
 
 FFMPEG_BLOCK_SAMPLES = 2**14
 
-PRE_ROLL_SECONDS = 1.0  # decoded before a segment and thrown away: opus needs 0.08 s, AAC one frame
+PRE_ROLL_SECONDS = 1.0  # decoded before a segment and discarded: opus needs 0.08 s, AAC one frame
 
 MAX_PLANES = 8  # with more, PyAV 18 reads beyond FFmpeg's table of planes, and sometimes crashes
 
@@ -47,7 +47,7 @@ MAX_PLANES = 8  # with more, PyAV 18 reads beyond FFmpeg's table of planes, and 
 PYAV_MAJOR_VERSION = int(av.__version__.split(".")[0])
 TAG_OPTIONS: dict[str, Any] = {"metadata_errors": "replace"} if PYAV_MAJOR_VERSION < 19 else {}
 
-FAILED_SEEK_SAMPLE = 2**62  # the position that a failed seek reports: beyond every sound
+FAILED_SEEK_SAMPLE = 2**62  # position that a failed seek reports, beyond the end of every sound
 
 
 class AudioDecoder(Protocol):
@@ -61,18 +61,18 @@ class AudioDecoder(Protocol):
     def codec(self) -> str: ...
     @property
     def seconds(self) -> float:
-        """The length that the file declares, else the length that was found."""
+        """The length that the file declares, else the measured length."""
 
     @property
     def has_declared_length(self) -> bool:
-        """Whether `seconds` is declared, so that a shorter sound lacks something."""
+        """Whether the file declares `seconds`, so that a shorter sound is truncated."""
 
     def read_blocks(self, first_sample: int, sample_count: int) -> Iterator[np.ndarray]:
         """Yield samples [first, first + count) in float32 blocks `[channel, sample]`, as far as they decode."""
 
 
 def describe_decoder_error(error: BaseException) -> str:
-    """What one of DECODER_ERRORS says, without the file's path."""
+    """The message of one of DECODER_ERRORS, without the file's path."""
     if isinstance(error, OSError | FFmpegError):
         return str(error.strerror)
     return str(error)
@@ -104,7 +104,7 @@ class SndfileDecoder:
             )
 
     def read_blocks(self, first_sample: int, sample_count: int) -> Iterator[np.ndarray]:
-        """Yield blocks as `AudioDecoder` says, up to the first damage: libsndfile cannot get past it."""
+        """Yield blocks as `AudioDecoder` says, up to the first damage: libsndfile cannot decode beyond it."""
         frames_per_block = max(1, SNDFILE_BLOCK_SAMPLES // self.channels)
         if self.codec == "flac":
             frames_per_block = FLAC_BLOCK_FRAMES
@@ -151,14 +151,14 @@ class FfmpegDecoder:
     @classmethod
     @contextmanager
     def open_file(cls, sound: SoundInput, container: AudioContainer) -> Iterator[Self]:
-        """Open the sound; FFmpegError if FFmpeg cannot read it, AudioError (unreadable) if it holds no sound."""
+        """Open the sound; FFmpegError if FFmpeg cannot read it, AudioError (unreadable) if it contains no sound."""
         with open_demuxer(sound, container) as (demuxer, stream):
-            # FFmpeg's own length, asked for before decoding begins.
+            # FFmpeg's own length, read before decoding begins.
             ffmpeg_seconds = None
             if container.length_kind != "guessed":
                 ffmpeg_seconds = stream_seconds(demuxer, stream)
 
-            # The first frame tells rate and channels: headers of HE-AAC state half the rate.
+            # Rate and channels are those of the first frame: headers of HE-AAC state half the rate.
             frames = decode_frames(demuxer, stream)
             first_frame = next(frames, None)
             if first_frame is None:
@@ -192,15 +192,15 @@ class FfmpegDecoder:
             yield from join_frame_samples(numbered_frames, first_sample, stop_sample)
             return
 
-        # The seek led too far: the file is opened again and decoded from its beginning.
+        # The seek went too far: open the file again and decode it from its beginning.
         unseekable = replace(self.container, is_seekable=False)
         with self.open_file(self.sound, unseekable) as decoder:
             yield from decoder.read_blocks(first_sample, sample_count)
 
     def seek_before(self, sample: int) -> tuple[int, Iterator[AudioFrame]]:
-        """Frames from somewhere before `sample` on, with the number of the first sample of the first frame.
+        """Seek to a place before `sample`; return the number of the first sample there, and the frames from there on.
 
-        A number beyond `sample` says that the seek failed.
+        A number beyond `sample` means that the seek failed.
         """
         # Near the beginning, and without time stamps, decode from the first frame on.
         origin_seconds = self.first_frame.time
@@ -215,7 +215,7 @@ class FfmpegDecoder:
         except FFmpegError:
             return FAILED_SEEK_SAMPLE, iter(())
 
-        # The time stamp of the first frame says where the seek led.
+        # The time stamp of the first frame gives the place that the seek reached.
         frames = decode_frames(self.demuxer, self.stream)
         landing_frame = next(frames, None)
         if landing_frame is None or landing_frame.time is None:
@@ -255,7 +255,7 @@ def open_demuxer(
 
 
 def stream_seconds(demuxer: InputContainer, stream: AudioStream) -> float | None:
-    """The length of the track, or of the movie if an edit list makes it shorter; None if neither is known."""
+    """The length of the track, or of the movie if an edit list makes it shorter; None if the file states neither."""
     track_seconds = float((stream.duration or 0) * (stream.time_base or 0))
     movie_seconds = (demuxer.duration or 0) / av.time_base
     return min((seconds for seconds in (track_seconds, movie_seconds) if seconds > 0), default=None)
@@ -276,8 +276,8 @@ def scan_stream_seconds(sound: SoundInput, container: AudioContainer) -> float:
 
 
 def demux_packets(demuxer: InputContainer, stream: AudioStream) -> Iterator[av.Packet]:
-    """Yield every packet up to the end, or up to damage of the container, which the declared length will show."""
-    # PyAV raises IndexError when damage looks like a further stream in the middle of a file.
+    """Yield every packet up to the end, or up to damage of the container, which the declared length reveals later."""
+    # PyAV raises IndexError when damage in the middle of a file looks like an additional stream.
     try:
         yield from demuxer.demux(stream)
     except (FFmpegError, IndexError):
@@ -285,7 +285,7 @@ def demux_packets(demuxer: InputContainer, stream: AudioStream) -> Iterator[av.P
 
 
 def decode_frames(demuxer: InputContainer, stream: AudioStream) -> Iterator[AudioFrame]:
-    """Yield every frame that decodes: a damaged packet loses its own frames, not the rest."""
+    """Yield every frame that decodes: a damaged packet costs its own frames only."""
     for packet in demux_packets(demuxer, stream):
         try:
             frames = stream.decode(packet)
@@ -324,7 +324,7 @@ def join_frame_samples(
 
 
 def frame_format(numbered_frame: tuple[int, AudioFrame]) -> tuple[str, int]:
-    """Sample format and number of channels of a frame; only equal ones can be joined."""
+    """Sample format and number of channels of a frame; only frames with equal values can be joined."""
     frame = numbered_frame[1]
     return frame.format.name, frame.layout.nb_channels
 
@@ -359,6 +359,6 @@ def frame_samples_CS(frame: AudioFrame) -> np.ndarray:
     if samples.dtype.kind == "f":
         return samples.astype(np.float32, copy=False)
 
-    # Integers: full scale is half their range. Only those of 8 bits are unsigned, with 128 for silence.
+    # Integers: full scale is half their range. Only 8-bit integers are unsigned, with 128 for silence.
     silence = 128 if samples.dtype == np.uint8 else 0
     return (samples.astype(np.float32) - np.float32(silence)) / np.float32(2 ** (8 * samples.itemsize - 1))

@@ -1,4 +1,4 @@
-"""Clips packed in HDF5, as the code bases of PANNs and PaSST pack them; the only door to h5py, an optional extra."""
+"""Clips packed in HDF5, as the code of PANNs and PaSST packs them; the only import of h5py, an optional extra."""
 
 import struct
 from pathlib import Path
@@ -9,9 +9,9 @@ import polars as pl
 
 from pipeline.errors import AudioError, InputError, archive_error, first_error_line
 
-PANNS_RATE_HZ = 32_000  # where the file states no rate
+PANNS_RATE_HZ = 32_000  # if the file states no rate
 
-# Datasets that may hold the sounds, and the form that each must have.
+# Datasets that may contain the sounds, and the type and axes that each must have.
 SOUND_DATASETS = {"waveform": "int16 [clip, sample]", "mp3": "bytes [clip]"}
 
 # Errors that h5py raises for a file which HDF5's library cannot read.
@@ -19,7 +19,7 @@ HDF5_FAULTS = (OSError, KeyError, RuntimeError, ValueError, TypeError)
 
 
 def open_hdf5(path: Path) -> Any:
-    """Open the file for reading, without a lock: copies often lie on disks that cannot lock.
+    """Open the file for reading, without a lock: copies are often on disks that cannot lock.
 
     InputError if h5py is not installed.
     """
@@ -31,7 +31,7 @@ def open_hdf5(path: Path) -> Any:
 
 
 def list_hdf5_rows(path: Path) -> tuple[pl.DataFrame, str | None]:
-    """The name (`member`) and number (`row`) of every row, and what is wrong with the file, or None."""
+    """The name (`member`) and number (`row`) of every row, and the fault of the file, or None."""
     schema = {"member": pl.String, "row": pl.Int64}
     no_rows = pl.DataFrame(schema=schema)
     try:
@@ -52,18 +52,18 @@ def list_hdf5_rows(path: Path) -> tuple[pl.DataFrame, str | None]:
 
 
 def find_sound_dataset(file: Any) -> str | None:
-    """The name of the dataset that holds the sounds (a key of SOUND_DATASETS); None if there is none in that form."""
+    """The name of the dataset that contains the sounds (a key of SOUND_DATASETS); None if there is no such dataset."""
     if "waveform" in file and file["waveform"].dtype == np.int16 and file["waveform"].ndim == 2:
         return "waveform"
     if "mp3" in file and file["mp3"].ndim == 1:
-        # A file of bytes a clip is a row of variable length.
+        # The bytes of one mp3 file per clip: rows of variable length.
         element = (file["mp3"].dtype.metadata or {}).get("vlen")
         return "mp3" if element is not None and np.dtype(element).itemsize == 1 else None
     return None
 
 
 def decode_name(name: bytes | str) -> str:
-    """A name as text; bytes that are no UTF-8 come out as `\\xff`."""
+    """A name as text; bytes that are not UTF-8 are written as `\\xff`."""
     return name.decode(errors="backslashreplace") if isinstance(name, bytes) else str(name)
 
 
@@ -73,7 +73,7 @@ def read_hdf5_sound(path: Path, row: int) -> bytes:
     AudioError: missing if the row was never filled (the packers leave zeros for a clip that they could not find),
     unreadable if the file is damaged.
     """
-    # The row, as a wave or as a file.
+    # Read the row: a wave, or the bytes of a file.
     try:
         with open_hdf5(path) as file:
             dataset = find_sound_dataset(file)
@@ -84,7 +84,7 @@ def read_hdf5_sound(path: Path, row: int) -> bytes:
     except HDF5_FAULTS as error:
         raise archive_error(path, error) from None
 
-    # Zeros stand for a clip that the packer could not find; a silent clip would have the same samples.
+    # Zeros mean that the packer could not find the clip; a silent clip would have the same samples.
     if not sound_S.any():
         raise AudioError(
             "missing", f"row {row} of {path.name} holds zeros only: the clip was missing when packed"
@@ -96,7 +96,7 @@ def read_hdf5_sound(path: Path, row: int) -> bytes:
 
 def wav_file_bytes(wave_S: np.ndarray, rate_hz: int) -> bytes:
     """Mono 16-bit samples as a wav file."""
-    # Three chunks: the head of the file, the form of the samples (PCM, one channel, 16 bits), the samples.
+    # Three chunks: the head of the file, the sample format (PCM, one channel, 16 bits), the samples.
     samples = wave_S.astype("<i2").tobytes()
     form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, rate_hz % 2**32, 2 * rate_hz % 2**32, 2, 16)
     head = struct.pack("<4sI4s", b"RIFF", 36 + len(samples), b"WAVE")

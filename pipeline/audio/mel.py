@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pipeline.audio.mel_spec import MelSpec
 
-# Samples of windowed frames at a time on a CPU: 256 frames of 1024. Twice as many leave the cache, half as many
-# cost more calls.
+# Samples of windowed frames that a CPU processes at a time: 256 frames of 1024. Twice as many do not fit into the
+# cache; half as many need more calls.
 PIECE_SAMPLES = 2**18
 
 # Mel bands per dense product on a CPU; measured from 8 to 128. 16 is as fast, except with many bands.
@@ -83,7 +83,7 @@ def emphasise_and_pad(wave_S: Tensor, spec: MelSpec) -> Tensor:
     else:
         inner_S.copy_(wave_S)
 
-    # A mirrored wave repeats after going there and back; `first` is the number of a padding's first sample.
+    # A mirrored wave is periodic: once forwards, once backwards. `first` is the number of a padding's first sample.
     period = max(1, 2 * (samples - 1))
     for padding_S, first in ((whole_S[:before], -before), (whole_S[before + samples :], samples)):
         place_S = torch.arange(first, first + len(padding_S), device=wave_S.device) % period
@@ -92,7 +92,7 @@ def emphasise_and_pad(wave_S: Tensor, spec: MelSpec) -> Tensor:
 
 
 class FrameBuffers(NamedTuple):
-    """Buffers for one piece of frames, used again for the next piece: fresh memory would cost a tenth of the time."""
+    """Buffers for one piece of frames, reused for the next piece: allocating it each time costs a tenth of the time."""
 
     zero_mean_TN: Tensor
     windowed_TN: Tensor  # zeros beyond the window
@@ -111,14 +111,14 @@ class FrameBuffers(NamedTuple):
 def apply_window(frames_TN: Tensor, spec: MelSpec, buffers: FrameBuffers) -> Tensor:
     """Frames times the window, padded to `fft_samples`; Kaldi's frames lose their DC and are emphasised first.
 
-    Every step is rounded as the reference rounds it: beside a full-scale tone, values near the floor hang on the
-    last bit of these samples. Filtering the whole wave once would be 0.5 ms cheaper and up to 0.06 nat off there;
-    a fused multiply-add (`torch.sub` with `alpha`) up to 0.05 nat.
+    Every step is rounded as in the reference: next to a full-scale tone, values near the floor depend on the last bit
+    of these samples. Filtering the whole wave once would save 0.5 ms, with errors of up to 0.06 nat in such values;
+    a fused multiply-add (`torch.sub` with `alpha`) has errors of up to 0.05 nat.
     """
     windowed_TN = buffers.windowed_TN[: len(frames_TN)]
     window_N = hann_window_N(spec.window_samples, spec.window == "hann_periodic", frames_TN.device)
 
-    # Centred: the window stands in the middle of the FFT, as in the references. This moves rounding errors only.
+    # Centred: the window is in the middle of the FFT, as in the references. This changes rounding errors only.
     if spec.framing == "centred":
         first = (spec.fft_samples - spec.window_samples) // 2
         torch.mul(frames_TN, window_N, out=windowed_TN[:, first : first + spec.window_samples])
@@ -137,7 +137,7 @@ def apply_window(frames_TN: Tensor, spec: MelSpec, buffers: FrameBuffers) -> Ten
 
 def write_mel_power(mel_TF: Tensor, windowed_TN: Tensor, spec: MelSpec, buffers: FrameBuffers) -> None:
     """Fill `mel_TF` with the mel power of windowed frames: power spectrum, then filters."""
-    # Real and imaginary parts lie side by side. Adding them up is six times faster than `.abs() ** 2` or `.sum(-1)`.
+    # Real and imaginary parts are adjacent. Adding them up is six times faster than `.abs() ** 2` or `.sum(-1)`.
     squares_TN = torch.view_as_real(torch.fft.rfft(windowed_TN)).flatten(-2).square_()
     power_TN = torch.add(squares_TN[:, ::2], squares_TN[:, 1::2], out=buffers.power_TN[: len(mel_TF)])
     for block in mel_filter_blocks(spec, mel_TF.device):
@@ -163,7 +163,7 @@ class FilterBlock(NamedTuple):
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)
 def mel_filter_blocks(spec: MelSpec, device: torch.device) -> tuple[FilterBlock, ...]:
-    """The filter bank as a few dense matrices; as one on a GPU, where launches cost more than zeros."""
+    """The filter bank as a few dense matrices; on a GPU as one matrix, because launches cost more there than zeros."""
     filters_NF = mel_filters_NF(spec)
     bands_per_block = BLOCK_BANDS if device.type == "cpu" else spec.mel_bands
     blocks = []
@@ -186,7 +186,8 @@ def mel_filters_NF(spec: MelSpec) -> Tensor:
 def kaldi_filters_NF(spec: MelSpec) -> Tensor:
     """Triangles on Kaldi's scale; the last bin (Nyquist) has no weight.
 
-    They are computed in float32 as in the reference: in float64 the faint ends of the triangles would differ by 1 %.
+    They are computed in float32 as in the reference: in float64 the small weights at the ends of the triangles would
+    differ by 1 %.
     """
     # Positions of bins in mel.
     bin_hz_N = arange_float32(spec.fft_samples // 2) * (spec.sample_rate_hz / spec.fft_samples)
@@ -216,7 +217,7 @@ def slaney_filters_NF(spec: MelSpec) -> Tensor:
     edges_mel = low_mel + arange_float32(spec.mel_bands + 2).double() * step_mel
     edges_hz = torch.where(edges_mel < 15, edges_mel * 200 / 3, 1000 * 6.4 ** ((edges_mel - 15) / 27))
 
-    # Divided by its area, a wide triangle weighs its bins less.
+    # Each triangle is divided by its area, so a wide one has smaller weights.
     area_F = (edges_hz[2:] - edges_hz[:-2]) / 2
     return (triangle_filters_NF(bin_hz_N1, edges_hz) / area_F).float()
 

@@ -14,10 +14,10 @@ import numpy as np
 from pipeline.errors import InputError
 from pipeline.messages import closest_word, suggest_known
 
-# How `pipeline.audio.decode` makes a wave of a sound. It is part of every spec: change it when samples change.
+# How `pipeline.audio.decode` turns a sound into a wave. It is part of every spec: change it when samples change.
 DECODING_VERSION = "1: mean of the channels, soxr HQ"
 
-LONGEST_CLIP_SECONDS = 600.0  # 16 such clips make the smallest shard
+LONGEST_CLIP_SECONDS = 600.0  # the smallest shard consists of 16 such clips
 
 # `pipeline.audio.decode` refuses shorter clips, so a spec whose frames fit into this gives every clip a frame.
 SHORTEST_CLIP_SECONDS = 0.1
@@ -29,7 +29,7 @@ POSITIVE_FIELDS = ("sample_rate_hz", "window_samples", "hop_samples", "mel_bands
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MelSpec:
-    """The meaning of the numbers in a spectrogram: everything that changes a value, and a name that does not.
+    """The meaning of the numbers in a spectrogram: every setting that changes a value, and a name.
 
     A wave is mono float32 in [-1, 1], unscaled (Kaldi's own programs use 16-bit integers: their values are
     `2 ln 32768` higher). No clip mean is subtracted. Values are natural logarithms of power; decibels are
@@ -37,10 +37,10 @@ class MelSpec:
 
     framing   kaldi     whole frames only; DC removal and pre-emphasis inside each frame
               centred   pre-emphasis over the whole wave, which shortens the wave by one sample; then frame t is
-                        centred on sample t * hop, and beyond its ends the wave goes on as its mirror image
-    window    Hann. symmetric: the first and the last sample are 0; periodic: a sample after the last would be 0
+                        centred on sample t * hop, and the wave is mirrored at its ends
+    window    Hann. symmetric: the first and the last sample are 0; periodic: the sample after the last would be 0
     filters   kaldi     triangles on the scale 1127 ln(1 + f/700), peak 1; no Nyquist bin
-              slaney    triangles over Hz, even on Slaney's scale (linear to 1 kHz, then logarithmic), area 1 Hz
+              slaney    triangles over Hz, evenly spaced on Slaney's scale (linear to 1 kHz, then log), area 1 Hz
     flooring  max       ln(max(power, floor))
               add       ln(power + floor)
     """
@@ -102,7 +102,7 @@ class MelSpec:
                 f"got {self.low_hz} to {self.high_hz}"
             )
 
-        # Options that need others.
+        # Options that require other options.
         if self.remove_dc and self.framing != "kaldi":
             raise ValueError(f"remove_dc must be false with framing {self.framing}, only kaldi removes DC")
         if self.mel_bands > self.fft_samples:
@@ -151,7 +151,7 @@ class MelSpec:
     @property
     def spec_id(self) -> str:
         """12 hex digits: equal for specs that give equal values, whatever their names."""
-        # Numbers count as floats, so that 10 and 10.0 seconds are one spec.
+        # Numbers are compared as floats, so that 10 and 10.0 seconds are one spec.
         values = self.to_json()
         del values["name"]
         for key, value in values.items():
@@ -253,10 +253,10 @@ MEL_PRESETS = {spec.name: spec for spec in (A_JEPA, A_JEPA_16K, AUDIO_JEPA, PANN
 
 
 def preset_mel_spec(name: str) -> MelSpec:
-    """The preset of this name; InputError for any other name, with the nearest one and all that there are."""
+    """The preset of this name; for any other name InputError suggests the nearest preset and lists all."""
     if name not in MEL_PRESETS:
         suggestion = suggest_known(name, MEL_PRESETS)
-        raise InputError(f"mel spec {name!r} is unknown; {suggestion}; or a file of your own, NAME.toml")
+        raise InputError(f"mel spec {name!r} is unknown; {suggestion}; or give a file of your own, NAME.toml")
     return MEL_PRESETS[name]
 
 
@@ -276,13 +276,13 @@ def read_mel_spec(path: Path) -> MelSpec:
     known = {field.name: field for field in fields(MelSpec) if field.name != "decoding"}
     values = _read_toml_table(path)
     try:
-        # The starting point: the fields of a preset, or nothing but a name.
+        # The starting point: the fields of a preset, or only a name.
         settings: dict[str, Any] = {"name": path.stem}
         if "base" in values:
             base_name = _coerce_value("base", values.pop("base"), str)
             settings = asdict(preset_mel_spec(base_name)) | settings
 
-        # The fields of the file, each as its type.
+        # The fields of the file, each converted to its type.
         for key, value in values.items():
             if key not in known:
                 nearest = closest_word(key, [*known, "base"])
@@ -319,12 +319,11 @@ def _read_toml_table(path: Path) -> dict[str, Any]:
 
 
 def _coerce_value(key: str, value: object, field_type: Any) -> Any:
-    """A value of a TOML file as its field's type. Whole numbers pass for floats, nothing passes for another type."""
+    """Convert a value of a TOML file to its field's type: a whole number may become a float, nothing else changes."""
     if field_type is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
 
-    # A field with a list of choices holds texts. Types are compared as they are: True is an instance of int, but no
-    # number.
+    # A field with a list of choices is text. Types are compared exactly: True is an instance of int, but not a number.
     value_type = str if get_args(field_type) else field_type
     if type(value) is not value_type:
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text in quotes"}

@@ -1,4 +1,4 @@
-"""Sounds in a column of a Parquet table, as Hugging Face's datasets have them: which rows, and the bytes of one."""
+"""Sounds in a column of a Parquet table, as in Hugging Face's datasets: the list of rows, and the bytes of one row."""
 
 import functools
 from collections.abc import Iterator
@@ -12,14 +12,14 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import AudioError, archive_error, first_error_line
 
-# Names of columns that hold the id of a sound; the first that a table has counts.
+# Names of columns that contain the id of a sound; the first one that a table has is used.
 SOUND_ID_COLUMNS = ("video_id", "youtube_id", "ytid", "clip_id", "id", "audio_name", "file_name", "filename")
 
 ROW_TABLE_SCHEMA: dict[str, pl.DataType] = {
-    "id": pl.String(),  # in SOUND_ID_COLUMNS; null if the table has none
+    "id": pl.String(),  # from a column of SOUND_ID_COLUMNS; null if the table has none
     "group": pl.Int32(),  # row group
-    "row": pl.Int64(),  # in the row group
-    "member": pl.String(),  # name to show: the path beside the sound, else the id, else the place
+    "row": pl.Int64(),  # number within the row group
+    "member": pl.String(),  # displayed name: the path stored with the sound, else the id, else the row and its group
 }
 
 MAX_BATCH_BYTES = 2**28  # of sounds in memory: a larger row group is read in parts
@@ -30,7 +30,7 @@ PARQUET_FAULTS = (pa.ArrowException, OSError)  # errors of a damaged file
 
 
 def list_parquet_rows(path: Path) -> tuple[pl.DataFrame, str | None]:
-    """The name and place of every row (ROW_TABLE_SCHEMA), and what is wrong with the file, or None.
+    """The name and place of every row (ROW_TABLE_SCHEMA), and the fault of the file, or None.
 
     Only the columns of names are read, no sound.
     """
@@ -48,8 +48,8 @@ def list_parquet_rows(path: Path) -> tuple[pl.DataFrame, str | None]:
 
 
 def read_row_names(file: pq.ParquetFile, column: str) -> pl.DataFrame:
-    """The names and places of all rows; `column` holds the sounds."""
-    # Which columns of names there are: a path beside the sound, and an id.
+    """The names and places of all rows; `column` contains the sounds."""
+    # The columns of names that exist: a path stored with the sound, and an id.
     schema = file.schema_arrow
     sound_type = schema.field(column).type
     has_path = pa.types.is_struct(sound_type) and any(field.name == "path" for field in sound_type)
@@ -58,7 +58,7 @@ def read_row_names(file: pq.ParquetFile, column: str) -> pl.DataFrame:
     )
     id_column = next(text_columns, None)
 
-    # Read these columns, if there is one: to read none would still read the table.
+    # Read these columns, if any: a read without columns would still read the table.
     wanted = []
     if has_path:
         wanted.append(f"{column}.path")
@@ -66,7 +66,7 @@ def read_row_names(file: pq.ParquetFile, column: str) -> pl.DataFrame:
         wanted.append(id_column)
     table = file.read(columns=wanted) if wanted else None
 
-    # Names as texts, null where there is none.
+    # Names as text, null where a row has none.
     group_sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     paths = ids = pl.Series([None] * sum(group_sizes), dtype=pl.String)
     if table is not None and has_path:
@@ -85,9 +85,9 @@ def read_row_names(file: pq.ParquetFile, column: str) -> pl.DataFrame:
 
 
 def find_sound_column(schema: pa.Schema) -> str | None:
-    """The leaf that holds the sounds: a column of bytes, or `bytes` in a struct; None if there is none.
+    """The name of the column that contains the sounds, of bytes or of structs with `bytes`; None if there is none.
 
-    A column named `audio` goes before others, then a struct before a plain column.
+    A column named `audio` is preferred; then a struct is preferred to a plain column.
     """
     leaves = []
     for field in schema:
@@ -101,23 +101,23 @@ def find_sound_column(schema: pa.Schema) -> str | None:
 
 
 def is_bytes_type(arrow_type: pa.DataType) -> bool:
-    """Whether a column of this type may hold sounds."""
+    """Whether a column of this type may contain sounds."""
     return pa.types.is_binary(arrow_type) or pa.types.is_large_binary(arrow_type)
 
 
 def is_text_type(arrow_type: pa.DataType) -> bool:
-    """Whether a column of this type may hold names."""
+    """Whether a column of this type may contain names."""
     return pa.types.is_string(arrow_type) or pa.types.is_large_string(arrow_type)
 
 
 def read_parquet_sound(path: Path, group: int, row: int) -> bytes:
     """The bytes of one row. AudioError: missing if the row is null, unreadable if the file is damaged.
 
-    The row group that was read last stays open, so rows that are read in their order are read once.
+    The row group of the last call stays open, so reading rows in their order reads the group once.
     """
     try:
         status = path.stat()
-        version = (status.st_mtime_ns, status.st_size)  # a file that is replaced is read anew
+        version = (status.st_mtime_ns, status.st_size)  # a replaced file is read again
         content = cached_row_group(path, group, version).read_sound(row)
     except PARQUET_FAULTS as error:
         cached_row_group.cache_clear()
@@ -163,7 +163,7 @@ class RowGroupReader:
         if row < self._first_row:
             self._restart_reading()
 
-        # Read on, batch by batch, up to the one that holds the row.
+        # Read batches up to the one that contains the row.
         while row >= self._first_row + len(self._sounds):
             batch = next(self._batches, None)
             if batch is None:
@@ -177,5 +177,5 @@ class RowGroupReader:
 
 @functools.lru_cache(maxsize=1)
 def cached_row_group(path: Path, group: int, version: tuple[int, int]) -> RowGroupReader:
-    """The reader of a row group, kept until another one is read; `version` tells a file from its successor."""
+    """The reader of a row group, kept until another group is read; `version` changes when the file is replaced."""
     return RowGroupReader(path, group)

@@ -1,4 +1,4 @@
-"""Where sounds lie: that of one clip (SoundLocator), those of a plan (ClipSources), those below a folder (find_sounds).
+"""Locations of sounds: of one clip (SoundLocator), of a plan's clips (ClipSources), of a folder's files (find_sounds).
 
 A sound is a file of its own, a member of a tar, or a row of a Parquet or HDF5 file.
 """
@@ -22,10 +22,10 @@ from pipeline.object_store import is_remote_url, list_files_below
 
 SoundInput = Path | BytesIO | ByteWindow  # what a decoder opens
 
-MEMBER_SEPARATOR = "::"  # in `source`, between the name of an archive and that of a member
+MEMBER_SEPARATOR = "::"  # in `source`, between the names of an archive and its member
 
-# Extensions, from containers that lose nothing to those that lose most: of several sounds of one clip, the one whose
-# extension comes first is taken.
+# Extensions, from lossless containers to the most lossy: if one clip has several sounds, the sound whose extension
+# comes first is used.
 SOUND_EXTENSIONS = (
     *("flac", "wav", "wave", "aiff", "aif", "aifc", "w64", "caf", "au", "snd", "wv"),
     *("mka", "m4a", "mp4", "mkv", "mov", "aac", "opus", "webm", "weba", "ogg", "oga", "mp3", "mp2"),
@@ -38,19 +38,19 @@ COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz"
 
 SOURCES_SCHEMA: dict[str, pl.DataType] = {
     "kind": pl.String(),  # file, tar, parquet or hdf5; null for a clip that has no sound
-    "path": pl.String(),  # of the file that holds the sound, or its URL
+    "path": pl.String(),  # path or URL of the file that contains the sound
     "source": pl.String(),  # the name of the sound in the manifest, relative to its --audio folder
-    "exact": pl.Boolean(),  # the clip's seconds are seconds of the sound; else the sound may be the clip alone
-    "offset": pl.Int64(),  # of a member of a tar: its first byte
-    "size": pl.Int64(),  # of a member of a tar: its number of bytes
-    "group": pl.Int32(),  # of a row of a Parquet file: its row group
-    "row": pl.Int64(),  # in that row group, or in an HDF5 file
+    "exact": pl.Boolean(),  # True: the clip's seconds count in this sound; False: it may be the clip alone
+    "offset": pl.Int64(),  # first byte of a tar member
+    "size": pl.Int64(),  # number of bytes of a tar member
+    "group": pl.Int32(),  # row group of a row in a Parquet file
+    "row": pl.Int64(),  # number of a row in its row group, or in an HDF5 file
 }
 
 FOUND_SOUNDS_SCHEMA: dict[str, pl.DataType] = SOURCES_SCHEMA | {
     "folder": pl.String(),  # the --audio folder
     "name": pl.String(),  # file name without folders; a name in a table may lack an extension
-    "id": pl.String(),  # in a column beside the sound; null if there is none
+    "id": pl.String(),  # from a column of the sound's table; null if there is none
 }
 
 NO_MEMBERS = pl.DataFrame(schema={"member": pl.String})
@@ -58,7 +58,7 @@ NO_MEMBERS = pl.DataFrame(schema={"member": pl.String})
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SoundLocator:
-    """Where the sound of one clip lies: a file of its own, or a place in an archive (see SOURCES_SCHEMA)."""
+    """The location of one clip's sound: a file of its own, or a place in an archive (see SOURCES_SCHEMA)."""
 
     kind: str = "file"
     path: str
@@ -83,7 +83,7 @@ class SoundLocator:
 
     @contextmanager
     def open_sound(self) -> Iterator[SoundInput]:
-        """Give a decoder the sound: a path for a file of its own, else the bytes in an archive or on a server.
+        """Open the sound for a decoder: a path if it is a file of its own, else the bytes in an archive or on a server.
 
         AudioError (missing or unreadable) if the archive fails, InputError if the server fails.
         """
@@ -105,12 +105,12 @@ class SoundLocator:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipSources:
-    """Where the clips of a plan lie: row i of `frame` (SOURCES_SCHEMA) belongs to row i of the plan.
+    """The locations of a plan's sounds: row i of `frame` (SOURCES_SCHEMA) belongs to row i of the plan.
 
-    sound_count            sounds that were found
+    sound_count            number of sounds that were found
     unmatched_sources      `source` of each sound that belongs to no row
-    other_segment_sources  `source` of each sound of a listed video, but of another segment
-    notes                  sentences on places that could not be searched
+    other_segment_sources  `source` of each sound that is another segment of a listed video
+    notes                  sentences about files that could not be searched
     """
 
     frame: pl.DataFrame
@@ -134,10 +134,11 @@ class FoundSounds:
 
 
 def find_sounds(locations: Sequence[Path | str]) -> FoundSounds:
-    """All sounds below some folders or URLs, or in single files; raises InputError.
+    """Find all sounds below some folders or URLs, or in single files.
 
-    An archive is known by its extension. A damaged one becomes a note, and only its own sounds are missing. Members
-    of a tar that are no sounds (.json, .txt, .cls) are left out.
+    Archives are recognised by their extensions. A damaged archive becomes a note, and only its own sounds are missing.
+    Members of a tar that are not sounds (.json, .txt, .cls) are left out. InputError if a location does not exist,
+    cannot be listed, or is a single compressed tar.
     """
     tables = [pl.DataFrame(schema=FOUND_SOUNDS_SCHEMA)]
     notes: list[str] = []
@@ -148,7 +149,7 @@ def find_sounds(locations: Sequence[Path | str]) -> FoundSounds:
         is_sound = names.str.extract(r"([^.]*)$").str.to_lowercase().is_in(SOUND_EXTENSIONS)
         tables.append(conform_to_schema(sound_file_table(folder, names.filter(is_sound)), folder))
 
-        # Archives, and compressed ones, in which nothing can be found.
+        # Archives; a compressed tar becomes a note, because its members cannot be read.
         for name in names.filter(~is_sound):
             path = folder / name if isinstance(folder, Path) else f"{folder}/{name}"
             if name.lower().endswith(COMPRESSED_SUFFIXES):
@@ -162,7 +163,7 @@ def find_sounds(locations: Sequence[Path | str]) -> FoundSounds:
 
 
 def list_candidates(location: Path | str) -> tuple[Path | str, list[str]]:
-    """The folder or URL that a location stands for, and the names below it that may be sounds or hold sounds."""
+    """The folder or URL of a location, and the names below it that are sounds or archives."""
     if isinstance(location, str) and is_remote_url(location):
         url, names = list_files_below(location)
         return url, [name for name in names if is_sound_or_archive(name)]
@@ -173,7 +174,7 @@ def list_candidates(location: Path | str) -> tuple[Path | str, list[str]]:
 
 
 def is_sound_or_archive(name: str) -> bool:
-    """Whether a file of this name is a sound or an archive, by its extension; compressed tars count."""
+    """Whether a file of this name is a sound or an archive, by its extension; compressed tars are included."""
     extension = file_extension(name)
     return (
         extension in SOUND_EXTENSIONS
@@ -190,10 +191,10 @@ def file_extension(name: str) -> str:
 def walk_sounds_and_archives(location: Path) -> Iterator[str]:
     """Yield every sound file and archive below a folder as a path relative to it, in a fixed order.
 
-    Links to nowhere are included; links to folders are followed, into each folder once. A single file yields its
-    name. InputError for a folder that cannot be listed: else its clips would be taken for missing.
+    Broken links are included. Links to folders are followed, but each folder is entered once. A single file yields its
+    name. InputError for a folder that cannot be listed, because its clips would otherwise count as missing.
     """
-    # A single file. Among others a compressed tar would be a note; alone it leaves nothing to use.
+    # A single file. A compressed tar in a folder becomes a note; alone it is an error, as nothing else can be used.
     if location.is_file():
         if location.name.lower().endswith(COMPRESSED_SUFFIXES):
             raise InputError(f"--audio {location}: {COMPRESSED_TAR_ADVICE}")
@@ -204,7 +205,7 @@ def walk_sounds_and_archives(location: Path) -> Iterator[str]:
 
     visited = set()
     for parent, folders, names in os.walk(location, followlinks=True, onerror=_raise_unlistable):
-        # A folder is known by its device and inode; `os.walk` goes into what `folders` holds after this.
+        # A folder is identified by its device and inode; `os.walk` enters the folders that remain in `folders`.
         status = os.stat(parent)
         identity = (status.st_dev, status.st_ino)
         if identity in visited:
@@ -235,12 +236,12 @@ def sound_file_table(folder: Path | str, names: pl.Series) -> pl.DataFrame:
 
 
 def list_archive_sounds(path: Path | str, kind: str, source: str) -> tuple[pl.DataFrame, str | None]:
-    """A row for every sound of an archive, and what is wrong with the archive, or None."""
+    """A row for every sound of an archive, and the fault of the archive, or None."""
     if kind == "tar":
         rows, fault = list_tar_sounds(path)
     elif isinstance(path, str):
         rows = NO_MEMBERS
-        fault = f"is not read from a URL, only sounds and tars are; copy {kind} files to a disk"
+        fault = f"cannot be read from a URL, only sounds and tars can; copy {kind} files to a disk"
     elif kind == "parquet":
         rows, fault = parquet.list_parquet_rows(path)
     else:
@@ -256,7 +257,7 @@ def list_archive_sounds(path: Path | str, kind: str, source: str) -> tuple[pl.Da
 
 
 def list_tar_sounds(path: Path | str) -> tuple[pl.DataFrame, str | None]:
-    """The members of a tar that are sounds, and what is wrong with the tar, or None."""
+    """The members of a tar that are sounds, and the fault of the tar, or None."""
     reader = TarReader(path)
     try:
         members = [

@@ -1,4 +1,4 @@
-"""Members of an uncompressed tar: where each lies, from the headers alone, and how to open one."""
+"""Members of an uncompressed tar: their positions, read from the headers alone, and how to open a member."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -11,13 +11,13 @@ from pipeline.audio.byte_window import ByteWindow
 from pipeline.errors import archive_error
 from pipeline.object_store import is_remote_url, open_range_reader
 
-COMPRESSED_TAR_ADVICE = "is compressed, so no member can be sought; unpack it, or store it as a plain .tar"
+COMPRESSED_TAR_ADVICE = "is compressed, so its members cannot be read; unpack it, or store it as a plain .tar"
 
 TAR_BLOCK_BYTES = 512
 
 END_BLOCK = bytes(TAR_BLOCK_BYTES)  # a block of zeros follows the last member
 
-MAX_NAME_BYTES = 2**20  # of a name or of a PAX header; a damaged size must not be allocated
+MAX_NAME_BYTES = 2**20  # of a name or a PAX header: a damaged size must not allocate gigabytes
 
 # Types of member, by POSIX 1003.1 and GNU tar's manual.
 REGULAR_TYPES = (b"0", b"\0", b"7")
@@ -34,10 +34,10 @@ class TarMember(NamedTuple):
 
 
 class TarReader:
-    """The members of a tar in their order. If it is damaged, the members before the damage, and `fault` says so.
+    """Reads the members of a tar in order; of a damaged tar only those before the damage, which `fault` describes.
 
     One header is read at a time and the contents are skipped, so a tar of gigabytes costs as many small reads as
-    it has members. Long names are read in GNU's form and in PAX's; bytes that are no UTF-8 come out as `\\xff`.
+    it has members. Long names are read in GNU's form and in PAX's; bytes that are not UTF-8 are written as `\\xff`.
     Links and sparse members are left out.
     """
 
@@ -46,7 +46,10 @@ class TarReader:
         self.fault: str | None = None
 
     def read_members(self) -> Iterator[TarMember]:
-        """Yield every member, then set `fault`. OSError for a file that cannot be read, InputError for a URL."""
+        """Yield every member; then `fault` is set if the tar is damaged.
+
+        OSError for a file that cannot be read, InputError for a URL.
+        """
         if is_remote_url(self._path):
             with open_range_reader(str(self._path)) as (read, file_bytes):
                 yield from self._parse_members(read, file_bytes)
@@ -62,8 +65,8 @@ class TarReader:
         """Walk from header to header; `read` takes a number of bytes and a position."""
         position = 0
         member_count = 0
-        long_name = b""  # of the member that comes next
-        pax: dict[bytes, bytes] = {}  # likewise
+        long_name = b""  # name of the next member
+        pax: dict[bytes, bytes] = {}  # records of the next member
         while (header := read(TAR_BLOCK_BYTES, position)) != END_BLOCK:
             if self._note_damage(header, position, member_count):
                 return
@@ -99,7 +102,7 @@ class TarReader:
                 return
 
     def _note_damage(self, header: bytes, position: int, member_count: int) -> bool:
-        """Set `fault` if the block is no header of a member; True if it is set."""
+        """Set `fault` if the block is not the header of a member; return whether it is set."""
         if header[:2] == b"\x1f\x8b" and not position:
             self.fault = COMPRESSED_TAR_ADVICE
         elif len(header) < TAR_BLOCK_BYTES and member_count:
@@ -126,7 +129,7 @@ def open_tar_member(path: Path, offset: int, size: int) -> Iterator[ByteWindow]:
 
 
 def describe_tar_damage(position: int, member_count: int) -> str:
-    """Where a tar is damaged and what is used of it, as the end of a sentence."""
+    """The position of the damage and the members that are used, as the end of a sentence."""
     return f"is damaged at byte {position:,}; the {member_count:,} members before it are used"
 
 
@@ -156,7 +159,7 @@ def parse_digits(text: bytes, base: int) -> int:
 
 
 def name_in_header(header: bytes) -> bytes:
-    """The name in a header itself; in a POSIX header a prefix may stand before it."""
+    """The name that a header itself contains; in a POSIX header a prefix may precede it."""
     name = header[:100].partition(b"\0")[0]
     if header[257:263] == b"ustar\0" and (prefix := header[345:500].partition(b"\0")[0]):
         return prefix + b"/" + name
@@ -164,7 +167,7 @@ def name_in_header(header: bytes) -> bytes:
 
 
 def parse_pax_records(text: bytes) -> dict[bytes, bytes]:
-    """The `length key=value` lines of a PAX header, up to the first that has no such form."""
+    """The `length key=value` lines of a PAX header, up to the first line of another form."""
     records = {}
     while text:
         # The length counts the whole line, with its own digits and the line break.

@@ -1,4 +1,4 @@
-"""The audit of a store: which clips are in use, and every figure on their splits, copies, labels and classes."""
+"""The audit of a store: the clips in use, and all figures about their splits, copies, labels and classes."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,7 @@ from pipeline.store.splits import evaluation_split_names
 from pipeline.store.summary import IS_GOOD_CLIP, label_set_names
 from pipeline.tables import read_table
 
-# With fewer positives a class's average precision is mostly luck.
+# With fewer positives, a class's average precision is mostly chance.
 FEW_POSITIVES = 10
 
 SURPRISES_KEPT = 10  # of each kind
@@ -37,12 +37,12 @@ SURPRISES_KEPT = 10  # of each kind
 OUTSIDE_CLASSES_KEPT = 20
 
 
-# The clips that an audit looks at.
+# The clips of an audit.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class AuditedClips:
-    """A manifest, the labels.parquet beside it, and what decides which rows are in use."""
+    """The manifest and the labels of a store, and the data that decide which rows are in use."""
 
     manifest: pl.DataFrame
     labels: pl.DataFrame
@@ -52,12 +52,12 @@ class AuditedClips:
     excluded_N: np.ndarray  # true for rows marked by an exclude list
     exclude_lists: tuple[tuple[str, str, int], ...]  # name, sha256, clips
     splits: tuple[str, ...]  # in the order of the manifest
-    held_out_names: tuple[str, ...]  # of the splits that are measured on
-    ontologies: dict[str, Ontology]  # of the propagated label sets, as far as they are still there
+    held_out_names: tuple[str, ...]  # names of the evaluation splits
+    ontologies: dict[str, Ontology]  # by propagated label set, unless the ontology is missing
 
     @classmethod
     def of_store(cls, store: FeatureStore, held_out_names: Sequence[str] = ()) -> Self:
-        """All clips of a store; held out are the splits named, or else those named eval or test. Raises StoreError."""
+        """Return all clips of a store; by default, splits named eval or test are held out. Raises StoreError."""
         labels, provenance = read_table(store.path / "labels.parquet")
         splits = tuple(store.manifest["split"].unique(maintain_order=True))
         if unknown := sorted(set(held_out_names) - set(splits)):
@@ -80,12 +80,12 @@ class AuditedClips:
 
     @property
     def good_N(self) -> np.ndarray:
-        """Whether each row has usable audio."""
+        """True for rows with usable audio."""
         return self.manifest.select(IS_GOOD_CLIP).to_series().to_numpy()
 
     @property
     def in_use_N(self) -> np.ndarray:
-        """Whether each row is good and not excluded, so that loaders draw it."""
+        """True for rows that are good and not excluded, so that loaders draw them."""
         return self.good_N & ~self.excluded_N
 
     @property
@@ -96,13 +96,13 @@ class AuditedClips:
 
     @property
     def held_out_S(self) -> np.ndarray:
-        """Whether each split is held out."""
+        """True for splits that are held out."""
         return np.isin(self.splits, self.held_out_names)
 
     def clips_in_use(self) -> pl.DataFrame:
-        """The clips in use, with the columns that `copies.find_copies` takes.
+        """Return the clips in use, with the columns that `copies.find_copies` needs.
 
-        The audio of a silent clip is null: one silence equals another without being a copy of it.
+        The audio of a silent clip is null, because all silent clips are equal without being copies.
         """
         audio = pl.when(~pl.col("flags").list.contains("silent")).then("digest")
         return self.manifest.select(
@@ -116,7 +116,7 @@ class AuditedClips:
 
 
 def _label_set_ontologies(store: Path, provenance: dict[str, Any]) -> Iterator[tuple[str, Ontology]]:
-    """Yield the ontology of each propagated label set, except of sets that name none or whose ontology is gone."""
+    """Yield the ontology of each propagated label set, except sets that name none or whose ontology is missing."""
     for label_set, source in provenance.items():
         if isinstance(source, dict) and source.get("rule") in PROPAGATION_RULES and "ontology" in source:
             with suppress(MissingOntologyError):
@@ -124,7 +124,7 @@ def _label_set_ontologies(store: Path, provenance: dict[str, Any]) -> Iterator[t
 
 
 def _source_dataset(store: FeatureStore) -> str | None:
-    """The data set that the store was built from, according to build.json; None if that does not say."""
+    """Return the data set that the store was built from, as recorded in build.json; None if it is not recorded."""
     # `asked` is the key under which a build records its settings.
     try:
         settings = json.loads((store.path / "build.json").read_text())["asked"]
@@ -144,59 +144,59 @@ class SplitAudit:
     held_out: bool
     listed: int
     good: int
-    excluded: int  # good ones
+    excluded: int  # good clips that an exclude list names
     in_use: int
     unlabelled: int
     outside: int  # clips with a label that the class list lacks
-    labels_a_clip: float
-    most_labels: int
-    classes: int  # with a clip
+    labels_a_clip: float  # mean
+    most_labels: int  # of any clip
+    classes: int  # classes with a clip
     effective_classes: float  # the number of equally frequent classes with the same entropy
-    gini: float  # of clips a class: 0 where all are equally frequent, near 1 where one has all
+    gini: float  # of the clips per class: 0 if all are equally frequent, near 1 if one class has all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RareClasses:
-    """The classes of a split that can hardly be measured, by one label set."""
+    """The classes of a split, by one label set, with too few clips for a reliable average precision."""
 
     split: str
     label_set: str
-    none: tuple[str, ...]  # without a clip: average precision is undefined
-    few: tuple[tuple[str, int], ...]  # with fewer clips than `StoreAudit.few`, and how many
+    none: tuple[str, ...]  # classes without a clip: their average precision is undefined
+    few: tuple[tuple[str, int], ...]  # classes with fewer clips than `StoreAudit.few`, and their clips
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainEvalShift:
-    """The splits to train on against those held out, by raw labels.
+    """The differences between the training splits and the held-out splits, by raw labels.
 
-    shift  total variation of the class frequencies: 0 where they are equal, 1 where no class is on both sides
+    shift  total variation of the class frequencies: 0 if they are equal, 1 if no class is on both sides
     """
 
     trained: tuple[str, ...]
     held_out: tuple[str, ...]
-    only_trained: tuple[str, ...]  # classes
-    only_held_out: tuple[str, ...]
+    only_trained: tuple[str, ...]  # classes with clips only in training splits
+    only_held_out: tuple[str, ...]  # classes with clips only in held-out splits
     shift: float
-    shifts: tuple[ClassShift, ...]
-    shifts_in_all: int
+    shifts: tuple[ClassShift, ...]  # most significant first
+    shifts_in_all: int  # number of shifted classes, including those not in `shifts`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreAudit:
     """Everything that is wrong or surprising about the clips in use."""
 
-    few: int
-    classes: int
+    few: int  # classes with fewer clips are reported as rare
+    classes: int  # number of classes of the class list
     splits: tuple[SplitAudit, ...]
-    listed_again: int  # rows that the build set aside: their id stands elsewhere, and counts there
+    listed_again: int  # rows that the build left out, because another row with the same id counts
     exclude_lists: tuple[tuple[str, str, int], ...]  # name, sha256, clips
     copies: tuple[ClipCopies, ...]
-    contradictions: tuple[LabelContradictions, ...]  # one a label set
-    gaps: tuple[RareClasses, ...]  # one a split and label set
-    outside: tuple[tuple[str, int], ...]  # ids that the class list lacks, and their clips
-    outside_in_all: int
+    contradictions: tuple[LabelContradictions, ...]  # one per label set
+    gaps: tuple[RareClasses, ...]  # one per split and label set
+    outside: tuple[tuple[str, int], ...]  # ids that the class list lacks, and the number of clips with each
+    outside_in_all: int  # number of such ids, including those not in `outside`
     pairs: SurprisingPairs
-    sides: TrainEvalShift | None  # None where no split, or every split, is held out
+    sides: TrainEvalShift | None  # None if no split, or every split, is held out
 
 
 def audit_clips(
@@ -206,11 +206,11 @@ def audit_clips(
     few: int = FEW_POSITIVES,
     top: int = SURPRISES_KEPT,
 ) -> StoreAudit:
-    """Look at every clip; two million take seconds. OntologyError: a label that is null or no class.
+    """Audit every clip; two million clips take seconds. OntologyError if a label is null or is no class.
 
-    Each propagated set is judged by the ontology that it was made with. `ontology` says what raw labels imply and which
-    classes are related; it defaults to that of the first propagated set, and to AudioSet's if there is none. `few`
-    positives make a class measurable; `top` of each kind of surprise are kept.
+    Each propagated set is checked by the ontology that it was made with. `ontology` decides which labels raw labels
+    imply and which classes are related. It defaults to the ontology of the first propagated set, and to AudioSet's if
+    there is none. Classes with fewer than `few` positives are reported; `top` surprises of each kind are kept.
     """
     # The labels as arrays, and the classes that the ontology knows.
     common = ontology or next(iter(rows.ontologies.values()), None) or load_ontology()
@@ -218,7 +218,7 @@ def audit_clips(
     labels = _AuditedLabels.of_clips(rows)
     row_N, class_N = np.divmod(labels.keys_in_use["raw"], len(rows.classes))
 
-    # Labels that the class list lacks: the most frequent first.
+    # Count the ids that the class list lacks, the most frequent first.
     outside = rows.labels.select("outside").filter(rows.in_use_N).to_series().explode().drop_nulls()
     outside_counts = outside.value_counts().sort(["count", "outside"], descending=[True, False])
 
@@ -254,7 +254,7 @@ class _AuditedLabels:
         class_count = len(rows.classes)
         split_count = len(rows.splits)
 
-        # Every label set as keys, and how many of them lie in each split and class.
+        # Every label set as keys, and the number of labels in each split and class.
         all_keys = {name: label_keys(rows.labels[name], class_count) for name in label_set_names(rows.labels)}
         keys_in_use = {}
         clips_SC = {}
@@ -278,14 +278,14 @@ class _AuditedLabels:
 
 
 def _audit_splits(rows: AuditedClips, labels: _AuditedLabels) -> Iterator[SplitAudit]:
-    # Figures of every row.
+    # Find the figures of every row.
     good_N = rows.good_N
     in_use_N = rows.in_use_N
     split_N = rows.split_N
     has_outside_N = (rows.labels["outside"].list.len() > 0).to_numpy()
     label_count_N = np.bincount(labels.keys_in_use["raw"] // len(rows.classes), minlength=len(in_use_N))
 
-    # The same, split by split.
+    # Sum them up split by split.
     for index, split in enumerate(rows.splits):
         in_split_N = split_N == index
         clips_C = labels.clips_SC["raw"][index]
@@ -308,14 +308,14 @@ def _audit_splits(rows: AuditedClips, labels: _AuditedLabels) -> Iterator[SplitA
 
 
 def effective_class_count(clips_C: np.ndarray) -> float:
-    """The number of equally frequent classes with the same entropy; 0 if no class has a clip."""
+    """Return the number of equally frequent classes with the same entropy; 0 if no class has a clip."""
     # The exponential of the entropy, also called perplexity.
     share_C = clips_C[clips_C > 0] / max(clips_C.sum(), 1)
     return float(np.exp(-(share_C * np.log(share_C)).sum())) if len(share_C) else 0.0
 
 
 def gini_coefficient(clips_C: np.ndarray) -> float:
-    """The inequality of the counts: 0 if all are equal, (C - 1) / C if one class has all."""
+    """Return the Gini coefficient of the counts: 0 if all are equal, (C - 1) / C if one class has all clips."""
     total = clips_C.sum()
     if not total:
         return 0.0
@@ -329,11 +329,11 @@ def gini_coefficient(clips_C: np.ndarray) -> float:
 def _check_label_sets(
     rows: AuditedClips, labels: _AuditedLabels, common_subset: OntologySubset, top: int
 ) -> Iterator[LabelContradictions]:
-    """Compare the raw set with what its own labels imply, every other set with what its rule makes of the raw set."""
+    """Compare the raw set with the labels that it implies, and every other set with the result of its rule."""
     split_N = rows.split_N
     class_count = len(rows.classes)
     for name, all_keys_N in labels.all_keys.items():
-        # The rule and the ontology to judge by: the set's own, if they are known.
+        # Check by the set's own rule and ontology, if they are known.
         subset = common_subset
         if name in rows.ontologies:
             subset = OntologySubset.of_classes(rows.ontologies[name], rows.classes)
@@ -342,7 +342,7 @@ def _check_label_sets(
             yield LabelContradictions(label_set=name, rule=None, why_not=why_not)
             continue
 
-        # Raw labels count in the clips in use, a propagated set in all clips of the splits that it covers.
+        # Check raw labels in the clips in use, a propagated set in all clips of its propagated splits.
         if name == "raw":
             raw_N = present_N = labels.keys_in_use["raw"]
         else:
@@ -362,7 +362,7 @@ def _rare_classes(rows: AuditedClips, labels: _AuditedLabels, few: int) -> Itera
         for label_set, clips_SC in labels.clips_SC.items():
             clips_C = clips_SC[index]
 
-            # Classes without a clip are named apart: their average precision is not even defined.
+            # List classes without a clip separately, because their average precision is undefined.
             rare = np.flatnonzero((clips_C > 0) & (clips_C < few))
             yield RareClasses(
                 split=split,

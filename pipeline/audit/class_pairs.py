@@ -1,4 +1,4 @@
-"""Surprises among classes: pairs that share clips more or less than by chance, and shifts between the splits."""
+"""Statistics of classes: pairs that share more or fewer clips than by chance, and shifts between splits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ MAX_PAIRED_LABELS = 64
 # With fewer clips, observed or expected, the statistic means little.
 MIN_CLIPS_TOGETHER = 5
 
-# The chance that clips without any surprise show one, over all pairs together.
+# The probability of at least one false finding, over all pairs together.
 SIGNIFICANCE_LEVEL = 0.05
 
 
@@ -26,44 +26,44 @@ class ClassPair:
     one: str
     other: str
     clips: int
-    expected: float  # if the classes were independent
+    expected: float  # number of clips if the classes were independent
     g2: float  # log-likelihood ratio of the 2 x 2 table
 
 
 @dataclass(frozen=True, slots=True)
 class SurprisingPairs:
-    """The most surprising pairs of classes, and how much of the labels was not compared."""
+    """The most surprising pairs of classes, and the numbers of compared classes and of clips that were left out."""
 
-    more: tuple[ClassPair, ...]
-    less: tuple[ClassPair, ...]
-    more_in_all: int
+    more: tuple[ClassPair, ...]  # with more clips than expected, strongest first
+    less: tuple[ClassPair, ...]  # with fewer clips than expected, strongest first
+    more_in_all: int  # number of such pairs, including those not in `more`
     less_in_all: int
-    classes: int  # paired
-    clips_left_out: int  # with too many labels
+    classes: int  # number of classes that were paired
+    clips_left_out: int  # clips with more than MAX_PAIRED_LABELS labels
 
 
 @dataclass(frozen=True, slots=True)
 class ClassShift:
-    """A class that is more, or less, frequent in the splits to train on than in those held out."""
+    """A class whose frequency in the training splits differs from that in the held-out splits."""
 
     name: str
-    trained: float  # share of the labelled clips
-    held_out: float
+    trained: float  # share of the labelled training clips that have the class
+    held_out: float  # share of the labelled held-out clips
     g2: float
 
 
 def find_surprising_pairs(
     row_N: np.ndarray, class_N: np.ndarray, names: Sequence[str], related_pairs: np.ndarray, *, top: int
 ) -> SurprisingPairs:
-    """The classes that stand together more or less often than chance, among clips that have a label.
+    """Return the pairs of classes that share more or fewer clips than by chance, among the clips that have a label.
 
-    Where clips have few labels each, any two classes keep each other away a little: the first pairs count most.
+    If clips have few labels each, any two classes slightly exclude each other, so only the strongest pairs matter.
 
-    row_N, class_N  the labels, by row, then class, each once
-    related_pairs   pairs [N, 2] of classes, smaller index first, that the ontology relates: they cannot surprise
-    top             how many pairs of each kind to return
+    row_N, class_N  row and class of every label, sorted by row, then class, without repeats
+    related_pairs   pairs [N, 2] of classes, smaller index first, that the ontology relates; they are not reported
+    top             maximum number of pairs of each kind
     """
-    # A crowded clip counts for nothing: neither for its classes, nor for a pair, nor for the total.
+    # Leave out clips with too many labels, also from the counts of classes and from the total.
     is_crowded_R = np.bincount(row_N, minlength=1) > MAX_PAIRED_LABELS
     is_kept_N = ~is_crowded_R[row_N]
     row_N = row_N[is_kept_N]
@@ -79,7 +79,7 @@ def find_surprising_pairs(
     has_place_N = place_C[class_N] >= 0
     together_KK = count_together_KK(row_N[has_place_N], place_C[class_N[has_place_N]], len(busy_K))
 
-    # Every unrelated pair, with the clips that have both and the clips expected to.
+    # For every unrelated pair, the observed and the expected number of clips with both classes.
     one_N, other_N = np.nonzero(_unrelated_mask_KK(place_C, related_pairs, len(busy_K)))
     together_N = together_KK[one_N, other_N]
     expected_N = clips_K[one_N] * clips_K[other_N] / max(total, 1)
@@ -101,7 +101,7 @@ def find_surprising_pairs(
         )
         return pairs, len(indices)
 
-    # More than expected counts where enough clips are seen, fewer where enough are expected.
+    # `more` needs enough observed clips, `less` needs enough expected clips.
     enough_seen_N = together_N >= MIN_CLIPS_TOGETHER
     enough_expected_N = expected_N >= MIN_CLIPS_TOGETHER
     more, more_in_all = strongest_pairs(is_significant_N & (together_N > expected_N) & enough_seen_N)
@@ -110,13 +110,13 @@ def find_surprising_pairs(
 
 
 def _busiest_classes(clips_C: np.ndarray) -> np.ndarray:
-    """The classes with most clips, at most MAX_PAIRED_CLASSES and none without a clip, in ascending order."""
+    """Return the classes with most clips, at most MAX_PAIRED_CLASSES and none without a clip, in ascending order."""
     busy_K = np.sort(np.argsort(-clips_C, kind="stable")[:MAX_PAIRED_CLASSES])
     return busy_K[clips_C[busy_K] > 0]
 
 
 def _unrelated_mask_KK(place_C: np.ndarray, related_pairs: np.ndarray, place_count: int) -> np.ndarray:
-    """True at [one, other], one < other, of every two places whose classes the ontology does not relate."""
+    """Return a mask, true at [i, j], i < j, if the ontology does not relate the classes at places i and j."""
     mask_KK = np.triu(np.ones((place_count, place_count), bool), 1)
     if len(related_pairs):
         one_N, other_N = place_C[related_pairs].T
@@ -126,11 +126,11 @@ def _unrelated_mask_KK(place_C: np.ndarray, related_pairs: np.ndarray, place_cou
 
 
 def count_together_KK(row_N: np.ndarray, position_N: np.ndarray, position_count: int) -> np.ndarray:
-    """The number of rows that have two positions together, at [one, other] with one < other.
+    """Return at [i, j], i < j, the number of rows that have both positions i and j.
 
-    Entries come by row, then position, each once.
+    Entries are sorted by row, then position, without repeats.
     """
-    # Entries of one row lie side by side, so that each meets the entry `distance` places further on.
+    # Entries of one row are adjacent, so compare each with the entry `distance` places later.
     count_KK = np.zeros(position_count * position_count, np.int64)
     for distance in range(1, MAX_PAIRED_LABELS):
         same_row_N = row_N[distance:] == row_N[:-distance]
@@ -151,9 +151,9 @@ def find_class_shifts(
     *,
     top: int,
 ) -> tuple[tuple[ClassShift, ...], int]:
-    """The classes whose shares of the clips to train on and held out differ most, by evidence; and how many differ.
+    """Return the classes whose shares of training and held-out clips differ most significantly; and how many differ.
 
-    `train_clips` and `held_out_clips` are labelled clips, so that a class's share is of these.
+    `train_clips` and `held_out_clips` are the numbers of labelled clips, from which the shares are computed.
     """
     if not train_clips or not held_out_clips:
         return (), 0
@@ -180,15 +180,18 @@ def find_class_shifts(
 def log_likelihood_ratio(
     both_N: np.ndarray, one_N: np.ndarray, other_N: np.ndarray, total: int
 ) -> np.ndarray:
-    """Log-likelihood ratio (Dunning 1993) of tables of clips with both, either or neither of two marks.
+    """Return G2, the log-likelihood ratio (Dunning 1993), of 2 x 2 tables of clips with and without two properties.
 
-    Chi-squared with one degree of freedom if the marks are independent. It holds for rare marks better than Pearson's
-    sum, and ranks by evidence rather than by ratio, as mutual information would.
+    It is chi-squared with one degree of freedom if the properties are independent. For rare properties it is more
+    accurate than Pearson's sum. It ranks by evidence; mutual information would rank by ratio.
+
+    both_N, one_N, other_N  number of clips with both properties, with the first, with the second
+    total                   number of all clips
     """
     one_N = one_N.astype(float)
     other_N = other_N.astype(float)
 
-    # The four cells of every table: both marks, the one alone, the other alone, neither.
+    # The four cells of every table: both properties, only the first, only the second, neither.
     observed_4N = np.stack([both_N, one_N - both_N, other_N - both_N, total - one_N - other_N + both_N])
     products_4N = np.stack(
         [
@@ -200,12 +203,12 @@ def log_likelihood_ratio(
     )
     expected_4N = products_4N / max(total, 1)
 
-    # An empty cell adds nothing, as x log x does at zero.
+    # An empty cell adds nothing: x log x is 0 at x = 0.
     is_filled_4N = observed_4N > 0
     ratio_4N = np.where(is_filled_4N, observed_4N / np.maximum(expected_4N, 1e-300), 1)
     return 2 * np.where(is_filled_4N, observed_4N * np.log(ratio_4N), 0).sum(0)
 
 
 def g2_threshold(draws: int) -> float:
-    """The ratio that the largest of `draws` independent ones exceeds with chance SIGNIFICANCE_LEVEL (Bonferroni)."""
+    """Return the G2 that any of `draws` independent values exceeds with probability SIGNIFICANCE_LEVEL (Bonferroni)."""
     return NormalDist().inv_cdf(1 - SIGNIFICANCE_LEVEL / (2 * max(draws, 1))) ** 2

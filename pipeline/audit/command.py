@@ -1,4 +1,4 @@
-"""What `ajepa-data audit-labels` does, in one call: record exclude lists, audit the store, list the clips that leak."""
+"""The steps of `ajepa-data audit-labels`: record exclude lists, audit the store, list the clips that leak."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,11 +23,11 @@ from pipeline.store.feature_store import FeatureStore
 from pipeline.store.manifest import nearest_clip_ids
 from pipeline.tables import write_table
 
-# The comment behind each line of a suggested exclude list.
+# The reason on each line of a suggested exclude list.
 LEAK_REASONS = {
-    "id": "stands in {split} too",
+    "id": "is in {split} too",
     "audio": "has the exact audio of {other} in {split}",
-    "recording": "is of the same recording as {other} in {split}",
+    "recording": "is from the same recording as {other} in {split}",
 }
 
 
@@ -42,10 +42,12 @@ def audit_store(
     few: int = FEW_POSITIVES,
     top: int = SURPRISES_KEPT,
 ) -> Iterator[str]:
-    """Record exclude lists or take them back, audit the clips that are left, write the files; yield lines to print."""
-    # The lists come first, for they decide which clips are audited.
+    """Record or remove exclude lists, audit the remaining clips, write the files; yields the lines to print."""
+    # Record the lists first, because they decide which clips are audited.
     if exclude and no_exclude:
-        raise InputError("--exclude and --no-exclude: give one of them; --exclude replaces what is recorded")
+        raise InputError(
+            "--exclude and --no-exclude: give only one of them; --exclude replaces the recorded lists"
+        )
     if exclude or no_exclude:
         for outcome in record_exclude_lists(FeatureStore.open(store), exclude):
             yield str(outcome)
@@ -57,11 +59,11 @@ def audit_store(
         write_audit_json(audit, str(store), json_path)
         yield f"\n{json_path}"
 
-    # New lists replace those recorded, so the command to copy names these again.
+    # New lists replace the recorded lists, so the suggested command names the recorded lists again.
     if suggestion_path is not None:
         leaking_count = suggest_exclude_list(clips, suggestion_path)
         if not leaking_count:
-            yield f"\n{suggestion_path}: not written; no clip to train on is left that leaks"
+            yield f"\n{suggestion_path}: not written; no training clip leaks"
             return
         options = "".join(f" --exclude {name}" for name, _, _ in clips.exclude_lists)
         yield f"\n{suggestion_path}: {count_phrase(leaking_count, 'clip')}; leave them out with:"
@@ -70,12 +72,12 @@ def audit_store(
 
 @dataclass(frozen=True, slots=True)
 class ExcludeListOutcome:
-    """What became of one exclude list."""
+    """The result of recording one exclude list."""
 
     name: str
     clip_count: int
     unknown_count: int  # ids that the store does not have
-    unknown_example: str  # the first of them, with a similar id of the store
+    unknown_example: str  # the first unknown id, with a similar id of the store
 
     def __str__(self) -> str:
         sentence = f"{self.name}: {count_phrase(self.clip_count, 'clip')} excluded"
@@ -87,11 +89,11 @@ class ExcludeListOutcome:
 
 
 def record_exclude_lists(store: FeatureStore, paths: Sequence[Path]) -> list[ExcludeListOutcome]:
-    """Record these lists as the ones that a store excludes clips by, in place of any before; no list takes all back.
+    """Record the lists in a store, in place of all lists recorded before; an empty `paths` removes all lists.
 
-    InputError, with nothing changed, if a list cannot be read or names no clip of the store.
+    InputError if a list cannot be read or names no clip of the store; then nothing has been changed.
     """
-    # Every list is matched before anything is written.
+    # Match every list before anything is written.
     outcomes: list[ExcludeListOutcome] = []
     frames: list[pl.DataFrame] = []
     for path in paths:
@@ -105,7 +107,7 @@ def record_exclude_lists(store: FeatureStore, paths: Sequence[Path]) -> list[Exc
         outcomes.append(ExcludeListOutcome(exclude_list.name, frame.height, len(unknown_ids), example))
         frames.append(frame)
 
-    # The new lists take the place of all before.
+    # Replace all lists recorded before.
     frame = pl.concat(frames) if frames else pl.DataFrame(schema=EXCLUSIONS_SCHEMA)
     exclusions = Exclusions(frame=frame)
     with lock_store(store.path):
@@ -114,7 +116,7 @@ def record_exclude_lists(store: FeatureStore, paths: Sequence[Path]) -> list[Exc
 
 
 def _describe_unknown_id(manifest: pl.DataFrame, clip_id: str) -> str:
-    """An id that the store lacks, with similar ones; or an id that it has in other splits than the list names."""
+    """Describe an id that the store lacks, with similar ids; or an id that is only in other splits of the store."""
     # The list names a split that the clip is not in.
     if splits := manifest.filter(pl.col("clip_id") == clip_id)["split"].unique().to_list():
         return f"{clip_id!r}, which is in {' and '.join(sorted(splits))} only"
@@ -123,18 +125,18 @@ def _describe_unknown_id(manifest: pl.DataFrame, clip_id: str) -> str:
 
 
 def suggest_exclude_list(rows: AuditedClips, path: Path) -> int:
-    """Write an exclude list of the clips to train on that leak into held-out ones, and return how many there are.
+    """Write an exclude list of the training clips that leak into held-out splits; returns their number.
 
-    A line is a clip, with the reason behind it; the file is CSV if `path` ends in `.csv`, and is not written if no clip
-    leaks. InputError if no split is held out, or every one is, or if a text cannot hold the ids.
+    Each line has a clip and the reason. The file is CSV if `path` ends in `.csv`, and is not written if no clip leaks.
+    InputError if no split or every split is held out, or if a text file cannot represent the ids.
     """
     if rows.held_out_S.all() or not rows.held_out_S.any():
         which = "every split is" if rows.held_out_S.any() else "no split is"
         raise InputError(
-            f"{path}: {which} held out, so nothing can leak; name those to measure on with --eval SPLIT"
+            f"{path}: {which} held out, so nothing can leak; name the evaluation splits with --eval SPLIT"
         )
 
-    # The clips, each with the reason that weighs most.
+    # Find the clips, each with the most important reason.
     leaks = find_leaking_clips(rows.clips_in_use(), rows.splits, rows.held_out_names)
     reasons = [
         LEAK_REASONS[leak["kind"]].format(other=leak["other"], split=leak["other_split"])
@@ -145,7 +147,7 @@ def suggest_exclude_list(rows: AuditedClips, path: Path) -> int:
     if clips.is_empty():
         return 0
 
-    # A table holds any id, a text only those without blanks or `#` in the wrong places.
+    # A CSV file can represent any id, a text only ids without outer blanks and comments.
     is_csv = path.suffix.lower() == ".csv"
     content = clips.write_csv() if is_csv else _exclude_list_text(clips, rows, path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,13 +157,13 @@ def suggest_exclude_list(rows: AuditedClips, path: Path) -> int:
 
 
 def _exclude_list_text(leaking_clips: pl.DataFrame, rows: AuditedClips, path: Path) -> str:
-    """A line a clip; InputError if the text would name other clips than these.
+    """Return a text with one line per clip; InputError if the text would name other clips than these.
 
-    That is so for an id that looks like a comment or loses its blanks, and for one that also stands in another split.
+    This happens if an id contains a comment or outer blanks, or if it is also in another split.
     """
     others = rows.manifest.select("clip_id", "split").join(leaking_clips, on=["clip_id", "split"], how="anti")
 
-    # Ids that would be read back as other ids, then ids that name more than the clip that leaks.
+    # Find ids that would be read as other ids, and ids that name other clips besides the leaking clip.
     clip_id = pl.col("clip_id")
     is_unfit = (
         clip_id.str.contains(COMMENT_PATTERN)
@@ -173,6 +175,6 @@ def _exclude_list_text(leaking_clips: pl.DataFrame, rows: AuditedClips, path: Pa
         raise InputError(
             f"{path}: a text cannot name {unfit['clip_id'][0]!r} alone; give a name that ends in .csv"
         )
-    head = "# clips to train on that stand in what is measured, too; # begins a comment\n"
+    head = "# training clips that leak into evaluation splits; # begins a comment\n"
     lines = (f"{name}  # {reason}\n" for name, _, reason in leaking_clips.rows())
     return head + "".join(lines)

@@ -8,27 +8,27 @@ import polars as pl
 
 COPY_EXAMPLES_KEPT = 5
 
-# Each kind of copy with the column of the clips that copies share.
+# Each kind of copy, and the column that has the same value for all copies.
 COPY_KIND_COLUMNS = {"audio": "audio", "id": "clip_id", "recording": "recording"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipCopies:
-    """Clips that share something with others, in one split (named twice) or in two."""
+    """Clips that share an id, a recording or their audio, within one split (named twice) or across two."""
 
     kind: str  # a key of COPY_KIND_COLUMNS
     splits: tuple[str, str]
     leak: bool  # exactly one of the two splits is held out
-    groups: int  # ids, recordings or sounds that are shared
-    clips: tuple[int, int]  # of each split; in one split both count the same clips
-    labels_differ: int  # groups whose raw labels are not all the same
-    examples: tuple[tuple[str, str], ...]  # ids of two clips of a group, one of each split
+    groups: int  # number of shared ids, recordings or sounds
+    clips: tuple[int, int]  # number of clips in each split; within one split both numbers are the same
+    labels_differ: int  # number of groups whose raw labels are not all the same
+    examples: tuple[tuple[str, str], ...]  # ids of two clips of a group, one from each split
 
 
 def clip_recordings(manifest: pl.DataFrame, dataset: str | None) -> pl.Series:
-    """The recording that each clip was cut from: AudioSet's video, which its id names, else the sound's file.
+    """Return the recording that each clip was cut from: AudioSet's video, which the id names, else the sound's file.
 
-    If no file was found, the id without the position that a piece of a long sound has in it.
+    If no file was found, it is the id without the position of the piece in a long sound.
     """
     if dataset == "audioset":
         return manifest["clip_id"].alias("recording")
@@ -39,12 +39,12 @@ def clip_recordings(manifest: pl.DataFrame, dataset: str | None) -> pl.Series:
 def find_copies(
     clips: pl.DataFrame, splits: Sequence[str], held_out_names: Sequence[str]
 ) -> tuple[ClipCopies, ...]:
-    """Everything that clips share, leaks first, then by kind and by the number of groups.
+    """Return all copies among clips, leaks first, then by kind and by the number of groups.
 
-    `clips` are those in use: `row`, `split` (index into `splits`), clip_id, recording, audio (null: not to be compared)
-    and raw. Pieces of one recording in one split are as they should be, and are not reported.
+    `clips` are the clips in use, with the columns row, split (index into `splits`), clip_id, recording, audio (null:
+    not compared) and raw. Pieces of one recording in one split are normal, and are not reported.
     """
-    # Every kind, in every pair of splits.
+    # Find every kind of copies in every pair of splits.
     copies = [
         copy
         for kind in COPY_KIND_COLUMNS
@@ -71,10 +71,10 @@ def find_copies(
 def find_leaking_clips(
     clips: pl.DataFrame, splits: Sequence[str], held_out_names: Sequence[str]
 ) -> pl.DataFrame:
-    """The clips to train on that share something with one held out, each once, with the kind that weighs most.
+    """Return the training clips that share their id, audio or recording with a held-out clip, each once.
 
-    Columns: `row`, `kind`, and of the first such held-out clip `other` (its id) and `other_split`. `clips` as in
-    `find_copies`.
+    Columns: `row`; `kind`, the first of these three that applies; `other` and `other_split`, the id and the split of
+    the first such held-out clip. `clips` are those of `find_copies`.
     """
     held_out_indices = [index for index, name in enumerate(splits) if name in held_out_names]
     is_held_out = pl.col("split").is_in(held_out_indices)
@@ -94,9 +94,9 @@ def find_leaking_clips(
 
 
 def _clips_sharing_key(clips: pl.DataFrame, kind: str) -> pl.DataFrame:
-    """The clips whose `key`, their value of a kind, other clips have too.
+    """Return the clips whose `key`, the value in the column of `kind`, other clips have too.
 
-    None for recordings if these are the ids: the kind `id` has reported them all.
+    There are none for recordings if these are the ids, because the kind `id` reports them all.
     """
     key = clips[COPY_KIND_COLUMNS[kind]]
     if kind == "recording" and key.equals(clips["clip_id"], check_names=False):
@@ -112,7 +112,7 @@ def _clips_sharing_key(clips: pl.DataFrame, kind: str) -> pl.DataFrame:
     else:
         may_share = pl.repeat(False, clips.height, eager=True)
 
-    # Two texts may have one hash, so the few that are left are compared themselves.
+    # Different texts may have one hash, so compare the few remaining texts themselves.
     candidates = clips.with_columns(key=key).filter(may_share & key.is_not_null())
     return candidates.filter(pl.col("key").is_duplicated())
 
@@ -120,8 +120,8 @@ def _clips_sharing_key(clips: pl.DataFrame, kind: str) -> pl.DataFrame:
 def _copies_by_split(
     clips: pl.DataFrame, kind: str, splits: Sequence[str], held_out_names: Sequence[str]
 ) -> Iterator[ClipCopies]:
-    """Yield one kind of copies, for every pair of splits that has some; `clips` have a `key` that others share."""
-    # Every clip, with whether the labels of its group differ.
+    """Yield the copies of one kind for every pair of splits that has any; `clips` have a shared `key`."""
+    # Mark every clip whose group has different labels.
     labels = pl.col("raw").cast(pl.List(pl.String)).list.join(" ")
     clips = clips.select("row", "split", "clip_id", "key", labels=labels).sort("row")
     clips = clips.with_columns(differ=pl.col("labels").n_unique().over("key") > 1)

@@ -1,4 +1,4 @@
-"""The findings of an audit: one sentence each with advice, worst first; and the whole audit as text and as JSON."""
+"""The findings of an audit, each a sentence with advice, worst first; and the whole audit as text and as JSON."""
 
 import json
 import textwrap
@@ -14,11 +14,11 @@ from pipeline.files import replacing_file
 from pipeline.messages import count_phrase
 from pipeline.store.splits import evaluation_split_names
 
-# The levels by their weight.
+# The levels with their meanings, the most severe first.
 FINDING_LEVELS = {
-    "leak": "what is measured on has been trained on",
-    "fault": "the store is not what it says",
-    "check": "may mislead: look at it",
+    "leak": "evaluation clips are also trained on",
+    "fault": "the store contradicts its own records",
+    "check": "may mislead: check it",
     "note": "good to know",
 }
 
@@ -41,7 +41,7 @@ class AuditFinding:
 
 
 def collect_findings(audit: StoreAudit, store: str) -> tuple[AuditFinding, ...]:
-    """Everything that deserves a sentence, by level; `store` is the path that suggested commands name."""
+    """Return all findings, sorted by level; `store` is the path in suggested commands."""
     suggest_command = _suggest_command(audit, store)
     findings = [
         *(_copies_finding(copies, suggest_command) for copies in audit.copies),
@@ -58,7 +58,7 @@ def collect_findings(audit: StoreAudit, store: str) -> tuple[AuditFinding, ...]:
 
 
 def format_audit(audit: StoreAudit, store: str) -> str:
-    """An audit as text for the terminal: the findings in the order of their weight, then tables."""
+    """Return an audit as text for the terminal: the findings, the most severe first, then tables."""
     in_use = sum(split.in_use for split in audit.splits)
     listed = sum(split.listed for split in audit.splits)
     head = f"{store}: {in_use:,} of {listed:,} listed clips in use; {count_phrase(audit.classes, 'class')}"
@@ -68,8 +68,8 @@ def format_audit(audit: StoreAudit, store: str) -> str:
         list(_finding_lines(collect_findings(audit, store))),
         list(_split_table_lines(audit)),
         list(_contradiction_lines(audit)),
-        list(_class_pair_lines("stand together more often than chance", pairs.more, pairs.more_in_all)),
-        list(_class_pair_lines("stand together less often than chance", pairs.less, pairs.less_in_all)),
+        list(_class_pair_lines("occur together more often than by chance", pairs.more, pairs.more_in_all)),
+        list(_class_pair_lines("occur together less often than by chance", pairs.less, pairs.less_in_all)),
         list(_class_shift_lines(audit)),
     ]
     return "\n\n".join("\n".join(line.rstrip() for line in block) for block in blocks if block)
@@ -88,11 +88,11 @@ def write_audit_json(audit: StoreAudit, store: str, path: Path) -> None:
 
 
 def _copies_finding(copies: ClipCopies, suggest_command: str) -> AuditFinding:
-    # Within a split copies only weigh more than others; across splits they may leak.
+    # Within a split, copies only count more than other clips; across splits, they may leak.
     one, other = copies.splits
     if one == other:
         level = "check"
-        advice = "each is drawn as often as it stands there; exclude some where that matters"
+        advice = "each copy is drawn, so the sound counts more often; exclude some if that matters"
         if copies.kind == "id":
             advice = "exclude all but one row of each"
     elif copies.leak:
@@ -100,7 +100,7 @@ def _copies_finding(copies: ClipCopies, suggest_command: str) -> AuditFinding:
         advice = suggest_command
     else:
         level = "check"
-        advice = "they count twice where both splits are used together; exclude one of each"
+        advice = "they count twice if both splits are used together; exclude one of each"
     return AuditFinding(
         level=level,
         count=copies.groups,
@@ -136,8 +136,8 @@ def _copies_sentence(copies: ClipCopies) -> str:
 
 
 def _suggest_command(audit: StoreAudit, store: str) -> str:
-    """The command that lists the clips that leak; its output says how to record the list beside those there are."""
-    # The option is needed only if other splits were audited than those it would choose itself.
+    """Return the command that lists the leaking clips; its output shows how to record that list."""
+    # --eval is needed only if the audit did not use the default splits.
     held_out = tuple(split.split for split in audit.splits if split.held_out)
     default = evaluation_split_names([split.split for split in audit.splits])
     options = "" if held_out == default else "".join(f" --eval {split}" for split in held_out)
@@ -163,7 +163,7 @@ def _unjudged_finding(contradictions: LabelContradictions, store: str) -> AuditF
     return AuditFinding(
         level="check",
         count=1,
-        what=f"label set {label_set} cannot be judged: {contradictions.why_not}",
+        what=f"label set {label_set} cannot be checked: {contradictions.why_not}",
         do=f"make it again, with the ontology it needs: {_propagate_command(store, label_set)}",
     )
 
@@ -216,15 +216,15 @@ def _propagate_command(store: str, rule: str) -> str:
 
 
 def _rare_class_findings(audit: StoreAudit) -> Iterator[AuditFinding]:
-    """Yield findings by raw labels; the sentence adds how many such classes are left by each other label set."""
+    """Yield findings about raw labels; the sentence adds the number of such classes in each other label set."""
     any_held_out = any(split.held_out for split in audit.splits)
     for split in audit.splits:
-        # A split without any label has one finding of its own, not one a class.
+        # A split without any label has one finding of its own, not one per class.
         if not split.classes:
             continue
         raw, *others = [gaps for gaps in audit.gaps if gaps.split == split.split]
 
-        # Where nothing is held out, any split may be measured on.
+        # If no split is held out, any split may be used for evaluation.
         level = "check" if split.held_out or not any_held_out else "note"
         if raw.none:
             classes = f"{len(raw.none):,} of {count_phrase(audit.classes, 'class')}"
@@ -245,7 +245,7 @@ def _rare_class_findings(audit: StoreAudit) -> Iterator[AuditFinding]:
                 count=len(raw.few),
                 what=f"{classes} in {split.split}{left}",
                 examples=tuple(f"{name}: {clips}" for name, clips in rarest[:FINDING_EXAMPLES_SHOWN]),
-                do=_if_held_out(split, "their average precision is mostly luck"),
+                do=_if_held_out(split, "their average precision is mostly chance"),
             )
 
 
@@ -289,7 +289,7 @@ def _label_findings(audit: StoreAudit) -> Iterator[AuditFinding]:
             do="these labels count nowhere; the others of the same clips do",
         )
 
-    # A store without any label is made for pre-training; otherwise each split is looked at.
+    # A store without any label is made for pre-training; otherwise each split is checked.
     any_in_use = any(split.in_use for split in audit.splits)
     if any_in_use and not any(split.classes for split in audit.splits):
         sentence = "no clip with a label: the store serves pre-training only"
@@ -299,7 +299,7 @@ def _label_findings(audit: StoreAudit) -> Iterator[AuditFinding]:
         if not split.unlabelled:
             continue
         level = "note"
-        advice = "they serve pre-training; a probe takes them for negatives of every class"
+        advice = "they are useful for pre-training; a probe treats them as negatives of every class"
         if split.held_out:
             level = "check"
             advice = "they count as negatives of every class; exclude them if they are not"
@@ -310,11 +310,11 @@ def _label_findings(audit: StoreAudit) -> Iterator[AuditFinding]:
 def _row_findings(audit: StoreAudit, store: str) -> Iterator[AuditFinding]:
     if audit.listed_again:
         rows = count_phrase(audit.listed_again, "row")
-        sentence = f"{rows} set aside by the build: the id stands elsewhere, and counts there"
+        sentence = f"{rows} left out by the build, because another row with the same id counts"
         yield AuditFinding(level="note", count=audit.listed_again, what=sentence)
     for name, _, clips in audit.exclude_lists:
         sentence = f"{count_phrase(clips, 'clip')} excluded by {name}"
-        advice = f"take that back with: ajepa-data audit-labels {store} --no-exclude"
+        advice = f"remove all lists with: ajepa-data audit-labels {store} --no-exclude"
         yield AuditFinding(level="note", count=clips, what=sentence, do=advice)
     for split in audit.splits:
         if not split.in_use:
@@ -340,7 +340,7 @@ def _finding_lines(findings: Sequence[AuditFinding]) -> Iterator[str]:
 
 
 def _wrap_with_head(head: str, text: str) -> list[str]:
-    """Indented lines with a head before the first; words stay whole, so that ids can be copied."""
+    """Return indented lines with a head before the first; words are not broken, so that ids can be copied."""
     indent = f"  {head:<6} "
     return textwrap.wrap(
         text,
@@ -353,7 +353,7 @@ def _wrap_with_head(head: str, text: str) -> list[str]:
 
 
 def _split_table_lines(audit: StoreAudit) -> Iterator[str]:
-    # The column of names is as wide as the longest.
+    # The column of names is as wide as the longest name.
     heads = ("listed", "excluded", "in use", "no label", "labels", "classes", "effective")
     widths = (10, 9, 10, 10, 7, 8, 10)
     name_width = max(16, *(len(split.split) + 1 for split in audit.splits))
@@ -369,7 +369,7 @@ def _split_table_lines(audit: StoreAudit) -> Iterator[str]:
             f"{split.effective_classes:.1f}",
         )
         yield split.split.ljust(name_width) + "".join(map(str.rjust, cells, widths))
-    yield "labels: of a clip, on average; effective: so many equal classes are as varied"
+    yield "labels: mean per clip; effective: equally frequent classes with the same entropy"
 
 
 def _contradiction_lines(audit: StoreAudit) -> Iterator[str]:
@@ -409,7 +409,7 @@ def _class_shift_lines(audit: StoreAudit) -> Iterator[str]:
         yield f"  {name}{shift.trained:>13.3%}{shift.held_out:>16.3%}"
     if (more := sides.shifts_in_all - len(sides.shifts)) > 0:
         yield f"  and {more:,} more classes that differ by more than chance"
-    yield f"  {sides.shift:.1%} of the labels would have to change their class for both to be alike"
+    yield f"  {sides.shift:.1%} of the labels would have to change their class to make both equal"
 
 
 def _fit_class_name(name: str, width: int = CLASS_NAME_WIDTH) -> str:

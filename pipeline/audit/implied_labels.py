@@ -1,4 +1,4 @@
-"""The labels that labels imply by an ontology, and the label sets that lack them."""
+"""The labels that raw labels imply by an ontology, and the label sets that lack implied labels."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ import polars as pl
 from pipeline.labels.ontology import ClassList, Ontology, flatten_class_indices, sorted_unique_keys
 from pipeline.labels.propagation import PROPAGATION_RULES, all_ancestors, nearest_parents_CC
 
-# More classes are not compared with each other, because the table is square.
+# The maximum number of classes that are compared with each other, because the table is square.
 MAX_COMPARED_CLASSES = 4_096
 
 
 @dataclass(frozen=True, slots=True)
 class UnmetImplication:
-    """A class, a class that it implies, and the number of clips that have the first without the second."""
+    """A class, a class that it implies, and the number of clips that have only the first of the two."""
 
     name: str
     implied: str
@@ -25,19 +25,22 @@ class UnmetImplication:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LabelContradictions:
-    """Where a label set lacks labels that raw ones imply by a rule; `why_not` if that cannot be judged.
+    """The labels that a label set lacks although raw labels imply them by a rule; `why_not` if this cannot be checked.
 
-    In the raw set the clips in use count; in a propagated set all count, because a lack is a fault of the file.
+    The raw set is checked in the clips in use. A propagated set is checked in all clips, because a missing label is a
+    fault of the file.
     """
 
     label_set: str
     rule: str | None
     why_not: str | None = None
     pairs: tuple[UnmetImplication, ...] = ()  # most clips first
-    pairs_in_all: int = 0
-    clips: int = 0
-    labels_lacking: int = 0  # including raw labels that a propagated set has lost
-    labels_beyond: int = 0  # in a propagated set, but neither raw nor implied by a raw label
+    pairs_in_all: int = 0  # number of pairs, including those not in `pairs`
+    clips: int = 0  # number of clips that lack a label
+    labels_lacking: int = 0  # number of missing labels, including raw labels that a propagated set has lost
+    labels_beyond: int = (
+        0  # number of labels of a propagated set that are neither raw nor implied by a raw label
+    )
 
     @property
     def is_stale(self) -> bool:
@@ -47,9 +50,9 @@ class LabelContradictions:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OntologySubset:
-    """The K classes of a class list that an ontology knows.
+    """The K classes of a class list that are in an ontology.
 
-    class_K     their indices in the class list
+    class_K     indices of these classes in the class list
     parents_KK  true at [k, p] if p is a nearest class above k
     """
 
@@ -59,13 +62,13 @@ class OntologySubset:
 
     @classmethod
     def of_classes(cls, ontology: Ontology, classes: ClassList) -> Self:
-        """Empty if the class list is of another vocabulary, or too long for a square table."""
+        """Return the subset for a class list; empty if the ontology has none of its classes, or too many to compare."""
         known_mids = {node.mid for node in ontology.nodes}
         class_K = np.array([index for index, mid in enumerate(classes.mids) if mid in known_mids], np.int64)
         if not 0 < len(class_K) <= MAX_COMPARED_CLASSES:
             return cls(ontology.digest, class_K[:0], np.zeros((0, 0), bool))
 
-        # The ontology's rules apply to a class list of which it knows every class.
+        # The rules need a class list whose classes are all in the ontology.
         known_classes = ClassList(
             mids=tuple(classes.mids[index] for index in class_K),
             names=tuple(classes.names[index] for index in class_K),
@@ -73,11 +76,11 @@ class OntologySubset:
         return cls(ontology.digest, class_K, nearest_parents_CC(ontology, known_classes))
 
     def implied_pairs(self, rule: str) -> np.ndarray:
-        """Pairs [N, 2]: a class, and a class that `rule` adds to it."""
+        """Return pairs [N, 2]: a class, and a class that `rule` adds to it."""
         return self.class_K[np.argwhere(PROPAGATION_RULES[rule](self.parents_KK))]
 
     def related_pairs(self) -> np.ndarray:
-        """Pairs [N, 2], smaller index first: one class lies above the other, or both share a nearest parent."""
+        """Return pairs [N, 2], smaller index first: one class is above the other, or both share a nearest parent."""
         if not len(self.class_K):
             return np.zeros((0, 2), np.int64)
         above_KK = all_ancestors(self.parents_KK)
@@ -89,7 +92,7 @@ class OntologySubset:
 
 
 def label_keys(labels: pl.Series, classes: int) -> np.ndarray:
-    """Ascending numbers row * classes + class, one for each label. OntologyError: an index that no class has."""
+    """Return ascending keys row * classes + class, one per label; OntologyError for an index that no class has."""
     row_N, class_N = flatten_class_indices(labels, classes)
     return sorted_unique_keys(row_N * classes + class_N)
 
@@ -97,16 +100,16 @@ def label_keys(labels: pl.Series, classes: int) -> np.ndarray:
 def rule_to_check(
     label_set: str, provenance: Any, ontology_subset: OntologySubset
 ) -> tuple[str | None, str | None]:
-    """The rule by which a label set is to be judged, or None and why there is none."""
+    """Return the rule to check a label set by, and None; or None, and why the set cannot be checked."""
     if not len(ontology_subset.class_K):
-        return None, "the ontology knows none of its classes"
-    # Raw labels follow no rule; the default one says what they leave out.
+        return None, "the ontology has none of its classes"
+    # Raw labels follow no rule; the default rule shows which labels they lack.
     if label_set == "raw":
         return "unambiguous", None
     if not isinstance(provenance, dict) or provenance.get("rule") not in PROPAGATION_RULES:
-        return None, "it does not say by which rule it was made"
+        return None, "its rule is not recorded"
     if provenance.get("ontology") != ontology_subset.digest:
-        return None, f"it was made with ontology {provenance.get('ontology')}, which is gone"
+        return None, f"it was made with ontology {provenance.get('ontology')}, which is missing"
     return provenance["rule"], None
 
 
@@ -120,11 +123,11 @@ def find_contradictions(
     rule: str,
     top: int,
 ) -> LabelContradictions:
-    """The labels among `raw_N`, and among those that they imply, that are missing from `present_N`.
+    """Return which labels of `raw_N`, and which labels that these imply, are missing from `present_N`.
 
-    raw_N, present_N  keys of labels, as `label_keys` gives them
+    raw_N, present_N  keys of labels, as returned by `label_keys`
     implied_pairs     pairs [N, 2] of a class and a class that it implies, sorted
-    top               how many pairs of classes to name
+    top               maximum number of pairs of classes to name
     """
     classes = len(names)
 
@@ -139,7 +142,7 @@ def find_contradictions(
         lacking_pairs.append(class_N[is_absent_N] * classes + implied_N[is_absent_N] % classes)
     lacking_N = sorted_unique_keys(np.concatenate(lacking))
 
-    # The pairs of classes with most clips get names.
+    # Name the pairs of classes with most clips.
     pair_N, clips_N = np.unique(np.concatenate(lacking_pairs), return_counts=True)
     order = np.argsort(-clips_N, kind="stable")[:top]
     pairs = tuple(
@@ -147,7 +150,7 @@ def find_contradictions(
         for i in order
     )
 
-    # A propagated set must not have more labels than wanted either.
+    # A propagated set must not have any other labels.
     labels_beyond = 0
     if label_set != "raw":
         wanted_N = sorted_unique_keys(np.concatenate(wanted))
@@ -174,7 +177,7 @@ def _implied_keys(
     first_C = np.searchsorted(implied_pairs[:, 0], np.arange(classes + 1))
     implied_count_C = np.diff(first_C)
 
-    # Labels that imply no more classes drop out from round to round.
+    # In each round, remove labels that imply no further class.
     keys_N = keys_N[implied_count_C[keys_N % classes] > 0]
     nth = 0
     while len(keys_N):
@@ -185,7 +188,7 @@ def _implied_keys(
 
 
 def _isin_sorted(keys_N: np.ndarray, sorted_keys_N: np.ndarray) -> np.ndarray:
-    """Whether each key is among ascending other keys."""
+    """Return whether each key is in `sorted_keys_N`, which ascend."""
     if not len(sorted_keys_N):
         return np.zeros(len(keys_N), bool)
     place_N = np.minimum(np.searchsorted(sorted_keys_N, keys_N), len(sorted_keys_N) - 1)

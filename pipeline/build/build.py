@@ -1,4 +1,4 @@
-"""Build stores from a corpus: plan them, open them, decode and write their clips, finish them."""
+"""Build stores from a corpus: plan and open the stores, decode and write their clips, and finish the stores."""
 
 import shutil
 import time
@@ -40,15 +40,15 @@ from pipeline.store.header import StoreHeader
 
 @dataclass(kw_only=True, slots=True)
 class OpenStore:
-    """One store of a build, from its creation to its manifest; a store at a URL takes its remote side along."""
+    """One store of a build, from its creation to its manifest; a store at a URL includes its remote side."""
 
     target: StoreTarget
     plan: pl.DataFrame
-    is_new: bool = False  # this build created the store, so it holds nothing to clean up
+    is_new: bool = False  # whether this build created the store; a new store needs no clean-up
 
     @classmethod
     def from_output(cls, corpus: Corpus, output: StoreOutput) -> Self:
-        """The store that `output` asks for; touches neither the disk nor the network."""
+        """Return the store that `output` describes; uses neither the disk nor the network."""
         remote_store = None
         if output.remote:
             remote_store = RemoteStore(url=output.remote, staging=output.path)
@@ -56,27 +56,27 @@ class OpenStore:
         return cls(target=target, plan=corpus.plan)
 
     def create(self) -> None:
-        """Create the store where there is none; raises StoreError if the URL holds a store of another plan."""
+        """Create the store if it does not exist; raises StoreError if the URL has a store with another plan."""
         path, header, remote_store = self.target.path, self.target.header, self.target.remote_store
         if remote_store is not None and (remote_header := remote_store.read_header()) is not None:
             refuse_other_plan(remote_store.url, remote_header, header)
         if not path.exists() and create_store(path, header, self.plan):
-            # A new staging folder still has to fetch the ledger of its remote store.
+            # A new staging folder is not a new store: it still has to fetch the ledger of its remote store.
             self.is_new = remote_store is None
 
     @contextmanager
     def lock(self, part: BuildPart) -> Iterator[None]:
-        """Hold the store for writing; raises StoreError if it was planned otherwise or somebody else writes it."""
+        """Lock the store for writing; raises StoreError if it has another plan or another process is writing it."""
         path, header = self.target.path, self.target.header
         restore_header(path, header)
         refuse_other_plan(path, StoreHeader.read(path), header)
-        # Parts of a remote build have staging folders of their own, so each holds all of its folder.
+        # Each part of a remote build has its own staging folder, so it locks the whole folder.
         held_part = part if self.target.remote_store is None else WHOLE_BUILD
         with lock_store(path, held_part):
             yield
 
     def clean_up(self, blocks: BuildBlocks) -> None:
-        """Remove what a crash left, fetch the remote ledger, and restore the tables that follow from the plan."""
+        """Remove the files left by a crash, fetch the remote ledger, and restore tables that follow from the plan."""
         if self.is_new:
             return
         path, header, remote_store = self.target.path, self.target.header, self.target.remote_store
@@ -87,7 +87,7 @@ class OpenStore:
             restore_tables(path, header, self.plan)
 
     def mark_unfinished(self, open_row_counts: dict[int, int], blocks: BuildBlocks) -> None:
-        """Make the manifest, here and at the URL, say that the store is unfinished where shards are to be built."""
+        """Mark the store as unfinished in its manifest, here and at the URL, if shards are still to be built."""
         remote_store = self.target.remote_store
         is_unfinished = mark_unfinished(
             self.target.path, self.target.header, self.plan, open_row_counts, blocks
@@ -96,7 +96,7 @@ class OpenStore:
             remote_store.push_tables()
 
     def finish(self, build_record: dict[str, Any] | None) -> pl.DataFrame | None:
-        """Write, and push, manifest and statistics; returns the manifest, None while shards are missing."""
+        """Write and push manifest and statistics; returns the manifest, or None while shards are missing."""
         return finish_store(self.target.path, self.target.header, build_record, self.target.remote_store)
 
 
@@ -111,11 +111,11 @@ def build_stores(
 ) -> list[pl.DataFrame | None]:
     """Build or continue stores in one decoding pass; returns their manifests, None while other parts are missing.
 
-    Good rows stay as they are; missing and failed ones are tried again where the corpus has a sound for them. With
-    `only_shards` a build of a single store looks at these shards only. With `write_record=False` build.json stays as
-    it is. Raises InputError before anything is half-made.
+    Good rows are not built again. Missing and failed rows are tried again if the corpus has a sound for them. With
+    `only_shards`, a build of a single store tries only the rows of these shards. With `write_record=False`, build.json
+    is not changed. Raises InputError before anything is written.
     """
-    # Plan: nothing is written until all places have been checked.
+    # Plan: nothing is written until all locations have been checked.
     began = time.monotonic()
     stores = [OpenStore.from_output(corpus, output) for output in outputs]
     _check_places([store.target for store in stores], corpus)
@@ -126,7 +126,7 @@ def build_stores(
             corpus, stores, blocks, options, only_blocks=only_shards, progress=progress
         )
 
-        # Finish: the last part to end finds all shards in the ledger.
+        # Finish: for the part that ends last, the ledger has the records of all shards.
         record = None
         if write_record:
             record = _build_record(corpus, options, clips_tried=clips_tried, seconds=time.monotonic() - began)
@@ -154,7 +154,7 @@ def build_store(
 
 @contextmanager
 def open_stores(stores: Sequence[OpenStore], part: BuildPart) -> Iterator[BuildBlocks]:
-    """Create, lock and clean up all stores; yields the blocks of `part`, and unlocks the stores in the end."""
+    """Create, lock and clean up all stores; yields the blocks of `part`, and unlocks the stores afterwards."""
     for store in stores:
         store.create()
     with ExitStack() as locks:
@@ -176,13 +176,13 @@ def _decode_and_write(
     progress: RowProgress | None,
 ) -> int:
     """Try every open row and commit the shards that it changes; returns how many rows were tried."""
-    # From here on readers must not take the stores for finished.
+    # From here on, readers must see that the stores are unfinished.
     targets = tuple(store.target for store in stores)
     open_row_counts = count_open_rows(targets, corpus, blocks, only_blocks)
     for store in stores:
         store.mark_unfinished(open_row_counts, blocks)
 
-    # The tasks are made, and the rows tried, while the loop at the end asks for them.
+    # The tasks are made and the rows are tried on request, by the loop at the end of this function.
     builder = ShardBuilder(stores=targets, policy=options.policy)
     tried_rows = _run_build_tasks(builder, block_tasks(corpus, open_row_counts, blocks), options)
     if progress is not None:
@@ -193,7 +193,7 @@ def _decode_and_write(
 def _run_build_tasks(
     builder: ShardBuilder, tasks: Iterator[BlockTask], options: BuildOptions
 ) -> Iterator[int]:
-    """Run the tasks in the engine of `options`; yields each row that was tried."""
+    """Run the tasks with the engine of `options`; yields each row that is tried."""
     if options.engine == "ray":
         return run_on_ray_cluster(
             builder,
@@ -208,7 +208,7 @@ def _run_build_tasks(
 
 
 def _check_places(targets: Sequence[StoreTarget], corpus: Corpus) -> None:
-    """Raise InputError for two stores in one place, StoreError where a disk has no room for the new stores."""
+    """Raise InputError if two stores have the same location, StoreError if a disk has no room for the new stores."""
     paths = [target.path.resolve() for target in targets]
     if len(set(paths)) < len(paths):
         raise InputError("two stores with one path; give every --spec an --out of its own")
@@ -229,7 +229,7 @@ def _check_places(targets: Sequence[StoreTarget], corpus: Corpus) -> None:
 def _build_record(
     corpus: Corpus, options: BuildOptions, *, clips_tried: int, seconds: float
 ) -> dict[str, Any]:
-    """The content of build.json: what the store was built from, how, and by which versions."""
+    """Return the content of build.json: the inputs, settings and software versions of the build."""
     sources = corpus.sources
     return {
         "asked": corpus.dataset_settings,

@@ -19,13 +19,13 @@ from pipeline.store.header import StoreHeader
 
 TIMED_CLIPS = 48
 
-MAX_EXAMPLES = 5  # of sounds that match no row
+MAX_EXAMPLES = 5  # shown sounds that match no row
 
 
 def describe_dry_run(
     corpus: Corpus, outputs: Sequence[StoreOutput], options: BuildOptions, *, seed: int = 0
 ) -> str:
-    """What `build_stores` would do with these arguments, as text; `seed` draws the clips that are timed."""
+    """Describe as text what `build_stores` would do with these arguments; `seed` draws the clips that are timed."""
     # Clips.
     has_sound = corpus.sources.frame["kind"].is_not_null()
     lines = [*_split_count_lines(corpus, has_sound), *corpus.notes, ""]
@@ -46,7 +46,7 @@ def describe_dry_run(
 
 
 def _split_count_lines(corpus: Corpus, has_sound: pl.Series) -> list[str]:
-    """A table of the clips of each split, then the sounds that match no row."""
+    """Return a table of the clips of each split, then the sounds that match no row."""
     frame = corpus.plan.select("split", "duplicate").with_columns(has_sound=has_sound)
     lines = [f"{'split':<24}{'listed':>12}{'with sound':>12}{'duplicate':>12}"]
     for (split,), clips in frame.group_by("split", maintain_order=True):
@@ -54,7 +54,7 @@ def _split_count_lines(corpus: Corpus, has_sound: pl.Series) -> list[str]:
         with_sound = int((clips["has_sound"] & ~is_duplicate).sum())
         lines.append(f"{split!s:<24}{clips.height:>12,}{with_sound:>12,}{int(is_duplicate.sum()):>12,}")
 
-    # Sounds that match no row often show that the wrong folder or list was given.
+    # Sounds that match no row are often a sign of a wrong folder or list.
     if unmatched := corpus.sources.unmatched_sources:
         examples = ", ".join(unmatched[:MAX_EXAMPLES])
         lines.append(
@@ -71,11 +71,11 @@ def _split_count_lines(corpus: Corpus, has_sound: pl.Series) -> list[str]:
 def _timing_lines(
     corpus: Corpus, headers: Sequence[StoreHeader], options: BuildOptions, rows_N: np.ndarray, seed: int
 ) -> list[str]:
-    """Decode a few of the rows on one core, as a worker would; returns their mean time and that of the whole build."""
+    """Decode a few rows on one core, as a worker would; returns their mean time and the time of the whole build."""
     if not len(rows_N):
         return ["nothing to decode"]
 
-    # Time a sample; the first clip also builds the mel filters, so it is left out of the mean.
+    # Time a sample. The first clip also builds the mel filters, so it is left out of the mean.
     drawn_N = np.sort(np.random.default_rng(seed).permutation(rows_N)[:TIMED_CLIPS])
     torch.set_num_threads(1)
     failures: Counter[str] = Counter()
@@ -96,7 +96,7 @@ def _timing_lines(
 def _time_row_seconds(
     corpus: Corpus, headers: Sequence[StoreHeader], options: BuildOptions, row: int, failures: Counter[str]
 ) -> float:
-    """Seconds of decoding a row and transforming it for every store; counts the reason of a failure."""
+    """Return the seconds that it takes to decode a row and transform it for every store; counts the failure reason."""
     clip = corpus.plan.row(row, named=True)
     (locator,) = corpus.sources.locators_of_rows(range(row, row + 1))
     assert locator is not None
@@ -116,7 +116,7 @@ def _time_row_seconds(
 
 
 def _free_disk_bytes(path: Path) -> int:
-    """Free bytes on the disk where `path` is, or would be created."""
+    """Return the free bytes on the disk of `path`, which need not exist yet."""
     absolute = path.absolute()
     folder = next(parent for parent in (absolute, *absolute.parents) if parent.exists())
     return shutil.disk_usage(folder).free

@@ -1,4 +1,4 @@
-"""Finish a store: write the manifest, the statistics and the identity that follow from its ledger."""
+"""Finish a store: write its manifest, statistics and identity, all of which follow from its ledger."""
 
 import json
 import math
@@ -23,10 +23,10 @@ def finish_store(
     build_record: dict[str, Any] | None = None,
     remote_store: RemoteStore | None = None,
 ) -> pl.DataFrame | None:
-    """Write manifest and statistics from the ledger; returns the manifest, None while shards are missing.
+    """Write manifest and statistics from the ledger; returns the manifest, or None while shards are missing.
 
     `build_record` becomes build.json. A remote store is finished at its URL too, with the shards that other machines
-    have pushed. Raises StoreError for a damaged record.
+    have pushed. Raises StoreError if a record is damaged.
     """
     with lock_shared_files(out):
         if remote_store is not None:
@@ -35,25 +35,25 @@ def finish_store(
             _write_build_record(out, build_record)
             return None
 
-        # Everything follows from the records of all shards.
+        # Manifest and statistics follow from the records of all shards.
         records = [read_commit(out, shard) for shard in range(header.layout.shard_count)]
         commits = [record[0] for record in records if record is not None]
         results = pl.concat([record[1] for record in records if record is not None])
         identity = {"store_id": compute_store_id(header, commits)}
 
-        # A build that changes nothing keeps the build.json of the one that built the store.
+        # If this build has changed nothing, keep the build.json of the earlier build.
         manifest_file = out / "manifest.parquet"
         plan, old_identity = read_table(manifest_file, list(PLAN_SCHEMA))
         if old_identity != identity or _recorded_settings(out) != (build_record or {}).get("asked"):
             _write_build_record(out, build_record)
 
-        # The manifest comes last: with its store_id the store is finished.
+        # The manifest is written last: its store_id marks the store as finished.
         with replacing_file(out / "stats.json") as scratch:
             scratch.write_text(json.dumps(store_statistics(commits, results), indent=1) + "\n")
         manifest = pl.concat([plan, results], how="horizontal")
         write_table(manifest_file, manifest, identity)
 
-        # Only a finished store pushes its tables: the part that ends last may have pushed its own already.
+        # Push the tables only if the store is finished here: they must not replace those of a part that ended later.
         if remote_store is not None:
             remote_store.push_tables()
         return manifest
@@ -66,7 +66,7 @@ def _write_build_record(out: Path, build_record: dict[str, Any] | None) -> None:
 
 
 def _recorded_settings(out: Path) -> object:
-    """The dataset's settings by build.json; None where it does not hold them."""
+    """Return the dataset's settings in build.json; None if it does not contain them."""
     try:
         return json.loads((out / "build.json").read_text())["asked"]
     except (OSError, ValueError, KeyError):
@@ -74,15 +74,15 @@ def _recorded_settings(out: Path) -> object:
 
 
 def unbuilt_shards(out: Path, header: StoreHeader) -> list[int]:
-    """The shards without a record, ascending."""
+    """Return the shards without a record, in ascending order."""
     known = {int(path.stem) for path in out.glob("ledger/[0-9]*.parquet")}
     return sorted(set(range(header.layout.shard_count)) - known)
 
 
 def store_statistics(commits: Sequence[ShardCommit], results: pl.DataFrame) -> dict[str, dict[str, Any]]:
-    """The content of stats.json: frames, mean, std, mean_F and std_F of `all` clips and of each split, in log-mel.
+    """Return the content of stats.json: frames, mean, std, mean_F and std_F of the log-mel, for `all` and each split.
 
-    `all` also has the error of the stored dtype, `quantisation_rms_nat` and `quantisation_max_nat`.
+    `all` also has the error of the stored dtype: `quantisation_rms_nat` and `quantisation_max_nat`.
     """
     splits = sorted({split for commit in commits for split in commit.moments})
     moments = {
@@ -94,7 +94,7 @@ def store_statistics(commits: Sequence[ShardCommit], results: pl.DataFrame) -> d
 
 
 def _merge_moments(moments: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and deviation over all frames, from the moments of shards as in `SplitMoments`."""
+    """Return mean and standard deviation over all frames, from the moments of the shards (see `SplitMoments`)."""
     frames = sum(m["frames"] for m in moments)
     if not frames:
         return {"frames": 0}
@@ -111,7 +111,7 @@ def _merge_moments(moments: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _quantisation_error(results: pl.DataFrame) -> dict[str, float]:
-    """The difference of stored and computed log-mel over the valid frames of good clips, in nats."""
+    """Return the difference of stored and computed log-mel over the valid frames of good clips, in nats."""
     good = results.filter(pl.col("status") == "good")
     if good.is_empty():
         return {}

@@ -1,4 +1,10 @@
-"""The plan of a build: its outputs and options, the header of each store, and the blocks of rows that become tasks."""
+"""The plan of a build: it leaves out what the ledger already records, so that a killed build carries on.
+
+This file has the outputs and options of a build, the header of each store, and the blocks of rows that become tasks.
+A row is open if at least one store of the build has no good spectrogram of it: its shard has no record in the ledger
+yet, or the record says that the row failed. A block becomes a task if a shard of it has no record, or if one of its
+failed rows has a sound now. The task then tries all open rows of the block.
+"""
 
 import math
 import platform
@@ -25,23 +31,24 @@ from pipeline.tables import frame_digest
 
 BUILD_ENGINES = ("local", "ray")
 
-# What uint8 values reach up to: a full-scale sine reaches 12 nats in the a-jepa front end; louder sounds are clipped.
+# The largest log-mel that uint8 can store; larger values are clipped. A full-scale sine reaches 12 nats in the a-jepa
+# front end.
 UINT8_TOP_NAT = 14.0
 
 VERSIONED_PACKAGES = ("ajepa", "av", "numpy", "soundfile", "soxr", "torch", "zarr")
 
-# Wraps the stream of tried rows, for a progress bar; the number of rows comes first.
+# Wraps the stream of tried rows in a progress bar; the first argument is the number of rows.
 RowProgress = Callable[[int, Iterator[int]], Iterator[int]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreOutput:
-    """One store to build: its place, and all that decides its bytes beside the corpus and the audio policy."""
+    """One store to build: its location, and all settings that decide its bytes besides corpus and audio policy."""
 
     path: Path
     spec: MelSpec
     dtype: str = "float16"
-    remote: str | None = None  # URL where the store is to lie; `path` is then its staging folder
+    remote: str | None = None  # URL of a store on an object store; `path` is then its staging folder
 
     def __post_init__(self) -> None:
         if self.dtype not in STORED_DTYPES:
@@ -49,20 +56,20 @@ class StoreOutput:
 
     @property
     def location(self) -> str:
-        """The place of the store as messages print it."""
+        """The location of the store as messages print it."""
         return self.remote or str(self.path)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildOptions:
-    """How to build; of these options only `policy` changes the store."""
+    """Options of a build; only `policy` changes the content of the store."""
 
     policy: AudioPolicy = field(default_factory=AudioPolicy)
     workers: int = 2
     clip_limit_seconds: float = 60.0  # wall time that a clip may take before its worker is killed
     part: BuildPart = WHOLE_BUILD
-    engine: str = "local"  # or ray
-    address: str | None = None  # of the Ray cluster; None starts one on this machine
+    engine: str = "local"  # or "ray"
+    address: str | None = None  # address of the Ray cluster; None starts Ray on this machine
 
     def __post_init__(self) -> None:
         if self.engine not in BUILD_ENGINES:
@@ -72,21 +79,21 @@ class BuildOptions:
 
 
 def plan_store(corpus: Corpus, output: StoreOutput) -> StoreHeader:
-    """The header of the store that `output` asks for."""
-    # Shards follow from the number of clips and their bytes, not from the machine.
+    """Return the header of the store that `output` describes."""
+    # The shard size depends only on the number and size of the clips, not on the machine.
     spec = output.spec
     clips = corpus.plan.height
     clip_bytes = spec.frames * spec.mel_bands * np.dtype(output.dtype).itemsize
     shard_clips = choose_shard_clips(clips, clip_bytes)
 
-    # uint8: 1..255 span the floor to UINT8_TOP_NAT, 0 is an absent clip.
+    # uint8: the values 1..255 cover the range from the floor to UINT8_TOP_NAT; 0 marks an absent clip.
     scale = 1.0
     offset = 0.0
     if output.dtype == "uint8":
         scale = (UINT8_TOP_NAT - spec.floor_log) / 254
         offset = spec.floor_log - scale
 
-    # The digests let `verify` and later builds recognise the plan and its labels.
+    # With the digests, `verify` and later builds can recognise the plan and its labels.
     return StoreHeader(
         spec=spec,
         layout=ShardLayout(
@@ -106,17 +113,17 @@ def plan_store(corpus: Corpus, output: StoreOutput) -> StoreHeader:
 
 
 def current_versions() -> dict[str, str]:
-    """The versions that decide, beside spec and sounds, the values of a store, and those that wrote it."""
+    """Return the versions of the software on which the values of a store depend, or which wrote the store."""
     versions = {name: version(name) for name in VERSIONED_PACKAGES}
     versions["python"] = platform.python_version()
-    # PyTorch chooses its kernels by the processor's instructions, and they round differently.
+    # PyTorch chooses its kernels by the instruction set of the CPU, and these kernels round differently.
     versions["cpu"] = torch.backends.cpu.get_cpu_capability()
     return versions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildBlocks:
-    """The blocks of rows that one part of a build fills; a block is whole shards in every store of the build."""
+    """The blocks of rows that one part of a build fills; in every store of the build, a block is whole shards."""
 
     clips_per_block: int
     part: BuildPart
@@ -124,8 +131,8 @@ class BuildBlocks:
 
     @classmethod
     def of_part(cls, headers: Sequence[StoreHeader], part: BuildPart) -> "BuildBlocks":
-        """The blocks of `part` for stores with these headers."""
-        # Shard sizes are powers of two, so the largest shard is a number of whole shards of every other store.
+        """Return the blocks of `part` for stores with these headers."""
+        # Shard sizes are powers of two, so the largest shard is as long as several whole shards of any other store.
         clips_per_block = max(header.layout.shard_clips for header in headers)
         block_count = math.ceil(headers[0].layout.clips / clips_per_block)
         return cls(
@@ -135,16 +142,16 @@ class BuildBlocks:
         )
 
     def block_rows(self, block: int, layout: ShardLayout) -> range:
-        """The rows of a block."""
+        """Return the rows of a block."""
         return range(block * self.clips_per_block, min((block + 1) * self.clips_per_block, layout.clips))
 
     def block_shards(self, block: int, layout: ShardLayout) -> range:
-        """The shards that a block has in a store of this layout."""
+        """Return the shards of a block in a store with this layout."""
         rows = self.block_rows(block, layout)
         return range(rows[0] // layout.shard_clips, rows[-1] // layout.shard_clips + 1)
 
     def owns_shard(self, shard: int, layout: ShardLayout) -> bool:
-        """Whether this part of the build writes the shard."""
+        """Return whether this part of the build writes the shard."""
         block = shard * layout.shard_clips // self.clips_per_block
         return block % self.part.count == self.part.index
 
@@ -155,21 +162,22 @@ def count_open_rows(
     blocks: BuildBlocks,
     only_blocks: Collection[int] | None,
 ) -> dict[int, int]:
-    """How many rows of each block to try: all rows of an uncommitted shard, and failed rows that have a sound now.
+    """Return the number of open rows of each block that becomes a task; both are defined at the top of this file.
 
-    Blocks without work are left out, and with `only_blocks` all but these.
+    Other blocks are left out. With `only_blocks`, all blocks outside `only_blocks` are left out too.
     """
     counts = {}
     has_sound_N = (corpus.plan["duplicate"].is_null() & corpus.sources.frame["kind"].is_not_null()).to_numpy()
     for block in blocks.block_numbers:
-        # A row is tried if any store lacks it.
+        # A row is tried if it is open in any store.
         first_row = block * blocks.clips_per_block
         is_tried_N = np.zeros(blocks.clips_per_block, bool)
         has_work = False
         for store in stores:
             layout = store.header.layout
             for shard in blocks.block_shards(block, layout):
-                # Without a record every row is open; a failed row is worth a trial only if it has a sound now.
+                # Without a record, every row is open. With one, failed rows are open, but they are work only if one
+                # of them has a sound now.
                 rows = layout.rows_of_shard(shard)
                 record = read_commit(store.path, shard)
                 is_open_N = np.ones(len(rows), bool)
@@ -184,7 +192,7 @@ def count_open_rows(
 
 
 def block_tasks(corpus: Corpus, open_row_counts: dict[int, int], blocks: BuildBlocks) -> Iterator[BlockTask]:
-    """Yield the task of each block, made when it is asked for: two million clips at once would fill the memory."""
+    """Yield the task of each block; each is made on request, because two million clips would fill the memory."""
     for block in open_row_counts:
         first_row = block * blocks.clips_per_block
         rows = range(first_row, min(first_row + blocks.clips_per_block, corpus.plan.height))

@@ -1,4 +1,4 @@
-"""Prepare a store for a build: create it, restore damaged files, remove what a crash left, mark it as unfinished."""
+"""Prepare a store for a build: create it, restore damaged files, remove the debris of a crash, mark it unfinished."""
 
 import json
 import shutil
@@ -35,13 +35,13 @@ from pipeline.tables import frame_digest, read_table, read_table_metadata, write
 
 
 def create_store(out: Path, header: StoreHeader, plan: pl.DataFrame) -> bool:
-    """Create a store without shards, whole or not at all; returns False if another process has created it first."""
-    # Scratch folders of processes that died.
+    """Create a store without shards, completely or not at all; returns False if another process created it first."""
+    # Remove the scratch folders of processes that died.
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     for debris in abandoned_scratch_paths(out):
         shutil.rmtree(debris, ignore_errors=True)
 
-    # The store is made beside its place and renamed when it is complete.
+    # The store is created in a scratch folder beside `out`, which is renamed when it is complete.
     scratch = scratch_path(out)
     try:
         create_mel_array(scratch, header.layout, {"ajepa": header.to_json()})
@@ -61,10 +61,10 @@ def create_store(out: Path, header: StoreHeader, plan: pl.DataFrame) -> bool:
 def restore_header(out: Path, header: StoreHeader) -> None:
     """Write a damaged zarr.json again if the ledger belongs to the store that `header` describes.
 
-    A readable header of another store is left alone. Raises StoreError if the ledger belongs to another store, or
+    A readable header of another store is not changed. Raises StoreError if the ledger belongs to another store, or if
     `out` exists and is no store.
     """
-    # An intact header stays; the intact header of another store is left to `refuse_other_plan`.
+    # An intact header stays; `refuse_other_plan` refuses the intact header of another store.
     expected_json = zarr_group_json({"ajepa": header.to_json()})
     try:
         if StoreHeader.read(out) != header or (out / "zarr.json").read_bytes() == expected_json:
@@ -74,7 +74,7 @@ def restore_header(out: Path, header: StoreHeader) -> None:
     else:
         damage = StoreError(f"{out}/zarr.json: not as written")
 
-    # Every record names the spec and the plan of its store.
+    # Check the ledger: every record has the spec id and the plan id of its store.
     records = sorted(out.glob("ledger/[0-9]*.parquet"))
     if not records:
         raise StoreError(f"{out}: is there already and is no store; choose another --out, or remove it")
@@ -86,7 +86,7 @@ def restore_header(out: Path, header: StoreHeader) -> None:
 
 
 def restore_tables(out: Path, header: StoreHeader, plan: pl.DataFrame) -> None:
-    """Write the files that follow from the plan alone where they are missing or damaged."""
+    """Write the files that follow from the plan alone again if they are missing or damaged."""
     (out / "ledger").mkdir(exist_ok=True)
 
     # The array's metadata.
@@ -97,12 +97,12 @@ def restore_tables(out: Path, header: StoreHeader, plan: pl.DataFrame) -> None:
         with replacing_file(array_file) as scratch:
             scratch.write_bytes(expected_json)
 
-    # The manifest, in which every row is pending.
+    # The manifest; in a new one, every row is pending.
     manifest = _read_valid_table(out / "manifest.parquet", tuple(PLAN_SCHEMA))
     if manifest is None or not manifest.equals(plan.select(*PLAN_SCHEMA)):
         write_table(out / "manifest.parquet", pending_manifest(plan), {})
 
-    # The raw labels; a table that is written again loses the propagated label sets.
+    # The raw labels; a table that is written again no longer has the propagated label sets.
     labels = _read_valid_table(out / "labels.parquet", ("raw", "outside"))
     if labels is None or frame_digest(labels) != header.labels_digest:
         write_table(
@@ -113,7 +113,7 @@ def restore_tables(out: Path, header: StoreHeader, plan: pl.DataFrame) -> None:
 
 
 def _read_valid_table(path: Path, columns: Sequence[str]) -> pl.DataFrame | None:
-    """Some columns of a table; None where the table is missing or damaged, or lacks one."""
+    """Return these columns of a table; None if the table is missing or damaged, or lacks one of them."""
     try:
         table = read_table(path, columns)[0] if path.exists() else pl.DataFrame()
     except StoreError:
@@ -122,7 +122,7 @@ def _read_valid_table(path: Path, columns: Sequence[str]) -> pl.DataFrame | None
 
 
 def read_build_record(store: Path) -> dict[str, Any]:
-    """The content of build.json; raises StoreError if it lacks the dataset's settings or the audio policy."""
+    """Return the content of build.json; raises StoreError if it lacks the dataset's settings or the audio policy."""
     try:
         record = json.loads((store / "build.json").read_text())
         return {**record, "asked": record["asked"], "policy": record["policy"]}
@@ -133,7 +133,7 @@ def read_build_record(store: Path) -> dict[str, Any]:
 
 
 def refuse_other_plan(out: Path | str, stored_header: StoreHeader, header: StoreHeader) -> None:
-    """Raise StoreError if the stored header is not that of the store to build."""
+    """Raise StoreError if the stored header differs from the header of the store to build."""
     if stored_header.spec.spec_id != header.spec.spec_id:
         raise StoreError(
             f"{out} holds mel spec {stored_header.spec.name}, not {header.spec.name}; choose another --out"
@@ -150,16 +150,16 @@ def refuse_other_plan(out: Path | str, stored_header: StoreHeader, header: Store
 
 def remove_crash_debris(out: Path, layout: ShardLayout, blocks: BuildBlocks) -> None:
     """Resolve pending records, and delete unfinished files and shards without a record, in the blocks of this part."""
-    # Records that wait for their shard.
+    # Pending records, whose shard may be in place or not.
     for path in out.glob(f"ledger/*{PENDING_SUFFIX}"):
         if blocks.owns_shard(int(path.name[:6]), layout):
             resolve_pending_record(out, path)
 
-    # Unfinished tables: the caller holds the lock of the shared files, so nobody is writing one.
+    # Unfinished tables: the caller has the lock of the shared files, so no other process is writing one.
     for path in [*out.glob(f"*{PARTIAL_SUFFIX}"), *out.glob(f"mel/*{PARTIAL_SUFFIX}")]:
         path.unlink()
 
-    # Unfinished records and shards, each named by its shard.
+    # Unfinished records and shards; their paths contain the shard number.
     for path in out.glob(f"ledger/*{PARTIAL_SUFFIX}"):
         if blocks.owns_shard(int(path.name[:6]), layout):
             path.unlink()
@@ -167,7 +167,7 @@ def remove_crash_debris(out: Path, layout: ShardLayout, blocks: BuildBlocks) -> 
         if blocks.owns_shard(int(path.relative_to(out / "mel" / "c").parts[0]), layout):
             path.unlink()
 
-    # Whole shards that were not committed.
+    # Complete shards without a record.
     for path in uncommitted_shards(out):
         if not path.parts[-3].isdecimal() or blocks.owns_shard(int(path.parts[-3]), layout):
             path.unlink()
@@ -176,7 +176,7 @@ def remove_crash_debris(out: Path, layout: ShardLayout, blocks: BuildBlocks) -> 
 def mark_unfinished(
     out: Path, header: StoreHeader, plan: pl.DataFrame, open_row_counts: dict[int, int], blocks: BuildBlocks
 ) -> bool:
-    """Make the manifest say that the store is unfinished, and return True, if a shard to build has no record."""
+    """Mark the store as unfinished in its manifest and return True, if a shard to build has no record."""
     shards = (shard for block in open_row_counts for shard in blocks.block_shards(block, header.layout))
     if all(ledger_path(out, shard).exists() for shard in shards):
         return False

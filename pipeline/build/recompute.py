@@ -1,4 +1,4 @@
-"""Recompute rows of a store from their sounds: to read them instead of the stored ones, or to compare both."""
+"""Recompute rows of a store from their sounds, to read them instead of the stored rows or to compare both."""
 
 import math
 from collections.abc import Iterator
@@ -22,12 +22,12 @@ from pipeline.errors import AudioError, BrokenClipError, InputError, StoreError
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.header import StoreHeader
 
-# Accepts every clip: whether a clip is good was decided when the store was built.
+# Accepts every clip, because the build has already decided which clips are good.
 RECOMPUTE_POLICY = AudioPolicy(accept_truncated=True, keep_silent=True, max_seconds=math.inf)
 
-UNCOMPARED_VERSIONS = ("python", "zarr")  # of build.json's `versions`: no value of a store depends on these
+UNCOMPARED_VERSIONS = ("python", "zarr")  # keys of `versions` in build.json on which no stored value depends
 
-# Values may differ by this much, and by a step of the stored dtype, where other versions wrote the store.
+# If other versions wrote the store, values may differ by this tolerance plus one step of the stored dtype.
 VERSION_TOLERANCE_NAT = 0.1
 
 
@@ -35,19 +35,20 @@ VERSION_TOLERANCE_NAT = 0.1
 class SoundReader:
     """Reads rows as a `ShardReader` does, but decodes and transforms their sounds as the store's build did.
 
-    A clip takes milliseconds instead of microseconds, which suits small sets and comparisons. Raises BrokenClipError
-    if a sound is gone or has another length than the stored clip, StoreError if a server does not answer.
+    A clip takes milliseconds instead of microseconds, which is fast enough for small sets and comparisons. Raises
+    BrokenClipError if a sound is gone or its length differs from the stored clip, StoreError if a server does not
+    answer.
     """
 
     header: StoreHeader
     sources: ClipSources
     plan: pl.DataFrame
     n_frames_N: np.ndarray  # valid frames of every row of the store
-    threads: int  # clips decoded at a time
+    threads: int  # clips that are decoded at the same time
 
     @classmethod
     def of_store(cls, path: Path, header: StoreHeader, n_frames_N: np.ndarray, *, threads: int = 2) -> Self:
-        """A reader of the store at `path`, with the sounds of its build.json; errors as in `corpus_as_built`."""
+        """Return a reader of the store at `path`, with the sounds of its build.json; raises as `corpus_as_built`."""
         corpus = corpus_as_built(path, header)
         return cls(
             header=header, sources=corpus.sources, plan=corpus.plan, n_frames_N=n_frames_N, threads=threads
@@ -61,12 +62,12 @@ class SoundReader:
                 out_TF[:] = mel_TF[start : start + len(out_TF)]
 
     def _recompute_mel(self, row: int) -> np.ndarray:
-        """A row as stored, `mel_TF`; raises BrokenClipError if its sound gives no clip, or one of another length."""
+        """Return a row as stored, `mel_TF`; raises BrokenClipError if its sound gives no clip or has another length."""
         try:
             mel_TF, result = self.recompute_row(row)
         except AudioError as error:
             raise BrokenClipError(row, f"{error.reason}: {error}") from None
-        except InputError as error:  # a server does not answer: no fault of the clip
+        except InputError as error:  # a server does not answer, so the clip is not broken
             raise StoreError(str(error)) from None
         if result["n_frames"] != self.n_frames_N[row]:
             raise BrokenClipError(
@@ -75,7 +76,7 @@ class SoundReader:
         return mel_TF
 
     def recompute_row(self, row: int) -> tuple[np.ndarray, dict[str, Any]]:
-        """A row as its store would hold it, `mel_TF`, and its result columns without `source`; raises AudioError."""
+        """Return a row as a build would store it, `mel_TF`, and its results without `source`; raises AudioError."""
         (locator,) = self.sources.locators_of_rows(range(row, row + 1))
         if locator is None:
             raise AudioError("missing", "no sound for it in the folders and archives of the build")
@@ -88,9 +89,9 @@ class SoundReader:
 
 
 def corpus_as_built(path: Path, header: StoreHeader) -> Corpus:
-    """The corpus that a store was built from, by its build.json.
+    """Return the corpus from which a store was built, according to its build.json.
 
-    Raises StoreError if build.json is gone or damaged, or its lists and folders now give another plan.
+    Raises StoreError if build.json is missing or damaged, or if the lists and folders in it now give another plan.
     """
     corpus = recreate_corpus(read_build_record(path)["asked"])
     if plan_store(corpus, StoreOutput(path=path, spec=header.spec, dtype=header.layout.dtype)) != header:
@@ -102,9 +103,9 @@ def corpus_as_built(path: Path, header: StoreHeader) -> Corpus:
 
 
 def recomputed_store(store: FeatureStore, *, threads: int = 2) -> FeatureStore:
-    """The same store, whose values are computed from the sounds, `threads` clips of a batch at a time.
+    """Return the same store, but with values that are computed from the sounds on `threads` threads.
 
-    Raises StoreError as `corpus_as_built`.
+    Raises StoreError as `corpus_as_built` does.
     """
     reader = SoundReader.of_store(store.path, store.header, store.n_frames_N, threads=threads)
     return FeatureStore(store.path, store.header, store.manifest, store.store_id, reader=reader)
@@ -112,20 +113,20 @@ def recomputed_store(store: FeatureStore, *, threads: int = 2) -> FeatureStore:
 
 @dataclass(frozen=True, slots=True)
 class RowComparison:
-    """One stored row beside the row that its sound gives today."""
+    """The comparison of a stored row with the row that is computed from its sound now."""
 
     row: int
     clip_id: str
-    difference_nat: float = 0.0  # the largest difference of two values
-    fault: str | None = None  # how the stored row is wrong
-    missing_sound: str | None = None  # why the row could not be compared
+    difference_nat: float = 0.0  # largest difference of a stored value and its recomputed value
+    fault: str | None = None  # how the stored row is wrong; None if it is right
+    missing_sound: str | None = None  # why the row could not be compared; None if it was
 
 
 def compare_with_audio(store: Path, sample: int | None = None, seed: int = 0) -> Iterator[RowComparison]:
-    """Yield the comparison of each good row with its sound, of all or of `sample` rows drawn by `seed`.
+    """Yield the comparison of each good row with its sound, for all rows or for `sample` rows drawn by `seed`.
 
-    Where the versions are those of the build, every different bit is a fault; where they differ, values may differ by
-    VERSION_TOLERANCE_NAT and a step of the stored dtype. Raises StoreError as `corpus_as_built`.
+    If the software versions are those of the build, every different bit is a fault. Otherwise values may differ by
+    VERSION_TOLERANCE_NAT plus one step of the stored dtype. Raises StoreError as `corpus_as_built` does.
     """
     opened = FeatureStore.open(store, check="always")
     reader = SoundReader.of_store(store, opened.header, opened.n_frames_N)
@@ -133,7 +134,7 @@ def compare_with_audio(store: Path, sample: int | None = None, seed: int = 0) ->
     if changed_versions(store):
         tolerance_nat = VERSION_TOLERANCE_NAT + quantisation_step_nat(opened.header)
 
-    # Rows are compared in their order, whichever were drawn.
+    # The drawn rows are compared in ascending order.
     rows_N = opened.good_rows()
     if sample is not None:
         rows_N = np.sort(np.random.default_rng(seed).permutation(rows_N)[:sample])
@@ -142,7 +143,7 @@ def compare_with_audio(store: Path, sample: int | None = None, seed: int = 0) ->
 
 
 def changed_versions(store: Path) -> list[str]:
-    """The versions that may change values and are not those of the store's build, each as `soxr 0.5.0, now 1.0.0`."""
+    """Return the versions that differ from the store's build and may change values, as `soxr 0.5.0, now 1.0.0`."""
     built_with = read_build_record(store).get("versions", {})
     changes = []
     for name, version in current_versions().items():
@@ -152,7 +153,7 @@ def changed_versions(store: Path) -> list[str]:
 
 
 def quantisation_step_nat(header: StoreHeader) -> float:
-    """The step between two values that can be stored; of float16 its largest step, at the floor."""
+    """Return the step between two neighbouring stored values; for float16 the largest step, which is at the floor."""
     if header.layout.dtype == "uint8":
         return header.scale
     return float(np.spacing(np.float16(header.spec.floor_log)))
@@ -162,7 +163,7 @@ def _compare_row(store: FeatureStore, reader: SoundReader, tolerance_nat: float,
     """Compare one good row with its sound."""
     clip_id, frames, digest = store.manifest.select("clip_id", "n_frames", "digest").row(row)
 
-    # Both sides of the comparison, as far as they can be had.
+    # The recomputed row and the stored row; either may be impossible to get.
     try:
         stored_TF = store.read(np.array([row]))[0]
         mel_TF, result = reader.recompute_row(row)

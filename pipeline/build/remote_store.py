@@ -22,11 +22,11 @@ from pipeline.store.shards import (
 )
 from pipeline.tables import read_table
 
-FETCH_CONNECTIONS = 16  # records fetched at a time
+FETCH_CONNECTIONS = 16  # records that are fetched at the same time
 
-FETCHED_FOLDER = "kept"  # below the staging folder: shards that are fetched to keep some of their rows
+FETCHED_FOLDER = "kept"  # below the staging folder: shards that are fetched to keep some rows
 
-# In the order of the pushes, the manifest last: with its store_id the store is finished.
+# In the order in which they are pushed. The manifest is last, because its store_id marks the store as finished.
 PUSHED_TABLES = (
     "zarr.json",
     "mel/zarr.json",
@@ -40,24 +40,25 @@ PUSHED_TABLES = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RemoteStore:
-    """The store at `url`; the folder `staging` holds its tables and ledger, and each shard until it is pushed.
+    """The store at `url`; the folder `staging` holds its tables and ledger, and each shard until the shard is pushed.
 
-    A shard is pushed in the order of a local commit: its record as `.next`, the shard, the record (the commit point);
-    then `.next` is removed. So whenever a build dies, either the old shard and record or the new ones can be
-    restored, and a lost staging folder costs only the shards that were not pushed yet. Object stores have no locks:
-    two builds of the same part on two machines may leave a shard that does not match its record, which `verify` of a
-    copy finds.
+    A shard is pushed in the order of a local commit: first its record as `.next`, then the shard, then the record (the
+    commit point); then `.next` is removed. So if a build dies at any time, either the old shard and record or the new
+    ones can be restored. If the staging folder is lost, only the shards that were not pushed yet are lost.
+
+    Object stores have no locks: two builds of the same part on two machines may leave a shard that does not match its
+    record. To find this fault, copy the store to a disk and run `verify` on the copy.
     """
 
     url: str
     staging: Path
 
     def file_url(self, path: Path) -> str:
-        """The URL of the object that `path` in the staging folder becomes."""
+        """Return the URL of the object to which `path` in the staging folder is pushed."""
         return f"{self.url}/{path.relative_to(self.staging).as_posix()}"
 
     def read_header(self) -> StoreHeader | None:
-        """The header of the remote store, None if there is no store yet; InputError if the bucket does not answer."""
+        """Return the remote store's header, None if there is no store; InputError if the bucket does not answer."""
         check_reachable(self.url)
         with tempfile.TemporaryDirectory() as folder:
             if not download_object(f"{self.url}/zarr.json", Path(folder, "zarr.json")):
@@ -70,9 +71,9 @@ class RemoteStore:
     def sync_ledger(self, is_ours: Callable[[int], bool]) -> None:
         """Push the shards of this part that were not pushed yet, then fetch the ledger of the remote store.
 
-        Labels are fetched if the remote table has more label sets, exclude lists if the staging folder has none.
+        Labels are fetched if the remote table has more label sets; exclude lists, if the staging folder has none.
         """
-        # Shards that were built but not pushed; the others are of a part that this build no longer has.
+        # Push the shards that were built but not pushed. Delete shards of a part that this build no longer has.
         shutil.rmtree(self.staging / FETCHED_FOLDER, ignore_errors=True)
         for path in self.staging.glob("mel/c/*/0/0"):
             if is_ours(shard := int(path.parts[-3])):
@@ -80,13 +81,14 @@ class RemoteStore:
             else:
                 path.unlink()
 
-        # Pushes that were cut off between two of their steps.
+        # Complete or undo pushes that were interrupted between two of their steps.
         remote_records = object_sizes(f"{self.url}/ledger")
         for name in remote_records:
             if name.endswith(PENDING_SUFFIX) and is_ours(int(name[:6])):
                 self._resolve_pending_record(self.staging / "ledger" / name)
 
-        # Records that are only here: a shard without a good clip has no file, so its record alone is pushed.
+        # Records that exist only here. A shard without a good clip has no file, so only its record is pushed; any other
+        # record is deleted.
         for record in self.staging.glob("ledger/[0-9]*.parquet"):
             if record.name in remote_records:
                 continue
@@ -95,7 +97,7 @@ class RemoteStore:
             else:
                 record.unlink()
 
-        # The ledger of all parts, then what people may have changed beside it.
+        # Fetch the ledger of all parts, then the files that users may have changed: labels and exclude lists.
         with ThreadPoolExecutor(FETCH_CONNECTIONS) as threads:
             records = [self.staging / "ledger" / name for name in object_sizes(f"{self.url}/ledger")]
             list(threads.map(self._fetch_file, (path for path in records if path.suffix != PENDING_SUFFIX)))
@@ -104,11 +106,11 @@ class RemoteStore:
             self._fetch_file(self.staging / EXCLUSIONS_FILE)
 
     def _fetch_file(self, path: Path) -> bool:
-        """Fetch the object of `path`; returns False where there is none."""
+        """Fetch the object of `path`; returns False if it does not exist."""
         return download_object(self.file_url(path), path)
 
     def _resolve_pending_record(self, pending_record: Path) -> None:
-        """Adopt a pending remote record if its shard is in place, else remove it: then the old record counts."""
+        """Adopt a pending remote record if its shard is in place; else remove it, so that the old record counts."""
         if not self._fetch_file(pending_record):
             return
         commit, _ = read_commit_file(pending_record)
@@ -119,7 +121,7 @@ class RemoteStore:
         pending_record.unlink()
 
     def _sync_labels(self) -> None:
-        """Replace the labels here by the remote ones if these have more label sets."""
+        """Replace the local labels by the remote labels if the remote table has more label sets."""
         labels = self.staging / "labels.parquet"
         remote_labels = self.staging / FETCHED_FOLDER / "labels.parquet"
         if download_object(self.file_url(labels), remote_labels):
@@ -129,7 +131,7 @@ class RemoteStore:
 
     @contextmanager
     def fetched_shard(self, shard: int) -> Iterator[Path]:
-        """Fetch a shard, if the remote store has it; yields a folder that holds it as a store would, and deletes it."""
+        """Yield a folder, laid out like a store, with the shard if the remote store has it; deletes it afterwards."""
         path = shard_path(self.staging / FETCHED_FOLDER, shard)
         try:
             download_object(self.file_url(shard_path(self.staging, shard)), path)
@@ -141,7 +143,7 @@ class RemoteStore:
         """Push a committed shard and its record, and keep only the record here."""
         record = ledger_path(self.staging, shard)
         shard_file = shard_path(self.staging, shard)
-        if not shard_file.exists():  # no clip of it is good
+        if not shard_file.exists():  # no clip of the shard is good
             upload_file(record, self.file_url(record))
             return
         pending_url = self.file_url(record) + PENDING_SUFFIX
@@ -159,7 +161,7 @@ class RemoteStore:
 
 
 def staging_folder(url: str, folder: Path, part: BuildPart) -> Path:
-    """The staging folder below `folder` of a store at `url`, or of a part of it."""
+    """Return the staging folder below `folder` for a store at `url`, or for one part of its build."""
     name = url.rstrip("/").rpartition("/")[2]
     if part.count > 1:
         name += f".{part.index}-of-{part.count}"

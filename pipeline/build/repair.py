@@ -1,4 +1,4 @@
-"""Repair a store: make its damaged parts again, from the corpus that its build.json describes."""
+"""Repair a store: build its damaged parts again from the corpus that its build.json describes."""
 
 import json
 from collections.abc import Iterator, Sequence, Set
@@ -30,14 +30,14 @@ from pipeline.tables import read_table
 def repair_store(
     store: Path, faults: Sequence[StoreFault], *, workers: int = 2, progress: RowProgress | None = None
 ) -> int:
-    """Repair the faults that `find_faults` has found; returns how many clips are lost.
+    """Repair the faults that `find_faults` has found; returns the number of lost clips.
 
-    The clips of a damaged shard that match their own checksum are kept, its other clips are decoded again; all else
-    follows from plan and ledger, and propagated labels from their rule. A clip is lost if it is damaged in the store
-    and its sound is gone or no longer good.
+    Clips of a damaged shard that match their own checksum are kept; its other clips are decoded again. Propagated
+    labels are computed again by their rule, and all other files from the plan and the ledger. A clip is lost if it is
+    damaged in the store and its sound is gone or no longer good.
 
-    Raises StoreError with nothing changed if build.json is gone or its lists are no longer those of the store, and
-    with all else repaired if the ontology of a label set is gone.
+    Raises StoreError before anything is changed if build.json is gone or its lists no longer give the plan of the
+    store. Raises StoreError after everything else is repaired if the ontology of a label set is gone.
     """
     header = StoreHeader.read(store)
     build_policy = AudioPolicy(**read_build_record(store)["policy"])
@@ -45,14 +45,14 @@ def repair_store(
     shards = sorted({fault.shard for fault in faults if fault.shard is not None})
     good_before = [row for shard in shards for row in _recorded_good_rows(store, header, shard)]
 
-    # Keep the intact rows of damaged shards; each shard is built again with the policy that it was built with.
+    # Keep the intact rows of damaged shards; each shard is built again with its original policy.
     shards_by_policy: dict[AudioPolicy, list[int]] = {build_policy: []}
     with lock_store(store):
         for shard in shards:
             shard_policy = _rewrite_intact_rows(store, header, corpus, shard)
             shards_by_policy.setdefault(shard_policy or build_policy, []).append(shard)
 
-    # Decode the other rows. A build without shards also restores the tables, so there is always one.
+    # Decode the other rows. A build also restores the tables, so one is run even if no shard is damaged.
     output = StoreOutput(path=store, spec=header.spec, dtype=header.layout.dtype)
     for policy, policy_shards in shards_by_policy.items():
         build_stores(
@@ -71,9 +71,9 @@ def repair_store(
 
 
 def _restore_label_sets(store: Path, intact_sets: Set[str]) -> None:
-    """Propagate each label set that the store had and that is not intact again, with the ontology it was made by.
+    """Propagate each damaged or missing label set of the store again, with the ontology from which it was made.
 
-    Raises MissingOntologyError for the first set whose ontology is gone, once all others are restored.
+    Raises MissingOntologyError for the first set whose ontology is gone, after all other sets are restored.
     """
     errors = []
     for path in sorted(store.glob("propagation-*.json")):
@@ -92,19 +92,19 @@ def _restore_label_sets(store: Path, intact_sets: Set[str]) -> None:
 
 
 def _rewrite_intact_rows(store: Path, header: StoreHeader, corpus: Corpus, shard: int) -> AudioPolicy | None:
-    """Write a damaged shard again with its intact clips, all others failed; returns the policy it was built with.
+    """Write a damaged shard again with its intact clips, and mark the others as failed; returns its original policy.
 
-    If neither the ledger nor the manifest records its clips, nothing can be kept: deletes shard and record and
-    returns None.
+    If neither the ledger nor the manifest has the results of its clips, nothing can be kept: deletes the shard and its
+    record, and returns None.
     """
-    # Without a record of its clips the shard cannot be read.
+    # Without the results of its clips, the shard cannot be read.
     recorded = _recorded_results(store, header, shard)
     if recorded is None:
         ledger_path(store, shard).unlink(missing_ok=True)
         shard_path(store, shard).unlink(missing_ok=True)
         return None
 
-    # Damaged clips become failed ones, which the next build tries again.
+    # Mark damaged clips as failed, so that the next build tries them again.
     results, policy = recorded
     rows = header.layout.rows_of_shard(shard)
     intact_rows = []
@@ -121,7 +121,7 @@ def _rewrite_intact_rows(store: Path, header: StoreHeader, corpus: Corpus, shard
 
 
 def _recorded_good_rows(store: Path, header: StoreHeader, shard: int) -> list[int]:
-    """The rows of a shard that were good by the ledger or the manifest."""
+    """Return the rows of a shard that are good according to the ledger or the manifest."""
     recorded = _recorded_results(store, header, shard)
     if recorded is None:
         return []
@@ -132,15 +132,15 @@ def _recorded_good_rows(store: Path, header: StoreHeader, shard: int) -> list[in
 def _recorded_results(
     store: Path, header: StoreHeader, shard: int
 ) -> tuple[list[dict[str, Any]], dict[str, Any]] | None:
-    """The results of a shard's rows and the policy of their build, by the ledger, else by the manifest, else None."""
-    # A record of this store.
+    """Return the results of a shard's rows and their build policy, from the ledger or else the manifest, else None."""
+    # The shard's record in the ledger, if it belongs to this store.
     rows = header.layout.rows_of_shard(shard)
     try:
         record = read_commit(store, shard)
         if record and len(record[1]) == len(rows) and record[0].plan_id == header.plan_id:
             return record[1].to_dicts(), record[0].policy
     except StoreError:
-        pass  # damaged: the manifest may hold the same results
+        pass  # the record is damaged; the manifest may have the same results
 
     # The manifest of a finished store.
     try:
@@ -163,7 +163,7 @@ def _intact_spectrograms(
     if path.is_file():
         shard_bytes = path.read_bytes()
 
-    # The good rows lie one after the other: the shard's index is not needed, and may be damaged.
+    # The good rows are stored one after the other, so the shard's index, which may be damaged, is not needed.
     offset = 0
     for result in results:
         if result["status"] != "good":

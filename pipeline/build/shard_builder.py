@@ -1,4 +1,8 @@
-"""The shard builder: the clips of a block are decoded once, transformed for every store, written and committed."""
+"""The shard builder: decodes the clips of a block once, transforms them for every store, writes and commits shards.
+
+The reason of a failed clip is a key of `FAILURE_REASONS` in pipeline/store/manifest.py. The reasons `missing` and
+`duplicate` are set in this file; the decoder (pipeline/audio) and the worker processes (workers.py) set the others.
+"""
 
 import hashlib
 import math
@@ -41,32 +45,32 @@ from pipeline.store.shards import (
 class StoreTarget:
     """A store that a build fills: its folder on this machine, its header, and its remote side if it has one."""
 
-    path: Path  # of a store at a URL: the staging folder
+    path: Path  # the staging folder if the store is at a URL
     header: StoreHeader
     remote_store: RemoteStore | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedClip:
-    """One row to fill: where its sound lies, and which seconds of the sound it takes."""
+    """One row to fill: the location of its sound, and the seconds of the sound that it takes."""
 
     row: int
     split: str
     start_seconds: float
     end_seconds: float
     locator: SoundLocator | None  # None: the corpus has no sound for the row
-    duplicate: str | None  # why the row is a duplicate of another, if it is
+    duplicate: str | None  # why the row is a duplicate of another row; None if it is not
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockTask:
-    """The clips of one block, which is whole shards of every store; rows that killed a worker fail without a trial."""
+    """The clips of one block, which is whole shards of every store, and the failures of rows that are not tried."""
 
     clips: tuple[PlannedClip, ...]
     known_failures: dict[int, tuple[str, str]] = field(default_factory=dict)  # row -> reason, detail
 
     def with_failed_row(self, row: int, reason: str, detail: str) -> "BlockTask":
-        """The same task, in which `row` fails for `reason` without being decoded."""
+        """Return the same task, in which `row` fails for `reason` without being decoded."""
         return replace(self, known_failures=self.known_failures | {row: (reason, detail)})
 
 
@@ -78,15 +82,15 @@ class ShardBuilder:
     policy: AudioPolicy
 
     def __call__(self, task: BlockTask) -> Iterator[int | None]:
-        """Decode the block's clips and commit its shards; yields each row before its trial, None before the writing.
+        """Decode the block's clips and commit its shards; yields each row before trying it, then None before writing.
 
-        Good rows are kept, and a shard in which no row changes is left alone. Raises StoreError if a shard with rows
-        to keep is damaged: writing these again would give damaged rows fresh checksums.
+        Good rows are kept, and a shard in which no row changes is not written. Raises StoreError if a shard with good
+        rows is damaged, because writing it again would give new checksums to damaged rows.
         """
         with ExitStack() as stack:
             open_shards = self._open_shards(task, stack)
 
-            # Clips are decoded in the order of their archives, which are then read from beginning to end.
+            # Clips are decoded in the order of their archives, so that each archive is read from beginning to end.
             for clip in sorted(task.clips, key=_archive_order):
                 takers = [shard for shard in open_shards if shard.needs_row(clip.row)]
                 if takers:
@@ -102,7 +106,7 @@ class ShardBuilder:
                 shard.commit_changes(splits)
 
     def _open_shards(self, task: BlockTask, stack: ExitStack) -> "list[_OpenShard]":
-        """The block's shards in every store; `stack` closes them."""
+        """Open the block's shards in every store; `stack` closes them."""
         first_row = task.clips[0].row
         last_row = task.clips[-1].row
         open_shards = []
@@ -114,8 +118,8 @@ class ShardBuilder:
         return open_shards
 
     def _decode_clip(self, clip: PlannedClip, task: BlockTask) -> "ClipAudio | dict[str, Any]":
-        """The clip's sound, or the result columns that say why it has none."""
-        # Rows that need no trial to fail.
+        """Return the clip's sound, or the result columns with the reason of the failure."""
+        # Rows that fail without being decoded.
         if clip.duplicate is not None:
             return failure_result("duplicate", clip.duplicate)
         if clip.locator is None:
@@ -125,7 +129,7 @@ class ShardBuilder:
         if clip.row in task.known_failures:
             return failure_result(*task.known_failures[clip.row], source=clip.locator.source)
 
-        # One decoding serves all stores, so it is as long as the longest of their clips.
+        # The clip is decoded once for all stores, so the longest clip length of the stores is decoded.
         max_seconds = max(store.header.spec.clip_seconds for store in self.stores)
         seconds = min(clip.end_seconds - clip.start_seconds, max_seconds)
         try:
@@ -140,7 +144,7 @@ class ShardBuilder:
 
 
 def _archive_order(clip: PlannedClip) -> tuple[str, int, int, int]:
-    """A key that sorts clips by where their sounds lie: archive, row group, place in it."""
+    """Return a key that sorts clips by the location of their sounds: archive, row group, position in the row group."""
     locator = clip.locator
     if locator is None:
         return "", 0, 0, clip.row
@@ -148,7 +152,7 @@ def _archive_order(clip: PlannedClip) -> tuple[str, int, int, int]:
 
 
 class _OpenShard:
-    """A shard that is being built; its new spectrograms wait in a nameless file, each at the place of its row."""
+    """A shard that is being built; a temporary file holds its new spectrograms, each at the position of its row."""
 
     def __init__(self, store: StoreTarget, shard: int, policy: AudioPolicy) -> None:
         self.store = store
@@ -157,7 +161,7 @@ class _OpenShard:
         self.rows = store.header.layout.rows_of_shard(shard)
         self._scratch_file: IO[bytes] | None = None
 
-        # The shard as it was: without a record, all of its rows are missing.
+        # The old state of the shard: without a record, all of its rows are missing.
         self._old_commit: ShardCommit | None = None
         self._old_results = [failure_result("missing", "")] * len(self.rows)
         record = read_commit(store.path, shard)
@@ -176,11 +180,11 @@ class _OpenShard:
             self._scratch_file.close()
 
     def needs_row(self, row: int) -> bool:
-        """Whether the shard holds this row, and not a good one."""
+        """Return whether the row belongs to this shard and is not good yet."""
         return row in self.rows and self._old_results[row - self.rows[0]]["status"] != "good"
 
     def add_clip(self, clip: PlannedClip, outcome: "ClipAudio | dict[str, Any]") -> None:
-        """Record a clip's failure, or its spectrogram and results."""
+        """Record the failure of a clip, or its spectrogram and results."""
         index = clip.row - self.rows[0]
         if not isinstance(outcome, ClipAudio):
             self._new_results[index] = outcome
@@ -197,7 +201,7 @@ class _OpenShard:
             self._scratch_file.flush()
 
     def commit_changes(self, splits: Mapping[int, str]) -> None:
-        """Write and push the shard and its record if a row has changed; `splits` has the split of every row."""
+        """Write and push the shard and its record if a row has changed; `splits` maps each row to its split."""
         if self._old_commit is not None and self._new_results == self._old_results:
             return
         old_policy = None if self._old_commit is None else self._old_commit.policy
@@ -211,7 +215,7 @@ class _OpenShard:
             self.store.remote_store.push_shard(self.shard)
 
     def _good_rows(self, stack: ExitStack) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the good rows in their order with their spectrograms, new ones and those of the old shard."""
+        """Yield each good row and its spectrogram, new or from the old shard, in the order of the rows."""
         layout = self.store.header.layout
         reader: ShardReader | None = None
         results = zip(self.rows, self._old_results, self._new_results, strict=True)
@@ -229,7 +233,7 @@ class _OpenShard:
                 yield row, mel_TF
 
     def _open_old_shard(self, stack: ExitStack) -> ShardReader:
-        """A reader of the shard as it was, fetched if it lies at a URL; StoreError if it is not what was committed."""
+        """Return a reader of the old shard, fetched if it is at a URL; StoreError if it does not match its record."""
         path, remote_store = self.store.path, self.store.remote_store
         folder = path
         if remote_store is not None:
@@ -237,7 +241,7 @@ class _OpenShard:
         if self._old_commit is not None and shard_matches_commit(folder, self._old_commit):
             return ShardReader(partial(shard_path, folder), self.store.header.layout)
 
-        # The advice depends on where the record lies that has to go.
+        # The advice depends on the location of the record that has to be deleted.
         record = ledger_path(path, self.shard)
         if remote_store is not None:
             raise StoreError(
@@ -268,7 +272,7 @@ def write_shard(
             if writer is None:
                 writer = stack.enter_context(closing(ShardWriter(store, header.layout, shard)))
             writer.append_clip(row, mel_TF)
-            # Statistics are of the values that a reader gets, over valid frames only.
+            # Statistics are computed from the stored values, as a reader gets them, and only over valid frames.
             valid_TF = header.to_log_mel(mel_TF[: results[row - first_row]["n_frames"]])
             moments.add_frames(splits[row], torch.from_numpy(valid_TF))
 
@@ -295,7 +299,7 @@ def write_shard(
 
 @contextmanager
 def _explaining_full_disk(store: Path, shard: int) -> Iterator[None]:
-    """Turn the OSError of a full disk into a StoreError that names the shard and says that nothing is lost."""
+    """Turn the OSError of a full disk into a StoreError that names the shard and reports that nothing is lost."""
     try:
         yield
     except OSError as error:
@@ -307,7 +311,7 @@ def _explaining_full_disk(store: Path, shard: int) -> Iterator[None]:
 
 
 def compute_stored_row(audio: ClipAudio, header: StoreHeader) -> tuple[np.ndarray, dict[str, Any]]:
-    """A clip as its store holds it, `mel_TF` in the store's dtype, and its result columns without `source`."""
+    """Return a clip as stored, `mel_TF` in the store's dtype, and its result columns without `source`."""
     # From sound to log-mel.
     spec = header.spec
     wave_S = audio.resample_wave(spec.sample_rate_hz)[: spec.clip_samples]
@@ -319,7 +323,7 @@ def compute_stored_row(audio: ClipAudio, header: StoreHeader) -> tuple[np.ndarra
     mel_TF[:frames] = quantise_mel(clip_TF, header).numpy()
     mel_TF[frames:] = quantise_mel(torch.tensor(spec.floor_log), header).numpy()
 
-    # The error is that of the values that a reader gets.
+    # The error of the stored values, as a reader gets them.
     error_N = (torch.from_numpy(header.to_log_mel(mel_TF[:frames])) - clip_TF).flatten()
     return mel_TF, {
         "status": "good",
@@ -341,9 +345,9 @@ def compute_stored_row(audio: ClipAudio, header: StoreHeader) -> tuple[np.ndarra
 
 
 def quantise_mel(mel: Tensor, header: StoreHeader) -> Tensor:
-    """Log-mel as stored values; uint8 keeps 0 for absent clips.
+    """Return the log-mel as stored values; in uint8, 0 is reserved for absent clips.
 
-    PyTorch rounds as NumPy does, in a twentieth of its time.
+    PyTorch rounds as NumPy does, 20 times as fast.
     """
     if header.layout.dtype == "float16":
         return mel.half()
@@ -351,7 +355,10 @@ def quantise_mel(mel: Tensor, header: StoreHeader) -> Tensor:
 
 
 def union_of_policies(policy: AudioPolicy, old_policy: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A policy that accepts all clips that either accepts: builds with different ones may fill rows of one shard."""
+    """Return a policy that accepts every clip that either policy accepts.
+
+    A shard has a single policy in its record, but builds with different policies may have filled its rows.
+    """
     accepted = asdict(policy)
     if old_policy is None:
         return accepted

@@ -40,7 +40,7 @@ ShardRecord = tuple[ShardCommit, pl.DataFrame]
 
 @dataclass(frozen=True, slots=True)
 class StoreFault:
-    """One fault as a line of text; `shard` or `label_set` names what a repair has to make again."""
+    """One fault as a line of text; `shard` or `label_set` names the part that a repair has to build again."""
 
     text: str
     shard: int | None = None
@@ -48,16 +48,16 @@ class StoreFault:
 
 
 def find_faults(store: Path, sample: int | None = None, seed: int = 0) -> Iterator[StoreFault]:
-    """Yield the faults of a store; a whole store has none. Raises StoreError where there is no store.
+    """Yield the faults of a store; an intact store has none. Raises StoreError if there is no store.
 
-    The content of every shard is read, or with `sample` that of as many shards, drawn by `seed`; ledger, sizes,
-    labels, manifest and statistics are always checked in full.
+    The content of every shard is read, or, with `sample`, the content of `sample` shards that are drawn by `seed`.
+    Ledger, sizes, labels, manifest and statistics are always checked in full.
     """
     header = StoreHeader.read(store)
     yield from _find_metadata_faults(store, header)
     yield from _find_label_faults(store, header)
 
-    # Shards against their records.
+    # Compare the shards with their records.
     shards = header.layout.shard_count
     drawn = set(range(shards))
     if sample is not None:
@@ -76,13 +76,13 @@ def find_faults(store: Path, sample: int | None = None, seed: int = 0) -> Iterat
             yield StoreFault(f"shard {shard}: {fault}", shard)
         records.append(record)
 
-    # The manifest follows from the records, so all of them are needed to check it.
+    # The manifest follows from the records, so it can be checked only if all records are readable.
     if len(records) == shards:
         yield from _find_manifest_faults(store, header, records)
 
 
 def _find_metadata_faults(store: Path, header: StoreHeader) -> Iterator[StoreFault]:
-    """Yield the faults of the headers, build.json and the exclude lists, and the files that a crash left."""
+    """Yield the faults of the headers, build.json and the exclude lists, and the files left by a crash."""
     # Headers.
     for path, expected_json in (
         (store / "zarr.json", zarr_group_json({"ajepa": header.to_json()})),
@@ -91,7 +91,7 @@ def _find_metadata_faults(store: Path, header: StoreHeader) -> Iterator[StoreFau
         if not path.is_file() or path.read_bytes() != expected_json:
             yield StoreFault(f"{path}: not as written")
 
-    # Records of the build and of the user.
+    # The build record (build.json) and the user's exclude lists.
     try:
         json.loads((store / "build.json").read_text())["asked"]
     except (OSError, ValueError, KeyError):
@@ -103,7 +103,7 @@ def _find_metadata_faults(store: Path, header: StoreHeader) -> Iterator[StoreFau
     except StoreError as error:
         yield StoreFault(str(error))
 
-    # Debris.
+    # Files left by a crash.
     leftovers = [
         *store.rglob(f"*{PARTIAL_SUFFIX}"),
         *store.glob(f"ledger/*{PENDING_SUFFIX}"),
@@ -114,8 +114,8 @@ def _find_metadata_faults(store: Path, header: StoreHeader) -> Iterator[StoreFau
 
 
 def _find_label_faults(store: Path, header: StoreHeader) -> Iterator[StoreFault]:
-    """Yield the faults of labels.parquet: raw labels that are not the plan's, label sets that are not their rule's."""
-    # Raw labels; without them no label set can be checked.
+    """Yield the faults of labels.parquet: raw labels that differ from the plan, label sets that break their rule."""
+    # Raw labels; without them, no label set can be checked.
     try:
         labels, sources = read_table(store / "labels.parquet")
     except StoreError as error:
@@ -139,8 +139,8 @@ def _find_label_faults(store: Path, header: StoreHeader) -> Iterator[StoreFault]
 def _find_label_set_fault(
     store: Path, header: StoreHeader, labels: pl.DataFrame, name: str, provenance: dict[str, Any] | None
 ) -> StoreFault | None:
-    """The fault of a propagated label set, None if it has none; a repair needs the ontology that made the set."""
-    # How the set was made.
+    """Return the fault of a propagated label set, None if it has none; a repair needs the set's ontology."""
+    # The provenance of the set: rule and ontology.
     if not provenance or set(provenance) != {field.name for field in fields(LabelProvenance)}:
         return StoreFault(
             f"labels.parquet: label set {name} does not say where it comes from", label_set=name
@@ -151,9 +151,9 @@ def _find_label_set_fault(
     except MissingOntologyError as error:
         return StoreFault(f"labels.parquet: {error}")
     except (StoreError, pl.exceptions.ColumnNotFoundError):
-        return None  # a fault of the manifest, which `_find_manifest_faults` reports
+        return None  # the manifest is at fault; `_find_manifest_faults` reports it
 
-    # The set made again.
+    # Propagate the set again and compare.
     adds_CC = rule_relation_CC(name, ontology=ontology, classes=header.classes)
     expected = propagate(labels["raw"], adds_CC).zip_with(splits.is_in(provenance["splits"]), labels["raw"])
     if expected.equals(labels[name]):
@@ -166,7 +166,7 @@ def _find_label_set_fault(
 def _describe_shard_fault(
     store: Path, header: StoreHeader, commit: ShardCommit, results: pl.DataFrame, *, content: bool
 ) -> str | None:
-    """The fault of a shard's record or file, None if it has none; only with `content` the file is read."""
+    """Return the fault of a shard's record or file, None if it has none; the file is read only with `content`."""
     # The record.
     if len(results) != len(header.layout.rows_of_shard(commit.shard)):
         return "its ledger record has another number of rows"
@@ -184,7 +184,7 @@ def _describe_shard_fault(
     if not content:
         return None
 
-    # The file's bytes, and which clips its index holds.
+    # The file's bytes, and the clips in its index.
     shard_bytes = path.read_bytes()
     if hashlib.sha256(shard_bytes).hexdigest() != commit.sha256:
         return f"{path} does not match its digest{_describe_damaged_rows(path, shard_bytes, header, commit)}"
@@ -198,7 +198,7 @@ def _describe_shard_fault(
 
 
 def _read_shard_index(path: Path, header: StoreHeader) -> np.ndarray:
-    """Offset and size of each chunk of a shard; raises ValueError if the index fails its checksum."""
+    """Return offset and size of each chunk of a shard; raises ValueError if the index fails its checksum."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         return read_shard_index(descriptor, header.layout.shard_clips)
@@ -207,7 +207,7 @@ def _read_shard_index(path: Path, header: StoreHeader) -> np.ndarray:
 
 
 def _describe_damaged_rows(path: Path, shard_bytes: bytes, header: StoreHeader, commit: ShardCommit) -> str:
-    """The rows whose chunk fails its own checksum, as the end of a sentence."""
+    """Return the rows whose chunk fails its own checksum, as the end of a sentence."""
     try:
         index_N2 = _read_shard_index(path, header)
     except ValueError as error:
@@ -227,7 +227,7 @@ def _describe_damaged_rows(path: Path, shard_bytes: bytes, header: StoreHeader, 
 def _find_manifest_faults(
     store: Path, header: StoreHeader, records: list[ShardRecord]
 ) -> Iterator[StoreFault]:
-    """Yield what does not follow from the ledger in the manifest, the store's identity and its statistics."""
+    """Yield the differences of manifest, store identity and statistics from the values that follow from the ledger."""
     commits = [commit for commit, _ in records]
     results = pl.concat([results for _, results in records])
     try:

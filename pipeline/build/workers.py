@@ -21,11 +21,11 @@ from pipeline.errors import InputError, StoreError
 
 POLL_SECONDS = 0.5
 
-SUSPENDED_SECONDS = 4 * POLL_SECONDS  # a poll that took longer: Ctrl-Z, or the machine slept
+SUSPENDED_SECONDS = 4 * POLL_SECONDS  # a longer poll means Ctrl-Z, or that the machine slept
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
-MAX_IDLE_DEATHS = 3  # deaths of workers outside any row, for which no clip can be blamed
+MAX_IDLE_DEATHS = 3  # most deaths of workers while they try no row; no clip can be the cause of these
 
 CONNECT_TIMEOUT_SECONDS = 10  # for the first answer of a Ray cluster
 
@@ -33,16 +33,16 @@ TASK_DONE = "done"  # a worker's message at the end of a task
 
 
 class RowTask(Protocol):
-    """Rows to work through; any of them may kill the process that tries it."""
+    """A task of several rows; any row may kill the process that tries it."""
 
     def with_failed_row(self, row: int, reason: str, detail: str) -> Self:
-        """The same task, with one row failed instead of tried."""
+        """Return the same task, in which this row fails without being tried."""
         ...
 
 
 T = TypeVar("T", bound=RowTask)
 
-# Works through a task; yields each row before it tries the row, None before work that belongs to no row.
+# Runs a task; yields each row before it tries the row, and None before work that belongs to no row.
 TaskFunction = Callable[[T], Iterator[int | None]]
 
 
@@ -51,7 +51,8 @@ def run_in_processes(
 ) -> Iterator[int]:
     """Run all tasks and yield each row that is tried.
 
-    The tasks run in `workers` processes as in `WorkerPool`; with 0 they run in this process, without its protection.
+    The tasks run in `workers` processes of a `WorkerPool`; with 0 they run in this process, without protection against
+    rows that hang or kill it.
     """
     if workers == 0:
         for task in tasks:
@@ -65,7 +66,7 @@ def run_in_processes(
 
 
 class WorkerPool(Generic[T]):
-    """Up to `workers` spawned processes that run tasks with one function and stay for the next task."""
+    """Up to `workers` spawned processes that run tasks with one function; each process is used for many tasks."""
 
     def __init__(self, task_function: TaskFunction[T], workers: int) -> None:
         self._task_function = task_function
@@ -73,17 +74,17 @@ class WorkerPool(Generic[T]):
         self._workers: list[_WorkerProcess[T]] = []
 
     def run_tasks(self, tasks: Iterable[T], *, clip_limit_seconds: float) -> Iterator[int]:
-        """Run tasks, each drawn when a worker is free for it; yields each row when it is tried.
+        """Run the tasks; takes the next task when a worker is free, and yields each row when it is tried.
 
-        A row that kills its process, or takes more than `clip_limit_seconds` of wall time, is failed by
-        `with_failed_row`, and its task runs again. An error in a worker ends the run: an InputError is raised as it
-        is, any other error as a RuntimeError with its traceback.
+        If a row kills its process or takes more than `clip_limit_seconds` of wall time, `with_failed_row` marks it as
+        failed and its task runs again. An error in a worker ends the run: an InputError is raised unchanged, any other
+        error as a RuntimeError with its traceback.
         """
         new_tasks = iter(tasks)
         retries: list[T] = []
         idle_deaths = 0
         while True:
-            # Every worker gets a task: those of killed workers first, then new ones.
+            # Give every free worker a task: first the tasks of killed workers, then new tasks.
             while len(self._busy_workers()) < self._worker_limit:
                 task = retries.pop() if retries else next(new_tasks, None)
                 if task is None:
@@ -93,7 +94,7 @@ class WorkerPool(Generic[T]):
             if not busy:
                 return
 
-            # Pass rows on; kill workers that are stuck, and retry the tasks of dead ones without the row.
+            # Yield the tried rows. Kill workers that are stuck, and retry the tasks of dead workers without the row.
             ready = _wait_for_messages(busy)
             for worker in busy:
                 if worker.pipe in ready:
@@ -105,7 +106,7 @@ class WorkerPool(Generic[T]):
                     idle_deaths += worker.current_row is None
                     retries.append(worker.kill_for_retry(clip_limit_seconds))
 
-            # A task that kills its worker before any row would be retried for ever.
+            # A task that kills its worker before it tries a row would be retried for ever.
             if idle_deaths >= MAX_IDLE_DEATHS:
                 raise StoreError(
                     f"worker processes died {idle_deaths} times; out of memory? Try again with fewer --workers"
@@ -115,7 +116,7 @@ class WorkerPool(Generic[T]):
         return [worker for worker in self._workers if worker.current_task is not None]
 
     def _idle_worker(self) -> "_WorkerProcess[T]":
-        """A worker without a task; starts one if there is none."""
+        """Return a worker without a task; starts a new worker if all are busy."""
         for worker in self._workers:
             if worker.current_task is None:
                 return worker
@@ -124,17 +125,17 @@ class WorkerPool(Generic[T]):
         return worker
 
     def close(self) -> None:
-        """Kill the processes, busy or not."""
+        """Kill all processes, busy or not."""
         while self._workers:
             self._workers.pop().kill_process()
 
 
 def _wait_for_messages(workers: "list[_WorkerProcess[T]]") -> list[Any]:
-    """Wait for a moment; returns the pipes on which a message, or their end, can be read."""
+    """Wait for at most one poll; returns the pipes from which a message or the end of the pipe can be read."""
     began = time.monotonic()
     ready = wait([worker.pipe for worker in workers], timeout=POLL_SECONDS)
     waited_seconds = time.monotonic() - began
-    # While all processes stood still no row could advance.
+    # While all processes were suspended, no row could progress.
     if waited_seconds > SUSPENDED_SECONDS:
         for worker in workers:
             worker.extend_deadline(waited_seconds)
@@ -142,7 +143,7 @@ def _wait_for_messages(workers: "list[_WorkerProcess[T]]") -> list[Any]:
 
 
 class _WorkerProcess(Generic[T]):
-    """One spawned process, with its current task, its current row, and the time at which it began the row."""
+    """One spawned process, with its current task, its current row, and the time at which the row began."""
 
     def __init__(self, task_function: TaskFunction[T]) -> None:
         self.current_task: T | None = None
@@ -157,12 +158,12 @@ class _WorkerProcess(Generic[T]):
             target=_serve_tasks, args=(worker_pipe, task_function, os.getpid()), daemon=True
         )
 
-        # The worker inherits the mask: Ctrl-C is for the parent to handle.
+        # The worker inherits this signal mask, so that only the parent handles Ctrl-C.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         self._process.start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
-        # With the worker as its only holder, the pipe ends when the worker dies.
+        # The worker must be the only process that has this end of the pipe, so that the pipe ends when the worker dies.
         worker_pipe.close()
 
     def assign_task(self, task: T) -> None:
@@ -175,7 +176,7 @@ class _WorkerProcess(Generic[T]):
             self.is_dead = True
 
     def receive_row(self) -> int | None:
-        """Read one message; returns the row that it announces, if any, and raises the error that it carries."""
+        """Read one message; returns the row in the message, if any, and raises the error in it, if any."""
         try:
             message = self.pipe.recv()
         except (EOFError, ConnectionResetError):
@@ -196,12 +197,12 @@ class _WorkerProcess(Generic[T]):
         self._row_started += seconds
 
     def is_overdue(self, clip_limit_seconds: float) -> bool:
-        """Whether the current row takes longer than a clip may."""
+        """Return whether the current row has taken longer than the limit of a clip."""
         return self.current_row is not None and time.monotonic() - self._row_started > clip_limit_seconds
 
     def kill_for_retry(self, clip_limit_seconds: float) -> T:
-        """Kill the process; returns its task, in which the current row is failed."""
-        # A process that still lives was overdue.
+        """Kill the process; returns its task with the current row marked as failed."""
+        # If the process is still alive, its row took too long.
         timed_out = not self.is_dead
         self.kill_process()
         assert self.current_task is not None
@@ -230,16 +231,17 @@ def _describe_exit(exitcode: int | None) -> str:
 def _serve_tasks(
     pipe: Connection, task_function: Callable[[Any], Iterator[int | None]], parent_pid: int
 ) -> None:
-    """Run the tasks that come through the pipe; send their rows and None, and after each task TASK_DONE or an error."""
-    # A worker that outlived a killed build would write beside the next one. The parent may have died before `prctl`.
+    """Run the tasks received from the pipe; send their rows and None, and after each task TASK_DONE or an error."""
+    # End this worker when the build is killed; else it would write into the store together with the next build. The
+    # parent may have died before `prctl`, so its id is checked too.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
     if os.getppid() != parent_pid:
         return
 
-    # Decoders complain on stderr; the reason of a failed row says all that matters.
+    # Decoders write warnings to stderr; hide them, because a failed row has its reason in the results.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    # One process on each core: more threads would only compete.
+    # One thread, because each core already has a process.
     torch.set_num_threads(1)
 
     while True:
@@ -264,10 +266,10 @@ def run_on_ray_cluster(
     clip_limit_seconds: float,
     address: str | None = None,
 ) -> Iterator[int]:
-    """Run all tasks on a Ray cluster, `workers` at a time; yields their rows as tasks end.
+    """Run all tasks on a Ray cluster, `workers` at a time; yields the rows of each task when the task ends.
 
-    `address` is that of `ray.init`; None starts Ray on this machine. All machines must see the same paths. Ray runs
-    the tasks of a lost machine again on another; a row that kills its process fails as in `WorkerPool`.
+    `address` is the argument of `ray.init`; None starts Ray on this machine. All machines must have the same paths. If
+    a machine is lost, Ray runs its tasks again on another. A row that kills its process fails as in `WorkerPool`.
     """
     try:
         import ray
@@ -286,7 +288,7 @@ def run_on_ray_cluster(
     except ConnectionError as error:
         raise _no_cluster_error(address, error) from None
 
-    # Keep `workers` tasks running; tasks are drawn as others end.
+    # Keep `workers` tasks running; whenever a task ends, take the next.
     try:
         remote_task: Any = ray.remote(num_cpus=1)(run_ray_task)
         function_reference = ray.put(task_function)
@@ -307,7 +309,7 @@ def run_on_ray_cluster(
 
 
 def _check_cluster_answers(address: str | None) -> None:
-    """Raise InputError where nothing listens at the address; Ray itself would try for minutes."""
+    """Raise InputError if nothing listens at the address; Ray itself would try for minutes."""
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
         try:
@@ -327,7 +329,7 @@ def run_ray_task(
 ) -> list[int] | InputError:
     """Run one task in a worker process of this machine; returns its rows, or the InputError that ended it.
 
-    The error is returned because Ray would wrap one that is raised.
+    The error is returned, because Ray wraps an error that is raised.
     """
     pool = cached_worker_pool(pickle.dumps(task_function))
     try:
@@ -339,5 +341,5 @@ def run_ray_task(
 
 @lru_cache(maxsize=1)
 def cached_worker_pool(pickled_function: bytes) -> WorkerPool[Any]:
-    """The pool of this Ray worker, with one process that stays from task to task."""
+    """Return the pool of this Ray worker, which has one process that runs all its tasks."""
     return WorkerPool(pickle.loads(pickled_function), workers=1)

@@ -15,12 +15,12 @@ from pipeline.cli.options import (
 )
 from pipeline.errors import InputError
 
-# Without rich: it takes long to load, also for the tab key.
+# Without rich, which is slow to load, also for tab completion.
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Sound files in, a checked store of log-mel spectrograms with repaired labels out.",
+    help="Turn sound files into a checked store of log-mel spectrograms with repaired labels.",
 )
 
 app.add_typer(build.app)
@@ -35,9 +35,9 @@ def demo_corpus(
     source: Annotated[
         str, typer.Option(help="formula (made here) or debian (49 MB of recordings).")
     ] = "formula",
-    seed: Annotated[int, typer.Option(help="Another seed, other clips.")] = 0,
+    seed: Annotated[int, typer.Option(help="Another seed gives other clips.")] = 0,
 ) -> None:
-    """Make a small corpus in AudioSet's shape. A few broken files are in it.
+    """Make a small corpus in AudioSet's form. A few of its files are broken.
 
     Example: ajepa-data demo-corpus demo/corpus --clips 400
     """
@@ -64,7 +64,7 @@ def propagate_labels(
         ),
     ] = "unambiguous",
     splits: Annotated[
-        list[str] | None, typer.Option(help="Only these, such as train,eval; repeats. Default: all.")
+        list[str] | None, typer.Option(help="Splits to propagate, such as train,eval; repeats. Default: all.")
     ] = None,
     ontology: Annotated[
         Path | None, typer.Option(help="Class tree in the form of ontology.json. Default: AudioSet's.")
@@ -74,20 +74,20 @@ def propagate_labels(
         typer.Option(help="Class list, form of class_labels_indices.csv. Default: the store's, or the 527."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Parquet file to write, where INPUTS are lists or tables.")
+        Path | None, typer.Option(help="Parquet file to write, if INPUTS are lists or tables.")
     ] = None,
 ) -> None:
     """Add the classes that each clip's labels imply.
 
-    A label set beside the raw one, by Hierarchical Label Propagation (arXiv
-    2503.21826).
+    The result is a new label set beside the raw one, by Hierarchical Label
+    Propagation (arXiv 2503.21826).
 
     Example: ajepa-data propagate-labels as20k.zarr
     """
     from pipeline.labels.label_tables import propagate_inputs
     from pipeline.labels.propagation import propagation_table
 
-    # --splits may be repeated, and may hold several names with commas between them.
+    # --splits may be repeated, and may have several names separated by commas.
     split_names = [name.strip() for part in splits or () for name in part.split(",")] or None
     changes = propagate_inputs(inputs, rule, split_names, ontology=ontology, classes=classes, out=out)
     print(propagation_table(changes))
@@ -95,7 +95,7 @@ def propagate_labels(
 
 @app.command()
 def finalize(store: StorePath) -> None:
-    """Finish a store whose parts are all built. The last part does so by itself.
+    """Finish a store whose parts are all built. The last part does this itself.
 
     Example: ajepa-data finalize as2m.zarr
     """
@@ -103,7 +103,7 @@ def finalize(store: StorePath) -> None:
     from pipeline.store.header import StoreHeader
     from pipeline.store.summary import coverage_table
 
-    # None: some shards are not committed.
+    # The result is None if some shards are not committed.
     header = StoreHeader.read(store)
     manifest = finish_store(store, header)
     if manifest is None:
@@ -118,13 +118,13 @@ def finalize(store: StorePath) -> None:
 @app.command()
 def doctor(
     place: Annotated[
-        Path, typer.Option(help="Folder where stores are to lie.", exists=True, file_okay=False)
+        Path, typer.Option(help="Folder in which stores will be built.", exists=True, file_okay=False)
     ] = Path("."),
 ) -> None:
-    """Look at what building needs here.
+    """Check that this machine can build stores.
 
-    Packages, codecs, free space, a small trial; takes about 10 s. Status 1 where
-    something is broken; the line about it says how to mend it.
+    Checks packages, codecs, free space and a small trial build, in about 10 s.
+    Exits with status 1 if something is broken, and says how to mend it.
 
     Example: ajepa-data doctor --place stores/
     """

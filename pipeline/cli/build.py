@@ -1,4 +1,4 @@
-"""The commands of ajepa-data that build stores: one per dataset, and all with the same options for the build."""
+"""The commands of ajepa-data that build stores: one per data set, all with the same options for the build."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -23,8 +23,8 @@ app = typer.Typer(rich_markup_mode=None)
 
 
 def build_command(corpus_from_options: "Callable[..., Corpus]") -> Callable[..., None]:
-    """Add a build command: name, docstring and options of a dataset's function, and those of `build_from_options`."""
-    # The dataset's own options come first, then the shared ones.
+    """Add a build command: it has the name, docstring and options of `corpus_from_options`, and the shared options."""
+    # The options of the data set come first, then the shared ones, those of `build_from_options`.
     dataset_signature = signature(corpus_from_options)
     dataset_parameters = dataset_signature.parameters
     shared_parameters = [
@@ -33,12 +33,12 @@ def build_command(corpus_from_options: "Callable[..., Corpus]") -> Callable[...,
         if name != "corpus"
     ]
 
-    # The command takes all options by name and hands each on to the function that it belongs to.
+    # The command takes all options by name and passes each to its function.
     def build(**values: Any) -> None:
         dataset_values = {name: values.pop(name) for name in dataset_parameters}
         build_from_options(corpus_from_options(**dataset_values), **values)
 
-    # Typer reads the options off the signature. Python wants the parameters without a default first.
+    # Typer reads the options from the signature, where Python requires parameters without a default to come first.
     parameters = sorted(
         [*dataset_parameters.values(), *shared_parameters],
         key=lambda parameter: parameter.default is not parameter.empty,
@@ -70,9 +70,12 @@ def build_from_options(
             help="Mel spec: a name, or a TOML file. Repeats with --out: one decoding pass for all.",
             autocompletion=complete_from(MEL_SPEC_NAMES),
         ),
-    ] = ["a-jepa"],  # noqa: B006  (typer wants a list, and nothing writes to it)
+    ] = ["a-jepa"],  # noqa: B006  (typer needs a list, and nothing changes it)
     dtype: Annotated[str, typer.Option(help="float16, or uint8: half the size, 0.12 nat steps.")] = "float16",
-    workers: Annotated[int, typer.Option(min=0, help="Decoding processes; 0: this one, unguarded.")] = 2,
+    workers: Annotated[
+        int,
+        typer.Option(min=0, help="Decoding processes; 0: this one, no crash protection."),
+    ] = 2,
     part: Annotated[
         str, typer.Option(help="i/n: every n-th block of shards from i on; for job arrays.")
     ] = "0/1",
@@ -83,20 +86,20 @@ def build_from_options(
         str | None, typer.Option(help="Ray cluster, such as auto; none: Ray on this machine.")
     ] = None,
     accept_truncated: Annotated[
-        bool, typer.Option("--accept-truncated", help="Keep what is there of clips cut short.")
+        bool, typer.Option("--accept-truncated", help="Keep clips whose files are cut short.")
     ] = False,
     keep_silent: Annotated[
         bool, typer.Option("--keep-silent", help="Keep clips that peak under -90 dBFS.")
     ] = False,
     max_seconds: Annotated[
-        float, typer.Option(min=1, help="Refuse sounds longer than this; 43,200 is 12 h.")
+        float, typer.Option(min=1, help="Longest sound accepted, in seconds; 43,200 is 12 h.")
     ] = 43_200.0,
     limit_seconds: Annotated[float, typer.Option(min=1, help="Seconds of wall time a clip may take.")] = 60.0,
     staging: Annotated[
-        Path, typer.Option(help="Folder for the local side of a store at a URL, NAME.zarr.staging.")
+        Path, typer.Option(help="Folder for NAME.zarr.staging, the local part of a store at a URL.")
     ] = Path("."),
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would be built, how large, how long.")
+        bool, typer.Option("--dry-run", help="Build nothing; print the expected size and time.")
     ] = False,
 ) -> None:
     """Build the stores that the options describe, or only predict their size and time, and print the result."""
@@ -106,7 +109,7 @@ def build_from_options(
     from pipeline.build.plan import BuildOptions
     from pipeline.files import BuildPart
 
-    # Options become values, which refuse nonsense.
+    # Turn the options into objects, which check their values.
     build_part = BuildPart.parse(part)
     outputs = outputs_from_options(corpus, out, spec, dtype=dtype, staging=staging, part=build_part)
     policy = AudioPolicy(accept_truncated=accept_truncated, keep_silent=keep_silent, max_seconds=max_seconds)
@@ -122,7 +125,7 @@ def build_from_options(
         print(describe_dry_run(corpus, outputs, options))
         return
 
-    # Notes come before the work, which may take hours.
+    # Print notes before the build, which may take hours.
     for output in outputs:
         if output.remote:
             print_to_stderr(f"{output.remote}: tables, and shards until they are pushed, in {output.path}")
@@ -137,7 +140,7 @@ def build_from_options(
 def outputs_from_options(
     corpus: "Corpus", out: list[str], spec: list[str], *, dtype: str, staging: Path, part: "BuildPart"
 ) -> "list[StoreOutput]":
-    """Return the stores to build, one for each --out; their rows are as long as the corpus has its clips."""
+    """Return the stores to build, one for each --out; their rows have the clip length of the corpus."""
     from pipeline.audio.mel_spec import resolve_mel_spec, with_clip_seconds
     from pipeline.build.plan import StoreOutput
     from pipeline.build.remote_store import staging_folder
@@ -181,7 +184,7 @@ def decoding_progress(clips: int, rows: Iterator[int]) -> Iterator[int]:
     """Yield the rows, with a progress bar on a terminal, or a line every 30 s in a log."""
     from tqdm import tqdm
 
-    # In a log every line stays.
+    # In a log, every update is a line of its own.
     seconds_between = 0.1 if sys.stderr.isatty() else 30
     yield from tqdm(
         rows,
@@ -214,7 +217,7 @@ def build_audioset(
         bool, typer.Option("--lenient", help="Leave out damaged lines of the lists, and name them.")
     ] = False,
 ) -> "Corpus":
-    """Decode AudioSet's clips into feature stores. Run again, it carries on.
+    """Decode AudioSet's clips into feature stores. Run it again to continue.
 
     Example: ajepa-data build-audioset --audio clips/ --segments balanced_train_segments.csv --out as20k.zarr
     """
@@ -228,20 +231,20 @@ def build_folder(
     folder: Annotated[Path, typer.Option(help="Folder of sounds, searched below.", show_default=False)],
     table: Annotated[
         Path | None,
-        typer.Option(help="CSV or Parquet: path, and maybe label, split, start, end, id."),
+        typer.Option(help="CSV or Parquet: path; optional label, split, start, end, id."),
     ] = None,
     clip_seconds: Annotated[
-        float | None, typer.Option(min=0.1, help="Seconds of a clip; none: as the mel spec says.")
+        float | None, typer.Option(min=0.1, help="Seconds of a clip; none: those of the mel spec.")
     ] = None,
     hop_seconds: Annotated[
-        float | None, typer.Option(help="Cut longer sounds into a clip every so many seconds.")
+        float | None, typer.Option(help="Cut longer sounds into clips that begin this many seconds apart.")
     ] = None,
-    split: Annotated[str, typer.Option(help="Split of clips of which the table says none.")] = "train",
+    split: Annotated[str, typer.Option(help="Split of clips for which the table names none.")] = "train",
     label_from: Annotated[
         str, typer.Option(help="none, or parent: label by the folder a sound is in.")
     ] = "none",
 ) -> "Corpus":
-    """Decode your own clips into feature stores. Run again, it carries on.
+    """Decode your own clips into feature stores. Run it again to continue.
 
     Example: ajepa-data build-folder --folder sounds/ --table labels.csv --out mine.zarr
     """
@@ -301,7 +304,7 @@ def build_fsd50k(
 
 
 def opening_progress(files: int, stream: Iterator[Any]) -> Iterator[Any]:
-    """Yield the sounds of a stream that opens them for their length; a progress bar on a terminal only."""
+    """Yield the sounds of a stream, which opens each to find its length; with a progress bar on a terminal."""
     from tqdm import tqdm
 
     yield from tqdm(stream, total=files, unit="file", desc="open", disable=None)

@@ -1,4 +1,4 @@
-"""The doctor: checks of what this machine has and can do, from versions and codecs to a build of a small store."""
+"""The doctor: checks of this machine, from versions and codecs to the build of a small store."""
 
 import os
 import platform
@@ -25,13 +25,13 @@ from pipeline.errors import InputError
 from pipeline.store.cache import BYTES_PER_GB
 from pipeline.store.feature_store import FeatureStore
 
-MIN_FREE_DISK_GB = 10.0  # AudioSet-20k as float16 takes 5
+MIN_FREE_DISK_GB = 10.0  # AudioSet-20k as float16 takes 5 GB
 
 SHARED_MEMORY = Path("/dev/shm")
 
 MIN_SHARED_MEMORY_GB = 0.5
 
-# The tone that each codec has to bring back.
+# The tone that each codec must reproduce.
 TONE_HZ = 440.0
 
 TONE_SECONDS = 1.0
@@ -49,13 +49,13 @@ DATA_PACKAGES = ("ajepa", "numpy", "polars", "pyarrow", "zarr", "soundfile", "av
 
 INSTALL_COMMAND = "pip install --upgrade --force-reinstall ajepa"
 
-# Everything that a check may raise because of the machine and not because of a bug.
+# Every error that a check may raise because of the machine, not because of a bug.
 CHECK_ERRORS = (ImportError, OSError, RuntimeError, ValueError, PackageNotFoundError, InputError)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MachineCheck:
-    """The result of one check. `slow` works, but not as well as it might; `remedy` says what to do then."""
+    """The result of one check; in state `slow`, it works but could be faster. `remedy` says what to do."""
 
     name: str
     state: Literal["ok", "slow", "broken"]
@@ -64,7 +64,7 @@ class MachineCheck:
 
     def __str__(self) -> str:
         text = f"{self.state:7}{self.name}: {self.message}"
-        # Lines within 80 columns, further ones indented.
+        # Wrap at 80 columns; all lines but the first are indented.
         lines = textwrap.wrap(text, 79, subsequent_indent=" " * 9, break_on_hyphens=False)
         if self.remedy:
             lines.append(f"       -> {self.remedy}")
@@ -72,7 +72,7 @@ class MachineCheck:
 
 
 def run_machine_check(name: str, check: Callable[[], str], remedy: str) -> MachineCheck:
-    """Return the message of `check`, or how it failed together with the remedy."""
+    """Run `check`; return its message, or its error together with the remedy."""
     try:
         return MachineCheck(name=name, state="ok", message=check())
     except CHECK_ERRORS as error:
@@ -81,8 +81,8 @@ def run_machine_check(name: str, check: Callable[[], str], remedy: str) -> Machi
 
 
 def check_data_machine(store_folder: Path, trial_folder: Path) -> Iterator[MachineCheck]:
-    """Yield the checks of all that building needs: stores are to lie in `store_folder`, a trial in `trial_folder`."""
-    # The later checks need what the earlier ones look at.
+    """Yield the checks for building stores in `store_folder`; a small trial store is built in `trial_folder`."""
+    # Later checks depend on earlier ones.
     yield run_machine_check("system", describe_system, "Linux is needed, and Python 3.11 or newer")
     yield run_machine_check("packages", lambda: package_versions(DATA_PACKAGES), INSTALL_COMMAND)
     yield run_machine_check("codecs", lambda: check_codecs(trial_folder), INSTALL_COMMAND)
@@ -95,9 +95,9 @@ def check_data_machine(store_folder: Path, trial_folder: Path) -> Iterator[Machi
 
 
 def describe_system() -> str:
-    """Return Python, the system, its cores and its memory in words."""
+    """Return a text with the Python version, the system, its cores and its memory."""
     memory_gb = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / BYTES_PER_GB
-    # The cores that this process may use: in a container fewer than there are.
+    # The cores that this process may use; in a container, fewer than the machine has.
     cores = len(os.sched_getaffinity(0))
     return f"Python {platform.python_version()}, {platform.platform()}, {cores} cores, {memory_gb:.0f} GB"
 
@@ -108,14 +108,14 @@ def package_versions(packages: Iterable[str]) -> str:
 
 
 def check_codecs(trial_folder: Path) -> str:
-    """Write a tone as each kind of file and decode it again; RuntimeError where another tone comes back."""
+    """Write a tone as each kind of file and decode it again; RuntimeError if another tone is decoded."""
     wave_SC = _tone_SC(TONE_HZ, TONE_SECONDS, amplitude=0.5)
     for container in DEMO_CONTAINERS:
         path = trial_folder / f"tone-{container.name}.{container.extension}"
         write_audio_file(path, wave_SC, container, rate_hz=container.rates_hz[0])
         audio = load_clip_audio(SoundLocator.from_path(path), start_seconds=0.0, end_seconds=TONE_SECONDS)
 
-        # The loudest frequency of the decoded sound is the tone.
+        # The loudest frequency of the decoded sound must be the tone.
         power_N = np.abs(np.fft.rfft(audio.wave_S * np.hanning(len(audio.wave_S)))) ** 2
         loudest_hz = power_N.argmax() * audio.rate_hz / len(audio.wave_S)
         if abs(loudest_hz - TONE_HZ) > TOLERANCE_HZ:
@@ -143,22 +143,22 @@ def check_free_space(store_folder: Path) -> MachineCheck:
 
 
 def check_trial_build(trial_folder: Path) -> str:
-    """Build a store of tones, verify it and read it again; RuntimeError where it is not as expected."""
+    """Build a store of tones, verify it and read it again; RuntimeError if it is not as expected."""
     store = build_trial_store(trial_folder)
     faults = list(find_faults(store))
     if faults:
-        raise RuntimeError(f"the store of the trial: {faults[0].text}")
+        raise RuntimeError(f"the trial store: {faults[0].text}")
 
     # The tones rise from row to row, so their loudest bands must too.
     opened = FeatureStore.open(store)
     loudest_B = opened.read(opened.good_rows()).astype(np.float32).mean(1).argmax(1)
     if not (np.diff(loudest_B) >= 0).all() or loudest_B[0] == loudest_B[-1]:
-        raise RuntimeError("the store of the trial: higher tones do not lie in higher mel bands")
+        raise RuntimeError("the trial store: higher tones are not in higher mel bands")
     return f"{TRIAL_CLIPS} tones built, verified and read again"
 
 
 def build_trial_store(trial_folder: Path) -> Path:
-    """Return the store of TRIAL_CLIPS rising tones, splits train and eval; built unless it is there."""
+    """Return the path of a store of TRIAL_CLIPS rising tones, splits train and eval; it is built if it is missing."""
     store = trial_folder / "trial.zarr"
     if store.exists():
         return store
@@ -193,8 +193,8 @@ def _tone_SC(hz: float, seconds: float, *, amplitude: float) -> np.ndarray:
 
 
 def told(checks: Iterable[MachineCheck]) -> Iterator[str]:
-    """Yield the text of each check as it is made; InputError at the end where one is broken."""
-    # All lines come before the error, so that one fault hides no other.
+    """Yield the text of each check as soon as it is done; InputError at the end if any check is broken."""
+    # Yield all lines before the error, so that one fault hides no other.
     broken = []
     for check in checks:
         if check.state == "broken":

@@ -1,4 +1,4 @@
-"""What ajepa-data and ajepa-train share: options, the names that the tab key offers, and how a command ends."""
+"""Options, names for tab completion, and the handling of errors and signals, shared by ajepa-data and ajepa-train."""
 
 import os
 import resource
@@ -18,14 +18,14 @@ from pipeline.messages import wrap_to_terminal
 
 MAX_OPEN_FILES = 65_536  # the most that a command asks the system for
 
-# The tab key cannot wait for the modules that define these names; a test holds them to the tables.
+# Tab completion cannot wait for the modules that define these names; a test compares them with the definitions.
 MEL_SPEC_NAMES = ("a-jepa", "a-jepa-16k", "audio-jepa", "panns", "convnext", "passt")
 
 PROPAGATION_RULE_NAMES = ("unambiguous", "all-ancestors", "dominators", "direct-parent")
 
 
 def complete_from(names: Sequence[str]) -> Callable[[str], list[str]]:
-    """Return a function for `autocompletion=`: the names that begin with the text typed so far."""
+    """Return a function for `autocompletion=`, which returns the names that begin with the typed text."""
 
     def matching_names(incomplete: str) -> list[str]:
         return [name for name in names if name.startswith(incomplete)]
@@ -34,17 +34,17 @@ def complete_from(names: Sequence[str]) -> Callable[[str], list[str]]:
 
 
 def require_local_store(store: Path) -> Path:
-    """Return the path of a store on a disk, for a callback; InputError for a URL."""
-    # Of the two slashes of a URL `Path` leaves one.
+    """Return the path of a store, or raise InputError if it is a URL; for use as a callback."""
+    # `Path` keeps only one of the two slashes of a URL.
     if str(store).startswith(("s3:/", "gs:/", "http:/", "https:/")):
         raise InputError(
-            f"{store}: lies on an object store; copy it to a disk first, or give its staging folder"
+            f"{store}: is on an object store; copy it to a disk first, or give its staging folder"
         )
     return store
 
 
 def check_output_path(path: Path | None) -> Path | None:
-    """Return the path of a file to write, for a callback: InputError before the work and not after it."""
+    """Return the path of a file to write, or raise InputError before the work begins; for use as a callback."""
     if path is not None:
         check_writable(path)
     return path
@@ -60,15 +60,15 @@ StoreLocation = Annotated[
 ]
 
 CacheFolder = Annotated[
-    Path | None, typer.Option(help="Folder that keeps what was read from s3://.", show_default=False)
+    Path | None, typer.Option(help="Folder for the cache of a store at s3://.", show_default=False)
 ]
 
-CacheSizeGb = Annotated[float, typer.Option(min=0.001, help="Most that --cache may take, in 10^9 bytes.")]
+CacheSizeGb = Annotated[float, typer.Option(min=0.001, help="Size limit of --cache, in 10^9 bytes.")]
 
 
 def run_command_line(app: typer.Typer) -> NoReturn:
-    """Run a command line: an error of ours is one line and exit status 1, an interruption one line and status 75."""
-    # A signal becomes an exception, so that files are closed and locks freed on the way out.
+    """Run a command line; InputError prints one line and exits with status 1, an interruption with status 75."""
+    # A signal becomes an exception, so that files are closed and locks released at the end.
     for number in STOP_SIGNALS:
         signal.signal(number, _raise_interrupted)
     raise_open_file_limit()
@@ -77,11 +77,11 @@ def run_command_line(app: typer.Typer) -> NoReturn:
     except InputError as error:
         _exit_with_message(f"error: {error}", 1)
     except BrokenPipeError:
-        # The reader of our output, such as head, has read enough. Python would complain once more at its end.
+        # The program that reads our output, such as head, has ended. Without this, Python prints an error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except OSError as error:
-        # A full disk, a read-only folder, a file where a folder should be. Without a file name it is a bug.
+        # For example a full disk, a read-only folder, or a file in place of a folder. Without a file name it is a bug.
         if error.errno in DISK_FULL_ERRNOS:
             _exit_with_message(
                 "error: no space left on the disk; free some and run the same command again", 1
@@ -95,23 +95,23 @@ def run_command_line(app: typer.Typer) -> NoReturn:
 
 
 def describe_os_error(error: OSError) -> str:
-    """Return in one line what the system refused, where, and what to do."""
+    """Return one line that says what the system refused, for which file, and what to do."""
     name = str(error.filename)
-    # A scratch file goes by the name that it was to have.
+    # For a scratch file, name the file that it would have become.
     if name.endswith(PARTIAL_SUFFIX):
         name = name.removesuffix(PARTIAL_SUFFIX).removesuffix(f".{socket.gethostname()}-{os.getpid()}")
 
-    # In the words of the user's mistake where the kind of error shows it.
+    # Describe the user's mistake if the type of error shows it.
     if isinstance(error, FileExistsError | NotADirectoryError):
-        return f"{name}: is a file, or lies below one; expected a folder"
+        return f"{name}: is a file, or is inside one; expected a folder"
     if isinstance(error, IsADirectoryError):
         return f"{name}: is a folder; expected a file"
     return f"{name}: {error.strerror}; check the path and its permissions"
 
 
 def raise_open_file_limit() -> None:
-    """Let this process open more files: a store that is read keeps 256 shards open, and most systems allow 1,024."""
-    # Up to the hard limit no rights are needed.
+    """Let this process open more files: a reader keeps 256 shards open per store, and most systems allow only 1,024."""
+    # Raising the soft limit up to the hard limit needs no special rights.
     soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = max(soft_limit, min(hard_limit, MAX_OPEN_FILES))
     with suppress(OSError, ValueError):  # macOS allows less than its hard limit says

@@ -1,4 +1,4 @@
-"""The commands of ajepa-data that look at a store: verify, audit-labels, bench, report, inspect."""
+"""The commands of ajepa-data that read a store: verify, audit-labels, bench, report, inspect."""
 
 import time
 from pathlib import Path
@@ -22,9 +22,7 @@ def verify(
     store: StorePath,
     sample: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Check only so many, drawn at random: shards, or rows with --against-audio."
-        ),
+        typer.Option(min=1, help="Check only N random shards; with --against-audio, N random rows."),
     ] = None,
     repair: Annotated[
         bool, typer.Option("--repair", help="Build broken shards again from their sounds.")
@@ -33,11 +31,11 @@ def verify(
         bool,
         typer.Option("--against-audio", help="Instead: decode rows again and compare them with the store."),
     ] = False,
-    workers: Annotated[int, typer.Option(min=0, help="Decoding processes of a repair.")] = 2,
+    workers: Annotated[int, typer.Option(min=0, help="Decoding processes for a repair.")] = 2,
 ) -> None:
     """Check every shard, checksum and row of a store.
 
-    One line for each fault, and status 1.
+    Prints one line for each fault; the exit status is then 1.
 
     Example: ajepa-data verify as20k.zarr --repair
     """
@@ -50,15 +48,15 @@ def verify(
 
 
 def _verify_store(store: Path, sample: int | None, *, repair: bool, workers: int) -> None:
-    """Print the faults of a store, and repair them if asked to; InputError where faults or lost clips are left."""
+    """Print the faults of a store, and repair them if `repair`; InputError if faults remain or clips are lost."""
     from pipeline.build.verify import find_faults
 
-    # A sample is another one each time, so that repeated calls see more of the store.
+    # Each call draws another sample, so that repeated calls check more of the store.
     faults = list(find_faults(store, sample, seed=time.time_ns()))
     for fault in faults:
         print(fault.text)
     if not faults:
-        print(f"{store}: every shard, row and checksum is as it should be")
+        print(f"{store}: every shard, row and checksum is correct")
     elif repair:
         _repair_store(store, faults, workers)
     else:
@@ -68,13 +66,13 @@ def _verify_store(store: Path, sample: int | None, *, repair: bool, workers: int
 
 
 def _repair_store(store: Path, faults: "list[StoreFault]", workers: int) -> None:
-    """Repair a store and print how it went; InputError where faults are left or clips are lost."""
+    """Repair a store and print the result; InputError if faults remain or clips are lost."""
     from pipeline.build.repair import repair_store
     from pipeline.build.verify import find_faults
 
     lost_clips = repair_store(store, faults, workers=workers, progress=decoding_progress)
 
-    # Only another look at the whole store shows whether the repair has mended everything.
+    # Only a second check of the whole store shows whether everything is repaired.
     remaining = list(find_faults(store))
     for fault in remaining:
         print(f"still: {fault.text}")
@@ -83,7 +81,7 @@ def _repair_store(store: Path, faults: "list[StoreFault]", workers: int) -> None
     print(f"{store}: {_fault_count_text(len(faults))} mended")
     if lost_clips:
         raise InputError(
-            f"{store}: {lost_clips} clips are lost: damaged here, and their sounds can no longer be had"
+            f"{store}: {lost_clips} clips are lost: damaged here, and their sounds can no longer be found"
         )
 
 
@@ -92,10 +90,10 @@ def _fault_count_text(count: int) -> str:
 
 
 def _verify_against_audio(store: Path, sample: int | None) -> None:
-    """Print which rows differ from their sounds; InputError where one does, or where no sound could be had."""
+    """Print the rows that differ from their sounds; InputError if a row differs, or if no sound was found."""
     from pipeline.build.recompute import VERSION_TOLERANCE_NAT, changed_versions, compare_with_audio
 
-    # A line for each row that differs, or whose sound is gone.
+    # Print a line for each row that differs, or whose sound is missing.
     compared = 0
     faults = 0
     largest_difference_nat = 0.0
@@ -110,20 +108,20 @@ def _verify_against_audio(store: Path, sample: int | None) -> None:
         else:
             largest_difference_nat = max(largest_difference_nat, row.difference_nat)
 
-    # Other versions explain small differences.
+    # Other versions of the libraries explain small differences.
     changed = changed_versions(store)
     if changed:
         print(
             f"built with {'; '.join(changed)}: values may differ by {VERSION_TOLERANCE_NAT} nat and one stored step"
         )
     if faults:
-        raise InputError(f"{store}: {faults} of {compared} rows are not what their sounds give")
+        raise InputError(f"{store}: {faults} of {compared} rows differ from their sounds")
     if not compared:
         raise InputError(
-            f"{store}: nothing could be compared, no sound is there; mount its audio folders and try again"
+            f"{store}: nothing could be compared, no sound was found; mount its audio folders and try again"
         )
     precision = f"up to {largest_difference_nat:.3g} nat apart" if largest_difference_nat else "bit for bit"
-    print(f"{store}: {compared} rows are what their sounds give, {precision}")
+    print(f"{store}: {compared} rows agree with their sounds, {precision}")
 
 
 @app.command()
@@ -138,23 +136,23 @@ def audit_labels(
         typer.Option(metavar="PATH", help="Exclude list to record: ids, one a line; CSV; Parquet. Repeats."),
     ] = None,
     no_exclude: Annotated[
-        bool, typer.Option("--no-exclude", help="Take back every exclude list that is recorded.")
+        bool, typer.Option("--no-exclude", help="Remove all recorded exclude lists.")
     ] = False,
     eval_: Annotated[
         list[str] | None,
         typer.Option(
-            "--eval", metavar="TEXT", help="Split to measure on. Repeats. [default: those named eval or test]"
+            "--eval", metavar="TEXT", help="Evaluation split. Repeats. [default: those named eval or test]"
         ),
     ] = None,
-    few: Annotated[int, typer.Option(min=1, help="Clips; a class with fewer is reported.")] = 10,
-    top: Annotated[int, typer.Option(min=1, max=1000, help="Surprises of a kind to show.")] = 10,
+    few: Annotated[int, typer.Option(min=1, help="Report classes with fewer clips than this.")] = 10,
+    top: Annotated[int, typer.Option(min=1, max=1000, help="Surprises of each kind to show.")] = 10,
 ) -> None:
     """List faults of clips and labels.
 
     Leaks, copies, gaps, contradictions, shifts, and other surprises.
 
-    An exclude list replaces those recorded before: loaders then draw none of
-    its clips, and a run trained with other lists will not carry on.
+    Loaders draw no clip of a recorded exclude list. New lists replace those
+    recorded before; a run that was trained with other lists cannot be resumed.
 
     Example: ajepa-data audit-labels as20k.zarr --suggest leaks.txt
     """
@@ -181,7 +179,7 @@ def bench(
 ) -> None:
     """Time every stage from the disk to the batch.
 
-    On this machine, in clips/s; the slowest stage is named.
+    Measured on this machine in clips/s; the slowest stage is named.
 
     Example: ajepa-data bench as20k.zarr --device cuda
     """
@@ -190,7 +188,7 @@ def bench(
     from pipeline.loading.benchmark import measure_loading
     from pipeline.store.feature_store import FeatureStore
 
-    # Checksums are a stage of their own, so the store reads without them. The bar shows the stage and the time.
+    # Checksums are timed as a stage of their own, so the store reads without them. The bar shows stage and time.
     with tqdm(bar_format="{elapsed} {postfix}", leave=False, disable=None) as bar:
         speed = measure_loading(
             FeatureStore.open(store, check="never"),
@@ -205,7 +203,8 @@ def bench(
 def report(
     store: StoreLocation,
     html: Annotated[
-        Path | None, typer.Option(help="HTML page to write, on all of the store.", callback=check_output_path)
+        Path | None,
+        typer.Option(help="HTML page to write, about the whole store.", callback=check_output_path),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="PNG file to write, with spectrograms.", callback=check_output_path)
@@ -229,7 +228,7 @@ def report(
         )
     opened = FeatureStore.open(store, cache=cache, cache_gb=cache_gb)
 
-    # The table is printed in any case.
+    # Always print the table.
     print(coverage_table(opened.manifest, opened.exclusions.excluded_mask_N(opened.manifest)))
     if html is not None:
         write_store_page(opened, html, clip_count=clips)
@@ -243,7 +242,7 @@ def report(
 def inspect(
     store: StoreLocation,
     clip: Annotated[str | None, typer.Option(help="Id of a clip; all its rows are described.")] = None,
-    row: Annotated[int | None, typer.Option(help="Number of a row; with --clip, one of the clip's.")] = None,
+    row: Annotated[int | None, typer.Option(help="Number of a row; with --clip, a row of that clip.")] = None,
     png: Annotated[Path | None, typer.Option(help="PNG file to write, with the spectrogram.")] = None,
     cache: CacheFolder = None,
     cache_gb: CacheSizeGb = DEFAULT_CACHE_GB,
@@ -256,14 +255,14 @@ def inspect(
     from pipeline.store.feature_store import FeatureStore
 
     opened = FeatureStore.open(store, cache=cache, cache_gb=cache_gb)
-    # Without a clip or a row, the store as a whole.
+    # Without a clip or a row, describe the store as a whole.
     if clip is None and row is None:
         if png is not None:
             raise InputError(f"{store}: --png needs a clip; add --clip ID or --row N")
         print(describe_store(opened))
         return
 
-    # Of a clip or a row, every fact and maybe the picture.
+    # For a clip or a row, print every fact, and draw the picture if it is requested.
     rows = select_clip_rows(opened, clip, row)
     print(describe_rows(opened, rows))
     if png is not None:

@@ -1,4 +1,4 @@
-"""AudioSet as people have it: official segments lists, and sounds in any mixture of folders and archives."""
+"""AudioSet from official segments lists and a user's own sounds, in any mixture of folders and archives."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,26 +24,26 @@ SOUND_NAME_PATTERN = (
     rf"(?:\.(?i:{'|'.join(SOUND_EXTENSIONS)}))?$"
 )
 
-# The end of an archive's name, with the number of a shard: eval-00003.tar:: belongs to eval.
+# The end of an archive's name, including a shard number: the archive eval-00003.tar belongs to the split eval.
 SHARD_NAME_PATTERN = rf"(?:[-_.](?:part)?[0-9][^/]*)?\.(?i:tar|parquet|h5|hdf5){MEMBER_SEPARATOR}"
 
-PREFERRED_KINDS = ("file", "tar", "parquet", "hdf5")  # of `SoundLocator.kind`, the one preferred first
+PREFERRED_KINDS = ("file", "tar", "parquet", "hdf5")  # values of `SoundLocator.kind`, most preferred first
 
 START_TOLERANCE_SECONDS = 1e-3  # decimal fractions are not exact in binary
 
-SHOWN_SOUND_NAMES = 5  # in an error or a note
+SHOWN_SOUND_NAMES = 5  # at most this many in an error or a note
 
 
 def audioset_corpus(
     audio: Sequence[Path | str], segments: Sequence[Path | str], *, lenient: bool = False
 ) -> Corpus:
-    """The corpus of AudioSet, or of any set in its shape; raises InputError.
+    """Return the corpus of AudioSet, or of a dataset with the same kind of lists; raises InputError.
 
-    audio     folders, archives or URLs of sounds
+    audio     folders, archives or URLs with the sounds
     segments  official segments lists
-    lenient   leave damaged lines of the lists out, with a note
+    lenient   leave out damaged lines of the lists, with a note, instead of raising an error
     """
-    # The lists decide the rows, whether or not their sounds are there.
+    # The lists decide the rows, even of clips whose sounds do not exist.
     plan, notes = plan_segment_lists([Path(path) for path in segments], lenient=lenient)
     sources = match_sounds_to_plan(plan, audio)
     classes = load_class_list()
@@ -62,15 +62,19 @@ def audioset_corpus(
 
 
 def match_sounds_to_plan(plan: pl.DataFrame, audio_roots: Sequence[Path | str]) -> ClipSources:
-    """Match the sounds of all layouts to the rows of `plan` by their names; raises InputError where none matches.
+    """Match sounds to the rows of `plan` by their names; raises InputError if no sound matches.
 
-    Understood: `<id>`, `Y<id>`, either followed by `_<start>` or `_<start>_<end>` in seconds or milliseconds, in
-    any folders; in Parquet also an id column, where the name is none of these. Among several sounds of a clip:
-    1. one below a folder named for the row's split, or in an archive named for it (`eval.h5`, `eval-0003.tar`);
-    2. one whose name states the start; 3. the container that loses least; 4. a loose file before one in a tar, in
-    Parquet, in HDF5; 5. the first by name.
+    A name is `<id>` or `Y<id>`, optionally followed by `_<start>` or `_<start>_<end>` in seconds or milliseconds. The
+    sounds may be in any folders. In Parquet, an id column counts if the name has none of these forms.
+
+    If a clip has several sounds, these rules choose one, in this order:
+    1. a sound below a folder, or in an archive, with the name of the row's split (`eval.h5`, `eval-0003.tar`);
+    2. a sound whose name contains the start;
+    3. the sound with the better container, in the order of SOUND_EXTENSIONS, least lossy first;
+    4. a loose file, then a tar, then Parquet, then HDF5;
+    5. the first sound by name.
     """
-    # All sounds, with the ids and starts that their names state.
+    # All sounds, with the ids and starts in their names.
     found = find_sounds(audio_roots)
     roots = ", ".join(map(str, audio_roots))
     if found.sounds.is_empty():
@@ -80,7 +84,7 @@ def match_sounds_to_plan(plan: pl.DataFrame, audio_roots: Sequence[Path | str]) 
         )
     sounds = parse_sound_names(found.sounds)
 
-    # One sound for each row that counts.
+    # One sound for each row that is not a duplicate.
     counting_rows = plan.with_row_index("row").filter(pl.col("duplicate").is_null())
     matches = choose_best_sounds(counting_rows, sounds)
     if matches.is_empty():
@@ -90,13 +94,13 @@ def match_sounds_to_plan(plan: pl.DataFrame, audio_roots: Sequence[Path | str]) 
             f"looked for names like {plan['clip_id'][0]}.wav, found {shown}{quote_first_note(found)}"
         )
 
-    # The plan's order; null where a row has no sound.
+    # The sounds in the order of the plan; null for a row without a sound.
     rows = pl.DataFrame({"row_of_plan": range(plan.height)}, schema={"row_of_plan": pl.UInt32})
     frame = rows.join(matches, on="row_of_plan", how="left", maintain_order="left").join(
         sounds.select("sound", *SOURCES_SCHEMA), on="sound", how="left", maintain_order="left"
     )
 
-    # The sounds of no row: those of unknown ids, and those of other segments of listed videos.
+    # The sounds that match no row: sounds with unlisted ids, and other segments of listed videos.
     listed = sounds.join(plan.select(id="clip_id"), on="id", how="semi")
     unmatched = sounds.join(listed, on="sound", how="anti", maintain_order="left")
     other_segment_sources = sounds_of_other_segments(plan, sounds)
@@ -110,12 +114,12 @@ def match_sounds_to_plan(plan: pl.DataFrame, audio_roots: Sequence[Path | str]) 
 
 
 def quote_first_note(found: FoundSounds) -> str:
-    """The first note on what could not be read, in brackets, for an error that the note may explain."""
+    """Return the first note on unreadable sounds, in brackets, because it may explain the error."""
     return f" ({found.notes[0]})" if found.notes else ""
 
 
 def note_other_segments(sources: list[str]) -> tuple[str, ...]:
-    """A note on the sounds of other segments, if any."""
+    """Return a note on the sounds of other segments, if any."""
     if not sources:
         return ()
     shown = ", ".join(sources[:SHOWN_SOUND_NAMES])
@@ -125,8 +129,8 @@ def note_other_segments(sources: list[str]) -> tuple[str, ...]:
 
 
 def parse_sound_names(sounds: pl.DataFrame) -> pl.DataFrame:
-    """The sounds numbered, with `id`, `start` and `extension` from their names; null where a name has none."""
-    # An id column counts where the name holds no id.
+    """Number the sounds and add `id`, `start` and `extension` from their names; null if a name has none."""
+    # An id column counts if the name contains no id.
     name_parts = pl.col("name").str.extract_groups(SOUND_NAME_PATTERN)
     id_column_parts = pl.col("id").str.extract_groups(SOUND_NAME_PATTERN)
     return sounds.with_row_index("sound").with_columns(
@@ -137,7 +141,7 @@ def parse_sound_names(sounds: pl.DataFrame) -> pl.DataFrame:
 
 
 def matches_row_start() -> pl.Expr:
-    """Whether the start in a name, in seconds or milliseconds, is the row's; true where the name states none."""
+    """Return whether the start in a name, in seconds or milliseconds, is that of the row; true without a start."""
     start = pl.col("start")
     row_start = pl.col("start_seconds")
     agrees_in_seconds = (start - row_start).abs() < START_TOLERANCE_SECONDS
@@ -146,15 +150,15 @@ def matches_row_start() -> pl.Expr:
 
 
 def choose_best_sounds(rows: pl.DataFrame, sounds: pl.DataFrame) -> pl.DataFrame:
-    """`row_of_plan` and `sound`, the one that `match_sounds_to_plan` prefers, of each row that has a sound."""
-    # All sounds with the id and the start of a row.
+    """Return `row_of_plan` and `sound` of each row that has a sound, chosen by the rules of `match_sounds_to_plan`."""
+    # All pairs of a row and a sound with the same id and start.
     candidates = (
         rows.select("clip_id", "split", "start_seconds", row_of_plan="row")
         .join(sounds.drop("row", "path", "name"), left_on="clip_id", right_on="id", how="inner")
         .filter(matches_row_start())
     )
 
-    # The folders above a sound, with an archive as one of them, between slashes.
+    # The folders above a sound, between slashes; an archive counts as a folder.
     split_folder = pl.lit("/") + pl.col("split") + pl.lit("/")
     folders_above = (
         pl.lit("/") + pl.col("folder") + pl.lit("/") + pl.col("source").str.replace(SHARD_NAME_PATTERN, "/")
@@ -162,7 +166,7 @@ def choose_best_sounds(rows: pl.DataFrame, sounds: pl.DataFrame) -> pl.DataFrame
     rank_of_extension = {extension: rank for rank, extension in enumerate(SOUND_EXTENSIONS)}
     rank_of_kind = {kind: rank for rank, kind in enumerate(PREFERRED_KINDS)}
 
-    # Rows with several sounds take the first in the order of preference; of most sets these are few.
+    # For rows with several sounds, sort by preference and take the first; most datasets have few of these rows.
     has_several = pl.col("row_of_plan").is_duplicated()
     preferred = (
         candidates.filter(has_several)
@@ -188,7 +192,7 @@ def choose_best_sounds(rows: pl.DataFrame, sounds: pl.DataFrame) -> pl.DataFrame
 
 
 def sounds_of_other_segments(plan: pl.DataFrame, sounds: pl.DataFrame) -> list[str]:
-    """The sounds of listed videos whose start is that of no row."""
+    """Return the sounds of listed videos whose start matches no row."""
     rows = plan.select("clip_id", "start_seconds")
     sounds_with_start = sounds.select("sound", "id", "start").drop_nulls("start")
     candidates = sounds_with_start.join(rows, left_on="id", right_on="clip_id", how="inner")

@@ -1,4 +1,4 @@
-"""Every dataset by name, and its corpus made again from the settings in a store's build.json."""
+"""All datasets by name, and the function that makes a corpus again from the settings in a store's build.json."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +22,7 @@ DATASETS: dict[str, Callable[..., Corpus]] = {
 
 
 def recreate_corpus(dataset_settings: dict[str, Any]) -> Corpus:
-    """Make the corpus of these `Corpus.dataset_settings` again, from its files as they are now; raises InputError."""
+    """Make the corpus of these `Corpus.dataset_settings` again from its current files; raises InputError."""
     options = dict(dataset_settings)
     name = options.pop("dataset", None)
     if name not in DATASETS:

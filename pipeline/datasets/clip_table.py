@@ -28,15 +28,15 @@ LIKELY_PATH_COLUMNS = (
     *("file", "filename", "file_name", "fname", "filepath", "file_path", "wav", "audio", "name"),
 )
 
-SHOWN_CELL_LETTERS = 40  # of a cell in an error
+SHOWN_CELL_LETTERS = 40  # at most this many letters of a cell in an error
 
-# Where in the table a row stands ("line 7"), and its cells.
+# The location of a row in the table ("line 7"), and the cells of the row.
 TableRecord = tuple[str, Sequence[Any]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipTableRow:
-    """One line of a table; None, or no labels, where a cell is empty or the table has no such column."""
+    """One row of a table; None, or no labels, if a cell is empty or the table lacks the column."""
 
     location: str  # "line 7"
     path: str
@@ -49,7 +49,7 @@ class ClipTableRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipTable:
-    """The rows of a table, at least one, and notes for its author."""
+    """The rows of a table, at least one, and notes for the user."""
 
     rows: tuple[ClipTableRow, ...]
     has_label_column: bool
@@ -57,23 +57,23 @@ class ClipTable:
 
 
 def load_clip_table(path: Path) -> ClipTable:
-    """Read a table with the column `path`, and maybe label or labels, split, start, end, id; raises ManifestError.
+    """Read a table with the column path and optionally label or labels, split, start, end, id; raises ManifestError.
 
-    Several labels of a clip are separated by `;`, or are a list in Parquet. Times are seconds of the file. CSV is
-    UTF-8 with any of the separators , ; tab; with ; or tab numbers may have a decimal comma. Names of columns may
-    have capitals; other columns are left alone, and noted. A file is Parquet if its name says so.
+    Several labels of a clip are separated by `;`; in Parquet they may be a list. Times are seconds of the file. CSV is
+    UTF-8 with the separator `,`, `;` or tab. With `;` or tab, numbers may have a decimal comma. Column names may have
+    capitals. Other columns are ignored, with a note. The file's extension decides whether it is read as Parquet.
     """
     if path.is_dir():
         raise InputError(f"{path}: a folder, expected a table (CSV or Parquet) with a column path")
 
-    # The names of the columns, and the rows one after another.
+    # The column names, and an iterator over the rows.
     if path.suffix.lower() in PARQUET_SUFFIXES:
         columns, records = _read_parquet_table(path)
     else:
         columns, records = _read_csv_table(path)
     _check_table_columns(path, columns)
 
-    # Each row, checked; an error says where the row stands.
+    # Check each row; an error names the location of the row.
     rows = []
     for location, cells in records:
         try:
@@ -90,11 +90,11 @@ def load_clip_table(path: Path) -> ClipTable:
 
 
 def _read_csv_table(path: Path) -> tuple[list[str], Iterator[TableRecord]]:
-    """The names of the columns, in lower case, and the rows; the separator is told from the first line."""
+    """Return the column names in lower case, and the rows; the first line decides the separator."""
     text = read_list_text(path)
     first_line = next((line for line in text.splitlines() if line.strip()), "")
 
-    # The separator that gives a column `path`, or else the one that occurs most often.
+    # The separator that gives a column `path`, or else the most frequent separator.
     separator = max(
         CSV_SEPARATORS,
         key=lambda sign: ("path" in _parse_column_names(first_line, sign), first_line.count(sign)),
@@ -116,7 +116,7 @@ def _plain_column_names(names: Sequence[str]) -> list[str]:
 def _read_csv_records(
     path: Path, lines: Any, columns: Sequence[str], separator: str
 ) -> Iterator[TableRecord]:
-    """Yield the first line of each row, whatever line breaks its cells hold, and the cells; skip blank lines."""
+    """Yield the line number at which each row begins, and its cells, which may have line breaks; skip blank lines."""
     last_line = lines.line_num
     try:
         for cells in lines:
@@ -131,7 +131,7 @@ def _read_csv_records(
                     f"put cells that hold {separator!r} in double quotes"
                 )
 
-            # A comma that separates no cells may be a decimal comma.
+            # If commas do not separate cells, a comma may be a decimal comma.
             if separator != ",":
                 cells = [
                     _with_decimal_point(cell) if name in ("start", "end") else cell
@@ -147,7 +147,7 @@ def _with_decimal_point(cell: str) -> str:
 
 
 def _read_parquet_table(path: Path) -> tuple[list[str], Iterator[TableRecord]]:
-    """The names of the columns, in lower case, and the rows."""
+    """Return the column names in lower case, and the rows."""
     try:
         frame = pl.read_parquet(path)
     except OSError as error:
@@ -160,7 +160,7 @@ def _read_parquet_table(path: Path) -> tuple[list[str], Iterator[TableRecord]]:
 
 
 def _check_table_columns(path: Path, columns: Sequence[str]) -> None:
-    # Without the column of paths: the one most likely meant.
+    # If the column `path` is missing, suggest the column that is most likely meant.
     if "path" not in columns:
         likely = difflib.get_close_matches("path", columns, n=1)
         likely += [name for name in columns if name in LIKELY_PATH_COLUMNS]
@@ -168,7 +168,7 @@ def _check_table_columns(path: Path, columns: Sequence[str]) -> None:
         found = ", ".join(columns)[:SHOWN_HEADER_LETTERS] or "nothing"
         raise ManifestError(f"{path}: no column path; found {found}; {hint}")
 
-    # Two columns for one thing.
+    # Refuse two columns with the same content.
     repeated = [name for name in CLIP_TABLE_COLUMNS if columns.count(name) > 1]
     if repeated:
         raise ManifestError(f"{path}: column {repeated[0]} stands twice; rename or remove one")
@@ -177,12 +177,12 @@ def _check_table_columns(path: Path, columns: Sequence[str]) -> None:
 
 
 def _parse_table_row(location: str, cells: dict[str, Any]) -> ClipTableRow:
-    """The row as values; ValueError where a cell makes no sense."""
+    """Return the row as checked values; ValueError if a cell is invalid."""
     path = _cell_text(cells["path"])
     if not path:
         raise ValueError("no path")
 
-    # Without a start the clip begins with the file.
+    # Without a start, the clip begins at the start of the file.
     start_seconds = _cell_seconds("start", cells.get("start"))
     end_seconds = _cell_seconds("end", cells.get("end"))
     if end_seconds is not None and end_seconds <= (start_seconds or 0):
@@ -200,7 +200,7 @@ def _parse_table_row(location: str, cells: dict[str, Any]) -> ClipTableRow:
 
 
 def _cell_text(cell: Any) -> str:
-    """The cell as text: whole numbers without a point, whatever type the table gave them; empty for None and NaN."""
+    """Return the cell as text: whole numbers of any type without a decimal point; empty text for None and NaN."""
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return ""
     if isinstance(cell, float) and cell.is_integer():
@@ -209,13 +209,13 @@ def _cell_text(cell: Any) -> str:
 
 
 def _cell_labels(cell: Any) -> tuple[str, ...]:
-    """The labels of a cell in their order, each once."""
+    """Return the labels of a cell in their order, each once."""
     parts = cell if isinstance(cell, list) else _cell_text(cell).split(";")
     return tuple(dict.fromkeys(name for part in parts if (name := _cell_text(part))))
 
 
 def _cell_seconds(name: str, cell: Any) -> float | None:
-    """The seconds of a cell, to the millisecond; None where it is empty."""
+    """Return the seconds in a cell, rounded to the millisecond; None if the cell is empty."""
     text = _cell_text(cell)
     if not text:
         return None
@@ -229,7 +229,7 @@ def _cell_seconds(name: str, cell: Any) -> float | None:
 
 
 def _table_notes(path: Path, columns: Sequence[str], rows: Sequence[ClipTableRow]) -> Iterator[str]:
-    # One of these may be a known column, misspelt.
+    # An unknown column may be a misspelt known column.
     unknown = [name for name in columns if name not in CLIP_TABLE_COLUMNS]
     if unknown:
         yield (
@@ -237,7 +237,7 @@ def _table_notes(path: Path, columns: Sequence[str], rows: Sequence[ClipTableRow
             f"known are {', '.join(CLIP_TABLE_COLUMNS)}"
         )
 
-    # Labels with commas are suspicious where no clip has several labels.
+    # Labels with commas are suspicious if no clip has several labels.
     with_comma = [label for row in rows for label in row.labels if "," in label]
     if with_comma and not any(len(row.labels) > 1 for row in rows):
         yield f"{path}: {with_comma[0]!r} is taken for one label; several are separated by ;"

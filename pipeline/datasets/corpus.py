@@ -1,7 +1,8 @@
-"""Corpus: which clip is row i of a store, where its sound lies and what the classes are, from a dataset's own lists.
+"""Corpus: the clip of each row of a store, the location of its sound, and the classes, from a dataset's own lists.
 
-A function for each dataset lists its clips as `ListedClip`, cuts long sounds with `cut_clips`, and puts the corpus
-together with `plan_from_clips` and `sources_from_clips`. The checks of folders and lists that they share are here too.
+Each dataset has one function. It lists its clips as `ListedClip`, cuts long sounds with `cut_clips`, and makes the
+corpus with `plan_from_clips` and `sources_from_clips`. The checks of folders and lists that datasets share are in this
+file too.
 """
 
 import csv
@@ -24,44 +25,45 @@ from pipeline.store.manifest import PLAN_SCHEMA
 
 ARCHIVE_SUFFIXES = (".zip", ".z01", ".tar", ".gz", ".tgz", ".7z", ".rar")
 
-SHOWN_FILE_NAMES = 8  # names of a folder's content in an error
+SHOWN_FILE_NAMES = 8  # at most this many names of a folder's content in an error
 
-SHOWN_HEADER_LETTERS = 200  # of the first line of a list, in an error
+SHOWN_HEADER_LETTERS = 200  # at most this many letters of a list's first line in an error
 
-SHOWN_LINE_LETTERS = 60  # of any other line
+SHOWN_LINE_LETTERS = 60  # the same for any other line
 
-FIRST_ROW_LINE = 2  # of a CSV list: below the names of its columns
+FIRST_ROW_LINE = 2  # line number of the first row of a CSV list, below the column names
 
-MIN_CLIP_SECONDS = 0.1  # the build takes no shorter sound
+MIN_CLIP_SECONDS = 0.1  # the build refuses shorter sounds
 
 MAX_SOUND_SECONDS = AudioPolicy().max_seconds
 
-MIN_LAST_PIECE_SHARE = 0.5  # of a clip: the piece that a file ends with is kept from here up
+MIN_LAST_PIECE_SHARE = 0.5  # a file's last piece is kept if it is at least this share of a clip
 
 MIN_HOP_SHARE = 0.1  # of a clip: with less, every sound would be stored over ten times
 
-HOP_TOLERANCE_SHARE = 0.01  # of a hop: a sound that exceeds a piece by less than this counts as no longer
+HOP_TOLERANCE_SHARE = 0.01  # of a hop: a sound that exceeds a piece by at most this needs no further piece
 
-LENGTH_CHECK_SECONDS = 0.01  # decoded to learn the length of a sound
+LENGTH_CHECK_SECONDS = 0.01  # seconds that are decoded to find the length of a sound
 
-# Sounds opened at a time: no gain on files in memory (1 ms a wav, 5 an m4a), much where a network answers late.
+# Sounds that are opened at the same time. For files in memory (1 ms a wav, 5 ms an m4a) threads gain nothing; on a slow
+# network they gain much.
 LENGTH_CHECK_THREADS = 8
 
-# Wraps the stream of opened sounds in a progress bar; the number is how many there will be.
+# Wraps the stream of opened sounds in a progress bar; the first argument is the number of sounds.
 ProgressWrapper = Callable[[int, Iterator[Any]], Iterator[Any]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Corpus:
-    """The clips of a dataset; made by one function a dataset, in `pipeline/datasets/`.
+    """The clips of a dataset; each dataset has one function in `pipeline/datasets/` that makes its corpus.
 
-    plan     columns of `pipeline.store.manifest.PLAN_SCHEMA`, `mids` (lists of class ids) and `duplicate` (why the row
-             does not count, or null), in an order that depends on the lists alone
-    sources  where the sound of each row of the plan lies
+    plan     table with the columns of `pipeline.store.manifest.PLAN_SCHEMA`, `mids` (lists of class ids) and
+             `duplicate` (why the row does not count, or null); its order depends only on the lists
+    sources  location of the sound of each row of the plan
     dataset_settings  JSON values from which `pipeline.datasets.catalogue.recreate_corpus` makes the same corpus again;
                       the key `dataset` names the function
-    clip_seconds      length of a row; None where the mel spec decides
-    notes    sentences that whoever builds should read, such as how many lines of a list were left out
+    clip_seconds      length of a row in seconds; None if the mel spec decides
+    notes    sentences for the user who builds a store, e.g. how many lines of a list were left out
     """
 
     plan: pl.DataFrame
@@ -73,13 +75,13 @@ class Corpus:
 
 
 def absolute_path_or_url(path: Path | str) -> str:
-    """The path as `Corpus.dataset_settings` holds it: the same from any folder; URLs stay as they are."""
+    """Return the path as stored in `Corpus.dataset_settings`: absolute; a URL is returned unchanged."""
     return str(path) if "://" in str(path) else str(Path(path).absolute())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ListedClip:
-    """One clip as a dataset lists it: seconds [start, end) of a sound."""
+    """One clip in a dataset's list: seconds [start, end) of a sound."""
 
     clip_id: str
     path: str | None  # None: the clip has no sound
@@ -87,11 +89,11 @@ class ListedClip:
     split: str
     mids: tuple[str, ...] = ()
     start_seconds: float = 0.0
-    end_seconds: float | None = None  # None: at the end of the sound, or after the length of a clip
+    end_seconds: float | None = None  # None: the end of the sound, or the length of a clip after the start
 
 
 def plan_from_clips(clips: Sequence[ListedClip]) -> pl.DataFrame:
-    """The plan of the clips, in their order; ManifestError where two share an id."""
+    """Return the plan of the clips, in their order; ManifestError if two clips have the same id."""
     plan = pl.DataFrame(
         {
             "clip_id": [clip.clip_id for clip in clips],
@@ -104,7 +106,7 @@ def plan_from_clips(clips: Sequence[ListedClip]) -> pl.DataFrame:
         schema={**PLAN_SCHEMA, "mids": pl.List(pl.String), "duplicate": pl.String},
     )
 
-    # Results are told apart by id.
+    # Results are identified by id, so ids must be unique.
     repeated = plan.filter(pl.col("clip_id").is_duplicated())
     if repeated.height:
         raise ManifestError(
@@ -117,16 +119,16 @@ def plan_from_clips(clips: Sequence[ListedClip]) -> pl.DataFrame:
 def sources_from_clips(
     clips: Sequence[ListedClip], *, files: int, unmatched: Sequence[str] = ()
 ) -> ClipSources:
-    """Where the sounds of a plan's clips lie: all of them loose files, to be cut exactly.
+    """Return the locations of the clips' sounds: all are loose files, which are cut exactly at start and end.
 
-    `files` counts the sounds that were found, `unmatched` are those of them that no clip names.
+    `files` is the number of sounds that were found; `unmatched` lists the found sounds that no clip names.
     """
     listed = pl.DataFrame(
         {"path": [clip.path for clip in clips], "source": [clip.source for clip in clips]},
         schema={"path": pl.String, "source": pl.String},
     )
 
-    # A clip without a path has nulls all over.
+    # A clip without a path has null in every column.
     has_sound = pl.col("path").is_not_null()
     frame = listed.select(
         kind=pl.when(has_sound).then(pl.lit("file")),
@@ -135,7 +137,7 @@ def sources_from_clips(
         exact=pl.lit(True),
     )
 
-    # The other columns of the schema say where in an archive a sound lies.
+    # The other columns of the schema give the location of a sound in an archive.
     archive_columns = [
         pl.lit(None, dtype=dtype).alias(name)
         for name, dtype in SOURCES_SCHEMA.items()
@@ -146,12 +148,12 @@ def sources_from_clips(
 
 
 def check_dataset_folder(root: Path, dataset: str, required_names: Sequence[str]) -> None:
-    """Raise InputError where `root` is not the dataset's own folder; it says what was expected, found and is to do."""
+    """Raise InputError if `root` is not the dataset's folder, with the expected and the found content, and a fix."""
     if _holds_all(root, required_names):
         return
     required = ", ".join(required_names)
 
-    # A file, most likely the archive as it was downloaded.
+    # A file, most likely the downloaded archive.
     if root.is_file():
         mistake = "a file:"
         if root.suffix.lower() in ARCHIVE_SUFFIXES:
@@ -183,17 +185,17 @@ def _holds_all(folder: Path, names: Sequence[str]) -> bool:
 
 
 def nearby_folders(root: Path) -> Iterator[Path]:
-    """Yield the folders two levels up and two levels down, where a wrong path most likely should have led."""
+    """Yield the folders up to two levels above and below, one of which is most likely the right folder."""
     yield from (root.absolute().parent, root.absolute().parent.parent)
 
-    # Sorted: the folder that an error names must not depend on the disk.
+    # Sorted, so that the folder that an error names does not depend on the disk.
     for pattern in ("*/", "*/*/"):
         yield from sorted(path for path in root.glob(pattern) if path.is_dir())
 
 
 def read_csv_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Read the rows of an official CSV list, at least one; ManifestError where one of `columns` is missing."""
-    # The first line names the columns, in any order.
+    """Read the rows of an official CSV list, at least one; ManifestError if one of `columns` is missing."""
+    # The first line has the column names, in any order.
     lines = csv.reader(io.StringIO(read_list_text(path), newline=""))
     header = next(lines, [])
     if missing := [name for name in columns if name not in header]:
@@ -218,7 +220,7 @@ def read_csv_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 
 
 def read_list_text(path: Path) -> str:
-    """Read a list as text, with or without a byte order mark; ManifestError where that fails."""
+    """Read a list as text, with or without a byte order mark; ManifestError if that fails."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -231,7 +233,7 @@ def read_list_text(path: Path) -> str:
 
 
 def note_missing_files(clips: Sequence[ListedClip], folder: Path) -> list[str]:
-    """A note on listed files that do not exist, if any; InputError where none of them exists."""
+    """Return a note on listed files that do not exist, if any; InputError if none of the listed files exists."""
     missing = [clip.source for clip in clips if clip.path is None or not Path(clip.path).is_file()]
     if len(missing) == len(clips):
         raise InputError(
@@ -244,7 +246,7 @@ def note_missing_files(clips: Sequence[ListedClip], folder: Path) -> list[str]:
 
 
 def compare_with_release(counts: Iterable[tuple[str, int, int]]) -> list[str]:
-    """A note on each count (its noun, the number here, the number in the official release) that differs."""
+    """Return a note on each count that differs; a count is its noun, the number here and the official number."""
     return [
         f"{number} {noun}, the official release has {official_number}"
         for noun, number, official_number in counts
@@ -254,10 +256,10 @@ def compare_with_release(counts: Iterable[tuple[str, int, int]]) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CutSettings:
-    """How clips are cut: pieces [k hop, k hop + clip) of a sound; without a hop the first piece alone.
+    """How clips are cut: into pieces [k hop, k hop + clip) of a sound; without a hop, only the first piece is cut.
 
-    The pieces end with the first that reaches the end of the sound. That piece is as long as there is sound; it is
-    kept if it is at least half a clip long, or the only one.
+    The last piece is the first that reaches the end of the sound. It ends with the sound, and is kept if it is at least
+    half a clip long or the only piece.
     """
 
     clip_seconds: float = 10.0
@@ -269,7 +271,7 @@ class CutSettings:
                 f"clip_seconds {self.clip_seconds:g}: expected {MIN_CLIP_SECONDS} to {MAX_SOUND_SECONDS:g}"
             )
 
-        # Neither so short that every sound is stored many times, nor longer than any sound.
+        # With a short hop, every sound is stored many times; the hop must not be longer than the longest sound.
         min_hop_seconds = MIN_HOP_SHARE * self.clip_seconds
         if self.hop_seconds is not None and not min_hop_seconds <= self.hop_seconds <= MAX_SOUND_SECONDS:
             raise InputError(
@@ -278,7 +280,7 @@ class CutSettings:
             )
 
     def piece_spans(self, begin_seconds: float, stop_seconds: float) -> Iterator[tuple[float, float]]:
-        """Yield start and end of each piece of a sound between two of its seconds, to the millisecond; at least one."""
+        """Yield start and end, to the millisecond, of each piece of a sound from begin to stop; at least one piece."""
         assert self.hop_seconds is not None
         number = 0
         start_seconds = begin_seconds
@@ -297,16 +299,16 @@ class CutSettings:
 def cut_clips(
     clips: Sequence[ListedClip], cut_settings: CutSettings, *, progress: ProgressWrapper | None = None
 ) -> tuple[list[ListedClip], list[str]]:
-    """The clips with their ends, cut into pieces where the settings have a hop, and a note on clips without sound.
+    """Return the clips with their ends, cut into pieces if the settings have a hop, and a note on clips past the end.
 
-    The id of a piece is the clip's with `@` and the millisecond of the sound that the piece starts at. A clip stays
-    whole where the length of its sound is unknown, or where it starts after the end; the build will say why.
+    The id of a piece is the id of the clip, `@`, and the millisecond of the sound at which the piece starts. A clip
+    stays whole if the length of its sound is unknown, or if it starts after the end; the build will report the reason.
     """
-    # Only a hop needs the lengths: it decides how many pieces there are.
+    # The lengths are needed only with a hop, where they decide the number of pieces.
     paths = [clip.path for clip in clips if clip.path and cut_settings.hop_seconds is not None]
     seconds_by_path = measure_sound_lengths(list(dict.fromkeys(paths)), progress=progress)
 
-    # A clip that starts after the end of its sound stays as it is: the build refuses it with the reason.
+    # A clip that starts after the end of its sound is not changed; the build refuses it with the reason.
     pieces: list[ListedClip] = []
     clips_past_end: list[ListedClip] = []
     for clip in clips:
@@ -321,7 +323,7 @@ def cut_clips(
 def _cut_one_clip(
     clip: ListedClip, cut_settings: CutSettings, length_seconds: float | None
 ) -> Iterator[ListedClip]:
-    # Without knowledge of the sound a clip ends where its list says so, or else after the length of a clip.
+    # If the length of the sound is unknown, a clip ends at its listed end, or else after the length of a clip.
     stop_seconds = clip.end_seconds
     if stop_seconds is None:
         stop_seconds = clip.start_seconds + cut_settings.clip_seconds
@@ -330,7 +332,7 @@ def _cut_one_clip(
         yield replace(clip, end_seconds=round(stop_seconds, 3))
         return
 
-    # With it, all of the sound is cut, or as much of it as the list names.
+    # If the length is known, the whole sound is cut, or only the listed part of it.
     if length_seconds is not None and length_seconds <= MAX_SOUND_SECONDS:
         stop_seconds = length_seconds if clip.end_seconds is None else min(length_seconds, clip.end_seconds)
     for start_seconds, end_seconds in cut_settings.piece_spans(clip.start_seconds, stop_seconds):
@@ -351,8 +353,8 @@ def _note_clips_past_end(clips: Sequence[ListedClip]) -> list[str]:
 def measure_sound_lengths(
     paths: Sequence[str], *, progress: ProgressWrapper | None = None
 ) -> dict[str, float]:
-    """Seconds of each sound that can be opened, by its path."""
-    # No `with`: that would wait for all sounds, also after Ctrl-C.
+    """Return the length in seconds, by path, of each sound that can be opened."""
+    # No `with`, which would wait for all sounds even after Ctrl-C.
     pool = ThreadPoolExecutor(LENGTH_CHECK_THREADS)
     try:
         lengths = pool.map(measure_sound_length, paths)
@@ -365,7 +367,7 @@ def measure_sound_lengths(
 
 
 def measure_sound_length(path: str) -> float | None:
-    """Seconds of a sound as the build will find them, by decoding a little of it; None where it cannot be used."""
+    """Return a sound's length in seconds as the build will find it, by decoding a little of it; None if unusable."""
     try:
         with SoundLocator.from_path(Path(path)).open_sound() as sound:
             segment = decode_segment(

@@ -1,4 +1,4 @@
-"""ESC-50 (Piczak 2015): 2,000 environmental sounds of 5 s, 50 classes, five folds to cross-validate over."""
+"""ESC-50 (Piczak 2015): 2,000 environmental sounds of 5 s, 50 classes, five folds for cross-validation."""
 
 from pathlib import Path
 
@@ -23,17 +23,17 @@ ESC50_CLIP_SECONDS = 5.0
 
 
 def esc50_corpus(root: Path | str) -> Corpus:
-    """The corpus of ESC-50 as unpacked: `root` holds `audio/` and `meta/esc50.csv`; raises InputError.
+    """Return the corpus of the unpacked ESC-50: `root` contains `audio/` and `meta/esc50.csv`; raises InputError.
 
-    Splits fold1 to fold5, classes in the order of `target`; a clip is its file's name without `.wav`, 5 s long.
-    Folds keep the pieces of one recording together: test on whole folds only.
+    The splits are fold1 to fold5; the classes are in the order of `target`. A clip is 5 s long; its id is the file name
+    without `.wav`. All pieces of one recording are in the same fold, so test only on whole folds.
     """
     folder = Path(root)
     check_dataset_folder(folder, "ESC-50", ESC50_REQUIRED)
     list_path = folder / "meta" / "esc50.csv"
     rows = read_csv_rows(list_path, ["filename", "fold", "target", "category"])
 
-    # A clip for each row, whether or not its file is there.
+    # A clip for each row, even if its file does not exist.
     clips = [
         ListedClip(
             clip_id=row["filename"].removesuffix(".wav"),
@@ -46,7 +46,7 @@ def esc50_corpus(root: Path | str) -> Corpus:
         for row in rows
     ]
 
-    # Classes and folds, which the official release has in fixed numbers.
+    # Classes and folds; their numbers in the official release are fixed.
     classes = _esc50_classes(list_path, rows)
     folds = {clip.split for clip in clips}
     return Corpus(
@@ -65,10 +65,10 @@ def esc50_corpus(root: Path | str) -> Corpus:
 
 
 def _esc50_classes(path: Path, rows: list[dict[str, str]]) -> ClassList:
-    """The classes in the order of `target`; ManifestError where a row contradicts another."""
+    """Return the classes in the order of `target`; ManifestError if a row contradicts another row."""
     category_by_target: dict[int, str] = {}
     for line_number, row in enumerate(rows, start=FIRST_ROW_LINE):
-        # The numbers that order the classes and name the splits.
+        # The target orders the classes, the fold names the split.
         if not row["target"].isdecimal() or not row["fold"].isdecimal():
             raise ManifestError(
                 f"{path}: line {line_number}: target and fold must be whole numbers; fetch it again"

@@ -1,4 +1,4 @@
-"""A user's own sounds: any folder of files, with or without a table of their labels, splits and times."""
+"""A user's own sounds: any folder of files, with or without a table of labels, splits and times."""
 
 import difflib
 import os.path
@@ -22,11 +22,11 @@ from pipeline.errors import InputError, ManifestError
 from pipeline.labels.ontology import ClassList
 from pipeline.messages import suggest_known
 
-FOLDER_CLIP_SECONDS = 10.0  # unless told otherwise
+FOLDER_CLIP_SECONDS = 10.0  # default length of a clip
 
 LABEL_ORIGINS = ("none", "parent")
 
-# Every store has a class; no clip is of this one.
+# A store needs at least one class; no clip has this one.
 UNLABELLED_CLASSES = ClassList(mids=("unlabelled",), names=("unlabelled",))
 
 
@@ -40,28 +40,30 @@ def folder_corpus(
     *,
     progress: ProgressWrapper | None = None,
 ) -> Corpus:
-    """The corpus of every sound below a folder, or of those that a table lists; raises InputError.
+    """Return the corpus of all sounds below a folder, or of the sounds in a table; raises InputError.
 
-    Without a table every file is one clip, in the order of names; with one, every line is, in its order.
+    Without a table, every file is one clip, in the order of names. With a table, every row is one clip, in its order.
+
     root          folder of sounds; all folders below it are searched
-    table         CSV or Parquet with a column path (below the folder, or absolute) and maybe: label or labels
-                  (several separated by ;), split, start and end (seconds of the file), id
-    clip_seconds  length of a clip: the first that many seconds of a file (10), unless the table says its end
-    hop_seconds   cut files that are longer into clips that start so far apart; as far as clip_seconds: no overlap.
-                  The rest at the end of a file is a clip of its own if it is at least half a clip long
-    split         of every clip to which the table gives none
-    label_from    parent: the name of the folder that a file lies in is its label; none
+    table         CSV or Parquet table with the column path (relative to the folder, or absolute) and optionally: label
+                  or labels (several separated by ;), split, start and end (seconds of the file), id
+    clip_seconds  length of a clip in seconds, default 10; a clip without an end in the table is at most this long
+    hop_seconds   distance in seconds between the starts of two clips of a file; longer files are cut into several
+                  clips, without overlap if it equals clip_seconds. The rest at the end of a file is a clip if it is at
+                  least half a clip long. None: each file gives one clip
+    split         split of every clip that has none in the table
+    label_from    parent: a file's label is the name of its folder; none: labels come only from the table
 
-    A clip's id is the table's, or the path below the folder, extension included. `@` and the millisecond of the
-    file at which it starts follow where files are cut, and where the table gives a start above 0.
-    Classes are the labels in use, sorted: by number if all are whole numbers, else by name.
+    The id of a clip is its id in the table, or else the path below the folder with the extension. If files are cut, or
+    if the start in the table is above 0, `@` and the start in milliseconds are added. Classes are the labels in use,
+    sorted by number if all are whole numbers, else by name.
     """
     _check_folder_options(clip_seconds, hop_seconds, split, label_from)
     cut_settings = CutSettings(
         clip_seconds=FOLDER_CLIP_SECONDS if clip_seconds is None else clip_seconds, hop_seconds=hop_seconds
     )
 
-    # The clips, one for each file or line of the table.
+    # The clips, one for each file or row of the table.
     sound_folder, notes = SoundFolder.scan_folder(Path(root))
     if table is None:
         clips = [_whole_file_clip(sound_folder, name, split, label_from) for name in sound_folder.sound_names]
@@ -72,11 +74,11 @@ def folder_corpus(
         )
         notes += table_notes
 
-    # The files that no clip names; a table may leave out some.
+    # The files that no clip names, because the table leaves them out.
     clip_paths = {clip.path for clip in clips}
     unmatched = [name for name in sound_folder.sound_names if sound_folder.file_path(name) not in clip_paths]
 
-    # The pieces of the clips, and the classes that they have.
+    # The pieces of the clips, and the classes in use.
     clips, cut_notes = cut_clips(clips, cut_settings, progress=progress)
     notes += cut_notes
     classes = classes_in_use(clips)
@@ -113,7 +115,7 @@ def _check_folder_options(
 
 
 def classes_in_use(clips: Sequence[ListedClip]) -> ClassList:
-    """The labels in use, each its own id and name: by number if all are whole numbers, else by name."""
+    """Return the labels in use as classes, sorted by number if all are whole numbers, else by name."""
     mids = {mid for clip in clips for mid in clip.mids}
     if not mids:
         return UNLABELLED_CLASSES
@@ -130,7 +132,7 @@ def _whole_file_clip(sound_folder: SoundFolder, name: str, split: str, label_fro
 
 
 def _parent_folder_label(name: str) -> tuple[str, ...]:
-    """The folder that the file lies in, as its label; none for a file at the top, or outside."""
+    """Return the name of the file's folder as its label; no label for a file directly in the root, or outside it."""
     folder = os.path.basename(os.path.dirname(name))
     return (folder,) if folder and folder != ".." else ()
 
@@ -138,12 +140,12 @@ def _parent_folder_label(name: str) -> tuple[str, ...]:
 def _clips_from_table(
     path: Path, sound_folder: SoundFolder, split: str, label_from: str, *, cuts_long_files: bool
 ) -> tuple[list[ListedClip], list[str]]:
-    """The rows of a table as clips, and notes; a row whose file does not exist stays a clip, if any other file does."""
+    """Return the table's rows as clips, and notes; a row without its file stays a clip if any other file exists."""
     table = load_clip_table(path)
     if label_from == "parent" and table.has_label_column:
         raise InputError(f"{path}: has labels itself, and label_from=parent asks for others; choose one")
 
-    # The file that each row means; of a file that does not exist, the path as it is written.
+    # The file of each row; if the file does not exist, the path in the table.
     names: list[str] = []
     absent_rows: list[ClipTableRow] = []
     paths_by_rule: Counter[str] = Counter()
@@ -177,16 +179,16 @@ def _clips_from_table(
 
 
 def _clip_id_of_row(row: ClipTableRow, name: str, *, cuts_long_files: bool) -> str:
-    """The id of a clip to which the table gives none: its file, and its start in milliseconds."""
-    # Cutting adds the start to every id.
+    """Return the id of a clip that has none in the table: its file, and its start in milliseconds."""
+    # If files are cut, cutting adds the start to every id.
     if cuts_long_files or not row.start_seconds:
         return name
     return f"{name}@{round(row.start_seconds * 1000)}"
 
 
 def _refuse_repeated_clips(path: Path, table: ClipTable, clips: Sequence[ListedClip]) -> None:
-    """Raise ManifestError where two rows have the same id, or the same start in the same file."""
-    # Each key must stand in one row; a row has one or two.
+    """Raise ManifestError if two rows have the same id, or the same start in the same file."""
+    # Each row has one or two keys; no key may be in two rows.
     location_by_key: dict[str, str] = {}
     for row, clip in zip(table.rows, clips, strict=True):
         keys = [f"{clip.source!r} from {clip.start_seconds:g} s on"]
@@ -203,11 +205,11 @@ def _refuse_repeated_clips(path: Path, table: ClipTable, clips: Sequence[ListedC
 def _note_absent_files(
     path: Path, table: ClipTable, absent_rows: Sequence[ClipTableRow], sound_folder: SoundFolder
 ) -> list[str]:
-    """A note on files that do not exist, if any; ManifestError where none of them exists."""
+    """Return a note on files that do not exist, if any; ManifestError if none of the table's files exists."""
     if not absent_rows:
         return []
 
-    # The first of them, with the nearest name: all names would be too many for a message.
+    # Name only the first file and the most similar name: all names would be too long for a message.
     first = absent_rows[0]
     nearest = difflib.get_close_matches(os.path.normpath(first.path), sound_folder.sound_names, n=1)
     suggestion = f" (did you mean {nearest[0]!r}?)" if nearest else ""

@@ -33,7 +33,7 @@ FSD50K_REQUIRED = (*FSD50K_AUDIO_FOLDERS.values(), GROUND_TRUTH_FOLDER)
 
 DEV_SPLITS = ("train", "val")
 
-# Of the official release.
+# Numbers of sounds in the official release.
 FSD50K_SOUND_COUNTS = {"dev": 40_966, "eval": 10_231}
 
 FSD50K_CLASS_COUNT = 200
@@ -46,24 +46,26 @@ def fsd50k_corpus(
     *,
     progress: ProgressWrapper | None = None,
 ) -> Corpus:
-    """The corpus of FSD50K as unpacked: `root` holds FSD50K.dev_audio, .eval_audio, .ground_truth; raises InputError.
+    """Return the corpus of the unpacked FSD50K in the folder `root`; raises InputError.
 
-    clip_seconds  the first that many seconds of a sound are its clip
-    cut           make clips of the rest of a sound too, each with the labels of the whole sound. Those labels are
-                  weak: a piece need not hold what its sound is labelled with; for scores on eval leave it off
+    root          folder that contains FSD50K.dev_audio, FSD50K.eval_audio and FSD50K.ground_truth
+    clip_seconds  length of a clip in seconds; a clip is the beginning of its sound
+    cut           also make clips of the rest of a sound, each with the labels of the whole sound. These labels are
+                  weak, because a piece may not contain the labelled event; do not cut to compute scores on eval
 
-    Splits train, val (both from dev.csv) and eval. A clip is its Freesound number, and `@` and its first millisecond
-    where sounds are cut. Labels are AudioSet's ids and hold their ancestors already, but where FSD50K follows no
-    link of the ontology: a tap is at no door, a church bell no instrument. Propagation adds these.
+    The splits are train and val, both from dev.csv, and eval. The id of a clip is its Freesound number; if sounds are
+    cut, `@` and the start in milliseconds are added. Labels are AudioSet ids and include their ancestors, except for
+    links of the ontology that FSD50K does not use: its tap has no ancestor door, its church bell no ancestor
+    instrument. Propagation adds these ancestors.
     """
     cut_settings = CutSettings(clip_seconds=clip_seconds, hop_seconds=clip_seconds if cut else None)
 
-    # The classes, in the order of their numbers.
+    # The classes, in the order of their numbers in the vocabulary.
     folder = Path(root)
     check_dataset_folder(folder, "FSD50K", FSD50K_REQUIRED)
     classes = _read_vocabulary(folder / GROUND_TRUTH_FOLDER / "vocabulary.csv")
 
-    # The listed sounds of both lists, and a note on those that are missing.
+    # The sounds of both lists, and a note on missing sounds.
     sounds: list[ListedClip] = []
     missing_notes: list[str] = []
     count_notes: list[str] = []
@@ -76,7 +78,7 @@ def fsd50k_corpus(
         )
     count_notes += compare_with_release([("classes", len(classes), FSD50K_CLASS_COUNT)])
 
-    # The clips of these sounds: one of each, or all that a sound is long enough for.
+    # The clips of these sounds: one clip of each sound, or several if sounds are cut.
     clips, cut_notes = cut_clips(sounds, cut_settings, progress=progress)
     return Corpus(
         plan=plan_from_clips(clips),
@@ -94,7 +96,7 @@ def fsd50k_corpus(
 
 
 def _read_vocabulary(path: Path) -> ClassList:
-    """The classes of lines like `7,Applause,/m/028ght`; there is no line of column names."""
+    """Return the classes from lines like `7,Applause,/m/028ght`; the file has no line of column names."""
     rows = [cells for cells in csv.reader(io.StringIO(read_list_text(path), newline="")) if cells]
     for index, cells in enumerate(rows):
         if len(cells) != 3 or cells[0] != str(index):
@@ -109,7 +111,7 @@ def _read_vocabulary(path: Path) -> ClassList:
 
 
 def _read_sound_list(folder: Path, list_name: str, classes: ClassList) -> Iterator[ListedClip]:
-    """Yield each sound of dev.csv or eval.csv as a clip; ManifestError where a line makes no sense."""
+    """Yield each sound of dev.csv or eval.csv as a clip; ManifestError if a line is invalid."""
     is_dev = list_name == "dev"
     path = folder / GROUND_TRUTH_FOLDER / f"{list_name}.csv"
     columns = ["fname", "mids", "split"] if is_dev else ["fname", "mids"]
@@ -121,7 +123,7 @@ def _read_sound_list(folder: Path, list_name: str, classes: ClassList) -> Iterat
                 f"{path}: line {line_number}: {unknown[0]} is not in vocabulary.csv; fetch it again"
             )
 
-        # dev.csv holds two splits, eval.csv one.
+        # dev.csv has two splits, eval.csv has one.
         split = row["split"] if is_dev else "eval"
         if is_dev and split not in DEV_SPLITS:
             raise ManifestError(

@@ -1,4 +1,4 @@
-"""The sounds below a user's folder, found by paths as people write them: other capitals, extensions, machines."""
+"""Find the sounds below a user's folder by paths that may have other capitals, another extension or another root."""
 
 import os.path
 import unicodedata
@@ -11,15 +11,15 @@ from pipeline.audio.sources import SOUND_EXTENSIONS, sounds
 from pipeline.errors import InputError, ManifestError
 from pipeline.messages import did_you_mean
 
-SHOWN_SUFFIXES = 5  # of a folder without sounds, in an error
+SHOWN_SUFFIXES = 5  # at most this many extensions in an error about a folder without sounds
 
-MACOS_NOTE_PREFIX = "._"  # macOS keeps a note of its own beside a file under such a name
+MACOS_NOTE_PREFIX = "._"  # macOS writes metadata of a file into a second file with this prefix
 
-AS_WRITTEN = ""  # the rule that needs no mention
+AS_WRITTEN = ""  # rule of paths that are right as written; it is not reported
 
 
 def _normalised_name(name: str) -> str:
-    # macOS writes an umlaut as two characters, others as one.
+    # macOS writes an umlaut as two characters, other systems write it as one.
     return unicodedata.normalize("NFC", name)
 
 
@@ -28,19 +28,20 @@ def _case_folded_name(name: str) -> str:
 
 
 def _without_extension(name: str) -> str:
-    """The name without its extension, if that is one of a sound."""
+    """Return the name without its extension, if the extension is that of a sound."""
     stem, dot, extension = name.rpartition(".")
     return stem if dot and extension.lower() in SOUND_EXTENSIONS else name
 
 
-# How a path of a table may differ from a file's, the least difference first: paths with equal keys match.
+# Rules by which a path in a table may differ from a file's path, smallest difference first. A rule gives the key of a
+# path; two paths match if their keys are equal.
 PATH_MATCH_RULES: dict[str, Callable[[str], str]] = {
     AS_WRITTEN: _normalised_name,
     "without regard to capitals": _case_folded_name,
     "without regard to capitals and extensions": lambda name: _without_extension(_case_folded_name(name)),
 }
 
-# The same for paths that are a name only, after the rules above.
+# Rules for paths that are only a file name; they are tried after the rules above.
 FILE_NAME_MATCH_RULES: dict[str, Callable[[str], str]] = {
     "by the name of the file alone": lambda name: os.path.basename(_normalised_name(name)),
     "by the name of the file alone, without regard to capitals and extensions": lambda name: (
@@ -59,7 +60,7 @@ class SoundFolder:
 
     @classmethod
     def scan_folder(cls, root: Path) -> tuple["SoundFolder", list[str]]:
-        """Find all sounds below a folder; returns them and notes. InputError where there are none."""
+        """Find all sounds below a folder; returns the folder with its sounds, and notes. InputError without sounds."""
         if not root.exists():
             raise InputError(f"{root}: no such folder{did_you_mean(root)}")
         if not root.is_dir():
@@ -77,14 +78,14 @@ class SoundFolder:
         return cls(root=root, sound_names=names), notes
 
     def file_path(self, name: str) -> str:
-        """The path of a file, given its name below the folder; an absolute path stays as it is."""
+        """Return the path of a file from its name below the folder; an absolute path is returned unchanged."""
         return os.path.join(self.root, name)
 
     def find_sound(self, table_path: str, location: str) -> tuple[str | None, str]:
-        """Find the file that a path in a table means.
+        """Find the file to which a path in a table refers; returns its name below the folder and the matching rule.
 
-        Returns its name below the folder, None where there is no such file, and the rule that matched them, empty where
-        the path is right as written. ManifestError, with the `location` in the table, where several files match.
+        The name is None if there is no file; the rule is empty if the path is right as written. Raises ManifestError,
+        with the `location` in the table, if several files match.
         """
         for name in self._possible_names(table_path):
             rules = PATH_MATCH_RULES
@@ -101,13 +102,13 @@ class SoundFolder:
                 if matches:
                     return matches[0], rule_name
 
-                # A file with an extension that the search does not know, or outside the folder.
+                # A file outside the folder, or with an extension that is not listed as that of a sound.
                 if rule_name == AS_WRITTEN and os.path.isfile(self.file_path(name)):
                     return name, AS_WRITTEN
         return None, AS_WRITTEN
 
     def _sounds_by_key(self, rule_name: str, key_of_name: Callable[[str], str]) -> dict[str, list[str]]:
-        """The names of all sounds by their keys under a rule; computed when first asked for."""
+        """Return the names of all sounds by their keys under a rule; computed at the first call for the rule."""
         if rule_name not in self._index_by_rule:
             index: dict[str, list[str]] = {}
             for name in self.sound_names:
@@ -116,9 +117,10 @@ class SoundFolder:
         return self._index_by_rule[rule_name]
 
     def _possible_names(self, table_path: str) -> list[str]:
-        """Names below the folder that a path may mean, the likeliest first.
+        """Return names below the folder to which a path may refer, the likeliest first.
 
-        The path as it is; without the folder, if the path lies in it; and the part after the folder's own name.
+        These are the path itself, the path relative to the folder if it is inside the folder, and the part of the path
+        after the folder's own name.
         """
         root = os.path.abspath(self.root)
         names = [os.path.normpath(table_path)]
@@ -131,7 +133,7 @@ class SoundFolder:
                 names.insert(0, os.path.relpath(name, root))
                 continue
 
-            # Relative to the folder above, or absolute on another machine, maybe with the letter of a drive.
+            # The path may be relative to the parent folder, or absolute on another machine, even with a drive letter.
             own_name = os.path.basename(root)
             starts_elsewhere = parts[0] == own_name or not parts[0] or ":" in parts[0]
             if own_name in parts[:-1] and starts_elsewhere:

@@ -1,4 +1,4 @@
-"""Speech Commands (Warden 2018, arXiv 1804.03209): single words of about a second, a folder for each."""
+"""Speech Commands (Warden 2018, arXiv 1804.03209): single words of about a second, a folder for each word."""
 
 from pathlib import Path
 
@@ -40,16 +40,17 @@ SPEECH_COMMANDS_WORDS = {
     "v2": sorted(f"{WORDS_IN_BOTH} {WORDS_ONLY_IN_V2}".split()),
 }
 
-SPEECH_COMMANDS_CLIP_COUNTS = {"v2": 105_829}  # of the official release
+SPEECH_COMMANDS_CLIP_COUNTS = {"v2": 105_829}  # clips in the official release
 
 
 def speech_commands_corpus(root: Path | str, version: str = "v2") -> Corpus:
-    """The corpus of Speech Commands as unpacked: `root` holds the words' folders and both lists; raises InputError.
+    """Return the corpus of the unpacked Speech Commands in the folder `root`; raises InputError.
 
-    version  v1 (30 words, 0.01 in the archive's name) or v2 (35 words, 0.02): the task of telling all words apart
+    root     folder that contains the folders of the words and both official lists
+    version  v1 (30 words, archive name with 0.01) or v2 (35 words, archive name with 0.02); every word is a class
 
-    Splits train, validation, test by the official lists; a clip is `<word>/<file>`, 1 s long. The long recordings
-    in `_background_noise_` are no clips.
+    The splits train, validation and test are those of the official lists. A clip is 1 s long; its id is
+    `<word>/<file>`. The long recordings in `_background_noise_` are not clips.
     """
     if version not in SPEECH_COMMANDS_WORDS:
         raise InputError(f"version {version!r} is unknown; {suggest_known(version, SPEECH_COMMANDS_WORDS)}")
@@ -61,7 +62,7 @@ def speech_commands_corpus(root: Path | str, version: str = "v2") -> Corpus:
     found_names = _find_sounds_in_folders(folder)
     _refuse_other_version(folder, version, {_word_of(name) for name in found_names})
 
-    # A clip is a file in the folder of a word, found or listed.
+    # The clips: all found or listed files in the folder of a word.
     words = SPEECH_COMMANDS_WORDS[version]
     clip_names = sorted(name for name in {*found_names, *split_by_name} if _word_of(name) in words)
     clips = [
@@ -78,7 +79,7 @@ def speech_commands_corpus(root: Path | str, version: str = "v2") -> Corpus:
     if not clips:
         raise InputError(f"{folder}: no sounds in folders of its words, such as {words[0]}/; unpack it whole")
 
-    # The sounds that become no clips.
+    # The sounds that do not become clips.
     noise_names = [name for name in found_names if _word_of(name) == NOISE_FOLDER]
     other_names = [name for name in found_names if _word_of(name) not in [*words, NOISE_FOLDER]]
     official_count = SPEECH_COMMANDS_CLIP_COUNTS.get(version, len(clips))
@@ -102,12 +103,12 @@ def speech_commands_corpus(root: Path | str, version: str = "v2") -> Corpus:
 
 
 def _word_of(name: str) -> str:
-    """The folder of `<word>/<file>`."""
+    """Return the folder of `<word>/<file>`."""
     return name.partition("/")[0]
 
 
 def _find_sounds_in_folders(folder: Path) -> list[str]:
-    """The sounds in the folders of words, as `<word>/<file>`, without the files that macOS leaves beside them."""
+    """Return the sounds in the folders as `<word>/<file>`, without the metadata files that macOS adds."""
     return [
         name
         for name in sounds(folder)
@@ -116,7 +117,7 @@ def _find_sounds_in_folders(folder: Path) -> list[str]:
 
 
 def _read_split_lists(folder: Path) -> dict[str, str]:
-    """The split of every listed file; InputError where the lists disagree."""
+    """Return the split of every listed file; InputError if the lists disagree."""
     split_by_name: dict[str, str] = {}
     for split, list_file in SPLIT_LIST_FILES.items():
         path = folder / list_file
@@ -130,7 +131,7 @@ def _read_split_lists(folder: Path) -> dict[str, str]:
                     "fetch it again"
                 )
 
-            # A file in two splits would be trained on and tested on.
+            # A file in two splits would be used for both training and testing.
             other_split = split_by_name.setdefault(name, split)
             if other_split != split:
                 raise InputError(
@@ -141,15 +142,15 @@ def _read_split_lists(folder: Path) -> dict[str, str]:
 
 
 def _refuse_other_version(folder: Path, version: str, found_words: set[str]) -> None:
-    """Refuse the other version: its words would be left out, or be classes without a clip."""
+    """Raise InputError for the other version: its words would be left out, or be classes without a clip."""
     found_only_v2 = found_words & set(WORDS_ONLY_IN_V2.split())
-    # v1 is asked for, v2 is there.
+    # v1 is requested, but the folder contains v2.
     if version == "v1" and found_only_v2:
         raise InputError(
             f"{folder}: holds {', '.join(sorted(found_only_v2))}, words of v2 only; ask for version v2"
         )
 
-    # v2 is asked for, v1 is there: all of its words and none of the others.
+    # v2 is requested, but the folder contains v1: all words of v1 and none of the others.
     if version == "v2" and not found_only_v2 and found_words >= set(WORDS_IN_BOTH.split()):
         raise InputError(
             f"{folder}: holds the words of v1 only, none of {WORDS_ONLY_IN_V2}; ask for version v1"

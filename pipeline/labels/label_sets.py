@@ -1,4 +1,4 @@
-"""The label sets of a store: class ids turned into raw labels, and the sets that propagation adds beside them."""
+"""The label sets of a store: raw labels made from class ids, and the sets that propagation adds."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -32,17 +32,17 @@ from pipeline.labels.propagation import (
 from pipeline.messages import suggest_known
 from pipeline.tables import DAMAGED_TABLE_ERRORS, describe_table_damage
 
-# The key in the schema metadata of labels.parquet whose JSON maps each label set to where it comes from.
+# The key in the schema metadata of labels.parquet whose JSON maps each label set to its provenance.
 PROVENANCE_KEY = b"ajepa"
 
 LABEL_LIST_TYPE = pa.list_(pa.uint16())
 
-# As `tables.write_table` writes: the checksums of pages reveal a flipped bit.
+# The options of `tables.write_table`; page checksums reveal a flipped bit.
 LABEL_PARQUET_OPTIONS = {"compression": "zstd", "write_page_checksum": True}
 
 
 class MissingOntologyError(StoreError):
-    """The ontology that a label set was made with is gone, so that only its owner can make the set again."""
+    """The ontology of a label set is missing; the set can be made again only with the original file."""
 
 
 def propagate_store_labels(
@@ -53,15 +53,15 @@ def propagate_store_labels(
     ontology: Ontology | None = None,
     expect: ClassList | None = None,
 ) -> PropagationSummary:
-    """Add to a store, beside its raw labels, the label set that `rule` makes of them; a second call changes no byte.
+    """Add the label set of `rule` to a store, beside its raw labels; a second call changes no byte.
 
-    The set is named after its rule and replaces an older one of that name. It covers every row; in splits that are not
-    requested it holds the raw labels. The summary of the changes is returned, and saved as `propagation-<rule>.json`.
-    An ontology other than AudioSet's is kept in the store, so that `verify` can make the set again. `expect` is the
-    class list that the store should have. Raises StoreError, and OntologyError for an unknown rule or a class that the
-    ontology lacks.
+    The set is named after its rule and replaces an older set of that name. It has labels for every row; in splits that
+    are not requested, they are the raw labels. The summary of the changes is returned, and saved as
+    `propagation-<rule>.json`. An ontology other than AudioSet's is kept in the store, so that `verify` can make the set
+    again. `expect` is the class list that the store should have. Raises StoreError, and OntologyError for an unknown
+    rule or a class that the ontology lacks.
     """
-    # The store's classes, the relation of the rule over them, and the splits it is to cover.
+    # Find the store's classes, the relation of the rule over them, and the splits to propagate.
     store = Path(store_path)
     ontology = ontology or load_ontology()
     classes = _stored_class_list(store, ontology)
@@ -71,7 +71,7 @@ def propagate_store_labels(
     known_splits, split_N = _row_splits(store)
     propagated_splits = requested_splits(str(store), known_splits, splits)
 
-    # The labels, under the lock that also keeps builds away.
+    # Write the labels under the lock that also excludes builds.
     maker = LabelSetMaker(
         provenance=LabelProvenance.for_rule(rule, ontology, classes, adds_CC, propagated_splits),
         adds_CC=adds_CC,
@@ -83,19 +83,19 @@ def propagate_store_labels(
                 scratch.write_text(ontology.to_json(), encoding="utf-8")
         _add_label_set(store / "labels.parquet", maker, split_N)
 
-    # The summary goes beside the labels only after they are safe.
+    # Write the summary only after the labels are on the disk.
     summary = maker.counts.summary(maker.provenance, ontology)
     summary.save_json(store / f"propagation-{rule}.json")
     return summary
 
 
 def label_set_ontology(store: Path, rule: str, digest: str) -> Ontology:
-    """The ontology that a label set of a store was made with, AudioSet's or one kept there; MissingOntologyError."""
+    """Return the ontology that a label set was made with, AudioSet's or one in the store; or MissingOntologyError."""
     default = load_ontology()
     if digest == default.digest:
         return default
 
-    # The file kept in the store counts only if it still holds that ontology.
+    # The file in the store is used only if it still has the same digest.
     path = _ontology_path(store, digest)
     try:
         kept = load_ontology(path)
@@ -104,7 +104,7 @@ def label_set_ontology(store: Path, rule: str, digest: str) -> Ontology:
     if kept is not None and kept.digest == digest:
         return kept
     raise MissingOntologyError(
-        f"{store}: label set {rule} is of ontology {digest}, which {path.name} does not hold; make it again with: "
+        f"{store}: label set {rule} is of ontology {digest}, which is not in {path.name}; make it again with: "
         f"ajepa-data propagate-labels {store} --rule {rule} --ontology FILE"
     )
 
@@ -112,10 +112,10 @@ def label_set_ontology(store: Path, rule: str, digest: str) -> Ontology:
 def index_class_ids(
     mids: pl.Series, classes: ClassList, *, first_row: int = 0
 ) -> tuple[pl.Series, pl.Series]:
-    """Each row's class ids as `raw` (list<uint16>: indices into `classes`) and `outside` (ids not in the list).
+    """Return each row's class ids as `raw` (list<uint16>: indices into `classes`) and `outside` (ids not in the list).
 
-    Both are sorted and unique; a row without any is an empty list. OntologyError: a null, named by its row; `first_row`
-    is the number of the first.
+    Both are sorted and unique; a row without ids has an empty list. OntologyError for a null; it names the row, where
+    `first_row` is the number of the first row.
     """
     rows_N, ids = flatten_label_lists(mids, first_row=first_row)
     index = pc.index_in(ids.cast(pa.large_string()), pa.array(classes.mids, pa.large_string()))
@@ -125,7 +125,7 @@ def index_class_ids(
     keys_N = sorted_unique_keys(rows_N[is_known_N] * len(classes) + index.drop_null().to_numpy())
     raw = label_lists_from_keys(keys_N, len(classes), row_count=len(mids))
 
-    # The others stay ids.
+    # Other ids stay ids.
     unknown = pl.DataFrame({"row": rows_N[~is_known_N], "mid": ids.filter(pa.array(~is_known_N))})
     unknown = unknown.unique().sort("row", "mid")
     outside = build_label_lists(unknown["row"].to_numpy(), unknown["mid"].to_arrow(), row_count=len(mids))
@@ -135,7 +135,7 @@ def index_class_ids(
 def requested_splits(
     where: str, known_splits: Sequence[str], splits: Sequence[str] | None
 ) -> tuple[str, ...]:
-    """The splits requested, each once, or all if `splits` is None; InputError for a split that does not exist."""
+    """Return the requested splits, each once, or all if `splits` is None; InputError for an unknown split."""
     for split in splits or ():
         if split not in known_splits:
             raise InputError(
@@ -148,7 +148,7 @@ def requested_splits(
 
 
 def _stored_class_list(store: Path, ontology: Ontology) -> ClassList:
-    """The class list in the store's header, with the names that the ontology gives."""
+    """Return the class list of the store's header, with the names of the ontology."""
     try:
         header = json.loads((store / "zarr.json").read_text(encoding="utf-8"))
         mids = tuple(header["attributes"]["ajepa"]["classes"])
@@ -159,7 +159,7 @@ def _stored_class_list(store: Path, ontology: Ontology) -> ClassList:
 
 
 def _check_class_list(store: Path, classes: ClassList, expect: ClassList) -> None:
-    """StoreError, with the first class that differs, unless a store has the classes expected."""
+    """Raise StoreError, with the first class that differs, unless a store has the expected classes."""
     if classes.mids == expect.mids:
         return
     pairs = zip(classes.mids, expect.mids, strict=False)
@@ -185,14 +185,14 @@ def _ontology_path(store: Path, digest: str) -> Path:
 
 
 def _row_splits(store: Path) -> tuple[list[str], np.ndarray]:
-    """The names of the splits, and the index of its split for every row of the manifest."""
+    """Return the names of the splits, and for every row of the manifest the index of its split."""
     path = store / "manifest.parquet"
     with _open_parquet(path, "split") as file:
         tables = _read_row_groups(path, file, ["split"])
         chunks = [chunk for table in tables for chunk in table["split"].chunks]
         column = pa.chunked_array(chunks, file.schema_arrow.field("split").type)
 
-    # Row groups may number the splits differently; unified, an index means one split.
+    # Row groups may number the splits differently; after unifying, each index means one split.
     column = column.dictionary_encode().unify_dictionaries().combine_chunks()
     if column.null_count:
         raise StoreError(f"{path}: {column.null_count} rows have no split; build the store again")
@@ -206,7 +206,7 @@ def _add_label_set(path: Path, maker: LabelSetMaker, split_N: np.ndarray) -> Non
         if (rows := file.metadata.num_rows) != len(split_N):
             raise StoreError(f"{path}: {rows} rows, the manifest has {len(split_N)}; build the store again")
 
-        # A killed propagation may have left a file as large as the labels.
+        # Remove what a killed propagation has left: a file as large as the labels.
         for debris in abandoned_scratch_paths(path):
             debris.unlink()
 
@@ -231,7 +231,7 @@ def _add_label_set(path: Path, maker: LabelSetMaker, split_N: np.ndarray) -> Non
 
 
 def _label_set_schema(schema: pa.Schema, provenance: LabelProvenance) -> pa.Schema:
-    """The schema with the column of a new label set, and its provenance beside that of the others."""
+    """Return the schema with the column of a new label set, and with its provenance added."""
     metadata = schema.metadata or {}
     sources = json.loads(metadata.get(PROVENANCE_KEY, b"{}")) | {provenance.rule: asdict(provenance)}
     metadata = metadata | {PROVENANCE_KEY: json.dumps(sources, separators=(",", ":")).encode()}
@@ -240,7 +240,7 @@ def _label_set_schema(schema: pa.Schema, provenance: LabelProvenance) -> pa.Sche
 
 
 def _set_column(table: pa.Table, column_name: str, column: pa.Array) -> pa.Table:
-    # A set of the same name keeps its place among the columns.
+    # A new set replaces a set of the same name at its position among the columns.
     place = table.schema.get_field_index(column_name)
     if place < 0:
         return table.append_column(column_name, column)

@@ -1,4 +1,4 @@
-"""Propagation without a store: segments lists and Parquet tables in, one Parquet table of label sets out."""
+"""Propagation without a store: read segments lists and Parquet tables, write one Parquet table of label sets."""
 
 import json
 import re
@@ -45,7 +45,7 @@ LABEL_PARQUET_SUFFIXES = (".parquet", ".pq")
 
 LABEL_TABLE_SUFFIXES = (*LABEL_PARQUET_SUFFIXES, ".csv", ".tsv", ".txt")
 
-# The columns of clips that are written, in this order.
+# The clip columns of the output, in this order.
 CLIP_COLUMN_TYPES = {
     "clip_id": pl.String(),
     "split": pl.String(),
@@ -73,27 +73,27 @@ def propagate_inputs(
     classes: Path | None = None,
     out: Path | None = None,
 ) -> PropagationSummary:
-    """Propagate in a store, or from lists and tables to `out`; raises InputError.
+    """Propagate the labels of a store in place, or the labels of lists and tables to `out`; raises InputError.
 
-    `ontology` and `classes` are files of the user's own, in place of AudioSet's.
+    `ontology` and `classes` are the user's own files, in place of AudioSet's.
     """
     paths = [Path(path) for path in inputs]
     tree = load_ontology(ontology)
     class_list = None if classes is None else load_class_list(classes)
 
-    # Files become a table.
+    # Lists and tables are propagated to a table.
     if any(path.suffix.lower() in LABEL_TABLE_SUFFIXES or path.is_file() for path in paths):
         if out is None:
             raise InputError(
-                f"{paths[0]}: no store, so the labels need a file of their own: add --out FILE.parquet"
+                f"{paths[0]}: not a store, so the labels are written to a new file: add --out FILE.parquet"
             )
         return propagate_tables(paths, out, rule, splits, ontology=tree, classes=class_list)
 
-    # A folder is a store, which takes the label set itself.
+    # A folder is a store, to which the label set is added.
     if len(paths) != 1:
         raise InputError(f"{len(paths)} stores; propagate one at a time")
     if out is not None:
-        raise InputError(f"{paths[0]}: a store keeps its label sets itself; leave --out {out} out")
+        raise InputError(f"{paths[0]}: the label set is added to the store itself; leave --out {out} out")
     return propagate_store_labels(paths[0], rule, splits, ontology=tree, expect=class_list)
 
 
@@ -108,14 +108,14 @@ def propagate_tables(
 ) -> PropagationSummary:
     """Write `out`: the rows of all inputs in their order, with `raw` and the label set `rule` as class indices.
 
-    Columns: clip_id, start_seconds and end_seconds if an input has them, split, raw, the rule's name, and `outside`:
-    ids that the ontology or another list knows and the class list lacks. The provenance is written as in a store's
-    labels.parquet; the summary of the changes is returned, and saved as `<out>.propagation.json`. Nothing is written
-    unless every input is right; a second call gives the same bytes; memory does not grow with the inputs. Raises
-    InputError: an id that no list knows, with its row and the nearest known one; a split, rule or class that does not
-    exist.
+    The columns are split, `raw`, the rule's name and `outside`; also clip_id, start_seconds and end_seconds if an input
+    has them. `outside` has the ids that are in the ontology or another list, but not in the class list. The provenance
+    is written as in a store's labels.parquet. The summary of the changes is returned, and saved as
+    `<out>.propagation.json`. Nothing is written unless every input is right; a second call gives the same bytes; memory
+    does not grow with the inputs. Raises InputError for an id that is in no list (the message names its row and the
+    nearest known id), and for a split, rule or class that does not exist.
     """
-    # Everything that can be refused without reading labels comes first.
+    # First check everything that can be checked without reading labels.
     ontology = ontology or load_ontology()
     classes = classes or load_class_list()
     adds_CC = rule_relation_CC(rule, ontology=ontology, classes=classes)
@@ -134,7 +134,7 @@ def propagate_tables(
     columns = [name for name in CLIP_COLUMN_TYPES if any(name in table.columns for table in tables)]
     schema = _output_schema(columns, maker.provenance)
 
-    # All labels are read before `out` takes its name, and the summary is saved after it.
+    # `out` gets its name only after all labels have been read; then the summary is saved.
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with replacing_file(out) as scratch:
         _write_rows(scratch, schema, tables, propagator)
@@ -166,14 +166,14 @@ class _BlockPropagator:
         self.class_names = known_class_names() | {node.mid: node.name for node in ontology.nodes}
 
     def propagate_block(self, path: Path, block: pl.DataFrame, first_row: int) -> pl.DataFrame:
-        """The block with `raw`, the label set and `outside` in place of `labels`; raises ManifestError."""
+        """Return the block with `raw`, the label set and `outside` in place of `labels`; raises ManifestError."""
         try:
             raw, outside = self._raw_labels(block["labels"], first_row)
         except OntologyError as error:
             raise ManifestError(f"{path}: {error}") from None
         self._check_known_ids(path, block, outside, first_row)
 
-        # Splits become indices for the counts.
+        # The counts need splits as indices.
         index_of_split = {split: index for index, split in enumerate(self.maker.counts.splits)}
         split_B = block["split"].replace_strict(index_of_split, return_dtype=pl.Int64)
         labels = self.maker.propagate_batch(raw, split_B.to_numpy(), outside)
@@ -182,23 +182,23 @@ class _BlockPropagator:
         )
 
     def _raw_labels(self, labels: pl.Series, first_row: int) -> tuple[pl.Series, pl.Series]:
-        """Class indices, sorted and unique, and ids outside the class list."""
+        """Return class indices, sorted and unique, and the ids outside the class list."""
         if labels.dtype == pl.List(pl.String):
             return index_class_ids(labels, self.classes, first_row=first_row)
 
-        # Indices are already in the class list; a relation without pairs sorts and checks them.
+        # These labels are already indices; propagating them by an empty relation sorts and checks them.
         nothing_CC = np.zeros((len(self.classes),) * 2, dtype=bool)
         raw = propagate(labels, nothing_CC, first_row=first_row)
         return raw, pl.Series([[]], dtype=pl.List(pl.String)).new_from_index(0, len(raw))
 
     def _check_known_ids(self, path: Path, block: pl.DataFrame, outside: pl.Series, first_row: int) -> None:
-        """Raise ManifestError for an id that no list knows: a typing error, or the ids of another data set."""
+        """Raise ManifestError for an id that is in no list: a typing error, or an id of another data set."""
         rows = pl.DataFrame({"row": range(len(outside)), "mid": outside}).explode("mid").drop_nulls()
         unknown = rows.filter(~pl.col("mid").is_in(list(self.class_names)))
         if unknown.is_empty():
             return
 
-        # One error, about the first of them.
+        # The error names only the first of them.
         row, mid = unknown.row(0)
         clip = f" (clip {block['clip_id'][row]})" if "clip_id" in block.columns else ""
         raise ManifestError(
@@ -206,12 +206,12 @@ class _BlockPropagator:
         )
 
     def _suggest_class_id(self, mid: str) -> str:
-        """The end of an error about an unknown id; it names one class only, of the 664 and more that are known."""
+        """Return the end of an error about an unknown id; it suggests only one of the more than 660 known classes."""
         # Ids with the wrong separator look like one long id.
         if any(part in self.class_names for part in re.split(r"[,|\s]+", mid)):
             return "several ids are separated by ;"
 
-        # A class may be given by its name instead.
+        # The user may have given the name of a class.
         mid_of_name = {name.lower(): known for known, name in self.class_names.items()}
         nearest = mid_of_name.get(mid.lower()) or closest_word(mid, self.class_names)
         return (
@@ -221,17 +221,17 @@ class _BlockPropagator:
 
 
 def _check_output_path(inputs: Sequence[Path], out: Path) -> None:
-    """Raise InputError unless `out` can be a Parquet file beside the inputs, each of which is given once."""
+    """Raise InputError unless `out` names a Parquet file that is no input, and every input is given once."""
     if not _is_parquet(out) or out.is_dir():
         raise InputError(f"--out {out}: expected the name of a Parquet file, such as labels.parquet")
 
     # Two paths may lead to one file.
     resolved = [path.resolve() for path in inputs]
     if repeated := [path for path in inputs if resolved.count(path.resolve()) > 1]:
-        raise InputError(f"{repeated[0]}: is given twice; its clips would be too")
+        raise InputError(f"{repeated[0]}: is given twice, so its clips would be written twice")
     if out.resolve() in resolved:
         raise InputError(
-            f"--out {out}: is an input too, and would lose its other columns; choose another name"
+            f"--out {out}: is also an input, which would lose its other columns; choose another name"
         )
 
 
@@ -248,7 +248,7 @@ def _output_schema(columns: Sequence[str], provenance: LabelProvenance) -> pa.Sc
 
 
 def _conform_to_schema(schema: pa.Schema, block: pl.DataFrame) -> pa.Table:
-    """The block with exactly the columns of a schema; null where the block lacks one."""
+    """Return the block with exactly the columns of a schema; columns that the block lacks are null."""
     columns = []
     for field in schema:
         if field.name in block.columns:
@@ -265,7 +265,7 @@ def _conform_to_schema(schema: pa.Schema, block: pl.DataFrame) -> pa.Table:
 class LabelInput:
     """A file of rows with labels.
 
-    Its blocks have the columns `columns` and `labels`: lists of class ids or of class indices.
+    Its blocks have the columns named in `columns`, and `labels`: lists of class ids or of class indices.
     """
 
     path: Path
@@ -277,22 +277,22 @@ class LabelInput:
 
 
 def open_label_input(path: Path, classes: ClassList) -> LabelInput:
-    """Open a Parquet table if the file's name says so, else a segments list; raises InputError.
+    """Open a Parquet table if the file's suffix is .parquet or .pq, else a segments list; raises InputError.
 
     A table has its labels in column raw, mids, labels, label or positive_labels: class ids as lists or as text with `;`
-    between them, or lists of indices into `classes`. Also read, if present: clip_id (or video_id, ytid, id, fname),
-    split (else the file's name is the split), start and end. Capitals do not matter; other columns are ignored.
+    between them, or lists of indices into `classes`. Optional columns are clip_id (or video_id, ytid, id, fname),
+    split (default: the file's name), start and end. Capitals do not matter; other columns are ignored.
     """
     if path.is_dir():
         raise InputError(
-            f"{path}: a folder and no store; expected a store, a segments list or a Parquet table"
+            f"{path}: is a folder but not a store; expected a store, a segments list or a Parquet table"
         )
     if not path.exists():
         raise InputError(f"{path}: no such file{did_you_mean(path)}")
     if _is_parquet(path):
         return _open_label_table(path, classes)
 
-    # A segments list has all columns, and its name is its one split.
+    # A segments list has all columns, and one split: its name.
     return LabelInput(
         path=path,
         splits=(split_from_filename(path),),
@@ -306,7 +306,7 @@ def _is_parquet(path: Path) -> bool:
 
 
 def _segment_list_blocks(path: Path) -> Iterator[pl.DataFrame]:
-    # The list is read to its end before damaged lines are refused, so that the error says how many there are.
+    # Read the whole list before damaged lines raise an error, so that the error gives their number.
     row_count = 0
     damaged_blocks = []
     for rows, damaged in read_segment_blocks(path):
@@ -344,13 +344,13 @@ def _open_label_table(path: Path, classes: ClassList) -> LabelInput:
 
 
 def _find_column(schema: pa.Schema, names: Sequence[str]) -> str | None:
-    """The first of these names that a schema has, as the schema spells it."""
+    """Return the first of `names` that a schema has, as the schema spells it."""
     spelling_of = {name.strip().lower(): name for name in schema.names}
     return next((spelling_of[name] for name in names if name in spelling_of), None)
 
 
 def _check_label_column(path: Path, column: pa.Field, schema: pa.Schema, classes: ClassList) -> None:
-    """ManifestError unless the column can hold labels, and indices, if it holds any, are into this class list."""
+    """Raise ManifestError unless the column can contain labels, and its indices, if any, are of this class list."""
     # Ids are texts, single or in lists; indices are integers in lists.
     column_type = column.type
     is_list = pa.types.is_list(column_type) or pa.types.is_large_list(column_type)
@@ -364,7 +364,7 @@ def _check_label_column(path: Path, column: pa.Field, schema: pa.Schema, classes
             "lists of class indices, or ids as text with ; between them"
         )
 
-    # A table that was made here says which class list its indices point into.
+    # A table that this program wrote names the class list of its indices.
     sources = json.loads((schema.metadata or {}).get(PROVENANCE_KEY, b"{}"))
     digests = {
         source["classes"] for source in sources.values() if isinstance(source, dict) and "classes" in source
@@ -377,20 +377,20 @@ def _check_label_column(path: Path, column: pa.Field, schema: pa.Schema, classes
 
 
 def _table_splits(path: Path, column: str | None) -> tuple[str, ...]:
-    """The splits of a table in the order of their first rows."""
+    """Return the splits of a table in the order of their first rows."""
     if column is None:
         return (split_from_filename(path),)
-    # The keys of a dict keep the order in which they first came.
+    # The keys of a dict keep the order in which they were first added.
     splits: dict[str, None] = {}
     for frame in _read_table_blocks(path, [column]):
         if frame[column].null_count():
-            raise ManifestError(f"{path}: column {column!r} is null in some rows; every clip is of a split")
+            raise ManifestError(f"{path}: column {column!r} is null in some rows; every clip needs a split")
         splits.update(dict.fromkeys(frame[column].cast(pl.String).unique(maintain_order=True)))
     return tuple(splits)
 
 
 def _label_table_blocks(path: Path, name_of: dict[str, str], label_column: str) -> Iterator[pl.DataFrame]:
-    """Yield a table's rows under our column names; `name_of` says what the table calls them."""
+    """Yield a table's rows with our column names; `name_of` maps them to the table's names."""
     split = pl.col(name_of["split"]) if "split" in name_of else pl.lit(split_from_filename(path))
     others = [
         pl.col(name).cast(CLIP_COLUMN_TYPES[column]).alias(column)

@@ -1,4 +1,4 @@
-"""Class trees and class lists, AudioSet's own and others; scores mapped between lists; labels as lists of indices."""
+"""Class trees and class lists of AudioSet and other data sets; maps of scores between lists; columns of labels."""
 
 import csv
 import hashlib
@@ -37,25 +37,25 @@ OUTSIDE_IDS_SHOWN = 5  # class ids that a note names
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OntologyNode:
-    """One entry of the class tree: a sound class, or a heading that groups some."""
+    """One entry of the class tree: a sound class, or a heading that groups classes."""
 
     mid: str
     name: str
     child_mids: tuple[str, ...] = ()
-    restrictions: tuple[str, ...] = ()  # "abstract": a heading only; "blacklist": not put before raters
-    index: int | None = None  # place in AudioSet's class list; None outside it
+    restrictions: tuple[str, ...] = ()  # "abstract": a heading only; "blacklist": not shown to raters
+    index: int | None = None  # index in AudioSet's class list; None if it is not in the list
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ontology:
-    """Which class is a kind of which: an acyclic graph rather than a tree, since a class may have several parents."""
+    """Classes and their subclasses: an acyclic graph rather than a tree, because a class may have several parents."""
 
     nodes: tuple[OntologyNode, ...]
 
     def __post_init__(self) -> None:
-        # Every id stands once, and every child is defined.
+        # Every id is defined once, and every child is defined.
         if duplicate := _first_duplicate([node.mid for node in self.nodes]):
-            raise OntologyError(f"class {duplicate} is defined twice; every id may stand once")
+            raise OntologyError(f"class {duplicate} is defined twice; every id may occur once")
         known_mids = {node.mid for node in self.nodes}
         for node in self.nodes:
             for unknown in (mid for mid in node.child_mids if mid not in known_mids):
@@ -66,15 +66,13 @@ class Ontology:
             TopologicalSorter(self.parent_mids()).prepare()
         except CycleError as error:
             circle = " -> ".join(error.args[1])
-            raise OntologyError(
-                f"classes go round in a circle: {circle}; remove one of these links"
-            ) from None
+            raise OntologyError(f"classes form a circle: {circle}; remove one of these links") from None
 
     def parent_mids(self) -> dict[str, list[str]]:
-        """The parents of every node, in the order of the nodes; roots have none."""
+        """Return the parents of every node, in the order of the nodes; roots have none."""
         parents: dict[str, list[str]] = {node.mid: [] for node in self.nodes}
         for node in self.nodes:
-            # A child that is listed twice is one link.
+            # A child that is listed twice counts as one link.
             for child_mid in dict.fromkeys(node.child_mids):
                 parents[child_mid].append(node.mid)
         return parents
@@ -86,7 +84,7 @@ class Ontology:
         return hashlib.sha256(json.dumps(links).encode()).hexdigest()[:12]
 
     def to_json(self) -> str:
-        """The ontology in the form that `load_ontology` reads, one node a line."""
+        """Return the ontology as JSON that `load_ontology` reads, one node per line."""
         entries = (
             {
                 "id": node.mid,
@@ -114,8 +112,8 @@ class ClassList:
             counts = f"{len(self.mids)} ids and {len(self.names)} names"
             raise ManifestError(f"a class list of {counts}; expected as many of both, 1 to {MAX_CLASSES}")
         if duplicate := _first_duplicate(self.mids):
-            raise ManifestError(f"class {duplicate} is listed twice; every id may stand once")
-        # This is how a frozen dataclass sets a field that follows from others.
+            raise ManifestError(f"class {duplicate} is listed twice; every id may occur once")
+        # This is how a frozen dataclass sets a field that is computed from others.
         object.__setattr__(self, "index_of", {mid: index for index, mid in enumerate(self.mids)})
 
     def __len__(self) -> int:
@@ -128,9 +126,9 @@ class ClassList:
 
 
 def load_ontology(path: Path | None = None) -> Ontology:
-    """Read AudioSet's class tree (632 nodes), or the one in a file of the form of AudioSet's `ontology.json`."""
+    """Read AudioSet's class tree (632 nodes), or the tree in a file with the form of AudioSet's `ontology.json`."""
     text = _read_utf8_text(path or importlib.resources.files("manifests") / "audioset.json", OntologyError)
-    # Whatever is wrong with the content, the error names the file.
+    # Every error about the content names the file.
     try:
         nodes = tuple(_parse_node(index, entry) for index, entry in enumerate(json.loads(text)))
         if not nodes:
@@ -143,7 +141,7 @@ def load_ontology(path: Path | None = None) -> Ontology:
 
 
 def load_class_list(path: Path | None = None) -> ClassList:
-    """Read AudioSet's 527 classes, or those in a file of the form of AudioSet's `class_labels_indices.csv`."""
+    """Read AudioSet's 527 classes, or those in a file with the form of AudioSet's `class_labels_indices.csv`."""
     # AudioSet's own list is part of its class tree.
     if path is None:
         node_at = {node.index: node for node in load_ontology().nodes if node.index is not None}
@@ -181,7 +179,7 @@ def _read_utf8_text(path: Path | Traversable, error_type: type[InputError]) -> s
 def _parse_node(entry_index: int, entry: Any) -> OntologyNode:
     try:
         mid, name, child_mids = entry["id"], entry["name"], entry["child_ids"]
-        # A text is a sequence of texts too, so `child_ids` must not be one.
+        # A text is also a sequence of texts, so refuse a text as `child_ids`.
         if not all(isinstance(text, str) for text in (mid, name, *child_mids)) or isinstance(child_mids, str):
             raise TypeError
         return OntologyNode(
@@ -205,7 +203,7 @@ def _first_duplicate(mids: Sequence[str]) -> str | None:
 
 
 def fsd50k_classes() -> ClassList:
-    """FSD50K's 200 classes in its order, blanks in place of `_` in their names; 192 of them are among the 527."""
+    """Return FSD50K's 200 classes in its order, their names with blanks for `_`; 192 are among AudioSet's 527."""
     entries = _read_bundled_json("fsd50k.json")
     return ClassList(
         mids=tuple(entry["id"] for entry in entries),
@@ -214,7 +212,7 @@ def fsd50k_classes() -> ClassList:
 
 
 def audioset_strong_classes() -> ClassList:
-    """The 456 classes of AudioSet's strong labels, sorted by id; 382 of them are among the 527."""
+    """Return the 456 classes of AudioSet's strong labels, sorted by id; 382 are among AudioSet's 527."""
     entries = _read_bundled_json("audioset_strong.json")
     return ClassList(
         mids=tuple(entry["id"] for entry in entries), names=tuple(entry["name"] for entry in entries)
@@ -223,20 +221,20 @@ def audioset_strong_classes() -> ClassList:
 
 @cache
 def known_class_names() -> dict[str, str]:
-    """Id -> name of every class in these lists: the ontology's 632, and 32 that only the strong labels have."""
-    # The strong labels rename twelve classes; the ontology's names win.
+    """Return id -> name of all classes: the ontology's 632, and 32 that only the strong labels have."""
+    # The strong labels rename twelve classes; the ontology's names take precedence.
     strong = audioset_strong_classes()
     names = dict(zip(strong.mids, strong.names, strict=True))
     return names | {node.mid: node.name for node in load_ontology().nodes}
 
 
 def name_with_id(mid: str) -> str:
-    """A class id with its name, for a reader: `Washing machine (/m/0174k2)`; the id alone if it has no name."""
+    """Return a class id with its name, `Washing machine (/m/0174k2)`; only the id if it has no name."""
     return f"{known_class_names()[mid]} ({mid})" if mid in known_class_names() else mid
 
 
 def describe_outside_ids(mids: pl.Series, classes: ClassList) -> tuple[str, ...]:
-    """One sentence on label ids outside a class list, their number and the most frequent; empty if there are none."""
+    """Return one sentence about label ids outside a class list: number and most frequent; empty if there are none."""
     outside = mids.explode().drop_nulls()
     outside = outside.filter(~outside.is_in(list(classes.mids)))
     if outside.is_empty():
@@ -250,7 +248,7 @@ def describe_outside_ids(mids: pl.Series, classes: ClassList) -> tuple[str, ...]
     if counts.height > OUTSIDE_IDS_SHOWN:
         examples += f" and {counts.height - OUTSIDE_IDS_SHOWN} more"
     subject = "1 class of labels is" if counts.height == 1 else f"{counts.height} classes of labels are"
-    return (f"{subject} outside the class list and kept aside: {examples}",)
+    return (f"{subject} outside the class list and in no label set: {examples}",)
 
 
 def _read_bundled_json(name: str) -> list[dict[str, Any]]:
@@ -261,7 +259,7 @@ def _read_bundled_json(name: str) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassMap:
-    """A map from one class list to another by id: what a model of `source` predicts for the classes of `target`.
+    """A map by id from class list `source` to class list `target`, for the scores of a model of `source`.
 
     source_N, target_N  indices of the classes that both lists have
     """
@@ -279,16 +277,16 @@ class ClassMap:
         ]
         if not pairs:
             raise OntologyError(
-                f"class lists of {len(self.source)} and {len(self.target)} classes share not one id, "
+                f"class lists of {len(self.source)} and {len(self.target)} classes share no id, "
                 f"such as {self.source.mids[0]} and {self.target.mids[0]}"
             )
         for name, indices in zip(("source_N", "target_N"), zip(*pairs, strict=True), strict=True):
             object.__setattr__(self, name, np.array(indices))
 
     def map_scores(self, scores_BC: MappedScores, *, absent_score: float) -> MappedScores:
-        """The scores of the target's classes; classes that the source lacks get `absent_score`.
+        """Return the scores of the target's classes; classes that the source lacks get `absent_score`.
 
-        Fitting values are 0 for probabilities and -inf for logits. Takes a numpy array, or a torch tensor on any
+        Use 0 for probabilities and -inf for logits. Takes a numpy array, or a torch tensor on any
         device (differentiable).
         """
         if scores_BC.shape[1] != len(self.source):
@@ -298,24 +296,24 @@ class ClassMap:
             mapped_BC = np.full(shape, absent_score, scores_BC.dtype)
         else:
             mapped_BC = scores_BC.new_full(shape, absent_score)
-        # One assignment of columns serves both, and carries gradients in torch.
+        # Assigning columns works for numpy and torch, and carries gradients in torch.
         mapped_BC[:, self.target_N] = scores_BC[:, self.source_N]
         return mapped_BC
 
 
-# Columns of label lists: as flat arrays for numpy, and back. A label's key is row * classes + class.
+# Columns of label lists, and their conversion to flat arrays and back. A label's key is row * classes + class.
 
 
 def flatten_label_lists(label_lists: pl.Series, *, first_row: int = 0) -> tuple[np.ndarray, pa.Array]:
-    """The row number and the value of every entry of a list column.
+    """Return the row number and the value of every entry of a list column.
 
-    OntologyError: a null, named by its row; `first_row` is the number of the column's first row.
+    OntologyError for a null; it names the row, where `first_row` is the number of the column's first row.
     """
     array = label_lists.to_arrow()
     values = array.flatten()
     rows_N = np.repeat(np.arange(len(array)), np.diff(array.offsets.to_numpy()))
 
-    # A null may stand for a whole list, or in one; the row is named in both cases.
+    # A null may be a whole list or an entry of one; the error names the row in both cases.
     if array.null_count or values.null_count:
         null_N = (array if array.null_count else values).is_null().to_numpy(zero_copy_only=False).argmax()
         row = null_N if array.null_count else rows_N[null_N]
@@ -328,9 +326,9 @@ def flatten_label_lists(label_lists: pl.Series, *, first_row: int = 0) -> tuple[
 def flatten_class_indices(
     label_lists: pl.Series, class_count: int, *, first_row: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The row number and the class index, both int64, of every label of a column.
+    """Return the row number and the class index, both int64, of every label of a column.
 
-    OntologyError: a null, or an index that no class has, named by its row as in `flatten_label_lists`.
+    OntologyError for a null, or for an index that no class has; it names the row as in `flatten_label_lists`.
     """
     rows_N, values = flatten_label_lists(label_lists, first_row=first_row)
     class_N = values.cast(pa.int64()).to_numpy(zero_copy_only=False)
@@ -341,19 +339,19 @@ def flatten_class_indices(
 
 
 def sorted_unique_keys(keys_N: np.ndarray) -> np.ndarray:
-    """The distinct of these non-negative keys in ascending order; sorts `keys_N` in place."""
+    """Return the distinct keys in ascending order; keys are non-negative, and `keys_N` is sorted in place."""
     keys_N.sort()
     return keys_N[np.diff(keys_N, prepend=-1) > 0]
 
 
 def build_label_lists(rows_N: np.ndarray, values: pa.Array, *, row_count: int) -> pl.Series:
-    """The list column of `row_count` rows that holds these entries, which come row after row."""
+    """Return the list column of `row_count` rows with these entries, which are sorted by row."""
     ends_N = np.bincount(rows_N, minlength=row_count).cumsum()
     offsets = pa.array(np.concatenate([[0], ends_N]), pa.int64())
     return pl.Series(values=pa.LargeListArray.from_arrays(offsets, values))
 
 
 def label_lists_from_keys(keys_N: np.ndarray, class_count: int, *, row_count: int) -> pl.Series:
-    """The column list<uint16> of `row_count` rows that holds the labels with these ascending keys."""
+    """Return the column list<uint16> of `row_count` rows with the labels of these ascending keys."""
     class_N = pa.array((keys_N % class_count).astype(np.uint16))
     return build_label_lists(keys_N // class_count, class_N, row_count=row_count)

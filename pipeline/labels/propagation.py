@@ -1,4 +1,4 @@
-"""Label propagation: rules by which labels imply the classes above them, applied to labels and scores, and counted."""
+"""Label propagation: the rules, their application to labels and scores, and a summary of the changes."""
 
 import json
 from collections import Counter
@@ -36,16 +36,16 @@ GAINING_CLASSES_SHOWN = 15
 OUTSIDE_CLASSES_SHOWN = 10
 
 
-# Rules: which classes a label implies.
+# Rules: the classes that a label implies.
 
 
 def rule_relation_CC(
     rule: str = "unambiguous", *, ontology: Ontology | None = None, classes: ClassList | None = None
 ) -> np.ndarray:
-    """The relation of a rule, bool `[C, C]`: true at [c, a] if class a (never c itself) is added to a clip labelled c.
+    """Return the relation of a rule, bool `[C, C]`: true at [c, a] if class a (never c) is added to a clip labelled c.
 
-    AudioSet's own tree and class list, unless others are given. OntologyError: an unknown rule, or a class that the
-    tree lacks.
+    The defaults are AudioSet's own tree and class list. OntologyError if the rule is unknown, or if the tree lacks a
+    class.
     """
     if rule not in PROPAGATION_RULES:
         raise OntologyError(f"unknown rule {rule!r}; {suggest_known(rule, PROPAGATION_RULES)}")
@@ -54,7 +54,7 @@ def rule_relation_CC(
 
 
 def nearest_parents_CC(ontology: Ontology, classes: ClassList) -> np.ndarray:
-    """True at [c, p] if p is a nearest class above c; nodes outside the class list are stepped over."""
+    """Return a mask, true at [c, p] if p is a nearest class above c; nodes outside the class list are skipped."""
     parents_of = ontology.parent_mids()
     if missing := [mid for mid in classes.mids if mid not in parents_of]:
         raise OntologyError(
@@ -62,7 +62,7 @@ def nearest_parents_CC(ontology: Ontology, classes: ClassList) -> np.ndarray:
             "propagation needs the ontology that the class list was drawn from"
         )
 
-    # From every class the walk goes up until it meets a class on each way.
+    # From every class, walk up each path until it reaches a class of the list.
     parents_CC = np.zeros((len(classes), len(classes)), dtype=bool)
     for index, mid in enumerate(classes.mids):
         to_visit = list(parents_of[mid])
@@ -76,14 +76,14 @@ def nearest_parents_CC(ontology: Ontology, classes: ClassList) -> np.ndarray:
 
 
 def unambiguous_ancestors(parents_CC: np.ndarray) -> np.ndarray:
-    """Climb while there is exactly one parent, stop at none or several (arXiv 2503.21826; 731 pairs)."""
-    # A class with several parents loses them all; the closure of the other links is the climb.
+    """Return the ancestors up to the first class with no parent or several (arXiv 2503.21826; 731 pairs)."""
+    # Remove the links of classes with several parents, then follow the other links to the end.
     return all_ancestors(parents_CC & (parents_CC.sum(1, keepdims=True) == 1))
 
 
 def all_ancestors(parents_CC: np.ndarray) -> np.ndarray:
-    """Every class on any way up: each parent counts, even if the sound belongs to only one of them (835 pairs)."""
-    # BLAS multiplies floats, ten times faster than booleans; squaring doubles the length of the ways.
+    """Return the classes on any path up, through every parent, even if only one of them is meant (835 pairs)."""
+    # BLAS multiplies floats, ten times faster than booleans; each squaring doubles the length of the paths.
     reach_CC = parents_CC.astype(np.float32)
     for _ in range(len(parents_CC).bit_length()):
         reach_CC = np.minimum(reach_CC + reach_CC @ reach_CC, 1)
@@ -91,7 +91,7 @@ def all_ancestors(parents_CC: np.ndarray) -> np.ndarray:
 
 
 def dominators(parents_CC: np.ndarray) -> np.ndarray:
-    """The classes that lie on every way up, so that they hold whichever parent is meant (739 pairs)."""
+    """Return the classes on every path up, which apply whichever parent is meant (739 pairs)."""
     itself_CC = np.eye(len(parents_CC), dtype=bool)
     dominators_CC = np.zeros_like(parents_CC)
 
@@ -103,11 +103,11 @@ def dominators(parents_CC: np.ndarray) -> np.ndarray:
 
 
 def direct_parents(parents_CC: np.ndarray) -> np.ndarray:
-    """One step up to every parent, and no further: the one rule that is not its own closure (427 pairs)."""
+    """Return only the direct parents; applying this rule twice can add more classes (427 pairs)."""
     return parents_CC
 
 
-# The names stand on the command line and in the provenance of label sets, which are named after their rules.
+# The names are used on the command line and in the provenance of label sets, which are named after their rules.
 PROPAGATION_RULES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "unambiguous": unambiguous_ancestors,
     "all-ancestors": all_ancestors,
@@ -120,16 +120,17 @@ PROPAGATION_RULES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def propagate(labels: pl.Series, relation_CC: np.ndarray, *, first_row: int = 0) -> pl.Series:
-    """Add to each row's classes all that the relation implies: list<uint16>, sorted, unique; no labels stay none.
+    """Return each row's classes and all classes that the relation adds: list<uint16>, sorted, unique, may be empty.
 
     Two million rows take about a second: labels become keys row * classes + class, which are sorted once.
-    OntologyError: a null, or an index outside the relation, named by its row; `first_row` is the number of the first.
+    OntologyError for a null, or an index outside the relation; it names the row, where `first_row` is the number of
+    the first row.
     """
     class_count = len(relation_CC)
     rows_N, class_N = flatten_class_indices(labels, class_count, first_row=first_row)
     keys = [rows_N * class_count + class_N]
 
-    # The n-th round adds the n-th implied class of every label that implies as many.
+    # Round n adds the n-th implied class of every label that implies at least n classes.
     for added_C in _nth_added_classes(relation_CC):
         implies_N = added_C[class_N] >= 0
         rows_N = rows_N[implies_N]
@@ -141,20 +142,20 @@ def propagate(labels: pl.Series, relation_CC: np.ndarray, *, first_row: int = 0)
 
 
 def propagate_scores(scores_BC: PropagatedScores, relation_CC: np.ndarray) -> PropagatedScores:
-    """The maximum of each class's own score and the scores of the classes that imply it.
+    """Return for each class the maximum of its own score and the scores of the classes that imply it.
 
-    Right for probabilities and for logits. Takes a numpy array, or a torch tensor on any device (differentiable);
+    Valid for probabilities and for logits. Takes a numpy array, or a torch tensor on any device (differentiable);
     needs memory for B x (C + pairs).
     """
     if scores_BC.shape[1] != len(relation_CC):
         raise OntologyError(f"scores of {scores_BC.shape[1]} classes, expected {len(relation_CC)}")
     ancestor_N, child_N = np.nonzero(relation_CC.T)
 
-    # numpy: the pairs of one ancestor lie side by side, so that `reduceat` takes the maximum of each stretch.
+    # numpy: the pairs of one ancestor are adjacent, so that `reduceat` takes the maximum of each group.
     if isinstance(scores_BC, np.ndarray):
         best_BC = scores_BC.copy()
         ancestors, first_N = np.unique(ancestor_N, return_index=True)
-        if ancestors.size:  # reduceat refuses an empty list of stretches
+        if ancestors.size:  # reduceat refuses an empty list of groups
             implied_BN = np.maximum.reduceat(scores_BC[:, child_N], first_N, axis=1)
             best_BC[:, ancestors] = np.maximum(best_BC[:, ancestors], implied_BN)
         return best_BC
@@ -173,25 +174,25 @@ def _nth_added_classes(relation_CC: np.ndarray) -> Iterator[np.ndarray]:
     yield from added_CC[:, : relation_CC.sum(1).max()].T
 
 
-# Where a label set comes from, and what it changed.
+# The provenance of a label set, and a summary of its changes.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LabelProvenance:
-    """Where a propagated label set comes from."""
+    """The provenance of a propagated label set."""
 
     rule: str
-    ontology: str  # its digest
-    classes: str  # the digest of the class list that indices point into
-    pairs: int  # (class, class added for it)
-    splits: tuple[str, ...]  # the splits propagated; the clips of others keep their raw labels in this set
+    ontology: str  # digest of the ontology
+    classes: str  # digest of the class list of the indices
+    pairs: int  # number of pairs (class, class that is added for it)
+    splits: tuple[str, ...]  # the propagated splits; clips of other splits have their raw labels in this set
     version: str
 
     @classmethod
     def for_rule(
         cls, rule: str, ontology: Ontology, classes: ClassList, adds_CC: np.ndarray, splits: tuple[str, ...]
     ) -> Self:
-        """The provenance of a label set that this version of the program makes."""
+        """Return the provenance of a label set that this version of the program makes."""
         return cls(
             rule=rule,
             ontology=ontology.digest,
@@ -204,7 +205,7 @@ class LabelProvenance:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SplitChange:
-    """How propagation changed the clips of one split, including those without audio, or of `all` splits."""
+    """The changes in the clips of one split, including clips without audio; or of all splits, named `all`."""
 
     split: str
     clips: int
@@ -219,7 +220,7 @@ class SplitChange:
 
 @dataclass(frozen=True, slots=True)
 class ClassGain:
-    """A class that stands on more clips than before."""
+    """A class that more clips have after propagation than before."""
 
     mid: str
     name: str
@@ -229,10 +230,10 @@ class ClassGain:
 
 @dataclass(frozen=True, slots=True)
 class OutsideClass:
-    """A class id that labels name and the class list lacks: kept aside, in no label set."""
+    """A class id in the labels that is not in the class list, and so in no label set."""
 
     mid: str
-    name: str | None  # None if neither the ontology nor a list of other classes knows the id
+    name: str | None  # None if neither the ontology nor a list of other classes has the id
     clips: int
 
 
@@ -241,9 +242,9 @@ class PropagationSummary:
     """A label set that was added, and how it differs from `raw`."""
 
     provenance: LabelProvenance
-    changes: tuple[SplitChange, ...]  # one a split, then `all`
+    changes: tuple[SplitChange, ...]  # one per split, then `all`
     gainers: tuple[ClassGain, ...]  # biggest gain first
-    outside: tuple[OutsideClass, ...]  # on most clips first
+    outside: tuple[OutsideClass, ...]  # most clips first
 
     def save_json(self, path: Path) -> None:
         """Write the summary as JSON, whole or not at all."""
@@ -287,7 +288,7 @@ class LabelCounts:
             count_NC += np.bincount(cells_N, minlength=count_NC.size).reshape(count_NC.shape)
 
     def summary(self, provenance: LabelProvenance, ontology: Ontology) -> PropagationSummary:
-        """All counts as one summary; `ontology` names the classes outside the class list."""
+        """Return all counts as one summary; `ontology` gives the names of classes outside the class list."""
         changes = [self.change_of_splits(split, [split]) for split in self.splits]
         names = known_class_names() | {node.mid: node.name for node in ontology.nodes}
         most_frequent = sorted(self.outside_counts.items(), key=lambda item: (-item[1], item[0]))
@@ -299,7 +300,7 @@ class LabelCounts:
         )
 
     def change_of_splits(self, name: str, splits: Sequence[str]) -> SplitChange:
-        """The counts of some splits together, under a name."""
+        """Return the summed counts of `splits`, as a change with the given name."""
         places = [self.splits.index(split) for split in splits]
         clips = int(self.clips_N[places].sum())
         before_C = self.labels_before_NC[places].sum(0)
@@ -318,7 +319,7 @@ class LabelCounts:
         )
 
     def gaining_classes(self) -> tuple[ClassGain, ...]:
-        """The classes that stand on more clips than before, the biggest gain first."""
+        """Return the classes that more clips have than before, the biggest gain first."""
         before_C = self.labels_before_NC.sum(0)
         after_C = self.labels_after_NC.sum(0)
 
@@ -349,11 +350,11 @@ class LabelSetMaker:
         *,
         first_row: int = 0,
     ) -> pl.Series:
-        """The labels of a batch after propagation: raw ones in splits that are not to be propagated.
+        """Return the labels of a batch after propagation, and count them; other splits keep their raw labels.
 
-        Arguments as in `LabelCounts.count_batch` and `propagate`, whose OntologyError passes.
+        The arguments and the OntologyError are those of `LabelCounts.count_batch` and `propagate`.
         """
-        # Everything is propagated, which is fast, and then raw labels are put back in the other splits.
+        # Propagate all rows, which is fast, then restore the raw labels in the other splits.
         requested = [self.counts.splits.index(split) for split in self.provenance.splits]
         is_requested_B = pl.Series(np.isin(split_B, requested))
         labels = propagate(raw, self.adds_CC, first_row=first_row).zip_with(is_requested_B, raw)
@@ -361,11 +362,11 @@ class LabelSetMaker:
         return labels
 
 
-# What changed, as a table.
+# The changes as a table.
 
 
 def propagation_table(summary: PropagationSummary) -> str:
-    """The changes as text for a reader: a line a split, then the classes that gained most, then unknown ids."""
+    """Return the changes as text: a line per split, then the classes that gained most, then ids outside the list."""
     provenance = summary.provenance
     head = f"label set {provenance.rule!r}: {provenance.pairs} class pairs of ontology {provenance.ontology}"
     if untouched := [
@@ -408,9 +409,9 @@ def _outside_class_lines(outside: Sequence[OutsideClass]) -> Iterator[str]:
     if not outside:
         return
     yield ""
-    yield f"{'outside the class list, kept aside':<50}{'clips':>11}"
+    yield f"{'ids outside the class list':<50}{'clips':>11}"
     for entry in outside[:OUTSIDE_CLASSES_SHOWN]:
-        label = f"{entry.name} ({entry.mid})" if entry.name else f"{entry.mid}, known to no list"
+        label = f"{entry.name} ({entry.mid})" if entry.name else f"{entry.mid}, in no known list"
         yield f"{label[:49]:<50}{entry.clips:>11,}"
     if len(outside) > OUTSIDE_CLASSES_SHOWN:
         yield f"and {len(outside) - OUTSIDE_CLASSES_SHOWN} more ids"

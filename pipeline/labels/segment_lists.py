@@ -1,4 +1,4 @@
-"""AudioSet's segments lists: the official CSV files, as published and as spreadsheets damage them, read as a plan.
+"""Read AudioSet's segments lists as a plan: the official CSV files, as published or as damaged by spreadsheets.
 
 A plan is a frame with the columns of `pipeline.store.manifest.PLAN_SCHEMA` plus `mids` (list of class ids) and
 `duplicate` (why the row does not count, or null), in the order of the lists.
@@ -22,7 +22,7 @@ YOUTUBE_ID_PATTERN = r"^[A-Za-z0-9_-]{11}$"
 
 DAMAGED_LINES_SHOWN = 3  # in a note
 
-# The part of a list that is read at a time: some 80,000 rows.
+# The bytes of a list that are read at a time, about 80,000 rows.
 LIST_BLOCK_BYTES = 2**22
 
 
@@ -32,16 +32,16 @@ LIST_BLOCK_BYTES = 2**22
 def plan_segment_lists(
     segments: Sequence[Path], *, lenient: bool = False
 ) -> tuple[pl.DataFrame, tuple[str, ...]]:
-    """The rows of all lists in their order, with rows that do not count marked in `duplicate`; and notes on the lists.
+    """Return the rows of all lists in order, and notes on the lists; `duplicate` marks the rows that do not count.
 
-    Of an id twice in one list, the first row counts. Of an id in an evaluation list and in another list, the
+    If an id is in one list twice, its first row counts. If an id is in an evaluation list and in another list, the
     evaluation row counts.
     """
     check_distinct_names([path.stem for path in segments])
     lists = [read_segment_list(path, lenient=lenient) for path in segments]
     plan = pl.concat([rows for rows, _ in lists]).with_row_index("row")
 
-    # Only ids that stand more than once are looked at, and joined back to their rows.
+    # Check only ids that occur more than once, and join the results to their rows.
     duplicates = mark_duplicate_rows(plan.filter(pl.col("clip_id").is_duplicated()))
     plan = plan.join(duplicates, on="row", how="left", maintain_order="left").drop("row")
     return plan, tuple(note for _, notes in lists for note in notes)
@@ -56,7 +56,7 @@ def check_distinct_names(names: Sequence[str]) -> None:
 
 
 def mark_duplicate_rows(rows: pl.DataFrame) -> pl.DataFrame:
-    """For rows whose id stands more than once: `row`, and in `duplicate` why it does not count, or null if it does."""
+    """Return `row` and `duplicate` of rows with repeated ids: why the row does not count, or null if it counts."""
     is_evaluation = pl.col("split").str.contains("(^|_)eval")
     is_first_in_list = pl.int_range(pl.len()).over("clip_id", "split") == 0
     evaluation_elsewhere = is_evaluation.any().over("clip_id") & ~is_evaluation
@@ -82,11 +82,11 @@ def mark_duplicate_rows(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def read_segment_list(path: Path, *, lenient: bool = False) -> tuple[pl.DataFrame, tuple[str, ...]]:
-    """Read one official list as clip_id, split, start_seconds, end_seconds, mids; and notes on it.
+    """Return the rows of one official list (clip_id, split, start_seconds, end_seconds, mids), and notes on the list.
 
     The split is the file's name without `_segments`. Lines starting with `# ` count as comments only before the first
-    row. A damaged line is a ManifestError that names it and says why; with `lenient` damaged lines are left out, and a
-    note says how many there are and shows the first.
+    row. A damaged line raises ManifestError, which names the line and the reason. With `lenient`, damaged lines are
+    left out; a note gives their number and shows the first ones.
     """
     row_blocks, damaged_blocks = zip(*read_segment_blocks(path), strict=True)
     rows = pl.concat(row_blocks)
@@ -94,14 +94,14 @@ def read_segment_list(path: Path, *, lenient: bool = False) -> tuple[pl.DataFram
 
 
 def read_segment_blocks(path: Path) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
-    """Yield the good rows of a list part by part, each part with its damaged lines (`line`, `text`, `why`).
+    """Yield the good rows of a list block by block, each block with its damaged lines (`line`, `text`, `why`).
 
-    Memory does not grow with the list. Raises ManifestError for a list that cannot be read or has no line at all.
+    Memory does not grow with the list. Raises ManifestError for a list that cannot be read or has no rows.
     """
     for lines in read_line_blocks(path):
         rows = lines.select("line", segment_line_fields()).unnest("cells")
 
-        # A time that is no number becomes null, by which the line is found to be damaged.
+        # A time that is not a number becomes null, which marks the line as damaged.
         rows = rows.select(
             "line",
             clip_id="a",
@@ -117,19 +117,19 @@ def read_segment_blocks(path: Path) -> Iterator[tuple[pl.DataFrame, pl.DataFrame
 
 
 def split_from_filename(path: Path) -> str:
-    """The split that a list's file name gives: `eval` of `eval_segments.csv`."""
+    """Return the split that a list's file name gives: `eval` for `eval_segments.csv`."""
     return path.stem.removesuffix("_segments")
 
 
 def read_line_blocks(path: Path) -> Iterator[pl.DataFrame]:
-    """Yield the lines that should be rows, `line` from 1 and `text`; ManifestError if there are none.
+    """Yield the lines that should be rows: `line`, numbered from 1, and `text`; ManifestError if there are none.
 
-    Bytes that are no UTF-8 become the replacement character, so that they damage no more than their line.
+    Bytes that are not UTF-8 become the replacement character, so that they damage only their own line.
     """
     first_line = 1
     rows_begun = False
     for content in _read_byte_blocks(path):
-        # Bytes to numbered lines.
+        # Split the bytes into numbered lines.
         byte_order_mark = codecs.BOM_UTF8 if first_line == 1 else b""
         text = content.removeprefix(byte_order_mark).decode(errors="replace")
         lines = pl.DataFrame({"text": [text]}, schema={"text": pl.String}).select(
@@ -138,7 +138,7 @@ def read_line_blocks(path: Path) -> Iterator[pl.DataFrame]:
         lines = lines.with_row_index("line", offset=first_line)
         first_line += content.count(b"\n")
 
-        # Blank lines are no rows, nor are the comments at the top.
+        # Remove blank lines, and the comments at the top.
         lines = lines.filter(pl.col("text").str.strip_chars() != "")
         if not rows_begun:
             lines = lines.filter((~pl.col("text").str.starts_with("# ")).cum_sum() > 0)
@@ -152,7 +152,7 @@ def read_line_blocks(path: Path) -> Iterator[pl.DataFrame]:
 
 
 def _read_byte_blocks(path: Path) -> Iterator[bytes]:
-    """Yield a file's bytes in blocks that end with a line."""
+    """Yield a file's bytes in blocks of whole lines."""
     try:
         with path.open("rb") as file:
             while block := file.read(LIST_BLOCK_BYTES):
@@ -162,10 +162,11 @@ def _read_byte_blocks(path: Path) -> Iterator[bytes]:
 
 
 def segment_line_fields() -> pl.Expr:
-    """Id, start, end and labels of each `text` as `cells`, a struct of a to d; all null if the line has no such form.
+    """Return an expression for `cells`, a struct of a, b, c, d: the id, start, end and labels in each `text`.
 
-    Blanks around each field and quotes around the labels are removed. A line may lack labels; no quote may stand within
-    them. Splitting takes a sixth of the time of a regular expression.
+    All four are null if the line does not have this form. Blanks around each field and quotes around the labels are
+    removed. A line may lack labels; they must contain no quote. Splitting takes a sixth of the time of a regular
+    expression.
     """
     parts = pl.col("text").str.splitn(",", 4)
     a, b, c, d = (parts.struct.field(f"field_{place}").str.strip_chars() for place in range(4))
@@ -175,7 +176,7 @@ def segment_line_fields() -> pl.Expr:
 
 
 def find_damaged_lines(rows: pl.DataFrame, lines: pl.DataFrame) -> pl.DataFrame:
-    """The lines without a good id or good times: `line`, the first 60 characters as `text`, and `why`."""
+    """Return the lines without a good id or good times: `line`, the first 60 characters as `text`, and `why`."""
     good_id = pl.col("clip_id").str.contains(YOUTUBE_ID_PATTERN).fill_null(False)
     start = pl.col("start_seconds")
     end = pl.col("end_seconds")
@@ -184,7 +185,7 @@ def find_damaged_lines(rows: pl.DataFrame, lines: pl.DataFrame) -> pl.DataFrame:
         ~pl.col("good_id") | ~pl.col("good_times")
     )
 
-    # The reason is the first that applies; a damaged id says more than damaged times.
+    # Give only one reason; a damaged id takes precedence over damaged times.
     text = pl.col("text")
     return damaged.join(lines, on="line", how="left", maintain_order="left").select(
         "line",
@@ -204,13 +205,13 @@ def find_damaged_lines(rows: pl.DataFrame, lines: pl.DataFrame) -> pl.DataFrame:
 def check_damaged_lines(
     path: Path, good_row_count: int, damaged_lines: pl.DataFrame, *, lenient: bool
 ) -> tuple[str, ...]:
-    """A note on a list's damaged lines, if it has any; ManifestError unless `lenient`, and if no row is good."""
+    """Return a note on a list's damaged lines, if any; ManifestError unless `lenient`, or if no row is good."""
     if damaged_lines.is_empty():
         return ()
     if lenient and good_row_count:
         return (damaged_lines_note(path, damaged_lines),)
 
-    # A list without one good row is another file altogether, also for `lenient`.
+    # A file without any good row is not a segments list, so it is refused even with `lenient`.
     line, text, why = damaged_lines.select("line", "text", "why").row(0)
     row_count = good_row_count + damaged_lines.height
     raise ManifestError(
@@ -219,7 +220,7 @@ def check_damaged_lines(
 
 
 def damaged_lines_note(path: Path, damaged_lines: pl.DataFrame) -> str:
-    """The sentence on lines that are left out."""
+    """Return the sentence about damaged lines that are left out."""
     examples = "; ".join(
         f"line {line}: {why}, found {text!r}"
         for line, text, why in damaged_lines.head(DAMAGED_LINES_SHOWN).rows()

@@ -1,14 +1,16 @@
-"""Augmentation: how clips are changed whenever they are shown, and the random draws that decide it.
+"""Augmentation: the random changes of each clip in each training step, and how they are drawn.
 
-Every loader applies these in this order; an augmentation that is off costs nothing and changes no bit:
+This file draws the changes; the loaders in loader.py and dali.py apply them. Both loaders apply the operations in
+the order of this list. An augmentation that is off costs nothing and changes no bit.
 
-crop       as the view says
-roll       the valid frames are rotated in time: frames that leave at the end come back at the start
-gain       decibels, the same on every value of a clip
-normalise  (log-mel - mean) / std, gain included
-masks      SpecAugment (arXiv 1904.08779): spans of frames and spans of bands become 0, the mean
-padding    frames that are not audio become 0
-mixup      (arXiv 1710.09412) share * clip + (1 - share) * its neighbour in the step, which is a random clip
+crop       choice of the frames, by `View.crop` of loader.py
+roll       rotation of the valid frames in time: frames that leave at the end come back at the start
+gain       one number of decibels, added to every value of a clip
+normalise  (log-mel - mean) / std, after the gain
+masks      SpecAugment (arXiv 1904.08779): spans of frames and spans of bands are set to 0, the mean
+padding    frames that are not audio are set to 0
+mixup      share * clip + (1 - share) * partner (arXiv 1710.09412); the partner is a neighbour in the step, which is
+           a random clip
 """
 
 import math
@@ -19,12 +21,12 @@ from torch import Tensor
 
 from pipeline.loading.sampling import RowOrder
 
-NATS_PER_DB = math.log(10) / 10  # decibels of power, of which a log-mel is the natural logarithm
+NATS_PER_DB = math.log(10) / 10  # a log-mel is the natural logarithm of power
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Augment:
-    """How much clips are changed; by default not at all.
+    """The strength of each augmentation; by default all are off.
 
     Audio-MAE fine-tunes AudioSet with masks of up to 192 frames and 48 bands and mixup of share 0.5, alpha 10;
     PANNs train with two masks of up to 64 frames and two of up to 8 bands.
@@ -32,10 +34,10 @@ class Augment:
 
     roll: bool = False
     gain_db: float = 0.0  # the gain is drawn from [-gain_db, gain_db)
-    time_mask_frames: int = 0  # widths are drawn from 0 to this, or to the valid frames if these are fewer
-    band_mask_bands: int = 0
-    masks_each: int = 1  # masks of frames, and as many of bands; they may overlap
-    mixup_share: float = 0.0  # share of the clips that are mixed with another
+    time_mask_frames: int = 0  # greatest width of a time mask; at most the valid frames are masked
+    band_mask_bands: int = 0  # greatest width of a band mask; widths are drawn from 0 to this
+    masks_each: int = 1  # number of time masks, and number of band masks; masks may overlap
+    mixup_share: float = 0.0  # share of the clips that are mixed with a partner
     mixup_alpha: float = 10.0  # a clip's share of its mixture is Beta(alpha, alpha)
 
     def __post_init__(self) -> None:
@@ -61,20 +63,20 @@ class Augment:
 class ClipChanges:
     """The augmentation of each clip of a step; neutral values for augmentations that are off."""
 
-    rolls_B: np.ndarray  # frames by which the audio is rotated: the new place of frame 0
+    rolls_B: np.ndarray  # frames by which the valid frames are rotated: the new position of frame 0
     gains_B: np.ndarray  # nat, added to the log-mel
     time_masks_BN2: np.ndarray  # frames [start, stop)
     band_masks_BN2: np.ndarray  # bands [start, stop)
-    partners_B: np.ndarray  # places in the batch; a clip that is not mixed is its own partner
+    partners_B: np.ndarray  # position of the partner in the batch; its own if a clip is not mixed
     shares_B: np.ndarray  # float32, a clip's share of its mixture; 1 for a clip that is not mixed
 
 
 def draw_uniform_B(name: str, seed: int, step: int, order: RowOrder) -> np.ndarray:
-    """A number in [0, 1) for each clip of this rank's step.
+    """Return a random number in [0, 1) for each clip of this rank's step.
 
     The numbers of all ranks are drawn at once, so a clip's number does not depend on how many ranks share the step.
-    Each name has a stream of its own: turning one augmentation on leaves the others as they were. `random` is the raw
-    stream in its upper 53 bits; other methods of `Generator` may change with NumPy (NEP 19).
+    Each name has its own random stream: turning one augmentation on does not change the draws of the others. `random`
+    returns the upper 53 bits of the raw stream; other methods of `Generator` may change with NumPy (NEP 19).
     """
     rng = np.random.default_rng([seed, step, int.from_bytes(name.encode())])
     first = order.rank * order.clips
@@ -84,16 +86,17 @@ def draw_uniform_B(name: str, seed: int, step: int, order: RowOrder) -> np.ndarr
 def draw_changes(
     augment: Augment, seed: int, step: int, order: RowOrder, *, n_frames_B: np.ndarray, bands: int
 ) -> ClipChanges:
-    """Draw the changes of a step's clips, which depend on nothing but these arguments.
+    """Draw the changes of a step's clips; they depend only on these arguments.
 
-    The changes of a step are the same however many ranks share it; partners only if each has an even number of clips.
+    The changes do not depend on how many ranks share the step. For mixup partners this holds only if each rank has an
+    even number of clips.
     """
 
     def draw_named_B(name: str) -> np.ndarray:
         return draw_uniform_B(name, seed, step, order)
 
     def draw_spans_B2(name: str, max_width: int, room_B: np.ndarray) -> np.ndarray:
-        """One span [start, stop) for each clip, as wide as `max_width` at most and within `room_B`."""
+        """Draw one span [start, stop) for each clip, at most `max_width` wide and within [0, room_B)."""
         widths_B = (draw_named_B(f"{name} width") * (1 + np.minimum(max_width, room_B))).astype(np.int64)
         starts_B = (draw_named_B(f"{name} start") * (1 + room_B - widths_B)).astype(np.int64)
         return np.stack([starts_B, starts_B + widths_B], axis=1)
@@ -112,7 +115,7 @@ def draw_changes(
     partners_B = np.arange(clips)
     shares_B = np.ones(clips, np.float32)
 
-    # Draws of the augmentations that are on, each from streams of its own.
+    # Draw for the augmentations that are on; each has its own streams.
     if augment.roll:
         rolls_B = (draw_named_B("roll") * n_frames_B).astype(np.int64)
     if augment.gain_db:
@@ -139,10 +142,10 @@ def draw_changes(
 
 
 def mixup_partners(clips: int) -> np.ndarray:
-    """The partner of each place: the pairs are (0, 1), (2, 3) and so on; of an odd number the last three form a cycle.
+    """Return the partner of each position: the pairs are (0, 1), (2, 3), ...; of an odd number the last three cycle.
 
-    The clips of a step are in random order, so a neighbour is a random clip. Ranks with even numbers of clips split no
-    pair.
+    The clips of a step are in random order, so a neighbour is a random clip. If each rank has an even number of clips,
+    both clips of a pair are on the same rank.
     """
     places_B = np.arange(clips)
     if clips % 2 == 0:
@@ -152,19 +155,19 @@ def mixup_partners(clips: int) -> np.ndarray:
 
 
 def symmetric_beta(alpha: float, radius_B: np.ndarray, angle_B: np.ndarray) -> np.ndarray:
-    """Beta(alpha, alpha) variates, each from two uniform numbers without rejection.
+    """Return Beta(alpha, alpha) variates, each from two uniform numbers without rejection.
 
-    A Student t of 2 alpha degrees by the polar method (Bailey 1994), mapped to [0, 1] (Devroye 1996); the stream of
-    `Generator.beta` may change with NumPy.
+    The polar method (Bailey 1994) gives a Student t variate with 2 alpha degrees of freedom, which is mapped to [0, 1]
+    (Devroye 1996). `Generator.beta` is not used, because its stream may change with NumPy.
     """
-    # A tiny alpha overflows to an infinite t, which is a share of 0 or 1.
+    # For a tiny alpha, t overflows to infinity, which gives a share of 0 or 1.
     with np.errstate(over="ignore"):
         t_B = np.sqrt((1 - radius_B) ** (-1 / alpha) - 1) * np.cos(2 * np.pi * angle_B)
     return (1 + np.sin(np.arctan(t_B))) / 2
 
 
 def copy_rolled(stored_BTF: Tensor, mel_BTF: Tensor, rolls_B: np.ndarray, n_frames_B: np.ndarray) -> None:
-    """Copy stored values to `mel_BTF`, rolled; frames of it that are not audio may keep their old values."""
+    """Copy stored values to `mel_BTF`, rolled; frames of `mel_BTF` past the valid ones may keep their old values."""
     if not rolls_B.any():
         mel_BTF[:, : stored_BTF.shape[1]].copy_(stored_BTF)
         return

@@ -20,17 +20,17 @@ from pipeline.loading.sampling import RowOrder
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.shards import shard_path
 
-MIN_TIMED_SECONDS = 1.0  # for which a stage is timed
+MIN_TIMED_SECONDS = 1.0  # each stage is timed for at least this long
 
-MIN_ROUNDS = 5  # calls of a stage, whose median counts
+MIN_ROUNDS = 5  # least number of timed calls of a stage; their median is reported
 
-MAX_DISK_BYTES = 512 * 2**20  # read in the disk stage
+MAX_DISK_BYTES = 512 * 2**20  # the disk stage reads at most this much
 
 READ_CHUNK_BYTES = 2**20
 
 WARMUP_STEPS = 8
 
-# The fine-tuning of Audio-MAE.
+# Augmentation of Audio-MAE's fine-tuning.
 AUDIO_MAE_AUGMENT = Augment(time_mask_frames=192, band_mask_bands=48, mixup_share=0.5)
 
 FASTER_DISK_ADVICE = (
@@ -40,17 +40,17 @@ FASTER_DISK_ADVICE = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadingStage:
-    """One step of a clip's way into a batch, timed by itself, and advice for where the step is too slow."""
+    """One stage of loading a clip into a batch, timed separately, and advice if the stage is too slow."""
 
     name: str
     clips_per_s: float
     advice: str
-    is_every_epoch: bool = True  # False: only when a clip is first read, or where it is asked for
+    is_every_epoch: bool = True  # False: runs only when a clip is first read, or only if it is turned on
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadingSpeed:
-    """The speed of each stage on one machine, in the order of a clip's way, and of whole batches of each loader."""
+    """The speed of each stage on one machine, in the order in which they run, and of whole batches of each loader."""
 
     stages: tuple[LoadingStage, ...]
     batch_clips_per_s: dict[Literal["plain", "dali"], float]
@@ -58,12 +58,12 @@ class LoadingSpeed:
 
     @property
     def bottleneck(self) -> LoadingStage:
-        """The slowest of the stages that every clip passes in every epoch."""
+        """The slowest of the stages that run for every clip in every epoch."""
         every_epoch = [stage for stage in self.stages if stage.is_every_epoch]
         return min(every_epoch, key=lambda stage: stage.clips_per_s)
 
     def format_table(self) -> str:
-        """A line for each stage and loader, then the bottleneck with its advice."""
+        """Return a line for each stage and loader, then the bottleneck with its advice."""
         rows = [(stage.name, stage.clips_per_s) for stage in self.stages]
         rows += [(f"whole batches, {kind} loader", speed) for kind, speed in self.batch_clips_per_s.items()]
         lines = [f"{'':36}{'clips/s':>9}{'MB/s':>8}"]
@@ -80,14 +80,16 @@ def measure_loading(
     device: str = "cpu",
     say: Callable[[str], None] = lambda stage: None,
 ) -> LoadingSpeed:
-    """Time each stage by itself with batches of `batch_clips` whole clips, and whole batches; takes half a minute.
+    """Time each stage separately with batches of `batch_clips` whole clips, then whole batches; takes half a minute.
 
-    Whole batches are those of pre-training: normalised, without masks and mixup. The disk stage reads shards that the
-    system was asked to drop from its cache (a disk in memory cannot); all other stages work in memory. Checksums are
-    only a stage of their own if `store` was opened with check="never"; `say` gets the name of each stage before it.
-    Raises StoreError if the store has fewer good clips than a batch or does not lie on a disk of this machine.
+    Whole batches are those of pre-training: normalised, without masks and mixup. The disk stage first asks the system
+    to drop the shards from its cache (this has no effect for a store in /dev/shm); all other stages work in memory.
+    Checksums are timed only as a separate stage if `store` was opened with check="never". `say` gets the name of each
+    stage before the stage runs.
+
+    Raises StoreError if the store has fewer good clips than a batch, or is not on a disk of this machine.
     """
-    # Refuse before anything is read.
+    # Refuse unsuitable stores before anything is read.
     if store.location != str(store.path):
         raise StoreError(
             f"{store.location}: only a store on a disk of this machine can be timed; copy it here"
@@ -117,7 +119,7 @@ def measure_loading(
 
 
 def time_disk(store: FeatureStore, say: Callable[[str], None]) -> LoadingStage:
-    """Read shards from end to end, 512 MiB at most, after asking the system to drop them from its cache."""
+    """Time reading whole shards, 512 MiB at most, after asking the system to drop them from its cache."""
     say("disk")
     read_bytes = 0
     began = time.perf_counter()
@@ -141,8 +143,8 @@ def time_disk(store: FeatureStore, say: Callable[[str], None]) -> LoadingStage:
 def time_memory_stages(
     store: FeatureStore, order: RowOrder, view: View, device: torch.device, say: Callable[[str], None]
 ) -> list[LoadingStage]:
-    """Time the stages of a batch that follow the disk."""
-    # The arrays that the stages work on, and an endless count of steps.
+    """Time the stages of loading a batch that come after the disk."""
+    # The arrays that the stages use, and an endless count of steps.
     stored_BTF = np.empty((order.clips, store.frames, store.bands), store.dtype)
     mel_BTF = torch.empty(stored_BTF.shape)
     steps = itertools.count()
@@ -174,7 +176,7 @@ def time_memory_stages(
         torch.from_numpy(stored_BTF).to(device)
         torch.cuda.synchronize(device)
 
-    # Name, function and advice of each, in the order of a clip's way.
+    # Name, function and advice of each stage, in the order in which they run.
     works = [
         (
             "random read, from memory",
@@ -204,7 +206,7 @@ def time_memory_stages(
 
 
 def median_seconds(timed_function: Callable[[], None]) -> float:
-    """Median time of a call, over MIN_ROUNDS calls and MIN_TIMED_SECONDS at least, after one that is not timed."""
+    """Return the median time of a call, over at least MIN_ROUNDS calls and MIN_TIMED_SECONDS, after an untimed call."""
     seconds: list[float] = []
     timed_function()
     while len(seconds) < MIN_ROUNDS or sum(seconds) < MIN_TIMED_SECONDS:
@@ -215,7 +217,7 @@ def median_seconds(timed_function: Callable[[], None]) -> float:
 
 
 def measure_batches_per_s(loader: Loader) -> float:
-    """Batches a second over a few seconds, without the first WARMUP_STEPS batches."""
+    """Return the batches per second over a few seconds, not counting the first WARMUP_STEPS batches."""
     began = 0.0
     for count, batch in enumerate(loader.batches(0, 1_000_000), start=1):
         if count == WARMUP_STEPS:

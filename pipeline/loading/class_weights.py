@@ -1,6 +1,6 @@
-"""Weights of clips by their classes, with which a sampling draws rare classes more often than the store has them.
+"""Weights of clips by their classes, so that a `WeightedSampling` draws clips of rare classes more often.
 
-Weights are computed whenever a sampling is made, from the rows that it draws from, in under a second for all of
+The weights are computed from the rows of a sampling each time it is created; this takes under a second for all of
 AudioSet. A stored table would be out of date as soon as labels are propagated, rows repaired or clips excluded.
 """
 
@@ -15,15 +15,15 @@ from pipeline.store.joined_store import AnyStore
 
 
 def ast_weights(clips_C: np.ndarray) -> np.ndarray:
-    """Class weights of AST (arXiv 2104.01778, gen_weight_file.py), which Audio-MAE and A-JEPA took over.
+    """Return the class weights of AST (arXiv 2104.01778, gen_weight_file.py), which Audio-MAE and A-JEPA also use.
 
-    AST draws with replacement, Audio-MAE 200,000 clips an epoch without.
+    AST draws with replacement. Audio-MAE draws 200,000 clips an epoch without replacement.
     """
     return 1000 / (clips_C + 0.01)
 
 
 def passt_weights(clips_C: np.ndarray) -> np.ndarray:
-    """Class weights of PaSST (arXiv 2110.05069, audioset/dataset.py).
+    """Return the class weights of PaSST (arXiv 2110.05069, audioset/dataset.py).
 
     PaSST draws 100,000 clips an epoch without replacement.
     """
@@ -31,10 +31,10 @@ def passt_weights(clips_C: np.ndarray) -> np.ndarray:
 
 
 def panns_weights(clips_C: np.ndarray) -> np.ndarray:
-    """Class weights that draw as often as the balanced sampler of PANNs (arXiv 1912.10211, data_generator.py).
+    """Return class weights that draw clips as often as the balanced sampler of PANNs does.
 
-    The sampler takes each class in turn and the next of its clips. In the long run the share of a clip among all draws
-    is the sum of these weights over its labels.
+    The sampler (arXiv 1912.10211, data_generator.py) goes through the classes in turn and takes the next clip of each.
+    In the long run a clip's share of all draws is the sum of these weights over the labels of the clip.
     """
     return 1 / (np.count_nonzero(clips_C) * np.maximum(clips_C, 1))
 
@@ -48,13 +48,13 @@ WEIGHT_SCHEMES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ClassWeights:
-    """Weights of classes, by how many of some clips have them, and of these clips: the sum over their labels."""
+    """Weights of classes, computed from their numbers of clips; the weight of a clip is the sum over its labels."""
 
     scheme: str
     label_set: str
-    clips_C: np.ndarray  # int64, clips with each class
+    clips_C: np.ndarray  # int64, number of clips with each class
     weights_C: np.ndarray  # float64; 0 where no clip has the class
-    weights_N: np.ndarray  # float64, one for each row; 0 for a row without labels, which is never drawn
+    weights_N: np.ndarray  # float64, weight of each row; 0 for a row without labels, which is never drawn
     unlabelled_clips: int
 
     def __str__(self) -> str:
@@ -69,14 +69,14 @@ class ClassWeights:
 def balanced_weights(
     store: AnyStore, rows_N: np.ndarray, *, label_set: str = "raw", scheme: str = "ast"
 ) -> ClassWeights:
-    """The weights of the rows that a `WeightedSampling` draws from.
+    """Return the weights of the rows from which a `WeightedSampling` draws.
 
-    Raises InputError if the scheme is unknown or no row has a label, StoreError if there is no such label set.
+    Raises InputError if the scheme is unknown or no row has a label, StoreError if the store lacks the label set.
     """
     if scheme not in WEIGHT_SCHEMES:
         raise InputError(f"weights {scheme!r} are unknown; {suggest_known(scheme, WEIGHT_SCHEMES)}")
 
-    # The labels of these rows, one after the other: the class of each, and the place of its row in `rows_N`.
+    # The labels of all rows in one array: the class of each label, and the index in `rows_N` of its row.
     store_class_N, begins_N = store.flat_labels(label_set)
     label_count_N = begins_N[rows_N + 1] - begins_N[rows_N]
     place_N = np.repeat(np.arange(len(rows_N)), label_count_N)
@@ -85,7 +85,7 @@ def balanced_weights(
     if not len(class_N):
         raise InputError(f"none of {len(rows_N)} clips has a label in {label_set!r}; draw without weights")
 
-    # Weights of classes, then their sums over the labels of each row.
+    # The weight of each class, then the sum over the labels of each row.
     clips_C = np.bincount(class_N, minlength=len(store.classes))
     weights_C = np.where(clips_C > 0, WEIGHT_SCHEMES[scheme](clips_C), 0.0)
     return ClassWeights(

@@ -1,9 +1,9 @@
-"""The fast loader: the plain loader's batches, read ahead by a thread and computed by NVIDIA DALI; the door to DALI.
+"""The fast loader: a thread reads batches ahead and NVIDIA DALI computes them; only this file imports DALI.
 
-The thread drives the DALI pipeline, because DALI calls a serial source in the thread that asks for a batch: without
-the thread, every step would wait for its reads. On a GPU the stored values are uploaded as they are; DALI casts,
-normalises and augments them there, and the tensors share its device memory. The graph is the same on a CPU and on a
-GPU, and on a CPU each operator gives the plain loader's values to the bit.
+A separate thread runs the DALI pipeline, because DALI calls a serial source in the thread that requests a batch:
+without the thread, every step would wait for its reads. On a GPU, the stored values are uploaded unchanged. DALI casts,
+normalises and augments them there, and the tensors share DALI's device memory. The graph is the same on a CPU and on a
+GPU. On a CPU each operator gives exactly the same bits as the plain loader.
 """
 
 import os
@@ -38,25 +38,26 @@ from pipeline.store.joined_store import AnyStore
 
 CLOSED_MESSAGE = "the loader was closed while batches were still asked of it"
 
-DALI_QUEUE_DEPTH = 2  # batches in DALI at once: DALI computes one while the next is read
+DALI_QUEUE_DEPTH = 2  # batches in DALI at the same time: DALI computes one while the next is read
 
-# Batches. 1, 2, 4 and 8 differ by less than the noise, as DALI holds DALI_QUEUE_DEPTH more: a trainer that takes
-# 20 ms for 16 clips waited 1.1, 1.0, 2.0 and 1.5 ms for the next, on two busy cores; each costs its memory.
+# Default number of batches that are made ahead. Measured for 1, 2, 4 and 8, on two busy cores: a trainer that needs
+# 20 ms for 16 clips waited 1.1, 1.0, 2.0 and 1.5 ms for the next batch. The differences are within the noise, because
+# DALI holds DALI_QUEUE_DEPTH more batches. Each batch costs its memory.
 PREFETCH_BATCHES = 2
 
-# DALI keeps host memory of this size and more to use it again. Its own limit is 32 MiB, which are 64 clips of 1024
-# frames: up to there every batch was new memory, 126 page faults and 700 us a clip beside 250 us of work.
+# DALI reuses host buffers of at least this size. Its default is 32 MiB (64 clips of 1024 frames). With the default,
+# every smaller batch was allocated anew: 126 page faults and 700 us a clip, compared with 250 us of computing.
 POOL_THRESHOLD = "1M"
 
 MelAndCuts = tuple[Tensor, StepCuts]
 
 
 class BatchPrefetcher(Iterator[Batch]):
-    """Yields the batches of some steps, of which a thread makes `prefetch` ahead; one thread takes them, any may close.
+    """Yields the batches of a range of steps; a thread makes `prefetch` batches ahead.
 
-    `make_mel_function` is called when the first batch is asked for; it returns the function that makes the mels, one
-    step after the other. An error in making a batch is raised where that batch is asked for. After an error, or once
-    closed, every further batch raises RunError.
+    Only one thread may request batches; any thread may call `close`. The request for the first batch calls
+    `make_mel_function`, which returns the function that makes the mels, one step after the other. An error in making a
+    batch is raised by the request for that batch. After an error or `close`, every further request raises RunError.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class BatchPrefetcher(Iterator[Batch]):
         self._make_mel_function = make_mel_function
         self._prefetch = prefetch
 
-        # The consumer asks for batches while another thread may close: the lock guards what both change.
+        # One thread requests batches while another may call `close`: the lock guards the state that both change.
         self._lock = threading.Lock()
         self._next_mel: Callable[[], MelAndCuts] | None = None
         self._thread: ThreadPoolExecutor | None = None
@@ -92,7 +93,7 @@ class BatchPrefetcher(Iterator[Batch]):
             mel_BTF, cuts = pending_mel.result()
             batch = self._batch_maker.finish_batch(mel_BTF, cuts)
 
-            # The thread goes on while the consumer works with the batch.
+            # The thread makes the next mels while the consumer uses this batch.
             with self._lock:
                 self._submit_ahead()
         except CancelledError:
@@ -104,7 +105,7 @@ class BatchPrefetcher(Iterator[Batch]):
         return batch
 
     def _submit_ahead(self) -> None:
-        """Submit mels to the thread until `prefetch` are pending; the first call starts the thread."""
+        """Submit steps to the thread until `prefetch` mels are pending; the first call starts the thread."""
         if self._is_closed:
             raise RunError(CLOSED_MESSAGE)
 
@@ -117,13 +118,13 @@ class BatchPrefetcher(Iterator[Batch]):
             self._submitted_count += 1
 
     def close(self) -> None:
-        """End the thread after its current batch; a consumer that waits for another batch gets RunError."""
+        """End the thread after its current batch; a consumer that waits for a later batch gets RunError."""
         with self._lock:
             self._is_closed = True
             thread = self._thread
             self._thread = None
 
-        # Waiting for the thread without the lock, which the consumer may need to see that it is closed.
+        # Wait for the thread without the lock: the consumer needs the lock to see that the prefetcher is closed.
         if thread is not None:
             thread.shutdown(cancel_futures=True)
             self._pending_mels.clear()
@@ -133,7 +134,7 @@ class BatchPrefetcher(Iterator[Batch]):
 
 
 def import_dali() -> Any:
-    """The DALI package, configured before it allocates memory; raises ImportError where it is not installed."""
+    """Return the DALI package, configured before it allocates memory; raises ImportError if DALI is not installed."""
     os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", POOL_THRESHOLD)
     import nvidia.dali
     import nvidia.dali.fn
@@ -142,7 +143,7 @@ def import_dali() -> Any:
 
 
 def next_mel_function(batch_maker: BatchMaker, steps: range, threads: int) -> Callable[[], MelAndCuts]:
-    """A function that returns, call by call, the mel of the next step and its cuts, computed by DALI."""
+    """Return a function that returns the mel of the next step, computed by DALI, and its cuts on each call."""
     source = DaliSource(batch_maker, steps)
     return partial(source.next_mel, build_dali_pipeline(source, threads))
 
@@ -150,8 +151,8 @@ def next_mel_function(batch_maker: BatchMaker, steps: range, threads: int) -> Ca
 class DaliLoader:
     """Makes the batches of PlainLoader, bit for bit on a CPU and within float32 rounding on a GPU.
 
-    `prefetch` batches are made ahead; DALI computes in `threads` threads. On a GPU, use a batch on the stream that was
-    current when the first batch of its range was asked for.
+    `prefetch` batches are made ahead; DALI computes in `threads` threads. On a GPU, use each batch on the CUDA stream
+    that was current when the first batch of the range was requested.
     """
 
     def __init__(
@@ -175,7 +176,7 @@ class DaliLoader:
         self._open_prefetchers: weakref.WeakSet[BatchPrefetcher] = weakref.WeakSet()
 
     def batches(self, first_step: int, last_step: int) -> BatchPrefetcher:
-        """Yield the batches of steps [first, last); reading ahead begins when the first is asked for."""
+        """Yield the batches of steps [first, last); reading ahead begins with the request for the first batch."""
         steps = range(first_step, last_step)
         make_mel_function = partial(next_mel_function, self.batch_maker, steps, self.threads)
         prefetcher = BatchPrefetcher(self.batch_maker, steps, make_mel_function, self.prefetch)
@@ -183,7 +184,7 @@ class DaliLoader:
         return prefetcher
 
     def close(self) -> None:
-        """Stop reading ahead; iterators that are still asked for batches, or waited for, raise RunError."""
+        """Stop reading ahead; an iterator of `batches` that is still in use raises RunError."""
         for prefetcher in list(self._open_prefetchers):
             prefetcher.close()
         if "nvidia.dali" in sys.modules:
@@ -197,9 +198,9 @@ class DaliLoader:
 
 
 class DaliSource:
-    """Feeds DALI: its methods return the stored values of a batch, `[B, view.frames, F]`, and the numbers of each clip.
+    """Feeds DALI with the stored values of a batch, `[B, view.frames, F]`, and the parameters of each clip.
 
-    A read failure ends the batches for DALI; `next_mel` raises it once the batches before it have been returned.
+    To DALI, a read failure is the end of the batches; `next_mel` raises it after it has returned all earlier batches.
     """
 
     def __init__(self, batch_maker: BatchMaker, steps: range) -> None:
@@ -211,30 +212,31 @@ class DaliSource:
         self._cuts_in_flight: deque[StepCuts] = deque()  # cuts of the batches that DALI has not returned yet
         self._read_count = 0
 
-        # On a CPU, float16 is widened here: 0.02 ms of a clip by PyTorch against 0.12 ms by DALI's cast.
+        # On a CPU, PyTorch converts float16 to float32 here: 0.02 ms a clip, against 0.12 ms by DALI's cast.
         clips = batch_maker.order.clips
         store = batch_maker.store
         self.dtype = store.dtype
         if store.dtype == np.float16 and not self.is_on_gpu:
             self.dtype = np.dtype(np.float32)
 
-        # DALI reads these without a copy, and needs one until its batch is out, DALI_QUEUE_DEPTH calls later.
+        # DALI reads these buffers without a copy, and uses each until its batch is returned, DALI_QUEUE_DEPTH calls
+        # later.
         shape = (DALI_QUEUE_DEPTH + 1, clips, batch_maker.view.frames, store.bands)
         self._buffers = torch.from_numpy(np.zeros(shape, self.dtype))
         self._stored_BTF = np.empty((clips, batch_maker.stored_frames, store.bands), store.dtype)
 
     def stored_values(self, info: Any) -> list[np.ndarray]:
-        """The stored values of a batch, clip by clip; raises StopIteration after the last batch that can be read."""
+        """Return the stored values of a batch, clip by clip; StopIteration after the last batch that can be read."""
         self._read_cuts(info.iteration)
         return list(self._step_buffer(info.iteration).numpy())
 
     def clip_parameters(self, info: Any) -> list[list[np.ndarray]]:
-        """The clips' values of each of `parameter_names`: the mean, boxes to erase, the partner and the share."""
+        """Return the values of each of `parameter_names`: mean, boxes to set to 0, partner and share of every clip."""
         cuts = self._read_cuts(info.iteration)
         changes = cuts.changes
         clips, spans, _ = changes.time_masks_BN2.shape
 
-        # Boxes of frames x bands that are set to 0: time masks, band masks, and last the padding.
+        # Boxes of frames x bands that are set to 0: time masks, then band masks, then the padding.
         starts_BN2 = np.zeros((clips, 2 * spans + 1, 2), np.float32)
         stops_BN2 = np.zeros((clips, 2 * spans + 1, 2), np.float32)
         stops_BN2[:] = self.batch_maker.view.frames, self.batch_maker.store.bands
@@ -254,7 +256,7 @@ class DaliSource:
 
     @property
     def parameter_names(self) -> list[str]:
-        """Which parameters of each clip the view's augmentation needs."""
+        """The names of the clip parameters that the view's augmentation needs."""
         augment = self.batch_maker.view.augment
         names = []
         if augment.gain_db > 0:
@@ -269,12 +271,12 @@ class DaliSource:
         return self._buffers[iteration % len(self._buffers)]
 
     def _read_cuts(self, iteration: int) -> StepCuts:
-        """The cuts of a batch; DALI's first call for the batch reads its values into a buffer."""
-        # The end, for DALI; `next_mel` raises the failure.
+        """Return the cuts of a batch; the first call for a batch also reads its values into a buffer."""
+        # Tell DALI that the batches end; `next_mel` raises the failure.
         if self.read_failure is not None or iteration >= len(self.steps):
             raise StopIteration
 
-        # DALI asks twice for a batch where it needs parameters: only the first call reads.
+        # If clips have parameters, DALI calls twice for each batch: only the first call reads.
         if iteration == self._read_count:
             try:
                 cuts, stored_BTF = self.batch_maker.read_step(self.steps[iteration], self._stored_BTF)
@@ -289,29 +291,29 @@ class DaliSource:
         return self._cuts_in_flight[-1]
 
     def next_mel(self, dali_pipeline: Any) -> MelAndCuts:
-        """The next batch's mel, in DALI's memory, and its cuts; raises the StoreError that ended the batches."""
-        # DALI reports the end of its source, and errors of its own, in its words.
+        """Return the next batch's mel, in DALI's memory, and its cuts; raises the StoreError that ended the batches."""
+        # DALI has its own exceptions for the end of its source and for its errors.
         try:
             (mel_BTF,) = dali_pipeline.run(self.stream)
         except StopIteration:
             assert self.read_failure is not None, "more batches were asked for than the source has steps"
             raise self.read_failure from None
-        except RuntimeError as error:  # DALI's only kind
+        except RuntimeError as error:  # DALI raises no other type
             message = str(error).partition("encountered:")[2] or str(error)
             reason = next((line for line in message.splitlines() if line), "it gives no reason")
             raise RunError(
                 f"DALI failed: {reason}; --loader plain makes the same batches without it"
             ) from error
 
-        # The stream of the consumer has to wait for DALI's; on a CPU there is none.
+        # The consumer's CUDA stream has to wait for DALI's stream; a CPU has no streams.
         with torch.cuda.stream(self.stream):
             return torch.from_dlpack(mel_BTF.as_tensor()), self._cuts_in_flight.popleft()
 
 
 def build_dali_pipeline(source: DaliSource, threads: int) -> Any:
-    """A built DALI pipeline from stored to normalised and augmented values, without the augmentations that are off.
+    """Return a built DALI pipeline that normalises and augments stored values; it omits augmentations that are off.
 
-    `fn.normalize` is (x - mean) * (1 / stddev) in float32, to the bit what the plain loader computes.
+    `fn.normalize` is (x - mean) * (1 / stddev) in float32, which gives the same bits as the plain loader.
     """
     batch_maker = source.batch_maker
     dali = import_dali()
@@ -322,7 +324,7 @@ def build_dali_pipeline(source: DaliSource, threads: int) -> Any:
         num_threads=threads,
         device_id=batch_maker.device.index if source.is_on_gpu else None,
         prefetch_queue_depth=DALI_QUEUE_DEPTH,
-        exec_dynamic=True,  # outputs live as long as their tensors: no copy into PyTorch
+        exec_dynamic=True,  # outputs live as long as their tensors, so PyTorch needs no copy
         py_start_method="spawn",
     )
     dtypes = {"float16": types.FLOAT16, "float32": types.FLOAT, "uint8": types.UINT8}
@@ -367,11 +369,11 @@ def build_dali_pipeline(source: DaliSource, threads: int) -> Any:
 
 
 def parameter_inputs(source: DaliSource) -> dict[str, Any]:
-    """DALI's inputs for the parameters of each clip, by name."""
+    """Return DALI's inputs for the parameters of each clip, by name."""
     if not source.parameter_names:
         return {}
 
-    # Type and number of axes of each.
+    # Type and number of axes of each parameter.
     dali = import_dali()
     kinds = {
         "mean": (dali.types.FLOAT, 2),
@@ -381,7 +383,7 @@ def parameter_inputs(source: DaliSource) -> dict[str, Any]:
         "share": (dali.types.FLOAT, 0),
     }
 
-    # One source gives all of them, in the order of `parameter_names`.
+    # One source gives all parameters, in the order of `parameter_names`.
     inputs = dali.fn.external_source(
         source=source.clip_parameters,
         num_outputs=len(source.parameter_names),
@@ -402,11 +404,11 @@ def open_loader(
     device: str | torch.device = "cpu",
     **broken_clips: Unpack[BrokenClipOptions],
 ) -> Loader:
-    """The loader of that kind; where DALI cannot be imported, the plain one, which `say` gets a line about."""
+    """Return a loader of this kind; if DALI cannot be imported, a plain loader, and `say` gets a line about it."""
     if kind not in ("dali", "plain"):
         raise RunError(f"loader must be dali or plain, got {kind!r}")
 
-    # DALI has wheels for Linux only.
+    # DALI can be missing: it has wheels for Linux only.
     if kind == "dali":
         try:
             import_dali()

@@ -1,4 +1,4 @@
-"""Batch and View, the parts that every loader shares, and the plain loader, whose batches define the right ones."""
+"""Batch, View and the work that all loaders share; and the plain loader, the reference for every other loader."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,15 +24,15 @@ from pipeline.store.joined_store import AnyStore
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Batch:
-    """The clips on which one rank trains in one step; tensors lie on the loader's device.
+    """The clips on which one rank trains in one step; tensors are on the loader's device.
 
-    A clip that mixup mixes with its partner keeps its own row, and has the valid frames of the longer of the two.
+    A clip that mixup mixes with its partner keeps its own row number. Its valid frames are those of the longer clip.
     """
 
     mel_BTF: Tensor  # float32, (log-mel - mean) / std, augmented; 0 past the valid frames
     n_frames_B: Tensor  # int64, valid frames of each clip within mel_BTF
     rows_B: np.ndarray  # int64, rows of the store
-    labels_BC: Tensor | None  # float32, 1 where a clip has a class; mixed as the mels are
+    labels_BC: Tensor | None  # float32, 1 if a clip has the class, else 0; mixed like the mels
     skipped_clips: int = 0  # clips that could not be read; other clips of this batch take their places
 
 
@@ -41,10 +41,10 @@ NO_AUGMENTATION = Augment()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class View:
-    """How a model sees stored clips: `frames` frames of each, as (log-mel - mean) / std, augmented.
+    """The model's input from a stored clip: `frames` frames as (log-mel - mean) / std, augmented.
 
-    A clip with more valid frames is cropped, from its start or from a random place in every step. A shorter clip is
-    followed by zeros that are set after normalisation and count as no audio; mixup mixes them like the mean.
+    A clip with more valid frames is cropped: at its start, or at a random position that is drawn anew in every step. A
+    shorter clip is padded with zeros after normalisation. Padding does not count as audio; mixup treats it as the mean.
     """
 
     frames: int
@@ -64,7 +64,7 @@ class View:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class StepCuts:
-    """The rows of one step on one rank, the frames [start, start + n_frames) of each, and their augmentation."""
+    """The rows of one step on one rank, the frames [start, start + n_frames) of each row, and its augmentation."""
 
     rows_B: np.ndarray
     starts_B: np.ndarray
@@ -74,10 +74,10 @@ class StepCuts:
 
 
 class Loader(Protocol):
-    """Yields the batches of any range of steps; a step always has the same batch."""
+    """Yields the batches of any range of steps; the same step always gives the same batch."""
 
     def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
-        """Yield the batches of steps [first, last); raises StoreError at the first that cannot be read."""
+        """Yield the batches of steps [first, last); raises StoreError at the first batch that cannot be read."""
 
     def close(self) -> None: ...
     def __enter__(self) -> Self: ...
@@ -85,7 +85,7 @@ class Loader(Protocol):
 
 
 class BrokenClipOptions(TypedDict, total=False):
-    """Keyword arguments of every loader: what it does about clips that cannot be read. Defaults as in `BatchMaker`."""
+    """Keyword arguments of every loader for clips that cannot be read; the defaults are those of `BatchMaker`."""
 
     on_broken: Literal["raise", "skip"]
     say: Callable[[str], None]
@@ -102,7 +102,7 @@ class BatchMaker:
     order: RowOrder
     view: View
     device: torch.device
-    on_broken: Literal["raise", "skip"] = "raise"  # skip: another clip of the step is shown in the place
+    on_broken: Literal["raise", "skip"] = "raise"  # skip: another clip of the step takes the place
     say: Callable[[str], None] = print_to_stderr  # gets one line for each row that is skipped
     broken_rows: set[int] = field(default_factory=set)  # rows that could not be read so far
 
@@ -110,7 +110,7 @@ class BatchMaker:
         if self.on_broken not in ("raise", "skip"):
             raise RunError(f"on_broken must be raise or skip, got {self.on_broken!r}")
 
-        # A rank reads its own clips only, so partners must be on the same rank.
+        # A rank reads only its own clips, so partners must be on the same rank.
         clips, ranks = self.order.clips, self.order.world
         if self.view.augment.has_mixup and ranks > 1 and clips % 2:
             raise RunError(
@@ -118,13 +118,13 @@ class BatchMaker:
                 f"choose --batch a multiple of {2 * ranks}, or another number of ranks"
             )
 
-        # Labels of no rows: refuses a missing label set now, not at the first batch.
+        # Read the labels of no rows, so that a missing label set is refused now, not at the first batch.
         if self.view.label_set is not None:
             self.store.labels_BC(np.empty(0, np.int64), self.view.label_set)
 
     @property
     def stored_frames(self) -> int:
-        """Frames read of each clip; frames of the view beyond these are padding."""
+        """Number of frames that are read of each clip; the view's further frames are padding."""
         return min(self.view.frames, self.store.frames)
 
     @property
@@ -138,15 +138,15 @@ class BatchMaker:
         return np.float32((self.view.mean - self.store.offset) / self.store.scale)
 
     def stored_means_B(self, cuts: StepCuts) -> np.ndarray:
-        """The mean of each clip in stored units, less its gain.
+        """Mean in stored units minus the gain of each clip.
 
-        Subtracting the gain with the mean costs nothing and rounds once.
+        Subtracting the gain together with the mean costs nothing and rounds only once.
         """
         means_B = self.view.mean - cuts.changes.gains_B
         return ((means_B - self.store.offset) / self.store.scale).astype(np.float32)
 
     def cuts_at_step(self, step: int) -> StepCuts:
-        """Choose rows, crops and augmentation of a step; rows known to be broken are replaced."""
+        """Choose rows, crops and augmentation of a step; rows in `broken_rows` are replaced."""
         view = self.view
         rows_B, skipped = replace_broken_rows(self.order.rows_at_step(step), self.broken_rows)
 
@@ -167,11 +167,11 @@ class BatchMaker:
         )
 
     def read_step(self, step: int, out: np.ndarray | None = None) -> tuple[StepCuts, np.ndarray]:
-        """A step's cuts and their stored values `[B, stored_frames, F]`, which are written to `out` if it is given.
+        """Return a step's cuts and their stored values `[B, stored_frames, F]`, which are written to `out` if given.
 
-        Raises StoreError; with `on_broken="skip"` broken clips are an error only if no clip of the step can be read.
+        Raises StoreError if a clip cannot be read; with `on_broken="skip"`, only if no clip of the step can be read.
         """
-        # Every attempt finds at most one more broken row.
+        # Each attempt finds at most one more broken row.
         while True:
             cuts = self.cuts_at_step(step)
             try:
@@ -185,7 +185,7 @@ class BatchMaker:
                 self.say(f"skipped: {error}")
 
     def finish_batch(self, mel_BTF: Tensor, cuts: StepCuts) -> Batch:
-        """The batch of a normalised and augmented mel, whose padding is set to 0 in place."""
+        """Return the batch of a normalised and augmented mel; sets the padding of the mel to 0 in place."""
         n_frames_B = np.maximum(cuts.n_frames_B, cuts.n_frames_B[cuts.changes.partners_B])
         clear_padding(mel_BTF, n_frames_B)
         labels_BC = self._mixed_labels_BC(cuts)
@@ -198,7 +198,7 @@ class BatchMaker:
         )
 
     def _mixed_labels_BC(self, cuts: StepCuts) -> np.ndarray | None:
-        """The labels of the view's label set, mixed as the mels are; None if the view has no label set."""
+        """Return the labels of the view's label set, mixed with the shares of the mels; None without a label set."""
         if self.view.label_set is None:
             return None
         labels_BC = self.store.labels_BC(cuts.rows_B, self.view.label_set)
@@ -209,7 +209,7 @@ class BatchMaker:
 
 
 def resolve_device(name: str | torch.device) -> torch.device:
-    """The device of that name, a GPU with its number; raises RunError where there is no such device."""
+    """Return the device with this name, a GPU with its number; raises RunError if there is no such device."""
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -222,9 +222,9 @@ def resolve_device(name: str | torch.device) -> torch.device:
 
 
 def replace_broken_rows(rows_B: np.ndarray, broken_rows: set[int]) -> tuple[np.ndarray, int]:
-    """Replace each broken row by the next good one, cyclically; returns the rows and how many were replaced.
+    """Replace each broken row by the next good row, cyclically; returns the rows and the number of replaced rows.
 
-    Raises StoreError where all are broken.
+    Raises StoreError if all rows are broken.
     """
     broken_N = np.flatnonzero(np.isin(rows_B, list(broken_rows)))
     if not len(broken_N):
@@ -242,7 +242,7 @@ def replace_broken_rows(rows_B: np.ndarray, broken_rows: set[int]) -> tuple[np.n
 
 def clear_padding(mel_BTF: Tensor, n_frames_B: np.ndarray) -> None:
     """Set the frames past each clip's valid ones to 0, in place."""
-    # One write for most batches, and one more for each short clip.
+    # Most batches need a single write; each short clip needs one more.
     longest = int(n_frames_B.max())
     mel_BTF[:, longest:] = 0
     for clip in np.flatnonzero(n_frames_B < longest):
@@ -250,7 +250,7 @@ def clear_padding(mel_BTF: Tensor, n_frames_B: np.ndarray) -> None:
 
 
 class PlainLoader:
-    """Makes each batch when it is asked for, with plain tensor arithmetic: slow, and the reference of other loaders."""
+    """Makes each batch on request, with plain tensor arithmetic: slow, and the reference for other loaders."""
 
     def __init__(
         self,
@@ -265,7 +265,7 @@ class PlainLoader:
         )
 
     def make_batch(self, step: int) -> Batch:
-        """The batch of one step, which depends on nothing else; raises StoreError where clips cannot be read."""
+        """Return the batch of a step, which depends only on the step; raises StoreError if clips cannot be read."""
         batch_maker = self.batch_maker
         view = batch_maker.view
         cuts, stored_BTF = batch_maker.read_step(step)
@@ -276,7 +276,7 @@ class PlainLoader:
         means_B11 = torch.from_numpy(batch_maker.stored_means_B(cuts))[:, None, None]
         mel_BTF.sub_(means_B11).mul_(float(1 / batch_maker.stored_std))
 
-        # Masks and padding, both 0: the mean.
+        # Masks and padding, both set to 0, the mean.
         if view.augment.has_masks:
             zero_masked_spans(mel_BTF, cuts.changes)
         clear_padding(mel_BTF, cuts.n_frames_B)

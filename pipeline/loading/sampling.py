@@ -1,9 +1,10 @@
-"""Sampling: which clips an epoch takes in which order, how they are dealt to steps and ranks, and how well they mix.
+"""Sampling: the rows of each epoch and their order, their division into steps and ranks, and how well they mix.
 
-An epoch depends on seed and epoch alone, a step's rows also on rank and world. All randomness comes from the raw stream
-of a NumPy bit generator, which never changes (NEP 19 guarantees that for the raw stream, not for the methods of
-`Generator`). The draws are processed with whole numbers, or with arithmetic whose last bit IEEE 754 fixes. So a run can
-be resumed under another NumPy, and ranks on different CPUs agree.
+A row is a clip's row in the store; an index is the place of a row in `RowOrder.rows_N`. The order of an epoch depends
+only on the seed and the epoch number; the rows of a step also depend on rank and world. All randomness comes from the
+raw stream of a NumPy bit generator, which never changes (NEP 19 guarantees this for the raw stream, but not for the
+methods of `Generator`). The draws are processed as whole numbers, or with arithmetic whose last bit IEEE 754 fixes.
+Therefore a run can be resumed under another NumPy version, and ranks on different CPUs agree.
 """
 
 import math
@@ -16,7 +17,7 @@ import numpy as np
 
 from pipeline.errors import InputError
 
-# The last number of a stream's name, after seed and epoch. None is 0: NumPy takes [1, 2] and [1, 2, 0] for one name.
+# The last number of a stream's name, after seed and epoch. It is never 0: NumPy takes [1, 2] and [1, 2, 0] as equal.
 (
     BLOCK_ORDER_STREAM,
     ROW_SPREAD_STREAM,
@@ -27,22 +28,22 @@ from pipeline.errors import InputError
 
 WINDOW_BLOCKS = 64
 
-MEASURED_BATCHES = 256  # batches that `measure_mixing` looks at, spread evenly over an epoch
+MEASURED_BATCHES = 256  # batches that `measure_mixing` counts, spread evenly over an epoch
 
 
 class Sampling(Hashable, Protocol):
     """A way to choose and order the rows of an epoch; a frozen value, because its epochs are cached."""
 
     def epoch_length(self, row_count: int) -> int:
-        """How many clips an epoch over `row_count` rows has; ValueError if the sampling was made for another number."""
+        """Return how many rows an epoch over `row_count` rows takes; ValueError if made for another number of rows."""
 
     def epoch_indices(self, row_count: int, seed: int, epoch: int) -> np.ndarray:
-        """The indices of the epoch's rows among all rows, int64, in the order of the epoch."""
+        """Return the int64 indices of the epoch's rows among all `row_count` rows, in the order of the epoch."""
 
 
 @dataclass(frozen=True, slots=True)
 class FullShuffle:
-    """Every row once an epoch, all orders equally likely: 0.1 s and 16 MB for the 2,084,320 clips of AudioSet."""
+    """Takes every row once an epoch, all orders equally likely: 0.1 s and 16 MB for the 2,084,320 rows of AudioSet."""
 
     def epoch_length(self, row_count: int) -> int:
         return row_count
@@ -56,15 +57,16 @@ FULL_SHUFFLE = FullShuffle()
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class BlockShuffle:
-    """Every row once an epoch, at any time from few blocks of the disk: for stores much larger than memory.
+    """Takes every row once an epoch, at any time from few blocks of the disk: for stores much larger than memory.
 
-    The blocks begin one after the other in random order, and each spreads its rows at random over the time in which
-    `window_blocks` blocks begin. So rows always come from that many blocks, each as likely as its size, and as one
-    block begins another ends: only at the start of an epoch must many blocks be fetched at once. The blocks that begin
-    last end at the start of the epoch. With a window as long as the epoch this is a full shuffle.
+    The blocks begin one after the other in random order. Each block spreads its rows at random over the time in which
+    `window_blocks` blocks begin. So the rows always come from `window_blocks` blocks, each with a probability that is
+    proportional to its size. Whenever one block begins, another ends. Many blocks must be fetched at once only at the
+    start of an epoch, because the rows of the last blocks continue there. With a window as long as the epoch, this is a
+    full shuffle.
     """
 
-    blocks_N: np.ndarray  # block number of each row, such as its shard; the rows of a block are adjacent
+    blocks_N: np.ndarray  # block of each row, e.g. the number of its shard; rows of a block are adjacent
     window_blocks: int = WINDOW_BLOCKS
 
     def __post_init__(self) -> None:
@@ -73,7 +75,7 @@ class BlockShuffle:
 
     @property
     def block_index_N(self) -> np.ndarray:
-        """The block of each row, counted from 0 in the order of the rows."""
+        """Block of each row; blocks are numbered from 0 in the order of the rows."""
         return np.cumsum(np.diff(self.blocks_N, prepend=self.blocks_N[:1]) != 0)
 
     def epoch_length(self, row_count: int) -> int:
@@ -88,8 +90,8 @@ class BlockShuffle:
         begins_N = np.empty(blocks, np.uint64)
         begins_N[order_N] = np.arange(blocks, dtype=np.uint64)
 
-        # The time of each row, a fixed-point number in the upper bits of a word: its block's beginning and a wait
-        # within the window, modulo the epoch.
+        # The time of each row, a fixed-point number in the upper bits of a word: the beginning of its block plus a
+        # random wait within the window, modulo the epoch.
         low_bits = index_bits(row_count)
         fraction_bits = 64 - low_bits - (blocks - 1).bit_length()
         waits_N = _random_words(row_count, seed, epoch, ROW_SPREAD_STREAM) >> np.uint64(64 - fraction_bits)
@@ -103,13 +105,14 @@ class BlockShuffle:
 class WeightedSampling:
     """Draws `clips_per_epoch` rows in proportion to their weights; a row of weight 0 is never drawn.
 
-    With replacement, draws are independent. Without, no row comes twice an epoch: rows are chosen as if one by one, in
-    proportion to their weights among the rows left (Efraimidis and Spirakis 2006, Information Processing Letters 97),
-    then shuffled, because the first chosen are heavier than the last.
-    Raises InputError if no row has a weight above 0, or fewer rows have than an epoch takes without replacement.
+    With replacement, draws are independent. Without replacement, an epoch takes each row at most once. The rows are
+    chosen as if one by one, in proportion to their weights among the rows that are left (Efraimidis and Spirakis 2006,
+    Information Processing Letters 97). They are then shuffled, because the first chosen rows are heavier than the last.
+
+    Raises InputError if no row has a weight above 0, or if an epoch without replacement needs more rows than have one.
     """
 
-    weights_N: np.ndarray  # one for each row of the order, in any unit
+    weights_N: np.ndarray  # weight of each row of the `RowOrder`, in any unit
     clips_per_epoch: int
     replacement: bool = True
 
@@ -138,20 +141,20 @@ class WeightedSampling:
         if self.replacement:
             return draw_with_replacement(weights_N, self.clips_per_epoch, seed, epoch)
 
-        # Chosen rows are ascending, so they still have to be shuffled.
+        # The chosen indices are ascending, so they are shuffled.
         chosen_N = draw_without_replacement(weights_N, self.clips_per_epoch, seed, epoch)
         return chosen_N[random_permutation(len(chosen_N), seed, epoch, CHOSEN_SHUFFLE_STREAM)]
 
 
 def random_permutation(count: int, *stream: int) -> np.ndarray:
-    """A permutation of 0..count-1."""
+    """Return a random permutation of 0..count-1, drawn from the stream with this name."""
     return argsort_packed(_random_words(count, *stream))
 
 
 def argsort_packed(keys_N: np.ndarray) -> np.ndarray:
-    """The indices of the keys in ascending order of the keys, whose lowest `index_bits` are ignored.
+    """Return the indices that sort the keys in ascending order; ignores the lowest `index_bits` bits of each key.
 
-    Sorts (key, index) pairs packed into one word: three times as fast as argsort, and without ties.
+    Sorts (key, index) pairs that are packed into one word: three times as fast as argsort, and without ties.
     """
     bits = np.uint64(index_bits(len(keys_N)))
     keys_N = keys_N >> bits << bits
@@ -161,19 +164,19 @@ def argsort_packed(keys_N: np.ndarray) -> np.ndarray:
 
 
 def draw_with_replacement(weights_N: np.ndarray, clips: int, seed: int, epoch: int) -> np.ndarray:
-    """Indices drawn with replacement: uniform draws, looked up among the cumulative weights.
+    """Return indices drawn with replacement: uniform numbers are looked up among the cumulative weights.
 
-    The draws are sorted first: unsorted, looking 2 M of them up among 2 M weights takes 3 s.
+    The uniform numbers are sorted first: looking up 2 M unsorted numbers among 2 M weights takes 3 s.
     """
     bits = index_bits(clips)
     draws_N = _random_words(clips, seed, epoch, WEIGHTED_DRAW_STREAM) >> np.uint64(bits)
     order_N = argsort_packed(draws_N << np.uint64(bits))
 
-    # cumsum adds one by one, so it gives the same last bit everywhere; np.sum does not.
+    # cumsum adds the numbers one by one, so its last bit is the same on every machine; np.sum does not.
     cumulative_N = np.cumsum(weights_N)
     levels_N = (cumulative_N / cumulative_N[-1] * 2.0 ** (64 - bits)).astype(np.uint64)
 
-    # How often each row is drawn, then the rows in the order of the draws.
+    # How often each row is drawn, then the indices in the order of the draws.
     draw_count_N = np.diff(np.searchsorted(draws_N[order_N], levels_N), prepend=0)
     indices_N = np.empty(clips, np.int64)
     indices_N[order_N] = np.repeat(np.arange(len(weights_N)), draw_count_N)
@@ -181,18 +184,18 @@ def draw_with_replacement(weights_N: np.ndarray, clips: int, seed: int, epoch: i
 
 
 def draw_without_replacement(weights_N: np.ndarray, clips: int, seed: int, epoch: int) -> np.ndarray:
-    """Indices chosen without replacement, ascending.
+    """Return indices chosen without replacement, ascending.
 
-    Each row has an exponential clock whose rate is its weight; the rows whose clocks end first are chosen.
+    Each row gets an exponential random time whose rate is its weight; the rows with the smallest times are chosen.
     """
-    # The end of each clock; uniform numbers lie in (0, 1), and the lightest clock may end at infinity.
+    # The time of each row; the uniform numbers are in (0, 1), and the time of a very small weight may be infinite.
     heavy_N = np.flatnonzero(weights_N)
     words_N = _random_words(len(weights_N), seed, epoch, EXPONENTIAL_CLOCK_STREAM)[heavy_N]
     uniform_N = ((words_N >> np.uint64(12)) + 0.5) * 2.0**-52
     with np.errstate(over="ignore"):
         ends_N = -natural_log(uniform_N) / weights_N[heavy_N]
 
-    # The first `clips` of them; of clocks that end together with the last, the first in the order of the rows.
+    # The `clips` smallest times; of rows that share the largest chosen time, the first in the order of the rows.
     last_end = np.partition(ends_N, clips - 1)[clips - 1]
     before_N = np.flatnonzero(ends_N < last_end)
     tied_N = np.flatnonzero(ends_N == last_end)
@@ -200,14 +203,14 @@ def draw_without_replacement(weights_N: np.ndarray, clips: int, seed: int, epoch
 
 
 def natural_log(values_N: np.ndarray) -> np.ndarray:
-    """The natural logarithm to a relative 1e-15, equal on all machines; np.log may round otherwise on another CPU."""
-    # A mantissa in [sqrt(1/2), sqrt(2)), so that the series converges fast.
+    """Return the natural logarithm to a relative 1e-15, equal on all machines; np.log may depend on the CPU."""
+    # Move the mantissa to [sqrt(1/2), sqrt(2)), so that the series converges fast.
     mantissa_N, exponent_N = np.frexp(values_N)
     is_low_N = mantissa_N < math.sqrt(0.5)
     mantissa_N = np.where(is_low_N, 2 * mantissa_N, mantissa_N)
     exponent_N = exponent_N - is_low_N
 
-    # log(mantissa) = 2 artanh(ratio); the first term that is left out is under 1e-20.
+    # log(mantissa) = 2 artanh(ratio); the first omitted term of the series is under 1e-20.
     ratio_N = (mantissa_N - 1) / (mantissa_N + 1)
     square_N = ratio_N * ratio_N
     series_N = np.zeros_like(ratio_N)
@@ -217,12 +220,12 @@ def natural_log(values_N: np.ndarray) -> np.ndarray:
 
 
 def index_bits(count: int) -> int:
-    """How many bits hold any index of 0..count-1."""
+    """Return the number of bits that can hold any index in 0..count-1."""
     return max(1, (count - 1).bit_length())
 
 
 def _random_words(count: int, *stream: int) -> np.ndarray:
-    """Random 64-bit words of the stream with this name."""
+    """Return `count` random 64-bit words of the stream with this name."""
     return np.random.PCG64(list(stream)).random_raw(count)
 
 
@@ -233,10 +236,12 @@ def _refuse_other_row_count(row_count: int, expected_count: int) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class RowOrder:
-    """The rows of every step: epochs of `rows_N` as `sampling` orders them, dealt to `world` ranks, `clips` rows each.
+    """The rows of every step: `sampling` orders `rows_N` in each epoch, and each of `world` ranks takes `clips` rows.
 
-    One step of all ranks takes `clips * world` rows of the epoch, so numbers of ranks with equal products see the same
-    rows at the same step. Rows that do not fill a last step are dropped, other rows in each epoch.
+    One step on all ranks takes the next `clips * world` rows of the epoch. Two runs with an equal product take the same
+    rows at the same step, however many ranks they have. The rows left at the end of an epoch that do not fill a step
+    are dropped; these are different rows in each epoch.
+
     Raises InputError if an epoch does not fill a single step.
     """
 
@@ -261,7 +266,7 @@ class RowOrder:
 
     @property
     def clips_per_step(self) -> int:
-        """Clips of a step on all ranks."""
+        """Number of rows that a step takes on all ranks together."""
         return self.clips * self.world
 
     @property
@@ -273,7 +278,7 @@ class RowOrder:
         return self.clips_per_epoch // self.clips_per_step
 
     def rows_at_step(self, step: int) -> np.ndarray:
-        """The rows of this rank at a step counted from the start of training, int64 `rows_B`."""
+        """Return the rows of this rank at `step`, counted from the start of training, as int64 `rows_B`."""
         # Ranks take consecutive parts of the step's rows.
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
         first = step_of_epoch * self.clips_per_step + self.rank * self.clips
@@ -281,7 +286,8 @@ class RowOrder:
         return np.asarray(self.rows_N, np.int64)[indices_N[first : first + self.clips]]
 
 
-# Four: training and validation, each with the epoch that the prefetch has begun; 16 MB each at 2 M rows.
+# Four epochs are cached, 16 MB each at 2 M rows: for training and for validation, the current epoch and the next one,
+# which prefetching may already have begun.
 @lru_cache(maxsize=4)
 def _cached_epoch_indices(sampling: Sampling, row_count: int, seed: int, epoch: int) -> np.ndarray:
     indices_N = sampling.epoch_indices(row_count, seed, epoch)
@@ -291,30 +297,31 @@ def _cached_epoch_indices(sampling: Sampling, row_count: int, seed: int, epoch: 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MixingQuality:
-    """How well a block shuffle mixes blocks in its batches, beside a full shuffle of the same rows.
+    """How well a block shuffle mixes blocks in its batches, compared with a full shuffle of the same rows.
 
-    Clips of one block may be alike: from one folder, one recorder, one day. If the gradients of two clips of a block
-    correlate by r, those of a batch vary (batch_clips - 1) * same_block_pairs * r more than those of independent clips
-    (Kish's design effect); `effective_clips` is the size that is left of the batch if r is 1, so a bound on the harm.
+    Rows of one block may be similar: from one folder, one recorder, one day. Let r be the correlation between the
+    gradients of two rows of a block. The variance of a batch's gradient is then 1 + (batch_clips - 1) *
+    same_block_pairs * r times that of independent rows (Kish's design effect). `effective_clips` is the equivalent
+    number of independent rows at r = 1, which is the worst case.
     """
 
     batch_clips: int
     block_clips: int  # rows of the largest block
     window_blocks: int
-    window_bytes: int  # read over and over while the window lasts, so they should stay in memory
+    window_bytes: int  # size of the blocks in the window, which are read repeatedly and should fit in memory
     blocks_per_batch: float  # distinct blocks in a batch
-    same_block_pairs: float  # share of a batch's pairs of clips that come from one block
-    full_blocks_per_batch: float  # both for a full shuffle
-    full_same_block_pairs: float
+    same_block_pairs: float  # share of a batch's pairs of rows that come from the same block
+    full_blocks_per_batch: float  # `blocks_per_batch` of a full shuffle
+    full_same_block_pairs: float  # `same_block_pairs` of a full shuffle
 
     @property
     def effective_clips(self) -> float:
-        """How many independent clips a batch is worth at least."""
+        """The smallest number of independent rows to which a batch is equivalent (r = 1)."""
         return self.batch_clips / (1 + (self.batch_clips - 1) * self.same_block_pairs)
 
     @property
     def full_effective_clips(self) -> float:
-        """The same for a full shuffle."""
+        """`effective_clips` of a full shuffle."""
         return self.batch_clips / (1 + (self.batch_clips - 1) * self.full_same_block_pairs)
 
     def __str__(self) -> str:
@@ -328,8 +335,8 @@ class MixingQuality:
 
 
 def measure_mixing(sampling: BlockShuffle, batch_clips: int, seed: int, *, clip_bytes: int) -> MixingQuality:
-    """The mixing of batches of epoch 0, `batch_clips` clips on all ranks; that of a full shuffle is exact."""
-    # How many clips of each block the measured batches hold.
+    """Measure the mixing in batches of epoch 0, `batch_clips` rows on all ranks; full-shuffle figures are exact."""
+    # Count the rows of each block in the measured batches.
     block_of_row_N = sampling.block_index_N
     rows = len(block_of_row_N)
     blocks_N = block_of_row_N[sampling.epoch_indices(rows, seed, 0)]
@@ -340,7 +347,7 @@ def measure_mixing(sampling: BlockShuffle, batch_clips: int, seed: int, *, clip_
         batch_B = blocks_N[step * batch_clips : (step + 1) * batch_clips]
         counts.append(np.unique(batch_B, return_counts=True)[1])
 
-    # The rows that are read again and again while the window lasts.
+    # The size of the window.
     sizes_N = np.bincount(block_of_row_N)
     window_blocks = min(sampling.window_blocks, len(sizes_N))
     return MixingQuality(
@@ -356,14 +363,14 @@ def measure_mixing(sampling: BlockShuffle, batch_clips: int, seed: int, *, clip_
 
 
 def _same_block_share(count_N: np.ndarray) -> float:
-    """Share of the pairs of clips that are of one block, with this many clips from each block."""
+    """Return the share of pairs of rows that are of the same block; `count_N` is the number of rows of each block."""
     clips = int(count_N.sum())
     return float((count_N * (count_N - 1)).sum() / max(clips * (clips - 1), 1))
 
 
 def _expected_distinct_blocks(sizes_N: np.ndarray, clips: int) -> float:
-    """How many distinct blocks to expect of `clips` rows that are drawn without replacement."""
-    # The probability that every draw misses a block, for each size of blocks.
+    """Return the expected number of distinct blocks among `clips` rows that are drawn without replacement."""
+    # For each block size, the probability that no draw takes a row of the block.
     sizes, block_counts = np.unique(sizes_N, return_counts=True)
     rows_left_N = sizes_N.sum() - np.arange(clips)
     missed = [np.prod(np.maximum(rows_left_N - size, 0) / rows_left_N) for size in sizes]

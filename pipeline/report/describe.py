@@ -18,13 +18,13 @@ MAX_PICTURED_ROWS = 12
 
 
 def describe_store(store: FeatureStore) -> str:
-    """Identity, numbers and labels of a store, and how many of its clips are good; a line each."""
+    """Describe a store, one line per fact: identity, layout, good clips of each split, labels."""
     spec = store.spec
     layout = store.header.layout
     coverage = summary.ClipCoverage.from_manifest(store.manifest)
     labels, label_sources = summary.read_label_table(store)
 
-    # What the store is.
+    # Identity and layout.
     numbers = ", ".join(f"{key} {value}" for key, value in spec.to_json().items() if key != "name")
     stored_bytes = summary.format_bytes(summary.stored_mel_bytes(store))
     facts = [
@@ -42,7 +42,7 @@ def describe_store(store: FeatureStore) -> str:
     for name, sha256, clips in store.exclusions.summarise_lists():
         facts.append(("excluded", f"{clips:,} clips by {name} (sha256 {sha256[:12]})"))
 
-    # What labels it has.
+    # Classes and label sets.
     facts.append(("classes", f"{len(store.classes)}"))
     for name, source in label_sources.items():
         labels_per_row = labels[name].list.len().sum() / max(labels.height, 1)
@@ -55,7 +55,7 @@ def find_clip_rows(store: FeatureStore, clip_id: str) -> list[int]:
     rows = store.manifest.select(pl.col("clip_id") == clip_id).to_series().arg_true().to_list()
     if not rows:
         nearest = nearest_clip_ids(store.manifest["clip_id"], clip_id)
-        hint = "ids stand in its manifest.parquet"
+        hint = "its manifest.parquet lists all ids"
         if nearest:
             hint = f"did you mean {' or '.join(map(repr, nearest))}?"
         raise StoreError(f"{store.location}: no clip {clip_id!r}; {hint}")
@@ -63,7 +63,10 @@ def find_clip_rows(store: FeatureStore, clip_id: str) -> list[int]:
 
 
 def select_clip_rows(store: FeatureStore, clip_id: str | None, row: int | None) -> list[int]:
-    """The rows of a clip id, or one of them, or any one row of the store; StoreError if there is none."""
+    """All rows of a clip id, or only `row` among them; without a clip id, `row` of the store, or all its rows.
+
+    StoreError if there is no such row.
+    """
     rows = range(store.manifest.height) if clip_id is None else find_clip_rows(store, clip_id)
     if row is None:
         return list(rows)
@@ -79,13 +82,13 @@ def select_clip_rows(store: FeatureStore, clip_id: str | None, row: int | None) 
 
 
 def describe_rows(store: FeatureStore, rows: Sequence[int]) -> str:
-    """Everything that the store knows of some rows: a block each, a blank line between them."""
+    """Describe some rows with all facts that the store has; one block per row, with blank lines between blocks."""
     labels = summary.read_label_table(store)[0]
     return "\n\n".join(_align_facts(_row_facts(store, labels, row)) for row in rows)
 
 
 def _row_facts(store: FeatureStore, labels: pl.DataFrame, row: int) -> Iterator[tuple[str, str]]:
-    # Which clip it is.
+    # The clip.
     clip = store.manifest.row(row, named=True)
     yield "clip", clip["clip_id"]
     yield "row", f"{row:,}"
@@ -94,7 +97,7 @@ def _row_facts(store: FeatureStore, labels: pl.DataFrame, row: int) -> Iterator[
     yield "source", clip["source"] or "none"
     yield "status", clip["status"]
 
-    # What its sound is, or why there is none.
+    # Its sound, or the reason of its failure.
     if clip["status"] == "good":
         yield "flags", ", ".join(clip["flags"]) or "none"
         yield "sound", _describe_sound(clip)
@@ -107,7 +110,7 @@ def _row_facts(store: FeatureStore, labels: pl.DataFrame, row: int) -> Iterator[
         yield "reason", f"{clip['reason']}: {meaning}"
         yield "detail", clip["detail"] or "none"
 
-    # Where it lies, and what it is labelled with.
+    # Its exclusions, its place on disk and its labels.
     if excluding_lists := store.exclusions.lists_excluding(store.manifest[row]):
         yield "excluded", f"by {', '.join(excluding_lists)}"
     yield "stored", describe_location(store, row)
@@ -133,7 +136,7 @@ def _label_facts(store: FeatureStore, labels: pl.DataFrame, row: int) -> Iterato
 
 
 def describe_location(store: FeatureStore, row: int) -> str:
-    """The file and the bytes that hold a row's spectrogram; StoreError if its shard is damaged."""
+    """The file of a row's spectrogram, and its bytes in the file; StoreError if the shard is damaged."""
     layout = store.header.layout
     shard, place_in_shard = divmod(row, layout.shard_clips)
 
@@ -143,7 +146,7 @@ def describe_location(store: FeatureStore, row: int) -> str:
     if not path.exists():
         return f"{location}: not there"
 
-    # Its index says where each clip lies.
+    # The shard's index has the offset and size of each clip.
     with path.open("rb") as file:
         try:
             index = read_shard_index(file.fileno(), layout.shard_clips)
@@ -156,7 +159,7 @@ def describe_location(store: FeatureStore, row: int) -> str:
 
 
 def write_rows_picture(store: FeatureStore, rows: Sequence[int], path: Path) -> None:
-    """Write a PNG of the good ones among some rows; StoreError if none is good, or if too many are."""
+    """Write a PNG of the good rows among `rows`; StoreError if no row is good, or more than MAX_PICTURED_ROWS are."""
     clips = store.manifest.select("clip_id", "status", "reason")[list(rows)]
     good_rows = [row for row, status in zip(rows, clips["status"], strict=True) if status == "good"]
     if not good_rows:
@@ -165,7 +168,7 @@ def write_rows_picture(store: FeatureStore, rows: Sequence[int], path: Path) -> 
         raise StoreError(f"{store.location}: no picture of clip {clip_id!r}, {failure}")
     if len(good_rows) > MAX_PICTURED_ROWS:
         raise StoreError(
-            f"{store.location}: {len(good_rows)} rows are too many for a picture, which holds {MAX_PICTURED_ROWS}; "
+            f"{store.location}: {len(good_rows)} rows are too many for a picture of at most {MAX_PICTURED_ROWS}; "
             "choose one with --row"
         )
     draw_clip_rows(store, good_rows, path)
@@ -176,7 +179,7 @@ def _format_seconds(seconds: float | None) -> str:
 
 
 def _align_facts(facts: Iterable[tuple[str, str]]) -> str:
-    """A line for each name and value; the values begin in one column."""
+    """A line for each name and value, with the values aligned in one column."""
     facts = list(facts)
     width = max(len(name) for name, _ in facts) + 2
     return "\n".join(f"{name.ljust(width)}{value}" for name, value in facts)

@@ -1,6 +1,6 @@
 """HTML and SVG for pages: elements that escape every text, charts in the page's own colours, bars, tables, pictures.
 
-Charts are inline SVG whose colours come from the page's style sheet, so that they follow light and dark.
+Charts are inline SVG whose colours come from the page's style sheet, so that they follow its light and dark mode.
 """
 
 import base64
@@ -23,11 +23,11 @@ CHART_WIDTH, CHART_HEIGHT = 360, 170
 # Edges of the plot within a chart.
 PLOT_LEFT, PLOT_RIGHT, PLOT_TOP, PLOT_BOTTOM = 40, 350, 8, 146
 
-MAX_SPECTROGRAM_COLUMNS = 500  # a page shows a chart at most so many pixels wide
+MAX_SPECTROGRAM_COLUMNS = 500  # a page shows a chart at most this many pixels wide
 
 COLOUR_MAP = "magma"  # of spectrograms
 
-COLOUR_LEVELS = 64  # colours of a spectrogram: more cannot be told apart and cost bytes
+COLOUR_LEVELS = 64  # colours of a spectrogram: more cannot be distinguished and cost bytes
 
 AxisTick = tuple[float, str]  # place in the view box, label
 
@@ -39,7 +39,7 @@ class Markup(str):
 
 
 def escape_markup(inner: object) -> Markup:
-    """Any value as escaped text; integers with commas between their thousands."""
+    """Any value as escaped text; an integer gets commas between its thousands."""
     if isinstance(inner, Markup):
         return inner
     if isinstance(inner, Integral):
@@ -53,8 +53,8 @@ def join_markup(*inner: object) -> Markup:
 
 
 def html_tag(name: str, *inner: object, **attributes: object) -> Markup:
-    """An element; `class_` and `stroke_width` become `class` and `stroke-width`, an attribute that is None vanishes."""
-    # The underscore at the end keeps `class_` and the like from being words of Python.
+    """An element; `class_` and `stroke_width` become `class` and `stroke-width`, an attribute of None is left out."""
+    # A trailing underscore allows names that Python reserves, such as `class_`.
     written = (
         f' {key.rstrip("_").replace("_", "-")}="{_attribute_value(value)}"'
         for key, value in attributes.items()
@@ -74,7 +74,7 @@ def _attribute_value(value: object) -> str:
 
 
 def svg_chart(*inner: object, label: str, height: float = CHART_HEIGHT) -> Markup:
-    """An SVG as wide as its place in the page; `label` is read out to those who cannot see it."""
+    """An SVG as wide as its place in the page; screen readers read `label` out."""
     view_box = f"0 0 {CHART_WIDTH} {height:g}"
     return html_tag("svg", *inner, viewBox=view_box, role="img", aria_label=label, class_="chart")
 
@@ -88,7 +88,7 @@ def svg_line(x1: float, y1: float, x2: float, y2: float, css_class: str = "grid"
 
 
 def svg_points(x_N: np.ndarray, y_N: np.ndarray) -> list[str]:
-    """Places in the view box as an SVG writes them."""
+    """Points in the view box, each written as SVG's `x,y`."""
     return [f"{x:.1f},{y:.1f}" for x, y in zip(x_N, y_N, strict=True)]
 
 
@@ -110,27 +110,27 @@ def svg_axes(
 
 
 def scale_to_plot(values: ArrayLike, low: float, high: float, first: float, last: float) -> np.ndarray:
-    """Values between `low` and `high` as places between `first` and `last`."""
+    """Map values from the range `low` to `high` to positions from `first` to `last`."""
     return first + (np.asarray(values, float) - low) / (high - low) * (last - first)
 
 
 def x_in_plot(values: ArrayLike, low: float, high: float) -> np.ndarray:
-    """Places across the plot, where `low` lies at the left edge and `high` at the right."""
+    """Horizontal positions in the plot: `low` is at the left edge, `high` at the right edge."""
     return scale_to_plot(values, low, high, PLOT_LEFT, PLOT_RIGHT)
 
 
 def y_in_plot(values: ArrayLike, low: float, high: float) -> np.ndarray:
-    """Places up the plot, where `low` lies at the bottom and `high` at the top."""
+    """Vertical positions in the plot: `low` is at the bottom, `high` at the top."""
     return scale_to_plot(values, low, high, PLOT_BOTTOM, PLOT_TOP)
 
 
 def place_x_ticks(ticks: Iterable[tuple[float, str]], low: float, high: float) -> list[AxisTick]:
-    """Labelled values as ticks across the plot."""
+    """Labelled values as ticks of the x axis."""
     return [(float(x_in_plot(value, low, high)), label) for value, label in ticks]
 
 
 def place_y_ticks(ticks: Iterable[tuple[float, str]], low: float, high: float) -> list[AxisTick]:
-    """Labelled values as ticks up the plot."""
+    """Labelled values as ticks of the y axis."""
     return [(float(y_in_plot(value, low, high)), label) for value, label in ticks]
 
 
@@ -140,7 +140,7 @@ def signed_number(number: float) -> str:
 
 
 def short_count(count: float) -> str:
-    """A count in about four letters: 1,234 is 1.23k."""
+    """A count in about four characters: 1,234 is 1.23k."""
     for size, letter in ((1e6, "M"), (1e3, "k")):
         if count >= size:
             return f"{count / size:.3g}{letter}"
@@ -155,8 +155,8 @@ def powers_of_ten(max_count: int) -> np.ndarray:
 def histogram_chart(
     counts_N: np.ndarray, edges_N: np.ndarray, ticks: Sequence[float], unit: str, *, log_scale: bool = False
 ) -> Markup:
-    """Bars between edges; on a logarithmic scale a single clip can be seen beside a million."""
-    # How counts grow upwards, and where ticks stand.
+    """A bar between each two edges; on a logarithmic scale one clip is visible next to a million."""
+    # The scale of the y axis and its ticks.
     max_count = max(int(counts_N.max()), 1)
     grow: Callable[[Any], Any] = np.float64
     tick_counts = np.array([1]) if max_count == 1 else np.array([max_count / 2, max_count])
@@ -191,9 +191,9 @@ def histogram_chart(
 def curve_chart(
     lines: Sequence[tuple[str, np.ndarray]], spread: tuple[np.ndarray, np.ndarray], ticks: Sequence[AxisTick]
 ) -> Markup:
-    """Mean of every band in nat, a line for each name, over the area between the two curves of `spread`.
+    """A chart of every band's mean in nat: a line for each name, over the area between the two curves of `spread`.
 
-    `ticks` are places on the axis of bands, where band i lies from i to i + 1.
+    `ticks` are positions on the axis of bands, where band i extends from i to i + 1.
     """
     # The y axis covers the spread, in even numbers of nat.
     lower_F, upper_F = spread
@@ -240,7 +240,7 @@ def spectrogram_chart(
 ) -> Markup:
     """A spectrogram on an axis of `seconds`; frames beyond the clip's end are dimmed behind a line.
 
-    `ticks` are places on the axis of bands, where band i lies from i to i + 1.
+    `ticks` are positions on the axis of bands, where band i extends from i to i + 1.
     """
     frames, bands = mel_TF.shape
     second_width = (PLOT_RIGHT - PLOT_LEFT) / seconds
@@ -265,7 +265,7 @@ def spectrogram_chart(
         ),
     ]
 
-    # Where a shorter clip ends.
+    # The end of a shorter clip.
     if valid_frames < frames:
         end_x = PLOT_LEFT + valid_frames * frame_seconds * second_width
         rest_width = PLOT_LEFT + width - end_x
@@ -277,7 +277,7 @@ def spectrogram_chart(
 
 
 def average_frames(mel_TF: np.ndarray) -> np.ndarray:
-    """A spectrogram of at most MAX_SPECTROGRAM_COLUMNS frames: neighbouring ones are averaged if there are more."""
+    """A spectrogram of at most MAX_SPECTROGRAM_COLUMNS frames: neighbouring frames are averaged if there are more."""
     frames, bands = mel_TF.shape
     frames_per_column = -(-frames // MAX_SPECTROGRAM_COLUMNS)
     divisible_TF = mel_TF[: frames - frames % frames_per_column]
@@ -307,8 +307,8 @@ def colour_scale_bar(value_range: tuple[float, float]) -> Markup:
 
 
 def share_bar(parts: Sequence[tuple[str, int]]) -> Markup:
-    """One bar of several shares, each a name and a count; the first share is the wanted one."""
-    # A share of 0 has no element, but its name stands in the label.
+    """One bar of several shares, each a name and a count; the first share is the favourable one."""
+    # A share of 0 has no element, but the label names it.
     total = max(sum(count for _, count in parts), 1)
     shares = (
         html_tag("i", class_=f"share{number}", style=f"flex:{count / total:.6f}", title=f"{name}: {count:,}")
@@ -320,7 +320,7 @@ def share_bar(parts: Sequence[tuple[str, int]]) -> Markup:
 
 
 def count_cell(count: int) -> Markup:
-    """A cell of a table with a count; zeros are set back."""
+    """A table cell with a count; zeros are dimmed."""
     return html_tag("td", count, class_="n" if count else "n zero")
 
 
@@ -340,20 +340,20 @@ def count_bar_table(counts: Sequence[tuple[object, int]]) -> Markup:
 
 
 def png_data_url(png: bytes) -> str:
-    """A PNG as an address within the page."""
+    """A PNG as a data URL, which needs no file beside the page."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def palette_png(values_XY: np.ndarray, value_range: tuple[float, float]) -> bytes:
     """A PNG with a palette of COLOUR_LEVELS colours; the first axis runs to the right, the second upwards."""
-    # Values as numbers of colours; those beyond the range get the outermost colour.
+    # Values become colour numbers; values beyond the range get the first or the last colour.
     low, high = value_range
     level_XY = (values_XY - low) / (high - low) * COLOUR_LEVELS
     pixels = np.clip(level_XY, 0, COLOUR_LEVELS - 1).astype(np.uint8).T[::-1]
     colours = matplotlib.colormaps[COLOUR_MAP](np.linspace(0, 1, COLOUR_LEVELS))[:, :3]
     palette = (colours * 255).round().astype(np.uint8)
 
-    # The file: 8 bits a pixel, colours by number; every line begins with a byte for its filter, which is none.
+    # The file: 8 bits per pixel, colours by number. Every line begins with its filter byte: 0 for no filter.
     lines = np.pad(pixels, ((0, 0), (1, 0)))
     head = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 8, 3, 0, 0, 0)
     content = zlib.compress(lines.tobytes(), 9)

@@ -15,17 +15,16 @@ from pipeline.store.summary import ClassCounts, ClipCoverage
 
 ALL_SPLITS = "all splits"
 
-MAX_SPLIT_ROWS = (
-    100  # of the audit's table: a split column that holds another thing may have thousands of values
-)
+# Rows of the audit's table of splits: if the split column is not one of splits, it may have thousands of values.
+MAX_SPLIT_ROWS = 100
 
 
 def classes_section(
     store: FeatureStore, labels: pl.DataFrame, sources: dict[str, str], coverage: ClipCoverage
 ) -> Markup:
-    """The section on classes: where the label sets come from, the classes without a clip, and a table of all.
+    """The section on classes: where the label sets come from, the classes without a clip, and a table of all classes.
 
-    `labels` and `sources` as `read_label_table` returns them.
+    `labels` and `sources` are those that `read_label_table` returns.
     """
     counts = ClassCounts.from_store(store, labels, coverage.splits)
     if not counts.listed_NC.any():
@@ -36,9 +35,9 @@ def classes_section(
     label_sets = []
     for name, positives_NC in counts.positives_NC.items():
         labels_per_clip = positives_NC.sum() / max(sum(coverage.good_counts), 1)
-        description = f"{labels_per_clip:.3f} labels a good clip; {sources[name]}"
+        description = f"{labels_per_clip:.3f} labels per good clip; {sources[name]}"
         label_sets.append(join_markup(html_tag("dt", name), html_tag("dd", description)))
-    # Warnings stand before the table, which is long.
+    # Warnings come before the table, which is long.
     return join_markup(
         html_tag("dl", *label_sets),
         *unknown_labels_note(labels),
@@ -48,7 +47,7 @@ def classes_section(
 
 
 def unknown_labels_note(labels: pl.DataFrame) -> Iterator[Markup]:
-    """Yield a warning about labels that the class list does not know, if there are any."""
+    """Yield a warning about labels that are not in the class list, if there are any."""
     unknown_ids = labels["outside"].explode().drop_nulls()
     if len(unknown_ids):
         examples = ", ".join(name_with_id(class_id) for class_id in unknown_ids.unique().sort().head(5))
@@ -64,7 +63,7 @@ def empty_classes_note(
 
     `split` is a number in `coverage.splits`.
     """
-    # No good clip at all, or no empty class: a sentence says so.
+    # One sentence is enough if there is no good clip, or no empty class.
     is_empty_C = counts.positives_NC["raw"][split] == 0
     class_count = len(is_empty_C)
     split_name = html_tag("b", coverage.splits[split])
@@ -73,7 +72,7 @@ def empty_classes_note(
     if not is_empty_C.any():
         return html_tag("p", split_name, f": every one of the {class_count} classes has a positive clip.")
 
-    # How many there are, and how many remain under each propagation rule.
+    # The number of empty classes, and the number that remain under each propagation rule.
     propagated = {rule: rule_NC[split] for rule, rule_NC in counts.positives_NC.items() if rule != "raw"}
     remaining = "".join(f"; {(rule_C == 0).sum()} under {rule}" for rule, rule_C in propagated.items())
     heading = html_tag(
@@ -94,8 +93,8 @@ def empty_classes_note(
 def class_count_table(store: FeatureStore, counts: ClassCounts, coverage: ClipCoverage) -> Markup:
     """A table with a row for every class, and the inputs by which the page's script sorts and filters it.
 
-    A row shows the counts of all splits together. Those of every split lie in its `data-n`, where the script finds
-    them: split by split, divided by semicolons.
+    A row shows the counts of all splits together. Its attribute `data-n` has the counts of every split for the script,
+    split by split, with semicolons between splits.
     """
     # Counts of classes (axis C) in the columns of the table (axis K), in each split (axis N) and in all.
     columns = {"listed": counts.listed_NC, "good": counts.positives_NC["raw"]}
@@ -138,7 +137,7 @@ def class_count_table(store: FeatureStore, counts: ClassCounts, coverage: ClipCo
 def audit_section(audit: StoreAudit, store_name: str) -> Markup:
     """The section on an audit: findings, splits, missing labels, surprising pairs, shifts.
 
-    `store_name` stands for the store in the commands that are suggested.
+    `store_name` is the name of the store in the commands that the findings suggest.
     """
     shift_tables = []
     if audit.sides is not None and audit.sides.shifts:
@@ -153,12 +152,12 @@ def audit_section(audit: StoreAudit, store_name: str) -> Markup:
 
 
 def finding_list(all_findings: Sequence[AuditFinding]) -> Markup:
-    """How many findings there are of each level, then an item for each."""
+    """The number of findings of each level, then an item for each finding."""
     if not all_findings:
         return html_tag("p", "Nothing is wrong, and nothing surprising.")
     levels = []
     for level, meaning in FINDING_LEVELS.items():
-        # A level without a finding is set back.
+        # A level without a finding is dimmed.
         count = sum(finding.level == level for finding in all_findings)
         css_class = None if count else "soft"
         levels.append(html_tag("span", _level_badge(level), f" {count:,}: {meaning}", class_=css_class))
@@ -205,7 +204,7 @@ def audit_split_table(audit: StoreAudit) -> Markup:
         rows.append(row)
 
     # Two of the columns need an explanation.
-    note = "Effective: so many equal classes are as varied. Gini: 0 where all are alike, 1 where one has all."
+    note = "Effective: number of equally common classes with this entropy. Gini: 0 if all are equal, 1 if one has all."
     if len(audit.splits) > MAX_SPLIT_ROWS:
         note += f" And {len(audit.splits) - MAX_SPLIT_ROWS:,} more splits."
     return join_markup(
@@ -226,7 +225,7 @@ def missing_label_tables(audit: StoreAudit) -> Iterator[Markup]:
 
 
 def class_pair_tables(audit: StoreAudit) -> Iterator[Markup]:
-    """Yield the unrelated classes that stand together more often than by chance, then those less often."""
+    """Yield a table of unrelated classes that occur together more often than by chance, then of those less often."""
     headings = ("class", "with", "clips", "by chance", "G²")
     for comparison, pairs, pair_count in (
         ("more", audit.pairs.more, audit.pairs.more_in_all),
@@ -247,7 +246,7 @@ def class_shift_table(sides: TrainEvalShift) -> Markup:
     rows = [(shift.name, f"{shift.trained:.3%}", f"{shift.held_out:.3%}") for shift in sides.shifts]
     table = _figures_table(headings, rows, text_columns=1)
     title = "Frequencies that differ between training and evaluation"
-    note = f"{sides.shift:.1%} of the labels would have to change their class for both to be alike."
+    note = f"{sides.shift:.1%} of the labels would have to change their class for both distributions to be equal."
     return join_markup(_titled_table(title, table, sides.shifts_in_all), html_tag("p", note, class_="soft"))
 
 
@@ -271,6 +270,6 @@ def _figures_table(headings: Sequence[str], rows: Sequence[Sequence[object]], te
 
 
 def _titled_table(title: str, table: Markup, total_rows: int) -> Markup:
-    """A table under its name, with the number of rows of which it shows the first."""
+    """A table under its title, which states the number of all rows; the table shows the first of them."""
     more = html_tag("span", f" · the first of {total_rows:,}", class_="soft")
     return join_markup(html_tag("h3", title, more), table)

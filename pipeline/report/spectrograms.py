@@ -1,4 +1,4 @@
-"""Spectrograms as pictures, with axes in seconds and Hz; which clips of a store to show, and under which titles."""
+"""Spectrograms as pictures, with axes in seconds and Hz; the choice of clips of a store to show, and their titles."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,9 +20,8 @@ from pipeline.report.html import COLOUR_MAP
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.summary import read_label_table
 
-FINE_FFT_SAMPLES = (
-    2**16
-)  # the bins of this FFT lie under 1 Hz apart, so that the peaks of filters can be read off
+# The bins of this FFT are less than 1 Hz apart, so that the peaks of filters can be read from them.
+FINE_FFT_SAMPLES = 2**16
 
 OCTAVE_TICKS_HZ = tuple(31.25 * 2**octave for octave in range(11))
 
@@ -52,7 +51,7 @@ def time_axis_seconds(spec: MelSpec) -> float:
 @lru_cache(maxsize=32)
 def band_centres_hz(spec: MelSpec) -> tuple[float, ...]:
     """The frequency at which the filter of each band peaks, to half a Hz."""
-    # The filters themselves are asked, on a finer grid of bins: so every scale is right.
+    # The peak is read from the filters themselves, on a finer grid of bins, so it is right for every mel scale.
     fine_spec = replace(spec, fft_samples=max(FINE_FFT_SAMPLES, spec.fft_samples))
     peak_bin_F = mel_filters_NF(fine_spec).argmax(0)
     return tuple((peak_bin_F * (spec.sample_rate_hz / fine_spec.fft_samples)).tolist())
@@ -61,12 +60,12 @@ def band_centres_hz(spec: MelSpec) -> tuple[float, ...]:
 def mel_band_ticks(spec: MelSpec, *, min_gap: float = 0.07) -> list[tuple[float, str]]:
     """Ticks at octaves of 1 kHz as (place, label), at least `min_gap` of the height apart.
 
-    Band i lies from place i to i + 1.
+    Band i extends from place i to i + 1.
     """
     centres_hz = band_centres_hz(spec)
     middle_F = np.arange(len(centres_hz)) + 0.5
 
-    # From the top down: octaves crowd at the bottom, and there some are left out.
+    # From the top down: octaves are close together at the bottom, where some are left out.
     ticks: list[tuple[float, str]] = []
     for hz in reversed(OCTAVE_TICKS_HZ):
         place = float(np.interp(hz, centres_hz, middle_F))
@@ -110,7 +109,7 @@ def pick_varied_rows(
         chosen_rows.append(int(rng.choice(row_L[class_L == class_index])))
         shown_classes |= set(class_L[row_L == chosen_rows[-1]].tolist())
 
-    # If classes do not suffice, any other rows.
+    # If there are fewer classes than clips to show, add any other rows.
     left_N = np.setdiff1d(good_N, chosen_rows)
     more_N = rng.choice(left_N, min(clip_count - len(chosen_rows), len(left_N)), replace=False)
     return np.sort(np.concatenate([np.array(chosen_rows, np.int64), more_N]))
@@ -156,7 +155,7 @@ def draw_spectrograms(
         axes = figure.add_subplot(lines, columns, place + 1)
         image = plot_spectrogram(axes, store, row, mel_TF, value_range)
 
-        # matplotlib would read what stands between two dollar signs as a formula.
+        # matplotlib would read the text between two dollar signs as a formula.
         title = f"{store.manifest['clip_id'][row]}: {label_title(store, labels, row)}"
         axes.set_title(title.replace("$", r"\$"), fontsize=8)
 
@@ -176,7 +175,7 @@ def plot_spectrogram(
     axes: Axes, store: FeatureStore, row: int, mel_TF: np.ndarray, value_range: tuple[float, float]
 ) -> AxesImage:
     """Draw one row into `axes` and return its image; frames beyond the clip's end are dimmed behind a line."""
-    # The picture: band i lies from i to i + 1, a frame fills the time to the next one.
+    # The picture: band i extends from i to i + 1, a frame fills the time to the next frame.
     stored_seconds = store.frames * frame_step_seconds(store.spec)
     valid_seconds = int(store.n_frames_N[row]) * frame_step_seconds(store.spec)
     low, high = value_range
@@ -190,7 +189,7 @@ def plot_spectrogram(
         cmap=COLOUR_MAP,
     )
 
-    # Where a shorter clip ends.
+    # The end of a shorter clip.
     if valid_seconds < stored_seconds:
         axes.axvspan(valid_seconds, stored_seconds, color="white", alpha=0.35, linewidth=0)
         axes.axvline(valid_seconds, color="white", linewidth=1.5)

@@ -31,7 +31,7 @@ STORE_SECTIONS = {
     "build": "The build",
 }
 
-MAX_CURVES = 4  # more curves cannot be told apart
+MAX_CURVES = 4  # more curves cannot be distinguished
 
 MAX_VALUE_ROWS = 12  # rows of a distribution; rarer values are counted together
 
@@ -74,7 +74,7 @@ def render_store_page(store: FeatureStore, *, clip_count: int = 12) -> str:
 
 
 def store_page_header(store: FeatureStore, coverage: ClipCoverage, label_sources: dict[str, str]) -> Markup:
-    """What the store is: how much of it is good, its identity, its numbers, and links to the sections."""
+    """The header of the page: how many clips are good, the store's identity, its numbers, and links to the sections."""
     # The first sentence.
     good = sum(coverage.good_counts)
     listed = sum(coverage.listed_counts)
@@ -114,7 +114,7 @@ def store_page_header(store: FeatureStore, coverage: ClipCoverage, label_sources
 
 
 def definition_list(pairs: Iterable[tuple[str, object]]) -> Markup:
-    """Names and values as a list. Numbers stay as they are: a rate needs no comma between its thousands."""
+    """Names and values as a list. Numbers get no commas between their thousands: a sampling rate needs none."""
     items = []
     for name, value in pairs:
         text = value if isinstance(value, Markup) else str(value)
@@ -123,7 +123,7 @@ def definition_list(pairs: Iterable[tuple[str, object]]) -> Markup:
 
 
 def coverage_section(coverage: ClipCoverage, exclude_lists: Sequence[tuple[str, str, int]]) -> Markup:
-    """A bar for every split, the clips that exclude lists leave out, then the clips that are odd but used.
+    """A bar for every split, the clips that exclude lists leave out, then the flags of used clips.
 
     An exclude list is its name, the sha256 of its text, and how many clips it excludes.
     """
@@ -144,12 +144,12 @@ def coverage_section(coverage: ClipCoverage, exclude_lists: Sequence[tuple[str, 
     if exclude_lists:
         lists = ", ".join(f"{clips:,} clips by {name}" for name, _, clips in exclude_lists)
         excluded = sum(coverage.excluded_counts)
-        note = f"Good clips that exclude lists keep loaders from drawing: {excluded:,} ({lists})."
+        note = f"Good clips that loaders skip because of exclude lists: {excluded:,} ({lists})."
         parts.append(html_tag("p", note, class_="soft"))
 
     # Good clips with flags.
     if not coverage.flag_counts:
-        parts.append(html_tag("p", "No good clip has anything odd about it.", class_="soft"))
+        parts.append(html_tag("p", "No good clip has a flag.", class_="soft"))
         return join_markup(*parts)
     rows = [
         (flag, summary.FLAG_MEANINGS.get(flag, ""), counts) for flag, counts in coverage.flag_counts.items()
@@ -165,7 +165,7 @@ def failure_section(store: FeatureStore, coverage: ClipCoverage) -> Markup:
     rows = [(reason, FAILURE_REASONS[reason], counts) for reason, counts in coverage.reason_counts.items()]
     parts = [split_count_table("reason", coverage.splits, rows)]
 
-    # The first few clips of each reason, with what is known of their failure.
+    # The first few clips of each reason, with the details of their failure.
     examples = summary.failure_examples(store.manifest)
     for reason, counts in coverage.reason_counts.items():
         # How many of the clips are listed below.
@@ -202,7 +202,7 @@ def split_count_table(
 def sounds_section(store: FeatureStore, coverage: ClipCoverage) -> Markup:
     """Length, level and kind of the good clips' sources, as charts and bars."""
     if not sum(coverage.good_counts):
-        return html_tag("p", "No clip is good, so there is nothing to tell of.", class_="warn")
+        return html_tag("p", "No clip is good, so there is nothing to show.", class_="warn")
     figures = [
         length_figure(store),
         level_figure(store, "peak_dbfs", "Peak"),
@@ -215,25 +215,27 @@ def sounds_section(store: FeatureStore, coverage: ClipCoverage) -> Markup:
 
 
 def length_figure(store: FeatureStore) -> Markup:
-    """A histogram of the lengths of the sources, in which a full clip lies in the middle of a bar."""
+    """A histogram of the lengths of the sources; the length of a full clip is in the middle of a bar."""
     clip_seconds = store.spec.clip_seconds
     # 20 bars to the length of a clip, moved by half a bar.
     edges_N = clip_seconds * (np.arange(32) - 0.5) / 20
     counts_N = summary.good_clip_histogram(store.manifest, "seconds", edges_N)
     ticks = [round(clip_seconds * part, 3) for part in (0, 0.5, 1, 1.5)]
     chart = html.histogram_chart(counts_N, edges_N, ticks, "seconds", log_scale=True)
-    return html_figure(chart, "Length of the source", "logarithmic; the last bar holds all that is longer")
+    return html_figure(chart, "Length of the source", "logarithmic; the last bar counts all longer sources")
 
 
 def level_figure(store: FeatureStore, column: str, title: str) -> Markup:
     """A histogram of a column of levels."""
     counts_N = summary.good_clip_histogram(store.manifest, column, LEVEL_EDGES_DBFS)
     chart = html.histogram_chart(counts_N, LEVEL_EDGES_DBFS, [-90, -60, -30, 0], "dBFS")
-    return html_figure(chart, title, "of the mono wave before resampling; outer bars hold what lies beyond")
+    return html_figure(
+        chart, title, "of the mono wave before resampling; outer bars count values beyond the axis"
+    )
 
 
 def value_figure(store: FeatureStore, column: str, title: str) -> Markup:
-    """A bar for each of the commonest values of a column; the others are one bar."""
+    """A bar for each of the commonest values of a column, and one bar for all other values."""
     counts = summary.count_good_values(store.manifest, column)
     bars = [("unknown" if value is None else value, count) for value, count in counts[:MAX_VALUE_ROWS]]
     others = [count for _, count in counts[MAX_VALUE_ROWS:]]
@@ -268,7 +270,7 @@ def mel_bands_section(store: FeatureStore) -> Markup:
         for number, (name, _) in enumerate(curves)
     )
 
-    # The numbers.
+    # The statistics, in words.
     description = (
         f"{overall['frames']:,} valid frames of good clips: mean {overall['mean']:.3f}, "
         f"deviation {overall['std']:.3f} nat"
@@ -287,7 +289,7 @@ def example_clips_section(
     store: FeatureStore, labels: pl.DataFrame, coverage: ClipCoverage, clip_count: int
 ) -> Markup:
     """Spectrograms of clips of different classes, all on one colour scale."""
-    # There may be none to show.
+    # There may be no clip to show.
     good = sum(coverage.good_counts)
     if good == sum(coverage.excluded_counts):
         reason = "Every good clip is excluded" if good else "No clip is good"
@@ -315,7 +317,7 @@ def example_clips_section(
         figures.append(html_figure(chart, title, description))
 
     # The axes are explained once, above.
-    note = "Hz upwards, seconds across. Where a line ends a clip, the dimmed rest is not its own."
+    note = "Hz upwards, seconds across. A line marks the end of a shorter clip; the dimmed rest is not part of it."
     return join_markup(
         html_tag("p", note, class_="soft"),
         html_tag("div", html.colour_scale_bar(value_range), class_="wide"),
@@ -330,19 +332,19 @@ def read_build_json(store: FeatureStore) -> dict[str, Any]:
 
 
 def build_section(record: dict[str, Any]) -> Markup:
-    """Everything that the build recorded, except the versions, which stand in the header of the page."""
+    """Everything that the build recorded, except the versions, which are in the header of the page."""
     if not record:
-        return html_tag("p", "build.json is not there, so nothing is known of the build.", class_="warn")
+        return html_tag("p", "The store has no build.json, so its build is unknown.", class_="warn")
     # The record, then the speed that follows from it.
     pairs = list(_flatten_record({key: value for key, value in record.items() if key != "versions"}))
     if record.get("seconds") and record.get("clips_tried"):
         pairs.append(("clips a second", f"{record['clips_tried'] / record['seconds']:.1f}"))
-    note = "Of the last run of the command; a run that carried on tried only what was open."
+    note = "From the last run of the command; a resumed run only tried the clips that were still missing."
     return join_markup(html_tag("p", note, class_="soft"), definition_list(pairs))
 
 
 def _flatten_record(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield names and texts of a record: keys of nested records side by side, entries of a list a line each."""
+    """Yield names and texts of a record: keys of nested records are joined, entries of a list get a line each."""
     for key, value in record.items():
         name = f"{prefix}{key}".replace("_", " ")
         if isinstance(value, dict) and value:

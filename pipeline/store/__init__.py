@@ -1,6 +1,6 @@
 """The feature store on disk. `pipeline.store.FeatureStore` reads one; `feature_store.py` documents every file in it."""
 
-TYPE_CHECKING = False  # true for type checkers, as in `typing`, whose import would be most of this one's time
+TYPE_CHECKING = False  # type checkers take it as true, as in `typing`, which is slow to import
 if TYPE_CHECKING:
     from pipeline.store.feature_store import FeatureStore as FeatureStore
 

@@ -1,11 +1,13 @@
-"""The cache of stores that lie on an object store: their tables and the shards last read, as files of this machine.
+"""The cache of stores on an object store: local copies of their tables and of the shards that were read last.
 
-    CACHE/HASH/NAME.zarr/       the files that lie beside the shards, and `seen.json`: which versions of them these are
-    CACHE/HASH/STORE_ID/        ledger/ and mel/c/ as in a store, as far as they have been read
-    CACHE/*.lock                held while room is made, or while one shard is fetched
+    CACHE/HASH/NAME.zarr/       the tables: all files of the store outside `ledger/` and `mel/c/`; and `seen.json`, the
+                                version of each of them in the bucket
+    CACHE/HASH/STORE_ID/        `ledger/` and `mel/c/` as in a store, with the records and shards that have been read
+    CACHE/*.lock                locks, held while space is freed or while one shard is fetched
 
 Any number of processes may share one cache, also for several stores: a shard is fetched once, and all processes
-together stay under the bound. A process that is killed leaves a partial file, which is removed when room is made next.
+together stay under the size limit. A process that is killed leaves a partial file, which is removed the next time that
+space is freed.
 """
 
 import fcntl
@@ -45,9 +47,9 @@ VERSIONS_FILE = "seen.json"
 
 
 def fetch_store_tables(url: str, cache: Path) -> Path:
-    """Bring the cached files that lie beside a store's shards up to date; returns the folder that holds them.
+    """Update the cached tables of a store; returns their folder.
 
-    InputError where the bucket does not answer, StoreError where no store lies at the URL.
+    InputError if the bucket does not answer, StoreError if the URL is not a store.
     """
     url = url.rstrip("/")
     check_reachable(url)
@@ -75,11 +77,11 @@ def fetch_store_tables(url: str, cache: Path) -> Path:
 
 
 def _remote_table_versions(url: str) -> dict[str, str]:
-    """Return the files beside the shards by their path in the store, each with its version in the bucket."""
-    # Locks are of processes that write there, and of no use here.
+    """Return the version of each table in the bucket, by the table's path in the store."""
+    # Leave out locks: they belong to processes that write the store.
     versions = {name: version for name, version in object_versions(url).items() if not name.endswith(".lock")}
 
-    # Below `mel` only the array's metadata is a table; the rest are shards.
+    # Below `mel`, only the array's metadata counts as a table; all other objects are shards.
     mel_versions = object_versions(f"{url}/mel")
     if "zarr.json" in mel_versions:
         versions["mel/zarr.json"] = mel_versions["zarr.json"]
@@ -88,22 +90,22 @@ def _remote_table_versions(url: str) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ShardCache:
-    """Shards of the store at `url`, kept below `cache_folder`, which holds at most `max_bytes` of them."""
+    """The shards of the store at `url` in a cache; `max_bytes` limits the shards of all stores in `cache_folder`."""
 
     url: str
     cache_folder: Path
     max_bytes: int
-    snapshot_folder: Path  # below the cache: the shards of this build of the store
+    snapshot_folder: Path  # folder in the cache with the shards of this build of the store
     layout: ShardLayout
     manifest: pl.DataFrame  # of the store
 
     def local_path(self, shard: int) -> Path:
-        """Return where a shard lies on this machine, fetched if need be; no file where no clip of it is good.
+        """Return the local path of a shard, fetched if necessary; no file exists if the shard has no good clip.
 
-        Raises ValueError where the shard is damaged in the bucket, StoreError where no shard can be fetched: the
-        server does not answer, or there is no room.
+        Raises ValueError if the shard is damaged in the bucket, StoreError if no shard can be fetched: the server does
+        not answer, or there is no space.
         """
-        # The lock is taken only for a fetch: shards that are here are found without waiting.
+        # The lock is taken only for a fetch, so that cached shards are found without waiting.
         path = shard_path(self.snapshot_folder, shard)
         if not _touch_if_present(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,9 +116,9 @@ class ShardCache:
         return path
 
     def fetch_missing_shards(self, shards: Iterable[int]) -> bool:
-        """Fetch the shards that are not on this machine, several at a time; returns whether there were any.
+        """Fetch the shards that are not in the cache, several at a time; returns whether any shard was missing.
 
-        Nothing is raised: a shard that could not be fetched raises when `local_path` is called for it.
+        No error is raised here: `local_path` raises it later for a shard that could not be fetched.
         """
         missing = [
             shard for shard in shards if not _touch_if_present(shard_path(self.snapshot_folder, shard))
@@ -138,11 +140,11 @@ class ShardCache:
                     scratch.replace(path)
         except StoreError:
             raise
-        except InputError as error:  # the server's own words, as a fault of the store
+        except InputError as error:  # keep the server's message, but as an error of the store
             raise StoreError(str(error)) from None
 
     def _download_shard(self, commit: ShardCommit, scratch: Path) -> None:
-        """Fill a file with the shard; ValueError where its bytes are not the committed ones."""
+        """Download the shard into a file; ValueError if its bytes are not the committed ones."""
         # The file has its full size already: `_reserve_room` made it.
         with scratch.open("r+b") as file:
             exists = download_into_file(f"{self.url}/{shard_path(Path(), commit.shard)}", file)
@@ -156,7 +158,7 @@ class ShardCache:
         return f"{self.url}/{ledger_path(Path(), shard)}"
 
     def _fetch_commit(self, shard: int) -> ShardCommit:
-        """Return the record of a shard; StoreError where it does not agree with the manifest."""
+        """Return the commit of a shard; StoreError if it does not agree with the manifest."""
         record = ledger_path(self.snapshot_folder, shard)
         if not record.exists() and not download_object(self._record_url(shard), record):
             raise StoreError(f"{self._record_url(shard)}: is not in the bucket; build the store again")
@@ -171,14 +173,14 @@ class ShardCache:
 
     @contextmanager
     def _reserve_room(self, needed_bytes: int, scratch: Path) -> Iterator[None]:
-        """Hold room in the cache as a scratch file, which is removed unless it is moved; StoreError if too large."""
+        """Reserve space in the cache as a scratch file, which is removed unless moved; StoreError if too large."""
         if needed_bytes > self.max_bytes:
             raise StoreError(
-                f"{self.cache_folder}: holds {self.max_bytes:,} bytes at most, a shard has {needed_bytes:,}; "
+                f"{self.cache_folder}: is limited to {self.max_bytes:,} bytes, a shard has {needed_bytes:,}; "
                 "give a larger --cache-gb"
             )
         try:
-            # What other processes are fetching now cannot be dropped, but in a moment it can.
+            # Shards that other processes are fetching cannot be dropped yet; wait until they can.
             while not self._try_reserve_room(needed_bytes, scratch):
                 time.sleep(ROOM_POLL_SECONDS)
             yield
@@ -192,9 +194,9 @@ class ShardCache:
             scratch.unlink(missing_ok=True)
 
     def _try_reserve_room(self, needed_bytes: int, scratch: Path) -> bool:
-        """Drop the shards used least lately until there is room, and take it; False where too little can be dropped."""
+        """Drop the least recently used shards and reserve the space; return False if not enough can be dropped."""
         with _exclusive_lock(self.cache_folder / "room.lock"):
-            # Drop finished shards, the one that was used longest ago first. Scratch files sort behind them.
+            # Drop complete shards, the least recently used first. Scratch files sort after them.
             files = self._list_cached_files()
             total_bytes = sum(size for _, _, size, _ in files)
             for is_scratch, _, size, path in sorted(files):
@@ -205,16 +207,16 @@ class ShardCache:
             if total_bytes + needed_bytes > self.max_bytes:
                 return False
 
-            # Take the room while the lock is held, so that nobody else counts on it.
+            # Reserve the space while the lock is held, so that no other process takes it.
             with scratch.open("wb") as file:
                 if needed_bytes:
                     os.posix_fallocate(file.fileno(), 0, needed_bytes)
             return True
 
     def _list_cached_files(self) -> list[tuple[bool, int, int, Path]]:
-        """List all files that count against the bound: is it a scratch file, when last used (ns), bytes, path.
+        """List the files that count towards the limit: is it a scratch file, time of last use (ns), bytes, path.
 
-        Scratch files of processes that are no more are removed on the way.
+        Scratch files of processes that have ended are removed.
         """
         files = []
         for path in self.cache_folder.glob("*/*/mel/c/*/0/0*"):
@@ -223,7 +225,7 @@ class ShardCache:
                     abandoned.unlink(missing_ok=True)
             try:
                 status = path.stat()
-            except FileNotFoundError:  # just removed, here or by another process
+            except FileNotFoundError:  # just removed, by this or another process
                 continue
             files.append((path.name.endswith(PARTIAL_SUFFIX), status.st_atime_ns, status.st_size, path))
         return files
@@ -231,7 +233,7 @@ class ShardCache:
 
 def _touch_if_present(path: Path) -> bool:
     """Return whether a file exists; if so, record that it has been used just now."""
-    # The time of access is set by hand: most file systems are mounted with `relatime` or `noatime`.
+    # Set the time of access explicitly: most file systems are mounted with `relatime` or `noatime`.
     try:
         status = path.stat()
         os.utime(path, ns=(time.time_ns(), status.st_mtime_ns))
@@ -242,7 +244,7 @@ def _touch_if_present(path: Path) -> bool:
 
 @contextmanager
 def _exclusive_lock(path: Path) -> Iterator[None]:
-    """Wait for an exclusive lock and hold it; the kernel frees it when the process ends."""
+    """Wait for an exclusive lock and hold it; the kernel releases it when the process ends."""
     with path.open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

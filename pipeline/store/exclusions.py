@@ -1,4 +1,4 @@
-"""Exclude lists, which name clips that nobody is to draw: as users write them, and as a store keeps them."""
+"""Exclude lists, which name clips that no loader may draw: the files of users, and the record in a store."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -12,13 +12,13 @@ import polars as pl
 from pipeline.errors import InputError, StoreError, first_error_line
 from pipeline.tables import read_table
 
-EXCLUSIONS_FILE = "excluded.parquet"  # in a store; a table without rows once the lists have been taken back
+EXCLUSIONS_FILE = "excluded.parquet"  # in a store; it has no rows after the lists have been removed
 
 EXCLUSIONS_SCHEMA: dict[str, pl.DataType] = {
     "clip_id": pl.String(),
     "split": pl.String(),  # null: in every split that has the id
     "list": pl.String(),  # name of the file that names the clip
-    "sha256": pl.String(),  # of that file
+    "sha256": pl.String(),  # SHA-256 of that file
 }
 
 EXCLUDE_PARQUET_SUFFIXES = (".parquet", ".pq")
@@ -27,7 +27,7 @@ EXCLUDE_TABLE_SUFFIXES = (*EXCLUDE_PARQUET_SUFFIXES, ".csv")
 
 COMMENT_PATTERN = r"\s#.*$"
 
-# Everything that parsing a damaged list may raise.
+# Every error that parsing a damaged list may raise.
 EXCLUDE_LIST_ERRORS = (OSError, ValueError, pl.exceptions.PolarsError)
 
 IN_EVERY_SPLIT = pl.col("split").is_null()
@@ -35,9 +35,10 @@ IN_EVERY_SPLIT = pl.col("split").is_null()
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ExcludeList:
-    """A file that names clips.
+    """An exclude list: a file that names clips.
 
-    `requested_clips` has `clip_id`, the words of the file; `bare`, the same without a comment; and `split`, or null.
+    `requested_clips` has the columns `clip_id` (the text in the file), `bare` (that text without a comment) and `split`
+    (null if the file names no split).
     """
 
     name: str
@@ -46,12 +47,12 @@ class ExcludeList:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read a CSV or Parquet file with a column clip_id and maybe split, or else a text of one id a line.
+        """Read a CSV or Parquet file with the column clip_id and optionally split, or a text file of one id per line.
 
-        In a text, `#` begins a comment at the start of a line or after a space. InputError where the file cannot be
+        In a text file, `#` begins a comment at the start of a line or after a space. InputError if the file cannot be
         read, or names no clip.
         """
-        # The content is read once, so that the digest is of what was parsed.
+        # The content is read once, so that the digest is that of the parsed bytes.
         try:
             content = path.read_bytes()
             if path.suffix.lower() in EXCLUDE_TABLE_SUFFIXES:
@@ -61,24 +62,24 @@ class ExcludeList:
         except EXCLUDE_LIST_ERRORS as error:
             raise InputError(
                 f"{path}: not a readable exclude list ({_error_reason(error, path)}); "
-                "expected a text of one clip id a line, or CSV or Parquet with a column clip_id"
+                "expected a text with one clip id per line, or CSV or Parquet with a column clip_id"
             ) from None
         if requested_clips.is_empty():
-            raise InputError(f"{path}: names no clip; to take back what is recorded, give --no-exclude")
+            raise InputError(f"{path}: names no clip; to remove the recorded lists, give --no-exclude")
         digest = hashlib.sha256(content).hexdigest()
         return cls(name=path.name, sha256=digest, requested_clips=requested_clips)
 
     def match_clips(self, manifest: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
-        """Return the clips of a manifest that the list names, in EXCLUSIONS_SCHEMA, and the ids that are not there."""
+        """Return the listed clips of a manifest, in EXCLUSIONS_SCHEMA, and the listed ids that the manifest lacks."""
         known = manifest.select("clip_id", "split").unique()
 
-        # A line that is an id as it stands has no comment: ids may contain ` #`.
+        # If the whole line is an id of the manifest, it has no comment: ids may contain ` #`.
         whole_ids = self.requested_clips.join(known, on="clip_id", how="semi")
         bare_ids = self.requested_clips.join(known, on="clip_id", how="anti").with_columns(clip_id="bare")
         requests = pl.concat([whole_ids, bare_ids]).unique(["clip_id", "split"], maintain_order=True)
         requests = requests.with_row_index("line")
 
-        # A request without a split is met by the id in any split.
+        # A request without a split matches the id in every split.
         met = pl.concat(
             [
                 requests.filter(IN_EVERY_SPLIT).join(known, on="clip_id", how="semi"),
@@ -100,7 +101,7 @@ def _parse_exclude_table(path: Path, content: bytes) -> pl.DataFrame:
     if path.suffix.lower() in EXCLUDE_PARQUET_SUFFIXES:
         frame = pl.read_parquet(BytesIO(content))
     else:
-        # Ids such as 007 stay texts.
+        # Without type inference, ids such as 007 stay texts.
         frame = pl.read_csv(BytesIO(content), infer_schema=False).rename(str.strip)
     if "clip_id" not in frame.columns:
         raise ValueError(f"no column clip_id, it has {', '.join(frame.columns)}")
@@ -121,17 +122,17 @@ def _parse_exclude_lines(content: bytes) -> pl.DataFrame:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Exclusions:
-    """The clips that a store's exclude lists name; `frame` has EXCLUSIONS_SCHEMA, and no row where none is recorded.
+    """The clips that a store's exclude lists name; `frame` has EXCLUSIONS_SCHEMA, and no rows if no list is recorded.
 
-    The statistics of a store (stats.json) are those of its good clips, excluded ones included: they follow from the
-    ledger alone, and a handful of clips moves no mean. So normalisation stays as it is when a list changes.
+    The statistics of a store (stats.json) are those of all its good clips, including excluded ones: they are computed
+    from the ledger alone, and a few clips hardly change a mean. So a new list does not change the normalisation.
     """
 
     frame: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=EXCLUSIONS_SCHEMA))
 
     @classmethod
     def read_from_store(cls, store: Path) -> Self:
-        """Read the exclusions that a store records; StoreError where their file is not as it was written."""
+        """Read the exclusions that a store records; StoreError if their file is damaged."""
         path = store / EXCLUSIONS_FILE
         if not path.exists():
             return cls()
@@ -146,19 +147,19 @@ class Exclusions:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The values that stand beside the table in the store."""
+        """The metadata that are stored with the table."""
         return {"digest": _exclusions_digest(self.frame)}
 
     @property
     def digest(self) -> str | None:
-        """12 hex digits of which clips are excluded, whatever list names them; None where no clip is."""
-        # Without the lists' names, so that the same clips from other files are the same exclusions.
+        """12 hex digits of the excluded clips, whichever list names them; None if no clip is excluded."""
+        # Names of lists are left out, so that the same clips from other files have the same digest.
         clips = self.frame.select("clip_id", "split").unique().sort("clip_id", "split")
         return _exclusions_digest(clips)[:12] if len(clips) else None
 
     def excluded_mask_N(self, manifest: pl.DataFrame) -> np.ndarray:
-        """Return which rows of a manifest are excluded, good or not, bool `[N]`."""
-        # Entries without a split exclude the id everywhere, the others in their split only.
+        """Return a mask of the excluded rows of a manifest, good or not, bool `[N]`."""
+        # An entry without a split excludes its id in every split, other entries only in their split.
         rows = manifest.select("clip_id", "split").with_row_index("row")
         mask_N = np.zeros(manifest.height, bool)
         for kind, columns in (
@@ -181,15 +182,15 @@ class Exclusions:
 
 
 def damaged_exclusions_error(path: Path) -> StoreError:
-    """Return the error for a table of exclusions that cannot be read, or is not as it was written."""
+    """Return the error for a table of exclusions that is damaged."""
     return StoreError(
         f"{path}: not as written; record the lists again with: ajepa-data audit-labels {path.parent} "
-        "--exclude FILE, or take them back with: --no-exclude"
+        "--exclude FILE, or remove them with: --no-exclude"
     )
 
 
 def _exclusions_digest(frame: pl.DataFrame) -> str:
-    """Digest texts and nulls row by row. The two control characters stand in no text."""
+    """Return the SHA-256 of texts and nulls, row by row. No text contains the two control characters."""
     lines = frame.select(
         pl.concat_str([pl.col(name).fill_null("\x02") for name in frame.columns], separator="\x01")
     )

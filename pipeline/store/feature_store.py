@@ -1,21 +1,20 @@
-"""FeatureStore: how a store is read, and every file of it on disk.
+"""FeatureStore reads a store. This text documents every file of a store on disk.
 
 NAME.zarr/              a Zarr v3 group: any Zarr v3 library opens it
   zarr.json             attributes["ajepa"]: the `StoreHeader` (`header.py`)
   mel/                  (clip, frame, band), float16 or uint8; one inner chunk per clip, sharded (`shards.py`); frames
-                        past a clip's own are the spec's floor; absent clips read as NaN (uint8: 0)
+                        after the end of a clip are the spec's floor; absent clips read as NaN (uint8: 0)
   manifest.parquet      row i describes mel[i] (`manifest.py`)
   labels.parquet        row i: `raw` and one column per propagated label set, lists of class indices; `outside`:
-                        class ids that are not in the class list. Provenance in the schema metadata
-  ledger/N.parquet      shard N is committed: the manifest columns of its rows and, in the schema metadata, the
-                        `ShardCommit` (`shards.py`). THE commit point: a shard without a record does not exist.
-                        N.parquet.next: its shard is about to be placed; the next build adopts the record if the shard
-                        matches, or drops it
+                        class ids that are not in the class list. Provenance is in the schema metadata
+  ledger/N.parquet      the record of committed shard N: the manifest columns of its rows and, in the schema metadata,
+                        the `ShardCommit` (`shards.py`). The commit point: a shard without a record does not exist.
+                        N.parquet.next: a record whose shard is about to be moved into place; the next build makes it
+                        valid if the shard matches, else removes it
   excluded.parquet      optional: clips that exclude lists keep out of `good_rows` (`exclusions.py`)
   stats.json            mean and std over valid frames of good clips, global and per band: all, and per split
-  build*.lock, gate.lock    held by a process while it writes
-  build.json            options, versions, time taken: it describes the run, and so is the one file in which equal
-                        builds differ
+  build*.lock, gate.lock    locks of processes that are writing the store
+  build.json            options, versions and duration of the build; the only file that differs between equal builds
 """
 
 import json
@@ -44,10 +43,10 @@ from pipeline.tables import read_table
 
 
 class FeatureStore:
-    """Spectrograms and labels, row for row with their manifest; open one with `FeatureStore.open`.
+    """Spectrograms and labels, with one row of the manifest for each; open a store with `FeatureStore.open`.
 
-    Reads are thread-safe. A pickled store opens itself again, by its location and in the same way. With a `reader`,
-    values come from that reader and not from the shards.
+    Reads are thread-safe. Unpickling opens the store again, at the same location and with the same options. With a
+    `reader`, values come from that reader and not from the shards.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class FeatureStore:
         self.manifest = manifest
         self.store_id = store_id
 
-        # Loaders read these of every batch.
+        # Loaders use these for every batch.
         self.spec = header.spec
         self.classes = header.classes
         self.scale = header.scale
@@ -78,7 +77,7 @@ class FeatureStore:
         self.dtype = np.dtype(header.layout.dtype)
         self.n_frames_N = manifest["n_frames"].to_numpy()
 
-        # Each thread has a reader of its own; which rows have been checked is known to all of them.
+        # Each thread has its own reader; all of them share the record of the rows that have been checked.
         self._cache = cache
         self._io = io
         self._check = check
@@ -86,7 +85,7 @@ class FeatureStore:
         self._checked_rows = bytearray(header.layout.clips)
         self._flat_labels: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # by label set, filled at first use
         self._thread_local = threading.local()
-        self._own_shard_reader()  # refuses an unknown `io` or `check` at once
+        self._own_shard_reader()  # raises at once if `io` or `check` is unknown
 
     @classmethod
     def open(
@@ -99,23 +98,23 @@ class FeatureStore:
         cache: Path | str | None = None,
         cache_gb: float = DEFAULT_CACHE_GB,
     ) -> Self:
-        """Open a finished store; raises StoreError where it is none, unfinished, or of another spec than `expect`.
+        """Open a finished store; StoreError if it is no store, unfinished, or has another spec than `expect`.
 
-        `io` and `check` are those of `ShardReader`. The shards last read of a store at a URL are kept in the folder
-        `cache`, up to `cache_gb` of them (10^9 bytes); other processes may use the same folder.
+        `io` and `check` are explained at `ShardReader`. For a store at a URL, the shards that were read last are kept
+        in the folder `cache`, up to `cache_gb` (10^9 bytes); other processes may use the same folder.
         """
-        # Bring the tables of a store at a URL to this machine.
+        # Fetch the tables of a store at a URL.
         path = Path(location)
         cache_folder = None
         if is_remote_url(location):
             if cache is None:
                 raise StoreError(
-                    f"{location}: lies on an object store; give --cache DIR, a folder for its last shards"
+                    f"{location}: is on an object store; give --cache DIR, a folder for the shards read last"
                 )
             cache_folder = Path(cache)
             path = fetch_store_tables(str(location), cache_folder)
 
-        # The header and the form of the array say whether the values can be read, and as what.
+        # Check by the header and the form of the array that the values can be read.
         header = StoreHeader.read(path)
         if expect is not None and expect.spec_id != header.spec.spec_id:
             raise StoreError(
@@ -156,9 +155,9 @@ class FeatureStore:
         return partial(FeatureStore.open, **options), (self.location,)
 
     def refuse_other_front_end(self, required_spec: MelSpec, required_by: str) -> None:
-        """Raise RunError where values mean something else than under `required_spec`; `required_by` says who needs it.
+        """Raise RunError if the store's mel spec gives other values than `required_spec`.
 
-        The message reads `STORE: holds mel spec A, REQUIRED_BY B`.
+        `required_by` names the user of the spec in the message, `STORE: holds mel spec A, REQUIRED_BY B`.
         """
         if self.spec.same_front_end(required_spec):
             return
@@ -181,21 +180,21 @@ class FeatureStore:
         return json.loads((self.path / "stats.json").read_text())
 
     def mean_and_std(self, splits: Sequence[str]) -> tuple[float, float]:
-        """Return mean and std of log-mel over the valid frames of good clips of some splits.
+        """Return mean and std of log-mel over the valid frames of the good clips of `splits`.
 
-        StoreError where there is no such frame, or all values are equal.
+        StoreError if there is no such frame, or if all values are equal.
         """
         parts = [self.stats[split] for split in splits if split in self.stats]
         return pool_mean_and_std(parts, self.location, splits)
 
     def band_mean_and_std(self, splits: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the same of each band by itself, float64 `F`; no std is below a hundredth of the mean std."""
+        """Return mean and std like `mean_and_std`, but for each band, float64 `F`; see `pool_band_mean_and_std`."""
         return pool_band_mean_and_std([self.stats[split] for split in splits if split in self.stats])
 
     def good_rows(self, splits: Sequence[str] | None = None) -> np.ndarray:
-        """Return the rows of good, not excluded clips of some splits or of all, int64, ascending.
+        """Return the rows of the good, not excluded clips of `splits` (None: of all splits), int64, ascending.
 
-        StoreError where a split is unknown.
+        StoreError if a split is unknown.
         """
         if splits is not None:
             refuse_unknown_splits(splits, self.manifest["split"].unique(), self.location)
@@ -205,12 +204,12 @@ class FeatureStore:
         return self.manifest.select(is_wanted).to_series().arg_true().to_numpy().astype(np.int64)
 
     def shard_numbers(self, rows_N: np.ndarray) -> np.ndarray:
-        """Return the number of the shard that each row lies in."""
+        """Return the number of each row's shard."""
         return rows_N // self.header.layout.shard_clips
 
     @cached_property
     def exclusions(self) -> Exclusions:
-        """The clips that exclude lists keep out; StoreError where their record is damaged."""
+        """The clips that exclude lists name; StoreError if their record is damaged."""
         return Exclusions.read_from_store(self.path)
 
     @cached_property
@@ -223,7 +222,7 @@ class FeatureStore:
         return tuple(name for name in self._label_table.columns if name != "outside")
 
     def labels_BC(self, rows_B: np.ndarray, label_set: str = "raw") -> np.ndarray:
-        """Return 1 where a row has a class, else 0, float32; StoreError where the store lacks the label set."""
+        """Return 1 if a row has a class, else 0, float32 `[B, C]`; StoreError if the store lacks the label set."""
         class_N, offsets_N = self.flat_labels(label_set)
         labels_BC = np.zeros((len(rows_B), len(self.classes)), np.float32)
         for clip, row in enumerate(rows_B):
@@ -231,9 +230,9 @@ class FeatureStore:
         return labels_BC
 
     def flat_labels(self, label_set: str = "raw") -> tuple[np.ndarray, np.ndarray]:
-        """Return the class indices of all rows, row after row, and where those of each row begin.
+        """Return the class indices of all rows, row after row, and the offset at which each row begins.
 
-        The second array has one more entry, the end of the last row. StoreError where the store lacks the label set.
+        The offsets have one more entry, the end of the last row. StoreError if the store lacks the label set.
         """
         if label_set not in self.label_sets:
             raise StoreError(
@@ -241,7 +240,7 @@ class FeatureStore:
                 f"add it with: ajepa-data propagate-labels {self.location} --rule {label_set}"
             )
 
-        # Flattened once per label set: a batch needs it every time.
+        # Flatten each label set only once, because every batch needs it.
         if label_set not in self._flat_labels:
             lists = self._label_table[label_set]
             offsets_N = np.concatenate([[0], np.cumsum(lists.list.len().to_numpy(), dtype=np.int64)])
@@ -249,7 +248,7 @@ class FeatureStore:
         return self._flat_labels[label_set]
 
     def to_log_mel(self, stored: np.ndarray) -> np.ndarray:
-        """Return values that `read` gave as log-mel, natural logarithm of power, float32, in the same shape."""
+        """Return values from `read` as log-mel: natural logarithm of power, float32, in the same shape."""
         return self.header.to_log_mel(stored)
 
     def read(
@@ -260,15 +259,15 @@ class FeatureStore:
         starts_B: np.ndarray | None = None,
         frames: int | None = None,
     ) -> np.ndarray:
-        """Return the stored values of rows as `[B, T, F]`; with `frames`, only those in [start, start + frames).
+        """Return the stored values of rows as `[B, T, F]`; with `frames`, only frames [start, start + frames).
 
-        Reads just these bytes where no check is due, into `out` (C-contiguous, stored dtype) if given. Raises
-        BrokenClipError for a clip that cannot be read as it was written, StoreError for a row that is not good,
-        ValueError for a crop beyond the stored frames.
+        Only these bytes are read if no check is due, into `out` (C-contiguous, stored dtype) if given. Raises
+        BrokenClipError if a clip is missing or not as it was written, StoreError if a row is not good, ValueError if
+        a crop exceeds the stored frames.
         """
         starts_B, mel_BTF = self.prepare_read(rows_B, out, starts_B, frames)
 
-        # To make room for the fetched shards the cache may have dropped others, which are still open here.
+        # To free space for the fetched shards, the cache may have deleted shards that are still open here.
         if self._cache and self._cache.fetch_missing_shards(np.unique(self.shard_numbers(rows_B)).tolist()):
             self._own_shard_reader().close_missing_files()
         try:
@@ -282,9 +281,9 @@ class FeatureStore:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the crops' starts and the array to read into, with the defaults of `read` filled in.
 
-        ValueError where a crop leaves the stored frames.
+        ValueError if a crop exceeds the stored frames.
         """
-        # By default whole clips, from their first frame.
+        # The default is whole clips, from their first frame.
         frames = self.frames if frames is None else frames
         starts_B = np.zeros(len(rows_B), np.int64) if starts_B is None else starts_B
         if len(rows_B) and (starts_B.min() < 0 or starts_B.max() + frames > self.frames):
@@ -293,7 +292,7 @@ class FeatureStore:
         return starts_B, mel_BTF
 
     def local_shard_path(self, shard: int) -> Path:
-        """Return where a shard lies on this machine, fetched if need be; no file where no clip of it is good."""
+        """Return the local path of a shard, fetched if necessary; no file exists if the shard has no good clip."""
         try:
             return self._cache.local_path(shard) if self._cache else shard_path(self.path, shard)
         except ValueError as error:
@@ -310,9 +309,9 @@ class FeatureStore:
 
         # The remedy depends on where the values come from.
         if self._cache is not None:
-            remedy = f"where the copy is at fault, delete {self._cache.snapshot_folder}: it is fetched again"
+            remedy = f"if only the copy is damaged, delete {self._cache.snapshot_folder}: it is fetched again"
         elif self._custom_reader is not None:
-            remedy = f"its sound is not what it was; see: ajepa-data verify {self.location} --against-audio"
+            remedy = f"its sound has changed; see: ajepa-data verify {self.location} --against-audio"
         else:
             remedy = f"run: ajepa-data verify {self.location} --repair"
         shard = row // self.header.layout.shard_clips
@@ -325,7 +324,7 @@ class FeatureStore:
         return self._own_shard_reader() if self._custom_reader is None else self._custom_reader
 
     def _own_shard_reader(self) -> ShardReader:
-        # Made at a thread's first read: a reader's buffers and files are for one thread.
+        # Created at a thread's first read, because a reader's buffers and files are for one thread.
         if not hasattr(self._thread_local, "reader"):
             locate = self._cache.local_path if self._cache else partial(shard_path, self.path)
             self._thread_local.reader = ShardReader(
@@ -335,7 +334,7 @@ class FeatureStore:
 
 
 def refuse_unknown_splits(splits: Iterable[str], known: Iterable[str], location: str) -> None:
-    """Raise StoreError where one of the splits is not known at the location, with the name it may have meant."""
+    """Raise StoreError if one of `splits` is not in `known`; the message suggests the most similar name."""
     unknown = sorted(set(splits) - set(known))
     if unknown:
         raise StoreError(f"{location}: no split {unknown[0]!r}; {suggest_known(unknown[0], sorted(known))}")
@@ -344,20 +343,20 @@ def refuse_unknown_splits(splits: Iterable[str], known: Iterable[str], location:
 def pool_mean_and_std(
     split_stats: Sequence[Mapping[str, Any]], location: str, splits: Sequence[str]
 ) -> tuple[float, float]:
-    """Return mean and std of all frames of some entries of `stats`.
+    """Return mean and std over all frames of the given entries of `stats`.
 
-    StoreError where there are no frames, or where the std is zero and nothing can be divided by it.
+    StoreError if there are no frames, or if the std is zero, so that nothing can be divided by it.
     """
     frames = sum(part["frames"] for part in split_stats)
     if not frames:
         raise StoreError(f"{location}: no good clip in {', '.join(splits)}; see: ajepa-data report")
 
-    # This order of operations stays: a run that is carried on compares the result to the last bit.
+    # Keep this order of operations: a resumed run compares the result bit for bit.
     mean = sum(part["frames"] * part["mean"] for part in split_stats) / frames
     square = sum(part["frames"] * (part["std"] ** 2 + part["mean"] ** 2) for part in split_stats) / frames
     variance = square - mean**2
 
-    # The variance of equal values is zero but for rounding.
+    # The variance of equal values is zero, except for rounding.
     if variance <= 1e-9 * square:
         raise StoreError(
             f"{location}: every value of the good clips in {', '.join(splits)} is {mean:g}, nothing to learn from; "
@@ -367,11 +366,11 @@ def pool_mean_and_std(
 
 
 def pool_band_mean_and_std(split_stats: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the same of each band by itself, float64 `F`.
+    """Return mean and std of each band over all frames of the given entries of `stats`, float64 `F`.
 
-    Where all values of a band are equal, its std is a hundredth of the mean std.
+    No std is below a hundredth of the mean std, not even if all values of a band are equal.
     """
-    # The axis S is that of the entries; each counts by its share of the frames.
+    # Axis S is that of the entries; each is weighted by its share of the frames.
     frames_S = np.array([part["frames"] for part in split_stats], np.float64)
     share_S1 = (frames_S / frames_S.sum())[:, None]
     mean_SF = np.array([part["mean_F"] for part in split_stats])

@@ -1,4 +1,4 @@
-"""The header of a store: everything that is known about it before the first clip is decoded."""
+"""The header of a store: all facts about the store that are known before the first clip is decoded."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ STORE_FORMAT = 1
 
 STORED_DTYPES = ("float16", "uint8")
 
-# Everything that reading a `zarr.json` which is absent, cut short or of another program may raise.
+# Every error that may be raised by reading a `zarr.json` that is missing, truncated or from another program.
 UNREADABLE_HEADER_ERRORS = (OSError, KeyError, ValueError, TypeError, AttributeError)
 
 
@@ -51,13 +51,13 @@ class ShardLayout:
         return -(-self.clips // self.shard_clips)
 
     def rows_of_shard(self, shard: int) -> range:
-        """Return the rows of `mel` that a shard holds."""
+        """Return the rows of `mel` that a shard contains."""
         return range(shard * self.shard_clips, min((shard + 1) * self.shard_clips, self.clips))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreHeader:
-    """The facts that a build writes into the store's `zarr.json`, and that every reader takes from there."""
+    """The facts about a store in its `zarr.json`: the build writes them, and every reader uses them."""
 
     spec: MelSpec
     layout: ShardLayout
@@ -65,8 +65,8 @@ class StoreHeader:
     scale: float  # log-mel = offset + scale * stored
     offset: float
     classes: ClassList
-    plan_digest: str  # of the manifest's columns of the plan
-    labels_digest: str  # of `raw` and `outside` in labels.parquet
+    plan_digest: str  # digest of the manifest's PLAN_SCHEMA columns
+    labels_digest: str  # digest of `raw` and `outside` in labels.parquet
 
     def to_log_mel(self, stored: np.ndarray) -> np.ndarray:
         """Return stored values as log-mel, natural logarithm of power, float32, in the same shape."""
@@ -74,7 +74,7 @@ class StoreHeader:
 
     def to_json(self) -> dict[str, object]:
         """Return the header as JSON values, with a digest of them."""
-        # JSON in another order of keys has the same digest: other programs may rewrite `zarr.json`.
+        # The digest does not depend on the order of keys, because other programs may rewrite `zarr.json`.
         values = self._json_values()
         return values | {"digest": _json_digest(values)}
 
@@ -95,7 +95,7 @@ class StoreHeader:
 
     @classmethod
     def read(cls, store: Path) -> Self:
-        """Read the header of the store at `store`; raises StoreError where there is none, or none of this format."""
+        """Read the header of the store at `store`; StoreError if there is none, or if its format is another."""
         path = store / "zarr.json"
         try:
             header = json.loads(path.read_text())["attributes"]["ajepa"]
@@ -104,7 +104,7 @@ class StoreHeader:
         except UNREADABLE_HEADER_ERRORS:
             raise no_store_error(store) from None
 
-        # The format comes first: another version may compute its digest in another way.
+        # Check the format first: another version may compute the digest differently.
         if store_format != STORE_FORMAT:
             raise StoreError(
                 f"{store}: has store format {store_format}, this version reads format {STORE_FORMAT}; "
@@ -131,12 +131,12 @@ class StoreHeader:
 
 
 def no_store_error(location: Path | str) -> StoreError:
-    """Return the error for a path or URL at which no feature store lies."""
+    """Return the error for a path or URL that is not a feature store."""
     return StoreError(f"{location}: not a feature store; make one with: ajepa-data build-audioset")
 
 
 def dequantise(stored: np.ndarray, scale: float, offset: float) -> np.ndarray:
-    """Return the log-mel that stored values stand for, `offset + scale * stored`, float32."""
+    """Return stored values as log-mel: `offset + scale * stored`, float32."""
     return stored.astype(np.float32) * np.float32(scale) + np.float32(offset)
 
 

@@ -1,4 +1,4 @@
-"""JoinedStore, several stores read as one; and AnyStore, what loaders and trainers need of one store or of several."""
+"""JoinedStore reads several stores as one; AnyStore is the interface of one or several stores."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -60,13 +60,13 @@ class AnyStore(Protocol):
 
 
 class JoinedStore:
-    """The rows of the first store, then those of the second, and so on.
+    """Several stores as one: the rows of the first store, then those of the second, and so on.
 
-    Raises StoreError where two stores differ in what a stored number or a class index means, or are the same.
+    Raises StoreError if a stored value or a class index differs in meaning between stores, or a store is given twice.
     """
 
     def __init__(self, stores: Sequence[FeatureStore]) -> None:
-        # Only stores of one kind, each of them once.
+        # All stores are of one kind, and each is given once.
         first = stores[0]
         for store in stores[1:]:
             refuse_different_stores(first, store)
@@ -77,7 +77,7 @@ class JoinedStore:
                         f"{store.location}: is the same store as {earlier.location}; give it once"
                     )
 
-        # What all stores have in common.
+        # The facts that all stores share.
         self.stores = tuple(stores)
         self.spec = first.spec
         self.classes = first.classes
@@ -87,7 +87,7 @@ class JoinedStore:
         self.bands = first.bands
         self.dtype = first.dtype
 
-        # What is joined: rows, their first numbers (and the end of the last store), and the ids.
+        # The joined facts: the frames of all rows, the first row of each store (and the end of the last), the id.
         self.n_frames_N = np.concatenate([store.n_frames_N for store in stores])
         self.first_rows_N = np.cumsum([0, *(len(store.n_frames_N) for store in stores)])
         ids = " ".join(["joined", *(store.store_id for store in stores)])
@@ -95,7 +95,7 @@ class JoinedStore:
 
     @property
     def location(self) -> str:
-        """Where the stores lie, for messages."""
+        """The locations of all stores, for messages."""
         return " + ".join(store.location for store in self.stores)
 
     @property
@@ -115,25 +115,25 @@ class JoinedStore:
         return tuple(name for name in self.stores[0].label_sets if name in shared)
 
     def mean_and_std(self, splits: Sequence[str]) -> tuple[float, float]:
-        """Return mean and std of log-mel over the valid frames of good clips of some splits, all stores pooled.
+        """Return mean and std of log-mel over the valid frames of the good clips of `splits`, over all stores.
 
-        StoreError where there is no such frame, or all values are equal.
+        StoreError if there is no such frame, or if all values are equal.
         """
         return pool_mean_and_std(self._split_stats(splits), self.location, splits)
 
     def band_mean_and_std(self, splits: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the same of each band by itself, float64 `F`."""
+        """Return mean and std like `mean_and_std`, but for each band, float64 `F`."""
         return pool_band_mean_and_std(self._split_stats(splits))
 
     def _split_stats(self, splits: Sequence[str]) -> list[dict[str, Any]]:
         return [store.stats[split] for store in self.stores for split in splits if split in store.stats]
 
     def good_rows(self, splits: Sequence[str] | None = None) -> np.ndarray:
-        """Return the rows of good, not excluded clips, int64, ascending: of some splits in any store, or of all.
+        """Return the rows of the good, not excluded clips of `splits` (None: of all splits), int64, ascending.
 
-        StoreError where no store has one of the splits.
+        StoreError if no store has one of the splits.
         """
-        # A split may be in some of the stores only: each is asked for those of the splits that it has.
+        # A split may exist in only some of the stores: request from each store the splits that it has.
         splits_by_store = [set(store.manifest["split"].unique()) for store in self.stores]
         if splits is not None:
             refuse_unknown_splits(splits, set().union(*splits_by_store), self.location)
@@ -156,14 +156,14 @@ class JoinedStore:
     def row_weights(self, rows_N: np.ndarray, weights: Sequence[float]) -> np.ndarray:
         """Return a weight for each of these rows, float64 `[N]`.
 
-        The rows of a store share its entry of `weights` equally.
+        `weights` has one entry per store, which the rows of that store share equally.
         """
-        # A store without one of these rows divides by one, and no row takes the result.
+        # A store without any of these rows divides by 1; no row uses the result.
         row_counts = np.maximum(self.rows_per_store(rows_N), 1)
         return (np.asarray(weights, np.float64) / row_counts)[self.store_numbers(rows_N)]
 
     def shard_numbers(self, rows_N: np.ndarray) -> np.ndarray:
-        """Return the number of the shard that each row lies in, counted through all stores."""
+        """Return the number of each row's shard, numbered consecutively over all stores."""
         # A store's first shard follows the last shard of the store before it.
         shard_counts = [store.header.layout.shard_count for store in self.stores]
         shards_N = np.empty(len(rows_N), np.int64)
@@ -173,7 +173,7 @@ class JoinedStore:
         return shards_N
 
     def flat_labels(self, label_set: str = "raw") -> tuple[np.ndarray, np.ndarray]:
-        """Return the class indices of all rows and where those of each row begin, as `FeatureStore.flat_labels`."""
+        """Return the class indices of all rows and the offset of each row, as `FeatureStore.flat_labels` does."""
         # The offsets of each store begin where the labels of the stores before it end.
         parts = [store.flat_labels(label_set) for store in self.stores]
         first_offsets = np.cumsum([0, *(len(class_N) for class_N, _ in parts)])
@@ -182,15 +182,15 @@ class JoinedStore:
         return classes_N, np.concatenate([*offsets, first_offsets[-1:]])
 
     def labels_BC(self, rows_B: np.ndarray, label_set: str = "raw") -> np.ndarray:
-        """Return 1 where a row has a class, else 0, float32; StoreError where a store lacks the label set."""
+        """Return 1 if a row has a class, else 0, float32 `[B, C]`; StoreError if a store lacks the label set."""
         labels_BC = np.zeros((len(rows_B), len(self.classes)), np.float32)
-        # Every store is asked, also for no rows: any of them may lack the label set.
+        # Call every store, even without rows, because any store may lack the label set.
         for number, places_B, own_rows_B in self._split_by_store(rows_B):
             labels_BC[places_B] = self.stores[number].labels_BC(own_rows_B, label_set)
         return labels_BC
 
     def to_log_mel(self, stored: np.ndarray) -> np.ndarray:
-        """Return values that `read` gave as log-mel, natural logarithm of power, float32, in the same shape."""
+        """Return values from `read` as log-mel: natural logarithm of power, float32, in the same shape."""
         return dequantise(stored, self.scale, self.offset)
 
     def read(
@@ -203,12 +203,12 @@ class JoinedStore:
     ) -> np.ndarray:
         """Return the stored values of rows as `[B, T, F]`, as `FeatureStore.read` does.
 
-        Raises what that raises; the row of a BrokenClipError is that of the joined store.
+        It raises the same errors; the row of a BrokenClipError is the row of the joined store.
         """
         starts_B, mel_BTF = self.stores[0].prepare_read(rows_B, out, starts_B, frames)
-        # All rows of one store at once: its disk is faster so.
+        # Read all rows of one store in one call, which is faster on its disk.
         for number, places_B, own_rows_B in self._split_by_store(rows_B):
-            # Where all rows are of one store they are read in place, else copied to their places.
+            # If all rows belong to one store, they are read directly into the output, else copied to it.
             whole_BTF = mel_BTF if len(places_B) == len(rows_B) else None
             try:
                 part_BTF = self.stores[number].read(
@@ -221,7 +221,7 @@ class JoinedStore:
         return mel_BTF
 
     def _split_by_store(self, rows_N: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Yield for each store its number, the places of its rows among these rows, and its own numbers of them."""
+        """Yield for each store: its number, the positions of its rows in `rows_N`, and these rows as numbered in it."""
         store_N = self.store_numbers(rows_N)
         for number in range(len(self.stores)):
             places_N = np.flatnonzero(store_N == number)
@@ -229,7 +229,7 @@ class JoinedStore:
 
 
 def refuse_different_stores(first: FeatureStore, second: FeatureStore) -> None:
-    """Raise StoreError where a stored number or a class index means one thing in one store and another in the other."""
+    """Raise StoreError if a stored value or a class index has different meanings in the two stores."""
     # Both sides are described in words, so that the message shows the difference.
     first_facts = _describe_meaning(first, second)
     second_facts = _describe_meaning(second, first)
@@ -237,12 +237,12 @@ def refuse_different_stores(first: FeatureStore, second: FeatureStore) -> None:
         if first_text != second_facts[fact]:
             raise StoreError(
                 f"{second.location}: has {fact} {second_facts[fact]}, but {first.location} has {first_text}; "
-                "only stores of one kind are trained on together: build one of them again"
+                "only stores of one kind can be joined; build one of them again"
             )
 
 
 def _describe_meaning(store: FeatureStore, compared_with: FeatureStore) -> dict[str, str]:
-    """Return in words what decides the meaning of a store's numbers and class indices."""
+    """Return the facts, in words, that decide the meaning of a store's values and class indices."""
     return {
         "mel spec": f"{store.spec.name} ({store.frames} x {store.bands}, {store.spec_id})",
         "dtype": str(store.dtype),
@@ -252,7 +252,7 @@ def _describe_meaning(store: FeatureStore, compared_with: FeatureStore) -> dict[
 
 
 def describe_class_list(mids: Sequence[str], other_mids: Sequence[str]) -> str:
-    """Return how many classes a list has, and its first class that the other list does not have at that place."""
+    """Return the number of classes of a list, and its first class that differs from the other list."""
     for number, mid in enumerate(mids):
         if number >= len(other_mids) or other_mids[number] != mid:
             return f"of {len(mids)} classes, number {number} is {mid}"

@@ -1,4 +1,4 @@
-"""The manifest: a table with one row per clip, which says what was planned for the clip and what became of it."""
+"""The manifest: a table with one row per clip, which has the plan for the clip and the result of building it."""
 
 import difflib
 import hashlib
@@ -7,18 +7,18 @@ import polars as pl
 
 from pipeline.errors import ManifestError
 
-# Why a clip could not be used, and how that is explained to people.
+# The reasons for which a clip cannot be used, each with its explanation for users.
 FAILURE_REASONS: dict[str, str] = {
     "missing": "no file was found for the clip",
-    "unreadable": "no decoder makes sense of the file",
+    "unreadable": "no decoder can read the file",
     "truncated": "under 95 % of the declared length could be decoded",
     "too_short": "under 0.1 s of sound",
     "silent": "peak under -90 dBFS",
-    "non_finite": "holds NaN or infinite samples",
+    "non_finite": "contains NaN or infinite samples",
     "too_long": "longer than the longest clip allowed",
-    "timed_out": "took longer to decode than a clip may",
-    "crashed": "the decoder took its process down",
-    "duplicate": "the id stands elsewhere in the lists and counts there",
+    "timed_out": "decoding took longer than --limit-seconds",
+    "crashed": "the decoder crashed its process",
+    "duplicate": "the lists name the id more than once; another row counts",
 }
 
 # The columns that are known before the build.
@@ -29,24 +29,24 @@ PLAN_SCHEMA: dict[str, pl.DataType] = {
     "end_seconds": pl.Float64(),
 }
 
-# The columns that a build fills in; the ledger holds the same ones, shard by shard.
+# The columns that a build fills in; the ledger has the same columns, shard by shard.
 RESULT_SCHEMA: dict[str, pl.DataType] = {
-    "source": pl.String(),  # where the sound was found, relative to its --audio folder
+    "source": pl.String(),  # the file of the sound, relative to its --audio folder
     "status": pl.String(),  # good or failed; pending until its shard is committed
-    "reason": pl.String(),  # a key of FAILURE_REASONS where the clip failed
-    "detail": pl.String(),  # a sentence
-    "flags": pl.List(pl.String()),  # oddities that did not keep the clip from use
-    "n_frames": pl.Int32(),  # frames that are audio; 0 where the clip is not good
+    "reason": pl.String(),  # a key of FAILURE_REASONS if the clip failed
+    "detail": pl.String(),  # one sentence about the failure
+    "flags": pl.List(pl.String()),  # unusual properties of a good clip (`summary.FLAG_MEANINGS`)
+    "n_frames": pl.Int32(),  # frames that are not padding; 0 if the clip is not good
     "codec": pl.String(),
     "rate_hz": pl.Int32(),
     "channels": pl.Int32(),
     "seconds": pl.Float64(),  # length of the decoded source
     "peak_dbfs": pl.Float64(),
     "rms_dbfs": pl.Float64(),
-    "digest": pl.String(),  # of the mono waveform before resampling
-    "error_rms_nat": pl.Float64(),  # of the stored log-mel against the computed one, by rounding and clipping
-    "error_max_nat": pl.Float64(),
-    "crc32c": pl.UInt32(),  # of the stored spectrogram, little-endian
+    "digest": pl.String(),  # digest of the mono waveform before resampling
+    "error_rms_nat": pl.Float64(),  # error of the stored log-mel by rounding and clipping: root mean square
+    "error_max_nat": pl.Float64(),  # and maximum
+    "crc32c": pl.UInt32(),  # crc32c of the stored spectrogram, little-endian
 }
 
 MANIFEST_SCHEMA = PLAN_SCHEMA | RESULT_SCHEMA
@@ -77,7 +77,7 @@ def pending_manifest(plan: pl.DataFrame) -> pl.DataFrame:
 
 
 def compute_plan_id(plan: pl.DataFrame, *, shard_clips: int) -> str:
-    """Return 12 hex digits of the plan: which clip is row i, what is expected of it, and which rows are shard s."""
+    """Return 12 hex digits of the plan: each row's clip with its split, times and labels, and each shard's rows."""
     # One line of text per clip; times in whole milliseconds, which every machine rounds alike.
     lines = plan.select(
         pl.concat_str(
@@ -108,16 +108,16 @@ def check_manifest_schema(frame: pl.DataFrame, where: object) -> pl.DataFrame:
     return frame
 
 
-MAX_COMPARED_IDS = 1_000  # ids that are compared letter by letter with the one that was not found
+MAX_COMPARED_IDS = 1_000  # ids that are compared letter by letter with the unknown id
 
 
 def nearest_clip_ids(ids: pl.Series, wanted: str) -> list[str]:
     """Return up to three of the ids that resemble `wanted`, which is not among them.
 
-    One slip of the pen leaves two thirds of an id as they were. So of two million ids only those that share most
-    thirds with `wanted` are compared letter by letter.
+    One typing error leaves two thirds of an id unchanged. So, of two million ids, only those that share most thirds
+    with `wanted` are compared letter by letter.
     """
-    # Count how many thirds of the wanted id stand somewhere in each id.
+    # Count how many thirds of the wanted id each id contains.
     third = max(1, -(-len(wanted) // 3))
     parts = [wanted[begin : begin + third].lower() for begin in range(0, len(wanted), third)]
     lowercase_id = pl.col("id").str.to_lowercase()

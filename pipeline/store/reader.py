@@ -1,4 +1,4 @@
-"""Reading: the stored values of rows go out of their shards into the caller's memory, checked against their crc32c."""
+"""Read the stored values of rows from their shards into the caller's memory, and check them against their crc32c."""
 
 import errno
 import fcntl
@@ -24,32 +24,32 @@ MAX_OPEN_SHARDS = 256  # files that a reader keeps open; a mapped file counts tw
 
 DISK_BLOCK_BYTES = 4096  # offsets, lengths and memory of direct reads are multiples of it
 
-NO_WAIT_FLAG = getattr(os, "RWF_NOWAIT", 0)  # only Linux can say what is in memory already
+NO_WAIT_FLAG = getattr(os, "RWF_NOWAIT", 0)  # only Linux can report whether bytes are in memory
 
-OPEN_ATTEMPTS = 3  # to open a shard before it counts as gone
+OPEN_ATTEMPTS = 3  # attempts to open a shard before it counts as missing
 
-# An OSError with one of these is the fault of the file, not of this process.
+# An OSError with one of these errnos is the fault of the file, not of this process.
 BROKEN_FILE_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.EIO, errno.ESTALE)
 
-# An OSError with one of these answers NO_WAIT_FLAG: not in memory, or the file system does not know the flag.
+# A read with NO_WAIT_FLAG fails with one of these: not in memory, or the file system does not support the flag.
 NOT_IN_MEMORY_ERRNOS = (errno.EAGAIN, errno.EOPNOTSUPP)
 
 
 class RowReader(Protocol):
-    """The seam between a store and the source of its values."""
+    """The interface through which a store reads its values."""
 
     def read(self, rows_B: np.ndarray, starts_B: np.ndarray, out_BTF: np.ndarray) -> None:
-        """Read frames [start, start + T) of each row as stored; raises BrokenClipError for a clip that fails."""
+        """Read the stored frames [start, start + T) of each row; BrokenClipError for a clip that fails."""
 
 
 class _ShardFile:
-    """An open shard; its file is closed with the last reference."""
+    """An open shard file; it is closed when nothing refers to it any more."""
 
-    chunk_offsets: memoryview  # u64, by the clip's place in the shard
+    chunk_offsets: memoryview  # u64, one per clip of the shard
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.descriptor = -1  # for `__del__`, where opening fails
+        self.descriptor = -1  # so that `__del__` works if opening fails
         self.descriptor = os.open(path, os.O_RDONLY)
         self.file_identity = _file_identity(os.fstat(self.descriptor))
 
@@ -60,7 +60,7 @@ class _ShardFile:
         self.probe_byte = bytearray(1)
 
     def bypass_page_cache(self) -> None:
-        """Read directly from now on; raises StoreError where the file system refuses."""
+        """Read past the page cache from now on; StoreError if the file system refuses."""
         try:
             fcntl.fcntl(self.descriptor, fcntl.F_SETFL, os.O_RDONLY | os.O_DIRECT)
         except OSError:
@@ -69,7 +69,7 @@ class _ShardFile:
             ) from None
 
     def is_still_on_disk(self) -> bool:
-        """Return whether its path still leads to this file."""
+        """Return whether the path still refers to this open file."""
         try:
             return _file_identity(self.path.stat()) == self.file_identity
         except FileNotFoundError:
@@ -81,29 +81,33 @@ class _ShardFile:
 
 
 class _ReadRequest(NamedTuple):
-    """One row of a batch: which bytes of which shard go where."""
+    """The read of one row of a batch: the bytes of a shard, and the memory to copy them to."""
 
     row: int
     shard: _ShardFile
-    offset: int  # of the clip's chunk in the shard
-    skipped_bytes: int  # of the chunk, before the crop begins
+    offset: int  # byte offset of the clip's chunk in the shard
+    skipped_bytes: int  # bytes of the chunk before the crop
     out: memoryview
 
 
-# Reads into buffers from an offset of a shard, as `preadv` does; returns the number of bytes that came.
+# Reads into buffers from an offset of a shard, as `preadv` does; returns the number of bytes read.
 _ReadBytes = Callable[[_ShardFile, list[memoryview], int, int], int]
 
 
 class ShardReader:
     """Reads clips of a store by row, for one thread; a clip that cannot be read raises BrokenClipError.
 
-    locate_shard  says where a shard lies; it may fetch the shard first
-    io            pread: all that is not in memory is requested at once, so that the disk can work on the whole batch
-                  (measured: 22 instead of 46 ms for 64 clips); mmap: bytes in memory are copied from the mapped file,
-                  a quarter faster, but they count as the process's own memory; direct: past the page cache, one clip
-                  after the other, for stores that would only displace everything else in it
-    check         when a clip's own crc32c is compared: the first time that this process reads its row (`checked_rows`
-                  is shared by the readers of a store), always, or never. A check reads the whole clip, also for a crop
+    locate_shard  function that returns the path of a shard; it may fetch the shard first
+    io            how bytes are read
+                  pread   all bytes that are not in memory are requested at once, so that the disk can work on the
+                          whole batch (measured: 22 instead of 46 ms for 64 clips)
+                  mmap    bytes in memory are copied from the mapped file; a quarter faster, but they count as the
+                          process's own memory
+                  direct  past the page cache, one clip after the other; for stores so large that they would displace
+                          everything else in the cache
+    check         when a clip is compared with its own crc32c: `first-epoch` (the first time that this process reads
+                  the row), `always` or `never`. A check reads the whole clip, even if only a crop is requested
+    checked_rows  for `first-epoch`: one byte per row, 0 while its check is due; the readers of a store share it
     """
 
     def __init__(
@@ -129,17 +133,17 @@ class ShardReader:
             self._checked_rows[:] = bytes([1]) * layout.clips
         self._checked_mark = 0 if check == "always" else 1
 
-        # Files are closed again, the one used longest ago first; what was read of their indices stays.
+        # The least recently used file is closed first; the offsets read from its index are kept.
         self._open_shards: OrderedDict[int, _ShardFile] = OrderedDict()
         self._max_open_shards = MAX_OPEN_SHARDS // 2 if io == "mmap" else MAX_OPEN_SHARDS
         self._offsets_by_shard: dict[int, tuple[tuple[int, ...], memoryview]] = {}
 
-        # Buffers for whole clips of which a crop is wanted, for their checksums, and for whole blocks of the disk.
+        # Buffers: a whole clip if only a crop is requested, the checksum of a clip, and whole blocks of the disk.
         self._clip_buffer = memoryview(bytearray(layout.clip_bytes))
         self._checksum_buffer = memoryview(bytearray(CRC_BYTES))
         if io == "direct":
             blocks = layout.clip_bytes // DISK_BLOCK_BYTES + 3
-            self._block_buffer = memoryview(mmap.mmap(-1, blocks * DISK_BLOCK_BYTES))  # begins at a page
+            self._block_buffer = memoryview(mmap.mmap(-1, blocks * DISK_BLOCK_BYTES))  # page-aligned
         read_methods: dict[ReadMethod, _ReadBytes] = {
             "pread": _read_with_pread,
             "mmap": _read_from_mmap,
@@ -148,17 +152,17 @@ class ShardReader:
         self._read_bytes = read_methods[io]
 
     def read(self, rows_B: np.ndarray, starts_B: np.ndarray, out_BTF: np.ndarray) -> None:
-        """Read frames [start, start + T) of each row; BrokenClipError where a clip is not there as it was written."""
+        """Read frames [start, start + T) of each row; BrokenClipError if a clip is missing or not as it was written."""
         if not out_BTF.size:
             return
 
-        # Take at once every clip that is in memory already.
+        # Read first every clip that is already in memory.
         waiting = []
         for request in self._plan_requests(rows_B, starts_B, out_BTF):
             if not self._try_request(request, NO_WAIT_FLAG):
                 waiting.append(request)
 
-        # Ask the disk for all the others before waiting for the first of them.
+        # Request all other clips from the disk before waiting for the first of them.
         if self._io == "pread":
             for request in waiting:
                 os.posix_fadvise(
@@ -171,8 +175,8 @@ class ShardReader:
     def _plan_requests(
         self, rows_B: np.ndarray, starts_B: np.ndarray, out_BTF: np.ndarray
     ) -> Iterator[_ReadRequest]:
-        """Yield a request for each row, its shard opened; BrokenClipError where the shard lacks the clip."""
-        # The output in bytes: one stretch of it for each row.
+        """Yield a request for each row, with its shard opened; BrokenClipError if the shard lacks the clip."""
+        # The output as bytes, `size` of them for each row.
         out = out_BTF.data.cast("B")
         size = out_BTF[0].nbytes
         skips_B = starts_B * (self._layout.bands * out_BTF.itemsize)
@@ -183,11 +187,11 @@ class ShardReader:
             shard = self._shard_file(number, row)
             offset = shard.chunk_offsets[place]
             if offset == ABSENT_OFFSET:
-                raise BrokenClipError(row, f"{shard.path}: does not hold it")
+                raise BrokenClipError(row, f"{shard.path}: does not contain the clip")
             yield _ReadRequest(row, shard, offset, skip, out[clip * size : (clip + 1) * size])
 
     def _try_request(self, request: _ReadRequest, flags: int) -> bool:
-        """Return whether all bytes came; raises BrokenClipError where a check is due and fails."""
+        """Read one clip and return whether all its bytes were read; BrokenClipError if a check is due and fails."""
         row, shard, offset, skipped_bytes, out = request
         try:
             if self._checked_rows[row]:
@@ -207,26 +211,26 @@ class ShardReader:
         if google_crc32c.value(np.frombuffer(clip, np.uint8)) != expected_crc:
             raise BrokenClipError(row, f"{shard.path}: its spectrogram does not match its checksum")
 
-        # Of a clip that was read whole for its check, hand over the crop.
+        # If the whole clip was read for its check, copy the crop to the output.
         if clip is not out:
             out[:] = clip[skipped_bytes : skipped_bytes + len(out)]
         self._checked_rows[row] = self._checked_mark
         return True
 
     def _read_direct(self, shard: _ShardFile, buffers: list[memoryview], offset: int, flags: int) -> int:
-        """Read as `preadv` does, past the page cache: whole blocks, of which the wanted bytes are copied."""
-        # The blocks from the one with the first wanted byte to the one with the last.
+        """Read past the page cache, with the result of `preadv`: whole blocks are read, the requested bytes copied."""
+        # The blocks from the first requested byte to the last.
         count = sum(map(len, buffers))
         first = offset // DISK_BLOCK_BYTES * DISK_BLOCK_BYTES
         block_count = -(-(offset + count - first) // DISK_BLOCK_BYTES)
         blocks = self._block_buffer[: block_count * DISK_BLOCK_BYTES]
 
-        # At the end of a file fewer bytes come than were asked for.
+        # At the end of a file, fewer bytes are read than requested.
         wanted_count = os.preadv(shard.descriptor, [blocks], first) - (offset - first)
         return _copy_into_buffers(blocks[offset - first :][: max(wanted_count, 0)], buffers)
 
     def _shard_file(self, number: int, row: int) -> _ShardFile:
-        """Return a shard's file, opened if need be; the file that was used longest ago is closed for it."""
+        """Return a shard's open file; opening one may close the least recently used file."""
         shard = self._open_shards.get(number)
         if shard is not None:
             self._open_shards.move_to_end(number)
@@ -238,7 +242,7 @@ class ShardReader:
         return shard
 
     def _open_shard_file(self, number: int, row: int) -> _ShardFile:
-        # Errors name the path, or the number where no path could be had.
+        # Errors name the path, or the shard's number if its path could not be found.
         path = Path(f"shard {number}")
         try:
             path = self._locate_shard(number)
@@ -255,7 +259,7 @@ class ShardReader:
         return shard
 
     def _chunk_offsets(self, number: int, shard: _ShardFile) -> memoryview:
-        """Return the offsets of a shard's chunks; its index is read again only if it is another file by now."""
+        """Return the offsets of a shard's chunks; the index is read again only if the file has been replaced."""
         remembered = self._offsets_by_shard.get(number)
         if remembered is None or remembered[0] != shard.file_identity:
             remembered = (shard.file_identity, _read_chunk_offsets(shard.descriptor, self._layout))
@@ -271,7 +275,7 @@ class ShardReader:
         return _ShardFile(path)
 
     def close_missing_files(self) -> None:
-        """Close the files that are gone: a file that a cache has dropped takes room on the disk until then."""
+        """Close files that no longer exist: a file that the cache has deleted occupies the disk until it is closed."""
         missing = [number for number, shard in self._open_shards.items() if not shard.is_still_on_disk()]
         for number in missing:
             del self._open_shards[number]
@@ -291,15 +295,15 @@ def _read_with_pread(shard: _ShardFile, buffers: list[memoryview], offset: int, 
 
 
 def _read_from_mmap(shard: _ShardFile, buffers: list[memoryview], offset: int, flags: int) -> int:
-    """Read as `preadv` does, copied from mapped memory where the last byte is in memory already.
+    """Read with the result of `preadv`; bytes are copied from mapped memory if the last one is already in memory.
 
-    Otherwise a disk that fails, or a file that has been cut, would kill the process: the file is looked at first.
+    This is checked first, because copying from a failing disk or a truncated file would kill the process.
     """
     count = sum(map(len, buffers))
     if not flags or shard.mapped_file.size() < offset + count:
         return os.preadv(shard.descriptor, buffers, offset)
 
-    # Raises BlockingIOError where the last byte is not in memory.
+    # Raises BlockingIOError if the last byte is not in memory.
     os.preadv(shard.descriptor, [shard.probe_byte], offset + count - 1, flags)
     return _copy_into_buffers(shard.mapped_bytes_N[offset : offset + count], buffers)
 
@@ -309,28 +313,28 @@ def _copy_into_buffers(content: "np.ndarray | memoryview", buffers: list[memoryv
     copied = 0
     for buffer in buffers:
         count = min(len(buffer), len(content) - copied)
-        # numpy's copy lets other threads run meanwhile.
+        # numpy's copy releases the GIL, so that other threads can run.
         np.copyto(np.frombuffer(buffer, np.uint8)[:count], content[copied : copied + count])
         copied += count
     return copied
 
 
 def _read_chunk_offsets(descriptor: int, layout: ShardLayout) -> memoryview:
-    """Return the offset of every clip's chunk in a shard; ValueError where a chunk has another length than ours."""
+    """Return the offset of every clip's chunk in a shard; ValueError if a chunk has another length."""
     index_N2 = read_shard_index(descriptor, layout.shard_clips)
     present_N = index_N2[:, 0] != ABSENT_OFFSET
     if (index_N2[present_N, 1] != layout.clip_bytes + CRC_BYTES).any():
-        raise ValueError(f"holds chunks that are not {layout.clip_bytes} bytes and a checksum")
+        raise ValueError(f"contains chunks that are not {layout.clip_bytes} bytes and a checksum")
     return np.ascontiguousarray(index_N2[:, 0], np.uint64).data
 
 
 def _file_identity(status: os.stat_result) -> tuple[int, ...]:
-    """Return values of which one at least differs between any two files, or states of a file."""
+    """Return device, inode, size and time of change: at least one differs between two files or versions of a file."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _read_error(error: OSError, row: int, path: Path) -> StoreError:
-    """Return the error that a failed read means: for this clip only, or for all."""
+    """Return the error for a failed read: BrokenClipError if it concerns only this clip, else StoreError."""
     if error.errno in BROKEN_FILE_ERRNOS:
         return BrokenClipError(row, f"{path}: {error.strerror}")
     return StoreError(f"{path}: {error.strerror}; check its permissions, the disk and `ulimit -n`")

@@ -1,12 +1,12 @@
-"""Shards, the standard Zarr v3 objects that hold the spectrograms, and the ledger, which says which shards count.
+"""Shards, the standard Zarr v3 objects that contain the spectrograms, and the ledger, which records valid shards.
 
-zarr-python creates the array. Shards are written by `ShardWriter`, which needs no second copy of them in memory, and
-read for training by `reader.ShardReader`, because zarr-python's random access is an order of magnitude slower. Layout
-of `mel/c/<shard>/0/0`: one chunk per clip that is there (little-endian values, then their crc32c), then one
+zarr-python creates the array. `ShardWriter` writes the shards, because it needs no copy of a shard in memory.
+`reader.ShardReader` reads them for training, because zarr-python's random access is an order of magnitude slower.
+Layout of `mel/c/<shard>/0/0`: one chunk per stored clip (little-endian values, then their crc32c), then one
 (offset, bytes) pair of u64 per clip of the shard, then the crc32c of these pairs. An absent clip has the pair
 (2^64-1, 2^64-1), and zarr-python reads it as the fill value.
 
-The ledger has one record per shard. The record is the commit point: a shard without one does not exist.
+The ledger has one record per shard. The record is the commit point: a shard without a record does not exist.
 """
 
 import hashlib
@@ -37,29 +37,29 @@ MAX_SHARD_BYTES = 128 * 2**20
 
 MIN_SHARD_CLIPS = 16
 
-MIN_SHARDS = 64  # where the set allows it: so many processes can build at once
+MIN_SHARDS = 64  # if the data set is large enough; this many processes can build at once
 
-PENDING_SUFFIX = ".next"  # suffix of a record whose shard is about to be placed
+PENDING_SUFFIX = ".next"  # suffix of a record whose shard is about to be moved into place
 
 
 def choose_shard_clips(clips: int, clip_bytes: int) -> int:
-    """Return how many clips a shard holds, a power of two.
+    """Return the number of clips per shard, a power of two.
 
-    A shard has at most 128 MiB and at least 16 clips, and a store at least 64 shards where the set allows it.
+    A shard has at most 128 MiB and at least 16 clips; a store has at least 64 shards if the data set is large enough.
     """
-    # Large shards are quick to read and few files; small ones spread the work and cost little when they break.
+    # Large shards are fast to read and are few files. Small shards spread the work, and little is lost if one breaks.
     most = min(MAX_SHARD_BYTES // clip_bytes, clips // MIN_SHARDS)
     return max(MIN_SHARD_CLIPS, 2 ** int(math.log2(max(most, 1))))
 
 
 def shard_path(store: Path, shard: int) -> Path:
-    """Return where Zarr keeps a shard of `mel`."""
+    """Return the path at which Zarr stores a shard of `mel`."""
     return store / "mel" / "c" / str(shard) / "0" / "0"
 
 
 def create_mel_array(store: Path, layout: ShardLayout, attributes: dict[str, object]) -> None:
     """Write the group's and the array's `zarr.json` below the folder `store`."""
-    import zarr  # takes a second, and reading or writing shards needs none of it
+    import zarr  # takes a second, and reading or writing shards does not need it
 
     folder = zarr.storage.LocalStore(store)
     zarr.create_group(folder, attributes=attributes)
@@ -86,7 +86,7 @@ def zarr_array_json(layout: ShardLayout) -> bytes:
 
 
 def check_mel_array(store: Path, layout: ShardLayout) -> None:
-    """Raise StoreError where `mel/zarr.json` describes another array than the layout's: it could not be read."""
+    """Raise StoreError if `mel/zarr.json` describes another array than the layout; that array could not be read."""
     path = store / "mel" / "zarr.json"
     try:
         described = _described_form(json.loads(path.read_text()))
@@ -96,12 +96,12 @@ def check_mel_array(store: Path, layout: ShardLayout) -> None:
     expected = _expected_form(layout)
     if described != expected:
         raise StoreError(
-            f"{path}: describes an array {described}, expected {expected}; only stores as built can be read"
+            f"{path}: describes an array {described}, expected {expected}; only unchanged stores can be read"
         )
 
 
 def _described_form(array: dict[str, Any]) -> tuple[Any, ...]:
-    """Return everything in the JSON of a Zarr array that decides at which offset a value lies."""
+    """Return all fields in the JSON of a Zarr array that decide the offset of a value."""
     (sharding,) = array["codecs"]
     inner = sharding["configuration"]
     return (
@@ -116,7 +116,7 @@ def _described_form(array: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _expected_form(layout: ShardLayout) -> tuple[Any, ...]:
-    """Return the same of the array that `create_mel_array` makes."""
+    """Return these fields for the array that `create_mel_array` creates."""
     clip_shape = [layout.frames, layout.bands]
     return (
         [layout.clips, *clip_shape],
@@ -130,7 +130,7 @@ def _expected_form(layout: ShardLayout) -> tuple[Any, ...]:
 
 
 def _codec_names(codecs: list[dict[str, Any]]) -> list[str]:
-    """Return the names of codecs; ValueError where one stores big-endian values."""
+    """Return the names of codecs; ValueError if any codec stores big-endian values."""
     if any(codec.get("configuration", {}).get("endian", "little") != "little" for codec in codecs):
         raise ValueError("big-endian")
     return [codec["name"] for codec in codecs]
@@ -149,7 +149,7 @@ def _create_zarr_array(store: Any, layout: ShardLayout) -> None:
         shards=(layout.shard_clips, *clip_shape),
         dtype=layout.dtype,
         fill_value=layout.fill_value,
-        filters=None,  # values as they are: a crop is read by its offset
+        filters=None,  # values are stored unchanged, so that a crop can be read by its offset
         serializer=BytesCodec() if layout.dtype == "uint8" else BytesCodec(endian="little"),
         compressors=[Crc32cCodec()],
         dimension_names=("clip", "frame", "band"),
@@ -157,9 +157,9 @@ def _create_zarr_array(store: Any, layout: ShardLayout) -> None:
 
 
 class ShardWriter:
-    """One shard, written clip by clip to a scratch file: the bytes that zarr-python would write.
+    """Writes one shard clip by clip to a scratch file, with the bytes that zarr-python would write.
 
-    A shard of 512 clips is 128 MiB; zarr-python holds it three times to write it once, this writer not at all.
+    A shard of 512 clips is 128 MiB; zarr-python needs three copies in memory to write it, this writer none.
     """
 
     def __init__(self, store: Path, layout: ShardLayout, shard: int) -> None:
@@ -174,7 +174,7 @@ class ShardWriter:
 
     def append_clip(self, row: int, mel_TF: np.ndarray) -> None:
         """Append a clip of the layout's shape and dtype; rows come in ascending order."""
-        # The index has the place of the chunk in the file and its length, checksum included.
+        # The index has the offset of the chunk in the file and its length, checksum included.
         chunk = mel_TF.tobytes()
         self._index_N2[row - self._first_row] = self.size_bytes, len(chunk) + CRC_BYTES
         self._append_bytes(chunk)
@@ -184,7 +184,7 @@ class ShardWriter:
         self._digest.update(content)
         self.size_bytes += len(content)
         rest = memoryview(content)
-        # A disk that is almost full takes a part, and raises at the next attempt.
+        # An almost full disk writes only a part, and raises at the next attempt.
         while rest:
             rest = rest[self._file.write(rest) :]
 
@@ -198,8 +198,8 @@ class ShardWriter:
         return self._digest.hexdigest()
 
     def place(self) -> None:
-        """Move the finished shard to its place."""
-        # The rename itself reaches the disk only with the folder.
+        """Move the finished shard from its scratch path to `path`."""
+        # The rename is on the disk only after the folder has been synced.
         self._scratch_path.replace(self.path)
         sync_to_disk(self.path.parent)
 
@@ -221,7 +221,7 @@ def read_shard_index(descriptor: int, shard_clips: int) -> np.ndarray:
     size = os.fstat(descriptor).st_size
     footer = os.pread(descriptor, footer_bytes, max(0, size - footer_bytes))
 
-    # A shard that was cut, or of other clips, has another footer.
+    # A truncated shard, or one with another number of clips, has another footer.
     if len(footer) < footer_bytes:
         raise ValueError(f"has {size} bytes, too few for an index of {shard_clips} clips")
     if google_crc32c.value(footer[:-CRC_BYTES]) != int.from_bytes(footer[-CRC_BYTES:], "little"):
@@ -231,14 +231,14 @@ def read_shard_index(descriptor: int, shard_clips: int) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardCommit:
-    """The facts that the ledger records about one shard, beside the results of its rows."""
+    """The facts that the ledger records about one shard, in addition to the results of its rows."""
 
     shard: int
     spec_id: str
     plan_id: str
-    size_bytes: int  # 0: no clip of the shard is good, and Zarr keeps no object
+    size_bytes: int  # 0: no clip of the shard is good, and there is no file
     sha256: str
-    policy: dict[str, Any]  # `AudioPolicy` of the clips: the loosest one with which any row was built
+    policy: dict[str, Any]  # `AudioPolicy`: the most permissive one with which any row was built
     moments: dict[str, dict[str, Any]]  # per split: frames, sum_F, square_F over valid frames of good clips
 
 
@@ -268,12 +268,12 @@ class SplitMoments:
 
 
 def ledger_path(store: Path, shard: int) -> Path:
-    """Return where the ledger keeps the record of a shard."""
+    """Return the path of the record of a shard."""
     return store / "ledger" / f"{shard:06d}.parquet"
 
 
 def uncommitted_shards(store: Path) -> list[Path]:
-    """Return the objects below `mel/c` of which the ledger has no record, sorted."""
+    """Return the shard files below `mel/c` that have no record in the ledger, sorted."""
     known = {shard_path(store, int(path.stem)) for path in store.glob("ledger/[0-9]*.parquet")}
     return sorted(set(store.glob("mel/c/*/0/0")) - known)
 
@@ -286,7 +286,7 @@ def write_commit(path: Path, commit: ShardCommit, results: pl.DataFrame) -> None
 
 
 def read_commit(store: Path, shard: int) -> tuple[ShardCommit, pl.DataFrame] | None:
-    """Return a shard's commit and the results of its rows, or None where it is not committed."""
+    """Return a shard's commit and the results of its rows, or None if it is not committed."""
     path = ledger_path(store, shard)
     if not path.exists():
         return None
@@ -297,8 +297,8 @@ def read_commit(store: Path, shard: int) -> tuple[ShardCommit, pl.DataFrame] | N
 
 
 def read_commit_file(path: Path) -> tuple[ShardCommit, pl.DataFrame]:
-    """Return the record in one file of the ledger; raises StoreError where it is damaged."""
-    # The digest is over results and commit together, so that no record is half of one and half of another.
+    """Return the record in one file of the ledger; raises StoreError if it is damaged."""
+    # The digest covers results and commit together, so that parts of two records cannot be mixed.
     frame, metadata = read_table(path)
     values = metadata.get("commit")
     if (
@@ -322,10 +322,10 @@ def compute_store_id(header: StoreHeader, commits: Sequence[ShardCommit]) -> str
 
 
 def commit_shard(store: Path, commit: ShardCommit, results: pl.DataFrame, writer: ShardWriter | None) -> None:
-    """Put a shard and its record in place so that at every instant either the old pair or the new pair can be had.
+    """Move a shard and its record into place; at every instant, either the old pair or the new pair can be recovered.
 
-    The new record waits as `.next` while the shard is renamed. After a crash in between, `resolve_pending_record`
-    decides by the shard's digest which record counts.
+    The new record is named `.next` until the shard has been renamed. After a crash between the two steps,
+    `resolve_pending_record` decides by the shard's digest which record is valid.
     """
     record = ledger_path(store, commit.shard)
     pending_record = record.with_name(record.name + PENDING_SUFFIX)
@@ -336,13 +336,13 @@ def commit_shard(store: Path, commit: ShardCommit, results: pl.DataFrame, writer
 
 
 def promote_record(pending_record: Path) -> None:
-    """Make a pending record, whose shard is in place, the one that counts."""
+    """Make a pending record valid; its shard must be in place."""
     pending_record.replace(pending_record.with_suffix(""))
     sync_to_disk(pending_record.parent)
 
 
 def resolve_pending_record(store: Path, pending_record: Path) -> None:
-    """Adopt a pending record if its shard is in place, else remove it, so that the old record holds."""
+    """Make a pending record valid if its shard is in place, else remove it, so that the old record stays valid."""
     if shard_matches_commit(store, read_commit_file(pending_record)[0]):
         promote_record(pending_record)
     else:
@@ -350,7 +350,7 @@ def resolve_pending_record(store: Path, pending_record: Path) -> None:
 
 
 def shard_matches_commit(store: Path, commit: ShardCommit) -> bool:
-    """Return whether the shard on disk is the committed one, byte for byte; an empty commit wants no file."""
+    """Return whether the shard on disk is the committed one, byte for byte (no file for an empty commit)."""
     path = shard_path(store, commit.shard)
     if not commit.size_bytes:
         return not path.exists()

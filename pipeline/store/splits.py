@@ -1,9 +1,9 @@
-"""Splits and their roles: which split trains, which measures and which chooses, by the names of the splits alone.
+"""The roles of splits: which splits are for training, for evaluation and for validation. Only their names decide.
 
-A split measures, and nobody trains on it, if a word of its name begins with `eval` or `test`. Every other split
-trains; of these, the ones named `val`, `valid`, `validation` or `dev` choose settings where a stage has settings to
-choose. Splits named `fold1`, `fold2` ... take turns at measuring where no split measures by its name. Where a share of
-the clips is to be held out instead of a split, a hash of each clip's id decides.
+A split is for evaluation, and never for training, if a word of its name begins with `eval` or `test`. All other splits
+are for training. Those among them that are named `val`, `valid`, `validation` or `dev` select hyper-parameters, in the
+stages that have any to select. If no split is for evaluation, splits named `fold1`, `fold2` ... are evaluated in turn.
+If a share of the clips is held out instead of a split, a hash of each clip's id selects the clips.
 """
 
 import re
@@ -22,39 +22,39 @@ EVALUATION_PATTERN = re.compile(r"(?:^|[^a-z])(?:eval|test)", re.IGNORECASE)
 # A whole word: `val`, `a_dev`, but not `valley` or `device`.
 VALIDATION_PATTERN = re.compile(r"(?:^|[^a-z])(?:val|valid|validation|dev)(?:$|[^a-z])", re.IGNORECASE)
 
-# The whole name.
+# The whole name: `fold1`, `fold2` ...
 FOLD_PATTERN = re.compile(r"fold[1-9]\d*")
 
-EVAL_SPLIT = "eval"  # the split that probes are measured on where it exists
+EVAL_SPLIT = "eval"  # the split on which probes are evaluated, if it exists
 
 
 def evaluation_split_names(splits: Sequence[str]) -> tuple[str, ...]:
-    """Return the splits that measure: a word of their names begins with eval or test."""
+    """Return the evaluation splits: a word of their names begins with eval or test."""
     return tuple(split for split in splits if EVALUATION_PATTERN.search(split))
 
 
 def train_splits(store: AnyStore) -> list[str]:
-    """Return the splits that train, sorted: all that do not measure; RunError where every split measures."""
+    """Return the training splits, sorted: all but the evaluation splits; RunError if there is no training split."""
     splits = _split_names(store)
     measuring = evaluation_split_names(splits)
     if len(measuring) == len(splits):
         verb = "is" if len(measuring) == 1 else "are"
         raise RunError(
-            f"{store.location}: no split to train on ({', '.join(measuring)} {verb} kept to measure on, by name); "
+            f"{store.location}: no split to train on ({', '.join(measuring)} {verb} for evaluation, by name); "
             "leave the store out, or build one with another split"
         )
     return [split for split in splits if split not in measuring]
 
 
 def evaluation_splits(store: AnyStore) -> list[str]:
-    """Return the splits that measure, sorted; there may be none."""
+    """Return the evaluation splits, sorted; may be empty."""
     return list(evaluation_split_names(_split_names(store)))
 
 
 def probe_eval_splits(store: AnyStore) -> list[str]:
-    """Return the splits that probes are measured on; RunError where no split measures.
+    """Return the splits on which probes are evaluated; RunError if there is no evaluation split.
 
-    They are `eval` alone where a split has that name, else all splits that measure.
+    This is only `eval` if a split has that name, else all evaluation splits.
     """
     splits = _split_names(store)
     if EVAL_SPLIT in splits:
@@ -62,14 +62,14 @@ def probe_eval_splits(store: AnyStore) -> list[str]:
     measuring = evaluation_splits(store)
     if not measuring:
         raise RunError(
-            f"{store.location}: no split to measure on, none of {', '.join(splits)} is named eval or test; "
+            f"{store.location}: no split to evaluate on, none of {', '.join(splits)} is named eval or test; "
             "build a store with one"
         )
     return measuring
 
 
 def describe_splits(store: AnyStore) -> str:
-    """Return the splits that train, and in brackets the splits that measure: `train, val (not test)`."""
+    """Return the training splits, and in brackets the evaluation splits: `train, val (not test)`."""
     trained = ", ".join(train_splits(store))
     measuring = evaluation_splits(store)
     return f"{trained} (not {', '.join(measuring)})" if measuring else trained
@@ -79,7 +79,7 @@ def _split_names(store: AnyStore) -> list[str]:
     return sorted(store.manifest["split"].unique())
 
 
-# Ids of parts of one sound -> the id that the parts share.
+# Patterns in the ids of pieces of one sound -> replacements after which all pieces have the same id.
 PIECE_ID_PATTERNS = {
     r"@\d+$": "",  # `pipeline.datasets.corpus` appends the millisecond at which a piece starts
     r"^([A-Za-z0-9_-]{11})_(?:0|[1-9]\d*000)$": "${1}",  # AudioSet-strong: video and millisecond
@@ -87,13 +87,13 @@ PIECE_ID_PATTERNS = {
 
 
 def held_out_mask_N(clip_ids: pl.Series, share: float, seed: int = 0) -> np.ndarray:
-    """Return which clips are held out, bool `[N]`: about `share` of the sounds, and others for another seed.
+    """Return a mask of the held-out clips, bool `[N]`: about `share` of the sounds; each seed selects other sounds.
 
-    The id alone decides: clips that are added or lost move no other clip, and a greater share holds out the same
-    clips and more. Pieces of one sound share their fate, and so do segments of one video of AudioSet.
+    Only the id decides: adding or removing clips changes nothing for other clips, and a greater share holds out the
+    same clips and more. All pieces of one sound are held out together, as are all segments of one AudioSet video.
     """
     if not 0 <= share <= 1:
-        raise ValueError(f"share must lie in [0, 1], got {share}")
+        raise ValueError(f"share must be in [0, 1], got {share}")
 
     # Pieces of one sound get one id.
     sounds_N = clip_ids.cast(pl.String)
@@ -108,7 +108,7 @@ def held_out_mask_N(clip_ids: pl.Series, share: float, seed: int = 0) -> np.ndar
 
 
 def _mix_bits(words_N: np.ndarray) -> np.ndarray:
-    """Return words of which every bit depends on every bit of the given ones (the finaliser of SplitMix64)."""
+    """Return mixed 64-bit words: every bit depends on every bit of the input word (the finaliser of SplitMix64)."""
     words_N = words_N + np.uint64(0x9E3779B97F4A7C15)
     words_N = (words_N ^ (words_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words_N = (words_N ^ (words_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

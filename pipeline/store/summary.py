@@ -1,4 +1,4 @@
-"""A store in numbers: how many clips are good, failed, excluded or odd, split by split and class by class."""
+"""Counts of the clips of a store, per split and per class: good, failed, excluded, and flagged as unusual."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from pipeline.tables import read_table
 
 # The flags of good clips in the manifest, explained to people.
 FLAG_MEANINGS: dict[str, str] = {
-    "cut": "a whole recording, cut at the segment",
-    "longer": "longer than its segment; the first seconds count",
-    "shorter": "shorter than its segment; its valid frames say so",
-    "truncated": "cut short, and accepted",
-    "silent": "peak under -90 dBFS, and kept",
-    "mixed_down": "several channels, of which the mean was taken",
+    "cut": "cut out of a whole recording",
+    "longer": "longer than its segment; the end is not used",
+    "shorter": "shorter than its segment; the rest of the row is padding",
+    "truncated": "the file is cut short; accepted by an option",
+    "silent": "peak under -90 dBFS; kept by an option",
+    "mixed_down": "several channels; their mean is used",
     "beyond_full_scale": "samples beyond full scale; not clipped",
-    "wrong_extension": "content and extension differ; content decided",
+    "wrong_extension": "content and extension differ; the content is used",
 }
 
 EXAMPLES_PER_REASON = 5
@@ -31,7 +31,7 @@ IS_GOOD_CLIP = pl.col("status") == "good"
 
 
 def coverage_table(manifest: pl.DataFrame, excluded_N: np.ndarray | None = None) -> str:
-    """Return a table in text, a column per split: clips listed, good, excluded, odd but used, and failed by reason."""
+    """Return a text table with a column per split: clips listed, good, excluded, flagged, and failed by reason."""
     # The rows of the table, subheadings indented.
     coverage = ClipCoverage.from_manifest(manifest, excluded_N)
     rows = [("clips listed", coverage.listed_counts), ("good", coverage.good_counts)]
@@ -56,9 +56,9 @@ class ClipCoverage:
     listed_counts: tuple[int, ...]
     good_counts: tuple[int, ...]
     failed_counts: tuple[int, ...]
-    excluded_counts: tuple[int, ...]  # good, and named by an exclude list
-    flag_counts: dict[str, tuple[int, ...]]  # of good clips; one may have several
-    reason_counts: dict[str, tuple[int, ...]]
+    excluded_counts: tuple[int, ...]  # good clips that an exclude list names
+    flag_counts: dict[str, tuple[int, ...]]  # by flag, of good clips; a clip may have several flags
+    reason_counts: dict[str, tuple[int, ...]]  # by failure reason
 
     @classmethod
     def from_manifest(cls, manifest: pl.DataFrame, excluded_N: np.ndarray | None = None) -> Self:
@@ -105,20 +105,20 @@ def _counts_per_split(counts: pl.DataFrame, splits: Sequence[str]) -> tuple[int,
 class ClassCounts:
     """Numbers of clips per split and class."""
 
-    listed_NC: np.ndarray  # with the raw label, good or not
+    listed_NC: np.ndarray  # clips with the raw label, good or not
     # Good, not excluded clips that have the class, by label set; `raw` first.
     positives_NC: dict[str, np.ndarray]
 
     @classmethod
     def from_store(cls, store: FeatureStore, labels: pl.DataFrame, splits: Sequence[str]) -> Self:
-        """Count the clips of every row; `labels` has the columns of labels.parquet."""
+        """Count the clips of a store; `labels` has the columns of labels.parquet."""
         # The split of each row as a number, and whether the row is good.
         split_names = store.manifest["split"].cast(pl.Enum(list(splits)))
         split_N = split_names.to_physical().to_numpy().astype(np.int64)
         good_N = np.zeros(len(split_N), bool)
         good_N[store.good_rows()] = True
 
-        # Each label is a row and a cell of the flattened table of splits and classes.
+        # Each label has a row, and a cell in the flattened table of splits and classes.
         classes = len(store.classes)
         cells = {name: _label_cells(labels[name], split_N, classes) for name in label_set_names(labels)}
 
@@ -135,7 +135,7 @@ class ClassCounts:
 
 
 def _label_cells(labels: pl.Series, split_N: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the row of every label, and the cell in which it counts: split times `classes` plus class."""
+    """Return the row of every label, and its cell: split * classes + class."""
     rows_N, values = flatten_label_lists(labels)
     class_N = values.to_numpy(zero_copy_only=False).astype(np.int64)
     return rows_N, split_N[rows_N] * classes + class_N
@@ -157,7 +157,7 @@ def count_good_values(manifest: pl.DataFrame, column: str) -> list[tuple[Any, in
 
 
 def good_clip_histogram(manifest: pl.DataFrame, column: str, edges_N: np.ndarray) -> np.ndarray:
-    """Return how many good clips lie between each two edges; values beyond the edges count in the outermost bins."""
+    """Return the number of good clips per bin; values beyond the edges count in the outermost bins."""
     values = manifest.lazy().filter(IS_GOOD_CLIP).select(pl.col(column).drop_nulls()).collect()
     values_N = values[column].to_numpy()
     # Values beyond the outermost edges move just inside them.
@@ -166,7 +166,7 @@ def good_clip_histogram(manifest: pl.DataFrame, column: str, edges_N: np.ndarray
 
 
 def read_label_table(store: FeatureStore) -> tuple[pl.DataFrame, dict[str, str]]:
-    """Return labels.parquet, and for each label set a sentence on where it comes from."""
+    """Return labels.parquet, and for each label set a sentence about its origin."""
     labels, metadata = read_table(store.path / "labels.parquet")
     return labels, {name: _describe_provenance(metadata.get(name)) for name in label_set_names(labels)}
 
@@ -186,7 +186,7 @@ def _describe_provenance(record: Any) -> str:
 
 
 def stored_mel_bytes(store: FeatureStore) -> int:
-    """Return the bytes of all shards on the disk: the good clips, and an index in each shard that has one."""
+    """Return the bytes of all shards on the disk: the good clips, and one index per shard with a good clip."""
     layout = store.header.layout
     good_rows_N = np.flatnonzero(store.manifest["status"].to_numpy() == "good")
     shard_count = len(np.unique(good_rows_N // layout.shard_clips))
@@ -195,7 +195,7 @@ def stored_mel_bytes(store: FeatureStore) -> int:
 
 
 def format_bytes(count: float) -> str:
-    """Return a number of bytes for people: 1,536 is 1.5 KiB."""
+    """Return a number of bytes as text: 1,536 is `1.5 KiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"

@@ -9,7 +9,7 @@ from pipeline.files import scratch_path
 
 
 def test_a_pipe_is_not_replaced_by_a_file(tmp_path):
-    """As /dev/stdout or /dev/null would be, by a process that may write there."""
+    """A process with the rights could otherwise replace /dev/stdout or /dev/null by a file."""
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match="pipe: is a device or a pipe; expected the name of a file"):
         scratch_path(tmp_path / "pipe")

@@ -1,4 +1,4 @@
-"""Messages on stderr: readable at a terminal, one line wherever a program reads them; suggestions for typing errors."""
+"""Messages on stderr: wrapped on a terminal, one line each in files and pipes; suggestions for typing errors."""
 
 import fcntl
 import io
@@ -31,7 +31,7 @@ LONG = (
 
 @pytest.fixture
 def terminal():
-    """Both ends of a terminal: the stream that a program writes to, and the descriptor of the screen."""
+    """Both ends of a terminal: the stream that a program writes to, and the descriptor that reads the screen."""
     screen, inner = pty.openpty()
     with open(inner, "w", buffering=1) as stream:
         yield stream, screen
@@ -40,7 +40,7 @@ def terminal():
 
 @pytest.fixture
 def own_signals():
-    """`run_command_line` takes these signals; pytest wants them back."""
+    """Restore the signal handlers that `run_command_line` replaces, because pytest needs them."""
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     for number, handler in before.items():
@@ -52,7 +52,7 @@ def resize(screen: int, columns: int) -> None:
 
 
 def read_screen(screen: int, lines: int) -> str:
-    """Read so many lines from the screen; fewer if no more come within ten seconds."""
+    """Read `count` lines from the screen, or fewer if no more arrive within ten seconds."""
     shown = b""
     while shown.count(b"\n") < lines and select.select([screen], [], [], 10.0)[0]:
         shown += os.read(screen, 4096)
@@ -71,7 +71,7 @@ def test_a_line_longer_than_the_terminal_breaks_between_words(terminal, columns)
 
 
 def test_a_path_longer_than_the_terminal_stays_whole(terminal):
-    """To be copied, with its hyphens."""
+    """A path, hyphens included, must stay copyable."""
     stream, screen = terminal
     resize(screen, 40)
     path = "/data/" + "a-long-name/" * 8 + "clip.wav"
@@ -79,7 +79,7 @@ def test_a_path_longer_than_the_terminal_stays_whole(terminal):
 
 
 def test_a_terminal_that_does_not_know_its_width_has_80_columns(terminal):
-    """In containers some terminals answer 0."""
+    """Some terminals in containers report a width of 0."""
     stream, screen = terminal
     resize(screen, 0)
     assert 70 < max(map(len, wrap_to_terminal(LONG, stream).splitlines())) <= 80
@@ -92,12 +92,12 @@ def test_text_that_fits_stays_as_it_is(terminal):
 
 
 def test_a_file_or_a_pipe_is_given_one_line():
-    """Logs are searched line by line."""
+    """A log is searched line by line, so a message must not be wrapped there."""
     assert wrap_to_terminal(LONG, io.StringIO()) == LONG
 
 
 def test_errors_and_messages_are_fitted_alike(terminal, monkeypatch, own_signals):
-    """The command line's last word, and the messages of runs and loaders."""
+    """The final error of a command is wrapped in the same way as the messages of runs and loaders."""
     stream, screen = terminal
     resize(screen, 60)
     monkeypatch.setattr(sys, "stderr", stream)
@@ -115,7 +115,7 @@ def test_errors_and_messages_are_fitted_alike(terminal, monkeypatch, own_signals
 
 
 def test_a_line_stands_alone_beside_a_progress_bar(capsys):
-    """What was skipped must be readable while a trainer's bar is drawn on the same terminal."""
+    """A message about skipped clips must be readable while a progress bar is drawn on the same terminal."""
     with tqdm(total=10, file=sys.stderr):
         print_to_stderr("skipped: row 3")
     assert "skipped: row 3\n" in capsys.readouterr().err.split("\r")
@@ -128,14 +128,14 @@ def test_a_number_and_its_noun_agree():
 
 
 def test_a_misspelt_word_is_answered_with_the_nearest_and_with_all():
-    """Also if nothing resembles it, and if there is nothing to choose from."""
+    """This holds even if no word is similar; without any known word, the message says so."""
     assert suggest_known("evals", ["train", "eval"]) == "did you mean 'eval'? There are: train, eval"
     assert suggest_known("?", ["train"], there_are="It has") == "did you mean 'train'? It has: train"
     assert suggest_known("evals", []) == "there is none"
 
 
 def test_a_path_that_does_not_exist_is_answered_with_a_similar_neighbour(tmp_path):
-    """And with nothing if no neighbour is similar, or the folder does not exist either."""
+    """The suggestion is empty if no entry of the folder is similar, or if the folder does not exist."""
     (tmp_path / "eval.csv").touch()
     assert did_you_mean(tmp_path / "evil.csv") == f"; did you mean {tmp_path / 'eval.csv'}?"
     assert did_you_mean(tmp_path / "xyz") == did_you_mean(tmp_path / "no" / "x") == ""

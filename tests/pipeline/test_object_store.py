@@ -1,4 +1,4 @@
-"""Stores and sounds on s3://, against a server of the same protocol on this machine: every byte is as on the disk."""
+"""Stores and sounds on s3://, tested with a local server of the same protocol: every byte is as on the disk."""
 
 import itertools
 import shutil
@@ -73,7 +73,7 @@ def download_all(url: str, folder: Path) -> Path:
 
 
 class Death(BaseException):
-    """Stands for a kill: nothing on the way up handles it."""
+    """Simulates a kill: no code handles this exception."""
 
 
 def die_at_step(monkeypatch, last: int) -> None:
@@ -96,7 +96,7 @@ def die_at_step(monkeypatch, last: int) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_store_on_s3_holds_the_bytes_of_one_on_the_disk(small, whole, url, tmp_path, workers):
-    """The place of a store is no part of its content; the shards do not stay in the staging folder."""
+    """The location of a store does not change its content, and no shard remains in the staging folder."""
     manifest = build_remote(small, url, tmp_path / "staging", workers=workers)
     assert (manifest["status"] == "good").sum() == 30
     assert_same_bytes(whole, download_all(url, tmp_path / "there"))
@@ -109,7 +109,7 @@ def test_a_store_on_s3_holds_the_bytes_of_one_on_the_disk(small, whole, url, tmp
 def test_a_build_killed_at_any_step_carries_on_to_the_same_bytes(
     small, whole, url, tmp_path, monkeypatch, last
 ):
-    """Tables first, eight steps to each shard, tables again; whether the staging folder is still there or not."""
+    """A kill before or after any upload, with or without the staging folder: the next build gives the same bytes."""
     staging = tmp_path / "staging"
     with monkeypatch.context() as patch:
         die_at_step(patch, last)
@@ -131,7 +131,7 @@ def shorter(small, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def late(small, tmp_path_factory) -> Path:
-    """The corpus with that one clip and no other: clips that are good already need no sound any more."""
+    """The corpus with sound for that one clip only: good clips need no sound any more."""
     folder = tmp_path_factory.mktemp("late")
     (folder / "audio").mkdir()
     for name in (LATE_CLIP, "a_train_segments.csv", "eval_segments.csv"):
@@ -141,7 +141,7 @@ def late(small, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def short_store(shorter, tmp_path_factory) -> Path:
-    """Built without the clip that comes late."""
+    """A store built without the late clip."""
     out = tmp_path_factory.mktemp("short") / "x.zarr"
     build(shorter, out)
     return out
@@ -151,7 +151,7 @@ def short_store(shorter, tmp_path_factory) -> Path:
 def test_a_late_clip_fills_its_row_and_the_others_come_from_the_remote_shard(
     short_store, late, whole, url, tmp_path, monkeypatch, last
 ):
-    """Also where that dies at a step between the old shard and the new one, and the staging folder is lost."""
+    """This also works after a kill between the old shard and the new one, with a lost staging folder."""
     for path in (path for path in short_store.rglob("*") if path.is_file()):
         upload_file(path, f"{url}/{path.relative_to(short_store).as_posix()}")
     if last is not None:
@@ -168,7 +168,7 @@ def test_a_late_clip_fills_its_row_and_the_others_come_from_the_remote_shard(
 
 
 def test_parts_on_two_machines_finish_to_the_same_bytes(small, whole, url, tmp_path):
-    """They share nothing but the bucket."""
+    """The two machines share only the bucket."""
     for index in (1, 0):
         manifest = build_remote(small, url, tmp_path / f"machine-{index}", part=BuildPart(index, 2))
         assert (manifest is None) == (index == 1)
@@ -176,7 +176,7 @@ def test_parts_on_two_machines_finish_to_the_same_bytes(small, whole, url, tmp_p
 
 
 def test_labels_propagated_in_the_staging_folder_reach_the_remote_store(small, url, tmp_path):
-    """And a fresh staging folder does not undo them."""
+    """A new staging folder does not undo the propagated labels."""
     build_remote(small, url, tmp_path / "staging")
     propagate_store_labels(tmp_path / "staging")
     build_remote(small, url, tmp_path / "staging")
@@ -186,7 +186,7 @@ def test_labels_propagated_in_the_staging_folder_reach_the_remote_store(small, u
 
 
 def test_exclude_lists_reach_the_remote_store_and_outlive_the_staging_folder(small, url, tmp_path):
-    """Excluded clips do not come back with a new machine; a list that is taken back stays taken back."""
+    """Excluded clips stay excluded on a new machine, and removed lists stay removed."""
     build_remote(small, url, tmp_path / "staging")
     (path := tmp_path / "a.txt").write_text("clip_000002")
     record_exclude_lists(FeatureStore.open(tmp_path / "staging"), [path])
@@ -208,7 +208,7 @@ def test_a_remote_store_of_another_spec_is_refused_and_no_folder_is_made(small, 
 
 
 def test_rows_of_a_damaged_remote_shard_are_not_reused(small, shorter, url, tmp_path):
-    """Its rows would get fresh checksums; the message says how to go on, and that works."""
+    """Reused rows would get new checksums; the message says what to do, and that works."""
     build_remote(shorter, url, tmp_path / "staging")
     (tmp_path / "junk").write_bytes(b"junk")
     upload_file(tmp_path / "junk", f"{url}/mel/c/0/0/0")
@@ -234,7 +234,7 @@ def test_a_server_that_does_not_answer_is_one_line_within_seconds(small, tmp_pat
 
 
 def test_the_command_takes_a_url(small, whole, url, tmp_path, monkeypatch, capsys):
-    """And it says where tables and pending shards lie meanwhile."""
+    """The command prints the folder of the tables and of the shards that are not yet uploaded."""
     lists = [f"--segments={small / name}" for name in ("a_train_segments.csv", "eval_segments.csv")]
     arguments = ["build-audioset", f"--audio={small / 'audio'}", *lists, f"--out={url}/"]
     monkeypatch.setattr(
@@ -250,7 +250,7 @@ def test_the_command_takes_a_url(small, whole, url, tmp_path, monkeypatch, capsy
 
 
 def test_every_part_has_its_own_staging_folder():
-    """Two parts in one would take each other's records for their own."""
+    """In a common folder, two parts would confuse their records."""
     names = {
         staging_folder("s3://b/x.zarr/", Path(), part)
         for part in (BuildPart(), BuildPart(0, 2), BuildPart(1, 2))
@@ -288,14 +288,14 @@ def audio_url(small, tmp_path_factory) -> str:
 
 
 def corpus_at(url: str, small: Path):
-    """The clips with their sounds where the URL says."""
+    """The corpus of the clips, with its sounds at `url`."""
     return audioset_corpus([url], [small / "a_train_segments.csv", small / "eval_segments.csv"])
 
 
 def test_sounds_in_a_bucket_give_the_mel_of_sounds_on_the_disk(small, whole, audio_url, tmp_path):
-    """Loose or in a tar, from workers as from this process."""
+    """This holds for loose files and tars, with worker processes and without."""
     corpus = corpus_at(audio_url + "/", small)
-    assert [note for note in corpus.notes if f"{audio_url}/x.parquet: is not read from a URL" in note]
+    assert [note for note in corpus.notes if f"{audio_url}/x.parquet: cannot be read from a URL" in note]
     for workers in (0, 2):
         output = StoreOutput(path=tmp_path / f"{workers}.zarr", spec=preset_mel_spec("a-jepa"))
         manifest = build_store(corpus, output, BuildOptions(workers=workers))
@@ -331,7 +331,7 @@ def test_an_object_that_is_gone_costs_its_clip_and_a_server_that_is_gone_none(
 
 
 def test_a_sound_too_large_for_the_memory_costs_its_clip(audio_url, monkeypatch):
-    """It is held whole, so there is a limit."""
+    """A sound is read into memory as a whole, so its size is limited."""
     monkeypatch.setattr(object_store, "MAX_REMOTE_SOUND_BYTES", 1000)
     with pytest.raises(AudioError, match="up to 1,000 are read from a URL"):
         object_store.read_remote_sound(f"{audio_url}/loose/clip_000000.wav")
@@ -339,6 +339,6 @@ def test_a_sound_too_large_for_the_memory_costs_its_clip(audio_url, monkeypatch)
 
 
 def test_a_prefix_with_nothing_below_is_one_line(small):
-    """A typing error, most likely."""
+    """An empty prefix is probably a typing error."""
     with pytest.raises(InputError, match="nothing-here: no object below it"):
         corpus_at(f"s3://{BUCKET}/nothing-here", small)

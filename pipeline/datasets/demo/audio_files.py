@@ -1,4 +1,4 @@
-"""Waveforms written in the containers and codecs that AudioSet is found in, with the same bytes every time."""
+"""Write waveforms in the containers and codecs in which AudioSet is distributed, with the same bytes every time."""
 
 import zlib
 from dataclasses import dataclass, field
@@ -17,24 +17,24 @@ FILE_RATES_HZ = (48_000, 44_100, 32_000, 22_050, 16_000, 11_025, 8_000)
 
 CHANNEL_LAYOUTS = {1: "mono", 2: "stereo"}  # as FFmpeg names them
 
-OGG_SERIAL = 1  # in place of the random number that libsndfile gives a stream
+OGG_SERIAL = 1  # replaces the random serial number that libsndfile gives a stream
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoContainer:
-    """A kind of audio file: its extension, the codec and rates it may hold, and the library that writes it."""
+    """A kind of audio file: its extension, its codec, its possible rates, and the library that writes it."""
 
     name: str
     extension: str
     codec: str  # as the library names it
     muxer: str = ""  # the name of FFmpeg's writer; empty: libsndfile writes
     rates_hz: tuple[int, ...] = FILE_RATES_HZ
-    files_in_twenty: int = 1  # of the demo corpus
+    files_in_twenty: int = 1  # how many of 20 files of the demo corpus are of this kind
     options: dict[str, str] = field(default_factory=dict)  # of FFmpeg's encoder
 
 
-# libsndfile stamps the time of day into float wav and numbers the streams of ogg at random; FFmpeg, asked to be
-# bit-exact, does neither, but only libsndfile encodes Vorbis in stereo and mono: see `set_ogg_serial`.
+# libsndfile writes the time of day into float wav, and a random serial number into ogg. FFmpeg in its bit-exact mode
+# does neither, but only libsndfile encodes Vorbis in both stereo and mono: see `set_ogg_serial`.
 DEMO_CONTAINERS = (
     DemoContainer(name="wav-16", extension="wav", codec="PCM_16", files_in_twenty=5),
     DemoContainer(name="wav-24", extension="wav", codec="PCM_24"),
@@ -52,7 +52,7 @@ DEMO_CONTAINERS = (
         muxer="ipod",
         rates_hz=FILE_RATES_HZ[:5],
         files_in_twenty=2,
-        # Less than half the time of the default search.
+        # The fast search takes less than half the time of the default search.
         options={"aac_coder": "fast"},
     ),
     DemoContainer(name="webm", extension="webm", codec="libopus", muxer="webm", rates_hz=FILE_RATES_HZ[:1]),
@@ -67,8 +67,8 @@ BIT_REVERSED_BYTES = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 def write_audio_file(path: Path, wave_SN: np.ndarray, container: DemoContainer, *, rate_hz: int) -> None:
-    """Write float32 `wave_SN` (sample, channel), given at 48 kHz, resampled to `rate_hz` and at most -1 dBFS."""
-    # Only waves that exceed the ceiling are scaled: the level of a quiet one is part of the sound.
+    """Resample float32 `wave_SN` (sample, channel) from 48 kHz to `rate_hz`; write it with a peak up to -1 dBFS."""
+    # Only waves above the ceiling are scaled, because the level of a quiet wave is part of the sound.
     wave_SN = soxr.resample(wave_SN, SYNTHESIS_RATE_HZ, rate_hz, quality="HQ")
     wave_SN *= PEAK_CEILING / max(np.abs(wave_SN).max(), PEAK_CEILING)
 
@@ -82,7 +82,7 @@ def write_audio_file(path: Path, wave_SN: np.ndarray, container: DemoContainer, 
 
 
 def write_with_ffmpeg(path: Path, wave_SN: np.ndarray, container: DemoContainer, *, rate_hz: int) -> None:
-    """Write a wave, already at `rate_hz`, with FFmpeg; no field of the file is random or a date."""
+    """Write a wave that is already at `rate_hz` with FFmpeg; the file has no random field and no date."""
     layout = CHANNEL_LAYOUTS[wave_SN.shape[1]]
     frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(wave_SN.T), format="fltp", layout=layout)
     frame.sample_rate = rate_hz
@@ -104,7 +104,7 @@ def set_ogg_serial(path: Path, *, serial: int) -> None:
         body_bytes = sum(content[start + 27 : start + 27 + segment_count])
         end = start + 27 + segment_count + body_bytes
 
-        # The checksum is that of the page with zeros in its place.
+        # The checksum is computed over the page with zeros in the checksum field.
         content[start + 14 : start + 18] = serial.to_bytes(4, "little")
         content[start + 22 : start + 26] = bytes(4)
         checksum = ogg_checksum(bytes(content[start:end]))
@@ -114,13 +114,13 @@ def set_ogg_serial(path: Path, *, serial: int) -> None:
 
 
 def ogg_checksum(page: bytes) -> int:
-    """Ogg's CRC-32: zlib's polynomial with all bits the other way round, begun at 0 and not inverted."""
-    # zlib inverts before and after; inverting around its call takes both back.
+    """Return Ogg's CRC-32: zlib's polynomial with reversed bits, starting at 0 and without inversion."""
+    # zlib inverts before and after its computation; inverting input and output undoes both.
     reflected = zlib.crc32(page.translate(BIT_REVERSED_BYTES), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return int(f"{reflected:032b}"[::-1], 2)
 
 
 def read_recording(path: Path) -> np.ndarray:
-    """Read a file that libsndfile knows as mono float32 `wave_S` at 48 kHz."""
+    """Read a file that libsndfile can decode, as mono float32 `wave_S` at 48 kHz."""
     wave_SN, rate_hz = soundfile.read(path, dtype="float32", always_2d=True)
     return soxr.resample(wave_SN.mean(axis=1), rate_hz, SYNTHESIS_RATE_HZ, quality="HQ")

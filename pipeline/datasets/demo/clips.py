@@ -1,6 +1,7 @@
-"""The clips of the demo corpus: all of them planned first, then each rendered on its own; a few are odd or broken.
+"""The clips of the demo corpus: all clips are planned first, then each is rendered; a few are odd or broken.
 
-`ClipKind` lists the odd and the broken ones, one of each kind, with what a build must make of them.
+Each `ClipKind` describes one kind of odd or broken clip, with the result that a build must give for it. The corpus has
+one clip of each kind.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,17 +33,17 @@ ERROR_PAGE_HTML = "<!DOCTYPE html>\n<html><body><h1>429 Too Many Requests</h1></
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SplitSounds:
-    """The sounds that each split may draw from, and how many a clip gets beside its first."""
+    """The sounds of each split, and the probabilities of the number of extra sounds in a clip."""
 
     sounds_by_split: dict[str, tuple[DemoSound, ...]]
-    extra_sound_chances: tuple[float, ...]  # the chance of no other sound, of one, of two, ...
+    extra_sound_chances: tuple[float, ...]  # probability of no extra sound, of one, of two, ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoClip:
-    """One row of the corpus: its place in the lists, the sounds in it, how its file is made."""
+    """One row of the corpus: its entry in the lists, its sounds, and the properties of its file."""
 
-    number: int  # seeds the samples
+    number: int  # seed of the samples, together with the seed of the corpus
     split: str
     clip_id: str
     start_seconds: float
@@ -54,7 +55,7 @@ class DemoClip:
     parts: tuple[str, ...]  # names of sounds
     labels: tuple[str, ...]
     kind: str = "clip"  # or the name of a `ClipKind`
-    expected: str = "good"  # or "unlisted", or the reason for which the build must refuse the clip
+    expected: str = "good"  # or "unlisted", or the failure reason that the build must give
 
     @property
     def end_seconds(self) -> float:
@@ -64,11 +65,12 @@ class DemoClip:
 def plan_demo_clips(
     rng: np.random.Generator, split_sounds: SplitSounds, *, split: str, numbers: range, used_ids: set[str]
 ) -> list[DemoClip]:
-    """The clips with these numbers: classes and containers dealt from decks, so that all occur equally often.
+    """Return clips with these numbers; classes occur equally often, containers as often as `files_in_twenty` states.
 
-    New ids are added to `used_ids`, in lower case: no two differ in case alone, which some file systems merge.
+    New ids are added to `used_ids` in lower case, so that no two ids differ only in case: some file systems would treat
+    these as the same name.
     """
-    # A deck of classes, and one of twenty containers.
+    # The class and the container of each clip.
     mids = sorted({sound.mids[0] for sound in split_sounds.sounds_by_split[split]})
     mid_of_clips = draw_evenly(rng, mids, len(numbers))
     deck = [container for container in CONTAINERS_BY_NAME.values() for _ in range(container.files_in_twenty)]
@@ -91,12 +93,12 @@ def plan_demo_clip(
     container: DemoContainer,
     used_ids: set[str],
 ) -> DemoClip:
-    """A clip of this class in this container; the rest is drawn. The order of the draws decides every corpus."""
-    # The sounds, and the id that the lists know the clip by.
+    """Draw a clip of this class in this container. The order of the draws decides the content of every corpus."""
+    # The sounds, and the id in the lists.
     sounds = choose_clip_sounds(rng, split_sounds, mid=mid, split=split)
     clip_id = draw_clip_id(rng, used_ids, starts_with_dash=number % CLIPS_PER_VARIANT == 0)
 
-    # Most segments of AudioSet start at a multiple of ten seconds, few are shorter than ten.
+    # Most segments of AudioSet start at a multiple of 10 s; few are shorter than 10 s.
     starts_at_multiple = rng.random() < 0.7
     start_seconds = rng.integers(1, 60) * 10 if starts_at_multiple else rng.integers(1, 600)
     seconds = DEMO_CLIP_SECONDS
@@ -121,13 +123,13 @@ def plan_demo_clip(
 def choose_clip_sounds(
     rng: np.random.Generator, split_sounds: SplitSounds, *, mid: str, split: str
 ) -> list[DemoSound]:
-    """One sound of the class, then perhaps others of other classes; a sound that must be alone stays alone."""
+    """Draw one sound of the class and perhaps extra sounds of other classes; a sound that must be alone gets none."""
     sounds = split_sounds.sounds_by_split[split]
     sounds_of_class = [sound for sound in sounds if sound.mids[0] == mid]
     other_sounds = [sound for sound in sounds if not sound.is_alone and sound.mids[0] != mid]
     first = sounds_of_class[rng.integers(len(sounds_of_class))]
 
-    # Others beside it, each at most once.
+    # Extra sounds, each at most once.
     extra_count = 0
     if not first.is_alone:
         chances = split_sounds.extra_sound_chances
@@ -137,14 +139,14 @@ def choose_clip_sounds(
 
 
 def draw_evenly(rng: np.random.Generator, choices: Sequence[T], count: int) -> Iterator[T]:
-    """`count` cards from a deck that is shuffled anew whenever it is used up."""
+    """Return `count` choices; all choices are used once in random order before any is used again."""
     decks = -(-count // len(choices))
     order = [index for _ in range(decks) for index in rng.permutation(len(choices))]
     return (choices[index] for index in order[:count])
 
 
 def draw_clip_id(rng: np.random.Generator, used_ids: set[str], *, starts_with_dash: bool) -> str:
-    """Draw an id of 11 characters, as YouTube's, that is not among `used_ids`, and add it there."""
+    """Draw an id of 11 characters, like YouTube's, that is not in `used_ids`, and add it to `used_ids`."""
     while True:
         clip_id = "".join(rng.choice(CLIP_ID_ALPHABET, 11))
         if starts_with_dash:
@@ -155,35 +157,35 @@ def draw_clip_id(rng: np.random.Generator, used_ids: set[str], *, starts_with_da
 
 
 def render_clip(clip: DemoClip, sounds: Sequence[DemoSound], *, seed: int) -> np.ndarray:
-    """The clip as float32 `wave_SN` (sample, channel) at 48 kHz; may exceed 1, which whoever writes it corrects.
+    """Return the clip as float32 `wave_SN` (sample, channel) at 48 kHz; values may exceed 1 until it is written.
 
-    Each sound gets its own level, onset, length and place between the channels; under it lies a bed of faint noise.
-    The samples depend on `seed` and the clip's number only.
+    Each sound gets its own level, onset, length and balance between the channels, over faint background noise. The
+    samples depend only on `seed` and the number of the clip.
     """
     rng = np.random.default_rng([seed, clip.number])
     wave_SN = np.zeros((round(clip.seconds * SYNTHESIS_RATE_HZ), clip.channels), dtype=np.float32)
 
-    # The bed; its second channel is the first, shifted: unlike it, at half the cost of another noise.
+    # The background noise. The second channel is the first one shifted, which differs from it at half the cost.
     if not any(sound.is_alone for sound in sounds):
         bed_S = coloured_noise(rng, len(wave_SN), db_per_octave=rng.uniform(-6.0, 0.0))
         wave_SN[:, 0] = bed_S * rms_of_dbfs(rng.uniform(*NOISE_BED_DBFS))
         wave_SN[:, -1] = np.roll(wave_SN[:, 0], len(bed_S) // 2)
 
-    # The sounds, one after another: each takes its draws from the same generator.
+    # The sounds, one after another, with draws from the same generator.
     for sound in sounds:
         mix_in_sound(rng, wave_SN, sound)
     return wave_SN
 
 
 def mix_in_sound(rng: np.random.Generator, wave_SN: np.ndarray, sound: DemoSound) -> None:
-    """Add one sound in place: all along the clip, or for 2 s at least from a random onset on."""
-    # Its length and onset.
+    """Add one sound in place: over the whole clip, or for at least 2 s from a random onset."""
+    # The length and the onset of the sound.
     samples = len(wave_SN)
     if not sound.is_alone and rng.random() < 0.65:
         samples = int(rng.integers(MIN_EVENT_SECONDS * SYNTHESIS_RATE_HZ, samples))
     onset = rng.integers(len(wave_SN) - samples + 1)
 
-    # Its wave at a random level, with soft ends, louder in one channel than in the other.
+    # The wave at a random level, with faded ends, louder in one channel than in the other.
     event_S = sound.make_wave(rng, samples)
     event_S = scale_to_level(event_S, rng.uniform(*sound.level_dbfs))
     event_S = fade_both_ends(event_S, rng.uniform(0.005, 0.05))
@@ -192,7 +194,7 @@ def mix_in_sound(rng: np.random.Generator, wave_SN: np.ndarray, sound: DemoSound
 
 
 def scale_to_level(wave_S: np.ndarray, loudest_dbfs: float) -> np.ndarray:
-    """The wave scaled so that the loudest of its tenths of a second has this RMS."""
+    """Return the wave, scaled so that its loudest tenth of a second has this RMS."""
     tenth_samples = SYNTHESIS_RATE_HZ // 10
     tenths_NS = wave_S[: len(wave_S) // tenth_samples * tenth_samples].reshape(-1, tenth_samples)
     loudest_rms = np.sqrt(np.square(tenths_NS).mean(axis=1).max())
@@ -200,7 +202,7 @@ def scale_to_level(wave_S: np.ndarray, loudest_dbfs: float) -> np.ndarray:
 
 
 def fade_both_ends(wave_S: np.ndarray, seconds: float) -> np.ndarray:
-    """The wave, changed in place, with both ends faded over this time."""
+    """Fade both ends of the wave in place over this time, and return the wave."""
     ramp_N = np.linspace(0.0, 1.0, max(2, round(seconds * SYNTHESIS_RATE_HZ)), dtype=np.float32)
     wave_S[: len(ramp_N)] *= ramp_N
     wave_S[-len(ramp_N) :] *= ramp_N[::-1]
@@ -208,7 +210,7 @@ def fade_both_ends(wave_S: np.ndarray, seconds: float) -> np.ndarray:
 
 
 def rms_of_dbfs(dbfs: float) -> np.float32:
-    """The RMS of a level: that of 0 dBFS is 1."""
+    """Return the RMS of a level; 0 dBFS is an RMS of 1."""
     return np.float32(10 ** (dbfs / 20))
 
 
@@ -217,13 +219,13 @@ class ClipKind:
     """One kind of odd or broken clip."""
 
     name: str
-    expected: str  # as of `DemoClip`
-    description: str  # of the fault, for the README of the corpus
+    expected: str  # see `DemoClip.expected`
+    description: str  # description of the fault, for the README of the corpus
     container: str = ""  # empty: any
-    extension: str = ""  # of the file, where it is not the container's own
+    extension: str = ""  # extension of the file; empty: the container's own
 
 
-# Beside the good clips: these rows and files come on top of the number asked for.
+# These rows and files are added to the requested number of good clips.
 BROKEN_FILE_KINDS = (
     ClipKind(name="empty_file", expected="unreadable", description="a file of 0 bytes", container="wav-16"),
     ClipKind(
@@ -251,7 +253,7 @@ BROKEN_FILE_KINDS = (
     ),
 )
 
-# On top as well, but without a file of their own.
+# These rows are added too, but they have no file of their own.
 REPEATED_ROW_KINDS = (
     ClipKind(
         name="duplicate_id",
@@ -265,7 +267,7 @@ REPEATED_ROW_KINDS = (
     ),
 )
 
-# Among the good clips: usable, only odd.
+# These clips are among the good clips: unusual but usable.
 ODD_CLIP_KINDS = (
     ClipKind(
         name="wrong_extension",
@@ -283,7 +285,7 @@ ODD_CLIP_KINDS = (
 
 
 def with_clip_kind(clip: DemoClip, kind: ClipKind) -> DemoClip:
-    """The clip as one of this kind: in another container and under another name where the kind asks for it."""
+    """Return the clip changed to this kind, in another container and with another file name if the kind has these."""
     clip = replace(clip, kind=kind.name, expected=kind.expected)
     if not kind.container:
         return clip
@@ -293,7 +295,7 @@ def with_clip_kind(clip: DemoClip, kind: ClipKind) -> DemoClip:
 
 
 def make_odd_clips(train_clips: Sequence[DemoClip]) -> list[DemoClip]:
-    """The clips, the second and third of them of the kinds of ODD_CLIP_KINDS."""
+    """Return the clips, with the second and the third changed to the kinds of ODD_CLIP_KINDS."""
     wrong_extension, unknown_label = (
         with_clip_kind(clip, kind) for clip, kind in zip(train_clips[1:3], ODD_CLIP_KINDS, strict=True)
     )
@@ -302,7 +304,7 @@ def make_odd_clips(train_clips: Sequence[DemoClip]) -> list[DemoClip]:
 
 
 def make_repeated_rows(train_clips: Sequence[DemoClip], eval_clips: Sequence[DemoClip]) -> list[DemoClip]:
-    """Rows of the train list whose ids stand in a list already, in the order of REPEATED_ROW_KINDS."""
+    """Return rows of the train list whose ids are already in a list, in the order of REPEATED_ROW_KINDS."""
     duplicate_id = replace(train_clips[0], labels=train_clips[3].labels)
     in_both_lists = replace(eval_clips[0], split=train_clips[0].split)
     return [
@@ -312,26 +314,26 @@ def make_repeated_rows(train_clips: Sequence[DemoClip], eval_clips: Sequence[Dem
 
 
 def damage_wave(wave_SN: np.ndarray, kind: str) -> np.ndarray:
-    """The samples as a clip of this kind has them."""
+    """Return the samples, damaged as this kind requires."""
     if kind == "digital_silence":
         return np.zeros_like(wave_SN)
     return wave_SN
 
 
 def damage_file(path: Path, kind: str) -> None:
-    """Turn a good file into one of this kind."""
+    """Turn a good file into a file of this kind."""
     match kind:
         case "empty_file":
             path.write_bytes(b"")
         case "truncated_wav":
-            # The header goes on declaring the whole.
+            # Cut the file; its header still declares the whole length.
             path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 5])
         case "html_as_m4a":
             path.write_text(ERROR_PAGE_HTML, encoding="utf-8")
         case "missing_file":
             path.unlink()
         case "nan_float":
-            # A thousand samples near the end.
+            # Overwrite a thousand samples near the end.
             content = bytearray(path.read_bytes())
             content[-40_000:-36_000] = np.full(1_000, np.nan, dtype="<f4").tobytes()
             path.write_bytes(content)

@@ -1,7 +1,7 @@
-"""The demo corpus: a corpus in AudioSet's shape that anyone can make in a minute, with a few broken files in it.
+"""The demo corpus: a small corpus with AudioSet's lists and layout, made in a minute, with a few broken files.
 
-Sounds are chosen, clips planned, files written, then the texts about them: segments lists, truth.csv, README.txt and
-the record of the corpus itself, corpus.json.
+The steps are: choose sounds, plan clips, write audio files, then write the segments lists, truth.csv, README.txt and
+the record of the corpus, corpus.json.
 """
 
 import csv
@@ -50,15 +50,15 @@ from pipeline.errors import InputError
 from pipeline.files import PARTIAL_SUFFIX
 from pipeline.messages import suggest_known
 
-DEMO_VERSION = 1  # changes whenever the same arguments give other files
+DEMO_VERSION = 1  # is raised whenever the same arguments give other files
 
 DEMO_SOURCES = ("formula", "debian")
 
 MIN_DEMO_CLIPS = 20  # fewer would be mostly broken files
 
-DEMO_CLIP_BYTES = 800_000  # on the disk; 500 kB were measured
+DEMO_CLIP_BYTES = 800_000  # disk space for a clip, with a margin; 500 kB were measured
 
-PACKAGES_BYTES = 200_000_000  # of recordings, fetched and unpacked while the corpus is being made
+PACKAGES_BYTES = 200_000_000  # disk space for the downloaded and unpacked recordings while the corpus is made
 
 BYTES_PER_MB = 1e6
 
@@ -110,7 +110,7 @@ Whoever passes this corpus on passes on their licences; each package's own state
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoSettings:
-    """What decides the files of a demo corpus; raises InputError on nonsense."""
+    """The settings that decide the files of a demo corpus; raises InputError if a setting is invalid."""
 
     source: str
     clips: int
@@ -132,7 +132,7 @@ class DemoSettings:
 
 
 def settings_line(settings: dict[str, object]) -> str:
-    """Settings in one line: source formula, clips 400, seed 0."""
+    """Return the settings in one line: source formula, clips 400, seed 0."""
     return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
@@ -141,11 +141,11 @@ class DemoCorpus:
     """A finished demo corpus, as `make_demo_corpus` returns it."""
 
     path: Path
-    is_new: bool  # False: the corpus existed already
+    is_new: bool  # False: the corpus already existed
     settings: DemoSettings
-    train_clips: int  # good ones
-    eval_clips: int  # good ones
-    broken_rows: int  # rows and files beside the good clips
+    train_clips: int  # good clips
+    eval_clips: int  # good clips
+    broken_rows: int  # rows and files in addition to the good clips
     classes: int
     files: int
     megabytes: float
@@ -162,24 +162,24 @@ class DemoCorpus:
 def make_demo_corpus(
     out: Path, *, clips: int = 400, source: str = "formula", seed: int = 0, progress: bool | None = None
 ) -> DemoCorpus:
-    """Make a corpus of so many good clips, a quarter of them for eval, in the new folder `out`.
+    """Make a corpus of `clips` good clips, a quarter of them for eval, in the new folder `out`.
 
-    `formula` makes every sound here; `debian` fetches 49 MB of recordings. The same arguments give the same
-    files, whatever the machine's cores. `progress` True or False shows or hides the bars; None shows them at a
-    terminal. Raises InputError where `out` holds anything else than this very corpus, and leaves nothing half-made.
+    The source `formula` computes every sound; `debian` downloads 49 MB of recordings. The same arguments give the same
+    files, on any number of cores. `progress` True or False shows or hides the progress bars; None shows them in a
+    terminal. Raises InputError if `out` has other content than this corpus, and leaves no unfinished files.
     """
     out = Path(out)
     settings = DemoSettings(source=source, clips=clips, seed=seed)
     if has_same_corpus(out, settings):
         return read_corpus_record(out, is_new=False)
 
-    # The bars of tqdm are asked for the other way round.
+    # tqdm has the opposite option: whether to hide the bars.
     quiet = None if progress is None else not progress
     needed_bytes = clips * DEMO_CLIP_BYTES
     if source == "debian":
         needed_bytes += PACKAGES_BYTES
     with corpus_scratch_folder(out, needed_bytes=needed_bytes) as folder:
-        # One generator decides which recording is for which split, then which clips there are.
+        # One generator draws first the split of each recording, then the clips.
         rng = np.random.default_rng([seed, DEMO_SOURCES.index(source)])
         split_sounds = formula_split_sounds()
         if source == "debian":
@@ -198,18 +198,18 @@ def make_demo_corpus(
 
 @contextmanager
 def corpus_scratch_folder(out: Path, *, needed_bytes: int) -> Iterator[Path]:
-    """Yield a scratch folder beside `out` that takes its place on success and is gone after a failure."""
+    """Yield a scratch folder beside `out`; it is renamed to `out` on success and deleted on failure."""
     out = out.absolute()
     scratch = out.with_name(out.name + PARTIAL_SUFFIX)
 
-    # A run that was killed may have left one.
+    # Remove the scratch folder of a run that was killed.
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         scratch.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"{out}: cannot make a folder here: {error.strerror}; name another place") from None
 
-    # The disk is asked before the work, not after.
+    # Check the free disk space before the work.
     try:
         free_bytes = shutil.disk_usage(scratch).free
         if free_bytes < needed_bytes:
@@ -224,15 +224,15 @@ def corpus_scratch_folder(out: Path, *, needed_bytes: int) -> Iterator[Path]:
 
 
 def formula_split_sounds() -> SplitSounds:
-    """The formulas, for both splits alike; one to three in a clip."""
+    """Return the synthetic sounds, the same for both splits; a clip has one to three."""
     return SplitSounds(
         sounds_by_split=dict.fromkeys(DEMO_SPLITS, FORMULA_SOUNDS), extra_sound_chances=(0.45, 0.35, 0.2)
     )
 
 
 def debian_split_sounds(rng: np.random.Generator, folder: Path, *, quiet: bool | None) -> SplitSounds:
-    """The recordings, dealt to the splits; one or two in a clip. The packages are gone afterwards."""
-    # Dealing takes the first draws of the corpus.
+    """Download recordings and divide them between the splits, one or two to a clip; deletes the packages afterwards."""
+    # These are the first draws of the corpus.
     packages = folder / "packages"
     fetch_packages(packages, quiet=quiet)
     sounds_by_split: dict[str, tuple[DemoSound, ...]] = {
@@ -241,13 +241,13 @@ def debian_split_sounds(rng: np.random.Generator, folder: Path, *, quiet: bool |
     }
     copy_licences(packages, folder / "licences")
 
-    # A build would take the recordings for clips that no list names.
+    # Delete the recordings, because a build would report them as sounds that no list names.
     shutil.rmtree(packages)
     return SplitSounds(sounds_by_split=sounds_by_split, extra_sound_chances=(0.5, 0.5))
 
 
 def plan_demo_corpus(rng: np.random.Generator, split_sounds: SplitSounds, *, clips: int) -> list[DemoClip]:
-    """Every row and every file of the corpus: the train list, the broken files beside it, the eval list."""
+    """Return every row and file of the corpus: the train list, the broken files, the eval list."""
     train, evaluation = DEMO_SPLITS
     first_eval = clips - round(DEMO_EVAL_SHARE * clips)
     plan_clips = partial(plan_demo_clips, rng, split_sounds, used_ids=set[str]())
@@ -273,7 +273,7 @@ def write_clip_files(
         (folder / "audio" / split).mkdir(parents=True)
     clips_with_file = [clip for clip in clips if clip.expected != "duplicate"]
 
-    # Threads: the encoders and most of numpy leave the interpreter lock, and a script needs no main guard.
+    # Threads suffice, because the encoders and most of NumPy release the GIL; a script then needs no main guard.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         written = pool.map(partial(write_clip_file, folder, split_sounds, seed), clips_with_file)
         for _ in tqdm(written, total=len(clips_with_file), desc="demo corpus", unit="clip", disable=quiet):
@@ -281,7 +281,7 @@ def write_clip_files(
 
 
 def write_clip_file(folder: Path, split_sounds: SplitSounds, seed: int, clip: DemoClip) -> None:
-    """Render one clip, write it in its container, and damage it as its kind says."""
+    """Render one clip, write it in its container, and damage it as its kind requires."""
     sound_by_name = {sound.name: sound for sound in split_sounds.sounds_by_split[clip.split]}
     sounds = [sound_by_name[name] for name in clip.parts]
     wave_SN = damage_wave(render_clip(clip, sounds, seed=seed), clip.kind)
@@ -299,7 +299,7 @@ def write_segments_lists(folder: Path, clips: Sequence[DemoClip], *, title: str)
 
 
 def segments_header_lines(rows: Sequence[DemoClip], *, title: str) -> list[str]:
-    """The three comment lines of a segments list; where AudioSet's has a date, this one has the settings."""
+    """Return the three comment lines of a segments list, with the settings in place of AudioSet's date."""
     id_count = len({clip.clip_id for clip in rows})
     labels = [mid for clip in rows for mid in clip.labels]
     return [
@@ -311,12 +311,12 @@ def segments_header_lines(rows: Sequence[DemoClip], *, title: str) -> list[str]:
 
 
 def segments_line(clip: DemoClip) -> str:
-    """One line of a segments list."""
+    """Return the line of a clip in a segments list."""
     return f'{clip.clip_id}, {clip.start_seconds:.3f}, {clip.end_seconds:.3f}, "{",".join(clip.labels)}"'
 
 
 def write_truth_table(folder: Path, clips: Sequence[DemoClip]) -> None:
-    """Write truth.csv: every row and every file as it really is, and the outcome that a build must have."""
+    """Write truth.csv: the true properties of every row and file, and the result that a build must give."""
     with (folder / "truth.csv").open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(TRUTH_COLUMNS)
@@ -329,14 +329,14 @@ def write_truth_table(folder: Path, clips: Sequence[DemoClip]) -> None:
 
 
 def write_demo_readme(folder: Path, clips: Sequence[DemoClip], source: str, *, title: str) -> None:
-    """Write README.txt: the layout, whose the sounds are, and every broken file."""
-    # Whose the sounds are.
+    """Write README.txt: the layout, the origin and licence of the sounds, and every broken file."""
+    # The origin and licence of the sounds.
     sounds = FORMULA_NOTICE
     if source == "debian":
         licences = (f"  {package}: {licence}" for package, licence in PACKAGE_LICENCES.items())
         sounds = DEBIAN_NOTICE + "\n".join(licences)
 
-    # The id of each odd or broken clip: whoever wonders why a clip failed finds it here.
+    # The id of each odd or broken clip, so that a user can look up why a clip failed.
     clip_of_kind = {clip.kind: clip for clip in clips}
     broken_lines = [
         f"  {kind.name:16} {clip_of_kind[kind.name].clip_id}  {kind.expected:12} {kind.description}"
@@ -390,14 +390,14 @@ def read_corpus_record(out: Path, *, is_new: bool) -> DemoCorpus:
 
 
 def has_same_corpus(out: Path, settings: DemoSettings) -> bool:
-    """Whether `out` holds the corpus of these settings; False where it is absent or empty, else InputError."""
-    # Nothing there, or something else.
+    """Return True if `out` has the corpus of these settings, False if it is absent or empty; else raise InputError."""
+    # The folder is absent or empty, or has other content.
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     if not (out / RECORD_FILE).is_file():
         raise InputError(f"{out}: exists and holds no demo corpus; name a new folder")
 
-    # A demo corpus, but of other settings, or no longer as it was made.
+    # The folder has a demo corpus, but with other settings, or its files have changed.
     record = json.loads((out / RECORD_FILE).read_text(encoding="utf-8"))
     if record.get("asked") != asdict(settings):
         found = settings_line(record.get("asked", {}))
@@ -412,11 +412,11 @@ def has_same_corpus(out: Path, settings: DemoSettings) -> bool:
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
-    """The size in bytes of every file below a folder but corpus.json."""
+    """Return the size in bytes of every file below a folder except corpus.json."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != RECORD_FILE)
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 def file_sizes_digest(bytes_by_name: dict[str, int]) -> str:
-    """The SHA-256 of names and sizes, in hexadecimal digits."""
+    """Return the SHA-256 of names and sizes, in hexadecimal digits."""
     return hashlib.sha256(json.dumps(bytes_by_name, sort_keys=True).encode()).hexdigest()

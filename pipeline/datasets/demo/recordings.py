@@ -1,6 +1,6 @@
-"""The real recordings of the demo corpus: three Debian packages, fetched, dealt to the splits, made into sounds.
+"""The real recordings of the demo corpus: download of three Debian packages, division into splits, and sounds.
 
-`RECORDING_TABLE` says which recording is of which AudioSet class; it was read from the names of the files.
+`RECORDING_TABLE` has the AudioSet classes of each recording; they were derived from the file names.
 """
 
 import re
@@ -27,7 +27,7 @@ PACKAGE_COMMANDS = ("apt-get", "dpkg-deb")
 
 PAUSE_SECONDS = (0.1, 1.5)  # between the repetitions of a short recording
 
-# Whose recordings a package holds, and on which terms.
+# The authors and the licence of the recordings in each package.
 PACKAGE_LICENCES = {
     "scratch": "CC BY-SA 3.0, (c) 2011 Massachusetts Institute of Technology (Scratch 1.4)",
     "sonic-pi-samples": "CC0 1.0, recordings of freesound.org users collected by Sonic Pi",
@@ -119,7 +119,7 @@ MID_OF_CLASS_NAME = {
     "Wood": "/m/083vt",
 }
 
-# Class | another class : recordings. {a,b} stands for both; `RECORDING_PATHS` has the rest of each path.
+# Class | another class : recordings. {a,b} means both a and b; `RECORDING_PATHS` has the rest of each path.
 RECORDING_TABLE = """
 Baby cry, infant cry: scratch/Human/BabyCry.mp3
 Bark | Dog: scratch/Animal/Dog{1,2}.wav
@@ -210,12 +210,14 @@ class PackageRecording:
 
     package: str
     path: str  # as the package unpacks it
-    classes: tuple[str, ...]  # names; the first is the class that the recording is dealt for
+    classes: tuple[
+        str, ...
+    ]  # class names; the first decides the group in which the recording is divided into splits
 
 
 def list_recordings() -> Iterator[PackageRecording]:
     """Yield every recording of the table."""
-    # A line that is indented continues the one above.
+    # An indented line continues the line above.
     lines = RECORDING_TABLE.replace("\n   ", "").strip().splitlines()
     for line in lines:
         classes, short_paths = line.split(": ")
@@ -231,7 +233,7 @@ def list_recordings() -> Iterator[PackageRecording]:
 
 
 def expand_braces(text: str) -> list[str]:
-    """The texts that take one alternative of each `{a,b}`, in every combination."""
+    """Return the texts with one alternative of each `{a,b}`, in every combination."""
     match = re.search(r"\{([^{}]*)\}", text)
     if not match:
         return [text]
@@ -242,7 +244,7 @@ def expand_braces(text: str) -> list[str]:
 
 def fetch_packages(folder: Path, *, quiet: bool | None) -> None:
     """Download the packages (49 MB) with apt and unpack each into `folder`/its name, without installing it."""
-    # Commands that are missing are found out before anything is downloaded.
+    # Check for missing commands before anything is downloaded.
     for command in PACKAGE_COMMANDS:
         if not shutil.which(command):
             raise InputError(
@@ -259,7 +261,7 @@ def fetch_packages(folder: Path, *, quiet: bool | None) -> None:
 
 
 def run_package_command(command: list[str], folder: Path) -> None:
-    """Run a command in a folder; InputError with the last line of its complaint where it fails."""
+    """Run a command in a folder; if it fails, InputError with the last line of its error output."""
     completed = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if completed.returncode:
         complaint = (completed.stderr.strip() or f"exit status {completed.returncode}").splitlines()[-1]
@@ -269,7 +271,7 @@ def run_package_command(command: list[str], folder: Path) -> None:
 
 
 def copy_licences(packages: Path, folder: Path) -> None:
-    """Copy each package's own statement of who made which recording."""
+    """Copy the copyright file of each package, which names the author of each recording."""
     folder.mkdir()
     for package in PACKAGE_LICENCES:
         statement = packages / package / "usr/share/doc" / package / "copyright"
@@ -279,12 +281,12 @@ def copy_licences(packages: Path, folder: Path) -> None:
 def split_recordings(
     rng: np.random.Generator, recordings: Sequence[PackageRecording]
 ) -> dict[str, tuple[PackageRecording, ...]]:
-    """The recordings of each split: about a quarter of every class for eval, at least one, the rest to train on.
+    """Return the recordings of each split: about a quarter of every class, at least one, for eval; the rest for train.
 
-    A recording that is the only one of all its classes serves in both splits, so that no class is missing from
-    one; every other recording is in one split only.
+    A recording that is the only recording of all its classes is in both splits, so that neither split lacks the class.
+    Every other recording is in one split only.
     """
-    # The recordings that are dealt for each class, and of all classes how many recordings have them.
+    # The number of recordings with each class, and the recordings grouped by their first class.
     recordings_per_class = Counter(name for recording in recordings for name in recording.classes)
     recordings_by_class: defaultdict[str, list[PackageRecording]] = defaultdict(list)
     for recording in recordings:
@@ -295,7 +297,7 @@ def split_recordings(
     for group in recordings_by_class.values():
         shuffled = [group[index] for index in rng.permutation(len(group))]
 
-        # The only recording of all its classes.
+        # The group is the only recording of all its classes.
         if all(recordings_per_class[name] == 1 for name in group[0].classes):
             evaluation += group
             train += group
@@ -310,7 +312,7 @@ def split_recordings(
 
 
 def load_recorded_sound(recording: PackageRecording, folder: Path) -> DemoSound:
-    """Read the recording from its unpacked package, as a sound of its classes."""
+    """Read the recording from its unpacked package; returns a sound with its classes."""
     path = folder / recording.package / recording.path
     if not path.exists():
         raise InputError(
@@ -322,7 +324,7 @@ def load_recorded_sound(recording: PackageRecording, folder: Path) -> DemoSound:
 
 
 def repeat_with_gaps(wave_S: np.ndarray, rng: np.random.Generator, samples: int) -> np.ndarray:
-    """So many samples of a recording: the beginning of a long one; a short one again and again, with pauses."""
+    """Return `samples` samples: the beginning of a long recording, or a short recording repeated with pauses."""
     repeated_S = np.zeros(samples, dtype=np.float32)
     start = 0
     while start < samples:

@@ -1,7 +1,8 @@
-"""Sounds whose AudioSet class is a formula: one function per class, each gives `wave_S` at 48 kHz.
+"""Synthetic sounds of AudioSet classes that have a formula: one function per class, which returns `wave_S` at 48 kHz.
 
-Every class that leaves the pitch open draws it from one range, so that pitch alone tells nothing; the range ends
-at 3.4 kHz, which an 8 kHz file still holds. Whoever mixes the sounds sets their levels: a formula may have any.
+All classes without a fixed pitch draw it from the same range, so that pitch alone does not identify the class. The
+range ends at 3.4 kHz, which a file with 8 kHz sample rate still contains. A formula may return any level; the levels
+are set when sounds are mixed.
 """
 
 from collections.abc import Callable
@@ -34,13 +35,14 @@ DTMF_COLUMNS_HZ = np.array([1_209.0, 1_336.0, 1_477.0])
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoSound:
-    """Something that can be heard in a clip, and the classes it stands for."""
+    """A sound that can be mixed into a clip, and its classes."""
 
     name: str
-    mids: tuple[str, ...]  # the first is the class that the sound is dealt for
-    make_wave: Callable[[np.random.Generator, int], np.ndarray]  # so many samples, at SYNTHESIS_RATE_HZ
+    mids: tuple[str, ...]  # ids of the classes; the first is the class for which the sound is chosen
+    # Arguments: generator and number of samples. Returns the wave at SYNTHESIS_RATE_HZ.
+    make_wave: Callable[[np.random.Generator, int], np.ndarray]
     level_dbfs: tuple[float, float] = (-36.0, -15.0)  # range of the loudest tenth of a second in a clip
-    is_alone: bool = False  # shares its clip with nothing, not even a noise bed
+    is_alone: bool = False  # True: the clip has no other sound and no background noise
 
 
 def sine_wave(rng: np.random.Generator, samples: int) -> np.ndarray:
@@ -50,14 +52,14 @@ def sine_wave(rng: np.random.Generator, samples: int) -> np.ndarray:
 
 def harmonic_tone(rng: np.random.Generator, samples: int) -> np.ndarray:
     """Sine tones at several integer multiples of one fundamental, which itself may be absent."""
-    # The second and third partial are always there, the others by chance.
+    # The second and third partial are always present, the others at random.
     weights_N = rng.uniform(0.2, 1.0, 10) * (rng.random(10) < 0.6)
     weights_N[[1, 2]] = rng.uniform(0.5, 1.0, 2)
     return sum_partials(running_phase_S(draw_pitch_hz(rng, high_hz=700.0), samples), weights_N)
 
 
 def chirp_tone(rng: np.random.Generator, samples: int) -> np.ndarray:
-    """A tone that sweeps up or down by an octave at least, once or again and again."""
+    """A tone that sweeps up or down by at least an octave, once or repeatedly."""
     # The range and the length of a sweep.
     low_hz = draw_pitch_hz(rng, high_hz=PITCH_RANGE_HZ[1] / 2.5)
     high_hz = draw_pitch_hz(rng, low_hz=2 * low_hz)
@@ -89,7 +91,7 @@ def near_silence(rng: np.random.Generator, samples: int) -> np.ndarray:
 
 
 def dial_tone(rng: np.random.Generator, samples: int) -> np.ndarray:
-    """The two steady tones of an exchange that is ready."""
+    """The two steady tones of a telephone exchange that is ready to dial."""
     low_hz, high_hz = DIAL_TONES_HZ[rng.integers(len(DIAL_TONES_HZ))]
     return unit_sine_S(low_hz, samples) + unit_sine_S(high_hz, samples)
 
@@ -106,7 +108,7 @@ def dtmf_dialing(rng: np.random.Generator, samples: int) -> np.ndarray:
     on_seconds = rng.uniform(0.06, 0.18)
     off_seconds = rng.uniform(0.05, 0.2)
 
-    # The place of each digit on the keypad, and of each sample the digit that it belongs to.
+    # The position of each digit on the keypad, and the digit of each sample.
     digit_S = (sample_times_S(samples) / (on_seconds + off_seconds)).astype(int)
     digits = digit_S[-1] + 1
     row_N = rng.integers(len(DTMF_ROWS_HZ), size=digits)
@@ -128,7 +130,7 @@ def repeated_beeps(rng: np.random.Generator, samples: int) -> np.ndarray:
 
 def siren_tone(rng: np.random.Generator, samples: int) -> np.ndarray:
     """A rich tone that wails (3-6 s), yelps (a third of a second) or alternates a fourth apart."""
-    # All three periods are drawn, whatever the kind: the order of the draws decides the bytes of every corpus.
+    # All three periods are drawn for every kind, because the order of the draws decides the bytes of every corpus.
     kind = rng.choice(["wail", "yelp", "two-tone"])
     period_seconds_of_kind = {
         "wail": rng.uniform(3, 6),
@@ -168,13 +170,13 @@ def swelling_pulse(rng: np.random.Generator, samples: int) -> np.ndarray:
 
 
 def crackling_static(rng: np.random.Generator, samples: int) -> np.ndarray:
-    """Crackle: sparks at random moments, their heights spread over 30 dB, on a little hiss."""
-    # Sixteen shapes of sparks, and the heights.
+    """Crackle: sparks at random times, with amplitudes spread over 30 dB, and a little hiss."""
+    # Sixteen spark shapes, and the amplitudes.
     sparks = rng.poisson(samples / SYNTHESIS_RATE_HZ * rng.uniform(15, 120))
     heights = np.exp(rng.normal(-1.5, 1.0, sparks)).clip(max=1.5)
     shapes_NS = rng.standard_normal((16, 96)) * np.exp(-np.arange(96) / rng.uniform(3, 24))
 
-    # The hiss, with each spark at its own moment.
+    # The hiss, with each spark at its own time.
     wave_S = np.float32(0.01) * rng.standard_normal(samples, dtype=np.float32)
     starts = rng.integers(samples, size=sparks)
     shape_numbers = rng.integers(len(shapes_NS), size=sparks)
@@ -217,26 +219,26 @@ FORMULA_SOUNDS = (
 
 
 def sample_times_S(samples: int) -> np.ndarray:
-    """The time of each sample in seconds."""
+    """Return the time of each sample in seconds."""
     return np.arange(samples, dtype=np.float64) * (1 / SYNTHESIS_RATE_HZ)
 
 
 def draw_pitch_hz(
     rng: np.random.Generator, *, low_hz: float = PITCH_RANGE_HZ[0], high_hz: float = PITCH_RANGE_HZ[1]
 ) -> float:
-    """A random frequency, equally likely in every octave of the range."""
+    """Draw a frequency, equally likely in every octave of the range."""
     return float(np.exp(rng.uniform(np.log(low_hz), np.log(high_hz))))
 
 
 def fractional_part(turns_S: np.ndarray) -> np.ndarray:
     """The part of each number after the decimal point, float32."""
-    # `%` gives the same at 20 times the cost.
+    # `%` gives the same result at 20 times the cost.
     return (turns_S - np.floor(turns_S)).astype(np.float32)
 
 
 def running_phase_S(hz: float | np.ndarray, samples: int) -> np.ndarray:
     """The running phase in [0, 2 pi) of a frequency that may change from sample to sample."""
-    # Wrapped before it is rounded to float32, so that the last second is as exact as the first.
+    # Wrap the phase before rounding to float32, so that the last second is as exact as the first.
     turns_S = np.cumsum(np.broadcast_to(hz, samples), dtype=np.float64) / SYNTHESIS_RATE_HZ
     return (2 * np.pi) * fractional_part(turns_S)
 
@@ -271,7 +273,7 @@ def on_off_gate(seconds_S: np.ndarray, on_seconds: float, off_seconds: float) ->
 def random_phase_gate(
     rng: np.random.Generator, samples: int, on_seconds: float, off_seconds: float
 ) -> np.ndarray:
-    """The gate of `on_off_gate`, begun anywhere in its period."""
+    """Return the gate of `on_off_gate`, starting at a random point of its period."""
     shift_seconds = rng.uniform(0.0, on_seconds + off_seconds)
     return on_off_gate(sample_times_S(samples) + shift_seconds, on_seconds, off_seconds)
 

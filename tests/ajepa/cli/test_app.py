@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from identities import run_identity
 from matplotlib.image import imread
 from tiny import tiny
 
@@ -215,7 +216,7 @@ def test_two_stores_are_mixed_by_weight_and_one_is_shuffled_in_blocks(
 @pytest.mark.parametrize("command", ["pretrain", "evaluate", "report"])
 def test_a_store_that_is_none_is_named_in_one_line(tmp_path, monkeypatch, capsys, command):
     """A mistyped path is the commonest mistake of all."""
-    Run.create_or_open(tmp_path / "run", recipe=catalogue.recipe_to_json(tiny()), identity={})
+    Run.create_or_open(tmp_path / "run", recipe=catalogue.recipe_to_json(tiny()), identity=run_identity())
     where = ["--store", tmp_path / "nowhere.zarr", "--run", tmp_path / "run"]
     more = ["--out", tmp_path / "out"] if command == "report" else []
     assert run(command, *where, *more, monkeypatch=monkeypatch) == 1

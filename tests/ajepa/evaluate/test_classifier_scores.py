@@ -1,13 +1,15 @@
-"""A classifier's scores: of whole clips, by scikit-learn's metrics, on its own store and on another."""
+"""A classifier's scores for whole clips equal scikit-learn's metrics, on its own store and on another."""
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from evaluations import evaluation_protocol
+from identities import run_identity, task_identity
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 from tiny import tiny_finetune
 
@@ -41,7 +43,7 @@ from pipeline.store.feature_store import FeatureStore
 
 
 class MeanFrameClassifier:
-    """A classifier whose logits are the mean of the valid frames, and which remembers how many each view had."""
+    """A classifier whose logits are the mean of the valid frames; it records their number in every view."""
 
     def __init__(self) -> None:
         self.n_frames = []
@@ -54,7 +56,7 @@ class MeanFrameClassifier:
 
 
 def test_a_clips_logits_are_the_mean_over_its_views_by_their_valid_frames():
-    """A last view of four frames must not weigh as much as a full one; a view past the end is never seen."""
+    """A last view of four frames must not weigh as much as a full view; a view past the clip's end is not used."""
     mel_BVTF, n_frames_BV = torch.randn(2, 3, 8, 4), torch.tensor([[8, 8, 4], [5, 0, 0]])
     model = MeanFrameClassifier()
     logits_BC = average_view_logits_BC(model, mel_BVTF, n_frames_BV, torch.device("cpu"), bf16=False)
@@ -121,7 +123,7 @@ def test_one_label_is_measured_by_accuracy_and_macro_f1():
 
 
 def test_a_network_of_several_labels_is_not_measured_by_accuracy_unless_asked():
-    """Its raw labels here are one to a clip: mAP is what it was trained for."""
+    """Here every clip has one raw label, but a network that was trained on several labels is measured by mAP."""
     scores = four_clips(single=False, logits_NC=np.eye(3)[[0, 1, 0, 0]])
     assert [labels.kind for labels in scores.true_labels()] == ["multi", "multi"]
     assert [labels.kind for labels in scores.true_labels("single", ("raw",))] == ["single"]
@@ -146,14 +148,14 @@ def on_other_store(other_store_path, tuned) -> Evaluation:
 
 
 def test_measured_again_on_its_own_store_a_run_says_what_it_said_at_its_end(store_path, tuned):
-    """The same clips, classes, resamples: not a digit moves, and the protocol is the same."""
+    """The same clips, classes and resamples give the same numbers and the same protocol."""
     before = (tuned.path / EVALUATION_FILE).read_bytes()
     evaluate_run(store_path, tuned.path, device="cpu")
     assert (tuned.path / EVALUATION_FILE).read_bytes() == before
 
 
 def test_the_protocol_tells_what_was_trained_and_measured(tuned, store):
-    """Task, labels trained on, splits, stores, seed, step, clips, classes, average of the weights."""
+    """It has the task, trained labels, splits, stores, seed, step, clips, classes and average of the weights."""
     evaluation = Evaluation.read_json(tuned.path / EVALUATION_FILE)
     protocol = evaluation.protocol
     classifier = protocol.classifier
@@ -177,20 +179,20 @@ def test_the_protocol_tells_what_was_trained_and_measured(tuned, store):
 def test_on_another_store_the_classifier_is_measured_on_the_clips_that_it_keeps_back(
     on_other_store, tuned, other_store_path
 ):
-    """scikit-learn's average precision of its logits there, by raw and by propagated labels; its own file stays."""
+    """The scores are scikit-learn's average precision, for raw and propagated labels; evaluation.json is unchanged."""
     other = FeatureStore.open(other_store_path)
     assert {(score.features, score.probe) for score in on_other_store.scores} == {
         (CLASSIFIER_FEATURES, HEAD_PROBE)
     }
     assert [score.label_set for score in on_other_store.scores] == ["unambiguous", "raw"]
-    assert on_other_store.protocol.training_store_id == tuned.identity["store_id"] != other.store_id
+    assert on_other_store.protocol.training_store_id == tuned.identity.store_id != other.store_id
     assert on_other_store.protocol.store_id == other.store_id
     own = Evaluation.read_json(tuned.path / EVALUATION_FILE).protocol.classifier
     assert on_other_store.protocol.classifier == own
     rows_N = other.good_rows(["eval"])
-    views = ClipViews(store=other, frames=64, mean=tuned.identity["mean"], std=tuned.identity["std"])
+    views = ClipViews(store=other, frames=64, mean=tuned.identity.mean, std=tuned.identity.std)
     logits_NC = predict_logits_NC(TrainedRun.open(tuned).classifier(CPU), views, rows_N, CPU, bf16=False)
-    store_place = [other.classes.index_of[mid] for mid in tuned.identity["classes"]]
+    store_place = [other.classes.index_of[mid] for mid in tuned.task_identity.classes]
     labelled_N = other.labels_BC(rows_N, "unambiguous")[:, store_place].any(axis=1)
     for score in on_other_store.scores:
         labels_NC = other.labels_BC(rows_N[labelled_N], score.label_set)[:, store_place]
@@ -203,7 +205,7 @@ def test_on_another_store_the_classifier_is_measured_on_the_clips_that_it_keeps_
 
 
 def test_its_encoder_is_probed_frozen_beside_a_random_one(tuned, store_path, store):
-    """In a file of its own; probes are measured on the clips that fine-tuning held out, and trained on its others."""
+    """The result has its own file. Fine-tuning's held-out clips measure the probes, and its train clips train them."""
     probed = evaluate_run(store_path, tuned.path, device="cpu", probes=("knn",), label_sets=("raw",))
     assert Evaluation.read_json(tuned.path / "evaluation-probes.json").scores == probed.scores
     assert [score.features for score in probed.scores] == [TRAINED, RANDOM, "log-mel statistics"]
@@ -222,13 +224,13 @@ def test_its_encoder_is_probed_frozen_beside_a_random_one(tuned, store_path, sto
     own.write_bytes(before)
     compared = compare_results([tuned.path])
     assert compared.index("evaluation.json") < compared.index("evaluation-probes.json")
-    assert "pre-training: this one's encoder was fine-tuned, with labels" in compared
+    assert "pre-training: the encoder here was fine-tuned with labels" in compared
 
 
 def test_a_result_of_another_protocol_is_not_replaced_unless_named(tuned, store_path, tmp_path):
-    """Another checkpoint's scores are not the run's; the user has to name the file."""
+    """Scores of another checkpoint are no scores of the last step; to replace them the user has to name the file."""
     before = (tuned.path / EVALUATION_FILE).read_bytes()
-    with pytest.raises(RunError, match=r"measured otherwise \(checkpoint: last, now 1\); keep .* --out FILE"):
+    with pytest.raises(RunError, match=r"another protocol \(checkpoint: last, now 1\); save .* --out FILE"):
         evaluate_run(store_path, tuned.path, device="cpu", checkpoint=1)
     assert (tuned.path / EVALUATION_FILE).read_bytes() == before
     early = evaluate_run(store_path, tuned.path, device="cpu", checkpoint=1, out=tmp_path / "early.json")
@@ -245,17 +247,17 @@ def store_of(*mids: str) -> SimpleNamespace:
 
 
 def test_classes_of_both_are_measured_in_the_classifiers_order():
-    """A class that the store lacks cannot be, one that the classifier lacks was never learnt."""
-    identity = {"classes": ["c", "a", "b"], "task": "own"}
+    """A class that only one of store and classifier has cannot be measured."""
+    identity = task_identity(classes=("c", "a", "b"))
     classes, merge_SC = shared_classes(identity, store_of("a", "x", "c"))
     assert (classes.mids, classes.names) == (("c", "a"), ("C", "A"))
     assert merge_SC.tolist() == [[0, 1], [0, 0], [1, 0]]
 
 
 def test_words_that_a_task_does_not_tell_apart_are_of_its_one_class_for_them():
-    """Speech Commands v1's unknown; what is no word of the task is no class of it."""
+    """Other words of Speech Commands v1 are the class `unknown`; a word outside the task has no class."""
     v1 = TASKS["speech-commands-v1"]
-    identity = {"classes": [*v1.distinct_classes, v1.other_class], "task": "speech-commands-v1"}
+    identity = task_identity(classes=(*v1.distinct_classes, v1.other_class), task="speech-commands-v1")
     classes, merge_SC = shared_classes(identity, store_of("bed", "cat", "yes", "thunder"))
     assert classes.mids == ("yes", "unknown")
     assert merge_SC.tolist() == [[0, 1], [0, 1], [1, 0], [0, 0]]
@@ -265,11 +267,11 @@ def test_a_store_of_quite_other_classes_is_refused_with_what_can_be_done():
     with pytest.raises(
         RunError, match=r"none of its 1 classes, such as x, .* 1, such as a; probe its encoder"
     ):
-        shared_classes({"classes": ["a"], "task": "own"}, store_of("x"))
+        shared_classes(task_identity(), store_of("x"))
 
 
 def test_of_another_store_in_folds_all_clips_are_held_out_but_of_the_same_folds_only_the_runs():
-    """A run that was trained on folds 2 and 3 must not be measured on them, in whatever copy of the store."""
+    """A run that was trained on folds 2 and 3 must not be measured on them, not even in a copy of the store."""
     rows = {"fold1": 4, "fold2": 5, "fold3": 6}
     other = SimpleNamespace(
         location="folds.zarr",
@@ -280,15 +282,14 @@ def test_of_another_store_in_folds_all_clips_are_held_out_but_of_the_same_folds_
         good_rows=lambda splits: np.arange(sum(rows[split] for split in splits)),
         labels_BC=lambda rows_N, label_set: np.ones((len(rows_N), 1), np.float32),
     )
-    identity = {"store_id": "own", "classes": ["a"], "task": "own", "kind": "single", "label_set": "raw"}
 
-    def measured_splits(train_splits: list[str], eval_splits: list[str]) -> tuple[str, ...]:
-        splits = {"train_splits": train_splits, "eval_splits": eval_splits}
-        run = SimpleNamespace(path="run", identity=identity | splits)
+    def measured_splits(train_splits: tuple[str, ...], eval_splits: tuple[str, ...]) -> tuple[str, ...]:
+        task = task_identity(train_splits=train_splits, eval_splits=eval_splits)
+        run = Run(path=Path("run"), recipe={}, identity=run_identity(task_identity=task), versions={})
         return held_out_task_data(run, other).eval_splits
 
-    assert measured_splits(["fold2", "fold3"], ["fold1"]) == ("fold1",)
-    assert measured_splits(["train"], ["test"]) == ("fold1", "fold2", "fold3")
+    assert measured_splits(("fold2", "fold3"), ("fold1",)) == ("fold1",)
+    assert measured_splits(("train",), ("test",)) == ("fold1", "fold2", "fold3")
 
 
 def test_a_network_without_an_encoder_is_not_probed(tuned):
@@ -299,7 +300,7 @@ def test_a_network_without_an_encoder_is_not_probed(tuned):
 
 
 def test_settings_of_probes_are_refused_where_none_is_asked_for(tuned, store_path, tmp_path):
-    """They would have no effect; a store of other features and a folder of folds are refused, too."""
+    """They would have no effect. A store of other features and a folder of folds are refused too."""
     with pytest.raises(RunError, match="pooling and layer are for probes on its encoder"):
         evaluate_run(store_path, tuned.path, pooling="moments")
     record = json.loads((tuned.path / "recipe.json").read_text())

@@ -1,4 +1,4 @@
-"""Results beside the literature: the printed lines, and which numbers are called comparable."""
+"""Results compared with the literature: the printed lines, and which numbers are called comparable."""
 
 import csv
 from dataclasses import replace
@@ -88,11 +88,11 @@ def test_the_whole_official_split_with_the_same_protocol_is_comparable():
 @pytest.mark.parametrize(
     ("change", "beginning"),
     [
-        ({"protocol": "linear"}, "protocol: that one is fine-tuned, this one linear probe"),
+        ({"protocol": "linear"}, "protocol: published fine-tuned, here linear probe"),
         ({"eval_clips": 401}, "clips: measured on 401, the official split has 20371"),
         ({"eval_clips": 30_000}, "clips: measured on 30000, the official split has 20371"),
         ({"label_set": "unambiguous"}, "labels: measured on unambiguous labels"),
-        ({"classes": 50}, "classes: 50 are told apart here, 527 there"),
+        ({"classes": 50}, "classes: published 527, here 50"),
         (
             {"train_clips": 20_000},
             f"training: on 20000 clips, audioset-2m has {OFFICIAL_TRAIN_CLIPS['audioset-2m']}",
@@ -100,13 +100,13 @@ def test_the_whole_official_split_with_the_same_protocol_is_comparable():
     ],
 )
 def test_every_reason_against_comparing_is_given(change, beginning):
-    """Each by itself is enough."""
+    """A single reason is enough."""
     (reason,) = reasons_against(replace(OURS, **change), published("A-JEPA ViT-B", "audioset-2m"))
     assert reason.startswith(beginning)
 
 
 def test_two_frozen_probes_are_compared_with_care():
-    """Same kind, other settings; against a fine-tuned network neither is."""
+    """They differ in settings only; a probe and a fine-tuned network are not compared."""
     ours = replace(
         OURS,
         task="esc50",
@@ -127,9 +127,9 @@ def test_two_frozen_probes_are_compared_with_care():
 
 
 def test_what_had_labels_or_is_an_ensembles_is_compared_with_care():
-    """Neither is a reason not to look, both are reasons to know."""
+    """Neither prevents the comparison, but the reader must know it."""
     assert comparison_caveats(OURS, published("AST", "audioset-2m")) == [
-        "pre-training: that one was shown labels"
+        "pre-training: the published network was pre-trained with labels"
     ]
     assert comparison_caveats(OURS, published("BEATs", "audioset-2m")) == [
         "BEATs: the paper's best, of one model or several"
@@ -137,14 +137,14 @@ def test_what_had_labels_or_is_an_ensembles_is_compared_with_care():
 
 
 def test_a_number_that_was_not_seen_at_its_source_is_compared_with_care():
-    """Whoever leans on it looks it up first."""
+    """The reader should look it up at the source before relying on it."""
     (caveat,) = comparison_caveats(OURS, published("A-JEPA ViT-L", "audioset-2m"))
-    assert caveat.startswith("value: that one was copied from notes on the paper")
+    assert caveat.startswith("value: the published number comes from notes")
 
 
 def test_a_result_on_other_clips_of_the_same_split_is_compared_with_care():
     """Clips vanish from AudioSet: Audio-MAE was measured on 19,148."""
-    assert "clips: that one was measured on 19148, this one on 20000" in comparison_caveats(
+    assert "clips: published on 19148, here on 20000" in comparison_caveats(
         OURS, published("Audio-MAE", "audioset-2m")
     )
 
@@ -162,7 +162,7 @@ def test_a_result_on_other_clips_of_the_same_split_is_compared_with_care():
     ],
 )
 def test_a_task_is_known_by_its_classes(classes, folds, train_clips, task):
-    """A store's name says nothing."""
+    """The name of the store is not used."""
     assert match_public_task(classes, folds=folds, train_clips=train_clips) == task
 
 
@@ -177,7 +177,7 @@ def evaluation(
     probes: ProbeTraining | None = None,
     store_id: str = "own",
 ) -> Evaluation:
-    """An evaluation of which only the first number, its folds and its protocol matter."""
+    """An evaluation in which only the first number, its folds and its protocol matter."""
     names = tuple(f"c{i}" for i in range(classes)) if isinstance(classes, int) else classes
     estimate = MetricEstimate(value=metric, low=metric - 0.015, high=metric + 0.015)
     first = "accuracy" if kind == "single" else "map"
@@ -214,7 +214,7 @@ def is_narrow(text: str, *names: object) -> bool:
 
 
 def test_folds_that_were_fine_tuned_are_one_result(tmp_path):
-    """Five runs of 400 clips: their mean on 2,000, with its spread."""
+    """Five runs of 400 clips each give one mean on 2,000 clips, with the deviation over folds."""
     classifier = trained("esc50", 1_600, 50, start={"step": 9})
     result = evaluation(50, 0.93, clips=2_000, kind="single", folds=5, classifier=classifier)
     result.save_json(tmp_path / "evaluation.json")
@@ -225,20 +225,20 @@ def test_folds_that_were_fine_tuned_are_one_result(tmp_path):
 
 
 def test_an_evaluation_of_frozen_features_is_shown_probe_by_probe(tmp_path):
-    """Of the trained encoder alone; each reason is given once, below its table."""
+    """Only the trained encoder's scores are shown; each reason is printed once, below its table."""
     result = evaluation(load_class_list().mids, 0.145, clips=401, probes=probe_training(train_clips=1_617))
     result.save_json(tmp_path / "evaluation.json")
     text = compare_results([tmp_path])
     assert text.count("this result") == 2
     assert "audioset-20k, raw labels, linear probe, 401 clips" in text
     assert "mAP       0.145 [0.130 0.160]" in text
-    assert text.count("protocol: that one is fine-tuned, this one linear probe") == 1
+    assert text.count("protocol: published fine-tuned, here linear probe") == 1
     assert " yes" not in text
     assert is_narrow(text, tmp_path)
 
 
 def test_runs_of_both_kinds_stand_side_by_side(tmp_path):
-    """A probe's number is not a fine-tuned one's; a classifier that had no pre-training is marked."""
+    """A probe's number is not compared with a fine-tuned network's; a classifier without pre-training is marked."""
     audioset = load_class_list().mids
     paths = []
     classifier = trained("audioset", 20_000, 527, start=None)
@@ -252,7 +252,7 @@ def test_runs_of_both_kinds_stand_side_by_side(tmp_path):
     linear, nearest, tuned = compare_results(paths).split("\n\n")
     assert "audioset-20k, raw labels, fine-tuned, 20000 clips" in tuned
     assert "with care" in tuned
-    assert "pre-training: this one had none" in tuned
+    assert "pre-training: the network here had none" in tuned
     assert "raw labels, linear probe," in linear
     assert "raw labels, kNN," in nearest
     assert " yes" not in linear + nearest
@@ -271,15 +271,15 @@ def test_a_classifier_on_another_stores_clips_is_of_its_task_while_all_classes_a
 
 
 def test_a_run_that_does_not_say_on_how_many_clips_it_was_trained_is_not_comparable():
-    """AudioSet has two training sets."""
+    """AudioSet has two training sets, and the run may be of either."""
     unknown = replace(OURS, train_clips=None)
     (reason,) = reasons_against(unknown, published("A-JEPA ViT-B", "audioset-2m"))
-    assert reason.startswith("training: the run does not say on how many clips")
+    assert reason.startswith("training: the run records no number of train clips")
 
 
 def test_a_task_of_ones_own_has_nothing_beside_it():
-    """One line says so."""
-    assert "nothing is published of it" in "\n".join(comparison_lines(replace(OURS, task=None)))
+    """One line says that no published result exists."""
+    assert "no published result of this task" in "\n".join(comparison_lines(replace(OURS, task=None)))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A pre-trained run measured by probes: every score kept, the right clips, the same numbers every time."""
+"""A pre-trained run is measured by probes: on the right clips, with all scores saved and the same numbers each time."""
 
 import json
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ def evaluation(store_path, run) -> Evaluation:
 
 
 def test_every_features_probe_and_label_set_is_scored_and_kept(evaluation, run, store):
-    """The table, the value and the file say the same; each label set is measured on itself."""
+    """The table, the value and the file agree; a label set's probes are trained and measured on that set."""
     names = {(s.features, s.probe, s.label_set) for s in evaluation.scores}
     kinds = [(f, p) for f in (TRAINED, RANDOM, STATISTICS) for p in ("linear", "knn", "attentive")]
     kinds.remove((STATISTICS, "attentive"))  # statistics have no tokens
@@ -48,7 +48,7 @@ def test_every_features_probe_and_label_set_is_scored_and_kept(evaluation, run, 
 
 
 def test_clips_without_a_label_neither_train_nor_measure(evaluation, store):
-    """No label is no statement: fine-tuning leaves them out, and so must what it is compared with."""
+    """A missing label does not show that a class is absent: probes leave such clips out, as fine-tuning does."""
     rows_N = store.good_rows(["eval"])
     labelled = int(store.labels_BC(rows_N).any(axis=1).sum())
     protocol = evaluation.protocol
@@ -74,7 +74,7 @@ def test_propagated_labels_have_more_classes_to_rank_than_raw_ones(evaluation):
 
 
 def test_evaluating_twice_gives_the_same_numbers(store_path, run, evaluation):
-    """A figure that moves by itself cannot be compared."""
+    """A number that changes from run to run cannot be compared."""
     assert evaluate_run(store_path, run.path, device="cpu").scores == evaluation.scores
 
 
@@ -89,7 +89,7 @@ def test_probes_learn_from_train_clips_only_and_from_no_more_than_asked(store):
 
 
 def test_a_run_is_not_evaluated_on_another_kind_of_features(store_path, tmp_path, run):
-    """A network fed with other mels answers, and answers wrongly."""
+    """A network that gets other mels still gives scores, but wrong ones."""
     record = json.loads((run.path / "recipe.json").read_text())
     record["identity"]["mel"] = preset_mel_spec("audio-jepa").to_json()
     (tmp_path / "recipe.json").write_text(json.dumps(record))
@@ -98,7 +98,7 @@ def test_a_run_is_not_evaluated_on_another_kind_of_features(store_path, tmp_path
 
 
 def test_a_run_without_a_checkpoint_cannot_be_evaluated(store_path, tmp_path, run):
-    """Said before the store is read through, in one line."""
+    """The error comes in one line, before any clip of the store is read."""
     (tmp_path / "recipe.json").write_text((run.path / "recipe.json").read_text())
     with pytest.raises(RunError, match="holds no checkpoint yet"):
         evaluate_run(store_path, tmp_path)

@@ -1,4 +1,4 @@
-"""Frozen features: padding never reaches them, means are over valid tokens, baselines are what they say."""
+"""Frozen features: padding never reaches them, means are over valid tokens, baselines are as documented."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ def run(store_path, tmp_path_factory) -> Run:
 
 
 class SomeClips:
-    """As much of a store as `ClipViews` reads: clips of 100 stored frames, of which `valid` are sound."""
+    """The part of a store that `ClipViews` reads: clips of 100 stored frames, of which `valid` are not padding."""
 
     frames = 100
 
@@ -51,7 +51,7 @@ def encoder():
 
 @pytest.mark.parametrize("kind", ["encoder", "statistics"])
 def test_frames_past_a_clips_end_never_reach_its_features(encoder, kind):
-    """Padding in a mean would tell short clips from long ones, and nothing else."""
+    """With padding in the mean, features would reveal the length of the clip."""
     used_encoder = encoder if kind == "encoder" else None
     valid = [100, 64, 63, 30, 1]
     quiet, loud = (
@@ -73,7 +73,7 @@ def test_a_clips_features_are_the_mean_over_the_valid_tokens_of_all_its_views(en
 
 
 def test_statistics_are_mean_and_deviation_of_every_band_over_valid_frames():
-    """The baseline to beat must not be weaker than it says."""
+    """A baseline that is weaker than documented would flatter the encoder."""
     clips = SomeClips([100, 37])
     expected = [np.concatenate([m.mean(0), m.std(0)]) for m in (clips.mel_BTF[0], clips.mel_BTF[1][:37])]
     np.testing.assert_allclose(vectors_of(clips), expected, rtol=1e-4, atol=1e-5)
@@ -92,8 +92,8 @@ def test_the_random_encoder_is_the_run_before_its_first_step(run):
     assert compared[STATISTICS] is None
 
 
-def test_with_band_norm_the_random_encoder_hears_as_the_trained_one(store, tmp_path):
-    """Both standardise bands as the store's clips were: the comparison is of what was learnt."""
+def test_with_band_norm_the_random_encoder_standardises_as_the_trained_one(store, tmp_path):
+    """Both standardise bands by the statistics of the run's store, so only the learnt weights differ."""
     recipe = tiny().with_counts(steps=1)
     encoder = replace(recipe.model.encoder, band_norm=True)
     recipe = replace(recipe, model=replace(recipe.model, encoder=encoder))
@@ -103,6 +103,6 @@ def test_with_band_norm_the_random_encoder_hears_as_the_trained_one(store, tmp_p
     assert torch.equal(compared[RANDOM].bands_2F, compared[TRAINED].bands_2F)
     rows_N = store.good_rows(["a_train"])
     clips = [store.read(np.array([row]))[0, : store.n_frames_N[row]] for row in rows_N]
-    values_NF = (np.concatenate(clips).astype(np.float64) - run.identity["mean"]) / run.identity["std"]
+    values_NF = (np.concatenate(clips).astype(np.float64) - run.identity.mean) / run.identity.std
     np.testing.assert_allclose(mean_F, values_NF.mean(0), atol=1e-3)
     np.testing.assert_allclose(std_F, values_NF.std(0), rtol=1e-3)

@@ -1,4 +1,4 @@
-"""Metrics are scikit-learn's, also of weighted clips; their intervals cover the truth as often as they promise."""
+"""Metrics are scikit-learn's, also for weighted clips; their intervals cover the truth as often as stated."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def test_map_is_scikit_learns_macro_average_where_every_class_has_a_positive(see
 
 
 def test_a_class_without_positives_is_skipped():
-    """A nan for one class must not become the result, nor a zero drag it down."""
+    """The nan of one class must not make the mean nan, and must not count as 0."""
     labels_NC, scores_NC = labels_and_scores(0)
     labels_NC[:, [2, 5]] = 0
     result = mean_average_precision(labels_NC, scores_NC)
@@ -52,7 +52,7 @@ def test_a_perfect_ranking_reaches_one_whatever_the_scale_of_the_scores():
 
 
 def test_chance_is_what_random_orders_reach_on_average_even_for_rare_classes():
-    """The figure printed beside every result has to be the true floor; the share of positives is not."""
+    """The chance level printed with every result has to be exact; the share of positives is not."""
     rng = np.random.default_rng(0)
     labels_NC = (np.arange(50)[:, None] < [1, 3, 20]).astype(np.float32)
     draws = [mean_average_precision(labels_NC, rng.random(labels_NC.shape)) for _ in range(300)]
@@ -61,7 +61,7 @@ def test_chance_is_what_random_orders_reach_on_average_even_for_rare_classes():
 
 
 def test_labels_without_any_positive_are_refused():
-    """A mean over no class is not a number; the message says what was looked at."""
+    """A mean over no class is undefined; the message gives the numbers of classes and clips."""
     with pytest.raises(InputError, match="none of 3 classes has a positive among 4 clips"):
         mean_average_precision(np.zeros((4, 3)), np.zeros((4, 3)))
 
@@ -69,7 +69,7 @@ def test_labels_without_any_positive_are_refused():
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("decimals", [0, 1, 6])
 def test_precision_and_area_are_scikit_learns_of_the_clips_as_often_as_they_weigh(seed, decimals):
-    """Every class, with ties from few to nearly all, and samples in which clips are missing or come again."""
+    """For every class, with few ties or nearly only ties, and for samples that lack clips or repeat them."""
     labels_NC, scores_NC = labels_and_scores(seed)
     scores_NC = scores_NC.round(decimals)
     weights_NB = np.random.default_rng(seed).integers(0, 3, (len(labels_NC), 4)).astype(np.float64)
@@ -84,7 +84,7 @@ def test_precision_and_area_are_scikit_learns_of_the_clips_as_often_as_they_weig
 
 
 def test_a_class_that_nobody_or_everybody_has_is_nan_where_it_has_no_value():
-    """No positive: neither value. No negative: precision 1, and no area; a sample may do either to a class."""
+    """Without a positive both are nan; without a negative precision is 1 and the area nan. A sample may lack either."""
     labels_NC = np.array([[0, 1, 1], [0, 1, 0], [0, 1, 0]])
     weights_NB = np.array([[1, 0], [1, 2], [1, 1]], np.float64)
     precision_CB, area_CB = precisions_and_areas_CB(labels_NC, np.arange(9.0).reshape(3, 3), weights_NB)
@@ -107,7 +107,7 @@ def test_accuracy_and_f1_are_scikit_learns_of_the_clips_as_often_as_they_weigh(s
 
 
 def test_d_prime_is_the_distance_of_two_normal_distributions_with_that_area():
-    """Scores of both kinds are drawn so far apart, and the area between them tells how far."""
+    """Scores of positives and negatives are drawn at a known distance, which d' recovers from the area."""
     rng = np.random.default_rng(0)
     labels_N = np.arange(40_000) % 2
     area = roc_auc_score(labels_N, rng.standard_normal(40_000) + 1.5 * labels_N)
@@ -119,7 +119,7 @@ SHARES = {"some": [0.15, 0.3, 0.5], "rare": [0.02, 0.03, 0.3]}
 
 
 def simulated_clips(rng, clips: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """Labels of three classes and scores that tell them apart by 1.5 standard deviations."""
+    """Labels of three classes, and scores whose positives are 1.5 standard deviations above the negatives."""
     if kind == "single":
         labels_NC = np.eye(3, dtype=np.float32)[rng.integers(0, 3, clips)]
     else:
@@ -160,7 +160,7 @@ def test_intervals_cover_what_is_estimated_in_about_95_of_100_studies(kind, name
 
 
 def test_an_interval_lies_about_its_value_even_of_rare_classes():
-    """The percentiles themselves would not: of 527 classes of 20,000 clips they lie above the value."""
+    """Unshifted percentiles do not: for 527 classes and 20,000 clips both are above the value."""
     labels_NC = (np.random.default_rng(0).random((2_000, 40)) < 0.004).astype(np.float32)
     scores_NC = labels_NC + np.random.default_rng(1).standard_normal(labels_NC.shape)
     fold = ScoredFold(
@@ -174,14 +174,14 @@ def test_an_interval_lies_about_its_value_even_of_rare_classes():
 
 
 def test_four_times_the_clips_halve_the_interval():
-    """What an interval is for: it tells how much the number of clips is worth."""
+    """The width of an interval shows how much the number of clips matters."""
     rng = np.random.default_rng(1)
     few, many = (estimate_metrics([simulated_fold(rng, clips)])["map"] for clips in (500, 2_000))
     assert (few.high - few.low) / (many.high - many.low) == pytest.approx(2, rel=0.25)
 
 
 def test_a_metric_of_folds_is_the_mean_over_them():
-    """Scores of two probes may not be ranked among each other; intervals are those of all clips."""
+    """Scores of two folds' probes are not ranked together; the interval is based on all clips."""
     rng = np.random.default_rng(2)
     folds = [simulated_fold(rng, 300, seed=seed) for seed in range(4)]
     estimate = estimate_metrics(folds)["map"]
@@ -193,7 +193,7 @@ def test_a_metric_of_folds_is_the_mean_over_them():
 
 
 def test_d_prime_is_that_of_the_mean_area_at_every_end():
-    """A monotonous function of it has the same interval."""
+    """A monotonic function of the area has the interval of the area, transformed."""
     estimates = estimate_metrics([simulated_fold(np.random.default_rng(3), 300)])
     for end in ("value", "low", "high"):
         expected = d_prime(getattr(estimates["auc"], end))
@@ -213,7 +213,7 @@ def test_a_class_that_a_sample_loses_is_left_out_of_its_mean():
 
 
 def test_without_a_class_that_some_clips_lack_there_is_no_area():
-    """And no nan in its place."""
+    """The metric is missing, not nan."""
     labels_NC = np.ones((4, 1), np.float32)
     fold = ScoredFold(
         labels_NC=labels_NC, scores_NC=labels_NC, weights_NB=resample_weights_NB(4, 10, 0), single=False
@@ -222,7 +222,7 @@ def test_without_a_class_that_some_clips_lack_there_is_no_area():
 
 
 def test_samples_are_drawn_by_the_seed_with_replacement_after_the_clips_themselves():
-    """As many as there are; the same for the same seed."""
+    """A sample has as many draws as there are clips; the same seed gives the same samples."""
     weights_NB = resample_weights_NB(50, 30, 7)
     assert weights_NB.shape == (50, 31)
     assert (weights_NB[:, 0] == 1).all()
@@ -236,5 +236,5 @@ def test_samples_are_drawn_by_the_seed_with_replacement_after_the_clips_themselv
     ("clips", "classes", "count"), [(400, 50, 1000), (20_000, 527, 200), (4_000, 1_000, 500)]
 )
 def test_large_sets_are_drawn_less_often(clips, classes, count):
-    """At least 200 times: the ends of an interval are then the fifth from either side."""
+    """At least 200 times: the ends of an interval are then the fifth smallest and the fifth largest value."""
     assert resample_count(clips, classes) == count

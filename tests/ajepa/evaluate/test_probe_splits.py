@@ -1,4 +1,4 @@
-"""Which clips train, choose and are measured: by the names of the splits, and never one clip for two of these."""
+"""The names of the splits decide which clips train, select settings and measure; no clip trains and measures."""
 
 import numpy as np
 import polars as pl
@@ -9,7 +9,7 @@ from pipeline.errors import RunError
 
 
 class Splits:
-    """As much of a store as `ProbeSplits` reads: splits of these sizes, every tenth clip of them not good."""
+    """The part of a store that `ProbeSplits` reads: splits of these sizes, in which every tenth clip is not good."""
 
     location = "some.zarr"
 
@@ -27,7 +27,7 @@ class Splits:
 
 
 def test_folds_take_turns_and_each_is_measured_by_what_the_others_train():
-    """ESC-50 as `build-esc50` makes it; fold10 comes after fold2."""
+    """As in the store of `build-esc50`; fold10 comes after fold2."""
     store = Splits(fold1=20, fold10=20, fold2=20)
     splits = ProbeSplits.from_store(store, 0, 1_000)
     assert splits.eval_splits == ("fold1", "fold2", "fold10")
@@ -39,7 +39,7 @@ def test_folds_take_turns_and_each_is_measured_by_what_the_others_train():
 
 @pytest.mark.parametrize("name", ["val", "validation", "fsd_val", "dev", "Valid-2"])
 def test_a_split_that_chooses_never_trains(name):
-    """Settings are chosen on it, and it stays out of the fit."""
+    """It selects settings only, also for the final probe."""
     store = Splits(train=40, test=20, **{name: 20})
     (fold,) = ProbeSplits.from_store(store, 0, 1_000).folds
     assert store.split_of(fold.val_N) == {name}
@@ -59,7 +59,7 @@ def test_without_such_a_split_a_fifth_of_the_train_clips_chooses_and_then_trains
 
 
 def test_a_store_whose_only_other_split_is_named_val_trains_on_it():
-    """There is nothing else; a fifth of it chooses."""
+    """No other split can train; a fifth of its clips selects settings."""
     store = Splits(val=50, eval=20)
     (fold,) = ProbeSplits.from_store(store, 0, 1_000).folds
     assert store.split_of(fold.fit_N) == {"val"}
@@ -70,7 +70,7 @@ def test_a_store_whose_only_other_split_is_named_val_trains_on_it():
     "sizes", [{"train": 60, "eval": 20}, {"train": 40, "val": 30, "test": 20}, {"fold1": 30, "fold2": 30}]
 )
 def test_no_clip_is_measured_that_trained_or_chose(sizes):
-    """The mistake that makes a result worthless."""
+    """A result on such clips would be worthless."""
     for fold in ProbeSplits.from_store(Splits(**sizes), 0, 20).folds:
         assert not set(fold.eval_N) & (set(fold.train_N) | set(fold.val_N))
         assert not set(fold.train_N) & set(fold.val_N)
@@ -89,7 +89,7 @@ def test_no_more_train_than_asked_for_and_all_are_measured():
 
 
 def test_a_fold_without_a_good_clip_is_named():
-    """A mean over folds of which one is empty is a mean over others."""
+    """With an empty fold, the mean would be over fewer folds than stated."""
     store = Splits(fold1=30, fold2=1, fold3=30)
     store.manifest = pl.DataFrame({"split": ["fold2"] + ["fold1"] * 30 + ["fold3"] * 30})
     with pytest.raises(RunError, match=r"some\.zarr: fold2 has no good clip"):
@@ -97,7 +97,7 @@ def test_a_fold_without_a_good_clip_is_named():
 
 
 def test_a_kept_split_wins_over_folds():
-    """Where both are there, what is named for it is measured."""
+    """If a store has both, the evaluation split measures, not the folds."""
     store = Splits(fold1=30, fold2=30, test=20)
     splits = ProbeSplits.from_store(store, 0, 1_000)
     assert splits.eval_splits == ("test",)

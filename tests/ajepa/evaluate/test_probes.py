@@ -1,4 +1,4 @@
-"""Probes: scikit-learn's regressions and the right penalty; neighbours by direction; attention where the sound is."""
+"""Probes: scikit-learn's regressions with the right penalty; neighbours by direction; attention to valid tokens."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def test_a_constant_feature_becomes_zero_instead_of_nan():
-    """A dead dimension is no reason to lose a probe."""
+    """One dead dimension must not make every score nan."""
     train_ND = np.array([[1.0, 5.0], [3.0, 5.0]], np.float32)
     train, evaluated = standardise_features(train_ND, train_ND + 1)
     assert train.tolist() == [[-1.0, 0.0], [1.0, 0.0]]
@@ -74,7 +74,7 @@ def test_of_single_labels_the_linear_probe_is_scikit_learns_multinomial_regressi
 
 @pytest.mark.parametrize("single", [False, True])
 def test_with_more_features_than_clips_the_probe_is_the_same(single):
-    """Frequency pooling has thousands of features: what lies off the clips' span is never touched."""
+    """Frequency pooling has thousands of features; the weights stay in the span of the train clips."""
     rng = np.random.default_rng(0)
     train_ND, eval_ND = (rng.standard_normal((count, 70)).astype(np.float32) for count in (40, 20))
     class_N = train_ND[:, :3].argmax(1)
@@ -93,8 +93,8 @@ def test_with_more_features_than_clips_the_probe_is_the_same(single):
     np.testing.assert_allclose(scores_NC, expected_NC, atol=2e-2)
 
 
-def test_noise_is_penalised_more_than_features_that_tell():
-    """The penalty is chosen on held-out train clips, so it follows what the features tell, not how many they are."""
+def test_noise_is_penalised_more_than_informative_features():
+    """Held-out train clips select the penalty, so it depends on how informative features are, not on their number."""
     rng = np.random.default_rng(0)
     labels_NC = (rng.random((200, 3)) < 0.5).astype(np.float32)
     noise_ND = rng.standard_normal((200, 60)).astype(np.float32)
@@ -106,7 +106,7 @@ def test_noise_is_penalised_more_than_features_that_tell():
 
 
 def test_neighbours_vote_by_direction_not_by_length():
-    """Cosine along the features: normalised along the clips, near and far would mix."""
+    """The cosine is taken over features; normalised over clips, near and far clips would mix."""
     train_ND = torch.tensor([[1.0, 0.0], [9.0, 1.0], [0.0, 1.0], [0.1, 5.0]])
     labels_NC = np.array([[1, 0], [1, 1], [0, 1], [0, 0]], np.float32)
     scores_NC = knn_scores_NC(train_ND, labels_NC, torch.tensor([[0.01, 0.0], [0.0, 70.0]]), neighbours=2)
@@ -114,7 +114,7 @@ def test_neighbours_vote_by_direction_not_by_length():
 
 
 def needles(rng, clips: int, *, single: bool = False, valid: int = 10) -> tuple[ClipFeatures, np.ndarray]:
-    """Clips of ten tokens of noise, 8 features, of which one token alone tells each class that the clip has."""
+    """Clips of ten noise tokens of 8 features; a single token shows each class that the clip has."""
     classes = 3
     labels_NC = (rng.random((clips, classes)) < 0.4).astype(np.float32)
     if single:
@@ -144,26 +144,26 @@ def trained_scores(
     return scores, true_NC, evaluated
 
 
-def test_the_attentive_probe_finds_the_token_that_tells_where_the_mean_drowns_it():
-    """What attention is for: one of six tokens is of use, and a query learns to look for its like."""
+def test_the_attentive_probe_finds_the_informative_token_that_is_lost_in_the_mean():
+    """One of several tokens is informative, and a query learns to attend to such tokens."""
     scores, true_NC, evaluated = trained_scores()
     mean = average_precision_score(true_NC, evaluated.vectors_ND[:, :3], average="macro")
     assert average_precision_score(true_NC, scores.scores_NC, average="macro") > mean + 0.02
 
 
 def test_of_single_labels_the_attentive_probe_predicts_one_class():
-    """Trained with one cross-entropy over the classes, chosen by accuracy."""
+    """It is trained with one cross-entropy over the classes; accuracy selects the number of steps."""
     scores, true_NC, _ = trained_scores(single=True)
     assert (scores.scores_NC.argmax(1) == true_NC.argmax(1)).mean() > 0.85
 
 
-def test_tokens_without_sound_are_never_looked_at():
-    """Whatever they hold: the scores stay the same to the bit."""
+def test_padding_tokens_get_no_attention():
+    """Their content does not matter: the scores stay the same to the bit."""
     assert np.array_equal(trained_scores()[0].scores_NC, trained_scores(loud_padding=True)[0].scores_NC)
 
 
 def test_the_attentive_probe_repeats_itself():
-    """A figure that moves by itself cannot be compared."""
+    """A number that changes from run to run cannot be compared."""
     first, second = trained_scores()[0], trained_scores()[0]
     assert np.array_equal(first.scores_NC, second.scores_NC)
     assert first.steps == second.steps
@@ -171,7 +171,7 @@ def test_the_attentive_probe_repeats_itself():
 
 
 def test_the_attentive_probe_starts_as_a_linear_probe_on_the_mean_of_the_valid_tokens():
-    """Queries of zeros look everywhere alike."""
+    """Queries of zeros attend to all valid tokens equally."""
     rng = np.random.default_rng(0)
     tokens_BMD = torch.from_numpy(rng.standard_normal((2, 5, 8)).astype(np.float32))
     valid_BM = torch.arange(5) < torch.tensor([[5], [2]])
@@ -196,7 +196,7 @@ def test_tokens_are_standardised_over_the_valid_ones():
 
 @pytest.mark.parametrize(("clips", "steps"), [(30, 144), (200, 300), (20_000, 600)])
 def test_the_attentive_probe_is_trained_for_a_bounded_time(clips, steps):
-    """Few clips are not shown a thousand times, many not all."""
+    """Few clips are not repeated a thousand times, and of very many clips not all are used."""
     assert attentive_steps(clips) == steps
 
 

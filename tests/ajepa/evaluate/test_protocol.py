@@ -1,4 +1,4 @@
-"""Protocols of evaluations: their form in evaluation.json, and which differences make another measurement."""
+"""Protocols of evaluations: their form in evaluation.json, and which differences count as another measurement."""
 
 import json
 
@@ -54,7 +54,7 @@ PROTOCOLS = [
 
 @pytest.mark.parametrize("protocol", PROTOCOLS, ids=["probes", "classifier", "folds"])
 def test_a_protocol_is_read_as_it_was_written(protocol):
-    """Through JSON, which knows no tuples."""
+    """Also through JSON, which has lists in place of tuples."""
     assert EvaluationProtocol.from_json(json.loads(json.dumps(protocol.to_json()))) == protocol
 
 
@@ -69,7 +69,7 @@ def test_the_keys_and_their_order_are_those_of_the_files_that_exist():
 
 
 def test_notes_of_another_version_are_kept_as_they_are():
-    """A file that is read and written again says what its writer meant by a metric."""
+    """A file that is read and written again keeps its writer's definitions of the metrics."""
     record = evaluation_protocol(probes=probe_training()).to_json()
     record["map"] = "micro"
     record["probes"]["svm"] = "none"
@@ -81,7 +81,7 @@ def test_notes_of_another_version_are_kept_as_they_are():
     [{"step": 9}, {"device": "cuda"}, {"versions": {}}, {"probes": probe_training(names=("knn", "linear"))}],
 )
 def test_later_steps_other_machines_and_more_probes_are_no_other_measurement(changes):
-    """Nothing is lost where such a result takes the place of another."""
+    """Nothing is lost if such a result replaces another."""
     stored = evaluation_protocol(probes=probe_training())
     assert stored.differences(evaluation_protocol(**({"probes": probe_training()} | changes))) == []
 
@@ -98,14 +98,14 @@ def test_later_steps_other_machines_and_more_probes_are_no_other_measurement(cha
     ],
 )
 def test_settings_that_make_another_measurement_are_named_with_both_values(changes, difference):
-    """Who asks for a result under another protocol is told what is different about it."""
+    """The user sees which settings of a requested protocol differ, and how."""
     stored = evaluation_protocol(probes=probe_training())
     requested = evaluation_protocol(**({"probes": probe_training()} | changes))
     assert stored.differences(requested) == [difference]
 
 
 def test_the_digest_of_weights_depends_on_names_shapes_and_values_alone():
-    """Not on their order, nor on how they lie in memory."""
+    """It does not depend on their order or their layout in memory."""
     weights = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2)}
     same = {"b": torch.ones(2), "a": torch.arange(6.0).view(2, 3).T.contiguous().T}
     assert weights_digest(same) == weights_digest(weights)

@@ -1,10 +1,11 @@
-"""Evaluations on disk: one place for each, read as written, and never replaced by one of another protocol."""
+"""Evaluations on disk: each has its own file, is read as written, and is not replaced by another protocol's."""
 
 import json
 from types import SimpleNamespace
 
 import pytest
 from evaluations import evaluation_protocol, probe_training
+from identities import run_identity
 
 from ajepa.evaluate.metrics import MetricEstimate
 from ajepa.evaluate.result import EVALUATION_FILE, Evaluation, Score, refuse_overwriting, result_path
@@ -35,7 +36,7 @@ EVALUATION = Evaluation(
 
 
 def test_an_evaluation_is_read_as_it_was_saved(tmp_path):
-    """In folders that are made for it."""
+    """Missing folders are created."""
     file = tmp_path / "some" / "folder" / "result.json"
     EVALUATION.save_json(file)
     assert Evaluation.read_json(file) == EVALUATION
@@ -43,7 +44,7 @@ def test_an_evaluation_is_read_as_it_was_saved(tmp_path):
 
 
 def test_the_table_shows_a_metric_that_a_score_lacks_as_a_dash():
-    """One block a kind of labels: interval, chance, deviation over folds, two other metrics."""
+    """One block per kind of labels: interval, chance, deviation over folds, two other metrics."""
     assert EVALUATION.format_table().splitlines() == [
         "5 eval clips of some.zarr, mean over 2 folds; run at step 6",
         "probes trained on 10 clips",
@@ -83,14 +84,14 @@ def test_the_class_table_has_a_line_for_every_class(tmp_path):
     ],
 )
 def test_one_rule_says_where_a_result_is_kept(tmp_path, finetuned, own_store, probed, name):
-    """A run's own measure on its own store is evaluation.json, and everything else is kept beside it."""
-    run = SimpleNamespace(path=tmp_path, identity={"store_id": "a"}, is_finetuned=finetuned)
+    """The run's main evaluation on its own store is evaluation.json; all others have longer names."""
+    run = SimpleNamespace(path=tmp_path, identity=run_identity(store_id="a"), is_finetuned=finetuned)
     store = SimpleNamespace(store_id="a" if own_store else "b", location="some/there.zarr")
     assert result_path(run, store, probed=probed) == tmp_path / name
 
 
 def test_a_result_of_another_protocol_is_not_replaced(tmp_path):
-    """More probes, or a later step, may take its place; where there is no file nothing is lost."""
+    """A result of more probes or a later step may replace it, and a missing file is never refused."""
     file = tmp_path / EVALUATION_FILE
     other = evaluation_protocol(folds=2, probes=probe_training(pooling="moments"))
     refuse_overwriting(file, other)
@@ -99,13 +100,13 @@ def test_a_result_of_another_protocol_is_not_replaced(tmp_path):
         file, evaluation_protocol(folds=2, step=9, probes=probe_training(names=("knn", "linear")))
     )
     with pytest.raises(
-        RunError, match=r"measured otherwise \(probes.pooling: mean, now moments\); keep .* --out FILE"
+        RunError, match=r"another protocol \(probes.pooling: mean, now moments\); save .* --out FILE"
     ):
         refuse_overwriting(file, other)
 
 
 def test_a_result_of_an_older_format_may_be_replaced(tmp_path):
-    """Nobody can read it any more."""
+    """This version cannot read it."""
     file = tmp_path / EVALUATION_FILE
     EVALUATION.save_json(file)
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 2}))
@@ -113,13 +114,13 @@ def test_a_result_of_an_older_format_may_be_replaced(tmp_path):
 
 
 def test_a_protocol_that_lacks_a_key_is_refused_with_its_file(tmp_path):
-    """Somebody edited it; the run can be measured again."""
+    """Somebody edited the file; evaluating the run again replaces it."""
     file = tmp_path / EVALUATION_FILE
     EVALUATION.save_json(file)
     record = json.loads(file.read_text())
     del record["protocol"]["eval_clips"]
     file.write_text(json.dumps(record))
     with pytest.raises(
-        RunError, match="its protocol lacks 'eval_clips'; delete it and run ajepa-train evaluate"
+        RunError, match="its protocol lacks 'eval_clips'; delete the file and run ajepa-train evaluate"
     ):
         Evaluation.read_json(file)

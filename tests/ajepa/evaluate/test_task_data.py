@@ -1,4 +1,4 @@
-"""Tasks on stores: which clips train and are measured, by which classes and which labels."""
+"""Tasks on stores: which clips train and which are measured, with which classes and labels."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -20,14 +20,14 @@ COUNTS = {"audioset": 527, "esc50": 50, "fsd50k": 200, "speech-commands-v1": 30,
 
 
 def store_of(*mids: str, splits: tuple[str, ...] = ("train", "test")) -> SimpleNamespace:
-    """As much of a store of these classes as is read before any clip of it."""
+    """The part of a store of these classes that is read before any of its clips."""
     manifest = pl.DataFrame({"split": splits})
     return SimpleNamespace(location="some.zarr", classes=ClassList(mids=mids, names=mids), manifest=manifest)
 
 
 @pytest.mark.parametrize("name", sorted(TASKS))
 def test_every_task_has_its_classes_and_a_recipe_of_its_name(name):
-    """As many as their publications say; 1,251 speakers."""
+    """The numbers of classes are those of the publications."""
     task = TASKS[name]
     assert task.recipe in FINETUNE_RECIPES
     if name != "own":
@@ -41,7 +41,7 @@ def test_a_misspelt_task_is_answered_with_the_nearest():
 
 
 def test_clips_without_a_label_are_left_out_with_a_note(store):
-    """No label is no statement: a network would learn that such clips hold nothing."""
+    """A missing label does not show that a class is absent, but a network would learn that it is."""
     task_data = select_task_data(OWN, store)
     for rows_N in (task_data.train_N, task_data.eval_N):
         assert task_data.labels_NC(rows_N).any(axis=1).all()
@@ -54,7 +54,7 @@ def test_clips_without_a_label_are_left_out_with_a_note(store):
 
 
 def test_own_has_the_classes_that_its_training_clips_have(store):
-    """527 outputs for five classes would be 522 that learn nothing."""
+    """With 527 outputs for five classes, 522 outputs would learn nothing."""
     task_data = select_task_data(OWN, store)
     assert len(task_data.classes) == int(store.labels_BC(task_data.train_N).any(axis=0).sum())
     places_C = [store.classes.index_of[mid] for mid in task_data.classes.mids]
@@ -65,7 +65,7 @@ def test_own_has_the_classes_that_its_training_clips_have(store):
 
 
 def test_the_heads_order_is_the_tasks_whatever_the_stores():
-    """Two stores of one task must mean the same by a logit."""
+    """A logit must have the same meaning for every store of a task."""
     task = replace(OWN, classes=class_list_from_words("b a c"))
     classes, merge_SC = task_classes(task, store_of("a", "b", "c"), np.arange(0), "raw")
     assert classes.mids == ("b", "a", "c")
@@ -87,7 +87,7 @@ def test_a_store_of_other_classes_is_refused_with_both_sizes_and_what_is_missing
         select_task_data(task, store_of("a", "d"))
     assert str(refusal.value) == (
         "some.zarr: task some has 3 classes, the store 2: 2 of the task's are missing, such as b, c; "
-        "1 of the store's are none of the task, such as d; use --task own for other labels"
+        "1 of the store's are not in the task, such as d; use --task own for other labels"
     )
 
 
@@ -97,20 +97,22 @@ def test_a_task_takes_its_own_splits_and_folds():
     assert task_splits(TASKS["speech-commands-v2"], words, None) == (("train",), ("test",))
     folds = store_of("a", splits=tuple(f"fold{number}" for number in range(1, 6)))
     assert task_splits(TASKS["esc50"], folds, 2) == (("fold1", "fold3", "fold4", "fold5"), ("fold2",))
-    with pytest.raises(RunError, match="task esc50 needs the splits fold1 to fold5, it has test, train"):
+    with pytest.raises(
+        RunError, match="task esc50 needs the splits fold1 to fold5, the store has test, train"
+    ):
         task_splits(TASKS["esc50"], store_of("a"), 1)
-    with pytest.raises(RunError, match="task fsd50k needs the split eval, it has test, train"):
+    with pytest.raises(RunError, match="task fsd50k needs the split eval, the store has test, train"):
         task_splits(TASKS["fsd50k"], store_of("a"), None)
 
 
 def test_a_task_of_one_class_to_a_clip_refuses_a_clip_of_two(store):
-    """Named, so that it can be looked at."""
-    with pytest.raises(RunError, match="has one class to a clip, but 9 clips have several labels, such as"):
+    """The message names the clip, so that the user can check it."""
+    with pytest.raises(RunError, match="has one class per clip, but 9 clips have several labels, such as"):
         select_task_data(replace(OWN, kind="single"), store)
 
 
 def test_rare_classes_are_repeated_until_they_are_half_as_many_as_the_largest():
-    """As the papers balance "unknown"; larger ones stay as they are, and every clip comes at least once."""
+    """The papers balance "unknown" in this way. Larger classes do not change, and every clip is used at least once."""
     class_N = np.array([0] * 10 + [1] * 2 + [2] * 7)
     rows_N = repeat_rare_rows(np.arange(19), np.eye(3)[class_N])
     assert np.bincount(class_N[rows_N]).tolist() == [10, 5, 7]
@@ -118,7 +120,7 @@ def test_rare_classes_are_repeated_until_they_are_half_as_many_as_the_largest():
 
 
 def test_balanced_sampling_draws_rare_classes_as_often(store):
-    """With replacement: an epoch of as many clips as there are; once: none twice."""
+    """With replacement an epoch has as many clips as the store; without, no clip is drawn twice."""
     task_data = select_task_data(OWN, store)
     with_replacement = task_data.order(tiny_finetune(sampling="balanced"))
     assert with_replacement.clips_per_epoch == len(task_data.train_N)

@@ -1,4 +1,4 @@
-"""Labels and the scores of predictions of them: scikit-learn's recall, one value with intervals and without."""
+"""Labels and the scoring of predictions: scikit-learn's recall, and one metric with and without its interval."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from pipeline.errors import RunError
 
 
 def test_recall_is_scikit_learns_and_a_class_without_a_clip_has_none():
-    """Class 3 is in no label, and is predicted all the same."""
+    """Class 3 has no labelled clip, but is predicted."""
     rng = np.random.default_rng(0)
     true_N = rng.integers(0, 3, 50)
     logits_NC = rng.standard_normal((50, 4)).astype(np.float32)
@@ -19,8 +19,8 @@ def test_recall_is_scikit_learns_and_a_class_without_a_clip_has_none():
     assert np.isnan(recall_C[3])
 
 
-def test_a_value_on_the_way_is_the_value_at_the_end():
-    """Without the thousand resamples that an interval takes."""
+def test_a_value_during_training_is_the_value_of_the_final_evaluation():
+    """It is computed without the thousand resamples of an interval."""
     labels_NC = np.eye(4)[np.arange(40) % 4]
     true_labels = TrueLabels.from_labels("raw", labels_NC, "auto", "some.zarr")
     scores_NC = labels_NC + np.random.default_rng(0).standard_normal((40, 4))
@@ -30,7 +30,7 @@ def test_a_value_on_the_way_is_the_value_at_the_end():
 
 
 def test_labels_are_single_where_every_clip_has_exactly_one():
-    """Asked for in vain, single labels are refused."""
+    """If a clip has several labels, a request for single labels is refused."""
     one, several = np.eye(3), np.array([[1, 1, 0], [0, 1, 0], [0, 0, 0]])
     assert TrueLabels.from_labels("raw", one, "auto", "some.zarr").kind == "single"
     assert TrueLabels.from_labels("raw", one, "multi", "some.zarr").kind == "multi"

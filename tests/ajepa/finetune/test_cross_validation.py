@@ -81,7 +81,7 @@ CATEGORIES = {0: "dog", 11: "sea_waves", 49: "hand_saw"}
 
 
 @pytest.fixture(scope="module")
-def folds_path(tmp_path_factory):
+def esc50_path(tmp_path_factory):
     """36 noisy tones of three classes in three folds, as ESC-50 lies on a disk."""
     root, rng = tmp_path_factory.mktemp("folds"), np.random.default_rng(0)
     for folder in ("audio", "meta"):
@@ -111,8 +111,8 @@ def run(store_path, tmp_path_factory) -> Run:
 
 
 @pytest.fixture(scope="module")
-def evaluation(folds_path, run) -> Evaluation:
-    return evaluate_run(folds_path, run.path, device="cpu")
+def evaluation(esc50_path, run) -> Evaluation:
+    return evaluate_run(esc50_path, run.path, device="cpu")
 
 
 def test_each_clip_is_measured_once_and_metrics_are_means_over_folds(evaluation):
@@ -135,13 +135,13 @@ def test_tones_are_told_apart_by_their_statistics(evaluation):
     assert evaluation.find_score(STATISTICS, "knn", "raw").primary_estimate.value > 0.9
 
 
-def test_another_stores_result_stands_beside_the_runs_own(evaluation, folds_path, run, tmp_path):
+def test_another_stores_result_stands_beside_the_runs_own(evaluation, esc50_path, run, tmp_path):
     """Neither overwrites the other, and each has its picture."""
     assert Evaluation.read_json(run.path / "evaluation-esc50.json").scores == evaluation.scores
     assert not (run.path / "evaluation.json").exists()
-    store = FeatureStore.open(folds_path)
-    assert evaluation.protocol.store_id == store.store_id != run.identity["store_id"]
-    assert evaluation.protocol.training_store_id == run.identity["store_id"]
+    store = FeatureStore.open(esc50_path)
+    assert evaluation.protocol.store_id == store.store_id != run.identity.store_id
+    assert evaluation.protocol.training_store_id == run.identity.store_id
 
 
 def test_the_table_tells_accuracy_first_in_80_columns(evaluation):
@@ -168,7 +168,7 @@ def test_every_class_has_its_line_in_the_csv(evaluation, tmp_path):
         )  # classes are of one size, in every fold
 
 
-def test_what_is_asked_for_is_done_and_stamped(folds_path, run, tmp_path):
+def test_what_is_asked_for_is_done_and_stamped(esc50_path, run, tmp_path):
     """Pooling, layer, probes and file; the grid and the weights are told, too."""
     options = {
         "pooling": "frequency",
@@ -176,7 +176,7 @@ def test_what_is_asked_for_is_done_and_stamped(folds_path, run, tmp_path):
         "probes": ("knn",),
         "out": tmp_path / "some.json",
     }
-    evaluation = evaluate_run(folds_path, run.path, device="cpu", kind="multi", checkpoint=5, **options)
+    evaluation = evaluate_run(esc50_path, run.path, device="cpu", kind="multi", checkpoint=5, **options)
     protocol = json.loads((tmp_path / "some.json").read_text())["protocol"]
     probes = protocol["probes"]
     assert (probes["pooling"], probes["layer"], probes["names"]) == ("frequency", "block-1", ["knn"])
@@ -188,16 +188,16 @@ def test_what_is_asked_for_is_done_and_stamped(folds_path, run, tmp_path):
     assert {(score.probe, score.kind) for score in evaluation.scores} == {("knn", "multi")}
 
 
-def test_probes_labels_and_kinds_that_do_not_fit_are_refused(folds_path, store_path, run):
+def test_probes_labels_and_kinds_that_do_not_fit_are_refused(esc50_path, store_path, run):
     """In one line, before anything is encoded."""
     with pytest.raises(RunError, match=r"probe 'svm' is unknown; .* There are: linear, knn, attentive"):
-        evaluate_run(folds_path, run.path, probes=("svm",))
+        evaluate_run(esc50_path, run.path, probes=("svm",))
     with pytest.raises(StoreError, match="no label set 'dominators'"):
-        evaluate_run(folds_path, run.path, label_sets=("dominators",))
-    with pytest.raises(RunError, match="single labels were asked for"):
+        evaluate_run(esc50_path, run.path, label_sets=("dominators",))
+    with pytest.raises(RunError, match="single labels were requested"):
         evaluate_run(store_path, run.path, kind="single")
     with pytest.raises(RunError, match="no checkpoint was probed, so none is the best"):
-        evaluate_run(folds_path, run.path, checkpoint="best")
+        evaluate_run(esc50_path, run.path, checkpoint="best")
 
 
 def test_evaluations_of_both_stores_are_drawn(evaluation, store_path, run, tmp_path):

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from tiny import tiny, tiny_finetune
 
@@ -41,9 +40,6 @@ from ajepa.training.meter import read_compute_costs
 from ajepa.training.run import Run
 from ajepa.training.trained_run import TrainedRun
 from pipeline.audio.mel_spec import preset_mel_spec
-from pipeline.build.build import build_store
-from pipeline.build.plan import BuildOptions, StoreOutput
-from pipeline.datasets.folder import folder_corpus
 from pipeline.errors import InputError, RunError
 from pipeline.loading.augment import Augment
 from pipeline.loading.loader import Batch, PlainLoader
@@ -209,7 +205,7 @@ def test_what_is_measured_on_the_way_is_logged_and_the_end_is_kept(uninterrupted
         [score.primary_estimate.value for score in scores_of(uninterrupted)], rel=1e-5
     )
     start = Evaluation.read_json(uninterrupted.path / EVALUATION_FILE).protocol.classifier.start
-    assert start == uninterrupted.identity["from"]
+    assert start == uninterrupted.task_identity.start.to_json()
     assert set(start) == {"step", "sha256"}
 
 
@@ -308,7 +304,7 @@ def test_propagated_labels_are_trained_on_and_both_sets_are_measured(store_path,
     """What is trained on stands first; the run says which it was."""
     run = finetune_quietly(store_path, tmp_path / "run", tiny_finetune(steps=2), label_set="unambiguous")
     assert [score.label_set for score in scores_of(run)] == ["unambiguous", "raw"]
-    assert run.identity["label_set"] == "unambiguous"
+    assert run.task_identity.label_set == "unambiguous"
     with pytest.raises(RunError, match=r"identity.label_set: was unambiguous, now raw"):
         finetune_quietly(store_path, tmp_path / "run", tiny_finetune(steps=2))
 
@@ -332,7 +328,7 @@ def test_a_run_is_not_carried_on_from_another_start(store_path, uninterrupted):
             {},
             "task fsd50k has 200 classes, the store 527: 8 of the task's are missing.*335 of the st",
         ),
-        ("own", {"fold": 1}, "--fold 1: its splits are a_train, eval, task own has no folds"),
+        ("own", {"fold": 1}, "--fold 1: task own has no folds; the store's splits are a_train, eval"),
         ("own", {"label_set": "dominators"}, "no label set 'dominators'"),
         (
             "own",
@@ -407,28 +403,8 @@ def fresh(store) -> FinetuneTrainer:
 
 def first_batch(store) -> Batch:
     task_data = select_task_data(OWN, store)
-    view = finetune_view(tiny_finetune(), task_data.identity())
+    view = finetune_view(task_data, tiny_finetune(), task_data.identity())
     return PlainLoader(store, task_data.order(tiny_finetune()), view).make_batch(0)
-
-
-@pytest.fixture(scope="module")
-def folds_path(tmp_path_factory) -> Path:
-    """Forty sounds of one second in the shape of ESC-50: low and high tones in noise, in two folds."""
-    home, rng = tmp_path_factory.mktemp("folds"), np.random.default_rng(0)
-    lines = ["path,label,split"]
-    (home / "sounds").mkdir()
-    for number in range(40):
-        label, hz = ("low", 300.0) if number % 2 else ("high", 3_000.0)
-        wave_S = 0.2 * np.sin(2 * np.pi * hz * rng.uniform(0.8, 1.2) * np.arange(16_000) / 16_000)
-        soundfile.write(
-            home / "sounds" / f"{number}.wav", wave_S + 0.02 * rng.standard_normal(16_000), 16_000
-        )
-        lines.append(f"{number}.wav,{label},fold{1 + number // 20}")
-    (home / "table.csv").write_text("\n".join(lines) + "\n")
-    corpus = folder_corpus(home / "sounds", home / "table.csv", clip_seconds=1.0)
-    spec = replace(preset_mel_spec("a-jepa"), clip_seconds=1.0)
-    build_store(corpus, StoreOutput(path=home / "folds.zarr", spec=spec), BuildOptions(workers=0))
-    return home / "folds.zarr"
 
 
 def test_a_pre_trained_run_is_probed_on_clips_of_another_length(folds_path, pretrained, tmp_path):
@@ -448,8 +424,8 @@ def test_tones_are_learnt_fold_by_fold(folds_path, tmp_path):
     )
     evaluation = cross_validate(store, OWN, recipe, tmp_path / "run", device="cpu", say=lambda line: None)
     runs = [Run.open(tmp_path / "run" / fold) for fold in ("fold1", "fold2")]
-    assert [run.identity["eval_splits"] for run in runs] == [["fold1"], ["fold2"]]
-    assert all(run.identity["kind"] == "single" for run in runs)
+    assert [run.task_identity.eval_splits for run in runs] == [("fold1",), ("fold2",)]
+    assert all(run.task_identity.single_label for run in runs)
     assert runs[0].recipe["model"]["encoder"]["grid"]["cols"] == 7  # 98 frames, not 1024
     assert Evaluation.read_json(tmp_path / "run" / EVALUATION_FILE).scores == evaluation.scores
     (score,), each = evaluation.scores, [scores_of(run)[0] for run in runs]

@@ -58,9 +58,9 @@ def test_every_model_is_trained_on_both_label_sets_with_every_seed(finished_stud
         f"cnn6-{labels}-seed{seed}" for labels in ("raw", "unambiguous") for seed in (0, 1)
     ]
     for labels in ("raw", "unambiguous"):
-        identity = Run.open(out / "runs" / f"cnn6-{labels}-seed1").identity
-        assert identity["label_set"] == labels
-        assert len(identity["classes"]) == 527
+        identity = Run.open(out / "runs" / f"cnn6-{labels}-seed1").task_identity
+        assert identity.label_set == labels
+        assert len(identity.classes) == 527
     arms = [(training.arm, training.seed) for training in result.trainings]
     assert sorted(arms) == sorted(
         (arm, seed) for arm in (RAW_LABELS, PROPAGATED_LABELS, POSTHOC_SCORES) for seed in (0, 1)

@@ -258,7 +258,7 @@ def test_the_last_probe_is_that_of_the_last_checkpoint(store, uninterrupted):
     encoder.load_state_dict(uninterrupted.load_checkpoint("target").parts["target"])
     probe = open_training_probe(store, recipe, uninterrupted.identity, "raise", print)
     views = ClipViews(
-        store=store, frames=64, mean=uninterrupted.identity["mean"], std=uninterrupted.identity["std"]
+        store=store, frames=64, mean=uninterrupted.identity.mean, std=uninterrupted.identity.std
     )
     assert (len(probe.train_N), len(probe.eval_N)) == (20, 10)
     assert set(probe.eval_N) <= set(store.good_rows(["eval"]))

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from identities import run_identity
 from tiny import tiny
 
 from ajepa.model.randomness import step_rng
@@ -238,9 +239,9 @@ def test_clips_that_cannot_be_read_end_the_run_or_are_skipped_and_counted(store_
 
 def test_a_run_remembers_how_its_features_were_normalised(uninterrupted, store):
     """Embedding other clips years later needs the mel spec and the two numbers, not the store."""
-    assert uninterrupted.identity["mel"] == store.spec.to_json()
-    assert uninterrupted.identity["store_id"] == store.store_id
-    assert (uninterrupted.identity["mean"], uninterrupted.identity["std"]) == store.mean_and_std(
+    assert uninterrupted.identity.mel == store.spec
+    assert uninterrupted.identity.store_id == store.store_id
+    assert (uninterrupted.identity.mean, uninterrupted.identity.std) == store.mean_and_std(
         train_splits(store)
     )
 
@@ -300,7 +301,7 @@ def test_masks_are_the_same_on_resume_and_another_at_every_step():
 def test_metrics_of_the_monitor_are_logged_at_their_step(store_path, tmp_path):
     """A probe between two logged steps must not be lost."""
     recipe = tiny(steps=6, masks=replace(tiny().masks, steps=6), log_every=4)
-    run = Run.create_or_open(tmp_path / "run", recipe=recipe_to_json(recipe), identity={})
+    run = Run.create_or_open(tmp_path / "run", recipe=recipe_to_json(recipe), identity=run_identity())
 
     class EveryThird:
         def after_step(self, steps_done: int) -> dict:
@@ -319,7 +320,7 @@ def test_metrics_of_the_monitor_are_logged_at_their_step(store_path, tmp_path):
 def test_the_best_step_by_the_monitors_probe_has_a_checkpoint_that_stays(store_path, tmp_path):
     """Wherever the probe came, and whatever is dropped after it; a tie is not better."""
     recipe = tiny(steps=9, masks=replace(tiny().masks, steps=9), keep_checkpoints=1)
-    run = Run.create_or_open(tmp_path / "run", recipe=recipe_to_json(recipe), identity={})
+    run = Run.create_or_open(tmp_path / "run", recipe=recipe_to_json(recipe), identity=run_identity())
 
     class Probes:
         def after_step(self, steps_done: int) -> dict:

@@ -11,6 +11,7 @@ from tiny import tiny
 from ajepa.pretrain.pretrain import pretrain
 from ajepa.pretrain.training_set import TrainingSet
 from ajepa.training.run import Run
+from ajepa.training.run_identity import BlockShuffleIdentity
 from pipeline.audio.mel_spec import preset_mel_spec
 from pipeline.audit.command import record_exclude_lists
 from pipeline.build.build import build_store
@@ -35,7 +36,7 @@ def test_one_store_is_a_run_as_it_always_was(store_path):
     store = trained_on.open_stores(tiny())
     order = trained_on.clip_order(store, tiny())
     assert order.sampling is FULL_SHUFFLE
-    assert set(trained_on.data_identity(store)) == {"store_id", "spec_id", "mel", "mean", "std"}
+    assert set(trained_on.data_identity(store).to_json()) == {"store_id", "spec_id", "mel", "mean", "std"}
     assert list(trained_on.describe_order(store, order)) == []
 
 
@@ -54,7 +55,7 @@ def test_a_run_says_what_it_trains_on_and_what_it_keeps(splits, message_part):
 def test_a_store_of_which_nothing_is_to_train_on_is_refused_with_the_reason():
     """By its names; zero clips that do not fill a step would say nothing."""
     with pytest.raises(
-        RunError, match=r"a\.zarr: no split to train on \(eval, test are kept to measure on, by name\)"
+        RunError, match=r"a\.zarr: no split to train on \(eval, test are for evaluation, by name\)"
     ):
         train_splits(SimpleNamespace(location="a.zarr", manifest=pl.DataFrame({"split": ["test", "eval"]})))
 
@@ -94,8 +95,8 @@ def test_a_run_on_two_stores_resumes_and_refuses_others(store_path, other_store_
     run = pretrain(mixed, tiny(), tmp_path / "run", say=lines.append, **options)
     assert lines[0].endswith("tiny.zarr: 34 clips, 70.0% of those trained on")
     assert lines[1].endswith("other.zarr: 16 clips, 30.0% of those trained on")
-    assert len(run.identity["stores"]) == 2
-    assert run.identity["store_weights"] == [0.7, 0.3]
+    assert len(run.identity.stores) == 2
+    assert run.identity.store_weights == (0.7, 0.3)
     lines.clear()
     pretrain(mixed, tiny(), tmp_path / "run", say=lines.append, **options)
     assert lines == [f"{tmp_path / 'run'}: already at its last step, 6"]
@@ -118,7 +119,7 @@ def test_a_block_shuffled_run_says_how_it_mixes_and_remembers_its_window(store_p
     assert lines[0].startswith(
         "block shuffle: 2 blocks of up to 16 clips at a time, 8 MB to keep in memory; a batch"
     )
-    assert run.identity["block_shuffle"] == {"blocks": "shards", "window_blocks": 2}
+    assert run.identity.block_shuffle == BlockShuffleIdentity(window_blocks=2)
     with pytest.raises(RunError, match=r"block_shuffle\.window_blocks: was 2, now 64"):
         pretrain(TrainingSet(stores=(store_path,), shuffle="block"), tiny(), tmp_path / "run", **options)
 
@@ -162,11 +163,11 @@ def test_a_store_without_a_clip_to_train_on_is_refused(store_path, corpus, tmp_p
     )
     trained_on = TrainingSet(stores=(store_path, tmp_path / "eval.zarr"), weights=(1.0, 1.0))
     with pytest.raises(
-        RunError, match=r"eval\.zarr: no split to train on \(eval is kept to measure on, by name\)"
+        RunError, match=r"eval\.zarr: no split to train on \(eval is for evaluation, by name\)"
     ):
         order_of(trained_on)
     with pytest.raises(
-        RunError, match=r"eval\.zarr: no split to train on \(eval is kept to measure on, by name\)"
+        RunError, match=r"eval\.zarr: no split to train on \(eval is for evaluation, by name\)"
     ):
         order_of(TrainingSet(stores=(tmp_path / "eval.zarr",)))
 
@@ -188,7 +189,7 @@ def test_probes_are_measured_on_eval_or_else_on_what_is_held_out(splits, measure
 
 def test_a_store_without_anything_to_measure_on_says_so():
     """Rather than measuring on what was trained on."""
-    with pytest.raises(RunError, match=r"a\.zarr: no split to measure on, none of train, val is named"):
+    with pytest.raises(RunError, match=r"a\.zarr: no split to evaluate on, none of train, val is named"):
         probe_eval_splits(
             SimpleNamespace(location="a.zarr", manifest=pl.DataFrame({"split": ["train", "val"]}))
         )

@@ -138,12 +138,10 @@ def test_the_page_of_a_fine_tuned_run_has_neither_masks_nor_predictions(tuned, s
     assert shown == [name for name in RUN_PAGE_SECTIONS if name not in ("masks", "predictions")]
     assert [link["href"] for link in elements.of("a")] == [f"#{name}" for name in shown]
     text = elements.text
-    classes = len(tuned.identity["classes"])
+    classes = len(tuned.task_identity.classes)
     assert f"own, {classes} classes, several to a clip, by unambiguous labels" in text
-    origin = tuned.identity["from"]
-    assert (
-        "random weights" if origin is None else f"the encoder of step 30 ({origin['sha256'][:12]})"
-    ) in text
+    origin = tuned.task_identity.start
+    assert ("random weights" if origin is None else f"the encoder of step 30 ({origin.sha256[:12]})") in text
     assert f">{'vit' if origin else 'cnn6'}<" in page.read_text()
     assert "Held-out clips while training, mAP" in text
     score = Evaluation.read_json(tuned.path / EVALUATION_FILE).scores[0]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from identities import run_identity
 from safetensors import SafetensorError
 
 from ajepa.training.checkpoints import Checkpoint, write_safetensors
@@ -14,7 +15,7 @@ from pipeline.files import DISK_FULL_ERRNOS
 
 RECIPE = {"steps": 30, "optimiser": {"lr": 1e-3, "betas": [0.9, 0.95]}}
 
-IDENTITY = {"store_id": "abc"}
+IDENTITY = run_identity(store_id="abc")
 
 
 def started(path: Path, recipe=RECIPE, identity=IDENTITY) -> Run:
@@ -41,7 +42,7 @@ def test_a_run_that_exists_is_opened_again_by_the_same_recipe_and_store(tmp_path
             "recipe.optimiser.betas.1: was 0.95, now 0.99",
         ),
         ({"steps": 30}, IDENTITY, "recipe.optimiser.lr: was 0.001, now absent"),
-        (RECIPE, {"store_id": "xyz"}, "identity.store_id: was abc, now xyz"),
+        (RECIPE, run_identity(store_id="xyz"), "identity.store_id: was abc, now xyz"),
     ],
 )
 def test_another_recipe_or_store_is_refused_with_the_difference_in_one_line(

@@ -58,13 +58,13 @@ def test_the_first_bytes_tell_the_container_whatever_the_name(tmp_path, suffix):
 
 @pytest.mark.parametrize("name", CONTAINER_KINDS)
 def test_ffmpeg_knows_every_demuxer_by_its_name(name):
-    """A demuxer that the wheel lacks would make every such file unreadable."""
+    """Without its demuxer in the wheel, every file of a kind would be unreadable."""
     assert av.ContainerFormat(CONTAINER_KINDS[name].demuxer, "r").is_input
 
 
 @pytest.mark.parametrize("suffix", [".mp3", ".flac", ".aac"])
 def test_an_id3_tag_is_skipped(tmp_path, suffix):
-    """A cover picture of 100 kB stands before the sound."""
+    """A cover picture of 100 kB precedes the sound."""
     path = write(tmp_path / f"sound{suffix}", babble(0.3, 48_000), 48_000)
     tag = b"ID3\x04\x00\x00" + bytes([0, 6, 13, 32]) + bytes(100_000)
     path.write_bytes(tag + path.read_bytes())
@@ -91,7 +91,7 @@ def test_zeros_before_an_mp3_are_skipped(tmp_path):
     ],
 )
 def test_a_wav_declares_its_frames_or_says_that_it_does_not_know(tmp_path, header, expected):
-    """libsndfile clips a declared length to what is there, and nobody would notice the loss."""
+    """libsndfile cuts the declared length to the samples that are present, so a loss would not be noticed."""
     path = tmp_path / "sound.wav"
     path.write_bytes(wav_bytes(**header))
     assert recognise_container(path).declared_frames == expected
@@ -111,14 +111,14 @@ def test_an_rf64_declares_its_frames_in_64_bits(tmp_path):
     [{"data_bytes": 0, "actual_bytes": 2_000}, {"data_bytes": 2_000, "actual_bytes": 2_000, "tag": 0x55}],
 )
 def test_a_wav_that_libsndfile_would_misread_goes_to_ffmpeg(tmp_path, header):
-    """A size that was never filled in, and mp3 inside a wav."""
+    """Such files have a size that was never filled in, or contain mp3."""
     path = tmp_path / "sound.wav"
     path.write_bytes(wav_bytes(**header))
     assert not recognise_container(path).uses_libsndfile
 
 
 def test_a_flac_of_unknown_length_goes_to_ffmpeg(tmp_path):
-    """Written to a pipe, its number of samples stays 0; libsndfile then claims 2^63 - 1."""
+    """In a flac written to a pipe the number of samples stays 0; libsndfile then reports 2^63 - 1."""
     path = write(tmp_path / "sound.flac", babble(0.3, 48_000), 48_000)
     content = bytearray(path.read_bytes())
     content[21] &= 0xF0
@@ -160,14 +160,14 @@ def test_a_file_that_is_no_audio_is_described(tmp_path, content, message):
 
 
 def test_a_chunk_table_without_end_is_given_up(tmp_path):
-    """A gigabyte of zeros behind a wav header must not cost a hundred million reads."""
+    """A gigabyte of zeros after a wav header must not cost a hundred million reads."""
     path = tmp_path / "sound.wav"
     path.write_bytes(b"RIFF\0\0\0\0WAVE" + bytes(1_000_000))
     assert recognise_container(path) == CONTAINER_KINDS["wav"]
 
 
-def test_an_absent_file_says_how_it_is_absent(tmp_path):
-    """No file, a folder and a link to nowhere have different cures."""
+def test_an_error_for_an_absent_file_says_why_it_is_absent(tmp_path):
+    """A missing file, a folder and a broken link need different fixes."""
     (tmp_path / "folder.wav").mkdir()
     (tmp_path / "link.wav").symlink_to("gone.wav")
     for name, message in {
@@ -181,8 +181,8 @@ def test_an_absent_file_says_how_it_is_absent(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")
-def test_a_file_that_may_not_be_read_says_so(tmp_path):
-    """One wrong permission in two million costs one row."""
+def test_a_file_without_read_permission_is_reported(tmp_path):
+    """One wrong permission among two million files costs one row."""
     path = write(tmp_path / "sound.wav", np.zeros(100), 8_000)
     path.chmod(0)
     with pytest.raises(AudioError, match="Permission denied") as error:
@@ -191,7 +191,7 @@ def test_a_file_that_may_not_be_read_says_so(tmp_path):
 
 
 def test_a_name_without_a_known_extension_names_nothing(tmp_path):
-    """`<id>_30.000_40.000` has no extension, though a dot stands in it."""
+    """`<id>_30.000_40.000` has no extension, although it contains dots."""
     wav = AudioContainer(suffixes=(".wav",), demuxer="wav")
     assert not wav.is_misnamed(tmp_path / "abcdefghijk_30.000_40.000")
     assert not wav.is_misnamed(tmp_path / "abcdefghijk")
@@ -201,7 +201,7 @@ def test_a_name_without_a_known_extension_names_nothing(tmp_path):
 
 @pytest.mark.parametrize(("size", "frames"), [(24 + 2 * 7, 7), (0, None), (2**63 - 1, None)])
 def test_a_w64_declares_its_frames_or_says_that_it_does_not_know(tmp_path, size, frames):
-    """FFmpeg's own duration is of the sound that is there; a size that was never filled in declares nothing."""
+    """FFmpeg's own duration covers the present sound only; a size that was never filled in declares nothing."""
     path = write(tmp_path / "sound.w64", babble(0.1, 8_000), 8_000)
     assert recognise_container(path).declared_frames == 800
     content = bytearray(path.read_bytes())
@@ -212,7 +212,7 @@ def test_a_w64_declares_its_frames_or_says_that_it_does_not_know(tmp_path, size,
 
 @pytest.mark.parametrize(("size", "frames"), [(4 + 2 * 7, 7), (-1, None), (0, None)])
 def test_a_caf_declares_its_frames_or_says_that_it_does_not_know(tmp_path, size, frames):
-    """A size of -1 stands for: to the end of the file."""
+    """A size of -1 means: to the end of the file."""
     path = write(tmp_path / "sound.caf", babble(0.1, 8_000), 8_000)
     assert recognise_container(path).declared_frames == 800
     content = bytearray(path.read_bytes())
@@ -223,7 +223,7 @@ def test_a_caf_declares_its_frames_or_says_that_it_does_not_know(tmp_path, size,
 
 @pytest.mark.parametrize("suffix", [".w64", ".caf"])
 def test_a_chunk_larger_than_any_file_is_the_last(tmp_path, suffix):
-    """No file can be sought beyond 2^63 bytes, and some damage asks for it."""
+    """A seek beyond 2^63 bytes fails, and damage may request such a seek."""
     path = write(tmp_path / f"sound{suffix}", babble(0.1, 8_000), 8_000)
     content = bytearray(path.read_bytes())
     place = content.index(b"fmt " if suffix == ".w64" else b"desc")

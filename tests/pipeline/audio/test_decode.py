@@ -58,7 +58,7 @@ def level_db(wave_S, reference=0.5):
 @pytest.mark.parametrize("rate_hz", [8_000, 11_025, 16_000, 22_050, 32_000, 44_100, 48_000, 96_000, 7_919])
 @pytest.mark.parametrize("to_hz", [32_000, 16_000])
 def test_a_full_segment_has_exactly_the_samples_of_the_spec(tmp_path, rate_hz, to_hz):
-    """One sample less would be one frame less."""
+    """One missing sample would cost a frame."""
     clip = load(write(tmp_path / "sound.wav", tone(440, rate_hz), rate_hz), rate_hz=to_hz)
     assert clip.wave_S.shape == (10 * to_hz,)
     assert clip.wave_S.dtype == np.float32
@@ -82,7 +82,7 @@ def test_the_right_rate_is_not_resampled(tmp_path):
 
 
 def test_one_sound_has_one_spectrogram_in_every_container(tmp_path):
-    """Lossless ones agree to the last bit of 16, the others as closely as their codecs hear."""
+    """Lossless containers agree to the last of 16 bits, the others as closely as their codecs allow."""
     sound_S = babble(10, 48_000)
     mels = {}
     for suffix in (*LOSSLESS, *LOSSY):
@@ -128,14 +128,14 @@ FLAGGED = {
 
 @pytest.mark.parametrize("flag", FLAGGED)
 def test_an_odd_clip_is_used_and_flagged(tmp_path, flag):
-    """The clip counts, and the report says how many were odd."""
+    """The clip is used, and the report says how many clips were odd."""
     suffix, wave_SC = FLAGGED[flag]
     subtype = "FLOAT" if "float" in suffix else "PCM_16"
     assert load(write(tmp_path / f"sound{suffix}", wave_SC, 32_000, subtype=subtype)).flags == (flag,)
 
 
 def test_a_shorter_clip_has_the_samples_it_has(tmp_path):
-    """Padding is the loader's business, after normalisation."""
+    """The loader pads clips, after normalisation."""
     clip = load(write(tmp_path / "sound.wav", babble(2.5, 44_100), 44_100))
     assert (len(clip.wave_S), clip.source_seconds) == (80_000, 2.5)
 
@@ -169,7 +169,7 @@ def cut_file(path, share):
 
 @pytest.mark.parametrize("suffix", [".wav", ".flac", ".mp3", ".webm", ".fast.m4a", ".aiff"])
 def test_a_truncated_file_is_refused_unless_it_is_accepted(tmp_path, suffix):
-    """Decoders return the samples that are there and say nothing; only the declared length shows the loss."""
+    """Decoders return the samples that are present without an error; only the declared length shows the loss."""
     path = cut_file(write(tmp_path / f"sound{suffix}", babble(10, 48_000), 48_000), 0.5)
     reason, text = refusal(path)
     assert reason == "truncated"
@@ -189,7 +189,7 @@ def test_a_file_that_lacks_less_than_a_twentieth_is_whole(tmp_path):
 
 
 def test_a_video_that_ends_before_its_segment_is_truncated_whatever_the_policy(tmp_path):
-    """No sample of the clip is there to accept."""
+    """The file has no sample of the clip."""
     path = cut_file(write(tmp_path / "video.wav", babble(60, 8_000), 8_000), 0.4)
     assert refusal(path)[0] == "truncated"
     assert refusal(path, accept_truncated=True)[0] == "unreadable"
@@ -222,7 +222,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_an_unusable_file_says_why_in_one_line(tmp_path, case):
-    """The report counts the reason; the sentence is for whoever fetches the file again."""
+    """The report counts the reason; the sentence helps the user who fetches the file again."""
     make, reason, message = REFUSED[case]
     actual_reason, text = refusal(make(tmp_path / "sound.wav"))
     assert actual_reason == reason
@@ -233,7 +233,7 @@ def test_an_unusable_file_says_why_in_one_line(tmp_path, case):
 
 @pytest.mark.parametrize("suffix", [".m4a", ".webm", ".mp3", ".ogg", ".flac", ".wav", ".aac"])
 def test_the_first_hundred_bytes_alone_are_unreadable(tmp_path, suffix):
-    """An interrupted download; of an m4a the index is gone with the end."""
+    """The download was interrupted; an m4a then also lacks the index at its end."""
     path = write(tmp_path / f"sound{suffix}", babble(1, 48_000), 48_000)
     path.write_bytes(path.read_bytes()[:100])
     reason, text = refusal(path, accept_truncated=True)
@@ -242,7 +242,7 @@ def test_the_first_hundred_bytes_alone_are_unreadable(tmp_path, suffix):
 
 
 def test_silence_can_be_kept(tmp_path):
-    """A silent clip is a constant; every normalisation per clip survives it."""
+    """A silent clip is a constant, and normalisation per clip gives finite values."""
     clip = load(write(tmp_path / "sound.wav", np.zeros(80_000), 8_000), keep_silent=True)
     assert (clip.flags, clip.peak_dbfs, clip.rms_dbfs) == (("silent",), -200.0, -200.0)
     assert not clip.wave_S.any()
@@ -269,7 +269,7 @@ def test_channels_that_cancel_are_silent_and_the_sentence_says_mean(tmp_path):
     "name", [b"a\xffb.wav", b"a\nb.wav", b"-c.wav", b"pipe:0.mp3", b"http:x.mp3", "音.ogg".encode()]
 )
 def test_any_name_a_file_system_allows_is_read(tmp_path, name):
-    """Bytes that are no text, line breaks, and what FFmpeg takes for a protocol."""
+    """Names may contain bytes that are not text, line breaks, and prefixes that FFmpeg takes for a protocol."""
     plain = write(tmp_path / f"plain{Path(os.fsdecode(name)).suffix}", babble(10, 32_000), 32_000)
     path = tmp_path / os.fsdecode(name)
     shutil.copy(plain, path)

@@ -49,7 +49,7 @@ def test_a_whole_video_is_cut_at_its_segment(videos, video_S, suffix, start_seco
 
 @pytest.mark.parametrize("suffix", CONTAINERS)
 def test_a_file_that_does_not_reach_the_segment_is_used_from_its_first_second(videos, video_S, suffix):
-    """A 40 s excerpt from somewhere in an hour: there is no better guess, and the flag `longer` says so."""
+    """For a 40 s excerpt of an hour there is no better guess; the clip gets the flag `longer`."""
     decoded = decode(videos[suffix], 110, 120)
     assert not decoded.is_cut
     assert lag(decoded.wave_S, video_S[: 10 * RATE_HZ]) == 0
@@ -75,7 +75,7 @@ def test_a_whole_video_is_longer_than_the_clip_and_reaches_its_end(start_seconds
 
 @pytest.mark.parametrize(("start_seconds", "end_seconds"), [(5, 5), (5, 4), (-1, 9), (0, float("nan"))])
 def test_a_segment_without_length_or_start_is_refused(start_seconds, end_seconds):
-    """Lists are checked long before, so such a segment is a bug."""
+    """Lists are checked earlier, so such a segment is a bug."""
     with pytest.raises(ValueError, match="no segment"):
         VideoSegment(start_seconds, end_seconds)
 
@@ -101,7 +101,7 @@ def test_samples_are_decoded_as_they_were_written(tmp_path, subtype, step):
 
 
 def test_one_channel_beyond_full_scale_is_noticed_though_the_mean_is_not():
-    """The flag belongs to the source."""
+    """The flag describes the source, not the mean."""
     loud_CS = np.array([[0.5, -1.5], [0.0, 0.0]], np.float32)
     wave_S, exceeds = mix_down([loud_CS])
     assert (wave_S.tolist(), exceeds) == ([0.25, -0.75], True)
@@ -161,7 +161,7 @@ def test_sound_begins_at_its_first_sample_if_the_container_states_the_delay(tmp_
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_the_length_is_right_whether_declared_or_measured(tmp_path, suffix):
-    """It is right to an encoder's delay and padding, also where FFmpeg alone would guess by the bit rate."""
+    """It is right up to the encoder's delay and padding, also where FFmpeg would guess it from the bit rate."""
     _, decoder = read_channels(write(tmp_path / f"sound{suffix}", babble(2, RATE_HZ), RATE_HZ))
     assert decoder.seconds == pytest.approx(2, abs=0.06)
     assert decoder.has_declared_length == (
@@ -181,7 +181,7 @@ def test_every_channel_arrives(tmp_path, suffix, channels):
 
 
 def test_damaged_packets_cost_themselves_only(tmp_path):
-    """A scratch in the middle of an mp3 is a scratch, not the end of the clip."""
+    """Damage in the middle of an mp3 is a gap, not the end of the clip."""
     path = write(tmp_path / "sound.mp3", babble(10, RATE_HZ), RATE_HZ)
     content = bytearray(path.read_bytes())
     middle = len(content) // 2
@@ -192,7 +192,7 @@ def test_damaged_packets_cost_themselves_only(tmp_path):
 
 
 def test_nothing_is_printed_about_damage(tmp_path, capfd):
-    """A build meets thousands of scratches; its report says what matters."""
+    """A build reads thousands of damaged packets; its report summarises the failures."""
     rng = np.random.default_rng(0)
     for suffix in (".mp3", ".m4a", ".opus", ".ogg", ".aac", ".webm"):
         path = write(tmp_path / f"sound{suffix}", babble(2, RATE_HZ), RATE_HZ)
@@ -205,7 +205,7 @@ def test_nothing_is_printed_about_damage(tmp_path, capfd):
 
 
 def test_a_file_without_sound_says_so(tmp_path):
-    """A video whose audio was stripped."""
+    """An example is a video whose audio was removed."""
     av = pytest.importorskip("av")
     path = tmp_path / "film.mp4"
     with av.open(str(path), "w") as container:

@@ -18,7 +18,7 @@ ONCE_FATAL = (65,)  # an MPEG-TS in which a further stream appears: PyAV raises 
 
 @pytest.mark.parametrize("seed", [*range(3 * len(SUFFIXES)), *ONCE_FATAL])
 def test_damage_costs_a_clip_and_no_more(whole, tmp_path, seed, capfd):
-    """A finite clip or a reason, without a warning and without a word on the terminal."""
+    """The result is a finite clip or a reason, without a warning and without output on the terminal."""
     suffix, damage, content = spoilt(seed, whole)
     (path := tmp_path / f"{damage}{suffix}").write_bytes(content)
     with warnings.catch_warnings():
@@ -28,7 +28,7 @@ def test_damage_costs_a_clip_and_no_more(whole, tmp_path, seed, capfd):
 
 
 def test_the_long_run_counts_every_file_once(tmp_path):
-    """Through the pool of workers that a build has, so that a decoder which dies is a number in the table."""
+    """It uses a build's pool of workers, so that a crashed decoder is counted in the table."""
     rows = run(len(SUFFIXES), tmp_path, workers=1)
     assert sorted(int(seed) for seed, *_ in rows) == list(range(len(SUFFIXES)))
     assert {suffix for _, suffix, _, _ in rows} == set(SUFFIXES)

@@ -104,7 +104,7 @@ def test_every_value_is_torchaudios(name, signal):
 @pytest.mark.parametrize("signal", sorted(SIGNALS.keys() - {"faint noise on a large offset"}))
 @pytest.mark.parametrize("name", SLANEY)
 def test_every_slaney_value_is_librosas(name, signal):
-    """An FFT of another library rounds otherwise: values that are nothing but rounding are left out."""
+    """Another library's FFT rounds differently: values that consist of rounding errors only are left out."""
     spec = MEL_PRESETS[name]
     wave_S = SIGNALS[signal](spec)
     power_NT = (
@@ -204,7 +204,7 @@ def test_a_wave_shorter_than_its_reflection_goes_back_and_forth(name, samples):
 @pytest.mark.parametrize("samples", [2, 3])
 @pytest.mark.parametrize("name", CENTRED)
 def test_a_sample_or_two_make_one_finite_frame(name, samples):
-    """The shortest there is, before or after pre-emphasis."""
+    """These are the shortest waves, before or after pre-emphasis."""
     mel_BTF = log_mel(torch.full((1, samples), 0.5), MEL_PRESETS[name])
     assert mel_BTF.shape[1] == 1
     assert mel_BTF.isfinite().all()
@@ -212,7 +212,7 @@ def test_a_sample_or_two_make_one_finite_frame(name, samples):
 
 @pytest.mark.parametrize("samples", [0, 1])
 def test_no_sound_has_no_frame(samples):
-    """Nor has a single sample, of which pre-emphasis leaves nothing."""
+    """Neither has a single sample, because pre-emphasis removes it."""
     spec = MEL_PRESETS["passt"]
     assert log_mel(torch.zeros(2, samples), spec).shape == (2, 0, 128)
 
@@ -274,7 +274,7 @@ def test_a_decibel_is_a_constant_number_of_nats(name, gain_db):
 
 @pytest.mark.parametrize("name", MEL_PRESETS)
 def test_a_hop_later_is_a_frame_later(name):
-    """Time runs along the frames, and no frame knows where in the clip it lies."""
+    """Time runs along the frames, and a frame does not depend on its position in the clip."""
     spec = MEL_PRESETS[name]
     wave_S = noise(spec)
     early_TF, late_TF = (log_mel(w_S[None], spec)[0] for w_S in (wave_S, wave_S[spec.hop_samples :]))
@@ -293,7 +293,7 @@ def test_a_clip_in_a_batch_is_the_clip_alone(name):
 
 @pytest.mark.parametrize("samples", [0, 799, 800, 1_119, 1_120, 50_000])
 def test_a_shorter_clip_has_the_first_frames_of_the_longer(samples):
-    """A frame lies wholly inside the clip, and what follows it does not touch it."""
+    """A frame is wholly inside the clip, and later samples do not change it."""
     wave_BS = noise(SPEC)[None]
     frames = SPEC.frames_of(samples)
     short_BTF = log_mel(wave_BS[:, :samples], SPEC)
@@ -302,18 +302,18 @@ def test_a_shorter_clip_has_the_first_frames_of_the_longer(samples):
 
 
 def test_values_are_finite_far_beyond_full_scale():
-    """Float files with 16-bit numbers in them are found in the wild."""
+    """Float files that contain 16-bit numbers exist."""
     assert log_mel(noise(SPEC, level=1e6)[None], SPEC).isfinite().all()
 
 
 def test_bands_too_narrow_to_hold_a_bin_are_known():
-    """Such a band holds the floor whatever is heard; there is one, among the 128 at 16 kHz."""
+    """Such a band is always at the floor; there is one among the 128 bands at 16 kHz."""
     empty = {name: int((mel_filters_NF(spec).sum(0) == 0).sum()) for name, spec in MEL_PRESETS.items()}
     assert empty == {"a-jepa": 0, "a-jepa-16k": 1, "audio-jepa": 0, "panns": 0, "convnext": 0, "passt": 0}
 
 
 def test_autocast_and_inference_mode_leave_no_trace():
-    """Half precision would overflow on loud clips, and cached filters must stay usable for training."""
+    """Half precision would overflow on loud clips, and cached filters must remain usable for training."""
     spec = replace(SPEC, name="not cached before", low_hz=30.0)
     wave_BS = noise(spec, seconds=0.2)[None]
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):

@@ -39,7 +39,7 @@ CENTRED = {"framing": "centred", "remove_dc": False}
     ],
 )
 def test_ten_seconds_have_the_published_shape(name, frames, bands):
-    """998 is used as 1024, 254 as 256; pre-emphasis costs PaSST the last of 1001."""
+    """Models use 998 frames as 1024, and 254 as 256; pre-emphasis costs PaSST the last of 1001 frames."""
     spec = preset_mel_spec(name)
     assert (spec.frames, spec.mel_bands) == (frames, bands)
     assert log_mel(torch.zeros(1, spec.clip_samples), spec).shape == (1, frames, bands)
@@ -47,7 +47,7 @@ def test_ten_seconds_have_the_published_shape(name, frames, bands):
 
 @pytest.mark.parametrize("name", MEL_PRESETS)
 def test_a_clip_that_is_long_enough_to_count_has_a_frame(name):
-    """A good row without a single frame could not be drawn from."""
+    """A good row without a frame could not be used for training."""
     spec = MEL_PRESETS[name]
     assert SHORTEST_CLIP_SECONDS == MIN_SOUND_SECONDS
     assert spec.frames_of(math.ceil(SHORTEST_CLIP_SECONDS * spec.sample_rate_hz)) >= 1
@@ -107,7 +107,7 @@ def test_every_field_is_in_the_table_of_changes():
     assert set(SPEC.to_json()) == set(CHANGES) | {"name"}
 
 
-def test_the_id_does_not_depend_on_the_name_or_on_how_a_number_is_write_spec():
+def test_the_id_does_not_depend_on_the_name_or_on_how_a_number_is_written():
     """10 and 10.0 seconds are the same clip."""
     other = replace(SPEC, name="mine", clip_seconds=10, high_hz=16_000, low_hz=20)
     assert other.spec_id == SPEC.spec_id
@@ -184,7 +184,7 @@ def test_impossible_values_are_refused_by_the_constructor(change):
 
 
 def test_an_unknown_preset_is_answered_with_the_nearest():
-    """A typing error costs one look."""
+    """The message shows the right name after a typing error."""
     with pytest.raises(InputError, match="did you mean 'a-jepa-16k'") as error:
         preset_mel_spec("ajepa-16k")
     assert all(name in str(error.value) for name in MEL_PRESETS)
@@ -224,7 +224,7 @@ def write_spec(tmp_path):
 
 
 def test_a_file_may_change_a_preset(write_spec):
-    """Whole numbers do where any number does; the name is the file's."""
+    """A whole number is accepted as a float; the name of the spec is that of the file."""
     path = write_spec('base = "passt"\nclip_seconds = 5\nmel_bands = 64\nhigh_hz = 14e3\n')
     wanted = replace(MEL_PRESETS["passt"], name="mine", clip_seconds=5.0, mel_bands=64, high_hz=14_000.0)
     assert read_mel_spec(path) == resolve_mel_spec(str(path)) == wanted
@@ -282,7 +282,7 @@ def test_an_error_in_a_file_is_named(write_spec, text, message):
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path):
-    """A sound given in place of a spec."""
+    """An example is a sound that is given in place of a spec."""
     path = tmp_path / "sound.toml"
     path.write_bytes(b"RIFF\xff\xfe\x00")
     with pytest.raises(InputError, match="is not TOML"):

@@ -1,4 +1,4 @@
-"""Sounds are found in every layout, decode to the same samples wherever they lie, and damage costs only its clips."""
+"""Sounds are found in every layout and decode to the same samples from each; damage costs only its clips."""
 
 import builtins
 import io
@@ -38,7 +38,7 @@ def member_bytes(row):
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_every_member_of_a_tar_lies_where_its_row_says(tmp_path, form):
+def test_every_row_of_a_tar_has_the_position_of_its_member(tmp_path, form):
     """In each of the three formats, with names too long for a header; members that are no sounds are left out."""
     # 121 characters: ustar splits the name, GNU and PAX add a member for it.
     deep = "/".join(["folder"] * 15) + "/abcdefghijk.flac"
@@ -58,7 +58,7 @@ def test_every_member_of_a_tar_lies_where_its_row_says(tmp_path, form):
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_names_that_are_no_text_or_very_long_are_read(tmp_path, form):
-    """Nothing is unpacked, so a name only has to be shown; the bytes are found by their place."""
+    """Nothing is unpacked: names are only displayed, and the bytes are found by their position."""
     long = "n" * 300 + ".wav"
     rows, notes = find_rows(
         write_tar(tmp_path / "x.tar", {"a\udcff/b.wav": b"odd", long: b"long"}, form=form)
@@ -85,7 +85,7 @@ def test_a_tar_is_not_read_through(tmp_path):
 
 
 def test_links_folders_and_sparse_members_are_no_sounds(tmp_path):
-    """Their bytes lie elsewhere."""
+    """Their bytes are stored elsewhere."""
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for name, kind in (
             ("a.wav", tarfile.SYMTYPE),
@@ -108,7 +108,7 @@ def cut_file(path, size):
 
 
 def test_the_members_before_the_cut_of_a_short_tar_are_used(tmp_path):
-    """The member that is cut is there too, for the decoder to judge; the tar is noted once."""
+    """The cut member is listed too, because the decoder checks it; the tar gets one note."""
     whole, _ = find_rows(write_tar(tmp_path / "x.tar", FILES))
     middle = whole[5]["offset"] + 200
     rows, notes = find_rows(cut_file(tmp_path / "x.tar", middle))
@@ -136,7 +136,7 @@ def test_the_members_before_the_cut_of_a_short_tar_are_used(tmp_path):
     ],
 )
 def test_a_damaged_tar_says_where_and_gives_the_members_before(tmp_path, damage, count, message):
-    """Never an exception: the archives beside it are whole."""
+    """There is no exception, because other archives may be whole."""
     path = write_tar(tmp_path / "x.tar", {name: b"1" for name in FILES}, form=tarfile.USTAR_FORMAT)
     path.write_bytes(damage(path.read_bytes()))
     rows, (note,) = find_rows(path)
@@ -145,7 +145,7 @@ def test_a_damaged_tar_says_where_and_gives_the_members_before(tmp_path, damage,
 
 
 def with_size(content, size, kind=b"0"):
-    """The tar with another size in its first header, whose checksum is made right."""
+    """The tar with another size in its first header, whose checksum is corrected."""
     head = bytearray(content[:512])
     head[124:135], head[156:157], head[148:156] = size, kind, b" " * 8
     head[148:156] = b"%06o\0 " % sum(head)
@@ -193,7 +193,7 @@ def test_rows_of_parquet_are_named_by_path_by_id_or_by_place(tmp_path):
 
 
 def test_planning_reads_no_sound_of_a_parquet_file(tmp_path, monkeypatch):
-    """Two terabytes would take a day."""
+    """Reading two terabytes would take a day."""
     write_parquet(tmp_path / "a.parquet", FILES, video_id=[name[:11] for name in FILES])
     columns_read = []
     read = pq.ParquetFile.read
@@ -207,7 +207,7 @@ def test_planning_reads_no_sound_of_a_parquet_file(tmp_path, monkeypatch):
 
 
 def test_a_row_group_is_read_once_if_its_rows_are_read_in_order(tmp_path, monkeypatch):
-    """A shard of many rows must not read a row group for each; a large group is held in parts."""
+    """A shard of many rows must not read a row group for each row; a large group is read in parts."""
     monkeypatch.setattr(parquet, "MAX_BATCH_BYTES", 500)
     path = write_parquet(tmp_path / "a.parquet", FILES, group=8)
     restarts = []
@@ -224,7 +224,7 @@ def test_a_row_group_is_read_once_if_its_rows_are_read_in_order(tmp_path, monkey
 
 
 def test_a_parquet_file_that_is_replaced_is_read_anew(tmp_path):
-    """A worker lives long, and a user may fetch the file again meanwhile."""
+    """A worker runs for a long time, in which a user may fetch the file again."""
     path = write_parquet(tmp_path / "a.parquet", {"a.wav": b"old"})
     assert parquet.read_parquet_sound(path, 0, 0) == b"old"
     write_parquet(path, {"a.wav": b"other"})
@@ -232,7 +232,7 @@ def test_a_parquet_file_that_is_replaced_is_read_anew(tmp_path):
 
 
 def test_among_columns_of_bytes_the_one_named_audio_holds_the_sounds():
-    """Pictures lie beside sounds in some tables."""
+    """Some tables have columns of pictures too."""
     schema = pa.schema([("image", AUDIO), ("thumbnail", pa.binary()), ("audio", pa.binary())])
     assert parquet.find_sound_column(schema) == "audio"
     assert parquet.find_sound_column(schema.remove(2)) == "image.bytes"
@@ -401,7 +401,7 @@ def test_a_sound_is_the_same_from_a_file_from_a_tar_and_from_parquet(files, pack
 
 
 @pytest.mark.parametrize("layout", ["tar", "parquet"])
-def test_damage_is_the_same_wherever_it_lies(files, tmp_path, layout, capfd):
+def test_damage_gives_the_same_error_in_every_layout(files, tmp_path, layout, capfd):
     """Half of a file gives the same reason and the same words in every layout, and nothing on the terminal."""
     halves = {name: path.read_bytes()[: path.stat().st_size // 2] for name, path in files.items()}
     make = {"tar": write_tar, "parquet": write_parquet}[layout]

@@ -60,7 +60,7 @@ def test_an_unusable_sound_is_refused_for_the_same_reason(tmp_path, reason, wave
 
 
 def test_a_sound_that_ends_early_is_refused_at_its_end(tmp_path):
-    """Only then it is known that the header declared more."""
+    """Only at the end is it known that the header declared more samples."""
     path = write(tmp_path / "a.wav", babble(4.0, 16_000), 16_000)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     pieces = stream_wave(SoundLocator.from_path(path), 32_000)

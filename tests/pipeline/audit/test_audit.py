@@ -48,7 +48,7 @@ FEW = 2
 
 
 def clean_clips() -> list[dict]:
-    """32 clips without a fault: every class is alike in both splits, no pair stands together more than by chance."""
+    """32 clips without a fault: classes are equally frequent in both splits, and no pair exceeds chance."""
     return [
         {
             "clip_id": f"{split}{number:02}",
@@ -69,7 +69,7 @@ def clean_clips() -> list[dict]:
 def audited_clips(
     clips: list[dict], *, dataset: str | None = "audioset", classes=CLASSES, rules=(), **fields
 ) -> AuditedClips:
-    """The clips as a store would hold them; `fields` replace fields of the result."""
+    """The clips in the form of a store; `fields` replace fields of the result."""
     types = {"flags": pl.List(pl.String), "raw": pl.List(pl.UInt16), "outside": pl.List(pl.String)}
     types |= {"reason": pl.String, "source": pl.String, "digest": pl.String}
     frame = pl.DataFrame(clips, schema_overrides=types)
@@ -100,7 +100,7 @@ def findings_of(rows: AuditedClips) -> list[tuple[str, str]]:
 
 
 def test_clean_clips_give_no_finding():
-    """An audit that always finds something would not be read twice."""
+    """Users would ignore an audit that always reports something."""
     assert findings_of(audited_clips(clean_clips(), rules=["unambiguous", "direct-parent"])) == []
     audit = audit_clips(audited_clips(clean_clips()), few=FEW)
     assert (audit.copies, audit.pairs.more, audit.pairs.less, audit.sides.shifts) == ((), (), (), ())
@@ -108,7 +108,7 @@ def test_clean_clips_give_no_finding():
 
 
 def alter(number: int, **values):
-    """A plant that gives clip `number` (16 to 31 are eval) other values."""
+    """A planted fault: gives clip `number` (16 to 31 are eval) other values."""
 
     def plant(clips):
         clips[number] |= values
@@ -117,7 +117,7 @@ def alter(number: int, **values):
 
 
 def without_class(split: str, index: int, keep: int = 0):
-    """A plant that takes a class from all but `keep` clips of a split."""
+    """A planted fault: removes a class from all but `keep` clips of a split."""
 
     def plant(clips):
         having = [clip for clip in clips if clip["split"] == split and index in clip["raw"]]
@@ -139,13 +139,13 @@ PLANTED = [
     (alter(0, raw=[MALE]), "note", "1 clip without 1 label that raw ones imply by rule unambiguous"),
     (without_class("eval", MALE, 1), "check", "1 class with fewer than 2 clips in eval"),
     (without_class("train", MALE, 1), "note", "1 class with fewer than 2 clips in train"),
-    (alter(0, status="failed", reason="duplicate"), "note", "1 row set aside by the build"),
+    (alter(0, status="failed", reason="duplicate"), "note", "1 row left out by the build"),
 ]
 
 
 @pytest.mark.parametrize(("plant", "level", "sentence"), PLANTED)
 def test_a_planted_fault_is_reported_and_nothing_else(plant, level, sentence):
-    """One finding for one plant: neither missed nor reported in two ways."""
+    """Each planted fault gives exactly one finding."""
     clips = clean_clips()
     plant(clips)
     (found,) = findings_of(audited_clips(clips))
@@ -154,7 +154,7 @@ def test_a_planted_fault_is_reported_and_nothing_else(plant, level, sentence):
 
 
 def test_a_class_that_one_side_lacks_is_reported_for_the_split_and_for_the_side():
-    """In eval its average precision is undefined; without a clip to train on nobody can learn it."""
+    """Without eval clips, average precision is undefined; without training clips, no model can learn the class."""
     clips = clean_clips()
     without_class("eval", MALE)(clips)
     assert findings_of(audited_clips(clips)) == [
@@ -170,7 +170,7 @@ def test_a_class_that_one_side_lacks_is_reported_for_the_split_and_for_the_side(
 
 
 def test_leaks_come_first():
-    """Whoever reads only the top of the list must have read of them."""
+    """Users who read only the first findings must see the leaks."""
     clips = clean_clips()
     alter(1, raw=[])(clips)
     alter(2, digest="train10")(clips)
@@ -181,7 +181,7 @@ def test_leaks_come_first():
 
 
 def test_the_command_against_a_leak_names_the_splits_that_were_audited():
-    """Without --eval the command would look at other splits."""
+    """Without --eval the command would audit other splits."""
     clips = clean_clips()
     alter(0, digest="eval8")(clips)
     leak = collect_findings(audit_clips(audited_clips(clips), few=FEW), "x.zarr")[0]
@@ -201,14 +201,14 @@ def test_the_command_against_a_leak_names_the_splits_that_were_audited():
     ],
 )
 def test_clips_that_are_not_in_use_do_not_leak(plant):
-    """A row that the build has set aside is never drawn."""
+    """A duplicate row, which the build left out, is never drawn."""
     clips = clean_clips()
     plant(clips)
     assert findings_of(audited_clips(clips)) == []
 
 
 def test_an_excluded_clip_does_not_leak():
-    """An exclude list is made for exactly that."""
+    """Excluding a leaking clip removes the leak."""
     clips = clean_clips()
     alter(0, digest="eval8")(clips)
     marked_N = np.arange(32) == 0
@@ -217,7 +217,7 @@ def test_an_excluded_clip_does_not_leak():
 
 
 def test_kept_silences_are_not_copies_of_each_other():
-    """All zeros have one digest."""
+    """All silent clips have the same digest."""
     clips = clean_clips()
     for number in (0, 5, 20):
         alter(number, digest="zeros", flags=["silent"])(clips)
@@ -225,7 +225,7 @@ def test_kept_silences_are_not_copies_of_each_other():
 
 
 def test_pieces_of_one_recording_in_two_splits_leak_and_in_one_split_do_not():
-    """Such a leak comes from a table that splits by clip instead of by file."""
+    """Such a leak comes from a table that assigns splits by clip instead of by file."""
     clips = clean_clips()
     for number in (0, 1, 2):
         alter(number, source="long.wav")(clips)
@@ -245,7 +245,7 @@ def test_the_recording_of_a_missing_piece_is_its_id_without_the_place():
 
 
 def test_without_a_held_out_split_copies_are_checks_and_no_shift_is_measured():
-    """ESC-50's folds take turns."""
+    """The folds of ESC-50 are evaluated in turn, so none is held out by name."""
     clips = clean_clips()
     alter(0, digest="eval8")(clips)
     rows = audited_clips(clips, held_out_names=())
@@ -275,7 +275,7 @@ def with_other_labels(
     ],
 )
 def test_a_propagated_set_that_is_not_what_its_rule_gives_is_a_fault(labels, sentence):
-    """Whoever trains on it believes that every implied class is there."""
+    """Users assume that a propagated set has every implied class."""
     rows = with_other_labels(audited_clips(clean_clips(), rules=["unambiguous"]), 7, labels)  # raw: all four
     ((level, said),) = findings_of(rows)
     assert level == "fault"
@@ -285,7 +285,7 @@ def test_a_propagated_set_that_is_not_what_its_rule_gives_is_a_fault(labels, sen
 
 
 def test_a_label_that_no_rule_gives_is_a_fault_too():
-    """It came from somewhere else."""
+    """A label that is neither raw nor implied has another, unknown origin."""
     ((level, said),) = findings_of(
         with_other_labels(audited_clips(clean_clips(), rules=["unambiguous"]), 1, [MUSIC, VEHICLE])
     )
@@ -294,7 +294,7 @@ def test_a_label_that_no_rule_gives_is_a_fault_too():
 
 
 def test_a_set_is_stale_also_if_the_clip_is_not_in_use():
-    """The file is wrong, whatever became of the clip."""
+    """The file is wrong even if no loader draws the clip."""
     clips = clean_clips()
     alter(1, status="failed")(clips)
     assert [
@@ -304,7 +304,7 @@ def test_a_set_is_stale_also_if_the_clip_is_not_in_use():
 
 
 def test_a_set_is_judged_in_the_splits_it_was_made_for():
-    """In the others it holds the raw labels."""
+    """In other splits the set has the raw labels."""
     clips = clean_clips()
     alter(17, raw=[MALE])(clips)
     rows = with_other_labels(audited_clips(clips, rules=["unambiguous"]), 17, [MALE])
@@ -315,16 +315,16 @@ def test_a_set_is_judged_in_the_splits_it_was_made_for():
 
 
 def test_a_set_of_another_ontology_is_not_called_stale():
-    """It cannot be judged by this one, and the finding says so."""
+    """A set of a missing ontology cannot be checked, and the finding says so."""
     rows = with_other_labels(audited_clips(clean_clips(), rules=["unambiguous"]), 1, [MALE])
     other = {"unambiguous": rows.provenance["unambiguous"] | {"ontology": "other"}}
     ((level, said),) = findings_of(replace(rows, provenance=rows.provenance | other))
     assert level == "check"
-    assert "cannot be judged: it was made with ontology other, which is gone" in said
+    assert "cannot be checked: it was made with ontology other, which is missing" in said
 
 
 def test_a_set_is_judged_by_the_ontology_it_was_made_with():
-    """A user's own ontology, kept in the store, judges the raw labels too."""
+    """The user's ontology in the store also decides which labels raw labels imply."""
     vehicle, music = CLASSES.mids[VEHICLE], CLASSES.mids[MUSIC]
     nodes = [
         OntologyNode(mid=mid, name=name)
@@ -350,7 +350,7 @@ def test_a_set_is_judged_by_the_ontology_it_was_made_with():
 
 @pytest.mark.parametrize("rule", ["unambiguous", "all-ancestors", "dominators", "direct-parent"])
 def test_a_set_made_by_its_rule_is_never_stale(rule):
-    """On random labels of all 527 classes; and raw lacks exactly the labels that the rule adds."""
+    """Tested on random labels of all 527 classes; the raw set lacks exactly the labels that the rule adds."""
     rng = np.random.default_rng(0)
     clips = clean_clips()
     for clip in clips:
@@ -365,11 +365,11 @@ def test_a_set_made_by_its_rule_is_never_stale(rule):
 
 
 def test_classes_that_no_ontology_knows_are_not_judged():
-    """ESC-50 has its own."""
+    """ESC-50 has classes of its own, which no ontology contains."""
     own = ClassList(mids=("dog", "cat", "cow", "hen"), names=("dog", "cat", "cow", "hen"))
     rows = audited_clips(clean_clips(), classes=own)
     assert findings_of(rows) == []
-    assert audit_clips(rows).contradictions[0].why_not == "the ontology knows none of its classes"
+    assert audit_clips(rows).contradictions[0].why_not == "the ontology has none of its classes"
 
 
 def test_the_known_part_of_a_mixed_class_list_is_judged():
@@ -381,7 +381,7 @@ def test_the_known_part_of_a_mixed_class_list_is_judged():
 
 
 def test_an_index_that_no_class_has_is_an_error_with_its_row():
-    """It would be counted as a class of the next clip."""
+    """Such an index would count as a class of the next clip."""
     clips = clean_clips()
     alter(3, raw=[4])(clips)
     with pytest.raises(OntologyError, match="row 3: class index 4, expected 0 to 3"):
@@ -408,14 +408,14 @@ def test_g2_is_the_log_likelihood_ratio_of_the_table():
 
 
 def test_pairs_are_counted_as_a_matrix_product_counts_them():
-    """Two ways that must agree."""
+    """Counting pairs must agree with a matrix product."""
     has_BC = np.random.default_rng(1).random((300, 12)) < 0.3
     counts = has_BC.T.astype(int) @ has_BC
     assert (count_together_KK(*entries_of(has_BC), 12) == np.triu(counts, 1)).all()
 
 
 def test_independent_classes_show_no_surprise_and_planted_ones_do():
-    """More and less than chance; related ones never, however often they stand together."""
+    """Pairs above and below chance are found; related classes are never reported, however often they occur together."""
     rng = np.random.default_rng(2)
     has_BC = rng.random((4_000, 8)) < np.linspace(0.1, 0.4, 8)
     has_BC[:, 7] = True  # so that no clip is without a label
@@ -460,7 +460,7 @@ def test_a_clip_with_every_label_is_left_out_of_the_pairs_and_counted():
 
 
 def test_crowded_clips_do_not_make_classes_look_apart():
-    """Counted as clips of either class and not of both, they would make every pair stand together too seldom."""
+    """If such clips counted for single classes but not for pairs, every pair would seem too rare."""
     has_BC = np.random.default_rng(0).random((600, MAX_PAIRED_LABELS + 1)) < 0.2
     has_BC[:200] = True
     row_N, class_N = np.nonzero(has_BC)
@@ -470,7 +470,7 @@ def test_crowded_clips_do_not_make_classes_look_apart():
 
 
 def test_shifted_classes_are_found_and_equal_ones_are_not():
-    """By evidence: the same ratio weighs more with more clips."""
+    """Shifts are sorted by evidence: the same ratio is stronger with more clips."""
     train_C = np.array([5_000, 2_000, 500, 3])
     held_out_C = np.array([500, 50, 50, 0])
     shifts, total = find_class_shifts(train_C, held_out_C, 10_000, 1_000, list("abcd"), top=5)
@@ -490,7 +490,7 @@ def test_the_more_draws_the_more_a_surprise_must_surprise():
     [([5, 5, 5, 5], 4.0, 0.0), ([0, 0, 7, 0], 1.0, 0.75), ([0, 0, 0, 0], 0.0, 0.0), ([1, 1, 0, 0], 2.0, 0.5)],
 )
 def test_the_evenness_of_classes_has_its_textbook_values(clips_C, effective, gini):
-    """All alike, one alone, none, half of them."""
+    """Cases: all classes equal, only one class, no class, half of the classes."""
     assert effective_class_count(np.array(clips_C)) == pytest.approx(effective)
     assert gini_coefficient(np.array(clips_C)) == pytest.approx(gini)
 
@@ -515,7 +515,7 @@ def eventful() -> StoreAudit:
 
 
 def test_the_text_has_every_finding_and_every_split(eventful):
-    """And no line is wider than a terminal, but for commands, which must be copied."""
+    """No line is wider than a terminal, except commands, which must stay copyable."""
     text = format_audit(eventful, "x.zarr")
     for finding in collect_findings(eventful, "x.zarr"):
         assert finding.what.split(";")[0][:60] in text
@@ -523,7 +523,7 @@ def test_the_text_has_every_finding_and_every_split(eventful):
         assert split.split in text
         assert f"{split.in_use:,}" in text
     assert eventful.pairs.more
-    assert "stand together more often than chance" in text
+    assert "occur together more often than by chance" in text
     assert all(len(line) <= 80 or "ajepa-data" in line for line in text.splitlines())
     assert not any(line != line.rstrip() for line in text.splitlines())
 

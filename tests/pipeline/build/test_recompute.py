@@ -155,10 +155,10 @@ def test_a_store_and_its_sounds_agree_bit_for_bit(shared_stores, monkeypatch, ca
     assert verify(monkeypatch, shared_stores / "uint8.zarr", "--against-audio") == 0
     assert (
         capsys.readouterr().out
-        == f"{shared_stores / 'uint8.zarr'}: 19 rows are what their sounds give, bit for bit\n"
+        == f"{shared_stores / 'uint8.zarr'}: 19 rows agree with their sounds, bit for bit\n"
     )
     assert verify(monkeypatch, shared_stores / "float16.zarr", "--against-audio", "--sample", 4) == 0
-    assert ": 4 rows are" in capsys.readouterr().out
+    assert ": 4 rows agree" in capsys.readouterr().out
 
 
 def test_faults_are_printed_line_by_line_and_a_lost_sound_is_none(own_stores, monkeypatch, capsys):
@@ -179,14 +179,14 @@ def test_faults_are_printed_line_by_line_and_a_lost_sound_is_none(own_stores, mo
     assert "its sound cannot be used any more" in lines[2]
     assert "not compared" in lines[3]
     assert "998 frames, its sound gives 898" in lines[4]
-    assert f"{store}: 4 of 18 rows are not what their sounds give" in output.err
+    assert f"{store}: 4 of 18 rows differ from their sounds" in output.err
     (own_stores / "corpus" / "audio").rename(own_stores / "elsewhere")
     (own_stores / "corpus" / "audio").mkdir()
     soundfile.write(
         sound_path(own_stores, 5), tone_in_noise(5, seconds=10.0, rate_hz=16_000), 16_000
     )  # of no good row
     assert verify(monkeypatch, own_stores / "uint8.zarr", "--against-audio", "--sample", 3) == 1
-    assert "nothing could be compared, no sound is there" in capsys.readouterr().err
+    assert "nothing could be compared, no sound was found" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", ["float16", "uint8"])
@@ -211,7 +211,7 @@ def test_other_versions_may_differ_within_the_tolerance_and_no_more(own_stores, 
     assert verify(monkeypatch, store, "--against-audio", "--sample", 5) == 0
     stdout = capsys.readouterr().out
     assert "built with soxr 0.0.1, now " in stdout
-    assert "5 rows are what their sounds give, up to 0." in stdout
+    assert "5 rows agree with their sounds, up to 0." in stdout
     shift = 4.0
     assert verify(monkeypatch, store, "--against-audio", "--sample", 5) == 1
 

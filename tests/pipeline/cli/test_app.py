@@ -1,4 +1,4 @@
-"""ajepa-data as a newcomer meets it: its output, and its messages about mistakes."""
+"""The commands of ajepa-data: their output, and their messages about mistakes."""
 
 import resource
 import shutil
@@ -22,13 +22,13 @@ PROGRAM = [sys.executable, "-c", "if __name__ == '__main__':\n    from pipeline.
 
 
 def build_arguments(corpus, out, *more):
-    """The words of a command that builds a store of the corpus."""
+    """The arguments of a command that builds a store of the corpus."""
     lists = [f"--segments={corpus / name}" for name in ("a_train_segments.csv", "eval_segments.csv")]
     return ["build-audioset", "--audio", corpus / "audio", *lists, "--out", out, "--workers", 0, *more]
 
 
 def test_a_store_is_built_propagated_verified_and_shown(tmp_path, monkeypatch, capsys):
-    """The whole of stage one, by its own commands."""
+    """All of stage one, by its commands."""
     corpus = write_corpus(tmp_path / "corpus", clips=20)
     out = tmp_path / "x.zarr"
     assert run(*build_arguments(corpus, out), monkeypatch=monkeypatch) == 0
@@ -75,10 +75,12 @@ def test_faults_end_in_status_1(store_path, tmp_path, monkeypatch, capsys):
     assert "stats.json" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_an_interrupted_build_says_that_it_carries_on(corpus, tmp_path, number):
+@pytest.mark.parametrize(
+    ("number", "workers"), [(signal.SIGINT, 0), (signal.SIGTERM, 1), (signal.SIGUSR1, 0)]
+)
+def test_an_interrupted_build_says_that_it_carries_on(corpus, tmp_path, number, workers):
     """Ctrl-C, a batch system's SIGTERM and its warning: one line, status 75, and no worker left behind."""
-    arguments = [str(a) for a in build_arguments(corpus, tmp_path / "x.zarr", "--workers", 1)]
+    arguments = [str(a) for a in build_arguments(corpus, tmp_path / "x.zarr", "--workers", workers)]
     process = subprocess.Popen(
         [*PROGRAM, *arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
@@ -93,7 +95,7 @@ def test_an_interrupted_build_says_that_it_carries_on(corpus, tmp_path, number):
 
 
 def test_a_command_may_open_as_many_files_as_the_system_lets_it():
-    """Four stores of 256 open shards each end at the 1,024 that a login begins with, in the middle of training."""
+    """Four stores with 256 open shards each reach the default limit of 1,024 files in the middle of training."""
     program = (
         "import resource as r, typer; from pipeline.cli.options import run_command_line; app = typer.Typer();"
         "hard = r.getrlimit(r.RLIMIT_NOFILE)[1]; r.setrlimit(r.RLIMIT_NOFILE, (min(hard, 1_024), hard));"
@@ -131,7 +133,7 @@ def command_of(pid: str) -> str:
 
 
 def test_one_pass_makes_a_store_for_every_spec(corpus, tmp_path, monkeypatch, capsys):
-    """A preset and a file of one's own; each --spec has its --out."""
+    """One spec is a preset, the other a user's file; each --spec has its own --out."""
     (tmp_path / "mine.toml").write_text('base = "a-jepa"\nmel_bands = 40\n')
     more = ["--spec", "audio-jepa", "--spec", tmp_path / "mine.toml", "--out", tmp_path / "b.zarr"]
     assert run(*build_arguments(corpus, tmp_path / "a.zarr", *more), monkeypatch=monkeypatch) == 0
@@ -150,7 +152,7 @@ def test_one_pass_makes_a_store_for_every_spec(corpus, tmp_path, monkeypatch, ca
 
 
 def test_parts_and_finalize_by_their_commands(corpus, tmp_path, monkeypatch, capsys):
-    """A job array of two: shards that are missing are named, and the last part finishes the store."""
+    """In a job array of two, `finalize` names missing shards, and the last part finishes the store."""
     out = tmp_path / "x.zarr"
     assert run(*build_arguments(corpus, out, "--part", "1/2"), monkeypatch=monkeypatch) == 0
     assert "part 1/2 is done" in capsys.readouterr().out
@@ -162,7 +164,7 @@ def test_parts_and_finalize_by_their_commands(corpus, tmp_path, monkeypatch, cap
 
 
 def test_damaged_lines_are_left_out_when_asked(corpus, tmp_path, monkeypatch, capsys):
-    """And named; without --lenient nothing is built."""
+    """--lenient names the damaged lines; without it nothing is built."""
     lists = tmp_path / "a_train_segments.csv"
     lists.write_text((corpus / "a_train_segments.csv").read_text() + '#NAME?, 30.000, 40.000, "/m/04rlf"\n')
     arguments = ["build-audioset", "--audio", corpus / "audio", "--segments", lists, "--workers", 0]
@@ -183,7 +185,7 @@ def test_a_repair_is_one_command(store_path, tmp_path, monkeypatch, capsys):
 
 
 def test_a_path_that_exists_and_is_no_store_is_left_alone(corpus, tmp_path, monkeypatch, capsys):
-    """A folder of somebody's, or a file, given for --out by mistake."""
+    """The user may give some folder or file as --out by mistake."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("mine")
     for name in ("folder", "file"):
@@ -194,7 +196,7 @@ def test_a_path_that_exists_and_is_no_store_is_left_alone(corpus, tmp_path, monk
 
 
 def test_a_page_needs_the_name_of_a_file(store_path, monkeypatch, capsys):
-    """The folder `/` is no file."""
+    """The folder `/` is not the name of a file."""
     assert run("report", store_path, "--html", "/", monkeypatch=monkeypatch) == 1
     assert "/: is a folder; expected the name of a file" in capsys.readouterr().err
 

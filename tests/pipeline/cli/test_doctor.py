@@ -34,21 +34,21 @@ def trial(tmp_path_factory) -> Path:
 
 
 def test_a_machine_that_can_run_these_tests_can_build(trial):
-    """A doctor that finds faults with a healthy machine would be sent away."""
+    """A check that fails on a healthy machine would be useless."""
     assert [
         finding.state for finding in check_data_machine(Path("."), trial) if finding.name != "room"
     ] == 4 * ["ok"]
 
 
 def test_a_machine_that_can_run_these_tests_can_train(trial):
-    """The same of stage two: DALI and the plain loader agree, steps are taken, a checkpoint is read."""
+    """The checks of stage two pass: DALI and the plain loader agree, a few steps run, a checkpoint is read."""
     findings = {finding.name: finding for finding in training_findings(trial)}
     assert findings.pop("device").state == ("ok" if torch.cuda.is_available() else "slow")
     assert {finding.state for finding in findings.values()} == {"ok"}
 
 
 def test_a_decoder_that_gives_another_sound_is_named(tmp_path, monkeypatch):
-    """A codec that is there and wrong is worse than one that is missing."""
+    """A codec that decodes wrongly is worse than a missing codec."""
     load = pipeline.cli.doctor.load_clip_audio
 
     def load_wrong_aac(*arguments, **options):
@@ -73,7 +73,7 @@ def test_a_store_that_is_damaged_is_named(trial, tmp_path):
 
 
 def test_a_loader_that_differs_is_named(trial, monkeypatch):
-    """Batches that are not those of the plain loader would make results that nobody can repeat."""
+    """If the loaders gave different batches, results could not be reproduced."""
     monkeypatch.setattr(ajepa.cli.doctor, "LOADER_TOLERANCE", -1.0)
     findings = {finding.name: finding for finding in training_findings(trial)}
     assert findings["loaders"].state == "broken"

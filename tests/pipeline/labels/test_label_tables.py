@@ -1,4 +1,4 @@
-"""Propagation without a store: lists and tables in, one Parquet table of label sets out."""
+"""Propagation without a store: from lists and tables to one Parquet table of label sets."""
 
 import json
 import subprocess
@@ -63,7 +63,7 @@ def propagated_indices() -> list[list[int]]:
 
 
 def test_a_bare_list_becomes_a_table_of_label_sets(tmp_path):
-    """Who has no store yet still repairs the labels: ids, splits, times, raw and propagated indices."""
+    """Labels can be propagated without a store: the table has ids, splits, times, raw and propagated indices."""
     out = tmp_path / "labels.parquet"
     propagate_inputs([segments_list(tmp_path / "eval_segments.csv")], out=out)
     assert read_frame(out).to_dict(as_series=False) == {
@@ -79,7 +79,7 @@ def test_a_bare_list_becomes_a_table_of_label_sets(tmp_path):
 
 
 def test_a_table_says_where_its_label_set_comes_from(tmp_path):
-    """As in a store: rule, ontology, class list, splits and version; the summary of the changes lies beside it."""
+    """As in a store: rule, ontology, class list, splits and version; the summary is saved in a second file."""
     out = tmp_path / "labels.parquet"
     summary = propagate_inputs([segments_list(tmp_path / "eval_segments.csv")], out=out)
     source = json.loads(pq.read_schema(out).metadata[b"ajepa"])["unambiguous"]
@@ -142,7 +142,7 @@ def test_tables_are_read_as_people_write_them(tmp_path, column, cells):
 
 
 def test_a_table_may_have_its_own_splits_and_times(tmp_path):
-    """Splits come in the order of their first rows; whole seconds are seconds; a list beside it has what it has."""
+    """Splits are in the order of their first rows; integer seconds are read; a list can be another input."""
     path = write_parquet(
         tmp_path / "mine.parquet",
         raw=[indices(names) for names, _ in CLIPS],
@@ -159,7 +159,7 @@ def test_a_table_may_have_its_own_splits_and_times(tmp_path):
 
 
 def test_again_gives_the_same_bytes_and_again_of_its_own_output_the_same_sets(tmp_path):
-    """Running it twice changes nothing, from the list or from what was made of it."""
+    """Running it twice gives the same result, from the list and from the output of the first run."""
     out, again = tmp_path / "labels.parquet", tmp_path / "again.parquet"
     path = segments_list(tmp_path / "eval_segments.csv")
     for _ in range(2):
@@ -172,7 +172,7 @@ def test_again_gives_the_same_bytes_and_again_of_its_own_output_the_same_sets(tm
 
 
 def test_the_size_of_the_blocks_leaves_no_trace(tmp_path, monkeypatch):
-    """Two million rows pass in parts: rows, counts and the numbers in errors are those of the whole."""
+    """Two million rows are read in blocks: rows, counts and row numbers in errors do not depend on the blocks."""
     path = segments_list(tmp_path / "eval_segments.csv", [mids(CLIPS[n % 4][0]) for n in range(26)])
     whole = propagate_inputs([path], out=tmp_path / "whole.parquet")
     monkeypatch.setattr(segment_lists, "LIST_BLOCK_BYTES", 100)
@@ -202,7 +202,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
     not Path("/proc/self/status").exists(), reason="the peak of memory is read from Linux' /proc"
 )
 def test_memory_does_not_grow_with_the_list(tmp_path):
-    """Ten times the rows peak within 100 MB of the same memory."""
+    """With ten times the rows, the peak memory differs by less than 100 MB."""
     peaks_mb = []
     for rows in (100_000, 1_000_000):
         path = tmp_path / f"{rows}.csv"
@@ -218,7 +218,7 @@ def test_memory_does_not_grow_with_the_list(tmp_path):
 
 
 def test_ids_that_another_list_knows_are_kept_aside_by_name(tmp_path):
-    """AudioSet's strong labels have washing machines; these are no typing error, and not among the 527."""
+    """`Washing machine` is a class of AudioSet's strong labels: no typing error, but not among the 527."""
     path = segments_list(tmp_path / "eval.csv", [["/m/0174k2", *mids(["Bark"])], ["/m/0bm0k"]])
     summary = propagate_inputs([path], out=tmp_path / "labels.parquet")
     assert read_frame(tmp_path / "labels.parquet")["outside"].to_list() == [["/m/0174k2"], ["/m/0bm0k"]]
@@ -247,7 +247,7 @@ def test_ones_own_ontology_and_classes_are_used(tmp_path):
 
 
 def test_a_class_list_needs_the_ontology_it_is_from(tmp_path):
-    """Half of a pair of files would propagate to nothing."""
+    """A class list with another ontology would give no implied labels."""
     path = write_parquet(tmp_path / "mine.parquet", mids=[["leaf"]])
     with pytest.raises(OntologyError, match="2 of 2 classes are not in the ontology, such as leaf"):
         propagate_inputs([path], out=tmp_path / "x.parquet", classes=own_files(tmp_path)["classes"])
@@ -267,7 +267,7 @@ def test_fsd50ks_list_is_a_class_list_like_any(tmp_path):
 
 
 def wrong_call(tmp_path: Path, mistake: str) -> dict:
-    """The arguments of a call that is a mistake."""
+    """Return the arguments of a call with the given mistake."""
     good = segments_list(tmp_path / "eval.csv")
     out = tmp_path / "out.parquet"
     typing_error = "/m/09x0z" if mistake == "an id" else "speech"
@@ -329,10 +329,13 @@ def wrong_call(tmp_path: Path, mistake: str) -> dict:
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        ("no out", r"eval\.csv: no store, so the labels need a file of their own: add --out FILE\.parquet"),
+        (
+            "no out",
+            r"eval\.csv: not a store, so the labels are written to a new file: add --out FILE\.parquet",
+        ),
         ("no Parquet name", r"--out .*labels\.csv: expected the name of a Parquet file"),
-        ("onto an input", r"--out .*out\.parquet: is an input too"),
-        ("twice", r"eval\.csv: is given twice; its clips would be too"),
+        ("onto an input", r"--out .*out\.parquet: is also an input"),
+        ("twice", r"eval\.csv: is given twice, so its clips would be written twice"),
         ("an id", r"x\.csv: row 1 \(clip b+\): unknown class '/m/09x0z'; did you mean /m/09x0r \(Speech\)\?"),
         ("a name", r"row 1 \(clip b+\): unknown class 'speech'; did you mean /m/09x0r \(Speech\)\?"),
         ("commas", r"row 0: unknown class '/m/09x0r,/m/04rlf'; several ids are separated by ;"),
@@ -358,7 +361,7 @@ def wrong_call(tmp_path: Path, mistake: str) -> dict:
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, mistake, message):
-    """It says what, where and what to do; no half of a table is left."""
+    """The error says what, where and what to do; no partial table is left."""
     arguments = wrong_call(tmp_path, mistake)
     before = {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
     with pytest.raises(InputError, match=message) as caught:
@@ -368,7 +371,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, mistake, message):
 
 
 def test_folders_for_the_table_are_made(tmp_path):
-    """As a build makes them for its store."""
+    """A build creates the folders for its store, too."""
     propagate_inputs([segments_list(tmp_path / "eval.csv")], out=tmp_path / "a" / "b" / "labels.parquet")
     names = [path.name for path in (tmp_path / "a" / "b").iterdir()]
     assert sorted(names) == ["labels.parquet", "labels.propagation.json"]
@@ -383,8 +386,10 @@ def test_a_place_where_nothing_can_be_written_is_named(tmp_path):
 
 
 def test_a_store_keeps_its_own_label_sets(tmp_path, store_path):
-    """--out beside a store, two stores, and a class list that is not its own are mistakes."""
-    with pytest.raises(InputError, match=r"a store keeps its label sets itself; leave --out x\.parquet out"):
+    """--out with a store, two stores, and a class list other than the store's are errors."""
+    with pytest.raises(
+        InputError, match=r"the label set is added to the store itself; leave --out x\.parquet out"
+    ):
         propagate_inputs([store_path], out=Path("x.parquet"))
     with pytest.raises(InputError, match="2 stores; propagate one at a time"):
         propagate_inputs([store_path, store_path])
@@ -403,7 +408,7 @@ def test_a_stores_labels_are_a_table_too(tmp_path, store_path):
 
 
 def test_a_list_and_the_store_built_from_it_agree(tmp_path):
-    """One rule, two ways in."""
+    """A list and a store give the same labels."""
     store = tmp_path / "some.zarr"
     store.mkdir()
     header = {"attributes": {"ajepa": {"classes": list(CLASSES.mids)}}}

@@ -1,4 +1,4 @@
-"""Class trees and class lists: the bundled facts, a user's files checked at the door, scores mapped between lists."""
+"""Class trees and class lists: the bundled files, the checks of a user's files, scores mapped between lists."""
 
 import hashlib
 import json
@@ -58,7 +58,7 @@ def test_the_class_tree_is_audiosets():
 
 @needs_originals
 def test_the_bundled_tree_and_list_are_the_original_files():
-    """Joining two files must not change what either says."""
+    """Joining the two files must not change the content of either."""
     keep = ("id", "name", "child_ids", "restrictions")
     original = json.loads((ORIGINALS / "ontology.json").read_text(encoding="utf-8"))
     ours = [(node.mid, node.name, list(node.child_mids), list(node.restrictions)) for node in ONTOLOGY.nodes]
@@ -77,9 +77,9 @@ def tree_of(*nodes) -> list[dict]:
     [
         (
             tree_of(("x", ["a"]), ("a", ["b"]), ("b", ["c"]), ("c", ["a"])),
-            "in a circle: (a -> b -> c -> a|b -> c -> a -> b|c -> a -> b -> c);",
+            "form a circle: (a -> b -> c -> a|b -> c -> a -> b|c -> a -> b -> c);",
         ),
-        (tree_of(("a", ["a"])), "in a circle: a -> a;"),
+        (tree_of(("a", ["a"])), "form a circle: a -> a;"),
         (tree_of(("a", []), ("a", [])), "class a is defined twice"),
         (tree_of(("a", ["b"])), r"class a \(A\) has an undefined child b"),
         ([{"id": "a"}], "entry 0 is not an object with texts id and name and a list child_ids"),
@@ -92,7 +92,7 @@ def tree_of(*nodes) -> list[dict]:
     ],
 )
 def test_an_impossible_tree_is_refused(tmp_path, content, message):
-    """A user's own ontology file is checked at the door, and the file is named."""
+    """A user's own ontology file is checked when it is read, and the error names the file."""
     path = tmp_path / "mine.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(OntologyError, match=rf"mine\.json: .*{message}"):
@@ -114,7 +114,7 @@ def test_an_impossible_tree_is_refused(tmp_path, content, message):
     ],
 )
 def test_a_damaged_class_list_is_refused(tmp_path, text, message):
-    """The order of the classes is what a model's outputs mean; a gap would shift all that follow."""
+    """The order of the classes gives a model's outputs their meaning; a gap would shift all later classes."""
     path = tmp_path / "classes.csv"
     path.write_text(text)
     with pytest.raises(ManifestError, match=rf"classes\.csv: .*{message}"):
@@ -147,7 +147,7 @@ def test_an_ontology_is_kept_as_it_was_read(tmp_path):
 
 
 def test_the_digest_of_a_class_list_is_its_order():
-    """Names may be mended; another order is another list."""
+    """Names may be corrected; another order is another list."""
     reversed_ = ClassList(mids=CLASSES.mids[::-1], names=CLASSES.names[::-1])
     renamed = ClassList(mids=CLASSES.mids, names=CLASSES.mids)
     assert renamed.digest == CLASSES.digest != reversed_.digest
@@ -220,7 +220,7 @@ def test_the_bundled_files_name_the_index_among_the_527(name):
 
 
 def test_fsd50ks_file_is_its_vocabulary_to_the_byte():
-    """Written back as its lines they have the md5 of the original, as PyPI's wheel soundata 0.1.1 knows it."""
+    """Written as lines again, they have the md5 of the original, as recorded in PyPI's wheel soundata 0.1.1."""
     lines = "".join(
         f"{fact['index']},{fact['name']},{fact['id']}\n" for fact in bundled_entries("fsd50k.json")
     )
@@ -228,7 +228,7 @@ def test_fsd50ks_file_is_its_vocabulary_to_the_byte():
 
 
 def test_fsd50ks_order_is_that_of_its_vocabulary():
-    """Its own indices are what its models' outputs mean."""
+    """The outputs of FSD50K's models are in this order."""
     assert [fact["index"] for fact in bundled_entries("fsd50k.json")] == list(range(200))
     names = [fact["name"] for fact in bundled_entries("fsd50k.json")]
     assert names == sorted(names)
@@ -246,7 +246,7 @@ def test_fsd50ks_names_are_the_ontologys():
 
 
 def test_audioset_strong_has_456_classes_of_which_74_are_outside_the_527():
-    """As its download page says: 456; 42 of those outside are in the ontology, 32 are new."""
+    """456 is the number on its download page; of the 74, 42 are in the ontology and 32 are new."""
     outside = [mid for mid in STRONG.mids if mid not in CLASSES.index_of]
     assert (len(STRONG), len(outside)) == (456, 74)
     assert sum(mid in NODES for mid in outside) == 42
@@ -316,9 +316,7 @@ def test_mapped_scores_carry_gradients():
 
 def test_scores_that_cannot_be_mapped_are_refused():
     """Lists without a common id, and scores of another number of classes."""
-    with pytest.raises(
-        OntologyError, match=r"of 527 and 1 classes share not one id, such as /m/09x0r and dog"
-    ):
+    with pytest.raises(OntologyError, match=r"of 527 and 1 classes share no id, such as /m/09x0r and dog"):
         ClassMap(source=CLASSES, target=ClassList(mids=("dog",), names=("Dog",)))
     class_map = ClassMap(source=FSD50K, target=CLASSES)
     with pytest.raises(OntologyError, match="scores of 527 classes, expected 200"):
@@ -330,8 +328,8 @@ def test_a_note_names_the_ids_outside_the_class_list():
     rows = [["/m/0174k2", "/m/09x0r"], ["/m/0174k2"], ["/m/0"], [], ["/m/0bm0k", *"abcd"]]
     (note,) = describe_outside_ids(pl.Series(rows, dtype=pl.List(pl.String)), CLASSES)
     (one,) = describe_outside_ids(pl.Series([["/m/0nowhere"], []]), load_class_list())
-    assert one == "1 class of labels is outside the class list and kept aside: /m/0nowhere 1 times"
-    assert note.startswith("7 classes of labels are outside the class list and kept aside: ")
+    assert one == "1 class of labels is outside the class list and in no label set: /m/0nowhere 1 times"
+    assert note.startswith("7 classes of labels are outside the class list and in no label set: ")
     assert "Washing machine (/m/0174k2) 2 times, /m/0 1 times, Crash cymbal (/m/0bm0k) 1 times, a" in note
     assert note.endswith(" and 2 more")
     assert describe_outside_ids(pl.Series([["/m/09x0r"], []], dtype=pl.List(pl.String)), CLASSES) == ()

@@ -1,4 +1,4 @@
-"""The rules, labels and scores completed by them, and the changes in all of AudioSet against the reference."""
+"""The rules, the propagation of labels and scores, and the changes in all of AudioSet against the reference."""
 
 import csv
 import gzip
@@ -90,7 +90,7 @@ def test_the_default_rule_is_the_authors_table():
 
 @needs_originals
 def test_the_default_rule_gives_the_reference_pairs():
-    """The same 731 pairs by class id, which does not lean on the order of the class list."""
+    """The same 731 pairs by class id, which do not depend on the order of the class list."""
     with (ORIGINALS / "hlp_reference_pairs.csv").open() as file:
         pairs = {(row["child_mid"], row["ancestor_mid"]) for row in csv.DictReader(file)}
     ours = {
@@ -129,7 +129,7 @@ def test_a_class_climbs_until_its_parent_is_ambiguous(name, added):
 
 
 def test_the_other_rules_differ_where_parents_are_several():
-    """Whatever growls is an animal; that it is a dog is only one of the possibilities."""
+    """A growl is always an animal's; that of a dog is only one possibility."""
     assert implied_names("Growling", "dominators") == {"Animal"}
     assert implied_names("Growling", "all-ancestors") >= {"Dog", "Cat", "Animal"}
     assert implied_names("Bark", "direct-parent") == {"Dog"}
@@ -138,7 +138,7 @@ def test_the_other_rules_differ_where_parents_are_several():
 @quick
 @given(trees())
 def test_the_rules_agree_with_walking_the_tree(tree):
-    """Matrix arithmetic, against a walk from parent to parent."""
+    """The matrix products agree with a walk from parent to parent."""
     ontology, classes = tree
     parents_of = ontology.parent_mids()
 
@@ -169,7 +169,7 @@ def test_the_rules_agree_with_walking_the_tree(tree):
 @quick
 @given(labelled_rows(rules=CLOSED_RULES))
 def test_propagating_twice_changes_nothing(case):
-    """A label set that was propagated is recognised as done."""
+    """A propagated label set stays the same when it is propagated again."""
     adds_CC, rows, _ = case
     once = propagate(lists_of(rows), adds_CC)
     assert propagate(once, adds_CC).equals(once)
@@ -199,7 +199,7 @@ def test_propagation_commutes_with_union(case):
 @quick
 @given(labelled_rows())
 def test_propagated_lists_are_sorted_unique_and_hold_the_raw_labels(case):
-    """Nothing is lost, nothing counts twice, a clip without labels stays without."""
+    """No label is lost or repeated; a clip without labels stays without labels."""
     adds_CC, rows, _ = case
     for raw, after in zip(rows, propagate(lists_of(rows), adds_CC).to_list(), strict=True):
         assert after == sorted(set(after))
@@ -228,7 +228,7 @@ def test_logits_and_probabilities_rank_alike():
 
 
 def test_scores_are_the_authors_where_theirs_are_right():
-    """On probabilities our maximum over pairs is theirs over the whole table, in numpy and in torch."""
+    """On probabilities, the maximum over pairs equals the authors' maximum over the whole table, in numpy and torch."""
     scores_BC = torch.rand(8, 527, generator=torch.Generator().manual_seed(1))
     ours_BC = propagate_scores(scores_BC, rule_relation_CC())
     assert torch.equal(ours_BC, HLP().propagate(scores_BC))
@@ -236,7 +236,7 @@ def test_scores_are_the_authors_where_theirs_are_right():
 
 
 def test_labels_are_the_authors():
-    """The lists of 200 random clips, against their table on the same clips as 0 and 1."""
+    """The label lists of 200 random clips agree with the authors' table, applied to the same clips as 0 and 1."""
     rng = np.random.default_rng(2)
     rows = [rng.choice(527, size=rng.integers(0, 6), replace=False) for _ in range(200)]
     dense_BC = torch.zeros(200, 527)
@@ -274,13 +274,13 @@ def test_a_part_of_a_column_propagates_like_the_whole():
     ],
 )
 def test_a_null_or_an_unknown_index_is_refused(rows, message):
-    """Neither is a label, and neither may vanish in silence."""
+    """Neither is a label, and neither may be dropped without an error."""
     with pytest.raises(OntologyError, match=message):
         propagate(lists_of(rows), rule_relation_CC())
 
 
 def test_scores_of_another_class_list_are_refused():
-    """Fifty classes are not AudioSet's."""
+    """Scores of fifty classes are not scores of AudioSet's classes."""
     with pytest.raises(OntologyError, match="scores of 50 classes, expected 527"):
         propagate_scores(np.zeros((1, 50)), rule_relation_CC())
 
@@ -298,7 +298,7 @@ def test_a_class_outside_the_tree_is_named():
 
 
 def test_a_tree_of_ones_own_propagates(tmp_path):
-    """Any vocabulary with parents can be repaired, not AudioSet's alone; a child listed twice is one."""
+    """Labels of any vocabulary with parents can be propagated; a child that is listed twice counts once."""
     path = tmp_path / "mine.json"
     links = {"root": ["mid", "mid"], "mid": ["leaf"], "leaf": []}
     facts = [{"id": mid, "name": mid, "child_ids": children} for mid, children in links.items()]
@@ -387,12 +387,12 @@ def test_the_table_names_what_is_outside_the_class_list():
     place = next(i for i, line in enumerate(lines) if line.startswith("outside the class list"))
     assert [line.rsplit(maxsplit=1) for line in lines[place + 1 :]] == [
         ["Washing machine (/m/0174k2)", "2"],
-        ["/m/0, known to no list", "1"],
+        ["/m/0, in no known list", "1"],
         ["Crash cymbal (/m/0bm0k)", "1"],
     ]
 
 
 def test_the_table_is_silent_where_nothing_is_outside():
-    """The usual case gets no heading; many ids get ten lines and a count."""
+    """Without outside ids there is no heading; with many ids there are ten lines and a count."""
     assert "outside" not in table_of_outside_ids([[], []])
     assert table_of_outside_ids([[f"/m/{n}" for n in range(12)]]).endswith("and 2 more ids")

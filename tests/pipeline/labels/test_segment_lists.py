@@ -54,7 +54,7 @@ def test_the_official_list_is_read_as_it_is_written(tmp_path):
     ],
 )
 def test_a_damaged_line_is_named(tmp_path, line, message):
-    """Spreadsheets turn ids that begin with a dash into `#NAME?`; the clip would be lost without a word."""
+    """Spreadsheets turn ids that begin with a dash into `#NAME?`; the clip would be lost without a message."""
     with pytest.raises(ManifestError, match=message):
         read_segment_list(write_list(tmp_path / "x.csv", 'abcdefghijk, 0.000, 10.000, "/m/04rlf"', line))
 
@@ -68,7 +68,7 @@ def test_an_empty_or_missing_list_is_refused(tmp_path):
 
 
 def test_evaluation_keeps_its_clips_and_the_first_of_a_list_counts(tmp_path):
-    """A clip in training and in evaluation would make every score a lie."""
+    """A clip in training and in evaluation would make scores too high."""
     train = write_list(
         tmp_path / "t.csv", *(f'{c * 11}, {start}.000, 10.000, ""' for c, start in ("a0", "b0", "a5"))
     )
@@ -91,7 +91,7 @@ def test_two_lists_of_one_name_are_refused(tmp_path):
 
 
 def test_the_plan_is_the_lists_in_their_order(tmp_path):
-    """Row i is line i, whatever lies on the disk."""
+    """Row i is line i, whatever files exist on the disk."""
     ids = [f"{n:011d}" for n in (5, 3, 9)]
     plan, _ = plan_segment_lists([write_list(tmp_path / "x.csv", *(f'{i}, 0.000, 1.000, ""' for i in ids))])
     assert plan["clip_id"].to_list() == ids
@@ -99,7 +99,7 @@ def test_the_plan_is_the_lists_in_their_order(tmp_path):
 
 
 def test_lenient_leaves_damaged_lines_out_with_a_note_for_each_list(tmp_path):
-    """Two million rows should not wait for one; what is lost must be said."""
+    """One damaged line should not stop two million rows, but the note must report it."""
     bad = ["#NAME?, 1, 2", "abcdefghijk, 9, 2", "x", "y", "z"]
     path = write_list(tmp_path / "x.csv", bad[0], GOOD, *bad[1:])
     plan, notes = plan_segment_lists(
@@ -113,7 +113,7 @@ def test_lenient_leaves_damaged_lines_out_with_a_note_for_each_list(tmp_path):
 
 
 def test_a_list_without_one_good_line_is_refused_leniently_too(tmp_path):
-    """It is another file altogether."""
+    """A file without a good line is not a segments list."""
     with pytest.raises(ManifestError, match="line 4: expected a YouTube id"):
         read_segment_list(write_list(tmp_path / "x.csv", "x", "y"), lenient=True)
 
@@ -141,7 +141,7 @@ ROW = r'^\s*([^,]*?)\s*,\s*([^,]*?)\s*,\s*([^,]*?)\s*(?:,\s*"?([^"]*?)"?\s*)?$'
 @given(st.lists(st.text(alphabet='ab,," /\t', max_size=14), min_size=1, max_size=9))
 @example(texts=["", ",,", 'a,b,c,"', 'a,b,c,""', 'a,b,c,"x"y"', ' a , b , c , "x, y" ', "a,b,c,x,y", "a,b"])
 def test_lines_are_cut_as_the_grammar_has_it(texts):
-    """The quick cut, against the regular expression that says what a line is."""
+    """The fast split agrees with the regular expression that defines a line."""
     lines = pl.DataFrame({"text": texts})
     groups = pl.col("text").str.extract_groups(ROW).struct.rename_fields(list("abcd"))
     expected = lines.select(groups).unnest("text").with_columns(pl.col("d").fill_null(""))
@@ -151,7 +151,7 @@ def test_lines_are_cut_as_the_grammar_has_it(texts):
 
 
 def test_a_list_is_the_same_whatever_is_read_at_a_time(tmp_path, monkeypatch):
-    """Lists of 101 MB are read in parts; lines, and the numbers in notes on them, are those of the whole."""
+    """Lists of 101 MB are read in blocks; rows, and line numbers in notes, do not depend on the blocks."""
     rows = [GOOD.replace("a", letter) for letter in "bcdefgh"]
     path = write_list(tmp_path / "x.csv", *rows[:3], "# no comment", "", *rows[3:], "#NAME?, 1, 2")
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))

@@ -1,4 +1,4 @@
-"""A description of a store or clip has its facts: rows, labels by name, the place of its bytes; mistakes are named."""
+"""Descriptions of stores and clips have the facts: rows, names of labels, position of bytes; mistakes are named."""
 
 import shutil
 import sys
@@ -30,7 +30,7 @@ def copy(store_path, tmp_path):
 
 
 def test_the_summary_has_the_facts_of_the_store(store):
-    """Its identities, its numbers, where its labels come from."""
+    """The summary has the ids, the numbers, and the origin of the labels."""
     text = describe_store(store)
     for fact in (store.store_id, store.header.plan_id, store.spec_id, "hop_samples 320", "float16"):
         assert fact in text
@@ -52,7 +52,7 @@ def test_a_good_clip_is_described_in_full(store):
     assert "labels unambiguous + Music; + Musical instrument; Bell" in lines
 
 
-def test_the_bytes_of_a_clip_lie_at_the_described_place(store):
+def test_the_bytes_of_a_clip_are_at_the_described_position(store):
     """Any tool can fetch them by offset and length in the shard's file."""
     row = find_clip_rows(store, clip_id(20))[0]
     words = describe_location(store, row).replace(",", "").split()
@@ -63,7 +63,7 @@ def test_the_bytes_of_a_clip_lie_at_the_described_place(store):
 
 
 def test_every_row_of_an_id_is_described(copy):
-    """An id stands in two splits, or a recording in several pieces."""
+    """An id may be in two splits, or a recording in several pieces."""
     frame, metadata = read_table(copy / "manifest.parquet")
     repeated_id = pl.when(pl.col("clip_id") == clip_id(47)).then(pl.lit(clip_id(1))).otherwise("clip_id")
     write_table(copy / "manifest.parquet", frame.with_columns(clip_id=repeated_id), metadata)
@@ -79,7 +79,7 @@ def test_a_failed_clip_has_its_reason_and_no_picture(store_path, tmp_path, monke
     arguments = ["inspect", store_path, "--clip", clip_id(BROKEN), "--png", tmp_path / "x.png"]
     assert run(*arguments, monkeypatch=monkeypatch) == 1
     out, error = capsys.readouterr()
-    assert "unreadable: no decoder makes sense of the file" in out
+    assert "unreadable: no decoder can read the file" in out
     assert "not there" in out
     assert "it is not good: unreadable" in error
     assert error.count("\n") == 1
@@ -87,7 +87,7 @@ def test_a_failed_clip_has_its_reason_and_no_picture(store_path, tmp_path, monke
 
 
 def test_a_good_clip_gets_its_picture(store_path, tmp_path, monkeypatch, capsys):
-    """By its id or by its row."""
+    """The clip is named by its id or by its row."""
     png = tmp_path / "new" / "x.png"
     assert run("inspect", store_path, "--clip", clip_id(3), "--png", png, monkeypatch=monkeypatch) == 0
     by_id = imread(png)
@@ -109,14 +109,14 @@ def test_a_good_clip_gets_its_picture(store_path, tmp_path, monkeypatch, capsys)
     ],
 )
 def test_a_mistake_is_one_line(store_path, monkeypatch, capsys, arguments, message):
-    """The line says what is wrong, where, and what there is instead."""
+    """The line says what is wrong, where, and which values exist."""
     assert run("inspect", store_path, *arguments, monkeypatch=monkeypatch) == 1
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
 
 
-def test_one_slip_of_the_pen_is_found_among_many():
+def test_one_typing_error_is_found_among_many_ids():
     """Whichever letter is wrong, and however many ids are alike."""
     letters_N11 = np.random.default_rng(0).integers(97, 123, (20_000, 11), dtype=np.uint8)
     ids = pl.Series([row.tobytes().decode() for row in letters_N11])

@@ -44,7 +44,7 @@ def test_centres_are_those_of_the_filters(spec):
 
 @pytest.mark.parametrize("spec", MEL_PRESETS.values(), ids=MEL_PRESETS)
 def test_ticks_do_not_run_into_each_other(spec):
-    """Octaves crowd together at the bottom of a mel axis."""
+    """Octaves are close together at the bottom of a mel axis."""
     places = [place for place, _ in mel_band_ticks(spec)]
     assert len(places) >= 5
     assert min(np.diff(places)) >= 0.07 * spec.mel_bands
@@ -60,7 +60,7 @@ def test_the_page_draws_low_bands_below_and_time_to_the_right():
     assert brightness[0, 4] > brightness[0, 0]
 
 
-def test_values_beyond_the_colours_are_shown_as_the_outermost():
+def test_values_beyond_the_range_get_the_first_or_last_colour():
     """Colours do not wrap around: a loud value must not look quiet."""
     picture = imread(io.BytesIO(palette_png(np.array([[-9.0], [0.0], [1.0], [9.0]]), (0.0, 1.0))))
     assert (picture[0, 0] == picture[0, 1]).all()

@@ -1,4 +1,4 @@
-"""A store in a bucket is read as if it were here, out of a folder that never grows beyond its bound."""
+"""A store in a bucket is read like a local store, through a cache that never exceeds its size limit."""
 
 import errno
 import multiprocessing
@@ -40,13 +40,13 @@ def push_store(store: Path, url: str) -> str:
 
 @pytest.fixture(scope="module")
 def url(store_path) -> str:
-    """The store of three shards in the bucket; nobody changes it."""
+    """The URL of a store of three shards in the bucket; no test changes it."""
     return push_store(store_path, f"s3://{BUCKET}/shared/tiny.zarr")
 
 
 @pytest.fixture
 def own_url(store_path, tmp_path) -> str:
-    """The same in a place of this test's own."""
+    """The URL of a copy of the store for this test alone."""
     return push_store(store_path, f"s3://{BUCKET}/{tmp_path.name}/tiny.zarr")
 
 
@@ -59,7 +59,7 @@ def cached_bytes(folder: Path) -> int:
 
 
 def shard_gb(store_path: Path, shards: float) -> float:
-    """Room for so many of the largest shards."""
+    """Return the size of `shards` of the largest shards, in GB."""
     return shards * max(path.stat().st_size for path in store_path.glob("mel/c/*/0/0")) / cache.BYTES_PER_GB
 
 
@@ -79,7 +79,7 @@ def test_a_store_in_a_bucket_reads_like_the_same_store_on_the_disk(store, url, t
 
 
 def test_only_the_shards_that_are_asked_for_are_fetched_and_once(url, tmp_path, monkeypatch):
-    """A terabyte stays where it is."""
+    """A store of a terabyte must not be downloaded as a whole."""
     fetched = []
     fetch_into = cache.download_into_file
     monkeypatch.setattr(
@@ -94,7 +94,7 @@ def test_only_the_shards_that_are_asked_for_are_fetched_and_once(url, tmp_path, 
 
 
 def test_tables_are_fetched_again_only_where_they_have_changed(own_url, store_path, tmp_path, monkeypatch):
-    """New labels are seen at the next opening; the manifest of millions of rows is not fetched for them."""
+    """New labels are read at the next opening, without fetching the manifest of millions of rows again."""
     FeatureStore.open(own_url, cache=tmp_path)
     local = shutil.copytree(store_path, tmp_path / "local.zarr")
     propagate_store_labels(local, "all-ancestors")
@@ -109,7 +109,7 @@ def test_tables_are_fetched_again_only_where_they_have_changed(own_url, store_pa
 def test_the_cache_stays_under_its_bound_and_drops_what_was_used_least_lately(
     store, store_path, url, tmp_path
 ):
-    """Room for two shards of three: the one that was read long ago goes, and comes again when it is asked for."""
+    """With space for two of three shards, the least recently used one is deleted, and fetched again when it is read."""
     most_gb = shard_gb(store_path, 2.5)
     remote = FeatureStore.open(url, cache=tmp_path, cache_gb=most_gb)
     for row, kept in (
@@ -127,7 +127,7 @@ def test_the_cache_stays_under_its_bound_and_drops_what_was_used_least_lately(
 
 
 def test_files_that_are_dropped_are_closed(store, store_path, url, tmp_path):
-    """An open file that is deleted takes its room on the disk all the same."""
+    """An open file occupies the disk even after it is deleted."""
     remote = FeatureStore.open(url, cache=tmp_path, cache_gb=shard_gb(store_path, 1.5))
     for row in (0, 16, 32, 1, 17, 33):
         remote.read(np.array([row]))
@@ -144,7 +144,7 @@ def _is_link(name: str) -> bool:
 
 
 def test_a_batch_of_more_shards_than_there_is_room_for_is_read(store, store_path, url, tmp_path):
-    """Slowly, as every shard comes anew, but right."""
+    """Every shard is fetched again, which is slow but correct."""
     remote = FeatureStore.open(url, cache=tmp_path, cache_gb=shard_gb(store_path, 1.01))
     rows = store.good_rows()
     for _ in range(2):
@@ -154,13 +154,13 @@ def test_a_batch_of_more_shards_than_there_is_room_for_is_read(store, store_path
 
 def test_a_shard_that_has_no_room_at_all_is_reported(url, tmp_path):
     with pytest.raises(
-        StoreError, match=r"holds 1,000 bytes at most, a shard has [\d,]+; give a larger --cache-gb"
+        StoreError, match=r"is limited to 1,000 bytes, a shard has [\d,]+; give a larger --cache-gb"
     ):
         FeatureStore.open(url, cache=tmp_path, cache_gb=1e-6).read(np.array([0]))
 
 
 def test_a_full_disk_is_reported_and_leaves_nothing(url, tmp_path, monkeypatch):
-    """The bound may be larger than the disk."""
+    """The size limit may be larger than the disk."""
     remote = FeatureStore.open(url, cache=tmp_path)
 
     def full(*_):
@@ -187,7 +187,7 @@ def read_random_rows(url: str, folder: Path, most_gb: float, seed: int, local_pa
 
 
 def test_processes_share_one_cache_within_its_bound(store_path, url, tmp_path):
-    """Eight ranks of one machine, each of which drops what another is about to read; one is killed on the way."""
+    """Eight ranks of one machine delete shards that others need; one rank is killed."""
     exceeded = SPAWN.Event()
     most_gb = shard_gb(store_path, 2.2)
     processes = [
@@ -206,7 +206,7 @@ def test_processes_share_one_cache_within_its_bound(store_path, url, tmp_path):
 
 
 def test_the_partial_file_of_a_killed_process_is_removed(store_path, url, tmp_path):
-    """Half a shard counts against the bound until then, and is never taken for a whole one."""
+    """Until then, the partial file counts towards the limit, and it is never read as a whole shard."""
     most_gb = shard_gb(store_path, 1.2)
     FeatureStore.open(url, cache=tmp_path, cache_gb=most_gb).read(np.array([0]))
     (path,) = tmp_path.glob("*/*/mel/c/0/0/0")
@@ -223,7 +223,7 @@ def test_the_partial_file_of_a_killed_process_is_removed(store_path, url, tmp_pa
 
 
 def test_a_shard_that_is_damaged_in_the_bucket_is_reported_and_not_kept(own_url, tmp_path):
-    """By its ledger's SHA-256, when it comes."""
+    """The SHA-256 of the ledger is compared when the shard is fetched."""
     (tmp_path / "junk").write_bytes(b"junk")
     upload_file(tmp_path / "junk", f"{own_url}/mel/c/1/0/0")
     remote = FeatureStore.open(own_url, cache=tmp_path)
@@ -273,7 +273,7 @@ def test_a_store_that_is_built_anew_meanwhile_is_not_mixed_with_the_old(own_url,
 
 
 def test_a_server_that_is_gone_breaks_no_clip(url, tmp_path, monkeypatch):
-    """A loader that skips broken clips must not skip all of a store for a network that fails."""
+    """A loader that skips broken clips must not skip a whole store because the network fails."""
     remote = FeatureStore.open(url, cache=tmp_path)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(StoreError, match="AWS_ENDPOINT_URL") as gone:
@@ -283,8 +283,8 @@ def test_a_server_that_is_gone_breaks_no_clip(url, tmp_path, monkeypatch):
 
 
 def test_a_store_that_cannot_be_opened_is_reported_in_one_line(url, tmp_path):
-    """Before anything is made."""
-    with pytest.raises(StoreError, match="lies on an object store; give --cache DIR"):
+    """The error comes before any file is created."""
+    with pytest.raises(StoreError, match="is on an object store; give --cache DIR"):
         FeatureStore.open(url)
     with pytest.raises(StoreError, match=r"nothing\.zarr: not a feature store"):
         FeatureStore.open(f"s3://{BUCKET}/nothing.zarr", cache=tmp_path / "cache")
@@ -309,7 +309,7 @@ def run(monkeypatch, app, *arguments: object) -> int:
 
 
 def test_every_command_that_reads_takes_a_url(url, tmp_path, monkeypatch, capsys):
-    """Described, drawn, trained on and measured, without a copy of the store."""
+    """Describing, drawing, training and evaluating need no copy of the store."""
     cache_options = ("--cache", tmp_path / "cache", "--cache-gb", ROOMY_GB)
     png, page = tmp_path / "clip.png", tmp_path / "page.html"
     assert not run(monkeypatch, app, "inspect", url, "--row", 20, "--png", png, *cache_options)

@@ -1,7 +1,8 @@
-"""Exclude lists: what they name is never drawn, whatever becomes of the store, and every part of it says so."""
+"""Exclude lists: the clips that they name are never drawn, and all reports on the store mention them."""
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -13,6 +14,7 @@ from stores import assert_same_bytes, build
 
 from ajepa.pretrain.training_set import TrainingSet
 from ajepa.training.run import Run
+from ajepa.training.run_identity import RunIdentity
 from pipeline.audit.audit import AuditedClips, audit_clips
 from pipeline.audit.command import record_exclude_lists, suggest_exclude_list
 from pipeline.audit.findings import collect_findings
@@ -36,7 +38,7 @@ def copy(store_path, tmp_path):
 
 @pytest.fixture
 def a_list(tmp_path):
-    """Two clips that are good, and one that has failed."""
+    """An exclude list of two good clips and a failed one."""
     path = tmp_path / "noisy.txt"
     path.write_text(f"# heard\n{TRAIN}  # a hum\n\n{clip_id(5)}\n{EVAL} #clipped\n")
     return path
@@ -48,7 +50,7 @@ def manifest_of(*ids: str) -> pl.DataFrame:
     )
 
 
-def identity_of(store: FeatureStore) -> dict:
+def identity_of(store: FeatureStore) -> RunIdentity:
     return TrainingSet(stores=(store.path,)).data_identity(store)
 
 
@@ -68,7 +70,7 @@ def identity_of(store: FeatureStore) -> dict:
     ],
 )
 def test_a_text_is_one_id_a_line(tmp_path, text, found, unknown):
-    """Ids are whatever somebody called their files; what the store knows is an id."""
+    """Ids may be any file names; a line that is an id of the store is never cut at `#`."""
     (path := tmp_path / "list.txt").write_bytes(text.encode())
     manifest = manifest_of("a", "b", "c", "-x", "a#1", *(["a #x"] if text == "a #x\n" else []))
     frame, missing = ExcludeList.read(path).match_clips(manifest)
@@ -78,7 +80,7 @@ def test_a_text_is_one_id_a_line(tmp_path, text, found, unknown):
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_a_table_may_name_the_split(tmp_path, suffix):
-    """The same id in two splits: one of them may stay."""
+    """If an id is in two splits, the list may exclude only one of them."""
     frame = pl.DataFrame(
         {"note": ["x", "y", "z"], "clip_id": ["a", "b", "c"], "split": ["eval", None, "eval"]}
     )
@@ -102,7 +104,7 @@ def test_a_table_may_name_the_split(tmp_path, suffix):
         ("a.txt", b"\xff\xfe\x00", "not a readable exclude list"),
         ("a.csv", b"ytid,why\nx,y\n", "no column clip_id, it has ytid, why"),
         ("a.parquet", b"PAR1", "not a readable exclude list"),
-        ("a.txt", b"# nothing\n", "names no clip; to take back what is recorded, give --no-exclude"),
+        ("a.txt", b"# nothing\n", "names no clip; to remove the recorded lists, give --no-exclude"),
         ("a.csv", b"clip_id\n", "names no clip"),
     ],
 )
@@ -127,7 +129,7 @@ def test_a_table_written_by_a_spreadsheet_is_read(tmp_path):
 
 
 def test_excluded_clips_are_not_drawn_and_all_others_are(copy, store, a_list):
-    """From any list of splits; what had failed stays out as it was."""
+    """This holds for any list of splits; failed clips are never drawn either."""
     (done,) = record_exclude_lists(FeatureStore.open(copy), [a_list])
     assert str(done) == "noisy.txt: 3 clips excluded"
     after = FeatureStore.open(copy)
@@ -138,7 +140,7 @@ def test_excluded_clips_are_not_drawn_and_all_others_are(copy, store, a_list):
 
 
 def test_a_list_replaces_the_one_before_and_none_takes_all_back(copy, a_list, tmp_path):
-    """What counts is what was said last."""
+    """Only the last recorded lists are valid."""
     everything = FeatureStore.open(copy).good_rows().tolist()
     record_exclude_lists(FeatureStore.open(copy), [a_list])
     (other := tmp_path / "other.txt").write_text(clip_id(7))
@@ -151,7 +153,7 @@ def test_a_list_replaces_the_one_before_and_none_takes_all_back(copy, a_list, tm
 
 
 def test_the_digest_is_of_the_clips_and_not_of_how_they_were_listed(copy, a_list, tmp_path):
-    """Two runs that drew the same clips may carry on from each other."""
+    """A run can be resumed with other lists if they exclude the same clips."""
     record_exclude_lists(FeatureStore.open(copy), [a_list])
     one = FeatureStore.open(copy).exclusions.digest
     (first := tmp_path / "b.txt").write_text(f"{EVAL}\n{clip_id(5)}\n")
@@ -178,7 +180,7 @@ def test_unknown_ids_are_reported_and_refused_only_where_none_is_known(copy, tmp
 
 
 def test_a_build_and_a_repair_keep_the_lists(copy, corpus, a_list):
-    """Clips that arrive later must not bring excluded ones along."""
+    """Building the store again must not add excluded clips again."""
     record_exclude_lists(FeatureStore.open(copy), [a_list])
     before, rows = (copy / EXCLUSIONS_FILE).read_bytes(), FeatureStore.open(copy).good_rows().tolist()
     build(corpus, copy)
@@ -204,7 +206,7 @@ def other_clip(path):
     ],
 )
 def test_damage_is_a_fault_with_its_remedy_and_nothing_is_drawn(copy, a_list, damage):
-    """A clip that was to be left out must not come back unseen."""
+    """An excluded clip must not be drawn again without a message."""
     record_exclude_lists(FeatureStore.open(copy), [a_list])
     damage(copy / EXCLUSIONS_FILE)
     (fault,) = find_faults(copy)
@@ -218,7 +220,7 @@ def test_damage_is_a_fault_with_its_remedy_and_nothing_is_drawn(copy, a_list, da
 
 
 def test_a_flipped_byte_changes_nothing_unseen(copy, a_list):
-    """Anywhere in the file, the footer included."""
+    """The byte may be anywhere in the file, including the footer."""
     record_exclude_lists(FeatureStore.open(copy), [a_list])
     path, rng = copy / EXCLUSIONS_FILE, np.random.default_rng(0)
     whole, frame = path.read_bytes(), FeatureStore.open(copy).exclusions.frame
@@ -235,12 +237,12 @@ def test_a_flipped_byte_changes_nothing_unseen(copy, a_list):
 
 
 def test_a_run_with_other_lists_is_refused_with_the_difference(copy, store_path, a_list, tmp_path):
-    """And one without any is as it was before there were lists."""
+    """A run without lists is not affected."""
     plain = identity_of(FeatureStore.open(store_path))
-    assert "excluded" not in plain
+    assert plain.excluded is None
     record_exclude_lists(FeatureStore.open(copy), [a_list])
     listed = identity_of(FeatureStore.open(copy))
-    assert listed == plain | {"excluded": FeatureStore.open(copy).exclusions.digest}
+    assert listed == replace(plain, excluded=FeatureStore.open(copy).exclusions.digest)
     Run.create_or_open(tmp_path / "run", recipe={}, identity=plain)
     with pytest.raises(RunError, match=r"identity.excluded: was absent, now [0-9a-f]{12}"):
         Run.create_or_open(tmp_path / "run", recipe={}, identity=listed)
@@ -263,13 +265,13 @@ def test_coverage_page_and_inspection_mention_excluded_clips(copy, store, a_list
     assert "by noisy.txt" in describe_rows(store, [2])
     assert "excluded" not in describe_rows(store, [3])
     assert (
-        "Good clips that exclude lists keep loaders from drawing: 2 (3 clips by noisy.txt)."
+        "Good clips that loaders skip because of exclude lists: 2 (3 clips by noisy.txt)."
         in render_store_page(store, clip_count=1)
     )
 
 
 def test_the_page_of_a_store_of_which_all_is_excluded_says_so(copy, tmp_path):
-    """It tells who did it: it must not fail for want of a picture."""
+    """The page must name the lists, and not fail because there is no clip to draw."""
     path = tmp_path / "all.csv"
     FeatureStore.open(copy).manifest.select("clip_id").write_csv(path)
     record_exclude_lists(FeatureStore.open(copy), [path])
@@ -281,7 +283,7 @@ def test_the_page_of_a_store_of_which_all_is_excluded_says_so(copy, tmp_path):
 
 
 def test_an_id_of_another_split_is_reported_with_that_split(copy, tmp_path):
-    """`did you mean` with the very same id would help nobody."""
+    """Suggesting the same id would not help."""
     path = tmp_path / "a.csv"
     path.write_text(f"clip_id,split\n{TRAIN},eval\n")
     with pytest.raises(InputError, match=f"1 not there, such as '{TRAIN}', which is in a_train only"):
@@ -332,7 +334,7 @@ def test_ids_that_a_text_cannot_hold_are_asked_for_as_csv(copy, tmp_path):
 
 
 def test_one_id_in_two_splits_is_suggested_for_one_of_them(copy, tmp_path):
-    """A text would take the eval row along."""
+    """A text file would also exclude the eval row."""
     frame, metadata = read_table(copy / "manifest.parquet")
     ids = frame["clip_id"].to_list()
     ids[2] = ids[40]
@@ -347,7 +349,7 @@ def test_one_id_in_two_splits_is_suggested_for_one_of_them(copy, tmp_path):
 
 
 def test_nothing_is_suggested_where_no_split_is_held_out(copy, tmp_path):
-    """Folds take turns; the user may name one."""
+    """Folds are evaluated in turn; the user may name one as held out."""
     rows = AuditedClips.of_store(FeatureStore.open(copy), ["a_train", "eval"])
     with pytest.raises(InputError, match=r"every split is held out, so nothing can leak; .* --eval SPLIT"):
         suggest_exclude_list(rows, tmp_path / "x.txt")
@@ -359,7 +361,7 @@ def test_nothing_is_suggested_where_no_split_is_held_out(copy, tmp_path):
 
 
 def test_the_command_prints_writes_and_records(copy, tmp_path, monkeypatch, capsys, store_path):
-    """As a user goes about it: look, write the list, record it, take it back."""
+    """The steps of a user: audit, write the list, record it, remove it."""
     with_leaks(copy)
     command = ["audit-labels", copy]
     assert (
@@ -396,7 +398,7 @@ def test_the_command_prints_writes_and_records(copy, tmp_path, monkeypatch, caps
     ],
 )
 def test_a_mistake_is_one_line_and_changes_nothing(copy, store_path, monkeypatch, capsys, more, said):
-    """Status 1."""
+    """The exit status is 1."""
     assert run("audit-labels", copy, *more, monkeypatch=monkeypatch) == 1
     error = capsys.readouterr().err
     assert said in error

@@ -1,4 +1,4 @@
-"""Several stores read as one."""
+"""Several stores are read as one."""
 
 import pickle
 import shutil
@@ -35,7 +35,7 @@ def joined(store, other) -> JoinedStore:
 
 
 def test_rows_of_the_second_store_follow_those_of_the_first(joined, store, other):
-    """Whatever is asked of a row is what its own store says: numbers, labels, lengths, shards, what it is."""
+    """All data of a row are those of its own store: values, labels, lengths, shards, manifest."""
     rows_N = np.concatenate([store.good_rows(), CLIPS + other.good_rows()])
     assert np.array_equal(joined.good_rows(), rows_N)
     assert np.array_equal(joined.n_frames_N, np.concatenate([store.n_frames_N, other.n_frames_N]))
@@ -48,7 +48,7 @@ def test_rows_of_the_second_store_follow_those_of_the_first(joined, store, other
 
 
 def test_a_batch_of_both_stores_keeps_its_order(joined, store, other):
-    """Rows of the two alternate, with crops, into memory that is given."""
+    """Rows of both stores alternate; crops are read into given memory."""
     rows_B, starts_B = np.array([60, 0, 1, 61, 62, 2]), np.array([0, 7, 3, 5, 9, 1])
     out_BTF = np.zeros((6, 50, store.bands), store.dtype)
     assert joined.read(rows_B, out=out_BTF, starts_B=starts_B, frames=50) is out_BTF
@@ -58,7 +58,7 @@ def test_a_batch_of_both_stores_keeps_its_order(joined, store, other):
 
 
 def test_a_broken_clip_is_reported_by_its_row_of_the_joined_store(store, other_store_path, monkeypatch):
-    """A loader that may skip it knows no other number; the text names the store and its own."""
+    """A loader that skips the clip knows only this row; the message names the store and its own row."""
     other = FeatureStore.open(other_store_path)
 
     def broken(rows_B, **options):
@@ -71,13 +71,13 @@ def test_a_broken_clip_is_reported_by_its_row_of_the_joined_store(store, other_s
 
 
 def test_no_rows_are_read_as_no_rows(joined):
-    """As of one store; a loader asks for none to see whether a label set is there."""
+    """This works as for one store; loaders read no rows to check that a label set exists."""
     assert joined.read(np.zeros(0, np.int64)).shape == (0, joined.frames, joined.bands)
     assert joined.labels_BC(np.zeros(0, np.int64)).shape == (0, 527)
 
 
 def test_flat_labels_are_those_of_every_row(joined):
-    """The form from which weights are counted agrees with the one that batches hold."""
+    """The flat labels, which give the sampling weights, agree with the labels of batches."""
     class_N, begins_N = joined.flat_labels("unambiguous")
     assert len(begins_N) == CLIPS + OTHER_CLIPS + 1
     labels_NC = joined.labels_BC(np.arange(CLIPS + OTHER_CLIPS), "unambiguous")
@@ -86,14 +86,14 @@ def test_flat_labels_are_those_of_every_row(joined):
 
 
 def test_shards_are_counted_through(joined, store):
-    """The last rows of one store and the first of the next lie in two shards."""
+    """The last row of one store and the first row of the next are in different shards."""
     shards_N = joined.shard_numbers(np.arange(CLIPS + OTHER_CLIPS))
     assert store.header.layout.shard_clips == 16
     assert shards_N.tolist() == [0] * 16 + [1] * 16 + [2] * 16 + [3] * 16 + [4] * 8
 
 
 def test_mean_and_deviation_are_those_of_all_values(joined):
-    """Pooled over the frames of both, from the stored numbers."""
+    """They are computed over the frames of both stores, from the stored statistics."""
     rows_N = joined.good_rows(["a_train"])
     audio = [joined.read(np.array([row]))[0, : joined.n_frames_N[row]] for row in rows_N]
     values_N = np.concatenate(audio).astype(np.float64)
@@ -105,13 +105,13 @@ def test_mean_and_deviation_are_those_of_all_values(joined):
 
 
 def test_a_band_of_one_value_has_a_deviation_to_divide_by():
-    """High bands of sounds at 8 kHz hold nothing but the floor."""
+    """High bands of sounds with a rate of 8 kHz contain only the floor."""
     part = {"frames": 10, "mean_F": [1.0, 2.0], "std_F": [0.0, 1.0]}
     assert pool_band_mean_and_std([part])[1].tolist() == [0.005, 1.0]
 
 
 def test_weights_are_shared_out_among_the_rows_of_each_store(joined):
-    """70 to 30, whatever the sizes."""
+    """Weights of 70 and 30 stay 70 and 30, whatever the sizes of the stores."""
     rows_N = joined.good_rows(["a_train"])
     weights_N = joined.row_weights(rows_N, [0.7, 0.3])
     first_N = rows_N < CLIPS
@@ -122,7 +122,7 @@ def test_weights_are_shared_out_among_the_rows_of_each_store(joined):
 
 @pytest.mark.parametrize("kind", [PlainLoader, DaliLoader])
 def test_batches_of_joined_stores_are_those_of_each_store(joined, store, kind):
-    """Through both loaders, with labels: a clip of the first store comes as that store alone would give it."""
+    """With both loaders: a clip and its labels are the same as from its own store alone."""
     pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not there: only Linux has it")
     view = View(frames=96, mean=-5.0, std=3.0, crop="start", label_set="raw")
     order = RowOrder(rows_N=joined.good_rows(), clips=7, seed=2)
@@ -142,7 +142,7 @@ def test_batches_of_joined_stores_are_those_of_each_store(joined, store, kind):
 
 
 def test_a_joined_store_goes_to_other_processes(joined):
-    """As its stores do: by their paths."""
+    """It is pickled as the paths of its stores."""
     again = pickle.loads(pickle.dumps(joined))
     rows_B = np.array([0, 50])
     assert np.array_equal(again.read(rows_B), joined.read(rows_B))
@@ -155,7 +155,7 @@ def test_the_id_depends_on_the_stores_and_their_order(store, other, joined):
 
 
 def test_a_split_that_no_store_has_is_refused(joined):
-    """One that a single store has is that store's rows."""
+    """A split that only one store has gives the rows of that store."""
     with pytest.raises(
         StoreError, match=r"no split 'a_tarin'; did you mean 'a_train'\? There are: a_train, eval"
     ):
@@ -165,7 +165,7 @@ def test_a_split_that_no_store_has_is_refused(joined):
 
 
 def test_a_store_of_silence_cannot_be_normalised(store, other):
-    """There is nothing to divide by, rounding apart; alone or joined it is one line, and no ValueError."""
+    """Its std is zero except for rounding; the error is one line and no ValueError, for one store and for several."""
     flat = {"frames": 3, "mean": -15.9424, "std": 0.0}
     silent = [FeatureStore(one.path, one.header, one.manifest, one.store_id) for one in (store, other)]
     for one in silent:
@@ -195,7 +195,7 @@ def test_a_split_of_one_store_only_is_that_stores_rows(store, corpus, tmp_path):
 
 
 def test_stores_of_another_dtype_are_refused(store, uint8_store_path):
-    """Stored numbers would mean two things."""
+    """Stored values would have two meanings."""
     message = r"tiny-uint8.zarr: has dtype uint8, but .*tiny.zarr has float16; .* build one of them again"
     with pytest.raises(StoreError, match=message):
         JoinedStore([store, FeatureStore.open(uint8_store_path)])
@@ -212,7 +212,7 @@ def test_stores_of_another_mel_spec_are_refused(store, corpus, tmp_path):
 
 
 def test_stores_of_other_classes_are_refused(store, store_path, tmp_path):
-    """Index 3 must be one class."""
+    """Each index must mean only one class."""
     shutil.copytree(store_path, tmp_path / "swapped.zarr")
     swapped = FeatureStore.open(tmp_path / "swapped.zarr")
     mids = swapped.classes.mids
@@ -225,13 +225,13 @@ def test_stores_of_other_classes_are_refused(store, store_path, tmp_path):
 
 
 def test_the_first_class_that_differs_is_named():
-    """Of a longer list, the first that the other lacks."""
+    """If one list is longer, it is the first class that the other lacks."""
     assert describe_class_list(["a", "b", "c"], ["a", "b"]) == "of 3 classes, number 2 is c"
     assert describe_class_list(["a", "b"], ["a", "b", "c"]) == "of 2 classes"
 
 
 def test_a_store_given_twice_is_refused(store, store_path, tmp_path):
-    """Also as a copy: its clips would count double, unasked."""
+    """This includes copies: the clips would count twice without the user's request."""
     shutil.copytree(store_path, tmp_path / "copy.zarr")
     with pytest.raises(StoreError, match=r"copy.zarr: is the same store as .*tiny.zarr; give it once"):
         JoinedStore([store, FeatureStore.open(tmp_path / "copy.zarr")])

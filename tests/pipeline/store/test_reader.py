@@ -1,4 +1,4 @@
-"""Clips read out of shards: bit for bit by every method, and an error instead of any other value."""
+"""Every method reads clips bit for bit, or raises an error."""
 
 import errno
 import gc
@@ -30,7 +30,7 @@ READ_METHODS = ("pread", "mmap", "direct")
 
 
 def write(folder: Path, layout: ShardLayout, mel_NTF: np.ndarray) -> None:
-    """Every shard out of all values; rows of NaN or 0 are not there."""
+    """Write every shard from all values, without the rows that are NaN or 0."""
     for shard in range(layout.shard_count):
         writer = ShardWriter(folder, layout, shard)
         for row in layout.rows_of_shard(shard):
@@ -42,7 +42,7 @@ def write(folder: Path, layout: ShardLayout, mel_NTF: np.ndarray) -> None:
 
 @pytest.fixture
 def written(tmp_path) -> tuple[Path, np.ndarray]:
-    """Twenty clips in two shards, the third and the last not there; the folder and the values."""
+    """Twenty clips in two shards, without the third and the last; returns the folder and the values."""
     mel_NTF = np.random.default_rng(0).normal(-8, 4, (20, 60, 40)).astype(np.float16)
     mel_NTF[[2, 19]] = np.nan
     write(tmp_path, LAYOUT, mel_NTF)
@@ -60,7 +60,7 @@ def read(reader: ShardReader, rows: list[int], starts: list[int], frames: int = 
 
 
 def forget_pages(folder: Path) -> None:
-    """Have the next read of each shard come from the disk."""
+    """Remove the shards from memory, so that the next reads come from the disk."""
     for path in folder.glob("mel/c/*/0/0"):
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -87,8 +87,8 @@ def test_rows_and_crops_of_them_are_read_bit_for_bit(written, io, check, cold):
 @pytest.mark.parametrize("io", READ_METHODS)
 @pytest.mark.parametrize("row", [2, 19])
 def test_a_clip_that_is_not_there_is_refused(written, io, row):
-    """Zarr gives the fill value for it; a trainer must never see one."""
-    with pytest.raises(BrokenClipError, match="does not hold it") as refused:
+    """Zarr returns the fill value for a missing clip; training must never get one."""
+    with pytest.raises(BrokenClipError, match="does not contain the clip") as refused:
         read(reader_of(written[0], io=io), [0, row], [0, 0])
     assert refused.value.row == row
 
@@ -108,7 +108,7 @@ def test_a_shard_cut_while_it_is_open_is_reported_and_kills_no_process(written, 
 
 
 def test_a_shard_that_is_replaced_is_read_by_its_new_index(written, monkeypatch):
-    """A repair may move clips while a training run has their old places in mind."""
+    """A repair may move clips while a training run still has their old offsets."""
     monkeypatch.setattr(reader_module, "MAX_OPEN_SHARDS", 1)
     folder, mel_NTF = written
     reader = reader_of(folder)
@@ -119,7 +119,7 @@ def test_a_shard_that_is_replaced_is_read_by_its_new_index(written, monkeypatch)
 
 
 def test_chunks_of_another_length_are_refused(written):
-    """A shard of another spec or a compressed one, put in the place of ours."""
+    """A shard of another spec, or a compressed one, may have replaced the shard."""
     short = ShardLayout(clips=20, frames=60, bands=30, dtype="float16", shard_clips=16)
     with pytest.raises(BrokenClipError, match="chunks that are not 3600 bytes"):
         reader_of(written[0], short).read(np.zeros(1, int), np.zeros(1, int), np.empty((1, 60, 30), "f2"))
@@ -127,7 +127,7 @@ def test_chunks_of_another_length_are_refused(written):
 
 @pytest.mark.parametrize("io", READ_METHODS)
 def test_a_flipped_bit_is_reported_as_often_as_its_check_is_due(store_path, tmp_path, io):
-    """never: not at all; first-epoch: until the row was right once; always: whenever it is read; crops as well."""
+    """never: no error; first-epoch: until the row was correct once; always: at every read. Crops are checked too."""
     path = copied(store_path, tmp_path)
     rows = FeatureStore.open(path).good_rows()[:8]
     stores = {
@@ -157,7 +157,7 @@ def test_a_flipped_bit_is_reported_as_often_as_its_check_is_due(store_path, tmp_
 @pytest.mark.parametrize(("damage", "said"), DAMAGES.values(), ids=DAMAGES)
 @pytest.mark.parametrize("io", READ_METHODS)
 def test_one_line_names_store_shard_row_clip_and_remedy(store_path, tmp_path, damage, said, io):
-    """It is read at three in the morning, in a log."""
+    """The error must be understood from the log alone."""
     path = copied(store_path, tmp_path)
     damage(path, 20)
     with pytest.raises(BrokenClipError) as broken:
@@ -181,7 +181,7 @@ def test_a_row_that_never_was_good_is_the_callers_mistake(store):
 
 
 def test_an_error_of_the_process_condemns_no_clip(store_path, monkeypatch):
-    """A process out of descriptors would skip all of a store."""
+    """Otherwise a process without free descriptors would skip a whole store."""
     store = FeatureStore.open(store_path)
 
     def refused(*_):
@@ -208,7 +208,7 @@ def test_a_disk_that_fails_breaks_the_clip(store_path, monkeypatch):
 
 
 def test_a_file_system_without_direct_reads_says_so(store_path, monkeypatch):
-    """It does not read through the page cache in silence."""
+    """The reader must not use the page cache without a message."""
 
     def refused(*_):
         raise OSError(errno.EINVAL, "Invalid argument")
@@ -219,7 +219,7 @@ def test_a_file_system_without_direct_reads_says_so(store_path, monkeypatch):
 
 
 def test_all_is_read_where_the_kernel_cannot_say_what_is_in_memory(written, monkeypatch):
-    """Some file systems refuse the question."""
+    """Some file systems do not support the flag."""
     folder, mel_NTF = written
     preadv = os.preadv
 
@@ -259,7 +259,7 @@ def test_a_reader_keeps_few_files_open(tmp_path, monkeypatch, io):
 
 @pytest.mark.parametrize("io", READ_METHODS)
 def test_threads_read_one_store_at_once(store_path, io, monkeypatch):
-    """Each with files of its own, so that none closes what another reads; the checks are due once for all."""
+    """Each thread has its own files, so that none closes a file that another reads; each check is due only once."""
     monkeypatch.setattr(reader_module, "MAX_OPEN_SHARDS", 2)
     store = FeatureStore.open(store_path, io=io)
     rows_N = store.good_rows()
@@ -280,7 +280,7 @@ def view_of(store: FeatureStore, **kind) -> View:
 
 
 def read_until_error(loader: type, store: FeatureStore, order: RowOrder) -> tuple[list[int], BrokenClipError]:
-    """The rows of the batches that came, and the error that ended them."""
+    """Return the rows of all batches before the error, and the error."""
     rows: list[int] = []
     try:
         with loader(store, order, view_of(store)) as batches:
@@ -296,7 +296,7 @@ def read_until_error(loader: type, store: FeatureStore, order: RowOrder) -> tupl
 def test_a_broken_clip_is_reported_in_its_turn_and_nothing_is_left_running(
     store_path, tmp_path, damage, said
 ):
-    """With either loader the batches before it come, and at its step the error: no hang, no thread, no zeros."""
+    """With either loader, all earlier batches come first, then the error at its step: no hang, no thread, no zeros."""
     path = copied(store_path, tmp_path)
     store = FeatureStore.open(path)
     last_shard = 2 * store.header.layout.shard_clips
@@ -316,7 +316,7 @@ def test_a_broken_clip_is_reported_in_its_turn_and_nothing_is_left_running(
 
 
 def resources() -> tuple[int, int]:
-    """Kilobytes of this process in memory now, and its open files."""
+    """Return this process's memory in kilobytes, and the number of its open files."""
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() // 1024, len(os.listdir("/proc/self/fd"))
@@ -324,7 +324,7 @@ def resources() -> tuple[int, int]:
 
 @pytest.mark.parametrize("loader", [PlainLoader, DaliLoader])
 def test_two_hundred_epochs_take_no_more_than_twenty(store_path, loader):
-    """Memory and descriptors are flat: a run of weeks does not die of the loader."""
+    """Memory and descriptors do not grow, so that a run of weeks is not killed by its loader."""
     store = FeatureStore.open(store_path, check="always")
     order = RowOrder(rows_N=store.good_rows(), clips=9, seed=0)
     steps = order.steps_per_epoch

@@ -1,4 +1,4 @@
-"""Shards on disk: standard Zarr, checksummed."""
+"""Shards on disk are standard Zarr with checksums."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ LAYOUT = ShardLayout(clips=20, frames=6, bands=4, dtype="float16", shard_clips=1
 
 @pytest.fixture
 def written(tmp_path):
-    """Twenty clips in two shards, the third and the last not there; the folder and the values."""
+    """Twenty clips in two shards, without the third and the last; returns the folder and the values."""
     mel_NTF = np.random.default_rng(0).normal(-8, 4, (20, 6, 4)).astype(np.float16)
     mel_NTF[[2, 19]] = np.nan
     create_mel_array(tmp_path, LAYOUT, {"ajepa": {}})
@@ -33,7 +33,7 @@ def written(tmp_path):
 
 
 def write(folder, layout, shard, mel_NTF):
-    """One shard out of all values; rows of the fill value are not there. Its digest, and the writer."""
+    """Write one shard without the rows that are the fill value; returns its digest and the writer."""
     writer = ShardWriter(folder, layout, shard)
     for row in layout.rows_of_shard(shard):
         if not np.isnan(mel_NTF[row]).all() and mel_NTF[row].any():
@@ -44,14 +44,14 @@ def write(folder, layout, shard, mel_NTF):
 
 
 def test_any_zarr_library_reads_the_same_numbers(written):
-    """The store is the hand-over: it must not need this package."""
+    """Other programs must be able to read a store without this package."""
     folder, mel_NTF = written
     np.testing.assert_array_equal(zarr.open_group(folder, mode="r")["mel"][:], mel_NTF)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "uint8"])
 def test_a_shard_has_the_bytes_that_zarr_python_would_write(tmp_path, dtype):
-    """The standard, byte for byte: written without the copies that zarr-python makes, gaps and a short end included."""
+    """The bytes are the same with gaps and a short last shard, although ShardWriter makes no copies in memory."""
     layout = ShardLayout(clips=20, frames=6, bands=4, dtype=dtype, shard_clips=16)
     mel_NTF = np.random.default_rng(1).integers(1, 200, (20, 6, 4)).astype(dtype)
     mel_NTF[[2, 15, 19]] = layout.fill_value
@@ -84,7 +84,7 @@ def test_an_unfinished_shard_leaves_nothing(tmp_path):
     ],
 )
 def test_shards_are_neither_too_many_nor_too_large(clips, clip_bytes, expected):
-    """At most 128 MiB, at least 16 clips, at least 64 shards where the set allows it."""
+    """At most 128 MiB, at least 16 clips, and at least 64 shards if the data set is large enough."""
     assert choose_shard_clips(clips, clip_bytes) == expected
 
 
@@ -119,7 +119,7 @@ def unsharded(array):
     ],
 )
 def test_an_array_of_another_form_is_refused_in_one_line(tmp_path, change):
-    """Read by offset, compressed chunks would be noise that looks like sound."""
+    """Compressed chunks, read by offset, would be noise that looks like sound."""
     create_mel_array(tmp_path, LAYOUT, {})
     check_mel_array(tmp_path, LAYOUT)
     array = json.loads(zarr_array_json(LAYOUT))

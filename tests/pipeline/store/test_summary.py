@@ -1,4 +1,4 @@
-"""The numbers of a store's summary agree with its manifest and labels."""
+"""The counts of a store's summary agree with its manifest and labels."""
 
 import numpy as np
 import polars as pl
@@ -19,7 +19,7 @@ from pipeline.store.summary import (
 
 
 def test_every_listed_clip_is_good_or_failed_for_a_reason(store):
-    """Nothing falls between: listed = good + failed, and failed = the sum of its reasons."""
+    """No clip is missing: listed = good + failed, and failed = the sum over all reasons."""
     coverage = ClipCoverage.from_manifest(store.manifest)
     assert coverage.splits == ("a_train", "eval")
     assert coverage.listed_counts == (36, 12)
@@ -30,7 +30,7 @@ def test_every_listed_clip_is_good_or_failed_for_a_reason(store):
 
 
 def test_the_table_in_text_gives_the_same_counts(store):
-    """Reasons in the manifest's order, those that no clip has left out."""
+    """Reasons are in the order of the manifest; reasons without a clip are left out."""
     lines = {line[:22].strip(): line[22:].split() for line in coverage_table(store.manifest).splitlines()}
     assert lines["clips listed"] == ["36", "12"]
     assert lines["missing"] == ["1", "0"]
@@ -39,14 +39,14 @@ def test_the_table_in_text_gives_the_same_counts(store):
 
 
 def test_long_names_of_splits_stay_apart(store):
-    """`unbalanced_train_segments` is longer than a column used to be."""
+    """`unbalanced_train_segments` is wider than the minimum width of a column."""
     long = store.manifest.with_columns(split=pl.lit("unbalanced_train_segments_again") + pl.col("split"))
     head = coverage_table(long).splitlines()[0].split()
     assert head[1:] == [f"unbalanced_train_segments_again{split}" for split in ("a_train", "eval")]
 
 
 def test_classes_are_counted_as_the_labels_say(store):
-    """Two ways that must agree: a pass over all labels, and the 0/1 matrix of each split."""
+    """The counts over all labels agree with the 0/1 matrix of each split."""
     labels, _ = read_label_table(store)
     counts = ClassCounts.from_store(store, labels, ["a_train", "eval"])
     for name in ("raw", "unambiguous"):
@@ -57,7 +57,7 @@ def test_classes_are_counted_as_the_labels_say(store):
 
 
 def test_failures_are_shown_by_name(store):
-    """Who fetches a clip again needs its id."""
+    """A user who fetches a clip again needs its id."""
     examples = failure_examples(store.manifest)
     assert {reason: clips[0]["clip_id"] for reason, clips in examples.items()} == {
         "missing": clip_id(MISSING),
@@ -67,7 +67,7 @@ def test_failures_are_shown_by_name(store):
 
 
 def test_distributions_count_every_good_clip_once(store):
-    """What lies beyond the outermost bins counts in these."""
+    """Values beyond the outermost bins count in these bins."""
     good = len(store.good_rows())
     assert sum(count for _, count in count_good_values(store.manifest, "rate_hz")) == good
     assert good_clip_histogram(store.manifest, "seconds", np.array([0.0, 2.5, 5.0])).tolist() == [1, good - 1]

@@ -1,6 +1,6 @@
-"""What is hidden stays hidden: not one bit of it reaches the context encoder's output, whatever is switched on.
+"""Hidden patches stay hidden: not one bit of them reaches the context encoder's output, whatever options are on.
 
-Masks were lost under activation checkpointing in published code, and the loss looked all the better for it.
+In published code masks were lost under activation checkpointing, and the loss improved because of it.
 """
 
 import itertools
@@ -56,7 +56,7 @@ def random_mel(seed: int) -> torch.Tensor:
 def outputs_and_gradients(
     encoder: Encoder, mel_BTF: torch.Tensor, context_NK: torch.Tensor, *, bf16: bool
 ) -> list[torch.Tensor]:
-    """The gradient of the spectrogram, the context's vectors, and the gradients of the weights."""
+    """The gradient of the spectrogram, the context's output vectors, and the gradients of the weights."""
     mel_BTF = mel_BTF.clone().requires_grad_()
     keep_L2N = encoder.transformer_spec.draw_drop_path(np.random.default_rng(0), len(context_NK))
     encoder.zero_grad()
@@ -67,7 +67,7 @@ def outputs_and_gradients(
 
 
 def context_and_hidden(maker: MaskMaker) -> tuple[torch.Tensor, torch.Tensor]:
-    """Visible tokens of two mask sets a clip, `NK`, and what neither of its sets shows, bool `BTF`."""
+    """Visible tokens of two mask sets per clip, `NK`, and the values hidden in both sets, bool `BTF`."""
     masks = maker.sample(np.random.default_rng(0), GRID, batch=CLIPS * SETS)
     context_NK = torch.from_numpy(masks.context_BK)
     visible_BP = torch.zeros(CLIPS, GRID.tokens, dtype=torch.bool)
@@ -78,7 +78,7 @@ def context_and_hidden(maker: MaskMaker) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def clean_and_changed(hidden_BTF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch, and the same with noise a hundred times as loud wherever it is hidden."""
+    """A batch, and the same batch with noise in the hidden places, a hundred times as loud."""
     return random_mel(0), torch.where(hidden_BTF, 100 * random_mel(1), random_mel(0))
 
 
@@ -106,7 +106,7 @@ def test_nothing_hidden_reaches_the_context_or_a_gradient(maker, positions, reco
 @each_position
 @each_precision
 def test_nothing_hidden_reaches_the_context_once_compiled(positions, bf16):
-    """The compiler traces the very graph that runs, gradients included; every maker's count, kept and recomputed."""
+    """The compiler traces the graph that runs, with gradients; for every mask maker, with and without recomputation."""
     torch._dynamo.reset()
     for recompute, maker in itertools.product((False, True), MAKERS):
         encoder = encoder_of(positions, recompute=recompute)
@@ -117,7 +117,7 @@ def test_nothing_hidden_reaches_the_context_once_compiled(positions, bf16):
 
 @needs_compiler
 def test_nothing_hidden_reaches_the_context_through_generated_code():
-    """The same with the compiler's own kernels, forwards: to generate them takes half a minute."""
+    """The same in the forward pass with the compiler's own kernels, whose generation takes half a minute."""
     torch._dynamo.reset()
     encoder = encoder_of("rope")
     compile_blocks(encoder.blocks, dynamic=True)
@@ -133,7 +133,7 @@ def test_nothing_hidden_reaches_the_context_through_generated_code():
 
 @needs_compiler
 def test_one_compilation_serves_every_block_and_every_number_of_tokens():
-    """Counts change from step to step: a run that compiled for each would do little else."""
+    """Counts change from step to step: a run that compiled for each count would spend its time on compilation."""
     torch._dynamo.reset()
     compilations, encoder = [], encoder_of("sincos")
 
@@ -143,7 +143,7 @@ def test_one_compilation_serves_every_block_and_every_number_of_tokens():
 
     for block in encoder.blocks:
         block.compile(dynamic=True, backend=backend)
-    for count in range(CLIPS + 1, GRID.tokens):  # as many tokens as clips would be compiled by themselves
+    for count in range(CLIPS + 1, GRID.tokens):  # as many tokens as clips would give a separate graph
         encoder(random_mel(0), torch.arange(count).expand(CLIPS, -1))
     assert len(compilations) == 1
 
@@ -151,7 +151,7 @@ def test_one_compilation_serves_every_block_and_every_number_of_tokens():
 @each_maker
 @each_position
 def test_two_mask_sets_of_a_clip_do_not_see_each_other(maker, positions):
-    """What one set shows the other may hide: a set alone gives what it gives in company."""
+    """One set may show patches that the other hides: a set alone gives the same output as both sets together."""
     masks = maker.sample(np.random.default_rng(0), GRID, batch=CLIPS * SETS)
     context_NK, encoder = torch.from_numpy(masks.context_BK), encoder_of(positions)
     together_NKD = encoder(random_mel(0), context_NK)
