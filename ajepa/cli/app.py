@@ -207,10 +207,10 @@ def doctor() -> None:
     from tempfile import TemporaryDirectory
 
     from ajepa.cli.doctor import training_findings
-    from pipeline.cli.doctor import told
+    from pipeline.cli.doctor import report_checks
 
     with TemporaryDirectory() as trial:
-        for line in told(training_findings(Path(trial))):
+        for line in report_checks(training_findings(Path(trial))):
             print(line, flush=True)
 
 

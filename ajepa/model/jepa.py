@@ -118,7 +118,7 @@ class JepaOutput:
 
 
 # Drop path's factors for the rows of encoder and predictor, `L2N` and `L2M`; None without drop path.
-DropPathKeep = tuple[Tensor | None, Tensor | None]
+DropPathFactors = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -127,13 +127,13 @@ class BatchTotals:
 
     scored_targets   number of targets in the whole batch that are not padding
     rows_with_sound  number of rows (clips times mask sets) of the whole batch whose context is not all padding
-    drop_path_keep   drop path's factors for the rows of this part in encoder and predictor; they are drawn for the
+    drop_path_factors  drop path's factors for the rows of this part in encoder and predictor; they are drawn for the
                      whole batch and then cut
     """
 
     scored_targets: int
     rows_with_sound: int
-    drop_path_keep: DropPathKeep
+    drop_path_factors: DropPathFactors
 
 
 class Jepa(nn.Module):
@@ -191,7 +191,9 @@ class Jepa(nn.Module):
         valid_NP = None if valid_BP is None else valid_BP.repeat_interleave(rows // len(mel_BTF), dim=0)
 
         # Drop path: drawn here, or taken from the totals when this pass is a part of a larger batch.
-        keep = self.draw_drop_path(rng, rows, groups) if batch_totals is None else batch_totals.drop_path_keep
+        keep = (
+            self.draw_drop_path(rng, rows, groups) if batch_totals is None else batch_totals.drop_path_factors
+        )
         keep_L2N, keep_L2M = (None if factors is None else factors.to(mel_BTF.device) for factors in keep)
 
         # Context and prediction: z = f(x, K), p = g(z, K, G).
@@ -272,7 +274,7 @@ class Jepa(nn.Module):
         has_sound_N = valid_NP.gather(1, context_NK).any(1)
         return int(scored), int(has_sound_N.sum())
 
-    def draw_drop_path(self, rng: np.random.Generator | None, rows: int, groups: int) -> DropPathKeep:
+    def draw_drop_path(self, rng: np.random.Generator | None, rows: int, groups: int) -> DropPathFactors:
         """Draw drop path's factors for `rows` rows: first the encoder's, then the predictor's for each group.
 
         Nothing is drawn if neither has drop path. ValueError if a training pass needs `rng` and it is None.

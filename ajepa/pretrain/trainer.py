@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ajepa.model.jepa import BatchTotals, DropPathKeep, Jepa, JepaOutput
+from ajepa.model.jepa import BatchTotals, DropPathFactors, Jepa, JepaOutput
 from ajepa.model.randomness import step_rng
 from ajepa.recipes.optimiser import build_adamw
 from ajepa.recipes.pretrain import Pretrain
@@ -33,12 +33,12 @@ class StepDraws:
 
     context_NK: Tensor
     targets_NGQ: Tensor
-    drop_path_keep: DropPathKeep
+    drop_path_factors: DropPathFactors
 
     def select_rows(self, rows: slice) -> "StepDraws":
         """The draws of these rows alone. The predictor has a row for each target group of each of them."""
         groups = self.targets_NGQ.shape[1]
-        encoder_L2N, predictor_L2M = self.drop_path_keep
+        encoder_L2N, predictor_L2M = self.drop_path_factors
         if encoder_L2N is not None:
             encoder_L2N = encoder_L2N[:, :, rows]
         if predictor_L2M is not None:
@@ -46,7 +46,7 @@ class StepDraws:
         return StepDraws(
             context_NK=self.context_NK[rows],
             targets_NGQ=self.targets_NGQ[rows],
-            drop_path_keep=(encoder_L2N, predictor_L2M),
+            drop_path_factors=(encoder_L2N, predictor_L2M),
         )
 
 
@@ -138,7 +138,7 @@ class PretrainTrainer(Trainer):
         draws_of_all = StepDraws(
             context_NK=torch.from_numpy(masks.context_BK),
             targets_NGQ=torch.from_numpy(masks.targets_BGQ),
-            drop_path_keep=self.model.draw_drop_path(rng, rows_of_all, groups),
+            drop_path_factors=self.model.draw_drop_path(rng, rows_of_all, groups),
         )
         self.step_shape = StepShape(
             clips=recipe.clips_per_step,
@@ -167,7 +167,7 @@ class PretrainTrainer(Trainer):
             batch_totals = BatchTotals(
                 scored_targets=scored_targets,
                 rows_with_sound=rows_with_sound,
-                drop_path_keep=pass_draws.drop_path_keep,
+                drop_path_factors=pass_draws.drop_path_factors,
             )
             with self.precision.autocast(self.device):
                 output: JepaOutput = self.ddp_model(

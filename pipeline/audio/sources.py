@@ -221,7 +221,7 @@ def walk_sounds_and_archives(location: Path) -> Iterator[str]:
                 yield _require_utf8(prefix + name)
 
 
-def sounds(folder: Path) -> Iterator[str]:
+def walk_sound_files(folder: Path) -> Iterator[str]:
     """Yield every sound file below a folder, as `walk_sounds_and_archives` does, but no archive."""
     return (name for name in walk_sounds_and_archives(folder) if file_extension(name) in SOUND_EXTENSIONS)
 

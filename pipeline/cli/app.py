@@ -130,11 +130,11 @@ def doctor(
     """
     from tempfile import TemporaryDirectory
 
-    from pipeline.cli.doctor import check_data_machine, told
+    from pipeline.cli.doctor import check_data_machine, report_checks
 
     # Each line is printed as soon as its check is done.
     with TemporaryDirectory() as trial_folder:
-        for line in told(check_data_machine(place, Path(trial_folder))):
+        for line in report_checks(check_data_machine(place, Path(trial_folder))):
             print(line, flush=True)
 
 

@@ -192,7 +192,7 @@ def _tone_SC(hz: float, seconds: float, *, amplitude: float) -> np.ndarray:
     return (amplitude * np.sin(2 * np.pi * hz * seconds_S))[:, None].astype(np.float32)
 
 
-def told(checks: Iterable[MachineCheck]) -> Iterator[str]:
+def report_checks(checks: Iterable[MachineCheck]) -> Iterator[str]:
     """Yield the text of each check as soon as it is done; InputError at the end if any check is broken."""
     # Yield all lines before the error, so that one fault hides no other.
     broken = []

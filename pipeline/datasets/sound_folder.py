@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.audio.sources import SOUND_EXTENSIONS, sounds
+from pipeline.audio.sources import SOUND_EXTENSIONS, walk_sound_files
 from pipeline.errors import InputError, ManifestError
 from pipeline.messages import did_you_mean
 
@@ -66,7 +66,7 @@ class SoundFolder:
         if not root.is_dir():
             raise InputError(f"{root}: a file; give the folder that it lies in")
 
-        all_names = list(sounds(root))
+        all_names = list(walk_sound_files(root))
         names = [name for name in all_names if not os.path.basename(name).startswith(MACOS_NOTE_PREFIX)]
         if not names:
             raise _no_sounds_error(root)

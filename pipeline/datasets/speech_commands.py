@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipeline.audio.sources import sounds
+from pipeline.audio.sources import walk_sound_files
 from pipeline.datasets.corpus import (
     SHOWN_LINE_LETTERS,
     Corpus,
@@ -111,7 +111,7 @@ def _find_sounds_in_folders(folder: Path) -> list[str]:
     """Return the sounds in the folders as `<word>/<file>`, without the metadata files that macOS adds."""
     return [
         name
-        for name in sounds(folder)
+        for name in walk_sound_files(folder)
         if name.count("/") == 1 and not name.rpartition("/")[2].startswith(MACOS_NOTE_PREFIX)
     ]
 

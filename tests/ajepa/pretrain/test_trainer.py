@@ -94,7 +94,7 @@ def test_ranks_draw_different_masks_that_together_are_those_of_one_process():
     assert torch.equal(torch.cat([part.targets_NGQ for part in parts]), whole.targets_NGQ)
     for each in range(2):
         assert torch.equal(
-            torch.cat([part.drop_path_keep[each] for part in parts], dim=2), whole.drop_path_keep[each]
+            torch.cat([part.drop_path_factors[each] for part in parts], dim=2), whole.drop_path_factors[each]
         )
     targets = [part.targets_NGQ for part in parts]
     assert not any(torch.equal(targets[0], other) for other in targets[1:])

@@ -17,8 +17,8 @@ from pipeline.cli.doctor import (
     check_data_machine,
     check_free_space,
     check_trial_build,
+    report_checks,
     run_machine_check,
-    told,
 )
 from pipeline.errors import InputError
 
@@ -97,7 +97,7 @@ def test_a_fault_is_reported_with_its_remedy_and_ends_with_status_1():
         run_machine_check("first", lambda: "a word " * 30, "nothing"),
         run_machine_check("second", raise_two_lines, "apt install thing"),
     ]
-    lines = told(findings)
+    lines = report_checks(findings)
     first, second = next(lines), next(lines)
     assert first.startswith("ok     first: a word")
     assert second.splitlines() == ["broken second: no such", "       -> apt install thing"]
