@@ -47,7 +47,7 @@ check: lint test
 
 # Kill builds at random moments, restart them, compare every byte; arguments: how many kills.
 torture kills="50": setup
-    OMP_NUM_THREADS=1 PYTHONPATH=tests/support python tests/support/torture.py {{ kills }}
+    OMP_NUM_THREADS=1 python tests/support/torture.py {{ kills }}
 
 # Benchmarks, each with its baselines in one run: mel, build, growth, labels, loader, step, learning, ablation, finetune.
 bench name *arguments: setup

@@ -125,10 +125,10 @@ DropPathFactors = tuple[Tensor | None, Tensor | None]
 class BatchTotals:
     """Counts of a whole batch, for a pass over a part of it; with them the losses of all parts add up to the batch's.
 
-    scored_targets   number of targets in the whole batch that are not padding
-    rows_with_sound  number of rows (clips times mask sets) of the whole batch whose context is not all padding
+    scored_targets     number of targets in the whole batch that are not padding
+    rows_with_sound    number of rows (clips times mask sets) of the whole batch whose context is not all padding
     drop_path_factors  drop path's factors for the rows of this part in encoder and predictor; they are drawn for the
-                     whole batch and then cut
+                       whole batch and then cut
     """
 
     scored_targets: int

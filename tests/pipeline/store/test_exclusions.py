@@ -392,7 +392,7 @@ def test_the_command_prints_writes_and_records(copy, tmp_path, monkeypatch, caps
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--exclude", "x.txt", "--no-exclude"], "give one of them"),
+        (["--exclude", "x.txt", "--no-exclude"], "give only one of them"),
         (["--exclude", "nowhere.txt"], "nowhere.txt: not a readable exclude list"),
         (["--eval", "dev"], "no split 'dev'"),
     ],
