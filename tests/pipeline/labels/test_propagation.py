@@ -384,7 +384,7 @@ def table_of_outside_ids(outside: list[list[str]]) -> str:
 def test_the_table_names_what_is_outside_the_class_list():
     """An id alone tells nobody that washing machines are not among the 527; the most frequent comes first."""
     lines = table_of_outside_ids([["/m/0174k2"], ["/m/0174k2", "/m/0bm0k"], ["/m/0"], []]).splitlines()
-    place = next(i for i, line in enumerate(lines) if line.startswith("outside the class list"))
+    place = next(i for i, line in enumerate(lines) if line.startswith("ids outside the class list"))
     assert [line.rsplit(maxsplit=1) for line in lines[place + 1 :]] == [
         ["Washing machine (/m/0174k2)", "2"],
         ["/m/0, in no known list", "1"],
