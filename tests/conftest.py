@@ -67,3 +67,8 @@ def bucket_server():
         S3FileSystem(endpoint_override=address, allow_bucket_creation=True).create_dir(BUCKET)
         yield address
     moto.stop()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the end-to-end tests first: they take minutes on one worker, while the other one does the rest."""
+    items.sort(key=lambda item: "test_end_to_end" not in item.nodeid)
