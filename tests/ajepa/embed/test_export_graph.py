@@ -45,9 +45,7 @@ def three_waves(samples: int) -> np.ndarray:
     return np.stack([babble(4.0, RATE_HZ)[:samples], noise_S, tone_S]).astype(np.float32)
 
 
-@pytest.mark.parametrize(
-    "name", ["a-jepa", "panns", "passt", "cd-rate"]
-)  # every kind of front end, and a resampler
+@pytest.mark.parametrize("name", ["a-jepa", "a-jepa-16k", "audio-jepa", "panns", "passt", "cd-rate"])
 def test_onnx_gives_what_the_model_gives(name, tmp_path):
     """To 1e-3, any batch, full windows and short ones; audio past a sound's end is not heard."""
     pytest.importorskip("onnxscript", reason="ONNX is an extra: pip install 'ajepa[export]'")

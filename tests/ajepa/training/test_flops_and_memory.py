@@ -284,8 +284,8 @@ print(int(peak) * 1024 - before)  # not ru_maxrss: a child's begins with the siz
 @pytest.mark.parametrize(
     "arguments",
     [
-        # A transformer in bf16 is measured in pre-training; emulated, it would take half a minute here.
         ["vit"],
+        ["vit", "bf16"],
         ["vit", "recompute"],
         ["vit", "micro"],
         ["passt"],
