@@ -17,7 +17,8 @@ from ajepa.evaluate.protocol import weights_digest
 from ajepa.evaluate.result import EVALUATION_FILE, Evaluation
 from ajepa.evaluate.task_data import select_task_data, task_folds
 from ajepa.evaluate.tasks import Task
-from ajepa.finetune.finetune import finetune, refuse_label_leak
+from ajepa.finetune.finetune import finetune
+from ajepa.finetune.setup import refuse_label_leak
 from ajepa.recipes.finetune import Finetune
 from ajepa.training.devices import pick_device
 from ajepa.training.distributed import join_ranks

@@ -3,8 +3,7 @@
 The head may start as the linear probe on the frozen encoder, before any step (`fit_probed_head`).
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +17,6 @@ from ajepa.evaluate.classifier_scores import (
     classifier_protocol,
     has_final_evaluation,
     predict_logits_NC,
-    run_splits_in_store,
 )
 from ajepa.evaluate.features import ClipViews, clip_vectors
 from ajepa.evaluate.probe_splits import VALIDATION_SHARE
@@ -30,25 +28,28 @@ from ajepa.evaluate.probes import (
     standardise_features,
 )
 from ajepa.evaluate.result import EVALUATION_FILE, Evaluation
-from ajepa.evaluate.task_data import TaskData, select_task_data
+from ajepa.evaluate.task_data import TaskData
 from ajepa.evaluate.tasks import Task
-from ajepa.finetune.trainer import FinetuneTrainer, refuse_unsplittable_model
-from ajepa.model.classifier import ENCODER_PREFIX, VitClassifier, VitSpec, spec_for_frames
+from ajepa.finetune.setup import FinetuneSetup, open_finetune_loader, prepare_finetune, refuse_large_finetune
+from ajepa.finetune.trainer import FinetuneTrainer
+from ajepa.model.classifier import ENCODER_PREFIX, VitClassifier
 from ajepa.recipes.catalogue import recipe_to_json
 from ajepa.recipes.finetune import Finetune
-from ajepa.training.devices import PrecisionName, pick_device, pick_precision
+from ajepa.training.devices import PrecisionName, pick_precision
 from ajepa.training.distributed import SINGLE_PROCESS, join_ranks
 from ajepa.training.flops import classifier_step_cost
-from ajepa.training.loop import catch_stop_signals, open_run, run_training_loop
-from ajepa.training.memory import refuse_large_classifier
+from ajepa.training.loop import (
+    TrainingMonitor,
+    catch_stop_signals,
+    open_run,
+    raise_if_interrupted,
+    run_training_loop,
+)
 from ajepa.training.meter import ComputeMeter
 from ajepa.training.run import Json, Run
 from ajepa.training.run_identity import RunIdentity
 from ajepa.training.trained_run import AVERAGE_PART, CLASSIFIER_PART, TrainedRun
-from pipeline.audio.mel_spec import preset_mel_spec
-from pipeline.errors import RunError, StopSignal
-from pipeline.loading.dali import open_loader
-from pipeline.loading.loader import View
+from pipeline.loading.loader import Loader
 from pipeline.messages import print_to_stderr
 from pipeline.store.feature_store import FeatureStore
 
@@ -92,86 +93,100 @@ def finetune(
     with join_ranks() as world:
         tell = world.main_rank_only(say)
 
-        # Open the store: its features must be those of the start, or of the recipe.
-        if not isinstance(store, FeatureStore):
-            store = FeatureStore.open(store)
-        mel_spec = start.mel if start else preset_mel_spec(recipe.mel)
-        needed_by = f"{start.run.path} was trained on" if start else f"recipe {recipe.name} needs"
-        store.refuse_other_front_end(mel_spec, needed_by)
+        # Fit data, recipe and device to each other; what does not fit is refused before the run's folder is made.
+        setup = prepare_finetune(
+            store,
+            task,
+            recipe,
+            start,
+            label_set=label_set,
+            fold=fold,
+            device=device,
+            precision=precision,
+            world=world,
+            micro_clips=micro_batch,
+            recompute=recompute,
+        )
+        with open_finetune_loader(setup, kind=loader, on_broken=on_broken, say=say) as batches:
+            refuse_large_finetune(setup)
 
-        # Choose what computes: a device, one for each rank, and the numbers that it is fast in.
-        torch_device = pick_device(device, world.gpu_index)
-        numbers = pick_precision(precision, torch_device)
-
-        # Find the task's clips and classes on the store, and fit the recipe to them.
-        task_data = select_task_data(task, store, label_set=label_set, fold=fold)
-        refuse_label_leak(start, store, task_data.eval_splits)
-        recipe = recipe_for_store(recipe, task_data, start)
-        refuse_unsplittable_model(recipe, world=world, micro_clips=micro_batch, recompute=recompute)
-        order = task_data.order(recipe, world)
-        recipe = recipe.with_step_count(order.steps_per_epoch)
-        identity = task_data.identity(start.checkpoint_identity() if start else None)
-        view = finetune_view(task_data, recipe, identity)
-
-        with open_loader(
-            store, order, view, kind=loader, device=torch_device, on_broken=on_broken, say=say
-        ) as batches:
-            # Refuse what cannot fit, before the run's folder is made.
-            refuse_large_classifier(
-                recipe,
-                len(task_data.classes),
-                torch_device,
-                half=numbers.is_half,
-                recompute=recompute,
-                micro_clips=micro_batch,
-                world=world,
-            )
-            with open_run(world, run_path, recipe_to_json(recipe), identity) as (run, steps_done):
-                # A run that is trained but not measured is left to the main rank.
-                is_trained = steps_done >= recipe.steps
-                if is_trained and (not world.is_main or has_final_evaluation(run)):
-                    tell(f"{run.path}: already at its last step, {steps_done}")
-                    return run
-
-                # Build classifier and optimiser: as the checkpoint left them, or new ones.
-                trainer = build_finetune_trainer(
-                    run,
-                    recipe,
-                    task_data,
-                    torch_device,
-                    start,
-                    at=steps_done,
-                    world=SINGLE_PROCESS if is_trained else world,
-                    micro_clips=micro_batch,
-                    precision=numbers,
-                    recompute=recompute,
-                )
-                log_training_start(run, task_data, trainer, steps_done, tell)
-
-                # Train, and measure the held-out clips on the way.
-                monitor = FinetuneMonitor(run, trainer, task_data, identity) if world.is_main else None
-                if not is_trained:
-                    with catch_stop_signals() as stop:
-                        steps_done = run_training_loop(
-                            run,
-                            trainer,
-                            batches.batches(steps_done, recipe.steps),
-                            stop,
-                            progress=progress,
-                            monitor=monitor,
-                            world=world,
-                        )
-
-                # Keep the scores of the last step. torchrun terminates all ranks when one ends: the others wait.
-                if monitor and steps_done >= recipe.steps:
-                    monitor.final_evaluation().save_json(run.path / EVALUATION_FILE)
-                trainer.world.wait_for_ranks()
+            # Train and measure while no other process can write to the run.
+            with open_run(world, run_path, recipe_to_json(setup.recipe), setup.identity) as (run, first_step):
+                steps_done = train_and_measure(setup, run, first_step, batches, progress=progress, say=tell)
 
         # A run that was interrupted ends as one, once its folder is unlocked.
-        if steps_done < recipe.steps:
-            tell(f"{run.path}: checkpoint written at step {steps_done} of {recipe.steps}")
-            raise StopSignal
+        raise_if_interrupted(run, steps_done, setup.recipe.steps, tell)
         return run
+
+
+def train_and_measure(
+    setup: FinetuneSetup,
+    run: Run,
+    first_step: int,
+    batches: Loader,
+    *,
+    progress: bool,
+    say: Callable[[str], None],
+) -> int:
+    """Take the steps from `first_step` on and measure the held-out clips; the steps done, all or up to a stop signal.
+
+    After the last step the scores are in the run's evaluation.json.
+    """
+    # A run that is trained but not measured is left to the main rank.
+    is_main = setup.world.is_main
+    is_trained = first_step >= setup.recipe.steps
+    if is_trained and (not is_main or has_final_evaluation(run)):
+        say(f"{run.path}: already at its last step, {first_step}")
+        return first_step
+
+    # Build classifier and optimiser: as the checkpoint left them, or new ones.
+    trainer = build_finetune_trainer(
+        run,
+        setup.recipe,
+        setup.task_data,
+        setup.device,
+        setup.start,
+        at=first_step,
+        world=SINGLE_PROCESS if is_trained else setup.world,
+        micro_clips=setup.micro_clips,
+        precision=setup.precision,
+        recompute=setup.recompute,
+    )
+    log_training_start(run, setup.task_data, trainer, first_step, say)
+
+    # Train, and measure the held-out clips on the way.
+    monitor = FinetuneMonitor(run, trainer, setup.task_data, setup.identity) if is_main else None
+    steps_done = first_step
+    if not is_trained:
+        steps_done = take_remaining_steps(run, trainer, first_step, batches, monitor, progress=progress)
+
+    # Keep the scores of the last step. torchrun terminates all ranks when one ends: the others wait.
+    if monitor and steps_done >= setup.recipe.steps:
+        monitor.final_evaluation().save_json(run.path / EVALUATION_FILE)
+    trainer.world.wait_for_ranks()
+    return steps_done
+
+
+def take_remaining_steps(
+    run: Run,
+    trainer: FinetuneTrainer,
+    first_step: int,
+    batches: Loader,
+    monitor: TrainingMonitor | None,
+    *,
+    progress: bool,
+) -> int:
+    """Run the training loop from `first_step` to the recipe's last step or a stop signal; the steps done."""
+    with catch_stop_signals() as stop:
+        return run_training_loop(
+            run,
+            trainer,
+            batches.batches(first_step, trainer.recipe.steps),
+            stop,
+            progress=progress,
+            monitor=monitor,
+            world=trainer.world,
+        )
 
 
 class FinetuneMonitor:
@@ -322,19 +337,6 @@ def whole_clip_views(task_data: TaskData, recipe: Finetune, identity: RunIdentit
     return ClipViews(store=task_data.store, frames=recipe.model.frames, mean=identity.mean, std=identity.std)
 
 
-def finetune_view(task_data: TaskData, recipe: Finetune, identity: RunIdentity) -> View:
-    """How clips are shown in training: cut, augmented, mixed; normalised as the run's identity says."""
-    return View(
-        frames=recipe.model.frames,
-        mean=identity.mean,
-        std=identity.std,
-        crop=recipe.crop,
-        label_set=task_data.label_set,
-        seed=recipe.seed,
-        augment=recipe.augment,
-    )
-
-
 def log_training_start(
     run: Run, task_data: TaskData, trainer: FinetuneTrainer, steps_done: int, say: Callable[[str], None]
 ) -> None:
@@ -348,42 +350,3 @@ def log_training_start(
         f"{len(task_data.classes)} classes, {'one' if task_data.single else 'several'} to a clip, "
         f"{trainer.precision.description}{trainer.world.ranks_note}"
     )
-
-
-def recipe_for_store(recipe: Finetune, task_data: TaskData, start: TrainedRun | None) -> Finetune:
-    """The recipe for this store; in a task without classes of its own, with views no longer than the store's clips.
-
-    RunError where bands or loss do not fit, or where the encoder has no band statistics.
-    """
-    store = task_data.store
-    if start is None and isinstance(recipe.model, VitSpec) and recipe.model.encoder.band_norm:
-        raise RunError(
-            f"recipe {recipe.name}: band_norm is learnt in pre-training; leave it false, or give --from"
-        )
-    if recipe.model.bands != store.bands:
-        raise RunError(
-            f"{store.location}: holds {store.bands} bands, recipe {recipe.name} takes {recipe.model.bands}"
-        )
-    if recipe.loss == "ce" and not task_data.single:
-        raise RunError(
-            f"{store.location}: clips have several labels, which --set loss=ce cannot learn; leave it at bce or auto"
-        )
-    if task_data.task.classes is None and recipe.model.frames > store.frames:
-        return replace(recipe, model=spec_for_frames(recipe.model, store.frames))
-    return recipe
-
-
-def refuse_label_leak(start: TrainedRun | None, store: FeatureStore, eval_splits: Sequence[str]) -> None:
-    """RunError where the start has been trained on the labels of clips that are to be measured."""
-    if start is None or not start.run.is_finetuned:
-        return
-    splits = run_splits_in_store(start.run, store)
-    if splits is None:
-        return
-    train_splits, _ = splits
-    leaked = [split for split in eval_splits if split in train_splits]
-    if leaked:
-        raise RunError(
-            f"{start.run.path}: was fine-tuned on {', '.join(leaked)}, which is to be measured here; "
-            "start from a pre-trained run"
-        )

@@ -4,7 +4,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
@@ -18,7 +18,7 @@ from ajepa.training.run import Json, Run
 from ajepa.training.run_identity import RunIdentity
 from ajepa.training.tensorboard import open_event_writer, write_scalars
 from ajepa.training.trainer import BadStep, TrainRecipe
-from pipeline.errors import STOP_SIGNALS, RunError
+from pipeline.errors import STOP_SIGNALS, RunError, StopSignal
 from pipeline.loading.loader import Batch
 
 SCORE_METRIC = "probe_map"  # the logged metric by which checkpoints are compared; the higher, the better
@@ -144,6 +144,13 @@ def run_training_loop(
     # torchrun terminates all ranks as soon as one ends: the main one may still be writing its checkpoint.
     world.wait_for_ranks()
     return steps_done
+
+
+def raise_if_interrupted(run: Run, steps_done: int, steps: int, say: Callable[[str], None]) -> None:
+    """StopSignal, and a line about the checkpoint, if training ended before the last of `steps`."""
+    if steps_done < steps:
+        say(f"{run.path}: checkpoint written at step {steps_done} of {steps}")
+        raise StopSignal
 
 
 def take_step(run: Run, trainer: StageTrainer, step: int, batch: Batch) -> Json:

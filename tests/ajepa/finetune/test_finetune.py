@@ -27,10 +27,10 @@ from ajepa.finetune.finetune import (
     build_finetune_trainer,
     choose_head_penalty,
     finetune,
-    finetune_view,
     fit_probed_head,
     whole_clip_views,
 )
+from ajepa.finetune.setup import finetune_view
 from ajepa.finetune.trainer import FinetuneTrainer
 from ajepa.model.classifier import build_classifier
 from ajepa.pretrain.pretrain import pretrain
