@@ -1,4 +1,4 @@
-"""Write files whole or not at all, and lock a store or a file while one process writes it."""
+"""Write files whole or not at all, and lock a store or a file while one process writes it; the only user of flock."""
 
 import errno
 import fcntl
@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Self
@@ -178,15 +178,29 @@ def lock_shared_files(store: Path) -> Iterator[None]:
 
 
 @contextmanager
+def lock_when_free(path: Path) -> Iterator[None]:
+    """Wait for the lock of a file that stays there, and hold it; the kernel releases it when the process ends."""
+    with path.open("ab") as lock_file:
+        fcntl.flock(lock_file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def lock_if_free(path: Path) -> Iterator[bool]:
+    """Hold the lock of a file that stays there, as `lock_when_free` does; yield False if another process holds it."""
+    with path.open("ab") as lock_file:
+        yield _try_flock(lock_file, fcntl.LOCK_EX)
+
+
+@contextmanager
 def _try_exclusive_lock(path: Path) -> Iterator[BinaryIO | None]:
     """Yield an exclusively locked file, or None if another process holds the lock; the file is removed afterwards."""
     with path.open("a+b") as lock_file:
         # Between opening and locking, the last holder may have removed the file; a lock on it would exclude nobody.
-        try:
-            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_ours = path.stat().st_ino == os.fstat(lock_file.fileno()).st_ino
-        except (BlockingIOError, FileNotFoundError):
-            is_ours = False
+        is_ours = False
+        if _try_flock(lock_file, fcntl.LOCK_EX):
+            with suppress(FileNotFoundError):
+                is_ours = path.stat().st_ino == os.fstat(lock_file.fileno()).st_ino
         try:
             yield lock_file if is_ours else None
         finally:
@@ -206,9 +220,15 @@ def _is_lock_free(path: Path) -> bool:
     # A shared lock is refused while another process holds the exclusive lock; closing the file releases it.
     try:
         with path.open("rb") as lock_file:
-            fcntl.flock(lock_file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return _try_flock(lock_file, fcntl.LOCK_SH)
     except FileNotFoundError:
         return True
+
+
+def _try_flock(lock_file: BinaryIO, kind: int) -> bool:
+    """Take a lock of this kind, LOCK_EX or LOCK_SH, without waiting; return whether it was free."""
+    try:
+        fcntl.flock(lock_file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

@@ -1,7 +1,6 @@
 """The run folder: recipe, metrics and checkpoints, from which training carries on exactly."""
 
 import contextlib
-import fcntl
 import json
 import platform
 import shutil
@@ -25,7 +24,7 @@ from ajepa.training.checkpoints import (
 )
 from ajepa.training.run_identity import RunIdentity, TaskIdentity
 from pipeline.errors import InputError, RunError
-from pipeline.files import PARTIAL_SUFFIX, replacing_file, sync_to_disk
+from pipeline.files import PARTIAL_SUFFIX, lock_if_free, replacing_file, sync_to_disk
 
 Json = dict[str, Any]
 
@@ -128,11 +127,9 @@ class Run:
     @contextmanager
     def writing_lock(self) -> Iterator[None]:
         """Keep other processes from writing here; the lock goes with the process, however it ends."""
-        with (self.path / RUN_LOCK_FILE).open("a") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunError(f"{self.path}: another process is training this run; wait for it") from None
+        with lock_if_free(self.path / RUN_LOCK_FILE) as is_locked:
+            if not is_locked:
+                raise RunError(f"{self.path}: another process is training this run; wait for it")
             yield
 
     @property

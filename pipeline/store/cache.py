@@ -10,7 +10,6 @@ together stay under the size limit. A process that is killed leaves a partial fi
 space is freed.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -28,6 +27,7 @@ from pipeline.files import (
     DISK_FULL_ERRNOS,
     PARTIAL_SUFFIX,
     abandoned_scratch_paths,
+    lock_when_free,
     replacing_file,
     scratch_path,
 )
@@ -60,7 +60,7 @@ def fetch_store_tables(url: str, cache: Path) -> Path:
 
     # One process at a time compares the versions and fetches the files that have changed.
     folder.mkdir(parents=True, exist_ok=True)
-    with _exclusive_lock(folder.parent / "tables.lock"):
+    with lock_when_free(folder.parent / "tables.lock"):
         versions_path = folder / VERSIONS_FILE
         cached_versions = json.loads(versions_path.read_text()) if versions_path.exists() else {}
         for name in cached_versions.keys() - versions.keys():
@@ -109,7 +109,7 @@ class ShardCache:
         path = shard_path(self.snapshot_folder, shard)
         if not _touch_if_present(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _exclusive_lock(self.cache_folder / f"{self.snapshot_folder.name}-{shard:06d}.lock"):
+            with lock_when_free(self.cache_folder / f"{self.snapshot_folder.name}-{shard:06d}.lock"):
                 # Another process may have fetched the shard while this one waited for the lock.
                 if not _touch_if_present(path):
                     self._fetch_shard(shard, path)
@@ -195,7 +195,7 @@ class ShardCache:
 
     def _try_reserve_room(self, needed_bytes: int, scratch: Path) -> bool:
         """Drop the least recently used shards and reserve the space; return False if not enough can be dropped."""
-        with _exclusive_lock(self.cache_folder / "room.lock"):
+        with lock_when_free(self.cache_folder / "room.lock"):
             # Drop complete shards, the least recently used first. Scratch files sort after them.
             files = self._list_cached_files()
             total_bytes = sum(size for _, _, size, _ in files)
@@ -240,11 +240,3 @@ def _touch_if_present(path: Path) -> bool:
     except FileNotFoundError:
         return False
     return True
-
-
-@contextmanager
-def _exclusive_lock(path: Path) -> Iterator[None]:
-    """Wait for an exclusive lock and hold it; the kernel releases it when the process ends."""
-    with path.open("ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
