@@ -1,17 +1,22 @@
-"""Runs of eight steps in which something may happen to the last rank in step 6: alone, or under torchrun."""
+"""Runs of eight steps in which something may happen to the last rank in step 6: alone, on ranks, or under torchrun."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import start_forked
 from tiny import tiny, tiny_finetune
+from torch.distributed import TCPStore
 
 from ajepa.evaluate.tasks import TASKS
 from ajepa.finetune.cross_validation import cross_validate
@@ -97,23 +102,80 @@ STAGES: dict[str, Callable[..., Any]] = {
 }
 
 
+RANK_SECONDS = 240  # how long ranks may take
+
+
 def torchrun(
     store: Path | str, run: Path, event: str = "train", *more: str, stage: str = "pretrain", ranks: int = 2
 ) -> tuple[int, list[str]]:
-    """Run this file on several ranks; the exit status, and the lines that all of them printed."""
+    """Run this file on several ranks by torchrun; the exit status, and the lines that all of them printed."""
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
-    arguments = [stage, str(store), str(run), *([] if stage == "folds" else [event, *more])]
     process = subprocess.run(
-        [*program, __file__, *arguments],
+        [*program, __file__, stage, *stage_arguments(stage, store, run, event, *more)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
-        timeout=240,
+        timeout=RANK_SECONDS,
     )
     return process.returncode, process.stdout.splitlines()
+
+
+def run_on_ranks(
+    store: Path | str, run: Path, event: str = "train", *more: str, stage: str = "pretrain", ranks: int = 2
+) -> tuple[int, list[str]]:
+    """Run a stage on several ranks as `torchrun` does, in forked processes: no rank imports torch again.
+
+    As torchrun does, this process serves the store of the ranks, which outlives them, and terminates all ranks once
+    one has failed. Returns 0 if none has, else 1, and the lines that all of them printed.
+    """
+    rank_store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    sizes = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(rank_store.port)}
+    environment = os.environ | sizes | address | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    arguments = stage_arguments(stage, store, run, event, *more)
+    with tempfile.NamedTemporaryFile("r") as output:
+        processes = [
+            start_forked(
+                run_stage,
+                stage,
+                *arguments,
+                output=Path(output.name),
+                environment=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+            for rank in range(ranks)
+        ]
+        try:
+            wait_for_ranks(processes)
+        finally:
+            for process in processes:
+                process.kill()
+        failed = any(process.exitcode for process in processes)
+        return int(failed), output.read().splitlines()
+
+
+def wait_for_ranks(processes: Sequence[ForkServerProcess]) -> None:
+    """Wait until all processes have ended; terminate the others when the first one fails."""
+    running = list(processes)
+    while running:
+        ended = wait([process.sentinel for process in running], timeout=RANK_SECONDS)
+        assert ended, f"{len(running)} of {len(processes)} ranks hang"
+        running = [process for process in running if process.sentinel not in ended]
+        if any(process.exitcode for process in processes):
+            for process in running:
+                process.terminate()
+
+
+def stage_arguments(stage: str, store: Path | str, run: Path, *more: str) -> list[str]:
+    """The arguments of a stage: store and run, and what may happen, which is nothing in folds."""
+    return [str(store), str(run), *([] if stage == "folds" else more)]
+
+
+def run_stage(stage: str, store: str, run: str, *more: str) -> None:
+    """Run a stage as a command: errors of ours become one line and an exit status."""
+    run_command_line(lambda: STAGES[stage](store, Path(run), *more))
 
 
 def steps_of_rank(run_path: Path, rank: int) -> list:
@@ -122,5 +184,4 @@ def steps_of_rank(run_path: Path, rank: int) -> list:
 
 
 if __name__ == "__main__":
-    stage, store, run, *more = sys.argv[1:]
-    run_command_line(lambda: STAGES[stage](store, Path(run), *more))
+    run_stage(*sys.argv[1:])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from ranks import steps_of_rank, torchrun
+from ranks import run_on_ranks, steps_of_rank
 from tiny import tiny
 
 from ajepa.evaluate.result import EVALUATION_FILE, Evaluation
@@ -45,7 +45,7 @@ def single_process(store_path, pretrained, tmp_path_factory) -> Run:
 
 def test_two_ranks_take_the_steps_of_one_process(store_path, tmp_path, single_process, pretrained):
     """Rows, mixtures, masks: all of them from the same probed head. One of them measures, writes and tells."""
-    status, lines = torchrun(store_path, tmp_path / "run", "train", str(pretrained), stage="finetune")
+    status, lines = run_on_ranks(store_path, tmp_path / "run", "train", str(pretrained), stage="finetune")
     assert status == 0, lines
     run = Run.open(tmp_path / "run")
     assert_near(single_process, run)
@@ -74,7 +74,7 @@ def test_one_process_is_carried_on_by_two_in_passes(store_path, tmp_path, single
     with pytest.raises(StopSignal):
         ranks.train_classifier(store_path, tmp_path / "run", "stop", str(pretrained))
     assert Run.open(tmp_path / "run").newest_step == 6
-    status, lines = torchrun(store_path, tmp_path / "run", "micro", str(pretrained), stage="finetune")
+    status, lines = run_on_ranks(store_path, tmp_path / "run", "micro", str(pretrained), stage="finetune")
     assert status == 0, lines
     assert_near(single_process, Run.open(tmp_path / "run"))
 
@@ -83,7 +83,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_with_a_checkpoint(
     store_path, tmp_path, single_process, pretrained
 ):
     """And one process carries on; nothing was measured that is not the end."""
-    status, lines = torchrun(store_path, tmp_path / "run", "stop", str(pretrained), stage="finetune")
+    status, lines = run_on_ranks(store_path, tmp_path / "run", "stop", str(pretrained), stage="finetune")
     assert status != 0
     run = Run.open(tmp_path / "run")
     assert run.newest_step == run.read_metrics()[-1]["step"] == 6
@@ -96,7 +96,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_with_a_checkpoint(
 
 def test_nan_on_one_rank_ends_all_with_one_message_and_is_kept(store_path, tmp_path):
     """By every rank its own clips."""
-    status, lines = torchrun(store_path, tmp_path / "run", "nan", stage="finetune")
+    status, lines = run_on_ranks(store_path, tmp_path / "run", "nan", stage="finetune")
     assert status != 0
     (error,) = [line for line in lines if "error: " in line]
     rows = steps_of_rank(tmp_path / "run", 1)[5][1]
@@ -111,7 +111,7 @@ def test_nan_on_one_rank_ends_all_with_one_message_and_is_kept(store_path, tmp_p
 
 def test_folds_are_trained_by_all_ranks_and_reported_by_one(folds_path, tmp_path):
     """One after the other, each with the scores of one process; finished ones are left alone."""
-    status, lines = torchrun(folds_path, tmp_path / "run", stage="folds")
+    status, lines = run_on_ranks(folds_path, tmp_path / "run", stage="folds")
     assert status == 0, lines
     assert sum("mean over 2 folds" in line for line in lines) == 1
     assert (tmp_path / "run" / EVALUATION_FILE).exists()
@@ -119,12 +119,12 @@ def test_folds_are_trained_by_all_ranks_and_reported_by_one(folds_path, tmp_path
     for fold in ("fold1", "fold2"):
         two, one = (Run.open(tmp_path / name / fold) for name in ("run", "alone"))
         assert_near(one, two)
-    assert torchrun(folds_path, tmp_path / "run", stage="folds")[0] == 0
+    assert run_on_ranks(folds_path, tmp_path / "run", stage="folds")[0] == 0
 
 
 def test_ranks_refuse_with_one_message_what_cannot_be_dealt(store_path, tmp_path):
     """Three ranks for eight clips; nothing is written."""
-    status, lines = torchrun(store_path, tmp_path / "run", stage="finetune", ranks=3)
+    status, lines = run_on_ranks(store_path, tmp_path / "run", stage="finetune", ranks=3)
     assert status != 0
     (error,) = [line for line in lines if "error: " in line]
     assert "8 clips a step cannot be dealt to 3 ranks evenly" in error

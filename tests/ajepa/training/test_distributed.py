@@ -1,9 +1,12 @@
-"""Several processes, started by torchrun: one batch, one run folder, one message, one end."""
+"""Several processes: one batch, one run folder, one message, one end.
+
+torchrun itself starts them where all goes well and where a rank is killed; elsewhere they are forked, which is quicker.
+"""
 
 import pytest
 import ranks
 import torch
-from ranks import steps_of_rank, torchrun
+from ranks import run_on_ranks, steps_of_rank, torchrun
 
 from ajepa.training.distributed import SINGLE_PROCESS, World, join_ranks, world_from_environment
 from ajepa.training.run import Run
@@ -55,7 +58,7 @@ def test_one_process_is_carried_on_by_two_in_the_middle_of_an_epoch(store_path, 
     with pytest.raises(StopSignal):
         ranks.train(store_path, tmp_path / "run", "stop")
     assert Run.open(tmp_path / "run").newest_step == 6
-    status, lines = torchrun(store_path, tmp_path / "run", "micro")
+    status, lines = run_on_ranks(store_path, tmp_path / "run", "micro")
     assert status == 0, lines
     assert_near(single_process, Run.open(tmp_path / "run"))
 
@@ -64,7 +67,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_with_a_checkpoint(
     store_path, tmp_path, single_process
 ):
     """A rank that stopped by itself would leave the others waiting for its gradients."""
-    status, lines = torchrun(store_path, tmp_path / "run", "stop")
+    status, lines = run_on_ranks(store_path, tmp_path / "run", "stop")
     assert status != 0
     run = Run.open(tmp_path / "run")
     assert run.newest_step == run.read_metrics()[-1]["step"] == 6
@@ -75,16 +78,20 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_with_a_checkpoint(
 
 
 @pytest.mark.parametrize(
-    ("event", "message_part"),
+    ("event", "message_part", "start"),
     [
-        ("broken", "error: row 7 cannot be read"),
-        ("nan", "error: step 6: loss is nan, gradient_norm is nan; stopped before the update; rows ["),
-        ("die", "error: another rank has ended"),
+        ("broken", "error: row 7 cannot be read", run_on_ranks),
+        (
+            "nan",
+            "error: step 6: loss is nan, gradient_norm is nan; stopped before the update; rows [",
+            run_on_ranks,
+        ),
+        ("die", "error: another rank has ended", torchrun),
     ],
 )
-def test_what_ends_one_rank_ends_all_with_one_message(store_path, tmp_path, event, message_part):
+def test_what_ends_one_rank_ends_all_with_one_message(store_path, tmp_path, event, message_part, start):
     """Whoever met the error says it; the others neither hang nor add theirs."""
-    status, lines = torchrun(store_path, tmp_path / "run", event)
+    status, lines = start(store_path, tmp_path / "run", event)
     assert status != 0
     errors = [line for line in lines if "error: " in line]
     assert len(errors) == 1, lines
@@ -99,7 +106,7 @@ def test_what_ends_one_rank_ends_all_with_one_message(store_path, tmp_path, even
 
 def test_ranks_refuse_with_one_message_what_none_of_them_can_do(store_path, tmp_path):
     """All find the same fault at the same time."""
-    status, lines = torchrun(store_path, tmp_path / "run", ranks=3)
+    status, lines = run_on_ranks(store_path, tmp_path / "run", ranks=3)
     assert status != 0
     advice = "choose --batch 6 or 9, or another number of ranks"
     message = f"error: 8 clips a step cannot be dealt to 3 ranks evenly; {advice}"
