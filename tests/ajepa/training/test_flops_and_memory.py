@@ -1,8 +1,7 @@
 """The cost of a step by formula: operations as torch counts them, memory as a process really takes it."""
 
 import os
-import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -10,7 +9,9 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from forked import start_forked
 from large_classifiers import large_recipe
+from step_memory import CLASSES_MEASURED, print_classifier_bytes, print_pretrain_bytes
 from tiny import tiny, tiny_finetune
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -105,31 +106,13 @@ LINUX = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads 
 
 CPU = torch.device("cpu")
 
-MEASURED = """
-import resource, sys
-import numpy as np, torch
-from ajepa.training.devices import pick_precision
-from ajepa.recipes.catalogue import override_recipe
-from ajepa.recipes.pretrain import small_recipe
-from ajepa.pretrain.trainer import PretrainTrainer
-from pipeline.loading.loader import Batch
 
-def steps(recipe, bf16, recompute, micro_clips):
-    cpu = torch.device("cpu")
-    numbers = pick_precision("bf16" if bf16 else "fp32", cpu)
-    trainer = PretrainTrainer(recipe, cpu, recompute=recompute, precision=numbers, micro_clips=micro_clips)
-    for step in (0, recipe.steps // 2, recipe.steps - 1):
-        clips, frames = recipe.clips_per_step, recipe.view_frames
-        trainer.train_step(step, Batch(mel_BTF=torch.randn(clips, frames, 128), n_frames_B=torch.full((clips,), frames),
-                                 rows_B=np.arange(clips), labels_BC=None))
-
-how = {name: name in sys.argv for name in ("bf16", "recompute")} | {"micro_clips": 8 if "micro" in sys.argv else None}
-steps(small_recipe().with_counts(clips_per_step=1), **how)
-before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-steps(override_recipe(small_recipe(), [a for a in sys.argv if "=" in a]), **how)
-peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM:"))
-print(int(peak) * 1024 - before)  # not ru_maxrss: a child's begins with the size of who forked it
-"""
+def measure_bytes(print_bytes: Callable[[list[str]], None], arguments: list[str], output: Path) -> int:
+    """What a measurement of `step_memory` prints in a process of its own."""
+    process = start_forked(print_bytes, arguments, output=output, environment=os.environ)
+    process.join()
+    assert process.exitcode == 0, output.read_text()
+    return int(output.read_text())
 
 
 @LINUX
@@ -138,15 +121,13 @@ print(int(peak) * 1024 - before)  # not ru_maxrss: a child's begins with the siz
     [[], ["bf16"], ["recompute"], ["micro"], ["model.targets=teacher", "masks=curriculum"]],
     ids=str,
 )
-def test_the_estimate_is_near_what_a_process_takes(arguments):
+def test_the_estimate_is_near_what_a_process_takes(arguments, tmp_path):
     """`small` in a process of its own: the resident peak of three steps, within a factor of 1.5.
 
     A pass of a few clips takes some MB, of which glibc has more or less in hand from the steps before, as it happens
     (the ratio went from 1.20 to 1.57): there it is told to give them back, as it does larger ones.
     """
-    program = [sys.executable, "-c", MEASURED, *arguments]
-    env = os.environ | ({"MALLOC_MMAP_THRESHOLD_": "65536"} if "micro" in arguments else {})
-    measured_bytes = int(subprocess.run(program, capture_output=True, check=True, env=env).stdout)
+    measured_bytes = measure_bytes(print_pretrain_bytes, arguments, tmp_path / "bytes")
     recipe, bf16 = (
         override_recipe(small_recipe(), [setting for setting in arguments if "=" in setting]),
         "bf16" in arguments,
@@ -253,32 +234,6 @@ PASST = PasstSpec(frames=64, bands=64, width=32, depth=2, heads=2, drop_rows=1, 
 
 CNN6 = Cnn6Spec(frames=64, bands=32, width=4)
 
-MEASURED_CLASSIFIERS = """
-import resource, sys
-import numpy as np, torch
-from ajepa.training.devices import pick_precision
-from ajepa.finetune.trainer import FinetuneTrainer
-from pipeline.loading.loader import Batch
-from large_classifiers import large_recipe
-
-def steps(recipe, micro_clips):
-    cpu = torch.device("cpu")
-    numbers = pick_precision("bf16" if "bf16" in sys.argv else "fp32", cpu)
-    trainer = FinetuneTrainer(recipe, torch.eye(50), cpu, single_label=False, recompute="recompute" in sys.argv,
-                        precision=numbers, micro_clips=micro_clips)
-    for step in range(2):
-        clips, spec = recipe.clips_per_step, recipe.model
-        trainer.train_step(step, Batch(mel_BTF=torch.randn(clips, spec.frames, spec.bands), rows_B=np.arange(clips),
-                                 n_frames_B=torch.full((clips,), spec.frames), labels_BC=torch.zeros(clips, 50)))
-
-recipe, micro_clips = large_recipe(sys.argv[1]), 4 if "micro" in sys.argv else None
-steps(large_recipe(sys.argv[1], clips_per_step=1), micro_clips)
-before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-steps(recipe, micro_clips)
-peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM:"))
-print(int(peak) * 1024 - before)  # not ru_maxrss: a child's begins with the size of who forked it
-"""
-
 
 @LINUX
 @pytest.mark.parametrize(
@@ -295,20 +250,16 @@ print(int(peak) * 1024 - before)  # not ru_maxrss: a child's begins with the siz
     ],
     ids=str,
 )
-def test_the_estimate_is_near_what_training_a_classifier_takes(arguments):
+def test_the_estimate_is_near_what_training_a_classifier_takes(arguments, tmp_path):
     """In a process of its own: the resident peak of two steps, within a factor of 1.5.
 
     Recomputed blocks and filters come and go in pieces of some MB, which glibc keeps for the process: up to twice of
     what is in use. There it is told to give them back, as it does larger ones, such as those of larger models.
     """
-    program = [sys.executable, "-c", MEASURED_CLASSIFIERS, *arguments]
-    path = {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
-    if {"recompute", "cnn6"} & set(arguments):
-        path["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    measured_bytes = int(subprocess.run(program, capture_output=True, check=True, env=path).stdout)
+    measured_bytes = measure_bytes(print_classifier_bytes, arguments, tmp_path / "bytes")
     needed = classifier_memory(
         large_recipe(arguments[0]),
-        50,
+        CLASSES_MEASURED,
         bf16="bf16" in arguments,
         written_out="bf16" in arguments,
         recompute="recompute" in arguments,
