@@ -16,18 +16,20 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import google_crc32c
 import numpy as np
 import polars as pl
-from torch import Tensor
 
 from pipeline.errors import StoreError
 from pipeline.files import scratch_path, sync_to_disk
 from pipeline.store.header import ShardLayout, StoreHeader
 from pipeline.store.manifest import RESULT_SCHEMA
 from pipeline.tables import frame_digest, read_table, write_table
+
+if TYPE_CHECKING:
+    from torch import Tensor  # takes three seconds to import, and who reads a store may not need it
 
 ABSENT_OFFSET = 2**64 - 1
 
@@ -248,7 +250,7 @@ class SplitMoments:
     def __init__(self) -> None:
         self._sums_by_split: dict[str, tuple[int, Any, Any]] = {}
 
-    def add_frames(self, split: str, values_TF: Tensor) -> None:
+    def add_frames(self, split: str, values_TF: "Tensor") -> None:
         """Count the valid frames of one clip of a split."""
         # float64: the sums of a million clips would lose digits in float32.
         frames, sum_F, square_F = self._sums_by_split.get(split, (0, 0.0, 0.0))
