@@ -1,17 +1,18 @@
 """A store in a bucket is read like a local store, through a cache that never exceeds its size limit."""
 
 import errno
-import multiprocessing
 import os
 import pickle
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import FORKSERVER, start_forked
 from stores import BUCKET
 
 from ajepa.cli import app as trainer
@@ -25,8 +26,6 @@ from pipeline.store import cache
 from pipeline.store.feature_store import FeatureStore
 
 pytestmark = pytest.mark.usefixtures("bucket_server")
-
-SPAWN = multiprocessing.get_context("spawn")
 
 ROOMY_GB = 0.1
 
@@ -188,20 +187,26 @@ def read_random_rows(url: str, folder: Path, most_gb: float, seed: int, local_pa
 
 def test_processes_share_one_cache_within_its_bound(store_path, url, tmp_path):
     """Eight ranks of one machine delete shards that others need; one rank is killed."""
-    exceeded = SPAWN.Event()
+    exceeded = FORKSERVER.Event()
     most_gb = shard_gb(store_path, 2.2)
+    cache_folder = tmp_path / "cache"
     processes = [
-        SPAWN.Process(target=read_random_rows, args=(url, tmp_path, most_gb, seed, store_path, exceeded))
+        start_forked(
+            read_random_rows,
+            *(url, cache_folder, most_gb, seed, store_path, exceeded),
+            output=tmp_path / "output",
+            environment=os.environ,
+        )
         for seed in range(3)
     ]
-    for process in processes:
-        process.start()
-    while not cached_shards(tmp_path):
+    while not cached_shards(cache_folder):
         time.sleep(0.01)
     os.kill(processes[0].pid, signal.SIGKILL)
     for process in processes:
         process.join(100)
-    assert [process.exitcode for process in processes] == [-signal.SIGKILL, 0, 0]
+    assert [process.exitcode for process in processes] == [-signal.SIGKILL, 0, 0], (
+        tmp_path / "output"
+    ).read_text()
     assert not exceeded.is_set()
 
 
@@ -210,9 +215,8 @@ def test_the_partial_file_of_a_killed_process_is_removed(store_path, url, tmp_pa
     most_gb = shard_gb(store_path, 1.2)
     FeatureStore.open(url, cache=tmp_path, cache_gb=most_gb).read(np.array([0]))
     (path,) = tmp_path.glob("*/*/mel/c/0/0/0")
-    ended = SPAWN.Process(target=time.sleep, args=(0,))
-    ended.start()
-    ended.join()
+    ended = subprocess.Popen(["true"])
+    ended.wait()
     partial = path.with_name(f"0.{os.uname().nodename}-{ended.pid}.partial")
     path.rename(partial)
     remote = FeatureStore.open(url, cache=tmp_path, cache_gb=most_gb)
