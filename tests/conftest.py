@@ -16,6 +16,9 @@ from pipeline.store.feature_store import FeatureStore
 # processes that they start, compute in fp32 everywhere.
 os.environ["AJEPA_PRECISION"] = os.environ.get("AJEPA_TEST_PRECISION", "fp32")
 
+# Tests start a hundred processes. Each compiles what it imports of this project again where Python may not keep it.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
