@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ajepa.model.cnn6 import Cnn6, Cnn6Spec
 from ajepa.model.convnext import ConvNext, ConvNextSpec
 from ajepa.model.passt import Passt, PasstSpec
-from ajepa.model.patches import valid_token_mask
+from ajepa.model.patches import repeat_last_frame, valid_token_mask
 from ajepa.model.pooling import DEFAULT_POOLING, VECTORS_PER_CLIP, PoolingName, pool_tokens
 from ajepa.model.transformer import initialise_weights
 from ajepa.model.vit import Encoder, EncoderSpec
@@ -158,7 +158,11 @@ class VitClassifier(nn.Module):
         initialise_weights(self.head, seed + 1)
 
     def forward(self, mel_BTF: Tensor, n_frames_B: Tensor, rng: np.random.Generator | None = None) -> Tensor:
-        """Return the logits (see `Classifier`); drop path and regularised masking draw from `rng`."""
+        """Return the logits (see `Classifier`); drop path and regularised masking draw from `rng`.
+
+        A column that a clip fills only in part is filled with the clip's last frame, in training and in evaluation: so
+        do frozen encoders, from which this one starts and whose features a probed head is fitted to.
+        """
         grid = self.spec.encoder.grid
         valid_BP = valid_token_mask(n_frames_B, grid)
         all_valid = bool(valid_BP.all())  # checked on the CPU: a GPU would have to synchronise
@@ -170,7 +174,7 @@ class VitClassifier(nn.Module):
             attended = valid_BP
 
         # Encode the tokens, pool them to one vector per clip, and compute the logits.
-        token_BPD = self.encoder(mel_BTF, valid_BP=attended, keep_L2N=keep)
+        token_BPD = self.encoder(repeat_last_frame(mel_BTF, n_frames_B), valid_BP=attended, keep_L2N=keep)
         clips = len(mel_BTF)
         clip_B = torch.arange(clips, device=mel_BTF.device)
         clip_BD = pool_tokens(

@@ -105,6 +105,25 @@ def valid_token_mask(n_frames_B: Tensor, grid: PatchGrid) -> Tensor:
     return start_P < n_frames_B[:, None]
 
 
+def repeat_last_frame(mel_BTF: Tensor, n_frames_B: Tensor) -> Tensor:
+    """Return the spectrograms with the last valid frame of each clip in the place of all later frames.
+
+    A sound seldom ends where a patch ends. Its last column then continues as the sound ended; zeros would be a jump to
+    the mean level, which tells where the sound ends. Columns that start past the end stay invalid (`valid_token_mask`).
+    Spectrograms without a later frame are returned as they are. Keep `n_frames_B` on the CPU, because looking for later
+    frames would synchronise a GPU. The result for a clip without a valid frame is meaningless.
+    """
+    # A traced program cannot branch on values.
+    frames = mel_BTF.shape[1]
+    if not torch.compiler.is_exporting() and bool((n_frames_B >= frames).all()):
+        return mel_BTF
+
+    # The number of the frame that stands at each place.
+    last_B11 = (n_frames_B.to(mel_BTF.device) - 1).clamp(min=0)[:, None, None]
+    source_BT1 = torch.arange(frames, device=mel_BTF.device)[:, None].minimum(last_B11)
+    return mel_BTF.gather(1, source_BT1.expand(-1, -1, mel_BTF.shape[2]))
+
+
 def slow_cosine_basis(grid: PatchGrid, count: int) -> Tensor:
     """Return the products of the `count` slowest cosines along time and along frequency, as columns `ND`.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from ajepa.model.patches import valid_token_mask
+from ajepa.model.patches import repeat_last_frame, valid_token_mask
 from ajepa.model.vit import Encoder
 from pipeline.errors import RunError
 
@@ -36,52 +36,86 @@ MIN_POOLED_VARIANCE = 1e-12
 class EncoderLayer:
     """The layer of an encoder whose tokens are pooled. Default: the encoder's output (the last block, final norm).
 
-    last_blocks   above 0: the mean of the last `last_blocks` blocks
+    last_blocks   above 0: the last `last_blocks` blocks, as their mean or, if `concatenated`, side by side
     block_number  above 0: the output of the block with this number, counted from 1
+    concatenated  True: a token is the outputs of several blocks side by side, the lowest first. With `last_blocks` 0
+                  they are those of all blocks and, before them, the encoder's input: the embedded patches with their
+                  positions
 
     The output of each block is normalised over its features, as for targets (`jepa.JepaSpec`), because later blocks
-    have larger values. RunError if both fields are above 0.
+    have larger values; so is the encoder's input. Every pooling treats each feature separately, so concatenated blocks
+    are pooled as if each block were pooled alone. RunError for fields that contradict each other.
     """
 
     last_blocks: int = 0
     block_number: int = 0
+    concatenated: bool = False
 
     def __post_init__(self) -> None:
-        if min(self.last_blocks, self.block_number) < 0 or (self.last_blocks and self.block_number):
-            raise RunError(f"a layer is the last, the mean of the last blocks, or one block; got {self}")
+        has_several_meanings = self.block_number and (self.last_blocks or self.concatenated)
+        if min(self.last_blocks, self.block_number) < 0 or has_several_meanings:
+            raise RunError(f"a layer is the last, some of the last blocks, or one block; got {self}")
 
     @classmethod
     def from_name(cls, name: str) -> "EncoderLayer":
-        """Return the layer named `last`, `mean-K` (mean of the last K blocks) or `block-N`; else RunError."""
+        """Return the layer of a name; else RunError.
+
+        last        the encoder's output
+        mean-K      the mean of the last K blocks
+        block-N     the output of block N
+        concat-K    the last K blocks side by side
+        concat-all  the encoder's input and all blocks side by side
+        """
         if name == "last":
             return cls()
-        match = re.fullmatch(r"(mean|block)-([1-9]\d*)", name)
+        if name == "concat-all":
+            return cls(concatenated=True)
+        match = re.fullmatch(r"(mean|block|concat)-([1-9]\d*)", name)
         if match is None:
-            raise RunError(f"layer {name!r}: expected last, mean-K (of the last K blocks) or block-N")
+            raise RunError(
+                f"layer {name!r}: expected last, mean-K or concat-K (of the last K blocks), concat-all or block-N"
+            )
         number = int(match[2])
-        return cls(last_blocks=number) if match[1] == "mean" else cls(block_number=number)
+        if match[1] == "block":
+            return cls(block_number=number)
+        return cls(last_blocks=number, concatenated=match[1] == "concat")
 
     def __str__(self) -> str:
+        if self.concatenated:
+            return f"concat-{self.last_blocks or 'all'}"
         if self.last_blocks:
             return f"mean-{self.last_blocks}"
         if self.block_number:
             return f"block-{self.block_number}"
         return "last"
 
+    def refuse_missing_blocks(self, depth: int) -> None:
+        """Raise RunError if an encoder with `depth` blocks does not have this layer."""
+        if max(self.last_blocks, self.block_number) > depth:
+            raise RunError(f"layer {self}: the encoder has {depth} blocks; ask for no more")
+
+    def vectors_per_token(self, depth: int) -> int:
+        """Return the width of a token divided by the width of the encoder, which has `depth` blocks."""
+        if not self.concatenated:
+            return 1
+        return self.last_blocks or depth + 1
+
     def encode_tokens(self, encoder: Encoder, mel_BTF: Tensor, valid_BP: Tensor | None = None) -> Tensor:
         """Return the vector of every token, `BPD` (`Encoder`); RunError if the encoder has too few blocks."""
         depth = encoder.spec.depth
-        if max(self.last_blocks, self.block_number) > depth:
-            raise RunError(f"layer {self}: the encoder has {depth} blocks; ask for no more")
-        if not (self.last_blocks or self.block_number):
+        self.refuse_missing_blocks(depth)
+        if self == LAST_LAYER:
             return encoder(mel_BTF, valid_BP=valid_BP)
 
-        # The outputs from the lowest block that is needed; a single block is the first of them.
+        # The normalised outputs from the lowest block that is needed; a single block is the first of them.
         block_count = self.last_blocks or depth - self.block_number + 1
         outputs = encoder.top_block_outputs(mel_BTF, block_count, valid_BP=valid_BP)
         if self.block_number:
             outputs = outputs[:1]
-        return torch.stack([nnf.layer_norm(x_BPD, x_BPD.shape[-1:]) for x_BPD in outputs]).mean(0)
+        layers = [nnf.layer_norm(x_BPD, x_BPD.shape[-1:]) for x_BPD in outputs]
+        if self.concatenated:
+            return torch.cat(layers, dim=-1)
+        return torch.stack(layers).mean(0)
 
 
 LAST_LAYER = EncoderLayer()
@@ -104,15 +138,26 @@ class ClipTokens:
     rows: int
 
     def pool_per_clip(self, pooling: PoolingName) -> Tensor:
-        """Return one vector per clip (`pool_tokens`)."""
-        return pool_tokens(
-            self.tokens_NPD,
-            self.valid_NP,
-            self.clip_N,
-            clips=self.clips,
-            rows=self.rows,
-            pooling=pooling,
-        )
+        """Return one vector per clip (`pool_tokens`).
+
+        Clips are pooled one by one: 128 views of 128 tokens of width 2,496 then take half as long by `moments`, because
+        the copies of a clip's tokens are small. Views are in the order of their clips.
+        """
+        views_B = torch.bincount(self.clip_N, minlength=self.clips).tolist()
+        vectors = [
+            pool_tokens(
+                tokens_VPD,
+                valid_VP,
+                torch.zeros(len(tokens_VPD), dtype=torch.int64),
+                clips=1,
+                rows=self.rows,
+                pooling=pooling,
+            )
+            for tokens_VPD, valid_VP in zip(
+                self.tokens_NPD.split(views_B), self.valid_NP.split(views_B), strict=True
+            )
+        ]
+        return torch.cat(vectors)
 
     def segment_means(self, count: int) -> tuple[Tensor, Tensor]:
         """Return the means of at most `count` segments of each clip, `BKRD`, and which segments are valid, bool `BK`.
@@ -183,22 +228,31 @@ def pool_tokens(
     columns = tokens_NPD.shape[1] // rows
     centred_NPD = tokens_NPD.float() - mean_BRD[clip_N].repeat(1, columns, 1)
     variance_BRD, _ = group_row_means(centred_NPD.square(), valid_NP, clip_N, groups=clips, rows=rows)
-    std_BRD = variance_BRD.clamp(min=MIN_POOLED_VARIANCE).sqrt()
-    return torch.cat((mean_BRD, std_BRD), dim=1).flatten(1)
+    return torch.cat((mean_BRD, pooled_deviation(variance_BRD)), dim=1).flatten(1)
+
+
+def pooled_deviation(variance_BRD: Tensor) -> Tensor:
+    """Return the standard deviation over time for a variance, which rounding may have made negative; never quite 0."""
+    return variance_BRD.clamp(min=MIN_POOLED_VARIANCE).sqrt()
 
 
 @torch.inference_mode()
 def encode_views(
     encoder: Encoder, mel_BVTF: Tensor, n_frames_BV: Tensor, layer: EncoderLayer = LAST_LAYER
 ) -> ClipTokens:
-    """Return the tokens of all views of each clip, on the CPU; views without a valid frame are left out."""
+    """Return the tokens of all views of each clip, on the CPU; views without a valid frame are left out.
+
+    Frames past a clip's end are not read: its last frame is repeated (`repeat_last_frame`).
+    """
     # Select the views that have valid frames, and their valid tokens.
     clip_N, view_N = torch.nonzero(n_frames_BV, as_tuple=True)
-    valid_NP = valid_token_mask(n_frames_BV[clip_N, view_N], encoder.spec.grid)
+    n_frames_N = n_frames_BV[clip_N, view_N]
+    mel_NTF = repeat_last_frame(mel_BVTF[clip_N, view_N], n_frames_N)
+    valid_NP = valid_token_mask(n_frames_N, encoder.spec.grid)
 
     # Encode them on the encoder's device.
     device = next(encoder.parameters()).device
-    tokens_NPD = layer.encode_tokens(encoder, mel_BVTF[clip_N, view_N].to(device), valid_NP.to(device))
+    tokens_NPD = layer.encode_tokens(encoder, mel_NTF.to(device), valid_NP.to(device))
     return ClipTokens(
         tokens_NPD=tokens_NPD.cpu(),
         valid_NP=valid_NP,

@@ -146,7 +146,10 @@ class Encoder(nn.Module):
         valid_BP: Tensor | None = None,
         keep_L2N: Tensor | None = None,
     ) -> list[Tensor]:
-        """Return the outputs of the last `block_count` blocks, lowest first, before the final norm."""
+        """Return the outputs of the last `block_count` blocks, lowest first, before the final norm.
+
+        With one block more than there are, the first is the input of the lowest block: embedded patches with positions.
+        """
         # Patches, their positions and the mask of valid tokens: of all tokens, or of those in `tokens_NK`.
         x = self.input_patches(mel_BTF)
         positions = self.positions_PD
@@ -159,9 +162,10 @@ class Encoder(nn.Module):
 
         # Embed the patches, add the positions, and run the blocks.
         x = self.embed(x) + positions
-        return run_blocks(
+        outputs = run_blocks(
             self.blocks, x, valid_BP, turns, keep_L2N, recompute=self.recompute, top_blocks=block_count
         )
+        return [x, *outputs] if block_count > len(outputs) else outputs
 
 
 class Predictor(nn.Module):

@@ -109,6 +109,13 @@ def test_what_lies_past_a_clips_end_never_reaches_its_logits(training):
     assert torch.equal(first, second)
 
 
+def test_a_column_that_a_clip_fills_in_part_ends_with_its_last_frame():
+    """As a frozen encoder sees it, so that fine-tuning goes on from what was pre-trained and probed."""
+    model, n_frames_B, shown = VitClassifier(spec(), 5, seed=0).eval(), torch.tensor([64, 30, 1]), clips()
+    shown[1, 30:], shown[2, 1:] = shown[1, 29].clone(), shown[2, 0].clone()
+    assert torch.equal(model(clips(), n_frames_B), model(shown, n_frames_B))
+
+
 def test_layers_hold_every_weight_once_from_the_input_to_the_head():
     """A weight in no group would never be trained; a weight in two would be trained twice."""
     model = VitClassifier(spec(), 5, seed=0)

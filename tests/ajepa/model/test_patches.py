@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from ajepa.model.patches import PatchGrid, patchify, sincos_positions, valid_token_mask
+from ajepa.model.patches import (
+    PatchGrid,
+    patchify,
+    repeat_last_frame,
+    sincos_positions,
+    valid_token_mask,
+)
 
 GRID = PatchGrid(rows=3, cols=5, patch_frames=4, patch_bands=2)
 
@@ -61,6 +67,25 @@ def test_a_column_is_valid_when_sound_begins_in_it(n_frames, cols):
     """A column half sound, half padding counts; one that starts in the padding does not."""
     valid_BP = valid_token_mask(torch.tensor([n_frames]), GRID)
     assert valid_BP[0].tolist() == [True] * (cols * GRID.rows) + [False] * ((GRID.cols - cols) * GRID.rows)
+
+
+def test_a_clip_goes_on_as_its_last_frame():
+    """Of each clip the valid frames stay; every later one, even nan, is its last; a second time changes nothing."""
+    n_frames_B = torch.tensor([1, 7, 19, 20])
+    mel_BTF = torch.randn(4, 20, 6)
+    for mel_TF, frames in zip(mel_BTF, n_frames_B, strict=True):
+        mel_TF[frames:] = torch.nan
+    repeated_BTF = repeat_last_frame(mel_BTF, n_frames_B)
+    for repeated_TF, mel_TF, frames in zip(repeated_BTF, mel_BTF, n_frames_B, strict=True):
+        assert torch.equal(repeated_TF[:frames], mel_TF[:frames])
+        assert torch.equal(repeated_TF[frames:], mel_TF[frames - 1].expand(20 - frames, -1))
+    assert torch.equal(repeat_last_frame(repeated_BTF, n_frames_B), repeated_BTF)
+
+
+def test_full_clips_are_not_copied():
+    """Most batches are full: they pay nothing."""
+    mel_BTF = torch.randn(2, 20, 6)
+    assert repeat_last_frame(mel_BTF, torch.tensor([20, 25])) is mel_BTF
 
 
 def test_a_spectrogram_must_be_as_large_as_its_grid():

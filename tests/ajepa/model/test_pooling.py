@@ -5,8 +5,15 @@ import torch
 from tiny import tiny
 from torch.nn import functional as nnf
 
-from ajepa.model.patches import PatchGrid, valid_token_mask
-from ajepa.model.pooling import DEFAULT_POOLING, LAST_LAYER, EncoderLayer, encode_views, pool_tokens
+from ajepa.model.patches import PatchGrid, repeat_last_frame, valid_token_mask
+from ajepa.model.pooling import (
+    DEFAULT_POOLING,
+    LAST_LAYER,
+    VECTORS_PER_CLIP,
+    EncoderLayer,
+    encode_views,
+    pool_tokens,
+)
 from ajepa.model.vit import Encoder, EncoderSpec
 from pipeline.errors import RunError
 
@@ -36,7 +43,7 @@ def test_frequency_pooling_gives_each_row_of_patches_the_mean_over_its_valid_col
     mel_BVTF, n_frames_BV = make_views([64, 20])
     with torch.inference_mode():
         valid_BP = valid_token_mask(n_frames_BV[0], encoder.spec.grid)
-        tokens_VPD = encoder(mel_BVTF[0], valid_BP=valid_BP)
+        tokens_VPD = encoder(repeat_last_frame(mel_BVTF[0], n_frames_BV[0]), valid_BP=valid_BP)
     columns_KRD = torch.cat([tokens_VPD[0].reshape(4, ROWS, 32), tokens_VPD[1].reshape(4, ROWS, 32)[:2]])
     expected_D = torch.cat([columns_KRD[:, row].mean(0) for row in range(ROWS)])
     got_BD = pool_views(encoder, mel_BVTF, n_frames_BV, pooling="frequency")
@@ -56,7 +63,7 @@ def test_moments_add_the_deviation_over_time_of_each_row(encoder):
     mel_BVTF, n_frames_BV = make_views([64, 20])
     with torch.inference_mode():
         valid_BP = valid_token_mask(n_frames_BV[0], encoder.spec.grid)
-        tokens_VPD = encoder(mel_BVTF[0], valid_BP=valid_BP)
+        tokens_VPD = encoder(repeat_last_frame(mel_BVTF[0], n_frames_BV[0]), valid_BP=valid_BP)
     columns_KRD = torch.cat([tokens_VPD[0].reshape(4, ROWS, 32), tokens_VPD[1].reshape(4, ROWS, 32)[:2]])
     mean_D, std_D = pool_views(encoder, mel_BVTF, n_frames_BV, pooling="moments")[0].chunk(2)
     assert torch.equal(mean_D, pool_views(encoder, mel_BVTF, n_frames_BV, pooling="frequency")[0])
@@ -64,13 +71,13 @@ def test_moments_add_the_deviation_over_time_of_each_row(encoder):
 
 
 @pytest.mark.parametrize("pooling", ["mean", "frequency", "moments"])
-@pytest.mark.parametrize("layer", ["last", "mean-2", "block-1"])
+@pytest.mark.parametrize("layer", ["last", "mean-2", "block-1", "concat-2", "concat-all"])
 def test_frames_that_are_not_valid_reach_no_pooling_of_any_layer(encoder, pooling, layer):
-    """Neither the rest of a view nor a view past the clip's end, not even as nan."""
-    mel_BVTF, n_frames_BV = make_views([64, 16, 0])
+    """Neither the rest of a column or of a view nor a view past the clip's end, not even as nan."""
+    mel_BVTF, n_frames_BV = make_views([64, 20, 0])
     options = {"pooling": pooling, "layer": EncoderLayer.from_name(layer)}
     expected_BD = pool_views(encoder, mel_BVTF, n_frames_BV, **options)
-    mel_BVTF[0, 1, 16:] = 9e3
+    mel_BVTF[0, 1, 20:] = 9e3
     mel_BVTF[0, 2] = float("nan")
     assert torch.equal(pool_views(encoder, mel_BVTF, n_frames_BV, **options), expected_BD)
 
@@ -102,13 +109,46 @@ def test_a_layer_is_the_last_norm_or_the_normalised_blocks_that_it_names(encoder
         )
 
 
-@pytest.mark.parametrize("name", ["last", "mean-4", "block-11"])
+@pytest.mark.parametrize("pooling", ["mean", "frequency", "moments"])
+def test_concatenated_blocks_are_pooled_each_alone(encoder, pooling):
+    """Every row of the vector is that of each block, side by side, the lowest block first."""
+    mel_BVTF, n_frames_BV = make_views([64, 20])
+
+    def pool(layer: str) -> torch.Tensor:
+        """Return the vector of the clip with one entry per row (and moment) and layer."""
+        pooled_BD = pool_views(
+            encoder, mel_BVTF, n_frames_BV, pooling=pooling, layer=EncoderLayer.from_name(layer)
+        )
+        vectors = VECTORS_PER_CLIP[pooling](ROWS)
+        return pooled_BD[0].reshape(vectors, -1, 32)
+
+    expected_NLD = torch.cat([pool("block-2"), pool("block-3")], dim=1)
+    torch.testing.assert_close(pool("concat-2"), expected_NLD)
+    assert EncoderLayer.from_name("concat-2").vectors_per_token(3) == 2
+
+
+def test_all_layers_are_the_encoders_input_and_then_its_blocks(encoder):
+    """The lowest is what the first block sees: patches, embedded, with their positions; all are normalised."""
+    mel_BTF = make_views([64])[0][:, 0]
+    layer = EncoderLayer.from_name("concat-all")
+    with torch.inference_mode():
+        input_BPD = encoder.embed(encoder.input_patches(mel_BTF)) + encoder.positions_PD
+        blocks = [EncoderLayer(block_number=number).encode_tokens(encoder, mel_BTF) for number in (1, 2, 3)]
+        expected_BPD = torch.cat([nnf.layer_norm(input_BPD, (32,)), *blocks], dim=-1)
+        torch.testing.assert_close(layer.encode_tokens(encoder, mel_BTF), expected_BPD)
+        assert torch.equal(
+            EncoderLayer.from_name("concat-3").encode_tokens(encoder, mel_BTF), torch.cat(blocks, dim=-1)
+        )
+    assert expected_BPD.shape[-1] == 32 * layer.vectors_per_token(3)
+
+
+@pytest.mark.parametrize("name", ["last", "mean-4", "block-11", "concat-4", "concat-all"])
 def test_a_layer_prints_as_the_name_that_it_was_made_from(name):
     """The protocol of a result and the option that made it use the same word."""
     assert str(EncoderLayer.from_name(name)) == name
 
 
-@pytest.mark.parametrize("name", ["first", "mean-0", "block", "mean-2 ", "block--1"])
+@pytest.mark.parametrize("name", ["first", "mean-0", "block", "mean-2 ", "block--1", "concat-0", "mean-all"])
 def test_a_layer_that_there_is_not_is_refused(name):
     """In one line, with what there is."""
     with pytest.raises(RunError, match="expected last, mean-K"):
@@ -120,6 +160,10 @@ def test_more_blocks_than_there_are_and_an_unknown_pooling_are_refused(encoder):
     mel_BVTF, n_frames_BV = make_views([64])
     with pytest.raises(RunError, match="block-4: the encoder has 3 blocks"):
         pool_views(encoder, mel_BVTF, n_frames_BV, layer=EncoderLayer(block_number=4))
+    with pytest.raises(RunError, match="concat-4: the encoder has 3 blocks"):
+        pool_views(encoder, mel_BVTF, n_frames_BV, layer=EncoderLayer.from_name("concat-4"))
+    with pytest.raises(RunError, match="some of the last blocks, or one block"):
+        EncoderLayer(block_number=1, concatenated=True)
     with pytest.raises(RunError, match="mean or frequency or moments, got 'max'"):
         pool_views(encoder, mel_BVTF, n_frames_BV, pooling="max")
 
