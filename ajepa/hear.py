@@ -3,6 +3,8 @@
 https://hearbenchmark.com/hear-api.html
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +25,8 @@ class HearModel(nn.Module):
         # The lowest allowed rate that keeps all that the encoder hears; the embedder resamples from it.
         high_enough = [rate for rate in RATES_HZ if rate >= embedder.sample_rate_hz]
         self.sample_rate = min(high_enough, default=max(RATES_HZ))
-        self.scene_embedding_size = self.timestamp_embedding_size = embedder.width
+        self.scene_embedding_size = embedder.width
+        self.timestamp_embedding_size = embedder.frame_width
 
     @property
     def shifts(self) -> int:
@@ -34,9 +37,12 @@ class HearModel(nn.Module):
         return min(dense_enough, default=patch)
 
 
-def load_model(model_file_path: str = "") -> HearModel:
-    """The model of a run folder, an exported folder or file, or ORG/NAME on the hub; on the CPU until it is moved."""
-    return HearModel(load(model_file_path, device="cpu"))
+def load_model(model_file_path: str = "", **options: Any) -> HearModel:
+    """The model of a run folder, an exported folder or file, or ORG/NAME on the hub; on the CPU until it is moved.
+
+    `options` are those of `ajepa.load`: at, pooling, layer, overlap; heareval takes them as `--model-options` in JSON.
+    """
+    return HearModel(load(model_file_path, device="cpu", **options))
 
 
 def get_scene_embeddings(audio: Tensor, model: HearModel) -> Tensor:

@@ -1,9 +1,12 @@
 """An encoder for X-ARES: `AJEPA_MODEL=RUN python -m xares.run ajepa/xares_encoder.py TASKS...`.
 
+`AJEPA_CHECKPOINT`, `AJEPA_POOLING` and `AJEPA_LAYER` choose among what `ajepa.load` offers.
+
 https://github.com/jimbozhang/xares asks for the one class of this file whose name ends with "Encoder".
 """
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +18,9 @@ MODEL = (
     "AJEPA_MODEL"  # the environment variable that names the model: X-ARES makes encoders without arguments
 )
 
+# The environment variables of the options of `ajepa.load`; those that are not set have its defaults.
+OPTIONS = {"at": "AJEPA_CHECKPOINT", "pooling": "AJEPA_POOLING", "layer": "AJEPA_LAYER"}
+
 
 class AjepaEncoder(nn.Module):
     """`[B, S]` audio at `sampling_rate` -> `[B, T, D]`, one vector every `hop_size_in_ms`; sounds of any length.
@@ -22,6 +28,7 @@ class AjepaEncoder(nn.Module):
     X-ARES pads the sounds of a batch with zeros and takes the mean over all T, so that the vector of a sound would
     depend on the other sounds of its batch. This encoder takes zeros at the end of a sound for padding: it does not
     encode them, and fills their frames with the mean of the frames before. X-ARES's mean is then the sound's own.
+    Pooled by `moments`, every frame is followed by the deviation over the whole sound, so that the mean over T has it.
     """
 
     def __init__(self, model: str | None = None) -> None:
@@ -29,7 +36,10 @@ class AjepaEncoder(nn.Module):
         location = model or os.environ.get(MODEL)
         if not location:
             raise RunError(f"{MODEL} is not set; expected a run, an export, or ORG/NAME on the hub")
-        self.embedder = load(location, device="cpu")
+        options: dict[str, Any] = {
+            option: os.environ[name] for option, name in OPTIONS.items() if name in os.environ
+        }
+        self.embedder = load(location, device="cpu", **options)
         self.network = self.embedder.encoder
         self.sampling_rate = self.embedder.sample_rate_hz
         self.output_dim = self.embedder.width
@@ -51,7 +61,11 @@ class AjepaEncoder(nn.Module):
         filled = []
         for sound in embeddings.per_sound:
             padding_TD = sound.frames_TD.mean(0).expand(frames - len(sound.frames_TD), -1)
-            filled.append(torch.cat((sound.frames_TD, padding_TD)))
+            frames_TD = torch.cat((sound.frames_TD, padding_TD))
+
+            # What the vector of the clip has more than a frame is the deviation.
+            deviation_D = sound.clip_D[frames_TD.shape[1] :]
+            filled.append(torch.cat((frames_TD, deviation_D.expand(frames, -1)), dim=1))
         return torch.stack(filled).to(audio.device)
 
     @property

@@ -84,7 +84,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--pooling", choices=get_args(PoolingName), default="moments")
-    parser.add_argument("--layer", default="last", help="last, mean-K or block-N")
+    parser.add_argument("--layer", default="last", help="last, mean-K, concat-K, concat-all or block-N")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 

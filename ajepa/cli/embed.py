@@ -1,11 +1,11 @@
 """The commands of ajepa-train that put an encoder to use: embed, nearest, export, push, load."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from ajepa.cli.options import CheckpointOption, DeviceOption, ModelOption
+from ajepa.cli.options import CheckpointOption, DeviceOption, LayerOption, ModelOption, PoolingOption
 from pipeline.cli.options import CacheFolder, CacheSizeGb, check_output_path
 from pipeline.files import DEFAULT_CACHE_GB
 
@@ -21,10 +21,8 @@ def embed(
     out: Annotated[Path, typer.Option(help="Parquet table to write or carry on.", show_default=False)],
     checkpoint: CheckpointOption = "last",
     frames: Annotated[bool, typer.Option("--frames", help="Also one vector a time column.")] = False,
-    pooling: Annotated[
-        Literal["mean", "frequency"], typer.Option(help="frequency: band by band, wider.")
-    ] = "mean",
-    layer: Annotated[str, typer.Option(help="last, mean-K (of the last K blocks) or block-N.")] = "last",
+    pooling: PoolingOption = "mean",
+    layer: LayerOption = "last",
     overlap: Annotated[
         float, typer.Option(min=0, max=0.95, help="Share of a window that the next one repeats.")
     ] = 0.5,
@@ -43,14 +41,13 @@ def embed(
     """
     from ajepa.embed import embedder
     from ajepa.embed.table import make_embedding_job, summarise_table, write_embedding_table
-    from ajepa.model.pooling import EncoderLayer
 
     loaded_embedder = embedder.load(
         model,
         at=checkpoint,
         device=device,
         pooling=pooling,
-        layer=EncoderLayer.from_name(layer),
+        layer=layer,
         overlap=overlap,
     )
     job = make_embedding_job(sounds, loaded_embedder, cache=cache, cache_gb=cache_gb)
@@ -96,15 +93,15 @@ def export(
     torch_export: Annotated[
         Path | None, typer.Option(help="Also a torch.export file, NAME.pt2.", callback=check_output_path)
     ] = None,
-    pooling: Annotated[
-        Literal["mean", "frequency"], typer.Option(help="Of the ONNX and torch.export files.")
-    ] = "mean",
-    audio_hz: Annotated[int, typer.Option(min=1, help="Samples a second of their audio.")] = 32_000,
+    pooling: PoolingOption = "mean",
+    layer: LayerOption = "last",
+    audio_hz: Annotated[int, typer.Option(min=1, help="Samples a second of the audio.")] = 32_000,
 ) -> None:
     """Write an encoder as safetensors, configuration and model card.
 
     ONNX and torch.export files take windows of audio, any batch, at --audio-hz.
-    They resample to the rate of the mel spec and compute the log-mel themselves.
+    They resample to the rate of the mel spec and compute the log-mel themselves;
+    --pooling and --layer are theirs alone.
 
     Example: ajepa-train export runs/a --out a-jepa-as20k --licence cc-by-4.0
     """
@@ -117,7 +114,8 @@ def export(
 
     # One network from audio to embeddings, in the formats that were asked for
     if onnx or torch_export:
-        graph = export_graph.AudioGraph(embedder.load(out, device="cpu", pooling=pooling), audio_hz)
+        exported_embedder = embedder.load(out, device="cpu", pooling=pooling, layer=layer)
+        graph = export_graph.AudioGraph(exported_embedder, audio_hz)
         inputs = f"windows of {graph.samples} samples at {audio_hz} Hz, any batch"
         if onnx:
             export_graph.write_onnx(graph, onnx)

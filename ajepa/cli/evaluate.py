@@ -5,7 +5,14 @@ from typing import Annotated, Literal
 
 import typer
 
-from ajepa.cli.options import CheckpointOption, DeviceOption, RunOption, StoreOption
+from ajepa.cli.options import (
+    CheckpointOption,
+    DeviceOption,
+    LayerOption,
+    PoolingOption,
+    RunOption,
+    StoreOption,
+)
 from pipeline.cli.options import CacheFolder, CacheSizeGb, check_output_path
 from pipeline.files import DEFAULT_CACHE_GB
 
@@ -27,11 +34,8 @@ def evaluate(
     kind: Annotated[
         Literal["auto", "single", "multi"], typer.Option(help="Labels a clip; auto: as they are.")
     ] = "auto",
-    pooling: Annotated[
-        Literal["mean", "frequency", "moments"] | None,
-        typer.Option(help="frequency: by row of patches; moments: std over time too. [default: mean]"),
-    ] = None,
-    layer: Annotated[str, typer.Option(help="last, mean-K (last K blocks) or block-N.")] = "last",
+    pooling: PoolingOption = "mean",
+    layer: LayerOption = "last",
     train_clips: Annotated[int, typer.Option(min=1, help="Most clips to train probes on.")] = 20_000,
     out: Annotated[
         Path | None,
@@ -59,7 +63,7 @@ def evaluate(
     Example: ajepa-train evaluate --store as20k.zarr --run runs/a
     """
     from ajepa.evaluate.evaluate import evaluate_run
-    from ajepa.model.pooling import DEFAULT_POOLING, EncoderLayer
+    from ajepa.model.pooling import EncoderLayer
     from pipeline.store.feature_store import FeatureStore
 
     evaluation = evaluate_run(
@@ -68,7 +72,7 @@ def evaluate(
         checkpoint=checkpoint,
         device=device,
         train_clips=train_clips,
-        pooling=pooling or DEFAULT_POOLING,
+        pooling=pooling,
         layer=EncoderLayer.from_name(layer),
         probes=tuple(probe) if probe else None,
         label_sets=[name.strip() for name in labels.split(",") if name.strip()],

@@ -53,7 +53,18 @@ ModelOption = Annotated[
 ]
 
 CheckpointOption = Annotated[
-    str, typer.Option("--checkpoint", help="Checkpoint of a run: last, best (by probe), or a kept step.")
+    str,
+    typer.Option("--checkpoint", help="Checkpoint of a run: last, best (by probe), init, or a kept step."),
+]
+
+# How tokens become vectors.
+PoolingOption = Annotated[
+    Literal["mean", "frequency", "moments"],
+    typer.Option(help="frequency: each row of patches; moments: and its deviation over time."),
+]
+
+LayerOption = Annotated[
+    str, typer.Option(help="last, mean-K or concat-K (the last K blocks), concat-all, or block-N.")
 ]
 
 # What is trained, and for how long.

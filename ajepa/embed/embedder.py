@@ -19,8 +19,16 @@ from ajepa.embed.windows import (
     open_ahead,
     window_hop_columns,
 )
-from ajepa.model.patches import valid_token_mask
-from ajepa.model.pooling import DEFAULT_POOLING, LAST_LAYER, EncoderLayer, PoolingName, pool_tokens
+from ajepa.model.patches import repeat_last_frame, valid_token_mask
+from ajepa.model.pooling import (
+    DEFAULT_POOLING,
+    LAST_LAYER,
+    VECTORS_PER_CLIP,
+    EncoderLayer,
+    PoolingName,
+    pool_tokens,
+    pooled_deviation,
+)
 from ajepa.training.devices import pick_device
 from pipeline.audio.decode import (
     MAX_USABLE_PEAK,
@@ -52,7 +60,8 @@ EMBEDDING_POLICY = AudioPolicy(keep_silent=True, max_seconds=float("inf"))
 class Embedding:
     """The vectors of one sound, float32 on the CPU.
 
-    clip_D      mean of the vectors of all time columns that begin inside the sound
+    clip_D      mean of the vectors of all time columns that begin inside the sound; pooled by `moments` it is followed
+                by their standard deviation
     frames_TD   one vector for each column whose centre is inside the sound; at least one
     times_ms_T  times of these centres in milliseconds, float64, evenly spaced. A sound that ends before the first
                 centre has one frame, at the middle of the sound
@@ -89,9 +98,9 @@ class Embeddings:
 def load(location: str | Path, *, at: str | int = LAST_CHECKPOINT, **options: Any) -> "Embedder":
     """Load the encoder of a run folder, an exported folder or file, or ORG/NAME[@REVISION] of the Hugging Face hub.
 
-    `at` is the checkpoint of a run: last, best (by probe), or the step of a kept checkpoint. The other keywords are
-    those of `Embedder`: device, pooling, layer, overlap. RunError if the location has no encoder, the files are
-    damaged, or the checkpoint or device does not exist.
+    `at` is the checkpoint of a run: last, best (by probe), init (random, before the first step), or the step of a kept
+    checkpoint. The other keywords are those of `Embedder`: device, pooling, layer, overlap. RunError if the location
+    has no encoder, the files are damaged, or the checkpoint or device does not exist.
     """
     return Embedder(load_pretrained(location, at), **options)
 
@@ -101,12 +110,15 @@ class Embedder:
 
     Sounds are mixed to mono, resampled to `sample_rate_hz` by soxr, transformed to the log-mel that the encoder was
     trained on, and normalised with the mean and deviation of its run. Sounds longer than the encoder's view are encoded
-    in windows that share `overlap` of their length (0: windows do not overlap, as in `evaluate`). Frames past the end
-    of a sound are not attended to and are in no mean, so the other sounds of a batch have no influence.
+    in windows that share `overlap` of their length (0: windows do not overlap, as in `evaluate`). The last frame of a
+    sound is repeated to the end of its column. Columns past it are not attended to and are in no mean, so the other
+    sounds of a batch have no influence.
     Everything is computed in float32; results differ in the last bits between devices and batch sizes.
 
-    pooling  pooling of the tokens of a column: `mean`, or `frequency` (rows concatenated, `grid.rows` times as wide)
-    layer    the layer whose output is used (`pooling.EncoderLayer`, or its name: last, mean-4, block-2)
+    pooling  `mean`: mean of the tokens of a column; `frequency`: rows concatenated, `grid.rows` times as wide;
+             `moments`: frames as by `frequency`, and the vector of a clip is their mean and their standard deviation,
+             `2 grid.rows` times as wide
+    layer    the layer whose output is used (`pooling.EncoderLayer`, or its name: last, mean-4, block-2, concat-all)
     """
 
     def __init__(
@@ -118,11 +130,6 @@ class Embedder:
         layer: EncoderLayer | str = LAST_LAYER,
         overlap: float = WINDOW_OVERLAP,
     ) -> None:
-        if pooling == "moments":
-            raise RunError(
-                "pooling moments describes whole clips and has no frames; embed with mean or frequency"
-            )
-
         # The network, and its input features.
         self.pretrained = pretrained
         self.device = pick_device(device)
@@ -133,6 +140,7 @@ class Embedder:
         # The layer and the pooling that turn tokens into vectors.
         self.pooling = pooling
         self.layer = EncoderLayer.from_name(layer) if isinstance(layer, str) else layer
+        self.layer.refuse_missing_blocks(pretrained.spec.depth)
         self.overlap = overlap
         self._hop_columns = window_hop_columns(self.grid, overlap)
 
@@ -143,9 +151,18 @@ class Embedder:
 
     @property
     def width(self) -> int:
-        """The number of values of an embedding."""
-        vectors = self.grid.rows if self.pooling == "frequency" else 1
-        return self.pretrained.spec.width * vectors
+        """The number of values of the vector of a clip."""
+        return self._token_width * VECTORS_PER_CLIP[self.pooling](self.grid.rows)
+
+    @property
+    def frame_width(self) -> int:
+        """The number of values of the vector of a column; half of `width` with pooling `moments`."""
+        return self._token_width * VECTORS_PER_CLIP[column_pooling(self.pooling)](self.grid.rows)
+
+    @property
+    def _token_width(self) -> int:
+        spec = self.pretrained.spec
+        return spec.width * self.layer.vectors_per_token(spec.depth)
 
     @property
     def column_ms(self) -> float:
@@ -224,7 +241,7 @@ class Embedder:
         builders: deque[EmbeddingBuilder] = deque()
         pending: list[tuple[EmbeddingBuilder, SoundWindow]] = []
         for opener in open_ahead(openers, workers):
-            builder = EmbeddingBuilder(frames)
+            builder = EmbeddingBuilder(self.pooling, keep_frames=frames)
             builders.append(builder)
 
             # Cut the sound into windows, and encode a batch as soon as it is full.
@@ -299,7 +316,7 @@ class Embedder:
     @torch.inference_mode()
     def _encode_windows(self, pending: Sequence[tuple["EmbeddingBuilder", SoundWindow]]) -> None:
         """Encode windows, and add to each sound the columns that its windows own."""
-        # Normalise the views, and pad them with zeros to the encoder's length.
+        # Normalise the views; shorter ones end in zeros, which `encode_columns` replaces.
         mel_NTF = torch.zeros(len(pending), self.grid.frames, self.grid.bands)
         n_frames_N = torch.tensor([len(window.mel_TF) for _, window in pending])
         for view_TF, (_, window) in zip(mel_NTF, pending, strict=True):
@@ -314,13 +331,17 @@ class Embedder:
             builder.add_columns(columns_CD[first:end])
 
     def encode_columns(self, mel_NTF: Tensor, n_frames_N: Tensor) -> Tensor:
-        """Return one vector for each time column of normalised views, `NCD`; those of padding are meaningless."""
+        """Return one vector for each time column of normalised views, `NCD`; those of padding are meaningless.
+
+        Frames past the end of a sound are not read: its last frame is repeated (`repeat_last_frame`).
+        """
+        mel_NTF = repeat_last_frame(mel_NTF, n_frames_N)
         valid_NP = valid_token_mask(n_frames_N, self.grid)
 
         # If all windows are full, attention needs no mask.
         mask_NP = None if valid_NP.all() else valid_NP.to(self.device)
         tokens_NPD = self.layer.encode_tokens(self.encoder, mel_NTF.to(self.device), mask_NP)
-        return pool_columns(tokens_NPD, self.grid.rows, self.pooling)
+        return pool_columns(tokens_NPD, self.grid.rows, column_pooling(self.pooling))
 
     def _embedding_or_error(self, builder: "EmbeddingBuilder") -> Embedding | AudioError:
         if builder.failure is not None:
@@ -355,7 +376,7 @@ class Embedder:
 class EmbeddingBuilder:
     """Collects the columns of one sound for its embedding; `is_open` until the last window of the sound is cut."""
 
-    def __init__(self, keep_frames: bool) -> None:
+    def __init__(self, pooling: PoolingName, *, keep_frames: bool) -> None:
         # The state of the sound, and the numbers of its windows that were cut and encoded.
         self.is_open = True
         self.seconds = 0.0
@@ -363,10 +384,12 @@ class EmbeddingBuilder:
         self.expected_windows = 0
         self.received_windows = 0
 
-        # The columns of these windows: their sum in float64, and every column if frames are kept.
+        # The columns of these windows: their sum and that of their squares in float64; every column if frames are kept.
+        self.pooling = pooling
         self.keep_frames = keep_frames
         self.column_count = 0
         self.sum_D: Tensor | float = 0.0
+        self.square_D: Tensor | float = 0.0
         self.frames: list[Tensor] = []
 
     @property
@@ -380,16 +403,24 @@ class EmbeddingBuilder:
         """Add the columns of the next window."""
         self.received_windows += 1
         self.column_count += len(columns_CD)
-        self.sum_D = self.sum_D + columns_CD.double().sum(0)
+        exact_CD = columns_CD.double()
+        self.sum_D = self.sum_D + exact_CD.sum(0)
+        if self.pooling == "moments":
+            self.square_D = self.square_D + exact_CD.square().sum(0)
         if self.keep_frames:
             self.frames.append(columns_CD)
 
     def build_embedding(self, first_centre_ms: float, column_ms: float) -> Embedding:
         """Return the embedding; the arguments are the centre of the first column and the time between columns."""
-        clip_D = torch.as_tensor(self.sum_D / self.column_count).float()
+        # The vector of the clip: the mean over its columns, and their deviation if the pooling has it.
+        mean_D = torch.as_tensor(self.sum_D / self.column_count)
+        clip_D = mean_D.float()
+        if self.pooling == "moments":
+            variance_D = self.square_D / self.column_count - mean_D.square()
+            clip_D = torch.cat((mean_D, pooled_deviation(variance_D))).float()
 
         # Select the frames whose centre is inside the sound; there are none if frames were not kept.
-        frames_TD = torch.cat([*self.frames, clip_D.new_zeros(0, len(clip_D))])
+        frames_TD = torch.cat([*self.frames, clip_D.new_zeros(0, len(mean_D))])
         times_ms_T = first_centre_ms + column_ms * torch.arange(len(frames_TD), dtype=torch.float64)
         inside_T = times_ms_T <= self.seconds * 1e3
         if self.keep_frames and not inside_T.any():
@@ -439,6 +470,11 @@ def cut_waves(wave_BS: Tensor, samples_B: Sequence[int] | None) -> list[np.ndarr
             f"samples_B {lengths[:8]}: expected a length for each of {waves} waves, of at most {samples} samples"
         )
     return [wave_S[:length].numpy() for wave_S, length in zip(wave_BS, lengths, strict=True)]
+
+
+def column_pooling(pooling: PoolingName) -> PoolingName:
+    """Return the pooling of a single column: a column has no deviation over time."""
+    return "frequency" if pooling == "moments" else pooling
 
 
 def pool_columns(tokens_NPD: Tensor, rows: int, pooling: PoolingName) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ajepa.embed.embedder import Embedder
-from ajepa.model.patches import valid_token_mask
+from ajepa.model.patches import repeat_last_frame, valid_token_mask
+from ajepa.model.pooling import pooled_deviation
 from pipeline.audio.decode import resample_blocks
 from pipeline.audio.mel import hann_window_N, mel_filters_NF
 from pipeline.audio.mel_spec import MelSpec
@@ -77,23 +78,26 @@ class AudioGraph(nn.Module):
 
         A sound shorter than one frame of its spectrogram has no frames, and its `clip_BD` is nan.
         """
-        # Normalised log-mel; padding is 0.
+        # Normalised log-mel; the last frame of a sound is repeated.
         mel_BTF, n_frames_B = self.front_end(audio_BS, samples_B)
-        frame_T = torch.arange(self.grid.frames, device=audio_BS.device)
-        is_sound_BT1 = frame_T[:, None] < n_frames_B[:, None, None]
-        mel_BTF = torch.where(is_sound_BT1, (mel_BTF - self.mean) / self.std, 0.0)
+        mel_BTF = repeat_last_frame((mel_BTF - self.mean) / self.std, n_frames_B)
 
         # Encode the tokens, and pool them column by column.
         valid_BP = valid_token_mask(n_frames_B, self.grid)
         tokens_BPD = self.layer.encode_tokens(self.encoder, mel_BTF, valid_BP)
         columns_BCRD = tokens_BPD.unflatten(1, (self.grid.cols, self.grid.rows))
-        frames_BCD = columns_BCRD.flatten(2) if self.pooling == "frequency" else columns_BCRD.mean(2)
+        frames_BCD = columns_BCRD.mean(2) if self.pooling == "mean" else columns_BCRD.flatten(2)
 
-        # Clip vector: the mean over the columns that begin inside the sound.
-        valid_BC = valid_BP[:, :: self.grid.rows]
-        frames_BCD = torch.where(valid_BC[..., None], frames_BCD, 0.0)
-        count_B = valid_BC.sum(1)
-        return frames_BCD.sum(1) / count_B[:, None], frames_BCD, count_B
+        # Clip vector: the mean over the columns that begin inside the sound, and their deviation if the pooling has it.
+        is_valid_BC1 = valid_BP[:, :: self.grid.rows, None]
+        frames_BCD = torch.where(is_valid_BC1, frames_BCD, 0.0)
+        count_B1 = is_valid_BC1.sum(1)
+        clip_BD = frames_BCD.sum(1) / count_B1
+        if self.pooling == "moments":
+            centred_BCD = torch.where(is_valid_BC1, frames_BCD - clip_BD[:, None], 0.0)
+            deviation_BD = pooled_deviation(centred_BCD.square().sum(1) / count_B1)
+            clip_BD = torch.cat((clip_BD, deviation_BD), dim=1)
+        return clip_BD, frames_BCD, count_B1[:, 0]
 
 
 def write_onnx(graph: AudioGraph, out: Path) -> None:

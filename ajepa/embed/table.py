@@ -47,7 +47,8 @@ from pipeline.object_store import is_remote_url
 from pipeline.store.feature_store import FeatureStore
 from pipeline.tables import DAMAGED_TABLE_ERRORS, TABLE_METADATA_KEY, describe_table_damage
 
-TABLE_FORMAT = 1
+# Increased whenever the same plan would give other values: a table is not carried on with these.
+TABLE_FORMAT = 2
 TABLE_PLAN_FILE = "plan.json"
 
 # A part file is written after PART_CLIPS sounds or PART_FRAMES mel frames (about three hours), whichever comes first.
@@ -187,7 +188,9 @@ def write_embedding_table(
     process is writing it.
     """
     plan = table_plan(model, job, frames, batch)
-    table = EmbeddingTable(path=out, plan=plan, width=model.width, frames=frames)
+    table = EmbeddingTable(
+        path=out, plan=plan, width=model.width, frame_width=model.frame_width, frames=frames
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     total = len(job.rows)
     with lock_output_file(out):
@@ -276,6 +279,7 @@ class EmbeddingTable:
     path: Path
     plan: Json
     width: int
+    frame_width: int
     frames: bool
 
     @property
@@ -284,18 +288,18 @@ class EmbeddingTable:
 
     @property
     def schema(self) -> pa.Schema:
-        vector = pa.list_(pa.float32(), self.width)
         fields = [
             ("clip_id", pa.string()),
             ("path", pa.string()),
             ("seconds", pa.float64()),
-            ("embedding", vector),
+            ("embedding", pa.list_(pa.float32(), self.width)),
             ("reason", pa.string()),
             ("detail", pa.string()),
             ("labels", pa.list_(pa.string())),
         ]
         if self.frames:
-            fields += [("frames", pa.list_(vector)), ("frame_ms", pa.list_(pa.float64()))]
+            frame = pa.list_(pa.float32(), self.frame_width)
+            fields += [("frames", pa.list_(frame)), ("frame_ms", pa.list_(pa.float64()))]
         return pa.schema(fields, metadata={TABLE_METADATA_KEY: json.dumps(self.plan, separators=(",", ":"))})
 
     def start_or_resume(self) -> int:
@@ -402,7 +406,7 @@ class EmbeddingTable:
         # NumPy does not concatenate an empty list.
         values_N = np.concatenate(values or [np.zeros(0, np.float32)])
         times_N = np.concatenate(times or [np.zeros(0)])
-        vectors = pa.FixedSizeListArray.from_arrays(pa.array(values_N, pa.float32()), self.width)
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array(values_N, pa.float32()), self.frame_width)
         return {
             "frames": pa.ListArray.from_arrays(offsets, vectors),
             "frame_ms": pa.ListArray.from_arrays(offsets, pa.array(times_N, pa.float64())),

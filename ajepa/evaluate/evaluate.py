@@ -54,7 +54,9 @@ from pipeline.messages import suggest_known
 from pipeline.store.feature_store import FeatureStore
 
 PROBE_NOTES: Json = {
-    "encoder": "frozen; the whole clip in views of the recipe's length, one after the other",
+    "encoder": (
+        "frozen; the whole clip in views of the recipe's length, one after the other; the last frame fills its patch"
+    ),
     "standardised": "with the mean and deviation of the clips that a probe is trained on",
     "choice": "on the val splits, or else on a fifth of the train clips, which then train too (not attentive)",
     "linear": "logistic regression, one per class, of single labels one over all; L2 chosen from l2_grid",
@@ -89,7 +91,7 @@ def evaluate_run(
     store share. With `probes`, and always for a pre-trained run, probes are trained on the frozen encoder instead, on
     at most `train_clips` clips.
 
-    checkpoint  last, best or a step, as in `Run.load_checkpoint`
+    checkpoint  last, best, init or a step, as in `TrainedRun.open`
     probes      some of linear, knn, attentive; None: all for a pre-trained run, none for a fine-tuned run
     label_sets  label sets to measure; the probes of a label set are also trained on it; empty: all of the store
     kind        labels per clip: single, multi or auto; auto: single if every clip has exactly one label (and the

@@ -85,6 +85,16 @@ def test_hears_scenes_are_a_vector_a_sound_whatever_else_is_in_the_batch(model, 
     torch.testing.assert_close(alone_BD, scenes_BD[1:2], atol=1e-4, rtol=1e-4)
 
 
+def test_hear_takes_pooling_and_layer_as_options(exported):
+    """`--model-options` of heareval; scenes have the deviation over time, timestamps have none."""
+    model = hear.load_model(str(exported), pooling="moments", layer="concat-all")
+    audio_BS = noise(2, 1.3, model.sample_rate)
+    scenes_BD = hear.get_scene_embeddings(audio_BS, model)
+    frames_BTD, _ = hear.get_timestamp_embeddings(audio_BS, model)
+    assert scenes_BD.shape[1] == model.scene_embedding_size == 2 * model.timestamp_embedding_size
+    assert frames_BTD.shape[2] == model.timestamp_embedding_size == 8 * 2 * 32
+
+
 def test_a_click_is_found_at_its_time(model):
     """Timestamps mean something: the vectors that differ from silence's lie around the click."""
     silence = torch.zeros(1, 3 * model.sample_rate)
@@ -156,6 +166,22 @@ def test_xares_makes_its_encoder_without_arguments(exported, monkeypatch):
     monkeypatch.delenv(MODEL)
     with pytest.raises(RunError, match="AJEPA_MODEL is not set"):
         AjepaEncoder()
+
+
+@pytest.mark.parametrize("exported", [A_JEPA], indirect=True, ids=["a-jepa"])
+def test_xares_mean_of_moments_has_the_deviation_of_the_sound(exported, monkeypatch):
+    """Options come from the environment too; padding in the batch changes neither half of the mean."""
+    monkeypatch.setenv(MODEL, str(exported))
+    monkeypatch.setenv("AJEPA_POOLING", "moments")
+    monkeypatch.setenv("AJEPA_LAYER", "concat-all")
+    encoder = AjepaEncoder()
+    wave_S = torch.from_numpy(babble(1.1, encoder.sampling_rate))
+    frames_TD = encoder(torch.nn.functional.pad(wave_S, (0, 50_000))[None])[0]
+    embedding = encoder.embedder.embed_audio(wave_S, encoder.sampling_rate)[0]
+    mean_D, deviation_D = frames_TD.mean(0).chunk(2)
+    assert frames_TD.shape[1] == encoder.output_dim == encoder.embedder.width
+    torch.testing.assert_close(mean_D, embedding.frames_TD.mean(0), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(deviation_D, embedding.clip_D.chunk(2)[1], atol=1e-4, rtol=1e-4)
 
 
 def hisses(count: int, seed: int, rates_hz: Sequence[int]) -> Iterator[tuple[str, bytes, int]]:

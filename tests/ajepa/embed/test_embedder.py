@@ -18,6 +18,7 @@ from ajepa.embed.pretrained import PretrainedEncoder
 from ajepa.embed.table import EmbeddingJob
 from ajepa.embed.windows import SoundStream
 from ajepa.evaluate.features import ClipViews, clip_vectors
+from ajepa.model.patches import PatchGrid
 from ajepa.model.pooling import EncoderLayer
 from ajepa.model.vit import Encoder
 from ajepa.pretrain.pretrain import pretrain
@@ -26,6 +27,8 @@ from pipeline.audio.mel import log_mel
 from pipeline.audio.mel_spec import PASST, preset_mel_spec
 from pipeline.audio.sources import SoundLocator
 from pipeline.errors import AudioError, RunError
+from pipeline.loading.loader import PlainLoader, View
+from pipeline.loading.sampling import RowOrder
 from pipeline.store.feature_store import FeatureStore
 
 RATE_HZ = 32_000
@@ -80,14 +83,34 @@ def test_a_files_embedding_is_that_of_its_row_in_the_store(model, store, corpus)
         assert_close(file.frames_TD, row.frames_TD, 2e-2)
 
 
-def test_without_overlap_the_clip_is_what_evaluate_measures(run_path, store):
+@pytest.mark.parametrize("layer", ["last", "concat-all"])
+@pytest.mark.parametrize("pooling", ["mean", "frequency", "moments"])
+def test_without_overlap_the_clip_is_what_evaluate_measures(run_path, store, pooling, layer):
     """Scores in evaluation.json speak of vectors that a user can have."""
-    model = ajepa.load(run_path, device="cpu", overlap=0)
+    model = ajepa.load(run_path, device="cpu", pooling=pooling, layer=layer, overlap=0)
     rows_N = store.good_rows()[:5]
     views = ClipViews(store=store, frames=64, mean=model.pretrained.mean, std=model.pretrained.std)
-    expected_ND = torch.from_numpy(clip_vectors(views, rows_N, model.encoder))
+    expected_ND = torch.from_numpy(
+        clip_vectors(views, rows_N, model.encoder, pooling=pooling, layer=EncoderLayer.from_name(layer))
+    )
     clips_ND = torch.stack([embedding.clip_D for embedding in embed_rows(model, store, rows_N)])
+    assert expected_ND.shape[1] == model.width
     assert_close(clips_ND, expected_ND)
+
+
+def test_a_clip_that_a_loader_made_has_the_columns_of_its_row(model, store):
+    """Training, evaluation and embedding see the same end of a sound; this encoder sees whole clips."""
+    spec = replace(model.pretrained.spec, grid=PatchGrid.from_size(1024, 128))
+    embedder = Embedder(replace(model.pretrained, spec=spec), device="cpu")
+    view = View(frames=1024, mean=model.pretrained.mean, std=model.pretrained.std)
+    order = RowOrder(rows_N=store.good_rows()[:8], clips=8, seed=0)
+    batch = PlainLoader(store, order, view).make_batch(0)
+    assert (batch.n_frames_B % 16 > 0).any()
+    columns_BCD = embedder.encode_columns(batch.mel_BTF, batch.n_frames_B)
+    embeddings = embed_rows(embedder, store, batch.rows_B)
+    for columns_CD, frames, embedding in zip(columns_BCD, batch.n_frames_B, embeddings, strict=True):
+        columns = -(-int(frames) // 16)
+        assert_close(embedding.clip_D, columns_CD[:columns].mean(0))
 
 
 def chord(seconds: float, rate_hz: int, *, lowest_hz: float) -> np.ndarray:
@@ -134,21 +157,27 @@ def test_neighbours_in_a_batch_do_not_matter(model):
 
 
 def test_padding_enters_no_mean(model):
-    """The mean is over the columns that begin in the sound, attending to sound alone."""
-    wave_S = babble(0.5, RATE_HZ)
+    """The mean is over the columns that begin in the sound, attending to sound alone; its last frame fills the last."""
+    wave_S = babble(0.47, RATE_HZ)
     embedding = model.embed_audio(wave_S, RATE_HZ)[0]
     frames = model.mel.frames_of(len(wave_S))
     columns = -(-frames // 16)
     mel_TF = log_mel(torch.from_numpy(wave_S)[None], model.mel)[0]
 
-    # A view that is loud after its last column; what the last patch sees past the end is the mean, as in training.
+    # A view that is loud after its last column; what the last patch sees past the end is the last frame.
     view_TF = torch.full((64, 128), 50.0)
     view_TF[:frames] = (mel_TF - model.pretrained.mean) / model.pretrained.std
-    view_TF[frames : columns * 16] = 0
+    view_TF[frames : columns * 16] = view_TF[frames - 1].clone()
+    assert frames % 16
     valid_BP = torch.arange(32)[None] < columns * 8
     with torch.inference_mode():
         tokens_PD = model.encoder(view_TF[None], valid_BP=valid_BP)[0]
     assert_close(embedding.clip_D, tokens_PD[: columns * 8].mean(0), 1e-4)
+
+    # The same sound with its last frame repeated to the end of the column.
+    longer_TF = torch.cat((mel_TF, mel_TF[-1:].expand(columns * 16 - frames, -1)))
+    (longer,) = model.iterate_embeddings([lambda: SoundStream([longer_TF], 0.47)])
+    assert_close(embedding.clip_D, longer.clip_D)
 
 
 def test_every_column_of_a_long_sound_is_embedded_once(model):
@@ -210,6 +239,34 @@ def test_frequency_pooling_keeps_the_rows_apart_and_their_mean_is_the_mean(run_p
     rows = by_row.embed_audio(wave_S, RATE_HZ)[0]
     assert rows.clip_D.shape == (by_row.width,) == (8 * by_mean.width,)
     assert_close(rows.clip_D.unflatten(0, (8, -1)).mean(0), mean.clip_D)
+
+
+def test_moments_of_a_long_sound_are_those_of_all_its_columns(run_path):
+    """Windows overlap, and every column counts once; the frames are those of frequency pooling."""
+    by_row, by_moments = (
+        ajepa.load(run_path, device="cpu", pooling=name, layer="concat-all")
+        for name in ("frequency", "moments")
+    )
+    wave_S = babble(8.0, RATE_HZ)
+    rows = by_row.embed_audio(wave_S, RATE_HZ)[0]
+    moments = by_moments.embed_audio(wave_S, RATE_HZ)[0]
+    assert torch.equal(moments.frames_TD, rows.frames_TD)
+    assert rows.frames_TD.shape[1] == by_moments.frame_width == by_row.width == 8 * 2 * 32
+    assert by_moments.width == 2 * by_moments.frame_width
+    mean_D, std_D = moments.clip_D.chunk(2)
+    assert torch.equal(mean_D, rows.clip_D)
+
+    # The centre of the last column is inside this sound, so no column is missing from the frames.
+    assert len(rows.frames_TD) == -(-by_row.mel.frames_of(len(wave_S)) // 16)
+    assert_close(std_D, rows.frames_TD.std(0, correction=0), 1e-4)
+
+    # Without its frames, in shifted copies, in other company: the same vector.
+    opener = by_moments._array_opener(wave_S, RATE_HZ, 0)
+    (without_frames,) = by_moments.iterate_embeddings([opener], frames=False, batch=3)
+    assert_close(without_frames.clip_D, moments.clip_D)
+    shifted = by_moments.embed_audio(wave_S, RATE_HZ, shifts=2)[0]
+    assert_close(shifted.clip_D, moments.clip_D)
+    assert by_moments.embed([]).clips_BD.shape == (0, by_moments.width)
 
 
 def test_an_unusable_sound_says_why(model, tmp_path, store_path):
@@ -297,7 +354,7 @@ def test_a_store_of_another_front_end_is_refused(model, store):
     assert len(EmbeddingJob.from_store(other, model).rows) == len(store.good_rows())
 
 
-def test_a_pooling_over_time_is_refused(run_path):
-    """Moments are of a whole clip: its frames would have none."""
-    with pytest.raises(RunError, match="embed with mean or frequency"):
-        ajepa.load(run_path, pooling="moments")
+def test_a_layer_that_the_encoder_lacks_is_refused_when_it_is_loaded(run_path):
+    """Before a long table is begun."""
+    with pytest.raises(RunError, match="layer concat-2: the encoder has 1 blocks"):
+        ajepa.load(run_path, layer="concat-2")

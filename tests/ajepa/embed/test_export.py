@@ -278,12 +278,12 @@ def test_the_export_command_writes_every_kind_of_file(run_path, tmp_path, monkey
     written = []
 
     def record_graph(graph, out):
-        written.append((graph.pooling, graph.samples, out.name))
+        written.append((graph.pooling, str(graph.layer), graph.samples, out.name))
 
     for name in ("write_onnx", "write_program"):
         monkeypatch.setattr(export_graph, name, record_graph)
     monkeypatch.setattr("signal.signal", lambda *arguments: None)
-    files = ["--onnx", "a.onnx", "--torch-export", "a.pt2", "--pooling", "frequency"]
+    files = ["--onnx", "a.onnx", "--torch-export", "a.pt2", "--pooling", "moments", "--layer", "concat-1"]
     files += ["--audio-hz", "16000", "--checkpoint", "5"]
     monkeypatch.setattr(
         sys, "argv", ["ajepa-train", "export", str(run_path), "--out", str(tmp_path / "model"), *files]
@@ -291,7 +291,7 @@ def test_the_export_command_writes_every_kind_of_file(run_path, tmp_path, monkey
     with pytest.raises(SystemExit) as stop:
         app.main()
     assert not stop.value.code
-    assert written == [("frequency", 10480, "a.onnx"), ("frequency", 10480, "a.pt2")]
+    assert written == [("moments", "concat-1", 10480, name) for name in ("a.onnx", "a.pt2")]
     assert load_pretrained(tmp_path / "model").origin["step"] == 5
     printed = capsys.readouterr().out
     assert "windows of 10480 samples at 16000 Hz, any batch" in printed

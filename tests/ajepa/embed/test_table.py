@@ -282,6 +282,18 @@ def test_the_nearest_sound_is_the_sound_itself_and_then_similar_ones(model, fold
     assert len(nearest_sounds(folder / "2.wav", index, run_path, count=100, device="cpu")) == 9
 
 
+def test_moments_of_several_layers_fill_a_table_and_are_searched(folder, run_path, tmp_path):
+    """The table says how its vectors were made; its frames are narrower than its clips."""
+    index = tmp_path / "emb.parquet"
+    model = ajepa.load(run_path, at="init", device="cpu", pooling="moments", layer="concat-all")
+    rows = write_and_read(model, [folder], index, frames=True)
+    assert rows.schema["embedding"] == pl.Array(pl.Float32, model.width)
+    assert rows.schema["frames"] == pl.List(pl.Array(pl.Float32, model.frame_width))
+    found = nearest_sounds(folder / "2.wav", index, run_path, count=4, device="cpu", at="init")
+    assert found[0].path == str(folder / "2.wav")
+    assert found[0].similarity == pytest.approx(1.0, abs=1e-4)
+
+
 def test_an_index_is_searched_by_the_model_that_made_it(model, folder, store_path, tmp_path):
     """Vectors of two models have nothing to do with each other, and would be compared all the same."""
     index = tmp_path / "emb.parquet"

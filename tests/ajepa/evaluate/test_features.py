@@ -22,15 +22,15 @@ def run(store_path, tmp_path_factory) -> Run:
 
 
 class SomeClips:
-    """The part of a store that `ClipViews` reads: clips of 100 stored frames, of which `valid` are not padding."""
+    """The part of a store that `ClipViews` reads: clips of `frames` stored frames, of which `valid` are not padding."""
 
-    frames = 100
-
-    def __init__(self, valid: list[int], *, past_the_end: float = 0.0) -> None:
+    def __init__(self, valid: list[int], *, past_the_end: float = 0.0, frames: int = 100) -> None:
         rng = np.random.default_rng(3)
-        self.mel_BTF = rng.standard_normal((len(valid), 100, 128)).astype(np.float32)
+        self.frames = frames
+        self.mel_BTF = np.full((len(valid), frames, 128), past_the_end, np.float32)
+        self.mel_BTF[:, :100] = rng.standard_normal((len(valid), 100, 128))
         self.n_frames_N = np.array(valid, np.int32)
-        self.mel_BTF[np.arange(100) >= self.n_frames_N[:, None]] = past_the_end
+        self.mel_BTF[np.arange(frames) >= self.n_frames_N[:, None]] = past_the_end
 
     def read(self, rows_B):
         return self.mel_BTF[rows_B].copy()
@@ -39,9 +39,9 @@ class SomeClips:
         return stored
 
 
-def vectors_of(clips: SomeClips, *, encoder=None) -> np.ndarray:
+def vectors_of(clips: SomeClips, *, encoder=None, pooling="mean") -> np.ndarray:
     views = ClipViews(store=clips, frames=64, mean=0.0, std=1.0)
-    return clip_vectors(views, np.arange(len(clips.n_frames_N)), encoder)
+    return clip_vectors(views, np.arange(len(clips.n_frames_N)), encoder, pooling=pooling)
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +64,30 @@ def test_a_clips_features_are_the_mean_over_the_valid_tokens_of_all_its_views(en
     """100 frames in views of 64: 4 columns of 8 tokens, then 3 columns that begin before frame 100."""
     clips = SomeClips([100])
     mel_TF = torch.from_numpy(clips.mel_BTF[0])
-    last_TF = torch.cat([mel_TF[64:], torch.zeros(28, 128)])
+    last_TF = torch.cat([mel_TF[64:], mel_TF[-1:].expand(28, -1)])  # the last frame is repeated
     with torch.inference_mode():
         valid_BP = torch.arange(32)[None] < 24
         first_PD, last_PD = encoder(mel_TF[None, :64])[0], encoder(last_TF[None], valid_BP=valid_BP)[0][:24]
     expected_D = torch.cat([first_PD, last_PD]).mean(0)
     np.testing.assert_allclose(vectors_of(clips, encoder=encoder)[0], expected_D, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "moments"])
+def test_the_length_at_which_a_store_keeps_its_clips_does_not_matter(encoder, pooling):
+    """A short clip in a store of long ones is the same sound; it ends as if its last frame filled its patch."""
+    valid = [100, 65, 30, 1]
+    shorter, longer = (
+        vectors_of(SomeClips(valid, frames=n), encoder=encoder, pooling=pooling) for n in (100, 333)
+    )
+    np.testing.assert_allclose(shorter, longer, rtol=1e-5, atol=1e-6)
+    filled = SomeClips(valid)
+    for mel_TF, frames in zip(filled.mel_BTF, valid, strict=True):
+        mel_TF[frames:] = mel_TF[frames - 1]
+    filled.n_frames_N = -(-filled.n_frames_N // 16) * 16
+    filled.n_frames_N[0] = 100  # the store ends here
+    np.testing.assert_allclose(
+        vectors_of(filled, encoder=encoder, pooling=pooling), shorter, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_statistics_are_mean_and_deviation_of_every_band_over_valid_frames():
