@@ -105,11 +105,13 @@ def test_a_result_of_another_protocol_is_not_replaced(tmp_path):
         refuse_overwriting(file, other)
 
 
-def test_a_result_of_an_older_format_may_be_replaced(tmp_path):
-    """This version cannot read it."""
+def test_a_result_of_an_older_format_is_not_read_but_may_be_replaced(tmp_path):
+    """The error names the command that makes it again."""
     file = tmp_path / EVALUATION_FILE
     EVALUATION.save_json(file)
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 2}))
+    with pytest.raises(RunError, match="run ajepa-train evaluate again"):
+        Evaluation.read_json(file)
     refuse_overwriting(file, evaluation_protocol(store_id="abc"))
 
 
