@@ -12,11 +12,13 @@ and Audio-JEPA (arXiv 2507.02915). For one clip x, with context tokens K and gro
     after a step  f' <- m f' + (1 - m) f                   `Jepa.update_target`, momentum m
 
 I-JEPA averages the summed squared distance of each target block. Here every scored token has the same weight. Because
-of the division by D, a predictor that outputs zeros has loss 1 at any width.
+of the division by D, a predictor that outputs zeros has loss 1 at any width. With `target_norm` position the targets
+are centred by position instead (`centre_by_position`). A second objective, on whole views, is in sigreg.py.
 """
 
 import copy
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
@@ -24,16 +26,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ajepa.model.patches import slow_cosine_basis, valid_token_mask
+from ajepa.model.patches import valid_token_mask
+from ajepa.model.sigreg import ClipObjective
 from ajepa.model.transformer import compile_blocks
 from ajepa.model.vit import Encoder, EncoderSpec, Predictor, PredictorSpec, gather_tokens
 
 TokenLossName = Literal["l2", "squared_l2", "cosine"]
 
-TargetName = Literal["teacher", "cosines"]
+TargetNormName = Literal["token", "position"]
 
 # Keeps quotients of variances finite when the variance is 0.
 DIVISOR_FLOOR = 1e-12
+
+# Features whose root mean square is smaller are not scaled up to 1.
+SMALLEST_SIZE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,75 +47,59 @@ class JepaSpec:
     """The shape of the model, and its training loss.
 
     loss           distance between a prediction and its target (`token_loss`)
-    targets        what the predictor predicts for a hidden patch.
-                   `teacher`: the target encoder's features of the patch, as in the papers.
-                   `cosines`: coefficients of the patch's own log-mel values on slow cosines: the `target_cosines`
-                   slowest along time times the same number along frequency, without the constant cosine (the level).
-                   They leave out fine detail, which cannot be predicted. They need no forward pass of the teacher and
-                   are useful from the first step, so they suit runs that are too short to train a teacher
     target_layers  teacher layers that give the targets. 1: the last layer, after its norm. K: the mean of the last K
                    blocks, each normalised over the features (data2vec, arXiv 2202.03555)
-    clip_weight    weight of a second objective; 0: none. It is the distance between a prediction for the whole clip
-                   and the normalised mean of the targets of all tokens of the clip. The prediction is linear in the
-                   mean of the context (utterance objective of EAT, arXiv 2401.03497, without a class token)
+    target_norm    how targets are normalised. `token`: each token over its features, as in the papers. `position`:
+                   the mean over the step's clips is taken away at each position, and each feature is divided by its
+                   root mean square, so that a target says how a clip differs from others at that place
+    token_weight   weight of the prediction of tokens beside the clip objective
+    clip           the objective on whole views (sigreg.py); None: there is none
     """
 
     encoder: EncoderSpec
     predictor: PredictorSpec
     loss: TokenLossName = "l2"
-    targets: TargetName = "teacher"
     target_layers: int = 1
-    target_cosines: int = 6
-    clip_weight: float = 0.0
+    target_norm: TargetNormName = "token"
+    token_weight: float = 1.0
+    clip: ClipObjective | None = None
 
     def __post_init__(self) -> None:
-        if self.targets not in get_args(TargetName):
-            raise ValueError(f"targets must be {' or '.join(get_args(TargetName))}, got {self.targets!r}")
         if self.loss not in get_args(TokenLossName):
             raise ValueError(f"loss must be one of {', '.join(get_args(TokenLossName))}, got {self.loss!r}")
-
-        # Cosine targets do not use the teacher, so its layers cannot be chosen.
-        depth = self.encoder.depth if self.targets == "teacher" else 1
-        if not 1 <= self.target_layers <= depth:
+        if self.target_norm not in get_args(TargetNormName):
             raise ValueError(
-                f"target_layers must lie in 1 to {depth}, the depth of the teacher (1 where there is none), "
+                f"target_norm must be {' or '.join(get_args(TargetNormName))}, got {self.target_norm!r}"
+            )
+        if not 1 <= self.target_layers <= self.encoder.depth:
+            raise ValueError(
+                f"target_layers must lie in 1 to {self.encoder.depth}, the depth of the teacher, "
                 f"got {self.target_layers}"
             )
-
-        # A patch has one cosine for each of its frames and one for each of its bands.
-        shorter_side = min(self.encoder.grid.patch_frames, self.encoder.grid.patch_bands)
-        if self.targets == "cosines" and not 2 <= self.target_cosines <= shorter_side:
-            raise ValueError(
-                f"target_cosines must lie in 2 to {shorter_side}, a patch's shorter side, got {self.target_cosines}"
-            )
-        if self.clip_weight < 0:
-            raise ValueError(f"clip_weight must not be negative, got {self.clip_weight}")
-
-    @property
-    def target_width(self) -> int:
-        """The number of values in a target."""
-        return self.encoder.width if self.targets == "teacher" else self.target_cosines**2 - 1
+        if not self.token_weight > 0:
+            raise ValueError(f"token_weight must be above 0, got {self.token_weight}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class JepaOutput:
-    """Loss and health figures of one batch: scalar tensors on the model's device, all but `loss` detached.
+    """Loss and health figures of one batch: scalars on the model's device; all but the first two are detached.
 
-    loss            mean loss over the scored targets of all mask sets, plus the weighted `clip_loss`
-    clip_loss       mean over the clips whose context is not all padding; 0 without `clip_weight`
-    scored          number of scored targets: those that are not padding. With 0 the loss is 0 without a meaning;
-                    the caller must refuse that batch
-    target_std      standard deviation of the target features over the scored tokens, before normalisation, mean over
-                    the dimensions. 0: the features of all tokens are equal
-    prediction_std  the same figure of the predictions, whose targets are normalised
-    cosine          mean cosine similarity between a prediction and its target
-    explained       share of the targets' variance about their mean that the predictions explain, after all
-                    predictions are scaled by one best factor (the cosine loss does not fix their scale).
-                    1: all variance; 0: no more than a constant prediction explains
+    loss             mean loss over the scored targets of all mask sets
+    context_mean_ND  float32, mean context token of each row, over the tokens that are not padding (0 without one);
+                     the input of the clip objective
+    scored           number of scored targets: those that are not padding. With 0 the loss is 0 without a meaning;
+                     the caller must refuse that batch
+    target_std       standard deviation of the target features over the scored tokens, before normalisation, mean
+                     over the dimensions. 0: the features of all tokens are equal
+    prediction_std   the same figure of the predictions, whose targets are normalised
+    cosine           mean cosine similarity between a prediction and its target
+    explained        share of the targets' variance about their mean that the predictions explain, after all
+                     predictions are scaled by one best factor (the cosine loss does not fix their scale).
+                     1: all variance; 0: no more than a constant prediction explains
     """
 
     loss: Tensor
-    clip_loss: Tensor
+    context_mean_ND: Tensor
     scored: Tensor
     target_std: Tensor
     prediction_std: Tensor
@@ -123,16 +113,14 @@ DropPathFactors = tuple[Tensor | None, Tensor | None]
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class BatchTotals:
-    """Counts of a whole batch, for a pass over a part of it; with them the losses of all parts add up to the batch's.
+    """Figures of a whole batch, for a pass over a part of it; with them the losses of all parts add up to the batch's.
 
     scored_targets     number of targets in the whole batch that are not padding
-    rows_with_sound    number of rows (clips times mask sets) of the whole batch whose context is not all padding
     drop_path_factors  drop path's factors for the rows of this part in encoder and predictor; they are drawn for the
                        whole batch and then cut
     """
 
     scored_targets: int
-    rows_with_sound: int
     drop_path_factors: DropPathFactors
 
 
@@ -143,139 +131,148 @@ class Jepa(nn.Module):
     eval mode. The initial weights are a function of `spec` and `seed`.
     """
 
-    cosines_ND: Tensor | None
-
     def __init__(self, spec: JepaSpec, *, seed: int = 0) -> None:
         super().__init__()
         self.spec = spec
         self.encoder = Encoder(spec.encoder, seed=seed)
-        self.predictor = Predictor(
-            spec.predictor,
-            spec.encoder.width,
-            spec.encoder.grid,
-            seed=seed + 1,
-            clip_head=spec.clip_weight > 0,
-            target_width=spec.target_width,
-        )
+        self.predictor = Predictor(spec.predictor, spec.encoder.width, spec.encoder.grid, seed=seed + 1)
 
         # The teacher starts as a copy of the encoder.
         self.target = copy.deepcopy(self.encoder).requires_grad_(False).eval()
 
-        cosines_ND = None
-        if spec.targets == "cosines":
-            cosines_ND = slow_cosine_basis(spec.encoder.grid, spec.target_cosines)
-        self.register_buffer("cosines_ND", cosines_ND, persistent=False)
-
     def forward(
         self,
-        mel_BTF: Tensor,
+        mel_VTF: Tensor,
         context_NK: Tensor,
-        targets_NGQ: Tensor,
-        n_frames_B: Tensor,
+        targets_MGQ: Tensor,
+        n_frames_V: Tensor,
         rng: np.random.Generator | None = None,
         batch_totals: BatchTotals | None = None,
+        targets: "Targets | None" = None,
     ) -> JepaOutput:
-        """Return the loss of one batch: normalised `mel_BTF`, int64 masks, and the number of valid frames of each clip.
+        """Return the loss of one batch: normalised `mel_VTF`, int64 masks, and the number of valid frames of each view.
 
-        N is B or a multiple of B: several mask sets of a clip, one after the other, share one pass of the teacher.
-        Padding tokens (past a clip's valid frames) are neither attended to nor scored. Keep `n_frames_B` on the CPU:
-        attention masks are skipped if every token is valid, and checking that on a GPU would synchronise it.
-        Drop path draws from `rng`, which is needed only in training and only if the spec has drop path.
-        `batch_totals` already contains drop path's factors. With it, `loss` and `clip_loss` are the contributions of
-        these rows to the loss of the whole batch; the other figures describe these rows only.
+        N is V or a multiple of V: several mask sets of a view, one after the other, share one pass of the teacher.
+        With `targets`, of B clips, the V views are those of the clips, one after the other, and tokens are predicted
+        in the first view of each clip: M = B N / V. Without, every view is a clip, the teacher computes the targets
+        from it here, and M = N. Padding tokens (past a view's valid frames) are neither attended to nor scored. Keep
+        `n_frames_V` on the CPU: attention masks are skipped if every token is valid, and checking that on a GPU would
+        synchronise it. Drop path draws from `rng`, which is needed only in training and only if the spec has drop
+        path. `batch_totals` already contains drop path's factors. With it, `loss` is the contribution of these rows
+        to the loss of the whole batch; the other figures describe these rows only.
         """
-        rows, groups, _ = targets_NGQ.shape
+        rows, groups, _ = targets_MGQ.shape
+        views = len(mel_VTF)
+        mask_sets = len(context_NK) // views
 
-        # Valid tokens (not padding) of each clip and of each row; None if all are valid.
-        valid_BP = self.valid_mask_if_padded(n_frames_B, mel_BTF.device)
-        valid_NP = None if valid_BP is None else valid_BP.repeat_interleave(rows // len(mel_BTF), dim=0)
+        # Valid tokens (not padding) of each view and of each row; None if all are valid.
+        valid_VP = self.valid_mask_if_padded(n_frames_V, mel_VTF.device)
+        valid_NP = None if valid_VP is None else valid_VP.repeat_interleave(mask_sets, dim=0)
 
         # Drop path: drawn here, or taken from the totals when this pass is a part of a larger batch.
-        keep = (
-            self.draw_drop_path(rng, rows, groups) if batch_totals is None else batch_totals.drop_path_factors
-        )
-        keep_L2N, keep_L2M = (None if factors is None else factors.to(mel_BTF.device) for factors in keep)
+        if batch_totals is None:
+            keep = self.draw_drop_path(rng, len(context_NK), rows * groups)
+        else:
+            keep = batch_totals.drop_path_factors
+        keep_L2N, keep_L2R = (None if factors is None else factors.to(mel_VTF.device) for factors in keep)
 
-        # Context and prediction: z = f(x, K), p = g(z, K, G).
-        context_NKD = self.encoder(mel_BTF, context_NK, valid_NP, keep_L2N)
-        prediction_NGQD = self.predictor(context_NKD, context_NK, targets_NGQ, valid_NP, keep_L2M)
+        # Context: z = f(x, K).
+        context_NKD = self.encoder(mel_VTF, context_NK, valid_NP, keep_L2N)
+        mean_ND = mean_context_tokens(context_NKD, context_NK, valid_NP)
 
         # Targets: h = f'(x), computed once for each clip; each row selects its own target tokens from h.
-        feature_BPD = self.target_features(mel_BTF, valid_BP)
-        feature_NGQD = gather_tokens(feature_BPD, targets_NGQ.flatten(1)).unflatten(1, targets_NGQ.shape[1:])
+        if targets is None:
+            targets = self.compute_targets(mel_VTF, valid_VP)
+        feature_MGQD, target_MGQD = (
+            gather_tokens(x_BPD, targets_MGQ.flatten(1)).unflatten(1, targets_MGQ.shape[1:])
+            for x_BPD in (targets.feature_BPD, targets.target_BPD)
+        )
+
+        # Prediction, in the first view of each clip: p = g(z, K, G).
+        views_per_clip = views // len(targets.target_BPD)
+        first_MKD, first_MK = (
+            _rows_of_first_view(x, views_per_clip, mask_sets) for x in (context_NKD, context_NK)
+        )
+        valid_MP = None if valid_NP is None else _rows_of_first_view(valid_NP, views_per_clip, mask_sets)
+        prediction_MGQD = self.predictor(first_MKD, first_MK, targets_MGQ, valid_MP, keep_L2R)
 
         # Loss: the mean distance over the targets that are not padding.
-        scored_NGQ = torch.ones(targets_NGQ.shape, device=mel_BTF.device)
-        if valid_NP is not None:
-            scored_NGQ = valid_NP.gather(1, targets_NGQ.flatten(1)).view_as(targets_NGQ).float()
-        output = _score_predictions(
-            prediction_NGQD.float(), feature_NGQD.float(), scored_NGQ, self.spec.loss, batch_totals
+        scored_MGQ = torch.ones(targets_MGQ.shape, device=mel_VTF.device)
+        if valid_MP is not None:
+            scored_MGQ = valid_MP.gather(1, targets_MGQ.flatten(1)).view_as(targets_MGQ).float()
+        return _score_predictions(
+            prediction_MGQD.float(),
+            target_MGQD.float(),
+            feature_MGQD.float(),
+            scored_MGQ,
+            mean_ND,
+            self.spec.loss,
+            batch_totals,
         )
-        if self.predictor.clip_head is None:
-            return output
-
-        # The second objective: the whole clip.
-        clip_loss = self._clip_loss(
-            self.predictor.clip_head, context_NKD, context_NK, feature_BPD, valid_BP, batch_totals
-        )
-        loss = output.loss + self.spec.clip_weight * clip_loss
-        return replace(output, loss=loss, clip_loss=clip_loss.detach())
 
     @torch.no_grad()
     def target_features(self, mel_BTF: Tensor, valid_BP: Tensor | None = None) -> Tensor:
-        """Return the features of every token that the predictor must predict, `BPD`, not yet normalised."""
-        if self.cosines_ND is not None:
-            return self.target.input_patches(mel_BTF) @ self.cosines_ND
+        """Return the teacher's features of every token, `BPD`, not yet normalised."""
         if self.spec.target_layers == 1:
             return self.target(mel_BTF, valid_BP=valid_BP)
         layers = self.target.top_block_outputs(mel_BTF, self.spec.target_layers, valid_BP=valid_BP)
         return torch.stack([normalise_features(layer_BPD.float()) for layer_BPD in layers]).mean(dim=0)
 
-    def _clip_loss(
+    def compute_targets(self, mel_BTF: Tensor, valid_BP: Tensor | None = None) -> "Targets":
+        """Return the targets of a whole batch of clips."""
+        return self.normalise_targets(self.target_features(mel_BTF, valid_BP), valid_BP)
+
+    @torch.no_grad()
+    def normalise_targets(
         self,
-        clip_head: nn.Linear,
-        context_NKD: Tensor,
-        context_NK: Tensor,
         feature_BPD: Tensor,
         valid_BP: Tensor | None,
-        batch_totals: BatchTotals | None,
+        sum_over_ranks: Callable[[Tensor], Tensor] = lambda sums: sums,
+    ) -> "Targets":
+        """Return features and targets; `sum_over_ranks` adds the sums that other ranks have of their clips."""
+        feature_BPD = feature_BPD.float()
+        if self.spec.target_norm == "token":
+            target_BPD = normalise_features(feature_BPD)
+        else:
+            target_BPD = centre_by_position(feature_BPD, valid_BP, sum_over_ranks)
+        return Targets(feature_BPD=feature_BPD, target_BPD=target_BPD)
+
+    @torch.no_grad()
+    def context_means(
+        self, mel_VTF: Tensor, context_NK: Tensor, n_frames_V: Tensor, keep_L2N: Tensor | None
     ) -> Tensor:
-        """Return the mean distance between the prediction for each clip and the normalised mean of its targets."""
-        if valid_BP is None:
-            valid_BP = torch.ones(feature_BPD.shape[:2], dtype=torch.bool, device=feature_BPD.device)
-
-        # The prediction: linear in the mean of the context tokens that are not padding.
-        audible_NK = gather_tokens(valid_BP, context_NK)
-        guess_ND = clip_head(mean_valid_tokens(context_NKD.float(), audible_NK))
-
-        # The target: the normalised mean of the clip's features; all mask sets of a clip have the same target.
-        clip_BD = normalise_features(mean_valid_tokens(feature_BPD.float(), valid_BP))
-        clip_ND = clip_BD.repeat_interleave(len(context_NK) // len(valid_BP), 0)
-
-        # The mean over the rows whose context is not all padding.
-        has_sound_N = audible_NK.any(dim=1)
-        loss_N = token_loss(guess_ND.float(), clip_ND, self.spec.loss) * has_sound_N
-        if batch_totals is None:
-            return loss_N.sum() / has_sound_N.sum().clamp(min=1)
-        return loss_N.sum() / max(1, batch_totals.rows_with_sound)
+        """Return `JepaOutput.context_mean_ND` of these views, without a gradient."""
+        valid_VP = self.valid_mask_if_padded(n_frames_V, mel_VTF.device)
+        valid_NP = None
+        if valid_VP is not None:
+            valid_NP = valid_VP.repeat_interleave(len(context_NK) // len(mel_VTF), dim=0)
+        keep_L2N = None if keep_L2N is None else keep_L2N.to(mel_VTF.device)
+        context_NKD = self.encoder(mel_VTF, context_NK, valid_NP, keep_L2N)
+        return mean_context_tokens(context_NKD, context_NK, valid_NP)
 
     def valid_mask_if_padded(self, n_frames_B: Tensor, device: torch.device) -> Tensor | None:
         """Return which tokens are valid (not padding), as bool `BP` on `device`, or None if all are valid."""
         valid_BP = valid_token_mask(n_frames_B, self.spec.encoder.grid)
         return None if valid_BP.all() else valid_BP.to(device)
 
-    def count_scored(self, context_NK: Tensor, targets_NGQ: Tensor, n_frames_B: Tensor) -> tuple[int, int]:
-        """Return `scored_targets` and `rows_with_sound` of `BatchTotals`; all tensors are on the CPU."""
-        valid_BP = valid_token_mask(n_frames_B, self.spec.encoder.grid)
-        if valid_BP.all():
-            return targets_NGQ.numel(), len(context_NK)
-        valid_NP = valid_BP.repeat_interleave(len(context_NK) // len(valid_BP), dim=0)
-        scored = valid_NP.gather(1, targets_NGQ.flatten(1)).sum()
-        has_sound_N = valid_NP.gather(1, context_NK).any(1)
-        return int(scored), int(has_sound_N.sum())
+    def find_scored(self, context_NK: Tensor, targets_MGQ: Tensor, n_frames_V: Tensor) -> tuple[int, Tensor]:
+        """Return the number of scored targets, and which rows have a context with sound, bool `N`; all on the CPU."""
+        views = len(n_frames_V)
+        valid_VP = valid_token_mask(n_frames_V, self.spec.encoder.grid)
+        if valid_VP.all():
+            return targets_MGQ.numel(), torch.ones(len(context_NK), dtype=torch.bool)
 
-    def draw_drop_path(self, rng: np.random.Generator | None, rows: int, groups: int) -> DropPathFactors:
-        """Draw drop path's factors for `rows` rows: first the encoder's, then the predictor's for each group.
+        # Rows of all views, and of the first view of each clip.
+        mask_sets = len(context_NK) // views
+        valid_NP = valid_VP.repeat_interleave(mask_sets, dim=0)
+        valid_MP = _rows_of_first_view(valid_NP, len(context_NK) // len(targets_MGQ), mask_sets)
+        scored = valid_MP.gather(1, targets_MGQ.flatten(1)).sum()
+        return int(scored), valid_NP.gather(1, context_NK).any(1)
+
+    def draw_drop_path(
+        self, rng: np.random.Generator | None, encoder_rows: int, predictor_rows: int
+    ) -> DropPathFactors:
+        """Draw drop path's factors: first the encoder's, then the predictor's, which has a row for each target group.
 
         Nothing is drawn if neither has drop path. ValueError if a training pass needs `rng` and it is None.
         """
@@ -285,7 +282,7 @@ class Jepa(nn.Module):
             return None, None
         if rng is None:
             raise ValueError("drop path draws from the generator of the step: give `rng`")
-        return encoder.draw_drop_path(rng, rows), predictor.draw_drop_path(rng, rows * groups)
+        return encoder.draw_drop_path(rng, encoder_rows), predictor.draw_drop_path(rng, predictor_rows)
 
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:
@@ -323,6 +320,58 @@ class Jepa(nn.Module):
         return self
 
 
+# Targets.
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Targets:
+    """The teacher's features of every token of some clips, and the targets that they become; both float32 `BPD`."""
+
+    feature_BPD: Tensor
+    target_BPD: Tensor
+
+    def select_clips(self, clips: slice) -> "Targets":
+        """Those of these clips alone."""
+        return Targets(feature_BPD=self.feature_BPD[clips], target_BPD=self.target_BPD[clips])
+
+
+def centre_by_position(
+    feature_BPD: Tensor, valid_BP: Tensor | None, sum_over_ranks: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Return the features less their mean at each position, divided by the root mean square of each dimension.
+
+    Means are over the clips of the step whose token at that position is valid; targets of padding are meaningless.
+    """
+    if valid_BP is None:
+        valid_BP = feature_BPD.new_ones(feature_BPD.shape[:2], dtype=torch.bool)
+    valid_BP1 = valid_BP[..., None].float()
+
+    # The mean of each position.
+    sum_PE = torch.cat(((feature_BPD * valid_BP1).sum(0), valid_BP1.sum(0)), dim=1)
+    sum_PE = sum_over_ranks(sum_PE)
+    count_P1 = sum_PE[:, -1:]
+    centred_BPD = feature_BPD - sum_PE[:, :-1] / count_P1.clamp(min=1)
+
+    # The root mean square of each dimension, over all tokens.
+    power_D = sum_over_ranks((centred_BPD * valid_BP1).square().sum((0, 1)))
+    size_D = (power_D / count_P1.sum().clamp(min=1)).sqrt()
+    return centred_BPD / size_D.clamp(min=SMALLEST_SIZE)
+
+
+def mean_context_tokens(context_NKD: Tensor, context_NK: Tensor, valid_NP: Tensor | None) -> Tensor:
+    """Return the mean of the context tokens of each row that are not padding, float32 `ND`; 0 if there are none."""
+    if valid_NP is None:
+        return context_NKD.float().mean(dim=1)
+    return mean_valid_tokens(context_NKD.float(), valid_NP.gather(1, context_NK))
+
+
+def _rows_of_first_view(x_N: Tensor, views: int, mask_sets: int) -> Tensor:
+    """Return the rows of the first view of each clip; rows are ordered by clip, view and mask set."""
+    if views == 1:
+        return x_N
+    return x_N.unflatten(0, (-1, views, mask_sets))[:, 0].flatten(0, 1)
+
+
 # The loss.
 
 
@@ -357,34 +406,34 @@ def mean_valid_tokens(x_NPD: Tensor, valid_NP: Tensor) -> Tensor:
 
 
 def _score_predictions(
-    prediction_NGQD: Tensor,
-    feature_NGQD: Tensor,
-    scored_NGQ: Tensor,
+    prediction_MGQD: Tensor,
+    target_MGQD: Tensor,
+    feature_MGQD: Tensor,
+    scored_MGQ: Tensor,
+    context_mean_ND: Tensor,
     loss: TokenLossName,
     batch_totals: BatchTotals | None,
 ) -> JepaOutput:
-    """Return the loss and the health figures over the scored targets (1 in `scored_NGQ`; 0: not scored)."""
-    # The normalised targets, and the number of scored ones.
-    target_NGQD = normalise_features(feature_NGQD)
-    scored = scored_NGQ.sum()
+    """Return the loss and the health figures over the scored targets (1 in `scored_MGQ`; 0: not scored)."""
+    scored = scored_MGQ.sum()
 
     # The weight of each target in the mean over these rows, and its weight in the loss of the whole batch.
-    share_NGQ = scored_NGQ / scored.clamp(min=1)
-    loss_share_NGQ = share_NGQ
+    share_MGQ = scored_MGQ / scored.clamp(min=1)
+    loss_share_MGQ = share_MGQ
     if batch_totals is not None:
-        loss_share_NGQ = scored_NGQ / batch_totals.scored_targets
-    loss_value = (token_loss(prediction_NGQD, target_NGQD, loss) * loss_share_NGQ).sum()
+        loss_share_MGQ = scored_MGQ / batch_totals.scored_targets
+    loss_value = (token_loss(prediction_MGQD, target_MGQD, loss) * loss_share_MGQ).sum()
 
     # Health figures, without gradients.
     with torch.no_grad():
         return JepaOutput(
             loss=loss_value,
-            clip_loss=torch.zeros_like(loss_value),
+            context_mean_ND=context_mean_ND,
             scored=scored,
-            target_std=_weighted_variance_D(feature_NGQD, share_NGQ).sqrt().mean(),
-            prediction_std=_weighted_variance_D(prediction_NGQD, share_NGQ).sqrt().mean(),
-            cosine=(share_NGQ * F.cosine_similarity(prediction_NGQD, target_NGQD, dim=-1)).sum(),
-            explained=_explained_variance(prediction_NGQD, target_NGQD, share_NGQ),
+            target_std=_weighted_variance_D(feature_MGQD, share_MGQ).sqrt().mean(),
+            prediction_std=_weighted_variance_D(prediction_MGQD, share_MGQ).sqrt().mean(),
+            cosine=(share_MGQ * F.cosine_similarity(prediction_MGQD, target_MGQD, dim=-1)).sum(),
+            explained=_explained_variance(prediction_MGQD, target_MGQD, share_MGQ),
         )
 
 

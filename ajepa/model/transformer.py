@@ -22,6 +22,8 @@ INIT_STD = 0.02
 
 PositionName = Literal["sincos", "rope"]
 
+InitName = Literal["truncated", "xavier"]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TransformerSpec:
@@ -274,8 +276,13 @@ def compile_blocks(blocks: Iterable[nn.Module], *, dynamic: bool) -> None:
         block.compile(dynamic=dynamic)
 
 
-def initialise_weights(module: nn.Module, seed: int) -> None:
-    """Initialise a module as ViT: matrices and mask tokens truncated normal (std 0.02), biases 0, norms' scales 1.
+def initialise_weights(module: nn.Module, seed: int, init: InitName = "truncated") -> None:
+    """Initialise a module: biases 0, norms' scales 1, mask tokens normal (std 0.02), and matrices as `init` says.
+
+    truncated  truncated normal, std 0.02, as ViT
+    xavier     normal, variance 2 / (inputs + outputs), as I-JEPA's code and MAE do for matrices (Glorot and Bengio,
+               AISTATS 2010); queries, keys and values are three matrices. At widths of some hundred these weights
+               are several times larger, and short runs learn faster
 
     Layer scales keep the initial value from the spec.
     """
@@ -285,5 +292,10 @@ def initialise_weights(module: nn.Module, seed: int) -> None:
             nn.init.ones_(parameter)
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
+        elif init == "xavier" and parameter.ndim == 2:
+            outputs, inputs = parameter.shape
+            if name.endswith("qkv.weight"):
+                outputs //= 3
+            nn.init.normal_(parameter, std=(2 / (inputs + outputs)) ** 0.5, generator=generator)
         elif not name.endswith("scale_D"):
             nn.init.trunc_normal_(parameter, std=INIT_STD, generator=generator)

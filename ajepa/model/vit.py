@@ -5,7 +5,7 @@ that takes any subset of the patches, and a narrow predictor whose predictions a
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ajepa.model.patches import PatchGrid, patchify
 from ajepa.model.transformer import (
     NORM_EPSILON,
+    InitName,
     PositionName,
     TransformerSpec,
     initialise_weights,
@@ -26,6 +27,7 @@ class EncoderSpec:
 
     band_norm  whether each mel band is standardised separately (`Encoder.set_band_statistics`), so that high bands,
                which are faint, have the same weight as low bands
+    init       distribution of the initial weights (`initialise_weights`)
     """
 
     grid: PatchGrid
@@ -36,9 +38,11 @@ class EncoderSpec:
     layer_scale: float = 0.0
     drop_path: float = 0.0
     band_norm: bool = False
+    init: InitName = "truncated"
 
     def __post_init__(self) -> None:
         transformer_spec_of(self)
+        refuse_unknown_init(self.init)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,9 +55,17 @@ class PredictorSpec:
     positions: PositionName = "sincos"
     layer_scale: float = 0.0
     drop_path: float = 0.0
+    init: InitName = "truncated"
 
     def __post_init__(self) -> None:
         transformer_spec_of(self)
+        refuse_unknown_init(self.init)
+
+
+def refuse_unknown_init(init: str) -> None:
+    """Raise ValueError for a distribution of initial weights that does not exist."""
+    if init not in get_args(InitName):
+        raise ValueError(f"init must be {' or '.join(get_args(InitName))}, got {init!r}")
 
 
 def transformer_spec_of(spec: EncoderSpec | PredictorSpec) -> TransformerSpec:
@@ -107,7 +119,7 @@ class Encoder(nn.Module):
 
         self.blocks = self.transformer_spec.build_blocks()
         self.norm = nn.LayerNorm(spec.width, eps=NORM_EPSILON)
-        initialise_weights(self, seed)
+        initialise_weights(self, seed, spec.init)
 
     def set_band_statistics(self, mean_F: Tensor, std_F: Tensor) -> None:
         """Set the statistics that standardise each band, if the spec has `band_norm`; checkpoints contain them."""
@@ -171,23 +183,13 @@ class Encoder(nn.Module):
 class Predictor(nn.Module):
     """A narrow transformer: context vectors in, predictions for hidden tokens out, for each group separately.
 
-    With `clip_head` it also contains a layer that predicts the mean target of the whole clip. A prediction has
-    `target_width` values, by default the encoder's width. `recompute` as in Encoder.
+    A prediction has as many values as the encoder is wide. `recompute` as in Encoder.
     """
 
     positions_PD: Tensor
     turns_2PE: Tensor | None
 
-    def __init__(
-        self,
-        spec: PredictorSpec,
-        encoder_width: int,
-        grid: PatchGrid,
-        *,
-        seed: int = 0,
-        clip_head: bool = False,
-        target_width: int | None = None,
-    ) -> None:
+    def __init__(self, spec: PredictorSpec, encoder_width: int, grid: PatchGrid, *, seed: int = 0) -> None:
         super().__init__()
         self.spec = spec
         self.transformer_spec = transformer_spec_of(spec)
@@ -200,12 +202,8 @@ class Predictor(nn.Module):
         self.register_buffer("turns_2PE", self.transformer_spec.rotary_angles(grid), persistent=False)
         self.blocks = self.transformer_spec.build_blocks()
         self.norm = nn.LayerNorm(spec.width, eps=NORM_EPSILON)
-
-        # Output layers: for the tokens, and for the whole clip.
-        target_width = target_width or encoder_width
-        self.out = nn.Linear(spec.width, target_width)
-        self.clip_head = nn.Linear(encoder_width, target_width) if clip_head else None
-        initialise_weights(self, seed)
+        self.out = nn.Linear(spec.width, encoder_width)
+        initialise_weights(self, seed, spec.init)
 
     def forward(
         self,

@@ -6,7 +6,7 @@ bit, as one without a monitor.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Literal
 
@@ -174,8 +174,8 @@ MIN_HEALTHY_CONTENT = 0.02
 COLLAPSE_PATIENCE = 3  # looks in a row: healthy runs may pass through a dip
 
 COLLAPSE_ADVICE = (
-    "try a lower schedule.peak_lr, a slower teacher (schedule.ema_start nearer 1), model.loss=l2 or "
-    "model.targets=cosines"
+    "try a lower schedule.peak_lr, a slower teacher (schedule.ema_start nearer 1), model.loss=l2, or a recipe with a "
+    "clip objective, which cannot collapse (small, base)"
 )
 
 
@@ -368,7 +368,10 @@ def open_pretrain_monitor(
     on_collapse: OnCollapse,
     say: Callable[[str], None],
 ) -> PretrainMonitor:
-    """The monitor of a run from its newest checkpoint on; RunError where that has collapsed."""
+    """The monitor of a run from its newest checkpoint on; RunError where that has collapsed.
+
+    It looks at single, unchanged views, whatever `view` trains on.
+    """
     if on_collapse not in ("stop", "warn"):
         raise RunError(f"on_collapse must be stop or warn, got {on_collapse!r}")
     recipe = trainer.recipe
@@ -377,6 +380,7 @@ def open_pretrain_monitor(
     health_batch = None
     if recipe.health_every:
         rows_N = draw_health_rows(store, recipe.seed)
+        view = replace(view, frames=recipe.view_frames, crops=1)
         order = RowOrder(rows_N=rows_N, clips=len(rows_N), seed=recipe.seed)
         loader = PlainLoader(store, order, view, trainer.device, on_broken=on_broken, say=say)
         health_batch = HealthBatch.from_batch(loader.make_batch(0), recipe)

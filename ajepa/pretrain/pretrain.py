@@ -1,9 +1,11 @@
 """Pre-training: a recipe trained on stores, from the checks before the first step to the last one."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from ajepa.model.views import InputScale
 from ajepa.pretrain.monitor import OnCollapse, open_pretrain_monitor
 from ajepa.pretrain.trainer import PretrainTrainer
 from ajepa.pretrain.training_set import TrainingSet
@@ -103,6 +105,7 @@ def pretrain(
                     precision=numbers,
                     recompute=recompute,
                     compiled=compiled,
+                    input_scale=input_scale(identity),
                 )
                 if first_step:
                     trainer.restore_checkpoint(run.load_checkpoint(at=first_step))
@@ -148,12 +151,18 @@ def pretrain(
 def pretrain_view(identity: RunIdentity, recipe: Pretrain) -> View:
     """How the recipe looks at clips, normalised by the mean and deviation in the run's identity."""
     return View(
-        frames=recipe.view_frames,
+        frames=recipe.source_frames,
         crop=recipe.crop,
+        crops=recipe.crops,
         mean=identity.mean,
         std=identity.std,
         seed=recipe.seed,
     )
+
+
+def input_scale(identity: RunIdentity) -> InputScale:
+    """What the values of a batch mean: the run's normalisation, and the lowest log-mel of its mel spec."""
+    return InputScale(mean=identity.mean, std=identity.std, floor=math.log(identity.mel.floor))
 
 
 def describe_start(

@@ -14,10 +14,13 @@ from ajepa.model.masking import (
     RandomBlocks,
     RandomPatches,
     TimeFrequencyAware,
+    TimeRuns,
     TimeSpans,
     mask_plan,
 )
 from ajepa.model.patches import PatchGrid
+from ajepa.model.sigreg import ClipObjective
+from ajepa.model.views import Views
 from ajepa.model.vit import EncoderSpec, PredictorSpec
 from ajepa.recipes.finetune import (
     Finetune,
@@ -103,8 +106,8 @@ def choose_finetune_recipe(model: str | None, name: str | None, task_recipe: str
 RECIPE_PIECES: dict[str, type] = {
     piece.__name__: piece
     for piece in (
-        *(Pretrain, AdamW, Schedule, JepaSpec, EncoderSpec, PredictorSpec, PatchGrid),
-        *(Curriculum, Fixed, RandomPatches, RandomBlocks, TimeFrequencyAware, TimeSpans, BlockSize),
+        *(Pretrain, AdamW, Schedule, JepaSpec, EncoderSpec, PredictorSpec, PatchGrid, ClipObjective, Views),
+        *(Curriculum, Fixed, RandomPatches, RandomBlocks, TimeFrequencyAware, TimeSpans, TimeRuns, BlockSize),
         *(Finetune, Augment, RegularisedMasking, *(kind.spec_type for kind in CLASSIFIER_KINDS.values())),
     )
 }
@@ -140,6 +143,8 @@ def recipe_from_json(json_value: Any) -> Any:
 DEPENDENT_FIELDS = {"masks.steps": "steps"}
 
 TYPE_DESCRIPTIONS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+
+NOTHING_WORDS = ("none", "null")  # the latter as in JSON
 
 BOOL_WORDS = {"true": True, "false": False}
 
@@ -189,13 +194,21 @@ def _set_field(recipe_json: dict[str, Any], key: str, value: str) -> None:
         piece = piece[step]
     _check_field(piece, name, key, owner=".".join(path))
 
+    # A piece that a recipe can do without is left out by `none`.
+    field_type = get_type_hints(RECIPE_PIECES[piece["type"]])[name]
+    if value in NOTHING_WORDS and type(None) in get_args(field_type):
+        piece[name] = None
+        return
+
     # The field must contain a single value, not a piece.
     if isinstance(piece[name], dict):
         nested_keys = ", ".join(f"{key}.{field}" for field in piece[name] if field != "type")
         raise RunError(
             f"--set {key}: has fields of its own ({piece[name]['type']}); set one of them: {nested_keys}"
         )
-    piece[name] = _parse_field_value(key, value, get_type_hints(RECIPE_PIECES[piece["type"]])[name])
+    if piece[name] is None:
+        raise RunError(f"--set {key}: this recipe has none; choose a recipe that has, and set its fields")
+    piece[name] = _parse_field_value(key, value, field_type)
 
 
 def _check_field(piece: Any, name: str, key: str, *, owner: str) -> None:

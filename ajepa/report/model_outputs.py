@@ -12,7 +12,7 @@ from ajepa.evaluate.classifier_scores import held_out_scores, held_out_task_data
 from ajepa.evaluate.features import TRAINED, ClipViews, clip_vectors, compared_encoders
 from ajepa.evaluate.probe_splits import good_eval_rows
 from ajepa.evaluate.probes import standardise_features
-from ajepa.model.jepa import Jepa, normalise_features
+from ajepa.model.jepa import Jepa
 from ajepa.recipes.finetune import Finetune
 from ajepa.recipes.pretrain import Pretrain
 from ajepa.training.run import Run
@@ -105,7 +105,7 @@ def prediction_distance_BP(
     grid = model.spec.encoder.grid
     device = mel_BTF.device
     valid_BP = model.valid_mask_if_padded(n_frames_B, device)
-    target_BPD = normalise_features(model.target_features(mel_BTF, valid_BP).float())
+    target_BPD = model.compute_targets(mel_BTF, valid_BP).target_BPD
 
     # The predictions, one share of the tokens in each round.
     order_P = np.random.default_rng([seed, grid.tokens]).permutation(grid.tokens)

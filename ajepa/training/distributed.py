@@ -56,6 +56,7 @@ class World:
     def clips_per_rank(self, clips: int) -> int:
         """How many clips of a step each rank takes; RunError where they cannot be dealt evenly."""
         if clips % self.size:
+            # Advise the nearest batches that divide evenly; fewer clips than ranks have none below.
             lower = clips // self.size * self.size
             batches = f"{lower} or {lower + self.size}" if lower else f"{self.size}"
             raise RunError(
@@ -72,6 +73,22 @@ class World:
         with naming_lost_ranks():
             dist.all_reduce(total_N)
         return total_N.tolist()
+
+    def sum_tensor_over_ranks(self, x: torch.Tensor) -> torch.Tensor:
+        """The tensor summed over all ranks, on its device; RunError where a rank has ended."""
+        if self.size > 1:
+            with naming_lost_ranks():
+                dist.all_reduce(x)
+        return x
+
+    def gather_from_ranks(self, x_ND: torch.Tensor) -> torch.Tensor:
+        """The rows of all ranks, in the order of the ranks, which all have as many; RunError where a rank has ended."""
+        if self.size == 1:
+            return x_ND
+        all_ND = x_ND.new_empty((self.size * len(x_ND), *x_ND.shape[1:]))
+        with naming_lost_ranks():
+            dist.all_gather_into_tensor(all_ND, x_ND.contiguous())
+        return all_ND
 
     def copy_from_main_rank(self, model: nn.Module) -> None:
         """Give the model of every rank the main rank's weights and buffers; RunError where a rank has ended."""
@@ -96,7 +113,9 @@ class World:
 
         # Buffers are constants here. torch 2.14 renamed the option that says so, and warns of the old name.
         parameters = inspect.signature(DistributedDataParallel).parameters
-        sync_option = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
+        sync_option = "broadcast_buffers"
+        if "forward_sync_buffers" in parameters:
+            sync_option = "forward_sync_buffers"
         options: dict[str, Any] = {sync_option: False, "gradient_as_bucket_view": True}
         return DistributedDataParallel(model, **options)
 
@@ -124,6 +143,7 @@ def world_from_environment() -> World:
         "local_rank": "LOCAL_RANK",
         "local_size": "LOCAL_WORLD_SIZE",
     }
+    # torchrun sets all of them.
     if not all(variable in os.environ for variable in variables.values()):
         return SINGLE_PROCESS
     return World(**{field: int(os.environ[variable]) for field, variable in variables.items()})
@@ -152,11 +172,17 @@ def join_ranks() -> Iterator[World]:
     try:
         yield world
     except (InputError, OSError, StopSignal) as error:
+        # The shared count lets exactly one rank be the first.
         ignore_stop_signals()
         is_first = store.add(REPORTED_KEY, 1) == 1
         if is_first:
             raise
-        raise SystemExit(RUN_AGAIN_STATUS if isinstance(error, StopSignal) else 1) from None
+
+        # The others end with the status that the first one's error gives.
+        status = 1
+        if isinstance(error, StopSignal):
+            status = RUN_AGAIN_STATUS
+        raise SystemExit(status) from None
 
     # Only here: after an error this could wait for messages that no rank will send, and the process ends anyway.
     dist.destroy_process_group()

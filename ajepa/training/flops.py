@@ -38,13 +38,12 @@ class StepShape:
 def pretrain_step_cost(recipe: Pretrain, shape: StepShape, *, recompute: bool) -> ComputeCost:
     """The cost of one step of pre-training."""
     rows = shape.clips * recipe.mask_sets
-    has_teacher = recipe.model.targets == "teacher"
     return ComputeCost(
         step=1,
         clips=shape.clips,
-        context_tokens=rows * shape.context_tokens,
+        context_tokens=rows * recipe.crops * shape.context_tokens,
         predicted_tokens=rows * shape.target_groups * shape.tokens_per_group,
-        teacher_tokens=shape.clips * recipe.model.encoder.grid.tokens if has_teacher else 0,
+        teacher_tokens=shape.clips * recipe.model.encoder.grid.tokens,
         flop=pretrain_step_flop(recipe, shape, recompute=recompute),
     )
 
@@ -58,24 +57,30 @@ def pretrain_step_flop(recipe: Pretrain, shape: StepShape, *, recompute: bool = 
     rows = shape.clips * recipe.mask_sets
     groups = rows * shape.target_groups
 
-    # Context encoder. The patch embedding has one gradient less: its input needs none.
-    flop = (MATMUL_PASSES - 1) * matmul_flop(rows * shape.context_tokens, grid.patch_values, encoder.width)
+    # Context encoder, on all views. The patch embedding has one gradient less: its input needs none.
+    view_rows = rows * recipe.crops
+    flop = (MATMUL_PASSES - 1) * matmul_flop(
+        view_rows * shape.context_tokens, grid.patch_values, encoder.width
+    )
     flop += trained_blocks_flop(
-        encoder, rows, shape.context_tokens, shape.context_tokens, recompute=recompute
+        encoder, view_rows, shape.context_tokens, shape.context_tokens, recompute=recompute
     )
 
     # Predictor: its way in, blocks over context and targets together, and the targets' way out.
     length = shape.context_tokens + shape.tokens_per_group
     flop += MATMUL_PASSES * matmul_flop(rows * shape.context_tokens, encoder.width, predictor.width)
     flop += trained_blocks_flop(predictor, groups, length, shape.tokens_per_group, recompute=recompute)
-    flop += MATMUL_PASSES * matmul_flop(groups * shape.tokens_per_group, predictor.width, model.target_width)
-    if model.clip_weight:
-        flop += MATMUL_PASSES * matmul_flop(rows, encoder.width, model.target_width)
+    flop += MATMUL_PASSES * matmul_flop(groups * shape.tokens_per_group, predictor.width, encoder.width)
 
-    # Targets, forward alone: the teacher on whole clips, or cosines of their patches.
-    flop += matmul_flop(shape.clips * grid.tokens, grid.patch_values, model.target_width)
-    if model.targets == "teacher":
-        flop += blocks_flop(encoder, shape.clips, grid.tokens, grid.tokens)
+    # Clip objective: the projector's two layers, and the directions, which need no gradient.
+    if (clip := model.clip) is not None:
+        flop += MATMUL_PASSES * matmul_flop(view_rows, encoder.width, clip.hidden)
+        flop += MATMUL_PASSES * matmul_flop(view_rows, clip.hidden, clip.width)
+        flop += (MATMUL_PASSES - 1) * matmul_flop(view_rows, clip.width, clip.directions)
+
+    # Targets: the teacher's forward pass on whole clips.
+    flop += matmul_flop(shape.clips * grid.tokens, grid.patch_values, encoder.width)
+    flop += blocks_flop(encoder, shape.clips, grid.tokens, grid.tokens)
     return flop
 
 
@@ -114,7 +119,10 @@ def trained_blocks_flop(
     A recomputed block leaves out its last product, whose result no gradient needs, unless that result is multiplied
     by something: a layer's scale, drop path, or a mask (`is_output_masked`).
     """
+    # All products, in each of the passes.
     flop = (MATMUL_PASSES + recompute) * blocks_flop(stack, sequences, length, last_tokens)
+
+    # Less the second product of each MLP, where recomputing can stop before it.
     is_output_multiplied = stack.layer_scale or stack.drop_path or is_output_masked
     if recompute and not is_output_multiplied:
         output_tokens = sequences * (length * (stack.depth - 1) + last_tokens)
@@ -135,6 +143,7 @@ class TransformerShape:
 
 def transformer_shape(recipe: Finetune) -> TransformerShape | None:
     """The transformer of a ViT or PaSST; None for a convolutional network."""
+    # A ViT sees every patch and has no other tokens.
     spec = recipe.model
     if isinstance(spec, VitSpec):
         grid = spec.encoder.grid
@@ -145,6 +154,8 @@ def transformer_shape(recipe: Finetune) -> TransformerShape | None:
             tokens=grid.tokens,
             head_inputs=spec.clip_vector_width,
         )
+
+    # CNN6 and ConvNeXt have none.
     if not isinstance(spec, PasstSpec):
         return None
 
@@ -169,6 +180,7 @@ def transformer_shape(recipe: Finetune) -> TransformerShape | None:
 
 def classifier_step_cost(recipe: Finetune, classes: int, *, recompute: bool = False) -> ComputeCost:
     """The cost of one step of a classifier; a convolutional network's operations are counted by torch."""
+    # Every clip of a convolutional network costs the same: one is measured.
     clips = recipe.clips_per_step
     shape = transformer_shape(recipe)
     if shape is None:
@@ -207,6 +219,7 @@ class ClipCost:
 @cache
 def measure_clip_cost(recipe: Finetune, classes: int) -> ClipCost:
     """The cost of a clip for a model without a formula, from one forward and backward pass on the CPU in fp32."""
+    # The values of clip and weights do not matter, their sizes do.
     spec = recipe.model
     model = build_classifier(spec, classes, 0)
     mel_BTF = torch.zeros(1, spec.frames, spec.bands)

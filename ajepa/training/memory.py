@@ -14,6 +14,8 @@ import numpy as np
 import torch
 
 from ajepa.model.classifier import CLASSIFIER_KINDS, VitSpec, classifier_kind_name
+from ajepa.model.sigreg import KNOTS as SIGREG_KNOTS
+from ajepa.model.sigreg import ClipObjective
 from ajepa.model.transformer import TransformerSpec
 from ajepa.model.vit import EncoderSpec, PredictorSpec, transformer_spec_of
 from ajepa.recipes.finetune import Finetune
@@ -23,9 +25,7 @@ from ajepa.training.flops import TransformerShape, measure_clip_cost, transforme
 from pipeline.errors import RunError
 
 BYTES_PER_GB = 1e9
-
 FP32_BYTES = 4
-
 BF16_BYTES = 2
 
 PROC_MEMINFO = Path("/proc/meminfo")
@@ -37,9 +37,8 @@ PASSING_BLOCKS = 0.5
 PASSING_BLOCKS_PRETRAIN_RECOMPUTED = 2.25
 PASSING_BLOCKS_CLASSIFIER_RECOMPUTED = 1.75
 
-HALF_SHARE_CONVOLUTIONS = (
-    0.6  # of the fp32 activations of a convolutional network, in bf16: norms stay in fp32
-)
+# The share of a convolutional network's fp32 activations that is left in bf16: norms stay in fp32.
+HALF_SHARE_CONVOLUTIONS = 0.6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,12 +100,22 @@ class ActivationSizes:
         In bf16 all but input and sum is half as large, and attention written out keeps the scaled queries, and
         each probability in fp32 and in bf16.
         """
+        # Of every token, and of every output token: the sums in fp32, all else in the size of the precision.
         size = BF16_BYTES if self.bf16 else FP32_BYTES
-        rotation = 2 * FP32_BYTES if stack.positions == "rope" else 0  # halves of queries, and of keys
-        scales = 2 * size if stack.layer_scale else 0
-        per_token = FP32_BYTES + 3 * size + rotation
-        per_output = FP32_BYTES + 11 * size + rotation + scales
+        per_token = FP32_BYTES + 3 * size
+        per_output = FP32_BYTES + 11 * size
+
+        # Rotary positions keep two halves of the keys, and two of the queries.
+        if stack.positions == "rope":
+            per_token += 2 * FP32_BYTES
+            per_output += 2 * FP32_BYTES
+
+        # LayerScale keeps its two inputs.
+        if stack.layer_scale:
+            per_output += 2 * size
         total = stack.width * (length * per_token + output_tokens * per_output)
+
+        # Attention that is written out keeps the scaled queries, and the probabilities of every head.
         if self.written_out:
             probabilities = stack.heads * length * (FP32_BYTES + BF16_BYTES)
             total += output_tokens * (probabilities + stack.width * size)
@@ -120,7 +129,11 @@ class ActivationSizes:
         input_bytes = length * FP32_BYTES * stack.width
         full_block = self.block_bytes(stack, length, length)
         last_block = self.block_bytes(stack, length, last_tokens)
-        largest_block = full_block if stack.depth > 1 else last_block
+
+        # The last block is the smallest, and the largest where it is the only one.
+        largest_block = last_block
+        if stack.depth > 1:
+            largest_block = full_block
 
         # A block that is computed again keeps its input alone.
         blocks = (stack.depth - 1) * full_block + last_block
@@ -145,20 +158,21 @@ def pretrain_memory(
     """
     # How many clips, and how they are computed.
     model = recipe.model
-    grid = model.encoder.grid
     clips = clips or recipe.clips_per_step
     clips_at_once = min(micro_clips or clips, clips)
     sizes = ActivationSizes(bf16=bf16, written_out=written_out, recompute=recompute)
 
-    # How many weights: encoder and predictor are trained, the teacher follows.
+    # How many weights: encoder, predictor and projector are trained, the teacher follows.
     encoder_weights = encoder_weight_count(model.encoder)
-    predictor_weights = predictor_weight_count(
-        model.predictor, model.encoder.width, model.clip_weight > 0, target_width=model.target_width
-    )
+    other_weights = predictor_weight_count(model.predictor, model.encoder.width)
+    if model.clip is not None:
+        other_weights += projector_weight_count(model.clip, model.encoder.width)
+
+    # The masks that leave the most to keep decide.
     return StepMemory.from_counts(
-        trained=encoder_weights + predictor_weights,
+        trained=encoder_weights + other_weights,
         averaged=encoder_weights,
-        batch_values=clips * grid.tokens * grid.patch_values,
+        batch_values=_pretrain_batch_values(recipe, clips),
         activations=max(
             _pretrain_activation_bytes(recipe, *shape, clips=clips_at_once, sizes=sizes)
             for shape in mask_shapes(recipe)
@@ -167,8 +181,18 @@ def pretrain_memory(
     )
 
 
+def _pretrain_batch_values(recipe: Pretrain, clips: int) -> int:
+    """Values of the clips of a step: as they come, as views, and their targets where these are computed first."""
+    grid = recipe.model.encoder.grid
+    if recipe.views is None:
+        return clips * grid.frames * grid.bands
+    crop_values = (recipe.source_frames + 3 * grid.frames) * grid.bands  # two copies pass through
+    return clips * (recipe.crops * crop_values + 2 * grid.tokens * recipe.model.encoder.width)
+
+
 def mask_shapes(recipe: Pretrain) -> set[tuple[int, int, int]]:
     """Context tokens, target groups and tokens of a group that some draws over the whole run gave."""
+    # The draws are spread over the whole run, because masks may grow with the step.
     grid = recipe.model.encoder.grid
     clips = min(recipe.clips_per_step, 16)
     shapes = set()
@@ -194,15 +218,20 @@ def _pretrain_activation_bytes(
     predictor_kept, predictor_block = sizes.stack_bytes(
         transformer_spec_of(model.predictor), context + queries, queries
     )
-    kept_bytes = rows * encoder_kept + rows * groups * predictor_kept
+    view_rows = rows * recipe.crops
+    kept_bytes = view_rows * encoder_kept + rows * groups * predictor_kept
 
-    # The loss, and the patches of the clips.
-    kept_bytes += 5 * targets * model.target_width * FP32_BYTES
-    kept_bytes += 2 * clips * grid.tokens * grid.patch_values * FP32_BYTES
+    # The losses, and the patches of the clips.
+    kept_bytes += 5 * targets * model.encoder.width * FP32_BYTES
+    kept_bytes += 2 * clips * recipe.crops * grid.tokens * grid.patch_values * FP32_BYTES
+    if model.clip is not None:
+        kept_bytes += 6 * view_rows * model.clip.directions * SIGREG_KNOTS * FP32_BYTES
 
     # Either a block's gradients pass through, or the teacher's pass, never both at once.
-    largest_block = max(rows * encoder_block, rows * groups * predictor_block)
-    passing_blocks = PASSING_BLOCKS_PRETRAIN_RECOMPUTED if sizes.recompute else PASSING_BLOCKS
+    largest_block = max(view_rows * encoder_block, rows * groups * predictor_block)
+    passing_blocks = PASSING_BLOCKS
+    if sizes.recompute:
+        passing_blocks = PASSING_BLOCKS_PRETRAIN_RECOMPUTED
     passing_bytes = largest_block * passing_blocks
     return int(kept_bytes + max(passing_bytes, _teacher_bytes(recipe, clips, bf16=sizes.bf16)))
 
@@ -211,10 +240,14 @@ def _teacher_bytes(recipe: Pretrain, clips: int, *, bf16: bool) -> int:
     """Bytes of the targets' forward pass on whole clips, nothing of which is kept."""
     model = recipe.model
     tokens = clips * model.encoder.grid.tokens
-    if model.targets == "cosines":
-        return tokens * model.target_width * FP32_BYTES
-    value_bytes = 8 * BF16_BYTES + 3 * FP32_BYTES if bf16 else 11 * FP32_BYTES
+
+    # Eleven values of every token and width in one block; in bf16 three of them stay in fp32.
+    value_bytes = 11 * FP32_BYTES
+    if bf16:
+        value_bytes = 8 * BF16_BYTES + 3 * FP32_BYTES
     teacher_bytes = tokens * model.encoder.width * value_bytes
+
+    # The outputs of all the layers that are averaged.
     if model.target_layers > 1:
         teacher_bytes += 2 * model.target_layers * tokens * model.encoder.width * FP32_BYTES
     return teacher_bytes
@@ -232,14 +265,15 @@ def encoder_weight_count(spec: EncoderSpec) -> int:
     return (spec.grid.patch_values + 3) * spec.width + blocks
 
 
-def predictor_weight_count(
-    spec: PredictorSpec, encoder_width: int, clip_head: bool = False, *, target_width: int | None = None
-) -> int:
-    """Weights of a predictor on an encoder of that width; targets are as wide, if no `target_width` is given."""
-    target_width = target_width or encoder_width
-    ends = (encoder_width + target_width) * spec.width + 4 * spec.width + target_width
-    head = (encoder_width + 1) * target_width if clip_head else 0
-    return ends + head + spec.depth * block_weight_count(transformer_spec_of(spec))
+def predictor_weight_count(spec: PredictorSpec, encoder_width: int) -> int:
+    """Weights of a predictor on an encoder of that width."""
+    ends = 2 * encoder_width * spec.width + 4 * spec.width + encoder_width
+    return ends + spec.depth * block_weight_count(transformer_spec_of(spec))
+
+
+def projector_weight_count(objective: ClipObjective, encoder_width: int) -> int:
+    """Weights of the projector of a clip objective on an encoder of that width."""
+    return (encoder_width + 2) * objective.hidden + (objective.hidden + 1) * objective.width
 
 
 def classifier_memory(
@@ -253,15 +287,17 @@ def classifier_memory(
     micro_clips: int | None = None,
 ) -> StepMemory:
     """The most memory that a step of a classifier needs; the options are those of `pretrain_memory`."""
+    # How many clips pass through the model at once.
     clips = clips or recipe.clips_per_step
     clips_at_once = min(micro_clips or clips, clips)
     shape = transformer_shape(recipe)
     if shape is None:
-        # A convolutional network has no formula: one clip is measured.
+        # A convolutional network has no formula: one clip is measured, in fp32.
         cost = measure_clip_cost(recipe, classes)
         weights = cost.weights
-        share = HALF_SHARE_CONVOLUTIONS if bf16 else 1.0
-        activations = int((clips_at_once * (cost.saved_bytes + 2 * cost.largest_saved_bytes)) * share)
+        activations = clips_at_once * (cost.saved_bytes + 2 * cost.largest_saved_bytes)
+        if bf16:
+            activations = int(activations * HALF_SHARE_CONVOLUTIONS)
     else:
         sizes = ActivationSizes(bf16=bf16, written_out=written_out, recompute=recompute)
         weights = transformer_weight_count(shape, classes)
@@ -285,7 +321,9 @@ def _classifier_activation_bytes(shape: TransformerShape, sizes: ActivationSizes
     """Bytes of one clip: kept for the backward pass, and the most that passes through."""
     kept_bytes, block_bytes = sizes.stack_bytes(shape.stack, shape.tokens, shape.tokens)
     kept_bytes += shape.patches * shape.patch_values * FP32_BYTES
-    passing_blocks = PASSING_BLOCKS_CLASSIFIER_RECOMPUTED if sizes.recompute else PASSING_BLOCKS
+    passing_blocks = PASSING_BLOCKS
+    if sizes.recompute:
+        passing_blocks = PASSING_BLOCKS_CLASSIFIER_RECOMPUTED
     return kept_bytes + int(block_bytes * passing_blocks)
 
 
@@ -331,6 +369,7 @@ def refuse_large_classifier(
     world: World,
 ) -> None:
     """RunError where a pass of `micro_clips` (None: a rank's whole share) needs more memory than is free."""
+    # Only a ViT can be recomputed, and batch norm needs all clips of a step at once.
     kind = CLASSIFIER_KINDS[classifier_kind_name(recipe.model)]
     options = SmallerOptions(
         recompute=isinstance(recipe.model, VitSpec) and not recompute,
@@ -365,7 +404,7 @@ def refuse_over_free_memory(
     Ranks of one machine share its memory, but each has a GPU of its own. All ranks have looked at their memory
     before any of them goes on, and takes some.
     """
-    # Estimate.
+    # Estimate what a pass needs.
     clips = world.clips_per_rank(recipe.clips_per_step)
     clips_at_once = min(micro_clips or clips, clips)
     needed = estimate(
@@ -376,18 +415,21 @@ def refuse_over_free_memory(
         micro_clips=clips_at_once,
     )
 
-    # Look.
+    # Look at what is free, before any rank takes some.
     free = free_memory_bytes(device)
     world.wait_for_ranks()
     if free is None:
         return
-    sharing_ranks = world.local_size if device.type == "cpu" else 1
-    free //= sharing_ranks
+
+    # Ranks on CPUs share the memory of their machine.
+    for_each = ""
+    if device.type == "cpu" and world.local_size > 1:
+        free //= world.local_size
+        for_each = f" for each of {world.local_size} ranks"
     if needed.total_bytes <= free:
         return
 
-    # Refuse.
-    for_each = f" for each of {sharing_ranks} ranks" if sharing_ranks > 1 else ""
+    # Refuse, with figures and advice.
     raise RunError(
         f"recipe {recipe.name} needs about {needed} for {clips_at_once} clips at once, "
         f"{device.type} has {free / BYTES_PER_GB:.2f} GB free{for_each}; "
@@ -407,9 +449,12 @@ def free_memory_bytes(device: torch.device) -> int | None:
 
 def suggest_smaller_step(clips: int, needed: StepMemory, free: int, options: SmallerOptions) -> str:
     """The end of the error: the options, and the number of clips, with which a step would fit."""
+    # Activations alone grow with the clips: they may take what the rest leaves.
     room = free - (needed.total_bytes - needed.activations)
     fitting_clips = int(clips * room / needed.activations)
     smaller_model = f"a smaller model (--set {options.model_fields})"
+
+    # Name the options from the cheapest to the one that changes the result.
     recompute = "--recompute, or " if options.recompute else ""
     if fitting_clips < 1:
         return f"not one clip would fit: try {recompute}{smaller_model}"

@@ -1,15 +1,17 @@
 """A trained run, opened at one of its checkpoints: the weights that it is measured by, its encoder, its classifier."""
 
+import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from ajepa.model.classifier import ENCODER_PREFIX, Classifier, VitSpec, build_classifier
-from ajepa.model.vit import EncoderSpec
+from ajepa.model.vit import Encoder, EncoderSpec
 from ajepa.recipes.catalogue import recipe_from_json
 from ajepa.recipes.finetune import Finetune
 from ajepa.recipes.pretrain import Pretrain
@@ -23,6 +25,12 @@ from pipeline.errors import RunError
 CLASSIFIER_PART = "classifier"
 AVERAGE_PART = "average"
 TARGET_PART = "target"
+
+# Stands for the weights before the first step, where a checkpoint is chosen.
+INITIAL_CHECKPOINT = "init"
+
+# Name of the band statistics among an encoder's weights.
+BAND_STATISTICS = "bands_2F"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -42,11 +50,16 @@ class TrainedRun:
 
     @classmethod
     def open(cls, run: Run | Path, at: str | int = "last") -> Self:
-        """The run at a checkpoint: last, best (by probe), or a step that was kept. RunError where there is none."""
+        """The run at a checkpoint: last, best (by probe), init, or a step that was kept. RunError where there is none.
+
+        init is the run before its first step (`initial_weights`).
+        """
         if isinstance(run, Path):
             run = Run.open(run)
         recipe = recipe_from_json(run.recipe)
         part = measured_part(recipe)
+        if at == INITIAL_CHECKPOINT:
+            return cls(run=run, recipe=recipe, step=0, part=part, weights=initial_weights(run, recipe))
         checkpoint = run.load_checkpoint(part, at=at)
         return cls(run=run, recipe=recipe, step=checkpoint.step, part=part, weights=checkpoint.parts[part])
 
@@ -89,6 +102,9 @@ class TrainedRun:
 
     def checkpoint_identity(self) -> StartCheckpoint:
         """Step and digest of the weights, which are part of the identity of a run that starts from them."""
+        # No file holds the weights before the first step.
+        if self.step == 0:
+            return StartCheckpoint(step=0, sha256=hashlib.sha256(save(self.weights)).hexdigest())
         state = json.loads((self.run.checkpoint_folder(self.step) / STATE_FILE).read_text())
         return StartCheckpoint(step=state["step"], sha256=state["sha256"][self.part])
 
@@ -109,6 +125,33 @@ class TrainedRun:
         cols = -(-wanted.grid.frames // trained.grid.patch_frames)
         encoder = replace(trained, grid=replace(trained.grid, cols=cols), drop_path=wanted.drop_path)
         return replace(recipe, mel=self.recipe.mel, model=replace(recipe.model, encoder=encoder))
+
+
+def initial_weights(run: Run, recipe: Pretrain | Finetune) -> dict[str, Tensor]:
+    """The weights that are measured, as they were before the first step: drawn by the recipe's seed.
+
+    The statistics of the bands, which training does not change, are those of the run. RunError where the run started
+    from another run's encoder.
+    """
+    if isinstance(recipe, Finetune):
+        identity = run.task_identity
+        if identity.start is not None:
+            raise RunError(f"{run.path}: started from another run's encoder; give that run, or another checkpoint")
+        return build_classifier(recipe.model, len(identity.classes), recipe.seed).state_dict()
+
+    # The statistics are in every checkpoint.
+    statistics_2F = None
+    if recipe.model.encoder.band_norm:
+        statistics_2F = run.load_checkpoint(TARGET_PART).parts[TARGET_PART][BAND_STATISTICS]
+    return build_initial_encoder(recipe.model.encoder, recipe.seed, statistics_2F).state_dict()
+
+
+def build_initial_encoder(spec: EncoderSpec, seed: int, statistics_2F: Tensor | None) -> Encoder:
+    """The encoder that training starts from: drawn by the seed; `statistics_2F` are mean and deviation of the bands."""
+    encoder = Encoder(spec, seed=seed)
+    if statistics_2F is not None:
+        encoder.set_band_statistics(*statistics_2F)
+    return encoder
 
 
 def measured_part(recipe: Pretrain | Finetune) -> str:

@@ -44,6 +44,7 @@ class BadStep(RunError):
 
     def write_to_run(self, run_path: Path) -> Path:
         """Write record and tensors to the run's `bad-step-STEP/`, a pair of files for each rank; that folder."""
+        # The number of the step as it would be logged, counted from 1.
         folder = run_path / f"bad-step-{self.step + 1:08d}"
         folder.mkdir(exist_ok=True)
         with replacing_file(folder / f"rank-{self.rank}.safetensors") as scratch:
@@ -144,7 +145,7 @@ class Trainer:
         """
         # Measure the gradient, as it is without the scale of the loss.
         self.scaler.unscale_(self.optimiser)
-        trained = [weight for weight in self.model.parameters() if weight.grad is not None]
+        trained = [weight for weight in self.trained_weights() if weight.grad is not None]
         norm = torch.nn.utils.get_total_norm([weight.grad for weight in trained if weight.grad is not None])
         metrics = {**metrics, "gradient_norm": norm.item()}
 
@@ -167,6 +168,10 @@ class Trainer:
             return {"overflowed": 1, "lr": lr}
         return {"gradient_norm": norm.item(), "lr": lr}
 
+    def trained_weights(self) -> Iterator[nn.Parameter]:
+        """Yield every weight that a step may change."""
+        yield from self.model.parameters()
+
     def has_scale_overflow(self, metrics: Json) -> bool:
         """Whether the scaled gradients, and they alone, left the range of fp16: the scale is lowered then."""
         is_gradient_lost = math.isfinite(metrics["loss"]) and not math.isfinite(metrics["gradient_norm"])
@@ -181,7 +186,8 @@ class Trainer:
             return
 
         # Tell broken data from a diverging model.
-        is_finite_B = torch.isfinite(batch.mel_BTF).flatten(1).all(1).cpu().numpy()
+        is_finite_V = torch.isfinite(batch.mel_BTF).flatten(1).all(1)
+        is_finite_B = is_finite_V.view(len(batch.rows_B), -1).all(1).cpu().numpy()
         broken_rows = self.rows_of_all_ranks(batch.rows_B[~is_finite_B])
         if broken_rows:
             cause = f"rows {broken_rows} of the store hold nan or inf: build it again"
@@ -224,8 +230,11 @@ class Trainer:
 
     def make_checkpoint(self, step: int) -> Checkpoint:
         """Everything that the next step depends on; the same on every rank."""
+        # Weights, their averages, and what the optimiser remembers of their gradients.
         tensors = {name: model.state_dict() for name, model in self.parts.items()}
         tensors[OPTIMISER_PART] = optimiser_moments(self.optimiser)
+
+        # In fp16, the scale of the loss.
         if self.scaler.is_enabled():
             state = self.scaler.state_dict()
             tensors[SCALER_PART] = {name: torch.tensor(float(state[name])) for name in SCALER_FIELDS}
@@ -236,6 +245,8 @@ class Trainer:
         for name, model in self.parts.items():
             model.load_state_dict(checkpoint.parts[name])
         restore_moments(self.optimiser, checkpoint.parts[OPTIMISER_PART])
+
+        # A run that is carried on in fp16 may have begun without a scale, in another precision.
         if self.scaler.is_enabled() and SCALER_PART in checkpoint.parts:
             saved = checkpoint.parts[SCALER_PART]
             state = {"scale": saved["scale"].item(), "_growth_tracker": int(saved["_growth_tracker"])}

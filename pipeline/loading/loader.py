@@ -27,11 +27,12 @@ class Batch:
     """The clips on which one rank trains in one step; tensors are on the loader's device.
 
     A clip that mixup mixes with its partner keeps its own row number. Its valid frames are those of the longer clip.
+    If the view has several crops, `mel_BTF` and `n_frames_B` have an entry for each of them, those of a clip adjacent.
     """
 
     mel_BTF: Tensor  # float32, (log-mel - mean) / std, augmented; 0 past the valid frames
     n_frames_B: Tensor  # int64, valid frames of each clip within mel_BTF
-    rows_B: np.ndarray  # int64, rows of the store
+    rows_B: np.ndarray  # int64, rows of the store, one for each clip
     labels_BC: Tensor | None  # float32, 1 if a clip has the class, else 0; mixed like the mels
     skipped_clips: int = 0  # clips that could not be read; other clips of this batch take their places
 
@@ -45,6 +46,7 @@ class View:
 
     A clip with more valid frames is cropped: at its start, or at a random position that is drawn anew in every step. A
     shorter clip is padded with zeros after normalisation. Padding does not count as audio; mixup treats it as the mean.
+    With `crops` above 1 every clip comes that often, each time at another random position, without augmentation.
     """
 
     frames: int
@@ -54,8 +56,16 @@ class View:
     label_set: str | None = None
     seed: int = 0
     augment: Augment = NO_AUGMENTATION
+    crops: int = 1
 
     def __post_init__(self) -> None:
+        if self.crops < 1 or (
+            self.crops > 1
+            and (self.crop != "random" or self.augment != NO_AUGMENTATION or self.label_set is not None)
+        ):
+            raise ValueError(
+                f"crops must be 1 or more, and several need random crops without augmentation and labels, got {self}"
+            )
         if self.frames < 1 or not self.std > 0:
             raise ValueError(f"frames and std must be above 0, got {self.frames} and {self.std}")
         if self.crop not in ("random", "start"):
@@ -64,7 +74,10 @@ class View:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class StepCuts:
-    """The rows of one step on one rank, the frames [start, start + n_frames) of each row, and its augmentation."""
+    """The rows of one step on one rank, the frames [start, start + n_frames) of each row, and its augmentation.
+
+    A row is repeated for each of its crops.
+    """
 
     rows_B: np.ndarray
     starts_B: np.ndarray
@@ -123,6 +136,11 @@ class BatchMaker:
             self.store.labels_BC(np.empty(0, np.int64), self.view.label_set)
 
     @property
+    def views(self) -> int:
+        """Number of views in a batch: the crops of all clips."""
+        return self.order.clips * self.view.crops
+
+    @property
     def stored_frames(self) -> int:
         """Number of frames that are read of each clip; the view's further frames are padding."""
         return min(self.view.frames, self.store.frames)
@@ -149,13 +167,16 @@ class BatchMaker:
         """Choose rows, crops and augmentation of a step; rows in `broken_rows` are replaced."""
         view = self.view
         rows_B, skipped = replace_broken_rows(self.order.rows_at_step(step), self.broken_rows)
+        rows_B = np.repeat(rows_B, view.crops)
 
-        # Crops.
+        # Crops. The first one's random stream has the same name, however many there are.
         valid_B = self.store.n_frames_N[rows_B].astype(np.int64)
         starts_B = np.zeros_like(rows_B)
         if view.crop == "random":
             places_B = 1 + np.maximum(valid_B - view.frames, 0)
-            starts_B = (draw_uniform_B("crop", view.seed, step, self.order) * places_B).astype(np.int64)
+            names = ["crop", *(f"crop {number}" for number in range(2, view.crops + 1))]
+            uniform_NB = [draw_uniform_B(name, view.seed, step, self.order) for name in names]
+            starts_B = (np.stack(uniform_NB, axis=1).ravel() * places_B).astype(np.int64)
         n_frames_B = np.minimum(valid_B - starts_B, view.frames)
 
         # Augmentation.
@@ -192,7 +213,7 @@ class BatchMaker:
         return Batch(
             mel_BTF=mel_BTF,
             n_frames_B=torch.from_numpy(n_frames_B).to(self.device),
-            rows_B=cuts.rows_B,
+            rows_B=cuts.rows_B[:: self.view.crops],
             labels_BC=None if labels_BC is None else torch.from_numpy(labels_BC).to(self.device),
             skipped_clips=cuts.skipped_clips,
         )

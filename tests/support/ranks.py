@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from forked import start_forked
-from tiny import tiny, tiny_finetune
+from tiny import tiny, tiny_finetune, tiny_views
 from torch.distributed import TCPStore
 
 from ajepa.evaluate.tasks import TASKS
@@ -24,6 +24,7 @@ from ajepa.finetune.finetune import finetune
 from ajepa.finetune.trainer import FinetuneTrainer
 from ajepa.pretrain.pretrain import pretrain
 from ajepa.pretrain.trainer import PretrainTrainer
+from ajepa.recipes.pretrain import Pretrain
 from ajepa.training.distributed import world_from_environment
 from ajepa.training.run import Json, Run
 from ajepa.training.trained_run import TrainedRun
@@ -54,13 +55,13 @@ def with_event(
     return step_with_event
 
 
-def train(store: Path | str, run: Path, event: str = "train") -> Run:
+def train(store: Path | str, run: Path, event: str = "train", recipe: Pretrain | None = None) -> Run:
     """Pre-train; `event` is train (nothing happens), micro (passes of three clips), stop, die, nan or broken."""
-    recipe = replace(tiny().with_counts(steps=8), mask_sets=2, checkpoint_every=4)
+    recipe = replace((recipe or tiny()).with_counts(steps=8), mask_sets=2, checkpoint_every=4)
     micro_batch = 3 if event == "micro" else None
 
     def targets(trainer: PretrainTrainer, step: int) -> list:
-        return trainer.draw_for_rank(step).targets_NGQ.tolist()
+        return trainer.draw_for_rank(step).targets_MGQ.tolist()
 
     train_step = with_event(PretrainTrainer.train_step, run, event, targets)
     with pytest.MonkeyPatch.context() as patch:
@@ -95,8 +96,14 @@ def train_folds(store: Path | str, run: Path) -> None:
         print(folds.format_table())
 
 
+def train_views(store: Path | str, run: Path, event: str = "train") -> Run:
+    """Pre-train with views and the clip objective, which sees the views of all ranks; events as in `train`."""
+    return train(store, run, event, tiny_views())
+
+
 STAGES: dict[str, Callable[..., Any]] = {
     "pretrain": train,
+    "views": train_views,
     "finetune": train_classifier,
     "folds": train_folds,
 }

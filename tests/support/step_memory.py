@@ -51,11 +51,12 @@ def take_pretrain_steps(recipe: Pretrain, arguments: list[str]) -> None:
         precision=precision_of(arguments),
         micro_clips=8 if "micro" in arguments else None,
     )
-    clips, frames = recipe.clips_per_step, recipe.view_frames
+    clips, frames = recipe.clips_per_step, recipe.source_frames
+    crops = clips * recipe.crops
     for step in (0, recipe.steps // 2, recipe.steps - 1):
         batch = Batch(
-            mel_BTF=torch.randn(clips, frames, 128),
-            n_frames_B=torch.full((clips,), frames),
+            mel_BTF=torch.randn(crops, frames, 128),
+            n_frames_B=torch.full((crops,), frames),
             rows_B=np.arange(clips),
             labels_BC=None,
         )

@@ -5,8 +5,10 @@ from typing import Any
 
 from ajepa.model.classifier import RegularisedMasking, VitSpec
 from ajepa.model.jepa import JepaSpec
-from ajepa.model.masking import Curriculum, RandomBlocks, RandomPatches
+from ajepa.model.masking import Curriculum, Fixed, RandomBlocks, RandomPatches, TimeRuns
 from ajepa.model.patches import PatchGrid
+from ajepa.model.sigreg import ClipObjective
+from ajepa.model.views import Views
 from ajepa.model.vit import EncoderSpec, PredictorSpec
 from ajepa.recipes.finetune import Finetune
 from ajepa.recipes.optimiser import Schedule
@@ -33,6 +35,23 @@ def tiny(**changes: Any) -> Pretrain:
         checkpoint_every=5,
     )
     return replace(recipe, **changes)
+
+
+def tiny_views(**changes: Any) -> Pretrain:
+    """`tiny` with everything that `small` has: two views, a clip objective, targets of several layers by position."""
+    recipe = tiny(masks=Fixed(masking=TimeRuns(columns=1, context_share=0.5)), views=Views(), mask_sets=2)
+    grid = PatchGrid(rows=2, cols=16, patch_frames=4, patch_bands=64)
+    model = replace(
+        recipe.model,
+        encoder=replace(recipe.model.encoder, grid=grid, depth=2, band_norm=True, init="xavier"),
+        predictor=replace(recipe.model.predictor, init="xavier"),
+        loss="squared_l2",
+        target_layers=2,
+        target_norm="position",
+        token_weight=0.3,
+        clip=ClipObjective(hidden=48, width=16, directions=32),
+    )
+    return replace(recipe, model=model, **changes)
 
 
 def tiny_finetune(frames: int = 64, **changes: Any) -> Finetune:

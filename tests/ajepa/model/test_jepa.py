@@ -6,11 +6,10 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from scipy.fft import dctn
 
 from ajepa.model.jepa import Jepa, JepaOutput, JepaSpec, TokenLossName, normalise_features, token_loss
 from ajepa.model.masking import RandomBlocks, RandomPatches
-from ajepa.model.patches import PatchGrid, patchify
+from ajepa.model.patches import PatchGrid
 from ajepa.model.vit import EncoderSpec, PredictorSpec
 
 GRID = PatchGrid(rows=4, cols=6, patch_frames=4, patch_bands=4)
@@ -40,8 +39,12 @@ OPTIONS = {
         predictor=replace(SPEC.predictor, drop_path=0.5),
     ),
     "two layers": replace(SPEC, target_layers=2),
-    "whole clip": replace(SPEC, clip_weight=0.5),
-    "cosines": replace(SPEC, targets="cosines", target_cosines=3, clip_weight=0.5),
+    "by position": replace(SPEC, target_norm="position", target_layers=2, loss="squared_l2"),
+    "xavier": replace(
+        SPEC,
+        encoder=replace(SPEC.encoder, init="xavier"),
+        predictor=replace(SPEC.predictor, init="xavier"),
+    ),
 }
 
 for_every_option = pytest.mark.parametrize("spec", OPTIONS.values(), ids=OPTIONS)
@@ -57,7 +60,8 @@ def batch(clips: int = 4, frames: int = GRID.frames) -> tuple[torch.Tensor, ...]
 
 def figures(output: JepaOutput) -> torch.Tensor:
     """Return the loss and every sign of health as one vector."""
-    return torch.stack([getattr(output, name) for name in JepaOutput.__slots__])
+    names = [name for name in JepaOutput.__slots__ if name != "context_mean_ND"]
+    return torch.stack([getattr(output, name) for name in names])
 
 
 @pytest.mark.parametrize(
@@ -218,9 +222,10 @@ def test_a_collapsed_teacher_shows():
 
 
 def test_signs_of_health_carry_no_graph():
-    """Logging them must not keep the graph of a step in memory."""
+    """Logging them must not keep the graph of a step in memory; the input of the clip objective has one."""
     output = Jepa(SPEC)(*batch())
-    assert [name for name in JepaOutput.__slots__ if getattr(output, name).requires_grad] == ["loss"]
+    with_graph = [name for name in JepaOutput.__slots__ if getattr(output, name).requires_grad]
+    assert with_graph == ["loss", "context_mean_ND"]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -258,41 +263,6 @@ def test_it_learns_with_a_moving_teacher_and_without_collapse():
     assert outputs[-1].target_std > 0.5 * outputs[0].target_std
 
 
-def test_cosines_hold_the_pattern_of_a_patch_and_not_its_level():
-    """Predicting the level of a patch is easy and teaches little; the target must not hold it."""
-    model, (mel_BTF, *_) = Jepa(replace(SPEC, targets="cosines", target_cosines=3)), batch()
-    before, louder = (model.target_features(mel) for mel in (mel_BTF, mel_BTF + 3))
-    torch.testing.assert_close(before, louder, atol=1e-4, rtol=0)
-    other = model.target_features(mel_BTF.flip(1))
-    assert (before - other).abs().mean() > 0.1
-
-
-def test_cosines_do_not_depend_on_the_weights():
-    """They stand still, so the model cannot collapse."""
-    model, (mel_BTF, *_) = Jepa(replace(SPEC, targets="cosines", target_cosines=3)), batch()
-    before = model.target_features(mel_BTF)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.zero_()
-    assert torch.equal(model.target_features(mel_BTF), before)
-
-
-def test_targets_of_cosines_are_scipys_transform_of_a_patch():
-    """The 3 x 3 slowest of its orthonormal type 2, less the constant one, which is the level."""
-    model, (mel_BTF, *_) = Jepa(replace(SPEC, targets="cosines", target_cosines=3)), batch()
-    patch_BPTF = patchify(mel_BTF, GRID).unflatten(2, (GRID.patch_frames, GRID.patch_bands)).numpy()
-    expected_BPD = dctn(patch_BPTF, type=2, norm="ortho", axes=(2, 3))[..., :3, :3].reshape(
-        *patch_BPTF.shape[:2], 9
-    )
-    np.testing.assert_allclose(model.target_features(mel_BTF), expected_BPD[..., 1:], atol=1e-5)
-
-
-def test_unknown_targets_are_refused_with_the_known_ones():
-    """A misspelt recipe stops at once."""
-    with pytest.raises(ValueError, match="teacher or cosines, got 'student'"):
-        replace(SPEC, targets="student")
-
-
 def two_sets(clips: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     """Return context and targets of two mask sets for each clip."""
     masks = RandomBlocks().sample(np.random.default_rng(3), GRID, batch=2 * clips)
@@ -309,7 +279,7 @@ def test_two_mask_sets_of_a_clip_are_the_mean_of_one_and_the_other(spec):
     jepa.target.norm.register_forward_hook(lambda *arguments: passes.append(arguments))
     both = jepa(mel_BTF, context_NK, targets_NGQ, n_frames_B)
     both.loss.backward()
-    assert len(passes) == (spec.targets == "teacher" and spec.target_layers == 1)
+    assert len(passes) == (spec.target_layers == 1)
     gradient = jepa.encoder.embed.weight.grad.clone()
     jepa.zero_grad()
     each = [jepa(mel_BTF, context_NK[first::2], targets_NGQ[first::2], n_frames_B) for first in (0, 1)]
@@ -385,35 +355,84 @@ def test_the_target_of_several_layers_is_the_mean_of_each_normalised():
     torch.testing.assert_close(feature_BPD, torch.stack(by_hand).mean(0), atol=2e-4, rtol=1e-3)
 
 
-def test_the_whole_clip_is_predicted_from_the_mean_of_its_context():
-    """By hand, with a short clip: padding counts neither in the guess nor in its target."""
-    jepa, (mel_BTF, context_BK, targets_BGQ, n_frames_B) = Jepa(OPTIONS["whole clip"]), batch()
+def test_targets_by_position_say_how_a_clip_differs_from_the_others():
+    """By hand, with a short clip: a position's mean is over the clips that have sound there."""
+    jepa, (mel_BTF, *_) = Jepa(OPTIONS["by position"]), batch()
+    n_frames_B = torch.tensor([24, 24, 12, 24])
+    valid_BP = jepa.valid_mask_if_padded(n_frames_B, mel_BTF.device)
+    targets = jepa.compute_targets(mel_BTF, valid_BP)
+    feature_BPD = jepa.target_features(mel_BTF, valid_BP)
+    by_hand = torch.zeros_like(feature_BPD)
+    for token in range(GRID.tokens):
+        clips = valid_BP[:, token]
+        by_hand[clips, token] = feature_BPD[clips, token] - feature_BPD[clips, token].mean(0)
+    by_hand /= by_hand[valid_BP].square().mean(0).sqrt()
+    torch.testing.assert_close(targets.target_BPD[valid_BP], by_hand[valid_BP], atol=1e-5, rtol=1e-4)
+    assert torch.equal(targets.feature_BPD, feature_BPD)
+
+
+def test_parts_of_a_batch_are_centred_by_the_whole_of_it():
+    """Two ranks that add their sums have the targets that one process has."""
+    jepa, (mel_BTF, *_) = Jepa(OPTIONS["by position"]), batch()
+    valid_BP = jepa.valid_mask_if_padded(torch.tensor([24, 8, 12, 24]), mel_BTF.device)
+    feature_BPD = jepa.target_features(mel_BTF, valid_BP)
+    whole = jepa.normalise_targets(feature_BPD, valid_BP).target_BPD
+
+    def sums_of_half(half: slice) -> list[torch.Tensor]:
+        """Return the sums that the other rank would add, each computed with this rank's answer to the one before."""
+        kept = []
+        valid_BP1 = valid_BP[..., None].float()
+        sum_PE = torch.cat(((feature_BPD * valid_BP1)[half].sum(0), valid_BP1[half].sum(0)), dim=1)
+        kept.append(sum_PE)
+        all_PE = torch.cat(((feature_BPD * valid_BP1).sum(0), valid_BP1.sum(0)), dim=1)
+        centred_BPD = feature_BPD - all_PE[:, :-1] / all_PE[:, -1:].clamp(min=1)
+        kept.append((centred_BPD * valid_BP1)[half].square().sum((0, 1)))
+        return kept
+
+    sums_of_other = iter(sums_of_half(slice(2, 4)))
+    part = jepa.normalise_targets(feature_BPD[:2], valid_BP[:2], lambda sums: sums + next(sums_of_other))
+    torch.testing.assert_close(part.target_BPD[valid_BP[:2]], whole[:2][valid_BP[:2]])
+
+
+def test_several_views_are_encoded_and_tokens_are_predicted_in_the_first():
+    """The loss is that of the first views alone; the mean context tokens are those of all, in order."""
+    jepa, (mel_BTF, context_BK, targets_BGQ, n_frames_B) = Jepa(SPEC), batch()
+    others = torch.randn(4, GRID.frames, GRID.bands, generator=torch.Generator().manual_seed(1))
+    mel_VTF = torch.stack((mel_BTF, others), dim=1).flatten(0, 1)
+    context_VK = context_BK.repeat_interleave(2, dim=0)
+    short_B = torch.tensor([24, 8, 24, 24])
+    n_frames_V = torch.stack((short_B, n_frames_B), dim=1).flatten()
+    targets = jepa.compute_targets(mel_BTF, jepa.valid_mask_if_padded(short_B, mel_BTF.device))
+    output = jepa(mel_VTF, context_VK, targets_BGQ, n_frames_V, targets=targets)
+    alone = jepa(mel_BTF, context_BK, targets_BGQ, short_B)
+    torch.testing.assert_close(figures(output), figures(alone))
+    torch.testing.assert_close(output.context_mean_ND[::2], alone.context_mean_ND)
+    other_output = jepa(others, context_BK, targets_BGQ, n_frames_B)
+    torch.testing.assert_close(output.context_mean_ND[1::2], other_output.context_mean_ND)
+    scored, has_sound_N = jepa.find_scored(context_VK, targets_BGQ, n_frames_V)
+    assert scored == output.scored
+    assert torch.equal(has_sound_N, output.context_mean_ND.abs().sum(1) > 0)
+
+
+def test_the_mean_context_token_is_over_sound_alone():
+    """Padding in the context would make the vector of a short clip one of silence."""
+    jepa, (mel_BTF, context_BK, targets_BGQ, n_frames_B) = Jepa(SPEC), batch()
     n_frames_B[2] = 12
     valid_BP = jepa.valid_mask_if_padded(n_frames_B, mel_BTF.device)
     context_BKD = jepa.encoder(mel_BTF, context_BK, valid_BP)
-    feature_BPD = jepa.target(mel_BTF, valid_BP=valid_BP)
-    losses = []
-    for clip in range(4):
-        context_D = context_BKD[clip][valid_BP[clip][context_BK[clip]]].mean(0)
-        target_D = normalise_features(feature_BPD[clip][valid_BP[clip]].mean(0))
-        losses.append(token_loss(jepa.predictor.clip_head(context_D), target_D, "l2"))
+    by_hand = [context_BKD[clip][valid_BP[clip][context_BK[clip]]].mean(0) for clip in range(4)]
     output = jepa(mel_BTF, context_BK, targets_BGQ, n_frames_B)
-    torch.testing.assert_close(output.clip_loss, torch.stack(losses).mean())
-    without = Jepa(replace(SPEC, clip_weight=0.0))(mel_BTF, context_BK, targets_BGQ, n_frames_B)
-    torch.testing.assert_close(output.loss, without.loss + 0.5 * output.clip_loss)
-    assert without.clip_loss == 0
+    torch.testing.assert_close(output.context_mean_ND, torch.stack(by_hand))
+    without_gradient = jepa.context_means(mel_BTF, context_BK, n_frames_B, None)
+    assert torch.equal(without_gradient, output.context_mean_ND)
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"target_layers": 3}, "target_layers must lie in 1 to 2, the depth of the teacher"),
-        ({"target_layers": 2, "targets": "cosines"}, "1 to 1, the depth of the teacher"),
-        (
-            {"targets": "cosines", "target_cosines": 1},
-            "target_cosines must lie in 2 to 4, a patch's shorter side",
-        ),
-        ({"clip_weight": -1.0}, "clip_weight must not be negative"),
+        ({"target_norm": "batch"}, "target_norm must be token or position, got 'batch'"),
+        ({"token_weight": 0.0}, "token_weight must be above 0"),
     ],
 )
 def test_an_option_that_cannot_be_is_refused(wrong, message):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import tiny
+from tiny import tiny, tiny_views
 from tqdm import tqdm
 
 from ajepa.evaluate.features import ClipViews, clip_vectors
@@ -434,7 +434,7 @@ HEALTHY = {
     "tiny": {},
     "slow teacher": {"schedule": Schedule(peak_lr=1e-3, warmup_share=0.1, ema_start=0.99)},
     "cosine": {"model": replace(tiny().model, loss="cosine")},
-    "cosines": {"model": replace(tiny().model, loss="squared_l2", targets="cosines")},
+    "views": {name: getattr(tiny_views(), name) for name in ("model", "views", "masks", "mask_sets")},
 }
 
 

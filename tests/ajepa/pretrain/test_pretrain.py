@@ -1,5 +1,6 @@
 """The loop: exact resume, nothing half-made, no update from a bad step."""
 
+import math
 import os
 import signal
 import subprocess
@@ -13,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 from identities import run_identity
-from tiny import tiny
+from tiny import tiny, tiny_views
 
 from ajepa.model.randomness import step_rng
-from ajepa.pretrain.pretrain import pretrain
+from ajepa.pretrain.pretrain import input_scale, pretrain
 from ajepa.pretrain.trainer import PretrainTrainer
 from ajepa.recipes.catalogue import recipe_to_json
 from ajepa.recipes.pretrain import audio_jepa_recipe
@@ -47,7 +48,7 @@ def assert_same(run: Run, other: Run) -> None:
     assert run.newest_step == other.newest_step
     assert logged(run) == logged(other)
     one, two = run.load_checkpoint().parts, other.load_checkpoint().parts
-    assert one.keys() == two.keys() == {"encoder", "target", "predictor", "optimiser"}
+    assert one.keys() == two.keys() >= {"encoder", "target", "predictor", "optimiser"}
     for part in one:
         assert one[part].keys() == two[part].keys()
         assert all(torch.equal(one[part][name], two[part][name]) for name in one[part])
@@ -116,6 +117,40 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_the_same_command_carries
     assert lines[-1].endswith("checkpoint written at step 8 of 30")
     monkeypatch.undo()
     assert_same(pretrain_quietly(store_path, tmp_path / "run"), uninterrupted)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_views(store_path, tmp_path_factory) -> Run:
+    """Ten steps of views and both objectives without a break."""
+    return pretrain_quietly(store_path, tmp_path_factory.mktemp("runs") / "views", tiny_views(), steps=10)
+
+
+@pytest.mark.parametrize("loader", ["dali", "plain"])
+def test_views_are_carried_on_bit_for_bit(store_path, tmp_path, uninterrupted_views, monkeypatch, loader):
+    """Crops, their changes and the directions are functions of seed and step; the projector is in the checkpoint."""
+    log = Run.log_metrics
+
+    def log_and_ask(run, line):
+        log(run, line)
+        if line["step"] == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Run, "log_metrics", log_and_ask)
+    with pytest.raises(StopSignal):
+        pretrain_quietly(store_path, tmp_path / "run", tiny_views(), steps=10)
+    monkeypatch.undo()
+    assert "projector" in Run.open(tmp_path / "run").load_checkpoint().parts
+    carried_on = pretrain_quietly(store_path, tmp_path / "run", tiny_views(), steps=10, loader=loader)
+    assert_same(carried_on, uninterrupted_views)
+
+
+def test_a_view_knows_the_floor_and_the_scale_of_its_store(store, uninterrupted_views):
+    """A gain of 6 dB must be 6 dB, whatever the deviation of a store."""
+    scale = input_scale(uninterrupted_views.identity)
+    assert (scale.mean, scale.std) == store.mean_and_std(train_splits(store))
+    assert scale.floor == pytest.approx(math.log(store.spec.floor))
+    stored_TF = store.read(store.good_rows()[:8])
+    assert store.to_log_mel(stored_TF).min() >= scale.floor - 0.01
 
 
 def test_a_finished_run_says_so_and_is_left_alone(store_path, uninterrupted):

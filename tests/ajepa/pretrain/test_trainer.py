@@ -4,14 +4,17 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny
+from tiny import tiny, tiny_views
 
+from ajepa.model.views import ViewDraws
 from ajepa.pretrain.pretrain import pretrain
 from ajepa.pretrain.trainer import PretrainTrainer
 from ajepa.recipes.optimiser import Schedule
+from ajepa.recipes.pretrain import Pretrain
 from ajepa.training.devices import Precision, pick_precision
 from ajepa.training.distributed import SINGLE_PROCESS, World
 from ajepa.training.run import Run
@@ -27,40 +30,63 @@ CPU = torch.device("cpu")
 FP32 = pick_precision("fp32", CPU)
 
 
-def batch_of(store, step: int = 0, frames: int = 64) -> Batch:
+def batch_of(store, step: int = 0, recipe: Pretrain | None = None) -> Batch:
+    """The step's batch as the recipe, by default `tiny`, wants it."""
+    recipe = recipe or tiny()
     order = RowOrder(rows_N=store.good_rows(train_splits(store)), clips=8, seed=0)
     mean, std = store.mean_and_std(train_splits(store))
-    return PlainLoader(store, order, View(frames=frames, mean=mean, std=std)).make_batch(step)
+    view = View(frames=recipe.source_frames, mean=mean, std=std, crops=recipe.crops)
+    return PlainLoader(store, order, view).make_batch(step)
 
 
 def shortened(batch: Batch) -> Batch:
-    """Clips of all lengths, from one column of patches to four."""
-    n_frames_B = torch.tensor([64, 5, 40, 64, 17, 33, 64, 50])
-    mel_BTF = batch.mel_BTF * (torch.arange(64) < n_frames_B[:, None])[..., None]
+    """Crops of all lengths, from one column of patches to four."""
+    n_frames_B = torch.tensor([64, 5, 40, 64, 17, 33, 64, 50]).repeat(len(batch.mel_BTF) // 8)
+    frames = batch.mel_BTF.shape[1]
+    mel_BTF = batch.mel_BTF * (torch.arange(frames) < n_frames_B[:, None])[..., None]
     return replace(batch, mel_BTF=mel_BTF, n_frames_B=n_frames_B)
 
 
-def varied(**changes):
-    """Whatever draws: drop path, two mask sets, the loss of the clip."""
-    recipe = tiny(mask_sets=2, **changes)
+def varied(recipe: Pretrain):
+    """Whatever draws: drop path, and two mask sets."""
     model = recipe.model
     encoder, predictor = (replace(spec, drop_path=0.3, depth=2) for spec in (model.encoder, model.predictor))
-    return replace(recipe, model=replace(model, encoder=encoder, predictor=predictor, clip_weight=0.5))
+    return replace(recipe, mask_sets=2, model=replace(model, encoder=encoder, predictor=predictor))
 
 
+RECIPES = {"papers": varied(tiny()), "views": varied(tiny_views())}
+
+for_every_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+
+
+@for_every_recipe
 @pytest.mark.parametrize("micro_clips", [1, 3, 4])
 @pytest.mark.parametrize("change", [lambda batch: batch, shortened], ids=["full", "padded"])
-def test_a_step_in_several_passes_is_that_in_one(store, micro_clips, change):
-    """The mean over all scored targets is not the mean of the passes' means where clips are short."""
-    whole = PretrainTrainer(varied(), CPU, precision=FP32)
-    parts = PretrainTrainer(varied(), CPU, precision=FP32, micro_clips=micro_clips)
+def test_a_step_in_several_passes_is_that_in_one(store, recipe, micro_clips, change):
+    """The mean over all scored targets is not the mean of the passes' means where clips are short.
+
+    Nor is the normality of all views the mean of that of the passes' views.
+    """
+    whole = PretrainTrainer(recipe, CPU, precision=FP32)
+    parts = PretrainTrainer(recipe, CPU, precision=FP32, micro_clips=micro_clips)
     for step in (20, 21, 22):
-        batch = change(batch_of(store, step))
+        batch = change(batch_of(store, step, recipe=recipe))
         one, several = whole.train_step(step, batch), parts.train_step(step, batch)
-        for name in ("loss", "clip_loss", "gradient_norm", "cosine"):
-            assert several[name] == pytest.approx(one[name], rel=2e-4), name
-    for weight, other in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
-        torch.testing.assert_close(other, weight, rtol=1e-3, atol=2e-5)
+        assert set(one) == set(several)
+        # Deviations are means of those of the passes.
+        for name in one.keys() - {"target_std", "prediction_std", "explained"}:
+            assert several[name] == pytest.approx(one[name], rel=3e-4, abs=1e-6), name
+
+    # AdamW makes a step of full size of a gradient that is nothing but rounding, so its first moments are compared too.
+    tolerance = 1e-4 if recipe.views else 2e-5
+    for weight, other in zip(whole.trained_weights(), parts.trained_weights(), strict=True):
+        torch.testing.assert_close(other, weight, rtol=1e-3, atol=tolerance)
+        if weight.requires_grad:
+            moment, other_moment = (
+                trainer.optimiser.state[each]["exp_avg"]
+                for trainer, each in ((whole, weight), (parts, other))
+            )
+            torch.testing.assert_close(other_moment, moment, rtol=1e-3, atol=1e-5 * one["gradient_norm"])
 
 
 def test_the_mean_of_the_passes_means_would_be_another_loss(store):
@@ -69,11 +95,11 @@ def test_the_mean_of_the_passes_means_would_be_another_loss(store):
     draws = trainer.draw_for_rank(20)
     losses, counts = [], []
     for clip in range(8):
-        clip_draws = draws.select_rows(slice(clip, clip + 1))
-        masks, n_frames_B = (clip_draws.context_NK, clip_draws.targets_NGQ), batch.n_frames_B[clip : clip + 1]
+        clip_draws = draws.select_clips(slice(clip, clip + 1))
+        masks, n_frames_B = (clip_draws.context_NK, clip_draws.targets_MGQ), batch.n_frames_B[clip : clip + 1]
         output = trainer.model(batch.mel_BTF[clip : clip + 1], *masks, n_frames_B)
         losses.append(output.loss.item())
-        counts.append(trainer.model.count_scored(*masks, n_frames_B)[0])
+        counts.append(trainer.model.find_scored(*masks, n_frames_B)[0])
         assert counts[-1] == output.scored
     assert min(counts) < 0.5 * max(counts)
     right = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
@@ -81,9 +107,9 @@ def test_the_mean_of_the_passes_means_would_be_another_loss(store):
     assert abs(sum(losses) / 8 - right) > 1e-4 * right
 
 
-def test_ranks_draw_different_masks_that_together_are_those_of_one_process():
+@for_every_recipe
+def test_ranks_draw_different_masks_that_together_are_those_of_one_process(recipe):
     """One mask generator shared by all ranks was a published mistake; so would be one that knows its rank."""
-    recipe = varied()
     whole = PretrainTrainer(recipe, CPU, precision=FP32).draw_for_rank(7)
     parts = []
     for rank in range(4):
@@ -91,12 +117,16 @@ def test_ranks_draw_different_masks_that_together_are_those_of_one_process():
         trainer.world, trainer.clips_of_rank = World(rank=rank, size=4), 2
         parts.append(trainer.draw_for_rank(7))
     assert torch.equal(torch.cat([part.context_NK for part in parts]), whole.context_NK)
-    assert torch.equal(torch.cat([part.targets_NGQ for part in parts]), whole.targets_NGQ)
+    assert torch.equal(torch.cat([part.targets_MGQ for part in parts]), whole.targets_MGQ)
     for each in range(2):
         assert torch.equal(
             torch.cat([part.drop_path_factors[each] for part in parts], dim=2), whole.drop_path_factors[each]
         )
-    targets = [part.targets_NGQ for part in parts]
+    if whole.views is not None:
+        for name in ViewDraws.__slots__:
+            drawn = np.concatenate([getattr(part.views, name) for part in parts])
+            np.testing.assert_array_equal(drawn, getattr(whole.views, name))
+    targets = [part.targets_MGQ for part in parts]
     assert not any(torch.equal(targets[0], other) for other in targets[1:])
 
 
@@ -217,5 +247,5 @@ def test_a_store_with_nan_ends_the_run_with_its_rows_and_leaves_what_explains_it
     assert tensors["mel_BTF"][tensors["rows_B"] == bad].isnan().all()
     draws = PretrainTrainer(tiny(), CPU).draw_for_rank(step - 1)
     assert torch.equal(tensors["context_NK"], draws.context_NK)
-    assert torch.equal(tensors["targets_NGQ"], draws.targets_NGQ)
+    assert torch.equal(tensors["targets_MGQ"], draws.targets_MGQ)
     assert Run.open(tmp_path / "run").newest_step < step

@@ -6,9 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import tiny
+from tiny import tiny, tiny_views
 
 from ajepa.model.masking import Curriculum, Fixed, RandomPatches
+from ajepa.model.sigreg import NORMALITY_SCALE
 from ajepa.pretrain.trainer import PretrainTrainer
 from ajepa.recipes.catalogue import pretrain_recipe, recipe_from_json, recipe_to_json
 from ajepa.recipes.pretrain import PRETRAIN_RECIPES, a_jepa_recipe, audio_jepa_recipe, smoke_recipe
@@ -146,18 +147,19 @@ def test_several_mask_sets_are_drawn_for_every_clip(monkeypatch):
         tiny(mask_sets=0)
 
 
-def test_the_loss_of_the_whole_clip_is_logged_where_there_is_one():
+def test_both_objectives_are_logged_and_the_loss_is_their_weighted_sum():
     """A second objective that nobody sees could be all of the loss."""
-    model = replace(tiny().model, clip_weight=0.5)
     batch = Batch(
-        mel_BTF=torch.randn(4, 64, 128),
-        n_frames_B=torch.full((4,), 64),
-        rows_B=np.arange(4),
+        mel_BTF=torch.randn(16, 74, 128),
+        n_frames_B=torch.full((16,), 74),
+        rows_B=np.arange(8),
         labels_BC=None,
     )
-    with_clip_loss, without = (
-        PretrainTrainer(tiny(model=spec), torch.device("cpu")).train_step(0, batch)
-        for spec in (model, tiny().model)
-    )
-    assert 0 < with_clip_loss["clip_loss"] < with_clip_loss["loss"]
-    assert "clip_loss" not in without
+    recipe = tiny_views()
+    assert recipe.source_frames == 74
+    metrics = PretrainTrainer(recipe, torch.device("cpu")).train_step(0, batch)
+    assert metrics["loss"] == pytest.approx(0.3 * metrics["token_loss"] + metrics["clip_loss"], rel=1e-6)
+    share = recipe.model.clip.sigreg_share
+    assert metrics["clip_loss"] > share * NORMALITY_SCALE * metrics["normality"] > 0
+    assert 0 < metrics["disagreement"] < 1.2
+    assert metrics["z_std"] > 0

@@ -90,6 +90,22 @@ def test_two_augmented_epochs_are_the_plain_loaders_bit_for_bit(any_store, augme
         assert_equal(batch, plain.make_batch(step))
 
 
+@pytest.mark.parametrize("frames", [48, 96, 1_100])
+def test_several_crops_are_the_plain_loaders_bit_for_bit(any_store, frames):
+    """Each of three crops, of clips that are longer or shorter than a view."""
+    view = view_of(any_store, frames=frames, crops=3)
+    order = order_of(any_store)
+    steps = 2 * order.steps_per_epoch
+    with DaliLoader(any_store, order, view) as loader:
+        for made, plain in zip(
+            loader.batches(0, steps), PlainLoader(any_store, order, view).batches(0, steps), strict=True
+        ):
+            assert len(made.mel_BTF) == 3 * len(made.rows_B)
+            assert torch.equal(made.mel_BTF, plain.mel_BTF)
+            assert torch.equal(made.n_frames_B, plain.n_frames_B)
+            np.testing.assert_array_equal(made.rows_B, plain.rows_B)
+
+
 @pytest.mark.parametrize("augment", [{}, EVERYTHING], ids=["plain", "augmented"])
 @pytest.mark.parametrize("first", range(1, 10))
 def test_a_run_resumes_at_any_step(store, first, augment):

@@ -8,7 +8,7 @@ import torch
 from loading_inputs import order_of, store_with_broken_rows, view_of
 
 from pipeline.errors import BrokenClipError, RunError, StoreError
-from pipeline.loading.augment import draw_uniform_B
+from pipeline.loading.augment import Augment, draw_uniform_B
 from pipeline.loading.loader import PlainLoader, View, replace_broken_rows
 from pipeline.loading.sampling import RowOrder
 from pipeline.store.feature_store import FeatureStore
@@ -99,6 +99,44 @@ def test_batches_do_not_depend_on_the_number_of_ranks(store):
         for rank in (0, 1)
     ]
     assert torch.equal(whole.mel_BTF, torch.cat([half.mel_BTF for half in halves]))
+
+
+def test_several_crops_of_a_clip_lie_side_by_side_at_positions_of_their_own(store):
+    """The first crop is where a single one would be, so that more crops do not change it."""
+    order = order_of(store)
+    one = PlainLoader(store, order, view_of(store, frames=32)).make_batch(3)
+    three = PlainLoader(store, order, view_of(store, frames=32, crops=3)).make_batch(3)
+    np.testing.assert_array_equal(three.rows_B, one.rows_B)
+    assert three.mel_BTF.shape == (18, 32, store.bands)
+    assert torch.equal(three.mel_BTF[::3], one.mel_BTF)
+    assert torch.equal(three.n_frames_B[::3], one.n_frames_B)
+    long_B = (one.n_frames_B == 32).numpy() & (store.n_frames_N[one.rows_B] > 64)
+    assert long_B.any()
+    for clip in np.flatnonzero(long_B):
+        crops_TF = three.mel_BTF[3 * clip : 3 * clip + 3]
+        assert not torch.equal(crops_TF[0], crops_TF[1])
+        assert not torch.equal(crops_TF[1], crops_TF[2])
+
+
+def test_crops_do_not_depend_on_the_number_of_ranks(store):
+    """Half of the clips on each of two ranks: the same crops."""
+    view = view_of(store, frames=32, crops=2)
+    whole = PlainLoader(store, order_of(store), view).make_batch(1)
+    halves = [
+        PlainLoader(store, order_of(store, clips=3, rank=rank, world=2), view).make_batch(1)
+        for rank in (0, 1)
+    ]
+    assert torch.equal(torch.cat([half.mel_BTF for half in halves]), whole.mel_BTF)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"crops": 0}, {"crops": 2, "crop": "start"}, {"crops": 2, "augment": Augment(roll=True)}],
+    ids=str,
+)
+def test_crops_that_contradict_the_rest_of_a_view_are_refused(store, wrong):
+    with pytest.raises(ValueError, match="crops must be 1 or more, and several need random crops"):
+        view_of(store, **wrong)
 
 
 def test_a_step_alone_is_the_step_of_the_whole_run(store):
