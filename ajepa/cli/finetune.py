@@ -40,6 +40,10 @@ def finetune(
         Path | None,
         typer.Option("--from", help="Run whose encoder to start from. [default: random weights]"),
     ] = None,
+    start_checkpoint: Annotated[
+        str,
+        typer.Option("--from-checkpoint", help="Of that run: last, best (by probe), init, or a kept step."),
+    ] = "last",
     model: Annotated[
         str | None,
         typer.Option(
@@ -90,7 +94,7 @@ def finetune(
     with join_ranks() as world:
         # What is learnt, from which weights, by which recipe
         chosen_task = find_task(task)
-        trained_start = TrainedRun.open(start) if start else None
+        trained_start = TrainedRun.open(start, start_checkpoint) if start else None
         chosen_recipe = choose_finetune_recipe(model, recipe, chosen_task.recipe)
         if trained_start is not None:
             chosen_recipe = trained_start.adapt_recipe(chosen_recipe)

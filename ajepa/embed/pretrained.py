@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -15,7 +15,12 @@ from ajepa.embed.hub import fetch_from_hub, is_hub_id
 from ajepa.model.vit import Encoder, EncoderSpec
 from ajepa.recipes.catalogue import recipe_from_json, recipe_to_json
 from ajepa.training.run import RECIPE_FILE, Json
-from ajepa.training.trained_run import TrainedRun
+from ajepa.training.trained_run import (
+    BAND_STATISTICS,
+    INITIAL_CHECKPOINT,
+    TrainedRun,
+    build_initial_encoder,
+)
 from pipeline.audio.mel_spec import MelSpec
 from pipeline.errors import RunError
 
@@ -121,6 +126,18 @@ class PretrainedEncoder:
         """The name of the recipe that trained the encoder, for messages."""
         return str(self.origin.get("recipe", {}).get("name", "unnamed"))
 
+    def before_training(self) -> Self:
+        """Return the encoder before its first step, drawn by the seed of its recipe; RunError if that is unknown."""
+        # The encoder of a run that started from another one was not drawn by its own seed.
+        seed = self.origin.get("recipe", {}).get("seed")
+        if seed is None or self.origin.get("identity", {}).get("from") is not None:
+            raise RunError(
+                f"model {self.model_id}: holds no recipe whose seed drew its first weights; "
+                f"leave out {INITIAL_CHECKPOINT!r}, or give the pre-trained run"
+            )
+        encoder = build_initial_encoder(self.spec, seed, self.weights.get(BAND_STATISTICS))
+        return replace(self, weights=encoder.state_dict(), origin=self.origin | {"step": 0})
+
     def to_json(self) -> Json:
         """Return the configuration of an export: everything except the weights."""
         return {
@@ -148,19 +165,24 @@ class PretrainedEncoder:
 def load_pretrained(location: Path | str, at: str | int = LAST_CHECKPOINT) -> PretrainedEncoder:
     """Load an encoder from a run folder, an exported folder or file, or ORG/NAME[@REVISION] on the Hugging Face hub.
 
-    `at` is the checkpoint of a run: last, best or a step. An export has a single checkpoint: RunError if `at` names
-    another. A local path takes precedence over a name on the hub. Weights are safetensors: loading needs no pickle and
-    runs no code from the export.
+    `at` is the checkpoint of a run: last, best, init (before the first step) or a step. An export has a single
+    checkpoint, and init if it states the seed of its recipe: RunError if `at` names another. A local path takes
+    precedence over a name on the hub. Weights are safetensors: loading needs no pickle and runs no code of the export.
     """
     path = Path(location)
     if (path / RECIPE_FILE).is_file():
         return PretrainedEncoder.from_run(path, at)
-    if at != LAST_CHECKPOINT:
+    if at not in (LAST_CHECKPOINT, INITIAL_CHECKPOINT):
         raise RunError(
             f"{location}: is no run, and only a run has several checkpoints; leave out {at!r}, or give the run"
         )
+    exported = load_export(location)
+    return exported.before_training() if at == INITIAL_CHECKPOINT else exported
 
-    # Load an export: a folder, a single file, or an id on the hub.
+
+def load_export(location: Path | str) -> PretrainedEncoder:
+    """Load an encoder from an exported folder or file, or from the hub; RunError if there is none."""
+    path = Path(location)
     if (path / WEIGHTS_FILE).is_file():
         return PretrainedEncoder.from_export(path / WEIGHTS_FILE)
     if path.is_file():

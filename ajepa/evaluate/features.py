@@ -17,7 +17,7 @@ from ajepa.model.pooling import (
     encode_views,
 )
 from ajepa.model.vit import Encoder
-from ajepa.training.trained_run import TrainedRun
+from ajepa.training.trained_run import TrainedRun, build_initial_encoder
 from pipeline.store.joined_store import AnyStore
 
 CLIPS_PER_READ = 32
@@ -44,7 +44,7 @@ class ClipViews:
     def read_views(self, rows_B: np.ndarray) -> tuple[Tensor, Tensor]:
         """The views of some rows, `mel_BVTF`, and their valid frames, `n_frames_BV`.
 
-        Frames past a clip's end are 0, as in training.
+        Frames past a clip's end are 0. Encoders do not see these zeros (`pooling.encode_views`).
         """
         # Whole clips, normalised
         n_frames_B = torch.from_numpy(self.store.n_frames_N[rows_B].astype(np.int64))
@@ -86,16 +86,13 @@ class ClipFeatures:
 def compared_encoders(trained: TrainedRun, device: torch.device) -> dict[str, Encoder | None]:
     """The encoder of each kind of features: the run's own, one of random weights, and None for log-mel statistics.
 
-    The random encoder is a pre-trained run's encoder before its first step. It standardises mel bands as the trained
-    encoder does.
+    The random encoder is a pre-trained run's encoder before its first step (`at="init"`). It standardises mel bands as
+    the trained encoder does.
     """
-    # A pre-trained run drew its initial weights with the same seed
     spec = replace(trained.encoder_spec(TO_PROBE), drop_path=0.0)
-    encoder = Encoder(spec, seed=trained.recipe.seed)
-    random_encoder = Encoder(spec, seed=trained.recipe.seed)
+    encoder = Encoder(spec)
     encoder.load_state_dict(trained.encoder_weights())
-    if encoder.bands_2F is not None:
-        random_encoder.set_band_statistics(*encoder.bands_2F)
+    random_encoder = build_initial_encoder(spec, trained.recipe.seed, encoder.bands_2F)
     return {
         TRAINED: encoder.to(device).eval(),
         RANDOM: random_encoder.to(device).eval(),

@@ -136,13 +136,16 @@ def initial_weights(run: Run, recipe: Pretrain | Finetune) -> dict[str, Tensor]:
     if isinstance(recipe, Finetune):
         identity = run.task_identity
         if identity.start is not None:
-            raise RunError(f"{run.path}: started from another run's encoder; give that run, or another checkpoint")
+            raise RunError(
+                f"{run.path}: started from another run's encoder; give that run, or another checkpoint"
+            )
         return build_classifier(recipe.model, len(identity.classes), recipe.seed).state_dict()
 
     # The statistics are in every checkpoint.
     statistics_2F = None
     if recipe.model.encoder.band_norm:
-        statistics_2F = run.load_checkpoint(TARGET_PART).parts[TARGET_PART][BAND_STATISTICS]
+        part = measured_part(recipe)
+        statistics_2F = run.load_checkpoint(part).parts[part][BAND_STATISTICS]
     return build_initial_encoder(recipe.model.encoder, recipe.seed, statistics_2F).state_dict()
 
 

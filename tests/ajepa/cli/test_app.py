@@ -165,6 +165,7 @@ def test_an_encoder_is_fine_tuned_from_its_run(store_path, tmp_path, monkeypatch
         (["own", "--model", "cnn7"], "model 'cnn7' is unknown; did you mean 'cnn6'?"),
         (["own", "--set", "base_l=1"], "did you mean 'base_lr'?"),
         (["own", "--from", tmp_path / "c"], "c: not a run (no recipe.json)"),
+        (["own", "--from", tmp_path / "a", "--from-checkpoint", "7"], "no checkpoint '7'; expected last"),
         (["esc50"], "task esc50 has 50 classes, the store 527"),
     ):
         assert run(*asked, *wrong, monkeypatch=monkeypatch) == 1
