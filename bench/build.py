@@ -113,7 +113,7 @@ def part_seconds(paths: Sequence[Path], header: StoreHeader, scratch: Path) -> d
             path, recognise_container(path), VideoSegment(0.0, DEMO_CLIP_SECONDS), max_seconds=60.0
         )
         marks.append(time.perf_counter())
-        wave_S = soxr.resample(segment.wave_S, segment.rate_hz, SPEC.sample_rate_hz, quality="HQ")
+        wave_S = soxr.resample(segment.wave_S, segment.facts.rate_hz, SPEC.sample_rate_hz, quality="HQ")
         marks.append(time.perf_counter())
         mel_TF = log_mel(torch.from_numpy(wave_S[: SPEC.clip_samples])[None], SPEC)[0]
         marks.append(time.perf_counter())

@@ -25,19 +25,13 @@ from pipeline.audio.sources import SoundInput, SoundLocator
 from pipeline.errors import AudioError
 
 LENGTH_SLACK = 0.02  # of the segment: a source whose length differs by less is not flagged
-
 COMPLETE_SHARE = 0.95  # a clip that lacks less than 5 % of its samples counts as whole
-
 PACKET_SECONDS = 0.02  # one opus packet: a declared length may be rounded up by this much
 
 PLAUSIBLE_RATES_HZ = range(1_000, 1_000_000)
-
 MIN_SOUND_SECONDS = 0.1
-
 SILENCE_DBFS = -90.0
-
 DIGITAL_SILENCE_DBFS = -200.0  # reported for digital silence, whose level is minus infinity
-
 MAX_USABLE_PEAK = 1e6  # +120 dBFS: no sound is louder, and the power of far larger samples exceeds float32
 
 ALL_SAMPLES = 2**62  # more samples than any sound has
@@ -112,30 +106,49 @@ class VideoSegment:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SegmentFacts:
+    """What `check_complete` and `check_audible` need to know of decoded samples, which may have been used by then.
+
+    samples           number of decoded samples, at the source's own rate; may be 0
+    expected_samples  samples of the segment by the declared length; None if the source declares none
+    is_cut            whether they were cut from a whole video at the segment's start; else they begin the source
+    """
+
+    rate_hz: int
+    channels: int
+    codec: str
+    samples: int
+    expected_samples: int | None
+    is_cut: bool
+
+    @property
+    def seconds(self) -> float:
+        """The length of the decoded samples."""
+        return self.samples / self.rate_hz
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether the source declares more samples than could be decoded."""
+        if self.expected_samples is None:
+            return False
+        missing = self.expected_samples - self.samples
+        tolerated = max((1 - COMPLETE_SHARE) * self.expected_samples, PACKET_SECONDS * self.rate_hz)
+        return missing > tolerated
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DecodedSegment:
     """The samples of a segment that could be decoded, at the source's own rate; there may be none.
 
     wave_S              float32, plain mean of the channels
     source_seconds      length of the whole source: the declared length, or the decoded length if it ended early
-    expected_samples    samples of the segment by the declared length; None if the source declares none
-    is_cut              True: the samples were cut from a whole video at the segment's start; False: they begin with
-                        the first sample of the source
     exceeds_full_scale  whether any channel exceeds full scale
     """
 
     wave_S: np.ndarray
-    rate_hz: int
-    channels: int
-    codec: str
+    facts: SegmentFacts
     source_seconds: float
-    expected_samples: int | None
-    is_cut: bool
     exceeds_full_scale: bool
-
-    @property
-    def seconds(self) -> float:
-        """The length of the decoded samples."""
-        return len(self.wave_S) / self.rate_hz
 
 
 def load_clip_audio(
@@ -157,7 +170,11 @@ def load_clip_audio(
         with locator.open_sound() as sound:
             container = recognise_container(sound)
             decoded = decode_segment(sound, container, segment, max_seconds=policy.max_seconds)
-        check_usable(decoded, policy)
+
+        # There must be samples before their peak can be measured.
+        check_complete(decoded.facts, policy)
+        peak = checked_peak(decoded.wave_S)
+        check_audible(decoded.facts, peak, policy)
     except AudioError as error:
         raise name_sound_in_error(locator, error) from None
 
@@ -165,11 +182,11 @@ def load_clip_audio(
     return ClipAudio(
         wave_S=decoded.wave_S,
         segment_seconds=segment.seconds,
-        codec=decoded.codec,
-        rate_hz=decoded.rate_hz,
-        channels=decoded.channels,
+        codec=decoded.facts.codec,
+        rate_hz=decoded.facts.rate_hz,
+        channels=decoded.facts.channels,
         source_seconds=decoded.source_seconds,
-        peak_dbfs=magnitude_dbfs(peak_magnitude(decoded.wave_S)),
+        peak_dbfs=magnitude_dbfs(peak),
         rms_dbfs=magnitude_dbfs(rms_magnitude(decoded.wave_S)),
         digest=hashlib.sha256(decoded.wave_S.astype("<f4", copy=False).data).hexdigest()[:32],
         flags=segment_flags(decoded, segment, is_misnamed=container.is_misnamed(locator.name)),
@@ -214,36 +231,46 @@ def read_segment(decoder: AudioDecoder, segment: VideoSegment, max_seconds: floa
     """
     refuse_long_sound(decoder, max_seconds)
 
-    # The samples to decode: those of the segment in a whole video, else the first samples.
+    # The samples to decode, `wanted` from `first` on:
+    #   of a whole video   |----------[=========)------------|          of the clip alone   [=========)--|
+    #                      0        first   first + wanted   declared                       0    wanted  declared
     is_whole_video = segment.is_part_of(decoder.seconds)
+    wanted = round(segment.seconds * decoder.rate_hz)
+    declared = round(decoder.seconds * decoder.rate_hz)
     first = 0
     if is_whole_video:
         first = round(segment.start_seconds * decoder.rate_hz)
-    wanted = round(segment.seconds * decoder.rate_hz)
-    declared = round(decoder.seconds * decoder.rate_hz)
-    if is_whole_video and first >= declared > 0:
-        raise AudioError(
-            "too_short",
-            f"the clip starts at {segment.start_seconds:g} s of a sound of {decoder.seconds:.2f} s; correct its list",
-        )
+        if first >= declared > 0:
+            detail = f"the clip starts at {segment.start_seconds:g} s of a sound of {decoder.seconds:.2f} s"
+            raise AudioError("too_short", f"{detail}; correct its list")
 
-    # Fewer samples may be decoded than the declared length promises.
+    # Fewer samples may be decoded than the declared length promises: the source then ends where they end.
     wave_S, exceeds_full_scale = mix_down(decoder.read_blocks(first, wanted))
     source_seconds = (first + len(wave_S)) / decoder.rate_hz
     if len(wave_S) >= wanted:
         source_seconds = max(source_seconds, decoder.seconds)
-    expected_samples = None
-    if decoder.has_declared_length:
-        expected_samples = min(wanted, declared - first)
+    is_cut = is_whole_video and decoder.seconds > segment.seconds + LENGTH_SLACK * segment.seconds
+    promised = min(wanted, declared - first)
     return DecodedSegment(
         wave_S=wave_S,
+        facts=segment_facts(decoder, samples=len(wave_S), promised=promised, is_cut=is_cut),
+        source_seconds=source_seconds,
+        exceeds_full_scale=exceeds_full_scale,
+    )
+
+
+def segment_facts(decoder: AudioDecoder, *, samples: int, promised: int, is_cut: bool) -> SegmentFacts:
+    """The facts of `samples` that were decoded where the length of the source, if it is declared, promised so many."""
+    expected_samples = None
+    if decoder.has_declared_length:
+        expected_samples = promised
+    return SegmentFacts(
         rate_hz=decoder.rate_hz,
         channels=decoder.channels,
         codec=decoder.codec,
-        source_seconds=source_seconds,
+        samples=samples,
         expected_samples=expected_samples,
-        is_cut=is_whole_video and decoder.seconds > segment.seconds + LENGTH_SLACK * segment.seconds,
-        exceeds_full_scale=exceeds_full_scale,
+        is_cut=is_cut,
     )
 
 
@@ -279,22 +306,23 @@ def mean_of_channels(block_CS: np.ndarray) -> np.ndarray:
     return mono_S
 
 
-def check_usable(decoded: DecodedSegment, policy: AudioPolicy) -> None:
-    """Raise AudioError for a segment that is truncated, empty, broken, too short or silent, in this order."""
+def check_complete(facts: SegmentFacts, policy: AudioPolicy) -> None:
+    """Raise AudioError for a segment that is truncated (if the policy refuses that) or has no sample (unreadable)."""
     # A clip without a single sample is unreadable, unless it is cut from a video, whose other samples are readable.
-    is_readable = len(decoded.wave_S) or decoded.is_cut
-    if is_truncated(decoded) and is_readable and not policy.accept_truncated:
-        shortfall = describe_shortfall(decoded)
+    is_readable = facts.samples > 0 or facts.is_cut
+    shortfall = describe_shortfall(facts)
+    if facts.is_truncated and is_readable and not policy.accept_truncated:
         raise AudioError("truncated", f"{shortfall}; fetch it again, or accept truncated clips")
-    if not len(decoded.wave_S):
-        shortfall = describe_shortfall(decoded)
+    if facts.samples == 0:
         raise AudioError("unreadable", f"{shortfall}; its writer was interrupted, fetch it again")
 
-    peak = checked_peak(decoded.wave_S)
-    if decoded.seconds < MIN_SOUND_SECONDS:
-        raise AudioError("too_short", f"{decoded.seconds:.4f} s of sound, under {MIN_SOUND_SECONDS} s")
+
+def check_audible(facts: SegmentFacts, peak: float, policy: AudioPolicy) -> None:
+    """Raise AudioError for a segment that is too short, or silent (if the policy refuses that)."""
+    if facts.seconds < MIN_SOUND_SECONDS:
+        raise AudioError("too_short", f"{facts.seconds:.4f} s of sound, under {MIN_SOUND_SECONDS} s")
     if magnitude_dbfs(peak) < SILENCE_DBFS and not policy.keep_silent:
-        mixed = f" (the mean of {decoded.channels} channels)" if decoded.channels > 1 else ""
+        mixed = f" (the mean of {facts.channels} channels)" if facts.channels > 1 else ""
         level = f"peak {magnitude_dbfs(peak):.0f} dBFS{mixed}, under {SILENCE_DBFS:.0f}"
         raise AudioError("silent", f"{level}; fetch it again, or keep silent clips")
 
@@ -307,22 +335,13 @@ def checked_peak(wave_S: np.ndarray) -> float:
     return peak
 
 
-def is_truncated(decoded: DecodedSegment) -> bool:
-    """Whether the source declares more samples than could be decoded."""
-    if decoded.expected_samples is None:
-        return False
-    missing = decoded.expected_samples - len(decoded.wave_S)
-    tolerated = max((1 - COMPLETE_SHARE) * decoded.expected_samples, PACKET_SECONDS * decoded.rate_hz)
-    return missing > tolerated
-
-
-def describe_shortfall(decoded: DecodedSegment) -> str:
+def describe_shortfall(facts: SegmentFacts) -> str:
     """How much of the expected sound is there, in words."""
-    if not decoded.expected_samples:
-        return f"a {decoded.codec} header, but not one sample of sound"
-    whole = "the segment's" if decoded.is_cut else "the declared"
-    expected_seconds = decoded.expected_samples / decoded.rate_hz
-    return f"{decoded.seconds:.2f} s of {whole} {expected_seconds:.2f} s can be decoded"
+    if not facts.expected_samples:
+        return f"a {facts.codec} header, but not one sample of sound"
+    whole = "the segment's" if facts.is_cut else "the declared"
+    expected_seconds = facts.expected_samples / facts.rate_hz
+    return f"{facts.seconds:.2f} s of {whole} {expected_seconds:.2f} s can be decoded"
 
 
 def describe_bad_samples(wave_S: np.ndarray) -> str:
@@ -335,15 +354,16 @@ def describe_bad_samples(wave_S: np.ndarray) -> str:
 
 def segment_flags(decoded: DecodedSegment, segment: VideoSegment, *, is_misnamed: bool) -> tuple[str, ...]:
     """The flags of a usable segment, as listed at `ClipAudio`."""
-    wanted = round(segment.seconds * decoded.rate_hz)
+    facts = decoded.facts
+    wanted = round(segment.seconds * facts.rate_hz)
     is_longer = decoded.source_seconds > (1 + LENGTH_SLACK) * segment.seconds
     conditions = {
-        "cut": decoded.is_cut,
-        "longer": not decoded.is_cut and is_longer,
-        "shorter": len(decoded.wave_S) < (1 - LENGTH_SLACK) * wanted,
-        "truncated": is_truncated(decoded),
+        "cut": facts.is_cut,
+        "longer": not facts.is_cut and is_longer,
+        "shorter": facts.samples < (1 - LENGTH_SLACK) * wanted,
+        "truncated": facts.is_truncated,
         "silent": magnitude_dbfs(peak_magnitude(decoded.wave_S)) < SILENCE_DBFS,
-        "mixed_down": decoded.channels > 1,
+        "mixed_down": facts.channels > 1,
         "beyond_full_scale": decoded.exceeds_full_scale,
         "wrong_extension": is_misnamed,
     }
@@ -367,7 +387,8 @@ def stream_wave(
 
 
 def checked_blocks(decoder: AudioDecoder, policy: AudioPolicy) -> Iterator[np.ndarray]:
-    """Yield the whole sound in mono pieces, then check it; raises AudioError as `check_usable` does."""
+    """Yield the whole sound in mono pieces, then check it; raises AudioError as `load_clip_audio` does."""
+    # Each piece is checked before anybody uses it.
     samples = 0
     peak = 0.0
     for block_CS in decoder.read_blocks(0, ALL_SAMPLES):
@@ -378,18 +399,11 @@ def checked_blocks(decoder: AudioDecoder, policy: AudioPolicy) -> Iterator[np.nd
         samples += len(wave_S)
         yield wave_S
 
-    # The pieces are no longer in memory: a constant wave of their length and peak, four bytes in memory, replaces them.
-    whole = DecodedSegment(
-        wave_S=np.broadcast_to(np.float32(peak), (samples,)),
-        rate_hz=decoder.rate_hz,
-        channels=decoder.channels,
-        codec=decoder.codec,
-        source_seconds=samples / decoder.rate_hz,
-        expected_samples=round(decoder.seconds * decoder.rate_hz) if decoder.has_declared_length else None,
-        is_cut=False,
-        exceeds_full_scale=peak > 1.0,
-    )
-    check_usable(whole, policy)
+    # Only the end of the sound shows how long and how loud it was.
+    declared = round(decoder.seconds * decoder.rate_hz)
+    facts = segment_facts(decoder, samples=samples, promised=declared, is_cut=False)
+    check_complete(facts, policy)
+    check_audible(facts, peak, policy)
 
 
 def resample_blocks(blocks: Iterator[np.ndarray], from_hz: int, to_hz: int) -> Iterator[np.ndarray]:

@@ -41,7 +41,7 @@ def test_a_whole_video_is_cut_at_its_segment(videos, video_S, suffix, start_seco
     """The cut is exact to the sample, whether the decoder seeks or decodes up to it; in matroska to the millisecond."""
     decoded = decode(videos[suffix], start_seconds, start_seconds + 10)
     first = round(start_seconds * RATE_HZ)
-    assert decoded.is_cut
+    assert decoded.facts.is_cut
     assert decoded.source_seconds == pytest.approx(VIDEO_SECONDS, abs=0.05)
     assert abs(len(decoded.wave_S) - 10 * RATE_HZ) <= WITHIN_SAMPLES.get(suffix, 0)
     assert abs(lag(decoded.wave_S, video_S[first : first + 10 * RATE_HZ])) <= WITHIN_SAMPLES.get(suffix, 0)
@@ -51,7 +51,7 @@ def test_a_whole_video_is_cut_at_its_segment(videos, video_S, suffix, start_seco
 def test_a_file_that_does_not_reach_the_segment_is_used_from_its_first_second(videos, video_S, suffix):
     """For a 40 s excerpt of an hour there is no better guess; the clip gets the flag `longer`."""
     decoded = decode(videos[suffix], 110, 120)
-    assert not decoded.is_cut
+    assert not decoded.facts.is_cut
     assert lag(decoded.wave_S, video_S[: 10 * RATE_HZ]) == 0
 
 
@@ -85,7 +85,7 @@ def test_the_channels_are_averaged(tmp_path, channels):
     """The mean is plain, whatever loudspeaker a channel is for; a mono sound keeps its samples bit for bit."""
     waves_SC = np.stack([babble(0.5, 16_000, seed=seed) for seed in range(channels)], axis=1)
     decoded = decode(write(tmp_path / "sound.wav", waves_SC, 16_000, subtype="FLOAT"), 0, 0.5)
-    assert decoded.channels == channels
+    assert decoded.facts.channels == channels
     np.testing.assert_allclose(decoded.wave_S, waves_SC.mean(1), atol=1e-7)
     assert channels > 1 or np.array_equal(decoded.wave_S, waves_SC[:, 0])
 
@@ -114,7 +114,7 @@ def test_the_samples_before_the_damage_of_a_flac_are_kept(tmp_path):
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
     decoded = decode(path, 0, 10)
-    assert decoded.expected_samples == 10 * RATE_HZ
+    assert decoded.facts.expected_samples == 10 * RATE_HZ
     assert 3 * RATE_HZ < len(decoded.wave_S) < 7 * RATE_HZ
     assert decoded.source_seconds == len(decoded.wave_S) / RATE_HZ
 
