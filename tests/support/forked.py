@@ -1,6 +1,6 @@
 """Functions in processes of their own that are forked from one with torch imported: no process imports it again.
 
-Importing torch, and what its optimisers import, takes 6 of the 8 CPU seconds of a run of a few steps.
+Importing torch, and what its optimisers import, takes five to six CPU seconds; a run of a few steps takes one or two.
 """
 
 import multiprocessing
