@@ -66,6 +66,22 @@ def format_table(seeds: Sequence[dict[str, Evaluation]]) -> str:
     return "\n".join(lines)
 
 
+def format_summary(seeds: Sequence[dict[str, Evaluation]]) -> str:
+    """A Markdown table: a row for each kind of features, a column for each store, linear / kNN of its first labels."""
+    first_seed = seeds[0]
+    features = dict.fromkeys(
+        score.features for evaluation in first_seed.values() for score in evaluation.scores
+    )
+    lines = ["| features | " + " | ".join(first_seed) + " |", "| --- " * (1 + len(first_seed)) + "|"]
+    for name in features:
+        cells = []
+        for store, evaluation in first_seed.items():
+            label_set = evaluation.label_sets[0]
+            cells.append(" / ".join(format_spread(seeds, store, name, probe, label_set) for probe in PROBES))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def format_spread(
     seeds: Sequence[dict[str, Evaluation]], name: str, features: str, probe: str, label_set: str
 ) -> str:
@@ -113,6 +129,7 @@ def main() -> None:
     length = f"{options.steps or recipe.steps} steps of {recipe.clips_per_step}"
     print(f"recipe {recipe.name}, {length}; pooling {options.pooling}, layer {options.layer}")
     print(format_table(seeds))
+    print(f"\n{format_summary(seeds)}")
 
 
 if __name__ == "__main__":
