@@ -71,6 +71,7 @@ def read_checkpoint(folder: Path, parts: Sequence[str] = ()) -> Checkpoint:
 
 def write_checkpoint(parent: Path, checkpoint: Checkpoint, score: float | None) -> None:
     """Write `checkpoint` and its score into a folder of its own, whole or not at all."""
+    # Write beside the place of the checkpoint. A rename within a folder happens at once or not at all.
     folder = parent / f"step-{checkpoint.step:08d}"
     parent.mkdir(exist_ok=True)
     scratch = folder.with_name(f"{folder.name}.{os.getpid()}{PARTIAL_SUFFIX}")
@@ -82,12 +83,15 @@ def write_checkpoint(parent: Path, checkpoint: Checkpoint, score: float | None) 
 
 def write_checkpoint_parts(folder: Path, checkpoint: Checkpoint, score: float | None) -> None:
     """Write every part and then `state.json` with the digests, each forced to the disk."""
+    # Force each part to the disk, then take the digest of its file.
     digests = {}
     for name, tensors in checkpoint.parts.items():
         file = folder / f"{name}.safetensors"
         write_safetensors(file, tensors)
         sync_to_disk(file)
         digests[name] = checkpoint_file_sha256(file)
+
+    # The state comes last, because it holds the digests.
     state = {"format": CHECKPOINT_FORMAT, "step": checkpoint.step, "score": score, "sha256": digests}
     (folder / STATE_FILE).write_text(json.dumps(state))
     sync_to_disk(folder / STATE_FILE)
@@ -99,6 +103,8 @@ def write_safetensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str
     # safetensors would let only the owner read it: take the permissions that an empty file gets.
     file.touch()
     mode = file.stat().st_mode
+
+    # A full disk becomes the OSError that other files raise for it.
     contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     try:
         save_file(contiguous, file, metadata)

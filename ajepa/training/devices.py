@@ -10,9 +10,8 @@ from pipeline.errors import RunError
 
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
 
-PRECISION_VARIABLE = (
-    "AJEPA_PRECISION"  # environment variable: what `auto` means, so that unlike machines agree
-)
+# The environment variable that says what `auto` means, so that unlike machines agree.
+PRECISION_VARIABLE = "AJEPA_PRECISION"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +51,8 @@ def pick_precision(name: PrecisionName, device: torch.device) -> Precision:
     if name == "auto" and PRECISION_VARIABLE in os.environ:
         name = os.environ[PRECISION_VARIABLE]  # type: ignore[assignment]  # checked below
         option = f"{PRECISION_VARIABLE}={name}"
+
+    # Refuse what there is not, or not on this device.
     if name not in get_args(PrecisionName):
         raise RunError(f"{option}: expected {', '.join(get_args(PrecisionName))}")
     if name == "fp16" and device.type == "cpu":
@@ -72,11 +73,14 @@ def pick_precision(name: PrecisionName, device: torch.device) -> Precision:
 
 def hardware_precision(device: torch.device) -> tuple[bool, str]:
     """Whether the hardware multiplies bf16 itself, and a description of the precision that follows from it."""
+    # Older GPUs emulate bf16, which costs more than fp32.
     if device.type == "cuda":
         gpu_name = torch.cuda.get_device_name(device)
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return True, f"bf16 autocast on {gpu_name}"
         return False, f"fp32: {gpu_name} has no bf16"
+
+    # So does every CPU without one of these instruction sets.
     if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
         return True, "bf16 autocast on the CPU (AMX or AVX512-BF16)"
     return False, "fp32: this CPU has neither AMX nor AVX512-BF16"

@@ -60,10 +60,13 @@ def open_run(world: World, path: Path, recipe: Json, identity: RunIdentity) -> I
 
     The main rank tells the others that step: on a network disk they may still see an older one.
     """
+    # Another rank only reads, once the main rank has made the folder and told the step.
     if not world.is_main:
         (first_step,) = map(int, world.sum_over_ranks(0))
         yield Run.open(path), first_step
         return
+
+    # The main rank keeps the folder locked for as long as anybody trains.
     run = Run.create_or_open(path, recipe=recipe, identity=identity)
     with run.writing_lock():
         run.rewind_to_checkpoint()
@@ -92,13 +95,16 @@ def run_training_loop(
     """
     # Find where the run stands: on a network disk only the main rank is sure to see the newest checkpoint.
     recipe = trainer.recipe
-    (first_step,) = map(int, world.sum_over_ranks(run.newest_step if world.is_main else 0))
+    newest_step = run.newest_step if world.is_main else 0
+    (first_step,) = map(int, world.sum_over_ranks(newest_step))
     steps_done = first_step
 
     # Open what is written to.
     clock = ThroughputClock()
     shown: Json = {}
-    event_writer = open_event_writer(run.path / EVENTS_FOLDER, first_step + 1) if world.is_main else None
+    event_writer = None
+    if world.is_main:
+        event_writer = open_event_writer(run.path / EVENTS_FOLDER, first_step + 1)
     bar = progress_bar(first_step, recipe.steps, shown=progress and world.is_main)
     with event_writer or nullcontext(), bar:
         for step in range(first_step, recipe.steps):
@@ -112,8 +118,7 @@ def run_training_loop(
             clock.skipped += int(*world.sum_over_ranks(batch.skipped_clips))
 
             # Look at the model: health, probes, held-out clips.
-            observed = monitor.after_step(steps_done) if monitor else {}
-            ill_because = monitor.stop_reason() if monitor else None
+            observed, ill_because = observe_model(monitor, steps_done)
 
             # Log, at the recipe's steps and wherever the monitor has seen something.
             is_logged = bool(observed) or steps_done % recipe.log_every == 0 or is_last
@@ -129,8 +134,7 @@ def run_training_loop(
             (stop_requests,) = world.sum_over_ranks(stop.is_set())
 
             # Write a checkpoint, if it is time for one or the run ends here.
-            is_kept_for_good = keep_every and steps_done % keep_every == 0
-            is_due = is_kept_for_good or steps_done % recipe.checkpoint_every == 0
+            is_due = is_checkpoint_step(recipe, steps_done, keep_every)
             is_end = is_last or stop_requests or ill_because
             if event_writer is not None and (is_due or is_end or is_best_score(run, observed)):
                 event_writer.flush()
@@ -160,6 +164,21 @@ def take_step(run: Run, trainer: StageTrainer, step: int, batch: Batch) -> Json:
     except BadStep as bad:
         folder = bad.write_to_run(run.path)
         raise RunError(f"{bad}; its clips and draws are kept in {folder}") from None
+
+
+def observe_model(monitor: TrainingMonitor | None, steps_done: int) -> tuple[Json, str | None]:
+    """The monitor's metrics after a step, and its reason to stop; nothing on a rank without a monitor."""
+    if monitor is None:
+        return {}, None
+    metrics = monitor.after_step(steps_done)
+    return metrics, monitor.stop_reason()
+
+
+def is_checkpoint_step(recipe: TrainRecipe, steps_done: int, keep_every: int) -> bool:
+    """Whether the recipe wants a checkpoint after this step, or one that is kept for good is due."""
+    if keep_every and steps_done % keep_every == 0:
+        return True
+    return steps_done % recipe.checkpoint_every == 0
 
 
 def save_step(
@@ -205,17 +224,22 @@ def progress_bar(first_step: int, steps: int, *, shown: bool) -> tqdm:
 
 def progress_postfix(line: Json) -> str:
     """The end of the progress line, after steps and time left; with the effective rank once it is known."""
-    rank = f"rank {line['health_rank']:.0f}, " if "health_rank" in line else ""
+    rank = ""
+    if "health_rank" in line:
+        rank = f"rank {line['health_rank']:.0f}, "
     return f"loss {line['loss']:.3f}, {rank}{line['clips_per_s']:.0f} clips/s, wait {line['data_wait']:.0%}"
 
 
 @contextmanager
 def catch_stop_signals() -> Iterator[threading.Event]:
     """An event that is set by the first of STOP_SIGNALS; a second one acts at once. Only in the main thread."""
+    # Python lets only the main thread handle signals.
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
+
+    # The old handlers come back after the block, and with the first signal: the next one is theirs.
     old_handlers: dict[int, Any] = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def request_stop(number: int, frame: FrameType | None) -> None:

@@ -67,6 +67,7 @@ class ComputeMeter:
 
     def resume_counts(self, folder: Path, step: int) -> None:
         """Count on from the cost that the run's folder has for the checkpoint at `step`; from 0 if it has none."""
+        # Costs past that step belong to weights that a kill threw away.
         costs = read_compute_costs(folder)
         self.earlier_costs = [cost for cost in costs if cost.step <= step]
         self.count_from(next((cost for cost in costs if cost.step == step), ComputeCost(step=step)))
@@ -77,12 +78,14 @@ class ComputeMeter:
 
     def current_cost(self) -> ComputeCost:
         """The cost up to now, with hours and memory."""
+        # Both count on from the processes before this one: hours add up, of peaks the highest stays.
         hours = self.cost_at_start.hours + (time.perf_counter() - self.start_seconds) / 3600
         peak_gb = max(self.cost_at_start.peak_memory_gb, peak_memory_bytes(self.device) / 1e9)
         return replace(self.cost, hours=hours, peak_memory_gb=peak_gb)
 
     def save_costs(self, folder: Path) -> None:
         """Write the cost up to now, beside the costs at earlier checkpoints."""
+        # The newest cost lies on top, so that a reader of the file need not look for it.
         cost = self.current_cost()
         record: Json = {"device": describe_device(self.device), "ranks": self.ranks, **asdict(cost)}
         record["flop_per_s"] = cost.flop / (3600 * cost.hours)

@@ -62,15 +62,20 @@ class Run:
     @classmethod
     def open(cls, path: Path) -> Self:
         """The run at `path` as it was started; RunError where there is none."""
+        # A folder is a run if it holds a recipe.
         recipe_path = path / RECIPE_FILE
         if not recipe_path.is_file():
             raise RunError(
                 f"{path}: not a run (no {RECIPE_FILE}); give the --run folder of `ajepa-train pretrain`"
             )
+
+        # Read the recipe file.
         try:
             record = json.loads(recipe_path.read_text())
         except ValueError:
             raise RunError(f"{recipe_path}: damaged (not JSON); restore it, or start another --run") from None
+
+        # Refuse what this version does not understand.
         if record["format"] != RUN_FORMAT:
             raise RunError(
                 f"{path}: run format {record['format']}, this version reads {RUN_FORMAT}; update ajepa"
@@ -155,15 +160,20 @@ class Run:
 
     def checkpoint_folder(self, at: str | int) -> Path:
         """The folder of a checkpoint; RunError, with the steps that there are, where it does not exist."""
+        # All complete checkpoints, by their step.
         folders = {step_of_folder(folder): folder for folder in self.checkpoint_folders()}
         if not folders:
             raise RunError(f"{self.path}: holds no checkpoint yet; train it first")
+
+        # The newest, or the one with the best score.
         if at == "last":
             return folders[max(folders)]
         if at == "best":
             if self.best_checkpoint is None:
                 raise RunError(f"{self.path}: no checkpoint was probed, so none is the best; take last")
             return folders[self.best_checkpoint.step]
+
+        # The one of a step, which the command line gives as text.
         step = int(at) if str(at).isdecimal() else None
         if step not in folders:
             steps = ", ".join(map(str, folders))
@@ -178,10 +188,14 @@ class Run:
         Checkpoints at multiples of `keep_every` stay for good; the one with the highest `score` stays until another
         has a higher one.
         """
+        # The older checkpoints stay until the new one is whole, so all of them must fit.
         refuse_full_disk(self.path, checkpoint)
+
         # The logged lines must not reach the disk after the checkpoint. A run may not have logged any yet.
         with contextlib.suppress(FileNotFoundError):
             sync_to_disk(self.path / METRICS_FILE)
+
+        # Write the new one, then remove old ones.
         write_checkpoint(self.path / CHECKPOINTS_FOLDER, checkpoint, score)
         remove_old_checkpoints(self.checkpoint_folders(), keep=keep, keep_every=keep_every)
 
@@ -194,14 +208,19 @@ class Run:
         """Every logged line so far, without a last line that a crash cut short."""
         if not (self.path / METRICS_FILE).exists():
             return []
+
+        # A line without its newline was cut short.
         text = (self.path / METRICS_FILE).read_text()
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     def rewind_to_checkpoint(self) -> None:
         """Remove logged lines past the newest checkpoint, and half-written checkpoints."""
+        # Steps past the checkpoint will be taken, and logged, again.
         lines = [line for line in self.read_metrics() if line["step"] <= self.newest_step]
         with replacing_file(self.path / METRICS_FILE) as scratch:
             scratch.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+        # What a kill left of a checkpoint that was being written or removed.
         for debris in (self.path / CHECKPOINTS_FOLDER).glob(f"*{PARTIAL_SUFFIX}"):
             shutil.rmtree(debris)
 
@@ -212,6 +231,8 @@ def refuse_foreign_folder(path: Path) -> None:
         return
     if not path.is_dir():
         raise RunError(f"{path}: is a file; choose another --run")
+
+    # A kill may have left a recipe half-written: such a folder is still a new one.
     names = sorted(file.name for file in path.iterdir() if not file.name.endswith(PARTIAL_SUFFIX))
     if names:
         raise RunError(
@@ -227,9 +248,12 @@ def software_versions() -> Json:
 
 def setting_differences(old: Json, new: Json, *, most: int = 4) -> list[str]:
     """The changes from `old` to `new`, each as `path: was X, now Y`; past `most` of them only how many more."""
+    # Compare leaf by leaf; `|` keeps the order of the old values, new keys come after them.
     old_values = flatten_to_paths(old)
     new_values = flatten_to_paths(new)
     changed = [key for key in old_values | new_values if old_values.get(key) != new_values.get(key)]
+
+    # Say what changed, but not everything of another recipe.
     lines = [
         f"{key}: was {old_values.get(key, 'absent')}, now {new_values.get(key, 'absent')}" for key in changed
     ]
@@ -240,6 +264,7 @@ def setting_differences(old: Json, new: Json, *, most: int = 4) -> list[str]:
 
 def flatten_to_paths(value: Any, path: str = "") -> Json:
     """Nested dicts and lists as one dict from dotted path to leaf."""
+    # An index is the key of a list's item.
     if isinstance(value, list):
         value = {str(index): item for index, item in enumerate(value)}
     if not isinstance(value, dict):

@@ -78,7 +78,11 @@ class TaskIdentity:
     def from_json(cls, record: Mapping[str, Any]) -> Self:
         """The task of an identity's JSON; RunError for a missing or unknown key."""
         refuse_other_keys(record, "identity", required=TASK_KEYS)
+
+        # A run from random weights has null here.
         start = record["from"]
+        if start is not None:
+            start = StartCheckpoint.from_json(start)
         return cls(
             task=record["task"],
             kind=record["kind"],
@@ -86,7 +90,7 @@ class TaskIdentity:
             train_splits=tuple(record["train_splits"]),
             eval_splits=tuple(record["eval_splits"]),
             classes=tuple(record["classes"]),
-            start=None if start is None else StartCheckpoint.from_json(start),
+            start=start,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -134,9 +138,20 @@ class RunIdentity:
         RunError for a missing or unknown key, InputError for a mel spec that this version cannot compute.
         """
         refuse_other_keys(record, "identity", required=DATA_KEYS, optional=(*OPTIONAL_DATA_KEYS, *TASK_KEYS))
-        task_record = {key: record[key] for key in TASK_KEYS if key in record}
+
+        # Keys that only some runs have. A list of digests is that of joined stores.
         excluded = record.get("excluded")
+        if isinstance(excluded, list):
+            excluded = tuple(excluded)
         block_shuffle = record.get("block_shuffle")
+        if block_shuffle is not None:
+            block_shuffle = BlockShuffleIdentity.from_json(block_shuffle)
+
+        # The keys of a fine-tuned run: all of them, or none.
+        task_identity = None
+        task_record = {key: record[key] for key in TASK_KEYS if key in record}
+        if task_record:
+            task_identity = TaskIdentity.from_json(task_record)
         return cls(
             store_id=record["store_id"],
             spec_id=record["spec_id"],
@@ -144,10 +159,10 @@ class RunIdentity:
             mean=record["mean"],
             std=record["std"],
             stores=tuple(record.get("stores", ())),
-            excluded=tuple(excluded) if isinstance(excluded, list) else excluded,
+            excluded=excluded,
             store_weights=tuple(record.get("store_weights", ())),
-            block_shuffle=None if block_shuffle is None else BlockShuffleIdentity.from_json(block_shuffle),
-            task_identity=TaskIdentity.from_json(task_record) if task_record else None,
+            block_shuffle=block_shuffle,
+            task_identity=task_identity,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -167,7 +182,9 @@ class RunIdentity:
         if self.stores:
             record["stores"] = list(self.stores)
         if self.excluded is not None:
-            record["excluded"] = list(self.excluded) if isinstance(self.excluded, tuple) else self.excluded
+            record["excluded"] = self.excluded
+        if isinstance(self.excluded, tuple):
+            record["excluded"] = list(self.excluded)
         if self.store_weights:
             record["store_weights"] = list(self.store_weights)
         if self.block_shuffle is not None:

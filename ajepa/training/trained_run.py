@@ -56,6 +56,8 @@ class TrainedRun:
         """
         if isinstance(run, Path):
             run = Run.open(run)
+
+        # Read only the part that is measured: the optimiser's is twice as large.
         recipe = recipe_from_json(run.recipe)
         part = measured_part(recipe)
         if at == INITIAL_CHECKPOINT:
@@ -85,6 +87,7 @@ class TrainedRun:
 
     def encoder_weights(self) -> dict[str, Tensor]:
         """The encoder's weights, by their names in an `Encoder`."""
+        # The target of pre-training is an encoder; in a classifier the encoder's names have a prefix.
         if self.part == TARGET_PART:
             return self.weights
         return {
@@ -113,6 +116,7 @@ class TrainedRun:
 
         RunError where the recipe trains another kind of model, or the run has no encoder.
         """
+        # Only a ViT has an encoder to start from.
         if not isinstance(recipe.model, VitSpec):
             raise RunError(
                 f"recipe {recipe.name} trains a {type(recipe.model).__name__}: it cannot start from {self.run.path}; "
@@ -161,4 +165,6 @@ def measured_part(recipe: Pretrain | Finetune) -> str:
     """The part of a checkpoint to measure, to embed with, and to start from: a moving average where there is one."""
     if isinstance(recipe, Pretrain):
         return TARGET_PART
-    return AVERAGE_PART if recipe.ema else CLASSIFIER_PART
+    if recipe.ema:
+        return AVERAGE_PART
+    return CLASSIFIER_PART
