@@ -24,7 +24,9 @@ MAX_OPEN_SHARDS = 256  # files that a reader keeps open; a mapped file counts tw
 
 DISK_BLOCK_BYTES = 4096  # offsets, lengths and memory of direct reads are multiples of it
 
-NO_WAIT_FLAG = getattr(os, "RWF_NOWAIT", 0)  # only Linux can report whether bytes are in memory
+# Flags of a read: it may wait for the disk, or it fails if bytes are not in memory, which only Linux can tell.
+WAIT_FLAG = 0
+NO_WAIT_FLAG = getattr(os, "RWF_NOWAIT", WAIT_FLAG)
 
 OPEN_ATTEMPTS = 3  # attempts to open a shard before it counts as missing
 
@@ -81,13 +83,26 @@ class _ShardFile:
 
 
 class _ReadRequest(NamedTuple):
-    """The read of one row of a batch: the bytes of a shard, and the memory to copy them to."""
+    """The read of one row of a batch: the bytes of a shard, and the memory to copy them to.
+
+      offset
+        |<---------------------- clip_bytes ----------------------->|
+    ... | frames before the crop |    the crop    | frames after it | crc32c | ...
+        |<---- skipped_bytes --->|<-- len(out) -->|
+    """
 
     row: int
     shard: _ShardFile
-    offset: int  # byte offset of the clip's chunk in the shard
-    skipped_bytes: int  # bytes of the chunk before the crop
+    offset: int  # of the clip's chunk in the shard
+    skipped_bytes: int  # of the chunk, before the crop
     out: memoryview
+
+
+class _ChunkOffsets(NamedTuple):
+    """Where the chunks of a shard begin, one offset for each of its clips, as read from one version of its file."""
+
+    file_identity: tuple[int, ...]
+    offsets: memoryview
 
 
 # Reads into buffers from an offset of a shard, as `preadv` does; returns the number of bytes read.
@@ -136,7 +151,7 @@ class ShardReader:
         # The least recently used file is closed first; the offsets read from its index are kept.
         self._open_shards: OrderedDict[int, _ShardFile] = OrderedDict()
         self._max_open_shards = MAX_OPEN_SHARDS // 2 if io == "mmap" else MAX_OPEN_SHARDS
-        self._offsets_by_shard: dict[int, tuple[tuple[int, ...], memoryview]] = {}
+        self._offsets_by_shard: dict[int, _ChunkOffsets] = {}
 
         # Buffers: a whole clip if only a crop is requested, the checksum of a clip, and whole blocks of the disk.
         self._clip_buffer = memoryview(bytearray(layout.clip_bytes))
@@ -169,49 +184,63 @@ class ShardReader:
                     request.shard.descriptor, request.offset, self._layout.clip_bytes, os.POSIX_FADV_WILLNEED
                 )
         for request in waiting:
-            if not self._try_request(request, 0):
+            if not self._try_request(request, WAIT_FLAG):
                 raise BrokenClipError(request.row, f"{request.shard.path}: ends early")
 
     def _plan_requests(
         self, rows_B: np.ndarray, starts_B: np.ndarray, out_BTF: np.ndarray
     ) -> Iterator[_ReadRequest]:
         """Yield a request for each row, with its shard opened; BrokenClipError if the shard lacks the clip."""
-        # The output as bytes, `size` of them for each row.
+        # The output as bytes, `crop_bytes` of them for each row.
         out = out_BTF.data.cast("B")
-        size = out_BTF[0].nbytes
-        skips_B = starts_B * (self._layout.bands * out_BTF.itemsize)
-        shards_B, places_B = np.divmod(rows_B, self._layout.shard_clips)
-        columns = (rows_B, shards_B, places_B, skips_B)
-        lines = zip(*(column.tolist() for column in columns), strict=True)
-        for clip, (row, number, place, skip) in enumerate(lines):
+        crop_bytes = out_BTF[0].nbytes
+        frame_bytes = self._layout.bands * out_BTF.itemsize
+
+        # Where each clip stands: its shard, its chunk in the shard, and the bytes of the chunk before the crop.
+        shards_B, chunks_B = np.divmod(rows_B, self._layout.shard_clips)
+        columns = (rows_B, shards_B, chunks_B, starts_B * frame_bytes)
+        places = zip(*(column.tolist() for column in columns), strict=True)
+        for clip, (row, number, chunk, skipped_bytes) in enumerate(places):
             shard = self._shard_file(number, row)
-            offset = shard.chunk_offsets[place]
+            offset = shard.chunk_offsets[chunk]
             if offset == ABSENT_OFFSET:
                 raise BrokenClipError(row, f"{shard.path}: does not contain the clip")
-            yield _ReadRequest(row, shard, offset, skip, out[clip * size : (clip + 1) * size])
+            crop = out[clip * crop_bytes : (clip + 1) * crop_bytes]
+            yield _ReadRequest(row, shard, offset, skipped_bytes, crop)
 
     def _try_request(self, request: _ReadRequest, flags: int) -> bool:
         """Read one clip and return whether all its bytes were read; BrokenClipError if a check is due and fails."""
-        row, shard, offset, skipped_bytes, out = request
         try:
-            if self._checked_rows[row]:
-                return self._read_bytes(shard, [out], offset + skipped_bytes, flags) == len(out)
-
-            # A check needs the whole clip and its checksum.
-            clip = out if len(out) == len(self._clip_buffer) else self._clip_buffer
-            count = self._read_bytes(shard, [clip, self._checksum_buffer], offset, flags)
-            if count != len(clip) + CRC_BYTES:
-                return False
+            if self._checked_rows[request.row]:
+                return self._read_crop(request, flags)
+            return self._read_and_check_clip(request, flags)
         except OSError as error:
-            if flags and error.errno in NOT_IN_MEMORY_ERRNOS:
+            if flags != WAIT_FLAG and error.errno in NOT_IN_MEMORY_ERRNOS:
                 return False
-            raise _read_error(error, row, shard.path) from None
+            raise _read_error(error, request.row, request.shard.path) from None
 
+    def _read_crop(self, request: _ReadRequest, flags: int) -> bool:
+        """Read only the requested frames of a clip whose check is not due; return whether all were there."""
+        _, shard, offset, skipped_bytes, out = request
+        return self._read_bytes(shard, [out], offset + skipped_bytes, flags) == len(out)
+
+    def _read_and_check_clip(self, request: _ReadRequest, flags: int) -> bool:
+        """Read a whole clip and return whether all of it was there; BrokenClipError if its checksum differs."""
+        # Read straight to the output if all frames are requested.
+        row, shard, offset, skipped_bytes, out = request
+        clip = self._clip_buffer
+        if len(out) == len(clip):
+            clip = out
+        count = self._read_bytes(shard, [clip, self._checksum_buffer], offset, flags)
+        if count != len(clip) + CRC_BYTES:
+            return False
+
+        # Compare the clip with its own checksum.
         expected_crc = int.from_bytes(self._checksum_buffer, "little")
         if google_crc32c.value(np.frombuffer(clip, np.uint8)) != expected_crc:
             raise BrokenClipError(row, f"{shard.path}: its spectrogram does not match its checksum")
 
-        # If the whole clip was read for its check, copy the crop to the output.
+        # If frames were read only for the check, copy the crop to the output.
         if clip is not out:
             out[:] = clip[skipped_bytes : skipped_bytes + len(out)]
         self._checked_rows[row] = self._checked_mark
@@ -260,11 +289,11 @@ class ShardReader:
 
     def _chunk_offsets(self, number: int, shard: _ShardFile) -> memoryview:
         """Return the offsets of a shard's chunks; the index is read again only if the file has been replaced."""
-        remembered = self._offsets_by_shard.get(number)
-        if remembered is None or remembered[0] != shard.file_identity:
-            remembered = (shard.file_identity, _read_chunk_offsets(shard.descriptor, self._layout))
-            self._offsets_by_shard[number] = remembered
-        return remembered[1]
+        known = self._offsets_by_shard.get(number)
+        if known is None or known.file_identity != shard.file_identity:
+            known = _ChunkOffsets(shard.file_identity, _read_chunk_offsets(shard.descriptor, self._layout))
+            self._offsets_by_shard[number] = known
+        return known.offsets
 
     def _open_with_retries(self, number: int, path: Path) -> _ShardFile:
         for _ in range(OPEN_ATTEMPTS):
@@ -300,7 +329,7 @@ def _read_from_mmap(shard: _ShardFile, buffers: list[memoryview], offset: int, f
     This is checked first, because copying from a failing disk or a truncated file would kill the process.
     """
     count = sum(map(len, buffers))
-    if not flags or shard.mapped_file.size() < offset + count:
+    if flags == WAIT_FLAG or shard.mapped_file.size() < offset + count:
         return os.preadv(shard.descriptor, buffers, offset)
 
     # Raises BlockingIOError if the last byte is not in memory.
