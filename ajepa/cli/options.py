@@ -9,7 +9,17 @@ from pipeline.cli.options import complete_from
 
 # Repeated here because importing the modules that define these names would slow tab completion down; a test checks that
 # both lists agree.
-PRETRAIN_RECIPE_NAMES = ("smoke", "small", "audio-jepa", "audio-jepa-repo", "a-jepa", "a-jepa-s", "a-jepa-l")
+PRETRAIN_RECIPE_NAMES = (
+    "smoke",
+    "small",
+    "base",
+    "base-s",
+    "audio-jepa",
+    "audio-jepa-repo",
+    "a-jepa",
+    "a-jepa-s",
+    "a-jepa-l",
+)
 
 FINETUNE_RECIPE_NAMES = (
     "audioset-20k",

@@ -76,8 +76,10 @@ class JepaSpec:
                 f"target_layers must lie in 1 to {self.encoder.depth}, the depth of the teacher, "
                 f"got {self.target_layers}"
             )
-        if not self.token_weight > 0:
-            raise ValueError(f"token_weight must be above 0, got {self.token_weight}")
+        if not (self.token_weight > 0 or (self.token_weight == 0 and self.clip is not None)):
+            raise ValueError(
+                f"token_weight must be above 0, or 0 beside a clip objective, got {self.token_weight}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
