@@ -2,8 +2,11 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import torch
 
 from ajepa.model.views import InputScale
 from ajepa.pretrain.monitor import OnCollapse, open_pretrain_monitor
@@ -11,15 +14,14 @@ from ajepa.pretrain.trainer import PretrainTrainer
 from ajepa.pretrain.training_set import TrainingSet
 from ajepa.recipes.catalogue import recipe_to_json
 from ajepa.recipes.pretrain import Pretrain
-from ajepa.training.devices import PrecisionName, pick_device, pick_precision
-from ajepa.training.distributed import join_ranks
-from ajepa.training.loop import catch_stop_signals, open_run, run_training_loop
+from ajepa.training.devices import Precision, PrecisionName, pick_device, pick_precision
+from ajepa.training.distributed import World, join_ranks
+from ajepa.training.loop import catch_stop_signals, open_run, raise_if_interrupted, run_training_loop
 from ajepa.training.memory import refuse_large_pretrain
 from ajepa.training.run import Run
 from ajepa.training.run_identity import RunIdentity
-from pipeline.errors import StopSignal
 from pipeline.loading.dali import open_loader
-from pipeline.loading.loader import View
+from pipeline.loading.loader import Loader, View
 from pipeline.loading.sampling import RowOrder
 from pipeline.messages import print_to_stderr
 from pipeline.store.feature_store import FeatureStore
@@ -65,87 +67,183 @@ def pretrain(
     """
     with join_ranks() as world:
         tell = world.main_rank_only(say)
-        recipe = recipe.with_counts(steps=steps, clips_per_step=batch)
 
-        # Choose what computes: a device, one for each rank, and the numbers that it is fast in.
-        torch_device = pick_device(device, world.gpu_index)
-        numbers = pick_precision(precision, torch_device)
-
-        # Open the stores; they decide the order of the clips, and how clips are normalised.
-        if not isinstance(training_data, TrainingSet):
-            training_data = TrainingSet(stores=(training_data,))
-        store = training_data.open_stores(recipe)
-        order = training_data.clip_order(store, recipe, world)
-        identity = training_data.data_identity(store)
-        view = pretrain_view(identity, recipe)
-
+        # Fit data, recipe and device to each other; what does not fit is refused before the run's folder is made.
+        setup = prepare_pretrain(
+            training_data,
+            recipe.with_counts(steps=steps, clips_per_step=batch),
+            device=device,
+            precision=precision,
+            world=world,
+            micro_clips=micro_batch,
+            recompute=recompute,
+            compiled=compiled,
+        )
         with open_loader(
-            store, order, view, kind=loader, device=torch_device, on_broken=on_broken, say=say
+            setup.store,
+            setup.order,
+            setup.view,
+            kind=loader,
+            device=setup.device,
+            on_broken=on_broken,
+            say=say,
         ) as batches:
-            # Refuse what cannot fit, before the run's folder is made.
             refuse_large_pretrain(
-                recipe,
-                torch_device,
-                half=numbers.is_half,
+                setup.recipe,
+                setup.device,
+                half=setup.precision.is_half,
                 recompute=recompute,
                 micro_clips=micro_batch,
                 world=world,
             )
-            with open_run(world, run_path, recipe_to_json(recipe), identity) as (run, first_step):
-                if first_step >= recipe.steps:
-                    tell(f"{run.path}: already at its last step, {first_step}")
-                    return run
 
-                # Build model and optimiser: as the checkpoint left them, or new ones that know the bands.
-                trainer = PretrainTrainer(
-                    recipe,
-                    torch_device,
-                    world=world,
-                    micro_clips=micro_batch,
-                    precision=numbers,
-                    recompute=recompute,
-                    compiled=compiled,
-                    input_scale=input_scale(identity),
+            # Train while no other process can write to the run.
+            with open_run(world, run_path, recipe_to_json(setup.recipe), setup.identity) as (run, first_step):
+                steps_done = take_remaining_steps(
+                    setup,
+                    run,
+                    first_step,
+                    batches,
+                    on_broken=on_broken,
+                    on_collapse=on_collapse,
+                    progress=progress,
+                    say=say,
                 )
-                if first_step:
-                    trainer.restore_checkpoint(run.load_checkpoint(at=first_step))
-                else:
-                    trainer.model.set_band_statistics(*training_data.band_statistics(store))
-
-                # Say what is trained on which clips.
-                for line in training_data.describe_order(store, order):
-                    tell(line)
-                tell(describe_start(run, trainer, first_step, order, store))
-
-                # Train, and look at the model on the way.
-                monitor = None
-                if world.is_main:
-                    monitor = open_pretrain_monitor(
-                        run,
-                        trainer,
-                        store,
-                        view,
-                        on_broken=on_broken,
-                        on_collapse=on_collapse,
-                        say=say,
-                    )
-                with catch_stop_signals() as stop:
-                    steps_done = run_training_loop(
-                        run,
-                        trainer,
-                        batches.batches(first_step, recipe.steps),
-                        stop,
-                        progress=progress,
-                        monitor=monitor,
-                        keep_every=recipe.keep_every,
-                        world=world,
-                    )
 
         # A run that was interrupted ends as one, once its folder is unlocked.
-        if steps_done < recipe.steps:
-            tell(f"{run.path}: checkpoint written at step {steps_done} of {recipe.steps}")
-            raise StopSignal
+        raise_if_interrupted(run, steps_done, setup.recipe.steps, tell)
         return run
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PretrainSetup:
+    """All that is settled before a run is opened: data, recipe and device, which fit each other.
+
+    order     in which this rank reads the clips
+    identity  of the run: its data, and how they are normalised
+    view      what of a clip is read
+
+    The last three fields are options of `PretrainTrainer`.
+    """
+
+    training_set: TrainingSet
+    store: AnyStore
+    recipe: Pretrain
+    order: RowOrder
+    identity: RunIdentity
+    view: View
+    device: torch.device
+    precision: Precision
+    world: World
+    micro_clips: int | None
+    recompute: bool
+    compiled: bool
+
+
+def prepare_pretrain(
+    training_data: Path | str | FeatureStore | TrainingSet,
+    recipe: Pretrain,
+    *,
+    device: str,
+    precision: PrecisionName,
+    world: World,
+    micro_clips: int | None,
+    recompute: bool,
+    compiled: bool,
+) -> PretrainSetup:
+    """Open the data and choose the device; options and errors are those of `pretrain`."""
+    # Choose what computes: a device, one for each rank, and the numbers that it is fast in.
+    torch_device = pick_device(device, world.gpu_index)
+    numbers = pick_precision(precision, torch_device)
+
+    # Open the stores; they decide the order of the clips, and how clips are normalised.
+    if not isinstance(training_data, TrainingSet):
+        training_data = TrainingSet(stores=(training_data,))
+    store = training_data.open_stores(recipe)
+    identity = training_data.data_identity(store)
+    return PretrainSetup(
+        training_set=training_data,
+        store=store,
+        recipe=recipe,
+        order=training_data.clip_order(store, recipe, world),
+        identity=identity,
+        view=pretrain_view(identity, recipe),
+        device=torch_device,
+        precision=numbers,
+        world=world,
+        micro_clips=micro_clips,
+        recompute=recompute,
+        compiled=compiled,
+    )
+
+
+def take_remaining_steps(
+    setup: PretrainSetup,
+    run: Run,
+    first_step: int,
+    batches: Loader,
+    *,
+    on_broken: Literal["raise", "skip"],
+    on_collapse: OnCollapse,
+    progress: bool,
+    say: Callable[[str], None],
+) -> int:
+    """Take the steps from `first_step` on, and look at the model on the way; the steps done, all or up to a signal."""
+    tell = setup.world.main_rank_only(say)
+    if first_step >= setup.recipe.steps:
+        tell(f"{run.path}: already at its last step, {first_step}")
+        return first_step
+
+    # Build model and optimiser, and say what is trained on which clips.
+    trainer = build_trainer(setup, run, first_step)
+    for line in setup.training_set.describe_order(setup.store, setup.order):
+        tell(line)
+    tell(describe_start(run, trainer, first_step, setup.order, setup.store))
+
+    # The main rank looks at the model.
+    monitor = None
+    if setup.world.is_main:
+        monitor = open_pretrain_monitor(
+            run,
+            trainer,
+            setup.store,
+            setup.view,
+            on_broken=on_broken,
+            on_collapse=on_collapse,
+            say=say,
+        )
+
+    # Train.
+    with catch_stop_signals() as stop:
+        return run_training_loop(
+            run,
+            trainer,
+            batches.batches(first_step, setup.recipe.steps),
+            stop,
+            progress=progress,
+            monitor=monitor,
+            keep_every=setup.recipe.keep_every,
+            world=setup.world,
+        )
+
+
+def build_trainer(setup: PretrainSetup, run: Run, first_step: int) -> PretrainTrainer:
+    """Model and optimiser: as the checkpoint of `first_step` left them, or new ones that know the store's bands."""
+    trainer = PretrainTrainer(
+        setup.recipe,
+        setup.device,
+        world=setup.world,
+        micro_clips=setup.micro_clips,
+        precision=setup.precision,
+        recompute=setup.recompute,
+        compiled=setup.compiled,
+        input_scale=input_scale(setup.identity),
+    )
+    if first_step:
+        trainer.restore_checkpoint(run.load_checkpoint(at=first_step))
+    else:
+        trainer.model.set_band_statistics(*setup.training_set.band_statistics(setup.store))
+    return trainer
 
 
 def pretrain_view(identity: RunIdentity, recipe: Pretrain) -> View:
