@@ -28,7 +28,7 @@ demo: setup
     ajepa-data propagate-labels demo/demo.zarr
     ajepa-data verify demo/demo.zarr
     ajepa-train pretrain --store demo/demo.zarr --recipe small --run demo/run
-    ajepa-train evaluate --store demo/demo.zarr --run demo/run --pooling moments --layer mean-4
+    ajepa-train evaluate --store demo/demo.zarr --run demo/run --pooling moments --layer concat-all
     ajepa-data report demo/demo.zarr --out demo/report/mels.png --html demo/report/store.html
     ajepa-train report --store demo/demo.zarr --run demo/run --html demo/report/run.html --out demo/report
 

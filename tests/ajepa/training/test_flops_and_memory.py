@@ -195,7 +195,8 @@ def test_activations_grow_with_the_clips_and_the_mask_sets_and_shrink_when_recom
     one, two = (pretrain_memory(recipe.with_counts(clips_per_step=clips), bf16=False) for clips in (64, 128))
     assert two.activations == pytest.approx(2 * one.activations, rel=0.1)
     assert (two.weights, two.gradients, two.moments) == (one.weights, one.gradients, one.moments)
-    sets = pretrain_memory(replace(recipe.with_counts(clips_per_step=64), mask_sets=2), bf16=False)
+    twice = replace(recipe.with_counts(clips_per_step=64), mask_sets=2 * recipe.mask_sets)
+    sets = pretrain_memory(twice, bf16=False)
     assert 1.6 * one.activations < sets.activations < 2 * one.activations
     assert pretrain_memory(recipe, bf16=False, recompute=True).activations < 0.7 * (
         pretrain_memory(recipe, bf16=False).activations
