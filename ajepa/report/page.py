@@ -71,7 +71,9 @@ PROBE_KEY_PREFIXES = ("probe_linear_", "probe_knn_")
 
 # The title of each chart, and its curves: key in the log, name in the legend.
 LOGGED_CURVES: tuple[tuple[str, dict[str, str]], ...] = (
-    ("Loss", {"loss": "loss"}),
+    ("Loss", {"loss": "loss", "token_loss": "of tokens", "clip_loss": "of clips"}),
+    ("Views of a clip (0: alike)", {"disagreement": "disagreement"}),
+    ("Distance of z from a normal distribution", {"normality": "normality"}),
     ("Predictions against targets", {"explained": "explained share", "cosine": "cosine"}),
     ("Spread over tokens (0: collapsed)", {"target_std": "targets", "prediction_std": "predictions"}),
     ("Effective rank of the encoder", {"health_rank": "RankMe"}),

@@ -107,7 +107,11 @@ def draw_training_curves(lines: list[Json], recipe: Pretrain) -> Figure:
     # The charts, in the order of reading: down a column, then the next column.
     waiting_share = np.mean([line["data_wait"] for line in lines])
     panels = (
-        CurvePanel(title=f"loss ({recipe.model.loss})", label_of_key={"loss": "loss"}, smooth=True),
+        CurvePanel(
+            title=f"loss ({recipe.model.loss})",
+            label_of_key={"loss": "loss", "token_loss": "of tokens", "clip_loss": "of clips"},
+            smooth=True,
+        ),
         CurvePanel(
             title="predictions against targets",
             label_of_key={"explained": "explained", "cosine": "cosine"},
@@ -170,6 +174,8 @@ def draw_logged_curves(
         colour = CURVE_COLOURS[number % len(CURVE_COLOURS)]
         # Few values are drawn as dots, because a line would hide how few they are.
         points = [(line["step"], line[key]) for line in lines if key in line]
+        if not points:
+            continue  # a part of the loss that this recipe does not have
         point_N2 = np.array(points, float).reshape(-1, 2)
         step_N = point_N2[:, 0]
         value_N = point_N2[:, 1]
