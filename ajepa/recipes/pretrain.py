@@ -156,8 +156,8 @@ def small_recipe() -> Pretrain:
     unchanged. A patch is 40 ms of all bands: longer ones lose speech, and smaller ones cost more than they gain.
     Cost: 11 CPU minutes measured (fp32, AVX2), whatever the number of clips.
     Expected: pooled by moments from all layers (`--pooling moments --layer concat-all`), above a random encoder and
-    log-mel statistics on the store's labels and on most sounds of other sources; on octaves and voices linear probes
-    of the statistics are better (bench/README.md).
+    log-mel statistics on the store's labels, and by neighbours on drums and vowels of other sources; about level on
+    other sounds, and below on voices (bench/README.md).
     """
     grid = PatchGrid(rows=1, cols=64, patch_frames=4, patch_bands=128)
     model = JepaSpec(
