@@ -122,19 +122,3 @@ def repeat_last_frame(mel_BTF: Tensor, n_frames_B: Tensor) -> Tensor:
     last_B11 = (n_frames_B.to(mel_BTF.device) - 1).clamp(min=0)[:, None, None]
     source_BT1 = torch.arange(frames, device=mel_BTF.device)[:, None].minimum(last_B11)
     return mel_BTF.gather(1, source_BT1.expand(-1, -1, mel_BTF.shape[2]))
-
-
-def slow_cosine_basis(grid: PatchGrid, count: int) -> Tensor:
-    """Return the products of the `count` slowest cosines along time and along frequency, as columns `ND`.
-
-    The constant product, which is the level of the patch, is left out.
-    """
-    along_TK = _dct_basis(grid.patch_frames, count)
-    along_FL = _dct_basis(grid.patch_bands, count)
-    return torch.einsum("tk,fl->tfkl", along_TK, along_FL).reshape(grid.patch_values, count**2)[:, 1:]
-
-
-def _dct_basis(side: int, count: int) -> Tensor:
-    """Return the first `count` columns of the orthonormal DCT-II of `side` values."""
-    angle_SK = (torch.arange(side)[:, None] + 0.5) * torch.arange(count) * (torch.pi / side)
-    return angle_SK.cos() * torch.where(torch.arange(count) > 0, 2 / side, 1 / side).sqrt()

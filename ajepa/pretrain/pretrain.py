@@ -20,6 +20,7 @@ from ajepa.training.loop import catch_stop_signals, open_run, raise_if_interrupt
 from ajepa.training.memory import refuse_large_pretrain
 from ajepa.training.run import Run
 from ajepa.training.run_identity import RunIdentity
+from pipeline.errors import RunError
 from pipeline.loading.dali import open_loader
 from pipeline.loading.loader import Loader, View
 from pipeline.loading.sampling import RowOrder
@@ -155,6 +156,7 @@ def prepare_pretrain(
     # Choose what computes: a device, one for each rank, and the numbers that it is fast in.
     torch_device = pick_device(device, world.gpu_index)
     numbers = pick_precision(precision, torch_device)
+    refuse_few_clips(recipe, world)
 
     # Open the stores; they decide the order of the clips, and how clips are normalised.
     if not isinstance(training_data, TrainingSet):
@@ -175,6 +177,21 @@ def prepare_pretrain(
         recompute=recompute,
         compiled=compiled,
     )
+
+
+def refuse_few_clips(recipe: Pretrain, world: World) -> None:
+    """RunError where a step has too few clips for targets by position, or a rank has no pairs of clips to mix."""
+    clips = world.clips_per_rank(recipe.clips_per_step)
+    if recipe.model.target_norm == "position" and recipe.clips_per_step < 2:
+        raise RunError(
+            f"recipe {recipe.name} compares the clips of a step, and there is {recipe.clips_per_step}; "
+            "choose --batch 2 or more"
+        )
+    if recipe.views is not None and world.size > 1 and clips % 2:
+        raise RunError(
+            f"views mix pairs of clips, and {clips} clips of each of {world.size} ranks is an odd number; "
+            f"choose --batch a multiple of {2 * world.size}, or another number of ranks"
+        )
 
 
 def take_remaining_steps(

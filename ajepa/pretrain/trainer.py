@@ -128,11 +128,6 @@ class PretrainTrainer(Trainer):
             precision=precision,
         )
         self.max_gradient_norm = recipe.max_gradient_norm
-        if recipe.views is not None and world.size > 1 and self.clips_of_rank % 2:
-            raise RunError(
-                f"views mix pairs of clips, and {self.clips_of_rank} clips of each of {world.size} ranks is an odd "
-                f"number; choose --batch a multiple of {2 * world.size}, or another number of ranks"
-            )
         self.input_scale = input_scale
         self.clip_figures: ClipLoss | None = None
 

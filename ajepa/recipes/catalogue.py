@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from ajepa.model.classifier import CLASSIFIER_KINDS, RegularisedMasking, classifier_kind_name
@@ -133,8 +133,42 @@ def recipe_from_json(json_value: Any) -> Any:
         return RECIPE_PIECES[json_value["type"]](**values)
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(
-            f"a recipe's {json_value.get('type', 'piece')} cannot be read ({error}); update ajepa"
+            f"a recipe's {json_value.get('type', 'piece')} cannot be read ({error}); "
+            "it was written by another version of ajepa: use that one"
         ) from None
+
+
+# Fields that recipes no longer have, by class, with the values that asked for nothing; None: any value.
+RETIRED_FIELDS: dict[str, dict[str, Any]] = {
+    "JepaSpec": {"targets": "teacher", "clip_weight": 0.0, "target_cosines": None}
+}
+
+
+def upgrade_recipe_json(json_value: Any) -> Any:
+    """Return the JSON of a recipe of an earlier version as this version writes it.
+
+    Fields that came later get their defaults, which ask for what was done before there were such fields. A retired
+    field is left out if its value asked for nothing; else it stays, and `recipe_from_json` refuses it.
+    """
+    if not isinstance(json_value, Mapping) or json_value.get("type") not in RECIPE_PIECES:
+        return json_value
+    piece = RECIPE_PIECES[json_value["type"]]
+
+    # Leave out what asked for nothing.
+    retired = RETIRED_FIELDS.get(json_value["type"], {})
+    upgraded = {
+        key: upgrade_recipe_json(value)
+        for key, value in json_value.items()
+        if not (key in retired and retired[key] in (None, value))
+    }
+    if any(key in retired for key in upgraded):
+        return dict(json_value)
+
+    # Add what came later.
+    for field in fields(piece):
+        if field.name not in upgraded and field.default is not MISSING:
+            upgraded[field.name] = recipe_to_json(field.default)
+    return upgraded
 
 
 # Single fields are replaced in the JSON of a recipe; then the recipe is built again from the JSON.

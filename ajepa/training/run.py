@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
+from ajepa.recipes.catalogue import upgrade_recipe_json
 from ajepa.training.checkpoints import (
     BestCheckpoint,
     Checkpoint,
@@ -84,7 +85,8 @@ class Run:
             identity = RunIdentity.from_json(record["identity"])
         except InputError as error:
             raise RunError(f"{recipe_path}: {error}") from None
-        return cls(path=path, recipe=record["recipe"], identity=identity, versions=record["versions"])
+        recipe = upgrade_recipe_json(record["recipe"])
+        return cls(path=path, recipe=recipe, identity=identity, versions=record["versions"])
 
     @classmethod
     def create_or_open(cls, path: Path, *, recipe: Json, identity: RunIdentity) -> Self:

@@ -290,6 +290,7 @@ def test_a_run_remembers_how_its_features_were_normalised(uninterrupted, store):
         ),
         ({"batch": 10_000}, "do not fill one step of 10000 clips"),
         pytest.param({"device": "cuda"}, "no CUDA device here", marks=NO_CUDA),
+        ({"recipe": tiny_views(), "batch": 1}, "compares the clips of a step.*choose --batch 2 or more"),
         ({"on_broken": "ignore"}, "on_broken must be raise or skip, got 'ignore'"),
         ({"loader": "fast"}, "loader must be dali or plain, got 'fast'"),
     ],

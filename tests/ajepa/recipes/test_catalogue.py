@@ -7,7 +7,7 @@ import pytest
 from tiny import tiny
 
 from ajepa.model.masking import Fixed, RandomPatches, mask_plan
-from ajepa.recipes.catalogue import override_recipe, recipe_from_json, recipe_to_json
+from ajepa.recipes.catalogue import override_recipe, recipe_from_json, recipe_to_json, upgrade_recipe_json
 from ajepa.recipes.pretrain import PRETRAIN_RECIPES, a_jepa_recipe, small_recipe
 from pipeline.errors import RunError
 
@@ -101,3 +101,35 @@ def test_a_setting_that_cannot_be_is_refused_in_one_line(setting, message):
     with pytest.raises(RunError, match=message) as refusal:
         override_recipe(tiny(), [setting])
     assert "\n" not in str(refusal.value)
+
+
+def earlier_json(recipe_json: dict, **retired) -> dict:
+    """Return a recipe's JSON as the version before views wrote it."""
+    new_fields = {"Pretrain": {"views"}, "JepaSpec": {"target_norm", "token_weight", "clip"}}
+    new_fields |= {"EncoderSpec": {"init"}, "PredictorSpec": {"init"}}
+    earlier = {}
+    for key, value in recipe_json.items():
+        if key not in new_fields.get(recipe_json["type"], ()):
+            earlier[key] = earlier_json(value, **retired) if isinstance(value, dict) else value
+    if recipe_json["type"] == "JepaSpec":
+        earlier |= {"targets": "teacher", "target_cosines": 6, "clip_weight": 0.0, **retired}
+    return earlier
+
+
+@pytest.mark.parametrize("name", ["smoke", "audio-jepa", "a-jepa"])
+def test_a_recipe_of_the_version_before_views_is_the_recipe_of_today(name):
+    """A run that was begun before is opened and carried on."""
+    recipe_json = recipe_to_json(PRETRAIN_RECIPES[name]())
+    earlier = earlier_json(recipe_json)
+    assert earlier != recipe_json
+    assert upgrade_recipe_json(earlier) == recipe_json
+    assert upgrade_recipe_json(recipe_json) == recipe_json
+    assert recipe_from_json(upgrade_recipe_json(earlier)) == PRETRAIN_RECIPES[name]()
+
+
+@pytest.mark.parametrize("retired", [{"targets": "cosines"}, {"clip_weight": 0.5}], ids=str)
+def test_what_a_retired_field_asked_for_is_not_forgotten(retired):
+    """An objective that is gone must not silently become another."""
+    earlier = earlier_json(recipe_to_json(PRETRAIN_RECIPES["smoke"]()), **retired)
+    with pytest.raises(RunError, match="written by another version of ajepa: use that one"):
+        recipe_from_json(upgrade_recipe_json(earlier))
