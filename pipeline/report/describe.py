@@ -8,7 +8,6 @@ import polars as pl
 
 from pipeline.errors import StoreError
 from pipeline.labels.ontology import name_with_id
-from pipeline.report.spectrograms import draw_clip_rows
 from pipeline.store import summary
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.manifest import FAILURE_REASONS, nearest_clip_ids
@@ -171,6 +170,10 @@ def write_rows_picture(store: FeatureStore, rows: Sequence[int], path: Path) -> 
             f"{store.location}: {len(good_rows)} rows are too many for a picture of at most {MAX_PICTURED_ROWS}; "
             "choose one with --row"
         )
+
+    # The picture needs torch and matplotlib, which take seconds to load; the text does not.
+    from pipeline.report.spectrograms import draw_clip_rows
+
     draw_clip_rows(store, good_rows, path)
 
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,14 +64,25 @@ def take_pretrain_steps(recipe: Pretrain, arguments: list[str]) -> None:
         trainer.train_step(step, batch)
 
 
+def measured_pretrain_recipe(arguments: list[str]) -> Pretrain:
+    """`small` with these settings; of fewer clips in bf16, which most processors compute slowly."""
+    recipe = override_recipe(small_recipe(), [argument for argument in arguments if "=" in argument])
+    return recipe.with_counts(clips_per_step=20) if "bf16" in arguments else recipe
+
+
+def measured_classifier_recipe(arguments: list[str]) -> Finetune:
+    """A large classifier; of fewer clips in bf16, which most processors compute slowly."""
+    recipe = large_recipe(arguments[0])
+    return replace(recipe, clips_per_step=12) if "bf16" in arguments else recipe
+
+
 def print_pretrain_bytes(arguments: list[str]) -> None:
     """Print the peak of three steps of `small`, above what steps of one clip have left."""
     if "micro" in arguments:
         return_pieces_of_some_kb()
     take_pretrain_steps(small_recipe().with_counts(clips_per_step=1), arguments)
     before = resident_bytes()
-    settings = [argument for argument in arguments if "=" in argument]
-    take_pretrain_steps(override_recipe(small_recipe(), settings), arguments)
+    take_pretrain_steps(measured_pretrain_recipe(arguments), arguments)
     print(peak_resident_bytes() - before)
 
 
@@ -103,5 +115,5 @@ def print_classifier_bytes(arguments: list[str]) -> None:
         return_pieces_of_some_kb()
     take_classifier_steps(large_recipe(model, clips_per_step=1), arguments)
     before = resident_bytes()
-    take_classifier_steps(large_recipe(model), arguments)
+    take_classifier_steps(measured_classifier_recipe(arguments), arguments)
     print(peak_resident_bytes() - before)

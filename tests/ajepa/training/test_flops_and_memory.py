@@ -9,8 +9,13 @@ import numpy as np
 import pytest
 import torch
 from forked import start_forked
-from large_classifiers import large_recipe
-from step_memory import CLASSES_MEASURED, print_classifier_bytes, print_pretrain_bytes
+from step_memory import (
+    CLASSES_MEASURED,
+    measured_classifier_recipe,
+    measured_pretrain_recipe,
+    print_classifier_bytes,
+    print_pretrain_bytes,
+)
 from tiny import tiny, tiny_finetune, tiny_views
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,7 +29,7 @@ from ajepa.model.sigreg import ClipObjective, Projector
 from ajepa.model.transformer import written_out_attention
 from ajepa.model.vit import EncoderSpec, PredictorSpec
 from ajepa.pretrain.trainer import PretrainTrainer
-from ajepa.recipes.catalogue import finetune_recipe, override_recipe
+from ajepa.recipes.catalogue import finetune_recipe
 from ajepa.recipes.pretrain import Pretrain, a_jepa_recipe, small_recipe
 from ajepa.training.devices import pick_precision
 from ajepa.training.distributed import SINGLE_PROCESS, World
@@ -154,12 +159,9 @@ def test_the_estimate_is_near_what_a_process_takes(arguments, tmp_path):
     (the ratio went from 1.20 to 1.57): there it is told to give them back, as it does larger ones.
     """
     measured_bytes = measure_bytes(print_pretrain_bytes, arguments, tmp_path / "bytes")
-    recipe, bf16 = (
-        override_recipe(small_recipe(), [setting for setting in arguments if "=" in setting]),
-        "bf16" in arguments,
-    )
+    bf16 = "bf16" in arguments
     estimate = pretrain_memory(
-        recipe,
+        measured_pretrain_recipe(arguments),
         bf16=bf16,
         written_out=bf16,
         recompute="recompute" in arguments,
@@ -284,7 +286,7 @@ def test_the_estimate_is_near_what_training_a_classifier_takes(arguments, tmp_pa
     """
     measured_bytes = measure_bytes(print_classifier_bytes, arguments, tmp_path / "bytes")
     needed = classifier_memory(
-        large_recipe(arguments[0]),
+        measured_classifier_recipe(arguments),
         CLASSES_MEASURED,
         bf16="bf16" in arguments,
         written_out="bf16" in arguments,
