@@ -229,53 +229,6 @@ class TimeSpans:
         return Masks(context_BK=open_BP.nonzero()[1].reshape(batch, -1), targets_BGQ=targets_BGQ)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TimeRuns:
-    """Shows runs of `columns` columns in all bands, and hides the rest: a view is known by some moments of it.
-
-    The grid's columns, rotated by a random number for each clip, are cut into runs; `context_share` of the runs, drawn
-    at random, are the context. The share `target_share` of the hidden patches, drawn at random, are targets; the
-    predictor does not process the others.
-    """
-
-    columns: int = 4
-    context_share: float = 5 / 16
-    target_share: float = 5 / 11
-
-    def __post_init__(self) -> None:
-        if self.columns < 1 or not (0 < self.context_share < 1 and 0 < self.target_share <= 1):
-            raise ValueError(
-                f"runs need columns of 1 or more, a context share in (0, 1) and a target share in (0, 1], got {self}"
-            )
-
-    def sample(self, rng: np.random.Generator, grid: PatchGrid, *, batch: int) -> Masks:
-        """Draw the masks of `batch` clips; RunError if the grid is shorter than two runs."""
-        runs = grid.cols // self.columns
-        if runs < 2:
-            raise RunError(
-                f"masks: runs of {self.columns} columns in a grid of {grid.cols}; expected two runs or more"
-            )
-        shown = _clamp_patches(self.context_share * runs, runs - 1)
-
-        # The columns of the runs that are shown.
-        run_BS = rng.random((batch, runs)).argsort(axis=1)[:, :shown]
-        rotation_B11 = rng.integers(grid.cols, size=(batch, 1, 1))
-        column_BSC = (run_BS[:, :, None] * self.columns + np.arange(self.columns) + rotation_B11) % grid.cols
-
-        # Their tokens, and those of the rest.
-        shown_BC = np.zeros((batch, grid.cols), bool)
-        np.put_along_axis(shown_BC, column_BSC.reshape(batch, -1), True, axis=1)
-        shown_BP = shown_BC.repeat(grid.rows, axis=1)
-        context_BK = shown_BP.nonzero()[1].reshape(batch, -1)
-        hidden_BQ = (~shown_BP).nonzero()[1].reshape(batch, -1)
-
-        # Select at random the hidden patches that are targets.
-        hidden = hidden_BQ.shape[1]
-        targets = _clamp_patches(self.target_share * hidden, hidden)
-        target_BQ = np.sort(rng.permuted(hidden_BQ, axis=1)[:, :targets])
-        return Masks(context_BK=context_BK, targets_BGQ=target_BQ[:, None])
-
-
 # Mask plans choose the masking of each step.
 
 
@@ -343,7 +296,6 @@ MASK_PLANS: dict[str, Callable[[int], MaskPlan]] = {
     "time-frequency": lambda steps: Fixed(masking=TimeFrequencyAware()),
     "patches": lambda steps: Fixed(masking=RandomPatches()),
     "spans": lambda steps: Fixed(masking=TimeSpans()),
-    "runs": lambda steps: Fixed(masking=TimeRuns()),
 }
 
 

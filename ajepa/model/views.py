@@ -51,7 +51,7 @@ class Views:
 
     crops: int = 2
     stretch: float = 0.15
-    shift_bands: int = 4
+    shift_bands: int = 0
     mix_share: float = 0.5
     mix_high_db: float = 3.0
     mix_low_db: float = 20.0

@@ -14,7 +14,6 @@ from ajepa.model.masking import (
     RandomBlocks,
     RandomPatches,
     TimeFrequencyAware,
-    TimeRuns,
     TimeSpans,
     mask_plan,
 )
@@ -107,7 +106,7 @@ RECIPE_PIECES: dict[str, type] = {
     piece.__name__: piece
     for piece in (
         *(Pretrain, AdamW, Schedule, JepaSpec, EncoderSpec, PredictorSpec, PatchGrid, ClipObjective, Views),
-        *(Curriculum, Fixed, RandomPatches, RandomBlocks, TimeFrequencyAware, TimeSpans, TimeRuns, BlockSize),
+        *(Curriculum, Fixed, RandomPatches, RandomBlocks, TimeFrequencyAware, TimeSpans, BlockSize),
         *(Finetune, Augment, RegularisedMasking, *(kind.spec_type for kind in CLASSIFIER_KINDS.values())),
     )
 }

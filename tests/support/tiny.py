@@ -5,7 +5,7 @@ from typing import Any
 
 from ajepa.model.classifier import RegularisedMasking, VitSpec
 from ajepa.model.jepa import JepaSpec
-from ajepa.model.masking import Curriculum, Fixed, RandomBlocks, RandomPatches, TimeRuns
+from ajepa.model.masking import Curriculum, Fixed, RandomBlocks, RandomPatches
 from ajepa.model.patches import PatchGrid
 from ajepa.model.sigreg import ClipObjective
 from ajepa.model.views import Views
@@ -39,7 +39,8 @@ def tiny(**changes: Any) -> Pretrain:
 
 def tiny_views(**changes: Any) -> Pretrain:
     """`tiny` with everything that `small` has: two views, a clip objective, targets of several layers by position."""
-    recipe = tiny(masks=Fixed(masking=TimeRuns(columns=1, context_share=0.5)), views=Views(), mask_sets=2)
+    masking = RandomPatches(ratio_low=0.5, ratio_high=0.5, target_share=0.45)
+    recipe = tiny(masks=Fixed(masking=masking), views=Views(shift_bands=2), mask_sets=2)
     grid = PatchGrid(rows=2, cols=16, patch_frames=4, patch_bands=64)
     model = replace(
         recipe.model,

@@ -14,6 +14,8 @@ OFF = Views(
     crops=2, stretch=0, shift_bands=0, mix_share=0, gain_db=0, curve_db=0, low_pass_share=0, noise_share=0
 )
 
+EVERY_CHANGE = Views(shift_bands=4)
+
 SCALE = InputScale(mean=-6.0, std=4.0)
 
 FRAMES = 32
@@ -142,9 +144,9 @@ def test_a_noise_floor_lies_at_most_so_far_above_the_lowest_value():
 
 
 def test_draws_depend_on_seed_and_step_alone_and_are_cut_by_views():
-    whole = draw_views(Views(), 3, 7, clips=CLIPS, bands=16)
+    whole = draw_views(EVERY_CHANGE, 3, 7, clips=CLIPS, bands=16)
     again, other_step, other_seed = (
-        draw_views(Views(), seed, step, clips=CLIPS, bands=16) for seed, step in ((3, 7), (3, 8), (4, 7))
+        draw_views(EVERY_CHANGE, seed, step, clips=CLIPS, bands=16) for seed, step in ((3, 7), (3, 8), (4, 7))
     )
     part = whole.select_views(slice(4, 8))
     for name in ViewDraws.__slots__:
@@ -156,9 +158,9 @@ def test_draws_depend_on_seed_and_step_alone_and_are_cut_by_views():
 
 def test_half_of_the_clips_make_the_views_that_they_make_among_all():
     """A rank has its own clips alone: partners are neighbours."""
-    source_VTF = source(Views())
+    source_VTF = source(EVERY_CHANGE)
     n_frames_V = torch.full((12,), source_VTF.shape[1])
-    draws, whole = made(Views(), source_VTF)
+    draws, whole = made(EVERY_CHANGE, source_VTF)
     half = make_views(
         source_VTF[8:],
         n_frames_V[8:],

@@ -1,6 +1,7 @@
 """Descriptions of stores and clips have the facts: rows, names of labels, position of bytes; mistakes are named."""
 
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -72,6 +73,12 @@ def test_every_row_of_an_id_is_described(copy):
     assert len(rows) == 2
     blocks = describe_rows(store, rows).split("\n\n")
     assert {block.split("split")[1].split()[0] for block in blocks} == {"a_train", "eval"}
+
+
+def test_text_alone_loads_neither_torch_nor_matplotlib():
+    """They take four of five seconds: whoever looks into a store would wait for nothing."""
+    program = "import sys, pipeline.report.describe; print({'torch', 'matplotlib'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", program], text=True) == "set()\n"
 
 
 def test_a_failed_clip_has_its_reason_and_no_picture(store_path, tmp_path, monkeypatch, capsys):
