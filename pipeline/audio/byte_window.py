@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import RawIOBase
+from io import BytesIO, RawIOBase
 from pathlib import Path
 from typing import Any, Self
 
@@ -70,3 +70,6 @@ class ByteWindow(RawIOBase):
     def seekable(self) -> bool:
         """Always True."""
         return True
+
+
+SoundInput = Path | BytesIO | ByteWindow  # what a decoder opens

@@ -8,8 +8,7 @@ from os import SEEK_END
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
-from pipeline.audio.byte_window import ByteWindow
-from pipeline.audio.sources import SoundInput
+from pipeline.audio.byte_window import ByteWindow, SoundInput
 from pipeline.errors import AudioError
 
 ReadableFile = BinaryIO | ByteWindow

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import soxr
 
+from pipeline.audio.byte_window import SoundInput
 from pipeline.audio.containers import AudioContainer, recognise_container
 from pipeline.audio.decoders import (
     DECODER_ERRORS,
@@ -21,7 +22,7 @@ from pipeline.audio.decoders import (
     SndfileDecoder,
     describe_decoder_error,
 )
-from pipeline.audio.sources import SoundInput, SoundLocator
+from pipeline.audio.sources import SoundLocator
 from pipeline.errors import AudioError
 
 LENGTH_SLACK = 0.02  # of the segment: a source whose length differs by less is not flagged

@@ -26,8 +26,8 @@ from av.audio import AudioStream
 from av.audio.frame import AudioFrame
 from av.container import InputContainer
 
+from pipeline.audio.byte_window import SoundInput
 from pipeline.audio.containers import AudioContainer, ReadableFile, open_from_start
-from pipeline.audio.sources import SoundInput
 from pipeline.errors import AudioError
 
 DECODER_ERRORS = (soundfile.LibsndfileError, FFmpegError, OSError)  # raised for a file that cannot be opened

@@ -15,12 +15,10 @@ import polars as pl
 
 from pipeline import object_store
 from pipeline.audio import hdf5, parquet, tar
-from pipeline.audio.byte_window import ByteWindow
+from pipeline.audio.byte_window import SoundInput
 from pipeline.audio.tar import COMPRESSED_TAR_ADVICE, TarReader
 from pipeline.errors import InputError
 from pipeline.object_store import is_remote_url, list_files_below
-
-SoundInput = Path | BytesIO | ByteWindow  # what a decoder opens
 
 MEMBER_SEPARATOR = "::"  # in `source`, between the names of an archive and its member
 

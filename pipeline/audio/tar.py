@@ -17,11 +17,15 @@ TAR_BLOCK_BYTES = 512
 
 END_BLOCK = bytes(TAR_BLOCK_BYTES)  # a block of zeros follows the last member
 
+ZEROS_READ_BYTES = 2**16  # at a time, between tars that are joined
+
 MAX_NAME_BYTES = 2**20  # of a name or a PAX header: a damaged size must not allocate gigabytes
 
 # Types of member, by POSIX 1003.1 and GNU tar's manual.
 REGULAR_TYPES = (b"0", b"\0", b"7")
 LONG_NAME_TYPE = b"L"
+LONG_LINK_TYPE = b"K"
+HARD_LINK_TYPE = b"1"
 PAX_TYPE = b"x"
 
 
@@ -38,7 +42,8 @@ class TarReader:
 
     One header is read at a time and the contents are skipped, so a tar of gigabytes costs as many small reads as
     it has members. Long names are read in GNU's form and in PAX's; bytes that are not UTF-8 are written as `\\xff`.
-    Links and sparse members are left out.
+    A hard link is the member before it that it names. Tars that are joined end to end are read to the last one, as
+    `tar --ignore-zeros` does. Symbolic links and sparse members are left out.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -66,8 +71,18 @@ class TarReader:
         position = 0
         member_count = 0
         long_name = b""  # name of the next member
+        long_link = b""  # name of the member that the next one is a link to
         pax: dict[bytes, bytes] = {}  # records of the next member
-        while (header := read(TAR_BLOCK_BYTES, position)) != END_BLOCK:
+        places: dict[bytes, tuple[int, int]] = {}  # offset and size of every member, for links to it
+        while True:
+            # After the end mark another tar may follow.
+            header = read(TAR_BLOCK_BYTES, position)
+            if header == END_BLOCK:
+                next_position = find_next_tar(read, position, file_bytes)
+                if next_position is None:
+                    return
+                position = next_position
+                continue
             if self._note_damage(header, position, member_count):
                 return
 
@@ -76,7 +91,10 @@ class TarReader:
             size = parse_header_number(header[124:136])
             if kind in REGULAR_TYPES and b"size" in pax:
                 size = parse_digits(pax[b"size"], 10)
-            if size < 0 or (kind in (LONG_NAME_TYPE, PAX_TYPE) and size > MAX_NAME_BYTES):
+            if kind == HARD_LINK_TYPE:
+                size = 0  # some programs write the size of the member that it is a link to
+            is_name = kind in (LONG_NAME_TYPE, LONG_LINK_TYPE, PAX_TYPE)
+            if size < 0 or (is_name and size > MAX_NAME_BYTES):
                 self.fault = describe_tar_damage(position, member_count)
                 return
 
@@ -84,15 +102,24 @@ class TarReader:
             content_position = position + TAR_BLOCK_BYTES
             if kind == LONG_NAME_TYPE:
                 long_name = read(size, content_position).rstrip(b"\0")
+            elif kind == LONG_LINK_TYPE:
+                long_link = read(size, content_position).rstrip(b"\0")
             elif kind == PAX_TYPE:
                 pax = parse_pax_records(read(size, content_position))
             else:
-                is_sparse = any(key.startswith(b"GNU.sparse") for key in pax)
-                if kind in REGULAR_TYPES and not is_sparse:
-                    name = pax.get(b"path") or long_name or name_in_header(header)
+                # The place of its content: its own, or that of the member that it is a link to.
+                name = pax.get(b"path") or long_name or name_in_header(header)
+                place = None
+                if kind == HARD_LINK_TYPE:
+                    target = pax.get(b"linkpath") or long_link or header[157:257].partition(b"\0")[0]
+                    place = places.get(target)
+                elif kind in REGULAR_TYPES and not any(key.startswith(b"GNU.sparse") for key in pax):
+                    place = (content_position, size)
+                if place is not None:
+                    places[name] = place
                     member_count += 1
-                    yield TarMember(name.decode(errors="backslashreplace"), content_position, size)
-                long_name = b""
+                    yield TarMember(name.decode(errors="backslashreplace"), *place)
+                long_name = long_link = b""
                 pax = {}
 
             # Contents fill whole blocks; the next header follows.
@@ -114,6 +141,21 @@ class TarReader:
             if not member_count:
                 self.fault = "is no tar; fetch it again"
         return self.fault is not None
+
+
+def find_next_tar(read: Callable[[int, int], bytes], position: int, file_bytes: int) -> int | None:
+    """The position of the next header after the zeros at `position`; None if there is none."""
+    while position < file_bytes:
+        blocks = read(ZEROS_READ_BYTES, position)
+        content = len(blocks) - len(blocks.lstrip(b"\0"))
+        if content < len(blocks):
+            position += content // TAR_BLOCK_BYTES * TAR_BLOCK_BYTES
+            header = read(TAR_BLOCK_BYTES, position)
+            return position if len(header) == TAR_BLOCK_BYTES and has_valid_checksum(header) else None
+        if not blocks:
+            return None
+        position += len(blocks)
+    return None
 
 
 @contextmanager

@@ -65,7 +65,8 @@ def match_sounds_to_plan(plan: pl.DataFrame, audio_roots: Sequence[Path | str]) 
     """Match sounds to the rows of `plan` by their names; raises InputError if no sound matches.
 
     A name is `<id>` or `Y<id>`, optionally followed by `_<start>` or `_<start>_<end>` in seconds or milliseconds. The
-    sounds may be in any folders. In Parquet, an id column counts if the name has none of these forms.
+    sounds may be in any folders. In a table with an id column, an id that is listed is that of the sound, whatever its
+    name; so is one that is not, if the name has none of these forms.
 
     If a clip has several sounds, these rules choose one, in this order:
     1. a sound below a folder, or in an archive, with the name of the row's split (`eval.h5`, `eval-0003.tar`);
@@ -82,7 +83,7 @@ def match_sounds_to_plan(plan: pl.DataFrame, audio_roots: Sequence[Path | str]) 
         raise InputError(
             f"no audio files below {roots}; looked for {extensions} and .tar, .parquet, .h5{quote_first_note(found)}"
         )
-    sounds = parse_sound_names(found.sounds)
+    sounds = parse_sound_names(found.sounds, plan["clip_id"])
 
     # One sound for each row that is not a duplicate.
     counting_rows = plan.with_row_index("row").filter(pl.col("duplicate").is_null())
@@ -128,16 +129,30 @@ def note_other_segments(sources: list[str]) -> tuple[str, ...]:
     )
 
 
-def parse_sound_names(sounds: pl.DataFrame) -> pl.DataFrame:
-    """Number the sounds and add `id`, `start` and `extension` from their names; null if a name has none."""
-    # An id column counts if the name contains no id.
-    name_parts = pl.col("name").str.extract_groups(SOUND_NAME_PATTERN)
-    id_column_parts = pl.col("id").str.extract_groups(SOUND_NAME_PATTERN)
-    return sounds.with_row_index("sound").with_columns(
+def parse_sound_names(sounds: pl.DataFrame, listed_ids: pl.Series) -> pl.DataFrame:
+    """Number the sounds and add `id`, `start` and `extension`; null if neither name nor id column has one.
+
+    The id column comes before the name where it has a listed id, or the name has none: a name such as
+    audio_00017.wav has the form of an id without being one.
+    """
+    # What the name and the id column say.
+    by_name, by_column = (pl.col(column).str.extract_groups(SOUND_NAME_PATTERN) for column in ("name", "id"))
+    parsed = sounds.with_row_index("sound").with_columns(
         extension=pl.col("name").str.extract(r"\.([^./]+)$").str.to_lowercase(),
-        id=pl.coalesce(name_parts.struct.field("id"), id_column_parts.struct.field("id")),
-        start=name_parts.struct.field("start").cast(pl.Float64),
+        id_in_name=by_name.struct.field("id"),
+        id_in_column=by_column.struct.field("id"),
+        start_in_name=by_name.struct.field("start").cast(pl.Float64),
+        start_in_column=by_column.struct.field("start").cast(pl.Float64),
     )
+
+    # Which of the two counts; a start in the name belongs to the id in the name.
+    is_by_column = pl.col("id_in_column").is_in(listed_ids.implode()) | pl.col("id_in_name").is_null()
+    is_same_id = pl.col("id_in_column").eq_missing(pl.col("id_in_name"))
+    start_by_column = pl.coalesce("start_in_column", pl.when(is_same_id).then(pl.col("start_in_name")))
+    return parsed.with_columns(
+        id=pl.when(is_by_column).then("id_in_column").otherwise("id_in_name"),
+        start=pl.when(is_by_column).then(start_by_column).otherwise("start_in_name"),
+    ).drop("id_in_name", "id_in_column", "start_in_name", "start_in_column")
 
 
 def matches_row_start() -> pl.Expr:

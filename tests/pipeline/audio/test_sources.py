@@ -7,6 +7,8 @@ import pickle
 import struct
 import tarfile
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import polars as pl
@@ -14,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from archives import AUDIO, write_panns, write_parquet, write_passt, write_tar
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sounds import ENCODERS, SUBTYPES, babble, write
 
 from pipeline.audio import hdf5, parquet, sources
@@ -231,12 +235,121 @@ def test_a_parquet_file_that_is_replaced_is_read_anew(tmp_path):
     assert parquet.read_parquet_sound(path, 0, 0) == b"other"
 
 
-def test_among_columns_of_bytes_the_one_named_audio_holds_the_sounds():
+WAV_HEAD = b"RIFF\x24\0\0\0WAVEfmt "
+
+
+def sound_column_of(path, columns):
+    """The name of the column of sounds of a table with these columns."""
+    pq.write_table(pa.table(columns), path)
+    column = parquet.find_sound_column(pq.ParquetFile(path))
+    return column and column.leaf
+
+
+def test_the_column_of_sounds_is_found_by_name_or_by_content(tmp_path):
     """Some tables have columns of pictures too."""
-    schema = pa.schema([("image", AUDIO), ("thumbnail", pa.binary()), ("audio", pa.binary())])
-    assert parquet.find_sound_column(schema) == "audio"
-    assert parquet.find_sound_column(schema.remove(2)) == "image.bytes"
-    assert parquet.find_sound_column(pa.schema([("label", pa.string())])) is None
+    path = tmp_path / "a.parquet"
+    pictures = pa.array([{"bytes": b"\xff\xd8\xff\xe0 a picture", "path": None}], AUDIO)
+    columns = {"image": pictures, "label": ["dog"], "thumbnail": pa.array([b"\x89PNG"], pa.binary())}
+    assert sound_column_of(path, columns | {"audio": pa.array([b"x"], pa.binary())}) == "audio"
+    assert sound_column_of(path, columns | {"audio.bytes": pa.array([b"x"], pa.binary())}) == "audio.bytes"
+    assert sound_column_of(path, columns | {"mp3": pa.array([WAV_HEAD], pa.large_binary())}) == "mp3"
+    assert sound_column_of(path, columns) == "image.bytes"
+    assert sound_column_of(path, {"label": ["dog"]}) is None
+
+
+def test_the_first_sound_of_a_column_decides_even_after_nulls(tmp_path):
+    """Rows without a sound are common at the head of a table."""
+    sounds = pa.array([None] * 20 + [WAV_HEAD], pa.binary())
+    pictures = pa.array([b"x"] * 21, pa.binary())
+    assert sound_column_of(tmp_path / "a.parquet", {"image": pictures, "wave": sounds}) == "wave"
+
+
+def test_a_flattened_table_has_its_sounds_and_paths(tmp_path):
+    """Columns `audio.bytes` and `audio.path`, as tools that know no structs write them."""
+    columns = {"audio.bytes": pa.array([b"x", b"y"], pa.binary()), "audio.path": ["a.wav", "b.wav"]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    rows, notes = find_rows(tmp_path)
+    assert [row["name"] for row in rows] == ["a.wav", "b.wav"]
+    assert [parquet.read_parquet_sound(tmp_path / "a.parquet", 0, row) for row in (0, 1)] == [b"x", b"y"]
+    assert notes == ()
+
+
+@pytest.mark.parametrize("column", ["video_id", "YTID", "Id"])
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str
+)
+def test_an_id_column_may_have_any_capitals_and_be_a_dictionary(tmp_path, column, kind):
+    ids = pa.array(["one", None, "one"]).cast(kind)
+    write_parquet(tmp_path / "a.parquet", {f"{name}.wav": b"x" for name in "abc"}, **{column: ids})
+    assert [row["id"] for row in find_rows(tmp_path)[0]] == ["one", None, "one"]
+
+
+def test_threads_get_each_the_sound_of_its_own_row(tmp_path, monkeypatch):
+    """A reader goes from batch to batch: two threads in it at once would get each other's sounds."""
+    monkeypatch.setattr(parquet, "MAX_BATCH_BYTES", 4_000)
+    files = {f"{row:04}.wav": f"{row} ".encode() * 100 for row in range(300)}
+    path = write_parquet(tmp_path / "a.parquet", files, group=100)
+    with ThreadPoolExecutor(8) as threads:
+        read = threads.map(lambda row: parquet.read_parquet_sound(path, row // 100, row % 100), range(300))
+        assert list(read) == list(files.values())
+
+
+MEMBERS = st.tuples(
+    st.integers(0, 30),  # number in the name
+    st.sampled_from(["file", "file", "link", "folder"]),
+    st.integers(0, 1_100),  # bytes
+    st.booleans(),  # whether the name is too long for a header
+)
+
+TARS = st.tuples(
+    st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
+    st.lists(MEMBERS, min_size=1, max_size=6, unique_by=lambda member: member[0]),
+)
+
+
+def tar_bytes(form, members):
+    """A tar of files, folders, and hard links to its first member."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w", format=form) as tar:
+        for number, kind, size, is_long in members:
+            member = tarfile.TarInfo(f"{'n' * 120 * is_long}/{number}.wav")
+            if kind == "link" and tar.getmembers():
+                member.type, member.linkname = tarfile.LNKTYPE, tar.getmembers()[0].name
+            elif kind == "folder":
+                member.type = tarfile.DIRTYPE
+            else:
+                member.size = size
+            tar.addfile(member, io.BytesIO(bytes([number + 1]) * member.size))
+    return content.getvalue()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(TARS, min_size=1, max_size=3))
+def test_members_are_those_that_tarfile_reads_over_joined_tars(tmp_path_factory, tars):
+    """Every file and every hard link to one, in order, with its bytes; no fault is told of tars that are whole."""
+    content = b"".join(tar_bytes(*one) for one in tars)
+    path = tmp_path_factory.getbasetemp() / "joined.tar"
+    path.write_bytes(content)
+    expected = []
+    with tarfile.open(path, ignore_zeros=True) as tar:
+        for member in tar:
+            with suppress(KeyError):  # a link to what is not there
+                if content_file := tar.extractfile(member):  # None for a folder and a link to one
+                    expected.append((member.name, content_file.read()))
+    reader = TarReader(path)
+    members = list(reader.read_members())
+    found = [(member.name, content[member.offset : member.offset + member.size]) for member in members]
+    assert found == expected
+    assert reader.fault is None
+
+
+def test_what_follows_the_end_mark_and_is_no_tar_is_left_alone(tmp_path):
+    """Some programs fill their last block with whatever was in memory."""
+    path = write_tar(tmp_path / "x.tar", {"a.wav": b"1"})
+    path.write_bytes(path.read_bytes() + b"something else" * 100)
+    rows, notes = find_rows(path)
+    assert [row["name"] for row in rows] == ["a.wav"]
+    assert notes == ()
 
 
 def test_hdf5_of_panns_and_passt_is_listed(tmp_path):

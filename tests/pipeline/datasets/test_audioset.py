@@ -177,6 +177,24 @@ def test_a_path_names_a_row_of_parquet_and_else_its_id_column(tmp_path):
     assert match_sounds_to_plan(plan, [tmp_path]).frame["row"].to_list() == [0, 1]
 
 
+def test_a_listed_id_in_its_column_is_that_of_the_sound_whatever_its_name(tmp_path):
+    """`audio_00017` has the form of an id without being one; so may the name have the id of another row."""
+    files = {"audio_00000.wav": b"x", "audio_00001.wav": b"y", f"{ID}_30.wav": b"z"}
+    write_parquet(tmp_path / "x.parquet", files, video_id=["bbbbbbbbbbb", "ccccccccccc", ID])
+    plan = plan_of(
+        tmp_path / "x.csv",
+        f'{ID}, 30.000, 40.000, ""',
+        'bbbbbbbbbbb, 0.000, 1.000, ""',
+        'ccccccccccc, 5.000, 6.000, ""',
+    )
+    sources = match_sounds_to_plan(plan, [tmp_path])
+    assert sources.frame["source"].str.extract("::(.*)").to_list() == [
+        f"{ID}_30.wav",
+        "audio_00000.wav",
+        "audio_00001.wav",
+    ]
+
+
 def test_a_sound_of_another_start_is_reported_apart(tmp_path):
     """Not unknown, not used: the list wants other seconds of the video."""
     plan = plan_of(tmp_path / "x.csv", f'{ID}, 30.000, 40.000, ""', f'{ID}, 70.000, 80.000, ""')
