@@ -25,6 +25,14 @@ class AudioError(InputError):
         self.reason = reason
 
 
+class UnexpectedAudioError(AudioError):
+    """One clip cannot be used because of an exception that nobody expected; `fault` is the exception's name."""
+
+    def __init__(self, detail: str, fault: str) -> None:
+        super().__init__("unreadable", detail)
+        self.fault = fault
+
+
 class ManifestError(InputError):
     """A segments list, class list or manifest does not have the expected form."""
 

@@ -7,10 +7,12 @@ the rate. `stream_wave` decodes a sound of any length in pieces.
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import soundfile
 import soxr
 
 from pipeline.audio.byte_window import SoundInput
@@ -23,7 +25,7 @@ from pipeline.audio.decoders import (
     describe_decoder_error,
 )
 from pipeline.audio.sources import SoundLocator
-from pipeline.errors import AudioError
+from pipeline.errors import AudioError, InputError, UnexpectedAudioError, first_error_line
 
 LENGTH_SLACK = 0.02  # of the segment: a source whose length differs by less is not flagged
 COMPLETE_SHARE = 0.95  # a clip that lacks less than 5 % of its samples counts as whole
@@ -167,7 +169,7 @@ def load_clip_audio(
     """
     # Every error begins with the name of the sound.
     segment = VideoSegment(start_seconds, end_seconds, is_exact=bool(locator.exact))
-    try:
+    with costing_the_clip_alone(locator):
         with locator.open_sound() as sound:
             container = recognise_container(sound)
             decoded = decode_segment(sound, container, segment, max_seconds=policy.max_seconds)
@@ -176,8 +178,6 @@ def load_clip_audio(
         check_complete(decoded.facts, policy)
         peak = checked_peak(decoded.wave_S)
         check_audible(decoded.facts, peak, policy)
-    except AudioError as error:
-        raise name_sound_in_error(locator, error) from None
 
     # Level and digest are those of the wave before resampling: they do not depend on a mel spec.
     return ClipAudio(
@@ -194,11 +194,26 @@ def load_clip_audio(
     )
 
 
-def name_sound_in_error(locator: SoundLocator, error: AudioError) -> AudioError:
-    """The error with the sound's name before its text."""
+@contextmanager
+def costing_the_clip_alone(locator: SoundLocator) -> Iterator[None]:
+    """Within the block every error becomes an AudioError that begins with the sound's name.
+
+    Decoders raise what their authors did not foresee, too, on files that nobody foresaw: UnexpectedAudioError then.
+    InputError passes, since it means a server that fails, not a sound.
+    """
     # A file name may hold line breaks and bytes that are no text.
     name = ascii(locator.name)[1:-1]
-    return AudioError(error.reason, f"{name}: {error}")
+    try:
+        yield
+    except AudioError as error:
+        raise AudioError(error.reason, f"{name}: {error}") from None
+    except InputError:
+        raise
+    except Exception as error:
+        fault = type(error).__name__
+        message = first_error_line(error, Path(locator.path))
+        detail = f"{name}: decoding it fails in a way that nobody foresaw ({fault}: {message})"
+        raise UnexpectedAudioError(f"{detail}; convert it, and report this", fault) from error
 
 
 def decode_segment(
@@ -212,9 +227,8 @@ def decode_segment(
 @contextmanager
 def open_decoder(sound: SoundInput, container: AudioContainer) -> Iterator[AudioDecoder]:
     """Open the sound with its decoder; AudioError (unreadable) if that fails, or if its sampling rate is impossible."""
-    open_file = SndfileDecoder.open_file if container.uses_libsndfile else FfmpegDecoder.open_file
     try:
-        with open_file(sound, container) as decoder:
+        with choose_decoder(sound, container) as decoder:
             if decoder.rate_hz not in PLAUSIBLE_RATES_HZ:
                 detail = f"claims {decoder.rate_hz} samples a second; damaged, fetch it again"
                 raise AudioError("unreadable", detail)
@@ -223,6 +237,27 @@ def open_decoder(sound: SoundInput, container: AudioContainer) -> Iterator[Audio
         message = describe_decoder_error(error)
         detail = f"no {container.demuxer} file that can be decoded ({message}); incomplete? Fetch it again"
         raise AudioError("unreadable", detail) from None
+
+
+@contextmanager
+def choose_decoder(sound: SoundInput, container: AudioContainer) -> Iterator[AudioDecoder]:
+    """Open the sound with libsndfile if it reads the container, and with FFmpeg if it does not or gives up.
+
+    libsndfile knows neither BW64 nor 64-bit integers, for example. If FFmpeg gives up too, the error is libsndfile's.
+    """
+    with ExitStack() as stack:
+        decoder: AudioDecoder
+        if not container.uses_libsndfile:
+            decoder = stack.enter_context(FfmpegDecoder.open_file(sound, container))
+        else:
+            try:
+                decoder = stack.enter_context(SndfileDecoder.open_file(sound, container))
+            except soundfile.LibsndfileError as sndfile_error:
+                try:
+                    decoder = stack.enter_context(FfmpegDecoder.open_file(sound, container))
+                except (*DECODER_ERRORS, AudioError):
+                    raise sndfile_error from None
+        yield decoder
 
 
 def read_segment(decoder: AudioDecoder, segment: VideoSegment, max_seconds: float) -> DecodedSegment:
@@ -237,6 +272,8 @@ def read_segment(decoder: AudioDecoder, segment: VideoSegment, max_seconds: floa
     #                      0        first   first + wanted   declared                       0    wanted  declared
     is_whole_video = segment.is_part_of(decoder.seconds)
     wanted = round(segment.seconds * decoder.rate_hz)
+    if not wanted:
+        raise AudioError("too_short", f"a segment of {segment.seconds:g} s has no sample; correct its list")
     declared = round(decoder.seconds * decoder.rate_hz)
     first = 0
     if is_whole_video:
@@ -379,12 +416,13 @@ def stream_wave(
     Only a few seconds are in memory at a time. AudioError(reason, sentence) if the sound is unusable under the policy.
     The error comes after the last piece if only the end of the sound shows the fault (truncated, too short, silent).
     """
-    try:
-        with locator.open_sound() as sound, open_decoder(sound, recognise_container(sound)) as decoder:
-            refuse_long_sound(decoder, policy.max_seconds)
-            yield from resample_blocks(checked_blocks(decoder, policy), decoder.rate_hz, rate_hz)
-    except AudioError as error:
-        raise name_sound_in_error(locator, error) from None
+    with (
+        costing_the_clip_alone(locator),
+        locator.open_sound() as sound,
+        open_decoder(sound, recognise_container(sound)) as decoder,
+    ):
+        refuse_long_sound(decoder, policy.max_seconds)
+        yield from resample_blocks(checked_blocks(decoder, policy), decoder.rate_hz, rate_hz)
 
 
 def checked_blocks(decoder: AudioDecoder, policy: AudioPolicy) -> Iterator[np.ndarray]:

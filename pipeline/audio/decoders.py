@@ -47,6 +47,8 @@ MAX_PLANES = 8  # with more, PyAV 18 reads beyond FFmpeg's table of planes, and 
 PYAV_MAJOR_VERSION = int(av.__version__.split(".")[0])
 TAG_OPTIONS: dict[str, Any] = {"metadata_errors": "replace"} if PYAV_MAJOR_VERSION < 19 else {}
 
+LONG_INTEGER_FORMATS = ("s64", "s64p")  # that PyAV gives no array of
+
 FAILED_SEEK_SAMPLE = 2**62  # position that a failed seek reports, beyond the end of every sound
 
 
@@ -72,9 +74,11 @@ class AudioDecoder(Protocol):
 
 
 def describe_decoder_error(error: BaseException) -> str:
-    """The message of one of DECODER_ERRORS, without the file's path."""
+    """The message of one of DECODER_ERRORS, without the file's path or the name of an object in memory."""
     if isinstance(error, OSError | FFmpegError):
         return str(error.strerror)
+    if isinstance(error, soundfile.LibsndfileError):
+        return str(error.error_string).rstrip(".")
     return str(error)
 
 
@@ -353,6 +357,8 @@ def frame_samples_CS(frame: AudioFrame) -> np.ndarray:
     """The samples of a frame of any format as float32 `[channel, sample]`, full scale 1."""
     if frame.format.is_planar and frame.layout.nb_channels > MAX_PLANES:
         (frame,) = av.AudioResampler(format="flt").resample(frame)
+    elif frame.format.name in LONG_INTEGER_FORMATS:
+        (frame,) = av.AudioResampler(format="dbl").resample(frame)
     samples = frame.to_ndarray()
     if not frame.format.is_planar:
         samples = samples.reshape(-1, frame.layout.nb_channels).T

@@ -115,7 +115,9 @@ class TarReader:
                     place = places.get(target)
                 elif kind in REGULAR_TYPES and not any(key.startswith(b"GNU.sparse") for key in pax):
                     place = (content_position, size)
-                if place is not None:
+                if place is None:
+                    places.pop(name.rstrip(b"/"), None)  # a folder, say, in place of an earlier file
+                else:
                     places[name] = place
                     member_count += 1
                     yield TarMember(name.decode(errors="backslashreplace"), *place)

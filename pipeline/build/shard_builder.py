@@ -20,11 +20,11 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from pipeline.audio.decode import AudioPolicy, ClipAudio, load_clip_audio
+from pipeline.audio.decode import AudioPolicy, ClipAudio, costing_the_clip_alone, load_clip_audio
 from pipeline.audio.mel import log_mel
 from pipeline.audio.sources import SoundLocator
 from pipeline.build.remote_store import RemoteStore
-from pipeline.errors import AudioError, StoreError
+from pipeline.errors import AudioError, StoreError, UnexpectedAudioError
 from pipeline.files import DISK_FULL_ERRNOS, PARTIAL_SUFFIX
 from pipeline.store.header import StoreHeader
 from pipeline.store.manifest import RESULT_SCHEMA, failure_result
@@ -39,6 +39,9 @@ from pipeline.store.shards import (
     shard_matches_commit,
     shard_path,
 )
+
+# So many clips in a row that fail in the same unexpected way end a build.
+MAX_UNEXPECTED_FAILURES = 100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,12 +77,37 @@ class BlockTask:
         return replace(self, known_failures=self.known_failures | {row: (reason, detail)})
 
 
+class UnexpectedFailures:
+    """Counts clips in a row that fail in the same unexpected way: then not the clips are at fault."""
+
+    def __init__(self) -> None:
+        self._fault = ""
+        self._count = 0
+
+    def reset(self) -> None:
+        """Begin to count again, after a clip that was decoded."""
+        self._count = 0
+
+    def count_failure(self, error: AudioError) -> None:
+        """Count a failed clip; StoreError at MAX_UNEXPECTED_FAILURES in a row. Expected failures end a row."""
+        fault = error.fault if isinstance(error, UnexpectedAudioError) else ""
+        self._count = self._count + 1 if fault == self._fault else 1
+        self._fault = fault
+        if fault and self._count >= MAX_UNEXPECTED_FAILURES:
+            raise StoreError(
+                f"{self._count} clips in a row fail in the same way, so a library or this program is at fault, not "
+                f"the clips; the last one: {error}. Nothing is lost: the same command carries on once it is mended, "
+                "or once these sounds are moved away"
+            )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardBuilder:
     """Turns blocks into committed shards of one or more stores of the same plan; each shard has one writer."""
 
     stores: tuple[StoreTarget, ...]
     policy: AudioPolicy
+    unexpected: UnexpectedFailures = field(default_factory=UnexpectedFailures)
 
     def __call__(self, task: BlockTask) -> Iterator[int | None]:
         """Decode the block's clips and commit its shards; yields each row before trying it, then None before writing.
@@ -133,14 +161,17 @@ class ShardBuilder:
         max_seconds = max(store.header.spec.clip_seconds for store in self.stores)
         seconds = min(clip.end_seconds - clip.start_seconds, max_seconds)
         try:
-            return load_clip_audio(
+            audio = load_clip_audio(
                 clip.locator,
                 start_seconds=clip.start_seconds,
                 end_seconds=clip.start_seconds + seconds,
                 policy=self.policy,
             )
         except AudioError as error:
+            self.unexpected.count_failure(error)
             return failure_result(error.reason, str(error), source=clip.locator.source)
+        self.unexpected.reset()
+        return audio
 
 
 def _archive_order(clip: PlannedClip) -> tuple[str, int, int, int]:
@@ -191,7 +222,12 @@ class _OpenShard:
             return
 
         assert clip.locator is not None
-        mel_TF, result = compute_stored_row(outcome, self.store.header)
+        try:
+            with costing_the_clip_alone(clip.locator):
+                mel_TF, result = compute_stored_row(outcome, self.store.header)
+        except AudioError as error:
+            self._new_results[index] = failure_result(error.reason, str(error), source=clip.locator.source)
+            return
         self._new_results[index] = {"source": clip.locator.source} | result
         with _explaining_full_disk(self.store.path, self.shard):
             if self._scratch_file is None:

@@ -16,7 +16,7 @@ from typing import Any
 import polars as pl
 
 from pipeline.audio.containers import recognise_container
-from pipeline.audio.decode import AudioPolicy, VideoSegment, decode_segment
+from pipeline.audio.decode import AudioPolicy, VideoSegment, costing_the_clip_alone, decode_segment
 from pipeline.audio.sources import SOURCES_SCHEMA, ClipSources, SoundLocator
 from pipeline.errors import AudioError, InputError, ManifestError
 from pipeline.labels.ontology import ClassList
@@ -368,8 +368,9 @@ def measure_sound_lengths(
 
 def measure_sound_length(path: str) -> float | None:
     """Return a sound's length in seconds as the build will find it, by decoding a little of it; None if unusable."""
+    locator = SoundLocator.from_path(Path(path))
     try:
-        with SoundLocator.from_path(Path(path)).open_sound() as sound:
+        with costing_the_clip_alone(locator), locator.open_sound() as sound:
             segment = decode_segment(
                 sound,
                 recognise_container(sound),

@@ -10,7 +10,7 @@ from sounds import ENCODERS, SUBTYPES, babble, write
 from pipeline.audio import sources
 from pipeline.audio.decode import load_clip_audio
 from pipeline.audio.sources import SOURCES_SCHEMA, ClipSources, SoundLocator
-from pipeline.errors import AudioError
+from pipeline.errors import AudioError, InputError, UnexpectedAudioError
 from pipeline.store.manifest import FAILURE_REASONS
 
 RATE_HZ = 48_000
@@ -185,3 +185,81 @@ def test_every_reason_that_decoding_can_give_is_given_here(tmp_path):
     assert decode_outcome(SoundLocator.from_path(tmp_path / "gone.wav")) == "missing"
     reasons = {reason for reason, _, _ in BROKEN.values()}
     assert {*reasons, "missing"} | GIVEN_ELSEWHERE == set(FAILURE_REASONS)
+
+
+def wav_bytes(samples, bits, *, form=b"RIFF"):
+    """A mono wav at 16 kHz, with the sizes in a chunk of their own where 32 bits are not enough for them."""
+    data = samples.tobytes()
+    long_sizes = b""
+    if form != b"RIFF":
+        long_sizes = b"ds64" + struct.pack("<IQQQI", 28, len(data) + 72, len(data), len(samples), 0)
+    size = len(data) + 36 if form == b"RIFF" else 2**32 - 1
+    data_size = len(data) if form == b"RIFF" else 2**32 - 1
+    spec = struct.pack("<IHHIIHH", 16, 1, 1, 16_000, 16_000 * bits // 8, bits // 8, bits)
+    head = form + struct.pack("<I", size) + b"WAVE" + long_sizes + b"fmt " + spec
+    return head + b"data" + struct.pack("<I", data_size) + data
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "form"), [("<i8", 64, b"RIFF"), ("<i2", 16, b"BW64"), ("<i2", 16, b"RF64")], ids=str
+)
+def test_what_libsndfile_cannot_read_is_read_by_ffmpeg(tmp_path, kind, bits, form):
+    """64-bit integers, and BW64, which the EBU made of RF64."""
+    wave_S = babble(1.0, 16_000)
+    path = tmp_path / "x.wav"
+    path.write_bytes(wav_bytes((wave_S * 2.0 ** (bits - 1)).astype(kind), bits, form=form))
+    audio = load_clip_audio(SoundLocator.from_path(path), start_seconds=0, end_seconds=1)
+    np.testing.assert_allclose(audio.wave_S, wave_S, atol=2.0**-14)
+
+
+def test_no_reason_names_a_place_in_memory(tmp_path):
+    """A reason is written to the manifest, which is the same for the same sounds, from a file and from an archive."""
+    content = wav_bytes(np.zeros(16_000, "<i2"), 16)
+    content = content[:22] + bytes(2) + content[24:]  # no channel
+    (tmp_path / "x.wav").write_bytes(content)
+    write_tar(tmp_path / "x.tar", {"x.wav": content})
+    found = sources.find_sounds([tmp_path]).sounds.select(*SOURCES_SCHEMA)
+    reasons = set()
+    for locator in ClipSources(frame=found).locators_of_rows(range(2)):
+        with pytest.raises(AudioError, match=r"^x\.wav: no wav file that can be decoded") as raised:
+            load_clip_audio(locator, start_seconds=0, end_seconds=1)
+        reasons.add(str(raised.value))
+    assert len(reasons) == 1
+
+
+def test_a_segment_shorter_than_a_sample_is_too_short(tmp_path):
+    """Rounding in a list makes such segments."""
+    for suffix in (".wav", ".mp3"):
+        path = write(tmp_path / f"x{suffix}", babble(3.0, 48_000), 48_000)
+        locator = SoundLocator(path=str(path), source=path.name, exact=True)
+        with pytest.raises(AudioError, match="has no sample; correct its list") as raised:
+            load_clip_audio(locator, start_seconds=1.0, end_seconds=1.000001)
+        assert raised.value.reason == "too_short"
+
+
+@pytest.mark.parametrize(
+    "error", [TypeError("odd"), ValueError("odd"), MemoryError(), RecursionError("odd")], ids=repr
+)
+def test_whatever_a_decoder_raises_costs_its_clip(tmp_path, monkeypatch, error):
+    """Libraries raise what their authors did not foresee, too; the sound's name and the exception's are told."""
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("pipeline.audio.decode.read_segment", fail)
+    path = write(tmp_path / "x.wav", babble(1.0, 16_000), 16_000)
+    with pytest.raises(UnexpectedAudioError, match=rf"^x\.wav: .*{type(error).__name__}") as raised:
+        load_clip_audio(SoundLocator.from_path(path), start_seconds=0, end_seconds=1)
+    assert (raised.value.reason, raised.value.fault) == ("unreadable", type(error).__name__)
+
+
+def test_a_server_that_fails_costs_no_clip(tmp_path, monkeypatch):
+    """The clip may be whole: the run ends, and carries on later."""
+
+    def fail(*_):
+        raise InputError("s3://there: does not answer")
+
+    monkeypatch.setattr("pipeline.audio.decode.read_segment", fail)
+    path = write(tmp_path / "x.wav", babble(1.0, 16_000), 16_000)
+    with pytest.raises(InputError, match=r"^s3://there: does not answer$"):
+        load_clip_audio(SoundLocator.from_path(path), start_seconds=0, end_seconds=1)

@@ -18,16 +18,17 @@ import zarr
 from corpus import BROKEN, MISSING, SHORT, SILENT, clip_id, tone_in_noise, write_corpus
 from stores import assert_same_bytes, build
 
-from pipeline.audio.decode import load_clip_audio
+from pipeline.audio.decode import load_clip_audio, read_segment
 from pipeline.audio.mel import log_mel
 from pipeline.audio.mel_spec import preset_mel_spec
 from pipeline.audio.sources import SoundLocator
 from pipeline.build import shard_builder
 from pipeline.build.build import build_store
 from pipeline.build.plan import StoreOutput
+from pipeline.build.shard_builder import MAX_UNEXPECTED_FAILURES, UnexpectedFailures
 from pipeline.build.verify import find_faults
 from pipeline.datasets.audioset import audioset_corpus
-from pipeline.errors import InputError, StoreError
+from pipeline.errors import AudioError, InputError, StoreError, UnexpectedAudioError
 from pipeline.files import lock_store
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.shards import ledger_path, shard_path
@@ -364,3 +365,52 @@ def test_sounds_are_read_in_the_order_of_their_archives(corpus, tmp_path, monkey
     assert len(read_paths) == 47
     # The order may only begin again between the three shards.
     assert sum(later < earlier for earlier, later in itertools.pairwise(read_paths)) <= 2
+
+
+def fail_for(monkeypatch, is_odd):
+    """Let the decoder raise a TypeError for the clips whose sounds have such names."""
+
+    def read_or_fail(decoder, *rest):
+        if is_odd(decoder):
+            raise TypeError("an odd file")
+        return read_segment(decoder, *rest)
+
+    monkeypatch.setattr("pipeline.audio.decode.read_segment", read_or_fail)
+
+
+def test_a_file_that_nobody_foresaw_costs_its_row_alone(corpus, store, tmp_path, monkeypatch):
+    """Every other row is as without it, and the row says which exception it was."""
+    calls = itertools.count()
+    fail_for(monkeypatch, lambda decoder: next(calls) == 2)
+    manifest = build(corpus, tmp_path / "x.zarr")
+    good = store.manifest["status"] == "good"
+    lost = (manifest["status"] != store.manifest["status"]).arg_true().to_list()
+    assert len(lost) == 1
+    assert manifest["reason"][lost[0]] == "unreadable"
+    assert "TypeError: an odd file" in manifest["detail"][lost[0]]
+    assert (manifest["status"] == "good").sum() == good.sum() - 1
+
+
+def test_many_such_files_in_a_row_end_the_build_in_one_line(corpus, tmp_path, monkeypatch):
+    """Then a library is broken, not a hundred sounds; nothing of them is written down."""
+    monkeypatch.setattr("pipeline.build.shard_builder.MAX_UNEXPECTED_FAILURES", 5)
+    fail_for(monkeypatch, lambda decoder: True)
+    with pytest.raises(StoreError, match=r"5 clips in a row fail in the same way.*TypeError: an odd file"):
+        build(corpus, tmp_path / "x.zarr")
+    monkeypatch.undo()
+    build(corpus, tmp_path / "x.zarr")
+    build(corpus, tmp_path / "y.zarr")
+    assert_same_bytes(tmp_path / "x.zarr", tmp_path / "y.zarr")
+
+
+def test_only_failures_in_a_row_of_one_unexpected_kind_count():
+    """A good clip, an expected failure or another exception begins the row anew."""
+    unexpected = UnexpectedFailures()
+    for _ in range(3):
+        for fault in ["TypeError"] * (MAX_UNEXPECTED_FAILURES - 1) + ["ValueError"]:
+            unexpected.count_failure(UnexpectedAudioError("x", fault))
+        for _ in range(2 * MAX_UNEXPECTED_FAILURES):
+            unexpected.count_failure(AudioError("silent", "x"))
+        for _ in range(MAX_UNEXPECTED_FAILURES - 1):
+            unexpected.count_failure(UnexpectedAudioError("x", "TypeError"))
+        unexpected.reset()
