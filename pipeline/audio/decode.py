@@ -177,7 +177,7 @@ def load_clip_audio(
         # There must be samples before their peak can be measured.
         check_complete(decoded.facts, policy)
         peak = checked_peak(decoded.wave_S)
-        check_audible(decoded.facts, peak, policy)
+        check_audible(decoded.facts, audible_peak(decoded.wave_S), policy)
 
     # Level and digest are those of the wave before resampling: they do not depend on a mel spec.
     return ClipAudio(
@@ -400,7 +400,7 @@ def segment_flags(decoded: DecodedSegment, segment: VideoSegment, *, is_misnamed
         "longer": not facts.is_cut and is_longer,
         "shorter": facts.samples < (1 - LENGTH_SLACK) * wanted,
         "truncated": facts.is_truncated,
-        "silent": magnitude_dbfs(peak_magnitude(decoded.wave_S)) < SILENCE_DBFS,
+        "silent": magnitude_dbfs(audible_peak(decoded.wave_S)) < SILENCE_DBFS,
         "mixed_down": facts.channels > 1,
         "beyond_full_scale": decoded.exceeds_full_scale,
         "wrong_extension": is_misnamed,
@@ -429,12 +429,14 @@ def checked_blocks(decoder: AudioDecoder, policy: AudioPolicy) -> Iterator[np.nd
     """Yield the whole sound in mono pieces, then check it; raises AudioError as `load_clip_audio` does."""
     # Each piece is checked before anybody uses it.
     samples = 0
-    peak = 0.0
+    lowest, highest = math.inf, -math.inf
     for block_CS in decoder.read_blocks(0, ALL_SAMPLES):
         wave_S = mean_of_channels(block_CS)
         if not len(wave_S):
             continue
-        peak = max(peak, checked_peak(wave_S))
+        checked_peak(wave_S)
+        lowest = min(lowest, float(wave_S.min()))
+        highest = max(highest, float(wave_S.max()))
         samples += len(wave_S)
         yield wave_S
 
@@ -442,7 +444,7 @@ def checked_blocks(decoder: AudioDecoder, policy: AudioPolicy) -> Iterator[np.nd
     declared = round(decoder.seconds * decoder.rate_hz)
     facts = segment_facts(decoder, samples=samples, promised=declared, is_cut=False)
     check_complete(facts, policy)
-    check_audible(facts, peak, policy)
+    check_audible(facts, audible_magnitude(lowest, highest), policy)
 
 
 def resample_blocks(blocks: Iterator[np.ndarray], from_hz: int, to_hz: int) -> Iterator[np.ndarray]:
@@ -475,6 +477,16 @@ def fit_length(wave_S: np.ndarray, samples: int) -> np.ndarray:
 def peak_magnitude(wave_S: np.ndarray) -> float:
     """The largest magnitude; NaN if a sample is NaN."""
     return float(max(wave_S.max(), -wave_S.min()))
+
+
+def audible_peak(wave_S: np.ndarray) -> float:
+    """The largest magnitude, or the range of the samples if that is smaller: a constant offset is no sound."""
+    return audible_magnitude(float(wave_S.min()), float(wave_S.max()))
+
+
+def audible_magnitude(lowest: float, highest: float) -> float:
+    """`audible_peak` of samples that lie between these values."""
+    return min(max(highest, -lowest), highest - lowest)
 
 
 def rms_magnitude(wave_S: np.ndarray) -> float:

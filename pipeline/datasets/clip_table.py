@@ -20,6 +20,9 @@ CLIP_TABLE_COLUMNS = ("path", "label", "labels", "split", "start", "end", "id")
 
 LABEL_COLUMNS = {"label", "labels"}
 
+# What programs write for "no value"; as a label it is none.
+NO_VALUE_TEXTS = {"nan", "NaN", "None", "null", "NULL", "<NA>", "NaT"}
+
 PARQUET_SUFFIXES = (".parquet", ".pq")
 
 CSV_SEPARATORS = (",", ";", "\t")
@@ -209,9 +212,10 @@ def _cell_text(cell: Any) -> str:
 
 
 def _cell_labels(cell: Any) -> tuple[str, ...]:
-    """Return the labels of a cell in their order, each once."""
+    """Return the labels of a cell in their order, each once; NO_VALUE_TEXTS are none."""
     parts = cell if isinstance(cell, list) else _cell_text(cell).split(";")
-    return tuple(dict.fromkeys(name for part in parts if (name := _cell_text(part))))
+    names = dict.fromkeys(_cell_text(part) for part in parts)
+    return tuple(name for name in names if name and name not in NO_VALUE_TEXTS)
 
 
 def _cell_seconds(name: str, cell: Any) -> float | None:

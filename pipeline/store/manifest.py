@@ -13,7 +13,7 @@ FAILURE_REASONS: dict[str, str] = {
     "unreadable": "no decoder can read the file",
     "truncated": "under 95 % of the declared length could be decoded",
     "too_short": "under 0.1 s of sound",
-    "silent": "peak under -90 dBFS",
+    "silent": "peak under -90 dBFS, or a constant value alone",
     "non_finite": "contains NaN or infinite samples",
     "too_long": "longer than the longest clip allowed",
     "timed_out": "decoding took longer than --limit-seconds",

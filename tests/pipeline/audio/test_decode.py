@@ -231,6 +231,14 @@ def test_silence_can_be_kept(tmp_path):
     assert not clip.wave_S.any()
 
 
+def test_a_constant_is_silence_and_a_sound_beside_it_is_none(tmp_path):
+    """A recorder whose microphone is not plugged in writes its offset."""
+    constant_S = np.full(80_000, 0.3)
+    assert refusal(write(tmp_path / "a.wav", constant_S, 8_000, subtype="FLOAT"))[0] == "silent"
+    sound_S = constant_S + tone(440, 8_000, level=1e-3)[:80_000]
+    assert load(write(tmp_path / "b.wav", sound_S, 8_000, subtype="FLOAT")).flags == ()
+
+
 def test_a_whisper_of_minus_80_db_is_not_silence(tmp_path):
     """The border is -90 dBFS."""
     assert load(write(tmp_path / "a.wav", tone(440, 8_000, level=1e-4), 8_000, subtype="FLOAT")).flags == ()

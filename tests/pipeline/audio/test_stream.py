@@ -41,6 +41,7 @@ def test_pieces_are_small_beside_a_long_sound(tmp_path):
     ("reason", "wave_S", "policy"),
     [
         ("silent", np.zeros(16_000), {}),
+        ("silent", np.full(16_000, -0.25), {}),
         ("too_short", np.ones(100) * 0.1, {}),
         ("non_finite", np.full(16_000, np.nan), {}),
         ("too_long", babble(2.0, 16_000), {"max_seconds": 1.0}),

@@ -134,6 +134,13 @@ def test_a_table_may_give_ids_splits_labels_and_times(clips):
     ]
 
 
+@pytest.mark.parametrize("text", ["nan", "NaN", "None", "null", "<NA>", ""])
+def test_what_programs_write_for_no_value_is_no_label(clips, text):
+    """pandas writes nan; a class of that name would be learnt as any other."""
+    corpus = folder_corpus(clips, write_table(clips, f"path,label\na.wav,dog\nZürich/b c.WAV,{text}\n"))
+    assert plan_rows(corpus, "mids") == [(["dog"],), ([],)]
+
+
 def test_times_may_have_decimal_commas_where_commas_do_not_separate(clips):
     """A German spreadsheet; labels keep their commas."""
     corpus = folder_corpus(clips, write_table(clips, "path;start;end;label\na.wav;1,5;2,75;1,5\n"))
