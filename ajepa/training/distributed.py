@@ -136,15 +136,25 @@ SINGLE_PROCESS = World()
 
 
 def world_from_environment() -> World:
-    """The world that torchrun's environment variables describe; without them a single process."""
+    """The world that torchrun's environment variables describe; without them a single process.
+
+    RunError if only some of them describe several processes: each of these would train alone on everything.
+    """
     variables = {
         "rank": "RANK",
         "size": "WORLD_SIZE",
         "local_rank": "LOCAL_RANK",
         "local_size": "LOCAL_WORLD_SIZE",
     }
-    # torchrun sets all of them.
-    if not all(variable in os.environ for variable in variables.values()):
+    # torchrun sets all of them; srun and other launchers may set some.
+    missing = [variable for variable in variables.values() if variable not in os.environ]
+    if missing:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise RunError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {' and '.join(missing)} not set: start the ranks "
+                "by torchrun, which sets all; under srun, LOCAL_RANK is SLURM_LOCALID and LOCAL_WORLD_SIZE the number "
+                "of tasks of a node"
+            )
         return SINGLE_PROCESS
     return World(**{field: int(os.environ[variable]) for field, variable in variables.items()})
 

@@ -10,7 +10,7 @@ from ranks import run_on_ranks, steps_of_rank, torchrun
 
 from ajepa.training.distributed import SINGLE_PROCESS, World, join_ranks, world_from_environment
 from ajepa.training.run import Run
-from pipeline.errors import StopSignal
+from pipeline.errors import RunError, StopSignal
 
 
 def assert_near(run: Run, other: Run, *, at: int | str = "last", tolerance: float = 2e-4) -> None:
@@ -144,3 +144,17 @@ def test_without_torchrun_a_process_is_alone(monkeypatch):
         monkeypatch.setenv(name, value)
     assert world_from_environment() == World(rank=5, size=8, local_rank=1, local_size=4)
     assert not world_from_environment().is_main
+
+
+def test_a_world_of_which_something_is_missing_is_refused(monkeypatch):
+    """Each rank would take itself for the only one, and train on everything."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert world_from_environment() == SINGLE_PROCESS
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(
+        RunError, match=r"WORLD_SIZE is 8, but LOCAL_RANK and LOCAL_WORLD_SIZE not set: .*torchrun"
+    ):
+        world_from_environment()
