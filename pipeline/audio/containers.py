@@ -53,18 +53,20 @@ class AudioContainer:
 
 
 CONTAINER_KINDS = {
-    "wav": AudioContainer(suffixes=(".wav", ".wave"), demuxer="wav", uses_libsndfile=True),
+    "wav": AudioContainer(suffixes=(".wav", ".wave", ".bwf", ".rf64"), demuxer="wav", uses_libsndfile=True),
     "flac": AudioContainer(suffixes=(".flac",), demuxer="flac", uses_libsndfile=True),
-    "mp3": AudioContainer(suffixes=(".mp3", ".mp2"), demuxer="mp3"),
-    "aac": AudioContainer(suffixes=(".aac",), demuxer="aac", length_kind="guessed"),
+    "mp3": AudioContainer(suffixes=(".mp3", ".mp2", ".mpga"), demuxer="mp3"),
+    "aac": AudioContainer(suffixes=(".aac", ".adts"), demuxer="aac", length_kind="guessed"),
     "ogg": AudioContainer(
-        suffixes=(".ogg", ".oga", ".opus", ".spx", ".ogv"),
+        suffixes=(".ogg", ".oga", ".opus", ".spx", ".ogv", ".ogx"),
         demuxer="ogg",
         length_kind="found",
         is_seekable=True,
     ),
     "mp4": AudioContainer(
-        suffixes=(".m4a", ".mp4", ".m4v", ".m4b", ".mov", ".3gp", ".3g2"), demuxer="mov", is_seekable=True
+        suffixes=(".m4a", ".mp4", ".m4v", ".m4b", ".m4r", ".mov", ".qt", ".f4v", ".3gp", ".3g2"),
+        demuxer="mov",
+        is_seekable=True,
     ),
     "matroska": AudioContainer(
         suffixes=(".webm", ".mkv", ".mka", ".weba"), demuxer="matroska", is_seekable=True
@@ -76,11 +78,15 @@ CONTAINER_KINDS = {
     "avi": AudioContainer(suffixes=(".avi",), demuxer="avi"),
     "asf": AudioContainer(suffixes=(".wma", ".wmv", ".asf"), demuxer="asf"),
     "flv": AudioContainer(suffixes=(".flv",), demuxer="flv"),
-    "mpegts": AudioContainer(suffixes=(".ts",), demuxer="mpegts", length_kind="found"),
-    "mpeg": AudioContainer(suffixes=(".mpg", ".mpeg"), demuxer="mpeg", length_kind="found"),
-    "amr": AudioContainer(suffixes=(".amr",), demuxer="amr", length_kind="guessed"),
+    "mpegts": AudioContainer(suffixes=(".ts", ".mts", ".m2ts"), demuxer="mpegts", length_kind="found"),
+    "mpeg": AudioContainer(suffixes=(".mpg", ".mpeg", ".vob"), demuxer="mpeg", length_kind="found"),
+    "amr": AudioContainer(suffixes=(".amr", ".awb"), demuxer="amr", length_kind="guessed"),
     "ac3": AudioContainer(suffixes=(".ac3",), demuxer="ac3", length_kind="guessed"),
     "wavpack": AudioContainer(suffixes=(".wv",), demuxer="wv"),
+    "tta": AudioContainer(suffixes=(".tta",), demuxer="tta"),
+    "nist": AudioContainer(suffixes=(".sph", ".nist"), demuxer="nistsphere"),
+    "voc": AudioContainer(suffixes=(".voc",), demuxer="voc", length_kind="guessed"),
+    "ircam": AudioContainer(suffixes=(".sf", ".ircam"), demuxer="ircam", length_kind="guessed"),
 }
 
 CONTAINER_SUFFIXES = {suffix for kind in CONTAINER_KINDS.values() for suffix in kind.suffixes}
@@ -107,6 +113,15 @@ CONTAINER_SIGNATURES = (
     (0, b"#!AMR", "amr"),
     (0, b"\x0bw", "ac3"),
     (0, b"wvpk", "wavpack"),
+    (0, b"TTA1", "tta"),
+    (0, b"NIST_1A\n", "nist"),
+    (0, b"Creative Voice File\x1a", "voc"),
+    (1, b"\xa3\x01\0", "ircam"),
+    (0, b"\0\x01\xa3", "ircam"),
+    (1, b"\xa3\x02\0", "ircam"),
+    (0, b"\0\x02\xa3", "ircam"),
+    (1, b"\xa3\x03\0", "ircam"),
+    (1, b"\xa3\x04\0", "ircam"),
 )
 
 
@@ -183,9 +198,12 @@ def match_signature(head: bytes, file: ReadableFile) -> AudioContainer | None:
                 return flac_container(head)
             return kind
 
-    # MPEG-TS has packets of 188 bytes, each with the same first byte; an mp3 or AAC may begin with zeros.
-    if head[:1] == b"G" and head[188:189] == b"G":
-        return CONTAINER_KINDS["mpegts"]
+    # MPEG-TS has packets of 188 bytes, each with the same first byte; cameras write a time of four bytes before each.
+    for begin, packet_bytes in ((0, 188), (4, 192)):
+        if head[begin : begin + 1] == head[begin + packet_bytes :][:1] == b"G":
+            return CONTAINER_KINDS["mpegts"]
+
+    # An mp3 or AAC may begin with zeros.
     return mpeg_audio_container(head.lstrip(b"\0"))
 
 

@@ -25,9 +25,27 @@ MEMBER_SEPARATOR = "::"  # in `source`, between the names of an archive and its 
 # Extensions, from lossless containers to the most lossy: if one clip has several sounds, the sound whose extension
 # comes first is used.
 SOUND_EXTENSIONS = (
-    *("flac", "wav", "wave", "aiff", "aif", "aifc", "w64", "caf", "au", "snd", "wv"),
-    *("mka", "m4a", "mp4", "mkv", "mov", "aac", "opus", "webm", "weba", "ogg", "oga", "mp3", "mp2"),
-    *("3gp", "wma", "ac3", "ts", "avi", "flv", "asf", "amr"),
+    *("flac", "wav", "wave", "aiff", "aif", "aifc", "w64", "caf", "au", "snd", "wv", "tta"),
+    *("bwf", "rf64", "sph", "nist", "voc", "sf", "ircam"),
+    *("mka", "m4a", "mp4", "mkv", "mov", "aac", "opus", "webm", "weba", "ogg", "oga", "mp3", "mp2", "mpga"),
+    *("3gp", "wma", "ac3", "ts", "avi", "flv", "asf", "amr", "awb", "adts"),
+    *(
+        "m4b",
+        "m4r",
+        "m4v",
+        "qt",
+        "f4v",
+        "3g2",
+        "spx",
+        "ogv",
+        "ogx",
+        "wmv",
+        "mpg",
+        "mpeg",
+        "vob",
+        "mts",
+        "m2ts",
+    ),
 )
 
 ARCHIVE_KINDS = {"tar": "tar", "parquet": "parquet", "h5": "hdf5", "hdf5": "hdf5"}  # by extension

@@ -21,6 +21,7 @@ ENCODERS = {  # suffix: FFmpeg's codec, container and its options
     ".live.webm": ("libopus", "webm", {"live": "1"}),
     ".alac.m4a": ("alac", "ipod", {}),
     ".wv": ("wavpack", "wv", {}),
+    ".tta": ("tta", "tta", {}),
     ".aiff": ("pcm_s16be", "aiff", {}),
     ".bare.mp3": ("libmp3lame", "mp3", {"write_xing": "0"}),
 }

@@ -40,6 +40,7 @@ CUTS = {
     ".caf": DECLARED,
     ".flac": (*DECLARED[:5], TRUNCATED),  # its last block is longer than a twentieth
     ".wv": (UNREADABLE, UNREADABLE, UNREADABLE, TRUNCATED, TRUNCATED, TRUNCATED),  # blocks of a second
+    ".tta": (UNREADABLE, UNREADABLE, UNREADABLE, TRUNCATED, TRUNCATED, TRUNCATED),  # as well
     ".m4a": INDEX_LAST,
     ".alac.m4a": INDEX_LAST,
     ".fast.m4a": DECLARED,

@@ -6,9 +6,12 @@ import struct
 import av
 import numpy as np
 import pytest
+import soundfile
 from sounds import ENCODERS, SUBTYPES, babble, write
 
 from pipeline.audio.containers import CONTAINER_KINDS, AudioContainer, recognise_container
+from pipeline.audio.decode import load_clip_audio
+from pipeline.audio.sources import SOUND_EXTENSIONS, SoundLocator
 from pipeline.errors import AudioError
 
 KIND_OF = {
@@ -28,6 +31,7 @@ KIND_OF = {
     ".aac": "aac",
     ".ts": "mpegts",
     ".wv": "wavpack",
+    ".tta": "tta",
     ".aiff": "aiff",
     ".au": "au",
     ".caf": "caf",
@@ -54,6 +58,42 @@ def test_the_first_bytes_tell_the_container_whatever_the_name(tmp_path, suffix):
     assert recognise_container(renamed).demuxer == kind.demuxer
     assert not recognise_container(renamed).is_misnamed(renamed)
     assert recognise_container(renamed).is_misnamed(renamed.with_suffix(".amr"))
+
+
+def test_every_suffix_of_a_container_is_looked_for():
+    """A list of its own would forget some: their clips would be missing without a word."""
+    suffixes = sorted(suffix for kind in CONTAINER_KINDS.values() for suffix in kind.suffixes)
+    assert suffixes == sorted(f".{extension}" for extension in SOUND_EXTENSIONS)
+
+
+@pytest.mark.parametrize(
+    ("form", "subtype", "endian"),
+    [
+        ("NIST", "PCM_16", "LITTLE"),
+        ("NIST", "PCM_16", "BIG"),
+        ("NIST", "ULAW", "FILE"),
+        ("VOC", "PCM_16", "FILE"),
+        ("IRCAM", "PCM_16", "LITTLE"),
+        ("IRCAM", "PCM_16", "BIG"),
+        ("IRCAM", "FLOAT", "BIG"),
+    ],
+)
+def test_formats_of_old_speech_corpora_are_read(tmp_path, form, subtype, endian):
+    """TIMIT and others come in SPHERE. Half a file is truncated, or shorter where its header states no length."""
+    wave_S = babble(2.0, 16_000)
+    path = tmp_path / "sound.xyz"
+    soundfile.write(path, wave_S, 16_000, format=form, subtype=subtype, endian=endian)
+    locator = SoundLocator.from_path(path)
+    audio = load_clip_audio(locator, start_seconds=0, end_seconds=2)
+    assert (audio.rate_hz, audio.flags) == (16_000, ())
+    np.testing.assert_allclose(audio.wave_S, wave_S, atol=0.01 if subtype == "ULAW" else 1e-4)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    if form == "NIST":
+        with pytest.raises(AudioError, match="of the declared") as raised:
+            load_clip_audio(locator, start_seconds=0, end_seconds=2)
+        assert raised.value.reason == "truncated"
+    else:
+        assert load_clip_audio(locator, start_seconds=0, end_seconds=2).flags == ("shorter",)
 
 
 @pytest.mark.parametrize("name", CONTAINER_KINDS)
@@ -232,3 +272,15 @@ def test_a_chunk_larger_than_any_file_is_the_last(tmp_path, suffix):
     content[start : start + 8] = size
     path.write_bytes(content)
     assert recognise_container(path).declared_frames is None
+
+
+def test_a_stream_of_a_camera_has_a_time_before_each_packet(tmp_path):
+    """.m2ts: packets of 192 bytes."""
+    path = write(tmp_path / "sound.ts", babble(1.0, 48_000), 48_000)
+    content = path.read_bytes()
+    expected = load_clip_audio(SoundLocator.from_path(path), start_seconds=0, end_seconds=1)
+    packets = [content[first : first + 188] for first in range(0, len(content), 188)]
+    camera = tmp_path / "sound.m2ts"
+    camera.write_bytes(b"".join(bytes(4) + packet for packet in packets))
+    audio = load_clip_audio(SoundLocator.from_path(camera), start_seconds=0, end_seconds=1)
+    assert (audio.digest, audio.flags) == (expected.digest, expected.flags)
