@@ -18,9 +18,9 @@ from pipeline.errors import InputError
 from pipeline.labels.ontology import describe_outside_ids, load_class_list
 from pipeline.labels.segment_lists import plan_segment_lists
 
-# [Y]<id>[_<start>[_<end>]][.<extension>]; never split on "_": 14 % of the ids contain one.
+# [Y]<id>[_<start>[_<end>]][.<extension>], or with dashes; never split on "_": 14 % of the ids contain one.
 SOUND_NAME_PATTERN = (
-    r"^(?P<y>Y?)(?P<id>[A-Za-z0-9_-]{11})(?:_(?P<start>\d+(?:\.\d+)?)(?:_\d+(?:\.\d+)?)?)?"
+    r"^Y?(?P<id>[A-Za-z0-9_-]{11})(?:[_-](?P<start>\d+(?:\.\d+)?)(?:[_-]\d+(?:\.\d+)?)?)?"
     rf"(?:\.(?i:{'|'.join(SOUND_EXTENSIONS)}))?$"
 )
 
@@ -64,9 +64,10 @@ def audioset_corpus(
 def match_sounds_to_plan(plan: pl.DataFrame, audio_roots: Sequence[Path | str]) -> ClipSources:
     """Match sounds to the rows of `plan` by their names; raises InputError if no sound matches.
 
-    A name is `<id>` or `Y<id>`, optionally followed by `_<start>` or `_<start>_<end>` in seconds or milliseconds. The
-    sounds may be in any folders. In a table with an id column, an id that is listed is that of the sound, whatever its
-    name; so is one that is not, if the name has none of these forms.
+    A name is `<id>`, `Y<id>` or `id_<id>`, optionally followed by `_<start>` or `_<start>_<end>` in seconds or
+    milliseconds; dashes may stand for these underscores. The sounds may be in any folders. In a table with an id
+    column, an id that is listed is that of the sound, whatever its name; so is one that is not, if the name has none
+    of these forms.
 
     If a clip has several sounds, these rules choose one, in this order:
     1. a sound below a folder, or in an archive, with the name of the row's split (`eval.h5`, `eval-0003.tar`);
@@ -132,27 +133,37 @@ def note_other_segments(sources: list[str]) -> tuple[str, ...]:
 def parse_sound_names(sounds: pl.DataFrame, listed_ids: pl.Series) -> pl.DataFrame:
     """Number the sounds and add `id`, `start` and `extension`; null if neither name nor id column has one.
 
-    The id column comes before the name where it has a listed id, or the name has none: a name such as
-    audio_00017.wav has the form of an id without being one.
+    A name may be read in several ways: audio_00017.wav has the form of an id without being one, and id_abcdefgh_30.wav
+    has two. The first reading whose id is listed counts: the id column, the name, the name without the prefix id_.
+    Where none is listed, the name counts before the id column.
     """
-    # What the name and the id column say.
-    by_name, by_column = (pl.col(column).str.extract_groups(SOUND_NAME_PATTERN) for column in ("name", "id"))
+    # What the id column and the name say, in this order.
+    readings = {
+        "column": pl.col("id"),
+        "name": pl.col("name"),
+        "rest": pl.when(pl.col("name").str.starts_with("id_")).then(pl.col("name").str.strip_prefix("id_")),
+    }
+    groups = {name: text.str.extract_groups(SOUND_NAME_PATTERN) for name, text in readings.items()}
     parsed = sounds.with_row_index("sound").with_columns(
         extension=pl.col("name").str.extract(r"\.([^./]+)$").str.to_lowercase(),
-        id_in_name=by_name.struct.field("id"),
-        id_in_column=by_column.struct.field("id"),
-        start_in_name=by_name.struct.field("start").cast(pl.Float64),
-        start_in_column=by_column.struct.field("start").cast(pl.Float64),
+        **{f"id_{name}": group.struct.field("id") for name, group in groups.items()},
+        **{f"start_{name}": group.struct.field("start").cast(pl.Float64) for name, group in groups.items()},
     )
 
-    # Which of the two counts; a start in the name belongs to the id in the name.
-    is_by_column = pl.col("id_in_column").is_in(listed_ids.implode()) | pl.col("id_in_name").is_null()
-    is_same_id = pl.col("id_in_column").eq_missing(pl.col("id_in_name"))
-    start_by_column = pl.coalesce("start_in_column", pl.when(is_same_id).then(pl.col("start_in_name")))
-    return parsed.with_columns(
-        id=pl.when(is_by_column).then("id_in_column").otherwise("id_in_name"),
-        start=pl.when(is_by_column).then(start_by_column).otherwise("start_in_name"),
-    ).drop("id_in_name", "id_in_column", "start_in_name", "start_in_column")
+    # The reading that counts.
+    listed = [
+        pl.when(pl.col(f"id_{name}").is_in(listed_ids.implode())).then(pl.col(f"id_{name}"))
+        for name in readings
+    ]
+    chosen = parsed.with_columns(id=pl.coalesce(*listed, "id_name", "id_rest", "id_column"))
+
+    # The start of a reading with that id.
+    starts = [
+        pl.when(pl.col(f"id_{name}") == pl.col("id")).then(pl.col(f"start_{name}")) for name in readings
+    ]
+    return chosen.with_columns(start=pl.coalesce(starts)).drop(
+        *(f"{field}_{name}" for field in ("id", "start") for name in readings)
+    )
 
 
 def matches_row_start() -> pl.Expr:

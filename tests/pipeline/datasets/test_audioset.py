@@ -31,9 +31,15 @@ def write(path, *lines, head=HEAD):
         "Y{}_30.mp3",
         "a/b/{}.WAV",
         "{}_30000_40000.webm",
+        "{}_30-40.wav",
+        "{}-30.0-40.0.wav",
+        "id_{}.m4a",
+        "id_{}_30.m4a",
     ],
 )
-@pytest.mark.parametrize("clip_id", ["abcdefghijk", "-b_defgh_1_", "Yabcdefghij", "___________"])
+@pytest.mark.parametrize(
+    "clip_id", ["abcdefghijk", "-b_defgh_1_", "Yabcdefghij", "id_abcdefgh", "___________"]
+)
 def test_every_common_naming_is_found(tmp_path, name, clip_id):
     """14 % of the ids contain an underscore, 3 % begin with a dash, some begin with Y."""
     plan, _ = plan_segment_lists([write(tmp_path / "x.csv", f'{clip_id}, 30.000, 40.000, ""')])
