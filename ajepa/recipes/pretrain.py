@@ -158,10 +158,10 @@ def small_recipe() -> Pretrain:
     agree and are spread by SIGReg (sigreg.py); in the first crop, tokens predict the teacher's, which sees it
     unchanged. A patch is 80 ms of 32 bands: longer ones lose speech, and those of all bands lose pitch. No view is
     moved in pitch, which would lose voices.
-    Cost: 10 CPU minutes measured (fp32, AVX2), whatever the number of clips.
+    Cost: 10 to 12 CPU minutes measured (fp32, AVX2), whatever the number of clips.
     Expected: pooled by moments from all layers (`--pooling moments --layer concat-all`), above a random encoder and
-    log-mel statistics on the store's labels, and by neighbours on drums and vowels of other sources; about level on
-    other sounds, and below on voices (bench/README.md).
+    log-mel statistics on the store's labels, and on vowels and voices of other sources; by neighbours on drums and
+    octaves too; about level on other sounds (bench/README.md).
     """
     grid = PatchGrid(rows=4, cols=32, patch_frames=8, patch_bands=32)
     model = JepaSpec(
