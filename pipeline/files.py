@@ -17,6 +17,9 @@ from pipeline.errors import InputError, StoreError
 # The errnos of an OSError that mean that the disk has no room.
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+# The errnos by which a file system says that it has no locks.
+NO_LOCK_ERRNOS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
 # The suffix of files that a crash may leave behind; the next start removes them.
 PARTIAL_SUFFIX = ".partial"
 
@@ -181,7 +184,8 @@ def lock_shared_files(store: Path) -> Iterator[None]:
 def lock_when_free(path: Path) -> Iterator[None]:
     """Wait for the lock of a file that stays there, and hold it; the kernel releases it when the process ends."""
     with path.open("ab") as lock_file:
-        fcntl.flock(lock_file, fcntl.LOCK_EX)
+        with _naming_lockless_disk(path):
+            fcntl.flock(lock_file, fcntl.LOCK_EX)
         yield
 
 
@@ -228,10 +232,25 @@ def _is_lock_free(path: Path) -> bool:
 def _try_flock(lock_file: BinaryIO, kind: int) -> bool:
     """Take a lock of this kind, LOCK_EX or LOCK_SH, without waiting; return whether it was free."""
     try:
-        fcntl.flock(lock_file, kind | fcntl.LOCK_NB)
+        with _naming_lockless_disk(Path(lock_file.name)):
+            fcntl.flock(lock_file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
+
+
+@contextmanager
+def _naming_lockless_disk(lock_path: Path) -> Iterator[None]:
+    """Raise StoreError, in one line, where the file system has no locks: without them two writers would meet."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_LOCK_ERRNOS:
+            raise
+        raise StoreError(
+            f"{lock_path.parent}: its file system has no locks ({error.strerror}), which keep two writers apart; "
+            "write to another disk and copy, or mount it with them (Lustre: -o flock, NFS: a running lockd)"
+        ) from None
 
 
 def _in_use_error(path: Path, lock_path: Path) -> StoreError:
