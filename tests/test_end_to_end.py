@@ -89,7 +89,7 @@ def until(seen: Callable[[], object], process: subprocess.Popen) -> None:
 
 def python(program: str, folder: Path) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-P", "-c", program],
         cwd=folder,
         env=ENVIRONMENT,
         capture_output=True,
@@ -120,6 +120,11 @@ def desk(tmp_path_factory) -> Path:
         for k, path in enumerate(some)
     ]
     (folder / "labels.csv").write_text("path,label,split\n" + "\n".join(lines) + "\n")
+
+    # Modules of the user's own, with names that Python and we have too: no command may import them.
+    for name in ("signal", "types", "pipeline", "torch"):
+        (folder / f"{name}.py").write_text("raise SystemExit('the user has a module of this name')")
+
     (folder / "recordings").mkdir()
     noise_S = 0.1 * np.random.default_rng(0).standard_normal(25 * 16_000)
     soundfile.write(folder / "recordings" / "long.flac", noise_S, 16_000)

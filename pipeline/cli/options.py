@@ -1,5 +1,6 @@
 """Options, names for tab completion, and the handling of errors and signals, shared by ajepa-data and ajepa-train."""
 
+import io
 import os
 import resource
 import signal
@@ -72,6 +73,14 @@ def run_command_line(app: typer.Typer) -> NoReturn:
     for number in STOP_SIGNALS:
         signal.signal(number, _raise_interrupted)
     raise_open_file_limit()
+
+    # Processes that we start must not import a signal.py or types.py of the folder that the user is in.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
+
+    # Names of clips and classes are printed whatever the encoding of the terminal or pipe.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except InputError as error:
