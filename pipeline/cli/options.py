@@ -6,8 +6,8 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -74,15 +74,13 @@ def run_command_line(app: typer.Typer) -> NoReturn:
         signal.signal(number, _raise_interrupted)
     raise_open_file_limit()
 
-    # Processes that we start must not import a signal.py or types.py of the folder that the user is in.
-    os.environ.setdefault("PYTHONSAFEPATH", "1")
-
     # Names of clips and classes are printed whatever the encoding of the terminal or pipe.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        app()
+        with ignoring_modules_of_user():
+            app()
     except InputError as error:
         _exit_with_message(f"error: {error}", 1)
     except BrokenPipeError:
@@ -101,6 +99,18 @@ def run_command_line(app: typer.Typer) -> NoReturn:
     except StopSignal:
         _exit_with_message("interrupted; nothing is lost: the same command carries on", RUN_AGAIN_STATUS)
     raise SystemExit(0)
+
+
+@contextmanager
+def ignoring_modules_of_user() -> Iterator[None]:
+    """Processes started in the block import no signal.py or types.py from the folder that the user is in."""
+    previous = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = previous or "1"
+    try:
+        yield
+    finally:
+        if previous is None:
+            del os.environ["PYTHONSAFEPATH"]
 
 
 def describe_os_error(error: OSError) -> str:
