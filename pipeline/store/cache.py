@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,7 +137,10 @@ class ShardCache:
             if commit.size_bytes:
                 with self._reserve_room(commit.size_bytes, scratch):
                     self._download_shard(commit, scratch)
-                    scratch.replace(path)
+
+                    # Moved under the lock: whoever lists files meanwhile would count the shard twice, or not at all.
+                    with self._room_lock():
+                        scratch.replace(path)
         except StoreError:
             raise
         except InputError as error:  # keep the server's message, but as an error of the store
@@ -193,9 +196,13 @@ class ShardCache:
         finally:
             scratch.unlink(missing_ok=True)
 
+    def _room_lock(self) -> AbstractContextManager[None]:
+        """Wait for the lock under which files come into the cache and leave it; hold it only briefly."""
+        return lock_when_free(self.cache_folder / "room.lock")
+
     def _try_reserve_room(self, needed_bytes: int, scratch: Path) -> bool:
         """Drop the least recently used shards and reserve the space; return False if not enough can be dropped."""
-        with lock_when_free(self.cache_folder / "room.lock"):
+        with self._room_lock():
             # Drop complete shards, the least recently used first. Scratch files sort after them.
             files = self._list_cached_files()
             total_bytes = sum(size for _, _, size, _ in files)

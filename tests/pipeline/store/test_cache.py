@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from stores import BUCKET
 from ajepa.cli import app as trainer
 from pipeline.cli import app
 from pipeline.errors import BrokenClipError, InputError, StoreError
+from pipeline.files import lock_when_free
 from pipeline.labels.label_sets import propagate_store_labels
 from pipeline.loading.loader import PlainLoader, View
 from pipeline.loading.sampling import RowOrder
@@ -182,9 +184,10 @@ def read_random_rows(url: str, folder: Path, most_gb: float, seed: int, local_pa
         rows = rng.choice(local.good_rows(), 3)
         assert (remote.read(rows) == local.read(rows)).all()
 
-        # A sum over files is not of one moment: a shard may be counted that was removed before the next one came.
-        if min(cached_bytes(folder) for _ in range(5)) > most_gb * cache.BYTES_PER_GB:
-            exceeded.set()
+        # Under the lock, so that the sum is of one moment.
+        with lock_when_free(folder / "room.lock"):
+            if cached_bytes(folder) > most_gb * cache.BYTES_PER_GB:
+                exceeded.set()
 
 
 def test_processes_share_one_cache_within_its_bound(store_path, url, tmp_path):
@@ -210,6 +213,29 @@ def test_processes_share_one_cache_within_its_bound(store_path, url, tmp_path):
         tmp_path / "output"
     ).read_text()
     assert not exceeded.is_set()
+
+
+def test_a_shard_comes_into_the_cache_under_the_lock(url, tmp_path, monkeypatch):
+    """Whoever counts files while one is moved would count it twice, or not at all and then exceed the bound."""
+    downloaded, may_move = threading.Event(), threading.Event()
+    download = cache.ShardCache._download_shard
+
+    def download_and_wait(*values):
+        download(*values)
+        downloaded.set()
+        assert may_move.wait(60)
+
+    monkeypatch.setattr(cache.ShardCache, "_download_shard", download_and_wait)
+    remote = FeatureStore.open(url, cache=tmp_path)
+    reader = threading.Thread(target=remote.read, args=(np.array([0]),))
+    reader.start()
+    assert downloaded.wait(60)
+    with lock_when_free(tmp_path / "room.lock"):
+        may_move.set()
+        time.sleep(0.2)
+        assert not cached_shards(tmp_path)
+    reader.join(60)
+    assert len(cached_shards(tmp_path)) == 1
 
 
 def test_the_partial_file_of_a_killed_process_is_removed(store_path, url, tmp_path):
