@@ -30,14 +30,8 @@ from ajepa.model.pooling import (
     pooled_deviation,
 )
 from ajepa.training.devices import pick_device
-from pipeline.audio.decode import (
-    MAX_USABLE_PEAK,
-    AudioPolicy,
-    describe_bad_samples,
-    peak_magnitude,
-    resample_blocks,
-    stream_wave,
-)
+from pipeline.audio.decode import AudioPolicy, resample_blocks, stream_wave
+from pipeline.audio.levels import SampleRange, describe_bad_samples
 from pipeline.audio.sources import SoundLocator
 from pipeline.errors import AudioError, RunError
 from pipeline.store.feature_store import FeatureStore
@@ -298,7 +292,7 @@ class Embedder:
         """Return a function that opens a wave as a stream without its first `skip_frames` frames."""
 
         def open_array() -> SoundStream:
-            if len(wave_S) and not peak_magnitude(wave_S) <= MAX_USABLE_PEAK:
+            if len(wave_S) and not SampleRange.from_wave(wave_S).is_usable:
                 raise AudioError("non_finite", f"{describe_bad_samples(wave_S)}; expected floats in [-1, 1]")
 
             # Resample the wave to the encoder's rate, in pieces.

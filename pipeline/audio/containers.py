@@ -116,12 +116,8 @@ CONTAINER_SIGNATURES = (
     (0, b"TTA1", "tta"),
     (0, b"NIST_1A\n", "nist"),
     (0, b"Creative Voice File\x1a", "voc"),
-    (1, b"\xa3\x01\0", "ircam"),
-    (0, b"\0\x01\xa3", "ircam"),
-    (1, b"\xa3\x02\0", "ircam"),
-    (0, b"\0\x02\xa3", "ircam"),
-    (1, b"\xa3\x03\0", "ircam"),
-    (1, b"\xa3\x04\0", "ircam"),
+    *((0, bytes((0x64, 0xA3, machine, 0)), "ircam") for machine in (1, 2, 3, 4)),
+    *((0, bytes((0, machine, 0xA3, 0x64)), "ircam") for machine in (1, 2, 3, 4)),
 )
 
 

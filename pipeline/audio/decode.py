@@ -24,6 +24,13 @@ from pipeline.audio.decoders import (
     SndfileDecoder,
     describe_decoder_error,
 )
+from pipeline.audio.levels import (
+    SILENCE_DBFS,
+    SampleRange,
+    describe_bad_samples,
+    magnitude_dbfs,
+    rms_magnitude,
+)
 from pipeline.audio.sources import SoundLocator
 from pipeline.errors import AudioError, InputError, UnexpectedAudioError, first_error_line
 
@@ -33,9 +40,6 @@ PACKET_SECONDS = 0.02  # one opus packet: a declared length may be rounded up by
 
 PLAUSIBLE_RATES_HZ = range(1_000, 1_000_000)
 MIN_SOUND_SECONDS = 0.1
-SILENCE_DBFS = -90.0
-DIGITAL_SILENCE_DBFS = -200.0  # reported for digital silence, whose level is minus infinity
-MAX_USABLE_PEAK = 1e6  # +120 dBFS: no sound is louder, and the power of far larger samples exceeds float32
 
 ALL_SAMPLES = 2**62  # more samples than any sound has
 
@@ -174,10 +178,10 @@ def load_clip_audio(
             container = recognise_container(sound)
             decoded = decode_segment(sound, container, segment, max_seconds=policy.max_seconds)
 
-        # There must be samples before their peak can be measured.
+        # There must be samples before their range can be measured.
         check_complete(decoded.facts, policy)
-        peak = checked_peak(decoded.wave_S)
-        check_audible(decoded.facts, audible_peak(decoded.wave_S), policy)
+        sample_range = checked_range(decoded.wave_S)
+        check_audible(decoded.facts, sample_range, policy)
 
     # Level and digest are those of the wave before resampling: they do not depend on a mel spec.
     return ClipAudio(
@@ -187,10 +191,10 @@ def load_clip_audio(
         rate_hz=decoded.facts.rate_hz,
         channels=decoded.facts.channels,
         source_seconds=decoded.source_seconds,
-        peak_dbfs=magnitude_dbfs(peak),
+        peak_dbfs=magnitude_dbfs(sample_range.peak),
         rms_dbfs=magnitude_dbfs(rms_magnitude(decoded.wave_S)),
         digest=hashlib.sha256(decoded.wave_S.astype("<f4", copy=False).data).hexdigest()[:32],
-        flags=segment_flags(decoded, segment, is_misnamed=container.is_misnamed(locator.name)),
+        flags=segment_flags(decoded, sample_range, segment, is_misnamed=container.is_misnamed(locator.name)),
     )
 
 
@@ -335,7 +339,7 @@ def mean_of_channels(block_CS: np.ndarray) -> np.ndarray:
         return block_CS[0]
 
     # Channels are added one by one: 20 times faster than `.mean()` over interleaved samples. NaN and infinity pass;
-    # `checked_peak` refuses them.
+    # `checked_range` refuses them.
     with np.errstate(invalid="ignore", over="ignore"):
         mono_S = block_CS[0] + block_CS[1]
         for channel_S in block_CS[2:]:
@@ -355,22 +359,25 @@ def check_complete(facts: SegmentFacts, policy: AudioPolicy) -> None:
         raise AudioError("unreadable", f"{shortfall}; its writer was interrupted, fetch it again")
 
 
-def check_audible(facts: SegmentFacts, peak: float, policy: AudioPolicy) -> None:
+def check_audible(facts: SegmentFacts, sample_range: SampleRange, policy: AudioPolicy) -> None:
     """Raise AudioError for a segment that is too short, or silent (if the policy refuses that)."""
     if facts.seconds < MIN_SOUND_SECONDS:
         raise AudioError("too_short", f"{facts.seconds:.4f} s of sound, under {MIN_SOUND_SECONDS} s")
-    if magnitude_dbfs(peak) < SILENCE_DBFS and not policy.keep_silent:
+    if sample_range.is_silent and not policy.keep_silent:
         mixed = f" (the mean of {facts.channels} channels)" if facts.channels > 1 else ""
-        level = f"peak {magnitude_dbfs(peak):.0f} dBFS{mixed}, under {SILENCE_DBFS:.0f}"
+        peak_dbfs = magnitude_dbfs(sample_range.peak)
+        level = f"peak {peak_dbfs:.0f} dBFS{mixed}, under {SILENCE_DBFS:.0f}"
+        if peak_dbfs >= SILENCE_DBFS:
+            level = f"nothing but a constant of {sample_range.highest:.3g}{mixed}"
         raise AudioError("silent", f"{level}; fetch it again, or keep silent clips")
 
 
-def checked_peak(wave_S: np.ndarray) -> float:
-    """The largest magnitude; AudioError (non_finite) if it is NaN, infinite or absurdly large."""
-    peak = peak_magnitude(wave_S)
-    if not peak <= MAX_USABLE_PEAK:  # a NaN compares as False
+def checked_range(wave_S: np.ndarray) -> SampleRange:
+    """The range of the samples; AudioError (non_finite) if one is NaN, infinite or absurdly large."""
+    sample_range = SampleRange.from_wave(wave_S)
+    if not sample_range.is_usable:
         raise AudioError("non_finite", f"{describe_bad_samples(wave_S)}; damaged or no sound, fetch it again")
-    return peak
+    return sample_range
 
 
 def describe_shortfall(facts: SegmentFacts) -> str:
@@ -382,15 +389,9 @@ def describe_shortfall(facts: SegmentFacts) -> str:
     return f"{facts.seconds:.2f} s of {whole} {expected_seconds:.2f} s can be decoded"
 
 
-def describe_bad_samples(wave_S: np.ndarray) -> str:
-    """Describe samples that are NaN, infinite or absurdly large, in words."""
-    is_bad_S = ~np.isfinite(wave_S)
-    if not is_bad_S.any():
-        return f"samples up to {peak_magnitude(wave_S):.3g} times full scale"
-    return f"{is_bad_S.sum()} of {len(wave_S)} samples are NaN or infinite, the first at {is_bad_S.argmax()}"
-
-
-def segment_flags(decoded: DecodedSegment, segment: VideoSegment, *, is_misnamed: bool) -> tuple[str, ...]:
+def segment_flags(
+    decoded: DecodedSegment, sample_range: SampleRange, segment: VideoSegment, *, is_misnamed: bool
+) -> tuple[str, ...]:
     """The flags of a usable segment, as listed at `ClipAudio`."""
     facts = decoded.facts
     wanted = round(segment.seconds * facts.rate_hz)
@@ -400,7 +401,7 @@ def segment_flags(decoded: DecodedSegment, segment: VideoSegment, *, is_misnamed
         "longer": not facts.is_cut and is_longer,
         "shorter": facts.samples < (1 - LENGTH_SLACK) * wanted,
         "truncated": facts.is_truncated,
-        "silent": magnitude_dbfs(audible_peak(decoded.wave_S)) < SILENCE_DBFS,
+        "silent": sample_range.is_silent,
         "mixed_down": facts.channels > 1,
         "beyond_full_scale": decoded.exceeds_full_scale,
         "wrong_extension": is_misnamed,
@@ -429,14 +430,12 @@ def checked_blocks(decoder: AudioDecoder, policy: AudioPolicy) -> Iterator[np.nd
     """Yield the whole sound in mono pieces, then check it; raises AudioError as `load_clip_audio` does."""
     # Each piece is checked before anybody uses it.
     samples = 0
-    lowest, highest = math.inf, -math.inf
+    sample_range = SampleRange(math.inf, -math.inf)
     for block_CS in decoder.read_blocks(0, ALL_SAMPLES):
         wave_S = mean_of_channels(block_CS)
         if not len(wave_S):
             continue
-        checked_peak(wave_S)
-        lowest = min(lowest, float(wave_S.min()))
-        highest = max(highest, float(wave_S.max()))
+        sample_range = sample_range.join(checked_range(wave_S))
         samples += len(wave_S)
         yield wave_S
 
@@ -444,7 +443,7 @@ def checked_blocks(decoder: AudioDecoder, policy: AudioPolicy) -> Iterator[np.nd
     declared = round(decoder.seconds * decoder.rate_hz)
     facts = segment_facts(decoder, samples=samples, promised=declared, is_cut=False)
     check_complete(facts, policy)
-    check_audible(facts, audible_magnitude(lowest, highest), policy)
+    check_audible(facts, sample_range, policy)
 
 
 def resample_blocks(blocks: Iterator[np.ndarray], from_hz: int, to_hz: int) -> Iterator[np.ndarray]:
@@ -472,30 +471,3 @@ def fit_length(wave_S: np.ndarray, samples: int) -> np.ndarray:
     if len(wave_S) >= samples:
         return wave_S[:samples]
     return np.pad(wave_S, (0, samples - len(wave_S)))
-
-
-def peak_magnitude(wave_S: np.ndarray) -> float:
-    """The largest magnitude; NaN if a sample is NaN."""
-    return float(max(wave_S.max(), -wave_S.min()))
-
-
-def audible_peak(wave_S: np.ndarray) -> float:
-    """The largest magnitude, or the range of the samples if that is smaller: a constant offset is no sound."""
-    return audible_magnitude(float(wave_S.min()), float(wave_S.max()))
-
-
-def audible_magnitude(lowest: float, highest: float) -> float:
-    """`audible_peak` of samples that lie between these values."""
-    return min(max(highest, -lowest), highest - lowest)
-
-
-def rms_magnitude(wave_S: np.ndarray) -> float:
-    """Root mean square."""
-    return math.sqrt(np.dot(wave_S, wave_S) / len(wave_S))
-
-
-def magnitude_dbfs(magnitude: float) -> float:
-    """Decibels relative to full scale; -200 for zero."""
-    if magnitude > 0:
-        return max(DIGITAL_SILENCE_DBFS, 20 * math.log10(magnitude))
-    return DIGITAL_SILENCE_DBFS

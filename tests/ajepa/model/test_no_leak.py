@@ -103,12 +103,10 @@ def test_nothing_hidden_reaches_the_context_or_a_gradient(maker, positions, reco
 
 
 @needs_compiler
-@pytest.mark.parametrize(("positions", "bf16"), [("sincos", False), ("rope", True)])
+@each_position
+@each_precision
 def test_nothing_hidden_reaches_the_context_once_compiled(positions, bf16):
-    """The compiler traces the graph that runs, with gradients; for every mask maker, with and without recomputation.
-
-    Each kind of positions and each precision once: they do not change what the compiler does with the other.
-    """
+    """The compiler traces the graph that runs, with gradients; for every mask maker, with and without recomputation."""
     torch._dynamo.reset()
     for recompute, maker in itertools.product((False, True), MAKERS):
         encoder = encoder_of(positions, recompute=recompute)

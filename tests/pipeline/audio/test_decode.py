@@ -234,7 +234,11 @@ def test_silence_can_be_kept(tmp_path):
 def test_a_constant_is_silence_and_a_sound_beside_it_is_none(tmp_path):
     """A recorder whose microphone is not plugged in writes its offset."""
     constant_S = np.full(80_000, 0.3)
-    assert refusal(write(tmp_path / "a.wav", constant_S, 8_000, subtype="FLOAT"))[0] == "silent"
+    reason, sentence = refusal(write(tmp_path / "a.wav", constant_S, 8_000, subtype="FLOAT"))
+    assert (reason, sentence) == (
+        "silent",
+        "a.wav: nothing but a constant of 0.3; fetch it again, or keep silent clips",
+    )
     sound_S = constant_S + tone(440, 8_000, level=1e-3)[:80_000]
     assert load(write(tmp_path / "b.wav", sound_S, 8_000, subtype="FLOAT")).flags == ()
 
