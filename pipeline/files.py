@@ -247,6 +247,7 @@ def _naming_lockless_disk(lock_path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in NO_LOCK_ERRNOS:
             raise
+        lock_path.unlink(missing_ok=True)  # nobody can hold it
         raise StoreError(
             f"{lock_path.parent}: its file system has no locks ({error.strerror}), which keep two writers apart; "
             "write to another disk and copy, or mount it with them (Lustre: -o flock, NFS: a running lockd)"

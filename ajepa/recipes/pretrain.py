@@ -156,8 +156,8 @@ def small_recipe() -> Pretrain:
 
     Two changed crops of 2.6 s of each clip, each seen through two masks that show 30 % of it. The vectors of the four
     agree and are spread by SIGReg (sigreg.py); in the first crop, tokens predict the teacher's, which sees it
-    unchanged. A patch is 80 ms of 32 bands: longer ones lose speech, and those of all bands lose pitch. No view is
-    moved in pitch, which would lose voices.
+    unchanged. A patch is 80 ms of 32 bands: longer ones lose speech, and those of all bands lose what moments
+    tell of each part of the spectrum. No view is moved in pitch, which cost octaves.
     Cost: 10 to 12 CPU minutes measured (fp32, AVX2), whatever the number of clips.
     Expected: pooled by moments from all layers (`--pooling moments --layer concat-all`), above a random encoder and
     log-mel statistics on the store's labels, and on vowels and voices of other sources; by neighbours on drums and

@@ -4,8 +4,9 @@ import csv
 import difflib
 import io
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,17 +79,20 @@ def load_clip_table(path: Path) -> ClipTable:
 
     # Check each row; an error names the location of the row.
     rows = []
+    no_values: Counter[str] = Counter()
     for location, cells in records:
         try:
-            rows.append(_parse_table_row(location, dict(zip(columns, cells, strict=True))))
+            row = _parse_table_row(location, dict(zip(columns, cells, strict=True)))
         except ValueError as error:
             raise ManifestError(f"{path}: {location}: {error}") from None
+        no_values.update(NO_VALUE_TEXTS.intersection(row.labels))
+        rows.append(replace(row, labels=tuple(name for name in row.labels if name not in NO_VALUE_TEXTS)))
     if not rows:
         raise ManifestError(f"{path}: no rows below the names of its columns")
     return ClipTable(
         rows=tuple(rows),
         has_label_column=bool(LABEL_COLUMNS & set(columns)),
-        notes=tuple(_table_notes(path, columns, rows)),
+        notes=tuple(_table_notes(path, columns, rows, no_values)),
     )
 
 
@@ -212,10 +216,9 @@ def _cell_text(cell: Any) -> str:
 
 
 def _cell_labels(cell: Any) -> tuple[str, ...]:
-    """Return the labels of a cell in their order, each once; NO_VALUE_TEXTS are none."""
+    """Return the labels of a cell in their order, each once."""
     parts = cell if isinstance(cell, list) else _cell_text(cell).split(";")
-    names = dict.fromkeys(_cell_text(part) for part in parts)
-    return tuple(name for name in names if name and name not in NO_VALUE_TEXTS)
+    return tuple(dict.fromkeys(name for part in parts if (name := _cell_text(part))))
 
 
 def _cell_seconds(name: str, cell: Any) -> float | None:
@@ -232,7 +235,9 @@ def _cell_seconds(name: str, cell: Any) -> float | None:
     return round(value, 3)
 
 
-def _table_notes(path: Path, columns: Sequence[str], rows: Sequence[ClipTableRow]) -> Iterator[str]:
+def _table_notes(
+    path: Path, columns: Sequence[str], rows: Sequence[ClipTableRow], no_values: Counter[str]
+) -> Iterator[str]:
     # An unknown column may be a misspelt known column.
     unknown = [name for name in columns if name not in CLIP_TABLE_COLUMNS]
     if unknown:
@@ -240,6 +245,11 @@ def _table_notes(path: Path, columns: Sequence[str], rows: Sequence[ClipTableRow
             f"{path}: columns left alone: {', '.join(map(repr, unknown))}; "
             f"known are {', '.join(CLIP_TABLE_COLUMNS)}"
         )
+
+    # What programs write for "no value" may be a class to the user.
+    if no_values:
+        counts = ", ".join(f"{text!r} {count:,} times" for text, count in sorted(no_values.items()))
+        yield f"{path}: taken for no label: {counts}; if it is a class, give it another name"
 
     # Labels with commas are suspicious if no clip has several labels.
     with_comma = [label for row in rows for label in row.labels if "," in label]

@@ -34,3 +34,4 @@ def test_a_disk_without_locks_is_one_line_that_says_what_to_do(tmp_path, monkeyp
         lock(tmp_path),
     ):
         raise AssertionError("locked without a lock")
+    assert not list(tmp_path.iterdir())

@@ -139,6 +139,8 @@ def test_what_programs_write_for_no_value_is_no_label(clips, text):
     """pandas writes nan; a class of that name would be learnt as any other."""
     corpus = folder_corpus(clips, write_table(clips, f"path,label\na.wav,dog\nZürich/b c.WAV,{text}\n"))
     assert plan_rows(corpus, "mids") == [(["dog"],), ([],)]
+    told = [note for note in corpus.notes if "taken for no label" in note]
+    assert [f"{text!r} 1 times; if it is a class" in note for note in told] == [True] * bool(text)
 
 
 def test_times_may_have_decimal_commas_where_commas_do_not_separate(clips):
