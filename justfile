@@ -45,6 +45,11 @@ lint: setup
 # What must be green before a change lands.
 check: lint test
 
+# The documentation as a site, into site/; a link or a name that leads nowhere ends it.
+docs: setup
+    pip install --quiet --constraint constraints.txt --editable '.[docs]'
+    NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict
+
 # Kill builds at random moments, restart them, compare every byte; arguments: how many kills.
 torture kills="50": setup
     OMP_NUM_THREADS=1 python tests/support/torture.py {{ kills }}

@@ -1,4 +1,4 @@
-"""The README's recipes, read out of README.md and run as a user types them, on 48 small clips."""
+"""The recipes of the documentation, read out of its pages and run as a user types them, on 48 small clips."""
 
 import csv
 import json
@@ -17,12 +17,11 @@ import numpy as np
 import polars as pl
 import pytest
 import soundfile
+from pages import PAGES, first_block
 from stores import assert_same_bytes
 
 from ajepa.training.run import Run
 from pipeline.store.feature_store import FeatureStore
-
-README = (Path(__file__).parents[1] / "README.md").read_text()
 
 BIN = Path(sys.executable).parent
 
@@ -40,14 +39,8 @@ SMALLER = {  # what stands between a recipe as printed and one that ends in seco
 }
 
 
-def block(heading: str) -> str:
-    """The first fenced block below a heading of the README."""
-    _, below = README.split(f"\n## {heading}\n")
-    return re.search(r"^```\w*\n(.*?)^```", below, re.MULTILINE | re.DOTALL)[1]
-
-
 def swapped(text: str, swaps: dict[str, str]) -> str:
-    """`text` with every one of these in it replaced; each must be there, so that none outlives the README's words."""
+    """`text` with every one of these in it replaced; each must be there, so that none outlives the words of the page."""
     for old, new in swaps.items():
         assert old in text, old
         text = text.replace(old, new)
@@ -102,7 +95,7 @@ def python(program: str, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory) -> Path:
-    """A folder with the names that the README uses, filled by its first command."""
+    """A folder with the names that the pages use, filled by the first command."""
     folder = tmp_path_factory.mktemp("desk")
     typed("ajepa-data demo-corpus corpus --clips 48", folder)
     (folder / "corpus" / "audio").rename(folder / "clips")
@@ -133,14 +126,14 @@ def desk(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(desk) -> dict[str, str]:
-    """All of "Your copy of AudioSet" has run in `desk`; what each line printed, by its first two words."""
-    lines = swapped(block("Your copy of AudioSet"), SMALLER).splitlines()
+    """All of docs/audioset.md's first block has run in `desk`; what each line printed, by its first two words."""
+    lines = swapped(first_block("docs/audioset.md"), SMALLER).splitlines()
     return {" ".join(line.split()[:2]): typed(line, desk) for line in lines}
 
 
 def test_your_copy_of_audioset(desk, trained):
     """From sounds to scores, a page and embeddings: each line tells the next one, and leaves what it promises."""
-    lines = block("Your copy of AudioSet").splitlines()
+    lines = first_block("docs/audioset.md").splitlines()
     told = [hint for said in trained.values() for hint in re.findall(r"Next: (.*)", said)]
     assert told == [lines[1], lines[5]]
     assert {"raw", "unambiguous"} <= set(
@@ -156,7 +149,7 @@ def test_your_copy_of_audioset(desk, trained):
 def test_a_build_that_is_killed_carries_on_to_the_same_bytes(desk, trained):
     """kill -9 once the first shard is committed, then the very same command."""
     first, second, *_ = swapped(
-        block("Your copy of AudioSet"), SMALLER | {"as20k.zarr": "killed.zarr"}
+        first_block("docs/audioset.md"), SMALLER | {"as20k.zarr": "killed.zarr"}
     ).splitlines()
     process = started(first, desk)
     until(lambda: list((desk / "killed.zarr/ledger").glob("*.parquet")), process)
@@ -168,7 +161,7 @@ def test_a_build_that_is_killed_carries_on_to_the_same_bytes(desk, trained):
 
 def test_a_run_that_is_killed_carries_on_to_the_same_weights(desk, trained):
     """kill -9 between two checkpoints, then the very same command: what `runs/a` ended with, bit for bit."""
-    pretrain = swapped(block("Your copy of AudioSet"), SMALLER | {"runs/a": "runs/killed"}).splitlines()[4]
+    pretrain = swapped(first_block("docs/audioset.md"), SMALLER | {"runs/a": "runs/killed"}).splitlines()[4]
     process = started(pretrain, desk)
     until(lambda: list((desk / "runs/killed/checkpoints").glob("step-*[0-9]/state.json")), process)
     process.kill()
@@ -199,7 +192,7 @@ def test_a_slurm_array_that_is_warned_is_requeued_and_finishes(desk, trained, tm
         "--workers 8": "--workers 1",
         "/16": "/2",
     }
-    (tmp_path / "job.sh").write_text(swapped(block("More than one machine"), swaps))
+    (tmp_path / "job.sh").write_text(swapped(first_block("docs/clusters.md"), swaps))
     slurm = {"PATH": f"{tmp_path}{os.pathsep}{ENVIRONMENT['PATH']}", "SLURM_JOB_ID": "4711"}
 
     def submitted(task: int) -> subprocess.Popen:
@@ -220,7 +213,7 @@ def test_a_slurm_array_that_is_warned_is_requeued_and_finishes(desk, trained, tm
 
 def test_your_own_sounds(desk):
     """A table's labels and splits; a recording of 25 s cut into pieces of 10, 10 and 5 s."""
-    said = typed(block("Your own sounds"), desk)
+    said = typed(first_block("docs/own-sounds.md"), desk)
     assert "Next: ajepa-data inspect mine.zarr" in said
     mine, long = FeatureStore.open(desk / "mine.zarr"), FeatureStore.open(desk / "long.zarr")
     assert set(mine.classes.names) == {"bark", "cat", "dog"}
@@ -230,8 +223,8 @@ def test_your_own_sounds(desk):
 
 
 def test_the_store_from_python(desk, trained):
-    """The block of "The store": shapes and kinds as its comments say, and any Zarr library sees the same."""
-    program = block("The store")
+    """The block of docs/store.md: shapes and kinds as its comments say, and any Zarr library sees the same."""
+    program = first_block("docs/store.md")
     tell = (
         "print(mel.dtype, mel.shape, labels.dtype, labels.shape, type(store.manifest), (same == mel).all())"
     )
@@ -243,17 +236,17 @@ def test_the_store_from_python(desk, trained):
 
 
 def test_embeddings_from_python(desk, trained):
-    """The block of "Embeddings", on sounds of two names that it uses."""
+    """The block of docs/embed.md, on sounds of two names that it uses."""
     for name, sound in zip(("a.mp3", "b.wav"), sorted((desk / "mine").iterdir()), strict=False):
         shutil.copy(sound, desk / name)  # content decides, not the extension
     tell = "f = found[0]; print(len(found.clips_BD), found.clips_BD.dtype, len(f.frames_TD) == len(f.times_ms_T))"
-    assert python(f"{block('Embeddings')}\n{tell}", desk) == "2 torch.float32 True\n"
+    assert python(f"{first_block('docs/embed.md')}\n{tell}", desk) == "2 torch.float32 True\n"
 
 
 def test_a_sound_is_nearest_to_itself(desk, trained):
-    """`nearest`, as the table of commands has it, in the table that `embed` wrote."""
+    """`nearest`, as the table of commands has it, in the file that `embed` wrote."""
     sound = sorted((desk / "mine").iterdir())[0]
-    asked = re.search(r"`(ajepa-train nearest .*?)`", README)[1]
+    asked = re.search(r"`(ajepa-train nearest .*?)`", PAGES["docs/commands.md"])[1]
     here = swapped(
         asked, {"QUERY": f"mine/{sound.name}", "FILE": "embeddings.parquet", "--model M": "--model runs/a"}
     )
@@ -264,7 +257,6 @@ def test_a_sound_is_nearest_to_itself(desk, trained):
 
 def test_labels_without_a_store(desk):
     """Lists in, a table out."""
-    asked = re.search(r"`(ajepa-data propagate-labels .*? --out .*?)`", README)[1]
-    typed(asked, desk)
+    typed(first_block("docs/labels.md", "Without a store"), desk)
     table = pl.read_parquet(desk / "labels.parquet")
     assert (table["unambiguous"].list.len() >= table["raw"].list.len()).all()

@@ -63,9 +63,9 @@ def test_an_sdist_holds_what_its_tests_need(built):
     (path,) = built.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = set().union(*map(files_in, (*PACKAGES, "tests", "bench")))
+    wanted = set().union(*map(files_in, (*PACKAGES, "tests", "bench", "docs")))
     assert wanted <= held
-    assert {"README.md", "LICENSE", "CHANGELOG.md", "justfile", "constraints.txt"} <= held
+    assert {"README.md", "LICENSE", "CHANGELOG.md", "justfile", "constraints.txt", "mkdocs.yml", "SECURITY.md"} <= held
 
 
 @pytest.mark.parametrize("program", ["ajepa-data", "ajepa-train"])

@@ -1,4 +1,4 @@
-"""The README cannot drift: what it names exists, and what exists it names."""
+"""README and documentation cannot drift: what they name exists, and what exists they name."""
 
 import re
 import shlex
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from pages import PAGES
 
 import ajepa.cli
 import ajepa.cli.app
@@ -15,7 +16,9 @@ import pipeline.cli.app
 
 ROOT = Path(__file__).parents[1]
 
-README = (ROOT / "README.md").read_text()
+README = PAGES["README.md"]
+
+COMMAND_TABLE = PAGES["docs/commands.md"]
 
 JUSTFILE = (ROOT / "justfile").read_text()
 
@@ -31,26 +34,35 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_is_in_the_readme(command):
+def test_every_command_is_in_the_table_of_commands(command):
     """A command that nobody reads of is a command that nobody uses."""
-    assert command in README
+    assert command in COMMAND_TABLE
 
 
-def test_every_command_of_the_readme_exists():
-    """Nor may it promise what is not there."""
-    named = set(re.findall(r"^(?:\| `)?(ajepa-(?:data|train) [a-z0-9-]+)", README, flags=re.MULTILINE))
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_a_page_exists(page):
+    """Nor may a page promise what is not there."""
+    named = set(re.findall(r"(?<![\w/-])(ajepa-(?:data|train) [a-z][a-z0-9-]+)", PAGES[page]))
     assert {f"{name} " for name in named} <= set(COMMANDS)
 
 
-def test_every_option_of_the_readme_exists():
+def option_names(command: typer.core.TyperCommand) -> set[str]:
+    return {option for parameter in command.params for option in parameter.opts}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_option_of_a_page_exists(page):
     """A renamed option would break the reader's first try."""
-    options = set()
+    options = {"--install-completion", "--help"}
     for app in APPS.values():
         program = typer.main.get_command(app)
         for command in (program, *program.commands.values()):
-            options |= {opt for parameter in command.params for opt in parameter.opts}
-    others = r"^#SBATCH .*$|^srun .*?(?=ajepa-)|torchrun [^`]*?(?=ajepa-)|`(?:tensorboard|AJEPA_MODEL|just bench).*?`"
-    ours = re.sub(others, "", README, flags=re.MULTILINE)
+            options |= option_names(command)
+    others = (
+        r"^#SBATCH .*$|^srun .*?(?=ajepa-)|torchrun [^`]*?(?=ajepa-)|^pip install.*$"
+        r"|`(?:tensorboard|AJEPA_MODEL|just bench|python -m bench|hear-validator|pip install)[^`]*`"
+    )
+    ours = re.sub(others, "", PAGES[page], flags=re.MULTILINE)
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ours)) <= options
 
 
@@ -59,6 +71,11 @@ def test_the_lines_of_just_demo_can_be_typed(line):
     """The demo takes minutes, so no test runs it; its commands and options are at least there."""
     program, name, *words = shlex.split(line)
     typer.main.get_command(APPS[program]).commands[name].make_context(name, words)
+
+
+def test_the_readme_is_short():
+    """It is read in one go; what is longer is a page of docs/."""
+    assert len(README.splitlines()) <= 130
 
 
 def test_ci_runs_the_readmes_test_command():
@@ -72,13 +89,14 @@ def test_the_tested_versions_satisfy_the_declared_ones():
     """`constraints.txt` pins what pyproject.toml asks for."""
     pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().split()}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    extras = project["optional-dependencies"]
+    asked = [*project["dependencies"], *extras["dev"], *extras["docs"]]
     assert {re.split(r"[\[><=;\s]", name)[0].lower() for name in asked} <= pinned | {"ajepa"}
 
 
 def test_the_map_is_the_tree():
     """Every folder of code has its line in the map, and every file that the map or CONTRIBUTING names is there."""
-    map_text = README.split("## The map")[1].split("\n## ")[0]
+    map_text = PAGES["docs/map.md"]
     folders = set(re.findall(r"^  ([a-z]+)/ ", map_text, flags=re.MULTILINE))
     there = {path.parent.name for package in APPS_FOLDERS for path in (ROOT / package).glob("*/__init__.py")}
     assert folders == there
