@@ -1,7 +1,6 @@
 """The documentation cannot drift: its Python runs, its commands can be typed, its links lead somewhere."""
 
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -146,7 +145,6 @@ def type_command(line: str, monkeypatch) -> None:
     program, *words = command_words(line)
     monkeypatch.setattr(sys, "argv", [program, *words])
     module = {"ajepa-data": pipeline.cli.app, "ajepa-train": ajepa.cli.app}[program]
-    try:
+    with pytest.raises(SystemExit) as stop:
         module.main()
-    except SystemExit as stop:
-        assert not stop.code, line
+    assert not stop.value.code, line

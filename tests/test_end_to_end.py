@@ -40,7 +40,7 @@ SMALLER = {  # what stands between a recipe as printed and one that ends in seco
 
 
 def swapped(text: str, swaps: dict[str, str]) -> str:
-    """`text` with every one of these in it replaced; each must be there, so that none outlives the words of the page."""
+    """`text` with every one of these in it replaced; each must be there, so that none outlives its page."""
     for old, new in swaps.items():
         assert old in text, old
         text = text.replace(old, new)

@@ -65,7 +65,15 @@ def test_an_sdist_holds_what_its_tests_need(built):
         held = {name.partition("/")[2] for name in archive.getnames()}
     wanted = set().union(*map(files_in, (*PACKAGES, "tests", "bench", "docs")))
     assert wanted <= held
-    assert {"README.md", "LICENSE", "CHANGELOG.md", "justfile", "constraints.txt", "mkdocs.yml", "SECURITY.md"} <= held
+    assert {
+        "README.md",
+        "LICENSE",
+        "CHANGELOG.md",
+        "justfile",
+        "constraints.txt",
+        "mkdocs.yml",
+        "SECURITY.md",
+    } <= held
 
 
 @pytest.mark.parametrize("program", ["ajepa-data", "ajepa-train"])

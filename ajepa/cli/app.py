@@ -175,13 +175,16 @@ def report(
         Path | None, typer.Option(help="One page with everything on it.", callback=check_output_path)
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for PNG files.")] = None,
+    sounds: Annotated[
+        bool, typer.Option("--sounds", help="The page plays neighbours, if their files are there.")
+    ] = False,
     cache: CacheFolder = None,
     cache_gb: CacheSizeGb = DEFAULT_CACHE_GB,
 ) -> None:
-    """Show a run: curves, masks, probes.
+    """Show a run: scores beside baselines, masks, curves.
 
-    The page also shows prediction errors and a map of clips. A fine-tuned run has
-    only the page, with the scores of its classifier.
+    The page also shows prediction errors, a map of clips and nearest neighbours. A
+    fine-tuned run has only the page, with the confusions of its classifier.
 
     Example: ajepa-train report --store as20k.zarr --run runs/a --html run.html
     """
@@ -191,7 +194,7 @@ def report(
     if html is None and out is None:
         raise InputError("report: give --html FILE, --out FOLDER, or both")
     feature_store = FeatureStore.open(store, cache=cache, cache_gb=cache_gb)
-    for picture in pictures.draw_run_report(feature_store, run, out, html=html):
+    for picture in pictures.draw_run_report(feature_store, run, out, html=html, with_sounds=sounds):
         print(picture)
 
 

@@ -1,6 +1,5 @@
 """Parts of a run's HTML page: curves over steps and a map of clips as inline SVG, pictures, and tables of scores."""
 
-import base64
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +20,13 @@ from pipeline.report.html import (
     html_tag,
     join_markup,
     palette_png,
+    png_data_url,
     scale_to_plot,
     short_count,
     signed_number,
     svg_axes,
     svg_chart,
+    svg_line,
     svg_points,
 )
 
@@ -35,19 +36,28 @@ AXIS_PARTS = 4
 
 ROUND_STEP_FACTORS = (1, 2, 2.5, 5, 10)  # the length of an axis part is one of these times a power of ten
 
-CLIP_MAP_SIDE = 340.0
+SMOOTHING_PARTS = 25  # a curve is smoothed over this part of its points
 
-CLIP_MAP_MARGIN = 8
-
-CLIP_MAP_COLOURS = 10  # number of labels with their own colour; clips of rarer labels are grey
-
-DOT_RADIUS = 3.4
+MIN_SMOOTHED_POINTS = 50  # shorter curves are shown as they are
 
 
-def curves_over_steps(step_N: np.ndarray, curves: Sequence[tuple[str, np.ndarray]], unit: str) -> Markup:
-    """Return a chart of values over steps, a line for each name; nan marks steps at which nothing was measured."""
+def curves_over_steps(
+    step_N: np.ndarray,
+    curves: Sequence[tuple[str, np.ndarray]],
+    unit: str,
+    *,
+    baselines: Sequence[tuple[str, int, float]] = (),
+    smooth: bool = True,
+) -> Markup:
+    """Return a chart of values over steps, a line for each name; nan marks steps at which nothing was measured.
+
+    A long curve is faint, and its running mean is drawn over it, unless `smooth` is false. `baselines` are dashed
+    lines: name, number of the curve whose colour they have, and value.
+    """
     # The axes.
-    finite_N = np.concatenate([values_N[np.isfinite(values_N)] for _, values_N in curves])
+    finite_N = np.concatenate(
+        [*(values_N[np.isfinite(values_N)] for _, values_N in curves), [value for *_, value in baselines]]
+    )
     low, high = round_axis_range(float(finite_N.min()), float(finite_N.max()))
     last = max(float(step_N[-1]), 1.0)
     y_ticks = [
@@ -56,27 +66,54 @@ def curves_over_steps(step_N: np.ndarray, curves: Sequence[tuple[str, np.ndarray
     ]
     x_ticks = [
         (float(scale_to_plot(step, 0, last, PLOT_LEFT, PLOT_RIGHT)), short_count(step))
-        for step in np.linspace(0, last, AXIS_PARTS + 1)
+        for step in whole_number_ticks(last)
     ]
 
     # The lines, each through the finite values of a curve, or through a part of them if there are many.
-    polylines = []
+    lines = [
+        svg_line(PLOT_LEFT, y, PLOT_RIGHT, y, f"line line{number} base")
+        for _, number, value in baselines
+        for y in [float(scale_to_plot(value, low, high, PLOT_BOTTOM, PLOT_TOP))]
+    ]
     for number, (name, values_N) in enumerate(curves):
         known_N = np.flatnonzero(np.isfinite(values_N))
+        smooth_N = values_N[known_N]
+        is_smoothed = smooth and len(known_N) >= MIN_SMOOTHED_POINTS
+        if is_smoothed:
+            smooth_N = running_mean(smooth_N, len(known_N) // SMOOTHING_PARTS)
         point_count = min(MAX_CURVE_POINTS, len(known_N))
-        known_N = known_N[np.linspace(0, len(known_N) - 1, point_count).astype(int)]
-        x_N = scale_to_plot(step_N[known_N], 0, last, PLOT_LEFT, PLOT_RIGHT)
-        y_N = scale_to_plot(values_N[known_N], low, high, PLOT_BOTTOM, PLOT_TOP)
-        polylines.append(
-            html_tag(
-                "polyline",
-                html_tag("title", name),
-                points=" ".join(svg_points(x_N, y_N)),
-                class_=f"line line{number}",
+        place_N = np.linspace(0, len(known_N) - 1, point_count).astype(int)
+        x_N = scale_to_plot(step_N[known_N[place_N]], 0, last, PLOT_LEFT, PLOT_RIGHT)
+        drawn = [(values_N[known_N[place_N]], " faint")] if is_smoothed else []
+        for y_values_N, css_class in [*drawn, (smooth_N[place_N], "")]:
+            y_N = scale_to_plot(y_values_N, low, high, PLOT_BOTTOM, PLOT_TOP)
+            points = " ".join(svg_points(x_N, y_N))
+            lines.append(
+                html_tag(
+                    "polyline", html_tag("title", name), points=points, class_=f"line line{number}{css_class}"
+                )
             )
-        )
     label = f"{', '.join(name for name, _ in curves)} over steps"
-    return svg_chart(*svg_axes(x_ticks, y_ticks, unit), *polylines, label=label, height=CHART_HEIGHT + 4)
+    return svg_chart(*svg_axes(x_ticks, y_ticks, unit), *lines, label=label, height=CHART_HEIGHT + 4)
+
+
+def running_mean(value_N: np.ndarray, width: int) -> np.ndarray:
+    """Return the running mean: the mean of each value and of up to `width` values before it."""
+    # Differences of cumulative sums, so that the cost does not grow with the width.
+    total_N = np.cumsum(np.concatenate([[0.0], value_N]))
+    end_N = np.arange(1, len(value_N) + 1)
+    start_N = np.maximum(0, end_N - width - 1)
+    return (total_N[end_N] - total_N[start_N]) / (end_N - start_N)
+
+
+def whole_number_ticks(last: float) -> list[float]:
+    """Return four to ten whole, round numbers from 0 up to `last`; 0 and 1 where `last` is below 2."""
+    part = max(1.0, 10.0 ** np.floor(np.log10(last / AXIS_PARTS)))
+    for factor in ROUND_STEP_FACTORS:
+        step = part * factor
+        if step.is_integer() and last / step <= AXIS_PARTS + 1:
+            return [float(tick) for tick in np.arange(0, last + 1e-9, step)]
+    return [0.0, last]
 
 
 def round_axis_range(low: float, high: float) -> tuple[float, float]:
@@ -117,48 +154,6 @@ def colour_legend(css_class: str, names: Sequence[str]) -> Markup:
     return html_tag("p", *keys, class_="legend")
 
 
-def clip_map_chart(
-    position_N2: np.ndarray,
-    group_N: np.ndarray,
-    names: Sequence[str],
-    titles: Sequence[str],
-    mels: Sequence[str],
-) -> Markup:
-    """Return a map of clips as dots; pointing at a dot shows the title and the spectrogram of its clip.
-
-    group_N  group of each clip, which decides its colour; -1: no group
-    names    name of each group, for the legend
-    titles   title of each clip
-    mels     spectrogram of each clip, as a data URL
-    """
-    # The positions in the units of the view box.
-    low_2 = position_N2.min(0)
-    high_2 = position_N2.max(0)
-    share_N2 = (position_N2 - low_2) / np.maximum(high_2 - low_2, 1e-9)
-    place_N2 = CLIP_MAP_MARGIN + share_N2 * (CLIP_MAP_SIDE - 2 * CLIP_MAP_MARGIN)
-
-    # The dots; each has the title and the spectrogram of its clip as attributes.
-    dots = [
-        html_tag(
-            "circle",
-            html_tag("title", title),
-            cx=x,
-            cy=y,
-            r=DOT_RADIUS,
-            class_=f"dot dot{group}",
-            data_mel=mel,
-            tabindex=0,
-        )
-        for (x, y), group, title, mel in zip(place_N2, group_N.tolist(), titles, mels, strict=True)
-    ]
-    box = f"0 0 {CLIP_MAP_SIDE:g} {CLIP_MAP_SIDE:g}"
-    chart = html_tag("svg", *dots, viewBox=box, role="img", aria_label="map of clips", class_="map")
-
-    # The page's script fills the output element when the pointer is on a dot.
-    pointed_at = html_tag("output", class_="shown")
-    return join_markup(colour_legend("spot", names), html_tag("div", chart, pointed_at, class_="mapped"))
-
-
 def mel_data_url(mel_TF: np.ndarray, span: tuple[float, float], *, frames: int = 80) -> str:
     """Return a small spectrogram as a data URL, low bands below; a pixel is the mean of some frames and two bands."""
     # At least `frames` columns, if the spectrogram has that many frames.
@@ -176,11 +171,6 @@ def figure_data_url(figure: Figure, *, dpi: int = 110) -> str:
     file = io.BytesIO()
     figure.savefig(file, dpi=dpi, format="png")
     return png_data_url(file.getvalue())
-
-
-def png_data_url(png: bytes) -> str:
-    """Return the PNG as a data URL."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def heat_map_data_url(values_XY: np.ndarray, span: tuple[float, float], *, scale: int = 8) -> str:

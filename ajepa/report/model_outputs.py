@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ajepa.evaluate.classifier_scores import held_out_scores, held_out_task_data
+from ajepa.evaluate.classifier_scores import HeldOutScores, held_out_scores, held_out_task_data
 from ajepa.evaluate.features import TRAINED, ClipViews, clip_vectors, compared_encoders
 from ajepa.evaluate.probe_splits import good_eval_rows
 from ajepa.evaluate.probes import standardise_features
@@ -39,6 +39,8 @@ class PageData:
     rows_N: np.ndarray  # eval clips
     # Standardised vectors of these clips: features of the encoder, or logits of the classifier.
     features_ND: np.ndarray
+    # The logits and true labels of these clips; None for a pre-trained run, which has no classifier.
+    task_scores: HeldOutScores | None = None
 
     @classmethod
     def from_run(cls, store: FeatureStore, run: Run) -> "PageData":
@@ -47,10 +49,12 @@ class PageData:
         cpu = torch.device("cpu")
         trained = TrainedRun.open(run)
         recipe = trained.recipe
+        task_scores = None
         if isinstance(recipe, Finetune):
             task_data = held_out_task_data(run, store)
             rows_N = draw_map_rows(task_data.eval_N, recipe.seed)
-            vectors_ND = held_out_scores(trained, replace(task_data, eval_N=rows_N), cpu).logits_NC
+            task_scores = held_out_scores(trained, replace(task_data, eval_N=rows_N), cpu)
+            vectors_ND = task_scores.logits_NC
         else:
             rows_N = draw_map_rows(good_eval_rows(store), recipe.seed)
             encoder = compared_encoders(trained, cpu)[TRAINED]
@@ -59,12 +63,24 @@ class PageData:
         # Standardise the vectors by their own statistics, so that no dimension outweighs the others.
         features_ND = standardise_features(vectors_ND, vectors_ND)[0].numpy()
         labels = read_label_table(store)[0]
-        return cls(run=run, recipe=recipe, store=store, labels=labels, rows_N=rows_N, features_ND=features_ND)
+        return cls(
+            run=run,
+            recipe=recipe,
+            store=store,
+            labels=labels,
+            rows_N=rows_N,
+            features_ND=features_ND,
+            task_scores=task_scores,
+        )
 
     @property
     def vector_description(self) -> str:
         """The kind of the vectors, as text."""
         return "classifier's logits" if self.run.is_finetuned else "frozen encoder's features"
+
+    def clip_id(self, row: int) -> str:
+        """Return the id of a clip."""
+        return str(self.store.manifest["clip_id"][row])
 
     def clip_title(self, row: int) -> str:
         """Return the labels of a clip as a short text."""

@@ -2,24 +2,21 @@
 
 import importlib.resources
 import json
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
 
 import numpy as np
-from sklearn.manifold import TSNE
 
 from ajepa.evaluate.result import EVALUATION_FILE, METRIC_TITLES
 from ajepa.model.classifier import VitSpec, classifier_kind_name
-from ajepa.model.jepa import JepaSpec
+from ajepa.model.jepa import Jepa, JepaSpec
 from ajepa.model.patches import PatchGrid
+from ajepa.pretrain.monitor import open_training_probe
 from ajepa.recipes.finetune import Finetune
 from ajepa.recipes.pretrain import Pretrain
 from ajepa.report.charts import (
-    CLIP_MAP_COLOURS,
-    clip_map_chart,
     curve_legend,
     curves_over_steps,
     figure_data_url,
@@ -27,6 +24,9 @@ from ajepa.report.charts import (
     mel_data_url,
     scores_section,
 )
+from ajepa.report.clip_map import clip_map_section, neighbours_section
+from ajepa.report.confusion import confusion_section
+from ajepa.report.headline import headline_section, headline_tiles
 from ajepa.report.masks import NORMALISED_RANGE, busiest_stored_view, mask_figure
 from ajepa.report.model_outputs import (
     HIDING_ROUNDS,
@@ -37,31 +37,33 @@ from ajepa.report.model_outputs import (
 )
 from ajepa.training.meter import COMPUTE_COST_FILE
 from ajepa.training.run import Json, Run
+from ajepa.training.trained_run import INITIAL_CHECKPOINT, TrainedRun
 from pipeline.files import replacing_file
-from pipeline.report.html import Markup, escape_markup, html_tag, join_markup
-from pipeline.report.spectrograms import colour_range, read_log_mel
-from pipeline.report.store_page import definition_list, html_figure
+from pipeline.report.html import (
+    Markup,
+    definition_list,
+    escape_markup,
+    html_figure,
+    html_tag,
+    join_markup,
+)
+from pipeline.report.players import SoundPlayers
+from pipeline.report.store_header import folded
 from pipeline.store.feature_store import FeatureStore
 
 RUN_PAGE_SECTIONS = {
-    "curves": "Training curves",
+    "headline": "Scores beside baselines",
+    "confusions": "Confusions",
     "masks": "Masks",
+    "curves": "Training curves",
     "predictions": "Predictions of hidden patches",
     "map": "Map of held-out clips",
     "neighbours": "Nearest neighbours",
-    "scores": "Scores",
-    "recipe": "Recipe, compute, environment",
+    "scores": "Every score",
+    "recipe": "Recipe, compute, ids and versions",
 }
 
-PREDICTED_CLIPS = 4
-
-MIN_MAP_CLIPS = 5
-
-MAX_PERPLEXITY = 30  # of t-SNE
-
-QUERY_CLIPS = 6
-
-NEIGHBOURS_PER_QUERY = 5
+PREDICTED_CLIPS = 3
 
 SHOWN_DISTANCE_RANGE = (0.0, 1.5)  # of the colours, in cosine distance; 1 is that of unrelated vectors
 
@@ -69,9 +71,13 @@ PREDICTED_MEL_FRAMES = 256  # columns of the spectrogram above the distances
 
 PROBE_KEY_PREFIXES = ("probe_linear_", "probe_knn_")
 
+PROBE_CHART = "Probes while training, mAP"
+
+EXACT_KEYS = {"lr", "momentum"}  # functions of the step, which need no smoothing
+
 # The title of each chart, and its curves: key in the log, name in the legend.
 LOGGED_CURVES: tuple[tuple[str, dict[str, str]], ...] = (
-    ("Loss", {"loss": "loss", "token_loss": "of tokens", "clip_loss": "of clips"}),
+    ("Loss", {"loss": "all", "token_loss": "tokens", "clip_loss": "clips"}),
     ("Views of a clip (0: alike)", {"disagreement": "disagreement"}),
     ("Distance of z from a normal distribution", {"normality": "normality"}),
     ("Predictions against targets", {"explained": "explained share", "cosine": "cosine"}),
@@ -84,30 +90,36 @@ LOGGED_CURVES: tuple[tuple[str, dict[str, str]], ...] = (
 )
 
 
-def write_run_page(store: FeatureStore, run: Run, path: Path) -> None:
-    """Write the page about a run to `path`, whole or not at all."""
+def write_run_page(store: FeatureStore, run: Run, path: Path, *, with_sounds: bool = False) -> None:
+    """Write the page about a run to `path`, whole or not at all; with sounds, it plays the neighbours."""
     # Make the whole text first, so that a run that cannot be shown leaves no file.
-    content = run_page_html(store, run)
+    content = run_page_html(store, run, with_sounds=with_sounds)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing_file(path) as scratch:
         scratch.write_text(content, encoding="utf-8")
 
 
-def run_page_html(store: FeatureStore, run: Run) -> str:
+def run_page_html(store: FeatureStore, run: Run, *, with_sounds: bool = False) -> str:
     """Return the page as text, about 2 MB, most of it the spectrograms of 300 clips.
 
-    The page of a fine-tuned run has neither masks nor predictions, because the run has no predictor.
+    The page of a fine-tuned run has confusions, but neither masks nor predictions, because the run has no predictor.
     """
     # The body of each section, in the order of the page.
     page_data = PageData.from_run(store, run)
-    bodies = {"curves": curves_section(run.read_metrics())}
-    if isinstance(page_data.recipe, Pretrain):
-        bodies["masks"] = masks_section(page_data, page_data.recipe)
-        bodies["predictions"] = predictions_section(page_data, page_data.recipe)
+    recipe = page_data.recipe
+    players = SoundPlayers.of_store(store) if with_sounds else None
+    bodies = {"headline": headline_section(run, store.location)}
+    if page_data.task_scores is not None:
+        bodies["confusions"] = confusion_section(page_data.task_scores)
+    if isinstance(recipe, Pretrain):
+        bodies["masks"] = masks_section(page_data, recipe)
+    bodies["curves"] = curves_section(page_data)
+    if isinstance(recipe, Pretrain):
+        bodies["predictions"] = predictions_section(page_data, recipe)
     bodies["map"] = clip_map_section(page_data)
-    bodies["neighbours"] = neighbours_section(page_data)
+    bodies["neighbours"] = neighbours_section(page_data, players)
     bodies["scores"] = scores_section(run.path / EVALUATION_FILE)
-    bodies["recipe"] = recipe_section(run)
+    bodies["recipe"] = recipe_section(page_data)
 
     # The sections, in the same frame as a page about a store.
     sections = [
@@ -122,16 +134,10 @@ def run_page_html(store: FeatureStore, run: Run) -> str:
 
 
 def run_page_header(page_data: PageData, sections: Sequence[str]) -> Markup:
-    """Return the name, the progress and the facts of the run, and links to the sections."""
-    # The progress of the run.
+    """Return the name and progress of the run, its scores and cost in large numbers, and links to the sections."""
+    # Recipe and progress.
     run = page_data.run
     recipe = page_data.recipe
-    progress = join_markup(
-        html_tag("b", f"step {run.newest_step:,}"),
-        f" of {recipe.steps:,}, {recipe.clips_per_step} clips each",
-    )
-
-    # The network, and the length of its input clips.
     mel_spec = page_data.store.spec
     frames = recipe.view_frames if isinstance(recipe, Pretrain) else recipe.model.frames
     network = f"views of {frames * mel_spec.hop_samples / mel_spec.sample_rate_hz:.2f} s"
@@ -139,23 +145,24 @@ def run_page_header(page_data: PageData, sections: Sequence[str]) -> Markup:
         encoder = recipe.model.encoder
         network = f"width {encoder.width}, depth {encoder.depth}, {encoder.heads} heads, {network}"
     network_kind = "encoder" if isinstance(recipe, Pretrain) else classifier_kind_name(recipe.model)
+    progress = join_markup(
+        "Recipe ",
+        html_tag("b", recipe.name),
+        ", ",
+        html_tag("b", f"step {run.newest_step:,}"),
+        f" of {recipe.steps:,}, {recipe.clips_per_step} clips each",
+    )
 
-    # Task, features, data and software.
-    facts = {"recipe": recipe.name}
+    facts = {network_kind: network}
     if isinstance(recipe, Finetune):
         facts |= finetune_task_facts(run)
-    facts |= {
-        network_kind: network,
-        "mel spec": f"{mel_spec.name} ({page_data.store.spec_id})",
-        "trained on": run.identity.store_id,
-        "shown on": f"{page_data.store.location} ({page_data.store.store_id})",
-        "versions": ", ".join(f"{name} {number}" for name, number in run.versions.items()),
-    }
+    facts["shown on"] = page_data.store.location
     links = (html_tag("a", RUN_PAGE_SECTIONS[name], href=f"#{name}") for name in sections)
     return html_tag(
         "header",
         html_tag("h1", run.path.name),
         html_tag("p", progress, class_="lead"),
+        headline_tiles(run),
         definition_list(facts.items()),
         html_tag("nav", *links),
     )
@@ -178,20 +185,22 @@ def finetune_task_facts(run: Run) -> dict[str, str]:
     }
 
 
-def curves_section(lines: list[Json]) -> Markup:
+def curves_section(page_data: PageData) -> Markup:
     """Return charts of every logged value over the steps; all probes share a chart, and all label sets of a metric."""
     # The charts whose curves depend on the keys that the run logged.
+    lines = page_data.run.read_metrics()
     keys = list(dict.fromkeys(key for line in lines for key in line))
     probe_names = {
         key: key.removeprefix("probe_").replace("_", " ")
         for key in keys
         if key.startswith(PROBE_KEY_PREFIXES)
     }
-    charts = [*LOGGED_CURVES, ("Probes while training, mAP", probe_names)]
+    charts = [*LOGGED_CURVES, (PROBE_CHART, probe_names)]
     for metric, metric_title in METRIC_TITLES.items():
         prefix = f"eval_{metric}_"
         label_sets = {key: key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
         charts.append((f"Held-out clips while training, {metric_title}", label_sets))
+    baselines = initial_probe_scores(page_data, list(probe_names))
 
     # Charts without a value are left out.
     step_N = np.array([line["step"] for line in lines])
@@ -199,11 +208,45 @@ def curves_section(lines: list[Json]) -> Markup:
     for title, name_by_key in charts:
         curves = [(name, logged_values_N(lines, key)) for key, name in name_by_key.items()]
         curves = [(name, values_N) for name, values_N in curves if np.isfinite(values_N).any()]
-        if curves:
-            legend = curve_legend([name for name, _ in curves]) if len(curves) > 1 else ""
-            chart = curves_over_steps(step_N, curves, "step")
-            figures.append(html_figure(join_markup(legend, chart), title, ""))
+        if not curves:
+            continue
+        legend = curve_legend([name for name, _ in curves]) if len(curves) > 1 else ""
+        shown_baselines = baselines if title == PROBE_CHART else []
+        description = ""
+        if title == "Loss":
+            description = loss_description(page_data.recipe)
+        elif shown_baselines:
+            description = "Dashed: the same probes of the encoder before its first step."
+        is_exact = bool(EXACT_KEYS & set(name_by_key))
+        chart = curves_over_steps(step_N, curves, "step", baselines=shown_baselines, smooth=not is_exact)
+        figures.append(html_figure(join_markup(legend, chart), title, description))
     return html_tag("div", *figures, class_="grid")
+
+
+def loss_description(recipe: Pretrain | Finetune) -> str:
+    """What the loss of a recipe is, in words; faint lines are single values."""
+    if isinstance(recipe, Finetune):
+        return "cross-entropy of the labels; faint: single steps"
+    words = f"tokens: {recipe.model.loss.replace('_', ' ').replace('l2', 'L2')} of predictions and targets"
+    if recipe.model.clip is not None:
+        words = f"clips: views agree, and SIGReg spreads them; {words}, x {recipe.model.token_weight:g}"
+    return f"{words}; faint: single steps"
+
+
+def initial_probe_scores(page_data: PageData, probe_keys: Sequence[str]) -> list[tuple[str, int, float]]:
+    """Return the scores that the probes of the log give the encoder before its first step; nothing without probes."""
+    run = page_data.run
+    store = page_data.store
+    recipe = page_data.recipe
+    if not probe_keys or not isinstance(recipe, Pretrain) or store.store_id != run.identity.store_id:
+        return []
+    probe = open_training_probe(store, recipe, run.identity, "raise", lambda line: None)
+    if probe is None:
+        return []
+    model = Jepa(recipe.model, seed=recipe.seed).eval()
+    model.target.load_state_dict(TrainedRun.open(run, INITIAL_CHECKPOINT).encoder_weights())
+    scores = probe.measure_scores(model)
+    return [("random init", number, float(scores[key])) for number, key in enumerate(probe_keys)]
 
 
 def logged_values_N(lines: list[Json], key: str) -> np.ndarray:
@@ -218,7 +261,8 @@ def masks_section(page_data: PageData, recipe: Pretrain) -> Markup:
     identity = page_data.run.identity
     mel_TF = busiest_stored_view(store, recipe, identity.mean, identity.std)
     picture = figure_data_url(mask_figure(mel_TF, recipe, store.spec))
-    return html_tag("img", src=picture, alt="masks over a clip, at several steps", class_="full")
+    image = html_tag("img", src=picture, alt="masks over a clip, at several steps", class_="full masks")
+    return html_tag("div", image, class_="scroll")
 
 
 def predictions_section(page_data: PageData, recipe: Pretrain) -> Markup:
@@ -270,102 +314,22 @@ def tokens_on_grid(values_P: np.ndarray, grid: PatchGrid) -> np.ndarray:
     return values_P.reshape(grid.cols, grid.rows)
 
 
-def clip_map_section(page_data: PageData) -> Markup:
-    """Return a t-SNE map of the clips, coloured by label; clips with similar vectors are close to each other."""
-    count = len(page_data.rows_N)
-    if count < MIN_MAP_CLIPS:
-        return html_tag("p", f"{count} eval clips are too few for a map.", class_="warn")
+def recipe_section(page_data: PageData) -> Markup:
+    """Return ids and versions, all fields of the recipe, the cost of the run and the identity of its data, folded."""
+    run = page_data.run
+    facts = {
+        "run": run.path,
+        "mel spec": f"{page_data.store.spec.name} ({page_data.store.spec_id})",
+        "trained on": run.identity.store_id,
+        "shown on": f"{page_data.store.location} ({page_data.store.store_id})",
+        "versions": ", ".join(f"{name} {number}" for name, number in run.versions.items()),
+    }
+    parts = [folded("Ids and versions", definition_list(facts.items()))]
 
-    # t-SNE needs three times as many points as its perplexity.
-    tsne = TSNE(perplexity=min(MAX_PERPLEXITY, (count - 1) / 3), init="pca", random_state=0)
-    position_N2 = tsne.fit_transform(page_data.features_ND)
-    group_N, names = common_label_groups(page_data)
-
-    # A small spectrogram and a title for each clip.
-    mel_BTF = read_log_mel(page_data.store, page_data.rows_N)
-    span = colour_range(mel_BTF)
-    mels = [mel_data_url(mel_TF, span) for mel_TF in mel_BTF]
-    titles = [page_data.clip_title(row) for row in page_data.rows_N.tolist()]
-
-    note = (
-        f"{count} clips of the eval splits, placed by t-SNE of the {page_data.vector_description}. "
-        "Point at a clip to see it."
-    )
-    chart = clip_map_chart(position_N2, group_N, names, titles, mels)
-    return join_markup(html_tag("p", note, class_="soft"), chart)
-
-
-def common_label_groups(page_data: PageData) -> tuple[np.ndarray, list[str]]:
-    """Return the group of each clip and the names of the groups; a group is one of the most frequent labels.
-
-    A clip belongs to its most frequent label; its group is -1 if it has none of these labels.
-    """
-    # Raw labels, because propagated labels would put most clips under a few roots of the tree.
-    labels_of_clips = [page_data.labels["raw"][row].to_list() for row in page_data.rows_N.tolist()]
-    label_counts = Counter(label for labels in labels_of_clips for label in labels)
-    common_labels = [label for label, _ in label_counts.most_common(CLIP_MAP_COLOURS)]
-    place_of_label = {label: place for place, label in enumerate(common_labels)}
-    group_N = [
-        min((place_of_label[label] for label in labels if label in place_of_label), default=-1)
-        for labels in labels_of_clips
-    ]
-    return np.array(group_N), [page_data.store.classes.names[label] for label in common_labels]
-
-
-def neighbours_section(page_data: PageData) -> Markup:
-    """Return some clips, each with its nearest neighbours by the cosine of the standardised vectors."""
-    # Vectors of length 1, so that their products are cosines.
-    norm_N1 = np.linalg.norm(page_data.features_ND, axis=1, keepdims=True)
-    unit_ND = page_data.features_ND / np.maximum(norm_N1, 1e-9)
-
-    # The query clips, spread evenly over the clips of the page.
-    count = len(page_data.rows_N)
-    query_places = np.linspace(0, count - 1, min(QUERY_CLIPS, count)).astype(int)
-    rows = [neighbours_row(page_data, unit_ND, int(query)) for query in query_places]
-    return html_tag("div", *rows, class_="scroll")
-
-
-def neighbours_row(page_data: PageData, unit_ND: np.ndarray, query: int) -> Markup:
-    """Return a row of the page: the clip with index `query` among the page's clips, then its nearest neighbours."""
-    # Exclude the clip itself from its neighbours.
-    cosine_N = unit_ND @ unit_ND[query]
-    cosine_N[query] = -np.inf
-    neighbour_count = min(NEIGHBOURS_PER_QUERY, len(cosine_N) - 1)
-    nearest = np.argsort(-cosine_N, kind="stable")[:neighbour_count]
-    places = [query, *nearest]
-
-    # The spectrograms; the whole row has one range of colours.
-    mel_BTF = read_log_mel(page_data.store, page_data.rows_N[places])
-    span = colour_range(mel_BTF)
-    cells = [
-        html_tag(
-            "div",
-            html_tag("img", src=mel_data_url(mel_TF, span), alt="log mel"),
-            html_tag("span", "this clip" if place == query else f"{cosine_N[place]:.2f}", class_="soft"),
-            html_tag("span", page_data.clip_title(int(page_data.rows_N[place]))),
-            class_="alike",
-        )
-        for place, mel_TF in zip(places, mel_BTF, strict=True)
-    ]
-    return html_tag("div", *cells, class_="row")
-
-
-def recipe_section(run: Run) -> Markup:
-    """Return all fields of the recipe, the cost of the run, the identity of its data, and the software versions."""
     records: dict[str, Any] = {}
     compute_file = run.path / COMPUTE_COST_FILE
     if compute_file.exists():
         records["compute"] = json.loads(compute_file.read_text())
-    records |= {**run.settings(), "versions": run.versions}
-
-    # Only the first part is open at the start.
-    parts = [
-        html_tag(
-            "details",
-            html_tag("summary", name),
-            html_tag("pre", json.dumps(record, indent=1)),
-            open=number == 0 or None,
-        )
-        for number, (name, record) in enumerate(records.items())
-    ]
+    records |= run.settings()
+    parts += [folded(name, html_tag("pre", json.dumps(record, indent=1))) for name, record in records.items()]
     return join_markup(*parts)

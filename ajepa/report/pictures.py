@@ -14,6 +14,7 @@ from ajepa.evaluate.result import EVALUATION_FILE, METRIC_TITLES, PRIMARY_METRIC
 from ajepa.pretrain.training_set import open_training_store
 from ajepa.recipes.catalogue import recipe_from_json
 from ajepa.recipes.pretrain import Pretrain
+from ajepa.report.charts import running_mean
 from ajepa.report.masks import PNG_DPI, busiest_stored_view, mask_figure
 from ajepa.report.page import PROBE_KEY_PREFIXES, write_run_page
 from ajepa.training.run import Json, Run
@@ -34,13 +35,18 @@ BAR_WIDTH = 0.25
 
 
 def draw_run_report(
-    store: Path | str | FeatureStore, run_path: Path, out: Path | None = None, *, html: Path | None = None
+    store: Path | str | FeatureStore,
+    run_path: Path,
+    out: Path | None = None,
+    *,
+    html: Path | None = None,
+    with_sounds: bool = False,
 ) -> list[Path]:
     """Draw pictures of a run into the folder `out`, a page into the file `html`, or both; returns the written files.
 
-    `out` gets `curves.png` and `masks.png`. It also gets a picture of each evaluation: `probes.png`, or
-    `probes-STORE.png` if the store of the evaluation is not the run's own. A fine-tuned run has only a page. Raises
-    RunError if there is nothing to show.
+    With sounds, the page plays some clips. `out` gets `curves.png`, `masks.png` and a picture of each evaluation:
+    `probes.png`, or `probes-STORE.png` if the store of the evaluation is not the run's own. A fine-tuned run has only a
+    page. Raises RunError if there is nothing to show.
     """
     # Open the run and its store; a store that does not fit the run is refused before anything is drawn.
     run = Run.open(run_path)
@@ -56,7 +62,7 @@ def draw_run_report(
     # The page, then the pictures.
     written = []
     if html is not None:
-        write_run_page(store, run, html)
+        write_run_page(store, run, html, with_sounds=with_sounds)
         written.append(html)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -194,15 +200,6 @@ def draw_logged_curves(
         axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes)
     elif len(label_of_key) > 1:
         axes.legend(fontsize=8)
-
-
-def running_mean(value_N: np.ndarray, width: int) -> np.ndarray:
-    """Return the running mean: the mean of each value and of up to `width` values before it."""
-    # Differences of cumulative sums, so that the cost does not grow with the width.
-    total_N = np.cumsum(np.concatenate([[0.0], value_N]))
-    end_N = np.arange(1, len(value_N) + 1)
-    start_N = np.maximum(0, end_N - width - 1)
-    return (total_N[end_N] - total_N[start_N]) / (end_N - start_N)
 
 
 def draw_probe_scores(evaluation: Evaluation) -> Figure:

@@ -210,6 +210,7 @@ def report(
         Path | None, typer.Option(help="PNG file to write, with spectrograms.", callback=check_output_path)
     ] = None,
     clips: Annotated[int, typer.Option(min=1, max=60, help="Spectrograms to show.")] = 12,
+    sounds: Annotated[bool, typer.Option("--sounds", help="The page also plays these clips.")] = False,
     cache: CacheFolder = None,
     cache_gb: CacheSizeGb = DEFAULT_CACHE_GB,
 ) -> None:
@@ -231,7 +232,7 @@ def report(
     # Always print the table.
     print(coverage_table(opened.manifest, opened.exclusions.excluded_mask_N(opened.manifest)))
     if html is not None:
-        write_store_page(opened, html, clip_count=clips)
+        write_store_page(opened, html, clip_count=clips, with_sounds=sounds)
         print(html)
     if out is not None:
         draw_contact_sheet(opened, out, clip_count=clips)

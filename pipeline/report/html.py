@@ -159,7 +159,7 @@ def histogram_chart(
     # The scale of the y axis and its ticks.
     max_count = max(int(counts_N.max()), 1)
     grow: Callable[[Any], Any] = np.float64
-    tick_counts = np.array([1]) if max_count == 1 else np.array([max_count / 2, max_count])
+    tick_counts = np.unique([max(1, max_count // 2), max_count])
     if log_scale:
         grow = np.log1p
         tick_counts = powers_of_ten(max_count)
@@ -339,9 +339,29 @@ def count_bar_table(counts: Sequence[tuple[object, int]]) -> Markup:
     return html_tag("table", join_markup(*rows), class_="bars")
 
 
+def definition_list(pairs: Iterable[tuple[str, object]]) -> Markup:
+    """Names and values as a list. Numbers get no commas between their thousands: a sampling rate needs none."""
+    items = []
+    for name, value in pairs:
+        text = value if isinstance(value, Markup) else str(value)
+        items.append(join_markup(html_tag("dt", name), html_tag("dd", text)))
+    return html_tag("dl", *items)
+
+
+def html_figure(picture: Markup, name: str, description: str, *, wide: bool = False) -> Markup:
+    """A picture under its name and description; a wide one fills the width of the page."""
+    caption = html_tag("figcaption", html_tag("b", name), html_tag("br"), description)
+    return html_tag("figure", caption, picture, class_="wide" if wide else None)
+
+
+def data_url(content: bytes, kind: str) -> str:
+    """Bytes as a data URL, which needs no file beside the page."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
 def png_data_url(png: bytes) -> str:
-    """A PNG as a data URL, which needs no file beside the page."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    """A PNG as a data URL."""
+    return data_url(png, "image/png")
 
 
 def palette_png(values_XY: np.ndarray, value_range: tuple[float, float]) -> bytes:

@@ -15,18 +15,24 @@ from pipeline.store.summary import ClassCounts, ClipCoverage
 
 ALL_SPLITS = "all splits"
 
+# The column of the table of classes that its bars show: listed, good, then good of each propagated label set.
+GOOD_COLUMN = 1
+
 # Rows of the audit's table of splits: if the split column is not one of splits, it may have thousands of values.
 MAX_SPLIT_ROWS = 100
 
 
 def classes_section(
-    store: FeatureStore, labels: pl.DataFrame, sources: dict[str, str], coverage: ClipCoverage
+    store: FeatureStore,
+    labels: pl.DataFrame,
+    sources: dict[str, str],
+    coverage: ClipCoverage,
+    counts: ClassCounts,
 ) -> Markup:
     """The section on classes: where the label sets come from, the classes without a clip, and a table of all classes.
 
     `labels` and `sources` are those that `read_label_table` returns.
     """
-    counts = ClassCounts.from_store(store, labels, coverage.splits)
     if not counts.listed_NC.any():
         warning = "No clip has a label: the store serves pre-training, not evaluation."
         return join_markup(html_tag("p", warning, class_="warn"), *unknown_labels_note(labels))
@@ -93,7 +99,8 @@ def empty_classes_note(
 def class_count_table(store: FeatureStore, counts: ClassCounts, coverage: ClipCoverage) -> Markup:
     """A table with a row for every class, and the inputs by which the page's script sorts and filters it.
 
-    A row shows the counts of all splits together. Its attribute `data-n` has the counts of every split for the script,
+    A row shows the counts of all splits together, and a bar of its good clips. Classes that no clip was listed with are
+    hidden until someone asks for them. Its attribute `data-n` has the counts of every split for the script,
     split by split, with semicolons between splits.
     """
     # Counts of classes (axis C) in the columns of the table (axis K), in each split (axis N) and in all.
@@ -104,19 +111,28 @@ def class_count_table(store: FeatureStore, counts: ClassCounts, coverage: ClipCo
     split_NCK = np.stack(list(columns.values()), axis=2)
     all_CK = split_NCK.sum(0)
 
-    # The table.
+    # The table, the commonest classes first. The last column has no numbers but bars.
     buttons = [html_tag("button", name, type="button") for name in ["class", *columns]]
     headings = [
         html_tag("th", buttons[0], scope="col"),
         *(html_tag("th", button, scope="col", class_="n") for button in buttons[1:]),
+        html_tag("td", class_="count-bar"),
     ]
+    good_C = all_CK[:, GOOD_COLUMN]
+    max_good = max(int(good_C.max()), 1)
     rows = []
-    for index, name in enumerate(store.classes.names):
+    for index in np.argsort(-good_C, kind="stable").tolist():
         hidden_counts = ";".join(
             ",".join(map(str, count_K)) for count_K in [all_CK[index], *split_NCK[:, index]]
         )
-        cells = [html_tag("th", name, scope="row"), *map(count_cell, all_CK[index])]
-        rows.append(html_tag("tr", *cells, data_n=hidden_counts))
+        bar = html_tag("i", style=f"width:{100 * good_C[index] / max_good:.2f}%")
+        cells = [
+            html_tag("th", store.classes.names[index], scope="row"),
+            *map(count_cell, all_CK[index]),
+            html_tag("td", bar, class_="count-bar"),
+        ]
+        is_empty = not all_CK[index].any()
+        rows.append(html_tag("tr", *cells, data_n=hidden_counts, hidden="" if is_empty else None))
     table = html_tag(
         "table", html_tag("thead", html_tag("tr", *headings)), html_tag("tbody", *rows), data_sorted=""
     )
@@ -129,9 +145,12 @@ def class_count_table(store: FeatureStore, counts: ClassCounts, coverage: ClipCo
         "input", id="find", type="search", placeholder="find a class", aria_label="find a class"
     )
     split_choice = html_tag("select", *options, id="which", aria_label="split")
-    hint = html_tag("span", "clips of each class; click a heading to sort", class_="soft")
-    tools = html_tag("div", search, split_choice, hint, class_="tools")
-    return join_markup(tools, html_tag("div", table, class_="box"))
+    tools = [search, split_choice]
+    if empty := int((~all_CK.any(1)).sum()):
+        tick = html_tag("input", id="empty", type="checkbox")
+        tools.append(html_tag("label", tick, f" and the {empty:,} without a clip"))
+    tools.append(html_tag("span", "clips of each class; click a heading to sort", class_="soft"))
+    return join_markup(html_tag("div", *tools, class_="tools"), html_tag("div", table, class_="box"))
 
 
 def audit_section(audit: StoreAudit, store_name: str) -> Markup:

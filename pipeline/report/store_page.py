@@ -1,8 +1,7 @@
 """A store on one page: HTML that needs no other file, the same bytes for the same store."""
 
 import importlib.resources
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -10,11 +9,14 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from pipeline.audio.preview import PREVIEW_SECONDS
 from pipeline.audit.audit import AuditedClips, audit_clips
 from pipeline.files import replacing_file
 from pipeline.report import html, spectrograms
 from pipeline.report.html import Markup, escape_markup, html_tag, join_markup
 from pipeline.report.page_sections import audit_section, classes_section
+from pipeline.report.players import SoundPlayers, optional_player
+from pipeline.report.store_header import folded, identity_details, read_build_json, store_page_header
 from pipeline.store import summary
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.manifest import FAILURE_REASONS
@@ -24,11 +26,11 @@ STORE_SECTIONS = {
     "coverage": "Coverage",
     "failed": "What failed, and why",
     "classes": "Classes",
-    "audit": "Audit of the labels",
+    "clips": "Some clips",
     "sounds": "The sounds",
     "bands": "Mel bands",
-    "clips": "Some clips",
-    "build": "The build",
+    "audit": "Audit of the labels",
+    "build": "The build, ids and versions",
 }
 
 MAX_CURVES = 4  # more curves cannot be distinguished
@@ -38,30 +40,34 @@ MAX_VALUE_ROWS = 12  # rows of a distribution; rarer values are counted together
 LEVEL_EDGES_DBFS = np.arange(-90, 7, 2.0)
 
 
-def write_store_page(store: FeatureStore, path: Path, *, clip_count: int = 12) -> None:
+def write_store_page(
+    store: FeatureStore, path: Path, *, clip_count: int = 12, with_sounds: bool = False
+) -> None:
     """Write the page about a store to `path`, whole or not at all."""
-    content = render_store_page(store, clip_count=clip_count)
+    content = render_store_page(store, clip_count=clip_count, with_sounds=with_sounds)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing_file(path) as scratch:
         scratch.write_text(content, encoding="utf-8")
 
 
-def render_store_page(store: FeatureStore, *, clip_count: int = 12) -> str:
-    """The page as text. It shows `clip_count` spectrograms, of about 50 kB each."""
+def render_store_page(store: FeatureStore, *, clip_count: int = 12, with_sounds: bool = False) -> str:
+    """The page as text. It shows `clip_count` spectrograms, of about 50 kB each; with sounds, 20 kB more."""
     excluded_N = store.exclusions.excluded_mask_N(store.manifest)
     coverage = ClipCoverage.from_manifest(store.manifest, excluded_N)
     labels, label_sources = summary.read_label_table(store)
+    class_counts = summary.ClassCounts.from_store(store, labels, coverage.splits)
+    players = SoundPlayers.of_store(store) if with_sounds else None
 
     # A body for every section, in the order of STORE_SECTIONS.
     bodies = {
         "coverage": coverage_section(coverage, store.exclusions.summarise_lists()),
         "failed": failure_section(store, coverage),
-        "classes": classes_section(store, labels, label_sources, coverage),
-        "audit": audit_section(audit_clips(AuditedClips.of_store(store)), store.path.name),
+        "classes": classes_section(store, labels, label_sources, coverage, class_counts),
+        "clips": example_clips_section(store, labels, coverage, clip_count, players),
         "sounds": sounds_section(store, coverage),
         "bands": mel_bands_section(store),
-        "clips": example_clips_section(store, labels, coverage, clip_count),
-        "build": build_section(read_build_json(store)),
+        "audit": audit_section(audit_clips(AuditedClips.of_store(store)), store.path.name),
+        "build": join_markup(build_section(read_build_json(store)), identity_details(store, label_sources)),
     }
     sections = [
         html_tag("section", html_tag("h2", STORE_SECTIONS[key]), body, id=key) for key, body in bodies.items()
@@ -69,57 +75,9 @@ def render_store_page(store: FeatureStore, *, clip_count: int = 12) -> str:
 
     # page.html holds the style and the script; a page of a run shares it.
     frame = importlib.resources.files("pipeline.report").joinpath("page.html").read_text(encoding="utf-8")
-    body = join_markup(store_page_header(store, coverage, label_sources), html_tag("main", *sections))
+    header = store_page_header(store, coverage, class_counts, list(STORE_SECTIONS.items()))
+    body = join_markup(header, html_tag("main", *sections))
     return Template(frame).substitute(title=escape_markup(store.path.name), body=body)
-
-
-def store_page_header(store: FeatureStore, coverage: ClipCoverage, label_sources: dict[str, str]) -> Markup:
-    """The header of the page: how many clips are good, the store's identity, its numbers, and links to the sections."""
-    # The first sentence.
-    good = sum(coverage.good_counts)
-    listed = sum(coverage.listed_counts)
-    share = html_tag("b", f"{100 * good / max(listed, 1):.2f} %")
-    lead = join_markup(html_tag("b", good), " of ", html_tag("b", listed), " clips are good: ", share, ".")
-
-    # Identity and facts, one list.
-    spec = store.spec
-    identity = {
-        "store": store.store_id,
-        "plan": store.header.plan_id,
-        "mel spec": f"{spec.name} ({spec.spec_id})",
-    }
-    stored_bytes = summary.format_bytes(summary.stored_mel_bytes(store))
-    versions = read_build_json(store).get("versions", {})
-    facts = {
-        "mel": f"{listed:,} clips of {store.frames} frames of {store.bands} bands, {store.dtype}",
-        "on disk": f"{stored_bytes} in {store.header.layout.shard_count:,} shards",
-        "label sets": ", ".join(label_sources),
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()) or "not recorded",
-    }
-    identity_items = [(name, html_tag("span", value, class_="id")) for name, value in identity.items()]
-    numbers = {key.replace("_", " "): value for key, value in spec.to_json().items() if key != "name"}
-    all_numbers = html_tag(
-        "details", html_tag("summary", "Every number of the mel spec"), definition_list(numbers.items())
-    )
-    description = html_tag("div", definition_list([*identity_items, *facts.items()]), all_numbers)
-
-    links = (html_tag("a", title, href=f"#{key}") for key, title in STORE_SECTIONS.items())
-    return html_tag(
-        "header",
-        html_tag("h1", store.path.name),
-        html_tag("p", lead, class_="lead"),
-        description,
-        html_tag("nav", *links),
-    )
-
-
-def definition_list(pairs: Iterable[tuple[str, object]]) -> Markup:
-    """Names and values as a list. Numbers get no commas between their thousands: a sampling rate needs none."""
-    items = []
-    for name, value in pairs:
-        text = value if isinstance(value, Markup) else str(value)
-        items.append(join_markup(html_tag("dt", name), html_tag("dd", text)))
-    return html_tag("dl", *items)
 
 
 def coverage_section(coverage: ClipCoverage, exclude_lists: Sequence[tuple[str, str, int]]) -> Markup:
@@ -167,20 +125,22 @@ def failure_section(store: FeatureStore, coverage: ClipCoverage) -> Markup:
 
     # The first few clips of each reason, with the details of their failure.
     examples = summary.failure_examples(store.manifest)
+    lists = []
     for reason, counts in coverage.reason_counts.items():
         # How many of the clips are listed below.
         count = sum(counts)
         shown = f"{count:,}"
         if count > summary.EXAMPLES_PER_REASON:
             shown = f"the first {summary.EXAMPLES_PER_REASON} of {count:,}"
-        parts.append(html_tag("h3", reason, html_tag("span", f" · {shown}", class_="soft")))
+        lists.append(html_tag("h3", reason, html_tag("span", f" · {shown}", class_="soft")))
 
         items = []
         for clip in examples[reason]:
             detail = clip["detail"] or FAILURE_REASONS[reason]
             clip_id = html_tag("code", clip["clip_id"])
             items.append(html_tag("li", clip_id, " in ", clip["split"], ": ", detail))
-        parts.append(html_tag("ul", *items, class_="examples"))
+        lists.append(html_tag("ul", *items, class_="examples"))
+    parts.append(folded("The first clips of each reason", join_markup(*lists)))
     return join_markup(*parts)
 
 
@@ -222,14 +182,16 @@ def length_figure(store: FeatureStore) -> Markup:
     counts_N = summary.good_clip_histogram(store.manifest, "seconds", edges_N)
     ticks = [round(clip_seconds * part, 3) for part in (0, 0.5, 1, 1.5)]
     chart = html.histogram_chart(counts_N, edges_N, ticks, "seconds", log_scale=True)
-    return html_figure(chart, "Length of the source", "logarithmic; the last bar counts all longer sources")
+    return html.html_figure(
+        chart, "Length of the source", "logarithmic; the last bar counts all longer sources"
+    )
 
 
 def level_figure(store: FeatureStore, column: str, title: str) -> Markup:
     """A histogram of a column of levels."""
     counts_N = summary.good_clip_histogram(store.manifest, column, LEVEL_EDGES_DBFS)
     chart = html.histogram_chart(counts_N, LEVEL_EDGES_DBFS, [-90, -60, -30, 0], "dBFS")
-    return html_figure(
+    return html.html_figure(
         chart, title, "of the mono wave before resampling; outer bars count values beyond the axis"
     )
 
@@ -241,13 +203,7 @@ def value_figure(store: FeatureStore, column: str, title: str) -> Markup:
     others = [count for _, count in counts[MAX_VALUE_ROWS:]]
     if others:
         bars.append((f"{len(others)} others", sum(others)))
-    return html_figure(html.count_bar_table(bars), title, "good clips")
-
-
-def html_figure(picture: Markup, name: str, description: str, *, wide: bool = False) -> Markup:
-    """A picture under its name and description; a wide one fills the width of the page."""
-    caption = html_tag("figcaption", html_tag("b", name), html_tag("br"), description)
-    return html_tag("figure", caption, picture, class_="wide" if wide else None)
+    return html.html_figure(html.count_bar_table(bars), title, "good clips")
 
 
 def mel_bands_section(store: FeatureStore) -> Markup:
@@ -282,13 +238,19 @@ def mel_bands_section(store: FeatureStore) -> Markup:
             f"; stored as {store.dtype} with an error of {rms_nat:.2g} nat rms, {max_nat:.2g} at most"
         )
     picture = join_markup(html_tag("p", *legend, class_="legend"), chart)
-    return html_figure(picture, "Mean of each band, ± its standard deviation, nat", description, wide=True)
+    return html.html_figure(
+        picture, "Mean of each band, ± its standard deviation, nat", description, wide=True
+    )
 
 
 def example_clips_section(
-    store: FeatureStore, labels: pl.DataFrame, coverage: ClipCoverage, clip_count: int
+    store: FeatureStore,
+    labels: pl.DataFrame,
+    coverage: ClipCoverage,
+    clip_count: int,
+    players: SoundPlayers | None,
 ) -> Markup:
-    """Spectrograms of clips of different classes, all on one colour scale."""
+    """Spectrograms of clips of different classes, all on one colour scale, with players if there are any."""
     # There may be no clip to show.
     good = sum(coverage.good_counts)
     if good == sum(coverage.excluded_counts):
@@ -314,21 +276,20 @@ def example_clips_section(
         )
         title = spectrograms.label_title(store, labels, row, max_letters=90)
         description = f"{store.manifest['clip_id'][row]} · {store.manifest['split'][row]} · row {row:,}"
-        figures.append(html_figure(chart, title, description))
+        figure = join_markup(chart, optional_player(players, row))
+        figures.append(html.html_figure(figure, title, description))
 
     # The axes are explained once, above.
     note = "Hz upwards, seconds across. A line marks the end of a shorter clip; the dimmed rest is not part of it."
+    if players is None:
+        note += " With --sounds, the page also plays them."
+    else:
+        note += f" Players have the first {PREVIEW_SECONDS:g} s, all equally loud."
     return join_markup(
         html_tag("p", note, class_="soft"),
         html_tag("div", html.colour_scale_bar(value_range), class_="wide"),
         html_tag("div", *figures, class_="grid"),
     )
-
-
-def read_build_json(store: FeatureStore) -> dict[str, Any]:
-    """The record of the store's build, build.json; empty if the file does not exist."""
-    path = store.path / "build.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def build_section(record: dict[str, Any]) -> Markup:
@@ -340,7 +301,10 @@ def build_section(record: dict[str, Any]) -> Markup:
     if record.get("seconds") and record.get("clips_tried"):
         pairs.append(("clips a second", f"{record['clips_tried'] / record['seconds']:.1f}"))
     note = "From the last run of the command; a resumed run only tried the clips that were still missing."
-    return join_markup(html_tag("p", note, class_="soft"), definition_list(pairs))
+    return folded(
+        "What the build was asked and found",
+        join_markup(html_tag("p", note, class_="soft"), html.definition_list(pairs)),
+    )
 
 
 def _flatten_record(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -16,7 +16,13 @@ from ajepa.evaluate.tasks import TASKS
 from ajepa.finetune.finetune import finetune
 from ajepa.pretrain.pretrain import pretrain
 from ajepa.recipes.supervised import cnn6_small_recipe
-from ajepa.report.charts import curves_over_steps, format_three_digits, round_axis_range
+from ajepa.report.charts import (
+    curves_over_steps,
+    format_three_digits,
+    round_axis_range,
+    whole_number_ticks,
+)
+from ajepa.report.confusion import confused_pairs, confusion_counts
 from ajepa.report.page import RUN_PAGE_SECTIONS, logged_values_N, run_page_html
 from ajepa.report.pictures import draw_run_report
 from ajepa.training.run import Run
@@ -44,6 +50,11 @@ class Elements(HTMLParser):
         return [attributes for tag, attributes in self.all if tag == name]
 
 
+def shown_sections(*missing: str) -> list[str]:
+    """The sections of a page in their order, without those that a kind of run does not have."""
+    return [name for name in RUN_PAGE_SECTIONS if name not in missing]
+
+
 @pytest.fixture(scope="module")
 def run(store_path, tmp_path_factory) -> Run:
     """A short run with a look at its health and a probe under way."""
@@ -64,7 +75,7 @@ def pages(run, store_path) -> tuple[str, str]:
 def test_the_page_of_a_run_without_evaluation_names_the_command_for_it(pages):
     """Every section is there, with the command that fills the one that is empty."""
     elements = Elements(pages[0])
-    assert {section["id"] for section in elements.of("section")} == set(RUN_PAGE_SECTIONS)
+    assert [section["id"] for section in elements.of("section")] == shown_sections("confusions")
     assert "Not evaluated yet: ajepa-train evaluate" in elements.text
 
 
@@ -78,10 +89,74 @@ def test_the_scores_are_those_of_the_evaluation(pages, run, store_path):
     assert len(measured) == max(score.classes for score in evaluation.scores)
 
 
+def test_the_page_opens_with_the_scores_beside_their_baselines(pages, run):
+    """The encoder's score alone says nothing: the first numbers are those of its rivals and of chance, too."""
+    evaluation = Evaluation.read_json(run.path / EVALUATION_FILE)
+    page = pages[1]
+    header = page[page.index("<header>") : page.index("</header>")]
+    first = evaluation.scores[0]
+    rivals = [s for s in evaluation.scores if (s.probe, s.label_set) == (first.probe, first.label_set)]
+    assert [score.features for score in rivals] == ["encoder", "random init", "log-mel statistics"]
+    for number in [*(score.primary_estimate.value for score in rivals), first.chance]:
+        assert f"<b>{number:.3f}</b>" in header
+
+    # A bar for every score, as long as its value on a scale that all bars of a chart share.
+    widths = [float(rect["width"]) for rect in Elements(page).of("rect") if rect["class"].startswith("bar")]
+    assert len(widths) == len(evaluation.scores)
+    values = [score.primary_estimate.value for score in evaluation.scores]
+    by_label_set = len(evaluation.scores) // len(evaluation.label_sets)
+    assert np.argmax(widths[:by_label_set]) == np.argmax(sorted_by_probe(values[:by_label_set]))
+
+
+def sorted_by_probe(values: list[float]) -> list[float]:
+    """Scores as the chart has them: all features of the first of two probes, then of the second."""
+    return [*values[0::2], *values[1::2]]
+
+
+def test_the_probe_plot_has_the_encoder_before_training(pages, run):
+    """Dashed, measured by the same probes: a curve that ends below it has learnt nothing."""
+    lines = Elements(pages[0]).of("line")
+    probes = [key for key in run.read_metrics()[-1] if key.startswith(("probe_linear", "probe_knn"))]
+    assert len([line for line in lines if "base" in line["class"].split()]) == len(probes) > 0
+
+
+@pytest.mark.parametrize(
+    ("last", "ticks"), [(650, [0, 200, 400, 600]), (3, [0, 1, 2, 3]), (20, [0, 5, 10, 15, 20])]
+)
+def test_steps_are_marked_at_whole_numbers(last, ticks):
+    """There is no step 162.5."""
+    assert whole_number_ticks(float(last)) == ticks
+
+
+def test_confusions_count_the_class_of_the_highest_score():
+    """Two of three dogs are heard as such, the third as a cat; a clip of both labels is no confusion."""
+    labels_NC = np.array([[1, 0], [1, 0], [1, 0], [1, 1], [0, 1]], bool)
+    top_N = np.array([0, 0, 1, 1, 1])
+    assert confusion_counts(labels_NC, top_N).tolist() == [[2, 2], [0, 2]]
+    pairs = confused_pairs(labels_NC, top_N, ["dog", "cat"])
+    assert pairs.count("taken for") == 1
+    assert "dog taken for cat: <b>1</b>" in pairs
+
+
+def test_the_page_plays_neighbours_if_it_is_asked_to(run, store_path):
+    """Each clip of the neighbours has its id and its sound."""
+    store = FeatureStore.open(store_path)
+    page = run_page_html(store, run, with_sounds=True)
+    cells = [d for d in Elements(page).of("div") if "alike" in d.get("class", "").split()]
+    players = Elements(page).of("audio")
+    assert len(players) == len(cells) > 0
+    assert all(player["src"].startswith("data:audio/mpeg;base64,") for player in players)
+    ids = [
+        span["title"] for span in Elements(page).of("span") if span.get("class") == "id" and "title" in span
+    ]
+    assert set(ids) <= set(store.manifest["clip_id"])
+    assert len(ids) == len(cells)
+
+
 def test_every_eval_clip_has_a_dot_with_its_spectrogram(pages, store_path):
     """Pointing at a clip shows it; nothing has to be fetched for that."""
     store = FeatureStore.open(store_path)
-    dots = [circle for circle in Elements(pages[1]).of("circle") if "data-mel" in circle]
+    dots = [attributes for _, attributes in Elements(pages[1]).all if "data-mel" in attributes]
     assert len(dots) == len(store.good_rows(["eval"]))
     assert all(dot["data-mel"].startswith("data:image/png;base64,") for dot in dots)
 
@@ -135,7 +210,7 @@ def test_the_page_of_a_fine_tuned_run_has_neither_masks_nor_predictions(tuned, s
     assert draw_run_report(store_path, tuned.path, html=page) == [page]
     elements = Elements(page.read_text())
     shown = [section["id"] for section in elements.of("section")]
-    assert shown == [name for name in RUN_PAGE_SECTIONS if name not in ("masks", "predictions")]
+    assert shown == shown_sections("masks", "predictions")
     assert [link["href"] for link in elements.of("a")] == [f"#{name}" for name in shown]
     text = elements.text
     classes = len(tuned.task_identity.classes)
@@ -143,14 +218,14 @@ def test_the_page_of_a_fine_tuned_run_has_neither_masks_nor_predictions(tuned, s
     origin = tuned.task_identity.start
     assert ("random weights" if origin is None else f"the encoder of step 30 ({origin.sha256[:12]})") in text
     assert f">{'vit' if origin else 'cnn6'}<" in page.read_text()
+    assert "For baselines: ajepa-train evaluate" in text
     assert "Held-out clips while training, mAP" in text
     score = Evaluation.read_json(tuned.path / EVALUATION_FILE).scores[0]
     assert f"{score.primary_estimate.value:.3f} [" in text
     assert "Average precision of every class (classifier, own head)" in text
     assert "placed by t-SNE of the classifier's logits" in text
-    assert len([dot for dot in elements.of("circle") if "data-mel" in dot]) == len(
-        held_out_rows(tuned, store_path)
-    )
+    dots = [attributes for _, attributes in elements.all if "data-mel" in attributes]
+    assert len(dots) == len(held_out_rows(tuned, store_path))
 
 
 def held_out_rows(tuned: Run, store_path: Path) -> np.ndarray:

@@ -1,5 +1,8 @@
 """The page of a store has the right numbers, needs no other file and escapes every text, for stores of every kind."""
 
+import base64
+import io
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -7,7 +10,14 @@ from html.parser import HTMLParser
 import numpy as np
 import polars as pl
 import pytest
+import soundfile
 
+from pipeline.audio.mel_spec import preset_mel_spec
+from pipeline.build.build import build_store
+from pipeline.build.plan import BuildOptions, StoreOutput
+from pipeline.datasets.folder import folder_corpus
+from pipeline.errors import StoreError
+from pipeline.report.durations import SoundDurations
 from pipeline.report.html import Markup, html_tag
 from pipeline.report.store_page import render_store_page, write_store_page
 from pipeline.store.feature_store import FeatureStore
@@ -74,6 +84,73 @@ def test_the_numbers_are_those_of_the_manifest(store):
     assert store.store_id in text
     assert store.header.plan_id in text
     assert store.spec_id in text
+
+
+def test_the_commonest_classes_come_first_and_empty_ones_are_folded(store):
+    """Of AudioSet's 527 classes most stores have few, and nobody scrolls past 500 zeros."""
+    rows = [
+        e for e in Elements(render_store_page(store, clip_count=1)).all if e["tag"] == "tr" and "data-n" in e
+    ]
+    good = [int(row["cells"][2]["text"].replace(",", "")) for row in rows]
+    assert good == sorted(good, reverse=True)
+    assert [("hidden" in row) for row in rows] == [not re.search("[1-9]", row["data-n"]) for row in rows]
+    assert good[0] > 0
+
+
+def test_the_page_opens_with_how_much_sound_there_is(store):
+    """Seconds of the good clips, by their valid frames; 45 clips of about 10 s."""
+    text = render_store_page(store, clip_count=1)
+    header = text[text.index("<header>") : text.index("</header>")]
+    seconds = store.n_frames_N[store.good_rows()].sum() * 0.01
+    assert f"<b>{seconds / 60:.1f} min</b>" in header
+    assert "<b>34</b><span>in a_train, " in header
+    assert "are longer than their clips" not in header
+    assert store.store_id not in header
+
+
+@pytest.fixture(scope="module")
+def long_store(tmp_path_factory) -> FeatureStore:
+    """Two sounds of 25 s and one of 8 s, of each the first 10 s at most."""
+    folder = tmp_path_factory.mktemp("long")
+    (folder / "sounds").mkdir()
+    for name, seconds in (("a", 25), ("b", 25), ("c", 8)):
+        noise_S = 0.1 * np.random.default_rng(seconds).standard_normal(seconds * 8_000)
+        soundfile.write(folder / "sounds" / f"{name}.wav", noise_S, 8_000)
+    output = StoreOutput(path=folder / "long.zarr", spec=preset_mel_spec("a-jepa"), dtype="float16")
+    build_store(folder_corpus(folder / "sounds"), output, BuildOptions(workers=0))
+    return FeatureStore.open(folder / "long.zarr")
+
+
+def test_sound_that_is_in_no_clip_is_told(long_store):
+    """Two times 15 s are lost: whoever built without --hop-seconds learns it from the page."""
+    durations = SoundDurations.of_store(long_store)
+    assert durations.longer_sources == 2
+    assert durations.unused_seconds == pytest.approx(30, abs=0.5)
+    text = render_store_page(long_store, clip_count=1)
+    assert "2 sounds are longer than their clips: 30 s of them is in no clip." in text
+
+
+def test_the_page_plays_the_clips_if_it_is_asked_to(long_store):
+    """The sound of the row, and not of another one: 5 s of MP3 at an equal level."""
+    text = render_store_page(long_store, clip_count=3, with_sounds=True)
+    players = [e for e in Elements(text).all if e["tag"] == "audio"]
+    assert len(players) == 3
+    sound = base64.b64decode(players[0]["src"].removeprefix("data:audio/mpeg;base64,"))
+    wave_S, rate_hz = soundfile.read(io.BytesIO(sound))
+    assert rate_hz == 16_000
+    assert len(wave_S) / rate_hz == pytest.approx(5, abs=0.2)
+    assert 0.5 < np.abs(wave_S).max() < 0.9
+
+
+def test_sounds_that_are_gone_are_an_error_only_if_they_were_asked_for(long_store, tmp_path):
+    """The page itself needs no sound."""
+    moved = shutil.copytree(long_store.path, tmp_path / "moved.zarr")
+    record = json.loads((moved / "build.json").read_text())
+    (moved / "build.json").write_text(json.dumps({key: record[key] for key in record if key != "asked"}))
+    store = FeatureStore.open(moved)
+    assert "</html>" in render_store_page(store)
+    with pytest.raises(StoreError, match="does not say where its sounds lie; leave out --sounds"):
+        render_store_page(store, with_sounds=True)
 
 
 def test_classes_without_a_positive_are_named(store):
