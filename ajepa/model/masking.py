@@ -309,7 +309,7 @@ def mask_plan(name: str, steps: int) -> MaskPlan:
 # Placement of blocks: layouts are drawn until every clip of a batch has a layout that leaves enough context.
 #
 # Sets of columns are bits: W words of 64 columns each, the first column in the lowest bit. Eight layouts are drawn for
-# each one that is used, so this decides the cost of a step's masks: with a byte for each patch it was three times higher.
+# each one that is used, so this decides the cost of a step's masks: with bytes for patches it was three times higher.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.loading.transfer import copy_to_device
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PatchGrid:
@@ -37,6 +39,11 @@ class PatchGrid:
     @property
     def frames(self) -> int:
         return self.cols * self.patch_frames
+
+    @property
+    def first_frame_of_last_column(self) -> int:
+        """A clip with more valid frames than this has a valid token in every column (`valid_token_mask`)."""
+        return (self.cols - 1) * self.patch_frames
 
     @property
     def bands(self) -> int:
@@ -105,6 +112,11 @@ def valid_token_mask(n_frames_B: Tensor, grid: PatchGrid) -> Tensor:
     return start_P < n_frames_B[:, None]
 
 
+def has_no_padding(n_frames_B: Tensor, frames: int) -> bool:
+    """Return whether every clip has at least so many valid frames; `n_frames_B` on the CPU costs no wait for a GPU."""
+    return not len(n_frames_B) or int(n_frames_B.numpy(force=True).min()) >= frames
+
+
 def repeat_last_frame(mel_BTF: Tensor, n_frames_B: Tensor) -> Tensor:
     """Return the spectrograms with the last valid frame of each clip in the place of all later frames.
 
@@ -115,10 +127,10 @@ def repeat_last_frame(mel_BTF: Tensor, n_frames_B: Tensor) -> Tensor:
     """
     # A traced program cannot branch on values.
     frames = mel_BTF.shape[1]
-    if not torch.compiler.is_exporting() and bool((n_frames_B >= frames).all()):
+    if not torch.compiler.is_exporting() and has_no_padding(n_frames_B, frames):
         return mel_BTF
 
     # The number of the frame that stands at each place.
-    last_B11 = (n_frames_B.to(mel_BTF.device) - 1).clamp(min=0)[:, None, None]
+    last_B11 = (copy_to_device(n_frames_B, mel_BTF.device) - 1).clamp(min=0)[:, None, None]
     source_BT1 = torch.arange(frames, device=mel_BTF.device)[:, None].minimum(last_B11)
     return mel_BTF.gather(1, source_BT1.expand(-1, -1, mel_BTF.shape[2]))

@@ -64,7 +64,7 @@ class HealthBatch:
         device = batch.mel_BTF.device
         return cls(
             mel_BTF=batch.mel_BTF,
-            n_frames_B=batch.n_frames_B.cpu(),
+            n_frames_B=batch.n_frames_B,
             context_BK=torch.from_numpy(masks.context_BK).to(device),
             targets_BGQ=torch.from_numpy(masks.targets_BGQ).to(device),
         )

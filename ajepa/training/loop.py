@@ -17,7 +17,7 @@ from ajepa.training.distributed import SINGLE_PROCESS, World
 from ajepa.training.run import Json, Run
 from ajepa.training.run_identity import RunIdentity
 from ajepa.training.tensorboard import open_event_writer, write_scalars
-from ajepa.training.trainer import BadStep, TrainRecipe
+from ajepa.training.trainer import BadStep, StartedStep, TrainRecipe
 from pipeline.errors import STOP_SIGNALS, RunError, StopSignal
 from pipeline.loading.loader import Batch
 
@@ -34,8 +34,8 @@ class StageTrainer(Protocol):
     @property
     def recipe(self) -> TrainRecipe: ...
 
-    def train_step(self, step: int, batch: Batch) -> Json:
-        """Take one update, from `step` to `step + 1`; its metrics, `loss` among them. BadStep for a bad one."""
+    def start_step(self, step: int, batch: Batch) -> StartedStep:
+        """Queue one update, from `step` to `step + 1`, on the device."""
 
     def make_checkpoint(self, step: int) -> Checkpoint:
         """Everything that the next step depends on."""
@@ -98,6 +98,7 @@ def run_training_loop(
     newest_step = run.newest_step if world.is_main else 0
     (first_step,) = map(int, world.sum_over_ranks(newest_step))
     steps_done = first_step
+    started: StartedStep | None = None
 
     # Open what is written to.
     clock = ThroughputClock()
@@ -108,20 +109,35 @@ def run_training_loop(
     bar = progress_bar(first_step, recipe.steps, shown=progress and world.is_main)
     with event_writer or nullcontext(), bar:
         for step in range(first_step, recipe.steps):
-            # Wait for the clips of the step, and take it.
+            # Wait for the clips of the step, and queue it. A GPU has it before the figures of the last one are read,
+            # so that it never waits for the host.
             with clock.measure_waiting():
                 batch = next(batches)
-            metrics = take_step(run, trainer, step, batch)
+            before, started = started, trainer.start_step(step, batch)
+            if before is not None:
+                read_step(run, before)
             steps_done = step + 1
             is_last = steps_done == recipe.steps
             clock.clips += len(batch.rows_B) * world.size
-            clock.skipped += int(*world.sum_over_ranks(batch.skipped_clips))
 
             # Look at the model: health, probes, held-out clips.
             observed, ill_because = observe_model(monitor, steps_done)
 
+            # Agree with the other ranks: on whether this step is the last, for a signal may have reached only one, and
+            # on what the main rank has seen.
+            skipped, stop_requests, observers = world.sum_over_ranks(
+                batch.skipped_clips, stop.is_set(), bool(observed)
+            )
+            clock.skipped += int(skipped)
+
+            # Wait for the step where something is written, on all ranks alike: a bad one ends them together.
+            is_logged = bool(observers) or steps_done % recipe.log_every == 0 or is_last
+            is_due = is_checkpoint_step(recipe, steps_done, keep_every)
+            metrics: Json = {}
+            if is_logged or is_due or stop_requests:
+                metrics = read_step(run, started)
+
             # Log, at the recipe's steps and wherever the monitor has seen something.
-            is_logged = bool(observed) or steps_done % recipe.log_every == 0 or is_last
             if event_writer is not None and is_logged:
                 line = {"step": steps_done, **metrics, **clock.read_and_reset(), **observed}
                 run.log_metrics(line)
@@ -130,11 +146,7 @@ def run_training_loop(
                 bar.set_postfix_str(progress_postfix(shown), refresh=False)
             bar.update()
 
-            # Agree with the other ranks on whether this step is the last: a signal may have reached only one.
-            (stop_requests,) = world.sum_over_ranks(stop.is_set())
-
             # Write a checkpoint, if it is time for one or the run ends here.
-            is_due = is_checkpoint_step(recipe, steps_done, keep_every)
             is_end = is_last or stop_requests or ill_because
             if event_writer is not None and (is_due or is_end or is_best_score(run, observed)):
                 event_writer.flush()
@@ -157,10 +169,10 @@ def raise_if_interrupted(run: Run, steps_done: int, steps: int, say: Callable[[s
         raise StopSignal
 
 
-def take_step(run: Run, trainer: StageTrainer, step: int, batch: Batch) -> Json:
-    """Take one step; its metrics. A bad step is kept in the run's folder, and its RunError says where."""
+def read_step(run: Run, started: StartedStep) -> Json:
+    """Wait for a step; its metrics. A bad step is kept in the run's folder, and its RunError says where."""
     try:
-        return trainer.train_step(step, batch)
+        return started.read_metrics()
     except BadStep as bad:
         folder = bad.write_to_run(run.path)
         raise RunError(f"{bad}; its clips and draws are kept in {folder}") from None
