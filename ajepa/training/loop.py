@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from ajepa.training.checkpoint_writer import CheckpointWriter
 from ajepa.training.checkpoints import Checkpoint
 from ajepa.training.distributed import SINGLE_PROCESS, World
 from ajepa.training.run import Json, Run
@@ -107,7 +108,7 @@ def run_training_loop(
     if world.is_main:
         event_writer = open_event_writer(run.path / EVENTS_FOLDER, first_step + 1)
     bar = progress_bar(first_step, recipe.steps, shown=progress and world.is_main)
-    with event_writer or nullcontext(), bar:
+    with event_writer or nullcontext(), bar, CheckpointWriter(run) as checkpoint_writer:
         for step in range(first_step, recipe.steps):
             # Wait for the clips of the step, and queue it. A GPU has it before the figures of the last one are read,
             # so that it never waits for the host.
@@ -147,11 +148,21 @@ def run_training_loop(
             bar.update()
 
             # Write a checkpoint, if it is time for one or the run ends here.
+            checkpoint_writer.raise_failure()
+            if SCORE_METRIC in observed:
+                checkpoint_writer.wait()  # the score before it may be on its way to the disk
             is_end = is_last or stop_requests or ill_because
             if event_writer is not None and (is_due or is_end or is_best_score(run, observed)):
                 event_writer.flush()
                 score = observed.get(SCORE_METRIC)
-                save_step(run, trainer, steps_done, monitor=monitor, keep_every=keep_every, score=score)
+                save_step(
+                    checkpoint_writer,
+                    trainer,
+                    steps_done,
+                    monitor=monitor,
+                    keep_every=keep_every,
+                    score=score,
+                )
             if ill_because:
                 raise RunError(f"{run.path}: step {steps_done}: {ill_because}")
             if stop_requests:
@@ -194,7 +205,7 @@ def is_checkpoint_step(recipe: TrainRecipe, steps_done: int, keep_every: int) ->
 
 
 def save_step(
-    run: Run,
+    checkpoint_writer: CheckpointWriter,
     trainer: StageTrainer,
     steps_done: int,
     *,
@@ -202,10 +213,10 @@ def save_step(
     keep_every: int,
     score: float | None,
 ) -> None:
-    """Write a checkpoint of the trainer as it is after `steps_done` steps."""
+    """Begin to write a checkpoint of the trainer as it is after `steps_done` steps."""
     if monitor:
         monitor.before_checkpoint()
-    run.save_checkpoint(
+    checkpoint_writer.start(
         trainer.make_checkpoint(steps_done),
         keep=trainer.recipe.keep_checkpoints,
         keep_every=keep_every,
