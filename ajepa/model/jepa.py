@@ -155,6 +155,7 @@ class Jepa(nn.Module):
     ) -> JepaOutput:
         """Return the loss of one batch: normalised `mel_VTF`, int64 masks, and the number of valid frames of each view.
 
+        Views have the frames of the grid, or of its first columns where the masks have no token past these.
         N is V or a multiple of V: several mask sets of a view, one after the other, share one pass of the teacher.
         With `targets`, of B clips, the V views are those of the clips, one after the other, and tokens are predicted
         in the first view of each clip: M = B N / V. Without, every view is a clip, the teacher computes the targets
@@ -169,7 +170,7 @@ class Jepa(nn.Module):
         mask_sets = len(context_NK) // views
 
         # Valid tokens (not padding) of each view and of each row; None if all are valid.
-        valid_VP = self.valid_mask_if_padded(n_frames_V, mel_VTF.device)
+        valid_VP = self.valid_mask_if_padded(n_frames_V, mel_VTF.device, mel_VTF.shape[1])
         valid_NP = None if valid_VP is None else valid_VP.repeat_interleave(mask_sets, dim=0)
 
         # Drop path: drawn here, or taken from the totals when this pass is a part of a larger batch.
@@ -247,7 +248,7 @@ class Jepa(nn.Module):
         self, mel_VTF: Tensor, context_NK: Tensor, n_frames_V: Tensor, keep_L2N: Tensor | None
     ) -> Tensor:
         """Return `JepaOutput.context_mean_ND` of these views, without a gradient."""
-        valid_VP = self.valid_mask_if_padded(n_frames_V, mel_VTF.device)
+        valid_VP = self.valid_mask_if_padded(n_frames_V, mel_VTF.device, mel_VTF.shape[1])
         valid_NP = None
         if valid_VP is not None:
             valid_NP = valid_VP.repeat_interleave(len(context_NK) // len(mel_VTF), dim=0)
@@ -255,17 +256,29 @@ class Jepa(nn.Module):
         context_NKD = self.encoder(mel_VTF, context_NK, valid_NP, keep_L2N)
         return mean_context_tokens(context_NKD, context_NK, valid_NP)
 
-    def valid_mask_if_padded(self, n_frames_B: Tensor, device: torch.device) -> Tensor | None:
-        """Return which tokens are valid (not padding), as bool `BP` on `device`, or None if all are valid."""
+    def valid_mask_if_padded(
+        self, n_frames_B: Tensor, device: torch.device, frames: int | None = None
+    ) -> Tensor | None:
+        """Return which tokens are valid (not padding), as bool `BP` on `device`, or None if all are valid.
+
+        `frames`: those of the views; None: as many as the grid has.
+        """
         grid = self.spec.encoder.grid
+        grid = grid.first_columns(frames or grid.frames)
         if has_no_padding(n_frames_B, grid.first_frame_of_last_column + 1):
             return None
         return copy_to_device(valid_token_mask(n_frames_B, grid), device)
 
-    def find_scored(self, context_NK: Tensor, targets_MGQ: Tensor, n_frames_V: Tensor) -> tuple[int, Tensor]:
-        """Return the number of scored targets, and which rows have a context with sound, bool `N`; all on the CPU."""
+    def find_scored(
+        self, context_NK: Tensor, targets_MGQ: Tensor, n_frames_V: Tensor, frames: int | None = None
+    ) -> tuple[int, Tensor]:
+        """Return the number of scored targets, and which rows have a context with sound, bool `N`; all on the CPU.
+
+        `frames` as in `valid_mask_if_padded`.
+        """
         views = len(n_frames_V)
         grid = self.spec.encoder.grid
+        grid = grid.first_columns(frames or grid.frames)
         if has_no_padding(n_frames_V, grid.first_frame_of_last_column + 1):
             return targets_MGQ.numel(), torch.ones(len(context_NK), dtype=torch.bool)
 

@@ -1,6 +1,6 @@
 """Patches: the grid that cuts a spectrogram into tokens, the positions of tokens, and the mask of valid tokens."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,16 @@ class PatchGrid:
         if frames % patch or bands % patch:
             raise ValueError(f"{frames} frames x {bands} bands cannot be cut into {patch} x {patch} patches")
         return cls(rows=bands // patch, cols=frames // patch, patch_frames=patch, patch_bands=patch)
+
+    def first_columns(self, frames: int) -> "PatchGrid":
+        """Return the grid of the columns in the first `frames` frames; this one where they are not whole columns of it.
+
+        Its tokens have the same numbers as here: they are a prefix.
+        """
+        cols = frames // self.patch_frames
+        if frames % self.patch_frames or not 0 < cols < self.cols:
+            return self
+        return replace(self, cols=cols)
 
     @property
     def tokens(self) -> int:

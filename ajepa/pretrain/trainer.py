@@ -166,7 +166,9 @@ class PretrainTrainer(Trainer):
         views = self.make_views(batch, draws)
 
         # Count on the host the targets on sound in the global batch: the loss of tokens is divided by their number.
-        scored, has_sound_N = self.model.find_scored(draws.context_NK, draws.targets_MGQ, views.n_frames_V)
+        scored, has_sound_N = self.model.find_scored(
+            draws.context_NK, draws.targets_MGQ, views.n_frames_V, views.mel_VTF.shape[1]
+        )
         silent_rows = int(np.count_nonzero(~has_sound_N.numpy()))
         scored_targets, all_silent_rows = map(int, self.world.sum_over_ranks(scored, silent_rows))
         if not scored_targets:
@@ -201,7 +203,7 @@ class PretrainTrainer(Trainer):
     def draw_for_rank(self, step: int) -> StepDraws:
         """Masks, views and drop path of this rank: its slice of those of the global batch. Changes nothing here."""
         recipe = self.recipe
-        grid = recipe.model.encoder.grid
+        grid = recipe.sound_grid
         rng = step_rng(recipe.seed, step)
 
         # Draw masks for all clips of the step, whoever computes them. Tokens are predicted in the first views.
@@ -240,16 +242,16 @@ class PretrainTrainer(Trainer):
         return draws_of_all.select_clips(slice(first, first + self.clips_of_rank)).pin(self.device)
 
     def make_views(self, batch: Batch, draws: StepDraws) -> ViewBatch:
-        """The views of this rank's clips; without views in the recipe, the clips themselves."""
+        """The views of this rank's clips, of the columns that a clip can fill; without views, the clips as they are."""
+        frames = self.recipe.sound_grid.frames
         if draws.views is None:
-            return ViewBatch(
-                clean_BTF=batch.mel_BTF, mel_VTF=batch.mel_BTF, n_frames_V=batch.n_frames_B, crops=1
-            )
+            mel_BTF = batch.mel_BTF[:, :frames]
+            return ViewBatch(clean_BTF=mel_BTF, mel_VTF=mel_BTF, n_frames_V=batch.n_frames_B, crops=1)
         return make_views(
             batch.mel_BTF,
             batch.n_frames_B,
             draws.views,
-            frames=self.recipe.model.encoder.grid.frames,
+            frames=frames,
             crops=self.recipe.crops,
             scale=self.input_scale,
         )
@@ -327,7 +329,8 @@ class PretrainTrainer(Trainer):
         if self.recipe.views is None and spec.target_norm == "token":
             return None
         features = []
-        valid_BP = self.model.valid_mask_if_padded(views.n_frames_B, self.device)
+        frames = views.clean_BTF.shape[1]
+        valid_BP = self.model.valid_mask_if_padded(views.n_frames_B, self.device, frames)
         for clips, _ in micro_batches(self.clips_of_rank, self.micro_clips):
             pass_valid_BP = None if valid_BP is None else valid_BP[clips]
             with self.precision.autocast(self.device):
