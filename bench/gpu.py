@@ -49,6 +49,10 @@ READY_FILE = "stores-ready"  # is there once both stores are complete
 
 WAIT_SECONDS = 0.2
 
+STORE_SECONDS = 60.0  # that a section waits for the stores, which have had all the time of the tests
+
+GRACE_SECONDS = 5.0  # that a section may take longer than it should, to end by itself
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
@@ -71,13 +75,14 @@ class Job:
     def device_name(self) -> str:
         return "cpu" if self.tiny else "cuda"
 
-    def wait_for_store(self, mel: str) -> Path:
-        """The store of that mel spec, once it is there; TimeoutError where it is not in time."""
+    def wait_for_store(self, mel: str, seconds: float = 0.0) -> Path | None:
+        """The store of that mel spec; None where it is not there within `seconds`."""
         if self.store is not None:
             return self.store
+        end = time.monotonic() + min(seconds, self.left_seconds)
         while not (self.work / READY_FILE).exists():
-            if self.left_seconds < 0:
-                raise TimeoutError("the generated clips were not ready in time")
+            if time.monotonic() >= end:
+                return None
             time.sleep(WAIT_SECONDS)
         return self.work / STORES[mel]
 
@@ -121,7 +126,7 @@ def describe_machine(tiny: bool) -> str:
 # The stores that speed and learning take their clips from.
 
 
-def prepare_stores(job: Job) -> None:
+def prepare_stores(job: Job) -> int:
     """Generate a corpus, and build a store of each mel spec from it in one pass."""
     from pipeline.audio.mel_spec import preset_mel_spec
     from pipeline.build.build import build_stores
@@ -146,12 +151,13 @@ def prepare_stores(job: Job) -> None:
     print_line(
         f"stores: {CORPUS_CLIPS[job.tiny]} clips in {time.monotonic() - began:.0f} s, beside the tests"
     )
+    return 0
 
 
 # The sections.
 
 
-def run_tests(job: Job) -> int:
+def run_tests(job: Job, *more_options: str) -> int:
     """Run the tests that are marked gpu; the status of pytest."""
     environment = dict(os.environ)
     if job.tiny:
@@ -159,7 +165,7 @@ def run_tests(job: Job) -> int:
     options = ["-vv", "-m", "gpu", "-o", "addopts=--strict-markers --import-mode=importlib"]
     # A warning is no failure here: the machine's versions may be newer than those that the suite is kept clean with.
     options += ["--timeout=90", "-W", "default", "-p", "no:cacheprovider", "--tb=short", "--durations=5"]
-    command = [sys.executable, "-u", "-m", "pytest", *options, *GPU_TEST_FILES]
+    command = [sys.executable, "-u", "-m", "pytest", *options, *more_options, *GPU_TEST_FILES]
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
 
@@ -167,6 +173,10 @@ def run_speed(job: Job) -> int:
     """Measure row after row; one that fails or hangs is named, and the rest go on in another process."""
     from bench.gpu_speed import ROWS, row_seconds
 
+    if job.wait_for_store("a-jepa", STORE_SECONDS) is None:
+        print_line(
+            "no stored clips in time: rows take noise that lies on the device, and their waiting says nothing"
+        )
     status = 0
     first = 0
     while first < len(ROWS) and job.left_seconds > 0:
@@ -212,7 +222,10 @@ def run_learning(job: Job) -> int:
     """Train and probe `small`, then `base-s` for the steps that fit into the time that is left."""
     from ajepa.recipes.catalogue import pretrain_recipe
 
-    store = job.wait_for_store("a-jepa")
+    store = job.wait_for_store("a-jepa", STORE_SECONDS)
+    if store is None:
+        print_line("no stored clips to learn from")
+        return 1
     if job.tiny:
         learn(pretrain_recipe("smoke").with_counts(steps=2, clips_per_step=4), store, job)
         return 0
@@ -267,10 +280,10 @@ def learn(recipe: "Pretrain", store: Path, job: Job) -> None:
     print_line(f"measured in {time.monotonic() - began:.0f} s")
 
 
-SECTIONS: dict[str, Callable[[Job], int]] = {
-    "prepare": lambda job: prepare_stores(job) or 0,
+# What a process of this script may be asked to do.
+TASKS: dict[str, Callable[[Job], int]] = {
+    "prepare": prepare_stores,
     "tests": run_tests,
-    "speed": run_speed,
     "learning": run_learning,
 }
 
@@ -308,6 +321,14 @@ def run_watched(command: Sequence[str], is_late: Callable[[], bool]) -> int | No
         end_process(process)
 
 
+def run_section(name: str, job: Job) -> int | None:
+    """Run one section until it must end; its status, None where it had to be ended."""
+    # Rows have processes of their own, which this one watches.
+    if name == "speed":
+        return run_speed(job)
+    return run_watched(own_command(name, job), is_late=lambda: job.left_seconds < -GRACE_SECONDS)
+
+
 def run_sections(names: Sequence[str], minutes: float, *, work: Path, tiny: bool, store: Path | None) -> int:
     """Run the sections one after the other, each up to its share of the time; 1 if one of them failed."""
     start = time.monotonic()
@@ -323,7 +344,7 @@ def run_sections(names: Sequence[str], minutes: float, *, work: Path, tiny: bool
             end_seconds = start + 60 * minutes * SECTION_ENDS[name]
             job = Job(work=work, end_seconds=end_seconds, tiny=tiny, store=store)
             print_line(f"\n== {name}, until {60 * minutes * SECTION_ENDS[name]:.0f} s ==")
-            status = run_watched(own_command(name, job), is_late=lambda job=job: job.left_seconds < -5)
+            status = run_section(name, job)
             verdict = (
                 "cut, out of time"
                 if status is None
@@ -354,7 +375,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--store", type=Path, help="an a-jepa store to use instead of generated clips")
     # What one process of this script tells another.
-    parser.add_argument("--only", choices=[*SECTIONS, "speed-rows"], help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=[*TASKS, "speed-rows"], help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--end", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--first-row", type=int, default=0, help=argparse.SUPPRESS)
@@ -367,8 +388,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # One section, in this process.
     if options.only:
         job = Job(work=options.work, end_seconds=options.end, tiny=options.tiny, store=options.store)
-        section = SECTIONS.get(options.only) or partial(run_speed_rows, first_row=options.first_row)
-        return section(job)
+        task = TASKS.get(options.only) or partial(run_speed_rows, first_row=options.first_row)
+        return task(job)
 
     # All of them.
     tiny = options.tiny or not has_gpu()

@@ -2,18 +2,21 @@
 
 Ours takes stored clips through DALI, as a run does: it waits for a batch, queues the step, and reads the figures of the
 step before. Columns: steps and clips a second; the matrix products of `training/flops.py` a second, and as a share
-of the data sheet's peak (MFU); the share of the time that the host waits for clips, and the share that it is busy
-queueing work, which must stay well below 1; memory.
+of the data sheet's peak (MFU); the share of the time that the host waits for clips, and the share that it queues work
+(also while the queue is full); what is left of it, it waits for figures; memory.
 The published step (`bench/step_baseline.py`, PyTorch's attention) has its batch on the device and gets its masks for
 nothing. Both have the same clips a step: the recipe's, or the most that fit into half of the memory.
 """
 
 import gc
+import itertools
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +31,7 @@ from ajepa.recipes.pretrain import Pretrain
 from ajepa.training.devices import Precision, pick_precision
 from ajepa.training.flops import pretrain_step_flop
 from ajepa.training.memory import pretrain_memory
+from ajepa.training.trainer import StartedStep
 from bench.step import draw_masks, measure_peak_flops, noise_batch, with_encoder
 from bench.step_baseline import PublishedStep
 from pipeline.loading.dali import DaliLoader
@@ -41,10 +45,9 @@ DATA_SHEET_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e
 
 MEMORY_SHARE = 0.5  # of the GPU's, for one side of a row
 
-WARM_STEPS = 4
-
-MEASURED_SECONDS = {False: 4.0, True: 0.0}  # True: tiny
-
+# By whether models are tiny.
+WARM_STEPS = {False: 4, True: 1}
+MEASURED_SECONDS = {False: 4.0, True: 0.0}
 FEWEST_STEPS = {False: 6, True: 2}
 
 TINY_CLIPS = 4
@@ -82,7 +85,7 @@ ROWS = [
 
 def row_seconds(number: int) -> float:
     """After how long a row counts as hanging."""
-    return 90.0 if ROWS[number].side == "compiled" else 45.0
+    return 90.0 if ROWS[number].side == "compiled" else 60.0
 
 
 def row_recipe(row: Row, device: torch.device, tiny: bool) -> Pretrain:
@@ -121,8 +124,9 @@ def measure_row(row: Row, job: "Job", say: Callable[[str], None]) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    trainer = PretrainTrainer(recipe, device, precision=precision, compiled=row.side == "compiled")
-    if row == ROWS[0]:
+    compiled = row.side == "compiled" and not job.tiny
+    trainer = PretrainTrainer(recipe, device, precision=precision, compiled=compiled)
+    if row == ROWS[0] and not job.tiny:
         peak_flops = measure_peak_flops(device, bf16=True)
         say(f"a square matrix product in bf16: {peak_flops / 1e12:.3g} TFLOP/s")
 
@@ -142,41 +146,35 @@ def measure_row(row: Row, job: "Job", say: Callable[[str], None]) -> None:
 
 def time_ours(recipe: Pretrain, trainer: PretrainTrainer, job: "Job") -> Measurement:
     """Time our steps with stored clips through DALI, the way that `training/loop.py` takes them."""
-    # The loader of a run.
-    training_set = TrainingSet(stores=(job.wait_for_store(recipe.mel),))
-    store = training_set.open_stores(recipe)
-    order = training_set.clip_order(store, recipe)
-    view = pretrain_view(training_set.data_identity(store), recipe)
     first = recipe.steps // 2
-    with DaliLoader(store, order, view, trainer.device) as loader:
-        batches = loader.batches(first, recipe.steps)
-        before = None
+    warm = first + WARM_STEPS[job.tiny]
+    with open_batches(recipe, trainer.device, job.wait_for_store(recipe.mel), first) as batches:
+        newest: StartedStep | None = None
         for step in range(first, recipe.steps):
             # The first steps warm up.
-            if step == first + WARM_STEPS:
-                if before is not None:
-                    before.read_metrics()
+            if newest is not None and step == warm:
+                newest.read_metrics()
                 began = time.perf_counter()
                 waited = queueing = 0.0
                 flop = 0
             marks = [time.perf_counter()]
             batch = next(batches)
             marks.append(time.perf_counter())
-            before, started = trainer.start_step(step, batch), before
+            previous, newest = newest, trainer.start_step(step, batch)
             marks.append(time.perf_counter())
-            if started is not None:
-                started.read_metrics()
-            if step < first + WARM_STEPS:
+            if previous is not None:
+                previous.read_metrics()
+            if step < warm:
                 continue
 
             # Count, until there is enough.
             waited += marks[1] - marks[0]
             queueing += marks[2] - marks[1]
             flop += pretrain_step_flop(recipe, trainer.step_shape)
-            steps = step + 1 - first - WARM_STEPS
+            steps = step + 1 - warm
             if steps >= FEWEST_STEPS[job.tiny] and marks[2] - began >= MEASURED_SECONDS[job.tiny]:
                 break
-        before.read_metrics()
+        newest.read_metrics()
         seconds = time.perf_counter() - began
     return Measurement(
         steps=steps,
@@ -187,6 +185,22 @@ def time_ours(recipe: Pretrain, trainer: PretrainTrainer, job: "Job") -> Measure
     )
 
 
+@contextmanager
+def open_batches(
+    recipe: Pretrain, device: torch.device, store_path: Path | None, first_step: int
+) -> Iterator[Iterator[Batch]]:
+    """The batches of a run from a step on, through DALI; without a store one of noise, again and again."""
+    if store_path is None:
+        yield itertools.repeat(noise_batch(recipe, device))
+        return
+    training_set = TrainingSet(stores=(store_path,))
+    store = training_set.open_stores(recipe)
+    order = training_set.clip_order(store, recipe)
+    view = pretrain_view(training_set.data_identity(store), recipe)
+    with DaliLoader(store, order, view, device) as loader:
+        yield loader.batches(first_step, recipe.steps)
+
+
 def time_published(
     recipe: Pretrain, trainer: PretrainTrainer, device: torch.device, *, tiny: bool
 ) -> Measurement:
@@ -194,14 +208,14 @@ def time_published(
     published = PublishedStep(recipe, trainer.model, device, bf16=True, fused=True)
     mel_BTF = noise_batch(recipe, device).mel_BTF
     first = recipe.steps // 2
-    masks_of_steps = [draw_masks(recipe, step) for step in range(first, first + WARM_STEPS)]
+    masks_of_steps = [draw_masks(recipe, step) for step in range(first, first + 4)]
     seconds: list[float] = []
     for number in range(100):
-        masks = masks_of_steps[number % WARM_STEPS]
+        masks = masks_of_steps[number % 4]
         began = time.perf_counter()
         published.step(mel_BTF, masks, lr=1e-5, momentum=0.999)  # returns its loss: the device is done
         seconds.append(time.perf_counter() - began)
-        measured = seconds[WARM_STEPS:]
+        measured = seconds[WARM_STEPS[tiny] :]
         if len(measured) >= FEWEST_STEPS[tiny] and sum(measured) >= MEASURED_SECONDS[tiny]:
             break
 
