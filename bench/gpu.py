@@ -35,8 +35,15 @@ ROOT = Path(__file__).parents[1]
 # Of the whole time, when the section ends at the latest.
 SECTION_ENDS = {"tests": 0.38, "speed": 0.74, "learning": 1.0}
 
-# Files with tests that are marked gpu; others may import what a bare machine lacks.
-GPU_TEST_FILES = ("tests/gpu", "tests/pipeline/loading/test_dali.py", "tests/pipeline/audio/test_mel.py")
+# Files with tests that are marked gpu, in the order of their weight; others may import what a bare machine lacks.
+GPU_TEST_FILES = (
+    "tests/gpu/test_equal_to_cpu.py",
+    "tests/gpu/test_step.py",
+    "tests/pipeline/loading/test_transfer.py",
+    "tests/pipeline/loading/test_dali.py",
+    "tests/pipeline/audio/test_mel.py",
+    "tests/gpu/test_compiled.py",
+)
 
 CORPUS_CLIPS = {False: 800, True: 24}  # a quarter of them to measure on; True: tiny
 

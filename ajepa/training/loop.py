@@ -99,7 +99,7 @@ def run_training_loop(
     newest_step = run.newest_step if world.is_main else 0
     (first_step,) = map(int, world.sum_over_ranks(newest_step))
     steps_done = first_step
-    started: StartedStep | None = None
+    unread: StartedStep | None = None  # the newest step, until its figures have been read
 
     # Open what is written to.
     clock = ThroughputClock()
@@ -114,7 +114,7 @@ def run_training_loop(
             # so that it never waits for the host.
             with clock.measure_waiting():
                 batch = next(batches)
-            before, started = started, trainer.start_step(step, batch)
+            before, unread = unread, trainer.start_step(step, batch)
             if before is not None:
                 read_step(run, before)
             steps_done = step + 1
@@ -124,21 +124,15 @@ def run_training_loop(
             # Look at the model: health, probes, held-out clips.
             observed, ill_because = observe_model(monitor, steps_done)
 
-            # Agree with the other ranks: on whether this step is the last, for a signal may have reached only one, and
-            # on what the main rank has seen.
-            skipped, stop_requests, observers = world.sum_over_ranks(
-                batch.skipped_clips, stop.is_set(), bool(observed)
-            )
+            # Log, at the recipe's steps and wherever the monitor of the main rank has seen something. All ranks wait
+            # for the step then: a bad one ends them together.
+            skipped, observers = world.sum_over_ranks(batch.skipped_clips, bool(observed))
             clock.skipped += int(skipped)
-
-            # Wait for the step where something is written, on all ranks alike: a bad one ends them together.
             is_logged = bool(observers) or steps_done % recipe.log_every == 0 or is_last
-            is_due = is_checkpoint_step(recipe, steps_done, keep_every)
             metrics: Json = {}
-            if is_logged or is_due or stop_requests:
-                metrics = read_step(run, started)
-
-            # Log, at the recipe's steps and wherever the monitor has seen something.
+            if is_logged:
+                metrics = read_step(run, unread)
+                unread = None
             if event_writer is not None and is_logged:
                 line = {"step": steps_done, **metrics, **clock.read_and_reset(), **observed}
                 run.log_metrics(line)
@@ -147,7 +141,14 @@ def run_training_loop(
                 bar.set_postfix_str(progress_postfix(shown), refresh=False)
             bar.update()
 
-            # Write a checkpoint, if it is time for one or the run ends here.
+            # Agree with the other ranks on whether this step is the last: a signal may have reached only one.
+            (stop_requests,) = world.sum_over_ranks(stop.is_set())
+
+            # Write a checkpoint, if it is time for one or the run ends here, and never one after a bad step.
+            is_due = is_checkpoint_step(recipe, steps_done, keep_every)
+            if unread is not None and (is_due or stop_requests):
+                read_step(run, unread)
+                unread = None
             checkpoint_writer.raise_failure()
             if SCORE_METRIC in observed:
                 checkpoint_writer.wait()  # the score before it may be on its way to the disk

@@ -33,7 +33,7 @@ from pipeline.loading.loader import (
     resolve_device,
 )
 from pipeline.loading.sampling import RowOrder
-from pipeline.loading.transfer import pin_for_device
+from pipeline.loading.transfer import pin_for_device, use_device
 from pipeline.messages import print_to_stderr
 from pipeline.store.joined_store import AnyStore
 
@@ -113,7 +113,10 @@ class BatchPrefetcher(Iterator[Batch]):
         # The pipeline is built in the consumer's thread, on its current stream.
         if self._thread is None or self._next_mel is None:
             self._next_mel = self._make_mel_function()
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
+            device = self._batch_maker.device
+            self._thread = ThreadPoolExecutor(
+                1, thread_name_prefix="loader", initializer=use_device, initargs=(device,)
+            )
         while len(self._pending_mels) < self._prefetch and self._submitted_count < len(self._steps):
             self._pending_mels.append(self._thread.submit(self._next_mel))
             self._submitted_count += 1

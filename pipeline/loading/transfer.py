@@ -20,6 +20,12 @@ def copy_to_device(values: Tensor | np.ndarray, device: torch.device) -> Tensor:
     return values.pin_memory().to(device, non_blocking=True)
 
 
+def use_device(device: torch.device) -> None:
+    """Make `device` the current one of a new thread, which begins with the first GPU whatever its process uses."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def pin_for_device(values: Tensor, device: torch.device) -> Tensor:
     """Return the values in memory from which `copy_to_device` copies to `device` without another copy on the host."""
     return values.pin_memory() if device.type == "cuda" else values
