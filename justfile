@@ -57,3 +57,7 @@ torture kills="50": setup
 # Benchmarks, each with its baselines in one run: mel, build, growth, labels, loader, step, learning, ablation, finetune.
 bench name *arguments: setup
     python -m bench.{{ name }} {{ arguments }}
+
+# What a GPU must show, in 7 minutes: its tests, speed beside the published step, learning. Without a GPU a tiny form of it.
+gpu *arguments: setup
+    python -m bench.gpu {{ arguments }}

@@ -90,7 +90,7 @@ def with_encoder(recipe: Pretrain, size: str, grid: PatchGrid) -> Pretrain:
 def noise_batch(recipe: Pretrain, device: torch.device) -> Batch:
     """Return normalised clips of full length; their content does not change the cost."""
     clips = recipe.clips_per_step
-    grid = recipe.model.encoder.grid
+    grid = recipe.sound_grid
     mel_BTF = torch.randn(clips, grid.frames, grid.bands, generator=torch.Generator().manual_seed(0))
     return Batch(
         mel_BTF=mel_BTF.to(device),
@@ -104,7 +104,7 @@ def draw_masks(recipe: Pretrain, step: int) -> Masks:
     """Return the masks that the trainer draws at that step."""
     rng = step_rng(recipe.seed, step)
     masking = recipe.masks.mask_maker_at(step, rng)
-    return masking.sample(rng, recipe.model.encoder.grid, batch=recipe.clips_per_step)
+    return masking.sample(rng, recipe.sound_grid, batch=recipe.clips_per_step)
 
 
 def precision_of(device: torch.device, bf16: bool) -> Precision:
@@ -213,9 +213,10 @@ def print_step_table(
     # The model and its masks, then the columns.
     groups, queries = masks.targets_BGQ.shape[1:]
     encoder = recipe.model.encoder
+    tokens = recipe.sound_grid.tokens
     print(
         f"\n{name}, {'bf16' if bf16 else 'fp32'}: encoder {encoder.width} wide and {encoder.depth} deep, {clips} clips "
-        f"of {encoder.grid.tokens} tokens, {masks.context_BK.shape[1]} seen, {groups} x {queries} predicted; "
+        f"of {tokens} tokens, {masks.context_BK.shape[1]} seen, {groups} x {queries} predicted; "
         f"{rounds} rounds\n{'':42}{'s/step':>8}{'clips/s':>9}{'ours is':>10}{'GFLOP/clip':>12}{'of the peak':>13}"
     )
 

@@ -146,9 +146,10 @@ class PublishedStep:
             raise ValueError("the published step has sin-cos positions and one mask set of a clip")
 
         # The model, with our weights.
-        self.encoder = PlainEncoder(encoder.grid, encoder.width, encoder.depth, encoder.heads, fused)
+        grid = recipe.sound_grid  # the columns that a clip fills, as ours
+        self.encoder = PlainEncoder(grid, encoder.width, encoder.depth, encoder.heads, fused)
         self.predictor = PlainPredictor(
-            encoder.grid, encoder.width, predictor.width, predictor.depth, predictor.heads, fused
+            grid, encoder.width, predictor.width, predictor.depth, predictor.heads, fused
         )
         self.encoder.to(device)
         self.predictor.to(device)

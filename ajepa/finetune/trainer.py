@@ -13,6 +13,7 @@ from ajepa.model.classifier import (
     build_classifier,
     classifier_kind_name,
 )
+from ajepa.model.jepa import move_average
 from ajepa.model.randomness import MicroBatchRng, step_rng
 from ajepa.recipes.finetune import Finetune
 from ajepa.recipes.optimiser import AdamW
@@ -20,7 +21,7 @@ from ajepa.training.devices import Precision
 from ajepa.training.distributed import SINGLE_PROCESS, World
 from ajepa.training.run import Json
 from ajepa.training.trained_run import AVERAGE_PART, CLASSIFIER_PART
-from ajepa.training.trainer import Trainer
+from ajepa.training.trainer import StartedStep, Trainer
 from pipeline.errors import RunError
 from pipeline.loading.loader import Batch
 
@@ -87,10 +88,10 @@ class FinetuneTrainer(Trainer):
         """The model to measure: the moving average of the weights where the recipe has one."""
         return self.classifier if self.weight_average is None else self.weight_average
 
-    def train_step(self, step: int, batch: Batch) -> Json:
-        """Take one update, from `step` to `step + 1`; its metrics. BadStep instead of a bad update."""
+    def start_step(self, step: int, batch: Batch) -> StartedStep:
+        """Queue one update, from `step` to `step + 1`, on the device, without waiting for anything on it."""
         recipe = self.recipe
-        n_frames_B = batch.n_frames_B.cpu()
+        n_frames_B = batch.n_frames_B
         task_labels_BC = self.labels_BC(batch)
         self.model.train()
 
@@ -107,17 +108,22 @@ class FinetuneTrainer(Trainer):
             return loss, loss.detach()[None]
 
         # Forward and backward, pass by pass.
-        (loss,) = self.accumulate_gradients(loss_of_pass)
+        (loss,) = self.accumulate_gradients(loss_of_pass).unbind()
 
-        # Update the classifier, each layer at its share of the rate; the labels go with a bad step.
+        # Update the classifier, each layer at its share of the rate.
         lr = recipe.learning_rate(step)
-        update_metrics = self.update_weights(step, batch, {"loss": loss}, lr, {"labels_BC": task_labels_BC})
+        figures, is_updated = self.update_weights({"loss": loss}, lr)
 
         # The average follows, in the first steps faster, so that it forgets its random start.
-        if self.weight_average is not None and "overflowed" not in update_metrics:
+        if self.weight_average is not None:
             momentum = min(recipe.ema, (1 + step) / (10 + step))
-            update_weight_average(self.weight_average, self.classifier, momentum)
-        return {"loss": loss, **update_metrics}
+            update_weight_average(self.weight_average, self.classifier, momentum, is_updated)
+
+        # Once the figures are there: the labels go with a bad step.
+        def finish(metrics: Json) -> Json:
+            return self.read_update(metrics, step, batch, lr, {"labels_BC": task_labels_BC})
+
+        return StartedStep(figures, finish)
 
     def labels_BC(self, batch: Batch) -> Tensor:
         """The shares of the task's classes in each clip, mixed as the clips are."""
@@ -178,14 +184,18 @@ def layerwise_adamw(
     return torch.optim.AdamW(groups, lr=0.0, betas=(settings.beta1, settings.beta2), fused=True)
 
 
-@torch.no_grad()
-def update_weight_average(average: Classifier, model: Classifier, momentum: float) -> None:
-    """`average = momentum * average + (1 - momentum) * model`; whole numbers, such as counts of batches, are copied."""
+def update_weight_average(
+    average: Classifier, model: Classifier, momentum: float, is_updated: Tensor | None = None
+) -> None:
+    """`average = momentum * average + (1 - momentum) * model`; whole numbers, such as counts of batches, are copied.
+
+    `is_updated` as in `Jepa.update_target`.
+    """
     averaged = average.state_dict()
     current = model.state_dict()
     floats = [name for name, value in averaged.items() if value.is_floating_point()]
-    torch._foreach_lerp_(
-        [averaged[name] for name in floats], [current[name] for name in floats], 1.0 - momentum
+    move_average(
+        [averaged[name] for name in floats], [current[name] for name in floats], momentum, is_updated
     )
     for name in averaged.keys() - set(floats):
         averaged[name].copy_(current[name])

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from ajepa.model.cnn6 import Cnn6, Cnn6Spec
 from ajepa.model.convnext import ConvNext, ConvNextSpec
 from ajepa.model.passt import Passt, PasstSpec
-from ajepa.model.patches import repeat_last_frame, valid_token_mask
+from ajepa.model.patches import has_no_padding, repeat_last_frame, valid_token_mask
 from ajepa.model.pooling import DEFAULT_POOLING, VECTORS_PER_CLIP, PoolingName, pool_tokens
 from ajepa.model.transformer import initialise_weights
 from ajepa.model.vit import Encoder, EncoderSpec
 from pipeline.errors import RunError
+from pipeline.loading.transfer import copy_to_device
 
 MaskReading = Literal["keys", "tokens"]
 
@@ -99,7 +100,7 @@ class RegularisedMasking:
 
         # One random number for each token in each layer; tokens that are not valid get infinity and are never masked.
         lottery_LBP = torch.from_numpy(rng.random((clips, depth, tokens))).transpose(0, 1)
-        lottery_LBP = lottery_LBP.to(valid_BP.device).masked_fill(~valid_BP, torch.inf)
+        lottery_LBP = copy_to_device(lottery_LBP, valid_BP.device).masked_fill(~valid_BP, torch.inf)
 
         # The tokens with the lowest numbers are masked. Ranks are compared, because numbers may be equal.
         rank_LBP = lottery_LBP.argsort(dim=-1).argsort(dim=-1)
@@ -165,8 +166,8 @@ class VitClassifier(nn.Module):
         """
         grid = self.spec.encoder.grid
         valid_BP = valid_token_mask(n_frames_B, grid)
-        all_valid = bool(valid_BP.all())  # checked on the CPU: a GPU would have to synchronise
-        valid_BP = valid_BP.to(mel_BTF.device)
+        all_valid = has_no_padding(n_frames_B, grid.first_frame_of_last_column + 1)
+        valid_BP = copy_to_device(valid_BP, mel_BTF.device)
 
         # The attention mask; None if every token may be attended to, because attention without a mask is faster.
         attended, keep = self._draw_masking(rng, valid_BP)
@@ -205,7 +206,7 @@ class VitClassifier(nn.Module):
 
         # The order of the draws is fixed: drop path first, then the masking.
         keep = transformer.draw_drop_path(rng, len(valid_BP))
-        keep = None if keep is None else keep.to(valid_BP.device)
+        keep = None if keep is None else copy_to_device(keep, valid_BP.device)
         masked_LBP = masking.draw_masked_tokens(rng, valid_BP, depth=transformer.depth)
         if masked_LBP is None:
             return None, keep

@@ -7,7 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ajepa.model.patches import has_no_padding
 from ajepa.model.randomness import apply_dropout, fork_seeded_rng, torch_generator
+from pipeline.loading.transfer import copy_to_device
 
 CNN6_BLOCKS = 4
 
@@ -116,15 +118,15 @@ def refuse_other_clip_size(mel_BTF: Tensor, frames: int, bands: int) -> None:
 def zero_invalid_frames(x_BDTF: Tensor, n_frames_B: Tensor) -> Tensor:
     """Return the tensor with the padding of each clip (its frames past the valid ones) set to 0."""
     frames = x_BDTF.shape[2]
-    if int(n_frames_B.min()) >= frames:
+    if has_no_padding(n_frames_B, frames):
         return x_BDTF
-    valid_BT = (torch.arange(frames) < n_frames_B[:, None]).to(x_BDTF.device)
+    valid_BT = copy_to_device(torch.arange(frames) < n_frames_B[:, None], x_BDTF.device)
     return x_BDTF.masked_fill(~valid_BT[:, None, :, None], 0.0)
 
 
 def pool_mean_and_max(x_BDT: Tensor, n_frames_B: Tensor) -> Tensor:
     """Return the mean plus the maximum over the valid frames, as in PANNs; each clip needs at least one valid frame."""
-    invalid_BT = (torch.arange(x_BDT.shape[2]) >= n_frames_B[:, None]).to(x_BDT.device)
+    invalid_BT = copy_to_device(torch.arange(x_BDT.shape[2]) >= n_frames_B[:, None], x_BDT.device)
     counts_B = (~invalid_BT).sum(dim=1)
     mean_BD = x_BDT.masked_fill(invalid_BT[:, None], 0.0).sum(dim=2) / counts_B[:, None]
     return mean_BD + x_BDT.masked_fill(invalid_BT[:, None], -torch.inf).amax(dim=2)

@@ -26,10 +26,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ajepa.model.patches import valid_token_mask
+from ajepa.model.patches import has_no_padding, valid_token_mask
 from ajepa.model.sigreg import ClipObjective
 from ajepa.model.transformer import compile_blocks
 from ajepa.model.vit import Encoder, EncoderSpec, Predictor, PredictorSpec, gather_tokens
+from pipeline.loading.transfer import copy_to_device
 
 TokenLossName = Literal["l2", "squared_l2", "cosine"]
 
@@ -154,6 +155,7 @@ class Jepa(nn.Module):
     ) -> JepaOutput:
         """Return the loss of one batch: normalised `mel_VTF`, int64 masks, and the number of valid frames of each view.
 
+        Views have the frames of the grid, or of its first columns where the masks have no token past these.
         N is V or a multiple of V: several mask sets of a view, one after the other, share one pass of the teacher.
         With `targets`, of B clips, the V views are those of the clips, one after the other, and tokens are predicted
         in the first view of each clip: M = B N / V. Without, every view is a clip, the teacher computes the targets
@@ -168,7 +170,7 @@ class Jepa(nn.Module):
         mask_sets = len(context_NK) // views
 
         # Valid tokens (not padding) of each view and of each row; None if all are valid.
-        valid_VP = self.valid_mask_if_padded(n_frames_V, mel_VTF.device)
+        valid_VP = self.valid_mask_if_padded(n_frames_V, mel_VTF.device, mel_VTF.shape[1])
         valid_NP = None if valid_VP is None else valid_VP.repeat_interleave(mask_sets, dim=0)
 
         # Drop path: drawn here, or taken from the totals when this pass is a part of a larger batch.
@@ -176,7 +178,9 @@ class Jepa(nn.Module):
             keep = self.draw_drop_path(rng, len(context_NK), rows * groups)
         else:
             keep = batch_totals.drop_path_factors
-        keep_L2N, keep_L2R = (None if factors is None else factors.to(mel_VTF.device) for factors in keep)
+        keep_L2N, keep_L2R = (
+            None if factors is None else copy_to_device(factors, mel_VTF.device) for factors in keep
+        )
 
         # Context: z = f(x, K).
         context_NKD = self.encoder(mel_VTF, context_NK, valid_NP, keep_L2N)
@@ -244,32 +248,46 @@ class Jepa(nn.Module):
         self, mel_VTF: Tensor, context_NK: Tensor, n_frames_V: Tensor, keep_L2N: Tensor | None
     ) -> Tensor:
         """Return `JepaOutput.context_mean_ND` of these views, without a gradient."""
-        valid_VP = self.valid_mask_if_padded(n_frames_V, mel_VTF.device)
+        valid_VP = self.valid_mask_if_padded(n_frames_V, mel_VTF.device, mel_VTF.shape[1])
         valid_NP = None
         if valid_VP is not None:
             valid_NP = valid_VP.repeat_interleave(len(context_NK) // len(mel_VTF), dim=0)
-        keep_L2N = None if keep_L2N is None else keep_L2N.to(mel_VTF.device)
+        keep_L2N = None if keep_L2N is None else copy_to_device(keep_L2N, mel_VTF.device)
         context_NKD = self.encoder(mel_VTF, context_NK, valid_NP, keep_L2N)
         return mean_context_tokens(context_NKD, context_NK, valid_NP)
 
-    def valid_mask_if_padded(self, n_frames_B: Tensor, device: torch.device) -> Tensor | None:
-        """Return which tokens are valid (not padding), as bool `BP` on `device`, or None if all are valid."""
-        valid_BP = valid_token_mask(n_frames_B, self.spec.encoder.grid)
-        return None if valid_BP.all() else valid_BP.to(device)
+    def valid_mask_if_padded(
+        self, n_frames_B: Tensor, device: torch.device, frames: int | None = None
+    ) -> Tensor | None:
+        """Return which tokens are valid (not padding), as bool `BP` on `device`, or None if all are valid.
 
-    def find_scored(self, context_NK: Tensor, targets_MGQ: Tensor, n_frames_V: Tensor) -> tuple[int, Tensor]:
-        """Return the number of scored targets, and which rows have a context with sound, bool `N`; all on the CPU."""
+        `frames`: those of the views; None: as many as the grid has.
+        """
+        grid = self.spec.encoder.grid
+        grid = grid.first_columns(frames or grid.frames)
+        if has_no_padding(n_frames_B, grid.first_frame_of_last_column + 1):
+            return None
+        return copy_to_device(valid_token_mask(n_frames_B, grid), device)
+
+    def find_scored(
+        self, context_NK: Tensor, targets_MGQ: Tensor, n_frames_V: Tensor, frames: int | None = None
+    ) -> tuple[int, Tensor]:
+        """Return the number of scored targets, and which rows have a context with sound, bool `N`; all on the CPU.
+
+        `frames` as in `valid_mask_if_padded`.
+        """
         views = len(n_frames_V)
-        valid_VP = valid_token_mask(n_frames_V, self.spec.encoder.grid)
-        if valid_VP.all():
+        grid = self.spec.encoder.grid
+        grid = grid.first_columns(frames or grid.frames)
+        if has_no_padding(n_frames_V, grid.first_frame_of_last_column + 1):
             return targets_MGQ.numel(), torch.ones(len(context_NK), dtype=torch.bool)
 
         # Rows of all views, and of the first view of each clip.
         mask_sets = len(context_NK) // views
-        valid_NP = valid_VP.repeat_interleave(mask_sets, dim=0)
+        valid_NP = valid_token_mask(n_frames_V, grid).repeat_interleave(mask_sets, dim=0)
         valid_MP = _rows_of_first_view(valid_NP, len(context_NK) // len(targets_MGQ), mask_sets)
-        scored = valid_MP.gather(1, targets_MGQ.flatten(1)).sum()
-        return int(scored), valid_NP.gather(1, context_NK).any(1)
+        scored = int(np.count_nonzero(valid_MP.gather(1, targets_MGQ.flatten(1)).numpy()))
+        return scored, valid_NP.gather(1, context_NK).any(1)
 
     def draw_drop_path(
         self, rng: np.random.Generator | None, encoder_rows: int, predictor_rows: int
@@ -284,13 +302,23 @@ class Jepa(nn.Module):
             return None, None
         if rng is None:
             raise ValueError("drop path draws from the generator of the step: give `rng`")
+        return self.draw_training_drop_path(rng, encoder_rows, predictor_rows)
+
+    def draw_training_drop_path(
+        self, rng: np.random.Generator, encoder_rows: int, predictor_rows: int
+    ) -> DropPathFactors:
+        """Draw drop path's factors as in training, whatever mode the model is in: a thread may call this."""
+        encoder = self.encoder.transformer_spec
+        predictor = self.predictor.transformer_spec
         return encoder.draw_drop_path(rng, encoder_rows), predictor.draw_drop_path(rng, predictor_rows)
 
-    @torch.no_grad()
-    def update_target(self, momentum: float) -> None:
-        """Update the teacher's weights and buffers: `f' <- momentum f' + (1 - momentum) f`."""
-        torch._foreach_lerp_(
-            _weights_and_buffers(self.target), _weights_and_buffers(self.encoder), 1.0 - momentum
+    def update_target(self, momentum: float, is_updated: Tensor | None = None) -> None:
+        """Update the teacher's weights and buffers: `f' <- momentum f' + (1 - momentum) f`.
+
+        `is_updated`, 1 or 0 on the device: with 0 nothing changes. None: 1.
+        """
+        move_average(
+            _weights_and_buffers(self.target), _weights_and_buffers(self.encoder), momentum, is_updated
         )
 
     def train(self, mode: bool = True) -> "Jepa":
@@ -462,6 +490,21 @@ def _weighted_variance_D(x_NGQD: Tensor, share_NGQ: Tensor) -> Tensor:
     x_ND = x_NGQD.flatten(0, -2)
     share_N = share_NGQ.flatten()
     return share_N @ (x_ND - share_N @ x_ND).square()
+
+
+@torch.no_grad()
+def move_average(
+    averages: list[Tensor], values: list[Tensor], momentum: float, is_updated: Tensor | None
+) -> None:
+    """Move each average to `momentum * average + (1 - momentum) * value`; `is_updated` as in `Jepa.update_target`."""
+    if is_updated is None:
+        torch._foreach_lerp_(averages, values, 1.0 - momentum)
+        return
+
+    # The share is on the device, which knows whether there is an update; no foreach function takes it from there.
+    share = is_updated * (1.0 - momentum)
+    for average, value in zip(averages, values, strict=True):
+        average.lerp_(value, share)
 
 
 def _weights_and_buffers(module: nn.Module) -> list[Tensor]:

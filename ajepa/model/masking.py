@@ -109,9 +109,9 @@ class RandomBlocks:
             context_N1 = _draw_corners(rng, grid, context_shape, (clips, 1))
 
             # The context is the context block without the patches that a target covers.
-            in_context_NRC = _covered_patches(context_N1, grid, context_shape)
-            in_target_NRC = _covered_patches(target_NG, grid, target_shape)
-            return _MaskLayouts(corner_NG=target_NG, open_NRC=in_context_NRC & ~in_target_NRC)
+            in_context_NRW = _covered_patches(context_N1, grid, context_shape)
+            in_target_NRW = _covered_patches(target_NG, grid, target_shape)
+            return _MaskLayouts(corner_NG=target_NG, open_NRW=in_context_NRW & ~in_target_NRW)
 
         return _draw_block_masks(rng, grid, target_shape, draw_layouts, batch=batch, floor=self.floor)
 
@@ -143,11 +143,11 @@ class TimeFrequencyAware:
             target_NG = _draw_corners(rng, grid, target_shape, (clips, self.count))
 
             # The context is every patch whose row and column no target touches.
-            rows_NGR, cols_NGC = _touched_rows_cols(target_NG, grid, target_shape)
-            touched_NR = np.logical_or.reduce(rows_NGR, axis=1)
-            touched_NC = np.logical_or.reduce(cols_NGC, axis=1)
-            open_NRC = ~touched_NR[:, :, None] & ~touched_NC[:, None, :]
-            return _MaskLayouts(corner_NG=target_NG, open_NRC=open_NRC)
+            rows_NGR, cols_NGW = _touched_rows_cols(target_NG, grid, target_shape)
+            touched_NR = np.bitwise_or.reduce(rows_NGR, axis=1)
+            touched_NW = np.bitwise_or.reduce(cols_NGW, axis=1)
+            open_NRW = _all_columns(grid) & ~touched_NR[:, :, None] & ~touched_NW[:, None, :]
+            return _MaskLayouts(corner_NG=target_NG, open_NRW=open_NRW)
 
         return _draw_block_masks(rng, grid, target_shape, draw_layouts, batch=batch, floor=self.floor)
 
@@ -179,8 +179,8 @@ class RandomPatches:
         # Draw the hidden patches of each clip: shuffle a row that contains one True per hidden patch.
         hidden_BP = np.broadcast_to(np.arange(grid.tokens) < hidden, (batch, grid.tokens))
         hidden_BP = rng.permuted(hidden_BP, axis=1)
-        context_BK = (~hidden_BP).nonzero()[1].reshape(batch, -1)
-        target_BQ = hidden_BP.nonzero()[1].reshape(batch, -1)
+        context_BK = _places_in_rows(~hidden_BP)
+        target_BQ = _places_in_rows(hidden_BP)
 
         # Select at random the hidden patches that are targets.
         if self.target_share < 1:
@@ -226,7 +226,7 @@ class TimeSpans:
         targets_BGQ = (first_col_BG * grid.rows)[:, :, None] + np.arange(width * grid.rows)
         open_BP = np.ones((batch, grid.tokens), bool)
         np.put_along_axis(open_BP, targets_BGQ.reshape(batch, -1), False, axis=1)
-        return Masks(context_BK=open_BP.nonzero()[1].reshape(batch, -1), targets_BGQ=targets_BGQ)
+        return Masks(context_BK=_places_in_rows(open_BP), targets_BGQ=targets_BGQ)
 
 
 # Mask plans choose the masking of each step.
@@ -307,6 +307,9 @@ def mask_plan(name: str, steps: int) -> MaskPlan:
 
 
 # Placement of blocks: layouts are drawn until every clip of a batch has a layout that leaves enough context.
+#
+# Sets of columns are bits: W words of 64 columns each, the first column in the lowest bit. Eight layouts are drawn for
+# each one that is used, so this decides the cost of a step's masks: with bytes for patches it was three times higher.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -314,21 +317,27 @@ class _MaskLayouts:
     """Positions of the target blocks of N clips, and the patches that remain for the context.
 
     corner_NG  int64: the first token of each target block (lowest row, earliest column)
-    open_NRC   bool: True for the patches that the context may use
+    open_NRW   uint64, a set of columns for each row: the patches that the context may use
     """
 
     corner_NG: np.ndarray
-    open_NRC: np.ndarray
+    open_NRW: np.ndarray
 
     def free_tokens_N(self) -> np.ndarray:
-        return np.count_nonzero(self.open_NRC, axis=(1, 2))
+        return np.bitwise_count(self.open_NRW).sum(axis=(1, 2), dtype=np.int64)
+
+    def open_tokens_NP(self, grid: PatchGrid) -> np.ndarray:
+        """Return bool `NP`: True for the tokens that the context may use."""
+        bytes_NRA = self.open_NRW.astype("<u8", copy=False).view(np.uint8)
+        open_NRC = np.unpackbits(bytes_NRA, axis=2, count=grid.cols, bitorder="little").view(bool)
+        return open_NRC.transpose(0, 2, 1).reshape(-1, grid.tokens)
 
     def select_clips(self, chosen_N: np.ndarray) -> "_MaskLayouts":
-        return _MaskLayouts(corner_NG=self.corner_NG[chosen_N], open_NRC=self.open_NRC[chosen_N])
+        return _MaskLayouts(corner_NG=self.corner_NG[chosen_N], open_NRW=self.open_NRW[chosen_N])
 
     def concatenate(self, more: "_MaskLayouts") -> "_MaskLayouts":
         corner_NG = np.concatenate((self.corner_NG, more.corner_NG))
-        return _MaskLayouts(corner_NG=corner_NG, open_NRC=np.concatenate((self.open_NRC, more.open_NRC)))
+        return _MaskLayouts(corner_NG=corner_NG, open_NRW=np.concatenate((self.open_NRW, more.open_NRW)))
 
 
 LayoutSampler = Callable[[int], _MaskLayouts]
@@ -391,9 +400,10 @@ def _masks_of_layouts(
     """Return the masks of layouts. The clip with the fewest open patches sets the number of context tokens."""
     # Context: this number of open patches of each clip, chosen at random (those with the lowest random numbers).
     count = int(layouts.free_tokens_N().min())
-    open_BP = layouts.open_NRC.transpose(0, 2, 1).reshape(-1, grid.tokens)
-    lottery_BP = np.where(open_BP, rng.random(open_BP.shape), np.inf)
-    context_BK = np.sort(lottery_BP.argpartition(count - 1, axis=1)[:, :count])
+    open_BP = layouts.open_tokens_NP(grid)
+    lottery_BP = rng.random(open_BP.shape)
+    lottery_BP[~open_BP] = np.inf
+    context_BK = _lowest_in_rows(lottery_BP, count)
 
     # Targets: every token of a block, computed from the block's first token.
     within_CR = np.arange(shape.cols)[:, None] * grid.rows + np.arange(shape.rows)
@@ -412,21 +422,56 @@ def _draw_corners(
 def _touched_rows_cols(
     corner_NG: np.ndarray, grid: PatchGrid, shape: BlockShape
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the frequency rows (bool NGR) and the time columns (bool NGC) that each block touches."""
-    first_col_NG1, first_row_NG1 = np.divmod(corner_NG[:, :, None], grid.rows)
+    """Return what each block touches: rows, as uint64 `NGR` of no or all bits, and columns, as a set `NGW`."""
+    first_col_NG, first_row_NG = np.divmod(corner_NG, grid.rows)
+
+    # The rows and the columns of a block follow from its first ones: look them up.
     row_R = np.arange(grid.rows)
-    col_C = np.arange(grid.cols)
-    rows_NGR = (row_R >= first_row_NG1) & (row_R < first_row_NG1 + shape.rows)
-    cols_NGC = (col_C >= first_col_NG1) & (col_C < first_col_NG1 + shape.cols)
-    return rows_NGR, cols_NGC
+    first_F1 = row_R[: grid.rows - shape.rows + 1, None]
+    is_touched_FR = (row_R >= first_F1) & (row_R < first_F1 + shape.rows)
+    all_bits = np.uint64(2**64 - 1)
+    rows_FR = np.where(is_touched_FR, all_bits, np.uint64(0))
+    cols_FW = np.stack(
+        [_column_bits(grid, first, first + shape.cols) for first in range(grid.cols - shape.cols + 1)]
+    )
+    return rows_FR[first_row_NG], cols_FW[first_col_NG]
 
 
 def _covered_patches(corner_NG: np.ndarray, grid: PatchGrid, shape: BlockShape) -> np.ndarray:
-    """Return the patches that at least one block of a clip covers, as bool [clip, row, column]."""
-    rows_NGR, cols_NGC = _touched_rows_cols(corner_NG, grid, shape)
+    """Return the patches that at least one block of a clip covers: a set of columns for each row, uint64 `NRW`."""
+    rows_NGR, cols_NGW = _touched_rows_cols(corner_NG, grid, shape)
+    covered_NRW = np.zeros((len(corner_NG), grid.rows, cols_NGW.shape[2]), np.uint64)
+    for block in range(corner_NG.shape[1]):
+        covered_NRW |= rows_NGR[:, block, :, None] & cols_NGW[:, block, None, :]
+    return covered_NRW
 
-    # With time as the innermost axis this is three times as fast as with frequency innermost.
-    return (rows_NGR[:, :, :, None] & cols_NGC[:, :, None, :]).any(axis=1)
+
+def _column_bits(grid: PatchGrid, first: int, end: int) -> np.ndarray:
+    """Return the columns [first, end) of the grid as bits, uint64 `W`."""
+    bits = (1 << end) - (1 << first)
+    words = -(-grid.cols // 64)
+    return np.array([bits >> (64 * word) & (2**64 - 1) for word in range(words)], np.uint64)
+
+
+def _all_columns(grid: PatchGrid) -> np.ndarray:
+    return _column_bits(grid, 0, grid.cols)
+
+
+def _places_in_rows(is_chosen_BP: np.ndarray) -> np.ndarray:
+    """Return where each row is True, ascending, int64 `BK`; all rows are True equally often."""
+    batch, tokens = is_chosen_BP.shape
+    place_BK = np.flatnonzero(is_chosen_BP).reshape(batch, -1)
+    return place_BK - np.arange(batch)[:, None] * tokens
+
+
+def _lowest_in_rows(number_BP: np.ndarray, count: int) -> np.ndarray:
+    """Return the places of the `count` lowest numbers of each row, ascending, int64 `BK`."""
+    # Comparing with the highest of them is three times as fast as finding their places, but equal numbers are too many.
+    highest_B1 = np.partition(number_BP, count - 1, axis=1)[:, count - 1 : count]
+    is_low_BP = number_BP <= highest_B1
+    if np.count_nonzero(is_low_BP) == count * len(number_BP):
+        return _places_in_rows(is_low_BP)
+    return np.sort(number_BP.argpartition(count - 1, axis=1)[:, :count])
 
 
 def _clamp_patches(patches: float, limit: int) -> int:

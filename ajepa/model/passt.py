@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ajepa.model.cnn6 import refuse_other_clip_size
 from ajepa.model.randomness import fork_seeded_rng
 from ajepa.model.transformer import NORM_EPSILON, TransformerBlock, initialise_weights, run_blocks
+from pipeline.loading.transfer import copy_to_device
 
 # Tokens besides the patches: the class token and DeiT's distillation token.
 SPECIAL_TOKENS = 2
@@ -97,8 +98,8 @@ class Passt(nn.Module):
         valid_BT = cols_BT < self._valid_columns(n_frames_B)[:, None]
 
         # Embed these patches and add their positions.
-        cols_BT = cols_BT.to(mel_BTF.device)
-        rows_BF = rows_BF.to(mel_BTF.device)
+        cols_BT = copy_to_device(cols_BT, mel_BTF.device)
+        rows_BF = copy_to_device(rows_BF, mel_BTF.device)
         clip_B11 = torch.arange(len(mel_BTF), device=mel_BTF.device)[:, None, None]
         x_BTFD = self.embed(patches_BTFN[clip_B11, cols_BT[:, :, None], rows_BF[:, None]])
         x_BTFD = x_BTFD + self.col_positions_ND[cols_BT][:, :, None] + self.row_positions_ND[rows_BF][:, None]
@@ -158,8 +159,8 @@ def indices_of_lowest(lottery_BN: np.ndarray, count: int) -> Tensor:
 
 def passt_attention_mask(valid_BT: Tensor, rows: int, device: torch.device) -> Tensor | None:
     """Return the attention mask `BN`: special tokens and patches of valid columns; None if all columns are valid."""
-    if bool(valid_BT.all()):
+    if valid_BT.numpy().all():
         return None
     valid_BN = valid_BT.repeat_interleave(rows, dim=1)
     special_BN = torch.ones(len(valid_BT), SPECIAL_TOKENS, dtype=torch.bool)
-    return torch.cat((special_BN, valid_BN), dim=1).to(device)
+    return copy_to_device(torch.cat((special_BN, valid_BN), dim=1), device)

@@ -1,9 +1,11 @@
 """Patches: the grid that cuts a spectrogram into tokens, the positions of tokens, and the mask of valid tokens."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from pipeline.loading.transfer import copy_to_device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +32,16 @@ class PatchGrid:
             raise ValueError(f"{frames} frames x {bands} bands cannot be cut into {patch} x {patch} patches")
         return cls(rows=bands // patch, cols=frames // patch, patch_frames=patch, patch_bands=patch)
 
+    def first_columns(self, frames: int) -> "PatchGrid":
+        """Return the grid of the columns in the first `frames` frames; this one where they are not whole columns of it.
+
+        Its tokens have the same numbers as here: they are a prefix.
+        """
+        cols = frames // self.patch_frames
+        if frames % self.patch_frames or not 0 < cols < self.cols:
+            return self
+        return replace(self, cols=cols)
+
     @property
     def tokens(self) -> int:
         return self.rows * self.cols
@@ -37,6 +49,11 @@ class PatchGrid:
     @property
     def frames(self) -> int:
         return self.cols * self.patch_frames
+
+    @property
+    def first_frame_of_last_column(self) -> int:
+        """A clip with more valid frames than this has a valid token in every column (`valid_token_mask`)."""
+        return (self.cols - 1) * self.patch_frames
 
     @property
     def bands(self) -> int:
@@ -105,6 +122,11 @@ def valid_token_mask(n_frames_B: Tensor, grid: PatchGrid) -> Tensor:
     return start_P < n_frames_B[:, None]
 
 
+def has_no_padding(n_frames_B: Tensor, frames: int) -> bool:
+    """Return whether every clip has at least so many valid frames; `n_frames_B` on the CPU costs no wait for a GPU."""
+    return not len(n_frames_B) or int(n_frames_B.numpy(force=True).min()) >= frames
+
+
 def repeat_last_frame(mel_BTF: Tensor, n_frames_B: Tensor) -> Tensor:
     """Return the spectrograms with the last valid frame of each clip in the place of all later frames.
 
@@ -115,10 +137,10 @@ def repeat_last_frame(mel_BTF: Tensor, n_frames_B: Tensor) -> Tensor:
     """
     # A traced program cannot branch on values.
     frames = mel_BTF.shape[1]
-    if not torch.compiler.is_exporting() and bool((n_frames_B >= frames).all()):
+    if not torch.compiler.is_exporting() and has_no_padding(n_frames_B, frames):
         return mel_BTF
 
     # The number of the frame that stands at each place.
-    last_B11 = (n_frames_B.to(mel_BTF.device) - 1).clamp(min=0)[:, None, None]
+    last_B11 = (copy_to_device(n_frames_B, mel_BTF.device) - 1).clamp(min=0)[:, None, None]
     source_BT1 = torch.arange(frames, device=mel_BTF.device)[:, None].minimum(last_B11)
     return mel_BTF.gather(1, source_BT1.expand(-1, -1, mel_BTF.shape[2]))

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.loading.transfer import copy_to_device
+
 # The number of this random stream in the seed.
 DIRECTION_STREAM = int.from_bytes(b"directions")
 
@@ -111,7 +113,8 @@ def normality_distance(z_NP: Tensor, direction_PK: Tensor) -> Tensor:
     # Knots, their weights in the trapezoidal rule over -3 .. 3, and the characteristic function of the normal.
     t_T = torch.linspace(0, HIGHEST_T, KNOTS, device=z_NP.device)
     weight_T = torch.full_like(t_T, 2 * HIGHEST_T / (KNOTS - 1))
-    weight_T[[0, -1]] /= 2
+    weight_T[0] /= 2
+    weight_T[-1] /= 2
     normal_T = torch.exp(-t_T.square() / 2)
 
     # The empirical characteristic function: its real and its imaginary part.
@@ -131,15 +134,19 @@ def clip_loss(
 ) -> ClipLoss:
     """Return the loss of all views of a step, from the mean context token of each; `views` of a clip are adjacent.
 
-    Views without a token of sound are left out.
+    Views without a token of sound (`has_sound_N`, bool on the CPU) are left out.
     """
-    # z of the views with sound, and the clip of each.
-    z_NP = projector(mean_ND[has_sound_N])
-    clip_N = (torch.arange(len(mean_ND), device=mean_ND.device) // views)[has_sound_N]
+    # Views with sound, the clip of each, and their number in each clip: found on the host, where it costs no wait.
+    clips = len(mean_ND) // views
+    sound_N = np.flatnonzero(has_sound_N.numpy())
+    count_B = np.bincount(sound_N // views, minlength=clips).clip(min=1)
+    clip_N = copy_to_device(sound_N // views, mean_ND.device)
+    if len(sound_N) < len(mean_ND):
+        mean_ND = mean_ND[copy_to_device(sound_N, mean_ND.device)]
+    z_NP = projector(mean_ND)
 
     # Agreement: the distance from the mean of the clip's vectors.
-    clips = len(mean_ND) // views
-    count_B1 = torch.bincount(clip_N, minlength=clips).clamp(min=1)[:, None]
+    count_B1 = copy_to_device(count_B, mean_ND.device)[:, None]
     centre_BP = z_NP.new_zeros(clips, z_NP.shape[1]).index_add(0, clip_N, z_NP) / count_B1
     agreement = (z_NP - centre_BP[clip_N]).square().mean()
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pipeline.loading.augment import NATS_PER_DB, mixup_partners
+from pipeline.loading.transfer import copy_to_device
 
 # The number of this random stream in the seed; masks have another stream, so their numbers are independent.
 VIEW_STREAM = int.from_bytes(b"views")
@@ -183,28 +184,26 @@ def make_views(
     last_V1 = (n_frames_V.numpy() - 1)[:, None]
     valid_V = torch.from_numpy((frame_VT <= last_V1).sum(1))
     frame_VT = np.minimum(frame_VT, last_V1) + np.arange(views)[:, None] * source_VTF.shape[1]
-    mel_VTF = source_VTF.flatten(0, 1)[torch.from_numpy(frame_VT).to(device)]
+    mel_VTF = source_VTF.flatten(0, 1)[copy_to_device(frame_VT, device)]
 
     # Pitch: the outermost bands are repeated.
     bands = source_VTF.shape[2]
     if draws.shift_V.any():
         band_VF = np.clip(np.arange(bands) + draws.shift_V[:, None], 0, bands - 1)
-        mel_VTF = mel_VTF.gather(2, torch.from_numpy(band_VF).to(device)[:, None].expand_as(mel_VTF))
+        mel_VTF = mel_VTF.gather(2, copy_to_device(band_VF, device)[:, None].expand_as(mel_VTF))
     clean_BTF = mel_VTF[::crops]
 
     # The other clip: the same crop of the partner.
     def to_column(value_V: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.asarray(value_V / scale.std, np.float32)).to(device)[:, None, None]
+        return copy_to_device(np.asarray(value_V / scale.std, np.float32), device)[:, None, None]
 
     if np.isfinite(draws.mix_V).any():
         partner_B = mixup_partners(views // crops)
         partner_V = (partner_B[:, None] * crops + np.arange(crops)).ravel()
-        mel_VTF = torch.maximum(
-            mel_VTF, mel_VTF[torch.from_numpy(partner_V).to(device)] - to_column(draws.mix_V)
-        )
+        mel_VTF = torch.maximum(mel_VTF, mel_VTF[copy_to_device(partner_V, device)] - to_column(draws.mix_V))
 
     # Colour and noise.
-    colour_VF = torch.from_numpy(draws.colour_VF / np.float32(scale.std)).to(device)
+    colour_VF = copy_to_device(draws.colour_VF / np.float32(scale.std), device)
     noise_V11 = to_column(draws.noise_V) + (scale.floor - scale.mean) / scale.std
     mel_VTF = torch.maximum(mel_VTF + colour_VF[:, None], noise_V11)
     return ViewBatch(clean_BTF=clean_BTF, mel_VTF=mel_VTF, n_frames_V=valid_V, crops=crops)

@@ -130,7 +130,7 @@ class Encoder(nn.Module):
         """Return the input of the first layer: patches, standardised by band with `band_norm`, `BPN`."""
         if self.bands_2F is not None:
             mel_BTF = (mel_BTF - self.bands_2F[0]) / self.bands_2F[1]
-        return patchify(mel_BTF, self.spec.grid)
+        return patchify(mel_BTF, self.spec.grid.first_columns(mel_BTF.shape[1]))
 
     def forward(
         self,
@@ -144,7 +144,8 @@ class Encoder(nn.Module):
         N is B or a multiple of B: several sets of tokens for each clip, one after the other. All other tokens are
         left out before the patch embedding and cannot influence the output. No token attends to a token that is not
         valid in `valid_BP` (N rows if N > B); the output *at* a token that is not valid is meaningless. `mel_BTF` is
-        normalised and has exactly the size of the grid (else ValueError). `keep_L2N` contains drop path's factors.
+        normalised and has the size of the grid, or of its first columns (else ValueError): then P are their tokens.
+        `keep_L2N` contains drop path's factors.
         Without `tokens_NK`, each block may have its own mask (`valid_LBP`), and each token its own factors
         (`keep_L2NP`).
         """
@@ -164,8 +165,8 @@ class Encoder(nn.Module):
         """
         # Patches, their positions and the mask of valid tokens: of all tokens, or of those in `tokens_NK`.
         x = self.input_patches(mel_BTF)
-        positions = self.positions_PD
-        turns = _rotations_of_all(self.turns_2PE)
+        positions = self.positions_PD[: x.shape[1]]
+        turns = _rotations_of_first(self.turns_2PE, x.shape[1])
         if tokens_NK is not None:
             x = gather_tokens(x, tokens_NK)
             positions = positions[tokens_NK]
@@ -241,8 +242,8 @@ class Predictor(nn.Module):
         return self.out(self.norm(x)).unflatten(0, (rows, groups))
 
 
-def _rotations_of_all(turns_2PE: Tensor | None) -> Tensor | None:
-    return None if turns_2PE is None else turns_2PE[:, None]
+def _rotations_of_first(turns_2PE: Tensor | None, tokens: int) -> Tensor | None:
+    return None if turns_2PE is None else turns_2PE[:, None, :tokens]
 
 
 def _rotations_at(turns_2PE: Tensor | None, tokens_NK: Tensor) -> Tensor | None:

@@ -60,11 +60,11 @@ class HealthBatch:
         """The clips of a batch, under masks of the kind that the run ends with."""
         rng = np.random.default_rng([recipe.seed, FIXED_DRAW_STEP])
         mask_maker = recipe.masks.mask_maker_at(recipe.steps - 1, rng)
-        masks = mask_maker.sample(rng, recipe.model.encoder.grid, batch=len(batch.rows_B))
+        masks = mask_maker.sample(rng, recipe.sound_grid, batch=len(batch.rows_B))
         device = batch.mel_BTF.device
         return cls(
-            mel_BTF=batch.mel_BTF,
-            n_frames_B=batch.n_frames_B.cpu(),
+            mel_BTF=batch.mel_BTF[:, : recipe.sound_grid.frames],
+            n_frames_B=batch.n_frames_B,
             context_BK=torch.from_numpy(masks.context_BK).to(device),
             targets_BGQ=torch.from_numpy(masks.targets_BGQ).to(device),
         )
@@ -103,7 +103,8 @@ def measure_health(model: Jepa, batch: HealthBatch) -> Json:
     model.eval()
     with force_eager_mode(model):
         output = model(batch.mel_BTF, batch.context_BK, batch.targets_BGQ, batch.n_frames_B)
-        valid_BP = model.valid_mask_if_padded(batch.n_frames_B, batch.mel_BTF.device)
+        frames = batch.mel_BTF.shape[1]
+        valid_BP = model.valid_mask_if_padded(batch.n_frames_B, batch.mel_BTF.device, frames)
         teacher_BPD, student_BPD = (
             encoder(batch.mel_BTF, valid_BP=valid_BP).float() for encoder in (model.target, model.encoder)
         )

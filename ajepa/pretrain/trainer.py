@@ -1,8 +1,9 @@
 """One step of pre-training: masks, views, teacher, losses; on one of several ranks, in one or several passes."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,9 +17,11 @@ from ajepa.training.devices import Precision
 from ajepa.training.distributed import SINGLE_PROCESS, World
 from ajepa.training.flops import StepShape
 from ajepa.training.run import Json
-from ajepa.training.trainer import Trainer, micro_batches
+from ajepa.training.steps_ahead import StepsAhead
+from ajepa.training.trainer import Figures, StartedStep, Trainer, micro_batches
 from pipeline.errors import RunError
 from pipeline.loading.loader import Batch
+from pipeline.loading.transfer import copy_to_device, pin_for_device
 
 JEPA_PARTS = ("encoder", "target", "predictor")  # of a checkpoint
 
@@ -36,16 +39,20 @@ HEALTH_FIELDS = (
 class StepDraws:
     """The random draws for some clips: masks, on the CPU, drop path, and the changes of views.
 
-    context_NK   int64, a row for each clip, view and mask set
-    targets_MGQ  int64, a row for each clip and mask set, of the clip's first view
-    views        None for a recipe without views
+    context_NK    int64, a row for each clip, view and mask set
+    targets_MGQ   int64, a row for each clip and mask set, of the clip's first view
+    views         None for a recipe without views
+    direction_PK  of the clip objective, the same for all clips; None without one
+    shape         of the whole step
     """
 
     clips: int
     context_NK: Tensor
     targets_MGQ: Tensor
     drop_path_factors: DropPathFactors
+    shape: StepShape
     views: ViewDraws | None = None
+    direction_PK: Tensor | None = None
 
     def select_clips(self, clips: slice) -> "StepDraws":
         """The draws of these clips alone."""
@@ -69,7 +76,18 @@ class StepDraws:
             context_NK=self.context_NK[rows_of_clips(len(self.context_NK))],
             targets_MGQ=self.targets_MGQ[rows_of_clips(len(self.targets_MGQ))],
             drop_path_factors=(encoder_L2N, predictor_L2R),
+            shape=self.shape,
             views=views,
+            direction_PK=self.direction_PK,
+        )
+
+    def pin(self, device: torch.device) -> "StepDraws":
+        """The same draws in memory that is copied to `device` without waiting."""
+        return replace(
+            self,
+            context_NK=pin_for_device(self.context_NK, device),
+            targets_MGQ=pin_for_device(self.targets_MGQ, device),
+            direction_PK=None if self.direction_PK is None else pin_for_device(self.direction_PK, device),
         )
 
 
@@ -130,6 +148,7 @@ class PretrainTrainer(Trainer):
         self.max_gradient_norm = recipe.max_gradient_norm
         self.input_scale = input_scale
         self.clip_figures: ClipLoss | None = None
+        self.draws_ahead = StepsAhead(self.draw_for_rank, recipe.steps)
 
     def trained_weights(self) -> Iterator[nn.Parameter]:
         """Yield the weights of encoder, predictor and projector."""
@@ -137,17 +156,21 @@ class PretrainTrainer(Trainer):
         if self.projector is not None:
             yield from self.projector.parameters()
 
-    def train_step(self, step: int, batch: Batch) -> Json:
-        """Take one update, from `step` to `step + 1`; its metrics. BadStep instead of a bad update."""
+    def start_step(self, step: int, batch: Batch) -> StartedStep:
+        """Queue one update, from `step` to `step + 1`, on the device, without waiting for anything on it."""
         recipe = self.recipe
 
-        # Draw masks, views and drop path, a function of seed and step.
-        draws = self.draw_for_rank(step)
+        # Masks, views and drop path, a function of seed and step: a thread has drawn them during the step before.
+        draws = self.draws_ahead.take(step)
+        self.step_shape = draws.shape
         views = self.make_views(batch, draws)
 
-        # Count the targets on sound in the global batch: the loss of tokens is divided by their number.
-        scored, has_sound_N = self.model.find_scored(draws.context_NK, draws.targets_MGQ, views.n_frames_V)
-        (scored_targets,) = map(int, self.world.sum_over_ranks(scored))
+        # Count on the host the targets on sound in the global batch: the loss of tokens is divided by their number.
+        scored, has_sound_N = self.model.find_scored(
+            draws.context_NK, draws.targets_MGQ, views.n_frames_V, views.mel_VTF.shape[1]
+        )
+        silent_rows = int(np.count_nonzero(~has_sound_N.numpy()))
+        scored_targets, all_silent_rows = map(int, self.world.sum_over_ranks(scored, silent_rows))
         if not scored_targets:
             rows = batch.rows_B.tolist()
             raise RunError(
@@ -155,22 +178,32 @@ class PretrainTrainer(Trainer):
             )
 
         # Forward and backward, pass by pass.
-        metrics = self.compute_gradients(step, views, draws, scored_targets, has_sound_N)
+        has_sound_A = self.has_sound_on_all_ranks(has_sound_N, all_silent_rows)
+        figures = self.compute_gradients(views, draws, scored_targets, has_sound_A)
 
-        # Update encoder, predictor and projector; the draws go with a bad step.
+        # Update encoder, predictor and projector. The teacher follows the encoder, unless that was left as it was.
         lr = recipe.schedule.learning_rate(step, recipe.steps, clips=recipe.clips_per_step)
-        update_metrics = self.update_weights(step, batch, metrics, lr, debug_tensors(draws))
-
-        # The teacher follows the encoder, unless an overflow of fp16 has left that as it was.
+        figures, is_updated = self.update_weights(figures, lr)
         momentum = recipe.schedule.teacher_momentum(step, recipe.steps)
-        if "overflowed" not in update_metrics:
-            self.model.update_target(momentum)
-        return {**metrics, **update_metrics, "momentum": momentum}
+        self.model.update_target(momentum, is_updated)
+
+        # Once the figures are there: the draws go with a bad step.
+        def finish(metrics: Json) -> Json:
+            metrics = self.read_update(metrics, step, batch, lr, debug_tensors(draws))
+            return {**metrics, "momentum": momentum}
+
+        return StartedStep(figures, finish)
+
+    def has_sound_on_all_ranks(self, has_sound_N: Tensor, silent_rows: int) -> Tensor:
+        """Which rows of all ranks have a context with sound, bool `A` on the CPU; `silent_rows` of them have none."""
+        if not silent_rows:
+            return torch.ones(len(has_sound_N) * self.world.size, dtype=torch.bool)
+        return self.world.gather_from_ranks(has_sound_N.to(torch.uint8)).bool()
 
     def draw_for_rank(self, step: int) -> StepDraws:
-        """Masks, views and drop path of this rank: its slice of those of the global batch."""
+        """Masks, views and drop path of this rank: its slice of those of the global batch. Changes nothing here."""
         recipe = self.recipe
-        grid = recipe.model.encoder.grid
+        grid = recipe.sound_grid
         rng = step_rng(recipe.seed, step)
 
         # Draw masks for all clips of the step, whoever computes them. Tokens are predicted in the first views.
@@ -182,49 +215,54 @@ class PretrainTrainer(Trainer):
         _, groups, tokens_per_group = targets_NGQ.shape
         targets_MGQ = targets_NGQ.unflatten(0, (clips, recipe.crops, -1))[:, 0].flatten(0, 1)
 
-        # Draw drop path and views.
+        # Draw drop path, views and directions.
         views = None
+        direction_PK = None
         if recipe.views is not None:
             views = draw_views(recipe.views, recipe.seed, step, clips=clips, bands=grid.bands)
+        if recipe.model.clip is not None:
+            direction_PK = draw_directions(recipe.model.clip, recipe.seed, step)
         draws_of_all = StepDraws(
             clips=clips,
             context_NK=context_NK,
             targets_MGQ=targets_MGQ,
-            drop_path_factors=self.model.draw_drop_path(rng, rows, len(targets_MGQ) * groups),
+            drop_path_factors=self.model.draw_training_drop_path(rng, rows, len(targets_MGQ) * groups),
+            shape=StepShape(
+                clips=clips,
+                context_tokens=context_NK.shape[1],
+                target_groups=groups,
+                tokens_per_group=tokens_per_group,
+            ),
             views=views,
-        )
-        self.step_shape = StepShape(
-            clips=clips,
-            context_tokens=context_NK.shape[1],
-            target_groups=groups,
-            tokens_per_group=tokens_per_group,
+            direction_PK=direction_PK,
         )
 
         # Take this rank's clips.
         first = self.world.rank * self.clips_of_rank
-        return draws_of_all.select_clips(slice(first, first + self.clips_of_rank))
+        return draws_of_all.select_clips(slice(first, first + self.clips_of_rank)).pin(self.device)
 
     def make_views(self, batch: Batch, draws: StepDraws) -> ViewBatch:
-        """The views of this rank's clips; without views in the recipe, the clips themselves."""
-        n_frames_V = batch.n_frames_B.cpu()
+        """The views of this rank's clips, of the columns that a clip can fill; without views, the clips as they are."""
+        frames = self.recipe.sound_grid.frames
         if draws.views is None:
-            return ViewBatch(clean_BTF=batch.mel_BTF, mel_VTF=batch.mel_BTF, n_frames_V=n_frames_V, crops=1)
+            mel_BTF = batch.mel_BTF[:, :frames]
+            return ViewBatch(clean_BTF=mel_BTF, mel_VTF=mel_BTF, n_frames_V=batch.n_frames_B, crops=1)
         return make_views(
             batch.mel_BTF,
-            n_frames_V,
+            batch.n_frames_B,
             draws.views,
-            frames=self.recipe.model.encoder.grid.frames,
+            frames=frames,
             crops=self.recipe.crops,
             scale=self.input_scale,
         )
 
     def compute_gradients(
-        self, step: int, views: ViewBatch, draws: StepDraws, scored_targets: int, has_sound_N: Tensor
-    ) -> Json:
-        """Compute the gradients of the global batch's loss; the metrics of the loss.
+        self, views: ViewBatch, draws: StepDraws, scored_targets: int, has_sound_A: Tensor
+    ) -> Figures:
+        """Compute the gradients of the global batch's loss; the figures of the loss.
 
         The losses are those of the global batch. The signs of health are means over ranks and passes, weighted by
-        their scored targets.
+        their scored targets. `has_sound_A` says on the CPU which rows of all ranks have a context with sound.
         """
         spec = self.recipe.model
         crops = views.crops
@@ -236,7 +274,7 @@ class PretrainTrainer(Trainer):
         clip_gradient_ND: Tensor | None = None
         if spec.clip is not None and self.micro_clips < self.clips_of_rank:
             mean_ND = self.context_means_of_passes(views, draws)
-            clip_gradient_ND = self.compute_clip_gradient(spec.clip, step, mean_ND, has_sound_N)
+            clip_gradient_ND = self.compute_clip_gradient(spec.clip, draws, mean_ND, has_sound_A)
 
         def loss_of_pass(clips: slice) -> tuple[Tensor, Tensor]:
             # Forward, on the views of these clips and their rows of the masks.
@@ -248,8 +286,8 @@ class PretrainTrainer(Trainer):
             with self.precision.autocast(self.device):
                 output: JepaOutput = self.ddp_model(
                     views.mel_VTF[view_slice],
-                    pass_draws.context_NK.to(self.device),
-                    pass_draws.targets_MGQ.to(self.device),
+                    copy_to_device(pass_draws.context_NK, self.device),
+                    copy_to_device(pass_draws.targets_MGQ, self.device),
                     views.n_frames_V[view_slice],
                     batch_totals=batch_totals,
                     targets=targets and targets.select_clips(clips),
@@ -261,7 +299,7 @@ class PretrainTrainer(Trainer):
                 mean_ND = output.context_mean_ND
                 gradient_ND = clip_gradient_ND
                 if gradient_ND is None:
-                    gradient_ND = self.compute_clip_gradient(spec.clip, step, mean_ND.detach(), has_sound_N)
+                    gradient_ND = self.compute_clip_gradient(spec.clip, draws, mean_ND.detach(), has_sound_A)
                 rows = slice(clips.start * rows_per_clip, clips.stop * rows_per_clip)
                 loss = loss + (mean_ND * gradient_ND[rows]).sum()
 
@@ -269,17 +307,16 @@ class PretrainTrainer(Trainer):
             health_N = torch.stack([getattr(output, name) for name in HEALTH_FIELDS])
             return loss, torch.cat([output.loss.detach()[None], health_N * (output.scored / scored_targets)])
 
-        token_loss, *health = self.accumulate_gradients(loss_of_pass)
-        metrics = {"loss": spec.token_weight * token_loss, **dict(zip(HEALTH_FIELDS, health, strict=True))}
+        token_loss, *health = self.accumulate_gradients(loss_of_pass).unbind()
+        figures = {"loss": spec.token_weight * token_loss, **dict(zip(HEALTH_FIELDS, health, strict=True))}
         if spec.clip is not None and self.clip_figures is not None:
-            figures = self.clip_figures
-            metrics["loss"] += spec.clip.weight * figures.loss.item()
-            metrics["token_loss"] = token_loss
-            metrics["clip_loss"] = figures.loss.item()
-            metrics["normality"] = figures.normality.item()
-            metrics["disagreement"] = figures.disagreement.item()
-            metrics["z_std"] = figures.z_std.item()
-        return metrics
+            clip_loss = self.clip_figures.loss.detach().double()
+            figures["loss"] = figures["loss"] + spec.clip.weight * clip_loss
+            figures["token_loss"] = token_loss
+            figures["clip_loss"] = clip_loss
+            for name in ("normality", "disagreement", "z_std"):
+                figures[name] = getattr(self.clip_figures, name).double()
+        return figures
 
     @torch.no_grad()
     def compute_targets(self, views: ViewBatch) -> Targets | None:
@@ -292,7 +329,8 @@ class PretrainTrainer(Trainer):
         if self.recipe.views is None and spec.target_norm == "token":
             return None
         features = []
-        valid_BP = self.model.valid_mask_if_padded(views.n_frames_B, self.device)
+        frames = views.clean_BTF.shape[1]
+        valid_BP = self.model.valid_mask_if_padded(views.n_frames_B, self.device, frames)
         for clips, _ in micro_batches(self.clips_of_rank, self.micro_clips):
             pass_valid_BP = None if valid_BP is None else valid_BP[clips]
             with self.precision.autocast(self.device):
@@ -308,7 +346,7 @@ class PretrainTrainer(Trainer):
             with self.precision.autocast(self.device):
                 mean_ND = self.model.context_means(
                     views.mel_VTF[view_slice],
-                    pass_draws.context_NK.to(self.device),
+                    copy_to_device(pass_draws.context_NK, self.device),
                     views.n_frames_V[view_slice],
                     pass_draws.drop_path_factors[0],
                 )
@@ -316,17 +354,17 @@ class PretrainTrainer(Trainer):
         return torch.cat(means)
 
     def compute_clip_gradient(
-        self, objective: ClipObjective, step: int, mean_ND: Tensor, has_sound_N: Tensor
+        self, objective: ClipObjective, draws: StepDraws, mean_ND: Tensor, has_sound_A: Tensor
     ) -> Tensor:
         """The gradient of the weighted clip objective at this rank's mean context tokens, `ND`.
 
         Every rank computes the objective of all ranks' views, in fp32, and gives the projector its gradient.
         """
         assert self.projector is not None
+        assert draws.direction_PK is not None
 
         # The mean context tokens of all views of the step.
         all_ND = self.world.gather_from_ranks(mean_ND).requires_grad_()
-        has_sound_A = self.world.gather_from_ranks(has_sound_N.to(self.device).to(torch.uint8)).bool()
 
         # The loss, and its gradients.
         with torch.autocast(self.device.type, enabled=False):
@@ -334,7 +372,7 @@ class PretrainTrainer(Trainer):
                 self.projector,
                 all_ND,
                 has_sound_A,
-                draw_directions(objective, self.recipe.seed, step).to(self.device),
+                copy_to_device(draws.direction_PK, self.device),
                 views=self.recipe.crops * self.recipe.mask_sets,
                 sigreg_share=objective.sigreg_share,
             )

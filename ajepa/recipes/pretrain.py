@@ -15,6 +15,7 @@ from ajepa.model.sigreg import ClipObjective
 from ajepa.model.views import Views
 from ajepa.model.vit import A_JEPA_PREDICTOR, EncoderSpec, PredictorSpec, a_jepa_encoder
 from ajepa.recipes.optimiser import AdamW, Schedule
+from pipeline.audio.mel_spec import preset_mel_spec
 
 CropName = Literal["random", "start"]
 
@@ -96,6 +97,17 @@ class Pretrain:
     def view_frames(self) -> int:
         """The number of frames in a view: the length of the model's input."""
         return self.model.encoder.grid.frames
+
+    @property
+    def sound_grid(self) -> PatchGrid:
+        """The columns of the model's grid that a clip can fill; masks are drawn in them, and no token lies past them.
+
+        A clip of 10 s has 998 frames, which fill 62.4 of the 64 columns of 1,024 frames. With the last column every
+        batch would have padding, and attention with a mask has no fast kernel.
+        """
+        grid = self.model.encoder.grid
+        clip_columns = -(-preset_mel_spec(self.mel).frames // grid.patch_frames)
+        return grid.first_columns(clip_columns * grid.patch_frames)
 
     @property
     def crops(self) -> int:

@@ -59,7 +59,8 @@ def draw_recipe_masks(recipe: Pretrain, png: Path, store: Path | str | None = No
 
 def mask_figure(mel_TF: np.ndarray, recipe: Pretrain, spec: MelSpec, *, draws: int = 3) -> Figure:
     """Return a figure of a clip and of the context encoder's part of it: `draws` masks at each point of the run."""
-    grid = recipe.model.encoder.grid
+    grid = recipe.sound_grid
+    mel_TF = mel_TF[: grid.frames]
     batch = min(MAX_MASKED_CLIPS, recipe.clips_per_step)
     run_shares = SHOWN_RUN_SHARES if isinstance(recipe.masks, Curriculum) else SHOWN_RUN_SHARES[:1]
 

@@ -43,7 +43,7 @@ def pretrain_step_cost(recipe: Pretrain, shape: StepShape, *, recompute: bool) -
         clips=shape.clips,
         context_tokens=rows * recipe.crops * shape.context_tokens,
         predicted_tokens=rows * shape.target_groups * shape.tokens_per_group,
-        teacher_tokens=shape.clips * recipe.model.encoder.grid.tokens,
+        teacher_tokens=shape.clips * recipe.sound_grid.tokens,
         flop=pretrain_step_flop(recipe, shape, recompute=recompute),
     )
 
@@ -51,7 +51,7 @@ def pretrain_step_cost(recipe: Pretrain, shape: StepShape, *, recompute: bool) -
 def pretrain_step_flop(recipe: Pretrain, shape: StepShape, *, recompute: bool = False) -> int:
     """Floating-point operations of a step of pre-training, forward and backward; see the top of this file."""
     model = recipe.model
-    grid = model.encoder.grid
+    grid = recipe.sound_grid
     encoder = transformer_spec_of(model.encoder)
     predictor = transformer_spec_of(model.predictor)
     rows = shape.clips * recipe.mask_sets

@@ -12,12 +12,13 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from ajepa.training.checkpoint_writer import CheckpointWriter
 from ajepa.training.checkpoints import Checkpoint
 from ajepa.training.distributed import SINGLE_PROCESS, World
 from ajepa.training.run import Json, Run
 from ajepa.training.run_identity import RunIdentity
 from ajepa.training.tensorboard import open_event_writer, write_scalars
-from ajepa.training.trainer import BadStep, TrainRecipe
+from ajepa.training.trainer import BadStep, StartedStep, TrainRecipe
 from pipeline.errors import STOP_SIGNALS, RunError, StopSignal
 from pipeline.loading.loader import Batch
 
@@ -34,8 +35,8 @@ class StageTrainer(Protocol):
     @property
     def recipe(self) -> TrainRecipe: ...
 
-    def train_step(self, step: int, batch: Batch) -> Json:
-        """Take one update, from `step` to `step + 1`; its metrics, `loss` among them. BadStep for a bad one."""
+    def start_step(self, step: int, batch: Batch) -> StartedStep:
+        """Queue one update, from `step` to `step + 1`, on the device."""
 
     def make_checkpoint(self, step: int) -> Checkpoint:
         """Everything that the next step depends on."""
@@ -98,6 +99,7 @@ def run_training_loop(
     newest_step = run.newest_step if world.is_main else 0
     (first_step,) = map(int, world.sum_over_ranks(newest_step))
     steps_done = first_step
+    unread: StartedStep | None = None  # the newest step, until its figures have been read
 
     # Open what is written to.
     clock = ThroughputClock()
@@ -106,22 +108,31 @@ def run_training_loop(
     if world.is_main:
         event_writer = open_event_writer(run.path / EVENTS_FOLDER, first_step + 1)
     bar = progress_bar(first_step, recipe.steps, shown=progress and world.is_main)
-    with event_writer or nullcontext(), bar:
+    with event_writer or nullcontext(), bar, CheckpointWriter(run) as checkpoint_writer:
         for step in range(first_step, recipe.steps):
-            # Wait for the clips of the step, and take it.
+            # Wait for the clips of the step, and queue it. A GPU has it before the figures of the last one are read,
+            # so that it never waits for the host.
             with clock.measure_waiting():
                 batch = next(batches)
-            metrics = take_step(run, trainer, step, batch)
+            before, unread = unread, trainer.start_step(step, batch)
+            if before is not None:
+                read_step(run, before)
             steps_done = step + 1
             is_last = steps_done == recipe.steps
             clock.clips += len(batch.rows_B) * world.size
-            clock.skipped += int(*world.sum_over_ranks(batch.skipped_clips))
 
             # Look at the model: health, probes, held-out clips.
             observed, ill_because = observe_model(monitor, steps_done)
 
-            # Log, at the recipe's steps and wherever the monitor has seen something.
-            is_logged = bool(observed) or steps_done % recipe.log_every == 0 or is_last
+            # Log, at the recipe's steps and wherever the monitor of the main rank has seen something. All ranks wait
+            # for the step then: a bad one ends them together.
+            skipped, observers = world.sum_over_ranks(batch.skipped_clips, bool(observed))
+            clock.skipped += int(skipped)
+            is_logged = bool(observers) or steps_done % recipe.log_every == 0 or is_last
+            metrics: Json = {}
+            if is_logged:
+                metrics = read_step(run, unread)
+                unread = None
             if event_writer is not None and is_logged:
                 line = {"step": steps_done, **metrics, **clock.read_and_reset(), **observed}
                 run.log_metrics(line)
@@ -133,13 +144,26 @@ def run_training_loop(
             # Agree with the other ranks on whether this step is the last: a signal may have reached only one.
             (stop_requests,) = world.sum_over_ranks(stop.is_set())
 
-            # Write a checkpoint, if it is time for one or the run ends here.
+            # Write a checkpoint, if it is time for one or the run ends here, and never one after a bad step.
             is_due = is_checkpoint_step(recipe, steps_done, keep_every)
+            if unread is not None and (is_due or stop_requests):
+                read_step(run, unread)
+                unread = None
+            checkpoint_writer.raise_failure()
+            if SCORE_METRIC in observed:
+                checkpoint_writer.wait()  # the score before it may be on its way to the disk
             is_end = is_last or stop_requests or ill_because
             if event_writer is not None and (is_due or is_end or is_best_score(run, observed)):
                 event_writer.flush()
                 score = observed.get(SCORE_METRIC)
-                save_step(run, trainer, steps_done, monitor=monitor, keep_every=keep_every, score=score)
+                save_step(
+                    checkpoint_writer,
+                    trainer,
+                    steps_done,
+                    monitor=monitor,
+                    keep_every=keep_every,
+                    score=score,
+                )
             if ill_because:
                 raise RunError(f"{run.path}: step {steps_done}: {ill_because}")
             if stop_requests:
@@ -157,10 +181,10 @@ def raise_if_interrupted(run: Run, steps_done: int, steps: int, say: Callable[[s
         raise StopSignal
 
 
-def take_step(run: Run, trainer: StageTrainer, step: int, batch: Batch) -> Json:
-    """Take one step; its metrics. A bad step is kept in the run's folder, and its RunError says where."""
+def read_step(run: Run, started: StartedStep) -> Json:
+    """Wait for a step; its metrics. A bad step is kept in the run's folder, and its RunError says where."""
     try:
-        return trainer.train_step(step, batch)
+        return started.read_metrics()
     except BadStep as bad:
         folder = bad.write_to_run(run.path)
         raise RunError(f"{bad}; its clips and draws are kept in {folder}") from None
@@ -182,7 +206,7 @@ def is_checkpoint_step(recipe: TrainRecipe, steps_done: int, keep_every: int) ->
 
 
 def save_step(
-    run: Run,
+    checkpoint_writer: CheckpointWriter,
     trainer: StageTrainer,
     steps_done: int,
     *,
@@ -190,10 +214,10 @@ def save_step(
     keep_every: int,
     score: float | None,
 ) -> None:
-    """Write a checkpoint of the trainer as it is after `steps_done` steps."""
+    """Begin to write a checkpoint of the trainer as it is after `steps_done` steps."""
     if monitor:
         monitor.before_checkpoint()
-    run.save_checkpoint(
+    checkpoint_writer.start(
         trainer.make_checkpoint(steps_done),
         keep=trainer.recipe.keep_checkpoints,
         keep_every=keep_every,

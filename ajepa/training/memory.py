@@ -193,7 +193,7 @@ def _pretrain_batch_values(recipe: Pretrain, clips: int) -> int:
 def mask_shapes(recipe: Pretrain) -> set[tuple[int, int, int]]:
     """Context tokens, target groups and tokens of a group that some draws over the whole run gave."""
     # The draws are spread over the whole run, because masks may grow with the step.
-    grid = recipe.model.encoder.grid
+    grid = recipe.sound_grid
     clips = min(recipe.clips_per_step, 16)
     shapes = set()
     for draw in range(MASK_DRAWS):

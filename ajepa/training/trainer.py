@@ -20,12 +20,15 @@ from ajepa.training.run import Json
 from pipeline.errors import RunError
 from pipeline.files import replacing_file
 from pipeline.loading.loader import Batch
+from pipeline.loading.transfer import HostCopy
 
 OPTIMISER_PART = "optimiser"  # of a checkpoint
 
 SCALER_PART = "scaler"  # of a checkpoint, in fp16 alone
 
 SCALER_FIELDS = ("scale", "_growth_tracker")  # of torch's GradScaler: the two that change from step to step
+
+SCALE_FIGURE = "loss_scale"  # of a step, in fp16 alone; not logged
 
 SMALLEST_LOSS_SCALE = 1.0  # in fp16: gradients that overflow at this scale would overflow without any
 
@@ -52,6 +55,30 @@ class BadStep(RunError):
         with replacing_file(folder / f"rank-{self.rank}.json") as scratch:
             scratch.write_text(json.dumps(self.record, indent=1) + "\n")
         return folder
+
+
+Figures = dict[str, Tensor]  # metrics of a step that are still being computed: float64 scalars on the device
+
+
+class StartedStep:
+    """A step whose work is queued on the device. `read_metrics` waits for it; until then the host may go on.
+
+    Its update has not happened and never will, where the device has found loss or gradient to be no number.
+    """
+
+    def __init__(self, figures: Figures, finish: Callable[[Json], Json]) -> None:
+        self._names = list(figures)
+        self._values = HostCopy(torch.stack(list(figures.values())))
+        self._finish: Callable[[Json], Json] | None = finish
+        self._metrics: Json = {}
+
+    def read_metrics(self) -> Json:
+        """Wait for the end of the step; its metrics, `loss` among them. BadStep where its update was refused."""
+        if self._finish is not None:
+            values = self._values.wait().tolist()
+            self._metrics = self._finish(dict(zip(self._names, values, strict=True)))
+            self._finish = None  # holds the step's clips
+        return self._metrics
 
 
 class TrainRecipe(Protocol):
@@ -114,8 +141,16 @@ class Trainer:
         self.precision = precision or pick_precision("auto", device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision.has_scaled_loss)
 
-    def accumulate_gradients(self, loss_of_pass: Callable[[slice], tuple[Tensor, Tensor]]) -> list[float]:
-        """Give the weights the gradients of the global batch's loss; values to log, summed over passes and ranks.
+    def start_step(self, step: int, batch: Batch) -> StartedStep:
+        """Queue one update, from `step` to `step + 1`, on the device, without waiting for anything on it."""
+        raise NotImplementedError
+
+    def train_step(self, step: int, batch: Batch) -> Json:
+        """Take one update, from `step` to `step + 1`; its metrics. BadStep instead of a bad update."""
+        return self.start_step(step, batch).read_metrics()
+
+    def accumulate_gradients(self, loss_of_pass: Callable[[slice], tuple[Tensor, Tensor]]) -> Tensor:
+        """Give the weights the gradients of the global batch's loss; values to log, summed over passes and ranks, `N`.
 
         `loss_of_pass` takes the clips of a pass, a slice of this rank's, and returns two things: their share of the
         global batch's loss, and a vector of values to sum.
@@ -127,7 +162,7 @@ class Trainer:
                 # DistributedDataParallel divides the sum of the gradients by the number of ranks: undo that.
                 self.scaler.scale(loss * self.world.size).backward()
             sum_N = value_N if clips.start == 0 else sum_N + value_N
-        return self.world.sum_over_ranks(*sum_N.tolist())
+        return self.world.sum_tensor_over_ranks(sum_N.double())
 
     def gradient_sync(self, is_last_pass: bool) -> AbstractContextManager[None]:
         """The context of a backward pass: ranks exchange gradients once a step, in its last pass."""
@@ -135,47 +170,54 @@ class Trainer:
             return self.ddp_model.no_sync()
         return nullcontext()
 
-    def update_weights(
-        self, step: int, batch: Batch, metrics: Json, lr: float, debug_tensors: dict[str, Tensor]
-    ) -> Json:
-        """Change the weights by their gradients at rate `lr`; metrics of the update. BadStep instead of a bad update.
+    def update_weights(self, figures: Figures, lr: float) -> tuple[Figures, Tensor]:
+        """Change the weights by their gradients at rate `lr`, unless the step's loss or a gradient is no number.
 
-        `metrics` of the step hold its `loss`. A BadStep keeps `debug_tensors` beside the batch. Where the returned
-        metrics hold `overflowed`, nothing was changed.
+        Returns the figures with those of the update, and on the device 1, or 0 where nothing was changed. `figures`
+        hold the step's `loss`.
         """
         # Measure the gradient, as it is without the scale of the loss.
         self.scaler.unscale_(self.optimiser)
         trained = [weight for weight in self.trained_weights() if weight.grad is not None]
         norm = torch.nn.utils.get_total_norm([weight.grad for weight in trained if weight.grad is not None])
-        metrics = {**metrics, "gradient_norm": norm.item()}
+        figures = {**figures, "gradient_norm": norm.double()}
+        if self.scaler.is_enabled():
+            figures[SCALE_FIGURE] = self.scaler.scale(torch.ones_like(norm)).double()
 
-        # Refuse a step without a usable loss or gradient. An overflow of fp16 only costs this step.
-        has_overflowed = self.scaler.is_enabled() and self.has_scale_overflow(metrics)
-        if not has_overflowed:
-            self.refuse_bad_step(metrics, step, batch, debug_tensors)
+        # Refuse a step without a usable loss or gradient: the device decides, for the host does not know them yet.
+        is_updated = (figures["loss"].isfinite() & norm.isfinite()).float()
 
         # Shorten the gradient.
-        if self.max_gradient_norm and not has_overflowed:
+        if self.max_gradient_norm:
             torch.nn.utils.clip_grads_with_norm_(trained, self.max_gradient_norm, norm)
 
-        # Take the step; the scaler passes over one that overflowed.
+        # Take the step. A fused optimiser leaves all as it is where its `found_inf` is 1; scalers tell it so too.
         for group in self.optimiser.param_groups:
             group["lr"] = lr * group.get("share", 1.0)
-        self.scaler.step(self.optimiser)
+        self.optimiser.found_inf = 1 - is_updated  # type: ignore[attr-defined]
+        self.optimiser.step()
         self.scaler.update()
         self.optimiser.zero_grad()
-        if has_overflowed:
-            return {"overflowed": 1, "lr": lr}
-        return {"gradient_norm": norm.item(), "lr": lr}
+        return figures, is_updated
+
+    def read_update(
+        self, metrics: Json, step: int, batch: Batch, lr: float, debug_tensors: dict[str, Tensor]
+    ) -> Json:
+        """Metrics of the update, from those of the step once they are there; BadStep where there was none.
+
+        A BadStep keeps `debug_tensors` beside the batch. Metrics with `overflowed` are those of a step that changed
+        nothing but the scale of the loss.
+        """
+        scale = metrics.pop(SCALE_FIGURE, None)
+        if scale is not None and has_scale_overflow(metrics, scale):
+            del metrics["gradient_norm"]
+            return {**metrics, "overflowed": 1, "lr": lr}
+        self.refuse_bad_step(metrics, step, batch, debug_tensors)
+        return {**metrics, "lr": lr}
 
     def trained_weights(self) -> Iterator[nn.Parameter]:
         """Yield every weight that a step may change."""
         yield from self.model.parameters()
-
-    def has_scale_overflow(self, metrics: Json) -> bool:
-        """Whether the scaled gradients, and they alone, left the range of fp16: the scale is lowered then."""
-        is_gradient_lost = math.isfinite(metrics["loss"]) and not math.isfinite(metrics["gradient_norm"])
-        return is_gradient_lost and self.scaler.get_scale() > SMALLEST_LOSS_SCALE
 
     def refuse_bad_step(
         self, metrics: Json, step: int, batch: Batch, debug_tensors: dict[str, Tensor]
@@ -251,6 +293,12 @@ class Trainer:
             saved = checkpoint.parts[SCALER_PART]
             state = {"scale": saved["scale"].item(), "_growth_tracker": int(saved["_growth_tracker"])}
             self.scaler.load_state_dict(self.scaler.state_dict() | state)
+
+
+def has_scale_overflow(metrics: Json, scale: float) -> bool:
+    """Whether the scaled gradients, and they alone, left the range of fp16: the scale is lowered then."""
+    is_gradient_lost = math.isfinite(metrics["loss"]) and not math.isfinite(metrics["gradient_norm"])
+    return is_gradient_lost and scale > SMALLEST_LOSS_SCALE
 
 
 def micro_batches(clips: int, micro_clips: int) -> Iterator[tuple[slice, bool]]:

@@ -33,6 +33,7 @@ from pipeline.loading.loader import (
     resolve_device,
 )
 from pipeline.loading.sampling import RowOrder
+from pipeline.loading.transfer import pin_for_device, use_device
 from pipeline.messages import print_to_stderr
 from pipeline.store.joined_store import AnyStore
 
@@ -112,7 +113,10 @@ class BatchPrefetcher(Iterator[Batch]):
         # The pipeline is built in the consumer's thread, on its current stream.
         if self._thread is None or self._next_mel is None:
             self._next_mel = self._make_mel_function()
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
+            device = self._batch_maker.device
+            self._thread = ThreadPoolExecutor(
+                1, thread_name_prefix="loader", initializer=use_device, initargs=(device,)
+            )
         while len(self._pending_mels) < self._prefetch and self._submitted_count < len(self._steps):
             self._pending_mels.append(self._thread.submit(self._next_mel))
             self._submitted_count += 1
@@ -220,9 +224,12 @@ class DaliSource:
             self.dtype = np.dtype(np.float32)
 
         # DALI reads these buffers without a copy, and uses each until its batch is returned, DALI_QUEUE_DEPTH calls
-        # later.
+        # later. On a GPU they are uploaded straight from pinned memory: a copy of them on the host would hold the
+        # interpreter for milliseconds.
         shape = (DALI_QUEUE_DEPTH + 1, views, batch_maker.view.frames, store.bands)
-        self._buffers = torch.from_numpy(np.zeros(shape, self.dtype))
+        self._buffers = pin_for_device(torch.from_numpy(np.zeros(shape, self.dtype)), batch_maker.device)
+        self._uploads: list[torch.cuda.Event | None] = [None] * len(self._buffers)
+        self._returned_count = 0
         self._stored_BTF = np.empty((views, batch_maker.stored_frames, store.bands), store.dtype)
 
     def stored_values(self, info: Any) -> list[np.ndarray]:
@@ -270,6 +277,23 @@ class DaliSource:
     def _step_buffer(self, iteration: int) -> torch.Tensor:
         return self._buffers[iteration % len(self._buffers)]
 
+    def _wait_for_upload(self, iteration: int) -> None:
+        """Wait until the buffer of this batch may be written: the batch that it held before has left it.
+
+        That batch was returned before, but on a GPU it may still be on its way, like all that was queued before it.
+        """
+        upload = self._uploads[iteration % len(self._buffers)]
+        if upload is not None:
+            upload.synchronize()
+
+    def _note_upload(self) -> None:
+        """Mark when the buffer of the batch that DALI has just returned is free: the consumer's stream waits for it."""
+        if self.stream is not None:
+            upload = torch.cuda.Event()
+            upload.record(self.stream)
+            self._uploads[self._returned_count % len(self._buffers)] = upload
+        self._returned_count += 1
+
     def _read_cuts(self, iteration: int) -> StepCuts:
         """Return the cuts of a batch; the first call for a batch also reads its values into a buffer."""
         # Tell DALI that the batches end; `next_mel` raises the failure.
@@ -284,6 +308,7 @@ class DaliSource:
                 self.read_failure = error
                 raise StopIteration from None
             mel_BTF = self._step_buffer(iteration)
+            self._wait_for_upload(iteration)
             copy_rolled(torch.from_numpy(stored_BTF), mel_BTF, cuts.changes.rolls_B, cuts.n_frames_B)
             self._cuts_in_flight.append(cuts)
             self._read_count += 1
@@ -306,6 +331,7 @@ class DaliSource:
             ) from error
 
         # The consumer's CUDA stream has to wait for DALI's stream; a CPU has no streams.
+        self._note_upload()
         with torch.cuda.stream(self.stream):
             return torch.from_dlpack(mel_BTF.as_tensor()), self._cuts_in_flight.popleft()
 
@@ -336,7 +362,7 @@ def build_dali_pipeline(source: DaliSource, threads: int) -> Any:
             batch_info=True,
             dtype=dtypes[source.dtype.name],
             ndim=2,
-            no_copy=not source.is_on_gpu,
+            no_copy=True,
         )
         if source.is_on_gpu:
             mel_TF = mel_TF.gpu()

@@ -18,20 +18,21 @@ from pipeline.loading.augment import (
     zero_masked_spans,
 )
 from pipeline.loading.sampling import RowOrder
+from pipeline.loading.transfer import copy_to_device
 from pipeline.messages import print_to_stderr
 from pipeline.store.joined_store import AnyStore
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Batch:
-    """The clips on which one rank trains in one step; tensors are on the loader's device.
+    """The clips on which one rank trains in one step; mels and labels are on the loader's device.
 
     A clip that mixup mixes with its partner keeps its own row number. Its valid frames are those of the longer clip.
     If the view has several crops, `mel_BTF` and `n_frames_B` have an entry for each of them, those of a clip adjacent.
     """
 
     mel_BTF: Tensor  # float32, (log-mel - mean) / std, augmented; 0 past the valid frames
-    n_frames_B: Tensor  # int64, valid frames of each clip within mel_BTF
+    n_frames_B: Tensor  # int64 on the CPU, where models want it: valid frames of each clip within mel_BTF
     rows_B: np.ndarray  # int64, rows of the store, one for each clip
     labels_BC: Tensor | None  # float32, 1 if a clip has the class, else 0; mixed like the mels
     skipped_clips: int = 0  # clips that could not be read; other clips of this batch take their places
@@ -212,9 +213,9 @@ class BatchMaker:
         labels_BC = self._mixed_labels_BC(cuts)
         return Batch(
             mel_BTF=mel_BTF,
-            n_frames_B=torch.from_numpy(n_frames_B).to(self.device),
+            n_frames_B=torch.from_numpy(n_frames_B),
             rows_B=cuts.rows_B[:: self.view.crops],
-            labels_BC=None if labels_BC is None else torch.from_numpy(labels_BC).to(self.device),
+            labels_BC=None if labels_BC is None else copy_to_device(labels_BC, self.device),
             skipped_clips=cuts.skipped_clips,
         )
 
@@ -263,9 +264,18 @@ def replace_broken_rows(rows_B: np.ndarray, broken_rows: set[int]) -> tuple[np.n
 
 def clear_padding(mel_BTF: Tensor, n_frames_B: np.ndarray) -> None:
     """Set the frames past each clip's valid ones to 0, in place."""
-    # Most batches need a single write; each short clip needs one more.
+    # Most batches need a single write.
     longest = int(n_frames_B.max())
     mel_BTF[:, longest:] = 0
+    if not (n_frames_B < longest).any():
+        return
+
+    # On a GPU one pass over the batch is cheaper than a write for each of some short clips.
+    if mel_BTF.is_cuda:
+        frame_T = torch.arange(longest, device=mel_BTF.device)
+        is_padding_BT = frame_T >= copy_to_device(n_frames_B, mel_BTF.device)[:, None]
+        mel_BTF[:, :longest].masked_fill_(is_padding_BT[..., None], 0)
+        return
     for clip in np.flatnonzero(n_frames_B < longest):
         mel_BTF[clip, int(n_frames_B[clip]) : longest] = 0
 
@@ -306,7 +316,7 @@ class PlainLoader:
         if view.augment.has_mixup:
             shares_B11 = torch.from_numpy(cuts.changes.shares_B)[:, None, None]
             mel_BTF = mel_BTF * shares_B11 + mel_BTF[cuts.changes.partners_B] * (1 - shares_B11)
-        return batch_maker.finish_batch(mel_BTF.to(batch_maker.device), cuts)
+        return batch_maker.finish_batch(copy_to_device(mel_BTF, batch_maker.device), cuts)
 
     def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """Yield the batches of steps [first, last)."""

@@ -26,8 +26,9 @@ from ajepa.pretrain.pretrain import pretrain
 from ajepa.pretrain.trainer import PretrainTrainer
 from ajepa.recipes.pretrain import Pretrain
 from ajepa.training.distributed import world_from_environment
-from ajepa.training.run import Json, Run
+from ajepa.training.run import Run
 from ajepa.training.trained_run import TrainedRun
+from ajepa.training.trainer import StartedStep
 from pipeline.cli.options import run_command_line
 from pipeline.errors import BrokenClipError
 from pipeline.loading.loader import Batch
@@ -35,12 +36,12 @@ from pipeline.store.feature_store import FeatureStore
 
 
 def with_event(
-    train_step: Callable[..., Json], run: Path, event: str, describe_draws: Callable[[Any, int], Any]
-) -> Callable[..., Json]:
+    start_step: Callable[..., StartedStep], run: Path, event: str, describe_draws: Callable[[Any, int], Any]
+) -> Callable[..., StartedStep]:
     """A trainer's step in which `event` happens to the last rank; rows and draws are written beside the run."""
     world = world_from_environment()
 
-    def step_with_event(trainer: Any, step: int, batch: Batch) -> Json:
+    def step_with_event(trainer: Any, step: int, batch: Batch) -> StartedStep:
         if (step, world.rank) == (5, world.size - 1):
             if event in ("stop", "die"):
                 os.kill(os.getpid(), signal.SIGTERM if event == "stop" else signal.SIGKILL)
@@ -50,7 +51,7 @@ def with_event(
                 raise BrokenClipError(7, "row 7 cannot be read")
         with (run / f"steps-{world.rank}.jsonl").open("a") as handle:
             handle.write(f"{[step, batch.rows_B.tolist(), describe_draws(trainer, step)]}\n")
-        return train_step(trainer, step, batch)
+        return start_step(trainer, step, batch)
 
     return step_with_event
 
@@ -63,9 +64,9 @@ def train(store: Path | str, run: Path, event: str = "train", recipe: Pretrain |
     def targets(trainer: PretrainTrainer, step: int) -> list:
         return trainer.draw_for_rank(step).targets_MGQ.tolist()
 
-    train_step = with_event(PretrainTrainer.train_step, run, event, targets)
+    start_step = with_event(PretrainTrainer.start_step, run, event, targets)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PretrainTrainer, "train_step", train_step)
+        patch.setattr(PretrainTrainer, "start_step", start_step)
         return pretrain(store, recipe, run, device="cpu", precision="fp32", micro_batch=micro_batch)
 
 
@@ -80,9 +81,9 @@ def train_classifier(store: Path | str, run: Path, event: str = "train", start: 
         "precision": "fp32",
         "micro_batch": 3 if event == "micro" else None,
     }
-    train_step = with_event(FinetuneTrainer.train_step, run, event, lambda trainer, step: trainer.first_clip)
+    start_step = with_event(FinetuneTrainer.start_step, run, event, lambda trainer, step: trainer.first_clip)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FinetuneTrainer, "train_step", train_step)
+        patch.setattr(FinetuneTrainer, "start_step", start_step)
         return finetune(store, TASKS["own"], recipe, run, device="cpu", **options)
 
 

@@ -39,6 +39,7 @@ from ajepa.recipes.finetune import finetune_with_counts
 from ajepa.training.meter import read_compute_costs
 from ajepa.training.run import Run
 from ajepa.training.trained_run import TrainedRun
+from ajepa.training.trainer import StartedStep
 from pipeline.audio.mel_spec import preset_mel_spec
 from pipeline.errors import InputError, RunError
 from pipeline.loading.augment import Augment
@@ -135,16 +136,16 @@ def test_a_run_in_parts_or_other_numbers_is_carried_on_with_bit_for_bit(
     store_path, tmp_path, monkeypatch, options
 ):
     """Stopped between two checkpoints, with the same options; what it cost is counted as if it had never been."""
-    recipe, train_step = tiny_finetune(steps=8, checkpoint_every=3), FinetuneTrainer.train_step
+    recipe, start_step = tiny_finetune(steps=8, checkpoint_every=3), FinetuneTrainer.start_step
 
-    def step(trainer: FinetuneTrainer, at: int, batch: Batch) -> dict:
+    def step(trainer: FinetuneTrainer, at: int, batch: Batch) -> StartedStep:
         if at == 5:
             raise RunError("stopped")
-        return train_step(trainer, at, batch)
+        return start_step(trainer, at, batch)
 
     undisturbed = finetune_quietly(store_path, tmp_path / "whole", recipe, **options)
     with monkeypatch.context() as patch:
-        patch.setattr(FinetuneTrainer, "train_step", step)
+        patch.setattr(FinetuneTrainer, "start_step", step)
         with pytest.raises(RunError, match="stopped"):
             finetune_quietly(store_path, tmp_path / "run", recipe, **options)
     assert Run.open(tmp_path / "run").newest_step == 3

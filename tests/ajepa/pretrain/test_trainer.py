@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 from tiny import tiny, tiny_views
 
+from ajepa.model import transformer
+from ajepa.model.patches import PatchGrid
 from ajepa.model.views import ViewDraws
 from ajepa.pretrain.pretrain import pretrain
 from ajepa.pretrain.trainer import PretrainTrainer
@@ -249,3 +251,51 @@ def test_a_store_with_nan_ends_the_run_with_its_rows_and_leaves_what_explains_it
     assert torch.equal(tensors["context_NK"], draws.context_NK)
     assert torch.equal(tensors["targets_MGQ"], draws.targets_MGQ)
     assert Run.open(tmp_path / "run").newest_step < step
+
+
+def long_recipe(**changes) -> Pretrain:
+    """`tiny` on whole clips: 998 frames, which fill 62.4 of the model's 64 columns."""
+    recipe = tiny(crop="start", **changes)
+    encoder = replace(recipe.model.encoder, grid=PatchGrid.from_size(1024, 128))
+    return replace(recipe, model=replace(recipe.model, encoder=encoder))
+
+
+@pytest.mark.parametrize(("short_clips", "has_mask"), [(0, False), (1, True)])
+@pytest.mark.parametrize("micro_clips", [None, 4])
+def test_attention_gets_a_mask_only_where_a_clip_is_short(
+    store, monkeypatch, short_clips, has_mask, micro_clips
+):
+    """Fast kernels take none, and a clip of 10 s never fills the last of 64 columns."""
+    masks = []
+
+    def attend(q, k, v, valid_BN):
+        masks.append(valid_BN)
+        return transformer.fused_attention(q, k, v, valid_BN)
+
+    recipe = long_recipe()
+    batch = batch_of(store, recipe=recipe)
+    n_frames_B = torch.full((8,), 998)
+    n_frames_B[:short_clips] = 500
+    trainer = PretrainTrainer(recipe, CPU, precision=FP32, micro_clips=micro_clips)
+    monkeypatch.setattr(transformer, "choose_attention", lambda device, dtype: attend)
+    trainer.train_step(20, replace(batch, n_frames_B=n_frames_B))
+    assert masks
+    assert any(mask is not None for mask in masks) == has_mask
+
+
+def test_the_columns_that_no_clip_fills_change_nothing(store):
+    """Leaving them out is the same as masking them, of which they were a mere cost."""
+    recipe = long_recipe()
+    assert (recipe.sound_grid.cols, tiny().sound_grid) == (63, tiny().model.encoder.grid)
+    batch = batch_of(store, recipe=recipe)
+    n_frames_B = torch.tensor([998, 500, 998, 17, 998, 998, 998, 998])
+    trainer = PretrainTrainer(recipe, CPU, precision=FP32)
+    draws = trainer.draw_for_rank(20)
+    assert draws.context_NK.max() < recipe.sound_grid.tokens
+    masks = (draws.context_NK, draws.targets_MGQ)
+    for lengths_B in (n_frames_B, torch.full_like(n_frames_B, 998)):
+        whole = trainer.model(batch.mel_BTF, *masks, lengths_B)
+        cut = trainer.model(batch.mel_BTF[:, : recipe.sound_grid.frames], *masks, lengths_B)
+        assert cut.loss.item() == pytest.approx(whole.loss.item(), rel=1e-5)
+        assert cut.target_std.item() == pytest.approx(whole.target_std.item(), rel=1e-5)
+        torch.testing.assert_close(cut.context_mean_ND, whole.context_mean_ND, rtol=1e-4, atol=1e-5)
