@@ -162,7 +162,7 @@ class PretrainTrainer(Trainer):
         update_metrics = self.update_weights(step, batch, metrics, lr, debug_tensors(draws))
 
         # The teacher follows the encoder, unless an overflow of fp16 has left that as it was.
-        momentum = recipe.schedule.teacher_momentum(step, recipe.steps)
+        momentum = recipe.schedule.teacher_momentum(step, recipe.steps, clips=recipe.clips_per_step)
         if "overflowed" not in update_metrics:
             self.model.update_target(momentum)
         return {**metrics, **update_metrics, "momentum": momentum}

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from ajepa.training.bad_steps import BAD_STEPS_METRIC, BadSteps, OnBadStep
 from ajepa.training.checkpoints import Checkpoint
 from ajepa.training.distributed import SINGLE_PROCESS, World
 from ajepa.training.run import Json, Run
@@ -37,6 +38,9 @@ class StageTrainer(Protocol):
     def train_step(self, step: int, batch: Batch) -> Json:
         """Take one update, from `step` to `step + 1`; its metrics, `loss` among them. BadStep for a bad one."""
 
+    def discard_gradients(self) -> None:
+        """Forget what a bad step has left: the next step is as if there had been none."""
+
     def make_checkpoint(self, step: int) -> Checkpoint:
         """Everything that the next step depends on."""
 
@@ -47,6 +51,9 @@ class TrainingMonitor(Protocol):
     def after_step(self, steps_done: int) -> Json:
         """Metrics of the model after a step; called after every step, and empty most of the time."""
 
+    def count_bad_step(self) -> None:
+        """Called for a step that was passed over, before `after_step`."""
+
     def before_checkpoint(self) -> None:
         """Called just before each checkpoint is written."""
 
@@ -55,10 +62,19 @@ class TrainingMonitor(Protocol):
 
 
 @contextmanager
-def open_run(world: World, path: Path, recipe: Json, identity: RunIdentity) -> Iterator[tuple[Run, int]]:
+def open_run(
+    world: World,
+    path: Path,
+    recipe: Json,
+    identity: RunIdentity,
+    *,
+    precision: str,
+    warm_start: Json | None = None,
+) -> Iterator[tuple[Run, int]]:
     """The run, locked and rewound by the main rank, and the step at which all ranks carry on.
 
-    The main rank tells the others that step: on a network disk they may still see an older one.
+    Another recipe or precision than before, where it is allowed, begins a phase of the run. The main rank tells the
+    others the step: on a network disk they may still see an older one.
     """
     # Another rank only reads, once the main rank has made the folder and told the step.
     if not world.is_main:
@@ -67,9 +83,12 @@ def open_run(world: World, path: Path, recipe: Json, identity: RunIdentity) -> I
         return
 
     # The main rank keeps the folder locked for as long as anybody trains.
-    run = Run.create_or_open(path, recipe=recipe, identity=identity)
+    run = Run.create_or_open(
+        path, recipe=recipe, identity=identity, precision=precision, warm_start=warm_start
+    )
     with run.writing_lock():
         run.rewind_to_checkpoint()
+        run = run.begin_phase(recipe, precision)
         first_step = run.newest_step
         world.sum_over_ranks(first_step)
         yield run, first_step
@@ -84,20 +103,24 @@ def run_training_loop(
     progress: bool,
     monitor: TrainingMonitor | None = None,
     keep_every: int = 0,
+    on_bad_step: OnBadStep = "stop",
     world: World = SINGLE_PROCESS,
 ) -> int:
     """Take every step after the run's checkpoint, to the recipe's last or until `stop` is set; the steps done.
 
     A step at which the monitor has metrics is logged whenever it comes, and where its `probe_map` is the highest
     so far, a checkpoint is written. All ranks call this and stop at the same step; the main rank alone has a
-    monitor, writes, and shows progress. Checkpoints at multiples of `keep_every` are never deleted. RunError where
-    the monitor has a reason to stop, after a checkpoint of that step.
+    monitor, writes, and shows progress. Checkpoints at multiples of `keep_every` are never deleted. A bad step that
+    is passed over changes no weight and has a line in the metrics. RunError where the monitor has a reason to stop,
+    after a checkpoint of that step, and at a bad step that is not passed over.
     """
     # Find where the run stands: on a network disk only the main rank is sure to see the newest checkpoint.
     recipe = trainer.recipe
     newest_step = run.newest_step if world.is_main else 0
     (first_step,) = map(int, world.sum_over_ranks(newest_step))
     steps_done = first_step
+    bad_steps = BadSteps(on_bad_step=on_bad_step)
+    bad_steps.resume_counts(run.read_metrics() if world.is_main else (), steps_done, world)
 
     # Open what is written to.
     clock = ThroughputClock()
@@ -111,7 +134,10 @@ def run_training_loop(
             # Wait for the clips of the step, and take it.
             with clock.measure_waiting():
                 batch = next(batches)
-            metrics = take_step(run, trainer, step, batch)
+            metrics = take_step(run, trainer, step, batch, bad_steps)
+            is_bad = BAD_STEPS_METRIC in metrics
+            if is_bad and monitor is not None:
+                monitor.count_bad_step()
             steps_done = step + 1
             is_last = steps_done == recipe.steps
             clock.clips += len(batch.rows_B) * world.size
@@ -120,8 +146,8 @@ def run_training_loop(
             # Look at the model: health, probes, held-out clips.
             observed, ill_because = observe_model(monitor, steps_done)
 
-            # Log, at the recipe's steps and wherever the monitor has seen something.
-            is_logged = bool(observed) or steps_done % recipe.log_every == 0 or is_last
+            # Log, at the recipe's steps and wherever the monitor has seen something, or a step was bad.
+            is_logged = bool(observed) or is_bad or steps_done % recipe.log_every == 0 or is_last
             if event_writer is not None and is_logged:
                 line = {"step": steps_done, **metrics, **clock.read_and_reset(), **observed}
                 run.log_metrics(line)
@@ -157,13 +183,24 @@ def raise_if_interrupted(run: Run, steps_done: int, steps: int, say: Callable[[s
         raise StopSignal
 
 
-def take_step(run: Run, trainer: StageTrainer, step: int, batch: Batch) -> Json:
-    """Take one step; its metrics. A bad step is kept in the run's folder, and its RunError says where."""
+def take_step(run: Run, trainer: StageTrainer, step: int, batch: Batch, bad_steps: BadSteps) -> Json:
+    """Take one step; its metrics. A bad step that is passed over has the metric `bad_steps` alone.
+
+    RunError for a bad step that ends the run. Its clips are kept in the run's folder, and the error says where.
+    """
     try:
-        return trainer.train_step(step, batch)
+        metrics = trainer.train_step(step, batch)
     except BadStep as bad:
-        folder = bad.write_to_run(run.path)
-        raise RunError(f"{bad}; its clips and draws are kept in {folder}") from None
+        bad_steps.count_bad_step()
+        reason = bad_steps.stop_reason()
+        if bad_steps.keeps_clips:
+            folder = bad.write_to_run(run.path)
+        if reason:
+            raise RunError(f"{bad}; its clips and draws are kept in {folder}; {reason}") from None
+        trainer.discard_gradients()
+        return {BAD_STEPS_METRIC: 1}
+    bad_steps.count_good_step()
+    return metrics
 
 
 def observe_model(monitor: TrainingMonitor | None, steps_done: int) -> tuple[Json, str | None]:
@@ -227,7 +264,8 @@ def progress_postfix(line: Json) -> str:
     rank = ""
     if "health_rank" in line:
         rank = f"rank {line['health_rank']:.0f}, "
-    return f"loss {line['loss']:.3f}, {rank}{line['clips_per_s']:.0f} clips/s, wait {line['data_wait']:.0%}"
+    loss = f"loss {line['loss']:.3f}" if "loss" in line else "no loss yet"
+    return f"{loss}, {rank}{line['clips_per_s']:.0f} clips/s, wait {line['data_wait']:.0%}"
 
 
 @contextmanager
