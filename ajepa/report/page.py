@@ -357,6 +357,10 @@ def recipe_section(run: Run) -> Markup:
     if compute_file.exists():
         records["compute"] = json.loads(compute_file.read_text())
     records |= {**run.settings(), "versions": run.versions}
+    if run.earlier_phases:
+        records["earlier phases"] = [phase.to_json() for phase in run.earlier_phases]
+    if run.warm_start is not None:
+        records["warm start"] = run.warm_start
 
     # Only the first part is open at the start.
     parts = [

@@ -88,10 +88,11 @@ def open_run(
     )
     with run.writing_lock():
         run.rewind_to_checkpoint()
-        run = run.begin_phase(recipe, precision)
         first_step = run.newest_step
         world.sum_over_ranks(first_step)
-        yield run, first_step
+
+        # Now all ranks have read recipe.json as it was.
+        yield run.begin_phase(recipe, precision), first_step
 
 
 def run_training_loop(

@@ -3,13 +3,17 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tiny import tiny
 
+from ajepa.pretrain.monitor import HealthBatch
 from ajepa.pretrain.plan import describe_plan
 from ajepa.pretrain.pretrain import pretrain, recipe_as_begun
+from ajepa.pretrain.trainer import PretrainTrainer
 from ajepa.recipes.catalogue import override_recipe, recipe_to_json
 from ajepa.recipes.pretrain import a_jepa_recipe, audio_jepa_recipe
 from ajepa.training.run import Run
+from pipeline.loading.augment import NATS_PER_DB, Augment
 from pipeline.loading.sampling import RowOrder
 
 
@@ -98,3 +102,36 @@ def test_a_run_of_the_version_before_keeps_the_recipe_that_it_was_begun_with(tmp
         "carried on with recipe a-jepa as it was begun with (model.loss: was l2, now squared_l2; epochs: was 0"
         in lines[0]
     )
+
+
+def test_clips_are_augmented_in_training_and_health_looks_at_them_as_they_are(
+    store_path, tmp_path, monkeypatch
+):
+    """A-JEPA's random start and gain; a look at the model's health must not move with the level of its clips."""
+    looked_at = []
+    trained_on = []
+    train_step = PretrainTrainer.train_step
+
+    def recorded_step(trainer, step, batch):
+        trained_on.append(batch.mel_BTF.clone())
+        return train_step(trainer, step, batch)
+
+    def recorded_batch(batch, recipe):
+        looked_at.append(batch.mel_BTF.clone())
+        return HealthBatch(
+            mel_BTF=batch.mel_BTF,
+            n_frames_B=batch.n_frames_B,
+            context_BK=torch.arange(8).expand(len(batch.rows_B), 8),
+            targets_BGQ=torch.arange(8, 16).expand(len(batch.rows_B), 1, 8),
+        )
+
+    monkeypatch.setattr(PretrainTrainer, "train_step", recorded_step)
+    monkeypatch.setattr(HealthBatch, "from_batch", recorded_batch)
+    options = {"device": "cpu", "loader": "plain", "precision": "fp32", "steps": 1, "say": lambda line: None}
+    for name, augment in (("plain", Augment()), ("louder", Augment(gain_db=6.0))):
+        run = pretrain(store_path, tiny(augment=augment), tmp_path / name, **options)
+    assert torch.equal(*looked_at)
+    (plain_BTF, louder_BTF), std = trained_on, run.identity.std
+    gain_B = (louder_BTF - plain_BTF)[:, 0, 0]
+    torch.testing.assert_close(louder_BTF - plain_BTF, gain_B[:, None, None].expand_as(plain_BTF))
+    assert 0 < gain_B.abs().max() * std <= 6 * NATS_PER_DB
