@@ -11,15 +11,18 @@ from ajepa.cli.finetune import finetune, hlp_study
 from ajepa.cli.options import (
     BatchOption,
     DeviceOption,
+    EpochsOption,
     LoaderOption,
     MicroBatchOption,
     NewRunOption,
+    OnBadStepOption,
     OnBrokenOption,
     PrecisionOption,
     PretrainRecipeOption,
     RecomputeOption,
     RunOption,
     SettingsOption,
+    StartCheckpointOption,
     StepsOption,
     StoreOption,
 )
@@ -42,8 +45,14 @@ def pretrain(
     store: Annotated[list[str], typer.Option(help="NAME.zarr or s3://...; repeats.", show_default=False)],
     run: NewRunOption,
     recipe: PretrainRecipeOption = "small",
+    start: Annotated[
+        str | None,
+        typer.Option("--from", help="Run, export, or ORG/NAME to begin with. [default: random weights]"),
+    ] = None,
+    start_checkpoint: StartCheckpointOption = "last",
     settings: SettingsOption = None,
     steps: StepsOption = None,
+    epochs: EpochsOption = None,
     batch: BatchOption = None,
     micro_batch: MicroBatchOption = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of weights, order, masks. [default: 0]")] = None,
@@ -56,6 +65,7 @@ def pretrain(
         typer.Option("--compile", help="torch.compile: 2 min to start, last bits differ."),
     ] = False,
     on_broken: OnBrokenOption = "raise",
+    on_bad_step: OnBadStepOption = "stop",
     on_collapse: Annotated[
         Literal["stop", "warn"], typer.Option(help="When features become all alike.")
     ] = "stop",
@@ -80,8 +90,9 @@ def pretrain(
 ) -> None:
     """Pre-train an encoder; splits named eval or test are held out.
 
-    The same command again carries on from the last checkpoint, exactly. Ctrl-C,
-    SIGTERM or SIGUSR1 write one and end with status 75. On several GPUs:
+    The same command again carries on from the last checkpoint, exactly; after a bad
+    step, also with another rate, gradient norm or precision. Ctrl-C, SIGTERM or
+    SIGUSR1 write a checkpoint and end with status 75. On several GPUs:
     `torchrun --standalone --no-python --nproc-per-node 8 -- ajepa-train ...`.
 
     Example: ajepa-train pretrain --store as20k.zarr --recipe small --run runs/a
@@ -90,12 +101,15 @@ def pretrain(
     from ajepa.pretrain.training_set import TrainingSet
     from ajepa.recipes import catalogue
     from ajepa.training.distributed import join_ranks
+    from pipeline.messages import print_to_stderr
     from pipeline.store.feature_store import FeatureStore
 
     with join_ranks() as world:
         # What is trained, and on which stores
-        chosen_recipe = catalogue.override_recipe(catalogue.pretrain_recipe(recipe), settings or [])
-        chosen_recipe = chosen_recipe.with_counts(steps=steps, clips_per_step=batch, seed=seed)
+        tell = world.main_rank_only(print_to_stderr)
+        chosen_recipe = pretrain_stage.recipe_as_begun(run, catalogue.pretrain_recipe(recipe), tell)
+        chosen_recipe = catalogue.override_recipe(chosen_recipe, settings or [])
+        chosen_recipe = chosen_recipe.with_counts(seed=seed)
         training_set = TrainingSet(
             stores=tuple(
                 FeatureStore.open(location, io=io, check=check, cache=cache, cache_gb=cache_gb)
@@ -111,6 +125,11 @@ def pretrain(
             training_set,
             chosen_recipe,
             run,
+            steps=steps,
+            epochs=epochs,
+            batch=batch,
+            start=start,
+            start_checkpoint=start_checkpoint,
             micro_batch=micro_batch,
             device=device,
             precision=precision,
@@ -118,6 +137,7 @@ def pretrain(
             recompute=recompute,
             compiled=compiled,
             on_broken=on_broken,
+            on_bad_step=on_bad_step,
             on_collapse=on_collapse,
             progress=True,
         )

@@ -11,13 +11,16 @@ from ajepa.cli.options import (
     TASK_NAMES,
     BatchOption,
     DeviceOption,
+    EpochsOption,
     LoaderOption,
     MicroBatchOption,
     NewRunOption,
+    OnBadStepOption,
     OnBrokenOption,
     PrecisionOption,
     RecomputeOption,
     SettingsOption,
+    StartCheckpointOption,
     StepsOption,
     StoreOption,
 )
@@ -40,10 +43,7 @@ def finetune(
         Path | None,
         typer.Option("--from", help="Run whose encoder to start from. [default: random weights]"),
     ] = None,
-    start_checkpoint: Annotated[
-        str,
-        typer.Option("--from-checkpoint", help="Of that run: last, best (by probe), init, or a kept step."),
-    ] = "last",
+    start_checkpoint: StartCheckpointOption = "last",
     model: Annotated[
         str | None,
         typer.Option(
@@ -61,7 +61,7 @@ def finetune(
     settings: SettingsOption = None,
     labels: Annotated[str, typer.Option(help="Label set to train on, raw or a rule's.")] = "raw",
     fold: Annotated[int | None, typer.Option(min=1, help="Fold to measure. [default: each]")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs. [default: the recipe's]")] = None,
+    epochs: EpochsOption = None,
     batch: BatchOption = None,
     micro_batch: MicroBatchOption = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Head, order, changes. [default: 0]")] = None,
@@ -70,6 +70,7 @@ def finetune(
     loader: LoaderOption = "dali",
     recompute: RecomputeOption = False,
     on_broken: OnBrokenOption = "raise",
+    on_bad_step: OnBadStepOption = "stop",
     cache: CacheFolder = None,
     cache_gb: CacheSizeGb = DEFAULT_CACHE_GB,
 ) -> None:
@@ -113,6 +114,7 @@ def finetune(
             "loader": loader,
             "recompute": recompute,
             "on_broken": on_broken,
+            "on_bad_step": on_bad_step,
             "progress": True,
         }
 

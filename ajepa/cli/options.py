@@ -90,7 +90,12 @@ SettingsOption = Annotated[
 
 StepsOption = Annotated[int | None, typer.Option(min=1, help="Steps. [default: the recipe's]")]
 
-BatchOption = Annotated[int | None, typer.Option(min=1, help="Clips per step. [default: the recipe's]")]
+EpochsOption = Annotated[int | None, typer.Option(min=1, help="Epochs. [default: the recipe's]")]
+
+BatchOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Clips per step; the run says what it changes. [default: the recipe's]"),
+]
 
 # How a step is computed: the result is the same but for rounding.
 MicroBatchOption = Annotated[
@@ -115,4 +120,15 @@ RecomputeOption = Annotated[
 # What becomes of a clip that cannot be read.
 OnBrokenOption = Annotated[
     Literal["raise", "skip"], typer.Option(help="skip: another clip of the step takes its place.")
+]
+
+# What becomes of a step whose loss or gradient is no number.
+OnBadStepOption = Annotated[
+    Literal["stop", "skip"], typer.Option(help="skip: it changes nothing and is counted; at most 100.")
+]
+
+# The weights to begin with.
+StartCheckpointOption = Annotated[
+    str,
+    typer.Option("--from-checkpoint", help="Of that run: last, best (by probe), init, or a kept step."),
 ]

@@ -76,6 +76,7 @@ class PretrainedEncoder:
                 "step": trained.step,
                 "identity": {key: value for key, value in run.identity.to_json().items() if key != "mel"},
                 "versions": run.versions,
+                **({"warm_start": run.warm_start} if run.warm_start is not None else {}),
             },
         )
 
@@ -130,7 +131,8 @@ class PretrainedEncoder:
         """Return the encoder before its first step, drawn by the seed of its recipe; RunError if that is unknown."""
         # The encoder of a run that started from another one was not drawn by its own seed.
         seed = self.origin.get("recipe", {}).get("seed")
-        if seed is None or self.origin.get("identity", {}).get("from") is not None:
+        identity = self.origin.get("identity", {})
+        if seed is None or identity.get("from") is not None or identity.get("warm_start") is not None:
             raise RunError(
                 f"model {self.model_id}: holds no recipe whose seed drew its first weights; "
                 f"leave out {INITIAL_CHECKPOINT!r}, or give the pre-trained run"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ajepa.evaluate.metrics import CONFIDENCE_LEVEL
 from ajepa.training.run import Json, Run, software_versions
+from ajepa.training.trained_run import INITIAL_CHECKPOINT
 from pipeline.store.feature_store import FeatureStore
 
 METRIC_NOTES: Json = {
@@ -138,7 +139,7 @@ class EvaluationProtocol:
     """The run, the clips and the settings of an evaluation; `to_json` is its form in evaluation.json.
 
     seed               seed of the run's recipe, which also draws the resamples
-    checkpoint         requested checkpoint: last, best or a step
+    checkpoint         requested checkpoint: last, best, init or a step; init names a warm start (`describe_checkpoint`)
     weights_name       part of the checkpoint that is measured
     weights_sha256     digest of these weights; with folds, one digest per fold
     task               task that the run was fine-tuned on; None: the run was only pre-trained
@@ -297,7 +298,7 @@ def build_protocol(
         recipe_name=run.recipe["name"],
         seed=run.recipe["seed"],
         step=step,
-        checkpoint=str(checkpoint),
+        checkpoint=describe_checkpoint(run, checkpoint),
         weights_name=weights_name,
         weights_sha256=weights_digest(weights),
         task=None if run.identity.task_identity is None else run.identity.task_identity.task,
@@ -319,6 +320,13 @@ def build_protocol(
         device=device,
         versions=software_versions(),
     )
+
+
+def describe_checkpoint(run: Run, checkpoint: str | int) -> str:
+    """The requested checkpoint in words: `init` of a warm-started run is no random encoder, which is said here."""
+    if checkpoint == INITIAL_CHECKPOINT and run.warm_start is not None:
+        return f"{checkpoint}, the warm start from {run.warm_start['location']}"
+    return str(checkpoint)
 
 
 def count_folds(folds: Sequence[object]) -> int:

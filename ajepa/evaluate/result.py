@@ -12,6 +12,7 @@ import numpy as np
 from ajepa.evaluate.metrics import MetricEstimate
 from ajepa.evaluate.protocol import EvaluationProtocol, is_training_store
 from ajepa.training.run import Json, Run
+from ajepa.training.trained_run import INITIAL_CHECKPOINT
 from pipeline.errors import RunError
 from pipeline.files import replacing_file
 from pipeline.store.feature_store import FeatureStore
@@ -142,6 +143,8 @@ class Evaluation:
         protocol = self.protocol
         folds = f", mean over {protocol.folds} folds" if protocol.folds else ""
         yield f"{protocol.eval_clips} eval clips of {protocol.store_name}{folds}; run at step {protocol.step}"
+        if protocol.checkpoint.startswith(f"{INITIAL_CHECKPOINT},"):
+            yield f"checkpoint {protocol.checkpoint}"
 
         # The classifier, or the probes, and how they were trained
         if (classifier := protocol.classifier) is not None:

@@ -35,6 +35,7 @@ from ajepa.finetune.trainer import FinetuneTrainer
 from ajepa.model.classifier import ENCODER_PREFIX, VitClassifier
 from ajepa.recipes.catalogue import recipe_to_json
 from ajepa.recipes.finetune import Finetune
+from ajepa.training.bad_steps import OnBadStep, refuse_unknown_choice
 from ajepa.training.devices import PrecisionName, pick_precision
 from ajepa.training.distributed import SINGLE_PROCESS, join_ranks
 from ajepa.training.flops import classifier_step_cost
@@ -75,6 +76,7 @@ def finetune(
     loader: Literal["dali", "plain"] = "dali",
     recompute: bool = False,
     on_broken: Literal["raise", "skip"] = "raise",
+    on_bad_step: OnBadStep = "stop",
     progress: bool = False,
     say: Callable[[str], None] = print_to_stderr,
 ) -> Run:
@@ -92,6 +94,7 @@ def finetune(
     """
     with join_ranks() as world:
         tell = world.main_rank_only(say)
+        refuse_unknown_choice(on_bad_step)
 
         # Fit data, recipe and device to each other; what does not fit is refused before the run's folder is made.
         setup = prepare_finetune(
@@ -111,8 +114,14 @@ def finetune(
             refuse_large_finetune(setup)
 
             # Train and measure while no other process can write to the run.
-            with open_run(world, run_path, recipe_to_json(setup.recipe), setup.identity) as (run, first_step):
-                steps_done = train_and_measure(setup, run, first_step, batches, progress=progress, say=tell)
+            recipe_json = recipe_to_json(setup.recipe)
+            with open_run(world, run_path, recipe_json, setup.identity, precision=setup.precision.name) as (
+                run,
+                first_step,
+            ):
+                steps_done = train_and_measure(
+                    setup, run, first_step, batches, on_bad_step=on_bad_step, progress=progress, say=tell
+                )
 
         # A run that was interrupted ends as one, once its folder is unlocked.
         raise_if_interrupted(run, steps_done, setup.recipe.steps, tell)
@@ -125,6 +134,7 @@ def train_and_measure(
     first_step: int,
     batches: Loader,
     *,
+    on_bad_step: OnBadStep,
     progress: bool,
     say: Callable[[str], None],
 ) -> int:
@@ -153,12 +163,16 @@ def train_and_measure(
         recompute=setup.recompute,
     )
     log_training_start(run, setup.task_data, trainer, first_step, say)
+    if first_step == run.first_step and (phase := run.describe_phase()):
+        say(f"{run.path}: {phase}")
 
     # Train, and measure the held-out clips on the way.
     monitor = FinetuneMonitor(run, trainer, setup.task_data, setup.identity) if is_main else None
     steps_done = first_step
     if not is_trained:
-        steps_done = take_remaining_steps(run, trainer, first_step, batches, monitor, progress=progress)
+        steps_done = take_remaining_steps(
+            run, trainer, first_step, batches, monitor, on_bad_step=on_bad_step, progress=progress
+        )
 
     # Keep the scores of the last step. torchrun terminates all ranks when one ends: the others wait.
     if monitor and steps_done >= setup.recipe.steps:
@@ -174,6 +188,7 @@ def take_remaining_steps(
     batches: Loader,
     monitor: TrainingMonitor | None,
     *,
+    on_bad_step: OnBadStep,
     progress: bool,
 ) -> int:
     """Run the training loop from `first_step` to the recipe's last step or a stop signal; the steps done."""
@@ -185,6 +200,7 @@ def take_remaining_steps(
             stop,
             progress=progress,
             monitor=monitor,
+            on_bad_step=on_bad_step,
             world=trainer.world,
         )
 
@@ -216,6 +232,10 @@ class FinetuneMonitor:
             return {}
         self.last_scores = self.measure_held_out()
         return self.last_scores.primary_metrics()
+
+    def count_bad_step(self) -> None:
+        """Count a step that was passed over in the cost of the run."""
+        self.meter.count_bad_step()
 
     def before_checkpoint(self) -> None:
         """Write the cost of the run up to the checkpoint that is about to be written."""

@@ -8,7 +8,7 @@ and Audio-JEPA (arXiv 2507.02915). For one clip x, with context tokens K and gro
     targets       h   = f'(x)                              the target encoder sees the whole clip
                   t_q = (h_q - mean h_q) / sqrt(var h_q + 1e-5)       normalised over the width D of the token
     loss          L   = 1/|S| sum over S of d(p_q, t_q)    S: all targets of the batch that are not padding
-                  d(p, t) = |p - t| / sqrt(D)              A-JEPA's; for the other distances see `token_loss`
+                  d(p, t) = |p - t|^2 / D                  I-JEPA's formula; for the other distances see `token_loss`
     after a step  f' <- m f' + (1 - m) f                   `Jepa.update_target`, momentum m
 
 I-JEPA averages the summed squared distance of each target block. Here every scored token has the same weight. Because
@@ -413,8 +413,8 @@ def normalise_features(feature_BGQD: Tensor) -> Tensor:
 def token_loss(prediction_BGQD: Tensor, target_BGQD: Tensor, loss: TokenLossName) -> Tensor:
     """Return the distance of each prediction p from its target t of width D, as `BGQ`.
 
-    l2          |p - t| / sqrt(D)      A-JEPA's L2; its gradient has the same length at any distance
-    squared_l2  |p - t|^2 / D          Audio-JEPA's paper; I-JEPA's formula
+    squared_l2  |p - t|^2 / D          I-JEPA's formula of its "average L2", so A-JEPA's too; Audio-JEPA's paper
+    l2          |p - t| / sqrt(D)      the norm, not squared; its gradient has the same length at any distance
     cosine      1 - p t / (|p| |t|)    Audio-JEPA's code
 
     Because of the division by the width, the prediction p = 0 has loss 1 (t is normalised).

@@ -28,7 +28,7 @@ from ajepa.training.meter import ComputeMeter
 from ajepa.training.run import Json, Run
 from ajepa.training.run_identity import RunIdentity
 from pipeline.errors import BrokenClipError, RunError
-from pipeline.loading.loader import Batch, PlainLoader, View
+from pipeline.loading.loader import NO_AUGMENTATION, Batch, PlainLoader, View
 from pipeline.loading.sampling import RowOrder
 from pipeline.store.joined_store import AnyStore
 from pipeline.store.splits import evaluation_splits, train_splits
@@ -343,6 +343,10 @@ class PretrainMonitor:
             warning += f"; the run stops if {COLLAPSE_PATIENCE} looks in a row find it"
         self.say(warning)
 
+    def count_bad_step(self) -> None:
+        """Count a step that was passed over in the cost of the run."""
+        self.meter.count_bad_step()
+
     def before_checkpoint(self) -> None:
         """Write the cost of the run up to the checkpoint that is about to be written."""
         self.meter.save_costs(self.run.path)
@@ -381,7 +385,7 @@ def open_pretrain_monitor(
     health_batch = None
     if recipe.health_every:
         rows_N = draw_health_rows(store, recipe.seed)
-        view = replace(view, frames=recipe.view_frames, crops=1)
+        view = replace(view, frames=recipe.view_frames, crops=1, augment=NO_AUGMENTATION)
         order = RowOrder(rows_N=rows_N, clips=len(rows_N), seed=recipe.seed)
         loader = PlainLoader(store, order, view, trainer.device, on_broken=on_broken, say=say)
         health_batch = HealthBatch.from_batch(loader.make_batch(0), recipe)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -10,15 +10,18 @@ import torch
 
 from ajepa.model.views import InputScale
 from ajepa.pretrain.monitor import OnCollapse, open_pretrain_monitor
+from ajepa.pretrain.plan import describe_plan
 from ajepa.pretrain.trainer import PretrainTrainer
 from ajepa.pretrain.training_set import TrainingSet
-from ajepa.recipes.catalogue import recipe_to_json
+from ajepa.pretrain.warm_start import WarmStart, recorded_start
+from ajepa.recipes.catalogue import recipe_from_json, recipe_to_json
 from ajepa.recipes.pretrain import Pretrain
+from ajepa.training.bad_steps import OnBadStep, refuse_unknown_choice
 from ajepa.training.devices import Precision, PrecisionName, pick_device, pick_precision
 from ajepa.training.distributed import World, join_ranks
 from ajepa.training.loop import catch_stop_signals, open_run, raise_if_interrupted, run_training_loop
 from ajepa.training.memory import refuse_large_pretrain
-from ajepa.training.run import Run
+from ajepa.training.run import RECIPE_FILE, RUN_FORMAT, Run, setting_differences
 from ajepa.training.run_identity import RunIdentity
 from pipeline.errors import RunError
 from pipeline.loading.dali import open_loader
@@ -36,7 +39,10 @@ def pretrain(
     run_path: Path,
     *,
     steps: int | None = None,
+    epochs: int | None = None,
     batch: int | None = None,
+    start: Path | str | None = None,
+    start_checkpoint: str | int = "last",
     micro_batch: int | None = None,
     device: str = "auto",
     precision: PrecisionName = "auto",
@@ -44,6 +50,7 @@ def pretrain(
     recompute: bool = False,
     compiled: bool = False,
     on_broken: Literal["raise", "skip"] = "raise",
+    on_bad_step: OnBadStep = "stop",
     on_collapse: OnCollapse = "stop",
     progress: bool = False,
     say: Callable[[str], None] = print_to_stderr,
@@ -54,25 +61,36 @@ def pretrain(
     are bit for bit those of a run that was never interrupted. Under torchrun every rank calls this: the clips of a
     step are dealt to them, and rank 0 writes.
 
-    steps, batch  replace the recipe's steps, and its clips per step (of all ranks)
-    micro_batch   clips of its share that a rank takes at once: less memory, the same result but for rounding
-    precision     see `pick_precision`
-    recompute     see `Jepa.enable_recompute`
-    compiled      see `Jepa.compile_stacks`
-    on_broken     skip: another clip of its rank's step stands in for one that cannot be read; `skipped` in the
-                  metrics counts them since the line before
-    on_collapse   stop: a run that collapses (see `collapse_signs`) writes a checkpoint and ends with RunError
+    steps, epochs     one of them replaces the recipe's length
+    batch             replaces the recipe's clips per step (of all ranks)
+    start             a run, an export, or ORG/NAME on the hub whose weights the run begins with (`WarmStart`), at
+                      `start_checkpoint`, if it is a run; None: from random weights
+    micro_batch       clips of its share that a rank takes at once: less memory, the same result but for rounding
+    precision         see `pick_precision`
+    recompute         see `Jepa.enable_recompute`
+    compiled          see `Jepa.compile_stacks`
+    on_broken         skip: another clip of its rank's step stands in for one that cannot be read; `skipped` in the
+                      metrics counts them since the line before
+    on_bad_step       skip: a step whose loss or gradient is no number changes nothing and is passed over, up to the
+                      limits of `BadSteps`; stop: it ends the run, which may then be carried on with another rate,
+                      gradient norm or precision
+    on_collapse       stop: a run that collapses (see `collapse_signs`) writes a checkpoint and ends with RunError
 
     SIGINT, SIGTERM and SIGUSR1 to any rank end the step at hand, write a checkpoint and raise StopSignal. RunError
     or StoreError says where store, recipe, device and memory do not fit, before anything is written.
     """
     with join_ranks() as world:
         tell = world.main_rank_only(say)
+        refuse_unknown_choice(on_bad_step)
 
         # Fit data, recipe and device to each other; what does not fit is refused before the run's folder is made.
         setup = prepare_pretrain(
             training_data,
-            recipe.with_counts(steps=steps, clips_per_step=batch),
+            recipe.with_counts(steps=steps, epochs=epochs, clips_per_step=batch),
+            run_path,
+            usual_clips=recipe.clips_per_step,
+            start=start,
+            start_checkpoint=start_checkpoint,
             device=device,
             precision=precision,
             world=world,
@@ -99,13 +117,21 @@ def pretrain(
             )
 
             # Train while no other process can write to the run.
-            with open_run(world, run_path, recipe_to_json(setup.recipe), setup.identity) as (run, first_step):
+            with open_run(
+                world,
+                run_path,
+                recipe_to_json(setup.recipe),
+                setup.identity,
+                precision=setup.precision.name,
+                warm_start=setup.warm_start.provenance if setup.warm_start else None,
+            ) as (run, first_step):
                 steps_done = take_remaining_steps(
                     setup,
                     run,
                     first_step,
                     batches,
                     on_broken=on_broken,
+                    on_bad_step=on_bad_step,
                     on_collapse=on_collapse,
                     progress=progress,
                     say=say,
@@ -116,13 +142,33 @@ def pretrain(
         return run
 
 
+def recipe_as_begun(run_path: Path, recipe: Pretrain, say: Callable[[str], None]) -> Pretrain:
+    """The recipe as the run at `run_path` was begun with it, where an earlier version did so; else `recipe` itself.
+
+    A recipe of the same name may have changed since: the run is carried on as it was begun, which `say` is told.
+    """
+    if not (run_path / RECIPE_FILE).is_file():
+        return recipe
+    run = Run.open(run_path)
+    if run.run_format >= RUN_FORMAT or run.is_finetuned or run.recipe["name"] != recipe.name:
+        return recipe
+    begun: Pretrain = recipe_from_json(run.recipe)
+    changes = setting_differences(run.recipe, recipe_to_json(recipe))
+    if changes:
+        say(f"{run_path}: carried on with recipe {recipe.name} as it was begun with ({'; '.join(changes)})")
+    return begun
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PretrainSetup:
     """All that is settled before a run is opened: data, recipe and device, which fit each other.
 
-    order     in which this rank reads the clips
-    identity  of the run: its data, and how they are normalised
-    view      what of a clip is read
+    recipe       with its number of steps
+    usual_clips  clips per step of the recipe before they were replaced
+    order        in which this rank reads the clips
+    identity     of the run: its data, and how they are normalised
+    view         what of a clip is read
+    warm_start   weights that a new run begins with; None: random ones, or those that the run has kept
 
     The last three fields are options of `PretrainTrainer`.
     """
@@ -130,9 +176,11 @@ class PretrainSetup:
     training_set: TrainingSet
     store: AnyStore
     recipe: Pretrain
+    usual_clips: int
     order: RowOrder
     identity: RunIdentity
     view: View
+    warm_start: WarmStart | None
     device: torch.device
     precision: Precision
     world: World
@@ -144,7 +192,11 @@ class PretrainSetup:
 def prepare_pretrain(
     training_data: Path | str | FeatureStore | TrainingSet,
     recipe: Pretrain,
+    run_path: Path,
     *,
+    usual_clips: int,
+    start: Path | str | None,
+    start_checkpoint: str | int,
     device: str,
     precision: PrecisionName,
     world: World,
@@ -163,13 +215,27 @@ def prepare_pretrain(
         training_data = TrainingSet(stores=(training_data,))
     store = training_data.open_stores(recipe)
     identity = training_data.data_identity(store)
+    order = training_data.clip_order(store, recipe, world)
+
+    # Begin with the weights of a source. A run that has begun with them keeps them itself.
+    warm_start = None
+    if begun := recorded_start(run_path, start, start_checkpoint):
+        begun_from = begun.identity
+        identity = replace(
+            identity, mean=begun_from.mean, std=begun_from.std, warm_start=begun_from.warm_start
+        )
+    elif start is not None:
+        warm_start = WarmStart.open(start, start_checkpoint, recipe)
+        identity = warm_start.adapt_identity(identity, store)
     return PretrainSetup(
         training_set=training_data,
         store=store,
-        recipe=recipe,
-        order=training_data.clip_order(store, recipe, world),
+        recipe=recipe.with_step_count(order.steps_per_epoch),
+        usual_clips=usual_clips,
+        order=order,
         identity=identity,
         view=pretrain_view(identity, recipe),
+        warm_start=warm_start,
         device=torch_device,
         precision=numbers,
         world=world,
@@ -201,6 +267,7 @@ def take_remaining_steps(
     batches: Loader,
     *,
     on_broken: Literal["raise", "skip"],
+    on_bad_step: OnBadStep,
     on_collapse: OnCollapse,
     progress: bool,
     say: Callable[[str], None],
@@ -213,8 +280,14 @@ def take_remaining_steps(
 
     # Build model and optimiser, and say what is trained on which clips.
     trainer = build_trainer(setup, run, first_step)
+    if first_step == run.first_step and (phase := run.describe_phase()):
+        tell(f"{run.path}: {phase}")
+    if setup.warm_start and not first_step:
+        tell(f"{run.path}: {setup.warm_start.describe()}")
     for line in setup.training_set.describe_order(setup.store, setup.order):
         tell(line)
+    for line in describe_plan(setup.recipe, setup.order, usual_clips=setup.usual_clips):
+        tell(f"{run.path}: {line}")
     tell(describe_start(run, trainer, first_step, setup.order, setup.store))
 
     # The main rank looks at the model.
@@ -240,12 +313,16 @@ def take_remaining_steps(
             progress=progress,
             monitor=monitor,
             keep_every=setup.recipe.keep_every,
+            on_bad_step=on_bad_step,
             world=setup.world,
         )
 
 
 def build_trainer(setup: PretrainSetup, run: Run, first_step: int) -> PretrainTrainer:
-    """Model and optimiser: as the checkpoint of `first_step` left them, or new ones that know the store's bands."""
+    """Model and optimiser: as the checkpoint of `first_step` left them, or new ones.
+
+    New ones know the store's bands, or have the weights of the warm start, of which the run keeps a copy first.
+    """
     trainer = PretrainTrainer(
         setup.recipe,
         setup.device,
@@ -258,8 +335,16 @@ def build_trainer(setup: PretrainSetup, run: Run, first_step: int) -> PretrainTr
     )
     if first_step:
         trainer.restore_checkpoint(run.load_checkpoint(at=first_step))
-    else:
-        trainer.model.set_band_statistics(*setup.training_set.band_statistics(setup.store))
+        return trainer
+    trainer.model.set_band_statistics(*setup.training_set.band_statistics(setup.store))
+
+    # The parts of the warm start, from its source, or from the run's own copy.
+    if setup.warm_start is not None:
+        trainer.load_parts(setup.warm_start.weights)
+        if setup.world.is_main:
+            run.save_checkpoint(trainer.make_checkpoint(0), keep=setup.recipe.keep_checkpoints)
+    elif setup.identity.warm_start is not None:
+        trainer.load_parts(run.load_checkpoint(*trainer.parts, at=0).parts)
     return trainer
 
 
@@ -272,6 +357,7 @@ def pretrain_view(identity: RunIdentity, recipe: Pretrain) -> View:
         mean=identity.mean,
         std=identity.std,
         seed=recipe.seed,
+        augment=recipe.augment,
     )
 
 

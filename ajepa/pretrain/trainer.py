@@ -184,7 +184,7 @@ class PretrainTrainer(Trainer):
         # Update encoder, predictor and projector. The teacher follows the encoder, unless that was left as it was.
         lr = recipe.schedule.learning_rate(step, recipe.steps, clips=recipe.clips_per_step)
         figures, is_updated = self.update_weights(figures, lr)
-        momentum = recipe.schedule.teacher_momentum(step, recipe.steps)
+        momentum = recipe.schedule.teacher_momentum(step, recipe.steps, clips=recipe.clips_per_step)
         self.model.update_target(momentum, is_updated)
 
         # Once the figures are there: the draws go with a bad step.

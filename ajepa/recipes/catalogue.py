@@ -199,7 +199,10 @@ def override_recipe(recipe: Recipe, settings: Sequence[str]) -> Recipe:
             raise RunError(f"--set {setting}: expected KEY=VALUE, such as schedule.peak_lr=1e-4")
         _set_field(recipe_json, key.strip(), value.strip())
 
-    # A curriculum has the length of its run.
+    # Given steps replace the recipe's epochs. A curriculum has the length of its run.
+    keys = [setting.partition("=")[0].strip() for setting in settings]
+    if "steps" in keys and "epochs" not in keys and "masks" in recipe_json:
+        recipe_json["epochs"] = 0
     if "steps" in recipe_json.get("masks", {}):
         recipe_json["masks"]["steps"] = recipe_json["steps"]
 

@@ -6,9 +6,12 @@ A schedule is a pure function of the step, so a resumed run needs no counters.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+
+MomentumCurve = Literal["linear", "cosine"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,8 +31,11 @@ class AdamW:
 class Schedule:
     """Learning rate and teacher momentum over a run of any length: lengths are shares of its steps, not counts.
 
-    base_clips  number of clips per step to which `peak_lr` refers: the peak is proportional to the clips per step,
-                like the "base learning rates" of papers (256). 0: the peak does not depend on the clips per step
+    base_clips      number of clips per step to which `peak_lr` refers: the peak is proportional to the clips per
+                    step, like the "base learning rates" of papers (256). 0: the peak does not depend on them
+    ema_curve       how the teacher's momentum rises from `ema_start` to `ema_end` (`ema_momentum`)
+    ema_base_clips  number of clips per step to which the momentum refers: with k times as many it is m^k, so that the
+                    teacher averages over as many clips (arXiv 2307.13813). 0: it does not depend on them
     """
 
     peak_lr: float
@@ -39,12 +45,19 @@ class Schedule:
     ema_start: float = 0.996
     ema_end: float = 1.0
     base_clips: int = 0
+    ema_curve: MomentumCurve = "linear"
+    ema_base_clips: int = 0
 
     def __post_init__(self) -> None:
         if not (min(self.peak_lr, self.start_lr, self.end_lr) >= 0 and 0 <= self.warmup_share < 1):
             raise ValueError(f"a schedule needs rates of 0 or more and a warm-up share in [0, 1), got {self}")
-        if self.base_clips < 0:
-            raise ValueError(f"base_clips must not be negative, got {self.base_clips}")
+        if min(self.base_clips, self.ema_base_clips) < 0:
+            raise ValueError(
+                "base_clips and ema_base_clips must not be negative, "
+                f"got {self.base_clips} and {self.ema_base_clips}"
+            )
+        if self.ema_curve not in get_args(MomentumCurve):
+            raise ValueError(f"ema_curve must be linear or cosine, got {self.ema_curve!r}")
         if not (0 <= self.ema_start <= 1 and 0 <= self.ema_end <= 1):
             raise ValueError(f"the teacher's momentum must lie in [0, 1], got {self}")
 
@@ -53,21 +66,36 @@ class Schedule:
 
         `clips` is the number of clips per step; it is required if `base_clips` is above 0.
         """
-        if self.base_clips and clips is None:
-            raise ValueError(f"the rate grows with the clips of a step: give `clips` to {self}")
-        factor = clips / self.base_clips if self.base_clips and clips else 1.0
         return warmup_cosine(
             step,
             steps=steps,
-            warmup_steps=int(self.warmup_share * steps),
-            peak=self.peak_lr * factor,
+            warmup_steps=self.warmup_steps(steps),
+            peak=self.peak_lr * self._share_of_clips(self.base_clips, clips),
             start=self.start_lr,
             end=self.end_lr,
         )
 
-    def teacher_momentum(self, step: int, steps: int) -> float:
-        """Return the momentum of the target encoder at the update after `step` of `steps` steps (`ema_momentum`)."""
-        return ema_momentum(step, steps=steps, start=self.ema_start, end=self.ema_end)
+    def warmup_steps(self, steps: int) -> int:
+        """Return the number of steps of the warm-up of a run of `steps` steps."""
+        return int(self.warmup_share * steps)
+
+    def teacher_momentum(self, step: int, steps: int, *, clips: int | None = None) -> float:
+        """Return the momentum of the target encoder at the update after `step` of `steps` steps (`ema_momentum`).
+
+        `clips` is the number of clips per step; it is required if `ema_base_clips` is above 0.
+        """
+        momentum = ema_momentum(
+            step, steps=steps, start=self.ema_start, end=self.ema_end, curve=self.ema_curve
+        )
+        return momentum ** self._share_of_clips(self.ema_base_clips, clips)
+
+    def _share_of_clips(self, base_clips: int, clips: int | None) -> float:
+        """Return the clips of a step as a multiple of the number that a value refers to; 1 if it refers to none."""
+        if not base_clips:
+            return 1.0
+        if clips is None:
+            raise ValueError(f"the schedule depends on the clips of a step: give `clips` to {self}")
+        return clips / base_clips
 
 
 def warmup_cosine(
@@ -97,9 +125,18 @@ def one_cycle(step: int, *, steps: int, warmup_steps: int, peak: float, end: flo
     return warmup_cosine(step, steps=steps, warmup_steps=warmup_steps, peak=peak, end=end)
 
 
-def ema_momentum(step: int, *, steps: int, start: float = 0.996, end: float = 1.0) -> float:
-    """Return the momentum of the target encoder: linear from `start` to `end` over *all* steps."""
-    return start + (end - start) * min(1.0, step / steps)
+def ema_momentum(
+    step: int, *, steps: int, start: float = 0.996, end: float = 1.0, curve: MomentumCurve = "linear"
+) -> float:
+    """Return the momentum of the target encoder: from `start` to `end` over *all* steps.
+
+    linear  in equal steps, as in I-JEPA (arXiv 2301.08243)
+    cosine  by half a cosine, end - (end - start) (cos(pi step / steps) + 1) / 2, as in BYOL (arXiv 2006.07733)
+    """
+    progress = min(1.0, step / steps)
+    if curve == "cosine":
+        return end - (end - start) * (math.cos(math.pi * progress) + 1) / 2
+    return start + (end - start) * progress
 
 
 def build_adamw(weights: Iterable[nn.Parameter], settings: AdamW) -> torch.optim.AdamW:

@@ -16,6 +16,8 @@ from ajepa.model.views import Views
 from ajepa.model.vit import A_JEPA_PREDICTOR, EncoderSpec, PredictorSpec, a_jepa_encoder
 from ajepa.recipes.optimiser import AdamW, Schedule
 from pipeline.audio.mel_spec import preset_mel_spec
+from pipeline.errors import RunError
+from pipeline.loading.augment import Augment
 
 CropName = Literal["random", "start"]
 
@@ -31,8 +33,11 @@ class Pretrain:
     """The recipe of a pre-training run; the paths of store and run, and the device, are arguments, not part of it.
 
     mel                name of the log-mel preset that the store must have
+    steps              training steps; with `epochs`, the number of steps of all AudioSet until the store is opened
+    epochs             training epochs, which then decide on `steps` (`with_step_count`); 0: `steps` counts
     mask_sets          number of mask sets per view; those of a clip share one forward pass of the teacher
     crop               how the position of a view in a longer clip is chosen
+    augment            random changes of each clip in each step; none with `views`, which change clips themselves
     views              several changed crops of each clip; None: one crop, unchanged
     keep_checkpoints   number of newest checkpoints that are kept; the best checkpoint by probe is kept as well
     keep_every         interval in steps of checkpoints that are never deleted; 0: none
@@ -49,9 +54,11 @@ class Pretrain:
     schedule: Schedule
     steps: int
     clips_per_step: int
+    epochs: int = 0
     mask_sets: int = 1
     optimiser: AdamW = AdamW()
     crop: CropName = "random"
+    augment: Augment = Augment()  # noqa: RUF009  (frozen)
     views: Views | None = None
     seed: int = 0
     log_every: int = 10  # steps
@@ -75,6 +82,8 @@ class Pretrain:
         )
         if min(counts) < 1:
             raise ValueError(f"steps, clips and intervals must be at least 1, got {counts}")
+        if self.epochs < 0:
+            raise ValueError(f"epochs must be 0 or more, got {self.epochs}")
         if not (self.keep_every >= 0 and self.max_gradient_norm >= 0):
             raise ValueError(
                 "keep_every and max_gradient_norm must be 0 or more, "
@@ -90,6 +99,8 @@ class Pretrain:
             raise ValueError(f"crop must be {' or '.join(get_args(CropName))}, got {self.crop!r}")
         if self.views is not None and self.crop != "random":
             raise ValueError(f"views are random crops: crop must be random, got {self.crop!r}")
+        if self.views is not None and self.augment != Augment():
+            raise ValueError("views change the clips themselves: leave augment off, or set views=none")
         if isinstance(self.masks, Curriculum) and self.masks.steps != self.steps:
             raise ValueError(f"a curriculum over {self.masks.steps} steps in a run of {self.steps}")
 
@@ -120,20 +131,37 @@ class Pretrain:
         return self.view_frames if self.views is None else self.views.source_frames(self.view_frames)
 
     def with_counts(
-        self, *, steps: int | None = None, clips_per_step: int | None = None, seed: int | None = None
+        self,
+        *,
+        steps: int | None = None,
+        epochs: int | None = None,
+        clips_per_step: int | None = None,
+        seed: int | None = None,
     ) -> "Pretrain":
-        """Return the recipe with other counts; every schedule is scaled to the new length."""
-        steps = steps or self.steps
+        """Return the recipe with other counts; every schedule is scaled to the new length.
+
+        Given steps replace the recipe's epochs, and given epochs its steps; RunError if both are given.
+        """
+        if steps and epochs:
+            raise RunError(f"steps {steps} and epochs {epochs} are two lengths of one run; give one of them")
+        recipe = self if steps is None else self._with_steps(steps, epochs=0)
+        return replace(
+            recipe,
+            epochs=epochs or recipe.epochs,
+            clips_per_step=clips_per_step or recipe.clips_per_step,
+            seed=recipe.seed if seed is None else seed,
+        )
+
+    def with_step_count(self, steps_per_epoch: int) -> "Pretrain":
+        """Return the recipe with `steps` set to those of its epochs, if it counts epochs."""
+        return self._with_steps(self.epochs * steps_per_epoch, epochs=self.epochs) if self.epochs else self
+
+    def _with_steps(self, steps: int, *, epochs: int) -> "Pretrain":
+        """Return the recipe with this length; a curriculum has the length of its run."""
         masks = self.masks
         if isinstance(masks, Curriculum):
             masks = replace(masks, steps=steps)
-        return replace(
-            self,
-            steps=steps,
-            clips_per_step=clips_per_step or self.clips_per_step,
-            masks=masks,
-            seed=self.seed if seed is None else seed,
-        )
+        return replace(self, steps=steps, epochs=epochs, masks=masks)
 
 
 def smoke_recipe() -> Pretrain:
@@ -243,8 +271,12 @@ def base_s_recipe() -> Pretrain:
 
 
 def audio_jepa_recipe() -> Pretrain:
-    """Audio-JEPA as in its paper (arXiv 2507.02915), ViT-B on 256 frames x 128 bands at 39 ms hop.
+    """Audio-JEPA as in its paper (arXiv 2507.02915), ViT-B on 256 frames x 128 bands at 39 ms hop, 32 kHz.
 
+    From the paper: sizes, masks, squared distance, batch, rates, weight decay, and the teacher's momentum, from .996
+    to 1 by half a cosine over all steps, as in BYOL. The length is the paper's 100,000 steps, whatever the number of
+    clips: 12 epochs of AudioSet-2M, but 1,155 of its balanced 22,160. Ours: mean and deviation of the training clips
+    normalise the features.
     Cost: about 1.6e18 FLOP for 100,000 steps of 256 clips, 2.3 H100 hours.
     Expected: the X-ARES probe scores of the paper; not reproduced here yet.
     """
@@ -257,7 +289,7 @@ def audio_jepa_recipe() -> Pretrain:
             loss="squared_l2",
         ),
         masks=Fixed(masking=RandomPatches()),
-        schedule=Schedule(peak_lr=3e-4),
+        schedule=Schedule(peak_lr=3e-4, ema_curve="cosine"),
         steps=100_000,
         clips_per_step=256,
         health_every=500,
@@ -267,21 +299,30 @@ def audio_jepa_recipe() -> Pretrain:
 
 
 def audio_jepa_repo_recipe() -> Pretrain:
-    """Audio-JEPA as in its code: audio-jepa with the cosine distance as loss.
+    """Audio-JEPA with the loss of its code: audio-jepa with the cosine distance.
 
-    Cost: that of audio-jepa. Expected: close to audio-jepa; not tried here yet. The errors of its code (one mask
-    generator on all ranks, weights that are never initialised) are not copied.
+    Left out of its code: it gives each waveform the mean 0 and the peak 1 and takes no statistics of the data, where
+    here mean and deviation of the training clips normalise the features, for runs, probes and embeddings alike; its
+    clipping of gradients at the quantile .9 of the last 1,000 norms (here: --set max_gradient_norm); and what its
+    later versions changed (AdEMAMix, 2,000 steps up to 1e-3 and down to 1e-5). Its errors (one mask generator on all
+    ranks, weights that are never initialised, a momentum over another length than the run's) are not copied.
+    Cost: that of audio-jepa. Expected: close to audio-jepa; not tried here yet.
     """
     recipe = audio_jepa_recipe()
     return replace(recipe, name="audio-jepa-repo", model=replace(recipe.model, loss="cosine"))
 
 
 def a_jepa_recipe(size: Literal["s", "b", "l"] = "b") -> Pretrain:
-    """A-JEPA (arXiv 2311.15830), ViT-B on 1024 x 128: 24 epochs of AudioSet-2M in steps of 512 clips.
+    """A-JEPA (arXiv 2311.15830), ViT-B on 1024 x 128: 24 epochs of the store's clips in steps of 512.
 
-    Cost: about 1.9e19 FLOP, 26 H100 hours, more than half of it for the predictor, which processes each target group
-    separately. Expected after fine-tuning (paper): mAP 48.6 on AS-2M, 38.4 on AS-20K; not reproduced here yet. Warm-up,
-    momentum and decay are Audio-JEPA's, because the paper does not state them.
+    From the paper: sizes, curriculum, epochs, batch, rate, and the change of each clip in each step: another start,
+    round which the 10 s are rotated, and a gain of up to 6 dB up or down. Readings: its "average L2" is I-JEPA's
+    squared distance (the norm: --set model.loss=l2); frames are rotated, not samples, and a shorter clip is padded,
+    not repeated. Ours: 32 kHz, where the paper has 16 (its rate: a store of spec a-jepa-16k, --set mel=a-jepa-16k).
+    Not stated in the paper: the momentum, here I-JEPA's (.996 to 1, linear), and warm-up and decay, here Audio-JEPA's.
+    Cost: on AudioSet-2M about 1.9e19 FLOP, 26 H100 hours, more than half of it for the predictor, which processes each
+    target group separately. Expected after fine-tuning (paper): mAP 48.6 on AS-2M, 38.4 on AS-20K; not reproduced
+    here yet.
     """
     steps = 24 * CLIPS_AS2M // 512
     return Pretrain(
@@ -290,16 +331,17 @@ def a_jepa_recipe(size: Literal["s", "b", "l"] = "b") -> Pretrain:
         model=JepaSpec(
             encoder=a_jepa_encoder(size, PatchGrid.from_size(1024, 128)),
             predictor=A_JEPA_PREDICTOR,
-            loss="l2",
+            loss="squared_l2",
         ),
         masks=a_jepa_curriculum(steps),
-        # The learning rate is the paper's; the rest of the schedule is Audio-JEPA's.
+        # The learning rate is the paper's, the momentum I-JEPA's, the rest of the schedule Audio-JEPA's.
         schedule=Schedule(peak_lr=2e-4),
         steps=steps,
+        epochs=24,
         clips_per_step=512,
+        augment=Augment(roll=True, gain_db=6.0),
         health_every=500,
         probe_every=10_000,
-        crop="start",
     )
 
 

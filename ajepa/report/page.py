@@ -330,6 +330,10 @@ def recipe_section(page_data: PageData) -> Markup:
     compute_file = run.path / COMPUTE_COST_FILE
     if compute_file.exists():
         records["compute"] = json.loads(compute_file.read_text())
-    records |= run.settings()
+    records |= {**run.settings(), "versions": run.versions}
+    if run.earlier_phases:
+        records["earlier phases"] = [phase.to_json() for phase in run.earlier_phases]
+    if run.warm_start is not None:
+        records["warm start"] = run.warm_start
     parts += [folded(name, html_tag("pre", json.dumps(record, indent=1))) for name, record in records.items()]
     return join_markup(*parts)

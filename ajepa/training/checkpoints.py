@@ -116,12 +116,12 @@ def write_safetensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str
 
 
 def remove_old_checkpoints(folders: Sequence[Path], *, keep: int, keep_every: int) -> None:
-    """Remove all but the newest `keep`, the best, and those at multiples of `keep_every` (0: none)."""
+    """Remove all but the newest `keep`, the best, a warm start (step 0), and multiples of `keep_every` (0: none)."""
     best = find_best_checkpoint(folders)
     for folder in folders[:-keep]:
         step = step_of_folder(folder)
         is_best = best is not None and step == best.step
-        if is_best or (keep_every and step % keep_every == 0):
+        if is_best or step == 0 or (keep_every and step % keep_every == 0):
             continue
         # Rename first: a crash halfway through must not leave a folder that looks like a checkpoint.
         shutil.rmtree(folder.rename(folder.with_name(folder.name + PARTIAL_SUFFIX)))

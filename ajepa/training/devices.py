@@ -25,6 +25,11 @@ class Precision:
     description: str
 
     @property
+    def name(self) -> str:
+        """The precision in the words of `--precision`."""
+        return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
+
+    @property
     def is_half(self) -> bool:
         """Whether autocast is on."""
         return self.dtype != torch.float32

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from ajepa.training.bad_steps import BAD_STEPS_METRIC, BadSteps, OnBadStep
 from ajepa.training.checkpoint_writer import CheckpointWriter
 from ajepa.training.checkpoints import Checkpoint
 from ajepa.training.distributed import SINGLE_PROCESS, World
@@ -48,6 +49,9 @@ class TrainingMonitor(Protocol):
     def after_step(self, steps_done: int) -> Json:
         """Metrics of the model after a step; called after every step, and empty most of the time."""
 
+    def count_bad_step(self) -> None:
+        """Called for a step that was passed over, before `after_step`."""
+
     def before_checkpoint(self) -> None:
         """Called just before each checkpoint is written."""
 
@@ -56,10 +60,19 @@ class TrainingMonitor(Protocol):
 
 
 @contextmanager
-def open_run(world: World, path: Path, recipe: Json, identity: RunIdentity) -> Iterator[tuple[Run, int]]:
+def open_run(
+    world: World,
+    path: Path,
+    recipe: Json,
+    identity: RunIdentity,
+    *,
+    precision: str,
+    warm_start: Json | None = None,
+) -> Iterator[tuple[Run, int]]:
     """The run, locked and rewound by the main rank, and the step at which all ranks carry on.
 
-    The main rank tells the others that step: on a network disk they may still see an older one.
+    Another recipe or precision than before, where it is allowed, begins a phase of the run. The main rank tells the
+    others the step: on a network disk they may still see an older one.
     """
     # Another rank only reads, once the main rank has made the folder and told the step.
     if not world.is_main:
@@ -68,12 +81,16 @@ def open_run(world: World, path: Path, recipe: Json, identity: RunIdentity) -> I
         return
 
     # The main rank keeps the folder locked for as long as anybody trains.
-    run = Run.create_or_open(path, recipe=recipe, identity=identity)
+    run = Run.create_or_open(
+        path, recipe=recipe, identity=identity, precision=precision, warm_start=warm_start
+    )
     with run.writing_lock():
         run.rewind_to_checkpoint()
         first_step = run.newest_step
         world.sum_over_ranks(first_step)
-        yield run, first_step
+
+        # Now all ranks have read recipe.json as it was.
+        yield run.begin_phase(recipe, precision), first_step
 
 
 def run_training_loop(
@@ -85,14 +102,16 @@ def run_training_loop(
     progress: bool,
     monitor: TrainingMonitor | None = None,
     keep_every: int = 0,
+    on_bad_step: OnBadStep = "stop",
     world: World = SINGLE_PROCESS,
 ) -> int:
     """Take every step after the run's checkpoint, to the recipe's last or until `stop` is set; the steps done.
 
     A step at which the monitor has metrics is logged whenever it comes, and where its `probe_map` is the highest
     so far, a checkpoint is written. All ranks call this and stop at the same step; the main rank alone has a
-    monitor, writes, and shows progress. Checkpoints at multiples of `keep_every` are never deleted. RunError where
-    the monitor has a reason to stop, after a checkpoint of that step.
+    monitor, writes, and shows progress. Checkpoints at multiples of `keep_every` are never deleted. A bad step that
+    is passed over changes no weight and has a line in the metrics. RunError where the monitor has a reason to stop,
+    after a checkpoint of that step, and at a bad step that is not passed over.
     """
     # Find where the run stands: on a network disk only the main rank is sure to see the newest checkpoint.
     recipe = trainer.recipe
@@ -100,6 +119,8 @@ def run_training_loop(
     (first_step,) = map(int, world.sum_over_ranks(newest_step))
     steps_done = first_step
     unread: StartedStep | None = None  # the newest step, until its figures have been read
+    bad_steps = BadSteps(on_bad_step=on_bad_step)
+    bad_steps.resume_counts(run.read_metrics() if world.is_main else (), steps_done, world)
 
     # Open what is written to.
     clock = ThroughputClock()
@@ -108,6 +129,17 @@ def run_training_loop(
     if world.is_main:
         event_writer = open_event_writer(run.path / EVENTS_FOLDER, first_step + 1)
     bar = progress_bar(first_step, recipe.steps, shown=progress and world.is_main)
+
+    # A bad step has a line of its own, for nothing else is logged at the step when it is read.
+    def log_if_bad(step: int, metrics: Json) -> None:
+        if BAD_STEPS_METRIC not in metrics:
+            return
+        if monitor is not None:
+            monitor.count_bad_step()
+        if event_writer is not None:
+            run.log_metrics({"step": step, **metrics})
+            write_scalars(event_writer, step, metrics)
+
     with event_writer or nullcontext(), bar, CheckpointWriter(run) as checkpoint_writer:
         for step in range(first_step, recipe.steps):
             # Wait for the clips of the step, and queue it. A GPU has it before the figures of the last one are read,
@@ -116,7 +148,7 @@ def run_training_loop(
                 batch = next(batches)
             before, unread = unread, trainer.start_step(step, batch)
             if before is not None:
-                read_step(run, before)
+                log_if_bad(step, read_step(run, before, bad_steps))
             steps_done = step + 1
             is_last = steps_done == recipe.steps
             clock.clips += len(batch.rows_B) * world.size
@@ -131,8 +163,10 @@ def run_training_loop(
             is_logged = bool(observers) or steps_done % recipe.log_every == 0 or is_last
             metrics: Json = {}
             if is_logged:
-                metrics = read_step(run, unread)
+                metrics = read_step(run, unread, bad_steps)
                 unread = None
+                if BAD_STEPS_METRIC in metrics and monitor is not None:
+                    monitor.count_bad_step()
             if event_writer is not None and is_logged:
                 line = {"step": steps_done, **metrics, **clock.read_and_reset(), **observed}
                 run.log_metrics(line)
@@ -147,7 +181,7 @@ def run_training_loop(
             # Write a checkpoint, if it is time for one or the run ends here, and never one after a bad step.
             is_due = is_checkpoint_step(recipe, steps_done, keep_every)
             if unread is not None and (is_due or stop_requests):
-                read_step(run, unread)
+                log_if_bad(steps_done, read_step(run, unread, bad_steps))
                 unread = None
             checkpoint_writer.raise_failure()
             if SCORE_METRIC in observed:
@@ -181,13 +215,23 @@ def raise_if_interrupted(run: Run, steps_done: int, steps: int, say: Callable[[s
         raise StopSignal
 
 
-def read_step(run: Run, started: StartedStep) -> Json:
-    """Wait for a step; its metrics. A bad step is kept in the run's folder, and its RunError says where."""
+def read_step(run: Run, started: StartedStep, bad_steps: BadSteps) -> Json:
+    """Wait for a step; its metrics. A bad step that is passed over has the metric `bad_steps` alone.
+
+    RunError for a bad step that ends the run. Its clips are kept in the run's folder, and the error says where.
+    """
     try:
-        return started.read_metrics()
+        metrics = started.read_metrics()
     except BadStep as bad:
-        folder = bad.write_to_run(run.path)
-        raise RunError(f"{bad}; its clips and draws are kept in {folder}") from None
+        bad_steps.count_bad_step()
+        reason = bad_steps.stop_reason()
+        if bad_steps.keeps_clips:
+            folder = bad.write_to_run(run.path)
+        if reason:
+            raise RunError(f"{bad}; its clips and draws are kept in {folder}; {reason}") from None
+        return {BAD_STEPS_METRIC: 1}
+    bad_steps.count_good_step()
+    return metrics
 
 
 def observe_model(monitor: TrainingMonitor | None, steps_done: int) -> tuple[Json, str | None]:
@@ -251,7 +295,8 @@ def progress_postfix(line: Json) -> str:
     rank = ""
     if "health_rank" in line:
         rank = f"rank {line['health_rank']:.0f}, "
-    return f"loss {line['loss']:.3f}, {rank}{line['clips_per_s']:.0f} clips/s, wait {line['data_wait']:.0%}"
+    loss = f"loss {line['loss']:.3f}" if "loss" in line else "no loss yet"
+    return f"{loss}, {rank}{line['clips_per_s']:.0f} clips/s, wait {line['data_wait']:.0%}"
 
 
 @contextmanager

@@ -25,6 +25,7 @@ class ComputeCost:
     predicted_tokens  tokens in all target groups, also past a clip's end; 0 in fine-tuning
     teacher_tokens    tokens that the target encoder saw; 0 where there is no teacher
     flop              the sum of `pretrain_step_cost` or `classifier_step_cost` over the steps
+    bad_steps         steps that were passed over and changed no weight; their clips and floating-point operations count
     hours             by the clock, from the first batch, with checkpoints and the monitor
     peak_memory_gb    10^9 bytes, of one process: resident on a CPU, allocated by torch on a GPU
     """
@@ -35,6 +36,7 @@ class ComputeCost:
     predicted_tokens: int = 0
     teacher_tokens: int = 0
     flop: int = 0
+    bad_steps: int = 0
     hours: float = 0.0
     peak_memory_gb: float = 0.0
 
@@ -76,6 +78,10 @@ class ComputeMeter:
         """Add the cost of a step that was taken."""
         self.cost = self.cost.plus_step(cost)
 
+    def count_bad_step(self) -> None:
+        """Add a step that was passed over; its cost is added as that of any other."""
+        self.cost = replace(self.cost, bad_steps=self.cost.bad_steps + 1)
+
     def current_cost(self) -> ComputeCost:
         """The cost up to now, with hours and memory."""
         # Both count on from the processes before this one: hours add up, of peaks the highest stays.
@@ -100,8 +106,10 @@ def read_compute_costs(folder: Path) -> list[ComputeCost]:
     if not (folder / COMPUTE_COST_FILE).exists():
         return []
     record = json.loads((folder / COMPUTE_COST_FILE).read_text())
+    # Files of earlier versions lack the counts that came later, which are 0 there.
     fields = ComputeCost.__dataclass_fields__
-    return [ComputeCost(**{name: entry[name] for name in fields}) for entry in (*record["earlier"], record)]
+    entries = (*record["earlier"], record)
+    return [ComputeCost(**{name: entry[name] for name in fields if name in entry}) for entry in entries]
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -6,7 +6,7 @@ import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
@@ -24,18 +24,24 @@ from ajepa.training.checkpoints import (
     write_checkpoint,
 )
 from ajepa.training.run_identity import RunIdentity, TaskIdentity
+from ajepa.training.run_phases import CHANGEABLE_FIELDS, RunPhase, append_phase
 from pipeline.errors import InputError, RunError
 from pipeline.files import PARTIAL_SUFFIX, lock_if_free, replacing_file, sync_to_disk
 
 Json = dict[str, Any]
 
-RUN_FORMAT = 1
+# Format 2 added phases, precision and the provenance of a warm start; a run of format 1 has one phase.
+RUN_FORMAT = 2
+
+READABLE_FORMATS = (1, 2)
 
 RECIPE_FILE = "recipe.json"
 
 METRICS_FILE = "metrics.jsonl"
 
 CHECKPOINTS_FOLDER = "checkpoints"
+
+BAD_STEP_PREFIX = "bad-step-"
 
 RUN_LOCK_FILE = "lock"
 
@@ -44,21 +50,32 @@ RUN_LOCK_FILE = "lock"
 class Run:
     """A folder that says what was trained on which data, how training went, and where it stands.
 
-    recipe.json                   recipe, identity of the data, versions; `create_or_open` compares the first two
+    recipe.json                   recipe, identity of the data, versions; `create_or_open` compares the first two;
+                                  every earlier phase, with its recipe, precision and first step
     metrics.jsonl                 one JSON object per logged step, ascending
     tensorboard/                  the same for TensorBoard, a file for each time that the run was carried on
     checkpoints/step-00001000/    PART.safetensors for each part; state.json with step, score and SHA-256 digests
-    bad-step-00001000/            the clips and draws of a step that ended the run, see `BadStep`
+    bad-step-00001000/            the clips and draws of a step that was not taken, see `BadStep`
     compute.json                  the cost of the run up to each checkpoint, see `ComputeMeter`
     evaluation.json               scores on the run's own store, written by finetune or evaluate
 
     A checkpoint folder is complete or absent; no file needs pickle.
+
+    recipe, precision, versions  of the phase that began after `first_step`: the last one
+    earlier_phases               those before it, oldest first
+    warm_start                   where the first weights come from, as plain values; None: drawn by the recipe's seed
+    run_format                   of the recipe.json
     """
 
     path: Path
     recipe: Json
     identity: RunIdentity
     versions: Json
+    precision: str | None = None
+    first_step: int = 0
+    earlier_phases: tuple[RunPhase, ...] = ()
+    warm_start: Json | None = None
+    run_format: int = RUN_FORMAT
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -77,20 +94,38 @@ class Run:
             raise RunError(f"{recipe_path}: damaged (not JSON); restore it, or start another --run") from None
 
         # Refuse what this version does not understand.
-        if record["format"] != RUN_FORMAT:
+        if record["format"] not in READABLE_FORMATS:
+            readable = " and ".join(map(str, READABLE_FORMATS))
             raise RunError(
-                f"{path}: run format {record['format']}, this version reads {RUN_FORMAT}; update ajepa"
+                f"{path}: run format {record['format']}, this version reads {readable}; update ajepa"
             )
         try:
             identity = RunIdentity.from_json(record["identity"])
         except InputError as error:
             raise RunError(f"{recipe_path}: {error}") from None
-        recipe = upgrade_recipe_json(record["recipe"])
-        return cls(path=path, recipe=recipe, identity=identity, versions=record["versions"])
+        return cls(
+            path=path,
+            recipe=upgrade_recipe_json(record["recipe"]),
+            identity=identity,
+            versions=record["versions"],
+            precision=record.get("precision"),
+            first_step=record.get("first_step", 0),
+            earlier_phases=tuple(RunPhase.from_json(phase) for phase in record.get("earlier_phases", ())),
+            warm_start=record.get("warm_start"),
+            run_format=record["format"],
+        )
 
     @classmethod
-    def create_or_open(cls, path: Path, *, recipe: Json, identity: RunIdentity) -> Self:
-        """Make the run at `path`, or open the run that is there if it has the same recipe and identity.
+    def create_or_open(
+        cls,
+        path: Path,
+        *,
+        recipe: Json,
+        identity: RunIdentity,
+        precision: str | None = None,
+        warm_start: Json | None = None,
+    ) -> Self:
+        """Make the run at `path`, or open the run that is there if it may be carried on with this recipe and identity.
 
         RunError: another recipe or store (the differences, in one line), or a folder of something else.
         """
@@ -103,21 +138,101 @@ class Run:
         # Start a new one.
         refuse_foreign_folder(path)
         path.mkdir(parents=True, exist_ok=True)
-        run = cls(path=path, recipe=recipe, identity=identity, versions=software_versions())
-        record = {"format": RUN_FORMAT, **run.settings(), "versions": run.versions}
-        with replacing_file(path / RECIPE_FILE) as scratch:
-            scratch.write_text(json.dumps(record, indent=1) + "\n")
+        run = cls(
+            path=path,
+            recipe=recipe,
+            identity=identity,
+            versions=software_versions(),
+            precision=precision,
+            warm_start=warm_start,
+        )
+        run.write_record()
         return run
+
+    def write_record(self) -> None:
+        """Write recipe.json, whole or not at all."""
+        record = {"format": RUN_FORMAT, **self.settings(), "versions": self.versions}
+        record |= {"precision": self.precision, "first_step": self.first_step}
+        record["earlier_phases"] = [phase.to_json() for phase in self.earlier_phases]
+        if self.warm_start is not None:
+            record["warm_start"] = self.warm_start
+        with replacing_file(self.path / RECIPE_FILE) as scratch:
+            scratch.write_text(json.dumps(record, indent=1) + "\n")
 
     def settings(self) -> Json:
         """Recipe and identity as plain values, as they stand in recipe.json."""
         return {"recipe": self.recipe, "identity": self.identity.to_json()}
 
     def refuse_other_settings(self, recipe: Json, identity: RunIdentity) -> None:
-        """RunError, naming the differences, where this run has another recipe or identity."""
-        changes = setting_differences(self.settings(), {"recipe": recipe, "identity": identity.to_json()})
-        if changes:
-            raise RunError(f"{self.path}: is another run ({'; '.join(changes)}); choose another --run")
+        """RunError, naming the differences, where this run may not be carried on with this recipe and identity.
+
+        After a bad step that is not passed yet, the CHANGEABLE_FIELDS may differ.
+        """
+        old = self.settings()
+        new = {"recipe": recipe, "identity": identity.to_json()}
+        changed = changed_paths(old, new)
+        changeable = {f"recipe.{field}" for field in CHANGEABLE_FIELDS}
+        if not changed or (self.stopping_step and changeable.issuperset(changed)):
+            return
+        changes = "; ".join(setting_differences(old, new))
+        advice = "choose another --run"
+        if self.recipe.get("type") == "Pretrain":
+            advice += f", which may begin from this one: --from {self.path}"
+        raise RunError(f"{self.path}: is another run ({changes}); {advice}")
+
+    def begin_phase(self, recipe: Json, precision: str | None) -> Self:
+        """The run with the recipe and precision that train it from its newest checkpoint on, recorded if they changed.
+
+        A run of format 1 did not record its precision, and a change of that alone does not rewrite it.
+        """
+        is_same_precision = precision is None or self.precision in (None, precision)
+        if recipe == self.recipe and is_same_precision:
+            return self
+
+        # Record the phases, of which the last is the run's own.
+        new = RunPhase(
+            first_step=self.newest_step,
+            recipe=recipe,
+            precision=precision or self.precision,
+            versions=software_versions(),
+        )
+        *earlier, last = append_phase(self.phases, new)
+        run = replace(
+            self,
+            recipe=last.recipe,
+            precision=last.precision,
+            versions=last.versions,
+            first_step=last.first_step,
+            earlier_phases=tuple(earlier),
+            run_format=RUN_FORMAT,
+        )
+        run.write_record()
+        return run
+
+    @property
+    def phases(self) -> tuple[RunPhase, ...]:
+        """Every phase of the run, oldest first."""
+        last = RunPhase(
+            first_step=self.first_step, recipe=self.recipe, precision=self.precision, versions=self.versions
+        )
+        return (*self.earlier_phases, last)
+
+    def describe_phase(self) -> str | None:
+        """What the last phase has that the phase before it had not, in words; None where there is but one."""
+        if not self.earlier_phases:
+            return None
+        before, now = ({"recipe": phase.recipe, "precision": phase.precision} for phase in self.phases[-2:])
+        return f"from step {self.first_step} on with {'; '.join(setting_differences(before, now))}"
+
+    @property
+    def stopping_step(self) -> int | None:
+        """The number of the bad step that lies past the newest checkpoint; None where there is none."""
+        steps = [int(folder.name.removeprefix(BAD_STEP_PREFIX)) for folder in self.bad_step_folders()]
+        return max((step for step in steps if step > self.newest_step), default=None)
+
+    def bad_step_folders(self) -> list[Path]:
+        """Folders of steps that were not taken, oldest first."""
+        return sorted(self.path.glob(f"{BAD_STEP_PREFIX}*"))
 
     @property
     def is_finetuned(self) -> bool:
@@ -250,18 +365,24 @@ def software_versions() -> Json:
 
 def setting_differences(old: Json, new: Json, *, most: int = 4) -> list[str]:
     """The changes from `old` to `new`, each as `path: was X, now Y`; past `most` of them only how many more."""
-    # Compare leaf by leaf; `|` keeps the order of the old values, new keys come after them.
+    # Say what changed, but not everything of another recipe.
     old_values = flatten_to_paths(old)
     new_values = flatten_to_paths(new)
-    changed = [key for key in old_values | new_values if old_values.get(key) != new_values.get(key)]
-
-    # Say what changed, but not everything of another recipe.
     lines = [
-        f"{key}: was {old_values.get(key, 'absent')}, now {new_values.get(key, 'absent')}" for key in changed
+        f"{key}: was {old_values.get(key, 'absent')}, now {new_values.get(key, 'absent')}"
+        for key in changed_paths(old, new)
     ]
     if len(lines) > most:
         return [*lines[:most], f"and {len(lines) - most} more"]
     return lines
+
+
+def changed_paths(old: Json, new: Json) -> list[str]:
+    """The dotted path of every leaf that differs."""
+    # `|` keeps the order of the old values, new keys come after them.
+    old_values = flatten_to_paths(old)
+    new_values = flatten_to_paths(new)
+    return [key for key in old_values | new_values if old_values.get(key) != new_values.get(key)]
 
 
 def flatten_to_paths(value: Any, path: str = "") -> Json:

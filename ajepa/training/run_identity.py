@@ -11,7 +11,7 @@ LabelKind = Literal["single", "multi"]
 
 # Keys of every identity, keys that are written only where they apply, and keys of a fine-tuned run.
 DATA_KEYS = ("store_id", "spec_id", "mel", "mean", "std")
-OPTIONAL_DATA_KEYS = ("stores", "excluded", "store_weights", "block_shuffle")
+OPTIONAL_DATA_KEYS = ("stores", "excluded", "store_weights", "block_shuffle", "warm_start")
 TASK_KEYS = ("task", "kind", "label_set", "train_splits", "eval_splits", "classes", "from")
 
 
@@ -45,6 +45,30 @@ class StartCheckpoint:
     def to_json(self) -> dict[str, Any]:
         """Step and digest as plain values."""
         return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WarmStartIdentity:
+    """The weights that a pre-trained run began with instead of random ones.
+
+    parts   parts of a checkpoint that were taken; the others were drawn by the seed of the recipe
+    step    after which they were taken; None: not known
+    sha256  digest of all of them
+    """
+
+    parts: tuple[str, ...]
+    step: int | None
+    sha256: str
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Self:
+        """The warm start with these fields; RunError for a missing or unknown key."""
+        refuse_other_keys(record, "identity.warm_start", required=("parts", "step", "sha256"))
+        return cls(parts=tuple(record["parts"]), step=record["step"], sha256=record["sha256"])
+
+    def to_json(self) -> dict[str, Any]:
+        """Parts, step and digest as plain values."""
+        return {"parts": list(self.parts), "step": self.step, "sha256": self.sha256}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,11 +136,12 @@ class RunIdentity:
 
     store_id       of the store, or of several stores joined
     spec_id, mel   the mel spec of its clips
-    mean, std      of log-mel in the training splits, by which clips are normalised
+    mean, std      by which clips are normalised: of log-mel in the training splits, or those of the warm start
     stores         ids of the stores that are joined; empty: there is one store
     excluded       digest of the clips that exclude lists leave out, of joined stores one for each; None: of no clip
     store_weights  each joined store's share of the clips; empty: every clip comes once an epoch
     block_shuffle  None: clips are shuffled whole
+    warm_start     None: the first weights are drawn by the seed of the recipe
     task_identity  None: the run is pre-trained
     """
 
@@ -129,6 +154,7 @@ class RunIdentity:
     excluded: str | tuple[str | None, ...] | None = None
     store_weights: tuple[float, ...] = ()
     block_shuffle: BlockShuffleIdentity | None = None
+    warm_start: WarmStartIdentity | None = None
     task_identity: TaskIdentity | None = None
 
     @classmethod
@@ -146,6 +172,9 @@ class RunIdentity:
         block_shuffle = record.get("block_shuffle")
         if block_shuffle is not None:
             block_shuffle = BlockShuffleIdentity.from_json(block_shuffle)
+        warm_start = record.get("warm_start")
+        if warm_start is not None:
+            warm_start = WarmStartIdentity.from_json(warm_start)
 
         # The keys of a fine-tuned run: all of them, or none.
         task_identity = None
@@ -162,6 +191,7 @@ class RunIdentity:
             excluded=excluded,
             store_weights=tuple(record.get("store_weights", ())),
             block_shuffle=block_shuffle,
+            warm_start=warm_start,
             task_identity=task_identity,
         )
 
@@ -189,6 +219,8 @@ class RunIdentity:
             record["store_weights"] = list(self.store_weights)
         if self.block_shuffle is not None:
             record["block_shuffle"] = asdict(self.block_shuffle)
+        if self.warm_start is not None:
+            record["warm_start"] = self.warm_start.to_json()
 
         # The start of a fine-tuned run is the last key.
         if self.task_identity is not None:

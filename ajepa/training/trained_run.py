@@ -52,7 +52,7 @@ class TrainedRun:
     def open(cls, run: Run | Path, at: str | int = "last") -> Self:
         """The run at a checkpoint: last, best (by probe), init, or a step that was kept. RunError where there is none.
 
-        init is the run before its first step (`initial_weights`).
+        init is the run before its first step (`initial_weights`): of a warm-started run, the warm start.
         """
         if isinstance(run, Path):
             run = Run.open(run)
@@ -132,10 +132,10 @@ class TrainedRun:
 
 
 def initial_weights(run: Run, recipe: Pretrain | Finetune) -> dict[str, Tensor]:
-    """The weights that are measured, as they were before the first step: drawn by the recipe's seed.
+    """The weights that are measured, as they were before the first step: drawn by the seed, or the warm start's.
 
-    The statistics of the bands, which training does not change, are those of the run. RunError where the run started
-    from another run's encoder.
+    The statistics of the bands, which training does not change, are those of the run. RunError where the run fine-tuned
+    another run's encoder.
     """
     if isinstance(recipe, Finetune):
         identity = run.task_identity
@@ -145,10 +145,14 @@ def initial_weights(run: Run, recipe: Pretrain | Finetune) -> dict[str, Tensor]:
             )
         return build_classifier(recipe.model, len(identity.classes), recipe.seed).state_dict()
 
+    # The run keeps its warm start as a checkpoint of step 0.
+    part = measured_part(recipe)
+    if run.identity.warm_start is not None:
+        return run.load_checkpoint(part, at=0).parts[part]
+
     # The statistics are in every checkpoint.
     statistics_2F = None
     if recipe.model.encoder.band_norm:
-        part = measured_part(recipe)
         statistics_2F = run.load_checkpoint(part).parts[part][BAND_STATISTICS]
     return build_initial_encoder(recipe.model.encoder, recipe.seed, statistics_2F).state_dict()
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from ajepa.recipes.optimiser import optimiser_moments, restore_moments
 from ajepa.training.checkpoints import Checkpoint, write_safetensors
 from ajepa.training.devices import Precision, pick_precision
 from ajepa.training.distributed import World
-from ajepa.training.run import Json
+from ajepa.training.run import BAD_STEP_PREFIX, Json
 from pipeline.errors import RunError
 from pipeline.files import replacing_file
 from pipeline.loading.loader import Batch
@@ -48,7 +48,7 @@ class BadStep(RunError):
     def write_to_run(self, run_path: Path) -> Path:
         """Write record and tensors to the run's `bad-step-STEP/`, a pair of files for each rank; that folder."""
         # The number of the step as it would be logged, counted from 1.
-        folder = run_path / f"bad-step-{self.step + 1:08d}"
+        folder = run_path / f"{BAD_STEP_PREFIX}{self.step + 1:08d}"
         folder.mkdir(exist_ok=True)
         with replacing_file(folder / f"rank-{self.rank}.safetensors") as scratch:
             write_safetensors(scratch, self.tensors)
@@ -281,6 +281,11 @@ class Trainer:
             state = self.scaler.state_dict()
             tensors[SCALER_PART] = {name: torch.tensor(float(state[name])) for name in SCALER_FIELDS}
         return Checkpoint(step=step, parts=tensors)
+
+    def load_parts(self, weights: Mapping[str, dict[str, Tensor]]) -> None:
+        """Give these parts these weights; the other parts, and the optimiser, stay as they are."""
+        for name, tensors in weights.items():
+            self.parts[name].load_state_dict(tensors)
 
     def restore_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Go back to where `checkpoint` was written, by any number of ranks."""

@@ -45,7 +45,7 @@ def with_event(
         if (step, world.rank) == (5, world.size - 1):
             if event in ("stop", "die"):
                 os.kill(os.getpid(), signal.SIGTERM if event == "stop" else signal.SIGKILL)
-            if event == "nan":
+            if event in ("nan", "skip"):
                 batch.mel_BTF[2, 3, 4] = float("nan")
             if event == "broken":
                 raise BrokenClipError(7, "row 7 cannot be read")
@@ -57,7 +57,10 @@ def with_event(
 
 
 def train(store: Path | str, run: Path, event: str = "train", recipe: Pretrain | None = None) -> Run:
-    """Pre-train; `event` is train (nothing happens), micro (passes of three clips), stop, die, nan or broken."""
+    """Pre-train; `event` is train (nothing happens), micro (passes of three clips), stop, die, nan, skip or broken.
+
+    skip: nan, in a run that passes over bad steps.
+    """
     recipe = replace((recipe or tiny()).with_counts(steps=8), mask_sets=2, checkpoint_every=4)
     micro_batch = 3 if event == "micro" else None
 
@@ -67,7 +70,15 @@ def train(store: Path | str, run: Path, event: str = "train", recipe: Pretrain |
     start_step = with_event(PretrainTrainer.start_step, run, event, targets)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PretrainTrainer, "start_step", start_step)
-        return pretrain(store, recipe, run, device="cpu", precision="fp32", micro_batch=micro_batch)
+        return pretrain(
+            store,
+            recipe,
+            run,
+            device="cpu",
+            precision="fp32",
+            micro_batch=micro_batch,
+            on_bad_step="skip" if event == "skip" else "stop",
+        )
 
 
 def train_classifier(store: Path | str, run: Path, event: str = "train", start: str = "") -> Run:

@@ -387,6 +387,27 @@ def test_a_start_without_a_checkpoint_is_refused(pretrained, tmp_path):
         TrainedRun.open(tmp_path / "nowhere")
 
 
+def test_after_a_bad_step_fine_tuning_goes_on_past_it_or_with_a_lower_rate(store_path, tmp_path, monkeypatch):
+    """The same two ways on as in pre-training; the record says which steps had which rate."""
+    start_step = FinetuneTrainer.start_step
+
+    def spoilt_step(trainer, step, batch):
+        if step == 2:
+            batch.mel_BTF[0, 0, 0] = torch.nan
+        return start_step(trainer, step, batch)
+
+    recipe = tiny_finetune(steps=4, checkpoint_every=2, evaluations=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(FinetuneTrainer, "start_step", spoilt_step)
+        skipping = finetune_quietly(store_path, tmp_path / "skip", recipe, loader="plain", on_bad_step="skip")
+        with pytest.raises(RunError, match="step 3: loss is nan"):
+            finetune_quietly(store_path, tmp_path / "run", recipe, loader="plain")
+    assert [line["step"] for line in skipping.read_metrics() if "bad_steps" in line] == [3]
+    assert read_compute_costs(skipping.path)[-1].bad_steps == 1
+    run = finetune_quietly(store_path, tmp_path / "run", replace(recipe, base_lr=1e-3), loader="plain")
+    assert [(phase.first_step, phase.recipe["base_lr"]) for phase in run.phases] == [(0, 3e-2), (2, 1e-3)]
+
+
 def test_a_batch_with_nan_stops_the_run_before_the_update_and_names_the_rows(store, tmp_path):
     """Checked after the update, the weights would be lost with it."""
     trainer, batch = fresh(store), first_batch(store)

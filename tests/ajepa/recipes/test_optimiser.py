@@ -1,9 +1,11 @@
 """Schedules: learning rate, teacher momentum and curriculum depend on the step alone."""
 
+import math
+
 import pytest
 
 from ajepa.model.masking import curriculum_share
-from ajepa.recipes.optimiser import ema_momentum, warmup_cosine
+from ajepa.recipes.optimiser import Schedule, ema_momentum, warmup_cosine
 
 AUDIO_JEPA = {"steps": 100_000, "warmup_steps": 1_000, "start": 1e-6, "peak": 3e-4}
 
@@ -43,6 +45,33 @@ def test_the_teacher_slows_to_a_halt_over_the_whole_run(steps):
     assert ema_momentum(0, steps=steps) == 0.996
     assert ema_momentum(steps // 2, steps=steps) == pytest.approx(0.998)
     assert ema_momentum(steps, steps=steps) == 1.0
+
+
+@pytest.mark.parametrize("steps", [40, 100_000])
+def test_byols_momentum_rises_by_half_a_cosine(steps):
+    """1 - (1 - .996) (cos(pi k / K) + 1) / 2 (arXiv 2006.07733): slow at both ends, half of the way in the middle."""
+    momenta = [ema_momentum(step, steps=steps, curve="cosine") for step in (0, steps // 4, steps // 2, steps)]
+    quarter = 1 - 0.004 * (math.cos(math.pi / 4) + 1) / 2
+    assert momenta == pytest.approx([0.996, quarter, 0.998, 1.0], abs=1e-12)
+    assert ema_momentum(steps // 4, steps=steps) > momenta[1]
+
+
+def test_with_k_times_the_clips_the_momentum_is_to_the_power_of_k():
+    """The scaling rule of arXiv 2307.13813: one step of 1,024 clips moves a teacher as four steps of 256 do."""
+    schedule = Schedule(peak_lr=1e-3, ema_start=0.99, ema_end=0.99, ema_base_clips=256)
+    one = schedule.teacher_momentum(5, 100, clips=256)
+    assert one == 0.99
+    assert schedule.teacher_momentum(5, 100, clips=1024) == pytest.approx(one**4)
+    assert schedule.teacher_momentum(5, 100, clips=128) == pytest.approx(one**0.5)
+    with pytest.raises(ValueError, match="give `clips`"):
+        schedule.teacher_momentum(5, 100)
+    assert Schedule(peak_lr=1e-3).teacher_momentum(0, 100, clips=1024) == 0.996
+
+
+def test_a_curve_of_the_momentum_that_does_not_exist_is_refused():
+    """A misspelt curve would be the other one."""
+    with pytest.raises(ValueError, match="ema_curve must be linear or cosine, got 'cos'"):
+        Schedule(peak_lr=1e-3, ema_curve="cos")
 
 
 def test_the_curriculum_begins_at_one_in_a_hundred_and_ends_at_one():

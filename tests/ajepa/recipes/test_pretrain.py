@@ -11,11 +11,12 @@ from tiny import tiny, tiny_views
 from ajepa.model.masking import Curriculum, Fixed, RandomPatches
 from ajepa.model.sigreg import NORMALITY_SCALE
 from ajepa.pretrain.trainer import PretrainTrainer
-from ajepa.recipes.catalogue import pretrain_recipe, recipe_from_json, recipe_to_json
+from ajepa.recipes.catalogue import override_recipe, pretrain_recipe, recipe_from_json, recipe_to_json
 from ajepa.recipes.pretrain import PRETRAIN_RECIPES, a_jepa_recipe, audio_jepa_recipe, smoke_recipe
 from ajepa.training.devices import pick_precision
 from pipeline.audio.mel_spec import preset_mel_spec
 from pipeline.errors import RunError
+from pipeline.loading.augment import Augment
 from pipeline.loading.loader import Batch
 
 NAMES = sorted(PRETRAIN_RECIPES)
@@ -71,10 +72,59 @@ def test_audio_jepa_warms_up_for_a_thousand_steps_to_its_peak():
     assert rates == pytest.approx([1e-6, 3e-4, 1.5e-4, 0.0], abs=1e-12)
 
 
+def test_audio_jepas_teacher_slows_down_as_byols_does():
+    """ "As in BYOL": half a cosine over all steps. A straight line is another schedule under the paper's name."""
+    schedule, steps = audio_jepa_recipe().schedule, audio_jepa_recipe().steps
+    momenta = [schedule.teacher_momentum(step, steps) for step in (0, 25_000, 50_000, 100_000)]
+    assert momenta == pytest.approx([0.996, 0.9965858, 0.998, 1.0], abs=1e-7)
+
+
+def test_a_jepa_is_trained_as_its_paper_says():
+    """Squared distance, as in I-JEPA; another start and up to 6 dB in every step; the norm is left as an option."""
+    recipe = a_jepa_recipe()
+    assert recipe.model.loss == "squared_l2"
+    assert recipe.augment == Augment(roll=True, gain_db=6.0)
+    assert override_recipe(recipe, ["model.loss=l2", "augment.roll=false"]).model.loss == "l2"
+    assert "32 kHz, where the paper has 16" in " ".join(a_jepa_recipe.__doc__.split())
+
+
 def test_a_jepa_sees_audioset_24_times():
     """24 epochs of 2,084,320 clips, 512 at a time."""
     recipe = a_jepa_recipe()
     assert recipe.steps * recipe.clips_per_step == pytest.approx(24 * 2_084_320, rel=1e-4)
+    assert recipe.with_step_count(2_084_320 // 512).steps == pytest.approx(recipe.steps, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["a-jepa", "a-jepa-s", "a-jepa-l"])
+def test_a_recipe_of_epochs_has_as_many_on_any_store(name):
+    """The steps of AudioSet-2M are 2,430 epochs of 20,000 clips; the curriculum follows the length."""
+    recipe = pretrain_recipe(name).with_step_count(20_000 // 512)
+    assert (recipe.steps, recipe.epochs) == (24 * 39, 24)
+    assert isinstance(recipe.masks, Curriculum)
+    assert recipe.masks.steps == 24 * 39
+    two_epochs = pretrain_recipe(name).with_counts(epochs=2, clips_per_step=64).with_step_count(312)
+    assert (two_epochs.steps, two_epochs.masks.steps) == (624, 624)
+
+
+def test_given_steps_are_the_length_of_a_recipe_of_epochs():
+    """--steps, and --set steps=; both lengths at once are refused."""
+    for recipe in (
+        a_jepa_recipe().with_counts(steps=77),
+        override_recipe(a_jepa_recipe(), ["steps=77"]),
+    ):
+        assert recipe.epochs == 0
+        assert recipe.with_step_count(39) == recipe
+        assert recipe.masks.steps == recipe.steps == 77
+    assert audio_jepa_recipe().with_step_count(39) == audio_jepa_recipe()
+    assert audio_jepa_recipe().with_counts(epochs=3).with_step_count(39).steps == 117
+    with pytest.raises(RunError, match="steps 5 and epochs 2 are two lengths of one run"):
+        a_jepa_recipe().with_counts(steps=5, epochs=2)
+
+
+def test_views_and_augmentation_exclude_each_other():
+    """Both change the level of a clip; one of them would be forgotten."""
+    with pytest.raises(ValueError, match="views change the clips themselves: leave augment off"):
+        tiny_views(augment=Augment(gain_db=3.0))
 
 
 @pytest.mark.parametrize(

@@ -92,8 +92,8 @@ def test_a_run_written_by_a_later_format_is_refused(tmp_path):
     """Half-understood files are worse than none."""
     started(tmp_path)
     record = json.loads((tmp_path / "recipe.json").read_text())
-    (tmp_path / "recipe.json").write_text(json.dumps({**record, "format": 2}))
-    with pytest.raises(RunError, match="run format 2, this version reads 1"):
+    (tmp_path / "recipe.json").write_text(json.dumps({**record, "format": 3}))
+    with pytest.raises(RunError, match="run format 3, this version reads 1 and 2"):
         Run.open(tmp_path)
 
 
