@@ -44,7 +44,7 @@ def pretrain(
     recompute: bool = False,
     compiled: bool = False,
     on_broken: Literal["raise", "skip"] = "raise",
-    on_collapse: OnCollapse = "stop",
+    on_collapse: OnCollapse = "auto",
     progress: bool = False,
     say: Callable[[str], None] = print_to_stderr,
 ) -> Run:
@@ -61,7 +61,8 @@ def pretrain(
     compiled      see `Jepa.compile_stacks`
     on_broken     skip: another clip of its rank's step stands in for one that cannot be read; `skipped` in the
                   metrics counts them since the line before
-    on_collapse   stop: a run that collapses (see `collapse_signs`) writes a checkpoint and ends with RunError
+    on_collapse   stop: a run that collapses (see `collapse_signs`) writes a checkpoint and ends with RunError; warn: it
+                  goes on; auto: stop, but warn for encoders wider than those that the signs are calibrated on
 
     SIGINT, SIGTERM and SIGUSR1 to any rank end the step at hand, write a checkpoint and raise StopSignal. RunError
     or StoreError says where store, recipe, device and memory do not fit, before anything is written.

@@ -67,7 +67,8 @@ SHOWN_DISTANCE_RANGE = (0.0, 1.5)  # of the colours, in cosine distance; 1 is th
 
 PREDICTED_MEL_FRAMES = 256  # columns of the spectrogram above the distances
 
-PROBE_KEY_PREFIXES = ("probe_linear_", "probe_knn_")
+# Before a prefix, probes of runs whose probes were still measured on clips of evaluation splits.
+PROBE_KEY_PREFIXES = ("val_probe_linear_", "val_probe_knn_", "probe_linear_", "probe_knn_")
 
 # The title of each chart, and its curves: key in the log, name in the legend.
 LOGGED_CURVES: tuple[tuple[str, dict[str, str]], ...] = (
@@ -183,11 +184,17 @@ def curves_section(lines: list[Json]) -> Markup:
     # The charts whose curves depend on the keys that the run logged.
     keys = list(dict.fromkeys(key for line in lines for key in line))
     probe_names = {
-        key: key.removeprefix("probe_").replace("_", " ")
+        key: key.removeprefix("val_").removeprefix("probe_").replace("_", " ")
         for key in keys
         if key.startswith(PROBE_KEY_PREFIXES)
     }
-    charts = [*LOGGED_CURVES, ("Probes while training, mAP", probe_names)]
+    held_back = {key: name for key, name in probe_names.items() if key.startswith("val_")}
+    measured = {key: name for key, name in probe_names.items() if key not in held_back}
+    charts = [
+        *LOGGED_CURVES,
+        ("Probes while training, on held-back clips, mAP", held_back),
+        ("Probes while training, on eval clips, mAP", measured),
+    ]
     for metric, metric_title in METRIC_TITLES.items():
         prefix = f"eval_{metric}_"
         label_sets = {key: key.removeprefix(prefix) for key in keys if key.startswith(prefix)}

@@ -238,7 +238,7 @@ class Trainer:
         if self.scaler.is_enabled():
             state = self.scaler.state_dict()
             tensors[SCALER_PART] = {name: torch.tensor(float(state[name])) for name in SCALER_FIELDS}
-        return Checkpoint(step=step, parts=tensors)
+        return Checkpoint(step=step, parts=tensors, precision=self.precision.name)
 
     def restore_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Go back to where `checkpoint` was written, by any number of ranks."""
