@@ -17,8 +17,8 @@ from ajepa.finetune.finetune import finetune
 from ajepa.pretrain.pretrain import pretrain
 from ajepa.recipes.supervised import cnn6_small_recipe
 from ajepa.report.charts import curves_over_steps, format_three_digits, round_axis_range
-from ajepa.report.page import RUN_PAGE_SECTIONS, logged_values_N, run_page_html
-from ajepa.report.pictures import draw_run_report
+from ajepa.report.page import RUN_PAGE_SECTIONS, curves_section, logged_values_N, run_page_html
+from ajepa.report.pictures import draw_run_report, probe_label
 from ajepa.training.run import Run
 from ajepa.training.trained_run import TrainedRun
 from pipeline.errors import RunError
@@ -174,3 +174,12 @@ def test_the_page_is_written_where_it_was_asked_for(run, store_path, tmp_path):
     )
     assert written[0] == tmp_path / "deep" / "page.html"
     assert all(Path(file).stat().st_size > 1000 for file in written)
+
+
+def test_probes_on_eval_clips_of_an_older_run_have_a_chart_of_their_own():
+    """A run that was carried on has both kinds of lines: one curve through them would be of two measures."""
+    text = curves_section([{"step": 1, "probe_knn_raw": 0.2}, {"step": 2, "val_probe_knn_raw": 0.3}])
+    assert "Probes while training, on held-back clips, mAP" in text
+    assert "Probes while training, on eval clips, mAP" in text
+    assert probe_label("val_probe_knn_raw") == "knn, raw"
+    assert probe_label("probe_knn_raw") == "knn, raw (eval clips)"
