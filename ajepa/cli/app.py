@@ -67,8 +67,11 @@ def pretrain(
     on_broken: OnBrokenOption = "raise",
     on_bad_step: OnBadStepOption = "stop",
     on_collapse: Annotated[
-        Literal["stop", "warn"], typer.Option(help="When features become all alike.")
-    ] = "stop",
+        Literal["auto", "stop", "warn"],
+        typer.Option(
+            metavar="WHEN", help="All features alike: stop, warn; auto: by the width of the encoder."
+        ),
+    ] = "auto",
     store_weight: Annotated[
         list[float] | None,
         typer.Option(

@@ -46,6 +46,10 @@ def evaluate(
         typer.Option(help="CSV file for every class: average precision, recall.", callback=check_output_path),
     ] = None,
     device: DeviceOption = "auto",
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"],
+        typer.Option(metavar="TYPE", help="Of the network; auto: as it was trained. The rest is fp32."),
+    ] = "auto",
     cache: CacheFolder = None,
     cache_gb: CacheSizeGb = DEFAULT_CACHE_GB,
 ) -> None:
@@ -71,6 +75,7 @@ def evaluate(
         run,
         checkpoint=checkpoint,
         device=device,
+        precision=precision,
         train_clips=train_clips,
         pooling=pooling,
         layer=EncoderLayer.from_name(layer),

@@ -28,6 +28,11 @@ EVALUATION_GLOB = "evaluation*.json"
 # The recipe fields that the model card lists.
 CARD_RECIPE_FIELDS = ("name", "clips_per_step", "steps", "seed")
 
+GRAPH_PRECISION_NOTE = (
+    "Graphs of it (`ajepa-train export --onnx`, `--torch-export`) compute resampler, DFT and mel bands in fp32 on any "
+    "hardware, also where it multiplies as TF32; the encoder computes as the runtime that loads the graph is set."
+)
+
 UNSTATED_LICENCE = "not stated; ask those who made the model before you build on it"
 
 
@@ -82,6 +87,8 @@ def model_card(model: PretrainedEncoder, run: Path | None) -> str:
     lines += card_section("The encoder", network)
     lines += [
         f"The encoder sees {view_seconds:.3f} s at a time; longer sounds go through it in overlapping windows.",
+        "",
+        GRAPH_PRECISION_NOTE,
         "",
     ]
     lines += card_section("Licence of the weights", {"licence": model.licence or UNSTATED_LICENCE})

@@ -28,7 +28,7 @@ from ajepa.evaluate.task_data import TaskData, rows_with_labels
 from ajepa.evaluate.tasks import TASKS
 from ajepa.evaluate.true_labels import LabelKindOption, TrueLabels
 from ajepa.model.classifier import Classifier
-from ajepa.training.devices import pick_precision
+from ajepa.training.devices import Precision
 from ajepa.training.run import Json, Run
 from ajepa.training.run_identity import TaskIdentity
 from ajepa.training.trained_run import TrainedRun
@@ -167,9 +167,11 @@ def shared_classes(identity: TaskIdentity, store: FeatureStore) -> tuple[ClassLi
     return ClassList(mids=shared_mids, names=shared_names), merge_SC[:, shared_C]
 
 
-def held_out_scores(trained: TrainedRun, task_data: TaskData, device: torch.device) -> HeldOutScores:
+def held_out_scores(
+    trained: TrainedRun, task_data: TaskData, device: torch.device, precision: Precision | None = None
+) -> HeldOutScores:
     """The logits of a run's classifier for the eval clips of the task data, restricted to the task data's classes."""
-    logits_NC = classifier_logits_NC(trained, task_data.store, task_data.eval_N, device)
+    logits_NC = classifier_logits_NC(trained, task_data.store, task_data.eval_N, device, precision)
 
     # The network has an output for every class of the run; the store may lack some
     place_of = {mid: place for place, mid in enumerate(trained.run.task_identity.classes)}
@@ -178,37 +180,45 @@ def held_out_scores(trained: TrainedRun, task_data: TaskData, device: torch.devi
 
 
 def classifier_logits_NC(
-    trained: TrainedRun, store: FeatureStore, rows_N: np.ndarray, device: torch.device
+    trained: TrainedRun,
+    store: FeatureStore,
+    rows_N: np.ndarray,
+    device: torch.device,
+    precision: Precision | None = None,
 ) -> np.ndarray:
-    """Logits of a run's classifier for whole clips of a store, normalised by the run's own mean and deviation."""
+    """Logits of a run's classifier for whole clips of a store, normalised by the run's own mean and deviation.
+
+    `precision` is that of the network below its head; None: as the run was trained (`pick_measuring_precision`).
+    """
     identity = trained.run.identity
     frames = trained.finetune_recipe.model.frames
     views = ClipViews(store=store, frames=frames, mean=identity.mean, std=identity.std)
-    bf16 = pick_precision("auto", device).is_half
-    return predict_logits_NC(trained.classifier(device), views, rows_N, device, bf16=bf16)
+    precision = precision or trained.pick_precision(device)
+    return predict_logits_NC(trained.classifier(device), views, rows_N, device, precision=precision)
 
 
 def predict_logits_NC(
-    model: Classifier, views: ClipViews, rows_N: np.ndarray, device: torch.device, *, bf16: bool
+    model: Classifier, views: ClipViews, rows_N: np.ndarray, device: torch.device, *, precision: Precision
 ) -> np.ndarray:
     """One logit per class for each clip, float32 `NC`; the model is set to evaluation mode, so nothing is random."""
     model.train(False)
     logits = []
     for start in range(0, len(rows_N), CLIPS_PER_READ):
         mel_BVTF, n_frames_BV = views.read_views(rows_N[start : start + CLIPS_PER_READ])
-        logits.append(average_view_logits_BC(model, mel_BVTF, n_frames_BV, device, bf16=bf16).numpy())
+        logits_BC = average_view_logits_BC(model, mel_BVTF, n_frames_BV, device, precision=precision)
+        logits.append(logits_BC.numpy())
     return np.concatenate(logits)
 
 
 @torch.inference_mode()
 def average_view_logits_BC(
-    model: Classifier, mel_BVTF: Tensor, n_frames_BV: Tensor, device: torch.device, *, bf16: bool
+    model: Classifier, mel_BVTF: Tensor, n_frames_BV: Tensor, device: torch.device, *, precision: Precision
 ) -> Tensor:
     """Mean of the logits of a clip's views, weighted by their valid frames; views past the clip's end are left out."""
     # Only views with valid frames go through the model
     clip_N, view_N = torch.nonzero(n_frames_BV, as_tuple=True)
     frames_N = n_frames_BV[clip_N, view_N]
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    with precision.autocast(device):
         logits_NC = model(mel_BVTF[clip_N, view_N].to(device), frames_N)
 
     # Each view is weighted by its valid frames, because the last view may be short
@@ -225,6 +235,8 @@ def classifier_protocol(
     weights: dict[str, Tensor],
     weights_name: str,
     device: torch.device,
+    precision: Precision,
+    chosen_by: str | None,
     train_clips: int | None = None,
     checkpoint: str | int = "last",
     kind: LabelKindOption = "auto",
@@ -252,6 +264,8 @@ def classifier_protocol(
         unlabelled_clips=sum(task_data.unlabelled_clips for task_data in data_by_fold),
         resamples=resample_count(eval_clips, len(first.classes)),
         device=device.type,
+        precision=precision.name,
+        chosen_by=chosen_by,
         checkpoint=checkpoint,
         kind=kind,
         folds=folds,

@@ -11,7 +11,15 @@ from textwrap import wrap
 from typing import Any
 
 from ajepa.evaluate.protocol import ClassifierTraining, ProbeTraining
-from ajepa.evaluate.result import EVALUATION_FILE, METRIC_TITLES, PRIMARY_METRIC, Evaluation, Score
+from ajepa.evaluate.result import (
+    EVALUATION_FILE,
+    METRIC_TITLES,
+    PRIMARY_METRIC,
+    UNKNOWN_CHOICE,
+    Evaluation,
+    Score,
+)
+from ajepa.training.trained_run import CHOSEN_ON_EVAL_CLIPS
 from pipeline.datasets.speech_commands import SPEECH_COMMANDS_WORDS
 from pipeline.errors import RunError
 from pipeline.labels.ontology import fsd50k_classes, load_class_list
@@ -93,6 +101,8 @@ class OwnResult:
     fold_deviation  sample deviation over folds; None: no folds
     from_nothing    whether a classifier was trained without a pre-trained encoder
     tuned           whether the probed encoder was fine-tuned with labels
+    checkpoint      last, best, init or a step
+    chosen_by       what chose that checkpoint, in words; None: not recorded
     """
 
     name: str
@@ -109,6 +119,8 @@ class OwnResult:
     folds: int = 0
     from_nothing: bool = False
     tuned: bool = False
+    checkpoint: str = "last"
+    chosen_by: str | None = None
 
 
 def compare_results(result_paths: Sequence[Path]) -> str:
@@ -212,6 +224,8 @@ def _own_result(name: str, evaluation: Evaluation, score: Score, **training_fact
         label_set=score.label_set,
         classes=len(evaluation.classes),
         eval_clips=evaluation.protocol.eval_clips,
+        checkpoint=evaluation.protocol.checkpoint,
+        chosen_by=evaluation.protocol.chosen_by,
         **training_facts,
     )
 
@@ -247,6 +261,12 @@ def comparison_lines(result: OwnResult) -> list[str]:
         result.name,
         f"{result.task or 'no task in the table'}, {result.label_set} labels, "
         f"{PROTOCOL_TITLES[result.protocol]}, {result.eval_clips} clips",
+        *wrap(
+            f"checkpoint {result.checkpoint}, chosen by {result.chosen_by or UNKNOWN_CHOICE}",
+            78,
+            initial_indent="  ",
+            subsequent_indent="    ",
+        ),
         f"  {'this result':24}{METRIC_TITLES[result.metric]:9} {result.value:.3f}{interval}{spread}",
     ]
 
@@ -317,6 +337,12 @@ def comparison_caveats(result: OwnResult, row: PublishedResult) -> list[str]:
         caveats.append("recipe: both encoders are frozen, but the probes are trained with other settings")
     if row.eval_clips is not None and row.eval_clips != result.eval_clips:
         caveats.append(f"clips: published on {row.eval_clips}, here on {result.eval_clips}")
+
+    # A checkpoint that may have been chosen on the clips that are measured
+    if result.chosen_by == CHOSEN_ON_EVAL_CLIPS:
+        caveats.append("checkpoint: it was chosen on clips of the splits that are measured")
+    elif result.checkpoint == "best" and result.chosen_by is None:
+        caveats.append("checkpoint: the best, and the result does not say on which clips")
 
     # Differences in pre-training
     if result.tuned:

@@ -1,13 +1,10 @@
 """Evaluate a run on a store: its trained classifier, or probes on its frozen encoder and on two baselines."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from ajepa.evaluate.classifier_scores import (
     classifier_evaluation,
@@ -19,38 +16,42 @@ from ajepa.evaluate.classifier_scores import (
 )
 from ajepa.evaluate.features import (
     MAX_CLIP_TOKENS,
+    RANDOM,
     STATISTICS,
     TO_PROBE,
-    ClipFeatures,
+    TRAINED,
     ClipViews,
     compared_encoders,
     extract_features,
 )
+from ajepa.evaluate.linear_probe import L2_GRID
 from ajepa.evaluate.metrics import resample_count
-from ajepa.evaluate.probe_splits import VALIDATION_SHARE, ProbeFold, ProbeSplits
+from ajepa.evaluate.probe_fit import ProbeFit
+from ajepa.evaluate.probe_splits import VALIDATION_SHARE, ProbeSplits
 from ajepa.evaluate.probes import (
     ATTENTIVE_CLIPS_PER_STEP,
     ATTENTIVE_HEADS,
     ATTENTIVE_PEAK_LR,
-    L2_GRID,
     MAX_ATTENTIVE_STEPS,
     NEIGHBOUR_COUNT,
-    choose_l2,
-    knn_scores_NC,
-    linear_probe_scores_NC,
-    standardise_features,
-    train_attentive_probe,
 )
 from ajepa.evaluate.protocol import EvaluationProtocol, ProbeTraining, build_protocol, count_folds
-from ajepa.evaluate.result import PROBE_TITLES, Evaluation, Score, refuse_overwriting, result_path
+from ajepa.evaluate.result import (
+    PROBE_TITLES,
+    Evaluation,
+    Score,
+    read_evaluation,
+    refuse_overwriting,
+    result_path,
+)
 from ajepa.evaluate.true_labels import LabelKindOption, TrueLabels
 from ajepa.model.pooling import DEFAULT_POOLING, LAST_LAYER, EncoderLayer, PoolingName
 from ajepa.model.vit import EncoderSpec
-from ajepa.training.devices import pick_device
+from ajepa.training.devices import Precision, PrecisionName, pick_device
 from ajepa.training.run import RECIPE_FILE, Json, Run
 from ajepa.training.trained_run import TrainedRun
 from pipeline.errors import RunError
-from pipeline.messages import suggest_known
+from pipeline.messages import print_to_stderr, suggest_known
 from pipeline.store.feature_store import FeatureStore
 
 PROBE_NOTES: Json = {
@@ -58,11 +59,14 @@ PROBE_NOTES: Json = {
         "frozen; the whole clip in views of the recipe's length, one after the other; the last frame fills its patch"
     ),
     "standardised": "with the mean and deviation of the clips that a probe is trained on",
-    "choice": "on the val splits, or else on a fifth of the train clips, which then train too (not attentive)",
+    "choice": (
+        "on the val splits, or else on a fifth of the train clips, whole sounds, which then train too (not attentive)"
+    ),
     "linear": "logistic regression, one per class, of single labels one over all; L2 chosen from l2_grid",
     "knn": f"share of the {NEIGHBOUR_COUNT} most similar (cosine) train clips that carry a class",
     "attentive": (
-        f"{ATTENTIVE_HEADS} queries over at most {MAX_CLIP_TOKENS} tokens (all rows by stretches of time), "
+        f"{ATTENTIVE_HEADS} queries over at most {MAX_CLIP_TOKENS} tokens (all rows by stretches of time, kept in "
+        "float16), "
         f"AdamW {ATTENTIVE_PEAK_LR:g}, {MAX_ATTENTIVE_STEPS} steps of {ATTENTIVE_CLIPS_PER_STEP} clips at most"
     ),
     "labels": "each label set trained and measured on itself",
@@ -76,6 +80,7 @@ def evaluate_run(
     *,
     checkpoint: str | int = "last",
     device: str = "auto",
+    precision: PrecisionName = "auto",
     train_clips: int = 20_000,
     pooling: PoolingName = DEFAULT_POOLING,
     layer: EncoderLayer = LAST_LAYER,
@@ -84,6 +89,7 @@ def evaluate_run(
     kind: LabelKindOption = "auto",
     out: Path | None = None,
     progress: bool = False,
+    say: Callable[[str], None] = print_to_stderr,
 ) -> Evaluation:
     """Measure a checkpoint of a run on a store, its own or another of the same mel spec; save and return the result.
 
@@ -92,12 +98,15 @@ def evaluate_run(
     at most `train_clips` clips.
 
     checkpoint  last, best, init or a step, as in `TrainedRun.open`
+    precision   of the network, up to its tokens; auto: as it was trained (`pick_measuring_precision`). Pooling, heads,
+                probes and metrics are fp32
     probes      some of linear, knn, attentive; None: all for a pre-trained run, none for a fine-tuned run
     label_sets  label sets to measure; the probes of a label set are also trained on it; empty: all of the store
     kind        labels per clip: single, multi or auto; auto: single if every clip has exactly one label (and the
                 classifier was trained on single labels), else multi
     out         file to save the result in, replaced if it exists; None: `result_path`, where a result of another
                 protocol is not replaced
+    progress    say what is measured, a line for each stage, and show progress bars on a terminal
 
     RunError or StoreError if run, store and labels do not fit together.
     """
@@ -111,14 +120,21 @@ def evaluate_run(
     # Where the result is saved, and whether it may replace another
     probed = not run.is_finetuned or probes is not None
     file = out or result_path(run, store, probed=probed)
+    trained = TrainedRun.open(run, checkpoint)
+    torch_device = pick_device(device)
     options = EvaluateOptions(
         store=store,
         run=run,
+        trained=trained,
         checkpoint=checkpoint,
-        device=pick_device(device),
+        device=torch_device,
+        precision=trained.pick_precision(torch_device, precision),
         label_sets=tuple(label_sets),
         kind=kind,
-        protected_path=None if out else file,
+        file=file,
+        is_protected=out is None,
+        progress=progress,
+        say=say if progress else ignore_line,
     )
 
     # Probes, or the classifier
@@ -128,7 +144,6 @@ def evaluate_run(
             pooling=pooling,
             layer=layer,
             train_clips=train_clips,
-            progress=progress,
         )
         evaluation = evaluate_probes(options, probing)
     elif pooling != DEFAULT_POOLING or layer != LAST_LAYER:
@@ -152,21 +167,32 @@ def refuse_fold_folder(path: Path) -> None:
 class EvaluateOptions:
     """The run to measure, the store to measure it on, and the options of the evaluation.
 
-    protected_path  a file that a result of another protocol must not replace; None: any file may be replaced
+    file          where the result will be saved
+    is_protected  whether a result of another protocol in that file must not be replaced
+    say           told of every stage
     """
 
     store: FeatureStore
     run: Run
+    trained: TrainedRun
     checkpoint: str | int
     device: torch.device
+    precision: Precision
     label_sets: tuple[str, ...]
     kind: LabelKindOption
-    protected_path: Path | None
+    file: Path
+    is_protected: bool
+    progress: bool
+    say: Callable[[str], None]
 
     def refuse_lost_result(self, protocol: EvaluationProtocol) -> None:
         """RunError if saving a result of this protocol would replace a result of another protocol."""
-        if self.protected_path is not None:
-            refuse_overwriting(self.protected_path, protocol)
+        if self.is_protected:
+            refuse_overwriting(self.file, protocol)
+
+
+def ignore_line(line: str) -> None:
+    """Print nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,7 +203,6 @@ class ProbeOptions:
     pooling: PoolingName
     layer: EncoderLayer
     train_clips: int
-    progress: bool
 
     def __post_init__(self) -> None:
         if not self.probe_names:
@@ -186,10 +211,15 @@ class ProbeOptions:
             if name not in PROBE_TITLES:
                 raise RunError(f"probe {name!r} is unknown; {suggest_known(name, PROBE_TITLES)}")
 
+    @property
+    def selects_settings(self) -> bool:
+        """Whether a probe has settings to select on held-back clips; nearest neighbours have none."""
+        return any(name != "knn" for name in self.probe_names)
+
 
 def evaluate_classifier(options: EvaluateOptions) -> Evaluation:
     """Measure the classifier of a fine-tuned run on held-out clips."""
-    trained = TrainedRun.open(options.run, options.checkpoint)
+    trained = options.trained
     task_data = held_out_task_data(options.run, options.store)
     protocol = classifier_protocol(
         options.run,
@@ -198,12 +228,15 @@ def evaluate_classifier(options: EvaluateOptions) -> Evaluation:
         weights=trained.weights,
         weights_name=trained.part,
         device=options.device,
+        precision=options.precision,
+        chosen_by=trained.chosen_by,
         train_clips=count_train_clips(options.run),
         checkpoint=options.checkpoint,
         kind=options.kind,
     )
     options.refuse_lost_result(protocol)
-    scores = held_out_scores(trained, task_data, options.device)
+    options.say(f"classifier: logits of {len(task_data.eval_N)} clips, in {options.precision.name}")
+    scores = held_out_scores(trained, task_data, options.device, options.precision)
     return classifier_evaluation(protocol, [scores], kind=options.kind, label_sets=options.label_sets)
 
 
@@ -212,10 +245,13 @@ def evaluate_probes(options: EvaluateOptions, probing: ProbeOptions) -> Evaluati
     # The clips, and their labels
     store = options.store
     run = options.run
-    trained = TrainedRun.open(run, options.checkpoint)
+    trained = options.trained
     spec = trained.encoder_spec(TO_PROBE)
     all_splits = choose_probe_splits(run, store, trained.recipe.seed, probing.train_clips)
     splits = all_splits.drop_unlabelled(store)
+    if probing.selects_settings:
+        for fold in splits.folds:
+            fold.refuse_few_clips(store.location)
     label_sets = [
         TrueLabels.from_labels(name, store.labels_BC(splits.rows_N, name), options.kind, store.location)
         for name in options.label_sets or store.label_sets
@@ -234,6 +270,9 @@ def evaluate_probes(options: EvaluateOptions, probing: ProbeOptions) -> Evaluati
         unlabelled_clips=len(all_splits.eval_N) - eval_clips,
         resamples=resample_count(eval_clips, len(store.classes.mids)),
         device=options.device.type,
+        precision=options.precision.name,
+        chosen_by=trained.chosen_by,
+        labels={truth.label_set: truth.digest for truth in label_sets},
         checkpoint=options.checkpoint,
         kind=options.kind,
         folds=count_folds(splits.folds),
@@ -241,7 +280,7 @@ def evaluate_probes(options: EvaluateOptions, probing: ProbeOptions) -> Evaluati
     )
     options.refuse_lost_result(protocol)
 
-    scores = score_probes(options, probing, trained, splits, label_sets, protocol.resamples)
+    scores = score_probes(options, probing, trained, splits, label_sets, protocol)
     classes = zip(store.classes.mids, store.classes.names, strict=True)
     return Evaluation(protocol=protocol, classes=tuple(classes), scores=tuple(scores))
 
@@ -285,113 +324,74 @@ def score_probes(
     trained: TrainedRun,
     probe_splits: ProbeSplits,
     label_sets: Sequence[TrueLabels],
-    resamples: int,
+    protocol: EvaluationProtocol,
 ) -> Iterator[Score]:
-    """Yield the score of every probe on every kind of features under every label set."""
+    """Yield the score of every probe on every kind of features under every label set.
+
+    Scores that the result's file holds already, of the same weights, clips and settings, are taken from there.
+    """
     # Views of the recipe's length, normalised as the run's own clips were
     identity = options.run.identity
     frames = trained.encoder_spec(TO_PROBE).grid.frames
     views = ClipViews(store=options.store, frames=frames, mean=identity.mean, std=identity.std)
+    known = known_scores(options.file, protocol)
 
-    # One pass of each encoder serves all its probes
     for features_name, encoder in compared_encoders(trained, options.device).items():
+        # Log-mel statistics have no tokens to attend to
+        probe_names = [
+            name for name in probing.probe_names if name != "attentive" or features_name != STATISTICS
+        ]
+        wanted = [(true_labels, probe) for true_labels in label_sets for probe in probe_names]
+        keys = [(features_name, probe, true_labels.label_set) for true_labels, probe in wanted]
+        if all(key in known for key in keys):
+            options.say(f"{features_name}: measured before, in {options.file}; delete it to measure again")
+            yield from (known[key] for key in keys)
+            continue
+
+        # One pass of an encoder serves all its probes
+        clips = len(probe_splits.rows_N)
+        options.say(f"{features_name}: features of {clips} clips, in {options.precision.name}")
         features = extract_features(
             views,
             probe_splits.rows_N,
             encoder,
             pooling=probing.pooling,
             layer=probing.layer,
-            tokens="attentive" in probing.probe_names,
-            progress_label=features_name if probing.progress else None,
+            tokens="attentive" in probe_names,
+            precision=options.precision,
+            progress_label=features_name if options.progress else None,
         )
-
-        # Log-mel statistics have no tokens to attend to
-        probe_names = [
-            name for name in probing.probe_names if name != "attentive" or features_name != STATISTICS
-        ]
-        bar = tqdm(
-            [(true_labels, probe) for true_labels in label_sets for probe in probe_names],
-            desc=f"{features_name}: probes",
-            disable=None if probing.progress else True,
-            unit="probes",
-            leave=False,
+        fit = ProbeFit(
+            features=features,
+            probe_splits=probe_splits,
+            seed=trained.recipe.seed,
+            device=options.device,
         )
-        for true_labels, probe in bar:
-            fit = ProbeFit(
-                features=features,
-                probe_splits=probe_splits,
-                true_labels=true_labels,
-                seed=trained.recipe.seed,
-                device=options.device,
-            )
-            yield fit.score_probe(features_name, probe, resamples)
+        for true_labels, probe in wanted:
+            options.say(f"{features_name}: {PROBE_TITLES[probe]} probe, {true_labels.label_set} labels")
+            score = fit.score_probe(features_name, probe, true_labels, protocol.resamples)
+            yield score
+
+            # Before its first step a run's encoder is the random one
+            if features_name == TRAINED and trained.step == 0:
+                known[RANDOM, probe, true_labels.label_set] = replace(score, features=RANDOM)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ProbeFit:
-    """The features and labels of all rows of the probe splits, with which probes are trained and measured."""
+def known_scores(file: Path, protocol: EvaluationProtocol) -> dict[tuple[str, str, str], Score]:
+    """The scores in a result's file that measuring by this protocol would give again, by features, probe and label set.
 
-    features: ClipFeatures
-    probe_splits: ProbeSplits
-    true_labels: TrueLabels
-    seed: int
-    device: torch.device
-
-    def score_probe(self, features_name: str, probe: str, resamples: int) -> Score:
-        """Train the probe for every fold and measure it there, with intervals from this many resamples."""
-        scored_folds = []
-        chosen_settings = []
-        for number, fold in enumerate(self.probe_splits.folds):
-            scores_NC, setting = self.fit_and_score(fold, probe)
-            if setting is not None:
-                chosen_settings.append(setting)
-            positions_N = self.row_positions(fold.eval_N)
-            scored_folds.append(
-                self.true_labels.scored_fold(positions_N, scores_NC, resamples, self.seed + number)
-            )
-        return self.true_labels.summarise_folds(features_name, probe, scored_folds, chosen_settings)
-
-    def fit_and_score(self, fold: ProbeFold, probe: str) -> tuple[np.ndarray, float | None]:
-        """A trained probe's scores of the fold's eval clips, and the selected setting (None for nearest neighbours)."""
-        # The attentive probe standardises its tokens itself, and selects its own number of steps
-        single = self.true_labels.kind == "single"
-        if probe == "attentive":
-            attentive = train_attentive_probe(
-                self.features_of_rows(fold.train_N),
-                self.labels_of_rows(fold.train_N),
-                self.features_of_rows(fold.val_N),
-                self.labels_of_rows(fold.val_N),
-                self.features_of_rows(fold.eval_N),
-                seed=self.seed,
-                single=single,
-                device=self.device,
-            )
-            return attentive.scores_NC, attentive.steps
-
-        # Nearest neighbours have no setting to select
-        train_ND, val_ND, fit_ND, eval_ND = self.standardised_vectors(fold)
-        fit_NC = self.labels_of_rows(fold.fit_N)
-        if probe == "knn":
-            return knn_scores_NC(fit_ND, fit_NC, eval_ND), None
-
-        # The val clips select the penalty of the linear probe; then all fit clips train the probe
-        train_NC = self.labels_of_rows(fold.train_N)
-        val_NC = self.labels_of_rows(fold.val_N)
-        l2 = choose_l2(train_ND, train_NC, val_ND, val_NC, single=single)
-        return linear_probe_scores_NC(fit_ND, fit_NC, eval_ND, l2=l2, single=single), l2
-
-    def standardised_vectors(self, fold: ProbeFold) -> Iterator[Tensor]:
-        """Yield the vectors of the train, val, fit and eval clips, all standardised by the fit clips."""
-        rows = (fold.fit_N, fold.train_N, fold.val_N, fold.fit_N, fold.eval_N)
-        vectors = standardise_features(*(self.features_of_rows(rows_N).vectors_ND for rows_N in rows))
-        return (vectors_ND.to(self.device) for vectors_ND in vectors[1:])
-
-    def features_of_rows(self, rows_N: np.ndarray) -> ClipFeatures:
-        return self.features.select_clips(self.row_positions(rows_N))
-
-    def labels_of_rows(self, rows_N: np.ndarray) -> np.ndarray:
-        return self.true_labels.labels_NC[self.row_positions(rows_N)]
-
-    def row_positions(self, rows_N: np.ndarray) -> np.ndarray:
-        """The positions of some rows among all rows of the probe splits."""
-        return np.searchsorted(self.probe_splits.rows_N, rows_N)
+    Those of the run's encoder depend on its weights. A random encoder and log-mel statistics do not, so that a later
+    checkpoint of the run finds them measured.
+    """
+    stored = read_evaluation(file)
+    if stored is None or not stored.protocol.gives_same_baselines(protocol):
+        return {}
+    has_same_weights = stored.protocol.weights_sha256 == protocol.weights_sha256
+    same_labels = {
+        name for name, digest in protocol.labels.items() if stored.protocol.labels.get(name) == digest
+    }
+    return {
+        (score.features, score.probe, score.label_set): score
+        for score in stored.scores
+        if score.label_set in same_labels and (has_same_weights or score.features != TRAINED)
+    }

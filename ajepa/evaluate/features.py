@@ -17,6 +17,7 @@ from ajepa.model.pooling import (
     encode_views,
 )
 from ajepa.model.vit import Encoder
+from ajepa.training.devices import FP32, Precision
 from ajepa.training.trained_run import TrainedRun, build_initial_encoder
 from pipeline.store.joined_store import AnyStore
 
@@ -108,7 +109,10 @@ def clip_vectors(
     pooling: PoolingName = DEFAULT_POOLING,
     layer: EncoderLayer = LAST_LAYER,
 ) -> np.ndarray:
-    """One vector per clip, float32 `[N, D]`: its pooled tokens, or its log-mel statistics if `encoder` is None."""
+    """One vector per clip, float32 `[N, D]`: its pooled tokens, or its log-mel statistics if `encoder` is None.
+
+    Everything is computed in fp32.
+    """
     return extract_features(views, rows_N, encoder, pooling=pooling, layer=layer).vectors_ND
 
 
@@ -120,11 +124,13 @@ def extract_features(
     pooling: PoolingName = DEFAULT_POOLING,
     layer: EncoderLayer = LAST_LAYER,
     tokens: bool = False,
+    precision: Precision = FP32,
     progress_label: str | None = None,
 ) -> ClipFeatures:
     """The vector of every clip and, with `tokens`, at most `MAX_CLIP_TOKENS` tokens, from one pass of the encoder.
 
-    `progress_label` is the name of a progress bar, which is shown on a terminal only.
+    The encoder computes in `precision`; its tokens are pooled, and kept as vectors, in fp32. `progress_label` is the
+    name of a progress bar, which is shown on a terminal only.
     """
     # A progress bar that counts reads of the store
     vectors = []
@@ -144,7 +150,8 @@ def extract_features(
             continue
 
         # Tokens are merged after each read: keeping all of them would take many times the memory
-        clip_tokens = encode_views(encoder, mel_BVTF, n_frames_BV, layer)
+        with precision.autocast(next(encoder.parameters()).device):
+            clip_tokens = encode_views(encoder, mel_BVTF, n_frames_BV, layer)
         vectors.append(clip_tokens.pool_per_clip(pooling).numpy())
         if tokens:
             merged_BMD, valid_BM = merge_tokens(clip_tokens)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import polars as pl
 
 from pipeline.errors import RunError
 from pipeline.store.joined_store import AnyStore
@@ -12,11 +13,15 @@ from pipeline.store.splits import (
     VALIDATION_PATTERN,
     evaluation_split_names,
     probe_eval_splits,
+    sound_numbers_N,
     train_splits,
 )
 
 # Share of the train clips that selects a probe's settings if the store has no validation split.
 VALIDATION_SHARE = 0.2
+
+# Of fewer clips, nothing is held back to select settings.
+MIN_CLIPS_TO_SELECT = 5
 
 NO_ROWS_N = np.empty(0, np.int64)
 
@@ -37,12 +42,14 @@ class ProbeFold:
     val_from_train: bool
 
     @classmethod
-    def from_rows(cls, train_N: np.ndarray, val_N: np.ndarray, eval_N: np.ndarray, seed: int) -> "ProbeFold":
-        """A fold of these rows; if `val_N` is empty, the seed draws a fifth of `train_N` for it."""
+    def from_rows(
+        cls, store: AnyStore, train_N: np.ndarray, val_N: np.ndarray, eval_N: np.ndarray, seed: int
+    ) -> "ProbeFold":
+        """A fold of these rows; if `val_N` is empty, the seed draws a fifth of `train_N` for it, sound by sound."""
         val_from_train = not len(val_N)
         if val_from_train:
             order_N = np.random.default_rng([seed, 1]).permutation(train_N)
-            val_N, train_N = np.split(order_N, [int(len(order_N) * VALIDATION_SHARE)])
+            val_N, train_N = hold_back_sounds(order_N, store.manifest)
         return cls(
             train_N=np.sort(train_N), val_N=np.sort(val_N), eval_N=eval_N, val_from_train=val_from_train
         )
@@ -53,6 +60,21 @@ class ProbeFold:
         if not self.val_from_train:
             return self.train_N
         return np.sort(np.concatenate([self.train_N, self.val_N]))
+
+    def refuse_few_clips(self, location: str) -> None:
+        """RunError if there are too few clips, or sounds, to hold some back for the selection of settings."""
+        clips = len(self.fit_N)
+        if self.val_from_train and clips < MIN_CLIPS_TO_SELECT:
+            raise RunError(
+                f"{location}: {clips} labelled clips to train on, and a probe needs {MIN_CLIPS_TO_SELECT} to choose "
+                "its settings on some of them; label more, or measure neighbours alone with --probe knn"
+            )
+        for purpose, left_N in (("train on", self.train_N), ("choose settings on", self.val_N)):
+            if not len(left_N):
+                raise RunError(
+                    f"{location}: no labelled clip to {purpose} is left beside those of the same sound; "
+                    "add other sounds, or measure neighbours alone with --probe knn"
+                )
 
     def keep_rows(self, kept_N: np.ndarray) -> "ProbeFold":
         """The fold restricted to the rows of `kept_N`."""
@@ -89,20 +111,13 @@ class ProbeSplits:
             ordered = sorted(fold_names, key=lambda fold: int(fold[4:]))
             return cls.from_folds(store, ordered, seed, train_clips)
 
-        # Validation splits do not train, unless there is no other split to train on
-        candidates = train_splits(store)
-        val_names = tuple(split for split in candidates if VALIDATION_PATTERN.search(split))
-        train_names = tuple(split for split in candidates if split not in val_names)
-        if not train_names:
-            train_names = val_names
-            val_names = ()
-
         # The clips that train, measure and validate
+        train_names, val_names = train_and_val_splits(store)
         train_N = draw_split_rows(store, train_names, seed, train_clips)
         eval_N = good_eval_rows(store)
         val_N = draw_split_rows(store, val_names, seed, train_clips) if val_names else NO_ROWS_N
         return cls(
-            folds=(ProbeFold.from_rows(train_N, val_N, eval_N, seed),),
+            folds=(ProbeFold.from_rows(store, train_N, val_N, eval_N, seed),),
             train_splits=train_names,
             val_splits=val_names,
             eval_splits=tuple(probe_eval_splits(store)),
@@ -120,7 +135,7 @@ class ProbeSplits:
                 raise RunError(f"{store.location}: {name} has no good clip; see: ajepa-data report")
             others = [other for other in fold_names if other != name]
             train_N = draw_split_rows(store, others, seed, train_clips)
-            folds.append(ProbeFold.from_rows(train_N, NO_ROWS_N, eval_N, seed))
+            folds.append(ProbeFold.from_rows(store, train_N, NO_ROWS_N, eval_N, seed))
         names = tuple(fold_names)
         return cls(folds=tuple(folds), train_splits=names, val_splits=(), eval_splits=names)
 
@@ -139,7 +154,7 @@ class ProbeSplits:
         """
         eval_N = _good_rows_to_measure(store, eval_names)
         train_N = draw_split_rows(store, train_names, seed, train_clips)
-        fold = ProbeFold.from_rows(train_N, NO_ROWS_N, eval_N, seed)
+        fold = ProbeFold.from_rows(store, train_N, NO_ROWS_N, eval_N, seed)
         return cls(folds=(fold,), train_splits=train_names, val_splits=(), eval_splits=eval_names)
 
     @property
@@ -172,6 +187,36 @@ class ProbeSplits:
                         f"{store.location}: no clip to {purpose} on has a label; see: ajepa-data report"
                     )
         return replace(self, folds=folds)
+
+
+def train_and_val_splits(store: AnyStore) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The splits that train, and those named val that select settings; these train only if there are no others.
+
+    RunError if no split trains.
+    """
+    candidates = train_splits(store)
+    val_names = tuple(split for split in candidates if VALIDATION_PATTERN.search(split))
+    train_names = tuple(split for split in candidates if split not in val_names)
+    return (train_names, val_names) if train_names else (val_names, ())
+
+
+def hold_back_sounds(order_N: np.ndarray, manifest: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """The held-back rows and the others of some rows in random order: a fifth of them, whole sounds, from the first on.
+
+    All rows of one sound (`sound_numbers_N`) are on one side. Where each row is a sound of its own, the first fifth of
+    the rows is held back.
+    """
+    # The place of each row's sound in the order of the sounds' first rows.
+    sound_N = sound_numbers_N(manifest[order_N])
+    _, first_S, sound_N = np.unique(sound_N, return_index=True, return_inverse=True)
+    place_S = np.argsort(np.argsort(first_S))
+    place_N = place_S[sound_N]
+
+    # Hold back whole sounds for as long as the fifth is not full.
+    rows_S = np.bincount(place_N)
+    rows_before_S = np.cumsum(rows_S) - rows_S
+    is_held_N = (rows_before_S < int(len(order_N) * VALIDATION_SHARE))[place_N]
+    return order_N[is_held_N], order_N[~is_held_N]
 
 
 def probe_rows(store: AnyStore, seed: int, train_clips: int) -> tuple[np.ndarray, np.ndarray]:

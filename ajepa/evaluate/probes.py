@@ -1,4 +1,4 @@
-"""Probes on frozen features: a linear probe, nearest neighbours, an attentive probe over tokens; all deterministic."""
+"""Probes on frozen features: nearest neighbours, an attentive probe over tokens; the linear one has its own file."""
 
 import math
 from dataclasses import dataclass
@@ -9,12 +9,9 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from ajepa.evaluate.features import ClipFeatures
-from ajepa.evaluate.metrics import mean_average_precision
+from ajepa.evaluate.linear_probe import selection_metric
 from ajepa.model.pooling import inverse_deviation_D
 from pipeline.errors import RunError
-
-# Penalties on the squared weights of the linear probe, relative to the mean loss per clip.
-L2_GRID = (1.0, 0.1, 0.01, 1e-3, 1e-4)
 
 NEIGHBOUR_COUNT = 15
 
@@ -34,141 +31,13 @@ CLIPS_PER_FORWARD = 1_024
 
 def standardise_features(train_ND: np.ndarray, *others_ND: np.ndarray) -> tuple[Tensor, ...]:
     """Standardise all features by the train rows' mean and deviation; a constant feature becomes 0, not nan."""
-    mean_D = train_ND.mean(0)
-    scale_D = inverse_deviation_D(train_ND.std(0)).astype(np.float32)
+    mean_D, scale_D = feature_mean_and_scale(train_ND)
     return tuple(torch.from_numpy((rows_ND - mean_D) * scale_D) for rows_ND in (train_ND, *others_ND))
 
 
-def selection_metric(labels_NC: np.ndarray, scores_NC: np.ndarray, *, single: bool) -> float:
-    """The metric that selects settings: accuracy if every clip has exactly one class (`single`), else mAP."""
-    if single:
-        return float((labels_NC.argmax(1) == scores_NC.argmax(1)).mean())
-    return mean_average_precision(labels_NC, scores_NC).value
-
-
-def choose_l2(
-    train_ND: Tensor, train_NC: np.ndarray, val_ND: Tensor, val_NC: np.ndarray, *, single: bool = False
-) -> float:
-    """The penalty of `L2_GRID` with which a probe of the train clips predicts the val clips best."""
-    probe = LinearProbe.from_train_clips(train_ND, train_NC, single=single)
-    values = [selection_metric(val_NC, probe.fit_scores_NC(val_ND, l2=l2), single=single) for l2 in L2_GRID]
-    return L2_GRID[int(np.argmax(values))]
-
-
-def linear_probe_scores_NC(
-    train_ND: Tensor, train_NC: np.ndarray, eval_ND: Tensor, *, l2: float, single: bool = False
-) -> np.ndarray:
-    """The eval clips' scores from a linear probe that is trained on the train clips with this penalty."""
-    return LinearProbe.from_train_clips(train_ND, train_NC, single=single).fit_scores_NC(eval_ND, l2=l2)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LinearProbe:
-    """Logistic regressions: one per class, or one over all classes if every clip has exactly one class (`single`).
-
-    The features of the train clips are rotated to their principal axes once, for all penalties.
-
-    rotated_NR  the rotated features of the train clips
-    axes_DR     the principal axes
-    variance_R  the train clips' variance along each axis
-    classes     number of classes
-    present_C   indices of the classes that a train clip has
-    labels_NC   the train clips' labels of the present classes
-    """
-
-    rotated_NR: Tensor
-    labels_NC: Tensor
-    present_C: np.ndarray
-    classes: int
-    axes_DR: Tensor
-    variance_R: Tensor
-    single: bool
-
-    @classmethod
-    def from_train_clips(
-        cls, train_ND: Tensor, train_NC: np.ndarray, *, single: bool = False
-    ) -> "LinearProbe":
-        """The probe of these train clips, without fitted weights."""
-        present_C = np.flatnonzero(train_NC.any(axis=0))
-        axes_DR, variance_R = principal_axes(train_ND)
-        return cls(
-            rotated_NR=train_ND @ axes_DR,
-            labels_NC=torch.from_numpy(train_NC[:, present_C]).to(train_ND.device),
-            present_C=present_C,
-            classes=train_NC.shape[1],
-            axes_DR=axes_DR,
-            variance_R=variance_R,
-            single=single,
-        )
-
-    def fit_scores_NC(self, eval_ND: Tensor, *, l2: float) -> np.ndarray:
-        """Scores of the probe with this penalty, fitted to all train clips at once by L-BFGS.
-
-        The fit minimises the mean over clips of the (summed binary) cross-entropy plus `l2`/2 times the squared
-        weights (in scikit-learn's terms C = 1/(l2 N)). A class without a train clip gets the lowest score for every
-        eval clip, so it neither ranks clips nor is predicted.
-        """
-        # Weights are optimised along the principal axes. Each is divided by the root of the curvature along its axis
-        # (variance times p (1 - p), about 1/8, plus l2), so that the loss has about equal curvature in all directions.
-        scale_R1 = (self.variance_R / 8 + l2).rsqrt()[:, None]
-        device = self.rotated_NR.device
-        weight_RC = torch.zeros(len(scale_R1), len(self.present_C), device=device, requires_grad=True)
-        bias_C = torch.zeros(len(self.present_C), device=device, requires_grad=True)
-
-        # The tolerance is deliberately tight: at a hundred times this gradient mAP (150 clips, 2,048 features) still
-        # varied by .006 with the number of threads.
-        solver = torch.optim.LBFGS(
-            [weight_RC, bias_C],
-            max_iter=1000,
-            max_eval=2000,
-            history_size=20,
-            tolerance_grad=1e-6,
-            tolerance_change=0.0,
-            line_search_fn="strong_wolfe",
-        )
-
-        def penalised_loss() -> Tensor:
-            solver.zero_grad()
-            scores_NC = self.rotated_NR @ (scale_R1 * weight_RC) + bias_C
-            penalty = l2 / 2 * (scale_R1 * weight_RC).square().sum()
-            loss = linear_probe_loss(scores_NC, self.labels_NC, single=self.single)
-            mean_loss = (loss + penalty) / len(self.present_C)
-            mean_loss.backward()
-            return mean_loss
-
-        # Fit, then score the eval clips; a class without a train clip gets the lowest score
-        solver.step(penalised_loss)
-        with torch.no_grad():
-            present_NC = eval_ND @ (self.axes_DR @ (scale_R1 * weight_RC)) + bias_C
-        scores_NC = np.full((len(eval_ND), self.classes), float(present_NC.min()), np.float32)
-        scores_NC[:, self.present_C] = present_NC.cpu().numpy()
-        return scores_NC
-
-
-def linear_probe_loss(scores_NC: Tensor, labels_NC: Tensor, *, single: bool) -> Tensor:
-    """Mean loss per clip: the cross-entropy over all classes (`single`), or the sum of the classes' binary ones."""
-    if single:
-        return nnf.cross_entropy(scores_NC, labels_NC)
-    return nnf.binary_cross_entropy_with_logits(scores_NC, labels_NC, reduction="sum") / len(scores_NC)
-
-
-def principal_axes(train_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """The principal axes of the training rows, orthonormal, `DR`, and the rows' variance along each axis, `R`.
-
-    The optimal weights lie in the span of the training rows, so with N < D rows at most N axes are needed.
-    The smaller of the two product matrices, `D x D` or `N x N`, is decomposed.
-    """
-    # At least as many rows as features: D axes
-    count, width = train_ND.shape
-    if count >= width:
-        variance_R, axes_DR = torch.linalg.eigh(train_ND.T @ train_ND / count)
-        return axes_DR, variance_R.clamp(min=0)
-
-    # Fewer rows than features: N axes, without those along which the rows do not vary
-    variance_R, clips_NR = torch.linalg.eigh(train_ND @ train_ND.T / count)
-    is_spanned = variance_R > 1e-6 * variance_R[-1]
-    variance_R, clips_NR = variance_R[is_spanned], clips_NR[:, is_spanned]
-    return train_ND.T @ clips_NR * (variance_R * count).rsqrt(), variance_R
+def feature_mean_and_scale(train_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean of each feature over the rows, and the factor that makes its deviation 1; 0 for a constant feature."""
+    return train_ND.mean(0), inverse_deviation_D(train_ND.std(0)).astype(np.float32)
 
 
 def knn_scores_NC(

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -32,6 +32,23 @@ COMPARED_KEYS = (
     "kind",
     "classifier",
     "probes",
+)
+
+# Keys that decide, with the settings of the probes, the scores of a random encoder and of log-mel statistics.
+BASELINE_KEYS = (
+    *(
+        "run",
+        "recipe",
+        "seed",
+        "trained_on",
+        "store_id",
+        "excluded",
+        "eval_splits",
+        "eval_clips",
+        "folds",
+        "kind",
+    ),
+    *("resamples", "device", "precision", "versions"),
 )
 
 # Key under `probes`: a result may be replaced by a result of the same and additional probes.
@@ -140,6 +157,7 @@ class EvaluationProtocol:
 
     seed               seed of the run's recipe, which also draws the resamples
     checkpoint         requested checkpoint: last, best, init or a step; init names a warm start (`describe_checkpoint`)
+    chosen_by          what chose that checkpoint, in words; None: the result is of format 3, which did not say
     weights_name       part of the checkpoint that is measured
     weights_sha256     digest of these weights; with folds, one digest per fold
     task               task that the run was fine-tuned on; None: the run was only pre-trained
@@ -149,10 +167,13 @@ class EvaluationProtocol:
     unlabelled_clips   number of good clips of the eval splits that have no label of the measured classes
     folds              number of folds that the scores are means over; 0: no folds
     kind               requested number of labels per clip: auto, single or multi
+    labels             digest of the clips' labels in each label set that probes are trained on; empty: not recorded
     metric_notes       definition of every metric, in words
     classifier         training of the measured classifier; None: only probes are measured
     probes             training of the measured probes; None: only a classifier is measured
     device             device of the evaluation, cpu or cuda
+    precision          numbers that the network computed in, fp32, bf16 or fp16; heads, probes and metrics are fp32 in
+                       all of them. None: the result is of format 3, which did not say
     """
 
     # The run, and its weights at a checkpoint
@@ -161,6 +182,7 @@ class EvaluationProtocol:
     seed: int
     step: int
     checkpoint: str
+    chosen_by: str | None
     weights_name: str
     weights_sha256: str | tuple[str, ...]
 
@@ -180,6 +202,7 @@ class EvaluationProtocol:
     # The settings of the measurement
     folds: int
     kind: str
+    labels: Json = field(default_factory=dict)
     metric_notes: Json = field(default_factory=METRIC_NOTES.copy)
     resamples: int
     classifier: ClassifierTraining | None
@@ -187,6 +210,7 @@ class EvaluationProtocol:
 
     # The device and the software versions of the evaluation
     device: str
+    precision: str | None
     versions: Json
 
     def to_json(self) -> Json:
@@ -199,6 +223,7 @@ class EvaluationProtocol:
             "seed": self.seed,
             "step": self.step,
             "checkpoint": self.checkpoint,
+            "chosen_by": self.chosen_by,
             "weights": self.weights_name,
             "weights_sha256": digests if isinstance(digests, str) else list(digests),
             "task": self.task,
@@ -214,11 +239,13 @@ class EvaluationProtocol:
             # The measurement
             "folds": self.folds,
             "kind": self.kind,
+            "labels": self.labels,
             **self.metric_notes,
             "resamples": self.resamples,
             "classifier": self.classifier and self.classifier.to_json(),
             "probes": self.probes and self.probes.to_json(),
             "device": self.device,
+            "precision": self.precision,
             "versions": self.versions,
         }
 
@@ -235,6 +262,7 @@ class EvaluationProtocol:
             seed=record["seed"],
             step=record["step"],
             checkpoint=record["checkpoint"],
+            chosen_by=record.get("chosen_by"),
             weights_name=record["weights"],
             weights_sha256=digests if isinstance(digests, str) else tuple(digests),
             task=record["task"],
@@ -250,13 +278,24 @@ class EvaluationProtocol:
             # The measurement
             folds=record["folds"],
             kind=record["kind"],
+            labels=record.get("labels", {}),
             metric_notes={name: record[name] for name in METRIC_NOTES if name in record},
             resamples=record["resamples"],
             classifier=classifier and ClassifierTraining.from_json(classifier),
             probes=probes and ProbeTraining.from_json(probes),
             device=record["device"],
+            precision=record.get("precision"),
             versions=record["versions"],
         )
+
+    def gives_same_baselines(self, requested: "EvaluationProtocol") -> bool:
+        """Whether a requested evaluation of the same run gives the same scores of what is not trained, to the bit."""
+        old_record = self.to_json()
+        new_record = requested.to_json()
+        if self.probes is None or requested.probes is None:
+            return False
+        same_probes = replace(self.probes, names=()) == replace(requested.probes, names=())
+        return same_probes and all(old_record[key] == new_record[key] for key in BASELINE_KEYS)
 
     def differences(self, requested: "EvaluationProtocol") -> list[str]:
         """The settings in which a requested protocol differs from this one, each as `setting: old, now new`.
@@ -285,8 +324,11 @@ def build_protocol(
     unlabelled_clips: int,
     resamples: int,
     device: str,
+    precision: str,
+    chosen_by: str | None,
     checkpoint: str | int = "last",
     kind: str = "auto",
+    labels: Json | None = None,
     folds: int = 0,
     classifier: ClassifierTraining | None = None,
     probes: ProbeTraining | None = None,
@@ -299,6 +341,7 @@ def build_protocol(
         seed=run.recipe["seed"],
         step=step,
         checkpoint=describe_checkpoint(run, checkpoint),
+        chosen_by=chosen_by,
         weights_name=weights_name,
         weights_sha256=weights_digest(weights),
         task=None if run.identity.task_identity is None else run.identity.task_identity.task,
@@ -314,10 +357,12 @@ def build_protocol(
         # The measurement
         folds=folds,
         kind=kind,
+        labels=labels or {},
         resamples=resamples,
         classifier=classifier,
         probes=probes,
         device=device,
+        precision=precision,
         versions=software_versions(),
     )
 

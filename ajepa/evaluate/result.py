@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import Any, Literal
 
 import numpy as np
@@ -12,14 +13,15 @@ import numpy as np
 from ajepa.evaluate.metrics import MetricEstimate
 from ajepa.evaluate.protocol import EvaluationProtocol, is_training_store
 from ajepa.training.run import Json, Run
-from ajepa.training.trained_run import INITIAL_CHECKPOINT
 from pipeline.errors import RunError
 from pipeline.files import replacing_file
 from pipeline.store.feature_store import FeatureStore
 
 EVALUATION_FILE = "evaluation.json"
 
-EVALUATION_FORMAT = 3
+# Format 3 lacks `precision` and `chosen_by` in its protocol.
+EVALUATION_FORMAT = 4
+READABLE_FORMATS = (3, EVALUATION_FORMAT)
 
 LabelKind = Literal["single", "multi"]
 
@@ -36,7 +38,12 @@ CLASSIFIER_FEATURES, HEAD_PROBE = "classifier", "head"
 
 METHOD_TITLES = PROBE_TITLES | {HEAD_PROBE: "own head"}
 
-LABEL_SETS_PER_BLOCK = 2  # label sets side by side in 80 columns
+# In place of what chose a checkpoint, in a result that does not say.
+UNKNOWN_CHOICE = "unknown: made before results said so"
+
+LABEL_SETS_PER_BLOCK = 2  # label sets side by side in TABLE_COLUMNS
+
+TABLE_COLUMNS = 80
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,10 +133,10 @@ class Evaluation:
         record = _read_json_file(file)
         if not isinstance(record, dict) or not {"protocol", "scores"} <= set(record):
             raise RunError(f"{file}: holds no scores; give a file that evaluate or finetune wrote")
-        if record.get("format") != EVALUATION_FORMAT:
+        if record.get("format") not in READABLE_FORMATS:
             raise RunError(
-                f"{file}: has evaluation format {record.get('format', 1)}, this version reads {EVALUATION_FORMAT}; "
-                "delete it and run ajepa-train evaluate again"
+                f"{file}: has evaluation format {record.get('format', 1)}, this version reads "
+                f"{' and '.join(map(str, READABLE_FORMATS))}; delete it and run ajepa-train evaluate again"
             )
         return cls(
             protocol=_parse_protocol(file, record),
@@ -143,8 +150,9 @@ class Evaluation:
         protocol = self.protocol
         folds = f", mean over {protocol.folds} folds" if protocol.folds else ""
         yield f"{protocol.eval_clips} eval clips of {protocol.store_name}{folds}; run at step {protocol.step}"
-        if protocol.checkpoint.startswith(f"{INITIAL_CHECKPOINT},"):
-            yield f"checkpoint {protocol.checkpoint}"
+        yield f"checkpoint {protocol.checkpoint}, chosen by {protocol.chosen_by or UNKNOWN_CHOICE}"
+        if protocol.precision is not None:
+            yield f"network computed in {protocol.precision}, everything after it in fp32"
 
         # The classifier, or the probes, and how they were trained
         if (classifier := protocol.classifier) is not None:
@@ -163,7 +171,7 @@ class Evaluation:
 
     def format_table(self) -> str:
         """Metrics by features and probe, label sets side by side, in lines of at most 80 columns."""
-        lines = list(self.describe_protocol())
+        lines = [line for phrase in self.describe_protocol() for line in wrap(phrase, TABLE_COLUMNS)]
         for kind in PRIMARY_METRIC:
             names = [name for name in self.label_sets if self._first_score(name).kind == kind]
             for start in range(0, len(names), LABEL_SETS_PER_BLOCK):
@@ -275,9 +283,17 @@ def read_protocol(file: Path) -> EvaluationProtocol | None:
     if not file.is_file():
         return None
     record = _read_json_file(file)
-    if record.get("format") != EVALUATION_FORMAT:
+    if not isinstance(record, dict) or record.get("format") not in READABLE_FORMATS:
         return None
     return _parse_protocol(file, record)
+
+
+def read_evaluation(file: Path) -> Evaluation | None:
+    """The evaluation in a file; None if the file does not exist, or holds none that this version reads."""
+    try:
+        return None if read_protocol(file) is None else Evaluation.read_json(file)
+    except RunError:
+        return None
 
 
 def refuse_overwriting(file: Path, protocol: EvaluationProtocol) -> None:

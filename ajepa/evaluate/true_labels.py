@@ -1,5 +1,6 @@
 """TrueLabels: the labels of some clips in one label set, and the scoring of predictions against them."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -48,6 +49,11 @@ class TrueLabels:
         if kind == "auto":
             kind = "multi" if other_clips else "single"
         return cls(label_set=label_set, labels_NC=labels_NC, kind=kind)
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits of the clips' labels: another label set, or the same after another propagation, has others."""
+        return hashlib.sha256(np.ascontiguousarray(self.labels_NC > 0).tobytes()).hexdigest()[:16]
 
     def scored_fold(
         self, clips_M: np.ndarray, scores_MC: np.ndarray, resamples: int, seed: int

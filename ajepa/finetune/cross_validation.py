@@ -105,6 +105,8 @@ def evaluate_folds(
         weights=first.weights,
         weights_name=first.part,
         device=torch_device,
+        precision=first.pick_precision(torch_device),
+        chosen_by=first.chosen_by,
     )
     digests = tuple(weights_digest(trained.weights) for trained in trained_runs)
     return classifier_evaluation(replace(protocol, weights_sha256=digests), fold_scores)

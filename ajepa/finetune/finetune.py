@@ -19,14 +19,9 @@ from ajepa.evaluate.classifier_scores import (
     predict_logits_NC,
 )
 from ajepa.evaluate.features import ClipViews, clip_vectors
-from ajepa.evaluate.probe_splits import VALIDATION_SHARE
-from ajepa.evaluate.probes import (
-    L2_GRID,
-    LinearProbe,
-    linear_probe_loss,
-    linear_probe_scores_NC,
-    standardise_features,
-)
+from ajepa.evaluate.linear_probe import L2_GRID, LinearProbe, linear_probe_loss
+from ajepa.evaluate.probe_splits import hold_back_sounds
+from ajepa.evaluate.probes import feature_mean_and_scale
 from ajepa.evaluate.result import EVALUATION_FILE, Evaluation
 from ajepa.evaluate.task_data import TaskData
 from ajepa.evaluate.tasks import Task
@@ -36,7 +31,7 @@ from ajepa.model.classifier import ENCODER_PREFIX, VitClassifier
 from ajepa.recipes.catalogue import recipe_to_json
 from ajepa.recipes.finetune import Finetune
 from ajepa.training.bad_steps import OnBadStep, refuse_unknown_choice
-from ajepa.training.devices import PrecisionName, pick_precision
+from ajepa.training.devices import Precision, PrecisionName, pick_measuring_precision
 from ajepa.training.distributed import SINGLE_PROCESS, join_ranks
 from ajepa.training.flops import classifier_step_cost
 from ajepa.training.loop import (
@@ -49,7 +44,7 @@ from ajepa.training.loop import (
 from ajepa.training.meter import ComputeMeter
 from ajepa.training.run import Json, Run
 from ajepa.training.run_identity import RunIdentity
-from ajepa.training.trained_run import AVERAGE_PART, CLASSIFIER_PART, TrainedRun
+from ajepa.training.trained_run import AVERAGE_PART, CLASSIFIER_PART, TrainedRun, describe_choice
 from pipeline.loading.loader import Loader
 from pipeline.messages import print_to_stderr
 from pipeline.store.feature_store import FeatureStore
@@ -237,6 +232,15 @@ class FinetuneMonitor:
         """Count a step that was passed over in the cost of the run."""
         self.meter.count_bad_step()
 
+    @property
+    def measuring_precision(self) -> Precision:
+        """The precision of the network that is measured; `evaluate` takes the same."""
+        return pick_measuring_precision("auto", self.trainer.device, self.trainer.precision.name)
+
+    @property
+    def scored_clips(self) -> None:
+        """None: the last checkpoint is the result, so that none is chosen by a score."""
+
     def before_checkpoint(self) -> None:
         """Write the cost of the run up to the checkpoint that is about to be written."""
         self.meter.save_costs(self.run.path)
@@ -247,9 +251,12 @@ class FinetuneMonitor:
     def measure_held_out(self) -> HeldOutScores:
         """The classifier's logits for the held-out clips as it is now, in the precision that `evaluate` takes."""
         trainer = self.trainer
-        bf16 = pick_precision("auto", trainer.device).is_half
         logits_NC = predict_logits_NC(
-            trainer.evaluated_model, self.views, self.task_data.eval_N, trainer.device, bf16=bf16
+            trainer.evaluated_model,
+            self.views,
+            self.task_data.eval_N,
+            trainer.device,
+            precision=self.measuring_precision,
         )
         return HeldOutScores(task_data=self.task_data, logits_NC=logits_NC)
 
@@ -263,6 +270,8 @@ class FinetuneMonitor:
             weights=trainer.evaluated_model.state_dict(),
             weights_name=CLASSIFIER_PART if trainer.weight_average is None else AVERAGE_PART,
             device=trainer.device,
+            precision=self.measuring_precision,
+            chosen_by=describe_choice(self.run, "last"),
         )
         return classifier_evaluation(protocol, [self.last_scores or self.measure_held_out()])
 
@@ -319,37 +328,50 @@ def fit_probed_head(
     labels_NC = task_data.labels_NC(rows_N)
     plain_ND = clip_vectors(views, rows_N, model.encoder.eval(), pooling=model.spec.pooling)
 
-    # Score the origin and the unit vectors: the probe is linear, so these scores are its bias, and bias plus weights.
-    width = plain_ND.shape[1]
-    unit_ND = np.concatenate([np.zeros((1, width)), np.eye(width)]).astype(np.float32)
-    train_ND, at_ND = standardise_features(plain_ND, unit_ND)
-    l2 = choose_head_penalty(train_ND, labels_NC, seed, single=single)
-    scores_NC = torch.from_numpy(linear_probe_scores_NC(train_ND, labels_NC, at_ND, l2=l2, single=single))
-    weight_CD = (scores_NC[1:] - scores_NC[:1]).T.contiguous()
-    bias_C = scores_NC[0]
+    # Fit the probe to standardised features, on the device that trains.
+    mean_D, scale_D = feature_mean_and_scale(plain_ND)
+    train_ND = torch.from_numpy((plain_ND - mean_D) * scale_D).to(model.head.weight.device)
+    held_N = held_back_places(task_data, rows_N, seed)
+    l2 = choose_head_penalty(train_ND, labels_NC, held_N, single=single)
+    probe = LinearProbe.from_train_clips(train_ND, labels_NC, single=single)
+    weights = probe.fit(l2)
 
-    # Classes without a clip: the probe gives them the lowest score of all, from which nothing would raise them again.
-    present_C = torch.from_numpy(labels_NC.any(axis=0))
-    clip_scores_NC = torch.from_numpy(plain_ND) @ weight_CD[present_C].T + bias_C[present_C]
-    bias_C[~present_C] = clip_scores_NC.min()
+    # The weights of the features as the head gets them, of the classes that have a clip.
+    classes = labels_NC.shape[1]
+    weight_CD = torch.zeros(classes, plain_ND.shape[1])
+    weight_CD[probe.present_C] = probe.feature_weights_DC(weights).T.cpu() * torch.from_numpy(scale_D)
+    bias_C = torch.zeros(classes)
+    bias_C[probe.present_C] = weights.bias_C.cpu() - weight_CD[probe.present_C] @ torch.from_numpy(mean_D)
+
+    # A class without a clip begins no higher than the clips' lowest score; weights of 0 are free to rise from there.
+    lowest = probe.score_clips(weights, train_ND).min()
+    bias_C[np.setdiff1d(np.arange(classes), probe.present_C)] = float(lowest)
     return weight_CD, bias_C
 
 
-def choose_head_penalty(train_ND: Tensor, labels_NC: np.ndarray, seed: int, *, single: bool) -> float:
-    """The penalty of the probe with the lowest loss on a fifth of the clips, drawn by the seed.
+def held_back_places(task_data: TaskData, rows_N: np.ndarray, seed: int) -> np.ndarray:
+    """Which of some rows choose the penalty of a probed head, bool `N`: a fifth of them, in whole sounds."""
+    order_N = np.random.default_rng([seed, HEAD_PENALTY_DRAW]).permutation(rows_N)
+    held_N, _ = hold_back_sounds(order_N, task_data.store.manifest)
+    return np.isin(rows_N, held_N)
+
+
+def choose_head_penalty(
+    train_ND: Tensor, labels_NC: np.ndarray, is_held_N: np.ndarray, *, single: bool
+) -> float:
+    """The penalty of the probe with the lowest loss on the held-back clips, trained on the others.
 
     The loss is the cross-entropy: mAP does not mind weights however large, and training goes on from these.
     """
-    order_N = np.random.default_rng([seed, HEAD_PENALTY_DRAW]).permutation(len(train_ND))
-    val_N, fit_N = np.split(order_N, [int(len(order_N) * VALIDATION_SHARE)])
+    held_N = np.flatnonzero(is_held_N)
+    fit_N = np.flatnonzero(~is_held_N)
     probe = LinearProbe.from_train_clips(train_ND[fit_N], labels_NC[fit_N], single=single)
-    val_NC = torch.from_numpy(labels_NC[val_N][:, probe.present_C])
-
-    def validation_loss(l2: float) -> float:
-        scores_NC = probe.fit_scores_NC(train_ND[val_N], l2=l2)[:, probe.present_C]
-        return linear_probe_loss(torch.from_numpy(scores_NC), val_NC, single=single).item()
-
-    return min(L2_GRID, key=validation_loss)
+    held_NC = torch.from_numpy(labels_NC[held_N][:, probe.present_C])
+    losses = []
+    for weights in probe.fit_penalties(L2_GRID):
+        scores_NC = torch.from_numpy(probe.score_clips(weights, train_ND[held_N])[:, probe.present_C])
+        losses.append(linear_probe_loss(scores_NC, held_NC, single=single).item())
+    return L2_GRID[int(np.argmin(losses))]
 
 
 def whole_clip_views(task_data: TaskData, recipe: Finetune, identity: RunIdentity) -> ClipViews:

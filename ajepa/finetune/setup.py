@@ -5,9 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Unpack
 
+import numpy as np
 import torch
 
 from ajepa.evaluate.classifier_scores import run_splits_in_store
+from ajepa.evaluate.probe_splits import MIN_CLIPS_TO_SELECT
 from ajepa.evaluate.task_data import TaskData, select_task_data
 from ajepa.evaluate.tasks import Task
 from ajepa.finetune.trainer import refuse_unsplittable_model
@@ -24,6 +26,7 @@ from pipeline.loading.dali import open_loader
 from pipeline.loading.loader import BrokenClipOptions, Loader, View
 from pipeline.loading.sampling import RowOrder
 from pipeline.store.feature_store import FeatureStore
+from pipeline.store.splits import sound_numbers_N
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -75,6 +78,8 @@ def prepare_finetune(
     task_data = select_task_data(task, store, label_set=label_set, fold=fold)
     refuse_label_leak(start, store, task_data.eval_splits)
     recipe = recipe_for_store(recipe, task_data, start)
+    if start is not None and recipe.head == "probe" and isinstance(recipe.model, VitSpec):
+        refuse_few_head_clips(task_data)
     refuse_unsplittable_model(recipe, world=world, micro_clips=micro_clips, recompute=recompute)
 
     # The order of the clips decides how many steps an epoch has.
@@ -127,6 +132,18 @@ def recipe_for_store(recipe: Finetune, task_data: TaskData, start: TrainedRun | 
     if task_data.task.classes is None and recipe.model.frames > store.frames:
         return replace(recipe, model=spec_for_frames(recipe.model, store.frames))
     return recipe
+
+
+def refuse_few_head_clips(task_data: TaskData) -> None:
+    """RunError where too few clips, or sounds, could choose the penalty of a head that starts as a probe."""
+    clips = len(task_data.train_N)
+    sounds = len(np.unique(sound_numbers_N(task_data.store.manifest[task_data.train_N])))
+    if clips < MIN_CLIPS_TO_SELECT or sounds < 2:
+        raise RunError(
+            f"{task_data.store.location}: {clips} clips of {sounds} sounds to train on; a head that starts as a probe "
+            f"needs {MIN_CLIPS_TO_SELECT} clips and 2 sounds to choose its penalty: label more, "
+            "or use --set head=random"
+        )
 
 
 def refuse_label_leak(start: TrainedRun | None, store: FeatureStore, eval_splits: Sequence[str]) -> None:

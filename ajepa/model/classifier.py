@@ -48,7 +48,7 @@ class Classifier(Protocol):
     def training(self) -> bool: ...
 
     def __call__(self, mel_BTF: Tensor, n_frames_B: Tensor, rng: np.random.Generator | None = None) -> Tensor:
-        """Return the logits `BC`, float32, of normalised `mel_BTF`.
+        """Return the logits `BC`, float32, of normalised `mel_BTF`; pooling and head are fp32 also under autocast.
 
         `mel_BTF` has the size in the spec. `n_frames_B` (int64, at least 1, on the CPU) is the number of valid frames
         of each clip; later frames are padding and must be 0. ValueError when training needs `rng` and it is None.
@@ -181,7 +181,8 @@ class VitClassifier(nn.Module):
         clip_BD = pool_tokens(
             token_BPD, valid_BP, clip_B, clips=clips, rows=grid.rows, pooling=self.spec.pooling
         )
-        logits_BC: Tensor = self.head(clip_BD).float()
+        with torch.autocast(mel_BTF.device.type, enabled=False):
+            logits_BC: Tensor = self.head(clip_BD)
         return logits_BC
 
     def weights_by_depth(self) -> list[list[nn.Parameter]]:

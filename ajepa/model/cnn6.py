@@ -74,9 +74,10 @@ class Cnn6(nn.Module):
             n_frames_B = (n_frames_B // 2).clamp(min=1)
 
         # Pool to one vector per clip; then the hidden layer and the logits.
-        x_BD = pool_mean_and_max(x_BDTF.mean(dim=-1), n_frames_B)
-        x_BD = torch.relu(self.hidden(apply_dropout(x_BD, spec.head_dropout, generator)))
-        logits_BC: Tensor = self.head(apply_dropout(x_BD, spec.head_dropout, generator)).float()
+        with torch.autocast(mel_BTF.device.type, enabled=False):
+            x_BD = pool_mean_and_max(x_BDTF.float().mean(dim=-1), n_frames_B)
+            x_BD = torch.relu(self.hidden(apply_dropout(x_BD, spec.head_dropout, generator)))
+            logits_BC: Tensor = self.head(apply_dropout(x_BD, spec.head_dropout, generator))
         return logits_BC
 
     def weights_by_depth(self) -> list[list[nn.Parameter]]:

@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import Literal, get_args
 
 import numpy as np
+import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
@@ -75,7 +76,8 @@ class ConvNext(nn.Module):
         random = self.training and spec.drop_path > 0
         with fork_seeded_rng(draw_torch_seed(rng), x_BDTF.device) if random else nullcontext():
             x_BD = self._run_stages(x_BDTF, n_frames_B + 2 * STEM_PADDING_FRAMES)
-        logits_BC: Tensor = self.network.head(x_BD[:, :, None, None]).float()
+        with torch.autocast(mel_BTF.device.type, enabled=False):
+            logits_BC: Tensor = self.network.head(x_BD[:, :, None, None])
         return logits_BC
 
     def _run_stages(self, x_BDTF: Tensor, n_frames_B: Tensor) -> Tensor:
@@ -88,7 +90,7 @@ class ConvNext(nn.Module):
                 n_columns_B = (n_columns_B // 2).clamp(min=1)
             for block in stage.blocks:
                 x_BDTF = block(zero_invalid_frames(x_BDTF, n_columns_B))
-        return pool_mean_and_max(x_BDTF.mean(dim=-1), n_columns_B)
+        return pool_mean_and_max(x_BDTF.float().mean(dim=-1), n_columns_B)
 
     def weights_by_depth(self) -> list[list[nn.Parameter]]:
         """Return the weights of the first norm and the stem, of each block, and of the head.

@@ -87,6 +87,8 @@ class JepaSpec:
 class JepaOutput:
     """Loss and health figures of one batch: scalars on the model's device; all but the first two are detached.
 
+    All are computed in fp32 from predictions and targets, whatever autocast these were computed under.
+
     loss             mean loss over the scored targets of all mask sets
     context_mean_ND  float32, mean context token of each row, over the tokens that are not padding (0 without one);
                      the input of the clip objective
@@ -206,15 +208,16 @@ class Jepa(nn.Module):
         scored_MGQ = torch.ones(targets_MGQ.shape, device=mel_VTF.device)
         if valid_MP is not None:
             scored_MGQ = valid_MP.gather(1, targets_MGQ.flatten(1)).view_as(targets_MGQ).float()
-        return _score_predictions(
-            prediction_MGQD.float(),
-            target_MGQD.float(),
-            feature_MGQD.float(),
-            scored_MGQ,
-            mean_ND,
-            self.spec.loss,
-            batch_totals,
-        )
+        with torch.autocast(mel_VTF.device.type, enabled=False):
+            return _score_predictions(
+                prediction_MGQD.float(),
+                target_MGQD.float(),
+                feature_MGQD.float(),
+                scored_MGQ,
+                mean_ND,
+                self.spec.loss,
+                batch_totals,
+            )
 
     @torch.no_grad()
     def target_features(self, mel_BTF: Tensor, valid_BP: Tensor | None = None) -> Tensor:

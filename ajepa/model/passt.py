@@ -111,8 +111,9 @@ class Passt(nn.Module):
         (x_BND,) = run_blocks(self.blocks, x_BND, valid_BN, None)
 
         # Compute the logits from the mean of the two special tokens.
-        x_BD = self.norm(x_BND[:, :SPECIAL_TOKENS]).mean(dim=1)
-        logits_BC: Tensor = self.head(self.head_norm(x_BD)).float()
+        with torch.autocast(mel_BTF.device.type, enabled=False):
+            x_BD = self.norm(x_BND[:, :SPECIAL_TOKENS].float()).mean(dim=1)
+            logits_BC: Tensor = self.head(self.head_norm(x_BD))
         return logits_BC
 
     def weights_by_depth(self) -> list[list[nn.Parameter]]:

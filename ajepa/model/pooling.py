@@ -240,7 +240,9 @@ def pooled_deviation(variance_BRD: Tensor) -> Tensor:
 def encode_views(
     encoder: Encoder, mel_BVTF: Tensor, n_frames_BV: Tensor, layer: EncoderLayer = LAST_LAYER
 ) -> ClipTokens:
-    """Return the tokens of all views of each clip, on the CPU; views without a valid frame are left out.
+    """Return the tokens of all views of each clip, float32 on the CPU; views without a valid frame are left out.
+
+    Under autocast the encoder computes in half precision; call everything after it outside.
 
     Frames past a clip's end are not read: its last frame is repeated (`repeat_last_frame`).
     """
@@ -254,7 +256,7 @@ def encode_views(
     device = next(encoder.parameters()).device
     tokens_NPD = layer.encode_tokens(encoder, mel_NTF.to(device), valid_NP.to(device))
     return ClipTokens(
-        tokens_NPD=tokens_NPD.cpu(),
+        tokens_NPD=tokens_NPD.float().cpu(),
         valid_NP=valid_NP,
         clip_N=clip_N,
         view_N=view_N,

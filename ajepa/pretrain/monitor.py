@@ -4,11 +4,12 @@ The monitor looks at the model as it learns and changes nothing of it: a monitor
 bit, as one without a monitor.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -16,9 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ajepa.evaluate.features import ClipViews, clip_vectors
+from ajepa.evaluate.linear_probe import linear_probe_scores_NC
 from ajepa.evaluate.metrics import mean_average_precision
-from ajepa.evaluate.probe_splits import probe_rows
-from ajepa.evaluate.probes import knn_scores_NC, linear_probe_scores_NC, standardise_features
+from ajepa.evaluate.probe_splits import (
+    MIN_CLIPS_TO_SELECT,
+    VALIDATION_SHARE,
+    hold_back_sounds,
+    train_and_val_splits,
+)
+from ajepa.evaluate.probes import knn_scores_NC, standardise_features
 from ajepa.model.jepa import DIVISOR_FLOOR, Jepa
 from ajepa.pretrain.trainer import PretrainTrainer
 from ajepa.recipes.pretrain import Pretrain
@@ -31,7 +38,7 @@ from pipeline.errors import BrokenClipError, RunError
 from pipeline.loading.loader import NO_AUGMENTATION, Batch, PlainLoader, View
 from pipeline.loading.sampling import RowOrder
 from pipeline.store.joined_store import AnyStore
-from pipeline.store.splits import evaluation_splits, train_splits
+from pipeline.store.splits import FOLD_PATTERN, evaluation_splits, train_splits
 
 HEALTH_CLIPS = 32
 
@@ -43,7 +50,9 @@ RANK_EPSILON = 1e-7  # of RankMe (arXiv 2210.02885), added to each share
 # Takes the place of the step in the generator of draws that are the same for a whole run: no run gets that far.
 FIXED_DRAW_STEP = 2**31
 
-EVAL_DRAW = 2  # the stream of a recipe's seed that draws the clips to measure a probe on
+# The streams of a recipe's seed that draw the clips to train a probe on, and those to measure it on.
+TRAIN_DRAW = 0
+VAL_DRAW = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -172,6 +181,9 @@ MIN_HEALTHY_SPREAD = 0.2
 MIN_HEALTHY_RANK = 4.0
 MIN_HEALTHY_CONTENT = 0.02
 
+# The widest encoder that the thresholds were calibrated on: with `auto`, wider ones are warned of and not stopped.
+CALIBRATED_WIDTH = 96
+
 COLLAPSE_PATIENCE = 3  # looks in a row: healthy runs may pass through a dip
 
 COLLAPSE_ADVICE = (
@@ -185,7 +197,7 @@ def collapse_signs(health_line: Json) -> list[str]:
 
     The thresholds come from some dozen runs of 120 to 300 steps, of widths 32 and 64 (one of 96), on the tests' clips
     and on 2,000 others (L2, squared L2 and cosine, teacher and fixed targets, random patches and curricula, seeds 0
-    to 2). Wider encoders were not tried: if a large run is stopped, look at its curves, and use `--on-collapse warn`.
+    to 2). Encoders wider than CALIBRATED_WIDTH were not tried: they are warned of, and stopped only on request.
 
     health_spread   random init 0.60 to 0.91, healthy 0.33 or more (the least is a dip of the tests' `tiny`),
                     collapsed 0.09 to 0.2 (no lag between teacher and student, squared L2, lr 3e-3)
@@ -211,45 +223,51 @@ def count_trailing_collapses(health_history: Sequence[Json]) -> int:
     return len(list(takewhile(collapse_signs, reversed(health_history))))
 
 
-PROBE_L2 = 0.1  # the second of `probes.L2_GRID`: a fixed penalty, where a search would cost ten fits
+PROBE_L2 = 0.1  # the second of `linear_probe.L2_GRID`: a fixed penalty, where a search would cost ten fits
 
-PROBE_EVAL_SHARE = 0.5  # clips to measure on, at most, for each clip to train on
+PROBE_VAL_SHARE = 0.5  # clips to measure on, at most, for each clip to train on
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TrainingProbe:
     """Labelled clips that stay the same for a whole run, few enough to be probed often, and their label sets.
 
-    probe_linear_SET  mAP of a linear probe with the penalty PROBE_L2, trained and measured on that label set
-    probe_knn_SET     mAP of nearest neighbours on that label set
-    probe_map         the mean of them all, by which the best checkpoint is chosen (`loop.SCORE_METRIC`)
+    The probes learn from `train_N` and are measured on `val_N`, other clips that no result is measured on: of a split
+    named val, or else a fifth of the training clips, in whole sounds. The encoder may have seen both, unlabelled.
+
+    val_probe_linear_SET  mAP of a linear probe with the penalty PROBE_L2, trained and measured on that label set
+    val_probe_knn_SET     mAP of nearest neighbours on that label set
+    val_probe_map         the mean of them all, by which the best checkpoint is chosen (`loop.SCORE_METRIC`)
+
+    scored_clips  the clips that are measured, in words
     """
 
     views: ClipViews
     train_N: np.ndarray
-    eval_N: np.ndarray
+    val_N: np.ndarray
     label_sets: tuple[str, ...]
+    scored_clips: str
     on_broken: Literal["raise", "skip"] = "raise"
     broken_rows: set[int] = field(default_factory=set)  # rows that turned out to be unreadable
 
     def measure_scores(self, model: Jepa) -> Json:
-        """mAP of the model's target encoder as it is now; no generator is drawn from, and the model is not changed."""
+        """mAP of the model's target encoder as it is now, in fp32; no generator is drawn from, no weight changes."""
         # Frozen features of both parts.
         with force_eager_mode(model):
             train_N, plain_train_ND = self.readable_features(model, self.train_N)
-            eval_N, plain_eval_ND = self.readable_features(model, self.eval_N)
-        train_ND, eval_ND = standardise_features(plain_train_ND, plain_eval_ND)
+            val_N, plain_val_ND = self.readable_features(model, self.val_N)
+        train_ND, val_ND = standardise_features(plain_train_ND, plain_val_ND)
 
         # Both probes on every label set.
         store = self.views.store
         scores: Json = {}
         for name in self.label_sets:
             train_NC = store.labels_BC(train_N, name)
-            eval_NC = store.labels_BC(eval_N, name)
-            linear_NC = linear_probe_scores_NC(train_ND, train_NC, eval_ND, l2=PROBE_L2)
-            knn_NC = knn_scores_NC(train_ND, train_NC, eval_ND)
-            scores[f"probe_linear_{name}"] = mean_average_precision(eval_NC, linear_NC).value
-            scores[f"probe_knn_{name}"] = mean_average_precision(eval_NC, knn_NC).value
+            val_NC = store.labels_BC(val_N, name)
+            linear_NC = linear_probe_scores_NC(train_ND, train_NC, val_ND, l2=PROBE_L2)
+            knn_NC = knn_scores_NC(train_ND, train_NC, val_ND)
+            scores[f"val_probe_linear_{name}"] = mean_average_precision(val_NC, linear_NC).value
+            scores[f"val_probe_knn_{name}"] = mean_average_precision(val_NC, knn_NC).value
         return {**scores, SCORE_METRIC: float(np.mean(list(scores.values())))}
 
     def readable_features(self, model: Jepa, rows_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -271,34 +289,74 @@ def open_training_probe(
     on_broken: Literal["raise", "skip"],
     say: Callable[[str], None],
 ) -> TrainingProbe | None:
-    """The recipe's probe; None where it has none. Also None, with a line that says why, where the store has no labels.
+    """The recipe's probe; None where it has none. Also None, with a line that says why, where no clips could be probed.
 
     Clips to train on and to measure on are drawn by the recipe's seed.
     """
     if not recipe.probe_every:
         return None
-    held_out_splits = evaluation_splits(store)
-    if not held_out_splits or not len(store.good_rows(held_out_splits)):
-        say(f"{store.location}: no probe while training: no clip of a split named eval or test")
-        return None
 
-    # Draw the clips.
-    train_N, eval_N = probe_rows(store, recipe.seed, recipe.probe_clips)
-    most = int(PROBE_EVAL_SHARE * recipe.probe_clips)
-    eval_N = np.sort(np.random.default_rng([recipe.seed, EVAL_DRAW]).permutation(eval_N)[:most])
+    # In a store of folds every clip is measured in its turn, so that none may choose a checkpoint.
+    if is_measured_in_folds(store):
+        say(f"{store.location}: no probe while training: each of its folds is to be measured")
+        return None
+    train_N, val_N, scored_clips = draw_probe_clips(store, recipe.seed, recipe.probe_clips)
+    if len(train_N) + len(val_N) < MIN_CLIPS_TO_SELECT or not len(train_N) or not len(val_N):
+        say(
+            f"{store.location}: no probe while training: {len(train_N)} labelled clips to train it and {len(val_N)} of "
+            f"other sounds to measure it; it needs {MIN_CLIPS_TO_SELECT} in all"
+        )
+        return None
 
     # Keep the label sets that these clips can be measured by.
-    label_sets = tuple(name for name in store.label_sets if store.labels_BC(eval_N, name).any())
-    if not label_sets:
-        say(f"{store.location}: no probe while training: no clip to measure on has a label")
-        return None
+    label_sets = tuple(name for name in store.label_sets if store.labels_BC(val_N, name).any())
     views = ClipViews(store=store, frames=recipe.view_frames, mean=identity.mean, std=identity.std)
     return TrainingProbe(
-        views=views, train_N=train_N, eval_N=eval_N, label_sets=label_sets, on_broken=on_broken
+        views=views,
+        train_N=train_N,
+        val_N=val_N,
+        label_sets=label_sets,
+        scored_clips=scored_clips,
+        on_broken=on_broken,
     )
 
 
-OnCollapse = Literal["stop", "warn"]
+def is_measured_in_folds(store: AnyStore) -> bool:
+    """Whether `evaluate` measures each fold of a store by what the others train."""
+    splits = store.manifest["split"].unique().to_list()
+    folds = [split for split in splits if FOLD_PATTERN.fullmatch(split)]
+    return len(folds) > 1 and not evaluation_splits(store)
+
+
+def draw_probe_clips(store: AnyStore, seed: int, probe_clips: int) -> tuple[np.ndarray, np.ndarray, str]:
+    """The labelled rows that train a probe, and those that measure it; the latter also in words.
+
+    At most `probe_clips` train and half as many measure. No clip of an evaluation split is among them.
+    """
+    train_names, val_names = train_and_val_splits(store)
+    most_val = int(PROBE_VAL_SHARE * probe_clips)
+    order_N = draw_labelled_rows(store, train_names, [seed, TRAIN_DRAW])
+    if val_names:
+        val_N = draw_labelled_rows(store, val_names, [seed, VAL_DRAW])[:most_val]
+        where = f"clips of {', '.join(val_names)}"
+    else:
+        # Of more clips than are needed no fifth is drawn.
+        needed = math.ceil(most_val / VALIDATION_SHARE)
+        val_N, order_N = hold_back_sounds(order_N[:needed], store.manifest)
+        where = f"held-back clips of {', '.join(train_names)}"
+    return np.sort(order_N[:probe_clips]), np.sort(val_N), f"{len(val_N)} {where}"
+
+
+def draw_labelled_rows(store: AnyStore, splits: Sequence[str], draw: Sequence[int]) -> np.ndarray:
+    """The good rows of some splits that have a raw label, in the random order of a draw."""
+    rows_N = store.good_rows(list(splits))
+    _, offsets_N = store.flat_labels("raw")
+    is_labelled_N = np.diff(offsets_N)[rows_N] > 0
+    return np.random.default_rng(draw).permutation(rows_N[is_labelled_N])
+
+
+# auto: stop where the signs of collapse are calibrated, else warn.
+OnCollapse = Literal["auto", "stop", "warn"]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -328,6 +386,23 @@ class PretrainMonitor:
             metrics |= self.probe.measure_scores(model)
         return metrics
 
+    @property
+    def encoder_width(self) -> int:
+        """The width of the encoder that is trained."""
+        return self.trainer.recipe.model.encoder.width
+
+    @property
+    def stops_at_collapse(self) -> bool:
+        """Whether a collapse ends the run."""
+        if self.on_collapse == "auto":
+            return self.encoder_width <= CALIBRATED_WIDTH
+        return self.on_collapse == "stop"
+
+    @property
+    def scored_clips(self) -> str | None:
+        """The clips that the probes are measured on, in words; None where there is no probe."""
+        return None if self.probe is None else self.probe.scored_clips
+
     def is_due(self, steps_done: int, every: int) -> bool:
         """Whether something that is measured every so often is measured now; always after the last step."""
         return steps_done % every == 0 or steps_done == self.trainer.recipe.steps
@@ -339,8 +414,13 @@ class PretrainMonitor:
             return
         signs = ", ".join(collapse_signs(health_line))
         warning = f"{self.run.path}: step {health_line['step']}: collapsing: {signs}"
-        if self.on_collapse == "stop":
+        if self.stops_at_collapse:
             warning += f"; the run stops if {COLLAPSE_PATIENCE} looks in a row find it"
+        elif self.on_collapse == "auto":
+            warning += (
+                f"; the run goes on, for these signs are calibrated on encoders up to {CALIBRATED_WIDTH} wide and this "
+                f"one is {self.encoder_width}: look at its curves; --on-collapse stop ends such a run"
+            )
         self.say(warning)
 
     def count_bad_step(self) -> None:
@@ -353,7 +433,7 @@ class PretrainMonitor:
 
     def stop_reason(self) -> str | None:
         """That the run has collapsed, by which signs, and what to try; None while it may go on."""
-        if self.on_collapse == "warn" or count_trailing_collapses(self.health_history) < COLLAPSE_PATIENCE:
+        if not self.stops_at_collapse or count_trailing_collapses(self.health_history) < COLLAPSE_PATIENCE:
             return None
         last_look = self.health_history[-1]
         signs = ", ".join(collapse_signs(last_look))
@@ -377,8 +457,8 @@ def open_pretrain_monitor(
 
     It looks at single, unchanged views, whatever `view` trains on.
     """
-    if on_collapse not in ("stop", "warn"):
-        raise RunError(f"on_collapse must be stop or warn, got {on_collapse!r}")
+    if on_collapse not in get_args(OnCollapse):
+        raise RunError(f"on_collapse must be {', '.join(get_args(OnCollapse))}, got {on_collapse!r}")
     recipe = trainer.recipe
 
     # Clips and masks to look at the model's health with.

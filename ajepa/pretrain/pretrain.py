@@ -51,7 +51,7 @@ def pretrain(
     compiled: bool = False,
     on_broken: Literal["raise", "skip"] = "raise",
     on_bad_step: OnBadStep = "stop",
-    on_collapse: OnCollapse = "stop",
+    on_collapse: OnCollapse = "auto",
     progress: bool = False,
     say: Callable[[str], None] = print_to_stderr,
 ) -> Run:
@@ -74,7 +74,9 @@ def pretrain(
     on_bad_step       skip: a step whose loss or gradient is no number changes nothing and is passed over, up to the
                       limits of `BadSteps`; stop: it ends the run, which may then be carried on with another rate,
                       gradient norm or precision
-    on_collapse       stop: a run that collapses (see `collapse_signs`) writes a checkpoint and ends with RunError
+    on_collapse       stop: a run that collapses (see `collapse_signs`) writes a checkpoint and ends with RunError;
+                      warn: it goes on; auto: stop, but warn for encoders wider than those that the signs are
+                      calibrated on
 
     SIGINT, SIGTERM and SIGUSR1 to any rank end the step at hand, write a checkpoint and raise StopSignal. RunError
     or StoreError says where store, recipe, device and memory do not fit, before anything is written.

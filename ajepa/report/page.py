@@ -69,9 +69,10 @@ SHOWN_DISTANCE_RANGE = (0.0, 1.5)  # of the colours, in cosine distance; 1 is th
 
 PREDICTED_MEL_FRAMES = 256  # columns of the spectrogram above the distances
 
-PROBE_KEY_PREFIXES = ("probe_linear_", "probe_knn_")
+# Before a prefix, probes of runs whose probes were still measured on clips of evaluation splits.
+PROBE_KEY_PREFIXES = ("val_probe_linear_", "val_probe_knn_", "probe_linear_", "probe_knn_")
 
-PROBE_CHART = "Probes while training, mAP"
+PROBE_CHART = "Probes while training, on held-back clips, mAP"
 
 EXACT_KEYS = {"lr", "momentum"}  # functions of the step, which need no smoothing
 
@@ -191,16 +192,22 @@ def curves_section(page_data: PageData) -> Markup:
     lines = page_data.run.read_metrics()
     keys = list(dict.fromkeys(key for line in lines for key in line))
     probe_names = {
-        key: key.removeprefix("probe_").replace("_", " ")
+        key: key.removeprefix("val_").removeprefix("probe_").replace("_", " ")
         for key in keys
         if key.startswith(PROBE_KEY_PREFIXES)
     }
-    charts = [*LOGGED_CURVES, (PROBE_CHART, probe_names)]
+    held_back = {key: name for key, name in probe_names.items() if key.startswith("val_")}
+    measured = {key: name for key, name in probe_names.items() if key not in held_back}
+    charts = [
+        *LOGGED_CURVES,
+        (PROBE_CHART, held_back),
+        ("Probes while training, on eval clips, mAP", measured),
+    ]
     for metric, metric_title in METRIC_TITLES.items():
         prefix = f"eval_{metric}_"
         label_sets = {key: key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
         charts.append((f"Held-out clips while training, {metric_title}", label_sets))
-    baselines = initial_probe_scores(page_data, list(probe_names))
+    baselines = initial_probe_scores(page_data, list(held_back))
 
     # Charts without a value are left out.
     step_N = np.array([line["step"] for line in lines])
@@ -246,7 +253,8 @@ def initial_probe_scores(page_data: PageData, probe_keys: Sequence[str]) -> list
     model = Jepa(recipe.model, seed=recipe.seed).eval()
     model.target.load_state_dict(TrainedRun.open(run, INITIAL_CHECKPOINT).encoder_weights())
     scores = probe.measure_scores(model)
-    return [("random init", number, float(scores[key])) for number, key in enumerate(probe_keys)]
+    name = "random init" if run.warm_start is None else "first weights"
+    return [(name, number, float(scores[key])) for number, key in enumerate(probe_keys)]
 
 
 def logged_values_N(lines: list[Json], key: str) -> np.ndarray:

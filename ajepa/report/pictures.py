@@ -136,9 +136,7 @@ def draw_training_curves(lines: list[Json], recipe: Pretrain) -> Figure:
         ),
         CurvePanel(
             title="mAP of probes while training",
-            label_of_key={
-                key: key.removeprefix("probe_").replace("_", ", ") for key in logged_probe_keys(lines)
-            },
+            label_of_key={key: probe_label(key) for key in logged_probe_keys(lines)},
             starts_at_zero=True,
         ),
         CurvePanel(title="learning rate", label_of_key={"lr": "learning rate"}),
@@ -166,6 +164,12 @@ def draw_training_curves(lines: list[Json], recipe: Pretrain) -> Figure:
 def logged_probe_keys(lines: list[Json]) -> list[str]:
     """Return the log keys of a run's probes; each key names a kind of probe and a label set."""
     return sorted({key for line in lines for key in line if key.startswith(PROBE_KEY_PREFIXES)})
+
+
+def probe_label(key: str) -> str:
+    """Return the name of a probe's curve; older runs measured their probes on eval clips, and the name says so."""
+    label = key.removeprefix("val_").removeprefix("probe_").replace("_", ", ")
+    return label if key.startswith("val_") else f"{label} (eval clips)"
 
 
 def draw_logged_curves(

@@ -5,7 +5,7 @@ from typing import Self
 
 from torch import Tensor
 
-from ajepa.training.checkpoints import Checkpoint
+from ajepa.training.checkpoints import Checkpoint, CheckpointScore
 from ajepa.training.run import Run
 from pipeline.loading.transfer import HostCopy
 
@@ -15,6 +15,7 @@ class CheckpointSnapshot:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.step = checkpoint.step
+        self.precision = checkpoint.precision
         self._copies: dict[str, dict[str, HostCopy]] = {
             part: {name: HostCopy(value) for name, value in tensors.items()}
             for part, tensors in checkpoint.parts.items()
@@ -26,7 +27,7 @@ class CheckpointSnapshot:
             part: {name: copy.wait() for name, copy in copies.items()}
             for part, copies in self._copies.items()
         }
-        return Checkpoint(step=self.step, parts=parts)
+        return Checkpoint(step=self.step, parts=parts, precision=self.precision)
 
 
 class CheckpointWriter:
@@ -41,7 +42,9 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._pending: Future[None] | None = None
 
-    def start(self, checkpoint: Checkpoint, *, keep: int, keep_every: int, score: float | None) -> None:
+    def start(
+        self, checkpoint: Checkpoint, *, keep: int, keep_every: int, score: CheckpointScore | None
+    ) -> None:
         """Copy a checkpoint now, and begin to write it; waits until the one before is written."""
         self.wait()
         snapshot = CheckpointSnapshot(checkpoint)

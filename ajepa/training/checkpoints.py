@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -16,25 +17,43 @@ from torch import Tensor
 from pipeline.errors import RunError
 from pipeline.files import PARTIAL_SUFFIX, sync_to_disk
 
-CHECKPOINT_FORMAT = 1
+# Format 1 had neither `precision` nor `scored_on`: its scores are those of clips of evaluation splits.
+CHECKPOINT_FORMAT = 2
 
 STATE_FILE = "state.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """Everything that training needs to go on after `step` steps: named tensors, one safetensors file per part."""
+    """Everything that training needs to go on after `step` steps: named tensors, one safetensors file per part.
+
+    precision  the numbers that the last steps were computed in: fp32, bf16 or fp16; None: not recorded
+    """
 
     step: int
     parts: dict[str, dict[str, Tensor]]
+    precision: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, order=True)
 class BestCheckpoint:
-    """The score of a checkpoint (the higher, the better), and its step."""
+    """The score of a checkpoint (the higher, the better), and its step.
 
+    is_held_back  whether clips were scored that no result is measured on. Checkpoints of before were scored on clips of
+                  evaluation splits; they count only where there is no other
+    """
+
+    is_held_back: bool = True
     score: float
     step: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointScore:
+    """The score of a checkpoint by which the best is chosen, and the clips that it was measured on, in words."""
+
+    value: float
+    clips: str
 
 
 def step_of_folder(folder: Path) -> int:
@@ -51,25 +70,36 @@ def find_best_checkpoint(folders: Sequence[Path]) -> BestCheckpoint | None:
     """The checkpoint with the highest score, of equal ones the latest; None where none was written with a score."""
     scored = []
     for folder in folders:
-        score = json.loads((folder / STATE_FILE).read_text()).get("score")
-        if score is not None:
-            scored.append(BestCheckpoint(score=score, step=step_of_folder(folder)))
+        state = json.loads((folder / STATE_FILE).read_text())
+        if (score := state.get("score")) is not None:
+            is_held_back = state.get("scored_on") is not None
+            scored.append(BestCheckpoint(is_held_back=is_held_back, score=score, step=step_of_folder(folder)))
     return max(scored, default=None)
 
 
 def read_checkpoint(folder: Path, parts: Sequence[str] = ()) -> Checkpoint:
     """The named parts of a checkpoint, or all of them; RunError where a file's bytes have changed."""
-    state = json.loads((folder / STATE_FILE).read_text())
+    state = read_checkpoint_state(folder)
     names = parts or tuple(state["sha256"])
 
     # Check every part before the first is loaded.
     for name in names:
         refuse_damaged_part(folder / f"{name}.safetensors", state["sha256"][name])
     tensors = {name: load_file(folder / f"{name}.safetensors") for name in names}
-    return Checkpoint(step=state["step"], parts=tensors)
+    return Checkpoint(step=state["step"], parts=tensors, precision=state.get("precision"))
 
 
-def write_checkpoint(parent: Path, checkpoint: Checkpoint, score: float | None) -> None:
+def read_checkpoint_state(folder: Path) -> dict[str, Any]:
+    """The content of a checkpoint's `state.json`; RunError where a newer version wrote it."""
+    state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
+    if state["format"] > CHECKPOINT_FORMAT:
+        raise RunError(
+            f"{folder}: checkpoint format {state['format']}, this version reads {CHECKPOINT_FORMAT}; update ajepa"
+        )
+    return state
+
+
+def write_checkpoint(parent: Path, checkpoint: Checkpoint, score: CheckpointScore | None) -> None:
     """Write `checkpoint` and its score into a folder of its own, whole or not at all."""
     # Write beside the place of the checkpoint. A rename within a folder happens at once or not at all.
     folder = parent / f"step-{checkpoint.step:08d}"
@@ -81,7 +111,7 @@ def write_checkpoint(parent: Path, checkpoint: Checkpoint, score: float | None) 
     sync_to_disk(parent)
 
 
-def write_checkpoint_parts(folder: Path, checkpoint: Checkpoint, score: float | None) -> None:
+def write_checkpoint_parts(folder: Path, checkpoint: Checkpoint, score: CheckpointScore | None) -> None:
     """Write every part and then `state.json` with the digests, each forced to the disk."""
     # Force each part to the disk, then take the digest of its file.
     digests = {}
@@ -92,7 +122,14 @@ def write_checkpoint_parts(folder: Path, checkpoint: Checkpoint, score: float | 
         digests[name] = checkpoint_file_sha256(file)
 
     # The state comes last, because it holds the digests.
-    state = {"format": CHECKPOINT_FORMAT, "step": checkpoint.step, "score": score, "sha256": digests}
+    state = {
+        "format": CHECKPOINT_FORMAT,
+        "step": checkpoint.step,
+        "score": score and score.value,
+        "scored_on": score and score.clips,
+        "precision": checkpoint.precision,
+        "sha256": digests,
+    }
     (folder / STATE_FILE).write_text(json.dumps(state))
     sync_to_disk(folder / STATE_FILE)
     sync_to_disk(folder)

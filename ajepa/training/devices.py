@@ -10,6 +10,12 @@ from pipeline.errors import RunError
 
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
 
+PRECISION_NAMES: dict[torch.dtype, PrecisionName] = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+}
+
 # The environment variable that says what `auto` means, so that unlike machines agree.
 PRECISION_VARIABLE = "AJEPA_PRECISION"
 
@@ -25,9 +31,9 @@ class Precision:
     description: str
 
     @property
-    def name(self) -> str:
-        """The precision in the words of `--precision`."""
-        return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
+    def name(self) -> PrecisionName:
+        """The name of the numbers: fp32, bf16 or fp16."""
+        return PRECISION_NAMES[self.dtype]
 
     @property
     def is_half(self) -> bool:
@@ -74,6 +80,24 @@ def pick_precision(name: PrecisionName, device: torch.device) -> Precision:
     if name == "bf16":
         return Precision(dtype=torch.bfloat16, description="bf16 autocast, as asked; emulated and slow")
     return Precision(dtype=torch.float32, description=description)
+
+
+FP32 = Precision(dtype=torch.float32, description="fp32")
+
+
+def pick_measuring_precision(
+    name: PrecisionName, device: torch.device, trained_in: PrecisionName | None
+) -> Precision:
+    """The precision that a run's network is measured in; heads, probes and metrics are fp32 in every one.
+
+    `auto` is AJEPA_PRECISION if it is set, else what the run was trained in, where the hardware has that, else fp32;
+    also fp32 where the run does not say what it was trained in.
+    """
+    if name == "auto" and PRECISION_VARIABLE not in os.environ:
+        has_bf16, _ = hardware_precision(device)
+        is_fast = {"bf16": has_bf16, "fp16": device.type == "cuda"}
+        name = trained_in if trained_in is not None and is_fast.get(trained_in, False) else "fp32"
+    return pick_precision(name, device)
 
 
 def hardware_precision(device: torch.device) -> tuple[bool, str]:

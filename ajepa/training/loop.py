@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ajepa.training.bad_steps import BAD_STEPS_METRIC, BadSteps, OnBadStep
 from ajepa.training.checkpoint_writer import CheckpointWriter
-from ajepa.training.checkpoints import Checkpoint
+from ajepa.training.checkpoints import Checkpoint, CheckpointScore
 from ajepa.training.distributed import SINGLE_PROCESS, World
 from ajepa.training.run import Json, Run
 from ajepa.training.run_identity import RunIdentity
@@ -23,7 +23,9 @@ from ajepa.training.trainer import BadStep, StartedStep, TrainRecipe
 from pipeline.errors import STOP_SIGNALS, RunError, StopSignal
 from pipeline.loading.loader import Batch
 
-SCORE_METRIC = "probe_map"  # the logged metric by which checkpoints are compared; the higher, the better
+# The logged metric by which checkpoints are compared; the higher, the better. Runs of before logged `probe_map`, which
+# was measured on clips of evaluation splits.
+SCORE_METRIC = "val_probe_map"
 
 EVENTS_FOLDER = "tensorboard"
 
@@ -51,6 +53,10 @@ class TrainingMonitor(Protocol):
 
     def count_bad_step(self) -> None:
         """Called for a step that was passed over, before `after_step`."""
+
+    @property
+    def scored_clips(self) -> str | None:
+        """The clips that SCORE_METRIC is measured on, in words; None where it is not measured."""
 
     def before_checkpoint(self) -> None:
         """Called just before each checkpoint is written."""
@@ -107,7 +113,7 @@ def run_training_loop(
 ) -> int:
     """Take every step after the run's checkpoint, to the recipe's last or until `stop` is set; the steps done.
 
-    A step at which the monitor has metrics is logged whenever it comes, and where its `probe_map` is the highest
+    A step at which the monitor has metrics is logged whenever it comes, and where its `val_probe_map` is the highest
     so far, a checkpoint is written. All ranks call this and stop at the same step; the main rank alone has a
     monitor, writes, and shows progress. Checkpoints at multiples of `keep_every` are never deleted. A bad step that
     is passed over changes no weight and has a line in the metrics. RunError where the monitor has a reason to stop,
@@ -189,14 +195,13 @@ def run_training_loop(
             is_end = is_last or stop_requests or ill_because
             if event_writer is not None and (is_due or is_end or is_best_score(run, observed)):
                 event_writer.flush()
-                score = observed.get(SCORE_METRIC)
                 save_step(
                     checkpoint_writer,
                     trainer,
                     steps_done,
                     monitor=monitor,
                     keep_every=keep_every,
-                    score=score,
+                    score=checkpoint_score(monitor, observed),
                 )
             if ill_because:
                 raise RunError(f"{run.path}: step {steps_done}: {ill_because}")
@@ -256,7 +261,7 @@ def save_step(
     *,
     monitor: TrainingMonitor | None,
     keep_every: int,
-    score: float | None,
+    score: CheckpointScore | None,
 ) -> None:
     """Begin to write a checkpoint of the trainer as it is after `steps_done` steps."""
     if monitor:
@@ -269,12 +274,19 @@ def save_step(
     )
 
 
+def checkpoint_score(monitor: TrainingMonitor | None, observed: Json) -> CheckpointScore | None:
+    """The score of the weights as they are, if the monitor has just measured it."""
+    if monitor is None or monitor.scored_clips is None or SCORE_METRIC not in observed:
+        return None
+    return CheckpointScore(value=observed[SCORE_METRIC], clips=monitor.scored_clips)
+
+
 def is_best_score(run: Run, observed: Json) -> bool:
     """Whether the monitor has just measured a higher score than that of any checkpoint so far."""
     if SCORE_METRIC not in observed:
         return False
     best = run.best_checkpoint
-    return best is None or observed[SCORE_METRIC] > best.score
+    return best is None or not best.is_held_back or observed[SCORE_METRIC] > best.score
 
 
 def progress_bar(first_step: int, steps: int, *, shown: bool) -> tqdm:

@@ -15,6 +15,7 @@ from ajepa.recipes.catalogue import upgrade_recipe_json
 from ajepa.training.checkpoints import (
     BestCheckpoint,
     Checkpoint,
+    CheckpointScore,
     complete_checkpoints,
     find_best_checkpoint,
     read_checkpoint,
@@ -54,7 +55,8 @@ class Run:
                                   every earlier phase, with its recipe, precision and first step
     metrics.jsonl                 one JSON object per logged step, ascending
     tensorboard/                  the same for TensorBoard, a file for each time that the run was carried on
-    checkpoints/step-00001000/    PART.safetensors for each part; state.json with step, score and SHA-256 digests
+    checkpoints/step-00001000/    PART.safetensors for each part; state.json with step, precision, score, the clips that
+                                  the score was measured on, and SHA-256 digests
     bad-step-00001000/            the clips and draws of a step that was not taken, see `BadStep`
     compute.json                  the cost of the run up to each checkpoint, see `ComputeMeter`
     evaluation.json               scores on the run's own store, written by finetune or evaluate
@@ -298,7 +300,7 @@ class Run:
         return folders[step]
 
     def save_checkpoint(
-        self, checkpoint: Checkpoint, *, keep: int, keep_every: int = 0, score: float | None = None
+        self, checkpoint: Checkpoint, *, keep: int, keep_every: int = 0, score: CheckpointScore | None = None
     ) -> None:
         """Write `checkpoint` whole or not at all, then remove all but the newest `keep`.
 

@@ -15,7 +15,8 @@ from ajepa.model.vit import Encoder, EncoderSpec
 from ajepa.recipes.catalogue import recipe_from_json
 from ajepa.recipes.finetune import Finetune
 from ajepa.recipes.pretrain import Pretrain
-from ajepa.training.checkpoints import STATE_FILE
+from ajepa.training.checkpoints import STATE_FILE, read_checkpoint_state
+from ajepa.training.devices import PRECISION_NAMES, Precision, PrecisionName, pick_measuring_precision
 from ajepa.training.run import Run
 from ajepa.training.run_identity import StartCheckpoint
 from pipeline.audio.mel_spec import MelSpec
@@ -29,6 +30,9 @@ TARGET_PART = "target"
 # Stands for the weights before the first step, where a checkpoint is chosen.
 INITIAL_CHECKPOINT = "init"
 
+# What chose the best checkpoint of a run that began before clips were held back for it.
+CHOSEN_ON_EVAL_CLIPS = "probes on clips of the evaluation splits (checkpoint format 1)"
+
 # Name of the band statistics among an encoder's weights.
 BAND_STATISTICS = "bands_2F"
 
@@ -37,9 +41,12 @@ BAND_STATISTICS = "bands_2F"
 class TrainedRun:
     """A run at a checkpoint: the weights that it is measured by, and the networks that they make.
 
-    part     the part of the checkpoint that is measured: `target`, the EMA encoder of a pre-trained run; the moving
-             `average` of a fine-tuned run's classifier, or the `classifier` where the recipe keeps no average
-    weights  of that part, on the CPU
+    part       the part of the checkpoint that is measured: `target`, the EMA encoder of a pre-trained run; the moving
+               `average` of a fine-tuned run's classifier, or the `classifier` where the recipe keeps no average
+    weights    of that part, on the CPU
+    precision  the numbers that the steps before the checkpoint, or in place of init the newest one, were computed in;
+               None: not recorded
+    chosen_by  what chose the checkpoint, in words
     """
 
     run: Run
@@ -47,6 +54,8 @@ class TrainedRun:
     step: int
     part: str
     weights: dict[str, Tensor]
+    precision: PrecisionName | None = None
+    chosen_by: str | None = None
 
     @classmethod
     def open(cls, run: Run | Path, at: str | int = "last") -> Self:
@@ -61,9 +70,31 @@ class TrainedRun:
         recipe = recipe_from_json(run.recipe)
         part = measured_part(recipe)
         if at == INITIAL_CHECKPOINT:
-            return cls(run=run, recipe=recipe, step=0, part=part, weights=initial_weights(run, recipe))
+            weights = initial_weights(run, recipe)
+            newest_state = read_checkpoint_state(run.checkpoint_folder("last")) if run.newest_step else {}
+            return cls(
+                run=run,
+                recipe=recipe,
+                step=0,
+                part=part,
+                weights=weights,
+                precision=recorded_precision(newest_state.get("precision")),
+                chosen_by="nothing: before step 1",
+            )
         checkpoint = run.load_checkpoint(part, at=at)
-        return cls(run=run, recipe=recipe, step=checkpoint.step, part=part, weights=checkpoint.parts[part])
+        return cls(
+            run=run,
+            recipe=recipe,
+            step=checkpoint.step,
+            part=part,
+            weights=checkpoint.parts[part],
+            precision=recorded_precision(checkpoint.precision),
+            chosen_by=describe_choice(run, at),
+        )
+
+    def pick_precision(self, device: torch.device, name: PrecisionName = "auto") -> Precision:
+        """The precision to measure in; `auto` follows the training (`pick_measuring_precision`)."""
+        return pick_measuring_precision(name, device, self.precision)
 
     @property
     def mel(self) -> MelSpec:
@@ -129,6 +160,21 @@ class TrainedRun:
         cols = -(-wanted.grid.frames // trained.grid.patch_frames)
         encoder = replace(trained, grid=replace(trained.grid, cols=cols), drop_path=wanted.drop_path)
         return replace(recipe, mel=self.recipe.mel, model=replace(recipe.model, encoder=encoder))
+
+
+def recorded_precision(recorded: str | None) -> PrecisionName | None:
+    """The precision of that name in a checkpoint; None for a checkpoint of before it was recorded."""
+    return next((name for name in PRECISION_NAMES.values() if name == recorded), None)
+
+
+def describe_choice(run: Run, at: str | int) -> str:
+    """What chose the checkpoint `at` of a run, in words; for the best, the clips that its score was measured on."""
+    if at == "last":
+        return "nothing: the last step"
+    if at != "best":
+        return "its step"
+    state = read_checkpoint_state(run.checkpoint_folder(at))
+    return f"probes on {state['scored_on']}" if state.get("scored_on") else CHOSEN_ON_EVAL_CLIPS
 
 
 def initial_weights(run: Run, recipe: Pretrain | Finetune) -> dict[str, Tensor]:

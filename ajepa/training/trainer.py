@@ -280,7 +280,7 @@ class Trainer:
         if self.scaler.is_enabled():
             state = self.scaler.state_dict()
             tensors[SCALER_PART] = {name: torch.tensor(float(state[name])) for name in SCALER_FIELDS}
-        return Checkpoint(step=step, parts=tensors)
+        return Checkpoint(step=step, parts=tensors, precision=self.precision.name)
 
     def load_parts(self, weights: Mapping[str, dict[str, Tensor]]) -> None:
         """Give these parts these weights; the other parts, and the optimiser, stay as they are."""

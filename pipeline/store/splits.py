@@ -95,16 +95,30 @@ def held_out_mask_N(clip_ids: pl.Series, share: float, seed: int = 0) -> np.ndar
     if not 0 <= share <= 1:
         raise ValueError(f"share must be in [0, 1], got {share}")
 
-    # Pieces of one sound get one id.
-    sounds_N = clip_ids.cast(pl.String)
-    for pattern, shared_id in PIECE_ID_PATTERNS.items():
-        sounds_N = sounds_N.str.replace(pattern, shared_id)
-
     # Every id becomes a number that is uniform in [0, 1); 53 bits are the precision of float64.
-    sound_ids = sounds_N.cast(pl.Binary).to_list()
+    sound_ids = sound_ids_N(clip_ids).cast(pl.Binary).to_list()
     checksums_N = np.fromiter(map(zlib.crc32, sound_ids), np.uint64, len(sound_ids))
     hashes_N = _mix_bits(checksums_N ^ _mix_bits(np.array([seed], np.uint64)))
     return (hashes_N >> np.uint64(11)) * 2.0**-53 < share
+
+
+def sound_ids_N(clip_ids: pl.Series) -> pl.Series:
+    """Return the id of each clip's sound, `[N]`: the same for all pieces of one sound (`PIECE_ID_PATTERNS`)."""
+    sounds_N = clip_ids.cast(pl.String)
+    for pattern, shared_id in PIECE_ID_PATTERNS.items():
+        sounds_N = sounds_N.str.replace(pattern, shared_id)
+    return sounds_N
+
+
+def sound_numbers_N(manifest: pl.DataFrame) -> np.ndarray:
+    """Return a number for each row's sound, int64 `[N]`: equal for rows of one file and for pieces of one sound."""
+    sounds_N = sound_ids_N(manifest["clip_id"])
+
+    # Rows of one file may have ids of their own: all get the id of the first.
+    if "source" in manifest.columns:
+        frame = pl.DataFrame({"sound": sounds_N, "source": manifest["source"].fill_null(sounds_N)})
+        sounds_N = frame.select(pl.col("sound").first().over("source"))["sound"]
+    return np.unique(sounds_N.to_numpy(), return_inverse=True)[1]
 
 
 def _mix_bits(words_N: np.ndarray) -> np.ndarray:

@@ -47,6 +47,7 @@ def evaluation_protocol(**changes: Any) -> EvaluationProtocol:
         "seed": 0,
         "step": 6,
         "checkpoint": "last",
+        "chosen_by": "nothing: the last step",
         "weights_name": "target",
         "weights_sha256": "ab" * 32,
         "task": None,
@@ -64,6 +65,7 @@ def evaluation_protocol(**changes: Any) -> EvaluationProtocol:
         "classifier": None,
         "probes": None,
         "device": "cpu",
+        "precision": "fp32",
         "versions": {"torch": "3"},
     }
     return EvaluationProtocol(**(fields | changes))

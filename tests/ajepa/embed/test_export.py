@@ -21,7 +21,7 @@ from ajepa.embed.export import export_encoder, licence_lines
 from ajepa.embed.pretrained import EXPORT_METADATA_KEY, load_pretrained
 from ajepa.pretrain.pretrain import pretrain
 from ajepa.recipes.catalogue import finetune_recipe, recipe_from_json, recipe_to_json
-from ajepa.training.checkpoints import Checkpoint
+from ajepa.training.checkpoints import Checkpoint, CheckpointScore
 from ajepa.training.run import Run
 from pipeline.errors import RunError
 
@@ -87,7 +87,8 @@ def test_the_best_checkpoint_is_that_of_the_highest_score(run_path, tmp_path):
     run = Run.create_or_open(tmp_path / "run", recipe=source.recipe, identity=source.identity)
     for step, score in ((1, 0.1), (2, 0.3), (3, 0.2)):
         target = {name: weight + step for name, weight in weights.items()}
-        run.save_checkpoint(Checkpoint(step=step, parts={"target": target}), keep=3, score=score)
+        scored = CheckpointScore(value=score, clips="9 clips")
+        run.save_checkpoint(Checkpoint(step=step, parts={"target": target}), keep=3, score=scored)
     assert ajepa.load(run.path, at="best", device="cpu").pretrained.origin["step"] == 2
 
 

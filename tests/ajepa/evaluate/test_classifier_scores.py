@@ -34,6 +34,7 @@ from ajepa.evaluate.result import (
 from ajepa.evaluate.tasks import TASKS
 from ajepa.finetune.finetune import finetune
 from ajepa.recipes.catalogue import finetune_recipe
+from ajepa.training.devices import FP32
 from ajepa.training.run import Run
 from ajepa.training.trained_run import TrainedRun
 from pipeline.audio.mel_spec import preset_mel_spec
@@ -59,7 +60,7 @@ def test_a_clips_logits_are_the_mean_over_its_views_by_their_valid_frames():
     """A last view of four frames must not weigh as much as a full view; a view past the clip's end is not used."""
     mel_BVTF, n_frames_BV = torch.randn(2, 3, 8, 4), torch.tensor([[8, 8, 4], [5, 0, 0]])
     model = MeanFrameClassifier()
-    logits_BC = average_view_logits_BC(model, mel_BVTF, n_frames_BV, torch.device("cpu"), bf16=False)
+    logits_BC = average_view_logits_BC(model, mel_BVTF, n_frames_BV, torch.device("cpu"), precision=FP32)
     whole = mel_BVTF[0].flatten(0, 1)[:20].mean(0)[:2]
     torch.testing.assert_close(logits_BC, torch.stack([whole, mel_BVTF[1, 0, :5].mean(0)[:2]]))
     assert model.n_frames == [8, 8, 4, 5]
@@ -191,7 +192,7 @@ def test_on_another_store_the_classifier_is_measured_on_the_clips_that_it_keeps_
     assert on_other_store.protocol.classifier == own
     rows_N = other.good_rows(["eval"])
     views = ClipViews(store=other, frames=64, mean=tuned.identity.mean, std=tuned.identity.std)
-    logits_NC = predict_logits_NC(TrainedRun.open(tuned).classifier(CPU), views, rows_N, CPU, bf16=False)
+    logits_NC = predict_logits_NC(TrainedRun.open(tuned).classifier(CPU), views, rows_N, CPU, precision=FP32)
     store_place = [other.classes.index_of[mid] for mid in tuned.task_identity.classes]
     labelled_N = other.labels_BC(rows_N, "unambiguous")[:, store_place].any(axis=1)
     for score in on_other_store.scores:

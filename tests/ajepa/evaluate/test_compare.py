@@ -23,6 +23,7 @@ from ajepa.evaluate.compare import (
 from ajepa.evaluate.metrics import MetricEstimate
 from ajepa.evaluate.protocol import ClassifierTraining, ProbeTraining
 from ajepa.evaluate.result import Evaluation, Score
+from ajepa.training.trained_run import CHOSEN_ON_EVAL_CLIPS
 from pipeline.datasets.speech_commands import SPEECH_COMMANDS_WORDS
 from pipeline.errors import RunError
 from pipeline.labels.ontology import fsd50k_classes, load_class_list
@@ -296,3 +297,25 @@ def test_a_run_that_was_not_measured_is_refused(tmp_path):
     """The message names the command to run first."""
     with pytest.raises(RunError, match="run ajepa-train evaluate or finetune first"):
         compare_results([tmp_path])
+
+
+def test_every_result_says_what_chose_its_checkpoint(tmp_path):
+    """A best that was chosen on the measured clips is no yes; what older files do not say is unknown."""
+    classifier = trained("esc50", 1_600, 50, start={"step": 9})
+    result = evaluation(50, 0.93, clips=2_000, kind="single", folds=5, classifier=classifier)
+    texts = {}
+    for name, chosen_by in (
+        ("held-back", "probes on 480 held-back clips of a_train"),
+        ("eval", CHOSEN_ON_EVAL_CLIPS),
+        ("unknown", None),
+    ):
+        protocol = replace(result.protocol, checkpoint="best", chosen_by=chosen_by)
+        replace(result, protocol=protocol).save_json(tmp_path / f"{name}.json")
+        texts[name] = compare_results([tmp_path / f"{name}.json"])
+    assert "  checkpoint best, chosen by probes on 480 held-back clips of a_train" in texts["held-back"]
+    assert "A-JEPA ViT-B            accuracy  0.963  fine-tuned   yes" in texts["held-back"]
+    assert "it was chosen on clips of the splits that are measured" in " ".join(texts["eval"].split())
+    assert "chosen by unknown" in texts["unknown"]
+    for name in ("eval", "unknown"):
+        assert "A-JEPA ViT-B            accuracy  0.963  fine-tuned   with care" in texts[name]
+    assert all(is_narrow(text, tmp_path) for text in texts.values())

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from tiny import tiny
 
+from ajepa.evaluate import evaluate
 from ajepa.evaluate.evaluate import evaluate_run
 from ajepa.evaluate.features import RANDOM, STATISTICS, TRAINED
 from ajepa.evaluate.probe_splits import ProbeSplits, probe_rows
@@ -73,9 +74,73 @@ def test_propagated_labels_have_more_classes_to_rank_than_raw_ones(evaluation):
     assert 0 < raw.chance < 1
 
 
-def test_evaluating_twice_gives_the_same_numbers(store_path, run, evaluation):
+def test_evaluating_twice_gives_the_same_numbers(store_path, run, evaluation, tmp_path):
     """A number that changes from run to run cannot be compared."""
-    assert evaluate_run(store_path, run.path, device="cpu").scores == evaluation.scores
+    again = evaluate_run(store_path, run.path, device="cpu", out=tmp_path / "again.json")
+    assert again == evaluation
+
+
+def test_nothing_that_is_known_is_computed_again(store_path, run, evaluation, tmp_path, monkeypatch):
+    """Twice the same: no clip is encoded. Other weights: baselines stay. More probes: all that they need."""
+    encoded = []
+    extract = evaluate.extract_features
+
+    def counted(views, rows_N, encoder, **options):
+        encoded.append(encoder is not None)
+        return extract(views, rows_N, encoder, **options)
+
+    monkeypatch.setattr(evaluate, "extract_features", counted)
+    lines: list[str] = []
+    options = {"device": "cpu", "progress": True, "say": lines.append}
+    assert evaluate_run(store_path, run.path, **options) == evaluation
+    assert encoded == []
+    assert lines[0] == f"encoder: measured before, in {run.path}/evaluation.json; delete it to measure again"
+
+    # Of the weights before the first step, the run's encoder is the random one.
+    first = evaluate_run(
+        store_path, run.path, **options, checkpoint="init", probes=["knn"], out=tmp_path / "a"
+    )
+    assert encoded == [True, False]
+    scores = {(score.features, score.label_set): score.metrics for score in first.scores}
+    assert scores[TRAINED, "raw"] == scores[RANDOM, "raw"]
+    encoded.clear()
+    more = evaluate_run(
+        store_path, run.path, **options, checkpoint="init", probes=["knn", "linear"], out=tmp_path / "a"
+    )
+    assert encoded == [True, False]
+    assert more.find_score(RANDOM, "knn", "raw") == first.find_score(RANDOM, "knn", "raw")
+
+
+def test_every_stage_is_told_in_one_line(store_path, run, tmp_path):
+    """Off a terminal too: minutes without a word look like a hang."""
+    lines: list[str] = []
+    evaluate_run(
+        store_path,
+        run.path,
+        device="cpu",
+        probes=["linear"],
+        label_sets=["raw"],
+        out=tmp_path / "a.json",
+        progress=True,
+        say=lines.append,
+    )
+    clips = lines[0].split()[3]
+    assert lines == [
+        line
+        for features in (TRAINED, RANDOM, STATISTICS)
+        for line in (
+            f"{features}: features of {clips} clips, in fp32",
+            f"{features}: linear probe, raw labels",
+        )
+    ]
+
+
+def test_a_probe_on_fewer_than_five_clips_is_refused_in_one_line(store_path, run, tmp_path):
+    """Nothing can be held back of them to choose a penalty on; nearest neighbours choose nothing."""
+    options = {"device": "cpu", "train_clips": 4, "out": tmp_path / "few.json"}
+    with pytest.raises(RunError, match=r"[1-4] labelled clips to train on, and a probe needs 5 to choose"):
+        evaluate_run(store_path, run.path, **options, probes=["linear"])
+    assert evaluate_run(store_path, run.path, **options, probes=["knn"]).scores
 
 
 def test_probes_learn_from_train_clips_only_and_from_no_more_than_asked(store):

@@ -4,7 +4,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from ajepa.evaluate.probe_splits import ProbeSplits, probe_rows
+from ajepa.evaluate.probe_splits import ProbeSplits, hold_back_sounds, probe_rows
 from pipeline.errors import RunError
 
 
@@ -15,7 +15,8 @@ class Splits:
 
     def __init__(self, **sizes: int) -> None:
         names = [name for name, size in sizes.items() for _ in range(size)]
-        self.manifest = pl.DataFrame({"split": names})
+        ids = [f"clip {number}" for number in range(len(names))]
+        self.manifest = pl.DataFrame({"clip_id": ids, "split": names})
 
     def good_rows(self, splits):
         in_splits_N = self.manifest["split"].is_in(list(splits)).to_numpy()
@@ -91,7 +92,8 @@ def test_no_more_train_than_asked_for_and_all_are_measured():
 def test_a_fold_without_a_good_clip_is_named():
     """With an empty fold, the mean would be over fewer folds than stated."""
     store = Splits(fold1=30, fold2=1, fold3=30)
-    store.manifest = pl.DataFrame({"split": ["fold2"] + ["fold1"] * 30 + ["fold3"] * 30})
+    names = ["fold2"] + ["fold1"] * 30 + ["fold3"] * 30
+    store.manifest = store.manifest.with_columns(split=pl.Series(names))
     with pytest.raises(RunError, match=r"some\.zarr: fold2 has no good clip"):
         ProbeSplits.from_store(store, 0, 1_000)
 
@@ -102,3 +104,48 @@ def test_a_kept_split_wins_over_folds():
     splits = ProbeSplits.from_store(store, 0, 1_000)
     assert splits.eval_splits == ("test",)
     assert splits.train_splits == ("fold1", "fold2")
+
+
+def test_pieces_of_one_sound_are_all_held_back_or_all_train():
+    """A probe that is chosen on the next ten seconds of what trained it is chosen for its memory."""
+    store = Splits(train=120, eval=20)
+    ids = [f"sound {number // 4}@{number % 4 * 10_000}" for number in range(140)]
+    store.manifest = store.manifest.with_columns(clip_id=pl.Series(ids))
+    (fold,) = ProbeSplits.from_store(store, 0, 1_000).folds
+    sounds = [{ids[row].split("@")[0] for row in rows_N} for rows_N in (fold.train_N, fold.val_N)]
+    assert not sounds[0] & sounds[1]
+    assert 18 <= len(fold.val_N) <= 27
+    assert np.array_equal(fold.fit_N, store.good_rows(["train"]))
+
+
+def test_rows_of_one_file_are_one_sound_whatever_their_ids():
+    """A table may cut a recording into events with names of their own."""
+    manifest = pl.DataFrame(
+        {
+            "clip_id": [f"event {number}" for number in range(40)],
+            "source": [f"tape{number // 10}.wav" for number in range(40)],
+        }
+    )
+    held_N, others_N = hold_back_sounds(np.random.default_rng(0).permutation(40), manifest)
+    assert len(held_N) == 10
+    assert len({row // 10 for row in held_N}) == 1
+    assert len({row // 10 for row in others_N}) == 3
+
+
+def test_where_each_clip_is_a_sound_the_first_fifth_of_the_draw_is_held_back():
+    """As before sounds were looked at: results of such stores stay what they were."""
+    store = Splits(train=100, eval=20)
+    (fold,) = ProbeSplits.from_store(store, 3, 1_000).folds
+    order_N = np.random.default_rng([3, 1]).permutation(store.good_rows(["train"]))
+    assert np.array_equal(fold.val_N, np.sort(order_N[: len(order_N) // 5]))
+
+
+def test_clips_of_a_single_sound_choose_nothing():
+    """All of them are held back together, and none is left to train."""
+    store = Splits(train=30, eval=20)
+    store.manifest = store.manifest.with_columns(clip_id=pl.Series([f"tape@{n * 1000}" for n in range(50)]))
+    (fold,) = ProbeSplits.from_store(store, 0, 1_000).folds
+    with pytest.raises(
+        RunError, match=r"no labelled clip to train on is left beside those of the same sound"
+    ):
+        fold.refuse_few_clips(store.location)

@@ -1,9 +1,8 @@
-"""Probes: scikit-learn's regressions with the right penalty; neighbours by direction; attention to valid tokens."""
+"""Probes: neighbours by direction; attention to valid tokens."""
 
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 
 from ajepa.evaluate.features import ClipFeatures
@@ -11,9 +10,7 @@ from ajepa.evaluate.probes import (
     AttentiveProbe,
     AttentiveScores,
     attentive_steps,
-    choose_l2,
     knn_scores_NC,
-    linear_probe_scores_NC,
     standardise_features,
     token_statistics,
     train_attentive_probe,
@@ -29,80 +26,6 @@ def test_a_constant_feature_becomes_zero_instead_of_nan():
     train, evaluated = standardise_features(train_ND, train_ND + 1)
     assert train.tolist() == [[-1.0, 0.0], [1.0, 0.0]]
     assert evaluated.tolist() == [[0.0, 0.0], [2.0, 0.0]]
-
-
-@pytest.mark.parametrize("l2", [1.0, 1e-2, 1e-4])
-def test_the_linear_probe_is_scikit_learns_logistic_regression_class_by_class(l2):
-    """One L-BFGS over all classes at once, for speed, must find what one-versus-rest finds."""
-    rng = np.random.default_rng(0)
-    train_ND, eval_ND = (rng.standard_normal((count, 6)).astype(np.float32) for count in (80, 20))
-    labels_NC = (train_ND[:, :3] + rng.standard_normal((80, 3)) > 0.3).astype(np.float32)
-    scores_NC = linear_probe_scores_NC(
-        torch.from_numpy(train_ND), labels_NC, torch.from_numpy(eval_ND), l2=l2
-    )
-    for index in range(3):
-        reference = LogisticRegression(C=1 / (l2 * 80), max_iter=1000, tol=1e-8).fit(
-            train_ND, labels_NC[:, index]
-        )
-        np.testing.assert_allclose(scores_NC[:, index], reference.decision_function(eval_ND), atol=2e-2)
-
-
-@pytest.mark.parametrize("single", [False, True])
-def test_a_class_without_a_train_clip_scores_lowest_everywhere(single):
-    """It must neither break the probe nor be ranked or predicted by accident."""
-    rng = np.random.default_rng(0)
-    train_ND = torch.from_numpy(rng.standard_normal((20, 3)).astype(np.float32))
-    first_N = (np.arange(20) % 2).astype(np.float32)
-    labels_NC = np.stack([first_N, np.zeros(20), 1 - first_N], axis=1).astype(np.float32)
-    scores_NC = linear_probe_scores_NC(train_ND, labels_NC, train_ND, l2=0.1, single=single)
-    assert scores_NC[:, 1].tolist() == [scores_NC.min()] * 20
-
-
-def test_of_single_labels_the_linear_probe_is_scikit_learns_multinomial_regression():
-    """One regression over all classes: its weights are free up to what all classes share."""
-    rng = np.random.default_rng(0)
-    train_ND, eval_ND = (rng.standard_normal((count, 6)).astype(np.float32) for count in (90, 30))
-    class_N = (train_ND[:, :3] + rng.standard_normal((90, 3))).argmax(1)
-    labels_NC = np.eye(3, dtype=np.float32)[class_N]
-    train, evaluated = torch.from_numpy(train_ND), torch.from_numpy(eval_ND)
-    scores_NC = linear_probe_scores_NC(train, labels_NC, evaluated, l2=1e-2, single=True)
-    reference = LogisticRegression(C=1 / (1e-2 * 90), max_iter=1000, tol=1e-8).fit(train_ND, class_N)
-    expected_NC = reference.decision_function(eval_ND)
-    centred_NC = scores_NC - scores_NC.mean(axis=1, keepdims=True)
-    np.testing.assert_allclose(centred_NC, expected_NC - expected_NC.mean(axis=1, keepdims=True), atol=2e-2)
-
-
-@pytest.mark.parametrize("single", [False, True])
-def test_with_more_features_than_clips_the_probe_is_the_same(single):
-    """Frequency pooling has thousands of features; the weights stay in the span of the train clips."""
-    rng = np.random.default_rng(0)
-    train_ND, eval_ND = (rng.standard_normal((count, 70)).astype(np.float32) for count in (40, 20))
-    class_N = train_ND[:, :3].argmax(1)
-    labels_NC = np.eye(3, dtype=np.float32)[class_N]
-    train, evaluated = torch.from_numpy(train_ND), torch.from_numpy(eval_ND)
-    scores_NC = linear_probe_scores_NC(train, labels_NC, evaluated, l2=0.1, single=single)
-    if single:
-        reference = LogisticRegression(C=1 / (0.1 * 40), max_iter=1000, tol=1e-8).fit(train_ND, class_N)
-        expected_NC = reference.decision_function(eval_ND)
-        scores_NC = scores_NC - scores_NC.mean(axis=1, keepdims=True)
-    else:
-        fits = [
-            LogisticRegression(C=1 / (0.1 * 40), tol=1e-8).fit(train_ND, labels_N) for labels_N in labels_NC.T
-        ]
-        expected_NC = np.stack([fit.decision_function(eval_ND) for fit in fits], axis=1)
-    np.testing.assert_allclose(scores_NC, expected_NC, atol=2e-2)
-
-
-def test_noise_is_penalised_more_than_informative_features():
-    """Held-out train clips select the penalty, so it depends on how informative features are, not on their number."""
-    rng = np.random.default_rng(0)
-    labels_NC = (rng.random((200, 3)) < 0.5).astype(np.float32)
-    noise_ND = rng.standard_normal((200, 60)).astype(np.float32)
-    mixed_ND = noise_ND + np.pad(0.8 * labels_NC, ((0, 0), (0, 57)))
-    telling_ND = noise_ND[:, :4] + np.pad(2 * labels_NC, ((0, 0), (0, 1)))
-    features = [torch.from_numpy(rows_ND) for rows_ND in (mixed_ND, telling_ND)]
-    mixed_l2, telling_l2 = (choose_l2(f[:160], labels_NC[:160], f[160:], labels_NC[160:]) for f in features)
-    assert mixed_l2 > telling_l2
 
 
 def test_neighbours_vote_by_direction_not_by_length():

@@ -9,7 +9,18 @@ from evaluations import classifier_training, evaluation_protocol, probe_training
 from ajepa.evaluate.protocol import METRIC_NOTES, EvaluationProtocol, weights_digest
 
 KEYS = [
-    *["run", "recipe", "seed", "step", "checkpoint", "weights", "weights_sha256", "task", "trained_on"],
+    *[
+        "run",
+        "recipe",
+        "seed",
+        "step",
+        "checkpoint",
+        "chosen_by",
+        "weights",
+        "weights_sha256",
+        "task",
+        "trained_on",
+    ],
     *[
         "trained_with",
         "store",
@@ -20,6 +31,7 @@ KEYS = [
         "left_out",
         "folds",
         "kind",
+        "labels",
     ],
     *[
         "map",
@@ -32,7 +44,7 @@ KEYS = [
         "classifier",
         "probes",
     ],
-    *["device", "versions"],
+    *["device", "precision", "versions"],
 ]
 
 CLASSIFIER_KEYS = [
@@ -59,7 +71,7 @@ def test_a_protocol_is_read_as_it_was_written(protocol):
 
 
 def test_the_keys_and_their_order_are_those_of_the_files_that_exist():
-    """Files of format 3 are compared byte for byte, and read by other programs."""
+    """Files of format 4 are compared byte for byte, and read by other programs."""
     protocol = evaluation_protocol(classifier=classifier_training(), probes=probe_training())
     record = protocol.to_json()
     assert list(record) == KEYS

@@ -47,6 +47,8 @@ def test_the_table_shows_a_metric_that_a_score_lacks_as_a_dash():
     """One block per kind of labels: interval, chance, deviation over folds, two other metrics."""
     assert EVALUATION.format_table().splitlines() == [
         "5 eval clips of some.zarr, mean over 2 folds; run at step 6",
+        "checkpoint last, chosen by nothing: the last step",
+        "network computed in fp32, everything after it in fp32",
         "probes trained on 10 clips",
         "pooling mean, layer last",
         "[95 % of 50 resamples of the clips]",
@@ -126,3 +128,19 @@ def test_a_protocol_that_lacks_a_key_is_refused_with_its_file(tmp_path):
         RunError, match="its protocol lacks 'eval_clips'; delete the file and run ajepa-train evaluate"
     ):
         Evaluation.read_json(file)
+
+
+def test_a_result_of_format_3_is_read_with_what_it_does_not_say_unknown(tmp_path):
+    """It said neither its precision nor what chose its checkpoint; it is still compared, and still protected."""
+    file = tmp_path / EVALUATION_FILE
+    EVALUATION.save_json(file)
+    record = json.loads(file.read_text())
+    for key in ("precision", "chosen_by", "labels"):
+        del record["protocol"][key]
+    file.write_text(json.dumps(record | {"format": 3}))
+    old = Evaluation.read_json(file)
+    assert (old.protocol.precision, old.protocol.chosen_by) == (None, None)
+    assert old.scores == EVALUATION.scores
+    assert "checkpoint last, chosen by unknown: made before results said so" in old.format_table()
+    with pytest.raises(RunError, match="another protocol"):
+        refuse_overwriting(file, evaluation_protocol(store_id="abc"))

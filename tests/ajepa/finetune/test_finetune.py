@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from tiny import tiny, tiny_finetune
 from ajepa.evaluate.classifier_scores import predict_logits_NC
 from ajepa.evaluate.evaluate import evaluate_run
 from ajepa.evaluate.features import STATISTICS, clip_vectors
-from ajepa.evaluate.probes import linear_probe_scores_NC, standardise_features
+from ajepa.evaluate.linear_probe import linear_probe_scores_NC
+from ajepa.evaluate.metrics import mean_average_precision
+from ajepa.evaluate.probes import standardise_features
 from ajepa.evaluate.result import EVALUATION_FILE, Evaluation, Score
 from ajepa.evaluate.task_data import select_task_data
 from ajepa.evaluate.tasks import TASKS
@@ -28,14 +31,16 @@ from ajepa.finetune.finetune import (
     choose_head_penalty,
     finetune,
     fit_probed_head,
+    held_back_places,
     whole_clip_views,
 )
-from ajepa.finetune.setup import finetune_view
+from ajepa.finetune.setup import finetune_view, refuse_few_head_clips
 from ajepa.finetune.trainer import FinetuneTrainer
 from ajepa.model.classifier import build_classifier
 from ajepa.pretrain.pretrain import pretrain
 from ajepa.recipes.catalogue import finetune_recipe
 from ajepa.recipes.finetune import finetune_with_counts
+from ajepa.training.devices import FP32
 from ajepa.training.meter import read_compute_costs
 from ajepa.training.run import Run
 from ajepa.training.trained_run import TrainedRun
@@ -218,10 +223,10 @@ def test_what_is_measured_is_the_average_of_the_weights(store, uninterrupted, st
     measuring = FinetuneMonitor(uninterrupted, trainer, task_data, uninterrupted.identity)
     assert measuring.final_evaluation().scores == scores_of(uninterrupted)
     rows_N = task_data.eval_N
-    averaged_NC = predict_logits_NC(trainer.evaluated_model, measuring.views, rows_N, CPU, bf16=False)
+    averaged_NC = predict_logits_NC(trainer.evaluated_model, measuring.views, rows_N, CPU, precision=FP32)
     trainer.weight_average = None
     assert not np.allclose(
-        predict_logits_NC(trainer.evaluated_model, measuring.views, rows_N, CPU, bf16=False), averaged_NC
+        predict_logits_NC(trainer.evaluated_model, measuring.views, rows_N, CPU, precision=FP32), averaged_NC
     )
 
 
@@ -266,10 +271,10 @@ def test_a_probed_head_is_the_linear_probe_before_the_first_step(store, start, t
     )
     train_ND, eval_ND = standardise_features(*pairs)
     labels_NC = task_data.labels_NC(task_data.train_N)
-    probed_NC = linear_probe_scores_NC(
-        train_ND, labels_NC, eval_ND, l2=choose_head_penalty(train_ND, labels_NC, recipe.seed, single=False)
-    )
-    told_NC = predict_logits_NC(trainer.evaluated_model, views, task_data.eval_N, CPU, bf16=False)
+    held_N = held_back_places(task_data, task_data.train_N, recipe.seed)
+    l2 = choose_head_penalty(train_ND, labels_NC, held_N, single=False)
+    probed_NC = linear_probe_scores_NC(train_ND, labels_NC, eval_ND, l2=l2)
+    told_NC = predict_logits_NC(trainer.evaluated_model, views, task_data.eval_N, CPU, precision=FP32)
     np.testing.assert_allclose(told_NC, probed_NC, rtol=1e-3, atol=2e-2)
 
 
@@ -290,6 +295,33 @@ def test_a_class_that_the_probe_did_not_see_is_still_to_be_learnt(store, start):
     told_NC = vectors_ND @ weight_CD.T + bias_C
     assert not weight_CD[0].any()
     assert bias_C[0] == pytest.approx(told_NC[:, 1:].min().item(), abs=1e-4)
+
+
+def test_a_probed_head_of_12288_features_needs_no_square_of_them(store, monkeypatch):
+    """Moments of a ViT-B: scores of 12,288 unit vectors took 2.4 GB and a product of 12,288 x 12,288 on one core."""
+    task_data = select_task_data(OWN, store)
+    vectors_ND = np.random.default_rng(0).standard_normal((len(task_data.train_N), 12_288)).astype(np.float32)
+    monkeypatch.setattr("ajepa.finetune.finetune.clip_vectors", lambda *args, **options: vectors_ND)
+    model = build_classifier(tiny_finetune().model, len(task_data.classes), 0)
+    tracemalloc.start()
+    weight_CD, bias_C = fit_probed_head(model, None, task_data, 0, single=False)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 100e6
+    assert weight_CD.shape == (len(task_data.classes), 12_288)
+    labels_NC = task_data.labels_NC(task_data.train_N)
+    scores_NC = torch.from_numpy(vectors_ND) @ weight_CD.T + bias_C
+    assert mean_average_precision(labels_NC, scores_NC.numpy()).value > 0.9
+
+
+def test_a_head_that_starts_as_a_probe_needs_five_clips_and_two_sounds(store, start):
+    """Else nothing is left to choose its penalty on; the error comes before the run's folder is made."""
+    task_data = select_task_data(OWN, store)
+    with pytest.raises(
+        RunError, match=r"4 clips of 4 sounds to train on; a head that starts as a probe needs 5"
+    ):
+        refuse_few_head_clips(replace(task_data, train_N=task_data.train_N[:4]))
+    refuse_few_head_clips(replace(task_data, train_N=task_data.train_N[:5]))
 
 
 @pytest.mark.parametrize("frames", [16, 256])

@@ -6,16 +6,19 @@ import signal
 from dataclasses import replace
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from tiny import tiny, tiny_views
 from tqdm import tqdm
 
 from ajepa.evaluate.features import ClipViews, clip_vectors
+from ajepa.evaluate.linear_probe import linear_probe_scores_NC
 from ajepa.evaluate.metrics import mean_average_precision
-from ajepa.evaluate.probes import knn_scores_NC, linear_probe_scores_NC, standardise_features
+from ajepa.evaluate.probes import knn_scores_NC, standardise_features
 from ajepa.model.jepa import Jepa
 from ajepa.model.masking import Fixed, RandomPatches
+from ajepa.pretrain import monitor
 from ajepa.pretrain.monitor import (
     COLLAPSE_PATIENCE,
     HEALTH_CLIPS,
@@ -36,9 +39,11 @@ from ajepa.pretrain.pretrain import pretrain
 from ajepa.recipes.optimiser import Schedule
 from ajepa.recipes.pretrain import Pretrain
 from ajepa.report.pictures import draw_training_curves
+from ajepa.training.checkpoints import STATE_FILE
 from ajepa.training.loop import PROGRESS_FORMAT, SCORE_METRIC, progress_postfix
 from ajepa.training.meter import read_compute_costs
 from ajepa.training.run import Run
+from ajepa.training.trained_run import CHOSEN_ON_EVAL_CLIPS, TrainedRun
 from pipeline.errors import BrokenClipError, RunError, StopSignal
 from pipeline.loading.loader import Batch
 from pipeline.store.feature_store import FeatureStore
@@ -230,13 +235,15 @@ def test_monitoring_changes_neither_weights_nor_losses_by_a_bit(store_path, tmp_
     assert_same_weights(alone, uninterrupted)
     for name in ("loss", "gradient_norm", "explained"):
         assert seen(alone, name) == seen(uninterrupted, name)
-    assert not [key for line in alone.read_metrics() for key in line if key.startswith(("health", "probe"))]
+    assert not [
+        key for line in alone.read_metrics() for key in line if key.startswith(("health", "val_probe"))
+    ]
 
 
 def test_looks_are_taken_at_their_steps_and_after_the_last(uninterrupted):
     """The end of a run is what is kept, so it is measured whatever its length."""
     assert list(seen(uninterrupted, "health_rank")) == [4, 8, 12, 16, 20, 24, 28, 30]
-    assert list(seen(uninterrupted, "probe_linear_raw")) == [8, 16, 24, 30]
+    assert list(seen(uninterrupted, "val_probe_linear_raw")) == [8, 16, 24, 30]
     assert set(seen(uninterrupted, SCORE_METRIC)) == {8, 16, 24, 30}
 
 
@@ -244,7 +251,7 @@ def test_the_best_checkpoint_is_that_of_the_best_probe(uninterrupted):
     """The number that the loop compares is the mean of all that were probed."""
     scores = seen(uninterrupted, SCORE_METRIC)
     line = next(line for line in uninterrupted.read_metrics() if SCORE_METRIC in line)
-    probes = [value for key, value in line.items() if key.startswith(("probe_linear", "probe_knn"))]
+    probes = [value for key, value in line.items() if key.startswith(("val_probe_linear", "val_probe_knn"))]
     assert len(probes) == 4  # two probes on two label sets
     assert line[SCORE_METRIC] == pytest.approx(np.mean(probes))
     assert uninterrupted.best_checkpoint.score == max(scores.values())
@@ -260,19 +267,18 @@ def test_the_last_probe_is_that_of_the_last_checkpoint(store, uninterrupted):
     views = ClipViews(
         store=store, frames=64, mean=uninterrupted.identity.mean, std=uninterrupted.identity.std
     )
-    assert (len(probe.train_N), len(probe.eval_N)) == (20, 10)
-    assert set(probe.eval_N) <= set(store.good_rows(["eval"]))
-    assert not set(probe.train_N) & set(probe.eval_N)
-    train_ND, eval_ND = standardise_features(
-        clip_vectors(views, probe.train_N, encoder), clip_vectors(views, probe.eval_N, encoder)
+    assert len(probe.train_N) == 20
+    assert 0 < len(probe.val_N) <= 10
+    train_ND, val_ND = standardise_features(
+        clip_vectors(views, probe.train_N, encoder), clip_vectors(views, probe.val_N, encoder)
     )
     for name in ("raw", "unambiguous"):
-        train_NC, eval_NC = store.labels_BC(probe.train_N, name), store.labels_BC(probe.eval_N, name)
-        linear = linear_probe_scores_NC(train_ND, train_NC, eval_ND, l2=PROBE_L2)
-        nearest = knn_scores_NC(train_ND, train_NC, eval_ND)
+        train_NC, val_NC = store.labels_BC(probe.train_N, name), store.labels_BC(probe.val_N, name)
+        linear = linear_probe_scores_NC(train_ND, train_NC, val_ND, l2=PROBE_L2)
+        nearest = knn_scores_NC(train_ND, train_NC, val_ND)
         for kind, scores in (("linear", linear), ("knn", nearest)):
-            expected = mean_average_precision(eval_NC, scores).value
-            assert uninterrupted.read_metrics()[-1][f"probe_{kind}_{name}"] == pytest.approx(
+            expected = mean_average_precision(val_NC, scores).value
+            assert uninterrupted.read_metrics()[-1][f"val_probe_{kind}_{name}"] == pytest.approx(
                 expected, abs=1e-6
             )
 
@@ -294,7 +300,7 @@ def test_an_interrupted_run_sees_the_same_and_has_cost_the_same(
     monkeypatch.undo()
     assert [spent.step for spent in read_compute_costs(tmp_path / "run")] == [5, 8, 10, 14]
     run = pretrain_quietly(store_path, tmp_path / "run", monitored_recipe())
-    for name in ("health_rank", "health_content", SCORE_METRIC, "probe_knn_raw"):
+    for name in ("health_rank", "health_content", SCORE_METRIC, "val_probe_knn_raw"):
         assert seen(run, name) == seen(uninterrupted, name)
     one, other = (
         {spent.step: replace(spent, hours=0, peak_memory_gb=0) for spent in read_compute_costs(each.path)}
@@ -329,40 +335,106 @@ def test_counts_after_a_kill_are_those_of_the_checkpoint_that_is_left(store_path
     assert [spent.step for spent in read_compute_costs(run.path)].count(30) == 1
 
 
-class Unlabelled:
-    """A store as `open_training_probe` reads it: train clips, perhaps eval clips, and no label."""
+def test_no_clip_that_is_measured_chooses_a_checkpoint(store, uninterrupted):
+    """The best checkpoint was that of the best mAP on eval clips: a result on them was the highest of many draws."""
+    probe = open_training_probe(store, monitored_recipe(), uninterrupted.identity, "raise", print)
+    trained_N = store.good_rows(train_splits(store))
+    assert set(probe.train_N) | set(probe.val_N) <= set(trained_N)
+    assert not set(probe.train_N) & set(probe.val_N)
+    assert store.labels_BC(probe.val_N).any(axis=1).all()
+    trained = TrainedRun.open(uninterrupted, "best")
+    assert trained.chosen_by == f"probes on {len(probe.val_N)} held-back clips of a_train"
+    assert TrainedRun.open(uninterrupted).chosen_by == "nothing: the last step"
+
+
+class Labelled:
+    """A store as `open_training_probe` reads it: splits of these sizes, of which every clip has the only label."""
 
     location = "here.zarr"
     label_sets = ("raw",)
 
-    def __init__(self, store, splits) -> None:
-        self.manifest = store.manifest.filter(store.manifest["split"].is_in(splits))
+    def __init__(self, labelled: bool = True, **sizes: int) -> None:
+        names = [name for name, size in sizes.items() for _ in range(size)]
+        ids = [f"sound {number}" for number in range(len(names))]
+        self.manifest = pl.DataFrame({"clip_id": ids, "split": names})
+        self.labelled = labelled
 
     def good_rows(self, splits):
-        return np.arange(40)
+        return np.flatnonzero(self.manifest["split"].is_in(list(splits)).to_numpy())
+
+    def flat_labels(self, label_set):
+        rows = len(self.manifest) if self.labelled else 0
+        return np.zeros(rows, int), np.minimum(np.arange(len(self.manifest) + 1), rows)
 
     def labels_BC(self, rows_B, label_set):
-        return np.zeros((len(rows_B), 3), np.float32)
+        return np.full((len(rows_B), 1), self.labelled, np.float32)
+
+
+def test_a_split_named_val_chooses_where_there_is_one(uninterrupted):
+    """It is made for that; the eval split is left alone, whatever it is called."""
+    store = Labelled(train=50, dev=30, test=40)
+    probe = open_training_probe(store, monitored_recipe(), uninterrupted.identity, "raise", print)
+    assert set(store.manifest["split"].to_numpy()[probe.val_N]) == {"dev"}
+    assert set(store.manifest["split"].to_numpy()[probe.train_N]) == {"train"}
+    assert probe.scored_clips == "10 clips of dev"
 
 
 @pytest.mark.parametrize(
-    ("splits", "message_part"),
+    ("store", "message_part"),
     [
-        (["a_train"], "no clip of a split named eval or test"),
-        (["a_train", "eval"], "no clip to measure on has a label"),
+        (Labelled(fold1=20, fold2=20), "each of its folds is to be measured"),
+        (Labelled(labelled=False, train=40, eval=9), "0 labelled clips to train it and 0 of other sounds"),
+        (
+            Labelled(train=4, eval=9),
+            "4 labelled clips to train it and 0 of other sounds to measure it; it needs 5",
+        ),
     ],
+    ids=["folds", "unlabelled", "few"],
 )
-def test_a_store_that_cannot_be_probed_is_reported_once(store, splits, message_part):
+def test_a_store_that_cannot_be_probed_is_reported_once(store, message_part):
     """Pre-training needs no labels; that a curve will be missing is said before the first step."""
     lines = []
-    assert (
-        open_training_probe(Unlabelled(store, splits), monitored_recipe(), {}, "raise", lines.append) is None
-    )
-    assert lines == [f"here.zarr: no probe while training: {message_part}"]
-    assert (
-        open_training_probe(Unlabelled(store, splits), tiny(probe_every=0), {}, "raise", lines.append) is None
-    )
+    assert open_training_probe(store, monitored_recipe(), {}, "raise", lines.append) is None
     assert len(lines) == 1
+    assert lines[0].startswith("here.zarr: no probe while training: ")
+    assert message_part in lines[0]
+    assert open_training_probe(store, tiny(probe_every=0), {}, "raise", lines.append) is None
+    assert len(lines) == 1
+
+
+def test_a_run_that_chose_by_eval_clips_is_carried_on_by_held_back_ones(store_path, tmp_path):
+    """Its scores of before are kept for what they are: they count until there is an honest one, however high."""
+    recipe = monitored_recipe(keep_checkpoints=9)
+    started = recipe.with_counts(steps=30)
+    run = pretrain_until(store_path, tmp_path / "run", started, last_step=9)
+    for folder in run.checkpoint_folders():
+        state = json.loads((folder / STATE_FILE).read_text())
+        del state["scored_on"], state["precision"]
+        score = 0.99 if state["score"] is not None else None
+        (folder / STATE_FILE).write_text(json.dumps(state | {"format": 1, "score": score}))
+    old = TrainedRun.open(run, "best")
+    assert (old.step, old.chosen_by) == (8, CHOSEN_ON_EVAL_CLIPS)
+    finished = pretrain_quietly(store_path, tmp_path / "run", started)
+    assert finished.newest_step == 30
+    best = TrainedRun.open(finished, "best")
+    assert best.step > 8
+    assert "held-back" in best.chosen_by
+
+
+def pretrain_until(store_path, run_path, recipe, *, last_step: int) -> Run:
+    """The run as a signal at a step leaves it."""
+    log = Run.log_metrics
+
+    def log_and_ask(run, line):
+        log(run, line)
+        if line["step"] == last_step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Run, "log_metrics", log_and_ask)
+        with pytest.raises(StopSignal):
+            pretrain_quietly(store_path, run_path, recipe)
+    return Run.open(run_path)
 
 
 def test_clips_that_cannot_be_read_are_left_out_of_probes_where_that_is_allowed(
@@ -370,7 +442,8 @@ def test_clips_that_cannot_be_read_are_left_out_of_probes_where_that_is_allowed(
 ):
     """As the loaders do; and only then."""
     read_rows = FeatureStore.read
-    bad = store.good_rows(["eval"])[1]
+    recipe = replace(monitored_recipe(), probe_clips=100)
+    bad = open_training_probe(store, recipe, uninterrupted.identity, "raise", print).val_N[1]
 
     def damaged(store, rows_B, **options):
         if bad in rows_B:
@@ -378,17 +451,17 @@ def test_clips_that_cannot_be_read_are_left_out_of_probes_where_that_is_allowed(
         return read_rows(store, rows_B, **options)
 
     monkeypatch.setattr(FeatureStore, "read", damaged)
-    recipe, model = replace(monitored_recipe(), probe_clips=100), Jepa(tiny().model)
+    model = Jepa(tiny().model)
     strict, lenient = (
         open_training_probe(store, recipe, uninterrupted.identity, options, print)
         for options in ("raise", "skip")
     )
-    assert bad in strict.eval_N
+    assert bad in strict.val_N
     with pytest.raises(BrokenClipError):
         strict.measure_scores(model)
     scores = lenient.measure_scores(model)
     assert lenient.broken_rows == {bad}
-    assert 0 < scores["probe_knn_raw"] < 1
+    assert 0 < scores["val_probe_knn_raw"] < 1
 
 
 def collapsing() -> Pretrain:
@@ -428,6 +501,23 @@ def test_a_collapse_is_reported_then_saved_then_ends_the_run(store_path, tmp_pat
     with pytest.raises(StopSignal):
         pretrain_quietly(store_path, tmp_path / "run", collapsing(), on_collapse="warn")
     assert run.newest_step == looks[-1]["step"] + 1
+
+
+def test_an_encoder_wider_than_the_calibration_is_warned_of_and_not_ended(store_path, tmp_path, monkeypatch):
+    """The thresholds come from encoders of 32 to 96: a ViT-B that they do not fit would lose its night."""
+    monkeypatch.setattr(monitor, "CALIBRATED_WIDTH", 31)
+    monkeypatch.setattr(monitor, "MIN_HEALTHY_RANK", 1e9)
+    lines: list[str] = []
+    recipe = tiny(health_every=5).with_counts(steps=20)
+    run = pretrain_quietly(store_path, tmp_path / "run", recipe, say=lines.append)
+    (warning,) = [line for line in lines if "collapsing" in line]
+    assert run.newest_step == 20
+    assert (
+        "the run goes on, for these signs are calibrated on encoders up to 31 wide and this one is 32"
+        in warning
+    )
+    with pytest.raises(RunError, match="collapsed"):
+        pretrain_quietly(store_path, tmp_path / "stopped", recipe, on_collapse="stop")
 
 
 HEALTHY = {
@@ -471,8 +561,8 @@ def test_each_sign_by_itself_is_enough(name, least):
 
 
 def test_what_to_do_at_a_collapse_is_one_of_two(store_path, tmp_path):
-    """A third word is no silent default."""
-    with pytest.raises(RunError, match="on_collapse must be stop or warn, got 'cry'"):
+    """Another word is no silent default."""
+    with pytest.raises(RunError, match="on_collapse must be auto, stop, warn, got 'cry'"):
         pretrain_quietly(store_path, tmp_path / "run", tiny(), on_collapse="cry")
 
 

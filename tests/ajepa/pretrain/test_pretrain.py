@@ -340,8 +340,10 @@ def test_metrics_of_the_monitor_are_logged_at_their_step(store_path, tmp_path):
     run = Run.create_or_open(tmp_path / "run", recipe=recipe_to_json(recipe), identity=run_identity())
 
     class EveryThird:
+        scored_clips = "9 clips"
+
         def after_step(self, steps_done: int) -> dict:
-            return {} if steps_done % 3 else {"probe_map": steps_done / 10}
+            return {} if steps_done % 3 else {"val_probe_map": steps_done / 10}
 
         def before_checkpoint(self) -> None: ...
 
@@ -349,7 +351,7 @@ def test_metrics_of_the_monitor_are_logged_at_their_step(store_path, tmp_path):
 
     trainer, batch = PretrainTrainer(recipe, torch.device("cpu")), first_batch(FeatureStore.open(store_path))
     run_training_loop(run, trainer, repeat(batch), threading.Event(), progress=False, monitor=EveryThird())
-    probe_maps = {line["step"]: line.get("probe_map") for line in run.read_metrics()}
+    probe_maps = {line["step"]: line.get("val_probe_map") for line in run.read_metrics()}
     assert probe_maps == {3: 0.3, 4: None, 6: 0.6}
 
 
@@ -359,9 +361,11 @@ def test_the_best_step_by_the_monitors_probe_has_a_checkpoint_that_stays(store_p
     run = Run.create_or_open(tmp_path / "run", recipe=recipe_to_json(recipe), identity=run_identity())
 
     class Probes:
+        scored_clips = "9 clips"
+
         def after_step(self, steps_done: int) -> dict:
             score_at = {1: 0.1, 3: 0.4, 6: 0.4, 8: 0.3}
-            return {"probe_map": score_at[steps_done]} if steps_done in score_at else {}
+            return {"val_probe_map": score_at[steps_done]} if steps_done in score_at else {}
 
         def before_checkpoint(self) -> None: ...
         def stop_reason(self) -> None: ...

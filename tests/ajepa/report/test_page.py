@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,8 +24,8 @@ from ajepa.report.charts import (
     whole_number_ticks,
 )
 from ajepa.report.confusion import confused_pairs, confusion_counts
-from ajepa.report.page import RUN_PAGE_SECTIONS, logged_values_N, run_page_html
-from ajepa.report.pictures import draw_run_report
+from ajepa.report.page import RUN_PAGE_SECTIONS, curves_section, logged_values_N, run_page_html
+from ajepa.report.pictures import draw_run_report, probe_label
 from ajepa.training.run import Run
 from ajepa.training.trained_run import TrainedRun
 from pipeline.errors import RunError
@@ -116,7 +117,7 @@ def sorted_by_probe(values: list[float]) -> list[float]:
 def test_the_probe_plot_has_the_encoder_before_training(pages, run):
     """Dashed, measured by the same probes: a curve that ends below it has learnt nothing."""
     lines = Elements(pages[0]).of("line")
-    probes = [key for key in run.read_metrics()[-1] if key.startswith(("probe_linear", "probe_knn"))]
+    probes = [key for key in run.read_metrics()[-1] if key.startswith(("val_probe_linear", "val_probe_knn"))]
     assert len([line for line in lines if "base" in line["class"].split()]) == len(probes) > 0
 
 
@@ -249,3 +250,14 @@ def test_the_page_is_written_where_it_was_asked_for(run, store_path, tmp_path):
     )
     assert written[0] == tmp_path / "deep" / "page.html"
     assert all(Path(file).stat().st_size > 1000 for file in written)
+
+
+def test_probes_on_eval_clips_of_an_older_run_have_a_chart_of_their_own():
+    """A run that was carried on has both kinds of lines: one curve through them would be of two measures."""
+    lines = [{"step": 1, "probe_knn_raw": 0.2}, {"step": 2, "val_probe_knn_raw": 0.3}]
+    run = SimpleNamespace(read_metrics=lambda: lines)
+    text = curves_section(SimpleNamespace(run=run, recipe=None, store=None))
+    assert "Probes while training, on held-back clips, mAP" in text
+    assert "Probes while training, on eval clips, mAP" in text
+    assert probe_label("val_probe_knn_raw") == "knn, raw"
+    assert probe_label("probe_knn_raw") == "knn, raw (eval clips)"

@@ -8,7 +8,7 @@ import torch
 from identities import run_identity
 from safetensors import SafetensorError
 
-from ajepa.training.checkpoints import Checkpoint, write_safetensors
+from ajepa.training.checkpoints import Checkpoint, CheckpointScore, write_safetensors
 from ajepa.training.run import Run
 from pipeline.errors import RunError
 from pipeline.files import DISK_FULL_ERRNOS
@@ -134,7 +134,8 @@ def test_the_best_checkpoint_stays_until_a_better_one_is_there(tmp_path):
         (6, None, [5, 6], 5),
         (7, 0.31, [7], 7),
     ]:
-        run.save_checkpoint(checkpoint(step), keep=1, score=score)
+        scored = None if score is None else CheckpointScore(value=score, clips="9 clips")
+        run.save_checkpoint(checkpoint(step), keep=1, score=scored)
         assert steps(run) == steps_left
         assert (run.best_checkpoint.step if run.best_checkpoint else None) == best_step
     run.save_checkpoint(checkpoint(8), keep=1)
