@@ -193,7 +193,7 @@ def take_step(run: Run, trainer: StageTrainer, step: int, batch: Batch, bad_step
         metrics = trainer.train_step(step, batch)
     except BadStep as bad:
         bad_steps.count_bad_step()
-        reason = bad_steps.stop_reason()
+        reason = bad_steps.stop_reason(has_broken_clips=bad.has_broken_clips)
         if bad_steps.keeps_clips:
             folder = bad.write_to_run(run.path)
         if reason:
