@@ -197,7 +197,7 @@ def take_step(run: Run, trainer: StageTrainer, step: int, batch: Batch, bad_step
         if bad_steps.keeps_clips:
             folder = bad.write_to_run(run.path)
         if reason:
-            raise RunError(f"{bad}; its clips and draws are kept in {folder}; {reason}") from None
+            raise RunError(f"{bad}; {reason}; its clips and draws are kept in {folder}") from None
         trainer.discard_gradients()
         return {BAD_STEPS_METRIC: 1}
     bad_steps.count_good_step()
