@@ -14,7 +14,8 @@ def list_recipes() -> str:
     blocks = ["To pre-train:"]
     for name, make_pretrain in PRETRAIN_RECIPES.items():
         pretrain = make_pretrain()
-        head = f"{name}: {pretrain.steps:,} steps of {pretrain.clips_per_step} clips, mel spec {pretrain.mel}"
+        length = f"{pretrain.epochs} epochs in steps" if pretrain.epochs else f"{pretrain.steps:,} steps"
+        head = f"{name}: {length} of {pretrain.clips_per_step} clips, mel spec {pretrain.mel}"
         blocks.append(f"{head}\n{wrapped_docstring(make_pretrain)}\n  {step_memory_line(pretrain)}")
 
     # A recipe without a number of steps has a number of epochs; its steps then depend on the store.

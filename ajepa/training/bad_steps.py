@@ -65,17 +65,19 @@ class BadSteps:
         """Whether the clips and draws of the newest bad step are kept."""
         return self.stop_reason() is not None or self.in_all <= MAX_KEPT_BAD_STEPS
 
-    def stop_reason(self) -> str | None:
-        """Why the run ends at its newest bad step, and what to do next; None where it is passed over."""
+    def stop_reason(self, *, has_broken_clips: bool = False) -> str | None:
+        """Why the run ends at its newest bad step, and what to do next; None where it is passed over.
+
+        has_broken_clips  the clips of the step hold nan, which no other setting mends
+        """
+        skip = "pass over bad steps: --on-bad-step skip"
         change = (
-            "a lower rate or a shorter gradient (--set), or --precision fp32; recipe.json records the change"
+            "carry on with a lower rate or a shorter gradient (--set), or --precision fp32, which is recorded"
         )
         if self.on_bad_step == "stop":
-            return f"carry on with {change}; or pass over bad steps: --on-bad-step skip"
+            return f"or {skip}" if has_broken_clips else f"{change}; or {skip}"
         if self.in_a_row >= MAX_BAD_STEPS_IN_A_ROW:
-            return f"the {self.in_a_row}th bad step in a row is no accident; carry on with {change}"
+            return f"the {self.in_a_row}th bad step in a row is no accident; {change}"
         if self.in_all >= MAX_BAD_STEPS:
-            return (
-                f"the {self.in_all}th bad step of the run, more than are passed over; carry on with {change}"
-            )
+            return f"the {self.in_all}th bad step of the run, more than are passed over; {change}"
         return None

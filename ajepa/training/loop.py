@@ -229,11 +229,11 @@ def read_step(run: Run, started: StartedStep, bad_steps: BadSteps) -> Json:
         metrics = started.read_metrics()
     except BadStep as bad:
         bad_steps.count_bad_step()
-        reason = bad_steps.stop_reason()
+        reason = bad_steps.stop_reason(has_broken_clips=bad.has_broken_clips)
         if bad_steps.keeps_clips:
             folder = bad.write_to_run(run.path)
         if reason:
-            raise RunError(f"{bad}; its clips and draws are kept in {folder}; {reason}") from None
+            raise RunError(f"{bad}; {reason}; its clips and draws are kept in {folder}") from None
         return {BAD_STEPS_METRIC: 1}
     bad_steps.count_good_step()
     return metrics

@@ -45,6 +45,11 @@ class BadStep(RunError):
         self.record = record
         self.tensors = tensors
 
+    @property
+    def has_broken_clips(self) -> bool:
+        """Whether clips of the step, of any rank, hold nan or inf."""
+        return bool(self.record.get("rows_with_nan_or_inf"))
+
     def write_to_run(self, run_path: Path) -> Path:
         """Write record and tensors to the run's `bad-step-STEP/`, a pair of files for each rank; that folder."""
         # The number of the step as it would be logged, counted from 1.

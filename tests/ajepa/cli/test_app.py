@@ -85,6 +85,11 @@ def test_a_run_is_trained_evaluated_and_drawn(store_path, tmp_path, monkeypatch,
         (["--recipe", "smoke", "--set", "model.dept=1"], "model (JepaSpec) has no field 'dept'"),
         (["--recipe", "a-jepa", "--batch", "30"], "0.02 GB free; not one clip would fit: try --recompute"),
         (["--recipe", "smoke", "--precision", "fp16"], "--precision fp16: computes on CUDA devices only"),
+        (["--recipe", "smoke", "--steps", "5", "--epochs", "2"], "steps 5 and epochs 2 are two lengths"),
+        (
+            ["--recipe", "smoke", "--from", "nowhere"],
+            "nowhere: no such run or file; expected a run, an export",
+        ),
         (["--store-weight", "0.7"], "1 store weights for 1 stores; give one for each of two or more"),
         (["--window", "8"], "window 8 is of no use to a full shuffle; add --shuffle block"),
         pytest.param(["--recipe", "smoke", "--device", "cuda"], "no CUDA device here", marks=NO_CUDA),
@@ -114,6 +119,22 @@ def test_what_is_set_stands_in_the_run_and_is_compared_on_resume(store_path, tmp
     capsys.readouterr()
     assert run(*asked, *first[:2], monkeypatch=monkeypatch) == 1
     assert "recipe.mask_sets: was 2, now 1" in capsys.readouterr().err
+
+
+def test_epochs_a_source_and_bad_steps_reach_the_run(store_path, tmp_path, monkeypatch, capsys):
+    """A second stage by the command line: its length in epochs, its weights from the first stage."""
+    first = wish(store_path, tmp_path / "first", "--recipe", "smoke", "--steps", 1)
+    assert run(*first, monkeypatch=monkeypatch) == 0
+    more = ["--recipe", "smoke", "--epochs", 1, "--from", tmp_path / "first", "--from-checkpoint", "1"]
+    second = wish(store_path, tmp_path / "second", *more, "--on-bad-step", "skip")
+    assert run(*second, monkeypatch=monkeypatch) == 0
+    told = capsys.readouterr().err
+    assert f"begins with encoder, target, predictor of {tmp_path / 'first'} at step 1" in told
+    assert "1 epochs of" in told
+    trained = Run.open(tmp_path / "second")
+    assert trained.recipe["epochs"] == 1
+    assert trained.identity.warm_start.step == 1
+    assert run(*second, monkeypatch=monkeypatch) == 0
 
 
 def test_compilation_and_recomputation_reach_the_model(store_path, tmp_path, monkeypatch):

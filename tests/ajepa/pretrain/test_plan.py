@@ -23,7 +23,7 @@ def plan_of(recipe, clips: int) -> list[str]:
 
 
 def test_the_plan_of_a_jepa_on_20_k_clips_is_its_24_epochs():
-    """It would have been 2,430 epochs without a word."""
+    """It would have been 2,501 epochs without a word."""
     length, schedule = plan_of(a_jepa_recipe(), 20_000)
     assert length == (
         "plan: 936 steps of 512 clips, 479,232 clips in all, 24 epochs of 20,000 clips; "

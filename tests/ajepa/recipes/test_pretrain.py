@@ -97,7 +97,7 @@ def test_a_jepa_sees_audioset_24_times():
 
 @pytest.mark.parametrize("name", ["a-jepa", "a-jepa-s", "a-jepa-l"])
 def test_a_recipe_of_epochs_has_as_many_on_any_store(name):
-    """The steps of AudioSet-2M are 2,430 epochs of 20,000 clips; the curriculum follows the length."""
+    """The steps of AudioSet-2M are 2,501 epochs of 20,000 clips; the curriculum follows the length."""
     recipe = pretrain_recipe(name).with_step_count(20_000 // 512)
     assert (recipe.steps, recipe.epochs) == (24 * 39, 24)
     assert isinstance(recipe.masks, Curriculum)

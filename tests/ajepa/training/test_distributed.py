@@ -50,7 +50,8 @@ def test_two_ranks_take_the_steps_of_one_process(store_path, tmp_path, single_pr
         assert both == [both[0], first[1] + second[1], first[2] + second[2]]
         assert first[2] != second[2]
         assert not set(first[1]) & set(second[1])
-    (start_line,) = [line for line in lines if line]  # no warning, and no word of the other rank
+    *plan, start_line = [line for line in lines if line]  # no warning, and no word of the other rank
+    assert [line.partition("plan: ")[2][:7] for line in plan] == ["8 steps", "0 steps"]
     assert start_line.startswith(f"{run.path}: step 0 of 8")
     assert start_line.endswith("on 2 ranks")
     assert len(list((run.path / "tensorboard").iterdir())) == 1
