@@ -366,11 +366,12 @@ class PretrainTrainer(Trainer):
         # The mean context tokens of all views of the step.
         all_ND = self.world.gather_from_ranks(mean_ND).requires_grad_()
 
-        # The loss, and its gradients.
+        # The loss, and its gradients. The projector gets a view: hooks on modules, such as those of PyTorch's FLOP
+        # counter, refuse inputs that gradients are asked for directly.
         with torch.autocast(self.device.type, enabled=False):
             self.clip_figures = clip_loss(
                 self.projector,
-                all_ND,
+                all_ND.view_as(all_ND),
                 has_sound_A,
                 copy_to_device(draws.direction_PK, self.device),
                 views=self.recipe.crops * self.recipe.mask_sets,
