@@ -27,7 +27,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
-from tqdm import tqdm
 
 from ajepa.embed.embedder import WINDOWS_PER_BATCH, Embedder, Embedding
 from ajepa.embed.windows import SoundStream, open_ahead
@@ -44,6 +43,7 @@ from pipeline.errors import AudioError, InputError, RunError
 from pipeline.files import PARTIAL_SUFFIX, lock_output_file, replacing_file, sync_to_disk
 from pipeline.messages import print_to_stderr
 from pipeline.object_store import is_remote_url
+from pipeline.progress import open_progress
 from pipeline.store.feature_store import FeatureStore
 from pipeline.tables import DAMAGED_TABLE_ERRORS, TABLE_METADATA_KEY, describe_table_damage
 
@@ -204,8 +204,7 @@ def write_embedding_table(
 
         # Embed and write the remaining sounds, part by part.
         openers = open_ahead((job.row_opener(number) for number in range(written, total)), workers)
-        bar_options = {"unit": "sound", "disable": not progress, "dynamic_ncols": True, "mininterval": 0.5}
-        with tqdm(total=total, initial=written, **bar_options) as bar:
+        with open_progress(total, label="embed", unit="sound", shown=progress, initial=written) as bar:
             while written < total:
                 results = []
                 part = openers_of_part(openers)

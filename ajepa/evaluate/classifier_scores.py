@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ajepa.evaluate.features import CLIPS_PER_READ, ClipViews
+from ajepa.evaluate.features import ClipViews, iterate_views
 from ajepa.evaluate.metrics import resample_count
 from ajepa.evaluate.protocol import (
     ClassifierTraining,
@@ -167,9 +167,11 @@ def shared_classes(identity: TaskIdentity, store: FeatureStore) -> tuple[ClassLi
     return ClassList(mids=shared_mids, names=shared_names), merge_SC[:, shared_C]
 
 
-def held_out_scores(trained: TrainedRun, task_data: TaskData, device: torch.device) -> HeldOutScores:
+def held_out_scores(
+    trained: TrainedRun, task_data: TaskData, device: torch.device, *, progress: bool = False
+) -> HeldOutScores:
     """The logits of a run's classifier for the eval clips of the task data, restricted to the task data's classes."""
-    logits_NC = classifier_logits_NC(trained, task_data.store, task_data.eval_N, device)
+    logits_NC = classifier_logits_NC(trained, task_data.store, task_data.eval_N, device, progress=progress)
 
     # The network has an output for every class of the run; the store may lack some
     place_of = {mid: place for place, mid in enumerate(trained.run.task_identity.classes)}
@@ -178,24 +180,34 @@ def held_out_scores(trained: TrainedRun, task_data: TaskData, device: torch.devi
 
 
 def classifier_logits_NC(
-    trained: TrainedRun, store: FeatureStore, rows_N: np.ndarray, device: torch.device
+    trained: TrainedRun,
+    store: FeatureStore,
+    rows_N: np.ndarray,
+    device: torch.device,
+    *,
+    progress: bool = False,
 ) -> np.ndarray:
     """Logits of a run's classifier for whole clips of a store, normalised by the run's own mean and deviation."""
     identity = trained.run.identity
     frames = trained.finetune_recipe.model.frames
     views = ClipViews(store=store, frames=frames, mean=identity.mean, std=identity.std)
     bf16 = pick_precision("auto", device).is_half
-    return predict_logits_NC(trained.classifier(device), views, rows_N, device, bf16=bf16)
+    return predict_logits_NC(trained.classifier(device), views, rows_N, device, bf16=bf16, progress=progress)
 
 
 def predict_logits_NC(
-    model: Classifier, views: ClipViews, rows_N: np.ndarray, device: torch.device, *, bf16: bool
+    model: Classifier,
+    views: ClipViews,
+    rows_N: np.ndarray,
+    device: torch.device,
+    *,
+    bf16: bool,
+    progress: bool = False,
 ) -> np.ndarray:
     """One logit per class for each clip, float32 `NC`; the model is set to evaluation mode, so nothing is random."""
     model.train(False)
     logits = []
-    for start in range(0, len(rows_N), CLIPS_PER_READ):
-        mel_BVTF, n_frames_BV = views.read_views(rows_N[start : start + CLIPS_PER_READ])
+    for mel_BVTF, n_frames_BV in iterate_views(views, rows_N, "classifier" if progress else None):
         logits.append(average_view_logits_BC(model, mel_BVTF, n_frames_BV, device, bf16=bf16).numpy())
     return np.concatenate(logits)
 

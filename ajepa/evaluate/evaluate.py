@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ajepa.evaluate.classifier_scores import (
     classifier_evaluation,
@@ -51,6 +50,7 @@ from ajepa.training.run import RECIPE_FILE, Json, Run
 from ajepa.training.trained_run import TrainedRun
 from pipeline.errors import RunError
 from pipeline.messages import suggest_known
+from pipeline.progress import track_progress
 from pipeline.store.feature_store import FeatureStore
 
 PROBE_NOTES: Json = {
@@ -134,7 +134,7 @@ def evaluate_run(
     elif pooling != DEFAULT_POOLING or layer != LAST_LAYER:
         raise RunError(f"{run_path}: pooling and layer are for probes on its encoder; add --probe linear")
     else:
-        evaluation = evaluate_classifier(options)
+        evaluation = evaluate_classifier(options, progress=progress)
     evaluation.save_json(file)
     return evaluation
 
@@ -187,7 +187,7 @@ class ProbeOptions:
                 raise RunError(f"probe {name!r} is unknown; {suggest_known(name, PROBE_TITLES)}")
 
 
-def evaluate_classifier(options: EvaluateOptions) -> Evaluation:
+def evaluate_classifier(options: EvaluateOptions, *, progress: bool = False) -> Evaluation:
     """Measure the classifier of a fine-tuned run on held-out clips."""
     trained = TrainedRun.open(options.run, options.checkpoint)
     task_data = held_out_task_data(options.run, options.store)
@@ -203,7 +203,7 @@ def evaluate_classifier(options: EvaluateOptions) -> Evaluation:
         kind=options.kind,
     )
     options.refuse_lost_result(protocol)
-    scores = held_out_scores(trained, task_data, options.device)
+    scores = held_out_scores(trained, task_data, options.device, progress=progress)
     return classifier_evaluation(protocol, [scores], kind=options.kind, label_sets=options.label_sets)
 
 
@@ -309,11 +309,13 @@ def score_probes(
         probe_names = [
             name for name in probing.probe_names if name != "attentive" or features_name != STATISTICS
         ]
-        bar = tqdm(
-            [(true_labels, probe) for true_labels in label_sets for probe in probe_names],
-            desc=f"{features_name}: probes",
-            disable=None if probing.progress else True,
-            unit="probes",
+        fits = [(true_labels, probe) for true_labels in label_sets for probe in probe_names]
+        bar = track_progress(
+            fits,
+            len(fits),
+            label=f"{features_name}: probes",
+            unit="probe",
+            shown=probing.progress,
             leave=False,
         )
         for true_labels, probe in bar:

@@ -1,7 +1,6 @@
 """The training loop of every stage: steps in order, metrics and checkpoints written, stop signals obeyed."""
 
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,8 +8,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
-
-from tqdm import tqdm
 
 from ajepa.training.checkpoints import Checkpoint
 from ajepa.training.distributed import SINGLE_PROCESS, World
@@ -20,11 +17,13 @@ from ajepa.training.tensorboard import open_event_writer, write_scalars
 from ajepa.training.trainer import BadStep, TrainRecipe
 from pipeline.errors import STOP_SIGNALS, RunError, StopSignal
 from pipeline.loading.loader import Batch
+from pipeline.progress import open_progress
 
 SCORE_METRIC = "probe_map"  # the logged metric by which checkpoints are compared; the higher, the better
 
 EVENTS_FOLDER = "tensorboard"
 
+# On a terminal: within 80 columns.
 PROGRESS_FORMAT = "{n_fmt}/{total_fmt}|{bar}|ETA {remaining}{postfix}"
 
 
@@ -105,7 +104,15 @@ def run_training_loop(
     event_writer = None
     if world.is_main:
         event_writer = open_event_writer(run.path / EVENTS_FOLDER, first_step + 1)
-    bar = progress_bar(first_step, recipe.steps, shown=progress and world.is_main)
+    bar = open_progress(
+        recipe.steps,
+        label=str(run.path),
+        unit="step",
+        shown=progress and world.is_main,
+        initial=first_step,
+        mininterval=0.2,
+        bar_format=PROGRESS_FORMAT,
+    )
     with event_writer or nullcontext(), bar:
         for step in range(first_step, recipe.steps):
             # Wait for the clips of the step, and take it.
@@ -207,19 +214,6 @@ def is_best_score(run: Run, observed: Json) -> bool:
         return False
     best = run.best_checkpoint
     return best is None or observed[SCORE_METRIC] > best.score
-
-
-def progress_bar(first_step: int, steps: int, *, shown: bool) -> tqdm:
-    """A progress line with the time left, within 80 columns; where stderr is a file, one line in 15 seconds."""
-    seconds_between = 0.2 if sys.stderr.isatty() else 15.0
-    return tqdm(
-        total=steps,
-        initial=first_step,
-        disable=not shown,
-        dynamic_ncols=True,
-        mininterval=seconds_between,
-        bar_format=PROGRESS_FORMAT,
-    )
 
 
 def progress_postfix(line: Json) -> str:

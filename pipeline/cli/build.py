@@ -1,6 +1,5 @@
 """The commands of ajepa-data that build stores: one per data set, all with the same options for the build."""
 
-import sys
 from collections.abc import Callable, Iterator
 from inspect import signature
 from pathlib import Path
@@ -182,19 +181,9 @@ def print_build_result(
 
 def decoding_progress(clips: int, rows: Iterator[int]) -> Iterator[int]:
     """Yield the rows, with a progress bar on a terminal, or a line every 30 s in a log."""
-    from tqdm import tqdm
+    from pipeline.progress import track_progress
 
-    # In a log, every update is a line of its own.
-    seconds_between = 0.1 if sys.stderr.isatty() else 30
-    yield from tqdm(
-        rows,
-        total=clips,
-        unit="clip",
-        desc="decode",
-        smoothing=0.05,
-        dynamic_ncols=True,
-        mininterval=seconds_between,
-    )
+    yield from track_progress(rows, clips, label="decode", unit="clip", smoothing=0.05)
 
 
 @build_command
@@ -304,7 +293,7 @@ def build_fsd50k(
 
 
 def opening_progress(files: int, stream: Iterator[Any]) -> Iterator[Any]:
-    """Yield the sounds of a stream, which opens each to find its length; with a progress bar on a terminal."""
-    from tqdm import tqdm
+    """Yield the sounds of a stream, which opens each to find its length; with a progress bar, or lines in a log."""
+    from pipeline.progress import track_progress
 
-    yield from tqdm(stream, total=files, unit="file", desc="open", disable=None)
+    yield from track_progress(stream, files, label="open", unit="file")
