@@ -35,7 +35,7 @@ from ajepa.training.trained_run import TrainedRun
 from pipeline.errors import RunError
 from pipeline.labels.ontology import ClassList
 from pipeline.store.feature_store import FeatureStore
-from pipeline.store.splits import FOLD_PATTERN, probe_eval_splits
+from pipeline.store.splits import FOLD_PATTERN, evaluation_split_names, probe_eval_splits
 
 VIEWS_NOTE = (
     "the whole clip in views of the model's length; logits are means over them, weighted by valid frames"
@@ -78,8 +78,8 @@ def held_out_task_data(run: Run, store: FeatureStore) -> TaskData:
     """The clips of a store that measure a fine-tuned run's classifier, and the classes that run and store share.
 
     If the store has the run's own splits (`run_splits_in_store`), the clips are those of the run's eval splits.
-    In another store they are those of the store's evaluation splits, or of all folds. RunError if run and store share
-    no class, or if no clip has a shared class.
+    In another store they are those of the store's evaluation splits, or of all splits if none is for evaluation: none
+    of them trained the classifier. RunError if run and store share no class, or if no clip has a shared class.
     """
     # The splits to train on and to measure
     splits = sorted(store.manifest["split"].unique())
@@ -87,7 +87,7 @@ def held_out_task_data(run: Run, store: FeatureStore) -> TaskData:
     run_splits = run_splits_in_store(run, store)
     if run_splits is not None:
         train_names, eval_names = run_splits
-    elif all(FOLD_PATTERN.fullmatch(split) for split in splits):
+    elif not evaluation_split_names(splits):
         eval_names = tuple(splits)
     else:
         eval_names = tuple(probe_eval_splits(store))

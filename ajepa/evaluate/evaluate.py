@@ -49,7 +49,7 @@ from ajepa.training.devices import pick_device
 from ajepa.training.run import RECIPE_FILE, Json, Run
 from ajepa.training.trained_run import TrainedRun
 from pipeline.errors import RunError
-from pipeline.messages import suggest_known
+from pipeline.messages import print_to_stderr, suggest_known
 from pipeline.progress import track_progress
 from pipeline.store.feature_store import FeatureStore
 
@@ -216,6 +216,9 @@ def evaluate_probes(options: EvaluateOptions, probing: ProbeOptions) -> Evaluati
     spec = trained.encoder_spec(TO_PROBE)
     all_splits = choose_probe_splits(run, store, trained.recipe.seed, probing.train_clips)
     splits = all_splits.drop_unlabelled(store)
+    if probing.progress:
+        for note in splits.notes:
+            print_to_stderr(note)
     label_sets = [
         TrueLabels.from_labels(name, store.labels_BC(splits.rows_N, name), options.kind, store.location)
         for name in options.label_sets or store.label_sets

@@ -177,6 +177,8 @@ def test_a_store_without_a_clip_to_train_on_is_refused(store_path, corpus, tmp_p
     [
         (["eval", "test", "train"], ["eval"]),
         (["test", "train", "val"], ["test"]),
+        (["train", "val"], ["val"]),
+        (["dev", "train"], ["dev"]),
         (["a-test", "b-eval", "c"], None),
     ],
 )
@@ -189,7 +191,9 @@ def test_probes_are_measured_on_eval_or_else_on_what_is_held_out(splits, measure
 
 def test_a_store_without_anything_to_measure_on_says_so():
     """Rather than measuring on what was trained on."""
-    with pytest.raises(RunError, match=r"a\.zarr: no split to evaluate on, none of train, val is named"):
+    with pytest.raises(
+        RunError, match=r"a\.zarr: no split to evaluate on, none of more, train .* --holdout 0\.2"
+    ):
         probe_eval_splits(
-            SimpleNamespace(location="a.zarr", manifest=pl.DataFrame({"split": ["train", "val"]}))
+            SimpleNamespace(location="a.zarr", manifest=pl.DataFrame({"split": ["train", "more"]}))
         )
