@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +31,7 @@ from torch import Tensor
 from ajepa.embed.embedder import WINDOWS_PER_BATCH, Embedder, Embedding
 from ajepa.embed.windows import SoundStream, open_ahead
 from ajepa.training.run import Json, setting_differences
+from pipeline.audio.mel_spec import MelSpec
 from pipeline.audio.sources import (
     ARCHIVE_KINDS,
     MEMBER_SEPARATOR,
@@ -67,6 +68,15 @@ STORE_MARKER_FILE = "zarr.json"
 PARQUET_OPTIONS: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
 
 
+class SoundReader(Protocol):
+    """A model as its jobs see it: `Embedder` or `Predictor`, each of which reads sounds with its own front end."""
+
+    @property
+    def mel(self) -> MelSpec: ...
+    def file_opener(self, locator: SoundLocator) -> Callable[[], SoundStream]: ...
+    def row_opener(self, store: FeatureStore, row: int) -> Callable[[], SoundStream]: ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SoundRow:
     """The columns of a sound's row that are known before the sound is read."""
@@ -85,7 +95,7 @@ class EmbeddingJob:
     source_identity: Json
 
     @classmethod
-    def from_store(cls, store: FeatureStore, model: Embedder) -> "EmbeddingJob":
+    def from_store(cls, store: FeatureStore, model: SoundReader) -> "EmbeddingJob":
         """Return the job for all good clips of a store; RunError if there are none or the mel spec does not match."""
         store.refuse_other_front_end(model.mel, "the model needs")
         rows_N = store.good_rows()
@@ -112,7 +122,7 @@ class EmbeddingJob:
         )
 
     @classmethod
-    def from_locations(cls, locations: Sequence[str], model: Embedder) -> "EmbeddingJob":
+    def from_locations(cls, locations: Sequence[str], model: SoundReader) -> "EmbeddingJob":
         """Return the job for files and all sounds in folders and archives; InputError if a location has none."""
         locators = [locator for location in locations for locator in sounds_at_location(location)]
         paths = [sound_path(locator) for locator in locators]
@@ -124,7 +134,7 @@ class EmbeddingJob:
         )
 
 
-def make_embedding_job(locations: Sequence[str], model: Embedder, **store_options: Any) -> EmbeddingJob:
+def make_embedding_job(locations: Sequence[str], model: SoundReader, **store_options: Any) -> EmbeddingJob:
     """Return the job for one store, opened with its options, or for files, folders and archives; raises InputError."""
     stores = [location for location in locations if is_store(location)]
     if stores and len(locations) > 1:
