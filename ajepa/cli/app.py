@@ -12,6 +12,7 @@ from ajepa.cli.options import (
     BatchOption,
     DeviceOption,
     LoaderOption,
+    LoggerOption,
     MicroBatchOption,
     NewRunOption,
     OnBrokenOption,
@@ -50,6 +51,7 @@ def pretrain(
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     loader: LoaderOption = "dali",
+    logger: LoggerOption = None,
     recompute: RecomputeOption = False,
     compiled: Annotated[
         bool,
@@ -119,6 +121,7 @@ def pretrain(
             compiled=compiled,
             on_broken=on_broken,
             on_collapse=on_collapse,
+            loggers=tuple(logger or ()),
             progress=True,
         )
 

@@ -12,6 +12,7 @@ from ajepa.cli.options import (
     BatchOption,
     DeviceOption,
     LoaderOption,
+    LoggerOption,
     MicroBatchOption,
     NewRunOption,
     OnBrokenOption,
@@ -70,6 +71,7 @@ def finetune(
     loader: LoaderOption = "dali",
     recompute: RecomputeOption = False,
     on_broken: OnBrokenOption = "raise",
+    logger: LoggerOption = None,
     cache: CacheFolder = None,
     cache_gb: CacheSizeGb = DEFAULT_CACHE_GB,
 ) -> None:
@@ -118,6 +120,7 @@ def finetune(
             "loader": loader,
             "recompute": recompute,
             "on_broken": on_broken,
+            "loggers": tuple(logger or ()),
             "progress": True,
         }
 

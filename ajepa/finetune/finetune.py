@@ -3,7 +3,7 @@
 The head may start as the linear probe on the frozen encoder, before any step (`fit_probed_head`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +38,7 @@ from ajepa.recipes.finetune import Finetune
 from ajepa.training.devices import PrecisionName, pick_precision
 from ajepa.training.distributed import SINGLE_PROCESS, join_ranks
 from ajepa.training.flops import classifier_step_cost
+from ajepa.training.loggers import refuse_missing_loggers
 from ajepa.training.loop import (
     TrainingMonitor,
     catch_stop_signals,
@@ -75,6 +76,7 @@ def finetune(
     loader: Literal["dali", "plain"] = "dali",
     recompute: bool = False,
     on_broken: Literal["raise", "skip"] = "raise",
+    loggers: Sequence[str] = (),
     progress: bool = False,
     say: Callable[[str], None] = print_to_stderr,
 ) -> Run:
@@ -92,6 +94,7 @@ def finetune(
     """
     with join_ranks() as world:
         tell = world.main_rank_only(say)
+        refuse_missing_loggers(loggers)
 
         # Fit data, recipe and device to each other; what does not fit is refused before the run's folder is made.
         setup = prepare_finetune(
@@ -112,7 +115,9 @@ def finetune(
 
             # Train and measure while no other process can write to the run.
             with open_run(world, run_path, recipe_to_json(setup.recipe), setup.identity) as (run, first_step):
-                steps_done = train_and_measure(setup, run, first_step, batches, progress=progress, say=tell)
+                steps_done = train_and_measure(
+                    setup, run, first_step, batches, loggers=loggers, progress=progress, say=tell
+                )
 
         # A run that was interrupted ends as one, once its folder is unlocked.
         raise_if_interrupted(run, steps_done, setup.recipe.steps, tell)
@@ -125,6 +130,7 @@ def train_and_measure(
     first_step: int,
     batches: Loader,
     *,
+    loggers: Sequence[str] = (),
     progress: bool,
     say: Callable[[str], None],
 ) -> int:
@@ -158,7 +164,9 @@ def train_and_measure(
     monitor = FinetuneMonitor(run, trainer, setup.task_data, setup.identity) if is_main else None
     steps_done = first_step
     if not is_trained:
-        steps_done = take_remaining_steps(run, trainer, first_step, batches, monitor, progress=progress)
+        steps_done = take_remaining_steps(
+            run, trainer, first_step, batches, monitor, loggers=loggers, progress=progress
+        )
 
     # Keep the scores of the last step. torchrun terminates all ranks when one ends: the others wait.
     if monitor and steps_done >= setup.recipe.steps:
@@ -174,6 +182,7 @@ def take_remaining_steps(
     batches: Loader,
     monitor: TrainingMonitor | None,
     *,
+    loggers: Sequence[str] = (),
     progress: bool,
 ) -> int:
     """Run the training loop from `first_step` to the recipe's last step or a stop signal; the steps done."""
@@ -185,6 +194,7 @@ def take_remaining_steps(
             stop,
             progress=progress,
             monitor=monitor,
+            loggers=loggers,
             world=trainer.world,
         )
 

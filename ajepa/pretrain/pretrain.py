@@ -1,7 +1,7 @@
 """Pre-training: a recipe trained on stores, from the checks before the first step to the last one."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,6 +16,7 @@ from ajepa.recipes.catalogue import recipe_to_json
 from ajepa.recipes.pretrain import Pretrain
 from ajepa.training.devices import Precision, PrecisionName, pick_device, pick_precision
 from ajepa.training.distributed import World, join_ranks
+from ajepa.training.loggers import refuse_missing_loggers
 from ajepa.training.loop import catch_stop_signals, open_run, raise_if_interrupted, run_training_loop
 from ajepa.training.memory import refuse_large_pretrain
 from ajepa.training.run import Run
@@ -45,6 +46,7 @@ def pretrain(
     compiled: bool = False,
     on_broken: Literal["raise", "skip"] = "raise",
     on_collapse: OnCollapse = "stop",
+    loggers: Sequence[str] = (),
     progress: bool = False,
     say: Callable[[str], None] = print_to_stderr,
 ) -> Run:
@@ -61,6 +63,7 @@ def pretrain(
     compiled      see `Jepa.compile_stacks`
     on_broken     skip: another clip of its rank's step stands in for one that cannot be read; `skipped` in the
                   metrics counts them since the line before
+    loggers       wandb, mlflow: also send the metrics there (`ajepa.training.loggers`)
     on_collapse   stop: a run that collapses (see `collapse_signs`) writes a checkpoint and ends with RunError
 
     SIGINT, SIGTERM and SIGUSR1 to any rank end the step at hand, write a checkpoint and raise StopSignal. RunError
@@ -68,6 +71,7 @@ def pretrain(
     """
     with join_ranks() as world:
         tell = world.main_rank_only(say)
+        refuse_missing_loggers(loggers)
 
         # Fit data, recipe and device to each other; what does not fit is refused before the run's folder is made.
         setup = prepare_pretrain(
@@ -107,6 +111,7 @@ def pretrain(
                     batches,
                     on_broken=on_broken,
                     on_collapse=on_collapse,
+                    loggers=loggers,
                     progress=progress,
                     say=say,
                 )
@@ -202,6 +207,7 @@ def take_remaining_steps(
     *,
     on_broken: Literal["raise", "skip"],
     on_collapse: OnCollapse,
+    loggers: Sequence[str],
     progress: bool,
     say: Callable[[str], None],
 ) -> int:
@@ -240,6 +246,7 @@ def take_remaining_steps(
             progress=progress,
             monitor=monitor,
             keep_every=setup.recipe.keep_every,
+            loggers=loggers,
             world=setup.world,
         )
 

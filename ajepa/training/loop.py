@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
@@ -11,17 +11,15 @@ from typing import Any, Protocol
 
 from ajepa.training.checkpoints import Checkpoint
 from ajepa.training.distributed import SINGLE_PROCESS, World
+from ajepa.training.loggers import MetricWriters
 from ajepa.training.run import Json, Run
 from ajepa.training.run_identity import RunIdentity
-from ajepa.training.tensorboard import open_event_writer, write_scalars
 from ajepa.training.trainer import BadStep, TrainRecipe
 from pipeline.errors import STOP_SIGNALS, RunError, StopSignal
 from pipeline.loading.loader import Batch
 from pipeline.progress import open_progress
 
 SCORE_METRIC = "probe_map"  # the logged metric by which checkpoints are compared; the higher, the better
-
-EVENTS_FOLDER = "tensorboard"
 
 # On a terminal: within 80 columns.
 PROGRESS_FORMAT = "{n_fmt}/{total_fmt}|{bar}|ETA {remaining}{postfix}"
@@ -83,6 +81,7 @@ def run_training_loop(
     progress: bool,
     monitor: TrainingMonitor | None = None,
     keep_every: int = 0,
+    loggers: Sequence[str] = (),
     world: World = SINGLE_PROCESS,
 ) -> int:
     """Take every step after the run's checkpoint, to the recipe's last or until `stop` is set; the steps done.
@@ -103,7 +102,7 @@ def run_training_loop(
     shown: Json = {}
     event_writer = None
     if world.is_main:
-        event_writer = open_event_writer(run.path / EVENTS_FOLDER, first_step + 1)
+        event_writer = MetricWriters(run, first_step, loggers)
     bar = open_progress(
         recipe.steps,
         label=str(run.path),
@@ -132,7 +131,7 @@ def run_training_loop(
             if event_writer is not None and is_logged:
                 line = {"step": steps_done, **metrics, **clock.read_and_reset(), **observed}
                 run.log_metrics(line)
-                write_scalars(event_writer, steps_done, line)
+                event_writer.write(steps_done, line)
                 shown |= line
                 bar.set_postfix_str(progress_postfix(shown), refresh=False)
             bar.update()
