@@ -18,7 +18,14 @@ def embed(
         list[str], typer.Argument(help="Audio files, folders and archives; or one store.", show_default=False)
     ],
     model: ModelOption,
-    out: Annotated[Path, typer.Option(help="Parquet table to write or carry on.", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Table to write or carry on: .parquet, .csv or .jsonl.",
+            show_default=False,
+            callback=check_table_path,
+        ),
+    ],
     checkpoint: CheckpointOption = "last",
     frames: Annotated[bool, typer.Option("--frames", help="Also one vector a time column.")] = False,
     pooling: PoolingOption = "mean",
@@ -32,7 +39,7 @@ def embed(
     cache: CacheFolder = None,
     cache_gb: CacheSizeGb = DEFAULT_CACHE_GB,
 ) -> None:
-    """Embed sounds as rows of a Parquet table.
+    """Embed sounds as rows of a table.
 
     Sounds may have any length, rate and container. The same command again carries on. A sound that cannot be used
     gets a row without an embedding, with the reason; status 1 if no sound can be used.
@@ -40,7 +47,13 @@ def embed(
     Example: ajepa-train embed sounds/ --model runs/a --out emb.parquet
     """
     from ajepa.embed import embedder
-    from ajepa.embed.table import make_embedding_job, summarise_table, write_embedding_table
+    from ajepa.embed.table import (
+        convert_embedding_table,
+        make_embedding_job,
+        parquet_table_path,
+        summarise_table,
+        write_embedding_table,
+    )
 
     loaded_embedder = embedder.load(
         model,
@@ -51,10 +64,14 @@ def embed(
         overlap=overlap,
     )
     job = make_embedding_job(sounds, loaded_embedder, cache=cache, cache_gb=cache_gb)
+    table = parquet_table_path(out, frames=frames)
     counts = write_embedding_table(
-        loaded_embedder, job, out, frames=frames, batch=batch, workers=workers, progress=True
+        loaded_embedder, job, table, frames=frames, batch=batch, workers=workers, progress=True
     )
-    print(summarise_table(out, counts))
+    print(summarise_table(table, counts))
+    if table != out:
+        convert_embedding_table(table, out)
+        print(f"{out}: the same table; `nearest` reads {table}")
 
 
 @embed_app.command()

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
@@ -46,6 +47,7 @@ from pipeline.messages import print_to_stderr
 from pipeline.object_store import is_remote_url
 from pipeline.progress import open_progress
 from pipeline.store.feature_store import FeatureStore
+from pipeline.table_files import PARQUET_SUFFIXES, is_csv, refuse_other_suffix, write_table_file
 from pipeline.tables import DAMAGED_TABLE_ERRORS, TABLE_METADATA_KEY, describe_table_damage
 
 # Increased whenever the same plan would give other values: a table is not carried on with these.
@@ -440,6 +442,25 @@ def read_table_plan(path: Path) -> Json:
     if "model_id" not in plan:
         raise RunError(f"{path}: is no table of embeddings; make one with `ajepa-train embed`")
     return plan
+
+
+def parquet_table_path(out: Path, *, frames: bool) -> Path:
+    """Return the Parquet table that is written for `out`: itself, or its neighbour NAME.parquet for NAME.csv.
+
+    InputError if CSV would have to hold the vectors of columns, whose number differs from sound to sound.
+    """
+    refuse_other_suffix(out)
+    if frames and is_csv(out):
+        raise InputError(f"{out}: --frames has as many vectors as a sound is long; choose NAME.parquet")
+    return out if out.suffix.lower() in PARQUET_SUFFIXES else out.with_suffix(".parquet")
+
+
+def convert_embedding_table(table: Path, out: Path) -> None:
+    """Write a complete table as CSV (a column for each value, embedding_0 ...) or JSON lines, as the suffix says."""
+    with refusing_damage(table, "delete it and embed again"):
+        frame = pl.from_arrow(pq.read_table(table, page_checksum_verification=True))
+    assert isinstance(frame, pl.DataFrame)
+    write_table_file(out, frame)
 
 
 def table_batches(path: Path, columns: Sequence[str], rows_per_batch: int) -> Iterator[pa.RecordBatch]:
