@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 
@@ -158,7 +159,7 @@ class RowLayout:
                 records.append(ids | span | self._score_cells(scores_C))
         return pl.DataFrame(records, schema=self.schema)
 
-    def _score_cells(self, scores_C) -> Json:  # type: ignore[no-untyped-def]
+    def _score_cells(self, scores_C: np.ndarray) -> Json:
         if not self.top:
             return dict(zip(self.class_names, map(float, scores_C), strict=True))
         best = top_classes(self.class_names, scores_C, self.top)

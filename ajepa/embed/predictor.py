@@ -62,7 +62,7 @@ class Prediction:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Predictions(Sequence[Prediction]):
+class Predictions:
     """The scores of several sounds, one `Prediction` each, and together as `scores_BC`."""
 
     per_sound: tuple[Prediction, ...]
@@ -81,7 +81,10 @@ class Predictions(Sequence[Prediction]):
     def __len__(self) -> int:
         return len(self.per_sound)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[Prediction]:
+        return iter(self.per_sound)
+
+    def __getitem__(self, index: int) -> Prediction:
         return self.per_sound[index]
 
     def __repr__(self) -> str:
@@ -335,8 +338,8 @@ class PredictionBuilder:
 
         # Both cuts of the sound, piece by piece.
         for mel_TF in sound.mels:
-            yield from self._views_of(whole.push(mel_TF), stretches and stretches.push(mel_TF))
-        yield from self._views_of(whole.finish(), stretches and stretches.finish())
+            yield from self._views_of(whole.push(mel_TF), stretches.push(mel_TF) if stretches else [])
+        yield from self._views_of(whole.finish(), stretches.finish() if stretches else [])
         self.seconds = sound.seconds
         if not self.expected_frames:
             raise AudioError(
@@ -344,12 +347,12 @@ class PredictionBuilder:
             )
 
     def _views_of(
-        self, views: list[tuple[int, Tensor]], stretches: list[tuple[int, Tensor]] | None
+        self, views: list[tuple[int, Tensor]], stretches: list[tuple[int, Tensor]]
     ) -> Iterator[tuple[list[LogitMean], Tensor]]:
         for _, mel_TF in views:
             self.expected_frames += len(mel_TF)
             yield [self.sound_mean], mel_TF
-        for start, stretch_TF in stretches or ():
+        for start, stretch_TF in stretches:
             mean = LogitMean()
             self.stretch_means.append(mean)
             self.spans.append((start, start + len(stretch_TF)))
