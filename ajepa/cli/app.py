@@ -13,6 +13,7 @@ from ajepa.cli.options import (
     DeviceOption,
     EpochsOption,
     LoaderOption,
+    LoggerOption,
     MicroBatchOption,
     NewRunOption,
     OnBadStepOption,
@@ -59,6 +60,7 @@ def pretrain(
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     loader: LoaderOption = "dali",
+    logger: LoggerOption = None,
     recompute: RecomputeOption = False,
     compiled: Annotated[
         bool,
@@ -142,6 +144,7 @@ def pretrain(
             on_broken=on_broken,
             on_bad_step=on_bad_step,
             on_collapse=on_collapse,
+            loggers=tuple(logger or ()),
             progress=True,
         )
 

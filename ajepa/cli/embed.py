@@ -1,4 +1,4 @@
-"""The commands of ajepa-train that put an encoder to use: embed, nearest, export, push, load."""
+"""The commands of ajepa-train that put a model to use: embed, predict, nearest, export, push, load."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ajepa.cli.options import CheckpointOption, DeviceOption, LayerOption, ModelOption, PoolingOption
-from pipeline.cli.options import CacheFolder, CacheSizeGb, check_output_path
+from pipeline.cli.options import CacheFolder, CacheSizeGb, check_output_path, check_table_path
 from pipeline.files import DEFAULT_CACHE_GB
 
 embed_app = typer.Typer(rich_markup_mode=None)
@@ -18,7 +18,14 @@ def embed(
         list[str], typer.Argument(help="Audio files, folders and archives; or one store.", show_default=False)
     ],
     model: ModelOption,
-    out: Annotated[Path, typer.Option(help="Parquet table to write or carry on.", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Table to write or carry on: .parquet, .csv or .jsonl.",
+            show_default=False,
+            callback=check_table_path,
+        ),
+    ],
     checkpoint: CheckpointOption = "last",
     frames: Annotated[bool, typer.Option("--frames", help="Also one vector a time column.")] = False,
     pooling: PoolingOption = "mean",
@@ -32,7 +39,7 @@ def embed(
     cache: CacheFolder = None,
     cache_gb: CacheSizeGb = DEFAULT_CACHE_GB,
 ) -> None:
-    """Embed sounds as rows of a Parquet table.
+    """Embed sounds as rows of a table.
 
     Sounds may have any length, rate and container. The same command again carries on. A sound that cannot be used
     gets a row without an embedding, with the reason; status 1 if no sound can be used.
@@ -40,7 +47,13 @@ def embed(
     Example: ajepa-train embed sounds/ --model runs/a --out emb.parquet
     """
     from ajepa.embed import embedder
-    from ajepa.embed.table import make_embedding_job, summarise_table, write_embedding_table
+    from ajepa.embed.table import (
+        convert_embedding_table,
+        make_embedding_job,
+        parquet_table_path,
+        summarise_table,
+        write_embedding_table,
+    )
 
     loaded_embedder = embedder.load(
         model,
@@ -51,10 +64,71 @@ def embed(
         overlap=overlap,
     )
     job = make_embedding_job(sounds, loaded_embedder, cache=cache, cache_gb=cache_gb)
+    table = parquet_table_path(out, frames=frames)
     counts = write_embedding_table(
-        loaded_embedder, job, out, frames=frames, batch=batch, workers=workers, progress=True
+        loaded_embedder, job, table, frames=frames, batch=batch, workers=workers, progress=True
     )
-    print(summarise_table(out, counts))
+    print(summarise_table(table, counts))
+    if table != out:
+        convert_embedding_table(table, out)
+        print(f"{out}: the same table; `nearest` reads {table}")
+
+
+@embed_app.command()
+def predict(
+    sounds: Annotated[
+        list[str], typer.Argument(help="Audio files, folders and archives; or one store.", show_default=False)
+    ],
+    model: ModelOption,
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Table to write or carry on: .csv, .parquet or .jsonl.",
+            show_default=False,
+            callback=check_table_path,
+        ),
+    ],
+    top: Annotated[
+        int, typer.Option(min=0, help="How many best classes; 0: a column of scores for each class.")
+    ] = 5,
+    hop_seconds: Annotated[
+        float | None,
+        typer.Option(help="Also scores over time, every so many seconds.", show_default=False),
+    ] = None,
+    checkpoint: CheckpointOption = "last",
+    batch: Annotated[int, typer.Option(min=1, help="Windows scored at a time.")] = 32,
+    workers: Annotated[int, typer.Option(min=0, help="Threads that decode ahead.")] = 2,
+    device: DeviceOption = "auto",
+    cache: CacheFolder = None,
+    cache_gb: CacheSizeGb = DEFAULT_CACHE_GB,
+) -> None:
+    """Predict the classes of sounds with a fine-tuned model.
+
+    Sounds may have any length, rate and container. The same command again carries
+    on. A sound that cannot be used gets a row with the reason; status 1 if no
+    sound can be used. Scores are those of softmax where every clip of the run has
+    one class, else of sigmoid.
+
+    Example: ajepa-train predict sounds/ --model runs/b --out classes.csv
+    """
+    from ajepa.embed.prediction_table import write_prediction_table
+    from ajepa.embed.predictor import load_predictor
+    from ajepa.embed.table import make_embedding_job
+
+    predictor = load_predictor(model, at=checkpoint, device=device)
+    job = make_embedding_job(sounds, predictor, cache=cache, cache_gb=cache_gb)
+    print(
+        write_prediction_table(
+            predictor,
+            job,
+            out,
+            top=top,
+            hop_seconds=hop_seconds,
+            batch=batch,
+            workers=workers,
+            progress=True,
+        )
+    )
 
 
 @embed_app.command()
@@ -97,16 +171,16 @@ def export(
     layer: LayerOption = "last",
     audio_hz: Annotated[int, typer.Option(min=1, help="Samples a second of the audio.")] = 32_000,
 ) -> None:
-    """Write an encoder as safetensors, configuration and model card.
+    """Write a model as safetensors, configuration and model card.
 
-    ONNX and torch.export files take windows of audio, any batch, at --audio-hz.
-    They resample to the rate of the mel spec and compute the log-mel themselves;
-    --pooling and --layer are theirs alone.
+    A fine-tuned run keeps its classes. ONNX and torch.export files take windows of
+    audio, any batch, at --audio-hz, and give embeddings and scores; they resample
+    and compute the log-mel themselves; --pooling and --layer are theirs alone.
 
     Example: ajepa-train export runs/a --out a-jepa-as20k --licence cc-by-4.0
     """
     from ajepa.embed import embedder, export_graph
-    from ajepa.embed.export import export_encoder
+    from ajepa.embed.export import add_graph_to_card, export_encoder
 
     # Weights, configuration and card
     exported = export_encoder(model, out, licence=licence, at=checkpoint)
@@ -123,6 +197,8 @@ def export(
         if torch_export:
             export_graph.write_program(graph, torch_export)
             print(f"{torch_export}: torch.export, {inputs}")
+        files = [file for file in (onnx, torch_export) if file]
+        add_graph_to_card(out, files, graph.describe_interface(), audio_hz)
 
 
 @embed_app.command()
@@ -154,7 +230,7 @@ def load(
 
     Example: ajepa-train load me/a-jepa-as20k --out a-jepa-as20k
     """
-    from ajepa.embed.export import encoder_facts
+    from ajepa.embed.export import SHOWN_CLASSES, encoder_facts
     from ajepa.embed.hub import copy_from_hub
     from ajepa.embed.pretrained import load_pretrained
 
@@ -166,6 +242,11 @@ def load(
         **encoder_facts(pretrained),
         "licence": pretrained.licence or "not stated",
     }
+    if pretrained.head is not None:
+        names = pretrained.head.class_names
+        facts["classes"] = (
+            f"{len(names)}: {', '.join(names[:SHOWN_CLASSES])}{' ...' * (len(names) > SHOWN_CLASSES)}"
+        )
     for name, value in facts.items():
         print(f"{name:9} {value}")
     if out is not None:

@@ -13,7 +13,7 @@ from ajepa.cli.options import (
     RunOption,
     StoreOption,
 )
-from pipeline.cli.options import CacheFolder, CacheSizeGb, check_output_path
+from pipeline.cli.options import CacheFolder, CacheSizeGb, check_output_path, check_table_path
 from pipeline.files import DEFAULT_CACHE_GB
 
 evaluate_app = typer.Typer()
@@ -96,6 +96,10 @@ def compare(
         list[Path],
         typer.Argument(help="Runs, or JSON files of evaluate or finetune.", show_default=False, exists=True),
     ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Also a table: .csv, .parquet or .jsonl.", callback=check_table_path),
+    ] = None,
 ) -> None:
     """Print results beside the published ones, and how they compare.
 
@@ -104,6 +108,9 @@ def compare(
 
     Example: ajepa-train compare runs/a runs/finetuned
     """
-    from ajepa.evaluate.compare import compare_results
+    from ajepa.evaluate.compare import compare_results, comparison_table
+    from pipeline.table_files import write_table_file
 
     print(compare_results(results))
+    if out is not None:
+        write_table_file(out, comparison_table(results))

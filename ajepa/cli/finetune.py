@@ -13,6 +13,7 @@ from ajepa.cli.options import (
     DeviceOption,
     EpochsOption,
     LoaderOption,
+    LoggerOption,
     MicroBatchOption,
     NewRunOption,
     OnBadStepOption,
@@ -54,7 +55,7 @@ def finetune(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="Name in recipes. [default: the task's]",
+            help="Name in recipes. [default: fits task and encoder]",
             autocompletion=complete_from(FINETUNE_RECIPE_NAMES),
         ),
     ] = None,
@@ -71,6 +72,7 @@ def finetune(
     recompute: RecomputeOption = False,
     on_broken: OnBrokenOption = "raise",
     on_bad_step: OnBadStepOption = "stop",
+    logger: LoggerOption = None,
     cache: CacheFolder = None,
     cache_gb: CacheSizeGb = DEFAULT_CACHE_GB,
 ) -> None:
@@ -86,10 +88,12 @@ def finetune(
     from ajepa.evaluate.tasks import find_task
     from ajepa.finetune import finetune as finetune_stage
     from ajepa.finetune.cross_validation import cross_validate
+    from ajepa.finetune.setup import choose_recipe_for_start
     from ajepa.recipes.catalogue import choose_finetune_recipe, override_recipe
     from ajepa.recipes.finetune import finetune_with_counts
     from ajepa.training.distributed import join_ranks
     from ajepa.training.trained_run import TrainedRun
+    from pipeline.messages import print_to_stderr
     from pipeline.store.feature_store import FeatureStore
 
     with join_ranks() as world:
@@ -98,6 +102,9 @@ def finetune(
         trained_start = TrainedRun.open(start, start_checkpoint) if start else None
         chosen_recipe = choose_finetune_recipe(model, recipe, chosen_task.recipe)
         if trained_start is not None:
+            if recipe is None and model in (None, "vit"):
+                chosen_recipe, note = choose_recipe_for_start(chosen_recipe, trained_start)
+                world.main_rank_only(print_to_stderr)(note)
             chosen_recipe = trained_start.adapt_recipe(chosen_recipe)
         chosen_recipe = override_recipe(chosen_recipe, settings or [])
         chosen_recipe = finetune_with_counts(chosen_recipe, epochs=epochs, clips_per_step=batch, seed=seed)
@@ -115,6 +122,7 @@ def finetune(
             "recompute": recompute,
             "on_broken": on_broken,
             "on_bad_step": on_bad_step,
+            "loggers": tuple(logger or ()),
             "progress": True,
         }
 

@@ -117,6 +117,16 @@ RecomputeOption = Annotated[
     bool, typer.Option("--recompute", help="Less memory, up to a third slower, same results.")
 ]
 
+# Where metrics go, beside the run and TensorBoard. Repeated here, as the names of recipes are.
+METRIC_LOGGER_NAMES = ("wandb", "mlflow", "tensorboard")
+
+LoggerOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME", help="wandb, mlflow; repeats.", autocompletion=complete_from(METRIC_LOGGER_NAMES)
+    ),
+]
+
 # What becomes of a clip that cannot be read.
 OnBrokenOption = Annotated[
     Literal["raise", "skip"], typer.Option(help="skip: another clip of the step takes its place.")

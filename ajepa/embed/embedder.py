@@ -3,13 +3,15 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ajepa.embed.predictor import Predictions, Predictor, refuse_errors
 from ajepa.embed.pretrained import LAST_CHECKPOINT, PretrainedEncoder, load_pretrained
 from ajepa.embed.windows import (
     SoundStream,
@@ -181,6 +183,55 @@ class Embedder:
         locators = [SoundLocator.from_path(Path(path)) for path in paths]
         results = self.iterate_embeddings(map(self.file_opener, locators), batch=batch, workers=workers)
         return require_embeddings(results, self.width)
+
+    def predict(
+        self,
+        sounds: str | Path | np.ndarray | Tensor | Sequence[str | Path | np.ndarray | Tensor],
+        *,
+        rate_hz: int | None = None,
+        hop_seconds: float | None = None,
+        errors: Literal["row", "raise"] = "row",
+        batch: int = WINDOWS_PER_BATCH,
+        workers: int = 2,
+    ) -> Predictions:
+        """Return the scores of a fine-tuned classifier for sounds: a path or a wave is one sound, a list several.
+
+        Scores are those of softmax if every clip of the run has one class, else of sigmoid. With `hop_seconds` also of
+        a stretch every so many seconds (`Predictor.predict_openers`). `rate_hz` is the rate of waves, `[S]`. A sound
+        that cannot be used has its error and scores of nan; if all fail, or with errors="raise", the first AudioError
+        is raised. RunError if the model was not fine-tuned.
+        """
+        openers = self._sound_openers(sounds, rate_hz)
+        found = self.predictor.predict_openers(openers, hop_seconds=hop_seconds, batch=batch, workers=workers)
+        per_sound = tuple(refuse_errors(found, errors))
+        return Predictions(per_sound=per_sound, class_names=self.predictor.class_names)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes that `predict` scores; RunError if the model was not fine-tuned."""
+        return self.predictor.class_names
+
+    @cached_property
+    def predictor(self) -> Predictor:
+        """The classifier of a fine-tuned model; RunError if there is none."""
+        return Predictor.from_pretrained(self.pretrained, self.device)
+
+    def _sound_openers(
+        self,
+        sounds: str | Path | np.ndarray | Tensor | Sequence[str | Path | np.ndarray | Tensor],
+        rate_hz: int | None,
+    ) -> list[Callable[[], SoundStream]]:
+        """Return an opener for each sound; RunError for waves without a rate."""
+        openers = []
+        for sound in [sounds] if isinstance(sounds, str | Path | np.ndarray | Tensor) else sounds:
+            if isinstance(sound, str | Path):
+                openers.append(self.file_opener(SoundLocator.from_path(Path(sound))))
+                continue
+            if not rate_hz:
+                raise RunError("a wave needs its rate in Hz: predict(wave, rate_hz=44100)")
+            for wave_S in cut_waves(float_waves_BS(sound), None):
+                openers.append(self._array_opener(wave_S, rate_hz, 0))
+        return openers
 
     def embed_audio(
         self,

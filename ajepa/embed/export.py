@@ -2,9 +2,11 @@
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ajepa.embed.head import SOFTMAX
 from ajepa.embed.hub import EXPORT_FILES
 from ajepa.embed.pretrained import (
     EXPORT_METADATA_KEY,
@@ -33,6 +35,8 @@ GRAPH_PRECISION_NOTE = (
     "hardware, also where it multiplies as TF32; the encoder computes as the runtime that loads the graph is set."
 )
 
+SHOWN_CLASSES = 10  # in the model card
+
 UNSTATED_LICENCE = "not stated; ask those who made the model before you build on it"
 
 
@@ -53,7 +57,7 @@ def export_encoder(
     # Write the weights and the configuration.
     config = model.to_json()
     with replacing_file(out / WEIGHTS_FILE) as scratch:
-        write_safetensors(scratch, model.weights, {EXPORT_METADATA_KEY: json.dumps(config)})
+        write_safetensors(scratch, model.tensors, {EXPORT_METADATA_KEY: json.dumps(config)})
     with replacing_file(out / CONFIG_FILE) as scratch:
         scratch.write_text(json.dumps(config, indent=1) + "\n")
 
@@ -62,6 +66,49 @@ def export_encoder(
     with replacing_file(out / CARD_FILE) as scratch:
         scratch.write_text(model_card(model, run))
     return model
+
+
+def add_graph_to_card(out: Path, files: Sequence[Path], interface: Sequence[str], audio_hz: int) -> None:
+    """Add to the model card in `out` how to call the graphs in some files; `interface` is a table of their axes."""
+    names = " and ".join(file.name for file in files)
+    heading = f"## Audio in: {names}"
+    lines = [heading, "", *interface, ""]
+    if any(file.suffix == ".onnx" for file in files):
+        name = next(file.name for file in files if file.suffix == ".onnx")
+        lines += onnx_usage_lines(name, audio_hz)
+
+    # A card that is written again has this section once.
+    card = (out / CARD_FILE).read_text()
+    with replacing_file(out / CARD_FILE) as scratch:
+        scratch.write_text(
+            card.partition("\n## Audio in: ")[0].rstrip() + "\n\n" + "\n".join(lines).rstrip() + "\n"
+        )
+
+
+def onnx_usage_lines(name: str, audio_hz: int) -> list[str]:
+    """Return an example in Python that runs an ONNX file on one sound."""
+    return [
+        "```python",
+        "import json",
+        "import numpy as np",
+        "import onnxruntime",
+        "",
+        f'session = onnxruntime.InferenceSession("{name}")',
+        "metadata = session.get_modelmeta().custom_metadata_map",
+        'window = int(metadata["samples"])',
+        f"sound = np.zeros(window // 2, np.float32)  # yours: mono at {audio_hz} Hz, at most one window",
+        "audio = np.zeros((1, window), np.float32)",
+        "audio[0, : len(sound)] = sound",
+        'inputs = {"audio": audio, "samples": np.array([len(sound)])}',
+        "names = [output.name for output in session.get_outputs()]",
+        "outputs = dict(zip(names, session.run(None, inputs)))",
+        'vector = outputs["clip"][0]',
+        'if "scores" in outputs:  # of a fine-tuned model',
+        '    classes = json.loads(metadata["class_names"])',
+        '    print(classes[outputs["scores"][0].argmax()])',
+        "```",
+        "",
+    ]
 
 
 def refuse_other_files(out: Path) -> None:
@@ -81,8 +128,9 @@ def model_card(model: PretrainedEncoder, run: Path | None) -> str:
     view_seconds = model.mel.samples_of(model.spec.grid.frames) / model.mel.sample_rate_hz
 
     # The encoder: what it is, and how to call it.
-    lines = front_matter(model.licence)
-    lines += [f"# {model.recipe_name}, an audio encoder", "", *usage_lines(model)]
+    kind = "an audio encoder" if model.head is None else "an audio classifier"
+    lines = front_matter(model.licence, is_classifier=model.head is not None)
+    lines += [f"# {model.recipe_name}, {kind}", "", *prediction_lines(model), *usage_lines(model)]
     network = {"model id": model.model_id, "parameters": f"{weights:,}"} | encoder_facts(model)
     lines += card_section("The encoder", network)
     lines += [
@@ -107,12 +155,13 @@ def model_card(model: PretrainedEncoder, run: Path | None) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def front_matter(licence: str | None) -> list[str]:
+def front_matter(licence: str | None, *, is_classifier: bool) -> list[str]:
     """Return the YAML lines with the metadata that the hub lists the model by."""
+    task = "audio-classification" if is_classifier else "feature-extraction"
     return [
         "---",
         "library_name: ajepa",
-        "pipeline_tag: feature-extraction",
+        f"pipeline_tag: {task}",
         "tags: [audio, self-supervised-learning, JEPA]",
         *licence_lines(licence),
         "---",
@@ -127,6 +176,31 @@ def licence_lines(licence: str | None) -> list[str]:
     if re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
         return [f"license: {licence}"]
     return ["license: other", f"license_name: {json.dumps(licence)}"]
+
+
+def prediction_lines(model: PretrainedEncoder) -> list[str]:
+    """Return the lines about the classes of a fine-tuned model, with an example in Python; none without a head."""
+    if model.head is None:
+        return []
+    names = model.head.class_names
+    shown = ", ".join(names[:SHOWN_CLASSES]) + (" ..." if len(names) > SHOWN_CLASSES else "")
+    meaning = "they sum to 1" if model.head.activation == SOFTMAX else "each class by itself"
+    return [
+        f"This model scores {len(names)} classes: {shown}. Scores are in [0, 1] ({model.head.activation}: {meaning}).",
+        "",
+        "```python",
+        "import ajepa",
+        "",
+        'model = ajepa.load("THIS FOLDER OR ORG/NAME")',
+        'predictions = model.predict(["a.mp3", "b.wav"])',
+        "predictions.top(3)                      # [[(class, score), ...], ...]",
+        f"predictions.scores_BC                   # float32 [2, {len(names)}], in the order of model.class_names",
+        'model.predict("long.wav", hop_seconds=1)[0].spans_W2  # seconds; scores_WC beside them',
+        "```",
+        "",
+        "On the command line: `ajepa-train predict sounds/ --model THIS-FOLDER --out classes.csv`. Its encoder alone:",
+        "",
+    ]
 
 
 def usage_lines(model: PretrainedEncoder) -> list[str]:

@@ -1,15 +1,19 @@
 """Audio to embeddings as one network with resampling and log-mel, for ONNX and torch.export; the only user of onnx."""
 
+import json
 import math
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ajepa.embed.embedder import Embedder
+from ajepa.embed.head import apply_activation
 from ajepa.model.patches import repeat_last_frame, valid_token_mask
-from ajepa.model.pooling import pooled_deviation
+from ajepa.model.pooling import LAST_LAYER, VECTORS_PER_CLIP, PoolingName, pooled_deviation
 from pipeline.audio.decode import resample_blocks
 from pipeline.audio.mel import hann_window_N, mel_filters_NF
 from pipeline.audio.mel_spec import MelSpec
@@ -21,6 +25,9 @@ GRAPH_RATE_HZ = 32_000
 
 GRAPH_INPUTS = ("audio", "samples")
 GRAPH_OUTPUTS = ("clip", "frames", "frame_count")
+
+# The further output of a fine-tuned model.
+SCORES_OUTPUT = "scores"
 
 # The first opset with GELU: onnxruntime 1.17 and newer.
 ONNX_OPSET = 20
@@ -46,10 +53,15 @@ class AudioGraph(nn.Module):
 
     The input is a batch of any size of windows with `samples` samples of mono audio at `rate_hz`. The length is fixed,
     because the positions of the encoder are fixed. Shorter sounds may be padded with any values. The caller cuts longer
-    sounds into windows; each window is then treated as a separate sound.
+    sounds into windows; each window is then treated as a separate sound. The graph of a fine-tuned model also gives the
+    scores of its classes.
 
-    metadata  facts for the caller: model, sample rate, window length, times of the columns
+    outputs   names of the outputs, in their order
+    metadata  facts for the caller: model, sample rate, window length, times of the columns, names of the classes
     """
+
+    head_weight_CD: Tensor
+    head_bias_C: Tensor
 
     def __init__(self, embedder: Embedder, rate_hz: int = GRAPH_RATE_HZ) -> None:
         super().__init__()
@@ -66,6 +78,14 @@ class AudioGraph(nn.Module):
         self.layer = embedder.layer
         self.pooling = embedder.pooling
 
+        # The head of a fine-tuned model.
+        self.head = embedder.pretrained.head
+        self.outputs: tuple[str, ...] = GRAPH_OUTPUTS
+        if self.head is not None:
+            self.outputs = (*GRAPH_OUTPUTS, SCORES_OUTPUT)
+            self.register_buffer("head_weight_CD", self.head.weight_CD.float())
+            self.register_buffer("head_bias_C", self.head.bias_C.float())
+
         self.metadata = {
             "model_id": embedder.pretrained.model_id,
             "mel_spec": embedder.mel.name,
@@ -75,12 +95,19 @@ class AudioGraph(nn.Module):
             "first_centre_ms": embedder.first_centre_ms,
             "front_end_precision": "fp32, also where the hardware multiplies as TF32",
         }
+        if self.head is not None:
+            self.metadata |= {
+                "class_names": json.dumps(self.head.class_names, ensure_ascii=False),
+                "class_ids": json.dumps(self.head.class_ids, ensure_ascii=False),
+                "activation": self.head.activation,
+            }
         self.to(embedder.device)
 
-    def forward(self, audio_BS: Tensor, samples_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, audio_BS: Tensor, samples_B: Tensor) -> tuple[Tensor, ...]:
         """Return `clip_BD`, `frames_BCD` and the number of valid frames, for the first `samples_B` samples of each row.
 
-        A sound shorter than one frame of its spectrogram has no frames, and its `clip_BD` is nan.
+        A fine-tuned model also returns `scores_BC`. A sound shorter than one frame of its spectrogram has no frames,
+        and its `clip_BD` and `scores_BC` are nan.
         """
         # Normalised log-mel; the last frame of a sound is repeated.
         mel_BTF, n_frames_B = self.front_end(audio_BS, samples_B)
@@ -89,25 +116,81 @@ class AudioGraph(nn.Module):
         # Encode the tokens, and pool them column by column.
         valid_BP = valid_token_mask(n_frames_B, self.grid)
         tokens_BPD = self.layer.encode_tokens(self.encoder, mel_BTF, valid_BP)
+        is_valid_BC1 = valid_BP[:, :: self.grid.rows, None]
+        clip_BD, frames_BCD = self.pool_columns(tokens_BPD, is_valid_BC1, self.pooling)
+        count_B = is_valid_BC1.sum(1)[:, 0]
+        if self.head is None:
+            return clip_BD, frames_BCD, count_B
+
+        # Scores: the head reads the encoder's output, pooled in its own way.
+        if self.layer != LAST_LAYER:
+            tokens_BPD = LAST_LAYER.encode_tokens(self.encoder, mel_BTF, valid_BP)
+        pooled_BD, _ = self.pool_columns(tokens_BPD, is_valid_BC1, self.head.pooling)
+        logits_BC = nn.functional.linear(pooled_BD, self.head_weight_CD, self.head_bias_C)
+        return clip_BD, frames_BCD, count_B, apply_activation(logits_BC, self.head.activation)
+
+    def pool_columns(
+        self, tokens_BPD: Tensor, is_valid_BC1: Tensor, pooling: PoolingName
+    ) -> tuple[Tensor, Tensor]:
+        """Return `clip_BD` and `frames_BCD`, whose invalid columns are 0."""
         columns_BCRD = tokens_BPD.unflatten(1, (self.grid.cols, self.grid.rows))
-        frames_BCD = columns_BCRD.mean(2) if self.pooling == "mean" else columns_BCRD.flatten(2)
+        frames_BCD = columns_BCRD.mean(2) if pooling == "mean" else columns_BCRD.flatten(2)
 
         # Clip vector: the mean over the columns that begin inside the sound, and their deviation if the pooling has it.
-        is_valid_BC1 = valid_BP[:, :: self.grid.rows, None]
         frames_BCD = torch.where(is_valid_BC1, frames_BCD, 0.0)
         count_B1 = is_valid_BC1.sum(1)
         clip_BD = frames_BCD.sum(1) / count_B1
-        if self.pooling == "moments":
+        if pooling == "moments":
             centred_BCD = torch.where(is_valid_BC1, frames_BCD - clip_BD[:, None], 0.0)
             deviation_BD = pooled_deviation(centred_BCD.square().sum(1) / count_B1)
             clip_BD = torch.cat((clip_BD, deviation_BD), dim=1)
-        return clip_BD, frames_BCD, count_B1[:, 0]
+        return clip_BD, frames_BCD
+
+    def describe_interface(self) -> list[str]:
+        """Return the lines of a table: every input and output with its type, its axes in plain names, and its meaning.
+
+        An axis with a number is fixed, one with a name is free.
+        """
+        width = self.layer.vectors_per_token(self.encoder.spec.depth) * self.encoder.spec.width
+        clip_width = width * VECTORS_PER_CLIP[self.pooling](self.grid.rows)
+        frame_width = width if self.pooling == "mean" else width * self.grid.rows
+        column_ms = self.metadata["column_ms"]
+        rows = [
+            (
+                "input audio",
+                f"float32 [batch, samples = {self.samples}]",
+                f"mono at {self.rate_hz} Hz in [-1, 1]; shorter sounds are padded with anything",
+            ),
+            ("input samples", "int64 [batch]", f"length of each sound in samples, at most {self.samples}"),
+            ("output clip", f"float32 [batch, values = {clip_width}]", "the vector of the sound"),
+            (
+                "output frames",
+                f"float32 [batch, columns = {self.grid.cols}, values = {frame_width}]",
+                f"one vector every {column_ms:g} ms, the first at {self.metadata['first_centre_ms']:g} ms",
+            ),
+            ("output frame_count", "int64 [batch]", "how many of the columns hold sound; the rest are 0"),
+        ]
+        if self.head is not None:
+            classes = len(self.head.class_ids)
+            rows.append(
+                (
+                    "output scores",
+                    f"float32 [batch, classes = {classes}]",
+                    f"{self.head.activation}, in the order of `class_names` in the file's metadata",
+                )
+            )
+        return [
+            "| name | type and axes | meaning |",
+            "| --- | --- | --- |",
+            *(f"| {' | '.join(row)} |" for row in rows),
+        ]
 
 
 def write_onnx(graph: AudioGraph, out: Path) -> None:
     """Write an ONNX file of opset ONNX_OPSET with inputs GRAPH_INPUTS and outputs GRAPH_OUTPUTS.
 
-    `audio` is float32 [batch, samples], `samples` int64 [batch]; the graph's metadata are written into the file.
+    `audio` is float32 [batch, samples], `samples` int64 [batch]; the graph's metadata are written into the file. A
+    fine-tuned model has the output SCORES_OUTPUT too.
     RunError if onnx or onnxscript is not installed, or if the file would be larger than ONNX allows.
     """
     # torch.onnx needs onnxscript.
@@ -128,18 +211,29 @@ def write_onnx(graph: AudioGraph, out: Path) -> None:
         dynamo=True,
         opset_version=ONNX_OPSET,
         input_names=list(GRAPH_INPUTS),
-        output_names=list(GRAPH_OUTPUTS),
+        output_names=list(graph.outputs),
         verbose=False,
     )
     assert program is not None
 
     # Add the metadata, check the model, and write the file in one step.
     proto = program.model_proto
+    name_batch_axis(proto.graph)
     for key, value in graph.metadata.items():
         proto.metadata_props.add(key=key, value=str(value))
     onnx.checker.check_model(proto)
     with replacing_file(out) as scratch:
         scratch.write_bytes(proto.SerializeToString())
+
+
+def name_batch_axis(onnx_graph: Any) -> None:
+    """Call the free axis of an ONNX graph `batch`, instead of a symbol of the tracer, such as s29."""
+    symbol = onnx_graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    for value in (*onnx_graph.input, *onnx_graph.output, *onnx_graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            # Inner axes may be multiples of it.
+            if dim.dim_param:
+                dim.dim_param = re.sub(rf"\b{re.escape(symbol)}\b", "batch", dim.dim_param)
 
 
 def write_program(graph: AudioGraph, out: Path) -> None:

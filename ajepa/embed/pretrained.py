@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ajepa.embed.head import ClassifierHead, is_head_weight
 from ajepa.embed.hub import fetch_from_hub, is_hub_id
 from ajepa.model.vit import Encoder, EncoderSpec
 from ajepa.recipes.catalogue import recipe_from_json, recipe_to_json
@@ -29,7 +30,9 @@ WEIGHTS_FILE = "model.safetensors"
 # The header of this file contains the configuration as JSON, under this key.
 EXPORT_METADATA_KEY = "ajepa"
 
-EXPORT_FORMAT = 1
+# Format 2 also has `head`, the classes of a fine-tuned run; without one, a file of format 1 is read.
+EXPORT_FORMAT = 2
+READ_EXPORT_FORMATS = (1, 2)
 
 # The default checkpoint of a run.
 LAST_CHECKPOINT = "last"
@@ -46,6 +49,7 @@ class PretrainedEncoder:
     mean, std  mean and deviation of log-mel that normalise the features
     origin     how the encoder was made: recipe, step, identity of the data, versions; plain JSON values
     licence    licence of the weights, as stated at the export
+    head       the classifier of a fine-tuned run; None: the run was pre-trained
     """
 
     spec: EncoderSpec
@@ -55,6 +59,7 @@ class PretrainedEncoder:
     weights: dict[str, Tensor]
     origin: Json
     licence: str | None = None
+    head: ClassifierHead | None = None
 
     @classmethod
     def from_run(cls, path: Path, at: str | int = LAST_CHECKPOINT) -> Self:
@@ -78,6 +83,7 @@ class PretrainedEncoder:
                 "versions": run.versions,
                 **({"warm_start": run.warm_start} if run.warm_start is not None else {}),
             },
+            head=ClassifierHead.from_run(trained),
         )
 
     @classmethod
@@ -93,10 +99,12 @@ class PretrainedEncoder:
         if text is None:
             raise RunError(f"{file}: holds no encoder of ajepa; give a file that `ajepa-train export` wrote")
         config = json.loads(text)
-        if config["format"] != EXPORT_FORMAT:
+        if config["format"] not in READ_EXPORT_FORMATS:
             raise RunError(
-                f"{file}: export format {config['format']}, this version reads {EXPORT_FORMAT}; update ajepa"
+                f"{file}: export format {config['format']}, this version reads up to {EXPORT_FORMAT}; update ajepa"
             )
+        head = read_head(file, config.get("head"), weights)
+        encoder_weights = {name: weight for name, weight in weights.items() if not is_head_weight(name)}
 
         # Compare the digest, which covers the weights and every setting that affects the embeddings.
         loaded = cls(
@@ -104,9 +112,10 @@ class PretrainedEncoder:
             mel=MelSpec.from_json(config["mel"]),
             mean=config["mean"],
             std=config["std"],
-            weights=weights,
+            weights=encoder_weights,
             origin=config["origin"],
             licence=config["licence"],
+            head=head,
         )
         if loaded.model_id != config["model_id"]:
             raise RunError(f"{file}: damaged (its digest is not {config['model_id']}); fetch it again")
@@ -138,7 +147,12 @@ class PretrainedEncoder:
                 f"leave out {INITIAL_CHECKPOINT!r}, or give the pre-trained run"
             )
         encoder = build_initial_encoder(self.spec, seed, self.weights.get(BAND_STATISTICS))
-        return replace(self, weights=encoder.state_dict(), origin=self.origin | {"step": 0})
+        return replace(self, weights=encoder.state_dict(), origin=self.origin | {"step": 0}, head=None)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights of encoder and head, by their names in an export."""
+        return self.weights if self.head is None else self.weights | self.head.tensors
 
     def to_json(self) -> Json:
         """Return the configuration of an export: everything except the weights."""
@@ -151,6 +165,7 @@ class PretrainedEncoder:
             "std": self.std,
             "origin": self.origin,
             "licence": self.licence,
+            "head": None if self.head is None else self.head.to_json(),
         }
 
     def build_encoder(self, device: torch.device) -> Encoder:
@@ -162,6 +177,16 @@ class PretrainedEncoder:
             mismatch = " ".join(str(error).split())[:MAX_ERROR_CHARACTERS]
             raise RunError(f"the weights do not fit {self.spec}: {mismatch}; export them again") from None
         return encoder.requires_grad_(False).eval().to(device)
+
+
+def read_head(file: Path, config: Json | None, tensors: dict[str, Tensor]) -> ClassifierHead | None:
+    """Return the head of an export; None if its configuration has none. RunError, naming the file, if it is damaged."""
+    if config is None:
+        return None
+    try:
+        return ClassifierHead.from_export(config, tensors)
+    except (RunError, KeyError) as error:
+        raise RunError(f"{file}: {error}") from None
 
 
 def load_pretrained(location: Path | str, at: str | int = LAST_CHECKPOINT) -> PretrainedEncoder:

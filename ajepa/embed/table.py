@@ -21,17 +21,18 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
-from tqdm import tqdm
 
 from ajepa.embed.embedder import WINDOWS_PER_BATCH, Embedder, Embedding
 from ajepa.embed.windows import SoundStream, open_ahead
 from ajepa.training.run import Json, setting_differences
+from pipeline.audio.mel_spec import MelSpec
 from pipeline.audio.sources import (
     ARCHIVE_KINDS,
     MEMBER_SEPARATOR,
@@ -44,7 +45,9 @@ from pipeline.errors import AudioError, InputError, RunError
 from pipeline.files import PARTIAL_SUFFIX, lock_output_file, replacing_file, sync_to_disk
 from pipeline.messages import print_to_stderr
 from pipeline.object_store import is_remote_url
+from pipeline.progress import open_progress
 from pipeline.store.feature_store import FeatureStore
+from pipeline.table_files import PARQUET_SUFFIXES, is_csv, refuse_other_suffix, write_table_file
 from pipeline.tables import DAMAGED_TABLE_ERRORS, TABLE_METADATA_KEY, describe_table_damage
 
 # Increased whenever the same plan would give other values: a table is not carried on with these.
@@ -67,6 +70,15 @@ STORE_MARKER_FILE = "zarr.json"
 PARQUET_OPTIONS: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
 
 
+class SoundReader(Protocol):
+    """A model as its jobs see it: `Embedder` or `Predictor`, each of which reads sounds with its own front end."""
+
+    @property
+    def mel(self) -> MelSpec: ...
+    def file_opener(self, locator: SoundLocator) -> Callable[[], SoundStream]: ...
+    def row_opener(self, store: FeatureStore, row: int) -> Callable[[], SoundStream]: ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SoundRow:
     """The columns of a sound's row that are known before the sound is read."""
@@ -85,7 +97,7 @@ class EmbeddingJob:
     source_identity: Json
 
     @classmethod
-    def from_store(cls, store: FeatureStore, model: Embedder) -> "EmbeddingJob":
+    def from_store(cls, store: FeatureStore, model: SoundReader) -> "EmbeddingJob":
         """Return the job for all good clips of a store; RunError if there are none or the mel spec does not match."""
         store.refuse_other_front_end(model.mel, "the model needs")
         rows_N = store.good_rows()
@@ -112,7 +124,7 @@ class EmbeddingJob:
         )
 
     @classmethod
-    def from_locations(cls, locations: Sequence[str], model: Embedder) -> "EmbeddingJob":
+    def from_locations(cls, locations: Sequence[str], model: SoundReader) -> "EmbeddingJob":
         """Return the job for files and all sounds in folders and archives; InputError if a location has none."""
         locators = [locator for location in locations for locator in sounds_at_location(location)]
         paths = [sound_path(locator) for locator in locators]
@@ -124,7 +136,7 @@ class EmbeddingJob:
         )
 
 
-def make_embedding_job(locations: Sequence[str], model: Embedder, **store_options: Any) -> EmbeddingJob:
+def make_embedding_job(locations: Sequence[str], model: SoundReader, **store_options: Any) -> EmbeddingJob:
     """Return the job for one store, opened with its options, or for files, folders and archives; raises InputError."""
     stores = [location for location in locations if is_store(location)]
     if stores and len(locations) > 1:
@@ -204,8 +216,7 @@ def write_embedding_table(
 
         # Embed and write the remaining sounds, part by part.
         openers = open_ahead((job.row_opener(number) for number in range(written, total)), workers)
-        bar_options = {"unit": "sound", "disable": not progress, "dynamic_ncols": True, "mininterval": 0.5}
-        with tqdm(total=total, initial=written, **bar_options) as bar:
+        with open_progress(total, label="embed", unit="sound", shown=progress, initial=written) as bar:
             while written < total:
                 results = []
                 part = openers_of_part(openers)
@@ -431,6 +442,25 @@ def read_table_plan(path: Path) -> Json:
     if "model_id" not in plan:
         raise RunError(f"{path}: is no table of embeddings; make one with `ajepa-train embed`")
     return plan
+
+
+def parquet_table_path(out: Path, *, frames: bool) -> Path:
+    """Return the Parquet table that is written for `out`: itself, or its neighbour NAME.parquet for NAME.csv.
+
+    InputError if CSV would have to hold the vectors of columns, whose number differs from sound to sound.
+    """
+    refuse_other_suffix(out)
+    if frames and is_csv(out):
+        raise InputError(f"{out}: --frames has as many vectors as a sound is long; choose NAME.parquet")
+    return out if out.suffix.lower() in PARQUET_SUFFIXES else out.with_suffix(".parquet")
+
+
+def convert_embedding_table(table: Path, out: Path) -> None:
+    """Write a complete table as CSV (a column for each value, embedding_0 ...) or JSON lines, as the suffix says."""
+    with refusing_damage(table, "delete it and embed again"):
+        frame = pl.from_arrow(pq.read_table(table, page_checksum_verification=True))
+    assert isinstance(frame, pl.DataFrame)
+    write_table_file(out, frame)
 
 
 def table_batches(path: Path, columns: Sequence[str], rows_per_batch: int) -> Iterator[pa.RecordBatch]:

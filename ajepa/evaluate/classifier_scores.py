@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ajepa.evaluate.features import CLIPS_PER_READ, ClipViews
+from ajepa.evaluate.features import ClipViews, iterate_views
 from ajepa.evaluate.metrics import resample_count
 from ajepa.evaluate.protocol import (
     ClassifierTraining,
@@ -35,7 +35,7 @@ from ajepa.training.trained_run import TrainedRun
 from pipeline.errors import RunError
 from pipeline.labels.ontology import ClassList
 from pipeline.store.feature_store import FeatureStore
-from pipeline.store.splits import FOLD_PATTERN, probe_eval_splits
+from pipeline.store.splits import FOLD_PATTERN, evaluation_split_names, probe_eval_splits
 
 VIEWS_NOTE = (
     "the whole clip in views of the model's length; logits are means over them, weighted by valid frames"
@@ -78,8 +78,8 @@ def held_out_task_data(run: Run, store: FeatureStore) -> TaskData:
     """The clips of a store that measure a fine-tuned run's classifier, and the classes that run and store share.
 
     If the store has the run's own splits (`run_splits_in_store`), the clips are those of the run's eval splits.
-    In another store they are those of the store's evaluation splits, or of all folds. RunError if run and store share
-    no class, or if no clip has a shared class.
+    In another store they are those of the store's evaluation splits, or of all splits if none is for evaluation: none
+    of them trained the classifier. RunError if run and store share no class, or if no clip has a shared class.
     """
     # The splits to train on and to measure
     splits = sorted(store.manifest["split"].unique())
@@ -87,7 +87,7 @@ def held_out_task_data(run: Run, store: FeatureStore) -> TaskData:
     run_splits = run_splits_in_store(run, store)
     if run_splits is not None:
         train_names, eval_names = run_splits
-    elif all(FOLD_PATTERN.fullmatch(split) for split in splits):
+    elif not evaluation_split_names(splits):
         eval_names = tuple(splits)
     else:
         eval_names = tuple(probe_eval_splits(store))
@@ -168,10 +168,17 @@ def shared_classes(identity: TaskIdentity, store: FeatureStore) -> tuple[ClassLi
 
 
 def held_out_scores(
-    trained: TrainedRun, task_data: TaskData, device: torch.device, precision: Precision | None = None
+    trained: TrainedRun,
+    task_data: TaskData,
+    device: torch.device,
+    precision: Precision | None = None,
+    *,
+    progress: bool = False,
 ) -> HeldOutScores:
     """The logits of a run's classifier for the eval clips of the task data, restricted to the task data's classes."""
-    logits_NC = classifier_logits_NC(trained, task_data.store, task_data.eval_N, device, precision)
+    logits_NC = classifier_logits_NC(
+        trained, task_data.store, task_data.eval_N, device, precision, progress=progress
+    )
 
     # The network has an output for every class of the run; the store may lack some
     place_of = {mid: place for place, mid in enumerate(trained.run.task_identity.classes)}
@@ -185,6 +192,8 @@ def classifier_logits_NC(
     rows_N: np.ndarray,
     device: torch.device,
     precision: Precision | None = None,
+    *,
+    progress: bool = False,
 ) -> np.ndarray:
     """Logits of a run's classifier for whole clips of a store, normalised by the run's own mean and deviation.
 
@@ -194,17 +203,24 @@ def classifier_logits_NC(
     frames = trained.finetune_recipe.model.frames
     views = ClipViews(store=store, frames=frames, mean=identity.mean, std=identity.std)
     precision = precision or trained.pick_precision(device)
-    return predict_logits_NC(trained.classifier(device), views, rows_N, device, precision=precision)
+    return predict_logits_NC(
+        trained.classifier(device), views, rows_N, device, precision=precision, progress=progress
+    )
 
 
 def predict_logits_NC(
-    model: Classifier, views: ClipViews, rows_N: np.ndarray, device: torch.device, *, precision: Precision
+    model: Classifier,
+    views: ClipViews,
+    rows_N: np.ndarray,
+    device: torch.device,
+    *,
+    precision: Precision,
+    progress: bool = False,
 ) -> np.ndarray:
     """One logit per class for each clip, float32 `NC`; the model is set to evaluation mode, so nothing is random."""
     model.train(False)
     logits = []
-    for start in range(0, len(rows_N), CLIPS_PER_READ):
-        mel_BVTF, n_frames_BV = views.read_views(rows_N[start : start + CLIPS_PER_READ])
+    for mel_BVTF, n_frames_BV in iterate_views(views, rows_N, "classifier" if progress else None):
         logits_BC = average_view_logits_BC(model, mel_BVTF, n_frames_BV, device, precision=precision)
         logits.append(logits_BC.numpy())
     return np.concatenate(logits)

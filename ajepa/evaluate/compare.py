@@ -10,6 +10,8 @@ from string import ascii_lowercase
 from textwrap import wrap
 from typing import Any
 
+import polars as pl
+
 from ajepa.evaluate.protocol import ClassifierTraining, ProbeTraining
 from ajepa.evaluate.result import (
     EVALUATION_FILE,
@@ -130,6 +132,48 @@ def compare_results(result_paths: Sequence[Path]) -> str:
     """
     results = [result for path in result_paths for result in find_results(path)]
     return "\n\n".join("\n".join(comparison_lines(result)) for result in results)
+
+
+def comparison_table(result_paths: Sequence[Path]) -> pl.DataFrame:
+    """The same as a table: a row for every result, and after it one for every published result of its task.
+
+    `comparable` (yes, with care, no) and `reasons` are empty in the row of a result. RunError if a path contains none.
+    """
+    records = []
+    for result in (result for path in result_paths for result in find_results(path)):
+        low, high = result.interval or (None, None)
+        own = {
+            "result": result.name,
+            "task": result.task,
+            "label_set": result.label_set,
+            "metric": result.metric,
+        }
+        records.append(
+            own
+            | {"model": "this result", "protocol": result.protocol, "value": result.value}
+            | {"low": low, "high": high, "comparable": None, "reasons": None}
+        )
+        for row in published_results():
+            if (row.task, row.metric) != (result.task, result.metric):
+                continue
+            against = reasons_against(result, row)
+            caveats = comparison_caveats(result, row)
+            records.append(
+                own
+                | {
+                    "model": row.model,
+                    "protocol": row.protocol,
+                    "value": row.value,
+                    "low": None,
+                    "high": None,
+                }
+                | {"comparable": comparison_verdict(against, caveats), "reasons": [*against, *caveats]}
+            )
+    schema = dict.fromkeys(("result", "model", "task", "label_set", "protocol", "metric"), pl.String())
+    numbers = dict.fromkeys(("value", "low", "high"), pl.Float64())
+    return pl.DataFrame(
+        records, schema={**schema, **numbers, "comparable": pl.String(), "reasons": pl.List(pl.String())}
+    )
 
 
 def find_results(result_path: Path) -> list[OwnResult]:

@@ -149,7 +149,7 @@ def evaluate_run(
     elif pooling != DEFAULT_POOLING or layer != LAST_LAYER:
         raise RunError(f"{run_path}: pooling and layer are for probes on its encoder; add --probe linear")
     else:
-        evaluation = evaluate_classifier(options)
+        evaluation = evaluate_classifier(options, progress=progress)
     evaluation.save_json(file)
     return evaluation
 
@@ -217,7 +217,7 @@ class ProbeOptions:
         return any(name != "knn" for name in self.probe_names)
 
 
-def evaluate_classifier(options: EvaluateOptions) -> Evaluation:
+def evaluate_classifier(options: EvaluateOptions, *, progress: bool = False) -> Evaluation:
     """Measure the classifier of a fine-tuned run on held-out clips."""
     trained = options.trained
     task_data = held_out_task_data(options.run, options.store)
@@ -236,7 +236,7 @@ def evaluate_classifier(options: EvaluateOptions) -> Evaluation:
     )
     options.refuse_lost_result(protocol)
     options.say(f"classifier: logits of {len(task_data.eval_N)} clips, in {options.precision.name}")
-    scores = held_out_scores(trained, task_data, options.device, options.precision)
+    scores = held_out_scores(trained, task_data, options.device, options.precision, progress=progress)
     return classifier_evaluation(protocol, [scores], kind=options.kind, label_sets=options.label_sets)
 
 
@@ -249,6 +249,8 @@ def evaluate_probes(options: EvaluateOptions, probing: ProbeOptions) -> Evaluati
     spec = trained.encoder_spec(TO_PROBE)
     all_splits = choose_probe_splits(run, store, trained.recipe.seed, probing.train_clips)
     splits = all_splits.drop_unlabelled(store)
+    for note in splits.notes:
+        options.say(note)
     if probing.selects_settings:
         for fold in splits.folds:
             fold.refuse_few_clips(store.location)

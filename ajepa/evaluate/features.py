@@ -1,12 +1,12 @@
 """Frozen features: each clip as one vector and, for the attentive probe, as at most 64 tokens."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
-from tqdm import tqdm
 
 from ajepa.model.pooling import (
     DEFAULT_POOLING,
@@ -19,6 +19,7 @@ from ajepa.model.pooling import (
 from ajepa.model.vit import Encoder
 from ajepa.training.devices import FP32, Precision
 from ajepa.training.trained_run import TrainedRun, build_initial_encoder
+from pipeline.progress import open_progress
 from pipeline.store.joined_store import AnyStore
 
 CLIPS_PER_READ = 32
@@ -130,21 +131,12 @@ def extract_features(
     """The vector of every clip and, with `tokens`, at most `MAX_CLIP_TOKENS` tokens, from one pass of the encoder.
 
     The encoder computes in `precision`; its tokens are pooled, and kept as vectors, in fp32. `progress_label` is the
-    name of a progress bar, which is shown on a terminal only.
+    name of the progress that is shown; None: it is not shown.
     """
-    # A progress bar that counts reads of the store
     vectors = []
     merged_tokens = []
     valid = []
-    bar = tqdm(
-        range(0, len(rows_N), CLIPS_PER_READ),
-        desc=progress_label,
-        disable=True if progress_label is None else None,
-        unit=f" x {CLIPS_PER_READ} clips",
-        leave=False,
-    )
-    for start in bar:
-        mel_BVTF, n_frames_BV = views.read_views(rows_N[start : start + CLIPS_PER_READ])
+    for mel_BVTF, n_frames_BV in iterate_views(views, rows_N, progress_label):
         if encoder is None:
             vectors.append(mel_statistics(mel_BVTF, n_frames_BV).numpy())
             continue
@@ -164,6 +156,19 @@ def extract_features(
     return ClipFeatures(
         vectors_ND=vectors_ND, tokens_NMD=np.concatenate(merged_tokens), valid_NM=np.concatenate(valid)
     )
+
+
+def iterate_views(
+    views: ClipViews, rows_N: np.ndarray, progress_label: str | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the views of CLIPS_PER_READ rows after the other (`read_views`); clips are counted as the label says."""
+    with open_progress(
+        len(rows_N), label=progress_label or "", unit="clip", shown=progress_label is not None, leave=False
+    ) as progress:
+        for start in range(0, len(rows_N), CLIPS_PER_READ):
+            rows_B = rows_N[start : start + CLIPS_PER_READ]
+            yield views.read_views(rows_B)
+            progress.update(len(rows_B))
 
 
 def merge_tokens(tokens: ClipTokens) -> tuple[Tensor, Tensor]:

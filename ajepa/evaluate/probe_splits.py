@@ -10,12 +10,18 @@ from pipeline.errors import RunError
 from pipeline.store.joined_store import AnyStore
 from pipeline.store.splits import (
     FOLD_PATTERN,
+    HOLDOUT_HINT,
     VALIDATION_PATTERN,
+    deal_groups_to_folds,
     evaluation_split_names,
     probe_eval_splits,
     sound_numbers_N,
     train_splits,
 )
+
+# Folds of a store without a split to measure on, and the most clips that they are worth computing for.
+DRAWN_FOLD_COUNT = 5
+MAX_CROSS_VALIDATED_CLIPS = 5_000
 
 # Share of the train clips that selects a probe's settings if the store has no validation split.
 VALIDATION_SHARE = 0.2
@@ -88,20 +94,25 @@ class ProbeFold:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProbeSplits:
-    """A single fold, or one for each split `foldN` of a store, with the names of the splits that its rows come from."""
+    """A single fold, one for each split `foldN` of a store, or drawn ones, with the splits that their rows come from.
+
+    notes  sentences for the user about folds that no split names
+    """
 
     folds: tuple[ProbeFold, ...]
     train_splits: tuple[str, ...]
     val_splits: tuple[str, ...]
     eval_splits: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def from_store(cls, store: AnyStore, seed: int, train_clips: int) -> "ProbeSplits":
         """Select the clips that train, validate and measure probes by the names of the store's splits.
 
-        A store without an evaluation split is cross-validated over `fold1`, `fold2`, ... In any other store the splits
-        named val, valid, validation or dev select settings, and the other splits train. If there are no such splits,
-        the seed draws a fifth of the train clips for selection, and these clips also train the final probe.
+        A store without an evaluation split is cross-validated over `fold1`, `fold2`, ..., or else, if it is small,
+        over folds of its sounds (`from_sounds`). In any other store the splits named val, valid, validation or dev
+        select settings, and the other splits train. If there are no such splits, the seed draws a fifth of the train
+        clips for selection, and these clips also train the final probe.
         At most `train_clips` clips train, and as many select. RunError if no clip measures, or no split trains.
         """
         # Folds, if there is no evaluation split
@@ -110,6 +121,8 @@ class ProbeSplits:
         if len(fold_names) > 1 and not evaluation_split_names(splits):
             ordered = sorted(fold_names, key=lambda fold: int(fold[4:]))
             return cls.from_folds(store, ordered, seed, train_clips)
+        if not evaluation_split_names(splits):
+            return cls.from_sounds(store, splits, seed, train_clips)
 
         # The clips that train, measure and validate
         train_names, val_names = train_and_val_splits(store)
@@ -138,6 +151,50 @@ class ProbeSplits:
             folds.append(ProbeFold.from_rows(store, train_N, NO_ROWS_N, eval_N, seed))
         names = tuple(fold_names)
         return cls(folds=tuple(folds), train_splits=names, val_splits=(), eval_splits=names)
+
+    @classmethod
+    def from_sounds(
+        cls, store: AnyStore, split_names: Sequence[str], seed: int, train_clips: int
+    ) -> "ProbeSplits":
+        """Five folds of all good clips, drawn by sound and label (`deal_groups_to_folds`).
+
+        All clips of one sound are in one fold. RunError if there are more than MAX_CROSS_VALIDATED_CLIPS clips, or
+        fewer than two sounds with a label.
+        """
+        good_N = store.good_rows(list(split_names))
+        if len(good_N) > MAX_CROSS_VALIDATED_CLIPS:
+            raise RunError(
+                f"{store.location}: no split to evaluate on, and {len(good_N):,} clips are too many to cross-validate "
+                f"(at most {MAX_CROSS_VALIDATED_CLIPS:,}); {HOLDOUT_HINT}"
+            )
+
+        # The sound of each clip, and the labels of each sound.
+        sounds = store.manifest["source"][good_N].to_list()
+        labels_by_sound: dict[str, set[str]] = {}
+        for sound, labels_C in zip(sounds, store.labels_BC(good_N, "raw"), strict=True):
+            labels_by_sound.setdefault(sound, set()).update(map(str, np.flatnonzero(labels_C)))
+        labelled_sounds = sum(map(bool, labels_by_sound.values()))
+        fold_count = min(DRAWN_FOLD_COUNT, labelled_sounds)
+        if fold_count < 2:
+            raise RunError(
+                f"{store.location}: sounds with a label: {labelled_sounds}; probes need two or more; "
+                "build it with labels (ajepa-data build-folder --table, or --label-from parent)"
+            )
+
+        # Each fold is measured once.
+        fold_of_sound = deal_groups_to_folds(labels_by_sound, fold_count, seed)
+        fold_N = np.array([fold_of_sound[sound] for sound in sounds])
+        folds = []
+        for number in range(fold_count):
+            train_N = good_N[fold_N != number]
+            drawn_N = np.sort(np.random.default_rng([seed, 0]).permutation(train_N)[:train_clips])
+            folds.append(ProbeFold.from_rows(store, drawn_N, NO_ROWS_N, good_N[fold_N == number], seed))
+        names = tuple(split_names)
+        note = (
+            f"{store.location}: no split to measure on, so probes are cross-validated over {fold_count} folds of its "
+            "sounds; the encoder may have seen all of them in pre-training, without labels"
+        )
+        return cls(folds=tuple(folds), train_splits=names, val_splits=(), eval_splits=names, notes=(note,))
 
     @classmethod
     def from_run_splits(

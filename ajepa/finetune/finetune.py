@@ -3,7 +3,7 @@
 The head may start as the linear probe on the frozen encoder, before any step (`fit_probed_head`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ from ajepa.training.bad_steps import OnBadStep, refuse_unknown_choice
 from ajepa.training.devices import Precision, PrecisionName, pick_measuring_precision
 from ajepa.training.distributed import SINGLE_PROCESS, join_ranks
 from ajepa.training.flops import classifier_step_cost
+from ajepa.training.loggers import refuse_missing_loggers
 from ajepa.training.loop import (
     TrainingMonitor,
     catch_stop_signals,
@@ -72,6 +73,7 @@ def finetune(
     recompute: bool = False,
     on_broken: Literal["raise", "skip"] = "raise",
     on_bad_step: OnBadStep = "stop",
+    loggers: Sequence[str] = (),
     progress: bool = False,
     say: Callable[[str], None] = print_to_stderr,
 ) -> Run:
@@ -90,6 +92,7 @@ def finetune(
     with join_ranks() as world:
         tell = world.main_rank_only(say)
         refuse_unknown_choice(on_bad_step)
+        refuse_missing_loggers(loggers)
 
         # Fit data, recipe and device to each other; what does not fit is refused before the run's folder is made.
         setup = prepare_finetune(
@@ -115,7 +118,14 @@ def finetune(
                 first_step,
             ):
                 steps_done = train_and_measure(
-                    setup, run, first_step, batches, on_bad_step=on_bad_step, progress=progress, say=tell
+                    setup,
+                    run,
+                    first_step,
+                    batches,
+                    on_bad_step=on_bad_step,
+                    loggers=loggers,
+                    progress=progress,
+                    say=tell,
                 )
 
         # A run that was interrupted ends as one, once its folder is unlocked.
@@ -130,6 +140,7 @@ def train_and_measure(
     batches: Loader,
     *,
     on_bad_step: OnBadStep,
+    loggers: Sequence[str] = (),
     progress: bool,
     say: Callable[[str], None],
 ) -> int:
@@ -166,7 +177,14 @@ def train_and_measure(
     steps_done = first_step
     if not is_trained:
         steps_done = take_remaining_steps(
-            run, trainer, first_step, batches, monitor, on_bad_step=on_bad_step, progress=progress
+            run,
+            trainer,
+            first_step,
+            batches,
+            monitor,
+            on_bad_step=on_bad_step,
+            loggers=loggers,
+            progress=progress,
         )
 
     # Keep the scores of the last step. torchrun terminates all ranks when one ends: the others wait.
@@ -184,6 +202,7 @@ def take_remaining_steps(
     monitor: TrainingMonitor | None,
     *,
     on_bad_step: OnBadStep,
+    loggers: Sequence[str] = (),
     progress: bool,
 ) -> int:
     """Run the training loop from `first_step` to the recipe's last step or a stop signal; the steps done."""
@@ -196,6 +215,7 @@ def take_remaining_steps(
             progress=progress,
             monitor=monitor,
             on_bad_step=on_bad_step,
+            loggers=loggers,
             world=trainer.world,
         )
 

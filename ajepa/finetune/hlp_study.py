@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from ajepa.evaluate.classifier_scores import classifier_logits_NC
 from ajepa.evaluate.metrics import mean_average_precision
@@ -39,6 +38,7 @@ from pipeline.labels.label_sets import label_set_ontology
 from pipeline.labels.ontology import ClassMap
 from pipeline.labels.propagation import propagate_scores, rule_relation_CC
 from pipeline.messages import print_to_stderr
+from pipeline.progress import track_progress
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.splits import probe_eval_splits, train_splits
 from pipeline.tables import read_table
@@ -117,7 +117,9 @@ def run_hlp_study(
     # Train and measure, one run after the other.
     trainings: list[HlpTraining] = []
     planned = list(study.planned_trainings())
-    for model, arm, seed in tqdm(planned, unit="training", disable=None if progress else True):
+    for model, arm, seed in track_progress(
+        planned, len(planned), label="study", unit="training", shown=progress
+    ):
         recipe = replace(study.recipes[model], seed=seed)
         label_set = study.label_set_of_arm(arm)
         run = finetune(

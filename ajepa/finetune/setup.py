@@ -14,7 +14,7 @@ from ajepa.evaluate.task_data import TaskData, select_task_data
 from ajepa.evaluate.tasks import Task
 from ajepa.finetune.trainer import refuse_unsplittable_model
 from ajepa.model.classifier import VitSpec, spec_for_frames
-from ajepa.recipes.finetune import Finetune
+from ajepa.recipes.finetune import Finetune, own_small_recipe
 from ajepa.training.devices import Precision, PrecisionName, pick_device, pick_precision
 from ajepa.training.distributed import World
 from ajepa.training.memory import refuse_large_classifier
@@ -27,6 +27,34 @@ from pipeline.loading.loader import BrokenClipOptions, Loader, View
 from pipeline.loading.sampling import RowOrder
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.splits import sound_numbers_N
+
+# The papers' recipes are for ViT-S (this width) and larger; `own-small` was tuned for narrower encoders.
+PAPER_ENCODER_WIDTH = 384
+
+
+def choose_recipe_for_start(task_recipe: Finetune, start: TrainedRun) -> tuple[Finetune, str]:
+    """The recipe for an encoder where the user names none, before `adapt_recipe`; and a line that says why.
+
+    An encoder that is narrower than the papers' gets `own-small`, with the task's loss. Its views, and those of
+    `own`, are as long as in pre-training, and no longer than the task's.
+    """
+    # Which recipe, by the width of the encoder.
+    encoder = start.encoder_spec("to start from")
+    recipe = task_recipe
+    reason = f"the encoder is {encoder.width} wide, as the papers' are"
+    if encoder.width < PAPER_ENCODER_WIDTH:
+        recipe = replace(own_small_recipe(), loss=task_recipe.loss)
+        reason = (
+            f"the encoder is {encoder.width} wide, {task_recipe.name} is for {PAPER_ENCODER_WIDTH} and more"
+        )
+
+    # How long its views are.
+    if recipe.name != task_recipe.name or recipe.name == "own":
+        frames = min(encoder.grid.frames, task_recipe.model.frames)
+        recipe = replace(recipe, model=spec_for_frames(recipe.model, frames))
+    view_seconds = start.mel.samples_of(recipe.model.frames) / start.mel.sample_rate_hz
+    note = f"recipe {recipe.name}: {reason}; views of {view_seconds:.1f} s; --recipe takes another"
+    return recipe, note
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -20,6 +20,7 @@ from ajepa.evaluate.features import ClipViews, clip_vectors
 from ajepa.evaluate.linear_probe import linear_probe_scores_NC
 from ajepa.evaluate.metrics import mean_average_precision
 from ajepa.evaluate.probe_splits import (
+    MAX_CROSS_VALIDATED_CLIPS,
     MIN_CLIPS_TO_SELECT,
     VALIDATION_SHARE,
     hold_back_sounds,
@@ -322,10 +323,12 @@ def open_training_probe(
 
 
 def is_measured_in_folds(store: AnyStore) -> bool:
-    """Whether `evaluate` measures each fold of a store by what the others train."""
+    """Whether `evaluate` measures every clip of a store by what others train: named folds, or folds of its sounds."""
+    if evaluation_splits(store):
+        return False
     splits = store.manifest["split"].unique().to_list()
-    folds = [split for split in splits if FOLD_PATTERN.fullmatch(split)]
-    return len(folds) > 1 and not evaluation_splits(store)
+    named_folds = [split for split in splits if FOLD_PATTERN.fullmatch(split)]
+    return len(named_folds) > 1 or len(store.good_rows(splits)) <= MAX_CROSS_VALIDATED_CLIPS
 
 
 def draw_probe_clips(store: AnyStore, seed: int, probe_clips: int) -> tuple[np.ndarray, np.ndarray, str]:

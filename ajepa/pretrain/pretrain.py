@@ -1,7 +1,7 @@
 """Pre-training: a recipe trained on stores, from the checks before the first step to the last one."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -19,6 +19,7 @@ from ajepa.recipes.pretrain import Pretrain
 from ajepa.training.bad_steps import OnBadStep, refuse_unknown_choice
 from ajepa.training.devices import Precision, PrecisionName, pick_device, pick_precision
 from ajepa.training.distributed import World, join_ranks
+from ajepa.training.loggers import refuse_missing_loggers
 from ajepa.training.loop import catch_stop_signals, open_run, raise_if_interrupted, run_training_loop
 from ajepa.training.memory import refuse_large_pretrain
 from ajepa.training.run import RECIPE_FILE, RUN_FORMAT, Run, setting_differences
@@ -52,6 +53,7 @@ def pretrain(
     on_broken: Literal["raise", "skip"] = "raise",
     on_bad_step: OnBadStep = "stop",
     on_collapse: OnCollapse = "auto",
+    loggers: Sequence[str] = (),
     progress: bool = False,
     say: Callable[[str], None] = print_to_stderr,
 ) -> Run:
@@ -77,6 +79,7 @@ def pretrain(
     on_collapse       stop: a run that collapses (see `collapse_signs`) writes a checkpoint and ends with RunError;
                       warn: it goes on; auto: stop, but warn for encoders wider than those that the signs are
                       calibrated on
+    loggers           wandb, mlflow: also send the metrics there (`ajepa.training.loggers`)
 
     SIGINT, SIGTERM and SIGUSR1 to any rank end the step at hand, write a checkpoint and raise StopSignal. RunError
     or StoreError says where store, recipe, device and memory do not fit, before anything is written.
@@ -84,6 +87,7 @@ def pretrain(
     with join_ranks() as world:
         tell = world.main_rank_only(say)
         refuse_unknown_choice(on_bad_step)
+        refuse_missing_loggers(loggers)
 
         # Fit data, recipe and device to each other; what does not fit is refused before the run's folder is made.
         setup = prepare_pretrain(
@@ -135,6 +139,7 @@ def pretrain(
                     on_broken=on_broken,
                     on_bad_step=on_bad_step,
                     on_collapse=on_collapse,
+                    loggers=loggers,
                     progress=progress,
                     say=say,
                 )
@@ -271,6 +276,7 @@ def take_remaining_steps(
     on_broken: Literal["raise", "skip"],
     on_bad_step: OnBadStep,
     on_collapse: OnCollapse,
+    loggers: Sequence[str],
     progress: bool,
     say: Callable[[str], None],
 ) -> int:
@@ -316,6 +322,7 @@ def take_remaining_steps(
             monitor=monitor,
             keep_every=setup.recipe.keep_every,
             on_bad_step=on_bad_step,
+            loggers=loggers,
             world=setup.world,
         )
 

@@ -156,14 +156,26 @@ def _member_stores(store: AnyStore) -> list[FeatureStore]:
 
 
 def open_training_store(store: Path | str | FeatureStore, recipe: Pretrain) -> FeatureStore:
-    """The store, opened; RunError where its features are not those that the recipe needs."""
+    """The store, opened; RunError where its features are not those that the recipe needs, or its clips too short.
+
+    Clips may be longer or shorter than those of the recipe's mel spec, as long as they fill a view; a view that is
+    longer than the clips of the mel spec itself is padded.
+    """
     if not isinstance(store, FeatureStore):
         store = FeatureStore.open(store)
     wanted_spec = preset_mel_spec(recipe.mel)
-    if store.spec_id != wanted_spec.spec_id:
+    if not store.spec.same_front_end(wanted_spec):
         raise RunError(
             f"{store.location}: holds mel spec {_describe_spec(store.spec)}, "
             f"recipe {recipe.name} needs {_describe_spec(wanted_spec)}; build a store with --spec {wanted_spec.name}"
+        )
+    needed_frames = min(recipe.view_frames, wanted_spec.frames)
+    if store.frames < needed_frames:
+        seconds = wanted_spec.samples_of(needed_frames) / wanted_spec.sample_rate_hz
+        raise RunError(
+            f"{store.location}: clips of {store.spec.clip_seconds:g} s are shorter than a view of recipe "
+            f"{recipe.name}, {seconds:.2f} s; build it with --clip-seconds {math.ceil(10 * seconds) / 10:g}, "
+            "or choose another recipe"
         )
     return store
 

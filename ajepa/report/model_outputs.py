@@ -19,6 +19,7 @@ from ajepa.training.run import Run
 from ajepa.training.trained_run import TrainedRun
 from pipeline.report.spectrograms import label_title
 from pipeline.store.feature_store import FeatureStore
+from pipeline.store.splits import evaluation_splits
 from pipeline.store.summary import read_label_table
 
 MAX_MAP_CLIPS = 300  # clips on the map; the page holds a spectrogram of each
@@ -56,7 +57,9 @@ class PageData:
             task_scores = held_out_scores(trained, replace(task_data, eval_N=rows_N), cpu)
             vectors_ND = task_scores.logits_NC
         else:
-            rows_N = draw_map_rows(good_eval_rows(store), recipe.seed)
+            # All clips of a store that has folds, or only splits to train on.
+            eval_N = good_eval_rows(store) if evaluation_splits(store) else store.good_rows()
+            rows_N = draw_map_rows(eval_N, recipe.seed)
             encoder = compared_encoders(trained, cpu)[TRAINED]
             vectors_ND = clip_vectors(pretrained_views(store, run, recipe), rows_N, encoder)
 

@@ -1,34 +1,31 @@
 """The training loop of every stage: steps in order, metrics and checkpoints written, stop signals obeyed."""
 
 import signal
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-from tqdm import tqdm
-
 from ajepa.training.bad_steps import BAD_STEPS_METRIC, BadSteps, OnBadStep
 from ajepa.training.checkpoint_writer import CheckpointWriter
 from ajepa.training.checkpoints import Checkpoint, CheckpointScore
 from ajepa.training.distributed import SINGLE_PROCESS, World
+from ajepa.training.loggers import MetricWriters
 from ajepa.training.run import Json, Run
 from ajepa.training.run_identity import RunIdentity
-from ajepa.training.tensorboard import open_event_writer, write_scalars
 from ajepa.training.trainer import BadStep, StartedStep, TrainRecipe
 from pipeline.errors import STOP_SIGNALS, RunError, StopSignal
 from pipeline.loading.loader import Batch
+from pipeline.progress import open_progress
 
 # The logged metric by which checkpoints are compared; the higher, the better. Runs of before logged `probe_map`, which
 # was measured on clips of evaluation splits.
 SCORE_METRIC = "val_probe_map"
 
-EVENTS_FOLDER = "tensorboard"
-
+# On a terminal: within 80 columns.
 PROGRESS_FORMAT = "{n_fmt}/{total_fmt}|{bar}|ETA {remaining}{postfix}"
 
 
@@ -109,6 +106,7 @@ def run_training_loop(
     monitor: TrainingMonitor | None = None,
     keep_every: int = 0,
     on_bad_step: OnBadStep = "stop",
+    loggers: Sequence[str] = (),
     world: World = SINGLE_PROCESS,
 ) -> int:
     """Take every step after the run's checkpoint, to the recipe's last or until `stop` is set; the steps done.
@@ -133,8 +131,16 @@ def run_training_loop(
     shown: Json = {}
     event_writer = None
     if world.is_main:
-        event_writer = open_event_writer(run.path / EVENTS_FOLDER, first_step + 1)
-    bar = progress_bar(first_step, recipe.steps, shown=progress and world.is_main)
+        event_writer = MetricWriters(run, first_step, loggers)
+    bar = open_progress(
+        recipe.steps,
+        label=str(run.path),
+        unit="step",
+        shown=progress and world.is_main,
+        initial=first_step,
+        mininterval=0.2,
+        bar_format=PROGRESS_FORMAT,
+    )
 
     # A bad step has a line of its own, for nothing else is logged at the step when it is read.
     def log_if_bad(step: int, metrics: Json) -> None:
@@ -144,7 +150,7 @@ def run_training_loop(
             monitor.count_bad_step()
         if event_writer is not None:
             run.log_metrics({"step": step, **metrics})
-            write_scalars(event_writer, step, metrics)
+            event_writer.write(step, metrics)
 
     with event_writer or nullcontext(), bar, CheckpointWriter(run) as checkpoint_writer:
         for step in range(first_step, recipe.steps):
@@ -176,7 +182,7 @@ def run_training_loop(
             if event_writer is not None and is_logged:
                 line = {"step": steps_done, **metrics, **clock.read_and_reset(), **observed}
                 run.log_metrics(line)
-                write_scalars(event_writer, steps_done, line)
+                event_writer.write(steps_done, line)
                 shown |= line
                 bar.set_postfix_str(progress_postfix(shown), refresh=False)
             bar.update()
@@ -287,19 +293,6 @@ def is_best_score(run: Run, observed: Json) -> bool:
         return False
     best = run.best_checkpoint
     return best is None or not best.is_held_back or observed[SCORE_METRIC] > best.score
-
-
-def progress_bar(first_step: int, steps: int, *, shown: bool) -> tqdm:
-    """A progress line with the time left, within 80 columns; where stderr is a file, one line in 15 seconds."""
-    seconds_between = 0.2 if sys.stderr.isatty() else 15.0
-    return tqdm(
-        total=steps,
-        initial=first_step,
-        disable=not shown,
-        dynamic_ncols=True,
-        mininterval=seconds_between,
-        bar_format=PROGRESS_FORMAT,
-    )
 
 
 def progress_postfix(line: Json) -> str:

@@ -19,6 +19,7 @@ from pipeline.build.shard_builder import compute_stored_row
 from pipeline.datasets.catalogue import recreate_corpus
 from pipeline.datasets.corpus import Corpus
 from pipeline.errors import AudioError, BrokenClipError, InputError, StoreError
+from pipeline.progress import track_progress
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.header import StoreHeader
 
@@ -122,7 +123,9 @@ class RowComparison:
     missing_sound: str | None = None  # why the row could not be compared; None if it was
 
 
-def compare_with_audio(store: Path, sample: int | None = None, seed: int = 0) -> Iterator[RowComparison]:
+def compare_with_audio(
+    store: Path, sample: int | None = None, seed: int = 0, *, progress: bool = False
+) -> Iterator[RowComparison]:
     """Yield the comparison of each good row with its sound, for all rows or for `sample` rows drawn by `seed`.
 
     If the software versions are those of the build, every different bit is a fault. Otherwise values may differ by
@@ -139,7 +142,8 @@ def compare_with_audio(store: Path, sample: int | None = None, seed: int = 0) ->
     if sample is not None:
         rows_N = np.sort(np.random.default_rng(seed).permutation(rows_N)[:sample])
     with ThreadPoolExecutor(reader.threads) as threads:
-        yield from threads.map(partial(_compare_row, opened, reader, tolerance_nat), rows_N.tolist())
+        compared = threads.map(partial(_compare_row, opened, reader, tolerance_nat), rows_N.tolist())
+        yield from track_progress(compared, len(rows_N), label="compare", unit="row", shown=progress)
 
 
 def changed_versions(store: Path) -> list[str]:

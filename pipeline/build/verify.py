@@ -17,6 +17,7 @@ from pipeline.errors import ManifestError, StoreError
 from pipeline.files import PARTIAL_SUFFIX
 from pipeline.labels.label_sets import MissingOntologyError, label_set_ontology
 from pipeline.labels.propagation import LabelProvenance, propagate, rule_relation_CC
+from pipeline.progress import track_progress
 from pipeline.store.exclusions import Exclusions
 from pipeline.store.header import StoreHeader
 from pipeline.store.manifest import PLAN_SCHEMA, RESULT_SCHEMA, check_manifest_schema
@@ -47,7 +48,9 @@ class StoreFault:
     label_set: str | None = None
 
 
-def find_faults(store: Path, sample: int | None = None, seed: int = 0) -> Iterator[StoreFault]:
+def find_faults(
+    store: Path, sample: int | None = None, seed: int = 0, *, progress: bool = False
+) -> Iterator[StoreFault]:
     """Yield the faults of a store; an intact store has none. Raises StoreError if there is no store.
 
     The content of every shard is read, or, with `sample`, the content of `sample` shards that are drawn by `seed`.
@@ -63,7 +66,7 @@ def find_faults(store: Path, sample: int | None = None, seed: int = 0) -> Iterat
     if sample is not None:
         drawn = set(np.random.default_rng(seed).permutation(shards)[:sample].tolist())
     records: list[ShardRecord] = []
-    for shard in range(shards):
+    for shard in track_progress(range(shards), shards, label="verify", unit="shard", shown=progress):
         try:
             record = read_commit(store, shard)
         except StoreError as error:

@@ -74,7 +74,7 @@ def propagate_labels(
         typer.Option(help="Class list, form of class_labels_indices.csv. Default: the store's, or the 527."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Parquet file to write, if INPUTS are lists or tables.")
+        Path | None, typer.Option(help="Table to write if INPUTS are lists or tables: .parquet or .csv.")
     ] = None,
 ) -> None:
     """Add the classes that each clip's labels imply.

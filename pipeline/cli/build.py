@@ -1,6 +1,5 @@
 """The commands of ajepa-data that build stores: one per data set, all with the same options for the build."""
 
-import sys
 from collections.abc import Callable, Iterator
 from inspect import signature
 from pathlib import Path
@@ -99,7 +98,7 @@ def build_from_options(
         Path, typer.Option(help="Folder for NAME.zarr.staging, the local part of a store at a URL.")
     ] = Path("."),
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Build nothing; print the expected size and time.")
+        bool, typer.Option("--dry-run", help="Build nothing; print expected size and time.")
     ] = False,
 ) -> None:
     """Build the stores that the options describe, or only predict their size and time, and print the result."""
@@ -174,27 +173,42 @@ def print_build_result(
         print(f"{output.location}: part {part} is done; the store is finished when the other parts are")
         return
     print(coverage_table(manifest))
+    if note := describe_left_out(corpus.dataset_settings, manifest, output.spec.clip_seconds):
+        print(note)
     # Only AudioSet has a class tree along which labels can be propagated.
     next_command = "propagate-labels" if corpus.dataset_settings["dataset"] == "audioset" else "inspect"
     push_again = ", then the same build command, to push what changed" if output.remote else ""
     print(f"{output.location}: done. Next: ajepa-data {next_command} {output.path}{push_again}")
 
 
+def describe_left_out(settings: dict[str, Any], manifest: "pl.DataFrame", clip_seconds: float) -> str | None:
+    """Return how much of long sounds is in no clip, and the option that keeps it; None if nothing, or nothing can."""
+    from pipeline.messages import count_phrase
+    from pipeline.store.summary import left_out_lengths
+
+    # AudioSet's sounds may be whole videos, of which only a segment counts; other datasets have short clips.
+    keeping_options = {
+        "folder": f"--clip-seconds {clip_seconds:g} --hop-seconds {clip_seconds:g}",
+        "fsd50k": "--cut",
+    }
+    option = keeping_options.get(settings["dataset"])
+    is_cut = settings.get("hop_seconds") is not None or settings.get("cut")
+    sounds, seconds = left_out_lengths(manifest, clip_seconds)
+    if not sounds or option is None or is_cut:
+        return None
+    minutes = f"{seconds / 60:,.1f} minutes" if seconds >= 60 else f"{seconds:.0f} s"
+    verb = "is" if sounds == 1 else "are"
+    return (
+        f"{count_phrase(sounds, 'sound')} {verb} longer than {clip_seconds:g} s: {minutes} are left out; "
+        f"{option} keeps them"
+    )
+
+
 def decoding_progress(clips: int, rows: Iterator[int]) -> Iterator[int]:
     """Yield the rows, with a progress bar on a terminal, or a line every 30 s in a log."""
-    from tqdm import tqdm
+    from pipeline.progress import track_progress
 
-    # In a log, every update is a line of its own.
-    seconds_between = 0.1 if sys.stderr.isatty() else 30
-    yield from tqdm(
-        rows,
-        total=clips,
-        unit="clip",
-        desc="decode",
-        smoothing=0.05,
-        dynamic_ncols=True,
-        mininterval=seconds_between,
-    )
+    yield from track_progress(rows, clips, label="decode", unit="clip", smoothing=0.05)
 
 
 @build_command
@@ -231,22 +245,29 @@ def build_folder(
     folder: Annotated[Path, typer.Option(help="Folder of sounds, searched below.", show_default=False)],
     table: Annotated[
         Path | None,
-        typer.Option(help="CSV or Parquet: path; optional label, split, start, end, id."),
+        typer.Option(help="CSV or Parquet: path; optional label, split, start, end, id, group."),
     ] = None,
     clip_seconds: Annotated[
-        float | None, typer.Option(min=0.1, help="Seconds of a clip; none: those of the mel spec.")
+        float | None, typer.Option(min=0.1, help="Seconds of a clip; none: mel spec's.")
     ] = None,
     hop_seconds: Annotated[
-        float | None, typer.Option(help="Cut longer sounds into clips that begin this many seconds apart.")
+        float | None, typer.Option(help="Cut longer sounds every so many seconds.")
     ] = None,
-    split: Annotated[str, typer.Option(help="Split of clips for which the table names none.")] = "train",
-    label_from: Annotated[
-        str, typer.Option(help="none, or parent: label by the folder a sound is in.")
-    ] = "none",
+    split: Annotated[str, typer.Option(help="Split of clips without one.")] = "train",
+    label_from: Annotated[str, typer.Option(help="none, or parent: by folder.")] = "none",
+    holdout: Annotated[
+        float | None, typer.Option(help="Share of the sounds held out as split eval.", show_default=False)
+    ] = None,
+    group: Annotated[
+        str | None, typer.Option(help="Held out together: file, folder, or a column.", show_default=False)
+    ] = None,
+    split_column: Annotated[
+        str | None, typer.Option(help="Column with splits or folds.  [default: split]")
+    ] = None,
 ) -> "Corpus":
     """Decode your own clips into feature stores. Run it again to continue.
 
-    Example: ajepa-data build-folder --folder sounds/ --table labels.csv --out mine.zarr
+    Example: ajepa-data build-folder --folder sounds --holdout 0.2 --out mine.zarr
     """
     from pipeline.datasets.folder import folder_corpus
 
@@ -257,6 +278,9 @@ def build_folder(
         hop_seconds=hop_seconds,
         split=split,
         label_from=label_from,
+        holdout=holdout,
+        group=group,
+        split_column=split_column,
         progress=opening_progress,
     )
 
@@ -304,7 +328,7 @@ def build_fsd50k(
 
 
 def opening_progress(files: int, stream: Iterator[Any]) -> Iterator[Any]:
-    """Yield the sounds of a stream, which opens each to find its length; with a progress bar on a terminal."""
-    from tqdm import tqdm
+    """Yield the sounds of a stream, which opens each to find its length; with a progress bar, or lines in a log."""
+    from pipeline.progress import track_progress
 
-    yield from tqdm(stream, total=files, unit="file", desc="open", disable=None)
+    yield from track_progress(stream, files, label="open", unit="file")

@@ -51,6 +51,15 @@ def check_output_path(path: Path | None) -> Path | None:
     return path
 
 
+def check_table_path(path: Path | None) -> Path | None:
+    """Return the path of a table to write, or raise InputError before the work begins; for use as a callback."""
+    from pipeline.table_files import refuse_other_suffix
+
+    if path is not None:
+        check_writable(refuse_other_suffix(path))
+    return path
+
+
 # The options that commands share.
 StorePath = Annotated[
     Path, typer.Argument(help="Feature store, NAME.zarr.", show_default=False, callback=require_local_store)

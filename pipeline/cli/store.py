@@ -52,7 +52,7 @@ def _verify_store(store: Path, sample: int | None, *, repair: bool, workers: int
     from pipeline.build.verify import find_faults
 
     # Each call draws another sample, so that repeated calls check more of the store.
-    faults = list(find_faults(store, sample, seed=time.time_ns()))
+    faults = list(find_faults(store, sample, seed=time.time_ns(), progress=True))
     for fault in faults:
         print(fault.text)
     if not faults:
@@ -73,7 +73,7 @@ def _repair_store(store: Path, faults: "list[StoreFault]", workers: int) -> None
     lost_clips = repair_store(store, faults, workers=workers, progress=decoding_progress)
 
     # Only a second check of the whole store shows whether everything is repaired.
-    remaining = list(find_faults(store))
+    remaining = list(find_faults(store, progress=True))
     for fault in remaining:
         print(f"still: {fault.text}")
     if remaining:
@@ -97,7 +97,7 @@ def _verify_against_audio(store: Path, sample: int | None) -> None:
     compared = 0
     faults = 0
     largest_difference_nat = 0.0
-    for row in compare_with_audio(store, sample, seed=time.time_ns()):
+    for row in compare_with_audio(store, sample, seed=time.time_ns(), progress=True):
         if row.missing_sound:
             print(f"row {row.row} (clip {row.clip_id}): not compared, {row.missing_sound}")
             continue

@@ -5,7 +5,7 @@ import difflib
 import io
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,14 @@ import polars as pl
 
 from pipeline.datasets.corpus import SHOWN_HEADER_LETTERS, read_list_text
 from pipeline.errors import InputError, ManifestError
-from pipeline.messages import did_you_mean
+from pipeline.messages import did_you_mean, suggest_known
 from pipeline.tables import DAMAGED_TABLE_ERRORS, describe_table_damage
 
-CLIP_TABLE_COLUMNS = ("path", "label", "labels", "split", "start", "end", "id")
+CLIP_TABLE_COLUMNS = ("path", "label", "labels", "split", "start", "end", "id", "group")
+
+SPLIT_COLUMN = "split"
+
+GROUP_COLUMN = "group"
 
 LABEL_COLUMNS = {"label", "labels"}
 
@@ -49,6 +53,7 @@ class ClipTableRow:
     start_seconds: float | None
     end_seconds: float | None
     clip_id: str | None
+    group: str | None = None  # clips of one group are held out together
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,8 +65,13 @@ class ClipTable:
     notes: tuple[str, ...]
 
 
-def load_clip_table(path: Path) -> ClipTable:
-    """Read a table with the column path and optionally label or labels, split, start, end, id; raises ManifestError.
+def load_clip_table(
+    path: Path, *, split_column: str = SPLIT_COLUMN, group_column: str = GROUP_COLUMN
+) -> ClipTable:
+    """Read a table with the column path and optionally label(s), split, start, end, id, group; raises ManifestError.
+
+    Split and group may have other names; a column of another name must be there. A column of splits whose name begins
+    with fold may number them, from 0 or 1 on: `3` is the split `fold3`.
 
     Several labels of a clip are separated by `;`; in Parquet they may be a list. Times are seconds of the file. CSV is
     UTF-8 with the separator `,`, `;` or tab. With `;` or tab, numbers may have a decimal comma. Column names may have
@@ -76,24 +86,41 @@ def load_clip_table(path: Path) -> ClipTable:
     else:
         columns, records = _read_csv_table(path)
     _check_table_columns(path, columns)
+    renamed = {SPLIT_COLUMN: split_column.lower(), GROUP_COLUMN: group_column.lower()}
+    for column, name in renamed.items():
+        if name != column and name not in columns:
+            raise ManifestError(f"{path}: no column {name}; {suggest_known(name, columns)}")
 
     # Check each row; an error names the location of the row.
     rows = []
     no_values: Counter[str] = Counter()
     for location, cells in records:
         try:
-            row = _parse_table_row(location, dict(zip(columns, cells, strict=True)))
+            row = _parse_table_row(location, dict(zip(columns, cells, strict=True)), renamed)
         except ValueError as error:
             raise ManifestError(f"{path}: {location}: {error}") from None
         no_values.update(NO_VALUE_TEXTS.intersection(row.labels))
         rows.append(replace(row, labels=tuple(name for name in row.labels if name not in NO_VALUE_TEXTS)))
     if not rows:
         raise ManifestError(f"{path}: no rows below the names of its columns")
+    if renamed[SPLIT_COLUMN].startswith("fold"):
+        rows = _name_numbered_folds(rows)
     return ClipTable(
         rows=tuple(rows),
         has_label_column=bool(LABEL_COLUMNS & set(columns)),
-        notes=tuple(_table_notes(path, columns, rows, no_values)),
+        notes=tuple(_table_notes(path, columns, {*CLIP_TABLE_COLUMNS, *renamed.values()}, rows, no_values)),
     )
+
+
+def _name_numbered_folds(rows: Sequence[ClipTableRow]) -> list[ClipTableRow]:
+    """Return the rows with the splits `fold1`, `fold2` ... if all of them are numbers; the lowest may be 0."""
+    if not all(row.split and row.split.isdecimal() for row in rows):
+        return list(rows)
+    numbers = [int(row.split or "") for row in rows]
+    first = min(1, *numbers)
+    return [
+        replace(row, split=f"fold{number - first + 1}") for row, number in zip(rows, numbers, strict=True)
+    ]
 
 
 def _read_csv_table(path: Path) -> tuple[list[str], Iterator[TableRecord]]:
@@ -183,8 +210,8 @@ def _check_table_columns(path: Path, columns: Sequence[str]) -> None:
         raise ManifestError(f"{path}: columns label and labels; which counts? Rename or remove one")
 
 
-def _parse_table_row(location: str, cells: dict[str, Any]) -> ClipTableRow:
-    """Return the row as checked values; ValueError if a cell is invalid."""
+def _parse_table_row(location: str, cells: dict[str, Any], renamed: dict[str, str]) -> ClipTableRow:
+    """Return the row as checked values; ValueError if a cell is invalid. `renamed`: columns of split and group."""
     path = _cell_text(cells["path"])
     if not path:
         raise ValueError("no path")
@@ -199,10 +226,11 @@ def _parse_table_row(location: str, cells: dict[str, Any]) -> ClipTableRow:
         location=location,
         path=path,
         labels=_cell_labels(cells.get("label", cells.get("labels"))),
-        split=_cell_text(cells.get("split")) or None,
+        split=_cell_text(cells.get(renamed[SPLIT_COLUMN])) or None,
         start_seconds=start_seconds,
         end_seconds=end_seconds,
         clip_id=_cell_text(cells.get("id")) or None,
+        group=_cell_text(cells.get(renamed[GROUP_COLUMN])) or None,
     )
 
 
@@ -236,10 +264,14 @@ def _cell_seconds(name: str, cell: Any) -> float | None:
 
 
 def _table_notes(
-    path: Path, columns: Sequence[str], rows: Sequence[ClipTableRow], no_values: Counter[str]
+    path: Path,
+    columns: Sequence[str],
+    known: Set[str],
+    rows: Sequence[ClipTableRow],
+    no_values: Counter[str],
 ) -> Iterator[str]:
     # An unknown column may be a misspelt known column.
-    unknown = [name for name in columns if name not in CLIP_TABLE_COLUMNS]
+    unknown = [name for name in columns if name not in known]
     if unknown:
         yield (
             f"{path}: columns left alone: {', '.join(map(repr, unknown))}; "

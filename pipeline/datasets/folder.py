@@ -6,7 +6,13 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.datasets.clip_table import ClipTable, ClipTableRow, load_clip_table
+from pipeline.datasets.clip_table import (
+    GROUP_COLUMN,
+    SPLIT_COLUMN,
+    ClipTable,
+    ClipTableRow,
+    load_clip_table,
+)
 from pipeline.datasets.corpus import (
     Corpus,
     CutSettings,
@@ -17,10 +23,17 @@ from pipeline.datasets.corpus import (
     plan_from_clips,
     sources_from_clips,
 )
+from pipeline.datasets.holdout import (
+    FILE_GROUPING,
+    FOLDER_GROUPING,
+    NO_HELD_OUT_SPLIT_NOTE,
+    hold_out_clips,
+    lacks_split_to_measure,
+)
 from pipeline.datasets.sound_folder import SoundFolder
 from pipeline.errors import InputError, ManifestError
 from pipeline.labels.ontology import ClassList
-from pipeline.messages import suggest_known
+from pipeline.messages import count_phrase, suggest_known
 
 FOLDER_CLIP_SECONDS = 10.0  # default length of a clip
 
@@ -37,6 +50,9 @@ def folder_corpus(
     hop_seconds: float | None = None,
     split: str = "train",
     label_from: str = "none",
+    holdout: float | None = None,
+    group: str | None = None,
+    split_column: str | None = None,
     *,
     progress: ProgressWrapper | None = None,
 ) -> Corpus:
@@ -53,30 +69,56 @@ def folder_corpus(
                   least half a clip long. None: each file gives one clip
     split         split of every clip that has none in the table
     label_from    parent: a file's label is the name of its folder; none: labels come only from the table
+    holdout       share of the sounds that is held out as the split eval; None: only the table names splits
+    group         clips that are held out together: file, folder, or a column of the table (`hold_out_clips`)
+    split_column  column of the table that names splits, or numbers folds; None: split
 
     The id of a clip is its id in the table, or else the path below the folder with the extension. If files are cut, or
     if the start in the table is above 0, `@` and the start in milliseconds are added. Classes are the labels in use,
     sorted by number if all are whole numbers, else by name.
     """
     _check_folder_options(clip_seconds, hop_seconds, split, label_from)
+    _check_split_options(table, holdout, group, split_column)
     cut_settings = CutSettings(
         clip_seconds=FOLDER_CLIP_SECONDS if clip_seconds is None else clip_seconds, hop_seconds=hop_seconds
     )
 
-    # The clips, one for each file or row of the table.
+    # The clips, one for each file or row of the table, and the groups of the table.
     sound_folder, notes = SoundFolder.scan_folder(Path(root))
     if table is None:
         clips = [_whole_file_clip(sound_folder, name, split, label_from) for name in sound_folder.sound_names]
+        groups: list[str | None] = [None] * len(clips)
     else:
-        cuts_long_files = hop_seconds is not None
+        has_group_column = group not in (None, FILE_GROUPING, FOLDER_GROUPING)
+        clip_table = load_clip_table(
+            Path(table),
+            split_column=split_column or SPLIT_COLUMN,
+            group_column=group if group and has_group_column else GROUP_COLUMN,
+        )
+        groups = [row.group for row in clip_table.rows]
         clips, table_notes = _clips_from_table(
-            Path(table), sound_folder, split, label_from, cuts_long_files=cuts_long_files
+            Path(table),
+            clip_table,
+            sound_folder,
+            split,
+            label_from,
+            cuts_long_files=hop_seconds is not None,
         )
         notes += table_notes
 
     # The files that no clip names, because the table leaves them out.
     clip_paths = {clip.path for clip in clips}
     unmatched = [name for name in sound_folder.sound_names if sound_folder.file_path(name) not in clip_paths]
+    if unmatched:
+        notes.append(
+            f"{count_phrase(len(unmatched), 'sound')} of the folder {'is' if len(unmatched) == 1 else 'are'} "
+            f"in no row of the table and left out, such as {unmatched[0]}"
+        )
+
+    # What is held out, whole files at least: before they are cut.
+    if holdout is not None:
+        clips, holdout_notes = hold_out_clips(clips, groups, holdout, group)
+        notes += holdout_notes
 
     # The pieces of the clips, and the classes in use.
     clips, cut_notes = cut_clips(clips, cut_settings, progress=progress)
@@ -84,7 +126,11 @@ def folder_corpus(
     classes = classes_in_use(clips)
     if classes is UNLABELLED_CLASSES:
         notes.append("no clip has a label: such a store can be pre-trained on, not evaluated")
+    elif lacks_split_to_measure(clips):
+        notes.append(NO_HELD_OUT_SPLIT_NOTE)
 
+    # Settings that are not used are not recorded, as before there were such.
+    split_settings = {"holdout": holdout, "group": group, "split_column": split_column}
     return Corpus(
         plan=plan_from_clips(clips),
         sources=sources_from_clips(clips, files=len(sound_folder.sound_names), unmatched=unmatched),
@@ -97,6 +143,7 @@ def folder_corpus(
             "hop_seconds": hop_seconds,
             "split": split,
             "label_from": label_from,
+            **{name: value for name, value in split_settings.items() if value is not None},
         },
         clip_seconds=clip_seconds,
         notes=tuple(notes),
@@ -112,6 +159,17 @@ def _check_folder_options(
         raise InputError("the split has no name; expected a word such as train")
     if label_from not in LABEL_ORIGINS:
         raise InputError(f"label_from {label_from!r} is unknown; {suggest_known(label_from, LABEL_ORIGINS)}")
+
+
+def _check_split_options(
+    table: Path | str | None, holdout: float | None, group: str | None, split_column: str | None
+) -> None:
+    if split_column is not None and table is None:
+        raise InputError(f"split_column {split_column!r} without a table: give the table that has it")
+    if group is not None and holdout is None:
+        raise InputError(f"group {group!r} without holdout: say also which share is held out, such as 0.2")
+    if group not in (None, FILE_GROUPING, FOLDER_GROUPING) and table is None:
+        raise InputError(f"group {group!r}: expected file or folder, or a table that has this column")
 
 
 def classes_in_use(clips: Sequence[ListedClip]) -> ClassList:
@@ -138,10 +196,15 @@ def _parent_folder_label(name: str) -> tuple[str, ...]:
 
 
 def _clips_from_table(
-    path: Path, sound_folder: SoundFolder, split: str, label_from: str, *, cuts_long_files: bool
+    path: Path,
+    table: ClipTable,
+    sound_folder: SoundFolder,
+    split: str,
+    label_from: str,
+    *,
+    cuts_long_files: bool,
 ) -> tuple[list[ListedClip], list[str]]:
     """Return the table's rows as clips, and notes; a row without its file stays a clip if any other file exists."""
-    table = load_clip_table(path)
     if label_from == "parent" and table.has_label_column:
         raise InputError(f"{path}: has labels itself, and label_from=parent asks for others; choose one")
 

@@ -1,4 +1,4 @@
-"""Propagation without a store: read segments lists and Parquet tables, write one Parquet table of label sets."""
+"""Propagation without a store: read segments lists and Parquet tables, write one table of label sets."""
 
 import json
 import re
@@ -37,6 +37,7 @@ from pipeline.labels.segment_lists import (
     split_from_filename,
 )
 from pipeline.messages import closest_word, did_you_mean
+from pipeline.table_files import TEXT_SEPARATOR, is_csv
 from pipeline.tables import DAMAGED_TABLE_ERRORS, describe_table_damage
 
 LABEL_BLOCK_ROWS = 2**17
@@ -111,7 +112,8 @@ def propagate_tables(
     The columns are split, `raw`, the rule's name and `outside`; also clip_id, start_seconds and end_seconds if an input
     has them. `outside` has the ids that are in the ontology or another list, but not in the class list. The provenance
     is written as in a store's labels.parquet. The summary of the changes is returned, and saved as
-    `<out>.propagation.json`. Nothing is written unless every input is right; a second call gives the same bytes; memory
+    `<out>.propagation.json`. If `out` is a CSV file, a cell has class ids instead, separated by `;`.
+    Nothing is written unless every input is right; a second call gives the same bytes; memory
     does not grow with the inputs. Raises InputError for an id that is in no list (the message names its row and the
     nearest known id), and for a split, rule or class that does not exist.
     """
@@ -137,7 +139,10 @@ def propagate_tables(
     # `out` gets its name only after all labels have been read; then the summary is saved.
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with replacing_file(out) as scratch:
-        _write_rows(scratch, schema, tables, propagator)
+        if is_csv(out):
+            _write_csv_rows(scratch, schema.names, tables, propagator, classes)
+        else:
+            _write_rows(scratch, schema, tables, propagator)
     summary = maker.counts.summary(maker.provenance, ontology)
     summary.save_json(out.with_suffix(".propagation.json"))
     return summary
@@ -154,6 +159,35 @@ def _write_rows(
             for block in table.read_blocks():
                 rows = propagator.propagate_block(table.path, block, first_row)
                 writer.write_table(_conform_to_schema(schema, rows))
+                first_row += block.height
+
+
+def _write_csv_rows(
+    path: Path,
+    columns: Sequence[str],
+    tables: Sequence["LabelInput"],
+    propagator: "_BlockPropagator",
+    classes: ClassList,
+) -> None:
+    """Write these columns of all inputs, block by block, with class ids in place of indices."""
+    id_of = dict(enumerate(classes.mids))
+
+    def join_ids(name: str) -> pl.Expr:
+        ids = pl.element()
+        if name != "outside":
+            ids = pl.element().replace_strict(id_of, return_dtype=pl.String)
+        return pl.col(name).list.eval(ids).list.join(TEXT_SEPARATOR)
+
+    is_first = True
+    with path.open("wb") as file:
+        for table in tables:
+            first_row = 0
+            for block in table.read_blocks():
+                rows = propagator.propagate_block(table.path, block, first_row)
+                missing = [pl.lit(None).alias(name) for name in columns if name not in rows.columns]
+                lists = [join_ids(name) for name, kind in rows.schema.items() if isinstance(kind, pl.List)]
+                rows.with_columns(*missing, *lists).select(columns).write_csv(file, include_header=is_first)
+                is_first = False
                 first_row += block.height
 
 
@@ -221,9 +255,9 @@ class _BlockPropagator:
 
 
 def _check_output_path(inputs: Sequence[Path], out: Path) -> None:
-    """Raise InputError unless `out` names a Parquet file that is no input, and every input is given once."""
-    if not _is_parquet(out) or out.is_dir():
-        raise InputError(f"--out {out}: expected the name of a Parquet file, such as labels.parquet")
+    """Raise InputError unless `out` names a Parquet or CSV file that is no input, and every input is given once."""
+    if not (_is_parquet(out) or is_csv(out)) or out.is_dir():
+        raise InputError(f"--out {out}: expected the name of a table, such as labels.parquet or labels.csv")
 
     # Two paths may lead to one file.
     resolved = [path.resolve() for path in inputs]

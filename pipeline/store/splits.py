@@ -2,13 +2,16 @@
 
 A split is for evaluation, and never for training, if a word of its name begins with `eval` or `test`. All other splits
 are for training. Those among them that are named `val`, `valid`, `validation` or `dev` select hyper-parameters, in the
-stages that have any to select. If no split is for evaluation, splits named `fold1`, `fold2` ... are evaluated in turn.
-If a share of the clips is held out instead of a split, a hash of each clip's id selects the clips.
+stages that have any to select; in a store without `eval` or `test` they are for evaluation. If no split is for
+evaluation, splits named `fold1`, `fold2` ... are evaluated in turn.
+If a share of the clips is held out instead of a split, a hash selects them: of each clip's id, or of the names of
+groups of clips that stay together, label by label.
 """
 
 import re
 import zlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import polars as pl
@@ -27,10 +30,20 @@ FOLD_PATTERN = re.compile(r"fold[1-9]\d*")
 
 EVAL_SPLIT = "eval"  # the split on which probes are evaluated, if it exists
 
+# What to do about a store without a split to evaluate on.
+HOLDOUT_HINT = "build it with --holdout 0.2 (ajepa-data build-folder), or name one in its table"
+
 
 def evaluation_split_names(splits: Sequence[str]) -> tuple[str, ...]:
-    """Return the evaluation splits: a word of their names begins with eval or test."""
-    return tuple(split for split in splits if EVALUATION_PATTERN.search(split))
+    """Return the evaluation splits: a word of their names begins with eval or test.
+
+    Without such a split, those for validation are, if any other split is left to train on.
+    """
+    measuring = tuple(split for split in splits if EVALUATION_PATTERN.search(split))
+    if measuring:
+        return measuring
+    validating = tuple(split for split in splits if VALIDATION_PATTERN.search(split))
+    return validating if len(validating) < len(splits) else ()
 
 
 def train_splits(store: AnyStore) -> list[str]:
@@ -62,8 +75,8 @@ def probe_eval_splits(store: AnyStore) -> list[str]:
     measuring = evaluation_splits(store)
     if not measuring:
         raise RunError(
-            f"{store.location}: no split to evaluate on, none of {', '.join(splits)} is named eval or test; "
-            "build a store with one"
+            f"{store.location}: no split to evaluate on, none of {', '.join(splits)} is named eval, test or val; "
+            f"{HOLDOUT_HINT}"
         )
     return measuring
 
@@ -96,9 +109,7 @@ def held_out_mask_N(clip_ids: pl.Series, share: float, seed: int = 0) -> np.ndar
         raise ValueError(f"share must be in [0, 1], got {share}")
 
     # Every id becomes a number that is uniform in [0, 1); 53 bits are the precision of float64.
-    sound_ids = sound_ids_N(clip_ids).cast(pl.Binary).to_list()
-    checksums_N = np.fromiter(map(zlib.crc32, sound_ids), np.uint64, len(sound_ids))
-    hashes_N = _mix_bits(checksums_N ^ _mix_bits(np.array([seed], np.uint64)))
+    hashes_N = _hash_names(sound_ids_N(clip_ids).cast(pl.Binary).to_list(), seed)
     return (hashes_N >> np.uint64(11)) * 2.0**-53 < share
 
 
@@ -119,6 +130,50 @@ def sound_numbers_N(manifest: pl.DataFrame) -> np.ndarray:
         frame = pl.DataFrame({"sound": sounds_N, "source": manifest["source"].fill_null(sounds_N)})
         sounds_N = frame.select(pl.col("sound").first().over("source"))["sound"]
     return np.unique(sounds_N.to_numpy(), return_inverse=True)[1]
+
+
+def hold_out_groups(
+    labels_by_group: Mapping[str, Collection[str]], share: float, seed: int = 0
+) -> frozenset[str]:
+    """Return the names of held-out groups of clips: of each label the share of its groups, drawn by a hash of names.
+
+    A group with several labels counts for the rarest of them. Of two groups of a label or more, at least one is held
+    out and at least one is not; the only group of a label is never held out.
+    """
+    held_out: set[str] = set()
+    for groups in _groups_by_label(labels_by_group, seed):
+        most = len(groups) - 1
+        held_out.update(groups[: min(max(round(share * len(groups)), 1), most)])
+    return frozenset(held_out)
+
+
+def deal_groups_to_folds(
+    labels_by_group: Mapping[str, Collection[str]], folds: int, seed: int = 0
+) -> dict[str, int]:
+    """Return the fold of each group of clips, from 0: groups in the order of a hash are dealt out, label by label."""
+    dealt = [group for groups in _groups_by_label(labels_by_group, seed) for group in groups]
+    return {group: position % folds for position, group in enumerate(dealt)}
+
+
+def _groups_by_label(labels_by_group: Mapping[str, Collection[str]], seed: int) -> list[list[str]]:
+    """Return the groups of each label, or of a group's rarest label, in the order of a hash of their names."""
+    group_counts = Counter(label for labels in labels_by_group.values() for label in set(labels))
+    groups_of: dict[str, list[str]] = {}
+    for group in sorted(labels_by_group):
+        # Groups without a label are one kind too.
+        rarest = min(labels_by_group[group], key=lambda label: (group_counts[label], label), default="")
+        groups_of.setdefault(rarest, []).append(group)
+    return [_sort_by_hash(groups, seed) for _, groups in sorted(groups_of.items())]
+
+
+def _sort_by_hash(names: Sequence[str], seed: int) -> list[str]:
+    hashes_N = _hash_names([name.encode() for name in names], seed)
+    return [names[place] for place in np.argsort(hashes_N, kind="stable")]
+
+
+def _hash_names(names: Sequence[bytes], seed: int) -> np.ndarray:
+    checksums_N = np.fromiter(map(zlib.crc32, names), np.uint64, len(names))
+    return _mix_bits(checksums_N ^ _mix_bits(np.array([seed], np.uint64)))
 
 
 def _mix_bits(words_N: np.ndarray) -> np.ndarray:

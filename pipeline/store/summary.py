@@ -27,6 +27,9 @@ FLAG_MEANINGS: dict[str, str] = {
 
 EXAMPLES_PER_REASON = 5
 
+# A sound that is longer than its clip by at most this share loses nothing that matters.
+LONGER_SHARE = 0.05
+
 IS_GOOD_CLIP = pl.col("status") == "good"
 
 
@@ -154,6 +157,31 @@ def count_good_values(manifest: pl.DataFrame, column: str) -> list[tuple[Any, in
     """Return the values of a column among good clips and how often each occurs, the most frequent first."""
     counts = manifest.lazy().filter(IS_GOOD_CLIP).group_by(column).len().collect()
     return list(counts.sort("len", column, descending=[True, False]).iter_rows())
+
+
+def left_out_lengths(manifest: pl.DataFrame, clip_seconds: float) -> tuple[int, float]:
+    """Return how many sounds end after their only clip, of `clip_seconds` from their start, and the seconds after it.
+
+    Sounds with several clips, or with a clip of another length or start, were cut by somebody who knew their length.
+    """
+    by_sound = (
+        manifest.lazy()
+        .filter(IS_GOOD_CLIP & pl.col("source").is_not_null())
+        .group_by("source")
+        .agg(
+            clips=pl.len(),
+            start=pl.col("start_seconds").min(),
+            end=pl.col("end_seconds").max(),
+            seconds=pl.col("seconds").max(),
+        )
+    )
+    whole = (pl.col("clips") == 1) & (pl.col("start") == 0)
+    ends_by_length = (pl.col("end") - clip_seconds).abs() < 1e-3
+    left_out = (pl.col("seconds") - pl.col("end")).filter(
+        whole & ends_by_length & (pl.col("seconds") > (1 + LONGER_SHARE) * pl.col("end"))
+    )
+    count, seconds = by_sound.select(left_out.len(), left_out.sum().alias("sum")).collect().row(0)
+    return count, seconds or 0.0
 
 
 def good_clip_histogram(manifest: pl.DataFrame, column: str, edges_N: np.ndarray) -> np.ndarray:

@@ -18,6 +18,18 @@ class Splits:
         ids = [f"clip {number}" for number in range(len(names))]
         self.manifest = pl.DataFrame({"clip_id": ids, "split": names})
 
+    def label_sounds(self, sounds: list[str], labels: list[list[int]]) -> "Splits":
+        """The same clips as pieces of these sounds, with these classes."""
+        self.manifest = self.manifest.with_columns(source=pl.Series(sounds))
+        self.label_lists = labels
+        return self
+
+    def labels_BC(self, rows_B, label_set):
+        labels_BC = np.zeros((len(rows_B), 3), np.float32)
+        for place, row in enumerate(rows_B):
+            labels_BC[place, self.label_lists[row]] = 1
+        return labels_BC
+
     def good_rows(self, splits):
         in_splits_N = self.manifest["split"].is_in(list(splits)).to_numpy()
         good_N = np.arange(len(self.manifest)) % 10 > 0
@@ -149,3 +161,30 @@ def test_clips_of_a_single_sound_choose_nothing():
         RunError, match=r"no labelled clip to train on is left beside those of the same sound"
     ):
         fold.refuse_few_clips(store.location)
+
+
+def test_a_store_without_a_split_to_measure_on_is_cross_validated_over_its_sounds():
+    """A folder of sounds has no splits; pieces of a sound that are on both sides would flatter the encoder."""
+    sounds = [f"{number // 4}.wav" for number in range(200)]
+    labels = [[number // 4 % 2] if number < 160 else [] for number in range(200)]
+    store = Splits(train=200).label_sounds(sounds, labels)
+    splits = ProbeSplits.from_store(store, 0, 1_000)
+    assert (len(splits.folds), splits.eval_splits) == (5, ("train",))
+    assert "no split to measure on, so probes are cross-validated over 5 folds" in splits.notes[0]
+    assert np.array_equal(splits.eval_N, store.good_rows(["train"]))
+    for fold in splits.drop_unlabelled(store).folds:
+        sides = [{sounds[row] for row in rows_N} for rows_N in (fold.fit_N, fold.eval_N)]
+        assert not sides[0] & sides[1]
+        assert len(sides[1]) == 8
+        assert {labels[row][0] for row in fold.eval_N} == {0, 1}
+
+
+def test_what_cannot_be_cross_validated_says_what_to_do():
+    """Too many clips to train five probes on each, or too few labels."""
+    sounds = [f"{number}.wav" for number in range(6_000)]
+    store = Splits(train=6_000).label_sounds(sounds, [[0]] * 6_000)
+    with pytest.raises(RunError, match=r"5,400 clips are too many to cross-validate .* --holdout 0\.2"):
+        ProbeSplits.from_store(store, 0, 1_000)
+    store = Splits(train=60).label_sounds(sounds[:60], [[]] * 60)
+    with pytest.raises(RunError, match=r"sounds with a label: 0; .* --label-from parent"):
+        ProbeSplits.from_store(store, 0, 1_000)

@@ -1,15 +1,18 @@
 """The training set: which clips of which stores come how often, and which settings are refused."""
 
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
 import pytest
+from sounds import babble, write
 from tiny import tiny
 
 from ajepa.pretrain.pretrain import pretrain
 from ajepa.pretrain.training_set import TrainingSet
+from ajepa.recipes.pretrain import smoke_recipe
 from ajepa.training.run import Run
 from ajepa.training.run_identity import BlockShuffleIdentity
 from pipeline.audio.mel_spec import preset_mel_spec
@@ -17,6 +20,7 @@ from pipeline.audit.command import record_exclude_lists
 from pipeline.build.build import build_store
 from pipeline.build.plan import BuildOptions, StoreOutput
 from pipeline.datasets.audioset import audioset_corpus
+from pipeline.datasets.folder import folder_corpus
 from pipeline.errors import RunError
 from pipeline.loading.sampling import FULL_SHUFFLE
 from pipeline.store.feature_store import FeatureStore
@@ -172,11 +176,32 @@ def test_a_store_without_a_clip_to_train_on_is_refused(store_path, corpus, tmp_p
         order_of(TrainingSet(stores=(tmp_path / "eval.zarr",)))
 
 
+def test_clips_of_any_length_that_fill_a_view_are_trained_on(tmp_path):
+    """A store of 1-s clips has the same features; of a longer view most would be padding."""
+    (tmp_path / "sounds").mkdir()
+    for number in range(9):
+        write(tmp_path / "sounds" / f"{number}.wav", babble(1.0, 16_000, seed=number), 16_000)
+    spec = replace(preset_mel_spec("a-jepa"), clip_seconds=1.0)
+    corpus = folder_corpus(tmp_path / "sounds", clip_seconds=1.0)
+    build_store(corpus, StoreOutput(path=tmp_path / "short.zarr", spec=spec), BuildOptions(workers=0))
+    run = pretrain(
+        tmp_path / "short.zarr", tiny(), tmp_path / "run", steps=1, device="cpu", say=lambda line: None
+    )
+    assert run.newest_step == 1
+    with pytest.raises(
+        RunError,
+        match=r"clips of 1 s are shorter than a view of recipe smoke, 2\.58 s; build it with --clip-seconds 2\.6",
+    ):
+        TrainingSet(stores=(tmp_path / "short.zarr",)).open_stores(smoke_recipe())
+
+
 @pytest.mark.parametrize(
     ("splits", "measured"),
     [
         (["eval", "test", "train"], ["eval"]),
         (["test", "train", "val"], ["test"]),
+        (["train", "val"], ["val"]),
+        (["dev", "train"], ["dev"]),
         (["a-test", "b-eval", "c"], None),
     ],
 )
@@ -189,7 +214,9 @@ def test_probes_are_measured_on_eval_or_else_on_what_is_held_out(splits, measure
 
 def test_a_store_without_anything_to_measure_on_says_so():
     """Rather than measuring on what was trained on."""
-    with pytest.raises(RunError, match=r"a\.zarr: no split to evaluate on, none of train, val is named"):
+    with pytest.raises(
+        RunError, match=r"a\.zarr: no split to evaluate on, none of more, train .* --holdout 0\.2"
+    ):
         probe_eval_splits(
-            SimpleNamespace(location="a.zarr", manifest=pl.DataFrame({"split": ["train", "val"]}))
+            SimpleNamespace(location="a.zarr", manifest=pl.DataFrame({"split": ["train", "more"]}))
         )

@@ -18,6 +18,7 @@ from ajepa.evaluate.tasks import TASKS
 from ajepa.model.classifier import CLASSIFIER_KINDS
 from ajepa.recipes import pretrain
 from ajepa.recipes.catalogue import FINETUNE_RECIPES
+from ajepa.training.loggers import LOGGER_NAMES
 from pipeline.audio.mel_spec import MEL_PRESETS
 from pipeline.cli.options import (
     MEL_SPEC_NAMES,
@@ -146,6 +147,7 @@ def test_the_tab_key_completes_commands_options_and_choices(shell, words, offere
         ("ajepa-train", "finetune", "recipe", FINETUNE_RECIPES),
         ("ajepa-train", "finetune", "task", TASKS),
         ("ajepa-train", "finetune", "model", CLASSIFIER_KINDS),
+        ("ajepa-train", "pretrain", "logger", LOGGER_NAMES),
         ("ajepa-train", "hlp-study", "rule", PROPAGATION_RULES),
         ("ajepa-data", "propagate-labels", "rule", PROPAGATION_RULES),
         ("ajepa-data", "build-fsd50k", "spec", MEL_PRESETS),

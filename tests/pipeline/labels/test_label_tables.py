@@ -274,8 +274,8 @@ def wrong_call(tmp_path: Path, mistake: str) -> dict:
     match mistake:
         case "no out":
             return {"inputs": [good]}
-        case "no Parquet name":
-            return {"inputs": [good], "out": tmp_path / "labels.csv"}
+        case "no table's name":
+            return {"inputs": [good], "out": tmp_path / "labels.txt"}
         case "onto an input":
             return {"inputs": [write_parquet(out, label=["/m/09x0r"])], "out": out}
         case "twice":
@@ -333,7 +333,7 @@ def wrong_call(tmp_path: Path, mistake: str) -> dict:
             "no out",
             r"eval\.csv: not a store, so the labels are written to a new file: add --out FILE\.parquet",
         ),
-        ("no Parquet name", r"--out .*labels\.csv: expected the name of a Parquet file"),
+        ("no table's name", r"--out .*labels\.txt: expected the name of a table, such as labels\.parquet"),
         ("onto an input", r"--out .*out\.parquet: is also an input"),
         ("twice", r"eval\.csv: is given twice, so its clips would be written twice"),
         ("an id", r"x\.csv: row 1 \(clip b+\): unknown class '/m/09x0z'; did you mean /m/09x0r \(Speech\)\?"),
@@ -439,3 +439,18 @@ def test_the_official_lists_give_the_references_figures(tmp_path):
         }
         assert figures == reference[name]
     assert not summary.outside
+
+
+def test_a_csv_file_has_ids_and_is_an_input_again(tmp_path):
+    """For a spreadsheet, in the form in which labels are read; indices would mean nothing there."""
+    source = segments_list(tmp_path / "eval_segments.csv")
+    propagate_inputs([source], out=tmp_path / "labels.csv")
+    propagate_inputs([source], out=tmp_path / "labels.parquet")
+    table = pl.read_csv(tmp_path / "labels.csv").with_columns(pl.col("raw", "unambiguous").fill_null(""))
+    parquet = read_frame(tmp_path / "labels.parquet")
+    assert table.columns == parquet.columns
+    for name in ("raw", "unambiguous"):
+        ids = [[CLASSES.mids[index] for index in row] for row in parquet[name]]
+        assert table[name].to_list() == [";".join(row) for row in ids]
+    assert table["start_seconds"].to_list() == parquet["start_seconds"].to_list()
+    assert (tmp_path / "labels.propagation.json").is_file()

@@ -36,6 +36,13 @@ def test_any_other_split_is_trained_on(name):
     assert evaluation_split_names([name]) == ()
 
 
+@pytest.mark.parametrize("name", ["val", "validation", "dev", "my-valid"])
+def test_without_eval_and_test_the_split_for_validation_is_measured_on(name):
+    """As in timm and transformers; where a test split exists, it only chooses."""
+    assert evaluation_split_names(["train", name]) == (name,)
+    assert evaluation_split_names(["train", name, "test"]) == ("test",)
+
+
 @pytest.mark.parametrize(
     ("name", "chooses"),
     [("val", True), ("a_dev", True), ("Validation", True), ("valley", False), ("device", False)],
