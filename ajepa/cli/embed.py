@@ -8,6 +8,7 @@ import typer
 from ajepa.cli.options import CheckpointOption, DeviceOption, LayerOption, ModelOption, PoolingOption
 from pipeline.cli.options import CacheFolder, CacheSizeGb, check_output_path
 from pipeline.files import DEFAULT_CACHE_GB
+from pipeline.messages import print_to_stderr
 
 embed_app = typer.Typer(rich_markup_mode=None)
 
@@ -21,8 +22,8 @@ def embed(
     out: Annotated[Path, typer.Option(help="Parquet table to write or carry on.", show_default=False)],
     checkpoint: CheckpointOption = "last",
     frames: Annotated[bool, typer.Option("--frames", help="Also one vector a time column.")] = False,
-    pooling: PoolingOption = "mean",
-    layer: LayerOption = "last",
+    pooling: PoolingOption = None,
+    layer: LayerOption = None,
     overlap: Annotated[
         float, typer.Option(min=0, max=0.95, help="Share of a window that the next one repeats.")
     ] = 0.5,
@@ -37,6 +38,9 @@ def embed(
     Sounds may have any length, rate and container. The same command again carries on. A sound that cannot be used
     gets a row without an embedding, with the reason; status 1 if no sound can be used.
 
+    Pooling and layer are those that probes found best when the run was trained; the
+    table's metadata say which were used, and why.
+
     Example: ajepa-train embed sounds/ --model runs/a --out emb.parquet
     """
     from ajepa.embed import embedder
@@ -50,6 +54,8 @@ def embed(
         layer=layer,
         overlap=overlap,
     )
+    if not loaded_embedder.features.is_fallback:
+        print_to_stderr(f"{model}: vectors are {loaded_embedder.features.description}")
     job = make_embedding_job(sounds, loaded_embedder, cache=cache, cache_gb=cache_gb)
     counts = write_embedding_table(
         loaded_embedder, job, out, frames=frames, batch=batch, workers=workers, progress=True
@@ -93,8 +99,8 @@ def export(
     torch_export: Annotated[
         Path | None, typer.Option(help="Also a torch.export file, NAME.pt2.", callback=check_output_path)
     ] = None,
-    pooling: PoolingOption = "mean",
-    layer: LayerOption = "last",
+    pooling: PoolingOption = None,
+    layer: LayerOption = None,
     audio_hz: Annotated[int, typer.Option(min=1, help="Samples a second of the audio.")] = 32_000,
 ) -> None:
     """Write an encoder as safetensors, configuration and model card.

@@ -14,6 +14,7 @@ from torch import Tensor
 from ajepa.embed.hub import fetch_from_hub, is_hub_id
 from ajepa.model.vit import Encoder, EncoderSpec
 from ajepa.recipes.catalogue import recipe_from_json, recipe_to_json
+from ajepa.training.feature_choice import FeatureChoice, read_feature_choice
 from ajepa.training.run import RECIPE_FILE, Json
 from ajepa.training.trained_run import (
     BAND_STATISTICS,
@@ -29,7 +30,9 @@ WEIGHTS_FILE = "model.safetensors"
 # The header of this file contains the configuration as JSON, under this key.
 EXPORT_METADATA_KEY = "ajepa"
 
-EXPORT_FORMAT = 1
+# Format 2 also has `features`, the pooling and layer that probes found best; without them, a file of format 1 is read.
+EXPORT_FORMAT = 2
+READ_EXPORT_FORMATS = (1, 2)
 
 # The default checkpoint of a run.
 LAST_CHECKPOINT = "last"
@@ -46,6 +49,7 @@ class PretrainedEncoder:
     mean, std  mean and deviation of log-mel that normalise the features
     origin     how the encoder was made: recipe, step, identity of the data, versions; plain JSON values
     licence    licence of the weights, as stated at the export
+    features   the pooling and layer that probes found best; None: no probe has chosen
     """
 
     spec: EncoderSpec
@@ -55,6 +59,7 @@ class PretrainedEncoder:
     weights: dict[str, Tensor]
     origin: Json
     licence: str | None = None
+    features: FeatureChoice | None = None
 
     @classmethod
     def from_run(cls, path: Path, at: str | int = LAST_CHECKPOINT) -> Self:
@@ -77,6 +82,7 @@ class PretrainedEncoder:
                 "identity": {key: value for key, value in run.identity.to_json().items() if key != "mel"},
                 "versions": run.versions,
             },
+            features=read_feature_choice(run.path),
         )
 
     @classmethod
@@ -92,10 +98,11 @@ class PretrainedEncoder:
         if text is None:
             raise RunError(f"{file}: holds no encoder of ajepa; give a file that `ajepa-train export` wrote")
         config = json.loads(text)
-        if config["format"] != EXPORT_FORMAT:
+        if config["format"] not in READ_EXPORT_FORMATS:
             raise RunError(
-                f"{file}: export format {config['format']}, this version reads {EXPORT_FORMAT}; update ajepa"
+                f"{file}: export format {config['format']}, this version reads up to {EXPORT_FORMAT}; update ajepa"
             )
+        features = config.get("features")
 
         # Compare the digest, which covers the weights and every setting that affects the embeddings.
         loaded = cls(
@@ -106,6 +113,7 @@ class PretrainedEncoder:
             weights=weights,
             origin=config["origin"],
             licence=config["licence"],
+            features=None if features is None else FeatureChoice.from_json(features, str(file)),
         )
         if loaded.model_id != config["model_id"]:
             raise RunError(f"{file}: damaged (its digest is not {config['model_id']}); fetch it again")
@@ -149,6 +157,7 @@ class PretrainedEncoder:
             "std": self.std,
             "origin": self.origin,
             "licence": self.licence,
+            "features": None if self.features is None else self.features.to_json(),
         }
 
     def build_encoder(self, device: torch.device) -> Encoder:

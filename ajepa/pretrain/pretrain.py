@@ -1,6 +1,7 @@
 """Pre-training: a recipe trained on stores, from the checks before the first step to the last one."""
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from ajepa.evaluate.feature_selection import choose_features
 from ajepa.model.views import InputScale
 from ajepa.pretrain.monitor import OnCollapse, open_pretrain_monitor
 from ajepa.pretrain.trainer import PretrainTrainer
@@ -16,6 +18,7 @@ from ajepa.recipes.catalogue import recipe_to_json
 from ajepa.recipes.pretrain import Pretrain
 from ajepa.training.devices import Precision, PrecisionName, pick_device, pick_precision
 from ajepa.training.distributed import World, join_ranks
+from ajepa.training.feature_choice import FEATURES_FILE, write_feature_choice
 from ajepa.training.loop import catch_stop_signals, open_run, raise_if_interrupted, run_training_loop
 from ajepa.training.memory import refuse_large_pretrain
 from ajepa.training.run import Run
@@ -110,6 +113,8 @@ def pretrain(
                     progress=progress,
                     say=say,
                 )
+                if steps_done >= setup.recipe.steps:
+                    store_feature_choice(setup, run, say)
 
         # A run that was interrupted ends as one, once its folder is unlocked.
         raise_if_interrupted(run, steps_done, setup.recipe.steps, tell)
@@ -242,6 +247,25 @@ def take_remaining_steps(
             keep_every=setup.recipe.keep_every,
             world=setup.world,
         )
+
+
+def store_feature_choice(setup: PretrainSetup, run: Run, say: Callable[[str], None]) -> None:
+    """Choose pooling and layer of a finished run by probes, once, and say which; nothing for a recipe without probes.
+
+    The main rank does so while the others wait.
+    """
+    is_wanted = setup.recipe.probe_every and not (run.path / FEATURES_FILE).is_file()
+    if setup.world.is_main and is_wanted:
+        began = time.monotonic()
+        choice = choose_features(run, setup.store, setup.device, say=say)
+        if choice is not None:
+            write_feature_choice(run.path, choice)
+            seconds = time.monotonic() - began
+            say(
+                f"{run.path}: vectors are {choice.chosen.title} from now on: {choice.reason} ({seconds:.0f} s); "
+                "--pooling and --layer take others"
+            )
+    setup.world.wait_for_ranks()
 
 
 def build_trainer(setup: PretrainSetup, run: Run, first_step: int) -> PretrainTrainer:

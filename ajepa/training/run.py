@@ -49,6 +49,7 @@ class Run:
     tensorboard/                  the same for TensorBoard, a file for each time that the run was carried on
     checkpoints/step-00001000/    PART.safetensors for each part; state.json with step, score and SHA-256 digests
     bad-step-00001000/            the clips and draws of a step that ended the run, see `BadStep`
+    features.json                 the pooling and layer that probes found best, see `FeatureChoice`
     compute.json                  the cost of the run up to each checkpoint, see `ComputeMeter`
     evaluation.json               scores on the run's own store, written by finetune or evaluate
 

@@ -175,7 +175,7 @@ def test_a_table_is_not_carried_on_as_another(model, run_path, folder, store_pat
     out = tmp_path / "emb.parquet"
     before = write_and_read(model, [folder], out)
     other = ajepa.load(run_path, device="cpu", pooling="frequency")
-    with pytest.raises(RunError, match="pooling: was mean, now frequency"):
+    with pytest.raises(RunError, match="pooling: was moments, now frequency"):
         write_and_read(other, [folder], out)
     with pytest.raises(RunError, match="rows: was 11, now 1"):
         write_and_read(model, [folder / "0.wav"], out)
