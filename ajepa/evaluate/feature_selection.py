@@ -122,7 +122,7 @@ class SelectionClips:
         counts_C = np.where(usable_C, fit_C + held_C, 0)
         kept_C = np.sort(np.argsort(-counts_C, kind="stable")[: min(MAX_CLASSES, int(usable_C.sum()))])
         labels_NC = self.labels_NC[:, kept_C]
-        return replace(self, labels_NC=labels_NC).select_clips(labels_NC.any(axis=1))
+        return replace(self, labels_NC=labels_NC).select_clips(np.asarray(labels_NC.any(axis=1)))
 
     @property
     def shortage(self) -> str | None:
