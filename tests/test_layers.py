@@ -21,7 +21,7 @@ LAYERS = {
         "training",
         "evaluate embed",
         "pretrain finetune",
-        "report hear xares_encoder",
+        "report hear xares_encoder mteb_encoder",
         "cli",
     ],
 }

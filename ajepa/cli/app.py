@@ -27,7 +27,13 @@ from ajepa.cli.options import (
     StepsOption,
     StoreOption,
 )
-from pipeline.cli.options import CacheFolder, CacheSizeGb, check_output_path, run_command_line
+from pipeline.cli.options import (
+    CacheFolder,
+    CacheSizeGb,
+    add_version_option,
+    check_output_path,
+    run_command_line,
+)
 from pipeline.errors import InputError
 from pipeline.files import DEFAULT_CACHE_GB
 
@@ -37,6 +43,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="A feature store in, a pre-trained and measured audio encoder out.",
 )
+add_version_option(app)
 app.add_typer(evaluate_app)
 app.add_typer(embed_app)
 

@@ -8,6 +8,7 @@ import typer
 from ajepa.cli.options import CheckpointOption, DeviceOption, LayerOption, ModelOption, PoolingOption
 from pipeline.cli.options import CacheFolder, CacheSizeGb, check_output_path, check_table_path
 from pipeline.files import DEFAULT_CACHE_GB
+from pipeline.messages import print_to_stderr
 
 embed_app = typer.Typer(rich_markup_mode=None)
 
@@ -28,8 +29,8 @@ def embed(
     ],
     checkpoint: CheckpointOption = "last",
     frames: Annotated[bool, typer.Option("--frames", help="Also one vector a time column.")] = False,
-    pooling: PoolingOption = "mean",
-    layer: LayerOption = "last",
+    pooling: PoolingOption = None,
+    layer: LayerOption = None,
     overlap: Annotated[
         float, typer.Option(min=0, max=0.95, help="Share of a window that the next one repeats.")
     ] = 0.5,
@@ -43,6 +44,9 @@ def embed(
 
     Sounds may have any length, rate and container. The same command again carries on. A sound that cannot be used
     gets a row without an embedding, with the reason; status 1 if no sound can be used.
+
+    Pooling and layer are those that probes found best when the run was trained; the
+    table's metadata say which were used, and why.
 
     Example: ajepa-train embed sounds/ --model runs/a --out emb.parquet
     """
@@ -63,6 +67,8 @@ def embed(
         layer=layer,
         overlap=overlap,
     )
+    if not loaded_embedder.features.is_fallback:
+        print_to_stderr(f"{model}: vectors are {loaded_embedder.features.description}")
     job = make_embedding_job(sounds, loaded_embedder, cache=cache, cache_gb=cache_gb)
     table = parquet_table_path(out, frames=frames)
     counts = write_embedding_table(
@@ -167,8 +173,8 @@ def export(
     torch_export: Annotated[
         Path | None, typer.Option(help="Also a torch.export file, NAME.pt2.", callback=check_output_path)
     ] = None,
-    pooling: PoolingOption = "mean",
-    layer: LayerOption = "last",
+    pooling: PoolingOption = None,
+    layer: LayerOption = None,
     audio_hz: Annotated[int, typer.Option(min=1, help="Samples a second of the audio.")] = 32_000,
 ) -> None:
     """Write a model as safetensors, configuration and model card.

@@ -34,8 +34,8 @@ def evaluate(
     kind: Annotated[
         Literal["auto", "single", "multi"], typer.Option(help="Labels a clip; auto: as they are.")
     ] = "auto",
-    pooling: PoolingOption = "mean",
-    layer: LayerOption = "last",
+    pooling: PoolingOption = None,
+    layer: LayerOption = None,
     train_clips: Annotated[int, typer.Option(min=1, help="Most clips to train probes on.")] = 20_000,
     out: Annotated[
         Path | None,
@@ -78,7 +78,7 @@ def evaluate(
         precision=precision,
         train_clips=train_clips,
         pooling=pooling,
-        layer=EncoderLayer.from_name(layer),
+        layer=None if layer is None else EncoderLayer.from_name(layer),
         probes=tuple(probe) if probe else None,
         label_sets=[name.strip() for name in labels.split(",") if name.strip()],
         kind=kind,

@@ -69,12 +69,17 @@ CheckpointOption = Annotated[
 
 # How tokens become vectors.
 PoolingOption = Annotated[
-    Literal["mean", "frequency", "moments"],
-    typer.Option(help="frequency: each row of patches; moments: and its deviation over time."),
+    Literal["mean", "frequency", "moments"] | None,
+    typer.Option(
+        help="frequency: each row of patches; moments: and its deviation over time. [default: the run's best]"
+    ),
 ]
 
 LayerOption = Annotated[
-    str, typer.Option(help="last, mean-K or concat-K (the last K blocks), concat-all, or block-N.")
+    str | None,
+    typer.Option(
+        help="last, mean-K or concat-K (the last K blocks), concat-all, block-N. [default: the run's best]"
+    ),
 ]
 
 # What is trained, and for how long.

@@ -2,40 +2,53 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ajepa.embed.embedding import (
+    Embedding,
+    EmbeddingBuilder,
+    Embeddings,
+    collect_embeddings,
+    describe_errors,
+    require_embeddings,
+)
+from ajepa.embed.module import EncoderModule
 from ajepa.embed.predictor import Predictions, Predictor, refuse_errors
 from ajepa.embed.pretrained import LAST_CHECKPOINT, PretrainedEncoder, load_pretrained
+from ajepa.embed.sound_inputs import (
+    ArraySound,
+    Sound,
+    check_rate_hz,
+    cut_waves,
+    float_waves_BS,
+    read_sound_inputs,
+)
 from ajepa.embed.windows import (
     SoundStream,
     SoundWindow,
+    column_ms,
     cut_windows,
     drop_frames,
+    first_centre_ms,
     open_ahead,
     window_hop_columns,
 )
 from ajepa.model.patches import repeat_last_frame, valid_token_mask
-from ajepa.model.pooling import (
-    DEFAULT_POOLING,
-    LAST_LAYER,
-    VECTORS_PER_CLIP,
-    EncoderLayer,
-    PoolingName,
-    pool_tokens,
-    pooled_deviation,
-)
+from ajepa.model.pooling import VECTORS_PER_CLIP, EncoderLayer, PoolingName, column_pooling, pool_columns
 from ajepa.training.devices import pick_device
+from ajepa.training.feature_choice import resolve_features
 from pipeline.audio.decode import AudioPolicy, resample_blocks, stream_wave
 from pipeline.audio.levels import SampleRange, describe_bad_samples
 from pipeline.audio.sources import SoundLocator
 from pipeline.errors import AudioError, RunError
+from pipeline.messages import print_to_stderr
 from pipeline.store.feature_store import FeatureStore
 
 # The share of a window that the next window repeats. With one half, every column of a long sound has a quarter of a
@@ -52,53 +65,27 @@ ARRAY_PIECE_SAMPLES = 2**20
 EMBEDDING_POLICY = AudioPolicy(keep_silent=True, max_seconds=float("inf"))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Embedding:
-    """The vectors of one sound, float32 on the CPU.
-
-    clip_D      mean of the vectors of all time columns that begin inside the sound; pooled by `moments` it is followed
-                by their standard deviation
-    frames_TD   one vector for each column whose centre is inside the sound; at least one
-    times_ms_T  times of these centres in milliseconds, float64, evenly spaced. A sound that ends before the first
-                centre has one frame, at the middle of the sound
-    seconds     length of the sound in seconds
-    """
-
-    clip_D: Tensor
-    frames_TD: Tensor
-    times_ms_T: Tensor
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Embeddings:
-    """The embeddings of several sounds: an `Embedding` for each, and the clip vectors together as `clips_BD`."""
-
-    per_sound: tuple[Embedding, ...]
-    width: int
-
-    @property
-    def clips_BD(self) -> Tensor:
-        """One vector per sound, float32 on the CPU; shape `[0, D]` if there are no sounds."""
-        if not self.per_sound:
-            return torch.zeros(0, self.width)
-        return torch.stack([embedding.clip_D for embedding in self.per_sound])
-
-    def __len__(self) -> int:
-        return len(self.per_sound)
-
-    def __getitem__(self, index: int) -> Embedding:
-        return self.per_sound[index]
-
-
-def load(location: str | Path, *, at: str | int = LAST_CHECKPOINT, **options: Any) -> "Embedder":
+def load(
+    location: str | Path,
+    *,
+    at: str | int = LAST_CHECKPOINT,
+    device: str = "auto",
+    pooling: PoolingName | None = None,
+    layer: EncoderLayer | str | None = None,
+    overlap: float = WINDOW_OVERLAP,
+) -> "Embedder":
     """Load the encoder of a run folder, an exported folder or file, or ORG/NAME[@REVISION] of the Hugging Face hub.
 
     `at` is the checkpoint of a run: last, best (by probe), init (random, before the first step), or the step of a kept
-    checkpoint. The other keywords are those of `Embedder`: device, pooling, layer, overlap. RunError if the location
-    has no encoder, the files are damaged, or the checkpoint or device does not exist.
+    checkpoint. The other keywords are those of `Embedder`. RunError if the location has no encoder, the files are
+    damaged, or the checkpoint or device does not exist. A line says so where no probe has chosen pooling and layer.
     """
-    return Embedder(load_pretrained(location, at), **options)
+    loaded = Embedder(
+        load_pretrained(location, at), device=device, pooling=pooling, layer=layer, overlap=overlap
+    )
+    if loaded.features.is_fallback:
+        print_to_stderr(f"{location}: vectors are {loaded.features.description}")
+    return loaded
 
 
 class Embedder:
@@ -111,6 +98,9 @@ class Embedder:
     sounds of a batch have no influence.
     Everything is computed in float32; results differ in the last bits between devices and batch sizes.
 
+    features  pooling and layer, and why they are these. Unless others are asked for, they are those that probes found
+              best when the run was trained, or else a fixed fallback (`resolve_features`)
+
     pooling  `mean`: mean of the tokens of a column; `frequency`: rows concatenated, `grid.rows` times as wide;
              `moments`: frames as by `frequency`, and the vector of a clip is their mean and their standard deviation,
              `2 grid.rows` times as wide
@@ -122,8 +112,8 @@ class Embedder:
         pretrained: PretrainedEncoder,
         *,
         device: str = "auto",
-        pooling: PoolingName = DEFAULT_POOLING,
-        layer: EncoderLayer | str = LAST_LAYER,
+        pooling: PoolingName | None = None,
+        layer: EncoderLayer | str | None = None,
         overlap: float = WINDOW_OVERLAP,
     ) -> None:
         # The network, and its input features.
@@ -134,11 +124,23 @@ class Embedder:
         self.mel = pretrained.mel
 
         # The layer and the pooling that turn tokens into vectors.
-        self.pooling = pooling
-        self.layer = EncoderLayer.from_name(layer) if isinstance(layer, str) else layer
-        self.layer.refuse_missing_blocks(pretrained.spec.depth)
+        self.features = resolve_features(pretrained.spec, pretrained.features, pooling, layer)
+        self.pooling: PoolingName = self.features.pooling
+        self.layer = self.features.layer
         self.overlap = overlap
         self._hop_columns = window_hop_columns(self.grid, overlap)
+
+    def __repr__(self) -> str:
+        origin = f"{self.pretrained.recipe_name}, step {self.pretrained.origin.get('step')}"
+        return (
+            f"Embedder({origin}, model {self.pretrained.model_id}, {self.sample_rate_hz} Hz -> {self.width} values: "
+            f"{self.features.description}; {self.device})"
+        )
+
+    @cached_property
+    def module(self) -> EncoderModule:
+        """The encoder as a network of its own, from log-mel to tokens; it shares its weights with this embedder."""
+        return EncoderModule(self.pretrained, self.encoder, self.features)
 
     @property
     def sample_rate_hz(self) -> int:
@@ -163,32 +165,49 @@ class Embedder:
     @property
     def column_ms(self) -> float:
         """The time between the centres of adjacent frames of an embedding, in milliseconds."""
-        return self.grid.patch_frames * self.mel.hop_samples / self.sample_rate_hz * 1e3
+        return column_ms(self.grid, self.mel)
 
     @property
     def first_centre_ms(self) -> float:
         """The middle of the first column in milliseconds: half-way between its first and its last sample."""
-        reach_samples = self.mel.window_samples if self.mel.framing == "kaldi" else 0
-        samples = (self.grid.patch_frames - 1) * self.mel.hop_samples + reach_samples
-        return samples / 2 / self.sample_rate_hz * 1e3
+        return first_centre_ms(self.grid, self.mel)
 
     def embed(
-        self, sounds: str | Path | Sequence[str | Path], *, batch: int = WINDOWS_PER_BATCH, workers: int = 2
+        self,
+        sounds: Sound | Sequence[Sound],
+        *,
+        rate_hz: float | None = None,
+        errors: Literal["row", "raise"] = "row",
+        batch: int = WINDOWS_PER_BATCH,
+        workers: int = 2,
     ) -> Embeddings:
-        """Return the embeddings of files of any format and length; AudioError names the first unusable file.
+        """Return the embeddings of sounds: a path or an array is one sound, a list of them several.
 
-        `batch` windows are encoded per forward pass; `workers` threads decode files in advance.
+        Files may have any format and length. An array is [samples], [channels, samples] or [samples, channels]: the
+        shorter axis is the channels, which are mixed to mono. Floats are in [-1, 1]; int16, int32 and uint8 are scaled.
+        `rate_hz` is the rate of the arrays. A value of a Hugging Face audio column (`array`, `sampling_rate`) has its
+        own.
+
+        A sound that cannot be used gets a row with its error and a vector of nan, and a line says so
+        (`Embeddings.errors`); if all fail, or with errors="raise", the first AudioError is raised. `batch` windows are
+        encoded per forward pass; `workers` threads open sounds in advance. RunError for what is no sound.
         """
-        paths = [sounds] if isinstance(sounds, str | Path) else sounds
-        locators = [SoundLocator.from_path(Path(path)) for path in paths]
-        results = self.iterate_embeddings(map(self.file_opener, locators), batch=batch, workers=workers)
-        return require_embeddings(results, self.width)
+        inputs, names = read_sound_inputs(sounds, rate_hz)
+        if errors not in ("row", "raise"):
+            raise RunError(f"errors must be row or raise, got {errors!r}")
+        results = self.iterate_embeddings(self._sound_openers(inputs), batch=batch, workers=workers)
+        if errors == "raise":
+            return require_embeddings(results, self.width, names)
+        found = collect_embeddings(results, width=self.width, frame_width=self.frame_width, names=names)
+        if found.errors:
+            print_to_stderr(f"{describe_errors(found)}; the row is nan, see .errors")
+        return found
 
     def predict(
         self,
-        sounds: str | Path | np.ndarray | Tensor | Sequence[str | Path | np.ndarray | Tensor],
+        sounds: Sound | Sequence[Sound],
         *,
-        rate_hz: int | None = None,
+        rate_hz: float | None = None,
         hop_seconds: float | None = None,
         errors: Literal["row", "raise"] = "row",
         batch: int = WINDOWS_PER_BATCH,
@@ -197,11 +216,12 @@ class Embedder:
         """Return the scores of a fine-tuned classifier for sounds: a path or a wave is one sound, a list several.
 
         Scores are those of softmax if every clip of the run has one class, else of sigmoid. With `hop_seconds` also of
-        a stretch every so many seconds (`Predictor.predict_openers`). `rate_hz` is the rate of waves, `[S]`. A sound
-        that cannot be used has its error and scores of nan; if all fail, or with errors="raise", the first AudioError
-        is raised. RunError if the model was not fine-tuned.
+        a stretch every so many seconds (`Predictor.predict_openers`). Sounds and `rate_hz` are those of `embed`. A
+        sound that cannot be used has its error and scores of nan; if all fail, or with errors="raise", the first
+        AudioError is raised. RunError if the model was not fine-tuned.
         """
-        openers = self._sound_openers(sounds, rate_hz)
+        inputs, _ = read_sound_inputs(sounds, rate_hz)
+        openers = self._sound_openers(inputs)
         found = self.predictor.predict_openers(openers, hop_seconds=hop_seconds, batch=batch, workers=workers)
         per_sound = tuple(refuse_errors(found, errors))
         return Predictions(per_sound=per_sound, class_names=self.predictor.class_names)
@@ -216,33 +236,25 @@ class Embedder:
         """The classifier of a fine-tuned model; RunError if there is none."""
         return Predictor.from_pretrained(self.pretrained, self.device)
 
-    def _sound_openers(
-        self,
-        sounds: str | Path | np.ndarray | Tensor | Sequence[str | Path | np.ndarray | Tensor],
-        rate_hz: int | None,
-    ) -> list[Callable[[], SoundStream]]:
-        """Return an opener for each sound; RunError for waves without a rate."""
-        openers = []
-        for sound in [sounds] if isinstance(sounds, str | Path | np.ndarray | Tensor) else sounds:
-            if isinstance(sound, str | Path):
-                openers.append(self.file_opener(SoundLocator.from_path(Path(sound))))
-                continue
-            if not rate_hz:
-                raise RunError("a wave needs its rate in Hz: predict(wave, rate_hz=44100)")
-            for wave_S in cut_waves(float_waves_BS(sound), None):
-                openers.append(self._array_opener(wave_S, rate_hz, 0))
-        return openers
+    def _sound_openers(self, inputs: Sequence[SoundLocator | ArraySound]) -> list[Callable[[], SoundStream]]:
+        """Return an opener for each file or wave."""
+        return [
+            self._array_opener(given.wave_S, given.rate_hz, 0)
+            if isinstance(given, ArraySound)
+            else self.file_opener(given)
+            for given in inputs
+        ]
 
     def embed_audio(
         self,
         wave_BS: np.ndarray | Tensor,
-        rate_hz: int,
+        rate_hz: float,
         *,
         samples_B: Sequence[int] | None = None,
         shifts: int = 1,
         batch: int = WINDOWS_PER_BATCH,
     ) -> Embeddings:
-        """Return the embeddings of mono waves `[B, S]` or `[S]`, floats in [-1, 1].
+        """Return the embeddings of a batch of mono waves, `[B, S]` or `[S]`; integers are scaled as in `embed`.
 
         Only the first `samples_B` samples of each wave are embedded; by default all. With `shifts` = K (a divisor of
         the grid's patch_frames), every sound is encoded K times, each time starting 1/K of a column later. The result
@@ -252,8 +264,7 @@ class Embedder:
         """
         # Check the arguments.
         wave_BS = float_waves_BS(wave_BS)
-        if not rate_hz > 0:
-            raise RunError(f"audio at {rate_hz} Hz: expected a rate above 0")
+        whole_rate_hz = check_rate_hz(rate_hz)
         if shifts < 1 or self.grid.patch_frames % shifts:
             raise RunError(f"shifts {shifts}: expected a divisor of {self.grid.patch_frames}")
         waves = cut_waves(wave_BS, samples_B)
@@ -262,7 +273,7 @@ class Embedder:
         shift_frames = self.grid.patch_frames // shifts
         results_by_shift = []
         for shift in range(shifts):
-            openers = [self._array_opener(wave_S, rate_hz, shift_frames * shift) for wave_S in waves]
+            openers = [self._array_opener(wave_S, whole_rate_hz, shift_frames * shift) for wave_S in waves]
             results_by_shift.append(list(self.iterate_embeddings(openers, batch=batch)))
         return self._interleave_shifts(results_by_shift)
 
@@ -416,116 +427,3 @@ class Embedder:
             times_ms_T, order_T = torch.cat(times_ms).sort()
             interleaved.append(replace(base, frames_TD=torch.cat(frames)[order_T], times_ms_T=times_ms_T))
         return Embeddings(per_sound=tuple(interleaved), width=self.width)
-
-
-class EmbeddingBuilder:
-    """Collects the columns of one sound for its embedding; `is_open` until the last window of the sound is cut."""
-
-    def __init__(self, pooling: PoolingName, *, keep_frames: bool) -> None:
-        # The state of the sound, and the numbers of its windows that were cut and encoded.
-        self.is_open = True
-        self.seconds = 0.0
-        self.failure: AudioError | None = None
-        self.expected_windows = 0
-        self.received_windows = 0
-
-        # The columns of these windows: their sum and that of their squares in float64; every column if frames are kept.
-        self.pooling = pooling
-        self.keep_frames = keep_frames
-        self.column_count = 0
-        self.sum_D: Tensor | float = 0.0
-        self.square_D: Tensor | float = 0.0
-        self.frames: list[Tensor] = []
-
-    @property
-    def is_done(self) -> bool:
-        """Whether the result is final: all windows are encoded, or the sound has failed."""
-        if self.is_open:
-            return False
-        return self.failure is not None or self.received_windows == self.expected_windows
-
-    def add_columns(self, columns_CD: Tensor) -> None:
-        """Add the columns of the next window."""
-        self.received_windows += 1
-        self.column_count += len(columns_CD)
-        exact_CD = columns_CD.double()
-        self.sum_D = self.sum_D + exact_CD.sum(0)
-        if self.pooling == "moments":
-            self.square_D = self.square_D + exact_CD.square().sum(0)
-        if self.keep_frames:
-            self.frames.append(columns_CD)
-
-    def build_embedding(self, first_centre_ms: float, column_ms: float) -> Embedding:
-        """Return the embedding; the arguments are the centre of the first column and the time between columns."""
-        # The vector of the clip: the mean over its columns, and their deviation if the pooling has it.
-        mean_D = torch.as_tensor(self.sum_D / self.column_count)
-        clip_D = mean_D.float()
-        if self.pooling == "moments":
-            variance_D = self.square_D / self.column_count - mean_D.square()
-            clip_D = torch.cat((mean_D, pooled_deviation(variance_D))).float()
-
-        # Select the frames whose centre is inside the sound; there are none if frames were not kept.
-        frames_TD = torch.cat([*self.frames, clip_D.new_zeros(0, len(mean_D))])
-        times_ms_T = first_centre_ms + column_ms * torch.arange(len(frames_TD), dtype=torch.float64)
-        inside_T = times_ms_T <= self.seconds * 1e3
-        if self.keep_frames and not inside_T.any():
-            # The sound ends before the first centre: keep one frame, at the middle of the sound.
-            frames_TD = frames_TD[:1]
-            times_ms_T = torch.tensor([self.seconds * 1e3 / 2], dtype=torch.float64)
-        else:
-            frames_TD = frames_TD[inside_T]
-            times_ms_T = times_ms_T[inside_T]
-        return Embedding(clip_D=clip_D, frames_TD=frames_TD, times_ms_T=times_ms_T, seconds=self.seconds)
-
-
-def require_embeddings(results: Iterable[Embedding | AudioError], width: int) -> Embeddings:
-    """Return the embeddings of all sounds; raise the AudioError of the first sound that could not be used."""
-    embeddings = []
-    for result in results:
-        if isinstance(result, AudioError):
-            raise result
-        embeddings.append(result)
-    return Embeddings(per_sound=tuple(embeddings), width=width)
-
-
-def float_waves_BS(wave_BS: np.ndarray | Tensor) -> Tensor:
-    """Return waves `[B, S]` or `[S]` as float32 `[B, S]` on the CPU; RunError if they are not mono floats."""
-    if not isinstance(wave_BS, Tensor):
-        wave_BS = torch.from_numpy(np.ascontiguousarray(wave_BS))
-
-    # The full scale of integer samples is not known.
-    if not wave_BS.is_floating_point():
-        raise RunError(
-            f"audio of {wave_BS.dtype}: expected floats in [-1, 1]; divide 16-bit samples by 32768"
-        )
-
-    if wave_BS.ndim == 1:
-        wave_BS = wave_BS[None]
-    if wave_BS.ndim != 2:
-        raise RunError(f"audio of shape {tuple(wave_BS.shape)}: expected [B, S] or [S], mono")
-    return wave_BS.detach().to("cpu", torch.float32)
-
-
-def cut_waves(wave_BS: Tensor, samples_B: Sequence[int] | None) -> list[np.ndarray]:
-    """Return each wave cut to its length in samples, by default uncut; RunError if the lengths do not fit the waves."""
-    waves, samples = wave_BS.shape
-    lengths = [samples] * waves if samples_B is None else list(samples_B)
-    if len(lengths) != waves or not all(0 <= length <= samples for length in lengths):
-        raise RunError(
-            f"samples_B {lengths[:8]}: expected a length for each of {waves} waves, of at most {samples} samples"
-        )
-    return [wave_S[:length].numpy() for wave_S, length in zip(wave_BS, lengths, strict=True)]
-
-
-def column_pooling(pooling: PoolingName) -> PoolingName:
-    """Return the pooling of a single column: a column has no deviation over time."""
-    return "frequency" if pooling == "moments" else pooling
-
-
-def pool_columns(tokens_NPD: Tensor, rows: int, pooling: PoolingName) -> Tensor:
-    """Return one vector for each time column of each view, `NCD`; a column is pooled like a clip of one column."""
-    columns_MRD = tokens_NPD.unflatten(1, (-1, rows)).flatten(0, 1)
-    clip_M = torch.arange(len(columns_MRD), device=columns_MRD.device)
-    valid_MR = torch.ones(columns_MRD.shape[:2], dtype=torch.bool, device=columns_MRD.device)
-    pooled_MD = pool_tokens(columns_MRD, valid_MR, clip_M, clips=len(columns_MRD), rows=rows, pooling=pooling)
-    return pooled_MD.unflatten(0, (len(tokens_NPD), -1))

@@ -15,7 +15,9 @@ from ajepa.embed.pretrained import (
     PretrainedEncoder,
     load_pretrained,
 )
+from ajepa.model.pooling import column_pooling
 from ajepa.training.checkpoints import write_safetensors
+from ajepa.training.feature_choice import resolve_features, vector_width
 from ajepa.training.run import RECIPE_FILE, Json, flatten_to_paths
 from pipeline.errors import RunError
 from pipeline.files import replacing_file
@@ -206,7 +208,9 @@ def prediction_lines(model: PretrainedEncoder) -> list[str]:
 def usage_lines(model: PretrainedEncoder) -> list[str]:
     """Return the lines about input and output, with an example in Python."""
     mel = model.mel
-    width = model.spec.width
+    features = resolve_features(model.spec, model.features)
+    width = features.width(model.spec)
+    frame_width = vector_width(column_pooling(features.pooling), features.layer, model.spec)
     column_ms = model.spec.grid.patch_frames * mel.hop_samples / mel.sample_rate_hz * 1e3
     return [
         f"This encoder turns a sound of any length and rate into one vector, and into one every {column_ms:g} ms:",
@@ -217,9 +221,11 @@ def usage_lines(model: PretrainedEncoder) -> list[str]:
         'model = ajepa.load("THIS FOLDER OR ORG/NAME")',
         'sounds = model.embed(["a.mp3", "b.wav"])',
         f"sounds.clips_BD         # float32 [2, {width}]",
-        f"sounds[0].frames_TD     # float32 [T, {width}]",
+        f"sounds[0].frames_TD     # float32 [T, {frame_width}]",
         "sounds[0].times_ms_T    # centres, ms",
         "```",
+        "",
+        f"Vectors are {features.description}; `pooling=` and `layer=` of `ajepa.load` take others.",
         "",
     ]
 

@@ -12,8 +12,10 @@ from ajepa.embed.table import read_table_plan, table_batches
 from ajepa.model.pooling import EncoderLayer, inverse_deviation_D
 from pipeline.errors import RunError
 
-# The table is read in batches of this many rows, so that it may have any length.
+# The table is read in batches of at most this many rows, so that it may have any length, and of this many numbers (128
+# MB as float64), so that vectors may be as wide as all layers side by side.
 TABLE_ROWS_PER_READ = 8_192
+VALUES_PER_READ = 2**24
 
 # The columns of the table that are shown, and the column that is searched.
 SHOWN_COLUMNS = ("path", "clip_id", "seconds", "labels")
@@ -64,13 +66,13 @@ def nearest_sounds(
     query_D = embedder.embed(query)[0].clip_D.double().numpy()
 
     # First pass over the table: the mean and the deviation of each dimension.
-    mean_D, std_D = table_moments(index)
+    mean_D, std_D = table_moments(index, len(query_D))
     scale_D = inverse_deviation_D(std_D)
     direction_D = unit_vectors((query_D - mean_D) * scale_D)
 
     # Second pass: compare each row with the query, and keep the most similar rows so far.
     best: list[NearestSound] = []
-    for batch in table_batches(index, (*SHOWN_COLUMNS, VECTOR_COLUMN), TABLE_ROWS_PER_READ):
+    for batch in table_batches(index, (*SHOWN_COLUMNS, VECTOR_COLUMN), rows_per_read(len(query_D))):
         valid_N, vectors_ND = valid_vectors(batch)
         similarity_N = unit_vectors((vectors_ND - mean_D) * scale_D) @ direction_D
         nearest_N = np.argsort(-similarity_N, kind="stable")[:count]
@@ -84,13 +86,13 @@ def nearest_sounds(
     return best
 
 
-def table_moments(index: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean and the deviation of each dimension over the table; RunError if it has no embedding."""
+def table_moments(index: Path, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean and the deviation of each of `width` dimensions; RunError if the table has no embedding."""
     # Sums of the values and of their squares, in float64.
     rows = 0
     sum_D = np.zeros(1)
     square_D = np.zeros(1)
-    for batch in table_batches(index, (VECTOR_COLUMN,), TABLE_ROWS_PER_READ):
+    for batch in table_batches(index, (VECTOR_COLUMN,), rows_per_read(width)):
         _, vectors_ND = valid_vectors(batch)
         rows += len(vectors_ND)
         sum_D = sum_D + vectors_ND.sum(0)
@@ -102,6 +104,11 @@ def table_moments(index: Path) -> tuple[np.ndarray, np.ndarray]:
     mean_D = sum_D / rows
     variance_D = np.maximum(square_D / rows - mean_D**2, 0)
     return mean_D, np.sqrt(variance_D)
+
+
+def rows_per_read(width: int) -> int:
+    """Return how many rows of vectors of this width are read at a time."""
+    return max(1, min(TABLE_ROWS_PER_READ, VALUES_PER_READ // width))
 
 
 def valid_vectors(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ from ajepa.embed.head import ClassifierHead, is_head_weight
 from ajepa.embed.hub import fetch_from_hub, is_hub_id
 from ajepa.model.vit import Encoder, EncoderSpec
 from ajepa.recipes.catalogue import recipe_from_json, recipe_to_json
+from ajepa.training.feature_choice import FeatureChoice, read_feature_choice
 from ajepa.training.run import RECIPE_FILE, Json
 from ajepa.training.trained_run import (
     BAND_STATISTICS,
@@ -30,7 +31,8 @@ WEIGHTS_FILE = "model.safetensors"
 # The header of this file contains the configuration as JSON, under this key.
 EXPORT_METADATA_KEY = "ajepa"
 
-# Format 2 also has `head`, the classes of a fine-tuned run; without one, a file of format 1 is read.
+# Format 2 also has `head`, the classes of a fine-tuned run, and `features`, the pooling and layer that probes found
+# best; a file of format 1 has neither.
 EXPORT_FORMAT = 2
 READ_EXPORT_FORMATS = (1, 2)
 
@@ -50,6 +52,7 @@ class PretrainedEncoder:
     origin     how the encoder was made: recipe, step, identity of the data, versions; plain JSON values
     licence    licence of the weights, as stated at the export
     head       the classifier of a fine-tuned run; None: the run was pre-trained
+    features   the pooling and layer that probes found best; None: no probe has chosen
     """
 
     spec: EncoderSpec
@@ -60,6 +63,7 @@ class PretrainedEncoder:
     origin: Json
     licence: str | None = None
     head: ClassifierHead | None = None
+    features: FeatureChoice | None = None
 
     @classmethod
     def from_run(cls, path: Path, at: str | int = LAST_CHECKPOINT) -> Self:
@@ -84,6 +88,7 @@ class PretrainedEncoder:
                 **({"warm_start": run.warm_start} if run.warm_start is not None else {}),
             },
             head=ClassifierHead.from_run(trained),
+            features=read_feature_choice(run.path),
         )
 
     @classmethod
@@ -105,6 +110,7 @@ class PretrainedEncoder:
             )
         head = read_head(file, config.get("head"), weights)
         encoder_weights = {name: weight for name, weight in weights.items() if not is_head_weight(name)}
+        features = config.get("features")
 
         # Compare the digest, which covers the weights and every setting that affects the embeddings.
         loaded = cls(
@@ -116,6 +122,7 @@ class PretrainedEncoder:
             origin=config["origin"],
             licence=config["licence"],
             head=head,
+            features=None if features is None else FeatureChoice.from_json(features, str(file)),
         )
         if loaded.model_id != config["model_id"]:
             raise RunError(f"{file}: damaged (its digest is not {config['model_id']}); fetch it again")
@@ -166,6 +173,7 @@ class PretrainedEncoder:
             "origin": self.origin,
             "licence": self.licence,
             "head": None if self.head is None else self.head.to_json(),
+            "features": None if self.features is None else self.features.to_json(),
         }
 
     def build_encoder(self, device: torch.device) -> Encoder:

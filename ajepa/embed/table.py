@@ -54,9 +54,14 @@ from pipeline.tables import DAMAGED_TABLE_ERRORS, TABLE_METADATA_KEY, describe_t
 TABLE_FORMAT = 2
 TABLE_PLAN_FILE = "plan.json"
 
-# A part file is written after PART_CLIPS sounds or PART_FRAMES mel frames (about three hours), whichever comes first.
+# Why the table has this pooling and this layer, among the settings of its plan.
+REASON_KEY = "chosen"
+
+# A part file is written after PART_CLIPS sounds or PART_FRAMES mel frames (about three hours), whichever comes first;
+# where vectors of frames are kept, earlier if these come to PART_VALUES numbers (512 MB), which wide ones soon do.
 PART_CLIPS = 512
 PART_FRAMES = 1_000_000
+PART_VALUES = 2**27
 
 # At most this many failed sounds are named in the summary.
 FAILURES_SHOWN = 3
@@ -219,7 +224,7 @@ def write_embedding_table(
         with open_progress(total, label="embed", unit="sound", shown=progress, initial=written) as bar:
             while written < total:
                 results = []
-                part = openers_of_part(openers)
+                part = openers_of_part(openers, frames_per_part(model, frames))
                 for result in model.iterate_embeddings(part, frames=frames, batch=batch):
                     results.append(result)
                     bar.update()
@@ -237,6 +242,7 @@ def table_plan(model: Embedder, job: EmbeddingJob, frames: bool, batch: int) -> 
         "recipe": model.pretrained.recipe_name,
         "pooling": model.pooling,
         "layer": str(model.layer),
+        REASON_KEY: model.features.reason,
         "overlap": model.overlap,
         "batch": batch,
         "frames": frames,
@@ -244,8 +250,18 @@ def table_plan(model: Embedder, job: EmbeddingJob, frames: bool, batch: int) -> 
     }
 
 
-def openers_of_part(openers: Iterable[Callable[[], SoundStream]]) -> Iterator[Callable[[], SoundStream]]:
-    """Yield the openers of the sounds of the next part file."""
+def frames_per_part(model: Embedder, keeps_frames: bool) -> int:
+    """Return the number of mel frames after which a part file is written."""
+    if not keeps_frames:
+        return PART_FRAMES
+    columns = max(1, PART_VALUES // model.frame_width)
+    return min(PART_FRAMES, columns * model.grid.patch_frames)
+
+
+def openers_of_part(
+    openers: Iterable[Callable[[], SoundStream]], part_frames: int
+) -> Iterator[Callable[[], SoundStream]]:
+    """Yield the openers of the sounds of the next part file, which ends after `part_frames` mel frames."""
     frame_count = 0
 
     def count_frames(mels: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -262,7 +278,7 @@ def openers_of_part(openers: Iterable[Callable[[], SoundStream]]) -> Iterator[Ca
     # The frames of a sound are counted while the caller reads them, before it takes the next opener.
     for number, opener in enumerate(openers, start=1):
         yield partial(open_and_count, opener)
-        if number == PART_CLIPS or frame_count >= PART_FRAMES:
+        if number == PART_CLIPS or frame_count >= part_frames:
             return
 
 
@@ -371,7 +387,11 @@ class EmbeddingTable:
         return sorted(self.parts_folder.glob("*.parquet"))
 
     def _refuse_other_plan(self, stored_plan: Json, location: Path) -> None:
-        changes = setting_differences(stored_plan, self.plan)
+        # Equal vectors may be wanted for different reasons: by name, or as the run's best.
+        changes = setting_differences(
+            {key: value for key, value in stored_plan.items() if key != REASON_KEY},
+            {key: value for key, value in self.plan.items() if key != REASON_KEY},
+        )
         if changes:
             raise RunError(
                 f"{location}: holds other embeddings ({'; '.join(changes)}); delete it, or choose another --out"

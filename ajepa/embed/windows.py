@@ -104,6 +104,18 @@ class SoundWindow:
     end_column: int
 
 
+def column_ms(grid: PatchGrid, mel: MelSpec) -> float:
+    """Return the time between the middles of adjacent columns, in milliseconds."""
+    return grid.patch_frames * mel.hop_samples / mel.sample_rate_hz * 1e3
+
+
+def first_centre_ms(grid: PatchGrid, mel: MelSpec) -> float:
+    """Return the middle of the first column in milliseconds: half-way between its first and its last sample."""
+    reach_samples = mel.window_samples if mel.framing == "kaldi" else 0
+    samples = (grid.patch_frames - 1) * mel.hop_samples + reach_samples
+    return samples / 2 / mel.sample_rate_hz * 1e3
+
+
 def window_hop_columns(grid: PatchGrid, overlap: float) -> int:
     """Return the distance in columns between the starts of windows that share `overlap` of their length.
 

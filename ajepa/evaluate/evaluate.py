@@ -45,9 +45,10 @@ from ajepa.evaluate.result import (
     result_path,
 )
 from ajepa.evaluate.true_labels import LabelKindOption, TrueLabels
-from ajepa.model.pooling import DEFAULT_POOLING, LAST_LAYER, EncoderLayer, PoolingName
+from ajepa.model.pooling import EncoderLayer, PoolingName
 from ajepa.model.vit import EncoderSpec
 from ajepa.training.devices import Precision, PrecisionName, pick_device
+from ajepa.training.feature_choice import VectorFeatures, read_feature_choice, resolve_features
 from ajepa.training.run import RECIPE_FILE, Json, Run
 from ajepa.training.trained_run import TrainedRun
 from pipeline.errors import RunError
@@ -82,8 +83,8 @@ def evaluate_run(
     device: str = "auto",
     precision: PrecisionName = "auto",
     train_clips: int = 20_000,
-    pooling: PoolingName = DEFAULT_POOLING,
-    layer: EncoderLayer = LAST_LAYER,
+    pooling: PoolingName | None = None,
+    layer: EncoderLayer | None = None,
     probes: Sequence[str] | None = None,
     label_sets: Sequence[str] = (),
     kind: LabelKindOption = "auto",
@@ -100,6 +101,8 @@ def evaluate_run(
     checkpoint  last, best, init or a step, as in `TrainedRun.open`
     precision   of the network, up to its tokens; auto: as it was trained (`pick_measuring_precision`). Pooling, heads,
                 probes and metrics are fp32
+    pooling, layer  of the vectors that are probed; None: those that probes on training clips found best when the run
+                was trained (`feature_choice`), or else a fixed fallback
     probes      some of linear, knn, attentive; None: all for a pre-trained run, none for a fine-tuned run
     label_sets  label sets to measure; the probes of a label set are also trained on it; empty: all of the store
     kind        labels per clip: single, multi or auto; auto: single if every clip has exactly one label (and the
@@ -146,7 +149,7 @@ def evaluate_run(
             train_clips=train_clips,
         )
         evaluation = evaluate_probes(options, probing)
-    elif pooling != DEFAULT_POOLING or layer != LAST_LAYER:
+    elif pooling is not None or layer is not None:
         raise RunError(f"{run_path}: pooling and layer are for probes on its encoder; add --probe linear")
     else:
         evaluation = evaluate_classifier(options, progress=progress)
@@ -197,11 +200,14 @@ def ignore_line(line: str) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProbeOptions:
-    """The probes to train, and the features to train them on; RunError for an unknown probe, or if there is none."""
+    """The probes to train, and the pooling and layer that were asked for (`resolve_features`).
+
+    RunError for an unknown probe, or if there is none.
+    """
 
     probe_names: tuple[str, ...]
-    pooling: PoolingName
-    layer: EncoderLayer
+    pooling: PoolingName | None
+    layer: EncoderLayer | None
     train_clips: int
 
     def __post_init__(self) -> None:
@@ -247,6 +253,7 @@ def evaluate_probes(options: EvaluateOptions, probing: ProbeOptions) -> Evaluati
     run = options.run
     trained = options.trained
     spec = trained.encoder_spec(TO_PROBE)
+    features = resolve_features(spec, read_feature_choice(run.path), probing.pooling, probing.layer)
     all_splits = choose_probe_splits(run, store, trained.recipe.seed, probing.train_clips)
     splits = all_splits.drop_unlabelled(store)
     for note in splits.notes:
@@ -278,11 +285,11 @@ def evaluate_probes(options: EvaluateOptions, probing: ProbeOptions) -> Evaluati
         checkpoint=options.checkpoint,
         kind=options.kind,
         folds=count_folds(splits.folds),
-        probes=describe_probing(probing, splits, spec),
+        probes=describe_probing(probing, features, splits, spec),
     )
     options.refuse_lost_result(protocol)
 
-    scores = score_probes(options, probing, trained, splits, label_sets, protocol)
+    scores = score_probes(options, probing, features, trained, splits, label_sets, protocol)
     classes = zip(store.classes.mids, store.classes.names, strict=True)
     return Evaluation(protocol=protocol, classes=tuple(classes), scores=tuple(scores))
 
@@ -296,7 +303,9 @@ def choose_probe_splits(run: Run, store: FeatureStore, seed: int, train_clips: i
     return ProbeSplits.from_run_splits(store, train_names, eval_names, seed, train_clips)
 
 
-def describe_probing(probing: ProbeOptions, probe_splits: ProbeSplits, spec: EncoderSpec) -> ProbeTraining:
+def describe_probing(
+    probing: ProbeOptions, features: VectorFeatures, probe_splits: ProbeSplits, spec: EncoderSpec
+) -> ProbeTraining:
     """The training settings of the probes, and their clips; clips are counted in the first fold."""
     # The encoder's patches determine how many tokens are pooled
     fold = probe_splits.folds[0]
@@ -308,8 +317,8 @@ def describe_probing(probing: ProbeOptions, probe_splits: ProbeSplits, spec: Enc
     }
     return ProbeTraining(
         names=probing.probe_names,
-        pooling=probing.pooling,
-        layer=str(probing.layer),
+        pooling=features.pooling,
+        layer=str(features.layer),
         grid=grid,
         train_splits=probe_splits.train_splits,
         val_splits=probe_splits.val_splits,
@@ -323,6 +332,7 @@ def describe_probing(probing: ProbeOptions, probe_splits: ProbeSplits, spec: Enc
 def score_probes(
     options: EvaluateOptions,
     probing: ProbeOptions,
+    vectors: VectorFeatures,
     trained: TrainedRun,
     probe_splits: ProbeSplits,
     label_sets: Sequence[TrueLabels],
@@ -357,8 +367,8 @@ def score_probes(
             views,
             probe_splits.rows_N,
             encoder,
-            pooling=probing.pooling,
-            layer=probing.layer,
+            pooling=vectors.pooling,
+            layer=vectors.layer,
             tokens="attentive" in probe_names,
             precision=options.precision,
             progress_label=features_name if options.progress else None,

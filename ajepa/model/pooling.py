@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Protocol, TypeGuard, get_args
 
 import numpy as np
 import torch
@@ -17,6 +17,12 @@ from pipeline.errors import RunError
 PoolingName = Literal["mean", "frequency", "moments"]
 
 DEFAULT_POOLING: PoolingName = "mean"
+
+
+def is_pooling_name(name: str) -> TypeGuard[PoolingName]:
+    """Whether a text is the name of a pooling."""
+    return name in get_args(PoolingName)
+
 
 # Length of a clip's vector divided by the encoder's width, as a function of the rows of the grid.
 VECTORS_PER_CLIP: dict[PoolingName, Callable[[int], int]] = {
@@ -119,6 +125,13 @@ class EncoderLayer:
 
 
 LAST_LAYER = EncoderLayer()
+
+
+class TokenLayer(Protocol):
+    """Makes one vector of every token of a view: `EncoderLayer` is the usual one."""
+
+    def encode_tokens(self, encoder: Encoder, mel_BTF: Tensor, valid_BP: Tensor | None = None) -> Tensor:
+        """Return the vector of every token, `BPD`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -236,9 +249,23 @@ def pooled_deviation(variance_BRD: Tensor) -> Tensor:
     return variance_BRD.clamp(min=MIN_POOLED_VARIANCE).sqrt()
 
 
+def column_pooling(pooling: PoolingName) -> PoolingName:
+    """Return the pooling of a single column: a column has no deviation over time."""
+    return "frequency" if pooling == "moments" else pooling
+
+
+def pool_columns(tokens_NPD: Tensor, rows: int, pooling: PoolingName) -> Tensor:
+    """Return one vector for each time column of each view, `NCD`; a column is pooled like a clip of one column."""
+    columns_MRD = tokens_NPD.unflatten(1, (-1, rows)).flatten(0, 1)
+    clip_M = torch.arange(len(columns_MRD), device=columns_MRD.device)
+    valid_MR = torch.ones(columns_MRD.shape[:2], dtype=torch.bool, device=columns_MRD.device)
+    pooled_MD = pool_tokens(columns_MRD, valid_MR, clip_M, clips=len(columns_MRD), rows=rows, pooling=pooling)
+    return pooled_MD.unflatten(0, (len(tokens_NPD), -1))
+
+
 @torch.inference_mode()
 def encode_views(
-    encoder: Encoder, mel_BVTF: Tensor, n_frames_BV: Tensor, layer: EncoderLayer = LAST_LAYER
+    encoder: Encoder, mel_BVTF: Tensor, n_frames_BV: Tensor, layer: TokenLayer = LAST_LAYER
 ) -> ClipTokens:
     """Return the tokens of all views of each clip, float32 on the CPU; views without a valid frame are left out.
 

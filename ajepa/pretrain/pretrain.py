@@ -1,6 +1,7 @@
 """Pre-training: a recipe trained on stores, from the checks before the first step to the last one."""
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Literal
 
 import torch
 
+from ajepa.evaluate.feature_selection import choose_features
 from ajepa.model.views import InputScale
-from ajepa.pretrain.monitor import OnCollapse, open_pretrain_monitor
+from ajepa.pretrain.monitor import OnCollapse, is_measured_in_folds, open_pretrain_monitor
 from ajepa.pretrain.plan import describe_plan
 from ajepa.pretrain.trainer import PretrainTrainer
 from ajepa.pretrain.training_set import TrainingSet
@@ -19,6 +21,7 @@ from ajepa.recipes.pretrain import Pretrain
 from ajepa.training.bad_steps import OnBadStep, refuse_unknown_choice
 from ajepa.training.devices import Precision, PrecisionName, pick_device, pick_precision
 from ajepa.training.distributed import World, join_ranks
+from ajepa.training.feature_choice import FEATURES_FILE, write_feature_choice
 from ajepa.training.loggers import refuse_missing_loggers
 from ajepa.training.loop import catch_stop_signals, open_run, raise_if_interrupted, run_training_loop
 from ajepa.training.memory import refuse_large_pretrain
@@ -143,6 +146,8 @@ def pretrain(
                     progress=progress,
                     say=say,
                 )
+                if steps_done >= setup.recipe.steps:
+                    store_feature_choice(setup, run, say)
 
         # A run that was interrupted ends as one, once its folder is unlocked.
         raise_if_interrupted(run, steps_done, setup.recipe.steps, tell)
@@ -325,6 +330,29 @@ def take_remaining_steps(
             loggers=loggers,
             world=setup.world,
         )
+
+
+def store_feature_choice(setup: PretrainSetup, run: Run, say: Callable[[str], None]) -> None:
+    """Choose pooling and layer of a finished run by probes, once, and say which; nothing for a recipe without probes.
+
+    The main rank does so while the others wait. Where all clips are to be measured, none may choose.
+    """
+    is_wanted = (
+        setup.recipe.probe_every
+        and not (run.path / FEATURES_FILE).is_file()
+        and not is_measured_in_folds(setup.store)
+    )
+    if setup.world.is_main and is_wanted:
+        began = time.monotonic()
+        choice = choose_features(run, setup.store, setup.device, say=say)
+        if choice is not None:
+            write_feature_choice(run.path, choice)
+            seconds = time.monotonic() - began
+            say(
+                f"{run.path}: vectors are {choice.chosen.title} from now on: {choice.reason} ({seconds:.0f} s); "
+                "--pooling and --layer take others"
+            )
+    setup.world.wait_for_ranks()
 
 
 def build_trainer(setup: PretrainSetup, run: Run, first_step: int) -> PretrainTrainer:

@@ -58,6 +58,7 @@ class Run:
     checkpoints/step-00001000/    PART.safetensors for each part; state.json with step, precision, score, the clips that
                                   the score was measured on, and SHA-256 digests
     bad-step-00001000/            the clips and draws of a step that was not taken, see `BadStep`
+    features.json                 the pooling and layer that probes found best, see `FeatureChoice`
     compute.json                  the cost of the run up to each checkpoint, see `ComputeMeter`
     evaluation.json               scores on the run's own store, written by finetune or evaluate
 

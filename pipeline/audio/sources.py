@@ -1,6 +1,6 @@
 """Locations of sounds: of one clip (SoundLocator), of a plan's clips (ClipSources), of a folder's files (find_sounds).
 
-A sound is a file of its own, a member of a tar, or a row of a Parquet or HDF5 file.
+A sound is a file of its own, a member of a tar, or a row of a Parquet, Arrow or HDF5 file.
 """
 
 import os
@@ -14,7 +14,7 @@ from typing import Self
 import polars as pl
 
 from pipeline import object_store
-from pipeline.audio import hdf5, parquet, tar
+from pipeline.audio import arrow, hdf5, parquet, tar
 from pipeline.audio.byte_window import SoundInput
 from pipeline.audio.tar import COMPRESSED_TAR_ADVICE, TarReader
 from pipeline.errors import InputError
@@ -53,14 +53,14 @@ ARCHIVE_KINDS = {"tar": "tar", "parquet": "parquet", "h5": "hdf5", "hdf5": "hdf5
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 
 SOURCES_SCHEMA: dict[str, pl.DataType] = {
-    "kind": pl.String(),  # file, tar, parquet or hdf5; null for a clip that has no sound
+    "kind": pl.String(),  # file, tar, parquet, arrow or hdf5; null for a clip that has no sound
     "path": pl.String(),  # path or URL of the file that contains the sound
     "source": pl.String(),  # the name of the sound in the manifest, relative to its --audio folder
     "exact": pl.Boolean(),  # True: the clip's seconds count in this sound; False: it may be the clip alone
     "offset": pl.Int64(),  # first byte of a tar member
     "size": pl.Int64(),  # number of bytes of a tar member
-    "group": pl.Int32(),  # row group of a row in a Parquet file
-    "row": pl.Int64(),  # number of a row in its row group, or in an HDF5 file
+    "group": pl.Int32(),  # row group of a row in a Parquet file, or batch of an Arrow file
+    "row": pl.Int64(),  # number of a row in its row group or batch, or in an HDF5 file
 }
 
 FOUND_SOUNDS_SCHEMA: dict[str, pl.DataType] = SOURCES_SCHEMA | {
@@ -113,6 +113,8 @@ class SoundLocator:
                 yield window
         elif self.kind == "parquet" and self.group is not None and self.row is not None:
             yield BytesIO(parquet.read_parquet_sound(path, self.group, self.row))
+        elif self.kind == "arrow" and self.group is not None and self.row is not None:
+            yield BytesIO(arrow.read_arrow_sound(path, self.group, self.row))
         elif self.kind == "hdf5" and self.row is not None:
             yield BytesIO(hdf5.read_hdf5_sound(path, self.row))
         else:

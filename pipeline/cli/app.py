@@ -9,6 +9,7 @@ from pipeline.cli import build, store
 from pipeline.cli.options import (
     PROPAGATION_RULE_NAMES,
     StorePath,
+    add_version_option,
     complete_from,
     require_local_store,
     run_command_line,
@@ -22,6 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Turn sound files into a checked store of log-mel spectrograms with repaired labels.",
 )
+
+add_version_option(app)
 
 app.add_typer(build.app)
 

@@ -286,6 +286,34 @@ def build_folder(
 
 
 @build_command
+def build_hub(
+    dataset: Annotated[
+        str, typer.Argument(help="ORG/NAME on the hub, or a folder of it.", show_default=False)
+    ],
+    config: Annotated[str | None, typer.Option(help="Configuration: a folder at its top.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub.")] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Column of labels. [default: the one of class labels]")
+    ] = None,
+    clip_seconds: Annotated[
+        float | None, typer.Option(min=0.1, help="Seconds of a clip; none: those of the mel spec.")
+    ] = None,
+) -> "Corpus":
+    """Decode a Hugging Face dataset into feature stores. Run it again to continue.
+
+    A folder holds Parquet files with a column of sounds, or is one that save_to_disk
+    wrote. Splits and class names are those of the dataset.
+
+    Example: ajepa-data build-hub ashraq/esc50 --out esc50.zarr
+    """
+    from pipeline.datasets.hub import hub_corpus
+
+    return hub_corpus(
+        dataset, config=config, revision=revision, label_column=label_column, clip_seconds=clip_seconds
+    )
+
+
+@build_command
 def build_esc50(
     folder: Annotated[Path, typer.Option(help="ESC-50 as unpacked: audio/, meta/.", show_default=False)],
 ) -> "Corpus":

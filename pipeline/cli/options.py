@@ -76,6 +76,28 @@ CacheFolder = Annotated[
 CacheSizeGb = Annotated[float, typer.Option(min=0.001, help="Size limit of --cache, in 10^9 bytes.")]
 
 
+def add_version_option(app: typer.Typer) -> None:
+    """Give a command line the option --version, which prints the version of the package and ends."""
+
+    def print_version(is_asked: bool) -> None:
+        if is_asked:
+            from importlib.metadata import version
+
+            print(f"ajepa {version('ajepa')}")
+            raise typer.Exit
+
+    @app.callback()
+    def take_common_options(
+        version: Annotated[
+            bool,
+            typer.Option(
+                "--version", is_eager=True, callback=print_version, help="Show the version and exit."
+            ),
+        ] = False,
+    ) -> None:
+        """Print the version, which the callback of the option does; commands have options of their own."""
+
+
 def run_command_line(app: typer.Typer) -> NoReturn:
     """Run a command line; InputError prints one line and exits with status 1, an interruption with status 75."""
     # A signal becomes an exception, so that files are closed and locks released at the end.

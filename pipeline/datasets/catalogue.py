@@ -8,6 +8,7 @@ from pipeline.datasets.corpus import Corpus
 from pipeline.datasets.esc50 import esc50_corpus
 from pipeline.datasets.folder import folder_corpus
 from pipeline.datasets.fsd50k import fsd50k_corpus
+from pipeline.datasets.hub import recreate_hub_corpus
 from pipeline.datasets.speech_commands import speech_commands_corpus
 from pipeline.errors import InputError
 from pipeline.messages import suggest_known
@@ -18,6 +19,7 @@ DATASETS: dict[str, Callable[..., Corpus]] = {
     "esc50": esc50_corpus,
     "speech_commands": speech_commands_corpus,
     "fsd50k": fsd50k_corpus,
+    "hub": recreate_hub_corpus,
 }
 
 

@@ -20,10 +20,10 @@ NAME.zarr/              a Zarr v3 group: any Zarr v3 library opens it
 import json
 import math
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import polars as pl
@@ -41,8 +41,18 @@ from pipeline.store.reader import ChecksumMode, ReadMethod, RowReader, ShardRead
 from pipeline.store.shards import check_mel_array, shard_path
 from pipeline.tables import read_table
 
+if TYPE_CHECKING:  # PyTorch takes seconds to import, and only datasets need it
+    from torch import Tensor
+    from torch.utils.data import Dataset
 
-class FeatureStore:
+    from pipeline.store.dataset import Clip, ClipDataset
+
+    MapStyleDataset = Dataset[Clip]
+else:
+    MapStyleDataset = object  # a `DataLoader` asks for length and items, and for no parent
+
+
+class FeatureStore(MapStyleDataset):
     """Spectrograms and labels, with one row of the manifest for each; open a store with `FeatureStore.open`.
 
     Reads are thread-safe. Unpickling opens the store again, at the same location and with the same options. With a
@@ -191,11 +201,49 @@ class FeatureStore:
         """Return mean and std like `mean_and_std`, but for each band, float64 `F`; see `pool_band_mean_and_std`."""
         return pool_band_mean_and_std([self.stats[split] for split in splits if split in self.stats])
 
-    def good_rows(self, splits: Sequence[str] | None = None) -> np.ndarray:
+    def __repr__(self) -> str:
+        counts = self.manifest["split"].value_counts().sort("split").iter_rows()
+        splits = ", ".join(f"{split} {count:,}" for split, count in counts)
+        return (
+            f"FeatureStore({self.location}: {len(self.n_frames_N):,} clips, {len(self.good_rows()):,} good ({splits}); "
+            f"{self.spec.name} {self.frames} x {self.bands} {self.dtype}; {len(self.classes)} classes)"
+        )
+
+    def __len__(self) -> int:
+        """Return the number of good clips, as loaders draw them; `good_rows` has their rows."""
+        return len(self._good_clips)
+
+    def __getitem__(self, index: int) -> "Clip":
+        """Return the `index`-th good clip, so that a store is a map-style dataset; `read` takes rows."""
+        return self._good_clips[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> "list[Clip]":
+        """Return several good clips from one read; a `DataLoader` calls this for each batch."""
+        return self._good_clips.__getitems__(indices)
+
+    @cached_property
+    def _good_clips(self) -> "ClipDataset":
+        return self.dataset()
+
+    def dataset(
+        self,
+        splits: str | Sequence[str] | None = None,
+        *,
+        labels: str | None = None,
+        transform: "Callable[[Tensor], Tensor] | None" = None,
+    ) -> "ClipDataset":
+        """Return the good clips of some splits as a dataset of PyTorch, with the labels of a set (`ClipDataset`)."""
+        from pipeline.store.dataset import ClipDataset
+
+        return ClipDataset(self, splits, labels=labels, transform=transform)
+
+    def good_rows(self, splits: str | Sequence[str] | None = None) -> np.ndarray:
         """Return the rows of the good, not excluded clips of `splits` (None: of all splits), int64, ascending.
 
-        StoreError if a split is unknown.
+        One split may be given by its name alone. StoreError if a split is unknown.
         """
+        if isinstance(splits, str):
+            splits = [splits]
         if splits is not None:
             refuse_unknown_splits(splits, self.manifest["split"].unique(), self.location)
         is_wanted = (pl.col("status") == "good") & ~pl.Series(self.exclusions.excluded_mask_N(self.manifest))

@@ -162,7 +162,8 @@ def test_xares_may_ask_for_minutes_and_for_silence(encoder):
 def test_xares_makes_its_encoder_without_arguments(exported, monkeypatch):
     """The environment says where the model lies, or one line says that it does not."""
     monkeypatch.setenv(MODEL, str(exported))
-    assert AjepaEncoder().output_dim == 32
+    encoder = AjepaEncoder()
+    assert encoder.output_dim == encoder.embedder.width == 2 * 8 * 32
     monkeypatch.delenv(MODEL)
     with pytest.raises(RunError, match="AJEPA_MODEL is not set"):
         AjepaEncoder()

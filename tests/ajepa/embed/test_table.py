@@ -15,7 +15,7 @@ from tiny import tiny
 
 import ajepa
 from ajepa.cli import app
-from ajepa.embed import table
+from ajepa.embed import nearest, table
 from ajepa.embed.embedder import Embedder
 from ajepa.embed.nearest import nearest_sounds
 from ajepa.embed.table import make_embedding_job, summarise_table, write_embedding_table
@@ -175,7 +175,7 @@ def test_a_table_is_not_carried_on_as_another(model, run_path, folder, store_pat
     out = tmp_path / "emb.parquet"
     before = write_and_read(model, [folder], out)
     other = ajepa.load(run_path, device="cpu", pooling="frequency")
-    with pytest.raises(RunError, match="pooling: was mean, now frequency"):
+    with pytest.raises(RunError, match="pooling: was moments, now frequency"):
         write_and_read(other, [folder], out)
     with pytest.raises(RunError, match="rows: was 11, now 1"):
         write_and_read(model, [folder / "0.wav"], out)
@@ -331,3 +331,26 @@ def test_the_commands_embed_stop_carry_on_and_search(folder, run_path, tmp_path)
     assert len(found.splitlines()) == 3
     assert found.splitlines()[0].split()[-1] == str(folder / "1.wav")
     assert signal.SIGTERM in STOP_SIGNALS
+
+
+def test_wide_vectors_are_read_and_written_in_smaller_parts(folder, run_path, tmp_path, monkeypatch):
+    """All layers side by side are thousands of numbers a sound, and half as many a column: memory stays bounded."""
+    model = ajepa.load(run_path, device="cpu", pooling="moments", layer="concat-all")
+    whole = write_and_read(model, [folder], tmp_path / "whole.parquet", frames=True)
+    monkeypatch.setattr(nearest, "VALUES_PER_READ", 2 * model.width)
+    monkeypatch.setattr(table, "PART_VALUES", 3 * model.frame_width)
+    parts = []
+    write_rows = table.EmbeddingTable.write_rows
+    monkeypatch.setattr(
+        table.EmbeddingTable,
+        "write_rows",
+        lambda self, first, rows, results: (parts.append(len(rows)), write_rows(self, first, rows, results)),
+    )
+    small = write_and_read(model, [folder], tmp_path / "small.parquet", frames=True)
+    assert small.height == whole.height == sum(parts)
+    assert max(parts) < small.height
+
+    # Two rows at a time find the same neighbours.
+    assert nearest.rows_per_read(model.width) == 2
+    found = nearest_sounds(folder / "2.wav", tmp_path / "small.parquet", run_path, count=4, device="cpu")
+    assert found[0].path == str(folder / "2.wav")
