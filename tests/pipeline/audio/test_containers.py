@@ -158,7 +158,7 @@ def test_a_wav_that_libsndfile_would_misread_goes_to_ffmpeg(tmp_path, header):
 
 
 def test_a_flac_of_unknown_length_goes_to_ffmpeg(tmp_path):
-    """In a flac written to a pipe the number of samples stays 0; libsndfile then reports 2^63 - 1. Frames are numbered."""
+    """In a flac written to a pipe the number of samples stays 0; libsndfile then says 2^63 - 1. Frames have numbers."""
     path = write(tmp_path / "sound.flac", babble(0.3, 48_000), 48_000)
     content = bytearray(path.read_bytes())
     content[21] &= 0xF0
