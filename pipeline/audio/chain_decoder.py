@@ -8,16 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from pipeline.audio.audio_decoder import AudioDecoder
 from pipeline.audio.byte_window import SoundInput, open_byte_range
 from pipeline.audio.resample import limit_samples, resample_blocks_CS
 from pipeline.errors import AudioError
-
-if TYPE_CHECKING:
-    from pipeline.audio.decoders import AudioDecoder
 
 ALL_SAMPLES = 2**62  # more samples than any stream has
 
@@ -26,7 +24,7 @@ CACHED_CHAINS = (
 )
 
 # Opens one stream; gives None if it does not decode.
-StreamOpener = Callable[[SoundInput], AbstractContextManager["AudioDecoder | None"]]
+StreamOpener = Callable[[SoundInput], AbstractContextManager[AudioDecoder | None]]
 
 
 class ChainLink(NamedTuple):

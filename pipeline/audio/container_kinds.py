@@ -43,7 +43,7 @@ class AudioContainer:
 CONTAINER_KINDS = {
     "wav": AudioContainer(suffixes=(".wav", ".wave", ".bwf", ".rf64"), demuxer="wav", uses_libsndfile=True),
     "flac": AudioContainer(suffixes=(".flac",), demuxer="flac", uses_libsndfile=True, clock="movie"),
-    "mp3": AudioContainer(suffixes=(".mp3", ".mp2", ".mpga", ".mp1", ".m2a", ".mpa"), demuxer="mp3"),
+    "mp3": AudioContainer(suffixes=(".mp3", ".mp2", ".mpga", ".m2a", ".mpa"), demuxer="mp3"),
     "aac": AudioContainer(suffixes=(".aac", ".adts"), demuxer="aac", length_kind="guessed"),
     "loas": AudioContainer(suffixes=(".loas", ".latm"), demuxer="loas", length_kind="guessed"),
     "ogg": AudioContainer(

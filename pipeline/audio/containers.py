@@ -50,7 +50,10 @@ OGG_FIRST_PAGE = b"OggS\0\x02"  # of a stream; the last byte is a flag
 
 FLAC_START = b"fLaC\0\0\0\x22"
 
-TS_SYNC = 0x47
+TS_SYNC = b"G"  # the first byte of every packet of MPEG-TS
+
+# Sizes of these packets: plain, with a time before each as cameras write it, with parity behind each.
+TS_PACKET_BYTES = (188, 192, 204)
 
 
 def recognise_container(sound: SoundInput) -> AudioContainer:
@@ -242,7 +245,8 @@ def mpeg_audio_container(
         return replace(CONTAINER_KINDS["aac"], skip_bytes=skip_bytes) if head[1] & 0xF0 == 0xF0 else None
     if layer == 3 or head[2] >> 4 == 15 or head[2] >> 2 & 3 == 3:
         return None
-    return replace(mp3_container(head, file, begin), skip_bytes=skip_bytes)
+    container = mp3_container(head, file, begin)
+    return container if container.parts else replace(container, skip_bytes=skip_bytes)
 
 
 def mp3_container(head: bytes, file: ReadableFile, begin: int) -> AudioContainer:
@@ -276,13 +280,18 @@ def wav_container(content: ReadableFile, byte_order: str) -> AudioContainer:
 
 
 def is_transport_stream(head: bytes) -> bool:
-    """Whether packets of MPEG-TS begin in the head, at its first byte or, in a stream that was cut, somewhat later."""
-    for packet_bytes in (188, 192, 204):
-        for begin in range(packet_bytes):
-            places = range(begin, min(len(head), begin + 5 * packet_bytes), packet_bytes)
-            enough = (begin in (0, 4) and len(places) > 1) or len(places) == 5
-            if enough and all(head[place] == TS_SYNC for place in places):
+    """Whether packets of MPEG-TS begin in the head: at its first byte, or somewhat later in a stream that was cut."""
+    for begin, packet_bytes in ((0, 188), (4, 192)):
+        if head[begin : begin + packet_bytes + 1 : packet_bytes] == TS_SYNC * 2:
+            return True
+
+    # Later, more packets are needed.
+    for packet_bytes in TS_PACKET_BYTES:
+        begin = head.find(TS_SYNC, 0, packet_bytes)
+        while begin >= 0:
+            if head[begin : begin + 4 * packet_bytes + 1 : packet_bytes] == TS_SYNC * 5:
                 return True
+            begin = head.find(TS_SYNC, begin + 1, packet_bytes)
     return False
 
 

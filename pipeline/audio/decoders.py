@@ -5,13 +5,13 @@ opus 0.4. So libsndfile decodes wav and flac, PyAV all other kinds, mp3 included
 a line to stderr for every damaged frame, while PyAV skips the frame.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
+from pipeline.audio.audio_decoder import AudioDecoder
 from pipeline.audio.byte_window import SoundInput, open_byte_range
 from pipeline.audio.chain_decoder import ChainDecoder
 from pipeline.audio.container_kinds import AudioContainer
@@ -23,31 +23,6 @@ from pipeline.errors import AudioError
 DECODER_ERRORS = (SndfileError, FfmpegError, OSError)  # raised for a file that cannot be opened
 
 PLAUSIBLE_RATES_HZ = range(1_000, 1_000_000)
-
-
-class AudioDecoder(Protocol):
-    """A sound file that is open for decoding."""
-
-    @property
-    def rate_hz(self) -> int: ...
-    @property
-    def channels(self) -> int: ...
-    @property
-    def codec(self) -> str: ...
-    @property
-    def seconds(self) -> float:
-        """The length that the file declares, else the measured length."""
-
-    @property
-    def has_declared_length(self) -> bool:
-        """Whether the file declares `seconds`, so that a shorter sound is truncated."""
-
-    @property
-    def filled_samples(self) -> int:
-        """Samples of silence that `read_blocks` has put so far where time stamps leave a hole."""
-
-    def read_blocks(self, first_sample: int, sample_count: int) -> Iterator[np.ndarray]:
-        """Yield samples [first, first + count) in float32 blocks `[channel, sample]`, as far as they decode."""
 
 
 @contextmanager
@@ -74,11 +49,11 @@ def choose_decoder(sound: SoundInput, container: AudioContainer) -> Iterator[Aud
     """
     with ExitStack() as stack:
         decoder: AudioDecoder
+        if container.skip_bytes:
+            sound = stack.enter_context(open_byte_range(sound, container.skip_bytes))
         if container.parts:
             decoder = stack.enter_context(ChainDecoder.open_parts(sound, container.parts, open_stream))
         else:
-            if container.skip_bytes:
-                sound = stack.enter_context(open_byte_range(sound, container.skip_bytes))
             try:
                 decoder = stack.enter_context(FIRST_DECODERS[container.uses_libsndfile](sound, container))
             except (*DECODER_ERRORS, AudioError) as first_error:
@@ -113,9 +88,12 @@ def open_flac_rescue(sound: SoundInput, container: AudioContainer) -> Iterator[A
             yield decoder
 
 
-FIRST_DECODERS = {True: open_flac_rescue, False: FfmpegDecoder.open_file}
+DecoderOpener = Callable[[SoundInput, AudioContainer], AbstractContextManager[AudioDecoder]]
 
-SECOND_DECODERS = {True: FfmpegDecoder.open_file, False: SndfileDecoder.open_file}
+# By whether libsndfile is the better decoder of a container.
+FIRST_DECODERS: dict[bool, DecoderOpener] = {True: open_flac_rescue, False: FfmpegDecoder.open_file}
+
+SECOND_DECODERS: dict[bool, DecoderOpener] = {True: FfmpegDecoder.open_file, False: SndfileDecoder.open_file}
 
 
 def describe_decoder_error(error: BaseException) -> str:

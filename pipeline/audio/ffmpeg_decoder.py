@@ -101,11 +101,12 @@ class FfmpegDecoder:
                 known_seconds = container.declared_frames / rate_hz
             else:
                 known_seconds = stated.length_on_timeline(container, timeline)
-            seconds = known_seconds
-            if seconds is None or container.length_kind == "doubtful":
-                whole_seconds = scan_stream_seconds(sound, container) / container.present_share
-                is_believed = seconds is not None and abs(seconds - whole_seconds) <= MAX_DOUBT_SECONDS
-                seconds = seconds if is_believed else whole_seconds
+            if known_seconds is not None and container.length_kind != "doubtful":
+                seconds = known_seconds
+            else:
+                seconds = scan_stream_seconds(sound, container) / container.present_share
+                if known_seconds is not None and abs(known_seconds - seconds) <= MAX_DOUBT_SECONDS:
+                    seconds = known_seconds
             yield cls(
                 sound=sound,
                 container=container,

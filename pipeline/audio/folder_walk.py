@@ -55,7 +55,6 @@ SOUND_EXTENSIONS = (
         "f4a",
         "mk3d",
         "ogm",
-        "mp1",
         "m2a",
         "mpa",
         "mpc",
