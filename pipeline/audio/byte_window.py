@@ -1,6 +1,7 @@
 """Part of a file, or of a buffer in memory, as a read-only file: decoders read members of a tar through it."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO, RawIOBase
@@ -8,6 +9,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from pipeline.errors import AudioError
+
+SETTLED_NS = (
+    10**9
+)  # after so long, a change of a file changes its time, too: times have steps of milliseconds
 
 
 class ByteWindow(RawIOBase):
@@ -106,6 +111,14 @@ def describe_absence(path: Path) -> str:
     if path.is_dir():
         return "a folder, not a file"
     return "no such file"
+
+
+def file_identity(path: Path) -> tuple[int, int, int] | None:
+    """Size, time and inode of a file, which change with it; None if it was written just now and may still be."""
+    status = path.stat()
+    if abs(time.time_ns() - status.st_mtime_ns) < SETTLED_NS:
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 @contextmanager

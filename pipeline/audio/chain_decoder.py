@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.audio.audio_decoder import AudioDecoder
-from pipeline.audio.byte_window import SoundInput, open_byte_range
+from pipeline.audio.byte_window import SoundInput, file_identity, open_byte_range
 from pipeline.audio.resample import limit_samples, resample_blocks_CS
 from pipeline.errors import AudioError
 
@@ -54,11 +54,9 @@ class ChainDecoder:
         cls, sound: SoundInput, parts: Sequence[tuple[int, int]], open_stream: StreamOpener
     ) -> Iterator["ChainDecoder"]:
         """Open the streams at these offsets and sizes; AudioError (unreadable) if none of them decodes."""
-        if isinstance(sound, Path):
-            status = sound.stat()
-            links = measure_file_links(
-                sound, tuple(parts), open_stream, (status.st_size, status.st_mtime_ns, status.st_ino)
-            )
+        identity = file_identity(sound) if isinstance(sound, Path) else None
+        if isinstance(sound, Path) and identity is not None:
+            links = measure_file_links(sound, tuple(parts), open_stream, identity)
         else:
             links = measure_links(sound, parts, open_stream)
         if not links:
@@ -129,7 +127,7 @@ class ChainDecoder:
 
 @functools.lru_cache(maxsize=CACHED_CHAINS)
 def measure_file_links(
-    path: Path, parts: tuple[tuple[int, int], ...], open_stream: StreamOpener, _identity: tuple[int, ...]
+    path: Path, parts: tuple[tuple[int, int], ...], open_stream: StreamOpener, _identity: tuple[int, int, int]
 ) -> tuple[ChainLink, ...]:
     """The same as `measure_links`, remembered for a file until it changes."""
     return measure_links(path, parts, open_stream)

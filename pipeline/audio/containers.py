@@ -6,7 +6,7 @@ from dataclasses import replace
 from os import SEEK_END
 from pathlib import Path
 
-from pipeline.audio.byte_window import ByteWindow, ReadableFile, SoundInput, open_from_start
+from pipeline.audio.byte_window import ByteWindow, ReadableFile, SoundInput, file_identity, open_from_start
 from pipeline.audio.container_kinds import CONTAINER_KINDS, CONTAINER_SIGNATURES, AudioContainer
 from pipeline.audio.flac_frames import measure_flac
 from pipeline.audio.header_lengths import (
@@ -60,8 +60,9 @@ def recognise_container(sound: SoundInput) -> AudioContainer:
     """The container of a sound. AudioError: missing if there is no file, unreadable if its kind is unknown."""
     try:
         if isinstance(sound, Path) and sound.is_file():
-            status = sound.stat()
-            return recognise_file(sound, status.st_size, status.st_mtime_ns, status.st_ino)
+            identity = file_identity(sound)
+            if identity is not None:
+                return recognise_file(sound, identity)
         with open_from_start(sound) as file:
             return recognise_content(file)
     except OSError as error:
@@ -70,7 +71,7 @@ def recognise_container(sound: SoundInput) -> AudioContainer:
 
 
 @functools.lru_cache(maxsize=CACHED_CONTAINERS)
-def recognise_file(path: Path, _size: int, _time_ns: int, _inode: int) -> AudioContainer:
+def recognise_file(path: Path, _identity: tuple[int, int, int]) -> AudioContainer:
     """The container of a file, remembered until the file changes."""
     with open_from_start(path) as file:
         return recognise_content(file)
