@@ -10,9 +10,8 @@ from typing import Any, BinaryIO, Self
 
 from pipeline.errors import AudioError
 
-SETTLED_NS = (
-    10**9
-)  # after so long, a change of a file changes its time, too: times have steps of milliseconds
+# After so long, a change of a file changes its time, too: times have steps of milliseconds.
+SETTLED_NS = 10**9
 
 
 class ByteWindow(RawIOBase):
