@@ -113,8 +113,11 @@ def describe_absence(path: Path) -> str:
 
 
 def file_identity(path: Path) -> tuple[int, int, int] | None:
-    """Size, time and inode of a file, which change with it; None if it was written just now and may still be."""
-    status = path.stat()
+    """Size, time and inode of a file, which change with it; None if there is none, or if it was written just now."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
     if abs(time.time_ns() - status.st_mtime_ns) < SETTLED_NS:
         return None
     return status.st_size, status.st_mtime_ns, status.st_ino

@@ -28,7 +28,7 @@ from pipeline.errors import AudioError
 
 HEAD_BYTES = 4096  # read from the start of a file to recognise its container
 
-CHUNK_BYTES = 2**20  # read at once to search a file
+CHUNK_BYTES = 2**17  # read at once to search a file
 
 CACHED_CONTAINERS = (
     256  # files that are recognised once in a process, however many segments are cut from them
@@ -59,10 +59,8 @@ TS_PACKET_BYTES = (188, 192, 204)
 def recognise_container(sound: SoundInput) -> AudioContainer:
     """The container of a sound. AudioError: missing if there is no file, unreadable if its kind is unknown."""
     try:
-        if isinstance(sound, Path) and sound.is_file():
-            identity = file_identity(sound)
-            if identity is not None:
-                return recognise_file(sound, identity)
+        if isinstance(sound, Path) and (identity := file_identity(sound)) is not None:
+            return recognise_file(sound, identity)
         with open_from_start(sound) as file:
             return recognise_content(file)
     except OSError as error:

@@ -201,8 +201,11 @@ class OpenStream:
         """Yield every packet up to the end, or to damage of the container, which the declared length reveals later."""
         # PyAV raises IndexError when damage in the middle of a file looks like an additional stream.
         try:
+            if self.chunk_numbers is None:
+                yield from self.demuxer.demux(self.stream)
+                return
             for packet in self.demuxer.demux(self.stream):
-                if self.chunk_numbers and packet.pos in self.chunk_numbers:
+                if packet.pos in self.chunk_numbers:
                     packet.pts = packet.dts = self.chunk_numbers[packet.pos]
                 yield packet
         except (FFmpegError, IndexError):
@@ -327,14 +330,14 @@ def scan_stream_seconds(sound: SoundInput, container: AudioContainer) -> float:
 
 
 def join_frame_samples(
-    placed_frames: Iterable[tuple[int, float, AudioFrame]], rate_hz: int
+    placed_frames: Iterable[tuple[int, int, float, AudioFrame]], rate_hz: int
 ) -> Iterator[tuple[float, np.ndarray]]:
     """Yield placed frames as blocks of float32 `[channel, sample]`, each with the number of its first sample.
 
     A block holds many frames, all of one run and one format. Frames of another rate are resampled.
     """
     for (_, own_rate_hz, _, _), same_format in itertools.groupby(placed_frames, key=frame_format):
-        blocks = merge_frames((begin, frame) for _, begin, frame in same_format)
+        blocks = merge_frames((begin, frame) for _, _, begin, frame in same_format)
         if own_rate_hz == rate_hz:
             for begin, block in blocks:
                 yield begin, frame_samples_CS(block)
@@ -342,10 +345,10 @@ def join_frame_samples(
             yield from resample_run(blocks, own_rate_hz, rate_hz)
 
 
-def frame_format(placed_frame: tuple[int, float, AudioFrame]) -> tuple[int, int, str, int]:
+def frame_format(placed_frame: tuple[int, int, float, AudioFrame]) -> tuple[int, int, str, int]:
     """Run, rate, sample format and channels of a frame; only frames with equal values can be joined."""
-    run, _, frame = placed_frame
-    return run, frame.sample_rate, frame.format.name, frame.layout.nb_channels
+    run, rate_hz, _, frame = placed_frame
+    return run, rate_hz, frame.format.name, frame.layout.nb_channels
 
 
 def resample_run(

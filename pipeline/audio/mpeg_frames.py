@@ -61,7 +61,7 @@ class FrameCount(NamedTuple):
 
 @cache
 def mp3_frame_sizes() -> dict[bytes, int]:
-    """The size in bytes of a frame, by the second and third byte of its header."""
+    """The size in bytes of a frame, by the first three bytes of its header."""
     sizes = {}
     for second in range(0xE0, 0x100):
         # Two bits each: the version (0: 2.5, 2: 2, 3: 1) and the layer (3: 1, 2: 2, 1: 3).
@@ -84,7 +84,7 @@ def mp3_frame_sizes() -> dict[bytes, int]:
             else:
                 samples = 576 if layer == 3 and divisor > 1 else 1152
                 size = samples // 8 * bit_rate // rate_hz + padding
-            sizes[bytes((second, third))] = size
+            sizes[bytes((0xFF, second, third))] = size
     return sizes
 
 
@@ -93,7 +93,7 @@ def frame_size(content: bytes, position: int) -> int:
     header = content[position : position + 6]
     if len(header) < 6 or header[0] != 0xFF:
         return 0
-    size = mp3_frame_sizes().get(header[1:3], 0)
+    size = mp3_frame_sizes().get(header[:3], 0)
     if size:
         return size
 
@@ -157,7 +157,7 @@ def count_mp3_frames(file: ReadableFile, begin: int) -> FrameCount:
         for name in (b"Xing", b"Info"):
             part_offsets += [position + place for place in find_xing_frames(content, name)]
         while offset + 4 <= stop:
-            size = sizes.get(content[offset + 1 : offset + 3], 0) if content[offset] == 0xFF else 0
+            size = sizes.get(content[offset : offset + 3])
             if size:
                 offset += size
                 frames += 1
@@ -181,7 +181,7 @@ def find_xing_frames(content: bytes, name: bytes) -> Iterator[int]:
     while place >= 0:
         for offset in XING_OFFSETS:
             begin = place - offset
-            if begin < 0 or content[begin] != 0xFF or content[begin + 1 : begin + 3] not in mp3_frame_sizes():
+            if begin < 0 or content[begin : begin + 3] not in mp3_frame_sizes():
                 continue
             if not any(content[begin + 4 : place]):
                 yield begin

@@ -127,33 +127,36 @@ class TimelineCursor:
     timeline: Timeline
     position_samples: float = 0
     run: int = 0
-    _shift_seconds: float = field(
-        default=0.0, init=False
-    )  # from the stamps of the present clock to the movie's
+    _zero_seconds: float | None = field(init=False)  # the stamp of sample 0 by the present clock
+    _sample_seconds: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._zero_seconds = self.timeline.origin_seconds
+        self._sample_seconds = 1 / self.timeline.rate_hz
 
     @property
     def has_shifted(self) -> bool:
         """Whether another clock has begun."""
-        return self._shift_seconds != 0.0
+        return self._zero_seconds != self.timeline.origin_seconds
 
     def place(self, seconds: float | None, samples: float) -> float:
         """Place a frame of so many samples with the stamp `seconds`; returns the number of its first sample."""
-        timeline = self.timeline
-        if seconds is not None and timeline.origin_seconds is not None:
-            position_seconds = self.position_samples / timeline.rate_hz
-            late_seconds = seconds + self._shift_seconds - timeline.origin_seconds - position_seconds
+        begin = self.position_samples
+        if seconds is not None and self._zero_seconds is not None:
+            late_seconds = seconds - self._zero_seconds - begin * self._sample_seconds
             if not -JITTER_SECONDS < late_seconds < JITTER_SECONDS:
                 self._jump(seconds, late_seconds)
-        begin = self.position_samples
+                begin = self.position_samples
         self.position_samples = begin + samples
         return begin
 
     def _jump(self, seconds: float, late_seconds: float) -> None:
         """Go to the place of a stamp that comes unexpectedly, or take it for the begin of another clock."""
+        assert self._zero_seconds is not None
         assert self.timeline.origin_seconds is not None
         is_restart = late_seconds < 0 and seconds - self.timeline.origin_seconds < RESTART_SECONDS
         if is_restart or not -MAX_OVERLAP_SECONDS <= late_seconds <= self.timeline.max_hole_seconds:
-            self._shift_seconds -= late_seconds
+            self._zero_seconds += late_seconds
             return
         self.position_samples += round(late_seconds * self.timeline.rate_hz)
         self.run += 1
@@ -161,8 +164,8 @@ class TimelineCursor:
 
 def place_frames(
     frames: Iterable[Frame], begin_sample: int, timeline: Timeline, first_sample: int, stop_sample: int
-) -> Iterator[tuple[int, float, Frame]]:
-    """Yield the frames that reach into [first, stop): the number of the run, of the first sample, and the frame.
+) -> Iterator[tuple[int, int, float, Frame]]:
+    """Yield the frames that reach into [first, stop): number of the run, rate, number of the first sample, frame.
 
     `begin_sample` is the number of the first sample of the first frame. The first frame beyond `stop` is yielded too:
     it shows that silence before it is a hole, and not the end.
@@ -173,12 +176,14 @@ def place_frames(
         samples: float = frame.samples
         if not samples:
             continue
-        if frame.sample_rate != rate_hz:
-            samples *= rate_hz / (frame.sample_rate or rate_hz)
+        own_rate_hz = frame.sample_rate
+        if own_rate_hz != rate_hz:
+            samples *= rate_hz / (own_rate_hz or rate_hz)
         begin = cursor.place(frame.time, samples)
-        if cursor.position_samples > first_sample:
-            yield cursor.run, begin, frame
-        if cursor.position_samples >= stop_sample:
+        end = begin + samples
+        if end > first_sample:
+            yield cursor.run, own_rate_hz, begin, frame
+        if end >= stop_sample:
             return
 
 
