@@ -54,6 +54,10 @@ docs: setup
 torture kills="50": setup
     OMP_NUM_THREADS=1 python tests/support/torture.py {{ kills }}
 
+# Damage sounds of every container and decode them; arguments: how many, then --first SEED, --workers N, --keep FOLDER.
+fuzz count="2000" *arguments: setup
+    OMP_NUM_THREADS=1 python tests/support/fuzz_sounds.py {{ count }} {{ arguments }}
+
 # Benchmarks, each with its baselines in one run: mel, build, growth, labels, loader, step, learning, ablation, finetune.
 bench name *arguments: setup
     python -m bench.{{ name }} {{ arguments }}

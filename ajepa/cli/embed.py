@@ -13,7 +13,8 @@ from pipeline.messages import print_to_stderr
 embed_app = typer.Typer(rich_markup_mode=None)
 
 
-@embed_app.command()
+# Names of sounds may begin with a dash: 3 % of the ids of AudioSet do.
+@embed_app.command(context_settings={"ignore_unknown_options": True})
 def embed(
     sounds: Annotated[
         list[str], typer.Argument(help="Audio files, folders and archives; or one store.", show_default=False)
@@ -50,6 +51,11 @@ def embed(
 
     Example: ajepa-train embed sounds/ --model runs/a --out emb.parquet
     """
+    # What is neither a file nor an option that exists is a misspelt option.
+    for sound in sounds:
+        if sound.startswith("--") and not Path(sound).exists():
+            raise typer.BadParameter(f"no such option, and no such file: {sound}", param_hint="SOUNDS")
+
     from ajepa.embed import embedder
     from ajepa.embed.table import (
         convert_embedding_table,

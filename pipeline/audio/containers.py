@@ -1,341 +1,314 @@
-"""Containers: the kind of a sound file, recognised by its first bytes, and the length that its header declares."""
+"""Containers: the kind of a sound file, recognised by its first bytes; where its sound begins; its length."""
 
-import struct
+import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import SEEK_END
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
 
-from pipeline.audio.byte_window import ByteWindow, SoundInput
+from pipeline.audio.byte_window import ByteWindow, ReadableFile, SoundInput, file_identity, open_from_start
+from pipeline.audio.container_kinds import CONTAINER_KINDS, CONTAINER_SIGNATURES, AudioContainer
+from pipeline.audio.flac_frames import measure_flac
+from pipeline.audio.header_lengths import (
+    read_aiff_frames,
+    read_au_share,
+    read_caf_frames,
+    read_riff_header,
+    read_w64_frames,
+)
+from pipeline.audio.mpeg_frames import (
+    SEARCHED_BYTES,
+    count_mp3_frames,
+    find_first_frame,
+    id3_tag_bytes,
+    is_count_right,
+    read_xing_header,
+)
 from pipeline.errors import AudioError
-
-ReadableFile = BinaryIO | ByteWindow
 
 HEAD_BYTES = 4096  # read from the start of a file to recognise its container
 
-# A wav whose size is this or more was never finished: sox writes this size, FFmpeg writes 2^32 - 1.
-UNKNOWN_WAV_BYTES = 0x7FFF_F000
+CHUNK_BYTES = 2**17  # read at once to search a file
 
-# Likewise for w64, where FFmpeg writes 2^63 - 1; on ext4 no seek leads beyond 2^44.
-UNKNOWN_W64_BYTES = 2**42
-
-MAX_RIFF_CHUNKS = 1000  # stops the walk through a file of zeros, whose chunks never end
+CACHED_CONTAINERS = (
+    256  # files that are recognised once in a process, however many segments are cut from them
+)
 
 # Format tags of wav that libsndfile decodes: PCM, float, A-law, mu-law, extensible. ADPCM and mp3 are left to FFmpeg.
 LIBSNDFILE_TAGS = (1, 3, 6, 7, 0xFFFE)
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AudioContainer:
-    """One kind of sound file, with the facts that the header of a file states.
-
-    demuxer          FFmpeg's name of the kind. FFmpeg is not left to probe: it could take a text for a playlist and
-                     follow its links
-    uses_libsndfile  True: libsndfile decodes the file; False: FFmpeg
-    is_seekable      True: the file has time stamps, so a second is found without decoding the sound before it
-    length_kind      source of FFmpeg's duration. declared: the header; found: the end of the file, so that a missing
-                     end is not noticed; guessed: the bit rate, so that the duration is useless
-    declared_frames  samples per channel that the header declares; None: unknown, or reported by the decoder anyway
-    """
-
-    suffixes: tuple[str, ...]
-    demuxer: str
-    uses_libsndfile: bool = False
-    is_seekable: bool = False
-    length_kind: Literal["declared", "found", "guessed"] = "declared"
-    declared_frames: int | None = None
-
-    def is_misnamed(self, name: str) -> bool:
-        """Whether the extension of `name` belongs to another kind; an unknown extension belongs to none."""
-        return Path(name).suffix.lower() in CONTAINER_SUFFIXES - set(self.suffixes)
-
-
-CONTAINER_KINDS = {
-    "wav": AudioContainer(suffixes=(".wav", ".wave", ".bwf", ".rf64"), demuxer="wav", uses_libsndfile=True),
-    "flac": AudioContainer(suffixes=(".flac",), demuxer="flac", uses_libsndfile=True),
-    "mp3": AudioContainer(suffixes=(".mp3", ".mp2", ".mpga"), demuxer="mp3"),
-    "aac": AudioContainer(suffixes=(".aac", ".adts"), demuxer="aac", length_kind="guessed"),
-    "ogg": AudioContainer(
-        suffixes=(".ogg", ".oga", ".opus", ".spx", ".ogv", ".ogx"),
-        demuxer="ogg",
-        length_kind="found",
-        is_seekable=True,
-    ),
-    "mp4": AudioContainer(
-        suffixes=(".m4a", ".mp4", ".m4v", ".m4b", ".m4r", ".mov", ".qt", ".f4v", ".3gp", ".3g2"),
-        demuxer="mov",
-        is_seekable=True,
-    ),
-    "matroska": AudioContainer(
-        suffixes=(".webm", ".mkv", ".mka", ".weba"), demuxer="matroska", is_seekable=True
-    ),
-    "aiff": AudioContainer(suffixes=(".aiff", ".aif", ".aifc"), demuxer="aiff"),
-    "au": AudioContainer(suffixes=(".au", ".snd"), demuxer="au"),
-    "caf": AudioContainer(suffixes=(".caf",), demuxer="caf"),
-    "w64": AudioContainer(suffixes=(".w64",), demuxer="w64"),
-    "avi": AudioContainer(suffixes=(".avi",), demuxer="avi"),
-    "asf": AudioContainer(suffixes=(".wma", ".wmv", ".asf"), demuxer="asf"),
-    "flv": AudioContainer(suffixes=(".flv",), demuxer="flv"),
-    "mpegts": AudioContainer(suffixes=(".ts", ".mts", ".m2ts"), demuxer="mpegts", length_kind="found"),
-    "mpeg": AudioContainer(suffixes=(".mpg", ".mpeg", ".vob"), demuxer="mpeg", length_kind="found"),
-    "amr": AudioContainer(suffixes=(".amr", ".awb"), demuxer="amr", length_kind="guessed"),
-    "ac3": AudioContainer(suffixes=(".ac3",), demuxer="ac3", length_kind="guessed"),
-    "wavpack": AudioContainer(suffixes=(".wv",), demuxer="wv"),
-    "tta": AudioContainer(suffixes=(".tta",), demuxer="tta"),
-    "nist": AudioContainer(suffixes=(".sph", ".nist"), demuxer="nistsphere"),
-    "voc": AudioContainer(suffixes=(".voc",), demuxer="voc", length_kind="guessed"),
-    "ircam": AudioContainer(suffixes=(".sf", ".ircam"), demuxer="ircam", length_kind="guessed"),
-}
-
-CONTAINER_SUFFIXES = {suffix for kind in CONTAINER_KINDS.values() for suffix in kind.suffixes}
-
-# Offset, bytes at this offset, kind.
-CONTAINER_SIGNATURES = (
-    (0, b"fLaC", "flac"),
-    (0, b"OggS", "ogg"),
-    (0, b"\x1aE\xdf\xa3", "matroska"),
-    (4, b"ftyp", "mp4"),
-    (4, b"moov", "mp4"),
-    (4, b"mdat", "mp4"),
-    (4, b"wide", "mp4"),
-    (4, b"free", "mp4"),
-    (8, b"AIFF", "aiff"),
-    (8, b"AIFC", "aiff"),
-    (8, b"AVI ", "avi"),
-    (0, b".snd", "au"),
-    (0, b"caff", "caf"),
-    (0, b"riff\x2e\x91\xcf\x11", "w64"),
-    (0, b"0&\xb2u\x8ef\xcf\x11", "asf"),
-    (0, b"FLV\x01", "flv"),
-    (0, b"\x00\x00\x01\xba", "mpeg"),
-    (0, b"#!AMR", "amr"),
-    (0, b"\x0bw", "ac3"),
-    (0, b"wvpk", "wavpack"),
-    (0, b"TTA1", "tta"),
-    (0, b"NIST_1A\n", "nist"),
-    (0, b"Creative Voice File\x1a", "voc"),
-    *((0, bytes((0x64, 0xA3, machine, 0)), "ircam") for machine in (1, 2, 3, 4)),
-    *((0, bytes((0, machine, 0xA3, 0x64)), "ircam") for machine in (1, 2, 3, 4)),
+# Where in a file of some kinds these bytes stand, which are long enough to be looked for behind junk.
+BURIED_SIGNATURES = (
+    (0, b"fLaC\0\0\0\x22"),
+    (0, b"OggS\0\x02"),
+    (8, b"WAVEfmt "),
+    (0, b"\x1aE\xdf\xa3"),
+    (4, b"ftyp"),
 )
+
+OGG_FIRST_PAGE = b"OggS\0\x02"  # of a stream; the last byte is a flag
+
+FLAC_START = b"fLaC\0\0\0\x22"
+
+TS_SYNC = b"G"  # the first byte of every packet of MPEG-TS
+
+# Sizes of these packets: plain, with a time before each as cameras write it, with parity behind each.
+TS_PACKET_BYTES = (188, 192, 204)
 
 
 def recognise_container(sound: SoundInput) -> AudioContainer:
     """The container of a sound. AudioError: missing if there is no file, unreadable if its kind is unknown."""
     try:
+        if isinstance(sound, Path) and (identity := file_identity(sound)) is not None:
+            return recognise_file(sound, identity)
         with open_from_start(sound) as file:
-            head, has_tag = read_after_tags(file)
-            container = match_signature(head, file)
+            return recognise_content(file)
     except OSError as error:
         reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
         raise AudioError(reason, f"cannot be read ({error.strerror})") from None
 
+
+@functools.lru_cache(maxsize=CACHED_CONTAINERS)
+def recognise_file(path: Path, _identity: tuple[int, int, int]) -> AudioContainer:
+    """The container of a file, remembered until the file changes."""
+    with open_from_start(path) as file:
+        return recognise_content(file)
+
+
+def recognise_content(file: ReadableFile) -> AudioContainer:
+    """The container of an open file; AudioError (unreadable) if its kind is unknown."""
+    head, begin = read_after_tags(file)
+    container = match_signature(head, file, begin)
+    if container is None:
+        container = find_buried_stream(file, begin)
+
     # Only mp3 files begin with an ID3 tag, so damage after the tag does not hide the kind.
-    if container is None and has_tag and head:
-        container = mp3_container(head)
+    if container is None and begin and head:
+        container = replace(CONTAINER_KINDS["mp3"], length_kind="guessed")
     if container is None:
         raise AudioError("unreadable", f"{describe_unknown_head(head)}, no known audio; fetch it again")
     return container
 
 
-@contextmanager
-def open_from_start(sound: SoundInput) -> Iterator[ReadableFile]:
-    """Open the sound at its first byte, with a position of its own: a sound may be open twice at the same time."""
-    if isinstance(sound, Path):
-        if not sound.is_file():
-            raise AudioError("missing", f"{describe_absence(sound)}; fetch it, or correct its path")
-        with sound.open("rb") as file:
-            yield file
-    elif isinstance(sound, ByteWindow):
-        yield sound.duplicate()
-    else:
-        buffer = sound.getbuffer()
-        yield ByteWindow(buffer, 0, buffer.nbytes)
-
-
-def describe_absence(path: Path) -> str:
-    """Why there is no file at a path, in a few words."""
-    if path.is_symlink():
-        return f"a link to {str(path.readlink())!a}, where there is no file"
-    if path.is_dir():
-        return "a folder, not a file"
-    return "no such file"
-
-
-def read_after_tags(file: ReadableFile) -> tuple[bytes, bool]:
-    """The first bytes after ID3 tags (pictures may make them megabytes long), and whether there was a tag."""
-    position = 0
+def read_after_tags(file: ReadableFile) -> tuple[bytes, int]:
+    """The first bytes after ID3 and APE tags (pictures may make them megabytes long), and the offset of these bytes."""
+    begin = 0
     head = file.read(HEAD_BYTES)
-    while head[:3] == b"ID3" and len(head) >= 10:
-        # The size of a tag: four bytes of seven bits each, without the ten bytes of its header.
-        size = (head[6] & 127) << 21 | (head[7] & 127) << 14 | (head[8] & 127) << 7 | head[9] & 127
-        position += 10 + size
-        file.seek(position)
+    while True:
+        if head[:3] == b"ID3" and len(head) >= 10:
+            begin += id3_tag_bytes(head)
+        elif head[:8] == b"APETAGEX" and len(head) >= 32:
+            begin += 32 + int.from_bytes(head[12:16], "little")
+        else:
+            return head, begin
+        file.seek(begin)
         head = file.read(HEAD_BYTES)
-    return head, position > 0
 
 
-def match_signature(head: bytes, file: ReadableFile) -> AudioContainer | None:
-    """The container that the signature names, with the facts of its header; None if no signature fits."""
+def match_signature(head: bytes, file: ReadableFile, begin: int) -> AudioContainer | None:
+    """The container that the signature names, with the facts of its header; None if no signature fits.
+
+    `head` are the bytes at `begin`, where the tags end.
+    """
     # A wav comes in four variants; RIFX is big-endian.
+    content = file if not begin else window_from(file, begin)
     if head[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64") and head[8:12] == b"WAVE":
-        return wav_container(file, ">" if head[:4] == b"RIFX" else "<")
+        return replace(wav_container(content, ">" if head[:4] == b"RIFX" else "<"), skip_bytes=begin)
 
     # Kinds with a signature of their own; some headers also declare a length.
     for offset, signature, name in CONTAINER_SIGNATURES:
         if head.startswith(signature, offset):
-            kind = CONTAINER_KINDS[name]
-            if name == "w64":
-                return replace(kind, declared_frames=read_w64_frames(file))
-            if name == "caf":
-                return replace(kind, declared_frames=read_caf_frames(file))
-            if name == "flac":
-                return flac_container(head)
-            return kind
+            return replace(container_with_facts(name, head, content), skip_bytes=begin)
 
     # MPEG-TS has packets of 188 bytes, each with the same first byte; cameras write a time of four bytes before each.
-    for begin, packet_bytes in ((0, 188), (4, 192)):
-        if head[begin : begin + 1] == head[begin + packet_bytes :][:1] == b"G":
-            return CONTAINER_KINDS["mpegts"]
+    if is_transport_stream(head):
+        return CONTAINER_KINDS["mpegts"]
+    if is_latm_stream(head):
+        return CONTAINER_KINDS["loas"]
 
     # An mp3 or AAC may begin with zeros.
-    return mpeg_audio_container(head.lstrip(b"\0"))
+    zeros = len(head) - len(head.lstrip(b"\0"))
+    return mpeg_audio_container(head[zeros:], file, begin + zeros, junk_bytes=0)
 
 
-def flac_container(head: bytes) -> AudioContainer:
-    """A flac; FFmpeg decodes it if its header states no length.
+def container_with_facts(name: str, head: bytes, content: ReadableFile) -> AudioContainer:
+    """The container of a kind, with the facts in the header of a file of this kind."""
+    kind = CONTAINER_KINDS[name]
+    if name == "w64":
+        return replace(kind, declared_frames=read_w64_frames(content))
+    if name == "caf":
+        return replace(kind, declared_frames=read_caf_frames(content))
+    if name == "au":
+        return replace(kind, present_share=read_au_share(content))
+    if name == "aiff":
+        return replace(kind, declared_frames=read_aiff_frames(content))
+    if name == "ogg":
+        return replace(kind, parts=find_ogg_links(content))
+    if name == "flac":
+        return flac_container(head, content)
+    if name == "ac3" and len(head) > 5 and head[5] >> 3 > 10:
+        return CONTAINER_KINDS["eac3"]
+    return kind
+
+
+def flac_container(head: bytes, content: ReadableFile) -> AudioContainer:
+    """A flac with its length by its last frame; FFmpeg decodes it if its header states too small a length or none.
 
     Encoders that write to a pipe leave the number of samples at 0, which libsndfile reports as 2^63 - 1.
     """
-    samples = int.from_bytes(head[18:26]) % 2**36
-    if samples:
-        return CONTAINER_KINDS["flac"]
-    return replace(CONTAINER_KINDS["flac"], uses_libsndfile=False, length_kind="guessed")
+    # Several flacs that were joined.
+    kind = CONTAINER_KINDS["flac"]
+    starts = [0, *find_all(content, FLAC_START, len(FLAC_START))]
+    if len(starts) > 1:
+        return replace(kind, parts=parts_between(starts, content))
+
+    declared, measured = measure_flac(head, content)
+    if declared and measured in (None, declared):
+        return kind
+    if declared and measured is not None and measured < declared:
+        return replace(kind, declared_frames=measured)
+    if measured is None:
+        return replace(kind, uses_libsndfile=False, length_kind="guessed")
+    return replace(kind, uses_libsndfile=False, length_kind="found", declared_frames=measured)
 
 
-def mpeg_audio_container(head: bytes) -> AudioContainer | None:
-    """An mp3 (or layer 2) or bare AAC; None if it is neither."""
+def find_ogg_links(content: ReadableFile) -> tuple[tuple[int, int], ...]:
+    """Offset and size of every link of a chained Ogg; none if it is not chained.
+
+    A link begins with the first pages of its streams, one directly after the other.
+    """
+    starts = []
+    next_page = -1
+    for page in find_all(content, OGG_FIRST_PAGE, 0):
+        if page != next_page:
+            starts.append(page)
+        content.seek(page + 26)
+        segments = content.read(1)
+        sizes = content.read(segments[0]) if segments else b""
+        next_page = page + 27 + len(sizes) + sum(sizes)
+    return parts_between(starts, content) if len(starts) > 1 else ()
+
+
+def parts_between(starts: list[int], content: ReadableFile) -> tuple[tuple[int, int], ...]:
+    """Offset and size of the parts that begin at `starts`; each ends where the next one begins."""
+    stops = [*starts[1:], content.seek(0, SEEK_END)]
+    return tuple((start, stop - start) for start, stop in zip(starts, stops, strict=True))
+
+
+def find_all(content: ReadableFile, needle: bytes, begin: int) -> Iterator[int]:
+    """Yield the offset of every occurrence of some bytes from `begin` on; the file is read in chunks."""
+    position = begin
+    while True:
+        content.seek(position)
+        chunk = content.read(CHUNK_BYTES)
+        place = chunk.find(needle)
+        while place >= 0:
+            yield position + place
+            place = chunk.find(needle, place + 1)
+        if len(chunk) < CHUNK_BYTES:
+            return
+        position += CHUNK_BYTES - len(needle) + 1
+
+
+def find_buried_stream(file: ReadableFile, begin: int) -> AudioContainer | None:
+    """The container of a stream that begins inside a frame or behind junk; None if there is none."""
+    file.seek(begin)
+    content = file.read(SEARCHED_BYTES)
+
+    # The first of the signatures that are long enough to be no accident.
+    places = [content.find(signature) - offset for offset, signature in BURIED_SIGNATURES]
+    found = min((place for place in places if place > 0), default=None)
+    if found is not None:
+        return match_signature(content[found : found + HEAD_BYTES], file, begin + found)
+
+    # Frames of mp3 or AAC that follow each other.
+    junk_bytes = find_first_frame(content)
+    if junk_bytes is None:
+        return None
+    head = content[junk_bytes : junk_bytes + HEAD_BYTES]
+    return mpeg_audio_container(head, file, begin + junk_bytes, junk_bytes=junk_bytes)
+
+
+def mpeg_audio_container(
+    head: bytes, file: ReadableFile, begin: int, *, junk_bytes: int
+) -> AudioContainer | None:
+    """An mp3 (or layer 2) or bare AAC whose first frame is at `begin`; None if it is neither."""
     # Both begin with the same eleven bits.
     if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0:
         return None
 
     # The layer distinguishes them. For mp3, some values of layer, bit rate and sampling rate are not defined.
+    skip_bytes = begin if junk_bytes else 0
     layer = head[1] >> 1 & 3
     if layer == 0:
-        return CONTAINER_KINDS["aac"] if head[1] & 0xF0 == 0xF0 else None
+        return replace(CONTAINER_KINDS["aac"], skip_bytes=skip_bytes) if head[1] & 0xF0 == 0xF0 else None
     if layer == 3 or head[2] >> 4 == 15 or head[2] >> 2 & 3 == 3:
         return None
-    return mp3_container(head)
+    container = mp3_container(head, file, begin)
+    return container if container.parts else replace(container, skip_bytes=skip_bytes)
 
 
-def mp3_container(head: bytes) -> AudioContainer:
-    """An mp3, whose length is stated in a Xing, Info or VBRI frame, or guessed."""
-    if any(name in head for name in (b"Xing", b"Info", b"VBRI")):
-        return CONTAINER_KINDS["mp3"]
-    return replace(CONTAINER_KINDS["mp3"], length_kind="guessed")
+def mp3_container(head: bytes, file: ReadableFile, begin: int) -> AudioContainer:
+    """An mp3, whose length is guessed unless a Xing, Info or VBRI frame states it and the frames bear it out."""
+    kind = CONTAINER_KINDS["mp3"]
+    count = count_mp3_frames(file, begin)
+
+    # Joined files, each with such a frame.
+    if len(count.part_offsets) > 1:
+        return replace(kind, parts=parts_between([begin, *count.part_offsets[1:]], file))
+    xing = read_xing_header(head)
+    if xing is not None and is_count_right(xing, count, file.seek(0, SEEK_END) - begin):
+        return kind
+    return replace(kind, length_kind="guessed")
 
 
-def wav_container(file: ReadableFile, byte_order: str) -> AudioContainer:
+def wav_container(content: ReadableFile, byte_order: str) -> AudioContainer:
     """A wav with the frames that its header declares: libsndfile only reports the frames that are present."""
-    header = read_riff_header(file, byte_order)
+    kind = CONTAINER_KINDS["wav"]
+    header = read_riff_header(content, byte_order)
     if header.format_tag not in LIBSNDFILE_TAGS:
-        return replace(CONTAINER_KINDS["wav"], uses_libsndfile=False)
+        share = min(1.0, header.remaining_bytes / header.sound_bytes) if header.sound_bytes else 1.0
+        return replace(kind, uses_libsndfile=False, length_kind="doubtful", present_share=share)
 
     # A size of 0 before sound: the writer was interrupted. libsndfile would find no sound.
-    if header.sound_bytes == 0 and header.remaining_bytes:
-        return replace(CONTAINER_KINDS["wav"], uses_libsndfile=False, length_kind="guessed")
+    if header.is_unfinished:
+        return replace(kind, uses_libsndfile=False, length_kind="guessed")
     if header.sound_bytes is None or not header.frame_bytes:
-        return CONTAINER_KINDS["wav"]
-    return replace(CONTAINER_KINDS["wav"], declared_frames=header.sound_bytes // header.frame_bytes)
+        return kind
+    return replace(kind, declared_frames=header.sound_bytes // header.frame_bytes)
 
 
-class RiffHeader(NamedTuple):
-    """The facts that the header of a wav states; a frame is one sample of every channel."""
+def is_transport_stream(head: bytes) -> bool:
+    """Whether packets of MPEG-TS begin in the head: at its first byte, or somewhat later in a stream that was cut."""
+    for begin, packet_bytes in ((0, 188), (4, 192)):
+        if head[begin : begin + packet_bytes + 1 : packet_bytes] == TS_SYNC * 2:
+            return True
 
-    format_tag: int = 1
-    frame_bytes: int = 0
-    sound_bytes: int | None = None  # as declared; None if the header does not declare it
-    remaining_bytes: int = 0  # from the start of the sound to the end of the file
-
-
-def read_riff_header(file: ReadableFile, byte_order: str) -> RiffHeader:
-    """Read the chunks of a wav up to the sound and return the facts that they state."""
-    header = RiffHeader()
-    position = 12
-    for _ in range(MAX_RIFF_CHUNKS):
-        file.seek(position)
-        chunk = file.read(24)
-        if len(chunk) < 8:
-            break
-        name, size = struct.unpack_from(f"{byte_order}4sI", chunk)
-
-        # The sound: the last chunk to read. If its size was never filled in, `ds64` may state it.
-        if name == b"data":
-            remaining_bytes = file.seek(0, SEEK_END) - position - 8
-            sound_bytes = size if size < UNKNOWN_WAV_BYTES else header.sound_bytes
-            return header._replace(sound_bytes=sound_bytes, remaining_bytes=remaining_bytes)
-
-        # The sample format, and in an RF64 the size of the sound in 64 bits.
-        if name == b"fmt " and len(chunk) == 24:
-            tag, frame_bytes = struct.unpack_from(f"{byte_order}H10xH", chunk, 8)
-            header = header._replace(format_tag=tag, frame_bytes=frame_bytes)
-        if name == b"ds64" and len(chunk) == 24:
-            (sound_bytes,) = struct.unpack_from(f"{byte_order}8xQ", chunk, 8)
-            header = header._replace(sound_bytes=sound_bytes)
-
-        # Chunks begin at even bytes.
-        position += 8 + size + size % 2
-    return header._replace(sound_bytes=None)
+    # Later, more packets are needed.
+    for packet_bytes in TS_PACKET_BYTES:
+        begin = head.find(TS_SYNC, 0, packet_bytes)
+        while begin >= 0:
+            if head[begin : begin + 4 * packet_bytes + 1 : packet_bytes] == TS_SYNC * 5:
+                return True
+            begin = head.find(TS_SYNC, begin + 1, packet_bytes)
+    return False
 
 
-def read_w64_frames(file: ReadableFile) -> int | None:
-    """The frames that a w64 declares, None if it declares none: FFmpeg only reports the frames that are present."""
-    position = 40
-    frame_bytes = 0
-    for _ in range(MAX_RIFF_CHUNKS):
-        file.seek(position)
-        chunk = file.read(40)
-        if len(chunk) < 40:
-            break
-
-        # The head of a chunk: a name of 16 bytes, of which four suffice, and a size that includes the head's 24 bytes.
-        name = chunk[:4]
-        size = int.from_bytes(chunk[16:24], "little")
-        if name == b"data":
-            if not frame_bytes or not 24 <= size < UNKNOWN_W64_BYTES:
-                return None
-            return (size - 24) // frame_bytes
-        if name == b"fmt ":
-            frame_bytes = int.from_bytes(chunk[36:38], "little")
-
-        # Chunks begin at multiples of eight bytes. A damaged size is cut to the range of a seek.
-        position = min(position + max(24, size + -size % 8), UNKNOWN_W64_BYTES)
-    return None
+def is_latm_stream(head: bytes) -> bool:
+    """Whether the head begins with three frames of AAC in LATM."""
+    position = 0
+    for _ in range(3):
+        if len(head) < position + 3 or head[position] != 0x56 or head[position + 1] & 0xE0 != 0xE0:
+            return False
+        position += 3 + ((head[position + 1] & 0x1F) << 8 | head[position + 2])
+    return True
 
 
-def read_caf_frames(file: ReadableFile) -> int | None:
-    """The frames that a caf of constant packets declares, else None: FFmpeg only reports the frames present."""
-    position = 8
-    packet_bytes = 0
-    packet_frames = 0
-    for _ in range(MAX_RIFF_CHUNKS):
-        file.seek(position)
-        chunk = file.read(36)
-        if len(chunk) < 12:
-            break
-
-        # Four other bytes precede the sound. A size of -1 means that the sound extends to the end of the file.
-        name = chunk[:4]
-        size = int.from_bytes(chunk[4:12], signed=True)
-        if name == b"data":
-            if not packet_bytes or size < 4:
-                return None
-            return (size - 4) // packet_bytes * packet_frames
-        if name == b"desc" and len(chunk) == 36:
-            packet_bytes, packet_frames = struct.unpack(">II", chunk[28:36])
-        position = min(position + 12 + max(0, size), UNKNOWN_W64_BYTES)
-    return None
+def window_from(file: ReadableFile, begin: int) -> ByteWindow:
+    """The bytes of an open file from `begin` on, as a file."""
+    if isinstance(file, ByteWindow):
+        return file.tail(begin)
+    return ByteWindow(file.fileno(), begin, max(0, file.seek(0, SEEK_END) - begin))
 
 
 def describe_unknown_head(head: bytes) -> str:

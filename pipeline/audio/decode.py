@@ -7,23 +7,16 @@ the rate. `stream_wave` decodes a sound of any length in pieces.
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import soundfile
-import soxr
 
 from pipeline.audio.byte_window import SoundInput
-from pipeline.audio.containers import AudioContainer, recognise_container
-from pipeline.audio.decoders import (
-    DECODER_ERRORS,
-    AudioDecoder,
-    FfmpegDecoder,
-    SndfileDecoder,
-    describe_decoder_error,
-)
+from pipeline.audio.container_kinds import AudioContainer
+from pipeline.audio.containers import recognise_container
+from pipeline.audio.decoders import AudioDecoder, open_decoder
 from pipeline.audio.levels import (
     SILENCE_DBFS,
     SampleRange,
@@ -31,14 +24,15 @@ from pipeline.audio.levels import (
     magnitude_dbfs,
     rms_magnitude,
 )
+from pipeline.audio.resample import resample_blocks, resample_wave
 from pipeline.audio.sources import SoundLocator
+from pipeline.audio.timeline import JITTER_SECONDS
 from pipeline.errors import AudioError, InputError, UnexpectedAudioError, first_error_line
 
 LENGTH_SLACK = 0.02  # of the segment: a source whose length differs by less is not flagged
 COMPLETE_SHARE = 0.95  # a clip that lacks less than 5 % of its samples counts as whole
 PACKET_SECONDS = 0.02  # one opus packet: a declared length may be rounded up by this much
 
-PLAUSIBLE_RATES_HZ = range(1_000, 1_000_000)
 MIN_SOUND_SECONDS = 0.1
 
 ALL_SAMPLES = 2**62  # more samples than any sound has
@@ -63,7 +57,8 @@ class ClipAudio:
     peak_dbfs, rms_dbfs  levels of the mono wave before resampling; -200 for digital silence
     digest               32 hex digits of SHA-256 over that wave as little-endian float32
     flags                cut (the segment, from a whole video), longer (only the first seconds are used), shorter,
-                         truncated, silent, mixed_down, beyond_full_scale, wrong_extension
+                         gaps (silence stands where time stamps leave out sound), truncated, silent, mixed_down,
+                         beyond_full_scale, wrong_extension
     """
 
     wave_S: np.ndarray
@@ -85,7 +80,7 @@ class ClipAudio:
         wanted = round(samples * rate_hz / self.rate_hz)
         if samples == round(self.segment_seconds * self.rate_hz):
             wanted = round(self.segment_seconds * rate_hz)
-        return fit_length(soxr.resample(self.wave_S, self.rate_hz, rate_hz, quality="HQ"), wanted)
+        return resample_wave(self.wave_S, self.rate_hz, rate_hz, wanted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,11 +145,13 @@ class DecodedSegment:
     wave_S              float32, plain mean of the channels
     source_seconds      length of the whole source: the declared length, or the decoded length if it ended early
     exceeds_full_scale  whether any channel exceeds full scale
+    has_gaps            whether silence stands where the time stamps leave a hole, or before sound that begins late
     """
 
     wave_S: np.ndarray
     facts: SegmentFacts
     source_seconds: float
+    has_gaps: bool
     exceeds_full_scale: bool
 
 
@@ -228,42 +225,6 @@ def decode_segment(
         return read_segment(decoder, segment, max_seconds)
 
 
-@contextmanager
-def open_decoder(sound: SoundInput, container: AudioContainer) -> Iterator[AudioDecoder]:
-    """Open the sound with its decoder; AudioError (unreadable) if that fails, or if its sampling rate is impossible."""
-    try:
-        with choose_decoder(sound, container) as decoder:
-            if decoder.rate_hz not in PLAUSIBLE_RATES_HZ:
-                detail = f"claims {decoder.rate_hz} samples a second; damaged, fetch it again"
-                raise AudioError("unreadable", detail)
-            yield decoder
-    except DECODER_ERRORS as error:
-        message = describe_decoder_error(error)
-        detail = f"no {container.demuxer} file that can be decoded ({message}); incomplete? Fetch it again"
-        raise AudioError("unreadable", detail) from None
-
-
-@contextmanager
-def choose_decoder(sound: SoundInput, container: AudioContainer) -> Iterator[AudioDecoder]:
-    """Open the sound with libsndfile if it reads the container, and with FFmpeg if it does not or gives up.
-
-    libsndfile knows neither BW64 nor 64-bit integers, for example. If FFmpeg gives up too, the error is libsndfile's.
-    """
-    with ExitStack() as stack:
-        decoder: AudioDecoder
-        if not container.uses_libsndfile:
-            decoder = stack.enter_context(FfmpegDecoder.open_file(sound, container))
-        else:
-            try:
-                decoder = stack.enter_context(SndfileDecoder.open_file(sound, container))
-            except soundfile.LibsndfileError as sndfile_error:
-                try:
-                    decoder = stack.enter_context(FfmpegDecoder.open_file(sound, container))
-                except (*DECODER_ERRORS, AudioError):
-                    raise sndfile_error from None
-        yield decoder
-
-
 def read_segment(decoder: AudioDecoder, segment: VideoSegment, max_seconds: float) -> DecodedSegment:
     """Decode the samples of the segment and mix them down.
 
@@ -292,11 +253,12 @@ def read_segment(decoder: AudioDecoder, segment: VideoSegment, max_seconds: floa
     if len(wave_S) >= wanted:
         source_seconds = max(source_seconds, decoder.seconds)
     is_cut = is_whole_video and decoder.seconds > segment.seconds + LENGTH_SLACK * segment.seconds
-    promised = min(wanted, declared - first)
+    promised = max(0, min(wanted, declared - first))
     return DecodedSegment(
         wave_S=wave_S,
         facts=segment_facts(decoder, samples=len(wave_S), promised=promised, is_cut=is_cut),
         source_seconds=source_seconds,
+        has_gaps=decoder.filled_samples >= JITTER_SECONDS * decoder.rate_hz,
         exceeds_full_scale=exceeds_full_scale,
     )
 
@@ -318,8 +280,13 @@ def segment_facts(decoder: AudioDecoder, *, samples: int, promised: int, is_cut:
 
 def refuse_long_sound(decoder: AudioDecoder, max_seconds: float) -> None:
     """Raise AudioError (too_long) for a file whose length is more than `max_seconds`."""
-    if decoder.seconds > max_seconds:
-        detail = f"{decoder.seconds:.0f} s long, more than {max_seconds:.0f}; cut it, or raise max_seconds"
+    refuse_longer(decoder.seconds, max_seconds)
+
+
+def refuse_longer(seconds: float, max_seconds: float) -> None:
+    """Raise AudioError (too_long) for a length of more than `max_seconds`."""
+    if seconds > max_seconds:
+        detail = f"{seconds:.0f} s long, more than {max_seconds:.0f}; cut it, or raise max_seconds"
         raise AudioError("too_long", detail)
 
 
@@ -400,6 +367,7 @@ def segment_flags(
         "cut": facts.is_cut,
         "longer": not facts.is_cut and is_longer,
         "shorter": facts.samples < (1 - LENGTH_SLACK) * wanted,
+        "gaps": decoded.has_gaps,
         "truncated": facts.is_truncated,
         "silent": sample_range.is_silent,
         "mixed_down": facts.channels > 1,
@@ -437,6 +405,7 @@ def checked_blocks(decoder: AudioDecoder, policy: AudioPolicy) -> Iterator[np.nd
             continue
         sample_range = sample_range.join(checked_range(wave_S))
         samples += len(wave_S)
+        refuse_longer(samples / decoder.rate_hz, policy.max_seconds)
         yield wave_S
 
     # Only the end of the sound shows how long and how loud it was.
@@ -444,30 +413,3 @@ def checked_blocks(decoder: AudioDecoder, policy: AudioPolicy) -> Iterator[np.nd
     facts = segment_facts(decoder, samples=samples, promised=declared, is_cut=False)
     check_complete(facts, policy)
     check_audible(facts, sample_range, policy)
-
-
-def resample_blocks(blocks: Iterator[np.ndarray], from_hz: int, to_hz: int) -> Iterator[np.ndarray]:
-    """Yield a wave in pieces at another rate, by soxr HQ; as many samples as `ClipAudio.resample_wave` gives."""
-    resampler = soxr.ResampleStream(from_hz, to_hz, 1, dtype="float32", quality="HQ")
-    samples_in = 0
-    samples_out = 0
-    for piece_S in blocks:
-        resampled_S = resampler.resample_chunk(np.ascontiguousarray(piece_S))
-        samples_in += len(piece_S)
-        samples_out += len(resampled_S)
-        if len(resampled_S):
-            yield resampled_S
-
-    # The last samples are still in the resampler.
-    last_S = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
-    yield fit_length(last_S, max(0, round(samples_in * to_hz / from_hz) - samples_out))
-
-
-def fit_length(wave_S: np.ndarray, samples: int) -> np.ndarray:
-    """A resampled wave with exactly `samples` samples: soxr may give one more or less than the ratio of the rates.
-
-    A surplus is trimmed, and zeros are added to a wave that is too short.
-    """
-    if len(wave_S) >= samples:
-        return wave_S[:samples]
-    return np.pad(wave_S, (0, samples - len(wave_S)))

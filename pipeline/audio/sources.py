@@ -3,7 +3,6 @@
 A sound is a file of its own, a member of a tar, or a row of a Parquet, Arrow or HDF5 file.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,41 +15,19 @@ import polars as pl
 from pipeline import object_store
 from pipeline.audio import arrow, hdf5, parquet, tar
 from pipeline.audio.byte_window import SoundInput
+from pipeline.audio.folder_walk import (
+    ARCHIVE_KINDS,
+    COMPRESSED_SUFFIXES,
+    SOUND_EXTENSIONS,
+    LeftOut,
+    file_extension,
+    is_sound_or_archive,
+    walk_sounds_and_archives,
+)
 from pipeline.audio.tar import COMPRESSED_TAR_ADVICE, TarReader
-from pipeline.errors import InputError
 from pipeline.object_store import is_remote_url, list_files_below
 
 MEMBER_SEPARATOR = "::"  # in `source`, between the names of an archive and its member
-
-# Extensions, from lossless containers to the most lossy: if one clip has several sounds, the sound whose extension
-# comes first is used.
-SOUND_EXTENSIONS = (
-    *("flac", "wav", "wave", "aiff", "aif", "aifc", "w64", "caf", "au", "snd", "wv", "tta"),
-    *("bwf", "rf64", "sph", "nist", "voc", "sf", "ircam"),
-    *("mka", "m4a", "mp4", "mkv", "mov", "aac", "opus", "webm", "weba", "ogg", "oga", "mp3", "mp2", "mpga"),
-    *("3gp", "wma", "ac3", "ts", "avi", "flv", "asf", "amr", "awb", "adts"),
-    *(
-        "m4b",
-        "m4r",
-        "m4v",
-        "qt",
-        "f4v",
-        "3g2",
-        "spx",
-        "ogv",
-        "ogx",
-        "wmv",
-        "mpg",
-        "mpeg",
-        "vob",
-        "mts",
-        "m2ts",
-    ),
-)
-
-ARCHIVE_KINDS = {"tar": "tar", "parquet": "parquet", "h5": "hdf5", "hdf5": "hdf5"}  # by extension
-
-COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 
 SOURCES_SCHEMA: dict[str, pl.DataType] = {
     "kind": pl.String(),  # file, tar, parquet, arrow or hdf5; null for a clip that has no sound
@@ -155,14 +132,15 @@ def find_sounds(locations: Sequence[Path | str]) -> FoundSounds:
     """Find all sounds below some folders or URLs, or in single files.
 
     Archives are recognised by their extensions. A damaged archive becomes a note, and only its own sounds are missing.
-    Members of a tar that are not sounds (.json, .txt, .cls) are left out. InputError if a location does not exist,
-    cannot be listed, or is a single compressed tar.
+    Files that are no sounds are counted in a note; members of a tar that are none (.json, .txt, .cls) are not.
+    InputError if a location does not exist, cannot be listed, or is a single compressed tar.
     """
     tables = [pl.DataFrame(schema=FOUND_SOUNDS_SCHEMA)]
     notes: list[str] = []
+    left_out = LeftOut()
     for location in locations:
         # Files that are one sound each.
-        folder, candidates = list_candidates(location)
+        folder, candidates = list_candidates(location, left_out)
         names = pl.Series("source", candidates, dtype=pl.String)
         is_sound = names.str.extract(r"([^.]*)$").str.to_lowercase().is_in(SOUND_EXTENSIONS)
         tables.append(conform_to_schema(sound_file_table(folder, names.filter(is_sound)), folder))
@@ -177,71 +155,21 @@ def find_sounds(locations: Sequence[Path | str]) -> FoundSounds:
                 tables.append(conform_to_schema(members, folder))
                 if fault:
                     notes.append(f"{path}: {fault}")
-    return FoundSounds(sounds=pl.concat(tables), notes=tuple(notes))
+    return FoundSounds(sounds=pl.concat(tables), notes=(*notes, *left_out.describe()))
 
 
-def list_candidates(location: Path | str) -> tuple[Path | str, list[str]]:
-    """The folder or URL of a location, and the names below it that are sounds or archives."""
+def list_candidates(location: Path | str, left_out: LeftOut) -> tuple[Path | str, list[str]]:
+    """The folder or URL of a location, and the names below it that are sounds or archives; counts the others."""
     if isinstance(location, str) and is_remote_url(location):
         url, names = list_files_below(location)
-        return url, [name for name in names if is_sound_or_archive(name)]
+        candidates = [name for name in names if is_sound_or_archive(name)]
+        for name in set(names).difference(candidates):
+            left_out.count_file(name)
+        return url, candidates
 
     path = Path(location)
     folder = path if path.is_dir() else path.parent
-    return folder, list(walk_sounds_and_archives(path))
-
-
-def is_sound_or_archive(name: str) -> bool:
-    """Whether a file of this name is a sound or an archive, by its extension; compressed tars are included."""
-    extension = file_extension(name)
-    return (
-        extension in SOUND_EXTENSIONS
-        or extension in ARCHIVE_KINDS
-        or name.lower().endswith(COMPRESSED_SUFFIXES)
-    )
-
-
-def file_extension(name: str) -> str:
-    """The extension of a file name, in lower case, without its dot."""
-    return name.rpartition(".")[2].lower()
-
-
-def walk_sounds_and_archives(location: Path) -> Iterator[str]:
-    """Yield every sound file and archive below a folder as a path relative to it, in a fixed order.
-
-    Broken links are included. Links to folders are followed, but each folder is entered once. A single file yields its
-    name. InputError for a folder that cannot be listed, because its clips would otherwise count as missing.
-    """
-    # A single file. A compressed tar in a folder becomes a note; alone it is an error, as nothing else can be used.
-    if location.is_file():
-        if location.name.lower().endswith(COMPRESSED_SUFFIXES):
-            raise InputError(f"--audio {location}: {COMPRESSED_TAR_ADVICE}")
-        yield _require_utf8(location.name)
-        return
-    if not location.is_dir():
-        raise InputError(f"--audio {location}: no such folder or file")
-
-    visited = set()
-    for parent, folders, names in os.walk(location, followlinks=True, onerror=_raise_unlistable):
-        # A folder is identified by its device and inode; `os.walk` enters the folders that remain in `folders`.
-        status = os.stat(parent)
-        identity = (status.st_dev, status.st_ino)
-        if identity in visited:
-            folders.clear()
-            continue
-        visited.add(identity)
-        folders.sort()
-
-        relative = os.path.relpath(parent, location)
-        prefix = "" if relative == "." else f"{relative}/"
-        for name in sorted(names):
-            if is_sound_or_archive(name):
-                yield _require_utf8(prefix + name)
-
-
-def walk_sound_files(folder: Path) -> Iterator[str]:
-    """Yield every sound file below a folder, as `walk_sounds_and_archives` does, but no archive."""
-    return (name for name in walk_sounds_and_archives(folder) if file_extension(name) in SOUND_EXTENSIONS)
+    return folder, list(walk_sounds_and_archives(path, left_out))
 
 
 def sound_file_table(folder: Path | str, names: pl.Series) -> pl.DataFrame:
@@ -306,17 +234,3 @@ def conform_to_schema(table: pl.DataFrame, folder: Path | str) -> pl.DataFrame:
 def base_name_expr(column: str) -> pl.Expr:
     """The text after the last slash of a column of paths."""
     return pl.col(column).str.extract("([^/]*)$")
-
-
-def _raise_unlistable(error: OSError) -> None:
-    raise InputError(
-        f"{error.filename}: cannot be listed ({error.strerror}); make it readable, or move it away"
-    )
-
-
-def _require_utf8(name: str) -> str:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{name!a}: the name is not UTF-8; rename the file") from None
-    return name

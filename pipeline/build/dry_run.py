@@ -11,7 +11,7 @@ import polars as pl
 import torch
 
 from pipeline.audio.decode import load_clip_audio
-from pipeline.build.plan import BuildOptions, StoreOutput, plan_store
+from pipeline.build.plan import BuildOptions, StoreOutput, note_rows_beyond_clips, plan_store
 from pipeline.build.shard_builder import compute_stored_row
 from pipeline.datasets.corpus import Corpus
 from pipeline.errors import AudioError
@@ -28,7 +28,8 @@ def describe_dry_run(
     """Describe as text what `build_stores` would do with these arguments; `seed` draws the clips that are timed."""
     # Clips.
     has_sound = corpus.sources.frame["kind"].is_not_null()
-    lines = [*_split_count_lines(corpus, has_sound), *corpus.notes, ""]
+    notes = [*corpus.notes, *note_rows_beyond_clips(corpus, outputs)]
+    lines = [*_split_count_lines(corpus, has_sound), *notes, ""]
     rows_N = np.flatnonzero((has_sound & corpus.plan["duplicate"].is_null()).to_numpy())
 
     # Bytes.

@@ -204,3 +204,20 @@ def block_tasks(corpus: Corpus, open_row_counts: dict[int, int], blocks: BuildBl
         yield BlockTask(
             clips=tuple(PlannedClip(row=row, locator=locator, **values) for row, locator, values in clips)
         )
+
+
+def note_rows_beyond_clips(corpus: Corpus, outputs: Sequence[StoreOutput]) -> list[str]:
+    """Return a sentence for each store whose clips are shorter than what some rows ask for: the rest is not stored."""
+    notes = []
+    seconds = (corpus.plan["end_seconds"] - corpus.plan["start_seconds"]).alias("seconds")
+    for output in outputs:
+        held_seconds = output.spec.clip_seconds
+        longer = corpus.plan.select("clip_id", seconds).filter(pl.col("seconds") > held_seconds + 1e-3)
+        if longer.height:
+            clip_id, asked_seconds = longer.row(0)
+            notes.append(
+                f"{output.location}: {longer.height:,} of {corpus.plan.height:,} rows ask for more than the "
+                f"{held_seconds:g} s of a clip, such as {clip_id!r} for {asked_seconds:g} s: only their first "
+                f"{held_seconds:g} s are stored; choose longer clips, or cut them with a hop"
+            )
+    return notes

@@ -105,7 +105,7 @@ def build_from_options(
     from pipeline.audio.decode import AudioPolicy
     from pipeline.build.build import build_stores
     from pipeline.build.dry_run import describe_dry_run
-    from pipeline.build.plan import BuildOptions
+    from pipeline.build.plan import BuildOptions, note_rows_beyond_clips
     from pipeline.files import BuildPart
 
     # Turn the options into objects, which check their values.
@@ -128,7 +128,7 @@ def build_from_options(
     for output in outputs:
         if output.remote:
             print_to_stderr(f"{output.remote}: tables, and shards until they are pushed, in {output.path}")
-    for note in corpus.notes:
+    for note in [*corpus.notes, *note_rows_beyond_clips(corpus, outputs)]:
         print_to_stderr(note)
 
     manifests = build_stores(corpus, outputs, options, progress=decoding_progress)

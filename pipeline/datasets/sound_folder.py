@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.audio.sources import SOUND_EXTENSIONS, walk_sound_files
+from pipeline.audio.folder_walk import SOUND_EXTENSIONS, LeftOut, walk_sound_files
 from pipeline.errors import InputError, ManifestError
 from pipeline.messages import did_you_mean
 
@@ -66,7 +66,8 @@ class SoundFolder:
         if not root.is_dir():
             raise InputError(f"{root}: a file; give the folder that it lies in")
 
-        all_names = list(walk_sound_files(root))
+        search_left_out = LeftOut()
+        all_names = list(walk_sound_files(root, search_left_out))
         names = [name for name in all_names if not os.path.basename(name).startswith(MACOS_NOTE_PREFIX)]
         if not names:
             raise _no_sounds_error(root)
@@ -75,6 +76,7 @@ class SoundFolder:
         if len(all_names) > len(names):
             left_out = len(all_names) - len(names)
             notes.append(f"{left_out} files named ._* left out: macOS's own notes, no sounds")
+        notes += search_left_out.describe()
         return cls(root=root, sound_names=names), notes
 
     def file_path(self, name: str) -> str:

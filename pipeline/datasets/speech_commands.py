@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipeline.audio.sources import walk_sound_files
+from pipeline.audio.folder_walk import walk_sound_files
 from pipeline.datasets.corpus import (
     SHOWN_LINE_LETTERS,
     Corpus,

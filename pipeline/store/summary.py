@@ -18,6 +18,7 @@ FLAG_MEANINGS: dict[str, str] = {
     "cut": "cut out of a whole recording",
     "longer": "longer than its segment; the end is not used",
     "shorter": "shorter than its segment; the rest of the row is padding",
+    "gaps": "silence where the time stamps of the file leave out sound",
     "truncated": "the file is cut short; accepted by an option",
     "silent": "peak under -90 dBFS; kept by an option",
     "mixed_down": "several channels; their mean is used",

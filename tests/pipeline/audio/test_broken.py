@@ -38,7 +38,7 @@ CUTS = {
     ".w64": RAW,
     ".au": (TRUNCATED, *RAW[1:]),
     ".caf": DECLARED,
-    ".flac": (*DECLARED[:5], TRUNCATED),  # its last block is longer than a twentieth
+    ".flac": (*DECLARED[:5], SHORTER),  # FFmpeg decodes up to the damaged frame of 4,096 samples
     ".wv": (UNREADABLE, UNREADABLE, UNREADABLE, TRUNCATED, TRUNCATED, TRUNCATED),  # blocks of a second
     ".tta": (UNREADABLE, UNREADABLE, UNREADABLE, TRUNCATED, TRUNCATED, TRUNCATED),  # as well
     ".m4a": INDEX_LAST,

@@ -158,14 +158,15 @@ def test_a_wav_that_libsndfile_would_misread_goes_to_ffmpeg(tmp_path, header):
 
 
 def test_a_flac_of_unknown_length_goes_to_ffmpeg(tmp_path):
-    """In a flac written to a pipe the number of samples stays 0; libsndfile then reports 2^63 - 1."""
+    """In a flac written to a pipe the number of samples stays 0; libsndfile then says 2^63 - 1. Frames have numbers."""
     path = write(tmp_path / "sound.flac", babble(0.3, 48_000), 48_000)
     content = bytearray(path.read_bytes())
     content[21] &= 0xF0
     content[22:26] = bytes(4)
     path.write_bytes(content)
     container = recognise_container(path)
-    assert (container.uses_libsndfile, container.length_kind) == (False, "guessed")
+    assert (container.uses_libsndfile, container.length_kind) == (False, "found")
+    assert container.declared_frames == 14_400
 
 
 def test_only_a_lame_header_states_the_length_of_an_mp3(tmp_path):

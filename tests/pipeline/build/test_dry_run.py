@@ -2,11 +2,13 @@
 
 import pytest
 from corpus import write_corpus
+from sounds import babble, write
 from stores import corpus_in
 
 from pipeline.audio.mel_spec import preset_mel_spec
 from pipeline.build.dry_run import describe_dry_run
-from pipeline.build.plan import BuildOptions, StoreOutput
+from pipeline.build.plan import BuildOptions, StoreOutput, note_rows_beyond_clips
+from pipeline.datasets.folder import folder_corpus
 
 
 @pytest.fixture(scope="module")
@@ -35,3 +37,15 @@ def test_it_gives_the_size_of_the_store_and_the_failures_of_a_sample(dry_run_tex
     assert "19 clips tried" in dry_run_text
     assert "1 silent" in dry_run_text
     assert "on 2 workers: about" in dry_run_text
+
+
+def test_rows_that_ask_for_more_than_a_clip_holds_are_told(tmp_path):
+    """The rest of such a row is not stored, which nobody would notice."""
+    (tmp_path / "sounds").mkdir()
+    write(tmp_path / "sounds" / "a.wav", babble(30, 8_000), 8_000)
+    (tmp_path / "t.csv").write_text("path,start,end\na.wav,0,25\na.wav,5,15\n")
+    corpus = folder_corpus(tmp_path / "sounds", tmp_path / "t.csv")
+    output = StoreOutput(path=tmp_path / "x.zarr", spec=preset_mel_spec("a-jepa"))
+    (note,) = note_rows_beyond_clips(corpus, [output])
+    assert "1 of 2 rows ask for more than the 10 s of a clip, such as 'a.wav' for 25 s" in note
+    assert note in describe_dry_run(corpus, [output], BuildOptions())

@@ -50,7 +50,7 @@ def test_every_sound_below_the_folder_is_a_clip_named_by_its_path(clips):
     assert corpus.sources.frame["source"].to_list() == names
     assert corpus.classes.names == ("unlabelled",)
     assert corpus.plan["mids"].to_list() == [[], [], []]
-    assert "not evaluated" in corpus.notes[0]
+    assert "not evaluated" in corpus.notes[-1]
 
 
 def test_the_folder_that_a_file_lies_in_can_be_its_label(clips):
