@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = {
     "pipeline": [
-        "errors messages files object_store tables",
+        "errors messages files threads object_store tables",
         "labels audio",
         "store",
         "datasets loading audit",

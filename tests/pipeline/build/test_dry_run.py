@@ -1,11 +1,13 @@
 """A dry run describes the build and builds nothing."""
 
+import numpy as np
+import polars as pl
 import pytest
 from corpus import write_corpus
 from stores import corpus_in
 
 from pipeline.audio.mel_spec import preset_mel_spec
-from pipeline.build.dry_run import describe_dry_run
+from pipeline.build.dry_run import TIMED_CLIPS, describe_dry_run, draw_timed_rows
 from pipeline.build.plan import BuildOptions, StoreOutput
 
 
@@ -35,3 +37,24 @@ def test_it_gives_the_size_of_the_store_and_the_failures_of_a_sample(dry_run_tex
     assert "19 clips tried" in dry_run_text
     assert "1 silent" in dry_run_text
     assert "on 2 workers: about" in dry_run_text
+
+
+def test_rows_of_a_parquet_file_are_timed_in_a_run():
+    """A build reads each row group once; rows here and there would read it anew each time, up to 256 MB a clip."""
+    rows = 10_000
+    sources = pl.DataFrame(
+        {
+            "kind": ["parquet", "file"] * (rows // 2),
+            "path": ["x.parquet", "y.wav"] * (rows // 2),
+            "group": [0, None] * (rows // 2),
+            "row": np.random.default_rng(0).permutation(rows).tolist(),
+        }
+    )
+    drawn_N = draw_timed_rows(sources, np.arange(rows), seed=0)
+    assert len(drawn_N) == len(set(drawn_N.tolist())) == TIMED_CLIPS
+    is_parquet_N = drawn_N % 2 == 0
+    assert 10 < is_parquet_N.sum() < 38
+    in_file = sources["row"].gather(drawn_N[is_parquet_N])
+    all_in_file = sources.filter(pl.col("kind") == "parquet")["row"].sort()
+    places_N = all_in_file.search_sorted(in_file).to_numpy()
+    assert (np.diff(places_N) == 1).all()
