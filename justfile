@@ -49,6 +49,6 @@ check: lint test
 torture kills="50": setup
     OMP_NUM_THREADS=1 python tests/support/torture.py {{ kills }}
 
-# Benchmarks, each with its baselines in one run: mel, build, growth, labels, loader, step, learning, ablation, finetune.
+# Benchmarks, each with its baselines in one run: mel, build, growth, rehearsal, labels, loader, step, learning, ablation, finetune.
 bench name *arguments: setup
     python -m bench.{{ name }} {{ arguments }}

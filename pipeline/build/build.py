@@ -96,9 +96,10 @@ class OpenStore:
         if is_unfinished and remote_store is not None:
             remote_store.push_tables()
 
-    def finish(self, build_record: dict[str, Any] | None) -> bool:
+    def finish(self, build_record: dict[str, Any] | None, *, rewrite: bool) -> bool:
         """Write and push manifest and statistics; returns False while shards are missing."""
-        return finish_store(self.target.path, self.target.header, build_record, self.target.remote_store)
+        target = self.target
+        return finish_store(target.path, target.header, build_record, target.remote_store, rewrite=rewrite)
 
 
 def build_stores(
@@ -128,8 +129,8 @@ def run_build(
     """Build or continue stores in one decoding pass; returns whether each is finished, or lacks other parts.
 
     Good rows are not built again. Missing and failed rows are tried again if the corpus has a sound for them. With
-    `only_shards`, a build of a single store tries only the rows of these shards. With `write_record=False`, build.json
-    is not changed. Raises InputError before anything is written.
+    `only_shards`, a build of a single store tries only the rows of these shards, and writes its tables anew. With
+    `write_record=False`, build.json is not changed. Raises InputError before anything is written.
     """
     # Plan: nothing is written until all locations have been checked.
     began = time.monotonic()
@@ -146,7 +147,7 @@ def run_build(
         record = None
         if write_record:
             record = _build_record(corpus, options, clips_tried=clips_tried, seconds=time.monotonic() - began)
-        return [store.finish(record) for store in stores]
+        return [store.finish(record, rewrite=only_shards is not None) for store in stores]
 
 
 def build_store(

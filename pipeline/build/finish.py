@@ -22,9 +22,12 @@ def finish_store(
     header: StoreHeader,
     build_record: dict[str, Any] | None = None,
     remote_store: RemoteStore | None = None,
+    *,
+    rewrite: bool = False,
 ) -> bool:
     """Write manifest and statistics from the ledger; returns False, and writes neither, while shards are missing.
 
+    They stay as they are if they were written after the last record, unless `rewrite` says that they may be damaged.
     `build_record` becomes build.json. A remote store is finished at its URL too, with the shards that other machines
     have pushed. Raises StoreError if a record is damaged.
     """
@@ -45,7 +48,7 @@ def finish_store(
         if read_table_schema(manifest_file)[1] == identity:
             if _recorded_settings(out) == (build_record or {}).get("asked"):
                 build_record = None
-            if _has_tables_of_ledger(out):
+            if not rewrite and _has_tables_of_ledger(out):
                 _write_build_record(out, build_record)
                 if remote_store is not None:
                     remote_store.push_tables()

@@ -22,10 +22,8 @@ from pipeline.datasets.corpus import Corpus, StoredPlan
 from pipeline.errors import StoreError
 from pipeline.object_store import is_remote_url, object_versions
 from pipeline.store.header import StoreHeader
-from pipeline.store.plan_file import PLAN_FILE, PLAN_FILE_COLUMNS
+from pipeline.store.plan_file import PLAN_FILE, PLAN_FILE_COLUMNS, SOURCES_FILE
 from pipeline.tables import read_table, read_table_schema, write_table
-
-SOURCES_FILE = "sources.parquet"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

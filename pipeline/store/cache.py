@@ -32,6 +32,7 @@ from pipeline.files import (
 from pipeline.object_store import check_reachable, download_into_file, download_object, object_versions
 from pipeline.store.header import ShardLayout, no_store_error
 from pipeline.store.manifest_table import ManifestTable
+from pipeline.store.plan_file import PLAN_FILE, SOURCES_FILE
 from pipeline.store.shards import ShardCommit, file_matches_commit, ledger_path, read_commit_file, shard_path
 
 # Gigabytes are decimal everywhere, as disks are sold.
@@ -76,8 +77,12 @@ def fetch_store_tables(url: str, cache: Path) -> Path:
 
 def _remote_table_versions(url: str) -> dict[str, str]:
     """Return the version of each table in the bucket, by the table's path in the store."""
-    # Leave out locks: they belong to processes that write the store.
-    versions = {name: version for name, version in object_versions(url).items() if not name.endswith(".lock")}
+    # Leave out locks, which belong to processes that write the store, and the files that only builds read.
+    versions = {
+        name: version
+        for name, version in object_versions(url).items()
+        if not name.endswith((".lock", ".held")) and name not in (PLAN_FILE, SOURCES_FILE)
+    }
 
     # Below `mel`, only the array's metadata counts as a table; all other objects are shards.
     mel_versions = object_versions(f"{url}/mel")

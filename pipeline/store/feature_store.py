@@ -11,10 +11,14 @@ NAME.zarr/              a Zarr v3 group: any Zarr v3 library opens it
                         the `ShardCommit` (`shards.py`). The commit point: a shard without a record does not exist.
                         N.parquet.next: a record whose shard is about to be moved into place; the next build makes it
                         valid if the shard matches, else removes it
+  plan.parquet          row i: id, split and times as in the manifest, class ids as listed, and why the row does not
+                        count (`plan_file.py`). Later builds need no lists or walks. Older stores lack it
+  sources.parquet       row i: where its sound was found, by absolute path; what was asked, and versions of lists and
+                        archives, in the schema metadata (`pipeline/build/plan_files.py`). Older stores lack it
   excluded.parquet      optional: clips that exclude lists keep out of `good_rows` (`exclusions.py`)
   stats.json            mean and std over valid frames of good clips, global and per band: all, and per split
-  build*.lock, gate.lock    locks of processes that are writing the store
-  build.json            options, versions and duration of the build; the only file that differs between equal builds
+  build*.lock, gate.lock    locks of processes that are writing the store; *.held where the disk has no locks
+  build.json            options, versions and duration of the build; it and sources.parquet differ between equal builds
 """
 
 import json

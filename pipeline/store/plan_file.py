@@ -11,6 +11,8 @@ from pipeline.tables import read_table_schema, read_table_slices, write_table
 
 PLAN_FILE = "plan.parquet"
 
+SOURCES_FILE = "sources.parquet"  # where the sounds are: `pipeline.build.plan_files` reads and writes it
+
 PLAN_FILE_COLUMNS = (*PLAN_SCHEMA, "mids", "duplicate")
 
 ROWS_CHECKED = 65_536  # at a time

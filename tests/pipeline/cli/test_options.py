@@ -255,7 +255,7 @@ def test_a_tilde_means_home_where_no_shell_has_said_so(argument, expected):
     assert expand_home(argument) == expected.format(home=Path.home())
 
 
-def test_a_server_that_fails_for_now_ends_with_the_status_of_run_me_again(capsys):
+def test_a_server_that_fails_for_now_ends_with_the_status_of_run_me_again(monkeypatch, capsys):
     """Batch scripts requeue a job by this status."""
     failing = typer.Typer()
 
@@ -263,6 +263,7 @@ def test_a_server_that_fails_for_now_ends_with_the_status_of_run_me_again(capsys
     def build() -> None:
         raise UnavailableError("s3://bucket/x: AWS Error SLOW_DOWN")
 
+    monkeypatch.setattr(sys, "argv", ["ajepa-data"])
     with pytest.raises(SystemExit) as stop:
         run_command_line(failing)
     assert stop.value.code == 75
