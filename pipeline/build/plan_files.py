@@ -22,14 +22,16 @@ from pipeline.datasets.corpus import Corpus, StoredPlan
 from pipeline.errors import StoreError
 from pipeline.object_store import is_remote_url, object_versions
 from pipeline.store.header import StoreHeader
+from pipeline.store.manifest import PLAN_SCHEMA
 from pipeline.store.plan_file import PLAN_FILE, PLAN_FILE_COLUMNS, SOURCES_FILE
-from pipeline.tables import read_table, read_table_schema, write_table
+from pipeline.tables import frame_digest, read_table, read_table_schema, write_table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourcesRecord:
     """What sources.parquet says of its corpus besides the places: JSON values, a format of the disk.
 
+    plan_digest   that of the store's header: the places are those of its rows
     asked         `Corpus.dataset_settings`
     clip_seconds  `Corpus.clip_seconds`
     notes         `Corpus.notes`
@@ -39,6 +41,7 @@ class SourcesRecord:
                   the archive may be that of another sound
     """
 
+    plan_digest: str
     asked: dict[str, Any]
     clip_seconds: float | None
     notes: tuple[str, ...]
@@ -47,12 +50,13 @@ class SourcesRecord:
     archives: dict[str, str]
 
     @classmethod
-    def of_corpus(cls, corpus: Corpus) -> Self:
+    def of_corpus(cls, corpus: Corpus, plan_digest: str) -> Self:
         """Return the record of a corpus whose lists and archives are on the disk now."""
         digests = {str(path): digest_list(path) for path in list_files(corpus.dataset_settings)}
         in_archives = pl.col("kind") != "file"
         archives = corpus.sources.frame.filter(in_archives)["path"].unique().sort()
         return cls(
+            plan_digest=plan_digest,
             asked=corpus.dataset_settings,
             clip_seconds=corpus.clip_seconds,
             notes=corpus.notes,
@@ -110,14 +114,18 @@ def absolute_location(path: str) -> str:
     return path if is_remote_url(path) else os.path.abspath(path)
 
 
-def write_sources_file(folder: Path, corpus: Corpus) -> None:
-    """Write sources.parquet; raises InputError if an object store with archives does not answer."""
+def write_sources_file(folder: Path, corpus: Corpus, plan_digest: str) -> None:
+    """Write sources.parquet for the store whose header has this digest of the plan.
+
+    Raises InputError if an object store with archives does not answer.
+    """
     # Relative paths count from the folder in which this command runs; the next one may run elsewhere.
     path = pl.col("path")
     is_absolute = path.str.starts_with("/") | path.str.contains("://", literal=True)
     here = pl.lit(f"{os.getcwd()}/")
     frame = corpus.sources.frame.with_columns(path=pl.when(is_absolute).then(path).otherwise(here + path))
-    write_table(folder / SOURCES_FILE, frame.select(*SOURCES_SCHEMA), asdict(SourcesRecord.of_corpus(corpus)))
+    record = SourcesRecord.of_corpus(corpus, plan_digest)
+    write_table(folder / SOURCES_FILE, frame.select(*SOURCES_SCHEMA), asdict(record))
 
 
 def read_sources_record(store: Path) -> SourcesRecord | None:
@@ -139,9 +147,10 @@ def read_stored_corpus(store: Path, header: StoreHeader, record: SourcesRecord) 
     """
     plan, _ = read_table(store / PLAN_FILE, [name for name in PLAN_FILE_COLUMNS if name != "mids"])
     frame, _ = read_table(store / SOURCES_FILE)
-    if not plan.height == frame.height == header.layout.clips:
+    digests = {record.plan_digest, frame_digest(plan.select(*PLAN_SCHEMA)), header.plan_digest}
+    if len(digests) > 1 or frame.height != plan.height:
         raise StoreError(
-            f"{store / PLAN_FILE}: not of this store; delete it, and run the build command again"
+            f"{store}: {PLAN_FILE} or {SOURCES_FILE} is not of this store; delete both, and build again"
         )
     return Corpus(
         plan=plan,

@@ -119,11 +119,11 @@ def restore_tables(out: Path, header: StoreHeader, corpus: Corpus) -> None:
 
     # The plan, and the places of the sounds, which may have been found elsewhere this time.
     stored = corpus.stored_plan
-    is_own_plan = stored is not None and stored.store == out
-    if not is_own_plan and not has_valid_plan_file(out, header):
-        write_plan_file(out, plan)
-    if not is_own_plan or not stored.is_current:
-        write_sources_file(out, corpus)
+    is_stored_here = stored is not None and stored.store == out
+    if not is_stored_here and not has_valid_plan_file(out, header):
+        write_plan_file(out, plan_with_labels(corpus))
+    if stored is None or not is_stored_here or not stored.is_current:
+        write_sources_file(out, corpus, header.plan_digest)
 
 
 def _digest_of_columns(path: Path, columns: Sequence[str]) -> str | None:

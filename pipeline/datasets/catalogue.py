@@ -34,7 +34,7 @@ def recreate_corpus(dataset_settings: dict[str, Any]) -> Corpus:
 def list_files(dataset_settings: dict[str, Any]) -> list[Path]:
     """Return the lists and tables that decide the plan of a corpus with these settings; none if only its files do."""
     root = Path(dataset_settings.get("root", ""))
-    match dataset_settings["dataset"]:
+    match dataset_settings.get("dataset"):
         case "audioset":
             return [Path(path) for path in dataset_settings["segments"]]
         case "folder":
@@ -43,6 +43,8 @@ def list_files(dataset_settings: dict[str, Any]) -> list[Path]:
             return [root / "meta" / "esc50.csv"]
         case "speech_commands":
             return [root / name for name in SPEECH_COMMANDS_REQUIRED]
-        case _:
+        case "fsd50k":
             names = ("vocabulary", *FSD50K_AUDIO_FOLDERS)
             return [root / GROUND_TRUTH_FOLDER / f"{name}.csv" for name in names]
+        case _:
+            return []  # of a corpus that was made in Python
