@@ -224,14 +224,14 @@ def _deferring_signals() -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     own_handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
     for number in own_handlers:
-        signal.signal(number, lambda number, _: arrived.append(number))
+        signal.signal(number, lambda arriving, _: arrived.append(arriving))
     try:
         yield
     finally:
         for number, handler in own_handlers.items():
             signal.signal(number, handler)
-        for number in arrived:
-            signal.raise_signal(number)
+        for arrived_number in arrived:
+            signal.raise_signal(arrived_number)
 
 
 def remove_object(url: str) -> None:
