@@ -58,7 +58,7 @@ torture kills="50": setup
 fuzz count="2000" *arguments: setup
     OMP_NUM_THREADS=1 python tests/support/fuzz_sounds.py {{ count }} {{ arguments }}
 
-# Benchmarks, each with its baselines in one run: mel, build, growth, labels, loader, step, learning, ablation, finetune.
+# Benchmarks, each with its baselines in one run: mel, build, growth, rehearsal, labels, loader, step, learning, ablation, finetune.
 bench name *arguments: setup
     python -m bench.{{ name }} {{ arguments }}
 

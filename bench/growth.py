@@ -181,12 +181,13 @@ def planning_lines(rows: int) -> list[str]:
             matched = stages(
                 "files matched (without the walk)", lambda: audioset.match_sounds_to_plan(plan, [folder])
             )
-        corpus = Corpus(plan=plan, sources=matched, classes=load_class_list(), dataset_settings={})
+        settings = audioset.audioset_settings([folder], paths)
+        corpus = Corpus(plan=plan, sources=matched, classes=load_class_list(), dataset_settings=settings)
         output = StoreOutput(path=folder / "out.zarr", spec=preset_mel_spec("a-jepa"))
         header = stages("header and plan id", lambda: plan_store(corpus, output))
 
         # Store and tasks.
-        stages("empty store created", lambda: create_store(output.path, header, plan))
+        stages("empty store created", lambda: create_store(output.path, header, corpus))
         stores = [StoreTarget(path=output.path, header=header)]
         blocks = BuildBlocks.of_part([header], WHOLE_BUILD)
         counts = stages("open rows", lambda: count_open_rows(stores, corpus, blocks, None))

@@ -17,6 +17,10 @@ class InputError(Exception):
     """
 
 
+class UnavailableError(InputError):
+    """A server does not answer, or says that it cannot for now; the same command carries on once it does."""
+
+
 class AudioError(InputError):
     """One clip cannot be used: `reason` is a key of `pipeline.store.manifest.FAILURE_REASONS`, the text explains it."""
 

@@ -25,6 +25,8 @@ PARTIAL_SUFFIX = ".partial"
 
 LOCK_POLL_SECONDS = 0.05
 
+EMPTY_HOLDER_SECONDS = 60.0  # after so long, an empty holder file is that of a dead process
+
 # The default limit for shards fetched from object stores, in 10^9 bytes.
 DEFAULT_CACHE_GB = 100.0
 
@@ -86,6 +88,14 @@ def replacing_file(path: Path) -> Iterator[Path]:
         sync_to_disk(path.parent)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def make_folders(path: Path) -> None:
+    """Make a folder and those above it that are missing, and force their names to the disk."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        sync_to_disk(folder.parent)
 
 
 def sync_to_disk(path: Path) -> None:
@@ -184,25 +194,31 @@ def lock_shared_files(store: Path) -> Iterator[None]:
 def lock_when_free(path: Path) -> Iterator[None]:
     """Wait for the lock of a file that stays there, and hold it; the kernel releases it when the process ends."""
     with path.open("ab") as lock_file:
-        with _naming_lockless_disk(path):
-            fcntl.flock(lock_file, fcntl.LOCK_EX)
-        yield
+        if _try_flock(lock_file, fcntl.LOCK_EX, waiting=fcntl.LOCK_EX) is not None:
+            yield
+            return
+    while True:
+        with _try_holder_file(path) as is_ours:
+            if is_ours:
+                yield
+                return
+        time.sleep(LOCK_POLL_SECONDS)
 
 
 @contextmanager
 def lock_if_free(path: Path) -> Iterator[bool]:
     """Hold the lock of a file that stays there, as `lock_when_free` does; yield False if another process holds it."""
-    with path.open("ab") as lock_file:
-        yield _try_flock(lock_file, fcntl.LOCK_EX)
+    with path.open("ab") as lock_file, _try_lock(lock_file) as is_ours:
+        yield is_ours
 
 
 @contextmanager
 def _try_exclusive_lock(path: Path) -> Iterator[BinaryIO | None]:
     """Yield an exclusively locked file, or None if another process holds the lock; the file is removed afterwards."""
-    with path.open("a+b") as lock_file:
+    with path.open("a+b") as lock_file, _try_lock(lock_file) as is_locked:
         # Between opening and locking, the last holder may have removed the file; a lock on it would exclude nobody.
         is_ours = False
-        if _try_flock(lock_file, fcntl.LOCK_EX):
+        if is_locked:
             with suppress(FileNotFoundError):
                 is_ours = path.stat().st_ino == os.fstat(lock_file.fileno()).st_ino
         try:
@@ -224,34 +240,113 @@ def _is_lock_free(path: Path) -> bool:
     # A shared lock is refused while another process holds the exclusive lock; closing the file releases it.
     try:
         with path.open("rb") as lock_file:
-            return _try_flock(lock_file, fcntl.LOCK_SH)
+            is_free = _try_flock(lock_file, fcntl.LOCK_SH)
     except FileNotFoundError:
         return True
-
-
-def _try_flock(lock_file: BinaryIO, kind: int) -> bool:
-    """Take a lock of this kind, LOCK_EX or LOCK_SH, without waiting; return whether it was free."""
-    try:
-        with _naming_lockless_disk(Path(lock_file.name)):
-            fcntl.flock(lock_file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    return not _is_held(_holder_path(path)) if is_free is None else is_free
 
 
 @contextmanager
-def _naming_lockless_disk(lock_path: Path) -> Iterator[None]:
-    """Raise StoreError, in one line, where the file system has no locks: without them two writers would meet."""
+def _try_lock(lock_file: BinaryIO) -> Iterator[bool]:
+    """Take the exclusive lock of an open file, without waiting; yield whether it was free."""
+    is_free = _try_flock(lock_file, fcntl.LOCK_EX)
+    if is_free is not None:
+        yield is_free
+        return
+    with _try_holder_file(Path(lock_file.name)) as is_ours:
+        yield is_ours
+
+
+def _try_flock(lock_file: BinaryIO, kind: int, *, waiting: int | None = None) -> bool | None:
+    """Take a lock of the kernel, LOCK_EX or LOCK_SH, without waiting; return whether it was free.
+
+    None if the file system has no such locks. With `waiting`, wait for a lock of that kind instead.
+    """
     try:
-        yield
+        fcntl.flock(lock_file, kind | fcntl.LOCK_NB if waiting is None else waiting)
+    except BlockingIOError:
+        return False
     except OSError as error:
         if error.errno not in NO_LOCK_ERRNOS:
             raise
-        lock_path.unlink(missing_ok=True)  # nobody can hold it
-        raise StoreError(
-            f"{lock_path.parent}: its file system has no locks ({error.strerror}), which keep two writers apart; "
-            "write to another disk and copy, or mount it with them (Lustre: -o flock, NFS: a running lockd)"
-        ) from None
+        return None
+    return True
+
+
+# Locks where the file system has none (NFS without lockd, Lustre without -o flock, some FUSE): a file beside the lock,
+# made with O_EXCL, that names its process. That of a dead process is taken away; only its own machine can tell.
+
+
+def _holder_path(lock_path: Path) -> Path:
+    return lock_path.with_name(lock_path.name + ".held")
+
+
+@contextmanager
+def _try_holder_file(lock_path: Path) -> Iterator[bool]:
+    """Make the file that stands for the lock; yield whether no other process has it. It is removed afterwards."""
+    holder = _holder_path(lock_path)
+    _remove_dead_holder(holder)
+    try:
+        descriptor = os.open(holder, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    except FileExistsError:
+        yield False
+        return
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(_describe_process(os.getpid()))
+            file.flush()
+            os.fsync(file.fileno())
+        yield True
+    finally:
+        holder.unlink(missing_ok=True)
+
+
+def _describe_process(pid: int) -> str:
+    return f"process {pid} on {socket.gethostname()}, begun at {_process_start(pid)}"
+
+
+def _process_start(pid: int) -> str:
+    """Return when a process of this machine began, in the kernel's ticks; empty if there is none with this number."""
+    # The name of the program, in brackets, may contain spaces; the start is the 20th field after it.
+    try:
+        return Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _is_held(holder: Path) -> bool:
+    """Return whether the process that a holder file names may still run."""
+    try:
+        text = holder.read_text()
+        age_seconds = time.time() - holder.stat().st_mtime
+    except FileNotFoundError:
+        return False
+
+    # A process that died between making the file and writing into it left it empty.
+    if not text:
+        return age_seconds < EMPTY_HOLDER_SECONDS
+    words = text.split()
+    if len(words) < 4 or words[3].rstrip(",") != socket.gethostname():
+        return True
+    pid = int(words[1])
+    return bool(_process_start(pid)) and text == _describe_process(pid)
+
+
+def _remove_dead_holder(holder: Path) -> None:
+    """Remove a holder file whose process has ended; of several processes that try, one succeeds."""
+    if not holder.exists() or _is_held(holder):
+        return
+    taken = scratch_path(holder)
+    try:
+        holder.rename(taken)
+    except FileNotFoundError:
+        return
+
+    # Another process may have removed the dead file and made its own in the meantime: give that back.
+    if _is_held(taken):
+        with suppress(FileExistsError):
+            os.link(taken, holder)
+    taken.unlink()
 
 
 def _in_use_error(path: Path, lock_path: Path) -> StoreError:
@@ -259,4 +354,8 @@ def _in_use_error(path: Path, lock_path: Path) -> StoreError:
         owner = lock_path.read_text() or "another process"
     except FileNotFoundError:
         owner = "another process"
-    return StoreError(f"{path} is being written by {owner}; wait for it")
+
+    # Without locks of the kernel, nobody can tell from here whether a process of another machine still runs.
+    holder = _holder_path(lock_path)
+    advice = f"; if that process is gone, remove {holder}" if holder.exists() else ""
+    return StoreError(f"{path} is being written by {owner}; wait for it{advice}")

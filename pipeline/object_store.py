@@ -5,27 +5,60 @@ The S3 client inside pyarrow reads and writes `s3://`. It finds credentials, reg
 speaks S3. For any other scheme, fsspec's driver is used.
 """
 
+import mmap
 import os
 import shutil
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import fsspec  # type: ignore[import-untyped]
 from fsspec.implementations.arrow import ArrowFSWrapper  # type: ignore[import-untyped]
 from pyarrow.fs import AwsStandardS3RetryStrategy, FileSelector, S3FileSystem
 
-from pipeline.errors import AudioError, InputError
+from pipeline.errors import STOP_SIGNALS, AudioError, InputError, UnavailableError
 from pipeline.files import replacing_file
+
+T = TypeVar("T")
 
 # With these limits a wrong URL is reported within seconds; AWS's own retries take minutes.
 CONNECT_TIMEOUT_SECONDS = 5
 REQUEST_TIMEOUT_SECONDS = 60
 REQUEST_ATTEMPTS = 4  # the waits between them grow
 
+# After a failed request to a server that has answered before, wait so long and try again; each is the client's own
+# attempts once more.
+RETRY_WAIT_SECONDS = (1.0, 4.0, 15.0)
+
+# In the error of a request that will fail again, whenever it is sent.
+LASTING_ERROR_WORDS = (
+    *(
+        "ACCESS_DENIED",
+        "AccessDenied",
+        "InvalidAccessKeyId",
+        "INVALID_ACCESS_KEY_ID",
+        "SignatureDoesNotMatch",
+    ),
+    *(
+        "SIGNATURE_DOES_NOT_MATCH",
+        "NO_SUCH_BUCKET",
+        "NoSuchBucket",
+        "INVALID_CLIENT_TOKEN_ID",
+        "HTTP status 403",
+    ),
+)
+
 COPY_BLOCK_BYTES = 2**24
+
+# Members of a tar that are read one after the other are fetched together, more of them each time, up to this.
+MAX_READ_AHEAD_BYTES = 2**24
+
+MAX_SKIPPED_BYTES = 2**20  # between two members that count as read one after the other
 
 # The minimum number of bytes that one request fetches, because headers are read in small steps.
 READ_AHEAD_BYTES = 2**16
@@ -82,10 +115,24 @@ def _translate_errors(url: str) -> Iterator[None]:
         # An errno means a fault of this machine, such as a full disk; only a PermissionError may come from the server.
         if error.errno is not None and not isinstance(error, PermissionError):
             raise
-        raise InputError(
+        message = (
             f"{url}: {_server_error_line(error)}; check the URL, the credentials, AWS_REGION and AWS_ENDPOINT_URL, "
             "and run the same command again"
-        ) from None
+        )
+        is_lasting = isinstance(error, PermissionError) or any(
+            word in str(error) for word in LASTING_ERROR_WORDS
+        )
+        raise (InputError if is_lasting else UnavailableError)(message) from None
+
+
+def _with_retries(request: Callable[[], T]) -> T:
+    """Return the result of a request that may be sent again; UnavailableError if the server fails to the end."""
+    for seconds in RETRY_WAIT_SECONDS:
+        try:
+            return request()
+        except UnavailableError:
+            time.sleep(seconds)
+    return request()
 
 
 def _server_error_line(error: OSError) -> str:
@@ -95,32 +142,44 @@ def _server_error_line(error: OSError) -> str:
 
 
 def check_reachable(url: str) -> None:
-    """Raise InputError unless the bucket of a URL exists and answers."""
+    """Raise InputError unless the bucket of a URL exists and answers; nothing is tried again."""
     filesystem, path = filesystem_and_path(url)
     # Request the bucket, not the path, which need not exist yet. Other drivers report errors at first use.
     if url.startswith("s3://"):
-        with _translate_errors(url):
-            filesystem.info(path.partition("/")[0])
+        try:
+            with _translate_errors(url):
+                filesystem.info(path.partition("/")[0])
+        except UnavailableError as error:
+            raise InputError(str(error)) from None
 
 
 def download_object(url: str, path: Path) -> bool:
     """Copy an object to a file, whole or not at all; False if there is no such object."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _open_object(url) as source:
-        if source is None:
-            return False
-        with replacing_file(path) as scratch, scratch.open("wb") as target:
-            shutil.copyfileobj(source, target, COPY_BLOCK_BYTES)
-    return True
+
+    def download() -> bool:
+        with _open_object(url) as source:
+            if source is None:
+                return False
+            with replacing_file(path) as scratch, scratch.open("wb") as target:
+                shutil.copyfileobj(source, target, COPY_BLOCK_BYTES)
+        return True
+
+    return _with_retries(download)
 
 
 def download_into_file(url: str, target: BinaryIO) -> bool:
     """Copy an object into an open file; False if there is no such object."""
-    with _open_object(url) as source:
-        if source is None:
-            return False
-        shutil.copyfileobj(source, target, COPY_BLOCK_BYTES)
-    return True
+
+    def download() -> bool:
+        target.seek(0)
+        with _open_object(url) as source:
+            if source is None:
+                return False
+            shutil.copyfileobj(source, target, COPY_BLOCK_BYTES)
+        return True
+
+    return _with_retries(download)
 
 
 @contextmanager
@@ -137,20 +196,53 @@ def _open_object(url: str) -> Iterator[BinaryIO | None]:
 
 
 def upload_file(path: Path, url: str) -> None:
-    """Copy a file to an object, which becomes visible only when it is complete."""
+    """Copy a file to an object, which becomes visible only when it is complete.
+
+    The client completes an object when its stream is closed, whatever closed it. So the file is written at once, mapped
+    into memory, and a signal that would raise an exception in between is handled after the upload.
+    """
     filesystem, name = filesystem_and_path(url)
-    with path.open("rb") as source, _translate_errors(url), filesystem.open(name, "wb") as target:
-        shutil.copyfileobj(source, target, COPY_BLOCK_BYTES)
+
+    def upload() -> None:
+        with path.open("rb") as source, _translate_errors(url), ExitStack() as stack:
+            content: Any = b""
+            if os.fstat(source.fileno()).st_size:
+                content = stack.enter_context(mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ))
+            with _deferring_signals(), filesystem.open(name, "wb") as target:
+                target.write(content)
+
+    _with_retries(upload)
+
+
+@contextmanager
+def _deferring_signals() -> Iterator[None]:
+    """Let signals that stop a run wait until the block has ended; only the main thread of a process handles any."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    own_handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in own_handlers:
+        signal.signal(number, lambda arriving, _: arrived.append(arriving))
+    try:
+        yield
+    finally:
+        for number, handler in own_handlers.items():
+            signal.signal(number, handler)
+        for arrived_number in arrived:
+            signal.raise_signal(arrived_number)
 
 
 def remove_object(url: str) -> None:
     """Remove an object, if it exists."""
     filesystem, name = filesystem_and_path(url)
-    with _translate_errors(url):
-        try:
+
+    def remove() -> None:
+        with _translate_errors(url), suppress(FileNotFoundError):
             filesystem.rm_file(name)
-        except FileNotFoundError:
-            return
+
+    _with_retries(remove)
 
 
 def object_sizes(url: str) -> dict[str, int]:
@@ -168,11 +260,15 @@ def object_versions(url: str) -> dict[str, str]:
 
 def _list_objects(url: str) -> dict[str, dict[str, Any]]:
     filesystem, path = filesystem_and_path(url)
-    with _translate_errors(url):
-        try:
-            entries: list[dict[str, Any]] = filesystem.ls(path, detail=True)
-        except FileNotFoundError:
-            return {}
+
+    def list_entries() -> list[dict[str, Any]]:
+        with _translate_errors(url):
+            try:
+                return filesystem.ls(path, detail=True)
+            except FileNotFoundError:
+                return []
+
+    entries = _with_retries(list_entries)
     return {entry["name"].rpartition("/")[2]: entry for entry in entries if entry["type"] == "file"}
 
 
@@ -227,8 +323,15 @@ def open_range_reader(url: str) -> Iterator[tuple[Callable[[int, int], bytes], i
 def read_remote_sound(url: str, offset: int = 0, size: int | None = None) -> bytes:
     """Read the bytes of a sound, a whole object or a part of one; AudioError if the object is missing or too large.
 
-    A failing server raises InputError: the clip may be good and must not be recorded as unreadable.
+    A failing server raises UnavailableError: the clip may be good and must not be recorded as unreadable.
     """
+    if size is None:
+        return _with_retries(lambda: _read_object_part(url, offset, None))
+    with _ARCHIVE_LOCK:
+        return _with_retries(lambda: _last_archive(url).read(offset, size))
+
+
+def _read_object_part(url: str, offset: int, size: int | None) -> bytes:
     filesystem, path = filesystem_and_path(url)
     with _translate_errors(url):
         try:
@@ -247,3 +350,40 @@ def read_remote_sound(url: str, offset: int = 0, size: int | None = None) -> byt
             file.seek(min(offset, object_bytes))
             content: bytes = file.read(count)
     return content
+
+
+class _RemoteArchive:
+    """Reads members of one archive at a URL; those that follow one another are fetched with few requests.
+
+    A member that is read alone costs no more than its bytes. While each begins where the last one ended, or shortly
+    after, twice as much is fetched as the time before.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._buffer = b""
+        self._buffer_offset = 0
+        self._last_end = -1
+        self._fetch_bytes = 0
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return `size` bytes from `offset` on, fewer at the end of the object; raises as `read_remote_sound`."""
+        follows = 0 <= offset - self._last_end <= MAX_SKIPPED_BYTES and self._last_end >= 0
+        self._last_end = offset + size
+        if self._buffer_offset <= offset and offset + size <= self._buffer_offset + len(self._buffer):
+            return self._buffer[offset - self._buffer_offset :][:size]
+
+        # A larger part, if members follow one another.
+        self._fetch_bytes = min(2 * max(self._fetch_bytes, size), MAX_READ_AHEAD_BYTES) if follows else 0
+        self._buffer = _read_object_part(self._url, offset, max(size, self._fetch_bytes))
+        self._buffer_offset = offset
+        return self._buffer[:size]
+
+
+_ARCHIVE_LOCK = threading.Lock()  # held while a member is read: the buffer is that of one archive
+
+
+@lru_cache(maxsize=1)
+def _last_archive(url: str) -> _RemoteArchive:
+    """Return the reader of an archive, kept until another archive is read."""
+    return _RemoteArchive(url)

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,16 @@ from pipeline.errors import StoreError
 from pipeline.files import replacing_file
 
 TABLE_METADATA_KEY = b"ajepa"  # the key of our JSON in the metadata of the schema
+
+ROW_GROUP_ROWS = 2**20  # pyarrow's default; the bytes of every table depend on it
+
+# A text column that takes fewer bytes a row in its file is read as a dictionary: each text is in memory once, not once
+# a row. Distinct texts take at least four bytes for their lengths alone.
+DICTIONARY_BYTES_PER_ROW = 4
+
+ROWS_JOINED = 2**18  # texts that `frame_digest` joins at a time
+
+COLUMNWISE_ROWS = 2**16  # smaller tables are read in one go
 
 # Every error that reading a damaged Parquet file may raise.
 DAMAGED_TABLE_ERRORS = (OSError, ValueError, pa.ArrowException, pl.exceptions.PanicException)
@@ -31,36 +42,155 @@ def write_table(path: Path, frame: pl.DataFrame, metadata: dict[str, Any]) -> No
 
     Equal input gives equal bytes; every page has a checksum.
     """
-    table = frame.to_arrow(compat_level=pl.CompatLevel.oldest())
+    with writing_table_parts(path, [frame], metadata):
+        pass  # there is nothing to do between writing the file and moving it into place
+
+
+@contextmanager
+def writing_table_parts(
+    path: Path, parts: Iterable[pl.DataFrame], metadata: dict[str, Any]
+) -> Iterator[None]:
+    """Write frames, one below the other, as `write_table` writes a single frame; then run the block.
+
+    The file is moved into place after the block. Only one row group is in memory. There must be at least one part.
+    """
     text = json.dumps(metadata, separators=(",", ":"))
-    table = table.replace_schema_metadata({TABLE_METADATA_KEY: text})
     with replacing_file(path) as scratch:
-        pq.write_table(table, scratch, compression="zstd", write_page_checksum=True)
+        with ExitStack() as stack:
+            writer: pq.ParquetWriter | None = None
+            for table in _row_groups(parts):
+                table = table.replace_schema_metadata({TABLE_METADATA_KEY: text})
+                if writer is None:
+                    writer = stack.enter_context(
+                        pq.ParquetWriter(scratch, table.schema, compression="zstd", write_page_checksum=True)
+                    )
+                writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
+        yield
+
+
+def _row_groups(parts: Iterable[pl.DataFrame]) -> Iterator[pa.Table]:
+    """Yield the rows of all parts as tables of ROW_GROUP_ROWS rows and a last, shorter one; at least one table."""
+    waiting: list[pa.Table] = []
+    row_count = 0
+    group_count = 0
+    for part in parts:
+        while row_count + part.height >= ROW_GROUP_ROWS:
+            taken = ROW_GROUP_ROWS - row_count
+            waiting.append(part[:taken].to_arrow(compat_level=pl.CompatLevel.oldest()))
+            yield _joined_table(waiting)
+            group_count += 1
+            part = part[taken:]
+            row_count = 0
+        waiting.append(part.to_arrow(compat_level=pl.CompatLevel.oldest()))
+        row_count += part.height
+    if row_count or not group_count:
+        yield _joined_table(waiting)
+
+
+def _joined_table(tables: list[pa.Table]) -> pa.Table:
+    """Return the tables, one below the other, and empty the list; a column at a time is in memory twice."""
+    schema = tables[0].schema
+    columns = [[table.column(index) for table in tables] for index in range(len(schema))]
+    tables.clear()
+    joined: list[pa.Array] = []
+    while columns:
+        chunks = [chunk for column in columns.pop(0) for chunk in column.chunks]
+        joined.append(pa.concat_arrays(chunks) if chunks else pa.array([], schema.field(len(joined)).type))
+    return pa.Table.from_arrays(joined, schema=schema)
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> tuple[pl.DataFrame, dict[str, Any]]:
-    """Read a frame, or some of its columns, and the metadata that `write_table` wrote with it; raises StoreError."""
+    """Read a frame, or those of some columns that it has, and the metadata that `write_table` wrote with it.
+
+    A large table is read column by column, so that it is never in memory twice. Raises StoreError.
+    """
     try:
-        table = pq.read_table(path, columns=columns and list(columns), page_checksum_verification=True)
-        frame = pl.from_arrow(table)
-        assert isinstance(frame, pl.DataFrame)
-        return frame, _schema_metadata(table.schema)
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            schema = file.schema_arrow
+            names = schema.names if columns is None else [name for name in columns if name in schema.names]
+            if file.metadata.num_rows < COLUMNWISE_ROWS:
+                frame = _frame_from_arrow(file.read(names))
+            else:
+                frame = pl.DataFrame(list(_read_large_columns(path, file, names)))
+        return frame, _schema_metadata(schema)
     except DAMAGED_TABLE_ERRORS as error:
         raise _damaged_table_error(path, error) from None
 
 
-def read_table_metadata(path: Path) -> dict[str, Any]:
-    """Read only the metadata that `write_table` wrote with a frame; raises StoreError."""
+def read_table_slices(path: Path, columns: Sequence[str], rows: int) -> Iterator[pl.DataFrame]:
+    """Yield the rows of a table in frames of up to `rows` rows; memory does not grow with the table.
+
+    Columns that the table lacks are left out. Raises StoreError.
+    """
     try:
-        return _schema_metadata(pq.read_schema(path))
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            names = [name for name in columns if name in file.schema_arrow.names]
+            for batch in file.iter_batches(batch_size=rows, columns=names, use_threads=False):
+                yield _frame_from_arrow(pa.Table.from_batches([batch])).select(names)
+    except DAMAGED_TABLE_ERRORS as error:
+        raise _damaged_table_error(path, error) from None
+
+
+def table_digest(path: Path, columns: Sequence[str]) -> str:
+    """Return the `frame_digest` of some columns of a table, of which one at a time is in memory; raises StoreError."""
+    return _columns_digest(read_table(path, [name])[0].to_series() for name in columns)
+
+
+def _read_large_columns(path: Path, file: pq.ParquetFile, names: Sequence[str]) -> Iterator[pl.Series]:
+    """Yield columns of a table, each read by itself; repeated texts are in memory once."""
+    repetitive = [name for name in names if _is_repetitive(file, name)]
+    with pq.ParquetFile(path, read_dictionary=repetitive, page_checksum_verification=True) as dictionaries:
+        for name in names:
+            table = dictionaries.read([name])
+            if name in repetitive:
+                yield _texts_from_dictionary(table.column(0)).alias(name)
+            else:
+                yield _frame_from_arrow(table).to_series()
+
+
+def _texts_from_dictionary(column: pa.ChunkedArray) -> pl.Series:
+    """Return a dictionary of texts as a column of texts; each row refers to its text in the dictionary."""
+    array = column.unify_dictionaries().combine_chunks()
+    if isinstance(array, pa.ChunkedArray):  # of a table without rows
+        return pl.Series(values=[], dtype=pl.String)
+    texts = pl.Series(values=array.dictionary.to_pylist(), dtype=pl.String)
+    return texts.gather(pl.Series(values=array.indices, dtype=pl.UInt32))
+
+
+def _is_repetitive(file: pq.ParquetFile, name: str) -> bool:
+    """Return whether a column has texts of which few are distinct, to judge by its size in the file."""
+    if file.schema_arrow.field(name).type not in (pa.string(), pa.large_string()):
+        return False
+    metadata = file.metadata
+    (index,) = (i for i in range(metadata.num_columns) if metadata.schema.column(i).path == name)
+    chunks = [metadata.row_group(group).column(index) for group in range(metadata.num_row_groups)]
+    size = sum(chunk.total_uncompressed_size for chunk in chunks)
+    return size < DICTIONARY_BYTES_PER_ROW * metadata.num_rows
+
+
+def _frame_from_arrow(table: pa.Table) -> pl.DataFrame:
+    frame = pl.from_arrow(table)
+    assert isinstance(frame, pl.DataFrame)
+    return frame
+
+
+def read_table_schema(path: Path) -> tuple[pl.Schema, dict[str, Any]]:
+    """Read only the columns' types and the metadata that `write_table` wrote with a frame; raises StoreError."""
+    try:
+        schema = pq.read_schema(path)
+        return _frame_from_arrow(schema.empty_table()).schema, _schema_metadata(schema)
     except DAMAGED_TABLE_ERRORS as error:
         raise _damaged_table_error(path, error) from None
 
 
 def frame_digest(frame: pl.DataFrame) -> str:
     """Return 32 hex digits of a frame's content: columns of texts, numbers or lists. The file does not matter."""
+    return _columns_digest(frame.iter_columns())
+
+
+def _columns_digest(columns: Iterable[pl.Series]) -> str:
     digest = hashlib.sha256()
-    for column in frame.iter_columns():
+    for column in columns:
         digest.update(f"{column.name} {len(column)}\n".encode())
 
         # For a list column, digest the lengths of its lists, then all entries as one column.
@@ -71,10 +201,19 @@ def frame_digest(frame: pl.DataFrame) -> str:
         # Digest the positions of nulls separately, so that a null differs from 0 and from an empty text.
         digest.update(column.is_null().to_numpy().tobytes())
         if column.dtype == pl.String:
-            digest.update("\0".join(column.drop_nulls()).encode())
+            for part in _texts_joined(column.drop_nulls()):
+                digest.update(part)
         else:
             digest.update(column.fill_null(0).to_numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _texts_joined(column: pl.Series) -> Iterator[bytes]:
+    """Yield the bytes of all texts, with a NUL between each two; a part of the column at a time."""
+    for first in range(0, len(column), ROWS_JOINED):
+        if first:
+            yield b"\0"
+        yield column[first : first + ROWS_JOINED].str.join("\0").item().encode()
 
 
 def _schema_metadata(schema: pa.Schema) -> dict[str, Any]:

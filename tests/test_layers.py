@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = {
     "pipeline": [
-        "errors messages progress files object_store tables table_files",
+        "errors messages progress files threads object_store tables table_files",
         "labels audio",
         "store",
         "datasets loading audit",

@@ -82,7 +82,7 @@ def held_out_task_data(run: Run, store: FeatureStore) -> TaskData:
     of them trained the classifier. RunError if run and store share no class, or if no clip has a shared class.
     """
     # The splits to train on and to measure
-    splits = sorted(store.manifest["split"].unique())
+    splits = sorted(store.split_names)
     train_names: tuple[str, ...] = ()
     run_splits = run_splits_in_store(run, store)
     if run_splits is not None:
@@ -127,7 +127,7 @@ def run_splits_in_store(run: Run, store: FeatureStore) -> tuple[tuple[str, ...],
     eval_names = run.task_identity.eval_splits
     names = {*train_names, *eval_names}
     are_folds = all(FOLD_PATTERN.fullmatch(split) for split in names)
-    has_folds = are_folds and names <= set(store.manifest["split"].unique())
+    has_folds = are_folds and names <= set(store.split_names)
     if has_folds or is_training_store(run, store):
         return train_names, eval_names
     return None

@@ -116,7 +116,7 @@ class ProbeSplits:
         At most `train_clips` clips train, and as many select. RunError if no clip measures, or no split trains.
         """
         # Folds, if there is no evaluation split
-        splits = sorted(store.manifest["split"].unique())
+        splits = sorted(store.split_names)
         fold_names = [split for split in splits if FOLD_PATTERN.fullmatch(split)]
         if len(fold_names) > 1 and not evaluation_split_names(splits):
             ordered = sorted(fold_names, key=lambda fold: int(fold[4:]))

@@ -326,7 +326,7 @@ def is_measured_in_folds(store: AnyStore) -> bool:
     """Whether `evaluate` measures every clip of a store by what others train: named folds, or folds of its sounds."""
     if evaluation_splits(store):
         return False
-    splits = store.manifest["split"].unique().to_list()
+    splits = store.split_names
     named_folds = [split for split in splits if FOLD_PATTERN.fullmatch(split)]
     return len(named_folds) > 1 or len(store.good_rows(splits)) <= MAX_CROSS_VALIDATED_CLIPS
 

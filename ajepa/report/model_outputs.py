@@ -83,7 +83,7 @@ class PageData:
 
     def clip_id(self, row: int) -> str:
         """Return the id of a clip."""
-        return str(self.store.manifest["clip_id"][row])
+        return str(self.store.manifest_columns("clip_id")["clip_id"][row])
 
     def clip_title(self, row: int) -> str:
         """Return the labels of a clip as a short text."""

@@ -37,14 +37,17 @@ SURPRISES_KEPT = 10  # of each kind
 OUTSIDE_CLASSES_KEPT = 20
 
 
+AUDITED_COLUMNS = ("clip_id", "split", "status", "reason", "flags", "digest")  # of the manifest
+
+
 # The clips of an audit.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class AuditedClips:
-    """The manifest and the labels of a store, and the data that decide which rows are in use."""
+    """The clips and the labels of a store, and the data that decide which rows are in use."""
 
-    manifest: pl.DataFrame
+    manifest: pl.DataFrame  # AUDITED_COLUMNS of the manifest
     labels: pl.DataFrame
     provenance: dict[str, Any]  # of the label sets, from labels.parquet
     classes: ClassList
@@ -59,19 +62,23 @@ class AuditedClips:
     def of_store(cls, store: FeatureStore, held_out_names: Sequence[str] = ()) -> Self:
         """Return all clips of a store; by default, splits named eval or test are held out. Raises StoreError."""
         labels, provenance = read_table(store.path / "labels.parquet")
-        splits = tuple(store.manifest["split"].unique(maintain_order=True))
+        splits = store.split_names
         if unknown := sorted(set(held_out_names) - set(splits)):
             suggestion = suggest_known(unknown[0], splits, there_are="It has")
             raise StoreError(f"{store.path}: no split {unknown[0]!r}; {suggestion}")
 
-        # Everything that decides which rows count is read now, so that the audit itself reads no file.
+        # Everything that decides which rows count is read now, so that the audit itself reads no file. Sources are
+        # read only where they tell the recording: two million file names take much memory.
+        dataset = _source_dataset(store)
+        columns = AUDITED_COLUMNS if dataset == "audioset" else (*AUDITED_COLUMNS, "source")
+        manifest = store.manifest_columns(*columns)
         return cls(
-            manifest=store.manifest,
+            manifest=manifest,
             labels=labels,
             provenance=provenance,
             classes=store.classes,
-            recording=clip_recordings(store.manifest, _source_dataset(store)),
-            excluded_N=store.exclusions.excluded_mask_N(store.manifest),
+            recording=clip_recordings(manifest, dataset),
+            excluded_N=store.excluded_N,
             exclude_lists=tuple(store.exclusions.summarise_lists()),
             splits=splits,
             held_out_names=tuple(held_out_names) or evaluation_split_names(splits),

@@ -20,7 +20,7 @@ from pipeline.store.exclusions import (
     Exclusions,
 )
 from pipeline.store.feature_store import FeatureStore
-from pipeline.store.manifest import nearest_clip_ids
+from pipeline.store.manifest import nearest_texts
 from pipeline.tables import write_table
 
 # The reason on each line of a suggested exclude list.
@@ -98,8 +98,9 @@ def record_exclude_lists(store: FeatureStore, paths: Sequence[Path]) -> list[Exc
     frames: list[pl.DataFrame] = []
     for path in paths:
         exclude_list = ExcludeList.read(path)
-        frame, unknown_ids = exclude_list.match_clips(store.manifest)
-        example = _describe_unknown_id(store.manifest, unknown_ids[0]) if unknown_ids else ""
+        clips = store.manifest_columns("clip_id", "split")
+        frame, unknown_ids = exclude_list.match_clips(clips)
+        example = _describe_unknown_id(clips, unknown_ids[0]) if unknown_ids else ""
         if frame.is_empty():
             raise InputError(
                 f"{path}: names no clip of {store.path}: {len(unknown_ids):,} not there, such as {example}"
@@ -120,7 +121,7 @@ def _describe_unknown_id(manifest: pl.DataFrame, clip_id: str) -> str:
     # The list names a split that the clip is not in.
     if splits := manifest.filter(pl.col("clip_id") == clip_id)["split"].unique().to_list():
         return f"{clip_id!r}, which is in {' and '.join(sorted(splits))} only"
-    similar = nearest_clip_ids(manifest["clip_id"], clip_id)
+    similar = nearest_texts(manifest["clip_id"], clip_id)
     return f"{clip_id!r}" + (f"; did you mean {' or '.join(map(repr, similar))}?" if similar else "")
 
 

@@ -36,6 +36,7 @@ from pipeline.datasets.corpus import Corpus
 from pipeline.errors import InputError, StoreError
 from pipeline.files import WHOLE_BUILD, BuildPart, lock_shared_files, lock_store
 from pipeline.store.header import StoreHeader
+from pipeline.tables import read_table
 
 
 @dataclass(kw_only=True, slots=True)
@@ -43,7 +44,7 @@ class OpenStore:
     """One store of a build, from its creation to its manifest; a store at a URL includes its remote side."""
 
     target: StoreTarget
-    plan: pl.DataFrame
+    corpus: Corpus
     is_new: bool = False  # whether this build created the store; a new store needs no clean-up
 
     @classmethod
@@ -53,14 +54,14 @@ class OpenStore:
         if output.remote:
             remote_store = RemoteStore(url=output.remote, staging=output.path)
         target = StoreTarget(path=output.path, header=plan_store(corpus, output), remote_store=remote_store)
-        return cls(target=target, plan=corpus.plan)
+        return cls(target=target, corpus=corpus)
 
     def create(self) -> None:
         """Create the store if it does not exist; raises StoreError if the URL has a store with another plan."""
         path, header, remote_store = self.target.path, self.target.header, self.target.remote_store
         if remote_store is not None and (remote_header := remote_store.read_header()) is not None:
             refuse_other_plan(remote_store.url, remote_header, header)
-        if not path.exists() and create_store(path, header, self.plan):
+        if not path.exists() and create_store(path, header, self.corpus):
             # A new staging folder is not a new store: it still has to fetch the ledger of its remote store.
             self.is_new = remote_store is None
 
@@ -84,20 +85,21 @@ class OpenStore:
             remove_crash_debris(path, header.layout, blocks)
             if remote_store is not None:
                 remote_store.sync_ledger(partial(blocks.owns_shard, layout=header.layout))
-            restore_tables(path, header, self.plan)
+            restore_tables(path, header, self.corpus)
 
     def mark_unfinished(self, open_row_counts: dict[int, int], blocks: BuildBlocks) -> None:
         """Mark the store as unfinished in its manifest, here and at the URL, if shards are still to be built."""
         remote_store = self.target.remote_store
         is_unfinished = mark_unfinished(
-            self.target.path, self.target.header, self.plan, open_row_counts, blocks
+            self.target.path, self.target.header, self.corpus.plan, open_row_counts, blocks
         )
         if is_unfinished and remote_store is not None:
             remote_store.push_tables()
 
-    def finish(self, build_record: dict[str, Any] | None) -> pl.DataFrame | None:
-        """Write and push manifest and statistics; returns the manifest, or None while shards are missing."""
-        return finish_store(self.target.path, self.target.header, build_record, self.target.remote_store)
+    def finish(self, build_record: dict[str, Any] | None, *, rewrite: bool) -> bool:
+        """Write and push manifest and statistics; returns False while shards are missing."""
+        target = self.target
+        return finish_store(target.path, target.header, build_record, target.remote_store, rewrite=rewrite)
 
 
 def build_stores(
@@ -106,14 +108,29 @@ def build_stores(
     options: BuildOptions = BuildOptions(),
     *,
     progress: RowProgress | None = None,
+) -> list[pl.DataFrame | None]:
+    """Build or continue stores as `run_build` does; returns their manifests, None while other parts are missing."""
+    finished = run_build(corpus, outputs, options, progress=progress)
+    return [
+        read_table(output.path / "manifest.parquet")[0] if is_finished else None
+        for output, is_finished in zip(outputs, finished, strict=True)
+    ]
+
+
+def run_build(
+    corpus: Corpus,
+    outputs: Sequence[StoreOutput],
+    options: BuildOptions = BuildOptions(),
+    *,
+    progress: RowProgress | None = None,
     only_shards: Collection[int] | None = None,
     write_record: bool = True,
-) -> list[pl.DataFrame | None]:
-    """Build or continue stores in one decoding pass; returns their manifests, None while other parts are missing.
+) -> list[bool]:
+    """Build or continue stores in one decoding pass; returns whether each is finished, or lacks other parts.
 
     Good rows are not built again. Missing and failed rows are tried again if the corpus has a sound for them. With
-    `only_shards`, a build of a single store tries only the rows of these shards. With `write_record=False`, build.json
-    is not changed. Raises InputError before anything is written.
+    `only_shards`, a build of a single store tries only the rows of these shards, and writes its tables anew. With
+    `write_record=False`, build.json is not changed. Raises InputError before anything is written.
     """
     # Plan: nothing is written until all locations have been checked.
     began = time.monotonic()
@@ -130,7 +147,7 @@ def build_stores(
         record = None
         if write_record:
             record = _build_record(corpus, options, clips_tried=clips_tried, seconds=time.monotonic() - began)
-        return [store.finish(record) for store in stores]
+        return [store.finish(record, rewrite=only_shards is not None) for store in stores]
 
 
 def build_store(
@@ -230,7 +247,6 @@ def _build_record(
     corpus: Corpus, options: BuildOptions, *, clips_tried: int, seconds: float
 ) -> dict[str, Any]:
     """Return the content of build.json: the inputs, settings and software versions of the build."""
-    sources = corpus.sources
     return {
         "asked": corpus.dataset_settings,
         "notes": list(corpus.notes),
@@ -238,11 +254,7 @@ def _build_record(
         "workers": options.workers,
         "limit_seconds": options.clip_limit_seconds,
         "part": str(options.part),
-        "audio_files": sources.sound_count,
-        "unmatched_files": len(sources.unmatched_sources),
-        "unmatched_examples": sources.unmatched_sources[:20],
-        "other_start_files": len(sources.other_segment_sources),
-        "other_start_examples": sources.other_segment_sources[:20],
+        **corpus.sound_counts,
         "clips_tried": clips_tried,
         "seconds": round(seconds, 1),
         "versions": current_versions(),

@@ -56,16 +56,13 @@ def _split_count_lines(corpus: Corpus, has_sound: pl.Series) -> list[str]:
         lines.append(f"{split!s:<24}{clips.height:>12,}{with_sound:>12,}{int(is_duplicate.sum()):>12,}")
 
     # Sounds that match no row are often a sign of a wrong folder or list.
-    if unmatched := corpus.sources.unmatched_sources:
-        examples = ", ".join(unmatched[:MAX_EXAMPLES])
-        lines.append(
-            f"{len(unmatched):,} of {corpus.sources.sound_count:,} sounds match no row, such as {examples}"
-        )
-    if other_segments := corpus.sources.other_segment_sources:
-        examples = ", ".join(other_segments[:MAX_EXAMPLES])
-        lines.append(
-            f"{len(other_segments):,} are of a listed video but of another segment, such as {examples}"
-        )
+    counts = corpus.sound_counts
+    if unmatched := counts["unmatched_files"]:
+        examples = ", ".join(counts["unmatched_examples"][:MAX_EXAMPLES])
+        lines.append(f"{unmatched:,} of {counts['audio_files']:,} sounds match no row, such as {examples}")
+    if other_segments := counts["other_start_files"]:
+        examples = ", ".join(counts["other_start_examples"][:MAX_EXAMPLES])
+        lines.append(f"{other_segments:,} are of a listed video but of another segment, such as {examples}")
     return lines
 
 
@@ -77,7 +74,7 @@ def _timing_lines(
         return ["nothing to decode"]
 
     # Time a sample. The first clip also builds the mel filters, so it is left out of the mean.
-    drawn_N = np.sort(np.random.default_rng(seed).permutation(rows_N)[:TIMED_CLIPS])
+    drawn_N = draw_timed_rows(corpus.sources.frame, rows_N, seed)
     torch.set_num_threads(1)
     failures: Counter[str] = Counter()
     seconds_N = [_time_row_seconds(corpus, headers, options, int(row), failures) for row in drawn_N]
@@ -92,6 +89,27 @@ def _timing_lines(
         f"{len(rows_N):,} clips on {options.workers} workers: about {_describe_duration(total_seconds)}, "
         "if there are as many cores",
     ]
+
+
+def draw_timed_rows(sources: pl.DataFrame, rows_N: np.ndarray, seed: int) -> np.ndarray:
+    """Return the rows to time, at most TIMED_CLIPS of `rows_N`: any rows, but of Parquet files rows in a run.
+
+    A build reads the rows of a Parquet file in their order, each row group once. A row that is drawn alone would read
+    its row group again.
+    """
+    # How many of the rows are in Parquet files.
+    drawn_N = np.random.default_rng(seed).permutation(rows_N)[:TIMED_CLIPS]
+    in_parquet_N = (sources["kind"][drawn_N] == "parquet").to_numpy()
+    if not in_parquet_N.any():
+        return np.sort(drawn_N)
+
+    # As many in the order of the files, from the first one that was drawn on; at the end, those before it.
+    places = sources.select("kind", "path", "group", "row", number=pl.int_range(pl.len()))[rows_N]
+    ordered = places.filter(pl.col("kind") == "parquet").sort("path", "group", "row")["number"].to_numpy()
+    first = int(np.flatnonzero(ordered == drawn_N[in_parquet_N][0])[0])
+    count = int(in_parquet_N.sum())
+    first = max(0, min(first, len(ordered) - count))
+    return np.concatenate([ordered[first : first + count], np.sort(drawn_N[~in_parquet_N])])
 
 
 def _time_row_seconds(

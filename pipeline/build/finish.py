@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from pipeline.build.remote_store import RemoteStore
 from pipeline.files import lock_shared_files, replacing_file
 from pipeline.store.header import StoreHeader
 from pipeline.store.manifest import PLAN_SCHEMA
-from pipeline.store.shards import ShardCommit, compute_store_id, read_commit
-from pipeline.tables import read_table, write_table
+from pipeline.store.shards import ShardCommit, compute_store_id, read_commit, read_commit_facts
+from pipeline.tables import read_table, read_table_schema, writing_table_parts
 
 
 def finish_store(
@@ -22,9 +22,12 @@ def finish_store(
     header: StoreHeader,
     build_record: dict[str, Any] | None = None,
     remote_store: RemoteStore | None = None,
-) -> pl.DataFrame | None:
-    """Write manifest and statistics from the ledger; returns the manifest, or None while shards are missing.
+    *,
+    rewrite: bool = False,
+) -> bool:
+    """Write manifest and statistics from the ledger; returns False, and writes neither, while shards are missing.
 
+    They stay as they are if they were written after the last record, unless `rewrite` says that they may be damaged.
     `build_record` becomes build.json. A remote store is finished at its URL too, with the shards that other machines
     have pushed. Raises StoreError if a record is damaged.
     """
@@ -33,30 +36,61 @@ def finish_store(
             remote_store.sync_ledger(lambda _: False)
         if unbuilt_shards(out, header):
             _write_build_record(out, build_record)
-            return None
+            return False
 
-        # Manifest and statistics follow from the records of all shards.
-        records = [read_commit(out, shard) for shard in range(header.layout.shard_count)]
-        commits = [record[0] for record in records if record is not None]
-        results = pl.concat([record[1] for record in records if record is not None])
-        identity = {"store_id": compute_store_id(header, commits)}
+        # The identity follows from the digests of all shards.
+        shards = range(header.layout.shard_count)
+        identity = {"store_id": compute_store_id(header, (read_commit_facts(out, shard) for shard in shards))}
 
-        # If this build has changed nothing, keep the build.json of the earlier build.
+        # If this build has changed nothing, keep the build.json of the earlier build, and the tables if they are newer
+        # than all records.
         manifest_file = out / "manifest.parquet"
-        plan, old_identity = read_table(manifest_file, list(PLAN_SCHEMA))
-        if old_identity != identity or _recorded_settings(out) != (build_record or {}).get("asked"):
-            _write_build_record(out, build_record)
+        if read_table_schema(manifest_file)[1] == identity:
+            if _recorded_settings(out) == (build_record or {}).get("asked"):
+                build_record = None
+            if not rewrite and _has_tables_of_ledger(out):
+                _write_build_record(out, build_record)
+                if remote_store is not None:
+                    remote_store.push_tables()
+                return True
 
-        # The manifest is written last: its store_id marks the store as finished.
-        with replacing_file(out / "stats.json") as scratch:
-            scratch.write_text(json.dumps(store_statistics(commits, results), indent=1) + "\n")
-        manifest = pl.concat([plan, results], how="horizontal")
-        write_table(manifest_file, manifest, identity)
+        # Manifest and statistics follow from the records of all shards. The manifest is moved into place last: its
+        # store_id marks the store as finished.
+        plan, _ = read_table(manifest_file, list(PLAN_SCHEMA))
+        summary = LedgerSummary()
+        rows_of_shards = _manifest_rows(out, header, plan, summary)
+        with writing_table_parts(manifest_file, rows_of_shards, identity):
+            _write_build_record(out, build_record)
+            with replacing_file(out / "stats.json") as scratch:
+                scratch.write_text(json.dumps(summary.statistics(), indent=1) + "\n")
 
         # Push the tables only if the store is finished here: they must not replace those of a part that ended later.
         if remote_store is not None:
             remote_store.push_tables()
-        return manifest
+        return True
+
+
+def _has_tables_of_ledger(out: Path) -> bool:
+    """Return whether manifest and statistics were written after every record.
+
+    A build that died while it tried failed rows again leaves the identity of the store as it was, and newer records.
+    """
+    if not (out / "stats.json").exists():
+        return False
+    newest_record_ns = max(path.stat().st_mtime_ns for path in out.glob("ledger/[0-9]*.parquet"))
+    return newest_record_ns < (out / "manifest.parquet").stat().st_mtime_ns
+
+
+def _manifest_rows(
+    out: Path, header: StoreHeader, plan: pl.DataFrame, summary: "LedgerSummary"
+) -> Iterator[pl.DataFrame]:
+    """Yield the rows of each shard as the manifest has them; adds each record to the summary."""
+    for shard in range(header.layout.shard_count):
+        record = read_commit(out, shard)
+        assert record is not None  # checked above, under the same lock
+        summary.add_record(*record)
+        rows = header.layout.rows_of_shard(shard)
+        yield pl.concat([plan[rows.start : rows.stop], record[1]], how="horizontal")
 
 
 def _write_build_record(out: Path, build_record: dict[str, Any] | None) -> None:
@@ -79,18 +113,31 @@ def unbuilt_shards(out: Path, header: StoreHeader) -> list[int]:
     return sorted(set(range(header.layout.shard_count)) - known)
 
 
-def store_statistics(commits: Sequence[ShardCommit], results: pl.DataFrame) -> dict[str, dict[str, Any]]:
-    """Return the content of stats.json: frames, mean, std, mean_F and std_F of the log-mel, for `all` and each split.
+class LedgerSummary:
+    """Sums up the records of all shards, in their order, as the content of stats.json; keeps few numbers of each."""
 
-    `all` also has the error of the stored dtype: `quantisation_rms_nat` and `quantisation_max_nat`.
-    """
-    splits = sorted({split for commit in commits for split in commit.moments})
-    moments = {
-        split: [commit.moments[split] for commit in commits if split in commit.moments] for split in splits
-    }
-    all_moments = [shard for shards in moments.values() for shard in shards]
-    statistics = {"all": _merge_moments(all_moments) | _quantisation_error(results)}
-    return statistics | {split: _merge_moments(shards) for split, shards in moments.items()}
+    def __init__(self) -> None:
+        self._moments: dict[str, list[dict[str, Any]]] = {}  # by split, in the order of the shards
+        self._good_clips: list[pl.DataFrame] = []
+
+    def add_record(self, commit: ShardCommit, results: pl.DataFrame) -> None:
+        """Add the record of the next shard."""
+        for split, moments in commit.moments.items():
+            self._moments.setdefault(split, []).append(moments)
+        good = results.filter(pl.col("status") == "good")
+        if good.height:
+            self._good_clips.append(good.select("n_frames", "error_rms_nat", "error_max_nat"))
+
+    def statistics(self) -> dict[str, dict[str, Any]]:
+        """Return frames, mean, std, mean_F and std_F of the log-mel, for `all` and each split.
+
+        `all` also has the error of the stored dtype: `quantisation_rms_nat` and `quantisation_max_nat`.
+        """
+        by_split = {split: self._moments[split] for split in sorted(self._moments)}
+        all_moments = [shard for shards in by_split.values() for shard in shards]
+        error = _quantisation_error(pl.concat(self._good_clips)) if self._good_clips else {}
+        statistics = {"all": _merge_moments(all_moments) | error}
+        return statistics | {split: _merge_moments(shards) for split, shards in by_split.items()}
 
 
 def _merge_moments(moments: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -110,11 +157,8 @@ def _merge_moments(moments: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _quantisation_error(results: pl.DataFrame) -> dict[str, float]:
+def _quantisation_error(good: pl.DataFrame) -> dict[str, float]:
     """Return the difference of stored and computed log-mel over the valid frames of good clips, in nats."""
-    good = results.filter(pl.col("status") == "good")
-    if good.is_empty():
-        return {}
     frames_N, rms_N = good["n_frames"].to_numpy(), good["error_rms_nat"].to_numpy()
     return {
         "quantisation_rms_nat": math.sqrt(np.average(np.square(rms_N), weights=frames_N)),

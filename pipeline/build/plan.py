@@ -19,6 +19,7 @@ import torch
 
 from pipeline.audio.decode import AudioPolicy
 from pipeline.audio.mel_spec import MelSpec
+from pipeline.build.plan_files import plan_with_labels
 from pipeline.build.shard_builder import BlockTask, PlannedClip, StoreTarget
 from pipeline.datasets.corpus import Corpus
 from pipeline.errors import InputError
@@ -26,7 +27,7 @@ from pipeline.files import WHOLE_BUILD, BuildPart
 from pipeline.labels.label_sets import index_class_ids
 from pipeline.store.header import STORED_DTYPES, ShardLayout, StoreHeader
 from pipeline.store.manifest import PLAN_SCHEMA, compute_plan_id
-from pipeline.store.shards import choose_shard_clips, read_commit
+from pipeline.store.shards import choose_shard_clips, read_commit_statuses
 from pipeline.tables import frame_digest
 
 BUILD_ENGINES = ("local", "ray")
@@ -93,7 +94,18 @@ def plan_store(corpus: Corpus, output: StoreOutput) -> StoreHeader:
         scale = (UINT8_TOP_NAT - spec.floor_log) / 254
         offset = spec.floor_log - scale
 
-    # With the digests, `verify` and later builds can recognise the plan and its labels.
+    # With the digests, `verify` and later builds can recognise the plan and its labels. Those of a stored plan are
+    # known.
+    stored = None if corpus.stored_plan is None else corpus.stored_plan.header
+    if stored is not None and stored.layout.shard_clips == shard_clips:
+        plan_id = stored.plan_id
+    else:
+        plan_id = compute_plan_id(plan_with_labels(corpus), shard_clips=shard_clips)
+    if stored is not None:
+        plan_digest, labels_digest = stored.plan_digest, stored.labels_digest
+    else:
+        plan_digest = frame_digest(corpus.plan.select(*PLAN_SCHEMA))
+        labels_digest = frame_digest(pl.DataFrame(index_class_ids(corpus.plan["mids"], corpus.classes)))
     return StoreHeader(
         spec=spec,
         layout=ShardLayout(
@@ -103,12 +115,12 @@ def plan_store(corpus: Corpus, output: StoreOutput) -> StoreHeader:
             dtype=output.dtype,
             shard_clips=shard_clips,
         ),
-        plan_id=compute_plan_id(corpus.plan, shard_clips=shard_clips),
+        plan_id=plan_id,
         scale=scale,
         offset=offset,
         classes=corpus.classes,
-        plan_digest=frame_digest(corpus.plan.select(*PLAN_SCHEMA)),
-        labels_digest=frame_digest(pl.DataFrame(index_class_ids(corpus.plan["mids"], corpus.classes))),
+        plan_digest=plan_digest,
+        labels_digest=labels_digest,
     )
 
 
@@ -179,11 +191,11 @@ def count_open_rows(
                 # Without a record, every row is open. With one, failed rows are open, but they are work only if one
                 # of them has a sound now.
                 rows = layout.rows_of_shard(shard)
-                record = read_commit(store.path, shard)
+                statuses = read_commit_statuses(store.path, shard)
                 is_open_N = np.ones(len(rows), bool)
-                if record is not None:
-                    is_open_N = (record[1]["status"] != "good").to_numpy()
-                has_work |= record is None or bool((is_open_N & has_sound_N[rows.start : rows.stop]).any())
+                if statuses is not None:
+                    is_open_N = (statuses != "good").to_numpy()
+                has_work |= statuses is None or bool((is_open_N & has_sound_N[rows.start : rows.stop]).any())
                 is_tried_N[rows.start - first_row :][: len(rows)] |= is_open_N
 
         if has_work and (only_blocks is None or block in only_blocks):

@@ -9,11 +9,14 @@ from typing import Any
 import polars as pl
 
 from pipeline.build.plan import BuildBlocks
+from pipeline.build.plan_files import plan_with_labels, write_sources_file
+from pipeline.datasets.corpus import Corpus
 from pipeline.errors import StoreError
 from pipeline.files import (
     PARTIAL_SUFFIX,
     abandoned_scratch_paths,
     lock_shared_files,
+    make_folders,
     replacing_file,
     scratch_path,
     sync_to_disk,
@@ -21,6 +24,7 @@ from pipeline.files import (
 from pipeline.labels.label_sets import index_class_ids
 from pipeline.store.header import ShardLayout, StoreHeader
 from pipeline.store.manifest import PLAN_SCHEMA, pending_manifest
+from pipeline.store.plan_file import has_valid_plan_file, write_plan_file
 from pipeline.store.shards import (
     PENDING_SUFFIX,
     create_mel_array,
@@ -31,13 +35,13 @@ from pipeline.store.shards import (
     zarr_array_json,
     zarr_group_json,
 )
-from pipeline.tables import frame_digest, read_table, read_table_metadata, write_table
+from pipeline.tables import read_table_schema, table_digest, write_table
 
 
-def create_store(out: Path, header: StoreHeader, plan: pl.DataFrame) -> bool:
+def create_store(out: Path, header: StoreHeader, corpus: Corpus) -> bool:
     """Create a store without shards, completely or not at all; returns False if another process created it first."""
     # Remove the scratch folders of processes that died.
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    make_folders(out.absolute().parent)
     for debris in abandoned_scratch_paths(out):
         shutil.rmtree(debris, ignore_errors=True)
 
@@ -45,7 +49,9 @@ def create_store(out: Path, header: StoreHeader, plan: pl.DataFrame) -> bool:
     scratch = scratch_path(out)
     try:
         create_mel_array(scratch, header.layout, {"ajepa": header.to_json()})
-        restore_tables(scratch, header, plan)
+        restore_tables(scratch, header, corpus)
+        for path in (scratch / "zarr.json", scratch / "mel" / "zarr.json", scratch / "mel", scratch):
+            sync_to_disk(path)
         try:
             scratch.rename(out)
         except OSError:
@@ -85,40 +91,48 @@ def restore_header(out: Path, header: StoreHeader) -> None:
         scratch.write_bytes(expected_json)
 
 
-def restore_tables(out: Path, header: StoreHeader, plan: pl.DataFrame) -> None:
-    """Write the files that follow from the plan alone again if they are missing or damaged."""
-    (out / "ledger").mkdir(exist_ok=True)
+def restore_tables(out: Path, header: StoreHeader, corpus: Corpus) -> None:
+    """Write the files that follow from the corpus alone again if they are missing or damaged."""
+    plan = corpus.plan
+    make_folders(out / "ledger")
 
     # The array's metadata.
     array_file = out / "mel" / "zarr.json"
     expected_json = zarr_array_json(header.layout)
     if not array_file.is_file() or array_file.read_bytes() != expected_json:
-        array_file.parent.mkdir(exist_ok=True)
+        make_folders(array_file.parent)
         with replacing_file(array_file) as scratch:
             scratch.write_bytes(expected_json)
 
     # The manifest; in a new one, every row is pending.
-    manifest = _read_valid_table(out / "manifest.parquet", tuple(PLAN_SCHEMA))
-    if manifest is None or not manifest.equals(plan.select(*PLAN_SCHEMA)):
+    if _digest_of_columns(out / "manifest.parquet", tuple(PLAN_SCHEMA)) != header.plan_digest:
         write_table(out / "manifest.parquet", pending_manifest(plan), {})
 
     # The raw labels; a table that is written again no longer has the propagated label sets.
-    labels = _read_valid_table(out / "labels.parquet", ("raw", "outside"))
-    if labels is None or frame_digest(labels) != header.labels_digest:
+    if _digest_of_columns(out / "labels.parquet", ("raw", "outside")) != header.labels_digest:
+        mids = plan_with_labels(corpus)["mids"]
         write_table(
             out / "labels.parquet",
-            pl.DataFrame(index_class_ids(plan["mids"], header.classes)),
+            pl.DataFrame(index_class_ids(mids, header.classes)),
             {"raw": "as listed"},
         )
 
+    # The plan, and the places of the sounds, which may have been found elsewhere this time.
+    stored = corpus.stored_plan
+    is_stored_here = stored is not None and stored.store == out
+    if not is_stored_here and not has_valid_plan_file(out, header):
+        write_plan_file(out, plan_with_labels(corpus))
+    if stored is None or not is_stored_here or not stored.is_current:
+        write_sources_file(out, corpus, header.plan_digest)
 
-def _read_valid_table(path: Path, columns: Sequence[str]) -> pl.DataFrame | None:
-    """Return these columns of a table; None if the table is missing or damaged, or lacks one of them."""
+
+def _digest_of_columns(path: Path, columns: Sequence[str]) -> str | None:
+    """Return the digest of these columns of a table; None if the table is missing or damaged, or lacks one of them."""
     try:
-        table = read_table(path, columns)[0] if path.exists() else pl.DataFrame()
+        has_columns = path.exists() and set(columns) <= set(read_table_schema(path)[0])
+        return table_digest(path, columns) if has_columns else None
     except StoreError:
         return None
-    return table if table.columns == list(columns) else None
 
 
 def read_build_record(store: Path) -> dict[str, Any]:
@@ -181,6 +195,6 @@ def mark_unfinished(
     if all(ledger_path(out, shard).exists() for shard in shards):
         return False
     with lock_shared_files(out):
-        if "store_id" in read_table_metadata(out / "manifest.parquet"):
+        if "store_id" in read_table_schema(out / "manifest.parquet")[1]:
             write_table(out / "manifest.parquet", pending_manifest(plan), {})
     return True

@@ -13,15 +13,15 @@ import polars as pl
 
 from pipeline.audio.decode import AudioPolicy, load_clip_audio
 from pipeline.audio.sources import ClipSources
-from pipeline.build.plan import StoreOutput, current_versions, plan_store
+from pipeline.build.plan import current_versions
+from pipeline.build.planned_corpus import corpus_as_built
 from pipeline.build.prepare import read_build_record
 from pipeline.build.shard_builder import compute_stored_row
-from pipeline.datasets.catalogue import recreate_corpus
-from pipeline.datasets.corpus import Corpus
 from pipeline.errors import AudioError, BrokenClipError, InputError, StoreError
 from pipeline.progress import track_progress
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.header import StoreHeader
+from pipeline.threads import map_on_threads
 
 # Accepts every clip, because the build has already decided which clips are good.
 RECOMPUTE_POLICY = AudioPolicy(accept_truncated=True, keep_silent=True, max_seconds=math.inf)
@@ -89,27 +89,13 @@ class SoundReader:
         return compute_stored_row(audio, self.header)
 
 
-def corpus_as_built(path: Path, header: StoreHeader) -> Corpus:
-    """Return the corpus from which a store was built, according to its build.json.
-
-    Raises StoreError if build.json is missing or damaged, or if the lists and folders in it now give another plan.
-    """
-    corpus = recreate_corpus(read_build_record(path)["asked"])
-    if plan_store(corpus, StoreOutput(path=path, spec=header.spec, dtype=header.layout.dtype)) != header:
-        raise StoreError(
-            f"{path}: was planned from other clips, lists or classes than are there now; "
-            f"put back what {path / 'build.json'} says it was built from"
-        )
-    return corpus
-
-
 def recomputed_store(store: FeatureStore, *, threads: int = 2) -> FeatureStore:
     """Return the same store, but with values that are computed from the sounds on `threads` threads.
 
     Raises StoreError as `corpus_as_built` does.
     """
     reader = SoundReader.of_store(store.path, store.header, store.n_frames_N, threads=threads)
-    return FeatureStore(store.path, store.header, store.manifest, store.store_id, reader=reader)
+    return FeatureStore(store.path, store.header, store.manifest_table, store.store_id, reader=reader)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +127,11 @@ def compare_with_audio(
     rows_N = opened.good_rows()
     if sample is not None:
         rows_N = np.sort(np.random.default_rng(seed).permutation(rows_N)[:sample])
-    with ThreadPoolExecutor(reader.threads) as threads:
-        compared = threads.map(partial(_compare_row, opened, reader, tolerance_nat), rows_N.tolist())
-        yield from track_progress(compared, len(rows_N), label="compare", unit="row", shown=progress)
+    clips = opened.manifest_columns("clip_id", "n_frames", "digest")[rows_N]
+    compare = partial(_compare_row, opened, reader, tolerance_nat)
+    jobs = zip(rows_N.tolist(), clips.iter_rows(), strict=True)
+    compared = map_on_threads(compare, jobs, reader.threads)
+    yield from track_progress(compared, len(rows_N), label="compare", unit="row", shown=progress)
 
 
 def changed_versions(store: Path) -> list[str]:
@@ -163,9 +151,14 @@ def quantisation_step_nat(header: StoreHeader) -> float:
     return float(np.spacing(np.float16(header.spec.floor_log)))
 
 
-def _compare_row(store: FeatureStore, reader: SoundReader, tolerance_nat: float, row: int) -> RowComparison:
-    """Compare one good row with its sound."""
-    clip_id, frames, digest = store.manifest.select("clip_id", "n_frames", "digest").row(row)
+def _compare_row(
+    store: FeatureStore,
+    reader: SoundReader,
+    tolerance_nat: float,
+    row_and_clip: tuple[int, tuple[str, int, str]],
+) -> RowComparison:
+    """Compare one good row with its sound; the clip is its id, frames and digest in the manifest."""
+    row, (clip_id, frames, digest) = row_and_clip
 
     # The recomputed row and the stored row; either may be impossible to get.
     try:

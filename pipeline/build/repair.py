@@ -10,10 +10,10 @@ import numpy as np
 import polars as pl
 
 from pipeline.audio.decode import AudioPolicy
-from pipeline.build.build import build_stores
+from pipeline.build.build import run_build
 from pipeline.build.plan import BuildOptions, RowProgress, StoreOutput
+from pipeline.build.planned_corpus import corpus_as_built
 from pipeline.build.prepare import read_build_record
-from pipeline.build.recompute import corpus_as_built
 from pipeline.build.shard_builder import write_shard
 from pipeline.build.verify import StoreFault
 from pipeline.datasets.corpus import Corpus
@@ -55,7 +55,7 @@ def repair_store(
     # Decode the other rows. A build also restores the tables, so one is run even if no shard is damaged.
     output = StoreOutput(path=store, spec=header.spec, dtype=header.layout.dtype)
     for policy, policy_shards in shards_by_policy.items():
-        build_stores(
+        run_build(
             corpus,
             [output],
             BuildOptions(policy=policy, workers=workers),
@@ -67,7 +67,7 @@ def repair_store(
     # Propagate the damaged label sets again, then count.
     opened = FeatureStore.open(store)
     _restore_label_sets(store, set(opened.label_sets) - {fault.label_set for fault in faults})
-    return sum(opened.manifest["status"][row] != "good" for row in good_before)
+    return int((opened.manifest_columns("status")["status"][good_before] != "good").sum())
 
 
 def _restore_label_sets(store: Path, intact_sets: Set[str]) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import google_crc32c
 import numpy as np
 import polars as pl
 
-from pipeline.build.finish import store_statistics
+from pipeline.build.finish import LedgerSummary
 from pipeline.errors import ManifestError, StoreError
 from pipeline.files import PARTIAL_SUFFIX
 from pipeline.labels.label_sets import MissingOntologyError, label_set_ontology
@@ -21,6 +21,7 @@ from pipeline.progress import track_progress
 from pipeline.store.exclusions import Exclusions
 from pipeline.store.header import StoreHeader
 from pipeline.store.manifest import PLAN_SCHEMA, RESULT_SCHEMA, check_manifest_schema
+from pipeline.store.plan_file import PLAN_FILE, has_valid_plan_file
 from pipeline.store.shards import (
     ABSENT_OFFSET,
     CRC_BYTES,
@@ -34,9 +35,9 @@ from pipeline.store.shards import (
     zarr_array_json,
     zarr_group_json,
 )
-from pipeline.tables import frame_digest, read_table
+from pipeline.tables import frame_digest, read_table, read_table_schema, read_table_slices, table_digest
 
-ShardRecord = tuple[ShardCommit, pl.DataFrame]
+ROWS_READ = 65_536  # of the manifest, at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,10 @@ def find_faults(
     """
     header = StoreHeader.read(store)
     yield from _find_metadata_faults(store, header)
+    if (store / PLAN_FILE).exists() and not has_valid_plan_file(store, header):
+        yield StoreFault(
+            "plan.parquet: not the plan that the store was built with; delete it, and the build command writes it anew"
+        )
     yield from _find_label_faults(store, header)
 
     # Compare the shards with their records.
@@ -65,7 +70,7 @@ def find_faults(
     drawn = set(range(shards))
     if sample is not None:
         drawn = set(np.random.default_rng(seed).permutation(shards)[:sample].tolist())
-    records: list[ShardRecord] = []
+    comparison = _ManifestComparison(store, header)
     for shard in track_progress(range(shards), shards, label="verify", unit="shard", shown=progress):
         try:
             record = read_commit(store, shard)
@@ -77,11 +82,11 @@ def find_faults(
             continue
         if fault := _describe_shard_fault(store, header, *record, content=shard in drawn):
             yield StoreFault(f"shard {shard}: {fault}", shard)
-        records.append(record)
+        comparison.add_record(*record)
 
     # The manifest follows from the records, so it can be checked only if all records are readable.
-    if len(records) == shards:
-        yield from _find_manifest_faults(store, header, records)
+    if len(comparison.commits) == shards:
+        yield from comparison.find_faults()
 
 
 def _find_metadata_faults(store: Path, header: StoreHeader) -> Iterator[StoreFault]:
@@ -227,34 +232,87 @@ def _describe_damaged_rows(path: Path, shard_bytes: bytes, header: StoreHeader, 
     return f" (rows {damaged[:5]} are damaged)" if damaged else ""
 
 
-def _find_manifest_faults(
-    store: Path, header: StoreHeader, records: list[ShardRecord]
-) -> Iterator[StoreFault]:
-    """Yield the differences of manifest, store identity and statistics from the values that follow from the ledger."""
-    commits = [commit for commit, _ in records]
-    results = pl.concat([results for _, results in records])
-    try:
-        manifest, metadata = read_table(store / "manifest.parquet")
-        check_manifest_schema(manifest, store / "manifest.parquet")
-    except (StoreError, ManifestError) as error:
-        yield StoreFault(str(error))
-        return
+class _ManifestComparison:
+    """Compares manifest, store identity and statistics with the records of all shards, which are given in order.
 
-    # The manifest and its id.
-    if frame_digest(manifest.select(*PLAN_SCHEMA)) != header.plan_digest:
-        yield StoreFault("manifest.parquet: ids, splits or times are not those that the store was built with")
-    if not manifest.select(*RESULT_SCHEMA).equals(results):
-        example = ""
-        if manifest.height == results.height:
-            example = f", as in row {(manifest['status'] != results['status']).arg_max()}"
-        yield StoreFault(f"manifest.parquet: it and the ledger differ{example}")
-    if metadata.get("store_id") != compute_store_id(header, commits):
-        yield StoreFault("manifest.parquet: the store's id does not follow from its shards")
+    The manifest is read along with the records, so that neither is ever in memory as a whole.
+    """
 
-    # Statistics.
-    try:
-        stats = json.loads((store / "stats.json").read_text())
-    except (OSError, ValueError):
-        stats = None
-    if stats != store_statistics(commits, results):
-        yield StoreFault("stats.json: does not follow from the ledger")
+    def __init__(self, store: Path, header: StoreHeader) -> None:
+        self.commits: list[ShardCommit] = []
+        self._path = store / "manifest.parquet"
+        self._stats_path = store / "stats.json"
+        self._header = header
+        self._summary = LedgerSummary()
+        self._different_row: int | None = None
+
+        # Without a manifest only its own fault is reported.
+        self._fault: StoreFault | None = None
+        self._metadata: dict[str, Any] = {}
+        self._rows: Iterator[pl.DataFrame] = iter(())
+        self._waiting = pl.DataFrame(schema=RESULT_SCHEMA)  # rows that were read and not compared
+        try:
+            schema, self._metadata = read_table_schema(self._path)
+            check_manifest_schema(schema, self._path)
+            self._rows = read_table_slices(self._path, tuple(RESULT_SCHEMA), ROWS_READ)
+        except (StoreError, ManifestError) as error:
+            self._fault = StoreFault(str(error))
+
+    def add_record(self, commit: ShardCommit, results: pl.DataFrame) -> None:
+        """Compare the rows of the next shard; the record itself is not kept."""
+        self.commits.append(replace(commit, moments={}))
+        self._summary.add_record(commit, results)
+        if self._fault is not None or self._different_row is not None:
+            return
+        try:
+            stored = self._next_rows(results.height)
+        except StoreError as error:
+            self._fault = StoreFault(str(error))
+            return
+        if not stored.equals(results):
+            first_row = self._header.layout.rows_of_shard(commit.shard).start
+            self._different_row = first_row + _first_different_row(stored, results)
+
+    def _next_rows(self, count: int) -> pl.DataFrame:
+        """Return the next rows of the manifest, fewer at its end."""
+        while self._waiting.height < count and (rows := next(self._rows, None)) is not None:
+            self._waiting = pl.concat([self._waiting, rows])
+        taken = self._waiting[:count]
+        self._waiting = self._waiting[count:]
+        return taken
+
+    def find_faults(self) -> Iterator[StoreFault]:
+        """Yield the differences; every shard's record must have been added."""
+        try:
+            plan_digest = None if self._fault is not None else table_digest(self._path, tuple(PLAN_SCHEMA))
+        except StoreError as error:
+            self._fault = StoreFault(str(error))
+        if self._fault is not None:
+            yield self._fault
+            return
+
+        # The manifest and its id.
+        if plan_digest != self._header.plan_digest:
+            yield StoreFault(
+                "manifest.parquet: ids, splits or times are not those that the store was built with"
+            )
+        if self._different_row is not None:
+            yield StoreFault(f"manifest.parquet: it and the ledger differ, as in row {self._different_row}")
+        elif self._next_rows(1).height:
+            yield StoreFault("manifest.parquet: it and the ledger differ, it has more rows")
+        if self._metadata.get("store_id") != compute_store_id(self._header, self.commits):
+            yield StoreFault("manifest.parquet: the store's id does not follow from its shards")
+
+        # Statistics.
+        try:
+            stats = json.loads(self._stats_path.read_text())
+        except (OSError, ValueError):
+            stats = None
+        if stats != self._summary.statistics():
+            yield StoreFault("stats.json: does not follow from the ledger")
+
+
+def _first_different_row(stored: pl.DataFrame, results: pl.DataFrame) -> int:
+    """Return the first row in which two frames of the same columns differ; they may have different heights."""
+    rows = min(stored.height, results.height)
+    return next((row for row in range(rows) if stored.row(row) != results.row(row)), rows)

@@ -104,18 +104,17 @@ def finalize(store: StorePath) -> None:
     """
     from pipeline.build.finish import finish_store, unbuilt_shards
     from pipeline.store.header import StoreHeader
-    from pipeline.store.summary import coverage_table
+    from pipeline.store.summary import COVERAGE_COLUMNS, coverage_table
+    from pipeline.tables import read_table
 
-    # The result is None if some shards are not committed.
     header = StoreHeader.read(store)
-    manifest = finish_store(store, header)
-    if manifest is None:
+    if not finish_store(store, header):
         unbuilt = unbuilt_shards(store, header)
         raise InputError(
             f"{store}: {len(unbuilt)} of {header.layout.shard_count} shards are not built, the first is "
             f"{unbuilt[0]}; run the parts that are missing"
         )
-    print(coverage_table(manifest))
+    print(coverage_table(read_table(store / "manifest.parquet", COVERAGE_COLUMNS)[0]))
 
 
 @app.command()

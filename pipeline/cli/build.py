@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.cli.options import MEL_SPEC_NAMES, complete_from
+from pipeline.cli.options import MEL_SPEC_NAMES, WorkerCount, complete_from, count_cores
 from pipeline.errors import InputError
 from pipeline.messages import print_to_stderr
 
@@ -15,27 +15,27 @@ if TYPE_CHECKING:  # at run time they would load every heavy library before --he
     import polars as pl
 
     from pipeline.build.plan import StoreOutput
-    from pipeline.datasets.corpus import Corpus
+    from pipeline.datasets.corpus import Corpus, CorpusRequest
     from pipeline.files import BuildPart
 
 app = typer.Typer(rich_markup_mode=None)
 
 
-def build_command(corpus_from_options: "Callable[..., Corpus]") -> Callable[..., None]:
-    """Add a build command: it has the name, docstring and options of `corpus_from_options`, and the shared options."""
+def build_command(request_from_options: "Callable[..., CorpusRequest]") -> Callable[..., None]:
+    """Add a build command: it has the name, docstring and options of `request_from_options`, and the shared options."""
     # The options of the data set come first, then the shared ones, those of `build_from_options`.
-    dataset_signature = signature(corpus_from_options)
+    dataset_signature = signature(request_from_options)
     dataset_parameters = dataset_signature.parameters
     shared_parameters = [
         parameter.replace(kind=parameter.POSITIONAL_OR_KEYWORD)
         for name, parameter in signature(build_from_options).parameters.items()
-        if name != "corpus"
+        if name != "request"
     ]
 
     # The command takes all options by name and passes each to its function.
     def build(**values: Any) -> None:
         dataset_values = {name: values.pop(name) for name in dataset_parameters}
-        build_from_options(corpus_from_options(**dataset_values), **values)
+        build_from_options(request_from_options(**dataset_values), **values)
 
     # Typer reads the options from the signature, where Python requires parameters without a default to come first.
     parameters = sorted(
@@ -46,13 +46,13 @@ def build_command(corpus_from_options: "Callable[..., Corpus]") -> Callable[...,
         parameters=parameters, return_annotation=None
     )
     build.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    build.__name__ = corpus_from_options.__name__
-    build.__doc__ = corpus_from_options.__doc__
+    build.__name__ = request_from_options.__name__
+    build.__doc__ = request_from_options.__doc__
     return app.command()(build)
 
 
 def build_from_options(
-    corpus: "Corpus",
+    request: "CorpusRequest",
     *,
     out: Annotated[
         list[str],
@@ -71,10 +71,7 @@ def build_from_options(
         ),
     ] = ["a-jepa"],  # noqa: B006  (typer needs a list, and nothing changes it)
     dtype: Annotated[str, typer.Option(help="float16, or uint8: half the size, 0.12 nat steps.")] = "float16",
-    workers: Annotated[
-        int,
-        typer.Option(min=0, help="Decoding processes; 0: this one, no crash protection."),
-    ] = 2,
+    workers: WorkerCount = None,
     part: Annotated[
         str, typer.Option(help="i/n: every n-th block of shards from i on; for job arrays.")
     ] = "0/1",
@@ -97,24 +94,30 @@ def build_from_options(
     staging: Annotated[
         Path, typer.Option(help="Folder for NAME.zarr.staging, the local part of a store at a URL.")
     ] = Path("."),
+    rescan: Annotated[
+        bool, typer.Option("--rescan", help="Look for sounds that came since the store was planned.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Build nothing; print expected size and time.")
     ] = False,
 ) -> None:
     """Build the stores that the options describe, or only predict their size and time, and print the result."""
     from pipeline.audio.decode import AudioPolicy
-    from pipeline.build.build import build_stores
+    from pipeline.build.build import run_build
     from pipeline.build.dry_run import describe_dry_run
     from pipeline.build.plan import BuildOptions, note_rows_beyond_clips
+    from pipeline.build.planned_corpus import corpus_of_request
     from pipeline.files import BuildPart
 
     # Turn the options into objects, which check their values.
     build_part = BuildPart.parse(part)
+    stores = [local_store_path(location, staging, build_part) for location in out]
+    corpus = corpus_of_request(request, stores, rescan=rescan)
     outputs = outputs_from_options(corpus, out, spec, dtype=dtype, staging=staging, part=build_part)
     policy = AudioPolicy(accept_truncated=accept_truncated, keep_silent=keep_silent, max_seconds=max_seconds)
     options = BuildOptions(
         policy=policy,
-        workers=workers,
+        workers=count_cores() if workers is None else workers,
         clip_limit_seconds=limit_seconds,
         part=build_part,
         engine=engine,
@@ -131,9 +134,9 @@ def build_from_options(
     for note in [*corpus.notes, *note_rows_beyond_clips(corpus, outputs)]:
         print_to_stderr(note)
 
-    manifests = build_stores(corpus, outputs, options, progress=decoding_progress)
-    for output, manifest in zip(outputs, manifests, strict=True):
-        print_build_result(corpus, output, manifest, part)
+    finished = run_build(corpus, outputs, options, progress=decoding_progress)
+    for output, is_finished in zip(outputs, finished, strict=True):
+        print_build_result(corpus, output, part, is_finished=is_finished)
 
 
 def outputs_from_options(
@@ -142,7 +145,6 @@ def outputs_from_options(
     """Return the stores to build, one for each --out; their rows have the clip length of the corpus."""
     from pipeline.audio.mel_spec import resolve_mel_spec, with_clip_seconds
     from pipeline.build.plan import StoreOutput
-    from pipeline.build.remote_store import staging_folder
     from pipeline.object_store import is_remote_url
 
     if len(out) != len(spec):
@@ -154,24 +156,30 @@ def outputs_from_options(
             mel_spec = with_clip_seconds(mel_spec, corpus.clip_seconds)
 
         # A store at a URL is built in a staging folder and pushed from there.
-        remote = None
-        path = Path(location)
-        if is_remote_url(location):
-            remote = location.rstrip("/")
-            path = staging_folder(remote, staging, part)
+        path = local_store_path(location, staging, part)
+        remote = location.rstrip("/") if is_remote_url(location) else None
         outputs.append(StoreOutput(path=path, spec=mel_spec, dtype=dtype, remote=remote))
     return outputs
 
 
-def print_build_result(
-    corpus: "Corpus", output: "StoreOutput", manifest: "pl.DataFrame | None", part: str
-) -> None:
-    """Print how many clips of a store are good, and the next command; or that other parts are still missing."""
-    from pipeline.store.summary import coverage_table
+def local_store_path(location: str, staging: Path, part: "BuildPart") -> Path:
+    """Return the folder in which a store is built: the store itself, or the staging folder of a store at a URL."""
+    from pipeline.build.remote_store import staging_folder
+    from pipeline.object_store import is_remote_url
 
-    if manifest is None:
+    return staging_folder(location, staging, part) if is_remote_url(location) else Path(location)
+
+
+def print_build_result(corpus: "Corpus", output: "StoreOutput", part: str, *, is_finished: bool) -> None:
+    """Print how many clips of a store are good, and the next command; or that other parts are still missing."""
+    from pipeline.store.summary import COVERAGE_COLUMNS, LENGTH_COLUMNS, coverage_table
+    from pipeline.tables import read_table
+
+    if not is_finished:
         print(f"{output.location}: part {part} is done; the store is finished when the other parts are")
         return
+    columns = tuple(dict.fromkeys((*COVERAGE_COLUMNS, *LENGTH_COLUMNS)))
+    manifest = read_table(output.path / "manifest.parquet", columns)[0]
     print(coverage_table(manifest))
     if note := describe_left_out(corpus.dataset_settings, manifest, output.spec.clip_seconds):
         print(note)
@@ -230,14 +238,18 @@ def build_audioset(
     lenient: Annotated[
         bool, typer.Option("--lenient", help="Leave out damaged lines of the lists, and name them.")
     ] = False,
-) -> "Corpus":
+) -> "CorpusRequest":
     """Decode AudioSet's clips into feature stores. Run it again to continue.
 
     Example: ajepa-data build-audioset --audio clips/ --segments balanced_train_segments.csv --out as20k.zarr
     """
-    from pipeline.datasets.audioset import audioset_corpus
+    from pipeline.datasets.audioset import audioset_corpus, audioset_settings
+    from pipeline.datasets.corpus import CorpusRequest
 
-    return audioset_corpus(audio, segments, lenient=lenient)
+    return CorpusRequest(
+        settings=audioset_settings(audio, segments, lenient=lenient),
+        make=lambda: audioset_corpus(audio, segments, lenient=lenient),
+    )
 
 
 @build_command
@@ -264,24 +276,17 @@ def build_folder(
     split_column: Annotated[
         str | None, typer.Option(help="Column with splits or folds.  [default: split]")
     ] = None,
-) -> "Corpus":
+) -> "CorpusRequest":
     """Decode your own clips into feature stores. Run it again to continue.
 
     Example: ajepa-data build-folder --folder sounds --holdout 0.2 --out mine.zarr
     """
-    from pipeline.datasets.folder import folder_corpus
+    from pipeline.datasets.corpus import CorpusRequest
+    from pipeline.datasets.folder import folder_corpus, folder_settings
 
-    return folder_corpus(
-        folder,
-        table,
-        clip_seconds=clip_seconds,
-        hop_seconds=hop_seconds,
-        split=split,
-        label_from=label_from,
-        holdout=holdout,
-        group=group,
-        split_column=split_column,
-        progress=opening_progress,
+    options = (folder, table, clip_seconds, hop_seconds, split, label_from, holdout, group, split_column)
+    return CorpusRequest(
+        settings=folder_settings(*options), make=lambda: folder_corpus(*options, progress=opening_progress)
     )
 
 
@@ -298,7 +303,7 @@ def build_hub(
     clip_seconds: Annotated[
         float | None, typer.Option(min=0.1, help="Seconds of a clip; none: those of the mel spec.")
     ] = None,
-) -> "Corpus":
+) -> "CorpusRequest":
     """Decode a Hugging Face dataset into feature stores. Run it again to continue.
 
     A folder holds Parquet files with a column of sounds, or is one that save_to_disk
@@ -306,38 +311,43 @@ def build_hub(
 
     Example: ajepa-data build-hub ashraq/esc50 --out esc50.zarr
     """
-    from pipeline.datasets.hub import hub_corpus
+    from pipeline.datasets.corpus import CorpusRequest
+    from pipeline.datasets.hub import hub_corpus, hub_settings
 
-    return hub_corpus(
-        dataset, config=config, revision=revision, label_column=label_column, clip_seconds=clip_seconds
-    )
+    options = (dataset, config, revision, label_column, clip_seconds)
+    return CorpusRequest(settings=hub_settings(*options), make=lambda: hub_corpus(*options))
 
 
 @build_command
 def build_esc50(
     folder: Annotated[Path, typer.Option(help="ESC-50 as unpacked: audio/, meta/.", show_default=False)],
-) -> "Corpus":
+) -> "CorpusRequest":
     """Decode ESC-50 into feature stores. 5-s clips, a split for each fold.
 
     Example: ajepa-data build-esc50 --folder ESC-50-master --out esc50.zarr
     """
-    from pipeline.datasets.esc50 import esc50_corpus
+    from pipeline.datasets.corpus import CorpusRequest
+    from pipeline.datasets.esc50 import esc50_corpus, esc50_settings
 
-    return esc50_corpus(folder)
+    return CorpusRequest(settings=esc50_settings(folder), make=lambda: esc50_corpus(folder))
 
 
 @build_command
 def build_speech_commands(
     folder: Annotated[Path, typer.Option(help="Speech Commands as unpacked.", show_default=False)],
     version: Annotated[str, typer.Option(help="v1 (30 words) or v2 (35 words).")] = "v2",
-) -> "Corpus":
+) -> "CorpusRequest":
     """Decode Speech Commands into feature stores. 1-s clips, the standard splits.
 
     Example: ajepa-data build-speech-commands --folder speech_commands_v0.02 --out spc2.zarr
     """
-    from pipeline.datasets.speech_commands import speech_commands_corpus
+    from pipeline.datasets.corpus import CorpusRequest
+    from pipeline.datasets.speech_commands import speech_commands_corpus, speech_commands_settings
 
-    return speech_commands_corpus(folder, version)
+    return CorpusRequest(
+        settings=speech_commands_settings(folder, version),
+        make=lambda: speech_commands_corpus(folder, version),
+    )
 
 
 @build_command
@@ -345,14 +355,18 @@ def build_fsd50k(
     folder: Annotated[Path, typer.Option(help="FSD50K as unpacked: FSD50K.*/.", show_default=False)],
     clip_seconds: Annotated[float, typer.Option(min=0.1, help="Seconds of a clip.")] = 10.0,
     cut: Annotated[bool, typer.Option("--cut", help="Cut longer sounds into several clips.")] = False,
-) -> "Corpus":
+) -> "CorpusRequest":
     """Decode FSD50K into feature stores. Splits train, val and eval.
 
     Example: ajepa-data build-fsd50k --folder FSD50K --cut --out fsd50k.zarr
     """
-    from pipeline.datasets.fsd50k import fsd50k_corpus
+    from pipeline.datasets.corpus import CorpusRequest
+    from pipeline.datasets.fsd50k import fsd50k_corpus, fsd50k_settings
 
-    return fsd50k_corpus(folder, clip_seconds=clip_seconds, cut=cut, progress=opening_progress)
+    return CorpusRequest(
+        settings=fsd50k_settings(folder, clip_seconds, cut=cut),
+        make=lambda: fsd50k_corpus(folder, clip_seconds, cut, progress=opening_progress),
+    )
 
 
 def opening_progress(files: int, stream: Iterator[Any]) -> Iterator[Any]:

@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from pipeline.errors import RUN_AGAIN_STATUS, STOP_SIGNALS, InputError, StopSignal
+from pipeline.errors import RUN_AGAIN_STATUS, STOP_SIGNALS, InputError, StopSignal, UnavailableError
 from pipeline.files import DISK_FULL_ERRNOS, PARTIAL_SUFFIX, check_writable
 from pipeline.messages import wrap_to_terminal
 
@@ -44,6 +44,11 @@ def require_local_store(store: Path) -> Path:
     return store
 
 
+def count_cores() -> int:
+    """Return the number of cores on which this process may run."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def check_output_path(path: Path | None) -> Path | None:
     """Return the path of a file to write, or raise InputError before the work begins; for use as a callback."""
     if path is not None:
@@ -67,6 +72,15 @@ StorePath = Annotated[
 
 StoreLocation = Annotated[
     str, typer.Argument(help="Feature store, NAME.zarr or s3://...", show_default=False)
+]
+
+WorkerCount = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Decoding processes; 0: this one, no crash protection.",
+        show_default="one for each core",
+    ),
 ]
 
 CacheFolder = Annotated[
@@ -99,7 +113,12 @@ def add_version_option(app: typer.Typer) -> None:
 
 
 def run_command_line(app: typer.Typer) -> NoReturn:
-    """Run a command line; InputError prints one line and exits with status 1, an interruption with status 75."""
+    """Run a command line; InputError prints one line and exits with status 1.
+
+    An interruption, or a server that fails for now, exits with status 75.
+    """
+    sys.argv[1:] = [expand_home(argument) for argument in sys.argv[1:]]
+
     # A signal becomes an exception, so that files are closed and locks released at the end.
     for number in STOP_SIGNALS:
         signal.signal(number, _raise_interrupted)
@@ -112,6 +131,8 @@ def run_command_line(app: typer.Typer) -> NoReturn:
     try:
         with ignoring_modules_of_user():
             app()
+    except UnavailableError as error:
+        _exit_with_message(f"error: {error}", RUN_AGAIN_STATUS)
     except InputError as error:
         _exit_with_message(f"error: {error}", 1)
     except BrokenPipeError:
@@ -130,6 +151,19 @@ def run_command_line(app: typer.Typer) -> NoReturn:
     except StopSignal:
         _exit_with_message("interrupted; nothing is lost: the same command carries on", RUN_AGAIN_STATUS)
     raise SystemExit(0)
+
+
+def expand_home(argument: str) -> str:
+    """Return an argument whose path begins with `~` with the home folder in its place, as a shell would.
+
+    Shells leave `~` alone in quotes and in `--out=~/x.zarr`, and a folder named `~` is wanted by nobody.
+    """
+    option, equals, value = "", "", argument
+    if argument.startswith("--"):
+        option, equals, value = argument.partition("=")
+    if not value.startswith("~"):
+        return argument
+    return option + equals + os.path.expanduser(value)
 
 
 @contextmanager

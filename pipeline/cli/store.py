@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cli.build import decoding_progress
-from pipeline.cli.options import CacheFolder, CacheSizeGb, StoreLocation, StorePath, check_output_path
+from pipeline.cli.options import (
+    CacheFolder,
+    CacheSizeGb,
+    StoreLocation,
+    StorePath,
+    WorkerCount,
+    check_output_path,
+    count_cores,
+)
 from pipeline.errors import InputError
 from pipeline.files import DEFAULT_CACHE_GB
 
@@ -31,7 +39,7 @@ def verify(
         bool,
         typer.Option("--against-audio", help="Instead: decode rows again and compare them with the store."),
     ] = False,
-    workers: Annotated[int, typer.Option(min=0, help="Decoding processes for a repair.")] = 2,
+    workers: WorkerCount = None,
 ) -> None:
     """Check every shard, checksum and row of a store.
 
@@ -44,7 +52,7 @@ def verify(
     if against_audio:
         _verify_against_audio(store, sample)
     else:
-        _verify_store(store, sample, repair=repair, workers=workers)
+        _verify_store(store, sample, repair=repair, workers=count_cores() if workers is None else workers)
 
 
 def _verify_store(store: Path, sample: int | None, *, repair: bool, workers: int) -> None:
@@ -221,7 +229,7 @@ def report(
     from pipeline.report.spectrograms import draw_contact_sheet
     from pipeline.report.store_page import write_store_page
     from pipeline.store.feature_store import FeatureStore
-    from pipeline.store.summary import coverage_table
+    from pipeline.store.summary import COVERAGE_COLUMNS, coverage_table
 
     if html is None and out is None:
         raise InputError(
@@ -230,7 +238,7 @@ def report(
     opened = FeatureStore.open(store, cache=cache, cache_gb=cache_gb)
 
     # Always print the table.
-    print(coverage_table(opened.manifest, opened.exclusions.excluded_mask_N(opened.manifest)))
+    print(coverage_table(opened.manifest_columns(*COVERAGE_COLUMNS), opened.excluded_N))
     if html is not None:
         write_store_page(opened, html, clip_count=clips, with_sounds=sounds)
         print(html)

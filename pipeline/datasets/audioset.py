@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -51,14 +52,21 @@ def audioset_corpus(
         plan=plan,
         sources=sources,
         classes=classes,
-        dataset_settings={
-            "dataset": "audioset",
-            "audio": [absolute_path_or_url(path) for path in audio],
-            "segments": [absolute_path_or_url(path) for path in segments],
-            "lenient": lenient,
-        },
+        dataset_settings=audioset_settings(audio, segments, lenient=lenient),
         notes=notes + describe_outside_ids(plan["mids"], classes) + sources.notes,
     )
+
+
+def audioset_settings(
+    audio: Sequence[Path | str], segments: Sequence[Path | str], *, lenient: bool = False
+) -> dict[str, Any]:
+    """Return the `Corpus.dataset_settings` of `audioset_corpus` with these arguments."""
+    return {
+        "dataset": "audioset",
+        "audio": [absolute_path_or_url(path) for path in audio],
+        "segments": [absolute_path_or_url(path) for path in segments],
+        "lenient": lenient,
+    }
 
 
 def match_sounds_to_plan(plan: pl.DataFrame, audio_roots: Sequence[Path | str]) -> ClipSources:

@@ -8,7 +8,6 @@ file too.
 import csv
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,11 @@ from pipeline.audio.sources import SOURCES_SCHEMA, ClipSources, SoundLocator
 from pipeline.errors import AudioError, InputError, ManifestError
 from pipeline.labels.ontology import ClassList
 from pipeline.messages import did_you_mean
+from pipeline.store.header import StoreHeader
 from pipeline.store.manifest import PLAN_SCHEMA
+from pipeline.threads import map_on_threads
+
+SHOWN_UNMATCHED = 20  # sounds that belong to no row, in build.json
 
 ARCHIVE_SUFFIXES = (".zip", ".z01", ".tar", ".gz", ".tgz", ".7z", ".rar")
 
@@ -64,6 +67,7 @@ class Corpus:
                       the key `dataset` names the function
     clip_seconds      length of a row in seconds; None if the mel spec decides
     notes    sentences for the user who builds a store, e.g. how many lines of a list were left out
+    stored_plan       if the plan was read from a store: its folder, its header, and what its build found
     """
 
     plan: pl.DataFrame
@@ -72,6 +76,39 @@ class Corpus:
     dataset_settings: dict[str, Any]
     clip_seconds: float | None = None
     notes: tuple[str, ...] = ()
+    stored_plan: "StoredPlan | None" = None
+
+    @property
+    def sound_counts(self) -> dict[str, Any]:
+        """How many sounds were found, and how many of them belong to no row, with examples; keys of build.json."""
+        if self.stored_plan is not None:
+            return self.stored_plan.sound_counts
+        sources = self.sources
+        return {
+            "audio_files": sources.sound_count,
+            "unmatched_files": len(sources.unmatched_sources),
+            "unmatched_examples": sources.unmatched_sources[:SHOWN_UNMATCHED],
+            "other_start_files": len(sources.other_segment_sources),
+            "other_start_examples": sources.other_segment_sources[:SHOWN_UNMATCHED],
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredPlan:
+    """Where a plan was read from: the store, its header, and the `Corpus.sound_counts` of the build that looked."""
+
+    store: Path
+    header: StoreHeader
+    sound_counts: dict[str, Any]
+    is_current: bool = True  # whether sources.parquet of the store has the sources of the corpus
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CorpusRequest:
+    """A corpus that is made only if no store has its plan already; `settings` are its `Corpus.dataset_settings`."""
+
+    settings: dict[str, Any]
+    make: Callable[[], Corpus]
 
 
 def absolute_path_or_url(path: Path | str) -> str:
@@ -354,15 +391,10 @@ def measure_sound_lengths(
     paths: Sequence[str], *, progress: ProgressWrapper | None = None
 ) -> dict[str, float]:
     """Return the length in seconds, by path, of each sound that can be opened."""
-    # No `with`, which would wait for all sounds even after Ctrl-C.
-    pool = ThreadPoolExecutor(LENGTH_CHECK_THREADS)
-    try:
-        lengths = pool.map(measure_sound_length, paths)
-        if progress and paths:
-            lengths = progress(len(paths), lengths)
-        seconds = list(lengths)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    lengths = map_on_threads(measure_sound_length, paths, LENGTH_CHECK_THREADS)
+    if progress and paths:
+        lengths = progress(len(paths), lengths)
+    seconds = list(lengths)
     return {path: length for path, length in zip(paths, seconds, strict=True) if length is not None}
 
 

@@ -1,6 +1,7 @@
 """ESC-50 (Piczak 2015): 2,000 environmental sounds of 5 s, 50 classes, five folds for cross-validation."""
 
 from pathlib import Path
+from typing import Any
 
 from pipeline.datasets.corpus import (
     FIRST_ROW_LINE,
@@ -53,7 +54,7 @@ def esc50_corpus(root: Path | str) -> Corpus:
         plan=plan_from_clips(clips),
         sources=sources_from_clips(clips, files=len(clips)),
         classes=classes,
-        dataset_settings={"dataset": "esc50", "root": absolute_path_or_url(root)},
+        dataset_settings=esc50_settings(root),
         clip_seconds=ESC50_CLIP_SECONDS,
         notes=(
             *note_missing_files(clips, folder / "audio"),
@@ -62,6 +63,11 @@ def esc50_corpus(root: Path | str) -> Corpus:
             ),
         ),
     )
+
+
+def esc50_settings(root: Path | str) -> dict[str, Any]:
+    """Return the `Corpus.dataset_settings` of `esc50_corpus` with these arguments."""
+    return {"dataset": "esc50", "root": absolute_path_or_url(root)}
 
 
 def _esc50_classes(path: Path, rows: list[dict[str, str]]) -> ClassList:

@@ -1,10 +1,12 @@
 """A user's own sounds: any folder of files, with or without a table of labels, splits and times."""
 
-import difflib
 import os.path
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import polars as pl
 
 from pipeline.datasets.clip_table import (
     GROUP_COLUMN,
@@ -34,6 +36,7 @@ from pipeline.datasets.sound_folder import SoundFolder
 from pipeline.errors import InputError, ManifestError
 from pipeline.labels.ontology import ClassList
 from pipeline.messages import count_phrase, suggest_known
+from pipeline.store.manifest import nearest_texts
 
 FOLDER_CLIP_SECONDS = 10.0  # default length of a clip
 
@@ -129,25 +132,42 @@ def folder_corpus(
     elif lacks_split_to_measure(clips):
         notes.append(NO_HELD_OUT_SPLIT_NOTE)
 
-    # Settings that are not used are not recorded, as before there were such.
-    split_settings = {"holdout": holdout, "group": group, "split_column": split_column}
     return Corpus(
         plan=plan_from_clips(clips),
         sources=sources_from_clips(clips, files=len(sound_folder.sound_names), unmatched=unmatched),
         classes=classes,
-        dataset_settings={
-            "dataset": "folder",
-            "root": absolute_path_or_url(root),
-            "table": None if table is None else absolute_path_or_url(table),
-            "clip_seconds": clip_seconds,
-            "hop_seconds": hop_seconds,
-            "split": split,
-            "label_from": label_from,
-            **{name: value for name, value in split_settings.items() if value is not None},
-        },
+        dataset_settings=folder_settings(
+            root, table, clip_seconds, hop_seconds, split, label_from, holdout, group, split_column
+        ),
         clip_seconds=clip_seconds,
         notes=tuple(notes),
     )
+
+
+def folder_settings(
+    root: Path | str,
+    table: Path | str | None = None,
+    clip_seconds: float | None = None,
+    hop_seconds: float | None = None,
+    split: str = "train",
+    label_from: str = "none",
+    holdout: float | None = None,
+    group: str | None = None,
+    split_column: str | None = None,
+) -> dict[str, Any]:
+    """Return the `Corpus.dataset_settings` of `folder_corpus` with these arguments."""
+    # Settings that are not used are not recorded, as before there were such.
+    split_settings = {"holdout": holdout, "group": group, "split_column": split_column}
+    return {
+        "dataset": "folder",
+        "root": absolute_path_or_url(root),
+        "table": None if table is None else absolute_path_or_url(table),
+        "clip_seconds": clip_seconds,
+        "hop_seconds": hop_seconds,
+        "split": split,
+        "label_from": label_from,
+        **{name: value for name, value in split_settings.items() if value is not None},
+    }
 
 
 def _check_folder_options(
@@ -274,7 +294,7 @@ def _note_absent_files(
 
     # Name only the first file and the most similar name: all names would be too long for a message.
     first = absent_rows[0]
-    nearest = difflib.get_close_matches(os.path.normpath(first.path), sound_folder.sound_names, n=1)
+    nearest = nearest_texts(pl.Series("name", sound_folder.sound_names), os.path.normpath(first.path))
     suggestion = f" (did you mean {nearest[0]!r}?)" if nearest else ""
     shortfall = (
         f"{path}: {len(absent_rows)} of {len(table.rows)} files are not there, "

@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pipeline.datasets.corpus import (
     FIRST_ROW_LINE,
@@ -84,15 +85,20 @@ def fsd50k_corpus(
         plan=plan_from_clips(clips),
         sources=sources_from_clips(clips, files=len(sounds)),
         classes=classes,
-        dataset_settings={
-            "dataset": "fsd50k",
-            "root": absolute_path_or_url(root),
-            "clip_seconds": clip_seconds,
-            "cut": cut,
-        },
+        dataset_settings=fsd50k_settings(root, clip_seconds, cut=cut),
         clip_seconds=clip_seconds,
         notes=(*missing_notes, *cut_notes, *count_notes),
     )
+
+
+def fsd50k_settings(root: Path | str, clip_seconds: float = 10.0, *, cut: bool = False) -> dict[str, Any]:
+    """Return the `Corpus.dataset_settings` of `fsd50k_corpus` with these arguments."""
+    return {
+        "dataset": "fsd50k",
+        "root": absolute_path_or_url(root),
+        "clip_seconds": clip_seconds,
+        "cut": cut,
+    }
 
 
 def _read_vocabulary(path: Path) -> ClassList:

@@ -135,6 +135,24 @@ def hub_corpus(
     )
 
 
+def hub_settings(
+    dataset: str,
+    config: str | None = None,
+    revision: str | None = None,
+    label_column: str | None = None,
+    clip_seconds: float | None = None,
+) -> dict[str, Any]:
+    """Return what was asked of `hub_corpus`. A corpus records the commit and the column of labels that it found."""
+    return {
+        "dataset": "hub",
+        "source": dataset,
+        "config": config,
+        "revision": revision,
+        "label_column": label_column,
+        "clip_seconds": clip_seconds,
+    }
+
+
 def recreate_hub_corpus(source: str, **options: Any) -> Corpus:
     """Make the corpus of `Corpus.dataset_settings` again; raises InputError."""
     return hub_corpus(source, **options)

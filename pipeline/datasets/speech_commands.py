@@ -1,6 +1,7 @@
 """Speech Commands (Warden 2018, arXiv 1804.03209): single words of about a second, a folder for each word."""
 
 from pathlib import Path
+from typing import Any
 
 from pipeline.audio.folder_walk import walk_sound_files
 from pipeline.datasets.corpus import (
@@ -87,11 +88,7 @@ def speech_commands_corpus(root: Path | str, version: str = "v2") -> Corpus:
         plan=plan_from_clips(clips),
         sources=sources_from_clips(clips, files=len(found_names), unmatched=[*noise_names, *other_names]),
         classes=ClassList(mids=tuple(words), names=tuple(words)),
-        dataset_settings={
-            "dataset": "speech_commands",
-            "root": absolute_path_or_url(root),
-            "version": version,
-        },
+        dataset_settings=speech_commands_settings(root, version),
         clip_seconds=SPEECH_COMMANDS_CLIP_SECONDS,
         notes=(
             *note_missing_files(clips, folder),
@@ -100,6 +97,11 @@ def speech_commands_corpus(root: Path | str, version: str = "v2") -> Corpus:
             *compare_with_release([("clips", len(clips), official_count)]),
         ),
     )
+
+
+def speech_commands_settings(root: Path | str, version: str = "v2") -> dict[str, Any]:
+    """Return the `Corpus.dataset_settings` of `speech_commands_corpus` with these arguments."""
+    return {"dataset": "speech_commands", "root": absolute_path_or_url(root), "version": version}
 
 
 def _word_of(name: str) -> str:

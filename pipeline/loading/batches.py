@@ -61,7 +61,7 @@ def open_batches(
     steps = len(rows_N) * epochs // clips
     if not steps:
         raise RunError(f"{store.location}: {len(rows_N)} clips fill no batch of {clips}; choose fewer clips")
-    mean, std = store.mean_and_std(names or sorted(store.manifest["split"].unique()))
+    mean, std = store.mean_and_std(names or sorted(store.split_names))
     view = View(
         frames=store.frames if frames is None else frames,
         mean=mean,

@@ -102,7 +102,7 @@ def measure_loading(
     torch_device = resolve_device(device)
 
     # Stages.
-    mean, std = store.mean_and_std(sorted(set(store.manifest["split"])))
+    mean, std = store.mean_and_std(sorted(store.split_names))
     order = RowOrder(rows_N=rows_N, clips=batch_clips, seed=0)
     view = View(frames=store.frames, mean=mean, std=std)
     stages = [time_disk(store, say), *time_memory_stages(store, order, view, torch_device, say)]

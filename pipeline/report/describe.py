@@ -10,7 +10,7 @@ from pipeline.errors import StoreError
 from pipeline.labels.ontology import name_with_id
 from pipeline.store import summary
 from pipeline.store.feature_store import FeatureStore
-from pipeline.store.manifest import FAILURE_REASONS, nearest_clip_ids
+from pipeline.store.manifest import FAILURE_REASONS, nearest_texts
 from pipeline.store.shards import ABSENT_OFFSET, read_shard_index, shard_path
 
 MAX_PICTURED_ROWS = 12
@@ -20,7 +20,7 @@ def describe_store(store: FeatureStore) -> str:
     """Describe a store, one line per fact: identity, layout, good clips of each split, labels."""
     spec = store.spec
     layout = store.header.layout
-    coverage = summary.ClipCoverage.from_manifest(store.manifest)
+    coverage = summary.ClipCoverage.from_store(store)
     labels, label_sources = summary.read_label_table(store)
 
     # Identity and layout.
@@ -51,9 +51,10 @@ def describe_store(store: FeatureStore) -> str:
 
 def find_clip_rows(store: FeatureStore, clip_id: str) -> list[int]:
     """Every row of a clip id; StoreError with the nearest ids if there is none."""
-    rows = store.manifest.select(pl.col("clip_id") == clip_id).to_series().arg_true().to_list()
+    ids = store.manifest_columns("clip_id").to_series()
+    rows = (ids == clip_id).arg_true().to_list()
     if not rows:
-        nearest = nearest_clip_ids(store.manifest["clip_id"], clip_id)
+        nearest = nearest_texts(ids, clip_id)
         hint = "its manifest.parquet lists all ids"
         if nearest:
             hint = f"did you mean {' or '.join(map(repr, nearest))}?"
@@ -66,7 +67,7 @@ def select_clip_rows(store: FeatureStore, clip_id: str | None, row: int | None) 
 
     StoreError if there is no such row.
     """
-    rows = range(store.manifest.height) if clip_id is None else find_clip_rows(store, clip_id)
+    rows = range(store.header.layout.clips) if clip_id is None else find_clip_rows(store, clip_id)
     if row is None:
         return list(rows)
 
@@ -83,12 +84,16 @@ def select_clip_rows(store: FeatureStore, clip_id: str | None, row: int | None) 
 def describe_rows(store: FeatureStore, rows: Sequence[int]) -> str:
     """Describe some rows with all facts that the store has; one block per row, with blank lines between blocks."""
     labels = summary.read_label_table(store)[0]
-    return "\n\n".join(_align_facts(_row_facts(store, labels, row)) for row in rows)
+    clips = store.manifest_rows(rows)
+    blocks = (_row_facts(store, labels, row, clips[index]) for index, row in enumerate(rows))
+    return "\n\n".join(map(_align_facts, blocks))
 
 
-def _row_facts(store: FeatureStore, labels: pl.DataFrame, row: int) -> Iterator[tuple[str, str]]:
+def _row_facts(
+    store: FeatureStore, labels: pl.DataFrame, row: int, manifest_row: pl.DataFrame
+) -> Iterator[tuple[str, str]]:
     # The clip.
-    clip = store.manifest.row(row, named=True)
+    clip = manifest_row.row(0, named=True)
     yield "clip", clip["clip_id"]
     yield "row", f"{row:,}"
     yield "split", clip["split"]
@@ -110,7 +115,7 @@ def _row_facts(store: FeatureStore, labels: pl.DataFrame, row: int) -> Iterator[
         yield "detail", clip["detail"] or "none"
 
     # Its exclusions, its place on disk and its labels.
-    if excluding_lists := store.exclusions.lists_excluding(store.manifest[row]):
+    if excluding_lists := store.exclusions.lists_excluding(manifest_row):
         yield "excluded", f"by {', '.join(excluding_lists)}"
     yield "stored", describe_location(store, row)
     yield from _label_facts(store, labels, row)
@@ -159,7 +164,7 @@ def describe_location(store: FeatureStore, row: int) -> str:
 
 def write_rows_picture(store: FeatureStore, rows: Sequence[int], path: Path) -> None:
     """Write a PNG of the good rows among `rows`; StoreError if no row is good, or more than MAX_PICTURED_ROWS are."""
-    clips = store.manifest.select("clip_id", "status", "reason")[list(rows)]
+    clips = store.manifest_columns("clip_id", "status", "reason")[list(rows)]
     good_rows = [row for row, status in zip(rows, clips["status"], strict=True) if status == "good"]
     if not good_rows:
         clip_id, _, reason = clips.row(0)

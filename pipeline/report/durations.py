@@ -31,7 +31,11 @@ class SoundDurations:
         """Sum up the manifest of a store."""
         # The good clips of each split.
         step_seconds = frame_step_seconds(store.spec)
-        good = store.manifest.lazy().filter(IS_GOOD_CLIP)
+        good = (
+            store.manifest_columns("split", "status", "n_frames", "source", "seconds")
+            .lazy()
+            .filter(IS_GOOD_CLIP)
+        )
         frames = good.group_by("split", maintain_order=True).agg(pl.col("n_frames").sum()).collect()
         split_seconds = {split: count * step_seconds for split, count in frames.iter_rows()}
 

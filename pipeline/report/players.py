@@ -36,7 +36,7 @@ class SoundPlayers:
                 f"{store.location}: its build.json does not say where its sounds lie; leave out --sounds"
             )
         corpus = recreate_corpus(asked)
-        if not corpus.plan["clip_id"].equals(store.manifest["clip_id"]):
+        if not corpus.plan["clip_id"].equals(store.manifest_columns("clip_id")["clip_id"]):
             raise StoreError(
                 f"{store.location}: its lists and folders have other clips now than when it was built; "
                 "put them back, or leave out --sounds"

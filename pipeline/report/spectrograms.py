@@ -91,7 +91,7 @@ def pick_varied_rows(
     rng = np.random.default_rng(seed)
 
     # Row and class of every label of a good row (axis L).
-    is_good_N = np.zeros(store.manifest.height, bool)
+    is_good_N = np.zeros(store.header.layout.clips, bool)
     is_good_N[good_N] = True
     row_L, classes = flatten_label_lists(labels["raw"])
     is_good_L = is_good_N[row_L]
@@ -151,12 +151,13 @@ def draw_spectrograms(
     value_range = colour_range(mel_BTF)
     lines = -(-len(rows_B) // columns)
     figure = Figure(figsize=(clip_inches[0] * columns, clip_inches[1] * lines), layout="constrained")
+    clip_ids = store.manifest_columns("clip_id")["clip_id"][rows_B]
     for place, (row, mel_TF) in enumerate(zip(rows_B.tolist(), mel_BTF, strict=True)):
         axes = figure.add_subplot(lines, columns, place + 1)
         image = plot_spectrogram(axes, store, row, mel_TF, value_range)
 
         # matplotlib would read the text between two dollar signs as a formula.
-        title = f"{store.manifest['clip_id'][row]}: {label_title(store, labels, row)}"
+        title = f"{clip_ids[place]}: {label_title(store, labels, row)}"
         axes.set_title(title.replace("$", r"\$"), fontsize=8)
 
         # Axes are labelled at the left and at the bottom of the grid.

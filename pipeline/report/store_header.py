@@ -98,7 +98,7 @@ def identity_details(store: FeatureStore, label_sources: dict[str, str]) -> Mark
     stored_bytes = summary.format_bytes(summary.stored_mel_bytes(store))
     versions = read_build_json(store).get("versions", {})
     facts = {
-        "mel": f"{store.manifest.height:,} clips of {store.frames} frames of {store.bands} bands, {store.dtype}",
+        "mel": f"{len(store.n_frames_N):,} clips of {store.frames} frames of {store.bands} bands, {store.dtype}",
         "on disk": f"{stored_bytes} in {store.header.layout.shard_count:,} shards",
         "label sets": ", ".join(label_sources),
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()) or "not recorded",

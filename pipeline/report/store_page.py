@@ -52,8 +52,7 @@ def write_store_page(
 
 def render_store_page(store: FeatureStore, *, clip_count: int = 12, with_sounds: bool = False) -> str:
     """The page as text. It shows `clip_count` spectrograms, of about 50 kB each; with sounds, 20 kB more."""
-    excluded_N = store.exclusions.excluded_mask_N(store.manifest)
-    coverage = ClipCoverage.from_manifest(store.manifest, excluded_N)
+    coverage = ClipCoverage.from_store(store)
     labels, label_sources = summary.read_label_table(store)
     class_counts = summary.ClassCounts.from_store(store, labels, coverage.splits)
     players = SoundPlayers.of_store(store) if with_sounds else None
@@ -124,7 +123,7 @@ def failure_section(store: FeatureStore, coverage: ClipCoverage) -> Markup:
     parts = [split_count_table("reason", coverage.splits, rows)]
 
     # The first few clips of each reason, with the details of their failure.
-    examples = summary.failure_examples(store.manifest)
+    examples = summary.failure_examples(store.manifest_columns(*summary.EXAMPLE_COLUMNS))
     lists = []
     for reason, counts in coverage.reason_counts.items():
         # How many of the clips are listed below.
@@ -179,7 +178,7 @@ def length_figure(store: FeatureStore) -> Markup:
     clip_seconds = store.spec.clip_seconds
     # 20 bars to the length of a clip, moved by half a bar.
     edges_N = clip_seconds * (np.arange(32) - 0.5) / 20
-    counts_N = summary.good_clip_histogram(store.manifest, "seconds", edges_N)
+    counts_N = summary.good_clip_histogram(store.manifest_columns("status", "seconds"), "seconds", edges_N)
     ticks = [round(clip_seconds * part, 3) for part in (0, 0.5, 1, 1.5)]
     chart = html.histogram_chart(counts_N, edges_N, ticks, "seconds", log_scale=True)
     return html.html_figure(
@@ -189,7 +188,7 @@ def length_figure(store: FeatureStore) -> Markup:
 
 def level_figure(store: FeatureStore, column: str, title: str) -> Markup:
     """A histogram of a column of levels."""
-    counts_N = summary.good_clip_histogram(store.manifest, column, LEVEL_EDGES_DBFS)
+    counts_N = summary.good_clip_histogram(store.manifest_columns("status", column), column, LEVEL_EDGES_DBFS)
     chart = html.histogram_chart(counts_N, LEVEL_EDGES_DBFS, [-90, -60, -30, 0], "dBFS")
     return html.html_figure(
         chart, title, "of the mono wave before resampling; outer bars count values beyond the axis"
@@ -198,7 +197,7 @@ def level_figure(store: FeatureStore, column: str, title: str) -> Markup:
 
 def value_figure(store: FeatureStore, column: str, title: str) -> Markup:
     """A bar for each of the commonest values of a column, and one bar for all other values."""
-    counts = summary.count_good_values(store.manifest, column)
+    counts = summary.count_good_values(store.manifest_columns("status", column), column)
     bars = [("unknown" if value is None else value, count) for value, count in counts[:MAX_VALUE_ROWS]]
     others = [count for _, count in counts[MAX_VALUE_ROWS:]]
     if others:
@@ -265,7 +264,8 @@ def example_clips_section(
 
     # A figure for every clip.
     figures = []
-    for row, mel_TF in zip(rows_B.tolist(), mel_BTF, strict=True):
+    clips = store.manifest_columns("clip_id", "split")[rows_B].rows()
+    for row, mel_TF, (clip_id, split) in zip(rows_B.tolist(), mel_BTF, clips, strict=True):
         chart = html.spectrogram_chart(
             mel_TF,
             value_range,
@@ -275,7 +275,7 @@ def example_clips_section(
             valid_frames=int(store.n_frames_N[row]),
         )
         title = spectrograms.label_title(store, labels, row, max_letters=90)
-        description = f"{store.manifest['clip_id'][row]} · {store.manifest['split'][row]} · row {row:,}"
+        description = f"{clip_id} · {split} · row {row:,}"
         figure = join_markup(chart, optional_player(players, row))
         figures.append(html.html_figure(figure, title, description))
 

@@ -20,8 +20,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import polars as pl
-
 from pipeline.errors import InputError, StoreError
 from pipeline.files import (
     DISK_FULL_ERRNOS,
@@ -33,7 +31,8 @@ from pipeline.files import (
 )
 from pipeline.object_store import check_reachable, download_into_file, download_object, object_versions
 from pipeline.store.header import ShardLayout, no_store_error
-from pipeline.store.manifest import RESULT_SCHEMA
+from pipeline.store.manifest_table import ManifestTable
+from pipeline.store.plan_file import PLAN_FILE, SOURCES_FILE
 from pipeline.store.shards import ShardCommit, file_matches_commit, ledger_path, read_commit_file, shard_path
 
 # Gigabytes are decimal everywhere, as disks are sold.
@@ -78,8 +77,12 @@ def fetch_store_tables(url: str, cache: Path) -> Path:
 
 def _remote_table_versions(url: str) -> dict[str, str]:
     """Return the version of each table in the bucket, by the table's path in the store."""
-    # Leave out locks: they belong to processes that write the store.
-    versions = {name: version for name, version in object_versions(url).items() if not name.endswith(".lock")}
+    # Leave out locks, which belong to processes that write the store, and the files that only builds read.
+    versions = {
+        name: version
+        for name, version in object_versions(url).items()
+        if not name.endswith((".lock", ".held")) and name not in (PLAN_FILE, SOURCES_FILE)
+    }
 
     # Below `mel`, only the array's metadata counts as a table; all other objects are shards.
     mel_versions = object_versions(f"{url}/mel")
@@ -97,7 +100,7 @@ class ShardCache:
     max_bytes: int
     snapshot_folder: Path  # folder in the cache with the shards of this build of the store
     layout: ShardLayout
-    manifest: pl.DataFrame  # of the store
+    manifest: ManifestTable  # of the store
 
     def local_path(self, shard: int) -> Path:
         """Return the local path of a shard, fetched if necessary; no file exists if the shard has no good clip.
@@ -166,10 +169,11 @@ class ShardCache:
         if not record.exists() and not download_object(self._record_url(shard), record):
             raise StoreError(f"{self._record_url(shard)}: is not in the bucket; build the store again")
 
-        # The manifest was read when the store was opened. A record of a later build has other results.
+        # The manifest is that of the build which was opened. A record of a later build has other checksums.
         commit, results = read_commit_file(record)
         rows = self.layout.rows_of_shard(shard)
-        if not results.equals(self.manifest[rows.start : rows.stop].select(*RESULT_SCHEMA)):
+        stored = self.manifest.columns("n_frames", "crc32c")[rows.start : rows.stop]
+        if not results.select("n_frames", "crc32c").equals(stored):
             record.unlink()
             raise StoreError(f"{self.url}: has been built anew since it was opened; start this command again")
         return commit

@@ -35,10 +35,9 @@ class Clip(TypedDict):
 class ReadableStore(Protocol):
     """What a dataset asks of a store; `FeatureStore` documents it."""
 
-    n_frames_N: np.ndarray
-
     @property
-    def manifest(self) -> pl.DataFrame: ...
+    def n_frames_N(self) -> np.ndarray: ...
+    def manifest_columns(self, *names: str) -> pl.DataFrame: ...
     def good_rows(self, splits: str | Sequence[str] | None = None) -> np.ndarray: ...
     def labels_BC(self, rows_B: np.ndarray, label_set: str = "raw") -> np.ndarray: ...
     def to_log_mel(self, stored: np.ndarray) -> np.ndarray: ...
@@ -84,7 +83,7 @@ class ClipDataset(Dataset[Clip]):
         """Return several clips from one read; a `DataLoader` calls this for each batch."""
         rows_B = self.rows_N[np.asarray(indices, np.int64)]
         mel_BTF = torch.from_numpy(self.store.to_log_mel(self.store.read(rows_B)))
-        ids = self.store.manifest["clip_id"].gather(rows_B).to_list()
+        ids = self.store.manifest_columns("clip_id")["clip_id"].gather(rows_B).to_list()
         clips = [
             Clip(
                 mel=mel_TF if self.transform is None else self.transform(mel_TF),

@@ -11,10 +11,14 @@ NAME.zarr/              a Zarr v3 group: any Zarr v3 library opens it
                         the `ShardCommit` (`shards.py`). The commit point: a shard without a record does not exist.
                         N.parquet.next: a record whose shard is about to be moved into place; the next build makes it
                         valid if the shard matches, else removes it
+  plan.parquet          row i: id, split and times as in the manifest, class ids as listed, and why the row does not
+                        count (`plan_file.py`). Later builds need no lists or walks. Older stores lack it
+  sources.parquet       row i: where its sound was found, by absolute path; what was asked, and versions of lists and
+                        archives, in the schema metadata (`pipeline/build/plan_files.py`). Older stores lack it
   excluded.parquet      optional: clips that exclude lists keep out of `good_rows` (`exclusions.py`)
   stats.json            mean and std over valid frames of good clips, global and per band: all, and per split
-  build*.lock, gate.lock    locks of processes that are writing the store
-  build.json            options, versions and duration of the build; the only file that differs between equal builds
+  build*.lock, gate.lock    locks of processes that are writing the store; *.held where the disk has no locks
+  build.json            options, versions and duration of the build; it and sources.parquet differ between equal builds
 """
 
 import json
@@ -36,10 +40,11 @@ from pipeline.object_store import is_remote_url
 from pipeline.store.cache import BYTES_PER_GB, ShardCache, fetch_store_tables
 from pipeline.store.exclusions import Exclusions
 from pipeline.store.header import StoreHeader
-from pipeline.store.manifest import check_manifest_schema
+from pipeline.store.manifest import MANIFEST_SCHEMA
+from pipeline.store.manifest_table import ManifestTable
 from pipeline.store.reader import ChecksumMode, ReadMethod, RowReader, ShardReader
 from pipeline.store.shards import check_mel_array, shard_path
-from pipeline.tables import read_table
+from pipeline.tables import read_table, read_table_schema
 
 if TYPE_CHECKING:  # PyTorch takes seconds to import, and only datasets need it
     from torch import Tensor
@@ -63,7 +68,7 @@ class FeatureStore(MapStyleDataset):
         self,
         path: Path,
         header: StoreHeader,
-        manifest: pl.DataFrame,
+        manifest: pl.DataFrame | ManifestTable,
         store_id: str,
         *,
         io: ReadMethod = "pread",
@@ -74,8 +79,10 @@ class FeatureStore(MapStyleDataset):
         self.path = path
         self.location = str(path) if cache is None else cache.url
         self.header = header
-        self.manifest = manifest
         self.store_id = store_id
+        if isinstance(manifest, pl.DataFrame):
+            manifest = ManifestTable(path / "manifest.parquet", store_id, manifest)
+        self.manifest_table = manifest
 
         # Loaders use these for every batch.
         self.spec = header.spec
@@ -85,7 +92,6 @@ class FeatureStore(MapStyleDataset):
         self.frames = header.layout.frames
         self.bands = header.layout.bands
         self.dtype = np.dtype(header.layout.dtype)
-        self.n_frames_N = manifest["n_frames"].to_numpy()
 
         # Each thread has its own reader; all of them share the record of the rows that have been checked.
         self._cache = cache
@@ -133,12 +139,11 @@ class FeatureStore(MapStyleDataset):
         check_mel_array(path, header.layout)
 
         # The store's id is written last: without it the build has not finished.
-        manifest, metadata = read_table(path / "manifest.parquet")
-        if "store_id" not in metadata:
+        manifest = ManifestTable.open(path / "manifest.parquet")
+        if manifest is None:
             raise StoreError(
                 f"{location}: its build has not finished; run the same ajepa-data build command again"
             )
-        manifest = check_manifest_schema(manifest, path / "manifest.parquet")
 
         shard_cache = None
         if cache_folder is not None:
@@ -146,17 +151,17 @@ class FeatureStore(MapStyleDataset):
                 url=str(location).rstrip("/"),
                 cache_folder=cache_folder,
                 max_bytes=int(cache_gb * BYTES_PER_GB),
-                snapshot_folder=path.parent / metadata["store_id"],
+                snapshot_folder=path.parent / manifest.store_id,
                 layout=header.layout,
                 manifest=manifest,
             )
-        return cls(path, header, manifest, metadata["store_id"], io=io, check=check, cache=shard_cache)
+        return cls(path, header, manifest, manifest.store_id, io=io, check=check, cache=shard_cache)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Open files and the locks of threads cannot be pickled; the arguments of `open` can.
         if self._custom_reader is not None:
             rebuild = partial(FeatureStore, reader=self._custom_reader)
-            return rebuild, (self.path, self.header, self.manifest, self.store_id)
+            return rebuild, (self.path, self.header, self.manifest_table, self.store_id)
         options: dict[str, Any] = {"io": self._io, "check": self._check}
         if self._cache is None:
             return partial(FeatureStore.open, **options), (self.path,)
@@ -184,6 +189,30 @@ class FeatureStore(MapStyleDataset):
         """The id of the mel spec."""
         return self.spec.spec_id
 
+    @property
+    def manifest(self) -> pl.DataFrame:
+        """The whole manifest, one row per clip; `manifest_columns` needs less memory."""
+        return self.manifest_table.frame
+
+    def manifest_columns(self, *names: str) -> pl.DataFrame:
+        """Return some columns of the manifest, which are read from the disk if they are not in memory."""
+        return self.manifest_table.columns(*names)
+
+    def manifest_rows(self, rows: Sequence[int]) -> pl.DataFrame:
+        """Return some rows of the manifest; one column at a time is in memory."""
+        columns = [self.manifest_columns(name)[list(rows)] for name in MANIFEST_SCHEMA]
+        return pl.concat(columns, how="horizontal")
+
+    @property
+    def split_names(self) -> tuple[str, ...]:
+        """The splits, in the order in which they first occur in the manifest."""
+        return self.manifest_table.split_names
+
+    @cached_property
+    def n_frames_N(self) -> np.ndarray:
+        """The valid frames of each row, 0 if it is not good, int32."""
+        return self.manifest_table.columns("n_frames").to_series().to_numpy()
+
     @cached_property
     def stats(self) -> dict[str, dict[str, Any]]:
         """For `all` and each split: frames, mean, std, mean_F, std_F of log-mel over valid frames of good clips."""
@@ -202,7 +231,7 @@ class FeatureStore(MapStyleDataset):
         return pool_band_mean_and_std([self.stats[split] for split in splits if split in self.stats])
 
     def __repr__(self) -> str:
-        counts = self.manifest["split"].value_counts().sort("split").iter_rows()
+        counts = self.manifest_columns("split")["split"].value_counts().sort("split").iter_rows()
         splits = ", ".join(f"{split} {count:,}" for split, count in counts)
         return (
             f"FeatureStore({self.location}: {len(self.n_frames_N):,} clips, {len(self.good_rows()):,} good ({splits}); "
@@ -244,12 +273,11 @@ class FeatureStore(MapStyleDataset):
         """
         if isinstance(splits, str):
             splits = [splits]
+        is_wanted_N = self.manifest_table.good_N
         if splits is not None:
-            refuse_unknown_splits(splits, self.manifest["split"].unique(), self.location)
-        is_wanted = (pl.col("status") == "good") & ~pl.Series(self.exclusions.excluded_mask_N(self.manifest))
-        if splits is not None:
-            is_wanted &= pl.col("split").is_in(list(splits))
-        return self.manifest.select(is_wanted).to_series().arg_true().to_numpy().astype(np.int64)
+            refuse_unknown_splits(splits, self.split_names, self.location)
+            is_wanted_N = is_wanted_N & np.isin(self.split_names, list(splits))[self.manifest_table.split_N]
+        return np.flatnonzero(is_wanted_N & ~self.excluded_N)
 
     def shard_numbers(self, rows_N: np.ndarray) -> np.ndarray:
         """Return the number of each row's shard."""
@@ -260,14 +288,18 @@ class FeatureStore(MapStyleDataset):
         """The clips that exclude lists name; StoreError if their record is damaged."""
         return Exclusions.read_from_store(self.path)
 
-    @cached_property
-    def _label_table(self) -> pl.DataFrame:
-        return read_table(self.path / "labels.parquet")[0]
-
     @property
+    def excluded_N(self) -> np.ndarray:
+        """Whether an exclude list names each row, good or not, bool."""
+        if self.exclusions.frame.is_empty():
+            return np.zeros(self.header.layout.clips, bool)
+        return self.exclusions.excluded_mask_N(self.manifest_columns("clip_id", "split"))
+
+    @cached_property
     def label_sets(self) -> tuple[str, ...]:
         """`raw` and the names of the rules by which labels have been propagated."""
-        return tuple(name for name in self._label_table.columns if name != "outside")
+        schema, _ = read_table_schema(self.path / "labels.parquet")
+        return tuple(name for name in schema if name != "outside")
 
     def labels_BC(self, rows_B: np.ndarray, label_set: str = "raw") -> np.ndarray:
         """Return 1 if a row has a class, else 0, float32 `[B, C]`; StoreError if the store lacks the label set."""
@@ -290,7 +322,7 @@ class FeatureStore(MapStyleDataset):
 
         # Flatten each label set only once, because every batch needs it.
         if label_set not in self._flat_labels:
-            lists = self._label_table[label_set]
+            lists = read_table(self.path / "labels.parquet", [label_set])[0][label_set]
             offsets_N = np.concatenate([[0], np.cumsum(lists.list.len().to_numpy(), dtype=np.int64)])
             self._flat_labels[label_set] = (lists.explode(empty_as_null=False).to_numpy(), offsets_N)
         return self._flat_labels[label_set]
@@ -349,7 +381,7 @@ class FeatureStore(MapStyleDataset):
     def _explain_broken_clip(self, broken: BrokenClipError) -> StoreError:
         """Return the error for a row that could not be read, with the clip, the shard and the remedy."""
         row = broken.row
-        clip_id, status, reason = self.manifest.select("clip_id", "status", "reason").row(row)
+        clip_id, status, reason = self.manifest_columns("clip_id", "status", "reason").row(row)
         if status != "good":
             return StoreError(
                 f"{self.location}: row {row} (clip {clip_id}) is not good: {reason}; draw rows from good_rows()"

@@ -30,13 +30,17 @@ class AnyStore(Protocol):
     frames: int
     bands: int
     dtype: np.dtype
-    n_frames_N: np.ndarray
     store_id: str
 
     @property
     def location(self) -> str: ...
     @property
     def manifest(self) -> pl.DataFrame: ...
+    def manifest_columns(self, *names: str) -> pl.DataFrame: ...
+    @property
+    def split_names(self) -> tuple[str, ...]: ...
+    @property
+    def n_frames_N(self) -> np.ndarray: ...
     @property
     def spec_id(self) -> str: ...
     @property
@@ -87,9 +91,8 @@ class JoinedStore:
         self.bands = first.bands
         self.dtype = first.dtype
 
-        # The joined facts: the frames of all rows, the first row of each store (and the end of the last), the id.
-        self.n_frames_N = np.concatenate([store.n_frames_N for store in stores])
-        self.first_rows_N = np.cumsum([0, *(len(store.n_frames_N) for store in stores)])
+        # The joined facts: the first row of each store (and the end of the last), the id.
+        self.first_rows_N = np.cumsum([0, *(store.header.layout.clips for store in stores)])
         ids = " ".join(["joined", *(store.store_id for store in stores)])
         self.store_id = hashlib.sha256(ids.encode()).hexdigest()[:12]
 
@@ -107,6 +110,20 @@ class JoinedStore:
     def manifest(self) -> pl.DataFrame:
         """The manifests of all stores, one below the other: row i describes row i of the joined store."""
         return pl.concat([store.manifest for store in self.stores])
+
+    def manifest_columns(self, *names: str) -> pl.DataFrame:
+        """Return some columns of `manifest`, which needs less memory than the whole."""
+        return pl.concat([store.manifest_columns(*names) for store in self.stores])
+
+    @property
+    def split_names(self) -> tuple[str, ...]:
+        """The splits of all stores, in the order in which they first occur."""
+        return tuple(dict.fromkeys(split for store in self.stores for split in store.split_names))
+
+    @cached_property
+    def n_frames_N(self) -> np.ndarray:
+        """The valid frames of each row, 0 if it is not good, int32."""
+        return np.concatenate([store.n_frames_N for store in self.stores])
 
     @property
     def label_sets(self) -> tuple[str, ...]:
@@ -136,7 +153,7 @@ class JoinedStore:
         if isinstance(splits, str):
             splits = [splits]
         # A split may exist in only some of the stores: request from each store the splits that it has.
-        splits_by_store = [set(store.manifest["split"].unique()) for store in self.stores]
+        splits_by_store = [set(store.split_names) for store in self.stores]
         if splits is not None:
             refuse_unknown_splits(splits, set().union(*splits_by_store), self.location)
         rows = []

@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+from collections.abc import Iterable
 
 import polars as pl
 
@@ -76,56 +77,56 @@ def pending_manifest(plan: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def compute_plan_id(plan: pl.DataFrame, *, shard_clips: int) -> str:
-    """Return 12 hex digits of the plan: each row's clip with its split, times and labels, and each shard's rows."""
+def compute_plan_id(plan: pl.DataFrame | Iterable[pl.DataFrame], *, shard_clips: int) -> str:
+    """Return 12 hex digits of the plan: each row's clip with its split, times and labels, and each shard's rows.
+
+    The plan may be given in parts.
+    """
     # One line of text per clip; times in whole milliseconds, which every machine rounds alike.
-    lines = plan.select(
-        pl.concat_str(
-            "clip_id",
-            "split",
-            *[(pl.col(name) * 1000).round().cast(pl.Int64) for name in ("start_seconds", "end_seconds")],
-            pl.col("duplicate").is_not_null().cast(pl.Int8),
-            pl.col("mids").list.join(","),
-            separator="\t",
-        )
-    ).to_series()
+    line = pl.concat_str(
+        "clip_id",
+        "split",
+        *[(pl.col(name) * 1000).round().cast(pl.Int64) for name in ("start_seconds", "end_seconds")],
+        pl.col("duplicate").is_not_null().cast(pl.Int8),
+        pl.col("mids").list.join(","),
+        separator="\t",
+    )
 
     # Hashed in slices: the text of two million clips is never in memory at once.
     digest = hashlib.sha256(f"plan 1, {shard_clips} clips a shard\n".encode())
-    for part in lines.to_frame().iter_slices(65_536):
-        digest.update("".join(f"{line}\n" for line in part.to_series()).encode())
+    for part in [plan] if isinstance(plan, pl.DataFrame) else plan:
+        for rows in part.iter_slices(65_536):
+            lines = rows.select(line + "\n").to_series()
+            digest.update("".join(lines).encode())
     return digest.hexdigest()[:12]
 
 
-def check_manifest_schema(frame: pl.DataFrame, where: object) -> pl.DataFrame:
-    """Return `frame` itself if it has exactly the columns of a manifest; raises ManifestError otherwise."""
-    if dict(frame.schema) != MANIFEST_SCHEMA:
-        different_columns = sorted(set(frame.schema.items()) ^ set(MANIFEST_SCHEMA.items()), key=str)
+def check_manifest_schema(schema: pl.Schema, where: object) -> None:
+    """Raise ManifestError unless a table has exactly the columns of a manifest."""
+    if dict(schema) != MANIFEST_SCHEMA:
+        different_columns = sorted(set(schema.items()) ^ set(MANIFEST_SCHEMA.items()), key=str)
         raise ManifestError(
             f"{where}: not a manifest of this version; columns that differ: {different_columns[:4]}; "
             "build the store again"
         )
-    return frame
 
 
-MAX_COMPARED_IDS = 1_000  # ids that are compared letter by letter with the unknown id
+MAX_COMPARED_TEXTS = 1_000  # texts that are compared letter by letter with the unknown one
 
 
-def nearest_clip_ids(ids: pl.Series, wanted: str) -> list[str]:
-    """Return up to three of the ids that resemble `wanted`, which is not among them.
+def nearest_texts(texts: pl.Series, wanted: str) -> list[str]:
+    """Return up to three of the texts, such as ids or names of files, that resemble `wanted`, which is not among them.
 
-    One typing error leaves two thirds of an id unchanged. So, of two million ids, only those that share most thirds
+    One typing error leaves two thirds of a text unchanged. So, of two million texts, only those that share most thirds
     with `wanted` are compared letter by letter.
     """
-    # Count how many thirds of the wanted id each id contains.
+    # Count how many thirds of the wanted text each text contains.
     third = max(1, -(-len(wanted) // 3))
     parts = [wanted[begin : begin + third].lower() for begin in range(0, len(wanted), third)]
-    lowercase_id = pl.col("id").str.to_lowercase()
-    shared = pl.sum_horizontal(
-        [lowercase_id.str.contains(part, literal=True).cast(pl.Int32) for part in parts]
-    )
-    similar = ids.unique().to_frame("id").with_columns(shared=shared).filter(pl.col("shared") > 0)
+    lowercase = pl.col("text").str.to_lowercase()
+    shared = pl.sum_horizontal([lowercase.str.contains(part, literal=True).cast(pl.Int32) for part in parts])
+    similar = texts.unique().to_frame("text").with_columns(shared=shared).filter(pl.col("shared") > 0)
 
     # Compare the most similar ones in full.
-    most_similar = similar.sort("shared", "id", descending=[True, False])["id"].head(MAX_COMPARED_IDS)
+    most_similar = similar.sort("shared", "text", descending=[True, False])["text"].head(MAX_COMPARED_TEXTS)
     return difflib.get_close_matches(wanted, most_similar.to_list(), n=3, cutoff=0.5)

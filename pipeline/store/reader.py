@@ -4,6 +4,7 @@ import errno
 import fcntl
 import mmap
 import os
+import resource
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,9 @@ ReadMethod = Literal["pread", "mmap", "direct"]
 ChecksumMode = Literal["first-epoch", "always", "never"]
 
 MAX_OPEN_SHARDS = 256  # files that a reader keeps open; a mapped file counts twice
+
+# A reader's part of the files that the process may have open: there is one reader for each store and thread.
+OPEN_FILES_SHARE = 1 / 8
 
 DISK_BLOCK_BYTES = 4096  # offsets, lengths and memory of direct reads are multiples of it
 
@@ -150,7 +154,7 @@ class ShardReader:
 
         # The least recently used file is closed first; the offsets read from its index are kept.
         self._open_shards: OrderedDict[int, _ShardFile] = OrderedDict()
-        self._max_open_shards = MAX_OPEN_SHARDS // 2 if io == "mmap" else MAX_OPEN_SHARDS
+        self._max_open_shards = most_open_shards(io)
         self._offsets_by_shard: dict[int, _ChunkOffsets] = {}
 
         # Buffers: a whole clip if only a crop is requested, the checksum of a clip, and whole blocks of the disk.
@@ -312,6 +316,15 @@ class ShardReader:
     def close(self) -> None:
         """Close all files; the next read opens them again."""
         self._open_shards.clear()
+
+
+def most_open_shards(io: ReadMethod) -> int:
+    """Return how many shard files a reader keeps open, by the limit of this process (`ulimit -n`); at least one."""
+    soft_limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_OPEN_SHARDS
+    if soft_limit != resource.RLIM_INFINITY:
+        most = min(most, int(OPEN_FILES_SHARE * soft_limit))
+    return max(1, most // 2 if io == "mmap" else most)
 
 
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:

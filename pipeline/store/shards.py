@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +23,10 @@ import numpy as np
 import polars as pl
 
 from pipeline.errors import StoreError
-from pipeline.files import scratch_path, sync_to_disk
+from pipeline.files import make_folders, scratch_path, sync_to_disk
 from pipeline.store.header import ShardLayout, StoreHeader
 from pipeline.store.manifest import RESULT_SCHEMA
-from pipeline.tables import frame_digest, read_table, write_table
+from pipeline.tables import frame_digest, read_table, read_table_schema, write_table
 
 if TYPE_CHECKING:
     from torch import Tensor  # takes three seconds to import, and who reads a store may not need it
@@ -168,7 +168,7 @@ class ShardWriter:
         self.path = shard_path(store, shard)
         self.size_bytes = 0
         self._first_row = layout.rows_of_shard(shard).start
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(self.path.parent)
         self._scratch_path = scratch_path(self.path)
         self._file = self._scratch_path.open("wb", buffering=0)
         self._digest = hashlib.sha256()
@@ -298,6 +298,26 @@ def read_commit(store: Path, shard: int) -> tuple[ShardCommit, pl.DataFrame] | N
     return commit, results
 
 
+def read_commit_facts(store: Path, shard: int) -> ShardCommit:
+    """Return the commit of a shard without its results, and so without the check of its digest; raises StoreError."""
+    path = ledger_path(store, shard)
+    _, metadata = read_table_schema(path)
+    if "commit" not in metadata:
+        raise _damaged_record_error(path)
+    return ShardCommit(**metadata["commit"])
+
+
+def read_commit_statuses(store: Path, shard: int) -> pl.Series | None:
+    """Return the status of every row of a shard, without a check of the record's digest; None if not committed."""
+    path = ledger_path(store, shard)
+    if not path.exists():
+        return None
+    frame, _ = read_table(path, ["status"])
+    if frame.columns != ["status"]:
+        raise _damaged_record_error(path)
+    return frame["status"]
+
+
 def read_commit_file(path: Path) -> tuple[ShardCommit, pl.DataFrame]:
     """Return the record in one file of the ledger; raises StoreError if it is damaged."""
     # The digest covers results and commit together, so that parts of two records cannot be mixed.
@@ -308,8 +328,12 @@ def read_commit_file(path: Path) -> tuple[ShardCommit, pl.DataFrame]:
         or frame.columns != list(RESULT_SCHEMA)
         or metadata.get("digest") != _commit_digest(frame, values)
     ):
-        raise StoreError(f"{path}: does not match its digest; run: ajepa-data verify --repair")
+        raise _damaged_record_error(path)
     return ShardCommit(**values), frame
+
+
+def _damaged_record_error(path: Path) -> StoreError:
+    return StoreError(f"{path}: does not match its digest; run: ajepa-data verify --repair")
 
 
 def _commit_digest(results: pl.DataFrame, values: dict[str, Any]) -> str:
@@ -317,7 +341,7 @@ def _commit_digest(results: pl.DataFrame, values: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def compute_store_id(header: StoreHeader, commits: Sequence[ShardCommit]) -> str:
+def compute_store_id(header: StoreHeader, commits: Iterable[ShardCommit]) -> str:
     """Return 12 hex digits of the plan, the mel spec and every shard's digest."""
     text = " ".join([header.plan_id, header.spec.spec_id, *(commit.sha256 for commit in commits)])
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -89,7 +89,7 @@ def describe_splits(store: AnyStore) -> str:
 
 
 def _split_names(store: AnyStore) -> list[str]:
-    return sorted(store.manifest["split"].unique())
+    return sorted(store.split_names)
 
 
 # Patterns in the ids of pieces of one sound -> replacements after which all pieces have the same id.

@@ -31,6 +31,12 @@ EXAMPLES_PER_REASON = 5
 # A sound that is longer than its clip by at most this share loses nothing that matters.
 LONGER_SHARE = 0.05
 
+COVERAGE_COLUMNS = ("split", "status", "reason", "flags")  # of the manifest: what `ClipCoverage` counts
+
+# What `failure_examples` and `left_out_lengths` need.
+EXAMPLE_COLUMNS = ("clip_id", "split", "source", "status", "reason", "detail")
+LENGTH_COLUMNS = ("source", "status", "start_seconds", "end_seconds", "seconds")
+
 IS_GOOD_CLIP = pl.col("status") == "good"
 
 
@@ -63,6 +69,11 @@ class ClipCoverage:
     excluded_counts: tuple[int, ...]  # good clips that an exclude list names
     flag_counts: dict[str, tuple[int, ...]]  # by flag, of good clips; a clip may have several flags
     reason_counts: dict[str, tuple[int, ...]]  # by failure reason
+
+    @classmethod
+    def from_store(cls, store: FeatureStore) -> Self:
+        """Count the clips of a store."""
+        return cls.from_manifest(store.manifest_columns(*COVERAGE_COLUMNS), store.excluded_N)
 
     @classmethod
     def from_manifest(cls, manifest: pl.DataFrame, excluded_N: np.ndarray | None = None) -> Self:
@@ -117,7 +128,7 @@ class ClassCounts:
     def from_store(cls, store: FeatureStore, labels: pl.DataFrame, splits: Sequence[str]) -> Self:
         """Count the clips of a store; `labels` has the columns of labels.parquet."""
         # The split of each row as a number, and whether the row is good.
-        split_names = store.manifest["split"].cast(pl.Enum(list(splits)))
+        split_names = store.manifest_columns("split").to_series().cast(pl.Enum(list(splits)))
         split_N = split_names.to_physical().to_numpy().astype(np.int64)
         good_N = np.zeros(len(split_N), bool)
         good_N[store.good_rows()] = True
@@ -217,7 +228,7 @@ def _describe_provenance(record: Any) -> str:
 def stored_mel_bytes(store: FeatureStore) -> int:
     """Return the bytes of all shards on the disk: the good clips, and one index per shard with a good clip."""
     layout = store.header.layout
-    good_rows_N = np.flatnonzero(store.manifest["status"].to_numpy() == "good")
+    good_rows_N = (store.manifest_columns("status").to_series() == "good").arg_true().to_numpy()
     shard_count = len(np.unique(good_rows_N // layout.shard_clips))
     index_bytes = 16 * layout.shard_clips + CRC_BYTES
     return len(good_rows_N) * (layout.clip_bytes + CRC_BYTES) + shard_count * index_bytes

@@ -1,7 +1,9 @@
 """Stores and sounds on s3://, tested with a local server of the same protocol: every byte is as on the disk."""
 
 import itertools
+import os
 import shutil
+import signal
 import sys
 import tarfile
 import time
@@ -14,6 +16,7 @@ from stores import BUCKET, assert_same_bytes, build, corpus_in
 
 from pipeline import object_store
 from pipeline.audio.mel_spec import preset_mel_spec
+from pipeline.audio.tar import TarReader
 from pipeline.audit.command import record_exclude_lists
 from pipeline.build import remote_store
 from pipeline.build.build import build_store, build_stores
@@ -21,7 +24,7 @@ from pipeline.build.plan import BuildOptions, StoreOutput
 from pipeline.build.remote_store import RemoteStore, staging_folder
 from pipeline.cli import app
 from pipeline.datasets.audioset import audioset_corpus
-from pipeline.errors import AudioError, InputError, StoreError
+from pipeline.errors import AudioError, InputError, StopSignal, StoreError, UnavailableError
 from pipeline.files import BuildPart
 from pipeline.labels.label_sets import propagate_store_labels
 from pipeline.object_store import (
@@ -321,13 +324,77 @@ def test_an_object_that_is_gone_costs_its_clip_and_a_server_that_is_gone_none(
     remove_object(f"{url}/clip_000000.wav")
     output = StoreOutput(path=tmp_path / "x.zarr", spec=preset_mel_spec("a-jepa"))
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    with pytest.raises(InputError, match="run the same command again"):
+    monkeypatch.setattr(object_store, "RETRY_WAIT_SECONDS", (0.0,))
+    with pytest.raises(UnavailableError, match="run the same command again"):
         build_store(corpus, output, BuildOptions(workers=0))
     monkeypatch.undo()
     manifest = build_store(corpus, output, BuildOptions(workers=0))
     assert manifest.row(0, named=True)["reason"] == "missing"
     assert "clip_000000.wav is gone" in manifest.row(0, named=True)["detail"]
     assert (manifest["status"] == "good").sum() == 29
+
+
+def test_an_upload_that_a_signal_cuts_off_is_whole_or_not_there(url, tmp_path, monkeypatch):
+    """The client completes an object whenever its stream is closed, also by an exception: with what it has so far."""
+    path = tmp_path / "shard"
+    path.write_bytes(os.urandom(3 * 2**20))
+    filesystem, _ = filesystem_and_path(url)
+    open_object = type(filesystem).open
+
+    def raise_stop(*_: object) -> None:
+        raise StopSignal
+
+    def open_and_be_signalled(*arguments: object, **options: object) -> object:
+        opened = open_object(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return opened
+
+    previous = signal.signal(signal.SIGUSR1, raise_stop)
+    monkeypatch.setattr(type(filesystem), "open", open_and_be_signalled)
+    try:
+        with pytest.raises(StopSignal):
+            upload_file(path, f"{url}/shard")
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+    monkeypatch.undo()
+    assert object_sizes(url).get("shard", path.stat().st_size) == path.stat().st_size
+
+
+def test_a_server_that_fails_for_a_moment_is_asked_again(url, tmp_path, monkeypatch):
+    """One answer of 503 must not end a build of a week."""
+    (tmp_path / "file").write_bytes(b"content")
+    filesystem, _ = filesystem_and_path(url)
+    open_object = type(filesystem).open
+    failures = iter(
+        [OSError("AWS Error SLOW_DOWN during PutObject"), OSError("AWS Error NETWORK_CONNECTION")]
+    )
+
+    def fail_twice(*arguments: object, **options: object) -> object:
+        if failure := next(failures, None):
+            raise failure
+        return open_object(*arguments, **options)
+
+    waits = []
+    monkeypatch.setattr(object_store.time, "sleep", waits.append)
+    monkeypatch.setattr(type(filesystem), "open", fail_twice)
+    upload_file(tmp_path / "file", f"{url}/file")
+    assert waits == list(object_store.RETRY_WAIT_SECONDS[:2])
+    assert object_sizes(url) == {"file": 7}
+
+
+def test_members_of_a_tar_are_fetched_many_at_a_time(audio_url, monkeypatch):
+    """A request for each sound of a tar would cost 2 million of them, at 50 ms each."""
+    url = f"{audio_url}/some-0001.tar"
+    requests = []
+    read_part = object_store._read_object_part
+    monkeypatch.setattr(
+        object_store, "_read_object_part", lambda *part: requests.append(part) or read_part(*part)
+    )
+    members = list(TarReader(url).read_members())
+    sounds = [object_store.read_remote_sound(url, offset, size) for _, offset, size in members]
+    assert len(requests) <= len(members) // 2
+    for (_, offset, size), sound in zip(members, sounds, strict=True):
+        assert read_part(url, offset, size) == sound
 
 
 def test_a_sound_too_large_for_the_memory_costs_its_clip(audio_url, monkeypatch):

@@ -225,7 +225,9 @@ def test_a_damaged_shard_is_not_given_fresh_checksums(grown_corpus):
 
 def test_a_rerun_that_changes_nothing_leaves_the_store_usable_throughout(corpus, fresh, monkeypatch):
     """Failed clips are tried again, and meanwhile others train from the store."""
-    monkeypatch.setattr("pipeline.build.build.finish_store", lambda *_: FeatureStore.open(fresh).manifest)
+    monkeypatch.setattr(
+        "pipeline.build.build.finish_store", lambda *_, **__: FeatureStore.open(fresh).manifest.height
+    )
     assert build(corpus, fresh).height == 48
 
 

@@ -1,12 +1,14 @@
 """A dry run describes the build and builds nothing."""
 
+import numpy as np
+import polars as pl
 import pytest
 from corpus import write_corpus
 from sounds import babble, write
 from stores import corpus_in
 
 from pipeline.audio.mel_spec import preset_mel_spec
-from pipeline.build.dry_run import describe_dry_run
+from pipeline.build.dry_run import TIMED_CLIPS, describe_dry_run, draw_timed_rows
 from pipeline.build.plan import BuildOptions, StoreOutput, note_rows_beyond_clips
 from pipeline.datasets.folder import folder_corpus
 
@@ -49,3 +51,24 @@ def test_rows_that_ask_for_more_than_a_clip_holds_are_told(tmp_path):
     (note,) = note_rows_beyond_clips(corpus, [output])
     assert "1 of 2 rows ask for more than the 10 s of a clip, such as 'a.wav' for 25 s" in note
     assert note in describe_dry_run(corpus, [output], BuildOptions())
+
+
+def test_rows_of_a_parquet_file_are_timed_in_a_run():
+    """A build reads each row group once; rows here and there would read it anew each time, up to 256 MB a clip."""
+    rows = 10_000
+    sources = pl.DataFrame(
+        {
+            "kind": ["parquet", "file"] * (rows // 2),
+            "path": ["x.parquet", "y.wav"] * (rows // 2),
+            "group": [0, None] * (rows // 2),
+            "row": np.random.default_rng(0).permutation(rows).tolist(),
+        }
+    )
+    drawn_N = draw_timed_rows(sources, np.arange(rows), seed=0)
+    assert len(drawn_N) == len(set(drawn_N.tolist())) == TIMED_CLIPS
+    is_parquet_N = drawn_N % 2 == 0
+    assert 10 < is_parquet_N.sum() < 38
+    in_file = sources["row"].gather(drawn_N[is_parquet_N])
+    all_in_file = sources.filter(pl.col("kind") == "parquet")["row"].sort()
+    places_N = all_in_file.search_sorted(in_file).to_numpy()
+    assert (np.diff(places_N) == 1).all()

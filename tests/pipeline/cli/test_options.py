@@ -25,8 +25,10 @@ from pipeline.cli.options import (
     PROPAGATION_RULE_NAMES,
     check_output_path,
     describe_os_error,
+    expand_home,
+    run_command_line,
 )
-from pipeline.errors import InputError
+from pipeline.errors import InputError, UnavailableError
 from pipeline.files import scratch_path
 from pipeline.labels.propagation import PROPAGATION_RULES
 
@@ -237,3 +239,34 @@ def test_a_path_that_cannot_be_written_is_refused_before_the_work(tmp_path, monk
 def test_an_error_of_the_system_is_explained_in_words(error, said):
     """It names the file that the user gave, not the scratch file beside it."""
     assert describe_os_error(error).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("~/x.zarr", "{home}/x.zarr"),
+        ("~", "{home}"),
+        ("--out=~/x.zarr", "--out={home}/x.zarr"),
+        ("--out", "--out"),
+        ("x~/y", "x~/y"),
+        ("--set=a=~b", "--set=a=~b"),
+    ],
+)
+def test_a_tilde_means_home_where_no_shell_has_said_so(argument, expected):
+    """A folder named ~ is wanted by nobody, and `rm -r ~` is how people remove it."""
+    assert expand_home(argument) == expected.format(home=Path.home())
+
+
+def test_a_server_that_fails_for_now_ends_with_the_status_of_run_me_again(monkeypatch, capsys):
+    """Batch scripts requeue a job by this status."""
+    failing = typer.Typer()
+
+    @failing.command()
+    def build() -> None:
+        raise UnavailableError("s3://bucket/x: AWS Error SLOW_DOWN")
+
+    monkeypatch.setattr(sys, "argv", ["ajepa-data"])
+    with pytest.raises(SystemExit) as stop:
+        run_command_line(failing)
+    assert stop.value.code == 75
+    assert "SLOW_DOWN" in capsys.readouterr().err

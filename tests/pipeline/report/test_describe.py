@@ -13,7 +13,7 @@ from matplotlib.image import imread
 from pipeline.cli import app
 from pipeline.report.describe import describe_location, describe_rows, describe_store, find_clip_rows
 from pipeline.store.feature_store import FeatureStore
-from pipeline.store.manifest import nearest_clip_ids
+from pipeline.store.manifest import nearest_texts
 from pipeline.store.shards import shard_path
 from pipeline.tables import read_table, write_table
 
@@ -130,7 +130,7 @@ def test_one_typing_error_is_found_among_many_ids():
     right = ids[12_345]
     for place in range(11):
         wrong = right[:place] + "Z" + right[place + 1 :]
-        assert right in nearest_clip_ids(ids, wrong)
+        assert right in nearest_texts(ids, wrong)
 
 
 def test_a_damaged_shard_is_named_in_one_line(copy, monkeypatch, capsys):

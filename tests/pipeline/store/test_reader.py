@@ -348,3 +348,12 @@ def test_two_hundred_epochs_take_no_more_than_twenty(store_path, loader):
     assert growth_kb.min() < 2_000, (
         f"{growth_kb} kB in each 90 epochs"
     )  # a leak grows in both, a warm-up in one
+
+
+@pytest.mark.parametrize(
+    ("limit", "pread", "mmap"), [(1024, 128, 64), (256, 32, 16), (4, 1, 1), (65_536, 256, 128)]
+)
+def test_a_reader_leaves_most_files_of_the_process_to_others(monkeypatch, limit, pread, mmap):
+    """From Python nobody raises the limit, and a reader for each thread would use it up."""
+    monkeypatch.setattr("resource.getrlimit", lambda _: (limit, limit))
+    assert (reader_module.most_open_shards("pread"), reader_module.most_open_shards("mmap")) == (pread, mmap)
