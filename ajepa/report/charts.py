@@ -36,9 +36,9 @@ AXIS_PARTS = 4
 
 ROUND_STEP_FACTORS = (1, 2, 2.5, 5, 10)  # the length of an axis part is one of these times a power of ten
 
-SMOOTHING_PARTS = 25  # a curve is smoothed over this part of its points
+SMOOTHING_PARTS = 12  # a curve is smoothed over this part of its points
 
-MIN_SMOOTHED_POINTS = 50  # shorter curves are shown as they are
+MIN_SMOOTHED_POINTS = 20  # shorter curves are shown as they are
 
 
 def curves_over_steps(
