@@ -22,6 +22,7 @@ from pipeline.audio.mpeg_frames import (
     find_first_frame,
     id3_tag_bytes,
     is_count_right,
+    is_size_as_stated,
     read_xing_header,
 )
 from pipeline.errors import AudioError
@@ -251,13 +252,16 @@ def mpeg_audio_container(
 def mp3_container(head: bytes, file: ReadableFile, begin: int) -> AudioContainer:
     """An mp3, whose length is guessed unless a Xing, Info or VBRI frame states it and the frames bear it out."""
     kind = CONTAINER_KINDS["mp3"]
+    xing = read_xing_header(head)
+    size_bytes = file.seek(0, SEEK_END) - begin
+    if xing is not None and is_size_as_stated(xing, head, size_bytes):
+        return kind
     count = count_mp3_frames(file, begin)
 
     # Joined files, each with such a frame.
     if len(count.part_offsets) > 1:
         return replace(kind, parts=parts_between([begin, *count.part_offsets[1:]], file))
-    xing = read_xing_header(head)
-    if xing is not None and is_count_right(xing, count, file.seek(0, SEEK_END) - begin):
+    if xing is not None and is_count_right(xing, count, size_bytes):
         return kind
     return replace(kind, length_kind="guessed")
 

@@ -36,6 +36,8 @@ XING_OFFSETS = (13, 21, 36)  # of the word Xing or Info in a frame: after the he
 COUNT_TOLERANCE_FRAMES = 4
 
 
+SIZE_TOLERANCE = 0.005  # of a file, for frames that are one byte longer than others
+
 LARGEST_SURPLUS = 1.02  # of the size that a Xing frame states
 
 
@@ -228,3 +230,15 @@ def is_count_right(xing: XingHeader, count: FrameCount, size_bytes: int) -> bool
         return True
     lacks_bytes = xing.size_bytes is not None and xing.size_bytes > size_bytes + MAX_FRAME_BYTES
     return xing.frames > count.frames and (count.is_cut or lacks_bytes)
+
+
+def is_size_as_stated(xing: XingHeader, head: bytes, size_bytes: int) -> bool:
+    """Whether the file has the size of the stated number of frames, all as large as its second one.
+
+    Then no frame needs to be counted: most files of a constant bit rate are so.
+    """
+    first_bytes = frame_size(head, 0)
+    frame_bytes = frame_size(head, first_bytes) if first_bytes else 0
+    if not xing.frames or not frame_bytes:
+        return False
+    return abs(xing.frames * frame_bytes - size_bytes) <= SIZE_TOLERANCE * size_bytes + 2 * frame_bytes
