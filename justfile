@@ -20,7 +20,7 @@ setup:
     pip install --quiet --constraint constraints.txt --editable '.[dev]'
     echo "$wanted" > .venv/installed
 
-# Sound files to a pre-trained, measured encoder in some 13 minutes; see demo/report/.
+# Sound files to a pre-trained, measured encoder in some 16 minutes; see demo/report/.
 demo: setup
     rm -rf demo
     ajepa-data demo-corpus demo/corpus --clips 600

@@ -279,7 +279,7 @@ def test_of_another_store_in_folds_all_clips_are_held_out_but_of_the_same_folds_
         store_id="other",
         classes=ClassList(mids=("a",), names=("A",)),
         label_sets=("raw",),
-        manifest={"split": SimpleNamespace(unique=lambda: list(rows))},
+        split_names=tuple(rows),
         good_rows=lambda splits: np.arange(sum(rows[split] for split in splits)),
         labels_BC=lambda rows_N, label_set: np.ones((len(rows_N), 1), np.float32),
     )

@@ -18,6 +18,10 @@ class Splits:
         ids = [f"clip {number}" for number in range(len(names))]
         self.manifest = pl.DataFrame({"clip_id": ids, "split": names})
 
+    @property
+    def split_names(self) -> tuple[str, ...]:
+        return tuple(self.manifest["split"].unique(maintain_order=True))
+
     def label_sounds(self, sounds: list[str], labels: list[list[int]]) -> "Splits":
         """The same clips as pieces of these sounds, with these classes."""
         self.manifest = self.manifest.with_columns(source=pl.Series(sounds))

@@ -5,7 +5,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
-import polars as pl
 import pytest
 from sounds import babble, write
 from tiny import tiny
@@ -53,7 +52,7 @@ def test_one_store_is_a_run_as_it_always_was(store_path):
 )
 def test_a_run_says_what_it_trains_on_and_what_it_keeps(splits, message_part):
     """What an audit calls held out is held out, whatever else it may be named than eval."""
-    assert describe_splits(SimpleNamespace(manifest=pl.DataFrame({"split": splits}))) == message_part
+    assert describe_splits(SimpleNamespace(split_names=tuple(splits))) == message_part
 
 
 def test_a_store_of_which_nothing_is_to_train_on_is_refused_with_the_reason():
@@ -61,7 +60,7 @@ def test_a_store_of_which_nothing_is_to_train_on_is_refused_with_the_reason():
     with pytest.raises(
         RunError, match=r"a\.zarr: no split to train on \(eval, test are for evaluation, by name\)"
     ):
-        train_splits(SimpleNamespace(location="a.zarr", manifest=pl.DataFrame({"split": ["test", "eval"]})))
+        train_splits(SimpleNamespace(location="a.zarr", split_names=tuple(["test", "eval"])))
 
 
 def test_a_store_of_which_every_clip_is_excluded_is_refused_with_the_reason(store_path, tmp_path):
@@ -207,7 +206,7 @@ def test_clips_of_any_length_that_fill_a_view_are_trained_on(tmp_path):
 )
 def test_probes_are_measured_on_eval_or_else_on_what_is_held_out(splits, measured):
     """Speech Commands has no eval, but a test; what is measured on is never trained on."""
-    store = SimpleNamespace(manifest=pl.DataFrame({"split": splits}))
+    store = SimpleNamespace(split_names=tuple(splits))
     assert probe_eval_splits(store) == (measured or ["a-test", "b-eval"])
     assert not set(probe_eval_splits(store)) & set(train_splits(store))
 
@@ -217,6 +216,4 @@ def test_a_store_without_anything_to_measure_on_says_so():
     with pytest.raises(
         RunError, match=r"a\.zarr: no split to evaluate on, none of more, train .* --holdout 0\.2"
     ):
-        probe_eval_splits(
-            SimpleNamespace(location="a.zarr", manifest=pl.DataFrame({"split": ["train", "more"]}))
-        )
+        probe_eval_splits(SimpleNamespace(location="a.zarr", split_names=tuple(["train", "more"])))
