@@ -73,10 +73,11 @@ def test_onnx_gives_what_the_model_gives(name, tmp_path):
     expected = model.embed_audio(audio_BS, RATE_HZ, samples_B=lengths_B.tolist())
     audio_BS[1, 12_345:] = np.nan
     clip_BD, frames_BCD, count_B = session.run(None, {"audio": audio_BS, "samples": lengths_B})
-    np.testing.assert_allclose(clip_BD, expected.clips_BD, atol=1e-3)
-    np.testing.assert_allclose(clip_BD[:2], expected.clips_BD[:2], atol=2e-5)
     # A row beside a tone is rounding; the mean over rows hides it.
     frame_tolerance = 1e-3 if model.pooling == "mean" else 5e-3
+    np.testing.assert_allclose(clip_BD, expected.clips_BD, atol=frame_tolerance)
+    sound_tolerance = 2e-5 if model.pooling == "mean" else 5e-4
+    np.testing.assert_allclose(clip_BD[:2], expected.clips_BD[:2], atol=sound_tolerance)
     for frames_CD, count, embedding in zip(frames_BCD, count_B, expected.per_sound, strict=True):
         # The centre of a last column may lie past the end of the sound.
         frames = len(embedding.frames_TD)
