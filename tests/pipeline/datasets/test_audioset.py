@@ -223,7 +223,7 @@ def test_starts_agree_to_the_millisecond(tmp_path):
 
 
 def test_the_corpus_carries_its_notes_and_can_be_asked_for_again(tmp_path):
-    """A damaged tar, a damaged line and an odd label cost themselves, and each has a note."""
+    """A damaged tar, a damaged line and an odd label cost themselves, and each has a note; so has what is no sound."""
     write_tar(tmp_path / "a.tar", {f"{ID}.wav": b"x"})
     (tmp_path / "b.tar").write_bytes(b"<html>")
     segments = write(tmp_path / "x_segments.csv", f'{ID}, 30.000, 40.000, "/m/0174k2"', "#NAME?, 1, 2")
@@ -232,6 +232,7 @@ def test_the_corpus_carries_its_notes_and_can_be_asked_for_again(tmp_path):
         "1 damaged lines l",
         "Washing machine (",
         "is no tar; fetch ",
+        "1 .csv",
     ]
     again = recreate_corpus(corpus.dataset_settings)
     assert again.plan.equals(corpus.plan)
