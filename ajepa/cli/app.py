@@ -77,15 +77,11 @@ def pretrain(
     on_bad_step: OnBadStepOption = "stop",
     on_collapse: Annotated[
         Literal["auto", "stop", "warn"],
-        typer.Option(
-            metavar="WHEN", help="All features alike: stop, warn; auto: by the width of the encoder."
-        ),
+        typer.Option(metavar="WHEN", help="stop, warn; auto: by the width."),
     ] = "auto",
     store_weight: Annotated[
         list[float] | None,
-        typer.Option(
-            metavar="SHARE", help="One for each --store: its share of the clips. [default: its clips' share]"
-        ),
+        typer.Option(metavar="SHARE", help="Share of each --store. [default: that of its clips]"),
     ] = None,
     shuffle: Annotated[Literal["full", "block"], typer.Option(help="block: stores beyond memory.")] = "full",
     window: Annotated[int | None, typer.Option(min=1, help="Shards mixed at a time. [default: 64]")] = None,

@@ -31,9 +31,7 @@ def evaluate(
     labels: Annotated[
         str, typer.Option(help="Label sets, with commas. [default: all]", show_default=False)
     ] = "",
-    kind: Annotated[
-        Literal["auto", "single", "multi"], typer.Option(help="Labels a clip; auto: as they are.")
-    ] = "auto",
+    kind: Annotated[Literal["auto", "single", "multi"], typer.Option(help="Labels a clip.")] = "auto",
     pooling: PoolingOption = None,
     layer: LayerOption = None,
     train_clips: Annotated[int, typer.Option(min=1, help="Most clips to train probes on.")] = 20_000,
@@ -43,7 +41,7 @@ def evaluate(
     ] = None,
     per_class: Annotated[
         Path | None,
-        typer.Option(help="CSV file for every class: average precision, recall.", callback=check_output_path),
+        typer.Option(help="CSV file with a row for each class.", callback=check_output_path),
     ] = None,
     device: DeviceOption = "auto",
     precision: Annotated[
@@ -60,9 +58,8 @@ def evaluate(
     share; with --probe its frozen encoder. The clips are those of eval, or of the
     splits held out, or of all folds.
 
-    The result is RUN/evaluation.json, for another store RUN/evaluation-STORE.json,
-    for probes of a fine-tuned run ...-probes.json. A result that was measured in
-    another way (pooling, checkpoint ...) is not replaced: give --out.
+    The result is RUN/evaluation.json (-STORE for another store, -probes for probes
+    of a fine-tuned run). One measured in another way is not replaced: give --out.
 
     Example: ajepa-train evaluate --store as20k.zarr --run runs/a
     """

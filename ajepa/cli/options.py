@@ -99,12 +99,12 @@ EpochsOption = Annotated[int | None, typer.Option(min=1, help="Epochs. [default:
 
 BatchOption = Annotated[
     int | None,
-    typer.Option(min=1, help="Clips per step; the run says what it changes. [default: the recipe's]"),
+    typer.Option(min=1, help="Clips per step. [default: the recipe's]"),
 ]
 
 # How a step is computed: the result is the same but for rounding.
 MicroBatchOption = Annotated[
-    int | None, typer.Option(min=1, help="Clips at once: less memory, same result. [default: all]")
+    int | None, typer.Option(min=1, help="Clips at once: less memory. [default: all]")
 ]
 
 DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is one.")]
@@ -133,17 +133,13 @@ LoggerOption = Annotated[
 ]
 
 # What becomes of a clip that cannot be read.
-OnBrokenOption = Annotated[
-    Literal["raise", "skip"], typer.Option(help="skip: another clip of the step takes its place.")
-]
+OnBrokenOption = Annotated[Literal["raise", "skip"], typer.Option(help="skip: another takes its place.")]
 
 # What becomes of a step whose loss or gradient is no number.
-OnBadStepOption = Annotated[
-    Literal["stop", "skip"], typer.Option(help="skip: it changes nothing and is counted; at most 100.")
-]
+OnBadStepOption = Annotated[Literal["stop", "skip"], typer.Option(help="skip: counted, at most 100.")]
 
 # The weights to begin with.
 StartCheckpointOption = Annotated[
     str,
-    typer.Option("--from-checkpoint", help="Of that run: last, best (by probe), init, or a kept step."),
+    typer.Option("--from-checkpoint", help="last, best, init, or a step."),
 ]

@@ -298,16 +298,15 @@ def build_hub(
     config: Annotated[str | None, typer.Option(help="Configuration: a folder at its top.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub.")] = None,
     label_column: Annotated[
-        str | None, typer.Option(help="Column of labels. [default: the one of class labels]")
+        str | None, typer.Option(help="Column of labels. [default: class labels]")
     ] = None,
     clip_seconds: Annotated[
-        float | None, typer.Option(min=0.1, help="Seconds of a clip; none: those of the mel spec.")
+        float | None, typer.Option(min=0.1, help="Seconds of a clip; none: mel spec's.")
     ] = None,
 ) -> "CorpusRequest":
     """Decode a Hugging Face dataset into feature stores. Run it again to continue.
 
-    A folder holds Parquet files with a column of sounds, or is one that save_to_disk
-    wrote. Splits and class names are those of the dataset.
+    A folder: Parquet files with a column of sounds, or what save_to_disk wrote.
 
     Example: ajepa-data build-hub ashraq/esc50 --out esc50.zarr
     """

@@ -191,7 +191,7 @@ def test_several_mask_sets_are_drawn_for_every_clip(monkeypatch):
         labels_BC=None,
     )
     metrics = PretrainTrainer(recipe, torch.device("cpu")).train_step(0, batch)
-    assert batches == [12]
+    assert batches[0] == 12  # the next step's are drawn in the meantime
     assert 0.5 < metrics["loss"] < 2
     with pytest.raises(ValueError, match="must be at least 1"):
         tiny(mask_sets=0)
