@@ -42,6 +42,7 @@ GPU_TEST_FILES = (
     "tests/pipeline/loading/test_transfer.py",
     "tests/pipeline/loading/test_dali.py",
     "tests/pipeline/audio/test_mel.py",
+    "tests/ajepa/embed/test_export_graph.py",
     "tests/gpu/test_compiled.py",
 )
 

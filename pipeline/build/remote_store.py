@@ -13,6 +13,7 @@ from pipeline.files import BuildPart
 from pipeline.object_store import check_reachable, download_object, object_sizes, remove_object, upload_file
 from pipeline.store.exclusions import EXCLUSIONS_FILE
 from pipeline.store.header import StoreHeader
+from pipeline.store.plan_file import PLAN_FILE, SOURCES_FILE
 from pipeline.store.shards import (
     PENDING_SUFFIX,
     ledger_path,
@@ -34,6 +35,8 @@ PUSHED_TABLES = (
     EXCLUSIONS_FILE,
     "stats.json",
     "build.json",
+    PLAN_FILE,
+    SOURCES_FILE,
     "manifest.parquet",
 )
 

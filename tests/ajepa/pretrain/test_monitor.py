@@ -185,7 +185,7 @@ class TrainOnly:
     """A store of a hundred clips without a split to measure on."""
 
     def __init__(self, manifest) -> None:
-        self.manifest = manifest
+        self.split_names = tuple(manifest["split"].unique())
 
     def good_rows(self, splits):
         assert splits == train_splits(self)
@@ -357,6 +357,7 @@ class Labelled:
         names = [name for name, size in sizes.items() for _ in range(size)]
         ids = [f"sound {number}" for number in range(len(names))]
         self.manifest = pl.DataFrame({"clip_id": ids, "split": names})
+        self.split_names = tuple(sizes)
         self.labelled = labelled
 
     def good_rows(self, splits):
