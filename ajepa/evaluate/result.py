@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from textwrap import wrap
+from textwrap import TextWrapper
 from typing import Any, Literal
 
 import numpy as np
@@ -171,7 +171,9 @@ class Evaluation:
 
     def format_table(self) -> str:
         """Metrics by features and probe, label sets side by side, in lines of at most 80 columns."""
-        lines = [line for phrase in self.describe_protocol() for line in wrap(phrase, TABLE_COLUMNS)]
+        # A path is never broken, so that it can be copied.
+        wrapper = TextWrapper(TABLE_COLUMNS, break_on_hyphens=False, break_long_words=False)
+        lines = [line for phrase in self.describe_protocol() for line in wrapper.wrap(phrase)]
         for kind in PRIMARY_METRIC:
             names = [name for name in self.label_sets if self._first_score(name).kind == kind]
             for start in range(0, len(names), LABEL_SETS_PER_BLOCK):
