@@ -1,5 +1,6 @@
 """The commands of ajepa-train that put a model to use: embed, predict, nearest, export, push, load."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,17 @@ embed_app = typer.Typer(rich_markup_mode=None)
 
 
 # Names of sounds may begin with a dash: 3 % of the ids of AudioSet do.
-@embed_app.command(context_settings={"ignore_unknown_options": True})
+DASHES_ALLOWED = {"ignore_unknown_options": True}
+
+
+def refuse_misspelt_options(sounds: Sequence[str]) -> None:
+    """BadParameter for what is neither a file nor an option that exists."""
+    for sound in sounds:
+        if sound.startswith("--") and not Path(sound).exists():
+            raise typer.BadParameter(f"no such option, and no such file: {sound}", param_hint="SOUNDS")
+
+
+@embed_app.command(context_settings=DASHES_ALLOWED)
 def embed(
     sounds: Annotated[
         list[str], typer.Argument(help="Audio files, folders and archives; or one store.", show_default=False)
@@ -51,11 +62,7 @@ def embed(
 
     Example: ajepa-train embed sounds/ --model runs/a --out emb.parquet
     """
-    # What is neither a file nor an option that exists is a misspelt option.
-    for sound in sounds:
-        if sound.startswith("--") and not Path(sound).exists():
-            raise typer.BadParameter(f"no such option, and no such file: {sound}", param_hint="SOUNDS")
-
+    refuse_misspelt_options(sounds)
     from ajepa.embed import embedder
     from ajepa.embed.table import (
         convert_embedding_table,
@@ -86,7 +93,7 @@ def embed(
         print(f"{out}: the same table; `nearest` reads {table}")
 
 
-@embed_app.command()
+@embed_app.command(context_settings=DASHES_ALLOWED)
 def predict(
     sounds: Annotated[
         list[str], typer.Argument(help="Audio files, folders and archives; or one store.", show_default=False)
@@ -123,6 +130,7 @@ def predict(
 
     Example: ajepa-train predict sounds/ --model runs/b --out classes.csv
     """
+    refuse_misspelt_options(sounds)
     from ajepa.embed.prediction_table import write_prediction_table
     from ajepa.embed.predictor import load_predictor
     from ajepa.embed.table import make_embedding_job
@@ -143,7 +151,7 @@ def predict(
     )
 
 
-@embed_app.command()
+@embed_app.command(context_settings=DASHES_ALLOWED)
 def nearest(
     query: Annotated[Path, typer.Argument(help="Audio file.", show_default=False)],
     index: Annotated[Path, typer.Option(help="Table made by embed.", show_default=False)],
@@ -158,6 +166,7 @@ def nearest(
 
     Example: ajepa-train nearest bird.wav --index emb.parquet --model runs/a
     """
+    refuse_misspelt_options([str(query)])
     from ajepa.embed.nearest import nearest_sounds
 
     for sound in nearest_sounds(query, index, model, count=count, device=device, at=checkpoint):

@@ -1,4 +1,4 @@
-"""Sounds whose names begin with a dash can be given to `embed`, and a misspelt option is still told."""
+"""Sounds whose names begin with a dash can be given to every command; a misspelt option is still told."""
 
 import sys
 
@@ -30,4 +30,15 @@ def test_a_misspelt_option_is_no_sound(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     wanted = ("embed", "a.wav", "--modle", "--model", "gone", "--out", "x.parquet")
     assert run(*wanted, monkeypatch=monkeypatch) == 2
+    assert "no such option, and no such file: --modle" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wanted", [["predict", "--out", "x.csv"], ["nearest", "--index", "x.parquet"]])
+def test_other_commands_take_such_names_too(tmp_path, monkeypatch, capsys, wanted):
+    """A name that one command takes and the next one refuses would be worse than either."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-abcdefghij.wav").write_bytes(b"")
+    assert run(*wanted, "--model", "gone", "-abcdefghij.wav", monkeypatch=monkeypatch) == 1
+    assert "option" not in capsys.readouterr().err
+    assert run(*wanted, "--model", "gone", "--modle", monkeypatch=monkeypatch) == 2
     assert "no such option, and no such file: --modle" in capsys.readouterr().err
