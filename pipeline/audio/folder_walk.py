@@ -26,6 +26,13 @@ SOUND_EXTENSIONS = (
     *("rm", "ra", "rmvb", "qcp", "oma", "aa3", "dss", "ds2"),
 )
 
+# The same for a message, which nobody reads to the end with all of them in it.
+NAMED_EXTENSIONS = ("wav", "flac", "mp3", "m4a", "ogg", "opus", "mp4", "webm")
+SEARCHED_SUFFIXES = (
+    f"{', '.join(f'.{extension}' for extension in NAMED_EXTENSIONS)} "
+    f"and {len(SOUND_EXTENSIONS) - len(NAMED_EXTENSIONS)} other suffixes of sounds"
+)
+
 ARCHIVE_KINDS = {"tar": "tar", "parquet": "parquet", "h5": "hdf5", "hdf5": "hdf5"}  # by extension
 
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")

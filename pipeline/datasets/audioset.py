@@ -6,9 +6,9 @@ from typing import Any
 
 import polars as pl
 
+from pipeline.audio.folder_walk import SEARCHED_SUFFIXES, SOUND_EXTENSIONS
 from pipeline.audio.sources import (
     MEMBER_SEPARATOR,
-    SOUND_EXTENSIONS,
     SOURCES_SCHEMA,
     ClipSources,
     FoundSounds,
@@ -88,9 +88,9 @@ def match_sounds_to_plan(plan: pl.DataFrame, audio_roots: Sequence[Path | str]) 
     found = find_sounds(audio_roots)
     roots = ", ".join(map(str, audio_roots))
     if found.sounds.is_empty():
-        extensions = ", ".join("." + extension for extension in SOUND_EXTENSIONS)
         raise InputError(
-            f"no audio files below {roots}; looked for {extensions} and .tar, .parquet, .h5{quote_first_note(found)}"
+            f"no audio files below {roots}; looked for {SEARCHED_SUFFIXES}, and .tar, .parquet, .h5"
+            f"{quote_first_note(found)}"
         )
     sounds = parse_sound_names(found.sounds, plan["clip_id"])
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.audio.folder_walk import SOUND_EXTENSIONS, LeftOut, walk_sound_files
+from pipeline.audio.folder_walk import SEARCHED_SUFFIXES, SOUND_EXTENSIONS, LeftOut, walk_sound_files
 from pipeline.errors import InputError, ManifestError
 from pipeline.messages import did_you_mean
 
@@ -144,10 +144,9 @@ class SoundFolder:
 
 
 def _no_sounds_error(root: Path) -> InputError:
-    extensions = ", ".join(f".{extension}" for extension in SOUND_EXTENSIONS)
     suffixes = Counter(path.suffix.lower() or path.name for path in root.rglob("*") if path.is_file())
     found = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(SHOWN_SUFFIXES))
     return InputError(
-        f"{root}: no sounds below it; looked for {extensions}; found {found or 'no files'}; "
+        f"{root}: no sounds below it; looked for {SEARCHED_SUFFIXES}; found {found or 'no files'}; "
         "give the folder of the sounds"
     )

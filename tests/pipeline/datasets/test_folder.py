@@ -268,7 +268,10 @@ def test_a_wrong_folder_says_what_is_there(clips):
         folder_corpus(clips / "a.wav")
     (clips.parent / "lists" / "x").mkdir(parents=True)
     (clips.parent / "lists" / "x" / "y.MID").touch()
-    with pytest.raises(InputError, match=r"no sounds below it; looked for \.flac.*; found 1 \.mid"):
+    with pytest.raises(
+        InputError,
+        match=r"no sounds below it; looked for \.wav, \.flac.* and \d+ other suffixes of sounds; found 1 \.mid",
+    ):
         folder_corpus(clips.parent / "lists")
 
 
