@@ -49,7 +49,7 @@ class TrainingMonitor(Protocol):
         """Metrics of the model after a step; called after every step, and empty most of the time."""
 
     def count_bad_step(self) -> None:
-        """Called for a step that was passed over, before `after_step`."""
+        """Called for a step that was passed over, once that is known: at that step or the next one."""
 
     @property
     def scored_clips(self) -> str | None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -103,7 +104,7 @@ class TrainRecipe(Protocol):
     def keep_checkpoints(self) -> int: ...
 
 
-class Trainer:
+class Trainer(ABC):
     """Model and optimiser of a recipe on one device: the half of `loop.StageTrainer` that is the same in every stage.
 
     The global batch is the recipe's. This rank has its share of the clips and takes `micro_clips` of them at a
@@ -146,9 +147,9 @@ class Trainer:
         self.precision = precision or pick_precision("auto", device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision.has_scaled_loss)
 
+    @abstractmethod
     def start_step(self, step: int, batch: Batch) -> StartedStep:
         """Queue one update, from `step` to `step + 1`, on the device, without waiting for anything on it."""
-        raise NotImplementedError
 
     def train_step(self, step: int, batch: Batch) -> Json:
         """Take one update, from `step` to `step + 1`; its metrics. BadStep instead of a bad update."""
