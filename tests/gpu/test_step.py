@@ -118,15 +118,16 @@ def test_full_clips_are_attended_to_by_a_flash_kernel(store, gpu):
 
 
 KILLED_RUN = """
-import os, signal, sys
+import sys
 from pathlib import Path
+from dying import die_after_checkpoint
 from tiny import tiny
 from ajepa.pretrain.pretrain import pretrain
 from ajepa.pretrain.trainer import PretrainTrainer
 start_step = PretrainTrainer.start_step
 def start_or_die(trainer, step, batch):
     if step == 8:
-        os.kill(os.getpid(), signal.SIGKILL)
+        die_after_checkpoint(Path(run), 5)
     return start_step(trainer, step, batch)
 PretrainTrainer.start_step = start_or_die
 store, run, device = sys.argv[1:]

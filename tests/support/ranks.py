@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dying import die_after_checkpoint
 from forked import start_forked
 from tiny import tiny, tiny_finetune, tiny_views
 from torch.distributed import TCPStore
@@ -43,8 +44,10 @@ def with_event(
 
     def step_with_event(trainer: Any, step: int, batch: Batch) -> StartedStep:
         if (step, world.rank) == (5, world.size - 1):
-            if event in ("stop", "die"):
-                os.kill(os.getpid(), signal.SIGTERM if event == "stop" else signal.SIGKILL)
+            if event == "stop":
+                os.kill(os.getpid(), signal.SIGTERM)
+            if event == "die":
+                die_after_checkpoint(run, 4)
             if event in ("nan", "skip"):
                 batch.mel_BTF[2, 3, 4] = float("nan")
             if event == "broken":
