@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -141,16 +142,7 @@ def run_training_loop(
         mininterval=0.2,
         bar_format=PROGRESS_FORMAT,
     )
-
-    # A bad step has a line of its own, for nothing else is logged at the step when it is read.
-    def log_if_bad(step: int, metrics: Json) -> None:
-        if BAD_STEPS_METRIC not in metrics:
-            return
-        if monitor is not None:
-            monitor.count_bad_step()
-        if event_writer is not None:
-            run.log_metrics({"step": step, **metrics})
-            event_writer.write(step, metrics)
+    reader = StepReader(run=run, bad_steps=bad_steps, monitor=monitor, writers=event_writer)
 
     with event_writer or nullcontext(), bar, CheckpointWriter(run) as checkpoint_writer:
         for step in range(first_step, recipe.steps):
@@ -160,7 +152,7 @@ def run_training_loop(
                 batch = next(batches)
             before, unread = unread, trainer.start_step(step, batch)
             if before is not None:
-                log_if_bad(step, read_step(run, before, bad_steps))
+                reader.read_unlogged(before, step)
             steps_done = step + 1
             is_last = steps_done == recipe.steps
             clock.clips += len(batch.rows_B) * world.size
@@ -175,14 +167,11 @@ def run_training_loop(
             is_logged = bool(observers) or steps_done % recipe.log_every == 0 or is_last
             metrics: Json = {}
             if is_logged:
-                metrics = read_step(run, unread, bad_steps)
+                metrics = reader.read(unread)
                 unread = None
-                if BAD_STEPS_METRIC in metrics and monitor is not None:
-                    monitor.count_bad_step()
             if event_writer is not None and is_logged:
                 line = {"step": steps_done, **metrics, **clock.read_and_reset(), **observed}
-                run.log_metrics(line)
-                event_writer.write(steps_done, line)
+                reader.log(steps_done, line)
                 shown |= line
                 bar.set_postfix_str(progress_postfix(shown), refresh=False)
             bar.update()
@@ -193,7 +182,7 @@ def run_training_loop(
             # Write a checkpoint, if it is time for one or the run ends here, and never one after a bad step.
             is_due = is_checkpoint_step(recipe, steps_done, keep_every)
             if unread is not None and (is_due or stop_requests):
-                log_if_bad(steps_done, read_step(run, unread, bad_steps))
+                reader.read_unlogged(unread, steps_done)
                 unread = None
             checkpoint_writer.raise_failure()
             if SCORE_METRIC in observed:
@@ -226,23 +215,49 @@ def raise_if_interrupted(run: Run, steps_done: int, steps: int, say: Callable[[s
         raise StopSignal
 
 
-def read_step(run: Run, started: StartedStep, bad_steps: BadSteps) -> Json:
-    """Wait for a step; its metrics. A bad step that is passed over has the metric `bad_steps` alone.
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class StepReader:
+    """Reads the figures of a run's steps once they are there, and counts the bad steps.
 
-    RunError for a bad step that ends the run. Its clips are kept in the run's folder, and the error says where.
+    writers  of the metrics; None on all ranks but the main one
     """
-    try:
-        metrics = started.read_metrics()
-    except BadStep as bad:
-        bad_steps.count_bad_step()
-        reason = bad_steps.stop_reason(has_broken_clips=bad.has_broken_clips)
-        if bad_steps.keeps_clips:
-            folder = bad.write_to_run(run.path)
-        if reason:
-            raise RunError(f"{bad}; {reason}; its clips and draws are kept in {folder}") from None
-        return {BAD_STEPS_METRIC: 1}
-    bad_steps.count_good_step()
-    return metrics
+
+    run: Run
+    bad_steps: BadSteps
+    monitor: TrainingMonitor | None
+    writers: MetricWriters | None
+
+    def read(self, started: StartedStep) -> Json:
+        """Wait for a step; its metrics. A bad step that is passed over has the metric `bad_steps` alone.
+
+        RunError for a bad step that ends the run. Its clips are kept in the run's folder, and the error says where.
+        """
+        try:
+            metrics = started.read_metrics()
+        except BadStep as bad:
+            self.bad_steps.count_bad_step()
+            reason = self.bad_steps.stop_reason(has_broken_clips=bad.has_broken_clips)
+            if self.bad_steps.keeps_clips:
+                folder = bad.write_to_run(self.run.path)
+            if reason:
+                raise RunError(f"{bad}; {reason}; its clips and draws are kept in {folder}") from None
+            if self.monitor is not None:
+                self.monitor.count_bad_step()
+            return {BAD_STEPS_METRIC: 1}
+        self.bad_steps.count_good_step()
+        return metrics
+
+    def read_unlogged(self, started: StartedStep, steps_done: int) -> None:
+        """Wait for a step at which nothing is logged; a bad one has a line of its own all the same."""
+        metrics = self.read(started)
+        if BAD_STEPS_METRIC in metrics:
+            self.log(steps_done, {"step": steps_done, **metrics})
+
+    def log(self, steps_done: int, line: Json) -> None:
+        """Write a line of metrics, on the main rank."""
+        if self.writers is not None:
+            self.run.log_metrics(line)
+            self.writers.write(steps_done, line)
 
 
 def observe_model(monitor: TrainingMonitor | None, steps_done: int) -> tuple[Json, str | None]:
