@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from ranks import run_on_ranks, steps_of_rank, torchrun
+from ranks import run_on_ranks, steps_of_rank
 from tiny import tiny
 
 from ajepa.evaluate.result import EVALUATION_FILE, Evaluation
@@ -45,7 +45,7 @@ def single_process(store_path, pretrained, tmp_path_factory) -> Run:
 
 def test_two_ranks_take_the_steps_of_one_process(store_path, tmp_path, single_process, pretrained):
     """Rows, mixtures, masks: all of them from the same probed head. One of them measures, writes and tells."""
-    status, lines = torchrun(store_path, tmp_path / "run", "train", str(pretrained), stage="finetune")
+    status, lines = run_on_ranks(store_path, tmp_path / "run", "train", str(pretrained), stage="finetune")
     assert status == 0, lines
     run = Run.open(tmp_path / "run")
     assert_near(single_process, run)

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dying import finetune_until_killed
+from forked import start_forked
 from tiny import tiny, tiny_finetune
 
 from ajepa.evaluate.classifier_scores import predict_logits_NC
@@ -89,41 +89,16 @@ def uninterrupted(store_path, start, tmp_path_factory) -> Run:
     return finetune_quietly(store_path, tmp_path_factory.mktemp("runs") / "whole", start=start)
 
 
-KILLED_AT_12 = """
-import sys
-from pathlib import Path
-from ajepa.finetune.finetune import finetune
-from ajepa.training.run import Run
-from ajepa.training.trained_run import TrainedRun
-from ajepa.evaluate.tasks import TASKS
-from dying import die_after_checkpoint
-from tiny import tiny_finetune
-
-log_metrics = Run.log_metrics
-def log_and_die(run, line):
-    log_metrics(run, line)
-    if line["step"] == 12:
-        die_after_checkpoint(run.path, 10)
-
-Run.log_metrics = log_and_die
-store, run, start = map(Path, sys.argv[1:])
-finetune(store, TASKS["own"], tiny_finetune(), run, start=TrainedRun.open(start), device="cpu")
-"""
-
-
 def test_twenty_steps_are_ten_then_kill_9_then_ten_bit_for_bit(
     store_path, tmp_path, uninterrupted, pretrained, start
 ):
     """With mixup, masking, drop path, masks and an average of the weights: all of it drawn anew, the same."""
-    threads = {
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        "PYTHONPATH": str(Path(__file__).parents[2] / "support"),
-    }
-    path = os.pathsep.join([threads["PYTHONPATH"], os.environ.get("PYTHONPATH", "")])
-    program = [sys.executable, "-c", KILLED_AT_12, store_path, tmp_path / "run", pretrained]
-    environment = os.environ | threads | {"PYTHONPATH": path}
-    killed = subprocess.run(program, env=environment, capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    arguments = (store_path, tmp_path / "run", pretrained, torch.get_num_threads())
+    killed = start_forked(
+        finetune_until_killed, *arguments, output=tmp_path / "output", environment=os.environ
+    )
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL, (tmp_path / "output").read_text()
     left = Run.open(tmp_path / "run")
     assert left.newest_step == 10
     run = finetune_quietly(store_path, tmp_path / "run", start=start, loader="plain")

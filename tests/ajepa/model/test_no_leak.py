@@ -103,8 +103,7 @@ def test_nothing_hidden_reaches_the_context_or_a_gradient(maker, positions, reco
 
 
 @needs_compiler
-@each_position
-@each_precision
+@pytest.mark.parametrize(("positions", "bf16"), [("sincos", False), ("rope", True)])
 def test_nothing_hidden_reaches_the_context_once_compiled(positions, bf16):
     """The compiler traces the graph that runs, with gradients; for every mask maker, with and without recomputation."""
     torch._dynamo.reset()

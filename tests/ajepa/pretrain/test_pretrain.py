@@ -3,8 +3,6 @@
 import math
 import os
 import signal
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 from itertools import repeat
@@ -13,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dying import pretrain_until_killed
+from forked import start_forked
 from identities import run_identity
 from tiny import tiny, tiny_views
 
@@ -60,34 +60,14 @@ def uninterrupted(store_path, tmp_path_factory) -> Run:
     return pretrain_quietly(store_path, tmp_path_factory.mktemp("runs") / "whole")
 
 
-KILLED_AT_17 = """
-import sys
-from pathlib import Path
-from ajepa.pretrain.pretrain import pretrain
-from ajepa.training.run import Run
-from dying import die_after_checkpoint
-from tiny import tiny
-
-log_metrics = Run.log_metrics
-def log_and_die(run, line):
-    log_metrics(run, line)
-    if line["step"] == 17:
-        die_after_checkpoint(run.path, 15)
-
-Run.log_metrics = log_and_die
-pretrain(Path(sys.argv[1]), tiny(), Path(sys.argv[2]), device="cpu")
-"""
-
-
 def test_thirty_steps_are_fifteen_then_kill_9_then_fifteen_bit_for_bit(store_path, tmp_path, uninterrupted):
     """What a power cut takes is the time since the last checkpoint, and nothing else; across loaders too."""
-    threads = {
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        "PYTHONPATH": str(Path(__file__).parents[2] / "support"),
-    }
-    program = [sys.executable, "-c", KILLED_AT_17, store_path, tmp_path / "run"]
-    killed = subprocess.run(program, env=os.environ | threads, capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    arguments = (store_path, tmp_path / "run", torch.get_num_threads())
+    killed = start_forked(
+        pretrain_until_killed, *arguments, output=tmp_path / "output", environment=os.environ
+    )
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL, (tmp_path / "output").read_text()
     left = Run.open(tmp_path / "run")
     assert left.newest_step == 15
     assert left.read_metrics()[-1]["step"] == 17  # logged but never committed: must be taken back

@@ -153,7 +153,7 @@ def measure_bytes(print_bytes: Callable[[list[str]], None], arguments: list[str]
     ids=str,
 )
 def test_the_estimate_is_near_what_a_process_takes(arguments, tmp_path):
-    """`small` in a process of its own: the resident peak of three steps, within a factor of 1.5.
+    """`small` in a process of its own: the resident peak of two steps, within a factor of 1.5.
 
     A pass of a few clips takes some MB, of which glibc has more or less in hand from the steps before, as it happens
     (the ratio went from 1.20 to 1.57): there it is told to give them back, as it does larger ones.
