@@ -7,7 +7,7 @@ the rate. `stream_wave` decodes a sound of any length in pieces.
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from pipeline.audio.levels import (
     magnitude_dbfs,
     rms_magnitude,
 )
+from pipeline.audio.open_sound import OpenSound
 from pipeline.audio.resample import resample_blocks, resample_wave
 from pipeline.audio.sources import SoundLocator
 from pipeline.audio.timeline import JITTER_SECONDS
@@ -161,19 +162,22 @@ def load_clip_audio(
     start_seconds: float,
     end_seconds: float,
     policy: AudioPolicy = AudioPolicy(),
+    open_sound: OpenSound | None = None,
 ) -> ClipAudio:
     """Decode the segment of a sound; AudioError(reason, sentence) if the sound is unusable under the policy.
 
     A file that is longer than the segment and reaches its end (to within 5 %) is a whole video: [start, end) is cut
     from it. From any other file the first `end - start` seconds are used. If the locator is exact, the segment is
-    always cut.
+    always cut. `open_sound` is for clips that follow each other in one sound: it is the same for all of them.
     """
     # Every error begins with the name of the sound.
     segment = VideoSegment(start_seconds, end_seconds, is_exact=bool(locator.exact))
     with costing_the_clip_alone(locator):
-        with locator.open_sound() as sound:
-            container = recognise_container(sound)
-            decoded = decode_segment(sound, container, segment, max_seconds=policy.max_seconds)
+        with (
+            OpenSound() if open_sound is None else nullcontext(open_sound) as sound,
+            sound.open_decoder(locator) as (container, decoder),
+        ):
+            decoded = read_segment(decoder, segment, policy.max_seconds)
 
         # There must be samples before their range can be measured.
         check_complete(decoded.facts, policy)
@@ -248,6 +252,7 @@ def read_segment(decoder: AudioDecoder, segment: VideoSegment, max_seconds: floa
             raise AudioError("too_short", f"{detail}; correct its list")
 
     # Fewer samples may be decoded than the declared length promises: the source then ends where they end.
+    filled_before = decoder.filled_samples
     wave_S, exceeds_full_scale = mix_down(decoder.read_blocks(first, wanted))
     source_seconds = (first + len(wave_S)) / decoder.rate_hz
     if len(wave_S) >= wanted:
@@ -258,7 +263,7 @@ def read_segment(decoder: AudioDecoder, segment: VideoSegment, max_seconds: floa
         wave_S=wave_S,
         facts=segment_facts(decoder, samples=len(wave_S), promised=promised, is_cut=is_cut),
         source_seconds=source_seconds,
-        has_gaps=decoder.filled_samples >= JITTER_SECONDS * decoder.rate_hz,
+        has_gaps=decoder.filled_samples - filled_before >= JITTER_SECONDS * decoder.rate_hz,
         exceeds_full_scale=exceeds_full_scale,
     )
 

@@ -26,10 +26,11 @@ from pipeline.audio.container_kinds import AudioContainer
 from pipeline.audio.resample import resample_blocks_CS
 from pipeline.audio.timeline import (
     MAX_LATE_SECONDS,
+    FrameReader,
     HoleFiller,
+    PlacedFrame,
     Timeline,
     TimelineCursor,
-    place_frames,
 )
 from pipeline.errors import AudioError
 
@@ -59,13 +60,15 @@ LONG_INTEGER_FORMATS = ("s64", "s64p")  # that PyAV gives no array of
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FfmpegDecoder:
-    """The best audio stream of a file opened by FFmpeg, its first frame decoded."""
+    """The best audio stream of a file opened by FFmpeg, its first frame decoded.
+
+    reader  of all frames from the first one on
+    """
 
     sound: SoundInput
     container: AudioContainer
     source: "OpenStream"
-    first_frame: AudioFrame
-    later_frames: Iterator[AudioFrame]  # all after the first
+    reader: FrameReader[AudioFrame]
     rate_hz: int
     channels: int
     codec: str
@@ -111,8 +114,10 @@ class FfmpegDecoder:
                 sound=sound,
                 container=container,
                 source=source,
-                first_frame=first_frame,
-                later_frames=frames,
+                reader=FrameReader(
+                    frames=itertools.chain([first_frame], frames),
+                    cursor=TimelineCursor(timeline=timeline, position_samples=timeline.first_sample),
+                ),
                 rate_hz=rate_hz,
                 channels=first_frame.layout.nb_channels,
                 codec=source.stream.codec_context.codec.canonical_name,
@@ -125,33 +130,35 @@ class FfmpegDecoder:
     def read_blocks(self, first_sample: int, sample_count: int) -> Iterator[np.ndarray]:
         """Yield blocks as `AudioDecoder` says: damaged packets are left out, holes between time stamps are silent."""
         stop_sample = first_sample + sample_count
-        reached = self.seek_before(first_sample)
-        if reached is not None:
-            begin_sample, frames = reached
-            placed_frames = place_frames(frames, begin_sample, self.timeline, first_sample, stop_sample)
-            blocks = join_frame_samples(placed_frames, self.rate_hz)
+        reader = self.seek_before(first_sample) if self.can_seek_to(first_sample) else self.reader
+        if reader is not None and reader.can_read_from(first_sample):
+            blocks = join_frame_samples(reader.read_frames(first_sample, stop_sample), self.rate_hz)
             yield from self.filler.fill_holes(blocks, first_sample, stop_sample)
             return
 
-        # The seek failed: open the file again and decode it from its beginning.
+        # The seek failed, or the frames are gone: open the file again and decode it from its beginning.
         unseekable = replace(self.container, is_seekable=False)
         with self.open_file(self.sound, unseekable) as decoder:
             from_start = replace(decoder, filler=self.filler)
             yield from from_start.read_blocks(first_sample, sample_count)
 
-    def seek_before(self, sample: int) -> tuple[int, Iterator[AudioFrame]] | None:
-        """Seek to a place before `sample`; return the number of the first sample there, and the frames from there on.
+    def can_seek_to(self, sample: int) -> bool:
+        """Whether the sound before `sample` need not be decoded: there are time stamps, and it is not the beginning."""
+        target_seconds = sample / self.rate_hz - PRE_ROLL_SECONDS
+        return (
+            self.container.is_seekable
+            and target_seconds >= PRE_ROLL_SECONDS
+            and self.timeline.origin_seconds is not None
+            and self.source.stream.time_base is not None
+        )
 
-        None if the seek failed or went too far.
-        """
-        # Near the beginning, and without time stamps, decode from the first frame on.
+    def seek_before(self, sample: int) -> FrameReader[AudioFrame] | None:
+        """Seek to a place before `sample`; return the frames from there on, None if the seek failed or went too far."""
         origin_seconds = self.timeline.origin_seconds
         unit_seconds = self.source.stream.time_base
+        assert origin_seconds is not None
+        assert unit_seconds is not None
         target_seconds = sample / self.rate_hz - PRE_ROLL_SECONDS
-        decode_from_start = target_seconds < PRE_ROLL_SECONDS or not self.container.is_seekable
-        if decode_from_start or origin_seconds is None or unit_seconds is None:
-            return self.timeline.first_sample, itertools.chain([self.first_frame], self.later_frames)
-
         try:
             self.source.demuxer.seek(
                 int((origin_seconds + target_seconds) / unit_seconds), stream=self.source.stream
@@ -165,7 +172,12 @@ class FfmpegDecoder:
         if landing_frame is None or landing_frame.time is None:
             return None
         begin_sample = self.timeline.sample_at(landing_frame.time)
-        return None if begin_sample > sample else (begin_sample, itertools.chain([landing_frame], frames))
+        if begin_sample > sample:
+            return None
+        return FrameReader(
+            frames=itertools.chain([landing_frame], frames),
+            cursor=TimelineCursor(timeline=self.timeline, position_samples=begin_sample),
+        )
 
 
 def describe_ffmpeg_error(error: BaseException) -> str:
@@ -330,14 +342,14 @@ def scan_stream_seconds(sound: SoundInput, container: AudioContainer) -> float:
 
 
 def join_frame_samples(
-    placed_frames: Iterable[tuple[int, int, float, AudioFrame]], rate_hz: int
+    placed_frames: Iterable[PlacedFrame[AudioFrame]], rate_hz: int
 ) -> Iterator[tuple[float, np.ndarray]]:
     """Yield placed frames as blocks of float32 `[channel, sample]`, each with the number of its first sample.
 
     A block holds many frames, all of one run and one format. Frames of another rate are resampled.
     """
     for (_, own_rate_hz, _, _), same_format in itertools.groupby(placed_frames, key=frame_format):
-        blocks = merge_frames((begin, frame) for _, _, begin, frame in same_format)
+        blocks = merge_frames(same_format)
         if own_rate_hz == rate_hz:
             for begin, block in blocks:
                 yield begin, frame_samples_CS(block)
@@ -345,10 +357,10 @@ def join_frame_samples(
             yield from resample_run(blocks, own_rate_hz, rate_hz)
 
 
-def frame_format(placed_frame: tuple[int, int, float, AudioFrame]) -> tuple[int, int, str, int]:
+def frame_format(placed: PlacedFrame[AudioFrame]) -> tuple[int, int, str, int]:
     """Run, rate, sample format and channels of a frame; only frames with equal values can be joined."""
-    run, rate_hz, _, frame = placed_frame
-    return run, rate_hz, frame.format.name, frame.layout.nb_channels
+    frame = placed.frame
+    return placed.run, placed.rate_hz, frame.format.name, frame.layout.nb_channels
 
 
 def resample_run(
@@ -363,16 +375,17 @@ def resample_run(
         begin += block_CS.shape[1]
 
 
-def merge_frames(placed_frames: Iterable[tuple[float, AudioFrame]]) -> Iterator[tuple[float, AudioFrame]]:
+def merge_frames(placed_frames: Iterable[PlacedFrame[AudioFrame]]) -> Iterator[tuple[float, AudioFrame]]:
     """Yield frames of one format joined to blocks, each with the number of its first sample.
 
     FFmpeg's own queue joins them: an array for every frame took 5 times longer.
     """
     queue = av.AudioFifo()
     block_begin: float | None = None
-    for begin_sample, frame in placed_frames:
+    for placed in placed_frames:
         if block_begin is None:
-            block_begin = begin_sample
+            block_begin = placed.begin_sample
+        frame = placed.frame
         frame.pts = None  # with time stamps, the queue would refuse the smallest gap between frames
         queue.write(frame)
         if queue.samples >= FFMPEG_BLOCK_SAMPLES and (block := queue.read()):

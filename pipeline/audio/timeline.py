@@ -5,9 +5,10 @@ is rounding or jitter: then the count is right to the sample. A large one is a h
 begins with a clock of its own.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -162,29 +163,69 @@ class TimelineCursor:
         self.run += 1
 
 
-def place_frames(
-    frames: Iterable[Frame], begin_sample: int, timeline: Timeline, first_sample: int, stop_sample: int
-) -> Iterator[tuple[int, int, float, Frame]]:
-    """Yield the frames that reach into [first, stop): number of the run, rate, number of the first sample, frame.
+class PlacedFrame(NamedTuple, Generic[Frame]):
+    """A frame with its place: number of the run, rate, numbers of its first sample and of the one after its last."""
 
-    `begin_sample` is the number of the first sample of the first frame. The first frame beyond `stop` is yielded too:
-    it shows that silence before it is a hole, and not the end.
+    run: int
+    rate_hz: int
+    begin_sample: float
+    end_sample: float
+    frame: Frame
+
+
+@dataclass(kw_only=True, slots=True)
+class FrameReader(Generic[Frame]):
+    """Frames in the order of decoding, each placed once: segments that are read one after the other are decoded once.
+
+    frames        the frames that are not decoded yet
+    cursor        the place of the next one of them
+    keeps_frames  True: the frames of a segment are kept, since the next segment may begin in them; False: one segment
+                  can be read
     """
-    cursor = TimelineCursor(timeline=timeline, position_samples=begin_sample)
-    rate_hz = timeline.rate_hz
-    for frame in frames:
+
+    frames: Iterator[Frame]
+    cursor: TimelineCursor
+    keeps_frames: bool = False
+    _kept: list[PlacedFrame[Frame]] = field(default_factory=list)
+    _least_sample: float = 0  # frames that end before it are gone
+
+    def can_read_from(self, first_sample: int) -> bool:
+        """Whether no frame is gone that reaches beyond this sample."""
+        return first_sample >= self._least_sample
+
+    def read_frames(self, first_sample: int, stop_sample: int) -> Iterator[PlacedFrame[Frame]]:
+        """Yield the frames that reach into [first, stop); `first` must be one that `can_read_from` allows.
+
+        The first frame beyond `stop` is yielded too: it shows that silence before it is a hole, and not the end.
+        """
+        # Frames of the segment before, of which this one may need the last.
+        self._kept = [placed for placed in self._kept if placed.end_sample > first_sample]
+        self._least_sample = first_sample if self.keeps_frames else math.inf
+        for placed in list(self._kept):
+            yield placed
+            if placed.end_sample >= stop_sample:
+                return
+
+        # New frames.
+        for frame in self.frames:
+            if not frame.samples:
+                continue
+            placed = self._place(frame)
+            if placed.end_sample > first_sample:
+                if self.keeps_frames:
+                    self._kept.append(placed)
+                yield placed
+            if placed.end_sample >= stop_sample:
+                return
+
+    def _place(self, frame: Frame) -> PlacedFrame[Frame]:
         samples: float = frame.samples
-        if not samples:
-            continue
         own_rate_hz = frame.sample_rate
+        rate_hz = self.cursor.timeline.rate_hz
         if own_rate_hz != rate_hz:
             samples *= rate_hz / (own_rate_hz or rate_hz)
-        begin = cursor.place(frame.time, samples)
-        end = begin + samples
-        if end > first_sample:
-            yield cursor.run, own_rate_hz, begin, frame
-        if end >= stop_sample:
-            return
+        begin = self.cursor.place(frame.time, samples)
+        return PlacedFrame(self.cursor.run, own_rate_hz, begin, begin + samples, frame)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pipeline.audio.decode import AudioPolicy, ClipAudio, costing_the_clip_alone, load_clip_audio
 from pipeline.audio.mel import log_mel
+from pipeline.audio.open_sound import OpenSound
 from pipeline.audio.sources import SoundLocator
 from pipeline.build.remote_store import RemoteStore
 from pipeline.errors import AudioError, StoreError, UnexpectedAudioError
@@ -117,13 +118,14 @@ class ShardBuilder:
         """
         with ExitStack() as stack:
             open_shards = self._open_shards(task, stack)
+            open_sound = stack.enter_context(OpenSound())
 
-            # Clips are decoded in the order of their archives, so that each archive is read from beginning to end.
+            # Clips are decoded in the order of their archives and sounds: each is read once, from beginning to end.
             for clip in sorted(task.clips, key=_archive_order):
                 takers = [shard for shard in open_shards if shard.needs_row(clip.row)]
                 if takers:
                     yield clip.row
-                    outcome = self._decode_clip(clip, task)
+                    outcome = self._decode_clip(clip, task, open_sound)
                     for shard in takers:
                         shard.add_clip(clip, outcome)
 
@@ -145,7 +147,9 @@ class ShardBuilder:
                 open_shards.append(stack.enter_context(closing(shard)))
         return open_shards
 
-    def _decode_clip(self, clip: PlannedClip, task: BlockTask) -> "ClipAudio | dict[str, Any]":
+    def _decode_clip(
+        self, clip: PlannedClip, task: BlockTask, open_sound: OpenSound
+    ) -> "ClipAudio | dict[str, Any]":
         """Return the clip's sound, or the result columns with the reason of the failure."""
         # Rows that fail without being decoded.
         if clip.duplicate is not None:
@@ -166,6 +170,7 @@ class ShardBuilder:
                 start_seconds=clip.start_seconds,
                 end_seconds=clip.start_seconds + seconds,
                 policy=self.policy,
+                open_sound=open_sound,
             )
         except AudioError as error:
             self.unexpected.count_failure(error)
