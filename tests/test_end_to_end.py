@@ -1,4 +1,4 @@
-"""The recipes of the documentation, read out of its pages and run as a user types them, on 48 small clips."""
+"""The recipes of the documentation, read out of its pages and run as a user types them, on 40 small clips."""
 
 import csv
 import json
@@ -11,16 +11,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 import soundfile
+from forked import start_forked
 from pages import PAGES, first_block
 from stores import assert_same_bytes
+from typed_programs import run_line, run_python
 
 from ajepa.training.run import Run
+from pipeline.build.plan import current_versions
 from pipeline.store.feature_store import FeatureStore
 
 BIN = Path(sys.executable).parent
@@ -73,10 +78,26 @@ def started(command: str, folder: Path) -> subprocess.Popen:
     )
 
 
-def until(seen: Callable[[], object], process: subprocess.Popen) -> None:
+def started_fork(function: Callable[..., Any], text: str, folder: Path, output: Path) -> ForkServerProcess:
+    """A line or a block in the background, in a process that need not import PyTorch; `output` gets what it prints."""
+    return start_forked(function, text, folder, output=output, environment=ENVIRONMENT)
+
+
+def output_of_fork(function: Callable[..., Any], text: str, folder: Path, output: Path) -> str:
+    """What a line or a block prints, run to its end in a process that need not import PyTorch."""
+    process = started_fork(function, text, folder, output)
+    process.join()
+    said = output.read_text()
+    assert process.exitcode == 0, said[-2000:]
+    assert "Traceback" not in said
+    return said
+
+
+def until(seen: Callable[[], object], process: subprocess.Popen | ForkServerProcess) -> None:
     """Wait until there is something to see; the process must not end before."""
     while not seen():
-        assert process.poll() is None, process.args
+        ended = process.poll() if isinstance(process, subprocess.Popen) else process.exitcode
+        assert ended is None, process
         time.sleep(0.02)
 
 
@@ -97,7 +118,7 @@ def python(program: str, folder: Path) -> str:
 def desk(tmp_path_factory) -> Path:
     """A folder with the names that the pages use, filled by the first command."""
     folder = tmp_path_factory.mktemp("desk")
-    typed("ajepa-data demo-corpus corpus --clips 48", folder)
+    typed("ajepa-data demo-corpus corpus --clips 40", folder)
     (folder / "corpus" / "audio").rename(folder / "clips")
     for name in ("balanced_train", "eval"):
         (folder / "corpus" / f"{name}_segments.csv").rename(folder / f"{name}_segments.csv")
@@ -157,17 +178,19 @@ def test_a_build_that_is_killed_carries_on_to_the_same_bytes(desk, trained):
     assert process.wait() == -signal.SIGKILL
     typed(f"{first}\n{second}", desk)
     assert_same_bytes(desk / "as20k.zarr", desk / "killed.zarr")
+    assert json.loads((desk / "killed.zarr/build.json").read_text())["versions"] == current_versions()
 
 
-def test_a_run_that_is_killed_carries_on_to_the_same_weights(desk, trained):
+def test_a_run_that_is_killed_carries_on_to_the_same_weights(desk, trained, tmp_path):
     """kill -9 between two checkpoints, then the very same command: what `runs/a` ended with, bit for bit."""
     pretrain = swapped(first_block("docs/audioset.md"), SMALLER | {"runs/a": "runs/killed"}).splitlines()[4]
-    process = started(pretrain, desk)
+    process = started_fork(run_line, pretrain, desk, tmp_path / "killed.txt")
     until(lambda: list((desk / "runs/killed/checkpoints").glob("step-*[0-9]/state.json")), process)
     process.kill()
-    assert process.wait() == -signal.SIGKILL
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert 0 < Run.open(desk / "runs/killed").newest_step < STEPS
-    assert f"done, {STEPS} steps" in typed(pretrain, desk)
+    assert f"done, {STEPS} steps" in output_of_fork(run_line, pretrain, desk, tmp_path / "again.txt")
     digests = [
         json.loads((desk / f"runs/{name}/checkpoints/step-{STEPS:08d}/state.json").read_text())["sha256"]
         for name in ("a", "killed")
@@ -235,22 +258,25 @@ def test_the_store_from_python(desk, trained):
     assert python(f"{program}\n{tell}", desk) == f"{told}<class 'polars.dataframe.frame.DataFrame'> True\n"
 
 
-def test_embeddings_from_python(desk, trained):
+def test_embeddings_from_python(desk, trained, tmp_path):
     """The block of docs/embed.md, on sounds of two names that it uses."""
     for name, sound in zip(("a.mp3", "b.wav"), sorted((desk / "mine").iterdir()), strict=False):
         shutil.copy(sound, desk / name)  # content decides, not the extension
     tell = "f = found[0]; print(len(found.clips_BD), found.clips_BD.dtype, len(f.frames_TD) == len(f.times_ms_T))"
-    assert python(f"{first_block('docs/embed.md')}\n{tell}", desk) == "2 torch.float32 True\n"
+    program = f"{first_block('docs/embed.md')}\n{tell}"
+    said = output_of_fork(run_python, program, desk, tmp_path / "said.txt")
+    assert said.splitlines()[-1] == "2 torch.float32 True"
 
 
-def test_a_sound_is_nearest_to_itself(desk, trained):
+def test_a_sound_is_nearest_to_itself(desk, trained, tmp_path):
     """`nearest`, as the table of commands has it, in the file that `embed` wrote."""
     sound = sorted((desk / "mine").iterdir())[0]
     asked = re.search(r"`(ajepa-train nearest .*?)`", PAGES["docs/commands.md"])[1]
     here = swapped(
         asked, {"QUERY": f"mine/{sound.name}", "FILE": "embeddings.parquet", "--model M": "--model runs/a"}
     )
-    similarity, *_, path = typed(here, desk).splitlines()[0].split("  ")
+    said = output_of_fork(run_line, here, desk, tmp_path / "said.txt")
+    similarity, *_, path = said.splitlines()[0].split("  ")
     assert Path(path).name == sound.name
     assert float(similarity) == pytest.approx(1, abs=1e-3)
 

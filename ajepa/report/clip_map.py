@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn.manifold import TSNE
 
 from ajepa.report.charts import mel_data_url
 from ajepa.report.model_outputs import PageData
@@ -33,6 +32,8 @@ GROUPS = 2 * HUES  # labels with a mark of their own: every hue as a circle and 
 
 def clip_map_section(page_data: PageData) -> Markup:
     """Return a t-SNE map of the clips, marked by label; clips with similar vectors are close to each other."""
+    from sklearn.manifold import TSNE  # imported late: takes more than a second, and pictures do not need it
+
     count = len(page_data.rows_N)
     if count < MIN_MAP_CLIPS:
         return html_tag("p", f"{count} eval clips are too few for a map.", class_="warn")

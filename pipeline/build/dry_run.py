@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-import torch
 
 from pipeline.audio.decode import load_clip_audio
 from pipeline.build.plan import BuildOptions, StoreOutput, note_rows_beyond_clips, plan_store
@@ -74,6 +73,8 @@ def _timing_lines(
         return ["nothing to decode"]
 
     # Time a sample. The first clip also builds the mel filters, so it is left out of the mean.
+    import torch
+
     drawn_N = draw_timed_rows(corpus.sources.frame, rows_N, seed)
     torch.set_num_threads(1)
     failures: Counter[str] = Counter()

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-import torch
 
 from pipeline.audio.decode import AudioPolicy
 from pipeline.audio.mel_spec import MelSpec
 from pipeline.build.plan_files import plan_with_labels
 from pipeline.build.shard_builder import BlockTask, PlannedClip, StoreTarget
+from pipeline.build.workers import cpu_capability
 from pipeline.datasets.corpus import Corpus
 from pipeline.errors import InputError
 from pipeline.files import WHOLE_BUILD, BuildPart
@@ -129,7 +129,7 @@ def current_versions() -> dict[str, str]:
     versions = {name: version(name) for name in VERSIONED_PACKAGES}
     versions["python"] = platform.python_version()
     # PyTorch chooses its kernels by the instruction set of the CPU, and these kernels round differently.
-    versions["cpu"] = torch.backends.cpu.get_cpu_capability()
+    versions["cpu"] = cpu_capability()
     return versions
 
 

@@ -12,16 +12,13 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import google_crc32c
 import numpy as np
 import polars as pl
-import torch
-from torch import Tensor
 
 from pipeline.audio.decode import AudioPolicy, ClipAudio, costing_the_clip_alone, load_clip_audio
-from pipeline.audio.mel import log_mel
 from pipeline.audio.open_sound import OpenSound
 from pipeline.audio.sources import SoundLocator
 from pipeline.build.remote_store import RemoteStore
@@ -40,6 +37,9 @@ from pipeline.store.shards import (
     shard_matches_commit,
     shard_path,
 )
+
+if TYPE_CHECKING:  # takes three seconds to import; a build with workers leaves it to them
+    from torch import Tensor
 
 # So many clips in a row that fail in the same unexpected way end a build.
 MAX_UNEXPECTED_FAILURES = 100
@@ -305,6 +305,8 @@ def write_shard(
     policy: dict[str, Any],
 ) -> None:
     """Write and commit a shard: the results of all its rows, and the spectrograms of its good rows in their order."""
+    import torch
+
     first_row = header.layout.rows_of_shard(shard)[0]
     moments = SplitMoments()
     writer: ShardWriter | None = None
@@ -353,6 +355,10 @@ def _explaining_full_disk(store: Path, shard: int) -> Iterator[None]:
 
 def compute_stored_row(audio: ClipAudio, header: StoreHeader) -> tuple[np.ndarray, dict[str, Any]]:
     """Return a clip as stored, `mel_TF` in the store's dtype, and its result columns without `source`."""
+    import torch
+
+    from pipeline.audio.mel import log_mel
+
     # From sound to log-mel.
     spec = header.spec
     wave_S = audio.resample_wave(spec.sample_rate_hz)[: spec.clip_samples]
@@ -385,11 +391,13 @@ def compute_stored_row(audio: ClipAudio, header: StoreHeader) -> tuple[np.ndarra
     }
 
 
-def quantise_mel(mel: Tensor, header: StoreHeader) -> Tensor:
+def quantise_mel(mel: "Tensor", header: StoreHeader) -> "Tensor":
     """Return the log-mel as stored values; in uint8, 0 is reserved for absent clips.
 
     PyTorch rounds as NumPy does, 20 times as fast.
     """
+    import torch
+
     if header.layout.dtype == "float16":
         return mel.half()
     return ((mel - header.offset) / header.scale).round().clamp(1, 255).to(torch.uint8)

@@ -11,11 +11,10 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, Protocol, Self, TypeVar
-
-import torch
 
 from pipeline.errors import InputError, StoreError
 
@@ -30,6 +29,29 @@ MAX_IDLE_DEATHS = 3  # most deaths of workers while they try no row; no clip can
 CONNECT_TIMEOUT_SECONDS = 10  # for the first answer of a Ray cluster
 
 TASK_DONE = "done"  # a worker's message at the end of a task
+
+
+# The answer of `cpu_capability` once it is known: it is the same in all processes of a machine.
+KNOWN_CPU_CAPABILITIES: list[str] = []
+
+
+def cpu_capability() -> str:
+    """Return the instruction set for which PyTorch chooses its kernels here.
+
+    Every worker tells it when it starts, so a process that ran workers need not import PyTorch, which takes seconds.
+    """
+    if not KNOWN_CPU_CAPABILITIES:
+        import torch
+
+        KNOWN_CPU_CAPABILITIES.append(torch.backends.cpu.get_cpu_capability())
+    return KNOWN_CPU_CAPABILITIES[0]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStarted:
+    """A worker's first message: the `cpu_capability` of its process."""
+
+    cpu_capability: str
 
 
 class RowTask(Protocol):
@@ -184,6 +206,10 @@ class _WorkerProcess(Generic[T]):
             return None
         if isinstance(message, Exception):
             raise message
+        if isinstance(message, WorkerStarted):
+            if not KNOWN_CPU_CAPABILITIES:
+                KNOWN_CPU_CAPABILITIES.append(message.cpu_capability)
+            return None
         self._row_started = time.monotonic()
         if message == TASK_DONE:
             self.current_row = None
@@ -231,7 +257,10 @@ def _describe_exit(exitcode: int | None) -> str:
 def _serve_tasks(
     pipe: Connection, task_function: Callable[[Any], Iterator[int | None]], parent_pid: int
 ) -> None:
-    """Run the tasks received from the pipe; send their rows and None, and after each task TASK_DONE or an error."""
+    """Run the tasks received from the pipe; send their rows and None, and after each task TASK_DONE or an error.
+
+    The first message is `WorkerStarted`.
+    """
     # End this worker when the build is killed; else it would write into the store together with the next build. The
     # parent may have died before `prctl`, so its id is checked too.
     if sys.platform == "linux":
@@ -241,9 +270,15 @@ def _serve_tasks(
 
     # Decoders write warnings to stderr; hide them, because a failed row has its reason in the results.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    # One thread, because each core already has a process.
+    # One thread, because each core already has a process. Imported here, where no row's time runs yet.
+    import torch
+
     torch.set_num_threads(1)
 
+    try:
+        pipe.send(WorkerStarted(cpu_capability()))
+    except BrokenPipeError:  # the build has ended
+        return
     while True:
         try:
             for row in task_function(pipe.recv()):

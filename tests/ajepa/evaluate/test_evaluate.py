@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny import tiny
 
-from ajepa.evaluate import evaluate
+from ajepa.evaluate import evaluate, probes
 from ajepa.evaluate.evaluate import evaluate_run
 from ajepa.evaluate.features import RANDOM, STATISTICS, TRAINED
 from ajepa.evaluate.probe_splits import ProbeSplits, probe_rows
@@ -16,6 +16,14 @@ from ajepa.pretrain.pretrain import pretrain
 from ajepa.training.run import Run
 from pipeline.audio.mel_spec import preset_mel_spec
 from pipeline.errors import RunError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_attentive_probes():
+    """No test of this file needs a good attentive probe: 20 steps instead of 150 or more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probes, "MAX_ATTENTIVE_STEPS", 20)
+        yield
 
 
 @pytest.fixture(scope="module")

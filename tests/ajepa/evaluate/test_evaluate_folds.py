@@ -9,9 +9,11 @@ from matplotlib.image import imread
 from sounds import write
 from tiny import tiny
 
+from ajepa.evaluate import probes
 from ajepa.evaluate.evaluate import evaluate_run
 from ajepa.evaluate.features import STATISTICS, TRAINED
 from ajepa.evaluate.result import Evaluation
+from ajepa.model.masking import Fixed, RandomPatches
 from ajepa.model.pooling import EncoderLayer
 from ajepa.pretrain.pretrain import pretrain
 from ajepa.report.pictures import draw_run_report
@@ -52,10 +54,19 @@ def esc50_path(tmp_path_factory):
     return root / "esc50.zarr"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_attentive_probes():
+    """No test of this file needs a good attentive probe: 20 steps instead of 150 or more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probes, "MAX_ATTENTIVE_STEPS", 20)
+        yield
+
+
 @pytest.fixture(scope="module")
 def run(store_path, tmp_path_factory) -> Run:
     path = tmp_path_factory.mktemp("runs") / "run"
-    return pretrain(store_path, tiny(), path, steps=6, device="cpu", say=lambda line: None)
+    masks = Fixed(masking=RandomPatches())  # their picture has one row, a curriculum's five
+    return pretrain(store_path, tiny(masks=masks), path, steps=6, device="cpu", say=lambda line: None)
 
 
 @pytest.fixture(scope="module")
@@ -126,12 +137,12 @@ def test_what_is_asked_for_is_done_and_stamped(esc50_path, run, tmp_path):
     }
     evaluation = evaluate_run(esc50_path, run.path, device="cpu", kind="multi", checkpoint=5, **options)
     protocol = json.loads((tmp_path / "some.json").read_text())["protocol"]
-    probes = protocol["probes"]
-    assert (probes["pooling"], probes["layer"], probes["names"]) == ("frequency", "block-1", ["knn"])
+    noted = protocol["probes"]
+    assert (noted["pooling"], noted["layer"], noted["names"]) == ("frequency", "block-1", ["knn"])
     assert (protocol["checkpoint"], protocol["step"]) == ("5", 5)
-    assert probes["grid"] == {"rows": 8, "cols": 4, "frames": 16, "bands": 16}
+    assert noted["grid"] == {"rows": 8, "cols": 4, "frames": 16, "bands": 16}
     assert len(protocol["weights_sha256"]) == 64
-    assert probes["l2_grid"][0] == 1.0
+    assert noted["l2_grid"][0] == 1.0
     assert protocol["versions"]["torch"]
     assert {(score.probe, score.kind) for score in evaluation.scores} == {("knn", "multi")}
 
@@ -150,7 +161,8 @@ def test_probes_labels_and_kinds_that_do_not_fit_are_refused(esc50_path, store_p
 
 def test_evaluations_of_both_stores_are_drawn(evaluation, store_path, run, tmp_path):
     """Bars with intervals; a probe that has no features of a kind is left out."""
-    evaluate_run(store_path, run.path, device="cpu", probes=("linear", "attentive"))
+    options = {"probes": ("linear", "attentive"), "label_sets": ("raw",)}
+    evaluate_run(store_path, run.path, device="cpu", **options)
     names = [path.name for path in draw_run_report(store_path, run.path, tmp_path / "out")]
     assert names == ["curves.png", "masks.png", "probes-esc50.png", "probes.png"]
     for name in names[2:]:

@@ -15,6 +15,7 @@ from ajepa.evaluate.evaluate import evaluate_run
 from ajepa.evaluate.result import EVALUATION_FILE, Evaluation, Score
 from ajepa.evaluate.tasks import TASKS
 from ajepa.finetune.finetune import finetune
+from ajepa.model.masking import Fixed, RandomPatches
 from ajepa.pretrain.pretrain import pretrain
 from ajepa.recipes.supervised import cnn6_small_recipe
 from ajepa.report.charts import (
@@ -60,7 +61,9 @@ def shown_sections(*missing: str) -> list[str]:
 def run(store_path, tmp_path_factory) -> Run:
     """A short run with a look at its health and a probe under way."""
     path = tmp_path_factory.mktemp("runs") / "a"
-    recipe = tiny(health_every=10, probe_every=15)
+    # A curriculum has a picture of five rows of masks, of which the tests of `ajepa-train masks` draw one.
+    masks = Fixed(masking=RandomPatches())
+    recipe = tiny(masks=masks, health_every=10, probe_every=15)
     return pretrain(store_path, recipe, path, device="cpu", say=lambda line: None)
 
 

@@ -200,6 +200,12 @@ def test_help_and_the_tab_key_do_not_wait_for_heavy_libraries(module):
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+def test_a_build_leaves_torch_to_its_workers():
+    """They need it for their first clip; if the process that starts them imported it too, they would start later."""
+    program = "import sys, pipeline.build.build; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 @pytest.mark.parametrize(
     ("where", "said"),
     [
