@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from corpus import write_corpus
 from pyarrow.fs import FileSelector
-from stores import BUCKET, assert_same_bytes, build, corpus_in
+from stores import BUCKET, assert_same_bytes, build, corpus_in, point_at_no_server
 
 from pipeline import object_store
 from pipeline.audio.mel_spec import preset_mel_spec
@@ -323,8 +323,7 @@ def test_an_object_that_is_gone_costs_its_clip_and_a_server_that_is_gone_none(
     corpus = corpus_at(url, small)
     remove_object(f"{url}/clip_000000.wav")
     output = StoreOutput(path=tmp_path / "x.zarr", spec=preset_mel_spec("a-jepa"))
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr(object_store, "RETRY_WAIT_SECONDS", (0.0,))
+    point_at_no_server(monkeypatch)
     with pytest.raises(UnavailableError, match="run the same command again"):
         build_store(corpus, output, BuildOptions(workers=0))
     monkeypatch.undo()
