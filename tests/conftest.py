@@ -58,11 +58,15 @@ def store(store_path) -> FeatureStore:
 def bucket_server():
     """Moto on the loopback interface, found through the environment as a user's server would be; its address."""
     moto_server = pytest.importorskip("moto.server", reason="moto is the S3 server of these tests")
+    moto_backends = pytest.importorskip("moto.backends", reason="moto is the S3 server of these tests")
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     moto = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     moto.start()
     address = "http://{}:{}".format(*moto.get_host_and_port())
+    services = tuple(moto_backends.list_of_moto_modules())
     with pytest.MonkeyPatch.context() as environment:
+        # It would list its own folder, of 175 services, twice for each request: a third of its time.
+        environment.setattr(moto_backends, "list_of_moto_modules", lambda: services)
         environment.setenv("AWS_ENDPOINT_URL", address)
         environment.setenv("AWS_ACCESS_KEY_ID", "x")
         environment.setenv("AWS_SECRET_ACCESS_KEY", "y")

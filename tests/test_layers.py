@@ -1,6 +1,7 @@
 """The order of the folders: which may import which."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ FILES = sorted(
 MODULES = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in FILES}
 
 
+@cache
 def imported_modules(module: str) -> set[str]:
     """Every file of the project that a file imports, also inside functions."""
     names = set()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from corpus import write_corpus
 from pyarrow.fs import FileSelector
-from stores import BUCKET, assert_same_bytes, build, corpus_in
+from stores import BUCKET, assert_same_bytes, build, corpus_in, point_at_no_server
 
 from pipeline import object_store
 from pipeline.audio.mel_spec import preset_mel_spec
@@ -40,11 +40,13 @@ pytestmark = pytest.mark.usefixtures("bucket_server")
 
 LATE_CLIP = "audio/clip_000003.wav"  # of the first shard
 
+SHORT_URL = f"s3://{BUCKET}/short.zarr"
+
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
-    """Two shards' worth of clips."""
-    return write_corpus(tmp_path_factory.mktemp("small") / "corpus", clips=32)
+    """Two shards' worth of clips, of few seconds: they are decoded a hundred times."""
+    return write_corpus(tmp_path_factory.mktemp("small") / "corpus", clips=32, clip_seconds=3.0)
 
 
 @pytest.fixture(scope="module")
@@ -143,20 +145,25 @@ def late(small, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def short_store(shorter, tmp_path_factory) -> Path:
-    """A store built without the late clip."""
+def short_names(shorter, tmp_path_factory) -> list[str]:
+    """The names of the objects of a store built without the late clip, below SHORT_URL."""
     out = tmp_path_factory.mktemp("short") / "x.zarr"
     build(shorter, out)
-    return out
+    names = [path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()]
+    for name in names:
+        upload_file(out / name, f"{SHORT_URL}/{name}")
+    return names
 
 
-@pytest.mark.parametrize("last", [*range(8), 12, None])
+# With a lost staging folder, a kill ahead of a step leaves what a kill after the step before leaves: odd ones suffice.
+@pytest.mark.parametrize("last", [1, 3, 5, 7, 12, None])
 def test_a_late_clip_fills_its_row_and_the_others_come_from_the_remote_shard(
-    short_store, late, whole, url, tmp_path, monkeypatch, last
+    short_names, late, whole, url, tmp_path, monkeypatch, last
 ):
     """This also works after a kill between the old shard and the new one, with a lost staging folder."""
-    for path in (path for path in short_store.rglob("*") if path.is_file()):
-        upload_file(path, f"{url}/{path.relative_to(short_store).as_posix()}")
+    for name in short_names:
+        filesystem, source = filesystem_and_path(f"{SHORT_URL}/{name}")
+        filesystem.fs.copy_file(source, filesystem_and_path(f"{url}/{name}")[1])
     if last is not None:
         with monkeypatch.context() as patch:
             die_at_step(patch, last)
@@ -299,7 +306,7 @@ def test_sounds_in_a_bucket_give_the_mel_of_sounds_on_the_disk(small, whole, aud
     """This holds for loose files and tars, with worker processes and without."""
     corpus = corpus_at(audio_url + "/", small)
     assert [note for note in corpus.notes if f"{audio_url}/x.parquet: cannot be read from a URL" in note]
-    for workers in (0, 2):
+    for workers in (0, 1):
         output = StoreOutput(path=tmp_path / f"{workers}.zarr", spec=preset_mel_spec("a-jepa"))
         manifest = build_store(corpus, output, BuildOptions(workers=workers))
         assert manifest["source"].str.starts_with("some-0001.tar::deep/").sum() == 15
@@ -323,8 +330,7 @@ def test_an_object_that_is_gone_costs_its_clip_and_a_server_that_is_gone_none(
     corpus = corpus_at(url, small)
     remove_object(f"{url}/clip_000000.wav")
     output = StoreOutput(path=tmp_path / "x.zarr", spec=preset_mel_spec("a-jepa"))
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr(object_store, "RETRY_WAIT_SECONDS", (0.0,))
+    point_at_no_server(monkeypatch)
     with pytest.raises(UnavailableError, match="run the same command again"):
         build_store(corpus, output, BuildOptions(workers=0))
     monkeypatch.undo()

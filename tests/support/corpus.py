@@ -27,13 +27,13 @@ def tone_in_noise(number: int, *, seconds: float, rate_hz: int) -> np.ndarray:
     )
 
 
-def write_corpus(folder: Path, *, clips: int = 48) -> Path:
+def write_corpus(folder: Path, *, clips: int = 48, clip_seconds: float = 10.0) -> Path:
     """`folder` with audio/, a_train_segments.csv (three quarters) and eval_segments.csv; returns it."""
     (folder / "audio").mkdir(parents=True)
     for number in range(clips):
         path = folder / "audio" / f"{clip_id(number)}.wav"
         rate_hz = RATES_HZ[number % 3]
-        seconds = 2.0 + SHORT.index(number) if number in SHORT else 10.0
+        seconds = 2.0 + SHORT.index(number) if number in SHORT else clip_seconds
         wave_S = tone_in_noise(number, seconds=seconds, rate_hz=rate_hz)
         if number == BROKEN:
             path.write_bytes(b"this is no sound")

@@ -5,7 +5,9 @@ Importing torch, and what its optimisers import, takes five to six CPU seconds; 
 
 import multiprocessing
 import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from multiprocessing.context import ForkServerProcess
 from multiprocessing.forkserver import ensure_running, set_forkserver_preload
@@ -45,3 +47,35 @@ def run_forked(
     for stream in (sys.stdout, sys.stderr):
         os.dup2(file, stream.fileno())
     function(*arguments)
+
+
+def start_command(
+    *words: str, folder: Path, output: Path, environment: Mapping[str, str] = os.environ
+) -> ForkServerProcess:
+    """Start ajepa-train with these words in a folder; what it prints goes to `output`, its errors to `output`.err."""
+    return start_forked(
+        call_command, words, str(folder), f"{output}.err", output=output, environment=environment
+    )
+
+
+def run_command(
+    *words: str, folder: Path, environment: Mapping[str, str] = os.environ
+) -> subprocess.CompletedProcess[str]:
+    """Run ajepa-train with these words in a folder, as a process of its own, to its end."""
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch, "output")
+        process = start_command(*words, folder=folder, output=output, environment=environment)
+        process.join()
+        assert process.exitcode is not None
+        printed, errors = output.read_text(), Path(f"{output}.err").read_text()
+    return subprocess.CompletedProcess(words, process.exitcode, printed, errors)
+
+
+def call_command(words: tuple[str, ...], folder: str, errors: str) -> None:
+    """Be the program ajepa-train."""
+    from ajepa.cli.app import main
+
+    os.chdir(folder)
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
+    sys.argv = ["ajepa-train", *words]
+    main()

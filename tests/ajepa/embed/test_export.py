@@ -3,12 +3,13 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from forked import run_command
 from local_hub import local_hub
 from safetensors.torch import load_file, save_file
 from sounds import babble
@@ -222,24 +223,18 @@ def test_a_model_that_is_pushed_can_be_loaded_by_its_name(folder, tmp_path, monk
             "HF_HOME": str(tmp_path / "hf"),
             "HF_TOKEN": "hf_x",
         }
-        program = [sys.executable, "-c", "from ajepa.cli.app import main; main()"]
-
-        def run_command(*words: str) -> subprocess.CompletedProcess[str]:
-            return subprocess.run(
-                [*program, *words], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
-            )
-
-        pushed = run_command("push", "model", "org/tiny", "--private")
+        run_here = partial(run_command, folder=tmp_path, environment=env)
+        pushed = run_here("push", "model", "org/tiny", "--private")
         assert pushed.stdout == f"{server.address}/org/tiny: load it with ajepa.load('org/tiny')\n", (
             pushed.stderr
         )
         assert sorted(server.files) == sorted(hub.EXPORT_FILES)
-        loaded = run_command("load", "org/tiny", "--out", "mine")
+        loaded = run_here("load", "org/tiny", "--out", "mine")
         assert f"model id  {load_pretrained(folder).model_id}" in loaded.stdout, loaded.stderr
         for name in hub.EXPORT_FILES:
             assert (tmp_path / "mine" / name).read_bytes() == (folder / name).read_bytes()
         (tmp_path / "model" / "README.md").write_text("---\nlicense: my own\n---\n")
-        refused = run_command("push", "model", "org/tiny")
+        refused = run_here("push", "model", "org/tiny")
         assert refused.stderr.startswith(
             "error: org/tiny: the hub refuses the name or the model card (Invalid metadata in README.md"
         )

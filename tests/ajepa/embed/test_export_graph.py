@@ -1,6 +1,7 @@
 """Graphs: the model's own embeddings and log-mel, from one file, for every mel spec, at every length and rate."""
 
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -21,12 +22,9 @@ from pipeline.errors import RunError
 
 RATE_HZ = 32_000
 
-# Every kind of encoder is used with some mel spec.
-ENCODER_OPTIONS = {"panns": {"band_norm": True}, "passt": {"positions": "rope"}}
-
-
-# Some graphs have another pooling or layer.
-POOLINGS = {"panns": {"pooling": "moments"}, "audio-jepa": {"pooling": "moments", "layer": "concat-all"}}
+# Together the graphs below have every kind of encoder, pooling, layer and front end.
+ENCODER_OPTIONS = {"passt": {"band_norm": True, "positions": "rope"}}
+POOLINGS = {"passt": {"pooling": "moments", "layer": "concat-all"}}
 
 
 def make_embedder(mel: MelSpec, **options: object) -> Embedder:
@@ -49,13 +47,16 @@ def three_waves(samples: int) -> np.ndarray:
     return np.stack([babble(4.0, RATE_HZ)[:samples], noise_S, tone_S]).astype(np.float32)
 
 
-@pytest.mark.parametrize("name", ["a-jepa", "a-jepa-16k", "audio-jepa", "panns", "passt", "cd-rate"])
+@pytest.mark.parametrize("name", ["a-jepa-16k", "passt"])
 def test_onnx_gives_what_the_model_gives(name, tmp_path):
-    """To 1e-3, any batch, full windows and short ones; audio past a sound's end is not heard."""
+    """To 1e-3, any batch, full windows and short ones; audio past a sound's end is not heard.
+
+    Resampled Kaldi frames into the default encoder, and centred frames after pre-emphasis into one with every option.
+    """
     pytest.importorskip("onnxscript", reason="ONNX is an extra: pip install 'ajepa[export]'")
     onnx = pytest.importorskip("onnx", reason="ONNX is an extra")
     runtime = pytest.importorskip("onnxruntime", reason="ONNX is an extra")
-    model = make_embedder(MEL_PRESETS.get(name) or own_spec(name, tmp_path), **POOLINGS.get(name, {}))
+    model = make_embedder(MEL_PRESETS[name], **POOLINGS.get(name, {}))
     graph = AudioGraph(model)
     file = tmp_path / "a.onnx"
     write_onnx(graph, file)
@@ -90,19 +91,20 @@ def test_onnx_gives_what_the_model_gives(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("pooling", "layer"), [("frequency", "last"), ("moments", "concat-all"), ("mean", "mean-1")]
+    ("pooling", "layer", "rate_hz"),
+    [("frequency", "last", 48_000), ("moments", "concat-all", RATE_HZ), ("mean", "mean-1", RATE_HZ)],
 )
-def test_a_torch_program_gives_what_the_model_gives(tmp_path, pooling, layer):
+def test_a_torch_program_gives_what_the_model_gives(tmp_path, pooling, layer, rate_hz):
     """Loaded without this package's code; a view of a centred front end, of audio at another rate; a short sound."""
     model = make_embedder(MEL_PRESETS["panns"], pooling=pooling, layer=layer)
-    graph = AudioGraph(model, 48_000)
+    graph = AudioGraph(model, rate_hz)
     write_program(graph, tmp_path / "a.pt2")
     program = torch.export.load(tmp_path / "a.pt2").module()
-    audio_BS = torch.from_numpy(babble(1.0, 48_000)[None, : graph.samples]).repeat(2, 1)
+    audio_BS = torch.from_numpy(babble(1.0, rate_hz)[None, : graph.samples]).repeat(2, 1)
     samples = [graph.samples, 13_000]
     with torch.inference_mode():
         clip_BD, frames_BCD, _ = program(audio_BS, torch.tensor(samples))
-    expected = model.embed_audio(audio_BS, 48_000, samples_B=samples)
+    expected = model.embed_audio(audio_BS, rate_hz, samples_B=samples)
     assert (clip_BD.shape[1], frames_BCD.shape[2]) == (model.width, model.frame_width)
     torch.testing.assert_close(clip_BD, expected.clips_BD, atol=2e-4, rtol=0)
     for frames_CD, embedding in zip(frames_BCD, expected.per_sound, strict=True):
@@ -134,19 +136,32 @@ def expected_mel_TF(wave_S: np.ndarray, spec: MelSpec, rate_hz: int) -> torch.Te
     return log_mel(torch.from_numpy(wave_S)[None], spec)[0]
 
 
-@pytest.mark.parametrize("name", [*MEL_PRESETS, *OWN])
-def test_every_mel_spec_has_its_values_at_every_length(name, tmp_path):
-    """Full windows, part of one, a single frame and none; what lies past the end, even nan, has no influence."""
-    spec = MEL_PRESETS.get(name) or own_spec(name, tmp_path)
-    front_end = FrontEnd(spec, FRAMES, RATE_HZ)
-    noise_S = np.random.default_rng(0).uniform(-1, 1, front_end.samples).astype(np.float32)
-    shortest = next(n for n in range(1, 9_999) if len(expected_mel_TF(noise_S[:n], spec, RATE_HZ)))
+def lengths_to_hear(front_end: FrontEnd) -> list[int]:
+    """Two full windows, part of one, a single frame and one sample less."""
     window = front_end.samples
-    lengths = [window, window, window * 2 // 3 + 1, shortest, shortest - 1]
-    audio_BS = np.stack([noise_S, babble(4.0, RATE_HZ)[:window], *[noise_S] * 3])
+    noise_S = np.zeros(window, np.float32)
+    shortest = next(n for n in range(1, 9_999) if len(expected_mel_TF(noise_S[:n], front_end.spec, RATE_HZ)))
+    return [window, window, window * 2 // 3 + 1, shortest, shortest - 1]
+
+
+def cut_waves(samples: int, lengths: list[int]) -> np.ndarray:
+    """Noise, babble and noise again, with nan past the end of each."""
+    noise_S = np.random.default_rng(0).uniform(-1, 1, samples).astype(np.float32)
+    audio_BS = np.stack([noise_S, babble(4.0, RATE_HZ)[:samples], *[noise_S] * 3])
     for wave_S, length in zip(audio_BS, lengths, strict=True):
         wave_S[length:] = np.nan
-    mel_BTF, frames_B = front_end(torch.from_numpy(audio_BS), torch.tensor(lengths))
+    return audio_BS
+
+
+def assert_hears(
+    spec: MelSpec,
+    audio_BS: np.ndarray,
+    lengths: list[int],
+    mel_BTF: torch.Tensor,
+    frames_B: torch.Tensor,
+    tolerance: float = 1e-2,
+) -> None:
+    """Compare log-mel and numbers of frames with those of files and arrays."""
     assert mel_BTF.shape == (5, FRAMES, spec.mel_bands)
     assert frames_B[[0, 1, -2, -1]].tolist() == [FRAMES, FRAMES, 1, 0]
     for mel_TF, frames, wave_S, length in zip(mel_BTF, frames_B, audio_BS, lengths, strict=True):
@@ -155,8 +170,56 @@ def test_every_mel_spec_has_its_values_at_every_length(name, tmp_path):
         if frames:
             # In bands without sound, beside loud ones, all is rounding.
             difference_TF = (mel_TF[:frames] - expected_TF).abs()
-            assert difference_TF.quantile(0.98) < 1e-2
+            assert difference_TF.quantile(0.98) < tolerance
             assert difference_TF.max() < 0.1
+
+
+@pytest.mark.parametrize("name", [*MEL_PRESETS, *OWN])
+def test_every_mel_spec_has_its_values_at_every_length(name, tmp_path):
+    """Full windows, part of one, a single frame and none; what lies past the end, even nan, has no influence."""
+    spec = MEL_PRESETS.get(name) or own_spec(name, tmp_path)
+    front_end = FrontEnd(spec, FRAMES, RATE_HZ)
+    lengths = lengths_to_hear(front_end)
+    audio_BS = cut_waves(front_end.samples, lengths)
+    assert_hears(spec, audio_BS, lengths, *front_end(torch.from_numpy(audio_BS), torch.tensor(lengths)))
+
+
+class FrontEnds(torch.nn.Module):
+    """Front ends beside each other, as one graph: what each costs to export is little beside what an export costs."""
+
+    metadata: ClassVar[dict[str, object]] = {}
+
+    def __init__(self, specs: list[MelSpec]) -> None:
+        super().__init__()
+        self.front_ends = torch.nn.ModuleList(FrontEnd(spec, FRAMES, RATE_HZ) for spec in specs)
+        self.front_end = self.front_ends[0]
+        self.samples = max(front_end.samples for front_end in self.front_ends)
+        self.outputs = [f"{kind} of {spec.name}" for spec in specs for kind in ("mel", "frames")]
+
+    def forward(self, audio_BS: torch.Tensor, samples_B: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(
+            output
+            for front_end in self.front_ends
+            for output in front_end(audio_BS[:, : front_end.samples], samples_B)
+        )
+
+
+def test_every_kind_of_front_end_has_its_values_in_onnx(tmp_path):
+    """The presets that no whole graph above has, and a rate that shares few divisors with that of the audio."""
+    pytest.importorskip("onnxscript", reason="ONNX is an extra: pip install 'ajepa[export]'")
+    runtime = pytest.importorskip("onnxruntime", reason="ONNX is an extra")
+    specs = [MEL_PRESETS[name] for name in ("a-jepa", "audio-jepa", "panns")]
+    graph = FrontEnds([*specs, own_spec("cd-rate", tmp_path)])
+    write_onnx(graph, tmp_path / "a.onnx")
+    session = runtime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
+    for front_end in graph.front_ends:
+        lengths = lengths_to_hear(front_end)
+        audio_BS = cut_waves(graph.samples, lengths)
+        inputs = {"audio": audio_BS, "samples": np.array(lengths, np.int64)}
+        names = [f"{kind} of {front_end.spec.name}" for kind in ("mel", "frames")]
+        mel_BTF, frames_B = (torch.from_numpy(values) for values in session.run(names, inputs))
+        # One frame at the rate of a CD has more bands in which all is rounding.
+        assert_hears(front_end.spec, audio_BS, lengths, mel_BTF, frames_B, tolerance=2e-2)
 
 
 @pytest.mark.parametrize(

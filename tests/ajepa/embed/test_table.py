@@ -1,7 +1,6 @@
 """The table of embeddings: a row for every sound, resumed to the same bytes, searched by its own model alone."""
 
 import signal
-import subprocess
 import sys
 import tarfile
 import time
@@ -10,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import polars as pl
 import pytest
+from forked import run_command, start_command
 from sounds import babble, write
 from tiny import tiny
 
@@ -310,26 +310,28 @@ def test_an_index_is_searched_by_the_model_that_made_it(model, folder, store_pat
 
 def test_the_commands_embed_stop_carry_on_and_search(folder, run_path, tmp_path):
     """As a user types them; SIGTERM in the middle costs nothing."""
-    command = [sys.executable, "-c", "from ajepa.cli.app import main; main()"]
     out = tmp_path / "emb.parquet"
-    arguments = ["embed", str(folder), "--model", str(run_path), "--out", str(out), "--device", "cpu"]
-    with subprocess.Popen([*command, *arguments], stderr=subprocess.DEVNULL) as stopped:
-        for _ in range(600):
-            if (tmp_path / "emb.parquet.partial").exists() or stopped.poll() is not None:
-                break
-            time.sleep(0.05)
-        stopped.send_signal(signal.SIGTERM)
-    assert stopped.returncode in (0, 75)
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True)
+    words = ["embed", str(folder), "--model", str(run_path), "--out", str(out), "--device", "cpu"]
+    stopped = start_command(*words, folder=tmp_path, output=tmp_path / "stopped")
+    for _ in range(600):
+        if (tmp_path / "emb.parquet.partial").exists() or not stopped.is_alive():
+            break
+        time.sleep(0.05)
+    stopped.terminate()
+    stopped.join()
+    assert stopped.exitcode in (0, 75)
+    done = run_command(*words, folder=tmp_path)
+    assert not done.returncode, done.stderr
     assert done.stdout.strip().endswith("9 of 11 sounds embedded; without: 1 truncated, 1 unreadable")
     assert f"without embedding: {folder / '7.wav'}: unreadable (" in done.stderr
 
     # Step 2 is the last one of the run.
     search = ["nearest", str(folder / "1.wav"), "--index", str(out), "--model", str(run_path), "-k", "3"]
-    search += ["--checkpoint", "2"]
-    found = subprocess.run([*command, *search], capture_output=True, text=True, check=True).stdout
-    assert len(found.splitlines()) == 3
-    assert found.splitlines()[0].split()[-1] == str(folder / "1.wav")
+    found = run_command(*search, "--checkpoint", "2", folder=tmp_path)
+    assert not found.returncode, found.stderr
+    lines = found.stdout.splitlines()
+    assert len(lines) == 3
+    assert lines[0].split()[-1] == str(folder / "1.wav")
     assert signal.SIGTERM in STOP_SIGNALS
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from forked import FORKSERVER, start_forked
-from stores import BUCKET
+from stores import BUCKET, point_at_no_server
 
 from ajepa.cli import app as trainer
 from pipeline.cli import app
@@ -307,7 +307,7 @@ def test_a_store_that_is_built_anew_meanwhile_is_not_mixed_with_the_old(own_url,
 def test_a_server_that_is_gone_breaks_no_clip(url, tmp_path, monkeypatch):
     """A loader that skips broken clips must not skip a whole store because the network fails."""
     remote = FeatureStore.open(url, cache=tmp_path)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    point_at_no_server(monkeypatch)
     with pytest.raises(StoreError, match="AWS_ENDPOINT_URL") as gone:
         remote.read(np.array([0]))
     assert not isinstance(gone.value, BrokenClipError)
