@@ -1,6 +1,8 @@
 # Every recipe makes .venv first, if it is not there or pyproject.toml or constraints.txt have changed.
 
 export PATH := justfile_directory() / ".venv/bin" + ":" + env("PATH")
+# Python keeps what it has compiled, the tests too, wherever a machine says otherwise: compiling them takes 14 seconds.
+export PYTHONDONTWRITEBYTECODE := ""
 python := env("PYTHON", "python3")
 
 # List the recipes.
@@ -32,9 +34,9 @@ demo: setup
     ajepa-data report demo/demo.zarr --out demo/report/mels.png --html demo/report/store.html
     ajepa-train report --store demo/demo.zarr --run demo/run --html demo/report/run.html --out demo/report
 
-# The test suite; arguments go to pytest.
+# The test suite; arguments go to pytest. A worker takes the tests of a file, and from the other one what is left.
 test *arguments: setup
-    OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 {{ arguments }}
+    OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist worksteal {{ arguments }}
 
 # Format, lint and types.
 lint: setup

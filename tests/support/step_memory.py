@@ -73,7 +73,8 @@ def measured_pretrain_recipe(arguments: list[str]) -> Pretrain:
 def measured_classifier_recipe(arguments: list[str]) -> Finetune:
     """A large classifier; of fewer clips in bf16, which most processors compute slowly."""
     recipe = large_recipe(arguments[0])
-    return replace(recipe, clips_per_step=8) if "bf16" in arguments else recipe
+    clips = {"vit": 8, "cnn6": 4}
+    return replace(recipe, clips_per_step=clips[arguments[0]]) if "bf16" in arguments else recipe
 
 
 def print_pretrain_bytes(arguments: list[str]) -> None:

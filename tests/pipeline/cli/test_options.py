@@ -122,16 +122,19 @@ def completions(program: str, shell: str, *words: str) -> str:
     return process.stdout
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 @pytest.mark.parametrize(
-    ("words", "offered", "other"),
+    ("shell", "words", "offered", "other"),
     [
-        (["ajepa-data", "ver"], "verify", "report"),
-        (["ajepa-data", "build-audioset", "--seg"], "--segments", "--audio"),
-        (["ajepa-train", "fine"], "finetune", "pretrain"),
-        (["ajepa-train", "pretrain", "--device", "c"], "cuda", "auto"),
-        (["ajepa-train", "finetune", "--task", "esc"], "esc50", "audioset"),
-        (["ajepa-data", "build-audioset", "--spec", "a-jepa-"], "a-jepa-16k", "audio-jepa"),
+        ("bash", ["ajepa-data", "ver"], "verify", "report"),
+        ("zsh", ["ajepa-data", "ver"], "verify", "report"),
+        ("fish", ["ajepa-data", "ver"], "verify", "report"),
+        ("bash", ["ajepa-data", "build-audioset", "--seg"], "--segments", "--audio"),
+        ("zsh", ["ajepa-data", "build-audioset", "--seg"], "--segments", "--audio"),
+        ("fish", ["ajepa-data", "build-audioset", "--seg"], "--segments", "--audio"),
+        ("bash", ["ajepa-train", "fine"], "finetune", "pretrain"),
+        ("zsh", ["ajepa-train", "pretrain", "--device", "c"], "cuda", "auto"),
+        ("fish", ["ajepa-train", "finetune", "--task", "esc"], "esc50", "audioset"),
+        ("bash", ["ajepa-data", "build-audioset", "--spec", "a-jepa-"], "a-jepa-16k", "audio-jepa"),
     ],
 )
 def test_the_tab_key_completes_commands_options_and_choices(shell, words, offered, other):
