@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -28,6 +29,26 @@ COLUMNWISE_ROWS = 2**16  # smaller tables are read in one go
 
 # Every error that reading a damaged Parquet file may raise.
 DAMAGED_TABLE_ERRORS = (OSError, ValueError, pa.ArrowException, pl.exceptions.PanicException)
+
+
+forked_processes: list[int] = []  # this process, if it has been forked from one that had imported this module
+
+
+def note_fork() -> None:
+    """Remember that this process has been forked: polars would wait in it for ever for threads of its parent."""
+    forked_processes.append(os.getpid())
+
+
+os.register_at_fork(after_in_child=note_fork)
+
+
+def refuse_forked_process(path: Path) -> None:
+    """Raise StoreError in a process that has been forked, where reading a table would never end."""
+    if forked_processes:
+        raise StoreError(
+            f"{path}: no table can be read in a process that was forked; make store.dataset(...) before the workers "
+            "of a DataLoader start, or start them with multiprocessing_context='spawn'"
+        )
 
 
 def describe_table_damage(error: BaseException) -> str:
@@ -104,6 +125,7 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> tuple[pl.Dat
 
     A large table is read column by column, so that it is never in memory twice. Raises StoreError.
     """
+    refuse_forked_process(path)
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             schema = file.schema_arrow

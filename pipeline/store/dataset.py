@@ -51,7 +51,9 @@ class ClipDataset(Dataset[Clip]):
     transform  is given the log-mel `TF` of each clip, and returns what takes its place; for processes that are spawned
                it must be picklable
 
-    StoreError if the store lacks a split or the label set; reading raises it for a clip that cannot be read.
+    What a clip needs of the store's tables is read here and now: in a process that is forked, polars would wait for
+    ever for threads of its parent. StoreError if the store lacks a split or the label set; reading raises it for a
+    clip that cannot be read.
     """
 
     def __init__(
@@ -67,7 +69,11 @@ class ClipDataset(Dataset[Clip]):
         self.labels = labels
         self.transform = transform
 
-        # Labels of no rows: a missing label set is refused now.
+        # An Arrow array gives single texts without polars, and takes no more memory than they have bytes.
+        self._clip_ids_N = store.manifest_columns("clip_id")["clip_id"].gather(self.rows_N).to_arrow()
+        self._n_frames_N = store.n_frames_N[self.rows_N]
+
+        # Labels of no rows: a missing label set is refused now, and the set is in memory from now on.
         if labels is not None:
             store.labels_BC(self.rows_N[:0], labels)
 
@@ -81,17 +87,17 @@ class ClipDataset(Dataset[Clip]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Clip]:
         """Return several clips from one read; a `DataLoader` calls this for each batch."""
-        rows_B = self.rows_N[np.asarray(indices, np.int64)]
+        indices_B = np.asarray(indices, np.int64)
+        rows_B = self.rows_N[indices_B]
         mel_BTF = torch.from_numpy(self.store.to_log_mel(self.store.read(rows_B)))
-        ids = self.store.manifest_columns("clip_id")["clip_id"].gather(rows_B).to_list()
         clips = [
             Clip(
                 mel=mel_TF if self.transform is None else self.transform(mel_TF),
-                n_frames=torch.tensor(int(self.store.n_frames_N[row])),
-                row=torch.tensor(row),
-                clip_id=clip_id,
+                n_frames=torch.tensor(int(self._n_frames_N[index])),
+                row=torch.tensor(int(self.rows_N[index])),
+                clip_id=self._clip_ids_N[index].as_py(),
             )
-            for mel_TF, row, clip_id in zip(mel_BTF, rows_B.tolist(), ids, strict=True)
+            for mel_TF, index in zip(mel_BTF, indices_B.tolist(), strict=True)
         ]
         if self.labels is not None:
             labels_BC = torch.from_numpy(self.store.labels_BC(rows_B, self.labels))

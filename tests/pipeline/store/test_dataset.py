@@ -1,8 +1,12 @@
 """A store as PyTorch expects a dataset: length, items, workers; and what a notebook shows of it."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
+from forked import start_forked
+from forked_workers import compare_forked_workers, refuse_tables_in_a_forked_worker
 from torch.utils.data import DataLoader
 
 from pipeline.errors import StoreError
@@ -43,6 +47,23 @@ def test_a_dataset_has_a_split_and_its_labels(store):
         store.dataset("evel")
     with pytest.raises(StoreError, match="no label set 'own'"):
         store.dataset("eval", labels="own")
+
+
+def test_forked_workers_do_not_wait_for_threads_of_their_parent(store_path, other_store_path, tmp_path):
+    """Workers of a `DataLoader` are forked by default, and polars has had threads by then."""
+    paths = (store_path, other_store_path)
+    process = start_forked(compare_forked_workers, *paths, output=tmp_path / "output", environment=os.environ)
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "output").read_text()
+
+
+def test_a_table_in_a_forked_worker_is_refused_instead_of_waited_for(store_path, tmp_path):
+    """A store whose dataset has not been made is read by the worker."""
+    process = start_forked(
+        refuse_tables_in_a_forked_worker, store_path, output=tmp_path / "output", environment=os.environ
+    )
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "output").read_text()
 
 
 def test_a_spawned_worker_reads_the_same(store):
