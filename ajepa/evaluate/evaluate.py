@@ -154,6 +154,7 @@ def evaluate_run(
     else:
         evaluation = evaluate_classifier(options, progress=progress)
     evaluation.save_json(file)
+    options.say(f"{file}: written; beside others: ajepa-train compare {run.path}")
     return evaluation
 
 
@@ -258,6 +259,7 @@ def evaluate_probes(options: EvaluateOptions, probing: ProbeOptions) -> Evaluati
     splits = all_splits.drop_unlabelled(store)
     for note in splits.notes:
         options.say(note)
+    options.say(f"vectors: {features.description}")
     if probing.selects_settings:
         for fold in splits.folds:
             fold.refuse_few_clips(store.location)

@@ -38,6 +38,8 @@ CLASSIFIER_FEATURES, HEAD_PROBE = "classifier", "head"
 
 METHOD_TITLES = PROBE_TITLES | {HEAD_PROBE: "own head"}
 
+FEW_EVAL_CLIPS = 50
+
 # In place of what chose a checkpoint, in a result that does not say.
 UNKNOWN_CHOICE = "unknown: made before results said so"
 
@@ -150,7 +152,7 @@ class Evaluation:
         protocol = self.protocol
         folds = f", mean over {protocol.folds} folds" if protocol.folds else ""
         yield f"{protocol.eval_clips} eval clips of {protocol.store_name}{folds}; run at step {protocol.step}"
-        yield f"checkpoint {protocol.checkpoint}, chosen by {protocol.chosen_by or UNKNOWN_CHOICE}"
+        yield describe_checkpoint_choice(protocol)
         if protocol.precision is not None:
             yield f"network computed in {protocol.precision}, everything after it in fp32"
 
@@ -167,7 +169,10 @@ class Evaluation:
             tuned = "" if protocol.task is None else f" (encoder fine-tuned on task {protocol.task})"
             yield f"probes trained on {probes.train_clips} clips{tuned}"
             yield f"pooling {probes.pooling}, layer {probes.layer}"
-        yield f"[95 % of {protocol.resamples} resamples of the clips]"
+        few = ""
+        if protocol.eval_clips < FEW_EVAL_CLIPS:
+            few = "; of so few clips, and of scores near 0 or 1, such intervals say little"
+        yield f"[95 % of {protocol.resamples} resamples of the clips{few}]"
 
     def format_table(self) -> str:
         """Metrics by features and probe, label sets side by side, in lines of at most 80 columns."""
@@ -260,8 +265,17 @@ def _table_line(head: str, cells: Iterable[str]) -> str:
     return (f"  {head:31}" + "".join(f"  {cell:20}" for cell in cells)).rstrip()
 
 
+def describe_checkpoint_choice(protocol: EvaluationProtocol) -> str:
+    """The checkpoint that was measured, and what chose it, in words."""
+    chosen_by = protocol.chosen_by or UNKNOWN_CHOICE
+    if chosen_by.startswith("nothing: "):
+        return f"checkpoint {protocol.checkpoint}: {chosen_by.removeprefix('nothing: ')}"
+    return f"checkpoint {protocol.checkpoint}, chosen by {chosen_by}"
+
+
 def _class_count_text(score: Score) -> str:
-    return f"{score.classes} classes" + (f", {score.skipped} not" if score.skipped else "")
+    """The number of classes that are measured, and of how many: a class without a held-out clip is not."""
+    return f"{score.classes} of {score.classes + score.skipped} classes"
 
 
 def _shorten_name(name: str, width: int) -> str:

@@ -102,7 +102,8 @@ def test_nothing_that_is_known_is_computed_again(store_path, run, evaluation, tm
     options = {"device": "cpu", "progress": True, "say": lines.append}
     assert evaluate_run(store_path, run.path, **options) == evaluation
     assert encoded == []
-    assert lines[0] == f"encoder: measured before, in {run.path}/evaluation.json; delete it to measure again"
+    assert lines[0].startswith("vectors: moments of layer mean-")
+    assert lines[1] == f"encoder: measured before, in {run.path}/evaluation.json; delete it to measure again"
 
     # Of the weights before the first step, the run's encoder is the random one.
     first = evaluate_run(
@@ -132,8 +133,11 @@ def test_every_stage_is_told_in_one_line(store_path, run, tmp_path):
         progress=True,
         say=lines.append,
     )
-    clips = lines[0].split()[3]
-    assert lines == [
+    vectors, *stages, written = lines
+    assert vectors.startswith("vectors: moments of layer mean-")
+    assert written == f"{tmp_path / 'a.json'}: written; beside others: ajepa-train compare {run.path}"
+    clips = stages[0].split()[3]
+    assert stages == [
         line
         for features in (TRAINED, RANDOM, STATISTICS)
         for line in (

@@ -47,13 +47,14 @@ def test_the_table_shows_a_metric_that_a_score_lacks_as_a_dash():
     """One block per kind of labels: interval, chance, deviation over folds, two other metrics."""
     assert EVALUATION.format_table().splitlines() == [
         "5 eval clips of some.zarr, mean over 2 folds; run at step 6",
-        "checkpoint last, chosen by nothing: the last step",
+        "checkpoint last: the last step",
         "network computed in fp32, everything after it in fp32",
         "probes trained on 10 clips",
         "pooling mean, layer last",
-        "[95 % of 50 resamples of the clips]",
+        "[95 % of 50 resamples of the clips; of so few clips, and of scores near 0 or 1,",
+        "such intervals say little]",
         "                                   raw",
-        "                                   1 classes, 1 not",
+        "                                   1 of 2 classes",
         "accuracy",
         "  encoder              kNN         0.500 [0.400 0.600]",
         "  chance                           0.250",
