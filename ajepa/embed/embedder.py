@@ -140,7 +140,7 @@ class Embedder:
     @cached_property
     def module(self) -> EncoderModule:
         """The encoder as a network of its own, from log-mel to tokens; it shares its weights with this embedder."""
-        return EncoderModule(self.pretrained, self.encoder, self.features)
+        return EncoderModule(self.pretrained, self.encoder, self.features, self._hop_columns)
 
     @property
     def sample_rate_hz(self) -> int:

@@ -210,8 +210,8 @@ class AudioGraph(nn.Module):
         if self.front_end.is_local:
             return "A longer sound goes in as overlapping windows, which give the vector of the package."
         return (
-            "A longer sound goes in as overlapping windows. They come close to the vector of the package, but not to the "
-            "last digit: the graph resamples each window by itself, or mirrors it at its ends."
+            "A longer sound goes in as overlapping windows. They come close to the vector of the package, but not to "
+            "the last digit: the graph resamples each window by itself, or mirrors it at its ends."
         )
 
 
