@@ -157,7 +157,7 @@ def nearest(
     index: Annotated[Path, typer.Option(help="Table made by embed.", show_default=False)],
     model: ModelOption,
     checkpoint: CheckpointOption = "last",
-    count: Annotated[int, typer.Option("-k", "--count", min=1, help="How many to list.")] = 10,
+    count: Annotated[int, typer.Option("-k", "--count", "--top", min=1, help="How many to list.")] = 10,
     device: DeviceOption = "auto",
 ) -> None:
     """List the sounds of a table that are most similar to one.

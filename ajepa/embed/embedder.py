@@ -140,7 +140,7 @@ class Embedder:
     @cached_property
     def module(self) -> EncoderModule:
         """The encoder as a network of its own, from log-mel to tokens; it shares its weights with this embedder."""
-        return EncoderModule(self.pretrained, self.encoder, self.features)
+        return EncoderModule(self.pretrained, self.encoder, self.features, self._hop_columns)
 
     @property
     def sample_rate_hz(self) -> int:
@@ -181,7 +181,7 @@ class Embedder:
         batch: int = WINDOWS_PER_BATCH,
         workers: int = 2,
     ) -> Embeddings:
-        """Return the embeddings of sounds: a path or an array is one sound, a list of them several.
+        """Return the embeddings of sounds: a path or an array is one sound, a list of them several, a folder all in it.
 
         Files may have any format and length. An array is [samples], [channels, samples] or [samples, channels]: the
         shorter axis is the channels, which are mixed to mono. Floats are in [-1, 1]; int16, int32 and uint8 are scaled.
@@ -193,8 +193,7 @@ class Embedder:
         encoded per forward pass; `workers` threads open sounds in advance. RunError for what is no sound.
         """
         inputs, names = read_sound_inputs(sounds, rate_hz)
-        if errors not in ("row", "raise"):
-            raise RunError(f"errors must be row or raise, got {errors!r}")
+        refuse_other_errors(errors)
         results = self.iterate_embeddings(self._sound_openers(inputs), batch=batch, workers=workers)
         if errors == "raise":
             return require_embeddings(results, self.width, names)
@@ -217,14 +216,21 @@ class Embedder:
 
         Scores are those of softmax if every clip of the run has one class, else of sigmoid. With `hop_seconds` also of
         a stretch every so many seconds (`Predictor.predict_openers`). Sounds and `rate_hz` are those of `embed`. A
-        sound that cannot be used has its error and scores of nan; if all fail, or with errors="raise", the first
-        AudioError is raised. RunError if the model was not fine-tuned.
+        sound that cannot be used has its error and scores of nan, and a line says so (`Predictions.errors`); if all
+        fail, or with errors="raise", the first AudioError is raised. RunError if the model was not fine-tuned.
         """
-        inputs, _ = read_sound_inputs(sounds, rate_hz)
+        inputs, names = read_sound_inputs(sounds, rate_hz)
+        refuse_other_errors(errors)
         openers = self._sound_openers(inputs)
         found = self.predictor.predict_openers(openers, hop_seconds=hop_seconds, batch=batch, workers=workers)
-        per_sound = tuple(refuse_errors(found, errors))
-        return Predictions(per_sound=per_sound, class_names=self.predictor.class_names)
+        predictions = Predictions(
+            per_sound=tuple(refuse_errors(found, errors)),
+            class_names=self.predictor.class_names,
+            names=tuple(names),
+        )
+        if predictions.errors:
+            print_to_stderr(f"{describe_errors(predictions)}; the row is nan, see .errors")
+        return predictions
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -427,3 +433,9 @@ class Embedder:
             times_ms_T, order_T = torch.cat(times_ms).sort()
             interleaved.append(replace(base, frames_TD=torch.cat(frames)[order_T], times_ms_T=times_ms_T))
         return Embeddings(per_sound=tuple(interleaved), width=self.width)
+
+
+def refuse_other_errors(errors: str) -> None:
+    """Raise RunError for a value of `errors` that there is not."""
+    if errors not in ("row", "raise"):
+        raise RunError(f"errors must be row or raise, got {errors!r}")

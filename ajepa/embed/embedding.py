@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -95,12 +96,22 @@ class Embeddings:
         return f"Embeddings(clips_BD [{len(self)}, {self.width}]{failed})"
 
 
-def describe_errors(embeddings: Embeddings) -> str:
+class SoundResults(Protocol):
+    """The results of several sounds: `Embeddings` or `Predictions`."""
+
+    @property
+    def errors(self) -> Mapping[int, AudioError]: ...
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    def __len__(self) -> int: ...
+
+
+def describe_errors(results: SoundResults) -> str:
     """How many sounds failed, and why the first did: `1 of 3 failed: b.mp3: missing (...)`."""
-    number, error = next(iter(embeddings.errors.items()))
-    name = embeddings.names[number] if embeddings.names else f"sound {number}"
+    number, error = next(iter(results.errors.items()))
+    name = results.names[number] if results.names else f"sound {number}"
     detail = str(error).removeprefix(f"{name.rpartition('/')[2]}: ")
-    return f"{len(embeddings.errors)} of {len(embeddings)} failed: {name}: {error.reason} ({detail})"
+    return f"{len(results.errors)} of {len(results)} failed: {name}: {error.reason} ({detail})"
 
 
 def require_embeddings(

@@ -78,6 +78,10 @@ def add_graph_to_card(out: Path, files: Sequence[Path], interface: Sequence[str]
     if any(file.suffix == ".onnx" for file in files):
         name = next(file.name for file in files if file.suffix == ".onnx")
         lines += onnx_usage_lines(name, audio_hz)
+        lines += LONG_SOUND_LINES
+    if any(file.suffix == ".pt2" for file in files):
+        name = next(file.name for file in files if file.suffix == ".pt2")
+        lines += program_usage_lines(name)
 
     # A card that is written again has this section once.
     card = (out / CARD_FILE).read_text()
@@ -85,6 +89,61 @@ def add_graph_to_card(out: Path, files: Sequence[Path], interface: Sequence[str]
         scratch.write_text(
             card.partition("\n## Audio in: ")[0].rstrip() + "\n\n" + "\n".join(lines).rstrip() + "\n"
         )
+
+
+# How the windows of a long sound become its vector, as in `Embedder.embed`; it goes on from `onnx_usage_lines`.
+LONG_SOUND_LINES = """\
+A sound of any length, as `ajepa.load(...).embed` does it: windows that overlap by half. Of the columns that two windows
+share, each gives the half that is nearer to its middle; the vector is the mean over all columns, and with pooling
+`moments` also their deviation.
+
+```python
+def embed_long(sound):
+    columns = session.get_outputs()[1].shape[1]  # of a window
+    hop = int(metadata["hop_columns"])
+    step = float(metadata["column_samples"])
+    total = 1 + int((len(sound) - float(metadata["first_frame_samples"])) // step)
+    if total < 1:
+        raise ValueError("the sound is shorter than a frame of the spectrogram")
+    last = max(0, total - columns)  # the last window ends with the sound
+    starts = [*range(0, last, hop), last]
+
+    # One vector a column, each from the window that has more of the sound around it.
+    borders = [0, *((a + columns + b) // 2 for a, b in zip(starts, starts[1:])), total]
+    frames = []
+    for start, begin, end in zip(starts, borders, borders[1:]):
+        piece = sound[round(start * step) :][:window]
+        audio = np.zeros((1, window), np.float32)
+        audio[0, : len(piece)] = piece
+        (found,) = session.run(["frames"], {"audio": audio, "samples": np.array([len(piece)])})
+        frames.append(found[0, begin - start : end - start].astype(np.float64))
+    frames = np.concatenate(frames)
+    if metadata["pooling"] != "moments":
+        return frames.mean(0)
+    return np.concatenate([frames.mean(0), np.sqrt(np.maximum(frames.var(0), 1e-12))])
+
+
+vector = embed_long(np.zeros(3 * window, np.float32))
+```
+
+`scores`, where there are any, are those of one window.
+
+""".splitlines()
+
+
+def program_usage_lines(name: str) -> list[str]:
+    """Return an example in Python that opens a program of torch.export."""
+    return [
+        "```python",
+        "import json",
+        "import torch",
+        "",
+        'files = {"metadata.json": ""}',
+        f'program = torch.export.load("{name}", extra_files=files).module()  # program(audio, samples)',
+        'metadata = json.loads(files["metadata.json"])  # pooling, layer, samples: those of the ONNX file',
+        "```",
+        "",
+    ]
 
 
 def onnx_usage_lines(name: str, audio_hz: int) -> list[str]:
@@ -225,7 +284,11 @@ def usage_lines(model: PretrainedEncoder) -> list[str]:
         "sounds[0].times_ms_T    # centres, ms",
         "```",
         "",
-        f"Vectors are {features.description}; `pooling=` and `layer=` of `ajepa.load` take others.",
+        f"Vectors of `ajepa.load` are {features.description}; its `pooling=` and `layer=` take others. A graph (ONNX, "
+        "torch.export) has its own, which its table below names.",
+        "",
+        f"{WEIGHTS_FILE} needs this package; without it use the ONNX file or the torch program "
+        "(`ajepa-train export MODEL --out FOLDER --onnx NAME.onnx --torch-export NAME.pt2`).",
         "",
     ]
 

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ajepa.embed.embedder import Embedder
+from ajepa.embed.embedder import WINDOW_OVERLAP, Embedder
 from ajepa.embed.head import apply_activation
+from ajepa.embed.windows import window_hop_columns
 from ajepa.model.patches import repeat_last_frame, valid_token_mask
-from ajepa.model.pooling import LAST_LAYER, VECTORS_PER_CLIP, PoolingName, pooled_deviation
+from ajepa.model.pooling import LAST_LAYER, VECTORS_PER_CLIP, PoolingName, column_pooling, pooled_deviation
 from pipeline.audio.decode import resample_blocks
 from pipeline.audio.mel import hann_window_N, mel_filters_NF
 from pipeline.audio.mel_spec import MelSpec
@@ -28,6 +29,9 @@ GRAPH_OUTPUTS = ("clip", "frames", "frame_count")
 
 # The further output of a fine-tuned model.
 SCORES_OUTPUT = "scores"
+
+# The name of the metadata, as JSON, in the archive of a `.pt2` file (`extra_files` of `torch.export.load`).
+PROGRAM_METADATA = "metadata.json"
 
 # The first opset with GELU: onnxruntime 1.17 and newer.
 ONNX_OPSET = 20
@@ -57,7 +61,9 @@ class AudioGraph(nn.Module):
     scores of its classes.
 
     outputs   names of the outputs, in their order
-    metadata  facts for the caller: model, sample rate, window length, times of the columns, names of the classes
+    metadata  facts for the caller: model, pooling and layer, sample rate, window length, times of the columns, names of
+              the classes. For windows of a longer sound: `hop_columns` between their starts, as in `Embedder.embed`;
+              `column_samples` of audio in a column, `first_frame_samples` before its first frame
     """
 
     head_weight_CD: Tensor
@@ -86,13 +92,19 @@ class AudioGraph(nn.Module):
             self.register_buffer("head_weight_CD", self.head.weight_CD.float())
             self.register_buffer("head_bias_C", self.head.bias_C.float())
 
+        rate_ratio = rate_hz / embedder.mel.sample_rate_hz
         self.metadata = {
             "model_id": embedder.pretrained.model_id,
             "mel_spec": embedder.mel.name,
+            "pooling": self.pooling,
+            "layer": str(self.layer),
             "sample_rate_hz": rate_hz,
             "samples": self.samples,
             "column_ms": embedder.column_ms,
             "first_centre_ms": embedder.first_centre_ms,
+            "hop_columns": window_hop_columns(self.grid, WINDOW_OVERLAP),
+            "column_samples": self.grid.patch_frames * embedder.mel.hop_samples * rate_ratio,
+            "first_frame_samples": first_frame_samples(embedder.mel) * rate_ratio,
             "front_end_precision": "fp32, also where the hardware multiplies as TF32",
         }
         if self.head is not None:
@@ -149,7 +161,8 @@ class AudioGraph(nn.Module):
     def describe_interface(self) -> list[str]:
         """Return the lines of a table: every input and output with its type, its axes in plain names, and its meaning.
 
-        An axis with a number is fixed, one with a name is free.
+        An axis with a number is fixed, one with a name is free. The lines after the table say how long a window is,
+        and how close the vectors of several windows come to those of the package.
         """
         width = self.layer.vectors_per_token(self.encoder.spec.depth) * self.encoder.spec.width
         clip_width = width * VECTORS_PER_CLIP[self.pooling](self.grid.rows)
@@ -162,11 +175,16 @@ class AudioGraph(nn.Module):
                 f"mono at {self.rate_hz} Hz in [-1, 1]; shorter sounds are padded with anything",
             ),
             ("input samples", "int64 [batch]", f"length of each sound in samples, at most {self.samples}"),
-            ("output clip", f"float32 [batch, values = {clip_width}]", "the vector of the sound"),
+            (
+                "output clip",
+                f"float32 [batch, values = {clip_width}]",
+                f"the vector of the sound: pooling `{self.pooling}`, layer `{self.layer}`",
+            ),
             (
                 "output frames",
                 f"float32 [batch, columns = {self.grid.cols}, values = {frame_width}]",
-                f"one vector every {column_ms:g} ms, the first at {self.metadata['first_centre_ms']:g} ms",
+                f"one vector every {column_ms:g} ms, the first at {self.metadata['first_centre_ms']:g} ms: pooling "
+                f"`{column_pooling(self.pooling)}`, layer `{self.layer}`",
             ),
             ("output frame_count", "int64 [batch]", "how many of the columns hold sound; the rest are 0"),
         ]
@@ -183,7 +201,23 @@ class AudioGraph(nn.Module):
             "| name | type and axes | meaning |",
             "| --- | --- | --- |",
             *(f"| {' | '.join(row)} |" for row in rows),
+            "",
+            f"A window is {self.samples / self.rate_hz:.3f} s, and no input may be longer. {self._describe_seams()}",
         ]
+
+    def _describe_seams(self) -> str:
+        """Return a sentence: whether the windows of a long sound give the vector of the package."""
+        if self.front_end.is_local:
+            return "A longer sound goes in as overlapping windows, which give the vector of the package."
+        return (
+            "A longer sound goes in as overlapping windows. They come close to the vector of the package, but not to "
+            "the last digit: the graph resamples each window by itself, or mirrors it at its ends."
+        )
+
+
+def first_frame_samples(spec: MelSpec) -> int:
+    """Return how many samples a sound has before each hop adds a frame to the first one (`MelSpec.samples_of`)."""
+    return spec.window_samples if spec.framing == "kaldi" else int(spec.preemphasis > 0)
 
 
 def write_onnx(graph: AudioGraph, out: Path) -> None:
@@ -237,10 +271,11 @@ def name_batch_axis(onnx_graph: Any) -> None:
 
 
 def write_program(graph: AudioGraph, out: Path) -> None:
-    """Write the graph as a `.pt2` file for `torch.export.load`."""
+    """Write the graph as a `.pt2` file for `torch.export.load`; its PROGRAM_METADATA are those of an ONNX file."""
     program = export_program(graph)
+    metadata = json.dumps({key: str(value) for key, value in graph.metadata.items()}, ensure_ascii=False)
     with replacing_file(out) as scratch, scratch.open("wb") as handle:
-        torch.export.save(program, handle)
+        torch.export.save(program, handle, extra_files={PROGRAM_METADATA: metadata})
 
 
 def export_program(graph: AudioGraph) -> torch.export.ExportedProgram:
@@ -318,6 +353,11 @@ class FrontEnd(nn.Module):
         kernels_KN = spectrum_kernels(spec)[:, used_N].flatten(0, 1)
         self.register_buffer("kernels_K3N", split_kernels(kernels_KN.float()))
         self.register_buffer("filters_NF", filters_NF[used_N])
+
+    @property
+    def is_local(self) -> bool:
+        """Whether a frame depends on its own samples only, not on where the window begins or ends."""
+        return self.resampler is None and self.spec.framing == "kaldi"
 
     def forward(self, audio_BS: Tensor, samples_B: Tensor) -> tuple[Tensor, Tensor]:
         """Return `mel_BTF` and the number of its valid frames; the values of later frames are meaningless."""

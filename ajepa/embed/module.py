@@ -7,7 +7,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from ajepa.embed.pretrained import PretrainedEncoder
-from ajepa.embed.windows import column_ms, first_centre_ms
+from ajepa.embed.windows import column_ms, cut_windows, first_centre_ms
 from ajepa.model.patches import repeat_last_frame, valid_token_mask
 from ajepa.model.pooling import column_pooling, pool_columns, pool_tokens
 from ajepa.model.vit import Encoder
@@ -35,14 +35,19 @@ class EncoderModule(nn.Module):
 
     A view is natural-log mel power, `[B, frames, bands]` with at most `frames` frames: rows of a store as
     `store.to_log_mel` gives them, or `log_mel` of a wave. Shorter views are padded; `n_frames_B` says how many frames
-    of each are sound, by default all. Layer and pooling are those of the embedder.
+    of each are sound, by default all. Only `clip_vectors` also takes longer sounds, such as the clips of a store's
+    dataset. The log-mel of a dataset is not normalised: the module does that. Layer, pooling and the `hop_columns`
+    between the windows of a longer sound are those of the embedder.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, pretrained: PretrainedEncoder, encoder: Encoder, features: VectorFeatures) -> None:
+    def __init__(
+        self, pretrained: PretrainedEncoder, encoder: Encoder, features: VectorFeatures, hop_columns: int
+    ) -> None:
         super().__init__()
+        self.hop_columns = hop_columns
         self.encoder = encoder
         self.mel = pretrained.mel
         self.grid = pretrained.spec.grid
@@ -87,12 +92,51 @@ class EncoderModule(nn.Module):
         return FrameFeatures(columns_BCD, times_ms_C, valid_BP[:, ::rows])
 
     def clip_vectors(self, mel_BTF: Tensor, n_frames_B: Tensor | None = None) -> Tensor:
-        """One vector for each view, `[B, clip_width]`, as `Embedder.embed` gives for a sound of that length."""
+        """One vector for each sound of any length, `[B, clip_width]`, as `Embedder.embed` gives; gradients flow.
+
+        Sounds of more frames than a view go through the encoder in overlapping windows, all in one pass. nan for a
+        sound without a frame. RunError for another number of bands.
+        """
+        clips, frames = mel_BTF.shape[:2]
+        if mel_BTF.ndim == 3 and mel_BTF.shape[2] == self.grid.bands and frames > self.frames:
+            return self._long_clip_vectors(mel_BTF, n_frames_B)
         tokens_BPD, valid_BP = self._encode(mel_BTF, n_frames_B)
-        clips = len(tokens_BPD)
-        view_B = torch.arange(clips, device=tokens_BPD.device)
+        return self._pool(tokens_BPD, valid_BP, torch.arange(clips, device=tokens_BPD.device), clips)
+
+    def _long_clip_vectors(self, mel_BTF: Tensor, n_frames_B: Tensor | None) -> Tensor:
+        """The vectors of sounds that may be longer than a view, window by window."""
+        clips, frames = mel_BTF.shape[:2]
+        lengths = [frames] * clips if n_frames_B is None else n_frames_B.tolist()
+        windows = [
+            (clip, window)
+            for clip, length in enumerate(lengths)
+            for window in cut_windows([mel_BTF[clip, :length]], self.grid, self.hop_columns)
+        ]
+        if not windows:
+            return mel_BTF.new_full((clips, self.clip_width), torch.nan, dtype=torch.float32)
+
+        # The views, which end in zeros where the sound does.
+        n_frames_N = torch.tensor([len(window.mel_TF) for _, window in windows])
+        views = [nnf.pad(window.mel_TF, (0, 0, 0, self.frames - len(window.mel_TF))) for _, window in windows]
+        tokens_NPD, valid_NP = self._encode(torch.stack(views), n_frames_N)
+
+        # Of the columns that two windows share, each window counts those that it owns.
+        column_C = torch.arange(self.grid.cols)
+        owned_NC = torch.stack(
+            [
+                (window.first_column <= column_C + window.start_column)
+                & (column_C + window.start_column < window.end_column)
+                for _, window in windows
+            ]
+        )
+        owned_NP = owned_NC.repeat_interleave(self.grid.rows, dim=1).to(valid_NP.device)
+        clip_N = torch.tensor([clip for clip, _ in windows], device=tokens_NPD.device)
+        return self._pool(tokens_NPD, valid_NP & owned_NP, clip_N, clips)
+
+    def _pool(self, tokens_NPD: Tensor, valid_NP: Tensor, clip_N: Tensor, clips: int) -> Tensor:
+        """One vector for each clip from the valid tokens of its views (`pool_tokens`)."""
         return pool_tokens(
-            tokens_BPD, valid_BP, view_B, clips=clips, rows=self.grid.rows, pooling=self.features.pooling
+            tokens_NPD, valid_NP, clip_N, clips=clips, rows=self.grid.rows, pooling=self.features.pooling
         )
 
     def _encode(self, mel_BTF: Tensor, n_frames_B: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -102,7 +146,7 @@ class EncoderModule(nn.Module):
         if mel_BTF.ndim != 3 or bands != self.grid.bands or not 0 < frames <= self.frames:
             raise RunError(
                 f"log-mel of shape {list(mel_BTF.shape)}: expected [B, at most {self.frames} frames, {self.grid.bands} "
-                "bands]; cut longer sounds, or use Embedder.embed"
+                "bands]; cut longer sounds, or use clip_vectors or Embedder.embed"
             )
         if n_frames_B is None:
             n_frames_B = torch.full((len(mel_BTF),), frames)

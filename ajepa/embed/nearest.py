@@ -11,6 +11,7 @@ from ajepa.embed.pretrained import LAST_CHECKPOINT, load_pretrained
 from ajepa.embed.table import read_table_plan, table_batches
 from ajepa.model.pooling import EncoderLayer, inverse_deviation_D
 from pipeline.errors import RunError
+from pipeline.messages import print_to_stderr
 
 # The table is read in batches of at most this many rows, so that it may have any length, and of this many numbers (128
 # MB as float64), so that vectors may be as wide as all layers side by side.
@@ -46,7 +47,8 @@ def nearest_sounds(
 
     Each dimension of the embeddings is standardised over the table, as in the kNN probe of `evaluate`, so that a large
     offset common to all sounds does not dominate. `at` is the checkpoint of a run, as in `load_pretrained`. RunError if
-    the table was made by another model; AudioError if the query cannot be used.
+    the table was made by another model; AudioError if the query cannot be used. The query's own row, if the table has
+    it, is among them, and a line says so.
     """
     # Embed the query with the model and the options of the table.
     plan = read_table_plan(index)
@@ -83,6 +85,9 @@ def nearest_sounds(
 
         # The sort is stable: among equally similar sounds the earlier row comes first.
         best = sorted(best, key=lambda sound: -sound.similarity)[:count]
+    own_path = str(query.absolute())
+    if any(sound.path == own_path for sound in best):
+        print_to_stderr(f"{query}: is in the table itself; its own row is among those listed")
     return best
 
 

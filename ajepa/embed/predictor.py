@@ -1,7 +1,7 @@
 """Predictor: a fine-tuned classifier that scores sounds of any length, whole and over time, in bounded memory."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from ajepa.embed.embedding import describe_errors
 from ajepa.embed.head import activation_of, apply_activation, names_of_classes
 from ajepa.embed.pretrained import LAST_CHECKPOINT, PretrainedEncoder, load_export
 from ajepa.embed.windows import SoundStream, open_ahead
@@ -63,16 +64,29 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Predictions:
-    """The scores of several sounds, one `Prediction` each, and together as `scores_BC`."""
+    """The scores of several sounds, one `Prediction` each, and together as `scores_BC`.
+
+    names   of the sounds, for messages: the path of a file
+    """
 
     per_sound: tuple[Prediction, ...]
     class_names: tuple[str, ...]
+    names: tuple[str, ...] = ()
 
     @property
     def scores_BC(self) -> np.ndarray:
         """One row per sound, float32; nan in the rows of sounds that could not be used."""
         rows = [prediction.scores_C for prediction in self.per_sound]
         return np.array(rows, np.float32).reshape(len(rows), len(self.class_names))
+
+    @property
+    def errors(self) -> Mapping[int, AudioError]:
+        """Why sounds could not be used, by their number; empty if all could (`Embeddings.errors`)."""
+        return {
+            number: prediction.error
+            for number, prediction in enumerate(self.per_sound)
+            if prediction.error is not None
+        }
 
     def top(self, count: int = 5) -> list[list[tuple[str, float]]]:
         """The best classes of every sound (`Prediction.top`)."""
@@ -88,7 +102,8 @@ class Predictions:
         return self.per_sound[index]
 
     def __repr__(self) -> str:
-        return f"Predictions({len(self)} sounds, {len(self.class_names)} classes)"
+        failed = f", {describe_errors(self)}" if self.errors else ""
+        return f"Predictions({len(self)} sounds, {len(self.class_names)} classes{failed})"
 
 
 def top_classes(names: Sequence[str], scores_C: np.ndarray, count: int) -> list[tuple[str, float]]:

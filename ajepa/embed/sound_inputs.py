@@ -1,6 +1,6 @@
 """Sounds as a caller has them, files or arrays, turned into what is embedded: locators of files, mono float32 waves."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.audio.sources import SoundLocator
-from pipeline.errors import RunError
+from pipeline.audio.sources import (
+    ARCHIVE_KINDS,
+    MEMBER_SEPARATOR,
+    SOURCES_SCHEMA,
+    SoundLocator,
+    file_extension,
+    find_sounds,
+)
+from pipeline.errors import InputError, RunError
+from pipeline.messages import print_to_stderr
+from pipeline.object_store import is_remote_url
 
-# A file; an array of samples; or a Hugging Face audio value with `array` and `sampling_rate`.
+# A file or folder; an array of samples; or a Hugging Face audio value with `array` and `sampling_rate`.
 Sound = str | Path | np.ndarray | Tensor | Mapping[str, Any]
 
 # The shorter axis of a two-dimensional array is its channels, if there are no more than these.
@@ -41,16 +50,22 @@ def read_sound_inputs(
 ) -> tuple[list[SoundLocator | ArraySound], list[str]]:
     """Return the sounds, each as a file or a wave, and a name of each for messages.
 
-    A path or an array is one sound; a list or tuple of them is several. `rate_hz` is the rate of every array.
-    RunError for a value that is no sound, an impossible shape, or a rate that is missing, superfluous or implausible.
+    A path or an array is one sound; a list or tuple of them is several; a folder is all the sounds in it, as on the
+    command line. `rate_hz` is the rate of every array. InputError for a folder without a sound; RunError for a value
+    that is no sound, an impossible shape, or a rate that is missing, superfluous or implausible.
     """
     items = list(sounds) if isinstance(sounds, list | tuple) else [sounds]
     if rate_hz is not None:
         check_rate_hz(rate_hz)
     inputs: list[SoundLocator | ArraySound] = []
-    names = []
+    names: list[str] = []
     for number, item in enumerate(items):
         name = f"sounds[{number}]"
+        if isinstance(item, str | Path) and Path(item).is_dir():
+            found = list(sounds_at_location(str(item)))
+            inputs += found
+            names += map(sound_path, found)
+            continue
         if isinstance(item, str | Path):
             inputs.append(SoundLocator.from_path(Path(item)))
             names.append(str(item))
@@ -64,6 +79,36 @@ def read_sound_inputs(
             f"rate_hz={rate_hz:g}: is for arrays, and all sounds are files, which state their own rate"
         )
     return inputs, names
+
+
+def sounds_at_location(location: str) -> Iterator[SoundLocator]:
+    """Yield the sounds at one location; raises InputError."""
+    is_remote = is_remote_url(location)
+    path = Path(location)
+    if not is_remote and not path.exists():
+        raise InputError(f"{location}: no such file or folder; expected sounds, or a store")
+
+    # A single file is treated as a sound, whatever its extension.
+    if not is_remote and path.is_file() and file_extension(location) not in ARCHIVE_KINDS:
+        yield SoundLocator.from_path(path.absolute())
+        return
+
+    # List the sounds in folders and archives.
+    found = find_sounds([location if is_remote else path.absolute()])
+    for note in found.notes:
+        print_to_stderr(note)
+    if found.sounds.is_empty():
+        raise InputError(f"{location}: holds no sound; expected audio files, or archives of them")
+    for row in found.sounds.select(*SOURCES_SCHEMA).iter_rows(named=True):
+        yield SoundLocator(**row)
+
+
+def sound_path(locator: SoundLocator) -> str:
+    """Return the path of a sound; for a sound in an archive ARCHIVE::MEMBER."""
+    if locator.kind == "file":
+        return locator.path
+    member = locator.source.rpartition(MEMBER_SEPARATOR)[2]
+    return locator.path + MEMBER_SEPARATOR + member
 
 
 def read_array(item: Any, rate_hz: float | None, name: str) -> ArraySound:

@@ -30,24 +30,24 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from ajepa.embed.embedder import WINDOWS_PER_BATCH, Embedder, Embedding
+from ajepa.embed.sound_inputs import sound_path, sounds_at_location
 from ajepa.embed.windows import SoundStream, open_ahead
 from ajepa.training.run import Json, setting_differences
 from pipeline.audio.mel_spec import MelSpec
-from pipeline.audio.sources import (
-    ARCHIVE_KINDS,
-    MEMBER_SEPARATOR,
-    SOURCES_SCHEMA,
-    SoundLocator,
-    file_extension,
-    find_sounds,
-)
+from pipeline.audio.sources import SoundLocator
 from pipeline.errors import AudioError, InputError, RunError
 from pipeline.files import PARTIAL_SUFFIX, lock_output_file, replacing_file, sync_to_disk
 from pipeline.messages import print_to_stderr
-from pipeline.object_store import is_remote_url
 from pipeline.progress import open_progress
 from pipeline.store.feature_store import FeatureStore
-from pipeline.table_files import PARQUET_SUFFIXES, is_csv, refuse_other_suffix, write_table_file
+from pipeline.table_files import (
+    CSV_SUFFIXES,
+    JSON_LINES_SUFFIXES,
+    PARQUET_SUFFIXES,
+    is_csv,
+    refuse_other_suffix,
+    write_table_file,
+)
 from pipeline.tables import DAMAGED_TABLE_ERRORS, TABLE_METADATA_KEY, describe_table_damage
 
 # Increased whenever the same plan would give other values: a table is not carried on with these.
@@ -154,36 +154,6 @@ def make_embedding_job(locations: Sequence[str], model: SoundReader, **store_opt
 def is_store(location: str) -> bool:
     """Return whether a location is a feature store: its name ends in .zarr, or it contains STORE_MARKER_FILE."""
     return location.rstrip("/").endswith(".zarr") or (Path(location) / STORE_MARKER_FILE).is_file()
-
-
-def sounds_at_location(location: str) -> Iterator[SoundLocator]:
-    """Yield the sounds at one location; raises InputError."""
-    is_remote = is_remote_url(location)
-    path = Path(location)
-    if not is_remote and not path.exists():
-        raise InputError(f"{location}: no such file or folder; expected sounds, or a store")
-
-    # A single file is treated as a sound, whatever its extension.
-    if not is_remote and path.is_file() and file_extension(location) not in ARCHIVE_KINDS:
-        yield SoundLocator.from_path(path.absolute())
-        return
-
-    # List the sounds in folders and archives.
-    found = find_sounds([location if is_remote else path.absolute()])
-    for note in found.notes:
-        print_to_stderr(note)
-    if found.sounds.is_empty():
-        raise InputError(f"{location}: holds no sound; expected audio files, or archives of them")
-    for row in found.sounds.select(*SOURCES_SCHEMA).iter_rows(named=True):
-        yield SoundLocator(**row)
-
-
-def sound_path(locator: SoundLocator) -> str:
-    """Return the path of a sound; for a sound in an archive ARCHIVE::MEMBER."""
-    if locator.kind == "file":
-        return locator.path
-    member = locator.source.rpartition(MEMBER_SEPARATOR)[2]
-    return locator.path + MEMBER_SEPARATOR + member
 
 
 def write_embedding_table(
@@ -455,6 +425,11 @@ def refusing_damage(path: Path, next_step: str) -> Iterator[None]:
 
 def read_table_plan(path: Path) -> Json:
     """Return the plan (`table_plan`) of a table of embeddings; RunError if the file is not a table of embeddings."""
+    # `embed` writes CSV and JSON lines beside a Parquet table, which alone is read.
+    table = path.with_suffix(".parquet")
+    if path.suffix.lower() in (*CSV_SUFFIXES, *JSON_LINES_SUFFIXES):
+        next_step = f"give {table}" if table.is_file() else f"embed again with --out {table}"
+        raise RunError(f"{path}: `nearest` reads the Parquet table beside it, not its copy; {next_step}")
     with refusing_damage(path, "make it with `ajepa-train embed`"):
         metadata = pq.read_schema(path).metadata or {}
     text = metadata.get(TABLE_METADATA_KEY)

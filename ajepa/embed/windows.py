@@ -141,7 +141,7 @@ def cut_windows(mels: Iterable[Tensor], grid: PatchGrid, hop_columns: int) -> It
     # The previous window waits here until the next window sets the end of its own columns.
     previous: SoundWindow | None = None
     for mel_TF in mels:
-        tail_TF = torch.cat((tail_TF, mel_TF))
+        tail_TF = torch.cat((tail_TF.to(mel_TF), mel_TF))
 
         # Cut a window only if frames remain after it: the last window is cut below.
         while len(tail_TF) > (start + grid.cols - tail_column) * grid.patch_frames:

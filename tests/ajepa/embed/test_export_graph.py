@@ -1,6 +1,9 @@
 """Graphs: the model's own embeddings and log-mel, from one file, for every mel spec, at every length and rate."""
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -11,7 +14,17 @@ from sounds import babble
 from tiny import tiny
 
 from ajepa.embed.embedder import Embedder
-from ajepa.embed.export_graph import ONNX_OPSET, AudioGraph, FrontEnd, Resampler, write_onnx, write_program
+from ajepa.embed.export import LONG_SOUND_LINES
+from ajepa.embed.export_graph import (
+    GRAPH_INPUTS,
+    GRAPH_OUTPUTS,
+    ONNX_OPSET,
+    AudioGraph,
+    FrontEnd,
+    Resampler,
+    write_onnx,
+    write_program,
+)
 from ajepa.embed.pretrained import PretrainedEncoder
 from ajepa.model.patches import PatchGrid
 from ajepa.model.vit import Encoder, EncoderSpec
@@ -99,7 +112,10 @@ def test_a_torch_program_gives_what_the_model_gives(tmp_path, pooling, layer, ra
     model = make_embedder(MEL_PRESETS["panns"], pooling=pooling, layer=layer)
     graph = AudioGraph(model, rate_hz)
     write_program(graph, tmp_path / "a.pt2")
-    program = torch.export.load(tmp_path / "a.pt2").module()
+    files = {"metadata.json": ""}
+    program = torch.export.load(tmp_path / "a.pt2", extra_files=files).module()
+    metadata = json.loads(files["metadata.json"])
+    assert (metadata["pooling"], metadata["layer"]) == (pooling, layer)
     audio_BS = torch.from_numpy(babble(1.0, rate_hz)[None, : graph.samples]).repeat(2, 1)
     samples = [graph.samples, 13_000]
     with torch.inference_mode():
@@ -110,6 +126,53 @@ def test_a_torch_program_gives_what_the_model_gives(tmp_path, pooling, layer, ra
     for frames_CD, embedding in zip(frames_BCD, expected.per_sound, strict=True):
         frames = len(embedding.frames_TD)
         torch.testing.assert_close(frames_CD[:frames], embedding.frames_TD, atol=2e-4, rtol=0)
+
+
+def embed_long_of(graph: AudioGraph) -> Callable[[np.ndarray], np.ndarray]:
+    """The function of the model card, with a graph where the ONNX file would be."""
+
+    def run(names: list[str], inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        with torch.inference_mode():
+            outputs = graph(*(torch.from_numpy(inputs[name]) for name in GRAPH_INPUTS))
+        return [outputs[GRAPH_OUTPUTS.index(name)].numpy() for name in names]
+
+    columns = SimpleNamespace(shape=["batch", graph.grid.cols, "values"])
+    names = {
+        "np": np,
+        "metadata": {key: str(value) for key, value in graph.metadata.items()},
+        "session": SimpleNamespace(run=run, get_outputs=lambda: [None, columns, None]),
+        "window": graph.samples,
+    }
+    exec("\n".join(LONG_SOUND_LINES).partition("```python\n")[2].partition("```")[0], names)
+    return names["embed_long"]
+
+
+@pytest.mark.parametrize(
+    ("pooling", "layer"), [("mean", "last"), ("frequency", "mean-1"), ("moments", "concat-all")]
+)
+def test_the_cards_windows_give_the_packages_vector_of_a_sound_of_any_length(pooling, layer):
+    """To 1e-3: shorter than a window, one sample more, a last window that overlaps by more, 7 s."""
+    model = make_embedder(A_JEPA, pooling=pooling, layer=layer)
+    graph = AudioGraph(model)
+    assert "which give the vector of the package." in graph.describe_interface()[-1]
+    embed_long = embed_long_of(graph)
+    sound_S = babble(7.0, RATE_HZ)
+    for samples in (900, 12_345, graph.samples, graph.samples + 320, 60_001, len(sound_S)):
+        expected_D = model.embed(sound_S[:samples], rate_hz=RATE_HZ)[0].clip_D
+        np.testing.assert_allclose(embed_long(sound_S[:samples]), expected_D, atol=1e-3)
+    with pytest.raises(ValueError, match="shorter than a frame"):
+        embed_long(sound_S[:799])
+
+
+@pytest.mark.parametrize("name", ["a-jepa-16k", "panns", "passt"])
+def test_windows_that_hear_their_own_ends_are_said_to_be_close_only(name):
+    """Resampled or mirrored window by window, a long sound has another vector, but not by much."""
+    model = make_embedder(MEL_PRESETS[name], pooling="mean", layer="last")
+    graph = AudioGraph(model)
+    assert "close to the vector of the package, but not to the last digit" in graph.describe_interface()[-1]
+    sound_S = babble(7.0, RATE_HZ)
+    difference_D = embed_long_of(graph)(sound_S) - model.embed(sound_S, rate_hz=RATE_HZ)[0].clip_D.numpy()
+    assert np.abs(difference_D).max() < 0.01
 
 
 def test_a_graph_too_large_for_onnx_is_refused(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sounds import babble
 
 import ajepa
 from ajepa.cli import app
@@ -150,6 +151,18 @@ def test_the_command_keeps_the_classes_and_the_card_says_how_to_call_it(tones, t
     assert "This model scores 2 classes: high, low. Scores are in [0, 1] (softmax: they sum to 1)." in card
     code = re.findall(r"```python\n(import json.*?)```", card, flags=re.DOTALL)
     capsys.readouterr()
-    exec(code[0], {})
+    names = {}
+    exec(code[0], names)
     assert capsys.readouterr().out.strip() in ("high", "low")
     assert card.count("## Audio in") == 1
+
+    # The card's own code for sounds longer than a window.
+    (long_code,) = re.findall(r"```python\n(def embed_long.*?)```", card, flags=re.DOTALL)
+    exec(long_code, names)
+    sound_S = babble(7.0, RATE_HZ)
+    expected_D = model.embed(sound_S, rate_hz=RATE_HZ)[0].clip_D
+    np.testing.assert_allclose(names["embed_long"](sound_S), expected_D, atol=1e-3)
+    for name, value in (("pooling", model.pooling), ("layer", str(model.layer))):
+        assert metadata[name] == value
+    assert f"| the vector of the sound: pooling `{model.pooling}`, layer `{model.layer}` |" in card
+    assert "model.safetensors needs this package; without it use the ONNX file or the torch program" in card

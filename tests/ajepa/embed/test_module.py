@@ -45,6 +45,32 @@ def test_a_module_has_the_vectors_of_embed(pooling, layer):
     assert tokens_BPD.shape == (1, model.grid.tokens, model.module.token_width)
 
 
+@pytest.mark.parametrize(
+    ("pooling", "layer"), [("mean", "last"), ("frequency", "last"), ("moments", "concat-all")]
+)
+def test_sounds_of_any_length_have_the_vectors_of_embed(pooling, layer):
+    """Clips of a store, in one batch: longer than a view, a little longer, shorter, and what lies after their ends."""
+    model = make_model(pooling=pooling, layer=layer)
+    wave_S = torch.from_numpy(babble(3.0, 32_000))
+    lengths = (96_000, 22_000, 9_000)
+    mels = [model.module.log_mel(wave_S[None, :samples])[0] for samples in lengths]
+    mel_BTF = torch.full((3, len(mels[0]) + 5, 128), 9.0)
+    for padded_TF, mel_TF in zip(mel_BTF, mels, strict=True):
+        padded_TF[: len(mel_TF)] = mel_TF
+    ends_B = torch.tensor([len(mel_TF) for mel_TF in mels])
+    assert model.module.frames < ends_B[1]
+    expected_BD = model.embed([wave_S[:samples] for samples in lengths], rate_hz=32_000).clips_BD
+    clip_BD = model.module.clip_vectors(mel_BTF, ends_B)
+    torch.testing.assert_close(clip_BD, expected_BD, rtol=1e-4, atol=1e-3)
+
+    # Gradients flow through every window, and only to the frames of the sound.
+    mel_BTF.requires_grad_()
+    model.module.requires_grad_(True).clip_vectors(mel_BTF, ends_B).square().sum().backward()
+    assert mel_BTF.grad[0, : ends_B[0]].abs().sum(1).all()
+    assert not mel_BTF.grad[2, ends_B[2] :].any()
+    assert model.module.clip_vectors(mel_BTF, torch.zeros(3, dtype=torch.int64)).isnan().all()
+
+
 def test_what_follows_the_sound_does_not_matter():
     """`n_frames_B` says where a sound ends: a row of a store goes on with the floor."""
     module = make_model().module

@@ -107,18 +107,27 @@ def test_stretches_do_not_depend_on_the_pieces_that_a_sound_comes_in(frames, hop
     assert [start for start, _ in results[0]] == [hop * number for number in range(len(results[0]))]
 
 
-def test_one_bad_file_costs_its_row(model, tones, tmp_path):
-    """With the reason; all bad, or asked for, the error is raised."""
+def test_one_bad_file_costs_its_row(model, tones, tmp_path, capsys):
+    """With the reason, in a line as of `embed`; all bad, or asked for, the error is raised."""
     (tmp_path / "text.wav").write_text("no sound")
     good = next(tones.sounds.rglob("*.wav"))
     found = model.predict([tmp_path / "text.wav", good])
     assert found[0].error.reason == "unreadable"
+    assert found.errors == {0: found[0].error}
+    line = capsys.readouterr().err
+    assert line.startswith(f"1 of 2 failed: {tmp_path / 'text.wav'}: unreadable (")
+    assert line.endswith("; the row is nan, see .errors\n")
+    model.embed([tmp_path / "text.wav", good])
+    assert capsys.readouterr().err == line
+    assert "1 of 2 failed" in repr(found)
     assert np.isnan(found.scores_BC[0]).all()
     assert np.isfinite(found.scores_BC[1]).all()
     assert found.top(1)[0] == []
     for options in ({"errors": "raise"}, {}):
         with pytest.raises(AudioError, match=r"text\.wav"):
             model.predict([tmp_path / "text.wav"], **options)
+    with pytest.raises(RunError, match="errors must be row or raise"):
+        model.predict(good, errors="skip")
     with pytest.raises(RunError, match="is an array: say its rate"):
         model.predict(np.zeros(16_000, np.float32))
 

@@ -11,7 +11,7 @@ from ajepa.embed.pretrained import PretrainedEncoder
 from ajepa.embed.sound_inputs import ArraySound, read_sound_inputs
 from ajepa.model.vit import Encoder
 from pipeline.audio.mel_spec import preset_mel_spec
-from pipeline.errors import AudioError, RunError
+from pipeline.errors import AudioError, InputError, RunError
 
 RATE_HZ = 32_000
 
@@ -50,6 +50,20 @@ def test_the_shorter_axis_is_the_channels():
     for stereo in (np.stack([left_S, right_S]), np.stack([left_S, right_S], axis=1)):
         np.testing.assert_allclose(wave_of(stereo), (left_S + right_S) / 2, atol=1e-7)
     np.testing.assert_array_equal(wave_of(left_S[None]), left_S)
+
+
+def test_a_folder_is_all_its_sounds(model, tmp_path):
+    """As for the command: those in folders of it too, named by their paths; one without a sound is refused."""
+    for name in ("dog/b.wav", "dog/more/c.wav", "a.wav"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, babble(0.5, RATE_HZ, seed=len(name)), RATE_HZ)
+    found = model.embed(tmp_path / "dog")
+    assert found.names == (str(tmp_path / "dog/b.wav"), str(tmp_path / "dog/more/c.wav"))
+    several = model.embed([tmp_path / "a.wav", str(tmp_path / "dog")])
+    torch.testing.assert_close(several.clips_BD[1:], found.clips_BD, rtol=1e-4, atol=1e-4)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"empty: holds no sound; expected audio files"):
+        model.embed(tmp_path / "empty")
 
 
 def test_a_sound_is_the_same_from_a_file_an_array_and_a_datasets_value(model, tmp_path):

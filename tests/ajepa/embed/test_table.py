@@ -270,16 +270,41 @@ def test_a_stores_clips_bring_their_ids_and_labels(model, store, store_path, tmp
     np.testing.assert_allclose(rows["embedding"].to_numpy()[0], first.clip_D, atol=1e-5)
 
 
-def test_the_nearest_sound_is_the_sound_itself_and_then_similar_ones(model, folder, run_path, tmp_path):
-    """Cosine over the table, best first; labels and seconds come along."""
+def test_the_nearest_sound_is_the_sound_itself_and_then_similar_ones(
+    model, folder, run_path, tmp_path, capsys
+):
+    """Cosine over the table, best first; labels and seconds come along. A line says that the query is in the table."""
     index = tmp_path / "emb.parquet"
     write_and_read(model, [folder], index)
     found = nearest_sounds(folder / "2.wav", index, run_path, count=4, device="cpu")
     assert found[0].path == str(folder / "2.wav")
     assert found[0].similarity == pytest.approx(1.0, abs=1e-4)
+    said = capsys.readouterr().err
+    assert said == f"{folder / '2.wav'}: is in the table itself; its own row is among those listed\n"
     similarities = [sound.similarity for sound in found]
     assert similarities == sorted(similarities, reverse=True)
     assert len(nearest_sounds(folder / "2.wav", index, run_path, count=100, device="cpu")) == 9
+
+
+def test_a_query_that_is_not_in_the_table_is_not_said_to_be(model, folder, run_path, tmp_path, capsys):
+    """Its neighbours alone, without a line."""
+    index = tmp_path / "emb.parquet"
+    write_and_read(model, [folder / "1.wav", folder / "2.wav"], index)
+    assert len(nearest_sounds(folder / "3.wav", index, run_path, device="cpu")) == 2
+    assert not capsys.readouterr().err
+
+
+def test_the_copy_of_a_table_is_answered_with_the_table(run_path, folder, tmp_path):
+    """CSV and JSON lines lie beside the Parquet table that is searched."""
+    for suffix in (".csv", ".jsonl"):
+        copy = tmp_path / f"emb{suffix}"
+        copy.touch()
+        message = r"`nearest` reads the Parquet table beside it, not its copy; embed again with --out .*emb\.parquet"
+        with pytest.raises(RunError, match=message):
+            nearest_sounds(folder / "2.wav", copy, run_path)
+    (tmp_path / "emb.parquet").touch()
+    with pytest.raises(RunError, match=r"not its copy; give .*emb\.parquet"):
+        nearest_sounds(folder / "2.wav", copy, run_path)
 
 
 def test_moments_of_several_layers_fill_a_table_and_are_searched(folder, run_path, tmp_path):
@@ -326,7 +351,7 @@ def test_the_commands_embed_stop_carry_on_and_search(folder, run_path, tmp_path)
     assert f"without embedding: {folder / '7.wav'}: unreadable (" in done.stderr
 
     # Step 2 is the last one of the run.
-    search = ["nearest", str(folder / "1.wav"), "--index", str(out), "--model", str(run_path), "-k", "3"]
+    search = ["nearest", str(folder / "1.wav"), "--index", str(out), "--model", str(run_path), "--top", "3"]
     found = run_command(*search, "--checkpoint", "2", folder=tmp_path)
     assert not found.returncode, found.stderr
     lines = found.stdout.splitlines()
