@@ -95,7 +95,7 @@ def build_from_options(
         Path, typer.Option(help="Folder for NAME.zarr.staging, the local part of a store at a URL.")
     ] = Path("."),
     rescan: Annotated[
-        bool, typer.Option("--rescan", help="Look for sounds that came since the store was planned.")
+        bool, typer.Option("--rescan", help="Look for sounds that came since the plan.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Build nothing; print expected size and time.")
@@ -265,6 +265,9 @@ def build_folder(
     hop_seconds: Annotated[
         float | None, typer.Option(help="Cut longer sounds every so many seconds.")
     ] = None,
+    keep_tail: Annotated[
+        bool, typer.Option("--keep-tail", help="Keep ends under half a clip, from 0.5 s on.")
+    ] = False,
     split: Annotated[str, typer.Option(help="Split of clips without one.")] = "train",
     label_from: Annotated[str, typer.Option(help="none, or parent: by folder.")] = "none",
     holdout: Annotated[
@@ -284,7 +287,10 @@ def build_folder(
     from pipeline.datasets.corpus import CorpusRequest
     from pipeline.datasets.folder import folder_corpus, folder_settings
 
-    options = (folder, table, clip_seconds, hop_seconds, split, label_from, holdout, group, split_column)
+    options = (
+        *(folder, table, clip_seconds, hop_seconds, split, label_from, holdout, group, split_column),
+        keep_tail,
+    )
     return CorpusRequest(
         settings=folder_settings(*options), make=lambda: folder_corpus(*options, progress=opening_progress)
     )
