@@ -172,7 +172,13 @@ def local_store_path(location: str, staging: Path, part: "BuildPart") -> Path:
 
 def print_build_result(corpus: "Corpus", output: "StoreOutput", part: str, *, is_finished: bool) -> None:
     """Print how many clips of a store are good, and the next command; or that other parts are still missing."""
-    from pipeline.store.summary import COVERAGE_COLUMNS, LENGTH_COLUMNS, coverage_table
+    from pipeline.store.summary import (
+        COVERAGE_COLUMNS,
+        FAILED_FILE_COLUMNS,
+        LENGTH_COLUMNS,
+        coverage_table,
+        failed_file_lines,
+    )
     from pipeline.tables import read_table
 
     if not is_finished:
@@ -181,12 +187,24 @@ def print_build_result(corpus: "Corpus", output: "StoreOutput", part: str, *, is
     columns = tuple(dict.fromkeys((*COVERAGE_COLUMNS, *LENGTH_COLUMNS)))
     manifest = read_table(output.path / "manifest.parquet", columns)[0]
     print(coverage_table(manifest))
+
+    # The failed files; ids and files of millions of rows are read only if some of them are shown.
+    failed_command = f"ajepa-data inspect {output.path} --failed"
+    next_command = f"ajepa-data inspect {output.path}"
+    if (manifest["status"] == "failed").any():
+        clips = read_table(output.path / "manifest.parquet", FAILED_FILE_COLUMNS)[0]
+        print("\n".join(failed_file_lines(clips, failed_command)))
+        next_command = failed_command
     if note := describe_left_out(corpus.dataset_settings, manifest, output.spec.clip_seconds):
         print(note)
+
     # Only AudioSet has a class tree along which labels can be propagated.
-    next_command = "propagate-labels" if corpus.dataset_settings["dataset"] == "audioset" else "inspect"
+    if corpus.dataset_settings["dataset"] == "audioset":
+        if next_command == failed_command:
+            print(f"each failed clip with its reason: {failed_command}")
+        next_command = f"ajepa-data propagate-labels {output.path}"
     push_again = ", then the same build command, to push what changed" if output.remote else ""
-    print(f"{output.location}: done. Next: ajepa-data {next_command} {output.path}{push_again}")
+    print(f"{output.location}: done. Next: {next_command}{push_again}")
 
 
 def describe_left_out(settings: dict[str, Any], manifest: "pl.DataFrame", clip_seconds: float) -> str | None:

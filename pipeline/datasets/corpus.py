@@ -42,7 +42,9 @@ MAX_SOUND_SECONDS = AudioPolicy().max_seconds
 
 MIN_LAST_PIECE_SHARE = 0.5  # a file's last piece is kept if it is at least this share of a clip
 
-MIN_TAIL_SECONDS = 0.5  # a shorter rest at the end of a sound is left out without a note, also with `keep_tail`
+MIN_TAIL_SECONDS = (
+    0.5  # a shorter rest at the end of a sound is left out without a note, also with `keep_tail`
+)
 MIN_TAIL_SHARE = 0.1  # of a clip: of clips under 5 s, shorter tails count
 
 MIN_HOP_SHARE = 0.1  # of a clip: with less, every sound would be stored over ten times
@@ -374,7 +376,7 @@ def cut_clips(
             length_seconds = None
         clip_pieces = list(_cut_one_clip(clip, cut_settings, length_seconds))
         pieces.extend(clip_pieces)
-        if length_seconds is not None:
+        if length_seconds is not None and length_seconds <= MAX_SOUND_SECONDS:
             tail_seconds.append(_left_out_tail(clip, clip_pieces, cut_settings, length_seconds))
     tails = [seconds for seconds in tail_seconds if seconds >= cut_settings.min_tail_seconds]
     return pieces, [*_note_clips_past_end(clips_past_end), *_note_tails(tails, keeping_option)]
@@ -404,7 +406,8 @@ def _left_out_tail(
     clip: ListedClip, pieces: Sequence[ListedClip], cut_settings: CutSettings, length_seconds: float
 ) -> float:
     """Return the seconds at the end of a cut clip that would be in one more piece; 0 or less if there are none."""
-    assert cut_settings.hop_seconds is not None and pieces[-1].end_seconds is not None
+    assert cut_settings.hop_seconds is not None
+    assert pieces[-1].end_seconds is not None
     stop_seconds = length_seconds if clip.end_seconds is None else min(length_seconds, clip.end_seconds)
     # With a hop longer than the clips, the sound between two pieces is left out by request.
     next_start_seconds = clip.start_seconds + len(pieces) * cut_settings.hop_seconds

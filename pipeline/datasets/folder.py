@@ -34,16 +34,13 @@ from pipeline.datasets.holdout import (
 )
 from pipeline.datasets.sound_folder import SoundFolder
 from pipeline.errors import InputError, ManifestError
-from pipeline.labels.ontology import ClassList
+from pipeline.labels.ontology import UNLABELLED_CLASSES, ClassList
 from pipeline.messages import count_phrase, suggest_known
 from pipeline.store.manifest import nearest_texts
 
 FOLDER_CLIP_SECONDS = 10.0  # default length of a clip
 
 LABEL_ORIGINS = ("none", "parent")
-
-# A store needs at least one class; no clip has this one.
-UNLABELLED_CLASSES = ClassList(mids=("unlabelled",), names=("unlabelled",))
 
 
 def folder_corpus(
@@ -191,7 +188,9 @@ def _check_folder_options(
     if hop_seconds is not None and clip_seconds is None:
         raise InputError("hop_seconds without clip_seconds: say also how long a clip is")
     if keep_tail and hop_seconds is None:
-        raise InputError("keep_tail without hop_seconds: only sounds that are cut have a tail; say also the hop")
+        raise InputError(
+            "keep_tail without hop_seconds: only sounds that are cut have a tail; say also the hop"
+        )
     if not split.strip():
         raise InputError("the split has no name; expected a word such as train")
     if label_from not in LABEL_ORIGINS:

@@ -34,7 +34,8 @@ def test_a_store_is_built_propagated_verified_and_shown(tmp_path, monkeypatch, c
     assert run(*build_arguments(corpus, out), monkeypatch=monkeypatch) == 0
     output = capsys.readouterr().out
     assert "missing" in output
-    assert f"Next: ajepa-data propagate-labels {out}" in output
+    assert f"Next: ajepa-data propagate-labels {out}\n" in output
+    assert f"each failed clip with its reason: ajepa-data inspect {out} --failed\n" in output
     assert run("propagate-labels", out, monkeypatch=monkeypatch) == 0
     assert run("verify", out, monkeypatch=monkeypatch) == 0
     assert run("report", out, "--out", tmp_path / "mels.png", monkeypatch=monkeypatch) == 0

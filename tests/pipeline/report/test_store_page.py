@@ -17,6 +17,7 @@ from pipeline.build.build import build_store
 from pipeline.build.plan import BuildOptions, StoreOutput
 from pipeline.datasets.folder import folder_corpus
 from pipeline.errors import StoreError
+from pipeline.report.describe import describe_store
 from pipeline.report.durations import SoundDurations, unused_source_seconds
 from pipeline.report.html import Markup, html_tag
 from pipeline.report.store_page import render_store_page, write_store_page
@@ -128,6 +129,12 @@ def test_sound_that_is_in_no_clip_is_told(long_store):
     assert durations.unused_seconds == pytest.approx(30, abs=0.5)
     text = render_store_page(long_store, clip_count=1)
     assert "2 sounds are longer than their clips: 30 s of them is in no clip." in text
+
+
+def test_a_store_without_labels_has_no_class(long_store):
+    """The one class that every store needs is no class of the user."""
+    assert "<b>no</b><span>labels</span>" in render_store_page(long_store, clip_count=1)
+    assert re.search(r"^classes +none$", describe_store(long_store), re.MULTILINE)
 
 
 def test_pieces_that_failed_and_overlaps_are_no_unused_sound(tmp_path):
