@@ -195,8 +195,12 @@ def print_build_result(corpus: "Corpus", output: "StoreOutput", part: str, *, is
         clips = read_table(output.path / "manifest.parquet", FAILED_FILE_COLUMNS)[0]
         print("\n".join(failed_file_lines(clips, failed_command)))
         next_command = failed_command
-    if note := describe_left_out(corpus.dataset_settings, manifest, output.spec.clip_seconds):
-        print(note)
+    for note in (
+        describe_left_out(corpus.dataset_settings, manifest, output.spec.clip_seconds),
+        describe_nothing_to_measure(manifest),
+    ):
+        if note:
+            print(note)
 
     # Only AudioSet has a class tree along which labels can be propagated.
     if corpus.dataset_settings["dataset"] == "audioset":
@@ -205,6 +209,17 @@ def print_build_result(corpus: "Corpus", output: "StoreOutput", part: str, *, is
         next_command = f"ajepa-data propagate-labels {output.path}"
     push_again = ", then the same build command, to push what changed" if output.remote else ""
     print(f"{output.location}: done. Next: {next_command}{push_again}")
+
+
+def describe_nothing_to_measure(manifest: "pl.DataFrame") -> str | None:
+    """Return a sentence about evaluation splits without a good clip; None if there are none, or one has a good clip."""
+    from pipeline.store.splits import evaluation_split_names
+
+    splits = evaluation_split_names(manifest["split"].unique().sort().to_list())
+    is_good_there = manifest["split"].is_in(splits) & (manifest["status"] == "good")
+    if not splits or is_good_there.any():
+        return None
+    return f"no good clip in {' or '.join(splits)}: ajepa-train evaluate has nothing to measure on"
 
 
 def describe_left_out(settings: dict[str, Any], manifest: "pl.DataFrame", clip_seconds: float) -> str | None:
