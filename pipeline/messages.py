@@ -57,6 +57,15 @@ def suggest_known(word: str, known: Iterable[str], there_are: str = "There are")
     return f"did you mean {closest_word(word, words)!r}? {there_are}: {', '.join(words)}"
 
 
+def describe_no_store(location: Path | str) -> str:
+    """Return the error for a path or URL that is not a feature store; a missing path gets the most similar one."""
+    problem = "not a feature store"
+    is_url = "://" in str(location)
+    if not is_url and not Path(location).exists():
+        problem += f", it does not exist{did_you_mean(Path(location))}"
+    return f"{location}: {problem}; make one with: ajepa-data build-folder, or ajepa-data build-audioset"
+
+
 def did_you_mean(path: Path) -> str:
     """Return the end of an error about a missing path: an entry of its folder with a similar name, or nothing."""
     neighbours = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []

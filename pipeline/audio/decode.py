@@ -326,7 +326,9 @@ def check_complete(facts: SegmentFacts, policy: AudioPolicy) -> None:
     is_readable = facts.samples > 0 or facts.is_cut
     shortfall = describe_shortfall(facts)
     if facts.is_truncated and is_readable and not policy.accept_truncated:
-        raise AudioError("truncated", f"{shortfall}; fetch it again, or accept truncated clips")
+        raise AudioError(
+            "truncated", f"{shortfall}; fetch it again; a build keeps it with --accept-truncated"
+        )
     if facts.samples == 0:
         raise AudioError("unreadable", f"{shortfall}; its writer was interrupted, fetch it again")
 

@@ -61,7 +61,9 @@ def format_audit(audit: StoreAudit, store: str) -> str:
     """Return an audit as text for the terminal: the findings, the most severe first, then tables."""
     in_use = sum(split.in_use for split in audit.splits)
     listed = sum(split.listed for split in audit.splits)
-    head = f"{store}: {in_use:,} of {listed:,} listed clips in use; {count_phrase(audit.classes, 'class')}"
+    has_labels = any(split.classes for split in audit.splits)
+    classes = "no labels" if in_use and not has_labels else count_phrase(audit.classes, "class")
+    head = f"{store}: {in_use:,} of {listed:,} listed clips in use; {classes}"
     pairs = audit.pairs
     blocks = [
         [head],

@@ -23,6 +23,7 @@ from pipeline.build.plan import (
 )
 from pipeline.build.prepare import (
     create_store,
+    describe_changes,
     mark_unfinished,
     refuse_other_plan,
     remove_crash_debris,
@@ -70,7 +71,10 @@ class OpenStore:
         """Lock the store for writing; raises StoreError if it has another plan or another process is writing it."""
         path, header = self.target.path, self.target.header
         restore_header(path, header)
-        refuse_other_plan(path, StoreHeader.read(path), header)
+        stored_header = StoreHeader.read(path)
+        if stored_header != header:
+            changes = describe_changes(path, self.corpus.dataset_settings)
+            refuse_other_plan(path, stored_header, header, changes)
         # Each part of a remote build has its own staging folder, so it locks the whole folder.
         held_part = part if self.target.remote_store is None else WHOLE_BUILD
         with lock_store(path, held_part):

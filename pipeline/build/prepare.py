@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 
 from pipeline.build.plan import BuildBlocks
-from pipeline.build.plan_files import plan_with_labels, write_sources_file
+from pipeline.build.plan_files import plan_with_labels, read_sources_record, write_sources_file
 from pipeline.datasets.corpus import Corpus
 from pipeline.errors import StoreError
 from pipeline.files import (
@@ -36,6 +36,9 @@ from pipeline.store.shards import (
     zarr_group_json,
 )
 from pipeline.tables import read_table_schema, table_digest, write_table
+
+# Settings of a dataset whose option of the build command has another name.
+SETTING_OPTIONS = {"root": "folder"}
 
 
 def create_store(out: Path, header: StoreHeader, corpus: Corpus) -> bool:
@@ -146,20 +149,59 @@ def read_build_record(store: Path) -> dict[str, Any]:
         ) from None
 
 
-def refuse_other_plan(out: Path | str, stored_header: StoreHeader, header: StoreHeader) -> None:
-    """Raise StoreError if the stored header differs from the header of the store to build."""
+def refuse_other_plan(
+    out: Path | str, stored_header: StoreHeader, header: StoreHeader, changes: Sequence[str] = ()
+) -> None:
+    """Raise StoreError if the stored header differs from the header of the store to build.
+
+    `changes` says what may be the reason, as `describe_changes` does.
+    """
     if stored_header.spec.spec_id != header.spec.spec_id:
-        raise StoreError(
-            f"{out} holds mel spec {stored_header.spec.name}, not {header.spec.name}; choose another --out"
-        )
+        stored, asked = stored_header.spec.name, header.spec.name
+        if stored == asked:
+            # The same front end on clips of another length.
+            stored, asked = (
+                f"{spec.name} of {spec.clip_seconds:g} s" for spec in (stored_header.spec, header.spec)
+            )
+        raise StoreError(f"{out} holds mel spec {stored}, not {asked}; choose another --out")
     if stored_header.layout.dtype != header.layout.dtype:
         raise StoreError(
             f"{out} holds {stored_header.layout.dtype}, not {header.layout.dtype}; choose another --out"
         )
     if stored_header != header:
+        reasons = f" ({', '.join(changes)})" if changes else ""
         raise StoreError(
-            f"{out} was planned from other clips, lists or classes; give the same, or choose another --out"
+            f"{out} was planned from other clips, lists or classes{reasons}; "
+            "give the same, or choose another --out"
         )
+
+
+def describe_changes(out: Path, settings: dict[str, Any]) -> list[str]:
+    """Return what differs between the options that a store was planned with and those of `settings`, with both values.
+
+    `settings` are a `Corpus.dataset_settings`. The list has also a table or list of clips that has changed since.
+    """
+    record = read_sources_record(out)
+    try:
+        planned_settings = read_build_record(out)["asked"] if record is None else record.asked
+    except StoreError:
+        return []
+    names = dict.fromkeys([*planned_settings, *settings])
+    changes = [
+        f"{SETTING_OPTIONS.get(name, name.replace('_', '-'))} {_setting_text(planned_settings.get(name))} "
+        f"-> {_setting_text(settings.get(name))}"
+        for name in names
+        if planned_settings.get(name) != settings.get(name)
+    ]
+    if record is not None and (changed := record.changed_list()) is not None:
+        changes.append(f"{changed} has changed since")
+    return changes
+
+
+def _setting_text(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    return " and ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def remove_crash_debris(out: Path, layout: ShardLayout, blocks: BuildBlocks) -> None:

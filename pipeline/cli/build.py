@@ -95,7 +95,7 @@ def build_from_options(
         Path, typer.Option(help="Folder for NAME.zarr.staging, the local part of a store at a URL.")
     ] = Path("."),
     rescan: Annotated[
-        bool, typer.Option("--rescan", help="Look for sounds that came since the store was planned.")
+        bool, typer.Option("--rescan", help="Look for sounds that came since the plan.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Build nothing; print expected size and time.")
@@ -172,7 +172,13 @@ def local_store_path(location: str, staging: Path, part: "BuildPart") -> Path:
 
 def print_build_result(corpus: "Corpus", output: "StoreOutput", part: str, *, is_finished: bool) -> None:
     """Print how many clips of a store are good, and the next command; or that other parts are still missing."""
-    from pipeline.store.summary import COVERAGE_COLUMNS, LENGTH_COLUMNS, coverage_table
+    from pipeline.store.summary import (
+        COVERAGE_COLUMNS,
+        FAILED_FILE_COLUMNS,
+        LENGTH_COLUMNS,
+        coverage_table,
+        failed_file_lines,
+    )
     from pipeline.tables import read_table
 
     if not is_finished:
@@ -181,12 +187,39 @@ def print_build_result(corpus: "Corpus", output: "StoreOutput", part: str, *, is
     columns = tuple(dict.fromkeys((*COVERAGE_COLUMNS, *LENGTH_COLUMNS)))
     manifest = read_table(output.path / "manifest.parquet", columns)[0]
     print(coverage_table(manifest))
-    if note := describe_left_out(corpus.dataset_settings, manifest, output.spec.clip_seconds):
-        print(note)
+
+    # The failed files; ids and files of millions of rows are read only if some of them are shown.
+    failed_command = f"ajepa-data inspect {output.path} --failed"
+    next_command = f"ajepa-data inspect {output.path}"
+    if (manifest["status"] == "failed").any():
+        clips = read_table(output.path / "manifest.parquet", FAILED_FILE_COLUMNS)[0]
+        print("\n".join(failed_file_lines(clips, failed_command)))
+        next_command = failed_command
+    for note in (
+        describe_left_out(corpus.dataset_settings, manifest, output.spec.clip_seconds),
+        describe_nothing_to_measure(manifest),
+    ):
+        if note:
+            print(note)
+
     # Only AudioSet has a class tree along which labels can be propagated.
-    next_command = "propagate-labels" if corpus.dataset_settings["dataset"] == "audioset" else "inspect"
+    if corpus.dataset_settings["dataset"] == "audioset":
+        if next_command == failed_command:
+            print(f"each failed clip with its reason: {failed_command}")
+        next_command = f"ajepa-data propagate-labels {output.path}"
     push_again = ", then the same build command, to push what changed" if output.remote else ""
-    print(f"{output.location}: done. Next: ajepa-data {next_command} {output.path}{push_again}")
+    print(f"{output.location}: done. Next: {next_command}{push_again}")
+
+
+def describe_nothing_to_measure(manifest: "pl.DataFrame") -> str | None:
+    """Return a sentence about evaluation splits without a good clip; None if there are none, or one has a good clip."""
+    from pipeline.store.splits import evaluation_split_names
+
+    splits = evaluation_split_names(manifest["split"].unique().sort().to_list())
+    is_good_there = manifest["split"].is_in(splits) & (manifest["status"] == "good")
+    if not splits or is_good_there.any():
+        return None
+    return f"no good clip in {' or '.join(splits)}: ajepa-train evaluate has nothing to measure on"
 
 
 def describe_left_out(settings: dict[str, Any], manifest: "pl.DataFrame", clip_seconds: float) -> str | None:
@@ -265,6 +298,9 @@ def build_folder(
     hop_seconds: Annotated[
         float | None, typer.Option(help="Cut longer sounds every so many seconds.")
     ] = None,
+    keep_tail: Annotated[
+        bool, typer.Option("--keep-tail", help="Keep ends under half a clip, from 0.5 s on.")
+    ] = False,
     split: Annotated[str, typer.Option(help="Split of clips without one.")] = "train",
     label_from: Annotated[str, typer.Option(help="none, or parent: by folder.")] = "none",
     holdout: Annotated[
@@ -284,7 +320,10 @@ def build_folder(
     from pipeline.datasets.corpus import CorpusRequest
     from pipeline.datasets.folder import folder_corpus, folder_settings
 
-    options = (folder, table, clip_seconds, hop_seconds, split, label_from, holdout, group, split_column)
+    options = (
+        *(folder, table, clip_seconds, hop_seconds, split, label_from, holdout, group, split_column),
+        keep_tail,
+    )
     return CorpusRequest(
         settings=folder_settings(*options), make=lambda: folder_corpus(*options, progress=opening_progress)
     )

@@ -14,6 +14,7 @@ from pipeline.cli.options import (
     StorePath,
     WorkerCount,
     check_output_path,
+    check_table_path,
     count_cores,
 )
 from pipeline.errors import InputError
@@ -250,9 +251,18 @@ def report(
 @app.command()
 def inspect(
     store: StoreLocation,
-    clip: Annotated[str | None, typer.Option(help="Id of a clip; all its rows are described.")] = None,
+    clip: Annotated[
+        str | None, typer.Option(help="Id of a clip, or its file; all its rows are described.")
+    ] = None,
     row: Annotated[int | None, typer.Option(help="Number of a row; with --clip, a row of that clip.")] = None,
     png: Annotated[Path | None, typer.Option(help="PNG file to write, with the spectrogram.")] = None,
+    failed: Annotated[bool, typer.Option("--failed", help="List the failed clips, each with why.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --failed: table to write; .csv, .parquet or .jsonl.", callback=check_table_path
+        ),
+    ] = None,
     cache: CacheFolder = None,
     cache_gb: CacheSizeGb = DEFAULT_CACHE_GB,
 ) -> None:
@@ -260,10 +270,35 @@ def inspect(
 
     Example: ajepa-data inspect as20k.zarr --clip=-0RWZT-miFs --png clip.png
     """
-    from pipeline.report.describe import describe_rows, describe_store, select_clip_rows, write_rows_picture
+    from pipeline.report.describe import (
+        describe_rows,
+        describe_store,
+        failed_clip_lines,
+        failed_clips,
+        select_clip_rows,
+        write_rows_picture,
+    )
     from pipeline.store.feature_store import FeatureStore
 
+    if failed and (clip is not None or row is not None or png is not None):
+        raise InputError("inspect: --failed lists all failed clips; leave --clip, --row and --png out")
+    if out is not None and not failed:
+        raise InputError("inspect: --out is for the table of --failed; add --failed")
     opened = FeatureStore.open(store, cache=cache, cache_gb=cache_gb)
+    if failed:
+        clips = failed_clips(opened)
+        if out is not None:
+            from pipeline.table_files import write_table_file
+
+            write_table_file(out, clips)
+            print(out)
+            return
+        for line in failed_clip_lines(clips):
+            print(line)
+        if clips.is_empty():
+            print(f"{store}: no clip failed")
+        return
+
     # Without a clip or a row, describe the store as a whole.
     if clip is None and row is None:
         if png is not None:

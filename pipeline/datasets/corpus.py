@@ -19,7 +19,7 @@ from pipeline.audio.decode import AudioPolicy, VideoSegment, costing_the_clip_al
 from pipeline.audio.sources import SOURCES_SCHEMA, ClipSources, SoundLocator
 from pipeline.errors import AudioError, InputError, ManifestError
 from pipeline.labels.ontology import ClassList
-from pipeline.messages import did_you_mean
+from pipeline.messages import count_phrase, did_you_mean
 from pipeline.store.header import StoreHeader
 from pipeline.store.manifest import PLAN_SCHEMA
 from pipeline.threads import map_on_threads
@@ -41,6 +41,11 @@ MIN_CLIP_SECONDS = 0.1  # the build refuses shorter sounds
 MAX_SOUND_SECONDS = AudioPolicy().max_seconds
 
 MIN_LAST_PIECE_SHARE = 0.5  # a file's last piece is kept if it is at least this share of a clip
+
+MIN_TAIL_SECONDS = (
+    0.5  # a shorter rest at the end of a sound is left out without a note, also with `keep_tail`
+)
+MIN_TAIL_SHARE = 0.1  # of a clip: of clips under 5 s, shorter tails count
 
 MIN_HOP_SHARE = 0.1  # of a clip: with less, every sound would be stored over ten times
 
@@ -296,11 +301,12 @@ class CutSettings:
     """How clips are cut: into pieces [k hop, k hop + clip) of a sound; without a hop, only the first piece is cut.
 
     The last piece is the first that reaches the end of the sound. It ends with the sound, and is kept if it is at least
-    half a clip long or the only piece.
+    half a clip long or the only piece; with `keep_tail`, if it is at least `min_tail_seconds` long.
     """
 
     clip_seconds: float = 10.0
     hop_seconds: float | None = None
+    keep_tail: bool = False
 
     def __post_init__(self) -> None:
         if not MIN_CLIP_SECONDS <= self.clip_seconds <= MAX_SOUND_SECONDS:
@@ -316,6 +322,11 @@ class CutSettings:
                 f"{min_hop_seconds:g}; {self.clip_seconds:g} cuts without overlap"
             )
 
+    @property
+    def min_tail_seconds(self) -> float:
+        """The shortest end of a sound that counts: half a second, or of short clips a tenth, at least 0.1 s."""
+        return max(MIN_CLIP_SECONDS, min(MIN_TAIL_SECONDS, MIN_TAIL_SHARE * self.clip_seconds))
+
     def piece_spans(self, begin_seconds: float, stop_seconds: float) -> Iterator[tuple[float, float]]:
         """Yield start and end, to the millisecond, of each piece of a sound from begin to stop; at least one piece."""
         assert self.hop_seconds is not None
@@ -329,14 +340,23 @@ class CutSettings:
             start_seconds = round(begin_seconds + number * self.hop_seconds, 3)
 
         # The last piece.
-        if number == 0 or stop_seconds - start_seconds >= MIN_LAST_PIECE_SHARE * self.clip_seconds:
+        last_seconds = stop_seconds - start_seconds
+        is_long = last_seconds >= MIN_LAST_PIECE_SHARE * self.clip_seconds
+        is_kept_tail = self.keep_tail and round(last_seconds, 3) >= self.min_tail_seconds
+        if number == 0 or is_long or is_kept_tail:
             yield start_seconds, round(min(start_seconds + self.clip_seconds, stop_seconds), 3)
 
 
 def cut_clips(
-    clips: Sequence[ListedClip], cut_settings: CutSettings, *, progress: ProgressWrapper | None = None
+    clips: Sequence[ListedClip],
+    cut_settings: CutSettings,
+    *,
+    progress: ProgressWrapper | None = None,
+    keeping_option: str = "",
 ) -> tuple[list[ListedClip], list[str]]:
-    """Return the clips with their ends, cut into pieces if the settings have a hop, and a note on clips past the end.
+    """Return the clips with their ends, cut into pieces if the settings have a hop, and notes.
+
+    The notes are on clips past the end and on ends of sounds that are left out; `keeping_option` keeps these ends.
 
     The id of a piece is the id of the clip, `@`, and the millisecond of the sound at which the piece starts. A clip
     stays whole if the length of its sound is unknown, or if it starts after the end; the build will report the reason.
@@ -348,13 +368,18 @@ def cut_clips(
     # A clip that starts after the end of its sound is not changed; the build refuses it with the reason.
     pieces: list[ListedClip] = []
     clips_past_end: list[ListedClip] = []
+    tail_seconds: list[float] = []
     for clip in clips:
         length_seconds = seconds_by_path.get(clip.path) if clip.path else None
         if length_seconds is not None and clip.start_seconds >= round(length_seconds, 3):
             clips_past_end.append(clip)
             length_seconds = None
-        pieces.extend(_cut_one_clip(clip, cut_settings, length_seconds))
-    return pieces, _note_clips_past_end(clips_past_end)
+        clip_pieces = list(_cut_one_clip(clip, cut_settings, length_seconds))
+        pieces.extend(clip_pieces)
+        if length_seconds is not None and length_seconds <= MAX_SOUND_SECONDS:
+            tail_seconds.append(_left_out_tail(clip, clip_pieces, cut_settings, length_seconds))
+    tails = [seconds for seconds in tail_seconds if seconds >= cut_settings.min_tail_seconds]
+    return pieces, [*_note_clips_past_end(clips_past_end), *_note_tails(tails, keeping_option)]
 
 
 def _cut_one_clip(
@@ -375,6 +400,33 @@ def _cut_one_clip(
     for start_seconds, end_seconds in cut_settings.piece_spans(clip.start_seconds, stop_seconds):
         clip_id = f"{clip.clip_id}@{round(start_seconds * 1000)}"
         yield replace(clip, clip_id=clip_id, start_seconds=start_seconds, end_seconds=end_seconds)
+
+
+def _left_out_tail(
+    clip: ListedClip, pieces: Sequence[ListedClip], cut_settings: CutSettings, length_seconds: float
+) -> float:
+    """Return the seconds at the end of a cut clip that would be in one more piece; 0 or less if there are none."""
+    assert cut_settings.hop_seconds is not None
+    assert pieces[-1].end_seconds is not None
+    stop_seconds = length_seconds if clip.end_seconds is None else min(length_seconds, clip.end_seconds)
+    # With a hop longer than the clips, the sound between two pieces is left out by request.
+    next_start_seconds = clip.start_seconds + len(pieces) * cut_settings.hop_seconds
+    return round(stop_seconds - max(pieces[-1].end_seconds, next_start_seconds), 3)
+
+
+def _note_tails(tail_seconds: Sequence[float], keeping_option: str) -> list[str]:
+    if not tail_seconds:
+        return []
+    verb = "ends" if len(tail_seconds) == 1 else "end"
+    remedy = f"; {keeping_option} keeps them" if keeping_option else ""
+    return [
+        f"{count_phrase(len(tail_seconds), 'sound')} {verb} with less than half a clip: "
+        f"{_describe_left_out_seconds(sum(tail_seconds))} are left out{remedy}"
+    ]
+
+
+def _describe_left_out_seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:,.1f} minutes"
 
 
 def _note_clips_past_end(clips: Sequence[ListedClip]) -> list[str]:

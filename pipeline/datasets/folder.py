@@ -34,16 +34,13 @@ from pipeline.datasets.holdout import (
 )
 from pipeline.datasets.sound_folder import SoundFolder
 from pipeline.errors import InputError, ManifestError
-from pipeline.labels.ontology import ClassList
+from pipeline.labels.ontology import UNLABELLED_CLASSES, ClassList
 from pipeline.messages import count_phrase, suggest_known
 from pipeline.store.manifest import nearest_texts
 
 FOLDER_CLIP_SECONDS = 10.0  # default length of a clip
 
 LABEL_ORIGINS = ("none", "parent")
-
-# A store needs at least one class; no clip has this one.
-UNLABELLED_CLASSES = ClassList(mids=("unlabelled",), names=("unlabelled",))
 
 
 def folder_corpus(
@@ -56,6 +53,7 @@ def folder_corpus(
     holdout: float | None = None,
     group: str | None = None,
     split_column: str | None = None,
+    keep_tail: bool = False,
     *,
     progress: ProgressWrapper | None = None,
 ) -> Corpus:
@@ -69,21 +67,24 @@ def folder_corpus(
     clip_seconds  length of a clip in seconds, default 10; a clip without an end in the table is at most this long
     hop_seconds   distance in seconds between the starts of two clips of a file; longer files are cut into several
                   clips, without overlap if it equals clip_seconds. The rest at the end of a file is a clip if it is at
-                  least half a clip long. None: each file gives one clip
+                  least half a clip long (see keep_tail). None: each file gives one clip
     split         split of every clip that has none in the table
     label_from    parent: a file's label is the name of its folder; none: labels come only from the table
     holdout       share of the sounds that is held out as the split eval; None: only the table names splits
     group         clips that are held out together: file, folder, or a column of the table (`hold_out_clips`)
     split_column  column of the table that names splits, or numbers folds; None: split
+    keep_tail     with a hop, also keep a shorter rest at the end of a file, from `CutSettings.min_tail_seconds` on
 
     The id of a clip is its id in the table, or else the path below the folder with the extension. If files are cut, or
     if the start in the table is above 0, `@` and the start in milliseconds are added. Classes are the labels in use,
     sorted by number if all are whole numbers, else by name.
     """
-    _check_folder_options(clip_seconds, hop_seconds, split, label_from)
+    _check_folder_options(clip_seconds, hop_seconds, split, label_from, keep_tail=keep_tail)
     _check_split_options(table, holdout, group, split_column)
     cut_settings = CutSettings(
-        clip_seconds=FOLDER_CLIP_SECONDS if clip_seconds is None else clip_seconds, hop_seconds=hop_seconds
+        clip_seconds=FOLDER_CLIP_SECONDS if clip_seconds is None else clip_seconds,
+        hop_seconds=hop_seconds,
+        keep_tail=keep_tail,
     )
 
     # The clips, one for each file or row of the table, and the groups of the table.
@@ -124,7 +125,7 @@ def folder_corpus(
         notes += holdout_notes
 
     # The pieces of the clips, and the classes in use.
-    clips, cut_notes = cut_clips(clips, cut_settings, progress=progress)
+    clips, cut_notes = cut_clips(clips, cut_settings, progress=progress, keeping_option="--keep-tail")
     notes += cut_notes
     classes = classes_in_use(clips)
     if classes is UNLABELLED_CLASSES:
@@ -137,7 +138,7 @@ def folder_corpus(
         sources=sources_from_clips(clips, files=len(sound_folder.sound_names), unmatched=unmatched),
         classes=classes,
         dataset_settings=folder_settings(
-            root, table, clip_seconds, hop_seconds, split, label_from, holdout, group, split_column
+            root, table, clip_seconds, hop_seconds, split, label_from, holdout, group, split_column, keep_tail
         ),
         clip_seconds=clip_seconds,
         notes=tuple(notes),
@@ -154,10 +155,16 @@ def folder_settings(
     holdout: float | None = None,
     group: str | None = None,
     split_column: str | None = None,
+    keep_tail: bool = False,
 ) -> dict[str, Any]:
     """Return the `Corpus.dataset_settings` of `folder_corpus` with these arguments."""
     # Settings that are not used are not recorded, as before there were such.
-    split_settings = {"holdout": holdout, "group": group, "split_column": split_column}
+    later_settings = {
+        "holdout": holdout,
+        "group": group,
+        "split_column": split_column,
+        "keep_tail": keep_tail or None,
+    }
     return {
         "dataset": "folder",
         "root": absolute_path_or_url(root),
@@ -166,15 +173,24 @@ def folder_settings(
         "hop_seconds": hop_seconds,
         "split": split,
         "label_from": label_from,
-        **{name: value for name, value in split_settings.items() if value is not None},
+        **{name: value for name, value in later_settings.items() if value is not None},
     }
 
 
 def _check_folder_options(
-    clip_seconds: float | None, hop_seconds: float | None, split: str, label_from: str
+    clip_seconds: float | None,
+    hop_seconds: float | None,
+    split: str,
+    label_from: str,
+    *,
+    keep_tail: bool,
 ) -> None:
     if hop_seconds is not None and clip_seconds is None:
         raise InputError("hop_seconds without clip_seconds: say also how long a clip is")
+    if keep_tail and hop_seconds is None:
+        raise InputError(
+            "keep_tail without hop_seconds: only sounds that are cut have a tail; say also the hop"
+        )
     if not split.strip():
         raise InputError("the split has no name; expected a word such as train")
     if label_from not in LABEL_ORIGINS:

@@ -29,7 +29,7 @@ from pipeline.labels.propagation import (
     PropagationSummary,
     rule_relation_CC,
 )
-from pipeline.messages import suggest_known
+from pipeline.messages import describe_no_store, suggest_known
 from pipeline.tables import DAMAGED_TABLE_ERRORS, describe_table_damage
 
 # The key in the schema metadata of labels.parquet whose JSON maps each label set to its provenance.
@@ -153,7 +153,7 @@ def _stored_class_list(store: Path, ontology: Ontology) -> ClassList:
         header = json.loads((store / "zarr.json").read_text(encoding="utf-8"))
         mids = tuple(header["attributes"]["ajepa"]["classes"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise StoreError(f"{store}: not a feature store; make one with: ajepa-data build-audioset") from None
+        raise StoreError(describe_no_store(store)) from None
     name_of = {node.mid: node.name for node in ontology.nodes}
     return ClassList(mids=mids, names=tuple(name_of.get(mid, mid) for mid in mids))
 

@@ -355,3 +355,7 @@ def label_lists_from_keys(keys_N: np.ndarray, class_count: int, *, row_count: in
     """Return the column list<uint16> of `row_count` rows with the labels of these ascending keys."""
     class_N = pa.array((keys_N % class_count).astype(np.uint16))
     return build_label_lists(keys_N // class_count, class_N, row_count=row_count)
+
+
+# A store needs at least one class; without labels it has this one, which is the class of no clip.
+UNLABELLED_CLASSES = ClassList(mids=("unlabelled",), names=("unlabelled",))

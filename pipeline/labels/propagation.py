@@ -365,8 +365,11 @@ class LabelSetMaker:
 # The changes as a table.
 
 
-def propagation_table(summary: PropagationSummary) -> str:
-    """Return the changes as text: a line per split, then the classes that gained most, then ids outside the list."""
+def propagation_table(summary: PropagationSummary, good_clips: int | None = None) -> str:
+    """Return the changes as text: a line per split, then the classes that gained most, then ids outside the list.
+
+    `good_clips` is the number of clips of a store that are good, of all that the changes count.
+    """
     provenance = summary.provenance
     head = f"label set {provenance.rule!r}: {provenance.pairs} class pairs of ontology {provenance.ontology}"
     if untouched := [
@@ -374,9 +377,14 @@ def propagation_table(summary: PropagationSummary) -> str:
     ]:
         head += f"; raw labels kept in: {', '.join(untouched)}"
 
+    rows = f"counts are of all {summary.changes[-1].clips:,} listed rows, with a sound or without"
+    if good_clips is not None:
+        rows += f"; {good_clips:,} are good"
+
     # Three tables, with a blank line between them.
     lines = [
         head,
+        rows,
         "",
         *_change_lines(summary.changes),
         "",

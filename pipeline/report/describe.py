@@ -7,7 +7,7 @@ from typing import Any
 import polars as pl
 
 from pipeline.errors import StoreError
-from pipeline.labels.ontology import name_with_id
+from pipeline.labels.ontology import UNLABELLED_CLASSES, name_with_id
 from pipeline.store import summary
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.manifest import FAILURE_REASONS, nearest_texts
@@ -38,11 +38,14 @@ def describe_store(store: FeatureStore) -> str:
     facts.append(("good", f"{sum(coverage.good_counts):,} of {sum(coverage.listed_counts):,}"))
     counts = zip(coverage.splits, coverage.good_counts, coverage.listed_counts, strict=True)
     facts += [(f"  {split}", f"{good:,} of {listed:,}") for split, good, listed in counts]
+    if any(coverage.failed_counts):
+        reasons = ", ".join(f"{reason} {sum(counts):,}" for reason, counts in coverage.reason_counts.items())
+        facts.append(("failed", f"{sum(coverage.failed_counts):,} ({reasons}); --failed lists them"))
     for name, sha256, clips in store.exclusions.summarise_lists():
         facts.append(("excluded", f"{clips:,} clips by {name} (sha256 {sha256[:12]})"))
 
     # Classes and label sets.
-    facts.append(("classes", f"{len(store.classes)}"))
+    facts.append(("classes", f"{len(store.classes)}" if store.classes != UNLABELLED_CLASSES else "none"))
     for name, source in label_sources.items():
         labels_per_row = labels[name].list.len().sum() / max(labels.height, 1)
         facts.append((f"labels {name}", f"{labels_per_row:.3f} a row; {source}"))
@@ -50,9 +53,17 @@ def describe_store(store: FeatureStore) -> str:
 
 
 def find_clip_rows(store: FeatureStore, clip_id: str) -> list[int]:
-    """Every row of a clip id; StoreError with the nearest ids if there is none."""
-    ids = store.manifest_columns("clip_id").to_series()
+    """Every row of a clip id, or else of the clips of a file or of the pieces of a clip.
+
+    StoreError with the nearest ids if there is none.
+    """
+    clips = store.manifest_columns("clip_id", "source")
+    ids = clips["clip_id"]
     rows = (ids == clip_id).arg_true().to_list()
+    if not rows:
+        # The pieces of a clip have its id, @ and their start in milliseconds.
+        is_piece = ids.str.starts_with(f"{clip_id}@") & ids.str.contains(r"@[0-9]+$")
+        rows = (is_piece | (clips["source"] == clip_id).fill_null(False)).arg_true().to_list()
     if not rows:
         nearest = nearest_texts(ids, clip_id)
         hint = "its manifest.parquet lists all ids"
@@ -60,6 +71,19 @@ def find_clip_rows(store: FeatureStore, clip_id: str) -> list[int]:
             hint = f"did you mean {' or '.join(map(repr, nearest))}?"
         raise StoreError(f"{store.location}: no clip {clip_id!r}; {hint}")
     return rows
+
+
+def failed_clips(store: FeatureStore) -> pl.DataFrame:
+    """The failed clips in the order of the store: row, clip_id, split, source, reason, detail."""
+    columns = ("clip_id", "split", "source", "reason", "detail")
+    clips = store.manifest_columns("status", *columns).with_row_index("row")
+    return clips.filter(pl.col("status") == "failed").select("row", *columns)
+
+
+def failed_clip_lines(failed: pl.DataFrame) -> Iterator[str]:
+    """Yield a line for each of the clips that `failed_clips` returns, with its reason and, if known, the detail."""
+    for clip_id, reason, detail in failed.select("clip_id", "reason", "detail").iter_rows():
+        yield f"{clip_id}: {reason}" + (f", {detail}" if detail else "")
 
 
 def select_clip_rows(store: FeatureStore, clip_id: str | None, row: int | None) -> list[int]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from pipeline.labels.ontology import UNLABELLED_CLASSES
 from pipeline.report.durations import SoundDurations, format_duration
 from pipeline.report.html import Markup, definition_list, html_tag, join_markup
 from pipeline.store import summary
@@ -61,6 +62,8 @@ def split_tiles(coverage: ClipCoverage, durations: SoundDurations) -> list[Marku
 
 def class_tile(store: FeatureStore, class_counts: ClassCounts) -> Markup:
     """How many classes have a good clip."""
+    if store.classes == UNLABELLED_CLASSES:
+        return number_tile("no", "labels")
     with_clips = int((class_counts.positives_NC["raw"].sum(0) > 0).sum())
     return number_tile(with_clips, f"of {len(store.classes):,} classes have a clip")
 

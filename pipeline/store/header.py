@@ -12,6 +12,7 @@ import numpy as np
 from pipeline.audio.mel_spec import MelSpec
 from pipeline.errors import StoreError
 from pipeline.labels.ontology import ClassList
+from pipeline.messages import describe_no_store
 
 STORE_FORMAT = 1
 
@@ -132,7 +133,7 @@ class StoreHeader:
 
 def no_store_error(location: Path | str) -> StoreError:
     """Return the error for a path or URL that is not a feature store."""
-    return StoreError(f"{location}: not a feature store; make one with: ajepa-data build-audioset")
+    return StoreError(describe_no_store(location))
 
 
 def dequantise(stored: np.ndarray, scale: float, offset: float) -> np.ndarray:

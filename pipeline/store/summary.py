@@ -28,12 +28,15 @@ FLAG_MEANINGS: dict[str, str] = {
 
 EXAMPLES_PER_REASON = 5
 
+MAX_FAILED_FILES = 5  # named after a build
+
 # A sound that is longer than its clip by at most this share loses nothing that matters.
 LONGER_SHARE = 0.05
 
 COVERAGE_COLUMNS = ("split", "status", "reason", "flags")  # of the manifest: what `ClipCoverage` counts
 
 # What `failure_examples` and `left_out_lengths` need.
+FAILED_FILE_COLUMNS = ("clip_id", "source", "status", "reason")  # what `failed_file_lines` needs
 EXAMPLE_COLUMNS = ("clip_id", "split", "source", "status", "reason", "detail")
 LENGTH_COLUMNS = ("source", "status", "start_seconds", "end_seconds", "seconds")
 
@@ -163,6 +166,25 @@ def failure_examples(manifest: pl.DataFrame) -> dict[str, list[dict[str, Any]]]:
     columns = examples.select("reason", "clip_id", "split", "source", "detail")
     by_reason = columns.partition_by("reason", as_dict=True)
     return {str(reason): frame.rows(named=True) for (reason,), frame in by_reason.items()}
+
+
+def failed_file_lines(manifest: pl.DataFrame, list_command: str) -> list[str]:
+    """Return a line for each of the first files with failed clips, such as `a.wav: truncated (6 pieces)`.
+
+    A clip without a file is named by its id, after all others. The last line has the number of further files, and
+    `list_command`, which lists them all.
+    """
+    name = pl.col("source").fill_null(pl.col("clip_id")).alias("name")
+    failed = manifest.lazy().filter(pl.col("status") == "failed").select("reason", "source", name)
+    pieces = failed.group_by("source", "name", "reason", maintain_order=True).len("pieces").collect()
+
+    lines = []
+    files = pieces.sort(pl.col("source").is_null(), maintain_order=True)
+    for name_, reason, count in files.select("name", "reason", "pieces").head(MAX_FAILED_FILES).iter_rows():
+        lines.append(f"{name_}: {reason}" + (f" ({count:,} pieces)" if count > 1 else ""))
+    if files.height > MAX_FAILED_FILES:
+        lines.append(f"and {files.height - MAX_FAILED_FILES:,} more: {list_command}")
+    return lines
 
 
 def count_good_values(manifest: pl.DataFrame, column: str) -> list[tuple[Any, int]]:

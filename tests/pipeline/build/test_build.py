@@ -272,7 +272,9 @@ def test_a_store_of_another_kind_is_not_continued(corpus, fresh, change, message
     with pytest.raises(StoreError, match=message):
         build(corpus, fresh, **change)
     fewer = audioset_corpus([corpus / "audio"], [corpus / "a_train_segments.csv"])
-    with pytest.raises(StoreError, match="other clips, lists or classes"):
+    lists = [corpus / name for name in ("a_train_segments.csv", "eval_segments.csv")]
+    change = rf"\(segments {lists[0]} and {lists[1]} -> {lists[0]}\)"
+    with pytest.raises(StoreError, match=f"other clips, lists or classes {change}; give the same"):
         build_store(fewer, StoreOutput(path=fresh, spec=preset_mel_spec("a-jepa")))
     assert (fresh / "manifest.parquet").read_bytes() == before
 
@@ -325,8 +327,15 @@ def test_a_store_of_another_spec_than_expected_is_refused(store_path):
 @pytest.mark.parametrize("path", ["nowhere.zarr", "."])
 def test_a_folder_that_is_no_store_is_refused(tmp_path, path):
     """With the command that makes one."""
-    with pytest.raises(StoreError, match="not a feature store; make one with"):
+    with pytest.raises(StoreError, match=r"not a feature store.*; make one with: ajepa-data build-folder"):
         FeatureStore.open(tmp_path / path)
+
+
+def test_a_store_that_does_not_exist_has_a_nearest_name(tmp_path):
+    """A misspelt path is more likely than a missing store."""
+    (tmp_path / "mine.zarr").mkdir()
+    with pytest.raises(StoreError, match=r"store, it does not exist; did you mean .*mine\.zarr\?; make one"):
+        FeatureStore.open(tmp_path / "mime.zarr")
 
 
 def test_a_full_disk_is_an_error_that_costs_nothing(corpus, fresh, tmp_path):

@@ -34,8 +34,12 @@ def test_a_store_is_built_propagated_verified_and_shown(tmp_path, monkeypatch, c
     assert run(*build_arguments(corpus, out), monkeypatch=monkeypatch) == 0
     output = capsys.readouterr().out
     assert "missing" in output
-    assert f"Next: ajepa-data propagate-labels {out}" in output
+    assert f"Next: ajepa-data propagate-labels {out}\n" in output
+    assert f"each failed clip with its reason: ajepa-data inspect {out} --failed\n" in output
     assert run("propagate-labels", out, monkeypatch=monkeypatch) == 0
+    assert (
+        "counts are of all 20 listed rows, with a sound or without; 18 are good\n" in capsys.readouterr().out
+    )
     assert run("verify", out, monkeypatch=monkeypatch) == 0
     assert run("report", out, "--out", tmp_path / "mels.png", monkeypatch=monkeypatch) == 0
     assert (tmp_path / "mels.png").read_bytes().startswith(b"\x89PNG")
@@ -208,7 +212,9 @@ def test_lists_are_propagated_to_a_table(corpus, tmp_path, monkeypatch, capsys):
         == 0
     )
     both = pl.read_parquet(out)
-    assert "biggest gainers" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "biggest gainers" in printed
+    assert "listed rows, with a sound or without\n" in printed
     more = ["--splits", "a_train", "--splits", "eval"]
     assert run("propagate-labels", *lists, "--out", out, *more, monkeypatch=monkeypatch) == 0
     assert pl.read_parquet(out).equals(both)

@@ -9,7 +9,7 @@ from tones import SPEC, band_of, built, halves, write_seconds
 
 from pipeline.datasets.corpus import CutSettings
 from pipeline.datasets.folder import folder_corpus
-from pipeline.errors import ManifestError
+from pipeline.errors import InputError, ManifestError
 
 
 def write_table(clips: Path, text: str) -> Path:
@@ -38,6 +38,46 @@ def write_table(clips: Path, text: str) -> Path:
 def test_pieces_end_with_the_sound(length_seconds, clip, hop, spans):
     """No second is cut twice beyond the overlap asked for, and no scrap becomes a clip."""
     assert list(CutSettings(clip_seconds=clip, hop_seconds=hop).piece_spans(0.0, length_seconds)) == spans
+
+
+@pytest.mark.parametrize(
+    ("length_seconds", "clip", "spans"),
+    [
+        (14.9, 10, [(0, 10), (10, 14.9)]),
+        (10.5, 10, [(0, 10), (10, 10.5)]),
+        (10.4, 10, [(0, 10)]),
+        (3.15, 1, [(0, 1), (1, 2), (2, 3), (3, 3.15)]),
+        (0.2, 10, [(0, 0.2)]),
+    ],
+)
+def test_a_tail_is_kept_on_request(length_seconds, clip, spans):
+    """From half a second on, or a tenth of short clips."""
+    cut_settings = CutSettings(clip_seconds=clip, hop_seconds=clip, keep_tail=True)
+    assert list(cut_settings.piece_spans(0.0, length_seconds)) == spans
+
+
+def test_tails_that_are_left_out_are_told(tmp_path):
+    """With the option that keeps them, and without a word on what nobody would miss."""
+    for name, seconds in {"a.wav": 14.9, "b.wav": 13, "c.wav": 10.3, "d.wav": 8}.items():
+        write_seconds(tmp_path / name, seconds)
+    corpus = folder_corpus(tmp_path, clip_seconds=10, hop_seconds=10)
+    (note,) = [note for note in corpus.notes if "half a clip" in note]
+    assert note == "2 sounds end with less than half a clip: 7.9 s are left out; --keep-tail keeps them"
+    assert "keep_tail" not in corpus.dataset_settings
+
+    kept = folder_corpus(tmp_path, clip_seconds=10, hop_seconds=10, keep_tail=True)
+    assert not [note for note in kept.notes if "half a clip" in note]
+    assert kept.plan.height == corpus.plan.height + 2
+    assert kept.dataset_settings["keep_tail"] is True
+    with pytest.raises(InputError, match="only sounds that are cut have a tail"):
+        folder_corpus(tmp_path, keep_tail=True)
+
+
+def test_between_the_pieces_of_a_long_hop_nothing_is_missed(tmp_path):
+    """Who hops further than a clip leaves the rest out by request."""
+    write_seconds(tmp_path / "a.wav", 14.5)
+    notes = folder_corpus(tmp_path, clip_seconds=5, hop_seconds=10).notes
+    assert not [note for note in notes if "half a clip" in note]
 
 
 def test_every_piece_holds_its_own_seconds(tmp_path):

@@ -3,19 +3,20 @@
 from dataclasses import replace
 
 import numpy as np
+import polars as pl
 import pytest
 from sounds import write
 from tones import write_seconds
 
-from pipeline.audio.mel_spec import preset_mel_spec
+from pipeline.audio.mel_spec import preset_mel_spec, with_clip_seconds
 from pipeline.build.build import build_store
 from pipeline.build.plan import BuildOptions, StoreOutput
-from pipeline.cli.build import describe_left_out
+from pipeline.cli.build import describe_left_out, describe_nothing_to_measure
 from pipeline.datasets.catalogue import recreate_corpus
 from pipeline.datasets.corpus import Corpus, ListedClip
 from pipeline.datasets.folder import folder_corpus
 from pipeline.datasets.holdout import NO_HELD_OUT_SPLIT_NOTE, hold_out_clips
-from pipeline.errors import InputError, ManifestError
+from pipeline.errors import InputError, ManifestError, StoreError
 from pipeline.store.splits import deal_groups_to_folds, hold_out_groups
 
 
@@ -51,6 +52,35 @@ def test_a_fifth_of_the_sounds_of_each_label_is_held_out(sounds):
     assert chosen == held_out(folder_corpus(sounds, label_from="parent", holdout=0.2))
     assert "eval: 4 of 20 clips, by file, of each label alike, drawn by a hash of names" in corpus.notes
     assert chosen < held_out(folder_corpus(sounds, label_from="parent", holdout=0.5))
+
+
+def test_a_store_of_another_holdout_says_what_has_changed(tmp_path):
+    """Also which length of the clips: the mel spec has the same name."""
+    for number in range(4):
+        write_seconds(tmp_path / "one" / f"{number}.wav", 1.0)
+
+    def store_with(seconds: float, **options):
+        spec = with_clip_seconds(preset_mel_spec("a-jepa"), seconds)
+        output = StoreOutput(path=tmp_path / "x.zarr", spec=spec, dtype="float16")
+        return build_store(
+            folder_corpus(tmp_path / "one", clip_seconds=seconds, **options), output, BuildOptions(workers=0)
+        )
+
+    store_with(1, holdout=0.25)
+    with pytest.raises(StoreError, match=r"classes \(holdout 0\.25 -> 0\.5\); give the same, or choose"):
+        store_with(1, holdout=0.5)
+    with pytest.raises(StoreError, match=r"holds mel spec a-jepa of 1 s, not a-jepa of 2 s; choose another"):
+        store_with(2, holdout=0.25)
+
+
+def test_an_evaluation_split_without_a_good_clip_is_told():
+    """Right after the build, and not when a model has been trained."""
+    rows = {"split": ["train", "eval", "test"], "status": ["good", "failed", "failed"]}
+    told = describe_nothing_to_measure(pl.DataFrame(rows))
+    assert told == "no good clip in eval or test: ajepa-train evaluate has nothing to measure on"
+    rows["status"] = ["good", "failed", "good"]
+    assert describe_nothing_to_measure(pl.DataFrame(rows)) is None
+    assert describe_nothing_to_measure(pl.DataFrame({"split": ["train"], "status": ["failed"]})) is None
 
 
 def test_pieces_of_one_sound_are_never_on_both_sides(tmp_path):

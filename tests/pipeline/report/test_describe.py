@@ -93,6 +93,30 @@ def test_a_failed_clip_has_its_reason_and_no_picture(store_path, tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
+def test_failed_clips_are_listed_with_their_reasons(store, store_path, tmp_path, monkeypatch, capsys):
+    """On the terminal or as a table; the summary counts them by reason."""
+    assert "3 (missing 1, unreadable 1, silent 1); --failed lists them" in describe_store(store)
+    assert run("inspect", store_path, "--failed", monkeypatch=monkeypatch) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert any(line.startswith(f"{clip_id(BROKEN)}: unreadable, ") for line in lines)
+    table = tmp_path / "failed.csv"
+    assert run("inspect", store_path, "--failed", "--out", table, monkeypatch=monkeypatch) == 0
+    assert pl.read_csv(table)["reason"].sort().to_list() == ["missing", "silent", "unreadable"]
+
+
+def test_the_clips_of_a_file_are_found_by_its_name(copy):
+    """A recording that is cut into pieces has no clip of its own name."""
+    store = FeatureStore.open(copy)
+    row = find_clip_rows(store, clip_id(2))[0]
+    assert find_clip_rows(store, store.manifest["source"][row]) == [row]
+
+    frame, metadata = read_table(copy / "manifest.parquet")
+    ids = ["take@0", "take@10000", "take@2nd", *frame["clip_id"].to_list()[3:]]
+    write_table(copy / "manifest.parquet", frame.with_columns(clip_id=pl.Series(ids)), metadata)
+    assert find_clip_rows(FeatureStore.open(copy), "take") == [0, 1]
+
+
 def test_a_good_clip_gets_its_picture(store_path, tmp_path, monkeypatch, capsys):
     """The clip is named by its id or by its row."""
     png = tmp_path / "new" / "x.png"
@@ -113,6 +137,8 @@ def test_a_good_clip_gets_its_picture(store_path, tmp_path, monkeypatch, capsys)
         (["--row", "48"], "it has 0 to 47"),
         (["--clip", clip_id(0), "--row", "47"], f"no row 47 of clip '{clip_id(0)}'"),
         (["--png", "x.png"], "--clip ID or --row N"),
+        (["--failed", "--row", "1"], "--failed lists all failed clips"),
+        (["--out", "x.csv"], "add --failed"),
     ],
 )
 def test_a_mistake_is_one_line(store_path, monkeypatch, capsys, arguments, message):

@@ -17,7 +17,8 @@ from pipeline.build.build import build_store
 from pipeline.build.plan import BuildOptions, StoreOutput
 from pipeline.datasets.folder import folder_corpus
 from pipeline.errors import StoreError
-from pipeline.report.durations import SoundDurations
+from pipeline.report.describe import describe_store
+from pipeline.report.durations import SoundDurations, unused_source_seconds
 from pipeline.report.html import Markup, html_tag
 from pipeline.report.store_page import render_store_page, write_store_page
 from pipeline.store.feature_store import FeatureStore
@@ -128,6 +129,29 @@ def test_sound_that_is_in_no_clip_is_told(long_store):
     assert durations.unused_seconds == pytest.approx(30, abs=0.5)
     text = render_store_page(long_store, clip_count=1)
     assert "2 sounds are longer than their clips: 30 s of them is in no clip." in text
+
+
+def test_a_store_without_labels_has_no_class(long_store):
+    """The one class that every store needs is no class of the user."""
+    assert "<b>no</b><span>labels</span>" in render_store_page(long_store, clip_count=1)
+    assert re.search(r"^classes +none$", describe_store(long_store), re.MULTILINE)
+
+
+def test_pieces_that_failed_and_overlaps_are_no_unused_sound(tmp_path):
+    """Of 14.9 s 4.9 s are left out; of a recording that is cut short nothing; half of each clip is in two."""
+    sounds = tmp_path / "sounds"
+    sounds.mkdir()
+    for name, seconds in (("tail", 14.9), ("cut", 34.0)):
+        noise_S = 0.1 * np.random.default_rng(1).standard_normal(round(seconds * 8_000))
+        soundfile.write(sounds / f"{name}.wav", noise_S, 8_000)
+    (sounds / "cut.wav").write_bytes((sounds / "cut.wav").read_bytes()[: 44 + 13 * 16_000])
+    for hop_seconds, unused in ((10, [4.9]), (5, [])):
+        output = StoreOutput(
+            path=tmp_path / f"{hop_seconds}.zarr", spec=preset_mel_spec("a-jepa"), dtype="float16"
+        )
+        corpus = folder_corpus(sounds, clip_seconds=10, hop_seconds=hop_seconds)
+        build_store(corpus, output, BuildOptions(workers=0))
+        assert unused_source_seconds(FeatureStore.open(output.path)).to_list() == pytest.approx(unused)
 
 
 def test_the_page_plays_the_clips_if_it_is_asked_to(long_store):

@@ -11,6 +11,7 @@ from pipeline.store.summary import (
     ClipCoverage,
     count_good_values,
     coverage_table,
+    failed_file_lines,
     failure_examples,
     format_bytes,
     good_clip_histogram,
@@ -27,6 +28,21 @@ def test_every_listed_clip_is_good_or_failed_for_a_reason(store):
     assert tuple(np.add(coverage.good_counts, coverage.failed_counts)) == coverage.listed_counts
     assert tuple(np.sum(list(coverage.reason_counts.values()), axis=0)) == coverage.failed_counts
     assert coverage.flag_counts["shorter"] == (2, 1)
+
+
+def test_failed_files_are_named_with_their_pieces(store):
+    """Five at most, then their number; clips that have no file come last, by their id."""
+    lines = failed_file_lines(store.manifest, "LIST")
+    assert [line.split(": ")[1] for line in lines] == ["silent", "unreadable", "missing"]
+    assert lines[-1] == f"{clip_id(MISSING)}: missing"
+
+    names = ["a.wav"] * 3 + [f"{number}.wav" for number in range(6)]
+    pieces = pl.DataFrame({"source": names}).with_columns(
+        clip_id=pl.col("source"), status=pl.lit("failed"), reason=pl.lit("truncated")
+    )
+    lines = failed_file_lines(pieces, "LIST")
+    assert lines[:2] == ["a.wav: truncated (3 pieces)", "0.wav: truncated"]
+    assert lines[5:] == ["and 2 more: LIST"]
 
 
 def test_the_table_in_text_gives_the_same_counts(store):
