@@ -201,7 +201,7 @@ def test_init_of_a_warm_started_run_is_its_warm_start_and_is_called_so(store_pat
     last = evaluate_run(store_path, source.path, out=tmp_path / "last.json", **options)
     assert initial.protocol.checkpoint == f"init, the warm start from {source.path}"
     table = " ".join(initial.format_table().split())
-    assert f"checkpoint init, the warm start from {source.path}, chosen by" in table
+    assert f"checkpoint init, the warm start from {source.path}: before step 1" in table
     maps = [each.find_score("encoder", "knn", "raw").metrics["map"].value for each in (initial, last)]
     assert maps[0] == maps[1]
     assert TrainedRun.open(warm, "init").step == 0
