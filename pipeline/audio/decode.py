@@ -322,15 +322,17 @@ def mean_of_channels(block_CS: np.ndarray) -> np.ndarray:
 
 def check_complete(facts: SegmentFacts, policy: AudioPolicy) -> None:
     """Raise AudioError for a segment that is truncated (if the policy refuses that) or has no sample (unreadable)."""
-    # A clip without a single sample is unreadable, unless it is cut from a video, whose other samples are readable.
-    is_readable = facts.samples > 0 or facts.is_cut
+    # A clip without a single sample is unreadable, unless it is cut from a longer sound, whose other samples are
+    # readable: then its sound ends before it, and no policy can keep it.
     shortfall = describe_shortfall(facts)
-    if facts.is_truncated and is_readable and not policy.accept_truncated:
+    if facts.is_truncated and facts.is_cut and facts.samples == 0:
+        raise AudioError("truncated", f"{shortfall}; fetch it again")
+    if facts.samples == 0:
+        raise AudioError("unreadable", f"{shortfall}; its writer was interrupted, fetch it again")
+    if facts.is_truncated and not policy.accept_truncated:
         raise AudioError(
             "truncated", f"{shortfall}; fetch it again; a build keeps it with --accept-truncated"
         )
-    if facts.samples == 0:
-        raise AudioError("unreadable", f"{shortfall}; its writer was interrupted, fetch it again")
 
 
 def check_audible(facts: SegmentFacts, sample_range: SampleRange, policy: AudioPolicy) -> None:

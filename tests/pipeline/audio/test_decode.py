@@ -189,10 +189,12 @@ def test_a_file_that_lacks_less_than_a_twentieth_is_whole(tmp_path):
 
 
 def test_a_video_that_ends_before_its_segment_is_truncated_whatever_the_policy(tmp_path):
-    """The file has no sample of the clip."""
+    """The file has no sample of the clip, so no option is named that would keep it."""
     path = cut_file(write(tmp_path / "video.wav", babble(60, 8_000), 8_000), 0.4)
-    assert refusal(path)[0] == "truncated"
-    assert refusal(path, accept_truncated=True)[0] == "unreadable"
+    reason, text = refusal(path)
+    assert reason == "truncated"
+    assert text.endswith("0.00 s of the segment's 10.00 s can be decoded; fetch it again")
+    assert refusal(path, accept_truncated=True) == (reason, text)
     assert load(path, start_seconds=5, end_seconds=15).flags == ("cut",)
 
 
