@@ -34,7 +34,7 @@ demo: setup
     ajepa-data report demo/demo.zarr --out demo/report/mels.png --html demo/report/store.html
     ajepa-train report --store demo/demo.zarr --run demo/run --html demo/report/run.html --out demo/report
 
-# The test suite; arguments go to pytest. A worker takes the tests of a file, and from the other one what is left.
+# The test suite; arguments go to pytest. Each worker has half of the tests, and then takes what the other has left.
 test *arguments: setup
     OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist worksteal {{ arguments }}
 

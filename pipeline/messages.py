@@ -57,6 +57,11 @@ def suggest_known(word: str, known: Iterable[str], there_are: str = "There are")
     return f"did you mean {closest_word(word, words)!r}? {there_are}: {', '.join(words)}"
 
 
+def describe_seconds(seconds: float) -> str:
+    """Return a time as `12.8 s`, or in minutes from one minute on: `7.6 minutes`."""
+    return f"{seconds:.3g} s" if seconds < 60 else f"{seconds / 60:,.1f} minutes"
+
+
 def describe_no_store(location: Path | str) -> str:
     """Return the error for a path or URL that is not a feature store; a missing path gets the most similar one."""
     problem = "not a feature store"

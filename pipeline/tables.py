@@ -31,20 +31,12 @@ COLUMNWISE_ROWS = 2**16  # smaller tables are read in one go
 DAMAGED_TABLE_ERRORS = (OSError, ValueError, pa.ArrowException, pl.exceptions.PanicException)
 
 
-forked_processes: list[int] = []  # this process, if it has been forked from one that had imported this module
-
-
-def note_fork() -> None:
-    """Remember that this process has been forked: polars would wait in it for ever for threads of its parent."""
-    forked_processes.append(os.getpid())
-
-
-os.register_at_fork(after_in_child=note_fork)
+IMPORTING_PROCESS = os.getpid()  # another process with this module in memory has been forked from it
 
 
 def refuse_forked_process(path: Path) -> None:
-    """Raise StoreError in a process that has been forked, where reading a table would never end."""
-    if forked_processes:
+    """Raise StoreError in a forked process: polars would wait in it for ever for threads of its parent."""
+    if os.getpid() != IMPORTING_PROCESS:
         raise StoreError(
             f"{path}: no table can be read in a process that was forked; make store.dataset(...) before the workers "
             "of a DataLoader start, or start them with multiprocessing_context='spawn'"

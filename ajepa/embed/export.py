@@ -75,13 +75,11 @@ def add_graph_to_card(out: Path, files: Sequence[Path], interface: Sequence[str]
     names = " and ".join(file.name for file in files)
     heading = f"## Audio in: {names}"
     lines = [heading, "", *interface, ""]
-    if any(file.suffix == ".onnx" for file in files):
-        name = next(file.name for file in files if file.suffix == ".onnx")
-        lines += onnx_usage_lines(name, audio_hz)
-        lines += LONG_SOUND_LINES
-    if any(file.suffix == ".pt2" for file in files):
-        name = next(file.name for file in files if file.suffix == ".pt2")
-        lines += program_usage_lines(name)
+    for file in files:
+        if file.suffix == ".onnx":
+            lines += [*onnx_usage_lines(file.name, audio_hz), *LONG_SOUND_LINES]
+        elif file.suffix == ".pt2":
+            lines += program_usage_lines(file.name)
 
     # A card that is written again has this section once.
     card = (out / CARD_FILE).read_text()

@@ -97,10 +97,11 @@ class EncoderModule(nn.Module):
         Sounds of more frames than a view go through the encoder in overlapping windows, all in one pass. nan for a
         sound without a frame. RunError for another number of bands.
         """
-        clips, frames = mel_BTF.shape[:2]
-        if mel_BTF.ndim == 3 and mel_BTF.shape[2] == self.grid.bands and frames > self.frames:
+        is_long = mel_BTF.ndim == 3 and mel_BTF.shape[1] > self.frames
+        if is_long and mel_BTF.shape[2] == self.grid.bands:
             return self._long_clip_vectors(mel_BTF, n_frames_B)
         tokens_BPD, valid_BP = self._encode(mel_BTF, n_frames_B)
+        clips = len(tokens_BPD)
         return self._pool(tokens_BPD, valid_BP, torch.arange(clips, device=tokens_BPD.device), clips)
 
     def _long_clip_vectors(self, mel_BTF: Tensor, n_frames_B: Tensor | None) -> Tensor:

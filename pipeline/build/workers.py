@@ -268,12 +268,13 @@ def _serve_tasks(
     if os.getppid() != parent_pid:
         return
 
-    # Decoders write warnings to stderr; hide them, because a failed row has its reason in the results.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    # One thread, because each core already has a process. Imported here, where no row's time runs yet.
+    # One thread, because each core already has a process. Imported here, where no row's time runs yet, and an error is
+    # still seen.
     import torch
 
     torch.set_num_threads(1)
+    # Decoders write warnings to stderr; hide them, because a failed row has its reason in the results.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
     try:
         pipe.send(WorkerStarted(cpu_capability()))

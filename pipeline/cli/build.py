@@ -224,7 +224,7 @@ def describe_nothing_to_measure(manifest: "pl.DataFrame") -> str | None:
 
 def describe_left_out(settings: dict[str, Any], manifest: "pl.DataFrame", clip_seconds: float) -> str | None:
     """Return how much of long sounds is in no clip, and the option that keeps it; None if nothing, or nothing can."""
-    from pipeline.messages import count_phrase
+    from pipeline.messages import count_phrase, describe_seconds
     from pipeline.store.summary import left_out_lengths
 
     # AudioSet's sounds may be whole videos, of which only a segment counts; other datasets have short clips.
@@ -237,11 +237,10 @@ def describe_left_out(settings: dict[str, Any], manifest: "pl.DataFrame", clip_s
     sounds, seconds = left_out_lengths(manifest, clip_seconds)
     if not sounds or option is None or is_cut:
         return None
-    minutes = f"{seconds / 60:,.1f} minutes" if seconds >= 60 else f"{seconds:.0f} s"
     verb = "is" if sounds == 1 else "are"
     return (
-        f"{count_phrase(sounds, 'sound')} {verb} longer than {clip_seconds:g} s: {minutes} are left out; "
-        f"{option} keeps them"
+        f"{count_phrase(sounds, 'sound')} {verb} longer than {clip_seconds:g} s: "
+        f"{describe_seconds(seconds)} are left out; {option} keeps them"
     )
 
 

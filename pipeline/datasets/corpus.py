@@ -19,7 +19,7 @@ from pipeline.audio.decode import AudioPolicy, VideoSegment, costing_the_clip_al
 from pipeline.audio.sources import SOURCES_SCHEMA, ClipSources, SoundLocator
 from pipeline.errors import AudioError, InputError, ManifestError
 from pipeline.labels.ontology import ClassList
-from pipeline.messages import count_phrase, did_you_mean
+from pipeline.messages import count_phrase, describe_seconds, did_you_mean
 from pipeline.store.header import StoreHeader
 from pipeline.store.manifest import PLAN_SCHEMA
 from pipeline.threads import map_on_threads
@@ -42,10 +42,10 @@ MAX_SOUND_SECONDS = AudioPolicy().max_seconds
 
 MIN_LAST_PIECE_SHARE = 0.5  # a file's last piece is kept if it is at least this share of a clip
 
-MIN_TAIL_SECONDS = (
-    0.5  # a shorter rest at the end of a sound is left out without a note, also with `keep_tail`
-)
-MIN_TAIL_SHARE = 0.1  # of a clip: of clips under 5 s, shorter tails count
+# A shorter rest at the end of a sound is left out without a note, also with `keep_tail`. Of clips under 5 s, rests of
+# this share of a clip count.
+MIN_TAIL_SECONDS = 0.5
+MIN_TAIL_SHARE = 0.1
 
 MIN_HOP_SHARE = 0.1  # of a clip: with less, every sound would be stored over ten times
 
@@ -421,12 +421,8 @@ def _note_tails(tail_seconds: Sequence[float], keeping_option: str) -> list[str]
     remedy = f"; {keeping_option} keeps them" if keeping_option else ""
     return [
         f"{count_phrase(len(tail_seconds), 'sound')} {verb} with less than half a clip: "
-        f"{_describe_left_out_seconds(sum(tail_seconds))} are left out{remedy}"
+        f"{describe_seconds(sum(tail_seconds))} are left out{remedy}"
     ]
-
-
-def _describe_left_out_seconds(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:,.1f} minutes"
 
 
 def _note_clips_past_end(clips: Sequence[ListedClip]) -> list[str]:

@@ -381,7 +381,14 @@ class FeatureStore(MapStyleDataset):
     def _explain_broken_clip(self, broken: BrokenClipError) -> StoreError:
         """Return the error for a row that could not be read, with the clip, the shard and the remedy."""
         row = broken.row
-        clip_id, status, reason = self.manifest_columns("clip_id", "status", "reason").row(row)
+        shard = row // self.header.layout.shard_clips
+        try:
+            clip_id, status, reason = self.manifest_columns("clip_id", "status", "reason").row(row)
+        except StoreError:
+            # No table can be read, as in a forked worker of a DataLoader: row and shard must do.
+            return BrokenClipError(
+                row, f"{self.location}: row {row} (shard {shard}) cannot be read: {broken}"
+            )
         if status != "good":
             return StoreError(
                 f"{self.location}: row {row} (clip {clip_id}) is not good: {reason}; draw rows from good_rows()"
@@ -394,7 +401,6 @@ class FeatureStore(MapStyleDataset):
             remedy = f"its sound has changed; see: ajepa-data verify {self.location} --against-audio"
         else:
             remedy = f"run: ajepa-data verify {self.location} --repair"
-        shard = row // self.header.layout.shard_clips
         return BrokenClipError(
             row,
             f"{self.location}: row {row} (clip {clip_id}, shard {shard}) cannot be read: {broken}; {remedy}",

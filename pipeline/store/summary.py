@@ -35,8 +35,8 @@ LONGER_SHARE = 0.05
 
 COVERAGE_COLUMNS = ("split", "status", "reason", "flags")  # of the manifest: what `ClipCoverage` counts
 
-# What `failure_examples` and `left_out_lengths` need.
-FAILED_FILE_COLUMNS = ("clip_id", "source", "status", "reason")  # what `failed_file_lines` needs
+# What `failed_file_lines`, `failure_examples` and `left_out_lengths` need.
+FAILED_FILE_COLUMNS = ("clip_id", "source", "status", "reason")
 EXAMPLE_COLUMNS = ("clip_id", "split", "source", "status", "reason", "detail")
 LENGTH_COLUMNS = ("source", "status", "start_seconds", "end_seconds", "seconds")
 
@@ -174,16 +174,20 @@ def failed_file_lines(manifest: pl.DataFrame, list_command: str) -> list[str]:
     A clip without a file is named by its id, after all others. The last line has the number of further files, and
     `list_command`, which lists them all.
     """
-    name = pl.col("source").fill_null(pl.col("clip_id")).alias("name")
-    failed = manifest.lazy().filter(pl.col("status") == "failed").select("reason", "source", name)
-    pieces = failed.group_by("source", "name", "reason", maintain_order=True).len("pieces").collect()
+    # Of all AudioSet, most clips may be missing: they are counted, and only the first of them are named.
+    failed = manifest.lazy().filter(pl.col("status") == "failed")
+    has_file = pl.col("source").is_not_null()
+    files = failed.filter(has_file).group_by("source", "reason", maintain_order=True).len("pieces").collect()
+    without_file = failed.filter(~has_file).select("clip_id", "reason")
+    named = without_file.head(max(0, MAX_FAILED_FILES - files.height)).collect()
 
     lines = []
-    files = pieces.sort(pl.col("source").is_null(), maintain_order=True)
-    for name_, reason, count in files.select("name", "reason", "pieces").head(MAX_FAILED_FILES).iter_rows():
-        lines.append(f"{name_}: {reason}" + (f" ({count:,} pieces)" if count > 1 else ""))
-    if files.height > MAX_FAILED_FILES:
-        lines.append(f"and {files.height - MAX_FAILED_FILES:,} more: {list_command}")
+    for source, reason, pieces in files.head(MAX_FAILED_FILES).iter_rows():
+        lines.append(f"{source}: {reason}" + (f" ({pieces:,} pieces)" if pieces > 1 else ""))
+    lines += [f"{clip_id}: {reason}" for clip_id, reason in named.iter_rows()]
+    others = files.height + without_file.select(pl.len()).collect().item() - len(lines)
+    if others:
+        lines.append(f"and {others:,} more: {list_command}")
     return lines
 
 

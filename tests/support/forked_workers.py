@@ -5,6 +5,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
+from damage import copied, flip
 from torch.utils.data import DataLoader
 
 from pipeline.errors import StoreError
@@ -40,5 +41,19 @@ def refuse_tables_in_a_forked_worker(store_path: Path) -> None:
     )
     with pytest.raises(
         StoreError, match=r"no table can be read in a process that was forked; make store\.dataset"
+    ):
+        next(iter(loader))
+
+
+def name_the_broken_row_in_a_forked_worker(store_path: Path, folder: Path) -> None:
+    """The worker cannot read the clip's id in the tables; it says which row is broken, and why."""
+    use_polars_threads()
+    store_path = copied(store_path, folder)
+    row = int(FeatureStore.open(store_path).good_rows("eval")[0])
+    flip(store_path, row)
+    dataset = FeatureStore.open(store_path).dataset("eval")
+    loader = DataLoader(dataset, num_workers=1, timeout=60, multiprocessing_context="fork")
+    with pytest.raises(
+        Exception, match=rf"row {row} \(shard \d+\) cannot be read: .*: its spectrogram does not match"
     ):
         next(iter(loader))

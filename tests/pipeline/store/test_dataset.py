@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 import torch
 from forked import start_forked
-from forked_workers import compare_forked_workers, refuse_tables_in_a_forked_worker
+from forked_workers import (
+    compare_forked_workers,
+    name_the_broken_row_in_a_forked_worker,
+    refuse_tables_in_a_forked_worker,
+)
 from torch.utils.data import DataLoader
 
 from pipeline.errors import StoreError
@@ -61,6 +65,18 @@ def test_a_table_in_a_forked_worker_is_refused_instead_of_waited_for(store_path,
     """A store whose dataset has not been made is read by the worker."""
     process = start_forked(
         refuse_tables_in_a_forked_worker, store_path, output=tmp_path / "output", environment=os.environ
+    )
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "output").read_text()
+
+
+def test_a_broken_clip_in_a_forked_worker_is_named_by_its_row(store_path, tmp_path):
+    """What is broken must not be told as a table that cannot be read."""
+    process = start_forked(
+        name_the_broken_row_in_a_forked_worker,
+        *(store_path, tmp_path),
+        output=tmp_path / "output",
+        environment=os.environ,
     )
     process.join()
     assert process.exitcode == 0, (tmp_path / "output").read_text()
