@@ -67,8 +67,9 @@ def describe_no_store(location: Path | str) -> str:
     problem = "not a feature store"
     is_url = "://" in str(location)
     if not is_url and not Path(location).exists():
-        problem += f", it does not exist{did_you_mean(Path(location))}"
-    return f"{location}: {problem}; make one with: ajepa-data build-folder, or ajepa-data build-audioset"
+        problem += f"; there is nothing at this path{did_you_mean(Path(location))}"
+    end = " Or make one" if problem.endswith("?") else "; make one"
+    return f"{location}: {problem}{end} with: ajepa-data build-folder, or ajepa-data build-audioset"
 
 
 def did_you_mean(path: Path) -> str:

@@ -1,5 +1,6 @@
 """A sound that stays open from one of its clips to the next, so that a long one is decoded once."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -69,3 +70,25 @@ class OpenSound:
             yield container, decoder
             if must_continue:
                 self._kept = KeptDecoder(locator, container, decoder, stack.pop_all())
+
+
+class OpenSounds:
+    """An `OpenSound` for each thread that decodes clips in their order; all are closed once the threads are done."""
+
+    def __init__(self) -> None:
+        self._of_thread = threading.local()
+        self._opened: list[OpenSound] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for open_sound in self._opened:
+            open_sound.close()
+
+    def sound_of_thread(self) -> OpenSound:
+        """The one of the thread that asks."""
+        if not hasattr(self._of_thread, "open_sound"):
+            self._of_thread.open_sound = OpenSound()
+            self._opened.append(self._of_thread.open_sound)
+        return self._of_thread.open_sound

@@ -208,7 +208,8 @@ def _decode_and_write(
     tried_rows = _run_build_tasks(builder, block_tasks(corpus, open_row_counts, blocks), options)
     if progress is not None:
         tried_rows = progress(sum(open_row_counts.values()), tried_rows)
-    return sum(1 for _ in tried_rows)
+    with builder.open_sound:
+        return sum(1 for _ in tried_rows)
 
 
 def _run_build_tasks(

@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 
 from pipeline.audio.decode import AudioPolicy, load_clip_audio
+from pipeline.audio.open_sound import OpenSound, OpenSounds
 from pipeline.audio.sources import ClipSources
 from pipeline.build.plan import current_versions
 from pipeline.build.planned_corpus import corpus_as_built
@@ -76,15 +77,24 @@ class SoundReader:
             )
         return mel_TF
 
-    def recompute_row(self, row: int) -> tuple[np.ndarray, dict[str, Any]]:
-        """Return a row as a build would store it, `mel_TF`, and its results without `source`; raises AudioError."""
+    def recompute_row(
+        self, row: int, open_sound: OpenSound | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Return a row as a build would store it, `mel_TF`, and its results without `source`; raises AudioError.
+
+        `open_sound` is for rows in ascending order (`load_clip_audio`).
+        """
         (locator,) = self.sources.locators_of_rows(range(row, row + 1))
         if locator is None:
             raise AudioError("missing", "no sound for it in the folders and archives of the build")
         start, end = self.plan.select("start_seconds", "end_seconds").row(row)
         seconds = min(end - start, self.header.spec.clip_seconds)
         audio = load_clip_audio(
-            locator, start_seconds=start, end_seconds=start + seconds, policy=RECOMPUTE_POLICY
+            locator,
+            start_seconds=start,
+            end_seconds=start + seconds,
+            policy=RECOMPUTE_POLICY,
+            open_sound=open_sound,
         )
         return compute_stored_row(audio, self.header)
 
@@ -128,10 +138,11 @@ def compare_with_audio(
     if sample is not None:
         rows_N = np.sort(np.random.default_rng(seed).permutation(rows_N)[:sample])
     clips = opened.manifest_columns("clip_id", "n_frames", "digest")[rows_N]
-    compare = partial(_compare_row, opened, reader, tolerance_nat)
     jobs = zip(rows_N.tolist(), clips.iter_rows(), strict=True)
-    compared = map_on_threads(compare, jobs, reader.threads)
-    yield from track_progress(compared, len(rows_N), label="compare", unit="row", shown=progress)
+    with OpenSounds() as open_sounds:
+        compare = partial(_compare_row, opened, reader, open_sounds, tolerance_nat)
+        compared = map_on_threads(compare, jobs, reader.threads)
+        yield from track_progress(compared, len(rows_N), label="compare", unit="row", shown=progress)
 
 
 def changed_versions(store: Path) -> list[str]:
@@ -154,6 +165,7 @@ def quantisation_step_nat(header: StoreHeader) -> float:
 def _compare_row(
     store: FeatureStore,
     reader: SoundReader,
+    open_sounds: OpenSounds,
     tolerance_nat: float,
     row_and_clip: tuple[int, tuple[str, int, str]],
 ) -> RowComparison:
@@ -163,7 +175,7 @@ def _compare_row(
     # The recomputed row and the stored row; either may be impossible to get.
     try:
         stored_TF = store.read(np.array([row]))[0]
-        mel_TF, result = reader.recompute_row(row)
+        mel_TF, result = reader.recompute_row(row, open_sounds.sound_of_thread())
     except BrokenClipError as broken:
         return RowComparison(row, clip_id, fault=str(broken))
     except AudioError as error:

@@ -104,11 +104,15 @@ class UnexpectedFailures:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardBuilder:
-    """Turns blocks into committed shards of one or more stores of the same plan; each shard has one writer."""
+    """Turns blocks into committed shards of one or more stores of the same plan; each shard has one writer.
+
+    A process has one builder for all its blocks, since the clips of a long sound may lie in several of them.
+    """
 
     stores: tuple[StoreTarget, ...]
     policy: AudioPolicy
     unexpected: UnexpectedFailures = field(default_factory=UnexpectedFailures)
+    open_sound: OpenSound = field(default_factory=OpenSound)
 
     def __call__(self, task: BlockTask) -> Iterator[int | None]:
         """Decode the block's clips and commit its shards; yields each row before trying it, then None before writing.
@@ -118,14 +122,13 @@ class ShardBuilder:
         """
         with ExitStack() as stack:
             open_shards = self._open_shards(task, stack)
-            open_sound = stack.enter_context(OpenSound())
 
-            # Clips are decoded in the order of their archives and sounds: each is read once, from beginning to end.
+            # Clips are decoded in the order of their archives and sounds, so that each is read from beginning to end.
             for clip in sorted(task.clips, key=_archive_order):
                 takers = [shard for shard in open_shards if shard.needs_row(clip.row)]
                 if takers:
                     yield clip.row
-                    outcome = self._decode_clip(clip, task, open_sound)
+                    outcome = self._decode_clip(clip, task)
                     for shard in takers:
                         shard.add_clip(clip, outcome)
 
@@ -147,9 +150,7 @@ class ShardBuilder:
                 open_shards.append(stack.enter_context(closing(shard)))
         return open_shards
 
-    def _decode_clip(
-        self, clip: PlannedClip, task: BlockTask, open_sound: OpenSound
-    ) -> "ClipAudio | dict[str, Any]":
+    def _decode_clip(self, clip: PlannedClip, task: BlockTask) -> "ClipAudio | dict[str, Any]":
         """Return the clip's sound, or the result columns with the reason of the failure."""
         # Rows that fail without being decoded.
         if clip.duplicate is not None:
@@ -170,7 +171,7 @@ class ShardBuilder:
                 start_seconds=clip.start_seconds,
                 end_seconds=clip.start_seconds + seconds,
                 policy=self.policy,
-                open_sound=open_sound,
+                open_sound=self.open_sound,
             )
         except AudioError as error:
             self.unexpected.count_failure(error)

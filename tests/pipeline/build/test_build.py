@@ -334,7 +334,9 @@ def test_a_folder_that_is_no_store_is_refused(tmp_path, path):
 def test_a_store_that_does_not_exist_has_a_nearest_name(tmp_path):
     """A misspelt path is more likely than a missing store."""
     (tmp_path / "mine.zarr").mkdir()
-    with pytest.raises(StoreError, match=r"store, it does not exist; did you mean .*mine\.zarr\?; make one"):
+    with pytest.raises(
+        StoreError, match=r"store; there is nothing at this path; did you mean .*mine\.zarr\? Or make one"
+    ):
         FeatureStore.open(tmp_path / "mime.zarr")
 
 

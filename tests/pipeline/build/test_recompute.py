@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ import pytest
 import soundfile
 from corpus import clip_id, tone_in_noise, write_corpus
 from damage import flip
+from spoken_seconds import tone_seconds, write_stream
 from stores import build
 
+from pipeline.audio import ffmpeg_decoder
 from pipeline.audio.decode import AudioPolicy
 from pipeline.audio.mel_spec import preset_mel_spec
 from pipeline.audio.sources import SoundLocator
@@ -219,3 +222,28 @@ def test_other_versions_may_differ_within_the_tolerance_and_no_more(own_stores, 
 def test_comparing_and_repairing_at_once_is_refused(own_stores, monkeypatch, capsys):
     assert verify(monkeypatch, own_stores / "uint8.zarr", "--against-audio", "--repair") == 1
     assert "give --repair without it" in capsys.readouterr().err
+
+
+def test_a_long_mp3_is_decoded_once_to_be_built_and_once_a_thread_to_be_compared(tmp_path, monkeypatch):
+    """Its seconds are found only by decoding all that comes before them; frames are counted."""
+    decoded, decode_frames = [], ffmpeg_decoder.OpenStream.decode_frames
+
+    def count_frames(stream):
+        for frame in decode_frames(stream):
+            decoded.append(frame.samples)
+            yield frame
+
+    monkeypatch.setattr(ffmpeg_decoder.OpenStream, "decode_frames", count_frames)
+    (tmp_path / "sounds").mkdir()
+    write_stream(tmp_path / "sounds" / "long.mp3", tone_seconds(40, 16_000), 16_000, "libmp3lame", "mp3")
+    corpus = folder_corpus(tmp_path / "sounds", clip_seconds=2.0, hop_seconds=2.0)
+    spec = replace(preset_mel_spec("a-jepa"), clip_seconds=2.0)
+    decoded.clear()
+    build_store(corpus, StoreOutput(path=tmp_path / "long.zarr", spec=spec), BuildOptions(workers=0))
+    built = sum(decoded)
+    assert 39 < built / 16_000 < 42
+    decoded.clear()
+    comparisons = list(compare_with_audio(tmp_path / "long.zarr"))
+    assert len(comparisons) == 20
+    assert not any(row.fault or row.missing_sound for row in comparisons)
+    assert sum(decoded) < 2.1 * built
