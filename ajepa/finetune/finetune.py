@@ -20,12 +20,19 @@ from ajepa.evaluate.classifier_scores import (
 )
 from ajepa.evaluate.features import ClipViews, clip_vectors
 from ajepa.evaluate.linear_probe import L2_GRID, LinearProbe, linear_probe_loss
+from ajepa.evaluate.overlap import measure_overlap
 from ajepa.evaluate.probe_splits import hold_back_sounds
 from ajepa.evaluate.probes import feature_mean_and_scale
 from ajepa.evaluate.result import EVALUATION_FILE, Evaluation
 from ajepa.evaluate.task_data import TaskData
 from ajepa.evaluate.tasks import Task
-from ajepa.finetune.setup import FinetuneSetup, open_finetune_loader, prepare_finetune, refuse_large_finetune
+from ajepa.finetune.setup import (
+    FinetuneSetup,
+    finetune_stores,
+    open_finetune_loader,
+    prepare_finetune,
+    refuse_large_finetune,
+)
 from ajepa.finetune.trainer import FinetuneTrainer
 from ajepa.model.classifier import ENCODER_PREFIX, VitClassifier
 from ajepa.recipes.catalogue import recipe_to_json
@@ -113,10 +120,14 @@ def finetune(
 
             # Train and measure while no other process can write to the run.
             recipe_json = recipe_to_json(setup.recipe)
-            with open_run(world, run_path, recipe_json, setup.identity, precision=setup.precision.name) as (
-                run,
-                first_step,
-            ):
+            with open_run(
+                world,
+                run_path,
+                recipe_json,
+                setup.identity,
+                precision=setup.precision.name,
+                trained_stores=finetune_stores(setup),
+            ) as (run, first_step):
                 steps_done = train_and_measure(
                     setup,
                     run,
@@ -292,6 +303,7 @@ class FinetuneMonitor:
             device=trainer.device,
             precision=self.measuring_precision,
             chosen_by=describe_choice(self.run, "last"),
+            overlap=measure_overlap(self.run, self.task_data.store, self.task_data.eval_N),
         )
         return classifier_evaluation(protocol, [self.last_scores or self.measure_held_out()])
 
