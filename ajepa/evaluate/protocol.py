@@ -19,7 +19,10 @@ METRIC_NOTES: Json = {
     "accuracy": "share of the clips whose highest score is that of their class",
     "clips": "good clips of the eval splits that have a label of the classes measured",
     "folds_mean": "every metric is computed within a fold, then averaged",
-    "intervals": "clips drawn again within each fold; percentiles moved to lie about the value",
+    "intervals": (
+        "clips drawn again within each fold; percentiles moved to lie about the value; "
+        "accuracy 0 or 1: exact binomial interval (Clopper-Pearson)"
+    ),
     "confidence": CONFIDENCE_LEVEL,
 }
 
