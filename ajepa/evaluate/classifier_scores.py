@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ajepa.evaluate.features import ClipViews, iterate_views
 from ajepa.evaluate.metrics import resample_count
+from ajepa.evaluate.overlap import TrainingOverlap
 from ajepa.evaluate.protocol import (
     ClassifierTraining,
     EvaluationProtocol,
@@ -256,6 +257,7 @@ def classifier_protocol(
     train_clips: int | None = None,
     checkpoint: str | int = "last",
     kind: LabelKindOption = "auto",
+    overlap: TrainingOverlap | None = None,
 ) -> EvaluationProtocol:
     """The protocol of an evaluation of one classifier on its held-out clips, or of one classifier for each fold.
 
@@ -286,6 +288,7 @@ def classifier_protocol(
         kind=kind,
         folds=folds,
         classifier=describe_training(run, folds=folds, train_clips=train_clips),
+        overlap=overlap,
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ajepa.evaluate.classifier_scores import (
@@ -26,6 +27,7 @@ from ajepa.evaluate.features import (
 )
 from ajepa.evaluate.linear_probe import L2_GRID
 from ajepa.evaluate.metrics import resample_count
+from ajepa.evaluate.overlap import TrainingOverlap, measure_overlap
 from ajepa.evaluate.probe_fit import ProbeFit
 from ajepa.evaluate.probe_splits import VALIDATION_SHARE, ProbeSplits
 from ajepa.evaluate.probes import (
@@ -194,6 +196,14 @@ class EvaluateOptions:
         if self.is_protected:
             refuse_overwriting(self.file, protocol)
 
+    def measure_overlap(
+        self, eval_N: np.ndarray, *, is_own_store_told: bool = False
+    ) -> TrainingOverlap | None:
+        """The measured clips whose sound trained the run; None too for a checkpoint before the first step."""
+        if not self.trained.step:
+            return None
+        return measure_overlap(self.run, self.store, eval_N, is_own_store_told=is_own_store_told)
+
 
 def ignore_line(line: str) -> None:
     """Print nothing."""
@@ -240,6 +250,7 @@ def evaluate_classifier(options: EvaluateOptions, *, progress: bool = False) -> 
         train_clips=count_train_clips(options.run),
         checkpoint=options.checkpoint,
         kind=options.kind,
+        overlap=options.measure_overlap(task_data.eval_N),
     )
     options.refuse_lost_result(protocol)
     options.say(f"classifier: logits of {len(task_data.eval_N)} clips, in {options.precision.name}")
@@ -288,6 +299,7 @@ def evaluate_probes(options: EvaluateOptions, probing: ProbeOptions) -> Evaluati
         kind=options.kind,
         folds=count_folds(splits.folds),
         probes=describe_probing(probing, features, splits, spec),
+        overlap=options.measure_overlap(splits.eval_N, is_own_store_told=bool(splits.notes)),
     )
     options.refuse_lost_result(protocol)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ajepa.evaluate.metrics import CONFIDENCE_LEVEL
+from ajepa.evaluate.overlap import TrainingOverlap
 from ajepa.training.run import Json, Run, software_versions
 from ajepa.training.trained_run import INITIAL_CHECKPOINT
 from pipeline.store.feature_store import FeatureStore
@@ -18,7 +19,10 @@ METRIC_NOTES: Json = {
     "accuracy": "share of the clips whose highest score is that of their class",
     "clips": "good clips of the eval splits that have a label of the classes measured",
     "folds_mean": "every metric is computed within a fold, then averaged",
-    "intervals": "clips drawn again within each fold; percentiles moved to lie about the value",
+    "intervals": (
+        "clips drawn again within each fold; percentiles moved to lie about the value; "
+        "accuracy 0 or 1: exact binomial interval (Clopper-Pearson)"
+    ),
     "confidence": CONFIDENCE_LEVEL,
 }
 
@@ -174,6 +178,7 @@ class EvaluationProtocol:
     device             device of the evaluation, cpu or cuda
     precision          numbers that the network computed in, fp32, bf16 or fp16; heads, probes and metrics are fp32 in
                        all of them. None: the result is of format 3, which did not say
+    training_overlap   number of measured clips whose sound trained the run; None: not known
     """
 
     # The run, and its weights at a checkpoint
@@ -213,9 +218,12 @@ class EvaluationProtocol:
     precision: str | None
     versions: Json
 
+    training_overlap: TrainingOverlap | None = None
+
     def to_json(self) -> Json:
         """The protocol as stored in evaluation.json; the keys are the same for classifiers and probes."""
         digests = self.weights_sha256
+        overlap = self.training_overlap
         return {
             # The run
             "run": self.run_path,
@@ -236,6 +244,7 @@ class EvaluationProtocol:
             "eval_splits": list(self.eval_splits),
             "eval_clips": self.eval_clips,
             "left_out": self.unlabelled_clips,
+            **({} if overlap is None else {"training_overlap": overlap.to_json()}),
             # The measurement
             "folds": self.folds,
             "kind": self.kind,
@@ -255,6 +264,7 @@ class EvaluationProtocol:
         digests = record["weights_sha256"]
         classifier = record["classifier"]
         probes = record["probes"]
+        overlap = record.get("training_overlap")
         return cls(
             # The run
             run_path=record["run"],
@@ -286,6 +296,7 @@ class EvaluationProtocol:
             device=record["device"],
             precision=record.get("precision"),
             versions=record["versions"],
+            training_overlap=overlap and TrainingOverlap.from_json(overlap),
         )
 
     def gives_same_baselines(self, requested: "EvaluationProtocol") -> bool:
@@ -332,6 +343,7 @@ def build_protocol(
     folds: int = 0,
     classifier: ClassifierTraining | None = None,
     probes: ProbeTraining | None = None,
+    overlap: TrainingOverlap | None = None,
 ) -> EvaluationProtocol:
     """The protocol of an evaluation of these weights on a store; EvaluationProtocol's fields explain the parameters."""
     return EvaluationProtocol(
@@ -364,6 +376,7 @@ def build_protocol(
         device=device,
         precision=precision,
         versions=software_versions(),
+        training_overlap=overlap,
     )
 
 

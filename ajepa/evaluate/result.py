@@ -152,6 +152,8 @@ class Evaluation:
         protocol = self.protocol
         folds = f", mean over {protocol.folds} folds" if protocol.folds else ""
         yield f"{protocol.eval_clips} eval clips of {protocol.store_name}{folds}; run at step {protocol.step}"
+        if protocol.training_overlap is not None:
+            yield from protocol.training_overlap.describe(protocol.eval_clips)
         yield describe_checkpoint_choice(protocol)
         if protocol.precision is not None:
             yield f"network computed in {protocol.precision}, everything after it in fp32"

@@ -13,6 +13,7 @@ from ajepa.evaluate.classifier_scores import (
     classifier_protocol,
     held_out_scores,
 )
+from ajepa.evaluate.overlap import add_overlaps, measure_overlap
 from ajepa.evaluate.protocol import weights_digest
 from ajepa.evaluate.result import EVALUATION_FILE, Evaluation
 from ajepa.evaluate.task_data import select_task_data, task_folds
@@ -107,6 +108,10 @@ def evaluate_folds(
         device=torch_device,
         precision=first.pick_precision(torch_device),
         chosen_by=first.chosen_by,
+        overlap=add_overlaps(
+            measure_overlap(run, store, scores.task_data.eval_N)
+            for run, scores in zip(runs, fold_scores, strict=True)
+        ),
     )
     digests = tuple(weights_digest(trained.weights) for trained in trained_runs)
     return classifier_evaluation(replace(protocol, weights_sha256=digests), fold_scores)

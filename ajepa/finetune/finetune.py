@@ -20,12 +20,20 @@ from ajepa.evaluate.classifier_scores import (
 )
 from ajepa.evaluate.features import ClipViews, clip_vectors
 from ajepa.evaluate.linear_probe import L2_GRID, LinearProbe, linear_probe_loss
+from ajepa.evaluate.overlap import measure_overlap
 from ajepa.evaluate.probe_splits import hold_back_sounds
 from ajepa.evaluate.probes import feature_mean_and_scale
 from ajepa.evaluate.result import EVALUATION_FILE, Evaluation
 from ajepa.evaluate.task_data import TaskData
 from ajepa.evaluate.tasks import Task
-from ajepa.finetune.setup import FinetuneSetup, open_finetune_loader, prepare_finetune, refuse_large_finetune
+from ajepa.finetune.setup import (
+    FinetuneSetup,
+    finetune_stores,
+    finetune_view,
+    open_finetune_loader,
+    prepare_finetune,
+    refuse_large_finetune,
+)
 from ajepa.finetune.trainer import FinetuneTrainer
 from ajepa.model.classifier import ENCODER_PREFIX, VitClassifier
 from ajepa.recipes.catalogue import recipe_to_json
@@ -46,11 +54,15 @@ from ajepa.training.meter import ComputeMeter
 from ajepa.training.run import Json, Run
 from ajepa.training.run_identity import RunIdentity
 from ajepa.training.trained_run import AVERAGE_PART, CLASSIFIER_PART, TrainedRun, describe_choice
-from pipeline.loading.loader import Loader
+from pipeline.loading.loader import Loader, PlainLoader
 from pipeline.messages import print_to_stderr
 from pipeline.store.feature_store import FeatureStore
 
 HEAD_PROBE_CLIPS = 20_000  # the most clips that a head is probed on
+HEAD_CHECK_CLIPS = (
+    256  # the first clips of the training, on which the probed head is compared with a random one
+)
+HEAD_CHECK_PASS = 16  # clips that pass through the model at once there
 
 # Streams of a recipe's seed, for the two draws of a probed head.
 HEAD_CLIPS_DRAW = 0
@@ -113,10 +125,14 @@ def finetune(
 
             # Train and measure while no other process can write to the run.
             recipe_json = recipe_to_json(setup.recipe)
-            with open_run(world, run_path, recipe_json, setup.identity, precision=setup.precision.name) as (
-                run,
-                first_step,
-            ):
+            with open_run(
+                world,
+                run_path,
+                recipe_json,
+                setup.identity,
+                precision=setup.precision.name,
+                trained_stores=finetune_stores(setup),
+            ) as (run, first_step):
                 steps_done = train_and_measure(
                     setup,
                     run,
@@ -167,6 +183,7 @@ def train_and_measure(
         micro_clips=setup.micro_clips,
         precision=setup.precision,
         recompute=setup.recompute,
+        say=say,
     )
     log_training_start(run, setup.task_data, trainer, first_step, say)
     if first_step == run.first_step and (phase := run.describe_phase()):
@@ -292,6 +309,7 @@ class FinetuneMonitor:
             device=trainer.device,
             precision=self.measuring_precision,
             chosen_by=describe_choice(self.run, "last"),
+            overlap=measure_overlap(self.run, self.task_data.store, self.task_data.eval_N),
         )
         return classifier_evaluation(protocol, [self.last_scores or self.measure_held_out()])
 
@@ -304,11 +322,13 @@ def build_finetune_trainer(
     start: TrainedRun | None,
     *,
     at: int,
+    say: Callable[[str], None] = print_to_stderr,
     **trainer_options: Any,
 ) -> FinetuneTrainer:
     """The trainer as the run's checkpoint of step `at` left it; at 0 a new one, with the encoder of `start`.
 
-    A new one also gets a probed head, if the recipe asks for it. `trainer_options` go to `FinetuneTrainer`.
+    A new one also gets a probed head, if the recipe asks for it and the head is better than a random one
+    (`load_probed_head`). `trainer_options` go to `FinetuneTrainer`.
     """
     merge_SC = torch.from_numpy(task_data.merge_SC)
     trainer = FinetuneTrainer(recipe, merge_SC, device, single_label=task_data.single, **trainer_options)
@@ -319,16 +339,60 @@ def build_finetune_trainer(
         encoder = {f"{ENCODER_PREFIX}{name}": weight for name, weight in start.encoder_weights().items()}
         trainer.load_weights(encoder)
         if recipe.head == "probe" and isinstance(trainer.model, VitClassifier):
-            views = whole_clip_views(task_data, recipe, run.identity)
-            weight_CD, bias_C = fit_probed_head(
-                trainer.model, views, task_data, recipe.seed, single=trainer.has_softmax_loss
-            )
-            trainer.load_weights({"head.weight": weight_CD, "head.bias": bias_C})
+            load_probed_head(trainer, trainer.model, task_data, run.identity, say)
 
     # All ranks start from the same weights.
     for model in trainer.parts.values():
         trainer.world.copy_from_main_rank(model)
     return trainer
+
+
+def load_probed_head(
+    trainer: FinetuneTrainer,
+    model: VitClassifier,
+    task_data: TaskData,
+    identity: RunIdentity,
+    say: Callable[[str], None],
+) -> None:
+    """Let the head start as a linear probe, unless its loss on clips as training shows them is above a random head's.
+
+    The probe is fitted to whole, clean clips. Features of an encoder that has learnt next to nothing hardly differ
+    between such clips, its weights for them are huge, and a masked stretch of time moves the features further than any
+    other clip does: a loss of 300 was seen, where a random head has 0.7. Such a head would pull the encoder apart.
+    """
+    recipe = trainer.recipe
+    random_head = {f"head.{name}": weight.clone() for name, weight in model.head.state_dict().items()}
+    random_loss = first_clips_loss(trainer, model, task_data, identity)
+
+    views = whole_clip_views(task_data, recipe, identity)
+    weight_CD, bias_C = fit_probed_head(model, views, task_data, recipe.seed, single=trainer.has_softmax_loss)
+    trainer.load_weights({"head.weight": weight_CD, "head.bias": bias_C})
+    probed_loss = first_clips_loss(trainer, model, task_data, identity)
+    if not probed_loss <= random_loss:
+        trainer.load_weights(random_head)
+        say(
+            f"the head begins at random: as a probe it has a loss of {probed_loss:.3g} on clips as training shows "
+            f"them, a random one {random_loss:.3g}; longer pre-training may help"
+        )
+
+
+@torch.inference_mode()
+def first_clips_loss(
+    trainer: FinetuneTrainer, model: VitClassifier, task_data: TaskData, identity: RunIdentity
+) -> float:
+    """The mean loss on the first clips of the training, cut, augmented and mixed as there; the model draws nothing."""
+    recipe = trainer.recipe
+    order = task_data.order(recipe)
+    loader = PlainLoader(task_data.store, order, finetune_view(task_data, recipe, identity), trainer.device)
+    model.train(False)
+    losses = []
+    for batch in loader.batches(0, max(1, min(order.steps_per_epoch, HEAD_CHECK_CLIPS // order.clips))):
+        labels_BC = trainer.labels_BC(batch)
+        for first in range(0, order.clips, HEAD_CHECK_PASS):
+            clips = slice(first, first + HEAD_CHECK_PASS)
+            logits_BC = model(batch.mel_BTF[clips], batch.n_frames_B[clips])
+            losses += [trainer.loss(logits_BC, labels_BC[clips])] * len(logits_BC)
+    return float(torch.stack(losses).mean())
 
 
 def fit_probed_head(

@@ -20,6 +20,7 @@ from ajepa.training.distributed import World
 from ajepa.training.memory import refuse_large_classifier
 from ajepa.training.run_identity import RunIdentity
 from ajepa.training.trained_run import TrainedRun
+from ajepa.training.trained_stores import TrainedStore
 from pipeline.audio.mel_spec import preset_mel_spec
 from pipeline.errors import RunError
 from pipeline.loading.dali import open_loader
@@ -188,6 +189,15 @@ def refuse_label_leak(start: TrainedRun | None, store: FeatureStore, eval_splits
             f"{start.run.path}: was fine-tuned on {', '.join(leaked)}, which is to be measured here; "
             "start from a pre-trained run"
         )
+
+
+def finetune_stores(setup: FinetuneSetup) -> list[TrainedStore]:
+    """The stores that train the classifier: those of the start, if it was trained, and the task's."""
+    task_data = setup.task_data
+    own = TrainedStore.from_store(task_data.store, task_data.train_splits, task_data.label_set)
+    if setup.start is None or not setup.start.step:
+        return [own]
+    return [*setup.start.run.trained_stores, own]
 
 
 def open_finetune_loader(

@@ -133,6 +133,10 @@ def pretrain(
                 setup.identity,
                 precision=setup.precision.name,
                 warm_start=setup.warm_start.provenance if setup.warm_start else None,
+                trained_stores=(
+                    *(setup.warm_start.trained_stores if setup.warm_start else ()),
+                    *setup.training_set.trained_stores(setup.store),
+                ),
             ) as (run, first_step):
                 steps_done = take_remaining_steps(
                     setup,

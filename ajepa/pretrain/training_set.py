@@ -13,6 +13,7 @@ from torch import Tensor
 from ajepa.recipes.pretrain import Pretrain
 from ajepa.training.distributed import SINGLE_PROCESS, World
 from ajepa.training.run_identity import BlockShuffleIdentity, RunIdentity
+from ajepa.training.trained_stores import TrainedStore
 from pipeline.audio.mel_spec import MelSpec, preset_mel_spec
 from pipeline.errors import RunError
 from pipeline.loading.sampling import (
@@ -124,6 +125,10 @@ class TrainingSet:
             store_weights=tuple(self.weights),
             block_shuffle=block_shuffle,
         )
+
+    def trained_stores(self, store: AnyStore) -> list[TrainedStore]:
+        """Where the stores lie, and their splits that train."""
+        return [TrainedStore.from_store(part, train_splits(store)) for part in _member_stores(store)]
 
     def band_statistics(self, store: AnyStore) -> tuple[Tensor, Tensor]:
         """Mean and deviation of each band, both `F`, of clips that are normalised as `data_identity` says."""

@@ -18,6 +18,7 @@ from ajepa.recipes.pretrain import Pretrain
 from ajepa.training.run import RECIPE_FILE, Json, Run, setting_differences
 from ajepa.training.run_identity import RunIdentity, WarmStartIdentity
 from ajepa.training.trained_run import INITIAL_CHECKPOINT
+from ajepa.training.trained_stores import TrainedStore
 from pipeline.audio.mel_spec import MelSpec
 from pipeline.errors import RunError
 from pipeline.store.joined_store import AnyStore
@@ -36,6 +37,7 @@ class WarmStart:
     mel         front end that the source was trained on
     mean, std   by which the source's clips were normalised, and those of the run are too
     provenance  location, checkpoint and origin of the source, as plain values for recipe.json
+    trained_stores  stores that trained the weights, if the source is a run that says so
     """
 
     weights: dict[str, dict[str, Tensor]]
@@ -45,6 +47,7 @@ class WarmStart:
     std: float
     step: int | None
     provenance: Json
+    trained_stores: tuple[TrainedStore, ...] = ()
 
     @classmethod
     def open(cls, location: Path | str, at: str | int, recipe: Pretrain) -> Self:
@@ -58,9 +61,11 @@ class WarmStart:
 
         # Of a pre-trained run, student, predictor and projector too; before its first step there are none.
         left_out: list[str] = []
+        trained_stores: tuple[TrainedStore, ...] = ()
         path = Path(location)
         if (path / RECIPE_FILE).is_file() and at != INITIAL_CHECKPOINT:
             run = Run.open(path)
+            trained_stores = run.trained_stores
             trained = recipe_from_json(run.recipe)
             if isinstance(trained, Pretrain):
                 left_out = describe_unfit_parts(trained, recipe)
@@ -76,6 +81,7 @@ class WarmStart:
             std=source.std,
             step=source.origin.get("step"),
             provenance=describe_source(location, at, source),
+            trained_stores=trained_stores,
         )
 
     def identity(self) -> WarmStartIdentity:

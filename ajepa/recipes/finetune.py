@@ -39,7 +39,8 @@ class Finetune:
                  peak
     layer_decay  factor of the learning rate from each layer to the layer below it, starting at the head
     head         initial weights of the head. random: drawn anew. probe: the weights of a linear probe on the
-                 pretrained encoder, so that training starts from the result of `ajepa-train evaluate`
+                 pretrained encoder, so that training starts from the result of `ajepa-train evaluate`; random still
+                 where the probe has the higher loss on clips as training shows them
     loss         bce: binary cross-entropy of each class. ce: cross-entropy over all classes. auto: ce if every clip
                  has one label, else bce
     sampling     order of the clips. shuffle: every clip once per epoch. balanced: drawn with replacement; the

@@ -17,6 +17,7 @@ from ajepa.training.distributed import SINGLE_PROCESS, World
 from ajepa.training.loggers import MetricWriters
 from ajepa.training.run import Json, Run
 from ajepa.training.run_identity import RunIdentity
+from ajepa.training.trained_stores import TrainedStore
 from ajepa.training.trainer import BadStep, StartedStep, TrainRecipe
 from pipeline.errors import STOP_SIGNALS, RunError, StopSignal
 from pipeline.loading.loader import Batch
@@ -72,6 +73,7 @@ def open_run(
     *,
     precision: str,
     warm_start: Json | None = None,
+    trained_stores: Sequence[TrainedStore] = (),
 ) -> Iterator[tuple[Run, int]]:
     """The run, locked and rewound by the main rank, and the step at which all ranks carry on.
 
@@ -86,7 +88,12 @@ def open_run(
 
     # The main rank keeps the folder locked for as long as anybody trains.
     run = Run.create_or_open(
-        path, recipe=recipe, identity=identity, precision=precision, warm_start=warm_start
+        path,
+        recipe=recipe,
+        identity=identity,
+        precision=precision,
+        warm_start=warm_start,
+        trained_stores=trained_stores,
     )
     with run.writing_lock():
         run.rewind_to_checkpoint()

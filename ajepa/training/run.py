@@ -4,7 +4,7 @@ import contextlib
 import json
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -26,6 +26,7 @@ from ajepa.training.checkpoints import (
 )
 from ajepa.training.run_identity import RunIdentity, TaskIdentity
 from ajepa.training.run_phases import CHANGEABLE_FIELDS, RunPhase, append_phase
+from ajepa.training.trained_stores import TrainedStore
 from pipeline.errors import InputError, RunError
 from pipeline.files import PARTIAL_SUFFIX, lock_if_free, replacing_file, sync_to_disk
 
@@ -67,6 +68,7 @@ class Run:
     recipe, precision, versions  of the phase that began after `first_step`: the last one
     earlier_phases               those before it, oldest first
     warm_start                   where the first weights come from, as plain values; None: drawn by the recipe's seed
+    trained_stores               stores that trained the weights, those of an earlier run first; empty: not recorded
     run_format                   of the recipe.json
     """
 
@@ -78,6 +80,7 @@ class Run:
     first_step: int = 0
     earlier_phases: tuple[RunPhase, ...] = ()
     warm_start: Json | None = None
+    trained_stores: tuple[TrainedStore, ...] = ()
     run_format: int = RUN_FORMAT
 
     @classmethod
@@ -115,6 +118,7 @@ class Run:
             first_step=record.get("first_step", 0),
             earlier_phases=tuple(RunPhase.from_json(phase) for phase in record.get("earlier_phases", ())),
             warm_start=record.get("warm_start"),
+            trained_stores=tuple(TrainedStore.from_json(store) for store in record.get("trained_stores", ())),
             run_format=record["format"],
         )
 
@@ -127,6 +131,7 @@ class Run:
         identity: RunIdentity,
         precision: str | None = None,
         warm_start: Json | None = None,
+        trained_stores: Sequence[TrainedStore] = (),
     ) -> Self:
         """Make the run at `path`, or open the run that is there if it may be carried on with this recipe and identity.
 
@@ -148,6 +153,7 @@ class Run:
             versions=software_versions(),
             precision=precision,
             warm_start=warm_start,
+            trained_stores=tuple(trained_stores),
         )
         run.write_record()
         return run
@@ -159,6 +165,8 @@ class Run:
         record["earlier_phases"] = [phase.to_json() for phase in self.earlier_phases]
         if self.warm_start is not None:
             record["warm_start"] = self.warm_start
+        if self.trained_stores:
+            record["trained_stores"] = [store.to_json() for store in self.trained_stores]
         with replacing_file(self.path / RECIPE_FILE) as scratch:
             scratch.write_text(json.dumps(record, indent=1) + "\n")
 

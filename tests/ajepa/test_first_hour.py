@@ -61,7 +61,9 @@ def test_from_a_folder_of_sounds_to_their_classes(run, tmp_path):
     )
     assert "1 sound of the folder is in no row of the table and left out, such as 29.wav" in said
     assert "no split to measure on: evaluate cross-validates over the sounds, finetune needs one" in said
-    assert "29 sounds are longer than 2.6 s: 11.6 s are left out; --clip-seconds 2.6 --hop-seconds 2.6" in said
+    assert (
+        "29 sounds are longer than 2.6 s: 11.6 s are left out; --clip-seconds 2.6 --hop-seconds 2.6" in said
+    )
 
     # A store whose clips are as long as a view is trained on, and measured without a split.
     run(f"ajepa-train pretrain --store mine.zarr --recipe smoke --steps 2 --run runs/a {SMALL}")

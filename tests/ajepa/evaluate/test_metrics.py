@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, average_precision_score, f1_score, roc_auc_score
 
 from ajepa.evaluate.metrics import (
@@ -219,6 +220,30 @@ def test_without_a_class_that_some_clips_lack_there_is_no_area():
         labels_NC=labels_NC, scores_NC=labels_NC, weights_NB=resample_weights_NB(4, 10, 0), single=False
     )
     assert estimate_metrics([fold]) == {"map": MetricEstimate(value=1.0, low=1.0, high=1.0)}
+
+
+@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.parametrize("fold_sizes", [(9,), (4, 5)])
+def test_clips_that_are_all_right_or_all_wrong_have_the_exact_interval(right, fold_sizes):
+    """Of 9 of 9 the resamples know only 1; every other accuracy keeps the interval of its resamples."""
+
+    def fold(clips: int, wrong: int = 0) -> ScoredFold:
+        labels_NC = np.eye(2, dtype=np.float32)[np.arange(clips) % 2]
+        scores_NC = labels_NC if right else 1 - labels_NC
+        scores_NC = np.concatenate([1 - scores_NC[:wrong], scores_NC[wrong:]])
+        weights_NB = resample_weights_NB(clips, 200, 0)
+        return ScoredFold(labels_NC=labels_NC, scores_NC=scores_NC, weights_NB=weights_NB, single=True)
+
+    estimate = estimate_metrics([fold(clips) for clips in fold_sizes])["accuracy"]
+    exact = binomtest(9 * right, 9).proportion_ci(0.95, method="exact")
+    assert (estimate.low, estimate.high) == pytest.approx((exact.low, exact.high))
+    assert estimate.value == float(right)
+
+    # Another accuracy has the interval of its resamples.
+    mixed = fold(9, wrong=1)
+    assert estimate_metrics([mixed])["accuracy"] == MetricEstimate.from_resamples(
+        mixed.metric_values()["accuracy"]
+    )
 
 
 def test_samples_are_drawn_by_the_seed_with_replacement_after_the_clips_themselves():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import tracemalloc
@@ -478,3 +479,43 @@ def test_tones_are_learnt_fold_by_fold(folds_path, tmp_path):
     assert not leak.exists()
     with pytest.raises(RunError, match="fold1: is a run by itself"):
         cross_validate(store, OWN, recipe, runs[0].path, device="cpu")
+
+
+def probed_trainer(
+    folds_path, recipe, start, tmp_path, say
+) -> tuple[FinetuneTrainer, dict[str, torch.Tensor]]:
+    """The trainer with a head that may start as a probe, and the head that it would have at random."""
+    task_data = select_task_data(OWN, FeatureStore.open(folds_path), fold=1)
+    new = Run(path=tmp_path, recipe={}, identity=task_data.identity(), versions={})
+    drawn, probed = (
+        build_finetune_trainer(new, replace(recipe, head=head), task_data, CPU, start, at=0, say=say)
+        for head in ("random", "probe")
+    )
+    return probed, drawn.model.head.state_dict()
+
+
+def test_a_probed_head_that_is_worse_than_a_random_one_is_not_taken(folds_path, pretrained, tmp_path):
+    """Features of an encoder before its first step hardly differ: the probe's weights blow up what masks change."""
+    encoder = TrainedRun.open(pretrained, "init")
+    weights = {
+        name: weight * 1e-3 if name == "embed.weight" else weight for name, weight in encoder.weights.items()
+    }
+    start = replace(encoder, weights=weights)
+    recipe = start.adapt_recipe(tiny_finetune(112, head="probe", loss="ce"))
+    said: list[str] = []
+    trainer, drawn = probed_trainer(folds_path, recipe, start, tmp_path, said.append)
+    assert len(said) == 1
+    assert re.fullmatch(
+        r"the head begins at random: as a probe it has a loss of \S+ on clips as training shows them, "
+        r"a random one 0\.\d+; longer pre-training may help",
+        said[0],
+    )
+    for model in (trainer.model, trainer.weight_average):
+        assert all(torch.equal(model.head.state_dict()[name], weight) for name, weight in drawn.items())
+
+    # Of clips as they are, it is better than a random one.
+    plain = replace(recipe, augment=Augment())
+    said.clear()
+    trainer, drawn = probed_trainer(folds_path, plain, start, tmp_path, said.append)
+    assert said == []
+    assert not torch.equal(trainer.model.head.weight, drawn["weight"])
