@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: a bar on a terminal; in a log or a pipe a line every 30 s."""
+"""Progress of long work on stderr: a bar on a terminal; in a log or a pipe a line after 5 s, then every 30 s."""
 
 import sys
 import threading
@@ -8,6 +8,8 @@ from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
 from pipeline.messages import count_phrase
+
+SECONDS_TO_FIRST_LINE = 5.0  # soon enough to see that the work has begun
 
 SECONDS_BETWEEN_LINES = 30.0
 
@@ -69,10 +71,10 @@ def track_progress(
 
 
 class ProgressLines:
-    """Prints a line with count, rate and time left every 30 s, and one at the end of work that took longer.
+    """Prints a line with count, rate and time left after 5 s and then every 30 s, and one at the end of such work.
 
     A thread prints them, so that a log shows that the work goes on even while a single unit takes minutes. Work that
-    ends within the first 30 s prints nothing.
+    ends within the first 5 s prints nothing.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class ProgressLines:
         label: str,
         unit: str,
         initial: int = 0,
+        seconds_to_first: float = SECONDS_TO_FIRST_LINE,
         seconds_between: float = SECONDS_BETWEEN_LINES,
     ) -> None:
         # What is counted.
@@ -96,7 +99,9 @@ class ProgressLines:
         self.began_seconds = time.monotonic()
         self._printed = False
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._print_lines, args=(seconds_between,), daemon=True)
+        self._thread = threading.Thread(
+            target=self._print_lines, args=(seconds_to_first, seconds_between), daemon=True
+        )
 
     def __enter__(self) -> Self:
         self.began_seconds = time.monotonic()
@@ -138,10 +143,12 @@ class ProgressLines:
             parts.append(self.postfix)
         return ", ".join(parts)
 
-    def _print_lines(self, seconds_between: float) -> None:
-        while not self._ended.wait(seconds_between):
+    def _print_lines(self, seconds_to_first: float, seconds_between: float) -> None:
+        wait_seconds = seconds_to_first
+        while not self._ended.wait(wait_seconds):
             print(self.describe(), file=sys.stderr, flush=True)
             self._printed = True
+            wait_seconds = seconds_between
 
 
 def rate_phrase(per_second: float, unit: str) -> str:

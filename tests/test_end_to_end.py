@@ -166,7 +166,7 @@ def test_your_copy_of_audioset(desk, trained):
     """From sounds to scores, a page and embeddings: each line tells the next one, and leaves what it promises."""
     lines = first_block("docs/audioset.md").splitlines()
     told = [hint for said in trained.values() for hint in re.findall(r"Next: (.*)", said)]
-    assert told == [lines[1], lines[5]]
+    assert told == [lines[1], lines[5], "ajepa-train predict SOUNDS --model runs/b --out classes.csv"]
     assert {"raw", "unambiguous"} <= set(
         (desk / "runs/a/evaluation.json").read_text().replace('"', " ").split()
     )

@@ -62,6 +62,7 @@ def finetune(
     settings: SettingsOption = None,
     labels: Annotated[str, typer.Option(help="Label set to train on, raw or a rule's.")] = "raw",
     fold: Annotated[int | None, typer.Option(min=1, help="Fold to measure. [default: each]")] = None,
+    steps: StepsOption = None,
     epochs: EpochsOption = None,
     batch: BatchOption = None,
     micro_batch: MicroBatchOption = None,
@@ -107,7 +108,9 @@ def finetune(
                 world.main_rank_only(print_to_stderr)(note)
             chosen_recipe = trained_start.adapt_recipe(chosen_recipe)
         chosen_recipe = override_recipe(chosen_recipe, settings or [])
-        chosen_recipe = finetune_with_counts(chosen_recipe, epochs=epochs, clips_per_step=batch, seed=seed)
+        chosen_recipe = finetune_with_counts(
+            chosen_recipe, steps=steps, epochs=epochs, clips_per_step=batch, seed=seed
+        )
 
         # On which clips
         feature_store = FeatureStore.open(store, cache=cache, cache_gb=cache_gb)
@@ -131,6 +134,7 @@ def finetune(
             evaluation = cross_validate(feature_store, chosen_task, chosen_recipe, run, **options)
             if evaluation:
                 print(f"{run}: done, every fold\n{evaluation.format_table()}")
+                print(next_command(run / "fold1"))
             return
 
         # Otherwise one run
@@ -140,6 +144,12 @@ def finetune(
         if world.is_main:
             evaluation = Evaluation.read_json(finished_run.path / EVALUATION_FILE)
             print(f"{run}: done, {finished_run.newest_step} steps\n{evaluation.format_table()}")
+            print(next_command(run))
+
+
+def next_command(run: Path) -> str:
+    """Return the line that says what a classifier is for."""
+    return f"Next: ajepa-train predict SOUNDS --model {run} --out classes.csv"
 
 
 def hlp_study(

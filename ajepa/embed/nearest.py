@@ -1,5 +1,6 @@
 """Nearest sounds: the sounds of a table of embeddings that are most similar to a given one."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,8 +86,8 @@ def nearest_sounds(
 
         # The sort is stable: among equally similar sounds the earlier row comes first.
         best = sorted(best, key=lambda sound: -sound.similarity)[:count]
-    own_path = str(query.absolute())
-    if any(sound.path == own_path for sound in best):
+    own_path = os.path.abspath(query)
+    if any(os.path.abspath(sound.path) == own_path for sound in best):
         print_to_stderr(f"{query}: is in the table itself; its own row is among those listed")
     return best
 

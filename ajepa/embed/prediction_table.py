@@ -1,7 +1,7 @@
 """The table of predictions of `ajepa-train predict`: its rows, its three formats, and resuming after a kill.
 
 NAME.csv, .parquet or .jsonl  one row per sound; with a hop also one per stretch of it:
-  clip_id, path               text: the clip's id in the store and its sound; for a file both are its path
+  clip_id, path               text: the clip's id in the store and its sound; for a file both are its path as given
   row                         only with a hop. `sound`: scores of the whole sound; `stretch`: of seconds [start, end)
   start, end                  float64: seconds of the sound
   classes, scores             lists of the best classes and their scores; in CSV class_1, score_1, class_2 ... With all
@@ -24,7 +24,7 @@ import polars as pl
 import pyarrow.parquet as pq
 
 from ajepa.embed.predictor import VIEWS_PER_BATCH, Prediction, Predictor, top_classes
-from ajepa.embed.table import EmbeddingJob, SoundRow, refusing_damage
+from ajepa.embed.table import EmbeddingJob, SoundRow, refusing_damage, rows_as_begun
 from ajepa.embed.windows import open_ahead
 from ajepa.training.run import Json, setting_differences
 from pipeline.errors import RunError
@@ -84,6 +84,7 @@ def write_prediction_table(
             say(f"{out}: already complete")
             return f"{out}: predictions of {total} sounds"
         written = min(total, PART_SOUNDS * table.start_or_resume())
+        sound_rows = rows_as_begun(job.rows, table.part_files(), table.parts_folder)
         if written:
             say(f"{out}: carrying on after {written} of {total} sounds")
 
@@ -91,7 +92,7 @@ def write_prediction_table(
         openers = open_ahead((job.row_opener(number) for number in range(written, total)), workers)
         with open_progress(total, label="predict", unit="sound", shown=progress, initial=written) as bar:
             while written < total:
-                rows = job.rows[written : written + PART_SOUNDS]
+                rows = sound_rows[written : written + PART_SOUNDS]
                 predictions = []
                 part = islice(openers, len(rows))
                 for prediction in predictor.predict_openers(part, hop_seconds=hop_seconds, batch=batch):
@@ -202,7 +203,7 @@ class PredictionTable:
         if plan_file.exists():
             self._refuse_other_plan(json.loads(plan_file.read_text()), self.parts_folder)
         self._write_plan(plan_file)
-        return len(self._part_files())
+        return len(self.part_files())
 
     def write_part(self, first: int, frame: pl.DataFrame) -> None:
         """Write the rows of the sounds from number `first` on as one part file, completely or not at all."""
@@ -212,7 +213,7 @@ class PredictionTable:
     def merge_parts(self) -> pl.DataFrame:
         """Write all rows into the table, delete the parts, and return the rows."""
         parts = []
-        for part in self._part_files():
+        for part in self.part_files():
             with refusing_damage(part, f"delete {self.parts_folder} and predict again"):
                 read = pl.from_arrow(pq.read_table(part, page_checksum_verification=True))
             assert isinstance(read, pl.DataFrame)
@@ -223,7 +224,8 @@ class PredictionTable:
         shutil.rmtree(self.parts_folder)
         return frame
 
-    def _part_files(self) -> list[Path]:
+    def part_files(self) -> list[Path]:
+        """Return the part files in the order of their rows."""
         return sorted(self.parts_folder.glob("*.parquet"))
 
     def _write_plan(self, file: Path) -> None:

@@ -1,5 +1,7 @@
 """Sounds as a caller has them, files or arrays, turned into what is embedded: locators of files, mono float32 waves."""
 
+import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +66,7 @@ def read_sound_inputs(
         if isinstance(item, str | Path) and Path(item).is_dir():
             found = list(sounds_at_location(str(item)))
             inputs += found
-            names += map(sound_path, found)
+            names += [path_as_given(locator, str(item)) for locator in found]
             continue
         if isinstance(item, str | Path):
             inputs.append(SoundLocator.from_path(Path(item)))
@@ -103,12 +105,40 @@ def sounds_at_location(location: str) -> Iterator[SoundLocator]:
         yield SoundLocator(**row)
 
 
-def sound_path(locator: SoundLocator) -> str:
-    """Return the path of a sound; for a sound in an archive ARCHIVE::MEMBER."""
+def sound_path(locator: SoundLocator, file: str | None = None) -> str:
+    """Return the path of a sound; for a sound in an archive ARCHIVE::MEMBER. `file` replaces the locator's path."""
+    path = locator.path if file is None else file
     if locator.kind == "file":
-        return locator.path
+        return path
     member = locator.source.rpartition(MEMBER_SEPARATOR)[2]
-    return locator.path + MEMBER_SEPARATOR + member
+    return path + MEMBER_SEPARATOR + member
+
+
+def path_as_given(locator: SoundLocator, location: str) -> str:
+    """Return the path of a sound found at `location` as the caller would write it.
+
+    It is the location itself, or a folder as it was given, joined with the path below it.
+    """
+    if is_remote_url(location):
+        return sound_path(locator)
+    place = str(Path(location).absolute())
+    if locator.path == place:
+        return sound_path(locator, location)
+    return sound_path(locator, os.path.join(location, locator.path.removeprefix(f"{place}/")))
+
+
+def directory_entry(path: str) -> str:
+    """Return the same text for all paths that lead to one entry of a folder; links to files are entries themselves."""
+    if is_remote_url(path):
+        return path
+    folder, name = os.path.split(path)
+    return f"{real_folder(folder)}/{name}"
+
+
+@functools.lru_cache(maxsize=1024)
+def real_folder(folder: str) -> str:
+    """Return a folder's path without links; remembered, as a folder has many sounds."""
+    return os.path.realpath(folder)
 
 
 def read_array(item: Any, rate_hz: float | None, name: str) -> ArraySound:

@@ -2,7 +2,8 @@
 
 NAME.parquet            one row per sound; the schema's metadata name the model and the options that made the table:
   clip_id               text: the clip's id in the store; for a file the same as `path`
-  path                  text: absolute path of the sound; for a member of an archive ARCHIVE::MEMBER
+  path                  text: path of the sound as it was given, below a folder that was given FOLDER/PATH; for a
+                        member of an archive ARCHIVE::MEMBER; for a clip of a store its source
   seconds               float64: length of the sound; null if the sound could not be used
   embedding             fixed-size list of float32; null if the sound could not be used
   reason, detail        text: key of `pipeline.store.manifest.FAILURE_REASONS`, and a sentence; null for usable sounds
@@ -17,9 +18,9 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,7 +31,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from ajepa.embed.embedder import WINDOWS_PER_BATCH, Embedder, Embedding
-from ajepa.embed.sound_inputs import sound_path, sounds_at_location
+from ajepa.embed.sound_inputs import directory_entry, path_as_given, sound_path, sounds_at_location
 from ajepa.embed.windows import SoundStream, open_ahead
 from ajepa.training.run import Json, setting_differences
 from pipeline.audio.mel_spec import MelSpec
@@ -86,11 +87,21 @@ class SoundReader(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SoundRow:
-    """The columns of a sound's row that are known before the sound is read."""
+    """The columns of a sound's row that are known before the sound is read.
+
+    absolute_path  what tables have as `path` that were begun when paths were still written as absolute ones; None for
+                   clips of a store
+    """
 
     clip_id: str
     path: str
     labels: tuple[str, ...] | None = None
+    absolute_path: str | None = None
+
+    def with_absolute_path(self) -> "SoundRow":
+        """Return the row as tables of earlier versions have it."""
+        path = self.absolute_path
+        return self if path is None else replace(self, clip_id=path, path=path)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -130,14 +141,26 @@ class EmbeddingJob:
 
     @classmethod
     def from_locations(cls, locations: Sequence[str], model: SoundReader) -> "EmbeddingJob":
-        """Return the job for files and all sounds in folders and archives; InputError if a location has none."""
-        locators = [locator for location in locations for locator in sounds_at_location(location)]
-        paths = [sound_path(locator) for locator in locators]
-        digest = hashlib.sha256("\n".join(paths).encode()).hexdigest()[:16]
+        """Return the job for files and all sounds in folders and archives; InputError if a location has none.
+
+        A sound to which several locations lead is one row, with its path from the first of them. The identity is that
+        of the absolute paths: the same sounds may be given in other words.
+        """
+        locators: dict[str, SoundLocator] = {}
+        rows: list[SoundRow] = []
+        for location in locations:
+            for locator in sounds_at_location(location):
+                entry = sound_path(locator, directory_entry(locator.path))
+                if locators.setdefault(entry, locator) is locator:
+                    path = path_as_given(locator, location)
+                    rows.append(SoundRow(clip_id=path, path=path, absolute_path=sound_path(locator)))
+
+        found = list(locators.values())
+        digest = hashlib.sha256("\n".join(map(sound_path, found)).encode()).hexdigest()[:16]
         return cls(
-            rows=[SoundRow(clip_id=path, path=path) for path in paths],
-            row_opener=lambda number: model.file_opener(locators[number]),
-            source_identity={"sounds": digest, "rows": len(paths)},
+            rows=rows,
+            row_opener=lambda number: model.file_opener(found[number]),
+            source_identity={"sounds": digest, "rows": len(rows)},
         )
 
 
@@ -186,6 +209,7 @@ def write_embedding_table(
         if out.exists():
             say(f"{out}: already complete, {total} rows")
             return table.count_reasons()
+        rows = rows_as_begun(job.rows, table.part_files(), table.parts_folder)
         if written:
             say(f"{out}: carrying on after {written} of {total} rows")
 
@@ -198,10 +222,38 @@ def write_embedding_table(
                 for result in model.iterate_embeddings(part, frames=frames, batch=batch):
                     results.append(result)
                     bar.update()
-                table.write_rows(written, job.rows[written : written + len(results)], results)
+                table.write_rows(written, rows[written : written + len(results)], results)
                 written += len(results)
         table.merge_parts()
         return table.count_reasons()
+
+
+def rows_as_begun(rows: Sequence[SoundRow], parts: Sequence[Path], parts_folder: Path) -> Sequence[SoundRow]:
+    """Return the rows of a table with paths like those in its part files, each named by the number of its first row.
+
+    They are absolute in tables that an earlier version began. RunError if the same sounds were given by other paths.
+    """
+    absolute_rows = [row.with_absolute_path() for row in rows] if parts else []
+    candidates = [rows, absolute_rows]
+    for part in parts:
+        with refusing_damage(part, f"delete {parts_folder} and make the table again"):
+            paths = pq.read_table(part, columns=["path"]).column("path").to_pylist()
+
+        # A sound may have several rows one after the other, and so may its clips in a store.
+        begun = [path for path, _ in groupby(paths)]
+        first = int(part.stem)
+        slices = [[row.path for row in like[first : first + len(paths)]] for like in candidates]
+        candidates = [
+            like
+            for like, slice_paths in zip(candidates, slices, strict=True)
+            if begun == [path for path, _ in islice(groupby(slice_paths), len(begun))]
+        ]
+        if not candidates:
+            raise RunError(
+                f"{parts_folder}: was begun with paths such as {begun[0]}, which is {rows[first].path} now; "
+                "give the same sounds as then, or delete it"
+            )
+    return candidates[0]
 
 
 def table_plan(model: Embedder, job: EmbeddingJob, frames: bool, batch: int) -> Json:
@@ -320,7 +372,7 @@ class EmbeddingTable:
             scratch.write_text(json.dumps(self.plan, indent=1) + "\n")
 
         rows = 0
-        for part in self._part_files():
+        for part in self.part_files():
             with refusing_damage(part, f"delete {self.parts_folder} and embed again"):
                 rows += int(pq.read_metadata(part).num_rows)
         return rows
@@ -339,7 +391,7 @@ class EmbeddingTable:
             replacing_file(self.path) as scratch,
             pq.ParquetWriter(scratch, self.schema, **PARQUET_OPTIONS) as writer,
         ):
-            for part in self._part_files():
+            for part in self.part_files():
                 with refusing_damage(part, f"delete {self.parts_folder} and embed again"):
                     table = pq.read_table(part, schema=self.schema, page_checksum_verification=True)
                 writer.write_table(table)
@@ -353,7 +405,8 @@ class EmbeddingTable:
             counts.update(reason or "good" for reason in batch.column("reason").to_pylist())
         return counts
 
-    def _part_files(self) -> list[Path]:
+    def part_files(self) -> list[Path]:
+        """Return the part files in the order of their rows."""
         return sorted(self.parts_folder.glob("*.parquet"))
 
     def _refuse_other_plan(self, stored_plan: Json, location: Path) -> None:

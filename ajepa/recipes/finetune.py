@@ -12,7 +12,7 @@ from ajepa.model.classifier import ClassifierSpec, VitSpec
 from ajepa.model.patches import PatchGrid
 from ajepa.model.vit import EncoderSpec, a_jepa_encoder
 from ajepa.recipes.optimiser import AdamW, one_cycle, warmup_cosine
-from ajepa.recipes.pretrain import CropName
+from ajepa.recipes.pretrain import CropName, refuse_two_lengths
 from pipeline.loading.augment import Augment
 
 ClassLossName = Literal["auto", "bce", "ce"]
@@ -286,8 +286,11 @@ def finetune_with_counts(
 ) -> Finetune:
     """Return the recipe with other counts: the warm-up keeps its share, and the rate is scaled by the clips per step.
 
-    Given epochs replace a number of steps in the recipe, and given steps replace its epochs.
+    Given epochs replace a number of steps in the recipe, and given steps replace its epochs; RunError if both are
+    given.
     """
+    refuse_two_lengths(steps, epochs)
+
     # Given epochs replace a number of steps, even if they equal the recipe's epochs.
     if epochs and (epochs != recipe.epochs or recipe.steps):
         warmup = recipe.warmup_epochs * epochs // recipe.epochs

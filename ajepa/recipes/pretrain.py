@@ -142,8 +142,7 @@ class Pretrain:
 
         Given steps replace the recipe's epochs, and given epochs its steps; RunError if both are given.
         """
-        if steps and epochs:
-            raise RunError(f"steps {steps} and epochs {epochs} are two lengths of one run; give one of them")
+        refuse_two_lengths(steps, epochs)
         recipe = self if steps is None else self._with_steps(steps, epochs=0)
         return replace(
             recipe,
@@ -162,6 +161,12 @@ class Pretrain:
         if isinstance(masks, Curriculum):
             masks = replace(masks, steps=steps)
         return replace(self, steps=steps, epochs=epochs, masks=masks)
+
+
+def refuse_two_lengths(steps: int | None, epochs: int | None) -> None:
+    """Raise RunError if a run is given both a number of steps and a number of epochs."""
+    if steps and epochs:
+        raise RunError(f"steps {steps} and epochs {epochs} are two lengths of one run; give one of them")
 
 
 def smoke_recipe() -> Pretrain:

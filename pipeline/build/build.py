@@ -61,7 +61,7 @@ class OpenStore:
         """Create the store if it does not exist; raises StoreError if the URL has a store with another plan."""
         path, header, remote_store = self.target.path, self.target.header, self.target.remote_store
         if remote_store is not None and (remote_header := remote_store.read_header()) is not None:
-            refuse_other_plan(remote_store.url, remote_header, header)
+            refuse_other_plan(remote_store.url, remote_header, header, self._describe_remote_changes)
         if not path.exists() and create_store(path, header, self.corpus):
             # A new staging folder is not a new store: it still has to fetch the ledger of its remote store.
             self.is_new = remote_store is None
@@ -71,14 +71,18 @@ class OpenStore:
         """Lock the store for writing; raises StoreError if it has another plan or another process is writing it."""
         path, header = self.target.path, self.target.header
         restore_header(path, header)
-        stored_header = StoreHeader.read(path)
-        if stored_header != header:
-            changes = describe_changes(path, self.corpus.dataset_settings)
-            refuse_other_plan(path, stored_header, header, changes)
+        find_changes = partial(describe_changes, path, self.corpus.dataset_settings)
+        refuse_other_plan(path, StoreHeader.read(path), header, find_changes)
         # Each part of a remote build has its own staging folder, so it locks the whole folder.
         held_part = part if self.target.remote_store is None else WHOLE_BUILD
         with lock_store(path, held_part):
             yield
+
+    def _describe_remote_changes(self) -> list[str]:
+        """Return what differs from the options with which the store at the URL was planned (`describe_changes`)."""
+        assert self.target.remote_store is not None
+        with self.target.remote_store.fetched_plan() as folder:
+            return describe_changes(folder, self.corpus.dataset_settings)
 
     def clean_up(self, blocks: BuildBlocks) -> None:
         """Remove the files left by a crash, fetch the remote ledger, and restore tables that follow from the plan."""

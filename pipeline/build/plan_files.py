@@ -39,6 +39,7 @@ class SourcesRecord:
     lists         SHA-256 of each list or table that decides the plan, by its path
     archives      version of each file that contains several sounds, by its path or URL; a place in another version of
                   the archive may be that of another sound
+    requested     `Corpus.requested_settings`
     """
 
     plan_digest: str
@@ -48,6 +49,7 @@ class SourcesRecord:
     sounds: dict[str, Any]
     lists: dict[str, str]
     archives: dict[str, str]
+    requested: dict[str, Any] | None = None
 
     @classmethod
     def of_corpus(cls, corpus: Corpus, plan_digest: str) -> Self:
@@ -63,6 +65,7 @@ class SourcesRecord:
             sounds=corpus.sound_counts,
             lists={path: digest for path, digest in digests.items() if digest is not None},
             archives=archive_versions(map(absolute_location, archives)),
+            requested=corpus.requested_settings,
         )
 
     def changed_list(self) -> str | None:
@@ -73,10 +76,15 @@ class SourcesRecord:
         return None
 
     def changed_archive(self) -> str | None:
-        """Return an archive that is there and no longer what it was; None if there is none."""
+        """Return an archive that is there and no longer what it was; None if there is none.
+
+        Of a dataset that was fetched from the hub also one that is gone: the hub's cache may have been emptied.
+        """
         versions = archive_versions(self.archives)
-        changed = (path for path, version in versions.items() if self.archives[path] != version)
-        return next(changed, None)
+        changed = [path for path, version in versions.items() if self.archives[path] != version]
+        if self.asked.get("revision") is not None:
+            changed += [path for path in self.archives if path not in versions]
+        return next(iter(changed), None)
 
 
 def digest_list(path: Path) -> str | None:
@@ -157,6 +165,7 @@ def read_stored_corpus(store: Path, header: StoreHeader, record: SourcesRecord) 
         sources=ClipSources(frame=frame, sound_count=record.sounds["audio_files"]),
         classes=header.classes,
         dataset_settings=record.asked,
+        requested_settings=record.requested,
         clip_seconds=record.clip_seconds,
         notes=record.notes,
         stored_plan=StoredPlan(store=store, header=header, sound_counts=record.sounds),

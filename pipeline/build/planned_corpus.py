@@ -1,7 +1,9 @@
 """The corpus of a build whose store may have its plan already: from the store, or from the lists and folders."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import polars as pl
@@ -18,6 +20,7 @@ from pipeline.datasets.catalogue import recreate_corpus
 from pipeline.datasets.corpus import Corpus, CorpusRequest
 from pipeline.errors import StoreError
 from pipeline.messages import count_phrase, print_to_stderr
+from pipeline.object_store import is_remote_url
 from pipeline.store.header import StoreHeader
 
 
@@ -31,16 +34,23 @@ def corpus_of_request(request: CorpusRequest, stores: Sequence[Path], *, rescan:
     # A plan by the same command, with the lists that are there now.
     found = _find_stored_plan(request, stores)
     if found is None:
-        return request.make()
+        corpus = request.make()
+        is_same = corpus.dataset_settings == request.settings
+        return replace(corpus, requested_settings=None if is_same else request.settings)
     store, header, record = found
     stored = read_stored_corpus(store, header, record)
 
+    # What the request stands for may have moved since, as a branch of the hub does; the plan is of what it was.
+    is_same = record.asked == request.settings
+    look_again = request.make if is_same else partial(recreate_corpus, record.asked)
+
     # Look for sounds again, or do not.
     if rescan:
-        return rescan_sounds(stored, request.make())
+        return rescan_sounds(stored, look_again())
     if archive := record.changed_archive():
-        print_to_stderr(f"{archive}: has changed since it was listed, so the sounds are looked up again")
-        return rescan_sounds(stored, request.make())
+        change = "has changed" if os.path.exists(archive) or is_remote_url(archive) else "is gone"
+        print_to_stderr(f"{archive}: {change} since it was listed, so the sounds are looked up again")
+        return rescan_sounds(stored, look_again())
     missing = stored.sources.frame["kind"].null_count()
     print_to_stderr(
         f"{store}: its clips and sounds are those that were found when they were last looked up, {missing:,} of "
@@ -55,7 +65,9 @@ def _find_stored_plan(
     """Return the first store that was planned by the same command from the same lists; None if there is none."""
     for store in stores:
         record = read_sources_record(store)
-        if record is None or record.asked != request.settings or record.changed_list() is not None:
+        if record is None or request.settings not in (record.asked, record.requested):
+            continue
+        if record.changed_list() is not None:
             continue
         try:
             return store, StoreHeader.read(store), record

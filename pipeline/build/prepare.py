@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,11 +150,14 @@ def read_build_record(store: Path) -> dict[str, Any]:
 
 
 def refuse_other_plan(
-    out: Path | str, stored_header: StoreHeader, header: StoreHeader, changes: Sequence[str] = ()
+    out: Path | str,
+    stored_header: StoreHeader,
+    header: StoreHeader,
+    find_changes: Callable[[], Sequence[str]],
 ) -> None:
     """Raise StoreError if the stored header differs from the header of the store to build.
 
-    `changes` says what may be the reason, as `describe_changes` does.
+    `find_changes` is called where the plans differ, and returns what may be the reason, as `describe_changes` does.
     """
     if stored_header.spec.spec_id != header.spec.spec_id:
         stored, asked = stored_header.spec.name, header.spec.name
@@ -169,6 +172,7 @@ def refuse_other_plan(
             f"{out} holds {stored_header.layout.dtype}, not {header.layout.dtype}; choose another --out"
         )
     if stored_header != header:
+        changes = find_changes()
         reasons = f" ({', '.join(changes)})" if changes else ""
         raise StoreError(
             f"{out} was planned from other clips, lists or classes{reasons}; "

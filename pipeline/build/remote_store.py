@@ -71,6 +71,14 @@ class RemoteStore:
             except StoreError as error:
                 raise StoreError(str(error).replace(folder, self.url)) from None
 
+    @contextmanager
+    def fetched_plan(self) -> Iterator[Path]:
+        """Yield a folder with the files that say what the remote store was planned from; deletes it afterwards."""
+        with tempfile.TemporaryDirectory() as folder:
+            for name in (PLAN_FILE, SOURCES_FILE, "build.json"):
+                download_object(f"{self.url}/{name}", Path(folder, name))
+            yield Path(folder)
+
     def sync_ledger(self, is_ours: Callable[[int], bool]) -> None:
         """Push the shards of this part that were not pushed yet, then fetch the ledger of the remote store.
 

@@ -93,17 +93,7 @@ def propagate_labels(
     # --splits may be repeated, and may have several names separated by commas.
     split_names = [name.strip() for part in splits or () for name in part.split(",")] or None
     changes = propagate_inputs(inputs, rule, split_names, ontology=ontology, classes=classes, out=out)
-    print(propagation_table(changes, count_good_clips(inputs[0])))
-
-
-def count_good_clips(store: Path) -> int | None:
-    """Return the number of good clips of a store; None if the path is no store, or its build has not finished."""
-    from pipeline.tables import read_table
-
-    if not (store / "manifest.parquet").is_file():
-        return None
-    status = read_table(store / "manifest.parquet", ["status"])[0]["status"]
-    return None if (status == "pending").any() else int((status == "good").sum())
+    print(propagation_table(changes))
 
 
 @app.command()

@@ -245,7 +245,7 @@ def describe_left_out(settings: dict[str, Any], manifest: "pl.DataFrame", clip_s
 
 
 def decoding_progress(clips: int, rows: Iterator[int]) -> Iterator[int]:
-    """Yield the rows, with a progress bar on a terminal, or a line every 30 s in a log."""
+    """Yield the rows, with a progress bar on a terminal, or a line after 5 s and then every 30 s in a log."""
     from pipeline.progress import track_progress
 
     yield from track_progress(rows, clips, label="decode", unit="clip", smoothing=0.05)

@@ -70,6 +70,8 @@ class Corpus:
     sources  location of the sound of each row of the plan
     dataset_settings  JSON values from which `pipeline.datasets.catalogue.recreate_corpus` makes the same corpus again;
                       the key `dataset` names the function
+    requested_settings  what a build command asked for, where the dataset settings say more: on the hub, which commit a
+                      branch was; None where they are the same
     clip_seconds      length of a row in seconds; None if the mel spec decides
     notes    sentences for the user who builds a store, e.g. how many lines of a list were left out
     stored_plan       if the plan was read from a store: its folder, its header, and what its build found
@@ -79,6 +81,7 @@ class Corpus:
     sources: ClipSources
     classes: ClassList
     dataset_settings: dict[str, Any]
+    requested_settings: dict[str, Any] | None = None
     clip_seconds: float | None = None
     notes: tuple[str, ...] = ()
     stored_plan: "StoredPlan | None" = None
@@ -110,7 +113,10 @@ class StoredPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CorpusRequest:
-    """A corpus that is made only if no store has its plan already; `settings` are its `Corpus.dataset_settings`."""
+    """A corpus that is made only if no store has its plan already.
+
+    `settings` are its `Corpus.dataset_settings`, or its `Corpus.requested_settings` where these say less.
+    """
 
     settings: dict[str, Any]
     make: Callable[[], Corpus]

@@ -142,10 +142,11 @@ def hub_settings(
     label_column: str | None = None,
     clip_seconds: float | None = None,
 ) -> dict[str, Any]:
-    """Return what was asked of `hub_corpus`. A corpus records the commit and the column of labels that it found."""
+    """Return what was asked of `hub_corpus`. A corpus also records the commit and the column that it found."""
+    is_folder = Path(dataset).is_dir()
     return {
         "dataset": "hub",
-        "source": dataset,
+        "source": str(Path(dataset).absolute()) if is_folder else dataset,
         "config": config,
         "revision": revision,
         "label_column": label_column,

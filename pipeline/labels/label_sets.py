@@ -69,6 +69,7 @@ def propagate_store_labels(
         _check_class_list(store, classes, expect)
     adds_CC = rule_relation_CC(rule, ontology=ontology, classes=classes)
     known_splits, split_N = _row_splits(store)
+    is_good_N = _good_rows(store)
     propagated_splits = requested_splits(str(store), known_splits, splits)
 
     # Write the labels under the lock that also excludes builds.
@@ -76,15 +77,16 @@ def propagate_store_labels(
         provenance=LabelProvenance.for_rule(rule, ontology, classes, adds_CC, propagated_splits),
         adds_CC=adds_CC,
         counts=LabelCounts(known_splits, classes),
+        good_counts=None if is_good_N is None else LabelCounts(known_splits, classes),
     )
     with lock_store(store):
         if maker.provenance.ontology != load_ontology().digest:
             with replacing_file(_ontology_path(store, maker.provenance.ontology)) as scratch:
                 scratch.write_text(ontology.to_json(), encoding="utf-8")
-        _add_label_set(store / "labels.parquet", maker, split_N)
+        _add_label_set(store / "labels.parquet", maker, split_N, is_good_N)
 
     # Write the summary only after the labels are on the disk.
-    summary = maker.counts.summary(maker.provenance, ontology)
+    summary = maker.summary(ontology)
     summary.save_json(store / f"propagation-{rule}.json")
     return summary
 
@@ -199,7 +201,23 @@ def _row_splits(store: Path) -> tuple[list[str], np.ndarray]:
     return column.dictionary.to_pylist(), column.indices.to_numpy()
 
 
-def _add_label_set(path: Path, maker: LabelSetMaker, split_N: np.ndarray) -> None:
+def _good_rows(store: Path) -> np.ndarray | None:
+    """Return which rows of the manifest are good clips, bool `N`; None before the build of the store has finished."""
+    path = store / "manifest.parquet"
+    with _open_parquet(path, "split") as file:
+        if "status" not in file.schema_arrow.names:
+            return None
+        tables = list(_read_row_groups(path, file, ["status"]))
+    chunks = [chunk.cast(pa.string()) for table in tables for chunk in table["status"].chunks]
+    status = pa.chunked_array(chunks, pa.string())
+    if pc.any(pc.equal(status, "pending")).as_py():
+        return None
+    return pc.fill_null(pc.equal(status, "good"), False).to_numpy()
+
+
+def _add_label_set(
+    path: Path, maker: LabelSetMaker, split_N: np.ndarray, is_good_N: np.ndarray | None
+) -> None:
     """Rewrite labels.parquet with the column that `maker` makes; `split_N` is the index of each row's split."""
     rule = maker.provenance.rule
     with _open_parquet(path, "raw") as file, replacing_file(path) as scratch:
@@ -216,11 +234,13 @@ def _add_label_set(path: Path, maker: LabelSetMaker, split_N: np.ndarray) -> Non
             first_row = 0
             for table in _read_row_groups(path, file):
                 outside = pl.Series(values=table["outside"]) if "outside" in table.column_names else None
+                rows = slice(first_row, first_row + len(table))
                 try:
                     labels = maker.propagate_batch(
                         pl.Series(values=table["raw"]),
-                        split_N[first_row : first_row + len(table)],
+                        split_N[rows],
                         outside,
+                        is_good_B=None if is_good_N is None else is_good_N[rows],
                         first_row=first_row,
                     )
                 except OntologyError as error:

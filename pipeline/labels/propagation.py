@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
@@ -239,17 +239,25 @@ class OutsideClass:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PropagationSummary:
-    """A label set that was added, and how it differs from `raw`."""
+    """A label set that was added, and how it differs from `raw`.
+
+    good_clips, good_gainers  the number of good clips in a store, and the classes that gain some of them; None where no
+                              store tells which clips are good
+    """
 
     provenance: LabelProvenance
     changes: tuple[SplitChange, ...]  # one per split, then `all`
     gainers: tuple[ClassGain, ...]  # biggest gain first
     outside: tuple[OutsideClass, ...]  # most clips first
+    good_clips: int | None = None
+    good_gainers: tuple[ClassGain, ...] | None = None
 
     def save_json(self, path: Path) -> None:
-        """Write the summary as JSON, whole or not at all."""
+        """Write the summary as JSON, whole or not at all, without the good clips: a later build may find more."""
+        values = asdict(self)
+        del values["good_clips"], values["good_gainers"]
         with replacing_file(path) as scratch:
-            scratch.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+            scratch.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 class LabelCounts:
@@ -336,11 +344,12 @@ class LabelCounts:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class LabelSetMaker:
-    """Makes one label set batch by batch, and counts what changes."""
+    """Makes one label set batch by batch, and counts what changes, in a store also among its good clips alone."""
 
     provenance: LabelProvenance
     adds_CC: np.ndarray  # the relation of the rule
     counts: LabelCounts
+    good_counts: LabelCounts | None = None
 
     def propagate_batch(
         self,
@@ -348,27 +357,43 @@ class LabelSetMaker:
         split_B: np.ndarray,
         outside: pl.Series | None = None,
         *,
+        is_good_B: np.ndarray | None = None,
         first_row: int = 0,
     ) -> pl.Series:
         """Return the labels of a batch after propagation, and count them; other splits keep their raw labels.
 
-        The arguments and the OntologyError are those of `LabelCounts.count_batch` and `propagate`.
+        The arguments and the OntologyError are those of `LabelCounts.count_batch` and `propagate`; `is_good_B` says
+        which clips `good_counts` counts.
         """
         # Propagate all rows, which is fast, then restore the raw labels in the other splits.
         requested = [self.counts.splits.index(split) for split in self.provenance.splits]
         is_requested_B = pl.Series(np.isin(split_B, requested))
         labels = propagate(raw, self.adds_CC, first_row=first_row).zip_with(is_requested_B, raw)
         self.counts.count_batch(split_B, raw, labels, outside)
+        if self.good_counts is not None and is_good_B is not None:
+            is_good = pl.Series(is_good_B)
+            self.good_counts.count_batch(split_B[is_good_B], raw.filter(is_good), labels.filter(is_good))
         return labels
+
+    def summary(self, ontology: Ontology) -> PropagationSummary:
+        """Return all counts as one summary, as `LabelCounts.summary` does."""
+        summary = self.counts.summary(self.provenance, ontology)
+        if self.good_counts is None:
+            return summary
+        return replace(
+            summary,
+            good_clips=int(self.good_counts.clips_N.sum()),
+            good_gainers=self.good_counts.gaining_classes(),
+        )
 
 
 # The changes as a table.
 
 
-def propagation_table(summary: PropagationSummary, good_clips: int | None = None) -> str:
+def propagation_table(summary: PropagationSummary) -> str:
     """Return the changes as text: a line per split, then the classes that gained most, then ids outside the list.
 
-    `good_clips` is the number of clips of a store that are good, of all that the changes count.
+    Where it is known which clips are good, the gains of classes are counted among these, on which models are trained.
     """
     provenance = summary.provenance
     head = f"label set {provenance.rule!r}: {provenance.pairs} class pairs of ontology {provenance.ontology}"
@@ -378,8 +403,8 @@ def propagation_table(summary: PropagationSummary, good_clips: int | None = None
         head += f"; raw labels kept in: {', '.join(untouched)}"
 
     rows = f"counts are of all {summary.changes[-1].clips:,} listed rows, with a sound or without"
-    if good_clips is not None:
-        rows += f"; {good_clips:,} are good"
+    if summary.good_clips is not None:
+        rows += f"; {summary.good_clips:,} are good"
 
     # Three tables, with a blank line between them.
     lines = [
@@ -388,7 +413,7 @@ def propagation_table(summary: PropagationSummary, good_clips: int | None = None
         "",
         *_change_lines(summary.changes),
         "",
-        *_gaining_class_lines(summary.gainers),
+        *_gaining_class_lines(summary),
         *_outside_class_lines(summary.outside),
     ]
     return "\n".join(lines)
@@ -404,8 +429,11 @@ def _change_lines(changes: Sequence[SplitChange]) -> Iterator[str]:
         yield f"{change.split:<{width}}{change.clips:>10,}{means:>22}{counts}"
 
 
-def _gaining_class_lines(gainers: Sequence[ClassGain]) -> Iterator[str]:
-    yield f"{'biggest gainers':<36}{'clips before':>14}{'after':>11}{'added':>11}"
+def _gaining_class_lines(summary: PropagationSummary) -> Iterator[str]:
+    gainers, title = summary.gainers, "biggest gainers"
+    if summary.good_gainers is not None:
+        gainers, title = summary.good_gainers, "biggest gainers of good clips"
+    yield f"{title:<36}{'clips before':>14}{'after':>11}{'added':>11}"
     for gainer in gainers[:GAINING_CLASSES_SHOWN]:
         before, after = gainer.clips_before, gainer.clips_after
         yield f"{gainer.name[:35]:<36}{before:>14,}{after:>11,}{after - before:>11,}"

@@ -87,6 +87,7 @@ def test_from_a_folder_of_sounds_to_their_classes(run, tmp_path):
     said = run("ajepa-train predict sounds --model runs/b --out classes.csv --top 1")
     assert "classes.csv: predictions of 30 of 30 sounds" in said
     found = pl.read_csv(tmp_path / "classes.csv")
+    assert found["path"].str.starts_with("sounds/").all()
     expected = ["low" if int(path.rpartition("/")[2][:-4]) % 2 == 0 else "high" for path in found["path"]]
     assert np.mean(found["class_1"].to_numpy() == np.array(expected)) > 0.8
 

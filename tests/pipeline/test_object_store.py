@@ -217,6 +217,19 @@ def test_a_remote_store_of_another_spec_is_refused_and_no_folder_is_made(small, 
     assert not (tmp_path / "new").exists()
 
 
+def test_a_remote_store_of_another_plan_is_refused_with_the_option_that_differs(small, url, tmp_path):
+    """The sentence of a store on the disk; the staging folder may be on another machine."""
+    build_remote(small, url, tmp_path / "staging")
+    other = audioset_corpus([small / "audio"], [small / "eval_segments.csv"])
+    output = StoreOutput(path=tmp_path / "new", spec=preset_mel_spec("a-jepa"), remote=url)
+    change = rf"\(segments \S+ and \S+eval_segments.csv -> {small / 'eval_segments.csv'}\)"
+    with pytest.raises(
+        StoreError, match=f"{url} was planned from other clips, lists or classes {change}; give"
+    ):
+        build_store(other, output, BuildOptions(workers=0))
+    assert not (tmp_path / "new").exists()
+
+
 def test_rows_of_a_damaged_remote_shard_are_not_reused(small, shorter, url, tmp_path):
     """Reused rows would get new checksums; the message says what to do, and that works."""
     build_remote(shorter, url, tmp_path / "staging")

@@ -4,6 +4,7 @@ import io
 import re
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,8 @@ from pipeline.progress import ProgressLines, clock_phrase, open_progress, rate_p
 @pytest.fixture
 def often(monkeypatch):
     """Lines in quick succession: a test does not wait 30 s."""
-    monkeypatch.setattr(ProgressLines.__init__, "__kwdefaults__", {"initial": 0, "seconds_between": 0.01})
+    defaults = {"initial": 0, "seconds_to_first": 0.01, "seconds_between": 0.01}
+    monkeypatch.setattr(ProgressLines.__init__, "__kwdefaults__", defaults)
 
 
 def slowly(items):
@@ -43,6 +45,31 @@ def test_a_log_gets_lines_with_count_rate_and_time_left(often, capsys):
         first
     )
     assert re.fullmatch(r"decode: 2,000 of 2,000 clips, [\d,.e+]+ clips/s, after 0:00, loss 0\.5", last), last
+
+
+def test_the_first_line_comes_after_5_s_and_then_one_every_30_s(monkeypatch, capsys):
+    """Half a minute of silence looks like a command that hangs; a line every 5 s would fill the log."""
+
+    class FakeClock:
+        """Time passes when the thread waits; the work ends at second 70."""
+
+        seconds = 0.0
+
+        def wait(self, timeout):
+            self.seconds = min(70.0, self.seconds + timeout)
+            return self.seconds == 70.0
+
+        def set(self):
+            pass
+
+    clock = FakeClock()
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock.seconds))
+    lines = ProgressLines(2, label="probes", unit="probe")
+    lines._ended = clock
+    with lines:
+        lines._thread.join()
+    said = re.findall(r"after (\d:\d\d)", capsys.readouterr().err)
+    assert said == ["0:05", "0:35", "1:05", "1:10"]
 
 
 def test_a_single_unit_that_takes_long_is_seen_to_go_on(often, capsys):

@@ -160,8 +160,8 @@ def test_an_encoder_is_fine_tuned_from_its_run(store_path, tmp_path, monkeypatch
         "own-small",
         "--labels",
         "unambiguous",
-        "--set",
-        "steps=2",
+        "--steps",
+        2,
         "--set",
         "augment.roll=false",
     ]
@@ -171,7 +171,9 @@ def test_an_encoder_is_fine_tuned_from_its_run(store_path, tmp_path, monkeypatch
     said = capsys.readouterr().out
     assert said.startswith(f"{tmp_path / 'b'}: done, 2 steps\n10 eval clips of tiny.zarr; run at step 2\n")
     assert "by unambiguous labels\n" in said
-    assert max(map(len, said.splitlines()[1:])) <= 80
+    *table, next_line = said.splitlines()[1:]
+    assert next_line == f"Next: ajepa-train predict SOUNDS --model {tmp_path / 'b'} --out classes.csv"
+    assert max(map(len, table)) <= 80
     kept = Run.open(tmp_path / "b").recipe
     assert kept["model"]["encoder"]["width"] == pretrain.smoke_recipe().model.encoder.width
     assert (kept["seed"], kept["clips_per_step"], kept["augment"]["roll"]) == (5, 8, False)
@@ -185,6 +187,7 @@ def test_an_encoder_is_fine_tuned_from_its_run(store_path, tmp_path, monkeypatch
             "recipe 'a-jepa' pre-trains: ajepa-train pretrain --recipe a-jepa; to",
         ),
         (["own", "--model", "cnn7"], "model 'cnn7' is unknown; did you mean 'cnn6'?"),
+        (["own", "--steps", 2, "--epochs", 1], "steps 2 and epochs 1 are two lengths of one run; give one"),
         (["own", "--set", "base_l=1"], "did you mean 'base_lr'?"),
         (["own", "--from", tmp_path / "c"], "c: not a run (no recipe.json)"),
         (["own", "--from", tmp_path / "a", "--from-checkpoint", "7"], "no checkpoint '7'; expected last"),

@@ -244,6 +244,19 @@ def test_a_table_that_was_interrupted_is_carried_on_to_the_same_bytes(tones, tmp
     assert (tmp_path / "killed.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
     write_table("killed.parquet")
     assert said[-1].endswith("killed.parquet: already complete")
+
+    # Tables of earlier versions were begun with absolute paths, and are carried on with them.
+    monkeypatch.chdir(tones.sounds.parent)
+    with monkeypatch.context() as patches:
+        patches.setattr(PredictionTable, "write_part", write_first_part_alone)
+        with pytest.raises(Killed):
+            write_table("old.parquet")
+    absolute_job, job = job, make_embedding_job([tones.sounds.name], predictor)
+    write_table("old.parquet")
+    assert (tmp_path / "old.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+    write_table("new.parquet", hop_seconds=0.5)
+    assert pl.read_parquet(tmp_path / "new.parquet")["path"].str.starts_with(f"{tones.sounds.name}/").all()
+    job = absolute_job
     (tmp_path / "mine.csv").write_text("x\n")
     with pytest.raises(RunError, match="is there already, and not from predict"):
         write_table("mine.csv")

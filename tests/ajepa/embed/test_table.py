@@ -1,10 +1,12 @@
 """The table of embeddings: a row for every sound, resumed to the same bytes, searched by its own model alone."""
 
+import shutil
 import signal
 import sys
 import tarfile
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -153,6 +155,63 @@ def test_a_table_that_was_interrupted_ends_with_the_same_bytes(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["emb.parquet", "whole.parquet"]
 
 
+def test_paths_are_as_given_and_a_sound_given_twice_is_one_row(model, folder, tmp_path, monkeypatch, capsys):
+    """A table moves with its sounds; the same sounds by other words are the same table."""
+    shutil.copytree(folder, tmp_path / "sounds")
+    monkeypatch.chdir(tmp_path)
+    given = ["sounds/", "sounds/2.wav", str(tmp_path / "sounds" / "1.wav"), "./sounds/../sounds/more.tar"]
+    rows = write_and_read(model, given, tmp_path / "emb.parquet")
+    assert rows["path"].to_list() == [
+        *(f"sounds/{number}.wav" for number in range(9)),
+        *(f"sounds/more.tar::{name}" for name in ("a.flac", "b.mp3")),
+    ]
+    assert rows["clip_id"].equals(rows["path"].alias("clip_id"))
+    lines = []
+    for same in (["sounds"], [str(tmp_path / "sounds")], ["./sounds"]):
+        write_embedding_table(
+            model, make_embedding_job(same, model), tmp_path / "emb.parquet", say=lines.append
+        )
+    assert lines == [f"{tmp_path / 'emb.parquet'}: already complete, 11 rows"] * 3
+    assert [row.path for row in make_embedding_job(["./sounds/3.wav"], model).rows] == ["./sounds/3.wav"]
+    assert [row.path for row in make_embedding_job(["sounds/more.tar"], model).rows] == [
+        "sounds/more.tar::a.flac",
+        "sounds/more.tar::b.mp3",
+    ]
+    assert model.embed(Path("sounds")).names == tuple(rows["path"])
+
+
+def test_a_table_is_carried_on_with_the_paths_it_was_begun_with(model, folder, tmp_path, monkeypatch):
+    """Earlier versions wrote absolute paths; paths that differ in another way are refused in one line."""
+    monkeypatch.setattr(table, "PART_CLIPS", 3)
+    monkeypatch.chdir(folder.parent)
+    whole = write_and_read(model, [folder], tmp_path / "whole.parquet")
+    out = tmp_path / "emb.parquet"
+    parts = tmp_path / "emb.parquet.partial"
+
+    def begin(job):
+        """Write the first part of a table, and no more."""
+        with monkeypatch.context() as broken:
+            broken.setattr(table.EmbeddingTable, "merge_parts", lambda table: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                write_embedding_table(model, job, out, say=lambda line: None)
+        for part in sorted(parts.glob("*.parquet"))[1:]:
+            part.unlink()
+
+    # Begun with absolute paths, as earlier versions did, and carried on by a relative path.
+    begin(make_embedding_job([str(folder)], model))
+    assert write_and_read(model, [folder.name], out).equals(whole)
+    assert out.read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+
+    # Begun by a relative path.
+    out.unlink()
+    begin(make_embedding_job([folder.name], model))
+    with pytest.raises(
+        RunError, match=rf"begun with paths such as {folder.name}/0.wav, which is {folder}/0.wav now"
+    ):
+        write_and_read(model, [folder], out)
+    assert write_and_read(model, [folder.name], out)["path"][0] == f"{folder.name}/0.wav"
+
+
 def test_a_long_sound_ends_a_part(model, tmp_path, monkeypatch):
     """Memory follows a part: hours are written sooner than as many short sounds."""
     monkeypatch.setattr(table, "PART_FRAMES", 250)
@@ -271,7 +330,7 @@ def test_a_stores_clips_bring_their_ids_and_labels(model, store, store_path, tmp
 
 
 def test_the_nearest_sound_is_the_sound_itself_and_then_similar_ones(
-    model, folder, run_path, tmp_path, capsys
+    model, folder, run_path, tmp_path, monkeypatch, capsys
 ):
     """Cosine over the table, best first; labels and seconds come along. A line says that the query is in the table."""
     index = tmp_path / "emb.parquet"
@@ -281,6 +340,13 @@ def test_the_nearest_sound_is_the_sound_itself_and_then_similar_ones(
     assert found[0].similarity == pytest.approx(1.0, abs=1e-4)
     said = capsys.readouterr().err
     assert said == f"{folder / '2.wav'}: is in the table itself; its own row is among those listed\n"
+    monkeypatch.chdir(folder.parent)
+    relative = tmp_path / "relative.parquet"
+    write_and_read(model, [folder.name], relative)
+    assert (
+        nearest_sounds(folder / "2.wav", relative, run_path, device="cpu")[0].path == f"{folder.name}/2.wav"
+    )
+    assert "is in the table itself" in capsys.readouterr().err
     similarities = [sound.similarity for sound in found]
     assert similarities == sorted(similarities, reverse=True)
     assert len(nearest_sounds(folder / "2.wav", index, run_path, count=100, device="cpu")) == 9

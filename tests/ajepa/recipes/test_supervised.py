@@ -79,6 +79,9 @@ def test_steps_take_the_place_of_epochs_and_epochs_that_of_steps():
     recipe = finetune_recipe("cnn6-small")
     assert finetune_with_counts(recipe, steps=60).with_step_count(1_000).steps == 60
     assert finetune_with_counts(recipe, epochs=3).with_step_count(28).steps == 84
+    assert finetune_with_counts(recipe, steps=60) == override_recipe(recipe, ["steps=60"])
+    with pytest.raises(RunError, match="steps 60 and epochs 3 are two lengths of one run"):
+        finetune_with_counts(recipe, steps=60, epochs=3)
     assert finetune_with_counts(recipe, steps=60).learning_rate(18) == pytest.approx(3e-3)
 
 

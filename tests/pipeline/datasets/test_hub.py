@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from sounds import babble
 from pipeline.audio.mel_spec import preset_mel_spec
 from pipeline.build.build import build_store
 from pipeline.build.plan import BuildOptions, StoreOutput
+from pipeline.build.planned_corpus import corpus_of_request
 from pipeline.datasets.catalogue import recreate_corpus
-from pipeline.datasets.hub import hub_corpus
+from pipeline.datasets.corpus import CorpusRequest
+from pipeline.datasets.hub import hub_corpus, hub_settings
 from pipeline.datasets.hub_files import split_of_file
 from pipeline.errors import InputError
 from pipeline.store.feature_store import FeatureStore
@@ -104,6 +107,9 @@ def test_a_local_dataset_becomes_a_store(tmp_path, kind):
 
     again = recreate_corpus(corpus.dataset_settings)
     assert again.plan.equals(corpus.plan)
+    assert hub_settings(os.path.relpath(tmp_path / "hf"))["source"] == str(
+        Path(os.path.relpath(tmp_path / "hf")).absolute()
+    )
     assert again.sources.frame.equals(corpus.sources.frame)
     assert "7 rows in" in corpus.notes[0]
     assert "labels are those of column 'label', which 7 of 7 rows have" in corpus.notes[1]
@@ -186,18 +192,45 @@ def test_a_dataset_comes_from_the_hub(tmp_path, monkeypatch):
         for path in (tmp_path / "hf" / "data").iterdir():
             server.files[path.name] = path.read_bytes()
         fetch = hub.snapshot_download
-        monkeypatch.setattr(
-            hub,
-            "snapshot_download",
-            lambda *names, **options: fetch(
-                *names, **options, endpoint=server.address, cache_dir=str(tmp_path / "cache")
-            ),
-        )
+        revisions = []
+
+        def fetch_here(*names, revision, **options):
+            revisions.append(revision)
+            cache = str(tmp_path / "cache")
+            return fetch(*names, revision=revision, **options, endpoint=server.address, cache_dir=cache)
+
+        monkeypatch.setattr(hub, "snapshot_download", fetch_here)
         corpus = hub_corpus("org/tiny")
+        check_later_builds_ask_no_hub(tmp_path, revisions)
     assert corpus.plan.height == 7
     assert corpus.dataset_settings["source"] == "org/tiny"
     assert corpus.dataset_settings["revision"] == "0" * 40
     assert sorted(corpus.plan["split"].unique()) == ["test", "train"]
+
+
+def check_later_builds_ask_no_hub(tmp_path: Path, revisions: list[str | None]) -> None:
+    """The store has the plan and the commit; only where the cache of the hub was emptied, that commit is fetched."""
+    out = tmp_path / "s.zarr"
+    request = CorpusRequest(settings=hub_settings("org/tiny"), make=lambda: hub_corpus("org/tiny"))
+    first = corpus_of_request(request, [out])
+    build_store(first, StoreOutput(path=out, spec=preset_mel_spec("a-jepa")), BuildOptions(workers=0))
+    revisions.clear()
+    later = CorpusRequest(settings=hub_settings("org/tiny"), make=pytest.fail)
+    again = corpus_of_request(later, [out])
+    assert not revisions
+    assert again.plan.equals(first.plan.drop("mids"))
+    assert again.dataset_settings == first.dataset_settings
+    assert again.requested_settings == request.settings
+
+    # Other options are another request.
+    other = CorpusRequest(settings=hub_settings("org/tiny", label_column="label"), make=lambda: first)
+    assert corpus_of_request(other, [out]) is not again
+    assert corpus_of_request(other, [out]).stored_plan is None
+
+    shutil.rmtree(tmp_path / "cache")
+    found = corpus_of_request(later, [out])
+    assert revisions == ["0" * 40]
+    assert all(Path(path).exists() for path in found.sources.frame["path"])
 
 
 @pytest.mark.parametrize(

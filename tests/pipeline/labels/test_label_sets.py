@@ -137,6 +137,34 @@ def test_the_summary_is_saved_and_printed(bare_store):
     assert max(map(len, lines)) <= 80
 
 
+def test_gains_of_classes_are_counted_among_good_clips(bare_store):
+    """Models are trained on these alone; the JSON, which outlives a later build, counts all listed rows."""
+    manifest = pl.read_parquet(bare_store / "manifest.parquet")
+    once = propagate_store_labels(bare_store)
+    record = (bare_store / "propagation-unambiguous.json").read_bytes()
+    assert once.good_clips is once.good_gainers is None
+
+    # The clip with the label Bell failed.
+    status = pl.Series("status", ["failed", *["good"] * 4, "missing"])
+    manifest.with_columns(status).write_parquet(bare_store / "manifest.parquet", row_group_size=4)
+    summary = propagate_store_labels(bare_store)
+    assert summary.good_clips == 4
+    assert {gainer.name: gainer.clips_after for gainer in summary.good_gainers} == {
+        "Dog": 1,
+        "Domestic animals, pets": 1,
+    }
+    assert (summary.changes, summary.gainers) == (once.changes, once.gainers)
+    assert (bare_store / "propagation-unambiguous.json").read_bytes() == record
+    table = propagation_table(summary)
+    assert "counts are of all 6 listed rows, with a sound or without; 4 are good\n" in table
+    assert "biggest gainers of good clips" in table
+    assert "Music" not in table
+
+    # The build has not finished.
+    manifest.with_columns(status=pl.lit("pending")).write_parquet(bare_store / "manifest.parquet")
+    assert "biggest gainers   " in propagation_table(propagate_store_labels(bare_store))
+
+
 def test_ids_outside_the_class_list_are_kept_aside():
     """They are reported, not dropped; known ids become sorted unique indices; no labels stay no labels."""
     classes = ClassList(mids=("/m/a", "/m/b", "/m/c"), names=("A", "B", "C"))
