@@ -10,6 +10,7 @@ import torch
 
 from ajepa.training.run import Json
 from pipeline.files import replacing_file
+from pipeline.messages import count_phrase
 
 COMPUTE_COST_FILE = "compute.json"
 
@@ -128,4 +129,4 @@ def describe_device(device: torch.device) -> str:
     """The device in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    return f"CPU, {count_phrase(torch.get_num_threads(), 'thread')}"

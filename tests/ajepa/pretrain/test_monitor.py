@@ -46,6 +46,7 @@ from ajepa.training.run import Run
 from ajepa.training.trained_run import CHOSEN_ON_EVAL_CLIPS, TrainedRun
 from pipeline.errors import BrokenClipError, RunError, StopSignal
 from pipeline.loading.loader import Batch
+from pipeline.messages import count_phrase
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.splits import train_splits
 
@@ -317,7 +318,7 @@ def test_what_a_run_has_cost_is_in_its_folder(uninterrupted):
     assert 0 < record["context_tokens"] < 240 * 32
     assert record["flop_per_s"] == pytest.approx(record["flop"] / record["hours"] / 3600)
     assert 0.05 < record["peak_memory_gb"] < 50
-    assert record["device"] == f"CPU, {torch.get_num_threads()} threads"
+    assert record["device"] == f"CPU, {count_phrase(torch.get_num_threads(), 'thread')}"
     steps = [spent["step"] for spent in record["earlier"]]
     assert steps == sorted(steps)
     assert {5, 10, 15, 20, 25} <= set(steps)
