@@ -52,9 +52,9 @@ docs: setup
     pip install --quiet --constraint constraints.txt --editable '.[docs]'
     NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict
 
-# Kill builds at random moments, restart them, compare every byte; arguments: how many kills.
-torture kills="50": setup
-    OMP_NUM_THREADS=1 python tests/support/torture.py {{ kills }}
+# Kill builds at random moments, restart them, compare every byte; arguments: how many, then --folder, --without-locks, --s3.
+torture kills="50" *arguments: setup
+    OMP_NUM_THREADS=1 python tests/support/torture.py {{ kills }} {{ arguments }}
 
 # Damage sounds of every container and decode them; arguments: how many, then --first SEED, --workers N, --keep FOLDER.
 fuzz count="2000" *arguments: setup

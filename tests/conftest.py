@@ -1,13 +1,12 @@
 """A small store, built once for all tests, and the lists and files that it came from."""
 
-import logging
 import os
 from pathlib import Path
 
 import pytest
+from bucket import serving_bucket
 from corpus import write_corpus
-from pyarrow.fs import S3FileSystem
-from stores import BUCKET, build
+from stores import build
 
 from pipeline.labels.label_sets import propagate_store_labels
 from pipeline.store.feature_store import FeatureStore
@@ -56,24 +55,10 @@ def store(store_path) -> FeatureStore:
 
 @pytest.fixture(scope="module")
 def bucket_server():
-    """Moto on the loopback interface, found through the environment as a user's server would be; its address."""
-    moto_server = pytest.importorskip("moto.server", reason="moto is the S3 server of these tests")
-    moto_backends = pytest.importorskip("moto.backends", reason="moto is the S3 server of these tests")
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    moto = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    moto.start()
-    address = "http://{}:{}".format(*moto.get_host_and_port())
-    services = tuple(moto_backends.list_of_moto_modules())
-    with pytest.MonkeyPatch.context() as environment:
-        # It would list its own folder, of 175 services, twice for each request: a third of its time.
-        environment.setattr(moto_backends, "list_of_moto_modules", lambda: services)
-        environment.setenv("AWS_ENDPOINT_URL", address)
-        environment.setenv("AWS_ACCESS_KEY_ID", "x")
-        environment.setenv("AWS_SECRET_ACCESS_KEY", "y")
-        environment.setenv("AWS_REGION", "us-east-1")
-        S3FileSystem(endpoint_override=address, allow_bucket_creation=True).create_dir(BUCKET)
+    """An S3 server for the tests of a file; its address."""
+    pytest.importorskip("moto.server", reason="moto is the S3 server of these tests")
+    with serving_bucket() as address:
         yield address
-    moto.stop()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

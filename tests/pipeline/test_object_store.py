@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+from bucket import BUCKET, download_all
 from corpus import write_corpus
-from pyarrow.fs import FileSelector
-from stores import BUCKET, assert_same_bytes, build, corpus_in, point_at_no_server
+from stores import assert_same_bytes, build, corpus_in, point_at_no_server
 
 from pipeline import object_store
 from pipeline.audio.mel_spec import preset_mel_spec
@@ -28,7 +28,6 @@ from pipeline.errors import AudioError, InputError, StopSignal, StoreError, Unav
 from pipeline.files import BuildPart
 from pipeline.labels.label_sets import propagate_store_labels
 from pipeline.object_store import (
-    download_object,
     filesystem_and_path,
     object_sizes,
     remove_object,
@@ -66,15 +65,6 @@ def url(tmp_path) -> str:
 def build_remote(folder: Path, url: str, staging: Path, *, workers: int = 0, part: BuildPart = BuildPart()):
     output = StoreOutput(path=staging, spec=preset_mel_spec("a-jepa"), remote=url)
     return build_stores(corpus_in(folder), [output], BuildOptions(workers=workers, part=part))[0]
-
-
-def download_all(url: str, folder: Path) -> Path:
-    """Copy every object below a URL into a folder."""
-    client, path = filesystem_and_path(url)
-    for entry in client.fs.get_file_info(FileSelector(path, recursive=True)):
-        if entry.is_file:
-            download_object(f"s3://{entry.path}", folder / entry.path[len(path) + 1 :])
-    return folder
 
 
 class Death(BaseException):

@@ -31,9 +31,6 @@ def build(folder: Path, out: Path, *, dtype: str = "float16", spec: str = "a-jep
     return build_store(corpus_in(folder), output, BuildOptions(**{"workers": 0} | how))
 
 
-BUCKET = "ajepa-tests"
-
-
 def point_at_no_server(patch: pytest.MonkeyPatch) -> None:
     """Let requests go to a port where nobody listens, each twice with short waits instead of for a minute."""
     patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")

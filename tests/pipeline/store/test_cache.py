@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bucket import BUCKET
 from forked import FORKSERVER, start_forked
-from stores import BUCKET, point_at_no_server
+from stores import point_at_no_server
 
 from ajepa.cli import app as trainer
 from pipeline.cli import app
