@@ -83,11 +83,14 @@ def unambiguous_ancestors(parents_CC: np.ndarray) -> np.ndarray:
 
 def all_ancestors(parents_CC: np.ndarray) -> np.ndarray:
     """Return the classes on any path up, through every parent, even if only one of them is meant (835 pairs)."""
-    # BLAS multiplies floats, ten times faster than booleans; each squaring doubles the length of the paths.
+    # BLAS multiplies floats, ten times faster than booleans. Each squaring doubles the length of the paths, until no
+    # longer path leads to a new class.
     reach_CC = parents_CC.astype(np.float32)
-    for _ in range(len(parents_CC).bit_length()):
-        reach_CC = np.minimum(reach_CC + reach_CC @ reach_CC, 1)
-    return reach_CC > 0
+    while True:
+        longer_CC = np.minimum(reach_CC + reach_CC @ reach_CC, 1)
+        if np.array_equal(longer_CC, reach_CC):
+            return reach_CC > 0
+        reach_CC = longer_CC
 
 
 def dominators(parents_CC: np.ndarray) -> np.ndarray:
