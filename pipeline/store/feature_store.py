@@ -56,6 +56,10 @@ if TYPE_CHECKING:  # PyTorch takes seconds to import, and only datasets need it
 else:
     MapStyleDataset = object  # a `DataLoader` asks for length and items, and for no parent
 
+# A band varies by at least this share of what bands vary by on average, when it is standardised. Bands above the range
+# of all sounds of a store hardly vary, and what float16 rounds there would become as large as a sound.
+LEAST_STD_SHARE = 0.25
+
 
 class FeatureStore(MapStyleDataset):
     """Spectrograms and labels, with one row of the manifest for each; open a store with `FeatureStore.open`.
@@ -454,7 +458,7 @@ def pool_mean_and_std(
 def pool_band_mean_and_std(split_stats: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and std of each band over all frames of the given entries of `stats`, float64 `F`.
 
-    No std is below a hundredth of the mean std, not even if all values of a band are equal.
+    No std is below a quarter of the mean std (`LEAST_STD_SHARE`), not even if all values of a band are equal.
     """
     # Axis S is that of the entries; each is weighted by its share of the frames.
     frames_S = np.array([part["frames"] for part in split_stats], np.float64)
@@ -465,4 +469,4 @@ def pool_band_mean_and_std(split_stats: Sequence[Mapping[str, Any]]) -> tuple[np
     # The variance within the entries, and that of their means.
     mean_F = (share_S1 * mean_SF).sum(0)
     std_F = np.sqrt((share_S1 * (std_SF**2 + (mean_SF - mean_F) ** 2)).sum(0))
-    return mean_F, np.maximum(std_F, 0.01 * std_F.mean())
+    return mean_F, np.maximum(std_F, LEAST_STD_SHARE * std_F.mean())

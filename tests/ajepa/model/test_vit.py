@@ -17,7 +17,9 @@ from ajepa.model.transformer import (
     fused_attention,
     written_out_attention,
 )
+from ajepa.model.views import InputScale
 from ajepa.model.vit import A_JEPA_PREDICTOR, Encoder, EncoderSpec, Predictor, PredictorSpec, a_jepa_encoder
+from pipeline.store.feature_store import pool_band_mean_and_std
 
 GRID = PatchGrid(rows=4, cols=6, patch_frames=4, patch_bands=4)
 
@@ -371,6 +373,19 @@ def test_with_band_norm_an_encoder_standardises_every_band_by_itself():
     again = Encoder(replace(SPEC, band_norm=True), seed=1)
     again.load_state_dict(normed.state_dict())
     assert torch.equal(again.eval()(raw_BTF), normed(raw_BTF))
+
+
+def test_what_float16_rounds_at_the_floor_moves_no_token():
+    """Sounds of 16 kHz are at the floor above 8 kHz, but for a click: a band that hardly varies is not blown up."""
+    half, floor = GRID.bands // 2, InputScale().floor
+    std_F = np.repeat([2.0, 0.004], half)
+    mean_F = np.repeat([-5.0, floor], half)
+    stats = {"frames": 10, "mean_F": mean_F.tolist(), "std_F": std_F.tolist()}
+    encoder = Encoder(replace(SPEC, band_norm=True)).eval()
+    encoder.set_band_statistics(*(torch.from_numpy(x_F).float() for x_F in pool_band_mean_and_std([stats])))
+    heard_BTF = torch.where(torch.arange(GRID.bands) < half, 2 * mel() - 5, torch.tensor(floor))
+    with torch.inference_mode():
+        torch.testing.assert_close(encoder(heard_BTF.half().float()), encoder(heard_BTF), rtol=0, atol=0.05)
 
 
 def test_an_encoder_without_band_norm_ignores_band_statistics():

@@ -18,7 +18,7 @@ from pipeline.errors import BrokenClipError, StoreError
 from pipeline.loading.dali import DaliLoader
 from pipeline.loading.loader import PlainLoader, View
 from pipeline.loading.sampling import RowOrder
-from pipeline.store.feature_store import FeatureStore, pool_band_mean_and_std
+from pipeline.store.feature_store import LEAST_STD_SHARE, FeatureStore, pool_band_mean_and_std
 from pipeline.store.joined_store import JoinedStore, describe_class_list
 
 CLIPS, OTHER_CLIPS = 48, 24
@@ -101,13 +101,14 @@ def test_mean_and_deviation_are_those_of_all_values(joined):
     values_NF = np.concatenate(audio).astype(np.float64)
     mean_F, std_F = joined.band_mean_and_std(["a_train"])
     np.testing.assert_allclose(mean_F, values_NF.mean(0), rtol=1e-4)
-    np.testing.assert_allclose(std_F, values_NF.std(0), rtol=1e-3)
+    expected_F = values_NF.std(0)
+    np.testing.assert_allclose(std_F, np.maximum(expected_F, LEAST_STD_SHARE * expected_F.mean()), rtol=1e-3)
 
 
 def test_a_band_of_one_value_has_a_deviation_to_divide_by():
-    """High bands of sounds with a rate of 8 kHz contain only the floor."""
+    """High bands of sounds with a rate of 8 kHz contain only the floor, which float16 rounds by 0.003 nat."""
     part = {"frames": 10, "mean_F": [1.0, 2.0], "std_F": [0.0, 1.0]}
-    assert pool_band_mean_and_std([part])[1].tolist() == [0.005, 1.0]
+    assert pool_band_mean_and_std([part])[1].tolist() == [0.125, 1.0]
 
 
 def test_weights_are_shared_out_among_the_rows_of_each_store(joined):
