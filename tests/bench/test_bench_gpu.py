@@ -31,8 +31,11 @@ def test_steps_of_every_side_are_measured_and_a_model_learns(store_path, tmp_pat
 
 
 def test_the_tests_for_a_gpu_run_on_a_cpu(tmp_path):
-    """One of them, by the command that runs all: `just gpu --tiny` takes minutes."""
-    assert gpu.run_tests(tiny_job(tmp_path, None), "-k", "no_number") == 0
+    """Two of them, by the command that runs all: `just gpu --tiny` takes minutes.
+
+    One is that no step reads a value on its way: on a CPU `item`, `tolist`, `cpu` and their like raise.
+    """
+    assert gpu.run_tests(tiny_job(tmp_path, None), "-k", "no_number or no_step_waits") == 0
 
 
 def test_what_fails_or_hangs_is_named_and_the_rest_goes_on(tmp_path, monkeypatch, capfd):

@@ -7,7 +7,9 @@ import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
+import numpy as np
 import pytest
 import torch
 from tiny import tiny, tiny_finetune, tiny_views
@@ -37,11 +39,19 @@ def batch_on(device: str, store, *, frames: int, crops: int = 1, clips: int = 8)
     return PlainLoader(store, order, view, device=device).make_batch(0)
 
 
+# What reads a tensor's values: on a GPU, the host waits for them.
+READING_METHODS = ("item", "tolist", "cpu", "__bool__", "__int__", "__float__", "__index__")
+
+
 @contextmanager
 def refusing_waits(device: str):
-    """A block in which PyTorch raises where the host waits for the GPU."""
+    """A block in which PyTorch raises where the host waits for the GPU; on a CPU, where it would wait for one."""
     if device == "cpu":
-        yield
+        with pytest.MonkeyPatch.context() as patch:
+            for name in READING_METHODS:
+                patch.setattr(torch.Tensor, name, refuse_reading)
+            patch.setattr(torch.Tensor, "numpy", read_host_array)
+            yield
         return
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -49,6 +59,18 @@ def refusing_waits(device: str):
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+READ_ARRAY = torch.Tensor.numpy
+
+
+def read_host_array(tensor: torch.Tensor, **options: bool) -> np.ndarray:
+    """Masks and numbers of frames are the host's own and may be read; values of the model may not."""
+    return refuse_reading(tensor) if tensor.is_floating_point() else READ_ARRAY(tensor, **options)
+
+
+def refuse_reading(tensor: torch.Tensor, *arguments: object) -> NoReturn:
+    raise AssertionError(f"a step reads a tensor of {tensor.dtype}, for which a GPU would be waited for")
 
 
 def trainers(store, device: str) -> dict[str, tuple[Trainer, Batch]]:
