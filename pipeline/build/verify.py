@@ -28,7 +28,7 @@ from pipeline.store.shards import (
     PENDING_SUFFIX,
     ShardCommit,
     compute_store_id,
-    read_commit,
+    read_commits,
     read_shard_index,
     shard_path,
     uncommitted_shards,
@@ -71,11 +71,10 @@ def find_faults(
     if sample is not None:
         drawn = set(np.random.default_rng(seed).permutation(shards)[:sample].tolist())
     comparison = _ManifestComparison(store, header)
-    for shard in track_progress(range(shards), shards, label="verify", unit="shard", shown=progress):
-        try:
-            record = read_commit(store, shard)
-        except StoreError as error:
-            yield StoreFault(f"shard {shard}: {error}", shard)
+    records = read_commits(store, range(shards))
+    for shard, record in track_progress(records, shards, label="verify", unit="shard", shown=progress):
+        if isinstance(record, StoreError):
+            yield StoreFault(f"shard {shard}: {record}", shard)
             continue
         if record is None:
             yield StoreFault(f"shard {shard}: not committed", shard)

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import tables
-from pipeline.tables import frame_digest, read_table, write_table, writing_table_parts
+from pipeline.tables import frame_digest, frame_digests, read_table, write_table, writing_table_parts
 
 FRAME = pl.DataFrame(
     {
@@ -64,3 +64,11 @@ def test_a_digest_does_not_depend_on_how_many_texts_are_joined(monkeypatch):
     whole = frame_digest(FRAME)
     monkeypatch.setattr(tables, "ROWS_JOINED", 3)
     assert frame_digest(FRAME) == whole == "dbe48866867ef301f68c833a21aa42c0"
+
+
+@pytest.mark.parametrize("heights", [(200,), (0, 3, 0, 7, 190), (1,) * 200])
+def test_the_digests_of_frames_that_are_read_together_are_those_of_each(heights):
+    """Many records of a ledger are checked at a time; nulls, empty texts and lists count in their own rows."""
+    ends = itertools.accumulate(heights)
+    slices = [FRAME[end - height : end] for height, end in zip(heights, ends, strict=True)]
+    assert frame_digests(FRAME, heights) == [frame_digest(rows) for rows in slices]
