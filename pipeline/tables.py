@@ -25,6 +25,10 @@ ROW_GROUP_ROWS = 2**20  # pyarrow's default; the bytes of every table depend on 
 # a row. Distinct texts take at least four bytes for their lengths alone.
 DICTIONARY_BYTES_PER_ROW = 4
 
+ROWS_CONVERTED = (
+    2**16
+)  # rows at a time that `TableRows` reads, and that are made a table of pyarrow to be written
+
 ROWS_JOINED = 2**18  # texts that `frame_digest` joins at a time
 
 COLUMNWISE_ROWS = 2**16  # smaller tables are read in one go
@@ -80,6 +84,7 @@ def writing_table_parts(
                         pq.ParquetWriter(scratch, table.schema, compression="zstd", write_page_checksum=True)
                     )
                 writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
+                del table  # or it would be in memory beside the next one
         yield
 
 
@@ -88,7 +93,7 @@ def _row_groups(parts: Iterable[pl.DataFrame]) -> Iterator[pa.Table]:
     waiting: list[pa.Table] = []
     row_count = 0
     group_count = 0
-    for part in parts:
+    for part in _large_parts(parts):
         while row_count + part.height >= ROW_GROUP_ROWS:
             taken = ROW_GROUP_ROWS - row_count
             waiting.append(part[:taken].to_arrow(compat_level=pl.CompatLevel.oldest()))
@@ -100,6 +105,26 @@ def _row_groups(parts: Iterable[pl.DataFrame]) -> Iterator[pa.Table]:
         row_count += part.height
     if row_count or not group_count:
         yield _joined_table(waiting)
+
+
+def _large_parts(parts: Iterable[pl.DataFrame]) -> Iterator[pl.DataFrame]:
+    """Yield the rows of all parts in parts of at least ROWS_CONVERTED rows and a last, shorter one; at least one part.
+
+    Thousands of small tables of pyarrow take twice the memory of a few large ones.
+    """
+    waiting: list[pl.DataFrame] = []
+    row_count = 0
+    is_first = True
+    for part in parts:
+        waiting.append(part)
+        row_count += part.height
+        if row_count >= ROWS_CONVERTED:
+            yield waiting[0] if len(waiting) == 1 else pl.concat(waiting, rechunk=True)
+            waiting.clear()
+            row_count = 0
+            is_first = False
+    if waiting and (row_count or is_first):
+        yield pl.concat(waiting, rechunk=True)
 
 
 def _joined_table(tables: list[pa.Table]) -> pa.Table:
@@ -159,6 +184,22 @@ def read_table_slices(path: Path, columns: Sequence[str], rows: int) -> Iterator
                 yield frame_from_arrow(pa.Table.from_batches([batch])).select(names)
     except DAMAGED_TABLE_ERRORS as error:
         raise _damaged_table_error(path, error) from None
+
+
+class TableRows:
+    """The rows of a table in their order, as many at a time as are asked for; memory does not grow with the table."""
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        self._slices = read_table_slices(path, columns, ROWS_CONVERTED)
+        self._waiting = pl.DataFrame()  # rows that were read and not asked for
+
+    def next_rows(self, count: int) -> pl.DataFrame:
+        """Return the next rows, fewer at the end of the table; raises StoreError."""
+        while self._waiting.height < count and (rows := next(self._slices, None)) is not None:
+            self._waiting = pl.concat([self._waiting, rows]) if self._waiting.height else rows
+        taken = self._waiting[:count]
+        self._waiting = self._waiting[count:]
+        return taken
 
 
 def table_digest(path: Path, columns: Sequence[str]) -> str:
