@@ -104,7 +104,7 @@ def build_from_options(
     """Build the stores that the options describe, or only predict their size and time, and print the result."""
     from pipeline.audio.decode import AudioPolicy
     from pipeline.build.build import decoded_stores
-    from pipeline.build.dry_run import describe_dry_run
+    from pipeline.build.dry_run import prepare_dry_run
     from pipeline.build.plan import BuildOptions, note_rows_beyond_clips
     from pipeline.build.planned_corpus import corpus_of_request
     from pipeline.files import BuildPart
@@ -124,7 +124,9 @@ def build_from_options(
         address=address,
     )
     if dry_run:
-        print(describe_dry_run(corpus, outputs, options))
+        describe_timing = prepare_dry_run(corpus, outputs, options)
+        del corpus  # its tables take as much memory as PyTorch, which decoding needs
+        print(describe_timing())
         return
 
     # Print notes before the build, which may take hours.

@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from pipeline.audio.mel import mel_filters_NF
 from pipeline.audio.mel_spec import MelSpec
 from pipeline.errors import StoreError
 from pipeline.files import replacing_file
@@ -51,6 +50,8 @@ def time_axis_seconds(spec: MelSpec) -> float:
 @lru_cache(maxsize=32)
 def band_centres_hz(spec: MelSpec) -> tuple[float, ...]:
     """The frequency at which the filter of each band peaks, to half a Hz."""
+    from pipeline.audio.mel import mel_filters_NF  # PyTorch takes seconds and 450 MB
+
     # The peak is read from the filters themselves, on a finer grid of bins, so it is right for every mel scale.
     fine_spec = replace(spec, fft_samples=max(FINE_FFT_SAMPLES, spec.fft_samples))
     peak_bin_F = mel_filters_NF(fine_spec).argmax(0)
