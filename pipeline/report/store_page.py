@@ -52,7 +52,7 @@ def write_store_page(
 
 def render_store_page(store: FeatureStore, *, clip_count: int = 12, with_sounds: bool = False) -> str:
     """The page as text. It shows `clip_count` spectrograms, of about 50 kB each; with sounds, 20 kB more."""
-    # In an order that takes little memory: the audit, which takes most, first; last what needs PyTorch for its axes.
+    # The audit, which takes most memory, comes first: nothing else is in memory yet.
     audit = audit_section(audit_clips(AuditedClips.of_store(store)), store.path.name)
     coverage = ClipCoverage.from_store(store)
     labels, label_sources = summary.read_label_table(store)
