@@ -2,15 +2,15 @@
 
 import shutil
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, Self
+from typing import Self
 
 import polars as pl
 
-from pipeline.build.finish import finish_store
+from pipeline.build.finish import BuildRecord, finish_store
 from pipeline.build.plan import (
     BuildBlocks,
     BuildOptions,
@@ -104,7 +104,15 @@ class OpenStore:
         if is_unfinished and remote_store is not None:
             remote_store.push_tables()
 
-    def finish(self, build_record: dict[str, Any] | None, *, rewrite: bool) -> bool:
+    def release_corpus(self) -> None:
+        """Let go of the tables of the corpus, which take most of its memory."""
+        self.corpus = replace(
+            self.corpus,
+            plan=self.corpus.plan.clear(),
+            sources=replace(self.corpus.sources, frame=self.corpus.sources.frame.clear()),
+        )
+
+    def finish(self, build_record: BuildRecord | None, *, rewrite: bool) -> bool:
         """Write and push manifest and statistics; returns False while shards are missing."""
         target = self.target
         return finish_store(target.path, target.header, build_record, target.remote_store, rewrite=rewrite)
@@ -140,6 +148,27 @@ def run_build(
     `only_shards`, a build of a single store tries only the rows of these shards, and writes its tables anew. With
     `write_record=False`, build.json is not changed. Raises InputError before anything is written.
     """
+    with decoded_stores(
+        corpus, outputs, options, progress=progress, only_shards=only_shards, write_record=write_record
+    ) as finish:
+        return finish()
+
+
+@contextmanager
+def decoded_stores(
+    corpus: Corpus,
+    outputs: Sequence[StoreOutput],
+    options: BuildOptions,
+    *,
+    progress: RowProgress | None = None,
+    only_shards: Collection[int] | None = None,
+    write_record: bool = True,
+) -> Iterator[Callable[[], list[bool]]]:
+    """Do all of `run_build` but its end; yields a function that finishes the stores and returns what `run_build` does.
+
+    From here on, the corpus is not needed any more: who has given it may free its memory before the stores are
+    finished.
+    """
     # Plan: nothing is written until all locations have been checked.
     began = time.monotonic()
     stores = [OpenStore.from_output(corpus, output) for output in outputs]
@@ -155,7 +184,10 @@ def run_build(
         record = None
         if write_record:
             record = _build_record(corpus, options, clips_tried=clips_tried, seconds=time.monotonic() - began)
-        return [store.finish(record, rewrite=only_shards is not None) for store in stores]
+        for store in stores:
+            store.release_corpus()
+        del corpus
+        yield lambda: [store.finish(record, rewrite=only_shards is not None) for store in stores]
 
 
 def build_store(
@@ -252,11 +284,9 @@ def _check_places(targets: Sequence[StoreTarget], corpus: Corpus) -> None:
             )
 
 
-def _build_record(
-    corpus: Corpus, options: BuildOptions, *, clips_tried: int, seconds: float
-) -> dict[str, Any]:
+def _build_record(corpus: Corpus, options: BuildOptions, *, clips_tried: int, seconds: float) -> BuildRecord:
     """Return the content of build.json: the inputs, settings and software versions of the build."""
-    return {
+    values = {
         "asked": corpus.dataset_settings,
         "notes": list(corpus.notes),
         "policy": asdict(options.policy),
@@ -266,5 +296,5 @@ def _build_record(
         **corpus.sound_counts,
         "clips_tried": clips_tried,
         "seconds": round(seconds, 1),
-        "versions": current_versions(),
     }
+    return BuildRecord(values=values, versions=current_versions)

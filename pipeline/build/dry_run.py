@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import polars as pl
 
 from pipeline.audio.decode import load_clip_audio
 from pipeline.build.plan import BuildOptions, StoreOutput, note_rows_beyond_clips, plan_store
-from pipeline.build.shard_builder import compute_stored_row
+from pipeline.build.shard_builder import PlannedClip, compute_stored_row
 from pipeline.datasets.corpus import Corpus
 from pipeline.errors import AudioError
 from pipeline.store.header import StoreHeader
@@ -25,6 +25,13 @@ def describe_dry_run(
     corpus: Corpus, outputs: Sequence[StoreOutput], options: BuildOptions, *, seed: int = 0
 ) -> str:
     """Describe as text what `build_stores` would do with these arguments; `seed` draws the clips that are timed."""
+    return prepare_dry_run(corpus, outputs, options, seed=seed)()
+
+
+def prepare_dry_run(
+    corpus: Corpus, outputs: Sequence[StoreOutput], options: BuildOptions, *, seed: int = 0
+) -> Callable[[], str]:
+    """Return a function that does the rest of `describe_dry_run`: decoding, which needs PyTorch but not the corpus."""
     # Clips.
     has_sound = corpus.sources.frame["kind"].is_not_null()
     notes = [*corpus.notes, *note_rows_beyond_clips(corpus, outputs)]
@@ -42,7 +49,9 @@ def describe_dry_run(
         )
 
     # Time.
-    return "\n".join([*lines, *_timing_lines(corpus, headers, options, rows_N, seed)])
+    drawn_N = draw_timed_rows(corpus.sources.frame, rows_N, seed) if len(rows_N) else rows_N
+    clips = [_timed_clip(corpus, row) for row in drawn_N.tolist()]
+    return lambda: "\n".join([*lines, *_timing_lines(clips, len(rows_N), headers, options)])
 
 
 def _split_count_lines(corpus: Corpus, has_sound: pl.Series) -> list[str]:
@@ -65,29 +74,35 @@ def _split_count_lines(corpus: Corpus, has_sound: pl.Series) -> list[str]:
     return lines
 
 
+def _timed_clip(corpus: Corpus, row: int) -> PlannedClip:
+    """Return the clip of a row that has a sound."""
+    times = corpus.plan.select("split", "start_seconds", "end_seconds").row(row, named=True)
+    (locator,) = corpus.sources.locators_of_rows(range(row, row + 1))
+    return PlannedClip(row=row, locator=locator, duplicate=None, **times)
+
+
 def _timing_lines(
-    corpus: Corpus, headers: Sequence[StoreHeader], options: BuildOptions, rows_N: np.ndarray, seed: int
+    clips: Sequence[PlannedClip], clip_count: int, headers: Sequence[StoreHeader], options: BuildOptions
 ) -> list[str]:
-    """Decode a few rows on one core, as a worker would; returns their mean time and the time of the whole build."""
-    if not len(rows_N):
+    """Decode clips on one core, as a worker would; returns their mean time and the time of all `clip_count`."""
+    if not clips:
         return ["nothing to decode"]
 
     # Time a sample. The first clip also builds the mel filters, so it is left out of the mean.
     import torch
 
-    drawn_N = draw_timed_rows(corpus.sources.frame, rows_N, seed)
     torch.set_num_threads(1)
     failures: Counter[str] = Counter()
-    seconds_N = [_time_row_seconds(corpus, headers, options, int(row), failures) for row in drawn_N]
+    seconds_N = [_time_clip_seconds(clip, headers, options, failures) for clip in clips]
     mean_seconds = float(np.mean(seconds_N[1:] or seconds_N))
 
     # Extrapolate.
-    total_seconds = len(rows_N) * mean_seconds / max(1, options.workers)
+    total_seconds = clip_count * mean_seconds / max(1, options.workers)
     failure_counts = ", ".join(f"{count} {reason}" for reason, count in sorted(failures.items()))
     return [
-        f"{len(drawn_N)} clips tried: {1000 * mean_seconds:.1f} ms a clip on one core; "
+        f"{len(clips)} clips tried: {1000 * mean_seconds:.1f} ms a clip on one core; "
         f"{failure_counts or 'none failed'}",
-        f"{len(rows_N):,} clips on {options.workers} workers: about {_describe_duration(total_seconds)}, "
+        f"{clip_count:,} clips on {options.workers} workers: about {_describe_duration(total_seconds)}, "
         "if there are as many cores",
     ]
 
@@ -113,19 +128,17 @@ def draw_timed_rows(sources: pl.DataFrame, rows_N: np.ndarray, seed: int) -> np.
     return np.concatenate([ordered[first : first + count], np.sort(drawn_N[~in_parquet_N])])
 
 
-def _time_row_seconds(
-    corpus: Corpus, headers: Sequence[StoreHeader], options: BuildOptions, row: int, failures: Counter[str]
+def _time_clip_seconds(
+    clip: PlannedClip, headers: Sequence[StoreHeader], options: BuildOptions, failures: Counter[str]
 ) -> float:
-    """Return the seconds that it takes to decode a row and transform it for every store; counts the failure reason."""
-    clip = corpus.plan.row(row, named=True)
-    (locator,) = corpus.sources.locators_of_rows(range(row, row + 1))
-    assert locator is not None
+    """Return the seconds that it takes to decode a clip and transform it for every store; counts the failure reason."""
+    assert clip.locator is not None
     began = time.perf_counter()
     try:
         audio = load_clip_audio(
-            locator,
-            start_seconds=clip["start_seconds"],
-            end_seconds=clip["end_seconds"],
+            clip.locator,
+            start_seconds=clip.start_seconds,
+            end_seconds=clip.end_seconds,
             policy=options.policy,
         )
         for header in headers:

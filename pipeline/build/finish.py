@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,35 @@ import numpy as np
 import polars as pl
 
 from pipeline.build.remote_store import RemoteStore
+from pipeline.errors import StoreError
 from pipeline.files import lock_shared_files, replacing_file
 from pipeline.store.header import StoreHeader
 from pipeline.store.manifest import PLAN_SCHEMA
-from pipeline.store.shards import ShardCommit, compute_store_id, read_commit, read_commit_facts
-from pipeline.tables import read_table, read_table_schema, writing_table_parts
+from pipeline.store.shards import ShardCommit, compute_store_id, read_commit_facts, read_commits
+from pipeline.tables import TableRows, read_table_schema, writing_table_parts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildRecord:
+    """The content of build.json.
+
+    values    inputs and settings; `asked` are the dataset's
+    versions  returns the versions of the software. It is called only if the record is written: it may import PyTorch
+    """
+
+    values: dict[str, Any]
+    versions: Callable[[], dict[str, str]]
+
+    @property
+    def asked(self) -> object:
+        """The dataset's settings."""
+        return self.values["asked"]
 
 
 def finish_store(
     out: Path,
     header: StoreHeader,
-    build_record: dict[str, Any] | None = None,
+    build_record: BuildRecord | None = None,
     remote_store: RemoteStore | None = None,
     *,
     rewrite: bool = False,
@@ -46,7 +65,7 @@ def finish_store(
         # than all records.
         manifest_file = out / "manifest.parquet"
         if read_table_schema(manifest_file)[1] == identity:
-            if _recorded_settings(out) == (build_record or {}).get("asked"):
+            if build_record is not None and _recorded_settings(out) == build_record.asked:
                 build_record = None
             if not rewrite and _has_tables_of_ledger(out):
                 _write_build_record(out, build_record)
@@ -56,9 +75,8 @@ def finish_store(
 
         # Manifest and statistics follow from the records of all shards. The manifest is moved into place last: its
         # store_id marks the store as finished.
-        plan, _ = read_table(manifest_file, list(PLAN_SCHEMA))
         summary = LedgerSummary()
-        rows_of_shards = _manifest_rows(out, header, plan, summary)
+        rows_of_shards = _manifest_rows(out, header, summary)
         with writing_table_parts(manifest_file, rows_of_shards, identity):
             _write_build_record(out, build_record)
             with replacing_file(out / "stats.json") as scratch:
@@ -81,22 +99,23 @@ def _has_tables_of_ledger(out: Path) -> bool:
     return newest_record_ns < (out / "manifest.parquet").stat().st_mtime_ns
 
 
-def _manifest_rows(
-    out: Path, header: StoreHeader, plan: pl.DataFrame, summary: "LedgerSummary"
-) -> Iterator[pl.DataFrame]:
+def _manifest_rows(out: Path, header: StoreHeader, summary: "LedgerSummary") -> Iterator[pl.DataFrame]:
     """Yield the rows of each shard as the manifest has them; adds each record to the summary."""
-    for shard in range(header.layout.shard_count):
-        record = read_commit(out, shard)
+    plan = TableRows(out / "manifest.parquet", tuple(PLAN_SCHEMA))
+    for shard, record in read_commits(out, range(header.layout.shard_count)):
+        if isinstance(record, StoreError):
+            raise record
         assert record is not None  # checked above, under the same lock
         summary.add_record(*record)
-        rows = header.layout.rows_of_shard(shard)
-        yield pl.concat([plan[rows.start : rows.stop], record[1]], how="horizontal")
+        clips = plan.next_rows(len(header.layout.rows_of_shard(shard)))
+        yield pl.concat([clips, record[1]], how="horizontal")
 
 
-def _write_build_record(out: Path, build_record: dict[str, Any] | None) -> None:
+def _write_build_record(out: Path, build_record: BuildRecord | None) -> None:
     if build_record is not None:
+        content = {**build_record.values, "versions": build_record.versions()}
         with replacing_file(out / "build.json") as scratch:
-            scratch.write_text(json.dumps(build_record, indent=1) + "\n")
+            scratch.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _recorded_settings(out: Path) -> object:

@@ -35,7 +35,7 @@ from pipeline.store.shards import (
     zarr_array_json,
     zarr_group_json,
 )
-from pipeline.tables import read_table_schema, table_digest, write_table
+from pipeline.tables import ROWS_CONVERTED, read_table_schema, table_digest, write_table, writing_table_parts
 
 # Settings of a dataset whose option of the build command has another name.
 SETTING_OPTIONS = {"root": "folder"}
@@ -109,7 +109,7 @@ def restore_tables(out: Path, header: StoreHeader, corpus: Corpus) -> None:
 
     # The manifest; in a new one, every row is pending.
     if _digest_of_columns(out / "manifest.parquet", tuple(PLAN_SCHEMA)) != header.plan_digest:
-        write_table(out / "manifest.parquet", pending_manifest(plan), {})
+        write_pending_manifest(out, plan)
 
     # The raw labels; a table that is written again no longer has the propagated label sets.
     if _digest_of_columns(out / "labels.parquet", ("raw", "outside")) != header.labels_digest:
@@ -242,5 +242,14 @@ def mark_unfinished(
         return False
     with lock_shared_files(out):
         if "store_id" in read_table_schema(out / "manifest.parquet")[1]:
-            write_table(out / "manifest.parquet", pending_manifest(plan), {})
+            write_pending_manifest(out, plan)
     return True
+
+
+def write_pending_manifest(out: Path, plan: pl.DataFrame) -> None:
+    """Write the manifest of a store in which nothing is built yet; a part of it is in memory at a time."""
+    parts = (
+        map(pending_manifest, plan.iter_slices(ROWS_CONVERTED)) if plan.height else [pending_manifest(plan)]
+    )
+    with writing_table_parts(out / "manifest.parquet", parts, {}):
+        pass  # there is nothing to do between writing the file and moving it into place

@@ -28,16 +28,14 @@ from pipeline.store.shards import (
     PENDING_SUFFIX,
     ShardCommit,
     compute_store_id,
-    read_commit,
+    read_commits,
     read_shard_index,
     shard_path,
     uncommitted_shards,
     zarr_array_json,
     zarr_group_json,
 )
-from pipeline.tables import frame_digest, read_table, read_table_schema, read_table_slices, table_digest
-
-ROWS_READ = 65_536  # of the manifest, at a time
+from pipeline.tables import TableRows, frame_digest, read_table, read_table_schema, table_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +69,10 @@ def find_faults(
     if sample is not None:
         drawn = set(np.random.default_rng(seed).permutation(shards)[:sample].tolist())
     comparison = _ManifestComparison(store, header)
-    for shard in track_progress(range(shards), shards, label="verify", unit="shard", shown=progress):
-        try:
-            record = read_commit(store, shard)
-        except StoreError as error:
-            yield StoreFault(f"shard {shard}: {error}", shard)
+    records = read_commits(store, range(shards))
+    for shard, record in track_progress(records, shards, label="verify", unit="shard", shown=progress):
+        if isinstance(record, StoreError):
+            yield StoreFault(f"shard {shard}: {record}", shard)
             continue
         if record is None:
             yield StoreFault(f"shard {shard}: not committed", shard)
@@ -249,12 +246,10 @@ class _ManifestComparison:
         # Without a manifest only its own fault is reported.
         self._fault: StoreFault | None = None
         self._metadata: dict[str, Any] = {}
-        self._rows: Iterator[pl.DataFrame] = iter(())
-        self._waiting = pl.DataFrame(schema=RESULT_SCHEMA)  # rows that were read and not compared
+        self._rows = TableRows(self._path, tuple(RESULT_SCHEMA))
         try:
             schema, self._metadata = read_table_schema(self._path)
             check_manifest_schema(schema, self._path)
-            self._rows = read_table_slices(self._path, tuple(RESULT_SCHEMA), ROWS_READ)
         except (StoreError, ManifestError) as error:
             self._fault = StoreFault(str(error))
 
@@ -265,21 +260,13 @@ class _ManifestComparison:
         if self._fault is not None or self._different_row is not None:
             return
         try:
-            stored = self._next_rows(results.height)
+            stored = self._rows.next_rows(results.height)
         except StoreError as error:
             self._fault = StoreFault(str(error))
             return
         if not stored.equals(results):
             first_row = self._header.layout.rows_of_shard(commit.shard).start
             self._different_row = first_row + _first_different_row(stored, results)
-
-    def _next_rows(self, count: int) -> pl.DataFrame:
-        """Return the next rows of the manifest, fewer at its end."""
-        while self._waiting.height < count and (rows := next(self._rows, None)) is not None:
-            self._waiting = pl.concat([self._waiting, rows])
-        taken = self._waiting[:count]
-        self._waiting = self._waiting[count:]
-        return taken
 
     def find_faults(self) -> Iterator[StoreFault]:
         """Yield the differences; every shard's record must have been added."""
@@ -298,7 +285,7 @@ class _ManifestComparison:
             )
         if self._different_row is not None:
             yield StoreFault(f"manifest.parquet: it and the ledger differ, as in row {self._different_row}")
-        elif self._next_rows(1).height:
+        elif self._rows.next_rows(1).height:
             yield StoreFault("manifest.parquet: it and the ledger differ, it has more rows")
         if self._metadata.get("store_id") != compute_store_id(self._header, self.commits):
             yield StoreFault("manifest.parquet: the store's id does not follow from its shards")

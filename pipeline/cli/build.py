@@ -103,8 +103,8 @@ def build_from_options(
 ) -> None:
     """Build the stores that the options describe, or only predict their size and time, and print the result."""
     from pipeline.audio.decode import AudioPolicy
-    from pipeline.build.build import run_build
-    from pipeline.build.dry_run import describe_dry_run
+    from pipeline.build.build import decoded_stores
+    from pipeline.build.dry_run import prepare_dry_run
     from pipeline.build.plan import BuildOptions, note_rows_beyond_clips
     from pipeline.build.planned_corpus import corpus_of_request
     from pipeline.files import BuildPart
@@ -124,7 +124,9 @@ def build_from_options(
         address=address,
     )
     if dry_run:
-        print(describe_dry_run(corpus, outputs, options))
+        describe_timing = prepare_dry_run(corpus, outputs, options)
+        del corpus  # its tables take as much memory as PyTorch, which decoding needs
+        print(describe_timing())
         return
 
     # Print notes before the build, which may take hours.
@@ -134,9 +136,13 @@ def build_from_options(
     for note in [*corpus.notes, *note_rows_beyond_clips(corpus, outputs)]:
         print_to_stderr(note)
 
-    finished = run_build(corpus, outputs, options, progress=decoding_progress)
+    # The stores are finished without the corpus, whose tables take as much memory as the manifest.
+    settings = corpus.dataset_settings
+    with decoded_stores(corpus, outputs, options, progress=decoding_progress) as finish:
+        del corpus
+        finished = finish()
     for output, is_finished in zip(outputs, finished, strict=True):
-        print_build_result(corpus, output, part, is_finished=is_finished)
+        print_build_result(settings, output, part, is_finished=is_finished)
 
 
 def outputs_from_options(
@@ -170,8 +176,13 @@ def local_store_path(location: str, staging: Path, part: "BuildPart") -> Path:
     return staging_folder(location, staging, part) if is_remote_url(location) else Path(location)
 
 
-def print_build_result(corpus: "Corpus", output: "StoreOutput", part: str, *, is_finished: bool) -> None:
-    """Print how many clips of a store are good, and the next command; or that other parts are still missing."""
+def print_build_result(
+    settings: dict[str, Any], output: "StoreOutput", part: str, *, is_finished: bool
+) -> None:
+    """Print how many clips of a store are good, and the next command; or that other parts are still missing.
+
+    `settings` are the `Corpus.dataset_settings`.
+    """
     from pipeline.store.summary import (
         COVERAGE_COLUMNS,
         FAILED_FILE_COLUMNS,
@@ -196,14 +207,14 @@ def print_build_result(corpus: "Corpus", output: "StoreOutput", part: str, *, is
         print("\n".join(failed_file_lines(clips, failed_command)))
         next_command = failed_command
     for note in (
-        describe_left_out(corpus.dataset_settings, manifest, output.spec.clip_seconds),
+        describe_left_out(settings, manifest, output.spec.clip_seconds),
         describe_nothing_to_measure(manifest),
     ):
         if note:
             print(note)
 
     # Only AudioSet has a class tree along which labels can be propagated.
-    if corpus.dataset_settings["dataset"] == "audioset":
+    if settings["dataset"] == "audioset":
         if next_command == failed_command:
             print(f"each failed clip with its reason: {failed_command}")
         next_command = f"ajepa-data propagate-labels {output.path}"

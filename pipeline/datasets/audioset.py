@@ -95,8 +95,9 @@ def match_sounds_to_plan(plan: pl.DataFrame, audio_roots: Sequence[Path | str]) 
     sounds = parse_sound_names(found.sounds, plan["clip_id"])
 
     # One sound for each row that is not a duplicate.
-    counting_rows = plan.with_row_index("row").filter(pl.col("duplicate").is_null())
-    matches = choose_best_sounds(counting_rows, sounds)
+    counting_rows = plan.select("clip_id", "split", "start_seconds", "duplicate").with_row_index("row")
+    matches = choose_best_sounds(counting_rows.filter(pl.col("duplicate").is_null()), sounds)
+    del counting_rows
     if matches.is_empty():
         shown = ", ".join(sounds["source"].head(SHOWN_SOUND_NAMES))
         raise InputError(

@@ -41,6 +41,9 @@ LABEL_LIST_TYPE = pa.list_(pa.uint16())
 LABEL_PARQUET_OPTIONS = {"compression": "zstd", "write_page_checksum": True}
 
 
+ROWS_INDEXED = 2**17  # of which `index_class_ids` turns the ids into indices at a time
+
+
 class MissingOntologyError(StoreError):
     """The ontology of a label set is missing; the set can be made again only with the original file."""
 
@@ -119,6 +122,16 @@ def index_class_ids(
     Both are sorted and unique; a row without ids has an empty list. OntologyError for a null; it names the row, where
     `first_row` is the number of the first row.
     """
+    # A part at a time: what is needed on the way takes many times the memory of the result.
+    parts = [
+        _index_class_ids(mids[begin : begin + ROWS_INDEXED], classes, first_row=first_row + begin)
+        for begin in range(0, len(mids) or 1, ROWS_INDEXED)
+    ]
+    raw, outside = (pl.concat(column, rechunk=True) for column in zip(*parts, strict=True))
+    return raw, outside
+
+
+def _index_class_ids(mids: pl.Series, classes: ClassList, *, first_row: int) -> tuple[pl.Series, pl.Series]:
     rows_N, ids = flatten_label_lists(mids, first_row=first_row)
     index = pc.index_in(ids.cast(pa.large_string()), pa.array(classes.mids, pa.large_string()))
     is_known_N = index.is_valid().to_numpy(zero_copy_only=False)

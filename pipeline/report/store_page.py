@@ -52,29 +52,30 @@ def write_store_page(
 
 def render_store_page(store: FeatureStore, *, clip_count: int = 12, with_sounds: bool = False) -> str:
     """The page as text. It shows `clip_count` spectrograms, of about 50 kB each; with sounds, 20 kB more."""
+    # The audit, which takes most memory, comes first: nothing else is in memory yet.
+    audit = audit_section(audit_clips(AuditedClips.of_store(store)), store.path.name)
     coverage = ClipCoverage.from_store(store)
     labels, label_sources = summary.read_label_table(store)
     class_counts = summary.ClassCounts.from_store(store, labels, coverage.splits)
-    players = SoundPlayers.of_store(store) if with_sounds else None
-
-    # A body for every section, in the order of STORE_SECTIONS.
+    header = store_page_header(store, coverage, class_counts, list(STORE_SECTIONS.items()))
     bodies = {
+        "audit": audit,
         "coverage": coverage_section(coverage, store.exclusions.summarise_lists()),
         "failed": failure_section(store, coverage),
         "classes": classes_section(store, labels, label_sources, coverage, class_counts),
-        "clips": example_clips_section(store, labels, coverage, clip_count, players),
         "sounds": sounds_section(store, coverage),
-        "bands": mel_bands_section(store),
-        "audit": audit_section(audit_clips(AuditedClips.of_store(store)), store.path.name),
         "build": join_markup(build_section(read_build_json(store)), identity_details(store, label_sources)),
     }
+    players = SoundPlayers.of_store(store) if with_sounds else None
+    bodies["clips"] = example_clips_section(store, labels, coverage, clip_count, players)
+    bodies["bands"] = mel_bands_section(store)
     sections = [
-        html_tag("section", html_tag("h2", STORE_SECTIONS[key]), body, id=key) for key, body in bodies.items()
+        html_tag("section", html_tag("h2", title), bodies[key], id=key)
+        for key, title in STORE_SECTIONS.items()
     ]
 
     # page.html holds the style and the script; a page of a run shares it.
     frame = importlib.resources.files("pipeline.report").joinpath("page.html").read_text(encoding="utf-8")
-    header = store_page_header(store, coverage, class_counts, list(STORE_SECTIONS.items()))
     body = join_markup(header, html_tag("main", *sections))
     return Template(frame).substitute(title=escape_markup(store.path.name), body=body)
 
@@ -258,13 +259,13 @@ def example_clips_section(
 
     # One scale of colours and one axis of bands for all, so that clips can be compared.
     rows_B = spectrograms.pick_varied_rows(store, labels, clip_count)
+    clips = store.manifest_columns("clip_id", "split")[rows_B].rows()
     mel_BTF = spectrograms.read_log_mel(store, rows_B)
     value_range = spectrograms.colour_range(mel_BTF)
     ticks = spectrograms.mel_band_ticks(store.spec)
 
     # A figure for every clip.
     figures = []
-    clips = store.manifest_columns("clip_id", "split")[rows_B].rows()
     for row, mel_TF, (clip_id, split) in zip(rows_B.tolist(), mel_BTF, clips, strict=True):
         chart = html.spectrogram_chart(
             mel_TF,

@@ -161,9 +161,10 @@ def _label_cells(labels: pl.Series, split_N: np.ndarray, classes: int) -> tuple[
 
 def failure_examples(manifest: pl.DataFrame) -> dict[str, list[dict[str, Any]]]:
     """Return the first rows of each failure reason: clip_id, split, source, detail."""
-    failed = manifest.filter(pl.col("status") == "failed")
+    # Most of millions of clips may be missing, so that only the rows that are shown are copied.
+    failed = manifest.select("reason", "status").with_row_index("row").filter(pl.col("status") == "failed")
     examples = failed.group_by("reason", maintain_order=True).head(EXAMPLES_PER_REASON)
-    columns = examples.select("reason", "clip_id", "split", "source", "detail")
+    columns = manifest[examples["row"]].select("reason", "clip_id", "split", "source", "detail")
     by_reason = columns.partition_by("reason", as_dict=True)
     return {str(reason): frame.rows(named=True) for (reason,), frame in by_reason.items()}
 

@@ -8,7 +8,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import tables
-from pipeline.tables import frame_digest, read_table, write_table, writing_table_parts
+from pipeline.tables import (
+    TableRows,
+    frame_digest,
+    frame_digests,
+    read_table,
+    write_table,
+    writing_table_parts,
+)
 
 FRAME = pl.DataFrame(
     {
@@ -27,6 +34,7 @@ def small_groups(monkeypatch) -> None:
     monkeypatch.setattr(tables, "ROW_GROUP_ROWS", 64)
     monkeypatch.setattr(tables, "COLUMNWISE_ROWS", 10)
     monkeypatch.setattr(tables, "ROWS_JOINED", 7)
+    monkeypatch.setattr(tables, "ROWS_CONVERTED", 20)
 
 
 @pytest.mark.usefixtures("small_groups")
@@ -64,3 +72,21 @@ def test_a_digest_does_not_depend_on_how_many_texts_are_joined(monkeypatch):
     whole = frame_digest(FRAME)
     monkeypatch.setattr(tables, "ROWS_JOINED", 3)
     assert frame_digest(FRAME) == whole == "dbe48866867ef301f68c833a21aa42c0"
+
+
+@pytest.mark.parametrize("heights", [(200,), (0, 3, 0, 7, 190), (1,) * 200])
+def test_the_digests_of_frames_that_are_read_together_are_those_of_each(heights):
+    """Many records of a ledger are checked at a time; nulls, empty texts and lists count in their own rows."""
+    ends = itertools.accumulate(heights)
+    slices = [FRAME[end - height : end] for height, end in zip(heights, ends, strict=True)]
+    assert frame_digests(FRAME, heights) == [frame_digest(rows) for rows in slices]
+
+
+@pytest.mark.usefixtures("small_groups")
+def test_rows_are_read_in_their_order_as_many_as_are_asked_for(tmp_path):
+    """A manifest is read along with the records of its shards; the last part is shorter."""
+    write_table(tmp_path / "x.parquet", FRAME, {})
+    rows = TableRows(tmp_path / "x.parquet", ("text", "number"))
+    parts = [rows.next_rows(count) for count in (1, 0, 64, 100, 70, 5)]
+    assert [part.height for part in parts] == [1, 0, 64, 100, 35, 0]
+    assert pl.concat(parts).equals(FRAME.select("text", "number"))

@@ -20,7 +20,8 @@ from pipeline.errors import StoreError
 from pipeline.labels.label_sets import propagate_store_labels
 from pipeline.labels.ontology import Ontology, load_ontology
 from pipeline.store.feature_store import FeatureStore
-from pipeline.store.shards import ledger_path, shard_path
+from pipeline.store.header import StoreHeader
+from pipeline.store.shards import ledger_path, read_commit, read_commits, shard_path
 from pipeline.tables import read_table
 
 
@@ -294,3 +295,40 @@ def test_a_label_set_whose_ontology_is_gone_is_not_made_again_by_another(copied_
         repair_store(copied_store, list(find_faults(copied_store)), workers=0)
     assert list(find_faults(copied_store)) == []
     assert FeatureStore.open(copied_store).label_sets == ("raw", "unambiguous")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda store, shards: ledger_path(store, 1).unlink(),
+        lambda store, shards: append(ledger_path(store, shards - 1), b"more"),
+        lambda store, shards: shutil.copy(ledger_path(store, 0), ledger_path(store, 1)),
+        lambda store, shards: alter(ledger_path(store, 1), "peak_dbfs", 0.0),
+        lambda store, shards: pq.write_table(
+            pq.read_table(ledger_path(store, 0)).drop_columns("codec"), ledger_path(store, 0)
+        ),
+    ],
+)
+def test_records_read_together_are_those_read_alone(copied_store, monkeypatch, damage):
+    """A missing, damaged, foreign or changed record, or one with other columns, gives the same commits and messages."""
+    shards = StoreHeader.read(copied_store).layout.shard_count
+    damage(copied_store, shards)
+
+    def read_alone(shard):
+        try:
+            return read_commit(copied_store, shard)
+        except StoreError as error:
+            return error
+
+    expected = [read_alone(shard) for shard in range(shards)]
+    assert sum(not isinstance(record, tuple) for record in expected) == 1
+    for rows in (1, 20, 10_000):
+        monkeypatch.setattr("pipeline.store.shards.ROWS_OF_RECORDS", rows)
+        actual = dict(read_commits(copied_store, range(shards)))
+        assert list(actual) == list(range(shards))
+        for record, alone in zip(actual.values(), expected, strict=True):
+            if isinstance(alone, tuple):
+                assert record[0] == alone[0]
+                assert record[1].equals(alone[1])
+            else:
+                assert str(record) == str(alone)

@@ -295,3 +295,14 @@ def test_an_unknown_label_set_is_answered_with_those_there_are(store):
     message = r"no label set 'dominators', it has raw, unambiguous; add it with: ajepa-data propagate-labels .* --rule"
     with pytest.raises(StoreError, match=message):
         store.labels_BC(store.good_rows()[:1], "dominators")
+
+
+def test_ids_are_indexed_a_part_at_a_time(monkeypatch):
+    """Two million rows take little memory on the way; the result, and the row that an error names, are the same."""
+    rows = [[], [CLASSES.mids[5], "/m/other"], [CLASSES.mids[2]] * 2, ["/m/b", "/m/a"], [CLASSES.mids[0]]]
+    mids = pl.Series(rows, dtype=pl.List(pl.String))
+    whole = pl.DataFrame(index_class_ids(mids, CLASSES))
+    monkeypatch.setattr("pipeline.labels.label_sets.ROWS_INDEXED", 2)
+    assert pl.DataFrame(index_class_ids(mids, CLASSES)).equals(whole)
+    with pytest.raises(OntologyError, match="row 13"):
+        index_class_ids(pl.Series([*rows[:3], None], dtype=pl.List(pl.String)), CLASSES, first_row=10)
