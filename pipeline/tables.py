@@ -25,9 +25,8 @@ ROW_GROUP_ROWS = 2**20  # pyarrow's default; the bytes of every table depend on 
 # a row. Distinct texts take at least four bytes for their lengths alone.
 DICTIONARY_BYTES_PER_ROW = 4
 
-ROWS_CONVERTED = (
-    2**16
-)  # rows at a time that `TableRows` reads, and that are made a table of pyarrow to be written
+# Rows at a time that `TableRows` reads, and that are made a table of pyarrow to be written.
+ROWS_CONVERTED = 2**16
 
 ROWS_JOINED = 2**18  # texts that `frame_digest` joins at a time
 
