@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -262,3 +263,32 @@ def test_a_table_that_was_interrupted_is_carried_on_to_the_same_bytes(tones, tmp
         write_table("mine.csv")
     with pytest.raises(RunError, match=r"hop_seconds: was None, now 1\.0"):
         write_table("killed.parquet", hop_seconds=1.0)
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.parquet", "t.jsonl"])
+def test_predictions_move_with_their_sounds(tones, tmp_path, monkeypatch, name):
+    """In a copy of the whole folder they are complete; other sounds are told by the first other path."""
+    predictor = load_predictor(tones.tuned, device="cpu")
+    said = []
+
+    def predict():
+        job = make_embedding_job(["./sounds"], predictor)
+        write_prediction_table(predictor, job, Path("out", name), hop_seconds=0.5, say=said.append)
+
+    for number in range(2):
+        (tmp_path / "here" / "sounds").mkdir(parents=True, exist_ok=True)
+        shutil.copy(tones.sounds / "low" / f"{2 * number}.wav", tmp_path / "here" / "sounds")
+    monkeypatch.chdir(tmp_path / "here")
+    predict()
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    monkeypatch.chdir(tmp_path / "there")
+    predict()
+    assert said == [f"out/{name}: already complete"]
+    Path("sounds/2.wav").rename("sounds/3.wav")
+    with pytest.raises(
+        RunError, match=r"other sounds: the first that differs was \./sounds/2\.wav, is \./sounds/3\.wav now"
+    ):
+        predict()
+    Path("sounds/3.wav").unlink()
+    with pytest.raises(RunError, match=r"holds other predictions \(other sounds: 2 then, 1 now\)"):
+        predict()
