@@ -3,7 +3,7 @@
 NAME.csv, .parquet or .jsonl  one row per sound; with a hop also one per stretch of it:
   clip_id, path               text: the clip's id in the store and its sound; for a file both are its path as given
   row                         only with a hop. `sound`: scores of the whole sound; `stretch`: of seconds [start, end)
-  start, end                  float64: seconds of the sound
+  start, end                  float64: seconds of the sound, to a millisecond
   classes, scores             lists of the best classes and their scores; in CSV class_1, score_1, class_2 ... With all
                               classes, instead a column of scores for each class, by its name
   reason, detail              text: key of `pipeline.store.manifest.FAILURE_REASONS` and a sentence; null if usable
@@ -47,6 +47,9 @@ PLAN_SUFFIX = ".plan.json"
 
 # A part file holds the rows of this many sounds.
 PART_SOUNDS = 256
+
+# Decimal places of seconds in the table.
+TIME_DIGITS = 3
 
 FAILURES_SHOWN = 3
 
@@ -227,7 +230,8 @@ class PredictionTable:
                 read = pl.from_arrow(pq.read_table(part, page_checksum_verification=True))
             assert isinstance(read, pl.DataFrame)
             parts.append(read)
-        frame = pl.concat(parts)
+        # Products of frames and seconds have ends such as 47.30000000000002.
+        frame = pl.concat(parts).with_columns(pl.col("start", "end").round(TIME_DIGITS))
         write_table_file(self.path, frame)
         self._write_plan(self.plan_file)
         shutil.rmtree(self.parts_folder)

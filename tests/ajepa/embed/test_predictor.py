@@ -266,6 +266,22 @@ def test_a_table_that_was_interrupted_is_carried_on_to_the_same_bytes(tones, tmp
 
 
 @pytest.mark.parametrize("name", ["t.csv", "t.parquet", "t.jsonl"])
+def test_times_are_written_to_a_millisecond(tones, tmp_path, name):
+    """35 frames are 0.35000000000000003 s, and 0.35 in a table."""
+    predictor = load_predictor(tones.tuned, device="cpu")
+    job = make_embedding_job([str(tones.sounds / "low" / "0.wav")], predictor)
+    write_prediction_table(predictor, job, tmp_path / name, hop_seconds=0.07, say=lambda line: None)
+    read = {"t.csv": pl.read_csv, "t.parquet": pl.read_parquet, "t.jsonl": pl.read_ndjson}[name]
+    rows = read(tmp_path / name)
+    times = [*rows["start"], *rows["end"]]
+    assert times == [round(time, 3) for time in times]
+    (found,) = predictor.predict_openers([job.row_opener(0)], hop_seconds=0.07)
+    assert found.spans_W2.ravel().tolist() != np.round(found.spans_W2, 3).ravel().tolist()
+    stretches = rows.filter(pl.col("row") == "stretch")
+    np.testing.assert_allclose(stretches["start"], found.spans_W2[:, 0], atol=5e-4)
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.parquet", "t.jsonl"])
 def test_predictions_move_with_their_sounds(tones, tmp_path, monkeypatch, name):
     """In a copy of the whole folder they are complete; other sounds are told by the first other path."""
     predictor = load_predictor(tones.tuned, device="cpu")
