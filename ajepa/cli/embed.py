@@ -219,7 +219,7 @@ def export(
             export_graph.write_program(graph, torch_export)
             print(f"{torch_export}: torch.export, {inputs}")
         files = [file for file in (onnx, torch_export) if file]
-        add_graph_to_card(out, files, graph.describe_interface(), audio_hz)
+        add_graph_to_card(out, files, graph.describe_interface(), audio_hz, has_scores=graph.head is not None)
 
 
 @embed_app.command()

@@ -360,7 +360,9 @@ class Embedder:
         """Return a function that opens a wave as a stream without its first `skip_frames` frames."""
 
         def open_array() -> SoundStream:
-            if len(wave_S) and not SampleRange.from_wave(wave_S).is_usable:
+            if not len(wave_S):
+                raise AudioError("too_short", "the array is empty; expected samples")
+            if not SampleRange.from_wave(wave_S).is_usable:
                 raise AudioError("non_finite", f"{describe_bad_samples(wave_S)}; expected floats in [-1, 1]")
 
             # Resample the wave to the encoder's rate, in pieces.

@@ -70,14 +70,20 @@ def export_encoder(
     return model
 
 
-def add_graph_to_card(out: Path, files: Sequence[Path], interface: Sequence[str], audio_hz: int) -> None:
-    """Add to the model card in `out` how to call the graphs in some files; `interface` is a table of their axes."""
+def add_graph_to_card(
+    out: Path, files: Sequence[Path], interface: Sequence[str], audio_hz: int, *, has_scores: bool = False
+) -> None:
+    """Add to the model card in `out` how to call the graphs in some files; `interface` is a table of their axes.
+
+    `has_scores` is whether the graphs are those of a classifier.
+    """
     names = " and ".join(file.name for file in files)
     heading = f"## Audio in: {names}"
     lines = [heading, "", *interface, ""]
     for file in files:
         if file.suffix == ".onnx":
             lines += [*onnx_usage_lines(file.name, audio_hz), *LONG_SOUND_LINES]
+            lines += LONG_SCORES_LINES if has_scores else []
         elif file.suffix == ".pt2":
             lines += program_usage_lines(file.name)
 
@@ -124,7 +130,39 @@ def embed_long(sound):
 vector = embed_long(np.zeros(3 * window, np.float32))
 ```
 
-`scores`, where there are any, are those of one window.
+""".splitlines()
+
+# How the windows of a long sound become its scores, as in `Predictor`; it goes on from `onnx_usage_lines`.
+LONG_SCORES_LINES = """\
+`scores` are those of one window. Those of a sound of any length, as `ajepa.load(...).predict` gives them: windows one
+after the other, whose logits are averaged, weighted by their frames of the spectrogram; the last one may be shorter.
+
+```python
+def predict_long(sound):
+    frame = float(metadata["frame_samples"])  # from one frame of the spectrogram to the next
+    frames = session.get_outputs()[1].shape[1] * round(float(metadata["column_samples"]) / frame)  # of a window
+    total = 1 + int((len(sound) - float(metadata["first_frame_samples"])) // frame)
+    if total < 1:
+        raise ValueError("the sound is shorter than a frame of the spectrogram")
+    softmax = metadata["activation"] == "softmax"
+    logits = 0.0
+    for start in range(0, total, frames):
+        piece = sound[round(start * frame) :][:window]
+        audio = np.zeros((1, window), np.float32)
+        audio[0, : len(piece)] = piece
+        (found,) = session.run(["scores"], {"audio": audio, "samples": np.array([len(piece)])})
+        scores = np.maximum(found[0].astype(np.float64), 1e-38)
+        odds = scores if softmax else scores / np.maximum(1 - scores, 1e-8)  # float32 rounds some scores to 1
+        logits = logits + np.log(odds) * min(frames, total - start)
+    logits = logits / total
+    if not softmax:
+        return 1 / (1 + np.exp(-logits))
+    powers = np.exp(logits - logits.max())
+    return powers / powers.sum()
+
+
+scores = predict_long(np.zeros(3 * window, np.float32))  # in the order of `classes`
+```
 
 """.splitlines()
 

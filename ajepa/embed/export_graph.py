@@ -63,7 +63,8 @@ class AudioGraph(nn.Module):
     outputs   names of the outputs, in their order
     metadata  facts for the caller: model, pooling and layer, sample rate, window length, times of the columns, names of
               the classes. For windows of a longer sound: `hop_columns` between their starts, as in `Embedder.embed`;
-              `column_samples` of audio in a column, `first_frame_samples` before its first frame
+              `column_samples` of audio in a column, `frame_samples` in a frame of the spectrogram,
+              `first_frame_samples` before its first frame
     """
 
     head_weight_CD: Tensor
@@ -104,6 +105,7 @@ class AudioGraph(nn.Module):
             "first_centre_ms": embedder.first_centre_ms,
             "hop_columns": window_hop_columns(self.grid, WINDOW_OVERLAP),
             "column_samples": self.grid.patch_frames * embedder.mel.hop_samples * rate_ratio,
+            "frame_samples": embedder.mel.hop_samples * rate_ratio,
             "first_frame_samples": first_frame_samples(embedder.mel) * rate_ratio,
             "front_end_precision": "fp32, also where the hardware multiplies as TF32",
         }

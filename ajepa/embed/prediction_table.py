@@ -3,7 +3,7 @@
 NAME.csv, .parquet or .jsonl  one row per sound; with a hop also one per stretch of it:
   clip_id, path               text: the clip's id in the store and its sound; for a file both are its path as given
   row                         only with a hop. `sound`: scores of the whole sound; `stretch`: of seconds [start, end)
-  start, end                  float64: seconds of the sound
+  start, end                  float64: seconds of the sound, to a millisecond
   classes, scores             lists of the best classes and their scores; in CSV class_1, score_1, class_2 ... With all
                               classes, instead a column of scores for each class, by its name
   reason, detail              text: key of `pipeline.store.manifest.FAILURE_REASONS` and a sentence; null if usable
@@ -14,7 +14,7 @@ NAME.csv.partial/             until the table is complete: plan.json, and part f
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,14 +24,21 @@ import polars as pl
 import pyarrow.parquet as pq
 
 from ajepa.embed.predictor import VIEWS_PER_BATCH, Prediction, Predictor, top_classes
-from ajepa.embed.table import EmbeddingJob, SoundRow, refusing_damage, rows_as_begun
+from ajepa.embed.sound_rows import SoundRow, plan_as_begun, plan_differences
+from ajepa.embed.table import (
+    EmbeddingJob,
+    parts_folder_of,
+    read_part_paths,
+    refusing_damage,
+    rows_as_begun,
+)
 from ajepa.embed.windows import open_ahead
-from ajepa.training.run import Json, setting_differences
+from ajepa.training.run import Json
 from pipeline.errors import RunError
-from pipeline.files import PARTIAL_SUFFIX, lock_output_file, replacing_file
+from pipeline.files import lock_output_file, replacing_file
 from pipeline.messages import print_to_stderr
 from pipeline.progress import open_progress
-from pipeline.table_files import is_csv, write_table_file
+from pipeline.table_files import PARQUET_SUFFIXES, is_csv, write_table_file
 
 # Increased whenever the same plan would give other values: a table is not carried on with these.
 TABLE_FORMAT = 1
@@ -40,6 +47,9 @@ PLAN_SUFFIX = ".plan.json"
 
 # A part file holds the rows of this many sounds.
 PART_SOUNDS = 256
+
+# Decimal places of seconds in the table.
+TIME_DIGITS = 3
 
 FAILURES_SHOWN = 3
 
@@ -72,18 +82,18 @@ def write_prediction_table(
         "top": top,
         "hop_seconds": hop_seconds,
         "batch": batch,
-        **job.source_identity,
+        **job.identity_for(out),
     }
-    table = PredictionTable(path=out, plan=plan)
     layout = RowLayout.from_options(predictor, top, has_stretches=hop_seconds is not None, flat=is_csv(out))
     total = len(job.rows)
     out.parent.mkdir(parents=True, exist_ok=True)
     with lock_output_file(out):
         # What an earlier run wrote.
-        if table.is_complete():
+        table = PredictionTable(path=out, plan=plan_as_begun(plan, parts_folder_of(out) / PLAN_FILE))
+        if table.is_complete(job.rows):
             say(f"{out}: already complete")
             return f"{out}: predictions of {total} sounds"
-        written = min(total, PART_SOUNDS * table.start_or_resume())
+        written = min(total, PART_SOUNDS * table.start_or_resume(job.rows))
         sound_rows = rows_as_begun(job.rows, table.part_files(), table.parts_folder)
         if written:
             say(f"{out}: carrying on after {written} of {total} sounds")
@@ -181,27 +191,29 @@ class PredictionTable:
 
     @property
     def parts_folder(self) -> Path:
-        return self.path.with_name(self.path.name + PARTIAL_SUFFIX)
+        return parts_folder_of(self.path)
 
     @property
     def plan_file(self) -> Path:
         return self.path.with_name(self.path.name + PLAN_SUFFIX)
 
-    def is_complete(self) -> bool:
-        """Whether an earlier run wrote all of this table; RunError if the file is another table."""
+    def is_complete(self, rows: Sequence[SoundRow]) -> bool:
+        """Whether an earlier run wrote all of this table, of these rows; RunError if the file is another table."""
         if not self.path.exists() or self.parts_folder.exists():
             return False
         if not self.plan_file.is_file():
             raise RunError(f"{self.path}: is there already, and not from predict; choose another --out")
-        self._refuse_other_plan(json.loads(self.plan_file.read_text()), self.path)
+        stored_plan = json.loads(self.plan_file.read_text())
+        self._refuse_other_plan(stored_plan, self.path, rows, iterate_table_paths(self.path))
         return True
 
-    def start_or_resume(self) -> int:
-        """Return the number of parts that are already written; RunError if they have another plan."""
+    def start_or_resume(self, rows: Sequence[SoundRow]) -> int:
+        """Return the number of parts of these rows that are already written; RunError if they have another plan."""
         self.parts_folder.mkdir(parents=True, exist_ok=True)
         plan_file = self.parts_folder / PLAN_FILE
         if plan_file.exists():
-            self._refuse_other_plan(json.loads(plan_file.read_text()), self.parts_folder)
+            stored_paths = read_part_paths(self.part_files())
+            self._refuse_other_plan(json.loads(plan_file.read_text()), self.parts_folder, rows, stored_paths)
         self._write_plan(plan_file)
         return len(self.part_files())
 
@@ -218,7 +230,8 @@ class PredictionTable:
                 read = pl.from_arrow(pq.read_table(part, page_checksum_verification=True))
             assert isinstance(read, pl.DataFrame)
             parts.append(read)
-        frame = pl.concat(parts)
+        # Products of frames and seconds have ends such as 47.30000000000002.
+        frame = pl.concat(parts).with_columns(pl.col("start", "end").round(TIME_DIGITS))
         write_table_file(self.path, frame)
         self._write_plan(self.plan_file)
         shutil.rmtree(self.parts_folder)
@@ -232,12 +245,25 @@ class PredictionTable:
         with replacing_file(file) as scratch:
             scratch.write_text(json.dumps(self.plan, indent=1) + "\n")
 
-    def _refuse_other_plan(self, stored_plan: Json, location: Path) -> None:
-        changes = setting_differences(stored_plan, self.plan)
+    def _refuse_other_plan(
+        self, stored_plan: Json, location: Path, rows: Sequence[SoundRow], stored_paths: Iterable[str]
+    ) -> None:
+        changes = plan_differences(stored_plan, self.plan, rows, stored_paths)
         if changes:
             raise RunError(
                 f"{location}: holds other predictions ({'; '.join(changes)}); delete it, or choose another --out"
             )
+
+
+def iterate_table_paths(path: Path) -> Iterator[str]:
+    """Yield the paths of the sounds in a complete table, row by row; OSError or PolarsError if it cannot be read."""
+    if is_csv(path):
+        frame = pl.read_csv(path, columns=["path"], infer_schema=False)
+    elif path.suffix.lower() in PARQUET_SUFFIXES:
+        frame = pl.read_parquet(path, columns=["path"])
+    else:
+        frame = pl.scan_ndjson(path).select("path").collect()
+    yield from frame["path"]
 
 
 def summarise_predictions(out: Path, frame: pl.DataFrame, say: Callable[[str], None]) -> str:

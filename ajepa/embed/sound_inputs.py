@@ -204,16 +204,30 @@ def mono_wave_S(samples: Tensor, name: str) -> np.ndarray:
             f"{name} of shape {list(shape)}: expected one sound, [samples], [channels, samples] or [samples, channels] "
             f"with at most {MAX_CHANNELS} channels; give several sounds as a list"
         )
+    if not samples.numel():
+        # A mean of no channels would be nan.
+        return samples.flatten().numpy()
     return samples.mean(0 if shape[0] == channels else 1).numpy()
 
 
 def float_waves_BS(wave_BS: np.ndarray | Tensor) -> Tensor:
-    """Return mono waves `[B, S]` or `[S]` as float32 `[B, S]` on the CPU; RunError for another shape or type."""
+    """Return mono waves `[B, S]` or `[S]` as float32 `[B, S]` on the CPU; RunError for another shape or type.
+
+    `[samples, channels]` is refused too.
+    """
     waves_BS = float_samples(wave_BS)
     if waves_BS.ndim == 1:
         waves_BS = waves_BS[None]
     if waves_BS.ndim != 2:
         raise RunError(f"audio of shape {tuple(waves_BS.shape)}: expected [B, S] or [S], mono")
+
+    # More sounds than any has samples: these are the channels of one sound.
+    sounds, samples = waves_BS.shape
+    if 0 < samples <= MAX_CHANNELS < sounds:
+        raise RunError(
+            f"audio of shape [{sounds}, {samples}]: is read as {sounds} sounds of {samples} samples, [B, S]; "
+            "embed(audio, rate_hz=...) takes one sound of several channels, such as stereo"
+        )
     return waves_BS
 
 

@@ -12,13 +12,12 @@ NAME.parquet            one row per sound; the schema's metadata name the model 
 NAME.parquet.partial/   until the table is complete: plan.json, and part files with the rows so far
 """
 
-import hashlib
 import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
@@ -32,8 +31,15 @@ from torch import Tensor
 
 from ajepa.embed.embedder import WINDOWS_PER_BATCH, Embedder, Embedding
 from ajepa.embed.sound_inputs import directory_entry, path_as_given, sound_path, sounds_at_location
+from ajepa.embed.sound_rows import (
+    SoundRow,
+    digest_as_given,
+    digest_paths,
+    plan_as_begun,
+    plan_differences,
+)
 from ajepa.embed.windows import SoundStream, open_ahead
-from ajepa.training.run import Json, setting_differences
+from ajepa.training.run import Json
 from pipeline.audio.mel_spec import MelSpec
 from pipeline.audio.sources import SoundLocator
 from pipeline.errors import AudioError, InputError, RunError
@@ -85,25 +91,6 @@ class SoundReader(Protocol):
     def row_opener(self, store: FeatureStore, row: int) -> Callable[[], SoundStream]: ...
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SoundRow:
-    """The columns of a sound's row that are known before the sound is read.
-
-    absolute_path  what tables have as `path` that were begun when paths were still written as absolute ones; None for
-                   clips of a store
-    """
-
-    clip_id: str
-    path: str
-    labels: tuple[str, ...] | None = None
-    absolute_path: str | None = None
-
-    def with_absolute_path(self) -> "SoundRow":
-        """Return the row as tables of earlier versions have it."""
-        path = self.absolute_path
-        return self if path is None else replace(self, clip_id=path, path=path)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class EmbeddingJob:
     """The rows of a table in order, a function that opens the sound of a row, and the identity of all sounds."""
@@ -144,7 +131,7 @@ class EmbeddingJob:
         """Return the job for files and all sounds in folders and archives; InputError if a location has none.
 
         A sound to which several locations lead is one row, with its path from the first of them. The identity is that
-        of the absolute paths: the same sounds may be given in other words.
+        of the absolute paths; the one of a table (`identity_for`) also has that of the paths as given.
         """
         locators: dict[str, SoundLocator] = {}
         rows: list[SoundRow] = []
@@ -156,12 +143,16 @@ class EmbeddingJob:
                     rows.append(SoundRow(clip_id=path, path=path, absolute_path=sound_path(locator)))
 
         found = list(locators.values())
-        digest = hashlib.sha256("\n".join(map(sound_path, found)).encode()).hexdigest()[:16]
         return cls(
             rows=rows,
             row_opener=lambda number: model.file_opener(found[number]),
-            source_identity={"sounds": digest, "rows": len(rows)},
+            source_identity={"sounds": digest_paths(map(sound_path, found)), "rows": len(rows)},
         )
+
+    def identity_for(self, table: Path) -> Json:
+        """Return the identity of all sounds for the plan of the table at a path, with which it may move."""
+        given = digest_as_given(self.rows, table)
+        return self.source_identity if given is None else self.source_identity | {"given": given}
 
 
 def make_embedding_job(locations: Sequence[str], model: SoundReader, **store_options: Any) -> EmbeddingJob:
@@ -197,15 +188,19 @@ def write_embedding_table(
     reason and without an embedding. RunError if `out` contains other embeddings or is damaged; StoreError if another
     process is writing it.
     """
-    plan = table_plan(model, job, frames, batch)
-    table = EmbeddingTable(
-        path=out, plan=plan, width=model.width, frame_width=model.frame_width, frames=frames
-    )
+    plan = table_plan(model, job, out, frames, batch)
     out.parent.mkdir(parents=True, exist_ok=True)
     total = len(job.rows)
     with lock_output_file(out):
         # Count the rows that an earlier run wrote.
-        written = table.start_or_resume()
+        table = EmbeddingTable(
+            path=out,
+            plan=plan_as_begun(plan, parts_folder_of(out) / TABLE_PLAN_FILE),
+            width=model.width,
+            frame_width=model.frame_width,
+            frames=frames,
+        )
+        written = table.start_or_resume(job.rows)
         if out.exists():
             say(f"{out}: already complete, {total} rows")
             return table.count_reasons()
@@ -231,10 +226,15 @@ def write_embedding_table(
 def rows_as_begun(rows: Sequence[SoundRow], parts: Sequence[Path], parts_folder: Path) -> Sequence[SoundRow]:
     """Return the rows of a table with paths like those in its part files, each named by the number of its first row.
 
-    They are absolute in tables that an earlier version began. RunError if the same sounds were given by other paths.
+    They are absolute in tables that an earlier version began, and may have been given with `./`. RunError if the same
+    sounds were given by other paths.
     """
-    absolute_rows = [row.with_absolute_path() for row in rows] if parts else []
-    candidates = [rows, absolute_rows]
+    candidates: list[Callable[[SoundRow], SoundRow]] = [
+        lambda row: row,
+        SoundRow.with_normal_path,
+        SoundRow.with_dotted_path,
+        SoundRow.with_absolute_path,
+    ]
     for part in parts:
         with refusing_damage(part, f"delete {parts_folder} and make the table again"):
             paths = pq.read_table(part, columns=["path"]).column("path").to_pylist()
@@ -242,22 +242,23 @@ def rows_as_begun(rows: Sequence[SoundRow], parts: Sequence[Path], parts_folder:
         # A sound may have several rows one after the other, and so may its clips in a store.
         begun = [path for path, _ in groupby(paths)]
         first = int(part.stem)
-        slices = [[row.path for row in like[first : first + len(paths)]] for like in candidates]
+        slice_rows = rows[first : first + len(paths)]
         candidates = [
-            like
-            for like, slice_paths in zip(candidates, slices, strict=True)
-            if begun == [path for path, _ in islice(groupby(slice_paths), len(begun))]
+            as_begun
+            for as_begun in candidates
+            if begun
+            == [path for path, _ in islice(groupby(as_begun(row).path for row in slice_rows), len(begun))]
         ]
         if not candidates:
             raise RunError(
                 f"{parts_folder}: was begun with paths such as {begun[0]}, which is {rows[first].path} now; "
                 "give the same sounds as then, or delete it"
             )
-    return candidates[0]
+    return [candidates[0](row) for row in rows]
 
 
-def table_plan(model: Embedder, job: EmbeddingJob, frames: bool, batch: int) -> Json:
-    """Return everything that determines the values in a table: format, model, options, and identity of the sounds."""
+def table_plan(model: Embedder, job: EmbeddingJob, out: Path, frames: bool, batch: int) -> Json:
+    """Return all that determines the values in the table `out`: format, model, options, and identity of the sounds."""
     return {
         "format": TABLE_FORMAT,
         "model_id": model.pretrained.model_id,
@@ -268,7 +269,7 @@ def table_plan(model: Embedder, job: EmbeddingJob, frames: bool, batch: int) -> 
         "overlap": model.overlap,
         "batch": batch,
         "frames": frames,
-        **job.source_identity,
+        **job.identity_for(out),
     }
 
 
@@ -321,6 +322,19 @@ def summarise_table(out: Path, counts: Counter[str], say: Callable[[str], None] 
     return f"{summary}; without: {', '.join(reasons)}" if failures else summary
 
 
+def parts_folder_of(path: Path) -> Path:
+    """Return the folder of the parts of the table at a path, while it is written."""
+    return path.with_name(path.name + PARTIAL_SUFFIX)
+
+
+def read_part_paths(parts: Iterable[Path]) -> Iterator[str]:
+    """Yield the paths of the sounds in part files, row by row; RunError if one is damaged."""
+    for part in parts:
+        with refusing_damage(part, f"delete {part.parent} and make the table again"):
+            paths = pq.read_table(part, columns=["path"]).column("path").to_pylist()
+        yield from paths
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EmbeddingTable:
     """The table at `path` while it is written. `plan` (`table_plan`) must be unchanged on resume."""
@@ -333,7 +347,7 @@ class EmbeddingTable:
 
     @property
     def parts_folder(self) -> Path:
-        return self.path.with_name(self.path.name + PARTIAL_SUFFIX)
+        return parts_folder_of(self.path)
 
     @property
     def schema(self) -> pa.Schema:
@@ -351,13 +365,18 @@ class EmbeddingTable:
             fields += [("frames", pa.list_(frame)), ("frame_ms", pa.list_(pa.float64()))]
         return pa.schema(fields, metadata={TABLE_METADATA_KEY: json.dumps(self.plan, separators=(",", ":"))})
 
-    def start_or_resume(self) -> int:
-        """Return the number of rows that are already written, in a complete or an interrupted table.
+    def start_or_resume(self, rows: Sequence[SoundRow]) -> int:
+        """Return how many of the `rows` are already written, in a complete or an interrupted table.
 
         RunError if they have another plan, or are damaged.
         """
         if self.path.exists():
-            self._refuse_other_plan(read_table_plan(self.path), self.path)
+            stored_paths: Iterator[str] = (
+                path
+                for columns in table_batches(self.path, ("path",), SMALL_ROWS_PER_READ)
+                for path in columns.column("path").to_pylist()
+            )
+            self._refuse_other_plan(read_table_plan(self.path), self.path, rows, stored_paths)
 
             # If a run was killed after it merged the parts and before it deleted them, delete them now.
             shutil.rmtree(self.parts_folder, ignore_errors=True)
@@ -367,15 +386,16 @@ class EmbeddingTable:
         self.parts_folder.mkdir(parents=True, exist_ok=True)
         plan_file = self.parts_folder / TABLE_PLAN_FILE
         if plan_file.exists():
-            self._refuse_other_plan(json.loads(plan_file.read_text()), self.parts_folder)
+            stored_paths = read_part_paths(self.part_files())
+            self._refuse_other_plan(json.loads(plan_file.read_text()), self.parts_folder, rows, stored_paths)
         with replacing_file(plan_file) as scratch:
             scratch.write_text(json.dumps(self.plan, indent=1) + "\n")
 
-        rows = 0
+        written = 0
         for part in self.part_files():
             with refusing_damage(part, f"delete {self.parts_folder} and embed again"):
-                rows += int(pq.read_metadata(part).num_rows)
-        return rows
+                written += int(pq.read_metadata(part).num_rows)
+        return written
 
     def write_rows(
         self, first: int, rows: Sequence[SoundRow], results: Sequence[Embedding | AudioError]
@@ -409,12 +429,15 @@ class EmbeddingTable:
         """Return the part files in the order of their rows."""
         return sorted(self.parts_folder.glob("*.parquet"))
 
-    def _refuse_other_plan(self, stored_plan: Json, location: Path) -> None:
+    def _refuse_other_plan(
+        self, stored_plan: Json, location: Path, rows: Sequence[SoundRow], stored_paths: Iterable[str]
+    ) -> None:
         # Equal vectors may be wanted for different reasons: by name, or as the run's best.
-        changes = setting_differences(
-            {key: value for key, value in stored_plan.items() if key != REASON_KEY},
-            {key: value for key, value in self.plan.items() if key != REASON_KEY},
+        stored_plan, plan = (
+            {key: value for key, value in each.items() if key != REASON_KEY}
+            for each in (stored_plan, self.plan)
         )
+        changes = plan_differences(stored_plan, plan, rows, stored_paths)
         if changes:
             raise RunError(
                 f"{location}: holds other embeddings ({'; '.join(changes)}); delete it, or choose another --out"

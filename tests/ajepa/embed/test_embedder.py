@@ -298,6 +298,12 @@ def test_an_unusable_sound_says_why(model, tmp_path, store_path):
         (np.zeros(32_000), {"samples_B": [32_001]}, "a length for each of 1 waves, of at most 32000 samples"),
         (np.zeros((2, 32_000)), {"samples_B": [9_000]}, "a length for each of 2 waves"),
         (np.zeros(32_000), {"samples_B": [-1]}, r"samples_B \[-1\]"),
+        (
+            np.zeros((44_100, 2), np.int16),
+            {},
+            r"\[44100, 2\]: is read as 44100 sounds of 2 samples, \[B, S\]; embed\(audio, rate_hz=...\) takes",
+        ),
+        (np.zeros(0), {}, "the array is empty; expected samples"),
         (np.zeros(32_000), {"batch": 0}, "batch 0: expected 1 window or more"),
         (np.zeros(32_000), {"rate_hz": 0}, "audio at 0 Hz: expected a whole number from 1,000 to 768,000"),
     ],

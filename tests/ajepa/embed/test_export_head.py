@@ -4,17 +4,21 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from soundfile import read
 from sounds import babble
 
 import ajepa
 from ajepa.cli import app
-from ajepa.embed.export import export_encoder
-from ajepa.embed.export_graph import AudioGraph, write_program
+from ajepa.embed.embedder import Embedder
+from ajepa.embed.export import LONG_SCORES_LINES, export_encoder
+from ajepa.embed.export_graph import GRAPH_INPUTS, AudioGraph, write_program
 from ajepa.embed.hub import EXPORT_FILES
 from ajepa.embed.predictor import load_predictor
 from ajepa.embed.pretrained import EXPORT_METADATA_KEY, load_pretrained
@@ -118,6 +122,44 @@ def test_a_graph_gives_scores_beside_embeddings(tones, tmp_path, layer):
     torch.testing.assert_close(clip_BD, vectors, atol=2e-3, rtol=0)
 
 
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_the_cards_windows_give_the_packages_scores_of_a_sound_of_any_length(tones, activation):
+    """To 1e-3: shorter than a window, one window, a frame more, two and a part, 5 s; classes together or each alone."""
+    model = ajepa.load(tones.tuned, device="cpu")
+    assert model.pretrained.head is not None
+    head = replace(model.pretrained.head, activation=activation)
+    model = Embedder(replace(model.pretrained, head=head), device="cpu")
+    graph = AudioGraph(model)
+
+    def run(names, inputs):
+        with torch.inference_mode():
+            outputs = graph(*(torch.from_numpy(inputs[name]) for name in GRAPH_INPUTS))
+        return [outputs[graph.outputs.index(name)].numpy() for name in names]
+
+    columns = SimpleNamespace(shape=["batch", graph.grid.cols, "values"])
+    names = {
+        "np": np,
+        "metadata": {key: str(value) for key, value in graph.metadata.items()},
+        "session": SimpleNamespace(run=run, get_outputs=lambda: [None, columns, None, None]),
+        "window": graph.samples,
+    }
+    exec("\n".join(LONG_SCORES_LINES).partition("```python\n")[2].partition("```")[0], names)
+
+    # Low, then high: windows whose scores differ.
+    files = ["low/0.wav", "low/2.wav", "high/1.wav", "low/4.wav", "high/3.wav"]
+    wave_S = np.concatenate([read(tones.sounds / file, dtype="float32")[0] for file in files])
+    sound_S = np.repeat(wave_S, 2)
+    window = graph.samples
+    scores = []
+    for samples in (2_000, window, window + 320, 2 * window + 9_000, len(sound_S)):
+        expected_C = model.predict(sound_S[:samples], rate_hz=RATE_HZ)[0].scores_C
+        scores.append(names["predict_long"](sound_S[:samples]))
+        np.testing.assert_allclose(scores[-1], expected_C, atol=1e-3)
+    assert np.ptp(np.array(scores), axis=0).max() > 0.01
+    with pytest.raises(ValueError, match="shorter than a frame"):
+        names["predict_long"](sound_S[:100])
+
+
 def test_the_command_keeps_the_classes_and_the_card_says_how_to_call_it(tones, tmp_path, monkeypatch, capsys):
     """One ONNX file from audio to scores, with its class names; the card's own example is run."""
     pytest.importorskip("onnxscript", reason="ONNX is an extra: pip install 'ajepa[export]'")
@@ -162,6 +204,10 @@ def test_the_command_keeps_the_classes_and_the_card_says_how_to_call_it(tones, t
     sound_S = babble(7.0, RATE_HZ)
     expected_D = model.embed(sound_S, rate_hz=RATE_HZ)[0].clip_D
     np.testing.assert_allclose(names["embed_long"](sound_S), expected_D, atol=1e-3)
+    (scores_code,) = re.findall(r"```python\n(def predict_long.*?)```", card, flags=re.DOTALL)
+    exec(scores_code, names)
+    expected_C = model.predict(sound_S, rate_hz=RATE_HZ)[0].scores_C
+    np.testing.assert_allclose(names["predict_long"](sound_S), expected_C, atol=1e-3)
     for name, value in (("pooling", model.pooling), ("layer", str(model.layer))):
         assert metadata[name] == value
     assert f"| the vector of the sound: pooling `{model.pooling}`, layer `{model.layer}` |" in card

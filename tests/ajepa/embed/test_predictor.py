@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -262,3 +263,48 @@ def test_a_table_that_was_interrupted_is_carried_on_to_the_same_bytes(tones, tmp
         write_table("mine.csv")
     with pytest.raises(RunError, match=r"hop_seconds: was None, now 1\.0"):
         write_table("killed.parquet", hop_seconds=1.0)
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.parquet", "t.jsonl"])
+def test_times_are_written_to_a_millisecond(tones, tmp_path, name):
+    """35 frames are 0.35000000000000003 s, and 0.35 in a table."""
+    predictor = load_predictor(tones.tuned, device="cpu")
+    job = make_embedding_job([str(tones.sounds / "low" / "0.wav")], predictor)
+    write_prediction_table(predictor, job, tmp_path / name, hop_seconds=0.07, say=lambda line: None)
+    read = {"t.csv": pl.read_csv, "t.parquet": pl.read_parquet, "t.jsonl": pl.read_ndjson}[name]
+    rows = read(tmp_path / name)
+    times = [*rows["start"], *rows["end"]]
+    assert times == [round(time, 3) for time in times]
+    (found,) = predictor.predict_openers([job.row_opener(0)], hop_seconds=0.07)
+    assert found.spans_W2.ravel().tolist() != np.round(found.spans_W2, 3).ravel().tolist()
+    stretches = rows.filter(pl.col("row") == "stretch")
+    np.testing.assert_allclose(stretches["start"], found.spans_W2[:, 0], atol=5e-4)
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.parquet", "t.jsonl"])
+def test_predictions_move_with_their_sounds(tones, tmp_path, monkeypatch, name):
+    """In a copy of the whole folder they are complete; other sounds are told by the first other path."""
+    predictor = load_predictor(tones.tuned, device="cpu")
+    said = []
+
+    def predict():
+        job = make_embedding_job(["./sounds"], predictor)
+        write_prediction_table(predictor, job, Path("out", name), hop_seconds=0.5, say=said.append)
+
+    for number in range(2):
+        (tmp_path / "here" / "sounds").mkdir(parents=True, exist_ok=True)
+        shutil.copy(tones.sounds / "low" / f"{2 * number}.wav", tmp_path / "here" / "sounds")
+    monkeypatch.chdir(tmp_path / "here")
+    predict()
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    monkeypatch.chdir(tmp_path / "there")
+    predict()
+    assert said == [f"out/{name}: already complete"]
+    Path("sounds/2.wav").rename("sounds/3.wav")
+    with pytest.raises(
+        RunError, match=r"other sounds: the first that differs was \./sounds/2\.wav, is \./sounds/3\.wav now"
+    ):
+        predict()
+    Path("sounds/3.wav").unlink()
+    with pytest.raises(RunError, match=r"holds other predictions \(other sounds: 2 then, 1 now\)"):
+        predict()

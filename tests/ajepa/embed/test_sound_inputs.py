@@ -140,6 +140,15 @@ def test_what_is_no_sound_is_refused_in_one_line(model, sounds, rate_hz, message
         model.embed(sounds, rate_hz=rate_hz)
 
 
+@pytest.mark.parametrize("shape", [(0,), (0, 2), (2, 0)])
+def test_an_empty_array_is_said_to_be_empty(model, shape):
+    """It has no samples that could be NaN; among others it is a row like other bad sounds."""
+    with pytest.raises(AudioError, match=r"^the array is empty; expected samples$"):
+        model.embed(np.zeros(shape, np.int16), rate_hz=RATE_HZ)
+    found = model.embed([np.zeros(shape, np.int16), babble(1.0, RATE_HZ)], rate_hz=RATE_HZ)
+    assert {number: error.reason for number, error in found.errors.items()} == {0: "too_short"}
+
+
 def test_a_notebook_shows_a_line_for_each_thing(model):
     """A cell that ends in a model or a result prints no tensors."""
     found = model.embed(babble(1.0, RATE_HZ), rate_hz=RATE_HZ)

@@ -212,6 +212,72 @@ def test_a_table_is_carried_on_with_the_paths_it_was_begun_with(model, folder, t
     assert write_and_read(model, [folder.name], out)["path"][0] == f"{folder.name}/0.wav"
 
 
+def test_a_table_moves_with_its_sounds(model, folder, tmp_path, monkeypatch):
+    """The same relative command carries on in a copy of the whole folder; other sounds are told by their paths."""
+    monkeypatch.setattr(table, "PART_CLIPS", 3)
+    lines = []
+
+    def embed(*given):
+        job = make_embedding_job([str(location) for location in given], model)
+        write_embedding_table(model, job, Path("vec/emb.parquet"), say=lines.append)
+
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    shutil.copytree(folder, here / "sounds")
+    monkeypatch.chdir(here)
+    with monkeypatch.context() as broken:
+        broken.setattr(table.EmbeddingTable, "merge_parts", lambda table: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            embed("./sounds")
+    parts = sorted(Path("vec/emb.parquet.partial").glob("*.parquet"))
+    parts[-1].unlink()
+    shutil.copytree(here, there)
+    embed("./sounds")
+
+    # Interrupted and moved it ends with the bytes that it has where it was begun; moved again, it is complete.
+    monkeypatch.chdir(there)
+    embed("sounds")
+    assert lines == ["vec/emb.parquet: carrying on after 9 of 11 rows"] * 2
+    assert (there / "vec/emb.parquet").read_bytes() == (here / "vec/emb.parquet").read_bytes()
+    assert pl.read_parquet("vec/emb.parquet")["path"].str.starts_with("./sounds/").all()
+    shutil.copytree(there, tmp_path / "far" / "away")
+    monkeypatch.chdir(tmp_path / "far" / "away")
+    for given in ("sounds", "./sounds", "sounds//"):
+        embed(given)
+    assert lines[2:] == ["vec/emb.parquet: already complete, 11 rows"] * 3
+
+    # Of other sounds the first path that differs is told.
+    Path("sounds/3.wav").rename("sounds/30.wav")
+    with pytest.raises(
+        RunError,
+        match=r"\(other sounds: the first that differs was \./sounds/3\.wav, is sounds/30\.wav now\)",
+    ):
+        embed("sounds")
+
+    # Another folder's sounds of the same names are others where the table has not moved with them.
+    monkeypatch.chdir(there)
+    job = make_embedding_job(["sounds"], model)
+    with pytest.raises(RunError, match="other sounds: the same paths, in another folder than then"):
+        write_embedding_table(model, job, here / "vec/emb.parquet")
+
+
+def test_tables_of_before_are_complete_with_the_same_sounds_in_other_words(
+    model, folder, tmp_path, monkeypatch
+):
+    """They know absolute paths alone."""
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setattr(table.EmbeddingJob, "identity_for", lambda job, table: job.source_identity)
+    out = tmp_path / "emb.parquet"
+    write_and_read(model, [folder.name], out)
+    assert "given" not in table.read_table_plan(out)
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    for given in (".", folder):
+        lines = []
+        write_embedding_table(model, make_embedding_job([str(given)], model), out, say=lines.append)
+        assert lines == [f"{out}: already complete, 11 rows"]
+
+
 def test_a_long_sound_ends_a_part(model, tmp_path, monkeypatch):
     """Memory follows a part: hours are written sooner than as many short sounds."""
     monkeypatch.setattr(table, "PART_FRAMES", 250)
@@ -236,8 +302,10 @@ def test_a_table_is_not_carried_on_as_another(model, run_path, folder, store_pat
     other = ajepa.load(run_path, device="cpu", pooling="frequency")
     with pytest.raises(RunError, match="pooling: was moments, now frequency"):
         write_and_read(other, [folder], out)
-    with pytest.raises(RunError, match="rows: was 11, now 1"):
+    with pytest.raises(RunError, match=r"other embeddings \(other sounds: 11 then, 1 now\); delete it"):
         write_and_read(model, [folder / "0.wav"], out)
+    with pytest.raises(RunError, match=r"\(sounds: was files, now a store\); delete it"):
+        write_and_read(model, [store_path], out)
     lines = []
     write_embedding_table(model, make_embedding_job([str(folder)], model), out, say=lines.append)
     assert lines == [f"{out}: already complete, 11 rows"]
