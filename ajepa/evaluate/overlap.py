@@ -41,7 +41,7 @@ class TrainingOverlap:
         return record
 
     def describe(self, eval_clips: int) -> Iterator[str]:
-        """Yield a phrase for each kind of overlap, or that there is none, and then the stores that were not compared."""
+        """Yield a phrase for each kind of overlap, or that there is none; then the stores that were not compared."""
         for clips, meaning in (
             (self.with_labels, "with their labels: its scores on these clips mean nothing"),
             (self.without_labels, "without labels: scores may be a little high"),
