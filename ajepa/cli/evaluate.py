@@ -98,9 +98,11 @@ def compare(
         typer.Option(help="Also a table: .csv, .parquet or .jsonl.", callback=check_table_path),
     ] = None,
 ) -> None:
-    """Print results beside the published ones, and how they compare.
+    """Print results side by side, and beside published ones.
 
-    Two results are comparable if clips, classes, labels, training clips and
+    Results of the same clips by the same probe share a table, the best first, with
+    the random encoder and log-mel statistics. Intervals are of each number alone.
+    A published result is comparable if clips, classes, labels, training clips and
     protocol agree; the sources are in manifests/published_results.csv.
 
     Example: ajepa-train compare runs/a runs/finetuned

@@ -1,49 +1,29 @@
-"""Compare the project's results with published ones: print both, and state whether the numbers are comparable."""
+"""Compare results with each other and with published ones, and state whether the numbers are comparable."""
 
 import csv
 import importlib.resources
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from string import ascii_lowercase
-from textwrap import wrap
+from textwrap import TextWrapper, wrap
 from typing import Any
 
 import polars as pl
 
-from ajepa.evaluate.protocol import ClassifierTraining, ProbeTraining
-from ajepa.evaluate.result import (
-    EVALUATION_FILE,
-    METRIC_TITLES,
-    PRIMARY_METRIC,
-    UNKNOWN_CHOICE,
-    Evaluation,
-    Score,
+from ajepa.evaluate.features import RANDOM, STATISTICS
+from ajepa.evaluate.own_results import (
+    OFFICIAL_EVAL_CLIPS,
+    OFFICIAL_TRAIN_CLIPS,
+    FeatureScore,
+    OwnResult,
+    find_results,
 )
+from ajepa.evaluate.result import METRIC_TITLES, TABLE_COLUMNS, UNKNOWN_CHOICE, describe_checkpoint_choice
 from ajepa.training.trained_run import CHOSEN_ON_EVAL_CLIPS
-from pipeline.datasets.speech_commands import SPEECH_COMMANDS_WORDS
-from pipeline.errors import RunError
-from pipeline.labels.ontology import fsd50k_classes, load_class_list
 
 PUBLISHED_TABLE = importlib.resources.files("manifests") / "published_results.csv"
-
-# Clips of the official eval split, or of all folds together; manifests/README.md names the source of each number.
-OFFICIAL_EVAL_CLIPS = {
-    "audioset-2m": 20_371,
-    "audioset-20k": 20_371,
-    "esc50": 2_000,
-    "fsd50k": 10_231,
-    "speech-commands-v1": 6_835,
-    "speech-commands-v2": 11_005,
-    "voxceleb1-sid": 8_251,
-}
-
-# AudioSet's official train clips: the balanced and the unbalanced set together, and the balanced set alone.
-OFFICIAL_TRAIN_CLIPS = {
-    "audioset-2m": 2_063_949,
-    "audioset-20k": 22_160,
-}
 
 # Smallest share of the official eval split that is comparable. AudioSet loses clips over time: results are published
 # on 94 % of its eval split.
@@ -70,6 +50,9 @@ PROTOCOL_TITLES = {
 }
 
 
+VALUE_COLUMNS = 28  # of a number with its interval and its deviation over folds
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PublishedResult:
     """A published number: a row of manifests/published_results.csv, without the columns that the program does not use.
@@ -93,54 +76,45 @@ class PublishedResult:
     caution: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OwnResult:
-    """One result of this project.
-
-    task            public task that was measured; None: none of the table
-    value           in [0, 1]
-    train_clips     number of clips that trained the classifier or the probe; None: not recorded
-    fold_deviation  sample deviation over folds; None: no folds
-    from_nothing    whether a classifier was trained without a pre-trained encoder
-    tuned           whether the probed encoder was fine-tuned with labels
-    checkpoint      last, best, init or a step
-    chosen_by       what chose that checkpoint, in words; None: not recorded
-    """
-
-    name: str
-    task: str | None
-    protocol: str
-    metric: str
-    value: float
-    interval: tuple[float, float] | None
-    label_set: str
-    classes: int
-    train_clips: int | None
-    eval_clips: int
-    fold_deviation: float | None = None
-    folds: int = 0
-    from_nothing: bool = False
-    tuned: bool = False
-    checkpoint: str = "last"
-    chosen_by: str | None = None
-
-
 def compare_results(result_paths: Sequence[Path]) -> str:
-    """A table of every result, followed by the published results of its task, in lines of at most 80 columns.
+    """Tables of the results, each followed by the published results of its task, in lines of at most 80 columns.
 
-    RunError if a path contains no result.
+    Results that measured the same clips by the same probe share a table; any other has a block of its own. RunError if
+    a path contains no result.
     """
-    results = [result for path in result_paths for result in find_results(path)]
-    return "\n\n".join("\n".join(comparison_lines(result)) for result in results)
+    groups = group_results(find_all_results(result_paths))
+    blocks = [
+        "\n".join(comparison_lines(group[0]) if len(group) == 1 else shared_lines(group)) for group in groups
+    ]
+    lonely = sum(not published_rows(group[0]) for group in groups)
+    if lonely:
+        which = "what is measured here" if lonely == len(groups) else f"{lonely} of the {len(groups)} tables"
+        blocks.append(f"no published result of {which} is listed in published_results.csv")
+    return "\n\n".join(blocks)
+
+
+def find_all_results(result_paths: Sequence[Path]) -> list[OwnResult]:
+    """The results in all paths; a path that is given twice counts once. RunError if a path contains none."""
+    return [result for path in dict.fromkeys(result_paths) for result in find_results(path)]
+
+
+def group_results(results: Sequence[OwnResult]) -> list[list[OwnResult]]:
+    """Results that measured the same clips by the same probe together, in the order of the first of each."""
+    groups: dict[tuple[object, ...], list[OwnResult]] = {}
+    for number, result in enumerate(results):
+        groups.setdefault((result.task, result.protocol, *(result.measured or (number,))), []).append(result)
+    return list(groups.values())
 
 
 def comparison_table(result_paths: Sequence[Path]) -> pl.DataFrame:
     """The same as a table: a row for every result, and after it one for every published result of its task.
 
-    `comparable` (yes, with care, no) and `reasons` are empty in the row of a result. RunError if a path contains none.
+    `comparable` (yes, with care, no) and `reasons` are empty in the row of a result, which alone has the last columns:
+    the features, what random init and log-mel statistics reached (empty for a classifier), store, clips and step.
+    RunError if a path contains none.
     """
-    records = []
-    for result in (result for path in result_paths for result in find_results(path)):
+    records: list[dict[str, Any]] = []
+    for result in find_all_results(result_paths):
         low, high = result.interval or (None, None)
         own = {
             "result": result.name,
@@ -148,160 +122,39 @@ def comparison_table(result_paths: Sequence[Path]) -> pl.DataFrame:
             "label_set": result.label_set,
             "metric": result.metric,
         }
+        baselines = {score.features: score.value for score in result.baselines}
         records.append(
             own
             | {"model": "this result", "protocol": result.protocol, "value": result.value}
-            | {"low": low, "high": high, "comparable": None, "reasons": None}
+            | {"low": low, "high": high, "features": result.features}
+            | {"random_init": baselines.get(RANDOM), "log_mel_statistics": baselines.get(STATISTICS)}
+            | {"store": result.store_name, "eval_clips": result.eval_clips, "step": result.step}
         )
-        for row in published_results():
-            if (row.task, row.metric) != (result.task, result.metric):
-                continue
+        for row in published_rows(result):
             against = reasons_against(result, row)
             caveats = comparison_caveats(result, row)
             records.append(
                 own
-                | {
-                    "model": row.model,
-                    "protocol": row.protocol,
-                    "value": row.value,
-                    "low": None,
-                    "high": None,
-                }
+                | {"model": row.model, "protocol": row.protocol, "value": row.value}
                 | {"comparable": comparison_verdict(against, caveats), "reasons": [*against, *caveats]}
             )
     schema = dict.fromkeys(("result", "model", "task", "label_set", "protocol", "metric"), pl.String())
     numbers = dict.fromkeys(("value", "low", "high"), pl.Float64())
-    return pl.DataFrame(
-        records, schema={**schema, **numbers, "comparable": pl.String(), "reasons": pl.List(pl.String())}
-    )
-
-
-def find_results(result_path: Path) -> list[OwnResult]:
-    """The results in a JSON file, or all results in a folder of a run or of a cross-validated task."""
-    if result_path.is_file():
-        return list(read_results(result_path))
-
-    # The result on the run's own store comes first
-    files = sorted(
-        result_path.glob(f"{Path(EVALUATION_FILE).stem}*.json"),
-        key=lambda file: (file.name != EVALUATION_FILE, file.name),
-    )
-    if not files:
-        fold_files = sorted(result_path.glob(f"*/{EVALUATION_FILE}"))
-        next_step = "evaluate or finetune first"
-        if fold_files:
-            next_step = f"finetune with every fold, or give {fold_files[0].parent}"
-        raise RunError(
-            f"{result_path}: holds no {EVALUATION_FILE}; run ajepa-train {next_step}, or give a JSON file"
-        )
-    return [result for file in files for result in read_results(file)]
-
-
-def read_results(file: Path) -> Iterator[OwnResult]:
-    """Yield the results of a file that `evaluate` or `finetune` wrote; for probes, only those on the trained encoder.
-
-    RunError for any other file.
-    """
-    evaluation = Evaluation.read_json(file)
-    classifier = evaluation.protocol.classifier
-    probes = evaluation.protocol.probes
-    own_features = evaluation.scores[0].features
-    for score in evaluation.scores:
-        if score.features != own_features:
-            continue
-        if classifier is not None:
-            yield classifier_result(str(file), evaluation, score, classifier)
-        elif probes is not None:
-            yield probe_result(str(file), evaluation, score, probes)
-
-
-def classifier_result(
-    name: str, evaluation: Evaluation, score: Score, classifier: ClassifierTraining
-) -> OwnResult:
-    """The result of a classifier. Its task is the task of its training, or None if fewer classes were measured."""
-    # AudioSet is two public tasks, which differ in the number of train clips
-    task: str | None = classifier.task
-    train_clips = classifier.train_clips
-    if task == "audioset":
-        is_balanced = train_clips is not None and train_clips <= OFFICIAL_TRAIN_CLIPS["audioset-20k"]
-        task = "audioset-20k" if is_balanced else "audioset-2m"
-
-    # On another store only shared classes are measured; if some are missing, the task is a different one
-    is_own_store = evaluation.protocol.store_id == evaluation.protocol.training_store_id
-    if not is_own_store and len(evaluation.classes) < classifier.class_count:
-        task = None
-    is_public = task in OFFICIAL_EVAL_CLIPS
-    return _own_result(
-        name,
-        evaluation,
-        score,
-        task=task if is_public else None,
-        protocol="fine-tuned" if is_own_store or is_public else "elsewhere",
-        train_clips=train_clips,
-        from_nothing=classifier.start is None,
-    )
-
-
-def probe_result(name: str, evaluation: Evaluation, score: Score, probes: ProbeTraining) -> OwnResult:
-    """The result of a probe. Its task is recognised by the classes of the store."""
-    mids = [mid for mid, _ in evaluation.classes]
-    return _own_result(
-        name,
-        evaluation,
-        score,
-        task=match_public_task(mids, folds=evaluation.protocol.folds, train_clips=probes.train_clips),
-        protocol=score.probe,
-        train_clips=probes.train_clips,
-        tuned=evaluation.protocol.task is not None,
-    )
-
-
-def _own_result(name: str, evaluation: Evaluation, score: Score, **training_facts: Any) -> OwnResult:
-    estimate = score.primary_estimate
-    return OwnResult(
-        name=name,
-        metric=PRIMARY_METRIC[score.kind],
-        value=estimate.value,
-        interval=(estimate.low, estimate.high),
-        fold_deviation=score.fold_deviation,
-        folds=evaluation.protocol.folds,
-        label_set=score.label_set,
-        classes=len(evaluation.classes),
-        eval_clips=evaluation.protocol.eval_clips,
-        checkpoint=evaluation.protocol.checkpoint,
-        chosen_by=evaluation.protocol.chosen_by,
-        **training_facts,
-    )
-
-
-def match_public_task(classes: Sequence[str], *, folds: int, train_clips: int) -> str | None:
-    """The public task that has these class ids; None if the table has no such task.
-
-    AudioSet is two tasks: `audioset-20k` if there are no more train clips than in its balanced set, else `audioset-2m`.
-    """
-    # AudioSet, FSD50K and Speech Commands are recognised by their class ids
-    if set(classes) == set(load_class_list().mids):
-        return "audioset-20k" if train_clips <= OFFICIAL_TRAIN_CLIPS["audioset-20k"] else "audioset-2m"
-    if set(classes) == set(fsd50k_classes().mids):
-        return "fsd50k"
-    for version, words in SPEECH_COMMANDS_WORDS.items():
-        if set(classes) == set(words):
-            return f"speech-commands-{version}"
-
-    # ESC-50 is recognised by its numbers of classes and folds
-    return "esc50" if len(classes) == 50 and folds == 5 else None
+    verdicts = {"comparable": pl.String(), "reasons": pl.List(pl.String()), "features": pl.String()}
+    baseline_numbers = dict.fromkeys(("random_init", "log_mel_statistics"), pl.Float64())
+    facts = {"store": pl.String(), "eval_clips": pl.Int64(), "step": pl.Int64()}
+    return pl.DataFrame(records, schema={**schema, **numbers, **verdicts, **baseline_numbers, **facts})
 
 
 def comparison_lines(result: OwnResult) -> list[str]:
     """The lines of one result: its number, the published numbers of its task from the best down, and all reasons."""
-    # The result
     interval = ""
     if result.interval is not None:
         interval = " [{:.3f} {:.3f}]".format(*result.interval)
     spread = ""
     if result.fold_deviation is not None:
         spread = f" ± {result.fold_deviation:.3f} over {result.folds} folds"
-    lines = [
+    return [
         result.name,
         f"{result.task or 'no task in the table'}, {result.label_set} labels, "
         f"{PROTOCOL_TITLES[result.protocol]}, {result.eval_clips} clips",
@@ -312,16 +165,79 @@ def comparison_lines(result: OwnResult) -> list[str]:
             subsequent_indent="    ",
         ),
         f"  {'this result':24}{METRIC_TITLES[result.metric]:9} {result.value:.3f}{interval}{spread}",
+        *published_lines([result]),
     ]
 
-    # The published results; each reason gets a letter when it is first used
-    rows = [row for row in published_results() if row.task == result.task and row.metric == result.metric]
-    if not rows:
-        lines.append("  no published result of this task is listed in published_results.csv")
+
+def shared_lines(results: Sequence[OwnResult]) -> list[str]:
+    """The lines of results that measured the same clips by the same probe: one table, the best first, then the runs.
+
+    There is a row for each run and kind of features; the published numbers of the task follow.
+    """
+    # What they have in common. A path is never broken, so that it can be copied.
+    first = results[0]
+    wrapper = TextWrapper(TABLE_COLUMNS, break_on_hyphens=False, break_long_words=False)
+    counts = sorted({result.train_clips for result in results if result.train_clips is not None})
+    trained = f", trained on {' or '.join(map(str, counts))} clips" if counts else ""
+    folds = f", mean over {first.folds} folds" if first.folds else ""
+    task = "" if first.task is None else f"{first.task}: "
+    lines = wrapper.wrap(
+        f"{task}{first.eval_clips} clips of {first.store_name}, {first.label_set} labels{folds}, "
+        f"{PROTOCOL_TITLES[first.protocol]}{trained}"
+    )
+
+    # The numbers, from the best down
+    lines.append(f"  {METRIC_TITLES[first.metric]:{VALUE_COLUMNS}}  {'features':20} run")
+    for score, result in sorted(feature_scores(results), key=lambda pair: -pair[0].value):
+        cell = f"{score.value:.3f}"
+        if score.interval is not None:
+            cell += " [{:.3f} {:.3f}]".format(*score.interval)
+        if score.fold_deviation is not None:
+            cell += f" ± {score.fold_deviation:.3f}"
+        lines.append(f"  {cell:{VALUE_COLUMNS}}  {score.features:20} {result.run_name}")
+    if first.chance is not None:
+        lines.append(f"  {f'{first.chance:.3f}':{VALUE_COLUMNS}}  chance")
+
+    # The runs
+    wrapper.initial_indent, wrapper.subsequent_indent = "  ", "    "
+    for result in results:
+        vectors = "" if result.pooling is None else f", pooling {result.pooling}, layer {result.layer}"
+        lines += wrapper.wrap(
+            f"{result.run_name}: step {result.step}{vectors}; "
+            f"{describe_checkpoint_choice(result.checkpoint, result.chosen_by)}"
+        )
+    return lines + published_lines(results)
+
+
+def feature_scores(results: Sequence[OwnResult]) -> Iterator[tuple[FeatureScore, OwnResult]]:
+    """Yield the number of every result, and those of its baselines after it."""
+    for result in results:
+        own = FeatureScore(
+            features=result.features,
+            value=result.value,
+            interval=result.interval,
+            fold_deviation=result.fold_deviation,
+        )
+        yield own, result
+        for score in result.baselines:
+            yield score, result
+
+
+def published_rows(result: OwnResult) -> list[PublishedResult]:
+    """The published results of a result's task, in the order of the table."""
+    return [row for row in published_results() if (row.task, row.metric) == (result.task, result.metric)]
+
+
+def published_lines(results: Sequence[OwnResult]) -> list[str]:
+    """The published results of the task of some results, the best first, and why they are or are not comparable.
+
+    A reason that holds for some of the results only names these. Each reason gets a letter when it is first used.
+    """
+    lines = []
     letters: dict[str, str] = {}
-    for row in sorted(rows, key=lambda row: -row.value):
-        against = reasons_against(result, row)
-        caveats = comparison_caveats(result, row)
+    for row in sorted(published_rows(results[0]), key=lambda row: -row.value):
+        against = collect_reasons(results, row, reasons_against)
+        caveats = collect_reasons(results, row, comparison_caveats)
         for reason in against + caveats:
             if reason not in letters:
                 letters[reason] = ascii_lowercase[len(letters)]
@@ -332,9 +248,28 @@ def comparison_lines(result: OwnResult) -> list[str]:
             f"  {row.model:24}{METRIC_TITLES[row.metric]:9} {row.value:.3f}  {PROTOCOL_TITLES[row.protocol]:12} "
             f"{verdict}"
         )
+    wrapper = TextWrapper(
+        78, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False, break_long_words=False
+    )
     for reason, letter in letters.items():
-        lines += wrap(f"({letter}) {reason}", 78, initial_indent="  ", subsequent_indent="      ")
+        lines += wrapper.wrap(f"({letter}) {reason}")
     return lines
+
+
+def collect_reasons(
+    results: Sequence[OwnResult],
+    row: PublishedResult,
+    find_reasons: Callable[[OwnResult, PublishedResult], list[str]],
+) -> list[str]:
+    """The reasons of all results, each once; one that holds for some only is followed by their runs."""
+    holders: dict[str, list[str]] = {}
+    for result in results:
+        for reason in find_reasons(result, row):
+            holders.setdefault(reason, []).append(result.run_name)
+    return [
+        reason if len(names) == len(results) else f"{reason} ({', '.join(names)})"
+        for reason, names in holders.items()
+    ]
 
 
 def comparison_verdict(against: Sequence[str], caveats: Sequence[str]) -> str:

@@ -38,7 +38,8 @@ from pipeline.store.splits import held_out_mask_N, train_splits
 
 SELECTION_CLIPS = 2_000
 
-HELD_SHARE = 0.25  # of the sounds
+# Of the sounds; the second where the first holds back too few clips. It holds back the same sounds and more.
+HELD_SHARES = (0.25, 0.4)
 
 SELECTION_DRAW = 4  # the stream of a recipe's seed that draws the clips
 
@@ -64,13 +65,17 @@ SCORE_DIGITS = 4  # that are stored: the last bits depend on the number of threa
 class SelectionClips:
     """Labelled training clips: N rows of the store, which of them are held back, and their labels of C classes.
 
-    single  whether every clip has exactly one label
+    single           whether every clip has exactly one label
+    labelled         number of labelled training clips that were drawn from
+    held_with_label  number of clips that were held back, also of classes that are not probed
     """
 
     rows_N: np.ndarray
     is_held_N: np.ndarray
     labels_NC: np.ndarray
     single: bool
+    labelled: int
+    held_with_label: int
 
     @property
     def held_clips(self) -> int:
@@ -89,6 +94,14 @@ class SelectionClips:
     @classmethod
     def from_store(cls, store: AnyStore, seed: int, max_clips: int = SELECTION_CLIPS) -> "SelectionClips":
         """Draw labelled clips of the training splits by the seed; there may be too few of them (`shortage`)."""
+        for held_share in HELD_SHARES:
+            clips = cls._hold_back(store, seed, max_clips, held_share)
+            if clips.shortage is None:
+                break
+        return clips
+
+    @classmethod
+    def _hold_back(cls, store: AnyStore, seed: int, max_clips: int, held_share: float) -> "SelectionClips":
         # The rows that have a label.
         rows_N = store.good_rows(train_splits(store))
         _, offsets_N = store.flat_labels()
@@ -99,7 +112,7 @@ class SelectionClips:
 
         # Hold sounds back. A table may name pieces of one file as it likes: none of such a file trains either.
         clips = store.manifest[rows_N]
-        is_held_N = held_out_mask_N(clips["clip_id"], HELD_SHARE, seed)
+        is_held_N = held_out_mask_N(clips["clip_id"], held_share, seed)
         sources = clips["source"].to_numpy()
         of_held_sound_N = np.isin(sources.astype(str), sources[is_held_N].astype(str))
         found = cls(
@@ -107,6 +120,8 @@ class SelectionClips:
             is_held_N=is_held_N,
             labels_NC=store.labels_BC(rows_N),
             single=bool((label_counts_N[rows_N] == 1).all()),
+            labelled=len(labelled_N),
+            held_with_label=int(is_held_N.sum()),
         )
         return found.select_clips(is_held_N | ~of_held_sound_N).keep_frequent_classes()
 
@@ -125,7 +140,10 @@ class SelectionClips:
         """Why these clips do not suffice; None if they do."""
         if self.held_clips < MIN_HELD_CLIPS:
             return (
-                f"{self.held_clips} labelled training clips could be held back, {MIN_HELD_CLIPS} are needed"
+                f"of {self.labelled} labelled training clips {self.held_with_label} were held back, in whole sounds, "
+                f"and {self.held_clips} of these are of a class with {MIN_CLASS_CLIPS} clips both held back and to "
+                f"train on; "
+                f"{MIN_HELD_CLIPS} are needed"
             )
         if self.labels_NC.shape[1] < 2:
             return f"fewer than 2 classes have {MIN_CLASS_CLIPS} clips both to train on and held back"
@@ -149,7 +167,10 @@ def choose_features(
     trained = TrainedRun.open(run)
     clips = SelectionClips.from_store(store, trained.recipe.seed, max_clips)
     if clips.shortage is not None:
-        say(f"{run.path}: no pooling and layer chosen by probes: {clips.shortage}; the fixed default is used")
+        say(
+            f"{run.path}: no pooling and layer chosen by probes: {clips.shortage}; the fixed default is used: label "
+            "more sounds of each class, or choose with ajepa-train evaluate --pooling NAME --layer NAME"
+        )
         return None
 
     # Their vectors by every candidate, from one pass over the clips.

@@ -21,22 +21,27 @@ class TrainingOverlap:
     with_labels       clips whose sound was trained on with labels
     without_labels    the others, whose sound was trained on without
     unchecked_stores  names of stores that the run was trained on, and that are no longer where they were
+    compared          whether any store could be compared; False: the counts are 0 and say nothing
     """
 
     with_labels: int
     without_labels: int
     unchecked_stores: tuple[str, ...] = ()
+    compared: bool = True
 
     @classmethod
     def from_json(cls, record: Json) -> "TrainingOverlap":
         return cls(**{**record, "unchecked_stores": tuple(record["unchecked_stores"])})
 
     def to_json(self) -> Json:
-        """The value under `training_overlap` in evaluation.json."""
-        return asdict(self) | {"unchecked_stores": list(self.unchecked_stores)}
+        """The value under `training_overlap` in evaluation.json; `compared` is there only where it is false."""
+        record = asdict(self) | {"unchecked_stores": list(self.unchecked_stores)}
+        if self.compared:
+            del record["compared"]
+        return record
 
     def describe(self, eval_clips: int) -> Iterator[str]:
-        """Yield a phrase for each kind of overlap that there is."""
+        """Yield a phrase for each kind of overlap, or that there is none; then the stores that were not compared."""
         for clips, meaning in (
             (self.with_labels, "with their labels: its scores on these clips mean nothing"),
             (self.without_labels, "without labels: scores may be a little high"),
@@ -46,6 +51,14 @@ class TrainingOverlap:
                     f"{clips} of {eval_clips} measured clips have the same sound as clips that the run was trained on, "
                     f"{meaning}"
                 )
+        if self.compared and not (self.with_labels or self.without_labels):
+            yield f"none of the {eval_clips} measured clips has the sound of a clip that trained the run"
+        if self.unchecked_stores:
+            which = "it is" if len(self.unchecked_stores) == 1 else "each is"
+            yield (
+                f"not compared with {', '.join(self.unchecked_stores)}, which trained the run: {which} no longer where "
+                "it was, or at a URL"
+            )
 
 
 def measure_overlap(
@@ -54,7 +67,7 @@ def measure_overlap(
     """Compare the sounds of some rows of a store with those that the run, and what it started from, was trained on.
 
     `is_own_store_told`: the user knows already that the run was trained on this very store, which is left out. None
-    where nothing could be compared: the run does not say where its stores lie, or none of them lies there any more.
+    where there is nothing to compare: the run does not say where its stores lie, or this store alone trained it.
     """
     measured = store.manifest_columns("digest")[eval_N].with_row_index("place")
     is_seen = {with_labels: np.zeros(len(eval_N), bool) for with_labels in (True, False)}
@@ -78,12 +91,13 @@ def measure_overlap(
         shared = digests.join(measured, on="digest", how="semi")
         seen = measured.join(shared, on="digest", how="semi")["place"]
         is_seen[trained.label_set is not None][seen.to_numpy()] = True
-    if not checked:
+    if not checked and not unchecked:
         return None
     return TrainingOverlap(
         with_labels=int(is_seen[True].sum()),
         without_labels=int((is_seen[False] & ~is_seen[True]).sum()),
-        unchecked_stores=tuple(unchecked),
+        unchecked_stores=tuple(dict.fromkeys(unchecked)),
+        compared=bool(checked),
     )
 
 
@@ -115,4 +129,5 @@ def add_overlaps(overlaps: Iterable[TrainingOverlap | None]) -> TrainingOverlap 
         with_labels=sum(overlap.with_labels for overlap in known),
         without_labels=sum(overlap.without_labels for overlap in known),
         unchecked_stores=tuple(dict.fromkeys(name for overlap in known for name in overlap.unchecked_stores)),
+        compared=all(overlap.compared for overlap in known),
     )

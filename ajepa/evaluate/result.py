@@ -154,7 +154,7 @@ class Evaluation:
         yield f"{protocol.eval_clips} eval clips of {protocol.store_name}{folds}; run at step {protocol.step}"
         if protocol.training_overlap is not None:
             yield from protocol.training_overlap.describe(protocol.eval_clips)
-        yield describe_checkpoint_choice(protocol)
+        yield describe_checkpoint_choice(protocol.checkpoint, protocol.chosen_by)
         if protocol.precision is not None:
             yield f"network computed in {protocol.precision}, everything after it in fp32"
 
@@ -267,12 +267,12 @@ def _table_line(head: str, cells: Iterable[str]) -> str:
     return (f"  {head:31}" + "".join(f"  {cell:20}" for cell in cells)).rstrip()
 
 
-def describe_checkpoint_choice(protocol: EvaluationProtocol) -> str:
+def describe_checkpoint_choice(checkpoint: str, chosen_by: str | None) -> str:
     """The checkpoint that was measured, and what chose it, in words."""
-    chosen_by = protocol.chosen_by or UNKNOWN_CHOICE
-    if chosen_by.startswith("nothing: "):
-        return f"checkpoint {protocol.checkpoint}: {chosen_by.removeprefix('nothing: ')}"
-    return f"checkpoint {protocol.checkpoint}, chosen by {chosen_by}"
+    choice = chosen_by or UNKNOWN_CHOICE
+    if choice.startswith("nothing: "):
+        return f"checkpoint {checkpoint}: {choice.removeprefix('nothing: ')}"
+    return f"checkpoint {checkpoint}, chosen by {choice}"
 
 
 def _class_count_text(score: Score) -> str:

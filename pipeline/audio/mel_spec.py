@@ -120,6 +120,11 @@ class MelSpec:
             )
 
     @property
+    def hop_seconds(self) -> float:
+        """The time from one frame to the next."""
+        return self.hop_samples / self.sample_rate_hz
+
+    @property
     def clip_samples(self) -> int:
         """The number of samples of a full clip, at `sample_rate_hz`."""
         return round(self.clip_seconds * self.sample_rate_hz)

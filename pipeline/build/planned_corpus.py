@@ -53,8 +53,9 @@ def corpus_of_request(request: CorpusRequest, stores: Sequence[Path], *, rescan:
         return rescan_sounds(stored, look_again())
     missing = stored.sources.frame["kind"].null_count()
     print_to_stderr(
-        f"{store}: its clips and sounds are those that were found when they were last looked up, {missing:,} of "
-        f"{stored.plan.height:,} without a sound; --rescan looks for sounds that came since"
+        f"{store}: its clips and sounds are those that were found when they were last looked up, and are not looked up "
+        f"again: {missing:,} of {stored.plan.height:,} had no sound then. --rescan fills rows whose sound was missing; "
+        "a store never grows, so new sounds go into another store"
     )
     return stored
 

@@ -94,9 +94,7 @@ def build_from_options(
     staging: Annotated[
         Path, typer.Option(help="Folder for NAME.zarr.staging, the local part of a store at a URL.")
     ] = Path("."),
-    rescan: Annotated[
-        bool, typer.Option("--rescan", help="Look for sounds that came since the plan.")
-    ] = False,
+    rescan: Annotated[bool, typer.Option("--rescan", help="Fill rows whose sound was missing.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Build nothing; print expected size and time.")
     ] = False,

@@ -8,6 +8,7 @@ import polars as pl
 
 from pipeline.errors import StoreError
 from pipeline.labels.ontology import UNLABELLED_CLASSES, name_with_id
+from pipeline.report.durations import format_duration, good_seconds_by_split
 from pipeline.store import summary
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.manifest import FAILURE_REASONS, nearest_texts
@@ -34,10 +35,15 @@ def describe_store(store: FeatureStore) -> str:
         ("stored", f"{stored_bytes} in {layout.shard_count:,} shards of {layout.shard_clips} clips"),
     ]
 
-    # Which of its clips are good, by split, and which are excluded.
-    facts.append(("good", f"{sum(coverage.good_counts):,} of {sum(coverage.listed_counts):,}"))
+    # Which of its clips are good, by split, how long they are, and which are excluded.
+    seconds = good_seconds_by_split(store)
+    duration = format_duration(sum(seconds.values()))
+    facts.append(("good", f"{sum(coverage.good_counts):,} of {sum(coverage.listed_counts):,}, {duration}"))
     counts = zip(coverage.splits, coverage.good_counts, coverage.listed_counts, strict=True)
-    facts += [(f"  {split}", f"{good:,} of {listed:,}") for split, good, listed in counts]
+    facts += [
+        (f"  {split}", f"{good:,} of {listed:,}, {format_duration(seconds.get(split, 0.0))}")
+        for split, good, listed in counts
+    ]
     if any(coverage.failed_counts):
         reasons = ", ".join(f"{reason} {sum(counts):,}" for reason, counts in coverage.reason_counts.items())
         facts.append(("failed", f"{sum(coverage.failed_counts):,} ({reasons}); --failed lists them"))

@@ -5,7 +5,6 @@ from typing import Self
 
 import polars as pl
 
-from pipeline.report.spectrograms import frame_step_seconds
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.summary import IS_GOOD_CLIP
 
@@ -30,12 +29,7 @@ class SoundDurations:
     @classmethod
     def of_store(cls, store: FeatureStore) -> Self:
         """Sum up the manifest of a store."""
-        # The good clips of each split.
-        step_seconds = frame_step_seconds(store.spec)
-        good = store.manifest_columns("split", "status", "n_frames").lazy().filter(IS_GOOD_CLIP)
-        frames = good.group_by("split", maintain_order=True).agg(pl.col("n_frames").sum()).collect()
-        split_seconds = {split: count * step_seconds for split, count in frames.iter_rows()}
-
+        split_seconds = good_seconds_by_split(store)
         rest_N = unused_source_seconds(store)
         return cls(
             good_seconds=sum(split_seconds.values()),
@@ -43,6 +37,13 @@ class SoundDurations:
             unused_seconds=float(rest_N.sum()),
             longer_sources=len(rest_N),
         )
+
+
+def good_seconds_by_split(store: FeatureStore) -> dict[str, float]:
+    """Return the seconds of the good clips of each split that has any: their valid frames times the hop."""
+    good = store.manifest_columns("split", "status", "n_frames").lazy().filter(IS_GOOD_CLIP)
+    frames = good.group_by("split", maintain_order=True).agg(pl.col("n_frames").sum()).collect()
+    return {split: count * store.spec.hop_seconds for split, count in frames.iter_rows()}
 
 
 def unused_source_seconds(store: FeatureStore) -> pl.Series:

@@ -36,14 +36,9 @@ def colour_range(mel_BTF: np.ndarray) -> tuple[float, float]:
     return float(low), float(max(high, low + 1))
 
 
-def frame_step_seconds(spec: MelSpec) -> float:
-    """The time from one frame to the next."""
-    return spec.hop_samples / spec.sample_rate_hz
-
-
 def time_axis_seconds(spec: MelSpec) -> float:
     """The length of the time axis: that of a full clip, or of its frames if these reach further."""
-    return max(spec.clip_seconds, spec.frames * frame_step_seconds(spec))
+    return max(spec.clip_seconds, spec.frames * spec.hop_seconds)
 
 
 @lru_cache(maxsize=32)
@@ -208,8 +203,8 @@ def plot_spectrogram(
 ) -> AxesImage:
     """Draw one row into `axes` and return its image; frames beyond the clip's end are dimmed behind a line."""
     # The picture: band i extends from i to i + 1, a frame fills the time to the next frame.
-    stored_seconds = store.frames * frame_step_seconds(store.spec)
-    valid_seconds = int(store.n_frames_N[row]) * frame_step_seconds(store.spec)
+    stored_seconds = store.frames * store.spec.hop_seconds
+    valid_seconds = int(store.n_frames_N[row]) * store.spec.hop_seconds
     low, high = value_range
     image = axes.imshow(
         mel_TF.T,

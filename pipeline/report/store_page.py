@@ -272,7 +272,7 @@ def example_clips_section(
             value_range,
             ticks,
             seconds=spectrograms.time_axis_seconds(store.spec),
-            frame_seconds=spectrograms.frame_step_seconds(store.spec),
+            frame_seconds=store.spec.hop_seconds,
             valid_frames=int(store.n_frames_N[row]),
         )
         title = spectrograms.label_title(store, labels, row, max_letters=90)

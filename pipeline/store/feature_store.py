@@ -64,6 +64,8 @@ LEAST_STD_SHARE = 0.25
 class FeatureStore(MapStyleDataset):
     """Spectrograms and labels, with one row of the manifest for each; open a store with `FeatureStore.open`.
 
+    `classes` is the class list; a store without labels has the one class `unlabelled`, which is that of no clip.
+
     Reads are thread-safe. Unpickling opens the store again, at the same location and with the same options. With a
     `reader`, values come from that reader and not from the shards.
     """
@@ -345,6 +347,7 @@ class FeatureStore(MapStyleDataset):
     ) -> np.ndarray:
         """Return the stored values of rows as `[B, T, F]`; with `frames`, only frames [start, start + frames).
 
+        These are log-mels in a float16 store, and codes in a uint8 store; `to_log_mel` makes log-mels of both.
         Only these bytes are read if no check is due, into `out` (C-contiguous, stored dtype) if given. Raises
         BrokenClipError if a clip is missing or not as it was written, StoreError if a row is not good, ValueError if
         a crop exceeds the stored frames.

@@ -3,24 +3,27 @@
 import csv
 from dataclasses import replace
 
+import polars as pl
 import pytest
 from evaluations import classifier_training, evaluation_protocol, probe_training
 
 from ajepa.evaluate.compare import (
-    OFFICIAL_EVAL_CLIPS,
-    OFFICIAL_TRAIN_CLIPS,
     PUBLISHED_TABLE,
-    OwnResult,
     PublishedResult,
-    classifier_result,
     compare_results,
     comparison_caveats,
-    comparison_lines,
-    match_public_task,
+    comparison_table,
     published_results,
     reasons_against,
 )
 from ajepa.evaluate.metrics import MetricEstimate
+from ajepa.evaluate.own_results import (
+    OFFICIAL_EVAL_CLIPS,
+    OFFICIAL_TRAIN_CLIPS,
+    OwnResult,
+    classifier_result,
+    match_public_task,
+)
 from ajepa.evaluate.protocol import ClassifierTraining, ProbeTraining
 from ajepa.evaluate.result import Evaluation, Score
 from ajepa.training.trained_run import CHOSEN_ON_EVAL_CLIPS
@@ -278,9 +281,88 @@ def test_a_run_that_does_not_say_on_how_many_clips_it_was_trained_is_not_compara
     assert reason.startswith("training: the run records no number of train clips")
 
 
-def test_a_task_of_ones_own_has_nothing_beside_it():
-    """One line says that no published result exists."""
-    assert "no published result of this task" in "\n".join(comparison_lines(replace(OURS, task=None)))
+def own_task(tmp_path, name: str, metric: float, *, clips: int = 24, **protocol):
+    """The folder of a run that was probed on two classes of its own; its baselines are worse."""
+    result = evaluation(2, metric, clips=clips, kind="single", probes=probe_training(train_clips=72))
+    own, knn, random = result.scores
+    scores = (
+        own,
+        knn,
+        replace(random, metrics={"accuracy": MetricEstimate(value=0.3, low=0.2, high=0.4)}),
+        replace(own, features="log-mel statistics"),
+    )
+    (tmp_path / name).mkdir()
+    replace(result, protocol=replace(result.protocol, **protocol), scores=scores).save_json(
+        tmp_path / name / "evaluation.json"
+    )
+    return tmp_path / name
+
+
+def test_runs_on_the_same_clips_share_a_table_with_their_baselines(tmp_path):
+    """A row for each run and kind of features, from the best down; that nothing is published is said once."""
+    worse = own_task(tmp_path, "a", 0.5, step=10)
+    better = own_task(tmp_path, "b", 0.75, step=20)
+    text = compare_results([worse, better])
+    linear, knn, nothing = text.split("\n\n")
+    assert linear.splitlines()[:9] == [
+        "24 clips of some.zarr, raw labels, linear probe, trained on 72 clips",
+        "  accuracy                      features             run",
+        f"  0.750 [0.735 0.765]           encoder              {better}",
+        f"  0.750 [0.735 0.765]           log-mel statistics   {better}",
+        f"  0.500 [0.485 0.515]           encoder              {worse}",
+        f"  0.500 [0.485 0.515]           log-mel statistics   {worse}",
+        f"  0.300 [0.200 0.400]           random init          {worse}",
+        f"  0.300 [0.200 0.400]           random init          {better}",
+        "  0.010                         chance",
+    ]
+    assert f"{worse}: step 10, pooling mean, layer last; checkpoint last: the last step" in " ".join(
+        linear.split()
+    )
+    assert "kNN" in knn
+    assert nothing == "no published result of what is measured here is listed in published_results.csv"
+    assert compare_results([better, better, worse]).count(f"encoder              {better}") == 2
+
+
+@pytest.mark.parametrize("change", [{"clips": 23}, {"store_id": "other"}, {"eval_splits": ("test",)}])
+def test_runs_on_other_clips_do_not_share_a_table(tmp_path, change):
+    """Their numbers differ by more than the runs."""
+    text = compare_results([own_task(tmp_path, "a", 0.5), own_task(tmp_path, "b", 0.75, **change)])
+    assert text.count("this result") == 4
+    assert text.count("no published result") == 1
+
+
+def test_published_results_follow_a_shared_table(tmp_path):
+    """Once each; a reason that holds for one of the runs names it."""
+    paths = []
+    for name, start in (("a", None), ("b", {"step": 9})):
+        classifier = trained("esc50", 1_600, 50, start=start)
+        result = evaluation(50, 0.93, clips=2_000, kind="single", folds=5, classifier=classifier)
+        (tmp_path / name).mkdir()
+        result.save_json(tmp_path / name / "evaluation.json")
+        paths.append(tmp_path / name)
+    text = compare_results(paths)
+    assert text.startswith("esc50: 2000 clips of some.zarr, raw labels, mean over 5 folds, fine-tuned,")
+    assert f"0.930 [0.915 0.945] ± 0.016   classifier           {paths[0]}" in text
+    assert text.count("A-JEPA ViT-B            accuracy  0.963  fine-tuned   with care") == 1
+    assert f"pre-training: the network here had none ({paths[0]})" in " ".join(text.split())
+    assert "no published result" not in text
+    assert is_narrow(text, tmp_path)
+
+
+def test_the_table_for_programs_has_columns_for_the_baselines(tmp_path):
+    """The columns and rows of before come first."""
+    table = comparison_table([own_task(tmp_path, "a", 0.5), own_task(tmp_path, "b", 0.75)])
+    assert table.columns[:11] == [
+        *("result", "model", "task", "label_set", "protocol", "metric", "value", "low", "high"),
+        *("comparable", "reasons"),
+    ]
+    linear = table.filter(pl.col("protocol") == "linear")
+    assert linear.select(
+        "model", "value", "features", "random_init", "log_mel_statistics", "store"
+    ).rows() == [
+        ("this result", 0.5, "encoder", 0.3, 0.5, "some.zarr"),
+        ("this result", 0.75, "encoder", 0.3, 0.75, "some.zarr"),
+    ]
 
 
 @pytest.mark.parametrize(

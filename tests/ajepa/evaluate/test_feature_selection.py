@@ -224,7 +224,25 @@ def test_too_few_labels_choose_nothing(run, store, told):
     lines = []
     assert choose_features(run, store, torch.device("cpu"), max_clips=5, say=lines.append) is None
     (line,) = lines
-    assert "labelled training clips could be held back, 4 are needed; the fixed default is used" in line
+    assert "labelled training clips" in line
+    assert (
+        "of a class with 1 clips both held back and to train on; 4 are needed; the fixed default is used"
+        in line
+    )
+    assert line.endswith("or choose with ajepa-train evaluate --pooling NAME --layer NAME")
+
+
+def test_a_greater_share_is_held_back_only_where_a_quarter_is_too_few(store, clips, monkeypatch):
+    """What suffices stays as it is; of few clips the same sounds and more are held back."""
+    monkeypatch.setattr(feature_selection, "HELD_SHARES", (0.25,))
+    quarter = SelectionClips.from_store(store, seed=0)
+    np.testing.assert_array_equal(clips.rows_N, quarter.rows_N)
+    np.testing.assert_array_equal(clips.is_held_N, quarter.is_held_N)
+    monkeypatch.setattr(feature_selection, "HELD_SHARES", (0.25, 0.4))
+    monkeypatch.setattr(feature_selection, "MIN_HELD_CLIPS", quarter.held_clips + 1)
+    more = SelectionClips.from_store(store, seed=0)
+    assert more.held_clips > quarter.held_clips
+    assert set(quarter.rows_N[quarter.is_held_N]) <= set(more.rows_N[more.is_held_N])
 
 
 def test_a_clip_that_cannot_be_read_is_left_out(store, run, clips, monkeypatch):

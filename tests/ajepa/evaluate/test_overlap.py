@@ -64,14 +64,21 @@ def test_clips_without_a_digest_equal_none(store, same_sounds):
 
 
 def test_a_store_that_is_gone_or_replaced_is_not_checked(store, same_sounds, tmp_path):
-    """A count of one of two stores names the other; of none there is no count."""
+    """A count of one of two stores names the other; of none there is no count, but its name."""
     here = TrainedStore.from_store(store, ["a_train"])
     gone = replace(here, location=str(tmp_path / "gone.zarr"))
     replaced = replace(here, store_id="another")
     remote = replace(here, location="s3://bucket/far.zarr")
     rows_N = store.good_rows(["a_train"])
     for lost in (gone, replaced, remote):
-        assert measure_overlap(run_on(lost), same_sounds, rows_N) is None
+        overlap = measure_overlap(run_on(lost), same_sounds, rows_N)
+        name = lost.location.rpartition("/")[2]
+        assert (overlap.compared, overlap.unchecked_stores) == (False, (name,))
+        (line,) = overlap.describe(5)
+        assert (
+            line
+            == f"not compared with {name}, which trained the run: it is no longer where it was, or at a URL"
+        )
     assert measure_overlap(run_on(), same_sounds, rows_N) is None
     overlap = measure_overlap(run_on(here, gone), same_sounds, rows_N)
     assert overlap == TrainingOverlap(
@@ -95,6 +102,20 @@ def test_folds_add_up():
         with_labels=1, without_labels=5, unchecked_stores=("a.zarr",)
     )
     assert add_overlaps([one, None]) is None
+
+
+def test_that_no_measured_clip_trained_is_said_where_it_was_looked_at(store):
+    """Silence would be the same as for a run that nobody could check."""
+    none = TrainingOverlap(with_labels=0, without_labels=0)
+    protocol = evaluation_protocol(classifier=classifier_training(), training_overlap=none)
+    said = "none of the 5 measured clips has the sound of a clip that trained the run"
+    assert said in Evaluation(protocol=protocol, classes=(), scores=()).format_table()
+    assert "compared" not in none.to_json()
+    unknown = replace(none, unchecked_stores=("a.zarr", "b.zarr"), compared=False)
+    assert TrainingOverlap.from_json(json.loads(json.dumps(unknown.to_json()))) == unknown
+    (line,) = unknown.describe(5)
+    assert "not compared with a.zarr, b.zarr, which trained the run: each is no longer where it was" in line
+    assert not add_overlaps([none, unknown]).compared
 
 
 def test_the_table_says_what_an_overlap_means_and_the_file_keeps_it():

@@ -73,7 +73,12 @@ def test_files_that_come_and_go_change_no_plan(sounds, tmp_path, capsys):
     assert manifest is not None
     assert (manifest["status"] == "good").all()
     assert_same_bytes(tmp_path / "whole.zarr", out)
-    assert "0 of 40 without a sound; --rescan" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert (
+        "are not looked up again: 0 of 40 had no sound then. --rescan fills rows whose sound was missing"
+        in said
+    )
+    assert "a store never grows, so new sounds go into another store" in said
 
 
 def test_a_rescan_tells_of_clips_that_have_no_row(sounds, tmp_path):

@@ -1,5 +1,6 @@
 """Descriptions of stores and clips have the facts: rows, names of labels, position of bytes; mistakes are named."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,10 @@ def test_the_summary_has_the_facts_of_the_store(store):
     for fact in (store.store_id, store.header.plan_id, store.spec_id, "hop_samples 320", "float16"):
         assert fact in text
     assert "45 of 48" in text
+    hours = store.n_frames_N[store.good_rows()].sum() * 320 / 32_000 / 3600
+    assert re.search(rf"^good +45 of 48, {60 * hours:.1f} min$", text, re.MULTILINE)
+    eval_seconds = store.n_frames_N[store.good_rows("eval")].sum() * 320 / 32_000
+    assert re.search(rf"^  eval +[0-9]+ of [0-9]+, {eval_seconds / 60:.1f} min$", text, re.MULTILINE)
     assert "731 class pairs" in text
     assert "as listed" in text
 

@@ -357,3 +357,14 @@ def test_a_reader_leaves_most_files_of_the_process_to_others(monkeypatch, limit,
     """From Python nobody raises the limit, and a reader for each thread would use it up."""
     monkeypatch.setattr("resource.getrlimit", lambda _: (limit, limit))
     assert (reader_module.most_open_shards("pread"), reader_module.most_open_shards("mmap")) == (pread, mmap)
+
+
+def test_codes_become_log_mels_by_one_call(store, uint8_store_path):
+    """`read` gives what is stored, which of a uint8 store is no log-mel: a model would take it without an error."""
+    codes = FeatureStore.open(uint8_store_path)
+    rows_N = store.good_rows()[:3]
+    assert codes.read(rows_N).dtype == np.uint8
+    assert store.read(rows_N).dtype == np.float16
+    mel_BTF = codes.to_log_mel(codes.read(rows_N))
+    assert mel_BTF.dtype == np.float32
+    np.testing.assert_allclose(mel_BTF, store.to_log_mel(store.read(rows_N)), atol=0.1)
