@@ -1,5 +1,6 @@
 """A small store, built once for all tests, and the lists and files that it came from."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -64,3 +65,8 @@ def bucket_server():
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the end-to-end tests first: they take minutes on one worker, while the other one does the rest."""
     items.sort(key=lambda item: "test_end_to_end" not in item.nodeid)
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector leave out what has been imported: a million objects of PyTorch, at every collection."""
+    gc.freeze()
