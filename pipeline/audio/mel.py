@@ -1,12 +1,12 @@
 """Log-mel spectrograms of waveforms: frames, windows, power spectra, mel filters, logarithm."""
 
-import math
 from functools import lru_cache
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+from pipeline.audio.mel_scales import hz_to_kaldi_mel, hz_to_slaney_mel
 from pipeline.audio.mel_spec import MelSpec
 
 # Samples of windowed frames that a CPU processes at a time: 256 frames of 1024. Twice as many do not fit into the
@@ -194,8 +194,8 @@ def kaldi_filters_NF(spec: MelSpec) -> Tensor:
     bin_mel_N1 = 1127.0 * (1.0 + bin_hz_N / 700.0).log()[:, None]
 
     # Corners of triangles: evenly spaced in mel.
-    low_mel = 1127.0 * math.log(1.0 + spec.low_hz / 700.0)
-    high_mel = 1127.0 * math.log(1.0 + spec.high_hz / 700.0)
+    low_mel = hz_to_kaldi_mel(spec.low_hz)
+    high_mel = hz_to_kaldi_mel(spec.high_hz)
     step_mel = (high_mel - low_mel) / (spec.mel_bands + 1)
     edges_mel = low_mel + arange_float32(spec.mel_bands + 2) * step_mel
     return torch.nn.functional.pad(triangle_filters_NF(bin_mel_N1, edges_mel), (0, 0, 0, 1))
@@ -220,13 +220,6 @@ def slaney_filters_NF(spec: MelSpec) -> Tensor:
     # Each triangle is divided by its area, so a wide one has smaller weights.
     area_F = (edges_hz[2:] - edges_hz[:-2]) / 2
     return (triangle_filters_NF(bin_hz_N1, edges_hz) / area_F).float()
-
-
-def hz_to_slaney_mel(hz: float) -> float:
-    """A frequency on Slaney's scale: 3 mel in 200 Hz up to 1 kHz, and 27 mel in each factor of 6.4 above."""
-    if hz < 1000:
-        return hz * 3 / 200
-    return 15 + 27 * math.log(hz / 1000, 6.4)
 
 
 def triangle_filters_NF(position_N1: Tensor, edges: Tensor) -> Tensor:

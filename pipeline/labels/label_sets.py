@@ -40,7 +40,6 @@ LABEL_LIST_TYPE = pa.list_(pa.uint16())
 # The options of `tables.write_table`; page checksums reveal a flipped bit.
 LABEL_PARQUET_OPTIONS = {"compression": "zstd", "write_page_checksum": True}
 
-
 ROWS_INDEXED = 2**17  # of which `index_class_ids` turns the ids into indices at a time
 
 

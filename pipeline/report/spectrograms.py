@@ -1,7 +1,6 @@
 """Spectrograms as pictures, with axes in seconds and Hz; the choice of clips of a store to show, and their titles."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
+from pipeline.audio.mel_scales import band_centres_hz
 from pipeline.audio.mel_spec import MelSpec
 from pipeline.errors import StoreError
 from pipeline.files import replacing_file
@@ -17,9 +17,6 @@ from pipeline.labels.ontology import flatten_label_lists
 from pipeline.report.html import COLOUR_MAP
 from pipeline.store.feature_store import FeatureStore
 from pipeline.store.summary import read_label_table
-
-# The bins of this FFT are less than 1 Hz apart, so that the peaks of filters can be read from them.
-FINE_FFT_SAMPLES = 2**16
 
 OCTAVE_TICKS_HZ = tuple(31.25 * 2**octave for octave in range(11))
 
@@ -39,48 +36,6 @@ def colour_range(mel_BTF: np.ndarray) -> tuple[float, float]:
 def time_axis_seconds(spec: MelSpec) -> float:
     """The length of the time axis: that of a full clip, or of its frames if these reach further."""
     return max(spec.clip_seconds, spec.frames * spec.hop_seconds)
-
-
-@lru_cache(maxsize=32)
-def band_centres_hz(spec: MelSpec) -> tuple[float, ...]:
-    """The frequency at which the filter of each band peaks, to half a Hz."""
-    # The triangles are those of `pipeline.audio.mel`, which would import PyTorch: seconds, and 450 MB. Their corners
-    # are evenly spaced in mel; their sides are straight over mel (Kaldi's) or over Hz (Slaney's).
-    is_kaldi = spec.filters == "kaldi"
-    to_mel, to_hz = (_hz_to_kaldi, _kaldi_to_hz) if is_kaldi else (_hz_to_slaney, _slaney_to_hz)
-    low_mel, high_mel = to_mel(np.array([spec.low_hz, spec.high_hz]))
-    corners_mel = low_mel + np.arange(spec.mel_bands + 2) * (high_mel - low_mel) / (spec.mel_bands + 1)
-    corners_hz = to_hz(corners_mel)
-    corners = corners_mel if is_kaldi else corners_hz
-
-    def weights_at(hz_F: np.ndarray) -> np.ndarray:
-        place_F = to_mel(hz_F) if is_kaldi else hz_F
-        rising_F = (place_F - corners[:-2]) / (corners[1:-1] - corners[:-2])
-        falling_F = (corners[2:] - place_F) / (corners[2:] - corners[1:-1])
-        return np.minimum(rising_F, falling_F)
-
-    # The peak is that bin of a fine grid, beside the middle corner, in which the filter has more weight.
-    step_hz = spec.sample_rate_hz / max(FINE_FFT_SAMPLES, spec.fft_samples)
-    below_hz = np.floor(corners_hz[1:-1] / step_hz) * step_hz
-    above_hz = below_hz + step_hz
-    centres_hz = np.where(weights_at(below_hz) >= weights_at(above_hz), below_hz, above_hz)
-    return tuple(centres_hz.tolist())
-
-
-def _hz_to_kaldi(hz: np.ndarray) -> np.ndarray:
-    return 1127.0 * np.log(1 + hz / 700.0)
-
-
-def _kaldi_to_hz(mel: np.ndarray) -> np.ndarray:
-    return 700.0 * (np.exp(mel / 1127.0) - 1)
-
-
-def _hz_to_slaney(hz: np.ndarray) -> np.ndarray:
-    return np.where(hz < 1000, hz * 3 / 200, 15 + 27 * np.log(np.maximum(hz, 1000) / 1000) / np.log(6.4))
-
-
-def _slaney_to_hz(mel: np.ndarray) -> np.ndarray:
-    return np.where(mel < 15, mel * 200 / 3, 1000 * 6.4 ** ((mel - 15) / 27))
 
 
 def mel_band_ticks(spec: MelSpec, *, min_gap: float = 0.07) -> list[tuple[float, str]]:
