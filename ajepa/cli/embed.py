@@ -64,9 +64,9 @@ def embed(
     """
     refuse_misspelt_options(sounds)
     from ajepa.embed import embedder
+    from ajepa.embed.embedding_job import make_embedding_job
     from ajepa.embed.table import (
         convert_embedding_table,
-        make_embedding_job,
         parquet_table_path,
         summarise_table,
         write_embedding_table,
@@ -131,9 +131,9 @@ def predict(
     Example: ajepa-train predict sounds/ --model runs/b --out classes.csv
     """
     refuse_misspelt_options(sounds)
+    from ajepa.embed.embedding_job import make_embedding_job
     from ajepa.embed.prediction_table import write_prediction_table
     from ajepa.embed.predictor import load_predictor
-    from ajepa.embed.table import make_embedding_job
 
     predictor = load_predictor(model, at=checkpoint, device=device)
     job = make_embedding_job(sounds, predictor, cache=cache, cache_gb=cache_gb)

@@ -23,10 +23,10 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 
+from ajepa.embed.embedding_job import EmbeddingJob
 from ajepa.embed.predictor import VIEWS_PER_BATCH, Prediction, Predictor, top_classes
 from ajepa.embed.sound_rows import SoundRow, plan_as_begun, plan_differences
 from ajepa.embed.table import (
-    EmbeddingJob,
     parts_folder_of,
     read_part_paths,
     refusing_damage,

@@ -13,10 +13,10 @@ from tiny import tiny_finetune
 
 import ajepa
 from ajepa.cli import app
+from ajepa.embed.embedding_job import make_embedding_job
 from ajepa.embed.head import apply_activation
 from ajepa.embed.prediction_table import PredictionTable, write_prediction_table
 from ajepa.embed.predictor import StretchCutter, load_predictor
-from ajepa.embed.table import make_embedding_job
 from ajepa.evaluate.classifier_scores import classifier_logits_NC
 from ajepa.evaluate.tasks import TASKS
 from ajepa.finetune.finetune import finetune

@@ -19,8 +19,9 @@ import ajepa
 from ajepa.cli import app
 from ajepa.embed import nearest, table
 from ajepa.embed.embedder import Embedder
+from ajepa.embed.embedding_job import EmbeddingJob, make_embedding_job
 from ajepa.embed.nearest import nearest_sounds
-from ajepa.embed.table import make_embedding_job, summarise_table, write_embedding_table
+from ajepa.embed.table import summarise_table, write_embedding_table
 from ajepa.pretrain.pretrain import pretrain
 from pipeline.errors import STOP_SIGNALS, InputError, RunError, StoreError
 
@@ -266,7 +267,7 @@ def test_tables_of_before_are_complete_with_the_same_sounds_in_other_words(
 ):
     """They know absolute paths alone."""
     monkeypatch.chdir(folder.parent)
-    monkeypatch.setattr(table.EmbeddingJob, "identity_for", lambda job, table: job.source_identity)
+    monkeypatch.setattr(EmbeddingJob, "identity_for", lambda job, table: job.source_identity)
     out = tmp_path / "emb.parquet"
     write_and_read(model, [folder.name], out)
     assert "given" not in table.read_table_plan(out)

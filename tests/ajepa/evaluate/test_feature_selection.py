@@ -12,8 +12,9 @@ from tiny import tiny_views
 
 import ajepa
 from ajepa.embed.embedder import Embedder
+from ajepa.embed.embedding_job import make_embedding_job
 from ajepa.embed.export import export_encoder
-from ajepa.embed.table import make_embedding_job, write_embedding_table
+from ajepa.embed.table import write_embedding_table
 from ajepa.evaluate import feature_selection
 from ajepa.evaluate.evaluate import evaluate_run
 from ajepa.evaluate.feature_selection import SelectionClips, candidate_vectors, choose_features
