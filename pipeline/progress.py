@@ -97,7 +97,7 @@ class ProgressLines:
 
         # The thread that prints.
         self.began_seconds = time.monotonic()
-        self._printed = False
+        self._printed_done: int | None = None  # what the newest line counted
         self._ended = threading.Event()
         self._thread = threading.Thread(
             target=self._print_lines, args=(seconds_to_first, seconds_between), daemon=True
@@ -114,8 +114,8 @@ class ProgressLines:
         self._ended.set()
         self._thread.join()
 
-        # The end of work that nobody saw the beginning of needs no line.
-        if self._printed:
+        # The end of work that nobody saw the beginning of needs no line, nor one that a line has told already.
+        if self._printed_done is not None and self._printed_done != self.total:
             print(self.describe(), file=sys.stderr, flush=True)
 
     def update(self, n: int = 1) -> None:
@@ -146,8 +146,8 @@ class ProgressLines:
     def _print_lines(self, seconds_to_first: float, seconds_between: float) -> None:
         wait_seconds = seconds_to_first
         while not self._ended.wait(wait_seconds):
+            self._printed_done = self.done
             print(self.describe(), file=sys.stderr, flush=True)
-            self._printed = True
             wait_seconds = seconds_between
 
 

@@ -86,6 +86,14 @@ def test_work_that_ends_at_once_says_nothing(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_the_end_is_told_once(capsys):
+    """Where a line has told that everything is done, as after workers took five seconds to start, none follows."""
+    with ProgressLines(1, label="decode", unit="clip", seconds_to_first=0.01, seconds_between=100.0) as lines:
+        lines.update()
+        time.sleep(0.1)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 def test_a_failure_is_no_reason_to_hang(often):
     """The thread that prints ends with the work, however that ends."""
     with pytest.raises(ValueError, match="broken"), open_progress(1, label="x", unit="clip") as lines:
