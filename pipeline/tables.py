@@ -30,6 +30,8 @@ ROWS_CONVERTED = 2**16
 
 ROWS_JOINED = 2**18  # texts that `frame_digest` joins at a time
 
+FEW_TEXTS = 2**12  # which Python joins faster than polars begins to
+
 COLUMNWISE_ROWS = 2**16  # smaller tables are read in one go
 
 # Every error that reading a damaged Parquet file may raise.
@@ -293,12 +295,14 @@ def _update_digests(digests: Sequence["hashlib._Hash"], column: pl.Series, offse
         column = column.explode(empty_as_null=False, keep_nulls=False)
 
     # Digest the positions of nulls separately, so that a null differs from 0 and from an empty text.
-    null_N = column.is_null().to_numpy()
+    has_nulls = column.null_count() > 0
+    null_N = column.is_null().to_numpy() if has_nulls else np.zeros(len(column), bool)
     _update_with_numbers(digests, null_N, slices)
     if column.dtype != pl.String:
-        _update_with_numbers(digests, column.fill_null(0).to_numpy(), slices)
+        values = column.fill_null(0) if has_nulls else column
+        _update_with_numbers(digests, values.to_numpy(), slices)
         return
-    if column.null_count():
+    if has_nulls:
         offsets_N = _offsets_of_lengths(~null_N)[offsets_N]
         slices = list(itertools.pairwise(offsets_N.tolist()))
         column = column.drop_nulls()
@@ -324,7 +328,9 @@ def _texts_joined(column: pl.Series) -> Iterator[bytes]:
     for first in range(0, len(column), ROWS_JOINED):
         if first:
             yield b"\0"
-        yield column[first : first + ROWS_JOINED].str.join("\0").item().encode()
+        part = column[first : first + ROWS_JOINED]
+        text = "\0".join(part.to_list()) if len(part) < FEW_TEXTS else part.str.join("\0").item()
+        yield text.encode()
 
 
 def _schema_metadata(schema: pa.Schema) -> dict[str, Any]:

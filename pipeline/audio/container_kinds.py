@@ -99,7 +99,7 @@ CONTAINER_KINDS = {
     "mlp": AudioContainer(suffixes=(".mlp",), demuxer="mlp", length_kind="guessed"),
     "truehd": AudioContainer(suffixes=(".thd",), demuxer="truehd", length_kind="guessed"),
     "wavpack": AudioContainer(suffixes=(".wv",), demuxer="wv", clock="movie"),
-    "tta": AudioContainer(suffixes=(".tta",), demuxer="tta"),
+    "tta": AudioContainer(suffixes=(".tta",), demuxer="tta", clock="movie"),
     "ape": AudioContainer(suffixes=(".ape",), demuxer="ape"),
     "tak": AudioContainer(suffixes=(".tak",), demuxer="tak"),
     "shorten": AudioContainer(suffixes=(".shn",), demuxer="shn", length_kind="guessed"),

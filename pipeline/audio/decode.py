@@ -27,7 +27,7 @@ from pipeline.audio.levels import (
 from pipeline.audio.open_sound import OpenSound
 from pipeline.audio.resample import resample_blocks, resample_wave
 from pipeline.audio.sources import SoundLocator
-from pipeline.audio.timeline import JITTER_SECONDS
+from pipeline.audio.timeline import SHORTEST_GAP_SECONDS
 from pipeline.errors import AudioError, InputError, UnexpectedAudioError, first_error_line
 
 LENGTH_SLACK = 0.02  # of the segment: a source whose length differs by less is not flagged
@@ -263,7 +263,7 @@ def read_segment(decoder: AudioDecoder, segment: VideoSegment, max_seconds: floa
         wave_S=wave_S,
         facts=segment_facts(decoder, samples=len(wave_S), promised=promised, is_cut=is_cut),
         source_seconds=source_seconds,
-        has_gaps=decoder.filled_samples - filled_before >= JITTER_SECONDS * decoder.rate_hz,
+        has_gaps=decoder.filled_samples - filled_before >= SHORTEST_GAP_SECONDS * decoder.rate_hz,
         exceeds_full_scale=exceeds_full_scale,
     )
 

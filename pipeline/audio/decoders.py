@@ -16,7 +16,8 @@ from pipeline.audio.byte_window import SoundInput, open_byte_range
 from pipeline.audio.chain_decoder import ChainDecoder
 from pipeline.audio.container_kinds import AudioContainer
 from pipeline.audio.containers import recognise_container
-from pipeline.audio.ffmpeg_decoder import FfmpegDecoder, FfmpegError, describe_ffmpeg_error
+from pipeline.audio.ffmpeg_decoder import FfmpegDecoder, FfmpegError
+from pipeline.audio.ffmpeg_stream import describe_ffmpeg_error
 from pipeline.audio.sndfile_decoder import SndfileDecoder, SndfileError, describe_sndfile_error
 from pipeline.errors import AudioError
 

@@ -1,6 +1,6 @@
-"""Frames of flac: the number of samples by the last frame, which a header with a wrong number contradicts.
+"""Frames of flac: the place of each by its own header, and the number of samples by the last frame.
 
-The format is that of RFC 9639.
+A header with a wrong number of samples contradicts the last frame. The format is that of RFC 9639.
 """
 
 import struct
@@ -9,6 +9,8 @@ from os import SEEK_END
 from typing import NamedTuple
 
 from pipeline.audio.byte_window import ReadableFile
+
+STREAM_INFO_BYTES = 26  # that a flac begins with
 
 SMALL_TAIL_BYTES = 2**13  # for tags after the last frame
 
@@ -35,6 +37,9 @@ class FrameHeader(NamedTuple):
 
     first_sample: int
     samples: int
+
+
+FRAME_HEADER_BYTES = 16  # at most
 
 
 def measure_flac(head: bytes, file: ReadableFile) -> tuple[int, int | None]:
@@ -72,8 +77,10 @@ def parse_stream_info(head: bytes) -> StreamInfo:
 
 def parse_frame_header(content: bytes, place: int, info: StreamInfo) -> FrameHeader | None:
     """The header of a frame at a place; None if there is none, by its checksum."""
-    if content[place + 1 : place + 2] not in (b"\xf8", b"\xf9") or len(content) < place + 16:
+    if content[place : place + 1] != b"\xff" or content[place + 1 : place + 2] not in (b"\xf8", b"\xf9"):
         return None
+    content = content[place : place + FRAME_HEADER_BYTES].ljust(FRAME_HEADER_BYTES, b"\0")
+    place = 0
     has_sample_number = content[place + 1] & 1
     size_code = content[place + 2] >> 4
     rate_code = content[place + 2] & 15

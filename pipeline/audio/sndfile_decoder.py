@@ -18,10 +18,9 @@ from pipeline.audio.container_kinds import AudioContainer
 
 SndfileError = soundfile.LibsndfileError
 
-# Samples per read of libsndfile, over all channels: ten seconds at once, because soundfile seeks after every read.
+# Samples per read of libsndfile, over all channels: ten seconds at once, because soundfile seeks after every read,
+# for which libsndfile decodes a part of a flac again. Of a block with damage it gives nothing.
 SNDFILE_BLOCK_SAMPLES = 2**20
-
-FLAC_BLOCK_FRAMES = 2**14  # per read of a flac: damage costs the block that contains it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,9 +52,6 @@ class SndfileDecoder:
     def read_blocks(self, first_sample: int, sample_count: int) -> Iterator[np.ndarray]:
         """Yield blocks as `AudioDecoder` says, up to the first damage: libsndfile cannot decode beyond it."""
         frames_per_block = max(1, SNDFILE_BLOCK_SAMPLES // self.channels)
-        if self.codec == "flac":
-            frames_per_block = FLAC_BLOCK_FRAMES
-
         try:
             self._skip_samples(min(first_sample, self.file.frames), frames_per_block)
             while sample_count > 0:

@@ -15,6 +15,9 @@ import numpy as np
 # Stamps that differ by less from the count of samples are jitter. FFmpeg's own resampler has the same limit.
 JITTER_SECONDS = 0.1
 
+# Shorter silence between two frames is rounding, and no gap. A lost frame of flac has 26 ms or more.
+SHORTEST_GAP_SECONDS = 0.01
+
 # An earlier stamp is an overlap up to this length, which is heard once; beyond it a new stream begins.
 MAX_OVERLAP_SECONDS = 1.0
 
@@ -47,6 +50,15 @@ class AudioFrameLike(Protocol):
     def sample_rate(self) -> int: ...
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LostFrame:
+    """The place of a packet that does not decode: so many samples with the stamp `time`, in seconds."""
+
+    time: float | None
+    samples: int
+    sample_rate: int
+
+
 Frame = TypeVar("Frame", bound=AudioFrameLike)
 
 
@@ -58,12 +70,14 @@ class Timeline:
     origin_seconds    time stamp of sample 0; None: the stamps mean nothing, and samples are counted
     first_sample      number of the sample with which the sound begins, above 0 if it begins late
     max_hole_seconds  a longer jump forward is not a hole but another clock
+    jitter_seconds    stamps that differ by less from the count of samples are jitter
     """
 
     rate_hz: float
     origin_seconds: float | None = None
     first_sample: int = 0
     max_hole_seconds: float = MAX_HOLE_SECONDS
+    jitter_seconds: float = JITTER_SECONDS
 
     @classmethod
     def from_starts(
@@ -145,7 +159,7 @@ class TimelineCursor:
         begin = self.position_samples
         if seconds is not None and self._zero_seconds is not None:
             late_seconds = seconds - self._zero_seconds - begin * self._sample_seconds
-            if not -JITTER_SECONDS < late_seconds < JITTER_SECONDS:
+            if abs(late_seconds) >= self.timeline.jitter_seconds:
                 self._jump(seconds, late_seconds)
                 begin = self.position_samples
         self.position_samples = begin + samples
@@ -177,13 +191,13 @@ class PlacedFrame(NamedTuple, Generic[Frame]):
 class FrameReader(Generic[Frame]):
     """Frames in the order of decoding, each placed once: segments that are read one after the other are decoded once.
 
-    frames        the frames that are not decoded yet
+    frames        the frames that are not decoded yet; the place of a lost one becomes a hole
     cursor        the place of the next one of them
     keeps_frames  True: the frames of a segment are kept, since the next segment may begin in them; False: one segment
                   can be read
     """
 
-    frames: Iterator[Frame]
+    frames: Iterator[Frame | LostFrame]
     cursor: TimelineCursor
     keeps_frames: bool = False
     _kept: list[PlacedFrame[Frame]] = field(default_factory=list)
@@ -210,7 +224,11 @@ class FrameReader(Generic[Frame]):
         for frame in self.frames:
             if not frame.samples:
                 continue
-            placed = self._place(frame)
+            begin, end = self._place(frame)
+            if isinstance(frame, LostFrame):
+                self.cursor.run += 1
+                continue
+            placed = PlacedFrame(self.cursor.run, frame.sample_rate, begin, end, frame)
             if placed.end_sample > first_sample:
                 if self.keeps_frames:
                     self._kept.append(placed)
@@ -218,14 +236,15 @@ class FrameReader(Generic[Frame]):
             if placed.end_sample >= stop_sample:
                 return
 
-    def _place(self, frame: Frame) -> PlacedFrame[Frame]:
+    def _place(self, frame: Frame | LostFrame) -> tuple[float, float]:
+        """The numbers of a frame's first sample and of the one after its last."""
         samples: float = frame.samples
         own_rate_hz = frame.sample_rate
         rate_hz = self.cursor.timeline.rate_hz
         if own_rate_hz != rate_hz:
             samples *= rate_hz / (own_rate_hz or rate_hz)
         begin = self.cursor.place(frame.time, samples)
-        return PlacedFrame(self.cursor.run, own_rate_hz, begin, begin + samples, frame)
+        return begin, begin + samples
 
 
 @dataclass(kw_only=True, slots=True)

@@ -306,8 +306,6 @@ def write_shard(
     policy: dict[str, Any],
 ) -> None:
     """Write and commit a shard: the results of all its rows, and the spectrograms of its good rows in their order."""
-    import torch
-
     first_row = header.layout.rows_of_shard(shard)[0]
     moments = SplitMoments()
     writer: ShardWriter | None = None
@@ -317,8 +315,8 @@ def write_shard(
                 writer = stack.enter_context(closing(ShardWriter(store, header.layout, shard)))
             writer.append_clip(row, mel_TF)
             # Statistics are computed from the stored values, as a reader gets them, and only over valid frames.
-            valid_TF = header.to_log_mel(mel_TF[: results[row - first_row]["n_frames"]])
-            moments.add_frames(splits[row], torch.from_numpy(valid_TF))
+            valid_TF = read_as_log_mel(mel_TF[: results[row - first_row]["n_frames"]], header)
+            moments.add_frames(splits[row], valid_TF)
 
         # A shard without a good row has no file.
         sha256 = hashlib.sha256().hexdigest()
@@ -372,7 +370,7 @@ def compute_stored_row(audio: ClipAudio, header: StoreHeader) -> tuple[np.ndarra
     mel_TF[frames:] = quantise_mel(torch.tensor(spec.floor_log), header).numpy()
 
     # The error of the stored values, as a reader gets them.
-    error_N = (torch.from_numpy(header.to_log_mel(mel_TF[:frames])) - clip_TF).flatten()
+    error_N = (read_as_log_mel(mel_TF[:frames], header) - clip_TF).flatten()
     return mel_TF, {
         "status": "good",
         "reason": None,
@@ -402,6 +400,13 @@ def quantise_mel(mel: "Tensor", header: StoreHeader) -> "Tensor":
     if header.layout.dtype == "float16":
         return mel.half()
     return ((mel - header.offset) / header.scale).round().clamp(1, 255).to(torch.uint8)
+
+
+def read_as_log_mel(stored: np.ndarray, header: StoreHeader) -> "Tensor":
+    """Return `header.to_log_mel(stored)`, bit for bit; PyTorch converts float16 six times as fast as NumPy."""
+    import torch
+
+    return torch.from_numpy(stored).float() * header.scale + header.offset
 
 
 def union_of_policies(policy: AudioPolicy, old_policy: Mapping[str, Any] | None) -> dict[str, Any]:

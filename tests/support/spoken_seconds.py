@@ -43,13 +43,16 @@ def heard_seconds(wave_S: np.ndarray, rate_hz: int) -> list[int | str]:
 
 
 def decode(
-    path: Path, start_seconds: float = 0.0, end_seconds: float = 100.0, *, exact: bool | None = None
+    path: Path,
+    start_seconds: float = 0.0,
+    end_seconds: float = 100.0,
+    *,
+    exact: bool | None = None,
+    policy: AudioPolicy = AudioPolicy(),
 ) -> ClipAudio:
     """The segment of a file; AudioError if it cannot be used."""
     locator = SoundLocator(path=str(path), source=path.name, exact=exact)
-    return load_clip_audio(
-        locator, start_seconds=start_seconds, end_seconds=end_seconds, policy=AudioPolicy()
-    )
+    return load_clip_audio(locator, start_seconds=start_seconds, end_seconds=end_seconds, policy=policy)
 
 
 def heard(path: Path, start_seconds: float = 0.0, end_seconds: float = 100.0, **settings) -> list[int | str]:

@@ -261,6 +261,71 @@ def test_sound_behind_damage_of_a_flac_is_decoded_in_its_place(tmp_path, flac):
     assert "gaps" in decode(path).flags
 
 
+def damage_bytes(content: bytes, kind: str, rng: np.random.Generator) -> bytes:
+    """A file with damage behind its header: some bits, or a stretch of up to 8,000 bytes."""
+    damaged = bytearray(content)
+    begin = int(rng.integers(200, len(content)))
+    count = int(rng.integers(1, 8_000))
+    if kind == "flipped bits":
+        for place in rng.integers(200, len(content), size=5).tolist():
+            damaged[place] ^= 1 << int(rng.integers(8))
+    elif kind == "zeros":
+        damaged[begin : begin + count] = bytes(len(damaged[begin : begin + count]))
+    elif kind == "lost bytes":
+        del damaged[begin : begin + count]
+    elif kind == "foreign bytes":
+        damaged[begin:begin] = rng.bytes(count)
+    return bytes(damaged)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("kind", ["flipped bits", "zeros", "lost bytes", "foreign bytes"])
+def test_every_sample_of_a_damaged_flac_is_right_or_silent(tmp_path, kind, channels):
+    """A frame that is lost is 0.2 s long; FFmpeg alone would count on, or make noise of what is left of it."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "x.flac"
+    rate_hz = 22_050
+    soundfile.write(path, rng.normal(0, 0.1, (SECONDS * rate_hz, channels)), rate_hz)
+    content = path.read_bytes()
+    true_S = decode(path).wave_S
+
+    for _ in range(12):
+        path.write_bytes(damage_bytes(content, kind, rng))
+        for begin, end, exact in ((0, 10, False), (3, 5, True)):
+            clip = decode(path, begin, end, exact=exact, policy=AudioPolicy(accept_truncated=True))
+            part_S = true_S[begin * rate_hz :][: len(clip.wave_S)]
+            is_silent_S = clip.wave_S == 0
+            assert np.abs(np.where(is_silent_S, 0, clip.wave_S - part_S)).max() < 1e-4
+            assert ("gaps" in clip.flags) == (is_silent_S.sum() > rate_hz // 100)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec", "kind"), [(".tta", "tta", "tta"), (".m4a", "alac", "ipod"), (".m4b", "aac", "ipod")]
+)
+def test_a_packet_that_does_not_decode_leaves_a_hole_of_its_own_length(tmp_path, suffix, codec, kind):
+    """What follows is not moved: a packet of TTA has 1.04 s, one of AAC 0.05 s, and several may be lost."""
+    rng = np.random.default_rng(0)
+    rate_hz = 22_050
+    wave_S = np.convolve(rng.normal(0, 0.1, SECONDS * rate_hz), np.hanning(40) / 8, "same")
+    path = write_stream(tmp_path / f"x{suffix}", wave_S[:, None].astype(np.float32), rate_hz, codec, kind)
+    content = path.read_bytes()
+    true_S = decode(path).wave_S
+
+    # Bits of the sound's first half: the table of an mp4 stands at its end, and the second half shows the place.
+    holes = 0
+    for _ in range(10):
+        damaged = bytearray(content)
+        for place in rng.integers(2_000, len(content) // 2, size=20).tolist():
+            damaged[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        clip = decode(path)
+        holes += "gaps" in clip.flags
+        assert len(clip.wave_S) == len(true_S)
+        half = len(true_S) // 2 + 2 * rate_hz
+        assert np.corrcoef(clip.wave_S[half:], true_S[half:])[0, 1] > 0.9
+    assert holes
+
+
 def test_a_flac_of_32_bits_is_read(tmp_path):
     """libsndfile does not know it, FFmpeg does."""
     av = pytest.importorskip("av")
