@@ -4,7 +4,7 @@ FFmpeg is told the kind of a file and does not probe it. Only this file and ffmp
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -34,6 +34,8 @@ TAG_OPTIONS: dict[str, Any] = {"metadata_errors": "replace"} if PYAV_MAJOR_VERSI
 
 # A wav whose size was never filled in is read to the end of the file.
 IGNORE_SIZE_OPTIONS = {"ignore_length": "1"}
+
+OGG_ATTEMPTS = 1_000  # to find a next page: so many damaged ones may be in a file
 
 # A damaged frame of flac is left out: decoded, it would be noise.
 CHECKSUM_OPTIONS = {"err_detect": "crccheck+explode"}
@@ -73,21 +75,31 @@ class OpenStream:
     flac_info: StreamInfo | None = None
 
     def read_packets(self) -> Iterator[av.Packet]:
-        """Yield every packet up to the end, or to damage of the container, which the declared length reveals later."""
-        # PyAV raises IndexError when damage in the middle of a file looks like an additional stream.
-        try:
-            for packet in self.demuxer.demux(self.stream):
-                if self.chunk_numbers is not None and packet.pos in self.chunk_numbers:
-                    packet.pts = packet.dts = self.chunk_numbers[packet.pos]
-                if self.flac_info is not None and packet.size:
-                    head = bytes(memoryview(packet)[:FRAME_HEADER_BYTES])
-                    header = parse_frame_header(head, 0, self.flac_info)
-                    if header is None:  # damaged: FFmpeg could not decode it either
-                        continue
-                    packet.pts = packet.dts = header.first_sample
-                yield packet
-        except (FFmpegError, IndexError):
-            return
+        """Yield every packet up to the end, or to damage of the container, which the declared length reveals later.
+
+        FFmpeg finds the next page behind a damaged one of an Ogg, when it is asked once more.
+        """
+        attempts = OGG_ATTEMPTS if self.demuxer.format.name == "ogg" else 1
+        while attempts:
+            attempts -= 1
+            # PyAV raises IndexError when damage in the middle of a file looks like an additional stream.
+            with suppress(FFmpegError, IndexError):
+                for packet in self.demuxer.demux(self.stream):
+                    if self.stamp_packet(packet):
+                        yield packet
+                return
+
+    def stamp_packet(self, packet: av.Packet) -> bool:
+        """Give a packet its time stamp where FFmpeg's is wrong; returns whether it can be decoded."""
+        if self.chunk_numbers is not None and packet.pos in self.chunk_numbers:
+            packet.pts = packet.dts = self.chunk_numbers[packet.pos]
+        if self.flac_info is not None and packet.size:
+            head = bytes(memoryview(packet)[:FRAME_HEADER_BYTES])
+            header = parse_frame_header(head, 0, self.flac_info)
+            if header is None:
+                return False
+            packet.pts = packet.dts = header.first_sample
+        return True
 
     def decode_frames(self) -> Iterator[AudioFrame | LostFrame]:
         """Yield every frame: a damaged packet costs its own frames only, and what follows keeps its place.
@@ -183,6 +195,9 @@ def open_best_stream(sound: SoundInput, container: AudioContainer) -> Iterator[O
             stream.codec_context.options = CHECKSUM_OPTIONS
             with open_from_start(sound) as content:
                 flac_info = parse_stream_info(content.read(STREAM_INFO_BYTES))
+        elif container.demuxer == "ogg" and stream.codec_context.name == "flac":
+            # FFmpeg knows where a page ends, so after a lost one it misplaces a whole page.
+            flac_info = parse_stream_info(bytes(8) + bytes(stream.codec_context.extradata or b""))
         yield OpenStream(
             demuxer=demuxer,
             stream=stream,

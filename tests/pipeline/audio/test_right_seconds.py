@@ -278,14 +278,21 @@ def damage_bytes(content: bytes, kind: str, rng: np.random.Generator) -> bytes:
     return bytes(damaged)
 
 
-@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize(("suffix", "channels"), [(".flac", 1), (".flac", 2), (".oga", 1)])
 @pytest.mark.parametrize("kind", ["flipped bits", "zeros", "lost bytes", "foreign bytes"])
-def test_every_sample_of_a_damaged_flac_is_right_or_silent(tmp_path, kind, channels):
-    """A frame that is lost is 0.2 s long; FFmpeg alone would count on, or make noise of what is left of it."""
+def test_every_sample_of_a_damaged_flac_is_right_or_silent(tmp_path, kind, suffix, channels):
+    """A frame that is lost is 0.2 s long; FFmpeg alone would count on, or make noise of what is left of it.
+
+    In an Ogg a whole page is lost, and FFmpeg alone would put the next one in its place.
+    """
     rng = np.random.default_rng(0)
-    path = tmp_path / "x.flac"
+    path = tmp_path / f"x{suffix}"
     rate_hz = 22_050
-    soundfile.write(path, rng.normal(0, 0.1, (SECONDS * rate_hz, channels)), rate_hz)
+    wave_SC = rng.normal(0, 0.1, (SECONDS * rate_hz, channels)).astype(np.float32)
+    if suffix == ".flac":
+        soundfile.write(path, wave_SC, rate_hz)
+    else:
+        write_stream(path, wave_SC, rate_hz, "flac", "ogg")
     content = path.read_bytes()
     true_S = decode(path).wave_S
 
