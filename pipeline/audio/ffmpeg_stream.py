@@ -3,7 +3,8 @@
 FFmpeg is told the kind of a file and does not probe it. Only this file and ffmpeg_decoder.py use PyAV.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,19 +75,26 @@ class OpenStream:
     chunk_numbers: dict[int, int] | None
     flac_info: StreamInfo | None = None
 
-    def read_packets(self) -> Iterator[av.Packet]:
-        """Yield every packet up to the end, or to damage of the container, which the declared length reveals later.
+    @property
+    def is_ogg(self) -> bool:
+        """Whether the packets come in pages."""
+        return self.demuxer.format.name == "ogg"
 
-        FFmpeg finds the next page behind a damaged one of an Ogg, when it is asked once more.
-        """
-        attempts = OGG_ATTEMPTS if self.demuxer.format.name == "ogg" else 1
+    def read_packets(self) -> Iterator[av.Packet]:
+        """Yield every packet up to the end, or to damage of the container, which the declared length reveals later."""
+        packets = self.demux_packets()
+        if self.is_ogg:
+            packets = stamp_begins_of_pages(packets)
+        yield from filter(self.stamp_packet, packets)
+
+    def demux_packets(self) -> Iterator[av.Packet]:
+        """Yield every packet as FFmpeg has it, which finds the next page of an Ogg when it is asked once more."""
+        attempts = OGG_ATTEMPTS if self.is_ogg else 1
         while attempts:
             attempts -= 1
             # PyAV raises IndexError when damage in the middle of a file looks like an additional stream.
             with suppress(FFmpegError, IndexError):
-                for packet in self.demuxer.demux(self.stream):
-                    if self.stamp_packet(packet):
-                        yield packet
+                yield from self.demuxer.demux(self.stream)
                 return
 
     def stamp_packet(self, packet: av.Packet) -> bool:
@@ -136,6 +144,18 @@ class OpenStream:
             movie_start_seconds=movie_start_seconds,
             is_broadcast=container.clock == "broadcast",
         )
+
+
+def stamp_begins_of_pages(packets: Iterable[av.Packet]) -> Iterator[av.Packet]:
+    """Yield the packets of an Ogg; the first of each page is stamped by the second.
+
+    FFmpeg lets it begin where the last whole page ended, also behind lost ones, and stamps the others by their page.
+    """
+    for _, packets_of_page in itertools.groupby(packets, key=lambda packet: packet.pos):
+        page = list(packets_of_page)
+        if len(page) > 1 and page[1].pts is not None and page[0].duration:
+            page[0].pts = page[0].dts = page[1].pts - page[0].duration
+        yield from page
 
 
 def lost_frame(packet: av.Packet, rate_hz: int) -> LostFrame:
@@ -196,7 +216,6 @@ def open_best_stream(sound: SoundInput, container: AudioContainer) -> Iterator[O
             with open_from_start(sound) as content:
                 flac_info = parse_stream_info(content.read(STREAM_INFO_BYTES))
         elif container.demuxer == "ogg" and stream.codec_context.name == "flac":
-            # FFmpeg knows where a page ends, so after a lost one it misplaces a whole page.
             flac_info = parse_stream_info(bytes(8) + bytes(stream.codec_context.extradata or b""))
         yield OpenStream(
             demuxer=demuxer,

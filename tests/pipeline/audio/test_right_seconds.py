@@ -1,5 +1,6 @@
 """What is decoded are the seconds that the movie's clock names, whatever is wrong with the file."""
 
+import re
 import struct
 
 import numpy as np
@@ -304,6 +305,36 @@ def test_every_sample_of_a_damaged_flac_is_right_or_silent(tmp_path, kind, suffi
             is_silent_S = clip.wave_S == 0
             assert np.abs(np.where(is_silent_S, 0, clip.wave_S - part_S)).max() < 1e-4
             assert ("gaps" in clip.flags) == (is_silent_S.sum() > rate_hz // 100)
+
+
+@pytest.mark.parametrize("subtype", ["OPUS", "VORBIS"])
+def test_a_lost_page_of_an_ogg_is_silent_and_nothing_else_is_moved(tmp_path, subtype):
+    """FFmpeg puts the first packet of the next page where the lost one began."""
+    rate_hz = 48_000
+    noise_S = np.random.default_rng(0).normal(0, 0.1, SECONDS * rate_hz)
+    path = tmp_path / "x.ogg"
+    soundfile.write(
+        path, np.convolve(noise_S, np.hanning(40) / 8, "same"), rate_hz, format="OGG", subtype=subtype
+    )
+    true_S = decode(path).wave_S
+    content = bytearray(path.read_bytes())
+    pages = [match.start() for match in re.finditer(b"OggS", content)]
+    content[pages[5] + 300] ^= 1
+    path.write_bytes(content)
+
+    clip = decode(path)
+    (silent_N,) = np.nonzero(clip.wave_S == 0)
+    begin, end = silent_N[0], silent_N[-1] + 1
+    assert "gaps" in clip.flags
+    assert 0.3 * rate_hz < len(silent_N) <= end - begin < 2.1 * rate_hz
+    assert len(clip.wave_S) == len(true_S)
+    for place in range(0, len(true_S) - 960, 480):
+        heard = slice(place, place + 480)
+        if (
+            end + 960 > place > begin - 480 - 300
+        ):  # a decoder begins anew behind a hole, and hears of it before
+            continue
+        assert np.corrcoef(clip.wave_S[heard], true_S[heard])[0, 1] > 0.9
 
 
 @pytest.mark.parametrize(
