@@ -18,8 +18,7 @@ from pipeline.audio.container_kinds import AudioContainer
 
 SndfileError = soundfile.LibsndfileError
 
-# Samples per read of libsndfile, over all channels: ten seconds at once, because soundfile seeks after every read,
-# for which libsndfile decodes a part of a flac again. Of a block with damage it gives nothing.
+# Samples per read of libsndfile, over all channels: ten seconds at once. Of a block with damage it gives nothing.
 SNDFILE_BLOCK_SAMPLES = 2**20
 
 
