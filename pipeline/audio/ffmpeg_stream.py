@@ -38,7 +38,8 @@ IGNORE_SIZE_OPTIONS = {"ignore_length": "1"}
 
 OGG_ATTEMPTS = 1_000  # to find a next page: so many damaged ones may be in a file
 
-# A damaged frame of flac is left out: decoded, it would be noise.
+# Codecs whose frames carry checksums: a damaged frame is left out, since decoded it would be noise.
+CHECKED_CODECS = frozenset({"flac", "wavpack", "tta", "ape"})
 CHECKSUM_OPTIONS = {"err_detect": "crccheck+explode"}
 
 
@@ -210,9 +211,10 @@ def open_best_stream(sound: SoundInput, container: AudioContainer) -> Iterator[O
         if container.clock == "chunks":
             with open_from_start(sound) as content:
                 chunk_numbers = number_sound_chunks(content, stream.index)
+        if stream.codec_context.name in CHECKED_CODECS:
+            stream.codec_context.options = CHECKSUM_OPTIONS
         flac_info = None
         if container.demuxer == "flac":
-            stream.codec_context.options = CHECKSUM_OPTIONS
             with open_from_start(sound) as content:
                 flac_info = parse_stream_info(content.read(STREAM_INFO_BYTES))
         elif container.demuxer == "ogg" and stream.codec_context.name == "flac":

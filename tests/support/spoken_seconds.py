@@ -73,6 +73,7 @@ def write_stream(
     video_seconds: float = 0.0,
     jumps: Sequence[Span] = (),
     bit_rate: int = 64_000,
+    sample_format: str | None = None,
     options: dict[str, str] | None = None,
 ) -> Path:
     """Encode a wave as FFmpeg does, and change the time stamps or leave out packets.
@@ -86,6 +87,8 @@ def write_stream(
     with av.open(str(path), "w", format=kind, options=options or {}) as container:
         stream = container.add_stream(codec, rate=rate_hz, layout=layout)
         stream.bit_rate = bit_rate
+        if sample_format is not None:
+            stream.codec_context.format = sample_format
         film = None
         if video_seconds:
             film = container.add_stream("mpeg4", rate=10)

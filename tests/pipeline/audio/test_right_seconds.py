@@ -279,32 +279,48 @@ def damage_bytes(content: bytes, kind: str, rng: np.random.Generator) -> bytes:
     return bytes(damaged)
 
 
-@pytest.mark.parametrize(("suffix", "channels"), [(".flac", 1), (".flac", 2), (".oga", 1)])
-@pytest.mark.parametrize("kind", ["flipped bits", "zeros", "lost bytes", "foreign bytes"])
-def test_every_sample_of_a_damaged_flac_is_right_or_silent(tmp_path, kind, suffix, channels):
-    """A frame that is lost is 0.2 s long; FFmpeg alone would count on, or make noise of what is left of it.
+# Containers of codecs whose frames have checksums: codec, FFmpeg's name and format; none: written by libsndfile.
+CHECKED = {
+    ".flac": None,
+    ".oga": ("flac", "ogg", "s16"),
+    ".wv": ("wavpack", "wv", "s16p"),
+    ".tta": ("tta", "tta", "s16"),
+}
 
-    In an Ogg a whole page is lost, and FFmpeg alone would put the next one in its place.
+
+@pytest.mark.parametrize("suffix", CHECKED)
+@pytest.mark.parametrize("kind", ["flipped bits", "zeros", "lost bytes", "foreign bytes"])
+def test_every_sample_of_a_damaged_sound_is_right_or_silent(tmp_path, kind, suffix):
+    """A frame of flac is 0.2 s long, a page of an Ogg and a frame of TTA 1 s.
+
+    FFmpeg alone would count on behind a lost frame, put the next page in the place of a lost one, and make noise of
+    what is left of a frame.
     """
     rng = np.random.default_rng(0)
     path = tmp_path / f"x{suffix}"
     rate_hz = 22_050
-    wave_SC = rng.normal(0, 0.1, (SECONDS * rate_hz, channels)).astype(np.float32)
-    if suffix == ".flac":
-        soundfile.write(path, wave_SC, rate_hz)
+    wave_SC = rng.normal(0, 0.1, (SECONDS * rate_hz, 2)).astype(np.float32)
+    if encoder := CHECKED[suffix]:
+        write_stream(path, wave_SC, rate_hz, *encoder[:2], sample_format=encoder[2])
     else:
-        write_stream(path, wave_SC, rate_hz, "flac", "ogg")
+        soundfile.write(path, wave_SC, rate_hz)
     content = path.read_bytes()
     true_S = decode(path).wave_S
 
-    for _ in range(12):
+    decoded = 0
+    for _ in range(8):
         path.write_bytes(damage_bytes(content, kind, rng))
         for begin, end, exact in ((0, 10, False), (3, 5, True)):
-            clip = decode(path, begin, end, exact=exact, policy=AudioPolicy(accept_truncated=True))
+            try:
+                clip = decode(path, begin, end, exact=exact, policy=AudioPolicy(accept_truncated=True))
+            except AudioError:  # nothing of it is left
+                continue
+            decoded += 1
             part_S = true_S[begin * rate_hz :][: len(clip.wave_S)]
             is_silent_S = clip.wave_S == 0
             assert np.abs(np.where(is_silent_S, 0, clip.wave_S - part_S)).max() < 1e-4
             assert ("gaps" in clip.flags) == (is_silent_S.sum() > rate_hz // 100)
+    assert decoded >= 12
 
 
 @pytest.mark.parametrize("subtype", ["OPUS", "VORBIS"])
