@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.audio.byte_window import ByteWindow, ReadableFile, SoundInput, file_identity, open_from_start
 from pipeline.audio.container_kinds import CONTAINER_KINDS, CONTAINER_SIGNATURES, AudioContainer
-from pipeline.audio.flac_frames import measure_flac
+from pipeline.audio.flac_frames import find_last_sample, read_stream_info
 from pipeline.audio.header_lengths import (
     read_aiff_frames,
     read_au_share,
@@ -146,16 +146,18 @@ def container_with_facts(name: str, head: bytes, content: ReadableFile) -> Audio
     if name == "ogg":
         return replace(kind, parts=find_ogg_links(content))
     if name == "flac":
-        return flac_container(head, content)
+        return flac_container(content)
     if name == "ac3" and len(head) > 5 and head[5] >> 3 > 10:
         return CONTAINER_KINDS["eac3"]
     return kind
 
 
-def flac_container(head: bytes, content: ReadableFile) -> AudioContainer:
-    """A flac with its length by its last frame; FFmpeg decodes it if its header states too small a length or none.
+def flac_container(content: ReadableFile) -> AudioContainer:
+    """A flac with its length by its last frame.
 
-    Encoders that write to a pipe leave the number of samples at 0, which libsndfile reports as 2^63 - 1.
+    FFmpeg decodes it if its header states too small a length or none, as encoders that write to a pipe leave it, which
+    libsndfile reports as 2^63 - 1 samples; and if it states another size of frames than they have, since libsndfile puts
+    them where they are not then.
     """
     # Several flacs that were joined.
     kind = CONTAINER_KINDS["flac"]
@@ -163,7 +165,10 @@ def flac_container(head: bytes, content: ReadableFile) -> AudioContainer:
     if len(starts) > 1:
         return replace(kind, parts=parts_between(starts, content))
 
-    declared, measured = measure_flac(head, content)
+    info = read_stream_info(content)
+    declared, measured = info.samples, find_last_sample(info, content)
+    if info.contradicts_a_frame:
+        kind = replace(kind, uses_libsndfile=False)
     if declared and measured in (None, declared):
         return kind
     if declared and measured is not None and measured < declared:

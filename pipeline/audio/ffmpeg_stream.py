@@ -5,13 +5,13 @@ FFmpeg is told the kind of a file and does not probe it. Only this file and ffmp
 
 import itertools
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import av
-from av import FFmpegError
+from av import FFmpegError, InvalidDataError
 from av.audio import AudioStream
 from av.audio.frame import AudioFrame
 from av.container import InputContainer
@@ -21,10 +21,10 @@ from pipeline.audio.byte_window import ReadableFile, SoundInput, open_from_start
 from pipeline.audio.container_kinds import AudioContainer
 from pipeline.audio.flac_frames import (
     FRAME_HEADER_BYTES,
-    STREAM_INFO_BYTES,
     StreamInfo,
     parse_frame_header,
     parse_stream_info,
+    read_stream_info,
 )
 from pipeline.audio.timeline import MAX_LATE_SECONDS, LostFrame, Timeline, TimelineCursor
 from pipeline.errors import AudioError
@@ -39,7 +39,7 @@ IGNORE_SIZE_OPTIONS = {"ignore_length": "1"}
 OGG_ATTEMPTS = 1_000  # to find a next page: so many damaged ones may be in a file
 
 # Codecs whose frames carry checksums: a damaged frame is left out, since decoded it would be noise.
-CHECKED_CODECS = frozenset({"flac", "wavpack", "tta", "ape"})
+CHECKED_CODECS = frozenset({"flac", "wavpack", "tta"})
 CHECKSUM_OPTIONS = {"err_detect": "crccheck+explode"}
 
 
@@ -93,9 +93,13 @@ class OpenStream:
         attempts = OGG_ATTEMPTS if self.is_ogg else 1
         while attempts:
             attempts -= 1
-            # PyAV raises IndexError when damage in the middle of a file looks like an additional stream.
-            with suppress(FFmpegError, IndexError):
+            try:
                 yield from self.demuxer.demux(self.stream)
+                return
+            except (InvalidDataError, IndexError):
+                # PyAV raises IndexError when damage in the middle of a file looks like an additional stream.
+                continue
+            except FFmpegError:  # of the disk, not of what is on it
                 return
 
     def stamp_packet(self, packet: av.Packet) -> bool:
@@ -216,9 +220,10 @@ def open_best_stream(sound: SoundInput, container: AudioContainer) -> Iterator[O
         flac_info = None
         if container.demuxer == "flac":
             with open_from_start(sound) as content:
-                flac_info = parse_stream_info(content.read(STREAM_INFO_BYTES))
+                flac_info = read_stream_info(content)
         elif container.demuxer == "ogg" and stream.codec_context.name == "flac":
-            flac_info = parse_stream_info(bytes(8) + bytes(stream.codec_context.extradata or b""))
+            info = parse_stream_info(bytes(8) + bytes(stream.codec_context.extradata or b""))
+            flac_info = info if info.has_one_size else None
         yield OpenStream(
             demuxer=demuxer,
             stream=stream,

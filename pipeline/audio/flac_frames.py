@@ -10,7 +10,13 @@ from typing import NamedTuple
 
 from pipeline.audio.byte_window import ReadableFile
 
-STREAM_INFO_BYTES = 26  # that a flac begins with
+SIGNATURE_BYTES = 4
+
+BLOCK_HEAD_BYTES = 4  # of a block of metadata: whether it is the last, its kind and its size
+
+STREAM_INFO_BYTES = 26  # that a flac begins with, up to the number of its samples
+
+FRAME_HEADER_BYTES = 16  # at most
 
 SMALL_TAIL_BYTES = 2**13  # for tags after the last frame
 
@@ -24,12 +30,19 @@ CRC16_POLYNOMIAL = 0x8005
 
 
 class StreamInfo(NamedTuple):
-    """What the first block of a flac states; a size or number of 0 is unknown."""
+    """What the first block of a flac states; a size or number of 0 is unknown.
+
+    block_samples        of a frame, the largest
+    has_one_size         whether the smallest frame is as large
+    contradicts_a_frame  whether the first frame is not, and so all others: `block_samples` is that of the first frame
+    """
 
     block_samples: int
+    has_one_size: bool
     max_frame_bytes: int
     rate_hz: int
     samples: int
+    contradicts_a_frame: bool = False
 
 
 class FrameHeader(NamedTuple):
@@ -39,12 +52,8 @@ class FrameHeader(NamedTuple):
     samples: int
 
 
-FRAME_HEADER_BYTES = 16  # at most
-
-
-def measure_flac(head: bytes, file: ReadableFile) -> tuple[int, int | None]:
-    """The samples that a flac declares, and those up to its last frame; None if its end is damaged or missing."""
-    info = parse_stream_info(head)
+def find_last_sample(info: StreamInfo, file: ReadableFile) -> int | None:
+    """The number of samples up to the last frame of a flac; None if its end is damaged or missing."""
     file_bytes = file.seek(0, SEEK_END)
     tail_bytes = min(file_bytes, MAX_TAIL_BYTES)
     if info.max_frame_bytes:
@@ -60,8 +69,30 @@ def measure_flac(head: bytes, file: ReadableFile) -> tuple[int, int | None]:
             continue
         end_sample = header.first_sample + header.samples
         if end_sample == info.samples or is_whole_frame(tail, place):
-            return info.samples, end_sample
-    return info.samples, None
+            return end_sample
+    return None
+
+
+def read_stream_info(file: ReadableFile) -> StreamInfo:
+    """The facts of the first block of a file, and the size of its first frame, which some headers contradict."""
+    file.seek(0)
+    info = parse_stream_info(file.read(STREAM_INFO_BYTES))
+
+    # The first frame follows the last block of metadata.
+    position = SIGNATURE_BYTES
+    is_last = False
+    while not is_last:
+        file.seek(position)
+        block_head = file.read(BLOCK_HEAD_BYTES)
+        if len(block_head) < BLOCK_HEAD_BYTES:
+            return info
+        is_last = block_head[0] >= 0x80
+        position += BLOCK_HEAD_BYTES + int.from_bytes(block_head[1:])
+    file.seek(position)
+    header = parse_frame_header(file.read(FRAME_HEADER_BYTES), 0, info)
+    if header is None or header.samples == info.block_samples:
+        return info
+    return info._replace(block_samples=header.samples, contradicts_a_frame=info.has_one_size)
 
 
 def parse_stream_info(head: bytes) -> StreamInfo:
@@ -69,6 +100,7 @@ def parse_stream_info(head: bytes) -> StreamInfo:
     (bits,) = struct.unpack(">Q", head[18:26].ljust(8, b"\0"))
     return StreamInfo(
         block_samples=int.from_bytes(head[10:12]),
+        has_one_size=head[8:10] == head[10:12],
         max_frame_bytes=int.from_bytes(head[15:18]),
         rate_hz=bits >> 44,
         samples=bits % 2**36,

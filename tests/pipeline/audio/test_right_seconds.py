@@ -252,6 +252,30 @@ def test_a_wrong_number_of_samples_in_a_flac_is_not_believed(tmp_path, flac, sam
     assert heard(path, 5, 9) == [5, 6, 7, 8]
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("samples", [0, SECONDS * 22_050])
+@pytest.mark.parametrize("sizes", [(16, 4_608), (4_608, 4_608), (16, 65_535)])
+def test_a_wrong_size_of_frames_in_a_flac_is_not_believed(tmp_path, flac, sizes, samples, damaged):
+    """The numbers of frames count frames of the first one's size, whatever the header says they have."""
+    content = bytearray(flac)
+    content[8:12] = sizes[0].to_bytes(2) + sizes[1].to_bytes(2)
+    content[18:26] = (int.from_bytes(flac[18:26]) >> 36 << 36 | samples).to_bytes(8)
+    if damaged:
+        middle = len(content) // 2
+        content[middle : middle + 50] = bytes(50)
+    (path := tmp_path / "x.flac").write_bytes(content)
+    clip = decode(path)
+    assert heard_seconds(clip.wave_S, clip.rate_hz) == WHOLE
+    assert len(clip.wave_S) == SECONDS * 22_050
+    assert ("gaps" in clip.flags) == damaged
+
+
+def test_a_flac_without_a_size_of_frames_is_read(tmp_path, flac):
+    """FFmpeg refuses it, libsndfile does not."""
+    (path := tmp_path / "x.flac").write_bytes(flac[:8] + bytes(4) + flac[12:])
+    assert heard(path) == WHOLE
+
+
 def test_sound_behind_damage_of_a_flac_is_decoded_in_its_place(tmp_path, flac):
     """libsndfile gives up there; FFmpeg goes on, and the frame that is lost is silent."""
     content = bytearray(flac)
