@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, Protocol, Self, TypeVar
 
@@ -180,7 +181,9 @@ class _WorkerProcess(Generic[T]):
             target=_serve_tasks, args=(worker_pipe, task_function, os.getpid()), daemon=True
         )
 
-        # The worker inherits this signal mask, so that only the parent handles Ctrl-C.
+        # The worker inherits this signal mask, so that only the parent handles Ctrl-C. Before the first worker,
+        # multiprocessing would start its tracker, and take the mask away after that.
+        resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         self._process.start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])

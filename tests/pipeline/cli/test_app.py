@@ -1,5 +1,6 @@
 """The commands of ajepa-data: their output, and their messages about mistakes."""
 
+import re
 import resource
 import shutil
 import signal
@@ -110,7 +111,10 @@ def test_a_command_may_open_as_many_files_as_the_system_lets_it():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are tied to their parent by Linux' prctl")
 def test_workers_do_not_outlive_a_killed_build(corpus, tmp_path):
-    """An orphan would write into the store beside the next build, outside its lock."""
+    """An orphan would write into the store beside the next build, outside its lock.
+
+    Nor do they hear Ctrl-C, which goes to all processes of a terminal: one that is still importing would print that.
+    """
     arguments = [str(a) for a in build_arguments(corpus, tmp_path / "x.zarr", "--workers", 2)]
     process = subprocess.Popen([*PROGRAM, *arguments], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     ledger = tmp_path / "x.zarr" / "ledger"
@@ -118,13 +122,22 @@ def test_workers_do_not_outlive_a_killed_build(corpus, tmp_path):
     while not list(ledger.glob("*.parquet")):
         time.sleep(0.02)
     workers = children.read_text().split()
+    blocked = [blocked_signals(pid) for pid in workers if "spawn_main" in command_of(pid)]
     process.kill()
     process.wait()
+    assert len(blocked) == 2
+    assert all(signals >> (signal.SIGINT - 1) & 1 for signals in blocked)
     assert len(workers) >= 2
     deadline = time.monotonic() + 60  # one that is still importing sees it afterwards
     while alive := [pid for pid in workers if "spawn_main" in command_of(pid)]:
         assert time.monotonic() < deadline, alive
         time.sleep(0.1)
+
+
+def blocked_signals(pid: str) -> int:
+    """The mask of the signals that a process blocks."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"^SigBlk:\s*(\w+)", status, re.MULTILINE)[1], 16)
 
 
 def command_of(pid: str) -> str:
