@@ -156,8 +156,8 @@ def flac_container(content: ReadableFile) -> AudioContainer:
     """A flac with its length by its last frame.
 
     FFmpeg decodes it if its header states too small a length or none, as encoders that write to a pipe leave it, which
-    libsndfile reports as 2^63 - 1 samples; and if it states another size of frames than they have, since libsndfile puts
-    them where they are not then.
+    libsndfile reports as 2^63 - 1 samples. And if it states another size of frames than they have: libsndfile would
+    not put them in their places.
     """
     # Several flacs that were joined.
     kind = CONTAINER_KINDS["flac"]
