@@ -18,6 +18,13 @@ STREAM_INFO_BYTES = 26  # that a flac begins with, up to the number of its sampl
 
 FRAME_HEADER_BYTES = 16  # at most
 
+# Samples of a frame by their code in its header.
+CODED_SIZES = {
+    1: 192,
+    **{code: 576 << (code - 2) for code in range(2, 6)},
+    **{code: 256 << (code - 8) for code in range(8, 16)},
+}
+
 SMALL_TAIL_BYTES = 2**13  # for tags after the last frame
 
 MAX_TAIL_BYTES = 2**18  # read at the end of a file whose header states no size of frames
@@ -126,7 +133,7 @@ def parse_frame_header(content: bytes, place: int, info: StreamInfo) -> FrameHea
     number, position = coded
 
     # Sizes and rates that have no code follow.
-    samples = {1: 192}.get(size_code, 576 << (size_code - 2) if size_code < 6 else 256 << (size_code & 7))
+    samples = CODED_SIZES.get(size_code, 0)
     if size_code in (6, 7):
         size_bytes = size_code - 5
         samples = 1 + int.from_bytes(content[position : position + size_bytes])
