@@ -175,7 +175,7 @@ def load_clip_audio(
     with costing_the_clip_alone(locator):
         with (
             OpenSound() if open_sound is None else nullcontext(open_sound) as sound,
-            sound.open_decoder(locator) as (container, decoder),
+            sound.open_decoder(locator, end_seconds) as (container, decoder),
         ):
             decoded = read_segment(decoder, segment, policy.max_seconds)
 

@@ -13,6 +13,8 @@ from pipeline.audio.decoders import open_decoder
 from pipeline.audio.ffmpeg_decoder import FfmpegDecoder
 from pipeline.audio.sources import SoundLocator
 
+LAST_SECONDS = 0.1  # behind a clip: so little is padding, and no other clip
+
 
 class KeptDecoder(NamedTuple):
     """The decoder of a sound; `stack` closes it."""
@@ -46,10 +48,12 @@ class OpenSound:
             kept.stack.close()
 
     @contextmanager
-    def open_decoder(self, locator: SoundLocator) -> Iterator[tuple[AudioContainer, AudioDecoder]]:
+    def open_decoder(
+        self, locator: SoundLocator, end_seconds: float
+    ) -> Iterator[tuple[AudioContainer, AudioDecoder]]:
         """Open the decoder of a sound, or the one that is open; errors are those of `decoders.open_decoder`.
 
-        After an error the sound is closed.
+        After an error the sound is closed, and so is one that ends with the clip, at `end_seconds`.
         """
         kept, self._kept = self._kept, None
         with ExitStack() as stack:
@@ -64,7 +68,11 @@ class OpenSound:
                 container, decoder = kept.container, kept.decoder
 
             # Where a decoder can seek, each clip opens its own: what a clip holds never depends on those before it.
-            must_continue = isinstance(decoder, FfmpegDecoder) and not decoder.container.is_seekable
+            must_continue = (
+                isinstance(decoder, FfmpegDecoder)
+                and not decoder.container.is_seekable
+                and decoder.seconds > end_seconds + LAST_SECONDS
+            )
             if isinstance(decoder, FfmpegDecoder):
                 decoder.reader.keeps_frames = must_continue
             yield container, decoder

@@ -118,3 +118,14 @@ def test_a_long_sound_is_decoded_once(folder, suffix, monkeypatch):
         for second in range(SECONDS):
             load(path, (second, second + 1), open_sound)
     assert len(decoded) <= whole + 1
+
+
+@pytest.mark.parametrize("suffix", EVERY_FRAME_IS_DECODED)
+def test_a_sound_that_ends_with_its_clip_is_not_kept(folder, suffix):
+    """Its frames would take time and memory, and no clip follows."""
+    path = folder / f"x{suffix}"
+    with OpenSound() as open_sound:
+        load(path, (0, SECONDS / 2), open_sound)
+        assert open_sound._kept is not None
+        load(path, (SECONDS / 2, SECONDS), open_sound)
+        assert open_sound._kept is None
