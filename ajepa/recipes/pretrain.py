@@ -203,7 +203,7 @@ def small_recipe() -> Pretrain:
     agree and are spread by SIGReg (sigreg.py); in the first crop, tokens predict the teacher's, which sees it
     unchanged. A patch is 80 ms of 32 bands: longer ones lose speech, and those of all bands lose what moments
     tell of each part of the spectrum. No view is moved in pitch, which cost octaves.
-    Cost: measured, 11 to 13 CPU minutes (fp32, AVX2) or 3 (bf16, AMX), whatever the number of clips.
+    Cost: measured, 11 to 13 CPU minutes (fp32, AVX2) or 3 to 4 (bf16, AMX), for any number of clips.
     Expected: pooled by moments from all layers (`--pooling moments --layer concat-all`), above a random encoder and
     log-mel statistics on the store's labels, and on vowels and voices of other sources; by neighbours on drums and
     octaves too; about level on other sounds (bench/README.md).

@@ -13,7 +13,7 @@ from pipeline.audio.decoders import open_decoder
 from pipeline.audio.ffmpeg_decoder import FfmpegDecoder
 from pipeline.audio.sources import SoundLocator
 
-LAST_SECONDS = 0.1  # behind a clip: so little is padding, and no other clip
+MAX_PADDING_SECONDS = 0.1  # so little sound behind a clip is an encoder's padding, and no other clip
 
 
 class KeptDecoder(NamedTuple):
@@ -71,7 +71,7 @@ class OpenSound:
             must_continue = (
                 isinstance(decoder, FfmpegDecoder)
                 and not decoder.container.is_seekable
-                and decoder.seconds > end_seconds + LAST_SECONDS
+                and decoder.seconds > end_seconds + MAX_PADDING_SECONDS
             )
             if isinstance(decoder, FfmpegDecoder):
                 decoder.reader.keeps_frames = must_continue
